@@ -1,0 +1,3 @@
+module barevif
+
+go 1.26

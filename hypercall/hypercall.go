@@ -1,0 +1,252 @@
+// Package hypercall says what a domain asks of its hypervisor: memory granted to
+// another domain, memory of another domain mapped or copied, and event channels.
+//
+// It holds types and interfaces only. hypercall/xendev implements them on a real
+// Xen through Linux's device nodes, hypercall/emu on an emulated one. A bare-metal
+// Go runtime would be a third.
+package hypercall
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"time"
+
+	"barevif/arena/shm"
+)
+
+// A DomID names a domain of this host. Domids are reused: a DomID is an address,
+// not an identity.
+type DomID uint16
+
+// DomSelf is DOMID_SELF of xen/include/public/xen.h: whoever makes the call.
+const DomSelf DomID = 0x7FF0
+
+// A GrantRef names a page one domain lets another reach. Xen keeps refs 0 to 7
+// for itself, so the zero GrantRef is never one of ours.
+type GrantRef uint32
+
+// A PortID names one end of an event channel within its domain. Ports are small
+// integers and are reused; 0 is never a valid one.
+type PortID uint32
+
+// Access says what the peer may do with a granted page, or we with a mapped one.
+type Access uint8
+
+const (
+	ReadOnly Access = iota
+	ReadWrite
+)
+
+func (a Access) String() string {
+	if a == ReadWrite {
+		return "read-write"
+	}
+	return "read-only"
+}
+
+// A Domain is the domain this program runs in. Its methods may be called from any
+// goroutine. All of them but Copy are for set-up: they may take milliseconds.
+type Domain interface {
+	// ID is the domain's number. It changes when the domain is migrated.
+	ID() DomID
+
+	// Memory gives zeroed, prefaulted pages that no other domain reaches.
+	Memory(pages int) (*Mapping, error)
+
+	// Share gives zeroed pages and one grant per page, all to the same peer with
+	// the same access. [ErrNoGrants] if the system has no more to give.
+	Share(peer DomID, pages int, access Access) (*Share, error)
+
+	// Map maps pages the peer granted, in order, as one run of memory: all or
+	// none. A ref that does not allow it fails with a [*GrantError].
+	Map(peer DomID, refs []GrantRef, access Access) (*Mapping, error)
+
+	// Copy runs ops in order and sets the Status of each; one that fails does not
+	// stop the others. The error is for a batch of which nothing ran. It makes
+	// at most one system call and does not allocate.
+	Copy(ops []CopyOp) error
+
+	// Waiter makes a place to wait, on which event channels are then opened.
+	Waiter() (Waiter, error)
+
+	// Store opens a connection to xenstore on which this domain is the client.
+	Store(ctx context.Context) (io.ReadWriteCloser, error)
+}
+
+// A Waiter is where one goroutine at a time waits for the event channels opened
+// on it. Wake may be called from any goroutine, at any time.
+//
+// An event carries nothing but "look": several may have merged into one, and one
+// may be left from a port that is closed by now.
+type Waiter interface {
+	// Unbound opens a port to which peer may bind (EVTCHNOP_alloc_unbound).
+	Unbound(peer DomID) (Port, error)
+
+	// Bind opens a port joined to the peer's (EVTCHNOP_bind_interdomain). It
+	// fires at once, so the first Wait returns.
+	Bind(peer DomID, remote PortID) (Port, error)
+
+	// Wait parks until an event comes, Wake is called, or the deadline passes
+	// (the zero Time: never). Events and Wakes from before the call count.
+	//
+	// A port that fired stays masked until the next Wait. worked says whether
+	// the last wake-up brought any work: if several in a row did not, unmasking
+	// is put off by 1 ms, doubling up to 1 s, so that a storm costs its sender.
+	// Wake and the deadline are never put off.
+	//
+	// Errors: os.ErrDeadlineExceeded, net.ErrClosed.
+	Wait(deadline time.Time, worked bool) error
+
+	// Wake makes the current Wait, or else the next, return nil.
+	Wake()
+
+	// Close closes the ports still open and ends Wait. It is idempotent.
+	Close() error
+}
+
+// A Port is our end of an event channel. Its methods may be called from any
+// goroutine.
+type Port interface {
+	// ID is what the peer needs to bind to it.
+	ID() PortID
+
+	// Notify fires the other end (EVTCHNOP_send). A peer that has gone is not an
+	// error: liveness comes from xenstore.
+	Notify() error
+
+	// Close is idempotent. The peer does not notice.
+	Close() error
+}
+
+// A Mapping is memory this domain may use until Release: private pages, or pages
+// of another domain.
+type Mapping struct {
+	shm.Memory
+	release func() error
+}
+
+// NewMapping is for implementations of [Domain]; release runs at most once.
+func NewMapping(m shm.Memory, release func() error) *Mapping {
+	return &Mapping{Memory: m, release: release}
+}
+
+// Release gives the memory back. It must not be used afterwards. Release is
+// idempotent, but not safe for concurrent use.
+func (m *Mapping) Release() error {
+	f := m.release
+	m.release, m.Memory = nil, shm.Memory{}
+	if f == nil {
+		return nil
+	}
+	return f()
+}
+
+// A Share is memory of ours that Peer may reach through Refs, one per page.
+type Share struct {
+	shm.Memory
+	Peer   DomID
+	Access Access
+	Refs   []GrantRef
+	end    func() error
+}
+
+// NewShare is for implementations of [Domain]; end runs at most once.
+func NewShare(m shm.Memory, peer DomID, access Access, refs []GrantRef, end func() error) *Share {
+	return &Share{Memory: m, Peer: peer, Access: access, Refs: slices.Clip(refs), end: end}
+}
+
+// End ends the grants and frees the pages. A page the peer still has mapped is not
+// freed: it is set aside, for ever if need be, and End says so with [ErrInUse].
+// End is idempotent, but not safe for concurrent use.
+func (s *Share) End() error {
+	f := s.end
+	s.end, s.Memory = nil, shm.Memory{}
+	if f == nil {
+		return nil
+	}
+	return f()
+}
+
+// An Area is one end of a copy: Local memory of ours, or, when Local is nil, the
+// page that Dom granted as Ref, from byte Offset on.
+type Area struct {
+	Local  []byte
+	Ref    GrantRef
+	Dom    DomID
+	Offset uint16
+}
+
+// A CopyOp copies Len bytes from Src to Dst. At least one of the two is a grant,
+// neither leaves its page, and a Local one holds at least Len bytes.
+type CopyOp struct {
+	Src, Dst Area
+	Len      uint32
+	Status   Status // set by Copy
+}
+
+// Status is the outcome of one grant operation: 0, or one of the negative
+// GNTST_ codes of xen/include/public/grant_table.h.
+type Status int16
+
+const (
+	OK             Status = 0
+	GeneralError   Status = -1
+	BadDomain      Status = -2
+	BadGntref      Status = -3
+	BadHandle      Status = -4
+	BadVirtAddr    Status = -5
+	BadDevAddr     Status = -6
+	NoDeviceSpace  Status = -7
+	PermissionDeny Status = -8
+	BadPage        Status = -9
+	BadCopyArg     Status = -10
+	AddressTooBig  Status = -11
+	TryAgain       Status = -12
+	NoSpace        Status = -13
+)
+
+var statusNames = [...]string{
+	"okay", "general error", "bad domain", "bad grant reference", "bad handle",
+	"bad virtual address", "bad device address", "no device space",
+	"permission denied", "bad page", "copy crosses a page", "address too big",
+	"try again", "out of space",
+}
+
+func (s Status) String() string {
+	if s > 0 || int(-s) >= len(statusNames) {
+		return fmt.Sprintf("grant status %d", int16(s))
+	}
+	return statusNames[-s]
+}
+
+// A GrantError is a grant that could not be used as asked.
+type GrantError struct {
+	Op     string // "map" or "copy"
+	Dom    DomID  // who granted, or was said to have
+	Ref    GrantRef
+	Status Status
+}
+
+func (e *GrantError) Error() string {
+	return fmt.Sprintf("%s grant %d of domain %d: %v", e.Op, e.Ref, e.Dom, e.Status)
+}
+
+var (
+	// ErrNoGrants is returned when the system's limit of granted pages is reached.
+	ErrNoGrants = errors.New("no grants left")
+
+	// ErrInUse is returned by Share.End while the peer still maps a page.
+	ErrInUse = errors.New("the peer still uses a granted page")
+
+	// ErrNoPort is returned by Bind when there is no such port for us.
+	ErrNoPort = errors.New("no such event channel for this domain")
+
+	// ErrNoPorts is returned when the domain has no event channel left.
+	ErrNoPorts = errors.New("no event channels left")
+
+	// ErrNoDomain is returned when the peer does not exist.
+	ErrNoDomain = errors.New("no such domain")
+)
