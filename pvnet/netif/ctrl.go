@@ -1,0 +1,152 @@
+package netif
+
+import (
+	"structs"
+
+	"barevif/hypercall"
+)
+
+// A CtrlRequest is struct xen_netif_ctrl_request: what the frontend asks of the
+// control ring. Words of Data that Type does not use are 0.
+type CtrlRequest struct {
+	_    structs.HostLayout
+	ID   uint16 // comes back in the response, with Type
+	Type CtrlType
+	Data [3]uint32
+}
+
+// A CtrlResponse is struct xen_netif_ctrl_response. Responses may come in any
+// order; ID and Type together say which request one answers.
+type CtrlResponse struct {
+	_      structs.HostLayout
+	ID     uint16
+	Type   CtrlType
+	Status CtrlStatus
+	Data   uint32
+}
+
+// A CtrlType is a request to the control ring: XEN_NETIF_CTRL_TYPE_*.
+type CtrlType uint16
+
+const (
+	CtrlInvalid            CtrlType = 0
+	CtrlGetHashFlags       CtrlType = 1
+	CtrlSetHashFlags       CtrlType = 2  // data: flags
+	CtrlSetHashKey         CtrlType = 3  // data: ref of the key's page, bytes
+	CtrlGetHashMappingSize CtrlType = 4  // answers entries
+	CtrlSetHashMappingSize CtrlType = 5  // data: entries
+	CtrlSetHashMapping     CtrlType = 6  // data: ref of the table's page, entries, first entry
+	CtrlSetHashAlgorithm   CtrlType = 7  // data: HashAlgorithm
+	CtrlGetGrefMappingSize CtrlType = 8  // data: queue; answers entries
+	CtrlAddGrefMapping     CtrlType = 9  // data: queue, ref of the list's page, entries
+	CtrlDelGrefMapping     CtrlType = 10 // as CtrlAddGrefMapping; answers entries removed
+)
+
+var ctrlNames = [...]string{
+	"invalid", "get-hash-flags", "set-hash-flags", "set-hash-key",
+	"get-hash-mapping-size", "set-hash-mapping-size", "set-hash-mapping",
+	"set-hash-algorithm", "get-gref-mapping-size", "add-gref-mapping",
+	"del-gref-mapping",
+}
+
+func (t CtrlType) String() string {
+	if int(t) < len(ctrlNames) {
+		return ctrlNames[t]
+	}
+	return "control type " + itoa(int64(t))
+}
+
+// A CtrlStatus answers a request to the control ring: XEN_NETIF_CTRL_STATUS_*.
+type CtrlStatus uint32
+
+const (
+	CtrlSuccess          CtrlStatus = 0
+	CtrlNotSupported     CtrlStatus = 1
+	CtrlInvalidParameter CtrlStatus = 2
+	CtrlBufferOverflow   CtrlStatus = 3
+)
+
+func (s CtrlStatus) String() string {
+	switch s {
+	case CtrlSuccess:
+		return "success"
+	case CtrlNotSupported:
+		return "not supported"
+	case CtrlInvalidParameter:
+		return "invalid parameter"
+	case CtrlBufferOverflow:
+		return "buffer overflow"
+	}
+	return "control status " + itoa(int64(s))
+}
+
+// A HashType names the parts of a packet that were hashed:
+// _XEN_NETIF_CTRL_HASH_TYPE_*, a bit number.
+type HashType uint8
+
+const (
+	HashIPv4    HashType = 0 // source and destination address
+	HashIPv4TCP HashType = 1 // and ports
+	HashIPv6    HashType = 2
+	HashIPv6TCP HashType = 3
+)
+
+// Flag is t as the control ring's hash flags hold it:
+// XEN_NETIF_CTRL_HASH_TYPE_*. It is 0 for a t beyond 31.
+func (t HashType) Flag() uint32 { return 1 << t }
+
+// HashFlagsAll are the flags of every HashType there is.
+const HashFlagsAll uint32 = 1<<HashIPv4 | 1<<HashIPv4TCP | 1<<HashIPv6 | 1<<HashIPv6TCP
+
+func (t HashType) String() string {
+	switch t {
+	case HashIPv4:
+		return "ipv4"
+	case HashIPv4TCP:
+		return "ipv4+tcp"
+	case HashIPv6:
+		return "ipv6"
+	case HashIPv6TCP:
+		return "ipv6+tcp"
+	}
+	return "hash type " + itoa(int64(t))
+}
+
+// A HashAlgorithm is XEN_NETIF_CTRL_HASH_ALGORITHM_*.
+type HashAlgorithm uint8
+
+const (
+	HashNone     HashAlgorithm = 0 // the backend chooses a queue as it likes
+	HashToeplitz HashAlgorithm = 1
+)
+
+func (a HashAlgorithm) String() string {
+	switch a {
+	case HashNone:
+		return "none"
+	case HashToeplitz:
+		return "toeplitz"
+	}
+	return "hash algorithm " + itoa(int64(a))
+}
+
+// A GrefEntry is struct xen_netif_gref: an entry of the list page of
+// [CtrlAddGrefMapping] and [CtrlDelGrefMapping].
+type GrefEntry struct {
+	_      structs.HostLayout
+	Ref    hypercall.GrantRef
+	Flags  uint16 // GrefReadOnly
+	Status uint16 // a CtrlStatus, written by the backend, for CtrlDelGrefMapping only
+}
+
+// GrefReadOnly is XEN_NETIF_CTRLF_GREF_readonly: the backend may map the page
+// read-only.
+const GrefReadOnly uint16 = 1
+
+const (
+	// GrefEntrySize is the bytes of a [GrefEntry] in the list page.
+	GrefEntrySize = 8
+
+	// GrefListMax is how many entries the one page of a list holds.
+	GrefListMax = 4096 / GrefEntrySize
+)

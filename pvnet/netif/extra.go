@@ -1,0 +1,253 @@
+package netif
+
+import (
+	"structs"
+
+	"barevif/hypercall"
+)
+
+// An Extra is struct netif_extra_info. It takes a slot of either ring: that of a
+// [TxRequest], whose last four bytes are then padding, or that of an
+// [RxResponse].
+type Extra struct {
+	_     structs.HostLayout
+	_     [0]uint32 // slots are read by the word
+	Type  ExtraType
+	Flags uint8
+	Body  [6]byte // by Type: see GSO, Mcast, Hash and XDP
+}
+
+// ExtraMore is XEN_NETIF_EXTRA_FLAG_MORE: another Extra follows.
+const ExtraMore uint8 = 1
+
+// An ExtraType says what an [Extra] holds: XEN_NETIF_EXTRA_TYPE_*.
+type ExtraType uint8
+
+const (
+	ExtraNone     ExtraType = 0 // never valid
+	ExtraGSO      ExtraType = 1
+	ExtraMcastAdd ExtraType = 2
+	ExtraMcastDel ExtraType = 3
+	ExtraHash     ExtraType = 4
+
+	// ExtraXDP is in Linux's include/xen/interface/io/netif.h only; Xen's own
+	// header stops at ExtraHash.
+	ExtraXDP ExtraType = 5
+)
+
+func (t ExtraType) String() string {
+	switch t {
+	case ExtraNone:
+		return "none"
+	case ExtraGSO:
+		return "gso"
+	case ExtraMcastAdd:
+		return "mcast-add"
+	case ExtraMcastDel:
+		return "mcast-del"
+	case ExtraHash:
+		return "hash"
+	case ExtraXDP:
+		return "xdp"
+	}
+	return "extra type " + itoa(int64(t))
+}
+
+// A GSOType is the protocol of a packet to be cut: XEN_NETIF_GSO_TYPE_*.
+type GSOType uint8
+
+const (
+	GSONone  GSOType = 0 // never valid in an Extra
+	GSOTCPv4 GSOType = 1
+	GSOTCPv6 GSOType = 2
+)
+
+func (t GSOType) String() string {
+	switch t {
+	case GSONone:
+		return "none"
+	case GSOTCPv4:
+		return "tcpv4"
+	case GSOTCPv6:
+		return "tcpv6"
+	}
+	return "gso type " + itoa(int64(t))
+}
+
+// A GSO says how to cut a packet that is larger than the link takes.
+type GSO struct {
+	Size     uint16 // bytes of payload in each segment
+	Type     GSOType
+	Features uint16 // XEN_NETIF_GSO_FEAT_*: none is defined
+}
+
+// A Mcast is a group the frontend wants to hear of, or no longer.
+type Mcast struct {
+	MAC [6]byte
+}
+
+// A Hash is the value that chose a packet's queue.
+type Hash struct {
+	Type      HashType
+	Algorithm HashAlgorithm
+	Value     uint32
+}
+
+// An XDP says how many bytes a backend left free in front of the data (Linux
+// only).
+type XDP struct {
+	Headroom uint16
+}
+
+// GSOExtra makes the Extra that carries g.
+func GSOExtra(g GSO) Extra {
+	return Extra{Type: ExtraGSO, Body: [6]byte{
+		byte(g.Size), byte(g.Size >> 8), byte(g.Type), 0, byte(g.Features), byte(g.Features >> 8)}}
+}
+
+// McastAddExtra makes the Extra that joins a group.
+func McastAddExtra(m Mcast) Extra { return Extra{Type: ExtraMcastAdd, Body: m.MAC} }
+
+// McastDelExtra makes the Extra that leaves a group.
+func McastDelExtra(m Mcast) Extra { return Extra{Type: ExtraMcastDel, Body: m.MAC} }
+
+// HashExtra makes the Extra that carries h.
+func HashExtra(h Hash) Extra {
+	return Extra{Type: ExtraHash, Body: [6]byte{byte(h.Type), byte(h.Algorithm),
+		byte(h.Value), byte(h.Value >> 8), byte(h.Value >> 16), byte(h.Value >> 24)}}
+}
+
+// XDPExtra makes the Extra that carries x.
+func XDPExtra(x XDP) Extra {
+	return Extra{Type: ExtraXDP, Body: [6]byte{byte(x.Headroom), byte(x.Headroom >> 8)}}
+}
+
+// GSO is the body of an [ExtraGSO]. Of another type it means nothing.
+func (e Extra) GSO() GSO {
+	return GSO{
+		Size:     uint16(e.Body[0]) | uint16(e.Body[1])<<8,
+		Type:     GSOType(e.Body[2]),
+		Features: uint16(e.Body[4]) | uint16(e.Body[5])<<8,
+	}
+}
+
+// Mcast is the body of an [ExtraMcastAdd] or [ExtraMcastDel]. Of another type it
+// means nothing.
+func (e Extra) Mcast() Mcast { return Mcast{MAC: e.Body} }
+
+// Hash is the body of an [ExtraHash]. Of another type it means nothing.
+func (e Extra) Hash() Hash {
+	return Hash{
+		Type:      HashType(e.Body[0]),
+		Algorithm: HashAlgorithm(e.Body[1]),
+		Value: uint32(e.Body[2]) | uint32(e.Body[3])<<8 |
+			uint32(e.Body[4])<<16 | uint32(e.Body[5])<<24,
+	}
+}
+
+// XDP is the body of an [ExtraXDP]. Of another type it means nothing.
+func (e Extra) XDP() XDP {
+	return XDP{Headroom: uint16(e.Body[0]) | uint16(e.Body[1])<<8}
+}
+
+// More reports whether another Extra follows.
+func (e Extra) More() bool { return e.Flags&ExtraMore != 0 }
+
+// WithMore is e, followed by another Extra or not.
+func (e Extra) WithMore(more bool) Extra {
+	e.Flags &^= ExtraMore
+	if more {
+		e.Flags |= ExtraMore
+	}
+	return e
+}
+
+// An ExtraError says why [Extra.Check] refuses an Extra. No correct peer sends
+// such a one.
+type ExtraError uint8
+
+const (
+	BadExtraType ExtraError = iota + 1 // none, or one that nobody defines
+	BadGSOSize                         // segments of no bytes
+	BadGSOType                         // neither TCPv4 nor TCPv6
+)
+
+func (e ExtraError) Error() string {
+	switch e {
+	case BadExtraType:
+		return "netif: unknown extra type"
+	case BadGSOSize:
+		return "netif: gso size is zero"
+	case BadGSOType:
+		return "netif: unknown gso type"
+	}
+	return "netif: bad extra"
+}
+
+// Check refuses, with an [ExtraError], what Linux's netback and netfront refuse:
+// a type out of range and a GSO body without size or known type. A Hash is a hint
+// and a group an address, so their bodies are not looked at. It does not
+// allocate.
+func (e Extra) Check() error {
+	if e.Type == ExtraNone || e.Type > ExtraXDP {
+		return BadExtraType
+	}
+	if e.Type != ExtraGSO {
+		return nil
+	}
+	g := e.GSO()
+	if g.Size == 0 {
+		return BadGSOSize
+	}
+	if g.Type != GSOTCPv4 && g.Type != GSOTCPv6 {
+		return BadGSOType
+	}
+	return nil
+}
+
+// ExtraOfTx is the Extra in a slot of the tx ring that was read as a request.
+func ExtraOfTx(r TxRequest) Extra {
+	return Extra{
+		Type:  ExtraType(r.Ref),
+		Flags: uint8(r.Ref >> 8),
+		Body: [6]byte{
+			byte(r.Ref >> 16), byte(r.Ref >> 24),
+			byte(r.Offset), byte(r.Offset >> 8),
+			byte(r.Flags), byte(r.Flags >> 8)},
+	}
+}
+
+// TxRequest is e as the tx ring holds it, padded with zeros: an old id must not
+// reach the peer.
+func (e Extra) TxRequest() TxRequest {
+	b := &e.Body
+	return TxRequest{
+		Ref: hypercall.GrantRef(e.Type) | hypercall.GrantRef(e.Flags)<<8 |
+			hypercall.GrantRef(b[0])<<16 | hypercall.GrantRef(b[1])<<24,
+		Offset: uint16(b[2]) | uint16(b[3])<<8,
+		Flags:  TxFlags(b[4]) | TxFlags(b[5])<<8,
+	}
+}
+
+// ExtraOfRx is the Extra in a slot of the rx ring that was read as a response.
+func ExtraOfRx(r RxResponse) Extra {
+	return Extra{
+		Type:  ExtraType(r.ID),
+		Flags: uint8(r.ID >> 8),
+		Body: [6]byte{
+			byte(r.Offset), byte(r.Offset >> 8),
+			byte(r.Flags), byte(r.Flags >> 8),
+			byte(r.Status), byte(r.Status >> 8)},
+	}
+}
+
+// RxResponse is e as the rx ring holds it.
+func (e Extra) RxResponse() RxResponse {
+	b := &e.Body
+	return RxResponse{
+		ID:     uint16(e.Type) | uint16(e.Flags)<<8,
+		Offset: uint16(b[0]) | uint16(b[1])<<8,
+		Flags:  RxFlags(b[2]) | RxFlags(b[3])<<8,
+		Status: int16(uint16(b[4]) | uint16(b[5])<<8),
+	}
+}
