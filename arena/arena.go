@@ -1,0 +1,338 @@
+// Package arena divides preallocated memory into buffers and says who holds
+// which.
+//
+// An [Arena] never grows and never allocates after [New]. It has one owner, who
+// gets and puts buffers by number, without locks. What the owner gives to
+// others is a [Buffer]: a small comparable value with a generation, which any
+// goroutine may release. A Buffer that was released, or taken over by the owner,
+// is refused wherever it turns up, and never names somebody else's memory.
+//
+// Buffers may be linked into a chain that is held, lent and released as one.
+//
+// The arena knows nothing of Xen: the memory may be private, granted or mapped.
+package arena
+
+import (
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+
+	"barevif/arena/shm"
+)
+
+var (
+	// ErrStale is a buffer that was released or taken over before.
+	ErrStale = errors.New("arena: buffer was already released")
+
+	// ErrShared is a buffer that others hold too, where one holder is required.
+	ErrShared = errors.New("arena: buffer is held more than once")
+
+	// ErrForeign is a buffer of another arena.
+	ErrForeign = errors.New("arena: buffer belongs to another arena")
+)
+
+// none ends a chain.
+const none = ^uint32(0)
+
+// An Arena is memory divided into buffers of one size. The methods that take or
+// return buffer numbers are the owner's: one goroutine at a time.
+type Arena struct {
+	mem  []byte
+	size uint32
+	desc []desc
+	free []uint32 // owner's stack of buffer numbers
+
+	_        [64]byte      // what follows is written by any goroutine
+	returned atomic.Uint32 // head of the list of buffers released by others
+
+	retired atomic.Bool
+	mu      sync.Mutex // guards free and done once retired
+	done    func()
+}
+
+// A desc says who holds a buffer. Its plain fields belong to the holder.
+type desc struct {
+	state    atomic.Uint64 // generation in the upper half, holders in the lower
+	next     uint32        // the chain's next buffer, or the return list's
+	off, len uint16        // of a chained buffer; the first one's are the holder's own
+}
+
+// New divides mem into buffers of size bytes, a power of two from 64 to
+// [shm.PageSize], so that no buffer crosses a page. mem is lent until [Arena.Retire]
+// has run its function.
+func New(mem shm.Memory, size int) *Arena {
+	if size < 64 || size > shm.PageSize || size&(size-1) != 0 {
+		panic(fmt.Sprintf("arena: buffers of %d bytes", size))
+	}
+	b := mem.Bytes()
+	n := len(b) / size
+	a := &Arena{mem: b, size: uint32(size), desc: make([]desc, n), free: make([]uint32, n)}
+	a.returned.Store(none)
+	for i := range a.desc {
+		a.desc[i].state.Store(1<<32 | 1)
+		a.desc[i].next = none
+		a.free[i] = uint32(n - 1 - i) // lowest numbers first
+	}
+	return a
+}
+
+// Len is the number of buffers, Size the bytes of each.
+func (a *Arena) Len() int  { return len(a.desc) }
+func (a *Arena) Size() int { return int(a.size) }
+
+// Get moves free buffers to dst and returns how many there were: a short count
+// says that the arena is exhausted for now.
+func (a *Arena) Get(dst []uint32) int {
+	if len(a.free) < len(dst) {
+		a.collect()
+	}
+	n := min(len(dst), len(a.free))
+	rest := len(a.free) - n
+	copy(dst, a.free[rest:])
+	a.free = a.free[:rest]
+	return n
+}
+
+// Free is how many buffers Get would give.
+func (a *Arena) Free() int {
+	a.collect()
+	return len(a.free)
+}
+
+// Put gives buffers back that the owner holds by number: got and never handed
+// out, or taken over since.
+func (a *Arena) Put(bufs ...uint32) {
+	for _, i := range bufs {
+		a.desc[i].next = none
+		a.free = append(a.free, i)
+	}
+}
+
+// collect moves what others released to the owner's stack.
+func (a *Arena) collect() {
+	if a.returned.Load() == none {
+		return
+	}
+	for i := a.returned.Swap(none); i != none; {
+		d := &a.desc[i]
+		next := d.next
+		d.next = none
+		a.free = append(a.free, i)
+		i = next
+	}
+}
+
+// Bytes is the memory of buffer i.
+func (a *Arena) Bytes(i uint32) []byte {
+	lo := uint(i) * uint(a.size)
+	hi := lo + uint(a.size)
+	return a.mem[lo:hi:hi]
+}
+
+// Page is where buffer i lies: the page of the arena's memory, and the byte
+// within it.
+func (a *Arena) Page(i uint32) (page, off uint32) {
+	at := i * a.size
+	return at / shm.PageSize, at % shm.PageSize
+}
+
+// Buffer makes the handle under which buffer i is handed out. The owner no
+// longer holds it.
+func (a *Arena) Buffer(i uint32) Buffer {
+	return Buffer{a: a, i: i, gen: uint32(a.desc[i].state.Load() >> 32)}
+}
+
+// Take takes b and what is linked to it over from its only holder, whose handle
+// is stale from now on, and returns its number. ErrStale, ErrShared, ErrForeign.
+func (a *Arena) Take(b Buffer) (uint32, error) {
+	if b.a != a {
+		if b.a == nil {
+			return 0, ErrStale
+		}
+		return 0, ErrForeign
+	}
+	d := &a.desc[b.i]
+	old := uint64(b.gen)<<32 | 1
+	if d.state.CompareAndSwap(old, old+1<<32) {
+		return b.i, nil
+	}
+	if uint32(d.state.Load()>>32) == b.gen {
+		return 0, ErrShared
+	}
+	return 0, ErrStale
+}
+
+// Link makes next follow prev in a chain, with n bytes at off. The owner holds
+// both; from now on next goes where the chain goes.
+func (a *Arena) Link(prev, next uint32, off, n uint16) {
+	a.desc[prev].next = next
+	d := &a.desc[next]
+	d.next, d.off, d.len = none, off, n
+}
+
+// Unlink cuts the chain behind buffer i and returns what followed it, if ok.
+// The owner holds both halves.
+func (a *Arena) Unlink(i uint32) (next uint32, off, n uint16, ok bool) {
+	d := &a.desc[i]
+	if d.next == none {
+		return 0, 0, 0, false
+	}
+	next, d.next = d.next, none
+	return next, a.desc[next].off, a.desc[next].len, true
+}
+
+// Release gives b and what is linked to it back to the owner's stack once its
+// last holder does so. It is [Buffer.Release] without the way through the return
+// list, for the owner only.
+func (a *Arena) Release(b Buffer) error {
+	if b.a != a {
+		return b.Release()
+	}
+	last, err := b.drop()
+	if err != nil || !last {
+		return err
+	}
+	for i := b.i; i != none; {
+		next := a.desc[i].next
+		a.desc[i].next = none
+		a.free = append(a.free, i)
+		i = next
+	}
+	return nil
+}
+
+// Retire ends the owner's use of the arena. done runs once, as soon as every
+// buffer is home: at once, or in the goroutine that releases the last one.
+func (a *Arena) Retire(done func()) {
+	a.mu.Lock()
+	a.done = done
+	a.mu.Unlock()
+	a.retired.Store(true)
+	a.settle()
+}
+
+// settle runs done if the arena is retired and whole.
+func (a *Arena) settle() {
+	a.mu.Lock()
+	a.collect()
+	var done func()
+	if len(a.free) == len(a.desc) {
+		done, a.done = a.done, nil
+	}
+	a.mu.Unlock()
+	if done != nil {
+		done()
+	}
+}
+
+// A Buffer names one buffer of an arena as it was handed out. It is comparable;
+// the zero Buffer names none.
+type Buffer struct {
+	a      *Arena
+	i, gen uint32
+}
+
+// Valid reports whether b is still held.
+func (b Buffer) Valid() bool {
+	return b.a != nil && uint32(b.a.desc[b.i].state.Load()>>32) == b.gen
+}
+
+// Of reports whether b was handed out by a.
+func (b Buffer) Of(a *Arena) bool { return b.a == a }
+
+// Bytes is the buffer's memory. It panics if b is stale: the memory is no
+// longer the caller's.
+func (b Buffer) Bytes() []byte {
+	if !b.Valid() {
+		panic(ErrStale)
+	}
+	return b.a.Bytes(b.i)
+}
+
+// Retain adds a holder: b must be released once more. ErrStale.
+func (b Buffer) Retain() error {
+	if b.a == nil {
+		return ErrStale
+	}
+	d := &b.a.desc[b.i]
+	for {
+		s := d.state.Load()
+		if uint32(s>>32) != b.gen {
+			return ErrStale
+		}
+		if d.state.CompareAndSwap(s, s+1) {
+			return nil
+		}
+	}
+}
+
+// Release gives b and what is linked to it back, from any goroutine. ErrStale.
+func (b Buffer) Release() error {
+	last, err := b.drop()
+	if err != nil || !last {
+		return err
+	}
+	a := b.a
+	tail := b.i
+	for a.desc[tail].next != none {
+		tail = a.desc[tail].next
+	}
+	for {
+		head := a.returned.Load()
+		a.desc[tail].next = head
+		if a.returned.CompareAndSwap(head, b.i) {
+			break
+		}
+	}
+	if a.retired.Load() { // seen here, or the buffer seen by Retire
+		a.settle()
+	}
+	return nil
+}
+
+// drop takes one holder away and reports whether it was the last. The next
+// holder gets another generation.
+func (b Buffer) drop() (last bool, err error) {
+	if b.a == nil {
+		return false, ErrStale
+	}
+	d := &b.a.desc[b.i]
+	for {
+		s := d.state.Load()
+		if uint32(s>>32) != b.gen {
+			return false, ErrStale
+		}
+		if uint32(s) == 1 {
+			if d.state.CompareAndSwap(s, s+1<<32) {
+				return true, nil
+			}
+		} else if d.state.CompareAndSwap(s, s-1) {
+			return false, nil
+		}
+	}
+}
+
+// A Piece is one buffer of a chain: Len bytes at Off.
+type Piece struct {
+	i        uint32
+	Off, Len uint16
+}
+
+// Next is the buffer linked behind b, if any, for a holder of b.
+func (b Buffer) Next() (p Piece, ok bool) { return b.a.after(b.i) }
+
+// After is the buffer linked behind p.
+func (b Buffer) After(p Piece) (Piece, bool) { return b.a.after(p.i) }
+
+// PieceBytes is the memory of the whole buffer of p, of which Len bytes at Off
+// are in use.
+func (b Buffer) PieceBytes(p Piece) []byte { return b.a.Bytes(p.i) }
+
+func (a *Arena) after(i uint32) (Piece, bool) {
+	n := a.desc[i].next
+	if n == none {
+		return Piece{}, false
+	}
+	return Piece{i: n, Off: a.desc[n].off, Len: a.desc[n].len}, true
+}

@@ -1,0 +1,35 @@
+//go:build shmdebug
+
+package shm
+
+import "testing"
+
+func TestASecondLoadOfASlotPanics(t *testing.T) {
+	s := NewSlots[record](Heap(1), 64, 256, 12)
+	s.Load(5)
+	s.Load(6)
+	s.Load(5 + 256) // the next generation
+	defer func() {
+		if recover() == nil {
+			t.Fatal("no panic")
+		}
+	}()
+	s.Load(5 + 256)
+}
+
+func TestTamperChangesEveryLoad(t *testing.T) {
+	m := Heap(1)
+	n := uint32(0)
+	restore := Tamper(func(uint32) uint32 { n++; return n })
+	s := NewSlots[record](m, 64, 256, 12)
+	if got := s.Load(0); got != (record{1, 2, 0, 3}) {
+		t.Error(got)
+	}
+	if a, b := m.In(0).Load(), m.In(0).Load(); a == b {
+		t.Error("two loads gave the same")
+	}
+	restore()
+	if m.In(0).Load() != 0 {
+		t.Error("not restored")
+	}
+}
