@@ -1,0 +1,295 @@
+package telemetry
+
+import "strconv"
+
+// Dir is the direction of a block, the same at both roles: RX counts frames this
+// end hands to its local user, TX frames its user gave it. A backend's RX is
+// therefore the frontend's transmit ring.
+type Dir uint8
+
+const (
+	RX Dir = iota
+	TX
+)
+
+func (d Dir) String() string {
+	if d == TX {
+		return "tx"
+	}
+	return "rx"
+}
+
+// Kind is what a field's words mean.
+type Kind uint8
+
+const (
+	KindCounter   Kind = iota // never goes down but by wrapping at 2^64
+	KindGauge                 // the latest value
+	KindHistogram             // a word per bucket, then the sum of the values
+)
+
+func (k Kind) String() string {
+	switch k {
+	case KindCounter:
+		return "counter"
+	case KindGauge:
+		return "gauge"
+	default:
+		return "histogram"
+	}
+}
+
+// A Counter is a field that only grows. Its value is its word in the block.
+type Counter uint8
+
+const (
+	_ Counter = iota // word 0 is the generation marker gen_done
+
+	Packets
+	Bytes
+	errorsSum  // of the reasons from DropTooLong on; written by Drop only
+	droppedSum // of the other reasons; written by Drop only
+	Multicast
+	Broadcast
+
+	Slots
+	ChainedPackets
+	ExtraInfos
+	GSOPackets
+	GSOCsumFixup
+	CsumPartial
+	CsumVerified
+	CopiedBytes
+	LentPackets
+	AllocFailed
+	RingFull
+
+	Polls
+	PollsFull
+	Parks
+	Events
+	EventsSpurious
+	NotifiesSent
+	NotifiesSpared
+	RescuedWakeups
+	Stalls
+	Violations
+
+	GrantOps
+	GrantBatches
+	GrantErrors
+	PagesQuarantined
+
+	MirrorHealed // written by Refresh only
+
+	endCounters
+)
+
+// A Reason says why one frame was lost. Every reason is a counter of its own and
+// is summed into dropped (lack of something) or errors (something was wrong).
+type Reason uint8
+
+const (
+	DropNoBuffer = Reason(endCounters) + iota
+	DropNoSlot
+	DropLinkDown
+	DropDisconnected
+	DropStalled
+	DropFilter
+
+	// Reasons from here on count as errors.
+
+	DropTooLong
+	DropTooShort
+	DropBadChain
+	DropBadGref
+	DropBadOffset
+	DropBadExtra
+	DropBadGSO
+	DropBadCsum
+	DropBadID
+	DropBackendError
+
+	endReasons
+
+	firstError = DropTooLong
+)
+
+// A Gauge is a field that holds the latest value.
+type Gauge uint8
+
+const (
+	RingSize = Gauge(endReasons) + iota
+	RingUsed
+	RingUsedMax
+	BuffersFree
+
+	endGauges
+)
+
+// A Hist is a histogram with buckets that double in width.
+type Hist uint8
+
+const (
+	FrameSize      Hist = iota // bytes
+	BatchSize                  // frames a poll or Send moved
+	RingOccupancy              // slots in use, seen once a poll
+	WakeupLatency              // nanoseconds from event to poll, sampled
+	RequestLatency             // nanoseconds from request to response, sampled
+
+	endHists
+)
+
+// BlockWords is the number of 64-bit words in a block: 1024 bytes, so that blocks
+// of different writers never share a cache line or an adjacent-line prefetch.
+const BlockWords = 128
+
+const (
+	wordDone  = 0              // gen_done: first word
+	wordStart = BlockWords - 1 // gen_start: last word
+	wordHists = int(endGauges)
+)
+
+// shape places a histogram in the block: buckets at word, bounds 2^shift,
+// 2^(shift+1) and so on, then one without a bound, then the sum.
+type shape struct{ word, shift, last uint8 }
+
+var shapes = [endHists]shape{
+	FrameSize:      {word: uint8(wordHists), shift: 6, last: 11},       // 64 ... 65536
+	BatchSize:      {word: uint8(wordHists) + 13, shift: 0, last: 9},   // 1 ... 256
+	RingOccupancy:  {word: uint8(wordHists) + 24, shift: 0, last: 9},   // 1 ... 256
+	WakeupLatency:  {word: uint8(wordHists) + 35, shift: 10, last: 13}, // 1 us ... 4 ms
+	RequestLatency: {word: uint8(wordHists) + 50, shift: 10, last: 13}, // 1 us ... 4 ms
+}
+
+// A Field describes one field of a block. The table of all fields is the single
+// definition from which the layout, the text formats, the BTF of a BPF map and
+// the documentation page are made.
+type Field struct {
+	Name   string // without direction: "packets" is rx_packets and tx_packets
+	Unit   string // "frames", "bytes", "nanoseconds", ...
+	Help   string // one line, no trailing full stop
+	Kind   Kind
+	SumIn  string   // for a reason: the field it is summed into
+	Word   int      // index of its first word in the block
+	Bounds []uint64 // of a histogram: inclusive upper bounds of all buckets but the last
+}
+
+// Words is how many words of the block the field takes.
+func (f Field) Words() int {
+	if f.Kind == KindHistogram {
+		return len(f.Bounds) + 2
+	}
+	return 1
+}
+
+// FullName is the name in direction d: "rx_packets".
+func (f Field) FullName(d Dir) string { return d.String() + "_" + f.Name }
+
+// Bucket is the name of bucket i of a histogram, or of its sum: "le_64", "inf",
+// "sum".
+func (f Field) Bucket(i int) string {
+	switch {
+	case i < len(f.Bounds):
+		return "le_" + strconv.FormatUint(f.Bounds[i], 10)
+	case i == len(f.Bounds):
+		return "inf"
+	default:
+		return "sum"
+	}
+}
+
+type text struct{ name, unit, help string }
+
+var texts = [wordHists]text{
+	Packets:        {"packets", "frames", "frames moved without an error"},
+	Bytes:          {"bytes", "bytes", "bytes of those frames, Ethernet header included, without FCS"},
+	errorsSum:      {"errors", "frames", "frames lost because something was wrong; the sum of its reasons"},
+	droppedSum:     {"dropped", "frames", "frames lost for lack of something; the sum of its reasons"},
+	Multicast:      {"multicast", "frames", "frames to a group address other than broadcast"},
+	Broadcast:      {"broadcast", "frames", "frames to ff:ff:ff:ff:ff:ff"},
+	Slots:          {"slots", "slots", "ring slots used"},
+	ChainedPackets: {"chained_packets", "frames", "frames of more than one slot"},
+	ExtraInfos:     {"extra_infos", "slots", "extra-info slots"},
+	GSOPackets:     {"gso_packets", "frames", "frames longer than the MTU, to be segmented"},
+	GSOCsumFixup:   {"gso_checksum_fixup", "frames", "GSO frames whose checksum had to be completed first"},
+	CsumPartial:    {"csum_partial", "frames", "frames whose checksum is left to the receiver"},
+	CsumVerified:   {"csum_verified", "frames", "frames the peer says it has verified"},
+	CopiedBytes:    {"copied_bytes", "bytes", "bytes copied by this end"},
+	LentPackets:    {"lent_packets", "frames", "frames passed in shared pages, without a copy"},
+	AllocFailed:    {"alloc_failed", "failures", "times no page was free; a frame need not be lost by it"},
+	RingFull:       {"ring_full", "failures", "times the ring had no room"},
+	Polls:          {"polls", "polls", "looks at the ring"},
+	PollsFull:      {"polls_full", "polls", "looks that found a whole batch or more"},
+	Parks:          {"parks", "parks", "times the owner slept"},
+	Events:         {"events", "events", "event channel signals taken"},
+	EventsSpurious: {"events_spurious", "events", "signals after which there was nothing to do"},
+	NotifiesSent:   {"notifies_sent", "notifies", "signals sent to the peer"},
+	NotifiesSpared: {"notifies_spared", "notifies", "publishes after which the peer asked for no signal"},
+	RescuedWakeups: {"rescued_wakeups", "wakeups", "times the watchdog found work nobody signalled; 0 on a correct system"},
+	Stalls:         {"stalls", "stalls", "times the peer was found not to make progress"},
+	Violations:     {"violations", "violations", "things no correct peer could have done"},
+	GrantOps:       {"grant_ops", "operations", "grant copy operations"},
+	GrantBatches:   {"grant_batches", "batches", "batches of grant copies, one hypercall or less each"},
+	GrantErrors:    {"grant_errors", "operations", "grant copy operations that failed"},
+
+	PagesQuarantined: {"pages_quarantined", "pages", "pages the peer would not give back, never used again"},
+	MirrorHealed:     {"mirror_healed", "words", "words of the mirror found changed by somebody else and written again"},
+
+	DropNoBuffer:     {"drop_no_buffer", "frames", "no free page"},
+	DropNoSlot:       {"drop_no_slot", "frames", "no free slot in the ring"},
+	DropLinkDown:     {"drop_link_down", "frames", "the other end was not connected"},
+	DropDisconnected: {"drop_disconnected", "frames", "in flight when the connection ended"},
+	DropStalled:      {"drop_stalled", "frames", "queued for a peer that made no progress"},
+	DropFilter:       {"drop_filter", "frames", "refused by the filter"},
+	DropTooLong:      {"drop_too_long", "frames", "longer than allowed"},
+	DropTooShort:     {"drop_too_short", "frames", "shorter than an Ethernet header"},
+	DropBadChain:     {"drop_bad_chain", "frames", "too many slots, or a chain without an end"},
+	DropBadGref:      {"drop_bad_gref", "frames", "the grant copy or map failed"},
+	DropBadOffset:    {"drop_bad_offset", "frames", "offset and size leave the page"},
+	DropBadExtra:     {"drop_bad_extra", "frames", "unknown or malformed extra info"},
+	DropBadGSO:       {"drop_bad_gso", "frames", "impossible segmentation parameters"},
+	DropBadCsum:      {"drop_bad_csum", "frames", "checksum state that does not fit the frame"},
+	DropBadID:        {"drop_bad_id", "frames", "response id that was not outstanding"},
+	DropBackendError: {"drop_backend_error", "frames", "the backend answered with an error status"},
+
+	RingSize:    {"ring_size", "slots", "slots in the ring"},
+	RingUsed:    {"ring_used", "slots", "slots in use at the last poll"},
+	RingUsedMax: {"ring_used_max", "slots", "most slots ever in use"},
+	BuffersFree: {"buffers_free", "pages", "free pages at the last poll"},
+}
+
+var histTexts = [endHists]text{
+	FrameSize:      {"frame_size", "bytes", "frames by size"},
+	BatchSize:      {"batch_size", "frames", "polls and sends by the frames they moved"},
+	RingOccupancy:  {"ring_occupancy", "slots", "polls by the slots in use"},
+	WakeupLatency:  {"wakeup_latency", "nanoseconds", "time from signal to poll, sampled"},
+	RequestLatency: {"request_latency", "nanoseconds", "time from request to response, sampled"},
+}
+
+// Fields gives the table, in the order of the words of a block. The slice is the
+// caller's.
+func Fields() []Field {
+	out := make([]Field, 0, wordHists+int(endHists))
+	for w := 1; w < wordHists; w++ {
+		f := Field{Name: texts[w].name, Unit: texts[w].unit, Help: texts[w].help, Word: w}
+		switch {
+		case w >= int(endReasons):
+			f.Kind = KindGauge
+		case w >= int(firstError):
+			f.SumIn = texts[errorsSum].name
+		case w >= int(endCounters):
+			f.SumIn = texts[droppedSum].name
+		}
+		out = append(out, f)
+	}
+	for h, s := range shapes {
+		f := Field{Name: histTexts[h].name, Unit: histTexts[h].unit, Help: histTexts[h].help,
+			Kind: KindHistogram, Word: int(s.word)}
+		for i := range s.last {
+			f.Bounds = append(f.Bounds, 1<<(s.shift+i))
+		}
+		out = append(out, f)
+	}
+	return out
+}

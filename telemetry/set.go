@@ -1,0 +1,253 @@
+package telemetry
+
+import (
+	"errors"
+	"fmt"
+	"runtime"
+	"sync"
+	"time"
+)
+
+// A Set is all counters of one device. It outlives connections and queues: its
+// methods may be called from any goroutine, at any time.
+type Set struct {
+	blocks []Block // rx and tx of queue 0, of queue 1, ...; each written by its owner only
+
+	mu     sync.Mutex
+	mirror Mirror               // guarded by mu
+	last   [][BlockWords]uint64 // guarded by mu: the latest consistent copy of each block
+	base   [][BlockWords]uint64 // guarded by mu: what Stats subtracts
+	reset  Reset                // guarded by mu
+	status Status               // guarded by mu
+	events [eventsKept]Event    // guarded by mu: ring of the latest
+	seq    uint64               // guarded by mu: of the latest event
+	healed uint64               // guarded by mu: mirror_healed already reported
+}
+
+// eventsKept is how many events a Set remembers.
+const eventsKept = 256
+
+// NewSet makes the counters of a device with up to queues queues, on the heap.
+func NewSet(queues int) *Set {
+	return &Set{
+		blocks: make([]Block, 2*queues),
+		last:   make([][BlockWords]uint64, 2*queues),
+		base:   make([][BlockWords]uint64, 2*queues),
+	}
+}
+
+// Queues is the number of queues there is room for.
+func (s *Set) Queues() int { return len(s.blocks) / 2 }
+
+// RX is the receive block of queue q. It panics if there is no such queue.
+func (s *Set) RX(q int) *Block { return &s.blocks[2*q+int(RX)] }
+
+// TX is the transmit block of queue q. It panics if there is no such queue.
+func (s *Set) TX(q int) *Block { return &s.blocks[2*q+int(TX)] }
+
+// ErrAttached is what [Set.Attach] answers to a second mirror.
+var ErrAttached = errors.New("telemetry: there is a mirror already")
+
+// Attach has every block mirrored to m from its owner's next Publish on, and
+// takes m over: [Set.Close] closes it. On an error m stays the caller's.
+func (s *Set) Attach(m Mirror) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.mirror != nil {
+		return ErrAttached
+	}
+	sinks := make([]*sink, len(s.blocks))
+	for i := range sinks {
+		words, base := m.Words(i/2, Dir(i%2))
+		if len(words) != BlockWords || (base != nil && len(base) != BlockWords) {
+			return fmt.Errorf("telemetry: %s mirror gives %d and %d words for a block of %d",
+				m.Kind(), len(words), len(base), BlockWords)
+		}
+		sinks[i] = &sink{words: words}
+		copy(sinks[i].base[:], base)
+		sinks[i].base[wordDone], sinks[i].base[wordStart] = 0, 0
+		for g := int(endReasons); g < int(endGauges); g++ {
+			sinks[i].base[g] = 0
+		}
+	}
+	for i := range s.blocks {
+		s.blocks[i].sink.Store(sinks[i])
+	}
+	s.mirror = m
+	m.Update(s.status, s.reset)
+	return nil
+}
+
+// Backend says where the counters are mirrored and why not in a better place.
+func (s *Set) Backend() (kind, reason string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.mirror == nil {
+		return "heap", ""
+	}
+	return s.mirror.Kind(), s.mirror.Reason()
+}
+
+// Close takes the mirror away and closes it. The counters stay readable and
+// their owners may go on counting. Close waits for a Publish under way, which
+// takes nanoseconds.
+func (s *Set) Close() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.mirror == nil {
+		return nil
+	}
+	for i := range s.blocks {
+		s.blocks[i].sink.Store(nil)
+	}
+	// An owner that loaded the old sink has stored its start marker before, and
+	// stores the end marker after its last word.
+	for i := range s.blocks {
+		b := &s.blocks[i]
+		for b.public[wordStart].Load() != b.public[wordDone].Load() {
+			runtime.Gosched()
+		}
+	}
+	m := s.mirror
+	s.mirror = nil
+	return m.Close()
+}
+
+// SetStatus shows st beside the counters.
+func (s *Set) SetStatus(st Status) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.status = st
+	if s.mirror != nil {
+		s.mirror.Update(st, s.reset)
+	}
+}
+
+// Tick tells the mirror that the device is alive, and reports words that owners
+// had to heal. Call it once a second.
+func (s *Set) Tick() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.readLocked()
+	var healed uint64
+	for i := range s.last {
+		healed += s.last[i][MirrorHealed]
+	}
+	if healed != s.healed {
+		s.recordLocked(EventTamper, NoQueue, healed-s.healed, 0)
+		s.healed = healed
+	}
+	if s.mirror != nil {
+		s.mirror.Update(s.status, s.reset)
+	}
+}
+
+// Record keeps an event. What a and b mean is said at the kind. It takes a lock
+// and the time of day: not for every frame.
+func (s *Set) Record(k EventKind, queue int, a, b uint64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.recordLocked(k, queue, a, b)
+}
+
+func (s *Set) recordLocked(k EventKind, queue int, a, b uint64) {
+	s.seq++
+	e := Event{Seq: s.seq, Time: time.Now(), Kind: k, Queue: queue, A: a, B: b}
+	s.events[s.seq%eventsKept] = e
+	if s.mirror != nil {
+		s.mirror.Record(e)
+	}
+}
+
+// Events gives the latest events, oldest first.
+func (s *Set) Events() []Event {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n := min(s.seq, eventsKept)
+	out := make([]Event, 0, n)
+	for q := s.seq - n + 1; q <= s.seq; q++ {
+		out = append(out, s.events[q%eventsKept])
+	}
+	return out
+}
+
+// readLocked brings last up to date. A block whose owner is caught in the middle
+// of a Publish for too long keeps its earlier, consistent copy.
+func (s *Set) readLocked() {
+	var w [BlockWords]uint64
+	for i := range s.blocks {
+		for try := range readTries {
+			if s.blocks[i].read(&w) {
+				s.last[i] = w
+				break
+			}
+			if try%8 == 7 {
+				runtime.Gosched()
+			}
+		}
+	}
+}
+
+const readTries = 1 << 12
+
+// Snapshot gives the counters since the last Reset. Each block is of one
+// instant; different blocks are from slightly different ones.
+func (s *Set) Snapshot() Stats {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.snapshotLocked(true)
+}
+
+// Totals gives the counters since the Set was made, whatever was reset.
+func (s *Set) Totals() Stats {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.snapshotLocked(false)
+}
+
+func (s *Set) snapshotLocked(sinceReset bool) Stats {
+	s.readLocked()
+	st := Stats{Queues: make([]Queue, s.Queues())}
+	for i := range s.last {
+		v := Values{s.last[i]}
+		if sinceReset {
+			for _, r := range additive {
+				for w := r[0]; w < r[1]; w++ {
+					v.words[w] -= s.base[i][w]
+				}
+			}
+		}
+		q := &st.Queues[i/2]
+		if Dir(i%2) == RX {
+			q.RX = v
+			st.RX.add(&v)
+		} else {
+			q.TX = v
+			st.TX.add(&v)
+		}
+	}
+	return st
+}
+
+// Reset makes the counters of Snapshot start from zero: it remembers where they
+// are. Gauges, mirrors and Totals do not change.
+func (s *Set) Reset() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.readLocked()
+	copy(s.base, s.last)
+	s.reset = Reset{Count: s.reset.Count + 1, Time: time.Now()}
+	for i := range s.last {
+		if Dir(i%2) == RX {
+			s.reset.RxPackets += s.last[i][Packets]
+			s.reset.RxBytes += s.last[i][Bytes]
+		} else {
+			s.reset.TxPackets += s.last[i][Packets]
+			s.reset.TxBytes += s.last[i][Bytes]
+		}
+	}
+	s.recordLocked(EventReset, NoQueue, s.reset.Count, 0)
+	if s.mirror != nil {
+		s.mirror.Update(s.status, s.reset)
+	}
+}

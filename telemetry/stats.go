@@ -1,0 +1,54 @@
+package telemetry
+
+// Stats are the counters of a device: summed over its queues, and each queue's
+// own.
+type Stats struct {
+	RX, TX Values
+	Queues []Queue
+}
+
+// Queue is the counters of one queue.
+type Queue struct{ RX, TX Values }
+
+// Values are the words of one block, or the sum of several.
+type Values struct{ words [BlockWords]uint64 }
+
+// additive are the ranges of words that add up over queues and start from the
+// baseline: all but the markers and the gauges.
+var additive = [...][2]int{{1, int(endReasons)}, {int(endGauges), wordStart}}
+
+// add adds o to v. Of ring_used_max the greater counts, other gauges add up.
+func (v *Values) add(o *Values) {
+	for w := 1; w < wordStart; w++ {
+		if w == int(RingUsedMax) {
+			v.words[w] = max(v.words[w], o.words[w])
+		} else {
+			v.words[w] += o.words[w]
+		}
+	}
+}
+
+// Get is the value of c.
+func (v *Values) Get(c Counter) uint64 { return v.words[c] }
+
+// Errors is the number of frames lost because something was wrong.
+func (v *Values) Errors() uint64 { return v.words[errorsSum] }
+
+// Dropped is the number of frames lost for lack of something.
+func (v *Values) Dropped() uint64 { return v.words[droppedSum] }
+
+// Lost is the number of frames lost for reason r.
+func (v *Values) Lost(r Reason) uint64 { return v.words[r] }
+
+// Gauge is the value of g.
+func (v *Values) Gauge(g Gauge) uint64 { return v.words[g] }
+
+// Field is the first word of f: its value, or for a histogram its first bucket.
+func (v *Values) Field(f Field) uint64 { return v.words[f.Word] }
+
+// Histogram gives the counts of f's buckets, not cumulated, and the sum of the
+// values observed. The slice is the caller's.
+func (v *Values) Histogram(f Field) (buckets []uint64, sum uint64) {
+	n := len(f.Bounds) + 1
+	return append([]uint64(nil), v.words[f.Word:f.Word+n]...), v.words[f.Word+n]
+}
