@@ -2,35 +2,38 @@ package telemetry
 
 import (
 	"math/bits"
+	"sync"
 	"sync/atomic"
 )
 
 // A Block is the counters of one direction of one queue. It has one owner: no
 // method may be called by two goroutines at once. Readers use [Set.Snapshot].
 //
-// Counting is plain arithmetic on private words. [Block.Publish] shows the
-// changed ones to readers.
+// Counting is plain arithmetic on private words. [Block.Publish] and
+// [Block.Flush] show the changed ones to readers.
 type Block struct {
 	_ [128]byte // blocks never share a line, wherever the allocator puts them
 
-	// Written and read by the owner only.
+	// The owner's alone.
 	words [BlockWords]uint64
-	dirty [BlockWords / 64]uint64 // words changed since the last Publish
-	gen   uint64
-	seen  *sink // what was published to last
+	dirty [BlockWords / 64]uint64 // a bit per word that changed and is not yet public
 
 	_ [128]byte
 
-	// Written by the owner, read by anyone.
-	public [BlockWords]atomic.Uint64
-	sink   atomic.Pointer[sink] // written by Set only
+	// mu is held for the time of a copy. The owner only tries it while frames
+	// move, so a reader never holds them up.
+	mu     sync.Mutex
+	public [BlockWords]uint64 // guarded by mu
+	gen    uint64             // guarded by mu: of the latest publish to sink
+	sink   *sink              // guarded by mu
 
 	_ [128]byte
 }
 
-// sink is where a block is mirrored outside the heap.
+// sink is where a block is mirrored outside the heap. Its words are written
+// under the block's lock and read by other processes only.
 type sink struct {
-	words []uint64           // BlockWords of them
+	words *[BlockWords]uint64
 	base  [BlockWords]uint64 // totals of an earlier process that the mirror continues
 }
 
@@ -42,14 +45,11 @@ func (b *Block) Add(c Counter, n uint64) {
 
 // Drop counts n frames lost for reason r, and with it rx_dropped or rx_errors
 // (tx_... in a transmit block). There is no other way to count a lost frame, so
-// that the reasons always add up to those two.
+// the reasons always add up to those two.
 func (b *Block) Drop(r Reason, n uint64) {
-	b.Add(Counter(r), n)
-	if r < firstError {
-		b.Add(droppedSum, n)
-	} else {
-		b.Add(errorsSum, n)
-	}
+	b.Add(r.sum(), n)
+	b.words[r&(BlockWords-1)] += n
+	b.dirty[r>>6&1] |= 1 << (r & 63)
 }
 
 // Set sets g to v.
@@ -68,74 +68,108 @@ func (b *Block) Max(g Gauge, v uint64) {
 // Observe counts v in the bucket of h it belongs to.
 func (b *Block) Observe(h Hist, v uint64) {
 	s := &shapes[h]
-	i := min(bits.Len64((max(v, 1)-1)>>s.shift), int(s.last))
-	b.Add(Counter(int(s.word)+i), 1)
-	b.Add(Counter(s.word+s.last+1), v)
+	i := s.word + uint8(min(bits.Len64((max(v, 1)-1)>>s.shift), int(s.last)))
+	b.words[i&(BlockWords-1)]++
+	b.dirty[i>>6&1] |= 1 << (i & 63)
+	b.words[s.sum&(BlockWords-1)] += v
+	b.dirty[s.sum>>6&1] |= 1 << (s.sum & 63)
 }
 
-// Publish shows readers what changed since the last Publish: call it every 32
-// frames and before every park. It neither allocates nor blocks, makes no system
-// call and costs a few nanoseconds when nothing changed.
+// Publish shows readers what changed: call it every 32 frames. It never waits:
+// when a reader is copying just now, the next Publish or Flush shows what this
+// one would have. It does not allocate and makes no system call.
 func (b *Block) Publish() {
-	if b.dirty[0]|b.dirty[1] == 0 && b.sink.Load() == b.seen {
+	if b.dirty[0]|b.dirty[1] == 0 || !b.mu.TryLock() {
 		return
 	}
-	b.gen++
-	b.public[wordStart].Store(b.gen) // before sink is loaded: Set.detach waits on it
-	s := b.sink.Load()
-	if s != b.seen {
-		b.seen = s
-		b.dirty = allDirty
+	b.publishLocked()
+	b.mu.Unlock()
+}
+
+// Flush is Publish for an owner about to park, who may be gone for long: it
+// waits for a reader to finish its copy of one kilobyte.
+func (b *Block) Flush() {
+	if b.dirty[0]|b.dirty[1] == 0 {
+		return
 	}
-	if s != nil {
-		atomic.StoreUint64(&s.words[wordStart], b.gen)
-	}
-	for i, d := range b.dirty {
-		for ; d != 0; d &= d - 1 {
-			w := (i*64 + bits.TrailingZeros64(d)) & (BlockWords - 1)
-			v := b.words[w]
-			b.public[w].Store(v)
-			if s != nil {
-				atomic.StoreUint64(&s.words[w], v+s.base[w])
+	b.mu.Lock()
+	b.publishLocked()
+	b.mu.Unlock()
+}
+
+// Refresh publishes every word, changed or not, and gives the number of words of
+// the mirror that were not as they were left: somebody else wrote there. They
+// are put right and counted in mirror_healed. Call it on the slow tick.
+func (b *Block) Refresh() (healed int) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if s := b.sink; s != nil {
+		for w := 1; w < wordStart; w++ {
+			if atomic.LoadUint64(&s.words[w]) != b.public[w]+s.base[w] {
+				healed++
 			}
 		}
+		if s.words[wordStart] != b.gen || s.words[wordDone] != b.gen {
+			healed++
+		}
 	}
-	b.dirty = [BlockWords / 64]uint64{}
-	if s != nil {
-		atomic.StoreUint64(&s.words[wordDone], b.gen)
-	}
-	b.public[wordDone].Store(b.gen)
+	b.Add(MirrorHealed, uint64(healed))
+	b.dirty = allDirty
+	b.publishLocked()
+	return healed
 }
 
 // allDirty is every word but the two markers.
 var allDirty = [BlockWords / 64]uint64{^uint64(1), ^uint64(0) >> 1}
 
-// Refresh publishes every word, changed or not, and gives the number of words of
-// the mirror that were not as the last Publish left them: somebody else wrote
-// there. They are put right and counted in mirror_healed. Call it on the slow
-// tick, as the owner.
-func (b *Block) Refresh() (healed int) {
-	if s := b.seen; s != nil && s == b.sink.Load() {
-		for w := range s.words {
-			if atomic.LoadUint64(&s.words[w]) != b.public[w].Load()+s.base[w] {
-				healed++
+// publishLocked stores the start marker first and the done marker last. They are
+// the last and the first word, so that whoever copies the block upwards and
+// finds them equal has words of one instant.
+func (b *Block) publishLocked() {
+	s := b.sink
+	if s == nil {
+		for i, d := range b.dirty {
+			for ; d != 0; d &= d - 1 {
+				w := (i*64 + bits.TrailingZeros64(d)) & (BlockWords - 1)
+				b.public[w] = b.words[w]
 			}
 		}
+		b.dirty = [BlockWords / 64]uint64{}
+		return
 	}
-	if healed > 0 {
-		b.Add(MirrorHealed, uint64(healed))
+	b.gen++
+	atomic.StoreUint64(&s.words[wordStart], b.gen)
+	for i, d := range b.dirty {
+		for ; d != 0; d &= d - 1 {
+			w := (i*64 + bits.TrailingZeros64(d)) & (BlockWords - 1)
+			v := b.words[w]
+			b.public[w] = v
+			put(&s.words[w], v+s.base[w])
+		}
 	}
-	b.dirty = allDirty
-	b.Publish()
-	return healed
+	b.dirty = [BlockWords / 64]uint64{}
+	atomic.StoreUint64(&s.words[wordDone], b.gen)
 }
 
-// read copies the public words and reports whether they belong together: the
-// markers are read in the order opposite to that in which Publish writes them.
-func (b *Block) read(to *[BlockWords]uint64) bool {
-	done := b.public[wordDone].Load()
-	for w := 1; w < wordStart; w++ {
-		to[w] = b.public[w].Load()
+// attach mirrors the block to s from now on, or nowhere if s is nil.
+func (b *Block) attach(s *sink) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.sink = s
+	if s == nil {
+		return
 	}
-	return b.public[wordStart].Load() == done
+	b.gen++
+	atomic.StoreUint64(&s.words[wordStart], b.gen)
+	for w := 1; w < wordStart; w++ {
+		put(&s.words[w], b.public[w]+s.base[w])
+	}
+	atomic.StoreUint64(&s.words[wordDone], b.gen)
+}
+
+// read copies what was published last.
+func (b *Block) read(to *[BlockWords]uint64) {
+	b.mu.Lock()
+	*to = b.public
+	b.mu.Unlock()
 }

@@ -115,6 +115,14 @@ const (
 	firstError = DropTooLong
 )
 
+// sum is the counter r is part of.
+func (r Reason) sum() Counter {
+	if r < firstError {
+		return droppedSum
+	}
+	return errorsSum
+}
+
 // A Gauge is a field that holds the latest value.
 type Gauge uint8
 
@@ -147,19 +155,19 @@ const BlockWords = 128
 const (
 	wordDone  = 0              // gen_done: first word
 	wordStart = BlockWords - 1 // gen_start: last word
-	wordHists = int(endGauges)
+	wordHists = uint8(endGauges)
 )
 
 // shape places a histogram in the block: buckets at word, bounds 2^shift,
 // 2^(shift+1) and so on, then one without a bound, then the sum.
-type shape struct{ word, shift, last uint8 }
+type shape struct{ word, shift, last, sum uint8 }
 
 var shapes = [endHists]shape{
-	FrameSize:      {word: uint8(wordHists), shift: 6, last: 11},       // 64 ... 65536
-	BatchSize:      {word: uint8(wordHists) + 13, shift: 0, last: 9},   // 1 ... 256
-	RingOccupancy:  {word: uint8(wordHists) + 24, shift: 0, last: 9},   // 1 ... 256
-	WakeupLatency:  {word: uint8(wordHists) + 35, shift: 10, last: 13}, // 1 us ... 4 ms
-	RequestLatency: {word: uint8(wordHists) + 50, shift: 10, last: 13}, // 1 us ... 4 ms
+	FrameSize:      {word: wordHists, shift: 6, last: 11, sum: wordHists + 12},       // 64 to 65536
+	BatchSize:      {word: wordHists + 13, shift: 0, last: 9, sum: wordHists + 23},   // 1 to 256
+	RingOccupancy:  {word: wordHists + 24, shift: 0, last: 9, sum: wordHists + 34},   // 1 to 256
+	WakeupLatency:  {word: wordHists + 35, shift: 10, last: 13, sum: wordHists + 49}, // 1 us to 4 ms
+	RequestLatency: {word: wordHists + 50, shift: 10, last: 13, sum: wordHists + 64}, // 1 us to 4 ms
 }
 
 // A Field describes one field of a block. The table of all fields is the single
@@ -270,8 +278,8 @@ var histTexts = [endHists]text{
 // Fields gives the table, in the order of the words of a block. The slice is the
 // caller's.
 func Fields() []Field {
-	out := make([]Field, 0, wordHists+int(endHists))
-	for w := 1; w < wordHists; w++ {
+	out := make([]Field, 0, int(wordHists)+int(endHists))
+	for w := 1; w < int(wordHists); w++ {
 		f := Field{Name: texts[w].name, Unit: texts[w].unit, Help: texts[w].help, Word: w}
 		switch {
 		case w >= int(endReasons):

@@ -3,7 +3,6 @@ package telemetry
 import (
 	"errors"
 	"fmt"
-	"runtime"
 	"sync"
 	"time"
 )
@@ -15,7 +14,7 @@ type Set struct {
 
 	mu     sync.Mutex
 	mirror Mirror               // guarded by mu
-	last   [][BlockWords]uint64 // guarded by mu: the latest consistent copy of each block
+	last   [][BlockWords]uint64 // guarded by mu: copies of the blocks
 	base   [][BlockWords]uint64 // guarded by mu: what Stats subtracts
 	reset  Reset                // guarded by mu
 	status Status               // guarded by mu
@@ -48,8 +47,8 @@ func (s *Set) TX(q int) *Block { return &s.blocks[2*q+int(TX)] }
 // ErrAttached is what [Set.Attach] answers to a second mirror.
 var ErrAttached = errors.New("telemetry: there is a mirror already")
 
-// Attach has every block mirrored to m from its owner's next Publish on, and
-// takes m over: [Set.Close] closes it. On an error m stays the caller's.
+// Attach has every block mirrored to m from now on and takes m over: [Set.Close]
+// closes it. On an error m stays the caller's.
 func (s *Set) Attach(m Mirror) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -63,15 +62,15 @@ func (s *Set) Attach(m Mirror) error {
 			return fmt.Errorf("telemetry: %s mirror gives %d and %d words for a block of %d",
 				m.Kind(), len(words), len(base), BlockWords)
 		}
-		sinks[i] = &sink{words: words}
-		copy(sinks[i].base[:], base)
-		sinks[i].base[wordDone], sinks[i].base[wordStart] = 0, 0
-		for g := int(endReasons); g < int(endGauges); g++ {
-			sinks[i].base[g] = 0
+		sinks[i] = &sink{words: (*[BlockWords]uint64)(words)}
+		for _, r := range additive {
+			if base != nil {
+				copy(sinks[i].base[r[0]:r[1]], base[r[0]:r[1]])
+			}
 		}
 	}
 	for i := range s.blocks {
-		s.blocks[i].sink.Store(sinks[i])
+		s.blocks[i].attach(sinks[i])
 	}
 	s.mirror = m
 	m.Update(s.status, s.reset)
@@ -89,8 +88,7 @@ func (s *Set) Backend() (kind, reason string) {
 }
 
 // Close takes the mirror away and closes it. The counters stay readable and
-// their owners may go on counting. Close waits for a Publish under way, which
-// takes nanoseconds.
+// their owners may go on counting and publishing.
 func (s *Set) Close() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -98,15 +96,7 @@ func (s *Set) Close() error {
 		return nil
 	}
 	for i := range s.blocks {
-		s.blocks[i].sink.Store(nil)
-	}
-	// An owner that loaded the old sink has stored its start marker before, and
-	// stores the end marker after its last word.
-	for i := range s.blocks {
-		b := &s.blocks[i]
-		for b.public[wordStart].Load() != b.public[wordDone].Load() {
-			runtime.Gosched()
-		}
+		s.blocks[i].attach(nil)
 	}
 	m := s.mirror
 	s.mirror = nil
@@ -171,24 +161,12 @@ func (s *Set) Events() []Event {
 	return out
 }
 
-// readLocked brings last up to date. A block whose owner is caught in the middle
-// of a Publish for too long keeps its earlier, consistent copy.
+// readLocked brings last up to date.
 func (s *Set) readLocked() {
-	var w [BlockWords]uint64
 	for i := range s.blocks {
-		for try := range readTries {
-			if s.blocks[i].read(&w) {
-				s.last[i] = w
-				break
-			}
-			if try%8 == 7 {
-				runtime.Gosched()
-			}
-		}
+		s.blocks[i].read(&s.last[i])
 	}
 }
-
-const readTries = 1 << 12
 
 // Snapshot gives the counters since the last Reset. Each block is of one
 // instant; different blocks are from slightly different ones.

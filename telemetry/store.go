@@ -111,9 +111,8 @@ type Store interface {
 // A Mirror is the place of one device's counters. Words is called once a block;
 // the methods from Update on may be called from any goroutine.
 type Mirror interface {
-	// Words gives the [BlockWords] words of one block, which its owner alone
-	// writes until Close, and the totals they are to continue from: nil for
-	// none.
+	// Words gives the [BlockWords] words of one block, which belong to the Set
+	// until Close, and the totals they are to continue from: nil for none.
 	Words(queue int, d Dir) (words, base []uint64)
 
 	// Kind is what the mirror is, "bpf" for instance, and Reason why it is not
@@ -128,6 +127,6 @@ type Mirror interface {
 	// Record keeps e beside the counters.
 	Record(e Event)
 
-	// Close takes the mirror away. No block may be published to any more.
+	// Close takes the mirror away. Nobody writes its words any more.
 	Close() error
 }

@@ -1,0 +1,9 @@
+//go:build !amd64 || race
+
+package telemetry
+
+import "sync/atomic"
+
+// put stores a word of a mirror, after everything stored before and before
+// everything stored later.
+func put(p *uint64, v uint64) { atomic.StoreUint64(p, v) }
