@@ -1,0 +1,231 @@
+//go:build linux
+
+package xendev
+
+import (
+	"structs"
+	"unsafe"
+
+	"barevif/hypercall"
+)
+
+// The requests of include/uapi/xen/{evtchn,gntalloc,gntdev}.h, all of them
+// _IOC(_IOC_NONE, type, number, size of the struct).
+const (
+	evtchnBindInterdomain = unsafe.Sizeof(bindInterdomain{})<<16 | 'E'<<8 | 1
+	evtchnBindUnbound     = unsafe.Sizeof(evtchnPort{})<<16 | 'E'<<8 | 2
+	evtchnUnbind          = unsafe.Sizeof(evtchnPort{})<<16 | 'E'<<8 | 3
+	evtchnNotify          = unsafe.Sizeof(evtchnPort{})<<16 | 'E'<<8 | 4
+	evtchnReset           = 'E'<<8 | 5
+
+	gntallocAlloc       = unsafe.Sizeof(allocGref{})<<16 | 'G'<<8 | 5
+	gntallocDealloc     = unsafe.Sizeof(deallocGref{})<<16 | 'G'<<8 | 6
+	gntallocUnmapNotify = unsafe.Sizeof(unmapNotify{})<<16 | 'G'<<8 | 7
+
+	gntdevMap   = unsafe.Sizeof(mapGrantRef{})<<16 | 'G'<<8 | 0
+	gntdevUnmap = unsafe.Sizeof(unmapGrantRef{})<<16 | 'G'<<8 | 1
+	gntdevCopy  = unsafe.Sizeof(grantCopy{})<<16 | 'G'<<8 | 8
+)
+
+// bindInterdomain is struct ioctl_evtchn_bind_interdomain. The result of the
+// call is our port.
+type bindInterdomain struct {
+	_      structs.HostLayout
+	Domain uint32
+	Port   uint32
+}
+
+// evtchnPort is what bind_unbound_port (a domain), unbind and notify take.
+type evtchnPort struct {
+	_     structs.HostLayout
+	Value uint32
+}
+
+// allocGref is struct ioctl_gntalloc_alloc_gref, whose last member goes on.
+type allocGref struct {
+	_     structs.HostLayout
+	Domid uint16
+	Flags uint16
+	Count uint32
+	Index uint64 // out
+	Refs  [1]uint32
+	_     uint32 // the C struct's padding, which the driver reads and writes too
+}
+
+const gntallocWritable = 1 // GNTALLOC_FLAG_WRITABLE
+
+// deallocGref is struct ioctl_gntalloc_dealloc_gref.
+type deallocGref struct {
+	_     structs.HostLayout
+	Index uint64
+	Count uint32
+	_     uint32
+}
+
+// unmapNotify is struct ioctl_gntalloc_unmap_notify.
+type unmapNotify struct {
+	_      structs.HostLayout
+	Index  uint64
+	Action uint32
+	Port   uint32
+}
+
+const notifySendEvent = 2 // UNMAP_NOTIFY_SEND_EVENT
+
+// mapGrantRef is struct ioctl_gntdev_map_grant_ref, whose last member goes on.
+type mapGrantRef struct {
+	_     structs.HostLayout
+	Count uint32
+	_     uint32
+	Index uint64 // out
+	Refs  [1]gntdevRef
+}
+
+// gntdevRef is struct ioctl_gntdev_grant_ref.
+type gntdevRef struct {
+	_     structs.HostLayout
+	Domid uint32
+	Ref   uint32
+}
+
+// unmapGrantRef is struct ioctl_gntdev_unmap_grant_ref.
+type unmapGrantRef struct {
+	_     structs.HostLayout
+	Index uint64
+	Count uint32
+	_     uint32
+}
+
+// grantCopy is struct ioctl_gntdev_grant_copy.
+type grantCopy struct {
+	_        structs.HostLayout
+	Count    uint32
+	_        uint32
+	Segments *copySegment
+}
+
+// copySegment is struct gntdev_grant_copy_segment. An end is an address, or
+// {ref u32, offset u16, domid u16} in the order of a little-endian word.
+type copySegment struct {
+	_      structs.HostLayout
+	Source uint64
+	Dest   uint64
+	Len    uint16
+	Flags  uint16
+	Status int16 // out
+	_      uint16
+}
+
+const (
+	copySourceGref = 1 // GNTCOPY_source_gref
+	copyDestGref   = 2 // GNTCOPY_dest_gref
+)
+
+var (
+	_ [8]byte  = [unsafe.Sizeof(bindInterdomain{})]byte{}
+	_ [4]byte  = [unsafe.Sizeof(evtchnPort{})]byte{}
+	_ [24]byte = [unsafe.Sizeof(allocGref{})]byte{}
+	_ [16]byte = [unsafe.Offsetof(allocGref{}.Refs)]byte{}
+	_ [16]byte = [unsafe.Sizeof(deallocGref{})]byte{}
+	_ [16]byte = [unsafe.Sizeof(unmapNotify{})]byte{}
+	_ [24]byte = [unsafe.Sizeof(mapGrantRef{})]byte{}
+	_ [16]byte = [unsafe.Offsetof(mapGrantRef{}.Refs)]byte{}
+	_ [8]byte  = [unsafe.Sizeof(gntdevRef{})]byte{}
+	_ [16]byte = [unsafe.Sizeof(unmapGrantRef{})]byte{}
+	_ [16]byte = [unsafe.Sizeof(grantCopy{})]byte{}
+	_ [8]byte  = [unsafe.Offsetof(grantCopy{}.Segments)]byte{}
+	_ [24]byte = [unsafe.Sizeof(copySegment{})]byte{}
+	_ [20]byte = [unsafe.Offsetof(copySegment{}.Status)]byte{}
+)
+
+// bindPeer is EVTCHN_BIND_INTERDOMAIN. Its struct is only read, during the call.
+func bindPeer(fd int, peer hypercall.DomID, remote hypercall.PortID) (hypercall.PortID, error) {
+	arg := bindInterdomain{Domain: uint32(peer), Port: uint32(remote)}
+	p, err := ioctl(fd, evtchnBindInterdomain, unsafe.Pointer(&arg))
+	return hypercall.PortID(p), err
+}
+
+// bindUnbound is EVTCHN_BIND_UNBOUND_PORT. Its struct is only read.
+func bindUnbound(fd int, peer hypercall.DomID) (hypercall.PortID, error) {
+	arg := evtchnPort{Value: uint32(peer)}
+	p, err := ioctl(fd, evtchnBindUnbound, unsafe.Pointer(&arg))
+	return hypercall.PortID(p), err
+}
+
+// portCall is EVTCHN_UNBIND or EVTCHN_NOTIFY. Their struct is only read.
+func portCall(fd int, request uintptr, p hypercall.PortID) error {
+	arg := evtchnPort{Value: uint32(p)}
+	_, err := ioctl(fd, request, unsafe.Pointer(&arg))
+	return err
+}
+
+// resetEvents is EVTCHN_RESET, which has no struct.
+func resetEvents(fd int) error {
+	_, err := ioctl(fd, evtchnReset, nil)
+	return err
+}
+
+// allocGrefs is GNTALLOC_ALLOC_GREF. The driver writes count refs from Refs on,
+// which buf was made to hold.
+func allocGrefs(fd int, peer hypercall.DomID, flags uint16, count int) (uint64, []hypercall.GrantRef, error) {
+	buf := make([]uint64, 3+count/2)
+	arg := (*allocGref)(unsafe.Pointer(&buf[0]))
+	arg.Domid, arg.Flags, arg.Count = uint16(peer), flags, uint32(count)
+	if _, err := ioctl(fd, gntallocAlloc, unsafe.Pointer(arg)); err != nil {
+		return 0, nil, err
+	}
+	refs := make([]hypercall.GrantRef, count)
+	for i, r := range unsafe.Slice(&arg.Refs[0], count) {
+		refs[i] = hypercall.GrantRef(r)
+	}
+	return arg.Index, refs, nil
+}
+
+// deallocGrefs is GNTALLOC_DEALLOC_GREF. Its struct is only read.
+func deallocGrefs(fd int, index uint64, count int) error {
+	arg := deallocGref{Index: index, Count: uint32(count)}
+	_, err := ioctl(fd, gntallocDealloc, unsafe.Pointer(&arg))
+	return err
+}
+
+// setUnmapNotify is GNTALLOC_SET_UNMAP_NOTIFY. Its struct is only read.
+func setUnmapNotify(fd int, index uint64, action uint32, p hypercall.PortID) error {
+	arg := unmapNotify{Index: index, Action: action, Port: uint32(p)}
+	_, err := ioctl(fd, gntallocUnmapNotify, unsafe.Pointer(&arg))
+	return err
+}
+
+// addMap is GNTDEV_MAP_GRANT_REF. The driver reads len(refs) entries from Refs
+// on, which buf was made to hold, and writes the struct's head.
+func addMap(fd int, peer hypercall.DomID, refs []hypercall.GrantRef) (uint64, error) {
+	buf := make([]uint64, 2+len(refs))
+	arg := (*mapGrantRef)(unsafe.Pointer(&buf[0]))
+	arg.Count = uint32(len(refs))
+	for i, r := range refs {
+		unsafe.Slice(&arg.Refs[0], len(refs))[i] = gntdevRef{Domid: uint32(peer), Ref: uint32(r)}
+	}
+	_, err := ioctl(fd, gntdevMap, unsafe.Pointer(arg))
+	return arg.Index, err
+}
+
+// removeMap is GNTDEV_UNMAP_GRANT_REF. Its struct is only read.
+func removeMap(fd int, index uint64, count int) error {
+	arg := unmapGrantRef{Index: index, Count: uint32(count)}
+	_, err := ioctl(fd, gntdevUnmap, unsafe.Pointer(&arg))
+	return err
+}
+
+// copyGrants is GNTDEV_GRANT_COPY. The driver writes segs' statuses, and memory
+// at the addresses in them: [Domain.Copy] has seen that it holds Len bytes and
+// that it is not on a stack.
+func copyGrants(fd int, segs []copySegment) error {
+	arg := grantCopy{Count: uint32(len(segs)), Segments: &segs[0]}
+	_, err := ioctl(fd, gntdevCopy, unsafe.Pointer(&arg))
+	return err
+}
+
+// localEnd is where b begins. It is only ever given to the kernel, while the
+// caller of [Domain.Copy] holds b.
+func localEnd(b []byte) uint64 {
+	return uint64(uintptr(unsafe.Pointer(unsafe.SliceData(b))))
+}

@@ -1,0 +1,142 @@
+//go:build linux
+
+package xendev
+
+import (
+	"errors"
+	"fmt"
+
+	"golang.org/x/sys/unix"
+
+	"barevif/arena/shm"
+	"barevif/hypercall"
+)
+
+// maxPages bounds one Share or Map: gntdev's own bound (its parameter limit).
+const maxPages = 64 << 10
+
+func checkPages(op string, n int) error {
+	if n <= 0 || n > maxPages {
+		return fmt.Errorf("xendev: %s of %d pages (1 to %d)", op, n, maxPages)
+	}
+	return nil
+}
+
+// Memory gives zeroed, prefaulted pages that no other domain reaches, locked if
+// the Config says so. Locking may need CAP_IPC_LOCK or a higher RLIMIT_MEMLOCK.
+func (d *Domain) Memory(pages int) (*hypercall.Mapping, error) {
+	if err := checkPages("memory", pages); err != nil {
+		return nil, err
+	}
+	b, err := unix.Mmap(-1, 0, pages*shm.PageSize, unix.PROT_READ|unix.PROT_WRITE,
+		unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_POPULATE)
+	if err != nil {
+		return nil, fmt.Errorf("xendev: %d pages of memory: %w", pages, err)
+	}
+	if d.cfg.LockMemory {
+		if err := unix.Mlock(b); err != nil {
+			err = fmt.Errorf("xendev: lock %d pages (RLIMIT_MEMLOCK or CAP_IPC_LOCK): %w", pages, err)
+			return nil, errors.Join(err, unix.Munmap(b))
+		}
+	}
+	m, err := shm.New(b)
+	if err != nil {
+		return nil, errors.Join(err, unix.Munmap(b))
+	}
+	return hypercall.NewMapping(m, func() error { return unix.Munmap(b) }), nil
+}
+
+// Map maps pages the peer granted, as one run: all or none. A failure that is one
+// ref's is a [*hypercall.GrantError] with that ref; finding it takes up to one
+// more map per ref.
+//
+// A domain that maps its own grants sees them only if it is a PV one.
+func (d *Domain) Map(peer hypercall.DomID, refs []hypercall.GrantRef, access hypercall.Access) (*hypercall.Mapping, error) {
+	if err := checkPages("map", len(refs)); err != nil {
+		return nil, err
+	}
+	fd, err := d.gntdev.enter(&d.cfg)
+	if err != nil {
+		return nil, err
+	}
+	defer d.gntdev.leave()
+
+	peer = d.other(peer)
+	b, index, err := mapRefs(fd, peer, refs, access)
+	if err != nil {
+		if e := d.findBad(fd, peer, refs, access); e != nil {
+			return nil, e
+		}
+		return nil, fmt.Errorf("xendev: map %d grants of domain %d: %w", len(refs), peer, err)
+	}
+	count := len(refs)
+	release := func() error { return d.release(b, index, count) }
+	m, err := shm.New(b)
+	if err != nil {
+		return nil, errors.Join(err, unix.Munmap(b), removeMap(fd, index, count))
+	}
+	return hypercall.NewMapping(m, release), nil
+}
+
+// mapRefs maps all of refs or none.
+func mapRefs(fd int, peer hypercall.DomID, refs []hypercall.GrantRef, access hypercall.Access) ([]byte, uint64, error) {
+	index, err := addMap(fd, peer, refs)
+	if err != nil {
+		return nil, 0, err
+	}
+	prot := unix.PROT_READ
+	if access == hypercall.ReadWrite {
+		prot |= unix.PROT_WRITE
+	}
+	b, err := unix.Mmap(fd, int64(index), len(refs)*shm.PageSize, prot, unix.MAP_SHARED)
+	if err != nil {
+		return nil, 0, errors.Join(err, removeMap(fd, index, len(refs)))
+	}
+	return b, index, nil
+}
+
+// release unmaps in both senses: munmap alone leaves the grants in use in a
+// domain that is not PV.
+func (d *Domain) release(b []byte, index uint64, count int) error {
+	if err := unix.Munmap(b); err != nil {
+		return fmt.Errorf("xendev: unmap %d grants: %w", count, err)
+	}
+	fd, err := d.gntdev.enter(&d.cfg)
+	if err != nil {
+		return nil // closed, which did it
+	}
+	defer d.gntdev.leave()
+	if err := removeMap(fd, index, count); err != nil {
+		return fmt.Errorf("xendev: unmap %d grants: %w", count, err)
+	}
+	return nil
+}
+
+// findBad finds the first ref that cannot be mapped, and by a copy of one byte
+// why, since the driver says EINVAL to everything. A ref that can be read but not
+// mapped was refused for writing, to which Xen says general error.
+func (d *Domain) findBad(fd int, peer hypercall.DomID, refs []hypercall.GrantRef, access hypercall.Access) error {
+	for i, ref := range refs {
+		b, index, err := mapRefs(fd, peer, refs[i:i+1], access)
+		if err == nil {
+			if err := errors.Join(unix.Munmap(b), removeMap(fd, index, 1)); err != nil {
+				return err
+			}
+			continue
+		}
+		if !errors.Is(err, unix.EINVAL) {
+			continue // not the ref's fault
+		}
+		e := &hypercall.GrantError{Op: "map", Dom: peer, Ref: ref, Status: hypercall.GeneralError}
+		op := [1]hypercall.CopyOp{{
+			Src: hypercall.Area{Ref: ref, Dom: peer},
+			Dst: hypercall.Area{Local: make([]byte, 1)},
+			Len: 1,
+		}}
+		if err := copyOps(fd, op[:]); err == nil && op[0].Status != hypercall.OK {
+			e.Status = op[0].Status
+		}
+		return e
+	}
+	return nil
+}

@@ -1,0 +1,147 @@
+//go:build linux
+
+package xendev
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"strings"
+	"sync"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// ErrNotXen is wrapped by errors that come from there being no Xen below this
+// kernel.
+var ErrNotXen = errors.New("this machine is not a Xen domain")
+
+// A NodeError is a device node that cannot be opened. Its text says what to do
+// about it.
+type NodeError struct {
+	Node   string // "/dev/xen/gntalloc"
+	Module string // the kernel module that makes it
+	Err    error  // what open said; [ErrNotXen] is wrapped where it applies
+}
+
+func (e *NodeError) Unwrap() error { return e.Err }
+
+func (e *NodeError) Error() string {
+	s := fmt.Sprintf("open %s: %v", e.Node, e.Err)
+	switch {
+	case errors.Is(e.Err, ErrNotXen):
+		return s
+	case errors.Is(e.Err, fs.ErrNotExist), errors.Is(e.Err, unix.ENODEV), errors.Is(e.Err, unix.ENXIO):
+		if e.Module == "xenfs" {
+			return s + ": load the module and mount it: modprobe xenfs && mount -t xenfs xenfs /proc/xen"
+		}
+		return s + ": load the module: modprobe " + e.Module
+	case errors.Is(e.Err, fs.ErrPermission):
+		return s + ": be root, or let a group in by a udev rule: " + e.rule()
+	}
+	return s
+}
+
+// rule is what lets a group use the node. In udev's eyes the device of
+// /dev/xen/evtchn is called xen/evtchn.
+func (e *NodeError) rule() string {
+	name := e.Node[strings.LastIndexByte(e.Node, '/')+1:]
+	return fmt.Sprintf(`SUBSYSTEM=="misc", KERNEL=="xen/%s", GROUP="barevif", MODE="0660"`, name)
+}
+
+// explain makes a NodeError of what opening path said.
+func (c Config) explain(path, module string, err error) error {
+	var p *fs.PathError
+	if errors.As(err, &p) {
+		err = p.Err
+	}
+	if errors.Is(err, fs.ErrNotExist) && !c.onXen() {
+		err = fmt.Errorf("%w (%w)", ErrNotXen, err)
+	}
+	return &NodeError{Node: path, Module: module, Err: err}
+}
+
+// onXen asks the kernel what it runs on (drivers/xen/sys-hypervisor.c).
+func (c Config) onXen() bool {
+	b, err := os.ReadFile(c.path("sys/hypervisor/type"))
+	return err == nil && strings.TrimSpace(string(b)) == "xen"
+}
+
+// A node is a device node without a poll operation, opened when first entered.
+// Whoever is inside has it open: close waits, so that no call reaches another
+// file that got the descriptor's number.
+type node struct {
+	path, module string
+
+	mu     sync.RWMutex // held for reading while inside
+	file   *os.File     // guarded by mu
+	fd     int          // of file
+	closed bool         // guarded by mu
+}
+
+// enter gives the descriptor until leave.
+func (n *node) enter(cfg *Config) (fd int, err error) {
+	n.mu.RLock()
+	if n.file != nil {
+		return n.fd, nil
+	}
+	n.mu.RUnlock()
+
+	n.mu.Lock()
+	if err := n.openLocked(cfg); err != nil {
+		n.mu.Unlock()
+		return -1, err
+	}
+	n.mu.Unlock()
+
+	n.mu.RLock()
+	if n.file == nil {
+		n.mu.RUnlock()
+		return -1, net.ErrClosed
+	}
+	return n.fd, nil
+}
+
+func (n *node) leave() { n.mu.RUnlock() }
+
+func (n *node) openLocked(cfg *Config) error {
+	if n.closed {
+		return net.ErrClosed
+	}
+	if n.file != nil {
+		return nil
+	}
+	f, err := openFile(n.path, 0)
+	if err != nil {
+		return cfg.explain(n.path, n.module, err)
+	}
+	conn, err := f.SyscallConn()
+	if err == nil {
+		err = conn.Control(func(fd uintptr) { n.fd = int(fd) })
+	}
+	if err != nil {
+		f.Close()
+		return err
+	}
+	n.file = f
+	return nil
+}
+
+func (n *node) close() error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	f := n.file
+	n.file, n.closed = nil, true
+	if f == nil {
+		return nil
+	}
+	return f.Close()
+}
+
+// openFile opens a node for reading and writing. os.OpenFile adds O_CLOEXEC.
+func openFile(path string, flags int) (*os.File, error) {
+	return os.OpenFile(path, os.O_RDWR|syscall.O_CLOEXEC|flags, 0)
+}

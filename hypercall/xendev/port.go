@@ -1,0 +1,93 @@
+//go:build linux
+
+package xendev
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"barevif/hypercall"
+	"barevif/hypercall/xendev/privcmd"
+)
+
+// A port is one end of an event channel.
+type port struct {
+	w  *waiter
+	id hypercall.PortID
+
+	// Guarded by w.mu.
+	masked  bool      // by the driver, until its number is written back
+	gone    bool      // closed
+	useless uint8     // wake-ups in a row that brought no work
+	due     time.Time // when to unmask it, if late
+
+	mu     sync.Mutex       // held for a whole Notify; the driver would serialise them too
+	ring   func(fd uintptr) // EVTCHN_NOTIFY; made once, as a closure for each Notify were garbage
+	err    error            // guarded by mu; what ring found
+	bell   *privcmd.Doorbell
+	closed bool // guarded by mu
+}
+
+func newPort(w *waiter, id hypercall.PortID) (*port, error) {
+	p := &port{w: w, id: id}
+	p.ring = func(fd uintptr) { p.err = portCall(int(fd), evtchnNotify, id) }
+	if w.d.cfg.Doorbell == DoorbellHypercall {
+		c, err := w.d.hypercalls()
+		if err != nil {
+			return nil, err
+		}
+		if p.bell, err = c.Doorbell(id); err != nil {
+			return nil, err
+		}
+	}
+	return p, nil
+}
+
+// ID implements [hypercall.Port].
+func (p *port) ID() hypercall.PortID { return p.id }
+
+// Notify implements [hypercall.Port]. After Close it says net.ErrClosed.
+func (p *port) Notify() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.closed {
+		return net.ErrClosed
+	}
+	if p.bell != nil {
+		return p.bell.Ring()
+	}
+	if p.w.raw.Control(p.ring) != nil {
+		return net.ErrClosed
+	}
+	if p.err != nil {
+		return fmt.Errorf("xendev: notify event channel %d: %w", p.id, p.err)
+	}
+	return nil
+}
+
+// Close implements [hypercall.Port].
+func (p *port) Close() error {
+	p.w.remove(p)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.closed {
+		return nil
+	}
+	p.closed = true
+	if p.bell != nil {
+		p.bell.Close()
+	}
+	var err error
+	if p.w.raw.Control(func(fd uintptr) { err = portCall(int(fd), evtchnUnbind, p.id) }) != nil {
+		return nil // the Waiter is closed, and its ports with it
+	}
+	if err != nil && !errors.Is(err, unix.ENOTCONN) {
+		return fmt.Errorf("xendev: close event channel %d: %w", p.id, err)
+	}
+	return nil
+}

@@ -1,0 +1,423 @@
+//go:build linux
+
+package xendev
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"barevif/hypercall"
+)
+
+const (
+	// freeWakeups is how many wake-ups in a row a port may cause for nothing
+	// before unmasking it is put off. Races of an honest peer need a few.
+	freeWakeups = 4
+
+	// Putting off starts with minDelay and doubles up to maxDelay, as Linux's
+	// late end of interrupt does (drivers/xen/events/events_base.c), which does
+	// nothing for ports of user space.
+	minDelay = time.Millisecond
+	maxDelay = time.Second
+)
+
+// delayAfter is for how long a port stays masked after n wake-ups for nothing.
+func delayAfter(n uint8) time.Duration {
+	if n <= freeWakeups {
+		return 0
+	}
+	return min(minDelay<<min(n-freeWakeups-1, 10), maxDelay)
+}
+
+// past is a deadline that has passed. SetReadDeadline(past) wakes who reads.
+var past = time.Unix(1, 0)
+
+// portBytes is the size of a port number in evtchn's read and write.
+const portBytes = 4
+
+// A waiter is one open file of evtchn. What comes from it are the numbers of
+// ports that fired, each masked by the driver until its number is written back.
+type waiter struct {
+	d    *Domain
+	file *os.File // in the runtime's poller; never its Fd, which would take it out
+	raw  syscall.RawConn
+
+	woken atomic.Bool // a Wake nobody has seen yet
+	poked atomic.Bool // a Wake may have moved the file's read deadline
+
+	mu     sync.Mutex                 // never held while parked
+	ports  map[hypercall.PortID]*port // guarded by mu
+	closed bool                       // guarded by mu
+	fired  []*port                    // guarded by mu; came with the last wake-up, masked
+	late   []*port                    // guarded by mu; masked until due
+	out    []byte                     // guarded by mu; numbers to write back
+
+	// Of the goroutine in Wait only.
+	in    [64 * portBytes]byte
+	n     int   // bytes of in
+	err   error // of the read that filled in
+	got   bool  // look found something
+	armed time.Time
+	try   func(fd uintptr) (done bool) // reads into in; made once, as a closure for each Wait were garbage
+	look  func(fd uintptr)
+}
+
+// Waiter opens a place to wait: one open file of /dev/xen/evtchn, which its ports
+// live and die with.
+func (d *Domain) Waiter() (hypercall.Waiter, error) {
+	path := d.cfg.path("dev/xen/evtchn")
+	f, err := openFile(path, unix.O_NONBLOCK)
+	if err != nil {
+		return nil, d.cfg.explain(path, "xen-evtchn", err)
+	}
+	w, err := newWaiter(d, f)
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return w, nil
+}
+
+func newWaiter(d *Domain, f *os.File) (*waiter, error) {
+	raw, err := f.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	if err := f.SetReadDeadline(time.Time{}); err != nil { // not in the poller
+		return nil, fmt.Errorf("xendev: wait on %s: %w", f.Name(), err)
+	}
+	w := &waiter{d: d, file: f, raw: raw, ports: make(map[hypercall.PortID]*port)}
+	w.try = w.tryRead
+	w.look = func(fd uintptr) { w.got = w.tryRead(fd) }
+	return w, nil
+}
+
+func (w *waiter) tryRead(fd uintptr) (done bool) {
+	for {
+		w.n, w.err = unix.Read(int(fd), w.in[:])
+		switch w.err {
+		case unix.EINTR:
+		case unix.EAGAIN:
+			return false
+		default:
+			if w.n == 0 && w.err == nil {
+				w.err = io.ErrUnexpectedEOF
+			}
+			return true
+		}
+	}
+}
+
+// Wait implements [hypercall.Waiter]. Its wake-ups for nothing are counted per
+// port: a port that has woken us more than four times in a row without work stays
+// masked for 1 ms, then 2, up to 1 s, while the others of this Waiter do not.
+func (w *waiter) Wait(deadline time.Time, worked bool) error {
+	if err := w.settle(worked); err != nil {
+		return err
+	}
+	for {
+		if err := w.arm(deadline); err != nil {
+			return err
+		}
+		// After arm: a Wake before it has moved the deadline in vain, and one
+		// after it ends the read.
+		if w.woken.Swap(false) {
+			return nil
+		}
+		err := w.raw.Read(w.try)
+		switch {
+		case err == nil:
+			if fired, err := w.note(); fired || err != nil {
+				return err
+			}
+			continue // the port was closed meanwhile
+		case !errors.Is(err, os.ErrDeadlineExceeded):
+			return net.ErrClosed
+		}
+
+		w.armed = past // spent: the next arm sets it anew
+		if w.woken.Swap(false) {
+			return nil
+		}
+		// The poller does not read at all past the deadline, but what came
+		// before it counts.
+		w.got = false
+		if w.raw.Control(w.look) != nil {
+			return net.ErrClosed
+		}
+		if w.got {
+			if fired, err := w.note(); fired || err != nil {
+				return err
+			}
+		}
+		now := time.Now()
+		if !deadline.IsZero() && !now.Before(deadline) {
+			return os.ErrDeadlineExceeded
+		}
+		if err := w.unmaskDue(now); err != nil {
+			return err
+		}
+	}
+}
+
+// arm sets the read deadline to the caller's, or to when the next late port is
+// due, unless it is that already.
+func (w *waiter) arm(deadline time.Time) error {
+	w.mu.Lock()
+	for _, p := range w.late {
+		if deadline.IsZero() || p.due.Before(deadline) {
+			deadline = p.due
+		}
+	}
+	w.mu.Unlock()
+	if !w.poked.Swap(false) && deadline.Equal(w.armed) {
+		return nil
+	}
+	w.armed = deadline
+	if err := w.file.SetReadDeadline(deadline); err != nil {
+		return net.ErrClosed
+	}
+	return nil
+}
+
+// settle unmasks the ports of the last wake-up, or puts that off.
+func (w *waiter) settle(worked bool) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.closed {
+		return net.ErrClosed
+	}
+	var now time.Time
+	if !worked && len(w.fired) > 0 || len(w.late) > 0 {
+		now = time.Now()
+	}
+	for _, p := range w.fired {
+		if worked {
+			p.useless = 0
+		} else if p.useless < 255 {
+			p.useless++
+		}
+		if d := delayAfter(p.useless); d > 0 && !p.gone {
+			p.due = now.Add(d)
+			w.late = append(w.late, p)
+			continue
+		}
+		w.unmaskLocked(p)
+	}
+	clear(w.fired)
+	w.fired = w.fired[:0]
+	if len(w.late) > 0 {
+		w.dueLocked(now)
+	}
+	return w.flushLocked()
+}
+
+func (w *waiter) unmaskDue(now time.Time) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.dueLocked(now)
+	return w.flushLocked()
+}
+
+func (w *waiter) dueLocked(now time.Time) {
+	kept := w.late[:0]
+	for _, p := range w.late {
+		switch {
+		case p.gone:
+		case now.Before(p.due):
+			kept = append(kept, p)
+		default:
+			w.unmaskLocked(p)
+		}
+	}
+	clear(w.late[len(kept):])
+	w.late = kept
+}
+
+// unmaskLocked puts p among the numbers to write back.
+func (w *waiter) unmaskLocked(p *port) {
+	if p.gone {
+		return // the number may be another port's by now
+	}
+	p.masked = false
+	w.out = binary.NativeEndian.AppendUint32(w.out, uint32(p.id))
+}
+
+// maxWrite is what the driver takes in one write.
+const maxWrite = 4096
+
+func (w *waiter) flushLocked() error {
+	for b := w.out; len(b) > 0; {
+		n, err := w.file.Write(b[:min(len(b), maxWrite)])
+		if err != nil {
+			if errors.Is(err, os.ErrClosed) {
+				return net.ErrClosed
+			}
+			return fmt.Errorf("xendev: unmask event channels: %w", err)
+		}
+		b = b[n:]
+	}
+	w.out = w.out[:0]
+	return nil
+}
+
+// note takes what try read: ports of ours that were not masked have fired.
+func (w *waiter) note() (fired bool, err error) {
+	if w.err == unix.EFBIG {
+		return true, w.overflow()
+	}
+	if w.err != nil {
+		return false, fmt.Errorf("xendev: wait for event channels: %w", w.err)
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for b := w.in[:w.n]; len(b) >= portBytes; b = b[portBytes:] {
+		p := w.ports[hypercall.PortID(binary.NativeEndian.Uint32(b))]
+		if p == nil || p.masked {
+			continue // left from a port that is closed by now
+		}
+		p.masked = true
+		w.fired = append(w.fired, p)
+		fired = true
+	}
+	return fired, nil
+}
+
+// overflow starts afresh after the driver lost numbers: any port may have been
+// among them, so each is taken to have fired, and is written back.
+func (w *waiter) overflow() error {
+	var err error
+	if w.raw.Control(func(fd uintptr) { err = resetEvents(int(fd)) }) != nil {
+		return net.ErrClosed
+	}
+	if err != nil {
+		return fmt.Errorf("xendev: reset event channels: %w", err)
+	}
+	w.allFired()
+	return nil
+}
+
+func (w *waiter) allFired() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, p := range w.ports {
+		if !p.masked {
+			p.masked = true
+			w.fired = append(w.fired, p)
+		}
+	}
+}
+
+// Wake implements [hypercall.Waiter].
+func (w *waiter) Wake() {
+	if w.woken.Swap(true) {
+		return // the one before has done or will do the rest
+	}
+	w.poked.Store(true)
+	// It can only fail once the file is closed, and then nobody waits.
+	_ = w.file.SetReadDeadline(past)
+}
+
+// Close implements [hypercall.Waiter].
+func (w *waiter) Close() error {
+	w.mu.Lock()
+	if w.closed {
+		w.mu.Unlock()
+		return nil
+	}
+	w.closed = true
+	ports := w.ports
+	w.ports = nil
+	w.mu.Unlock()
+	for _, p := range ports {
+		p.Close() // its doorbell has to go; the driver would unbind it by itself
+	}
+	return w.file.Close()
+}
+
+// Unbound implements [hypercall.Waiter]. Xen does not say whether peer exists.
+func (w *waiter) Unbound(peer hypercall.DomID) (hypercall.Port, error) {
+	return w.open(func(fd int) (hypercall.PortID, error) {
+		id, err := bindUnbound(fd, w.d.other(peer))
+		return id, bindError(err, peer, 0)
+	})
+}
+
+// Bind implements [hypercall.Waiter].
+func (w *waiter) Bind(peer hypercall.DomID, remote hypercall.PortID) (hypercall.Port, error) {
+	return w.open(func(fd int) (hypercall.PortID, error) {
+		id, err := bindPeer(fd, w.d.other(peer), remote)
+		return id, bindError(err, peer, remote)
+	})
+}
+
+func bindError(err error, peer hypercall.DomID, remote hypercall.PortID) error {
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, unix.ENOSPC):
+		err = hypercall.ErrNoPorts
+	case errors.Is(err, unix.ESRCH):
+		err = hypercall.ErrNoDomain
+	case errors.Is(err, unix.EINVAL) && remote != 0:
+		err = hypercall.ErrNoPort
+	}
+	if remote == 0 {
+		return fmt.Errorf("xendev: open an event channel for domain %d: %w", peer, err)
+	}
+	return fmt.Errorf("xendev: bind to event channel %d of domain %d: %w", remote, peer, err)
+}
+
+// open opens a port by bind and enters it, under one lock, since a port bound to
+// its peer may fire before bind returns.
+func (w *waiter) open(bind func(fd int) (hypercall.PortID, error)) (hypercall.Port, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.closed {
+		return nil, net.ErrClosed
+	}
+	var id hypercall.PortID
+	var err error
+	if w.raw.Control(func(fd uintptr) { id, err = bind(int(fd)) }) != nil {
+		return nil, net.ErrClosed
+	}
+	if err != nil {
+		return nil, err
+	}
+	p, err := newPort(w, id)
+	if err != nil {
+		cerr := w.raw.Control(func(fd uintptr) { err = errors.Join(err, portCall(int(fd), evtchnUnbind, id)) })
+		return nil, errors.Join(err, cerr)
+	}
+	w.enterLocked(p)
+	return p, nil
+}
+
+// enterLocked adds p, and room for it wherever Wait may put it.
+func (w *waiter) enterLocked(p *port) {
+	w.ports[p.id] = p
+	n := len(w.ports)
+	w.fired = slices.Grow(w.fired, n)
+	w.late = slices.Grow(w.late, n)
+	w.out = slices.Grow(w.out, 2*n*portBytes)
+}
+
+// remove takes p out, unless Close did.
+func (w *waiter) remove(p *port) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	p.gone = true
+	if w.ports[p.id] == p {
+		delete(w.ports, p.id)
+	}
+}
