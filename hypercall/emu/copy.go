@@ -1,0 +1,247 @@
+package emu
+
+import (
+	"sync/atomic"
+
+	"barevif/arena/shm"
+	"barevif/hypercall"
+)
+
+// A view is what this domain knows of another: its grant table, to be looked at
+// anew for every operation, and the pages it has touched so far.
+type view struct {
+	incarnation uint64
+	grants      []atomic.Uint64
+	pages       []atomic.Pointer[page] // by ref; a page is good for its serial only
+	attached    map[uint64]attached    // by serial; guarded by Domain.mu
+}
+
+type page struct {
+	serial uint64
+	b      []byte
+}
+
+// attached is a whole share in our address space for Copy. It does not count as
+// mapped: it is out of use as soon as the grant has ended.
+type attached struct {
+	refs []hypercall.GrantRef
+	free func() error
+}
+
+// alive reports whether the domain is the one it was when the view was made.
+func (v *view) alive() bool { return v.grants[0].Load() == v.incarnation }
+
+// free gives back all that is attached, when no Copy can reach the view.
+func (v *view) free() {
+	for serial, a := range v.attached {
+		delete(v.attached, serial)
+		a.free()
+	}
+}
+
+// Copy runs ops. The first use of a share of another process asks the host for it;
+// after that a Copy is a look at the grant table and a copy of bytes. A grant that
+// is asked for no bytes is not looked at, as in Linux's gntdev.
+func (d *Domain) Copy(ops []hypercall.CopyOp) error {
+	d.calls.copies.Add(1)
+	d.calls.copyOps.Add(uint64(len(ops)))
+	for i := range ops {
+		if ops[i].Src.Local != nil && ops[i].Dst.Local != nil {
+			return ErrLocalCopy
+		}
+	}
+	if err := d.failed(OpCopy); err != nil {
+		return err
+	}
+	for try := 0; len(ops) > 0; {
+		n, miss, err := d.copySome(ops)
+		if err != nil {
+			return err
+		}
+		if ops = ops[n:]; miss == nil {
+			continue
+		}
+		if n > 0 {
+			try = 0
+		}
+		try++
+		if st := d.fetch(miss); st != hypercall.OK || try > maxFetches {
+			if st == hypercall.OK { // it was granted, ended and granted again, over and over
+				st = hypercall.TryAgain
+			}
+			ops[0].Status = st
+			ops, try = ops[1:], 0
+		}
+	}
+	return nil
+}
+
+// maxFetches bounds the attempts for one operation: both its ends may be new, and
+// both views too.
+const maxFetches = 8
+
+// copySome runs ops until one needs a page that was never touched.
+func (d *Domain) copySome(ops []hypercall.CopyOp) (n int, miss *hypercall.Area, err error) {
+	d.gate.RLock()
+	defer d.gate.RUnlock()
+	if d.dead.Load() {
+		return 0, nil, errDead
+	}
+	for i := range ops {
+		op := &ops[i]
+		if op.Len == 0 {
+			op.Status = hypercall.OK
+			continue
+		}
+		src, miss, st := d.reach(&op.Src, op.Len, hypercall.ReadOnly)
+		if miss {
+			return i, &op.Src, nil
+		}
+		var dst []byte
+		if st == hypercall.OK {
+			if dst, miss, st = d.reach(&op.Dst, op.Len, hypercall.ReadWrite); miss {
+				return i, &op.Dst, nil
+			}
+		}
+		if d.faults.Load() != nil {
+			if f := d.fault(OpCopyGrant); f != nil {
+				st = f.Status
+			}
+		}
+		if op.Status = st; st == hypercall.OK {
+			copy(dst, src)
+		}
+	}
+	return len(ops), nil, nil
+}
+
+// reach gives the n bytes of one end of an operation, if they may be had.
+func (d *Domain) reach(a *hypercall.Area, n uint32, access hypercall.Access) (b []byte, miss bool, _ hypercall.Status) {
+	if a.Local != nil {
+		if uint64(n) > uint64(len(a.Local)) {
+			return nil, false, hypercall.BadCopyArg
+		}
+		return a.Local[:n], false, hypercall.OK
+	}
+	if uint64(a.Offset)+uint64(n) > shm.PageSize {
+		return nil, false, hypercall.BadCopyArg
+	}
+	v := (*d.views.Load())[d.peer(a.Dom)]
+	if v == nil || !v.alive() {
+		return nil, true, hypercall.OK
+	}
+	serial, st := check(v.grants, a.Ref, d.id, access)
+	if st != hypercall.OK {
+		return nil, false, st
+	}
+	p := v.pages[a.Ref].Load()
+	if p == nil || p.serial != serial {
+		return nil, true, hypercall.OK
+	}
+	end := uint32(a.Offset) + n
+	return p.b[a.Offset:end:end], false, hypercall.OK
+}
+
+func (d *Domain) peer(id hypercall.DomID) hypercall.DomID {
+	if id == hypercall.DomSelf {
+		return d.id
+	}
+	return id
+}
+
+// fetch makes what a needs reachable. [hypercall.OK] means: try again.
+func (d *Domain) fetch(a *hypercall.Area) hypercall.Status {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.dead.Load() {
+		return hypercall.GeneralError
+	}
+	dom := d.peer(a.Dom)
+	v := (*d.views.Load())[dom]
+	if v == nil || !v.alive() {
+		return d.lookupLocked(dom)
+	}
+	s, b, err := d.hv.attach(dom, a.Ref)
+	if err != nil {
+		return hypercall.OK // ended since: the next look at the table says how
+	}
+	defer b.close()
+	d.sweepLocked(v)
+	if _, again := v.attached[s.Serial]; again {
+		return hypercall.OK
+	}
+	r, err := b.view(0, len(s.Refs), s.Access)
+	if err != nil {
+		return hypercall.NoSpace
+	}
+	v.attached[s.Serial] = attached{s.Refs, r.free}
+	for i, ref := range s.Refs {
+		v.pages[ref].Store(&page{s.Serial, r.Page(i)})
+	}
+	return hypercall.OK
+}
+
+// lookupLocked replaces the view of dom, which may be gone for good.
+func (d *Domain) lookupLocked(dom hypercall.DomID) hypercall.Status {
+	views := make(map[hypercall.DomID]*view)
+	var stale []*view
+	for id, v := range *d.views.Load() {
+		if v.alive() {
+			views[id] = v
+		} else {
+			stale = append(stale, v)
+		}
+	}
+	t, err := d.hv.lookup(dom)
+	if err == nil {
+		views[dom] = &view{
+			incarnation: t.incarnation,
+			grants:      t.grants,
+			pages:       make([]atomic.Pointer[page], len(t.grants)),
+			attached:    make(map[uint64]attached),
+		}
+	}
+	d.views.Store(&views)
+	d.quiesce()
+	for _, v := range stale {
+		v.free()
+	}
+	if err != nil {
+		return hypercall.BadDomain
+	}
+	return hypercall.OK
+}
+
+// sweepLocked lets go of the shares of v that have ended.
+func (d *Domain) sweepLocked(v *view) {
+	var stale []attached
+	for serial, a := range v.attached {
+		if v.granted(serial, a.refs) {
+			continue
+		}
+		for _, ref := range a.refs {
+			if p := v.pages[ref].Load(); p != nil && p.serial == serial {
+				v.pages[ref].Store(nil)
+			}
+		}
+		delete(v.attached, serial)
+		stale = append(stale, a)
+	}
+	if stale == nil {
+		return
+	}
+	d.quiesce()
+	for _, a := range stale {
+		a.free()
+	}
+}
+
+// granted reports whether any of refs still belongs to the share.
+func (v *view) granted(serial uint64, refs []hypercall.GrantRef) bool {
+	for _, ref := range refs {
+		if e := v.grants[ref].Load(); e&entryValid != 0 && e&entrySerial == serial {
+			return true
+		}
+	}
+	return false
+}

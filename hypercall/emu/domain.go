@@ -1,0 +1,232 @@
+package emu
+
+import (
+	"context"
+	"errors"
+	"io"
+	"sync"
+	"sync/atomic"
+
+	"barevif/hypercall"
+)
+
+var (
+	errNoPages  = errors.New("emu: not a positive number of pages")
+	errNoWaiter = errors.New("emu: no such waiter")
+)
+
+// A Domain is one domain of a [Machine] or [Host]. Its methods may be called from
+// any goroutine. Once the domain is destroyed they fail with an error that is
+// net.ErrClosed.
+type Domain struct {
+	id     hypercall.DomID
+	hv     hypervisor
+	memory memory
+	calls  callCounters
+	faults atomic.Pointer[[]*armedFault] // replaced under mu
+
+	// gate is held shared while memory is touched that is not the caller's:
+	// tables, event words, pages of other domains. Taking it waits for that.
+	gate sync.RWMutex
+	dead atomic.Bool // set once; tables are gone when the gate was taken after it
+	done chan struct{}
+
+	views atomic.Pointer[map[hypercall.DomID]*view] // replaced under mu
+
+	mu      sync.Mutex
+	waiters map[*waiter]struct{} // guarded by mu
+}
+
+var _ hypercall.Domain = (*Domain)(nil)
+
+func newDomain(id hypercall.DomID, hv hypervisor, mem memory) *Domain {
+	d := &Domain{
+		id: id, hv: hv, memory: mem,
+		done:    make(chan struct{}),
+		waiters: make(map[*waiter]struct{}),
+	}
+	d.views.Store(&map[hypercall.DomID]*view{})
+	return d
+}
+
+// ID is the domain's number.
+func (d *Domain) ID() hypercall.DomID { return d.id }
+
+// Destroy ends the domain, as [Machine.Destroy] does.
+func (d *Domain) Destroy() { d.hv.leave() }
+
+// Done is closed when the domain has ended, for whatever reason.
+func (d *Domain) Done() <-chan struct{} { return d.done }
+
+// die is what the domain notices of its end. It is called once.
+func (d *Domain) die() {
+	d.dead.Store(true)
+	d.mu.Lock()
+	waiters := d.waiters
+	d.waiters = nil
+	views := *d.views.Swap(&map[hypercall.DomID]*view{})
+	d.mu.Unlock()
+	for w := range waiters {
+		w.bell.ring()
+	}
+	d.quiesce()
+	for _, v := range views {
+		v.free()
+	}
+	close(d.done)
+}
+
+// quiesce returns when nobody uses what was reachable before the call.
+func (d *Domain) quiesce() {
+	d.gate.Lock()
+	//lint:ignore SA2001 taking the gate is the point: whoever was inside has left
+	d.gate.Unlock()
+}
+
+// Memory gives private pages.
+func (d *Domain) Memory(pages int) (*hypercall.Mapping, error) {
+	d.calls.memory.Add(1)
+	if err := d.failed(OpMemory); err != nil {
+		return nil, err
+	}
+	if pages <= 0 {
+		return nil, errNoPages
+	}
+	id, err := d.hv.keepPages(pages)
+	if err != nil {
+		return nil, err
+	}
+	r, err := d.memory.private(pages)
+	if err != nil {
+		d.hv.dropPages(id)
+		return nil, err
+	}
+	return hypercall.NewMapping(r.Memory, func() error {
+		d.hv.dropPages(id)
+		return r.free()
+	}), nil
+}
+
+// Share grants pages.
+func (d *Domain) Share(peer hypercall.DomID, pages int, access hypercall.Access) (*hypercall.Share, error) {
+	d.calls.share.Add(1)
+	if err := d.failed(OpShare); err != nil {
+		return nil, err
+	}
+	s, b, err := d.hv.share(peer, pages, access)
+	if err != nil {
+		return nil, err
+	}
+	defer b.close()
+	r, err := b.view(0, pages, hypercall.ReadWrite)
+	if err != nil {
+		return nil, errors.Join(err, d.hv.endShare(s.Serial, false))
+	}
+	return hypercall.NewShare(r.Memory, peer, access, s.Refs, func() error {
+		d.calls.endShare.Add(1)
+		f := d.fault(OpEnd)
+		err := d.hv.endShare(s.Serial, f != nil)
+		if f != nil && f.Err != nil {
+			err = f.Err
+		}
+		return errors.Join(err, r.free())
+	}), nil
+}
+
+// Map maps pages of another domain.
+func (d *Domain) Map(peer hypercall.DomID, refs []hypercall.GrantRef, access hypercall.Access) (*hypercall.Mapping, error) {
+	d.calls.mapped.Add(1)
+	if f := d.fault(OpMap); f != nil {
+		if f.Err != nil || len(refs) == 0 {
+			return nil, f.Err
+		}
+		return nil, &hypercall.GrantError{Op: "map", Dom: peer, Ref: refs[0], Status: f.Status}
+	}
+	m, err := d.hv.mapGrants(peer, refs, access)
+	if err != nil {
+		return nil, err
+	}
+	r, err := d.assemble(peer, m.Runs, access)
+	if err != nil {
+		return nil, errors.Join(err, d.hv.unmapGrants(m.ID))
+	}
+	return hypercall.NewMapping(r.Memory, func() error {
+		d.calls.release.Add(1)
+		err := d.failed(OpRelease)
+		if err == nil {
+			err = d.hv.unmapGrants(m.ID)
+		}
+		return errors.Join(err, r.free())
+	}), nil
+}
+
+// assemble makes one region of runs that are mapped already, so that their grants
+// stay what they are.
+func (d *Domain) assemble(peer hypercall.DomID, runs []run, access hypercall.Access) (region, error) {
+	held := make(map[uint64]backing)
+	defer func() {
+		for _, b := range held {
+			b.close()
+		}
+	}()
+	parts := make([]part, len(runs))
+	for i, r := range runs {
+		if held[r.Serial] == nil {
+			_, b, err := d.hv.attach(peer, r.Ref)
+			if err != nil {
+				return region{}, err
+			}
+			held[r.Serial] = b
+		}
+		parts[i] = part{held[r.Serial], r.First, r.N}
+	}
+	return d.memory.join(parts, access)
+}
+
+// Waiter makes a place to wait.
+func (d *Domain) Waiter() (hypercall.Waiter, error) {
+	d.calls.waiter.Add(1)
+	if err := d.failed(OpWaiter); err != nil {
+		return nil, err
+	}
+	id, b, err := d.hv.newWaiter()
+	if err != nil {
+		return nil, err
+	}
+	w := newWaiter(d, id, b)
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.waiters != nil { // else dead, and every call on w says so
+		d.waiters[w] = struct{}{}
+	}
+	return w, nil
+}
+
+// Store opens a connection to the machine's xenstore.
+func (d *Domain) Store(ctx context.Context) (io.ReadWriteCloser, error) {
+	d.calls.store.Add(1)
+	if err := d.failed(OpStore); err != nil {
+		return nil, err
+	}
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	id, conn, err := d.hv.store()
+	if err != nil {
+		return nil, err
+	}
+	return &storeConn{ReadWriteCloser: conn, closed: func() { d.hv.closeStore(id) }}, nil
+}
+
+// storeConn tells the machine when its domain has closed it.
+type storeConn struct {
+	io.ReadWriteCloser
+	once   sync.Once
+	closed func()
+}
+
+func (c *storeConn) Close() error {
+	err := c.ReadWriteCloser.Close()
+	c.once.Do(c.closed)
+	return err
+}

@@ -1,0 +1,289 @@
+package emu
+
+import (
+	"net"
+	"os"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"barevif/hypercall"
+)
+
+// An event that brought no work is free once; from the second in a row on, ports
+// are unmasked late (xen_irq_lateeoi of drivers/xen/events/events_base.c).
+const (
+	freeUseless  = 1
+	firstBackoff = time.Millisecond
+	lastBackoff  = time.Second
+)
+
+type waiter struct {
+	d     *Domain
+	id    uint64
+	bell  bell
+	woken atomic.Bool
+
+	waiting atomic.Bool // Wait is for one goroutine at a time, who has these four:
+	useless int         // events in a row that brought nothing
+	masked  []*port     // ports that fired
+	late    time.Time   // when to unmask them; zero: now
+
+	mu     sync.Mutex
+	closed atomic.Bool             // set under mu
+	ports  atomic.Pointer[[]*port] // replaced under mu
+}
+
+func newWaiter(d *Domain, id uint64, b bell) *waiter {
+	w := &waiter{d: d, id: id, bell: b}
+	w.ports.Store(new([]*port))
+	return w
+}
+
+func (w *waiter) Unbound(peer hypercall.DomID) (hypercall.Port, error) {
+	w.d.calls.unbound.Add(1)
+	if err := w.d.failed(OpUnbound); err != nil {
+		return nil, err
+	}
+	return w.open(func() (channelEnd, error) { return w.d.hv.unbound(w.id, peer) })
+}
+
+func (w *waiter) Bind(peer hypercall.DomID, remote hypercall.PortID) (hypercall.Port, error) {
+	w.d.calls.bind.Add(1)
+	if err := w.d.failed(OpBind); err != nil {
+		return nil, err
+	}
+	return w.open(func() (channelEnd, error) { return w.d.hv.bind(w.id, peer, remote) })
+}
+
+func (w *waiter) open(ask func() (channelEnd, error)) (hypercall.Port, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.closed.Load() {
+		return nil, net.ErrClosed
+	}
+	end, err := ask()
+	if err != nil {
+		return nil, err
+	}
+	p := &port{w: w, id: end.ID, gen: end.Gen, word: &w.d.hv.own().ports[end.ID]}
+	ports := append(slices.Clone(*w.ports.Load()), p)
+	w.ports.Store(&ports)
+	w.bell.ring() // who waits already does not know the port, and it may be pending
+	return p, nil
+}
+
+func (w *waiter) Wake() {
+	w.woken.Store(true)
+	w.bell.ring()
+}
+
+func (w *waiter) Close() error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.closed.Swap(true) {
+		return nil
+	}
+	for _, p := range *w.ports.Load() {
+		p.shut()
+	}
+	w.ports.Store(new([]*port))
+	w.bell.ring()
+	w.d.hv.closeWaiter(w.id)
+	w.bell.close()
+	w.d.mu.Lock()
+	delete(w.d.waiters, w)
+	w.d.mu.Unlock()
+	return nil
+}
+
+func (w *waiter) Wait(deadline time.Time, worked bool) error {
+	w.d.calls.wait.Add(1)
+	if w.waiting.Swap(true) {
+		panic("emu: two goroutines wait on one Waiter")
+	}
+	defer w.waiting.Store(false)
+	w.settle(worked)
+	for {
+		switch {
+		case w.closed.Load() || w.d.dead.Load():
+			return net.ErrClosed
+		case w.woken.Swap(false):
+			return nil
+		}
+		if !w.late.IsZero() && !time.Now().Before(w.late) {
+			w.late = time.Time{}
+		}
+		if w.collect() {
+			return nil
+		}
+		until := deadline
+		if !w.late.IsZero() && (deadline.IsZero() || w.late.Before(deadline)) {
+			until = w.late
+		}
+		if !deadline.IsZero() && !time.Now().Before(deadline) {
+			return os.ErrDeadlineExceeded
+		}
+		w.bell.park(until)
+	}
+}
+
+// settle decides when the ports that fired may fire again.
+func (w *waiter) settle(worked bool) {
+	switch {
+	case worked:
+		w.useless = 0
+	case len(w.masked) > 0:
+		w.useless++
+	}
+	w.late = time.Time{}
+	if n := w.useless - freeUseless; n > 0 && len(w.masked) > 0 {
+		w.late = time.Now().Add(min(firstBackoff<<min(n-1, 20), lastBackoff))
+	}
+}
+
+// collect unmasks what may be unmasked, takes the events of all ports, and reports
+// whether there were any.
+func (w *waiter) collect() bool {
+	w.d.gate.RLock()
+	defer w.d.gate.RUnlock()
+	if w.d.dead.Load() {
+		return false
+	}
+	if w.late.IsZero() {
+		for _, p := range w.masked {
+			flag(p.word, p.gen, 0, portMasked)
+		}
+		clear(w.masked)
+		w.masked = w.masked[:0]
+	}
+	some := false
+	for _, p := range *w.ports.Load() {
+		if take(p.word, p.gen) {
+			w.masked = append(w.masked, p)
+			some = true
+		}
+	}
+	return some
+}
+
+type port struct {
+	w    *waiter
+	id   hypercall.PortID
+	gen  uint32
+	word *atomic.Uint32
+	far  atomic.Pointer[farEnd] // whom the last Notify reached
+
+	mu     sync.Mutex
+	closed atomic.Bool // set under mu, under which far is replaced
+}
+
+func (p *port) ID() hypercall.PortID { return p.id }
+
+func (p *port) Close() error {
+	p.w.mu.Lock()
+	defer p.w.mu.Unlock()
+	if p.closed.Load() {
+		return nil
+	}
+	p.shut()
+	ports := slices.Clone(*p.w.ports.Load())
+	ports = slices.DeleteFunc(ports, func(q *port) bool { return q == p })
+	p.w.ports.Store(&ports)
+	p.w.d.hv.closePort(p.id, p.gen)
+	return nil
+}
+
+// shut makes the port unusable on this side. Only once: p.closed was not set.
+func (p *port) shut() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.closed.Store(true)
+	p.replaceFar(nil)
+}
+
+func (p *port) Notify() error {
+	d := p.w.d
+	d.calls.notify.Add(1)
+	if d.faults.Load() != nil {
+		if f := d.fault(OpNotify); f != nil {
+			return p.notifyBadly(f)
+		}
+	}
+	return p.notify()
+}
+
+// notify asks nobody but for the first time, and after the peer has changed.
+func (p *port) notify() error {
+	for try := 0; ; try++ {
+		sent, err := p.send()
+		if sent || err != nil || try == maxFetches {
+			return err
+		}
+		if err := p.findFar(); err != nil {
+			return err
+		}
+	}
+}
+
+// send fires the far end, if it is known; nothing happens if there is none.
+func (p *port) send() (sent bool, err error) {
+	d := p.w.d
+	d.gate.RLock()
+	defer d.gate.RUnlock()
+	if d.dead.Load() {
+		return false, errDead
+	}
+	if p.closed.Load() {
+		return false, net.ErrClosed
+	}
+	if p.word.Load()&portBound == 0 {
+		return true, nil
+	}
+	far := p.far.Load()
+	if far == nil {
+		return false, nil
+	}
+	wake, stale := fire(far.word, far.gen)
+	if wake {
+		far.bell.ring()
+	}
+	return !stale, nil
+}
+
+// findFar asks who is at the other end now.
+func (p *port) findFar() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.closed.Load() {
+		return net.ErrClosed
+	}
+	far, err := p.w.d.hv.farEnd(p.id, p.gen)
+	if err != nil {
+		return err
+	}
+	p.replaceFar(far)
+	return nil
+}
+
+func (p *port) replaceFar(far *farEnd) {
+	if old := p.far.Swap(far); old != nil {
+		old.free()
+	}
+}
+
+func (p *port) notifyBadly(f *Fault) error {
+	switch {
+	case f.Err != nil:
+		return f.Err
+	case f.Event == EventLost:
+		return nil
+	case f.Event == EventDelayed:
+		time.AfterFunc(f.Delay, func() { _ = p.notify() })
+		return nil
+	case f.Event == EventDuplicated:
+		time.AfterFunc(f.Delay, func() { _ = p.notify() })
+	}
+	return p.notify()
+}

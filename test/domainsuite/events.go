@@ -1,0 +1,346 @@
+package domainsuite
+
+import (
+	"errors"
+	"net"
+	"os"
+	"testing"
+	"time"
+
+	"barevif/hypercall"
+)
+
+func bindFiresTheBinder(t *testing.T, p pair) {
+	wa, wb := waiter(t, p.front), waiter(t, p.back)
+	a, err := wa.Unbound(p.back.ID())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if a.ID() == 0 {
+		t.Fatal("port 0")
+	}
+	notify(t, a) // nobody is there: not an error
+	b, err := wb.Bind(p.front.ID(), a.ID())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if b.ID() == 0 {
+		t.Fatal("port 0")
+	}
+	wait(t, wb)
+	quiet(t, wa, 20*time.Millisecond)
+	quiet(t, wb, 20*time.Millisecond)
+}
+
+func onlyOnePeerBindsOnce(t *testing.T, p pair) {
+	wa, wb := waiter(t, p.front), waiter(t, p.back)
+	a, err := wa.Unbound(p.back.ID())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := wa.Bind(p.front.ID(), a.ID()); !errors.Is(err, hypercall.ErrNoPort) {
+		t.Errorf("a port for domain %d, bound by %d: %v", p.back.ID(), p.front.ID(), err)
+	}
+	if _, err := wb.Bind(p.front.ID(), 1<<30); !errors.Is(err, hypercall.ErrNoPort) {
+		t.Errorf("a port that is not there: %v", err)
+	}
+	if _, err := wb.Bind(p.front.ID(), 0); !errors.Is(err, hypercall.ErrNoPort) {
+		t.Errorf("port 0: %v", err)
+	}
+	b, err := wb.Bind(p.front.ID(), a.ID())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := wb.Bind(p.front.ID(), a.ID()); !errors.Is(err, hypercall.ErrNoPort) {
+		t.Errorf("a second bind: %v", err)
+	}
+	// The binder's own port is joined to us, not open to us.
+	if _, err := wa.Bind(p.back.ID(), b.ID()); !errors.Is(err, hypercall.ErrNoPort) {
+		t.Errorf("a bind to the bound end: %v", err)
+	}
+}
+
+func notifyWakesTheOtherEnd(t *testing.T, p pair) {
+	wa, wb, a, b := channel(t, p)
+	for range 3 {
+		done := make(chan error, 1)
+		go func() { done <- wb.Wait(time.Now().Add(soon), true) }()
+		notify(t, a)
+		if err := <-done; err != nil {
+			t.Fatal(err)
+		}
+		go func() { done <- wa.Wait(time.Now().Add(soon), true) }()
+		notify(t, b)
+		if err := <-done; err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func eventsFromBeforeWaitCount(t *testing.T, p pair) {
+	_, wb, a, _ := channel(t, p)
+	for range 5 {
+		notify(t, a)
+	}
+	wait(t, wb)
+	// While the port is masked events merge into one, seen by the next Wait.
+	notify(t, a)
+	notify(t, a)
+	wait(t, wb)
+	quiet(t, wb, 20*time.Millisecond)
+}
+
+func wakeFromBeforeWaitCounts(t *testing.T, p pair) {
+	_, wb, _, _ := channel(t, p)
+	wb.Wake()
+	wait(t, wb)
+	quiet(t, wb, 20*time.Millisecond)
+	done := make(chan error, 1)
+	go func() { done <- wb.Wait(time.Time{}, true) }()
+	wb.Wake()
+	select {
+	case err := <-done:
+		if err != nil {
+			t.Fatal(err)
+		}
+	case <-time.After(soon):
+		t.Fatal("Wake did not end Wait")
+	}
+}
+
+func waitKeepsItsDeadline(t *testing.T, p pair) {
+	_, wb, a, _ := channel(t, p)
+	if err := wb.Wait(time.Now().Add(-time.Second), true); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Fatalf("a deadline that has passed: %v", err)
+	}
+	start := time.Now()
+	quiet(t, wb, 30*time.Millisecond)
+	if d := time.Since(start); d < 30*time.Millisecond {
+		t.Fatalf("returned after %v", d)
+	}
+	// A deadline does not outlive its Wait.
+	done := make(chan error, 1)
+	go func() { done <- wb.Wait(time.Time{}, true) }()
+	select {
+	case err := <-done:
+		t.Fatalf("Wait without a deadline ended: %v", err)
+	case <-time.After(50 * time.Millisecond):
+	}
+	notify(t, a)
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+}
+
+func closeEndsWait(t *testing.T, p pair) {
+	_, wb, a, b := channel(t, p)
+	done := make(chan error, 1)
+	go func() { done <- wb.Wait(time.Time{}, true) }()
+	if err := wb.Close(); err != nil {
+		t.Fatal(err)
+	}
+	closes(t, done)
+	if err := wb.Close(); err != nil {
+		t.Fatal("second Close:", err)
+	}
+	if err := wb.Wait(time.Time{}, true); !errors.Is(err, net.ErrClosed) {
+		t.Fatalf("Wait after Close: %v", err)
+	}
+	wb.Wake() // harmless
+	if err := b.Close(); err != nil {
+		t.Fatal("the port closed with its waiter:", err)
+	}
+	if err := b.Notify(); !errors.Is(err, net.ErrClosed) {
+		t.Fatalf("Notify of a closed port: %v", err)
+	}
+	if _, err := wb.Unbound(p.front.ID()); !errors.Is(err, net.ErrClosed) {
+		t.Fatalf("Unbound after Close: %v", err)
+	}
+	if _, err := wb.Bind(p.front.ID(), a.ID()); !errors.Is(err, net.ErrClosed) {
+		t.Fatalf("Bind after Close: %v", err)
+	}
+	notify(t, a) // nobody is there any more: not an error
+}
+
+func peerMayGoSilently(t *testing.T, p pair) {
+	wa, wb, a, b := channel(t, p)
+	notify(t, a)
+	notify(t, b)
+	wait(t, wa)
+	if err := b.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := b.Close(); err != nil {
+		t.Fatal("second Close:", err)
+	}
+	quiet(t, wa, 20*time.Millisecond)
+	notify(t, a)
+	// The event left on b may still be seen, but is the last.
+	_ = wb.Wait(time.Now().Add(20*time.Millisecond), true)
+	quiet(t, wb, 20*time.Millisecond)
+}
+
+// reusedPortHearsNothingOld closes one end and opens ports until its number is in
+// use again: the old far end must not reach the new port.
+func reusedPortHearsNothingOld(t *testing.T, p pair) {
+	_, _, a, b := channel(t, p)
+	notify(t, a)
+	old := b.ID()
+	if err := b.Close(); err != nil {
+		t.Fatal(err)
+	}
+	w := waiter(t, p.back)
+	for range 16 {
+		n, err := w.Unbound(p.front.ID())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if n.ID() == old {
+			break
+		}
+	}
+	_ = w.Wait(time.Now(), true) // an event may be left from before
+	notify(t, a)
+	quiet(t, w, 20*time.Millisecond)
+}
+
+func twoPortsShareAWaiter(t *testing.T, p pair) {
+	wa, wb := waiter(t, p.front), waiter(t, p.back)
+	var far []hypercall.Port
+	for range 2 {
+		a, err := wa.Unbound(p.back.ID())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := wb.Bind(p.front.ID(), a.ID()); err != nil {
+			t.Fatal(err)
+		}
+		far = append(far, a)
+	}
+	wait(t, wb)
+	for wb.Wait(time.Now().Add(20*time.Millisecond), true) == nil {
+	}
+	for i := range 6 {
+		notify(t, far[i%2])
+		wait(t, wb)
+	}
+	// One port is masked while the other fires.
+	notify(t, far[0])
+	wait(t, wb)
+	notify(t, far[1])
+	wait(t, wb)
+	if err := far[0].Close(); err != nil {
+		t.Fatal(err)
+	}
+	notify(t, far[1])
+	wait(t, wb)
+}
+
+// stormIsPutOffButNotWakeNorDeadline notifies as fast as it can, and Waits as one
+// that finds nothing to do.
+func stormIsPutOffButNotWakeNorDeadline(t *testing.T, p pair) {
+	_, wb, a, _ := channel(t, p)
+	stop, stopped := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(stopped)
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+				if a.Notify() != nil {
+					return
+				}
+				time.Sleep(50 * time.Microsecond)
+			}
+		}
+	}()
+	defer func() { close(stop); <-stopped }()
+
+	woken := 0
+	end := time.Now().Add(300 * time.Millisecond)
+	for time.Now().Before(end) {
+		if err := wb.Wait(end, false); err == nil {
+			woken++
+		} else if !errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Fatal(err)
+		}
+	}
+	// 1 ms, doubling: the sum of 9 delays is half a second.
+	if woken == 0 || woken > 20 {
+		t.Errorf("a storm of 300 ms woke us %d times", woken)
+	}
+
+	// The delay is at least 128 ms by now.
+	start := time.Now()
+	if err := wb.Wait(start.Add(10*time.Millisecond), false); err == nil {
+		_ = wb.Wait(start.Add(10*time.Millisecond), false) // the event was due
+	}
+	if d := time.Since(start); d > 100*time.Millisecond {
+		t.Errorf("a deadline of 10 ms took %v", d)
+	}
+	start = time.Now()
+	wb.Wake()
+	if err := wb.Wait(start.Add(soon), false); err != nil {
+		t.Error(err)
+	}
+	if d := time.Since(start); d > 100*time.Millisecond {
+		t.Errorf("Wake took %v", d)
+	}
+	// Work ends it.
+	start = time.Now()
+	if err := wb.Wait(start.Add(soon), true); err != nil {
+		t.Error(err)
+	}
+	if d := time.Since(start); d > 100*time.Millisecond {
+		t.Errorf("an event after useful work took %v", d)
+	}
+}
+
+func notifyDoesNotAllocate(t *testing.T, p pair) {
+	wa, wb, a, b := channel(t, p)
+	deadline := time.Now().Add(soon)
+	notify(t, b) // the first may ask who is there
+	wait(t, wa)
+	n := testing.AllocsPerRun(100, func() {
+		if a.Notify() != nil || wb.Wait(deadline, true) != nil ||
+			b.Notify() != nil || wa.Wait(time.Time{}, true) != nil {
+			t.Fatal("no round trip")
+		}
+	})
+	if n != 0 {
+		t.Errorf("%v allocations", n)
+	}
+}
+
+// pingPong finds a lost wake-up by hanging: each side parks for the other's event.
+func pingPong(t *testing.T, p pair) {
+	wa, wb, a, b := channel(t, p)
+	const rounds = 5000
+	deadline := time.Now().Add(time.Minute)
+	echo := make(chan error, 1)
+	go func() {
+		for range rounds {
+			if err := wb.Wait(deadline, true); err != nil {
+				echo <- err
+				return
+			}
+			if err := b.Notify(); err != nil {
+				echo <- err
+				return
+			}
+		}
+		echo <- nil
+	}()
+	for i := range rounds {
+		if err := a.Notify(); err != nil {
+			t.Fatal(err)
+		}
+		if err := wa.Wait(deadline, true); err != nil {
+			t.Fatalf("round %d: %v", i, err)
+		}
+	}
+	if err := <-echo; err != nil {
+		t.Fatal(err)
+	}
+}

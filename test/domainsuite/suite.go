@@ -1,0 +1,173 @@
+// Package domainsuite checks that an implementation of hypercall.Domain grants,
+// maps, copies and notifies as Xen does.
+//
+// It knows the interfaces of package hypercall only, and demands no more than
+// every implementation can keep: an operation that /dev/xen/gntdev refuses for a
+// whole batch may as well be refused by its status.
+package domainsuite
+
+import (
+	"errors"
+	"net"
+	"os"
+	"testing"
+	"time"
+
+	"barevif/hypercall"
+)
+
+// Run runs the suite. mk gives two domains that live at least as long as the test
+// they were made for; it may give the same two again.
+func Run(t *testing.T, mk func(testing.TB) (front, back hypercall.Domain)) {
+	for _, c := range []struct {
+		name string
+		f    func(*testing.T, pair)
+	}{
+		{"MemoryIsZeroedAndOurs", memoryIsZeroedAndOurs},
+		{"ShareGivesOneUsableRefPerPage", shareGivesOneUsableRefPerPage},
+		{"MapSeesWhatTheGranterWrites", mapSeesWhatTheGranterWrites},
+		{"MapIsAllOrNone", mapIsAllOrNone},
+		{"MapOfReadOnlyGrantCannotBeWritable", mapOfReadOnlyGrantCannotBeWritable},
+		{"EndWhileMappedSaysInUse", endWhileMappedSaysInUse},
+		{"EndedGrantCannotBeUsed", endedGrantCannotBeUsed},
+		{"CopyMovesBytesBothWays", copyMovesBytesBothWays},
+		{"CopyBetweenTwoGrants", copyBetweenTwoGrants},
+		{"CopyChecksEveryOperation", copyChecksEveryOperation},
+		{"CopyStaysInItsPage", copyStaysInItsPage},
+		{"CopyOfNothingIsFine", copyOfNothingIsFine},
+		{"CopyFromLocalToLocalIsAnError", copyFromLocalToLocalIsAnError},
+		{"CopyDoesNotAllocate", copyDoesNotAllocate},
+		{"BindFiresTheBinder", bindFiresTheBinder},
+		{"OnlyOnePeerBindsOnce", onlyOnePeerBindsOnce},
+		{"NotifyWakesTheOtherEnd", notifyWakesTheOtherEnd},
+		{"EventsFromBeforeWaitCount", eventsFromBeforeWaitCount},
+		{"WakeFromBeforeWaitCounts", wakeFromBeforeWaitCounts},
+		{"WaitKeepsItsDeadline", waitKeepsItsDeadline},
+		{"CloseEndsWait", closeEndsWait},
+		{"PeerMayGoSilently", peerMayGoSilently},
+		{"ReusedPortHearsNothingOld", reusedPortHearsNothingOld},
+		{"TwoPortsShareAWaiter", twoPortsShareAWaiter},
+		{"StormIsPutOffButNotWakeNorDeadline", stormIsPutOffButNotWakeNorDeadline},
+		{"NotifyDoesNotAllocate", notifyDoesNotAllocate},
+		{"PingPong", pingPong},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			front, back := mk(t)
+			c.f(t, pair{front, back})
+		})
+	}
+}
+
+type pair struct{ front, back hypercall.Domain }
+
+// soon bounds what should happen at once.
+const soon = 10 * time.Second
+
+func share(t testing.TB, d hypercall.Domain, peer hypercall.DomID, pages int, access hypercall.Access) *hypercall.Share {
+	t.Helper()
+	s, err := d.Share(peer, pages, access)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := s.End(); err != nil {
+			t.Error("End:", err)
+		}
+	})
+	return s
+}
+
+func mapRefs(t testing.TB, d hypercall.Domain, peer hypercall.DomID, refs []hypercall.GrantRef, access hypercall.Access) *hypercall.Mapping {
+	t.Helper()
+	m, err := d.Map(peer, refs, access)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := m.Release(); err != nil {
+			t.Error("Release:", err)
+		}
+	})
+	return m
+}
+
+func memory(t testing.TB, d hypercall.Domain, pages int) *hypercall.Mapping {
+	t.Helper()
+	m, err := d.Memory(pages)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := m.Release(); err != nil {
+			t.Error("Release:", err)
+		}
+	})
+	return m
+}
+
+func waiter(t testing.TB, d hypercall.Domain) hypercall.Waiter {
+	t.Helper()
+	w, err := d.Waiter()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := w.Close(); err != nil {
+			t.Error("Close:", err)
+		}
+	})
+	return w
+}
+
+// channel is two waiters and a channel between them. The event that binding leaves
+// on b is taken.
+func channel(t testing.TB, p pair) (wa, wb hypercall.Waiter, a, b hypercall.Port) {
+	t.Helper()
+	wa, wb = waiter(t, p.front), waiter(t, p.back)
+	a, err := wa.Unbound(p.back.ID())
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err = wb.Bind(p.front.ID(), a.ID())
+	if err != nil {
+		t.Fatal(err)
+	}
+	wait(t, wb)
+	return wa, wb, a, b
+}
+
+// wait takes one event, as one that brought work.
+func wait(t testing.TB, w hypercall.Waiter) {
+	t.Helper()
+	if err := w.Wait(time.Now().Add(soon), true); err != nil {
+		t.Fatal("Wait:", err)
+	}
+}
+
+// quiet fails if an event comes.
+func quiet(t testing.TB, w hypercall.Waiter, d time.Duration) {
+	t.Helper()
+	if err := w.Wait(time.Now().Add(d), true); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Fatalf("Wait without an event: %v", err)
+	}
+}
+
+func notify(t testing.TB, p hypercall.Port) {
+	t.Helper()
+	if err := p.Notify(); err != nil {
+		t.Fatal("Notify:", err)
+	}
+}
+
+// ends fails unless what f does ends soon, with net.ErrClosed.
+func closes(t testing.TB, done <-chan error) {
+	t.Helper()
+	select {
+	case err := <-done:
+		if !errors.Is(err, net.ErrClosed) {
+			t.Fatalf("Wait ended with %v", err)
+		}
+	case <-time.After(soon):
+		t.Fatal("Wait did not end")
+	}
+}
