@@ -1,0 +1,109 @@
+// Package link opens what a vif can be joined to on this machine: a TAP, at whose
+// other end is the kernel's own network stack, and a packet socket, at whose
+// other end is an interface that exists already.
+//
+// A link carries whole Ethernet frames, without the frame check sequence, one per
+// call. It copies nothing in Go: a frame is scattered into, and gathered from,
+// the caller's buffers by the kernel. Beside its bytes a frame has an [Offload],
+// the kernel's struct virtio_net_hdr: work the sender left to whoever passes the
+// frame on. Links ask the kernel to leave none, but do not lose it when it does.
+//
+// The kernel is trusted here, what the frames hold is not: no length, offset or
+// type inside a frame is used without a check. The package creates no bridges,
+// routes or addresses; that is the caller's.
+package link
+
+import (
+	"errors"
+	"time"
+)
+
+// MinFrame and MaxFrame are the sizes of the smallest and the largest frame of a
+// link, in bytes: an Ethernet header alone, and one with a VLAN tag and the largest
+// IP packet. Without offloads a frame has at most the MTU and 18 bytes.
+const (
+	MinFrame = 14
+	MaxFrame = 14 + 4 + 65535
+)
+
+// MaxPieces is how many buffers one frame may lie in.
+const MaxPieces = 64
+
+// A Link carries Ethernet frames. [*TAP] and [*Packet] are links.
+//
+// All methods may be called from any goroutine. Reading and writing do not
+// disturb each other; several readers, or several writers, take turns.
+type Link interface {
+	// ReadFrame waits for a frame and scatters it over bufs, in order, filling
+	// each before the next. It returns the frame's size in bytes. The wait ends
+	// with a frame, Close or the read deadline. bufs is lent until it returns.
+	//
+	// [ErrTruncated]: the frame did not fit; its beginning is in bufs, the rest
+	// is lost. [ErrDown]: the interface is down; a packet socket says so at once
+	// until it is up again, a TAP waits. [ErrGone]: it was removed, which is final.
+	// [ErrTooManyPieces]: nothing was read. os.ErrDeadlineExceeded, net.ErrClosed.
+	ReadFrame(bufs [][]byte) (n int, off Offload, err error)
+
+	// WriteFrame gathers bufs, in order, into one frame and sends it. It returns
+	// the number of bytes sent: all or none. It waits while the kernel's send
+	// buffer is full; Close ends the wait. bufs is lent until it returns.
+	//
+	// [ErrSize]: shorter than MinFrame or longer than the interface takes.
+	// [ErrOffload]: the kernel refused off. [ErrNoBuffers]: the frame was dropped
+	// in the kernel. [ErrDown], [ErrGone], [ErrTooManyPieces], net.ErrClosed.
+	WriteFrame(off Offload, bufs [][]byte) (n int, err error)
+
+	// SetReadDeadline ends ReadFrame's wait at t, now and in later calls, with
+	// os.ErrDeadlineExceeded. The zero Time means never.
+	SetReadDeadline(t time.Time) error
+
+	// Close wakes every caller and frees the link. It is idempotent; after the
+	// first call it returns net.ErrClosed to everything but Close.
+	Close() error
+
+	// Name is the interface's name when the link was opened.
+	Name() string
+
+	// MTU is the largest payload of a frame in bytes, the 14 of the Ethernet
+	// header not counted, as it was when the link was opened.
+	MTU() int
+
+	// MAC is the address of the interface: the kernel's end of a TAP, the card
+	// itself for a packet socket.
+	MAC() [6]byte
+}
+
+// Info says what a link is joined to.
+type Info struct {
+	Name string  // of the interface
+	MTU  int     // bytes of payload
+	MAC  [6]byte // of the interface
+}
+
+var (
+	ErrTruncated     = errors.New("link: frame larger than the buffers it was read into")
+	ErrTooManyPieces = errors.New("link: frame lies in more than 64 buffers")
+	ErrSize          = errors.New("link: frame of a size the interface does not take")
+	ErrOffload       = errors.New("link: the kernel refused the frame or its offload")
+	ErrNoBuffers     = errors.New("link: frame dropped, the kernel is out of buffers")
+	ErrDown          = errors.New("link: the interface is down")
+	ErrGone          = errors.New("link: the interface was removed")
+)
+
+// An OpenError says why a link could not be opened.
+type OpenError struct {
+	Link string // "tap vif1.0"
+	Step string // what was being done
+	Next string // what would help, empty if nothing is known to
+	Err  error  // the kernel's answer
+}
+
+func (e *OpenError) Error() string {
+	s := "link: " + e.Link + ": " + e.Step + ": " + e.Err.Error()
+	if e.Next != "" {
+		s += "; " + e.Next
+	}
+	return s
+}
+
+func (e *OpenError) Unwrap() error { return e.Err }

@@ -1,0 +1,192 @@
+package link
+
+import (
+	"errors"
+	"net"
+	"os"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// port is a descriptor that carries a frame, behind a struct virtio_net_hdr, per
+// system call.
+type port struct {
+	info   Info
+	file   *os.File
+	conn   syscall.RawConn
+	closed atomic.Bool
+	mute   error // what it means that the poller reports an error and the kernel none
+	rd, wr half
+}
+
+// half is one direction. try is built once: a closure per frame would be garbage.
+type half struct {
+	mu     sync.Mutex // guards the rest
+	vec    vector
+	header [headerSize]byte
+	try    func(fd uintptr) (done bool)
+	n      int // what the last try returned
+	errno  syscall.Errno
+}
+
+// init takes over fd, also when it fails.
+func (p *port) init(fd int, info Info, mute error) error {
+	if err := unix.SetNonblock(fd, true); err != nil {
+		unix.Close(fd)
+		return err
+	}
+	p.info, p.mute = info, mute
+	p.file = os.NewFile(uintptr(fd), info.Name)
+	// The poller refuses to set a deadline on what it cannot wait for.
+	if err := p.file.SetReadDeadline(time.Time{}); err != nil {
+		p.file.Close()
+		return err
+	}
+	conn, err := p.file.SyscallConn()
+	if err != nil {
+		p.file.Close()
+		return err
+	}
+	p.conn = conn
+	p.wr.try = func(fd uintptr) bool {
+		p.wr.n, p.wr.errno = again(fd, p.wr.vec.writev)
+		return p.wr.errno != unix.EAGAIN
+	}
+	return nil
+}
+
+// again repeats a call that a signal cut short; Go's own preemption sends them.
+func again(fd uintptr, call func(uintptr) (int, syscall.Errno)) (n int, errno syscall.Errno) {
+	for {
+		if n, errno = call(fd); errno != unix.EINTR {
+			return n, errno
+		}
+	}
+}
+
+func (p *port) Name() string { return p.info.Name }
+func (p *port) MTU() int     { return p.info.MTU }
+func (p *port) MAC() [6]byte { return p.info.MAC }
+
+// Info says what the link is joined to.
+func (p *port) Info() Info { return p.info }
+
+func (p *port) SetReadDeadline(t time.Time) error {
+	if err := p.file.SetReadDeadline(t); err != nil {
+		return p.failure(err)
+	}
+	return nil
+}
+
+func (p *port) Close() error {
+	if p.closed.Swap(true) {
+		return nil
+	}
+	return p.file.Close()
+}
+
+// File is a second descriptor of the link, to be passed to another process. The
+// caller owns it. It is non-blocking, and shares its frames with the link.
+func (p *port) File() (*os.File, error) {
+	fd, dupErr := -1, error(nil)
+	err := p.conn.Control(func(own uintptr) {
+		fd, dupErr = unix.FcntlInt(own, unix.F_DUPFD_CLOEXEC, 3)
+	})
+	if err != nil {
+		return nil, p.failure(err)
+	}
+	if dupErr != nil {
+		return nil, os.NewSyscallError("fcntl", dupErr)
+	}
+	return os.NewFile(uintptr(fd), p.info.Name), nil
+}
+
+func (p *port) WriteFrame(off Offload, bufs [][]byte) (int, error) {
+	if len(bufs) > MaxPieces {
+		return 0, ErrTooManyPieces
+	}
+	w := &p.wr
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	off.encode(&w.header)
+	w.vec.add(w.header[:])
+	for _, b := range bufs {
+		w.vec.add(b)
+	}
+	size := w.vec.size - headerSize
+	if size < MinFrame || size > MaxFrame {
+		w.vec.clear()
+		return 0, ErrSize
+	}
+	err := p.conn.Write(w.try)
+	switch {
+	case err != nil:
+		err = p.stuck(err, w)
+	case w.errno != 0:
+		err = failed("writev", w.errno)
+	}
+	w.vec.clear()
+	if err != nil {
+		return 0, err
+	}
+	return size, nil
+}
+
+// receive waits for one call of rd.try to be done. The caller holds rd.mu.
+func (p *port) receive() error {
+	if err := p.conn.Read(p.rd.try); err != nil {
+		return p.stuck(err, &p.rd)
+	}
+	if p.rd.errno != 0 {
+		return failed("read", p.rd.errno)
+	}
+	return nil
+}
+
+// stuck says why the poller would not wait. It reports a descriptor in error
+// without saying which; one more try does.
+func (p *port) stuck(err error, h *half) error {
+	if p.closed.Load() || errors.Is(err, os.ErrDeadlineExceeded) {
+		return p.failure(err)
+	}
+	if err := p.conn.Control(func(fd uintptr) { h.try(fd) }); err != nil {
+		return p.failure(err)
+	}
+	switch h.errno {
+	case 0:
+		return nil // there was a frame, or room for one, after all
+	case unix.EAGAIN:
+		return p.mute
+	}
+	return failed("poll", h.errno)
+}
+
+// failure is an error of the os package in the words of this one.
+func (p *port) failure(err error) error {
+	if p.closed.Load() {
+		return net.ErrClosed
+	}
+	return err
+}
+
+// failed maps what drivers/net/tun.c and net/packet/af_packet.c answer. EFAULT
+// comes from a TAP whose reader was woken by its removal: our buffers are good.
+func failed(call string, errno syscall.Errno) error {
+	switch errno {
+	case unix.EIO, unix.ENETDOWN:
+		return ErrDown
+	case unix.EBADFD, unix.ENODEV, unix.ENXIO, unix.EFAULT:
+		return ErrGone
+	case unix.ENOBUFS, unix.ENOMEM:
+		return ErrNoBuffers
+	case unix.EMSGSIZE:
+		return ErrSize
+	case unix.EINVAL:
+		return ErrOffload
+	}
+	return os.NewSyscallError(call, errno)
+}

@@ -1,0 +1,289 @@
+package link
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// TAPConfig describes a TAP. The zero TAPConfig is a new one under a name the
+// kernel picks, with an MTU of 1500.
+type TAPConfig struct {
+	Name string // at most 15 bytes; "tap%d" has the kernel put in a number
+	MTU  int    // 68 to 65521; 0 leaves it as it is
+
+	// Attach joins a TAP that exists and that nobody holds, as "ip tuntap add
+	// mode tap user NAME" makes them, which takes no privilege. Without it a name
+	// in use is an error.
+	Attach bool
+}
+
+// A TAP is the outside of a virtual Ethernet card of this kernel: what the kernel
+// sends through the card is read here, what is written here the card receives.
+//
+// The card has no offloads: the kernel is told that this end takes complete,
+// unsegmented frames only. In the other direction WriteFrame passes any Offload.
+// A TAP that OpenTAP made goes when its last descriptor is closed.
+type TAP struct {
+	port
+	spare [1]byte // beyond the caller's buffers: written only by a frame too large for them
+}
+
+var _ Link = (*TAP)(nil)
+
+// OpenTAP makes or joins a TAP, and brings its interface up. It needs CAP_NET_ADMIN in the
+// network namespace, or a TAP made for this user. Only this user may hold
+// further queues of it.
+//
+// The error is an [*OpenError]: EPERM or EACCES (no permission), EBUSY (the name is in
+// use), ENOENT or ENODEV (the kernel has no TAPs), EINVAL (a name or an MTU no
+// interface can have).
+func OpenTAP(cfg TAPConfig) (*TAP, error) {
+	taps, err := openTAPs(cfg, 1, 0)
+	if err != nil {
+		return nil, err
+	}
+	return taps[0], nil
+}
+
+// OpenTAPQueues is OpenTAP for a card with n queues, 1 to 256: n links of one name. The
+// kernel spreads the flows it sends over those that are open.
+func OpenTAPQueues(cfg TAPConfig, n int) ([]*TAP, error) {
+	if n < 1 || n > 256 { // MAX_TAP_QUEUES of drivers/net/tun.c
+		return nil, &OpenError{Link: "tap " + cfg.Name, Step: fmt.Sprintf("open %d queues", n), Err: unix.EINVAL}
+	}
+	return openTAPs(cfg, n, unix.IFF_MULTI_QUEUE)
+}
+
+func openTAPs(cfg TAPConfig, n int, flags uint16) (taps []*TAP, err error) {
+	defer func() {
+		if err != nil {
+			for _, t := range taps {
+				t.Close()
+			}
+			taps = nil
+		}
+	}()
+	if !cfg.Attach {
+		flags |= unix.IFF_TUN_EXCL
+	}
+	info := Info{Name: cfg.Name}
+	for len(taps) < n {
+		fd, err := openQueue(&info, flags)
+		if err != nil {
+			return taps, err
+		}
+		if len(taps) == 0 {
+			if err := setUp(&info, cfg.MTU); err != nil {
+				unix.Close(fd)
+				return taps, err
+			}
+		}
+		flags &^= unix.IFF_TUN_EXCL // the name is ours now
+		t := new(TAP)
+		if err := t.init(fd, info); err != nil {
+			return taps, tapError(info.Name, "make pollable", err)
+		}
+		taps = append(taps, t)
+	}
+	return taps, nil
+}
+
+// openQueue opens a queue of info.Name and learns the name the kernel gave it.
+func openQueue(info *Info, flags uint16) (int, error) {
+	fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return -1, openError(info.Name, err)
+	}
+	name, err := attachQueue(fd, info.Name, flags)
+	if err != nil {
+		unix.Close(fd)
+		return -1, err
+	}
+	info.Name = name
+	return fd, nil
+}
+
+func attachQueue(fd int, name string, flags uint16) (string, error) {
+	ifr, err := unix.NewIfreq(name)
+	if err != nil {
+		return "", tapError(name, "name the interface", err)
+	}
+	ifr.SetUint16(unix.IFF_TAP | unix.IFF_NO_PI | unix.IFF_VNET_HDR | flags)
+	if err := unix.IoctlIfreq(fd, unix.TUNSETIFF, ifr); err != nil {
+		return "", tapError(name, "TUNSETIFF", err)
+	}
+	name = ifr.Name()
+	// Without an owner anyone could open a further queue, and read there what was
+	// meant for this one.
+	if err := unix.IoctlSetInt(fd, unix.TUNSETOWNER, os.Geteuid()); err != nil {
+		return "", tapError(name, "TUNSETOWNER", err)
+	}
+	return name, configureQueue(fd, name)
+}
+
+// configureQueue says how long the header is and that this end does no offload.
+func configureQueue(fd int, name string) error {
+	if err := unix.IoctlSetPointerInt(fd, unix.TUNSETVNETHDRSZ, headerSize); err != nil {
+		return tapError(name, "TUNSETVNETHDRSZ", err)
+	}
+	if err := unix.IoctlSetInt(fd, unix.TUNSETOFFLOAD, 0); err != nil {
+		return tapError(name, "TUNSETOFFLOAD", err)
+	}
+	return nil
+}
+
+// setUp gives the interface its MTU, if any, brings it up, and fills in info.
+func setUp(info *Info, mtu int) error {
+	name := info.Name
+	s, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return tapError(name, "open a socket for ioctls", err)
+	}
+	defer unix.Close(s)
+	ifr, err := unix.NewIfreq(name)
+	if err != nil {
+		return tapError(name, "name the interface", err)
+	}
+	if mtu != 0 {
+		if err := unix.IoctlIfreq(s, unix.SIOCGIFMTU, ifr); err != nil {
+			return tapError(name, "read the MTU", err)
+		}
+		if ifr.Uint32() != uint32(mtu) {
+			ifr.SetUint32(uint32(mtu))
+			if err := unix.IoctlIfreq(s, unix.SIOCSIFMTU, ifr); err != nil {
+				return tapError(name, fmt.Sprintf("set the MTU to %d", mtu), err)
+			}
+		}
+	}
+	if err := unix.IoctlIfreq(s, unix.SIOCGIFFLAGS, ifr); err != nil {
+		return tapError(name, "read the flags", err)
+	}
+	if flags := ifr.Uint16(); flags&unix.IFF_UP == 0 {
+		ifr.SetUint16(flags | unix.IFF_UP)
+		if err := unix.IoctlIfreq(s, unix.SIOCSIFFLAGS, ifr); err != nil {
+			return tapError(name, "bring the interface up", err)
+		}
+	}
+	*info, err = interfaceInfo(name)
+	if err != nil {
+		return tapError(name, "read the interface", err)
+	}
+	return nil
+}
+
+func interfaceInfo(name string) (Info, error) {
+	i, err := net.InterfaceByName(name)
+	if err != nil {
+		return Info{}, err
+	}
+	info := Info{Name: i.Name, MTU: i.MTU}
+	copy(info.MAC[:], i.HardwareAddr)
+	return info, nil
+}
+
+// NewTAP takes over f, a TAP that another process opened: what [TAP.File] gave there, or any
+// opened with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR. Its interface may be in a network
+// namespace this process cannot see, so info is the caller's word. f is closed
+// also if NewTAP fails.
+func NewTAP(f *os.File, info Info) (*TAP, error) {
+	defer f.Close()
+	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 3)
+	if err != nil {
+		return nil, tapError(info.Name, "duplicate the descriptor", err)
+	}
+	if err := checkQueue(fd, info.Name); err != nil {
+		unix.Close(fd)
+		return nil, err
+	}
+	t := new(TAP)
+	if err := t.init(fd, info); err != nil {
+		return nil, tapError(info.Name, "make pollable", err)
+	}
+	return t, nil
+}
+
+func checkQueue(fd int, name string) error {
+	ifr, err := unix.NewIfreq(name)
+	if err != nil {
+		return tapError(name, "name the interface", err)
+	}
+	if err := unix.IoctlIfreq(fd, unix.TUNGETIFF, ifr); err != nil {
+		return tapError(name, "TUNGETIFF", err)
+	}
+	const want = unix.IFF_TAP | unix.IFF_NO_PI | unix.IFF_VNET_HDR
+	if got := ifr.Uint16(); got&(want|unix.IFF_TUN) != want {
+		return tapError(name, fmt.Sprintf("use a descriptor with flags %#x", got), unix.EINVAL)
+	}
+	return configureQueue(fd, name)
+}
+
+func (t *TAP) init(fd int, info Info) error {
+	if err := t.port.init(fd, info, ErrGone); err != nil {
+		return err
+	}
+	r := &t.rd
+	r.try = func(fd uintptr) bool {
+		r.n, r.errno = again(fd, r.vec.readv)
+		return r.errno != unix.EAGAIN
+	}
+	return nil
+}
+
+// ReadFrame: see [Link].
+func (t *TAP) ReadFrame(bufs [][]byte) (n int, off Offload, err error) {
+	if len(bufs) > MaxPieces {
+		return 0, off, ErrTooManyPieces
+	}
+	r := &t.rd
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.vec.add(r.header[:])
+	for _, b := range bufs {
+		r.vec.add(b)
+	}
+	room := r.vec.size
+	// A TAP does not say that it cut a frame short. A byte more than the caller
+	// has room for shows it.
+	r.vec.add(t.spare[:])
+	err = t.receive()
+	r.vec.clear()
+	if err != nil {
+		return 0, off, err
+	}
+	off.decode(&r.header)
+	if r.n > room {
+		return room - headerSize, off, ErrTruncated
+	}
+	return max(r.n-headerSize, 0), off, nil
+}
+
+func openError(name string, err error) error {
+	e := &OpenError{Link: "tap " + name, Step: "open /dev/net/tun", Err: err}
+	switch {
+	case errors.Is(err, unix.EACCES), errors.Is(err, unix.EPERM):
+		e.Next = "run as root, or let this user open it (chmod 0666 /dev/net/tun), or use a packet socket"
+	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ENODEV), errors.Is(err, unix.ENXIO):
+		e.Next = "the kernel has no TAPs: modprobe tun, and in a container pass /dev/net/tun on to it"
+	}
+	return e
+}
+
+func tapError(name, step string, err error) error {
+	e := &OpenError{Link: "tap " + name, Step: step, Err: err}
+	switch {
+	case errors.Is(err, unix.EPERM):
+		e.Next = "run with CAP_NET_ADMIN, or in a user and network namespace of its own, or attach to one made for this user (ip tuntap add mode tap user NAME)"
+	case errors.Is(err, unix.EBUSY):
+		e.Next = "the name is in use: choose another, or end the program that holds it (ip -d link show)"
+	case errors.Is(err, unix.EINVAL) && step == "TUNSETIFF":
+		e.Next = "an interface of that name but of another kind exists, or the name is none an interface can have"
+	case errors.Is(err, syscall.EINVAL):
+		e.Next = "names have at most 15 bytes, a TAP's MTU is 68 to 65521"
+	}
+	return e
+}
