@@ -109,7 +109,7 @@ func (b *Block) Refresh() (healed int) {
 				healed++
 			}
 		}
-		if s.words[wordStart] != b.gen || s.words[wordDone] != b.gen {
+		if atomic.LoadUint64(&s.words[wordStart]) != b.gen || atomic.LoadUint64(&s.words[wordDone]) != b.gen {
 			healed++
 		}
 	}
@@ -138,7 +138,7 @@ func (b *Block) publishLocked() {
 		return
 	}
 	b.gen++
-	atomic.StoreUint64(&s.words[wordStart], b.gen)
+	put(&s.words[wordStart], b.gen)
 	for i, d := range b.dirty {
 		for ; d != 0; d &= d - 1 {
 			w := (i*64 + bits.TrailingZeros64(d)) & (BlockWords - 1)
@@ -148,7 +148,7 @@ func (b *Block) publishLocked() {
 		}
 	}
 	b.dirty = [BlockWords / 64]uint64{}
-	atomic.StoreUint64(&s.words[wordDone], b.gen)
+	put(&s.words[wordDone], b.gen)
 }
 
 // attach mirrors the block to s from now on, or nowhere if s is nil.
@@ -160,11 +160,11 @@ func (b *Block) attach(s *sink) {
 		return
 	}
 	b.gen++
-	atomic.StoreUint64(&s.words[wordStart], b.gen)
+	put(&s.words[wordStart], b.gen)
 	for w := 1; w < wordStart; w++ {
 		put(&s.words[w], b.public[w]+s.base[w])
 	}
-	atomic.StoreUint64(&s.words[wordDone], b.gen)
+	put(&s.words[wordDone], b.gen)
 }
 
 // read copies what was published last.

@@ -1,6 +1,10 @@
 package telemetry
 
-import "strconv"
+import (
+	"fmt"
+	"hash/fnv"
+	"strconv"
+)
 
 // Dir is the direction of a block, the same at both roles: RX counts frames this
 // end hands to its local user, TX frames its user gave it. A backend's RX is
@@ -194,6 +198,28 @@ func (f Field) Words() int {
 // FullName is the name in direction d: "rx_packets".
 func (f Field) FullName(d Dir) string { return d.String() + "_" + f.Name }
 
+// Metric is the name of the field's OpenMetrics family in direction d:
+// "barevif_rx_packets". A histogram's ends in its unit.
+func (f Field) Metric(d Dir) string {
+	m := "barevif_" + f.FullName(d)
+	if f.Kind == KindHistogram {
+		m += "_" + f.Unit
+	}
+	return m
+}
+
+// LE is the bound of bucket i as OpenMetrics writes it: "64.0", "4.194304e+06",
+// "+Inf".
+func (f Field) LE(i int) string {
+	if i >= len(f.Bounds) {
+		return "+Inf"
+	}
+	if f.Bounds[i] >= 1e6 {
+		return strconv.FormatFloat(float64(f.Bounds[i]), 'e', -1, 64)
+	}
+	return strconv.FormatUint(f.Bounds[i], 10) + ".0"
+}
+
 // Bucket is the name of bucket i of a histogram, or of its sum: "le_64", "inf",
 // "sum".
 func (f Field) Bucket(i int) string {
@@ -273,6 +299,19 @@ var histTexts = [endHists]text{
 	RingOccupancy:  {"ring_occupancy", "slots", "polls by the slots in use"},
 	WakeupLatency:  {"wakeup_latency", "nanoseconds", "time from signal to poll, sampled"},
 	RequestLatency: {"request_latency", "nanoseconds", "time from request to response, sampled"},
+}
+
+// LayoutVersion is raised when Fields changes what a word of a block means.
+const LayoutVersion = 1
+
+// Layout is a hash of the meaning of every word of a block. Whoever reads words
+// of another process compares it first.
+func Layout() uint64 {
+	h := fnv.New64a()
+	for _, f := range Fields() {
+		fmt.Fprintln(h, f.Word, f.Name, f.Kind, f.Bounds)
+	}
+	return h.Sum64()
 }
 
 // Fields gives the table, in the order of the words of a block. The slice is the

@@ -14,6 +14,7 @@ type Set struct {
 
 	mu     sync.Mutex
 	mirror Mirror               // guarded by mu
+	reason string               // guarded by mu: why there is no mirror
 	last   [][BlockWords]uint64 // guarded by mu: copies of the blocks
 	base   [][BlockWords]uint64 // guarded by mu: what Stats subtracts
 	reset  Reset                // guarded by mu
@@ -44,6 +45,25 @@ func (s *Set) RX(q int) *Block { return &s.blocks[2*q+int(RX)] }
 // TX is the transmit block of queue q. It panics if there is no such queue.
 func (s *Set) TX(q int) *Block { return &s.blocks[2*q+int(TX)] }
 
+// Open mirrors the counters to store, as far as it can: a failure leaves them on
+// the heap, and [Set.Backend] tells of it. A nil store mirrors nowhere.
+func (s *Set) Open(store Store, info Info) {
+	if store == nil {
+		return
+	}
+	info.Queues = s.Queues()
+	m, err := store.Open(info)
+	if err == nil {
+		if err = s.Attach(m); err == nil {
+			return
+		}
+		err = errors.Join(err, m.Close())
+	}
+	s.mu.Lock()
+	s.reason = err.Error()
+	s.mu.Unlock()
+}
+
 // ErrAttached is what [Set.Attach] answers to a second mirror.
 var ErrAttached = errors.New("telemetry: there is a mirror already")
 
@@ -73,6 +93,9 @@ func (s *Set) Attach(m Mirror) error {
 		s.blocks[i].attach(sinks[i])
 	}
 	s.mirror = m
+	for _, e := range s.eventsLocked() {
+		m.Record(e)
+	}
 	m.Update(s.status, s.reset)
 	return nil
 }
@@ -82,7 +105,7 @@ func (s *Set) Backend() (kind, reason string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.mirror == nil {
-		return "heap", ""
+		return "heap", s.reason
 	}
 	return s.mirror.Kind(), s.mirror.Reason()
 }
@@ -149,10 +172,14 @@ func (s *Set) recordLocked(k EventKind, queue int, a, b uint64) {
 	}
 }
 
-// Events gives the latest events, oldest first.
+// Events gives the latest events, oldest first: at most 256.
 func (s *Set) Events() []Event {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	return s.eventsLocked()
+}
+
+func (s *Set) eventsLocked() []Event {
 	n := min(s.seq, eventsKept)
 	out := make([]Event, 0, n)
 	for q := s.seq - n + 1; q <= s.seq; q++ {
@@ -185,7 +212,7 @@ func (s *Set) Totals() Stats {
 
 func (s *Set) snapshotLocked(sinceReset bool) Stats {
 	s.readLocked()
-	st := Stats{Queues: make([]Queue, s.Queues())}
+	queues := make([]Queue, s.Queues())
 	for i := range s.last {
 		v := Values{s.last[i]}
 		if sinceReset {
@@ -195,16 +222,13 @@ func (s *Set) snapshotLocked(sinceReset bool) Stats {
 				}
 			}
 		}
-		q := &st.Queues[i/2]
 		if Dir(i%2) == RX {
-			q.RX = v
-			st.RX.add(&v)
+			queues[i/2].RX = v
 		} else {
-			q.TX = v
-			st.TX.add(&v)
+			queues[i/2].TX = v
 		}
 	}
-	return st
+	return Sum(queues)
 }
 
 // Reset makes the counters of Snapshot start from zero: it remembers where they

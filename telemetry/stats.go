@@ -10,8 +10,21 @@ type Stats struct {
 // Queue is the counters of one queue.
 type Queue struct{ RX, TX Values }
 
+// Sum makes the Stats of queues, and takes the slice over.
+func Sum(queues []Queue) Stats {
+	st := Stats{Queues: queues}
+	for i := range queues {
+		st.RX.add(&queues[i].RX)
+		st.TX.add(&queues[i].TX)
+	}
+	return st
+}
+
 // Values are the words of one block, or the sum of several.
 type Values struct{ words [BlockWords]uint64 }
+
+// ValuesOf makes Values of a block's words, as read from a mirror.
+func ValuesOf(words *[BlockWords]uint64) Values { return Values{*words} }
 
 // additive are the ranges of words that add up over queues and start from the
 // baseline: all but the markers and the gauges.
@@ -43,7 +56,7 @@ func (v *Values) Lost(r Reason) uint64 { return v.words[r] }
 // Gauge is the value of g.
 func (v *Values) Gauge(g Gauge) uint64 { return v.words[g] }
 
-// Field is the first word of f: its value, or for a histogram its first bucket.
+// Field is the value of f, which is no histogram.
 func (v *Values) Field(f Field) uint64 { return v.words[f.Word] }
 
 // Histogram gives the counts of f's buckets, not cumulated, and the sum of the

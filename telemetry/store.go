@@ -1,6 +1,9 @@
 package telemetry
 
-import "time"
+import (
+	"fmt"
+	"time"
+)
 
 // Role is the end of the vif a device is.
 type Role uint8
@@ -23,11 +26,26 @@ type Info struct {
 	Own    uint16 // our domain's number
 	Peer   uint16 // the other end's domain
 	Handle uint32 // of the vif, as in xenstore
-	Queues int    // queues to make room for
+	Queues int    // queues to make room for; set by Set.Open
+}
+
+// Name is what mirrors of the device are called: "front-3-0-0" is domain 3's end
+// of its vif 0 with domain 0.
+func (i Info) Name() string {
+	return fmt.Sprintf("%s-%d-%d-%d", i.Role, i.Own, i.Peer, i.Handle)
 }
 
 // State is enum xenbus_state of xen/include/public/io/xenbus.h.
 type State uint8
+
+// StateNames are the names of the states, from 0, as the header has them.
+var StateNames = [...]string{
+	"XenbusStateUnknown", "XenbusStateInitialising", "XenbusStateInitWait", "XenbusStateInitialised",
+	"XenbusStateConnected", "XenbusStateClosing", "XenbusStateClosed", "XenbusStateReconfiguring",
+	"XenbusStateReconfigured",
+}
+
+func (s State) String() string { return nameOf(StateNames[:], int(s)) }
 
 // Feature is a bit of what was negotiated with the peer.
 type Feature uint32
@@ -46,6 +64,12 @@ const (
 	FeatureLendRx
 	FeatureTrusted
 )
+
+// FeatureNames are the names of the bits, from the lowest.
+var FeatureNames = [...]string{
+	"csum", "csum6", "gso4", "gso6", "scatter", "rx_copy", "multicast_control", "control_ring",
+	"static_grants", "split_events", "lend_rx", "trusted",
+}
 
 // Status is what a store shows of a device beside its counters.
 type Status struct {
@@ -71,11 +95,16 @@ const (
 	EventReconnect                      // A: epoch
 )
 
-var eventNames = [...]string{"none", "state", "violation", "stall", "rescued_wakeup", "tamper", "reset", "reconnect"}
+// EventNames are the names of the kinds, from 0, which is no event.
+var EventNames = [...]string{
+	"none", "state", "violation", "stall", "rescued_wakeup", "tamper", "reset", "reconnect",
+}
 
-func (k EventKind) String() string {
-	if int(k) < len(eventNames) {
-		return eventNames[k]
+func (k EventKind) String() string { return nameOf(EventNames[:], int(k)) }
+
+func nameOf(names []string, i int) string {
+	if i < len(names) {
+		return names[i]
 	}
 	return "unknown"
 }
@@ -102,20 +131,20 @@ type Reset struct {
 
 // A Store makes a place outside the process's heap where counters are mirrored.
 type Store interface {
-	// Open makes the mirror of one device. The error is for a device that must
-	// not run, such as one another process owns; a store that can do less than
-	// it would like gives a lesser Mirror that says why.
+	// Open makes the mirror of one device. A store that can do less than it
+	// would like gives a lesser Mirror that says why; the error says why it
+	// could give none.
 	Open(Info) (Mirror, error)
 }
 
-// A Mirror is the place of one device's counters. Words is called once a block;
-// the methods from Update on may be called from any goroutine.
+// A Mirror is the place of one device's counters. The [Set] it is attached to
+// calls its methods, one at a time.
 type Mirror interface {
 	// Words gives the [BlockWords] words of one block, which belong to the Set
 	// until Close, and the totals they are to continue from: nil for none.
 	Words(queue int, d Dir) (words, base []uint64)
 
-	// Kind is what the mirror is, "bpf" for instance, and Reason why it is not
+	// Kind is what the mirror is, "memfd" for instance, and Reason why it is not
 	// a better one: empty for the best there is.
 	Kind() string
 	Reason() string
