@@ -34,12 +34,6 @@ type Tx struct {
 // A Client runs one transaction at a time: two would only be in each other's way,
 // and a domain may have few open. fn must not call Transact.
 func (c *Client) Transact(ctx context.Context, fn func(Tx) error) error {
-	select {
-	case c.trans <- struct{}{}:
-		defer func() { <-c.trans }()
-	case <-ctx.Done():
-		return fmt.Errorf("xenstore transaction: %w", context.Cause(ctx))
-	}
 	pause := time.Millisecond
 	for n := 1; ; n++ {
 		err := c.attempt(ctx, fn)
@@ -59,8 +53,15 @@ func (c *Client) Transact(ctx context.Context, fn func(Tx) error) error {
 	}
 }
 
-// attempt runs fn once.
+// attempt runs fn once. Between attempts others may have their turn: a peer that
+// keeps one transaction in conflict must not hold up the rest.
 func (c *Client) attempt(ctx context.Context, fn func(Tx) error) error {
+	select {
+	case c.trans <- struct{}{}:
+		defer func() { <-c.trans }()
+	case <-ctx.Done():
+		return fmt.Errorf("xenstore transaction: %w", context.Cause(ctx))
+	}
 	start := &request{op: wire.TransactionStart, parts: []string{"\x00"}, again: true}
 	start.settled = func() { // one that nobody wants any more must not stay open
 		if id, err := parseID(start.reply); start.gone && start.err == nil && err == nil {

@@ -1,0 +1,203 @@
+package xenbus
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// A claim is a node in the device's directory: a random id, a blank, and a number
+// that grows each time the holder is asked whether it lives. xenstore keeps the
+// nodes of the dead, so a claim proves nothing by being there: whoever finds one
+// writes a challenge beside it and takes over if the number does not move. A
+// holder costs nothing while nobody asks.
+const (
+	claimKey     = "/claim"
+	challengeKey = "/claim/challenge"
+	patience     = 3 * time.Second
+)
+
+// Claim makes the device ours among the processes of this domain. A claim that is
+// held is challenged; if the holder, that is its Device, does not answer within
+// wait (0 means 3 seconds), it is taken to be dead and its claim is taken over.
+// Else the error is ErrClaimed.
+//
+// From then on SetState and Publish fail with ErrClaimed if the claim has become
+// another's, which may happen to a process that was stopped for long, and Changes
+// say Lost. Call it before anything is written. Close gives the claim back.
+func (d *Device) Claim(ctx context.Context, wait time.Duration) error {
+	if wait == 0 {
+		wait = patience
+	}
+	var id [16]byte
+	rand.Read(id[:])
+	me := hex.EncodeToString(id[:])
+
+	w, err := d.c.Watch(ctx, d.dir+claimKey)
+	if err != nil {
+		return err
+	}
+	defer w.Close()
+
+	held, err := d.seize(ctx, me, "")
+	if err != nil || held == "" {
+		return d.claimed(me, err)
+	}
+	patience := time.NewTimer(wait)
+	defer patience.Stop()
+	for {
+		select {
+		case _, open := <-w.C():
+			if !open {
+				return w.Err()
+			}
+			now, there, err := d.lookup(ctx, d.dir+claimKey)
+			if err != nil {
+				return err
+			}
+			if there && now != held {
+				return fmt.Errorf("xenbus %s: %w", d.dir, ErrClaimed)
+			}
+			if there {
+				continue
+			}
+		case <-patience.C:
+		case <-ctx.Done():
+			return &WaitError{Dir: d.dir, Missing: []string{"an answer of the holder"}, Err: context.Cause(ctx)}
+		}
+		now, err := d.seize(ctx, me, held)
+		if err == nil && now != "" { // somebody was faster
+			err = fmt.Errorf("xenbus %s: %w", d.dir, ErrClaimed)
+		}
+		return d.claimed(me, err)
+	}
+}
+
+// seize takes the claim if there is none or it is the stale one. Else it says who
+// holds it, and leaves a challenge.
+func (d *Device) seize(ctx context.Context, me, stale string) (held string, err error) {
+	err = d.c.Transact(ctx, func(tx Tx) error {
+		if _, err := tx.Read(d.dir + "/state"); errors.Is(err, ErrNotFound) || errors.Is(err, ErrAccess) {
+			return ErrGone
+		} else if err != nil {
+			return err
+		}
+		held, err = tx.Read(d.dir + claimKey)
+		switch {
+		case errors.Is(err, ErrNotFound):
+			held = ""
+		case err != nil:
+			return err
+		}
+		if owner, _, _ := strings.Cut(held, " "); held == "" || held == stale || owner == me {
+			held = ""
+			if err := tx.Remove(d.dir + claimKey); err != nil { // with the challenge
+				return err
+			}
+			return tx.Write(d.dir+claimKey, me+" 0")
+		}
+		if stale != "" {
+			return nil
+		}
+		return tx.Write(d.dir+challengeKey, me)
+	})
+	return held, err
+}
+
+func (d *Device) claimed(me string, err error) error {
+	if err != nil {
+		return err
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.claim = me
+	return nil
+}
+
+// keepClaim answers a challenge, claims a directory that was made anew, and
+// notices that the claim went to somebody else.
+func (d *Device) keepClaim(ctx context.Context) error {
+	d.mu.Lock()
+	me := d.claim
+	d.mu.Unlock()
+	if me == "" {
+		return nil
+	}
+	value, there, err := d.lookup(ctx, d.dir+claimKey)
+	if err != nil {
+		return err
+	}
+	if !there {
+		held, err := d.seize(ctx, me, "")
+		if errors.Is(err, ErrGone) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		value = held
+	}
+	owner, number, _ := strings.Cut(value, " ")
+	if there && owner == me {
+		return d.answer(ctx, me, number)
+	}
+	if value != "" {
+		d.mu.Lock()
+		ch := d.cur
+		ch.Lost = true
+		d.tellLocked(ch)
+		d.mu.Unlock()
+	}
+	return nil
+}
+
+// answer moves the number on if there is a challenge.
+func (d *Device) answer(ctx context.Context, me, number string) error {
+	if _, asked, err := d.lookup(ctx, d.dir+challengeKey); err != nil || !asked {
+		return err
+	}
+	n, err := ParseUint(number, 1<<62)
+	if err != nil {
+		n = 0
+	}
+	return d.c.Transact(ctx, func(tx Tx) error {
+		if now, err := tx.Read(d.dir + claimKey); err != nil || now != me+" "+number {
+			return err
+		}
+		if err := tx.Remove(d.dir + challengeKey); err != nil {
+			return err
+		}
+		return tx.Write(d.dir+claimKey, me+" "+strconv.FormatUint(n+1, 10))
+	})
+}
+
+// unclaim removes the claim if it still is ours.
+func (d *Device) unclaim(ctx context.Context) error {
+	d.mu.Lock()
+	me := d.claim
+	d.mu.Unlock()
+	if me == "" {
+		return nil
+	}
+	err := d.c.Transact(ctx, func(tx Tx) error {
+		value, err := tx.Read(d.dir + claimKey)
+		if errors.Is(err, ErrNotFound) || errors.Is(err, ErrAccess) {
+			return nil
+		}
+		if owner, _, _ := strings.Cut(value, " "); err != nil || owner != me {
+			return err
+		}
+		return tx.Remove(d.dir + claimKey)
+	})
+	if err == nil {
+		d.mu.Lock()
+		d.claim = ""
+		d.mu.Unlock()
+	}
+	return err
+}

@@ -1,0 +1,399 @@
+package xenbus
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"net"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"barevif/hypercall"
+)
+
+var (
+	// ErrGone is returned when our own directory is no longer there: the device
+	// was taken away. Nothing was written, so that it does not come back half.
+	ErrGone = errors.New("xenbus: the device's directory is gone")
+
+	// ErrClaimed is returned when another process has claimed the device.
+	ErrClaimed = errors.New("xenbus: the device is claimed by another process")
+)
+
+// A NoDeviceError is a device that is not there, with those that are.
+type NoDeviceError struct {
+	Dir  string   // where it would be
+	Have []string // ids beside it
+}
+
+func (e *NoDeviceError) Error() string {
+	if len(e.Have) == 0 {
+		return fmt.Sprintf("no device at %q, nor any other", clip(e.Dir))
+	}
+	return fmt.Sprintf("no device at %q; there are %s", clip(e.Dir), strings.Join(e.Have, ", "))
+}
+
+// Unwrap gives ErrNotFound.
+func (e *NoDeviceError) Unwrap() error { return ErrNotFound }
+
+// A WaitError is a wait that ended before what it waited for came.
+type WaitError struct {
+	Dir     string   // our end of the device
+	Missing []string // keys that were not there yet, if it was for keys
+	Own     State    // as it was at the end
+	Seen    []State  // of the peer, oldest first, at most the last 16
+	Err     error    // the context's cause
+}
+
+func (e *WaitError) Error() string {
+	if len(e.Missing) > 0 {
+		return fmt.Sprintf("xenbus %s: still without %s: %v", e.Dir, strings.Join(e.Missing, ", "), e.Err)
+	}
+	seen := "no state"
+	if len(e.Seen) > 0 {
+		seen = strings.Trim(fmt.Sprint(e.Seen), "[]")
+	}
+	return fmt.Sprintf("xenbus %s: own state %v, other end showed %s: %v", e.Dir, e.Own, seen, e.Err)
+}
+
+func (e *WaitError) Unwrap() error { return e.Err }
+
+const maxSeen = 16
+
+// A Device is one end of a xenbus device: its directory, the other end's, and what
+// both say. One goroutine of its own reads them again when xenstore says they may
+// have changed. Methods may be called from any goroutine.
+type Device struct {
+	c       *Client
+	role    Role
+	typ, id string
+	dir     string // ours, relative to the domain's home
+	cancel  context.CancelFunc
+	done    chan struct{}
+	own     *Watch // on dir
+	changes chan Change
+
+	writing sync.Mutex // held over a transaction that writes own state or claim
+
+	mu     sync.Mutex
+	cur    Change  // guarded by mu
+	peer   end     // guarded by mu
+	seen   []State // guarded by mu
+	wrote  State   // guarded by mu; last state we wrote, Unknown: none
+	writes uint64  // guarded by mu; counts SetState
+	claim  string  // guarded by mu; our id, "" if not claimed
+	spent  bool    // guarded by mu; changes is closed
+}
+
+// An end is the other end's directory, and whose it is.
+type end struct {
+	dir string // absolute
+	dom hypercall.DomID
+}
+
+// Frontends lists the ids of this domain's devices of a type, in order.
+func Frontends(ctx context.Context, c *Client, typ string) ([]string, error) {
+	return list(ctx, c, "device/"+typ)
+}
+
+// list gives the device ids below dir, none if it is not there.
+func list(ctx context.Context, c *Client, dir string) ([]string, error) {
+	all, err := c.Directory(ctx, dir)
+	if errors.Is(err, ErrNotFound) || errors.Is(err, ErrAccess) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	all = slices.DeleteFunc(all, func(id string) bool { return !validID(id) })
+	slices.SortFunc(all, func(a, b string) int { // as numbers: none has a leading zero
+		return cmp.Or(cmp.Compare(len(a), len(b)), cmp.Compare(a, b))
+	})
+	return all, nil
+}
+
+// validID says whether id is a device number as the toolstack writes it.
+func validID(id string) bool {
+	_, err := ParseUint(id, 1<<31-1)
+	return err == nil
+}
+
+// OpenFrontend opens this domain's device of a type ("vif") and id ("0"). It waits
+// for the keys the toolstack writes, until ctx ends: then a [*WaitError] that says
+// which are missing. A device that is not there is a [*NoDeviceError]; keys that
+// contradict each other are a [*ValueError].
+func OpenFrontend(ctx context.Context, c *Client, typ, id string) (*Device, error) {
+	return openDevice(ctx, c, &Device{role: Frontend, typ: typ, id: id, dir: "device/" + typ + "/" + id}, "device/"+typ)
+}
+
+// OpenBackend opens the end this domain serves of another's device; typ is the
+// backend type, by which the toolstack chose us. It waits as OpenFrontend does,
+// also for the frontend's state.
+func OpenBackend(ctx context.Context, c *Client, typ string, front hypercall.DomID, id string) (*Device, error) {
+	parent := fmt.Sprintf("backend/%s/%d", typ, front)
+	return openDevice(ctx, c, &Device{role: Backend, typ: typ, id: id, dir: parent + "/" + id}, parent)
+}
+
+func openDevice(ctx context.Context, c *Client, d *Device, parent string) (*Device, error) {
+	d.c = c
+	d.done = make(chan struct{})
+	d.changes = make(chan Change, 1)
+	absent := func() error {
+		have, err := list(ctx, c, parent)
+		if err != nil {
+			return err
+		}
+		return &NoDeviceError{d.dir, have}
+	}
+	if !validName(d.typ) {
+		return nil, &NoDeviceError{Dir: d.dir}
+	}
+	if !validID(d.id) {
+		return nil, absent()
+	}
+	if _, err := c.Read(ctx, d.dir); errors.Is(err, ErrNotFound) || errors.Is(err, ErrAccess) {
+		return nil, absent()
+	} else if err != nil {
+		return nil, err
+	}
+	var err error
+	if d.own, err = c.Watch(ctx, d.dir); err != nil {
+		return nil, err
+	}
+	peer, err := d.find(ctx)
+	if errors.Is(err, ErrGone) {
+		err = absent()
+	}
+	if err != nil {
+		d.own.Close()
+		return nil, err
+	}
+	d.peer, d.cur.Generation = peer, 1
+	life, cancel := context.WithCancel(context.Background())
+	d.cancel = cancel
+	go d.run(life)
+	return d, nil
+}
+
+// Role says which end of the device this is.
+func (d *Device) Role() Role { return d.role }
+
+// Dir is our directory, relative to the domain's home.
+func (d *Device) Dir() string { return d.dir }
+
+// ID is the device's number among those of its type.
+func (d *Device) ID() string { return d.id }
+
+// Peer gives the other end's directory, absolute, and its domain. For a frontend
+// they may change with the Generation.
+func (d *Device) Peer() (dir string, dom hypercall.DomID) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.peer.dir, d.peer.dom
+}
+
+// Changes delivers what xenstore says, once after opening and then when it differs
+// from before. One that was not taken is replaced by the next. It is closed when
+// the Device or the Client is. One goroutine should receive from it.
+func (d *Device) Changes() <-chan Change { return d.changes }
+
+// Current is the last Change, taken or not.
+func (d *Device) Current() Change {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.cur
+}
+
+// Seen lists the states the peer went through, as far as they were caught, oldest
+// first, at most the last 16.
+func (d *Device) Seen() []State {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return slices.Clone(d.seen)
+}
+
+// Await receives from Changes until ok accepts one. If ctx ends before, the error
+// is a [*WaitError]; net.ErrClosed if the Device or Client is closed.
+func (d *Device) Await(ctx context.Context, ok func(Change) bool) (Change, error) {
+	for {
+		select {
+		case ch, open := <-d.changes:
+			if !open {
+				return d.Current(), fmt.Errorf("xenbus %s: %w", d.dir, net.ErrClosed)
+			}
+			if ok(ch) {
+				return ch, nil
+			}
+		case <-ctx.Done():
+			ch := d.Current()
+			return ch, &WaitError{Dir: d.dir, Own: ch.Own, Seen: d.Seen(), Err: context.Cause(ctx)}
+		}
+	}
+}
+
+// SetState writes our state if it is not that already. The next Change has it.
+// ErrGone if the directory is not there, ErrClaimed if it is another's by now.
+func (d *Device) SetState(ctx context.Context, s State) error {
+	d.writing.Lock()
+	defer d.writing.Unlock()
+	err := d.c.Transact(ctx, func(tx Tx) error {
+		was, err := d.guard(tx)
+		if err != nil || was == s.value() {
+			return err
+		}
+		return tx.Write(d.dir+"/state", s.value())
+	})
+	if err != nil {
+		return fmt.Errorf("xenbus %s: set state %v: %w", d.dir, s, err)
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.writes++
+	d.wrote = s
+	ch := d.cur
+	ch.Own, ch.Gone = s, false
+	if s == Initialising || s == Connected {
+		ch.SawClosing = ch.Peer == Closing
+	}
+	d.tellLocked(ch)
+	return nil
+}
+
+// guard makes a transaction fail unless the directory is there and ours. It gives
+// the state that is written now.
+func (d *Device) guard(tx Tx) (state string, err error) {
+	state, err = tx.Read(d.dir + "/state")
+	if errors.Is(err, ErrNotFound) || errors.Is(err, ErrAccess) {
+		return "", ErrGone
+	}
+	if err != nil {
+		return "", err
+	}
+	d.mu.Lock()
+	claim := d.claim
+	d.mu.Unlock()
+	if claim == "" {
+		return state, nil
+	}
+	owner, err := tx.Read(d.dir + claimKey)
+	if err != nil && !errors.Is(err, ErrNotFound) {
+		return "", err
+	}
+	if owner, _, _ := strings.Cut(owner, " "); owner != claim {
+		return "", ErrClaimed
+	}
+	return state, nil
+}
+
+// Publish sets keys of our directory, and removes others with all below them, in
+// one transaction: the peer sees all of it or nothing. Keys may have several
+// components. ErrGone and ErrClaimed as in SetState; ErrQuota if xenstore is full.
+func (d *Device) Publish(ctx context.Context, keys Values, remove ...string) error {
+	err := d.c.Transact(ctx, func(tx Tx) error {
+		if _, err := d.guard(tx); err != nil {
+			return err
+		}
+		for _, key := range remove {
+			if err := tx.Remove(d.dir + "/" + key); err != nil && !errors.Is(err, ErrNotFound) {
+				return err
+			}
+		}
+		for _, key := range slices.Sorted(maps.Keys(keys)) {
+			if err := tx.Write(d.dir+"/"+key, keys[key]); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("xenbus %s: publish: %w", d.dir, err)
+	}
+	return nil
+}
+
+// ReadOwn reads a key of our directory.
+func (d *Device) ReadOwn(ctx context.Context, key string) (string, error) {
+	return d.c.Read(ctx, d.dir+"/"+key)
+}
+
+// ReadPeer reads a key of the other end's directory.
+func (d *Device) ReadPeer(ctx context.Context, key string) (string, error) {
+	dir, _ := d.Peer()
+	return d.c.Read(ctx, dir+"/"+key)
+}
+
+// OwnValues reads keys of our directory in one transaction. Those that are not
+// there are not in the result.
+func (d *Device) OwnValues(ctx context.Context, keys ...string) (Values, error) {
+	return d.c.values(ctx, d.dir, keys)
+}
+
+// PeerValues is OwnValues for the other end's directory.
+func (d *Device) PeerValues(ctx context.Context, keys ...string) (Values, error) {
+	dir, _ := d.Peer()
+	return d.c.values(ctx, dir, keys)
+}
+
+// values reads keys of one directory as they were at one moment.
+func (c *Client) values(ctx context.Context, dir string, keys []string) (v Values, err error) {
+	err = c.Transact(ctx, func(tx Tx) error {
+		v = make(Values, len(keys))
+		for _, key := range keys {
+			s, err := tx.Read(dir + "/" + key)
+			switch {
+			case err == nil:
+				v[key] = s
+			case !errors.Is(err, ErrNotFound):
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	return v, nil
+}
+
+// Fail leaves a note of why for the administrator, where Linux leaves its own
+// (xenbus_dev_error), or removes it if why is nil. It changes no state.
+func (d *Device) Fail(ctx context.Context, why error) error {
+	dir := "error/" + d.dir
+	if why == nil {
+		if err := d.c.Remove(ctx, dir); err != nil && !errors.Is(err, ErrNotFound) {
+			return err
+		}
+		return nil
+	}
+	const most = 512
+	text := why.Error()
+	return d.c.Write(ctx, dir+"/error", text[:min(len(text), most)])
+}
+
+// Close stops watching and gives a claim back, which takes until ctx ends at most.
+// The state stays as it is. It is idempotent.
+func (d *Device) Close(ctx context.Context) error {
+	d.cancel()
+	<-d.done
+	return d.unclaim(ctx)
+}
+
+// tellLocked makes ch current and delivers it if it differs.
+func (d *Device) tellLocked(ch Change) {
+	if d.spent || ch == d.cur {
+		return
+	}
+	d.cur = ch
+	select {
+	case <-d.changes: // not taken: out of date
+	default:
+	}
+	d.changes <- ch
+}
+
+// retryPause is between attempts to read what xenstore would not give.
+const retryPause = 100 * time.Millisecond

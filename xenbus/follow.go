@@ -1,0 +1,399 @@
+package xenbus
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"barevif/hypercall"
+)
+
+// find waits for the keys that name the other end, and checks them.
+func (d *Device) find(ctx context.Context) (end, error) {
+	for {
+		peer, missing, err := d.resolve(ctx)
+		if err != nil {
+			return end{}, err
+		}
+		if len(missing) == 0 {
+			return peer, nil
+		}
+		if err := d.awaitKeys(ctx, peer, missing); err != nil {
+			return end{}, err
+		}
+	}
+}
+
+// awaitKeys waits until something of either directory changes.
+func (d *Device) awaitKeys(ctx context.Context, peer end, missing []string) error {
+	var other <-chan struct{}
+	if peer.dir != "" {
+		w, err := d.c.Watch(ctx, peer.dir)
+		if err != nil {
+			return err
+		}
+		defer w.Close()
+		// What changed before the watch was set is seen by looking once more.
+		if _, still, err := d.resolve(ctx); err != nil || len(still) == 0 {
+			return err
+		}
+		<-w.C() // the first event, which comes at once
+		other = w.C()
+	}
+	select {
+	case _, open := <-d.own.C():
+		if !open {
+			return d.own.Err()
+		}
+	case <-other:
+	case <-ctx.Done():
+		return &WaitError{Dir: d.dir, Missing: missing, Err: context.Cause(ctx)}
+	}
+	return nil
+}
+
+// resolve reads where the other end is. It says which keys are missing, and for
+// what of the peer is known already: a directory may be half written.
+func (d *Device) resolve(ctx context.Context) (peer end, missing []string, err error) {
+	dirKey, idKey := "backend", "backend-id"
+	if d.role == Backend {
+		dirKey, idKey = "frontend", "frontend-id"
+	}
+	v, err := d.c.values(ctx, d.dir, []string{dirKey, idKey, "state"})
+	if errors.Is(err, ErrAccess) {
+		return end{}, nil, ErrGone
+	}
+	if err != nil {
+		return end{}, nil, err
+	}
+	for _, key := range []string{dirKey, idKey, "state"} {
+		if !v.Has(key) {
+			missing = append(missing, key)
+		}
+	}
+	if len(missing) == 3 { // all of it?
+		if _, err := d.c.Read(ctx, d.dir); errors.Is(err, ErrNotFound) || errors.Is(err, ErrAccess) {
+			return end{}, nil, ErrGone
+		}
+	}
+	if len(missing) > 0 {
+		return end{}, missing, nil
+	}
+	dom, err := v.Uint(idKey, 1<<16-1, 0)
+	if err != nil {
+		return end{}, nil, d.locate(err)
+	}
+	peer = end{v[dirKey], hypercall.DomID(dom)}
+	if d.role == Backend {
+		missing, err = d.checkFrontend(ctx, peer)
+	} else {
+		missing, err = d.checkBackend(ctx, peer)
+	}
+	return peer, missing, err
+}
+
+// checkBackend holds what our directory says of the backend against itself and,
+// where it may be read, against what the backend's directory says of us.
+func (d *Device) checkBackend(ctx context.Context, peer end) (missing []string, err error) {
+	rest, ok := strings.CutPrefix(peer.dir, fmt.Sprintf("/local/domain/%d/backend/", peer.dom))
+	parts := strings.Split(rest, "/") // type, frontend domain, handle
+	if !ok || !validPath(peer.dir) || len(parts) != 3 {
+		return nil, d.bad("backend", peer.dir, fmt.Sprintf("a backend directory of domain %d", peer.dom))
+	}
+	us, err := ParseUint(parts[1], 1<<16-1)
+	if err != nil {
+		return nil, d.bad("backend", peer.dir, "a backend directory with a domain in it")
+	}
+	front, err := d.c.Read(ctx, peer.dir+"/frontend")
+	switch {
+	case errors.Is(err, ErrAccess): // nothing to hold it against
+		return nil, nil
+	case errors.Is(err, ErrNotFound):
+		return []string{peer.dir + "/frontend"}, nil
+	case err != nil:
+		return nil, err
+	case front != fmt.Sprintf("/local/domain/%d/%s", us, d.dir):
+		return nil, &ValueError{peer.dir + "/frontend", clip(front), "our directory"}
+	}
+	// Qubes does not let a guest read this one.
+	id, err := d.c.Read(ctx, peer.dir+"/frontend-id")
+	switch {
+	case errors.Is(err, ErrAccess), errors.Is(err, ErrNotFound):
+		return nil, nil
+	case err != nil:
+		return nil, err
+	case id != fmt.Sprint(us):
+		return nil, &ValueError{peer.dir + "/frontend-id", clip(id), "our domain"}
+	}
+	return nil, nil
+}
+
+// checkFrontend holds what our directory says of the frontend against its own
+// path, and waits for the frontend to have a state.
+func (d *Device) checkFrontend(ctx context.Context, peer end) (missing []string, err error) {
+	if want := fmt.Sprintf("backend/%s/%d/%s", d.typ, peer.dom, d.id); d.dir != want {
+		return nil, d.bad("frontend-id", fmt.Sprint(peer.dom), "the domain in our path")
+	}
+	rest, ok := strings.CutPrefix(peer.dir, fmt.Sprintf("/local/domain/%d/device/", peer.dom))
+	if !ok || !validPath(peer.dir) || strings.Count(rest, "/") != 1 {
+		return nil, d.bad("frontend", peer.dir, fmt.Sprintf("a device directory of domain %d", peer.dom))
+	}
+	_, err = d.c.Read(ctx, peer.dir+"/state")
+	if errors.Is(err, ErrNotFound) || errors.Is(err, ErrAccess) {
+		return []string{peer.dir + "/state"}, nil
+	}
+	return nil, err
+}
+
+func (d *Device) bad(key, value, want string) error {
+	return &ValueError{d.dir + "/" + key, clip(value), want}
+}
+
+// locate puts our directory before the key of a ValueError.
+func (d *Device) locate(err error) error {
+	if e, ok := err.(*ValueError); ok {
+		e.Path = d.dir + "/" + e.Path
+	}
+	return err
+}
+
+// run reads again what xenstore says has changed, until Close.
+func (d *Device) run(ctx context.Context) {
+	defer d.end()
+	var (
+		other  *Watch // on the peer's state
+		target end    // whose state that is
+		retry  <-chan time.Time
+		stale  = everything()
+	)
+	defer func() {
+		if other != nil {
+			other.Close()
+		}
+	}()
+	for {
+		if stale.any() {
+			left, err := d.refresh(ctx, stale)
+			stale, retry = left, nil
+			if err != nil {
+				retry = time.After(retryPause)
+			}
+		}
+		if peer := d.other(); peer != target {
+			w, err := d.c.Watch(ctx, peer.dir+"/state")
+			if err != nil {
+				retry = time.After(retryPause)
+			} else {
+				if other != nil {
+					other.Close()
+				}
+				other, target = w, peer
+			}
+		}
+		var peerC <-chan struct{}
+		if other != nil {
+			peerC = other.C()
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case _, open := <-d.own.C():
+			if !open {
+				return
+			}
+			stale.add(d.touched())
+		case _, open := <-peerC:
+			if !open {
+				return
+			}
+			other.Paths()
+			stale.peer = true
+		case <-retry:
+		}
+	}
+}
+
+func (d *Device) other() end {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.peer
+}
+
+// end closes Changes and the watch.
+func (d *Device) end() {
+	d.own.Close()
+	d.mu.Lock()
+	d.spent = true
+	close(d.changes)
+	d.mu.Unlock()
+	close(d.done)
+}
+
+// parts of a device to be read again.
+type parts struct {
+	state   bool // own state, online, hotplug-status
+	backend bool // frontend: where the backend is
+	claim   bool
+	peer    bool
+}
+
+func everything() parts { return parts{true, true, true, true} }
+
+func (p parts) any() bool { return p != parts{} }
+
+func (p *parts) add(q parts) {
+	*p = parts{p.state || q.state, p.backend || q.backend, p.claim || q.claim, p.peer || q.peer}
+}
+
+// touched takes what happened in our directory. Keys we publish are of no interest.
+func (d *Device) touched() (p parts) {
+	paths, all := d.own.Paths()
+	if all {
+		return everything()
+	}
+	for _, path := range paths {
+		key, ok := strings.CutPrefix(path, d.dir+"/")
+		switch {
+		case !ok:
+			return everything()
+		case key == "state" || key == "online" || key == "hotplug-status":
+			p.state = true
+		case key == "backend" || key == "backend-id":
+			p.backend = true
+		case "/"+key == claimKey || "/"+key == challengeKey:
+			p.claim = true
+		}
+	}
+	return p
+}
+
+// refresh reads the stale parts and tells of what changed. It returns what could
+// not be read.
+func (d *Device) refresh(ctx context.Context, stale parts) (left parts, err error) {
+	if stale.claim || stale.state {
+		if err := d.keepClaim(ctx); err != nil {
+			return stale, err
+		}
+	}
+	for {
+		d.mu.Lock()
+		ch, peer, writes, wrote := d.cur, d.peer, d.writes, d.wrote
+		d.mu.Unlock()
+
+		replaced := false
+		if stale.state || stale.backend {
+			was := ch
+			if err := d.readOwn(ctx, &ch); err != nil {
+				return stale, err
+			}
+			// Made anew: what we wrote is not there any more.
+			replaced = was.Gone && !ch.Gone ||
+				ch.Own == Initialising && wrote != Initialising && wrote != Unknown
+		}
+		if d.role == Frontend && (stale.backend || replaced) && !ch.Gone {
+			found, missing, err := d.resolve(ctx)
+			var bad *ValueError
+			switch {
+			case errors.As(err, &bad) || len(missing) > 0:
+				// Half written: the event of the other half brings us here again.
+				if found.dir != "" && err == nil {
+					return stale, &WaitError{Dir: d.dir, Missing: missing}
+				}
+			case errors.Is(err, ErrGone):
+				ch.Gone = true
+			case err != nil:
+				return stale, err
+			case found != peer:
+				peer, replaced = found, true
+				stale.peer = true
+			}
+		}
+		if replaced {
+			ch.Generation++
+			ch.SawClosing = false
+			stale.peer = true
+		}
+		if stale.peer {
+			if err := d.readPeer(ctx, peer, &ch); err != nil {
+				return stale, err
+			}
+		}
+		d.mu.Lock()
+		if d.writes != writes { // SetState came between: what we read may be older
+			d.mu.Unlock()
+			stale.state = true
+			continue
+		}
+		if replaced {
+			d.wrote = Unknown
+		}
+		d.peer = peer
+		ch.Lost = d.cur.Lost
+		if stale.peer && !ch.Vanished && (len(d.seen) == 0 || d.seen[len(d.seen)-1] != ch.Peer) {
+			if len(d.seen) == maxSeen {
+				d.seen = slices.Delete(d.seen, 0, 1)
+			}
+			d.seen = append(d.seen, ch.Peer)
+		}
+		d.tellLocked(ch)
+		d.mu.Unlock()
+		return parts{}, nil
+	}
+}
+
+// readOwn reads what the toolstack, or we, wrote in our directory.
+func (d *Device) readOwn(ctx context.Context, ch *Change) error {
+	state, there, err := d.lookup(ctx, d.dir+"/state")
+	if err != nil {
+		return err
+	}
+	ch.Gone, ch.Own = !there, parseState(state)
+	if d.role == Frontend {
+		return nil
+	}
+	online, there, err := d.lookup(ctx, d.dir+"/online")
+	if err != nil {
+		return err
+	}
+	ch.Online = !there || online != "0"
+	status, _, err := d.lookup(ctx, d.dir+"/hotplug-status")
+	ch.Hotplug = status == "connected"
+	return err
+}
+
+// readPeer reads the other end's state.
+func (d *Device) readPeer(ctx context.Context, peer end, ch *Change) error {
+	state, there, err := d.lookup(ctx, peer.dir+"/state")
+	if err != nil {
+		return err
+	}
+	ch.Vanished, ch.Peer = !there, parseState(state)
+	if ch.Peer == Closing {
+		ch.SawClosing = true
+	}
+	if d.role == Backend {
+		return nil
+	}
+	ch.Online = true
+	if ch.Peer == Closed {
+		online, there, err := d.lookup(ctx, peer.dir+"/online")
+		if err != nil {
+			return err
+		}
+		ch.Online = !there || online != "0"
+	}
+	return nil
+}
+
+// lookup reads a node that may be missing, or out of our reach, which after a
+// hot-unplug is the same.
+func (d *Device) lookup(ctx context.Context, path string) (value string, there bool, err error) {
+	value, err = d.c.Read(ctx, path)
+	if errors.Is(err, ErrNotFound) || errors.Is(err, ErrAccess) {
+		return "", false, nil
+	}
+	return value, err == nil, err
+}
