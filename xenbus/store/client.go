@@ -21,8 +21,10 @@ type client struct {
 	backlog int // bytes of out at which the client counts as dead
 	pending int // replies in out at which its requests are not read any more
 
-	err     error      // why it ended; nil while it lives
-	changed *sync.Cond // on Store.mu: err, out or replies changed
+	err     error         // why it ended; nil while it lives
+	ended   chan struct{} // closed with err
+	flush   bool          // what is in out then is still to be written
+	changed *sync.Cond    // on Store.mu: err, out or replies changed
 
 	watches []*watch // in order of registration
 	txs     map[uint32]*transaction
@@ -32,6 +34,8 @@ type client struct {
 	waiting map[string]struct{} // payloads of the events in out
 	queued  int                 // bytes that out holds on to
 	replies int                 // in out or being written
+	moved   time.Time           // when it last read something, or had nothing to read
+	behind  *client             // whose backlog the last request filled
 }
 
 type message struct {
@@ -46,6 +50,9 @@ const messageCost = 128
 // writeChunk bounds what a writer takes out of the queue at once: what it has
 // taken can merge with nothing any more.
 const writeChunk = 32 << 10
+
+// stallTime is how long a client over its backlog may read nothing at all.
+const stallTime = time.Second
 
 // flushTime is how long a client that sent its last request may take to read its
 // last replies.
@@ -75,19 +82,17 @@ func (s *Store) ServeConn(conn io.ReadWriteCloser, dom hypercall.DomID) error {
 
 	s.mu.Lock()
 	c.resetLocked()
-	if c.err == nil {
-		c.err = err
-	}
-	err = c.err
-	c.changed.Broadcast()
+	bounded, ok := conn.(interface{ SetWriteDeadline(time.Time) error })
+	c.flush = ok && c.err == nil
+	c.stopLocked(err)
+	flush, err := c.flush, c.err
 	s.clients = slices.DeleteFunc(s.clients, func(o *client) bool { return o == c })
 	c.dom.clients--
 	s.stats.Connections--
 	s.mu.Unlock()
 
-	// Replies to the last requests may still be on their way.
-	if d, ok := conn.(interface{ SetWriteDeadline(time.Time) error }); ok && err == io.EOF {
-		d.SetWriteDeadline(time.Now().Add(flushTime))
+	if flush {
+		bounded.SetWriteDeadline(time.Now().Add(flushTime))
 		<-written
 	}
 	c.close()
@@ -113,6 +118,7 @@ func (s *Store) connect(conn io.ReadWriteCloser, dom hypercall.DomID) (*client, 
 		s: s, conn: conn, dom: d,
 		backlog: s.cfg.Backlog,
 		pending: s.cfg.Quota.Outstanding,
+		ended:   make(chan struct{}),
 		changed: sync.NewCond(&s.mu),
 		txs:     make(map[uint32]*transaction),
 		waiting: make(map[string]struct{}),
@@ -152,7 +158,6 @@ func (c *client) readAll() error {
 // handle runs one request and waits until the client may send the next.
 func (c *client) handle(h wire.Header, p []byte) error {
 	c.s.mu.Lock()
-	defer c.s.mu.Unlock()
 	if c.err == nil {
 		c.s.stats.Requests++
 		r := &request{s: c.s, dom: c.dom, c: c, hdr: h, arg: p}
@@ -161,23 +166,88 @@ func (c *client) handle(h wire.Header, p []byte) error {
 			r.reply(wire.Error, string(err.(Errno))+"\x00")
 		}
 	}
-	for c.err == nil && c.replies >= c.pending {
-		c.changed.Wait()
+	c.waitLocked()
+	err, pause := c.err, c.dom.pauseLocked()
+	c.s.mu.Unlock()
+	if err != nil || pause == 0 {
+		return err
 	}
-	return c.err
+	select {
+	case <-time.After(pause):
+	case <-c.ended:
+	}
+	return nil // handle finds out at the next request
+}
+
+// waitLocked waits until the client has read some replies, and while a client that
+// does read has not caught up with events this one caused.
+func (c *client) waitLocked() {
+	if c.err == nil && c.replies >= c.pending {
+		c.s.stats.RepliesUnread++
+		for c.err == nil && c.replies >= c.pending {
+			c.changed.Wait()
+		}
+	}
+	w := c.behind
+	if w == nil {
+		return
+	}
+	c.s.stats.Throttled++
+	waiting := true
+	var timer *time.Timer
+	timer = time.AfterFunc(stallTime, func() {
+		c.s.mu.Lock()
+		defer c.s.mu.Unlock()
+		if w.endIfStalledLocked(); waiting {
+			timer.Reset(stallTime)
+		}
+	})
+	for c.err == nil && w.err == nil && w.queued > w.backlog/2 {
+		w.changed.Wait()
+	}
+	waiting = false
+	timer.Stop()
+	c.behind = nil
+}
+
+func (c *client) endIfStalledLocked() {
+	if c.err == nil && c.queued > c.backlog/2 && time.Since(c.moved) >= stallTime {
+		c.s.stats.BacklogKills++
+		c.endLocked(ErrBacklog)
+	}
+}
+
+// checkBacklogLocked is called when an event was queued. A client over its backlog
+// ends if it does not read at all; if it does, whoever floods it is made to wait,
+// should he be one of those who are not trusted.
+func (c *client) checkBacklogLocked(cause *request) {
+	if c.queued <= c.backlog {
+		return
+	}
+	c.endIfStalledLocked()
+	if c.err == nil && c.queued > 2*c.backlog {
+		c.s.stats.BacklogKills++
+		c.endLocked(ErrBacklog)
+	}
+	if c.err == nil && cause != nil && cause.c != nil && cause.c != c && !cause.dom.privileged {
+		cause.c.behind = c
+	}
 }
 
 func (c *client) queueLocked(m message) {
 	if c.err != nil {
 		return
 	}
+	if len(c.out) == 0 {
+		c.moved = time.Now()
+	}
 	c.out = append(c.out, m)
 	c.queued += messageCost + len(m.payload)
 	c.changed.Broadcast()
 }
 
-// writeAll writes what is queued until the client ends and, if it ended by itself,
-// what was queued by then.
+// writeAll writes what is queued until the client ends and, if it is to flush, what
+// was queued by then.
 func (c *client) writeAll() {
 	var buf []byte
 	for {
@@ -189,6 +259,7 @@ func (c *client) writeAll() {
 		_, err := c.conn.Write(buf)
 		c.s.mu.Lock()
 		c.replies -= replies
+		c.moved = time.Now()
 		if err != nil {
 			c.endLocked(err)
 		}
@@ -204,7 +275,7 @@ func (c *client) take(buf []byte) (_ []byte, replies int) {
 	for len(c.out) == 0 && c.err == nil {
 		c.changed.Wait()
 	}
-	if c.err != nil && c.err != io.EOF {
+	if c.err != nil && !c.flush {
 		return buf, 0
 	}
 	n := 0
@@ -224,17 +295,30 @@ func (c *client) take(buf []byte) (_ []byte, replies int) {
 	if len(c.out) == 0 {
 		c.out = nil
 	}
+	c.changed.Broadcast()
 	return buf, replies
 }
 
-// endLocked ends the client for the reason given, unless it has ended already.
-func (c *client) endLocked(err error) {
+// stopLocked notes why the client ended, unless it has ended already, and wakes
+// everyone who waits for it.
+func (c *client) stopLocked(err error) (first bool) {
 	if c.err != nil {
-		return
+		return false
 	}
 	c.err = err
+	close(c.ended)
 	c.changed.Broadcast()
-	go c.close() // may block, and the store must not
+	if c.behind != nil {
+		c.behind.changed.Broadcast()
+	}
+	return true
+}
+
+// endLocked ends the client from another goroutine than its reader.
+func (c *client) endLocked(err error) {
+	if c.stopLocked(err) {
+		go c.close() // may block, and the store must not
+	}
 }
 
 func (c *client) close() {

@@ -3,6 +3,7 @@ package store
 import (
 	"slices"
 	"strconv"
+	"time"
 
 	"barevif/hypercall"
 )
@@ -22,6 +23,39 @@ type domain struct {
 	watches int
 	txs     int
 	memory  int // bytes it makes the store hold
+	credit  float64
+	charged time.Time // when credit was right
+}
+
+// Whoever writes while others have transactions open can make every commit of
+// theirs fail (XSA-206). These bound his writes, as WRL_RATE and WRL_GBURST of
+// xenstored_domain.h do.
+const (
+	writeRate  = 200 // a second
+	writeBurst = 1000
+)
+
+// chargeLocked pays for one change of the tree.
+func (d *domain) chargeLocked(s *Store) {
+	if d.privileged || s.openTxs == d.txs {
+		return // there is no transaction of others it could disturb
+	}
+	now := time.Now()
+	earned := now.Sub(d.charged).Seconds() * writeRate
+	d.credit = min(writeBurst, d.credit+earned) - 1
+	d.charged = now
+	if d.credit < 0 {
+		s.stats.RateLimited++
+	}
+}
+
+// pauseLocked is how long a domain that has used up its credit is not read.
+func (d *domain) pauseLocked() time.Duration {
+	if d.credit >= 0 {
+		return 0
+	}
+	due := d.charged.Add(time.Duration(-d.credit / writeRate * float64(time.Second)))
+	return max(0, time.Until(due))
 }
 
 func homeOf(id uint32) string { return "/local/domain/" + strconv.FormatUint(uint64(id), 10) }
@@ -113,7 +147,11 @@ func (s *Store) introduceLocked(id hypercall.DomID) *domain {
 	if d := s.domains[id]; d != nil {
 		return d
 	}
-	d := &domain{id: id, home: homeOf(uint32(id)), privileged: slices.Contains(s.cfg.Privileged, id)}
+	d := &domain{
+		id: id, home: homeOf(uint32(id)),
+		privileged: slices.Contains(s.cfg.Privileged, id),
+		credit:     writeBurst, charged: time.Now(),
+	}
 	s.domains[id] = d
 	s.fireSpecialLocked(introduceDomain)
 	return d

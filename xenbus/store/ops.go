@@ -172,6 +172,15 @@ func (r *request) runChange() error {
 	if err != nil {
 		return err
 	}
+	return r.changed()
+}
+
+// changed acknowledges a change and charges for it. One in a transaction costs
+// nothing before the commit.
+func (r *request) changed() error {
+	if r.tx == nil {
+		r.dom.chargeLocked(r.s)
+	}
 	return r.reply(r.hdr.Op, okay)
 }
 
@@ -199,7 +208,7 @@ func (r *request) runSetPerms() error {
 	} else if err := r.setPerms(r.absolute(args[0]), perms); err != nil {
 		return err
 	}
-	return r.reply(r.hdr.Op, okay)
+	return r.changed()
 }
 
 func (r *request) runWatch() error {
@@ -248,6 +257,9 @@ func (r *request) runTransaction() error {
 	r.c.endTxLocked(t)
 	if err != nil {
 		return err
+	}
+	if arg == "T" {
+		return r.changed()
 	}
 	return r.reply(r.hdr.Op, okay)
 }

@@ -91,6 +91,9 @@ type Stats struct {
 	EventsTooLong uint64 // not queued, as path and token exceed a message
 	ProtocolKills uint64 // connections ended for a message over 4096 bytes
 	BacklogKills  uint64 // connections ended with ErrBacklog
+	RepliesUnread uint64 // times a client was not read as it did not read its replies
+	Throttled     uint64 // times one was not read as another had to catch up with its events
+	RateLimited   uint64 // times one was not read as it writes too fast beside transactions
 }
 
 // New makes a store with the nodes of a fresh C xenstored: /tool/xenstored.

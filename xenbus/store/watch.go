@@ -20,6 +20,9 @@ type watch struct {
 
 // pathFor is how the watch's owner calls path, which is within w.path.
 func (w *watch) pathFor(path string) string {
+	if w.prefix == "" {
+		return path
+	}
 	return strings.TrimPrefix(path[len(w.prefix):], "/")
 }
 
@@ -141,6 +144,9 @@ func (s *Store) fireSpecialLocked(name string) {
 
 // eventLocked queues an event, unless the same one is waiting already.
 func (c *client) eventLocked(path, token string, cause *request) {
+	if c.err != nil {
+		return
+	}
 	payload := path + "\x00" + token + "\x00"
 	if len(payload) > wire.MaxPayload {
 		c.s.stats.EventsTooLong++
@@ -156,8 +162,5 @@ func (c *client) eventLocked(path, token string, cause *request) {
 	}
 	c.s.stats.Events++
 	c.queueLocked(message{hdr: wire.Header{Op: wire.WatchEvent}, payload: payload, event: !special})
-	if c.queued > c.backlog {
-		c.s.stats.BacklogKills++
-		c.endLocked(ErrBacklog)
-	}
+	c.checkBacklogLocked(cause)
 }
