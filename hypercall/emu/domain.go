@@ -52,8 +52,11 @@ func newDomain(id hypercall.DomID, hv hypervisor, mem memory) *Domain {
 // ID is the domain's number.
 func (d *Domain) ID() hypercall.DomID { return d.id }
 
-// Destroy ends the domain, as [Machine.Destroy] does.
-func (d *Domain) Destroy() { d.hv.leave() }
+// Destroy ends the domain, as [Machine.Destroy] does. It is idempotent.
+func (d *Domain) Destroy() {
+	d.hv.leave()
+	<-d.done
+}
 
 // Done is closed when the domain has ended, for whatever reason.
 func (d *Domain) Done() <-chan struct{} { return d.done }
@@ -178,7 +181,7 @@ func (d *Domain) assemble(peer hypercall.DomID, runs []run, access hypercall.Acc
 			}
 			held[r.Serial] = b
 		}
-		parts[i] = part{held[r.Serial], r.First, r.N}
+		parts[i] = part{held[r.Serial], int(r.First), int(r.N)}
 	}
 	return d.memory.join(parts, access)
 }

@@ -163,6 +163,12 @@ func (m *Machine) OnDeath(f func(hypercall.DomID)) {
 // Close destroys all domains and returns when every Config.Store function has. It
 // is idempotent.
 func (m *Machine) Close() error {
+	m.shut()
+	return m.tables.close()
+}
+
+// shut ends everything but the tables.
+func (m *Machine) shut() {
 	m.mu.Lock()
 	m.closed = true
 	var all []*guest
@@ -174,7 +180,6 @@ func (m *Machine) Close() error {
 		g.destroy()
 	}
 	m.stores.Wait()
-	return m.tables.close()
 }
 
 // A Ledger counts what the domains of a machine hold now.

@@ -117,12 +117,12 @@ func (g *guest) mapGrants(peer hypercall.DomID, refs []hypercall.GrantRef, acces
 		held[i] = p.granter[ref]
 		if n := len(out.Runs); n > 0 {
 			last := &out.Runs[n-1]
-			if last.Serial == held[i].Serial && last.First+last.N == held[i].page {
+			if last.Serial == held[i].Serial && int(last.First+last.N) == held[i].page {
 				last.N++
 				continue
 			}
 		}
-		out.Runs = append(out.Runs, run{held[i].Serial, ref, held[i].page, 1})
+		out.Runs = append(out.Runs, run{held[i].Serial, ref, uint32(held[i].page), 1})
 	}
 	for _, h := range held {
 		h.share.mapped[h.page]++

@@ -58,7 +58,7 @@ type mapped struct {
 type run struct {
 	Serial   uint64
 	Ref      hypercall.GrantRef
-	First, N int
+	First, N uint32
 }
 
 // A share belongs to the machine; Machine.mu guards it.
@@ -99,7 +99,7 @@ type guest struct {
 	freePort []hypercall.PortID
 	open     int
 	waiters  map[uint64]bell
-	conns    map[uint64]io.Closer // the machine's ends
+	conns    map[uint64]func() // ends the domain's end
 }
 
 // granter says which page a ref stands for.
@@ -135,7 +135,7 @@ func (m *Machine) newGuest(id hypercall.DomID) (*guest, error) {
 		maps:     make(map[uint64][]mappedBy),
 		channels: make([]channel, 1),
 		waiters:  make(map[uint64]bell),
-		conns:    make(map[uint64]io.Closer),
+		conns:    make(map[uint64]func()),
 	}
 	for ref := len(t.grants) - 1; ref >= reservedRefs; ref-- {
 		g.free = append(g.free, hypercall.GrantRef(ref))
@@ -234,11 +234,8 @@ func (g *guest) destroy() {
 	if domain != nil {
 		domain.die()
 	}
-	if gone != nil {
-		gone()
-	}
-	for _, c := range conns {
-		c.Close()
+	for _, hangUp := range conns {
+		hangUp()
 	}
 	for _, b := range waiters {
 		b.close()
@@ -247,17 +244,24 @@ func (g *guest) destroy() {
 	for _, f := range onDeath {
 		f(g.id)
 	}
+	if gone != nil { // last: this is how a domain elsewhere learns that all is done
+		gone()
+	}
 	close(g.died)
 }
 
 func (g *guest) store() (uint64, io.ReadWriteCloser, error) {
 	near, far := newPipe()
-	id, err := g.serve(far)
-	return id, near, err
+	id, err := g.serve(far, func() { near.Close() })
+	if err != nil {
+		return 0, nil, err
+	}
+	return id, near, nil
 }
 
-// serve hands the machine's end of a xenstore connection to Config.Store.
-func (g *guest) serve(conn io.ReadWriteCloser) (uint64, error) {
+// serve hands the machine's end of a xenstore connection to Config.Store. hangUp
+// makes it read io.EOF.
+func (g *guest) serve(conn io.ReadWriteCloser, hangUp func()) (uint64, error) {
 	m := g.m
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -268,7 +272,7 @@ func (g *guest) serve(conn io.ReadWriteCloser) (uint64, error) {
 		return 0, errNoStore
 	}
 	id := m.next()
-	g.conns[id] = conn
+	g.conns[id] = hangUp
 	m.stores.Go(func() {
 		defer conn.Close()
 		m.cfg.Store(g.id, conn)
@@ -276,12 +280,10 @@ func (g *guest) serve(conn io.ReadWriteCloser) (uint64, error) {
 	return id, nil
 }
 
+// closeStore forgets a connection that its domain has closed. The machine's end
+// lives on until what was sent has been read.
 func (g *guest) closeStore(id uint64) {
 	g.m.mu.Lock()
-	c := g.conns[id]
+	defer g.m.mu.Unlock()
 	delete(g.conns, id)
-	g.m.mu.Unlock()
-	if c != nil {
-		c.Close()
-	}
 }

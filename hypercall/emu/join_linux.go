@@ -1,0 +1,387 @@
+package emu
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"slices"
+	"sync"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+
+	"barevif/arena/shm"
+	"barevif/hypercall"
+)
+
+// Join makes this process the domain of that number, of the host that listens at
+// path. ctx bounds joining, nothing else. The domain lives until Destroy, the end of
+// the process, or the end of the host. [ErrDomainExists], [ErrTooManyDomains].
+func Join(ctx context.Context, path string, id hypercall.DomID) (*Domain, error) {
+	c, err := new(net.Dialer).DialContext(ctx, "unixpacket", path)
+	if err != nil {
+		return nil, fmt.Errorf("emu: join: %w", err)
+	}
+	r := &remote{conn: c.(*net.UnixConn), buf: make([]byte, maxPacket), dead: make(chan struct{})}
+	stop := context.AfterFunc(ctx, func() { r.conn.Close() })
+	err = r.join(id)
+	if !stop() {
+		err = ctx.Err()
+	}
+	if err != nil {
+		r.conn.Close()
+		r.unmap()
+		return nil, fmt.Errorf("emu: join as domain %d: %w", id, err)
+	}
+	d := newDomain(id, r, fileMemory{})
+	go r.listen(d)
+	return d, nil
+}
+
+// remote is a domain's way to its machine when that is another process.
+type remote struct {
+	conn *net.UnixConn
+	dead chan struct{} // closed when the host is gone, or has destroyed us
+
+	mu      sync.Mutex  // one request at a time
+	replies chan packet // the answer to it
+	buf     []byte      // of listen only, once joined
+
+	tables  guestTables // our own
+	grants  []atomic.Uint64
+	ports   []atomic.Uint32
+	regions []region
+}
+
+func (r *remote) join(id hypercall.DomID) error {
+	b, err := encode(&request{Op: opJoin, Peer: id, N: wireVersion})
+	if err != nil {
+		return err
+	}
+	if err := writePacket(r.conn, b, nil); err != nil {
+		return err
+	}
+	p, err := readPacket(r.conn, r.buf)
+	if err != nil {
+		return err
+	}
+	defer p.closeFDs()
+	var rep reply
+	rest, err := decode(p.data, &rep)
+	if err != nil {
+		return err
+	}
+	if err := rep.error(rest); err != nil {
+		return err
+	}
+	for _, t := range []struct {
+		n, word int
+		access  hypercall.Access
+	}{{int(rep.Grants), 8, hypercall.ReadOnly}, {int(rep.Ports), 4, hypercall.ReadWrite}} {
+		f, err := p.takeMemory(tableBytes(t.n, t.word))
+		if err != nil {
+			return err
+		}
+		reg, err := mapTable(f.file, t.n, t.word, t.access)
+		f.close()
+		if err != nil {
+			return err
+		}
+		r.regions = append(r.regions, reg)
+	}
+	r.grants, r.ports = words64(r.regions[0].Memory), words32(r.regions[1].Memory)
+	r.replies = make(chan packet)
+	r.tables, err = r.table(&rep)
+	return err
+}
+
+// takeMemory takes a descriptor over as memory of that many bytes, if it is
+// nothing else: a file that can shrink would fault us.
+func (p *packet) takeMemory(size int) (*fileBacking, error) {
+	fd, err := p.takeFD()
+	if err != nil {
+		return nil, err
+	}
+	b := &fileBacking{os.NewFile(uintptr(fd), "memfd:barevif")}
+	if err := checkMemory(fd, size); err != nil {
+		b.close()
+		return nil, err
+	}
+	return b, nil
+}
+
+func checkMemory(fd, size int) error {
+	got, err := unix.FcntlInt(uintptr(fd), unix.F_GET_SEALS, 0)
+	if err != nil {
+		return fmt.Errorf("emu: the descriptor is no memfd: %w", err)
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return fmt.Errorf("emu: fstat: %w", err)
+	}
+	if got&seals != seals || st.Size != int64(size) {
+		return fmt.Errorf("emu: a memfd of %d bytes with seals %#x, expected %d bytes and %#x", st.Size, got, size, seals)
+	}
+	return nil
+}
+
+// table is the tables that the host told us of.
+func (r *remote) table(rep *reply) (guestTables, error) {
+	if rep.Slot >= hostDomains || rep.Grants == 0 || rep.Ports == 0 ||
+		tableBytes(int(rep.Grants), 8) != len(r.grants)*8 || tableBytes(int(rep.Ports), 4) != len(r.ports)*4 {
+		return guestTables{}, fmt.Errorf("emu: the host speaks of table %d", rep.Slot)
+	}
+	t := sliceTables(r.grants, r.ports, int(rep.Grants), int(rep.Ports), int(rep.Slot))
+	t.incarnation = rep.ID
+	return t, nil
+}
+
+// listen hands replies over until the connection ends, which is the end of d.
+func (r *remote) listen(d *Domain) {
+	for {
+		p, err := readPacket(r.conn, r.buf)
+		if err != nil {
+			break
+		}
+		p.data = slices.Clone(p.data) // call looks at it while we read on
+		r.replies <- p                // somebody waits: the host only answers
+	}
+	r.conn.Close()
+	close(r.dead)
+	d.die()
+	r.unmap() // nobody is left inside: die waited for them
+}
+
+func (r *remote) unmap() {
+	for _, reg := range r.regions {
+		_ = reg.free()
+	}
+}
+
+// result is a reply taken apart.
+type result struct {
+	reply
+	packet
+	refs []hypercall.GrantRef
+	runs []run
+}
+
+// call asks the host. The result's descriptors are the caller's to close.
+func (r *remote) call(q *request, refs []hypercall.GrantRef) (*result, error) {
+	if len(refs) > maxWireRefs {
+		return nil, fmt.Errorf("emu: %d refs in one call, the limit is %d", len(refs), maxWireRefs)
+	}
+	b, err := encode(q, refs)
+	if err != nil {
+		return nil, err
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if writePacket(r.conn, b, nil) != nil {
+		return nil, errDead
+	}
+	select {
+	case p := <-r.replies:
+		return parse(p)
+	case <-r.dead:
+		return nil, errDead
+	}
+}
+
+func parse(p packet) (_ *result, err error) {
+	res := &result{packet: p}
+	defer func() {
+		if err != nil {
+			res.closeFDs()
+		}
+	}()
+	rest, err := decode(p.data, &res.reply)
+	if err != nil {
+		return nil, err
+	}
+	if uint64(res.NRefs)*4+uint64(res.NRuns)*20 > uint64(len(rest)) {
+		return nil, errors.New("emu: a reply is too short")
+	}
+	res.refs, res.runs = make([]hypercall.GrantRef, res.NRefs), make([]run, res.NRuns)
+	if rest, err = decode(rest, res.refs); err != nil {
+		return nil, err
+	}
+	if rest, err = decode(rest, res.runs); err != nil {
+		return nil, err
+	}
+	if err := res.error(rest); err != nil {
+		return nil, err
+	}
+	return res, nil
+}
+
+// tell is a call that cannot fail but by the end of the domain.
+func (r *remote) tell(q request) {
+	if res, err := r.call(&q, nil); err == nil {
+		res.closeFDs()
+	}
+}
+
+func (r *remote) own() guestTables { return r.tables }
+
+func (r *remote) leave() {
+	r.tell(request{Op: opLeave}) // the answer is the end of the connection
+	<-r.dead
+}
+
+func (r *remote) keepPages(n int) (uint64, error) {
+	res, err := r.call(&request{Op: opKeepPages, N: uint32(n)}, nil)
+	if err != nil {
+		return 0, err
+	}
+	defer res.closeFDs()
+	return res.ID, nil
+}
+
+func (r *remote) dropPages(id uint64) { r.tell(request{Op: opDropPages, ID: id}) }
+
+func (r *remote) share(peer hypercall.DomID, pages int, access hypercall.Access) (grants, backing, error) {
+	if pages <= 0 {
+		return grants{}, nil, errNoPages
+	}
+	if pages > maxWireRefs {
+		return grants{}, nil, hypercall.ErrNoGrants
+	}
+	return r.memory(&request{Op: opShare, Peer: peer, N: uint32(pages), Access: access})
+}
+
+// memory is a call whose answer is a share.
+func (r *remote) memory(q *request) (grants, backing, error) {
+	res, err := r.call(q, nil)
+	if err != nil {
+		return grants{}, nil, err
+	}
+	defer res.closeFDs()
+	b, err := res.takeMemory(len(res.refs) * shm.PageSize)
+	if err != nil {
+		return grants{}, nil, err
+	}
+	return grants{res.ID, res.Access, res.refs}, b, nil
+}
+
+func (r *remote) endShare(id uint64, refuse bool) error {
+	res, err := r.call(&request{Op: opEndShare, ID: id, Refuse: refuse}, nil)
+	return r.done(res, err)
+}
+
+// done is the outcome of giving something up: a domain that is gone has nothing.
+func (r *remote) done(res *result, err error) error {
+	switch {
+	case errors.Is(err, errDead):
+		return nil
+	case err != nil:
+		return err
+	}
+	res.closeFDs()
+	return nil
+}
+
+func (r *remote) mapGrants(peer hypercall.DomID, refs []hypercall.GrantRef, access hypercall.Access) (mapped, error) {
+	res, err := r.call(&request{Op: opMap, Peer: peer, Access: access}, refs)
+	if err != nil {
+		return mapped{}, err
+	}
+	defer res.closeFDs()
+	return mapped{res.ID, res.runs}, nil
+}
+
+func (r *remote) unmapGrants(id uint64) error {
+	res, err := r.call(&request{Op: opUnmap, ID: id}, nil)
+	return r.done(res, err)
+}
+
+func (r *remote) attach(peer hypercall.DomID, ref hypercall.GrantRef) (grants, backing, error) {
+	return r.memory(&request{Op: opAttach, Peer: peer, N: uint32(ref)})
+}
+
+func (r *remote) lookup(peer hypercall.DomID) (guestTables, error) {
+	res, err := r.call(&request{Op: opLookup, Peer: peer}, nil)
+	if err != nil {
+		return guestTables{}, err
+	}
+	defer res.closeFDs()
+	return r.table(&res.reply)
+}
+
+func (r *remote) newWaiter() (uint64, bell, error) {
+	res, err := r.call(&request{Op: opWaiter}, nil)
+	if err != nil {
+		return 0, nil, err
+	}
+	defer res.closeFDs()
+	fd, err := res.takeFD()
+	if err != nil {
+		return 0, nil, err
+	}
+	return res.ID, openFDBell(fd), nil
+}
+
+func (r *remote) closeWaiter(id uint64) { r.tell(request{Op: opCloseWaiter, ID: id}) }
+
+func (r *remote) unbound(waiter uint64, peer hypercall.DomID) (channelEnd, error) {
+	return r.port(&request{Op: opUnbound, ID: waiter, Peer: peer})
+}
+
+func (r *remote) bind(waiter uint64, peer hypercall.DomID, remote hypercall.PortID) (channelEnd, error) {
+	return r.port(&request{Op: opBind, ID: waiter, Peer: peer, N: uint32(remote)})
+}
+
+func (r *remote) port(q *request) (channelEnd, error) {
+	res, err := r.call(q, nil)
+	if err != nil {
+		return channelEnd{}, err
+	}
+	defer res.closeFDs()
+	if uint64(res.Port) >= uint64(len(r.tables.ports)) {
+		return channelEnd{}, fmt.Errorf("emu: the host speaks of port %d", res.Port)
+	}
+	return channelEnd{hypercall.PortID(res.Port), res.Gen}, nil
+}
+
+func (r *remote) closePort(id hypercall.PortID, gen uint32) {
+	r.tell(request{Op: opClosePort, N: uint32(id), Gen: gen})
+}
+
+func (r *remote) farEnd(id hypercall.PortID, gen uint32) (*farEnd, error) {
+	res, err := r.call(&request{Op: opFarEnd, N: uint32(id), Gen: gen}, nil)
+	if err != nil {
+		return nil, err
+	}
+	defer res.closeFDs()
+	if res.Port == 0 {
+		return nil, nil
+	}
+	at := uint64(res.Slot)*uint64(len(r.tables.ports)) + uint64(res.Port)
+	if at >= uint64(len(r.ports)) {
+		return nil, fmt.Errorf("emu: the host speaks of port %d of table %d", res.Port, res.Slot)
+	}
+	fd, err := res.takeFD()
+	if err != nil {
+		return nil, err
+	}
+	b := openFDBell(fd)
+	return &farEnd{word: &r.ports[at], gen: res.Gen, bell: b, free: b.close}, nil
+}
+
+func (r *remote) store() (uint64, io.ReadWriteCloser, error) {
+	res, err := r.call(&request{Op: opStore}, nil)
+	if err != nil {
+		return 0, nil, err
+	}
+	defer res.closeFDs()
+	fd, err := res.takeFD()
+	if err != nil {
+		return 0, nil, err
+	}
+	return res.ID, os.NewFile(uintptr(fd), "xenstore"), nil
+}
+
+func (r *remote) closeStore(id uint64) { r.tell(request{Op: opCloseStore, ID: id}) }
