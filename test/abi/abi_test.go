@@ -1,10 +1,10 @@
-// Package abi holds the Go side of barevif to what Xen's public headers say.
+// Package abi_test holds the Go side of barevif to what Xen's public headers say.
 //
 // testdata/golden.txt is the output of golden.c, a program over those headers.
 // The tests refuse a fact the headers state and Go does not repeat, and a Go
 // value the headers do not know, so that neither list outgrows the other. The
 // package has no code of its own.
-package abi
+package abi_test
 
 import (
 	"bufio"
