@@ -5,6 +5,7 @@ import (
 
 	"barevif/hypercall"
 	"barevif/pvnet/netif"
+	"barevif/xenbus"
 	"barevif/xenbus/wire"
 )
 
@@ -110,16 +111,17 @@ func TestConstantsAreTheHeaders(t *testing.T) {
 		"XENSTORE_ABS_PATH_MAX":   wire.MaxAbsPath,
 		"XENSTORE_REL_PATH_MAX":   wire.MaxRelPath,
 
+		"XenbusStateUnknown":       int64(xenbus.Unknown),
+		"XenbusStateInitialising":  int64(xenbus.Initialising),
+		"XenbusStateInitWait":      int64(xenbus.InitWait),
+		"XenbusStateInitialised":   int64(xenbus.Initialised),
+		"XenbusStateConnected":     int64(xenbus.Connected),
+		"XenbusStateClosing":       int64(xenbus.Closing),
+		"XenbusStateClosed":        int64(xenbus.Closed),
+		"XenbusStateReconfiguring": int64(xenbus.Reconfiguring),
+		"XenbusStateReconfigured":  int64(xenbus.Reconfigured),
+
 		// Numbers no exported name stands for.
-		"XenbusStateUnknown":            0,
-		"XenbusStateInitialising":       1,
-		"XenbusStateInitWait":           2,
-		"XenbusStateInitialised":        3,
-		"XenbusStateConnected":          4,
-		"XenbusStateClosing":            5,
-		"XenbusStateClosed":             6,
-		"XenbusStateReconfiguring":      7,
-		"XenbusStateReconfigured":       8,
 		"GNTTAB_NR_RESERVED_ENTRIES":    8,
 		"__HYPERVISOR_memory_op":        12,
 		"__HYPERVISOR_xen_version":      17,
