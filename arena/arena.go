@@ -109,18 +109,22 @@ func (a *Arena) Put(bufs ...uint32) {
 	}
 }
 
+// PutChain gives back buffer i and what is linked to it.
+func (a *Arena) PutChain(i uint32) {
+	for i != none {
+		next := a.desc[i].next
+		a.desc[i].next = none
+		a.free = append(a.free, i)
+		i = next
+	}
+}
+
 // collect moves what others released to the owner's stack.
 func (a *Arena) collect() {
 	if a.returned.Load() == none {
 		return
 	}
-	for i := a.returned.Swap(none); i != none; {
-		d := &a.desc[i]
-		next := d.next
-		d.next = none
-		a.free = append(a.free, i)
-		i = next
-	}
+	a.PutChain(a.returned.Swap(none))
 }
 
 // Bytes is the memory of buffer i.
@@ -193,12 +197,7 @@ func (a *Arena) Release(b Buffer) error {
 	if err != nil || !last {
 		return err
 	}
-	for i := b.i; i != none; {
-		next := a.desc[i].next
-		a.desc[i].next = none
-		a.free = append(a.free, i)
-		i = next
-	}
+	a.PutChain(b.i)
 	return nil
 }
 
@@ -328,6 +327,16 @@ func (b Buffer) After(p Piece) (Piece, bool) { return b.a.after(p.i) }
 // PieceBytes is the memory of the whole buffer of p, of which Len bytes at Off
 // are in use.
 func (b Buffer) PieceBytes(p Piece) []byte { return b.a.Bytes(p.i) }
+
+// Resize says which bytes of p are in use: n at off, inside the buffer. b must
+// have one holder.
+func (b Buffer) Resize(p Piece, off, n uint16) {
+	d := &b.a.desc[p.i]
+	d.off, d.len = off, n
+}
+
+// Size is the bytes of each buffer of b's arena.
+func (b Buffer) Size() int { return int(b.a.size) }
 
 func (a *Arena) after(i uint32) (Piece, bool) {
 	n := a.desc[i].next

@@ -1,0 +1,365 @@
+package pvnet
+
+import (
+	"barevif/arena"
+	"barevif/hypercall"
+	"barevif/pvnet/netif"
+	"barevif/pvnet/ring"
+	"barevif/telemetry"
+)
+
+// How many data slots a frame from the frontend may have. The protocol's minimum
+// is 18; Linux's netback passes 19, answers ERROR to 20 and 21, and takes 22 for
+// an attack (drivers/net/xen-netback/netback.c: XEN_NETBK_LEGACY_SLOTS_MAX,
+// fatal_skb_slots, both counted after the first).
+const (
+	maxTxSlots   = 19
+	fatalTxSlots = 22
+)
+
+// batchOps bounds one grant copy batch. The largest frame takes two operations a
+// slot, since its slots and our buffers are cut at different places.
+const (
+	batchOps    = 256
+	maxFrameOps = 2*maxTxSlots + maxPieces
+)
+
+// A backRX receives what the frontend transmits: requests on the tx ring name
+// pages of the peer's, which are copied to private buffers in one batch. Every
+// request is answered, in order and a whole frame at a time, so that another
+// backend could go on where this one stops.
+type backRX struct {
+	ring  *ring.Back[netif.TxRequest, netif.TxResponse]
+	pool  *arena.Arena
+	dom   hypercall.Domain
+	peer  hypercall.DomID
+	port  hypercall.Port
+	count *telemetry.Block
+
+	next txPacket
+	have bool // next is parsed and not copied
+
+	// One batch: copies, responses in ring order, and which belong to which frame.
+	ops    [batchOps]hypercall.CopyOp
+	nops   int
+	rsp    [256]netif.TxResponse
+	nrsp   int
+	placed [64]placedFrame
+}
+
+// A txPacket is a frame as its requests describe it, all taken and checked.
+type txPacket struct {
+	n     int // data slots
+	all   int // slots with extras: the responses due
+	total uint32
+	csum  Checksum
+	seg   [maxTxSlots]netif.TxRequest
+	rsp   [fatalTxSlots + maxExtras]netif.TxResponse
+}
+
+// maxExtras is more than a frame can need; Linux keeps one of each type.
+const maxExtras = 8
+
+// A placedFrame says which copies and responses of a batch belong to a frame.
+type placedFrame struct{ op, ops, rsp, rsps int }
+
+func (e *backRX) receive(frames []Frame, into bool) (n int, err error) {
+	e.nops, e.nrsp = 0, 0
+	limit := min(len(frames), len(e.placed))
+	for n < limit {
+		if !e.have {
+			if e.have, err = e.parse(); err != nil || !e.have {
+				break
+			}
+		}
+		if e.nops+maxFrameOps > batchOps {
+			break
+		}
+		f := &frames[n]
+		if into {
+			if err = f.reset(e.next.total); err != nil {
+				break
+			}
+		} else if !build(e.pool, int(e.next.total), f) {
+			e.count.Add(telemetry.AllocFailed, 1)
+			err = ErrNoBuffers
+			break
+		}
+		e.place(f, &e.placed[n])
+		e.have = false
+		n++
+	}
+	n = e.copy(frames, n, into)
+	e.show()
+	if n > 0 && (err == ErrNoBuffers || err == ErrShortFrame || err == ErrStale) {
+		err = nil
+	}
+	return n, err
+}
+
+// place queues the copies of the next packet into f, and its responses.
+func (e *backRX) place(f *Frame, p *placedFrame) {
+	p.op, p.rsp = e.nops, e.nrsp
+	f.csum = e.next.csum
+	if e.next.n == 1 && f.pieces <= 1 {
+		r := &e.next.seg[0]
+		e.op(f.Bytes(), r.Ref, r.Offset)
+	} else {
+		i, done := 0, uint16(0)
+		for dst := range f.Pieces() {
+			for len(dst) > 0 && i < e.next.n {
+				r := &e.next.seg[i]
+				k := min(len(dst), int(r.Size-done))
+				if k > 0 {
+					e.op(dst[:k], r.Ref, r.Offset+done)
+					dst, done = dst[k:], done+uint16(k)
+				}
+				if done == r.Size {
+					i, done = i+1, 0
+				}
+			}
+		}
+	}
+	e.nrsp += copy(e.rsp[e.nrsp:], e.next.rsp[:e.next.all])
+	p.ops, p.rsps = e.nops-p.op, e.nrsp-p.rsp
+}
+
+func (e *backRX) op(dst []byte, ref hypercall.GrantRef, off uint16) {
+	o := &e.ops[e.nops]
+	o.Dst.Local = dst
+	o.Src = hypercall.Area{Dom: e.peer, Ref: ref, Offset: off}
+	o.Len = uint32(len(dst))
+	o.Status = hypercall.GeneralError // until Copy says otherwise
+	e.nops++
+}
+
+// copy runs the batch and returns how many of the n frames hold their bytes:
+// those that do not are dropped, and answered with ERROR.
+func (e *backRX) copy(frames []Frame, n int, into bool) int {
+	if e.nops > 0 {
+		e.count.Add(telemetry.GrantBatches, 1)
+		e.count.Add(telemetry.GrantOps, uint64(e.nops))
+		if err := e.dom.Copy(e.ops[:e.nops]); err != nil {
+			for i := range e.ops[:e.nops] {
+				e.ops[i].Status = hypercall.GeneralError
+			}
+		}
+	}
+	var t tally
+	good := 0
+	for i := range n {
+		f, p := &frames[i], &e.placed[i]
+		failed := uint64(0)
+		for j := range e.ops[p.op : p.op+p.ops] {
+			if e.ops[p.op+j].Status != hypercall.OK {
+				failed++
+			}
+		}
+		reason := telemetry.DropBadGref
+		ok := failed == 0
+		if !ok {
+			e.count.Add(telemetry.GrantErrors, failed)
+			e.refuse(p)
+		} else if f.csum == ChecksumPartial && !f.completeChecksum() {
+			ok, reason = false, telemetry.DropBadCsum // answered OKAY, as Linux does
+		}
+		if !ok {
+			e.count.Drop(reason, 1)
+			if !into {
+				e.pool.Release(f.buf)
+			}
+			continue
+		}
+		t.add(f, p.rsps, f.Bytes())
+		frames[good], frames[i] = frames[i], frames[good]
+		good++
+	}
+	e.count.Add(telemetry.CopiedBytes, t.bytes)
+	t.count(e.count)
+	return good
+}
+
+// refuse turns the responses of a placed frame into ERROR.
+func (e *backRX) refuse(p *placedFrame) {
+	for i := range e.rsp[p.rsp : p.rsp+p.rsps] {
+		if r := &e.rsp[p.rsp+i]; r.Status == netif.Okay {
+			r.Status = netif.Error
+		}
+	}
+}
+
+// show publishes the batch's responses.
+func (e *backRX) show() {
+	e.count.Add(telemetry.Polls, 1)
+	for i := range e.rsp[:e.nrsp] {
+		e.ring.Put(e.rsp[i])
+	}
+	n := e.nrsp
+	e.nrsp = 0
+	if e.ring.Publish() {
+		e.count.Add(telemetry.NotifiesSent, 1)
+		e.port.Notify()
+	} else if n > 0 {
+		e.count.Add(telemetry.NotifiesSpared, 1)
+	}
+}
+
+// parse takes the next frame's requests. What is wrong with one frame is answered
+// and the next one is tried; an error is final.
+func (e *backRX) parse() (bool, error) {
+	for {
+		avail, err := e.ring.Poll()
+		if err != nil {
+			return false, e.violation(err.Error())
+		}
+		if avail == 0 {
+			return false, nil
+		}
+		if e.nrsp+fatalTxSlots+maxExtras > len(e.rsp) {
+			return false, nil // the batch's responses first
+		}
+		reason, ok, err := e.parseOne(avail)
+		if err != nil {
+			return false, err
+		}
+		if ok {
+			return true, nil
+		}
+		if reason != 0 {
+			e.count.Drop(reason, 1)
+		}
+	}
+}
+
+// parseOne takes one frame, at most avail slots. If it is not ok its responses
+// are in the batch; a reason of 0 says that no frame was lost. The verdicts are
+// those of Linux's xenvif_tx_build_gops.
+func (e *backRX) parseOne(avail uint32) (reason telemetry.Reason, ok bool, err error) {
+	p := &e.next
+	p.n, p.all, p.csum = 0, 0, ChecksumUnknown
+
+	first := e.ring.Take()
+	avail--
+	p.answer(first.ID, netif.Okay)
+	p.total = uint32(first.Size)
+	if first.Flags&netif.TxCsumBlank != 0 {
+		p.csum = ChecksumPartial
+	} else if first.Flags&netif.TxDataValidated != 0 {
+		p.csum = ChecksumVerified
+	}
+
+	multicast := false
+	for more := first.Flags&netif.TxExtraInfo != 0; more; {
+		if avail == 0 {
+			return 0, false, e.violation("extra info is missing")
+		}
+		x := netif.ExtraOfTx(e.ring.Take())
+		avail--
+		e.count.Add(telemetry.ExtraInfos, 1)
+		if x.Check() != nil {
+			return 0, false, e.violation("malformed extra info")
+		}
+		if p.all > maxExtras {
+			return 0, false, e.violation("endless extra info")
+		}
+		p.answer(0, netif.Null)
+		switch x.Type {
+		case netif.ExtraGSO:
+			reason = telemetry.DropBadGSO // not offered
+		case netif.ExtraMcastAdd, netif.ExtraMcastDel:
+			multicast = true
+		}
+		more = x.More()
+	}
+	if multicast {
+		// A dummy request that carries no frame. The filter is not offered.
+		p.fail()
+		e.nrsp += copy(e.rsp[e.nrsp:], p.rsp[:p.all])
+		return 0, false, nil
+	}
+
+	size := uint32(first.Size) // of the first slot: the total less the others
+	slots := 1
+	p.n = 1
+	for more := first.Flags&netif.TxMoreData != 0; more; slots++ {
+		if avail == 0 {
+			return 0, false, e.violation("the frame's slots are incomplete")
+		}
+		if slots+1 >= fatalTxSlots {
+			return 0, false, e.violation("too many slots in a frame")
+		}
+		r := e.ring.Take()
+		avail--
+		if uint32(r.Offset)+uint32(r.Size) > 4096 {
+			return 0, false, e.violation("a slot crosses its page")
+		}
+		p.answer(r.ID, netif.Okay)
+		if slots+1 > maxTxSlots {
+			reason = telemetry.DropBadChain
+		} else {
+			p.seg[p.n] = r
+			p.n++
+		}
+		if uint32(r.Size) > size {
+			reason = telemetry.DropBadChain
+		} else {
+			size -= uint32(r.Size)
+		}
+		more = r.Flags&netif.TxMoreData != 0
+	}
+	if reason == 0 && size < MinFrame {
+		reason = telemetry.DropTooShort
+	}
+	if reason == 0 && uint32(first.Offset)+size > 4096 {
+		return 0, false, e.violation("a slot crosses its page")
+	}
+	if reason != 0 {
+		p.fail()
+		e.nrsp += copy(e.rsp[e.nrsp:], p.rsp[:p.all])
+		return reason, false, nil
+	}
+	first.Size = uint16(size)
+	p.seg[0] = first
+	return 0, true, nil
+}
+
+func (p *txPacket) answer(id uint16, s netif.Status) {
+	p.rsp[p.all] = netif.TxResponse{ID: id, Status: s}
+	p.all++
+}
+
+// fail makes every response that is not an extra's an ERROR.
+func (p *txPacket) fail() {
+	for i := range p.rsp[:p.all] {
+		if p.rsp[i].Status == netif.Okay {
+			p.rsp[i].Status = netif.Error
+		}
+	}
+}
+
+func (e *backRX) violation(reason string) error {
+	e.count.Add(telemetry.Violations, 1)
+	return &PeerError{Ring: "tx", Slot: e.ring.Consumed(), Reason: reason}
+}
+
+func (e *backRX) release(f *Frame) error {
+	if f.buf.Of(e.pool) {
+		return e.pool.Release(f.buf)
+	}
+	return f.buf.Release()
+}
+
+func (e *backRX) arm() (bool, error) {
+	more, err := e.ring.Arm(1)
+	if err != nil {
+		return false, e.violation(err.Error())
+	}
+	return more, nil
+}
+
+func (e *backRX) drain() {
+	if e.have {
+		e.have = false
+		e.count.Drop(telemetry.DropDisconnected, 1)
+	}
+}

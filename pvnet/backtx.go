@@ -1,0 +1,181 @@
+package pvnet
+
+import (
+	"barevif/arena"
+	"barevif/hypercall"
+	"barevif/pvnet/netif"
+	"barevif/pvnet/ring"
+	"barevif/telemetry"
+)
+
+// A backTX sends to the frontend: requests on the rx ring give pages of the
+// peer's, into which frames are copied in one batch. Responses go into the slots
+// of the requests they answer.
+type backTX struct {
+	ring    *ring.Back[netif.RxRequest, netif.RxResponse]
+	bufs    *arena.Arena // private buffers for Alloc
+	dom     hypercall.Domain
+	peer    hypercall.DomID
+	port    hypercall.Port
+	scatter bool // the peer takes frames of several slots
+	count   *telemetry.Block
+
+	ops    [batchOps]hypercall.CopyOp
+	nops   int
+	rsp    [256]netif.RxResponse
+	nrsp   int
+	placed [64]placedFrame
+}
+
+func (e *backTX) alloc(frames []Frame, size int) (n int, err error) {
+	for n < len(frames) && build(e.bufs, size, &frames[n]) {
+		n++
+	}
+	if n == 0 && len(frames) > 0 {
+		e.count.Add(telemetry.AllocFailed, 1)
+	}
+	return n, nil
+}
+
+func (e *backTX) send(frames []Frame) (n int, err error) {
+	for n < len(frames) && err == nil {
+		k := 0
+		e.nops, e.nrsp = 0, 0
+		for n+k < len(frames) && k < len(e.placed) && e.nops+maxFrameOps <= batchOps {
+			if err = e.put(&frames[n+k], &e.placed[k]); err != nil {
+				break
+			}
+			k++
+		}
+		e.copy(frames[n : n+k])
+		n += k
+	}
+	if e.ring.Publish() {
+		e.count.Add(telemetry.NotifiesSent, 1)
+		e.port.Notify()
+	} else if n > 0 {
+		e.count.Add(telemetry.NotifiesSpared, 1)
+	}
+	if err == ErrFull {
+		e.count.Add(telemetry.RingFull, 1)
+	}
+	return n, err
+}
+
+// put takes the requests one frame needs and queues its copies.
+func (e *backTX) put(f *Frame, p *placedFrame) error {
+	if !f.buf.Valid() {
+		return ErrStale
+	}
+	if f.total < MinFrame || f.total > MaxFrame {
+		return ErrFrameSize
+	}
+	need := (f.total + 4095) / 4096
+	if need > 1 && !e.scatter {
+		return ErrFrameSize
+	}
+	avail, err := e.ring.Poll()
+	if err == nil && avail < need {
+		avail, err = e.ring.Reload()
+	}
+	if err != nil {
+		return e.violation(err)
+	}
+	if avail < need {
+		return ErrFull
+	}
+	p.op, p.rsp = e.nops, e.nrsp
+	var r netif.RxRequest
+	room := 0 // in the page of r
+	for src := range f.Pieces() {
+		for len(src) > 0 {
+			if room == 0 {
+				r = e.ring.Take()
+				left := f.total - uint32(e.nrsp-p.rsp)*4096
+				out := netif.RxResponse{ID: r.ID, Status: int16(min(left, 4096))}
+				if left > 4096 {
+					out.Flags = netif.RxMoreData
+				}
+				e.rsp[e.nrsp] = out
+				e.nrsp++
+				room = 4096
+			}
+			k := min(len(src), room)
+			o := &e.ops[e.nops]
+			o.Src.Local = src[:k]
+			o.Dst = hypercall.Area{Dom: e.peer, Ref: r.Ref, Offset: uint16(4096 - room)}
+			o.Len = uint32(k)
+			o.Status = hypercall.GeneralError // until Copy says otherwise
+			e.nops++
+			src, room = src[k:], room-k
+		}
+	}
+	p.ops, p.rsps = e.nops-p.op, e.nrsp-p.rsp
+	return nil
+}
+
+// copy runs the batch, puts its responses, and lets the frames go.
+func (e *backTX) copy(frames []Frame) {
+	if e.nops == 0 {
+		return
+	}
+	e.count.Add(telemetry.GrantBatches, 1)
+	e.count.Add(telemetry.GrantOps, uint64(e.nops))
+	if err := e.dom.Copy(e.ops[:e.nops]); err != nil {
+		for i := range e.ops[:e.nops] {
+			e.ops[i].Status = hypercall.GeneralError
+		}
+	}
+	var t tally
+	for i := range frames {
+		f, p := &frames[i], &e.placed[i]
+		failed := uint64(0)
+		for j := range e.ops[p.op : p.op+p.ops] {
+			if e.ops[p.op+j].Status != hypercall.OK {
+				failed++
+			}
+		}
+		if failed > 0 {
+			e.count.Add(telemetry.GrantErrors, failed)
+			e.count.Drop(telemetry.DropBadGref, 1)
+			for j := range e.rsp[p.rsp : p.rsp+p.rsps] {
+				e.rsp[p.rsp+j].Status = int16(netif.Error)
+			}
+		} else {
+			var head [6]byte
+			f.CopyTo(head[:])
+			t.add(f, p.rsps, head[:])
+		}
+		if f.buf.Of(e.bufs) {
+			e.bufs.Release(f.buf)
+		} else {
+			f.buf.Release()
+		}
+	}
+	for i := range e.rsp[:e.nrsp] {
+		e.ring.Put(e.rsp[i])
+	}
+	e.count.Add(telemetry.CopiedBytes, t.bytes)
+	t.count(e.count)
+}
+
+func (e *backTX) violation(err error) error {
+	e.count.Add(telemetry.Violations, 1)
+	return &PeerError{Ring: "rx", Slot: e.ring.Consumed(), Reason: err.Error()}
+}
+
+func (e *backTX) arm(need int) (bool, error) {
+	if need == 0 { // a buffer: only the caller and those it gave frames to have them
+		if e.bufs.Free() == 0 {
+			return false, ErrNoBuffers
+		}
+		return true, nil
+	}
+	more, err := e.ring.Arm(uint32(need))
+	if err != nil {
+		return false, e.violation(err)
+	}
+	return more, nil
+}
+
+func (e *backTX) drain() {}

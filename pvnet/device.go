@@ -1,0 +1,613 @@
+// Package pvnet is a Xen paravirtual network card for Go programs: the frontend,
+// which a guest owns, and the backend, which serves one.
+//
+// A [Device] moves Ethernet frames. Its simple calls copy: Write and Writev send
+// one frame, Listen gives every frame that arrives to a function. Its owning
+// calls do not: [Device.OwnTX] and [Device.OwnRX] take one direction of one queue
+// out of the Device's hands, and from then on only that owner uses it, without
+// locks, allocations or system calls of its own.
+//
+// The device survives its peer. When the other end goes away the link is down:
+// calls that wait wait, those that do not return [ErrLinkDown], and the device
+// connects again when a peer comes back. Only a peer that breaks the protocol
+// ends it ([PeerError]), and only for this device.
+//
+// Everything a peer can write is copied once, checked, and then used. The package
+// knows no operating system; the program chooses the [hypercall.Domain].
+package pvnet
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"runtime/debug"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"barevif/hypercall"
+	"barevif/pvnet/ring"
+	"barevif/telemetry"
+)
+
+// A MAC is an Ethernet address.
+type MAC [6]byte
+
+func (m MAC) String() string { return net.HardwareAddr(m[:]).String() }
+
+// Config is what a device may be told. The zero Config suits most programs.
+type Config struct {
+	// Queues is how many queues to ask the peer for. 0 means 1. The peer may
+	// offer fewer.
+	Queues int
+
+	// LendRx hands received frames out in the shared pages themselves, at most
+	// half the ring at a time, instead of copying them. The peer can still write
+	// such a frame: set it for consumers that copy, or that trust the peer. It
+	// is for frontends; a backend always copies.
+	LendRx bool
+
+	// Buffers is the number of private pages per queue to receive into. 0 means
+	// 512. A receiver that holds this many frames gets no more.
+	Buffers int
+
+	// Counters says where the counters are shown beside the heap. nil: nowhere.
+	Counters telemetry.Store
+
+	// Logger hears of state changes, never of frames. nil: silent.
+	Logger *slog.Logger
+}
+
+// comparable is what a second Connect must agree in.
+func (c Config) equal(o Config) bool {
+	return c.Queues == o.Queues && c.LendRx == o.LendRx && c.Buffers == o.Buffers && c.Counters == o.Counters
+}
+
+func (c *Config) queues() int { return max(c.Queues, 1) }
+
+// A LinkEvent says that the link came up or went down.
+type LinkEvent struct {
+	Up     bool
+	Reason string // why it is down: "the backend closed", "Disconnect", ...
+}
+
+// A Device is one end of a vif. Its methods may be called from any goroutine.
+type Device struct {
+	id     string
+	role   telemetry.Role
+	domain hypercall.Domain
+	cfg    Config
+	log    *slog.Logger
+	set    *telemetry.Set
+	tx     []*TX
+	rx     []*RX
+
+	word   atomic.Uint32 // linkDown, linkUp, linkGone; written by the life goroutine only
+	active atomic.Int32  // queues of the connection
+	mtu    atomic.Int32
+
+	stop  context.CancelCauseFunc // asks the life goroutine to end
+	done  chan struct{}           // closed once it has
+	fault chan *PeerError         // violations halves met
+
+	mu       sync.Mutex
+	mac      MAC              // guarded by mu
+	trusted  bool             // guarded by mu
+	changed  chan struct{}    // guarded by mu: closed when word or a deadline changes
+	cause    error            // guarded by mu: what calls return once gone
+	last     LinkEvent        // guarded by mu
+	subs     []chan LinkEvent // guarded by mu
+	listens  bool             // guarded by mu
+	budget   Budget           // guarded by mu
+	peer     hypercall.DomID  // guarded by mu
+	deadline time.Time        // guarded by mu: of Write and Writev
+}
+
+const (
+	linkDown = iota
+	linkUp
+	linkGone
+)
+
+func newDevice(id string, role telemetry.Role, domain hypercall.Domain, cfg Config) *Device {
+	d := &Device{
+		id: id, role: role, domain: domain, cfg: cfg, log: cfg.Logger,
+		set:     telemetry.NewSet(cfg.queues()),
+		done:    make(chan struct{}),
+		fault:   make(chan *PeerError, 1),
+		changed: make(chan struct{}),
+		last:    LinkEvent{Reason: "not connected yet"},
+	}
+	if d.log == nil {
+		d.log = slog.New(slog.DiscardHandler)
+	}
+	for i := range cfg.queues() {
+		rx, tx := new(RX), new(TX)
+		rx.init(d, i, receive, d.set.RX(i))
+		tx.init(d, i, transmit, d.set.TX(i))
+		d.rx, d.tx = append(d.rx, rx), append(d.tx, tx)
+	}
+	d.mtu.Store(1500)
+	return d
+}
+
+// ID is the vif's handle, as given to Connect.
+func (d *Device) ID() string { return d.id }
+
+// MAC is the card's address.
+func (d *Device) MAC() MAC {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.mac
+}
+
+// MTU is the largest payload in bytes, without the Ethernet header, that the
+// network behind the vif takes.
+func (d *Device) MTU() int { return int(d.mtu.Load()) }
+
+// Queues is how many queues the device can have, Active how many the connection
+// has.
+func (d *Device) Queues() int { return len(d.tx) }
+func (d *Device) Active() int { return int(d.active.Load()) }
+
+// Peer is the domain of the other end.
+func (d *Device) Peer() hypercall.DomID {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.peer
+}
+
+// Trusted is what the toolstack says of the backend. It changes nothing: pages
+// are private and copied either way.
+func (d *Device) Trusted() bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.trusted
+}
+
+// A Budget is the memory a connection holds, fixed when it was made.
+type Budget struct {
+	SharedPages  int // granted to the peer
+	PrivatePages int // and mapped ring pages
+}
+
+func (b Budget) String() string {
+	return fmt.Sprintf("%d pages shared (%d KiB), %d private (%d KiB)",
+		b.SharedPages, b.SharedPages*4, b.PrivatePages, b.PrivatePages*4)
+}
+
+// Budget is what the present connection holds; zero while the link is down.
+func (d *Device) Budget() Budget {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.budget
+}
+
+// Stats gives the counters since the last ResetStats. What an owner moved counts
+// within 32 frames, or once it waits.
+func (d *Device) Stats() telemetry.Stats {
+	d.flush()
+	return d.set.Snapshot()
+}
+
+// ResetStats makes Stats start from zero.
+func (d *Device) ResetStats() {
+	d.flush()
+	d.set.Reset()
+}
+
+// Counters is all the device counts, for export.
+func (d *Device) Counters() *telemetry.Set { return d.set }
+
+// flush publishes the counters of the halves that nobody is inside.
+func (d *Device) flush() {
+	for i := range d.tx {
+		d.tx[i].flush()
+		d.rx[i].flush()
+	}
+}
+
+func (h *half) flush() {
+	if h.gate.enter() {
+		h.count.Flush()
+		h.gate.leave()
+	}
+}
+
+// SetDeadline is SetReadDeadline and SetWriteDeadline.
+func (d *Device) SetDeadline(t time.Time) error {
+	d.SetReadDeadline(t)
+	return d.SetWriteDeadline(t)
+}
+
+// SetReadDeadline is when Listen ends with os.ErrDeadlineExceeded if no frame
+// comes. It returns nil.
+func (d *Device) SetReadDeadline(t time.Time) error {
+	for _, rx := range d.rx {
+		if !rx.owned.Load() {
+			rx.setDeadline(t)
+		}
+	}
+	return nil
+}
+
+// SetWriteDeadline is when Write and Writev give up waiting for room. It returns
+// nil.
+func (d *Device) SetWriteDeadline(t time.Time) error {
+	for _, tx := range d.tx {
+		if !tx.owned.Load() {
+			tx.setDeadline(t)
+		}
+	}
+	return nil
+}
+
+// Link gives the present state of the link and then its changes, until
+// Disconnect. A reader that falls 16 events behind loses the oldest.
+func (d *Device) Link() <-chan LinkEvent {
+	c := make(chan LinkEvent, 16)
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	c <- d.last
+	if d.word.Load() == linkGone {
+		close(c)
+	} else {
+		d.subs = append(d.subs, c)
+	}
+	return c
+}
+
+// OwnTX takes the sending half of queue i out of the Device's hands: from now on
+// Write and Writev leave it alone. ErrOwned if it has an owner.
+func (d *Device) OwnTX(i int) (*TX, error) {
+	if i < 0 || i >= len(d.tx) {
+		return nil, fmt.Errorf("pvnet: no queue %d: vif %s has queues 0 to %d", i, d.id, len(d.tx)-1)
+	}
+	tx := d.tx[i]
+	tx.mu.Lock() // a Write under way ends first
+	defer tx.mu.Unlock()
+	if tx.owned.Swap(true) {
+		return nil, ErrOwned
+	}
+	return tx, nil
+}
+
+// OwnRX takes the receiving half of queue i out of the Device's hands. ErrOwned
+// if it has an owner, or if Listen runs.
+func (d *Device) OwnRX(i int) (*RX, error) {
+	if i < 0 || i >= len(d.rx) {
+		return nil, fmt.Errorf("pvnet: no queue %d: vif %s has queues 0 to %d", i, d.id, len(d.rx)-1)
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.listens || d.rx[i].owned.Swap(true) {
+		return nil, ErrOwned
+	}
+	return d.rx[i], nil
+}
+
+// Write sends one frame, which is copied, and returns its length. It waits for
+// room until the write deadline.
+func (d *Device) Write(frame []byte) (int, error) { return d.Writev(frame) }
+
+// Writev is Write of one frame whose bytes are in several slices.
+func (d *Device) Writev(bufs ...[]byte) (int, error) {
+	size := 0
+	for _, b := range bufs {
+		size += len(b)
+	}
+	if size < MinFrame || size > MaxFrame {
+		return 0, ErrFrameSize
+	}
+	tx, err := d.pick(bufs[0])
+	if err != nil {
+		return 0, err
+	}
+	defer tx.mu.Unlock()
+	var frames [1]Frame
+	if _, err := tx.AllocWait(frames[:], size); err != nil {
+		return 0, err
+	}
+	frames[0].CopyFrom(bufs...)
+	if _, err := tx.SendWait(frames[:]); err != nil {
+		frames[0].Release()
+		return 0, err
+	}
+	tx.flush()
+	return size, nil
+}
+
+// pick locks a sending half for a frame that begins with head: the same for all
+// frames of a flow.
+func (d *Device) pick(head []byte) (*TX, error) {
+	n := max(1, int(d.active.Load()))
+	at := 0
+	if n > 1 {
+		at = int(flow(head) % uint32(n))
+	}
+	for i := range n {
+		tx := d.tx[(at+i)%n]
+		if tx.owned.Load() {
+			continue
+		}
+		tx.mu.Lock()
+		if !tx.owned.Load() {
+			return tx, nil
+		}
+		tx.mu.Unlock()
+	}
+	return nil, ErrOwned
+}
+
+// Listen calls fn with every frame that arrives, until Disconnect, when it
+// returns nil, or until ctx ends, when it returns its cause. It blocks. fn runs
+// concurrently for different queues, in order within one; the frame is lent
+// until fn returns. Frames that arrive before Listen wait in the ring.
+//
+// A second Listen, or one beside an owner of a receiving half, is [ErrOwned].
+func (d *Device) Listen(ctx context.Context, fn func(Frame)) error {
+	d.mu.Lock()
+	taken := d.listens
+	for _, rx := range d.rx {
+		taken = taken || rx.owned.Load()
+	}
+	if !taken {
+		d.listens = true
+		for _, rx := range d.rx {
+			rx.ending.Store(false)
+		}
+	}
+	d.mu.Unlock()
+	if taken {
+		return ErrOwned
+	}
+	defer func() {
+		d.mu.Lock()
+		d.listens = false
+		for _, rx := range d.rx {
+			rx.ending.Store(false)
+		}
+		d.mu.Unlock()
+	}()
+
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	stop := context.AfterFunc(ctx, func() {
+		for _, rx := range d.rx {
+			rx.interrupt()
+		}
+	})
+	defer stop()
+	var wg sync.WaitGroup
+	errs := make([]error, len(d.rx))
+	for i, rx := range d.rx {
+		wg.Go(func() {
+			errs[i] = rx.listen(fn)
+			cancel(errs[i])
+		})
+	}
+	wg.Wait()
+	if err := d.fatal(); err != nil {
+		return err
+	}
+	for _, err := range errs {
+		if err != nil && err != errInterrupted && !errors.Is(err, ErrDisconnected) {
+			return err
+		}
+	}
+	if d.word.Load() == linkGone {
+		return nil
+	}
+	return context.Cause(ctx)
+}
+
+// fatal is the violation that ended the device, if one did.
+func (d *Device) fatal() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if _, ok := errors.AsType[*PeerError](d.cause); ok {
+		return d.cause
+	}
+	return nil
+}
+
+func (rx *RX) listen(fn func(Frame)) error {
+	debug.SetPanicOnFault(true)
+	var frames [32]Frame
+	for {
+		n, err := rx.Receive(frames[:])
+		if err != nil {
+			return err
+		}
+		for i := range frames[:n] {
+			fn(frames[i])
+		}
+		rx.Release(frames[:n])
+		if n == 0 {
+			continue
+		}
+		rx.flush()
+	}
+}
+
+// Disconnect ends the device: the other end sees Closing, then Closed, every call
+// that waits returns [ErrDisconnected], and Listen returns nil. It may take time,
+// at most a few seconds with a peer that does not answer, and never fails. It is
+// idempotent, ends the device for all who share it, and does not wait for frames
+// that are still held: those stay readable until they are released.
+func (d *Device) Disconnect() {
+	d.stop(ErrDisconnected)
+	<-d.done
+}
+
+// Close is Disconnect for io.Closer. It returns nil.
+func (d *Device) Close() error {
+	d.Disconnect()
+	return nil
+}
+
+// Done is closed once the device has ended, by Disconnect or by its peer's
+// violation.
+func (d *Device) Done() <-chan struct{} { return d.done }
+
+// state is what a call returns that finds its gate shut.
+func (d *Device) state() error {
+	switch d.word.Load() {
+	case linkUp:
+		return nil
+	case linkDown:
+		return ErrLinkDown
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.cause
+}
+
+// awaitUp waits until the link is up, the device gone, or h's deadline passed.
+func (d *Device) awaitUp(h *half) error {
+	for {
+		d.mu.Lock()
+		changed := d.changed
+		d.mu.Unlock()
+		if err := d.state(); err != ErrLinkDown {
+			return err
+		}
+		if h.ending.Load() {
+			return errInterrupted
+		}
+		if t := h.deadline(); t.IsZero() {
+			<-changed
+		} else {
+			timer := time.NewTimer(time.Until(t))
+			select {
+			case <-changed:
+				timer.Stop()
+			case <-timer.C:
+				return errTimeout
+			}
+		}
+	}
+}
+
+// nudge makes those who wait for the link look at their deadlines.
+func (d *Device) nudge() {
+	d.mu.Lock()
+	close(d.changed)
+	d.changed = make(chan struct{})
+	d.mu.Unlock()
+}
+
+// judge passes on what a half met; a violation ends the device.
+func (d *Device) judge(err error) error {
+	if err == nil || err == ErrFull {
+		return err
+	}
+	if v, ok := err.(*PeerError); ok {
+		select {
+		case d.fault <- v:
+		default:
+		}
+		return err
+	}
+	if errors.Is(err, ring.ErrCorrupt) {
+		return d.judge(&PeerError{Reason: err.Error()})
+	}
+	if err == net.ErrClosed { // the connection's waiter: the gate says what comes next
+		return nil
+	}
+	return err
+}
+
+// up puts a connection under the halves and lets callers in.
+func (d *Device) up(c *conn, peer hypercall.DomID) {
+	for i, q := range c.queues {
+		tx, rx := d.tx[i], d.rx[i]
+		tx.eng, rx.eng = q.tx, q.rx
+		tx.park.Store(q.park)
+		rx.park.Store(q.park)
+	}
+	d.active.Store(int32(len(c.queues)))
+	for i := range c.queues {
+		d.tx[i].gate.open()
+		d.rx[i].gate.open()
+	}
+	d.mu.Lock()
+	d.budget = Budget{c.shared, c.own}
+	d.peer = peer
+	d.mu.Unlock()
+	d.announce(linkUp, LinkEvent{Up: true})
+}
+
+// down keeps callers out, waits until they have left, and gives back what the
+// connection held.
+func (d *Device) down(c *conn, reason string) {
+	d.announce(linkDown, LinkEvent{Reason: reason})
+	whole := true
+	for i, q := range c.queues {
+		for _, h := range []*half{&d.tx[i].half, &d.rx[i].half} {
+			if !h.gate.shut(q.park.wake, patience) {
+				whole = false
+			}
+		}
+	}
+	if !whole {
+		// Somebody never left: what it may still touch stays where it is.
+		d.log.Error("a caller is stuck in the device; its memory is abandoned", "vif", d.id)
+		return
+	}
+	for i, q := range c.queues {
+		q.tx.drain()
+		q.rx.drain()
+		d.tx[i].count.Flush()
+		d.rx[i].count.Flush()
+		d.tx[i].eng, d.rx[i].eng = nil, nil
+	}
+	c.undo.run()
+	d.mu.Lock()
+	d.budget = Budget{}
+	d.mu.Unlock()
+}
+
+// gone ends the device: every call returns cause from now on.
+func (d *Device) gone(cause error) {
+	d.mu.Lock()
+	d.cause = cause
+	d.mu.Unlock()
+	d.announce(linkGone, LinkEvent{Reason: cause.Error()})
+}
+
+// patience bounds the wait for a caller to leave: it has nothing to wait for but
+// the processor.
+const patience = 10 * time.Second
+
+// announce changes the link's state and tells everybody.
+func (d *Device) announce(word uint32, ev LinkEvent) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.word.Store(word)
+	close(d.changed)
+	d.changed = make(chan struct{})
+	if ev == d.last && word != linkGone {
+		return
+	}
+	d.last = ev
+	for _, c := range d.subs {
+		select {
+		case c <- ev:
+		default:
+			select {
+			case <-c:
+			default:
+			}
+			c <- ev
+		}
+		if word == linkGone {
+			close(c)
+		}
+	}
+	if word == linkGone {
+		d.subs = nil
+	}
+}

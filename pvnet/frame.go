@@ -1,0 +1,305 @@
+package pvnet
+
+import (
+	"iter"
+
+	"barevif/arena"
+)
+
+// Limits of a frame in bytes, Ethernet header included, FCS not.
+const (
+	MinFrame = 14    // an Ethernet header: shorter frames are refused by every peer
+	MaxFrame = 65535 // XEN_NETIF_MAX_TX_SIZE of xen/include/public/io/netif.h
+)
+
+// A Frame is one Ethernet frame in pages of a device: a value, of which one copy
+// at a time may be used. Its bytes are one piece in the common case, a chain of
+// up to 18 otherwise.
+//
+// Whoever holds a Frame may read it, and if nobody else retained it, write it.
+// A call that takes a frame over makes every copy of the value stale: batch calls
+// refuse stale frames with [ErrStale], and Bytes panics.
+type Frame struct {
+	buf     arena.Buffer
+	total   uint32 // bytes of all pieces
+	hash    uint32
+	off, n  uint16 // the first piece
+	gsoSize uint16
+	gso     GSO
+	csum    Checksum
+	pieces  uint8
+}
+
+// Checksum is what is known of a frame's TCP or UDP checksum.
+type Checksum uint8
+
+const (
+	// ChecksumUnknown is a complete checksum nobody has looked at.
+	ChecksumUnknown Checksum = iota
+	// ChecksumVerified is a complete checksum the peer says it verified.
+	ChecksumVerified
+	// ChecksumPartial is a checksum field that holds the pseudo-header's sum
+	// only; the frame must not leave the host like that.
+	ChecksumPartial
+)
+
+// GSO is the kind of segmentation a frame longer than the MTU still needs.
+type GSO uint8
+
+const (
+	GSONone GSO = iota
+	GSOTCPv4
+	GSOTCPv6
+)
+
+// Len is the number of bytes in the frame.
+func (f *Frame) Len() int { return int(f.total) }
+
+// Single reports whether all bytes are in one piece.
+func (f *Frame) Single() bool { return f.pieces <= 1 }
+
+// Checksum is the state of the L4 checksum.
+func (f *Frame) Checksum() Checksum { return f.csum }
+
+// GSO is the segmentation the frame needs and the payload bytes per segment.
+func (f *Frame) GSO() (GSO, int) { return f.gso, int(f.gsoSize) }
+
+// Hash is the flow hash the peer computed, 0 if it did not.
+func (f *Frame) Hash() uint32 { return f.hash }
+
+// Valid reports whether the frame is still held.
+func (f *Frame) Valid() bool { return f.buf.Valid() }
+
+// Bytes is the first piece: the whole frame if it is [Frame.Single]. It panics if
+// the frame is stale.
+func (f *Frame) Bytes() []byte {
+	return f.buf.Bytes()[f.off : f.off+f.n : f.off+f.n]
+}
+
+// Pieces gives the frame's bytes in order. It does not allocate. It panics if the
+// frame is stale.
+func (f *Frame) Pieces() iter.Seq[[]byte] {
+	return func(yield func([]byte) bool) {
+		if !yield(f.Bytes()) || f.pieces <= 1 {
+			return
+		}
+		for p, ok := f.buf.Next(); ok; p, ok = f.buf.After(p) {
+			if !yield(f.buf.PieceBytes(p)[p.Off : p.Off+p.Len : p.Off+p.Len]) {
+				return
+			}
+		}
+	}
+}
+
+// CopyTo copies the frame to dst and returns the bytes copied: the shorter of the
+// two lengths.
+func (f *Frame) CopyTo(dst []byte) int {
+	if f.pieces <= 1 {
+		return copy(dst, f.Bytes())
+	}
+	n := 0
+	for p := range f.Pieces() {
+		n += copy(dst[n:], p)
+	}
+	return n
+}
+
+// CopyFrom overwrites the frame from its first byte on with srcs, one after the
+// other, and returns the bytes copied. The length does not change.
+func (f *Frame) CopyFrom(srcs ...[]byte) int {
+	n := 0
+	var src []byte
+	for dst := range f.Pieces() {
+		for len(dst) > 0 {
+			for len(src) == 0 {
+				if len(srcs) == 0 {
+					return n
+				}
+				src, srcs = srcs[0], srcs[1:]
+			}
+			k := copy(dst, src)
+			dst, src, n = dst[k:], src[k:], n+k
+		}
+	}
+	return n
+}
+
+// reset gives the frame total bytes, from where it begins, and no metadata.
+// ErrStale, ErrShortFrame.
+func (f *Frame) reset(total uint32) error {
+	if !f.buf.Valid() {
+		return ErrStale
+	}
+	size := uint32(f.buf.Size())
+	room := size - uint32(f.off)
+	if f.pieces > 1 {
+		for p, ok := f.buf.Next(); ok; p, ok = f.buf.After(p) {
+			room += size - uint32(p.Off)
+		}
+	}
+	if room < total || size-uint32(f.off) < MinFrame {
+		return ErrShortFrame
+	}
+	*f = Frame{buf: f.buf, off: f.off, pieces: f.pieces, total: total}
+	f.n = uint16(min(total, size-uint32(f.off)))
+	if f.pieces > 1 {
+		left := total - uint32(f.n)
+		for p, ok := f.buf.Next(); ok; p, ok = f.buf.After(p) {
+			k := min(left, size-uint32(p.Off))
+			f.buf.Resize(p, p.Off, uint16(k))
+			left -= k
+		}
+	}
+	return nil
+}
+
+// copyFrame overwrites f with the bytes and the metadata of g, which is no
+// longer.
+func (f *Frame) copyFrame(g *Frame) {
+	f.hash, f.gso, f.gsoSize, f.csum = g.hash, g.gso, g.gsoSize, g.csum
+	if g.pieces <= 1 {
+		f.CopyFrom(g.Bytes())
+		return
+	}
+	var srcs [maxPieces][]byte
+	n := 0
+	for p := range g.Pieces() {
+		srcs[n] = p
+		n++
+	}
+	f.CopyFrom(srcs[:n]...)
+}
+
+// Headroom is how many bytes can be prepended.
+func (f *Frame) Headroom() int { return int(f.off) }
+
+// Prepend makes the frame n bytes longer at the front and returns the new bytes,
+// which are not cleared; nil if there is not that much headroom.
+func (f *Frame) Prepend(n int) []byte {
+	if n < 0 || n > int(f.off) || int(f.total)+n > MaxFrame {
+		return nil
+	}
+	f.off -= uint16(n)
+	f.n += uint16(n)
+	f.total += uint32(n)
+	return f.Bytes()[:n:n]
+}
+
+// TrimFront takes n bytes off the front, which must lie in the first piece. It
+// reports whether they did.
+func (f *Frame) TrimFront(n int) bool {
+	if n < 0 || n > int(f.n) {
+		return false
+	}
+	f.off += uint16(n)
+	f.n -= uint16(n)
+	f.total -= uint32(n)
+	return true
+}
+
+// Tailroom is how many bytes can be appended behind the last piece.
+func (f *Frame) Tailroom() int {
+	if f.pieces <= 1 {
+		return min(f.buf.Size()-int(f.off)-int(f.n), MaxFrame-int(f.total))
+	}
+	last := f.last()
+	return min(f.buf.Size()-int(last.Off)-int(last.Len), MaxFrame-int(f.total))
+}
+
+// Append makes the frame longer by as much of b as there is tailroom for and
+// returns the bytes copied.
+func (f *Frame) Append(b []byte) int { return copy(f.Extend(min(len(b), f.Tailroom())), b) }
+
+// Extend makes the frame n bytes longer at the end and returns the new bytes,
+// which are not cleared; nil if there is not that much tailroom.
+func (f *Frame) Extend(n int) []byte {
+	if n < 0 || n > f.Tailroom() {
+		return nil
+	}
+	f.total += uint32(n)
+	if f.pieces <= 1 {
+		f.n += uint16(n)
+		return f.Bytes()[int(f.n)-n:]
+	}
+	last := f.last()
+	end := int(last.Off) + int(last.Len)
+	f.buf.Resize(last, last.Off, last.Len+uint16(n))
+	return f.buf.PieceBytes(last)[end : end+n : end+n]
+}
+
+// Truncate cuts the frame to its first n bytes. It reports whether it had that
+// many.
+func (f *Frame) Truncate(n int) bool {
+	if n < 0 || n > int(f.total) {
+		return false
+	}
+	f.total = uint32(n)
+	if f.pieces <= 1 || n <= int(f.n) {
+		f.n = uint16(min(n, int(f.n)))
+	}
+	left := n - int(f.n)
+	if f.pieces > 1 {
+		for p, ok := f.buf.Next(); ok; p, ok = f.buf.After(p) {
+			k := min(left, int(p.Len))
+			f.buf.Resize(p, p.Off, uint16(k))
+			left -= k
+		}
+	}
+	return true
+}
+
+func (f *Frame) last() arena.Piece {
+	last, _ := f.buf.Next()
+	for p, ok := f.buf.After(last); ok; p, ok = f.buf.After(p) {
+		last = p
+	}
+	return last
+}
+
+// Retain adds a holder: the frame must be released, or sent, once more. With more
+// than one holder the bytes must not be written. [ErrStale].
+func (f *Frame) Retain() error { return f.buf.Retain() }
+
+// Release gives the frame back to the device it came from. It may be called from
+// any goroutine; [RX.Release] is the faster way for the owner. [ErrStale].
+func (f *Frame) Release() error { return f.buf.Release() }
+
+// headroom is what Alloc and Receive leave free before a frame: room for a
+// tunnel's headers (an outer IPv6 and UDP, and 66 bytes more), a multiple of a
+// cache line.
+const headroom = 128
+
+// build makes a frame of total bytes from buffers of a, behind the headroom, or
+// reports that there are too few.
+func build(a *arena.Arena, total int, f *Frame) bool {
+	size := a.Size()
+	if headroom+total <= size {
+		var one [1]uint32
+		if a.Get(one[:]) == 0 {
+			return false
+		}
+		*f = Frame{buf: a.Buffer(one[0]), total: uint32(total), off: headroom, n: uint16(total), pieces: 1}
+		return true
+	}
+	var bufs [maxPieces]uint32
+	n := (headroom + total + size - 1) / size
+	if n > maxPieces {
+		return false
+	}
+	if got := a.Get(bufs[:n]); got < n {
+		a.Put(bufs[:got]...)
+		return false
+	}
+	first := size - headroom
+	left := total - first
+	for i := 1; i < n; i++ {
+		k := min(left, size)
+		a.Link(bufs[i-1], bufs[i], 0, uint16(k))
+		left -= k
+	}
+	*f = Frame{buf: a.Buffer(bufs[0]), total: uint32(total), off: headroom, n: uint16(first), pieces: uint8(n)}
+	return true
+}
+
+// maxPieces is what MaxFrame bytes behind the headroom take in buffers of 4096.
+const maxPieces = (headroom + MaxFrame + 4095) / 4096

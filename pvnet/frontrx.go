@@ -1,0 +1,295 @@
+package pvnet
+
+import (
+	"barevif/arena"
+	"barevif/hypercall"
+	"barevif/pvnet/netif"
+	"barevif/pvnet/ring"
+	"barevif/telemetry"
+)
+
+// maxRxSlots is how many data slots a frame from the backend may have. Linux's
+// netfront allows MAX_SKB_FRAGS + 1 = 18, and one more if the first is short
+// enough to be copied (drivers/net/xen-netfront.c); nothing is gained by less.
+const maxRxSlots = 19
+
+// A frontRX receives on the rx ring: it keeps every slot posted with a page the
+// peer may write, copies what arrives to private buffers and posts the page
+// again at once.
+type frontRX struct {
+	ring  *ring.Front[netif.RxRequest, netif.RxResponse]
+	pages *arena.Arena         // the shared pages
+	refs  []hypercall.GrantRef // by page
+	where [256]uint32          // by slot: the page posted there
+	pool  *arena.Arena         // private buffers
+	lend  bool
+	port  hypercall.Port
+	count *telemetry.Block
+
+	next rxPacket
+	have bool // next is parsed and not delivered
+}
+
+// An rxPacket is a frame as it lies in shared pages, all of its responses taken
+// and checked.
+type rxPacket struct {
+	n     int
+	total uint32
+	csum  Checksum
+	seg   [maxRxSlots]rxSegment
+}
+
+type rxSegment struct {
+	page   uint32
+	off, n uint16
+}
+
+// post gives a page to the peer in the next slot. The id is the slot's number:
+// Linux's netback and Windows take it for that.
+func (e *frontRX) post(page uint32) {
+	slot := e.ring.Next() % e.ring.Size()
+	e.where[slot] = page
+	e.ring.Put(netif.RxRequest{ID: uint16(slot), Ref: e.refs[page]})
+}
+
+// fill posts every free page there is a slot for.
+func (e *frontRX) fill() {
+	var page [1]uint32
+	for e.ring.Free() > 0 && e.pages.Get(page[:]) == 1 {
+		e.post(page[0])
+	}
+}
+
+func (e *frontRX) receive(frames []Frame, into bool) (n int, err error) {
+	var t tally
+	if e.lend {
+		e.fill()
+	}
+	for n < len(frames) {
+		if !e.have {
+			if e.have, err = e.parse(); err != nil || !e.have {
+				break
+			}
+		}
+		f := &frames[n]
+		ok := false
+		switch {
+		case into:
+			err = f.reset(e.next.total)
+			ok = err == nil
+		case e.lend && e.mayLend():
+			e.lendTo(f)
+			t.add(f, e.next.n, f.Bytes())
+			e.have = false
+			n++
+			continue
+		default:
+			if ok = build(e.pool, int(e.next.total), f); !ok {
+				e.count.Add(telemetry.AllocFailed, 1)
+				err = ErrNoBuffers
+			}
+		}
+		if !ok {
+			break
+		}
+		e.copyTo(f)
+		e.have = false
+		if e.next.csum == ChecksumPartial && !f.completeChecksum() {
+			e.count.Drop(telemetry.DropBadCsum, 1)
+			if !into {
+				e.pool.Release(f.buf)
+			}
+			continue
+		}
+		t.add(f, e.next.n, f.Bytes())
+		n++
+	}
+	e.show()
+	t.count(e.count)
+	if n > 0 && (err == ErrNoBuffers || err == ErrShortFrame) {
+		err = nil
+	}
+	return n, err
+}
+
+func (e *frontRX) show() {
+	e.count.Add(telemetry.Polls, 1)
+	if e.ring.Publish() {
+		e.count.Add(telemetry.NotifiesSent, 1)
+		e.port.Notify()
+	}
+}
+
+// parse takes the next frame's responses. A frame that cannot be right is
+// dropped, its pages are posted again, and the next one is tried.
+func (e *frontRX) parse() (bool, error) {
+	for {
+		avail, err := e.ring.Poll()
+		if err != nil {
+			e.count.Add(telemetry.Violations, 1)
+			return false, &PeerError{Ring: "rx", Slot: e.ring.Consumed(), Reason: err.Error()}
+		}
+		if avail == 0 {
+			return false, nil
+		}
+		if reason, ok := e.parseOne(avail); !ok {
+			for _, s := range e.next.seg[:min(e.next.n, maxRxSlots)] {
+				e.post(s.page)
+			}
+			e.count.Drop(reason, 1)
+			continue
+		}
+		return true, nil
+	}
+}
+
+// parseOne takes one frame, at most avail slots. If it is not ok, the pages it
+// had been counted in next so far are still to be posted.
+func (e *frontRX) parseOne(avail uint32) (reason telemetry.Reason, ok bool) {
+	p := &e.next
+	p.n, p.total, p.csum = 0, 0, ChecksumUnknown
+	ok = true
+	fail := func(r telemetry.Reason) {
+		if ok {
+			reason, ok = r, false
+		}
+	}
+	for first := true; ; first = false {
+		slot := e.ring.Consumed() % e.ring.Size()
+		r := e.ring.Take()
+		avail--
+		page := e.where[slot]
+		switch {
+		case p.n >= maxRxSlots:
+			fail(telemetry.DropBadChain)
+			e.post(page)
+		case r.Status < 0:
+			fail(telemetry.DropBackendError)
+			p.hold(page, 0, 0)
+		case uint32(r.Offset)+uint32(r.Status) > 4096:
+			fail(telemetry.DropBadOffset)
+			p.hold(page, 0, 0)
+		default:
+			p.hold(page, r.Offset, uint16(r.Status))
+		}
+		if first {
+			if r.Flags&netif.RxCsumBlank != 0 {
+				p.csum = ChecksumPartial
+			} else if r.Flags&netif.RxDataValidated != 0 {
+				p.csum = ChecksumVerified
+			}
+			for more := r.Flags&netif.RxExtraInfo != 0; more; {
+				if avail == 0 {
+					fail(telemetry.DropBadExtra)
+					break
+				}
+				slot := e.ring.Consumed() % e.ring.Size()
+				x := netif.ExtraOfRx(e.ring.Take())
+				avail--
+				e.post(e.where[slot]) // its page was not written
+				e.count.Add(telemetry.ExtraInfos, 1)
+				if x.Check() != nil {
+					fail(telemetry.DropBadExtra)
+				} else if x.Type == netif.ExtraGSO {
+					fail(telemetry.DropBadGSO) // nobody asked for it
+				}
+				more = x.More()
+			}
+		}
+		if r.Flags&netif.RxMoreData == 0 {
+			break
+		}
+		if avail == 0 {
+			fail(telemetry.DropBadChain)
+			break
+		}
+	}
+	if p.total < MinFrame {
+		fail(telemetry.DropTooShort)
+	}
+	if p.total > MaxFrame {
+		fail(telemetry.DropTooLong)
+	}
+	return reason, ok
+}
+
+func (p *rxPacket) hold(page uint32, off, n uint16) {
+	p.seg[p.n] = rxSegment{page, off, n}
+	p.n++
+	p.total += uint32(n)
+}
+
+// copyTo copies the next packet to f, which has its length, and posts its pages
+// again.
+func (e *frontRX) copyTo(f *Frame) {
+	f.csum = e.next.csum
+	if e.next.n == 1 && f.pieces <= 1 {
+		s := e.next.seg[0]
+		copy(f.Bytes(), e.pages.Bytes(s.page)[s.off:s.off+s.n])
+		e.post(s.page)
+	} else {
+		var srcs [maxRxSlots][]byte
+		for i, s := range e.next.seg[:e.next.n] {
+			srcs[i] = e.pages.Bytes(s.page)[s.off : s.off+s.n]
+		}
+		f.CopyFrom(srcs[:e.next.n]...)
+		for _, s := range e.next.seg[:e.next.n] {
+			e.post(s.page)
+		}
+	}
+	e.count.Add(telemetry.CopiedBytes, uint64(e.next.total))
+}
+
+// mayLend reports whether half the ring stays posted if the next packet's pages
+// are lent. What needs its checksum completed is copied, since the peer could
+// still write a lent page, and what has no whole header in its first piece.
+func (e *frontRX) mayLend() bool {
+	home := int(e.ring.Size()-e.ring.Free()) + e.pages.Free()
+	return home >= int(e.ring.Size()/2) && e.next.csum != ChecksumPartial && e.next.seg[0].n >= MinFrame
+}
+
+// lendTo makes f of the shared pages themselves.
+func (e *frontRX) lendTo(f *Frame) {
+	p := &e.next
+	for i := 1; i < p.n; i++ {
+		e.pages.Link(p.seg[i-1].page, p.seg[i].page, p.seg[i].off, p.seg[i].n)
+	}
+	s := p.seg[0]
+	*f = Frame{
+		buf: e.pages.Buffer(s.page), total: p.total, csum: p.csum,
+		off: s.off, n: s.n, pieces: uint8(p.n),
+	}
+	e.count.Add(telemetry.LentPackets, 1)
+}
+
+func (e *frontRX) release(f *Frame) error {
+	if f.buf.Of(e.pool) {
+		return e.pool.Release(f.buf)
+	}
+	if f.buf.Of(e.pages) {
+		return e.pages.Release(f.buf)
+	}
+	return f.buf.Release()
+}
+
+func (e *frontRX) arm() (bool, error) {
+	more, err := e.ring.Arm(1)
+	if err != nil {
+		e.count.Add(telemetry.Violations, 1)
+		return false, &PeerError{Ring: "rx", Slot: e.ring.Consumed(), Reason: err.Error()}
+	}
+	return more, nil
+}
+
+func (e *frontRX) drain() {
+	if e.have {
+		e.have = false
+		for _, s := range e.next.seg[:e.next.n] {
+			e.pages.Put(s.page)
+		}
+		e.count.Drop(telemetry.DropDisconnected, 1)
+	}
+	for i := e.ring.Consumed(); i != e.ring.Next(); i++ {
+		e.pages.Put(e.where[i%e.ring.Size()])
+	}
+}

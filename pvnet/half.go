@@ -1,0 +1,174 @@
+package pvnet
+
+import (
+	"errors"
+	"os"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"barevif/telemetry"
+)
+
+var errTimeout error = os.ErrDeadlineExceeded
+
+// A gate lets one caller at a time into a half, and lets the life goroutine keep
+// callers out and wait until the last one has left. It is not a lock: a caller
+// never waits at it.
+type gate struct {
+	state atomic.Uint32
+	quiet chan struct{} // one token: the caller that was inside has left
+}
+
+const (
+	gateOpen = iota
+	gateBusy
+	gateClosing // busy, and the caller is asked to leave
+	gateShut
+)
+
+func (g *gate) init() {
+	g.quiet = make(chan struct{}, 1)
+	g.state.Store(gateShut)
+}
+
+// enter reports whether the caller is inside.
+func (g *gate) enter() bool { return g.state.CompareAndSwap(gateOpen, gateBusy) }
+
+func (g *gate) leave() {
+	if !g.state.CompareAndSwap(gateBusy, gateOpen) {
+		g.state.Store(gateShut)
+		g.quiet <- struct{}{}
+	}
+}
+
+// shut keeps callers out from now on and waits until nobody is inside, calling
+// nudge to make a parked one look. It reports false if that took longer than
+// patience: the caller inside may never leave.
+func (g *gate) shut(nudge func(), patience time.Duration) bool {
+	for {
+		if g.state.CompareAndSwap(gateOpen, gateShut) || g.state.Load() == gateShut {
+			return true
+		}
+		if g.state.CompareAndSwap(gateBusy, gateClosing) || g.state.Load() == gateClosing {
+			break
+		}
+		runtime.Gosched()
+	}
+	nudge()
+	t := time.NewTimer(patience)
+	defer t.Stop()
+	select {
+	case <-g.quiet:
+		return true
+	case <-t.C:
+		return false
+	}
+}
+
+// open lets callers in again. Only after shut.
+func (g *gate) open() { g.state.Store(gateOpen) }
+
+// A half is one direction of one queue, without its rings: it lives as long as
+// the Device, while rings come and go with connections.
+type half struct {
+	dev    *Device
+	queue  int
+	dir    direction
+	gate   gate
+	park   atomic.Pointer[parker]    // of the connection; stored by the life goroutine
+	until  atomic.Pointer[time.Time] // deadline for whatever waits
+	owned  atomic.Bool               // taken out of the Device's hands
+	ending atomic.Bool               // Listen is to end
+	mu     sync.Mutex                // serialises the Device's own calls
+	count  *telemetry.Block          // written by whoever is inside the gate
+	recent int                       // frames counted since the last publish; inside the gate
+	worked bool                      // anything moved since the last rest; inside the gate
+}
+
+func (h *half) init(d *Device, queue int, dir direction, block *telemetry.Block) {
+	h.dev, h.queue, h.dir, h.count = d, queue, dir, block
+	h.gate.init()
+}
+
+// enter is nil once the caller is inside the gate.
+func (h *half) enter() error {
+	for !h.gate.enter() {
+		if s := h.gate.state.Load(); s == gateBusy || s == gateClosing {
+			return ErrBusy
+		}
+		if err := h.dev.state(); err != nil {
+			return err
+		}
+		runtime.Gosched() // the link is coming up
+	}
+	return nil
+}
+
+// counted shows the counters every 32 frames. The caller is inside the gate.
+func (h *half) counted(frames int) {
+	if frames == 0 {
+		return
+	}
+	h.worked = true
+	h.recent += frames
+	if h.recent >= 32 {
+		h.recent = 0
+		h.count.Publish()
+	}
+}
+
+func (h *half) deadline() time.Time {
+	if t := h.until.Load(); t != nil {
+		return *t
+	}
+	return time.Time{}
+}
+
+// setDeadline wakes whoever waits, so that it waits for the new one.
+func (h *half) setDeadline(t time.Time) {
+	h.until.Store(&t)
+	if p := h.park.Load(); p != nil {
+		p.wake()
+	}
+	h.dev.nudge()
+}
+
+// interrupt ends the receive under way, and any that follows, until ending is
+// cleared.
+func (h *half) interrupt() {
+	h.ending.Store(true)
+	if p := h.park.Load(); p != nil {
+		p.wake()
+	}
+	h.dev.nudge()
+}
+
+// errInterrupted is what a receive returns that was interrupted.
+var errInterrupted = errors.New("pvnet: interrupted")
+
+// expired reports whether the deadline has passed. It reads the clock only if
+// there is one.
+func (h *half) expired() bool {
+	t := h.deadline()
+	return !t.IsZero() && !time.Now().Before(t)
+}
+
+// rest parks inside the gate until there may be something to do.
+func (h *half) rest() error {
+	worked := h.worked
+	h.recent, h.worked = 0, false
+	h.count.Add(telemetry.Parks, 1)
+	h.count.Flush()
+	return h.park.Load().wait(h.dir, h.deadline(), worked)
+}
+
+// retry says what a call that found the gate shut does: nil if the link is back
+// and it may try again, an error if not.
+func (h *half) retry(err error) error {
+	if err != ErrLinkDown {
+		return err
+	}
+	return h.dev.awaitUp(h)
+}

@@ -1,0 +1,135 @@
+package pvnet
+
+import (
+	"fmt"
+	"runtime"
+	"testing"
+	"time"
+
+	"barevif/hypercall/emu"
+	"barevif/telemetry"
+)
+
+// A pair is a frontend and a backend joined without xenstore, for tests of what
+// goes through the rings.
+type pair struct {
+	m           *emu.Machine
+	front, back *Device
+	fdom, bdom  *emu.Domain
+	conns       [2]*conn
+}
+
+var plain = features{queues: 1, split: true, frontSG: true, backSG: true}
+
+func join(t testing.TB, mc emu.Config, f features, cfg Config) *pair {
+	t.Helper()
+	before := runtime.NumGoroutine()
+	m, err := emu.New(mc)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := &pair{m: m}
+	if p.fdom, err = m.NewDomain(1); err != nil {
+		t.Fatal(err)
+	}
+	if p.bdom, err = m.NewDomain(2); err != nil {
+		t.Fatal(err)
+	}
+	cfg.Queues = f.queues
+	p.front = newDevice("0", telemetry.Frontend, p.fdom, cfg)
+	p.back = newDevice("0", telemetry.Backend, p.bdom, cfg)
+	p.connect(t, f)
+	t.Cleanup(func() {
+		p.disconnect()
+		if err := m.CheckClean(); err != nil {
+			t.Error(err)
+		}
+		if err := m.Close(); err != nil {
+			t.Error(err)
+		}
+		for end := time.Now().Add(5 * time.Second); runtime.NumGoroutine() > before; runtime.Gosched() {
+			if time.Now().After(end) {
+				buf := make([]byte, 1<<16)
+				t.Fatalf("%d goroutines, %d before\n%s", runtime.NumGoroutine(), before, buf[:runtime.Stack(buf, true)])
+			}
+		}
+	})
+	return p
+}
+
+func (p *pair) connect(t testing.TB, f features) {
+	t.Helper()
+	fc, bc := new(conn), new(conn)
+	p.conns = [2]*conn{fc, bc}
+	fm := &pageMaker{dom: p.fdom, peer: 2, log: p.front.log, set: p.front.set, c: fc}
+	bm := &pageMaker{dom: p.bdom, peer: 1, log: p.back.log, set: p.back.set, c: bc}
+	for i := range f.queues {
+		fq, err := fm.frontQueue(f, &p.front.cfg, p.front.rx[i].count, p.front.tx[i].count)
+		if err != nil {
+			t.Fatal(err)
+		}
+		fc.queues = append(fc.queues, fq)
+		bq, err := bm.backQueue(f, fq.keys, &p.back.cfg, p.back.rx[i].count, p.back.tx[i].count)
+		if err != nil {
+			t.Fatal(err)
+		}
+		bc.queues = append(bc.queues, bq)
+	}
+	p.front.up(fc, 2)
+	p.back.up(bc, 1)
+}
+
+func (p *pair) disconnect() {
+	for i, d := range []*Device{p.back, p.front} {
+		if p.conns[1-i] == nil {
+			continue
+		}
+		d.down(p.conns[1-i], "test over")
+		p.conns[1-i] = nil
+	}
+	for _, d := range []*Device{p.back, p.front} {
+		d.gone(ErrDisconnected)
+	}
+}
+
+// own takes both halves of queue 0 of d.
+func own(t testing.TB, d *Device) (*TX, *RX) {
+	t.Helper()
+	tx, err := d.OwnTX(0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rx, err := d.OwnRX(0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	limit := time.Now().Add(20 * time.Second)
+	tx.SetDeadline(limit)
+	rx.SetDeadline(limit)
+	return tx, rx
+}
+
+// pattern fills b so that every byte depends on where it is and on seed.
+func pattern(b []byte, seed int) {
+	for i := range b {
+		b[i] = byte(i*7 + i>>8 + seed)
+	}
+	if len(b) > 0 {
+		b[0] &^= 1
+	}
+}
+
+func same(f *Frame, seed int) error {
+	want := make([]byte, f.Len())
+	pattern(want, seed)
+	got := make([]byte, f.Len())
+	if n := f.CopyTo(got); n != len(got) {
+		return fmt.Errorf("CopyTo gave %d of %d bytes", n, len(got))
+	}
+	for i := range got {
+		if got[i] != want[i] {
+			return fmt.Errorf("byte %d of %d is %#x, want %#x", i, len(got), got[i], want[i])
+		}
+	}
+	return nil
+}

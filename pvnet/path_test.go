@@ -1,0 +1,583 @@
+package pvnet
+
+import (
+	"errors"
+	"math/rand/v2"
+	"os"
+	"sync"
+	"testing"
+	"time"
+
+	"barevif/hypercall/emu"
+	"barevif/telemetry"
+)
+
+var sizes = []int{14, 15, 60, 64, 1500, 1514, 3967, 3968, 3969, 4095, 4096, 4097, 8191, 8192, 9014, 40000, 65534, 65535}
+
+// each runs f from front to back and from back to front.
+func each(t *testing.T, f func(t *testing.T, p *pair, from, to *Device)) {
+	t.Run("front to back", func(t *testing.T) {
+		p := join(t, emu.Config{}, plain, Config{})
+		f(t, p, p.front, p.back)
+	})
+	t.Run("back to front", func(t *testing.T) {
+		p := join(t, emu.Config{}, plain, Config{})
+		f(t, p, p.back, p.front)
+	})
+	t.Run("back to front, lent", func(t *testing.T) {
+		p := join(t, emu.Config{}, plain, Config{LendRx: true})
+		f(t, p, p.back, p.front)
+	})
+	t.Run("one event channel", func(t *testing.T) {
+		one := plain
+		one.split = false
+		p := join(t, emu.Config{}, one, Config{})
+		f(t, p, p.front, p.back)
+	})
+}
+
+func TestFramesOfEverySizePass(t *testing.T) {
+	each(t, func(t *testing.T, p *pair, from, to *Device) {
+		tx, _ := own(t, from)
+		_, rx := own(t, to)
+		bytes := uint64(0)
+		for round, size := range append(append([]int{}, sizes...), sizes...) {
+			var f [1]Frame
+			if n, err := tx.AllocWait(f[:], size); n != 1 || err != nil {
+				t.Fatal(n, err)
+			}
+			if f[0].Len() != size {
+				t.Fatalf("asked for %d bytes, got %d", size, f[0].Len())
+			}
+			want := make([]byte, size)
+			pattern(want, round)
+			if n := f[0].CopyFrom(want[:size/3], want[size/3:]); n != size {
+				t.Fatalf("CopyFrom took %d of %d", n, size)
+			}
+			if n, err := tx.Send(f[:]); n != 1 || err != nil {
+				t.Fatalf("size %d: Send = %d, %v", size, n, err)
+			}
+			if f[0].Valid() {
+				t.Fatal("a sent frame is still held")
+			}
+			if n, err := rx.Receive(f[:]); n != 1 || err != nil {
+				t.Fatalf("size %d: Receive = %d, %v", size, n, err)
+			}
+			if f[0].Len() != size {
+				t.Fatalf("sent %d bytes, received %d", size, f[0].Len())
+			}
+			if err := same(&f[0], round); err != nil {
+				t.Fatalf("size %d: %v", size, err)
+			}
+			if err := rx.Release(f[:]); err != nil {
+				t.Fatal(err)
+			}
+			bytes += uint64(size)
+		}
+		checkBalance(t, from, to, uint64(2*len(sizes)), bytes)
+	})
+}
+
+// checkBalance asserts that what one end sent is what the other received.
+func checkBalance(t *testing.T, from, to *Device, frames, bytes uint64) {
+	t.Helper()
+	s, r := from.Stats().TX, to.Stats().RX
+	if s.Get(telemetry.Packets) != frames || r.Get(telemetry.Packets) != frames || s.Get(telemetry.Bytes) != bytes || r.Get(telemetry.Bytes) != bytes {
+		t.Errorf("sent %d frames, %d bytes; received %d, %d; want %d, %d",
+			s.Get(telemetry.Packets), s.Get(telemetry.Bytes), r.Get(telemetry.Packets), r.Get(telemetry.Bytes), frames, bytes)
+	}
+	if s.Dropped()+s.Errors()+r.Dropped()+r.Errors() != 0 {
+		t.Errorf("dropped %d + %d, errors %d + %d", s.Dropped(), r.Dropped(), s.Errors(), r.Errors())
+	}
+}
+
+func TestBatchesKeepOrderUnderPressure(t *testing.T) {
+	each(t, func(t *testing.T, p *pair, from, to *Device) {
+		const total = 5000
+		tx, _ := own(t, from)
+		_, rx := own(t, to)
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			rng := rand.New(rand.NewPCG(3, 4))
+			var frames [32]Frame
+			for sent := 0; sent < total; {
+				n, err := tx.AllocWait(frames[:1+rng.IntN(min(32, total-sent))], 0)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				for i := range frames[:n] {
+					b := frames[i].Extend(14 + (sent+i)%1500)
+					pattern(b, sent+i)
+				}
+				k, err := tx.SendWait(frames[:n])
+				sent += k
+				if err != nil {
+					t.Error(err)
+					return
+				}
+			}
+		})
+		rng := rand.New(rand.NewPCG(5, 6))
+		var frames [40]Frame
+		for got := 0; got < total; {
+			n, err := rx.Receive(frames[:1+rng.IntN(40)])
+			if err != nil {
+				t.Fatal(got, err)
+			}
+			for i := range frames[:n] {
+				if want := 14 + got%1500; frames[i].Len() != want {
+					t.Fatalf("frame %d has %d bytes, want %d", got, frames[i].Len(), want)
+				}
+				if err := same(&frames[i], got); err != nil {
+					t.Fatalf("frame %d: %v", got, err)
+				}
+				got++
+			}
+			rx.Release(frames[:n])
+		}
+		wg.Wait()
+	})
+}
+
+// Two owners forward what they receive to each other, from full rings: neither
+// may wait for the other for ever.
+func TestForwardersNeverDeadlock(t *testing.T) {
+	p := join(t, emu.Config{}, plain, Config{})
+	const hops = 20000
+	var wg sync.WaitGroup
+	done := make(chan struct{})
+	var once sync.Once
+	forward := func(d *Device, tx *TX, rx *RX, fill int) {
+		var frames [64]Frame
+		n := tx.AllocSize(frames[:fill], 200)
+		tx.Send(frames[:n])
+		for seen := 0; ; {
+			select {
+			case <-done:
+				return
+			default:
+			}
+			rx.SetDeadline(time.Now().Add(10 * time.Second))
+			n, err := rx.Receive(frames[:])
+			if errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, ErrLinkDown) {
+				t.Errorf("after %d frames: %v", seen, err)
+				once.Do(func() { close(done) })
+				return
+			}
+			if err != nil {
+				return
+			}
+			k, err := tx.Send(frames[:n])
+			if err != nil && err != ErrFull {
+				t.Error(err)
+			}
+			rx.Release(frames[k:n])
+			if seen += k; seen > hops {
+				once.Do(func() { close(done) })
+				p.front.rx[0].interrupt()
+				p.back.rx[0].interrupt()
+			}
+		}
+	}
+	ftx, frx := own(t, p.front)
+	btx, brx := own(t, p.back)
+	wg.Go(func() { forward(p.front, ftx, frx, 64) })
+	wg.Go(func() { forward(p.back, btx, brx, 64) })
+	wg.Wait()
+}
+
+func TestReceiveIntoFramesOfAnotherDevice(t *testing.T) {
+	a := join(t, emu.Config{}, plain, Config{})
+	b := join(t, emu.Config{}, plain, Config{})
+	atx, _ := own(t, a.front)
+	_, arx := own(t, a.back)
+	btx, _ := own(t, b.front)
+	_, brx := own(t, b.back)
+	for seed, size := range sizes {
+		var f [1]Frame
+		atx.AllocWait(f[:], size)
+		want := make([]byte, size)
+		pattern(want, seed)
+		f[0].CopyFrom(want)
+		atx.Send(f[:])
+
+		if n, err := btx.AllocWait(f[:], 65535); n != 1 || err != nil {
+			t.Fatal(err)
+		}
+		if n, err := arx.ReceiveInto(f[:]); n != 1 || err != nil || f[0].Len() != size {
+			t.Fatalf("size %d: %d, %v, %d bytes", size, n, err, f[0].Len())
+		}
+		if n, err := btx.SendWait(f[:]); n != 1 || err != nil {
+			t.Fatal(err)
+		}
+		if n, err := brx.Receive(f[:]); n != 1 || err != nil {
+			t.Fatal(err)
+		}
+		if err := same(&f[0], seed); err != nil || f[0].Len() != size {
+			t.Fatalf("size %d: got %d bytes, %v", size, f[0].Len(), err)
+		}
+		brx.Release(f[:])
+	}
+	if rx := a.back.Stats().RX; rx.Get(telemetry.CopiedBytes) == 0 {
+		t.Error("no copy was counted")
+	}
+}
+
+func TestReceiveIntoKeepsWhatDoesNotFit(t *testing.T) {
+	each(t, func(t *testing.T, p *pair, from, to *Device) {
+		tx, _ := own(t, from)
+		totx, rx := own(t, to)
+		var f, small [1]Frame
+		tx.AllocWait(f[:], 5000)
+		want := make([]byte, 5000)
+		pattern(want, 9)
+		f[0].CopyFrom(want)
+		tx.Send(f[:])
+		totx.AllocWait(small[:], 100)
+		if n, err := rx.ReceiveInto(small[:]); n != 0 || err != ErrShortFrame {
+			t.Fatal(n, err)
+		}
+		if n, err := rx.Receive(f[:]); n != 1 || err != nil {
+			t.Fatal(n, err)
+		}
+		if err := same(&f[0], 9); err != nil || f[0].Len() != 5000 {
+			t.Fatal(f[0].Len(), err)
+		}
+		rx.Release(f[:])
+		small[0].Release()
+	})
+}
+
+func TestAFrameOfAnotherHalfIsCopied(t *testing.T) {
+	each(t, func(t *testing.T, p *pair, from, to *Device) {
+		tx, rx := own(t, from)
+		totx, torx := own(t, to)
+		var f [1]Frame
+		for seed, size := range sizes { // there and back
+			tx.AllocWait(f[:], size)
+			want := make([]byte, size)
+			pattern(want, seed)
+			f[0].CopyFrom(want)
+			tx.Send(f[:])
+			if _, err := torx.Receive(f[:]); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := totx.SendWait(f[:]); err != nil {
+				t.Fatalf("size %d: %v", size, err)
+			}
+			if f[0].Valid() {
+				t.Fatal("still held after Send")
+			}
+			if _, err := rx.Receive(f[:]); err != nil {
+				t.Fatal(err)
+			}
+			if err := same(&f[0], seed); err != nil {
+				t.Fatalf("size %d: %v", size, err)
+			}
+			rx.Release(f[:])
+		}
+	})
+}
+
+func TestARetainedFrameIsCopiedAndStaysReadable(t *testing.T) {
+	p := join(t, emu.Config{}, plain, Config{})
+	tx, _ := own(t, p.front)
+	_, rx := own(t, p.back)
+	var f, got [1]Frame
+	tx.AllocWait(f[:], 100)
+	b := f[0].Bytes()
+	pattern(b, 1)
+	f[0].Retain()
+	if _, err := tx.Send(f[:]); err != nil {
+		t.Fatal(err)
+	}
+	if !f[0].Valid() {
+		t.Fatal("the second holder lost the frame")
+	}
+	pattern(b, 2)
+	rx.Receive(got[:])
+	if err := same(&got[0], 1); err != nil {
+		t.Fatal(err)
+	}
+	rx.Release(got[:])
+	if err := f[0].Release(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestHeadroomTrimAndAppend(t *testing.T) {
+	each(t, func(t *testing.T, p *pair, from, to *Device) {
+		tx, _ := own(t, from)
+		_, rx := own(t, to)
+		var f [1]Frame
+		if tx.Alloc(f[:]) != 1 {
+			t.Fatal("no frame")
+		}
+		if f[0].Len() != 0 || f[0].Headroom() != headroom {
+			t.Fatal(f[0].Len(), f[0].Headroom())
+		}
+		if n := f[0].Append([]byte("payload, and a tail")); n != 19 {
+			t.Fatal(n)
+		}
+		if !f[0].Truncate(7) || f[0].Truncate(8) {
+			t.Fatal("Truncate")
+		}
+		copy(f[0].Prepend(16), "headers, 16 long")
+		if f[0].Prepend(headroom) != nil || f[0].Extend(5000) != nil {
+			t.Fatal("room that is not there")
+		}
+		if !f[0].TrimFront(9) || f[0].TrimFront(100) {
+			t.Fatal("TrimFront")
+		}
+		if _, err := tx.Send(f[:]); err != nil {
+			t.Fatal(err)
+		}
+		rx.Receive(f[:])
+		if got := string(f[0].Bytes()); got != "16 longpayload" {
+			t.Fatalf("%q", got)
+		}
+		rx.Release(f[:])
+
+		// A chain cut back to one piece.
+		tx.AllocWait(f[:], 20000)
+		want := make([]byte, 20000)
+		pattern(want, 3)
+		f[0].CopyFrom(want)
+		for _, n := range []int{15000, 8000, 100} {
+			if !f[0].Truncate(n) || f[0].Len() != n {
+				t.Fatal(n, f[0].Len())
+			}
+			if err := same(&f[0], 3); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if n, err := tx.Send(f[:]); n != 1 || err != nil {
+			t.Fatal(err)
+		}
+		rx.Receive(f[:])
+		if err := same(&f[0], 3); err != nil || f[0].Len() != 100 {
+			t.Fatal(f[0].Len(), err)
+		}
+		rx.Release(f[:])
+	})
+}
+
+func TestWhatMustNotGoIntoARing(t *testing.T) {
+	each(t, func(t *testing.T, p *pair, from, to *Device) {
+		tx, _ := own(t, from)
+		var f [2]Frame
+		tx.AllocWait(f[:], 60)
+		f[1].Truncate(13)
+		if n, err := tx.Send(f[:]); n != 1 || err != ErrFrameSize {
+			t.Fatal(n, err)
+		}
+		if n, err := tx.Send(f[:1]); n != 0 || !errors.Is(err, ErrStale) {
+			t.Fatal(n, err)
+		}
+		if n, err := tx.Send(make([]Frame, 1)); n != 0 || err == nil {
+			t.Fatal("the zero frame", n, err)
+		}
+		f[1].Release()
+	})
+}
+
+func TestAPeerWithoutScatterGatherGetsNoChains(t *testing.T) {
+	none := plain
+	none.frontSG, none.backSG = false, false
+	p := join(t, emu.Config{}, none, Config{})
+	for _, d := range []*Device{p.front, p.back} {
+		tx, _ := own(t, d)
+		var f [1]Frame
+		tx.AllocWait(f[:], 5000)
+		if n, err := tx.Send(f[:]); n != 0 || err != ErrFrameSize {
+			t.Fatal(n, err)
+		}
+		f[0].Truncate(3000)
+		if n, err := tx.Send(f[:]); n != 1 || err != nil {
+			t.Fatal(n, err)
+		}
+	}
+}
+
+func TestAHolderOfEveryBufferIsTold(t *testing.T) {
+	each(t, func(t *testing.T, p *pair, from, to *Device) {
+		if to.cfg.LendRx {
+			t.Skip("lent frames fall back to the pool only when half the ring is out")
+		}
+		tx, _ := own(t, from)
+		_, rx := own(t, to)
+		held := make([]Frame, 0, 2000)
+		var f [32]Frame
+		for {
+			n, err := tx.AllocWait(f[:], 64)
+			if err != nil {
+				t.Fatal(err)
+			}
+			k, err := tx.Send(f[:n])
+			for i := k; i < n; i++ {
+				f[i].Release()
+			}
+			if err != nil && err != ErrFull {
+				t.Fatal(err)
+			}
+			n, err = rx.Receive(f[:])
+			held = append(held, f[:n]...)
+			if err == ErrNoBuffers {
+				break
+			}
+			if err != nil || len(held) > 1000 {
+				t.Fatal(len(held), err)
+			}
+		}
+		if len(held) != privatePages {
+			t.Fatalf("held %d frames of %d buffers", len(held), privatePages)
+		}
+		rx.Release(held)
+		if n, err := rx.Receive(f[:]); n == 0 || err != nil {
+			t.Fatal(n, err)
+		}
+		rx.Release(f[:])
+	})
+}
+
+func TestDeadlineEndsEveryWait(t *testing.T) {
+	each(t, func(t *testing.T, p *pair, from, to *Device) {
+		tx, _ := own(t, from)
+		_, rx := own(t, to)
+		soon := time.Now().Add(30 * time.Millisecond)
+		rx.SetDeadline(soon)
+		tx.SetDeadline(soon)
+		var f [1]Frame
+		if _, err := rx.Receive(f[:]); !errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Fatal(err)
+		}
+		for {
+			if n := tx.AllocSize(f[:], 60); n == 0 {
+				break
+			}
+			if n, err := tx.SendWait(f[:]); n == 0 {
+				if !errors.Is(err, os.ErrDeadlineExceeded) {
+					t.Fatal(err)
+				}
+				f[0].Release()
+				break
+			}
+		}
+		// A new deadline reaches a wait under way.
+		rx2 := make(chan error)
+		other, otherRX := from, from.rx[0]
+		_ = other
+		otherRX.SetDeadline(time.Time{})
+		go func() {
+			var f [1]Frame
+			_, err := otherRX.Receive(f[:])
+			rx2 <- err
+		}()
+		otherRX.SetDeadline(time.Now().Add(time.Millisecond))
+		if err := <-rx2; !errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Fatal(err)
+		}
+	})
+}
+
+func TestTheOwningPathAllocatesNothing(t *testing.T) {
+	each(t, func(t *testing.T, p *pair, from, to *Device) {
+		tx, _ := own(t, from)
+		_, rx := own(t, to)
+		var f [32]Frame
+		for _, size := range []int{64, 1500, 20000} {
+			batch := 32
+			if size > 4096 {
+				batch = 8
+			}
+			cycle := func() {
+				n := tx.AllocSize(f[:batch], size)
+				if k, err := tx.Send(f[:n]); k != n || err != nil {
+					t.Fatal(k, n, err)
+				}
+				for got := 0; got < n; {
+					k, err := rx.Receive(f[:])
+					if err != nil {
+						t.Fatal(err)
+					}
+					rx.Release(f[:k])
+					got += k
+				}
+			}
+			cycle()
+			if n := testing.AllocsPerRun(50, cycle); n != 0 {
+				t.Errorf("size %d: %v allocations for %d frames", size, n, batch)
+			}
+		}
+	})
+}
+
+// Per batch and direction: one copy batch at the backend, at most one notify a
+// side, and no other call of the domain.
+func TestTheOwningPathCallsTheDomainOncePerBatch(t *testing.T) {
+	p := join(t, emu.Config{}, plain, Config{})
+	ftx, frx := own(t, p.front)
+	btx, brx := own(t, p.back)
+	var f [32]Frame
+	const rounds = 50
+	run := func(tx *TX, rx *RX) {
+		for range rounds {
+			n := tx.AllocSize(f[:], 200)
+			if k, err := tx.Send(f[:n]); k != 32 || err != nil {
+				t.Fatal(k, err)
+			}
+			if k, err := rx.Receive(f[:]); k != 32 || err != nil {
+				t.Fatal(k, err)
+			}
+			rx.Release(f[:])
+		}
+	}
+	run(ftx, brx)
+	run(btx, frx)
+	f0, b0 := p.fdom.Calls(), p.bdom.Calls()
+	run(ftx, brx)
+	run(btx, frx)
+	f1, b1 := p.fdom.Calls(), p.bdom.Calls()
+	if n := f1.Copy - f0.Copy; n != 0 {
+		t.Errorf("the frontend made %d copy batches", n)
+	}
+	if n := b1.Copy - b0.Copy; n != 2*rounds {
+		t.Errorf("the backend made %d copy batches for %d batches of frames", n, 2*rounds)
+	}
+	if n := b1.CopyOps - b0.CopyOps; n != 2*rounds*32 {
+		t.Errorf("%d copy operations for %d frames", n, 2*rounds*32)
+	}
+	if n := f1.Notify - f0.Notify + b1.Notify - b0.Notify; n > 0 {
+		t.Errorf("%d notifies that nobody asked for", n)
+	}
+	f1.Copy, f1.CopyOps, b1.Copy, b1.CopyOps = f0.Copy, f0.CopyOps, b0.Copy, b0.CopyOps
+	f1.Notify, b1.Notify = f0.Notify, b0.Notify
+	if f1 != f0 || b1 != b0 {
+		t.Errorf("other calls: %+v then %+v, %+v then %+v", f0, f1, b0, b1)
+	}
+}
+
+func TestChecksumsLeftBlankAreCompleted(t *testing.T) {
+	frame := udp4(t, 700)
+	want := append([]byte(nil), frame...)
+	blank(frame)
+	for _, split := range []int{0, 1, 35, 60} {
+		p := join(t, emu.Config{}, plain, Config{})
+		tx, _ := own(t, p.front)
+		_, rx := own(t, p.back)
+		var f [1]Frame
+		tx.AllocWait(f[:], len(frame))
+		f[0].CopyFrom(frame[:split], frame[split:])
+		f[0].csum = ChecksumPartial
+		if !f[0].completeChecksum() {
+			t.Fatal("not completed")
+		}
+		if string(f[0].Bytes()) != string(want) {
+			t.Fatalf("split %d: wrong checksum", split)
+		}
+		tx.Send(f[:])
+		rx.Receive(f[:])
+		rx.Release(f[:])
+	}
+}

@@ -1,0 +1,118 @@
+package pvnet
+
+import "time"
+
+// An RX is the receiving half of a queue. It has one owner at a time: its methods,
+// but SetDeadline, must not be called by two goroutines at once.
+type RX struct {
+	half
+	eng receiver // of the connection; written by the life goroutine behind the shut gate
+}
+
+// A receiver moves frames out of one connection's ring.
+type receiver interface {
+	// receive fills frames and returns how many it did. With into, they are
+	// frames of the caller's to copy into.
+	receive(frames []Frame, into bool) (int, error)
+
+	// release takes frames back that the caller holds.
+	release(f *Frame) error
+
+	// arm asks for a wake-up when the next frame comes, and reports whether one
+	// is there already.
+	arm() (more bool, err error)
+
+	// drain counts what the end of the connection loses. The gate is shut.
+	drain()
+}
+
+// Receive waits for at least one frame, the deadline (os.ErrDeadlineExceeded) or
+// Disconnect ([ErrDisconnected]), and gives the caller frames[:n] until Release.
+// While the link is down it waits. With every buffer in the caller's hands it
+// does not wait: [ErrNoBuffers].
+func (rx *RX) Receive(frames []Frame) (n int, err error) { return rx.receive(frames, false) }
+
+// ReceiveInto is Receive into frames of the caller's, which may come from another
+// device: they are overwritten from where they begin, and get the length and the
+// metadata of what arrived. frames[:n] stay the caller's. A frame that does not
+// fit frames[n] stays at the head of the queue: [ErrShortFrame].
+func (rx *RX) ReceiveInto(frames []Frame) (n int, err error) { return rx.receive(frames, true) }
+
+func (rx *RX) receive(frames []Frame, into bool) (int, error) {
+	for len(frames) > 0 {
+		if rx.ending.Load() {
+			return 0, errInterrupted
+		}
+		if err := rx.enter(); err != nil {
+			if err = rx.retry(err); err != nil {
+				return 0, err
+			}
+			continue
+		}
+		n, err := rx.eng.receive(frames, into)
+		if n > 0 || err != nil {
+			rx.counted(n)
+			rx.gate.leave()
+			if n > 0 && err != nil {
+				// The frames count; what stopped the batch is met again.
+				rx.dev.judge(err)
+				err = nil
+			}
+			return n, rx.dev.judge(err)
+		}
+		more, err := rx.eng.arm()
+		switch {
+		case err != nil:
+		case !more:
+			err = rx.rest()
+		case rx.expired(): // a peer that sends nothing but garbage
+			err = errTimeout
+		}
+		rx.gate.leave()
+		if err = rx.dev.judge(err); err != nil {
+			return 0, err
+		}
+	}
+	return 0, nil
+}
+
+// Poll is Receive that does not wait: n is 0 if there is nothing. Errors are
+// those of Receive, and [ErrLinkDown].
+func (rx *RX) Poll(frames []Frame) (n int, err error) {
+	if err := rx.enter(); err != nil {
+		return 0, err
+	}
+	n, err = rx.eng.receive(frames, false)
+	rx.counted(n)
+	rx.gate.leave()
+	if err = rx.dev.judge(err); n > 0 {
+		err = nil
+	}
+	return n, err
+}
+
+// Release gives frames back. It goes on after a frame that is stale and returns
+// [ErrStale] in the end.
+func (rx *RX) Release(frames []Frame) (err error) {
+	inside := rx.enter() == nil
+	for i := range frames {
+		f := &frames[i]
+		var e error
+		if inside {
+			e = rx.eng.release(f)
+		} else {
+			e = f.Release()
+		}
+		if e != nil {
+			err = e
+		}
+	}
+	if inside {
+		rx.gate.leave()
+	}
+	return err
+}
+
+// SetDeadline is when waiting calls give up; the zero Time is never. It holds for
+// calls under way too, and may be called from any goroutine.
+func (rx *RX) SetDeadline(t time.Time) { rx.setDeadline(t) }

@@ -1,0 +1,178 @@
+package pvnet
+
+import (
+	"time"
+
+	"barevif/telemetry"
+)
+
+// A TX is the sending half of a queue. It has one owner at a time: its methods,
+// but SetDeadline, must not be called by two goroutines at once.
+type TX struct {
+	half
+	eng sender // of the connection; written by the life goroutine behind the shut gate
+}
+
+// A sender moves frames into one connection's ring.
+type sender interface {
+	// alloc makes frames of size bytes and returns how many there was room for.
+	alloc(frames []Frame, size int) (int, error)
+
+	// send takes over the frames it returns the count of.
+	send(frames []Frame) (int, error)
+
+	// arm asks for a wake-up when there is room for a frame of need slots, or for
+	// a buffer if need is 0, and reports whether there already is.
+	arm(need int) (more bool, err error)
+
+	// drain counts what the end of the connection loses. The gate is shut.
+	drain()
+}
+
+// Alloc makes empty frames with headroom, in pages the peer already has a grant
+// for, and returns how many: fewer than asked if the pages are all in use, none
+// while the link is down. Frames that are not sent must be released.
+func (tx *TX) Alloc(frames []Frame) int { return tx.AllocSize(frames, 0) }
+
+// AllocSize is Alloc for frames that already have size bytes, at most MaxFrame.
+// They are not cleared; what the peer may see of them is what an earlier frame to
+// the same peer left there.
+func (tx *TX) AllocSize(frames []Frame, size int) int {
+	if tx.enter() != nil {
+		return 0
+	}
+	n, err := tx.eng.alloc(frames, size)
+	tx.leaveWith(err)
+	return n
+}
+
+// AllocWait is AllocSize that waits for at least one frame. Errors are those of
+// SendWait.
+func (tx *TX) AllocWait(frames []Frame, size int) (int, error) {
+	if size < 0 || size > MaxFrame {
+		return 0, ErrFrameSize
+	}
+	for len(frames) > 0 {
+		if err := tx.enter(); err != nil {
+			if err = tx.retry(err); err != nil {
+				return 0, err
+			}
+			continue
+		}
+		n, err := tx.eng.alloc(frames, size)
+		if n > 0 || err != nil {
+			return n, tx.leaveWith(err)
+		}
+		if err = tx.wait(0); err != nil {
+			return 0, err
+		}
+	}
+	return 0, nil
+}
+
+// Send queues frames in order and takes over those it accepted, frames[:n]; the
+// caller keeps the rest. It never blocks: a short count comes with [ErrFull],
+// [ErrLinkDown], [ErrDisconnected], [ErrStale] or [ErrFrameSize], the last two
+// about frames[n].
+//
+// A frame of this half is sent where it lies. Any other is copied first, one that
+// is held more than once too.
+func (tx *TX) Send(frames []Frame) (n int, err error) {
+	if err := tx.enter(); err != nil {
+		return 0, err
+	}
+	n, err = tx.eng.send(frames)
+	tx.counted(n)
+	return n, tx.leaveWith(err)
+}
+
+// SendWait is Send that waits until every frame is taken, the deadline passes
+// (os.ErrDeadlineExceeded), or the device is disconnected. While the link is down
+// it waits for it to come back.
+func (tx *TX) SendWait(frames []Frame) (n int, err error) {
+	for {
+		if err := tx.enter(); err != nil {
+			if err = tx.retry(err); err != nil {
+				return n, err
+			}
+			continue
+		}
+		k, err := tx.eng.send(frames[n:])
+		n += k
+		tx.counted(k)
+		if err != ErrFull {
+			return n, tx.leaveWith(err)
+		}
+		if err = tx.wait(frames[n].slots()); err != nil {
+			return n, err
+		}
+	}
+}
+
+// wait leaves the gate after there may be room for need slots.
+func (tx *TX) wait(need int) error {
+	more, err := tx.eng.arm(need)
+	if err == nil && !more {
+		err = tx.rest()
+	}
+	return tx.leaveWith(err)
+}
+
+// leaveWith leaves the gate; a violation of the peer's ends the device.
+func (tx *TX) leaveWith(err error) error {
+	tx.gate.leave()
+	return tx.dev.judge(err)
+}
+
+// SetDeadline is when waiting calls give up; the zero Time is never. It holds for
+// calls under way too, and may be called from any goroutine.
+func (tx *TX) SetDeadline(t time.Time) { tx.setDeadline(t) }
+
+// slots is how many pieces of the frame hold bytes: what it takes in a ring when
+// it is sent where it lies.
+func (f *Frame) slots() int {
+	if f.total <= uint32(f.n) {
+		return 1
+	}
+	used, left := 1, f.total-uint32(f.n)
+	for p, ok := f.buf.Next(); ok && left > 0; p, ok = f.buf.After(p) {
+		left -= min(left, uint32(p.Len))
+		used++
+	}
+	return used
+}
+
+// tally sums what a batch moved, to be counted once.
+type tally struct{ frames, bytes, slots, multi, broad, chained uint64 }
+
+// add counts f, of which head is the beginning: at least its first 6 bytes.
+func (t *tally) add(f *Frame, slots int, head []byte) {
+	t.frames++
+	t.bytes += uint64(f.total)
+	t.slots += uint64(slots)
+	if slots > 1 {
+		t.chained++
+	}
+	if head[0]&1 != 0 { // a group address
+		if [6]byte(head[:6]) == ([6]byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}) {
+			t.broad++
+		} else {
+			t.multi++
+		}
+	}
+}
+
+func (t *tally) count(b *telemetry.Block) {
+	if t.frames == 0 {
+		return
+	}
+	b.Add(telemetry.Packets, t.frames)
+	b.Add(telemetry.Bytes, t.bytes)
+	b.Add(telemetry.Slots, t.slots)
+	if t.multi|t.broad|t.chained != 0 {
+		b.Add(telemetry.Multicast, t.multi)
+		b.Add(telemetry.Broadcast, t.broad)
+		b.Add(telemetry.ChainedPackets, t.chained)
+	}
+	b.Observe(telemetry.BatchSize, t.frames)
+}
