@@ -1,0 +1,165 @@
+//go:build linux
+
+package main
+
+import (
+	"bufio"
+	"encoding/json"
+	"errors"
+	"io"
+	"net"
+	"sync"
+
+	"barevif/test/xenlab/proto"
+)
+
+// maxLine bounds one message of the protocol, in bytes.
+const maxLine = 64 << 20
+
+// replies writes one reply a line, from any goroutine.
+type replies struct {
+	mu sync.Mutex
+	w  io.Writer
+}
+
+func (r *replies) send(reply proto.Reply) error {
+	b, err := json.Marshal(reply)
+	if err != nil {
+		return err
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	_, err = r.w.Write(append(b, '\n'))
+	return err
+}
+
+// each hands every line of r to f, until r ends.
+func each[T any](r io.Reader, f func(T) error) error {
+	s := bufio.NewScanner(r)
+	s.Buffer(make([]byte, 64<<10), maxLine)
+	for s.Scan() {
+		var v T
+		if err := json.Unmarshal(s.Bytes(), &v); err != nil {
+			return err
+		}
+		if err := f(v); err != nil {
+			return err
+		}
+	}
+	if err := s.Err(); err != nil {
+		return err
+	}
+	return io.EOF
+}
+
+// A relay passes calls to other domains and their replies back.
+type relay struct {
+	host  *replies
+	mu    sync.Mutex
+	peers map[int]*peer // guarded by mu
+}
+
+// A peer is the agent of another domain, as dom0 sees it.
+type peer struct {
+	calls   chan proto.Call
+	gone    chan struct{} // closed when the link ended
+	mu      sync.Mutex
+	pending map[uint64]bool // guarded by mu; nil once the link ended
+	err     error           // guarded by mu; why
+}
+
+var errBusy = errors.New("too many calls wait for this domain")
+
+// call passes c on. Its reply goes to the host when it comes, or an error in its
+// place when the domain goes.
+func (r *relay) call(c proto.Call) error {
+	r.mu.Lock()
+	p := r.peers[c.Domain]
+	if p == nil || p.ended() { // a domid can come back as another domain
+		var err error
+		if p, err = r.connect(c.Domain); err != nil {
+			r.mu.Unlock()
+			return err
+		}
+		r.peers[c.Domain] = p
+	}
+	r.mu.Unlock()
+
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.pending == nil {
+		return p.err
+	}
+	select {
+	case p.calls <- c:
+		p.pending[c.ID] = true
+		return nil
+	default:
+		return errBusy
+	}
+}
+
+func (p *peer) ended() bool {
+	select {
+	case <-p.gone:
+		return true
+	default:
+		return false
+	}
+}
+
+func (r *relay) connect(domid int) (*peer, error) {
+	conn, err := net.Dial("unix", xenstoreSocket)
+	if err != nil {
+		return nil, err
+	}
+	s := newStore(conn)
+	l, err := downLink(s, domid)
+	if err != nil {
+		s.close()
+		return nil, err
+	}
+	p := &peer{calls: make(chan proto.Call, 64), gone: make(chan struct{}), pending: map[uint64]bool{}}
+	go func() {
+		enc := json.NewEncoder(l)
+		for {
+			select {
+			case c := <-p.calls:
+				if err := enc.Encode(c); err != nil {
+					p.end(r.host, err)
+					s.close()
+					return
+				}
+			case <-p.gone:
+				return
+			}
+		}
+	}()
+	go func() {
+		err := each(l, func(reply proto.Reply) error {
+			p.mu.Lock()
+			delete(p.pending, reply.ID)
+			p.mu.Unlock()
+			return r.host.send(reply)
+		})
+		p.end(r.host, err)
+		s.close()
+	}()
+	return p, nil
+}
+
+// end answers what nobody else will.
+func (p *peer) end(host *replies, err error) {
+	p.mu.Lock()
+	pending := p.pending
+	if pending == nil {
+		p.mu.Unlock()
+		return
+	}
+	p.pending, p.err = nil, err
+	close(p.gone)
+	p.mu.Unlock()
+	for id := range pending {
+		host.send(proto.Reply{ID: id, Err: err.Error()})
+	}
+}

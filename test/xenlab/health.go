@@ -1,0 +1,138 @@
+//go:build linux
+
+package xenlab
+
+import (
+	"fmt"
+	"regexp"
+	"slices"
+	"strings"
+	"time"
+
+	"barevif/test/xenlab/machine"
+	"barevif/test/xenlab/proto"
+)
+
+// stateScript prints what a scenario may use but must give back, one thing a line:
+// domains, among them the dead ones whose pages something still maps; dom0's event
+// channels without their numbers; its interrupts of vifs; its devices and network
+// interfaces; xenstore's directories of domains and backends; grants in use, as
+// Xen tells them.
+const stateScript = `
+xl list | sed 1d | while read -r name id rest; do echo "domain $name $id"; done
+lsevtchn 0 | sed 's/^ *[0-9]*: VCPU [0-9]*: /port /'
+sed -n 's/.*\(vif[0-9.]*\).*/interrupt \1/p' /proc/interrupts
+for f in /sys/class/net/* /sys/bus/xen/devices/* /sys/bus/xen-backend/devices/*; do [ -e "$f" ] && echo "device $f"; done
+for d in /local/domain /local/domain/0/backend /local/domain/0/backend/vif; do
+	xenstore-list "$d" 2>/dev/null | sed "s|^|xenstore $d/|"; done
+`
+
+// settleLimit is how long the toolstack may take to clean up behind a domain.
+const settleLimit = 30 * time.Second
+
+// state is what is in use now, sorted.
+func (t *T) state() []string {
+	r := t.dom0.try(proto.Call{Op: proto.Run, Argv: []string{"sh", "-c", stateScript}})
+	if err := r.problem(); err != nil {
+		t.Fatalf("looking at dom0: %w", err)
+	}
+	lines := strings.Split(r.Text(), "\n")
+	slices.Sort(lines)
+	return lines
+}
+
+// settled waits until everything in use is what was in use before.
+func (t *T) settled(before []string) {
+	for deadline := time.Now().Add(settleLimit); ; time.Sleep(200 * time.Millisecond) {
+		now := t.state()
+		if slices.Equal(before, now) {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("left behind: %s", difference(before, now))
+		}
+	}
+}
+
+// difference of two sorted lists, as + and - lines.
+func difference(before, now []string) string {
+	var out []string
+	for len(before) > 0 || len(now) > 0 {
+		switch {
+		case len(before) == 0 || len(now) > 0 && now[0] < before[0]:
+			out, now = append(out, "+ "+now[0]), now[1:]
+		case len(now) == 0 || before[0] < now[0]:
+			out, before = append(out, "- "+before[0]), before[1:]
+		default:
+			before, now = before[1:], now[1:]
+		}
+	}
+	return strings.Join(out, "; ")
+}
+
+// grants gives the entries of dom0's grant table that are mapped somewhere, and
+// those of domains that should be gone. Xen prints them to its log, so this reads,
+// and empties, that.
+func (t *T) grants() (xenLog string, entries []string) {
+	t.dom0.Run("xl", "debug-keys", "g")
+	xenLog = t.dom0.Run("xl", "dmesg", "-c").Text()
+	return xenLog, grantEntries(xenLog)
+}
+
+var grantLine = regexp.MustCompile(`^\(XEN\) (?:\[[^]]*\] )?(\[[0-9a-f ]+\] .*)$`)
+
+func grantEntries(xenLog string) (entries []string) {
+	for line := range strings.Lines(xenLog) {
+		if m := grantLine.FindStringSubmatch(strings.TrimRight(line, "\r\n")); m != nil {
+			entries = append(entries, m[1])
+		}
+	}
+	return entries
+}
+
+// complaint is what a kernel or Xen says when someone behaved badly.
+var complaint = regexp.MustCompile(`(?i)\b(warning|error|errors|fail|failed|failure|invalid|illegal|bad|fatal|broken|corrupt\w*|stall\w*|hung|leak\w*|disabled|deferring|unmap\w* failed|still in use|still pending|call trace|segfault|unable|cannot|timed out|bogus|spurious|attempt)\b|BUG`)
+
+// subject is whom it speaks of when it is about us.
+var subject = regexp.MustCompile(`(?i)\(XEN\)|xen|vif|gnt|grant|evtchn|netfront|netback|\bnet eth|call trace|segfault|hung|stall|BUG|barevif|\.test\b`)
+
+// harmless lines come on any boot of these kernels.
+var harmless = []*regexp.Regexp{
+	regexp.MustCompile(`Failed to obtain ldt|spec-ctrl|Error disabling`),
+}
+
+// complaints gives the lines of a kernel's or Xen's log that look like one.
+func complaints(log string, expected []*regexp.Regexp) (bad []string) {
+	for line := range strings.Lines(log) {
+		line = strings.TrimSpace(line)
+		matches := func(re *regexp.Regexp) bool { return re.MatchString(line) }
+		suspect := machine.Fatal(line) || complaint.MatchString(line) && subject.MatchString(line)
+		if suspect && !slices.ContainsFunc(harmless, matches) && !slices.ContainsFunc(expected, matches) {
+			bad = append(bad, line)
+		}
+	}
+	return bad
+}
+
+// quiet fails the scenario if a log complains.
+func (t *T) quiet(expected []*regexp.Regexp, xenLog string) {
+	dmesg := t.dom0.Run("dmesg", "-c").Text()
+	t.Save("dom0.dmesg", []byte(dmesg))
+	t.Save("xen.dmesg", []byte(xenLog))
+	logs := []struct{ who, text string }{{"dom0", dmesg}, {"Xen", xenLog}}
+	for _, g := range t.guests {
+		logs = append(logs, struct{ who, text string }{g.Name, string(g.console)})
+	}
+	for _, l := range logs {
+		if bad := complaints(l.text, expected); len(bad) > 0 {
+			t.Fatalf("%s complains: %s%s", l.who, bad[0], more(len(bad)-1))
+		}
+	}
+}
+
+func more(n int) string {
+	if n == 0 {
+		return ""
+	}
+	return fmt.Sprintf(" (and %d more lines)", n)
+}

@@ -1,0 +1,427 @@
+//go:build linux
+
+// Package image makes what a lab machine boots: Xen, a Linux kernel, and one
+// initramfs each for dom0 and the other domains.
+//
+// Everything but the project's own programs comes from Debian packages. Their
+// names and versions are what apt resolves on the day, never pinned; they are
+// fetched by apt, kept by digest in a cache, unpacked there and never installed.
+// Nothing runs from them on this machine except busybox, to list its applets.
+package image
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// A Program is one of ours. It is built without cgo and found at /barevif/Name
+// in every domain.
+type Program struct {
+	Name    string
+	Package string // an import path
+	Test    bool   // the package's test binary instead of its command
+}
+
+// Config says what goes into the images beyond the fixed part.
+type Config struct {
+	Programs []Program
+	Dir      string       // where the archives are written; it must exist
+	Logger   *slog.Logger // nil: silent
+}
+
+// A Set is what a machine boots from.
+type Set struct {
+	Xen, Kernel, Dom0 string // files: two ELF images and an archive
+	XenPackage        string // name_version of the packages they came from
+	KernelPackage     string
+}
+
+// Where things are in a domain's root.
+const (
+	ProgramDir  = "/barevif"
+	GuestKernel = "/lab/vmlinux" // in dom0, for xl create
+	GuestImage  = "/lab/domu.cpio"
+	VifScript   = "vif-xenlab" // in /etc/xen/scripts
+)
+
+// CacheDir is $BAREVIF_CACHE or barevif in the user's cache folder.
+func CacheDir() (string, error) {
+	if dir := os.Getenv("BAREVIF_CACHE"); dir != "" {
+		return filepath.Join(dir, "xenlab"), nil
+	}
+	dir, err := os.UserCacheDir()
+	return filepath.Join(dir, "barevif", "xenlab"), err
+}
+
+// Build makes the images. As root it installs the programs it misses on this
+// machine; otherwise it says which. The first call fetches some 90 MB.
+func Build(ctx context.Context, cfg Config) (*Set, error) {
+	if runtime.GOARCH != "amd64" {
+		return nil, errors.New("xenlab: the lab is an amd64 machine, built on one")
+	}
+	log := cfg.Logger
+	if log == nil {
+		log = slog.New(slog.DiscardHandler)
+	}
+	cache, err := CacheDir()
+	if err != nil {
+		return nil, err
+	}
+	unlock, err := lock(cache)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	if err := installTools(ctx); err != nil {
+		return nil, err
+	}
+	d, err := prepare(ctx, cache, log)
+	if err != nil && os.Geteuid() == 0 && ctx.Err() == nil {
+		log.Info("once more with a fresh package index", "after", err)
+		if err = updateIndex(ctx); err == nil {
+			d, err = prepare(ctx, cache, log)
+		}
+	}
+	if err != nil {
+		return nil, err
+	}
+
+	programs := append([]Program{{Name: "agent", Package: agentPackage}}, cfg.Programs...)
+	built := map[string]string{}
+	for _, p := range programs {
+		log.Info("build", "package", p.Package)
+		file := filepath.Join(cfg.Dir, p.Name)
+		if err := p.build(ctx, file); err != nil {
+			return nil, err
+		}
+		built[p.Name] = file
+	}
+	guest, err := d.base(built)
+	if err != nil {
+		return nil, err
+	}
+	guestImage := filepath.Join(cfg.Dir, "domu.cpio")
+	if err := guest.writeFile(guestImage); err != nil {
+		return nil, err
+	}
+	dom0, err := d.base(built)
+	if err != nil {
+		return nil, err
+	}
+	if err := d.addToolstack(dom0); err != nil {
+		return nil, err
+	}
+	dom0.file(GuestImage, 0o644, guestImage)
+	dom0.file(GuestKernel, 0o644, d.vmlinux)
+	set := &Set{
+		Xen: d.xen, Kernel: d.vmlinux, Dom0: filepath.Join(cfg.Dir, "dom0.cpio"),
+		XenPackage: d.version("xen-hypervisor-"), KernelPackage: d.version("linux-image-"),
+	}
+	return set, dom0.writeFile(set.Dom0)
+}
+
+const agentPackage = "barevif/test/xenlab/agent"
+
+func (p Program) build(ctx context.Context, file string) error {
+	args := []string{"build"}
+	if p.Test {
+		args = []string{"test", "-c"}
+	}
+	args = append(args, "-trimpath", "-ldflags=-s -w", "-o", file, p.Package)
+	cmd := exec.CommandContext(ctx, "go", args...)
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH=amd64")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("go %s: %w\n%s", strings.Join(args, " "), err, out)
+	}
+	if _, err := os.Stat(file); err != nil {
+		return fmt.Errorf("go test -c %s made nothing: the package has no tests", p.Package)
+	}
+	return nil
+}
+
+func lock(dir string) (unlock func(), err error) {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return nil, err
+	}
+	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_CREATE|os.O_RDWR, 0o644)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("%s: %w", f.Name(), err)
+	}
+	return func() { f.Close() }, nil
+}
+
+// A distribution is one set of unpacked packages in the cache.
+type distribution struct {
+	root         string // the packages' files
+	xen, vmlinux string
+	kernel       string // its version, as uname -r has it
+	debs         []deb
+}
+
+// prepare brings the packages of today into the cache.
+func prepare(ctx context.Context, cache string, log *slog.Logger) (*distribution, error) {
+	debs, err := resolve(ctx)
+	if err != nil {
+		return nil, err
+	}
+	dir := filepath.Join(cache, key(debs))
+	if _, err := os.Stat(dir); err != nil {
+		debDir := filepath.Join(cache, "debs")
+		if err := os.MkdirAll(debDir, 0o755); err != nil {
+			return nil, err
+		}
+		log.Info("fetch", "packages", len(debs), "to", debDir)
+		if err := download(ctx, debDir, debs); err != nil {
+			return nil, err
+		}
+		log.Info("unpack", "to", dir)
+		if err := populate(ctx, debDir, dir, debs); err != nil {
+			return nil, err
+		}
+		prune(cache, filepath.Base(dir), debs)
+	}
+	d := &distribution{
+		root: filepath.Join(dir, "root"), xen: filepath.Join(dir, "xen"), vmlinux: filepath.Join(dir, "vmlinux"), debs: debs,
+	}
+	image, err := one(d.root, "boot/vmlinuz-*")
+	if err != nil {
+		return nil, err
+	}
+	d.kernel = strings.TrimPrefix(filepath.Base(image), "vmlinuz-")
+	return d, nil
+}
+
+// populate fills a folder beside dir and renames it, so that dir is whole if it
+// is there.
+func populate(ctx context.Context, debDir, dir string, debs []deb) error {
+	tmp, err := os.MkdirTemp(filepath.Dir(dir), "new-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(tmp)
+	root := filepath.Join(tmp, "root")
+	if err := unpack(ctx, debDir, root, debs); err != nil {
+		return err
+	}
+	xen, err := one(root, "boot/xen-*.gz")
+	if err != nil {
+		return err
+	}
+	if err := unpackXen(xen, filepath.Join(tmp, "xen")); err != nil {
+		return err
+	}
+	kernel, err := one(root, "boot/vmlinuz-*")
+	if err != nil {
+		return err
+	}
+	if err := unpackKernel(kernel, filepath.Join(tmp, "vmlinux")); err != nil {
+		return err
+	}
+	return os.Rename(tmp, dir)
+}
+
+// prune leaves one set of packages in the cache. Errors do not matter: the next
+// call tries again.
+func prune(cache, keep string, debs []deb) {
+	old, _ := filepath.Glob(filepath.Join(cache, "????????????????"))
+	for _, dir := range old {
+		if filepath.Base(dir) != keep {
+			os.RemoveAll(dir)
+		}
+	}
+	files, _ := os.ReadDir(filepath.Join(cache, "debs"))
+	for _, f := range files {
+		if !slices.ContainsFunc(debs, func(d deb) bool { return d.file == f.Name() }) {
+			os.Remove(filepath.Join(cache, "debs", f.Name()))
+		}
+	}
+}
+
+func one(root, pattern string) (string, error) {
+	found, err := filepath.Glob(filepath.Join(root, pattern))
+	if err != nil {
+		return "", err
+	}
+	if len(found) == 0 {
+		return "", fmt.Errorf("no %s in the packages", pattern)
+	}
+	return found[len(found)-1], nil
+}
+
+func (d *distribution) version(prefix string) string {
+	for _, deb := range d.debs {
+		if strings.HasPrefix(deb.file, prefix) {
+			return strings.TrimSuffix(deb.file, "_amd64.deb")
+		}
+	}
+	return ""
+}
+
+// moduleNames are loaded by name or by the kernel's own request; every domain has
+// them, since any domain may be a driver domain.
+var moduleNames = [...]string{
+	"xen-evtchn", "xen-gntalloc", "xen-gntdev", "xen-privcmd", "xenfs",
+	"xen-netback", "xen-netfront", "virtio_pci", "virtio_console",
+	"af_packet", "tun", "veth", "bridge", "pktgen",
+}
+
+var commonTools = [...]string{"dash", "ip", "ping", "iperf3", "tcpdump", "ethtool", "bpftool", "curl"}
+
+var xenTools = [...]string{
+	"xl", "xenstored", "oxenstored", "xenconsoled", "xenconsole", "xen-init-dom0", "lsevtchn",
+	"xenstore-ls", "xenstore-list", "xenstore-read", "xenstore-write", "xenstore-rm",
+	"xenstore-chmod", "xenstore-exists", "xenstore-watch",
+}
+
+// base is the part of the root that all domains have.
+func (d *distribution) base(programs map[string]string) (*tree, error) {
+	t := newTree()
+	for _, dir := range [...]string{"/proc", "/sys", "/dev", "/run", "/tmp", "/root", "/var/log", "/var/lib", "/lab", ProgramDir} {
+		t.dir(dir, 0o755)
+	}
+	t.link("/var/run", "/run")
+	t.link("/var/lock", "/run/lock")
+	t.data("/etc/passwd", 0o644, []byte("root:x:0:0:root:/root:/bin/sh\n"))
+	t.data("/etc/group", 0o644, []byte("root:x:0:\ntcpdump:x:100:\n"))
+	t.data("/etc/hosts", 0o644, []byte("127.0.0.1 localhost\n"))
+	for name, file := range programs {
+		if name != "agent" {
+			t.file(ProgramDir+"/"+name, 0o755, file)
+		}
+	}
+	t.file("/init", 0o755, programs["agent"])
+
+	if err := d.install(t, commonTools[:]...); err != nil {
+		return nil, err
+	}
+	// dlopened by glibc: no binary names it
+	if err := d.installLibrary(t, "libgcc_s.so.1"); err != nil {
+		return nil, err
+	}
+	// Not busybox's shell: that one runs its own applets before it looks at PATH.
+	t.link("/bin/sh", "/usr/sbin/dash")
+	if err := d.installBusybox(t); err != nil {
+		return nil, err
+	}
+	m, err := findModules(d.root, d.kernel)
+	if err != nil {
+		return nil, err
+	}
+	return t, m.install(t, d.kernel, moduleNames[:]...)
+}
+
+// addToolstack makes the root that of dom0.
+func (d *distribution) addToolstack(t *tree) error {
+	if err := d.install(t, xenTools[:]...); err != nil {
+		return err
+	}
+	conf, err := one(d.root, "etc/xen/oxenstored.conf")
+	if err != nil {
+		return err
+	}
+	t.file("/etc/xen/oxenstored.conf", 0o644, conf)
+	t.data("/etc/xen/xl.conf", 0o644, []byte("autoballoon=\"off\"\n"))
+	t.data("/etc/xen/scripts/"+VifScript, 0o755, []byte(vifScript))
+	t.dir("/var/lib/xen", 0o755)
+	t.dir("/var/log/xen/console", 0o755)
+	return nil
+}
+
+// vifScript is the least that libxl and netback want of a hotplug script.
+// Addresses are the scenario's business.
+const vifScript = `#!/bin/sh
+export PATH=/usr/sbin:/usr/bin:/sbin:/bin
+exec >>/var/log/xen/vif.log 2>&1
+echo "$* vif=$vif $XENBUS_PATH"
+case "$1" in
+online|add)
+	mtu=$(xenstore-read "$XENBUS_PATH/mtu" 2>/dev/null) && ip link set "$vif" mtu "$mtu"
+	ip link set "$vif" up
+	xenstore-write "$XENBUS_PATH/hotplug-status" connected ;;
+offline|remove)
+	ip link set "$vif" down
+	xenstore-rm "$XENBUS_PATH/hotplug-status" ;;
+esac
+exit 0
+`
+
+// install puts programs of the packages into /usr/sbin, with their libraries.
+func (d *distribution) install(t *tree, names ...string) error {
+	for _, name := range names {
+		file, err := d.program(name)
+		if err != nil {
+			return err
+		}
+		t.file("/usr/sbin/"+name, 0o755, file)
+		libs := map[string]string{}
+		if err := libraries(d.root, file, libs); err != nil {
+			return err
+		}
+		for lib := range libs {
+			if err := d.installLibrary(t, lib); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func (d *distribution) program(name string) (string, error) {
+	for _, dir := range [...]string{"usr/lib/xen-*/bin", "usr/sbin", "usr/bin", "sbin", "bin"} {
+		if file, err := one(d.root, filepath.Join(dir, name)); err == nil {
+			// Debian links some tools absolutely, which would lead out of root.
+			if target, err := os.Readlink(file); err == nil && filepath.IsAbs(target) {
+				file = filepath.Join(d.root, target)
+			}
+			return file, nil
+		}
+	}
+	return "", fmt.Errorf("no program %s in the packages", name)
+}
+
+func (d *distribution) installLibrary(t *tree, name string) error {
+	file, err := findLibrary(d.root, name)
+	if err != nil {
+		return err
+	}
+	dst := "/lib/x86_64-linux-gnu/" + name
+	if strings.HasPrefix(name, "ld-linux") { // named with its path in every binary
+		dst = "/lib64/" + name
+	}
+	t.file(dst, 0o755, file)
+	return nil
+}
+
+// installBusybox fills in what none of the real tools provides.
+func (d *distribution) installBusybox(t *tree) error {
+	busybox, err := d.program("busybox")
+	if err != nil {
+		return err
+	}
+	applets, err := exec.Command(busybox, "--list").Output()
+	if err != nil {
+		return fmt.Errorf("%s --list: %w", busybox, err)
+	}
+	t.file("/bin/busybox", 0o755, busybox)
+	for _, name := range strings.Fields(string(applets)) {
+		if name != "busybox" && !t.has("/usr/sbin/"+name) && !t.has("/bin/"+name) {
+			t.link("/bin/"+name, "/bin/busybox")
+		}
+	}
+	t.link("/sbin/modprobe", "/bin/busybox") // where the kernel's own requests go
+	return nil
+}

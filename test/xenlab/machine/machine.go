@@ -1,0 +1,345 @@
+//go:build linux
+
+// Package machine runs a machine with Xen and a Linux dom0 on an emulated CPU, and
+// talks to the agents in its domains.
+//
+// The machine has no network card and no disk: it reaches nothing but its console,
+// which is logged and watched for panics, and a virtio-serial port, on which the
+// agent in dom0 takes calls. It ends with the process that started it.
+package machine
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"barevif/test/xenlab/image"
+	"barevif/test/xenlab/proto"
+)
+
+// Config describes a machine. Sizes are MiB.
+type Config struct {
+	Images *image.Set
+	Dir    string    // for console.log
+	Xen    []string  // more arguments for Xen
+	Linux  []string  // more arguments for dom0's kernel; no commas: QEMU splits there
+	Memory int       // 0: 2048
+	Dom0   int       // 0: 1024
+	Tee    io.Writer // the console, as it is logged; may be nil
+}
+
+// bootLimit is for QEMU, Xen, dom0 and its toolstack: 20 s on a quiet machine.
+const bootLimit = 120 * time.Second
+
+// grace is what a call may take longer than it promised before the machine
+// counts as hung.
+const grace = 30 * time.Second
+
+// A Machine is one that runs. Its methods may be called from any goroutine.
+type Machine struct {
+	console net.Conn
+	port    net.Conn
+	ended   chan struct{} // closed when QEMU is gone and the console is read
+	failed  chan struct{} // closed when err is set
+
+	mu      sync.Mutex
+	err     error                       // guarded by mu; why the machine is of no use any more
+	last    uint64                      // guarded by mu
+	pending map[uint64]chan proto.Reply // guarded by mu
+	qemu    *os.Process                 // guarded by mu; nil once it was waited for
+	hello   chan proto.Reply
+}
+
+// Start boots a machine and waits until its toolstack is up.
+func Start(ctx context.Context, cfg Config) (*Machine, error) {
+	for _, a := range cfg.Linux {
+		if strings.Contains(a, ",") {
+			return nil, fmt.Errorf("machine: QEMU would split the kernel's arguments at the comma in %q", a)
+		}
+	}
+	// Not cfg.Dir: a socket's path has at most 107 bytes.
+	sockets, err := os.MkdirTemp("", "xenlab")
+	if err != nil {
+		return nil, err
+	}
+	defer os.RemoveAll(sockets)
+	log, err := os.Create(filepath.Join(cfg.Dir, "console.log"))
+	if err != nil {
+		return nil, err
+	}
+	m := &Machine{
+		ended: make(chan struct{}), failed: make(chan struct{}),
+		pending: map[uint64]chan proto.Reply{}, hello: make(chan proto.Reply, 1),
+	}
+	var conns [2]net.Conn
+	accepted := make(chan error, len(conns))
+	for i, name := range [...]string{"console", "port"} {
+		l, err := net.Listen("unix", filepath.Join(sockets, name))
+		if err != nil {
+			log.Close()
+			return nil, err
+		}
+		defer l.Close() // ends an Accept that QEMU never answered
+		go func() {
+			var err error
+			conns[i], err = l.Accept()
+			accepted <- err
+		}()
+	}
+	stderr := &bytes.Buffer{}
+	exited, err := m.startQEMU(qemuArgs(cfg, sockets), stderr)
+	if err != nil {
+		log.Close()
+		return nil, err
+	}
+	for range conns {
+		select {
+		case err = <-accepted:
+		case err = <-exited:
+			err = fmt.Errorf("qemu-system-x86_64: %w: %s", err, bytes.TrimSpace(stderr.Bytes()))
+		case <-ctx.Done():
+			err = ctx.Err()
+		}
+		if err != nil {
+			m.kill()
+			log.Close()
+			return nil, err
+		}
+	}
+	m.console, m.port = conns[0], conns[1]
+	go m.receive()
+	go func() {
+		m.watch(log, cfg.Tee)
+		err := <-exited
+		m.fail(fmt.Errorf("QEMU ended: %w %s", errOr(err, errPoweredOff), bytes.TrimSpace(stderr.Bytes())))
+		m.port.Close()
+		close(m.ended)
+	}()
+
+	ctx, cancel := context.WithTimeout(ctx, bootLimit)
+	defer cancel()
+	select {
+	case hello := <-m.hello:
+		if hello.Err != "" {
+			err = fmt.Errorf("dom0: %s", hello.Err)
+		}
+	case <-m.failed:
+		err = m.Err()
+	case <-ctx.Done():
+		err = fmt.Errorf("dom0's agent said nothing: %w", ctx.Err())
+	}
+	if err != nil {
+		m.Stop()
+		return nil, fmt.Errorf("machine: boot: %w (console: %s)", err, log.Name())
+	}
+	return m, nil
+}
+
+var errPoweredOff = errors.New("powered off")
+
+func errOr(err, other error) error {
+	if err != nil {
+		return err
+	}
+	return other
+}
+
+// qemuArgs: SMAP goes because QEMU 7.2 takes a PV kernel's IRETQ for an access of
+// the supervisor, RDTSCP because its SVM intercept of it confuses Xen (PVH).
+func qemuArgs(cfg Config, sockets string) []string {
+	memory, dom0 := cfg.Memory, cfg.Dom0
+	if memory == 0 {
+		memory = 2048
+	}
+	if dom0 == 0 {
+		dom0 = 1024
+	}
+	xen := append([]string{
+		"console=com1", "com1=115200,8n1", "loglvl=all", "guest_loglvl=all", "noreboot=0",
+		fmt.Sprintf("dom0_mem=%dM,max:%dM", dom0, dom0), "dom0_max_vcpus=2",
+		"spec-ctrl=no", "xpti=no", "watchdog=0",
+	}, cfg.Xen...)
+	linux := append([]string{
+		"console=hvc0", "earlyprintk=xen", "loglevel=6", "mitigations=off", "panic=5", "xenlab=dom0",
+	}, cfg.Linux...)
+	return []string{
+		"-accel", "tcg,thread=multi", "-cpu", "max,-smap,-rdtscp", "-smp", "2", "-m", fmt.Sprint(memory),
+		"-display", "none", "-nic", "none", "-no-reboot", "-monitor", "none",
+		"-chardev", "socket,id=console,path=" + filepath.Join(sockets, "console"), "-serial", "chardev:console",
+		"-chardev", "socket,id=port,path=" + filepath.Join(sockets, "port"),
+		"-device", "virtio-serial-pci", "-device", "virtserialport,chardev=port,name=" + proto.Port,
+		"-kernel", cfg.Images.Xen, "-append", strings.Join(xen, " "),
+		"-initrd", cfg.Images.Kernel + " " + strings.Join(linux, " ") + "," + cfg.Images.Dom0,
+	}
+}
+
+// startQEMU starts it so that it dies with us, even by SIGKILL. The kernel ties
+// that to the thread, so one waits with it.
+func (m *Machine) startQEMU(args []string, stderr io.Writer) (exited <-chan error, err error) {
+	started, end := make(chan error), make(chan error, 1)
+	go func() {
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		cmd := exec.Command("qemu-system-x86_64", args...)
+		cmd.Stderr = stderr
+		cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
+		err := cmd.Start()
+		m.qemu = cmd.Process
+		started <- err
+		if err != nil {
+			return
+		}
+		err = cmd.Wait()
+		m.mu.Lock()
+		m.qemu = nil
+		m.mu.Unlock()
+		end <- err
+	}()
+	return end, <-started
+}
+
+func (m *Machine) kill() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.qemu != nil {
+		m.qemu.Kill()
+	}
+}
+
+// fatal is what Xen and Linux print when there is no going on.
+var fatal = regexp.MustCompile(`Kernel panic|Xen BUG at|Panic on CPU|FATAL (TRAP|PAGE)|\bOops\b|BUG: |kernel BUG at|general protection fault|DOUBLE FAULT`)
+
+// Fatal reports whether a line of a kernel's log says that it broke.
+func Fatal(line string) bool { return fatal.MatchString(line) }
+
+// watch logs the console until QEMU closes it.
+func (m *Machine) watch(log *os.File, tee io.Writer) {
+	defer log.Close()
+	defer m.console.Close()
+	var r io.Reader = io.TeeReader(m.console, log)
+	if tee != nil {
+		r = io.TeeReader(r, tee)
+	}
+	for s := bufio.NewReaderSize(r, 64<<10); ; {
+		line, err := s.ReadString('\n')
+		if Fatal(line) {
+			// Let the rest of the message reach the log.
+			time.AfterFunc(2*time.Second, func() {
+				m.fail(fmt.Errorf("on the console: %s", strings.TrimSpace(line)))
+				m.kill()
+			})
+		}
+		if err != nil {
+			return
+		}
+	}
+}
+
+func (m *Machine) receive() {
+	for r := bufio.NewReaderSize(m.port, 1<<20); ; {
+		line, err := r.ReadBytes('\n')
+		var reply proto.Reply
+		if err == nil {
+			err = json.Unmarshal(line, &reply)
+		}
+		if err != nil {
+			m.fail(fmt.Errorf("the agent's port: %w", err))
+			return
+		}
+		if reply.ID == 0 {
+			m.hello <- reply
+			continue
+		}
+		m.mu.Lock()
+		c := m.pending[reply.ID]
+		delete(m.pending, reply.ID)
+		m.mu.Unlock()
+		if c != nil {
+			c <- reply
+		}
+	}
+}
+
+// fail ends all calls. The first reason stays.
+func (m *Machine) fail(err error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.err == nil {
+		m.err = err
+		close(m.failed)
+	}
+}
+
+// Err says why the machine is of no use any more, or nil.
+func (m *Machine) Err() error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.err
+}
+
+// Call has an agent do something and waits for its reply, at most somewhat longer
+// than c.Timeout, which must be set. An error means that it could not be asked,
+// or could not do it; a program that ran and failed is in the Reply.
+func (m *Machine) Call(ctx context.Context, c proto.Call) (proto.Reply, error) {
+	answer := make(chan proto.Reply, 1)
+	m.mu.Lock()
+	if m.err != nil {
+		m.mu.Unlock()
+		return proto.Reply{}, m.err
+	}
+	m.last++
+	c.ID = m.last
+	m.pending[c.ID] = answer
+	line, err := json.Marshal(c)
+	if err == nil {
+		// Under the lock, so that lines stay whole. The agent always reads.
+		_, err = m.port.Write(append(line, '\n'))
+	}
+	m.mu.Unlock()
+	if err != nil {
+		return proto.Reply{}, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, c.Timeout+grace)
+	defer cancel()
+	select {
+	case r := <-answer:
+		if r.Err != "" {
+			return r, errors.New(r.Err)
+		}
+		return r, nil
+	case <-m.failed:
+		return proto.Reply{}, m.Err()
+	case <-ctx.Done():
+		m.mu.Lock()
+		delete(m.pending, c.ID)
+		m.mu.Unlock()
+		return proto.Reply{}, fmt.Errorf("no reply from domain %d: %w", c.Domain, ctx.Err())
+	}
+}
+
+// Console is dom0's: what is written to it is typed there.
+func (m *Machine) Console() io.Writer { return m.console }
+
+// Stop ends the machine and returns when it is gone.
+func (m *Machine) Stop() {
+	m.fail(net.ErrClosed)
+	m.kill()
+	<-m.ended
+}
+
+// Ended is closed when the machine is gone.
+func (m *Machine) Ended() <-chan struct{} { return m.ended }

@@ -1,0 +1,119 @@
+// Package proto is what the lab's host and the agents in its domains say to each
+// other: one JSON object a line, [Call] one way and [Reply] the other.
+//
+// The host talks to dom0's agent, which passes on what is meant for another
+// domain. Both ends are ours; nothing here is fit for a hostile peer.
+package proto
+
+import (
+	"bytes"
+	"compress/flate"
+	"encoding/json"
+	"fmt"
+	"io"
+	"time"
+)
+
+// Port names dom0's virtio-serial port to the host.
+const Port = "org.barevif.xenlab"
+
+// Store is the directory of a domain's link to dom0, below the domain's own. A
+// domain owns data/, so it may write there.
+const Store = "data/xenlab"
+
+// An Op is what a Call asks for.
+type Op string
+
+const (
+	// Start starts Argv with Stdin. The Reply has Proc and comes at once.
+	Start Op = "start"
+	// Wait waits until Proc ends, or, with Match, until what it printed matches
+	// that regular expression. The Reply has what it printed so far.
+	Wait Op = "wait"
+	// Kill sends Signal to Proc and its children.
+	Kill Op = "kill"
+	// Run is Start and Wait in one. With Until it runs Argv again and again
+	// until it succeeds. At the Timeout the process is killed.
+	Run Op = "run"
+	// Put writes Stdin to Path, made with Mode; Get gives its contents as Stdout.
+	Put Op = "put"
+	Get Op = "get"
+	// Shell starts a shell on the console.
+	Shell Op = "shell"
+	// Off ends the domain.
+	Off Op = "off"
+)
+
+// A Call is one request to the agent of one domain.
+type Call struct {
+	ID      uint64        `json:"id"`
+	Domain  int           `json:"domain,omitempty"`
+	Op      Op            `json:"op"`
+	Argv    []string      `json:"argv,omitempty"`
+	Stdin   Blob          `json:"stdin,omitempty"`
+	Path    string        `json:"path,omitempty"`
+	Mode    uint32        `json:"mode,omitempty"`
+	Proc    int           `json:"proc,omitempty"`
+	Signal  int           `json:"signal,omitempty"`
+	Match   string        `json:"match,omitempty"`
+	Until   bool          `json:"until,omitempty"`
+	Timeout time.Duration `json:"timeout,omitempty"`
+}
+
+// A Reply answers the Call of the same ID. ID 0 is the agent's own first word:
+// its domain is ready, or why it is not.
+type Reply struct {
+	ID      uint64 `json:"id"`
+	Proc    int    `json:"proc,omitempty"`
+	Running bool   `json:"running,omitempty"` // Proc had not ended
+	Exit    int    `json:"exit,omitempty"`    // as a shell gives it: 128 + signal
+	Stdout  Blob   `json:"stdout,omitempty"`
+	Stderr  Blob   `json:"stderr,omitempty"`
+	Err     string `json:"err,omitempty"` // the call could not be done at all
+}
+
+// A Blob is compressed on its way when that pays: a domain's link to dom0 is
+// made of xenstore nodes.
+type Blob []byte
+
+const worthwhile = 256 // bytes
+
+type packed struct {
+	Raw  []byte `json:"r,omitempty"`
+	Flat []byte `json:"z,omitempty"`
+}
+
+func (b Blob) MarshalJSON() ([]byte, error) {
+	if len(b) < worthwhile {
+		return json.Marshal(packed{Raw: b})
+	}
+	var z bytes.Buffer
+	w, err := flate.NewWriter(&z, flate.BestSpeed)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := w.Write(b); err != nil {
+		return nil, err
+	}
+	if err := w.Close(); err != nil {
+		return nil, err
+	}
+	return json.Marshal(packed{Flat: z.Bytes()})
+}
+
+func (b *Blob) UnmarshalJSON(in []byte) error {
+	var p packed
+	if err := json.Unmarshal(in, &p); err != nil {
+		return err
+	}
+	*b = p.Raw
+	if p.Flat == nil {
+		return nil
+	}
+	out, err := io.ReadAll(flate.NewReader(bytes.NewReader(p.Flat)))
+	if err != nil {
+		return fmt.Errorf("blob: %w", err)
+	}
+	*b = out
+	return nil
+}

@@ -1,0 +1,364 @@
+//go:build linux
+
+package xenlab
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"time"
+
+	"barevif/test/xenlab/image"
+	"barevif/test/xenlab/machine"
+	"barevif/test/xenlab/proto"
+)
+
+// Options are for [Run]. The zero value runs everything.
+type Options struct {
+	Select *regexp.Regexp // of scenario names; nil: all
+	Dir    string         // for logs, made if it is not there; "": in the cache folder
+	Limit  time.Duration  // for everything; 0: 25 minutes
+	Logger *slog.Logger   // progress; nil: silent
+	// Keep, if not nil, is called with the machine of a boot after its last
+	// scenario, before the machine is stopped.
+	Keep func(context.Context, *machine.Machine)
+	Tee  io.Writer // dom0's console; may be nil
+}
+
+const overallLimit = 25 * time.Minute
+
+// A Report is the outcome.
+type Report struct {
+	Dir     string // of the logs
+	Images  image.Set
+	Rows    []Row
+	Elapsed time.Duration
+}
+
+// A Row is one scenario, or one boot of the machine.
+type Row struct {
+	Boot, Scenario, Roles string
+	Elapsed               time.Duration
+	Note                  string
+	Err                   error // nil: passed
+}
+
+// Failed counts the rows that did not pass.
+func (r *Report) Failed() (n int) {
+	for _, row := range r.Rows {
+		if row.Err != nil {
+			n++
+		}
+	}
+	return n
+}
+
+// Run builds the images, boots the machine once for each Boot with something
+// selected, and runs its scenarios. A machine that broke, or on which something was
+// left behind, is booted again for the scenarios that follow.
+//
+// The error is for a lab that could not begin; scenarios that failed are in the
+// Report.
+func Run(ctx context.Context, plan []Boot, programs []image.Program, opts Options) (*Report, error) {
+	limit := opts.Limit
+	if limit == 0 {
+		limit = overallLimit
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("the lab's limit of %v", limit))
+	defer cancel()
+	if opts.Logger == nil {
+		opts.Logger = slog.New(slog.DiscardHandler)
+	}
+	dir, err := logDir(opts.Dir)
+	if err != nil {
+		return nil, err
+	}
+	work, err := os.MkdirTemp("", "xenlab")
+	if err != nil {
+		return nil, err
+	}
+	defer os.RemoveAll(work)
+	begin := time.Now()
+	set, err := image.Build(ctx, image.Config{Programs: programs, Dir: work, Logger: opts.Logger})
+	if err != nil {
+		return nil, err
+	}
+	opts.Logger.Info("images built", "seconds", int(time.Since(begin).Seconds()), "xen", set.XenPackage, "kernel", set.KernelPackage)
+	r := &runner{ctx: ctx, opts: opts, images: set, report: &Report{Dir: dir, Images: *set}}
+	for _, boot := range plan {
+		boot.Scenarios = selected(boot.Scenarios, opts.Select)
+		for len(boot.Scenarios) > 0 || opts.Keep != nil {
+			done := r.boot(boot)
+			boot.Scenarios = boot.Scenarios[done:]
+			if len(boot.Scenarios) == 0 {
+				break
+			}
+		}
+	}
+	r.report.Elapsed = time.Since(begin)
+	return r.report, os.WriteFile(filepath.Join(dir, "table.md"), []byte(r.report.Table()), 0o644)
+}
+
+func selected(all []Scenario, re *regexp.Regexp) (s []Scenario) {
+	for _, sc := range all {
+		if re == nil || re.MatchString(sc.Name) {
+			s = append(s, sc)
+		}
+	}
+	return s
+}
+
+// keptRuns is how many runs' logs stay in the cache.
+const keptRuns = 10
+
+func logDir(dir string) (string, error) {
+	if dir == "" {
+		cache, err := image.CacheDir()
+		if err != nil {
+			return "", err
+		}
+		runs := filepath.Join(cache, "runs")
+		if old, err := filepath.Glob(filepath.Join(runs, "*")); err == nil { // sorted: oldest first
+			for _, d := range old[:max(0, len(old)-keptRuns+1)] {
+				os.RemoveAll(d)
+			}
+		}
+		dir = filepath.Join(runs, time.Now().UTC().Format("20060102-150405"))
+	}
+	return dir, os.MkdirAll(dir, 0o755)
+}
+
+type runner struct {
+	ctx    context.Context
+	opts   Options
+	images *image.Set
+	report *Report
+	boots  int
+}
+
+// boot runs scenarios on one machine until one spoils it, and says how many rows
+// are written. If there is no machine that is all of them.
+func (r *runner) boot(b Boot) (done int) {
+	r.boots++
+	dir := filepath.Join(r.report.Dir, fmt.Sprintf("boot%d", r.boots))
+	begin := time.Now()
+	m, err := r.start(b, dir)
+	row := Row{Boot: b.Name, Scenario: "(boot)", Roles: "Xen, dom0, its toolstack", Elapsed: time.Since(begin), Err: err}
+	r.add(row)
+	if err != nil {
+		for _, s := range b.Scenarios {
+			r.add(Row{Boot: b.Name, Scenario: s.Name, Roles: s.Roles, Err: errors.New("not run: no machine")})
+		}
+		return len(b.Scenarios)
+	}
+	defer m.Stop()
+	for i, s := range b.Scenarios {
+		row, clean := r.scenario(m, s, filepath.Join(dir, fmt.Sprintf("%02d-%s", i+1, fileName(s.Name))))
+		row.Boot = b.Name
+		r.add(row)
+		done++
+		if !clean {
+			break
+		}
+	}
+	if done == len(b.Scenarios) && r.opts.Keep != nil && m.Err() == nil {
+		r.opts.Keep(r.ctx, m)
+	}
+	return done
+}
+
+func (r *runner) start(b Boot, dir string) (*machine.Machine, error) {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return nil, err
+	}
+	return machine.Start(r.ctx, machine.Config{Images: r.images, Dir: dir, Xen: b.Xen, Linux: b.Linux, Tee: r.opts.Tee})
+}
+
+func (r *runner) add(row Row) {
+	r.report.Rows = append(r.report.Rows, row)
+	verdict := "PASS"
+	if row.Err != nil {
+		verdict = "FAIL"
+	}
+	r.opts.Logger.Info(verdict, "boot", row.Boot, "scenario", row.Scenario, "seconds", fmt.Sprintf("%.1f", row.Elapsed.Seconds()), "note", row.note())
+}
+
+// scenario runs one and cleans up. clean says that the next may run on the same
+// machine.
+func (r *runner) scenario(m *machine.Machine, s Scenario, dir string) (row Row, clean bool) {
+	row = Row{Scenario: s.Name, Roles: s.Roles}
+	t := &T{machine: m, dir: dir, start: time.Now()}
+	defer func() {
+		row.Elapsed = time.Since(t.start)
+		row.Note = strings.Join(t.notes, "; ")
+	}()
+	expected, err := compile(s.Complaints)
+	if err == nil {
+		err = os.MkdirAll(dir, 0o755)
+	}
+	if err == nil {
+		t.log, err = os.Create(filepath.Join(dir, "steps.log"))
+	}
+	if err != nil {
+		row.Err = err
+		return row, true
+	}
+	defer t.log.Close()
+
+	limit := s.Limit
+	if limit == 0 {
+		limit = scenarioLimit
+	}
+	t.dom0 = &Domain{t: t, Name: "dom0", limit: stepLimit, procs: &procs{}}
+	var before, grantsBefore []string
+	row.Err = t.attempt(r.ctx, time.Minute, func() {
+		before = t.state()
+		_, grantsBefore = t.grants()
+		t.dom0.Run("dmesg", "-c")
+	})
+	if row.Err != nil {
+		return row, false
+	}
+	row.Err = t.attempt(r.ctx, limit, func() { s.Run(t) })
+	if row.Err != nil {
+		t.lookAround(r.ctx)
+	}
+	err = t.attempt(r.ctx, 2*time.Minute, func() {
+		t.cleanUp()
+		t.settled(before)
+		xenLog, grants := t.grants()
+		if d := difference(grantsBefore, grants); d != "" {
+			t.Fatalf("grants still mapped: %s", d)
+		}
+		t.quiet(expected, xenLog)
+	})
+	if row.Err == nil {
+		row.Err = err
+	}
+	return row, err == nil
+}
+
+// attempt runs f, which may end by Fatalf, and gives its error.
+func (t *T) attempt(ctx context.Context, limit time.Duration, f func()) error {
+	var cancel context.CancelFunc
+	t.ctx, cancel = context.WithTimeoutCause(ctx, limit, fmt.Errorf("the limit of %v", limit))
+	defer cancel()
+	t.err = errors.New("ended without a verdict")
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		f()
+		t.err = nil
+	}()
+	<-done
+	if t.err != nil && t.machine.Err() != nil {
+		return fmt.Errorf("%w (the machine: %w)", t.err, t.machine.Err())
+	}
+	if t.err != nil && t.ctx.Err() != nil {
+		return fmt.Errorf("%w (%w)", t.err, context.Cause(t.ctx))
+	}
+	return t.err
+}
+
+// lookAround keeps what explains a failure best.
+func (t *T) lookAround(ctx context.Context) {
+	t.attempt(ctx, time.Minute, func() {
+		t.Logf("a look around:")
+		t.dom0.Try("xl", "list")
+		t.dom0.Try("xenstore-ls", "-f", "-p")
+		t.dom0.Try("ip", "-s", "link")
+		t.dom0.Try("dmesg")
+		t.dom0.Try("sh", "-c", "tail -n 40 /var/log/xen/*.log")
+	})
+}
+
+func (t *T) cleanUp() {
+	t.dom0.procs.Lock()
+	running := t.dom0.procs.running
+	t.dom0.procs.Unlock()
+	for _, p := range running {
+		t.dom0.try(proto.Call{Op: proto.Kill, Proc: p.id, Signal: 9})
+	}
+	for _, g := range t.guests {
+		if !g.destroyed {
+			t.dom0.Try("xl", "destroy", g.Name) // it may have ended itself
+			t.collect(g)
+		}
+	}
+}
+
+func compile(exprs []string) ([]*regexp.Regexp, error) {
+	var res []*regexp.Regexp
+	for _, e := range exprs {
+		re, err := regexp.Compile(e)
+		if err != nil {
+			return nil, err
+		}
+		res = append(res, re)
+	}
+	return res, nil
+}
+
+func fileName(s string) string {
+	return strings.Map(func(r rune) rune {
+		if r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || r == '.' {
+			return r
+		}
+		return '-'
+	}, s)
+}
+
+func (row Row) note() string {
+	if row.Err == nil {
+		return row.Note
+	}
+	note := strings.Join(strings.Fields(row.Err.Error()), " ")
+	if row.Note != "" {
+		note += "; " + row.Note
+	}
+	return note
+}
+
+// Table is the report for a reader, in Markdown.
+func (r *Report) Table() string {
+	cells := [][]string{{"boot", "scenario", "roles", "verdict", "s", "note"}}
+	for _, row := range r.Rows {
+		verdict := "pass"
+		if row.Err != nil {
+			verdict = "FAIL"
+		}
+		note := []rune(strings.ReplaceAll(row.note(), "|", "¦"))
+		if len(note) > 300 {
+			note = append(note[:300], '…')
+		}
+		cells = append(cells, []string{row.Boot, row.Scenario, row.Roles, verdict, fmt.Sprintf("%.1f", row.Elapsed.Seconds()), string(note)})
+	}
+	widths := make([]int, len(cells[0])-1) // the last column is as long as it is
+	for _, line := range cells {
+		for i := range widths {
+			widths[i] = max(widths[i], len([]rune(line[i])))
+		}
+	}
+	var b strings.Builder
+	fmt.Fprintf(&b, "%s, %s\n\n", r.Images.XenPackage, r.Images.KernelPackage)
+	for n, line := range cells {
+		for i, w := range widths {
+			fmt.Fprintf(&b, "| %-*s ", w, line[i])
+		}
+		fmt.Fprintf(&b, "| %s |\n", line[len(widths)])
+		if n == 0 {
+			for _, w := range widths {
+				b.WriteString("|" + strings.Repeat("-", w+2))
+			}
+			b.WriteString("|------|\n")
+		}
+	}
+	fmt.Fprintf(&b, "\n%d rows, %d failed, %.0f s; logs in %s\n", len(r.Rows), r.Failed(), r.Elapsed.Seconds(), r.Dir)
+	return b.String()
+}

@@ -1,0 +1,433 @@
+//go:build linux
+
+package xenlab
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"barevif/test/xenlab/image"
+	"barevif/test/xenlab/machine"
+	"barevif/test/xenlab/proto"
+)
+
+// A Boot is one start of the machine and what is run on it, in order.
+type Boot struct {
+	Name      string
+	Xen       []string // more arguments for Xen
+	Linux     []string // more arguments for dom0's kernel
+	Scenarios []Scenario
+}
+
+// A Scenario is one row of the table.
+type Scenario struct {
+	Name  string
+	Roles string        // which role runs in which domain
+	Limit time.Duration // for all of its steps; 0: 3 minutes
+	// Complaints are regular expressions of lines this scenario makes a kernel
+	// or Xen log on purpose. All others that look like a complaint fail it.
+	Complaints []string
+	Run        func(*T)
+}
+
+const (
+	scenarioLimit = 3 * time.Minute
+	stepLimit     = 60 * time.Second
+)
+
+// T is a scenario that runs. Like a testing.T it ends the scenario at the first
+// failure; its methods, and those of the domains and processes it gives, are for
+// the goroutine that Run was called on.
+type T struct {
+	ctx     context.Context
+	machine *machine.Machine
+	dir     string // for this scenario's files
+	log     *os.File
+	start   time.Time
+	dom0    *Domain
+
+	guests []*Domain
+	notes  []string
+	err    error
+}
+
+// Dom0 is the domain with the toolstack.
+func (t *T) Dom0() *Domain { return t.dom0 }
+
+// Fatalf ends the scenario as failed.
+func (t *T) Fatalf(format string, args ...any) {
+	t.err = fmt.Errorf(format, args...)
+	t.Logf("FAILED: %v", t.err)
+	runtime.Goexit()
+}
+
+// Logf adds a line to the scenario's log.
+func (t *T) Logf(format string, args ...any) {
+	fmt.Fprintf(t.log, "%7.2f  %s\n", time.Since(t.start).Seconds(), fmt.Sprintf(format, args...))
+}
+
+// Note adds to the last column of the table.
+func (t *T) Note(format string, args ...any) { t.notes = append(t.notes, fmt.Sprintf(format, args...)) }
+
+// Save keeps a file with the scenario's log.
+func (t *T) Save(name string, data []byte) {
+	if err := os.WriteFile(filepath.Join(t.dir, name), data, 0o644); err != nil {
+		t.Fatalf("%v", err)
+	}
+}
+
+// A GuestType says how Xen runs a domain.
+type GuestType string
+
+const (
+	PV  GuestType = "pv"
+	PVH GuestType = "pvh"
+)
+
+// A Guest describes a domain to create. Its kernel has no network driver loaded.
+type Guest struct {
+	Name   string // unique in the scenario
+	Type   GuestType
+	VIFs   []VIF
+	Memory int      // MiB; 0: 256
+	VCPUs  int      // 0: 1
+	Linux  []string // more arguments for its kernel, such as xen_privcmd.unrestricted=1
+	Config []string // more lines for xl, such as driver_domain=1
+}
+
+// A VIF is one network card of a guest. Its zero value has its backend in dom0.
+type VIF struct {
+	Backend string // the backend's domain by name
+	MTU     int    // bytes; 0: 1500
+	More    string // added to xl's line as it is
+}
+
+// MAC is the address of a guest's i-th vif, in Xen's own range.
+func MAC(i int) string { return fmt.Sprintf("00:16:3e:77:00:%02x", i+1) }
+
+// Spec is the vif as xl's network-attach and vif= want it; i is its number.
+func (v VIF) Spec(i int) string {
+	spec := "mac=" + MAC(i) + ",script=" + image.VifScript
+	if v.Backend != "" {
+		spec += ",backend=" + v.Backend
+	}
+	if v.MTU != 0 {
+		spec += ",mtu=" + strconv.Itoa(v.MTU)
+	}
+	if v.More != "" {
+		spec += "," + v.More
+	}
+	return spec
+}
+
+func (g Guest) config() string {
+	kernel := append([]string{
+		"console=hvc0", "loglevel=5", "mitigations=off", "panic=1", "xenlab=guest",
+	}, g.Linux...)
+	vifs := make([]string, len(g.VIFs))
+	for i, v := range g.VIFs {
+		vifs[i] = strconv.Quote(v.Spec(i))
+	}
+	lines := append([]string{
+		fmt.Sprintf("name=%q", g.Name),
+		fmt.Sprintf("type=%q", g.Type),
+		fmt.Sprintf("kernel=%q", image.GuestKernel),
+		fmt.Sprintf("ramdisk=%q", image.GuestImage),
+		fmt.Sprintf("memory=%d", orDefault(g.Memory, 256)),
+		fmt.Sprintf("vcpus=%d", orDefault(g.VCPUs, 1)),
+		fmt.Sprintf("extra=%q", strings.Join(kernel, " ")),
+		fmt.Sprintf("vif=[%s]", strings.Join(vifs, ",")),
+		`on_crash="destroy"`, `on_poweroff="destroy"`, `on_reboot="destroy"`,
+	}, g.Config...)
+	if g.Type == PVH {
+		lines = append(lines, `tsc_mode="native"`) // RDTSCP is masked, see machine
+	}
+	return strings.Join(lines, "\n") + "\n"
+}
+
+func orDefault(n, other int) int {
+	if n == 0 {
+		return other
+	}
+	return n
+}
+
+// Create starts a domain and waits until its agent answers. The domain is
+// destroyed at the end of the scenario.
+func (t *T) Create(g Guest) *Domain {
+	cfg := "/run/" + g.Name + ".cfg"
+	t.dom0.Put(cfg, []byte(g.config()), 0o644)
+	t.dom0.Within(2*time.Minute).Run("xl", "create", cfg)
+	id := t.dom0.Run("xl", "domid", g.Name).Text()
+	n, err := strconv.Atoi(id)
+	if err != nil {
+		t.Fatalf("xl domid %s said %q", g.Name, id)
+	}
+	d := &Domain{t: t, ID: n, Name: g.Name, limit: stepLimit}
+	t.guests = append(t.guests, d)
+	d.Within(2 * time.Minute).Run("true")
+	return d
+}
+
+// Destroy ends a domain before the scenario does, without asking it.
+func (t *T) Destroy(d *Domain) {
+	t.dom0.Run("xl", "destroy", d.Name)
+	t.collect(d)
+	d.destroyed = true
+}
+
+// collect keeps what the domain printed on its console.
+func (t *T) collect(d *Domain) {
+	log := t.dom0.try(proto.Call{Op: proto.Get, Path: "/var/log/xen/console/guest-" + d.Name + ".log"})
+	d.console = log.Stdout
+	if err := os.WriteFile(filepath.Join(t.dir, d.Name+".console.log"), log.Stdout, 0o644); err != nil {
+		t.Logf("%v", err)
+	}
+	// A domain of the same name appends to it.
+	t.dom0.try(proto.Call{Op: proto.Run, Argv: []string{"truncate", "-s", "0", "/var/log/xen/console/guest-" + d.Name + ".log"}})
+}
+
+// A Domain is where steps run.
+type Domain struct {
+	ID   int
+	Name string
+
+	t         *T
+	limit     time.Duration
+	procs     *procs
+	console   []byte
+	destroyed bool
+}
+
+type procs struct {
+	sync.Mutex
+	running []*Process // guarded by Mutex
+}
+
+// Within gives the same domain with another limit for each step; the usual one is
+// a minute.
+func (d *Domain) Within(limit time.Duration) *Domain {
+	other := *d
+	other.limit = limit
+	return &other
+}
+
+// VIF is the name of the kernel's backend interface for the domain's i-th vif.
+func (d *Domain) VIF(i int) string { return fmt.Sprintf("vif%d.%d", d.ID, i) }
+
+// Frontend and Backend are the xenstore directories of the domain's i-th vif;
+// Backend is the one below backend's directory.
+func (d *Domain) Frontend(i int) string {
+	return fmt.Sprintf("/local/domain/%d/device/vif/%d", d.ID, i)
+}
+func (d *Domain) Backend(backend *Domain, i int) string {
+	return fmt.Sprintf("/local/domain/%d/backend/vif/%d/%d", backend.ID, d.ID, i)
+}
+
+// A Result is a program that ended.
+type Result struct {
+	Exit           int // as a shell has it: 128 + signal
+	Stdout, Stderr []byte
+	Err            error // it could not be run, or not to its end
+}
+
+// Text is what was printed to standard output, without the last newline.
+func (r Result) Text() string { return strings.TrimSpace(string(r.Stdout)) }
+
+func (r Result) problem() error {
+	if r.Err == nil && r.Exit == 0 {
+		return nil
+	}
+	var errs []error
+	if r.Err != nil {
+		errs = append(errs, r.Err)
+	}
+	if r.Exit != 0 {
+		errs = append(errs, fmt.Errorf("exit status %d", r.Exit))
+	}
+	said := r.Stderr
+	if len(said) == 0 {
+		said = r.Stdout
+	}
+	if s := strings.TrimSpace(string(said)); s != "" {
+		errs = append(errs, errors.New(s[max(0, len(s)-300):]))
+	}
+	return errors.Join(errs...)
+}
+
+// call is one step: bounded, and in the scenario's log.
+func (d *Domain) call(c proto.Call) (proto.Reply, error) {
+	c.Domain, c.Timeout = d.ID, d.limit
+	begin := time.Now()
+	r, err := d.t.machine.Call(d.t.ctx, c)
+	what := c.Path
+	if c.Argv != nil {
+		what = strings.Join(c.Argv, " ")
+	}
+	if c.Proc != 0 {
+		what += fmt.Sprintf("process %d", c.Proc)
+	}
+	d.t.Logf("%s: %s %s: exit %d, %.2f s%s", d.Name, c.Op, what, r.Exit, time.Since(begin).Seconds(), suffix(err))
+	for _, s := range [...][]byte{r.Stdout, r.Stderr} {
+		if text := strings.TrimSpace(string(s)); text != "" && c.Op != proto.Get {
+			d.t.Logf("    %s", strings.ReplaceAll(text[max(0, len(text)-8000):], "\n", "\n             "))
+		}
+	}
+	return r, err
+}
+
+func suffix(err error) string {
+	if err == nil {
+		return ""
+	}
+	return ": " + err.Error()
+}
+
+func (d *Domain) try(c proto.Call) Result {
+	r, err := d.call(c)
+	return Result{Exit: r.Exit, Stdout: r.Stdout, Stderr: r.Stderr, Err: err}
+}
+
+func (d *Domain) must(c proto.Call, what string) Result {
+	r := d.try(c)
+	if err := r.problem(); err != nil {
+		d.t.Fatalf("%s: %s: %w", d.Name, what, err)
+	}
+	return r
+}
+
+// Try runs a program and gives whatever became of it.
+func (d *Domain) Try(argv ...string) Result { return d.try(proto.Call{Op: proto.Run, Argv: argv}) }
+
+// Run runs a program that must succeed.
+func (d *Domain) Run(argv ...string) Result {
+	return d.must(proto.Call{Op: proto.Run, Argv: argv}, strings.Join(argv, " "))
+}
+
+// Sh runs a shell script that must succeed and gives what it printed.
+func (d *Domain) Sh(format string, args ...any) string {
+	script := fmt.Sprintf(format, args...)
+	return d.must(proto.Call{Op: proto.Run, Argv: []string{"sh", "-ec", script}}, script).Text()
+}
+
+// Await repeats a shell script until it succeeds.
+func (d *Domain) Await(what, format string, args ...any) {
+	script := fmt.Sprintf(format, args...)
+	d.must(proto.Call{Op: proto.Run, Argv: []string{"sh", "-ec", script}, Until: true}, "waiting for "+what)
+}
+
+// Put writes a file.
+func (d *Domain) Put(path string, data []byte, mode os.FileMode) {
+	d.must(proto.Call{Op: proto.Put, Path: path, Stdin: data, Mode: uint32(mode)}, "writing "+path)
+}
+
+// Get reads a file.
+func (d *Domain) Get(path string) []byte {
+	return d.must(proto.Call{Op: proto.Get, Path: path}, "reading "+path).Stdout
+}
+
+// Test runs one of the image's test binaries in the domain. What it prints is kept
+// as name.log.
+func (d *Domain) Test(name string, args ...string) {
+	argv := append([]string{image.ProgramDir + "/" + name, "-test.v", "-test.timeout=" + d.limit.String()}, args...)
+	r := d.Within(d.limit + 10*time.Second).try(proto.Call{Op: proto.Run, Argv: argv})
+	d.t.Save(name+"."+d.Name+".log", append(r.Stdout, r.Stderr...))
+	passed, failed, skipped := countTests(string(r.Stdout))
+	d.t.Note("%s: %d passed, %d skipped", name, passed, skipped)
+	if err := r.problem(); err != nil || failed > 0 {
+		d.t.Fatalf("%s: %s: %d tests failed: %w", d.Name, name, failed, err)
+	}
+	if passed == 0 {
+		d.t.Fatalf("%s: %s: no test ran", d.Name, name)
+	}
+}
+
+// countTests counts top-level tests in what -test.v prints.
+func countTests(out string) (passed, failed, skipped int) {
+	for line := range strings.Lines(out) {
+		switch {
+		case strings.HasPrefix(line, "--- PASS: "):
+			passed++
+		case strings.HasPrefix(line, "--- FAIL: "):
+			failed++
+		case strings.HasPrefix(line, "--- SKIP: "):
+			skipped++
+		}
+	}
+	return
+}
+
+// A Process is a program that runs beside the next steps. Those of dom0 are killed
+// at the end of the scenario; a guest's go with it.
+type Process struct {
+	d    *Domain
+	id   int
+	name string
+}
+
+// Start starts a program.
+func (d *Domain) Start(argv ...string) *Process {
+	r, err := d.call(proto.Call{Op: proto.Start, Argv: argv})
+	name := strings.Join(argv, " ")
+	if err != nil {
+		d.t.Fatalf("%s: %s: %w", d.Name, name, err)
+	}
+	p := &Process{d: d, id: r.Proc, name: name}
+	if d.procs != nil {
+		d.procs.Lock()
+		d.procs.running = append(d.procs.running, p)
+		d.procs.Unlock()
+	}
+	return p
+}
+
+// Await waits until what the process printed, on either stream, matches a regular
+// expression, and gives it.
+func (p *Process) Await(match string) Result {
+	r, err := p.d.call(proto.Call{Op: proto.Wait, Proc: p.id, Match: match})
+	res := Result{Exit: r.Exit, Stdout: r.Stdout, Stderr: r.Stderr, Err: err}
+	if err == nil && !r.Running {
+		res.Err = errors.New("ended before it printed that")
+	}
+	if res.Err != nil {
+		p.d.t.Fatalf("%s: %s: waiting for %q: %w", p.d.Name, p.name, match, res.problem())
+	}
+	return res
+}
+
+// Wait waits until the process ends, however it does.
+func (p *Process) Wait() Result {
+	r, err := p.d.call(proto.Call{Op: proto.Wait, Proc: p.id})
+	return Result{Exit: r.Exit, Stdout: r.Stdout, Stderr: r.Stderr, Err: err}
+}
+
+// Succeed waits until the process ends, which it must with status 0.
+func (p *Process) Succeed() Result {
+	r := p.Wait()
+	if err := r.problem(); err != nil {
+		p.d.t.Fatalf("%s: %s: %w", p.d.Name, p.name, err)
+	}
+	return r
+}
+
+// Signal sends a signal to the process and its children.
+func (p *Process) Signal(sig syscall.Signal) {
+	if _, err := p.d.call(proto.Call{Op: proto.Kill, Proc: p.id, Signal: int(sig)}); err != nil {
+		p.d.t.Fatalf("%s: %s: %w", p.d.Name, p.name, err)
+	}
+}
+
+// Kill ends the process by SIGKILL and waits for that.
+func (p *Process) Kill() Result {
+	p.Signal(syscall.SIGKILL)
+	return p.Wait()
+}

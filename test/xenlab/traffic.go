@@ -1,0 +1,86 @@
+//go:build linux
+
+package xenlab
+
+import (
+	"encoding/json"
+	"fmt"
+	"strings"
+)
+
+// JoinKernel gives both ends of a guest's i-th vif an address, when both are a
+// kernel's own: dom0's backend interface and the guest's eth<i>. Each vif has a
+// subnet of its own, or replies would take the wrong one. It waits for the link.
+func (t *T) JoinKernel(guest *Domain, i int) (dom0Addr, guestAddr string) {
+	net := fmt.Sprintf("10.77.%d", (guest.ID*4+i)%250)
+	dom0Addr, guestAddr = net+".1", net+".2"
+	guest.Await("a network interface", "ip link set eth%d up", i)
+	guest.Sh("ip addr add %s/24 dev eth%d", guestAddr, i)
+	vif := guest.VIF(i)
+	t.Dom0().Await("the backend's interface", "ip link set %s up", vif)
+	t.Dom0().Sh("ip addr add %s/24 dev %s", dom0Addr, vif)
+	guest.Await("carrier", `[ "$(cat /sys/class/net/eth%d/carrier)" = 1 ]`, i)
+	t.Dom0().Await("carrier", `[ "$(cat /sys/class/net/%s/carrier)" = 1 ]`, vif)
+	return dom0Addr, guestAddr
+}
+
+// Ping sends count echo requests with size bytes of payload and the don't-fragment
+// bit; all must be answered. ping compares the payload that comes back with what
+// it sent and says so if it differs.
+func (t *T) Ping(from *Domain, addr string, size, count int) {
+	r := from.Run("ping", "-c", fmt.Sprint(count), "-i", "0.05", "-W", "5", "-M", "do", "-s", fmt.Sprint(size), addr)
+	out := r.Text()
+	if !strings.Contains(out, fmt.Sprintf(" %d received", count)) || strings.Contains(out, "wrong data byte") {
+		t.Fatalf("%s: ping %s with %d bytes: %s", from.Name, addr, size, out)
+	}
+}
+
+// Iperf measures TCP from one domain to another, seconds long, and notes it.
+func (t *T) Iperf(from, to *Domain, addr string, seconds int) {
+	server := to.Start("iperf3", "-s", "-1", "--forceflush")
+	server.Await("Server listening")
+	r := from.Run("iperf3", "-J", "-t", fmt.Sprint(seconds), "-c", addr)
+	var report struct {
+		End struct {
+			Received struct {
+				BitsPerSecond float64 `json:"bits_per_second"`
+			} `json:"sum_received"`
+		} `json:"end"`
+	}
+	if err := json.Unmarshal(r.Stdout, &report); err != nil {
+		t.Fatalf("iperf3 -J: %w", err)
+	}
+	server.Succeed()
+	rate := report.End.Received.BitsPerSecond / 1e6
+	if rate == 0 {
+		t.Fatalf("iperf3 from %s to %s moved nothing", from.Name, to.Name)
+	}
+	t.Note("iperf3 %s→%s %.0f Mbit/s", from.Name, to.Name, rate)
+}
+
+// Fetch serves a file of random bytes by busybox httpd in one domain and fetches
+// it by curl in the other; both sides' digests must agree.
+func (t *T) Fetch(client, server *Domain, addr string, size int) {
+	want := server.Sh("mkdir -p /tmp/www; head -c %d /dev/urandom >/tmp/www/file; sha256sum </tmp/www/file", size)
+	httpd := server.Start("busybox", "httpd", "-f", "-p", "80", "-h", "/tmp/www")
+	server.Await("httpd", "curl -sI http://127.0.0.1/file >/dev/null")
+	got := client.Sh("curl -sSf --max-time 50 http://%s/file | sha256sum", addr)
+	if got != want {
+		t.Fatalf("%s fetched %s, %s serves %s", client.Name, got, server.Name, want)
+	}
+	httpd.Kill()
+	t.Note("curl %s←%s %d bytes", client.Name, server.Name, size)
+}
+
+// Capture starts tcpdump on an interface; the function it gives ends it and keeps
+// what was seen as name.pcap.
+func (t *T) Capture(d *Domain, iface, name string) (stop func()) {
+	file := "/tmp/" + name + ".pcap"
+	dump := d.Start("tcpdump", "-U", "-n", "-i", iface, "-w", file)
+	dump.Await("listening on")
+	return func() {
+		dump.Signal(2)
+		dump.Wait()
+		t.Save(name+".pcap", d.Get(file))
+	}
+}
