@@ -22,7 +22,7 @@ const (
 	gntallocDealloc     = unsafe.Sizeof(deallocGref{})<<16 | 'G'<<8 | 6
 	gntallocUnmapNotify = unsafe.Sizeof(unmapNotify{})<<16 | 'G'<<8 | 7
 
-	gntdevMap   = unsafe.Sizeof(mapGrantRef{})<<16 | 'G'<<8 | 0
+	gntdevMap   = unsafe.Sizeof(mapGrantRef{})<<16 | 'G'<<8
 	gntdevUnmap = unsafe.Sizeof(unmapGrantRef{})<<16 | 'G'<<8 | 1
 	gntdevCopy  = unsafe.Sizeof(grantCopy{})<<16 | 'G'<<8 | 8
 )

@@ -17,14 +17,11 @@ const copyBatch = 256
 // fewCopies is a batch whose segments need no more stack than a small call.
 const fewCopies = 16
 
-var (
-	errLocalCopy = errors.New("xendev: copy with no grant at either end")
-	errShortArea = errors.New("xendev: copy of more bytes than the local end holds")
-)
+var errLocalCopy = errors.New("xendev: copy with no grant at either end")
 
-// Copy runs ops in order, 256 to a system call. An operation whose grant would
-// leave its page has [hypercall.BadCopyArg]; with one that has no grant at all, or
-// too little local memory, nothing is run and the error says so.
+// Copy runs ops in order, 256 to a system call. An operation that would leave the
+// page of a grant, or its local memory, has [hypercall.BadCopyArg]; with one that
+// has no grant at all nothing is run, and the error says so.
 //
 // If the driver refuses a whole call, which only unmapped local memory can make
 // it do, how much of it was done is not known: the operations of this call and
@@ -35,8 +32,8 @@ func (d *Domain) Copy(ops []hypercall.CopyOp) error {
 		d.sink = ops // see never
 	}
 	for i := range ops {
-		if err := checkOp(&ops[i]); err != nil {
-			return err
+		if ops[i].Src.Local != nil && ops[i].Dst.Local != nil {
+			return errLocalCopy
 		}
 	}
 	fd, err := d.gntdev.enter(&d.cfg)
@@ -46,17 +43,6 @@ func (d *Domain) Copy(ops []hypercall.CopyOp) error {
 	err = copyOps(fd, ops)
 	d.gntdev.leave()
 	return err
-}
-
-func checkOp(op *hypercall.CopyOp) error {
-	if op.Src.Local != nil && op.Dst.Local != nil {
-		return errLocalCopy
-	}
-	if op.Src.Local != nil && uint64(len(op.Src.Local)) < uint64(op.Len) ||
-		op.Dst.Local != nil && uint64(len(op.Dst.Local)) < uint64(op.Len) {
-		return errShortArea
-	}
-	return nil
 }
 
 func copyOps(fd int, ops []hypercall.CopyOp) error {
@@ -99,7 +85,7 @@ func copyWith(fd int, segs []copySegment, ops []hypercall.CopyOp) error {
 	for i := range ops {
 		op, seg := &ops[i], &segs[i]
 		op.Status = hypercall.OK
-		if leavesPage(&op.Src, op.Len) || leavesPage(&op.Dst, op.Len) {
+		if !holds(&op.Src, op.Len) || !holds(&op.Dst, op.Len) {
 			// The driver would refuse the whole call: give it a copy of nothing.
 			op.Status = hypercall.BadCopyArg
 			seg.Flags = copySourceGref
@@ -124,8 +110,12 @@ func copyWith(fd int, segs []copySegment, ops []hypercall.CopyOp) error {
 	return nil
 }
 
-func leavesPage(a *hypercall.Area, n uint32) bool {
-	return a.Local == nil && uint64(a.Offset)+uint64(n) > shm.PageSize
+// holds reports whether n bytes of a are there.
+func holds(a *hypercall.Area, n uint32) bool {
+	if a.Local != nil {
+		return uint64(n) <= uint64(len(a.Local))
+	}
+	return uint64(a.Offset)+uint64(n) <= shm.PageSize
 }
 
 // end is one end of a segment.

@@ -118,9 +118,9 @@ func (w *waiter) tryRead(fd uintptr) (done bool) {
 	}
 }
 
-// Wait implements [hypercall.Waiter]. Its wake-ups for nothing are counted per
-// port: a port that has woken us more than four times in a row without work stays
-// masked for 1 ms, then 2, up to 1 s, while the others of this Waiter do not.
+// Wait implements [hypercall.Waiter]. Wake-ups for nothing are counted per port: a
+// port that caused more than four in a row stays masked for 1 ms, then 2, up to
+// 1 s, or until some wake-up brings work; the others of this Waiter do not.
 func (w *waiter) Wait(deadline time.Time, worked bool) error {
 	if err := w.settle(worked); err != nil {
 		return err
@@ -198,7 +198,7 @@ func (w *waiter) settle(worked bool) error {
 		return net.ErrClosed
 	}
 	var now time.Time
-	if !worked && len(w.fired) > 0 || len(w.late) > 0 {
+	if !worked && len(w.fired)+len(w.late) > 0 {
 		now = time.Now()
 	}
 	for _, p := range w.fired {
@@ -216,25 +216,25 @@ func (w *waiter) settle(worked bool) error {
 	}
 	clear(w.fired)
 	w.fired = w.fired[:0]
-	if len(w.late) > 0 {
-		w.dueLocked(now)
-	}
+	w.dueLocked(now, worked)
 	return w.flushLocked()
 }
 
 func (w *waiter) unmaskDue(now time.Time) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.dueLocked(now)
+	w.dueLocked(now, false)
 	return w.flushLocked()
 }
 
-func (w *waiter) dueLocked(now time.Time) {
+// dueLocked unmasks the late ports that are due. Work ends the wait of all, but
+// not their count: a port is forgiven only for work it brought itself.
+func (w *waiter) dueLocked(now time.Time, worked bool) {
 	kept := w.late[:0]
 	for _, p := range w.late {
 		switch {
 		case p.gone:
-		case now.Before(p.due):
+		case !worked && now.Before(p.due):
 			kept = append(kept, p)
 		default:
 			w.unmaskLocked(p)
@@ -347,40 +347,36 @@ func (w *waiter) Close() error {
 
 // Unbound implements [hypercall.Waiter]. Xen does not say whether peer exists.
 func (w *waiter) Unbound(peer hypercall.DomID) (hypercall.Port, error) {
-	return w.open(func(fd int) (hypercall.PortID, error) {
-		id, err := bindUnbound(fd, w.d.other(peer))
-		return id, bindError(err, peer, 0)
-	})
+	p, err := w.open(func(fd int) (hypercall.PortID, error) { return bindUnbound(fd, w.d.other(peer)) })
+	if errors.Is(err, unix.ENOSPC) {
+		err = hypercall.ErrNoPorts
+	}
+	if err != nil {
+		return nil, fmt.Errorf("xendev: open an event channel for domain %d: %w", peer, err)
+	}
+	return p, nil
 }
 
 // Bind implements [hypercall.Waiter].
 func (w *waiter) Bind(peer hypercall.DomID, remote hypercall.PortID) (hypercall.Port, error) {
-	return w.open(func(fd int) (hypercall.PortID, error) {
-		id, err := bindPeer(fd, w.d.other(peer), remote)
-		return id, bindError(err, peer, remote)
-	})
-}
-
-func bindError(err error, peer hypercall.DomID, remote hypercall.PortID) error {
+	p, err := w.open(func(fd int) (hypercall.PortID, error) { return bindPeer(fd, w.d.other(peer), remote) })
 	switch {
-	case err == nil:
-		return nil
 	case errors.Is(err, unix.ENOSPC):
 		err = hypercall.ErrNoPorts
 	case errors.Is(err, unix.ESRCH):
 		err = hypercall.ErrNoDomain
-	case errors.Is(err, unix.EINVAL) && remote != 0:
+	case errors.Is(err, unix.EINVAL):
 		err = hypercall.ErrNoPort
 	}
-	if remote == 0 {
-		return fmt.Errorf("xendev: open an event channel for domain %d: %w", peer, err)
+	if err != nil {
+		return nil, fmt.Errorf("xendev: bind to event channel %d of domain %d: %w", remote, peer, err)
 	}
-	return fmt.Errorf("xendev: bind to event channel %d of domain %d: %w", remote, peer, err)
+	return p, nil
 }
 
 // open opens a port by bind and enters it, under one lock, since a port bound to
 // its peer may fire before bind returns.
-func (w *waiter) open(bind func(fd int) (hypercall.PortID, error)) (hypercall.Port, error) {
+func (w *waiter) open(bind func(fd int) (hypercall.PortID, error)) (*port, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.closed {

@@ -21,7 +21,7 @@ const (
 )
 
 // privcmdHypercall is IOCTL_PRIVCMD_HYPERCALL (include/uapi/xen/privcmd.h).
-const privcmdHypercall = unsafe.Sizeof(hypercallArg{})<<16 | 'P'<<8 | 0
+const privcmdHypercall = unsafe.Sizeof(hypercallArg{})<<16 | 'P'<<8
 
 // hypercallArg is struct privcmd_hypercall.
 type hypercallArg struct {

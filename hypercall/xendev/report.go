@@ -1,0 +1,257 @@
+//go:build linux
+
+package xendev
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"barevif/hypercall"
+	"barevif/hypercall/xendev/privcmd"
+)
+
+// A Found is one thing a Report says, or why it could not be found out.
+type Found[T any] struct {
+	Value T
+	Err   error
+}
+
+func found[T any](v T, err error) Found[T] { return Found[T]{v, err} }
+
+func (f Found[T]) String() string {
+	if f.Err != nil {
+		return "unknown: " + f.Err.Error()
+	}
+	return fmt.Sprint(f.Value)
+}
+
+// A Report says where this program runs and what it may use there.
+type Report struct {
+	Xen          Found[string]          // its version: "4.17.7"
+	Kernel       Found[string]          // of Linux
+	Domain       Found[hypercall.DomID] // ours
+	Guest        Found[string]          // "PV", "PVH" or "HVM"; /sys/hypervisor/guest_type
+	Control      Found[bool]            // this is the control domain
+	Capabilities Found[string]          // the kinds of guest this Xen can run
+	Nodes        []Node
+	GrantLimit   Found[int]                // pages gntalloc gives out in the whole system
+	MapLimit     Found[int]                // grants gntdev maps in one go
+	GrantTable   Found[privcmd.GrantTable] // of this domain
+	Ports        Found[Ports]              // of this domain
+	Vifs         Found[[]Vif]
+}
+
+// A Node is a device node and the module that makes it.
+type Node struct {
+	Path   string
+	Module string
+	Loaded bool  // the module is, or is part of the kernel
+	Err    error // from opening the node; nil: it can be used
+}
+
+// Ports counts event channels by what they are bound to.
+type Ports struct {
+	Total, Unbound, Interdomain, Other int
+}
+
+func (p Ports) String() string {
+	return fmt.Sprintf("%d in use (%d between domains, %d waiting for a peer, %d interrupts)",
+		p.Total, p.Interdomain, p.Unbound, p.Other)
+}
+
+// Inspect finds out what a Report says. What needs a hypercall is unknown where
+// the kernel allows none, as in most domUs. Questions not asked when ctx ends have
+// its error.
+func Inspect(ctx context.Context, cfg Config) Report {
+	var r Report
+	r.Xen = found(cfg.xenVersion())
+	r.Kernel = found(kernelRelease())
+	r.Guest = found(cfg.text("sys/hypervisor/guest_type"))
+	r.Capabilities = found(cfg.text("sys/hypervisor/properties/capabilities"))
+	r.Control = found(cfg.isControl())
+	r.Nodes = cfg.nodes()
+	r.GrantLimit = found(GrantLimit(cfg))
+	r.MapLimit = found(readInt(cfg.path("sys/module/xen_gntdev/parameters/limit")))
+	r.Vifs = found(Vifs(cfg))
+	r.Domain = found(reportID(ctx, cfg))
+	r.GrantTable, r.Ports = reportCalls(ctx, cfg)
+	return r
+}
+
+func reportID(ctx context.Context, cfg Config) (hypercall.DomID, error) {
+	if err := ctx.Err(); err != nil {
+		return 0, err
+	}
+	f, err := openStore(cfg)
+	if err != nil {
+		return 0, err
+	}
+	defer f.Close()
+	stop := context.AfterFunc(ctx, func() { _ = f.Close() })
+	defer stop()
+	return readID(cfg, f)
+}
+
+func reportCalls(ctx context.Context, cfg Config) (Found[privcmd.GrantTable], Found[Ports]) {
+	c, err := privcmd.Open(cfg.path("dev/xen"))
+	if err != nil {
+		err = cfg.explain(cfg.path("dev/xen/privcmd"), "xen-privcmd", err)
+		return Found[privcmd.GrantTable]{Err: err}, Found[Ports]{Err: err}
+	}
+	defer c.Close()
+	return found(c.GrantTable(hypercall.DomSelf)), found(countPorts(ctx, c))
+}
+
+// maxPorts is how many event channels a domain can have (the FIFO interface's
+// EVTCHN_FIFO_NR_CHANNELS).
+const maxPorts = 1 << 17
+
+// countPorts asks for each port until Xen says there are no more.
+func countPorts(ctx context.Context, c *privcmd.Conn) (n Ports, err error) {
+	for p := range hypercall.PortID(maxPorts) {
+		if p == 0 {
+			continue // never valid
+		}
+		if err := ctx.Err(); err != nil {
+			return n, err
+		}
+		port, err := c.Port(hypercall.DomSelf, p)
+		if errors.Is(err, unix.EINVAL) {
+			break
+		}
+		if err != nil {
+			return n, err
+		}
+		switch port.Kind {
+		case privcmd.PortClosed:
+			continue
+		case privcmd.PortUnbound:
+			n.Unbound++
+		case privcmd.PortInterdomain:
+			n.Interdomain++
+		default:
+			n.Other++
+		}
+		n.Total++
+	}
+	return n, nil
+}
+
+func (c Config) text(name string) (string, error) {
+	b, err := os.ReadFile(c.path(name))
+	if errors.Is(err, fs.ErrNotExist) && !c.onXen() {
+		return "", ErrNotXen
+	}
+	return strings.TrimSpace(string(b)), err
+}
+
+// xenVersion puts the parts together that sysfs has apart; extra begins with its
+// own dot.
+func (c Config) xenVersion() (string, error) {
+	var part [3]string
+	for i, name := range []string{"major", "minor", "extra"} {
+		var err error
+		if part[i], err = c.text("sys/hypervisor/version/" + name); err != nil {
+			return "", err
+		}
+	}
+	return part[0] + "." + part[1] + part[2], nil
+}
+
+func kernelRelease() (string, error) {
+	var u unix.Utsname
+	err := unix.Uname(&u)
+	return unix.ByteSliceToString(u.Release[:]), err
+}
+
+func (c Config) isControl() (bool, error) {
+	s, err := c.text("proc/xen/capabilities")
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, fmt.Errorf("%w: mount it: mount -t xenfs xenfs /proc/xen", err)
+	}
+	return strings.Contains(s, "control_d"), err
+}
+
+// nodes tries each node of the ones a Domain may use.
+func (c Config) nodes() []Node {
+	var all []Node
+	for _, n := range []struct{ name, module string }{
+		{"evtchn", "xen-evtchn"},
+		{"gntalloc", "xen-gntalloc"},
+		{"gntdev", "xen-gntdev"},
+		{"xenbus", "xenfs"},
+		{"privcmd", "xen-privcmd"},
+		{"hypercall", "xen-privcmd"},
+	} {
+		node := Node{Path: c.path("dev/xen", n.name), Module: n.module}
+		dir := filepath.Join("sys/module", strings.ReplaceAll(n.module, "-", "_"))
+		if _, err := os.Stat(c.path(dir)); err == nil {
+			node.Loaded = true
+		}
+		if f, err := openFile(node.Path, unix.O_NONBLOCK); err != nil {
+			node.Err = c.explain(node.Path, n.module, err)
+		} else {
+			node.Loaded = true
+			node.Err = f.Close()
+		}
+		all = append(all, node)
+	}
+	return all
+}
+
+// String is the report as text, a line for each thing.
+func (r Report) String() string {
+	var b strings.Builder
+	line := func(name string, value any) { fmt.Fprintf(&b, "%-13s %v\n", name, value) }
+	line("xen", r.Xen)
+	line("kernel", r.Kernel)
+	line("domain", r.Domain)
+	line("guest", r.Guest)
+	line("control", r.Control)
+	line("capabilities", r.Capabilities)
+	if t := r.GrantTable; t.Err != nil {
+		line("grant table", t)
+	} else {
+		free := t.Value.MaxFrames - t.Value.Frames
+		line("grant table", fmt.Sprintf("%d frames of 512 grants in use, %d more free", t.Value.Frames, free))
+	}
+	if l := r.GrantLimit; l.Err != nil {
+		line("grant limit", l)
+	} else {
+		line("grant limit", fmt.Sprintf("%d pages for the whole system (/%s)", l.Value, limitFile))
+	}
+	line("map limit", r.MapLimit)
+	line("ports", r.Ports)
+	for _, n := range r.Nodes {
+		switch {
+		case n.Err != nil:
+			line("node", n.Err)
+		default:
+			line("node", fmt.Sprintf("%s (%s)", n.Path, n.Module))
+		}
+	}
+	switch {
+	case r.Vifs.Err != nil:
+		line("vif", r.Vifs)
+	case len(r.Vifs.Value) == 0:
+		line("vif", "none")
+	}
+	for _, v := range r.Vifs.Value {
+		owner := "free"
+		if v.Driver != "" {
+			owner = "belongs to " + v.module()
+			if v.Interface != "" {
+				owner += " as " + v.Interface
+			}
+		}
+		line("vif", fmt.Sprintf("%s (%s) %s", v.Name, v.Node, owner))
+	}
+	return b.String()
+}

@@ -1,0 +1,178 @@
+//go:build linux
+
+package xendev
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+// A Vif is a network device as the kernel's device tree has it, whether a driver
+// of the kernel owns it or not.
+type Vif struct {
+	Name      string // "vif-0" of a frontend, "vif-3-0" of a backend
+	Backend   bool
+	Node      string // its folder in xenstore: "device/vif/0"
+	Driver    string // the kernel driver that owns it; "" is none: it is free
+	Interface string // the network interface the driver made of it, if any
+}
+
+// module is the kernel module of the driver, which has the same name at both ends.
+func (v Vif) module() string {
+	if v.Driver != "vif" {
+		return v.Driver
+	}
+	if v.Backend {
+		return "xen-netback"
+	}
+	return "xen-netfront"
+}
+
+// bus is the vif's bus below sys.
+func (v Vif) bus() string {
+	if v.Backend {
+		return "sys/bus/xen-backend"
+	}
+	return "sys/bus/xen"
+}
+
+// An OwnedError is a vif that we cannot have, because a driver of the kernel has
+// it. Its text says how to release it.
+type OwnedError struct {
+	Vif Vif
+}
+
+func (e *OwnedError) Error() string {
+	v := e.Vif
+	as := ""
+	if v.Interface != "" {
+		as = " as " + v.Interface
+	}
+	return fmt.Sprintf("%s belongs to the kernel's %s%s: release it (echo %s > /%s/drivers/%s/unbind), or blacklist the module",
+		v.Name, v.module(), as, v.Name, v.bus(), v.Driver)
+}
+
+// Vifs lists the network devices the kernel knows, frontends first. The control
+// domain knows backends only of vifs whose backend it is.
+func Vifs(cfg Config) ([]Vif, error) {
+	var all []Vif
+	for _, v := range []Vif{{}, {Backend: true}} {
+		names, err := filepath.Glob(cfg.path(v.bus(), "devices", "vif-*"))
+		if err != nil {
+			return nil, err
+		}
+		for _, dir := range names {
+			v.Name = filepath.Base(dir)
+			if err := v.read(dir); err != nil {
+				if errors.Is(err, fs.ErrNotExist) {
+					continue // unplugged meanwhile
+				}
+				return nil, err
+			}
+			all = append(all, v)
+		}
+	}
+	if all == nil {
+		if _, err := os.Stat(cfg.path("sys/bus/xen/devices")); err != nil {
+			if !cfg.onXen() {
+				return nil, ErrNotXen
+			}
+			return nil, err
+		}
+	}
+	return all, nil
+}
+
+func (v *Vif) read(dir string) error {
+	node, err := os.ReadFile(filepath.Join(dir, "nodename"))
+	if err != nil {
+		return err
+	}
+	v.Node = strings.TrimSpace(string(node))
+	v.Driver, v.Interface = "", ""
+	switch link, err := os.Readlink(filepath.Join(dir, "driver")); {
+	case err == nil:
+		v.Driver = filepath.Base(link)
+	case !errors.Is(err, fs.ErrNotExist):
+		return err
+	}
+	if nets, err := os.ReadDir(filepath.Join(dir, "net")); err == nil && len(nets) > 0 {
+		v.Interface = nets[0].Name()
+	}
+	return nil
+}
+
+// Frontend finds the frontend of the vif with that number ("0"). The error says
+// which there are.
+func Frontend(cfg Config, id string) (Vif, error) {
+	all, err := Vifs(cfg)
+	if err != nil {
+		return Vif{}, err
+	}
+	var known []string
+	for _, v := range all {
+		if v.Backend {
+			continue
+		}
+		if v.Name == "vif-"+id {
+			return v, nil
+		}
+		known = append(known, strings.TrimPrefix(v.Name, "vif-"))
+	}
+	if len(known) == 0 {
+		return Vif{}, fmt.Errorf("xendev: no vif %s: this domain has none", strconv.Quote(id))
+	}
+	slices.Sort(known)
+	return Vif{}, fmt.Errorf("xendev: no vif %s: this domain has %s", strconv.Quote(id), strings.Join(known, ", "))
+}
+
+// CheckFree says with an [*OwnedError] if a driver of the kernel owns the frontend
+// of that number. Two owners of one vif both fail: ask before connecting.
+func CheckFree(cfg Config, id string) error {
+	v, err := Frontend(cfg, id)
+	if err != nil {
+		return err
+	}
+	if v.Driver != "" {
+		return &OwnedError{Vif: v}
+	}
+	return nil
+}
+
+// Take unbinds the frontend of that number from its kernel driver, if it has one:
+// the interface made of it is gone then, and its connections with it. It needs
+// root. The driver closes the device first, for which it waits for the backend:
+// up to some seconds.
+func Take(cfg Config, id string) error {
+	v, err := Frontend(cfg, id)
+	if err != nil || v.Driver == "" {
+		return err
+	}
+	if err := writeFile(cfg.path(v.bus(), "drivers", v.Driver, "unbind"), v.Name); err != nil {
+		return fmt.Errorf("xendev: take %s from %s: %w", v.Name, v.module(), err)
+	}
+	return nil
+}
+
+// Release gives the frontend of that number to the kernel's xen-netfront, which
+// must be loaded. It needs root. The device must be closed.
+func Release(cfg Config, id string) error {
+	v, err := Frontend(cfg, id)
+	if err != nil || v.Driver != "" {
+		return err
+	}
+	err = writeFile(cfg.path(v.bus(), "drivers/vif/bind"), v.Name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("xendev: release %s to xen-netfront, which is not loaded: %w", v.Name, err)
+	}
+	if err != nil {
+		return fmt.Errorf("xendev: release %s to xen-netfront: %w", v.Name, err)
+	}
+	return nil
+}

@@ -1,0 +1,452 @@
+//go:build linux
+
+package xendev
+
+import (
+	"encoding/binary"
+	"errors"
+	"net"
+	"os"
+	"slices"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"barevif/hypercall"
+)
+
+// A driver stands for evtchn: a socket whose packets are what read(2) gives, and
+// what write(2) took.
+type driver struct {
+	t  testing.TB
+	fd int
+}
+
+func newDriver(t testing.TB, ports ...hypercall.PortID) (*waiter, driver) {
+	t.Helper()
+	checkFiles(t)
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w, err := newWaiter(&Domain{}, os.NewFile(uintptr(fds[0]), "evtchn"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, id := range ports {
+		enter(t, w, id)
+	}
+	t.Cleanup(func() {
+		if err := w.Close(); err != nil && !errors.Is(err, unix.ENOTTY) {
+			t.Error("Close:", err)
+		}
+		unix.Close(fds[1])
+	})
+	return w, driver{t, fds[1]}
+}
+
+func enter(t testing.TB, w *waiter, id hypercall.PortID) *port {
+	t.Helper()
+	p, err := newPort(w, id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.mu.Lock()
+	w.enterLocked(p)
+	w.mu.Unlock()
+	return p
+}
+
+// fire makes the ports readable, as one read's worth.
+func (d driver) fire(ports ...hypercall.PortID) {
+	d.t.Helper()
+	var b []byte
+	for _, p := range ports {
+		b = binary.NativeEndian.AppendUint32(b, uint32(p))
+	}
+	if _, err := unix.Write(d.fd, b); err != nil {
+		d.t.Fatal(err)
+	}
+}
+
+// unmasked is what was written back since the last call.
+func (d driver) unmasked() (ports []hypercall.PortID) {
+	d.t.Helper()
+	buf := make([]byte, maxWrite)
+	for {
+		n, err := unix.Read(d.fd, buf)
+		if err == unix.EAGAIN {
+			slices.Sort(ports)
+			return ports
+		}
+		if err != nil {
+			d.t.Fatal(err)
+		}
+		for b := buf[:n]; len(b) > 0; b = b[4:] {
+			ports = append(ports, hypercall.PortID(binary.NativeEndian.Uint32(b)))
+		}
+	}
+}
+
+func (d driver) wantUnmasked(ports ...hypercall.PortID) {
+	d.t.Helper()
+	if got := d.unmasked(); !slices.Equal(got, ports) {
+		d.t.Errorf("unmasked %v, not %v", got, ports)
+	}
+}
+
+var aDay = 24 * time.Hour
+
+func event(t testing.TB, w *waiter, worked bool) {
+	t.Helper()
+	if err := w.Wait(time.Now().Add(soon), worked); err != nil {
+		t.Fatal("Wait:", err)
+	}
+}
+
+func noEvent(t testing.TB, w *waiter, worked bool) {
+	t.Helper()
+	if err := w.Wait(time.Now(), worked); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Fatal("Wait:", err)
+	}
+}
+
+func TestFiredPortStaysMaskedUntilTheNextWait(t *testing.T) {
+	w, d := newDriver(t, 5, 6, 7)
+	d.fire(5, 7)
+	event(t, w, true)
+	d.wantUnmasked()
+	noEvent(t, w, true)
+	d.wantUnmasked(5, 7)
+	noEvent(t, w, true)
+	d.wantUnmasked()
+}
+
+func TestEventsBeforeAPassedDeadlineCount(t *testing.T) {
+	w, d := newDriver(t, 5)
+	noEvent(t, w, true)
+	d.fire(5)
+	if err := w.Wait(time.Now().Add(-aDay), true); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestEventOfAClosedPortIsNoEvent(t *testing.T) {
+	w, d := newDriver(t, 5, 6)
+	p := w.ports[6]
+	d.fire(6)
+	if err := p.Close(); err == nil || !errors.Is(err, unix.ENOTTY) {
+		t.Fatal("a socket unbinds no ports:", err)
+	}
+	if err := p.Close(); err != nil {
+		t.Fatal("second Close:", err)
+	}
+	noEvent(t, w, true)
+	d.fire(9, 6, 5)
+	event(t, w, true)
+	noEvent(t, w, true)
+	d.wantUnmasked(5)
+}
+
+func TestPortClosedWhileMaskedIsNotUnmasked(t *testing.T) {
+	w, d := newDriver(t, 5, 6)
+	p := w.ports[5]
+	d.fire(5, 6)
+	event(t, w, true)
+	w.remove(p)
+	enter(t, w, 5) // the number is used again, by a port that is not masked
+	noEvent(t, w, true)
+	d.wantUnmasked(6)
+	d.fire(5)
+	event(t, w, true)
+}
+
+func TestMaskedPortCannotFireTwice(t *testing.T) {
+	w, d := newDriver(t, 5)
+	d.fire(5, 5) // no driver does that
+	event(t, w, true)
+	noEvent(t, w, true)
+	d.wantUnmasked(5)
+}
+
+func TestUselessWakeupsPutOffUnmasking(t *testing.T) {
+	w, d := newDriver(t, 5, 6)
+	for range freeWakeups {
+		d.fire(5)
+		event(t, w, false)
+	}
+	noEvent(t, w, false)
+	d.wantUnmasked(5, 5, 5, 5)
+
+	// From now on late, twice as late each time, and nobody else with it.
+	for n := range 4 {
+		d.fire(5)
+		event(t, w, true)
+		w.settleAt(t, false)
+		d.wantUnmasked()
+		late := w.late[0].due.Sub(time.Now())
+		if most := minDelay << n; late > most || late < most-500*time.Millisecond {
+			t.Errorf("wake-up %d puts off for %v", n, late)
+		}
+		d.fire(6)
+		event(t, w, false)
+		w.late[0].due = time.Now().Add(-time.Millisecond)
+		noEvent(t, w, true)
+		d.wantUnmasked(5, 6)
+	}
+}
+
+// settleAt does the first half of a Wait.
+func (w *waiter) settleAt(t testing.TB, worked bool) {
+	t.Helper()
+	if err := w.settle(worked); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestDelayIsBounded(t *testing.T) {
+	var last time.Duration
+	for n := range 256 {
+		d := delayAfter(uint8(n))
+		if d < last || d > maxDelay || (d > 0) != (n > freeWakeups) {
+			t.Errorf("after %d: %v", n, d)
+		}
+		last = d
+	}
+	if last != maxDelay {
+		t.Errorf("never more than %v", last)
+	}
+}
+
+// storm puts port 5 off for a long time.
+func storm(t testing.TB, w *waiter, d driver) {
+	t.Helper()
+	w.ports[5].useless = 200
+	d.fire(5)
+	event(t, w, true)
+	w.settleAt(t, false)
+	if len(w.late) != 1 || w.late[0].due.Sub(time.Now()) > maxDelay {
+		t.Fatalf("late %v", w.late)
+	}
+	w.late[0].due = time.Now().Add(aDay)
+	d.wantUnmasked()
+}
+
+func TestStormDelaysNeitherWakeNorDeadlineNorOthers(t *testing.T) {
+	w, d := newDriver(t, 5, 6)
+	storm(t, w, d)
+	noEvent(t, w, false)
+	w.Wake()
+	if err := w.Wait(time.Time{}, false); err != nil {
+		t.Fatal(err)
+	}
+	d.fire(6)
+	if err := w.Wait(time.Time{}, false); err != nil {
+		t.Fatal(err)
+	}
+	d.wantUnmasked()
+	noEvent(t, w, false)
+	d.wantUnmasked(6)
+}
+
+func TestWorkEndsTheDelay(t *testing.T) {
+	w, d := newDriver(t, 5)
+	storm(t, w, d)
+	noEvent(t, w, true)
+	d.wantUnmasked(5)
+	// It was not the port's own work: one more for nothing, and it is late again.
+	d.fire(5)
+	event(t, w, true)
+	w.settleAt(t, false)
+	if len(w.late) != 1 {
+		t.Error("forgiven for the work of another")
+	}
+	noEvent(t, w, true)
+	d.wantUnmasked(5)
+	// Its own does.
+	d.fire(5)
+	event(t, w, true)
+	w.settleAt(t, true)
+	d.fire(5)
+	event(t, w, true)
+	w.settleAt(t, false)
+	d.wantUnmasked(5, 5)
+}
+
+func TestLatePortIsUnmaskedWithinWait(t *testing.T) {
+	w, d := newDriver(t, 5)
+	storm(t, w, d)
+	w.late[0].due = time.Now().Add(5 * time.Millisecond)
+	done := make(chan error, 1)
+	go func() { done <- w.Wait(time.Time{}, false) }()
+	fds := []unix.PollFd{{Fd: int32(d.fd), Events: unix.POLLIN}}
+	if n, err := unix.Poll(fds, int(soon/time.Millisecond)); n != 1 {
+		t.Fatal("not unmasked:", err)
+	}
+	d.wantUnmasked(5)
+	d.fire(5)
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestWakeIsNeverLost(t *testing.T) {
+	w, _ := newDriver(t, 5)
+	for i := range 2000 {
+		done := make(chan error, 1)
+		go func() { done <- w.Wait(time.Time{}, true) }()
+		w.Wake()
+		select {
+		case err := <-done:
+			if err != nil {
+				t.Fatal(err)
+			}
+		case <-time.After(soon):
+			t.Fatalf("round %d: Wake did not end Wait", i)
+		}
+	}
+	// Many Wakes are one.
+	w.Wake()
+	w.Wake()
+	if err := w.Wait(time.Time{}, true); err != nil {
+		t.Fatal(err)
+	}
+	noEvent(t, w, true)
+}
+
+func TestWakesOfOtherGoroutinesEndEveryWait(t *testing.T) {
+	w, _ := newDriver(t, 5)
+	const rounds = 2000
+	turn := make(chan struct{})
+	go func() {
+		defer close(turn)
+		for range rounds {
+			w.Wake()
+			turn <- struct{}{}
+		}
+	}()
+	for range rounds {
+		// A Wake has begun before each turn, and its poke may still be to come.
+		if err := w.Wait(time.Now().Add(soon), true); err != nil {
+			t.Fatal(err)
+		}
+		<-turn
+	}
+	<-turn
+	noEvent(t, w, true)
+}
+
+func TestCloseEndsEveryCall(t *testing.T) {
+	w, d := newDriver(t, 5)
+	p := w.ports[5]
+	done := make(chan error, 1)
+	go func() { done <- w.Wait(time.Time{}, true) }()
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-done; !errors.Is(err, net.ErrClosed) {
+		t.Errorf("Wait: %v", err)
+	}
+	if err := w.Wait(time.Time{}, true); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("Wait after Close: %v", err)
+	}
+	if _, err := w.Unbound(1); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("Unbound: %v", err)
+	}
+	if _, err := w.Bind(1, 1); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("Bind: %v", err)
+	}
+	if err := p.Notify(); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("Notify: %v", err)
+	}
+	if err := errors.Join(w.Close(), p.Close()); err != nil {
+		t.Error(err)
+	}
+	w.Wake()
+	d.wantNoReader()
+}
+
+func (d driver) wantNoReader() {
+	d.t.Helper()
+	if n, err := unix.Read(d.fd, make([]byte, 4)); n != 0 || err != nil {
+		d.t.Errorf("the file is still open: %d, %v", n, err)
+	}
+}
+
+// TestLostNumbersWakeEveryPort is what EFBIG ends in.
+func TestLostNumbersWakeEveryPort(t *testing.T) {
+	w, d := newDriver(t, 5, 6, 7)
+	d.fire(6)
+	event(t, w, true)
+	w.allFired()
+	noEvent(t, w, true)
+	d.wantUnmasked(5, 6, 7)
+	w.n, w.err = 0, unix.EFBIG
+	if fired, err := w.note(); !fired || !errors.Is(err, unix.ENOTTY) {
+		t.Errorf("a socket has no reset: %v, %v", fired, err)
+	}
+}
+
+func TestBrokenDriverEndsWait(t *testing.T) {
+	w, d := newDriver(t, 5)
+	unix.Shutdown(d.fd, unix.SHUT_RDWR)
+	if err := w.Wait(time.Now().Add(soon), true); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("Wait on a file at its end: %v", err)
+	}
+}
+
+func TestManyPortsAreWrittenBackInParts(t *testing.T) {
+	ids := make([]hypercall.PortID, 3000)
+	for i := range ids {
+		ids[i] = hypercall.PortID(i + 1)
+	}
+	w, d := newDriver(t, ids...)
+	w.allFired()
+	noEvent(t, w, true)
+	if got := d.unmasked(); !slices.Equal(got, ids) {
+		t.Errorf("%d ports written back", len(got))
+	}
+}
+
+func TestWaitDoesNotAllocate(t *testing.T) {
+	w, d := newDriver(t, 5, 6)
+	b := binary.NativeEndian.AppendUint32(binary.NativeEndian.AppendUint32(nil, 5), 6)
+	buf := make([]byte, 64)
+	deadline := time.Now().Add(time.Hour)
+	round := func(worked bool) {
+		if _, err := unix.Write(d.fd, b); err != nil {
+			t.Fatal(err)
+		}
+		if err := w.Wait(deadline, worked); err != nil {
+			t.Fatal(err)
+		}
+		for {
+			if _, err := unix.Read(d.fd, buf); err != nil {
+				break
+			}
+		}
+	}
+	if n := testing.AllocsPerRun(100, func() { round(true) }); n != 0 {
+		t.Errorf("an event: %v allocations", n)
+	}
+	if n := testing.AllocsPerRun(100, func() {
+		w.Wake()
+		if err := w.Wait(time.Time{}, true); err != nil {
+			t.Fatal(err)
+		}
+	}); n != 0 {
+		t.Errorf("a Wake: %v allocations", n)
+	}
+	if n := testing.AllocsPerRun(100, func() {
+		if err := w.Wait(time.Now(), true); err != os.ErrDeadlineExceeded {
+			t.Fatal(err)
+		}
+	}); n != 0 {
+		t.Errorf("a deadline: %v allocations", n)
+	}
+	p := w.ports[5]
+	if n := testing.AllocsPerRun(100, func() { p.mu.Lock(); _ = w.raw.Control(p.ring); p.mu.Unlock() }); n != 0 {
+		t.Errorf("a doorbell: %v allocations", n)
+	}
+}

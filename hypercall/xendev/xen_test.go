@@ -1,0 +1,908 @@
+//go:build linux
+
+package xendev
+
+// What needs a real Xen. A domain can grant to itself, and map that if it is a PV
+// one, so one domain is enough; that another domain is refused what it may not do
+// is for the lab to show.
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"barevif/arena/shm"
+	"barevif/hypercall"
+	"barevif/hypercall/xendev/privcmd"
+	"barevif/xenbus/wire"
+)
+
+// childEnv makes the test program something to test against: a child of this
+// domain that shares and waits to be killed, or the peer of another domain.
+const childEnv = "XENDEV_TEST_CHILD"
+
+func TestMain(m *testing.M) {
+	role := map[string]func() error{"child": child, "peer": peer}[os.Getenv(childEnv)]
+	if role == nil {
+		os.Exit(m.Run())
+	}
+	if err := role(); err != nil {
+		fmt.Println("error", err)
+		os.Exit(1)
+	}
+}
+
+const soon = 10 * time.Second
+
+// onXen opens this domain, or skips where there is none. At the end of the test
+// as many files must be open as before.
+func onXen(t testing.TB, cfg Config) *Domain {
+	t.Helper()
+	if !(Config{}).onXen() {
+		t.Skip("/sys/hypervisor/type says no Xen: this machine is not a Xen domain")
+	}
+	checkFiles(t)
+	d, err := Open(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := d.Close(); err != nil {
+			t.Error("Close:", err)
+		}
+	})
+	return d
+}
+
+// onPV skips where a domain cannot map its own grants.
+func onPV(t testing.TB, cfg Config) *Domain {
+	t.Helper()
+	d := onXen(t, cfg)
+	if kind, err := cfg.text("sys/hypervisor/guest_type"); err != nil || kind != "PV" {
+		t.Skipf("a %s domain cannot map its own grants (%v)", kind, err)
+	}
+	return d
+}
+
+// checkFiles fails the test if it leaves a descriptor or a goroutine behind.
+func checkFiles(t testing.TB) {
+	t.Helper()
+	files := func() (list []string) {
+		all, err := os.ReadDir("/proc/self/fd")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, e := range all {
+			to, err := os.Readlink("/proc/self/fd/" + e.Name())
+			if err == nil && !strings.HasPrefix(to, "anon_inode:") && !strings.HasPrefix(to, "/proc/") {
+				list = append(list, to)
+			}
+		}
+		return list
+	}
+	before, goroutines := files(), runtime.NumGoroutine()
+	t.Cleanup(func() {
+		end := time.Now().Add(soon)
+		for runtime.NumGoroutine() > goroutines && time.Now().Before(end) {
+			runtime.Gosched()
+		}
+		if after := files(); len(after) > len(before) {
+			t.Errorf("open files before: %q, after: %q", before, after)
+		}
+		if n := runtime.NumGoroutine(); n > goroutines {
+			t.Errorf("%d goroutines before, %d after", goroutines, n)
+		}
+	})
+}
+
+func shareOf(t testing.TB, d *Domain, pages int, access hypercall.Access) *hypercall.Share {
+	t.Helper()
+	s, err := d.Share(hypercall.DomSelf, pages, access)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := s.End(); err != nil {
+			t.Error("End:", err)
+		}
+	})
+	return s
+}
+
+func channelOf(t testing.TB, d *Domain) (wa, wb hypercall.Waiter, a, b hypercall.Port) {
+	t.Helper()
+	open := func() hypercall.Waiter {
+		w, err := d.Waiter()
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			if err := w.Close(); err != nil {
+				t.Error("Close:", err)
+			}
+		})
+		return w
+	}
+	wa, wb = open(), open()
+	a, err := wa.Unbound(hypercall.DomSelf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err = wb.Bind(hypercall.DomSelf, a.ID())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := wb.Wait(time.Now().Add(soon), true); err != nil {
+		t.Fatal("the binder's own event:", err)
+	}
+	return wa, wb, a, b
+}
+
+func TestXenSharedPagesAreOneMemory(t *testing.T) {
+	d := onPV(t, Config{})
+	s := shareOf(t, d, 3, hypercall.ReadWrite)
+	if !bytes.Equal(s.Bytes(), make([]byte, 3*shm.PageSize)) {
+		t.Error("shared pages are not zero")
+	}
+	m, err := d.Map(hypercall.DomSelf, []hypercall.GrantRef{s.Refs[2], s.Refs[0]}, hypercall.ReadWrite)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.Out(2*shm.PageSize + 4).Store(0xabcd)
+	m.Out(shm.PageSize).Store(0x1234)
+	if a, b := m.In(4).Load(), s.In(0).Load(); a != 0xabcd || b != 0x1234 {
+		t.Errorf("the other side sees %#x and %#x", a, b)
+	}
+	if err := m.Release(); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestXenMapNamesTheBadRef(t *testing.T) {
+	d := onPV(t, Config{})
+	ro, rw := shareOf(t, d, 1, hypercall.ReadOnly), shareOf(t, d, 2, hypercall.ReadWrite)
+	const unknown hypercall.GrantRef = 1<<31 - 1
+	for _, c := range []struct {
+		name   string
+		dom    hypercall.DomID
+		refs   []hypercall.GrantRef
+		bad    hypercall.GrantRef
+		status hypercall.Status
+	}{
+		{"unknown", d.ID(), []hypercall.GrantRef{rw.Refs[0], unknown, rw.Refs[1]}, unknown, hypercall.BadGntref},
+		{"read-only", d.ID(), []hypercall.GrantRef{rw.Refs[0], rw.Refs[1], ro.Refs[0]}, ro.Refs[0], hypercall.GeneralError},
+		{"no such domain", 0x7000, rw.Refs, rw.Refs[0], hypercall.BadDomain},
+	} {
+		_, err := d.Map(c.dom, c.refs, hypercall.ReadWrite)
+		var ge *hypercall.GrantError
+		if !errors.As(err, &ge) {
+			t.Errorf("%s: %v", c.name, err)
+			continue
+		}
+		if want := (hypercall.GrantError{Op: "map", Dom: c.dom, Ref: c.bad, Status: c.status}); *ge != want {
+			t.Errorf("%s: %+v, not %+v", c.name, *ge, want)
+		}
+	}
+	m, err := d.Map(d.ID(), ro.Refs, hypercall.ReadOnly)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := m.Release(); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestXenCopyTakesEveryKindOfMemory(t *testing.T) {
+	d := onPV(t, Config{LockMemory: true})
+	s, dst := shareOf(t, d, 1, hypercall.ReadWrite), shareOf(t, d, 1, hypercall.ReadWrite)
+	private, err := d.Memory(2)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer private.Release()
+	mapped, err := d.Map(hypercall.DomSelf, dst.Refs, hypercall.ReadWrite)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer mapped.Release()
+	other := shareOf(t, d, 1, hypercall.ReadOnly)
+	for i := range s.Bytes() {
+		s.Bytes()[i] = byte(i * 3)
+	}
+	for name, local := range map[string][]byte{
+		"the heap":        make([]byte, 1000),
+		"private pages":   private.Bytes()[shm.PageSize-500 : shm.PageSize+500], // across a page
+		"a share of ours": other.Page(0)[96:1096],
+		"a mapped grant":  mapped.Page(0)[:1000],
+	} {
+		ops := []hypercall.CopyOp{{
+			Src: hypercall.Area{Dom: hypercall.DomSelf, Ref: s.Refs[0], Offset: 17},
+			Dst: hypercall.Area{Local: local},
+			Len: 1000,
+		}}
+		if err := d.Copy(ops); err != nil || ops[0].Status != hypercall.OK {
+			t.Errorf("into %s: %v, %v", name, err, ops[0].Status)
+			continue
+		}
+		if !bytes.Equal(local, s.Page(0)[17:1017]) {
+			t.Errorf("into %s: other bytes", name)
+		}
+	}
+}
+
+func TestXenCopyOfManyOperations(t *testing.T) {
+	d := onXen(t, Config{})
+	const pages = 8
+	s := shareOf(t, d, pages, hypercall.ReadWrite)
+	for _, n := range []int{1, fewCopies, fewCopies + 1, copyBatch, copyBatch + 1, 3*copyBatch + 7} {
+		ops := make([]hypercall.CopyOp, n)
+		from := make([]byte, 8*n)
+		for i := range ops {
+			binary.LittleEndian.PutUint64(from[8*i:], uint64(i+1)*0x0101)
+			ops[i] = hypercall.CopyOp{
+				Src: hypercall.Area{Local: from[8*i : 8*i+8]},
+				Dst: hypercall.Area{Dom: d.ID(), Ref: s.Refs[i%pages], Offset: uint16(8 * (i / pages))},
+				Len: 8,
+			}
+		}
+		bad := n / 2
+		ops[bad].Dst.Offset = shm.PageSize - 4
+		if err := d.Copy(ops); err != nil {
+			t.Fatal(n, err)
+		}
+		for i, op := range ops {
+			want := hypercall.OK
+			if i == bad {
+				want = hypercall.BadCopyArg
+			}
+			if op.Status != want {
+				t.Fatalf("%d of %d: %v", i, n, op.Status)
+			}
+			if got := binary.LittleEndian.Uint64(s.Page(i % pages)[8*(i/pages):]); i != bad && got != uint64(i+1)*0x0101 {
+				t.Fatalf("%d of %d: %#x", i, n, got)
+			}
+		}
+	}
+}
+
+func TestXenCopyFromManyGoroutines(t *testing.T) {
+	d := onXen(t, Config{})
+	const workers = 4
+	var wg sync.WaitGroup
+	for w := range workers {
+		s := shareOf(t, d, 1, hypercall.ReadWrite)
+		wg.Go(func() {
+			local := make([]byte, 64)
+			ops := []hypercall.CopyOp{{
+				Src: hypercall.Area{Dom: d.ID(), Ref: s.Refs[0]},
+				Dst: hypercall.Area{Local: local},
+				Len: 64,
+			}}
+			for i := range 200 {
+				s.Out(0).Store(uint32(w<<16 | i))
+				if err := d.Copy(ops); err != nil || ops[0].Status != hypercall.OK {
+					t.Error(err, ops[0].Status)
+					return
+				}
+				if got := binary.LittleEndian.Uint32(local); got != uint32(w<<16|i) {
+					t.Errorf("worker %d sees %#x", w, got)
+					return
+				}
+			}
+		})
+	}
+	wg.Wait()
+}
+
+func TestXenLimitOfSharedPages(t *testing.T) {
+	limit, err := GrantLimit(Config{})
+	if err != nil && (Config{}).onXen() {
+		t.Fatal(err)
+	}
+	d := onXen(t, Config{})
+	_, err = d.Share(hypercall.DomSelf, limit+1, hypercall.ReadOnly)
+	if !errors.Is(err, hypercall.ErrNoGrants) || !strings.Contains(err.Error(), limitFile) ||
+		!strings.Contains(err.Error(), fmt.Sprint(limit)) {
+		t.Fatalf("over the limit: %v", err)
+	}
+
+	raised := onXen(t, Config{GrantLimit: limit + 64})
+	s, err := raised.Share(hypercall.DomSelf, limit+1, hypercall.ReadOnly)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.End(); err != nil {
+		t.Error(err)
+	}
+	if n, err := GrantLimit(Config{}); err != nil || n != limit+64 {
+		t.Errorf("the limit is %d, %v", n, err)
+	}
+	if err := writeFile("/"+limitFile, fmt.Sprint(limit)); err != nil {
+		t.Error(err)
+	}
+	// Never lowered, and what was ended counts no more.
+	lower := onXen(t, Config{GrantLimit: 1})
+	for range 3 {
+		s, err := lower.Share(hypercall.DomSelf, limit, hypercall.ReadOnly)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := s.End(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// TestXenEndWhileMapped shows what the kernel does where an emulator would answer
+// ErrInUse: the page stays the peer's, and nobody else's.
+func TestXenEndWhileMapped(t *testing.T) {
+	d := onPV(t, Config{})
+	s, err := d.Share(hypercall.DomSelf, 2, hypercall.ReadWrite)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m, err := d.Map(hypercall.DomSelf, s.Refs, hypercall.ReadWrite)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Release()
+	s.Out(shm.PageSize).Store(0x5a5a5a5a)
+	if err := s.End(); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.End(); err != nil {
+		t.Fatal("second End:", err)
+	}
+	for range 4 {
+		fresh := shareOf(t, d, 64, hypercall.ReadWrite)
+		for i := range fresh.Bytes() {
+			fresh.Bytes()[i] = 0xff
+		}
+	}
+	if v := m.In(shm.PageSize).Load(); v != 0x5a5a5a5a {
+		t.Errorf("the page the peer still maps says %#x", v)
+	}
+}
+
+func TestXenCloseBeforeEnd(t *testing.T) {
+	d := onPV(t, Config{})
+	s, err := d.Share(hypercall.DomSelf, 1, hypercall.ReadWrite)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m, err := d.Map(hypercall.DomSelf, s.Refs, hypercall.ReadOnly)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+	s.Out(0).Store(3) // still ours
+	if err := errors.Join(m.Release(), s.End()); err != nil {
+		t.Error(err)
+	}
+	if _, err := d.Share(hypercall.DomSelf, 1, hypercall.ReadWrite); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("Share after Close: %v", err)
+	}
+	if err := d.Copy(make([]hypercall.CopyOp, 1)); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("Copy after Close: %v", err)
+	}
+}
+
+func TestXenEventsBothWays(t *testing.T) {
+	for _, bell := range []Doorbell{DoorbellIoctl, DoorbellHypercall} {
+		t.Run(bell.String(), func(t *testing.T) {
+			d := onXen(t, Config{Doorbell: bell})
+			wa, wb, a, b := func() (wa, wb hypercall.Waiter, a, b hypercall.Port) {
+				if bell == DoorbellHypercall {
+					needHypercalls(t)
+				}
+				return channelOf(t, d)
+			}()
+			for range 100 {
+				if err := a.Notify(); err != nil {
+					t.Fatal(err)
+				}
+				if err := wb.Wait(time.Now().Add(soon), true); err != nil {
+					t.Fatal(err)
+				}
+				if err := b.Notify(); err != nil {
+					t.Fatal(err)
+				}
+				if err := wa.Wait(time.Now().Add(soon), true); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if n := testing.AllocsPerRun(100, func() {
+				if a.Notify() != nil || wb.Wait(time.Time{}, true) != nil {
+					t.Fatal("no event")
+				}
+			}); n != 0 {
+				t.Errorf("%v allocations", n)
+			}
+			if err := b.Close(); err != nil {
+				t.Fatal(err)
+			}
+			if err := b.Notify(); !errors.Is(err, net.ErrClosed) {
+				t.Errorf("Notify of a closed port: %v", err)
+			}
+			if err := a.Notify(); err != nil {
+				t.Errorf("Notify of a peer that has gone: %v", err)
+			}
+		})
+	}
+}
+
+func needHypercalls(t testing.TB) *privcmd.Conn {
+	t.Helper()
+	c, err := privcmd.Open("/dev/xen")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	if _, _, err := c.Version(); errors.Is(err, privcmd.ErrRestricted) {
+		t.Skip("the kernel allows this domain no hypercalls: ", err)
+	} else if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+func TestXenBindSaysWhy(t *testing.T) {
+	d := onXen(t, Config{})
+	w, err := d.Waiter()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Close()
+	if _, err := w.Bind(hypercall.DomSelf, 1<<30); !errors.Is(err, hypercall.ErrNoPort) {
+		t.Errorf("a port that is not there: %v", err)
+	}
+	if _, err := w.Bind(0x7000, 1); !errors.Is(err, hypercall.ErrNoDomain) {
+		t.Errorf("a domain that is not there: %v", err)
+	}
+}
+
+func TestXenPortsRunOut(t *testing.T) {
+	d := onXen(t, Config{})
+	w, err := d.Waiter()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Close()
+	// A domain has at most 131072, one of the toolstack's making 1023 unless it
+	// was told otherwise: not worth running out of the former.
+	for range 1100 {
+		if _, err := w.Unbound(hypercall.DomSelf); errors.Is(err, hypercall.ErrNoPorts) {
+			return
+		} else if err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Log("more than 1100 ports to be had")
+}
+
+// child shares a page and opens a port for the parent, and says so.
+func child() error {
+	d, err := Open(Config{})
+	if err != nil {
+		return err
+	}
+	s, err := d.Share(hypercall.DomSelf, 1, hypercall.ReadWrite)
+	if err != nil {
+		return err
+	}
+	w, err := d.Waiter()
+	if err != nil {
+		return err
+	}
+	p, err := w.Unbound(hypercall.DomSelf)
+	if err != nil {
+		return err
+	}
+	if err := d.NotifyOnEnd(s, p); err != nil {
+		return err
+	}
+	s.Out(0).Store(77)
+	fmt.Println("ready", s.Refs[0], p.ID())
+	return w.Wait(time.Now().Add(time.Minute), true)
+}
+
+func TestXenKilledProcessTellsItsPeer(t *testing.T) {
+	d := onPV(t, Config{})
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Env = append(os.Environ(), childEnv+"=child")
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer cmd.Wait()
+	defer cmd.Process.Kill()
+	line, err := bufio.NewReader(out).ReadString('\n')
+	if err != nil {
+		t.Fatal(err)
+	}
+	var ref hypercall.GrantRef
+	var port hypercall.PortID
+	if _, err := fmt.Sscan(strings.TrimPrefix(line, "ready"), &ref, &port); err != nil {
+		t.Fatalf("%q: %v", line, err)
+	}
+	m, err := d.Map(hypercall.DomSelf, []hypercall.GrantRef{ref}, hypercall.ReadOnly)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Release()
+	w, err := d.Waiter()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Close()
+	if _, err := w.Bind(hypercall.DomSelf, port); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.Wait(time.Now().Add(soon), true); err != nil { // its own
+		t.Fatal(err)
+	}
+	if err := w.Wait(time.Now().Add(50*time.Millisecond), true); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Fatal("an event from a process that lives:", err)
+	}
+	if err := cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.Wait(time.Now().Add(soon), true); err != nil {
+		t.Error("no event from a killed process:", err)
+	}
+	if v := m.In(0).Load(); v != 77 {
+		t.Errorf("the page of the dead says %d", v)
+	}
+}
+
+func TestXenNotifyOnEnd(t *testing.T) {
+	d := onXen(t, Config{})
+	_, wb, a, _ := channelOf(t, d)
+	quiet := func() {
+		t.Helper()
+		if err := wb.Wait(time.Now().Add(50*time.Millisecond), true); !errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Error("an event:", err)
+		}
+	}
+	for _, wish := range []bool{true, false} {
+		s, err := d.Share(hypercall.DomSelf, 2, hypercall.ReadWrite)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := d.NotifyOnEnd(s, a); err != nil {
+			t.Fatal(err)
+		}
+		if !wish {
+			if err := d.NotifyOnEnd(s, nil); err != nil {
+				t.Fatal(err)
+			}
+		}
+		quiet()
+		if err := s.End(); err != nil {
+			t.Fatal(err)
+		}
+		if !wish {
+			quiet()
+		} else if err := wb.Wait(time.Now().Add(soon), true); err != nil {
+			t.Error("no event:", err)
+		}
+		if err := d.NotifyOnEnd(s, a); err == nil {
+			t.Error("a wish for an ended share")
+		}
+	}
+}
+
+// A talker has one request in flight.
+type talker struct {
+	io.ReadWriteCloser
+	id  uint32
+	buf [wire.HeaderSize + wire.MaxPayload]byte
+}
+
+func talk(d *Domain) (*talker, error) {
+	c, err := d.Store(context.Background())
+	return &talker{ReadWriteCloser: c}, err
+}
+
+func (c *talker) ask(op wire.Op, parts ...string) (wire.Header, string, error) {
+	c.id++
+	b, err := wire.Append(nil, wire.Header{Op: op, ReqID: c.id}, parts...)
+	if err != nil {
+		return wire.Header{}, "", err
+	}
+	if _, err := c.Write(b); err != nil {
+		return wire.Header{}, "", err
+	}
+	for {
+		h, p, err := wire.ReadMessage(c, c.buf[:])
+		switch {
+		case err != nil:
+			return h, "", err
+		case h.Op == wire.WatchEvent: // a hint; there is another for each change
+		case h.ReqID != c.id:
+			return h, "", fmt.Errorf("answer to request %d", h.ReqID)
+		default:
+			return h, string(p), nil
+		}
+	}
+}
+
+// event waits for the next watch event.
+func (c *talker) event() error {
+	h, _, err := wire.ReadMessage(c, c.buf[:])
+	if err == nil && h.Op != wire.WatchEvent {
+		err = fmt.Errorf("answer to nothing: %+v", h)
+	}
+	return err
+}
+
+func TestXenStoreAnswersAndRefuses(t *testing.T) {
+	d := onXen(t, Config{})
+	c, err := talk(d)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ask := func(op wire.Op, parts ...string) (wire.Header, string) {
+		t.Helper()
+		h, v, err := c.ask(op, parts...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return h, v
+	}
+	if h, v := ask(wire.Read, "domid\x00"); h.Op != wire.Read || v != fmt.Sprint(d.ID()) {
+		t.Errorf("domid: %+v %q", h, v)
+	}
+	if h, v := ask(wire.Watch, "/a bad path\x00", "token\x00"); h.Op != wire.Error || v != "EINVAL\x00" {
+		t.Errorf("watch of a bad path: %+v %q", h, v)
+	}
+	if h, v := ask(wire.Write, "data/xendev\x00", strings.Repeat("x", maxRequest)); h.Op != wire.Error || v != "E2BIG\x00" {
+		t.Errorf("a value too long: %+v %q", h, v)
+	}
+	if h, _ := ask(wire.Read, "domid\x00"); h.Op != wire.Read {
+		t.Errorf("out of step after refusals: %+v", h)
+	}
+
+	done := make(chan error, 1)
+	go func() {
+		done <- c.event()
+	}()
+	if err := c.Close(); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case err := <-done:
+		if !errors.Is(err, net.ErrClosed) {
+			t.Errorf("Read ended with %v", err)
+		}
+	case <-time.After(soon):
+		t.Error("Close did not end Read")
+	}
+}
+
+func TestXenRawHypercalls(t *testing.T) {
+	d := onXen(t, Config{})
+	c := needHypercalls(t)
+	major, minor, err := c.Version()
+	extra, eerr := c.Extra()
+	if err := errors.Join(err, eerr); err != nil {
+		t.Fatal(err)
+	}
+	want, err := Config{}.xenVersion()
+	if got := fmt.Sprintf("%d.%d%s", major, minor, extra); err != nil || got != want {
+		t.Errorf("hypercalls say %s, sysfs %s, %v", got, want, err)
+	}
+	caps, err := c.Capabilities()
+	if sys, serr := (Config{}).text("sys/hypervisor/properties/capabilities"); err != nil || serr != nil || strings.TrimSpace(caps) != sys {
+		t.Errorf("capabilities %q and %q, %v, %v", caps, sys, err, serr)
+	}
+	if _, err := c.Changeset(); err != nil {
+		t.Error(err)
+	}
+	if bits, err := c.Features(0); err != nil || bits == 0 {
+		t.Errorf("features %#x, %v", bits, err)
+	}
+	if now, most, err := c.Pages(hypercall.DomSelf); err != nil || now <= 0 || most < now {
+		t.Errorf("%d pages of %d, %v", now, most, err)
+	}
+	if err := c.Yield(); err != nil {
+		t.Error(err)
+	}
+	if g, err := c.GrantTable(hypercall.DomSelf); err != nil || g.Frames < 1 || g.MaxFrames < g.Frames {
+		t.Errorf("%+v, %v", g, err)
+	}
+
+	_, wb, a, b := channelOf(t, d)
+	p, err := c.Port(hypercall.DomSelf, a.ID())
+	if err != nil || p.Kind != privcmd.PortInterdomain || p.Peer != d.ID() || p.Remote != b.ID() {
+		t.Errorf("%+v, %v", p, err)
+	}
+	if err := c.Send(a.ID()); err != nil {
+		t.Error(err)
+	}
+	if err := wb.Wait(time.Now().Add(soon), true); err != nil {
+		t.Error("no event from EVTCHNOP_send:", err)
+	}
+
+	src, dst := shareOf(t, d, 1, hypercall.ReadOnly), shareOf(t, d, 1, hypercall.ReadWrite)
+	copy(src.Page(0)[100:], "between grants")
+	ops := []hypercall.CopyOp{
+		{Src: hypercall.Area{Dom: d.ID(), Ref: src.Refs[0], Offset: 100}, Dst: hypercall.Area{Dom: d.ID(), Ref: dst.Refs[0], Offset: 7}, Len: 14},
+		{Src: hypercall.Area{Dom: d.ID(), Ref: dst.Refs[0]}, Dst: hypercall.Area{Dom: d.ID(), Ref: src.Refs[0]}, Len: 4},
+	}
+	if err := c.CopyGrants(ops); err != nil {
+		t.Fatal(err)
+	}
+	if got := string(dst.Page(0)[7:21]); got != "between grants" || ops[0].Status != hypercall.OK || ops[1].Status == hypercall.OK {
+		t.Errorf("%q, %v, %v", got, ops[0].Status, ops[1].Status)
+	}
+}
+
+func TestXenReport(t *testing.T) {
+	d := onXen(t, Config{})
+	r := Inspect(context.Background(), Config{})
+	t.Logf("\n%s", r)
+	if r.Domain.Err != nil || r.Domain.Value != d.ID() {
+		t.Errorf("domain %v", r.Domain)
+	}
+	for name, err := range map[string]error{
+		"version": r.Xen.Err, "guest": r.Guest.Err, "limit": r.GrantLimit.Err, "map limit": r.MapLimit.Err, "vifs": r.Vifs.Err,
+	} {
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	for _, n := range r.Nodes {
+		if n.Err != nil {
+			t.Error(n.Err)
+		}
+	}
+	if errors.Is(r.Ports.Err, privcmd.ErrRestricted) {
+		return
+	}
+	before := r.Ports.Value
+	channelOf(t, d)
+	if after := Inspect(context.Background(), Config{}).Ports; after.Value.Interdomain != before.Interdomain+2 {
+		t.Errorf("before a channel %v, after %v", before, after)
+	}
+}
+
+func TestXenNodesAreNotInherited(t *testing.T) {
+	d := onXen(t, Config{Doorbell: DoorbellHypercall})
+	shareOf(t, d, 1, hypercall.ReadWrite)
+	if err := d.Copy([]hypercall.CopyOp{}); err != nil {
+		t.Fatal(err)
+	}
+	w, err := d.Waiter()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Close()
+	if p, err := w.Unbound(hypercall.DomSelf); err != nil {
+		t.Fatal(err)
+	} else {
+		defer p.Close()
+	}
+	s, err := d.Store(context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	fds, err := filepath.Glob("/proc/self/fd/*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var nodes []string
+	for _, fd := range fds {
+		to, _ := os.Readlink(fd)
+		if !strings.HasPrefix(to, "/dev/xen/") {
+			continue
+		}
+		nodes = append(nodes, filepath.Base(to))
+		info, err := os.ReadFile("/proc/self/fdinfo/" + filepath.Base(fd))
+		if err != nil {
+			t.Fatal(err)
+		}
+		f := strings.Fields(string(info)) // pos: 0 flags: 02100002 ...
+		if len(f) < 4 || f[2] != "flags:" {
+			t.Fatalf("fdinfo %q", info)
+		}
+		if flags, err := strconv.ParseInt(f[3], 8, 64); err != nil || flags&unix.O_CLOEXEC == 0 {
+			t.Errorf("%s is inherited", to)
+		}
+	}
+	slices.Sort(nodes)
+	if want := []string{"evtchn", "gntalloc", "gntdev", "hypercall", "privcmd", "xenbus"}; !slices.Equal(nodes, want) {
+		t.Errorf("open nodes %q, not %q", nodes, want)
+	}
+}
+
+func BenchmarkXenNotify(b *testing.B) {
+	for _, bell := range []Doorbell{DoorbellIoctl, DoorbellHypercall} {
+		b.Run("bell="+bell.String(), func(b *testing.B) {
+			d := onXen(b, Config{Doorbell: bell})
+			if bell == DoorbellHypercall {
+				needHypercalls(b)
+			}
+			_, _, a, _ := channelOf(b, d)
+			b.ReportAllocs()
+			for b.Loop() {
+				if err := a.Notify(); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
+
+func BenchmarkXenRoundTrip(b *testing.B) {
+	for _, bell := range []Doorbell{DoorbellIoctl, DoorbellHypercall} {
+		b.Run("bell="+bell.String(), func(b *testing.B) {
+			d := onXen(b, Config{Doorbell: bell})
+			if bell == DoorbellHypercall {
+				needHypercalls(b)
+			}
+			_, wb, a, _ := channelOf(b, d)
+			b.ReportAllocs()
+			for b.Loop() {
+				if err := a.Notify(); err != nil {
+					b.Fatal(err)
+				}
+				if err := wb.Wait(time.Time{}, true); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
+
+func BenchmarkXenCopy(b *testing.B) {
+	for _, n := range []int{1, 16, 64, 256} {
+		b.Run(fmt.Sprintf("size=1500/batch=%d", n), func(b *testing.B) {
+			d := onXen(b, Config{})
+			s := shareOf(b, d, 64, hypercall.ReadWrite)
+			mem, err := d.Memory(64)
+			if err != nil {
+				b.Fatal(err)
+			}
+			defer mem.Release()
+			ops := make([]hypercall.CopyOp, n)
+			for i := range ops {
+				ops[i] = hypercall.CopyOp{
+					Src: hypercall.Area{Dom: d.ID(), Ref: s.Refs[i%64]},
+					Dst: hypercall.Area{Local: mem.Page(i % 64)},
+					Len: 1500,
+				}
+			}
+			b.ReportAllocs()
+			for b.Loop() {
+				if err := d.Copy(ops); err != nil {
+					b.Fatal(err)
+				}
+			}
+			b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/float64(n), "ns/frame")
+		})
+	}
+}
