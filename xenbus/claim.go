@@ -48,8 +48,8 @@ func (d *Device) Claim(ctx context.Context, wait time.Duration) error {
 	if err != nil || held == "" {
 		return d.claimed(me, err)
 	}
-	patience := time.NewTimer(wait)
-	defer patience.Stop()
+	silence := time.NewTimer(wait)
+	defer silence.Stop()
 	for {
 		select {
 		case _, open := <-w.C():
@@ -66,7 +66,7 @@ func (d *Device) Claim(ctx context.Context, wait time.Duration) error {
 			if there {
 				continue
 			}
-		case <-patience.C:
+		case <-silence.C:
 		case <-ctx.Done():
 			return &WaitError{Dir: d.dir, Missing: []string{"an answer of the holder"}, Err: context.Cause(ctx)}
 		}
@@ -114,8 +114,12 @@ func (d *Device) claimed(me string, err error) error {
 		return err
 	}
 	d.mu.Lock()
-	defer d.mu.Unlock()
 	d.claim = me
+	d.mu.Unlock()
+	select {
+	case d.poke <- struct{}{}: // a challenge may have come already
+	default:
+	}
 	return nil
 }
 

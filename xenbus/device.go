@@ -76,17 +76,19 @@ type Device struct {
 	done    chan struct{}
 	own     *Watch // on dir
 	changes chan Change
+	poke    chan struct{} // holds one: look at the claim
+	setting sync.Mutex    // held by SetState throughout
 
-	writing sync.Mutex // held over a transaction that writes own state or claim
-
-	mu     sync.Mutex
-	cur    Change  // guarded by mu
-	peer   end     // guarded by mu
-	seen   []State // guarded by mu
-	wrote  State   // guarded by mu; last state we wrote, Unknown: none
-	writes uint64  // guarded by mu; counts SetState
-	claim  string  // guarded by mu; our id, "" if not claimed
-	spent  bool    // guarded by mu; changes is closed
+	mu      sync.Mutex
+	cur     Change  // guarded by mu
+	told    bool    // guarded by mu; cur has been delivered
+	spent   bool    // guarded by mu; changes is closed
+	peer    end     // guarded by mu
+	seen    []State // guarded by mu
+	wrote   State   // guarded by mu; last state we wrote, Unknown: none
+	writing State   // guarded by mu; the one SetState is about to write
+	writes  uint64  // guarded by mu; grows when a SetState begins and when it ends
+	claim   string  // guarded by mu; our id, "" if not claimed
 }
 
 // An end is the other end's directory, and whose it is.
@@ -142,6 +144,7 @@ func openDevice(ctx context.Context, c *Client, d *Device, parent string) (*Devi
 	d.c = c
 	d.done = make(chan struct{})
 	d.changes = make(chan Change, 1)
+	d.poke = make(chan struct{}, 1)
 	absent := func() error {
 		have, err := list(ctx, c, parent)
 		if err != nil {
@@ -238,8 +241,18 @@ func (d *Device) Await(ctx context.Context, ok func(Change) bool) (Change, error
 // SetState writes our state if it is not that already. The next Change has it.
 // ErrGone if the directory is not there, ErrClaimed if it is another's by now.
 func (d *Device) SetState(ctx context.Context, s State) error {
-	d.writing.Lock()
-	defer d.writing.Unlock()
+	d.setting.Lock()
+	defer d.setting.Unlock()
+	d.mu.Lock()
+	d.writes++
+	d.writing = s
+	if s == Initialising || s == Connected {
+		// From here on, not from the commit on: the peer may be quick to refuse.
+		d.cur.SawClosing = d.cur.Peer == Closing
+		d.told = false
+	}
+	d.mu.Unlock()
+
 	err := d.c.Transact(ctx, func(tx Tx) error {
 		was, err := d.guard(tx)
 		if err != nil || was == s.value() {
@@ -247,18 +260,17 @@ func (d *Device) SetState(ctx context.Context, s State) error {
 		}
 		return tx.Write(d.dir+"/state", s.value())
 	})
-	if err != nil {
-		return fmt.Errorf("xenbus %s: set state %v: %w", d.dir, s, err)
-	}
+
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.writes++
+	d.writing = Unknown
+	if err != nil {
+		return fmt.Errorf("xenbus %s: set state %v: %w", d.dir, s, err)
+	}
 	d.wrote = s
 	ch := d.cur
 	ch.Own, ch.Gone = s, false
-	if s == Initialising || s == Connected {
-		ch.SawClosing = ch.Peer == Closing
-	}
 	d.tellLocked(ch)
 	return nil
 }
@@ -384,10 +396,10 @@ func (d *Device) Close(ctx context.Context) error {
 
 // tellLocked makes ch current and delivers it if it differs.
 func (d *Device) tellLocked(ch Change) {
-	if d.spent || ch == d.cur {
+	if d.spent || d.told && ch == d.cur {
 		return
 	}
-	d.cur = ch
+	d.cur, d.told = ch, true
 	select {
 	case <-d.changes: // not taken: out of date
 	default:

@@ -13,46 +13,47 @@ import (
 
 // find waits for the keys that name the other end, and checks them.
 func (d *Device) find(ctx context.Context) (end, error) {
+	var (
+		other *Watch // on the peer's directory, once it is known
+		where string
+	)
+	defer func() {
+		if other != nil {
+			other.Close()
+		}
+	}()
 	for {
 		peer, missing, err := d.resolve(ctx)
-		if err != nil {
-			return end{}, err
+		if err != nil || len(missing) == 0 {
+			return peer, err
 		}
-		if len(missing) == 0 {
-			return peer, nil
+		if peer.dir != where {
+			w, err := d.c.Watch(ctx, peer.dir)
+			if err != nil {
+				return end{}, err
+			}
+			if other != nil {
+				other.Close()
+			}
+			other, where = w, peer.dir
 		}
-		if err := d.awaitKeys(ctx, peer, missing); err != nil {
-			return end{}, err
+		var otherC <-chan struct{}
+		if other != nil {
+			otherC = other.C()
+		}
+		select {
+		case _, open := <-d.own.C():
+			if !open {
+				return end{}, d.own.Err()
+			}
+		case _, open := <-otherC:
+			if !open {
+				return end{}, other.Err()
+			}
+		case <-ctx.Done():
+			return end{}, &WaitError{Dir: d.dir, Missing: missing, Err: context.Cause(ctx)}
 		}
 	}
-}
-
-// awaitKeys waits until something of either directory changes.
-func (d *Device) awaitKeys(ctx context.Context, peer end, missing []string) error {
-	var other <-chan struct{}
-	if peer.dir != "" {
-		w, err := d.c.Watch(ctx, peer.dir)
-		if err != nil {
-			return err
-		}
-		defer w.Close()
-		// What changed before the watch was set is seen by looking once more.
-		if _, still, err := d.resolve(ctx); err != nil || len(still) == 0 {
-			return err
-		}
-		<-w.C() // the first event, which comes at once
-		other = w.C()
-	}
-	select {
-	case _, open := <-d.own.C():
-		if !open {
-			return d.own.Err()
-		}
-	case <-other:
-	case <-ctx.Done():
-		return &WaitError{Dir: d.dir, Missing: missing, Err: context.Cause(ctx)}
-	}
-	return nil
 }
 
 // resolve reads where the other end is. It says which keys are missing, and for
@@ -211,6 +212,8 @@ func (d *Device) run(ctx context.Context) {
 			}
 			other.Paths()
 			stale.peer = true
+		case <-d.poke:
+			stale.claim = true
 		case <-retry:
 		}
 	}
@@ -280,7 +283,8 @@ func (d *Device) refresh(ctx context.Context, stale parts) (left parts, err erro
 	}
 	for {
 		d.mu.Lock()
-		ch, peer, writes, wrote := d.cur, d.peer, d.writes, d.wrote
+		ch, peer, writes, mine := d.cur, d.peer, d.writes, d.wrote == Unknown ||
+			d.wrote == Initialising || d.writing == Initialising
 		d.mu.Unlock()
 
 		replaced := false
@@ -290,8 +294,7 @@ func (d *Device) refresh(ctx context.Context, stale parts) (left parts, err erro
 				return stale, err
 			}
 			// Made anew: what we wrote is not there any more.
-			replaced = was.Gone && !ch.Gone ||
-				ch.Own == Initialising && wrote != Initialising && wrote != Unknown
+			replaced = was.Gone && !ch.Gone || ch.Own == Initialising && !mine
 		}
 		if d.role == Frontend && (stale.backend || replaced) && !ch.Gone {
 			found, missing, err := d.resolve(ctx)
@@ -322,7 +325,7 @@ func (d *Device) refresh(ctx context.Context, stale parts) (left parts, err erro
 			}
 		}
 		d.mu.Lock()
-		if d.writes != writes { // SetState came between: what we read may be older
+		if d.writes != writes { // SetState began or ended meanwhile: what we read may be older
 			d.mu.Unlock()
 			stale.state = true
 			continue

@@ -79,15 +79,16 @@ func (c *Client) attempt(ctx context.Context, fn func(Tx) error) error {
 	tx := Tx{c, ctx, id, start.sentOn}
 	ended := false
 	defer func() {
-		if !ended { // fn failed or panicked: nobody needs the answer
+		if !ended { // nobody needs the answer
 			_ = c.post(endRequest(id, tx.epoch, false))
 		}
 	}()
 	if err := fn(tx); err != nil {
 		return err
 	}
-	ended = true
 	_, err = c.do(ctx, endRequest(id, tx.epoch, true))
+	var refused *Error
+	ended = err == nil || errors.As(err, &refused)
 	if errors.Is(err, ErrNotFound) { // the server forgot it, by a reset or restart
 		return &Error{Op: opName(wire.TransactionEnd), Code: ErrAgain}
 	}
