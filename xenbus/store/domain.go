@@ -193,7 +193,12 @@ func (s *Store) releaseLocked(d *domain) {
 		slices.Sort(owned) // an ancestor comes before what is below it
 		r := &request{s: s, dom: s.domains[0]}
 		for _, path := range owned {
-			if s.nodes[path] != nil && path != "/" {
+			switch n := s.nodes[path]; {
+			case path == "/": // has to stay
+				root := *n
+				root.perms = []perm{{dom: r.dom}}
+				r.save(path, &root)
+			case n != nil:
 				r.removeTree(path)
 			}
 		}

@@ -7,11 +7,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -20,6 +22,7 @@ import (
 	"time"
 
 	"barevif/hypercall"
+	"barevif/xenbus/store"
 	"barevif/xenbus/wire"
 )
 
@@ -105,7 +108,7 @@ type xenstored struct {
 	fifo *os.File // doorbells of all guests
 }
 
-func startXenstored(t testing.TB) *xenstored {
+func startXenstored(t testing.TB, args ...string) *xenstored {
 	d := needDebian(t)
 	gcc, err := exec.LookPath("gcc")
 	if err != nil {
@@ -124,7 +127,7 @@ func startXenstored(t testing.TB) *xenstored {
 	if out, err := exec.Command(gcc, "-shared", "-fPIC", "-w", "-o", shim, "testdata/fakexen.c").CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
-	cmd := d.command("usr/lib/xen-4.17/bin/xenstored", "-N")
+	cmd := d.command("usr/lib/xen-4.17/bin/xenstored", append(args, "-N")...)
 	cmd.Env = append(cmd.Env, "LD_PRELOAD="+shim, "FAKE_DIR="+x.fake, "XENSTORED_RUNDIR="+dir,
 		"XENSTORED_ROOTDIR="+dir, "XENSTORED_PATH="+x.socket())
 	var log strings.Builder
@@ -282,5 +285,140 @@ var _ io.ReadWriteCloser = (*ringConn)(nil)
 func TestRowsHoldForDebiansXenstored(t *testing.T) {
 	for _, row := range conformance {
 		t.Run(row.name, func(t *testing.T) { row.run(t, startXenstored(t)) })
+	}
+}
+
+// A twin does the same to both daemons.
+type twin struct{ ours, theirs *raw }
+
+func (w twin) do(op wire.Op, tx uint32, payload string) (ours, theirs string) {
+	return w.ours.do(op, tx, payload), w.theirs.do(op, tx, payload)
+}
+
+// TestRandomScriptsAnswerLikeXenstored runs the same requests against both daemons:
+// every reply and every event has to be the same. Small quotas are met often.
+func TestRandomScriptsAnswerLikeXenstored(t *testing.T) {
+	needDebian(t)
+	scripts := uint64(4)
+	if s := os.Getenv("BAREVIF_SCRIPTS"); s != "" {
+		n, err := strconv.ParseUint(s, 10, 32)
+		if err != nil {
+			t.Fatal(err)
+		}
+		scripts = n
+	}
+	for seed := range scripts {
+		t.Run(fmt.Sprint("seed=", seed), func(t *testing.T) { runScript(t, seed, 1000) })
+	}
+}
+
+func runScript(t *testing.T, seed uint64, steps int) {
+	rnd := rand.New(rand.NewPCG(seed, 1))
+	ours := newEmbedded(t, store.Config{Quota: store.Quota{Nodes: 25, NodeSize: 400, Watches: 4, Transactions: 3}})
+	theirs := startXenstored(t, "--entry-nb", "25", "--entry-size", "400", "--watch-nb", "4", "--transaction", "3")
+	guest := func(id hypercall.DomID) twin { return twin{ours.guest(id), theirs.guest(id)} }
+	clients := []twin{{ours.dom0(), theirs.dom0()}, {ours.dom0(), theirs.dom0()}, guest(3), guest(4)}
+	txs := make([][]uint32, len(clients))
+
+	pick := func(from ...string) string { return from[rnd.IntN(len(from))] }
+	path := func() string {
+		p := pick("", "", "/", "/local/domain/3/", "/local/domain/4/", "/local/domain/0/")
+		for range 1 + rnd.IntN(3) {
+			p += pick("a", "b", "long-name-of-a-node") + "/"
+		}
+		if rnd.IntN(30) == 0 {
+			return pick("/", "", "/local", "/local/domain", "/local/domain/3", "/a//b", p)
+		}
+		return strings.TrimSuffix(p, "/")
+	}
+	for step := range steps {
+		who := rnd.IntN(len(clients))
+		c := clients[who]
+		var tx uint32
+		if n := len(txs[who]); n > 0 && rnd.IntN(2) == 0 {
+			tx = txs[who][rnd.IntN(n)]
+		}
+		var op wire.Op
+		payload := z(path())
+		switch k := rnd.IntN(100); {
+		case k < 30:
+			op, payload = wire.Write, payload+strings.Repeat("v", rnd.IntN(20)*rnd.IntN(20))
+		case k < 40:
+			op = wire.Mkdir
+		case k < 48:
+			op = wire.Rm
+		case k < 56:
+			op = wire.Read
+		case k < 62:
+			op = wire.Directory
+		case k < 66:
+			op = wire.GetPerms
+		case k < 76:
+			op = wire.SetPerms
+			if payload == z("/") {
+				continue // xenstored loses all nodes if the owner of / dies
+			}
+			for range 1 + rnd.IntN(4) {
+				payload += z(pick("n", "r", "w", "b") + pick("0", "3", "3", "4", "4", "9"))
+			}
+		case k < 81:
+			op, payload = wire.Watch, payload+z(pick("t", "u"))
+		case k < 83:
+			op, payload = wire.Unwatch, payload+z(pick("t", "u"))
+		case k < 90:
+			op = wire.TransactionStart
+			tx = uint32(rnd.IntN(30) / 29 * 77)
+		case k < 98:
+			op, payload = wire.TransactionEnd, z(pick("T", "T", "T", "F"))
+		case k < 99:
+			op, payload = wire.Watch, z(pick("@introduceDomain", "@releaseDomain"), "s")
+		default:
+			// Xenstored would let a transaction begun in its life make the new
+			// domain owner of a node.
+			for i, c := range clients {
+				for _, tx := range txs[i] {
+					c.do(wire.TransactionEnd, tx, z("F"))
+				}
+				txs[i] = nil
+			}
+			i := 2 + rnd.IntN(2)
+			id := hypercall.DomID(i + 1)
+			clients[0].do(wire.Release, 0, z(fmt.Sprint(id)))
+			clients[i] = guest(id)
+			for _, c := range clients {
+				// How many merge, and in which order a domain's nodes go, is chance.
+				c.ours.heard()
+				c.theirs.heard()
+			}
+			continue
+		}
+		got, want := c.do(op, tx, payload)
+		if op == wire.Rm && tx != 0 && got == ok && (want == "EIO" || want == "EINVAL") {
+			// The transaction sees a parent older than its children, or the
+			// other way round. Xenstored has removed half of them; neither
+			// will let it be committed.
+			if got := c.ours.do(wire.TransactionEnd, tx, z("T")); got != "EAGAIN" {
+				t.Fatalf("step %d: doomed transaction: %s", step, short(got))
+			}
+			if want := c.theirs.do(wire.TransactionEnd, tx, z("T")); want != "EAGAIN" {
+				t.Fatalf("step %d: doomed transaction of xenstored: %s", step, short(want))
+			}
+			op, got, want = wire.TransactionEnd, ok, ok
+		}
+		if got != want {
+			t.Fatalf("step %d: client %d op %d tx %d %s: got %s, want %s", step, who, op, tx, short(payload), short(got), short(want))
+		}
+		switch {
+		case op == wire.TransactionStart && strings.HasSuffix(got, "\x00"):
+			txs[who] = append(txs[who], atou(t, got))
+		case op == wire.TransactionEnd:
+			txs[who] = slices.DeleteFunc(txs[who], func(id uint32) bool { return id == tx })
+		}
+		for i, c := range clients {
+			if got, want := c.ours.heard(), c.theirs.heard(); !slices.Equal(got, want) {
+				t.Fatalf("step %d: after client %d op %d tx %d %s: client %d hears %q, want %q",
+					step, who, op, tx, short(payload), i, got, want)
+			}
+		}
 	}
 }

@@ -39,6 +39,9 @@ func (n *node) withChild(name string) *node {
 func (n *node) withoutChild(name string) *node {
 	c := *n
 	i := slices.Index(n.children, name)
+	if i < 0 {
+		return &c // see removeTree
+	}
 	c.children = slices.Concat(n.children[:i], n.children[i+1:])
 	c.childBytes -= len(name) + 1
 	return &c
@@ -102,8 +105,9 @@ func (r *request) absolute(path string) string {
 	return r.dom.home + "/" + path
 }
 
-// find gives the node at path if the domain has all the rights asked for. Who may
-// not even know whether a node exists gets EACCES.
+// find gives the node at path if the domain has all the rights asked for. Who has
+// none of them on the closest ancestor may not even know whether the node exists,
+// and gets EACCES.
 func (r *request) find(path string, want access) (*node, error) {
 	if !validPath(path) {
 		return nil, EINVAL
@@ -112,26 +116,27 @@ func (r *request) find(path string, want access) (*node, error) {
 	if err != nil {
 		return nil, err
 	}
+	refused := ENOENT
 	if n != nil {
-		if r.dom.rights(n.perms)&want != want {
-			return nil, EACCES
+		if r.dom.rights(n.perms)&want == want {
+			return n, nil
 		}
-		return n, nil
+		refused = EACCES
 	}
 	for up := path; up != "/"; {
 		up = parentOf(up)
-		parent, err := r.load(up)
+		parent, err := r.load(up) // a transaction depends on it from now on
 		if err != nil {
 			return nil, err
 		}
 		if parent != nil {
 			if r.dom.rights(parent.perms)&want == 0 {
-				return nil, EACCES
+				refused = EACCES
 			}
 			break
 		}
 	}
-	return nil, ENOENT
+	return nil, refused
 }
 
 // checkSize applies the quotas for a node about to be written in the place of old.
@@ -282,6 +287,9 @@ func (r *request) remove(path string) error {
 	return r.removeTree(path)
 }
 
+// removeTree must not trust that children and parents match. A transaction sees
+// nodes as they were when it first touched each, so others' changes show in some
+// and not in others; its commit will fail.
 func (r *request) removeTree(path string) error {
 	type entry struct {
 		path string
@@ -294,6 +302,9 @@ func (r *request) removeTree(path string) error {
 		n, err := r.load(p)
 		if err != nil {
 			return r.fail(err)
+		}
+		if n == nil {
+			continue
 		}
 		doomed = append(doomed, entry{p, n})
 		for _, name := range n.children {
@@ -315,7 +326,9 @@ func (r *request) removeTree(path string) error {
 	for _, e := range doomed {
 		r.save(e.path, nil)
 	}
-	r.save(up, parent.withoutChild(baseOf(path)))
+	if parent != nil {
+		r.save(up, parent.withoutChild(baseOf(path)))
+	}
 	return nil
 }
 
