@@ -34,6 +34,9 @@ func domain(t testing.TB, m *emu.Machine, id hypercall.DomID) *emu.Domain {
 	return d
 }
 
+// canMap says whether there are machines with mapped memory here.
+const canMap = runtime.GOOS == "linux"
+
 func pairOn(cfg emu.Config) func(testing.TB) (front, back hypercall.Domain) {
 	return func(t testing.TB) (front, back hypercall.Domain) {
 		m := machine(t, cfg)
@@ -44,7 +47,7 @@ func pairOn(cfg emu.Config) func(testing.TB) (front, back hypercall.Domain) {
 func TestSuiteOnTheHeap(t *testing.T) { domainsuite.Run(t, pairOn(emu.Config{})) }
 
 func TestSuiteOnMappedMemory(t *testing.T) {
-	if runtime.GOOS != "linux" {
+	if !canMap {
 		t.Skip("memfds are Linux's")
 	}
 	domainsuite.Run(t, pairOn(emu.Config{Mapped: true}))

@@ -26,6 +26,7 @@ type waiter struct {
 	woken atomic.Bool
 
 	waiting atomic.Bool // Wait is for one goroutine at a time, who has these four:
+	fired   bool        // the last Wait ended by an event
 	useless int         // events in a row that brought nothing
 	masked  []*port     // ports that fired
 	late    time.Time   // when to unmask them; zero: now
@@ -129,17 +130,21 @@ func (w *waiter) Wait(deadline time.Time, worked bool) error {
 	}
 }
 
-// settle decides when the ports that fired may fire again.
+// settle decides when the ports that fired may fire again. A Wait that ended by
+// Wake or its deadline says nothing about them.
 func (w *waiter) settle(worked bool) {
+	fired := w.fired
+	w.fired = false
 	switch {
 	case worked:
 		w.useless = 0
-	case len(w.masked) > 0:
+		w.late = time.Time{}
+	case fired:
 		w.useless++
-	}
-	w.late = time.Time{}
-	if n := w.useless - freeUseless; n > 0 && len(w.masked) > 0 {
-		w.late = time.Now().Add(min(firstBackoff<<min(n-1, 20), lastBackoff))
+		w.late = time.Time{}
+		if n := w.useless - freeUseless; n > 0 {
+			w.late = time.Now().Add(min(firstBackoff<<min(n-1, 20), lastBackoff))
+		}
 	}
 }
 
@@ -158,14 +163,13 @@ func (w *waiter) collect() bool {
 		clear(w.masked)
 		w.masked = w.masked[:0]
 	}
-	some := false
 	for _, p := range *w.ports.Load() {
 		if take(p.word, p.gen) {
 			w.masked = append(w.masked, p)
-			some = true
+			w.fired = true
 		}
 	}
-	return some
+	return w.fired
 }
 
 type port struct {

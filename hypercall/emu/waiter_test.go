@@ -1,0 +1,218 @@
+package emu_test
+
+import (
+	"errors"
+	"math/rand/v2"
+	"os"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"barevif/hypercall"
+	"barevif/hypercall/emu"
+)
+
+func TestUselessEventsAreUnmaskedLater(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := machine(t, emu.Config{})
+		a, b := domain(t, m, 1), domain(t, m, 2)
+		wa, wb, pa, _ := channel(t, a, b)
+		worked := true
+		delay := func() time.Duration { // how long an event takes that comes at once
+			if err := pa.Notify(); err != nil {
+				t.Fatal(err)
+			}
+			start := time.Now()
+			if err := wb.Wait(time.Time{}, worked); err != nil {
+				t.Fatal(err)
+			}
+			worked = false
+			return time.Since(start)
+		}
+		for round := range 2 { // work starts it all over
+			delay()
+			for i, want := range []time.Duration{0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000, 1000, 1000} {
+				if got := delay(); got != want*time.Millisecond {
+					t.Errorf("round %d: useless event %d took %v, not %v", round, i+1, got, want*time.Millisecond)
+				}
+			}
+			worked = true
+		}
+		_ = wa.Close()
+		_ = wb.Close()
+	})
+}
+
+func TestWakeAndDeadlineAreNeverPutOff(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := machine(t, emu.Config{})
+		a, b := domain(t, m, 1), domain(t, m, 2)
+		wa, wb, pa, _ := channel(t, a, b)
+		storm := func() {
+			if err := pa.Notify(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for range 14 {
+			storm()
+			_ = wb.Wait(time.Time{}, false)
+		}
+		storm()
+		start := time.Now()
+		if err := wb.Wait(start.Add(5*time.Millisecond), false); !errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Error(err)
+		}
+		if d := time.Since(start); d != 5*time.Millisecond {
+			t.Errorf("the deadline took %v", d)
+		}
+		time.AfterFunc(3*time.Millisecond, wb.Wake)
+		start = time.Now()
+		if err := wb.Wait(start.Add(time.Minute), false); err != nil || time.Since(start) != 3*time.Millisecond {
+			t.Errorf("Wake took %v, %v", time.Since(start), err)
+		}
+		// A port that did not fire is not put off by one that did.
+		pa2, err := wa.Unbound(2)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := wb.Bind(1, pa2.ID()); err != nil {
+			t.Fatal(err)
+		}
+		start = time.Now()
+		if err := wb.Wait(time.Time{}, false); err != nil || time.Since(start) != 0 {
+			t.Errorf("another port took %v, %v", time.Since(start), err)
+		}
+		// Wakes that find no work are not the peer's doing.
+		_ = wb.Wait(time.Time{}, true)
+		for range 5 {
+			wb.Wake()
+			_ = wb.Wait(time.Time{}, false)
+		}
+		storm()
+		start = time.Now()
+		if err := wb.Wait(time.Time{}, false); err != nil || time.Since(start) != 0 {
+			t.Errorf("an event after Wakes took %v, %v", time.Since(start), err)
+		}
+		_ = wa.Close()
+		_ = wb.Close()
+	})
+}
+
+func TestSecondWaitAtOnceIsABug(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := machine(t, emu.Config{})
+		w := waiter(t, domain(t, m, 1))
+		first := make(chan error, 1)
+		go func() { first <- w.Wait(time.Time{}, true) }()
+		synctest.Wait()
+		func() {
+			defer func() {
+				if recover() == nil {
+					t.Error("no panic")
+				}
+			}()
+			_ = w.Wait(time.Now(), true)
+		}()
+		w.Wake()
+		if err := <-first; err != nil {
+			t.Error(err)
+		}
+		_ = w.Close()
+	})
+}
+
+func TestPortsRunOut(t *testing.T) {
+	m := machine(t, emu.Config{Ports: 3})
+	a := domain(t, m, 1)
+	w := waiter(t, a)
+	var ports []hypercall.Port
+	for range 3 {
+		p, err := w.Unbound(2)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ports = append(ports, p)
+	}
+	if _, err := w.Unbound(2); !errors.Is(err, hypercall.ErrNoPorts) {
+		t.Errorf("a fourth port of 3: %v", err)
+	}
+	_ = ports[1].Close()
+	p, err := w.Unbound(2)
+	if err != nil || p.ID() != ports[1].ID() {
+		t.Errorf("%v, port %v instead of %v", err, p.ID(), ports[1].ID())
+	}
+	_ = ports[1].Close() // of the old one: must not close the new one
+	if l := m.Ledger(); l.Ports != 3 {
+		t.Errorf("%+v", l)
+	}
+	if err := w.Close(); err != nil {
+		t.Error(err)
+	}
+	if l := m.Ledger(); l.Ports != 0 || l.Waiters != 0 {
+		t.Errorf("%+v", l)
+	}
+}
+
+// A port whose far end has gone can be bound to again, as on Xen.
+func TestPeerMayBindAgain(t *testing.T) {
+	m := machine(t, emu.Config{})
+	a, b := domain(t, m, 1), domain(t, m, 2)
+	wa, wb, pa, pb := channel(t, a, b)
+	for range 3 {
+		if err := pa.Notify(); err != nil {
+			t.Fatal(err)
+		}
+		fires(t, wb)
+		if err := pb.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if err := pa.Notify(); err != nil {
+			t.Fatal(err)
+		}
+		silent(t, wb)
+		var err error
+		if pb, err = wb.Bind(1, pa.ID()); err != nil {
+			t.Fatal(err)
+		}
+		fires(t, wb)
+	}
+	_ = wa.Close()
+	_ = wb.Close()
+}
+
+// testNoWakeupIsLost has the peer notify at any moment of a Wait, many times: each
+// notification must end a Wait that starts before it or after it.
+func testNoWakeupIsLost(t *testing.T, a, b hypercall.Domain, rounds int) {
+	wa, wb, pa, _ := channel(t, a, b)
+	rng := rand.New(rand.NewPCG(1, 2))
+	var go_ sync.WaitGroup
+	next := make(chan int)
+	go_.Go(func() {
+		for spin := range next {
+			for range spin {
+				_ = time.Now()
+			}
+			if err := pa.Notify(); err != nil {
+				t.Error(err)
+			}
+		}
+	})
+	deadline := time.Now().Add(time.Minute)
+	for i := range rounds {
+		next <- rng.IntN(40)
+		if err := wb.Wait(deadline, true); err != nil {
+			t.Errorf("round %d: %v", i, err)
+			break
+		}
+	}
+	close(next)
+	go_.Wait()
+	_ = wa.Close()
+	_ = wb.Close()
+}
+
+func TestNoWakeupIsLost(t *testing.T) {
+	m := machine(t, emu.Config{})
+	testNoWakeupIsLost(t, domain(t, m, 1), domain(t, m, 2), 50000)
+}
