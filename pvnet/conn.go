@@ -37,11 +37,10 @@ type queueKeys struct {
 
 // features is what both ends agreed on for a connection.
 type features struct {
-	queues    int
-	split     bool // an event channel for each direction
-	frontSG   bool // the frontend takes frames of several slots
-	backSG    bool // the backend does
-	frontIPv6 bool
+	queues  int
+	split   bool // an event channel for each direction
+	frontSG bool // the frontend takes frames of several slots
+	backSG  bool // the backend does
 }
 
 // An undo is a list of steps that give back what was taken. It runs backwards,
@@ -124,7 +123,7 @@ func (m *pageMaker) frontQueue(f features, cfg *Config, rx, tx *telemetry.Block)
 	var txPages, rxPages *arena.Arena
 	var txRefs, rxRefs []hypercall.GrantRef
 	for {
-		mark := len(m.c.undo)
+		mark, before := len(m.c.undo), m.c.shared
 		txPages, txRefs, err = m.share(pages, hypercall.ReadOnly)
 		if err == nil {
 			rxPages, rxRefs, err = m.share(pages, hypercall.ReadWrite)
@@ -133,7 +132,7 @@ func (m *pageMaker) frontQueue(f features, cfg *Config, rx, tx *telemetry.Block)
 			break
 		}
 		part := m.c.undo[mark:]
-		m.c.undo = m.c.undo[:mark]
+		m.c.undo, m.c.shared = m.c.undo[:mark], before
 		part.run()
 		if !errors.Is(err, hypercall.ErrNoGrants) || pages/2 < pagesPerHalfMin {
 			return q, fmt.Errorf("a queue needs 2 pages for rings and 2 x %d for frames: %w", pages, err)

@@ -30,6 +30,7 @@ import (
 	"barevif/hypercall"
 	"barevif/pvnet/ring"
 	"barevif/telemetry"
+	"barevif/xenbus"
 )
 
 // A MAC is an Ethernet address.
@@ -60,7 +61,7 @@ type Config struct {
 	Logger *slog.Logger
 }
 
-// comparable is what a second Connect must agree in.
+// equal reports whether a second Connect agrees with the first.
 func (c Config) equal(o Config) bool {
 	return c.Queues == o.Queues && c.LendRx == o.LendRx && c.Buffers == o.Buffers && c.Counters == o.Counters
 }
@@ -87,22 +88,23 @@ type Device struct {
 	word   atomic.Uint32 // linkDown, linkUp, linkGone; written by the life goroutine only
 	active atomic.Int32  // queues of the connection
 	mtu    atomic.Int32
+	epoch  atomic.Uint64 // number of the connection, from 1
 
-	stop  context.CancelCauseFunc // asks the life goroutine to end
-	done  chan struct{}           // closed once it has
-	fault chan *PeerError         // violations halves met
+	stop   context.CancelCauseFunc // asks the life goroutine to end
+	finish func()                  // closes what the life goroutine used
+	done   chan struct{}           // closed once it has
+	fault  chan *PeerError         // violations halves met
 
-	mu       sync.Mutex
-	mac      MAC              // guarded by mu
-	trusted  bool             // guarded by mu
-	changed  chan struct{}    // guarded by mu: closed when word or a deadline changes
-	cause    error            // guarded by mu: what calls return once gone
-	last     LinkEvent        // guarded by mu
-	subs     []chan LinkEvent // guarded by mu
-	listens  bool             // guarded by mu
-	budget   Budget           // guarded by mu
-	peer     hypercall.DomID  // guarded by mu
-	deadline time.Time        // guarded by mu: of Write and Writev
+	mu      sync.Mutex
+	mac     MAC              // guarded by mu
+	trusted bool             // guarded by mu
+	changed chan struct{}    // guarded by mu: closed when word or a deadline changes
+	cause   error            // guarded by mu: what calls return once gone
+	last    LinkEvent        // guarded by mu
+	subs    []chan LinkEvent // guarded by mu
+	listens bool             // guarded by mu
+	budget  Budget           // guarded by mu
+	peer    hypercall.DomID  // guarded by mu
 }
 
 const (
@@ -520,7 +522,8 @@ func (d *Device) judge(err error) error {
 	return err
 }
 
-// up puts a connection under the halves and lets callers in.
+// up puts a connection under the halves, if it is not there yet, and lets callers
+// in.
 func (d *Device) up(c *conn, peer hypercall.DomID) {
 	for i, q := range c.queues {
 		tx, rx := d.tx[i], d.rx[i]
@@ -529,6 +532,7 @@ func (d *Device) up(c *conn, peer hypercall.DomID) {
 		rx.park.Store(q.park)
 	}
 	d.active.Store(int32(len(c.queues)))
+	d.epoch.Add(1)
 	for i := range c.queues {
 		d.tx[i].gate.open()
 		d.rx[i].gate.open()
@@ -540,34 +544,46 @@ func (d *Device) up(c *conn, peer hypercall.DomID) {
 	d.announce(linkUp, LinkEvent{Up: true})
 }
 
-// down keeps callers out, waits until they have left, and gives back what the
-// connection held.
+// down keeps callers out and waits until they have left. The connection's memory
+// stays; if somebody never leaves it stays for ever.
 func (d *Device) down(c *conn, reason string) {
 	d.announce(linkDown, LinkEvent{Reason: reason})
-	whole := true
 	for i, q := range c.queues {
 		for _, h := range []*half{&d.tx[i].half, &d.rx[i].half} {
 			if !h.gate.shut(q.park.wake, patience) {
-				whole = false
+				d.log.Error("a caller is stuck in the device; its memory is abandoned", "vif", d.id)
+				c.undo = nil
 			}
 		}
 	}
-	if !whole {
-		// Somebody never left: what it may still touch stays where it is.
-		d.log.Error("a caller is stuck in the device; its memory is abandoned", "vif", d.id)
-		return
+}
+
+// drop gives back what the connection holds. The gates are shut.
+func (d *Device) drop(c *conn) {
+	if c.undo != nil {
+		for i, q := range c.queues {
+			q.tx.drain()
+			q.rx.drain()
+			d.tx[i].count.Flush()
+			d.rx[i].count.Flush()
+			d.tx[i].eng, d.rx[i].eng = nil, nil
+		}
+		c.undo.run()
 	}
-	for i, q := range c.queues {
-		q.tx.drain()
-		q.rx.drain()
-		d.tx[i].count.Flush()
-		d.rx[i].count.Flush()
-		d.tx[i].eng, d.rx[i].eng = nil, nil
-	}
-	c.undo.run()
 	d.mu.Lock()
 	d.budget = Budget{}
 	d.mu.Unlock()
+}
+
+// setStatus shows our state beside the counters.
+func (d *Device) setStatus(s xenbus.State) {
+	d.mu.Lock()
+	mac := d.mac
+	d.mu.Unlock()
+	d.set.SetStatus(telemetry.Status{
+		State: telemetry.State(s), Up: d.word.Load() == linkUp, MAC: mac, MTU: uint32(d.MTU()),
+		Queues: uint32(d.active.Load()), Epoch: d.epoch.Load(),
+	})
 }
 
 // gone ends the device: every call returns cause from now on.

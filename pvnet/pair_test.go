@@ -85,6 +85,7 @@ func (p *pair) disconnect() {
 			continue
 		}
 		d.down(p.conns[1-i], "test over")
+		d.drop(p.conns[1-i])
 		p.conns[1-i] = nil
 	}
 	for _, d := range []*Device{p.back, p.front} {

@@ -103,3 +103,6 @@ func (p *parker) wake() {
 	p.mu.Unlock()
 	p.w.Wake()
 }
+
+// tick is wake once a second: a wake-up that was lost costs no more than that.
+func (p *parker) tick() { p.wake() }

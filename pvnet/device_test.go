@@ -1,0 +1,508 @@
+package pvnet_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"runtime"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"barevif/hypercall"
+	"barevif/hypercall/emu"
+	"barevif/pvnet"
+	"barevif/telemetry"
+	"barevif/xenbus"
+	"barevif/xenbus/store"
+	"barevif/xenbus/toolstack"
+)
+
+// A lab is an emulated machine with a xenstore and a toolstack.
+type lab struct {
+	*emu.Machine
+	t     testing.TB
+	store *store.Store
+	dom0  *emu.Domain
+	tools *xenbus.Client
+}
+
+func newLab(t testing.TB) *lab {
+	t.Helper()
+	before := runtime.NumGoroutine()
+	l := &lab{t: t, store: store.New(store.Config{})}
+	m, err := emu.New(emu.Config{Store: func(dom hypercall.DomID, conn io.ReadWriteCloser) {
+		l.store.ServeConn(conn, dom)
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.Machine = m
+	m.OnDeath(l.store.DomainDied)
+	l.dom0 = l.domain(0)
+	if l.tools, err = xenbus.Dial(ctx(t), l.dom0.Store, xenbus.Config{Pipeline: 8}); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		l.tools.Close()
+		if err := m.CheckClean(); err != nil {
+			t.Error(err)
+		}
+		m.Close()
+		l.store.Close()
+		for end := time.Now().Add(10 * time.Second); runtime.NumGoroutine() > before; time.Sleep(time.Millisecond) {
+			if time.Now().After(end) {
+				buf := make([]byte, 1<<16)
+				t.Fatalf("%d goroutines, %d before\n%s", runtime.NumGoroutine(), before, buf[:runtime.Stack(buf, true)])
+			}
+		}
+	})
+	return l
+}
+
+func ctx(t testing.TB) context.Context {
+	c, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	t.Cleanup(cancel)
+	return c
+}
+
+func (l *lab) domain(id hypercall.DomID) *emu.Domain {
+	l.t.Helper()
+	d, err := l.NewDomain(id)
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	l.store.Introduce(id)
+	if id != 0 {
+		if err := toolstack.Home(ctx(l.t), l.tools, id); err != nil {
+			l.t.Fatal(err)
+		}
+	}
+	return d
+}
+
+func (l *lab) add(v toolstack.Vif) toolstack.Vif {
+	l.t.Helper()
+	if v.MAC == ([6]byte{}) {
+		v.MAC = [6]byte{0, 0x16, 0x3e, 0, byte(v.Front), byte(v.ID)}
+	}
+	if err := toolstack.Add(ctx(l.t), l.tools, v); err != nil {
+		l.t.Fatal(err)
+	}
+	return v
+}
+
+func (l *lab) read(path string) string {
+	s, err := l.store.Read(path)
+	if err != nil {
+		return err.Error()
+	}
+	return s
+}
+
+// serve runs a backend until the test ends or stop is called, and gives its
+// devices.
+func (l *lab) serve(dom hypercall.Domain, cfg pvnet.ServeConfig) (devs <-chan *pvnet.Device, stop func()) {
+	l.t.Helper()
+	c, cancel := context.WithCancel(context.Background())
+	out := make(chan *pvnet.Device, 16)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		if err := pvnet.Serve(c, dom, cfg, func(d *pvnet.Device) { out <- d }); !errors.Is(err, context.Canceled) {
+			l.t.Errorf("Serve: %v", err)
+		}
+	}()
+	var once sync.Once
+	stop = func() { once.Do(func() { cancel(); <-done }) }
+	l.t.Cleanup(stop)
+	return out, stop
+}
+
+func wait[T any](t testing.TB, c <-chan T) T {
+	t.Helper()
+	select {
+	case v := <-c:
+		return v
+	case <-time.After(15 * time.Second):
+		buf := make([]byte, 1<<16)
+		t.Fatalf("nothing came\n%s", buf[:runtime.Stack(buf, true)])
+		panic("unreachable")
+	}
+}
+
+// await reads link events until the link is up, or down.
+func await(t testing.TB, d *pvnet.Device, up bool) pvnet.LinkEvent {
+	t.Helper()
+	events := d.Link()
+	for {
+		ev := wait(t, events)
+		if ev.Up == up {
+			return ev
+		}
+	}
+}
+
+func frame(n, seed int) []byte {
+	b := make([]byte, n)
+	for i := range b {
+		b[i] = byte(i*5 + seed)
+	}
+	copy(b, []byte{2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 0x88, 0xb5})
+	return b
+}
+
+func TestConnectAndEveryCallOfTheSeed(t *testing.T) {
+	for _, queues := range []int{1, 3} {
+		t.Run(fmt.Sprint("queues=", queues), func(t *testing.T) {
+			l := newLab(t)
+			fdom, bdom := l.domain(1), l.domain(2)
+			v := l.add(toolstack.Vif{Front: 1, Back: 2, MTU: 9000})
+			backs, _ := l.serve(bdom, pvnet.ServeConfig{Hotplug: true, Config: pvnet.Config{Queues: 4}})
+			front, err := pvnet.Connect(ctx(t), fdom, "0", pvnet.Config{Queues: queues})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer front.Disconnect()
+			back := wait(t, backs)
+			await(t, back, true)
+			if front.MAC() != pvnet.MAC(v.MAC) || front.MTU() != 9000 || front.ID() != "0" || front.Active() != queues {
+				t.Errorf("MAC %v, MTU %d, id %q, %d queues", front.MAC(), front.MTU(), front.ID(), front.Active())
+			}
+			// Three queues do not fit the default limit of 1024: they get smaller.
+			if b := front.Budget(); b.SharedPages != l.Ledger().Grants || b.SharedPages > 1024 || b.PrivatePages != queues*512 {
+				t.Errorf("budget: %v, %d granted", b, l.Ledger().Grants)
+			}
+
+			type end struct {
+				dev *pvnet.Device
+				got chan []byte
+			}
+			ends := []end{{front, make(chan []byte, 100)}, {back, make(chan []byte, 100)}}
+			var wg sync.WaitGroup
+			for _, e := range ends {
+				wg.Go(func() {
+					err := e.dev.Listen(context.Background(), func(f pvnet.Frame) {
+						b := make([]byte, f.Len())
+						f.CopyTo(b)
+						e.got <- b
+					})
+					if err != nil {
+						t.Errorf("Listen: %v", err)
+					}
+				})
+			}
+			for i, e := range ends {
+				for k, n := range []int{14, 60, 1514, 9014, 65535} {
+					want := frame(n, k)
+					if n, err := e.dev.Writev(want[:3], want[3:10], nil, want[10:]); n != len(want) || err != nil {
+						t.Fatal(n, err)
+					}
+					got := wait(t, ends[1-i].got)
+					if string(got) != string(want) {
+						t.Fatalf("%d bytes arrived as %d others", n, len(got))
+					}
+				}
+				if n, err := e.dev.Write(frame(100, 0)); n != 100 || err != nil {
+					t.Fatal(n, err)
+				}
+				wait(t, ends[1-i].got)
+				for _, n := range []int{0, 13, 65536} {
+					if _, err := e.dev.Write(make([]byte, n)); !errors.Is(err, pvnet.ErrFrameSize) {
+						t.Errorf("%d bytes: %v", n, err)
+					}
+				}
+				st := e.dev.Stats()
+				if st.TX.Get(telemetry.Packets) != 6 || st.TX.Get(telemetry.Bytes) != 14+60+1514+9014+65535+100 {
+					t.Errorf("tx: %d frames, %d bytes", st.TX.Get(telemetry.Packets), st.TX.Get(telemetry.Bytes))
+				}
+			}
+			front.ResetStats()
+			if st := front.Stats(); st.TX.Get(telemetry.Packets) != 0 || st.RX.Get(telemetry.Bytes) != 0 {
+				t.Error("not reset")
+			}
+			if err := front.Listen(ctx(t), nil); !errors.Is(err, pvnet.ErrOwned) {
+				t.Errorf("a second Listen: %v", err)
+			}
+			front.Disconnect()
+			front.Disconnect()
+			if _, err := front.Write(frame(60, 0)); !errors.Is(err, pvnet.ErrDisconnected) || !errors.Is(err, net.ErrClosed) {
+				t.Errorf("Write after Disconnect: %v", err)
+			}
+			if s := l.read(v.FrontDir() + "/state"); s != "6" {
+				t.Errorf("frontend state is %s", s)
+			}
+			back.Disconnect()
+			wg.Wait()
+			if s := l.read(v.BackDir() + "/state"); s != "6" {
+				t.Errorf("backend state is %s", s)
+			}
+		})
+	}
+}
+
+func TestKeysSayThatNoOffloadIsOffered(t *testing.T) {
+	l := newLab(t)
+	fdom, bdom := l.domain(1), l.domain(2)
+	v := l.add(toolstack.Vif{Front: 1, Back: 2})
+	l.serve(bdom, pvnet.ServeConfig{Hotplug: true})
+	front, err := pvnet.Connect(ctx(t), fdom, "0", pvnet.Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer front.Disconnect()
+	for path, want := range map[string]string{
+		v.FrontDir() + "/feature-no-csum-offload": "1",
+		v.FrontDir() + "/request-rx-copy":         "1",
+		v.FrontDir() + "/feature-rx-notify":       "1",
+		v.FrontDir() + "/feature-sg":              "1",
+		v.FrontDir() + "/feature-gso-tcpv4":       "ENOENT",
+		v.BackDir() + "/feature-no-csum-offload":  "1",
+		v.BackDir() + "/feature-gso-tcpv4":        "ENOENT",
+		v.BackDir() + "/feature-rx-copy":          "1",
+		v.BackDir() + "/state":                    "4",
+		v.FrontDir() + "/state":                   "4",
+	} {
+		if got := l.read(path); !strings.Contains(got, want) {
+			t.Errorf("%s is %q, want %q", path, got, want)
+		}
+	}
+}
+
+func TestASecondConnectIsTheSameDevice(t *testing.T) {
+	l := newLab(t)
+	fdom, bdom := l.domain(1), l.domain(2)
+	l.add(toolstack.Vif{Front: 1, Back: 2})
+	l.serve(bdom, pvnet.ServeConfig{Hotplug: true})
+	a, err := pvnet.Connect(ctx(t), fdom, "0", pvnet.Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := pvnet.Connect(ctx(t), fdom, "0", pvnet.Config{})
+	if err != nil || a != b {
+		t.Fatal(err, a == b)
+	}
+	if _, err := pvnet.Connect(ctx(t), fdom, "0", pvnet.Config{Queues: 2}); err == nil {
+		t.Error("another Config was accepted")
+	}
+	b.Disconnect()
+	if _, err := a.Write(frame(60, 0)); !errors.Is(err, pvnet.ErrDisconnected) {
+		t.Error(err)
+	}
+	c, err := pvnet.Connect(ctx(t), fdom, "0", pvnet.Config{Queues: 2})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c == a {
+		t.Error("a device that ended was given again")
+	}
+	c.Disconnect()
+}
+
+func TestConnectNamesTheVifsThereAre(t *testing.T) {
+	l := newLab(t)
+	fdom := l.domain(1)
+	l.domain(2)
+	l.add(toolstack.Vif{Front: 1, Back: 2, ID: 0})
+	l.add(toolstack.Vif{Front: 1, Back: 2, ID: 7})
+	for _, id := range []string{"1", "", "x", "-1", "00", "0/../7", "4294967296", strings.Repeat("9", 5000)} {
+		_, err := pvnet.Connect(ctx(t), fdom, id, pvnet.Config{})
+		if err == nil || !errors.Is(err, xenbus.ErrNotFound) || !strings.Contains(err.Error(), "there are 0, 7") {
+			t.Errorf("id %.20q: %v", id, err)
+		}
+		if len(err.Error()) > 400+len(id) {
+			t.Errorf("an error of %d bytes", len(err.Error()))
+		}
+	}
+}
+
+func TestConnectSaysWhichStatesItSaw(t *testing.T) {
+	l := newLab(t)
+	fdom := l.domain(1)
+	l.domain(2)
+	v := l.add(toolstack.Vif{Front: 1, Back: 2})
+	c, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
+	defer cancel()
+	_, err := pvnet.Connect(c, fdom, "0", pvnet.Config{})
+	if !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "Initialising") {
+		t.Fatal(err)
+	}
+	if s := l.read(v.FrontDir() + "/state"); s != "6" {
+		t.Errorf("left state %s behind", s)
+	}
+}
+
+// The backend goes away and comes back, as another process would: the frontend's
+// device and its owners survive.
+func TestTheDeviceSurvivesItsBackend(t *testing.T) {
+	l := newLab(t)
+	fdom, bdom := l.domain(1), l.domain(2)
+	l.add(toolstack.Vif{Front: 1, Back: 2})
+	backs, stop := l.serve(bdom, pvnet.ServeConfig{Hotplug: true})
+	front, err := pvnet.Connect(ctx(t), fdom, "0", pvnet.Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer front.Disconnect()
+	tx, _ := front.OwnTX(0)
+	rx, _ := front.OwnRX(0)
+	for round := range 3 {
+		back := wait(t, backs)
+		await(t, back, true)
+		await(t, front, true)
+		var f, old [1]pvnet.Frame
+		if n, err := tx.AllocWait(old[:], 100); n != 1 || err != nil {
+			t.Fatal(err)
+		}
+		back.Write(frame(200, round))
+		if n, err := rx.Receive(f[:]); n != 1 || err != nil || f[0].Len() != 200 {
+			t.Fatal(n, err)
+		}
+		stop()
+		await(t, front, false)
+		if _, err := tx.Send(old[:]); !errors.Is(err, pvnet.ErrLinkDown) {
+			t.Errorf("Send while down: %v", err)
+		}
+		if tx.Alloc(old[:0]) != 0 {
+			t.Error("Alloc while down")
+		}
+		if string(f[0].Bytes()) != string(frame(200, round)) {
+			t.Error("a frame of the connection that ended is not readable")
+		}
+		got := make(chan int, 1)
+		go func() { // waits over the gap
+			n, err := tx.SendWait(old[:])
+			if err != nil {
+				t.Errorf("SendWait over the gap: %v", err)
+			}
+			got <- n
+		}()
+		backs, stop = l.serve(bdom, pvnet.ServeConfig{Hotplug: true})
+		if wait(t, got) != 1 {
+			t.Fatal("not sent")
+		}
+		if err := rx.Release(f[:]); err != nil {
+			t.Error(err)
+		}
+	}
+	stop()
+}
+
+func TestHotUnplugAndReplug(t *testing.T) {
+	l := newLab(t)
+	fdom, bdom := l.domain(1), l.domain(2)
+	backs, _ := l.serve(bdom, pvnet.ServeConfig{Hotplug: true})
+	v := l.add(toolstack.Vif{Front: 1, Back: 2})
+	front, err := pvnet.Connect(ctx(t), fdom, "0", pvnet.Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer front.Disconnect()
+	for range 3 {
+		back := wait(t, backs)
+		await(t, back, true)
+		await(t, front, true)
+		if err := toolstack.Remove(ctx(t), l.tools, v); err != nil {
+			t.Fatal(err)
+		}
+		wait(t, back.Done())
+		await(t, front, false)
+		l.add(v)
+	}
+	await(t, wait(t, backs), true)
+	await(t, front, true)
+}
+
+func TestDisconnectWakesEverybody(t *testing.T) {
+	l := newLab(t)
+	fdom, bdom := l.domain(1), l.domain(2)
+	l.add(toolstack.Vif{Front: 1, Back: 2})
+	l.serve(bdom, pvnet.ServeConfig{Hotplug: true})
+	front, err := pvnet.Connect(ctx(t), fdom, "0", pvnet.Config{Queues: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	listening := make(chan error, 1)
+	go func() { listening <- front.Listen(context.Background(), func(pvnet.Frame) {}) }()
+	tx, _ := front.OwnTX(0)
+	sending := make(chan error, 1)
+	go func() {
+		var f [1]pvnet.Frame
+		for {
+			if _, err := tx.AllocWait(f[:], 60); err != nil {
+				sending <- err
+				return
+			}
+			if _, err := tx.SendWait(f[:]); err != nil {
+				f[0].Release()
+				sending <- err
+				return
+			}
+		}
+	}()
+	events := front.Link()
+	time.Sleep(20 * time.Millisecond)
+	front.Disconnect()
+	if err := wait(t, listening); err != nil {
+		t.Errorf("Listen: %v", err)
+	}
+	if err := wait(t, sending); !errors.Is(err, pvnet.ErrDisconnected) {
+		t.Errorf("SendWait: %v", err)
+	}
+	for range events { // closed
+	}
+}
+
+func TestListenEndsWithItsContext(t *testing.T) {
+	l := newLab(t)
+	fdom, bdom := l.domain(1), l.domain(2)
+	l.add(toolstack.Vif{Front: 1, Back: 2})
+	l.serve(bdom, pvnet.ServeConfig{Hotplug: true})
+	front, err := pvnet.Connect(ctx(t), fdom, "0", pvnet.Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer front.Disconnect()
+	for range 3 {
+		c, cancel := context.WithCancel(context.Background())
+		ended := make(chan error, 1)
+		go func() { ended <- front.Listen(c, func(pvnet.Frame) {}) }()
+		cancel()
+		if err := wait(t, ended); !errors.Is(err, context.Canceled) {
+			t.Fatal(err)
+		}
+	}
+	if _, err := front.OwnRX(0); err != nil {
+		t.Error(err)
+	}
+}
+
+// Frames that come before anybody listens wait in the ring.
+func TestFramesBeforeListenAreKept(t *testing.T) {
+	l := newLab(t)
+	fdom, bdom := l.domain(1), l.domain(2)
+	l.add(toolstack.Vif{Front: 1, Back: 2})
+	backs, _ := l.serve(bdom, pvnet.ServeConfig{Hotplug: true})
+	front, err := pvnet.Connect(ctx(t), fdom, "0", pvnet.Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer front.Disconnect()
+	back := wait(t, backs)
+	await(t, back, true)
+	for i := range 100 {
+		if _, err := back.Write(frame(60+i, i)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	got := make(chan int, 200)
+	go front.Listen(context.Background(), func(f pvnet.Frame) { got <- f.Len() })
+	for i := range 100 {
+		if n := wait(t, got); n != 60+i {
+			t.Fatalf("frame %d has %d bytes", i, n)
+		}
+	}
+}

@@ -1,0 +1,315 @@
+package pvnet
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"runtime/debug"
+	"time"
+
+	"barevif/hypercall"
+	"barevif/telemetry"
+	"barevif/xenbus"
+)
+
+// How long the life goroutine waits for what it cannot control.
+const (
+	closePatience = 4 * time.Second // for the peer to answer Closing, on Disconnect
+	storePatience = 5 * time.Second // for one xenstore operation
+	retryFirst    = time.Second     // after a connect that failed; doubles
+	retryMost     = 30 * time.Second
+)
+
+// A role is what the two ends do differently in their lives.
+type role interface {
+	// prepare publishes the features (backend).
+	prepare(ctx context.Context, xd *xenbus.Device) error
+
+	// attach reads what the peer published, checks it, and makes the connection.
+	// On an error the connection's undo list is run by the caller.
+	attach(ctx context.Context, xd *xenbus.Device, c *conn) error
+
+	// finished runs after the device has ended.
+	finished(ctx context.Context, xd *xenbus.Device)
+}
+
+// A life is the one goroutine that moves a device through its states. It alone
+// writes our state and touches what connections hold; halves learn of it through
+// the link word and their gates, and tell it of violations through a channel.
+type life struct {
+	d    *Device
+	xd   *xenbus.Device
+	role role
+	kind xenbus.Role
+
+	conn     *conn
+	attached uint32 // generation of conn, 0: none
+	running  bool   // gates are open
+
+	leaving error     // why we end; nil: we do not
+	force   time.Time // leaving: when to stop being polite
+
+	refused *xenbus.Change // what the last failed connect was tried on
+	retryAt time.Time
+	pause   time.Duration
+	state   xenbus.State // last written, for the event log
+	first   chan error   // told once: up, or why not; nil after
+}
+
+// run is the goroutine. stop ends it; it closes d.done.
+func (l *life) run(stop context.Context) {
+	debug.SetPanicOnFault(true)
+	d := l.d
+	defer close(d.done)
+	tick := time.NewTicker(time.Second)
+	defer tick.Stop()
+	for !l.step() {
+		var retry <-chan time.Time
+		switch {
+		case !l.force.IsZero():
+			retry = time.After(time.Until(l.force))
+		case l.refused != nil:
+			retry = time.After(time.Until(l.retryAt))
+		}
+		ended := stop.Done()
+		if l.leaving != nil {
+			ended = nil
+		}
+		select {
+		case _, open := <-l.xd.Changes():
+			if !open && l.leaving == nil {
+				l.leave(&UnknownError{"watch the device", net.ErrClosed})
+			}
+			if !open {
+				l.force = time.Now()
+			}
+		case v := <-d.fault:
+			l.violated(v)
+		case <-ended:
+			l.leave(context.Cause(stop))
+		case <-retry:
+		case <-tick.C:
+			l.beat()
+		}
+	}
+	l.release()
+	ctx, cancel := l.patiently()
+	l.role.finished(ctx, l.xd)
+	cancel()
+	if l.leaving == nil {
+		l.leaving = ErrDisconnected
+	}
+	d.gone(l.leaving)
+	l.tell(l.leaving)
+}
+
+func (l *life) patiently() (context.Context, context.CancelFunc) {
+	return context.WithTimeout(context.Background(), storePatience)
+}
+
+// tell reports the outcome of the first connect, once.
+func (l *life) tell(err error) {
+	if l.first != nil {
+		l.first <- err
+		l.first = nil
+	}
+}
+
+// leave begins the end.
+func (l *life) leave(cause error) {
+	if l.leaving != nil {
+		return
+	}
+	if cause == nil {
+		cause = ErrDisconnected
+	}
+	l.leaving = cause
+	l.force = time.Now().Add(closePatience)
+}
+
+func (l *life) violated(v *PeerError) {
+	if l.leaving != nil {
+		return
+	}
+	l.d.set.Record(telemetry.EventViolation, telemetry.NoQueue, uint64(v.Slot), 0)
+	l.d.log.Error("the peer broke the protocol; the device is closed",
+		"vif", l.d.id, "peer", l.d.Peer(), "ring", v.Ring, "slot", v.Slot, "reason", v.Reason)
+	l.leave(v)
+}
+
+// beat is the slow tick: halves that are parked look at their rings, publish and
+// heal their counters.
+func (l *life) beat() {
+	l.d.set.Tick()
+	if !l.running {
+		return
+	}
+	for _, q := range l.conn.queues {
+		q.park.tick()
+	}
+}
+
+// step does what the handshake says until there is nothing to do but wait. It
+// reports true when the life is over.
+func (l *life) step() (over bool) {
+	for range 32 { // the handshake comes to rest after a few
+		ch := l.xd.Current()
+		s := xenbus.Next(l.kind, xenbus.Facts{
+			Change: ch, Attached: l.attached, Leaving: l.leaving != nil,
+			Adopt: l.leaving == nil,
+		})
+		if l.leaving != nil && !time.Now().Before(l.force) {
+			return l.cut(ch)
+		}
+		switch s.Do {
+		case xenbus.Run:
+			l.resume()
+		case xenbus.Finish:
+			return true
+		case xenbus.Release:
+			l.release()
+		case xenbus.Prepare:
+			if !l.try("publish features", l.role.prepare) {
+				return false
+			}
+		case xenbus.Connect:
+			if !l.connect(ch) {
+				return false
+			}
+		default: // Wait, Drain
+			l.suspend(ch)
+		}
+		if s.State != xenbus.Unknown {
+			if !l.write(s.State) {
+				return false
+			}
+			continue
+		}
+		if s.Do == xenbus.Release || s.Do == xenbus.Prepare {
+			continue
+		}
+		return false
+	}
+	return false
+}
+
+// cut ends a device whose peer does not answer, or whose xenstore does not.
+func (l *life) cut(ch xenbus.Change) bool {
+	l.release()
+	if !ch.Gone && !ch.Lost && ch.Own != xenbus.Closed {
+		l.write(xenbus.Closed)
+	}
+	return true
+}
+
+func (l *life) write(s xenbus.State) bool {
+	ctx, cancel := l.patiently()
+	defer cancel()
+	if err := l.xd.SetState(ctx, s); err != nil {
+		if !errors.Is(err, xenbus.ErrGone) && !errors.Is(err, xenbus.ErrClaimed) {
+			l.d.log.Warn("xenstore refused a state", "vif", l.d.id, "state", s, "err", err)
+		}
+		l.postpone(l.xd.Current())
+		return false
+	}
+	l.d.set.Record(telemetry.EventState, telemetry.NoQueue, uint64(l.state), uint64(s))
+	l.state = s
+	l.d.setStatus(s)
+	return true
+}
+
+// try runs a step that talks to xenstore, and puts it off if it fails.
+func (l *life) try(what string, f func(context.Context, *xenbus.Device) error) bool {
+	ctx, cancel := l.patiently()
+	defer cancel()
+	if err := f(ctx, l.xd); err != nil {
+		l.d.log.Warn("cannot "+what, "vif", l.d.id, "err", err)
+		l.postpone(l.xd.Current())
+		return false
+	}
+	return true
+}
+
+// connect attaches to the peer unless that failed already and nothing changed.
+func (l *life) connect(ch xenbus.Change) bool {
+	if l.conn != nil {
+		return true
+	}
+	if l.refused != nil && *l.refused == ch && time.Now().Before(l.retryAt) {
+		return false
+	}
+	ctx, cancel := l.patiently()
+	defer cancel()
+	c := new(conn)
+	err := l.role.attach(ctx, l.xd, c)
+	if err == nil {
+		l.conn, l.attached, l.refused, l.pause = c, ch.Generation, nil, 0
+		l.xd.Fail(ctx, nil)
+		return true
+	}
+	c.undo.run()
+	err = fmt.Errorf("connect vif %s: %w", l.d.id, err)
+	l.d.log.Warn("cannot connect", "vif", l.d.id, "err", err)
+	l.xd.Fail(ctx, err)
+	if l.first != nil && l.kind == xenbus.Frontend {
+		l.leave(err)
+		return true // and the next step closes
+	}
+	if l.kind == xenbus.Backend {
+		l.write(xenbus.Closing) // the frontend's turn
+	}
+	l.postpone(l.xd.Current())
+	return false
+}
+
+// postpone tries again when something changed, or after a pause that grows.
+func (l *life) postpone(ch xenbus.Change) {
+	l.pause = max(retryFirst, min(2*l.pause, retryMost))
+	l.refused, l.retryAt = &ch, time.Now().Add(l.pause)
+}
+
+// resume opens the gates.
+func (l *life) resume() {
+	if l.running {
+		return
+	}
+	l.running = true
+	_, dom := l.xd.Peer()
+	l.d.up(l.conn, dom)
+	l.d.log.Info("link up", "vif", l.d.id, "peer", dom, "queues", len(l.conn.queues), "memory", l.d.Budget().String())
+	l.tell(nil)
+}
+
+// suspend shuts the gates; the rings stay.
+func (l *life) suspend(ch xenbus.Change) {
+	if !l.running {
+		return
+	}
+	l.running = false
+	reason := fmt.Sprintf("the other end is %v", ch.Peer)
+	switch {
+	case l.leaving != nil:
+		reason = l.leaving.Error()
+	case ch.Vanished:
+		reason = "the other end is gone"
+	}
+	l.d.log.Info("link down", "vif", l.d.id, "reason", reason)
+	l.d.down(l.conn, reason)
+}
+
+// release gives back what the connection holds.
+func (l *life) release() {
+	if l.conn == nil {
+		return
+	}
+	l.suspend(l.xd.Current())
+	l.d.drop(l.conn)
+	l.conn, l.attached = nil, 0
+}
+
+// dom is the peer's domain.
+func dom(xd *xenbus.Device) hypercall.DomID {
+	_, dom := xd.Peer()
+	return dom
+}

@@ -1,0 +1,248 @@
+package pvnet
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strconv"
+	"sync"
+
+	"barevif/hypercall"
+	"barevif/pvnet/netif"
+	"barevif/telemetry"
+	"barevif/xenbus"
+)
+
+// A ServeConfig says how a backend serves. The zero ServeConfig suits a driver
+// domain whose toolstack runs hotplug scripts.
+type ServeConfig struct {
+	Config // of every device; LendRx does not apply
+
+	// Type is the backend type: the directories served are backend/<Type>/... .
+	// "" means "vif". A type of one's own keeps the kernel's netback away.
+	Type string
+
+	// Hotplug writes hotplug-status itself, where no script does. Otherwise
+	// Connected is withheld until somebody has written "connected".
+	Hotplug bool
+
+	// Remove removes a vif's directory once it is gone for good, as the toolstack
+	// does in dom0 and nobody does in a driver domain.
+	Remove bool
+}
+
+// Serve is the backend of every vif whose directory the toolstack makes under our
+// type, those that are there already included. For each it makes a Device and
+// calls accept with it, on a goroutine of its own. The device comes up when the
+// frontend connects, and again when it comes back; it ends when the toolstack
+// takes the vif away.
+//
+// A directory another process serves is left alone, and asked for again when it
+// changes. Serve returns when ctx ends, with its cause, after every device has
+// disconnected and every accept has returned.
+func Serve(ctx context.Context, domain hypercall.Domain, cfg ServeConfig, accept func(*Device)) error {
+	if cfg.Type == "" {
+		cfg.Type = "vif"
+	}
+	if cfg.Queues < 0 || cfg.Buffers < 0 {
+		return errors.New("pvnet: serve: negative Queues or Buffers")
+	}
+	client, err := xenbus.Dial(ctx, domain.Store, xenbus.Config{Logger: cfg.Logger})
+	if err != nil {
+		return fmt.Errorf("pvnet: serve: %w", err)
+	}
+	defer client.Close()
+	backs, err := xenbus.WatchBackends(ctx, client, cfg.Type)
+	if err != nil {
+		return fmt.Errorf("pvnet: serve: %w", err)
+	}
+	defer backs.Close()
+
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	inner, cancel := context.WithCancelCause(ctx)
+	defer cancel(ErrDisconnected)
+	served := make(map[xenbus.BackendID]chan struct{})
+	for {
+		ev, err := backs.Next(ctx)
+		if err != nil {
+			return fmt.Errorf("pvnet: serve: %w", err)
+		}
+		if ev.Vanished {
+			continue // its Device sees it too
+		}
+		before := served[ev.BackendID]
+		done := make(chan struct{})
+		served[ev.BackendID] = done
+		wg.Go(func() {
+			defer close(done)
+			if before != nil {
+				<-before // the vif of this number that was there earlier
+			}
+			serveOne(inner, client, domain, &cfg, ev.BackendID, accept)
+		})
+	}
+}
+
+// serveOne serves one directory until it is gone or ctx ends. What goes wrong
+// with it is nobody else's problem.
+func serveOne(ctx context.Context, client *xenbus.Client, domain hypercall.Domain, cfg *ServeConfig, id xenbus.BackendID, accept func(*Device)) {
+	d := newDevice(id.ID, telemetry.Backend, domain, cfg.Config)
+	log := d.log.With("frontend", id.String())
+	d.log = log
+	xd, err := xenbus.OpenBackend(ctx, client, cfg.Type, id.Front, id.ID)
+	if err != nil {
+		if ctx.Err() == nil && !errors.Is(err, xenbus.ErrNotFound) {
+			log.Warn("cannot serve a vif", "err", err)
+		}
+		return
+	}
+	if err := xd.Claim(ctx, 0); err != nil {
+		log.Warn("cannot serve a vif", "err", err)
+		closing, cancel := (*life)(nil).patiently()
+		xd.Close(closing)
+		cancel()
+		return
+	}
+	b := &back{d: d, cfg: cfg, client: client}
+	b.identify(ctx, xd)
+	d.start(xd, xenbus.Backend, b, nil, func() {})
+	stop := context.AfterFunc(ctx, func() { d.stop(context.Cause(ctx)) })
+	accept(d)
+	<-d.done
+	stop()
+}
+
+// A back is the backend's part of a life.
+type back struct {
+	d      *Device
+	cfg    *ServeConfig
+	client *xenbus.Client
+}
+
+// backMAC is the address Linux's netback gives its interfaces: one that no bridge
+// takes for its own.
+var backMAC = MAC{0xfe, 0xff, 0xff, 0xff, 0xff, 0xff}
+
+func (b *back) identify(ctx context.Context, xd *xenbus.Device) {
+	b.d.mu.Lock()
+	b.d.mac, b.d.trusted, b.d.peer = backMAC, true, dom(xd)
+	b.d.mu.Unlock()
+	if own, err := xd.OwnValues(ctx, netif.KeyMTU); err == nil {
+		if mtu, err := own.Uint(netif.KeyMTU, MaxFrame, 1500); err == nil && mtu >= 68 {
+			b.d.mtu.Store(int32(mtu))
+		}
+	}
+}
+
+// prepare publishes what we can do. No offload is offered, and the keys say so.
+func (b *back) prepare(ctx context.Context, xd *xenbus.Device) error {
+	keys := xenbus.Values{
+		netif.KeyFeatureRxCopy:        "1",
+		netif.KeyFeatureRxFlip:        "0",
+		netif.KeyFeatureSG:            "1",
+		netif.KeyFeatureSplitChannels: "1",
+		netif.KeyFeatureNoCsumOffload: "1",
+		netif.KeyMaxQueues:            strconv.Itoa(b.cfg.queues()),
+	}
+	if b.cfg.Hotplug {
+		keys[netif.KeyHotplugStatus] = netif.HotplugConnected
+	}
+	return xd.Publish(ctx, keys, netif.KeyFeatureGSOTCPv4, netif.KeyFeatureGSOTCPv6,
+		netif.KeyFeatureIPv6CsumOffload, netif.KeyFeatureMulticastControl, netif.KeyFeatureCtrlRing)
+}
+
+// attach maps what the frontend published, every word of which is checked first.
+func (b *back) attach(ctx context.Context, xd *xenbus.Device, c *conn) error {
+	top, err := xd.PeerValues(ctx, netif.KeyRequestRxCopy, netif.KeyFeatureSG, netif.KeyNumQueues,
+		netif.KeyTxRingRef, netif.KeyRxRingRef, netif.KeyEventChannel, netif.KeyEventChannelTx, netif.KeyEventChannelRx)
+	if err != nil {
+		return err
+	}
+	if ok, err := top.Bool(netif.KeyRequestRxCopy, false); !ok {
+		return errors.Join(errors.New("the frontend does not ask for rx-copy, the only way to send to it"), err)
+	}
+	var feat features
+	feat.frontSG, _ = top.Bool(netif.KeyFeatureSG, false) // what is garbage is not offered
+	n, err := top.Uint(netif.KeyNumQueues, uint64(b.cfg.queues()), 1)
+	if err != nil {
+		return err
+	}
+	if n == 0 {
+		return errors.New("the frontend asks for 0 queues")
+	}
+	feat.queues = int(n)
+	keys := make([]queueKeys, feat.queues)
+	refs, ports := make(map[hypercall.GrantRef]bool), make(map[hypercall.PortID]int)
+	for i := range keys {
+		prefix, v := "", top
+		if feat.queues > 1 {
+			prefix = netif.KeyQueuePrefix + strconv.Itoa(i) + "/"
+			v, err = xd.PeerValues(ctx, prefix+netif.KeyTxRingRef, prefix+netif.KeyRxRingRef,
+				prefix+netif.KeyEventChannel, prefix+netif.KeyEventChannelTx, prefix+netif.KeyEventChannelRx)
+			if err != nil {
+				return err
+			}
+		}
+		k, err := parseKeys(v, prefix)
+		if err != nil {
+			return err
+		}
+		for _, ref := range []hypercall.GrantRef{k.txRing, k.rxRing} {
+			if refs[ref] {
+				return fmt.Errorf("grant %d is said to be two rings", ref)
+			}
+			refs[ref] = true
+		}
+		for _, port := range []hypercall.PortID{k.txPort, k.rxPort} {
+			if q, used := ports[port]; used && q != i {
+				return fmt.Errorf("event channel %d is said to be of two queues", port)
+			}
+			ports[port] = i
+		}
+		keys[i] = k
+	}
+	m := &pageMaker{dom: b.d.domain, peer: dom(xd), log: b.d.log, set: b.d.set, c: c}
+	for i, k := range keys {
+		q, err := m.backQueue(feat, k, &b.d.cfg, b.d.rx[i].count, b.d.tx[i].count)
+		if err != nil {
+			return fmt.Errorf("queue %d: %w", i, err)
+		}
+		c.queues = append(c.queues, q)
+	}
+	return nil
+}
+
+// parseKeys reads one queue's keys: the pair of event channels, or one for both.
+func parseKeys(v xenbus.Values, prefix string) (k queueKeys, err error) {
+	number := func(key string) uint32 {
+		n, e := v.Uint(prefix+key, 1<<32-1, 0)
+		if e == nil && n == 0 { // no ref and no port is ever 0
+			e = fmt.Errorf("%s%s is missing", prefix, key)
+		}
+		if e != nil && err == nil {
+			err = e
+		}
+		return uint32(n)
+	}
+	k.txRing = hypercall.GrantRef(number(netif.KeyTxRingRef))
+	k.rxRing = hypercall.GrantRef(number(netif.KeyRxRingRef))
+	if v.Has(prefix + netif.KeyEventChannelTx) {
+		k.txPort = hypercall.PortID(number(netif.KeyEventChannelTx))
+		k.rxPort = hypercall.PortID(number(netif.KeyEventChannelRx))
+	} else {
+		k.txPort = hypercall.PortID(number(netif.KeyEventChannel))
+		k.rxPort = k.txPort
+	}
+	return k, err
+}
+
+// finished removes a directory that is gone for good.
+func (b *back) finished(ctx context.Context, xd *xenbus.Device) {
+	if ch := xd.Current(); b.cfg.Remove && !ch.Gone && !ch.Lost && (!ch.Online || ch.Vanished) {
+		if err := b.client.Remove(ctx, xd.Dir()); err != nil {
+			b.d.log.Warn("cannot remove the vif's directory", "err", err)
+		}
+	}
+	b.d.finish()
+}

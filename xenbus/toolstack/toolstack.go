@@ -1,0 +1,220 @@
+// Package toolstack makes and removes vifs in xenstore as libxl does
+// (tools/libs/light/libxl_nic.c, libxl_device.c): for machines without xl, such as
+// the emulated one, and for backend types xl does not know.
+//
+// It needs a Client of a privileged domain. It owns nothing: what it writes is
+// the domains' from then on.
+package toolstack
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strconv"
+	"strings"
+
+	"barevif/hypercall"
+	"barevif/pvnet/netif"
+	"barevif/xenbus"
+)
+
+// A Vif is a network card to be.
+type Vif struct {
+	Front, Back hypercall.DomID
+	ID          uint32  // the handle, also its number among the frontend's vifs
+	MAC         [6]byte // the frontend's
+	MTU         int     // bytes; 0 means 1500 and writes no key
+	Type        string  // of backend; "" means "vif"
+	Script      string  // hotplug script the backend's kernel driver wants to see
+	Bridge      string
+	Untrusted   bool // tells the frontend not to trust the backend
+}
+
+func (v *Vif) backType() string {
+	if v.Type == "" {
+		return "vif"
+	}
+	return v.Type
+}
+
+// FrontDir and BackDir are the absolute paths of the two directories.
+func (v *Vif) FrontDir() string {
+	return fmt.Sprintf("/local/domain/%d/device/vif/%d", v.Front, v.ID)
+}
+
+func (v *Vif) BackDir() string {
+	return fmt.Sprintf("/local/domain/%d/backend/%s/%d/%d", v.Back, v.backType(), v.Front, v.ID)
+}
+
+// Home makes the home directory of a domain, which owns it, if it is not there.
+func Home(ctx context.Context, c *xenbus.Client, dom hypercall.DomID) error {
+	home := fmt.Sprintf("/local/domain/%d", dom)
+	if err := c.Mkdir(ctx, home); err != nil {
+		return err
+	}
+	if err := c.Write(ctx, home+"/domid", strconv.Itoa(int(dom))); err != nil {
+		return err
+	}
+	owner := xenbus.Perm{Dom: dom, Access: xenbus.None}
+	if err := c.SetPerms(ctx, home, owner); err != nil {
+		return err
+	}
+	for _, dir := range []string{"device", "backend", "data", "error"} {
+		if err := c.Mkdir(ctx, home+"/"+dir); err != nil {
+			return err
+		}
+		if err := c.SetPerms(ctx, home+"/"+dir, owner); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Add makes the vif: both directories in one transaction, in state Initialising.
+// It fails if either is there.
+func Add(ctx context.Context, c *xenbus.Client, v Vif) error {
+	number := func(n int) string { return strconv.Itoa(n) }
+	mac := fmt.Sprintf("%02x:%02x:%02x:%02x:%02x:%02x", v.MAC[0], v.MAC[1], v.MAC[2], v.MAC[3], v.MAC[4], v.MAC[5])
+	front := xenbus.Values{
+		netif.KeyBackend:   v.BackDir(),
+		netif.KeyBackendID: number(int(v.Back)),
+		netif.KeyState:     "1",
+		netif.KeyHandle:    number(int(v.ID)),
+		netif.KeyMAC:       mac,
+		netif.KeyTrusted:   "1",
+	}
+	back := xenbus.Values{
+		netif.KeyFrontend:      v.FrontDir(),
+		netif.KeyFrontendID:    number(int(v.Front)),
+		netif.KeyOnline:        "1",
+		netif.KeyState:         "1",
+		netif.KeyHandle:        number(int(v.ID)),
+		netif.KeyMAC:           mac,
+		netif.KeyType:          "vif",
+		netif.KeyHotplugStatus: "",
+	}
+	if v.Untrusted {
+		front[netif.KeyTrusted] = "0"
+	}
+	if v.MTU != 0 {
+		front[netif.KeyMTU], back[netif.KeyMTU] = number(v.MTU), number(v.MTU)
+	}
+	if v.Script != "" {
+		back[netif.KeyScript] = v.Script
+	}
+	if v.Bridge != "" {
+		back[netif.KeyBridge] = v.Bridge
+	}
+	err := c.Transact(ctx, func(tx xenbus.Tx) error {
+		for _, dir := range []struct {
+			path        string
+			keys        xenbus.Values
+			owner, peer hypercall.DomID
+		}{
+			{v.FrontDir(), front, v.Front, v.Back},
+			{v.BackDir(), back, v.Back, v.Front},
+		} {
+			if _, err := tx.Read(dir.path); err == nil {
+				return fmt.Errorf("%s is there already: %w", dir.path, xenbus.ErrExists)
+			} else if !errors.Is(err, xenbus.ErrNotFound) {
+				return err
+			}
+			if err := parents(tx, dir.path, dir.owner); err != nil {
+				return err
+			}
+			perms := []xenbus.Perm{{Dom: dir.owner, Access: xenbus.None}, {Dom: dir.peer, Access: xenbus.ReadOnly}}
+			if err := tx.Mkdir(dir.path); err != nil {
+				return err
+			}
+			if err := tx.SetPerms(dir.path, perms...); err != nil {
+				return err
+			}
+			for _, key := range slices.Sorted(maps.Keys(dir.keys)) {
+				if err := tx.Write(dir.path+"/"+key, dir.keys[key]); err != nil {
+					return err
+				}
+				if err := tx.SetPerms(dir.path+"/"+key, perms...); err != nil {
+					return err
+				}
+			}
+		}
+		if v.MTU == 0 {
+			return nil
+		}
+		// The guest may read its mtu, not write it.
+		return tx.SetPerms(v.FrontDir()+"/"+netif.KeyMTU,
+			xenbus.Perm{Dom: v.Back, Access: xenbus.None}, xenbus.Perm{Dom: v.Front, Access: xenbus.ReadOnly})
+	})
+	if err != nil {
+		return fmt.Errorf("add vif %d of domain %d: %w", v.ID, v.Front, err)
+	}
+	return nil
+}
+
+// parents makes the directories between a domain's home and path, which the
+// domain owns.
+func parents(tx xenbus.Tx, path string, owner hypercall.DomID) error {
+	parts := strings.Split(path, "/")
+	for i := 5; i < len(parts); i++ { // "", local, domain, N, device, ...
+		dir := strings.Join(parts[:i], "/")
+		if _, err := tx.Read(dir); err == nil {
+			continue
+		}
+		if err := tx.Mkdir(dir); err != nil {
+			return err
+		}
+		if err := tx.SetPerms(dir, xenbus.Perm{Dom: owner, Access: xenbus.None}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Remove takes the vif away: the backend is told that it goes for good, gets until
+// ctx ends to close, and then both directories are removed, closed or not.
+func Remove(ctx context.Context, c *xenbus.Client, v Vif) error {
+	state := v.BackDir() + "/" + netif.KeyState
+	w, err := c.Watch(ctx, state)
+	if err != nil {
+		return err
+	}
+	defer w.Close()
+	err = c.Transact(ctx, func(tx xenbus.Tx) error {
+		s, err := tx.Read(state)
+		if err != nil {
+			return err
+		}
+		if err := tx.Write(v.BackDir()+"/"+netif.KeyOnline, "0"); err != nil {
+			return err
+		}
+		if s == "6" {
+			return nil
+		}
+		return tx.Write(state, "5")
+	})
+	for err == nil {
+		var s string
+		if s, err = c.Read(ctx, state); err != nil || s == "6" {
+			break
+		}
+		select {
+		case <-w.C():
+		case <-ctx.Done():
+			err = fmt.Errorf("the backend is still in state %q: %w", s, context.Cause(ctx))
+		}
+	}
+	if errors.Is(err, xenbus.ErrNotFound) { // a driver domain's backend removed it
+		err = nil
+	}
+	for _, dir := range []string{v.FrontDir(), v.BackDir()} {
+		if e := c.Remove(context.WithoutCancel(ctx), dir); e != nil && !errors.Is(e, xenbus.ErrNotFound) && err == nil {
+			err = e
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("remove vif %d of domain %d: %w", v.ID, v.Front, err)
+	}
+	return nil
+}
