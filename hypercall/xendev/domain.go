@@ -114,18 +114,22 @@ func Open(cfg Config) (*Domain, error) {
 	if cfg.GrantLimit < 0 {
 		return nil, errors.New("xendev: negative Config.GrantLimit")
 	}
+	id, err := askID(cfg)
+	if err != nil {
+		return nil, err
+	}
+	return newDomain(cfg, id), nil
+}
+
+func newDomain(cfg Config, id hypercall.DomID) *Domain {
 	d := &Domain{
 		cfg:      cfg,
 		gntalloc: node{path: cfg.path("dev/xen/gntalloc"), module: "xen-gntalloc"},
 		gntdev:   node{path: cfg.path("dev/xen/gntdev"), module: "xen-gntdev"},
 		indices:  make(map[hypercall.GrantRef]uint64),
 	}
-	id, err := askID(cfg)
-	if err != nil {
-		return nil, err
-	}
 	d.id.Store(uint32(id))
-	return d, nil
+	return d
 }
 
 // ID is the domain's number: as of Open, or of the last [Domain.Store], which a

@@ -32,6 +32,8 @@ func (f Found[T]) String() string {
 	return fmt.Sprint(f.Value)
 }
 
+func (f Found[T]) restricted() bool { return errors.Is(f.Err, privcmd.ErrRestricted) }
+
 // A Report says where this program runs and what it may use there.
 type Report struct {
 	Xen          Found[string]          // its version: "4.17.7"
@@ -209,7 +211,16 @@ func (c Config) nodes() []Node {
 // String is the report as text, a line for each thing.
 func (r Report) String() string {
 	var b strings.Builder
-	line := func(name string, value any) { fmt.Fprintf(&b, "%-13s %v\n", name, value) }
+	told := false
+	line := func(name string, value any) {
+		// One explanation of what hypercalls need is enough.
+		if f, ok := value.(interface{ restricted() bool }); ok && f.restricted() && told {
+			value = "unknown: no hypercalls"
+		} else if ok && f.restricted() {
+			told = true
+		}
+		fmt.Fprintf(&b, "%-13s %v\n", name, value)
+	}
 	line("xen", r.Xen)
 	line("kernel", r.Kernel)
 	line("domain", r.Domain)
