@@ -159,7 +159,9 @@ func errOr(err, other error) error {
 }
 
 // qemuArgs: SMAP goes because QEMU 7.2 takes a PV kernel's IRETQ for an access of
-// the supervisor, RDTSCP because its SVM intercept of it confuses Xen (PVH).
+// the supervisor, RDTSCP because its SVM intercept of it confuses Xen (PVH). Xen
+// must switch vector registers eagerly: where it does so on first use, QEMU lets
+// some uses through, and programs see registers of other domains.
 func qemuArgs(cfg Config, sockets string) []string {
 	memory, dom0 := cfg.Memory, cfg.Dom0
 	if memory == 0 {
@@ -171,7 +173,7 @@ func qemuArgs(cfg Config, sockets string) []string {
 	xen := append([]string{
 		"console=com1", "com1=115200,8n1", "loglvl=all", "guest_loglvl=all", "noreboot=0",
 		fmt.Sprintf("dom0_mem=%dM,max:%dM", dom0, dom0), "dom0_max_vcpus=2",
-		"spec-ctrl=no", "xpti=no", "watchdog=0",
+		"spec-ctrl=no,eager-fpu", "xpti=no", "watchdog=0",
 	}, cfg.Xen...)
 	linux := append([]string{
 		"console=hvc0", "earlyprintk=xen", "loglevel=6", "mitigations=off", "panic=5", "xenlab=dom0",
