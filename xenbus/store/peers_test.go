@@ -384,6 +384,9 @@ func runScript(t *testing.T, seed uint64, steps int) {
 			i := 2 + rnd.IntN(2)
 			id := hypercall.DomID(i + 1)
 			clients[0].do(wire.Release, 0, z(fmt.Sprint(id)))
+			// It takes permissions on the node last written before a domain came
+			// for the domain's own.
+			clients[0].do(wire.Write, 0, z("/tool/bump"))
 			clients[i] = guest(id)
 			for _, c := range clients {
 				// How many merge, and in which order a domain's nodes go, is chance.

@@ -223,8 +223,8 @@ func (r *request) create(path string, value []byte) error {
 	}
 	changed := above.withChild(baseOf(missing[len(missing)-1]))
 
-	if err := r.checkCreate(missing, made, top, changed, above); err != nil {
-		return r.fail(err)
+	if err := r.checkCreate(missing, made, changed, above); err != nil {
+		return err
 	}
 	if r.tx != nil {
 		r.tx.created = true
@@ -237,7 +237,7 @@ func (r *request) create(path string, value []byte) error {
 	return nil
 }
 
-func (r *request) checkCreate(paths []string, made []*node, top string, changed, above *node) error {
+func (r *request) checkCreate(paths []string, made []*node, changed, above *node) error {
 	if r.dom.privileged {
 		return nil
 	}
@@ -252,15 +252,15 @@ func (r *request) checkCreate(paths []string, made []*node, top string, changed,
 	memory := r.dom.memory + changed.size() - above.size()
 	for i, n := range made {
 		if n.size() >= q.NodeSize {
-			return ENOSPC
+			return r.fail(ENOSPC)
 		}
 		memory += n.size() + len(paths[i])
 	}
 	if changed.size() >= q.NodeSize {
-		return ENOSPC
+		return r.fail(ENOSPC)
 	}
 	if memory > q.Memory {
-		return ENOMEM
+		return r.fail(ENOMEM)
 	}
 	return nil
 }
@@ -291,24 +291,31 @@ func (r *request) remove(path string) error {
 // nodes as they were when it first touched each, so others' changes show in some
 // and not in others; its commit will fail.
 func (r *request) removeTree(path string) error {
-	type entry struct {
+	type visit struct {
 		path string
 		node *node
+		next int // child to descend into
 	}
-	var doomed []entry
-	for stack := []string{path}; len(stack) > 0; {
-		p := stack[len(stack)-1]
-		stack = stack[:len(stack)-1]
-		n, err := r.load(p)
+	n, err := r.load(path)
+	if err != nil {
+		return r.fail(err)
+	}
+	var doomed []visit // children before parents
+	for stack := []visit{{path: path, node: n}}; len(stack) > 0; {
+		v := &stack[len(stack)-1]
+		if v.next == len(v.node.children) {
+			doomed = append(doomed, *v)
+			stack = stack[:len(stack)-1]
+			continue
+		}
+		child := join(v.path, v.node.children[v.next])
+		v.next++
+		n, err := r.load(child)
 		if err != nil {
 			return r.fail(err)
 		}
-		if n == nil {
-			continue
-		}
-		doomed = append(doomed, entry{p, n})
-		for _, name := range n.children {
-			stack = append(stack, join(p, name))
+		if n != nil {
+			stack = append(stack, visit{path: child, node: n})
 		}
 	}
 	up := parentOf(path)
@@ -317,14 +324,13 @@ func (r *request) removeTree(path string) error {
 		return r.fail(err)
 	}
 
-	// Children before parents. Watches above are told of the topmost node only,
-	// and all events are made while permissions can still be looked up.
-	slices.Reverse(doomed)
-	for _, e := range doomed {
-		r.fire(e.path, e.node, nil, e.path != path)
+	// Watches above are told of the topmost node only, and all events are made
+	// while permissions can still be looked up.
+	for _, v := range doomed {
+		r.fire(v.path, v.node, nil, v.path != path)
 	}
-	for _, e := range doomed {
-		r.save(e.path, nil)
+	for _, v := range doomed {
+		r.save(v.path, nil)
 	}
 	if parent != nil {
 		r.save(up, parent.withoutChild(baseOf(path)))
