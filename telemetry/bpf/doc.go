@@ -1,0 +1,26 @@
+// Package bpf mirrors counters into BPF maps, where other processes read them by
+// name and without the help of ours.
+//
+// A [Store] makes, per device, an array of counters that is mapped into this
+// process and written by plain stores. Its type information is made from the
+// table of package telemetry, so that
+//
+//	bpftool map dump pinned /sys/fs/bpf/barevif/front-3-0-0/counters
+//
+// prints every counter by name, and a pinned BPF iterator makes
+//
+//	cat /sys/fs/bpf/barevif/front-3-0-0/metrics
+//
+// print OpenMetrics text, also while this process is stopped, and after it was
+// killed. Both are assembled in Go: no compiler, no object file.
+//
+// Where something is missing the store does with less, and its Reason says what
+// was missing: maps without the iterator (no CAP_PERFMON), maps without pins (no
+// BPF file system mounted, or the directory is somebody else's), a sealed memfd
+// (no CAP_BPF). All hold the same words; [List] and [Open] read any of them.
+//
+// The directory belongs to whoever holds a lock on it. Pins of a killed process
+// stay readable until the next owner replaces them or somebody removes them.
+//
+// The package runs on Linux only.
+package bpf

@@ -1,0 +1,316 @@
+//go:build linux
+
+package bpf
+
+import (
+	"bufio"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"barevif/telemetry"
+)
+
+const (
+	envNamespace = "BAREVIF_TEST_MOUNTNS"
+	envOwner     = "BAREVIF_TEST_OWNER"
+)
+
+// noBPF says why this machine cannot run tests on maps; "" if it can.
+var noBPF string
+
+// TestMain runs the tests in a mount namespace of their own, on a BPF file
+// system of their own.
+func TestMain(m *testing.M) {
+	switch {
+	case os.Getenv(envOwner) != "":
+		os.Exit(owner())
+	case os.Geteuid() != 0:
+		noBPF = "not root"
+	case os.Getenv(envNamespace) == "":
+		os.Exit(again())
+	default:
+		noBPF = mountBPF()
+	}
+	code := m.Run()
+	os.RemoveAll(binaryDir())
+	os.Exit(code)
+}
+
+func again() int {
+	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
+	cmd.Env = append(os.Environ(), envNamespace+"=1")
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
+	err := cmd.Run()
+	var exit *exec.ExitError
+	switch {
+	case errors.As(err, &exit):
+		return exit.ExitCode()
+	case err != nil:
+		fmt.Fprintln(os.Stderr, "mount namespace:", err)
+		return 1
+	}
+	return 0
+}
+
+func mountBPF() string {
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+		return "private mounts: " + err.Error()
+	}
+	if err := unix.Mount("bpf", "/sys/fs/bpf", "bpf", 0, "mode=0755"); err != nil {
+		return "mount a BPF file system: " + err.Error()
+	}
+	return ""
+}
+
+func needBPF(t testing.TB) {
+	t.Helper()
+	if noBPF != "" {
+		t.Skip("no BPF file system of our own: " + noBPF)
+	}
+}
+
+func needTool(t testing.TB, name string) string {
+	t.Helper()
+	path, err := exec.LookPath(name)
+	if err != nil {
+		path, err = exec.LookPath("/usr/sbin/" + name)
+	}
+	if err != nil {
+		t.Skip(name + " is not installed")
+	}
+	return path
+}
+
+// A plan is what an owner process of a test does.
+type plan struct {
+	Store   Store
+	Info    telemetry.Info
+	Queues  int
+	Packets uint64   // counted in rx of queue 0 before it says that it is ready
+	Busy    bool     // go on counting until it is told to end
+	Publish int      // publish so often, then end
+	Deny    []uint32 // system calls that fail with EPERM
+}
+
+// ready is the first line an owner writes.
+type ready struct{ Kind, Reason string }
+
+// owner runs a plan: it opens a device, says so, and closes it when its standard
+// input ends.
+func owner() int {
+	var p plan
+	if err := json.Unmarshal([]byte(os.Getenv(envOwner)), &p); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 2
+	}
+	if len(p.Deny) > 0 {
+		if err := deny(p.Deny); err != nil {
+			fmt.Fprintln(os.Stderr, "seccomp:", err)
+			return 2
+		}
+	}
+	set := telemetry.NewSet(p.Queues)
+	set.Open(&p.Store, p.Info)
+	set.SetStatus(telemetry.Status{State: 4, Up: true, MAC: [6]byte{0, 0x16, 0x3e, 1, 2, 3}})
+	b := set.RX(0)
+	count := func(n uint64) {
+		b.Add(telemetry.Packets, n)
+		b.Add(telemetry.Bytes, n*100)
+		b.Drop(telemetry.DropFilter, n)
+	}
+	count(p.Packets)
+	b.Flush()
+	for range p.Publish {
+		count(1)
+		b.Publish()
+	}
+	var r ready
+	r.Kind, r.Reason = set.Backend()
+	json.NewEncoder(os.Stdout).Encode(r)
+	done := make(chan struct{})
+	go func() { io.Copy(io.Discard, os.Stdin); close(done) }()
+	for p.Busy {
+		select {
+		case <-done:
+			p.Busy = false
+		default:
+			for range 64 {
+				count(1)
+			}
+			b.Publish()
+		}
+	}
+	<-done
+	b.Flush()
+	if err := set.Close(); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	return 0
+}
+
+// deny makes system calls of all threads fail from now on.
+func deny(calls []uint32) error {
+	filter := []unix.SockFilter{{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS}} // seccomp_data.nr
+	for _, nr := range calls {
+		filter = append(filter,
+			unix.SockFilter{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, Jf: 1, K: nr},
+			unix.SockFilter{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ERRNO | uint32(unix.EPERM)})
+	}
+	filter = append(filter, unix.SockFilter{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ALLOW})
+	return seccomp(filter)
+}
+
+// A process is an owner that runs.
+type process struct {
+	ready
+	cmd *exec.Cmd
+	in  io.Closer
+}
+
+// start runs a plan in a process of its own, with a command such as setpriv in
+// front of it.
+func start(t testing.TB, p plan, front ...string) *process {
+	t.Helper()
+	if p.Queues == 0 {
+		p.Queues = 1
+	}
+	text, err := json.Marshal(p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	args := append(front, testBinary(t))
+	cmd := exec.Command(args[0], args[1:]...)
+	cmd.Env = append(os.Environ(), envOwner+"="+string(text))
+	cmd.Stderr = os.Stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	pr := &process{cmd: cmd, in: in}
+	t.Cleanup(func() { pr.kill() })
+	line, err := bufio.NewReader(out).ReadString('\n')
+	if err != nil {
+		t.Fatalf("the owner said nothing: %v", err)
+	}
+	if err := json.Unmarshal([]byte(line), &pr.ready); err != nil {
+		t.Fatalf("the owner said %q", line)
+	}
+	return pr
+}
+
+// kill is kill -9; it is harmless on a process that has ended.
+func (p *process) kill() {
+	if p.cmd.ProcessState == nil {
+		p.cmd.Process.Kill()
+		p.cmd.Wait()
+		p.in.Close()
+	}
+}
+
+// end closes the owner's device and waits for it.
+func (p *process) end(t testing.TB) {
+	t.Helper()
+	p.in.Close()
+	if err := p.cmd.Wait(); err != nil {
+		t.Fatalf("the owner ended with %v", err)
+	}
+}
+
+func binaryDir() string {
+	return filepath.Join(os.TempDir(), fmt.Sprintf("barevif-bpf-test-%d", os.Getpid()))
+}
+
+// testBinary is a copy of this program that other users may run.
+func testBinary(t testing.TB) string {
+	t.Helper()
+	dir := binaryDir()
+	path := filepath.Join(dir, "owner.test")
+	if _, err := os.Stat(path); err == nil {
+		return path
+	}
+	if err := errors.Join(os.MkdirAll(dir, 0o755), os.Chmod(dir, 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	self, err := os.Open("/proc/self/exe")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer self.Close()
+	out, err := os.OpenFile(path+"~", os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o755)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.Copy(out, self); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(out.Close(), os.Chmod(path+"~", 0o755), os.Rename(path+"~", path)); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+func run(t testing.TB, name string, args ...string) string {
+	t.Helper()
+	out, err := exec.Command(name, args...).Output()
+	if err != nil {
+		var exit *exec.ExitError
+		if errors.As(err, &exit) {
+			t.Fatalf("%s %s: %v\n%s", name, strings.Join(args, " "), err, exit.Stderr)
+		}
+		t.Fatalf("%s: %v", name, err)
+	}
+	return string(out)
+}
+
+// eventually waits for something the kernel does in its own time.
+func eventually(t testing.TB, what string, ok func() bool) {
+	t.Helper()
+	deadline := time.After(20 * time.Second)
+	for !ok() {
+		select {
+		case <-deadline:
+			t.Fatalf("%s: not within 20 s", what)
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+}
+
+var update = flag.Bool("update", false, "write testdata anew")
+
+func golden(t testing.TB, path, got string) {
+	t.Helper()
+	if *update {
+		if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, []byte(got), 0o644)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got != string(want) {
+		t.Errorf("differs from %s; run go test -update if that is meant", path)
+	}
+}

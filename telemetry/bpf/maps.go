@@ -1,0 +1,77 @@
+//go:build linux
+
+package bpf
+
+import (
+	"fmt"
+	"runtime"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/btf"
+	"golang.org/x/sys/unix"
+)
+
+// keyType names the index of an array. The kernel takes an integer or a typedef
+// of one, and silently drops the types of a map whose key is anything else.
+func keyType(name string) btf.Type { return &btf.Typedef{Name: name, Type: btfU32} }
+
+// array makes a map that can be mapped into our memory.
+func array(name string, size, entries int, key, value btf.Type) (*ebpf.Map, error) {
+	m, err := ebpf.NewMap(&ebpf.MapSpec{
+		Name: name, Type: ebpf.Array, KeySize: 4, ValueSize: uint32(size), MaxEntries: uint32(entries),
+		Flags: unix.BPF_F_MMAPABLE, Key: key, Value: value,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("create map %s: %w", name, terse(err))
+	}
+	return m, nil
+}
+
+// frozen makes a map no process can change any more. It lacks BPF_F_RDONLY_PROG:
+// the verifier takes loads from such a map for constants, and refuses them where
+// there is more than one element.
+func frozen(name string, size uint32, elems [][]byte, key, value btf.Type) (*ebpf.Map, error) {
+	spec := &ebpf.MapSpec{
+		Name: name, Type: ebpf.Array, KeySize: 4, ValueSize: size, MaxEntries: uint32(len(elems)),
+		Key: key, Value: value,
+	}
+	for i, e := range elems {
+		spec.Contents = append(spec.Contents, ebpf.MapKV{Key: uint32(i), Value: e})
+	}
+	m, err := ebpf.NewMap(spec)
+	if err != nil {
+		return nil, fmt.Errorf("create map %s: %w", name, terse(err))
+	}
+	if err := m.Freeze(); err != nil {
+		m.Close()
+		return nil, fmt.Errorf("freeze map %s: %w", name, terse(err))
+	}
+	return m, nil
+}
+
+// described reports whether the kernel kept the names of m's members.
+func described(m *ebpf.Map) bool {
+	info, err := m.Info()
+	if err != nil {
+		return false
+	}
+	_, ok := info.BTFID()
+	return ok
+}
+
+// mapID is the number by which privileged processes find m, or 0.
+func mapID(m *ebpf.Map) uint32 {
+	info, err := m.Info()
+	if err != nil {
+		return 0
+	}
+	id, _ := info.ID()
+	return uint32(id)
+}
+
+// mapMap maps an array into our memory.
+func mapMap(m *ebpf.Map) (region, error) {
+	r, err := mapRegion(m.FD(), 0, int(m.ValueSize())*int(m.MaxEntries()))
+	runtime.KeepAlive(m)
+	return r, err
+}

@@ -1,0 +1,590 @@
+//go:build linux
+
+package bpf
+
+import (
+	"bufio"
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+
+	"barevif/telemetry"
+)
+
+// KindMetrics is a source of which this process may read the text only.
+const KindMetrics = "metrics"
+
+// A Source is where counters of one device were found. Another process may have
+// made it: what is read from it is checked, but need not be true.
+type Source struct {
+	Name string // of the device: telemetry.Info.Name
+	Kind string // KindPins, KindMaps, KindMemfd or KindMetrics
+	Path string // of the pins or of the memfd; "" for maps without pins
+	ID   uint32 // of the info map, of maps without pins
+}
+
+// List finds the devices of this machine that this process may read: pins below
+// root ("" means [DefaultRoot]), maps without pins if it is privileged, and
+// memfds of processes it may look into. The error tells of what could not be
+// searched; what was found is given with it.
+func List(root string) ([]Source, error) {
+	if root == "" {
+		root = DefaultRoot
+	}
+	pins, err1 := listPins(root)
+	maps, err2 := listMaps()
+	memfds, err3 := listMemfds()
+	return slices.Concat(pins, maps, memfds), errors.Join(err1, err2, err3)
+}
+
+func listPins(root string) ([]Source, error) {
+	dirs, err := os.ReadDir(root)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	var out []Source
+	for _, d := range dirs {
+		dir := filepath.Join(root, d.Name())
+		if !d.IsDir() {
+			continue
+		}
+		if unix.Access(filepath.Join(dir, pinInfo), unix.R_OK) == nil {
+			out = append(out, Source{Name: d.Name(), Kind: KindPins, Path: dir})
+		} else if unix.Access(filepath.Join(dir, pinMetrics), unix.R_OK) == nil {
+			out = append(out, Source{Name: d.Name(), Kind: KindMetrics, Path: dir})
+		}
+	}
+	return out, nil
+}
+
+func listMaps() ([]Source, error) {
+	var out []Source
+	for id := ebpf.MapID(0); ; {
+		next, err := ebpf.MapGetNextID(id)
+		switch {
+		case errors.Is(err, fs.ErrNotExist), errors.Is(err, unix.EPERM):
+			return out, nil // no more, or not for us
+		case err != nil:
+			return out, err
+		}
+		id = next
+		m, err := ebpf.NewMapFromID(id)
+		if err != nil {
+			continue // gone since
+		}
+		if rec, err := readInfo(m); err == nil && str(rec.Kind[:]) == KindMaps {
+			out = append(out, Source{Name: str(rec.Vif[:]), Kind: KindMaps, ID: uint32(id)})
+		}
+		m.Close()
+	}
+}
+
+func listMemfds() ([]Source, error) {
+	links, err := filepath.Glob("/proc/[0-9]*/fd/*")
+	if err != nil {
+		return nil, err
+	}
+	var out []Source
+	for _, l := range links {
+		to, err := os.Readlink(l)
+		if err != nil {
+			continue // gone since, or not for us
+		}
+		name, ok := strings.CutPrefix(to, "/memfd:"+memfdPrefix)
+		if !ok {
+			continue
+		}
+		name = str([]byte(strings.TrimSuffix(name, " (deleted)")))
+		out = append(out, Source{Name: name, Kind: KindMemfd, Path: l})
+	}
+	return out, nil
+}
+
+// A Report is what a source says of its device at one time.
+type Report struct {
+	Source Source
+
+	// Stats are totals since the mirror was made, or resumed, whatever the
+	// device's own Reset did. Torn says that a block is not of one instant: its
+	// owner was killed while it wrote.
+	Stats telemetry.Stats
+	Torn  bool
+
+	// What follows is empty for a source of [KindMetrics].
+
+	Info      telemetry.Info
+	Status    telemetry.Status
+	Reset     telemetry.Reset
+	Events    []telemetry.Event // oldest first
+	Kind      string            // of the mirror, and why it is not a better one
+	Reason    string
+	PID       int // of the owner, as it says itself
+	Start     time.Time
+	Heartbeat time.Time
+	Age       time.Duration // since the heartbeat; more than a few seconds: the owner is stopped or dead
+}
+
+// A Reader reads one source again and again. It is not safe for concurrent use.
+type Reader struct {
+	src Source
+	elements
+}
+
+// elements gives copies of the records of one kind of source. A copy is made
+// upwards, so that its markers mean what they should.
+type elements interface {
+	info() (*infoRecord, error)
+	counters(queue int) ([]byte, error)
+	event(slot int) ([]byte, error)
+	Close() error
+}
+
+// Open opens a source. The error is [ErrLayout] for counters of another version,
+// fs.ErrPermission or fs.ErrNotExist.
+func Open(src Source) (*Reader, error) {
+	var e elements
+	var err error
+	switch src.Kind {
+	case KindPins, KindIterator:
+		e, err = openPins(src.Path)
+	case KindMaps:
+		e, err = openMaps(src.ID)
+	case KindMemfd:
+		e, err = openMemfd(src.Path)
+	case KindMetrics:
+		e, err = nil, nil
+	default:
+		err = fmt.Errorf("no source of kind %q", src.Kind)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("telemetry/bpf: open %s: %w", src.Name, err)
+	}
+	return &Reader{src, e}, nil
+}
+
+// Close lets go of the source.
+func (r *Reader) Close() error {
+	if r.elements == nil {
+		return nil
+	}
+	return r.elements.Close()
+}
+
+// Read reads the device's counters and state.
+func (r *Reader) Read() (*Report, error) {
+	var rep *Report
+	var err error
+	if r.elements == nil {
+		rep, err = readText(r.src)
+	} else {
+		rep, err = readElements(r.elements)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("telemetry/bpf: read %s: %w", r.src.Name, err)
+	}
+	rep.Source = r.src
+	return rep, nil
+}
+
+// wholeTries is how often a reader copies a record whose owner was just writing
+// it. Writing takes tens of nanoseconds, a copy about a microsecond.
+const wholeTries = 4096
+
+func readElements(e elements) (*Report, error) {
+	rec, err := e.info()
+	if err != nil {
+		return nil, err
+	}
+	rep := rec.report()
+	queues := make([]telemetry.Queue, rec.Slots)
+	for q := range queues {
+		words, torn, err := readQueue(e, q)
+		if err != nil {
+			return nil, err
+		}
+		rep.Torn = rep.Torn || torn
+		queues[q].RX = telemetry.ValuesOf((*[telemetry.BlockWords]uint64)(words[:telemetry.BlockWords]))
+		queues[q].TX = telemetry.ValuesOf((*[telemetry.BlockWords]uint64)(words[telemetry.BlockWords:]))
+	}
+	rep.Stats = telemetry.Sum(queues)
+	for slot := range eventSlots {
+		b, err := e.event(slot)
+		if err != nil {
+			return nil, err
+		}
+		var ev eventRecord
+		if err := decode(b, &ev); err != nil {
+			return nil, err
+		}
+		if ev.Seq == 0 || ev.Seq != ev.Begun {
+			continue // empty, or being written
+		}
+		rep.Events = append(rep.Events, telemetry.Event{
+			Seq: ev.Seq, Time: time.Unix(0, int64(ev.Unix)), Kind: telemetry.EventKind(min(ev.Kind, 255)),
+			Queue: int(ev.Queue), A: ev.A, B: ev.B,
+		})
+	}
+	slices.SortFunc(rep.Events, func(a, b telemetry.Event) int {
+		if a.Seq < b.Seq {
+			return -1
+		}
+		return 1
+	})
+	return rep, nil
+}
+
+// readQueue reads an element until both of its blocks were found whole, and
+// gives the last copy if one never is.
+func readQueue(e elements, q int) (words [queueWords]uint64, torn bool, err error) {
+	const n = telemetry.BlockWords
+	var have [2]bool
+	for range wholeTries {
+		b, err := e.counters(q)
+		if err != nil {
+			return words, false, err
+		}
+		var got [queueWords]uint64
+		if err := decode(b, got[:]); err != nil {
+			return words, false, err
+		}
+		for d := range have {
+			if !have[d] {
+				copy(words[d*n:(d+1)*n], got[d*n:])
+				have[d] = got[d*n] == got[d*n+n-1]
+			}
+		}
+		if have[0] && have[1] {
+			return words, false, nil
+		}
+		runtime.Gosched()
+	}
+	return words, true, nil
+}
+
+func (r *infoRecord) report() *Report {
+	rep := &Report{
+		Info: telemetry.Info{
+			Role: telemetry.Role(min(r.Role, 1)), Own: r.Own, Peer: r.Peer, Handle: r.Handle, Queues: int(r.Slots),
+		},
+		Status: telemetry.Status{
+			State: telemetry.State(min(r.State, 255)), Up: r.Up != 0, MTU: r.MTU, Queues: r.Queues, Epoch: r.Epoch,
+		},
+		Reset: telemetry.Reset{
+			Count: r.Reset.Count, RxPackets: r.Reset.RxPackets, RxBytes: r.Reset.RxBytes,
+			TxPackets: r.Reset.TxPackets, TxBytes: r.Reset.TxBytes,
+		},
+		Kind: str(r.Kind[:]), Reason: str(r.Reason[:]), PID: int(int32(r.PID)),
+		Start: time.Unix(0, int64(r.Start)), Heartbeat: time.Unix(0, int64(r.BeatUnix)),
+		Age: time.Duration(bootTime() - r.Beat),
+	}
+	if r.Reset.Count != 0 {
+		rep.Reset.Time = time.Unix(0, int64(r.Reset.Unix))
+	}
+	for b := range telemetry.FeatureNames {
+		if r.Features[b] != 0 {
+			rep.Status.Features |= 1 << b
+		}
+	}
+	for i, part := range strings.SplitN(str(r.MAC[:]), ":", len(rep.Status.MAC)) {
+		v, err := strconv.ParseUint(part, 16, 8)
+		if err != nil {
+			break
+		}
+		rep.Status.MAC[i] = byte(v)
+	}
+	return rep
+}
+
+// mapElements are the records in three maps.
+type mapElements struct{ infos, queues, events *ebpf.Map }
+
+func openPins(dir string) (elements, error) {
+	e := &mapElements{}
+	for _, p := range [...]struct {
+		name string
+		to   **ebpf.Map
+	}{{pinInfo, &e.infos}, {pinCounters, &e.queues}, {pinEvents, &e.events}} {
+		m, err := ebpf.LoadPinnedMap(filepath.Join(dir, p.name), &ebpf.LoadPinOptions{ReadOnly: true})
+		if err != nil {
+			e.Close()
+			return nil, fmt.Errorf("%s: %w", p.name, terse(err))
+		}
+		*p.to = m
+	}
+	return e.checked()
+}
+
+func openMaps(id uint32) (elements, error) {
+	e := &mapElements{}
+	var err error
+	if e.infos, err = ebpf.NewMapFromID(ebpf.MapID(id)); err != nil {
+		return nil, terse(err)
+	}
+	rec, err := e.info()
+	if err == nil {
+		e.queues, err = ebpf.NewMapFromID(ebpf.MapID(rec.Counters))
+	}
+	if err == nil {
+		e.events, err = ebpf.NewMapFromID(ebpf.MapID(rec.Events))
+	}
+	if err != nil {
+		e.Close()
+		return nil, terse(err)
+	}
+	return e.checked()
+}
+
+// checked refuses maps that are not what the info record says.
+func (e *mapElements) checked() (elements, error) {
+	rec, err := e.info()
+	if err == nil && !(isArray(e.queues, queueBytes, int(rec.Slots)) && isArray(e.events, eventBytes, eventSlots)) {
+		err = fmt.Errorf("%w: maps of another size", ErrLayout)
+	}
+	if err != nil {
+		e.Close()
+		return nil, err
+	}
+	return e, nil
+}
+
+func isArray(m *ebpf.Map, size, entries int) bool {
+	return m.Type() == ebpf.Array && m.KeySize() == 4 && m.ValueSize() == uint32(size) && m.MaxEntries() == uint32(entries)
+}
+
+func readInfo(m *ebpf.Map) (*infoRecord, error) {
+	if !isArray(m, infoBytes, 1) {
+		return nil, fmt.Errorf("%w: info of another size", ErrLayout)
+	}
+	return wholeInfo(func() ([]byte, error) { return m.LookupBytes(uint32(0)) })
+}
+
+func wholeInfo(read func() ([]byte, error)) (*infoRecord, error) {
+	rec := &infoRecord{}
+	for range wholeTries {
+		b, err := read()
+		if err != nil {
+			return nil, err
+		}
+		if err := decode(b, rec); err != nil {
+			return nil, err
+		}
+		if err := rec.check(); err != nil {
+			return nil, err
+		}
+		if rec.Done == rec.Begun {
+			break
+		}
+		runtime.Gosched()
+	}
+	return rec, nil
+}
+
+func (e *mapElements) info() (*infoRecord, error)     { return readInfo(e.infos) }
+func (e *mapElements) counters(q int) ([]byte, error) { return e.queues.LookupBytes(uint32(q)) }
+func (e *mapElements) event(slot int) ([]byte, error) { return e.events.LookupBytes(uint32(slot)) }
+func (e *mapElements) Close() error {
+	var errs []error
+	for _, m := range []*ebpf.Map{e.infos, e.queues, e.events} {
+		if m != nil {
+			errs = append(errs, m.Close())
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// fileElements are the records in a memfd. They are read, not mapped, so that a
+// file that shrinks is an error and not a fault.
+type fileElements struct{ f *os.File }
+
+func openMemfd(path string) (elements, error) {
+	// Whatever the link leads to by now must neither block nor be driven.
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK|unix.O_NOCTTY, 0)
+	if err != nil {
+		return nil, err
+	}
+	e := &fileElements{f}
+	if _, err = unix.FcntlInt(f.Fd(), unix.F_GET_SEALS, 0); err != nil {
+		err = fmt.Errorf("%w: not a memfd", ErrLayout)
+	} else {
+		_, err = e.info()
+	}
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	return e, nil
+}
+
+func (e *fileElements) at(offset, n int) ([]byte, error) {
+	b := make([]byte, n)
+	if _, err := e.f.ReadAt(b, int64(offset)); err != nil {
+		if err == io.EOF {
+			err = fmt.Errorf("%w: the file is too short", ErrLayout)
+		}
+		return nil, err
+	}
+	return b, nil
+}
+
+func (e *fileElements) info() (*infoRecord, error) {
+	return wholeInfo(func() ([]byte, error) { return e.at(0, infoBytes) })
+}
+
+func (e *fileElements) counters(q int) ([]byte, error) {
+	return e.at(countersAt+q*queueBytes, queueBytes)
+}
+func (e *fileElements) event(slot int) ([]byte, error) {
+	return e.at(eventsAt+slot*eventBytes, eventBytes)
+}
+func (e *fileElements) Close() error { return e.f.Close() }
+
+// resume reads the totals a killed owner of the pins in dir left. None is no
+// error.
+func (m *mirror) resume(dir string) error {
+	e, err := openPins(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("resume totals: %w", err)
+	}
+	defer e.Close()
+	rec, err := e.info()
+	if err != nil {
+		return fmt.Errorf("resume totals: %w", err)
+	}
+	for q := range min(int(rec.Slots), len(m.base)/2) {
+		words, torn, err := readQueue(e, q)
+		if err != nil {
+			return fmt.Errorf("resume totals: %w", err)
+		}
+		for d := range 2 {
+			block := words[d*telemetry.BlockWords : (d+1)*telemetry.BlockWords]
+			if torn {
+				mendSums(block)
+			}
+			m.base[2*q+d] = slices.Clone(block)
+		}
+	}
+	m.info.Resumed = rec.Start
+	return nil
+}
+
+// mendSums makes the sums of a block whose owner was killed while it wrote it
+// agree with their parts.
+func mendSums(block []uint64) {
+	sums := map[string]uint64{}
+	for _, f := range telemetry.Fields() {
+		if f.SumIn != "" {
+			sums[f.SumIn] += block[f.Word]
+		}
+	}
+	for _, f := range telemetry.Fields() {
+		if sum, ok := sums[f.Name]; ok {
+			block[f.Word] = sum
+		}
+	}
+}
+
+// textLimit bounds what is read of a metrics file.
+const textLimit = 16 << 20
+
+// readText makes a report of what the iterator prints.
+func readText(src Source) (*Report, error) {
+	f, err := os.OpenFile(filepath.Join(src.Path, pinMetrics), os.O_RDONLY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	queues, err := parseText(io.LimitReader(f, textLimit))
+	if err != nil {
+		return nil, err
+	}
+	return &Report{Stats: telemetry.Sum(queues)}, nil
+}
+
+// parseText reads counters back from the text of openmetrics.Write about one
+// device.
+func parseText(r io.Reader) ([]telemetry.Queue, error) {
+	type place struct{ word, words int } // words > 1: a histogram
+	places := map[string]place{}
+	for _, d := range [...]telemetry.Dir{telemetry.RX, telemetry.TX} {
+		for _, f := range telemetry.Fields() {
+			at := place{int(d)*telemetry.BlockWords + f.Word, f.Words()}
+			name := f.Metric(d)
+			switch f.Kind {
+			case telemetry.KindCounter:
+				places[name+"_total"] = at
+			case telemetry.KindGauge:
+				places[name] = at
+			case telemetry.KindHistogram:
+				places[name+"_bucket"] = at
+				places[name+"_sum"] = place{at.word + at.words - 1, 1}
+			}
+		}
+	}
+	var queues [][queueWords]uint64
+	var before uint64 // the bucket above this one
+	bucket := 0
+	ended := false
+	lines := bufio.NewScanner(r)
+	for lines.Scan() {
+		line := lines.Bytes()
+		if ended = bytes.Equal(line, []byte("# EOF")); ended {
+			break
+		}
+		if len(line) == 0 || line[0] == '#' {
+			continue
+		}
+		name, rest, ok1 := strings.Cut(string(line), "{")
+		_, rest, ok2 := strings.Cut(rest, `queue="`)
+		queue, rest, ok3 := strings.Cut(rest, `"`)
+		_, value, ok4 := strings.Cut(rest, "} ")
+		q, err1 := strconv.Atoi(queue)
+		v, err2 := strconv.ParseUint(value, 10, 64)
+		if !ok1 || !ok2 || !ok3 || !ok4 || err1 != nil || err2 != nil || q < 0 || q >= maxQueues {
+			return nil, fmt.Errorf("%w: %q", ErrLayout, str(line))
+		}
+		at, ok := places[name]
+		if !ok {
+			continue // a count, or a field of a later version
+		}
+		for len(queues) <= q {
+			queues = append(queues, [queueWords]uint64{})
+		}
+		if at.words == 1 {
+			queues[q][at.word] = v
+			bucket, before = 0, 0
+			continue
+		}
+		if bucket >= at.words-1 {
+			return nil, fmt.Errorf("%w: too many buckets in %s", ErrLayout, name)
+		}
+		queues[q][at.word+bucket] = v - before
+		bucket, before = bucket+1, v
+	}
+	if err := lines.Err(); err != nil {
+		return nil, err
+	}
+	if !ended {
+		return nil, fmt.Errorf("%w: the text has no end", ErrLayout)
+	}
+	out := make([]telemetry.Queue, len(queues))
+	for q := range queues {
+		out[q].RX = telemetry.ValuesOf((*[telemetry.BlockWords]uint64)(queues[q][:telemetry.BlockWords]))
+		out[q].TX = telemetry.ValuesOf((*[telemetry.BlockWords]uint64)(queues[q][telemetry.BlockWords:]))
+	}
+	return out, nil
+}
