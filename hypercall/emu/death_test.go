@@ -255,9 +255,15 @@ func TestDestroyWhileEverythingRuns(t *testing.T) {
 					}
 				})
 			}
-			buf := make([]byte, 64)
 			refs := slices.Clone(s.Refs)
-			loop(func() { copyFrom(t, b, 1, refs[0], 0, buf) })
+			ops := []hypercall.CopyOp{{
+				Src: hypercall.Area{Dom: 1, Ref: refs[0]}, Dst: hypercall.Area{Local: make([]byte, 64)}, Len: 64,
+			}}
+			loop(func() {
+				if err := b.Copy(ops); err != nil {
+					t.Error(err)
+				}
+			})
 			loop(func() { _ = pb.Notify() })
 			loop(func() { _ = pa.Notify() })
 			loop(func() { _ = wb.Wait(time.Now().Add(time.Millisecond), true) })

@@ -6,7 +6,6 @@ import (
 
 	"barevif/hypercall"
 	"barevif/hypercall/emu"
-	"barevif/test/domainsuite"
 )
 
 // machine makes a machine that must be clean at the end of the test.
@@ -36,19 +35,3 @@ func domain(t testing.TB, m *emu.Machine, id hypercall.DomID) *emu.Domain {
 
 // canMap says whether there are machines with mapped memory here.
 const canMap = runtime.GOOS == "linux"
-
-func pairOn(cfg emu.Config) func(testing.TB) (front, back hypercall.Domain) {
-	return func(t testing.TB) (front, back hypercall.Domain) {
-		m := machine(t, cfg)
-		return domain(t, m, 7), domain(t, m, 300)
-	}
-}
-
-func TestSuiteOnTheHeap(t *testing.T) { domainsuite.Run(t, pairOn(emu.Config{})) }
-
-func TestSuiteOnMappedMemory(t *testing.T) {
-	if !canMap {
-		t.Skip("memfds are Linux's")
-	}
-	domainsuite.Run(t, pairOn(emu.Config{Mapped: true}))
-}

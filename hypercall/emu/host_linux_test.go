@@ -6,7 +6,6 @@ import (
 
 	"barevif/hypercall"
 	"barevif/hypercall/emu"
-	"barevif/test/domainsuite"
 )
 
 func host(t testing.TB, cfg emu.Config) (*emu.Host, string) {
@@ -35,23 +34,4 @@ func join(t testing.TB, path string, id hypercall.DomID) *emu.Domain {
 	}
 	t.Cleanup(d.Destroy)
 	return d
-}
-
-func TestSuiteThroughAHost(t *testing.T) {
-	domainsuite.Run(t, func(t testing.TB) (front, back hypercall.Domain) {
-		_, path := host(t, emu.Config{})
-		return join(t, path, 7), join(t, path, 300)
-	})
-}
-
-// A domain of the host's own process and one of another meet.
-func TestSuiteBetweenHostAndDomain(t *testing.T) {
-	domainsuite.Run(t, func(t testing.TB) (front, back hypercall.Domain) {
-		h, path := host(t, emu.Config{})
-		return domain(t, h.Machine, 7), join(t, path, 300)
-	})
-	domainsuite.Run(t, func(t testing.TB) (front, back hypercall.Domain) {
-		h, path := host(t, emu.Config{})
-		return join(t, path, 7), domain(t, h.Machine, 300)
-	})
 }
