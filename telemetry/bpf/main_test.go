@@ -142,10 +142,14 @@ func owner() int {
 	json.NewEncoder(os.Stdout).Encode(r)
 	done := make(chan struct{})
 	go func() { io.Copy(io.Discard, os.Stdin); close(done) }()
+	tick := time.NewTicker(time.Second)
+	defer tick.Stop()
 	for p.Busy {
 		select {
 		case <-done:
 			p.Busy = false
+		case <-tick.C:
+			set.Tick()
 		default:
 			for range 64 {
 				count(1)

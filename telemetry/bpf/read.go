@@ -11,7 +11,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -198,9 +197,27 @@ func (r *Reader) Read() (*Report, error) {
 	return rep, nil
 }
 
-// wholeTries is how often a reader copies a record whose owner was just writing
-// it. Writing takes tens of nanoseconds, a copy about a microsecond.
-const wholeTries = 4096
+// attempts repeats try until a record was found whole. Its owner writes for tens
+// of nanoseconds, but may be off its processor for milliseconds in the middle of
+// it, which a stopped or dead one is for ever.
+func attempts(patient bool, try func() (whole bool, err error)) (whole bool, err error) {
+	const quick, slow = 64, 100
+	for i := range quick + slow {
+		if i >= quick {
+			if !patient {
+				break
+			}
+			time.Sleep(2 * time.Millisecond)
+		}
+		if whole, err = try(); whole || err != nil {
+			return whole, err
+		}
+	}
+	return false, nil
+}
+
+// aliveAge is how old a heartbeat may be that comes once a second.
+const aliveAge = 3 * time.Second
 
 func readElements(e elements) (*Report, error) {
 	rec, err := e.info()
@@ -210,7 +227,7 @@ func readElements(e elements) (*Report, error) {
 	rep := rec.report()
 	queues := make([]telemetry.Queue, rec.Slots)
 	for q := range queues {
-		words, torn, err := readQueue(e, q)
+		words, torn, err := readQueue(e, q, rep.Age < aliveAge)
 		if err != nil {
 			return nil, err
 		}
@@ -247,17 +264,17 @@ func readElements(e elements) (*Report, error) {
 
 // readQueue reads an element until both of its blocks were found whole, and
 // gives the last copy if one never is.
-func readQueue(e elements, q int) (words [queueWords]uint64, torn bool, err error) {
+func readQueue(e elements, q int, patient bool) (words [queueWords]uint64, torn bool, err error) {
 	const n = telemetry.BlockWords
 	var have [2]bool
-	for range wholeTries {
+	whole, err := attempts(patient, func() (bool, error) {
 		b, err := e.counters(q)
 		if err != nil {
-			return words, false, err
+			return false, err
 		}
 		var got [queueWords]uint64
 		if err := decode(b, got[:]); err != nil {
-			return words, false, err
+			return false, err
 		}
 		for d := range have {
 			if !have[d] {
@@ -265,12 +282,9 @@ func readQueue(e elements, q int) (words [queueWords]uint64, torn bool, err erro
 				have[d] = got[d*n] == got[d*n+n-1]
 			}
 		}
-		if have[0] && have[1] {
-			return words, false, nil
-		}
-		runtime.Gosched()
-	}
-	return words, true, nil
+		return have[0] && have[1], nil
+	})
+	return words, !whole, err
 }
 
 func (r *infoRecord) report() *Report {
@@ -370,23 +384,21 @@ func readInfo(m *ebpf.Map) (*infoRecord, error) {
 	return wholeInfo(func() ([]byte, error) { return m.LookupBytes(uint32(0)) })
 }
 
+// wholeInfo gives the last copy if none was whole: each word is true by itself.
 func wholeInfo(read func() ([]byte, error)) (*infoRecord, error) {
 	rec := &infoRecord{}
-	for range wholeTries {
+	_, err := attempts(false, func() (bool, error) {
 		b, err := read()
-		if err != nil {
-			return nil, err
+		if err == nil {
+			err = decode(b, rec)
 		}
-		if err := decode(b, rec); err != nil {
-			return nil, err
+		if err == nil {
+			err = rec.check()
 		}
-		if err := rec.check(); err != nil {
-			return nil, err
-		}
-		if rec.Done == rec.Begun {
-			break
-		}
-		runtime.Gosched()
+		return err == nil && rec.Done == rec.Begun, err
+	})
+	if err != nil {
+		return nil, err
 	}
 	return rec, nil
 }
@@ -466,7 +478,7 @@ func (m *mirror) resume(dir string) error {
 		return fmt.Errorf("resume totals: %w", err)
 	}
 	for q := range min(int(rec.Slots), len(m.base)/2) {
-		words, torn, err := readQueue(e, q)
+		words, torn, err := readQueue(e, q, false)
 		if err != nil {
 			return fmt.Errorf("resume totals: %w", err)
 		}
