@@ -357,6 +357,13 @@ func (e *backRX) arm() (bool, error) {
 	return more, nil
 }
 
+func (e *backRX) ready(int) bool {
+	n, err := e.ring.Poll()
+	return n > 0 || err != nil
+}
+
+func (e *backRX) overdue() bool { return e.ring.Overdue() }
+
 func (e *backRX) drain() {
 	if e.have {
 		e.have = false

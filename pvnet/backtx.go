@@ -178,4 +178,11 @@ func (e *backTX) arm(need int) (bool, error) {
 	return more, nil
 }
 
+func (e *backTX) ready(need int) bool {
+	n, err := e.ring.Reload()
+	return n >= uint32(need) || err != nil
+}
+
+func (e *backTX) overdue() bool { return e.ring.Overdue() }
+
 func (e *backTX) drain() {}

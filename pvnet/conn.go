@@ -23,10 +23,10 @@ type conn struct {
 
 // A connQueue is one queue of a connection.
 type connQueue struct {
-	tx   sender
-	rx   receiver
-	park *parker
-	keys queueKeys
+	tx             sender
+	rx             receiver
+	txPark, rxPark *parker // one for both if they share a channel
+	keys           queueKeys
 }
 
 // queueKeys is what the frontend publishes of a queue.
@@ -108,13 +108,15 @@ func (m *pageMaker) end(s *hypercall.Share) {
 	}
 }
 
-func (m *pageMaker) waiter() (hypercall.Waiter, error) {
+// port opens an event channel on a waiter of its own, at which p waits.
+func (m *pageMaker) port(p **parker, open func(hypercall.Waiter) (hypercall.Port, error)) (hypercall.Port, error) {
 	w, err := m.dom.Waiter()
 	if err != nil {
 		return nil, err
 	}
 	m.c.undo.add(func() { w.Close() })
-	return w, nil
+	*p = newParker(w)
+	return open(w)
 }
 
 // frontQueue makes the frontend's side of a queue: pages, rings, ports.
@@ -154,21 +156,18 @@ func (m *pageMaker) frontQueue(f features, cfg *Config, rx, tx *telemetry.Block)
 	if err != nil {
 		return q, err
 	}
-	w, err := m.waiter()
-	if err != nil {
-		return q, err
-	}
-	rxPort, err := w.Unbound(m.peer)
+	unbound := func(w hypercall.Waiter) (hypercall.Port, error) { return w.Unbound(m.peer) }
+	rxPort, err := m.port(&q.rxPark, unbound)
 	if err != nil {
 		return q, err
 	}
 	txPort := rxPort
+	q.txPark = q.rxPark
 	if f.split {
-		if txPort, err = w.Unbound(m.peer); err != nil {
+		if txPort, err = m.port(&q.txPark, unbound); err != nil {
 			return q, err
 		}
 	}
-	q.park = newParker(w)
 	q.keys = queueKeys{rings.Refs[0], rings.Refs[1], txPort.ID(), rxPort.ID()}
 	q.tx = &frontTX{
 		ring: ring.NewFront[netif.TxRequest, netif.TxResponse](rings.Slice(0, 1), netif.TxStride),
@@ -220,21 +219,28 @@ func (m *pageMaker) backQueue(f features, k queueKeys, cfg *Config, rx, tx *tele
 	if err != nil {
 		return q, &PeerError{Ring: "rx", Reason: err.Error()}
 	}
-	w, err := m.waiter()
+	bind := func(id hypercall.PortID) func(hypercall.Waiter) (hypercall.Port, error) {
+		return func(w hypercall.Waiter) (hypercall.Port, error) {
+			p, err := w.Bind(m.peer, id)
+			if err != nil {
+				err = fmt.Errorf("event channel %d of domain %d: %w", id, m.peer, err)
+			}
+			return p, err
+		}
+	}
+	// Our receiving half waits for the tx ring's channel.
+	txPort, err := m.port(&q.rxPark, bind(k.txPort))
 	if err != nil {
 		return q, err
 	}
-	rxPort, err := w.Bind(m.peer, k.rxPort)
-	if err != nil {
-		return q, fmt.Errorf("event channel %d of domain %d: %w", k.rxPort, m.peer, err)
-	}
-	txPort := rxPort
+	rxPort := txPort
+	q.txPark = q.rxPark
 	if k.txPort != k.rxPort {
-		if txPort, err = w.Bind(m.peer, k.txPort); err != nil {
-			return q, fmt.Errorf("event channel %d of domain %d: %w", k.txPort, m.peer, err)
+		if rxPort, err = m.port(&q.txPark, bind(k.rxPort)); err != nil {
+			return q, err
 		}
 	}
-	q.park, q.keys = newParker(w), k
+	q.keys = k
 	q.rx = &backRX{ring: txRing, pool: pool, dom: m.dom, peer: m.peer, port: txPort, count: rx}
 	q.tx = &backTX{ring: rxRing, bufs: bufs, dom: m.dom, peer: m.peer, port: rxPort, scatter: f.frontSG, count: tx}
 	rx.Set(telemetry.RingSize, uint64(txRing.Size()))

@@ -54,6 +54,9 @@ type Config struct {
 	// 512. A receiver that holds this many frames gets no more.
 	Buffers int
 
+	// Wait is what a call does that has to wait.
+	Wait WaitMode
+
 	// Counters says where the counters are shown beside the heap. nil: nowhere.
 	Counters telemetry.Store
 
@@ -63,10 +66,43 @@ type Config struct {
 
 // equal reports whether a second Connect agrees with the first.
 func (c Config) equal(o Config) bool {
-	return c.Queues == o.Queues && c.LendRx == o.LendRx && c.Buffers == o.Buffers && c.Counters == o.Counters
+	return c.Queues == o.Queues && c.LendRx == o.LendRx && c.Buffers == o.Buffers &&
+		c.Wait == o.Wait && c.Counters == o.Counters
 }
 
 func (c *Config) queues() int { return max(c.Queues, 1) }
+
+// WaitMode is what a call does that has to wait.
+type WaitMode uint8
+
+const (
+	// Park waits for an event at once: an idle device costs nothing.
+	Park WaitMode = iota
+	// Adaptive looks at the ring for about as long as a wake-up takes, then parks.
+	Adaptive
+	// Busy never parks. It keeps a CPU for itself.
+	Busy
+)
+
+// spinTime is how long Adaptive looks: what waking an idle CPU costs.
+const spinTime = 20 * time.Microsecond
+
+// spins is the number of looks at e that the mode asks for; negative: no end. It
+// is measured here, so that the path itself never reads a clock.
+func (m WaitMode) spins(e engine) int {
+	switch m {
+	case Adaptive:
+		const looks = 256
+		start := time.Now()
+		for range looks {
+			e.ready(maxPieces)
+		}
+		return int(looks * spinTime / max(time.Since(start), 1))
+	case Busy:
+		return -1
+	}
+	return 0
+}
 
 // A LinkEvent says that the link came up or went down.
 type LinkEvent struct {
@@ -528,8 +564,10 @@ func (d *Device) up(c *conn, peer hypercall.DomID) {
 	for i, q := range c.queues {
 		tx, rx := d.tx[i], d.rx[i]
 		tx.eng, rx.eng = q.tx, q.rx
-		tx.park.Store(q.park)
-		rx.park.Store(q.park)
+		tx.park.Store(q.txPark)
+		rx.park.Store(q.rxPark)
+		tx.spins = d.cfg.Wait.spins(q.tx)
+		rx.spins = d.cfg.Wait.spins(q.rx)
 	}
 	d.active.Store(int32(len(c.queues)))
 	d.epoch.Add(1)
@@ -549,11 +587,11 @@ func (d *Device) up(c *conn, peer hypercall.DomID) {
 func (d *Device) down(c *conn, reason string) {
 	d.announce(linkDown, LinkEvent{Reason: reason})
 	for i, q := range c.queues {
-		for _, h := range []*half{&d.tx[i].half, &d.rx[i].half} {
-			if !h.gate.shut(q.park.wake, patience) {
-				d.log.Error("a caller is stuck in the device; its memory is abandoned", "vif", d.id)
-				c.undo = nil
-			}
+		ok := d.tx[i].gate.shut(q.txPark.wake, patience)
+		ok = d.rx[i].gate.shut(q.rxPark.wake, patience) && ok
+		if !ok {
+			d.log.Error("a caller is stuck in the device; its memory is abandoned", "vif", d.id)
+			c.undo = nil
 		}
 	}
 }

@@ -281,6 +281,13 @@ func (e *frontRX) arm() (bool, error) {
 	return more, nil
 }
 
+func (e *frontRX) ready(int) bool {
+	n, err := e.ring.Poll()
+	return n > 0 || err != nil
+}
+
+func (e *frontRX) overdue() bool { return e.ring.Overdue() }
+
 func (e *frontRX) drain() {
 	if e.have {
 		e.have = false

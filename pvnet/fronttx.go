@@ -201,6 +201,13 @@ func (e *frontTX) arm(need int) (bool, error) {
 	return more, nil
 }
 
+func (e *frontTX) ready(int) bool {
+	n, err := e.ring.Poll()
+	return n > 0 || err != nil || e.ring.InFlight() == 0
+}
+
+func (e *frontTX) overdue() bool { return e.ring.Overdue() }
+
 func (e *frontTX) drain() {
 	e.reap() // a violation no longer matters
 	for id, s := range e.state {

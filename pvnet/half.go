@@ -85,6 +85,9 @@ type half struct {
 	count  *telemetry.Block          // written by whoever is inside the gate
 	recent int                       // frames counted since the last publish; inside the gate
 	worked bool                      // anything moved since the last rest; inside the gate
+	parked atomic.Uint32             // odd while the owner waits, and never the same twice
+	rescue atomic.Bool               // the watchdog ended a wait that an event should have
+	spins  int                       // looks at the ring before waiting; written behind the shut gate
 }
 
 func (h *half) init(d *Device, queue int, dir direction, block *telemetry.Block) {
@@ -161,8 +164,48 @@ func (h *half) rest() error {
 	h.recent, h.worked = 0, false
 	h.count.Add(telemetry.Parks, 1)
 	h.count.Flush()
-	return h.park.Load().wait(h.dir, h.deadline(), worked)
+	h.parked.Add(1)
+	err := h.park.Load().wait(h.dir, h.deadline(), worked)
+	h.parked.Add(1)
+	if h.rescue.Swap(false) {
+		h.count.Add(telemetry.RescuedWakeups, 1)
+	}
+	return err
 }
+
+// An engine is what a half's two kinds of engine have in common.
+type engine interface {
+	// ready looks at the ring once: is there a frame, or room for need slots?
+	ready(need int) bool
+
+	// overdue reports whether what arm asked for is there. The watchdog calls it
+	// while the owner waits.
+	overdue() bool
+
+	// drain counts what the end of the connection loses, and takes every page
+	// home. The gate is shut.
+	drain()
+}
+
+// spin looks at the ring until it is ready, or for as long as the Config says,
+// and reports whether it is.
+func (h *half) spin(e engine, need int) bool {
+	for i := 0; h.spins < 0 || i < h.spins; i++ {
+		if e.ready(need) {
+			return true
+		}
+		if i%spinYield == spinYield-1 {
+			if h.gate.state.Load() != gateBusy || h.ending.Load() || h.expired() {
+				return false
+			}
+			runtime.Gosched()
+		}
+	}
+	return false
+}
+
+// spinYield is how many looks there are between two that let others run.
+const spinYield = 64
 
 // retry says what a call that found the gate shut does: nil if the link is back
 // and it may try again, an error if not.

@@ -55,6 +55,9 @@ type life struct {
 	pause   time.Duration
 	state   xenbus.State // last written, for the event log
 	first   chan error   // told once: up, or why not; nil after
+
+	suspects []suspect        // halves that seem to have missed an event
+	recheck  <-chan time.Time // when to look at them again
 }
 
 // run is the goroutine. stop ends it; it closes d.done.
@@ -91,6 +94,8 @@ func (l *life) run(stop context.Context) {
 		case <-retry:
 		case <-tick.C:
 			l.beat()
+		case <-l.recheck:
+			l.rescue()
 		}
 	}
 	l.release()
@@ -138,16 +143,49 @@ func (l *life) violated(v *PeerError) {
 	l.leave(v)
 }
 
-// beat is the slow tick: halves that are parked look at their rings, publish and
-// heal their counters.
+// beat is the slow tick: the heartbeat, and a look at halves that wait although
+// what they wait for is there.
 func (l *life) beat() {
 	l.d.set.Tick()
+	l.suspects = l.suspects[:0]
 	if !l.running {
 		return
 	}
-	for _, q := range l.conn.queues {
-		q.park.tick()
+	for i, q := range l.conn.queues {
+		for _, s := range []suspect{{&l.d.tx[i].half, q.tx, q.txPark, 0}, {&l.d.rx[i].half, q.rx, q.rxPark, 0}} {
+			if s.seq = s.half.parked.Load(); s.seq%2 == 1 && s.eng.overdue() {
+				l.suspects = append(l.suspects, s)
+			}
+		}
 	}
+	if len(l.suspects) > 0 {
+		l.recheck = time.After(graceOfEvents)
+	}
+}
+
+// graceOfEvents is how long an event may be under way: the peer publishes first
+// and notifies then, and may be stopped in between.
+const graceOfEvents = 20 * time.Millisecond
+
+// A suspect is a half that seems to have missed an event.
+type suspect struct {
+	half *half
+	eng  engine
+	park *parker
+	seq  uint32 // of its wait
+}
+
+// rescue wakes the suspects that still wait. On a correct system there are none.
+func (l *life) rescue() {
+	l.recheck = nil
+	for _, s := range l.suspects {
+		if l.running && s.half.parked.Load() == s.seq && s.eng.overdue() {
+			s.half.rescue.Store(true)
+			l.d.set.Record(telemetry.EventRescued, s.half.queue, 0, 0)
+			s.park.wake()
+		}
+	}
+	l.suspects = l.suspects[:0]
 }
 
 // step does what the handshake says until there is nothing to do but wait. It

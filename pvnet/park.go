@@ -15,9 +15,10 @@ const (
 	transmit
 )
 
-// A parker lets the two halves of a queue wait on one Waiter. The first to come
-// leads: it waits for both. Whatever ends its wait ends the other's too, since an
-// event does not say whom it is for.
+// A parker is where a half waits. With an event channel for each direction each
+// half has its own. With one channel for both they share one: the first to come
+// leads and waits for both, and whatever ends its wait ends the other's too, since
+// an event does not say whom it is for.
 type parker struct {
 	w      hypercall.Waiter
 	follow chan struct{} // wakes the half that does not lead
@@ -26,7 +27,7 @@ type parker struct {
 	leading   bool    // guarded by mu
 	following bool    // guarded by mu
 	woken     [2]bool // guarded by mu: look before waiting
-	worked    bool    // guarded by mu: since the last wait
+	worked    bool    // guarded by mu: since the last wait, or nobody knows
 }
 
 func newParker(w hypercall.Waiter) *parker {
@@ -56,6 +57,7 @@ func (p *parker) wait(d direction, deadline time.Time, worked bool) error {
 	p.leading = false
 	p.woken[d] = false
 	p.woken[1-d] = true
+	p.worked = p.following // it may have been for the other half, which will not be asked
 	p.passLocked()
 	p.mu.Unlock()
 	return err
@@ -103,6 +105,3 @@ func (p *parker) wake() {
 	p.mu.Unlock()
 	p.w.Wake()
 }
-
-// tick is wake once a second: a wake-up that was lost costs no more than that.
-func (p *parker) tick() { p.wake() }

@@ -581,3 +581,86 @@ func TestChecksumsLeftBlankAreCompleted(t *testing.T) {
 		rx.Release(f[:])
 	}
 }
+
+func TestEveryWayToWaitMovesFrames(t *testing.T) {
+	for _, mode := range []WaitMode{Park, Adaptive, Busy} {
+		p := join(t, emu.Config{}, plain, Config{Wait: mode})
+		const total = 2000
+		tx, _ := own(t, p.front)
+		_, rx := own(t, p.back)
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			var f [8]Frame
+			for sent := 0; sent < total; {
+				n, err := tx.AllocWait(f[:], 100)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				if _, err := tx.SendWait(f[:n]); err != nil {
+					t.Error(err)
+					return
+				}
+				sent += n
+			}
+		})
+		var f [8]Frame
+		for got := 0; got < total; {
+			n, err := rx.Receive(f[:])
+			if err != nil {
+				t.Fatal(mode, got, err)
+			}
+			rx.Release(f[:n])
+			got += n
+		}
+		wg.Wait()
+		rx.SetDeadline(time.Now().Add(10 * time.Millisecond))
+		if _, err := rx.Receive(f[:]); !errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("mode %d: %v", mode, err)
+		}
+	}
+}
+
+// An event that is lost, which no correct machine does, costs at most a second,
+// and is counted.
+func TestALostEventIsRescued(t *testing.T) {
+	p := join(t, emu.Config{}, plain, Config{})
+	tx, _ := own(t, p.front)
+	_, rx := own(t, p.back)
+	lift := p.fdom.Fail(emu.Fault{Op: emu.OpNotify, Times: -1, Event: emu.EventLost})
+	got := make(chan error, 1)
+	go func() {
+		var f [1]Frame
+		_, err := rx.Receive(f[:])
+		rx.Release(f[:])
+		got <- err
+	}()
+	for rx.parked.Load()%2 == 0 {
+		time.Sleep(time.Millisecond)
+	}
+	for rx.parked.Load() < 3 { // the event of the bind is the first
+		rx.park.Load().wake()
+		time.Sleep(time.Millisecond)
+	}
+	for rx.parked.Load()%2 == 0 {
+		time.Sleep(time.Millisecond)
+	}
+	var f [1]Frame
+	tx.AllocSize(f[:], 60)
+	tx.Send(f[:])
+	lift()
+	l := &life{d: p.back, conn: p.conns[1], running: true}
+	l.beat()
+	if len(l.suspects) != 1 {
+		t.Fatalf("%d halves are suspected", len(l.suspects))
+	}
+	<-l.recheck
+	l.rescue()
+	if err := <-got; err != nil {
+		t.Fatal(err)
+	}
+	st := p.back.Stats()
+	if n := st.RX.Get(telemetry.RescuedWakeups); n != 1 {
+		t.Errorf("%d rescues counted", n)
+	}
+}

@@ -22,8 +22,7 @@ type receiver interface {
 	// is there already.
 	arm() (more bool, err error)
 
-	// drain counts what the end of the connection loses. The gate is shut.
-	drain()
+	engine
 }
 
 // Receive waits for at least one frame, the deadline (os.ErrDeadlineExceeded) or
@@ -60,7 +59,10 @@ func (rx *RX) receive(frames []Frame, into bool) (int, error) {
 			}
 			return n, rx.dev.judge(err)
 		}
-		more, err := rx.eng.arm()
+		more := rx.spins != 0 && rx.spin(rx.eng, 1)
+		if !more {
+			more, err = rx.eng.arm()
+		}
 		switch {
 		case err != nil:
 		case !more:

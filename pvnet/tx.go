@@ -25,8 +25,7 @@ type sender interface {
 	// a buffer if need is 0, and reports whether there already is.
 	arm(need int) (more bool, err error)
 
-	// drain counts what the end of the connection loses. The gate is shut.
-	drain()
+	engine
 }
 
 // Alloc makes empty frames with headroom, in pages the peer already has a grant
@@ -111,6 +110,9 @@ func (tx *TX) SendWait(frames []Frame) (n int, err error) {
 
 // wait leaves the gate after there may be room for need slots.
 func (tx *TX) wait(need int) error {
+	if tx.spins != 0 && tx.spin(tx.eng, need) {
+		return tx.leaveWith(nil)
+	}
 	more, err := tx.eng.arm(need)
 	if err == nil && !more {
 		err = tx.rest()

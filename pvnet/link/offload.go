@@ -107,32 +107,23 @@ func (o *Offload) Complete(n int, bufs [][]byte) error {
 		return ErrOffload
 	}
 	var sum uint64
-	var odd bool // the next byte is the low one of its word
+	var odd bool // the next byte is the second of its word
 	at := 0      // bytes before b
 	for _, b := range bufs {
 		size := min(len(b), n-at)
 		part := b[min(max(start-at, 0), size):size]
 		at += size
-		if odd && len(part) > 0 {
-			sum += uint64(part[0])
-			part, odd = part[1:], false
+		s := uint64(fold(addSum(0, part)))
+		if odd { // part begins in the middle of a word
+			s = s>>8 | s<<8&0xff00
 		}
-		for len(part) >= 2 {
-			sum += uint64(binary.BigEndian.Uint16(part))
-			part = part[2:]
-		}
-		if len(part) == 1 {
-			sum += uint64(part[0]) << 8
-			odd = true
-		}
+		sum += s
+		odd = odd != (len(part)&1 != 0)
 	}
 	if at < n { // bufs holds less than the frame
 		return ErrOffload
 	}
-	for sum>>16 != 0 {
-		sum = sum&0xffff + sum>>16
-	}
-	v := ^uint16(sum)
+	v := ^fold(sum)
 	if v == 0 { // in UDP zero means "none"; the two are equal in ones' complement
 		v = 0xffff
 	}

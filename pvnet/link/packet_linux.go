@@ -137,7 +137,9 @@ func bindPacket(fd int, info Info, index int) error {
 }
 
 // ReadFrame: see [Link].
-func (p *Packet) ReadFrame(bufs [][]byte) (n int, off Offload, err error) {
+func (p *Packet) ReadFrame(bufs [][]byte) (n int, off Offload, err error) { return p.read(bufs, true) }
+
+func (p *Packet) read(bufs [][]byte, wait bool) (n int, off Offload, err error) {
 	if len(bufs) > MaxPieces {
 		return 0, off, ErrTooManyPieces
 	}
@@ -154,7 +156,7 @@ func (p *Packet) ReadFrame(bufs [][]byte) (n int, off Offload, err error) {
 	for _, b := range bufs {
 		r.vec.add(b)
 	}
-	err = p.receive()
+	err = p.receive(wait)
 	r.vec.clear()
 	if err != nil {
 		p.noteDown(err)

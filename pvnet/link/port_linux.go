@@ -29,7 +29,8 @@ type half struct {
 	vec    vector
 	header [headerSize]byte
 	try    func(fd uintptr) (done bool)
-	n      int // what the last try returned
+	once   func(fd uintptr) // try, whatever it says
+	n      int              // what the last try returned
 	errno  syscall.Errno
 }
 
@@ -52,6 +53,8 @@ func (p *port) init(fd int, info Info, mute error) error {
 		return err
 	}
 	p.conn = conn
+	p.rd.once = func(fd uintptr) { p.rd.try(fd) }
+	p.wr.once = func(fd uintptr) { p.wr.try(fd) }
 	p.wr.try = func(fd uintptr) bool {
 		p.wr.n, p.wr.errno = again(fd, p.wr.vec.writev)
 		return p.wr.errno != unix.EAGAIN
@@ -81,6 +84,9 @@ func (p *port) SetReadDeadline(t time.Time) error {
 	}
 	return nil
 }
+
+// setWriteDeadline ends WriteFrame's wait.
+func (p *port) setWriteDeadline(t time.Time) error { return p.file.SetWriteDeadline(t) }
 
 func (p *port) Close() error {
 	if p.closed.Swap(true) {
@@ -136,9 +142,17 @@ func (p *port) WriteFrame(off Offload, bufs [][]byte) (int, error) {
 	return size, nil
 }
 
-// receive waits for one call of rd.try to be done. The caller holds rd.mu.
-func (p *port) receive() error {
-	if err := p.conn.Read(p.rd.try); err != nil {
+// receive waits for one call of rd.try to be done, or makes just one. The caller
+// holds rd.mu.
+func (p *port) receive(wait bool) error {
+	if !wait {
+		if err := p.conn.Control(p.rd.once); err != nil {
+			return p.failure(err)
+		}
+		if p.rd.errno == unix.EAGAIN {
+			return errNone
+		}
+	} else if err := p.conn.Read(p.rd.try); err != nil {
 		return p.stuck(err, &p.rd)
 	}
 	if p.rd.errno != 0 {
@@ -153,7 +167,7 @@ func (p *port) stuck(err error, h *half) error {
 	if p.closed.Load() || errors.Is(err, os.ErrDeadlineExceeded) {
 		return p.failure(err)
 	}
-	if err := p.conn.Control(func(fd uintptr) { h.try(fd) }); err != nil {
+	if err := p.conn.Control(h.once); err != nil {
 		return p.failure(err)
 	}
 	switch h.errno {

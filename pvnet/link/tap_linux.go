@@ -235,7 +235,9 @@ func (t *TAP) init(fd int, info Info) error {
 }
 
 // ReadFrame: see [Link].
-func (t *TAP) ReadFrame(bufs [][]byte) (n int, off Offload, err error) {
+func (t *TAP) ReadFrame(bufs [][]byte) (n int, off Offload, err error) { return t.read(bufs, true) }
+
+func (t *TAP) read(bufs [][]byte, wait bool) (n int, off Offload, err error) {
 	if len(bufs) > MaxPieces {
 		return 0, off, ErrTooManyPieces
 	}
@@ -250,7 +252,7 @@ func (t *TAP) ReadFrame(bufs [][]byte) (n int, off Offload, err error) {
 	// A TAP does not say that it cut a frame short. A byte more than the caller
 	// has room for shows it.
 	r.vec.add(t.spare[:])
-	err = t.receive()
+	err = t.receive(wait)
 	r.vec.clear()
 	if err != nil {
 		return 0, off, err

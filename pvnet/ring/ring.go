@@ -11,6 +11,7 @@ package ring
 
 import (
 	"errors"
+	"sync/atomic"
 
 	"barevif/arena/shm"
 )
@@ -68,8 +69,15 @@ type observer[T any] struct {
 	slots shm.Slots[T]
 	prod  shm.In
 	event shm.Out
-	cons  uint32 // next slot to take
-	seen  uint32 // last value loaded from prod, and checked
+	cons  uint32        // next slot to take
+	seen  uint32        // last value loaded from prod, and checked
+	armed atomic.Uint32 // last value stored in event; for overdue, which is not the owner's
+}
+
+func (o *observer[T]) init(slots shm.Slots[T], prod shm.In, event shm.Out, at uint32) {
+	o.slots, o.prod, o.event = slots, prod, event
+	o.cons, o.seen = at, at
+	o.armed.Store(at + 1)
 }
 
 // poll returns how many slots may be taken. limit is how far past cons a correct
@@ -98,10 +106,15 @@ func (o *observer[T]) take() T {
 }
 
 func (o *observer[T]) arm(after, limit uint32) (more bool, err error) {
+	o.armed.Store(o.cons + after)
 	o.event.Store(o.cons + after)
 	n, err := o.load(limit) // after the store of event: a peer that missed it is seen here
 	return n >= after, err
 }
+
+// overdue reports whether the peer has passed the index it was asked to notify
+// at.
+func (o *observer[T]) overdue() bool { return int32(o.prod.Load()-o.armed.Load()) >= 0 }
 
 // A Front produces requests and takes responses.
 type Front[Req, Rsp any] struct {
@@ -126,11 +139,7 @@ func newFront[Req, Rsp any](page shm.Memory, stride int, first uint32) *Front[Re
 		prod:  page.Out(reqProd), event: page.In(reqEvent),
 		next: first, shown: first,
 	}
-	f.rsp = observer[Rsp]{
-		slots: shm.NewSlots[Rsp](page, slots, n, stride),
-		prod:  page.In(rspProd), event: page.Out(rspEvent),
-		cons: first, seen: first,
-	}
+	f.rsp.init(shm.NewSlots[Rsp](page, slots, n, stride), page.In(rspProd), page.Out(rspEvent), first)
 	// SHARED_RING_INIT: producers where we start, events one past. The peer does
 	// not know the page yet, so its own words may be set too.
 	f.req.prod.Store(first)
@@ -187,6 +196,10 @@ func (f *Front[Req, Rsp]) Arm(after uint32) (more bool, err error) {
 	return f.rsp.arm(max(1, min(after, f.InFlight())), f.InFlight())
 }
 
+// Overdue reports whether the responses Arm asked for are there. Any goroutine may
+// call it while the page is mapped: a watchdog does, for an owner that waits.
+func (f *Front[Req, Rsp]) Overdue() bool { return f.rsp.overdue() }
+
 // A Back takes requests and produces responses.
 type Back[Req, Rsp any] struct {
 	req observer[Req]
@@ -202,11 +215,7 @@ func AttachBack[Req, Rsp any](page shm.Memory, stride int) (*Back[Req, Rsp], err
 	n := Entries(stride)
 	at := page.In(rspProd).Load() // ours from now on, never loaded again
 	b := &Back[Req, Rsp]{n: uint32(n)}
-	b.req = observer[Req]{
-		slots: shm.NewSlots[Req](page, slots, n, stride),
-		prod:  page.In(reqProd), event: page.Out(reqEvent),
-		cons: at, seen: at,
-	}
+	b.req.init(shm.NewSlots[Req](page, slots, n, stride), page.In(reqProd), page.Out(reqEvent), at)
 	b.rsp = publisher[Rsp]{
 		slots: shm.NewSlots[Rsp](page, slots, n, stride),
 		prod:  page.Out(rspProd), event: page.In(rspEvent),
@@ -264,3 +273,7 @@ func (b *Back[Req, Rsp]) Publish() (notify bool) { return b.rsp.publish() }
 func (b *Back[Req, Rsp]) Arm(after uint32) (more bool, err error) {
 	return b.req.arm(max(1, min(after, b.limit())), b.limit())
 }
+
+// Overdue reports whether the requests Arm asked for are there. Any goroutine may
+// call it while the page is mapped: a watchdog does, for an owner that waits.
+func (b *Back[Req, Rsp]) Overdue() bool { return b.req.overdue() }

@@ -1,0 +1,104 @@
+package pvnet
+
+import (
+	"fmt"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"barevif/hypercall/emu"
+)
+
+// BenchmarkDevice moves frames from one owner to the other: alone in one
+// goroutine, where the cost of the code shows, and between two, where the cost
+// of cache lines and wake-ups is in it.
+func BenchmarkDevice(b *testing.B) {
+	for _, dir := range []string{"front-to-back", "back-to-front"} {
+		for _, size := range []int{64, 1500, 65535} {
+			for _, batch := range []int{1, 32} {
+				if size > 4096 && batch > 8 {
+					batch = 8 // 8 times 17 slots
+				}
+				b.Run(fmt.Sprintf("%s/size=%d/batch=%d/one", dir, size, batch), func(b *testing.B) {
+					tx, rx := benchPair(b, dir)
+					frames := make([]Frame, batch)
+					b.ReportAllocs()
+					for b.Loop() {
+						n := tx.AllocSize(frames, size)
+						if k, err := tx.Send(frames[:n]); k != batch {
+							b.Fatal(k, err)
+						}
+						for n > 0 {
+							k, err := rx.Receive(frames[:n])
+							if err != nil {
+								b.Fatal(err)
+							}
+							rx.Release(frames[:k])
+							n -= k
+						}
+					}
+					report(b, b.N*batch, size)
+				})
+				b.Run(fmt.Sprintf("%s/size=%d/batch=%d/two", dir, size, batch), func(b *testing.B) {
+					tx, rx := benchPair(b, dir)
+					b.ReportAllocs()
+					var total atomic.Int64 // frames to come; -1 while the sender goes on
+					total.Store(-1)
+					done := make(chan struct{})
+					go func() {
+						defer close(done)
+						frames := make([]Frame, batch)
+						for got := int64(0); got != total.Load(); {
+							n, err := rx.Receive(frames)
+							if err != nil {
+								continue // woken to look at total
+							}
+							rx.Release(frames[:n])
+							got += int64(n)
+						}
+					}()
+					sent := 0
+					frames := make([]Frame, batch)
+					for b.Loop() {
+						n, err := tx.AllocWait(frames, size)
+						if err != nil {
+							b.Fatal(err)
+						}
+						if _, err := tx.SendWait(frames[:n]); err != nil {
+							b.Fatal(err)
+						}
+						sent += n
+					}
+					total.Store(int64(sent))
+					rx.SetDeadline(time.Now().Add(time.Millisecond))
+					<-done
+					report(b, sent, size)
+				})
+			}
+		}
+	}
+}
+
+func benchPair(b *testing.B, dir string) (*TX, *RX) {
+	p := join(b, emu.Config{}, plain, Config{})
+	from, to := p.front, p.back
+	if dir == "back-to-front" {
+		from, to = to, from
+	}
+	tx, err := from.OwnTX(0)
+	if err != nil {
+		b.Fatal(err)
+	}
+	rx, err := to.OwnRX(0)
+	if err != nil {
+		b.Fatal(err)
+	}
+	return tx, rx
+}
+
+func report(b *testing.B, frames, size int) {
+	ns := float64(b.Elapsed().Nanoseconds()) / float64(frames)
+	b.ReportMetric(ns, "ns/frame")
+	b.ReportMetric(1e9/ns, "frames/s")
+	b.ReportMetric(float64(size)*8/ns, "Gbit/s")
+}
