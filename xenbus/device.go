@@ -175,7 +175,7 @@ func openDevice(ctx context.Context, c *Client, d *Device, parent string) (*Devi
 		d.own.Close()
 		return nil, err
 	}
-	d.peer, d.cur.Generation = peer, 1
+	d.peer = peer
 	life, cancel := context.WithCancel(context.Background())
 	d.cancel = cancel
 	go d.run(life)
@@ -204,7 +204,7 @@ func (d *Device) Peer() (dir string, dom hypercall.DomID) {
 // the Device or the Client is. One goroutine should receive from it.
 func (d *Device) Changes() <-chan Change { return d.changes }
 
-// Current is the last Change, taken or not.
+// Current is the last Change, taken or not; before the first its Generation is 0.
 func (d *Device) Current() Change {
 	d.mu.Lock()
 	defer d.mu.Unlock()

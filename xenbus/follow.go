@@ -314,7 +314,7 @@ func (d *Device) refresh(ctx context.Context, stale parts) (left parts, err erro
 				stale.peer = true
 			}
 		}
-		if replaced {
+		if replaced || ch.Generation == 0 {
 			ch.Generation++
 			ch.SawClosing = false
 			stale.peer = true
