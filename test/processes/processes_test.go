@@ -1,0 +1,320 @@
+// Package processes tests and measures a frontend and a backend in two processes,
+// as they are on a real machine.
+package processes
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"testing"
+	"time"
+
+	"barevif/hypercall"
+	"barevif/hypercall/emu"
+	"barevif/pvnet"
+	"barevif/telemetry"
+	"barevif/xenbus"
+	"barevif/xenbus/store"
+	"barevif/xenbus/toolstack"
+)
+
+const childVar = "BAREVIF_TEST_CHILD"
+
+func TestMain(m *testing.M) {
+	if os.Getenv(childVar) != "" {
+		if err := child(); err != nil {
+			fmt.Fprintln(os.Stderr, "child:", err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	os.Exit(m.Run())
+}
+
+// child is the frontend in a process of its own: it sends frames of a size for
+// ever, or sends back what it receives, or takes it in. It ends when its standard
+// input does.
+func child() error {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	dom, err := emu.Join(ctx, os.Getenv("BAREVIF_TEST_SOCKET"), 1)
+	if err != nil {
+		return err
+	}
+	defer dom.Destroy()
+	dev, err := pvnet.Connect(ctx, dom, "0", pvnet.Config{})
+	if err != nil {
+		return err
+	}
+	defer dev.Disconnect()
+	go func() {
+		io.Copy(io.Discard, os.Stdin)
+		dev.Disconnect()
+	}()
+	fmt.Println("ready")
+	size, _ := strconv.Atoi(os.Getenv("BAREVIF_TEST_SIZE"))
+	tx, err := dev.OwnTX(0)
+	if err != nil {
+		return err
+	}
+	rx, err := dev.OwnRX(0)
+	if err != nil {
+		return err
+	}
+	frames := make([]pvnet.Frame, 32)
+	for err == nil {
+		n := 0
+		switch os.Getenv(childVar) {
+		case "send":
+			if n, err = tx.AllocWait(frames, size); err == nil {
+				_, err = tx.SendWait(frames[:n])
+			}
+		case "sink":
+			n, err = rx.Receive(frames)
+			rx.Release(frames[:n])
+		case "echo":
+			if n, err = rx.Receive(frames); err == nil {
+				_, err = tx.SendWait(frames[:n])
+			}
+		}
+	}
+	if errors.Is(err, pvnet.ErrDisconnected) {
+		err = nil
+	}
+	return err
+}
+
+// A machine has a host, a backend in this process, and room for a child.
+type machine struct {
+	t      testing.TB
+	socket string
+	backs  chan *pvnet.Device
+}
+
+func start(t testing.TB) *machine {
+	t.Helper()
+	m := &machine{t: t, socket: filepath.Join(t.TempDir(), "host"), backs: make(chan *pvnet.Device, 4)}
+	st := store.New(store.Config{})
+	h, err := emu.Listen(m.socket, emu.Config{Store: func(dom hypercall.DomID, conn io.ReadWriteCloser) {
+		st.ServeConn(conn, dom)
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	// The store is not told of deaths: on Xen a domain outlives a process of its.
+	dom0, err := h.NewDomain(0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	bdom, err := h.NewDomain(2)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	tools, err := xenbus.Dial(ctx, dom0.Store, xenbus.Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, id := range []hypercall.DomID{0, 1, 2} {
+		st.Introduce(id)
+		if err := toolstack.Home(ctx, tools, id); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := toolstack.Add(ctx, tools, toolstack.Vif{Front: 1, Back: 2, MAC: [6]byte{0, 0x16, 0x3e, 0, 0, 1}}); err != nil {
+		t.Fatal(err)
+	}
+	served := make(chan error, 1)
+	go func() {
+		served <- pvnet.Serve(ctx, bdom, pvnet.ServeConfig{Hotplug: true}, func(d *pvnet.Device) { m.backs <- d })
+	}()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-served; !errors.Is(err, context.Canceled) {
+			t.Errorf("Serve: %v", err)
+		}
+		tools.Close()
+		if err := h.CheckClean(); err != nil {
+			t.Error(err)
+		}
+		h.Close()
+		st.Close()
+	})
+	return m
+}
+
+// frontend starts the child. stop asks it to end and waits.
+func (m *machine) frontend(mode string, size int) (cmd *exec.Cmd, stop func()) {
+	m.t.Helper()
+	exe, err := os.Executable()
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	cmd = exec.Command(exe)
+	cmd.Env = append(os.Environ(), childVar+"="+mode, "BAREVIF_TEST_SOCKET="+m.socket, "BAREVIF_TEST_SIZE="+strconv.Itoa(size))
+	cmd.Stderr = os.Stderr
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		m.t.Fatal(err)
+	}
+	if line, err := bufio.NewReader(out).ReadString('\n'); line != "ready\n" {
+		m.t.Fatalf("the frontend said %q, %v", line, err)
+	}
+	return cmd, func() {
+		in.Close()
+		if err := cmd.Wait(); err != nil {
+			m.t.Errorf("the frontend ended with %v", err)
+		}
+	}
+}
+
+// device is the backend's, up.
+func (m *machine) device() *pvnet.Device {
+	m.t.Helper()
+	select {
+	case d := <-m.backs:
+		for ev := range d.Link() {
+			if ev.Up {
+				return d
+			}
+		}
+	case <-time.After(20 * time.Second):
+	}
+	m.t.Fatal("no backend came up")
+	return nil
+}
+
+func own(t testing.TB, d *pvnet.Device) (*pvnet.TX, *pvnet.RX) {
+	t.Helper()
+	tx, err := d.OwnTX(0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rx, err := d.OwnRX(0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return tx, rx
+}
+
+func TestFramesCrossProcesses(t *testing.T) {
+	m := start(t)
+	_, stop := m.frontend("echo", 0)
+	defer stop()
+	tx, rx := own(t, m.device())
+	limit := time.Now().Add(30 * time.Second)
+	tx.SetDeadline(limit)
+	rx.SetDeadline(limit)
+	var f [1]pvnet.Frame
+	for i := range 300 {
+		want := make([]byte, 14+i*i%65000)
+		for k := range want {
+			want[k] = byte(k*3 + i)
+		}
+		if _, err := tx.AllocWait(f[:], len(want)); err != nil {
+			t.Fatal(err)
+		}
+		f[0].CopyFrom(want)
+		if _, err := tx.SendWait(f[:]); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := rx.Receive(f[:]); err != nil {
+			t.Fatal(err)
+		}
+		got := make([]byte, f[0].Len())
+		f[0].CopyTo(got)
+		if string(got) != string(want) {
+			t.Fatalf("frame %d: %d bytes came back as %d others", i, len(want), len(got))
+		}
+		rx.Release(f[:])
+	}
+}
+
+// A frontend that is killed leaves its state as it was. The next one connects.
+func TestAKilledFrontendComesBack(t *testing.T) {
+	m := start(t)
+	var dev *pvnet.Device
+	for round := range 5 {
+		cmd, stop := m.frontend("send", 500)
+		if dev == nil {
+			dev = m.device()
+			rx, err := dev.OwnRX(0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			go func() {
+				frames := make([]pvnet.Frame, 32)
+				for {
+					n, err := rx.Receive(frames)
+					if err != nil {
+						return
+					}
+					rx.Release(frames[:n])
+				}
+			}()
+		}
+		before := dev.Stats().RX
+		for end := time.Now().Add(20 * time.Second); ; time.Sleep(time.Millisecond) {
+			now := dev.Stats().RX
+			if now.Get(telemetry.Packets) > before.Get(telemetry.Packets)+1000 {
+				break
+			}
+			if time.Now().After(end) {
+				t.Fatalf("round %d: no frames", round)
+			}
+		}
+		if round == 4 {
+			stop()
+			break
+		}
+		cmd.Process.Kill()
+		cmd.Wait()
+	}
+}
+
+func BenchmarkProcesses(b *testing.B) {
+	for _, size := range []int{64, 1500, 65535} {
+		for _, mode := range []string{"send", "sink"} {
+			name := map[string]string{"send": "front-to-back", "sink": "back-to-front"}[mode]
+			b.Run(fmt.Sprintf("%s/size=%d/batch=32", name, size), func(b *testing.B) {
+				m := start(b)
+				_, stop := m.frontend(mode, size)
+				defer stop()
+				tx, rx := own(b, m.device())
+				frames := make([]pvnet.Frame, 32)
+				moved := 0
+				for b.Loop() {
+					var n int
+					var err error
+					if mode == "send" {
+						n, err = rx.Receive(frames)
+						rx.Release(frames[:n])
+					} else if n, err = tx.AllocWait(frames, size); err == nil {
+						_, err = tx.SendWait(frames[:n])
+					}
+					if err != nil {
+						b.Fatal(err)
+					}
+					moved += n
+				}
+				ns := float64(b.Elapsed().Nanoseconds()) / float64(moved)
+				b.ReportMetric(ns, "ns/frame")
+				b.ReportMetric(1e9/ns, "frames/s")
+				b.ReportMetric(float64(size)*8/ns, "Gbit/s")
+			})
+		}
+	}
+}
