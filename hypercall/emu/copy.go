@@ -87,24 +87,25 @@ func (d *Domain) copySome(ops []hypercall.CopyOp) (n int, miss *hypercall.Area, 
 	if d.dead.Load() {
 		return 0, nil, errDead
 	}
+	var peer known
 	for i := range ops {
 		op := &ops[i]
 		if op.Len == 0 {
 			op.Status = hypercall.OK
 			continue
 		}
-		src, miss, st := d.reach(&op.Src, op.Len, hypercall.ReadOnly)
+		src, miss, st := d.reach(&peer, &op.Src, op.Len, hypercall.ReadOnly)
 		if miss {
 			return i, &op.Src, nil
 		}
 		var dst []byte
 		if st == hypercall.OK {
-			if dst, miss, st = d.reach(&op.Dst, op.Len, hypercall.ReadWrite); miss {
+			if dst, miss, st = d.reach(&peer, &op.Dst, op.Len, hypercall.ReadWrite); miss {
 				return i, &op.Dst, nil
 			}
 		}
 		if d.faults.Load() != nil {
-			if f := d.fault(OpCopyGrant); f != nil {
+			if f := d.fault(OpCopyGrant); f != nil && st == hypercall.OK {
 				st = f.Status
 			}
 		}
@@ -115,8 +116,14 @@ func (d *Domain) copySome(ops []hypercall.CopyOp) (n int, miss *hypercall.Area, 
 	return len(ops), nil, nil
 }
 
+// known is the last peer of a batch, whose operations are all for one, mostly.
+type known struct {
+	dom hypercall.DomID
+	v   *view
+}
+
 // reach gives the n bytes of one end of an operation, if they may be had.
-func (d *Domain) reach(a *hypercall.Area, n uint32, access hypercall.Access) (b []byte, miss bool, _ hypercall.Status) {
+func (d *Domain) reach(last *known, a *hypercall.Area, n uint32, access hypercall.Access) (b []byte, miss bool, _ hypercall.Status) {
 	if a.Local != nil {
 		if uint64(n) > uint64(len(a.Local)) {
 			return nil, false, hypercall.BadCopyArg
@@ -126,7 +133,10 @@ func (d *Domain) reach(a *hypercall.Area, n uint32, access hypercall.Access) (b 
 	if uint64(a.Offset)+uint64(n) > shm.PageSize {
 		return nil, false, hypercall.BadCopyArg
 	}
-	v := (*d.views.Load())[d.peer(a.Dom)]
+	if last.v == nil || last.dom != a.Dom {
+		*last = known{a.Dom, (*d.views.Load())[d.peer(a.Dom)]}
+	}
+	v := last.v
 	if v == nil || !v.alive() {
 		return nil, true, hypercall.OK
 	}

@@ -20,6 +20,9 @@
 // but memory a process has mapped cannot be taken from it, and its own mapping of
 // the event words is writable.
 //
+// The machine of one process starts goroutines for Config.Store only, and waits on
+// channels and timers, so that it works in a bubble of testing/synctest.
+//
 // A Machine owns its domains, and they their memory, ports and connections;
 // [Machine.Ledger] counts them all, and [Domain.Calls] what a domain asked for.
 package emu

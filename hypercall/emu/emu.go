@@ -153,7 +153,8 @@ func (m *Machine) Destroy(id hypercall.DomID) error {
 	return nil
 }
 
-// OnDeath has f called after each death of a domain, without a lock held.
+// OnDeath has f called after each death of a domain, without a lock held. Destroy
+// waits for f: it must not wait for the death in its turn.
 func (m *Machine) OnDeath(f func(hypercall.DomID)) {
 	m.mu.Lock()
 	defer m.mu.Unlock()

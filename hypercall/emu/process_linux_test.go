@@ -261,7 +261,7 @@ func (f *echoFront) echo(wait time.Duration) bool {
 	return slices.Equal(f.s.Page(1), f.s.Page(2))
 }
 
-func TestNoWakeupIsLostBetweenProcessesDescriptors(t *testing.T) {
+func TestNoWakeupIsLostOverEventfds(t *testing.T) {
 	_, path := hostProcess(t)
 	testNoWakeupIsLost(t, join(t, path, 1), join(t, path, 2), 20000)
 }
@@ -285,6 +285,11 @@ func TestDomainsInThreeProcesses(t *testing.T) {
 		t.Errorf("%+v", l)
 	}
 	p.kill()
+	for until := time.Now().Add(soon); hp.ledger(t).Domains != 1; { // the host hears of it soon
+		if time.Now().After(until) {
+			t.Fatal("the host did not notice")
+		}
+	}
 	end(t, f.s)
 	_ = f.w.Close()
 }

@@ -58,3 +58,16 @@ func TestEmulatorOnMappedMemory(t *testing.T) {
 	}
 	domainsuite.Run(t, onMachine(emu.Config{Mapped: true}))
 }
+
+// What a lone domain on a real Xen can check is checked here, too.
+func TestEmulatorAsItsOwnPeer(t *testing.T) {
+	domainsuite.Run(t, func(t testing.TB) (front, back hypercall.Domain) {
+		m, err := emu.New(emu.Config{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		ours(t, m)
+		d := domain(t, m, frontID)
+		return d, d
+	})
+}

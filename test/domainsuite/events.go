@@ -38,8 +38,10 @@ func onlyOnePeerBindsOnce(t *testing.T, p pair) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := wa.Bind(p.front.ID(), a.ID()); !errors.Is(err, hypercall.ErrNoPort) {
-		t.Errorf("a port for domain %d, bound by %d: %v", p.back.ID(), p.front.ID(), err)
+	if !p.loopback() {
+		if _, err := wa.Bind(p.front.ID(), a.ID()); !errors.Is(err, hypercall.ErrNoPort) {
+			t.Errorf("a port for domain %d, bound by %d: %v", p.back.ID(), p.front.ID(), err)
+		}
 	}
 	if _, err := wb.Bind(p.front.ID(), 1<<30); !errors.Is(err, hypercall.ErrNoPort) {
 		t.Errorf("a port that is not there: %v", err)
@@ -258,7 +260,7 @@ func stormIsPutOffButNotWakeNorDeadline(t *testing.T, p pair) {
 	defer func() { close(stop); <-stopped }()
 
 	woken := 0
-	end := time.Now().Add(300 * time.Millisecond)
+	end := time.Now().Add(600 * time.Millisecond)
 	for time.Now().Before(end) {
 		if err := wb.Wait(end, false); err == nil {
 			woken++
@@ -266,17 +268,17 @@ func stormIsPutOffButNotWakeNorDeadline(t *testing.T, p pair) {
 			t.Fatal(err)
 		}
 	}
-	// 1 ms, doubling: the sum of 9 delays is half a second.
+	// 1 ms, doubling: nine delays are over after half a second.
 	if woken == 0 || woken > 20 {
-		t.Errorf("a storm of 300 ms woke us %d times", woken)
+		t.Errorf("a storm of 600 ms woke us %d times", woken)
 	}
 
-	// The delay is at least 128 ms by now.
+	// The tenth lasts until a second has passed.
 	start := time.Now()
 	if err := wb.Wait(start.Add(10*time.Millisecond), false); err == nil {
-		_ = wb.Wait(start.Add(10*time.Millisecond), false) // the event was due
+		_ = wb.Wait(start.Add(10*time.Millisecond), false) // the event was due: we are slow
 	}
-	if d := time.Since(start); d > 100*time.Millisecond {
+	if d := time.Since(start); d > 300*time.Millisecond {
 		t.Errorf("a deadline of 10 ms took %v", d)
 	}
 	start = time.Now()
@@ -284,7 +286,7 @@ func stormIsPutOffButNotWakeNorDeadline(t *testing.T, p pair) {
 	if err := wb.Wait(start.Add(soon), false); err != nil {
 		t.Error(err)
 	}
-	if d := time.Since(start); d > 100*time.Millisecond {
+	if d := time.Since(start); d > 300*time.Millisecond {
 		t.Errorf("Wake took %v", d)
 	}
 	// Work ends it.
@@ -292,7 +294,7 @@ func stormIsPutOffButNotWakeNorDeadline(t *testing.T, p pair) {
 	if err := wb.Wait(start.Add(soon), true); err != nil {
 		t.Error(err)
 	}
-	if d := time.Since(start); d > 100*time.Millisecond {
+	if d := time.Since(start); d > 300*time.Millisecond {
 		t.Errorf("an event after useful work took %v", d)
 	}
 }
@@ -303,6 +305,7 @@ func notifyDoesNotAllocate(t *testing.T, p pair) {
 	notify(t, b) // the first may ask who is there
 	wait(t, wa)
 	n := testing.AllocsPerRun(100, func() {
+		deadline = deadline.Add(time.Millisecond)
 		if a.Notify() != nil || wb.Wait(deadline, true) != nil ||
 			b.Notify() != nil || wa.Wait(time.Time{}, true) != nil {
 			t.Fatal("no round trip")

@@ -72,7 +72,6 @@ func mapIsAllOrNone(t *testing.T, p pair) {
 	for _, refs := range [][]hypercall.GrantRef{
 		{s.Refs[0], s.Refs[1], unknownRef},
 		{unknownRef},
-		{0},
 	} {
 		m, err := p.back.Map(p.front.ID(), refs, hypercall.ReadWrite)
 		var ge *hypercall.GrantError
@@ -228,14 +227,16 @@ func copyBetweenTwoGrants(t *testing.T, p pair) {
 func copyChecksEveryOperation(t *testing.T, p pair) {
 	ro := share(t, p.front, p.back.ID(), 1, hypercall.ReadOnly)
 	rw := share(t, p.front, p.back.ID(), 1, hypercall.ReadWrite)
-	own := share(t, p.front, p.front.ID(), 1, hypercall.ReadWrite) // not for back
 	copy(ro.Page(0), "readable")
 	buf, last := make([]byte, 8), make([]byte, 8)
+	other := unknownRef + 1
+	if !p.loopback() { // a grant that is not for back
+		other = share(t, p.front, p.front.ID(), 1, hypercall.ReadWrite).Refs[0]
+	}
 	ops := []hypercall.CopyOp{
 		fromGrant(p.front, unknownRef, 0, buf),
 		toGrant(p.front, ro.Refs[0], 0, []byte("override")),
-		fromGrant(p.front, own.Refs[0], 0, buf),
-		fromGrant(p.front, 0, 0, buf),
+		fromGrant(p.front, other, 0, buf),
 		toGrant(p.front, rw.Refs[0], 0, []byte("welcome!")),
 		fromGrant(p.front, ro.Refs[0], 0, last),
 	}
@@ -246,7 +247,7 @@ func copyChecksEveryOperation(t *testing.T, p pair) {
 		t.Fatal(err)
 	}
 	for i, op := range ops {
-		if good := i >= 4; (op.Status == hypercall.OK) != good || op.Status > 0 {
+		if good := i >= 3; (op.Status == hypercall.OK) != good || op.Status > 0 {
 			t.Errorf("operation %d: %v", i, op.Status)
 		}
 	}

@@ -17,7 +17,8 @@ import (
 )
 
 // Run runs the suite. mk gives two domains that live at least as long as the test
-// they were made for; it may give the same two again.
+// they were made for; it may give the same two again. They may be one and the same
+// domain, which then is its own peer: what needs a stranger is left out.
 func Run(t *testing.T, mk func(testing.TB) (front, back hypercall.Domain)) {
 	for _, c := range []struct {
 		name string
@@ -59,6 +60,8 @@ func Run(t *testing.T, mk func(testing.TB) (front, back hypercall.Domain)) {
 }
 
 type pair struct{ front, back hypercall.Domain }
+
+func (p pair) loopback() bool { return p.front.ID() == p.back.ID() }
 
 // soon bounds what should happen at once.
 const soon = 10 * time.Second
@@ -159,7 +162,7 @@ func notify(t testing.TB, p hypercall.Port) {
 	}
 }
 
-// ends fails unless what f does ends soon, with net.ErrClosed.
+// closes fails unless done soon gives net.ErrClosed.
 func closes(t testing.TB, done <-chan error) {
 	t.Helper()
 	select {
