@@ -318,8 +318,13 @@ type Piece struct {
 	Off, Len uint16
 }
 
-// Next is the buffer linked behind b, if any, for a holder of b.
-func (b Buffer) Next() (p Piece, ok bool) { return b.a.after(b.i) }
+// Next is the buffer linked behind b, if any. It panics if b is stale.
+func (b Buffer) Next() (p Piece, ok bool) {
+	if !b.Valid() {
+		panic(ErrStale)
+	}
+	return b.a.after(b.i)
+}
 
 // After is the buffer linked behind p.
 func (b Buffer) After(p Piece) (Piece, bool) { return b.a.after(p.i) }
@@ -329,14 +334,22 @@ func (b Buffer) After(p Piece) (Piece, bool) { return b.a.after(p.i) }
 func (b Buffer) PieceBytes(p Piece) []byte { return b.a.Bytes(p.i) }
 
 // Resize says which bytes of p are in use: n at off, inside the buffer. b must
-// have one holder.
+// have one holder; it panics if b is stale.
 func (b Buffer) Resize(p Piece, off, n uint16) {
+	if !b.Valid() {
+		panic(ErrStale)
+	}
 	d := &b.a.desc[p.i]
 	d.off, d.len = off, n
 }
 
 // Size is the bytes of each buffer of b's arena.
-func (b Buffer) Size() int { return int(b.a.size) }
+func (b Buffer) Size() int {
+	if b.a == nil {
+		return 0
+	}
+	return int(b.a.size)
+}
 
 func (a *Arena) after(i uint32) (Piece, bool) {
 	n := a.desc[i].next

@@ -223,8 +223,8 @@ func (d *Device) Budget() Budget {
 	return d.budget
 }
 
-// Stats gives the counters since the last ResetStats. What an owner moved counts
-// within 32 frames, or once it waits.
+// Stats gives the counters since the last ResetStats. Of a half that is being
+// used just now up to 32 frames may be missing.
 func (d *Device) Stats() telemetry.Stats {
 	d.flush()
 	return d.set.Snapshot()
@@ -244,13 +244,6 @@ func (d *Device) flush() {
 	for i := range d.tx {
 		d.tx[i].flush()
 		d.rx[i].flush()
-	}
-}
-
-func (h *half) flush() {
-	if h.gate.enter() {
-		h.count.Flush()
-		h.gate.leave()
 	}
 }
 

@@ -264,21 +264,22 @@ func (f *Frame) Retain() error { return f.buf.Retain() }
 // any goroutine; [RX.Release] is the faster way for the owner. [ErrStale].
 func (f *Frame) Release() error { return f.buf.Release() }
 
-// headroom is what Alloc and Receive leave free before a frame: room for a
-// tunnel's headers (an outer IPv6 and UDP, and 66 bytes more), a multiple of a
-// cache line.
+// headroom is what Alloc and Receive leave free before a frame, or less if the
+// frame then fits one piece: room for a tunnel's headers (an outer IPv6 and UDP,
+// and 80 bytes more), a multiple of a cache line.
 const headroom = 128
 
 // build makes a frame of total bytes from buffers of a, behind the headroom, or
 // reports that there are too few.
 func build(a *arena.Arena, total int, f *Frame) bool {
 	size := a.Size()
-	if headroom+total <= size {
+	if total <= size { // with as much headroom as there is
 		var one [1]uint32
 		if a.Get(one[:]) == 0 {
 			return false
 		}
-		*f = Frame{buf: a.Buffer(one[0]), total: uint32(total), off: headroom, n: uint16(total), pieces: 1}
+		off := min(headroom, size-total)
+		*f = Frame{buf: a.Buffer(one[0]), total: uint32(total), off: uint16(off), n: uint16(total), pieces: 1}
 		return true
 	}
 	var bufs [maxPieces]uint32

@@ -70,6 +70,9 @@ func (e *frontTX) send(frames []Frame) (n int, err error) {
 // put fills the slots of one frame, and takes it over.
 func (e *frontTX) put(f *Frame, t *tally) error {
 	if f.total < MinFrame || f.total > MaxFrame {
+		if !f.buf.Valid() {
+			return ErrStale
+		}
 		return ErrFrameSize
 	}
 	need := uint32(f.slots())

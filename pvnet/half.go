@@ -26,6 +26,7 @@ const (
 	gateBusy
 	gateClosing // busy, and the caller is asked to leave
 	gateShut
+	gateReading // a reader publishes the counters, for a moment
 )
 
 func (g *gate) init() {
@@ -98,15 +99,27 @@ func (h *half) init(d *Device, queue int, dir direction, block *telemetry.Block)
 // enter is nil once the caller is inside the gate.
 func (h *half) enter() error {
 	for !h.gate.enter() {
-		if s := h.gate.state.Load(); s == gateBusy || s == gateClosing {
+		switch h.gate.state.Load() {
+		case gateBusy, gateClosing:
 			return ErrBusy
-		}
-		if err := h.dev.state(); err != nil {
-			return err
+		case gateReading: // for less than a microsecond
+		default:
+			if err := h.dev.state(); err != nil {
+				return err
+			}
 		}
 		runtime.Gosched() // the link is coming up
 	}
 	return nil
+}
+
+// flush publishes the counters if nobody is inside the gate. Whoever comes
+// meanwhile does not get ErrBusy.
+func (h *half) flush() {
+	if h.gate.state.CompareAndSwap(gateOpen, gateReading) {
+		h.count.Flush()
+		h.gate.state.Store(gateOpen)
+	}
 }
 
 // counted shows the counters every 32 frames. The caller is inside the gate.

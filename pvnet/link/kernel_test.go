@@ -291,3 +291,19 @@ func BenchmarkTAP(b *testing.B) {
 		}
 	}
 }
+
+// The kernel segments what a packet socket leaves whole, for a TAP that wants none of it.
+func TestSegmentsAreThoseOfTheKernel(t *testing.T) {
+	tap := openTAP(t, TAPConfig{})
+	p := openPacket(t, tap.Name())
+	for _, u := range uncuts() {
+		want := cut(t, u)
+		send(t, p, u.off, u.frame)
+		for i := range want {
+			got, left := receive(t, tap)
+			if !bytes.Equal(got, want[i]) || left.GSO != GSONone || left.Checksum == ChecksumPartial {
+				t.Errorf("%s: segment %d of %d: the kernel's\n% x\nours\n% x", u.name, i, len(want), got[:min(len(got), 80)], want[i][:min(len(want[i]), 80)])
+			}
+		}
+	}
+}

@@ -301,17 +301,18 @@ func TestDeadlineEndsTheWaitAndCanBeLifted(t *testing.T) {
 	})
 }
 
-func TestRemovedInterfaceIsGone(t *testing.T) {
-	remove := func(t *testing.T, l Link) {
-		t.Helper()
-		i, err := netlink.LinkByName(l.Name())
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := netlink.LinkDel(i); err != nil {
-			t.Fatal(err)
-		}
+func remove(t testing.TB, l Link) {
+	t.Helper()
+	i, err := netlink.LinkByName(l.Name())
+	if err != nil {
+		t.Fatal(err)
 	}
+	if err := netlink.LinkDel(i); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestRemovedInterfaceIsGone(t *testing.T) {
 	check := func(t *testing.T, l Link) {
 		t.Helper()
 		done := make(chan error, 1)

@@ -1,0 +1,621 @@
+//go:build linux
+
+package link
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"runtime"
+	"sync"
+	"testing"
+	"time"
+
+	"barevif/hypercall"
+	"barevif/hypercall/emu"
+	"barevif/pvnet"
+	"barevif/xenbus"
+	"barevif/xenbus/store"
+	"barevif/xenbus/toolstack"
+
+	"golang.org/x/sys/unix"
+)
+
+// A host is an emulated machine with one vif, its backend in domain 1 and its
+// frontend in domain 2.
+type host struct {
+	t           testing.TB
+	guest       hypercall.Domain
+	front, back *pvnet.Device
+	cfg         pvnet.Config
+}
+
+func newHost(t testing.TB, mtu int, cfg pvnet.Config) *host {
+	t.Helper()
+	before := runtime.NumGoroutine()
+	cfg.Logger = slog.New(slog.NewTextHandler(t.Output(), nil))
+	st := store.New(store.Config{})
+	m, err := emu.New(emu.Config{Store: func(dom hypercall.DomID, c io.ReadWriteCloser) { st.ServeConn(c, dom) }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		m.Close()
+		st.Close()
+		for end := time.Now().Add(wait); runtime.NumGoroutine() > before; runtime.Gosched() {
+			if time.Now().After(end) {
+				buf := make([]byte, 1<<16)
+				t.Fatalf("%d goroutines, %d before\n%s", runtime.NumGoroutine(), before, buf[:runtime.Stack(buf, true)])
+			}
+		}
+	})
+	m.OnDeath(st.DomainDied)
+	ctx, cancel := context.WithTimeout(context.Background(), 2*wait)
+	t.Cleanup(cancel)
+	var doms []*emu.Domain
+	var tools *xenbus.Client
+	for id := range hypercall.DomID(3) {
+		d, err := m.NewDomain(id)
+		if err != nil {
+			t.Fatal(err)
+		}
+		st.Introduce(id)
+		doms = append(doms, d)
+		if id == 0 {
+			if tools, err = xenbus.Dial(ctx, d.Store, xenbus.Config{}); err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { tools.Close() })
+		} else if err := toolstack.Home(ctx, tools, id); err != nil {
+			t.Fatal(err)
+		}
+	}
+	vif := toolstack.Vif{Front: 2, Back: 1, MAC: ourMAC, MTU: mtu}
+	if err := toolstack.Add(ctx, tools, vif); err != nil {
+		t.Fatal(err)
+	}
+	serving, stop := context.WithCancel(context.Background())
+	backs := make(chan *pvnet.Device, 1)
+	served := make(chan error, 1)
+	go func() {
+		served <- pvnet.Serve(serving, doms[1], pvnet.ServeConfig{Config: cfg, Hotplug: true}, func(d *pvnet.Device) { backs <- d })
+	}()
+	t.Cleanup(func() {
+		stop()
+		if err := <-served; !errors.Is(err, context.Canceled) {
+			t.Errorf("Serve: %v", err)
+		}
+	})
+	h := &host{t: t, guest: doms[2], cfg: cfg}
+	h.connect(ctx)
+	h.back = <-backs
+	return h
+}
+
+func (h *host) connect(ctx context.Context) {
+	h.t.Helper()
+	front, err := pvnet.Connect(ctx, h.guest, "0", h.cfg)
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	h.front = front
+	h.t.Cleanup(front.Disconnect)
+}
+
+// join runs a Joint of the backend until the test ends; ended gives what Run
+// returned.
+func (h *host) join(ctx context.Context, links ...Link) (j *Joint, ended <-chan error) {
+	h.t.Helper()
+	ctx, cancel := context.WithCancel(ctx)
+	j = new(Joint)
+	c := make(chan error, 1)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		c <- j.Run(ctx, h.back, links...)
+	}()
+	h.t.Cleanup(func() { cancel(); <-done })
+	return j, c
+}
+
+// listen copies what the guest receives, of the type the tests send or of IP.
+func (h *host) listen() <-chan []byte {
+	c := make(chan []byte, 1024)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		h.front.Listen(context.Background(), func(f pvnet.Frame) {
+			b := make([]byte, f.Len())
+			f.CopyTo(b)
+			c <- b
+		})
+	}()
+	h.t.Cleanup(func() { h.front.Disconnect(); <-done })
+	return c
+}
+
+func next[T any](t testing.TB, c <-chan T) T {
+	t.Helper()
+	select {
+	case v := <-c:
+		return v
+	case <-time.After(wait):
+		buf := make([]byte, 1<<16)
+		t.Fatalf("nothing came\n%s", buf[:runtime.Stack(buf, true)])
+		panic("unreachable")
+	}
+}
+
+func TestKernelPingsAGuest(t *testing.T) {
+	ping := func(t *testing.T, mtu int, l Link, card string) {
+		h := newHost(t, mtu, pvnet.Config{})
+		j, ended := h.join(context.Background(), l)
+		listened := make(chan error, 1)
+		go func() {
+			listened <- h.front.Listen(context.Background(), func(f pvnet.Frame) {
+				b := make([]byte, f.Len())
+				f.CopyTo(b)
+				if reply(b) {
+					if _, err := h.front.Write(b); err != nil {
+						t.Error(err)
+					}
+				}
+			})
+		}()
+		addAddress(t, card)
+		s, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_ICMP)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer unix.Close(s)
+		unix.SetsockoptTimeval(s, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: int64(wait / time.Second)})
+		for seq, size := range []int{0, 56, 1000, mtu - 28} {
+			echo := make([]byte, 8+size)
+			echo[0], echo[7] = 8, byte(seq)
+			for i := range echo[8:] {
+				echo[8+i] = byte(i)
+			}
+			binary.BigEndian.PutUint16(echo[2:], ^sum16(echo))
+			if err := unix.Sendto(s, echo, 0, &unix.SockaddrInet4{Addr: ourIP}); err != nil {
+				t.Fatal(err)
+			}
+			got := make([]byte, 20+len(echo)+1)
+			n, _, err := unix.Recvfrom(s, got, 0)
+			if err != nil {
+				t.Fatalf("%d bytes: no reply: %v; %+v", size, err, j.Stats())
+			}
+			if n != 20+len(echo) || got[20] != 0 || !bytes.Equal(got[28:n], echo[8:]) {
+				t.Fatalf("%d bytes: % x", size, got[:n])
+			}
+		}
+		h.front.Disconnect()
+		if err := next(t, listened); err != nil {
+			t.Error(err)
+		}
+		select {
+		case err := <-ended:
+			t.Errorf("a frontend that goes ends the joint: %v", err)
+		default:
+		}
+		h.back.Disconnect()
+		if err := next(t, ended); err != nil {
+			t.Errorf("after Disconnect: %v", err)
+		}
+		if st := j.Stats(); st.ToLink < 5 || st.FromLink < 5 || st.Unsent+st.Oversize+st.Uncut+st.Refused != 0 {
+			t.Errorf("%+v", st) // an ARP exchange and four pings
+		}
+	}
+	for _, mtu := range []int{1500, 9000} {
+		t.Run("tap", func(t *testing.T) {
+			tap := openTAP(t, TAPConfig{MTU: mtu})
+			ping(t, mtu, tap, tap.Name())
+		})
+		t.Run("packet", func(t *testing.T) {
+			card, far := veth(t, mtu)
+			ping(t, mtu, openPacket(t, far), card)
+		})
+	}
+}
+
+// What virtual cards leave undone is done before the guest sees it.
+func TestGuestGetsCompleteFrames(t *testing.T) {
+	card, far := veth(t, 1500)
+	p := openPacket(t, card)
+	h := newHost(t, 1500, pvnet.Config{})
+	got := h.listen()
+	j, _ := h.join(context.Background(), openPacket(t, far))
+
+	f, off := partialTCP(777)
+	send(t, p, off, f)
+	if b := next(t, got); len(b) != len(f) || !tcpGood(b) {
+		t.Fatalf("%d bytes, checksum wrong", len(b))
+	}
+	segments := 0
+	for _, u := range uncuts() {
+		want := cut(t, u)
+		segments += len(want)
+		send(t, p, u.off, u.frame)
+		for i := range want {
+			if b := next(t, got); !bytes.Equal(b, want[i]) {
+				t.Fatalf("%s: segment %d: %d bytes, want %d", u.name, i, len(b), len(want[i]))
+			}
+		}
+	}
+	// One with segments too long for the vif.
+	u := uncuts()[0]
+	u.off.GSOSize = 1900
+	send(t, p, u.off, u.frame)
+	f, off = partialTCP(10)
+	send(t, p, off, f)
+	if b := next(t, got); len(b) != len(f) || !tcpGood(b) {
+		t.Fatalf("%d bytes", len(b))
+	}
+	if st := j.Stats(); st.Oversize != 1 || st.Segments != uint64(segments) {
+		t.Errorf("%+v", st)
+	}
+}
+
+func TestFramesBeyondTheMTUOfTheVifAreDropped(t *testing.T) {
+	tap := openTAP(t, TAPConfig{MTU: 9000})
+	p := openPacket(t, tap.Name())
+	h := newHost(t, 1500, pvnet.Config{})
+	got := h.listen()
+	j, _ := h.join(context.Background(), tap)
+	for _, size := range []int{1519, 5000, 9014} {
+		send(t, p, Offload{}, testFrame(size))
+	}
+	for _, size := range []int{14, 1514, 1518} {
+		want := testFrame(size)
+		send(t, p, Offload{}, want)
+		if b := next(t, got); !bytes.Equal(b, want) {
+			t.Fatalf("%d bytes of %d", len(b), size)
+		}
+	}
+	if st := j.Stats(); st.Oversize != 3 || st.FromLink != 3 {
+		t.Errorf("%+v", st)
+	}
+}
+
+func TestFramesOfAGuestReachTheLinkWhole(t *testing.T) {
+	tap := openTAP(t, TAPConfig{MTU: 65521})
+	p := openPacket(t, tap.Name())
+	h := newHost(t, 1500, pvnet.Config{})
+	h.join(context.Background(), tap)
+	// A guest may send what its MTU forbids; a TAP takes it.
+	for _, size := range []int{14, 60, 1514, 4096, 20000, 65535} {
+		want := testFrame(size)
+		if _, err := h.front.Write(want); err != nil {
+			t.Fatal(err)
+		}
+		if b, _ := receive(t, p); !bytes.Equal(b, want) {
+			t.Fatalf("%d bytes of %d", len(b), size)
+		}
+	}
+}
+
+func TestPacketThatRefusesAFrameDropsItAlone(t *testing.T) {
+	card, far := veth(t, 1500)
+	p := openPacket(t, card)
+	h := newHost(t, 1500, pvnet.Config{})
+	j, _ := h.join(context.Background(), openPacket(t, far))
+	for _, size := range []int{4000, 100} {
+		if _, err := h.front.Write(testFrame(size)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if b, _ := receive(t, p); len(b) != 100 {
+		t.Fatalf("%d bytes", len(b))
+	}
+	if st := j.Stats(); st.Unsent != 1 {
+		t.Errorf("%+v", st)
+	}
+}
+
+func TestJointEndsWithWhatEndedIt(t *testing.T) {
+	cause := errors.New("enough")
+	for _, c := range []struct {
+		name string
+		end  func(t *testing.T, h *host, tap *TAP, cancel context.CancelCauseFunc)
+		want error
+	}{
+		{"cancel", func(_ *testing.T, _ *host, _ *TAP, cancel context.CancelCauseFunc) { cancel(cause) }, cause},
+		{"link closed", func(_ *testing.T, _ *host, tap *TAP, _ context.CancelCauseFunc) { tap.Close() }, net.ErrClosed},
+		{"interface removed", func(t *testing.T, _ *host, tap *TAP, _ context.CancelCauseFunc) { remove(t, tap) }, ErrGone},
+		{"device", func(_ *testing.T, h *host, _ *TAP, _ context.CancelCauseFunc) { h.back.Disconnect() }, nil},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			tap := openTAP(t, TAPConfig{})
+			h := newHost(t, 1500, pvnet.Config{})
+			got := h.listen()
+			ctx, cancel := context.WithCancelCause(context.Background())
+			_, ended := h.join(ctx, tap)
+			p := openPacket(t, tap.Name())
+			send(t, p, Offload{}, testFrame(60))
+			next(t, got) // both directions are parked now, or about to
+			c.end(t, h, tap, cancel)
+			if err := next(t, ended); err != c.want {
+				t.Fatalf("%v, want %v", err, c.want)
+			}
+			if c.name == "cancel" {
+				// The link is as it was.
+				send(t, p, Offload{}, testFrame(61))
+				if b, _ := receive(t, tap); len(b) != 61 {
+					t.Fatalf("%d bytes", len(b))
+				}
+				send(t, tap, Offload{}, testFrame(62))
+			}
+		})
+	}
+}
+
+func TestJointOutlivesAGuestThatComesBack(t *testing.T) {
+	tap := openTAP(t, TAPConfig{})
+	p := openPacket(t, tap.Name())
+	h := newHost(t, 1500, pvnet.Config{})
+	_, ended := h.join(context.Background(), tap)
+	for round := range 3 {
+		if round > 0 {
+			h.front.Disconnect()
+			ctx, cancel := context.WithTimeout(context.Background(), wait)
+			h.connect(ctx)
+			cancel()
+		}
+		got := h.listen()
+		// While the vif is down the joint may hold frames, but it loses none it took.
+		want := testFrame(100 + round)
+		send(t, p, Offload{}, want)
+		for b := next(t, got); !bytes.Equal(b, want); b = next(t, got) {
+		}
+		if _, err := h.front.Write(want); err != nil {
+			t.Fatal(err)
+		}
+		receive(t, p)
+	}
+	select {
+	case err := <-ended:
+		t.Fatal(err)
+	default:
+	}
+}
+
+func TestPacketJointSeesItsInterfaceGo(t *testing.T) {
+	card, far := veth(t, 1500)
+	p := openPacket(t, card)
+	l := openPacket(t, far)
+	h := newHost(t, 1500, pvnet.Config{})
+	got := h.listen()
+	j, ended := h.join(context.Background(), l)
+	setUpDown(t, far, false)
+	// The writer may be the one who hears of it.
+	for j.Stats().Unsent == 0 {
+		if _, err := h.front.Write(testFrame(60)); err != nil {
+			t.Fatal(err)
+		}
+		runtime.Gosched()
+	}
+	setUpDown(t, far, true)
+	carrier(t, card)
+	carrier(t, far)
+	for arrived := false; !arrived; {
+		send(t, p, Offload{}, testFrame(70))
+		select {
+		case <-got:
+			arrived = true
+		case <-time.After(10 * time.Millisecond): // the kernel dropped it
+		}
+	}
+	remove(t, l)
+	if err := next(t, ended); err != ErrGone {
+		t.Fatal(err)
+	}
+}
+
+func TestQueuesHaveLinksOfTheirOwn(t *testing.T) {
+	needTAP(t)
+	taps, err := OpenTAPQueues(TAPConfig{}, 2)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tap := range taps {
+		t.Cleanup(func() { tap.Close() })
+	}
+	p := openPacket(t, taps[0].Name())
+	h := newHost(t, 1500, pvnet.Config{Queues: 2})
+	got := h.listen()
+	j, ended := h.join(context.Background(), taps[0], taps[1])
+	const frames = 64
+	for i := range frames {
+		f, _ := partialTCP(100)
+		f[35] = byte(i) // another source port: another flow
+		send(t, p, Offload{}, f)
+		if _, err := h.front.Write(f); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for range frames {
+		next(t, got)
+		receive(t, p)
+	}
+	if st := j.Stats(); st.ToLink != frames || st.FromLink != frames {
+		t.Errorf("%+v", st)
+	}
+	for _, tap := range taps {
+		tap.Close()
+	}
+	if err := next(t, ended); err != net.ErrClosed {
+		t.Error(err)
+	}
+	for _, n := range []int{0, 3} {
+		if err := new(Joint).Run(context.Background(), h.back, make([]Link, n)...); err == nil {
+			t.Errorf("%d links for two queues", n)
+		}
+	}
+}
+
+func TestDeviceWithAnOwnerIsNotJoined(t *testing.T) {
+	tap := openTAP(t, TAPConfig{})
+	h := newHost(t, 1500, pvnet.Config{})
+	if _, err := h.back.OwnRX(0); err != nil {
+		t.Fatal(err)
+	}
+	if err := Join(context.Background(), h.back, tap); !errors.Is(err, pvnet.ErrOwned) {
+		t.Fatal(err)
+	}
+}
+
+// A scripted link reads what it is told, as a kernel would have to be broken to.
+type scripted struct {
+	Link
+	script chan func(bufs [][]byte) (int, Offload, error)
+}
+
+func (l *scripted) ReadFrame(bufs [][]byte) (int, Offload, error) {
+	f, ok := <-l.script
+	if !ok {
+		return 0, Offload{}, net.ErrClosed
+	}
+	return f(bufs)
+}
+
+func TestFramesThatCannotBeHandledAreDroppedAlone(t *testing.T) {
+	tap := openTAP(t, TAPConfig{})
+	h := newHost(t, 1500, pvnet.Config{})
+	got := h.listen()
+	l := &scripted{tap, make(chan func([][]byte) (int, Offload, error))}
+	j, ended := h.join(context.Background(), l)
+	frame := func(b []byte, off Offload) {
+		l.script <- func(bufs [][]byte) (int, Offload, error) {
+			for rest := b; len(rest) > 0; bufs = bufs[1:] {
+				rest = rest[copy(bufs[0], rest):]
+			}
+			return len(b), off, nil
+		}
+	}
+	fail := func(err error) {
+		l.script <- func([][]byte) (int, Offload, error) { return 9, Offload{}, err }
+	}
+	whole := uncuts()[0]
+	whole.off.GSO = GSOUFO
+	frame(whole.frame, whole.off)
+	frame(testFrame(100), Offload{Checksum: ChecksumPartial, SumStart: 99})
+	frame(testFrame(100)[:13], Offload{})
+	fail(ErrTruncated)
+	fail(ErrNoBuffers)
+	fail(ErrDown)
+	frame(testFrame(100), Offload{})
+	if b := next(t, got); !bytes.Equal(b, testFrame(100)) {
+		t.Fatalf("%d bytes", len(b))
+	}
+	close(l.script)
+	if err := next(t, ended); err != net.ErrClosed {
+		t.Error(err)
+	}
+	if st := j.Stats(); st.Uncut != 3 || st.Oversize != 1 || st.FromLink != 1 {
+		t.Errorf("%+v", st)
+	}
+}
+
+// A plainLink is a link that reads one frame at a time only.
+type plainLink struct{ Link }
+
+func TestOtherLinksAreJoinedToo(t *testing.T) {
+	tap := openTAP(t, TAPConfig{})
+	p := openPacket(t, tap.Name())
+	h := newHost(t, 1500, pvnet.Config{})
+	got := h.listen()
+	h.join(context.Background(), plainLink{tap})
+	for i := range 100 {
+		want := testFrame(60 + i)
+		send(t, p, Offload{}, want)
+		if b := next(t, got); !bytes.Equal(b, want) {
+			t.Fatalf("%d bytes", len(b))
+		}
+	}
+}
+
+// garbage counts allocations while frames go through TAP, joint and vif both ways.
+func TestJointMakesNoGarbage(t *testing.T) {
+	tap := openTAP(t, TAPConfig{})
+	p := openPacket(t, tap.Name())
+	h := newHost(t, 1500, pvnet.Config{})
+	_, ended := h.join(context.Background(), tap)
+	tx, err := h.front.OwnTX(0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rx, err := h.front.OwnRX(0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	limit := time.Now().Add(2 * wait)
+	rx.SetDeadline(limit)
+	tx.SetDeadline(limit)
+	p.SetReadDeadline(limit)
+	f, buf := testFrame(1514), make([]byte, 2000)
+	in, out := [][]byte{f}, [][]byte{buf}
+	var frames [1]pvnet.Frame
+	got := testing.AllocsPerRun(300, func() {
+		if _, err := p.WriteFrame(Offload{}, in); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := rx.Receive(frames[:]); err != nil {
+			t.Fatal(err)
+		}
+		rx.Release(frames[:])
+		if _, err := tx.AllocWait(frames[:], len(f)); err != nil {
+			t.Fatal(err)
+		}
+		frames[0].CopyFrom(f)
+		if _, err := tx.SendWait(frames[:]); err != nil {
+			t.Fatal(err)
+		}
+		if _, _, err := p.ReadFrame(out); err != nil {
+			t.Fatal(err)
+		}
+	})
+	if got != 0 {
+		t.Errorf("%v allocations a frame", got)
+	}
+	tap.Close()
+	next(t, ended)
+}
+
+func BenchmarkJoint(b *testing.B) {
+	needTAP(b)
+	tap := openTAP(b, TAPConfig{})
+	p := openPacket(b, tap.Name())
+	h := newHost(b, 1500, pvnet.Config{})
+	h.join(context.Background(), tap)
+	rx, err := h.front.OwnRX(0)
+	if err != nil {
+		b.Fatal(err)
+	}
+	f := [][]byte{testFrame(1514)}
+	var wg sync.WaitGroup
+	var frames [64]pvnet.Frame
+	b.SetBytes(1514)
+	for b.Loop() {
+		const burst = 64
+		wg.Go(func() {
+			for range burst {
+				if _, err := p.WriteFrame(Offload{}, f); err != nil {
+					b.Error(err)
+				}
+			}
+		})
+		for n := 0; n < burst; {
+			k, err := rx.Receive(frames[:])
+			if err != nil {
+				b.Fatal(err)
+			}
+			rx.Release(frames[:k])
+			n += k
+		}
+		wg.Wait()
+	}
+	b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/64, "ns/frame")
+}
