@@ -151,7 +151,15 @@ type embedded struct {
 
 func newEmbedded(t testing.TB, cfg store.Config) embedded {
 	s := store.New(cfg)
-	t.Cleanup(func() { s.Close() })
+	t.Cleanup(func() {
+		if err := s.Check(); err != nil {
+			t.Error("accounts: ", err)
+		}
+		s.Close()
+		if err := s.Check(); err != nil {
+			t.Error("accounts after Close: ", err)
+		}
+	})
 	return embedded{t, s}
 }
 
