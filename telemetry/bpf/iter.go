@@ -115,7 +115,7 @@ func attachIterator(suffix, name string, counters, fields *ebpf.Map, queues int)
 	runtime.KeepAlive(fields)
 	runtime.KeepAlive(text)
 	if err != nil {
-		return nil, fmt.Errorf("load the iterator: %w", terse(err))
+		return nil, fmt.Errorf("load the iterator: %w", lacking("CAP_PERFMON", err))
 	}
 	defer prog.Close()
 	it, err := link.AttachIter(link.IterOptions{Program: prog, Map: lines})
@@ -269,6 +269,14 @@ func iterProgram(counters, fields, text int, at []uint32) asm.Instructions {
 	label("exit")
 	emit(asm.Mov.Imm(asm.R0, 0), asm.Return())
 	return p
+}
+
+// lacking says what a refusal probably comes from.
+func lacking(capability string, err error) error {
+	if err = terse(err); errors.Is(err, unix.EPERM) {
+		return fmt.Errorf("%w (%s is missing, or seccomp forbids it)", err, capability)
+	}
+	return err
 }
 
 // terse keeps the cause of a refusal. It drops advice on limits that have nothing

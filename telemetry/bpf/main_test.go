@@ -99,10 +99,12 @@ type plan struct {
 	Store   Store
 	Info    telemetry.Info
 	Queues  int
-	Packets uint64   // counted in rx of queue 0 before it says that it is ready
-	Busy    bool     // go on counting until it is told to end
-	Publish int      // publish so often, then end
-	Deny    []uint32 // system calls that fail with EPERM
+	Packets uint64        // counted in rx of queue 0 before it says that it is ready
+	Busy    bool          // go on counting until it is told to end
+	Publish int           // publish so often, then end
+	Deny    []uint32      // system calls that fail
+	Errno   syscall.Errno // with this, or EPERM if 0
+	Read    bool          // own nothing: find the device and say what it counted
 }
 
 // ready is the first line an owner writes.
@@ -117,10 +119,13 @@ func owner() int {
 		return 2
 	}
 	if len(p.Deny) > 0 {
-		if err := deny(p.Deny); err != nil {
+		if err := deny(p.Deny, p.Errno); err != nil {
 			fmt.Fprintln(os.Stderr, "seccomp:", err)
 			return 2
 		}
+	}
+	if p.Read {
+		return read(p.Info.Name())
 	}
 	set := telemetry.NewSet(p.Queues)
 	set.Open(&p.Store, p.Info)
@@ -166,13 +171,39 @@ func owner() int {
 	return 0
 }
 
+func read(name string) int {
+	var r ready
+	all, _ := List("")
+	for _, s := range all {
+		if s.Name != name {
+			continue
+		}
+		rd, err := Open(s)
+		if err != nil {
+			r.Reason = err.Error()
+			continue
+		}
+		rep, err := rd.Read()
+		if err != nil {
+			r.Reason = err.Error()
+			continue
+		}
+		r = ready{s.Kind, fmt.Sprint(rep.Stats.RX.Get(telemetry.Packets), " packets")}
+	}
+	json.NewEncoder(os.Stdout).Encode(r)
+	return 0
+}
+
 // deny makes system calls of all threads fail from now on.
-func deny(calls []uint32) error {
+func deny(calls []uint32, errno syscall.Errno) error {
+	if errno == 0 {
+		errno = unix.EPERM
+	}
 	filter := []unix.SockFilter{{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS}} // seccomp_data.nr
 	for _, nr := range calls {
 		filter = append(filter,
 			unix.SockFilter{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, Jf: 1, K: nr},
-			unix.SockFilter{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ERRNO | uint32(unix.EPERM)})
+			unix.SockFilter{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ERRNO | uint32(errno)})
 	}
 	filter = append(filter, unix.SockFilter{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ALLOW})
 	return seccomp(filter)
@@ -183,15 +214,27 @@ type process struct {
 	ready
 	cmd *exec.Cmd
 	in  io.Closer
+	out io.Reader
 }
 
 // start runs a plan in a process of its own, with a command such as setpriv in
-// front of it.
+// front of it, and waits until its device is open.
 func start(t testing.TB, p plan, front ...string) *process {
 	t.Helper()
-	if p.Queues == 0 {
-		p.Queues = 1
+	pr := launch(t, p, front...)
+	line, err := bufio.NewReader(pr.out).ReadString('\n')
+	if err != nil {
+		t.Fatalf("the owner said nothing: %v", err)
 	}
+	if err := json.Unmarshal([]byte(line), &pr.ready); err != nil {
+		t.Fatalf("the owner said %q", line)
+	}
+	return pr
+}
+
+func launch(t testing.TB, p plan, front ...string) *process {
+	t.Helper()
+	p.Queues = max(p.Queues, 1)
 	text, err := json.Marshal(p)
 	if err != nil {
 		t.Fatal(err)
@@ -200,7 +243,6 @@ func start(t testing.TB, p plan, front ...string) *process {
 	cmd := exec.Command(args[0], args[1:]...)
 	cmd.Env = append(os.Environ(), envOwner+"="+string(text))
 	cmd.Stderr = os.Stderr
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	in, err := cmd.StdinPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -212,15 +254,8 @@ func start(t testing.TB, p plan, front ...string) *process {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	pr := &process{cmd: cmd, in: in}
+	pr := &process{cmd: cmd, in: in, out: out}
 	t.Cleanup(func() { pr.kill() })
-	line, err := bufio.NewReader(out).ReadString('\n')
-	if err != nil {
-		t.Fatalf("the owner said nothing: %v", err)
-	}
-	if err := json.Unmarshal([]byte(line), &pr.ready); err != nil {
-		t.Fatalf("the owner said %q", line)
-	}
 	return pr
 }
 

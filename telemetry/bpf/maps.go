@@ -22,7 +22,7 @@ func array(name string, size, entries int, key, value btf.Type) (*ebpf.Map, erro
 		Flags: unix.BPF_F_MMAPABLE, Key: key, Value: value,
 	})
 	if err != nil {
-		return nil, fmt.Errorf("create map %s: %w", name, terse(err))
+		return nil, fmt.Errorf("create map %s: %w", name, lacking("CAP_BPF", err))
 	}
 	return m, nil
 }

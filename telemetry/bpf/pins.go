@@ -52,14 +52,18 @@ func openPinDir(root, name string, gid int) (*pinDir, error) {
 	// A closing owner removes the directory we may just have opened: then the
 	// one we locked is no longer at path.
 	for range 16 {
-		if err := os.Mkdir(path, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
-			return nil, fmt.Errorf("make pins: %w", err)
+		made := os.Mkdir(path, 0o755)
+		if made != nil && !errors.Is(made, fs.ErrExist) {
+			return nil, fmt.Errorf("make pins: %w", made)
 		}
 		d, err := lockPinDir(path)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue
 		}
 		if err != nil {
+			if made == nil && !errors.Is(err, ErrBusy) {
+				unix.Rmdir(path) // it is empty, or somebody else's by now
+			}
 			return nil, err
 		}
 		if gid >= 0 {

@@ -96,6 +96,8 @@ func listMemfds() ([]Source, error) {
 		return nil, err
 	}
 	var out []Source
+	type file struct{ dev, ino uint64 }
+	seen := map[file]bool{} // a reader has it open, too
 	for _, l := range links {
 		to, err := os.Readlink(l)
 		if err != nil {
@@ -105,6 +107,11 @@ func listMemfds() ([]Source, error) {
 		if !ok {
 			continue
 		}
+		var st unix.Stat_t
+		if unix.Stat(l, &st) != nil || seen[file{st.Dev, st.Ino}] {
+			continue
+		}
+		seen[file{st.Dev, st.Ino}] = true
 		name = str([]byte(strings.TrimSuffix(name, " (deleted)")))
 		out = append(out, Source{Name: name, Kind: KindMemfd, Path: l})
 	}

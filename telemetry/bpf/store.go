@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"hash/fnv"
 	"os"
+	"strings"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -79,7 +80,7 @@ func (s *Store) Open(info telemetry.Info) (telemetry.Mirror, error) {
 		m.kind = KindMemfd
 	}
 	if err != nil {
-		m.reason = err.Error()
+		m.reason = strings.ReplaceAll(err.Error(), "\n", "; ")
 	}
 	set(m.info.Kind[:], m.kind)
 	set(m.info.Reason[:], m.reason)

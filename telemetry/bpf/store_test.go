@@ -240,9 +240,15 @@ func TestLayoutIsThatOfTheHeader(t *testing.T) {
 			t.Fatalf("%v: %s", err, out)
 		}
 		text := run(t, tool, "btf", "dump", "id", fmt.Sprint(shown.BTF), "format", "c")
-		fmt.Fprintf(&got, "/* %s */\n%s\n", pin, text)
+		fmt.Fprintf(&got, "/* %s */\n", pin)
+		for line := range strings.Lines(text) {
+			// What differs between versions of bpftool is not our layout.
+			if line != "\n" && !strings.HasPrefix(line, "#") {
+				got.WriteString(line)
+			}
+		}
 	}
-	golden(t, "testdata/layout.h", got.String())
+	golden(t, "testdata/layout.txt", got.String())
 }
 
 func TestCatPrintsWhatOpenMetricsWrites(t *testing.T) {
