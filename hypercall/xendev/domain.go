@@ -18,6 +18,7 @@
 package xendev
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -59,7 +60,8 @@ const (
 
 	// DoorbellHypercall makes the hypercall (EVTCHNOP_send) through privcmd. The
 	// kernel does not check then that the port is ours. In a domU it needs
-	// xen-privcmd loaded with unrestricted=1.
+	// xen-privcmd loaded with unrestricted=1; without, no port can be opened
+	// ([privcmd.ErrRestricted]).
 	DoorbellHypercall
 )
 
@@ -114,7 +116,7 @@ func Open(cfg Config) (*Domain, error) {
 	if cfg.GrantLimit < 0 {
 		return nil, errors.New("xendev: negative Config.GrantLimit")
 	}
-	id, err := askID(cfg)
+	id, err := askID(context.Background(), cfg)
 	if err != nil {
 		return nil, err
 	}
@@ -175,6 +177,9 @@ func (d *Domain) hypercalls() (*privcmd.Conn, error) {
 	c, err := privcmd.Open(d.cfg.path("dev/xen"))
 	if err != nil {
 		return nil, d.cfg.explain(d.cfg.path("dev/xen/privcmd"), "xen-privcmd", err)
+	}
+	if _, _, err := c.Version(); err != nil { // rather now than with every Notify
+		return nil, errors.Join(err, c.Close())
 	}
 	d.calls = c
 	return c, nil

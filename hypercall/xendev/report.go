@@ -82,23 +82,9 @@ func Inspect(ctx context.Context, cfg Config) Report {
 	r.GrantLimit = found(GrantLimit(cfg))
 	r.MapLimit = found(readInt(cfg.path("sys/module/xen_gntdev/parameters/limit")))
 	r.Vifs = found(Vifs(cfg))
-	r.Domain = found(reportID(ctx, cfg))
+	r.Domain = found(askID(ctx, cfg))
 	r.GrantTable, r.Ports = reportCalls(ctx, cfg)
 	return r
-}
-
-func reportID(ctx context.Context, cfg Config) (hypercall.DomID, error) {
-	if err := ctx.Err(); err != nil {
-		return 0, err
-	}
-	f, err := openStore(cfg)
-	if err != nil {
-		return 0, err
-	}
-	defer f.Close()
-	stop := context.AfterFunc(ctx, func() { _ = f.Close() })
-	defer stop()
-	return readID(cfg, f)
 }
 
 func reportCalls(ctx context.Context, cfg Config) (Found[privcmd.GrantTable], Found[Ports]) {

@@ -55,11 +55,12 @@ func (d *Domain) Share(peer hypercall.DomID, pages int, access hypercall.Access)
 		return nil, errors.Join(err, unix.Munmap(b), deallocGrefs(fd, index, pages))
 	}
 
+	first := refs[0] // the caller may change what Refs holds
 	d.held.Add(int64(pages))
 	d.mu.Lock()
-	d.indices[refs[0]] = index
+	d.indices[first] = index
 	d.mu.Unlock()
-	end := func() error { return d.endShare(b, refs[0], index, pages) }
+	end := func() error { return d.endShare(b, first, index, pages) }
 	return hypercall.NewShare(m, d.other(peer), access, refs, end), nil
 }
 

@@ -49,11 +49,7 @@ func (d *Domain) Store(ctx context.Context) (io.ReadWriteCloser, error) {
 	if err != nil {
 		return nil, err
 	}
-	stop := context.AfterFunc(ctx, func() { _ = f.SetReadDeadline(past) })
-	id, err := readID(d.cfg, f)
-	if !stop() && err == nil {
-		err = ctx.Err()
-	}
+	id, err := readID(ctx, d.cfg, f)
 	if err == nil {
 		err = f.SetReadDeadline(time.Time{})
 	}
@@ -80,20 +76,27 @@ func openStore(cfg Config) (*os.File, error) {
 }
 
 // askID is readID on a file of its own.
-func askID(cfg Config) (hypercall.DomID, error) {
+func askID(ctx context.Context, cfg Config) (hypercall.DomID, error) {
 	f, err := openStore(cfg)
 	if err != nil {
 		return 0, err
 	}
 	defer f.Close()
-	return readID(cfg, f)
+	return readID(ctx, cfg, f)
 }
 
 // readID asks xenstore for this domain's own node domid, which the toolstack
 // writes. A control domain that xenstore has no such node for, or in which
 // xenstore does not run yet, is domain 0.
-func readID(cfg Config, f *os.File) (hypercall.DomID, error) {
+func readID(ctx context.Context, cfg Config, f *os.File) (hypercall.DomID, error) {
+	if err := f.SetReadDeadline(time.Now().Add(idTimeout)); err != nil {
+		return 0, err
+	}
+	stop := context.AfterFunc(ctx, func() { _ = f.SetReadDeadline(past) })
 	v, err := readNode(f, "domid")
+	if !stop() {
+		return 0, ctx.Err()
+	}
 	if err != nil {
 		if b, cerr := os.ReadFile(cfg.path("proc/xen/capabilities")); cerr == nil && strings.Contains(string(b), "control_d") {
 			return 0, nil
@@ -111,9 +114,6 @@ func readID(cfg Config, f *os.File) (hypercall.DomID, error) {
 func readNode(f *os.File, path string) (string, error) {
 	b, err := wire.Append(nil, wire.Header{Op: wire.Read}, path, "\x00")
 	if err != nil {
-		return "", err
-	}
-	if err := f.SetReadDeadline(time.Now().Add(idTimeout)); err != nil {
 		return "", err
 	}
 	if _, err := f.Write(b); err != nil {

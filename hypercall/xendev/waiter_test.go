@@ -185,7 +185,7 @@ func TestUselessWakeupsPutOffUnmasking(t *testing.T) {
 		event(t, w, true)
 		w.settleAt(t, false)
 		d.wantUnmasked()
-		late := w.late[0].due.Sub(time.Now())
+		late := time.Until(w.late[0].due)
 		if most := minDelay << n; late > most || late < most-500*time.Millisecond {
 			t.Errorf("wake-up %d puts off for %v", n, late)
 		}
@@ -226,7 +226,7 @@ func storm(t testing.TB, w *waiter, d driver) {
 	d.fire(5)
 	event(t, w, true)
 	w.settleAt(t, false)
-	if len(w.late) != 1 || w.late[0].due.Sub(time.Now()) > maxDelay {
+	if len(w.late) != 1 || time.Until(w.late[0].due) > maxDelay {
 		t.Fatalf("late %v", w.late)
 	}
 	w.late[0].due = time.Now().Add(aDay)

@@ -410,12 +410,10 @@ func TestXenEventsBothWays(t *testing.T) {
 	for _, bell := range []Doorbell{DoorbellIoctl, DoorbellHypercall} {
 		t.Run(bell.String(), func(t *testing.T) {
 			d := onXen(t, Config{Doorbell: bell})
-			wa, wb, a, b := func() (wa, wb hypercall.Waiter, a, b hypercall.Port) {
-				if bell == DoorbellHypercall {
-					needHypercalls(t)
-				}
-				return channelOf(t, d)
-			}()
+			if bell == DoorbellHypercall {
+				needHypercalls(t)
+			}
+			wa, wb, a, b := channelOf(t, d)
 			for range 100 {
 				if err := a.Notify(); err != nil {
 					t.Fatal(err)
@@ -458,11 +456,64 @@ func needHypercalls(t testing.TB) *privcmd.Conn {
 	}
 	t.Cleanup(func() { c.Close() })
 	if _, _, err := c.Version(); errors.Is(err, privcmd.ErrRestricted) {
+		d, derr := Open(Config{Doorbell: DoorbellHypercall})
+		if derr != nil {
+			t.Fatal(derr)
+		}
+		defer d.Close()
+		w, derr := d.Waiter()
+		if derr != nil {
+			t.Fatal(derr)
+		}
+		defer w.Close()
+		if _, derr := w.Unbound(0); !errors.Is(derr, privcmd.ErrRestricted) {
+			t.Error("a port whose doorbell is not permitted:", derr)
+		}
 		t.Skip("the kernel allows this domain no hypercalls: ", err)
 	} else if err != nil {
 		t.Fatal(err)
 	}
 	return c
+}
+
+// TestXenManyPortsOfOneWaiter fires more ports than one read takes.
+func TestXenManyPortsOfOneWaiter(t *testing.T) {
+	d := onXen(t, Config{})
+	wa, wb, a, _ := channelOf(t, d)
+	far := []hypercall.Port{a}
+	const ports = 150
+	for range ports - 1 {
+		a, err := wa.Unbound(hypercall.DomSelf)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := wb.Bind(hypercall.DomSelf, a.ID()); err != nil {
+			t.Fatal(err)
+		}
+		far = append(far, a)
+	}
+	w := wb.(*waiter)
+	for w.Wait(time.Now().Add(50*time.Millisecond), true) == nil { // those of binding
+	}
+	for range 3 {
+		for _, a := range far {
+			if err := a.Notify(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		seen := map[hypercall.PortID]int{}
+		for len(seen) < ports {
+			if err := w.Wait(time.Now().Add(soon), true); err != nil {
+				t.Fatalf("%d of %d ports fired, then %v", len(seen), ports, err)
+			}
+			for _, p := range w.fired {
+				seen[p.id]++
+			}
+		}
+		if err := w.Wait(time.Now(), true); !errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("one event too many: %v", err)
+		}
+	}
 }
 
 func TestXenBindSaysWhy(t *testing.T) {
@@ -790,7 +841,12 @@ func TestXenReport(t *testing.T) {
 }
 
 func TestXenNodesAreNotInherited(t *testing.T) {
-	d := onXen(t, Config{Doorbell: DoorbellHypercall})
+	d := onXen(t, Config{})
+	c, err := privcmd.Open("/dev/xen")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
 	shareOf(t, d, 1, hypercall.ReadWrite)
 	if err := d.Copy([]hypercall.CopyOp{}); err != nil {
 		t.Fatal(err)
@@ -800,11 +856,6 @@ func TestXenNodesAreNotInherited(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer w.Close()
-	if p, err := w.Unbound(hypercall.DomSelf); err != nil {
-		t.Fatal(err)
-	} else {
-		defer p.Close()
-	}
 	s, err := d.Store(context.Background())
 	if err != nil {
 		t.Fatal(err)
