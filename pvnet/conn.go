@@ -17,6 +17,7 @@ import (
 type conn struct {
 	queues []connQueue
 	undo   undo
+	feat   features
 	shared int // pages granted to the peer
 	own    int // private pages
 }
@@ -41,6 +42,25 @@ type features struct {
 	split   bool // an event channel for each direction
 	frontSG bool // the frontend takes frames of several slots
 	backSG  bool // the backend does
+}
+
+// agreed is what counters show of the features.
+func (c *conn) agreed(lend, trusted bool) telemetry.Feature {
+	f := telemetry.FeatureRxCopy
+	for _, has := range []struct {
+		it  bool
+		bit telemetry.Feature
+	}{
+		{c.feat.frontSG && c.feat.backSG, telemetry.FeatureScatter},
+		{c.feat.split, telemetry.FeatureSplitEvents},
+		{lend, telemetry.FeatureLendRx},
+		{trusted, telemetry.FeatureTrusted},
+	} {
+		if has.it {
+			f |= has.bit
+		}
+	}
+	return f
 }
 
 // An undo is a list of steps that give back what was taken. It runs backwards,

@@ -211,6 +211,8 @@ func (f *front) attach(ctx context.Context, xd *xenbus.Device, c *conn) error {
 	}
 	feat.queues = int(min(most, uint64(d.cfg.queues())))
 
+	feat.frontSG = true
+	c.feat = feat
 	m := &pageMaker{dom: d.domain, peer: dom(xd), log: d.log, set: d.set, c: c}
 	keys := xenbus.Values{
 		netif.KeyRequestRxCopy:        "1",

@@ -132,15 +132,16 @@ type Device struct {
 	fault  chan *PeerError         // violations halves met
 
 	mu      sync.Mutex
-	mac     MAC              // guarded by mu
-	trusted bool             // guarded by mu
-	changed chan struct{}    // guarded by mu: closed when word or a deadline changes
-	cause   error            // guarded by mu: what calls return once gone
-	last    LinkEvent        // guarded by mu
-	subs    []chan LinkEvent // guarded by mu
-	listens bool             // guarded by mu
-	budget  Budget           // guarded by mu
-	peer    hypercall.DomID  // guarded by mu
+	mac     MAC               // guarded by mu
+	trusted bool              // guarded by mu
+	changed chan struct{}     // guarded by mu: closed when word or a deadline changes
+	cause   error             // guarded by mu: what calls return once gone
+	last    LinkEvent         // guarded by mu
+	subs    []chan LinkEvent  // guarded by mu
+	listens bool              // guarded by mu
+	budget  Budget            // guarded by mu
+	peer    hypercall.DomID   // guarded by mu
+	agreed  telemetry.Feature // guarded by mu: what the connection has
 }
 
 const (
@@ -570,7 +571,7 @@ func (d *Device) up(c *conn, peer hypercall.DomID) {
 	}
 	d.mu.Lock()
 	d.budget = Budget{c.shared, c.own}
-	d.peer = peer
+	d.peer, d.agreed = peer, c.agreed(d.cfg.LendRx, d.trusted)
 	d.mu.Unlock()
 	d.announce(linkUp, LinkEvent{Up: true})
 }
@@ -609,11 +610,12 @@ func (d *Device) drop(c *conn) {
 // setStatus shows our state beside the counters.
 func (d *Device) setStatus(s xenbus.State) {
 	d.mu.Lock()
-	mac := d.mac
+	mac, agreed := d.mac, d.agreed
 	d.mu.Unlock()
 	d.set.SetStatus(telemetry.Status{
 		State: telemetry.State(s), Up: d.word.Load() == linkUp, MAC: mac, MTU: uint32(d.MTU()),
 		Queues: uint32(d.active.Load()), Epoch: d.epoch.Load(),
+		Features: agreed,
 	})
 }
 

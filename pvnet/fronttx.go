@@ -69,10 +69,10 @@ func (e *frontTX) send(frames []Frame) (n int, err error) {
 
 // put fills the slots of one frame, and takes it over.
 func (e *frontTX) put(f *Frame, t *tally) error {
+	if !f.buf.Valid() {
+		return ErrStale
+	}
 	if f.total < MinFrame || f.total > MaxFrame {
-		if !f.buf.Valid() {
-			return ErrStale
-		}
 		return ErrFrameSize
 	}
 	need := uint32(f.slots())
@@ -128,9 +128,6 @@ func (e *frontTX) put(f *Frame, t *tally) error {
 // putCopy sends a frame whose pages the peer has no grant for, or which somebody
 // else may still write.
 func (e *frontTX) putCopy(f *Frame, t *tally) error {
-	if !f.buf.Valid() {
-		return ErrStale
-	}
 	var g Frame
 	if !build(e.bufs, int(f.total), &g) {
 		if err := e.reap(); err != nil {

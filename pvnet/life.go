@@ -315,6 +315,7 @@ func (l *life) resume() {
 	l.running = true
 	_, dom := l.xd.Peer()
 	l.d.up(l.conn, dom)
+	l.d.setStatus(l.xd.Current().Own)
 	l.d.log.Info("link up", "vif", l.d.id, "peer", dom, "queues", len(l.conn.queues), "memory", l.d.Budget().String())
 	l.tell(nil)
 }

@@ -664,3 +664,84 @@ func TestALostEventIsRescued(t *testing.T) {
 		t.Errorf("%d rescues counted", n)
 	}
 }
+
+func TestStatsNeverDisturbAnOwner(t *testing.T) {
+	p := join(t, emu.Config{}, plain, Config{})
+	tx, _ := own(t, p.front)
+	_, rx := own(t, p.back)
+	stop := make(chan struct{})
+	var wg sync.WaitGroup
+	for _, d := range []*Device{p.front, p.back} {
+		wg.Go(func() {
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+					d.Stats()
+				}
+			}
+		})
+	}
+	var f [4]Frame
+	for i := range 3000 {
+		if n := tx.AllocSize(f[:], 60); n != 4 {
+			t.Fatalf("round %d: %d frames", i, n)
+		}
+		if n, err := tx.Send(f[:]); n != 4 || err != nil {
+			t.Fatal(i, n, err)
+		}
+		for got := 0; got < 4; {
+			n, err := rx.Receive(f[:])
+			if err != nil {
+				t.Fatal(i, err)
+			}
+			rx.Release(f[:n])
+			got += n
+		}
+	}
+	close(stop)
+	wg.Wait()
+	checkBalance(t, p.front, p.back, 12000, 12000*60)
+}
+
+// A frame that was released is somebody else's memory: no method may touch it.
+func TestAStaleFrameIsRefusedByEveryMethod(t *testing.T) {
+	p := join(t, emu.Config{}, plain, Config{})
+	tx, _ := own(t, p.front)
+	for name, size := range map[string]int{"zero": -1, "single": 100, "chain": 9000} {
+		var f [1]Frame
+		if size >= 0 {
+			tx.AllocWait(f[:], size)
+			f[0].Release()
+		}
+		for method, call := range map[string]func(f Frame){
+			"Bytes":    func(f Frame) { f.Bytes() },
+			"Pieces":   func(f Frame) { f.Pieces()(func([]byte) bool { return true }) },
+			"CopyTo":   func(f Frame) { f.CopyTo(make([]byte, 10)) },
+			"CopyFrom": func(f Frame) { f.CopyFrom(make([]byte, 10)) },
+			"Extend":   func(f Frame) { _ = f.Extend(1)[0] },
+		} {
+			func() {
+				defer func() {
+					if recover() == nil {
+						t.Errorf("%s: %s did not panic", name, method)
+					}
+				}()
+				call(f[0])
+			}()
+		}
+		if err := f[0].Retain(); err != ErrStale {
+			t.Errorf("%s: Retain: %v", name, err)
+		}
+		if err := f[0].Release(); err != ErrStale {
+			t.Errorf("%s: Release: %v", name, err)
+		}
+		if _, err := tx.Send(f[:]); err != ErrStale {
+			t.Errorf("%s: Send: %v", name, err)
+		}
+		if f[0].Valid() {
+			t.Errorf("%s: valid", name)
+		}
+	}
+}

@@ -201,7 +201,10 @@ func (b *back) attach(ctx context.Context, xd *xenbus.Device, c *conn) error {
 			ports[port] = i
 		}
 		keys[i] = k
+		feat.split = k.txPort != k.rxPort
 	}
+	feat.backSG = true
+	c.feat = feat
 	m := &pageMaker{dom: b.d.domain, peer: dom(xd), log: b.d.log, set: b.d.set, c: c}
 	for i, k := range keys {
 		q, err := m.backQueue(feat, k, &b.d.cfg, b.d.rx[i].count, b.d.tx[i].count)
