@@ -75,8 +75,12 @@ func onXen(t testing.TB, cfg Config) *Domain {
 func onPV(t testing.TB, cfg Config) *Domain {
 	t.Helper()
 	d := onXen(t, cfg)
-	if kind, err := cfg.text("sys/hypervisor/guest_type"); err != nil || kind != "PV" {
-		t.Skipf("a %s domain cannot map its own grants (%v)", kind, err)
+	kind, err := cfg.text("sys/hypervisor/guest_type")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if kind != "PV" {
+		t.Skipf("a %s domain cannot map its own grants", kind)
 	}
 	return d
 }
