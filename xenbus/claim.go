@@ -125,39 +125,36 @@ func (d *Device) claimed(me string, err error) error {
 
 // keepClaim answers a challenge, claims a directory that was made anew, and
 // notices that the claim went to somebody else.
-func (d *Device) keepClaim(ctx context.Context) error {
+func (d *Device) keepClaim(ctx context.Context) (renewed bool, err error) {
 	d.mu.Lock()
 	me := d.claim
 	d.mu.Unlock()
 	if me == "" {
-		return nil
+		return false, nil
 	}
 	value, there, err := d.lookup(ctx, d.dir+claimKey)
 	if err != nil {
-		return err
+		return false, err
 	}
 	if !there {
-		held, err := d.seize(ctx, me, "")
+		value, err = d.seize(ctx, me, "")
 		if errors.Is(err, ErrGone) {
-			return nil
+			return false, nil
 		}
-		if err != nil {
-			return err
+		if err != nil || value == "" {
+			return err == nil, err
 		}
-		value = held
 	}
 	owner, number, _ := strings.Cut(value, " ")
-	if there && owner == me {
-		return d.answer(ctx, me, number)
+	if owner == me {
+		return false, d.answer(ctx, me, number)
 	}
-	if value != "" {
-		d.mu.Lock()
-		ch := d.cur
-		ch.Lost = true
-		d.tellLocked(ch)
-		d.mu.Unlock()
-	}
-	return nil
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	ch := d.cur
+	ch.Lost = true
+	d.tellLocked(ch)
+	return false, nil
 }
 
 // answer moves the number on if there is a challenge.

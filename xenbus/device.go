@@ -16,8 +16,9 @@ import (
 )
 
 var (
-	// ErrGone is returned when our own directory is no longer there: the device
-	// was taken away. Nothing was written, so that it does not come back half.
+	// ErrGone is returned when our own directory is no longer there, or was made
+	// anew since we claimed it: the device was taken away. Nothing was written, so
+	// that it does not come back half.
 	ErrGone = errors.New("xenbus: the device's directory is gone")
 
 	// ErrClaimed is returned when another process has claimed the device.
@@ -176,6 +177,15 @@ func openDevice(ctx context.Context, c *Client, d *Device, parent string) (*Devi
 		return nil, err
 	}
 	d.peer = peer
+	for stale := everything(); stale.any(); {
+		if stale, err = d.refresh(ctx, stale); err == nil {
+			break
+		}
+		if sleep(ctx, retryPause) != nil {
+			d.own.Close()
+			return nil, fmt.Errorf("xenbus %s: %w", d.dir, err)
+		}
+	}
 	life, cancel := context.WithCancel(context.Background())
 	d.cancel = cancel
 	go d.run(life)
@@ -204,7 +214,7 @@ func (d *Device) Peer() (dir string, dom hypercall.DomID) {
 // the Device or the Client is. One goroutine should receive from it.
 func (d *Device) Changes() <-chan Change { return d.changes }
 
-// Current is the last Change, taken or not; before the first its Generation is 0.
+// Current is the last Change, taken or not.
 func (d *Device) Current() Change {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -292,7 +302,10 @@ func (d *Device) guard(tx Tx) (state string, err error) {
 		return state, nil
 	}
 	owner, err := tx.Read(d.dir + claimKey)
-	if err != nil && !errors.Is(err, ErrNotFound) {
+	if errors.Is(err, ErrNotFound) { // made anew: ours was in another one
+		return "", ErrGone
+	}
+	if err != nil {
 		return "", err
 	}
 	if owner, _, _ := strings.Cut(owner, " "); owner != claim {

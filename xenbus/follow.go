@@ -22,11 +22,16 @@ func (d *Device) find(ctx context.Context) (end, error) {
 			other.Close()
 		}
 	}()
+	var lacking []string
 	for {
 		peer, missing, err := d.resolve(ctx)
+		if err != nil && ctx.Err() != nil && lacking != nil {
+			err = &WaitError{Dir: d.dir, Missing: lacking, Err: context.Cause(ctx)}
+		}
 		if err != nil || len(missing) == 0 {
 			return peer, err
 		}
+		lacking = missing
 		if peer.dir != where {
 			w, err := d.c.Watch(ctx, peer.dir)
 			if err != nil {
@@ -168,7 +173,7 @@ func (d *Device) run(ctx context.Context) {
 		other  *Watch // on the peer's state
 		target end    // whose state that is
 		retry  <-chan time.Time
-		stale  = everything()
+		stale  parts
 	)
 	defer func() {
 		if other != nil {
@@ -241,14 +246,15 @@ type parts struct {
 	backend bool // frontend: where the backend is
 	claim   bool
 	peer    bool
+	anew    bool // our directory is not the one it was
 }
 
-func everything() parts { return parts{true, true, true, true} }
+func everything() parts { return parts{state: true, backend: true, claim: true, peer: true} }
 
 func (p parts) any() bool { return p != parts{} }
 
 func (p *parts) add(q parts) {
-	*p = parts{p.state || q.state, p.backend || q.backend, p.claim || q.claim, p.peer || q.peer}
+	*p = parts{p.state || q.state, p.backend || q.backend, p.claim || q.claim, p.peer || q.peer, p.anew || q.anew}
 }
 
 // touched takes what happened in our directory. Keys we publish are of no interest.
@@ -276,45 +282,46 @@ func (d *Device) touched() (p parts) {
 // refresh reads the stale parts and tells of what changed. It returns what could
 // not be read.
 func (d *Device) refresh(ctx context.Context, stale parts) (left parts, err error) {
-	if stale.claim || stale.state {
-		if err := d.keepClaim(ctx); err != nil {
-			return stale, err
-		}
-	}
 	for {
 		d.mu.Lock()
 		ch, peer, writes, mine := d.cur, d.peer, d.writes, d.wrote == Unknown ||
 			d.wrote == Initialising || d.writing == Initialising
 		d.mu.Unlock()
 
-		replaced := false
 		if stale.state || stale.backend {
 			was := ch
 			if err := d.readOwn(ctx, &ch); err != nil {
 				return stale, err
 			}
-			// Made anew: what we wrote is not there any more.
-			replaced = was.Gone && !ch.Gone || ch.Own == Initialising && !mine
+			// What we wrote is not there any more.
+			stale.anew = stale.anew || was.Gone && !ch.Gone || ch.Own == Initialising && !mine
 		}
-		if d.role == Frontend && (stale.backend || replaced) && !ch.Gone {
-			found, missing, err := d.resolve(ctx)
+		if (stale.state || stale.claim) && !ch.Gone {
+			renewed, err := d.keepClaim(ctx)
+			if err != nil {
+				return stale, err
+			}
+			stale.anew = stale.anew || renewed
+		}
+		found := false
+		if d.role == Frontend && (stale.backend || stale.anew) && !ch.Gone {
+			at, missing, err := d.resolve(ctx)
 			var bad *ValueError
 			switch {
 			case errors.As(err, &bad) || len(missing) > 0:
 				// Half written: the event of the other half brings us here again.
-				if found.dir != "" && err == nil {
+				if at.dir != "" && err == nil {
 					return stale, &WaitError{Dir: d.dir, Missing: missing}
 				}
 			case errors.Is(err, ErrGone):
 				ch.Gone = true
 			case err != nil:
 				return stale, err
-			case found != peer:
-				peer, replaced = found, true
-				stale.peer = true
+			case at != peer:
+				peer, found = at, true
 			}
 		}
-		if replaced || ch.Generation == 0 {
+		if stale.anew || found || ch.Generation == 0 {
 			ch.Generation++
 			ch.SawClosing = false
 			stale.peer = true
@@ -330,7 +337,7 @@ func (d *Device) refresh(ctx context.Context, stale parts) (left parts, err erro
 			stale.state = true
 			continue
 		}
-		if replaced {
+		if stale.anew {
 			d.wrote = Unknown
 		}
 		d.peer = peer

@@ -122,7 +122,7 @@ func (r *rig) backend(c *xenbus.Client, front hypercall.DomID, id string) *xenbu
 // await waits for a change that ok accepts.
 func (r *rig) await(d *xenbus.Device, ok func(xenbus.Change) bool) xenbus.Change {
 	r.Helper()
-	if ch := d.Current(); ch.Generation > 0 && ok(ch) {
+	if ch := d.Current(); ok(ch) {
 		return ch
 	}
 	ch, err := d.Await(r.ctx, ok)
@@ -225,7 +225,7 @@ func halfWrittenDirectoryIsWaitedFor(t *testing.T, r *rig) {
 	} {
 		v.plug(l.path)
 
-		ctx, cancel := context.WithTimeout(r.ctx, 50*time.Millisecond)
+		ctx, cancel := context.WithTimeout(r.ctx, 300*time.Millisecond)
 		_, err := l.open(ctx)
 		cancel()
 		var wait *xenbus.WaitError
