@@ -16,7 +16,8 @@
 //
 // Where something is missing the store does with less, and its Reason says what
 // was missing: maps without the iterator (no CAP_PERFMON), maps without pins (no
-// BPF file system mounted, or the directory is somebody else's), a sealed memfd
+// BPF file system mounted: mount -t bpf bpf /sys/fs/bpf makes one; or the
+// directory is somebody else's), a sealed memfd
 // (no CAP_BPF). All hold the same words; [List] and [Open] read any of them.
 //
 // The directory belongs to whoever holds a lock on it. Pins of a killed process

@@ -91,7 +91,7 @@ func TestKilledOwnerIsReplaced(t *testing.T) {
 			m.Close()
 		}
 	})
-	for i := range 25 {
+	for i := range 15 {
 		o := start(t, plan{Info: info, Busy: true, Packets: uint64(i)})
 		if o.Kind != KindIterator {
 			t.Fatalf("round %d: mirrored to %+v", i, o.ready)
@@ -99,7 +99,7 @@ func TestKilledOwnerIsReplaced(t *testing.T) {
 		o.kill()
 	}
 	// Killed before it could say anything, at any step of its start.
-	for i := range 25 {
+	for i := range 15 {
 		p := plan{Info: info, Queues: 4}
 		o := launch(t, p)
 		<-time.After(time.Duration(rand.N(40_000)) * time.Microsecond)

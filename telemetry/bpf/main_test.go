@@ -39,7 +39,11 @@ func TestMain(m *testing.M) {
 	case os.Geteuid() != 0:
 		noBPF = "not root"
 	case os.Getenv(envNamespace) == "":
-		os.Exit(again())
+		code, err := again()
+		if err == nil {
+			os.Exit(code)
+		}
+		noBPF = "mount namespace: " + err.Error()
 	default:
 		noBPF = mountBPF()
 	}
@@ -48,21 +52,16 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-func again() int {
+// again runs this program in a new mount namespace.
+func again() (code int, err error) {
 	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
 	cmd.Env = append(os.Environ(), envNamespace+"=1")
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
-	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
-	err := cmd.Run()
-	var exit *exec.ExitError
-	switch {
-	case errors.As(err, &exit):
-		return exit.ExitCode()
-	case err != nil:
-		fmt.Fprintln(os.Stderr, "mount namespace:", err)
-		return 1
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNS}
+	if err = cmd.Run(); cmd.ProcessState != nil {
+		return cmd.ProcessState.ExitCode(), nil
 	}
-	return 0
+	return 1, err
 }
 
 func mountBPF() string {
@@ -241,7 +240,8 @@ func launch(t testing.TB, p plan, front ...string) *process {
 	}
 	args := append(front, testBinary(t))
 	cmd := exec.Command(args[0], args[1:]...)
-	cmd.Env = append(os.Environ(), envOwner+"="+string(text))
+	// The race detector would make every end last a second.
+	cmd.Env = append(os.Environ(), envOwner+"="+string(text), "GORACE=atexit_sleep_ms=0")
 	cmd.Stderr = os.Stderr
 	in, err := cmd.StdinPipe()
 	if err != nil {

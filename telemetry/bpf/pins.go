@@ -157,7 +157,7 @@ func isBPF(dir string) error {
 	if err := unix.Statfs(dir, &st); err != nil {
 		return fmt.Errorf("make pins: %w", &fs.PathError{Op: "statfs", Path: dir, Err: err})
 	}
-	if st.Type != unix.BPF_FS_MAGIC {
+	if uint32(st.Type) != unix.BPF_FS_MAGIC {
 		return fmt.Errorf("make pins: no BPF file system is mounted at %s", dir)
 	}
 	return nil

@@ -379,7 +379,7 @@ func TestOutsideReadersSeeOneInstant(t *testing.T) {
 			}
 			r := reader(t, p.Info.Name())
 			var last uint64
-			for range 3000 {
+			for range 1000 {
 				rep, err := r.Read()
 				if err != nil {
 					t.Fatal(err)
