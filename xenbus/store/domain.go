@@ -35,8 +35,8 @@ const (
 	writeBurst = 1000
 )
 
-// chargeLocked pays for one change of the tree.
-func (d *domain) chargeLocked(s *Store) {
+// debitLocked pays for one change of the tree.
+func (d *domain) debitLocked(s *Store) {
 	if d.privileged || s.openTxs == d.txs {
 		return // there is no transaction of others it could disturb
 	}

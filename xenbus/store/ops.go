@@ -179,7 +179,7 @@ func (r *request) runChange() error {
 // nothing before the commit.
 func (r *request) changed() error {
 	if r.tx == nil {
-		r.dom.chargeLocked(r.s)
+		r.dom.debitLocked(r.s)
 	}
 	return r.reply(r.hdr.Op, okay)
 }

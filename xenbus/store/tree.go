@@ -139,20 +139,38 @@ func (r *request) find(path string, want access) (*node, error) {
 	return nil, refused
 }
 
-// checkSize applies the quotas for a node about to be written in the place of old.
-func (r *request) checkSize(path string, n, old *node) error {
+// cost says whose memory n at path would be, and how much more of it.
+func (r *request) cost(path string, n *node) (*domain, int) {
+	if r.tx != nil {
+		return r.dom, n.size() - r.tx.charged(path)
+	}
+	grow := n.size()
+	if old := r.s.nodes[path]; old != nil {
+		grow -= old.size()
+	} else {
+		grow += len(path)
+	}
+	return n.perms[0].dom, grow
+}
+
+// check applies the quotas of size and memory to nodes about to be written.
+func (r *request) check(paths []string, nodes []*node) error {
 	if r.dom.privileged {
 		return nil
 	}
-	if n.size() >= r.s.cfg.Quota.NodeSize {
-		return r.fail(ENOSPC)
+	q := &r.s.cfg.Quota
+	grown := make(map[*domain]int, 2)
+	for i, n := range nodes {
+		if n.size() >= q.NodeSize {
+			return r.fail(ENOSPC)
+		}
+		d, bytes := r.cost(paths[i], n)
+		grown[d] += bytes
 	}
-	grow := n.size() + len(path)
-	if old != nil {
-		grow -= old.size() + len(path)
-	}
-	if grow > 0 && r.dom.memory+grow > r.s.cfg.Quota.Memory {
-		return r.fail(ENOMEM)
+	for d, bytes := range grown {
+		if !d.privileged && bytes > 0 && d.memory+bytes > q.Memory {
+			return r.fail(ENOMEM)
+		}
 	}
 	return nil
 }
@@ -177,7 +195,7 @@ func (r *request) write(path string, value []byte) error {
 	}
 	changed := *n
 	changed.value = string(value)
-	if err := r.checkSize(path, &changed, n); err != nil {
+	if err := r.check([]string{path}, []*node{&changed}); err != nil {
 		return err
 	}
 	r.save(path, &changed)
@@ -194,11 +212,11 @@ func (r *request) mkdir(path string) error {
 
 // create makes the node and its missing ancestors: all or none.
 func (r *request) create(path string, value []byte) error {
-	var missing []string // from path upwards
+	var paths []string // to be made, from path upwards
 	var top string
 	var above *node
 	for top = path; above == nil; {
-		missing = append(missing, top)
+		paths = append(paths, top)
 		top = parentOf(top)
 		var err error
 		if above, err = r.load(top); err != nil {
@@ -212,56 +230,36 @@ func (r *request) create(path string, value []byte) error {
 		perms = slices.Clone(perms)
 		perms[0].dom = r.dom
 	}
-	made := make([]*node, len(missing))
-	for i := range missing {
-		made[i] = &node{perms: perms}
+	nodes := make([]*node, len(paths))
+	for i := range paths {
+		nodes[i] = &node{perms: perms}
 		if i == 0 {
-			made[i].value = string(value)
+			nodes[i].value = string(value)
 		} else {
-			made[i] = made[i].withChild(baseOf(missing[i-1]))
+			nodes[i] = nodes[i].withChild(baseOf(paths[i-1]))
 		}
 	}
-	changed := above.withChild(baseOf(missing[len(missing)-1]))
-
-	if err := r.checkCreate(missing, made, changed, above); err != nil {
+		if !r.dom.privileged {
+		count := r.dom.nodes + len(paths)
+		if r.tx != nil {
+			count = r.dom.nodes + 1 // the rest is checked at the commit
+		}
+		if count > r.s.cfg.Quota.Nodes {
+			return ENOSPC
+		}
+	}
+	nodes = append(nodes, above.withChild(baseOf(paths[len(paths)-1])))
+	paths = append(paths, top)
+	if err := r.check(paths, nodes); err != nil {
 		return err
 	}
 	if r.tx != nil {
 		r.tx.created = true
 	}
-	for i, p := range missing {
-		r.save(p, made[i])
+	for i, p := range paths {
+		r.save(p, nodes[i])
 	}
-	r.save(top, changed)
-	r.fire(path, made[0], nil, false)
-	return nil
-}
-
-func (r *request) checkCreate(paths []string, made []*node, changed, above *node) error {
-	if r.dom.privileged {
-		return nil
-	}
-	q := &r.s.cfg.Quota
-	count := r.dom.nodes + len(made)
-	if r.tx != nil {
-		count = r.dom.nodes + 1 // the rest is checked at the commit
-	}
-	if count > q.Nodes {
-		return ENOSPC
-	}
-	memory := r.dom.memory + changed.size() - above.size()
-	for i, n := range made {
-		if n.size() >= q.NodeSize {
-			return r.fail(ENOSPC)
-		}
-		memory += n.size() + len(paths[i])
-	}
-	if changed.size() >= q.NodeSize {
-		return r.fail(ENOSPC)
-	}
-	if memory > q.Memory {
-		return r.fail(ENOMEM)
-	}
+	r.fire(path, nodes[0], nil, false)
 	return nil
 }
 
@@ -348,7 +346,7 @@ func (r *request) setPerms(path string, perms []perm) error {
 	}
 	changed := *n
 	changed.perms = perms
-	if err := r.checkSize(path, &changed, n); err != nil {
+	if err := r.check([]string{path}, []*node{&changed}); err != nil {
 		return err
 	}
 	r.save(path, &changed)

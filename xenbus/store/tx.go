@@ -58,14 +58,21 @@ func (t *transaction) charge(d *domain, bytes int) {
 }
 
 func (t *transaction) save(d *domain, path string, n *node) {
-	a := t.touched[path] // there: nothing is written that was not loaded first
-	if a.modified && a.now != nil {
-		t.charge(d, -a.now.size())
-	}
+	t.charge(d, -t.charged(path))
 	if n != nil {
 		t.charge(d, n.size())
 	}
+	a := t.touched[path] // there: nothing is written that was not loaded first
 	a.now, a.modified = n, true
+}
+
+// charged is what the domain pays for the node at path beside its place in the
+// transaction: nodes that were only read are shared.
+func (t *transaction) charged(path string) int {
+	if a := t.touched[path]; a.modified && a.now != nil {
+		return a.now.size()
+	}
+	return 0
 }
 
 // fire notes an event for the commit. One for all watches at and above the path

@@ -1,0 +1,652 @@
+package store_test
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"math/rand/v2"
+	"net"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"barevif/hypercall"
+	"barevif/xenbus/store"
+	"barevif/xenbus/wire"
+)
+
+// noLeak fails the test if goroutines outlive it.
+func noLeak(t *testing.T) {
+	before := runtime.NumGoroutine()
+	t.Cleanup(func() {
+		deadline := time.Now().Add(patience)
+		for runtime.NumGoroutine() > before {
+			if time.Now().After(deadline) {
+				buf := make([]byte, 1<<16)
+				t.Fatalf("%d goroutines, %d at the start:\n%s", runtime.NumGoroutine(), before, buf[:runtime.Stack(buf, true)])
+			}
+			runtime.Gosched()
+		}
+	})
+}
+
+func heap() int64 {
+	runtime.GC()
+	runtime.GC()
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	return int64(m.HeapAlloc)
+}
+
+// pipe connects without any buffer between, so that nothing but the store itself
+// can hold what is not read. The result of ServeConn comes on the channel.
+func (e embedded) pipe(dom hypercall.DomID) (*raw, <-chan error) {
+	ours, theirs := net.Pipe()
+	ended := make(chan error, 1)
+	go func() { ended <- e.ServeConn(theirs, dom) }()
+	return newRaw(e.t, ours), ended
+}
+
+func TestFloodOfOnePathMerges(t *testing.T) {
+	noLeak(t)
+	e := newEmbedded(t, store.Config{})
+	e.guest(3)
+	g, _ := e.pipe(3)
+	g.want(wire.Watch, 0, z("flood", "t"), ok)
+	g.heard()
+	before := heap()
+	for i := range 100_000 {
+		if err := e.Write("/local/domain/3/flood", strconv.Itoa(i)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if grown := heap() - before; grown > 1<<20 {
+		t.Errorf("heap grew by %d bytes", grown)
+	}
+	// One can be on its way, one waits.
+	if n := len(g.heard()); n < 1 || n > 2 {
+		t.Errorf("%d events", n)
+	}
+	if st := e.Stats(); st.EventsMerged < 99_990 {
+		t.Errorf("%d events merged", st.EventsMerged)
+	}
+}
+
+func TestFloodOfPathsEndsWhoDoesNotRead(t *testing.T) {
+	noLeak(t)
+	e := newEmbedded(t, store.Config{})
+	e.guest(3)
+	other := e.guest(4)
+	g, ended := e.pipe(3)
+	g.want(wire.Watch, 0, z("flood", "t"), ok)
+	before := heap()
+	for i := range 100_000 {
+		path := fmt.Sprint("/local/domain/3/flood/", i)
+		if err := errors.Join(e.Write(path, ""), e.Remove(path)); err != nil {
+			t.Fatal(err)
+		}
+		if i%10_000 == 0 {
+			other.want(wire.Read, 0, z(""), "EINVAL") // served meanwhile
+		}
+	}
+	if err := <-ended; err != store.ErrBacklog {
+		t.Errorf("the connection ended with %v", err)
+	}
+	if grown := heap() - before; grown > 1<<20 {
+		t.Errorf("heap grew by %d bytes", grown)
+	}
+	if st := e.Stats(); st.BacklogKills != 1 || st.Watches != 0 {
+		t.Errorf("%+v", st)
+	}
+}
+
+// flood has the client write n nodes, all different.
+func flood(c *raw, n int) {
+	for i := range n {
+		c.want(wire.Write, 0, fmt.Sprintf("shared/%d\x00", i), ok)
+		if i%200 == 199 { // the names of more would not fit into a directory
+			c.want(wire.Rm, 0, z("shared"), ok)
+			c.want(wire.Mkdir, 0, z("shared"), ok)
+			c.want(wire.SetPerms, 0, z("shared", "r4"), ok)
+		}
+	}
+}
+
+func TestFlooderWaitsForWhoReads(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newEmbedded(t, store.Config{Backlog: 8 << 10})
+		e.Introduce(3)
+		e.Introduce(4)
+		for _, err := range []error{e.Mkdir("/local/domain/4"), e.SetPerms("/local/domain/4", "r4"), e.Mkdir("/local/domain/4/shared")} {
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+		watcher, ended := e.pipe(3)
+		watcher.want(wire.Watch, 0, z("/local/domain/4", "t"), ok)
+		heard := make(chan int)
+		go func() {
+			n := 0
+			for {
+				h, p, err := wire.ReadMessage(watcher.conn, watcher.buf[:])
+				if err != nil || h.Op != wire.WatchEvent {
+					heard <- n
+					return
+				}
+				if strings.HasPrefix(string(p), "/local/domain/4/shared/") {
+					n++
+				}
+				time.Sleep(time.Millisecond)
+			}
+		}()
+		flooder, _ := e.pipe(4)
+		start := time.Now()
+		flood(flooder, 3000)
+		took := time.Since(start)
+		watcher.send(wire.GetDomainPath, 0, z("0"))
+		if n := <-heard; n != 3000 {
+			t.Errorf("heard %d of 3000 events", n)
+		}
+		if st := e.Stats(); st.Throttled == 0 || st.BacklogKills != 0 {
+			t.Errorf("%+v", st)
+		}
+		if took < 2*time.Second {
+			t.Errorf("3000 writes took %v, with a reader of 1000 a second", took)
+		}
+		watcher.conn.Close()
+		if err := <-ended; err != nil {
+			t.Errorf("the watcher ended with %v", err)
+		}
+	})
+}
+
+func TestWhoStopsReadingHoldsNobodyUp(t *testing.T) {
+	for _, privileged := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			cfg := store.Config{Backlog: 8 << 10}
+			if privileged {
+				cfg.Privileged = []hypercall.DomID{3}
+			}
+			e := newEmbedded(t, cfg)
+			e.Introduce(3)
+			e.Introduce(4)
+			for _, err := range []error{e.Mkdir("/local/domain/4"), e.SetPerms("/local/domain/4", "r4"), e.Mkdir("/local/domain/4/shared")} {
+				if err != nil {
+					t.Fatal(err)
+				}
+			}
+			watcher, ended := e.pipe(3)
+			watcher.want(wire.Watch, 0, z("/local/domain/4", "t"), ok)
+			flooder, _ := e.pipe(4)
+			start := time.Now()
+			flood(flooder, 3000)
+			if took := time.Since(start); took > 2*time.Second {
+				t.Errorf("the writer was held up for %v", took)
+			}
+			if err := <-ended; err != store.ErrBacklog {
+				t.Errorf("the watcher ended with %v", err)
+			}
+		})
+	}
+}
+
+func TestUnreadRepliesStopRequests(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newEmbedded(t, store.Config{})
+		e.Introduce(3)
+		c, ended := e.pipe(3)
+		msg, _ := wire.Append(nil, wire.Header{Op: wire.GetDomainPath}, z("3"))
+		sent := 0
+		go func() {
+			for {
+				if _, err := c.conn.Write(msg); err != nil {
+					return
+				}
+				sent++
+			}
+		}()
+		synctest.Wait()
+		if st := e.Stats(); sent != 20 || st.Requests != 20 || st.RepliesUnread != 1 {
+			t.Errorf("took %d requests, %+v", sent, st)
+		}
+		other, _ := e.pipe(3)
+		other.want(wire.GetDomainPath, 0, z("3"), z("/local/domain/3"))
+		// It goes on once they are read.
+		for range 100 {
+			c.receive()
+		}
+		c.conn.Close()
+		if err := <-ended; err != nil && !errors.Is(err, io.ErrClosedPipe) {
+			t.Error(err)
+		}
+	})
+}
+
+// TestWriterBesideTransactionsIsSlowed is XSA-206: without a limit, whoever writes
+// fast enough makes every commit of others fail.
+func TestWriterBesideTransactionsIsSlowed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newEmbedded(t, store.Config{})
+		e.Introduce(3)
+		if err := errors.Join(e.Mkdir("/local/domain/3"), e.SetPerms("/local/domain/3", "n3")); err != nil {
+			t.Fatal(err)
+		}
+		g, _ := e.pipe(3)
+		start := time.Now()
+		for range 5000 {
+			g.want(wire.Write, 0, "x\x00", ok)
+		}
+		if took := time.Since(start); took != 0 {
+			t.Errorf("slowed by %v with nobody to disturb", took)
+		}
+		c, _ := e.pipe(0)
+		tx := c.start()
+		for range 1400 {
+			g.want(wire.Write, 0, "x\x00", ok)
+		}
+		if took := time.Since(start); took < 1900*time.Millisecond || took > 2100*time.Millisecond {
+			t.Errorf("1000 writes and 400 more took %v, want 2s", took)
+		}
+		if st := e.Stats(); st.RateLimited == 0 {
+			t.Errorf("%+v", st)
+		}
+		c.want(wire.TransactionEnd, tx, z("F"), ok)
+		g.heard()
+		start = time.Now()
+		for range 1000 {
+			g.want(wire.Write, 0, "x\x00", ok)
+		}
+		if took := time.Since(start); took > 10*time.Millisecond {
+			t.Errorf("slowed by %v after the transaction", took)
+		}
+	})
+}
+
+func TestConnectionCutAnywhere(t *testing.T) {
+	noLeak(t)
+	e := newEmbedded(t, store.Config{})
+	e.guest(3)
+	var script []byte
+	for _, m := range []struct {
+		op      wire.Op
+		tx      uint32
+		payload string
+	}{
+		{wire.Watch, 0, z("x", "t")}, {wire.TransactionStart, 0, z("")}, {wire.Write, 1, "x/y\x00value"},
+		{wire.TransactionEnd, 1, z("T")}, {wire.TransactionStart, 0, z("")}, {wire.Rm, 2, z("x")},
+	} {
+		script, _ = wire.Append(script, wire.Header{Op: m.op, TxID: m.tx}, m.payload)
+	}
+	for cut := range script {
+		ours, ended := e.dial(3)
+		if _, err := ours.Write(script[:cut]); err != nil {
+			t.Fatal(err)
+		}
+		ours.Close()
+		<-ended
+		if err := e.Check(); err != nil {
+			t.Fatalf("cut at %d: %v", cut, err)
+		}
+		if st := e.Stats(); st.Watches != 0 || st.Transactions != 0 {
+			t.Fatalf("cut at %d: %+v", cut, st)
+		}
+	}
+}
+
+func TestEndOfConnectionIsExplained(t *testing.T) {
+	noLeak(t)
+	e := newEmbedded(t, store.Config{})
+	e.Introduce(3)
+	header := func(length uint32) []byte {
+		b, _ := wire.Append(nil, wire.Header{Op: wire.Read}, "")
+		b[12], b[13], b[14], b[15] = byte(length), byte(length>>8), byte(length>>16), byte(length>>24)
+		return b
+	}
+	for _, row := range []struct {
+		send []byte
+		want error
+	}{
+		{nil, nil},
+		{header(4097), wire.ErrTooLong},
+		{header(1<<32 - 1), wire.ErrTooLong},
+		{header(0)[:9], io.ErrUnexpectedEOF},
+		{header(4096), io.ErrUnexpectedEOF},
+	} {
+		ours, ended := e.dial(3)
+		if _, err := ours.Write(row.send); err != nil {
+			t.Fatal(err)
+		}
+		ours.(*net.UnixConn).CloseWrite()
+		if err := <-ended; !errors.Is(err, row.want) {
+			t.Errorf("after %d bytes: %v, want %v", len(row.send), err, row.want)
+		}
+		ours.Close()
+	}
+	if st := e.Stats(); st.ProtocolKills != 2 {
+		t.Errorf("%+v", st)
+	}
+
+	for range 16 {
+		e.connect(3)
+	}
+	for e.Stats().Connections < 16 {
+		runtime.Gosched()
+	}
+	_, theirs := net.Pipe()
+	if err := e.ServeConn(theirs, 3); err != store.ErrConnections {
+		t.Errorf("17th connection: %v", err)
+	}
+	if err := e.ServeConn(theirs, 4); err != hypercall.ErrNoDomain {
+		t.Errorf("unknown domain: %v", err)
+	}
+	e.DomainDied(3)
+	_, ended := e.dial(0)
+	for e.Stats().Connections != 1 {
+		runtime.Gosched()
+	}
+	e.Close()
+	if err := <-ended; !errors.Is(err, net.ErrClosed) {
+		t.Errorf("after Close: %v", err)
+	}
+	if err := e.ServeConn(theirs, 0); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("after Close: %v", err)
+	}
+	if err := e.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestLastRepliesAreFlushed(t *testing.T) {
+	e := newEmbedded(t, store.Config{})
+	ours, ended := e.dial(0)
+	c := newRaw(t, ours)
+	for range 50 {
+		c.send(wire.Read, 0, z("/tool"))
+	}
+	ours.(*net.UnixConn).CloseWrite()
+	for range 50 {
+		c.receive()
+	}
+	if err := <-ended; err != nil {
+		t.Error(err)
+	}
+}
+
+// TestReusedDomidInheritsNothing is XSA-322, XSA-419 and XSA-483.
+func TestReusedDomidInheritsNothing(t *testing.T) {
+	noLeak(t)
+	e := newEmbedded(t, store.Config{})
+	first, ended := func() (*raw, <-chan error) {
+		e.guest(3)
+		return e.pipe(3)
+	}()
+	for i := range 400 {
+		first.want(wire.Mkdir, 0, z(fmt.Sprint("d", i)), ok)
+		first.want(wire.Mkdir, 0, z(fmt.Sprint("d", i, "/x")), ok)
+	}
+	for i := range 129 {
+		first.want(wire.Watch, 0, z("d0", strconv.Itoa(i)), ok)
+		first.heard()
+	}
+	for range 11 {
+		first.start()
+	}
+	for path, perms := range map[string][]string{"/left": {"n0", "b3"}, "/": {"n3"}, "/local": {"r0"}} {
+		if err := errors.Join(e.Mkdir(path), e.SetPerms(path, perms...)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	e.DomainDied(3)
+	if err := <-ended; err != hypercall.ErrNoDomain {
+		t.Errorf("its connection ended with %v", err)
+	}
+	e.DomainDied(3) // a second time is no harm
+	e.DomainDied(0)
+	e.DomainDied(77)
+	if got := e.Dump(); strings.Contains(got, "/local/domain/3") {
+		t.Errorf("it left\n%s", got)
+	}
+	second := e.guest(3)
+	second.want(wire.Read, 0, z("/left"), "EACCES")
+	second.want(wire.Directory, 0, z("/"), "EACCES")
+	second.want(wire.Mkdir, 0, z("fresh"), ok)
+	for range 11 {
+		second.start()
+	}
+	for i := range 129 {
+		second.want(wire.Watch, 0, z("d0", strconv.Itoa(i)), ok)
+	}
+	e.dom0().want(wire.GetPerms, 0, z("/"), z("n0"))
+}
+
+// TestMemoryQuota fills everything a guest can fill.
+func TestMemoryQuota(t *testing.T) {
+	noLeak(t)
+	e := newEmbedded(t, store.Config{})
+	g := e.guest(3)
+	before := heap()
+	value := strings.Repeat("v", 2000)
+	refused := make(map[string]int)
+	for d := range 1000 {
+		refused[g.do(wire.Write, 0, fmt.Sprintf("d%d/x\x00%s", d, value))]++
+	}
+	for range 11 {
+		tx := g.start()
+		for d := range 400 {
+			refused[g.do(wire.Write, tx, fmt.Sprintf("d%d/x\x00%s", d, value[1:]))]++
+		}
+	}
+	for i := range 129 {
+		refused[g.do(wire.Watch, 0, z("d0/"+value, strconv.Itoa(i)+value))]++
+	}
+	if m := e.MemoryOf(3); m > 2560<<10 || m < 2<<20 {
+		t.Errorf("it holds %d bytes", m)
+	}
+	if refused["ENOMEM"] == 0 || refused["ENOSPC"] == 0 || refused[ok] == 0 {
+		t.Errorf("answers: %v", refused)
+	}
+	if grown := heap() - before; grown > 6<<20 {
+		t.Errorf("heap grew by %d bytes", grown)
+	}
+	g.conn.Close()
+	e.DomainDied(3)
+	for e.Stats().Connections > 0 {
+		runtime.Gosched()
+	}
+	if grown := heap() - before; grown > 1<<20 {
+		t.Errorf("%d bytes stay after its death", grown)
+	}
+}
+
+// TestEventsOverThePayloadAreNotSent is XSA-324.
+func TestEventsOverThePayloadAreNotSent(t *testing.T) {
+	e := newEmbedded(t, store.Config{})
+	g := e.guest(3)
+	token := strings.Repeat("t", 4000)
+	g.want(wire.Watch, 0, z("w", token), ok)
+	g.wantEvents("w " + token)
+	g.want(wire.Write, 0, "w/"+strings.Repeat("n", 91)+"\x00", ok) // 93 + 1 + 4000 + 1 = 4095
+	if n := len(g.heard()); n != 1 {
+		t.Errorf("%d events that fit", n)
+	}
+	g.want(wire.Write, 0, "w/"+strings.Repeat("n", 93)+"\x00", ok)
+	if n := len(g.heard()); n != 0 {
+		t.Errorf("%d events over 4096 bytes", n)
+	}
+	if st := e.Stats(); st.EventsTooLong != 1 {
+		t.Errorf("%+v", st)
+	}
+}
+
+func TestDeepAndWideTrees(t *testing.T) {
+	e := newEmbedded(t, store.Config{})
+	c := e.dom0()
+	deep := strings.Repeat("/d", 1024) // 2048 characters
+	c.want(wire.Write, 0, deep+"\x00bottom", ok)
+	c.want(wire.Read, 0, z(deep), "bottom")
+	tx := c.start()
+	c.want(wire.Rm, tx, z("/d"), ok)
+	c.want(wire.TransactionEnd, tx, z("T"), ok)
+	c.want(wire.Read, 0, z(deep), "ENOENT")
+	c.want(wire.Write, 0, deep+"\x00bottom", ok)
+	c.want(wire.Rm, 0, z("/d"), ok)
+	for i := range 50_000 {
+		if err := e.Mkdir(fmt.Sprint("/wide/", i)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c.want(wire.Directory, 0, z("/wide"), "E2BIG")
+	c.want(wire.Rm, 0, z("/wide"), ok)
+	if st := e.Stats(); st.Nodes != 3 {
+		t.Errorf("%d nodes left", st.Nodes)
+	}
+}
+
+func TestStoreOfItsOwner(t *testing.T) {
+	e := newEmbedded(t, store.Config{Privileged: []hypercall.DomID{9}})
+	e.Introduce(3)
+	c := e.dom0()
+	c.want(wire.Watch, 0, z("/a", "t"), ok)
+	c.heard()
+	if err := e.Write("/a/b", "v\x00w"); err != nil {
+		t.Error(err)
+	}
+	c.wantEvents("/a/b t")
+	if v, err := e.Read("/a/b"); v != "v\x00w" || err != nil {
+		t.Errorf("read %q, %v", v, err)
+	}
+	if err := e.SetPerms("/a/b", "n3", "r0"); err != nil {
+		t.Error(err)
+	}
+	c.want(wire.GetPerms, 0, z("/a/b"), z("n3", "r0"))
+	for _, row := range []struct {
+		err  error
+		want store.Errno
+	}{
+		{e.Write("relative", ""), store.EINVAL},
+		{e.Mkdir("/a//b"), store.EINVAL},
+		{e.Remove("/"), store.EINVAL},
+		{e.Remove("/none/none"), store.ENOENT},
+		{e.SetPerms("/a/b"), store.EINVAL},
+		{e.SetPerms("/a/b", "n8"), store.ENOENT},
+		{e.SetPerms("/a/b", "n70000"), store.ENOENT},
+		{e.SetPerms("/none", "n0"), store.ENOENT},
+	} {
+		if row.err != row.want {
+			t.Errorf("%v, want %v", row.err, row.want)
+		}
+	}
+	if _, err := e.Read("/none"); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("read of nothing: %v", err)
+	}
+	if err := e.Remove("/a"); err != nil {
+		t.Error(err)
+	}
+	c.wantEvents("/a/b t", "/a t")
+
+	e.Introduce(9)
+	p := e.connect(9)
+	p.want(wire.Read, 0, z("/tool"), "")
+	p.want(wire.Watch, 0, z("@introduceDomain", "i"), ok)
+	p.heard()
+	e.Introduce(3) // known already
+	p.wantEvents()
+	e.Introduce(4)
+	p.wantEvents("@introduceDomain i")
+	p.want(wire.Write, 0, "own\x00", ok)
+	p.want(wire.GetPerms, 0, z("/local/domain/9/own"), z("n0"))
+}
+
+func TestManyClientsWhileDomainsDie(t *testing.T) {
+	noLeak(t)
+	e := newEmbedded(t, store.Config{Backlog: 32 << 10})
+	for i := range 4 {
+		path := fmt.Sprint("/shared/", i)
+		if err := errors.Join(e.Mkdir(path), e.SetPerms(path, "b0")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ops := []wire.Op{wire.Write, wire.Write, wire.Write, wire.Mkdir, wire.Rm, wire.Read, wire.Directory, wire.Watch,
+		wire.Unwatch, wire.TransactionStart, wire.TransactionEnd, wire.TransactionEnd, wire.ResetWatches}
+	var clients sync.WaitGroup
+	for i := range 8 {
+		dom := hypercall.DomID(i % 4)
+		rnd := rand.New(rand.NewPCG(uint64(i), 4))
+		clients.Go(func() {
+			for range 20 {
+				e.Introduce(dom)
+				conn, ended := e.dial(dom)
+				go io.Copy(io.Discard, conn)
+				for range 100 {
+					op := ops[rnd.IntN(len(ops))]
+					payload := z(fmt.Sprintf("/shared/%d/%d", rnd.IntN(4), rnd.IntN(10)))
+					switch op {
+					case wire.Watch, wire.Unwatch:
+						payload += z("t")
+					case wire.TransactionEnd:
+						payload = z("T")
+					}
+					b, _ := wire.Append(nil, wire.Header{Op: op, TxID: uint32(rnd.IntN(3))}, payload)
+					if _, err := conn.Write(b); err != nil {
+						break // the domain died
+					}
+				}
+				if rnd.IntN(3) == 0 {
+					e.DomainDied(dom)
+				}
+				conn.Close()
+				<-ended
+			}
+		})
+	}
+	clients.Wait()
+	if st := e.Stats(); st.Connections != 0 || st.Transactions != 0 || st.Watches != 0 {
+		t.Errorf("%+v", st)
+	}
+	if st := e.Stats(); st.Requests < 1000 || st.Conflicts == 0 {
+		t.Errorf("hardly anything happened: %+v", st)
+	}
+}
+
+// A brokenListener fails a few times before it works, and then until it is closed.
+type brokenListener struct {
+	net.Listener
+	failures int
+}
+
+func (l *brokenListener) Accept() (net.Conn, error) {
+	if l.failures > 0 {
+		l.failures--
+		return nil, errors.New("too many open files")
+	}
+	return l.Listener.Accept()
+}
+
+func TestServeOutlastsAccept(t *testing.T) {
+	noLeak(t)
+	s := store.New(store.Config{})
+	inner, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	served := make(chan error)
+	go func() { served <- s.Serve(&brokenListener{inner, 3}) }()
+	conn, err := net.Dial("tcp", inner.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	newRaw(t, conn).want(wire.Read, 0, z("/tool"), "")
+	inner.Close()
+	if err := <-served; !errors.Is(err, net.ErrClosed) {
+		t.Errorf("listener closed by its owner: %v", err)
+	}
+	s.Close()
+	if err := s.Serve(inner); err != nil {
+		t.Errorf("after Close: %v", err)
+	}
+}
