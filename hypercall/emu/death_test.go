@@ -56,8 +56,7 @@ func silent(t testing.TB, w hypercall.Waiter) {
 }
 
 func TestDeathTakesEverythingButWhatOthersMap(t *testing.T) {
-	machines(t, func(t *testing.T, cfg emu.Config) {
-		m := machine(t, cfg)
+	machines(t, func(t *testing.T, m *emu.Machine) {
 		var died []hypercall.DomID
 		m.OnDeath(func(id hypercall.DomID) { died = append(died, id) })
 		a, b := domain(t, m, 1), domain(t, m, 2)
@@ -148,8 +147,7 @@ func TestDeathTakesEverythingButWhatOthersMap(t *testing.T) {
 
 // A domain that takes over a number has nothing of its predecessor's.
 func TestReusedNumberIsAnotherDomain(t *testing.T) {
-	machines(t, func(t *testing.T, cfg emu.Config) {
-		m := machine(t, cfg)
+	machines(t, func(t *testing.T, m *emu.Machine) {
 		a, b := domain(t, m, 1), domain(t, m, 2)
 		s := share(t, a, 2, 1, hypercall.ReadWrite)
 		copy(s.Bytes(), "old")
@@ -234,8 +232,7 @@ func TestGrantsToANumberOutliveItsDomain(t *testing.T) {
 }
 
 func TestDestroyWhileEverythingRuns(t *testing.T) {
-	machines(t, func(t *testing.T, cfg emu.Config) {
-		m := machine(t, cfg)
+	machines(t, func(t *testing.T, m *emu.Machine) {
 		b := domain(t, m, 2)
 		for range 20 {
 			a := domain(t, m, 1)

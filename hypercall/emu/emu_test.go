@@ -35,3 +35,13 @@ func domain(t testing.TB, m *emu.Machine, id hypercall.DomID) *emu.Domain {
 
 // canMap says whether there are machines with mapped memory here.
 const canMap = runtime.GOOS == "linux"
+
+// machines runs f on every kind of machine this system can have, with its domains in
+// this process.
+func machines(t *testing.T, f func(t *testing.T, m *emu.Machine)) {
+	t.Run("heap", func(t *testing.T) { f(t, machine(t, emu.Config{})) })
+	if canMap {
+		t.Run("mapped", func(t *testing.T) { f(t, machine(t, emu.Config{Mapped: true})) })
+		t.Run("host", func(t *testing.T) { f(t, hostMachine(t)) })
+	}
+}

@@ -265,8 +265,7 @@ func TestEventsGetLostDelayedDuplicated(t *testing.T) {
 
 // A delayed event may come when its port, its domain and its machine are gone.
 func TestDelayedEventsAreHarmless(t *testing.T) {
-	machines(t, func(t *testing.T, cfg emu.Config) {
-		m := machine(t, cfg)
+	machines(t, func(t *testing.T, m *emu.Machine) {
 		for range 10 {
 			a, b := domain(t, m, 1), domain(t, m, 2)
 			wa, wb, pa, _ := channel(t, a, b)

@@ -3,7 +3,6 @@ package emu_test
 import (
 	"bytes"
 	"errors"
-	"fmt"
 	"slices"
 	"sync"
 	"testing"
@@ -12,16 +11,6 @@ import (
 	"barevif/hypercall"
 	"barevif/hypercall/emu"
 )
-
-// machines runs f on every kind of machine of one process.
-func machines(t *testing.T, f func(t *testing.T, cfg emu.Config)) {
-	for _, mapped := range []bool{false, true} {
-		if mapped && !canMap {
-			continue
-		}
-		t.Run(fmt.Sprintf("mapped=%v", mapped), func(t *testing.T) { f(t, emu.Config{Mapped: mapped}) })
-	}
-}
 
 func share(t testing.TB, d hypercall.Domain, peer hypercall.DomID, pages int, access hypercall.Access) *hypercall.Share {
 	t.Helper()
@@ -158,12 +147,12 @@ func TestQuarantineIsBounded(t *testing.T) {
 }
 
 func TestStatusesAreThoseOfXen(t *testing.T) {
-	machines(t, func(t *testing.T, cfg emu.Config) {
-		m := machine(t, cfg)
-		a, b := domain(t, m, 1), domain(t, m, 2)
-		rw, ro := share(t, a, 2, 1, hypercall.ReadWrite), share(t, a, 2, 1, hypercall.ReadOnly)
+	machines(t, func(t *testing.T, m *emu.Machine) {
+		// Domain 0 is the one that an empty entry could be taken to name.
+		a, b := domain(t, m, 1), domain(t, m, 0)
+		rw, ro := share(t, a, 0, 1, hypercall.ReadWrite), share(t, a, 0, 1, hypercall.ReadOnly)
 		other := share(t, a, 3, 1, hypercall.ReadWrite)
-		ended := share(t, a, 2, 1, hypercall.ReadWrite)
+		ended := share(t, a, 0, 1, hypercall.ReadWrite)
 		endedRef := ended.Refs[0]
 		end(t, ended)
 		buf := make([]byte, 100)
@@ -211,8 +200,7 @@ func TestStatusesAreThoseOfXen(t *testing.T) {
 }
 
 func TestDomainMayUseGrantsToItself(t *testing.T) {
-	machines(t, func(t *testing.T, cfg emu.Config) {
-		m := machine(t, cfg)
+	machines(t, func(t *testing.T, m *emu.Machine) {
 		a := domain(t, m, 5)
 		s := share(t, a, hypercall.DomSelf, 1, hypercall.ReadWrite)
 		copy(s.Bytes(), "mine")
@@ -235,8 +223,7 @@ func TestDomainMayUseGrantsToItself(t *testing.T) {
 // A page that is set aside stays granted, as on Xen, and its ref is not given to
 // another page, until the last mapping goes.
 func TestQuarantinedPageIsReclaimedByTheLastUnmap(t *testing.T) {
-	machines(t, func(t *testing.T, cfg emu.Config) {
-		m := machine(t, cfg)
+	machines(t, func(t *testing.T, m *emu.Machine) {
 		a, b := domain(t, m, 1), domain(t, m, 2)
 		s := share(t, a, 2, 3, hypercall.ReadWrite)
 		copy(s.Page(1), "in use")
@@ -327,8 +314,7 @@ func TestMappedPagesMapInAnyOrder(t *testing.T) {
 // Copy may run against a share that ends, and another that takes over its refs.
 // What it copies is of one of them.
 func TestCopyRacesEnd(t *testing.T) {
-	machines(t, func(t *testing.T, cfg emu.Config) {
-		m := machine(t, cfg)
+	machines(t, func(t *testing.T, m *emu.Machine) {
 		a, b := domain(t, m, 1), domain(t, m, 2)
 		const rounds, pages = 200, 4
 		refs := make(chan []hypercall.GrantRef, 1)

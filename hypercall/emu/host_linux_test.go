@@ -35,3 +35,9 @@ func join(t testing.TB, path string, id hypercall.DomID) *emu.Domain {
 	t.Cleanup(d.Destroy)
 	return d
 }
+
+// hostMachine is the machine of a host.
+func hostMachine(t testing.TB) *emu.Machine {
+	h, _ := host(t, emu.Config{})
+	return h.Machine
+}

@@ -83,9 +83,7 @@ func check(table []atomic.Uint64, ref hypercall.GrantRef, dom hypercall.DomID, a
 	if uint64(ref) >= uint64(len(table)) {
 		return 0, hypercall.BadGntref
 	}
-	if ref < reservedRefs {
-		return 0, hypercall.GeneralError
-	}
+	// A reserved ref is not valid either: entry 0 is a small number, the rest are 0.
 	e := table[ref].Load()
 	if e&entryValid == 0 || hypercall.DomID(e>>entryPeer) != dom ||
 		access == hypercall.ReadWrite && e&entryWritable == 0 {

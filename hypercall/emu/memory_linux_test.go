@@ -118,6 +118,41 @@ func TestReadOnlyDescriptorCannotBeMappedWritable(t *testing.T) {
 	}
 }
 
+func TestHostHandsReadOnlyGrantsOutReadOnly(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "xen")
+	h, err := Listen(path, Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer h.Close()
+	d, err := Join(t.Context(), path, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, access := range []hypercall.Access{hypercall.ReadOnly, hypercall.ReadWrite} {
+		s, err := d.Share(1, 1, access)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, b, err := d.hv.attach(1, s.Refs[0])
+		if err != nil {
+			t.Fatal(err)
+		}
+		r, err := b.view(0, 1, hypercall.ReadWrite)
+		if err == nil {
+			r.free()
+		}
+		if (err == nil) != (access == hypercall.ReadWrite) {
+			t.Errorf("a %v grant mapped writable: %v", access, err)
+		}
+		b.close()
+	}
+	// And its grant table.
+	if err := unix.Mprotect(d.hv.(*remote).regions[0].Bytes(), unix.PROT_READ|unix.PROT_WRITE); !errors.Is(err, unix.EACCES) {
+		t.Errorf("the grant tables can be made writable: %v", err)
+	}
+}
+
 func TestWritingAReadOnlyMappingFaults(t *testing.T) {
 	m, err := New(Config{Mapped: true})
 	if err != nil {

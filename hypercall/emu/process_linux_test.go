@@ -302,6 +302,14 @@ func TestFramesNeedNoHost(t *testing.T) {
 	if !f.echo(soon) { // the first use of a grant and of a port asks
 		t.Fatal("no echo")
 	}
+	_, w, alone, gone := channel(t, d, d)
+	if err := alone.Notify(); err != nil {
+		t.Fatal(err)
+	}
+	fires(t, w)
+	if err := gone.Close(); err != nil {
+		t.Fatal(err)
+	}
 	if err := hp.Process.Signal(syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
@@ -310,6 +318,16 @@ func TestFramesNeedNoHost(t *testing.T) {
 			t.Errorf("echo %d did not come", i)
 			break
 		}
+	}
+	notified := make(chan error, 1)
+	go func() { notified <- alone.Notify() }() // into the void
+	select {
+	case err := <-notified:
+		if err != nil {
+			t.Error(err)
+		}
+	case <-time.After(soon):
+		t.Error("Notify of a peer that has gone asks the host")
 	}
 	if err := hp.Process.Signal(syscall.SIGCONT); err != nil {
 		t.Fatal(err)

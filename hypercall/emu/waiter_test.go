@@ -181,6 +181,42 @@ func TestPeerMayBindAgain(t *testing.T) {
 	_ = wb.Close()
 }
 
+// The far end binds anew under another number, and what had its number is someone
+// else's: Notify finds the right one.
+func TestNotifyFollowsThePeer(t *testing.T) {
+	machines(t, func(t *testing.T, m *emu.Machine) {
+		a, b := domain(t, m, 1), domain(t, m, 2)
+		wa, wb, pa, pb := channel(t, a, b)
+		if err := pa.Notify(); err != nil { // pa knows where pb is
+			t.Fatal(err)
+		}
+		fires(t, wb)
+		if err := pb.Close(); err != nil {
+			t.Fatal(err)
+		}
+		stranger := waiter(t, b)
+		p, err := stranger.Unbound(1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if p.ID() != pb.ID() {
+			t.Fatalf("the test needs port %d again, got %d", pb.ID(), p.ID())
+		}
+		if _, err := wb.Bind(1, pa.ID()); err != nil {
+			t.Fatal(err)
+		}
+		fires(t, wb)
+		if err := pa.Notify(); err != nil {
+			t.Fatal(err)
+		}
+		fires(t, wb)
+		silent(t, stranger)
+		for _, w := range []hypercall.Waiter{wa, wb, stranger} {
+			_ = w.Close()
+		}
+	})
+}
+
 // testNoWakeupIsLost has the peer notify at any moment of a Wait, many times: each
 // notification must end a Wait that starts before it or after it.
 func testNoWakeupIsLost(t *testing.T, a, b hypercall.Domain, rounds int) {

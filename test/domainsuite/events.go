@@ -32,6 +32,23 @@ func bindFiresTheBinder(t *testing.T, p pair) {
 	quiet(t, wb, 20*time.Millisecond)
 }
 
+func bindFiresWhoWaitsAlready(t *testing.T, p pair) {
+	wa, wb := waiter(t, p.front), waiter(t, p.back)
+	a, err := wa.Unbound(p.back.ID())
+	if err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan error, 1)
+	go func() { done <- wb.Wait(time.Now().Add(soon), true) }()
+	time.Sleep(10 * time.Millisecond) // most likely it is parked by now; right either way
+	if _, err := wb.Bind(p.front.ID(), a.ID()); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+}
+
 func onlyOnePeerBindsOnce(t *testing.T, p pair) {
 	wa, wb := waiter(t, p.front), waiter(t, p.back)
 	a, err := wa.Unbound(p.back.ID())

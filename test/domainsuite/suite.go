@@ -39,6 +39,7 @@ func Run(t *testing.T, mk func(testing.TB) (front, back hypercall.Domain)) {
 		{"CopyFromLocalToLocalIsAnError", copyFromLocalToLocalIsAnError},
 		{"CopyDoesNotAllocate", copyDoesNotAllocate},
 		{"BindFiresTheBinder", bindFiresTheBinder},
+		{"BindFiresWhoWaitsAlready", bindFiresWhoWaitsAlready},
 		{"OnlyOnePeerBindsOnce", onlyOnePeerBindsOnce},
 		{"NotifyWakesTheOtherEnd", notifyWakesTheOtherEnd},
 		{"EventsFromBeforeWaitCount", eventsFromBeforeWaitCount},
