@@ -76,6 +76,14 @@ type Domain interface {
 	Store(ctx context.Context) (io.ReadWriteCloser, error)
 }
 
+// An EndNotifier is a Domain whose kernel can tell a peer that this process is
+// gone, however it went.
+type EndNotifier interface {
+	// NotifyOnEnd has p fired when the grants of s end. A nil p takes the wish
+	// back: do that before p is closed.
+	NotifyOnEnd(s *Share, p Port) error
+}
+
 // A Waiter is where one goroutine at a time waits for the event channels opened
 // on it. Wake may be called from any goroutine, at any time.
 //

@@ -188,6 +188,12 @@ func (m *pageMaker) frontQueue(f features, cfg *Config, rx, tx *telemetry.Block)
 			return q, err
 		}
 	}
+	if n, ok := m.dom.(hypercall.EndNotifier); ok {
+		if err := n.NotifyOnEnd(rings, txPort); err != nil {
+			return q, err
+		}
+		m.c.undo.add(func() { n.NotifyOnEnd(rings, nil) })
+	}
 	q.keys = queueKeys{rings.Refs[0], rings.Refs[1], txPort.ID(), rxPort.ID()}
 	q.tx = &frontTX{
 		ring: ring.NewFront[netif.TxRequest, netif.TxResponse](rings.Slice(0, 1), netif.TxStride),
