@@ -1,0 +1,305 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"barevif/pvnet"
+	"barevif/pvnet/link"
+
+	"github.com/spf13/cobra"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+func backCommand(p *program) *cobra.Command {
+	b := back{program: p}
+	cmd := &cobra.Command{
+		Use:   "back",
+		Short: "Be the driver domain: serve vifs, each joined to a TAP or an interface",
+		Long: `back serves every vif whose backend is this domain, until a signal ends it, and
+joins each to a network of this machine's kernel:
+
+  a TAP        the default: an interface made for the vif, "vif1.0" for vif 0 of
+               domain 1. Give it an address with --addr, or put it on a bridge with
+               --bridge. It needs CAP_NET_ADMIN.
+  --packet IF  the interface IF, which then carries the vif's frames beside its own.
+               It needs CAP_NET_RAW. For one vif; IF should have no address.
+
+When a frontend goes and comes back, or the vif is taken away and added again, back
+goes on. Started again after it was killed, it finds its vifs and reconnects them.`,
+		Example: `  barevif back --addr 10.9.0.1/24
+  barevif back --addr 1.0=10.9.0.1/24 --addr 3.0=10.9.1.1/24
+  barevif back --tap card%d --bridge xenbr0
+  barevif back --packet eth1
+  barevif back --xen --type barevif`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error { return b.run(cmd.Context()) },
+	}
+	b.domain.register(cmd, 2)
+	cmd.Flags().StringVar(&b.tap, "tap", "vif%d.%i", "`name` of each TAP: %d is the frontend's domain, %i the vif")
+	cmd.Flags().StringArrayVar(&b.addrs, "addr", nil, "`address` of this machine on a TAP: [DOM.ID=]IP/BITS; repeatable")
+	cmd.Flags().StringVar(&b.bridge, "bridge", "", "put the TAPs on this `bridge`")
+	cmd.Flags().StringVar(&b.packet, "packet", "", "join the vif to this `interface` instead of a TAP")
+	cmd.Flags().StringVar(&b.typ, "type", "vif", "backend `type` to serve; one of its own keeps the kernel's netback away")
+	cmd.Flags().IntVar(&b.queues, "queues", 1, "`queues` to offer per vif")
+	cmd.MarkFlagsMutuallyExclusive("packet", "addr")
+	cmd.MarkFlagsMutuallyExclusive("packet", "bridge")
+	cmd.MarkFlagsMutuallyExclusive("packet", "tap")
+	return cmd
+}
+
+type back struct {
+	*program
+	domain                   domainFlags
+	tap, bridge, packet, typ string
+	addrs                    []string
+	queues                   int
+	slog                     *slog.Logger
+
+	mu      sync.Mutex
+	prefix  map[string]netip.Prefix // guarded by mu: by vif "1.0", or "" for the first that comes
+	printed sync.Mutex
+}
+
+func (b *back) run(ctx context.Context) error {
+	if b.queues < 1 || b.queues > 64 {
+		return badValue("queues", strconv.Itoa(b.queues), "a number from 1 to 64")
+	}
+	if err := b.parseAddrs(); err != nil {
+		return err
+	}
+	if err := b.probe(); err != nil {
+		return err
+	}
+	dom, err := b.domain.open(ctx)
+	if err != nil {
+		return err
+	}
+	defer dom.close()
+	b.slog = b.log()
+
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	stop := make(chan struct{})
+	defer close(stop)
+	go func() {
+		select {
+		case <-dom.gone:
+			cancel(errHostGone)
+		case <-stop:
+		}
+	}()
+	b.say("domain %d serves vifs of type %s; a signal ends it", dom.ID(), b.typ)
+	err = pvnet.Serve(ctx, dom, pvnet.ServeConfig{
+		Config:  pvnet.Config{Queues: b.queues, Logger: b.slog},
+		Type:    b.typ,
+		Hotplug: true,
+		Remove:  !b.domain.xen,
+	}, func(dev *pvnet.Device) { b.serve(ctx, dev) })
+	if errors.Is(err, context.Canceled) && !errors.Is(context.Cause(ctx), errHostGone) {
+		return nil // a signal
+	}
+	return err
+}
+
+// errHostGone is why a domain of an emulated host ends on its own.
+var errHostGone = &advice{
+	err:  errors.New("the emulated host has ended, and this domain with it"),
+	next: `start it again: "barevif host"`,
+}
+
+func (b *back) say(format string, args ...any) {
+	b.printed.Lock()
+	defer b.printed.Unlock()
+	fmt.Fprintf(b.stdout, format+"\n", args...)
+}
+
+// parseAddrs reads --addr.
+func (b *back) parseAddrs() error {
+	b.prefix = make(map[string]netip.Prefix)
+	for _, s := range b.addrs {
+		vif, addr, ok := strings.Cut(s, "=")
+		if !ok {
+			vif, addr = "", s
+		} else if dom, id, two := strings.Cut(vif, "."); !two || !isNumber(dom) || !isNumber(id) {
+			return badValue("addr", s, "for a vif DOM.ID")
+		}
+		p, err := netip.ParsePrefix(addr)
+		if err != nil || !p.Addr().IsValid() || p.Addr().Is4In6() {
+			return badValue("addr", s, "an address with a prefix, like 10.9.0.1/24")
+		}
+		if _, twice := b.prefix[vif]; twice {
+			return badValue("addr", s, "the only address of that vif; name the vif: 1.0="+addr)
+		}
+		b.prefix[vif] = p
+	}
+	return nil
+}
+
+func isNumber(s string) bool {
+	_, err := strconv.ParseUint(s, 10, 16)
+	return err == nil
+}
+
+// probe finds out whether the machine lets us have links, before a vif waits for
+// one.
+func (b *back) probe() error {
+	if b.packet != "" {
+		l, err := link.OpenPacket(b.packet)
+		if err != nil {
+			return linkRefused(err)
+		}
+		return l.Close()
+	}
+	if b.bridge != "" {
+		if l, err := netlink.LinkByName(b.bridge); err != nil {
+			return &advice{err: fmt.Errorf("bridge %s: %w", b.bridge, err), next: "make it: ip link add " + b.bridge + " type bridge"}
+		} else if l.Type() != "bridge" {
+			return &advice{err: fmt.Errorf("%s is a %s, no bridge", b.bridge, l.Type()), next: "name a bridge with --bridge"}
+		}
+	}
+	l, err := link.OpenTAP(link.TAPConfig{Name: "barevif%d"})
+	if err != nil {
+		return linkRefused(err)
+	}
+	return l.Close()
+}
+
+// linkRefused says what to do about a link that cannot be had, where link itself
+// does not.
+func linkRefused(err error) error {
+	refused := errors.Is(err, unix.EPERM) || errors.Is(err, unix.EACCES)
+	if !refused {
+		return err
+	}
+	return &advice{err: err, refused: true,
+		next: `run as root, or "setcap cap_net_admin,cap_net_raw+ep" on the built program; "barevif demo" needs neither`}
+}
+
+// serve joins one vif to a link until it is taken away or ctx ends. What goes
+// wrong with it is nobody else's problem.
+func (b *back) serve(ctx context.Context, dev *pvnet.Device) {
+	vif := fmt.Sprintf("%d.%s", dev.Peer(), dev.ID())
+	l, err := b.open(dev, vif)
+	if err != nil {
+		b.slog.Error("a vif has no network and is closed", "vif", vif, "err", err)
+		dev.Disconnect()
+		return
+	}
+	defer l.Close()
+	b.say("vif %s: joined to %s, MTU %d", vif, l.Name(), l.MTU())
+	done := make(chan struct{})
+	defer close(done)
+	go b.follow(dev, vif, done)
+	var j link.Joint
+	err = j.Run(ctx, dev, l)
+	if err != nil && ctx.Err() == nil {
+		b.slog.Error("a vif lost its network and is closed", "vif", vif, "err", err)
+	}
+	dev.Disconnect()
+	b.say("vif %s: gone; %s", vif, tally(dev, &j))
+}
+
+// follow tells of the vif's link.
+func (b *back) follow(dev *pvnet.Device, vif string, done <-chan struct{}) {
+	events, up := dev.Link(), false
+	for {
+		select {
+		case ev, open := <-events:
+			switch {
+			case !open:
+				return
+			case ev.Up:
+				b.say("vif %s: connected to domain %d, %s", vif, dev.Peer(), dev.Budget())
+			case up:
+				b.say("vif %s: down: %s", vif, ev.Reason)
+			}
+			up = ev.Up
+		case <-done:
+			return
+		}
+	}
+}
+
+// open makes the link of a vif.
+func (b *back) open(dev *pvnet.Device, vif string) (link.Link, error) {
+	if b.packet != "" {
+		return asLink(link.OpenPacket(b.packet))
+	}
+	name := strings.NewReplacer("%d", strconv.Itoa(int(dev.Peer())), "%i", dev.ID()).Replace(b.tap)
+	b.mu.Lock()
+	addr, ok := b.prefix[vif]
+	if !ok {
+		// An address without a vif is the first one's, for good.
+		if addr, ok = b.prefix[""]; ok {
+			delete(b.prefix, "")
+			b.prefix[vif] = addr
+		}
+	}
+	b.mu.Unlock()
+	tap, err := openTAP(link.TAPConfig{Name: name, MTU: dev.MTU()})
+	if err != nil {
+		return nil, linkRefused(err)
+	}
+	if err := b.place(tap.Name(), addr); err != nil {
+		tap.Close()
+		return nil, err
+	}
+	return tap, nil
+}
+
+// openTAP opens a TAP whose name a process that was just killed may still hold.
+func openTAP(cfg link.TAPConfig) (*link.TAP, error) {
+	for end := time.Now().Add(2 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+		tap, err := link.OpenTAP(cfg)
+		if !errors.Is(err, unix.EBUSY) || time.Now().After(end) {
+			return tap, err
+		}
+	}
+}
+
+func asLink[L link.Link](l L, err error) (link.Link, error) {
+	if err != nil {
+		return nil, linkRefused(err)
+	}
+	return l, nil
+}
+
+// place gives the interface its address and its bridge.
+func (b *back) place(name string, addr netip.Prefix) error {
+	l, err := netlink.LinkByName(name)
+	if err != nil {
+		return fmt.Errorf("find %s: %w", name, err)
+	}
+	if addr.IsValid() {
+		a, err := netlink.ParseAddr(addr.String())
+		if err == nil {
+			if addr.Addr().Is6() {
+				a.Flags = unix.IFA_F_NODAD // nobody else is on the wire
+			}
+			err = netlink.AddrAdd(l, a)
+		}
+		if err != nil {
+			return fmt.Errorf("give %s the address %s: %w", name, addr, err)
+		}
+	}
+	if b.bridge == "" {
+		return nil
+	}
+	br, err := netlink.LinkByName(b.bridge)
+	if err == nil {
+		err = netlink.LinkSetMaster(l, br)
+	}
+	if err != nil {
+		return fmt.Errorf("put %s on bridge %s: %w", name, b.bridge, err)
+	}
+	return nil
+}

@@ -1,0 +1,240 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+
+	"barevif/hypercall"
+	"barevif/xenbus"
+	"barevif/xenbus/toolstack"
+
+	"github.com/spf13/cobra"
+)
+
+func hostCommand(p *program) *cobra.Command {
+	h := host{program: p}
+	cmd := &cobra.Command{
+		Use:   "host",
+		Short: "Run an emulated Xen that other processes join as domains",
+		Long: `host is an emulated machine with a xenstore and a toolstack, until a signal ends it.
+
+Other commands join it through a unix socket, each as one domain: "back" as the
+driver domain, "serve" as a guest. Shared memory, grants and event channels are
+real between the processes; the host hands them out and is asked nothing per frame.
+
+A domain's vifs outlive the program in it: a "back" or "serve" that is started
+again under the same number finds its vif and connects again.
+
+The xenstore also listens at a socket of its own, so that Debian's xenstore-ls and
+its kin (package xenstore-utils) look inside:
+
+  XENSTORED_PATH=SOCKET xenstore-ls -f
+
+It is a development machine, not a boundary: whoever can open the socket, that is
+this user and root, can be any domain.`,
+		Example: `  barevif host
+  barevif host --vif front=1 --vif front=3,back=2,mtu=9000
+  barevif host --socket /tmp/xen/host.sock`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error { return h.run(cmd.Context()) },
+	}
+	cmd.Flags().StringVar(&h.socket, "socket", hostSocket(strconv.Itoa(os.Geteuid())), "`socket` to listen at")
+	cmd.Flags().StringVar(&h.xenstore, "xenstore", "", "`socket` of the xenstore; default: xenstored.sock beside the other")
+	cmd.Flags().StringArrayVar(&h.vifs, "vif", []string{"front=1,back=2"},
+		"a `vif` to add: front=DOM[,back=DOM][,id=N][,mac=MAC][,mtu=BYTES][,type=NAME]; repeatable")
+	return cmd
+}
+
+type host struct {
+	*program
+	socket, xenstore string
+	vifs             []string
+
+	printMu sync.Mutex // domains come and go at any time
+	joined  map[hypercall.DomID]bool
+}
+
+func (h *host) run(ctx context.Context) (err error) {
+	var vifs []toolstack.Vif
+	for _, s := range h.vifs {
+		v, err := parseVif(s)
+		if err != nil {
+			return err
+		}
+		vifs = append(vifs, v)
+	}
+	if h.xenstore == "" {
+		h.xenstore = filepath.Join(filepath.Dir(h.socket), "xenstored.sock")
+	}
+	for _, path := range []string{h.socket, h.xenstore} {
+		if err := privateDir(filepath.Dir(path)); err != nil {
+			return err
+		}
+		if err := freePath(path); err != nil {
+			return &advice{err: err, next: "use the host that runs there, end it, or choose another place with --socket"}
+		}
+	}
+	h.joined = make(map[hypercall.DomID]bool)
+	m, err := startMachine(ctx, machineConfig{listen: h.socket, opened: h.opened, died: h.died})
+	if err != nil {
+		return fmt.Errorf("start the host: %w", err)
+	}
+	defer m.shutdown()
+	for _, v := range vifs {
+		if err := m.add(ctx, v); err != nil {
+			if errors.Is(err, xenbus.ErrExists) {
+				return &advice{err: err, next: "give each --vif of one front an id of its own", usage: true}
+			}
+			return err
+		}
+	}
+	l, err := net.Listen("unix", h.xenstore)
+	if err != nil {
+		return fmt.Errorf("listen for xenstore's clients: %w", err)
+	}
+	served := make(chan error, 1)
+	go func() { served <- m.store.Serve(l) }()
+	defer func() {
+		l.Close()
+		<-served
+	}()
+
+	h.print(h.welcome(vifs))
+	<-ctx.Done()
+	h.print("\nending: every domain dies with the host\n")
+	return nil
+}
+
+// welcome says what there is and what to run next.
+func (h *host) welcome(vifs []toolstack.Vif) string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "emulated Xen   %s\nxenstore       %s\n", h.socket, h.xenstore)
+	emu := ""
+	if h.socket != hostSocket(strconv.Itoa(os.Geteuid())) {
+		emu = " --emu " + h.socket
+	}
+	var backs, fronts []string
+	addrs := make(map[string]string) // of a back, by how its command begins
+	for i, v := range vifs {
+		fmt.Fprintf(&b, "vif %-10d frontend domain %d, backend domain %d, MAC %s\n",
+			v.ID, v.Front, v.Back, net.HardwareAddr(v.MAC[:]))
+		back := fmt.Sprintf("barevif back%s --dom %d", emu, v.Back)
+		if v.Type != "" {
+			back += " --type " + v.Type
+		}
+		if addrs[back] == "" {
+			backs = append(backs, back)
+		}
+		addrs[back] += fmt.Sprintf(" --addr %d.%d=10.9.%d.1/24", v.Front, v.ID, i)
+		fronts = append(fronts, fmt.Sprintf("barevif serve%s --dom %d --vif %d --addr 10.9.%d.2/24", emu, v.Front, v.ID, i))
+	}
+	if len(vifs) > 0 {
+		b.WriteString("\nnext, each in a terminal of its own, those with --addr DOM.ID=... as root:\n")
+	}
+	for _, back := range backs {
+		fmt.Fprintf(&b, "  %s%s\n", back, addrs[back])
+	}
+	for i, front := range fronts {
+		fmt.Fprintf(&b, "  %s\n  curl http://10.9.%d.2/\n", front, i)
+	}
+	fmt.Fprintf(&b, "\nlook inside:\n  XENSTORED_PATH=%s xenstore-ls -f\n\n", h.xenstore)
+	return b.String()
+}
+
+func (h *host) print(s string) {
+	h.printMu.Lock()
+	defer h.printMu.Unlock()
+	fmt.Fprint(h.stdout, s)
+}
+
+func (h *host) opened(dom hypercall.DomID) {
+	h.printMu.Lock()
+	defer h.printMu.Unlock()
+	if dom != 0 && !h.joined[dom] {
+		h.joined[dom] = true
+		fmt.Fprintf(h.stdout, "domain %d: a program runs in it\n", dom)
+	}
+}
+
+func (h *host) died(dom hypercall.DomID) {
+	h.printMu.Lock()
+	defer h.printMu.Unlock()
+	if h.joined[dom] {
+		delete(h.joined, dom)
+		fmt.Fprintf(h.stdout, "domain %d: its program has ended\n", dom)
+	}
+}
+
+// parseVif reads front=1,back=2,... as --vif takes it.
+func parseVif(s string) (toolstack.Vif, error) {
+	v := toolstack.Vif{Back: 2}
+	mac, seen := false, make(map[string]bool)
+	for field := range strings.SplitSeq(s, ",") {
+		key, value, ok := strings.Cut(field, "=")
+		if !ok || seen[key] {
+			return v, badValue("vif", s, "a list of KEY=VALUE, each key once")
+		}
+		seen[key] = true
+		var err error
+		switch key {
+		case "front":
+			v.Front, err = parseDom(value)
+		case "back":
+			v.Back, err = parseDom(value)
+		case "id":
+			var n uint64
+			n, err = strconv.ParseUint(value, 10, 16)
+			v.ID = uint32(n)
+		case "mac":
+			v.MAC, err = xenbus.ParseMAC(value)
+			mac = true
+			if v.MAC[0]&1 != 0 {
+				return v, badValue("vif", s, "an address of one card: its first byte is odd")
+			}
+		case "mtu":
+			var n uint64
+			n, err = strconv.ParseUint(value, 10, 16)
+			v.MTU = int(n)
+			if err == nil && (n < 68 || n > 65521) {
+				return v, badValue("vif", s, "an MTU from 68 to 65521 bytes")
+			}
+		case "type":
+			v.Type = value
+			if value == "" || strings.Trim(value, "abcdefghijklmnopqrstuvwxyz0123456789_-") != "" {
+				return v, badValue("vif", s, "a backend type of letters, digits, - and _")
+			}
+		default:
+			return v, badValue("vif", s, "of the keys front, back, id, mac, mtu, type")
+		}
+		if err != nil {
+			return v, badValue("vif", s, "a valid "+key)
+		}
+	}
+	switch {
+	case !seen["front"]:
+		return v, badValue("vif", s, "complete: front is missing")
+	case v.Front == v.Back:
+		return v, badValue("vif", s, "between two domains")
+	}
+	if !mac {
+		// Xen's own prefix, then what tells the card from its neighbours.
+		v.MAC = [6]byte{0x00, 0x16, 0x3e, byte(v.Front >> 8), byte(v.Front), byte(v.ID)}
+	}
+	return v, nil
+}
+
+// parseDom reads the number of a domain that a program can be.
+func parseDom(s string) (hypercall.DomID, error) {
+	n, err := strconv.ParseUint(s, 10, 16)
+	if err == nil && (n == 0 || n >= uint64(hypercall.DomSelf)) {
+		err = fmt.Errorf("domain %s", s)
+	}
+	return hypercall.DomID(n), err
+}

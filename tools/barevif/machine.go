@@ -1,0 +1,139 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"slices"
+	"sync"
+
+	"barevif/hypercall"
+	"barevif/hypercall/emu"
+	"barevif/xenbus"
+	"barevif/xenbus/store"
+	"barevif/xenbus/toolstack"
+)
+
+// A machine is an emulated Xen with a xenstore, and domain 0 with a toolstack.
+type machine struct {
+	*emu.Machine
+	store *store.Store
+	tools *xenbus.Client // of domain 0
+
+	undo  []func()      // what shutdown does, last first
+	ready chan struct{} // closed when tools is there, or never will be
+
+	mu    sync.Mutex
+	homes map[hypercall.DomID]bool // guarded by mu: domains xenstore knows
+}
+
+// machineConfig says what to make and who wants to know. Fields may be zero.
+type machineConfig struct {
+	// listen is a socket at which processes join as domains; "" means that the
+	// domains are all in this process.
+	listen string
+
+	// tap is put around each connection of a domain to xenstore.
+	tap func(io.ReadWriteCloser, hypercall.DomID) io.ReadWriteCloser
+
+	// opened hears of each connection of a domain to xenstore, died of its death.
+	opened, died func(hypercall.DomID)
+}
+
+func startMachine(ctx context.Context, cfg machineConfig) (_ *machine, err error) {
+	m := &machine{
+		store: store.New(store.Config{}),
+		ready: make(chan struct{}),
+		homes: map[hypercall.DomID]bool{0: true},
+	}
+	m.undo = append(m.undo, func() { m.store.Close() })
+	defer func() {
+		close(m.ready)
+		if err != nil {
+			m.shutdown()
+		}
+	}()
+	econf := emu.Config{Store: func(dom hypercall.DomID, conn io.ReadWriteCloser) {
+		if dom != 0 {
+			<-m.ready
+			if m.tools == nil || m.introduce(context.Background(), dom) != nil {
+				conn.Close() // the machine ends
+				return
+			}
+		}
+		if cfg.opened != nil {
+			cfg.opened(dom)
+		}
+		if cfg.tap != nil {
+			conn = cfg.tap(conn, dom)
+		}
+		// How a connection ended is its domain's to know.
+		_ = m.store.ServeConn(conn, dom)
+	}}
+	if cfg.listen == "" {
+		if m.Machine, err = emu.New(econf); err != nil {
+			return nil, err
+		}
+		m.undo = append(m.undo, func() { m.Close() })
+	} else {
+		h, err := emu.Listen(cfg.listen, econf)
+		if err != nil {
+			return nil, err
+		}
+		m.Machine = h.Machine
+		m.undo = append(m.undo, func() { h.Close() })
+	}
+	if cfg.died != nil {
+		m.OnDeath(cfg.died)
+	}
+	dom0, err := m.NewDomain(0)
+	if err != nil {
+		return nil, err
+	}
+	m.tools, err = xenbus.Dial(ctx, dom0.Store, xenbus.Config{Pipeline: 8})
+	if err != nil {
+		return nil, fmt.Errorf("open xenstore: %w", err)
+	}
+	m.undo = append(m.undo, func() { m.tools.Close() })
+	return m, nil
+}
+
+// introduce makes dom known to xenstore and gives it a home there.
+//
+// A domain that ends stays known: what ended is the program in it. One that comes
+// back under the number finds its vifs, as a program does that is started again in
+// a driver domain.
+func (m *machine) introduce(ctx context.Context, dom hypercall.DomID) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.homes[dom] {
+		return nil
+	}
+	m.store.Introduce(dom)
+	if err := toolstack.Home(ctx, m.tools, dom); err != nil {
+		return fmt.Errorf("make domain %d known to xenstore: %w", dom, err)
+	}
+	m.homes[dom] = true
+	return nil
+}
+
+// add makes a vif and whatever it needs.
+func (m *machine) add(ctx context.Context, v toolstack.Vif) error {
+	for _, dom := range []hypercall.DomID{v.Front, v.Back} {
+		if err := m.introduce(ctx, dom); err != nil {
+			return err
+		}
+	}
+	if err := toolstack.Add(ctx, m.tools, v); err != nil {
+		return fmt.Errorf("add vif %d of domain %d: %w", v.ID, v.Front, err)
+	}
+	return nil
+}
+
+// shutdown ends the machine and everything in it.
+func (m *machine) shutdown() {
+	for _, f := range slices.Backward(m.undo) {
+		f()
+	}
+	m.undo = nil
+}
