@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"sync/atomic"
 
 	"barevif/arena"
 	"barevif/hypercall"
@@ -92,7 +93,7 @@ type pageMaker struct {
 	dom  hypercall.Domain
 	peer hypercall.DomID
 	log  *slog.Logger
-	set  *telemetry.Set
+	lost *atomic.Uint64 // pages that did not come back
 	c    *conn
 }
 
@@ -123,7 +124,7 @@ func (m *pageMaker) share(pages int, access hypercall.Access) (*arena.Arena, []h
 func (m *pageMaker) end(s *hypercall.Share) {
 	pages := s.Pages()
 	if err := s.End(); err != nil {
-		m.set.Record(telemetry.EventStall, telemetry.NoQueue, uint64(pages), 0)
+		m.lost.Add(uint64(pages))
 		m.log.Warn("pages quarantined", "pages", pages, "peer", m.peer, "err", err)
 	}
 }

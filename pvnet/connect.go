@@ -213,7 +213,7 @@ func (f *front) attach(ctx context.Context, xd *xenbus.Device, c *conn) error {
 
 	feat.frontSG = true
 	c.feat = feat
-	m := &pageMaker{dom: d.domain, peer: dom(xd), log: d.log, set: d.set, c: c}
+	m := &pageMaker{dom: d.domain, peer: dom(xd), log: d.log, lost: &d.lost, c: c}
 	keys := xenbus.Values{
 		netif.KeyRequestRxCopy:        "1",
 		netif.KeyFeatureRxNotify:      "1",

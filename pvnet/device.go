@@ -125,6 +125,7 @@ type Device struct {
 	active atomic.Int32  // queues of the connection
 	mtu    atomic.Int32
 	epoch  atomic.Uint64 // number of the connection, from 1
+	lost   atomic.Uint64 // pages the peer did not give back, not counted yet
 
 	stop   context.CancelCauseFunc // asks the life goroutine to end
 	finish func()                  // closes what the life goroutine used
@@ -601,6 +602,8 @@ func (d *Device) drop(c *conn) {
 			d.tx[i].eng, d.rx[i].eng = nil, nil
 		}
 		c.undo.run()
+		d.rx[0].count.Add(telemetry.PagesQuarantined, d.lost.Swap(0))
+		d.rx[0].count.Flush()
 	}
 	d.mu.Lock()
 	d.budget = Budget{}

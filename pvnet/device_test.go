@@ -391,6 +391,62 @@ func TestTheDeviceSurvivesItsBackend(t *testing.T) {
 	stop()
 }
 
+// Frames sent while one backend hands over to another are late, not lost, and
+// none comes twice.
+func TestHandoverLosesNothing(t *testing.T) {
+	l := newLab(t)
+	fdom, bdom := l.domain(1), l.domain(2)
+	v := l.add(toolstack.Vif{Front: 1, Back: 2})
+	got := make(chan int, 10000)
+	serve := func() (stop func()) {
+		c, cancel := context.WithCancelCause(context.Background())
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			err := pvnet.Serve(c, bdom, pvnet.ServeConfig{Hotplug: true}, func(d *pvnet.Device) {
+				d.Listen(context.Background(), func(f pvnet.Frame) { got <- f.Len() })
+			})
+			if !errors.Is(err, pvnet.ErrHandover) {
+				t.Errorf("Serve: %v", err)
+			}
+		}()
+		return func() { cancel(pvnet.ErrHandover); <-done }
+	}
+	stop := serve()
+	front, err := pvnet.Connect(ctx(t), fdom, "0", pvnet.Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	const total = 3000
+	sent := make(chan error, 1)
+	go func() {
+		for i := range total {
+			if _, err := front.Write(frame(14+i%1000, i)); err != nil {
+				sent <- err
+				return
+			}
+		}
+		sent <- nil
+	}()
+	for i := range total {
+		if n := wait(t, got); n != 14+i%1000 {
+			t.Fatalf("frame %d has %d bytes", i, n)
+		}
+		if i%1000 == 500 {
+			stop()
+			if s := l.read(v.BackDir() + "/state"); s != "4" {
+				t.Errorf("handed over in state %s", s)
+			}
+			stop = serve()
+		}
+	}
+	if err := wait(t, sent); err != nil {
+		t.Error(err)
+	}
+	front.Disconnect()
+	stop()
+}
+
 func TestHotUnplugAndReplug(t *testing.T) {
 	l := newLab(t)
 	fdom, bdom := l.domain(1), l.domain(2)

@@ -26,6 +26,12 @@ var (
 	// is [errors.ErrUnsupported].
 	ErrUnimplemented error = &errorOf{"pvnet: not supported by both ends", errors.ErrUnsupported}
 
+	// ErrHandover, as the cause that ends the context given to [Serve], has the
+	// backend stop between two frames and leave state and rings as they are, for
+	// another process to go on with. Linux's netfront does not come back from an
+	// orderly close, and does not notice this.
+	ErrHandover error = &errorOf{"pvnet: handed over to another backend", net.ErrClosed}
+
 	// ErrLinkDown is returned by calls that do not wait while the other end is
 	// not connected. It passes.
 	ErrLinkDown = errors.New("pvnet: the other end is not connected")

@@ -88,6 +88,7 @@ type half struct {
 	worked bool                      // anything moved since the last rest; inside the gate
 	parked atomic.Uint32             // odd while the owner waits, and never the same twice
 	rescue atomic.Bool               // the watchdog ended a wait that an event should have
+	heal   atomic.Bool               // it is time to compare the counters with their mirror
 	spins  int                       // looks at the ring before waiting; written behind the shut gate
 }
 
@@ -132,6 +133,29 @@ func (h *half) counted(frames int) {
 	if h.recent >= 32 {
 		h.recent = 0
 		h.count.Publish()
+		h.refresh()
+	}
+}
+
+// refresh heals the mirror if it is time. The caller is inside the gate.
+func (h *half) refresh() {
+	if h.heal.Load() {
+		h.heal.Store(false)
+		h.count.Refresh()
+	}
+}
+
+// remind has the mirror healed: at once if nobody is inside the gate, else by who
+// is.
+func (h *half) remind() {
+	if h.gate.state.CompareAndSwap(gateOpen, gateReading) {
+		h.count.Refresh()
+		h.gate.state.Store(gateOpen)
+		return
+	}
+	h.heal.Store(true)
+	if p := h.park.Load(); p != nil && h.parked.Load()%2 == 1 {
+		p.wake()
 	}
 }
 
@@ -180,6 +204,7 @@ func (h *half) rest() error {
 	h.parked.Add(1)
 	err := h.park.Load().wait(h.dir, h.deadline(), worked)
 	h.parked.Add(1)
+	h.refresh()
 	if h.rescue.Swap(false) {
 		h.count.Add(telemetry.RescuedWakeups, 1)
 	}

@@ -67,7 +67,7 @@ func (l *life) run(stop context.Context) {
 	defer close(d.done)
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
-	for !l.step() {
+	for l.leaving != ErrHandover && !l.step() {
 		var retry <-chan time.Time
 		switch {
 		case !l.force.IsZero():
@@ -151,10 +151,14 @@ func (l *life) beat() {
 	if !l.running {
 		return
 	}
+	mirrored := l.d.cfg.Counters != nil
 	for i, q := range l.conn.queues {
 		for _, s := range []suspect{{&l.d.tx[i].half, q.tx, q.txPark, 0}, {&l.d.rx[i].half, q.rx, q.rxPark, 0}} {
 			if s.seq = s.half.parked.Load(); s.seq%2 == 1 && s.eng.overdue() {
 				l.suspects = append(l.suspects, s)
+			}
+			if mirrored {
+				s.half.remind()
 			}
 		}
 	}

@@ -61,8 +61,8 @@ func (p *pair) connect(t testing.TB, f features) {
 	t.Helper()
 	fc, bc := new(conn), new(conn)
 	p.conns = [2]*conn{fc, bc}
-	fm := &pageMaker{dom: p.fdom, peer: 2, log: p.front.log, set: p.front.set, c: fc}
-	bm := &pageMaker{dom: p.bdom, peer: 1, log: p.back.log, set: p.back.set, c: bc}
+	fm := &pageMaker{dom: p.fdom, peer: 2, log: p.front.log, lost: &p.front.lost, c: fc}
+	bm := &pageMaker{dom: p.bdom, peer: 1, log: p.back.log, lost: &p.back.lost, c: bc}
 	for i := range f.queues {
 		fq, err := fm.frontQueue(f, &p.front.cfg, p.front.rx[i].count, p.front.tx[i].count)
 		if err != nil {

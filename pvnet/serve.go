@@ -41,20 +41,28 @@ type ServeConfig struct {
 // changes. Serve returns when ctx ends, with its cause, after every device has
 // disconnected and every accept has returned.
 func Serve(ctx context.Context, domain hypercall.Domain, cfg ServeConfig, accept func(*Device)) error {
+	err := serve(ctx, domain, cfg, accept)
+	if ctx.Err() != nil { // whatever it was doing then
+		err = context.Cause(ctx)
+	}
+	return fmt.Errorf("pvnet: serve: %w", err)
+}
+
+func serve(ctx context.Context, domain hypercall.Domain, cfg ServeConfig, accept func(*Device)) error {
 	if cfg.Type == "" {
 		cfg.Type = "vif"
 	}
 	if cfg.Queues < 0 || cfg.Buffers < 0 {
-		return errors.New("pvnet: serve: negative Queues or Buffers")
+		return errors.New("negative Queues or Buffers")
 	}
 	client, err := xenbus.Dial(ctx, domain.Store, xenbus.Config{Logger: cfg.Logger})
 	if err != nil {
-		return fmt.Errorf("pvnet: serve: %w", err)
+		return err
 	}
 	defer client.Close()
 	backs, err := xenbus.WatchBackends(ctx, client, cfg.Type)
 	if err != nil {
-		return fmt.Errorf("pvnet: serve: %w", err)
+		return err
 	}
 	defer backs.Close()
 
@@ -66,7 +74,7 @@ func Serve(ctx context.Context, domain hypercall.Domain, cfg ServeConfig, accept
 	for {
 		ev, err := backs.Next(ctx)
 		if err != nil {
-			return fmt.Errorf("pvnet: serve: %w", err)
+			return err
 		}
 		if ev.Vanished {
 			continue // its Device sees it too
@@ -205,7 +213,7 @@ func (b *back) attach(ctx context.Context, xd *xenbus.Device, c *conn) error {
 	}
 	feat.backSG = true
 	c.feat = feat
-	m := &pageMaker{dom: b.d.domain, peer: dom(xd), log: b.d.log, set: b.d.set, c: c}
+	m := &pageMaker{dom: b.d.domain, peer: dom(xd), log: b.d.log, lost: &b.d.lost, c: c}
 	for i, k := range keys {
 		q, err := m.backQueue(feat, k, &b.d.cfg, b.d.rx[i].count, b.d.tx[i].count)
 		if err != nil {
