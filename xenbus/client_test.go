@@ -1,0 +1,886 @@
+package xenbus_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"barevif/hypercall"
+	"barevif/xenbus"
+	"barevif/xenbus/wire"
+)
+
+// bubble runs a test with a clock of its own. It fails if a goroutine is left.
+func bubble(t *testing.T, f func(t *testing.T, s *scripted)) {
+	synctest.Test(t, func(t *testing.T) { f(t, newScripted(t)) })
+}
+
+func TestRepliesAreMatchedInAnyOrder(t *testing.T) {
+	bubble(t, func(t *testing.T, s *scripted) {
+		c := s.client(xenbus.Config{Pipeline: 3})
+		defer c.Close()
+		c.StartIDs(1<<32 - 2) // ids wrap past 0
+		go func() {
+			p := s.accept()
+			var got []message
+			for range 3 {
+				got = append(got, p.expect(wire.Read))
+			}
+			slices.Reverse(got)
+			for _, m := range got {
+				if m.ReqID == 0 {
+					t.Error("request with id 0")
+				}
+				p.reply(m, "value of "+m.payload)
+			}
+		}()
+		var wg sync.WaitGroup
+		for _, path := range []string{"/a", "/b", "/c"} {
+			wg.Go(func() {
+				if v, err := c.Read(t.Context(), path); v != "value of "+path+"\x00" || err != nil {
+					t.Errorf("%s: %q, %v", path, v, err)
+				}
+			})
+		}
+		wg.Wait()
+	})
+}
+
+func TestNoMoreRequestsAreOutThanThePipelineAllows(t *testing.T) {
+	for _, pipeline := range []int{0, 1, 5} {
+		bubble(t, func(t *testing.T, s *scripted) {
+			c := s.client(xenbus.Config{Pipeline: pipeline})
+			defer c.Close()
+			var out atomic.Int32
+			answer := make(chan struct{})
+			go func() {
+				p := s.accept()
+				p.serve(func(m message) {
+					out.Add(1)
+					go func() {
+						<-answer
+						out.Add(-1)
+						p.reply(m, "")
+					}()
+				})
+			}()
+			var wg sync.WaitGroup
+			for range 20 {
+				wg.Go(func() {
+					if _, err := c.Read(t.Context(), "/a"); err != nil {
+						t.Error(err)
+					}
+				})
+			}
+			for range 20 {
+				synctest.Wait()
+				if n := out.Load(); int(n) > max(pipeline, 1) {
+					t.Errorf("%d requests out, pipeline %d", n, pipeline)
+				}
+				answer <- struct{}{}
+			}
+			wg.Wait()
+		})
+	}
+}
+
+func TestRequestNobodyWaitsForKeepsItsPlace(t *testing.T) {
+	bubble(t, func(t *testing.T, s *scripted) {
+		c := s.client(xenbus.Config{})
+		defer c.Close()
+		p := s.accept()
+		ctx, cancel := context.WithCancelCause(t.Context())
+		why := errors.New("tired of waiting")
+		ended := make(chan error)
+		go func() { _, err := c.Read(ctx, "/late"); ended <- err }()
+		late := p.expect(wire.Read)
+		cancel(why)
+		if err := <-ended; !errors.Is(err, why) {
+			t.Errorf("error %v, want the context's cause", err)
+		}
+		go func() {
+			v, err := c.Read(t.Context(), "/next")
+			if v != "2" {
+				err = fmt.Errorf("%q, %w", v, err)
+			}
+			ended <- err
+		}()
+		synctest.Wait() // the second must not be sent before the first is answered
+		p.reply(late, "1")
+		p.reply(p.expect(wire.Read), "2")
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+		if n := c.Stats().Reconnects; n != 0 {
+			t.Errorf("%d reconnects", n)
+		}
+	})
+}
+
+func TestServerThatBreaksTheProtocolIsLeft(t *testing.T) {
+	for name, breach := range map[string]func(*peer, message){
+		"unknown id":        func(p *peer, m message) { p.send(wire.Read, m.ReqID+1, 0, "x") },
+		"answered twice":    func(p *peer, m message) { p.reply(m, "1"); p.reply(m, "1") },
+		"wrong type":        func(p *peer, m message) { p.send(wire.Directory, m.ReqID, 0, "x\x00") },
+		"no such type":      func(p *peer, m message) { p.send(20, m.ReqID, 0, "") },
+		"4097 bytes":        func(p *peer, m message) { p.claim(wire.Read, m.ReqID, 4097) },
+		"2^32-1 bytes":      func(p *peer, m message) { p.claim(wire.Read, m.ReqID, 1<<32-1) },
+		"huge event":        func(p *peer, m message) { p.claim(wire.WatchEvent, 0, 1<<31) },
+		"event of nothing":  func(p *peer, m message) { p.send(wire.WatchEvent, 0, 0, "") },
+		"event, no token":   func(p *peer, m message) { p.send(wire.WatchEvent, 0, 0, "/path\x00token") },
+		"error for no one":  func(p *peer, m message) { p.send(wire.Error, m.ReqID+7, 0, "EIO\x00") },
+		"reply to a future": func(p *peer, m message) { p.send(wire.Write, m.ReqID+1, 0, "OK\x00") },
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T, s *scripted) {
+				c := s.client(xenbus.Config{})
+				defer c.Close()
+				go func() {
+					p := s.accept()
+					breach(p, p.expect(wire.Read))
+					if m, ok := p.next(); ok && name != "answered twice" {
+						t.Errorf("the client goes on with %+v", m)
+					}
+					p.conn.Close()
+					for len(s.conns) > 0 || c.Stats().Reconnects == 0 {
+						p = s.accept()
+						p.serve(func(m message) { p.reply(m, "good") })
+					}
+				}()
+				for range 2 { // the first may have had its answer
+					if v, err := c.Read(t.Context(), "/a"); err != nil || v != "good" && v != "1" {
+						t.Errorf("%q, %v", v, err)
+					}
+					synctest.Wait()
+				}
+				if st := c.Stats(); st.Violations != 1 || st.Reconnects != 1 {
+					t.Errorf("%+v", st)
+				}
+			})
+		})
+	}
+}
+
+func TestChangeIsNotRepeatedWhenTheConnectionBreaks(t *testing.T) {
+	bubble(t, func(t *testing.T, s *scripted) {
+		c := s.client(xenbus.Config{})
+		defer c.Close()
+		go func() {
+			p := s.accept()
+			p.expect(wire.Write)
+			p.conn.Close()
+			p = s.accept()
+			p.serve(func(m message) {
+				if m.Op == wire.Write {
+					t.Error("a write was sent again")
+				}
+				p.reply(m, "")
+			})
+		}()
+		if err := c.Write(t.Context(), "/a", "1"); !errors.Is(err, xenbus.ErrLost) || !errors.Is(err, io.EOF) {
+			t.Errorf("%v, want ErrLost and its cause", err)
+		}
+		if _, err := c.Read(t.Context(), "/a"); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+func TestWhatWasNotSentSurvivesTheConnection(t *testing.T) {
+	bubble(t, func(t *testing.T, s *scripted) {
+		c := s.client(xenbus.Config{})
+		defer c.Close()
+		p := s.accept()
+		ended := make(chan error, 2)
+		go func() { _, err := c.Read(t.Context(), "/a"); ended <- err }()
+		p.expect(wire.Read)
+		go func() { ended <- c.Write(t.Context(), "/b", "1") }() // waits behind it
+		synctest.Wait()
+		p.conn.Close()
+		p = s.accept()
+		p.reply(p.expect(wire.Read), "")
+		p.reply(p.expect(wire.Write), "OK\x00")
+		for range 2 {
+			if err := <-ended; err != nil {
+				t.Error(err)
+			}
+		}
+	})
+}
+
+func TestRequestIsNotRepeatedForEver(t *testing.T) {
+	bubble(t, func(t *testing.T, s *scripted) {
+		c := s.client(xenbus.Config{})
+		defer c.Close()
+		sent := 0
+		go func() {
+			for conn := range s.conns {
+				p := &peer{t, conn}
+				p.expect(wire.Read)
+				sent++
+				p.claim(wire.Read, 0, 1<<20)
+				conn.Close()
+			}
+		}()
+		start := time.Now()
+		_, err := c.Read(t.Context(), "/a")
+		var violation *xenbus.ProtocolError
+		if !errors.Is(err, xenbus.ErrLost) || !errors.As(err, &violation) || sent != 8 {
+			t.Errorf("sent %d times: %v", sent, err)
+		}
+		// The pause between connections has grown: nothing was answered.
+		if took := time.Since(start); took < 300*time.Millisecond || took > 3*time.Second {
+			t.Errorf("eight connections in %v", took)
+		}
+		c.Close()
+		close(s.conns)
+	})
+}
+
+func TestErrorsAreTyped(t *testing.T) {
+	bubble(t, func(t *testing.T, s *scripted) {
+		c := s.client(xenbus.Config{})
+		defer c.Close()
+		var name string
+		go func() {
+			p := s.accept()
+			p.serve(func(m message) { p.send(wire.Error, m.ReqID, m.TxID, name) })
+		}()
+		for _, e := range []struct {
+			name string
+			is   []error
+		}{
+			{"ENOENT\x00", []error{xenbus.ErrNotFound, fs.ErrNotExist}},
+			{"ENOENT", []error{xenbus.ErrNotFound}},
+			{"EACCES\x00", []error{xenbus.ErrAccess, fs.ErrPermission}},
+			{"EPERM\x00", []error{xenbus.ErrPerm, fs.ErrPermission}},
+			{"EEXIST\x00", []error{xenbus.ErrExists, fs.ErrExist}},
+			{"EINVAL\x00", []error{xenbus.ErrInvalid, fs.ErrInvalid}},
+			{"ENOSYS\x00", []error{xenbus.ErrNoSys, errors.ErrUnsupported}},
+			{"ENOSPC\x00", []error{xenbus.ErrNoSpace, xenbus.ErrQuota}},
+			{"EQUOTA\x00", []error{xenbus.ErrQuota}},
+			{"EBUSY\x00", []error{xenbus.ErrBusy}},
+			{"E2BIG\x00", []error{xenbus.ErrTooBig}},
+			{"EDQUOT\x00", []error{xenbus.ErrUnknown}},
+			{"", []error{xenbus.ErrUnknown}},
+			{"\x00", []error{xenbus.ErrUnknown}},
+			{"ENOENT\x00\x00", []error{xenbus.ErrUnknown}},
+			{strings.Repeat("E", 4096), []error{xenbus.ErrUnknown}},
+		} {
+			name = e.name
+			_, err := c.Perms(t.Context(), "/some/path")
+			var typed *xenbus.Error
+			if !errors.As(err, &typed) || typed.Op != "get-perms" || typed.Path != "/some/path" {
+				t.Errorf("%.20q: %v", name, err)
+				continue
+			}
+			for _, target := range e.is {
+				if !errors.Is(err, target) {
+					t.Errorf("%.20q: %v is not %v", name, err, target)
+				}
+			}
+			if len(err.Error()) > 400 {
+				t.Errorf("an error of %d bytes", len(err.Error()))
+			}
+		}
+		name = "E2BIG\x00"
+		if _, err := c.Watch(t.Context(), "/a"); !errors.Is(err, xenbus.ErrQuota) || !errors.Is(err, xenbus.ErrTooBig) {
+			t.Errorf("too many watches: %v", err)
+		}
+		if err := c.Write(t.Context(), "/a", ""); errors.Is(err, xenbus.ErrQuota) {
+			t.Errorf("%v is not about a quota", err)
+		}
+	})
+}
+
+func TestEventMayComeBeforeTheReply(t *testing.T) {
+	bubble(t, func(t *testing.T, s *scripted) {
+		c := s.client(xenbus.Config{})
+		defer c.Close()
+		go func() {
+			p := s.accept()
+			m := p.expect(wire.Watch)
+			path, token, _ := strings.Cut(strings.TrimSuffix(m.payload, "\x00"), "\x00")
+			p.send(wire.WatchEvent, m.ReqID, 7, path+"\x00"+token+"\x00") // ids mean nothing
+			p.reply(m, "OK\x00")
+		}()
+		w, err := c.Watch(t.Context(), "/a")
+		if err != nil {
+			t.Fatal(err)
+		}
+		<-w.C()
+		if paths, all := w.Paths(); all || !slices.Equal(paths, []string{"/a"}) {
+			t.Errorf("%q, %v", paths, all)
+		}
+	})
+}
+
+func TestFloodOfEventsIsMerged(t *testing.T) {
+	bubble(t, func(t *testing.T, s *scripted) {
+		c := s.client(xenbus.Config{})
+		defer c.Close()
+		var p *peer
+		var token string
+		const flood = 20_000
+		go func() {
+			p = s.accept()
+			m := p.expect(wire.Watch)
+			_, token, _ = strings.Cut(strings.TrimSuffix(m.payload, "\x00"), "\x00")
+			p.reply(m, "OK\x00")
+			huge := "/a/" + strings.Repeat("x", 4000)
+			for i := range flood {
+				p.event(fmt.Sprint(huge, i), token)
+				p.event("/other", token)
+				p.event("/a", "not ours")
+			}
+			p.reply(p.expect(wire.Read), "")
+		}()
+		w, err := c.Watch(t.Context(), "/a")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := c.Read(t.Context(), "/a"); err != nil { // answered although nobody looks at w
+			t.Fatal(err)
+		}
+		<-w.C()
+		if paths, all := w.Paths(); !all || len(paths) != 0 {
+			t.Errorf("%d paths, all %v", len(paths), all)
+		}
+		st := c.Stats()
+		if st.Events != 3*flood || st.UnknownTokens != flood || st.Coalesced != 2*flood-1 || st.Violations != 0 {
+			t.Errorf("%+v", st)
+		}
+	})
+}
+
+func TestPathThatIsNotBelowTheWatchMeansEverything(t *testing.T) {
+	bubble(t, func(t *testing.T, s *scripted) {
+		c := s.client(xenbus.Config{})
+		defer c.Close()
+		go func() {
+			p := s.accept()
+			for range 2 {
+				m := p.expect(wire.Watch)
+				_, token, _ := strings.Cut(strings.TrimSuffix(m.payload, "\x00"), "\x00")
+				p.reply(m, "OK\x00")
+				p.event("/dirt", token)
+			}
+		}()
+		for path, want := range map[string]bool{"/dir": true, "/": false} {
+			w, err := c.Watch(t.Context(), path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			<-w.C()
+			if _, all := w.Paths(); all != want {
+				t.Errorf("watch on %s: all is %v", path, all)
+			}
+		}
+	})
+}
+
+func TestWatchThatIsNotWaitedForIsTakenBack(t *testing.T) {
+	bubble(t, func(t *testing.T, s *scripted) {
+		c := s.client(xenbus.Config{})
+		defer c.Close()
+		p := s.accept()
+		ctx, cancel := context.WithCancel(t.Context())
+		ended := make(chan error)
+		go func() { _, err := c.Watch(ctx, "/a"); ended <- err }()
+		m := p.expect(wire.Watch)
+		cancel()
+		if err := <-ended; !errors.Is(err, context.Canceled) {
+			t.Error(err)
+		}
+		p.reply(m, "OK\x00")
+		if un := p.expect(wire.Unwatch); un.payload != m.payload {
+			t.Errorf("%q is taken back as %q", m.payload, un.payload)
+		} else {
+			p.reply(un, "OK\x00")
+		}
+		synctest.Wait()
+		if c.Tokens() != 0 {
+			t.Error("its token is kept")
+		}
+		// Neither is one that was never sent.
+		go func() { _, err := c.Read(t.Context(), "/slow"); ended <- err }()
+		slow := p.expect(wire.Read)
+		ctx, cancel = context.WithCancel(t.Context())
+		go func() { _, err := c.Watch(ctx, "/b"); ended <- err }()
+		synctest.Wait()
+		cancel()
+		<-ended
+		p.reply(slow, "")
+		<-ended
+		if c.Tokens() != 0 {
+			t.Error("a token that was never sent is kept")
+		}
+	})
+}
+
+func TestWatchThatCannotBeSetAgainEnds(t *testing.T) {
+	bubble(t, func(t *testing.T, s *scripted) {
+		c := s.client(xenbus.Config{})
+		defer c.Close()
+		go func() {
+			p := s.accept()
+			for range 2 {
+				p.reply(p.expect(wire.Watch), "OK\x00")
+			}
+			p.conn.Close()
+			p = s.accept()
+			for range 2 {
+				m := p.expect(wire.Watch)
+				if strings.HasPrefix(m.payload, "/a\x00") {
+					p.refuse(m, "E2BIG")
+				} else {
+					p.reply(m, "OK\x00")
+				}
+			}
+		}()
+		a, err := c.Watch(t.Context(), "/a")
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, err := c.Watch(t.Context(), "/b")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, open := <-a.C(); open || !errors.Is(a.Err(), xenbus.ErrQuota) {
+			t.Errorf("open %v, %v", open, a.Err())
+		}
+		if _, open := <-b.C(); !open {
+			t.Errorf("the other ended too: %v", b.Err())
+		}
+		if _, all := b.Paths(); !all {
+			t.Error("set again without saying that anything may have changed")
+		}
+	})
+}
+
+// A node answers a WATCH as /dev/xen/xenbus may: by the error of the write.
+type node struct {
+	net.Conn
+	refuse error
+}
+
+func (n node) Write(b []byte) (int, error) {
+	if wire.Op(b[0]) == wire.Watch {
+		return 0, n.refuse
+	}
+	return n.Conn.Write(b)
+}
+
+func TestWatchRefusedByTheWriteIsAnAnswer(t *testing.T) {
+	for _, e := range []struct {
+		errno syscall.Errno
+		want  error
+	}{{syscall.EACCES, xenbus.ErrAccess}, {syscall.EEXIST, xenbus.ErrExists}, {syscall.EINVAL, xenbus.ErrUnknown}} {
+		bubble(t, func(t *testing.T, s *scripted) {
+			c, err := xenbus.Dial(t.Context(), func(ctx context.Context) (io.ReadWriteCloser, error) {
+				conn, err := s.open(ctx)
+				return node{conn.(net.Conn), &fs.PathError{Op: "write", Path: "/dev/xen/xenbus", Err: e.errno}}, err
+			}, xenbus.Config{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			go func() {
+				p := s.accept()
+				p.serve(func(m message) { p.reply(m, "") })
+			}()
+			for range 3 {
+				if _, err := c.Watch(t.Context(), "/a"); !errors.Is(err, e.want) {
+					t.Errorf("%v: %v", e.errno, err)
+				}
+			}
+			if _, err := c.Read(t.Context(), "/a"); err != nil {
+				t.Error(err)
+			}
+			if n := c.Stats().Reconnects; n != 0 || c.Tokens() != 0 {
+				t.Errorf("%d reconnects, %d tokens", n, c.Tokens())
+			}
+		})
+	}
+}
+
+func TestBrokenFileIsNotAnAnswer(t *testing.T) {
+	bubble(t, func(t *testing.T, s *scripted) {
+		broken := true
+		c, err := xenbus.Dial(t.Context(), func(ctx context.Context) (io.ReadWriteCloser, error) {
+			conn, err := s.open(ctx)
+			if broken {
+				broken = false
+				return node{conn.(net.Conn), &fs.PathError{Op: "write", Path: "x", Err: fs.ErrClosed}}, err
+			}
+			return conn, err
+		}, xenbus.Config{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		go func() {
+			s.accept()
+			p := s.accept()
+			p.reply(p.expect(wire.Watch), "OK\x00")
+		}()
+		if _, err := c.Watch(t.Context(), "/a"); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+func TestTransactionInConflictForEverIsGivenUp(t *testing.T) {
+	bubble(t, func(t *testing.T, s *scripted) {
+		c := s.client(xenbus.Config{})
+		defer c.Close()
+		open := 0
+		go func() {
+			p := s.accept()
+			p.serve(func(m message) {
+				switch {
+				case m.Op == wire.TransactionStart:
+					open++
+					p.reply(m, "17\x00")
+				case m.Op == wire.TransactionEnd:
+					open--
+					p.refuse(m, "EAGAIN")
+				case m.Op == wire.Read && m.TxID == 0:
+					p.reply(m, "")
+				default:
+					t.Errorf("unexpected %+v", m)
+				}
+			})
+		}()
+		// Others are not held up.
+		other := make(chan error)
+		go func() {
+			time.Sleep(time.Second)
+			_, err := c.Read(t.Context(), "/a")
+			other <- errors.Join(err, c.Transact(t.Context(), func(xenbus.Tx) error { return io.EOF }))
+		}()
+		runs, start := 0, time.Now()
+		err := c.Transact(t.Context(), func(xenbus.Tx) error { runs++; return nil })
+		var conflict *xenbus.ConflictError
+		if !errors.As(err, &conflict) || !errors.Is(err, xenbus.ErrAgain) || conflict.Attempts != 100 || runs != 100 {
+			t.Errorf("%d runs: %v", runs, err)
+		}
+		if took := time.Since(start); took < time.Second || took > 10*time.Second {
+			t.Errorf("given up after %v", took)
+		}
+		if err := <-other; !errors.Is(err, io.EOF) {
+			t.Error(err)
+		}
+		synctest.Wait()
+		if open != 0 {
+			t.Errorf("%d transactions left open", open)
+		}
+	})
+}
+
+func TestTransactionForgottenByTheServerRunsAgain(t *testing.T) {
+	bubble(t, func(t *testing.T, s *scripted) {
+		c := s.client(xenbus.Config{})
+		defer c.Close()
+		go func() {
+			p := s.accept()
+			p.reply(p.expect(wire.TransactionStart), "5\x00")
+			p.refuse(p.expect(wire.TransactionEnd), "ENOENT")
+			p.reply(p.expect(wire.TransactionStart), "6\x00")
+			if m := p.expect(wire.TransactionEnd); m.TxID != 6 || m.payload != "T\x00" {
+				t.Errorf("%+v", m)
+			} else {
+				p.reply(m, "OK\x00")
+			}
+		}()
+		if err := c.Transact(t.Context(), func(xenbus.Tx) error { return nil }); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+func TestTransactionThatNobodyWaitsForIsEnded(t *testing.T) {
+	bubble(t, func(t *testing.T, s *scripted) {
+		c := s.client(xenbus.Config{})
+		defer c.Close()
+		p := s.accept()
+		ctx, cancel := context.WithCancel(t.Context())
+		ended := make(chan error)
+		go func() { ended <- c.Transact(ctx, func(xenbus.Tx) error { return nil }) }()
+		start := p.expect(wire.TransactionStart)
+		cancel()
+		if err := <-ended; !errors.Is(err, context.Canceled) {
+			t.Error(err)
+		}
+		p.reply(start, "9\x00")
+		if m := p.expect(wire.TransactionEnd); m.TxID != 9 || m.payload != "F\x00" {
+			t.Errorf("%+v", m)
+		}
+	})
+}
+
+func TestTransactionIDsAreChecked(t *testing.T) {
+	for _, id := range []string{"", "0\x00", "-1\x00", "4294967296\x00", "x\x00", " 1\x00", "1\x002\x00"} {
+		bubble(t, func(t *testing.T, s *scripted) {
+			c := s.client(xenbus.Config{})
+			defer c.Close()
+			go func() {
+				p := s.accept()
+				p.reply(p.expect(wire.TransactionStart), id)
+			}()
+			err := c.Transact(t.Context(), func(xenbus.Tx) error { t.Error("runs"); return nil })
+			var violation *xenbus.ProtocolError
+			if !errors.As(err, &violation) {
+				t.Errorf("id %q: %v", id, err)
+			}
+		})
+	}
+}
+
+func TestPanicInATransactionEndsIt(t *testing.T) {
+	bubble(t, func(t *testing.T, s *scripted) {
+		c := s.client(xenbus.Config{})
+		defer c.Close()
+		aborted := make(chan message, 1)
+		go func() {
+			p := s.accept()
+			p.reply(p.expect(wire.TransactionStart), "3\x00")
+			m := p.expect(wire.TransactionEnd)
+			aborted <- m
+			p.reply(m, "OK\x00")
+			p.reply(p.expect(wire.TransactionStart), "4\x00")
+			p.reply(p.expect(wire.TransactionEnd), "OK\x00")
+		}()
+		func() {
+			defer func() {
+				if recover() == nil {
+					t.Error("the panic was swallowed")
+				}
+			}()
+			c.Transact(t.Context(), func(xenbus.Tx) error { panic("fn's own") })
+		}()
+		if m := <-aborted; m.payload != "F\x00" {
+			t.Errorf("%+v", m)
+		}
+		if err := c.Transact(t.Context(), func(xenbus.Tx) error { return nil }); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+func TestDirectoryInParts(t *testing.T) {
+	type part struct{ offset, reply string }
+	many := make([]part, 32)
+	for i := range many {
+		many[i] = part{fmt.Sprint(i % 2 * 2), fmt.Sprintf("%d\x00a\x00", i)}
+	}
+	endless := func() (parts []part) {
+		chunk := strings.Repeat("n", 4000)
+		for n := 0; n <= 1<<20; n += 4000 {
+			parts = append(parts, part{fmt.Sprint(n), "1\x00" + chunk})
+		}
+		return parts
+	}()
+	for _, d := range []struct {
+		name  string
+		parts []part
+		want  []string
+		err   error
+	}{
+		{"one part", []part{{"0", "1\x00a\x00b\x00\x00"}}, []string{"a", "b"}, nil},
+		{"cut in a name", []part{{"0", "1\x00ab\x00c"}, {"4", "1\x00d\x00\x00"}}, []string{"ab", "cd"}, nil},
+		{"end comes alone", []part{{"0", "1\x00a\x00"}, {"2", "1\x00\x00"}}, []string{"a"}, nil},
+		{"emptied meanwhile", []part{{"0", "1\x00\x00"}}, nil, nil},
+		{"changes", []part{{"0", "1\x00a\x00b\x00"}, {"4", "2\x00c\x00"}, {"0", "2\x00x\x00\x00"}}, []string{"x"}, nil},
+		{"never stands still", many, nil, xenbus.ErrAgain},
+		{"never ends", endless, nil, xenbus.ErrTooBig},
+		{"a part of nothing", []part{{"0", "1\x00"}}, nil, &xenbus.ProtocolError{}},
+		{"no generation", []part{{"0", "12"}}, nil, &xenbus.ProtocolError{}},
+		{"a name with a slash", []part{{"0", "1\x00a/b\x00\x00"}}, nil, &xenbus.ProtocolError{}},
+	} {
+		t.Run(d.name, func(t *testing.T) {
+			bubble(t, func(t *testing.T, s *scripted) {
+				c := s.client(xenbus.Config{})
+				defer c.Close()
+				left := d.parts
+				go func() {
+					p := s.accept()
+					p.refuse(p.expect(wire.Directory), "E2BIG")
+					p.serve(func(m message) {
+						if len(left) == 0 || m.Op != wire.DirectoryPart {
+							t.Errorf("unexpected %+v", m)
+							p.refuse(m, "EIO")
+							return
+						}
+						if want := "/d\x00" + left[0].offset + "\x00"; m.payload != want && d.name != "never stands still" {
+							t.Errorf("asks %q, want %q", m.payload, want)
+						}
+						p.reply(m, left[0].reply)
+						left = left[1:]
+					})
+				}()
+				got, err := c.Directory(t.Context(), "/d")
+				if violation := (*xenbus.ProtocolError)(nil); errors.As(d.err, &violation) {
+					if !errors.As(err, &violation) {
+						t.Errorf("%v, want a ProtocolError", err)
+					}
+				} else if !errors.Is(err, d.err) || !slices.Equal(got, d.want) {
+					t.Errorf("%q, %v; want %q, %v", got, err, d.want, d.err)
+				}
+			})
+		})
+	}
+}
+
+func TestCloseEndsAWriteNobodyReads(t *testing.T) {
+	bubble(t, func(t *testing.T, s *scripted) {
+		c := s.client(xenbus.Config{Pipeline: 4})
+		s.accept() // and never reads
+		ended := make(chan error, 4)
+		for range cap(ended) {
+			go func() { ended <- c.Write(t.Context(), "/a", "1") }()
+		}
+		synctest.Wait()
+		c.Close()
+		for range cap(ended) {
+			if err := <-ended; !errors.Is(err, net.ErrClosed) && !errors.Is(err, xenbus.ErrLost) {
+				t.Error(err)
+			}
+		}
+	})
+}
+
+func TestConnectionIsTriedWithGrowingPauses(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var tries []time.Time
+		first, theirs := net.Pipe()
+		c, err := xenbus.Dial(t.Context(), func(context.Context) (io.ReadWriteCloser, error) {
+			if tries = append(tries, time.Now()); len(tries) == 1 {
+				return first, nil
+			}
+			return nil, errors.New("nobody there")
+		}, xenbus.Config{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		theirs.Close()
+		ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+		defer cancel()
+		if _, err := c.Read(ctx, "/a"); !errors.Is(err, context.DeadlineExceeded) {
+			t.Error(err)
+		}
+		c.Close()
+		if len(tries) < 30 || len(tries) > 80 {
+			t.Errorf("%d attempts in 30 s", len(tries))
+		}
+		if soon := tries[1].Sub(tries[0]); soon > 10*time.Millisecond {
+			t.Errorf("first attempt after %v", soon)
+		}
+	})
+}
+
+func TestDialRefusesWhatItCannotKeep(t *testing.T) {
+	for _, cfg := range []xenbus.Config{{MaxPayload: 4097}, {MaxPayload: -1}, {Pipeline: -1}} {
+		if _, err := xenbus.Dial(t.Context(), nil, cfg); err == nil {
+			t.Errorf("%+v is taken", cfg)
+		}
+	}
+	why := errors.New("no xenstore here")
+	_, err := xenbus.Dial(t.Context(), func(context.Context) (io.ReadWriteCloser, error) { return nil, why }, xenbus.Config{})
+	if !errors.Is(err, why) {
+		t.Errorf("%v, want open's own error", err)
+	}
+}
+
+func TestRequestsOfTheToolstack(t *testing.T) {
+	bubble(t, func(t *testing.T, s *scripted) {
+		c := s.client(xenbus.Config{})
+		defer c.Close()
+		var sent message
+		var answer string
+		go func() {
+			p := s.accept()
+			p.serve(func(m message) { sent = m; p.reply(m, answer) })
+		}()
+		ctx := t.Context()
+		var n uint64
+		var names []string
+		var text string
+		for _, q := range []struct {
+			name    string
+			call    func() error
+			op      wire.Op
+			payload string
+			answer  string
+		}{
+			{"introduce", func() error { return c.Introduce(ctx, 5, 1<<40, 3) }, wire.Introduce, "5\x001099511627776\x003\x00", "OK\x00"},
+			{"release", func() error { return c.Release(ctx, 5) }, wire.Release, "5\x00", "OK\x00"},
+			{"resume", func() error { return c.Resume(ctx, 5) }, wire.Resume, "5\x00", "OK\x00"},
+			{"target", func() error { return c.SetTarget(ctx, 5, 6) }, wire.SetTarget, "5\x006\x00", "OK\x00"},
+			{"path", func() (err error) { text, err = c.GetDomainPath(ctx, 5); return }, wire.GetDomainPath, "5\x00", "/local/domain/5\x00"},
+			{"control", func() (err error) { text, err = c.Control(ctx, "print", "x"); return }, wire.Control, "print\x00x\x00", "OK\x00"},
+			{"features", func() error { bits, err := c.Features(ctx, 5); n = uint64(bits); return err }, wire.GetFeature, "5\x00", "3\x00"},
+			{"own features", func() error { bits, err := c.Features(ctx, xenbus.AllDomains); n = uint64(bits); return err }, wire.GetFeature, "", "3\x00"},
+			{"set features", func() error { return c.SetFeatures(ctx, 5, 3) }, wire.SetFeature, "5\x003\x00", "OK\x00"},
+			{"quotas", func() (err error) { names, err = c.Quotas(ctx); return }, wire.GetQuota, "\x00", "nodes watches\x00"},
+			{"quota", func() (err error) { n, err = c.Quota(ctx, 5, "nodes"); return }, wire.GetQuota, "5\x00nodes\x00", "1000\x00"},
+			{"global quota", func() (err error) { n, err = c.Quota(ctx, xenbus.AllDomains, "nodes"); return }, wire.GetQuota, "nodes\x00", "1000\x00"},
+			{"set quota", func() error { return c.SetQuota(ctx, 5, "nodes", 7) }, wire.SetQuota, "5\x00nodes\x007\x00", "OK\x00"},
+		} {
+			answer = q.answer
+			if err := q.call(); err != nil || sent.Op != q.op || sent.payload != q.payload {
+				t.Errorf("%s: sent %d %q, %v", q.name, sent.Op, sent.payload, err)
+			}
+		}
+		if n != 1000 || !slices.Equal(names, []string{"nodes", "watches"}) || text != "OK\x00" {
+			t.Errorf("%d, %q, %q", n, names, text)
+		}
+		answer = "maybe\x00"
+		var violation *xenbus.ProtocolError
+		for name, call := range map[string]func() error{
+			"introduced": func() error { _, err := c.IsIntroduced(ctx, 5); return err },
+			"features":   func() error { _, err := c.Features(ctx, 5); return err },
+			"perms":      func() error { _, err := c.Perms(ctx, "/a"); return err },
+		} {
+			if err := call(); !errors.As(err, &violation) {
+				t.Errorf("%s: %v", name, err)
+			}
+		}
+		if _, err := c.Control(ctx, "a\x00b"); !errors.Is(err, xenbus.ErrInvalid) {
+			t.Errorf("argument with a NUL: %v", err)
+		}
+	})
+}
+
+func TestPermsOfGarbageAreRefused(t *testing.T) {
+	bubble(t, func(t *testing.T, s *scripted) {
+		c := s.client(xenbus.Config{})
+		defer c.Close()
+		var answer string
+		go func() {
+			p := s.accept()
+			p.serve(func(m message) { p.reply(m, answer) })
+		}()
+		for _, answer = range []string{"", "\x00", "r", "x1\x00", "r-1\x00", "r65536\x00", "r1\x00\x00r2\x00", "r1\x00 r2\x00"} {
+			if perms, err := c.Perms(t.Context(), "/a"); err == nil {
+				t.Errorf("%q gives %v", answer, perms)
+			}
+		}
+		answer = "b0\x00r65535\x00"
+		want := []xenbus.Perm{{Dom: 0, Access: xenbus.ReadWrite}, {Dom: hypercall.DomID(65535), Access: xenbus.ReadOnly}}
+		if perms, err := c.Perms(t.Context(), "/a"); err != nil || !slices.Equal(perms, want) {
+			t.Errorf("%v, %v", perms, err)
+		}
+	})
+}

@@ -1,0 +1,129 @@
+package xenbus_test
+
+import (
+	"context"
+	"io"
+	"net"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"barevif/xenbus"
+	"barevif/xenbus/wire"
+)
+
+// What a hostile server does about one request: a byte that says how, a byte n,
+// then n bytes.
+const (
+	replyWell  = iota // to the request
+	replyError        // an ERROR
+	replyEvent        // a WATCH_EVENT first, then well
+	replyID           // well, under another id
+	replyType         // another type
+	replyRaw          // the bytes, as they are
+	replyHang         // hang up
+	replies
+)
+
+// FuzzReplies lets a hostile server answer. No answer may make the client panic,
+// hang beyond its context, or keep a goroutine.
+func FuzzReplies(f *testing.F) {
+	for _, script := range []string{
+		"\x00\x05value\x00\x00\x00\x031\x002",
+		"\x01\x07ENOENT\x00\x01\x06EAGAIN\x01\x00",
+		"\x02\x06/a\x00b1\x00\x00\x03\x01x\x04\x00",
+		"\x05\x10\x02\x00\x00\x00\x01\x00\x00\x00\x00\x00\x00\x00\xff\xff\xff\xff",
+		"\x06\x00\x00\x025\x00\x00\x00\x00\x03OK\x00",
+		"\x01\x06E2BIG\x00\x00\x051\x00a\x00\x00",
+	} {
+		f.Add([]byte(script))
+	}
+	f.Fuzz(func(t *testing.T, script []byte) {
+		synctest.Test(t, func(t *testing.T) { answer(t, script) }) // waits cost nothing
+	})
+}
+
+func answer(t *testing.T, script []byte) {
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	var servers sync.WaitGroup
+	var mu sync.Mutex // guards script
+	take := func(n int) []byte {
+		mu.Lock()
+		defer mu.Unlock()
+		n = min(n, len(script))
+		b := script[:n]
+		script = script[n:]
+		if len(script) == 0 {
+			cancel() // the server falls silent for ever
+		}
+		return b
+	}
+	open := func(context.Context) (io.ReadWriteCloser, error) {
+		ours, theirs := net.Pipe()
+		p := &peer{t, theirs}
+		servers.Go(func() {
+			defer theirs.Close()
+			p.serve(func(m message) {
+				head := append(take(2), 0, 0)
+				body := string(take(int(head[1])))
+				switch head[0] % replies {
+				case replyWell:
+					p.reply(m, body)
+				case replyError:
+					p.send(wire.Error, m.ReqID, m.TxID, body)
+				case replyEvent:
+					p.send(wire.WatchEvent, m.ReqID, 0, body)
+					p.reply(m, "OK\x00")
+				case replyID:
+					p.send(m.Op, m.ReqID+uint32(len(body)), m.TxID, body)
+				case replyType:
+					p.send(m.Op+wire.Op(len(body)), m.ReqID, m.TxID, body)
+				case replyRaw:
+					theirs.Write([]byte(body))
+				case replyHang:
+					theirs.Close()
+				}
+			})
+		})
+		return ours, nil
+	}
+	c, err := xenbus.Dial(ctx, open, xenbus.Config{Pipeline: 2})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var calls sync.WaitGroup
+	for _, call := range []func(){
+		func() { c.Read(ctx, "/a"); c.Directory(ctx, "/a"); c.Perms(ctx, "/a") },
+		func() {
+			if w, err := c.Watch(ctx, "/a"); err == nil {
+				select {
+				case <-w.C():
+				case <-ctx.Done():
+				}
+				w.Paths()
+				w.Close()
+			}
+		},
+		func() {
+			c.Transact(ctx, func(tx xenbus.Tx) error {
+				_, err := tx.Read("/a")
+				return err
+			})
+			c.ResetWatches(ctx)
+		},
+		func() {
+			d, err := xenbus.OpenFrontend(ctx, c, "vif", "0")
+			if err == nil {
+				d.Await(ctx, func(xenbus.Change) bool { return false })
+				d.Close(ctx)
+			}
+		},
+	} {
+		calls.Go(call)
+	}
+	calls.Wait()
+	c.Close()
+	servers.Wait()
+}
