@@ -91,15 +91,10 @@ func grantEntries(xenLog string) (entries []string) {
 }
 
 // complaint is what a kernel or Xen says when someone behaved badly.
-var complaint = regexp.MustCompile(`(?i)\b(warning|error|errors|fail|failed|failure|invalid|illegal|bad|fatal|broken|corrupt\w*|stall\w*|hung|leak\w*|disabled|deferring|unmap\w* failed|still in use|still pending|call trace|segfault|unable|cannot|timed out|bogus|spurious|attempt)\b|BUG`)
+var complaint = regexp.MustCompile(`(?i)\b(warning|error|errors|fail|failed|failure|invalid|illegal|bad|fatal|broken|corrupt\w*|stall\w*|hung|leak\w*|disabled|deferring|unmap\w* failed|still in use|still pending|call trace|segfault|unable|cannot|timed out|bogus|spurious|BUG)\b`)
 
 // subject is whom it speaks of when it is about us.
-var subject = regexp.MustCompile(`(?i)\(XEN\)|xen|vif|gnt|grant|evtchn|netfront|netback|\bnet eth|call trace|segfault|hung|stall|BUG|barevif|\.test\b`)
-
-// harmless lines come on any boot of these kernels.
-var harmless = []*regexp.Regexp{
-	regexp.MustCompile(`Failed to obtain ldt|spec-ctrl|Error disabling`),
-}
+var subject = regexp.MustCompile(`(?i)\(XEN\)|xen|vif|gnt|grant|evtchn|netfront|netback|\bnet eth|call trace|segfault|hung|stall|\bBUG\b|barevif|\.test\b`)
 
 // complaints gives the lines of a kernel's or Xen's log that look like one.
 func complaints(log string, expected []*regexp.Regexp) (bad []string) {
@@ -107,7 +102,7 @@ func complaints(log string, expected []*regexp.Regexp) (bad []string) {
 		line = strings.TrimSpace(line)
 		matches := func(re *regexp.Regexp) bool { return re.MatchString(line) }
 		suspect := machine.Fatal(line) || complaint.MatchString(line) && subject.MatchString(line)
-		if suspect && !slices.ContainsFunc(harmless, matches) && !slices.ContainsFunc(expected, matches) {
+		if suspect && !slices.ContainsFunc(expected, matches) {
 			bad = append(bad, line)
 		}
 	}

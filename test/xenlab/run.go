@@ -39,6 +39,8 @@ type Report struct {
 	Images  image.Set
 	Rows    []Row
 	Elapsed time.Duration
+	// Starved is machine.Machine.Starved of the worst boot.
+	Starved float64
 }
 
 // A Row is one scenario, or one boot of the machine.
@@ -158,6 +160,7 @@ func (r *runner) boot(b Boot) (done int) {
 		return len(b.Scenarios)
 	}
 	defer m.Stop()
+	defer func() { r.report.Starved = max(r.report.Starved, m.Starved()) }()
 	for i, s := range b.Scenarios {
 		row, clean := r.scenario(m, s, filepath.Join(dir, fmt.Sprintf("%02d-%s", i+1, fileName(s.Name))))
 		row.Boot = b.Name
@@ -359,6 +362,7 @@ func (r *Report) Table() string {
 			b.WriteString("|------|\n")
 		}
 	}
-	fmt.Fprintf(&b, "\n%d rows, %d failed, %.0f s; logs in %s\n", len(r.Rows), r.Failed(), r.Elapsed.Seconds(), r.Dir)
+	fmt.Fprintf(&b, "\n%d rows, %d failed, %.0f s; QEMU waited for a processor %.0f %% of the time it wanted one; logs in %s\n",
+		len(r.Rows), r.Failed(), r.Elapsed.Seconds(), 100*r.Starved, r.Dir)
 	return b.String()
 }

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -203,6 +204,7 @@ type Domain struct {
 
 	t         *T
 	limit     time.Duration
+	env       []string
 	procs     *procs
 	console   []byte
 	destroyed bool
@@ -218,6 +220,14 @@ type procs struct {
 func (d *Domain) Within(limit time.Duration) *Domain {
 	other := *d
 	other.limit = limit
+	return &other
+}
+
+// WithEnv gives the same domain with more in the environment of each program, as
+// KEY=value.
+func (d *Domain) WithEnv(env ...string) *Domain {
+	other := *d
+	other.env = append(slices.Clone(d.env), env...)
 	return &other
 }
 
@@ -267,11 +277,15 @@ func (r Result) problem() error {
 // call is one step: bounded, and in the scenario's log.
 func (d *Domain) call(c proto.Call) (proto.Reply, error) {
 	c.Domain, c.Timeout = d.ID, d.limit
+	if len(c.Argv) > 0 && len(d.env) > 0 {
+		c.Argv = slices.Concat([]string{"env"}, d.env, c.Argv)
+	}
 	begin := time.Now()
 	r, err := d.t.machine.Call(d.t.ctx, c)
 	what := c.Path
 	if c.Argv != nil {
-		what = strings.Join(c.Argv, " ")
+		what = strings.Join(strings.Fields(strings.Join(c.Argv, " ")), " ")
+		what = what[:min(len(what), 200)]
 	}
 	if c.Proc != 0 {
 		what += fmt.Sprintf("process %d", c.Proc)
@@ -279,7 +293,7 @@ func (d *Domain) call(c proto.Call) (proto.Reply, error) {
 	d.t.Logf("%s: %s %s: exit %d, %.2f s%s", d.Name, c.Op, what, r.Exit, time.Since(begin).Seconds(), suffix(err))
 	for _, s := range [...][]byte{r.Stdout, r.Stderr} {
 		if text := strings.TrimSpace(string(s)); text != "" && c.Op != proto.Get {
-			d.t.Logf("    %s", strings.ReplaceAll(text[max(0, len(text)-8000):], "\n", "\n             "))
+			d.t.Logf("    %s", strings.ReplaceAll(text[max(0, len(text)-4000):], "\n", "\n             "))
 		}
 	}
 	return r, err

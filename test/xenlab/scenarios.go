@@ -3,22 +3,35 @@
 package xenlab
 
 import (
+	"fmt"
 	"strings"
+	"time"
 
 	"barevif/test/xenlab/image"
 )
 
 // Programs go into every domain, at image.ProgramDir.
-func Programs() []image.Program { return nil }
+func Programs() []image.Program {
+	return []image.Program{
+		{Name: "vectors", Package: "barevif/test/xenlab/vectors"},
+		{Name: "xendev.test", Package: "barevif/hypercall/xendev", Test: true},
+		{Name: "privcmd.test", Package: "barevif/hypercall/xendev/privcmd", Test: true},
+	}
+}
 
-// Plan is every scenario there is.
+// Plan is every scenario there is. The package comment shows it as a table.
 func Plan() []Boot {
 	return []Boot{{
 		Name: "dom0 with netback",
 		Scenarios: []Scenario{
 			{Name: "xl info", Roles: "dom0: toolstack", Run: xlInfo},
+			{Name: "vector registers", Roles: "dom0, PV domU: Go programs", Run: vectors},
 			{Name: "kernel ends, PV", Roles: "PV domU: netfront; dom0: netback", Run: kernelEnds(PV)},
 			{Name: "kernel ends, PVH", Roles: "PVH domU: netfront; dom0: netback", Run: kernelEnds(PVH)},
+			{Name: "device nodes, dom0", Roles: "dom0: tests of xendev", Run: xendevDom0},
+			{Name: "device nodes, PV", Roles: "PV domU: tests of xendev", Run: xendevGuest(PV)},
+			{Name: "device nodes, PVH", Roles: "PVH domU: tests of xendev", Run: xendevGuest(PVH)},
+			{Name: "two domains", Roles: "dom0, PV domU: tests of xendev", Run: xendevPeer},
 		},
 	}}
 }
@@ -26,12 +39,24 @@ func Plan() []Boot {
 func xlInfo(t *T) {
 	info := t.Dom0().Run("xl", "info").Text()
 	for _, key := range [...]string{"release", "xen_version", "xen_caps", "total_memory"} {
-		if !strings.Contains(info, "\n"+key+" ") && !strings.HasPrefix(info, key+" ") {
+		if !strings.Contains("\n"+info, "\n"+key+" ") {
 			t.Fatalf("xl info does not tell %s", key)
 		}
 	}
 	if caps := t.Dom0().Sh("cat /proc/xen/capabilities"); caps != "control_d" {
 		t.Fatalf("dom0's capabilities are %q", caps)
+	}
+}
+
+// vectors checks the machine itself: see qemuArgs of package machine.
+func vectors(t *T) {
+	guest := t.Create(Guest{Name: "domU", Type: PV})
+	var running []*Process
+	for _, d := range [...]*Domain{t.Dom0(), t.Dom0(), guest} {
+		running = append(running, d.Start(image.ProgramDir+"/vectors", d.Name))
+	}
+	for _, p := range running {
+		p.Succeed()
 	}
 }
 
@@ -51,5 +76,36 @@ func kernelEnds(kind GuestType) func(*T) {
 		t.Iperf(t.Dom0(), guest, guestAddr, 2)
 		t.Fetch(t.Dom0(), guest, guestAddr, 3<<20)
 		t.Fetch(guest, t.Dom0(), dom0Addr, 3<<20)
+	}
+}
+
+func xendevDom0(t *T) {
+	t.Dom0().Within(2 * time.Minute).Test("xendev.test")
+	t.Dom0().Test("privcmd.test")
+}
+
+// xendevGuest runs the tests in a guest that may make hypercalls, which current
+// kernels allow only when xen-privcmd is loaded so, with a vif that the kernel's
+// netfront owns.
+func xendevGuest(kind GuestType) func(*T) {
+	return func(t *T) {
+		t.Dom0().Run("modprobe", "xen-netback")
+		guest := t.Create(Guest{
+			Name: "domU", Type: kind, VIFs: []VIF{{}},
+			Linux: []string{"xen_privcmd.unrestricted=1"},
+		})
+		guest.Run("modprobe", "xen-netfront")
+		guest.Await("a network interface", "ip link set eth0 up")
+		guest.WithEnv("XENDEV_TEST_VIF=0").Within(2 * time.Minute).Test("xendev.test")
+	}
+}
+
+// xendevPeer grants and signals between two domains, of which one is killed.
+func xendevPeer(t *T) {
+	guest := t.Create(Guest{Name: "domU", Type: PV})
+	peer := guest.WithEnv("XENDEV_TEST_CHILD=peer").Start(image.ProgramDir + "/xendev.test")
+	t.Dom0().WithEnv(fmt.Sprintf("XENDEV_TEST_PEER=%d", guest.ID)).Test("xendev.test", "-test.run=TestXenPeer")
+	if r := peer.Wait(); r.Exit != 128+9 {
+		t.Fatalf("the peer was to die by SIGKILL: %v", r.problem())
 	}
 }
