@@ -278,8 +278,10 @@ func build(a *arena.Arena, total int, f *Frame) bool {
 		if a.Get(one[:]) == 0 {
 			return false
 		}
-		off := min(headroom, size-total)
-		*f = Frame{buf: a.Buffer(one[0]), total: uint32(total), off: uint16(off), n: uint16(total), pieces: 1}
+		f.buf = a.Buffer(one[0])
+		f.total, f.hash = uint32(total), 0
+		f.off, f.n = uint16(min(headroom, size-total)), uint16(total)
+		f.gsoSize, f.gso, f.csum, f.pieces = 0, GSONone, ChecksumUnknown, 1
 		return true
 	}
 	var bufs [maxPieces]uint32
