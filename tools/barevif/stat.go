@@ -1,0 +1,269 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+
+	"barevif/telemetry/bpf"
+	"barevif/tools/internal/stat"
+	"barevif/tools/internal/statweb"
+
+	"charm.land/lipgloss/v2"
+	"github.com/spf13/cobra"
+	"golang.org/x/term"
+)
+
+func statCommand(p *program) *cobra.Command {
+	s := statistics{program: p}
+	cmd := &cobra.Command{
+		Use:   "stat [VIF...]",
+		Short: "Show the counters of vifs: once, live, as JSON, plots or a web page",
+		Long: `stat shows what the vifs of this machine count, whichever process owns them. VIF is a
+name as stat shows it, "front-1-2-0" for domain 1's end of its vif 0 with domain 2,
+or a pattern: "front-*". Without one it shows all.
+
+It changes nothing, asks nothing of the owner, and needs no right but reading:
+
+  pins       /sys/fs/bpf/barevif/VIF/, for root and the group the owner chose
+  metrics    the text below them, for whoever may read that file
+  memfd      a sealed file of the owner, for its user and root
+
+rx is what that end hands to its user, tx what its user gave it: a frame from the
+frontend is tx there and rx at the backend. Where both ends run on this machine, stat
+also compares them: sent = received + dropped.
+
+A device is stale when its owner has given no sign of life for 3 seconds, and torn
+when the owner died in the middle of a write.
+
+--watch is a live table: q quits, r counts from now on, s sorts, x folds queues,
+p plots, space pauses. Where the output is no terminal it is a line per direction.
+
+--json prints an object, with --watch one per line. Names are those of COUNTERS.md
+with their direction, rx_packets; a number above 2^53 is a string of its digits.`,
+		Example: `  barevif stat
+  barevif stat --watch --plot
+  barevif stat --json 'front-*' | jq '.devices[].totals.counters.rx_packets'
+  barevif stat --http localhost:9464`,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			s.count = max(s.count, 0)
+			s.patterns = args
+			return s.run(cmd.Context(), cmd.Flags().Changed("count"))
+		},
+	}
+	f := cmd.Flags()
+	f.BoolVarP(&s.watch, "watch", "w", false, "go on until a signal, or --count looks")
+	f.BoolVar(&s.json, "json", false, "print JSON")
+	f.BoolVar(&s.plot, "plot", false, "draw rates and ring occupancy; without --watch over 30 looks, or --count")
+	f.DurationVar(&s.interval, "interval", time.Second, "`time` from one look to the next, 100ms at least")
+	f.IntVar(&s.count, "count", 0, "`number` of looks; more than one is --watch")
+	f.StringVar(&s.http, "http", "", "serve a page with live plots, JSON and OpenMetrics at this `address`: a port alone is for this machine only")
+	f.StringVar(&s.root, "root", bpf.DefaultRoot, "`directory` of the pins")
+	cmd.MarkFlagsMutuallyExclusive("json", "plot", "http")
+	cmd.MarkFlagsMutuallyExclusive("http", "watch")
+	cmd.MarkFlagsMutuallyExclusive("http", "count")
+	return cmd
+}
+
+type statistics struct {
+	*program
+	patterns          []string
+	watch, json, plot bool
+	interval          time.Duration
+	count             int
+	http, root        string
+}
+
+func (s *statistics) run(ctx context.Context, counted bool) error {
+	if s.interval < 100*time.Millisecond {
+		return badValue("interval", s.interval.String(), "100ms or more")
+	}
+	if counted && s.count == 0 {
+		return badValue("count", "0", "a number from 1")
+	}
+	w, err := stat.NewWatcher(s.root, s.patterns...)
+	if err != nil {
+		return &advice{err: err, next: `a name as "barevif stat" shows it, or a pattern such as 'front-*'`, usage: true}
+	}
+	if s.http != "" {
+		return s.serve(ctx, w)
+	}
+	many := s.watch || s.count > 1
+	if s.plot && !many {
+		s.count = 30
+	}
+	if s.watch && !s.json && isTerminal(s.stdout) && isTerminal(os.Stdin) {
+		return s.live(ctx, w)
+	}
+	if many || s.plot {
+		return s.repeat(ctx, w)
+	}
+	l := w.Look()
+	if err := s.found(l); err != nil {
+		return err
+	}
+	s.warn(l)
+	if s.json {
+		return s.encode(l, "  ")
+	}
+	if len(l.Devices) == 0 {
+		_, err := fmt.Fprintln(s.stdout, `no vif counts on this machine where this user may look; "barevif demo" makes two`)
+		return err
+	}
+	return stat.Write(s.stdout, l, s.paint())
+}
+
+// found is an error if something was asked for by name and is not there.
+func (s *statistics) found(l *stat.Look) error {
+	if len(l.Devices) > 0 || len(s.patterns) == 0 {
+		return nil
+	}
+	all, _ := bpf.List(s.root)
+	next := "nothing counts on this machine where this user may look"
+	if len(all) > 0 {
+		names := make([]string, len(all))
+		for i := range all {
+			names[i] = stat.Clean(all[i].Name)
+		}
+		next = "there are " + strings.Join(names, " ")
+	}
+	return &advice{err: fmt.Errorf("no counters of %s", strings.Join(s.patterns, ", ")), next: next}
+}
+
+func (s *statistics) warn(l *stat.Look) {
+	for _, err := range l.Errors {
+		fmt.Fprintf(s.stderr, "barevif stat: %s\n", stat.Clean(err.Error()))
+	}
+}
+
+func (s *statistics) encode(l *stat.Look, indent string) error {
+	enc := json.NewEncoder(s.stdout)
+	enc.SetIndent("", indent)
+	return enc.Encode(l.JSON())
+}
+
+// repeat looks again and again, for a file or a pipe.
+func (s *statistics) repeat(ctx context.Context, w *stat.Watcher) error {
+	tick := time.NewTicker(s.interval)
+	defer tick.Stop()
+	history := stat.NewHistory(600)
+	for n := 1; ; n++ {
+		l := w.Look()
+		if n == 1 {
+			if err := s.found(l); err != nil {
+				return err
+			}
+			s.warn(l)
+		}
+		history.Add(l)
+		var err error
+		switch {
+		case s.plot:
+		case s.json:
+			err = s.encode(l, "")
+		default:
+			err = s.lines(l)
+		}
+		if err != nil {
+			return err
+		}
+		if n == s.count {
+			break
+		}
+		select {
+		case <-tick.C:
+			continue
+		case <-ctx.Done(): // a signal ends what would go on for ever
+		}
+		break
+	}
+	if !s.plot {
+		return nil
+	}
+	width := 100
+	colour := isTerminal(s.stdout)
+	if f, ok := s.stdout.(*os.File); ok && colour {
+		if cols, _, err := term.GetSize(int(f.Fd())); err == nil {
+			width = cols
+		}
+	}
+	_, err := io.WriteString(s.stdout, stat.Plot(history, width, 8, colour))
+	return err
+}
+
+// lines prints a look as lines that name what they are about, for grep and awk.
+func (s *statistics) lines(l *stat.Look) error {
+	var b strings.Builder
+	for i := range l.Devices {
+		d := &l.Devices[i]
+		b.WriteString(l.Time.Format(time.RFC3339) + " " + d.Line() + "\n")
+	}
+	_, err := io.WriteString(s.stdout, b.String())
+	return err
+}
+
+func (s *statistics) serve(ctx context.Context, w *stat.Watcher) error {
+	host, port, err := net.SplitHostPort(s.http)
+	if err != nil {
+		if _, number := strconv.ParseUint(s.http, 10, 16); number != nil {
+			return badValue("http", s.http, "an address such as localhost:9464, or a port")
+		}
+		host, port = "", s.http
+	}
+	if host == "" {
+		host = "127.0.0.1"
+	}
+	l, err := net.Listen("tcp", net.JoinHostPort(host, port))
+	if err != nil {
+		return err
+	}
+	fmt.Fprintf(s.stdout, "page      http://%s/\nJSON      http://%s/stat.json\nmetrics   http://%s/metrics\na signal ends it\n",
+		l.Addr(), l.Addr(), l.Addr())
+	if tcp, ok := l.Addr().(*net.TCPAddr); ok && !tcp.IP.IsLoopback() {
+		fmt.Fprintln(s.stderr, "barevif stat: other machines can read this: how much a vif carries, and when")
+	}
+	err = statweb.Serve(ctx, l, w, s.interval)
+	if errors.Is(err, context.Canceled) {
+		return nil
+	}
+	return err
+}
+
+func isTerminal(w any) bool {
+	f, ok := w.(*os.File)
+	return ok && term.IsTerminal(int(f.Fd()))
+}
+
+// paint is in colours where somebody sees them.
+func (s *statistics) paint() stat.Paint {
+	if !isTerminal(s.stdout) || os.Getenv("NO_COLOR") != "" || os.Getenv("TERM") == "dumb" {
+		return stat.NoPaint
+	}
+	return colours()
+}
+
+// colours are of the 16 the user has chosen to be readable.
+func colours() stat.Paint {
+	style := [...]lipgloss.Style{
+		stat.Plain: lipgloss.NewStyle(),
+		stat.Title: lipgloss.NewStyle().Bold(true),
+		stat.Head:  lipgloss.NewStyle().Foreground(lipgloss.Cyan),
+		stat.Dim:   lipgloss.NewStyle().Faint(true),
+		stat.Good:  lipgloss.NewStyle().Foreground(lipgloss.Green),
+		stat.Warn:  lipgloss.NewStyle().Foreground(lipgloss.Yellow),
+		stat.Bad:   lipgloss.NewStyle().Foreground(lipgloss.Red).Bold(true),
+	}
+	return func(t stat.Tone, text string) string {
+		if t == stat.Plain || text == "" {
+			return text
+		}
+		return style[t].Render(text)
+	}
+}

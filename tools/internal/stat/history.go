@@ -1,0 +1,90 @@
+package stat
+
+import (
+	"time"
+
+	"barevif/telemetry"
+)
+
+// A Sample is what plots show of one queue, or of All, at one time. What is per
+// second is the mean since the sample before.
+type Sample struct {
+	Time     time.Time `json:"time"`
+	RxFrames float64   `json:"rx_frames"` // per second
+	TxFrames float64   `json:"tx_frames"`
+	RxBits   float64   `json:"rx_bits"`
+	TxBits   float64   `json:"tx_bits"`
+	RxLost   float64   `json:"rx_lost"`
+	TxLost   float64   `json:"tx_lost"`
+	RxUsed   float64   `json:"rx_used"` // slots
+	TxUsed   float64   `json:"tx_used"`
+}
+
+// A Series is the samples of a queue, oldest first.
+type Series struct {
+	Vif     string   `json:"vif"`
+	Source  string   `json:"source"` // kind and place: two sources may have one name
+	Queue   int      `json:"queue"`  // or All
+	RxSize  uint64   `json:"rx_size"`
+	TxSize  uint64   `json:"tx_size"` // slots of the ring
+	Samples []Sample `json:"samples"`
+}
+
+// A History keeps the latest samples of every device. It has one owner.
+type History struct {
+	limit  int
+	series []Series
+}
+
+// NewHistory keeps limit samples of each queue.
+func NewHistory(limit int) *History { return &History{limit: limit} }
+
+// Series gives what is kept, in the order of the latest look. It is the caller's
+// until the next Add; samples are never changed.
+func (h *History) Series() []Series { return h.series }
+
+// Add takes the rates of a look in. Devices that are gone are forgotten.
+func (h *History) Add(l *Look) {
+	var next []Series
+	for i := range l.Devices {
+		d := &l.Devices[i]
+		if d.Report == nil {
+			continue
+		}
+		for _, q := range append([]int{All}, d.Queues()...) {
+			s := Series{Vif: d.Name, Source: d.Source.Kind + " " + Clean(d.Source.Path), Queue: q}
+			for k := range h.series {
+				if o := &h.series[k]; o.Vif == s.Vif && o.Source == s.Source && o.Queue == q {
+					s.Samples = o.Samples
+				}
+			}
+			s.RxSize = Values(&d.Report.Stats, q, telemetry.RX).Gauge(telemetry.RingSize)
+			s.TxSize = Values(&d.Report.Stats, q, telemetry.TX).Gauge(telemetry.RingSize)
+			if d.before != nil {
+				s.Samples = append(s.Samples, d.sample(q, l.Time))
+				if extra := len(s.Samples) - h.limit; extra > 0 {
+					s.Samples = s.Samples[extra:]
+				}
+			}
+			next = append(next, s)
+		}
+	}
+	h.series = next
+}
+
+func (d *Device) sample(q int, at time.Time) Sample {
+	rate := func(dir telemetry.Dir, get Get, scale float64) float64 {
+		r, _ := d.Rate(q, dir, get)
+		return r * scale
+	}
+	used := func(dir telemetry.Dir) float64 {
+		return float64(Values(&d.Report.Stats, q, dir).Gauge(telemetry.RingUsed))
+	}
+	return Sample{
+		Time:     at,
+		RxFrames: rate(telemetry.RX, Packets, 1), TxFrames: rate(telemetry.TX, Packets, 1),
+		RxBits: rate(telemetry.RX, Bytes, 8), TxBits: rate(telemetry.TX, Bytes, 8),
+		RxLost: rate(telemetry.RX, Lost, 1), TxLost: rate(telemetry.TX, Lost, 1),
+		RxUsed: used(telemetry.RX), TxUsed: used(telemetry.TX),
+	}
+}

@@ -1,0 +1,280 @@
+package stat
+
+import (
+	"strconv"
+	"time"
+
+	"barevif/telemetry"
+	"barevif/telemetry/bpf"
+)
+
+// Version is raised when a name below changes its meaning or goes. New names may
+// come at any time.
+const Version = 1
+
+// JSON is the shape of one look, as "barevif stat --json" and the page's endpoint
+// give it. Names are those of COUNTERS.md, with their direction: "rx_packets".
+type JSON struct {
+	Version int          `json:"version"`
+	Time    time.Time    `json:"time"`
+	Devices []JSONDevice `json:"devices"`
+	Pairs   []JSONPair   `json:"pairs"`
+	Errors  []string     `json:"errors"`
+}
+
+// JSONDevice is one source. A source with an error has no counters; one of kind
+// "metrics" has none of what begins with Status.
+type JSONDevice struct {
+	Vif    string     `json:"vif"`
+	Error  string     `json:"error,omitempty"`
+	Source JSONSource `json:"source"`
+
+	Role   string  `json:"role,omitempty"` // "frontend", "backend"
+	Own    *uint16 `json:"own_domain,omitempty"`
+	Peer   *uint16 `json:"peer_domain,omitempty"`
+	Handle *uint32 `json:"handle,omitempty"`
+
+	Status *JSONStatus `json:"status,omitempty"`
+	Torn   bool        `json:"torn"` // a block is not of one instant
+
+	Totals *JSONCounters `json:"totals,omitempty"` // over all queues
+	Queues []JSONQueue   `json:"queues,omitempty"`
+
+	// Rates are per second over the last Seconds; not in a first look.
+	Rates *JSONRates `json:"rates,omitempty"`
+
+	Events []JSONEvent `json:"events,omitempty"` // oldest first
+}
+
+// JSONSource says where the counters were read.
+type JSONSource struct {
+	Kind string `json:"kind"` // "bpf+pins", "bpf", "memfd", "metrics"
+	Path string `json:"path,omitempty"`
+	ID   uint32 `json:"map_id,omitempty"`
+}
+
+// JSONStatus is what the owner says beside its counters.
+type JSONStatus struct {
+	Mirror       string    `json:"mirror"`                  // "bpf+pins+iterator" for instance
+	MirrorReason string    `json:"mirror_reason,omitempty"` // why not a better one
+	State        string    `json:"state"`                   // enum xenbus_state
+	Up           bool      `json:"up"`
+	MAC          string    `json:"mac"`
+	MTU          uint32    `json:"mtu"` // bytes
+	QueuesInUse  uint32    `json:"queues_in_use"`
+	Epoch        Uint      `json:"epoch"`
+	Features     []string  `json:"features"`
+	PID          int       `json:"pid"`
+	Start        time.Time `json:"start"`
+	Heartbeat    time.Time `json:"heartbeat"`
+	Age          float64   `json:"heartbeat_age_seconds"`
+	Stale        bool      `json:"stale"`
+	Reset        JSONReset `json:"reset"`
+}
+
+// JSONReset is the baseline of the device's own get and reset.
+type JSONReset struct {
+	Count     Uint       `json:"count"`
+	Time      *time.Time `json:"time,omitempty"`
+	RxPackets Uint       `json:"rx_packets"`
+	RxBytes   Uint       `json:"rx_bytes"`
+	TxPackets Uint       `json:"tx_packets"`
+	TxBytes   Uint       `json:"tx_bytes"`
+}
+
+// JSONCounters are all fields of both directions.
+type JSONCounters struct {
+	Counters   map[string]Uint          `json:"counters"`
+	Gauges     map[string]Uint          `json:"gauges"`
+	Histograms map[string]JSONHistogram `json:"histograms"`
+}
+
+// JSONHistogram has what fell into each bucket, not cumulated.
+type JSONHistogram struct {
+	Buckets map[string]Uint `json:"buckets"` // "le_64", ..., "inf"
+	Sum     Uint            `json:"sum"`
+}
+
+// JSONQueue is one queue.
+type JSONQueue struct {
+	Queue int `json:"queue"`
+	JSONCounters
+	Rates map[string]float64 `json:"rates,omitempty"`
+}
+
+// JSONRates are how fast every counter grew.
+type JSONRates struct {
+	Seconds  float64            `json:"seconds"`
+	Counters map[string]float64 `json:"counters"`
+}
+
+// JSONEvent is one event of the recorder.
+type JSONEvent struct {
+	Seq   Uint      `json:"seq"`
+	Time  time.Time `json:"time"`
+	Kind  string    `json:"kind"`
+	Queue int       `json:"queue"` // -1: of the whole device
+	A     Uint      `json:"a"`
+	B     Uint      `json:"b"`
+}
+
+// JSONPair is a vif of which both ends are here.
+type JSONPair struct {
+	Front string     `json:"frontend"`
+	Back  string     `json:"backend"`
+	Flows []JSONFlow `json:"flows"`
+}
+
+// JSONFlow is one direction: frames, and what is to be thought of it.
+type JSONFlow struct {
+	From       string `json:"from"`
+	To         string `json:"to"`
+	Sent       Uint   `json:"sent"`
+	Received   Uint   `json:"received"`
+	Dropped    Uint   `json:"dropped"`
+	Difference int64  `json:"difference"`
+	Verdict    string `json:"verdict"` // "balanced", "in flight", "read later", "unequal"
+}
+
+// A Uint is a JSON number up to 2^53, which every reader of JSON can hold, and a
+// string of digits above.
+type Uint uint64
+
+// MarshalJSON never fails.
+func (u Uint) MarshalJSON() ([]byte, error) {
+	b := strconv.AppendUint(nil, uint64(u), 10)
+	if u > 1<<53 {
+		b = append(append([]byte{'"'}, b...), '"')
+	}
+	return b, nil
+}
+
+// UnmarshalJSON takes both forms. The error is a *strconv.NumError.
+func (u *Uint) UnmarshalJSON(b []byte) error {
+	if len(b) > 2 && b[0] == '"' && b[len(b)-1] == '"' {
+		b = b[1 : len(b)-1]
+	}
+	n, err := strconv.ParseUint(string(b), 10, 64)
+	*u = Uint(n)
+	return err
+}
+
+// JSON gives the look in its documented shape.
+func (l *Look) JSON() *JSON {
+	j := &JSON{Version: Version, Time: l.Time, Devices: []JSONDevice{}, Pairs: []JSONPair{}, Errors: []string{}}
+	for i := range l.Devices {
+		j.Devices = append(j.Devices, l.Devices[i].json())
+	}
+	for i := range l.Pairs {
+		p := &l.Pairs[i]
+		out := JSONPair{Front: l.Devices[p.Front].Name, Back: l.Devices[p.Back].Name}
+		for k := range p.Flows {
+			f := &p.Flows[k]
+			verdict, difference := f.Verdict()
+			out.Flows = append(out.Flows, JSONFlow{f.From, f.To, Uint(f.Sent), Uint(f.Received), Uint(f.Dropped), difference, verdict})
+		}
+		j.Pairs = append(j.Pairs, out)
+	}
+	for _, err := range l.Errors {
+		j.Errors = append(j.Errors, Clean(err.Error()))
+	}
+	return j
+}
+
+func (d *Device) json() JSONDevice {
+	j := JSONDevice{Vif: d.Name, Source: JSONSource{d.Source.Kind, Clean(d.Source.Path), d.Source.ID}}
+	if info, ok := d.Info(); ok {
+		j.Role, j.Own, j.Peer, j.Handle = info.Role.String(), &info.Own, &info.Peer, &info.Handle
+	}
+	if d.Err != nil {
+		j.Error = Clean(d.Err.Error())
+		return j
+	}
+	r := d.Report
+	if d.Source.Kind != bpf.KindMetrics {
+		j.Status = d.status()
+	}
+	j.Torn = r.Torn
+	totals := counters(&r.Stats.RX, &r.Stats.TX)
+	j.Totals = &totals
+	for q := range r.Stats.Queues {
+		v := &r.Stats.Queues[q]
+		j.Queues = append(j.Queues, JSONQueue{q, counters(&v.RX, &v.TX), d.rates(q)})
+	}
+	if rates := d.rates(All); rates != nil {
+		j.Rates = &JSONRates{d.Span.Seconds(), rates}
+	}
+	for _, e := range r.Events {
+		j.Events = append(j.Events, JSONEvent{Uint(e.Seq), e.Time, e.Kind.String(), e.Queue, Uint(e.A), Uint(e.B)})
+	}
+	return j
+}
+
+func (d *Device) status() *JSONStatus {
+	r := d.Report
+	s := &JSONStatus{
+		Mirror: Clean(r.Kind), MirrorReason: Clean(r.Reason),
+		State: r.Status.State.String(), Up: r.Status.Up, MAC: mac(r.Status.MAC), MTU: r.Status.MTU,
+		QueuesInUse: r.Status.Queues, Epoch: Uint(r.Status.Epoch), Features: features(r.Status.Features),
+		PID: r.PID, Start: r.Start, Heartbeat: r.Heartbeat, Age: r.Age.Seconds(), Stale: d.Stale,
+		Reset: JSONReset{
+			Count: Uint(r.Reset.Count), RxPackets: Uint(r.Reset.RxPackets), RxBytes: Uint(r.Reset.RxBytes),
+			TxPackets: Uint(r.Reset.TxPackets), TxBytes: Uint(r.Reset.TxBytes),
+		},
+	}
+	if r.Reset.Count != 0 {
+		s.Reset.Time = &r.Reset.Time
+	}
+	return s
+}
+
+func features(f telemetry.Feature) []string {
+	out := []string{}
+	for b, name := range telemetry.FeatureNames {
+		if f&(1<<b) != 0 {
+			out = append(out, name)
+		}
+	}
+	return out
+}
+
+func counters(rx, tx *telemetry.Values) JSONCounters {
+	c := JSONCounters{map[string]Uint{}, map[string]Uint{}, map[string]JSONHistogram{}}
+	for dir, v := range []*telemetry.Values{rx, tx} {
+		for _, f := range telemetry.Fields() {
+			name := f.FullName(telemetry.Dir(dir))
+			switch f.Kind {
+			case telemetry.KindCounter:
+				c.Counters[name] = Uint(v.Field(f))
+			case telemetry.KindGauge:
+				c.Gauges[name] = Uint(v.Field(f))
+			case telemetry.KindHistogram:
+				buckets, sum := v.Histogram(f)
+				h := JSONHistogram{map[string]Uint{}, Uint(sum)}
+				for i, n := range buckets {
+					h.Buckets[f.Bucket(i)] = Uint(n)
+				}
+				c.Histograms[name] = h
+			}
+		}
+	}
+	return c
+}
+
+func (d *Device) rates(queue int) map[string]float64 {
+	if d.before == nil {
+		return nil
+	}
+	out := map[string]float64{}
+	for _, dir := range [...]telemetry.Dir{telemetry.RX, telemetry.TX} {
+		for _, f := range telemetry.Fields() {
+			if f.Kind != telemetry.KindCounter {
+				continue
+			}
+			if r, ok := d.Rate(queue, dir, func(v *telemetry.Values) uint64 { return v.Field(f) }); ok {
+				out[f.FullName(dir)] = r
+			}
+		}
+	}
+	return out
+}

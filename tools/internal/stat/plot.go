@@ -1,0 +1,53 @@
+package stat
+
+import (
+	"fmt"
+	"strings"
+
+	"github.com/guptarohit/asciigraph"
+)
+
+// Plot draws the rates and the ring occupancy of every device, width columns wide
+// and each plot height lines high. Colours are left away where they would be
+// rubbish in a file.
+func Plot(h *History, width, height int, colour bool) string {
+	var b strings.Builder
+	for i := range h.series {
+		s := &h.series[i]
+		if s.Queue != All {
+			continue
+		}
+		if len(s.Samples) < 2 {
+			fmt.Fprintf(&b, "%s: not enough seen yet for a plot\n", s.Vif)
+			continue
+		}
+		span := Age(s.Samples[len(s.Samples)-1].Time.Sub(s.Samples[0].Time))
+		draw := func(caption string, bound float64, format func(float64) string, a, z func(*Sample) float64) {
+			data := [][]float64{make([]float64, len(s.Samples)), make([]float64, len(s.Samples))}
+			for k := range s.Samples {
+				data[0][k], data[1][k] = a(&s.Samples[k]), z(&s.Samples[k])
+			}
+			opts := []asciigraph.Option{
+				asciigraph.Height(height), asciigraph.Width(max(width-12, 10)), asciigraph.LowerBound(0),
+				asciigraph.Caption(fmt.Sprintf("%s: %s, last %s", s.Vif, caption, span)),
+				asciigraph.YAxisValueFormatter(func(f float64) string { return fmt.Sprintf("%6s", format(f)) }),
+			}
+			if bound > 0 {
+				opts = append(opts, asciigraph.UpperBound(bound))
+			}
+			if colour {
+				opts = append(opts, asciigraph.SeriesColors(asciigraph.DodgerBlue, asciigraph.Orange),
+					asciigraph.SeriesLegends("rx", "tx"))
+			} else {
+				// Without colours the lines differ by their strokes.
+				opts = append(opts, asciigraph.SeriesChars(asciigraph.CreateCharSet("r"), asciigraph.CreateCharSet("t")))
+			}
+			b.WriteString(asciigraph.PlotMany(data, opts...))
+			b.WriteString("\n\n")
+		}
+		draw("frames/s", 0, SI, func(s *Sample) float64 { return s.RxFrames }, func(s *Sample) float64 { return s.TxFrames })
+		draw("ring slots in use", float64(max(s.RxSize, s.TxSize)), SI,
+			func(s *Sample) float64 { return s.RxUsed }, func(s *Sample) float64 { return s.TxUsed })
+	}
+	return b.String()
+}

@@ -1,0 +1,310 @@
+// Package stat looks at the counters of every vif of this machine from outside
+// the processes that own them, and shows them as text, JSON and plots.
+//
+// It needs no right but that of reading: pins, their text or a memfd. What it
+// reads was written by other processes; it is shown, never believed: a name is
+// cleaned before it reaches a terminal, and a count that went down gives no rate.
+//
+// A [Watcher] has one owner. A [Look] is immutable once made.
+package stat
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"path"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+	"unicode"
+
+	"barevif/telemetry"
+	"barevif/telemetry/bpf"
+)
+
+// StaleAge is how old the heartbeat of a device may be that gives one a second.
+const StaleAge = 3 * time.Second
+
+// All is the queue that stands for the sum of all queues.
+const All = -1
+
+// A Look is what was found at one time.
+type Look struct {
+	Time    time.Time
+	Devices []Device // by name
+	Pairs   []Pair   // vifs both ends of which are among Devices
+	Errors  []error  // of what could not be searched
+}
+
+// A Device is one source of counters and what it said.
+type Device struct {
+	Name   string // cleaned: letters, digits and what else prints
+	Source bpf.Source
+	Report *bpf.Report // nil if Err is not
+	Err    error       // it could not be read
+	Stale  bool        // its owner has not shown for StaleAge that it lives
+	Span   time.Duration
+
+	before *telemetry.Stats // Span ago, of the same owner; nil: not seen before
+	base   *telemetry.Stats // where Count starts; nil: at zero
+}
+
+// A Get picks one number out of a block.
+type Get func(*telemetry.Values) uint64
+
+// Lost is the number of frames lost, for whatever reason.
+func Lost(v *telemetry.Values) uint64 { return v.Dropped() + v.Errors() }
+
+// Packets, Bytes and their kin are the numbers tables and plots show.
+func Packets(v *telemetry.Values) uint64 { return v.Get(telemetry.Packets) }
+func Bytes(v *telemetry.Values) uint64   { return v.Get(telemetry.Bytes) }
+func Sent(v *telemetry.Values) uint64    { return v.Get(telemetry.NotifiesSent) }
+
+// Values is the block of a direction of a queue, or of All.
+func Values(s *telemetry.Stats, queue int, d telemetry.Dir) *telemetry.Values {
+	switch {
+	case queue == All && d == telemetry.RX:
+		return &s.RX
+	case queue == All:
+		return &s.TX
+	case d == telemetry.RX:
+		return &s.Queues[queue].RX
+	}
+	return &s.Queues[queue].TX
+}
+
+// Count is the number since the device's first day, or since [Watcher.Reset].
+func (d *Device) Count(queue int, dir telemetry.Dir, get Get) uint64 {
+	n := get(Values(&d.Report.Stats, queue, dir))
+	if d.base == nil {
+		return n
+	}
+	return n - min(n, get(Values(d.base, queue, dir)))
+}
+
+// Rate is how fast the number grows, per second. It is not known at the first
+// look, nor when a count went down: then its owner is another one.
+func (d *Device) Rate(queue int, dir telemetry.Dir, get Get) (perSecond float64, known bool) {
+	if d.before == nil || d.Span <= 0 {
+		return 0, false
+	}
+	now, then := get(Values(&d.Report.Stats, queue, dir)), get(Values(d.before, queue, dir))
+	if now < then {
+		return 0, false
+	}
+	return float64(now-then) / d.Span.Seconds(), true
+}
+
+// Batch is how many frames were moved at a time, on average: since the look
+// before if there was one, and if anything moved.
+func (d *Device) Batch(queue int, dir telemetry.Dir) (mean float64, known bool) {
+	n, sum := batches(Values(&d.Report.Stats, queue, dir))
+	if d.before != nil {
+		n0, sum0 := batches(Values(d.before, queue, dir))
+		if n <= n0 || sum < sum0 {
+			return 0, false
+		}
+		n, sum = n-n0, sum-sum0
+	}
+	if n == 0 {
+		return 0, false
+	}
+	return float64(sum) / float64(n), true
+}
+
+func batches(v *telemetry.Values) (n, sum uint64) {
+	for _, f := range telemetry.Fields() {
+		if f.Kind != telemetry.KindHistogram || f.Name != "batch_size" {
+			continue
+		}
+		var buckets []uint64
+		buckets, sum = v.Histogram(f)
+		for _, b := range buckets {
+			n += b
+		}
+	}
+	return n, sum
+}
+
+// Info says which end of which vif the device is. A source that shows nothing but
+// counters says it by its name.
+func (d *Device) Info() (telemetry.Info, bool) {
+	if d.Report != nil && d.Report.Source.Kind != bpf.KindMetrics {
+		return d.Report.Info, true
+	}
+	return parseName(d.Source.Name)
+}
+
+// parseName reads what telemetry.Info.Name wrote.
+func parseName(name string) (telemetry.Info, bool) {
+	part := strings.Split(name, "-")
+	if len(part) != 4 {
+		return telemetry.Info{}, false
+	}
+	var n [3]uint64
+	for i := range n {
+		var err error
+		if n[i], err = strconv.ParseUint(part[i+1], 10, []int{16, 16, 32}[i]); err != nil {
+			return telemetry.Info{}, false
+		}
+	}
+	info := telemetry.Info{Own: uint16(n[0]), Peer: uint16(n[1]), Handle: uint32(n[2])}
+	if part[0] == "back" {
+		info.Role = telemetry.Backend
+	}
+	return info, info.Name() == name
+}
+
+// Queues is how many queues are worth a line: those in use, and those that were.
+func (d *Device) Queues() []int {
+	var out []int
+	for q := range d.Report.Stats.Queues {
+		v := &d.Report.Stats.Queues[q]
+		used := q < int(d.Report.Status.Queues) || Packets(&v.RX)+Packets(&v.TX)+Lost(&v.RX)+Lost(&v.TX) > 0
+		if used || q == 0 {
+			out = append(out, q)
+		}
+	}
+	return out
+}
+
+// A Watcher looks at devices again and again.
+type Watcher struct {
+	root     string
+	patterns []string
+
+	sources []bpf.Source
+	listed  time.Time
+	listErr error
+	last    map[key]seen
+}
+
+// key is one life of one device.
+type key struct {
+	source bpf.Source
+	pid    int
+	start  int64
+}
+
+type seen struct {
+	at          time.Time
+	stats, base *telemetry.Stats
+}
+
+// NewWatcher watches the devices below root, as [bpf.List] has it, whose names are
+// one of patterns, or match it as a file name matches a shell's: "front-*". No
+// pattern means all. The error is path.ErrBadPattern.
+func NewWatcher(root string, patterns ...string) (*Watcher, error) {
+	for _, p := range patterns {
+		if _, err := path.Match(p, ""); err != nil {
+			return nil, fmt.Errorf("%q: %w", p, err)
+		}
+	}
+	return &Watcher{root: root, patterns: patterns, last: map[key]seen{}}, nil
+}
+
+// listEvery is how often the machine is searched: that reads all of /proc.
+const listEvery = time.Second
+
+// Look reads every device once.
+func (w *Watcher) Look() *Look {
+	if time.Since(w.listed) >= listEvery {
+		w.sources, w.listErr = bpf.List(w.root)
+		w.listed = time.Now()
+		w.sources = slices.DeleteFunc(w.sources, func(s bpf.Source) bool { return !w.wants(s.Name) })
+		slices.SortFunc(w.sources, func(a, b bpf.Source) int {
+			return cmp.Or(compareNames(a.Name, b.Name), cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.Path, b.Path))
+		})
+	}
+	l := &Look{Time: time.Now()}
+	if w.listErr != nil {
+		l.Errors = append(l.Errors, w.listErr)
+	}
+	now := make(map[key]seen, len(w.last))
+	for _, src := range w.sources {
+		d, k, s := w.read(src)
+		if s != nil {
+			now[k] = *s
+		}
+		l.Devices = append(l.Devices, d)
+	}
+	w.last = now
+	l.Pairs = pairs(l.Devices)
+	return l
+}
+
+// read opens the source each time: the pins of a device that was started again
+// lead to other maps.
+func (w *Watcher) read(src bpf.Source) (Device, key, *seen) {
+	d := Device{Name: Clean(src.Name), Source: src}
+	r, err := bpf.Open(src)
+	if err == nil {
+		d.Report, err = r.Read()
+		err = errors.Join(err, r.Close())
+	}
+	if err != nil {
+		d.Err, d.Report = err, nil
+		return d, key{}, nil
+	}
+	at := time.Now()
+	rep := d.Report
+	d.Stale = src.Kind != bpf.KindMetrics && (rep.Age > StaleAge || rep.Age < 0)
+	k := key{src, rep.PID, rep.Start.UnixNano()}
+	next := &seen{at: at, stats: &rep.Stats}
+	if old, ok := w.last[k]; ok && len(old.stats.Queues) == len(rep.Stats.Queues) {
+		d.before, d.Span = old.stats, at.Sub(old.at)
+		if old.base != nil && len(old.base.Queues) == len(rep.Stats.Queues) {
+			d.base, next.base = old.base, old.base
+		}
+	}
+	return d, k, next
+}
+
+// Reset makes Count start from zero, here alone: nothing of the devices changes.
+func (w *Watcher) Reset() {
+	for k, s := range w.last {
+		s.base = s.stats
+		w.last[k] = s
+	}
+}
+
+func (w *Watcher) wants(name string) bool {
+	if len(w.patterns) == 0 {
+		return true
+	}
+	return slices.ContainsFunc(w.patterns, func(p string) bool {
+		ok, _ := path.Match(p, name)
+		return ok || p == name
+	})
+}
+
+// compareNames sorts front-2 before front-10.
+func compareNames(a, b string) int {
+	ia, oka := parseName(a)
+	ib, okb := parseName(b)
+	if !oka || !okb {
+		return cmp.Compare(a, b)
+	}
+	return cmp.Or(cmp.Compare(ia.Role, ib.Role), cmp.Compare(ia.Own, ib.Own),
+		cmp.Compare(ia.Peer, ib.Peer), cmp.Compare(ia.Handle, ib.Handle))
+}
+
+// Clean makes a string of another process fit for a terminal: one line, no
+// control codes, not long.
+func Clean(s string) string {
+	const most = 120
+	var b strings.Builder
+	n := 0
+	for _, c := range s {
+		if n++; n > most {
+			b.WriteString("...")
+			break
+		}
+		if !unicode.IsPrint(c) || c == unicode.ReplacementChar {
+			c = '?'
+		}
+		b.WriteRune(c)
+	}
+	return b.String()
+}

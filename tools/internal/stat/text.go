@@ -1,0 +1,415 @@
+package stat
+
+import (
+	"fmt"
+	"io"
+	"net"
+	"strconv"
+	"strings"
+	"time"
+	"unicode/utf8"
+
+	"barevif/telemetry"
+	"barevif/telemetry/bpf"
+)
+
+// A Tone is what a piece of text is, for whoever paints it.
+type Tone uint8
+
+const (
+	Plain Tone = iota
+	Title
+	Head
+	Dim
+	Good
+	Warn
+	Bad
+)
+
+// A Paint gives text in the colours of a tone. It must not change its width.
+type Paint func(Tone, string) string
+
+// NoPaint leaves text as it is.
+func NoPaint(_ Tone, s string) string { return s }
+
+// Write writes the look for a reader. The error is w's.
+func Write(w io.Writer, l *Look, paint Paint) error {
+	var b strings.Builder
+	for i := range l.Devices {
+		if i > 0 {
+			b.WriteByte('\n')
+		}
+		writeDevice(&b, &l.Devices[i], l.Time, paint)
+	}
+	WritePairs(&b, l, paint)
+	_, err := io.WriteString(w, b.String())
+	return err
+}
+
+func writeDevice(b *strings.Builder, d *Device, now time.Time, paint Paint) {
+	b.WriteString(paint(Title, d.Name))
+	if info, ok := d.Info(); ok {
+		other := "backend"
+		if info.Role == telemetry.Backend {
+			other = "frontend"
+		}
+		fmt.Fprintf(b, "  %s in domain %d of vif %d, %s in domain %d", info.Role, info.Own, info.Handle, other, info.Peer)
+	}
+	b.WriteByte('\n')
+	if d.Err != nil {
+		fmt.Fprintf(b, "  %s\n", paint(Bad, "cannot be read: "+Clean(d.Err.Error())))
+		return
+	}
+	r := d.Report
+	text, tone := d.Condition()
+	fmt.Fprintf(b, "  %s", paint(tone, text))
+	if d.Source.Kind != bpf.KindMetrics {
+		fmt.Fprintf(b, ", MAC %s, MTU %d, %d of %d queues, connection %d",
+			mac(r.Status.MAC), r.Status.MTU, r.Status.Queues, len(r.Stats.Queues), r.Status.Epoch)
+		if names := features(r.Status.Features); len(names) > 0 {
+			fmt.Fprintf(b, "; %s", strings.Join(names, " "))
+		}
+	}
+	fmt.Fprintf(b, "\n  %s\n", paint(Dim, d.Place()))
+	WriteTable(b, "  ", []*Device{d}, true, paint)
+	for _, line := range d.Losses() {
+		fmt.Fprintf(b, "  %s\n", paint(Warn, line))
+	}
+	const events = 3
+	for _, e := range r.Events[max(0, len(r.Events)-events):] {
+		fmt.Fprintf(b, "  %s\n", paint(Dim, Event(e, now)))
+	}
+}
+
+// Condition is how the device is, in a few words.
+func (d *Device) Condition() (string, Tone) {
+	if d.Err != nil {
+		return "cannot be read", Bad
+	}
+	if d.Source.Kind == bpf.KindMetrics {
+		return "counters only", Dim
+	}
+	state, tone := strings.TrimPrefix(d.Report.Status.State.String(), "XenbusState"), Warn
+	switch {
+	case d.Stale:
+		state, tone = "stale: was "+state, Bad
+	case d.Report.Status.Up:
+		state, tone = state+", up", Good
+	}
+	if d.Report.Torn {
+		state += ", torn" // its owner died in the middle of a write
+	}
+	return state, tone
+}
+
+// Place says where the counters live, and why there.
+func (d *Device) Place() string {
+	r := d.Report
+	if d.Source.Kind == bpf.KindMetrics {
+		return "counters in " + Clean(d.Source.Path) + "/metrics, of which this user may read the text alone"
+	}
+	where := Clean(d.Source.Path)
+	if where == "" {
+		where = "map " + strconv.FormatUint(uint64(d.Source.ID), 10)
+	}
+	s := fmt.Sprintf("counters in %s, %s", Clean(r.Kind), where)
+	if r.Reason != "" {
+		s += " (" + Clean(r.Reason) + ")"
+	}
+	return s + fmt.Sprintf("; process %d, heartbeat %s ago", r.PID, Age(r.Age))
+}
+
+// Losses are the drops by reason, a line for each direction that has any.
+func (d *Device) Losses() []string {
+	var out []string
+	for _, dir := range [...]telemetry.Dir{telemetry.RX, telemetry.TX} {
+		var parts []string
+		for _, f := range telemetry.Fields() {
+			if f.SumIn == "" {
+				continue
+			}
+			if n := d.Count(All, dir, func(v *telemetry.Values) uint64 { return v.Field(f) }); n > 0 {
+				parts = append(parts, strings.TrimPrefix(f.Name, "drop_")+" "+Grouped(n))
+			}
+		}
+		if len(parts) > 0 {
+			out = append(out, dir.String()+" lost: "+strings.Join(parts, ", "))
+		}
+	}
+	return out
+}
+
+// Event is one line about e.
+func Event(e telemetry.Event, now time.Time) string {
+	where := ""
+	if e.Queue != telemetry.NoQueue {
+		where = fmt.Sprintf(" on queue %d", e.Queue)
+	}
+	what := fmt.Sprintf("%s%s: %d, %d", e.Kind, where, e.A, e.B)
+	switch e.Kind {
+	case telemetry.EventState:
+		what = fmt.Sprintf("%s after %s", shortState(e.B), shortState(e.A))
+	case telemetry.EventTamper:
+		what = fmt.Sprintf("tamper%s: %d words of the mirror were written by somebody else, and healed", where, e.A)
+	case telemetry.EventStall:
+		what = fmt.Sprintf("stall%s: %d slots without progress for %s", where, e.A, Age(time.Duration(e.B)))
+	case telemetry.EventRescued:
+		what = fmt.Sprintf("rescued wake-up%s: %d slots waited", where, e.A)
+	case telemetry.EventReconnect:
+		what = fmt.Sprintf("connection %d", e.A)
+	case telemetry.EventReset:
+		what = fmt.Sprintf("counters reset, %d times so far", e.A)
+	}
+	return fmt.Sprintf("%s ago: %s", Age(now.Sub(e.Time)), what)
+}
+
+func shortState(n uint64) string {
+	return strings.TrimPrefix(telemetry.State(min(n, 255)).String(), "XenbusState")
+}
+
+// WritePairs writes what became of the frames of vifs that have both ends here.
+func WritePairs(b *strings.Builder, l *Look, paint Paint) {
+	if len(l.Pairs) == 0 {
+		return
+	}
+	g := grid{head: []string{"from", "to", "sent", "= received", "+ dropped", ""}, left: 2, last: true}
+	for i := range l.Pairs {
+		for k := range l.Pairs[i].Flows {
+			f := &l.Pairs[i].Flows[k]
+			verdict, difference := f.Verdict()
+			tone := Good
+			switch verdict {
+			case "balanced":
+			case "unequal":
+				verdict, tone = fmt.Sprintf("unequal by %d: one end has counted for longer, or lost count", difference), Bad
+			case "in flight":
+				verdict, tone = fmt.Sprintf("%d in flight", difference), Plain
+			default:
+				verdict, tone = fmt.Sprintf("%d came between the two reads", -difference), Plain
+			}
+			g.add([]cell{{f.From, Plain}, {f.To, Plain}, {Grouped(f.Sent), Plain}, {Grouped(f.Received), Plain},
+				{Grouped(f.Dropped), Plain}, {verdict, tone}})
+		}
+	}
+	b.WriteByte('\n')
+	g.write(b, "", paint)
+}
+
+// WriteTable writes a table of devices: with queues, a line for each direction of
+// each queue; without, one for each direction.
+func WriteTable(b *strings.Builder, indent string, devices []*Device, queues bool, paint Paint) {
+	single, rates := len(devices) == 1, false
+	for _, d := range devices {
+		rates = rates || d.before != nil
+	}
+	g := grid{head: []string{"", "frames", "bytes", "lost"}, left: 1}
+	if rates {
+		g.head = []string{"", "frames/s", "bit/s", "lost/s", "frames", "bytes", "lost"}
+	}
+	g.head = append(g.head, "a batch", "notified", "ring")
+	for _, d := range devices {
+		if d.Err != nil {
+			g.add([]cell{{d.Name + " cannot be read: " + Clean(d.Err.Error()), Bad}})
+			continue
+		}
+		if !single {
+			text, tone := d.Condition()
+			g.add([]cell{{d.Name, Title}, {text, tone}})
+		}
+		list := []int{All}
+		if qs := d.Queues(); queues {
+			list = qs
+			if len(qs) > 1 {
+				list = append(list, All)
+			}
+		}
+		for _, q := range list {
+			for _, dir := range [...]telemetry.Dir{telemetry.RX, telemetry.TX} {
+				g.add(d.line(q, dir, rates))
+			}
+		}
+	}
+	g.write(b, indent, paint)
+}
+
+func (d *Device) line(q int, dir telemetry.Dir, rates bool) []cell {
+	name := dir.String() + " " + strconv.Itoa(q)
+	if q == All {
+		name = dir.String() + " all"
+	}
+	lost := d.Count(q, dir, Lost)
+	tone := Plain
+	if lost > 0 {
+		tone = Warn
+	}
+	row := []cell{{name, Dim}}
+	if rates {
+		lostRate := cell{d.rateText(q, dir, Lost, 1), Plain}
+		if lostRate.text != "0" && lostRate.text != "-" {
+			lostRate.tone = Bad
+		}
+		row = append(row, cell{d.rateText(q, dir, Packets, 1), Title}, cell{d.rateText(q, dir, Bytes, 8), Title}, lostRate)
+	}
+	batch := "-"
+	if mean, ok := d.Batch(q, dir); ok {
+		batch = strconv.FormatFloat(mean, 'f', 1, 64)
+	}
+	v := Values(&d.Report.Stats, q, dir)
+	return append(row,
+		cell{Grouped(d.Count(q, dir, Packets)), Plain}, cell{Grouped(d.Count(q, dir, Bytes)), Plain}, cell{Grouped(lost), tone},
+		cell{batch, Plain}, cell{Grouped(d.Count(q, dir, Sent)), Plain},
+		cell{Bar(v.Gauge(telemetry.RingUsed), v.Gauge(telemetry.RingSize)), Plain})
+}
+
+func (d *Device) rateText(q int, dir telemetry.Dir, get Get, scale float64) string {
+	r, ok := d.Rate(q, dir, get)
+	if !ok {
+		return "-"
+	}
+	return SI(r * scale)
+}
+
+// Bar draws how full a ring is, eight cells wide, and says it: "██▌····· 80/256".
+func Bar(used, size uint64) string {
+	if size == 0 {
+		return "-"
+	}
+	const cells = 8
+	parts := []rune(" ▏▎▍▌▋▊▉█")
+	eighths := int(min(used, size) * cells * 8 / size)
+	if used > 0 {
+		eighths = max(eighths, 1)
+	}
+	var b strings.Builder
+	for i := range cells {
+		switch n := min(max(eighths-8*i, 0), 8); n {
+		case 0:
+			b.WriteRune('·')
+		default:
+			b.WriteRune(parts[n])
+		}
+	}
+	fmt.Fprintf(&b, " %3d/%d", used, size)
+	return b.String()
+}
+
+// Grouped is n with its thousands apart.
+func Grouped(n uint64) string {
+	s := strconv.FormatUint(n, 10)
+	for i := len(s) - 3; i > 0; i -= 3 {
+		s = s[:i] + " " + s[i:]
+	}
+	return s
+}
+
+// SI is f to three digits with a prefix of a thousand: "1.25M".
+func SI(f float64) string {
+	const units = "kMGTPE"
+	if f < 1000 {
+		if f >= 100 || f == float64(int(f)) {
+			return strconv.FormatFloat(f, 'f', 0, 64)
+		}
+		return strconv.FormatFloat(f, 'f', 1, 64)
+	}
+	i := -1
+	for f >= 999.5 && i < len(units)-1 {
+		f /= 1000
+		i++
+	}
+	digits := 2
+	switch {
+	case f >= 99.95:
+		digits = 0
+	case f >= 9.995:
+		digits = 1
+	}
+	return strconv.FormatFloat(f, 'f', digits, 64) + units[i:i+1]
+}
+
+// Age is a length of time to a tenth, in one unit.
+func Age(d time.Duration) string {
+	switch {
+	case d < 0:
+		return "0 s"
+	case d < time.Minute:
+		return strconv.FormatFloat(d.Seconds(), 'f', 1, 64) + " s"
+	case d < time.Hour:
+		return strconv.Itoa(int(d.Minutes())) + " min"
+	case d < 48*time.Hour:
+		return strconv.Itoa(int(d.Hours())) + " h"
+	}
+	return strconv.Itoa(int(d.Hours()/24)) + " days"
+}
+
+func mac(m [6]byte) string { return net.HardwareAddr(m[:]).String() }
+
+type cell struct {
+	text string
+	tone Tone
+}
+
+// A grid is rows of cells in columns.
+type grid struct {
+	head []string
+	left int  // columns aligned to the left
+	last bool // so is the last one
+	rows [][]cell
+}
+
+func (g *grid) add(row []cell) { g.rows = append(g.rows, row) }
+
+func (g *grid) write(b *strings.Builder, indent string, paint Paint) {
+	head := make([]cell, len(g.head))
+	width := make([]int, len(g.head))
+	for i, h := range g.head {
+		head[i] = cell{h, Head}
+		width[i] = utf8.RuneCountInString(h)
+	}
+	for _, row := range g.rows {
+		if len(row) != len(g.head) {
+			continue // a line of its own
+		}
+		for i, c := range row {
+			width[i] = max(width[i], utf8.RuneCountInString(c.text))
+		}
+	}
+	for _, row := range append([][]cell{head}, g.rows...) {
+		line := indent
+		for i, c := range row {
+			if i > 0 {
+				line += "  "
+			}
+			pad := ""
+			if len(row) == len(g.head) {
+				pad = strings.Repeat(" ", width[i]-utf8.RuneCountInString(c.text))
+			}
+			if i < g.left || g.last && i == len(row)-1 {
+				line += paint(c.tone, c.text) + pad
+			} else {
+				line += pad + paint(c.tone, c.text)
+			}
+		}
+		b.WriteString(strings.TrimRight(line, " ") + "\n")
+	}
+}
+
+// Line is the device in one line of words and name=number, for other programs.
+func (d *Device) Line() string {
+	if d.Err != nil {
+		return d.Name + " error=" + strconv.Quote(Clean(d.Err.Error()))
+	}
+	state, _, _ := strings.Cut(strings.TrimPrefix(d.Report.Status.State.String(), "XenbusState"), ",")
+	line := fmt.Sprintf("%s state=%s stale=%t torn=%t", d.Name, state, d.Stale, d.Report.Torn)
+	for _, dir := range [...]telemetry.Dir{telemetry.RX, telemetry.TX} {
+		for _, n := range []struct {
+			name string
+			get  Get
+		}{{"packets", Packets}, {"bytes", Bytes}, {"lost", Lost}} {
+			line += fmt.Sprintf(" %s_%s=%d", dir, n.name, d.Count(All, dir, n.get))
+			if r, ok := d.Rate(All, dir, n.get); ok {
+				line += fmt.Sprintf(" %s_%s/s=%.1f", dir, n.name, r)
+			}
+		}
+	}
+	return line
+}

@@ -1,0 +1,172 @@
+// Package statweb shows the counters of this machine's vifs as a web page with live
+// plots, as JSON and as OpenMetrics text.
+//
+// The page is in this package: it asks nothing of any other server. It answers GET
+// and HEAD only, and, so that no other site's page can read it through a browser,
+// only requests that name this server by an address, or by the host name
+// "localhost".
+package statweb
+
+import (
+	"context"
+	"embed"
+	"encoding/json"
+	"errors"
+	"io/fs"
+	"net"
+	"net/http"
+	"net/netip"
+	"sync"
+	"time"
+
+	"barevif/telemetry/openmetrics"
+	"barevif/tools/internal/stat"
+)
+
+//go:embed page
+var pageFiles embed.FS
+
+// kept is how many looks the plots go back.
+const kept = 300
+
+// Serve takes l over and serves until ctx ends, looking every interval. The
+// error is ctx's, or that of the listener.
+func Serve(ctx context.Context, l net.Listener, w *stat.Watcher, interval time.Duration) error {
+	p := &page{history: stat.NewHistory(kept), interval: interval}
+	p.add(w.Look())
+	srv := &http.Server{
+		Handler:           p.handler(),
+		ReadHeaderTimeout: 5 * time.Second,
+		WriteTimeout:      30 * time.Second,
+		IdleTimeout:       time.Minute,
+		MaxHeaderBytes:    16 << 10,
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- srv.Serve(l) }()
+	tick := time.NewTicker(interval)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+			p.add(w.Look())
+		case err := <-ended:
+			return err
+		case <-ctx.Done():
+			grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
+			defer cancel()
+			err := srv.Shutdown(grace)
+			if err != nil {
+				err = srv.Close() // a client that does not read
+			}
+			<-ended
+			return errors.Join(ctx.Err(), err)
+		}
+	}
+}
+
+// A page is what requests are answered from.
+type page struct {
+	interval time.Duration
+
+	mu      sync.Mutex
+	look    *stat.Look    // guarded by mu
+	history *stat.History // guarded by mu
+}
+
+func (p *page) add(l *stat.Look) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.look = l
+	p.history.Add(l)
+}
+
+func (p *page) latest() *stat.Look {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.look
+}
+
+func (p *page) handler() http.Handler {
+	files, err := fs.Sub(pageFiles, "page")
+	if err != nil {
+		panic(err) // the name above is wrong
+	}
+	mux := http.NewServeMux()
+	mux.Handle("GET /", http.FileServerFS(files))
+	mux.HandleFunc("GET /stat.json", func(w http.ResponseWriter, _ *http.Request) {
+		reply(w, p.latest().JSON())
+	})
+	mux.HandleFunc("GET /history.json", p.serveHistory)
+	mux.Handle("GET /metrics", openmetrics.Handler(p.devices))
+	return guard(mux)
+}
+
+// devices are those that OpenMetrics may name: a label stands for one device.
+func (p *page) devices() []openmetrics.Device {
+	var out []openmetrics.Device
+	seen := map[string]bool{}
+	for _, d := range p.latest().Devices {
+		if d.Report != nil && !seen[d.Name] {
+			seen[d.Name] = true
+			out = append(out, openmetrics.Device{Name: d.Name, Stats: d.Report.Stats})
+		}
+	}
+	return out
+}
+
+// serveHistory gives the samples after the time ?since=, or all.
+func (p *page) serveHistory(w http.ResponseWriter, r *http.Request) {
+	since, err := time.Parse(time.RFC3339Nano, r.URL.Query().Get("since"))
+	if err != nil {
+		since = time.Time{}
+	}
+	type answer struct {
+		Interval float64       `json:"interval_seconds"`
+		Kept     int           `json:"kept"`
+		Series   []stat.Series `json:"series"`
+	}
+	a := answer{Interval: p.interval.Seconds(), Kept: kept, Series: []stat.Series{}}
+	p.mu.Lock()
+	for _, s := range p.history.Series() {
+		i := 0
+		for i < len(s.Samples) && !s.Samples[i].Time.After(since) {
+			i++
+		}
+		s.Samples = append([]stat.Sample{}, s.Samples[i:]...)
+		a.Series = append(a.Series, s)
+	}
+	p.mu.Unlock()
+	reply(w, a)
+}
+
+func reply(w http.ResponseWriter, v any) {
+	b, err := json.Marshal(v)
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusInternalServerError)
+		return
+	}
+	w.Header().Set("Content-Type", "application/json")
+	// A failure here is a client that went away.
+	_, _ = w.Write(append(b, '\n'))
+}
+
+// guard refuses requests that a foreign page could have had a browser make, and
+// tells browsers what the page may do.
+func guard(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		host, _, err := net.SplitHostPort(r.Host)
+		if err != nil {
+			host = r.Host
+		}
+		if _, err := netip.ParseAddr(host); err != nil && host != "localhost" {
+			http.Error(w, "ask for this page by its address", http.StatusMisdirectedRequest)
+			return
+		}
+		h := w.Header()
+		h.Set("Content-Security-Policy", "default-src 'self'; style-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+		h.Set("X-Content-Type-Options", "nosniff")
+		h.Set("Referrer-Policy", "no-referrer")
+		h.Set("Cache-Control", "no-store")
+		next.ServeHTTP(w, r)
+	})
+}
