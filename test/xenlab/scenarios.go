@@ -13,6 +13,7 @@ import (
 // Programs go into every domain, at image.ProgramDir.
 func Programs() []image.Program {
 	return []image.Program{
+		{Name: "barevif", Package: "barevif/tools/barevif"},
 		{Name: "vectors", Package: "barevif/test/xenlab/vectors"},
 		{Name: "xendev.test", Package: "barevif/hypercall/xendev", Test: true},
 		{Name: "privcmd.test", Package: "barevif/hypercall/xendev/privcmd", Test: true},
@@ -32,6 +33,12 @@ func Plan() []Boot {
 			{Name: "device nodes, PV", Roles: "PV domU: tests of xendev", Run: xendevGuest(PV)},
 			{Name: "device nodes, PVH", Roles: "PVH domU: tests of xendev", Run: xendevGuest(PVH)},
 			{Name: "two domains", Roles: "dom0, PV domU: tests of xendev", Run: xendevPeer},
+			{Name: "our front, PV", Roles: "PV domU: barevif serve; dom0: netback", Run: ourFront(PV)},
+			{Name: "our front, PVH", Roles: "PVH domU: barevif serve; dom0: netback", Run: ourFront(PVH)},
+			{Name: "our front, jumbo", Roles: "PV domU: barevif serve; dom0: netback, MTU 9000", Run: ourFrontJumbo},
+			{Name: "our back, dom0", Roles: "PV domU: netfront; dom0: barevif back", Run: ourBackDom0},
+			{Name: "our back, driver domain", Roles: "PV domU: netfront; PV driver domain: barevif back", Run: ourBackDriver},
+			{Name: "both ours", Roles: "PV domU: barevif serve; PV driver domain: barevif back", Run: bothOurs},
 		},
 	}}
 }

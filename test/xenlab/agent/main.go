@@ -117,7 +117,10 @@ func serveDom0() error {
 	if err := out.send(hello); err != nil {
 		return err
 	}
-	r := &relay{host: out, peers: map[int]*peer{}}
+	r := &relay{
+		host: out, peers: map[int]*peer{},
+		dial: func() (io.ReadWriteCloser, error) { return net.Dial("unix", xenstoreSocket) },
+	}
 	return each(port, func(c proto.Call) error {
 		switch {
 		case c.Domain != 0:

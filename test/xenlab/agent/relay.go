@@ -7,7 +7,6 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
-	"net"
 	"sync"
 
 	"barevif/test/xenlab/proto"
@@ -54,7 +53,9 @@ func each[T any](r io.Reader, f func(T) error) error {
 
 // A relay passes calls to other domains and their replies back.
 type relay struct {
-	host  *replies
+	host *replies
+	dial func() (io.ReadWriteCloser, error) // connects to xenstore
+
 	mu    sync.Mutex
 	peers map[int]*peer // guarded by mu
 }
@@ -109,7 +110,7 @@ func (p *peer) ended() bool {
 }
 
 func (r *relay) connect(domid int) (*peer, error) {
-	conn, err := net.Dial("unix", xenstoreSocket)
+	conn, err := r.dial()
 	if err != nil {
 		return nil, err
 	}

@@ -34,8 +34,7 @@ var toolPackages = [...]string{
 
 // A deb is one package as apt would fetch it now.
 type deb struct {
-	file   string
-	size   string
+	file   string // name_version_architecture.deb
 	sha256 string
 }
 
@@ -119,7 +118,7 @@ func parseURIs(out []byte) ([]deb, error) {
 		if !ok || f[1] != filepath.Base(f[1]) {
 			return nil, fmt.Errorf("apt-get download --print-uris: unexpected %q", s.Text())
 		}
-		debs = append(debs, deb{file: f[1], size: f[2], sha256: digest})
+		debs = append(debs, deb{file: f[1], sha256: digest})
 	}
 	if len(debs) == 0 {
 		return nil, errors.New("apt-get download --print-uris named no package")

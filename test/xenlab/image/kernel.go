@@ -66,7 +66,7 @@ func bzPayload(image []byte) ([]byte, error) {
 	return image[start:end], nil
 }
 
-// inflate knows the formats that distributions build kernels and modules with.
+// inflate knows the formats that Debian builds kernels and modules with.
 // What follows the compressed stream, such as the kernel's own length word, is
 // ignored.
 func inflate(b []byte) ([]byte, error) {
@@ -80,8 +80,6 @@ func inflate(b []byte) ([]byte, error) {
 		return io.ReadAll(z)
 	case bytes.HasPrefix(b, []byte("\xfd7zXZ\x00")):
 		return filter(b, "xz", "-dc", "--single-stream")
-	case bytes.HasPrefix(b, []byte{0x28, 0xb5, 0x2f, 0xfd}):
-		return filter(b, "zstd", "-dcq")
 	}
 	return nil, fmt.Errorf("unknown compression, starts with % x", b[:min(6, len(b))])
 }

@@ -1,0 +1,163 @@
+//go:build linux
+
+package xenlab
+
+import (
+	"fmt"
+	"syscall"
+
+	"barevif/test/xenlab/image"
+)
+
+const barevif = image.ProgramDir + "/barevif"
+
+// netback loads Linux's backend, or takes it out of the way: it binds every vif.
+func (t *T) netback(wanted bool) {
+	if wanted {
+		t.Dom0().Run("modprobe", "xen-netback")
+		return
+	}
+	t.Dom0().Sh("if grep -q ^xen_netback /proc/modules; then rmmod xen_netback; fi")
+}
+
+// serve starts our appliance on a guest's vif 0 and waits until it is reachable.
+func (t *T) serve(guest *Domain, addr string) *Process {
+	p := guest.Start(barevif, "serve", "-v", "--xen", "--addr", addr+"/24")
+	p.Await(`serving http`)
+	return p
+}
+
+// fetchServed fetches bytes of the appliance; it also tells their digest.
+func (t *T) fetchServed(client *Domain, addr string, size int) {
+	url := fmt.Sprintf("http://%s/bytes/%d", addr, size)
+	want := client.Sh("curl -sSf --max-time 50 %s.sha256 | cut -c1-64", url)
+	got := client.Sh("curl -sSf --max-time 50 %s | sha256sum | cut -c1-64", url)
+	if got != want || len(got) != 64 {
+		t.Fatalf("%s: digest %q, the server says %q", url, got, want)
+	}
+	t.Note("curl %d bytes", size)
+}
+
+// ourFront: our appliance on Linux netback; ended well, killed, and back each time.
+func ourFront(kind GuestType) func(*T) {
+	return func(t *T) {
+		t.netback(true)
+		guest := t.Create(Guest{Name: "domU", Type: kind, VIFs: []VIF{{}}})
+		vif := guest.VIF(0)
+		t.Dom0().Sh("ip addr add 10.88.0.1/24 dev %s", vif)
+		state := guest.Backend(t.Dom0(), 0) + "/state"
+
+		traffic := func() {
+			t.Dom0().Await("carrier", `[ "$(cat /sys/class/net/%s/carrier)" = 1 ]`, vif)
+			for _, size := range [...]int{56, 1472} {
+				t.Ping(t.Dom0(), "10.88.0.2", size, 20)
+			}
+		}
+		p := t.serve(guest, "10.88.0.2")
+		traffic()
+		t.fetchServed(t.Dom0(), "10.88.0.2", 3<<20)
+		p.Signal(syscall.SIGTERM)
+		p.Succeed()
+		t.Dom0().Await("the backend to see it close", `[ "$(xenstore-read %s)" = 6 ]`, state)
+
+		p = t.serve(guest, "10.88.0.2")
+		traffic()
+		p.Kill()
+		p = t.serve(guest, "10.88.0.2")
+		traffic()
+		t.fetchServed(t.Dom0(), "10.88.0.2", 1<<20)
+		p.Signal(syscall.SIGTERM)
+		p.Succeed()
+	}
+}
+
+func ourFrontJumbo(t *T) {
+	t.netback(true)
+	guest := t.Create(Guest{Name: "domU", Type: PV, VIFs: []VIF{{MTU: 9000}}})
+	t.Dom0().Sh("ip addr add 10.88.0.1/24 dev %s", guest.VIF(0))
+	p := t.serve(guest, "10.88.0.2")
+	t.Dom0().Await("carrier", `[ "$(cat /sys/class/net/%s/carrier)" = 1 ]`, guest.VIF(0))
+	for _, size := range [...]int{56, 1473, 4096, 8972} {
+		t.Ping(t.Dom0(), "10.88.0.2", size, 20)
+	}
+	t.fetchServed(t.Dom0(), "10.88.0.2", 3<<20)
+	p.Signal(syscall.SIGTERM)
+	p.Succeed()
+}
+
+// back starts our backend in a domain; its TAPs get addr.
+func (t *T) back(d *Domain, addr string) *Process {
+	d.Run("modprobe", "tun")
+	p := d.Start(barevif, "back", "-v", "--xen", "--addr", addr+"/24")
+	p.Await(`serves vifs`)
+	return p
+}
+
+// kernelTraffic is what a guest's Linux netfront exchanges with the kernel that our
+// backend's TAP leads to.
+func (t *T) kernelTraffic(guest, backend *Domain, guestAddr, backAddr string) {
+	for _, size := range [...]int{56, 1472} {
+		t.Ping(guest, backAddr, size, 20)
+		t.Ping(backend, guestAddr, size, 20)
+	}
+	t.Iperf(guest, backend, backAddr, 2)
+	t.Iperf(backend, guest, guestAddr, 2)
+	t.Fetch(backend, guest, guestAddr, 3<<20)
+	t.Fetch(guest, backend, backAddr, 3<<20)
+}
+
+func (t *T) kernelFront(guest *Domain, addr string) {
+	guest.Run("modprobe", "xen-netfront")
+	guest.Await("a network interface", "ip link set eth0 up")
+	guest.Sh("ip addr add %s/24 dev eth0", addr)
+	guest.Await("carrier", `[ "$(cat /sys/class/net/eth0/carrier)" = 1 ]`)
+}
+
+// ourBackDom0: Linux netfront on our backend, which is killed and started again
+// under the connected frontend.
+func ourBackDom0(t *T) {
+	t.netback(false)
+	p := t.back(t.Dom0(), "10.89.0.1")
+	guest := t.Create(Guest{Name: "domU", Type: PV, VIFs: []VIF{{}}})
+	t.kernelFront(guest, "10.89.0.2")
+	t.kernelTraffic(guest, t.Dom0(), "10.89.0.2", "10.89.0.1")
+	p.Kill()
+	p = t.back(t.Dom0(), "10.89.0.1")
+	t.Dom0().Await("the guest behind the new backend", "ping -c 1 -W 1 10.89.0.2")
+	t.Ping(guest, "10.89.0.1", 1472, 20)
+	t.Destroy(guest)
+	p.Signal(syscall.SIGTERM)
+	p.Succeed()
+}
+
+// driver creates a driver domain with our backend in it.
+func (t *T) driver(addr string) (*Domain, *Process) {
+	d := t.Create(Guest{Name: "driver", Type: PV, Config: []string{"driver_domain=1"}})
+	return d, t.back(d, addr)
+}
+
+func ourBackDriver(t *T) {
+	t.netback(false)
+	driver, p := t.driver("10.89.1.1")
+	guest := t.Create(Guest{Name: "domU", Type: PV, VIFs: []VIF{{Backend: "driver"}}})
+	t.kernelFront(guest, "10.89.1.2")
+	t.kernelTraffic(guest, driver, "10.89.1.2", "10.89.1.1")
+	t.Destroy(guest)
+	p.Signal(syscall.SIGTERM)
+	p.Succeed()
+}
+
+func bothOurs(t *T) {
+	t.netback(false)
+	driver, back := t.driver("10.89.2.1")
+	guest := t.Create(Guest{Name: "domU", Type: PV, VIFs: []VIF{{Backend: "driver"}}})
+	front := t.serve(guest, "10.89.2.2")
+	for _, size := range [...]int{56, 1472} {
+		t.Ping(driver, "10.89.2.2", size, 20)
+	}
+	t.fetchServed(driver, "10.89.2.2", 3<<20)
+	front.Signal(syscall.SIGTERM)
+	front.Succeed()
+	back.Signal(syscall.SIGTERM)
+	back.Succeed()
+}
