@@ -340,6 +340,37 @@ func (d *Device) Publish(ctx context.Context, keys Values, remove ...string) err
 	return nil
 }
 
+// Remove removes our directory, and those above it that are for this peer alone, if
+// it is ours: for a backend whose device has been taken away where no toolstack
+// cleans up, as in a driver domain. One that is gone is no error. ErrClaimed as in
+// SetState.
+func (d *Device) Remove(ctx context.Context) error {
+	parent := d.dir[:strings.LastIndexByte(d.dir, '/')]
+	err := d.c.Transact(ctx, func(tx Tx) error {
+		if _, err := d.guard(tx); err != nil {
+			return err
+		}
+		if err := tx.Remove(d.dir); err != nil {
+			return err
+		}
+		if d.role == Frontend {
+			return nil
+		}
+		left, err := tx.Directory(parent)
+		if err != nil || len(left) > 0 {
+			return err
+		}
+		if err := tx.Remove(parent); !errors.Is(err, ErrAccess) { // it may be the toolstack's
+			return err
+		}
+		return nil
+	})
+	if err != nil && !errors.Is(err, ErrGone) {
+		return fmt.Errorf("xenbus %s: remove: %w", d.dir, err)
+	}
+	return nil
+}
+
 // ReadOwn reads a key of our directory.
 func (d *Device) ReadOwn(ctx context.Context, key string) (string, error) {
 	return d.c.Read(ctx, d.dir+"/"+key)

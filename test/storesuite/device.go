@@ -471,6 +471,30 @@ func unplugIsSeenByBothEnds(t *testing.T, r *rig) {
 	r.await(back, func(ch xenbus.Change) bool { return ch.Gone && ch.Vanished })
 }
 
+func driverDomainCleansUp(t *testing.T, r *rig) {
+	v, _, bc := r.vif(3, "0")
+	v.id = "1"
+	v.plug()
+	one, two := r.backend(bc, 7, "0"), r.backend(bc, 7, "1")
+	r.must(one.Claim(r.ctx, 0))
+	for _, d := range []*xenbus.Device{one, two} {
+		if _, err := bc.Read(r.ctx, "backend/vif/7"); err != nil {
+			t.Errorf("before %s is removed: %v", d.Dir(), err)
+		}
+		r.must(d.Remove(r.ctx))
+		r.must(d.Remove(r.ctx))
+		r.await(d, func(ch xenbus.Change) bool { return ch.Gone })
+	}
+	_, err := bc.Read(r.ctx, "backend/vif/7")
+	r.want(err, xenbus.ErrNotFound)
+	if _, err := bc.Read(r.ctx, "backend/vif"); err != nil {
+		t.Error(err)
+	}
+	if _, err := v.tools.Read(r.ctx, v.frontDir()); err != nil {
+		t.Errorf("the frontend's directory: %v", err)
+	}
+}
+
 func frontendFollowsANewBackend(t *testing.T, r *rig) {
 	v, fc, _ := r.vif(3, "0")
 	front := r.frontend(fc, "0")

@@ -64,6 +64,7 @@ func Run(t *testing.T, start func(testing.TB) Dialer) {
 		{"SetStateDoesNotBringBackADirectory", setStateDoesNotBringBackADirectory},
 		{"PublishReplacesWholeSets", publishReplacesWholeSets},
 		{"UnplugIsSeenByBothEnds", unplugIsSeenByBothEnds},
+		{"DriverDomainCleansUp", driverDomainCleansUp},
 		{"FrontendFollowsANewBackend", frontendFollowsANewBackend},
 		{"PeerThatTogglesIsMerged", peerThatTogglesIsMerged},
 		{"AwaitSaysWhatItSaw", awaitSaysWhatItSaw},
