@@ -1,0 +1,446 @@
+// Package hostile attacks both ends of a vif with peers that speak the wire by
+// hand. What each attack must end in is one of four verdicts: the frame is dropped
+// and counted, its slots are answered with ERROR, the device ends and nothing else
+// does, or the connection is refused; afterwards nothing is left of it.
+//
+// Where a verdict is Linux's it cites the function of
+// drivers/net/xen-netback/netback.c or drivers/net/xen-netfront.c.
+package hostile
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"barevif/hypercall"
+	"barevif/hypercall/emu"
+	"barevif/pvnet"
+	"barevif/telemetry"
+	"barevif/test/hostile/raw"
+	"barevif/xenbus"
+	"barevif/xenbus/store"
+	"barevif/xenbus/toolstack"
+)
+
+const (
+	frontID hypercall.DomID = 1
+	backID  hypercall.DomID = 2
+)
+
+// A lab is a machine with a guest, a driver domain and a toolstack.
+type lab struct {
+	*emu.Machine
+	t          testing.TB
+	store      *store.Store
+	guest, drv *emu.Domain
+	tools      *xenbus.Client
+	gc, dc     *xenbus.Client // of the guest and the driver domain, for raw peers
+	log        *journal
+	ids        uint32
+	devs       <-chan *pvnet.Device
+	stop       func()
+	dirty      bool // the test leaves pages behind on purpose
+}
+
+func newLab(t testing.TB, cfg emu.Config) *lab {
+	t.Helper()
+	before := runtime.NumGoroutine()
+	l := &lab{t: t, store: store.New(store.Config{}), log: new(journal)}
+	cfg.Store = func(dom hypercall.DomID, conn io.ReadWriteCloser) { l.store.ServeConn(conn, dom) }
+	m, err := emu.New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.Machine = m
+	m.OnDeath(l.store.DomainDied)
+	dom0 := l.domain(0)
+	l.tools = l.client(dom0)
+	l.guest, l.drv = l.domain(frontID), l.domain(backID)
+	l.gc, l.dc = l.client(l.guest), l.client(l.drv)
+	t.Cleanup(func() {
+		l.unserve()
+		for _, c := range []*xenbus.Client{l.gc, l.dc, l.tools} {
+			c.Close()
+		}
+		if err := m.CheckClean(); err != nil && !l.dirty {
+			t.Error(err)
+		}
+		m.Close()
+		l.store.Close()
+		for end := time.Now().Add(10 * time.Second); runtime.NumGoroutine() > before; time.Sleep(time.Millisecond) {
+			if time.Now().After(end) {
+				t.Fatalf("%d goroutines, %d before\n%s", runtime.NumGoroutine(), before, stacks())
+			}
+		}
+	})
+	return l
+}
+
+func stacks() []byte {
+	buf := make([]byte, 1<<17)
+	return buf[:runtime.Stack(buf, true)]
+}
+
+func ctx(t testing.TB) context.Context {
+	c, cancel := context.WithTimeout(context.Background(), 15*time.Second)
+	t.Cleanup(cancel)
+	return c
+}
+
+func soon() time.Time { return time.Now().Add(10 * time.Second) }
+
+func (l *lab) domain(id hypercall.DomID) *emu.Domain {
+	l.t.Helper()
+	d, err := l.NewDomain(id)
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	l.store.Introduce(id)
+	if id != 0 {
+		if err := toolstack.Home(ctx(l.t), l.tools, id); err != nil {
+			l.t.Fatal(err)
+		}
+	}
+	return d
+}
+
+func (l *lab) client(d *emu.Domain) *xenbus.Client {
+	l.t.Helper()
+	c, err := xenbus.Dial(ctx(l.t), d.Store, xenbus.Config{Pipeline: 8})
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	return c
+}
+
+// vif adds the next vif.
+func (l *lab) vif() toolstack.Vif {
+	l.t.Helper()
+	v := toolstack.Vif{Front: frontID, Back: backID, ID: l.ids, MAC: [6]byte{0, 0x16, 0x3e, 0, 0, byte(l.ids)}}
+	l.ids++
+	if err := toolstack.Add(ctx(l.t), l.tools, v); err != nil {
+		l.t.Fatal(err)
+	}
+	return v
+}
+
+func (l *lab) remove(v toolstack.Vif) {
+	l.t.Helper()
+	if err := toolstack.Remove(ctx(l.t), l.tools, v); err != nil {
+		l.t.Error(err)
+	}
+}
+
+// await waits until path has one of values.
+func (l *lab) await(path string, values ...string) string {
+	l.t.Helper()
+	w, err := l.tools.Watch(ctx(l.t), path)
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	defer w.Close()
+	limit := time.After(10 * time.Second)
+	last := ""
+	for {
+		select {
+		case <-w.C():
+			last, _ = l.store.Read(path)
+			for _, v := range values {
+				if last == v {
+					return v
+				}
+			}
+		case <-limit:
+			l.t.Fatalf("%s is %q, not one of %q\n%s", path, last, values, stacks())
+		}
+	}
+}
+
+// write sets keys below dir in one transaction of c's, state last.
+func (l *lab) write(c *xenbus.Client, dir string, keys xenbus.Values, state string) {
+	l.t.Helper()
+	err := c.Transact(ctx(l.t), func(tx xenbus.Tx) error {
+		for k, v := range keys {
+			if err := tx.Write(dir+"/"+k, v); err != nil {
+				return fmt.Errorf("%s: %w", k, err)
+			}
+		}
+		if state == "" {
+			return nil
+		}
+		return tx.Write(dir+"/state", state)
+	})
+	if err != nil {
+		l.t.Fatal(err)
+	}
+}
+
+// serve begins to serve the vifs of the driver domain.
+func (l *lab) serve(cfg pvnet.ServeConfig) {
+	l.t.Helper()
+	cfg.Hotplug = true
+	cfg.Logger = slog.New(l.log)
+	c, cancel := context.WithCancel(context.Background())
+	devs := make(chan *pvnet.Device, 256)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		if err := pvnet.Serve(c, l.drv, cfg, func(d *pvnet.Device) { devs <- d }); !errors.Is(err, context.Canceled) {
+			l.t.Errorf("Serve: %v", err)
+		}
+	}()
+	l.devs = devs
+	l.stop = func() { cancel(); <-done }
+}
+
+func (l *lab) unserve() {
+	if l.stop != nil {
+		l.stop()
+		l.stop = nil
+	}
+}
+
+// A sink keeps what a device receives.
+type sink struct {
+	dev    *pvnet.Device
+	frames chan []byte
+	ended  chan error
+}
+
+func listen(d *pvnet.Device) *sink {
+	s := &sink{d, make(chan []byte, 4096), make(chan error, 1)}
+	go func() {
+		s.ended <- d.Listen(context.Background(), func(f pvnet.Frame) {
+			b := make([]byte, f.Len())
+			f.CopyTo(b)
+			select {
+			case s.frames <- b:
+			default:
+			}
+		})
+	}()
+	return s
+}
+
+// A guest is a raw frontend before our backend.
+type guest struct {
+	*raw.Front
+	l     *lab
+	v     toolstack.Vif
+	dev   *pvnet.Device
+	sink  *sink
+	base  emu.Ledger
+	lines int
+}
+
+// knock adds a vif and waits until our backend offers it.
+func (l *lab) knock() *guest {
+	l.t.Helper()
+	g := &guest{l: l, lines: l.log.count(slog.LevelError)}
+	g.v = l.vif()
+	g.dev = wait(l.t, l.devs)
+	g.base = l.Ledger()
+	if g.dev.ID() != strconv.Itoa(int(g.v.ID)) {
+		l.t.Fatalf("device %s came for vif %d", g.dev.ID(), g.v.ID)
+	}
+	l.await(g.v.BackDir()+"/state", "2")
+	var err error
+	if g.Front, err = raw.NewFront(l.guest, backID, 32, true); err != nil {
+		l.t.Fatal(err)
+	}
+	return g
+}
+
+// attack is a guest that is connected and heard.
+func (l *lab) attack() *guest {
+	l.t.Helper()
+	g := l.knock()
+	g.connect()
+	return g
+}
+
+func (g *guest) connect() {
+	g.l.t.Helper()
+	g.l.write(g.l.gc, g.v.FrontDir(), g.Keys(), "4")
+	g.l.await(g.v.BackDir()+"/state", "4")
+	up(g.l.t, g.dev)
+	g.sink = listen(g.dev)
+}
+
+func (g *guest) state(s string) { g.l.write(g.l.gc, g.v.FrontDir(), nil, s) }
+
+// leave closes in good order, and demands everything back.
+func (g *guest) leave() {
+	g.l.t.Helper()
+	g.state("5")
+	g.l.await(g.v.BackDir()+"/state", "5", "6")
+	g.state("6")
+	g.l.await(g.v.BackDir()+"/state", "6")
+	g.gone()
+}
+
+// gone ends the vif of a backend that has closed.
+func (g *guest) gone() {
+	g.l.t.Helper()
+	g.l.remove(g.v)
+	wait(g.l.t, g.dev.Done())
+	if g.sink != nil {
+		wait(g.l.t, g.sink.ended)
+	}
+	if err := g.Close(); err != nil {
+		g.l.t.Errorf("the backend kept something of its frontend's: %v", err)
+	}
+	if now := g.l.Ledger(); now != g.base {
+		g.l.t.Errorf("left behind: %+v, before: %+v", now, g.base)
+	}
+}
+
+// fatal demands that the device ends because of what was done to it: with a
+// PeerError that says want, one line in the log, and nothing left.
+func (g *guest) fatal(ring, want string) {
+	g.l.t.Helper()
+	g.l.await(g.v.BackDir()+"/state", "5", "6")
+	g.state("6")
+	wait(g.l.t, g.dev.Done())
+	err := wait(g.l.t, g.sink.ended)
+	g.sink.ended <- err
+	var pe *pvnet.PeerError
+	if !errors.As(err, &pe) || pe.Ring != ring || !strings.Contains(pe.Reason, want) || !errors.Is(err, pvnet.ErrDisconnected) {
+		g.l.t.Errorf("Listen ended with %v, want a PeerError of the %s ring: %q", err, ring, want)
+	}
+	if _, err := g.dev.Write(make([]byte, 60)); !errors.As(err, &pe) {
+		g.l.t.Errorf("Write after it: %v", err)
+	}
+	if n := g.l.log.count(slog.LevelError) - g.lines; n != 1 {
+		g.l.t.Errorf("%d lines of errors, want 1\n%s", n, g.l.log)
+	}
+	st := g.dev.Stats()
+	if n := st.RX.Get(telemetry.Violations) + st.TX.Get(telemetry.Violations); n < 1 || n > 4 {
+		g.l.t.Errorf("%d violations counted", n)
+	}
+	g.gone()
+}
+
+// works demands that a frame of the guest's arrives, and one to it.
+func (g *guest) works() {
+	g.l.t.Helper()
+	for len(g.sink.frames) > 0 {
+		<-g.sink.frames
+	}
+	want := pattern(200, int(g.TxProd))
+	copy(g.Pages.Page(31), want)
+	g.Put(g.Req(31, 0, 200, 0).Words())
+	g.Push()
+	rsp, err := g.Answers(1, soon())
+	if err != nil || rsp[0] != (raw.TxRsp{ID: 31, Status: raw.Okay}) {
+		g.l.t.Fatalf("a correct frame was answered %v, %v", rsp, err)
+	}
+	if got := wait(g.l.t, g.sink.frames); !bytes.Equal(got, want) {
+		g.l.t.Fatalf("%d bytes arrived as %d others", len(want), len(got))
+	}
+	if g.RxProd == g.RxCons {
+		g.Post(1)
+	}
+	if _, err := g.dev.Write(want); err != nil {
+		g.l.t.Fatal(err)
+	}
+	at := int(g.RxCons % raw.Size)
+	in, err := g.Received(1, soon())
+	if err != nil || in[0].Status != 200 || !bytes.Equal(g.Posted.Page(at % 32)[:200], want) {
+		g.l.t.Fatalf("a frame to the guest came as %v, %v", in, err)
+	}
+}
+
+// up waits until the link is up.
+func up(t testing.TB, d *pvnet.Device) {
+	t.Helper()
+	events := d.Link()
+	for {
+		if ev := wait(t, events); ev.Up {
+			return
+		}
+	}
+}
+
+func wait[T any](t testing.TB, c <-chan T) T {
+	t.Helper()
+	select {
+	case v := <-c:
+		return v
+	case <-time.After(15 * time.Second):
+		t.Fatalf("nothing came\n%s", stacks())
+		panic("unreachable")
+	}
+}
+
+// eventually asks until ok, for what no event tells of.
+func eventually(t testing.TB, what string, ok func() bool) {
+	t.Helper()
+	for end := time.Now().Add(10 * time.Second); !ok(); time.Sleep(50 * time.Microsecond) {
+		if time.Now().After(end) {
+			t.Fatalf("%s: never\n%s", what, stacks())
+		}
+	}
+}
+
+// pattern is n bytes that depend on where they are and on seed, in a frame of no
+// protocol.
+func pattern(n, seed int) []byte {
+	b := make([]byte, n)
+	for i := range b {
+		b[i] = byte(i*5 + i>>8 + seed*17)
+	}
+	copy(b, []byte{2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 0x88, 0xb5})
+	return b
+}
+
+// A journal keeps log lines.
+type journal struct {
+	mu    sync.Mutex
+	lines []string
+	by    map[slog.Level]int
+}
+
+func (j *journal) Enabled(context.Context, slog.Level) bool { return true }
+func (j *journal) WithAttrs([]slog.Attr) slog.Handler       { return j }
+func (j *journal) WithGroup(string) slog.Handler            { return j }
+
+func (j *journal) Handle(_ context.Context, r slog.Record) error {
+	line := r.Level.String() + " " + r.Message
+	r.Attrs(func(a slog.Attr) bool { line += " " + a.String(); return true })
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if j.by == nil {
+		j.by = make(map[slog.Level]int)
+	}
+	j.by[r.Level]++
+	j.lines = append(j.lines, line)
+	return nil
+}
+
+func (j *journal) count(l slog.Level) int {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.by[l]
+}
+
+func (j *journal) String() string {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return strings.Join(j.lines, "\n")
+}
+
+func (j *journal) total() int {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return len(j.lines)
+}
