@@ -362,6 +362,8 @@ func (e *backRX) ready(int) bool {
 	return n > 0 || err != nil
 }
 
+func (e *backRX) consumed() uint32 { return e.ring.Consumed() }
+
 func (e *backRX) overdue() bool { return e.ring.Overdue() }
 
 func (e *backRX) drain() {

@@ -286,6 +286,8 @@ func (e *frontRX) ready(int) bool {
 	return n > 0 || err != nil
 }
 
+func (e *frontRX) consumed() uint32 { return e.ring.Consumed() }
+
 func (e *frontRX) overdue() bool { return e.ring.Overdue() }
 
 func (e *frontRX) drain() {

@@ -22,6 +22,10 @@ type receiver interface {
 	// is there already.
 	arm() (more bool, err error)
 
+	// consumed is the free-running index of the next slot. It moves for frames
+	// that are dropped too.
+	consumed() uint32
+
 	engine
 }
 
@@ -48,7 +52,9 @@ func (rx *RX) receive(frames []Frame, into bool) (int, error) {
 			}
 			continue
 		}
+		at := rx.eng.consumed()
 		n, err := rx.eng.receive(frames, into)
+		rx.worked = rx.worked || rx.eng.consumed() != at // its event had a reason
 		if n > 0 || err != nil {
 			rx.counted(n)
 			rx.gate.leave()
