@@ -13,6 +13,7 @@ import (
 
 	"barevif/pvnet"
 	"barevif/pvnet/link"
+	"barevif/telemetry/bpf"
 
 	"github.com/spf13/cobra"
 	"github.com/vishvananda/netlink"
@@ -50,6 +51,7 @@ goes on. Started again after it was killed, it finds its vifs and reconnects the
 	cmd.Flags().StringVar(&b.packet, "packet", "", "join the vif to this `interface` instead of a TAP")
 	cmd.Flags().StringVar(&b.typ, "type", "vif", "backend `type` to serve; one of its own keeps the kernel's netback away")
 	cmd.Flags().IntVar(&b.queues, "queues", 1, "`queues` to offer per vif")
+	cmd.Flags().BoolVar(&b.remove, "remove", false, "remove a vif's directory once it was taken away, where no xl devd does")
 	cmd.MarkFlagsMutuallyExclusive("packet", "addr")
 	cmd.MarkFlagsMutuallyExclusive("packet", "bridge")
 	cmd.MarkFlagsMutuallyExclusive("packet", "tap")
@@ -62,11 +64,12 @@ type back struct {
 	tap, bridge, packet, typ string
 	addrs                    []string
 	queues                   int
+	remove                   bool
 	slog                     *slog.Logger
 
-	mu      sync.Mutex
-	prefix  map[string]netip.Prefix // guarded by mu: by vif "1.0", or "" for the first that comes
-	printed sync.Mutex
+	printMu  sync.Mutex // vifs come and go at any time
+	prefixMu sync.Mutex
+	prefix   map[string]netip.Prefix // guarded by prefixMu: by vif "1.0", or "" for the first that comes
 }
 
 func (b *back) run(ctx context.Context) error {
@@ -88,21 +91,13 @@ func (b *back) run(ctx context.Context) error {
 
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	stop := make(chan struct{})
-	defer close(stop)
-	go func() {
-		select {
-		case <-dom.gone:
-			cancel(errHostGone)
-		case <-stop:
-		}
-	}()
+	dom.watch(ctx, cancel)
 	b.say("domain %d serves vifs of type %s; a signal ends it", dom.ID(), b.typ)
 	err = pvnet.Serve(ctx, dom, pvnet.ServeConfig{
-		Config:  pvnet.Config{Queues: b.queues, Logger: b.slog},
+		Config:  pvnet.Config{Queues: b.queues, Counters: new(bpf.Store), Logger: b.slog},
 		Type:    b.typ,
 		Hotplug: true,
-		Remove:  !b.domain.xen,
+		Remove:  b.remove,
 	}, func(dev *pvnet.Device) { b.serve(ctx, dev) })
 	if errors.Is(err, context.Canceled) && !errors.Is(context.Cause(ctx), errHostGone) {
 		return nil // a signal
@@ -110,15 +105,9 @@ func (b *back) run(ctx context.Context) error {
 	return err
 }
 
-// errHostGone is why a domain of an emulated host ends on its own.
-var errHostGone = &advice{
-	err:  errors.New("the emulated host has ended, and this domain with it"),
-	next: `start it again: "barevif host"`,
-}
-
 func (b *back) say(format string, args ...any) {
-	b.printed.Lock()
-	defer b.printed.Unlock()
+	b.printMu.Lock()
+	defer b.printMu.Unlock()
 	fmt.Fprintf(b.stdout, format+"\n", args...)
 }
 
@@ -195,38 +184,40 @@ func (b *back) serve(ctx context.Context, dev *pvnet.Device) {
 		return
 	}
 	defer l.Close()
-	b.say("vif %s: joined to %s, MTU %d", vif, l.Name(), l.MTU())
-	done := make(chan struct{})
-	defer close(done)
-	go b.follow(dev, vif, done)
+	b.say("vif %s: joined to %s, MTU %d; counters: %s", vif, l.Name(), l.MTU(), mirrored(dev))
+	var following sync.WaitGroup
+	following.Go(func() { b.follow(dev, vif) })
 	var j link.Joint
 	err = j.Run(ctx, dev, l)
 	if err != nil && ctx.Err() == nil {
 		b.slog.Error("a vif lost its network and is closed", "vif", vif, "err", err)
 	}
 	dev.Disconnect()
+	following.Wait()
 	b.say("vif %s: gone; %s", vif, tally(dev, &j))
 }
 
-// follow tells of the vif's link.
-func (b *back) follow(dev *pvnet.Device, vif string, done <-chan struct{}) {
-	events, up := dev.Link(), false
-	for {
-		select {
-		case ev, open := <-events:
-			switch {
-			case !open:
-				return
-			case ev.Up:
-				b.say("vif %s: connected to domain %d, %s", vif, dev.Peer(), dev.Budget())
-			case up:
-				b.say("vif %s: down: %s", vif, ev.Reason)
-			}
-			up = ev.Up
-		case <-done:
-			return
+// follow tells of the vif's link until the device has ended.
+func (b *back) follow(dev *pvnet.Device, vif string) {
+	up := false
+	for ev := range dev.Link() {
+		switch {
+		case ev.Up:
+			b.say("vif %s: connected to domain %d, %s", vif, dev.Peer(), dev.Budget())
+		case up:
+			b.say("vif %s: down: %s", vif, ev.Reason)
 		}
+		up = ev.Up
 	}
+}
+
+// mirrored says where the counters of a device can be read from outside.
+func mirrored(dev *pvnet.Device) string {
+	kind, reason := dev.Counters().Backend()
+	if reason != "" {
+		return fmt.Sprintf("%s (%s)", kind, reason)
+	}
+	return kind
 }
 
 // open makes the link of a vif.
@@ -235,7 +226,7 @@ func (b *back) open(dev *pvnet.Device, vif string) (link.Link, error) {
 		return asLink(link.OpenPacket(b.packet))
 	}
 	name := strings.NewReplacer("%d", strconv.Itoa(int(dev.Peer())), "%i", dev.ID()).Replace(b.tap)
-	b.mu.Lock()
+	b.prefixMu.Lock()
 	addr, ok := b.prefix[vif]
 	if !ok {
 		// An address without a vif is the first one's, for good.
@@ -244,7 +235,7 @@ func (b *back) open(dev *pvnet.Device, vif string) (link.Link, error) {
 			b.prefix[vif] = addr
 		}
 	}
-	b.mu.Unlock()
+	b.prefixMu.Unlock()
 	tap, err := openTAP(link.TAPConfig{Name: name, MTU: dev.MTU()})
 	if err != nil {
 		return nil, linkRefused(err)

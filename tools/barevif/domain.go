@@ -41,6 +41,24 @@ type domain struct {
 	close func()
 }
 
+// watch has cancel called with errHostGone when the domain ends on its own, until
+// ctx ends.
+func (d *domain) watch(ctx context.Context, cancel context.CancelCauseFunc) {
+	go func() {
+		select {
+		case <-d.gone:
+			cancel(errHostGone)
+		case <-ctx.Done():
+		}
+	}()
+}
+
+// errHostGone is why a domain of an emulated host ends on its own.
+var errHostGone = &advice{
+	err:  errors.New("the emulated host has ended, and this domain with it"),
+	next: `start it again: "barevif host"`,
+}
+
 // open makes this process the domain.
 func (f *domainFlags) open(ctx context.Context) (*domain, error) {
 	if f.xen {

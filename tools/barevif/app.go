@@ -1,0 +1,122 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"strconv"
+	"sync"
+	"time"
+
+	"barevif/pvnet"
+	"barevif/pvnet/netstack"
+	"barevif/telemetry"
+	"barevif/telemetry/openmetrics"
+	"barevif/tools/internal/appliance"
+)
+
+// applianceConfig says what an appliance serves and where.
+type applianceConfig struct {
+	addr    netip.Prefix
+	gateway netip.Addr // zero: none
+	port    uint16     // 0: 80
+	root    *os.Root   // taken over; nil: the page
+	own     uint16     // the domain's number
+}
+
+// An app is net/http on gVisor's TCP/IP on a vif.
+type app struct {
+	addr   string     // without the port if it is HTTP's
+	failed chan error // why it ended on its own
+
+	stack  *netstack.Stack
+	server *http.Server
+	root   *os.Root
+	ended  chan struct{}
+	once   sync.Once
+}
+
+func startAppliance(dev *pvnet.Device, cfg applianceConfig) (*app, error) {
+	if cfg.port == 0 {
+		cfg.port = 80
+	}
+	s, err := netstack.New(dev, netstack.Config{Addr: cfg.addr, Gateway: cfg.gateway})
+	if err != nil {
+		return nil, fmt.Errorf("TCP/IP on the vif: %w", err)
+	}
+	l, err := s.Listen("tcp", ":"+strconv.Itoa(int(cfg.port)))
+	if err != nil {
+		s.Close()
+		return nil, err
+	}
+	a := &app{
+		addr: cfg.addr.Addr().String(), failed: make(chan error, 1),
+		stack: s, root: cfg.root, ended: make(chan struct{}),
+	}
+	if cfg.port != 80 {
+		a.addr = net.JoinHostPort(a.addr, strconv.Itoa(int(cfg.port)))
+	} else if cfg.addr.Addr().Is6() {
+		a.addr = "[" + a.addr + "]"
+	}
+	began := time.Now()
+	pages := appliance.Config{
+		About: func() []appliance.Row { return aboutVif(dev, cfg, time.Since(began)) },
+		Vifs: func() []openmetrics.Device {
+			return []openmetrics.Device{{Name: vifName(dev, cfg.own), Stats: dev.Counters().Totals()}}
+		},
+	}
+	if cfg.root != nil {
+		pages.Files = cfg.root.FS()
+	}
+	a.server = &http.Server{Handler: appliance.New(pages), ReadHeaderTimeout: 10 * time.Second, IdleTimeout: time.Minute}
+	go func() {
+		defer close(a.ended)
+		if err := a.server.Serve(l); !errors.Is(err, http.ErrServerClosed) && !errors.Is(err, net.ErrClosed) {
+			a.failed <- fmt.Errorf("serve HTTP: %w", err)
+		}
+	}()
+	return a, nil
+}
+
+// close ends every connection. It is idempotent; the device stays connected.
+func (a *app) close() (err error) {
+	a.once.Do(func() {
+		err = a.server.Close()
+		if errors.Is(err, net.ErrClosed) {
+			err = nil // the device ended first, and the stack with it
+		}
+		a.stack.Close()
+		<-a.ended
+		if a.root != nil {
+			err = errors.Join(err, a.root.Close())
+		}
+	})
+	return err
+}
+
+// aboutVif is the table of the page.
+func aboutVif(dev *pvnet.Device, cfg applianceConfig, up time.Duration) []appliance.Row {
+	st := dev.Stats()
+	return []appliance.Row{
+		{Name: "Vif", Value: fmt.Sprintf("%s of domain %d, backend in domain %d", dev.ID(), cfg.own, dev.Peer())},
+		{Name: "MAC", Value: dev.MAC().String()},
+		{Name: "Address", Value: cfg.addr.String()},
+		{Name: "MTU", Value: strconv.Itoa(dev.MTU())},
+		{Name: "Memory", Value: dev.Budget().String()},
+		{Name: "Frames received", Value: grouped(st.RX.Get(telemetry.Packets))},
+		{Name: "Frames sent", Value: grouped(st.TX.Get(telemetry.Packets))},
+		{Name: "Serving for", Value: up.Round(time.Second).String()},
+	}
+}
+
+// vifName is what the vif is called in metrics.
+func vifName(dev *pvnet.Device, own uint16) string {
+	info := telemetry.Info{Role: telemetry.Frontend, Own: own, Peer: uint16(dev.Peer())}
+	if n, err := strconv.ParseUint(dev.ID(), 10, 32); err == nil {
+		info.Handle = uint32(n)
+	}
+	return info.Name()
+}

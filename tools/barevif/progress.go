@@ -1,0 +1,57 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"os"
+	"time"
+
+	"github.com/schollz/progressbar/v3"
+	"golang.org/x/term"
+)
+
+// A progress shows how much of something was written to it: as a bar on a terminal,
+// else as a line per quarter.
+type progress struct {
+	w          io.Writer
+	size, done int64
+	bar        *progressbar.ProgressBar // nil: lines
+	quarter    int64
+}
+
+func newProgress(w io.Writer, size int64) *progress {
+	p := &progress{w: w, size: size}
+	if f, ok := w.(*os.File); ok && term.IsTerminal(int(f.Fd())) {
+		p.bar = progressbar.NewOptions64(size,
+			progressbar.OptionSetWriter(w),
+			progressbar.OptionSetDescription("          "),
+			progressbar.OptionShowBytes(true),
+			progressbar.OptionUseIECUnits(true),
+			progressbar.OptionSetWidth(40),
+			progressbar.OptionThrottle(100*time.Millisecond),
+			progressbar.OptionClearOnFinish(),
+		)
+	}
+	return p
+}
+
+// Write counts. It never fails: a terminal that is gone must not end a transfer.
+func (p *progress) Write(b []byte) (int, error) {
+	p.done += int64(len(b))
+	if p.bar != nil {
+		_ = p.bar.Set64(p.done)
+		return len(b), nil
+	}
+	for p.quarter < 4 && p.size > 0 && p.done >= p.size*(p.quarter+1)/4 {
+		p.quarter++
+		fmt.Fprintf(p.w, "%-10s %3d %%  %s\n", "", 25*p.quarter, binarySize(uint64(p.size*p.quarter/4)))
+	}
+	return len(b), nil
+}
+
+// finish leaves the terminal clean.
+func (p *progress) finish() {
+	if p.bar != nil {
+		_ = p.bar.Finish()
+	}
+}
