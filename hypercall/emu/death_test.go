@@ -283,6 +283,39 @@ func TestDestroyWhileEverythingRuns(t *testing.T) {
 	})
 }
 
+// A domain ends while it copies: its view of other domains' pages goes only when
+// nobody looks.
+func TestDestroyWhileCopying(t *testing.T) {
+	machines(t, func(t *testing.T, m *emu.Machine) {
+		const pages = 64
+		a := domain(t, m, 1)
+		s := share(t, a, 2, pages, hypercall.ReadWrite)
+		for range 100 {
+			b := domain(t, m, 2)
+			var busy sync.WaitGroup
+			started := make(chan struct{})
+			busy.Go(func() {
+				ops := make([]hypercall.CopyOp, pages)
+				for i := range ops {
+					ops[i] = hypercall.CopyOp{
+						Src: hypercall.Area{Dom: 1, Ref: s.Refs[i]},
+						Dst: hypercall.Area{Local: make([]byte, 4096)}, Len: 4096,
+					}
+				}
+				for first := true; b.Copy(ops) == nil; first = false {
+					if first {
+						close(started)
+					}
+				}
+			})
+			<-started
+			b.Destroy()
+			busy.Wait()
+		}
+		end(t, s)
+	})
+}
+
 func TestMachineCloseEndsDomains(t *testing.T) {
 	m, err := emu.New(emu.Config{})
 	if err != nil {

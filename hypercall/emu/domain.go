@@ -139,8 +139,11 @@ func (d *Domain) Share(peer hypercall.DomID, pages int, access hypercall.Access)
 // Map maps pages of another domain.
 func (d *Domain) Map(peer hypercall.DomID, refs []hypercall.GrantRef, access hypercall.Access) (*hypercall.Mapping, error) {
 	d.calls.mapped.Add(1)
+	if len(refs) == 0 {
+		return nil, errNoPages
+	}
 	if f := d.fault(OpMap); f != nil {
-		if f.Err != nil || len(refs) == 0 {
+		if f.Err != nil {
 			return nil, f.Err
 		}
 		return nil, &hypercall.GrantError{Op: "map", Dom: peer, Ref: refs[0], Status: f.Status}

@@ -316,7 +316,7 @@ func TestMappedPagesMapInAnyOrder(t *testing.T) {
 func TestCopyRacesEnd(t *testing.T) {
 	machines(t, func(t *testing.T, m *emu.Machine) {
 		a, b := domain(t, m, 1), domain(t, m, 2)
-		const rounds, pages = 200, 4
+		const rounds, pages = 1000, 32
 		refs := make(chan []hypercall.GrantRef, 1)
 		first := share(t, a, 2, pages, hypercall.ReadOnly)
 		refs <- first.Refs

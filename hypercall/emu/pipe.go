@@ -64,13 +64,9 @@ func (h *half) read(p []byte) (int, error) {
 	case h.n == 0:
 		return 0, io.EOF
 	}
-	n := 0
-	for n < len(p) && h.n > 0 { // twice if the data wraps
-		c := copy(p[n:], h.ring[h.start:min(h.start+h.n, len(h.ring))])
-		n += c
-		h.start = (h.start + c) % len(h.ring)
-		h.n -= c
-	}
+	n := copy(p, h.ring[h.start:min(h.start+h.n, len(h.ring))]) // short if the data wraps
+	h.start = (h.start + n) % len(h.ring)
+	h.n -= n
 	h.changed.Broadcast()
 	return n, nil
 }

@@ -147,6 +147,37 @@ func endedGrantCannotBeUsed(t *testing.T, p pair) {
 	}
 }
 
+// reusedRefsAreNewPages grants and ends over and over: the refs come back, the
+// pages behind them must not.
+func reusedRefsAreNewPages(t *testing.T, p pair) {
+	buf := make([]byte, 16)
+	for i := range 8 {
+		s := share(t, p.front, p.back.ID(), 2, hypercall.ReadOnly)
+		if s.Page(1)[0] != 0 {
+			t.Fatal("a fresh page is not zero")
+		}
+		want := pattern(len(buf), byte(i+1))
+		copy(s.Page(1), want)
+		ops := []hypercall.CopyOp{fromGrant(p.front, s.Refs[1], 0, buf)}
+		if err := p.back.Copy(ops); err != nil || ops[0].Status != hypercall.OK {
+			t.Fatal(err, ops[0].Status)
+		}
+		if !bytes.Equal(buf, want) {
+			t.Fatalf("round %d: bytes of another page", i)
+		}
+		m := mapRefs(t, p.back, p.front.ID(), s.Refs[1:], hypercall.ReadOnly)
+		if !bytes.Equal(m.Bytes()[:len(buf)], want) {
+			t.Fatalf("round %d: another page is mapped", i)
+		}
+		if err := m.Release(); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.End(); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 func fromGrant(d hypercall.Domain, ref hypercall.GrantRef, off uint16, to []byte) hypercall.CopyOp {
 	return hypercall.CopyOp{
 		Src: hypercall.Area{Dom: d.ID(), Ref: ref, Offset: off},

@@ -31,6 +31,7 @@ func Run(t *testing.T, mk func(testing.TB) (front, back hypercall.Domain)) {
 		{"MapOfReadOnlyGrantCannotBeWritable", mapOfReadOnlyGrantCannotBeWritable},
 		{"EndWhileMappedSaysInUse", endWhileMappedSaysInUse},
 		{"EndedGrantCannotBeUsed", endedGrantCannotBeUsed},
+		{"ReusedRefsAreNewPages", reusedRefsAreNewPages},
 		{"CopyMovesBytesBothWays", copyMovesBytesBothWays},
 		{"CopyBetweenTwoGrants", copyBetweenTwoGrants},
 		{"CopyChecksEveryOperation", copyChecksEveryOperation},
