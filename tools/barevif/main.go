@@ -102,7 +102,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	root.SetErr(stderr)
 	root.PersistentFlags().CountVarP(&p.verbose, "verbose", "v", "log to stderr what happens; twice: in detail")
 	root.SetHelpTemplate(root.HelpTemplate() + exitCodes)
-	for _, add := range []func(*program) *cobra.Command{hostCommand, backCommand} {
+	for _, add := range []func(*program) *cobra.Command{demoCommand, hostCommand, backCommand, serveCommand, statCommand, xenCommand} {
 		root.AddCommand(add(p))
 	}
 	cmd, err := root.ExecuteContextC(ctx)
