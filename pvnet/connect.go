@@ -60,7 +60,9 @@ func Connect(ctx context.Context, domain hypercall.Domain, id string, cfg Config
 		if !there {
 			e.dev, e.err = connect(ctx, domain, id, cfg, func() {
 				devices.mu.Lock()
-				delete(devices.all, key)
+				if devices.all[key] == e {
+					delete(devices.all, key)
+				}
 				devices.mu.Unlock()
 			})
 			close(e.ready)

@@ -124,8 +124,9 @@ type Device struct {
 	word   atomic.Uint32 // linkDown, linkUp, linkGone; written by the life goroutine only
 	active atomic.Int32  // queues of the connection
 	mtu    atomic.Int32
-	epoch  atomic.Uint64 // number of the connection, from 1
-	lost   atomic.Uint64 // pages the peer did not give back, not counted yet
+	epoch  atomic.Uint64             // number of the connection, from 1
+	lost   atomic.Uint64             // pages the peer did not give back, not counted yet
+	broken atomic.Pointer[PeerError] // the violation that ended, or ends, the device
 
 	stop   context.CancelCauseFunc // asks the life goroutine to end
 	finish func()                  // closes what the life goroutine used
@@ -446,8 +447,13 @@ func (d *Device) fatal() error {
 	return nil
 }
 
-func (rx *RX) listen(fn func(Frame)) error {
+func (rx *RX) listen(fn func(Frame)) (err error) {
 	debug.SetPanicOnFault(true)
+	defer func() {
+		if v := faulted(recover()); v != nil {
+			err = rx.dev.judge(v)
+		}
+	}()
 	var frames [32]Frame
 	for {
 		n, err := rx.Receive(frames[:])
@@ -463,6 +469,18 @@ func (rx *RX) listen(fn func(Frame)) error {
 		}
 		rx.flush()
 	}
+}
+
+// faulted is the verdict on a panic: nil if there was none, a violation if shared
+// memory was taken away under us. Any other panic goes on.
+func faulted(r any) *PeerError {
+	if r == nil {
+		return nil
+	}
+	if f, ok := r.(interface{ Addr() uintptr }); ok {
+		return &PeerError{Reason: fmt.Sprintf("shared memory is gone at %#x", f.Addr())}
+	}
+	panic(r)
 }
 
 // Disconnect ends the device: the other end sees Closing, then Closed, every call
@@ -538,11 +556,10 @@ func (d *Device) judge(err error) error {
 		return err
 	}
 	if v, ok := err.(*PeerError); ok {
-		select {
-		case d.fault <- v:
-		default:
+		if d.broken.CompareAndSwap(nil, v) {
+			d.fault <- v
 		}
-		return err
+		return d.broken.Load()
 	}
 	if errors.Is(err, ring.ErrCorrupt) {
 		return d.judge(&PeerError{Reason: err.Error()})

@@ -161,7 +161,7 @@ func (f *Frame) copyFrame(g *Frame) {
 		f.CopyFrom(g.Bytes())
 		return
 	}
-	var srcs [maxPieces][]byte
+	var srcs [max(maxPieces, maxRxSlots)][]byte
 	n := 0
 	for p := range g.Pieces() {
 		srcs[n] = p

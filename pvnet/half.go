@@ -99,6 +99,9 @@ func (h *half) init(d *Device, queue int, dir direction, block *telemetry.Block)
 
 // enter is nil once the caller is inside the gate.
 func (h *half) enter() error {
+	if v := h.dev.broken.Load(); v != nil {
+		return v
+	}
 	for !h.gate.enter() {
 		switch h.gate.state.Load() {
 		case gateBusy, gateClosing:

@@ -146,6 +146,11 @@ func (l *life) violated(v *PeerError) {
 // beat is the slow tick: the heartbeat, and a look at halves that wait although
 // what they wait for is there.
 func (l *life) beat() {
+	defer func() {
+		if v := faulted(recover()); v != nil {
+			l.d.judge(v)
+		}
+	}()
 	l.d.set.Tick()
 	l.suspects = l.suspects[:0]
 	if !l.running {
@@ -181,6 +186,11 @@ type suspect struct {
 
 // rescue wakes the suspects that still wait. On a correct system there are none.
 func (l *life) rescue() {
+	defer func() {
+		if v := faulted(recover()); v != nil {
+			l.d.judge(v)
+		}
+	}()
 	l.recheck = nil
 	for _, s := range l.suspects {
 		if l.running && s.half.parked.Load() == s.seq && s.eng.overdue() {
@@ -284,7 +294,7 @@ func (l *life) connect(ch xenbus.Change) bool {
 	ctx, cancel := l.patiently()
 	defer cancel()
 	c := new(conn)
-	err := l.role.attach(ctx, l.xd, c)
+	err := l.attach(ctx, c)
 	if err == nil {
 		l.conn, l.attached, l.refused, l.pause = c, ch.Generation, nil, 0
 		l.xd.Fail(ctx, nil)
@@ -303,6 +313,15 @@ func (l *life) connect(ch xenbus.Change) bool {
 	}
 	l.postpone(l.xd.Current())
 	return false
+}
+
+func (l *life) attach(ctx context.Context, c *conn) (err error) {
+	defer func() {
+		if v := faulted(recover()); v != nil {
+			err = v
+		}
+	}()
+	return l.role.attach(ctx, l.xd, c)
 }
 
 // postpone tries again when something changed, or after a pause that grows.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"strconv"
 	"sync"
+	"time"
 
 	"barevif/hypercall"
 	"barevif/pvnet/netif"
@@ -76,10 +77,15 @@ func serve(ctx context.Context, domain hypercall.Domain, cfg ServeConfig, accept
 		if err != nil {
 			return err
 		}
-		if ev.Vanished {
-			continue // its Device sees it too
-		}
 		before := served[ev.BackendID]
+		if ev.Vanished { // its Device sees it too
+			select {
+			case <-before:
+				delete(served, ev.BackendID)
+			default:
+			}
+			continue
+		}
 		done := make(chan struct{})
 		served[ev.BackendID] = done
 		wg.Go(func() {
@@ -105,14 +111,14 @@ func serveOne(ctx context.Context, client *xenbus.Client, domain hypercall.Domai
 		}
 		return
 	}
-	if err := xd.Claim(ctx, 0); err != nil {
+	if err := xd.Claim(ctx, claimPatience); err != nil {
 		log.Warn("cannot serve a vif", "err", err)
 		closing, cancel := (*life)(nil).patiently()
 		xd.Close(closing)
 		cancel()
 		return
 	}
-	b := &back{d: d, cfg: cfg, client: client}
+	b := &back{d: d, cfg: cfg}
 	b.identify(ctx, xd)
 	d.start(xd, xenbus.Backend, b, nil, func() {})
 	stop := context.AfterFunc(ctx, func() { d.stop(context.Cause(ctx)) })
@@ -121,11 +127,14 @@ func serveOne(ctx context.Context, client *xenbus.Client, domain hypercall.Domai
 	stop()
 }
 
+// claimPatience is how long another backend of this domain has to say that it
+// lives. It is asked for nothing but that.
+const claimPatience = time.Second
+
 // A back is the backend's part of a life.
 type back struct {
-	d      *Device
-	cfg    *ServeConfig
-	client *xenbus.Client
+	d   *Device
+	cfg *ServeConfig
 }
 
 // backMAC is the address Linux's netback gives its interfaces: one that no bridge
@@ -251,7 +260,7 @@ func parseKeys(v xenbus.Values, prefix string) (k queueKeys, err error) {
 // finished removes a directory that is gone for good.
 func (b *back) finished(ctx context.Context, xd *xenbus.Device) {
 	if ch := xd.Current(); b.cfg.Remove && !ch.Gone && !ch.Lost && (!ch.Online || ch.Vanished) {
-		if err := b.client.Remove(ctx, xd.Dir()); err != nil {
+		if err := xd.Remove(ctx); err != nil {
 			b.d.log.Warn("cannot remove the vif's directory", "err", err)
 		}
 	}

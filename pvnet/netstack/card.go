@@ -1,0 +1,242 @@
+package netstack
+
+import (
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"barevif/pvnet"
+
+	"gvisor.dev/gvisor/pkg/buffer"
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
+	"gvisor.dev/gvisor/pkg/tcpip/stack/gro"
+)
+
+// batch is how many frames are moved at a time at most.
+const batch = 32
+
+// A card is the stack's link endpoint on a device, and its queueing discipline too.
+type card struct {
+	dev *pvnet.Device
+	mtu int // 0: the device's
+	mac tcpip.LinkAddress
+	tx  []*sender
+	rx  []*pvnet.RX
+
+	stack   atomic.Pointer[stack.NetworkDispatcher]
+	workers sync.WaitGroup
+
+	foreign, overflow, unsent atomic.Uint64
+}
+
+var (
+	_ stack.LinkEndpoint       = (*card)(nil)
+	_ stack.QueueingDiscipline = (*card)(nil)
+	_ stack.GSOEndpoint        = (*card)(nil)
+)
+
+func newCard(dev *pvnet.Device, mtu int) (*card, error) {
+	mac := dev.MAC()
+	c := &card{dev: dev, mtu: mtu, mac: tcpip.LinkAddress(mac[:])}
+	for i := range dev.Queues() {
+		rx, err := dev.OwnRX(i)
+		if err != nil {
+			return nil, err
+		}
+		tx, err := dev.OwnTX(i)
+		if err != nil {
+			return nil, err
+		}
+		c.rx = append(c.rx, rx)
+		c.tx = append(c.tx, newSender(c, tx))
+	}
+	return c, nil
+}
+
+func (c *card) start() {
+	for _, rx := range c.rx {
+		c.workers.Go(func() { c.receive(rx) })
+	}
+	for _, tx := range c.tx {
+		c.workers.Go(tx.work)
+	}
+}
+
+// drain waits until the senders have nothing left, but not for long.
+func (c *card) drain(patience time.Duration) {
+	end := time.Now().Add(patience)
+	for _, tx := range c.tx {
+		tx.drain(end)
+	}
+}
+
+// stop ends the goroutines and waits for them.
+func (c *card) stop() {
+	for _, rx := range c.rx {
+		rx.SetDeadline(past)
+	}
+	for _, tx := range c.tx {
+		tx.stop()
+	}
+	c.workers.Wait()
+}
+
+// past is a deadline that has passed.
+var past = time.Unix(1, 0)
+
+// receive gives the stack what rx receives, until the device ends or the deadline
+// passes. It gives the frames back before the stack has a look at the copies.
+func (c *card) receive(rx *pvnet.RX) {
+	var frames [batch]pvnet.Frame
+	var packets [batch]*stack.PacketBuffer
+	var merge gro.GRO
+	merge.Init(true)
+	for {
+		n, err := rx.Receive(frames[:])
+		if err != nil {
+			return
+		}
+		count := 0
+		for i := range frames[:n] {
+			if p := c.packet(&frames[i]); p != nil {
+				packets[count] = p
+				count++
+			}
+		}
+		_ = rx.Release(frames[:n]) // they came from rx: none is stale
+		up := c.stack.Load()
+		for i, p := range packets[:count] {
+			if up != nil {
+				merge.Dispatcher = *up
+				merge.Enqueue(p)
+			}
+			p.DecRef()
+			packets[i] = nil
+		}
+		merge.Flush()
+	}
+}
+
+// packet copies a frame, or drops it if it is not for us.
+func (c *card) packet(f *pvnet.Frame) *stack.PacketBuffer {
+	if f.Len() < header.EthernetMinimumSize {
+		c.foreign.Add(1)
+		return nil
+	}
+	view := buffer.NewViewSize(f.Len())
+	f.CopyTo(view.AsSlice())
+	// Only the copy is looked at: a lent page can still change.
+	eth := header.Ethernet(view.AsSlice())
+	kind := tcpip.PacketHost
+	switch dst := eth.DestinationAddress(); {
+	case dst == c.mac:
+	case dst == header.EthernetBroadcastAddress:
+		kind = tcpip.PacketBroadcast
+	case header.IsMulticastEthernetAddress(dst):
+		kind = tcpip.PacketMulticast
+	default:
+		view.Release()
+		c.foreign.Add(1)
+		return nil
+	}
+	p := stack.NewPacketBuffer(stack.PacketBufferOptions{Payload: buffer.MakeWithView(view)})
+	p.PktType = kind
+	p.NetworkProtocolNumber = eth.Type()
+	p.LinkHeader().Consume(header.EthernetMinimumSize)
+	return p
+}
+
+// WritePacket implements stack.QueueingDiscipline.
+func (c *card) WritePacket(p *stack.PacketBuffer) tcpip.Error {
+	one := [1]*stack.PacketBuffer{p}
+	if c.sender(p).write(one[:]) == 0 {
+		return &tcpip.ErrNoBufferSpace{}
+	}
+	return nil
+}
+
+// WritePackets implements stack.LinkEndpoint.
+func (c *card) WritePackets(list stack.PacketBufferList) (int, tcpip.Error) {
+	packets := list.AsSlice()
+	for done := 0; done < len(packets); {
+		tx, end := c.sender(packets[done]), done+1
+		for end < len(packets) && c.sender(packets[end]) == tx {
+			end++
+		}
+		n := tx.write(packets[done:end])
+		if done += n; done < end {
+			return done, &tcpip.ErrNoBufferSpace{}
+		}
+	}
+	return len(packets), nil
+}
+
+// sender picks the same queue for all packets of a flow.
+func (c *card) sender(p *stack.PacketBuffer) *sender {
+	n := c.dev.Active()
+	if n <= 1 {
+		return c.tx[0]
+	}
+	return c.tx[p.Hash%uint32(n)]
+}
+
+// MTU implements stack.LinkEndpoint.
+func (c *card) MTU() uint32 {
+	if c.mtu != 0 {
+		return uint32(c.mtu)
+	}
+	return uint32(c.dev.MTU())
+}
+
+// AddHeader implements stack.LinkEndpoint.
+func (c *card) AddHeader(p *stack.PacketBuffer) {
+	header.Ethernet(p.LinkHeader().Push(header.EthernetMinimumSize)).Encode(&header.EthernetFields{
+		SrcAddr: c.mac,
+		DstAddr: p.EgressRoute.RemoteLinkAddress,
+		Type:    p.NetworkProtocolNumber,
+	})
+}
+
+// ParseHeader implements stack.LinkEndpoint.
+func (c *card) ParseHeader(p *stack.PacketBuffer) bool {
+	_, ok := p.LinkHeader().Consume(header.EthernetMinimumSize)
+	return ok
+}
+
+// Attach implements stack.LinkEndpoint.
+func (c *card) Attach(d stack.NetworkDispatcher) {
+	if d == nil {
+		c.stack.Store(nil)
+		return
+	}
+	c.stack.Store(&d)
+}
+
+// IsAttached implements stack.LinkEndpoint.
+func (c *card) IsAttached() bool { return c.stack.Load() != nil }
+
+// Capabilities implements stack.LinkEndpoint. No offload is among them.
+func (c *card) Capabilities() stack.LinkEndpointCapabilities {
+	return stack.CapabilityResolutionRequired
+}
+
+// GSOMaxSize and SupportedGSO implement stack.GSOEndpoint: the stack's TCP handles
+// large segments and cuts them itself at the last moment.
+func (c *card) GSOMaxSize() uint32               { return gsoSize }
+func (c *card) SupportedGSO() stack.SupportedGSO { return stack.GVisorGSOSupported }
+
+// gsoSize is in bytes; larger segments bring no more.
+const gsoSize = 1 << 15
+
+// The rest of stack.LinkEndpoint and of stack.QueueingDiscipline. The card's
+// goroutines are ended by the Stack, which knows what comes before.
+func (c *card) MaxHeaderLength() uint16                 { return header.EthernetMinimumSize }
+func (c *card) LinkAddress() tcpip.LinkAddress          { return c.mac }
+func (c *card) ARPHardwareType() header.ARPHardwareType { return header.ARPHardwareEther }
+func (c *card) SetMTU(uint32)                           {}
+func (c *card) SetLinkAddress(tcpip.LinkAddress)        {}
+func (c *card) SetOnCloseAction(func())                 {}
+func (c *card) Wait()                                   {}
+func (c *card) Close()                                  {}

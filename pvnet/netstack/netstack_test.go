@@ -1,0 +1,692 @@
+package netstack
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"runtime"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"barevif/hypercall"
+	"barevif/hypercall/emu"
+	"barevif/pvnet"
+	"barevif/telemetry"
+	"barevif/xenbus"
+	"barevif/xenbus/store"
+	"barevif/xenbus/toolstack"
+
+	"golang.org/x/net/nettest"
+	"gvisor.dev/gvisor/pkg/buffer"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
+)
+
+// limit bounds what every test waits for; none comes near it.
+const limit = 20 * time.Second
+
+var (
+	frontMAC = pvnet.MAC{0, 0x16, 0x3e, 0, 0, 1}
+	frontIP  = netip.MustParsePrefix("192.0.2.1/24")
+	backIP   = netip.MustParsePrefix("192.0.2.2/24")
+)
+
+// A wire is a vif of an emulated machine, both ends.
+type wire struct {
+	front, back *pvnet.Device
+	guest       hypercall.Domain
+	cfg         pvnet.Config
+}
+
+func newWire(t testing.TB, mtu int, cfg pvnet.Config) *wire {
+	t.Helper()
+	before := runtime.NumGoroutine()
+	cfg.Logger = slog.New(slog.NewTextHandler(t.Output(), nil))
+	st := store.New(store.Config{})
+	m, err := emu.New(emu.Config{Store: func(dom hypercall.DomID, c io.ReadWriteCloser) { st.ServeConn(c, dom) }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		m.Close()
+		st.Close()
+		for end := time.Now().Add(limit); runtime.NumGoroutine() > before; runtime.Gosched() {
+			if time.Now().After(end) {
+				buf := make([]byte, 1<<16)
+				t.Fatalf("%d goroutines, %d before\n%s", runtime.NumGoroutine(), before, buf[:runtime.Stack(buf, true)])
+			}
+		}
+	})
+	m.OnDeath(st.DomainDied)
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
+	t.Cleanup(cancel)
+	var doms []*emu.Domain
+	var tools *xenbus.Client
+	for id := range hypercall.DomID(3) {
+		d, err := m.NewDomain(id)
+		if err != nil {
+			t.Fatal(err)
+		}
+		st.Introduce(id)
+		doms = append(doms, d)
+		if id == 0 {
+			if tools, err = xenbus.Dial(ctx, d.Store, xenbus.Config{}); err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { tools.Close() })
+		} else if err := toolstack.Home(ctx, tools, id); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := toolstack.Add(ctx, tools, toolstack.Vif{Front: 2, Back: 1, MAC: frontMAC, MTU: mtu}); err != nil {
+		t.Fatal(err)
+	}
+	serving, stop := context.WithCancel(context.Background())
+	backs, served := make(chan *pvnet.Device, 1), make(chan error, 1)
+	go func() {
+		served <- pvnet.Serve(serving, doms[1], pvnet.ServeConfig{Config: cfg, Hotplug: true}, func(d *pvnet.Device) { backs <- d })
+	}()
+	t.Cleanup(func() {
+		stop()
+		if err := <-served; !errors.Is(err, context.Canceled) {
+			t.Errorf("Serve: %v", err)
+		}
+	})
+	w := &wire{guest: doms[2], cfg: cfg}
+	w.connect(t)
+	w.back = <-backs
+	return w
+}
+
+func (w *wire) connect(t testing.TB) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
+	defer cancel()
+	front, err := pvnet.Connect(ctx, w.guest, "0", w.cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.front = front
+	t.Cleanup(front.Disconnect)
+}
+
+func newStack(t testing.TB, dev *pvnet.Device, cfg Config) *Stack {
+	t.Helper()
+	s, err := New(dev, cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { s.Close() })
+	return s
+}
+
+// two gives a stack at either end of a vif.
+func two(t testing.TB, mtu int, cfg pvnet.Config) (front, back *Stack) {
+	t.Helper()
+	w := newWire(t, mtu, cfg)
+	return newStack(t, w.front, Config{Addr: frontIP}), newStack(t, w.back, Config{Addr: backIP})
+}
+
+func listen(t testing.TB, s *Stack, address string) net.Listener {
+	t.Helper()
+	l, err := s.Listen("tcp", address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	return l
+}
+
+// connect gives both ends of a connection from a to b.
+func connect(t testing.TB, a, b *Stack) (client, server net.Conn) {
+	t.Helper()
+	l := listen(t, b, ":0")
+	defer l.Close()
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
+	defer cancel()
+	address := fmt.Sprintf("%s:%d", b.Addr(), l.Addr().(*net.TCPAddr).Port)
+	client, err := a.DialContext(ctx, "tcp", address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if server, err = l.Accept(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { client.Close(); server.Close() })
+	client.SetDeadline(time.Now().Add(limit))
+	server.SetDeadline(time.Now().Add(limit))
+	return client, server
+}
+
+func TestHTTPOverAVif(t *testing.T) {
+	front, back := two(t, 1500, pvnet.Config{})
+	body := bytes.Repeat([]byte("barevif "), 1<<16)
+	srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		got, err := io.ReadAll(r.Body)
+		if err != nil {
+			t.Error(err)
+		}
+		w.Write(got)
+	})}
+	l := listen(t, front, ":80")
+	served := make(chan error, 1)
+	go func() { served <- srv.Serve(l) }()
+	tr := &http.Transport{DialContext: back.DialContext}
+	client := &http.Client{Transport: tr, Timeout: limit}
+	for range 3 {
+		resp, err := client.Post("http://192.0.2.1/", "text/plain", bytes.NewReader(body))
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, err := io.ReadAll(resp.Body)
+		resp.Body.Close()
+		if err != nil || !bytes.Equal(got, body) {
+			t.Fatalf("%d bytes of %d, %v", len(got), len(body), err)
+		}
+	}
+	tr.CloseIdleConnections()
+	srv.Close()
+	if err := <-served; err != http.ErrServerClosed {
+		t.Error(err)
+	}
+}
+
+// The net package's own tests of what a net.Conn must do.
+func TestConnIsANetConn(t *testing.T) {
+	front, back := two(t, 1500, pvnet.Config{})
+	nettest.TestConn(t, func() (c1, c2 net.Conn, stop func(), err error) {
+		c1, c2 = connect(t, front, back)
+		c1.SetDeadline(time.Time{})
+		c2.SetDeadline(time.Time{})
+		return c1, c2, func() { c1.Close(); c2.Close() }, nil
+	})
+}
+
+func TestBulkIsWhole(t *testing.T) {
+	for _, c := range []struct {
+		name string
+		mtu  int
+		cfg  pvnet.Config
+	}{
+		{"1500", 1500, pvnet.Config{}},
+		{"9000", 9000, pvnet.Config{}},
+		{"576", 576, pvnet.Config{}},
+		{"lent", 1500, pvnet.Config{LendRx: true}},
+		{"queues", 1500, pvnet.Config{Queues: 3}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			front, back := two(t, c.mtu, c.cfg)
+			var wg sync.WaitGroup
+			for i := range 4 {
+				a, b := front, back
+				if i%2 == 1 {
+					a, b = back, front
+				}
+				client, server := connect(t, a, b)
+				const size = 4 << 20
+				wg.Go(func() {
+					defer client.Close()
+					r := rand.NewChaCha8([32]byte{byte(i)})
+					if _, err := io.CopyN(client, r, size); err != nil {
+						t.Error(err)
+					}
+				})
+				wg.Go(func() {
+					got, want := sha256.New(), sha256.New()
+					io.CopyN(want, rand.NewChaCha8([32]byte{byte(i)}), size)
+					n, err := io.Copy(got, server)
+					if n != size || err != nil || !bytes.Equal(got.Sum(nil), want.Sum(nil)) {
+						t.Errorf("%d bytes, %v", n, err)
+					}
+				})
+			}
+			wg.Wait()
+			for _, s := range []*Stack{front, back} {
+				if st := s.Stats(); st.Unsent != 0 || st.Foreign != 0 {
+					t.Errorf("%+v", st)
+				}
+			}
+		})
+	}
+}
+
+// Neither end sends a packet longer than it was told.
+func TestMTUIsHonoured(t *testing.T) {
+	w := newWire(t, 9000, pvnet.Config{})
+	front := newStack(t, w.front, Config{Addr: frontIP, MTU: 1000})
+	back := newStack(t, w.back, Config{Addr: backIP})
+	client, server := connect(t, front, back)
+	go func() { client.Write(make([]byte, 1<<20)); client.Close() }()
+	if n, err := io.Copy(io.Discard, server); n != 1<<20 || err != nil {
+		t.Fatal(n, err)
+	}
+	front.Close()
+	st := w.front.Stats()
+	bytes, packets := st.TX.Get(telemetry.Bytes), st.TX.Get(telemetry.Packets)
+	if mean := bytes / packets; mean > 1014 || mean < 900 {
+		t.Errorf("%d bytes in %d packets: %d each", bytes, packets, mean)
+	}
+}
+
+func TestUDP(t *testing.T) {
+	front, back := two(t, 1500, pvnet.Config{})
+	server, err := front.ListenPacket("udp", ":53")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer server.Close()
+	go func() {
+		b := make([]byte, 1<<16)
+		for {
+			n, from, err := server.ReadFrom(b)
+			if err != nil {
+				if !errors.Is(err, net.ErrClosed) {
+					t.Error(err)
+				}
+				return
+			}
+			if _, err := server.WriteTo(b[:n], from); err != nil {
+				t.Error(err)
+			}
+		}
+	}()
+	c, err := back.Dial("udp", "192.0.2.1:53")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(limit))
+	for _, size := range []int{0, 1, 512, 1472, 1473, 20000} { // the last two in fragments
+		want := bytes.Repeat([]byte{byte(size)}, size)
+		if _, err := c.Write(want); err != nil {
+			t.Fatal(err)
+		}
+		got := make([]byte, 1<<16)
+		n, err := c.Read(got)
+		if err != nil || !bytes.Equal(got[:n], want) {
+			t.Fatalf("%d bytes of %d, %v", n, size, err)
+		}
+	}
+	p := server.(net.PacketConn)
+	if _, err := p.WriteTo(nil, &net.TCPAddr{}); err == nil {
+		t.Error("wrote to a TCP address")
+	}
+	if _, err := p.WriteTo(nil, &net.UDPAddr{IP: net.ParseIP("2001:db8::1"), Port: 1}); err == nil {
+		t.Error("wrote to an address of another family")
+	}
+}
+
+func TestIPv6(t *testing.T) {
+	w := newWire(t, 1500, pvnet.Config{})
+	front := newStack(t, w.front, Config{Addr: netip.MustParsePrefix("2001:db8::1/64")})
+	back := newStack(t, w.back, Config{Addr: netip.MustParsePrefix("2001:db8::2/64"), Gateway: netip.MustParseAddr("2001:db8::1")})
+	l := listen(t, front, "[2001:db8::1]:80")
+	go func() {
+		if c, err := l.Accept(); err == nil {
+			io.Copy(c, c)
+			c.Close()
+		}
+	}()
+	c, err := back.Dial("tcp6", "[2001:db8::1]:80")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(limit))
+	io.WriteString(c, "hello")
+	got := make([]byte, 5)
+	if _, err := io.ReadFull(c, got); err != nil || string(got) != "hello" {
+		t.Fatalf("%q, %v", got, err)
+	}
+}
+
+func TestErrorsAreThoseOfTheNetPackage(t *testing.T) {
+	w := newWire(t, 1500, pvnet.Config{})
+	front := newStack(t, w.front, Config{Addr: frontIP})
+	back := newStack(t, w.back, Config{Addr: backIP, Gateway: netip.MustParseAddr("192.0.2.9")})
+	ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
+	defer cancel()
+	over, end := context.WithCancelCause(context.Background())
+	cause := errors.New("enough")
+	end(cause)
+	listen(t, front, ":80")
+	for _, c := range []struct {
+		what string
+		do   func() error
+		want error
+		text string
+	}{
+		{"refused", func() error { _, err := back.Dial("tcp", "192.0.2.1:9"); return err }, syscall.ECONNREFUSED, ""},
+		{"no route", func() error { _, err := front.Dial("tcp", "198.51.100.1:9"); return err }, syscall.ENETUNREACH, ""},
+		{"nobody there", func() error { _, err := back.Dial("tcp", "192.0.2.77:9"); return err }, syscall.EHOSTUNREACH, ""},
+		{"timeout", func() error { _, err := back.DialContext(ctx, "tcp", "192.0.2.78:9"); return err }, context.DeadlineExceeded, ""},
+		{"over", func() error { _, err := back.DialContext(over, "tcp", "192.0.2.1:80"); return err }, cause, ""},
+		{"in use", func() error { _, err := front.Listen("tcp", ":80"); return err }, syscall.EADDRINUSE, ""},
+		{"not ours", func() error { _, err := front.Listen("tcp", "192.0.2.3:80"); return err }, syscall.EADDRNOTAVAIL, ""},
+		{"UDP not ours", func() error { _, err := front.ListenPacket("udp", "192.0.2.3:80"); return err }, syscall.EADDRNOTAVAIL, ""},
+		{"name", func() error { _, err := front.Dial("tcp", "example.org:80"); return err }, nil, "not an IP address"},
+		{"family", func() error { _, err := front.Dial("tcp", "[2001:db8::1]:80"); return err }, nil, "family"},
+		{"family", func() error { _, err := front.Dial("tcp6", "192.0.2.2:80"); return err }, nil, "family"},
+		{"network", func() error { _, err := front.Dial("sctp", "192.0.2.2:80"); return err }, nil, "unknown network"},
+		{"network", func() error { _, err := front.Listen("udp", ":80"); return err }, nil, "unknown network"},
+		{"network", func() error { _, err := front.ListenPacket("tcp", ":80"); return err }, nil, "unknown network"},
+		{"port", func() error { _, err := front.Listen("tcp", ":http"); return err }, nil, "port"},
+	} {
+		err := c.do()
+		var op *net.OpError
+		if !errors.As(err, &op) || c.want != nil && !errors.Is(err, c.want) || !strings.Contains(err.Error(), c.text) {
+			t.Errorf("%s: %v", c.what, err)
+		}
+	}
+
+	a, b := connect(t, front, back)
+	a.SetReadDeadline(time.Now().Add(-1))
+	if _, err := a.Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("deadline: %v", err)
+	}
+	a.Close()
+	if _, err := a.Read(make([]byte, 1)); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("closed: %v", err)
+	}
+	if _, err := a.Write(make([]byte, 1)); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("closed: %v", err)
+	}
+	if _, err := b.Read(make([]byte, 1)); err != io.EOF {
+		t.Errorf("peer closed: %v", err)
+	}
+}
+
+func TestConfigIsChecked(t *testing.T) {
+	w := newWire(t, 1500, pvnet.Config{})
+	for _, cfg := range []Config{
+		{},
+		{Addr: netip.MustParsePrefix("0.0.0.0/0")},
+		{Addr: netip.MustParsePrefix("224.0.0.1/24")},
+		{Addr: frontIP, MTU: 1501},
+		{Addr: frontIP, MTU: 67},
+		{Addr: netip.MustParsePrefix("2001:db8::1/64"), MTU: 1279},
+		{Addr: frontIP, Gateway: netip.MustParseAddr("198.51.100.1")},
+		{Addr: frontIP, Gateway: netip.MustParseAddr("2001:db8::1")},
+	} {
+		if s, err := New(w.front, cfg); err == nil {
+			s.Close()
+			t.Errorf("%+v was taken", cfg)
+		}
+	}
+	// Nothing of the above took the device.
+	newStack(t, w.front, Config{Addr: frontIP})
+	if _, err := New(w.front, Config{Addr: frontIP}); !errors.Is(err, pvnet.ErrOwned) {
+		t.Errorf("a second stack on one device: %v", err)
+	}
+}
+
+func TestCloseWakesEveryone(t *testing.T) {
+	for _, c := range []struct {
+		name string
+		end  func(w *wire, s *Stack)
+	}{
+		{"stack", func(_ *wire, s *Stack) { s.Close() }},
+		{"device", func(w *wire, _ *Stack) { w.front.Disconnect() }},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			w := newWire(t, 1500, pvnet.Config{})
+			front := newStack(t, w.front, Config{Addr: frontIP})
+			back := newStack(t, w.back, Config{Addr: backIP})
+			a, b := connect(t, front, back)
+			l := listen(t, front, ":80")
+			u, err := front.ListenPacket("udp", ":53")
+			if err != nil {
+				t.Fatal(err)
+			}
+			full, _ := connect(t, front, back)
+			a.SetDeadline(time.Time{})
+			full.SetDeadline(time.Time{})
+			calls := map[string]func() error{
+				"Accept":   func() error { _, err := l.Accept(); return err },
+				"Read":     func() error { _, err := a.Read(make([]byte, 1)); return err },
+				"ReadFrom": func() error { _, _, err := u.ReadFrom(make([]byte, 1)); return err },
+				"Write": func() error { // until nobody takes it
+					_, err := full.Write(make([]byte, 64<<20))
+					return err
+				},
+				"Dial": func() error { _, err := front.Dial("tcp", "192.0.2.99:1"); return err },
+			}
+			type result struct {
+				name string
+				err  error
+			}
+			results := make(chan result, len(calls))
+			var started sync.WaitGroup
+			for name, call := range calls {
+				started.Add(1)
+				go func() {
+					started.Done()
+					results <- result{name, call()}
+				}()
+			}
+			started.Wait()
+			c.end(w, front)
+			for range calls {
+				select {
+				case r := <-results:
+					if !errors.Is(r.err, net.ErrClosed) {
+						t.Errorf("%s: %v", r.name, r.err)
+					}
+				case <-time.After(limit):
+					buf := make([]byte, 1<<16)
+					t.Fatalf("someone still waits\n%s", buf[:runtime.Stack(buf, true)])
+				}
+			}
+			if _, err := front.Listen("tcp", ":81"); !errors.Is(err, net.ErrClosed) {
+				t.Errorf("Listen afterwards: %v", err)
+			}
+			if _, err := front.Dial("udp", "192.0.2.2:1"); !errors.Is(err, net.ErrClosed) {
+				t.Errorf("Dial afterwards: %v", err)
+			}
+			if c.name == "stack" { // the peer is told
+				if _, err := b.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+					t.Errorf("the other end: %v", err)
+				}
+			}
+			for range 2 {
+				if err := front.Close(); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+}
+
+func TestConnectionsOutliveAReconnect(t *testing.T) {
+	w := newWire(t, 1500, pvnet.Config{})
+	back := newStack(t, w.back, Config{Addr: backIP})
+	front := newStack(t, w.front, Config{Addr: frontIP})
+	a, _ := connect(t, front, back)
+	// The guest's device ends and takes its stack along; the backend's carries on.
+	w.front.Disconnect()
+	if _, err := a.Read(make([]byte, 1)); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("%v", err)
+	}
+	front.Close()
+	w.connect(t)
+	front = newStack(t, w.front, Config{Addr: frontIP})
+	c, d := connect(t, front, back)
+	go io.WriteString(c, "hello")
+	got := make([]byte, 5)
+	if _, err := io.ReadFull(d, got); err != nil || string(got) != "hello" {
+		t.Fatalf("%q, %v", got, err)
+	}
+}
+
+// A peer sends what it likes; frames that are not ours are not looked at further.
+func TestForeignFramesAreDropped(t *testing.T) {
+	w := newWire(t, 1500, pvnet.Config{})
+	front := newStack(t, w.front, Config{Addr: frontIP})
+	l := listen(t, front, ":80")
+	r := rand.New(rand.NewPCG(1, 2))
+	foreign := uint64(0)
+	for range 2000 {
+		f := make([]byte, 14+r.IntN(200))
+		for i := range f {
+			f[i] = byte(r.Uint32())
+		}
+		switch r.IntN(3) {
+		case 0: // IPv4 or IPv6 for us, all else noise
+			copy(f, frontMAC[:])
+			copy(f[12:], []byte{8, 0, 0x45})
+			if r.IntN(2) == 0 {
+				copy(f[12:], []byte{0x86, 0xdd, 0x60})
+			}
+		case 1:
+			copy(f, bytes.Repeat([]byte{0xff}, 6))
+		default:
+			f[0] = 2
+			foreign++
+		}
+		if _, err := w.back.Write(f); err != nil {
+			t.Fatal(err)
+		}
+	}
+	back := newStack(t, w.back, Config{Addr: backIP})
+	c, err := back.Dial("tcp", "192.0.2.1:80")
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.Close()
+	if s, err := l.Accept(); err != nil {
+		t.Fatal(err)
+	} else {
+		s.Close()
+	}
+	if got := front.Stats().Foreign; got != foreign {
+		t.Errorf("%d foreign frames of %d", got, foreign)
+	}
+}
+
+// What the ring has no room for waits, is bounded, and never blocks the stack.
+func TestSenderNeverBlocks(t *testing.T) {
+	w := newWire(t, 1500, pvnet.Config{})
+	front := newStack(t, w.front, Config{Addr: frontIP})
+	rx, err := w.back.OwnRX(0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rx.SetDeadline(time.Now().Add(limit))
+	tx := front.card.tx[0]
+	packet := func(n int) *stack.PacketBuffer {
+		b := make([]byte, 1000)
+		copy(b, []byte{2, 0, 0, 0, 0, 9})
+		binary.BigEndian.PutUint32(b[14:], uint32(n))
+		return stack.NewPacketBuffer(stack.PacketBufferOptions{Payload: buffer.MakeWithData(b)})
+	}
+	// Nobody receives at the other end: the ring fills, then the queue.
+	accepted := 0
+	for {
+		p := packet(accepted)
+		n := tx.write([]*stack.PacketBuffer{p})
+		p.DecRef()
+		if n == 0 {
+			break
+		}
+		accepted++
+	}
+	if accepted < maxWaiting || accepted > 2*maxWaiting || front.Stats().Overflow != 1 {
+		t.Fatalf("%d accepted, %+v", accepted, front.Stats())
+	}
+	// A frame that is too long for any vif is lost alone.
+	p := stack.NewPacketBuffer(stack.PacketBufferOptions{Payload: buffer.MakeWithData(make([]byte, pvnet.MaxFrame+1))})
+	if refused := front.card.WritePacket(p); refused == nil {
+		t.Error("a packet was accepted that nothing has room for")
+	}
+	p.DecRef()
+	// Once the other end receives, all that waited arrives, in order.
+	var frames [32]pvnet.Frame
+	for n := 0; n < accepted; {
+		k, err := rx.Receive(frames[:])
+		if err != nil {
+			t.Fatalf("after %d of %d: %v", n, accepted, err)
+		}
+		for i := range frames[:k] {
+			b := frames[i].Bytes()
+			if [6]byte(b) != ([6]byte{2, 0, 0, 0, 0, 9}) {
+				continue // what the stack says by itself
+			}
+			if got := binary.BigEndian.Uint32(b[14:]); got != uint32(n) {
+				t.Fatalf("frame %d came as number %d", got, n)
+			}
+			n++
+		}
+		rx.Release(frames[:k])
+	}
+	// What cannot be sent any more is given back.
+	for range 2 * maxWaiting {
+		p := packet(0)
+		tx.write([]*stack.PacketBuffer{p})
+		p.DecRef()
+	}
+	front.Close()
+	if st := front.Stats(); st.Unsent < maxWaiting/2 {
+		t.Errorf("%+v", st)
+	}
+	p = packet(0)
+	defer p.DecRef()
+	if tx.write([]*stack.PacketBuffer{p}) != 0 {
+		t.Error("accepted after Close")
+	}
+}
+
+func BenchmarkTCP(b *testing.B) {
+	for _, mtu := range []int{1500, 9000} {
+		b.Run(fmt.Sprintf("mtu=%d", mtu), func(b *testing.B) {
+			front, back := two(b, mtu, pvnet.Config{})
+			client, server := connect(b, front, back)
+			client.SetDeadline(time.Time{})
+			server.SetDeadline(time.Time{})
+			const size = 64 << 10
+			b.SetBytes(size)
+			go func() {
+				buf := make([]byte, size)
+				for {
+					if _, err := client.Write(buf); err != nil {
+						return
+					}
+				}
+			}()
+			buf := make([]byte, size)
+			for b.Loop() {
+				if _, err := io.ReadFull(server, buf); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
+
+func BenchmarkRoundTrip(b *testing.B) {
+	front, back := two(b, 1500, pvnet.Config{})
+	client, server := connect(b, front, back)
+	client.SetDeadline(time.Time{})
+	server.SetDeadline(time.Time{})
+	go io.Copy(server, server)
+	buf := make([]byte, 64)
+	for b.Loop() {
+		if _, err := client.Write(buf); err != nil {
+			b.Fatal(err)
+		}
+		if _, err := io.ReadFull(client, buf); err != nil {
+			b.Fatal(err)
+		}
+	}
+}

@@ -1,0 +1,207 @@
+package netstack
+
+import (
+	"slices"
+	"sync"
+	"time"
+
+	"barevif/pvnet"
+
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
+)
+
+// maxWaiting is how many packets wait for room in the ring: as many as Linux lets
+// wait before a card (its default txqueuelen).
+const maxWaiting = 1000
+
+// A sender moves packets into one transmit half. The stack's own goroutines send,
+// and never wait: the one that receives may be among them, and two ends that wait
+// for each other would wait for ever. What the ring has no room for waits here,
+// and work sends it in their stead until there is no more.
+type sender struct {
+	card *card
+
+	mu      sync.Mutex
+	tx      *pvnet.TX             // used by whoever holds mu, or by work while busy
+	busy    bool                  // guarded by mu: packets wait, and work has the half
+	ended   bool                  // guarded by mu
+	waiting []*stack.PacketBuffer // guarded by mu; oldest first
+	changed *sync.Cond            // busy or ended did
+
+	frames [batch]pvnet.Frame // goes with tx
+	pieces [][]byte           // goes with tx
+}
+
+func newSender(c *card, tx *pvnet.TX) *sender {
+	s := &sender{card: c, tx: tx}
+	s.changed = sync.NewCond(&s.mu)
+	return s
+}
+
+// write sends packets in order, or has them wait, and returns how many of them:
+// the others are lost. It does not wait, and does not keep the slice.
+func (s *sender) write(packets []*stack.PacketBuffer) int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.ended {
+		s.card.unsent.Add(uint64(len(packets)))
+		return 0
+	}
+	n := 0
+	if !s.busy {
+		if n = s.send(packets); n == len(packets) {
+			return n
+		}
+		s.busy = true
+		s.changed.Broadcast()
+	}
+	for _, p := range packets[n:] {
+		if len(s.waiting) == maxWaiting {
+			s.card.overflow.Add(uint64(len(packets) - n))
+			return n
+		}
+		s.waiting = append(s.waiting, p.IncRef())
+		n++
+	}
+	return n
+}
+
+// send sends what there is room for. The caller has tx.
+func (s *sender) send(packets []*stack.PacketBuffer) (done int) {
+	for done < len(packets) {
+		next := packets[done:min(done+batch, len(packets))]
+		n := s.tx.AllocSize(s.frames[:len(next)], largest(next))
+		if n == 0 {
+			return done
+		}
+		for i := range s.frames[:n] {
+			s.fill(&s.frames[i], next[i])
+		}
+		sent, err := s.tx.Send(s.frames[:n])
+		lost, ok := s.after(sent, n, err)
+		done += sent + lost
+		if !ok {
+			return done
+		}
+	}
+	return done
+}
+
+// after cleans up behind a send of n frames of which sent were taken. lost counts
+// those that never will be. ok says that the next may be tried at once.
+func (s *sender) after(sent, n int, err error) (lost int, ok bool) {
+	for i := sent; i < n; i++ {
+		_ = s.frames[i].Release() // the sender did not take it over
+	}
+	if err == pvnet.ErrFrameSize { // about frames[sent]; it will not shrink
+		s.card.unsent.Add(1)
+		return 1, true
+	}
+	return 0, err == nil
+}
+
+// work sends what waits, and waits for room to do so.
+func (s *sender) work() {
+	var packets [batch]*stack.PacketBuffer
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for {
+		for !s.busy && !s.ended {
+			s.changed.Wait()
+		}
+		if s.ended {
+			s.card.unsent.Add(uint64(len(s.waiting)))
+			release(s.waiting)
+			s.waiting, s.busy = nil, false
+			s.changed.Broadcast()
+			return
+		}
+		for len(s.waiting) > 0 && !s.ended {
+			n := copy(packets[:], s.waiting)
+			s.waiting = slices.Delete(s.waiting, 0, n)
+			s.mu.Unlock()
+			done := s.sendAll(packets[:n])
+			s.card.unsent.Add(uint64(n - done))
+			release(packets[:n])
+			s.mu.Lock()
+		}
+		s.busy = s.ended
+		s.changed.Broadcast()
+	}
+}
+
+// sendAll waits for room for each packet. It returns how many it sent before the
+// device ended.
+func (s *sender) sendAll(packets []*stack.PacketBuffer) (done int) {
+	for done < len(packets) {
+		next := packets[done:min(done+batch, len(packets))]
+		n, err := s.tx.AllocWait(s.frames[:len(next)], largest(next))
+		if err != nil {
+			return done
+		}
+		for i := range s.frames[:n] {
+			s.fill(&s.frames[i], next[i])
+		}
+		sent, err := s.tx.SendWait(s.frames[:n])
+		lost, ok := s.after(sent, n, err)
+		if done += sent + lost; !ok {
+			return done
+		}
+	}
+	return done
+}
+
+// release lets go of packets, which were counted already.
+func release(packets []*stack.PacketBuffer) {
+	for i, p := range packets {
+		p.DecRef()
+		packets[i] = nil
+	}
+}
+
+func largest(packets []*stack.PacketBuffer) (size int) {
+	for _, p := range packets {
+		size = max(size, p.Size())
+	}
+	return size
+}
+
+// fill copies a packet into a frame that is as long or longer.
+func (s *sender) fill(f *pvnet.Frame, p *stack.PacketBuffer) {
+	list, skip := p.AsViewList()
+	s.pieces = s.pieces[:0]
+	for v := list.Front(); v != nil; v = v.Next() {
+		b := v.AsSlice()
+		k := min(skip, len(b))
+		skip -= k
+		if k < len(b) {
+			s.pieces = append(s.pieces, b[k:])
+		}
+	}
+	f.Truncate(f.CopyFrom(s.pieces...))
+	clear(s.pieces)
+}
+
+// drain waits until nothing waits, or for end.
+func (s *sender) drain(end time.Time) {
+	timer := time.AfterFunc(time.Until(end), func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.changed.Broadcast()
+	})
+	defer timer.Stop()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for s.busy && !s.ended && time.Now().Before(end) {
+		s.changed.Wait()
+	}
+}
+
+// stop ends work.
+func (s *sender) stop() {
+	s.mu.Lock()
+	s.ended = true
+	s.changed.Broadcast()
+	s.mu.Unlock()
+	s.tx.SetDeadline(past)
+}
