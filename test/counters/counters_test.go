@@ -1,0 +1,442 @@
+package counters
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"testing"
+	"time"
+
+	"barevif/pvnet"
+	"barevif/telemetry"
+	"barevif/telemetry/bpf"
+	"barevif/telemetry/openmetrics"
+)
+
+const (
+	frontPins = bpf.DefaultRoot + "/front-1-2-0"
+	backPins  = bpf.DefaultRoot + "/back-2-1-0"
+)
+
+// traffic is frames moved by exact counts: sizes[i] bytes each, in batches.
+type traffic struct {
+	batch, batches, size int
+}
+
+func (tr traffic) frames() uint64 { return uint64(tr.batch * tr.batches) }
+func (tr traffic) bytes() uint64  { return tr.frames() * uint64(tr.size) }
+
+var (
+	toBack  = traffic{batch: 7, batches: 191, size: 1500}
+	toFront = traffic{batch: 13, batches: 77, size: 64}
+)
+
+// exercised is a wire over which toBack and toFront have gone, counted in maps.
+func exercised(t *testing.T, s *bpf.Store) *wire {
+	t.Helper()
+	w := newWire(t, pvnet.Config{Counters: s}, pvnet.Config{Counters: s})
+	for _, d := range []*pvnet.Device{w.front, w.back} {
+		if kind, reason := d.Counters().Backend(); kind != bpf.KindIterator {
+			t.Fatalf("counters are in %s (%s)", kind, reason)
+		}
+	}
+	for _, way := range []struct {
+		traffic
+		*path
+	}{
+		{toBack, newPath(t, w.front, w.back, toBack.batch)},
+		{toFront, newPath(t, w.back, w.front, toFront.batch)},
+	} {
+		for range way.batches {
+			way.move(t, way.size)
+		}
+	}
+	// Owners that do nothing any more publish with the next tick.
+	eventually(t, "the counts are published", func() bool {
+		f, b := w.front.Stats(), w.back.Stats()
+		return f.TX.Get(telemetry.Packets) == toBack.frames() && b.RX.Get(telemetry.Packets) == toBack.frames() &&
+			b.TX.Get(telemetry.Packets) == toFront.frames() && f.RX.Get(telemetry.Packets) == toFront.frames()
+	})
+	return w
+}
+
+// bpftool gives one queue's named counters, as bpftool prints them.
+func bpftool(t *testing.T, dir string) map[string]json.RawMessage {
+	t.Helper()
+	var out []struct {
+		Formatted struct {
+			Value map[string]json.RawMessage
+		}
+	}
+	if err := json.Unmarshal([]byte(run(t, needTool(t, "bpftool"), "-j", "map", "dump", "pinned", dir+"/counters")), &out); err != nil {
+		t.Fatal(err)
+	}
+	if len(out) == 0 {
+		t.Fatal("no queue")
+	}
+	return out[0].Formatted.Value
+}
+
+func number(t *testing.T, m map[string]json.RawMessage, name string) (n uint64) {
+	t.Helper()
+	if err := json.Unmarshal(m[name], &n); err != nil {
+		t.Fatalf("%s is %q", name, m[name])
+	}
+	return n
+}
+
+func TestBpftoolShowsTheFramesThatWereSent(t *testing.T) {
+	needBPF(t)
+	needTool(t, "bpftool")
+	exercised(t, &bpf.Store{})
+	front, back := bpftool(t, frontPins), bpftool(t, backPins)
+	for _, c := range []struct {
+		who  string
+		have map[string]json.RawMessage
+		name string
+		want uint64
+	}{
+		{"frontend", front, "tx_packets", toBack.frames()},
+		{"frontend", front, "tx_bytes", toBack.bytes()},
+		{"frontend", front, "rx_packets", toFront.frames()},
+		{"frontend", front, "rx_bytes", toFront.bytes()},
+		{"backend", back, "rx_packets", toBack.frames()},
+		{"backend", back, "rx_bytes", toBack.bytes()},
+		{"backend", back, "tx_packets", toFront.frames()},
+		{"backend", back, "tx_bytes", toFront.bytes()},
+	} {
+		if got := number(t, c.have, c.name); got != c.want {
+			t.Errorf("%s: %s is %d, want %d", c.who, c.name, got, c.want)
+		}
+	}
+	balance(t, "to the backend", front, back)
+	balance(t, "to the frontend", back, front)
+}
+
+// balance checks sent = received + dropped, and that drops are their reasons.
+func balance(t *testing.T, way string, from, to map[string]json.RawMessage) {
+	t.Helper()
+	sent, received := number(t, from, "tx_packets"), number(t, to, "rx_packets")
+	var reasons uint64
+	for _, f := range telemetry.Fields() {
+		if f.SumIn != "" {
+			reasons += number(t, to, f.FullName(telemetry.RX))
+		}
+	}
+	if dropped := number(t, to, "rx_dropped") + number(t, to, "rx_errors"); dropped != reasons || sent != received+dropped {
+		t.Errorf("%s: sent %d, received %d, dropped %d for %d reasons", way, sent, received, dropped, reasons)
+	}
+}
+
+// A peer that goes takes frames with it: each is counted as lost, for a reason, and
+// the two ends still balance.
+func TestFramesLostWithThePeerAreCountedByReason(t *testing.T) {
+	w := newWire(t, pvnet.Config{}, pvnet.Config{})
+	p := newPath(t, w.front, w.back, 8)
+	n := p.tx.AllocSize(p.frames, 100)
+	if k, err := p.tx.Send(p.frames[:n]); k != 8 || err != nil {
+		t.Fatal(k, err)
+	}
+	w.back.Disconnect() // nobody has received them
+	eventually(t, "every frame sent is received or lost", func() bool {
+		st := w.front.Stats()
+		return st.TX.Get(telemetry.Packets)+st.TX.Dropped()+st.TX.Errors() >= 8
+	})
+	st := w.front.Stats()
+	t.Logf("sent %d, dropped %d, errors %d", st.TX.Get(telemetry.Packets), st.TX.Dropped(), st.TX.Errors())
+	var reasons uint64
+	for _, f := range telemetry.Fields() {
+		if f.SumIn != "" {
+			reasons += st.TX.Field(f)
+		}
+	}
+	if got := st.TX.Dropped() + st.TX.Errors(); got != reasons {
+		t.Errorf("%d lost, %d reasons", got, reasons)
+	}
+}
+
+func TestMetricsFilePassesAStrictParser(t *testing.T) {
+	needBPF(t)
+	python := needTool(t, "python3")
+	for _, p := range []string{"/usr/bin/python3", python} { // Debian's own has Debian's modules
+		if exec.Command(p, "-c", "import prometheus_client.openmetrics.parser").Run() == nil {
+			python = p
+			break
+		}
+		python = ""
+	}
+	if python == "" {
+		t.Skip("python3-prometheus-client is not installed")
+	}
+	w := exercised(t, &bpf.Store{})
+	var text []byte
+	eventually(t, "text is the same before and after", func() bool {
+		want := w.front.Counters().Totals()
+		var err error
+		if text, err = os.ReadFile(frontPins + "/metrics"); err != nil {
+			t.Fatal(err)
+		}
+		var b bytes.Buffer
+		if err := openmetrics.Write(&b, openmetrics.Device{Name: "front-1-2-0", Stats: want}); err != nil {
+			t.Fatal(err)
+		}
+		return bytes.Equal(b.Bytes(), text) && reflect.DeepEqual(want, w.front.Counters().Totals())
+	})
+	const script = `
+import sys
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse
+for family in parse(sys.stdin.read()):
+    for s in family.samples:
+        if s.name in ("barevif_tx_packets_total", "barevif_rx_bytes_total"):
+            print(s.name, s.labels["vif"], s.labels["queue"], int(s.value))
+`
+	cmd := exec.Command(python, "-c", script)
+	cmd.Stdin = bytes.NewReader(text)
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	want := fmt.Sprintf("barevif_rx_bytes_total front-1-2-0 0 %d\nbarevif_tx_packets_total front-1-2-0 0 %d\n",
+		toFront.bytes(), toBack.frames())
+	if string(out) != want {
+		t.Errorf("the parser read\n%swant\n%s", out, want)
+	}
+}
+
+// shape is what these tests read of the output of stat --json.
+type shape struct {
+	Devices []struct {
+		Vif    string
+		Source struct{ Kind string }
+		Status *struct {
+			Mirror, State string
+			Up, Stale     bool
+		}
+		Torn   bool
+		Totals map[string]map[string]json.RawMessage
+		Queues []map[string]json.RawMessage
+		Events []struct {
+			Kind string
+			A    uint64
+		}
+	}
+	Pairs []struct {
+		Frontend, Backend string
+		Flows             []struct {
+			Sent, Received, Dropped uint64
+			Verdict                 string
+		}
+	}
+}
+
+func statJSON(t *testing.T, front []string, args ...string) shape {
+	t.Helper()
+	line := append(append(front, command(t), "stat", "--json"), args...)
+	var s shape
+	if err := json.Unmarshal([]byte(run(t, line[0], line[1:]...)), &s); err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+// sameAs compares what stat says of a device with what the device says itself.
+func sameAs(t *testing.T, got map[string]map[string]json.RawMessage, want *telemetry.Stats) bool {
+	t.Helper()
+	same, checked := true, 0
+	for dir, v := range []*telemetry.Values{&want.RX, &want.TX} {
+		for _, f := range telemetry.Fields() {
+			name := f.FullName(telemetry.Dir(dir))
+			var have, should string
+			switch f.Kind {
+			case telemetry.KindHistogram:
+				var h struct {
+					Buckets map[string]uint64
+					Sum     uint64
+				}
+				if err := json.Unmarshal(got["histograms"][name], &h); err != nil {
+					t.Fatalf("%s: %v", name, err)
+				}
+				buckets, sum := v.Histogram(f)
+				for i, n := range buckets {
+					have += fmt.Sprint(h.Buckets[f.Bucket(i)], " ")
+					should += fmt.Sprint(n, " ")
+				}
+				have += fmt.Sprint(h.Sum)
+				should += fmt.Sprint(sum)
+			case telemetry.KindGauge:
+				have, should = string(got["gauges"][name]), fmt.Sprint(v.Field(f))
+			default:
+				have, should = string(got["counters"][name]), fmt.Sprint(v.Field(f))
+			}
+			if have != should {
+				same = false
+			}
+			checked++
+		}
+	}
+	if checked != 2*len(telemetry.Fields()) {
+		t.Fatalf("%d fields compared", checked)
+	}
+	return same
+}
+
+func TestStatSaysWhatTheDeviceSays(t *testing.T) {
+	needBPF(t)
+	w := exercised(t, &bpf.Store{})
+	devices := map[string]*pvnet.Device{"front-1-2-0": w.front, "back-2-1-0": w.back}
+	var s shape
+	eventually(t, "every field of both devices agrees", func() bool {
+		s = statJSON(t, nil)
+		if len(s.Devices) != 2 {
+			t.Fatalf("%d devices", len(s.Devices))
+		}
+		for i := range s.Devices {
+			st := devices[s.Devices[i].Vif].Stats()
+			if !sameAs(t, s.Devices[i].Totals, &st) {
+				return false
+			}
+		}
+		return true
+	})
+	for _, d := range s.Devices {
+		if d.Status == nil || d.Status.State != "XenbusStateConnected" || !d.Status.Up || d.Status.Stale || d.Torn ||
+			d.Status.Mirror != bpf.KindIterator || d.Source.Kind != bpf.KindPins {
+			t.Errorf("%s: %+v, %+v, torn %v", d.Vif, d.Source, d.Status, d.Torn)
+		}
+	}
+	if len(s.Pairs) != 1 || s.Pairs[0].Frontend != "front-1-2-0" || s.Pairs[0].Backend != "back-2-1-0" {
+		t.Fatalf("pairs %+v", s.Pairs)
+	}
+	for i, want := range []uint64{toBack.frames(), toFront.frames()} {
+		f := s.Pairs[0].Flows[i]
+		if f.Sent != want || f.Received != want || f.Dropped != 0 || f.Verdict != "balanced" {
+			t.Errorf("flow %d: %+v, want %d balanced", i, f, want)
+		}
+	}
+}
+
+func TestTamperedCounterIsHealedAndReported(t *testing.T) {
+	needBPF(t)
+	tool := needTool(t, "bpftool")
+	w := exercised(t, &bpf.Store{})
+	before := w.front.Stats()
+	// Element 0 whole, every byte 1.
+	const words = 2 * telemetry.BlockWords
+	args := append([]string{"map", "update", "pinned", frontPins + "/counters", "key", "hex", "00", "00", "00", "00", "value", "hex"},
+		strings.Fields(strings.Repeat("01 ", 8*words))...)
+	start := time.Now()
+	run(t, tool, args...)
+	if got := w.front.Stats(); got.TX.Get(telemetry.Packets) != before.TX.Get(telemetry.Packets) ||
+		got.RX.Get(telemetry.Bytes) != before.RX.Get(telemetry.Bytes) {
+		t.Error("Stats took the forged numbers")
+	}
+	eventually(t, "the map is healed", func() bool {
+		m := bpftool(t, frontPins)
+		return number(t, m, "tx_packets") == toBack.frames() && number(t, m, "rx_bytes") == toFront.bytes()
+	})
+	t.Logf("healed within %v", time.Since(start).Round(10*time.Millisecond))
+	eventually(t, "the event is reported", func() bool {
+		for _, d := range statJSON(t, nil, "front-1-2-0").Devices {
+			for _, e := range d.Events {
+				if e.Kind == "tamper" && e.A > 0 {
+					return true
+				}
+			}
+		}
+		return false
+	})
+	if n := w.front.Stats().TX; n.Get(telemetry.MirrorHealed) == 0 {
+		t.Error("no word is counted as healed")
+	}
+}
+
+var nobody = []string{"setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--bounding-set=-all"}
+
+func TestAnyUserReadsAPublicDevice(t *testing.T) {
+	needBPF(t)
+	needTool(t, "setpriv")
+	exercised(t, &bpf.Store{Public: true})
+	s := statJSON(t, nobody)
+	if len(s.Devices) != 2 {
+		t.Fatalf("%d devices", len(s.Devices))
+	}
+	for _, d := range s.Devices {
+		want := toBack.frames()
+		if d.Vif == "front-1-2-0" {
+			want = toFront.frames()
+		}
+		if d.Source.Kind != bpf.KindMetrics || string(d.Totals["counters"]["rx_packets"]) != fmt.Sprint(want) {
+			t.Errorf("%s from %s: rx_packets %s, want %d", d.Vif, d.Source.Kind, d.Totals["counters"]["rx_packets"], want)
+		}
+	}
+	if len(s.Pairs) != 1 || s.Pairs[0].Flows[0].Verdict != "balanced" {
+		t.Errorf("pairs %+v", s.Pairs)
+	}
+}
+
+func TestPrivateDeviceIsNotShownToOthers(t *testing.T) {
+	needBPF(t)
+	needTool(t, "setpriv")
+	exercised(t, &bpf.Store{})
+	if s := statJSON(t, nobody); len(s.Devices) != 0 {
+		t.Errorf("another user sees %+v", s.Devices)
+	}
+}
+
+func TestUserReadsTheMemfdOfItsOwnProcess(t *testing.T) {
+	if os.Geteuid() == 0 {
+		needTool(t, "setpriv")
+	}
+	info := telemetry.Info{Role: telemetry.Frontend, Own: 77, Peer: 0, Handle: 5}
+	front := []string{}
+	if os.Geteuid() == 0 {
+		front = nobody
+	}
+	command(t) // makes the directory
+	self, err := os.ReadFile("/proc/self/exe")
+	if err != nil {
+		t.Fatal(err)
+	}
+	bin := filepath.Join(publicDir(), "owner")
+	if err := os.WriteFile(bin, self, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	text, err := json.Marshal(info)
+	if err != nil {
+		t.Fatal(err)
+	}
+	args := append(append([]string{}, front...), bin)
+	cmd := exec.Command(args[0], args[1:]...)
+	cmd.Env = append(os.Environ(), envOwner+"="+string(text))
+	cmd.Stderr = os.Stderr
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer cmd.Wait()
+	defer in.Close()
+	line, err := bufio.NewReader(out).ReadString('\n')
+	if err != nil || !strings.HasPrefix(line, bpf.KindMemfd+": ") {
+		t.Fatalf("the owner says %q, %v", line, err)
+	}
+	s := statJSON(t, front, info.Name())
+	if len(s.Devices) != 1 || s.Devices[0].Source.Kind != bpf.KindMemfd {
+		t.Fatalf("devices %+v", s.Devices)
+	}
+	if got := string(s.Devices[0].Totals["counters"]["rx_packets"]); got != `"9007199254740993"` {
+		t.Errorf("rx_packets is %s", got)
+	}
+}
