@@ -225,7 +225,7 @@ func (m *Machine) kill() {
 }
 
 // fatal is what Xen and Linux print when there is no going on.
-var fatal = regexp.MustCompile(`Kernel panic|Xen BUG at|Panic on CPU|FATAL (TRAP|PAGE)|\bOops\b|BUG: |kernel BUG at|general protection fault|DOUBLE FAULT`)
+var fatal = regexp.MustCompile(`Kernel panic|Xen BUG at|Panic on CPU|FATAL (TRAP|PAGE)|\bOops\b|\bBUG: |kernel BUG at|general protection fault|DOUBLE FAULT`)
 
 // Fatal reports whether a line of a kernel's log says that it broke.
 func Fatal(line string) bool { return fatal.MatchString(line) }
@@ -261,6 +261,10 @@ func (m *Machine) receive() {
 			err = json.Unmarshal(line, &reply)
 		}
 		if err != nil {
+			select { // the end of QEMU says more
+			case <-m.ended:
+			case <-time.After(5 * time.Second):
+			}
 			m.fail(fmt.Errorf("the agent's port: %w", err))
 			return
 		}
