@@ -62,10 +62,12 @@ func (l *lab) bait(cfg pvnet.Config) *host {
 }
 
 // offer goes through the handshake as a correct backend does.
-func (h *host) offer() {
+func (h *host) offer() { h.offerWith(raw.BackKeys()) }
+
+func (h *host) offerWith(offer xenbus.Values) {
 	h.l.t.Helper()
 	l, v := h.l, h.v
-	l.write(l.dc, v.BackDir(), raw.BackKeys(), "2")
+	l.write(l.dc, v.BackDir(), offer, "2")
 	l.await(v.FrontDir()+"/state", "4")
 	keys := make(xenbus.Values)
 	for _, k := range frontKeys {
@@ -260,8 +262,12 @@ func TestT05ResponseIDs(t *testing.T) {
 		}, "not outstanding"},
 		{"NULL without an extra", func(own []uint16) []raw.TxRsp { return []raw.TxRsp{{ID: own[0], Status: raw.Null}} }, "extra that was not sent"},
 		{"swapped", func(own []uint16) []raw.TxRsp { return []raw.TxRsp{{ID: own[1]}, {ID: own[0]}} }, ""},
-		{"errors", func(own []uint16) []raw.TxRsp { return []raw.TxRsp{{ID: own[0], Status: raw.Error}, {ID: own[1], Status: -13}} }, ""},
-		{"unknown good status", func(own []uint16) []raw.TxRsp { return []raw.TxRsp{{ID: own[0], Status: 2}, {ID: own[1], Status: 0x7fff}} }, ""},
+		{"errors", func(own []uint16) []raw.TxRsp {
+			return []raw.TxRsp{{ID: own[0], Status: raw.Error}, {ID: own[1], Status: -13}}
+		}, ""},
+		{"unknown good status", func(own []uint16) []raw.TxRsp {
+			return []raw.TxRsp{{ID: own[0], Status: 2}, {ID: own[1], Status: 0x7fff}}
+		}, ""},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			l.t = t

@@ -1,0 +1,412 @@
+package hostile
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"strings"
+	"testing"
+	"time"
+
+	"barevif/hypercall"
+	"barevif/hypercall/emu"
+	"barevif/pvnet"
+	"barevif/test/hostile/raw"
+	"barevif/xenbus"
+)
+
+// What nobody who keeps to the rules writes where a number goes.
+var garbage = []string{
+	"", "-1", "+1", " 1", "1 ", "01", "0x10", "1e3", "1.0", "one", "18446744073709551616",
+	"18446744073709551615", "4294967296", "99999999999999999999999999", "\x00", "1\x00", "1\n",
+	strings.Repeat("1", 3900), strings.Repeat("\xff", 3900), "%d%s%n", "٣",
+}
+
+const missing = "\x00missing"
+
+// retry closes as a frontend that was refused does, and connects the right way.
+func (g *guest) retry() {
+	g.l.t.Helper()
+	g.l.await(g.v.BackDir()+"/state", "5", "6")
+	g.state("6")
+	g.l.await(g.v.BackDir()+"/state", "6")
+	g.state("1")
+	g.l.await(g.v.BackDir()+"/state", "2")
+	g.reset()
+	g.connect()
+	g.works()
+	g.leave()
+}
+
+// reset makes new rings, and leaves nothing of the old keys.
+func (g *guest) reset() {
+	g.l.t.Helper()
+	if err := g.Close(); err != nil {
+		g.l.t.Errorf("a connection that was refused keeps something: %v", err)
+	}
+	var err error
+	if g.Front, err = raw.NewFront(g.l.guest, backID, 32, true); err != nil {
+		g.l.t.Fatal(err)
+	}
+	for _, k := range append(frontKeys, "multi-queue-num-queues", "queue-0", "queue-1") {
+		if err := g.l.tools.Remove(ctx(g.l.t), g.v.FrontDir()+"/"+k); err != nil && !errors.Is(err, xenbus.ErrNotFound) {
+			g.l.t.Fatal(err)
+		}
+	}
+}
+
+// refused publishes keys, of which some are not what they should be, and demands
+// that the backend holds nothing afterwards and serves the next who comes.
+func (g *guest) refused(keys xenbus.Values) {
+	g.l.t.Helper()
+	before := g.l.Ledger()
+	lines := g.l.log.count(slog.LevelWarn)
+	for k, v := range keys {
+		if v == missing {
+			delete(keys, k)
+			g.l.tools.Remove(ctx(g.l.t), g.v.FrontDir()+"/"+k)
+		}
+	}
+	g.l.write(g.l.tools, g.v.FrontDir(), keys, "4")
+	g.l.await(g.v.BackDir()+"/state", "5")
+	if now := g.l.Ledger(); now != before {
+		g.l.t.Errorf("refused, and yet it holds %+v, before: %+v", now, before)
+	}
+	if n := g.l.log.count(slog.LevelWarn) - lines; n != 1 {
+		g.l.t.Errorf("%d lines of warnings, want 1\n%s", n, g.l.log)
+	}
+	why, err := g.l.store.Read(fmt.Sprintf("/local/domain/%d/error/backend/vif/%d/%d/error", backID, frontID, g.v.ID))
+	if err != nil || why == "" || len(why) > 512 {
+		g.l.t.Errorf("the reason left for the administrator is %q, %v", why, err)
+	}
+}
+
+func TestT21FrontendKeys(t *testing.T) {
+	l := newLab(t, emu.Config{})
+	l.serve(pvnet.ServeConfig{Config: pvnet.Config{Queues: 2}})
+	n := 0
+	for _, key := range []string{"tx-ring-ref", "rx-ring-ref", "event-channel-tx", "event-channel-rx", "multi-queue-num-queues", "request-rx-copy"} {
+		values := append([]string{missing, "0", "4294967295", "1000000"}, garbage...)
+		for _, v := range values {
+			if key == "multi-queue-num-queues" && v == missing || key == "event-channel-tx" && v == missing {
+				continue // legal: one queue; and see below
+			}
+			if n++; testing.Short() && n%5 != 0 {
+				continue
+			}
+			g := l.knock()
+			keys := g.Keys()
+			keys[key] = v
+			g.refused(keys)
+			if n%7 == 0 {
+				g.retry()
+			} else {
+				g.state("6")
+				g.l.await(g.v.BackDir()+"/state", "6")
+				g.gone()
+			}
+			if t.Failed() {
+				t.Fatalf("%s = %.40q", key, v)
+			}
+		}
+	}
+}
+
+func TestT21GrantsAndPortsThatAreNot(t *testing.T) {
+	l := newLab(t, emu.Config{})
+	l.serve(pvnet.ServeConfig{Config: pvnet.Config{Queues: 2}})
+	third := l.domain(3)
+	str := func(n any) string { return fmt.Sprint(n) }
+	foreign, err := l.guest.Share(3, 1, hypercall.ReadWrite)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer foreign.End()
+	readOnly, _ := l.guest.Share(backID, 1, hypercall.ReadOnly)
+	defer readOnly.End()
+	ended, _ := l.guest.Share(backID, 1, hypercall.ReadWrite)
+	gone := ended.Refs[0]
+	ended.End()
+	theirs, _ := third.Share(backID, 1, hypercall.ReadWrite) // another domain's number
+	defer theirs.End()
+	w, _ := l.guest.Waiter()
+	defer w.Close()
+	other, err := w.Unbound(3)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dead, _ := w.Unbound(backID)
+	dead.Close()
+	taken, _ := w.Unbound(backID)
+	dw, _ := l.drv.Waiter()
+	defer dw.Close()
+	if _, err := dw.Bind(frontID, taken.ID()); err != nil {
+		t.Fatal(err)
+	}
+	two := func(g *guest, q1 xenbus.Values) xenbus.Values {
+		k := xenbus.Values{"request-rx-copy": "1", "multi-queue-num-queues": "2"}
+		for _, key := range []string{"tx-ring-ref", "rx-ring-ref", "event-channel-tx", "event-channel-rx"} {
+			k["queue-0/"+key] = g.Keys()[key]
+		}
+		for key, v := range q1 {
+			k["queue-1/"+key] = v
+		}
+		return k
+	}
+	for name, keys := range map[string]func(g *guest) xenbus.Values{
+		"granted to another":      func(g *guest) xenbus.Values { return xenbus.Values{"tx-ring-ref": str(foreign.Refs[0])} },
+		"granted read-only":       func(g *guest) xenbus.Values { return xenbus.Values{"rx-ring-ref": str(readOnly.Refs[0])} },
+		"not granted any more":    func(g *guest) xenbus.Values { return xenbus.Values{"rx-ring-ref": str(gone)} },
+		"beyond the table":        func(g *guest) xenbus.Values { return xenbus.Values{"tx-ring-ref": "4000000"} },
+		"one page for both rings": func(g *guest) xenbus.Values { return xenbus.Values{"rx-ring-ref": str(g.Rings.Refs[0])} },
+		"a port for another":      func(g *guest) xenbus.Values { return xenbus.Values{"event-channel-tx": str(other.ID())} },
+		"a closed port":           func(g *guest) xenbus.Values { return xenbus.Values{"event-channel-rx": str(dead.ID())} },
+		"a port that is joined":   func(g *guest) xenbus.Values { return xenbus.Values{"event-channel-rx": str(taken.ID())} },
+		"no port":                 func(g *guest) xenbus.Values { return xenbus.Values{"event-channel-tx": "3999"} },
+		"half a pair":             func(g *guest) xenbus.Values { return xenbus.Values{"event-channel-tx": missing} },
+		"a queue that is missing": func(g *guest) xenbus.Values { return two(g, nil) },
+		"rings of another queue":  func(g *guest) xenbus.Values { return two(g, g.Keys()) },
+		"a port of another queue": func(g *guest) xenbus.Values {
+			k := g.Keys()
+			k["tx-ring-ref"], k["rx-ring-ref"] = str(g.Posted.Refs[0]), str(g.Posted.Refs[1])
+			return two(g, k)
+		},
+		"indices that are impossible": func(g *guest) xenbus.Values {
+			g.Tx.Store(raw.ReqProd, 257)
+			return nil
+		},
+		"indices that are impossible on rx": func(g *guest) xenbus.Values {
+			g.Rx.Store(raw.RspProd, 5)
+			return nil
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			l.t = t
+			g := l.knock()
+			k := g.Keys()
+			for key, v := range keys(g) {
+				k[key] = v
+			}
+			g.refused(k)
+			g.retry()
+		})
+	}
+	l.t = t
+}
+
+// What may be garbage without harm: then it is not offered.
+func TestT21KeysThatMayBeAnything(t *testing.T) {
+	l := newLab(t, emu.Config{})
+	l.serve(pvnet.ServeConfig{})
+	for _, v := range []string{"", "-1", "yes", strings.Repeat("1", 3000)} {
+		g := l.knock()
+		keys := g.Keys()
+		keys["feature-sg"], keys["feature-rx-notify"], keys["feature-gso-tcpv4"], keys["ctrl-ring-ref"] = v, v, v, v
+		g.l.write(g.l.tools, g.v.FrontDir(), keys, "4")
+		g.l.await(g.v.BackDir()+"/state", "4")
+		up(t, g.dev)
+		g.sink = listen(g.dev)
+		g.works()
+		if _, err := g.dev.Write(pattern(5000, 0)); !errors.Is(err, pvnet.ErrFrameSize) {
+			t.Errorf("a chain to a frontend that takes none: %v", err)
+		}
+		g.leave()
+	}
+}
+
+func TestT21BackendKeys(t *testing.T) {
+	l := newLab(t, emu.Config{})
+	connect := func(h *host) error {
+		h.lines = l.log.count(slog.LevelError)
+		done := make(chan error, 1)
+		go func() {
+			c, cancel := context.WithTimeout(context.Background(), 8*time.Second)
+			defer cancel()
+			var err error
+			h.dev, err = pvnet.Connect(c, l.guest, fmt.Sprint(h.v.ID), pvnet.Config{Queues: 2, Logger: slog.New(l.log)})
+			done <- err
+		}()
+		return wait(t, done)
+	}
+	for _, v := range append([]string{missing, "0", "2"}, garbage...) {
+		base := l.Ledger()
+		h := &host{l: l, v: l.vif()}
+		keys := raw.BackKeys()
+		delete(keys, "feature-rx-copy")
+		if v != missing {
+			keys["feature-rx-copy"] = v
+		}
+		l.write(l.tools, h.v.BackDir(), keys, "2")
+		if err := connect(h); err == nil || !strings.Contains(err.Error(), "rx-copy") {
+			t.Fatalf("feature-rx-copy = %.40q: %v", v, err)
+		}
+		if now := l.Ledger(); now != base {
+			t.Fatalf("refused, and yet it holds %+v, before: %+v", now, base)
+		}
+		l.write(l.tools, h.v.BackDir(), nil, "6")
+		l.remove(h.v)
+	}
+	// What is not offered well is not offered; who we are is made up if need be.
+	for i, v := range append([]string{missing, "0"}, garbage...) {
+		if testing.Short() && i%5 != 0 {
+			continue
+		}
+		h := &host{l: l, v: l.vif(), base: l.Ledger()}
+		for _, k := range []string{"mac", "mtu", "trusted"} {
+			if v == missing {
+				l.tools.Remove(ctx(t), h.v.FrontDir()+"/"+k)
+				l.tools.Remove(ctx(t), h.v.BackDir()+"/"+k)
+			} else {
+				l.write(l.tools, h.v.FrontDir(), xenbus.Values{k: v}, "")
+				l.write(l.tools, h.v.BackDir(), xenbus.Values{k: v}, "")
+			}
+		}
+		done := make(chan error, 1)
+		go func() { done <- connect(h) }()
+		keys := raw.BackKeys()
+		for _, k := range []string{"feature-sg", "feature-split-event-channels", "multi-queue-max-queues"} {
+			delete(keys, k)
+			if v != missing {
+				keys[k] = v
+			}
+		}
+		l.write(l.tools, h.v.BackDir(), keys, "")
+		h.offerWith(nil)
+		if err := wait(t, done); err != nil {
+			t.Fatalf("%.40q: %v", v, err)
+		}
+		if mac := h.dev.MAC(); h.dev.MTU() != 1500 || h.dev.Active() != 1 || mac[0]&1 != 0 || mac == (pvnet.MAC{}) {
+			t.Errorf("%.40q: MTU %d, %d queues, MAC %v", v, h.dev.MTU(), h.dev.Active(), mac)
+		}
+		h.sink = listen(h.dev)
+		h.works()
+		h.leave()
+	}
+}
+
+// A directory that names a backend which is not its own is no device.
+func TestT21PathsThatAreNotOurs(t *testing.T) {
+	l := newLab(t, emu.Config{})
+	for _, dir := range []string{
+		"", "/", "/local/domain/2", "/local/domain/2/backend/vif/1", "/local/domain/2/backend/vif/2/0",
+		"/local/domain/3/backend/vif/1/0", "/local/domain/2/backend/vif/1/0/..", "/local/domain/2/device/vif/0",
+		"../../2/backend/vif/1/0", strings.Repeat("/a", 1500), "/local/domain/2/backend/vif/1/0\x00", "@releaseDomain",
+	} {
+		v := l.vif()
+		l.write(l.tools, v.FrontDir(), xenbus.Values{"backend": dir}, "")
+		base := l.Ledger()
+		c, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
+		d, err := pvnet.Connect(c, l.guest, fmt.Sprint(v.ID), pvnet.Config{})
+		cancel()
+		if err == nil {
+			d.Disconnect()
+			t.Errorf("%.60q was taken for a backend", dir)
+		}
+		if now := l.Ledger(); now != base {
+			t.Errorf("%.60q: it holds %+v, before: %+v", dir, now, base)
+		}
+		l.write(l.tools, v.BackDir(), nil, "6")
+		l.remove(v)
+	}
+}
+
+// A Windows frontend closes before it connects for the first time, and spins until
+// it is answered.
+func TestT25WindowsClosesFirst(t *testing.T) {
+	l := newLab(t, emu.Config{})
+	l.serve(pvnet.ServeConfig{})
+	for range 3 {
+		g := l.knock()
+		g.state("5")
+		g.l.await(g.v.BackDir()+"/state", "5")
+		g.state("6")
+		g.l.await(g.v.BackDir()+"/state", "6")
+		g.state("1")
+		g.l.await(g.v.BackDir()+"/state", "2")
+		g.connect()
+		g.works()
+		g.leave()
+	}
+}
+
+var states = []string{"0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "-1", "", "4294967300", "x"}
+
+func walk(t *testing.T) int {
+	if testing.Short() {
+		return 300
+	}
+	return 10000
+}
+
+func TestT25StateJumpsOfTheFrontend(t *testing.T) {
+	l := newLab(t, emu.Config{})
+	l.serve(pvnet.ServeConfig{})
+	honest := l.attack()
+	g := l.attack()
+	rng := rand.New(rand.NewPCG(1, 2))
+	for i := range walk(t) {
+		s := states[rng.IntN(len(states))]
+		if i%5 == 0 {
+			s = []string{"4", "6"}[rng.IntN(2)]
+		}
+		l.write(l.gc, g.v.FrontDir(), nil, s)
+		if i%11 == 0 {
+			l.await(g.v.BackDir()+"/state", "2", "4", "5", "6")
+		}
+		if i%500 == 0 {
+			honest.works()
+		}
+	}
+	// From wherever it is now: the close cycle, and a connection.
+	g.state("5")
+	g.l.await(g.v.BackDir()+"/state", "5", "6")
+	g.state("6")
+	g.l.await(g.v.BackDir()+"/state", "6")
+	eventually(t, "rings let go", func() bool { return l.Ledger().Mappings == 2 }) // the neighbour's
+	g.state("1")
+	g.l.await(g.v.BackDir()+"/state", "2")
+	g.reset()
+	g.l.write(g.l.gc, g.v.FrontDir(), g.Keys(), "4")
+	g.l.await(g.v.BackDir()+"/state", "4")
+	up(t, g.dev)
+	g.works()
+	g.leave()
+	honest.works()
+	honest.leave()
+}
+
+func TestT25StateJumpsOfTheBackend(t *testing.T) {
+	l := newLab(t, emu.Config{})
+	honest := l.lure(pvnet.Config{})
+	h := l.lure(pvnet.Config{})
+	if err := h.Close(); err != nil { // it keeps nothing mapped
+		t.Fatal(err)
+	}
+	rng := rand.New(rand.NewPCG(3, 4))
+	for i := range walk(t) {
+		s := states[rng.IntN(len(states))]
+		if i%5 == 0 {
+			s = []string{"4", "6", "2"}[rng.IntN(3)]
+		}
+		l.write(l.dc, h.v.BackDir(), nil, s)
+		if i%11 == 0 {
+			l.await(h.v.FrontDir()+"/state", "1", "4", "5", "6")
+		}
+		if i%500 == 0 {
+			honest.works()
+		}
+	}
+	h.state("5")
+	h.l.await(h.v.FrontDir()+"/state", "6", "1")
+	h.state("6")
+	h.l.await(h.v.FrontDir()+"/state", "1")
+	h.offer()
+	h.refs = nil
+	eventually(t, "the link", func() bool { return h.dev.Budget() != (pvnet.Budget{}) })
+	h.works()
+	h.leave()
+	honest.works()
+	honest.leave()
+}
