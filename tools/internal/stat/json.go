@@ -133,7 +133,7 @@ type JSONFlow struct {
 	Received   Uint   `json:"received"`
 	Dropped    Uint   `json:"dropped"`
 	Difference int64  `json:"difference"`
-	Verdict    string `json:"verdict"` // "balanced", "in flight", "read later", "unequal"
+	Verdict    string `json:"verdict"` // "balanced", "in flight", "lost with a connection", "read later", "unequal"
 }
 
 // A Uint is a JSON number up to 2^53, which every reader of JSON can hold, and a

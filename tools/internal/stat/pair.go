@@ -16,6 +16,7 @@ type Pair struct {
 type Flow struct {
 	From, To                string // names of devices
 	Sent, Received, Dropped uint64 // frames; dropped by the receiving end
+	Gone                    uint64 // frames unanswered when a connection ended
 	Ring                    uint64 // slots between the two
 }
 
@@ -24,7 +25,8 @@ func (f *Flow) Balanced() bool { return f.Sent == f.Received+f.Dropped }
 
 // Verdict is "balanced", or why it is not. The two ends are read one after the
 // other and publish at their own time, so that a few frames of difference are on
-// their way. More than the ring holds cannot be.
+// their way; more than the ring holds cannot be. Of frames that were unanswered when
+// a connection ended nobody knows whether they arrived.
 func (f *Flow) Verdict() (verdict string, difference int64) {
 	difference = int64(f.Sent - f.Received - f.Dropped)
 	switch {
@@ -32,6 +34,8 @@ func (f *Flow) Verdict() (verdict string, difference int64) {
 		return "balanced", 0
 	case difference > 0 && uint64(difference) <= f.Ring:
 		return "in flight", difference
+	case difference > 0 && uint64(difference) <= f.Ring+f.Gone:
+		return "lost with a connection", difference
 	case difference < 0:
 		return "read later", difference
 	}
@@ -84,7 +88,8 @@ func pairs(devices []Device) []Pair {
 }
 
 func flow(from, to string, a, b *bpf.Report) Flow {
-	f := Flow{From: from, To: to, Sent: Packets(&a.Stats.TX), Received: Packets(&b.Stats.RX), Dropped: Lost(&b.Stats.RX)}
+	f := Flow{From: from, To: to, Sent: Packets(&a.Stats.TX), Received: Packets(&b.Stats.RX), Dropped: Lost(&b.Stats.RX),
+		Gone: a.Stats.TX.Lost(telemetry.DropDisconnected)}
 	for q := range a.Stats.Queues {
 		f.Ring += a.Stats.Queues[q].TX.Gauge(telemetry.RingSize)
 	}

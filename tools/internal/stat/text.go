@@ -182,8 +182,8 @@ func WritePairs(b *strings.Builder, l *Look, paint Paint) {
 			case "balanced":
 			case "unequal":
 				verdict, tone = fmt.Sprintf("unequal by %d: one end has counted for longer, or lost count", difference), Bad
-			case "in flight":
-				verdict, tone = fmt.Sprintf("%d in flight", difference), Plain
+			case "in flight", "lost with a connection":
+				verdict, tone = fmt.Sprintf("%d %s", difference, verdict), Plain
 			default:
 				verdict, tone = fmt.Sprintf("%d came between the two reads", -difference), Plain
 			}
