@@ -319,11 +319,10 @@ func TestUDP(t *testing.T) {
 			t.Fatalf("%d bytes of %d, %v", n, size, err)
 		}
 	}
-	p := server.(net.PacketConn)
-	if _, err := p.WriteTo(nil, &net.TCPAddr{}); err == nil {
+	if _, err := server.WriteTo(nil, &net.TCPAddr{}); err == nil {
 		t.Error("wrote to a TCP address")
 	}
-	if _, err := p.WriteTo(nil, &net.UDPAddr{IP: net.ParseIP("2001:db8::1"), Port: 1}); err == nil {
+	if _, err := server.WriteTo(nil, &net.UDPAddr{IP: net.ParseIP("2001:db8::1"), Port: 1}); err == nil {
 		t.Error("wrote to an address of another family")
 	}
 }
@@ -644,6 +643,53 @@ func TestSenderNeverBlocks(t *testing.T) {
 	defer p.DecRef()
 	if tx.write([]*stack.PacketBuffer{p}) != 0 {
 		t.Error("accepted after Close")
+	}
+}
+
+func TestPacketsOfAFlowStayInOneQueue(t *testing.T) {
+	const queues, packets = 3, 60
+	w := newWire(t, 1500, pvnet.Config{Queues: queues})
+	front := newStack(t, w.front, Config{Addr: frontIP})
+	var list stack.PacketBufferList
+	defer list.Reset()
+	for i := range packets {
+		b := make([]byte, 100)
+		copy(b, []byte{2, 0, 0, 0, 0, 9})
+		b[14], b[15] = byte(i/4%queues), byte(i)
+		p := stack.NewPacketBuffer(stack.PacketBufferOptions{Payload: buffer.MakeWithData(b)})
+		p.Hash = uint32(b[14])
+		list.PushBack(p)
+	}
+	if n, err := front.card.WritePackets(list); n != packets || err != nil {
+		t.Fatal(n, err)
+	}
+	for q := range queues {
+		rx, err := w.back.OwnRX(q)
+		if err != nil {
+			t.Fatal(err)
+		}
+		rx.SetDeadline(time.Now().Add(limit))
+		var f [1]pvnet.Frame
+		last := -1
+		for n := 0; n < packets/queues; {
+			if _, err := rx.Receive(f[:]); err != nil {
+				t.Fatal(err)
+			}
+			b := bytes.Clone(f[0].Bytes())
+			rx.Release(f[:])
+			if b[5] != 9 {
+				continue // what the stack says by itself
+			}
+			if int(b[14]) != q || int(b[15]) <= last {
+				t.Fatalf("queue %d: packet %d of flow %d after %d", q, b[15], b[14], last)
+			}
+			last = int(b[15])
+			n++
+		}
+	}
+	front.Close()
+	if n, err := front.card.WritePackets(list); n != 0 || err == nil {
+		t.Error("accepted after Close", n, err)
 	}
 }
 
