@@ -1,3 +1,57 @@
-// Package xenlab boots a real Xen with a real Linux dom0 on an emulated CPU and runs
-// scenarios inside. (to be written)
+//go:build linux
+
+// Package xenlab boots a real Xen, with a real Linux as dom0 and in other domains, on
+// an emulated CPU, and runs scenarios inside.
+//
+//	BAREVIF_XENLAB=1 go test ./test/xenlab -run TestLab -timeout 30m -v
+//	go run ./test/xenlab/cmd/xenlab -run 'PVH' -shell
+//
+// It needs Debian (or what apt and dpkg-deb make one), about 2.5 GiB of memory and,
+// the first time, the network; as root it installs QEMU itself. Images are built from
+// Debian packages as apt resolves them on the day ([barevif/test/xenlab/image]), the
+// machine is QEMU's ([barevif/test/xenlab/machine]), and an agent in each domain does
+// what a scenario asks. It refuses nothing a peer sends: what runs in it is ours.
+//
+// # Scenarios
+//
+// Each row is a function of a [T]. What it leaves behind, in xenstore, event
+// channels, grants, interrupts, devices or domains, fails it, and so does a line in
+// the log of Xen or of a kernel that complains about us.
+//
+//	dom0 with netback
+//
+//	  xl info                  dom0: toolstack
+//	  vector registers         dom0, PV domU: Go programs
+//	  kernel ends, PV          PV domU: netfront; dom0: netback
+//	  kernel ends, PVH         PVH domU: netfront; dom0: netback
+//	  device nodes, dom0       dom0: tests of xendev
+//	  device nodes, PV         PV domU: tests of xendev
+//	  device nodes, PVH        PVH domU: tests of xendev
+//	  two domains              dom0, PV domU: tests of xendev
+//	  our front, PV            PV domU: barevif serve; dom0: netback
+//	  our front, PVH           PVH domU: barevif serve; dom0: netback
+//	  our front, jumbo         PV domU: barevif serve; dom0: netback, MTU 9000
+//	  our back, dom0           PV domU: netfront; dom0: barevif back
+//	  our back, driver domain  PV domU: netfront; PV driver domain: barevif back
+//	  both ours                PV domU: barevif serve; PV driver domain: barevif back
+//
+// # Adding one
+//
+// Write a func(*T), put it into [Plan] with a name and its roles, and into the table
+// above. A step fails the scenario unless it begins with Try:
+//
+//	func example(t *T) {
+//		t.Dom0().Run("modprobe", "xen-netback")
+//		guest := t.Create(Guest{Name: "domU", Type: PV, VIFs: []VIF{{MTU: 9000}}})
+//		p := guest.Start(image.ProgramDir+"/barevif", "serve", "--xen")
+//		p.Await("serving http")
+//		t.Dom0().Sh("ip addr add 10.90.0.1/24 dev %s", guest.VIF(0))
+//		t.Ping(t.Dom0(), "10.90.0.2", 8972, 20)
+//		p.Kill()
+//		t.Dom0().Await("the state", `[ "$(xenstore-read %s/state)" = 4 ]`, guest.Backend(t.Dom0(), 0))
+//		t.Note("what the table's last column says")
+//	}
+//
+// A program of ours goes into every domain by a line in [Programs], as a command or
+// as the test binary of a package, which [Domain.Test] runs.
 package xenlab

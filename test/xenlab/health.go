@@ -70,16 +70,16 @@ func difference(before, now []string) string {
 	return strings.Join(out, "; ")
 }
 
-// grants gives the entries of dom0's grant table that are mapped somewhere, and
-// those of domains that should be gone. Xen prints them to its log, so this reads,
-// and empties, that.
-func (t *T) grants() (xenLog string, entries []string) {
+// grants gives the grants, of all domains, that some domain has mapped. Xen prints
+// them to its log, so this moves that to the scenario's.
+func (t *T) grants() []string {
 	t.dom0.Run("xl", "debug-keys", "g")
-	xenLog = t.dom0.Run("xl", "dmesg", "-c").Text()
-	return xenLog, grantEntries(xenLog)
+	log := t.dom0.Run("xl", "dmesg", "-c").Text()
+	t.xenLog += log + "\n"
+	return grantEntries(log)
 }
 
-var grantLine = regexp.MustCompile(`^\(XEN\) (?:\[[^]]*\] )?(\[[0-9a-f ]+\] .*)$`)
+var grantLine = regexp.MustCompile(`^\(XEN\) (?:\[[^]]*\] )?(\[0x[0-9a-f]+\] .*)$`)
 
 func grantEntries(xenLog string) (entries []string) {
 	for line := range strings.Lines(xenLog) {
@@ -110,11 +110,11 @@ func complaints(log string, expected []*regexp.Regexp) (bad []string) {
 }
 
 // quiet fails the scenario if a log complains.
-func (t *T) quiet(expected []*regexp.Regexp, xenLog string) {
+func (t *T) quiet(expected []*regexp.Regexp) {
 	dmesg := t.dom0.Run("dmesg", "-c").Text()
 	t.Save("dom0.dmesg", []byte(dmesg))
-	t.Save("xen.dmesg", []byte(xenLog))
-	logs := []struct{ who, text string }{{"dom0", dmesg}, {"Xen", xenLog}}
+	t.Save("xen.dmesg", []byte(t.xenLog))
+	logs := []struct{ who, text string }{{"dom0", dmesg}, {"Xen", t.xenLog}}
 	for _, g := range t.guests {
 		logs = append(logs, struct{ who, text string }{g.Name, string(g.console)})
 	}

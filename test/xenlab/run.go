@@ -222,7 +222,8 @@ func (r *runner) scenario(m *machine.Machine, s Scenario, dir string) (row Row, 
 	var before, grantsBefore []string
 	row.Err = t.attempt(r.ctx, time.Minute, func() {
 		before = t.state()
-		_, grantsBefore = t.grants()
+		grantsBefore = t.grants()
+		t.xenLog = ""
 		t.dom0.Run("dmesg", "-c")
 	})
 	if row.Err != nil {
@@ -235,11 +236,10 @@ func (r *runner) scenario(m *machine.Machine, s Scenario, dir string) (row Row, 
 	err = t.attempt(r.ctx, 2*time.Minute, func() {
 		t.cleanUp()
 		t.settled(before)
-		xenLog, grants := t.grants()
-		if d := difference(grantsBefore, grants); d != "" {
+		if d := difference(grantsBefore, t.grants()); d != "" {
 			t.Fatalf("grants still mapped: %s", d)
 		}
-		t.quiet(expected, xenLog)
+		t.quiet(expected)
 	})
 	if row.Err == nil {
 		row.Err = err

@@ -58,6 +58,7 @@ type T struct {
 
 	guests []*Domain
 	notes  []string
+	xenLog string // what Xen printed since the scenario began
 	err    error
 }
 

@@ -79,6 +79,9 @@ func kernelEnds(kind GuestType) func(*T) {
 			t.Ping(guest, dom0Addr, size, 20)
 			t.Ping(t.Dom0(), guestAddr, size, 20)
 		}
+		if len(t.grants()) == 0 {
+			t.Fatalf("Xen tells of no grant in use, though netback has mapped the rings")
+		}
 		t.Iperf(guest, t.Dom0(), dom0Addr, 2)
 		t.Iperf(t.Dom0(), guest, guestAddr, 2)
 		t.Fetch(t.Dom0(), guest, guestAddr, 3<<20)

@@ -1,0 +1,242 @@
+//go:build linux
+
+package xenlab
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"barevif/test/xenlab/image"
+	"barevif/test/xenlab/machine"
+)
+
+func TestPackageCommentShowsEveryScenario(t *testing.T) {
+	doc, err := os.ReadFile("doc.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var names []string
+	for _, b := range Plan() {
+		if !strings.Contains(string(doc), b.Name) {
+			t.Errorf("no boot %q", b.Name)
+		}
+		for _, s := range b.Scenarios {
+			found := false
+			for line := range strings.Lines(string(doc)) {
+				found = found || strings.Contains(line, "  "+s.Name+"  ") && strings.HasSuffix(line, "  "+s.Roles+"\n")
+			}
+			if !found {
+				t.Errorf("no row of %q with %q", s.Name, s.Roles)
+			}
+			if slices.Contains(names, s.Name) {
+				t.Errorf("two scenarios %q", s.Name)
+			}
+			names = append(names, s.Name)
+			if _, err := compile(s.Complaints); err != nil {
+				t.Errorf("%s: %v", s.Name, err)
+			}
+		}
+	}
+	rows := 0
+	for line := range strings.Lines(string(doc)) {
+		if strings.HasPrefix(line, "//	  ") {
+			rows++
+		}
+	}
+	if rows != len(names) {
+		t.Errorf("%d rows for %d scenarios", rows, len(names))
+	}
+}
+
+func TestComplaintsAreFound(t *testing.T) {
+	for line, want := range map[string]bool{
+		"[  9.1] vif vif-1-0 vif1.0: fatal error; disabling device":                                 true,
+		"[  9.1] xen:grant_table: WARNING: g.e. 0x1f still in use!":                                 true,
+		"[  9.1] deferring g.e. 0x1f (pfn 0x1)":                                                     false, // not about us by its words
+		"[  9.1] xen:grant_table: deferring g.e. 0x1f (pfn 0x1)":                                    true,
+		"(XEN) grant_table.c:803:d0v1 Bad flags (0) or dom (0). (expected dom 0)":                   true,
+		"(XEN) event_channel.c:319:d1v0 EVTCHNOP failure: error -22":                                true,
+		"[  9.1] WARNING: CPU: 0 PID: 1 at drivers/xen/events/events_base.c:1 x":                    true,
+		"[  9.1] INFO: task barevif:99 blocked; hung":                                               true,
+		"[  9.1] barevif[99]: segfault at 0 ip 0":                                                   true,
+		"[  9.1] vif vif-1-0 vif1.0: Guest Rx ready":                                                false,
+		"[  9.1] xen:xen_privcmd: No target domain found, blocking all hypercalls":                  false,
+		"[  9.1] IPv6: ADDRCONF(NETDEV_CHANGE): vif1.0: link becomes ready":                         false,
+		"[  2.8] PCI: Fatal: No config space access function found":                                 false,
+		"[  3.0] ACPI Error: No handler or method for GPE 00, disabling event (20220331/evgpe-839)": false,
+		"(XEN) gnttab_usage_print_all [ key 'g' pressed":                                            false,
+		"(XEN) d2v0: upcall vector f3":                                                              false,
+		"[  9.1] BUG: kernel NULL pointer dereference, address: 0000000000000000":                   true,
+		"[  9.1] rcu: INFO: rcu_preempt detected stalls on CPUs/tasks:":                             true,
+	} {
+		if got := complaints("before\n"+line+"\r\nafter\n", nil); (len(got) == 1) != want {
+			t.Errorf("%q: %q", line, got)
+		}
+	}
+	expected := []*regexp.Regexp{regexp.MustCompile(`fatal error; disabling`)}
+	if got := complaints("vif1.0: fatal error; disabling device", expected); got != nil {
+		t.Errorf("an expected complaint: %q", got)
+	}
+}
+
+func TestDifferenceOfStates(t *testing.T) {
+	for _, c := range []struct{ before, now, want string }{
+		{"a b", "a b", ""},
+		{"a b", "b", "- a"},
+		{"a", "a a c", "+ a; + c"},
+		{"b", "a c", "+ a; - b; + c"},
+	} {
+		if got := difference(strings.Fields(c.before), strings.Fields(c.now)); got != c.want {
+			t.Errorf("%q to %q: %q, want %q", c.before, c.now, got, c.want)
+		}
+	}
+}
+
+func TestGrantEntriesAreReadFromXen(t *testing.T) {
+	log := strings.Join([]string{
+		"(XEN) gnttab_usage_print_all [ key 'g' pressed",
+		"(XEN)       -------- active --------       -------- shared --------",
+		"(XEN) [ref] localdom mfn      pin          localdom gmfn     flags",
+		"(XEN) grant-table for remote d0 (v1)",
+		"(XEN)   1 frames (64 max), 0 maptrack frames (1024 max)",
+		"(XEN) [0x008]      0 0x07ab12 0x00000001          0 0x07ab12 0x19",
+		"(XEN) gnttab_usage_print_all ] done",
+	}, "\r\n")
+	if got := grantEntries(log); len(got) != 1 || !strings.HasPrefix(got[0], "[0x008] ") {
+		t.Errorf("%q", got)
+	}
+}
+
+func TestPingThatLostOrSpoiltIsNoticed(t *testing.T) {
+	good := "PING\n64 bytes from 10.0.0.2: icmp_seq=1 ttl=64 time=1 ms\n64 bytes from 10.0.0.2: icmp_seq=2 ttl=64 time=1 ms\n"
+	if err := checkPing(good, 2); err != nil {
+		t.Error(err)
+	}
+	for _, bad := range [...]string{
+		"PING\n64 bytes from 10.0.0.2: icmp_seq=12 ttl=64 time=1 ms\n64 bytes from 10.0.0.2: icmp_seq=2 ttl=64 time=1 ms\n",
+		good + "wrong data byte #16 should be 0x10 but was 0x0\n",
+		good + "64 bytes from 10.0.0.2: icmp_seq=2 ttl=64 time=1 ms (DUP!)\n",
+	} {
+		if err := checkPing(bad, 2); err == nil {
+			t.Errorf("%q: no error", bad)
+		}
+	}
+}
+
+func TestTestsAreCounted(t *testing.T) {
+	passed, failed, skipped := countTests("=== RUN TestA\n--- PASS: TestA (0.1s)\n    --- FAIL: TestA/sub\n--- SKIP: TestB\n--- FAIL: TestC\n--- PASS: TestD\n")
+	if passed != 2 || failed != 1 || skipped != 1 {
+		t.Errorf("%d %d %d", passed, failed, skipped)
+	}
+}
+
+func TestGuestIsDescribedForXL(t *testing.T) {
+	got := Guest{
+		Name: "one", Type: PVH, VIFs: []VIF{{}, {Backend: "driver", MTU: 9000, More: "rate=1Mb/s"}},
+		Linux: []string{"a=b"}, Config: []string{"driver_domain=1"},
+	}.config()
+	for _, want := range [...]string{
+		`name="one"`, `type="pvh"`, `memory=256`, ` xenlab=guest a=b"`, "driver_domain=1", `tsc_mode="native"`,
+		`vif=["mac=00:16:3e:77:00:01,script=` + image.VifScript + `","mac=00:16:3e:77:00:02,script=` + image.VifScript + `,backend=driver,mtu=9000,rate=1Mb/s"]`,
+	} {
+		if !strings.Contains(got, want) {
+			t.Errorf("no %s in\n%s", want, got)
+		}
+	}
+	if got := (Guest{Type: PV}).config(); strings.Contains(got, "tsc_mode") {
+		t.Error("tsc_mode is for PVH")
+	}
+}
+
+// idle is a scenario on no machine.
+func idle(t *testing.T) *T {
+	t.Helper()
+	log, err := os.Create(filepath.Join(t.TempDir(), "steps.log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { log.Close() })
+	return &T{machine: &machine.Machine{}, log: log, dir: t.TempDir(), start: time.Now()}
+}
+
+func TestAttemptGivesWhatFatalfSaid(t *testing.T) {
+	s := idle(t)
+	cause := errors.New("cause")
+	after := false
+	err := s.attempt(t.Context(), time.Minute, func() {
+		s.Fatalf("step: %w", cause)
+		after = true
+	})
+	if !errors.Is(err, cause) || after {
+		t.Errorf("%v, went on: %v", err, after)
+	}
+	if err := s.attempt(t.Context(), time.Minute, func() {}); err != nil {
+		t.Errorf("the next attempt: %v", err)
+	}
+	err = s.attempt(t.Context(), time.Millisecond, func() {
+		<-s.ctx.Done()
+		s.Fatalf("step")
+	})
+	if err == nil || !strings.Contains(err.Error(), "the limit of 1ms") {
+		t.Errorf("over its limit: %v", err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := s.attempt(ctx, time.Minute, func() { s.Fatalf("step") }); !errors.Is(err, context.Canceled) {
+		t.Errorf("cancelled: %v", err)
+	}
+}
+
+func TestTableShowsFailures(t *testing.T) {
+	r := Report{Dir: "logs", Rows: []Row{
+		{Boot: "b", Scenario: "good", Roles: "r", Elapsed: 1500 * time.Millisecond, Note: "7 Mbit/s"},
+		{Boot: "b", Scenario: "bad|odd", Err: errors.New("two\nlines"), Note: "so far"},
+	}}
+	table := r.Table()
+	for _, want := range [...]string{"| b    | good     | r     | pass    | 1.5 | 7 Mbit/s |\n", "| FAIL    | 0.0 | two lines; so far |\n", "2 rows, 1 failed"} {
+		if !strings.Contains(table, want) {
+			t.Errorf("no %q in\n%s", want, table)
+		}
+	}
+	if r.Failed() != 1 {
+		t.Errorf("%d failed", r.Failed())
+	}
+}
+
+func TestScenariosAreSelectedByName(t *testing.T) {
+	all := []Scenario{{Name: "one, PV"}, {Name: "one, PVH"}, {Name: "two"}}
+	if got := selected(all, regexp.MustCompile("PVH?$")); len(got) != 2 {
+		t.Errorf("%d selected", len(got))
+	}
+	if got := selected(all, nil); len(got) != 3 {
+		t.Errorf("%d selected", len(got))
+	}
+}
+
+func TestOldLogsAreRemoved(t *testing.T) {
+	t.Setenv("BAREVIF_CACHE", t.TempDir())
+	cache, err := image.CacheDir()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range keptRuns + 3 {
+		if err := os.MkdirAll(filepath.Join(cache, "runs", "2000010"+string(rune('a'+i))), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	dir, err := logDir("")
+	if err != nil {
+		t.Fatal(err)
+	}
+	left, err := os.ReadDir(filepath.Join(cache, "runs"))
+	if err != nil || len(left) != keptRuns || !slices.ContainsFunc(left, func(e os.DirEntry) bool { return e.Name() == filepath.Base(dir) }) {
+		t.Errorf("%d runs left, %v", len(left), err)
+	}
+}
