@@ -89,17 +89,22 @@ func (b *back) run(ctx context.Context) error {
 	defer dom.close()
 	b.slog = b.log()
 
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	dom.watch(ctx, cancel)
 	b.say("domain %d serves vifs of type %s; a signal ends it", dom.ID(), b.typ)
-	err = pvnet.Serve(ctx, dom, pvnet.ServeConfig{
-		Config:  pvnet.Config{Queues: b.queues, Counters: new(bpf.Store), Logger: b.slog},
-		Type:    b.typ,
-		Hotplug: true,
-		Remove:  b.remove,
-	}, func(dev *pvnet.Device) { b.serve(ctx, dev) })
-	if errors.Is(err, context.Canceled) && !errors.Is(context.Cause(ctx), errHostGone) {
+	done := make(chan error, 1)
+	go func() {
+		done <- pvnet.Serve(ctx, dom, pvnet.ServeConfig{
+			Config:  pvnet.Config{Queues: b.queues, Counters: new(bpf.Store), Logger: b.slog},
+			Type:    b.typ,
+			Hotplug: true,
+			Remove:  b.remove,
+		}, func(dev *pvnet.Device) { b.serve(ctx, dev) })
+	}()
+	select {
+	case err = <-done:
+	case <-dom.gone:
+		return errHostGone // with it all there was to close in good order
+	}
+	if errors.Is(err, context.Canceled) {
 		return nil // a signal
 	}
 	return err

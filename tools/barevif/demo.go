@@ -45,7 +45,7 @@ end is a second gVisor stack. --network asks for one of them.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return d.run(cmd.Context()) },
 	}
-	cmd.Flags().Var(&d.size, "size", "`bytes` of the file to fetch, with KiB, MiB or GiB")
+	cmd.Flags().Var(&d.size, "size", "`bytes` of the file to fetch, with KiB, MiB, GiB or TiB")
 	cmd.Flags().StringVar(&d.network, "network", "auto", "far `end` of the card: auto, tap, veth or userspace")
 	return cmd
 }
@@ -410,7 +410,7 @@ func (s *byteSize) Type() string   { return "bytes" }
 
 func (s *byteSize) Set(v string) error {
 	number, shift := v, 0
-	for unit, n := range map[string]int{"KiB": 10, "MiB": 20, "GiB": 30} {
+	for unit, n := range map[string]int{"KiB": 10, "MiB": 20, "GiB": 30, "TiB": 40} {
 		if rest, ok := strings.CutSuffix(v, unit); ok {
 			number, shift = rest, n
 		}

@@ -89,19 +89,18 @@ func (s *serve) run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	defer dev.Disconnect()
 	cfg.own = uint16(dom.ID())
 	app, err := startAppliance(dev, cfg)
 	if err != nil {
+		dev.Disconnect()
 		return err
 	}
 	fmt.Fprintf(s.stdout, "vif %s: MAC %v, MTU %d, backend in domain %d, %s\ncounters: %s\nserving http://%s/; a signal ends it\n",
 		s.vif, dev.MAC(), dev.MTU(), dev.Peer(), dev.Budget(), mirrored(dev), app.addr)
 	select {
 	case <-ctx.Done():
-		err = nil
-		if cause := context.Cause(ctx); !errors.Is(cause, context.Canceled) {
-			err = cause
+		if errors.Is(context.Cause(ctx), errHostGone) {
+			return errHostGone // with it all there was to close in good order
 		}
 	case <-dev.Done():
 		err = fmt.Errorf("vif %s has ended: the toolstack took it away, or its backend broke the protocol; -v says which", s.vif)

@@ -1,0 +1,323 @@
+//go:build linux
+
+package command_test
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/binary"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"barevif/test/xenstored"
+
+	"github.com/vishvananda/netlink"
+)
+
+// A site is a host with the processes that joined it.
+type site struct {
+	t      *testing.T
+	bin    string
+	socket string
+	host   *process
+}
+
+func newSite(t *testing.T, vifs ...string) *site {
+	t.Helper()
+	s := &site{t: t, bin: barevif(t), socket: filepath.Join(t.TempDir(), "host.sock")}
+	s.host = start(t, nil, s.bin, append([]string{"host", "--socket", s.socket}, vifs...)...)
+	s.host.await("look inside:", 1)
+	return s
+}
+
+func (s *site) back(args ...string) *process {
+	s.t.Helper()
+	p := start(s.t, nil, s.bin, append([]string{"back", "-v", "--emu", s.socket}, args...)...)
+	p.await("serves vifs", 1)
+	return p
+}
+
+func (s *site) serve(args ...string) *process {
+	s.t.Helper()
+	return start(s.t, nil, s.bin, append([]string{"serve", "-v", "--emu", s.socket}, args...)...)
+}
+
+func needTAP(t *testing.T) {
+	t.Helper()
+	f, err := os.OpenFile("/dev/net/tun", os.O_RDWR, 0)
+	if err != nil {
+		t.Skip("this machine gives no TAP: ", err)
+	}
+	f.Close()
+}
+
+// client is a client without a memory: each request opens a connection.
+func client() *http.Client {
+	return &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: limit}
+}
+
+// fetch asks until the appliance answers: ARP and routes take their time after a
+// restart.
+func fetch(t *testing.T, url string) []byte {
+	t.Helper()
+	for end := time.Now().Add(limit); ; time.Sleep(50 * time.Millisecond) {
+		body, err := tryFetch(url)
+		if err == nil {
+			return body
+		}
+		if time.Now().After(end) {
+			t.Fatal(err)
+		}
+	}
+}
+
+func tryFetch(url string) ([]byte, error) {
+	resp, err := client().Get(url)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	if err == nil && resp.StatusCode != http.StatusOK {
+		err = fmt.Errorf("GET %s: %s: %s", url, resp.Status, body)
+	}
+	return body, err
+}
+
+// check fetches a page and a file with its checksum.
+func check(t *testing.T, server string) {
+	t.Helper()
+	wants(t, string(fetch(t, "http://"+server+"/")), "network card of its own")
+	const file = "/bytes/5000011"
+	body := fetch(t, "http://"+server+file)
+	sum := sha256.Sum256(body)
+	want, _, _ := strings.Cut(string(fetch(t, "http://"+server+file+".sha256")), " ")
+	if hex.EncodeToString(sum[:]) != want || len(body) != 5000011 {
+		t.Errorf("%d bytes with SHA-256 %x, want %s", len(body), sum, want)
+	}
+}
+
+// ping is an ICMP echo, answered.
+func ping(t *testing.T, address string) {
+	t.Helper()
+	c, err := net.Dial("ip4:icmp", address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(limit))
+	ask := []byte{8, 0, 0, 0, 0x12, 0x34, 0, 1}
+	binary.BigEndian.PutUint16(ask[2:], ^uint16(0x0800+0x1234+1))
+	if _, err := c.Write(ask); err != nil {
+		t.Fatal(err)
+	}
+	reply := append([]byte{0}, ask[1:]...)
+	for buf := make([]byte, 1500); ; {
+		n, err := c.Read(buf)
+		if err != nil {
+			t.Fatal("ping: ", err)
+		}
+		// The header comes too.
+		if got := buf[:n]; n == 28 && got[20] == 0 && bytes.Equal(got[24:], reply[4:]) {
+			return
+		}
+	}
+}
+
+func TestHostBackServe(t *testing.T) {
+	if !namespace(t) {
+		return
+	}
+	needTAP(t)
+	s := newSite(t)
+	back := func() *process { t.Helper(); return s.back("--addr", "10.9.0.1/24") }
+	serve := func() *process { t.Helper(); return s.serve("--addr", "10.9.0.2/24", "--gateway", "10.9.0.1") }
+	const server = "10.9.0.2"
+
+	b := back()
+	g := serve()
+	b.await("joined to vif1.0", 1)
+	g.await("serving http://10.9.0.2/", 1)
+	ping(t, server)
+	check(t, server)
+
+	t.Log("the backend ends in good order and comes back")
+	b.signal(syscall.SIGTERM)
+	wants(t, b.exit(0), "vif 1.0: gone; ", "connected to domain 1")
+	g.await("link down", 1)
+	b = back()
+	g.await("link up", 2)
+	check(t, server)
+
+	t.Log("the backend is killed under load and comes back")
+	resp, err := client().Get("http://" + server + "/bytes/1099511627776")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.CopyN(io.Discard, resp.Body, 1<<20); err != nil {
+		t.Fatal(err)
+	}
+	b.signal(syscall.SIGKILL)
+	<-b.done
+	b = back()
+	b.await("connected to domain 1", 1)
+	check(t, server)
+	// The machine's TCP and the appliance's outlive the backend between them.
+	if _, err := io.CopyN(io.Discard, resp.Body, 1<<20); err != nil {
+		t.Errorf("a download did not go on: %v", err)
+	}
+	resp.Body.Close()
+
+	t.Log("the guest ends in good order and comes back")
+	g.signal(syscall.SIGTERM)
+	g.exit(0)
+	b.await("vif 1.0: down", 1)
+	g = serve()
+	b.await("connected to domain 1", 2)
+	check(t, server)
+
+	t.Log("the guest is killed and comes back")
+	g.signal(syscall.SIGKILL)
+	<-g.done
+	g = serve()
+	b.await("connected to domain 1", 3)
+	check(t, server)
+
+	t.Log("all end")
+	g.signal(syscall.SIGINT)
+	wants(t, g.exit(0), "link down")
+	b.signal(syscall.SIGINT)
+	b.exit(0)
+	s.host.signal(syscall.SIGTERM)
+	wants(t, s.host.exit(0), "domain 1: a program runs in it", "domain 2: its program has ended")
+	for _, path := range []string{s.socket, filepath.Join(filepath.Dir(s.socket), "xenstored.sock")} {
+		if _, err := os.Lstat(path); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("%s is left behind", path)
+		}
+	}
+	if _, err := net.InterfaceByName("vif1.0"); err == nil {
+		t.Error("the TAP is left behind")
+	}
+}
+
+func TestADomainEndsWithItsHost(t *testing.T) {
+	if !namespace(t) {
+		return
+	}
+	needTAP(t)
+	s := newSite(t)
+	b := s.back("--addr", "10.9.0.1/24")
+	g := s.serve()
+	g.await("serving http://", 1)
+	s.host.signal(syscall.SIGKILL)
+	<-s.host.done
+	for _, p := range []*process{b, g} {
+		wants(t, p.exit(1), "the emulated host has ended", "next: ")
+	}
+	// What a killed host leaves behind is not in the way of the next.
+	s.host = start(t, nil, s.bin, "host", "--socket", s.socket)
+	s.host.await("look inside:", 1)
+	s.host.signal(syscall.SIGTERM)
+	s.host.exit(0)
+}
+
+func TestSeveralVifsWithQueuesAndIPv6(t *testing.T) {
+	if !namespace(t) {
+		return
+	}
+	needTAP(t)
+	s := newSite(t, "--vif", "front=1,mtu=9000", "--vif", "front=3,type=own,back=4,mac=00:16:3e:11:22:33", "--vif", "front=1,id=1")
+	b := s.back("--queues", "4", "--addr", "1.0=10.9.0.1/24", "--addr", "1.1=10.9.1.1/24", "--tap", "t%dx%i")
+	s.back("--dom", "4", "--type", "own", "--addr", "fd00:9::1/64").await("joined to vif3.0", 1)
+	b.await("joined to t1x0, MTU 9000", 1)
+	b.await("joined to t1x1, MTU 1500", 1)
+
+	g := s.serve("--queues", "2")
+	check(t, "10.9.0.2")
+	wants(t, g.text(), "MTU 9000", "pages shared")
+	g.signal(syscall.SIGTERM)
+	g.exit(0)
+	s.serve("--vif", "1", "--addr", "10.9.1.2/24", "--port", "8080")
+	check(t, "10.9.1.2:8080")
+	s.serve("--dom", "3", "--addr", "fd00:9::2/64")
+	check(t, "[fd00:9::2]")
+	wants(t, b.text(), "vif 1.0: down", "vif 1.1: connected")
+}
+
+func TestGuestOnAnInterface(t *testing.T) {
+	if !namespace(t) {
+		return
+	}
+	if err := netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "here", TxQLen: -1}, PeerName: "there"}); err != nil {
+		t.Skip("this machine gives no veth pair: ", err)
+	}
+	for _, name := range []string{"here", "there"} {
+		l, err := netlink.LinkByName(name)
+		if err == nil && name == "here" {
+			var a *netlink.Addr
+			if a, err = netlink.ParseAddr("10.9.0.1/24"); err == nil {
+				err = netlink.AddrAdd(l, a)
+			}
+		}
+		if err == nil {
+			err = netlink.LinkSetUp(l)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	s := newSite(t)
+	b := s.back("--packet", "there")
+	s.serve().await("serving http://10.9.0.2/", 1)
+	ping(t, "10.9.0.2")
+	check(t, "10.9.0.2")
+	b.signal(syscall.SIGTERM)
+	b.exit(0)
+}
+
+// The program README.md shows is the guest.
+func TestReadmeProgramServes(t *testing.T) {
+	if !namespace(t) {
+		return
+	}
+	needTAP(t)
+	s := newSite(t)
+	s.back("--addr", "10.9.0.1/24")
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "hello.txt"), []byte("from a directory"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	startIn(t, dir, nil, filepath.Join(programs, "readme"), s.socket)
+	if body := fetch(t, "http://10.9.0.2/hello.txt"); string(body) != "from a directory" {
+		t.Errorf("%q", body)
+	}
+}
+
+// Debian's own clients look inside the host's xenstore.
+func TestXenstoreToolsSeeTheHost(t *testing.T) {
+	s := newSite(t, "--vif", "front=7,back=9,id=4,mac=00:16:3e:aa:bb:cc,mtu=9000")
+	socket := filepath.Join(filepath.Dir(s.socket), "xenstored.sock")
+	out, err := xenstored.Tool(t, socket, "xenstore-ls", "-f").CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	wants(t, string(out),
+		`/local/domain/7/device/vif/4/state = "1"`, `/local/domain/7/device/vif/4/mac = "00:16:3e:aa:bb:cc"`,
+		`/local/domain/9/backend/vif/7/4/frontend = "/local/domain/7/device/vif/4"`, `mtu = "9000"`)
+	if out, err := xenstored.Tool(t, socket, "xenstore-write", "/tool/test", "yes").CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	if out, err := xenstored.Tool(t, socket, "xenstore-read", "/tool/test").CombinedOutput(); err != nil || string(out) != "yes\n" {
+		t.Errorf("%v: %q", err, out)
+	}
+}

@@ -1,0 +1,56 @@
+//go:build linux
+
+package command_test
+
+import (
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// readmeProgram is the program that README.md shows, built.
+func readmeProgram(t testing.TB) string {
+	t.Helper()
+	text, err := os.ReadFile(filepath.Join(root, "README.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, ok := strings.Cut(string(text), "```go\npackage main\n")
+	source, _, end := strings.Cut(rest, "\n```\n")
+	if !ok || !end {
+		t.Fatal("README.md shows no program")
+	}
+	// It may import the module's packages because it is laid over a folder of it.
+	file := filepath.Join(programs, "readme.go")
+	if err := os.WriteFile(file, []byte("package main\n"+source+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	within, err := filepath.Abs(filepath.Join(root, "test/command/readme/main.go"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	overlay, err := json.Marshal(map[string]map[string]string{"Replace": {within: file}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	list := filepath.Join(programs, "overlay.json")
+	if err := os.WriteFile(list, overlay, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return build(t, "readme", "./test/command/readme", "-overlay="+list)
+}
+
+func TestReadmeShowsTheHelp(t *testing.T) {
+	text, err := os.ReadFile(filepath.Join(root, "README.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	help := start(t, nil, barevif(t), "--help").exit(0)
+	for line := range strings.Lines(help) {
+		if command, ok := strings.CutPrefix(line, "  barevif "); ok && command != "[command]\n" && !strings.Contains(string(text), "barevif "+strings.TrimSpace(command)) {
+			t.Errorf("README.md does not show %q", strings.TrimSpace(line))
+		}
+	}
+}
