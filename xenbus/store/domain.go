@@ -203,11 +203,5 @@ func (s *Store) releaseLocked(d *domain) {
 			}
 		}
 	}
-	for name, perms := range s.special {
-		if perms[0].dom == d {
-			perms[0].dom = s.domains[0]
-		}
-		s.special[name] = slices.DeleteFunc(perms, func(p perm) bool { return p.dom == d })
-	}
 	s.fireSpecialLocked(releaseDomain)
 }

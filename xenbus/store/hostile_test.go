@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -195,6 +196,59 @@ func TestWhoStopsReadingHoldsNobodyUp(t *testing.T) {
 	}
 }
 
+// TestBacklogIsShortForWhoStandsStill has domain 0 fill a backlog: it is never made
+// to wait.
+func TestBacklogIsShortForWhoStandsStill(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newEmbedded(t, store.Config{Backlog: 64 << 10})
+		e.Introduce(3)
+		if err := errors.Join(e.Mkdir("/d"), e.SetPerms("/d", "r0")); err != nil {
+			t.Fatal(err)
+		}
+		writes := func() (n int) { // until the watcher's connection ends
+			for e.Stats().BacklogKills == 0 {
+				if err := e.Write(fmt.Sprint("/d/", n), ""); err != nil {
+					t.Fatal(err)
+				}
+				n++
+			}
+			return n
+		}
+		watch := func() <-chan error {
+			w, ended := e.pipe(3)
+			w.want(wire.Watch, 0, z("/d", "t"), ok)
+			w.heard()
+			return ended
+		}
+		ended := watch()
+		for range 4 { // one to be on its way, others to wait
+			if err := e.Write("/d/x", ""); err != nil {
+				t.Fatal(err)
+			}
+			synctest.Wait()
+		}
+		time.Sleep(2 * time.Second)
+		still := writes()
+		if err := <-ended; err != store.ErrBacklog {
+			t.Errorf("ended with %v", err)
+		}
+		if still > 64<<10/128 {
+			t.Errorf("took %d events for one that stands still", still)
+		}
+		// One that has only just connected is given twice as much.
+		e = newEmbedded(t, store.Config{Backlog: 64 << 10})
+		e.Introduce(3)
+		if err := errors.Join(e.Mkdir("/d"), e.SetPerms("/d", "r0")); err != nil {
+			t.Fatal(err)
+		}
+		ended = watch()
+		if fresh := writes(); fresh < 3*still/2 {
+			t.Errorf("took %d events for a fresh one, %d for one that stands still", fresh, still)
+		}
+		<-ended
+	})
+}
+
 func TestUnreadRepliesStopRequests(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newEmbedded(t, store.Config{})
@@ -361,20 +415,40 @@ func TestEndOfConnectionIsExplained(t *testing.T) {
 	}
 }
 
+// lastWords is a connection whose client has sent all it will, and may still read.
+type lastWords struct {
+	net.Conn
+	sent *strings.Reader
+}
+
+func (c lastWords) Read(p []byte) (int, error) { return c.sent.Read(p) }
+
 func TestLastRepliesAreFlushed(t *testing.T) {
-	e := newEmbedded(t, store.Config{})
-	ours, ended := e.dial(0)
-	c := newRaw(t, ours)
-	for range 50 {
-		c.send(wire.Read, 0, z("/tool"))
-	}
-	ours.(*net.UnixConn).CloseWrite()
-	for range 50 {
-		c.receive()
-	}
-	if err := <-ended; err != nil {
-		t.Error(err)
-	}
+	synctest.Test(t, func(t *testing.T) {
+		e := newEmbedded(t, store.Config{})
+		var sent []byte
+		for range 50 {
+			sent, _ = wire.Append(sent, wire.Header{Op: wire.Read}, z("/tool"))
+		}
+		for _, reads := range []bool{true, false} {
+			ours, theirs := net.Pipe()
+			ended := make(chan error, 1)
+			go func() { ended <- e.ServeConn(lastWords{theirs, strings.NewReader(string(sent))}, 0) }()
+			synctest.Wait()
+			start := time.Now()
+			if c := newRaw(t, ours); reads {
+				for range 50 {
+					c.receive()
+				}
+			}
+			if err := <-ended; err != nil {
+				t.Errorf("ended with %v", err)
+			}
+			if took := time.Since(start); reads != (took == 0) || took > time.Second {
+				t.Errorf("reads %v: ended after %v", reads, took)
+			}
+		}
+	})
 }
 
 // TestReusedDomidInheritsNothing is XSA-322, XSA-419 and XSA-483.
@@ -534,20 +608,28 @@ func TestStoreOfItsOwner(t *testing.T) {
 		{e.Remove("/none/none"), store.ENOENT},
 		{e.SetPerms("/a/b"), store.EINVAL},
 		{e.SetPerms("/a/b", "n8"), store.ENOENT},
-		{e.SetPerms("/a/b", "n70000"), store.ENOENT},
+		{e.SetPerms("/a/b", "n65539"), store.ENOENT}, // 3 in 16 bits
 		{e.SetPerms("/none", "n0"), store.ENOENT},
 	} {
 		if row.err != row.want {
 			t.Errorf("%v, want %v", row.err, row.want)
 		}
 	}
-	if _, err := e.Read("/none"); !errors.Is(err, fs.ErrNotExist) {
+	if _, err := e.Read("/none"); !errors.Is(err, fs.ErrNotExist) || !strings.Contains(err.Error(), "ENOENT") {
 		t.Errorf("read of nothing: %v", err)
+	}
+	if !errors.Is(store.EACCES, fs.ErrPermission) || !errors.Is(store.EEXIST, fs.ErrExist) || errors.Is(store.EINVAL, fs.ErrExist) {
+		t.Error("errors are not those of io/fs")
 	}
 	if err := e.Remove("/a"); err != nil {
 		t.Error(err)
 	}
 	c.wantEvents("/a/b t", "/a t")
+
+	if err := e.Write("/long", strings.Repeat("v", 5000)); err != nil {
+		t.Error(err)
+	}
+	c.want(wire.Read, 0, z("/long"), "E2BIG")
 
 	e.Introduce(9)
 	p := e.connect(9)
@@ -560,6 +642,119 @@ func TestStoreOfItsOwner(t *testing.T) {
 	p.wantEvents("@introduceDomain i")
 	p.want(wire.Write, 0, "own\x00", ok)
 	p.want(wire.GetPerms, 0, z("/local/domain/9/own"), z("n0"))
+}
+
+func TestIntroduceOnTheWire(t *testing.T) {
+	e := newEmbedded(t, store.Config{Privileged: []hypercall.DomID{9}})
+	c := e.dom0()
+	c.want(wire.Watch, 0, z("@introduceDomain", "i"), ok)
+	c.heard()
+	c.want(wire.Introduce, 0, z("3", "1", "5"), ok)
+	c.wantEvents("@introduceDomain i")
+	g := e.connect(3)
+	g.want(wire.Watch, 0, z("x", "t"), ok)
+	tx := g.start()
+	c.want(wire.Introduce, 0, z("3", "1", "5"), ok) // the domain has started anew
+	c.wantEvents()
+	g.want(wire.Unwatch, 0, z("x", "t"), "ENOENT")
+	g.want(wire.TransactionEnd, tx, z("T"), "ENOENT")
+	for _, id := range []string{"32752", "65539", "-1", "99999999999"} { // 65539 is 3 in 16 bits
+		c.want(wire.Introduce, 0, z(id, "1", "5"), "EINVAL")
+		c.want(wire.Release, 0, z(id), "ENOENT")
+	}
+	c.want(wire.Control, 0, z("help"), "EINVAL")
+	e.Introduce(4)
+	if err := errors.Join(e.Mkdir("/for-4"), e.SetPerms("/for-4", "n0", "r4")); err != nil {
+		t.Fatal(err)
+	}
+	g.want(wire.Read, 0, z("/for-4"), "EACCES")
+	c.want(wire.SetTarget, 0, z("3", "4"), ok)
+	g.want(wire.Read, 0, z("/for-4"), "")
+	e.DomainDied(4)
+	g.want(wire.Read, 0, z("/for-4"), "EACCES")
+	c.want(wire.SetTarget, 0, z("3", "0"), ok)
+	g.want(wire.Read, 0, z("/tool"), "")
+
+	// A privileged domain can release itself, in a transaction even.
+	e.Introduce(9)
+	conn, ended := e.dial(9)
+	p := newRaw(t, conn)
+	p.send(wire.Release, p.start(), z("9"))
+	if err := <-ended; err != hypercall.ErrNoDomain {
+		t.Errorf("ended with %v", err)
+	}
+}
+
+// TestOwnerThatDiedInATransaction is a node given to a domain in a transaction
+// that is committed after the domain's death: a later domain of that number must
+// not get it.
+func TestOwnerThatDiedInATransaction(t *testing.T) {
+	e := newEmbedded(t, store.Config{})
+	e.Introduce(3)
+	c := e.dom0()
+	tx := c.start()
+	c.want(wire.Mkdir, tx, z("/given"), ok)
+	c.want(wire.SetPerms, tx, z("/given", "n3"), ok)
+	e.DomainDied(3)
+	e.Introduce(3)
+	c.want(wire.TransactionEnd, tx, z("T"), "EAGAIN")
+	c.want(wire.Read, 0, z("/given"), "ENOENT")
+}
+
+func TestNodeQuotaHoldsAtTheCommit(t *testing.T) {
+	e := newEmbedded(t, store.Config{Quota: store.Quota{Nodes: 10}})
+	g := e.guest(3)
+	tx := g.start()
+	for i := range 20 {
+		g.want(wire.Mkdir, tx, z(fmt.Sprint("n", i)), ok)
+	}
+	g.want(wire.TransactionEnd, tx, z("T"), "ENOSPC")
+	g.want(wire.Directory, 0, z("/local/domain/3"), "")
+	tx = g.start()
+	for i := range 8 { // and its home; C xenstored wants one place left
+		g.want(wire.Mkdir, tx, z(fmt.Sprint("n", i)), ok)
+	}
+	g.want(wire.TransactionEnd, tx, z("T"), ok)
+}
+
+// TestListsOfChildrenAreNotShared has a transaction and others add to one directory.
+func TestListsOfChildrenAreNotShared(t *testing.T) {
+	for n := range 10 { // the list has room to grow in place after some of these
+		e := newEmbedded(t, store.Config{})
+		c, d := e.dom0(), e.dom0()
+		var names []string
+		for i := range n + 1 {
+			names = append(names, fmt.Sprint("n", i))
+			c.want(wire.Mkdir, 0, z("/d/"+names[i]), ok)
+		}
+		tx := c.start()
+		c.want(wire.Directory, tx, z("/d"), z(names...))
+		d.want(wire.Mkdir, 0, z("/d/outside"), ok)
+		c.want(wire.Mkdir, tx, z("/d/inside"), ok)
+		c.want(wire.Directory, tx, z("/d"), z(append(slices.Clone(names), "inside")...))
+		d.want(wire.Directory, 0, z("/d"), z(append(slices.Clone(names), "outside")...))
+		c.want(wire.TransactionEnd, tx, z("T"), "EAGAIN")
+	}
+}
+
+// TestTransactionThatSawHalfADeletion has a parent and its child from different
+// times, both ways round.
+func TestTransactionThatSawHalfADeletion(t *testing.T) {
+	e := newEmbedded(t, store.Config{})
+	c, d := e.dom0(), e.dom0()
+	c.want(wire.Write, 0, "/p/q/r\x00", ok)
+	tx := c.start()
+	c.want(wire.Directory, tx, z("/p/q"), z("r"))
+	d.want(wire.Rm, 0, z("/p"), ok)
+	c.want(wire.Rm, tx, z("/p/q"), ok)
+	c.want(wire.TransactionEnd, tx, z("T"), "EAGAIN")
+
+	tx = c.start()
+	c.want(wire.Directory, tx, z("/p"), "ENOENT")
+	d.want(wire.Write, 0, "/p/q\x00", ok)
+	c.want(wire.Rm, tx, z("/p/q"), ok)
+	c.want(wire.TransactionEnd, tx, z("T"), "EAGAIN")
+	c.want(wire.Read, 0, z("/p/q"), "")
 }
 
 func TestManyClientsWhileDomainsDie(t *testing.T) {

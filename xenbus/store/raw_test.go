@@ -25,6 +25,8 @@ type raw struct {
 	events []string // path and token, joined by a blank
 }
 
+const ok = "OK\x00"
+
 // patience bounds every wait for a peer in these tests.
 const patience = 20 * time.Second
 
@@ -135,15 +137,7 @@ func atou(t testing.TB, s string) (n uint32) {
 	return n
 }
 
-// A rig is a daemon under test.
-type rig interface {
-	// dom0 opens a connection of domain 0.
-	dom0() *raw
-	// guest introduces a domain, gives it a home of its own and connects as it.
-	guest(id hypercall.DomID) *raw
-}
-
-// embedded is the rig of this package.
+// embedded is a store under test, whose accounts are checked at the end.
 type embedded struct {
 	t testing.TB
 	*store.Store

@@ -239,7 +239,7 @@ func (r *request) create(path string, value []byte) error {
 			nodes[i] = nodes[i].withChild(baseOf(paths[i-1]))
 		}
 	}
-		if !r.dom.privileged {
+	if !r.dom.privileged {
 		count := r.dom.nodes + len(paths)
 		if r.tx != nil {
 			count = r.dom.nodes + 1 // the rest is checked at the commit

@@ -134,7 +134,7 @@ func (r *request) commit(t *transaction) error {
 		}
 	}
 	for _, a := range t.order {
-		if a.modified && (a.now != nil || a.gen != 0) {
+		if a.modified {
 			if a.now != nil {
 				r.s.gen++
 				a.now.gen = r.s.gen

@@ -13,10 +13,8 @@ import (
 	"barevif/xenbus/wire"
 )
 
-const ok = "OK\x00"
-
 // conformance is what C xenstored 4.17 does, as observed. Every row runs against
-// this package and, where it can be had, against Debian's xenstored itself.
+// xenbus/store and, where it can be had, against Debian's xenstored itself.
 var conformance = []struct {
 	name string
 	run  func(t *testing.T, r rig)
@@ -267,6 +265,11 @@ var conformance = []struct {
 		d.want(wire.Rm, tx, z("/t"), ok)
 		d.want(wire.TransactionEnd, tx, z("F"), ok)
 		c.wantEvents()
+		tx = d.start()
+		d.want(wire.Write, tx, "/t/a\x003", ok) // all watches are told of a
+		d.want(wire.Rm, tx, z("/t"), ok)        // and of t, now without exception
+		d.want(wire.TransactionEnd, tx, z("T"), ok)
+		c.wantEvents("/t/a w", "/t w")
 	}},
 	{"own events come before the reply", func(t *testing.T, r rig) {
 		c := r.dom0()
@@ -590,9 +593,14 @@ var conformance = []struct {
 		c.want(wire.Watch, 0, z("/local", "l"), ok)
 		c.want(wire.Watch, 0, z("/local/domain/3/mine/deep", "d"), ok)
 		c.want(wire.Watch, 0, z("@releaseDomain", "r"), ok)
+		c.want(wire.Write, 0, "/elsewhere/of-3/and-below\x001", ok)
+		c.want(wire.SetPerms, 0, z("/elsewhere/of-3", "n3"), ok)
+		c.want(wire.Watch, 0, z("/elsewhere", "e"), ok)
 		c.heard()
-		c.want(wire.Release, 0, z("3"), ok)
-		c.wantEvents("/local/domain/3/mine/deep d", "/local/domain/3 l", "@releaseDomain r")
+		g.conn.Close()
+		r.kill(3)
+		c.wantEvents("/local/domain/3/mine/deep d", "/local/domain/3 l", "/elsewhere/of-3 e", "@releaseDomain r")
+		c.want(wire.Directory, 0, z("/elsewhere"), "")
 		c.want(wire.Directory, 0, z("/local/domain"), z("4"))
 		again := r.guest(3) // the same number, but another domain
 		again.want(wire.Read, 0, z("/local/domain/4/back/3"), "EACCES")

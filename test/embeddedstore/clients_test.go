@@ -10,12 +10,12 @@ import (
 	"strings"
 	"testing"
 
+	"barevif/test/xenstored"
 	"barevif/xenbus/store"
 )
 
 // TestDebiansClientsWork runs every client of the package xenstore-utils.
 func TestDebiansClientsWork(t *testing.T) {
-	d := needDebian(t)
 	s := store.New(store.Config{})
 	defer s.Close()
 	s.Introduce(5)
@@ -34,8 +34,7 @@ func TestDebiansClientsWork(t *testing.T) {
 
 	run := func(client string, args ...string) (out string, code int) {
 		t.Helper()
-		cmd := d.command("usr/bin/xenstore-"+client, args...)
-		cmd.Env = append(cmd.Env, "XENSTORED_PATH="+socket)
+		cmd := xenstored.Tool(t, socket, "xenstore-"+client, args...)
 		b, err := cmd.CombinedOutput()
 		if cmd.ProcessState == nil || !cmd.ProcessState.Exited() {
 			t.Fatalf("xenstore-%s: %v", client, err)
@@ -93,8 +92,7 @@ func TestDebiansClientsWork(t *testing.T) {
 		t.Errorf("xenstore-list /big: exit %d, %d bytes", code, len(out))
 	}
 
-	watch := d.command("usr/bin/xenstore-watch", "-n", "3", "/w")
-	watch.Env = append(watch.Env, "XENSTORED_PATH="+socket)
+	watch := xenstored.Tool(t, socket, "xenstore-watch", "-n", "3", "/w")
 	pipe, err := watch.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
