@@ -498,7 +498,7 @@ func TestOrdinaryUser(t *testing.T) {
 	cmd := again(t, "", &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}})
 	cmd.Args = append(cmd.Args, "-test.v", "-test.timeout=60s")
 	out, err := cmd.CombinedOutput()
-	for _, must := range []string{"TestKernelOfTheSandboxTalksThroughTheLink/veth", "TestHTTPClientRunsInsideTheNamespace", "TestNothingIsLeft/veth"} {
+	for _, must := range []string{"TestKernelOfTheSandboxTalksThroughTheLink/veth", "TestHTTPClientRunsInsideTheNamespace", "TestKernelBrowsesAGuest/veth", "TestNothingIsLeft/veth"} {
 		if !strings.Contains(string(out), "--- PASS: "+must) {
 			t.Errorf("%s did not pass as nobody", must)
 		}
