@@ -2,6 +2,7 @@ package pvnet
 
 import (
 	"errors"
+	"net"
 	"os"
 	"runtime"
 	"sync"
@@ -207,6 +208,11 @@ func (h *half) rest() error {
 	h.parked.Add(1)
 	err := h.park.Load().wait(h.dir, h.deadline(), worked)
 	h.parked.Add(1)
+	if err == net.ErrClosed && h.gate.state.Load() == gateBusy {
+		// Our own teardown shuts the gate before it closes the waiter. So the
+		// domain itself is gone, and waiting again would never end.
+		err = &UnknownError{"wait for an event", err}
+	}
 	h.refresh()
 	if h.rescue.Swap(false) {
 		h.count.Add(telemetry.RescuedWakeups, 1)

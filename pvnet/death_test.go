@@ -1,0 +1,52 @@
+package pvnet
+
+import (
+	"errors"
+	"net"
+	"os"
+	"testing"
+	"time"
+
+	"barevif/hypercall/emu"
+)
+
+// Without its domain there is nothing to wait for: calls that wait end, instead of
+// trying again for ever.
+func TestCallsEndWithTheirOwnDomain(t *testing.T) {
+	p := join(t, emu.Config{}, plain, Config{})
+	tx, rx := own(t, p.back)
+	done := make(chan error, 2)
+	go func() {
+		_, err := rx.Receive(make([]Frame, 1))
+		done <- err
+	}()
+	go func() {
+		var f [1]Frame
+		for { // until the ring is full, and on
+			if _, err := tx.AllocWait(f[:], 60); err != nil {
+				done <- err
+				return
+			}
+			if _, err := tx.SendWait(f[:]); err != nil {
+				f[0].Release()
+				done <- err
+				return
+			}
+		}
+	}()
+	for rx.parked.Load()%2 == 0 || tx.parked.Load()%2 == 0 {
+		time.Sleep(time.Millisecond)
+	}
+	p.bdom.Destroy()
+	for range 2 {
+		select {
+		case err := <-done:
+			var unknown *UnknownError
+			if !errors.As(err, &unknown) || !errors.Is(err, net.ErrClosed) || errors.Is(err, os.ErrDeadlineExceeded) {
+				t.Errorf("ended with %v", err)
+			}
+		case <-time.After(10 * time.Second):
+			t.Fatal("a call goes on")
+		}
+	}
+}
