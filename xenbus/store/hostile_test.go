@@ -12,6 +12,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -118,50 +119,98 @@ func flood(c *raw, n int) {
 	}
 }
 
-func TestFlooderWaitsForWhoReads(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		e := newEmbedded(t, store.Config{Backlog: 8 << 10})
-		e.Introduce(3)
-		e.Introduce(4)
-		for _, err := range []error{e.Mkdir("/local/domain/4"), e.SetPerms("/local/domain/4", "r4"), e.Mkdir("/local/domain/4/shared")} {
-			if err != nil {
-				t.Fatal(err)
-			}
+// shared has a directory of domain 4 that domain 3 may read, and both connected.
+// Domain 3 watches it.
+func shared(t *testing.T, cfg store.Config) (e embedded, watcher *raw, watcherEnded <-chan error, flooder *raw, flooderEnded <-chan error) {
+	e = newEmbedded(t, cfg)
+	e.Introduce(3)
+	e.Introduce(4)
+	for _, err := range []error{e.Mkdir("/local/domain/4"), e.SetPerms("/local/domain/4", "r4"), e.Mkdir("/local/domain/4/shared")} {
+		if err != nil {
+			t.Fatal(err)
 		}
-		watcher, ended := e.pipe(3)
-		watcher.want(wire.Watch, 0, z("/local/domain/4", "t"), ok)
-		heard := make(chan int)
+	}
+	watcher, watcherEnded = e.pipe(3)
+	watcher.want(wire.Watch, 0, z("/local/domain/4", "t"), ok)
+	flooder, flooderEnded = e.pipe(4)
+	return e, watcher, watcherEnded, flooder, flooderEnded
+}
+
+func TestFlooderWaitsForWhoReads(t *testing.T) {
+	for _, backlog := range []int{8 << 10, 128 << 10} { // less than is written at once, and more
+		synctest.Test(t, func(t *testing.T) {
+			e, watcher, ended, flooder, _ := shared(t, store.Config{Backlog: backlog})
+			heard := make(chan int)
+			go func() {
+				n := 0
+				for {
+					h, p, err := wire.ReadMessage(watcher.conn, watcher.buf[:])
+					if err != nil || h.Op != wire.WatchEvent {
+						heard <- n
+						return
+					}
+					if strings.HasPrefix(string(p), "/local/domain/4/shared/") {
+						n++
+					}
+					time.Sleep(time.Millisecond)
+				}
+			}()
+			start := time.Now()
+			flood(flooder, 3000)
+			took := time.Since(start)
+			watcher.send(wire.GetDomainPath, 0, z("0"))
+			if n := <-heard; n != 3000 {
+				t.Errorf("heard %d of 3000 events", n)
+			}
+			if st := e.Stats(); st.Throttled == 0 || st.BacklogKills != 0 {
+				t.Errorf("%+v", st)
+			}
+			if took < time.Second {
+				t.Errorf("3000 writes took %v, with a reader of 1000 a second", took)
+			}
+			watcher.conn.Close()
+			if err := <-ended; err != nil {
+				t.Errorf("the watcher ended with %v", err)
+			}
+		})
+	}
+}
+
+func TestFlooderGoesOnOnceThereIsRoom(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e, watcher, _, flooder, ended := shared(t, store.Config{Backlog: 8 << 10})
+		var written atomic.Int32
 		go func() {
-			n := 0
 			for {
-				h, p, err := wire.ReadMessage(watcher.conn, watcher.buf[:])
-				if err != nil || h.Op != wire.WatchEvent {
-					heard <- n
+				msg, _ := wire.Append(nil, wire.Header{Op: wire.Write}, fmt.Sprintf("shared/%d\x00", written.Load()))
+				if _, err := flooder.conn.Write(msg); err != nil {
 					return
 				}
-				if strings.HasPrefix(string(p), "/local/domain/4/shared/") {
-					n++
+				if _, _, err := wire.ReadMessage(flooder.conn, flooder.buf[:]); err != nil {
+					return
 				}
-				time.Sleep(time.Millisecond)
+				written.Add(1)
 			}
 		}()
-		flooder, _ := e.pipe(4)
+		synctest.Wait()
+		before := written.Load()
+		// This frees the writer, which takes all that waits.
+		if _, _, err := wire.ReadMessage(watcher.conn, watcher.buf[:]); err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		if after := written.Load(); before == 0 || after <= before {
+			t.Errorf("%d writes, then %d", before, after)
+		}
+		// Without nodes its death makes no event that would wake it by chance.
+		if err := e.Remove("/local/domain/4"); err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
 		start := time.Now()
-		flood(flooder, 3000)
-		took := time.Since(start)
-		watcher.send(wire.GetDomainPath, 0, z("0"))
-		if n := <-heard; n != 3000 {
-			t.Errorf("heard %d of 3000 events", n)
-		}
-		if st := e.Stats(); st.Throttled == 0 || st.BacklogKills != 0 {
-			t.Errorf("%+v", st)
-		}
-		if took < 2*time.Second {
-			t.Errorf("3000 writes took %v, with a reader of 1000 a second", took)
-		}
-		watcher.conn.Close()
-		if err := <-ended; err != nil {
-			t.Errorf("the watcher ended with %v", err)
+		e.DomainDied(4)
+		if err := <-ended; err != hypercall.ErrNoDomain || time.Since(start) != 0 {
+			t.Errorf("a client that waits ended after %v, %v", time.Since(start), err)
 		}
 	})
 }
@@ -173,17 +222,7 @@ func TestWhoStopsReadingHoldsNobodyUp(t *testing.T) {
 			if privileged {
 				cfg.Privileged = []hypercall.DomID{3}
 			}
-			e := newEmbedded(t, cfg)
-			e.Introduce(3)
-			e.Introduce(4)
-			for _, err := range []error{e.Mkdir("/local/domain/4"), e.SetPerms("/local/domain/4", "r4"), e.Mkdir("/local/domain/4/shared")} {
-				if err != nil {
-					t.Fatal(err)
-				}
-			}
-			watcher, ended := e.pipe(3)
-			watcher.want(wire.Watch, 0, z("/local/domain/4", "t"), ok)
-			flooder, _ := e.pipe(4)
+			_, _, ended, flooder, _ := shared(t, cfg)
 			start := time.Now()
 			flood(flooder, 3000)
 			if took := time.Since(start); took > 2*time.Second {
@@ -194,6 +233,32 @@ func TestWhoStopsReadingHoldsNobodyUp(t *testing.T) {
 			}
 		})
 	}
+}
+
+// slowToClose is a connection whose Close takes its time.
+type slowToClose struct {
+	net.Conn
+	closed *atomic.Bool
+}
+
+func (c slowToClose) Close() error {
+	time.Sleep(time.Minute)
+	c.closed.Store(true)
+	return c.Conn.Close()
+}
+
+func TestCloseWaitsForConnections(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		e := newEmbedded(t, store.Config{})
+		_, theirs := net.Pipe()
+		var closed atomic.Bool
+		go e.ServeConn(slowToClose{theirs, &closed}, 0)
+		synctest.Wait()
+		e.Close()
+		if !closed.Load() {
+			t.Error("Close left a connection")
+		}
+	})
 }
 
 // TestBacklogIsShortForWhoStandsStill has domain 0 fill a backlog: it is never made
@@ -235,15 +300,16 @@ func TestBacklogIsShortForWhoStandsStill(t *testing.T) {
 		if still > 64<<10/128 {
 			t.Errorf("took %d events for one that stands still", still)
 		}
-		// One that has only just connected is given twice as much.
+		// One that had nothing to read is given twice as much.
 		e = newEmbedded(t, store.Config{Backlog: 64 << 10})
 		e.Introduce(3)
 		if err := errors.Join(e.Mkdir("/d"), e.SetPerms("/d", "r0")); err != nil {
 			t.Fatal(err)
 		}
 		ended = watch()
+		time.Sleep(2 * time.Second) // with nothing to read
 		if fresh := writes(); fresh < 3*still/2 {
-			t.Errorf("took %d events for a fresh one, %d for one that stands still", fresh, still)
+			t.Errorf("took %d events for one that had nothing to read, %d for one that stands still", fresh, still)
 		}
 		<-ended
 	})

@@ -96,9 +96,6 @@ func (r *request) fire(path string, n *node, before []perm, exact bool) {
 	if exact && s.watched[path] == 0 {
 		return
 	}
-	if n == nil && before == nil {
-		return // made and removed in one transaction
-	}
 	var parent *node
 	if path != "/" {
 		parent = s.nodes[parentOf(path)]
@@ -120,7 +117,7 @@ func (c *client) mayHear(n, parent *node, before []perm) bool {
 		return true
 	}
 	if n == nil {
-		return false
+		return false // made and removed in one transaction, as far as this client can know
 	}
 	return c.dom.rights(n.perms)&canRead != 0 || parent != nil && c.dom.rights(parent.perms)&canRead != 0
 }
