@@ -300,6 +300,10 @@ func (l *life) connect(ch xenbus.Change) bool {
 		l.xd.Fail(ctx, nil)
 		return true
 	}
+	for _, q := range c.queues { // takes home what was posted, without which no page goes back
+		q.tx.drain()
+		q.rx.drain()
+	}
 	c.undo.run()
 	err = fmt.Errorf("connect vif %s: %w", l.d.id, err)
 	l.d.log.Warn("cannot connect", "vif", l.d.id, "err", err)
