@@ -321,27 +321,27 @@ func TestUnreadRepliesStopRequests(t *testing.T) {
 		e.Introduce(3)
 		c, ended := e.pipe(3)
 		msg, _ := wire.Append(nil, wire.Header{Op: wire.GetDomainPath}, z("3"))
-		sent := 0
+		var sent atomic.Int32
 		go func() {
-			for {
+			for range 100 {
 				if _, err := c.conn.Write(msg); err != nil {
+					t.Error(err)
 					return
 				}
-				sent++
+				sent.Add(1)
 			}
 		}()
 		synctest.Wait()
-		if st := e.Stats(); sent != 20 || st.Requests != 20 || st.RepliesUnread != 1 {
-			t.Errorf("took %d requests, %+v", sent, st)
+		if st := e.Stats(); sent.Load() != 20 || st.Requests != 20 || st.RepliesUnread != 1 {
+			t.Errorf("took %d requests, %+v", sent.Load(), st)
 		}
 		other, _ := e.pipe(3)
 		other.want(wire.GetDomainPath, 0, z("3"), z("/local/domain/3"))
-		// It goes on once they are read.
-		for range 100 {
+		for range 100 { // it goes on once they are read
 			c.receive()
 		}
 		c.conn.Close()
-		if err := <-ended; err != nil && !errors.Is(err, io.ErrClosedPipe) {
+		if err := <-ended; err != nil {
 			t.Error(err)
 		}
 	})
@@ -869,7 +869,7 @@ func TestManyClientsWhileDomainsDie(t *testing.T) {
 	if st := e.Stats(); st.Connections != 0 || st.Transactions != 0 || st.Watches != 0 {
 		t.Errorf("%+v", st)
 	}
-	if st := e.Stats(); st.Requests < 1000 || st.Conflicts == 0 {
+	if st := e.Stats(); st.Requests < 1000 {
 		t.Errorf("hardly anything happened: %+v", st)
 	}
 }
