@@ -16,7 +16,7 @@ type Sample struct {
 	TxBits   float64   `json:"tx_bits"`
 	RxLost   float64   `json:"rx_lost"`
 	TxLost   float64   `json:"tx_lost"`
-	RxUsed   float64   `json:"rx_used"` // slots
+	RxUsed   float64   `json:"rx_used"` // slots in use, the mean of what the owner saw
 	TxUsed   float64   `json:"tx_used"`
 }
 
@@ -77,14 +77,11 @@ func (d *Device) sample(q int, at time.Time) Sample {
 		r, _ := d.Rate(q, dir, get)
 		return r * scale
 	}
-	used := func(dir telemetry.Dir) float64 {
-		return float64(Values(&d.Report.Stats, q, dir).Gauge(telemetry.RingUsed))
-	}
 	return Sample{
 		Time:     at,
 		RxFrames: rate(telemetry.RX, Packets, 1), TxFrames: rate(telemetry.TX, Packets, 1),
 		RxBits: rate(telemetry.RX, Bytes, 8), TxBits: rate(telemetry.TX, Bytes, 8),
 		RxLost: rate(telemetry.RX, Lost, 1), TxLost: rate(telemetry.TX, Lost, 1),
-		RxUsed: used(telemetry.RX), TxUsed: used(telemetry.TX),
+		RxUsed: d.Occupancy(q, telemetry.RX), TxUsed: d.Occupancy(q, telemetry.TX),
 	}
 }

@@ -184,7 +184,7 @@ func (l *Look) JSON() *JSON {
 func (d *Device) json() JSONDevice {
 	j := JSONDevice{Vif: d.Name, Source: JSONSource{d.Source.Kind, Clean(d.Source.Path), d.Source.ID}}
 	if info, ok := d.Info(); ok {
-		j.Role, j.Own, j.Peer, j.Handle = info.Role.String(), &info.Own, &info.Peer, &info.Handle
+		j.Role, j.Own, j.Peer, j.Handle = Role(info.Role), &info.Own, &info.Peer, &info.Handle
 	}
 	if d.Err != nil {
 		j.Error = Clean(d.Err.Error())

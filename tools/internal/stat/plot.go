@@ -46,7 +46,7 @@ func Plot(h *History, width, height int, colour bool) string {
 			b.WriteString("\n\n")
 		}
 		draw("frames/s", 0, SI, func(s *Sample) float64 { return s.RxFrames }, func(s *Sample) float64 { return s.TxFrames })
-		draw("ring slots in use", float64(max(s.RxSize, s.TxSize)), SI,
+		draw("ring slots in use, mean", float64(max(s.RxSize, s.TxSize)), SI,
 			func(s *Sample) float64 { return s.RxUsed }, func(s *Sample) float64 { return s.TxUsed })
 	}
 	return b.String()

@@ -99,10 +99,25 @@ func (d *Device) Rate(queue int, dir telemetry.Dir, get Get) (perSecond float64,
 // Batch is how many frames were moved at a time, on average: since the look
 // before if there was one, and if anything moved.
 func (d *Device) Batch(queue int, dir telemetry.Dir) (mean float64, known bool) {
-	n, sum := batches(Values(&d.Report.Stats, queue, dir))
+	return d.mean("batch_size", queue, dir)
+}
+
+// Occupancy is how many slots of the ring were in use, on average over the looks
+// its owner took at it since the look before. Where it took none it is what the
+// last one found.
+func (d *Device) Occupancy(queue int, dir telemetry.Dir) float64 {
+	if mean, ok := d.mean("ring_occupancy", queue, dir); ok && d.before != nil {
+		return mean
+	}
+	return float64(Values(&d.Report.Stats, queue, dir).Gauge(telemetry.RingUsed))
+}
+
+// mean is that of what a histogram was given since the look before, or ever.
+func (d *Device) mean(name string, queue int, dir telemetry.Dir) (mean float64, known bool) {
+	n, sum := observed(name, Values(&d.Report.Stats, queue, dir))
 	if d.before != nil {
-		n0, sum0 := batches(Values(d.before, queue, dir))
-		if n <= n0 || sum < sum0 {
+		n0, sum0 := observed(name, Values(d.before, queue, dir))
+		if n < n0 || sum < sum0 {
 			return 0, false
 		}
 		n, sum = n-n0, sum-sum0
@@ -113,9 +128,9 @@ func (d *Device) Batch(queue int, dir telemetry.Dir) (mean float64, known bool) 
 	return float64(sum) / float64(n), true
 }
 
-func batches(v *telemetry.Values) (n, sum uint64) {
+func observed(name string, v *telemetry.Values) (n, sum uint64) {
 	for _, f := range telemetry.Fields() {
-		if f.Kind != telemetry.KindHistogram || f.Name != "batch_size" {
+		if f.Kind != telemetry.KindHistogram || f.Name != name {
 			continue
 		}
 		var buckets []uint64
@@ -125,6 +140,14 @@ func batches(v *telemetry.Values) (n, sum uint64) {
 		}
 	}
 	return n, sum
+}
+
+// Role is the end of the vif in a word.
+func Role(r telemetry.Role) string {
+	if r == telemetry.Backend {
+		return "backend"
+	}
+	return "frontend"
 }
 
 // Info says which end of which vif the device is. A source that shows nothing but

@@ -49,11 +49,8 @@ func Write(w io.Writer, l *Look, paint Paint) error {
 func writeDevice(b *strings.Builder, d *Device, now time.Time, paint Paint) {
 	b.WriteString(paint(Title, d.Name))
 	if info, ok := d.Info(); ok {
-		other := "backend"
-		if info.Role == telemetry.Backend {
-			other = "frontend"
-		}
-		fmt.Fprintf(b, "  %s in domain %d of vif %d, %s in domain %d", info.Role, info.Own, info.Handle, other, info.Peer)
+		other := Role(1 - info.Role)
+		fmt.Fprintf(b, "  %s in domain %d of vif %d, %s in domain %d", Role(info.Role), info.Own, info.Handle, other, info.Peer)
 	}
 	b.WriteByte('\n')
 	if d.Err != nil {
@@ -258,7 +255,7 @@ func (d *Device) line(q int, dir telemetry.Dir, rates bool) []cell {
 	return append(row,
 		cell{Grouped(d.Count(q, dir, Packets)), Plain}, cell{Grouped(d.Count(q, dir, Bytes)), Plain}, cell{Grouped(lost), tone},
 		cell{batch, Plain}, cell{Grouped(d.Count(q, dir, Sent)), Plain},
-		cell{Bar(v.Gauge(telemetry.RingUsed), v.Gauge(telemetry.RingSize)), Plain})
+		cell{Bar(d.Occupancy(q, dir), v.Gauge(telemetry.RingSize)), Plain})
 }
 
 func (d *Device) rateText(q int, dir telemetry.Dir, get Get, scale float64) string {
@@ -270,13 +267,13 @@ func (d *Device) rateText(q int, dir telemetry.Dir, get Get, scale float64) stri
 }
 
 // Bar draws how full a ring is, eight cells wide, and says it: "██▌····· 80/256".
-func Bar(used, size uint64) string {
+func Bar(used float64, size uint64) string {
 	if size == 0 {
 		return "-"
 	}
 	const cells = 8
 	parts := []rune(" ▏▎▍▌▋▊▉█")
-	eighths := int(min(used, size) * cells * 8 / size)
+	eighths := int(min(used/float64(size), 1) * cells * 8)
 	if used > 0 {
 		eighths = max(eighths, 1)
 	}
@@ -289,7 +286,7 @@ func Bar(used, size uint64) string {
 			b.WriteRune(parts[n])
 		}
 	}
-	fmt.Fprintf(&b, " %3d/%d", used, size)
+	fmt.Fprintf(&b, " %3.0f/%d", used, size)
 	return b.String()
 }
 

@@ -39,7 +39,7 @@ function nice(max) {
 const plots = [
   { title: "Frames per second", rx: "rx_frames", tx: "tx_frames", unit: "" },
   { title: "Bits per second", rx: "rx_bits", tx: "tx_bits", unit: "b" },
-  { title: "Ring slots in use", rx: "rx_used", tx: "tx_used", unit: "", ring: true },
+  { title: "Ring slots in use, mean", rx: "rx_used", tx: "tx_used", unit: "", ring: true },
   { title: "Frames lost per second", rx: "rx_lost", tx: "tx_lost", unit: "" },
 ];
 
@@ -97,12 +97,11 @@ class Plot {
     this.y = v => above + (H - above - below) * (1 - v / top);
 
     this.frame.replaceChildren();
-    const steps = !k.ring && max === 0 ? [0] : [0, .5, 1];
-    for (const f of steps) {
+    for (const f of [0, .5, 1]) {
       const y = this.y(f * top);
       this.frame.append(svg("line", { class: f ? "grid" : "base", x1: left, x2: w - right, y1: y, y2: y }));
       const label = svg("text", { x: left - 6, y: y + 4, "text-anchor": "end" });
-      label.textContent = si(f * top);
+      label.textContent = k.ring || max > 0 || !f ? si(f * top) : ""; // no scale for nothing
       this.frame.append(label);
     }
     for (const [f, anchor] of [[0, "start"], [.5, "middle"], [1, "end"]]) {
@@ -330,7 +329,7 @@ function show(look, history) {
     const verdict = el("td"), good = f.verdict === "balanced";
     const words = { "in flight": `${f.difference} in flight`, "read later": `${-f.difference} came between the reads`,
       "lost with a connection": `${f.difference} lost with a connection`, "unequal": `unequal by ${f.difference}` };
-    verdict.append(el("span", "pill " + (good ? "good" : f.verdict === "unequal" ? "bad" : ""), (good ? "✓ " : "") + (words[f.verdict] || f.verdict)));
+    verdict.append(el("span", "pill " + (good ? "good" : f.verdict === "unequal" ? "bad" : "calm"), (good ? "✓ " : "") + (words[f.verdict] || f.verdict)));
     row.append(verdict);
     return row;
   }));

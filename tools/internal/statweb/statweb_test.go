@@ -1,0 +1,285 @@
+package statweb
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"os/exec"
+	"strings"
+	"testing"
+	"time"
+
+	"barevif/telemetry"
+	"barevif/telemetry/bpf"
+	"barevif/tools/internal/stat"
+
+	"github.com/chromedp/cdproto/log"
+	"github.com/chromedp/cdproto/network"
+	"github.com/chromedp/cdproto/runtime"
+	"github.com/chromedp/chromedp"
+)
+
+const limit = 30 * time.Second
+
+// A site is a running server, and two ends of a vif that it shows.
+type site struct {
+	url         string
+	front, back *telemetry.Set
+}
+
+var (
+	frontInfo = telemetry.Info{Role: telemetry.Frontend, Own: 61001, Peer: 61002, Handle: 7}
+	backInfo  = telemetry.Info{Role: telemetry.Backend, Own: 61002, Peer: 61001, Handle: 7}
+)
+
+func newSite(t *testing.T) *site {
+	t.Helper()
+	s := &site{front: telemetry.NewSet(2), back: telemetry.NewSet(2)}
+	for _, end := range []struct {
+		set  *telemetry.Set
+		info telemetry.Info
+	}{{s.front, frontInfo}, {s.back, backInfo}} {
+		end.set.Open(&bpf.Store{Root: "/sys/fs/bpf/barevif-statweb-test"}, end.info)
+		t.Cleanup(func() { end.set.Close() })
+		if kind, reason := end.set.Backend(); kind == "heap" {
+			t.Fatalf("counters cannot be seen from outside: %s", reason)
+		}
+		end.set.SetStatus(telemetry.Status{State: 4, Up: true, MTU: 1500, Queues: 2, Epoch: 1})
+	}
+	s.count(100)
+	s.back.RX(0).Drop(telemetry.DropTooLong, 1)
+	s.back.RX(0).Flush()
+	w, err := stat.NewWatcher("/sys/fs/bpf/barevif-statweb-test", "front-61001-*", "back-61002-*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.url = "http://" + l.Addr().String()
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- Serve(ctx, l, w, 100*time.Millisecond) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-done; !errors.Is(err, context.Canceled) {
+			t.Errorf("Serve: %v", err)
+		}
+		http.DefaultClient.CloseIdleConnections()
+	})
+	return s
+}
+
+// count has the frontend send n frames on queue 0; the backend receives all but
+// one, ever.
+func (s *site) count(n uint64) {
+	tx, rx := s.front.TX(0), s.back.RX(0)
+	tx.Add(telemetry.Packets, n)
+	tx.Add(telemetry.Bytes, 100*n)
+	tx.Set(telemetry.RingSize, 256)
+	tx.Flush()
+	if totals := s.back.Totals(); totals.RX.Get(telemetry.Packets) == 0 {
+		n--
+	}
+	rx.Add(telemetry.Packets, n)
+	rx.Add(telemetry.Bytes, 100*n)
+	rx.Set(telemetry.RingSize, 256)
+	rx.Flush()
+}
+
+func get(t *testing.T, method, url, host string) (int, string, http.Header) {
+	t.Helper()
+	req, err := http.NewRequest(method, url, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Host = host
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return resp.StatusCode, string(body), resp.Header
+}
+
+func TestJSONSaysWhatWasCounted(t *testing.T) {
+	s := newSite(t)
+	code, body, _ := get(t, "GET", s.url+"/stat.json", "")
+	var j stat.JSON
+	if err := json.Unmarshal([]byte(body), &j); err != nil || code != 200 {
+		t.Fatal(code, err)
+	}
+	if len(j.Devices) != 2 || len(j.Pairs) != 1 {
+		t.Fatalf("%d devices, %d pairs", len(j.Devices), len(j.Pairs))
+	}
+	f := j.Pairs[0].Flows[0]
+	if f.Sent != 100 || f.Received != 99 || f.Dropped != 1 || f.Verdict != "balanced" {
+		t.Errorf("flow %+v", f)
+	}
+}
+
+func TestMetricsNameEveryDevice(t *testing.T) {
+	s := newSite(t)
+	_, body, h := get(t, "GET", s.url+"/metrics", "")
+	for _, want := range []string{
+		`barevif_tx_packets_total{vif="front-61001-61002-7",queue="0"} 100`,
+		`barevif_rx_drop_too_long_total{vif="back-61002-61001-7",queue="0"} 1`,
+		"# EOF",
+	} {
+		if !strings.Contains(body, want+"\n") {
+			t.Errorf("no line %s", want)
+		}
+	}
+	if !strings.HasPrefix(h.Get("Content-Type"), "application/openmetrics-text") {
+		t.Errorf("it is %s", h.Get("Content-Type"))
+	}
+}
+
+func TestForeignSitesAndMethodsAreRefused(t *testing.T) {
+	s := newSite(t)
+	for _, c := range []struct {
+		method, path, host string
+		want               int
+	}{
+		{"GET", "/", "", 200},
+		{"HEAD", "/stat.json", "", 200},
+		{"GET", "/stat.json", "localhost:80", 200},
+		{"GET", "/stat.json", "rebound.example", http.StatusMisdirectedRequest},
+		{"GET", "/metrics", "localhost.example:9464", http.StatusMisdirectedRequest},
+		{"POST", "/stat.json", "", http.StatusMethodNotAllowed},
+		{"GET", "/../statweb.go", "", 404},
+		{"GET", "/nothing", "", 404},
+	} {
+		if code, _, _ := get(t, c.method, s.url+c.path, c.host); code != c.want {
+			t.Errorf("%s %s for %q: %d, want %d", c.method, c.path, c.host, code, c.want)
+		}
+	}
+	_, _, h := get(t, "GET", s.url+"/", "")
+	if csp := h.Get("Content-Security-Policy"); !strings.Contains(csp, "default-src 'self'") || strings.Contains(csp, "unsafe") {
+		t.Errorf("policy %q", csp)
+	}
+}
+
+func TestHistoryGrowsAndGoesOnFromSince(t *testing.T) {
+	s := newSite(t)
+	type answer struct{ Series []stat.Series }
+	var a answer
+	read := func(query string) {
+		_, body, _ := get(t, "GET", s.url+"/history.json"+query, "")
+		a = answer{}
+		if err := json.Unmarshal([]byte(body), &a); err != nil {
+			t.Fatal(err)
+		}
+	}
+	eventually(t, "there are three samples", func() bool {
+		read("")
+		return len(a.Series) > 0 && len(a.Series[0].Samples) >= 3
+	})
+	second := a.Series[0].Samples[1].Time
+	read("?since=" + second.Format(time.RFC3339Nano))
+	for _, x := range a.Series[0].Samples {
+		if !x.Time.After(second) {
+			t.Errorf("a sample of %v, since %v", x.Time, second)
+		}
+	}
+}
+
+func eventually(t *testing.T, what string, ok func() bool) {
+	t.Helper()
+	deadline := time.After(limit)
+	for !ok() {
+		select {
+		case <-deadline:
+			t.Fatalf("%s: not within %v", what, limit)
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+}
+
+// TestPageDrawsInABrowser has a real browser show the page, and looks at what it
+// made of it.
+func TestPageDrawsInABrowser(t *testing.T) {
+	bin, err := exec.LookPath("chromium")
+	if err != nil {
+		t.Skip("chromium is not installed")
+	}
+	s := newSite(t)
+	opts := []chromedp.ExecAllocatorOption{
+		chromedp.ExecPath(bin), chromedp.UserDataDir(t.TempDir()), chromedp.NoSandbox, chromedp.Headless, chromedp.DisableGPU,
+		chromedp.NoFirstRun, chromedp.WindowSize(1320, 1100),
+	}
+	for _, f := range []string{"disable-quic", "disable-background-networking", "disable-component-update", "disable-sync"} {
+		opts = append(opts, chromedp.Flag(f, true))
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 3*limit)
+	defer cancel()
+	ctx, cancel = chromedp.NewExecAllocator(ctx, opts...)
+	defer cancel()
+	ctx, cancel = chromedp.NewContext(ctx)
+	defer cancel()
+	complaints := make(chan string, 100)
+	if err := chromedp.Listen(ctx, func(ev any) {
+		say := func(s string) {
+			select {
+			case complaints <- s:
+			default: // enough of them
+			}
+		}
+		switch ev := ev.(type) {
+		case *runtime.EventExceptionThrown:
+			say(ev.ExceptionDetails.Text)
+		case *log.EventEntryAdded:
+			say(ev.Entry.Text)
+		case *network.EventRequestWillBeSent:
+			if !strings.HasPrefix(ev.Request.URL, s.url+"/") {
+				say("the page asks " + ev.Request.URL)
+			}
+		}
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if err := chromedp.Do(ctx, chromedp.Navigate(s.url+"/")); err != nil {
+		t.Fatal(err)
+	}
+	await := func(what, js string) {
+		t.Helper()
+		if _, err := chromedp.Run(ctx, chromedp.Poll[bool](js, chromedp.WithPollingTimeout(limit))); err != nil {
+			t.Fatalf("%s: %v", what, err)
+		}
+	}
+	text := func(js string) string {
+		t.Helper()
+		got, err := chromedp.Run(ctx, chromedp.Evaluate[string](js))
+		if err != nil {
+			t.Fatalf("%s: %v", js, err)
+		}
+		return got
+	}
+	await("every plot has a line", `document.querySelectorAll("svg .line.tx[d^=M]").length === 8`)
+	for _, c := range []struct{ js, want string }{
+		{`document.querySelector("#summary").textContent.split(" · ")[0]`, "2 devices, 2 up"},
+		{`document.querySelector("#devices section h2").textContent`, frontInfo.Name()},
+		{`document.querySelector("#flows tr .pill").textContent`, "✓ balanced"},
+		{`[...document.querySelectorAll(".losses")].filter(e => !e.hidden).map(e => e.textContent).join()`, "Lost: rx too long 1"},
+		{`document.querySelector("#trouble").hidden + ""`, "true"},
+	} {
+		if got := text(c.js); got != c.want {
+			t.Errorf("%s is %q, want %q", c.js, got, c.want)
+		}
+	}
+	// What is counted from now on appears without the page being loaded again.
+	s.count(1000)
+	await("the new count is shown", `document.querySelector("#flows td.n").textContent.replace(/\D/g, "") === "1100"`)
+	await("the plot shows it came", `cards.values().next().value.series.get(-1).samples.some(s => s.tx_frames > 0)`)
+	for len(complaints) > 0 {
+		t.Errorf("the browser says: %s", <-complaints)
+	}
+}
