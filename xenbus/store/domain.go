@@ -177,7 +177,7 @@ func (s *Store) releaseLocked(d *domain) {
 			other.target = nil
 		}
 	}
-	for _, c := range slices.Clone(s.clients) {
+	for _, c := range s.clients {
 		if c.dom == d {
 			c.resetLocked()
 			c.endLocked(hypercall.ErrNoDomain)

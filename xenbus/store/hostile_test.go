@@ -220,7 +220,7 @@ func TestWhoStopsReadingHoldsNobodyUp(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			cfg := store.Config{Backlog: 8 << 10}
 			if privileged {
-				cfg.Privileged = []hypercall.DomID{3}
+				cfg = store.Config{Backlog: 128, Privileged: []hypercall.DomID{3}} // times 64
 			}
 			_, _, ended, flooder, _ := shared(t, cfg)
 			start := time.Now()

@@ -3,11 +3,11 @@
 // transactions and quotas. It lives in memory and needs no Xen.
 //
 // It answers as C xenstored 4.17 does, down to the names of errors. What a domain
-// that is not privileged sends is hostile: its quotas bound every byte the store
-// holds for it, and a client that does not read what it is sent ends before it
-// stops another. It keeps nothing on disk, knows no hypervisor (the owner of the
-// [Store] tells it of domains that come and go) and has none of xenstored's control
-// commands.
+// that is not privileged sends is hostile: quotas bound every byte the store holds
+// for it, a client that does not read its replies is not read either, and one that
+// does not read its events ends within a second of being in anyone's way. The store
+// keeps nothing on disk, knows no hypervisor (its owner tells it of domains that
+// come and go) and has none of xenstored's control commands.
 package store
 
 import (
@@ -42,11 +42,15 @@ type Config struct {
 	Privileged []hypercall.DomID
 
 	// Backlog is how many bytes of replies and events may wait for one connection;
-	// 0 means 1 MiB. A privileged domain is allowed 16 times as many.
+	// 0 means 256 KiB. Beyond, a client that has not read anything for a second
+	// ends, and whoever causes events for one that does read waits for it. At twice
+	// as many it ends in any case.
 	Backlog int
 }
 
-const privilegedFactor = 16
+// privilegedFactor is how much more than others a privileged client may leave
+// unread, of events and of replies.
+const privilegedFactor = 64
 
 var (
 	// ErrBacklog ends a connection whose client does not read its watch events.
@@ -105,7 +109,7 @@ func New(cfg Config) *Store {
 	}{
 		{&q.Nodes, 1000}, {&q.NodeSize, 2048}, {&q.Perms, 5}, {&q.Watches, 128},
 		{&q.Transactions, 10}, {&q.TransactionNodes, 1024}, {&q.Outstanding, 20},
-		{&q.Memory, 2560 << 10}, {&q.Connections, 16}, {&cfg.Backlog, 1 << 20},
+		{&q.Memory, 2560 << 10}, {&q.Connections, 16}, {&cfg.Backlog, 256 << 10},
 	} {
 		if *d.field == 0 {
 			*d.field = d.usual
