@@ -8,17 +8,21 @@
 package statweb
 
 import (
+	"bytes"
 	"context"
 	"embed"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io/fs"
 	"net"
 	"net/http"
 	"net/netip"
+	"strings"
 	"sync"
 	"time"
 
+	"barevif/telemetry/bpf"
 	"barevif/telemetry/openmetrics"
 	"barevif/tools/internal/stat"
 )
@@ -97,22 +101,73 @@ func (p *page) handler() http.Handler {
 		reply(w, p.latest().JSON())
 	})
 	mux.HandleFunc("GET /history.json", p.serveHistory)
-	mux.Handle("GET /metrics", openmetrics.Handler(p.devices))
+	mux.HandleFunc("GET /metrics", p.serveMetrics)
 	return guard(mux)
 }
 
-// devices are those that OpenMetrics may name: a label stands for one device.
-func (p *page) devices() []openmetrics.Device {
-	var out []openmetrics.Device
-	seen := map[string]bool{}
-	for _, d := range p.latest().Devices {
-		if d.Report != nil && !seen[d.Name] {
-			seen[d.Name] = true
-			out = append(out, openmetrics.Device{Name: d.Name, Stats: d.Report.Stats})
+// A gauge is what only a reader from outside can tell of a device.
+type gauge struct {
+	name, unit, help string
+	value            func(*stat.Device) float64
+}
+
+var gauges = [...]gauge{
+	{"barevif_up", "", "1 while the device is connected and its owner lives", func(d *stat.Device) float64 {
+		if d.Report.Status.Up && !d.Stale {
+			return 1
 		}
+		return 0
+	}},
+	{"barevif_heartbeat_age_seconds", "seconds", "time since the owner's last sign of life, at the latest look", func(d *stat.Device) float64 {
+		return max(d.Report.Age.Seconds(), 0)
+	}},
+}
+
+// Metrics names the metrics of the page that are not of the table of fields.
+func Metrics() []string {
+	var out []string
+	for _, g := range gauges {
+		out = append(out, g.name)
 	}
 	return out
 }
+
+func (p *page) serveMetrics(w http.ResponseWriter, _ *http.Request) {
+	var devices []*stat.Device
+	var counters []openmetrics.Device
+	seen := map[string]bool{}
+	look := p.latest()
+	for i := range look.Devices {
+		// A label stands for one device.
+		if d := &look.Devices[i]; d.Report != nil && !seen[d.Name] {
+			seen[d.Name] = true
+			devices = append(devices, d)
+			counters = append(counters, openmetrics.Device{Name: d.Name, Stats: d.Report.Stats})
+		}
+	}
+	var b bytes.Buffer
+	for _, g := range gauges {
+		fmt.Fprintf(&b, "# TYPE %s gauge\n", g.name)
+		if g.unit != "" {
+			fmt.Fprintf(&b, "# UNIT %s %s\n", g.name, g.unit)
+		}
+		fmt.Fprintf(&b, "# HELP %s %s\n", g.name, g.help)
+		for _, d := range devices {
+			if d.Source.Kind != bpf.KindMetrics { // which shows no more than counters
+				fmt.Fprintf(&b, "%s{vif=\"%s\"} %v\n", g.name, escape.Replace(d.Name), g.value(d))
+			}
+		}
+	}
+	if err := openmetrics.Write(&b, counters...); err != nil {
+		http.Error(w, err.Error(), http.StatusInternalServerError)
+		return
+	}
+	w.Header().Set("Content-Type", openmetrics.ContentType)
+	// A failure here is a client that went away.
+	_, _ = w.Write(b.Bytes())
+}
+
+var escape = strings.NewReplacer(`\`, `\\`, `"`, `\"`)
 
 // serveHistory gives the samples after the time ?since=, or all.
 func (p *page) serveHistory(w http.ResponseWriter, r *http.Request) {

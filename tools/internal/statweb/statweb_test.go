@@ -131,6 +131,8 @@ func TestMetricsNameEveryDevice(t *testing.T) {
 	_, body, h := get(t, "GET", s.url+"/metrics", "")
 	for _, want := range []string{
 		`barevif_tx_packets_total{vif="front-61001-61002-7",queue="0"} 100`,
+		`barevif_up{vif="front-61001-61002-7"} 1`,
+		"# UNIT barevif_heartbeat_age_seconds seconds",
 		`barevif_rx_drop_too_long_total{vif="back-61002-61001-7",queue="0"} 1`,
 		"# EOF",
 	} {
