@@ -603,6 +603,32 @@ func TestMemoryQuota(t *testing.T) {
 	}
 }
 
+// TestMostAGuestCanLeaveUnread has all its connections on the brink of their backlog.
+func TestMostAGuestCanLeaveUnread(t *testing.T) {
+	noLeak(t)
+	e := newEmbedded(t, store.Config{})
+	e.Introduce(3)
+	if err := errors.Join(e.Mkdir("/d"), e.SetPerms("/d", "r0")); err != nil {
+		t.Fatal(err)
+	}
+	for range 16 {
+		c, _ := e.pipe(3)
+		c.want(wire.Watch, 0, z("/d", "t"), ok)
+		c.heard()
+	}
+	before := heap()
+	written := 0
+	for ; e.Stats().BacklogKills == 0; written++ {
+		path := fmt.Sprint("/d/", written)
+		if err := errors.Join(e.Write(path, ""), e.Remove(path)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if grown := heap() - before; grown > 10<<20 {
+		t.Errorf("%d events to each of 16 connections take %d bytes", written, grown)
+	}
+}
+
 // TestEventsOverThePayloadAreNotSent is XSA-324.
 func TestEventsOverThePayloadAreNotSent(t *testing.T) {
 	e := newEmbedded(t, store.Config{})
