@@ -1,0 +1,298 @@
+package stat
+
+import (
+	"encoding/json"
+	"errors"
+	"math"
+	"path"
+	"strings"
+	"testing"
+	"time"
+
+	"barevif/telemetry"
+	"barevif/telemetry/bpf"
+)
+
+// device makes one that sent tx frames of 100 bytes on queue 0, and received rx,
+// and lost some.
+func device(name string, tx, rx, lost uint64) Device {
+	set := telemetry.NewSet(2)
+	for _, end := range []struct {
+		b *telemetry.Block
+		n uint64
+	}{{set.TX(0), tx}, {set.RX(0), rx}} {
+		end.b.Add(telemetry.Packets, end.n)
+		end.b.Add(telemetry.Bytes, 100*end.n)
+		end.b.Set(telemetry.RingSize, 256)
+		end.b.Set(telemetry.RingUsed, 64)
+	}
+	set.RX(0).Drop(telemetry.DropNoBuffer, lost)
+	set.RX(0).Flush()
+	set.TX(0).Flush()
+	src := bpf.Source{Name: name, Kind: bpf.KindPins, Path: "/sys/fs/bpf/barevif/" + name}
+	info, _ := parseName(name)
+	return Device{Name: Clean(name), Source: src, Report: &bpf.Report{
+		Source: src, Stats: set.Totals(), Info: info, Kind: bpf.KindIterator, PID: 42, Age: 300 * time.Millisecond,
+		Status: telemetry.Status{State: 4, Up: true, MTU: 1500, Queues: 1, Epoch: 1, Features: telemetry.FeatureCsum | telemetry.FeatureTrusted},
+	}}
+}
+
+func look(devices ...Device) *Look {
+	return &Look{Time: time.Unix(1000, 0).UTC(), Devices: devices, Pairs: pairs(devices)}
+}
+
+func TestVerdictOfAFlow(t *testing.T) {
+	for _, c := range []struct {
+		flow    Flow
+		verdict string
+		by      int64
+	}{
+		{Flow{Sent: 10, Received: 7, Dropped: 3}, "balanced", 0},
+		{Flow{}, "balanced", 0},
+		{Flow{Sent: 266, Received: 10, Ring: 256}, "in flight", 256},
+		{Flow{Sent: 267, Received: 10, Ring: 256}, "unequal", 257},
+		{Flow{Sent: 267, Received: 10, Ring: 256, Gone: 1}, "lost with a connection", 257},
+		{Flow{Sent: 9, Received: 10, Ring: 256}, "read later", -1},
+	} {
+		if verdict, by := c.flow.Verdict(); verdict != c.verdict || by != c.by || c.flow.Balanced() != (by == 0) {
+			t.Errorf("%+v: %s by %d, want %s by %d", c.flow, verdict, by, c.verdict, c.by)
+		}
+	}
+}
+
+func TestEndsOfOneVifArePaired(t *testing.T) {
+	l := look(device("front-1-2-0", 10, 5, 0), device("front-1-2-1", 9, 9, 0), device("back-2-1-0", 5, 8, 2), device("back-7-1-1", 0, 0, 0))
+	if len(l.Pairs) != 1 || l.Pairs[0].Front != 0 || l.Pairs[0].Back != 2 {
+		t.Fatalf("pairs %+v", l.Pairs)
+	}
+	if f := l.Pairs[0].Flows; !f[0].Balanced() || !f[1].Balanced() || f[0].Dropped != 2 {
+		t.Errorf("flows %+v", f)
+	}
+	twice := look(device("front-1-2-0", 10, 5, 0), device("front-1-2-0", 10, 5, 0), device("back-2-1-0", 5, 8, 2))
+	if len(twice.Pairs) != 0 {
+		t.Errorf("an end that is there twice is paired: %+v", twice.Pairs)
+	}
+}
+
+func TestNamesAreReadAsTheyWereWritten(t *testing.T) {
+	for _, info := range []telemetry.Info{
+		{Role: telemetry.Frontend, Own: 65535, Peer: 0, Handle: math.MaxUint32}, {Role: telemetry.Backend, Own: 1, Peer: 2},
+	} {
+		if got, ok := parseName(info.Name()); !ok || got != info {
+			t.Errorf("%s is %+v", info.Name(), got)
+		}
+	}
+	for _, name := range []string{"", "front-1-2", "front-1-2-3-4", "side-1-2-3", "front-70000-2-3", "front-01-2-3", "front--1-2"} {
+		if _, ok := parseName(name); ok {
+			t.Errorf("%q is taken for a name", name)
+		}
+	}
+}
+
+// Every string of another process could hold what moves a cursor.
+func TestForeignStringsDoNotReachTheTerminal(t *testing.T) {
+	evil := "x\x1b[2J\n\u202e\xffy"
+	d := device("front-1-2-0", 1, 1, 1)
+	d.Name, d.Source.Path = Clean(evil), evil
+	d.Report.Kind, d.Report.Reason = evil, evil
+	broken := Device{Name: Clean(evil), Err: errors.New(evil)}
+	var b strings.Builder
+	if err := Write(&b, look(d, broken), NoPaint); err != nil {
+		t.Fatal(err)
+	}
+	WriteTable(&b, "", []*Device{&d, &broken}, true, NoPaint)
+	b.WriteString(d.Line() + broken.Line())
+	for _, bad := range []string{"\x1b", "\u202e", "\xff"} {
+		if strings.Contains(b.String(), bad) {
+			t.Errorf("%q got through", bad)
+		}
+	}
+	if got := Clean(strings.Repeat("a", 1000)); len(got) > 130 {
+		t.Errorf("%d bytes of a name", len(got))
+	}
+}
+
+func TestCountThatWentDownGivesNoRate(t *testing.T) {
+	d, before := device("front-1-2-0", 10, 20, 0), device("front-1-2-0", 20, 10, 0)
+	d.before, d.Span = &before.Report.Stats, 2*time.Second
+	if r, ok := d.Rate(All, telemetry.TX, Packets); ok {
+		t.Errorf("%v frames/s sent", r)
+	}
+	if r, ok := d.Rate(All, telemetry.RX, Packets); !ok || r != 5 {
+		t.Errorf("%v frames/s received, %v", r, ok)
+	}
+}
+
+func TestBaselineIsSubtractedAndNeverWraps(t *testing.T) {
+	d, base := device("front-1-2-0", 10, 20, 0), device("front-1-2-0", 20, 15, 0)
+	d.base = &base.Report.Stats
+	if tx, rx := d.Count(All, telemetry.TX, Packets), d.Count(0, telemetry.RX, Packets); tx != 0 || rx != 5 {
+		t.Errorf("tx %d, rx %d", tx, rx)
+	}
+}
+
+func TestUintKeepsEveryDigit(t *testing.T) {
+	for _, c := range []struct {
+		n    Uint
+		want string
+	}{{0, "0"}, {1 << 53, "9007199254740992"}, {1<<53 + 1, `"9007199254740993"`}, {math.MaxUint64, `"18446744073709551615"`}} {
+		b, err := json.Marshal(c.n)
+		var back Uint
+		if err != nil || string(b) != c.want || json.Unmarshal(b, &back) != nil || back != c.n {
+			t.Errorf("%d is %s and back %d, %v", uint64(c.n), b, back, err)
+		}
+	}
+	for _, bad := range []string{`"-1"`, `-1`, `1.5`, `""`, `"x"`, `"18446744073709551616"`} {
+		var n Uint
+		if json.Unmarshal([]byte(bad), &n) == nil {
+			t.Errorf("%s is taken for %d", bad, n)
+		}
+	}
+}
+
+func TestJSONNamesEveryField(t *testing.T) {
+	b, err := json.Marshal(look(device("front-1-2-0", 10, 5, 3), device("back-2-1-0", 5, 10, 0)).JSON())
+	if err != nil {
+		t.Fatal(err)
+	}
+	var j JSON
+	if err := json.Unmarshal(b, &j); err != nil {
+		t.Fatal(err)
+	}
+	d := j.Devices[0]
+	for _, dir := range [...]telemetry.Dir{telemetry.RX, telemetry.TX} {
+		for _, f := range telemetry.Fields() {
+			_, c := d.Totals.Counters[f.FullName(dir)]
+			_, g := d.Totals.Gauges[f.FullName(dir)]
+			_, h := d.Totals.Histograms[f.FullName(dir)]
+			if c != (f.Kind == telemetry.KindCounter) || g != (f.Kind == telemetry.KindGauge) || h != (f.Kind == telemetry.KindHistogram) {
+				t.Errorf("%s, a %s, is counter %v, gauge %v, histogram %v", f.FullName(dir), f.Kind, c, g, h)
+			}
+		}
+	}
+	if d.Role != "frontend" || *d.Own != 1 || d.Totals.Counters["rx_drop_no_buffer"] != 3 || d.Status.State != "XenbusStateConnected" ||
+		strings.Join(d.Status.Features, " ") != "csum trusted" || d.Rates != nil || len(j.Pairs) != 1 {
+		t.Errorf("device %+v, status %+v", d, d.Status)
+	}
+}
+
+func TestTextSaysWhatMatters(t *testing.T) {
+	stale := device("back-9-1-0", 1, 1, 0)
+	stale.Stale, stale.Report.Torn = true, true
+	stale.Report.Events = []telemetry.Event{{Seq: 1, Time: time.Unix(990, 0), Kind: telemetry.EventTamper, Queue: 1, A: 5}}
+	var b strings.Builder
+	l := look(device("front-1-2-0", 1234567, 5, 3), device("back-2-1-0", 8, 1234500, 60), stale)
+	if err := Write(&b, l, NoPaint); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{
+		"front-1-2-0  frontend in domain 1 of vif 0, backend in domain 2\n",
+		"Connected, up, MAC", "counters in bpf+pins+iterator, /sys/fs/bpf/barevif/front-1-2-0; process 42, heartbeat 0.3 s ago",
+		"1 234 567  123 456 700", "██······  64/256", "rx lost: no_buffer 3\n",
+		"stale: was Connected, torn", "10.0 s ago: tamper on queue 1: 5 words",
+		"7 in flight", "balanced\n",
+	} {
+		if !strings.Contains(b.String(), want) {
+			t.Errorf("no %q in\n%s", want, b.String())
+		}
+	}
+}
+
+func TestColumnsLineUp(t *testing.T) {
+	d := device("front-1-2-0", math.MaxUint64/100, 5, 3)
+	var b strings.Builder
+	WriteTable(&b, "", []*Device{&d}, true, NoPaint)
+	lines := strings.Split(strings.TrimRight(b.String(), "\n"), "\n")
+	for _, l := range lines {
+		if len([]rune(l)) != len([]rune(lines[0])) {
+			t.Fatalf("lines of different length:\n%s", b.String())
+		}
+	}
+}
+
+func TestNumbersAreShort(t *testing.T) {
+	for _, c := range []struct {
+		f    float64
+		want string
+	}{{0, "0"}, {7, "7"}, {7.25, "7.2"}, {999, "999"}, {999.7, "1000"}, {1000, "1.00k"}, {9994, "9.99k"}, {9996, "10.0k"},
+		{99949, "99.9k"}, {99960, "100k"}, {999600, "1.00M"}, {1.25e9, "1.25G"}, {1e21, "1000E"}} {
+		if got := SI(c.f); got != c.want {
+			t.Errorf("%v is %s, want %s", c.f, got, c.want)
+		}
+	}
+	for _, c := range []struct {
+		used float64
+		size uint64
+		want string
+	}{{0, 0, "-"}, {0, 256, "········   0/256"}, {1, 256, "▏·······   1/256"}, {256, 256, "████████ 256/256"}, {1e9, 8, "████████ 1000000000/8"}, {132, 256, "████▏··· 132/256"}} {
+		if got := Bar(c.used, c.size); got != c.want {
+			t.Errorf("%v of %d is %q, want %q", c.used, c.size, got, c.want)
+		}
+	}
+}
+
+func TestHistoryIsBoundedAndForgets(t *testing.T) {
+	h := NewHistory(3)
+	for i := range uint64(10) {
+		d, before := device("front-1-2-0", 10*(i+1), 0, 0), device("front-1-2-0", 10*i, 0, 0)
+		d.before, d.Span = &before.Report.Stats, time.Second
+		h.Add(look(d))
+	}
+	s := h.Series()
+	if len(s) != 2 || s[0].Queue != All || len(s[0].Samples) != 3 || s[0].Samples[2].TxFrames != 10 || s[0].Samples[2].TxBits != 8000 {
+		t.Fatalf("series %+v", s)
+	}
+	if p := Plot(h, 60, 5, false); !strings.Contains(p, "front-1-2-0: frames/s") || !strings.Contains(p, "ring slots") || strings.Contains(p, "\x1b") {
+		t.Errorf("plot\n%s", p)
+	}
+	h.Add(look())
+	if len(h.Series()) != 0 {
+		t.Error("a device that is gone is kept")
+	}
+}
+
+// Watcher reads what a Store of this process shows, whatever kind that is here.
+func TestWatcherSeesRatesAndResets(t *testing.T) {
+	info := telemetry.Info{Role: telemetry.Frontend, Own: 61011, Peer: 61012, Handle: 3}
+	root := path.Join(t.TempDir(), "none")
+	set := telemetry.NewSet(1)
+	set.Open(&bpf.Store{Root: root}, info)
+	defer set.Close()
+	if kind, reason := set.Backend(); kind == "heap" {
+		t.Fatalf("counters cannot be seen from outside: %s", reason)
+	}
+	w, err := NewWatcher(root, "front-61011-*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	count := func(n uint64) *Device {
+		t.Helper()
+		set.TX(0).Add(telemetry.Packets, n)
+		set.TX(0).Flush()
+		l := w.Look()
+		if len(l.Devices) != 1 || l.Devices[0].Err != nil {
+			t.Fatalf("devices %+v, errors %v", l.Devices, l.Errors)
+		}
+		return &l.Devices[0]
+	}
+	d := count(5)
+	if _, known := d.Rate(All, telemetry.TX, Packets); known || d.Count(All, telemetry.TX, Packets) != 5 || d.Stale {
+		t.Errorf("first look: %+v", d)
+	}
+	if r, known := count(7).Rate(All, telemetry.TX, Packets); !known || r <= 0 {
+		t.Errorf("second look: %v frames/s, %v", r, known)
+	}
+	w.Reset()
+	for range 2 { // the baseline stays
+		d = count(2)
+	}
+	if got := d.Count(All, telemetry.TX, Packets); got != 4 {
+		t.Errorf("%d frames since the reset, want 4", got)
+	}
+	if got := d.Report.Stats.TX.Get(telemetry.Packets); got != 16 {
+		t.Errorf("%d frames in all: the device was reset", got)
+	}
+	if _, err := NewWatcher("", "[x"); !errors.Is(err, path.ErrBadPattern) {
+		t.Errorf("a bad pattern: %v", err)
+	}
+}
