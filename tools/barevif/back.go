@@ -13,7 +13,6 @@ import (
 
 	"barevif/pvnet"
 	"barevif/pvnet/link"
-	"barevif/telemetry/bpf"
 
 	"github.com/spf13/cobra"
 	"github.com/vishvananda/netlink"
@@ -45,6 +44,7 @@ goes on. Started again after it was killed, it finds its vifs and reconnects the
 		RunE: func(cmd *cobra.Command, _ []string) error { return b.run(cmd.Context()) },
 	}
 	b.domain.register(cmd, 2)
+	b.counters.register(cmd)
 	cmd.Flags().StringVar(&b.tap, "tap", "vif%d.%i", "`name` of each TAP: %d is the frontend's domain, %i the vif")
 	cmd.Flags().StringArrayVar(&b.addrs, "addr", nil, "`address` of this machine on a TAP: [DOM.ID=]IP/BITS; repeatable")
 	cmd.Flags().StringVar(&b.bridge, "bridge", "", "put the TAPs on this `bridge`")
@@ -61,6 +61,7 @@ goes on. Started again after it was killed, it finds its vifs and reconnects the
 type back struct {
 	*program
 	domain                   domainFlags
+	counters                 counterFlag
 	tap, bridge, packet, typ string
 	addrs                    []string
 	queues                   int
@@ -79,6 +80,10 @@ func (b *back) run(ctx context.Context) error {
 	if err := b.parseAddrs(); err != nil {
 		return err
 	}
+	counters, err := b.counters.store()
+	if err != nil {
+		return err
+	}
 	if err := b.probe(); err != nil {
 		return err
 	}
@@ -93,7 +98,7 @@ func (b *back) run(ctx context.Context) error {
 	done := make(chan error, 1)
 	go func() {
 		done <- pvnet.Serve(ctx, dom, pvnet.ServeConfig{
-			Config:  pvnet.Config{Queues: b.queues, Counters: new(bpf.Store), Logger: b.slog},
+			Config:  pvnet.Config{Queues: b.queues, Counters: counters, Logger: b.slog},
 			Type:    b.typ,
 			Hotplug: true,
 			Remove:  b.remove,

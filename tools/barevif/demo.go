@@ -18,6 +18,7 @@ import (
 
 	"barevif/hypercall"
 	"barevif/pvnet"
+	"barevif/telemetry"
 	"barevif/tools/internal/appliance"
 	"barevif/xenbus/toolstack"
 
@@ -46,6 +47,7 @@ end is a second gVisor stack. --network asks for one of them.`,
 		RunE: func(cmd *cobra.Command, _ []string) error { return d.run(cmd.Context()) },
 	}
 	cmd.Flags().Var(&d.size, "size", "`bytes` of the file to fetch, with KiB, MiB, GiB or TiB")
+	d.where.register(cmd)
 	cmd.Flags().StringVar(&d.network, "network", "auto", "far `end` of the card: auto, tap, veth or userspace")
 	return cmd
 }
@@ -54,6 +56,7 @@ type demo struct {
 	*program
 	size    byteSize
 	network string
+	where   counterFlag
 
 	printMu sync.Mutex
 }
@@ -82,6 +85,9 @@ func (d *demo) say(label, format string, args ...any) {
 func (d *demo) run(ctx context.Context) (err error) {
 	began := time.Now()
 	s := &stage{demo: d, vif: toolstack.Vif{Front: demoFront, Back: demoBack, MAC: [6]byte{0x00, 0x16, 0x3e, 0x00, 0x01, 0x00}}}
+	if s.store, err = d.where.store(); err != nil {
+		return err
+	}
 	defer func() { err = errors.Join(err, s.strike()) }()
 	setup, cancel := context.WithTimeoutCause(ctx, setupPatience, errSetup)
 	defer cancel()
@@ -115,6 +121,7 @@ type stage struct {
 	front, back *pvnet.Device
 	app         *app
 	stopServing func() error // of the backend
+	store       telemetry.Store
 
 	undo []func() error // what strike does, last first
 }
@@ -162,7 +169,7 @@ func (s *stage) connect(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	cfg := pvnet.Config{Logger: s.log()}
+	cfg := pvnet.Config{Counters: s.store, Logger: s.log()}
 	backs := s.serve(backDom, cfg)
 	cfg.LendRx = true // the stack copies
 	if s.front, err = pvnet.Connect(ctx, frontDom, "0", cfg); err != nil {
@@ -180,6 +187,7 @@ func (s *stage) connect(ctx context.Context) error {
 	s.handshake.flush()
 	s.say("memory", "frontend: %s", s.front.Budget())
 	s.say("", "backend:  %s; none of it grows", s.back.Budget())
+	s.say("counters", "%s; while this runs \"barevif stat\" shows them", mirrored(s.front))
 
 	addr := netip.PrefixFrom(demoNear, demoFar.Bits())
 	if s.app, err = startAppliance(s.front, applianceConfig{addr: addr, own: uint16(demoFront)}); err != nil {

@@ -12,7 +12,7 @@ import (
 
 	"barevif/hypercall/xendev"
 	"barevif/pvnet"
-	"barevif/telemetry/bpf"
+	"barevif/telemetry"
 	"barevif/xenbus"
 
 	"github.com/spf13/cobra"
@@ -44,6 +44,7 @@ it away from it.`,
 		RunE: func(cmd *cobra.Command, _ []string) error { return s.run(cmd.Context()) },
 	}
 	s.domain.register(cmd, 1)
+	s.counters.register(cmd)
 	cmd.Flags().StringVar(&s.vif, "vif", "0", "`id` of the vif")
 	cmd.Flags().StringVar(&s.addr, "addr", "10.9.0.2/24", "`address` of the appliance: IP/BITS")
 	cmd.Flags().StringVar(&s.gateway, "gateway", "", "`address` of the router to other networks")
@@ -58,6 +59,7 @@ it away from it.`,
 type serve struct {
 	*program
 	domain                   domainFlags
+	counters                 counterFlag
 	vif, addr, gateway, root string
 	port                     uint16
 	wait                     time.Duration
@@ -67,6 +69,10 @@ type serve struct {
 
 func (s *serve) run(ctx context.Context) error {
 	cfg, err := s.config()
+	if err != nil {
+		return err
+	}
+	counters, err := s.counters.store()
 	if err != nil {
 		return err
 	}
@@ -85,7 +91,7 @@ func (s *serve) run(ctx context.Context) error {
 	dom.watch(ctx, cancel)
 
 	fmt.Fprintf(s.stdout, "domain %d: vif %s waits for its backend\n", dom.ID(), s.vif)
-	dev, err := s.connect(ctx, dom)
+	dev, err := s.connect(ctx, dom, counters)
 	if err != nil {
 		return err
 	}
@@ -157,13 +163,13 @@ func (s *serve) free() error {
 }
 
 // connect waits for the backend.
-func (s *serve) connect(ctx context.Context, dom *domain) (*pvnet.Device, error) {
+func (s *serve) connect(ctx context.Context, dom *domain, counters telemetry.Store) (*pvnet.Device, error) {
 	if s.wait > 0 {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeoutCause(ctx, s.wait, fmt.Errorf("waited %v", s.wait))
 		defer cancel()
 	}
-	dev, err := pvnet.Connect(ctx, dom.Domain, s.vif, pvnet.Config{Queues: s.queues, LendRx: true, Counters: new(bpf.Store), Logger: s.log()})
+	dev, err := pvnet.Connect(ctx, dom.Domain, s.vif, pvnet.Config{Queues: s.queues, LendRx: true, Counters: counters, Logger: s.log()})
 	if err == nil {
 		return dev, nil
 	}
