@@ -187,7 +187,7 @@ func (s *stage) connect(ctx context.Context) error {
 	s.handshake.flush()
 	s.say("memory", "frontend: %s", s.front.Budget())
 	s.say("", "backend:  %s; none of it grows", s.back.Budget())
-	s.say("counters", "%s; while this runs \"barevif stat\" shows them", mirrored(s.front))
+	s.say("counters", "%s", shown(s.front))
 
 	addr := netip.PrefixFrom(demoNear, demoFar.Bits())
 	if s.app, err = startAppliance(s.front, applianceConfig{addr: addr, own: uint16(demoFront)}); err != nil {

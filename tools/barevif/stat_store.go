@@ -1,6 +1,7 @@
 package main
 
 import (
+	"barevif/pvnet"
 	"barevif/telemetry"
 	"barevif/telemetry/bpf"
 
@@ -27,4 +28,13 @@ func (c *counterFlag) store() (telemetry.Store, error) {
 		return nil, nil
 	}
 	return nil, badValue("counters", c.where, `"auto", "public" or "heap"`)
+}
+
+// shown is mirrored, with what to do about it.
+func shown(dev *pvnet.Device) string {
+	where := mirrored(dev)
+	if where == "heap" {
+		return "in this process alone"
+	}
+	return where + `; "barevif stat" shows them while this runs`
 }
