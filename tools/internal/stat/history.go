@@ -27,6 +27,7 @@ type Series struct {
 	Queue   int      `json:"queue"`  // or All
 	RxSize  uint64   `json:"rx_size"`
 	TxSize  uint64   `json:"tx_size"` // slots of the ring
+	Ring    bool     `json:"ring"`    // the owner has measured what is in use of one
 	Samples []Sample `json:"samples"`
 }
 
@@ -60,6 +61,9 @@ func (h *History) Add(l *Look) {
 			}
 			s.RxSize = Values(&d.Report.Stats, q, telemetry.RX).Gauge(telemetry.RingSize)
 			s.TxSize = Values(&d.Report.Stats, q, telemetry.TX).Gauge(telemetry.RingSize)
+			_, rx := d.Occupancy(q, telemetry.RX)
+			_, tx := d.Occupancy(q, telemetry.TX)
+			s.Ring = rx || tx
 			if d.before != nil {
 				s.Samples = append(s.Samples, d.sample(q, l.Time))
 				if extra := len(s.Samples) - h.limit; extra > 0 {
@@ -77,11 +81,15 @@ func (d *Device) sample(q int, at time.Time) Sample {
 		r, _ := d.Rate(q, dir, get)
 		return r * scale
 	}
+	used := func(dir telemetry.Dir) float64 {
+		slots, _ := d.Occupancy(q, dir)
+		return slots
+	}
 	return Sample{
 		Time:     at,
 		RxFrames: rate(telemetry.RX, Packets, 1), TxFrames: rate(telemetry.TX, Packets, 1),
 		RxBits: rate(telemetry.RX, Bytes, 8), TxBits: rate(telemetry.TX, Bytes, 8),
 		RxLost: rate(telemetry.RX, Lost, 1), TxLost: rate(telemetry.TX, Lost, 1),
-		RxUsed: d.Occupancy(q, telemetry.RX), TxUsed: d.Occupancy(q, telemetry.TX),
+		RxUsed: used(telemetry.RX), TxUsed: used(telemetry.TX),
 	}
 }

@@ -46,6 +46,10 @@ func Plot(h *History, width, height int, colour bool) string {
 			b.WriteString("\n\n")
 		}
 		draw("frames/s", 0, SI, func(s *Sample) float64 { return s.RxFrames }, func(s *Sample) float64 { return s.TxFrames })
+		if !s.Ring {
+			fmt.Fprintf(&b, "%s: what its rings hold has not been measured yet\n\n", s.Vif)
+			continue
+		}
 		draw("ring slots in use, mean", float64(max(s.RxSize, s.TxSize)), SI,
 			func(s *Sample) float64 { return s.RxUsed }, func(s *Sample) float64 { return s.TxUsed })
 	}

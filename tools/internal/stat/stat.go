@@ -104,12 +104,15 @@ func (d *Device) Batch(queue int, dir telemetry.Dir) (mean float64, known bool) 
 
 // Occupancy is how many slots of the ring were in use, on average over the looks
 // its owner took at it since the look before. Where it took none it is what the
-// last one found.
-func (d *Device) Occupancy(queue int, dir telemetry.Dir) float64 {
+// last one found. It is not known of an owner that has never found one in use.
+func (d *Device) Occupancy(queue int, dir telemetry.Dir) (slots float64, known bool) {
 	if mean, ok := d.mean("ring_occupancy", queue, dir); ok && d.before != nil {
-		return mean
+		return mean, true
 	}
-	return float64(Values(&d.Report.Stats, queue, dir).Gauge(telemetry.RingUsed))
+	v := Values(&d.Report.Stats, queue, dir)
+	looks, _ := observed("ring_occupancy", v)
+	used := v.Gauge(telemetry.RingUsed)
+	return float64(used), looks > 0 || max(used, v.Gauge(telemetry.RingUsedMax)) > 0
 }
 
 // mean is that of what a histogram was given since the look before, or ever.

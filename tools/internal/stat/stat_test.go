@@ -242,6 +242,9 @@ func TestHistoryIsBoundedAndForgets(t *testing.T) {
 	if len(s) != 2 || s[0].Queue != All || len(s[0].Samples) != 3 || s[0].Samples[2].TxFrames != 10 || s[0].Samples[2].TxBits != 8000 {
 		t.Fatalf("series %+v", s)
 	}
+	if !s[0].Ring || s[0].Samples[2].TxUsed != 64 {
+		t.Errorf("ring: %v, %v slots", s[0].Ring, s[0].Samples[2].TxUsed)
+	}
 	if p := Plot(h, 60, 5, false); !strings.Contains(p, "front-1-2-0: frames/s") || !strings.Contains(p, "ring slots") || strings.Contains(p, "\x1b") {
 		t.Errorf("plot\n%s", p)
 	}
@@ -294,5 +297,31 @@ func TestWatcherSeesRatesAndResets(t *testing.T) {
 	}
 	if _, err := NewWatcher("", "[x"); !errors.Is(err, path.ErrBadPattern) {
 		t.Errorf("a bad pattern: %v", err)
+	}
+}
+
+// A zero nobody measured must not look like an empty ring.
+func TestRingThatWasNotMeasuredIsNotShownEmpty(t *testing.T) {
+	set := telemetry.NewSet(1)
+	set.TX(0).Add(telemetry.Packets, 1)
+	set.TX(0).Set(telemetry.RingSize, 256)
+	set.TX(0).Flush()
+	d := device("front-1-2-0", 0, 0, 0)
+	d.Report.Stats = set.Totals()
+	if used, known := d.Occupancy(All, telemetry.TX); known {
+		t.Errorf("%v slots in use", used)
+	}
+	d.before, d.Span = &telemetry.Stats{Queues: make([]telemetry.Queue, 1)}, time.Second
+	h := NewHistory(3)
+	h.Add(look(d))
+	h.Add(look(d))
+	if p := Plot(h, 60, 5, false); !strings.Contains(p, "not been measured") {
+		t.Errorf("plot\n%s", p)
+	}
+	set.TX(0).Observe(telemetry.RingOccupancy, 12)
+	set.TX(0).Flush()
+	d.Report.Stats = set.Totals()
+	if used, known := d.Occupancy(All, telemetry.TX); !known || used != 12 {
+		t.Errorf("%v slots in use, %v, want 12", used, known)
 	}
 }

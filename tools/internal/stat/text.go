@@ -251,11 +251,15 @@ func (d *Device) line(q int, dir telemetry.Dir, rates bool) []cell {
 	if mean, ok := d.Batch(q, dir); ok {
 		batch = strconv.FormatFloat(mean, 'f', 1, 64)
 	}
-	v := Values(&d.Report.Stats, q, dir)
+	ring := "-"
+	if used, ok := d.Occupancy(q, dir); ok {
+		v := Values(&d.Report.Stats, q, dir)
+		ring = Bar(used, v.Gauge(telemetry.RingSize))
+	}
 	return append(row,
 		cell{Grouped(d.Count(q, dir, Packets)), Plain}, cell{Grouped(d.Count(q, dir, Bytes)), Plain}, cell{Grouped(lost), tone},
 		cell{batch, Plain}, cell{Grouped(d.Count(q, dir, Sent)), Plain},
-		cell{Bar(d.Occupancy(q, dir), v.Gauge(telemetry.RingSize)), Plain})
+		cell{ring, Plain})
 }
 
 func (d *Device) rateText(q int, dir telemetry.Dir, get Get, scale float64) string {

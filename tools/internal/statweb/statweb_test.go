@@ -81,6 +81,7 @@ func (s *site) count(n uint64) {
 	tx.Add(telemetry.Packets, n)
 	tx.Add(telemetry.Bytes, 100*n)
 	tx.Set(telemetry.RingSize, 256)
+	tx.Observe(telemetry.RingOccupancy, 100)
 	tx.Flush()
 	if totals := s.back.Totals(); totals.RX.Get(telemetry.Packets) == 0 {
 		n--
@@ -265,12 +266,13 @@ func TestPageDrawsInABrowser(t *testing.T) {
 		}
 		return got
 	}
-	await("every plot has a line", `document.querySelectorAll("svg .line.tx[d^=M]").length === 8`)
+	await("every plot has a line but one", `document.querySelectorAll("svg .line.tx[d^=M]").length === 7`)
 	for _, c := range []struct{ js, want string }{
 		{`document.querySelector("#summary").textContent.split(" · ")[0]`, "2 devices, 2 up"},
 		{`document.querySelector("#devices section h2").textContent`, frontInfo.Name()},
 		{`document.querySelector("#flows tr .pill").textContent`, "✓ balanced"},
 		{`[...document.querySelectorAll(".losses")].filter(e => !e.hidden).map(e => e.textContent).join()`, "Lost: rx too long 1"},
+		{`[...document.querySelectorAll("svg text")].filter(e => e.textContent === "not measured yet").length + ""`, "1"},
 		{`document.querySelector("#trouble").hidden + ""`, "true"},
 	} {
 		if got := text(c.js); got != c.want {

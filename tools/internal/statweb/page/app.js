@@ -104,6 +104,13 @@ class Plot {
       label.textContent = k.ring || max > 0 || !f ? si(f * top) : ""; // no scale for nothing
       this.frame.append(label);
     }
+    this.blind = k.ring && !series.ring;
+    if (this.blind) {
+      const label = svg("text", { x: (left + w - right) / 2, y: this.y(top / 2) - 6, "text-anchor": "middle" });
+      label.textContent = "not measured yet";
+      this.frame.append(label);
+      this.samples = samples = [];
+    }
     for (const [f, anchor] of [[0, "start"], [.5, "middle"], [1, "end"]]) {
       const label = svg("text", { x: left + (w - left - right) * f, y: H - 4, "text-anchor": anchor });
       label.textContent = f === 1 ? "now" : "−" + ago(span * (1 - f));
