@@ -31,7 +31,11 @@
 //	  our front, PV            PV domU: barevif serve; dom0: netback
 //	  our front, PVH           PVH domU: barevif serve; dom0: netback
 //	  our front, jumbo         PV domU: barevif serve; dom0: netback, MTU 9000
+//	  our front, unplugged     PV domU: barevif serve; dom0: netback, its vif taken and given back
+//	  our front, netback anew  PV domU: barevif serve; dom0: netback, unbound and bound
+//	  our front, refused       PV domU: barevif serve without what it needs
 //	  our back, dom0           PV domU: netfront; dom0: barevif back
+//	  our back, unplugged      PV domU: netfront; dom0: barevif back, its vif taken and given back
 //	  our back, driver domain  PV domU: netfront; PV driver domain: barevif back
 //	  both ours                PV domU: barevif serve; PV driver domain: barevif back
 //

@@ -4,6 +4,7 @@ package xenlab
 
 import (
 	"fmt"
+	"strings"
 	"syscall"
 
 	"barevif/test/xenlab/image"
@@ -85,6 +86,79 @@ func ourFrontJumbo(t *T) {
 	p.Succeed()
 }
 
+// ourFrontUnplugged takes the vif away under our appliance and gives it back: the
+// same process serves on.
+func ourFrontUnplugged(t *T) {
+	t.netback(true)
+	guest := t.Create(Guest{Name: "domU", Type: PV, VIFs: []VIF{{}}})
+	t.Dom0().Sh("ip addr add 10.88.0.1/24 dev %s", guest.VIF(0))
+	p := t.serve(guest, "10.88.0.2")
+	t.Ping(t.Dom0(), "10.88.0.2", 56, 20)
+	for round := range 2 {
+		t.Dom0().Run("xl", "network-detach", guest.Name, "0")
+		p.Await(fmt.Sprintf("(?s)(link down.*){%d}", round+1))
+		t.Attach(guest, VIF{})
+		t.Dom0().Sh("ip addr add 10.88.0.1/24 dev %s", guest.VIF(0))
+		t.Dom0().Await("carrier", `[ "$(cat /sys/class/net/%s/carrier)" = 1 ]`, guest.VIF(0))
+		t.Ping(t.Dom0(), "10.88.0.2", 1472, 20)
+	}
+	p.Signal(syscall.SIGTERM)
+	p.Succeed()
+}
+
+// netbackAnew unbinds Linux's driver from the vif under our appliance, which
+// must be reachable once it is bound again, whether it saw the states change or the
+// backend took up the same rings. The module itself cannot go: each interface holds
+// it.
+func netbackAnew(t *T) {
+	t.netback(true)
+	guest := t.Create(Guest{Name: "domU", Type: PV, VIFs: []VIF{{}}})
+	vif, dir := guest.VIF(0), guest.Backend(t.Dom0(), 0)
+	t.Dom0().Sh("ip addr add 10.88.0.1/24 dev %s", vif)
+	p := t.serve(guest, "10.88.0.2")
+	t.Ping(t.Dom0(), "10.88.0.2", 56, 20)
+	device := fmt.Sprintf("vif-%d-0", guest.ID)
+	t.Dom0().Sh("echo %s >/sys/bus/xen-backend/drivers/vif/unbind", device)
+	t.Dom0().Sh("echo %s >/sys/bus/xen-backend/drivers/vif/bind", device)
+	t.Dom0().Await("the new interface", "[ -e /sys/class/net/%s ]", vif)
+	// The toolstack runs its script only for a new device.
+	t.Dom0().Sh("XENBUS_PATH=%s vif=%s /etc/xen/scripts/%s online; ip addr add 10.88.0.1/24 dev %s",
+		strings.TrimPrefix(dir, "/local/domain/0/"), vif, image.VifScript, vif)
+	t.Dom0().Await("carrier", `[ "$(cat /sys/class/net/%s/carrier)" = 1 ]`, vif)
+	t.Ping(t.Dom0(), "10.88.0.2", 1472, 20)
+	t.fetchServed(t.Dom0(), "10.88.0.2", 1<<20)
+	p.Signal(syscall.SIGTERM)
+	p.Succeed()
+}
+
+// ourFrontRefused: each time an error that names what is wrong and what to do.
+func ourFrontRefused(t *T) {
+	t.netback(true)
+	guest := t.Create(Guest{Name: "domU", Type: PV, VIFs: []VIF{{}}})
+	refused := func(want string, args ...string) {
+		args = append([]string{barevif, "serve", "--xen", "--wait", "5s"}, args...)
+		r := guest.Try(args...)
+		if r.Err != nil || r.Exit == 0 || !strings.Contains(string(r.Stderr), want) {
+			t.Fatalf("%q, wanted an error with %q: %w", args, want, r.problem())
+		}
+	}
+	refused("vif", "--vif", "7")
+	guest.Run("modprobe", "xen-netfront")
+	guest.Await("a network interface", "[ -e /sys/class/net/eth0 ]")
+	refused("xen-netfront")
+	guest.Run(barevif, "xen", "take", "0")
+	limit := "/sys/module/xen_gntalloc/parameters/limit"
+	guest.Sh("echo 16 >%s", limit)
+	refused(limit)
+	guest.Sh("echo 1024 >%s", limit)
+	guest.Run("rmmod", "xen_gntalloc")
+	refused("xen-gntalloc")
+	guest.Run("modprobe", "xen-gntalloc")
+	p := t.serve(guest, "10.88.0.2")
+	p.Signal(syscall.SIGTERM)
+	p.Succeed()
+}
+
 // back starts our backend in a domain; its TAPs get addr.
 func (t *T) back(d *Domain, addr string) *Process {
 	d.Run("modprobe", "tun")
@@ -126,6 +200,24 @@ func ourBackDom0(t *T) {
 	t.Dom0().Await("the guest behind the new backend", "ping -c 1 -W 1 10.89.0.2")
 	t.Ping(guest, "10.89.0.1", 1472, 20)
 	t.Destroy(guest)
+	p.Signal(syscall.SIGTERM)
+	p.Succeed()
+}
+
+// ourBackUnplugged takes the vif away under our backend, which goes on.
+func ourBackUnplugged(t *T) {
+	t.netback(false)
+	p := t.back(t.Dom0(), "10.89.0.1")
+	guest := t.Create(Guest{Name: "domU", Type: PV, VIFs: []VIF{{}}})
+	for round := range 2 {
+		t.kernelFront(guest, "10.89.0.2")
+		t.Ping(guest, "10.89.0.1", 1472, 20)
+		t.Dom0().Run("xl", "network-detach", guest.Name, "0")
+		guest.Await("the interface to go", "[ ! -e /sys/class/net/eth0 ]")
+		if round == 0 {
+			t.Attach(guest, VIF{})
+		}
+	}
 	p.Signal(syscall.SIGTERM)
 	p.Succeed()
 }

@@ -116,7 +116,7 @@ type VIF struct {
 // MAC is the address of a guest's i-th vif, in Xen's own range.
 func MAC(i int) string { return fmt.Sprintf("00:16:3e:77:00:%02x", i+1) }
 
-// Spec is the vif as xl's network-attach and vif= want it; i is its number.
+// Spec is the vif as xl's vif= wants it; i is its number.
 func (v VIF) Spec(i int) string {
 	spec := "mac=" + MAC(i) + ",script=" + image.VifScript
 	if v.Backend != "" {
@@ -178,6 +178,11 @@ func (t *T) Create(g Guest) *Domain {
 	t.guests = append(t.guests, d)
 	d.Within(2 * time.Minute).Run("true")
 	return d
+}
+
+// Attach adds a vif to a running guest, as its first.
+func (t *T) Attach(guest *Domain, v VIF) {
+	t.dom0.Run(append([]string{"xl", "network-attach", guest.Name}, strings.Split(v.Spec(0), ",")...)...)
 }
 
 // Destroy ends a domain before the scenario does, without asking it.
