@@ -46,7 +46,7 @@ goes on. Started again after it was killed, it finds its vifs and reconnects the
 	b.domain.register(cmd, 2)
 	b.counters.register(cmd)
 	cmd.Flags().StringVar(&b.tap, "tap", "vif%d.%i", "`name` of each TAP: %d is the frontend's domain, %i the vif")
-	cmd.Flags().StringArrayVar(&b.addrs, "addr", nil, "`address` of this machine on a TAP: [DOM.ID=]IP/BITS; repeatable")
+	cmd.Flags().StringArrayVar(&b.addrs, "addr", nil, "`address` of this machine on a vif's TAP: DOM.ID=IP/BITS, or IP/BITS for the first that connects; repeatable")
 	cmd.Flags().StringVar(&b.bridge, "bridge", "", "put the TAPs on this `bridge`")
 	cmd.Flags().StringVar(&b.packet, "packet", "", "join the vif to this `interface` instead of a TAP")
 	cmd.Flags().StringVar(&b.typ, "type", "vif", "backend `type` to serve; one of its own keeps the kernel's netback away")
@@ -70,7 +70,7 @@ type back struct {
 
 	printMu  sync.Mutex // vifs come and go at any time
 	prefixMu sync.Mutex
-	prefix   map[string]netip.Prefix // guarded by prefixMu: by vif "1.0", or "" for the first that comes
+	prefix   map[string]netip.Prefix // guarded by prefixMu: by vif "1.0"; "" is for the first to be connected
 }
 
 func (b *back) run(ctx context.Context) error {
@@ -172,15 +172,24 @@ func (b *back) probe() error {
 	return l.Close()
 }
 
-// linkRefused says what to do about a link that cannot be had, where link itself
-// does not.
+// linkRefused says what to do about a link that cannot be had.
 func linkRefused(err error) error {
-	refused := errors.Is(err, unix.EPERM) || errors.Is(err, unix.EACCES)
-	if !refused {
-		return err
+	a := &advice{err: err, next: "-v may say more"}
+	if oe, ok := errors.AsType[*link.OpenError](err); ok && oe.Next != "" {
+		bare := *oe
+		bare.Next = "" // said once
+		a.err, a.next = &bare, oe.Next
 	}
-	return &advice{err: err, refused: true,
-		next: `run as root, or "setcap cap_net_admin,cap_net_raw+ep" on the built program; "barevif demo" needs neither`}
+	switch {
+	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES):
+		a.refused = true
+		a.next = `run as root, or "setcap cap_net_admin,cap_net_raw+ep" on the built program; "barevif demo" needs neither`
+	case errors.Is(err, unix.ENOENT): // no /dev/net/tun
+		a.refused = true
+	case errors.Is(err, unix.ENODEV):
+		a.next = `name an interface of this machine: "ip -brief link" lists them`
+	}
+	return a
 }
 
 // serve joins one vif to a link until it is taken away or ctx ends. What goes
@@ -196,7 +205,7 @@ func (b *back) serve(ctx context.Context, dev *pvnet.Device) {
 	defer l.Close()
 	b.say("vif %s: joined to %s, MTU %d; counters: %s", vif, l.Name(), l.MTU(), mirrored(dev))
 	var following sync.WaitGroup
-	following.Go(func() { b.follow(dev, vif) })
+	following.Go(func() { b.follow(dev, vif, l.Name()) })
 	var j link.Joint
 	err = j.Run(ctx, dev, l)
 	if err != nil && ctx.Err() == nil {
@@ -208,11 +217,16 @@ func (b *back) serve(ctx context.Context, dev *pvnet.Device) {
 }
 
 // follow tells of the vif's link until the device has ended.
-func (b *back) follow(dev *pvnet.Device, vif string) {
+func (b *back) follow(dev *pvnet.Device, vif, name string) {
 	up := false
 	for ev := range dev.Link() {
 		switch {
 		case ev.Up:
+			if b.packet == "" {
+				if err := address(name, b.addressOf(vif, true)); err != nil {
+					b.slog.Error("a vif's TAP has no address", "vif", vif, "err", err)
+				}
+			}
 			b.say("vif %s: connected to domain %d, %s", vif, dev.Peer(), dev.Budget())
 		case up:
 			b.say("vif %s: down: %s", vif, ev.Reason)
@@ -236,25 +250,34 @@ func (b *back) open(dev *pvnet.Device, vif string) (link.Link, error) {
 		return asLink(link.OpenPacket(b.packet))
 	}
 	name := strings.NewReplacer("%d", strconv.Itoa(int(dev.Peer())), "%i", dev.ID()).Replace(b.tap)
-	b.prefixMu.Lock()
-	addr, ok := b.prefix[vif]
-	if !ok {
-		// An address without a vif is the first one's, for good.
-		if addr, ok = b.prefix[""]; ok {
-			delete(b.prefix, "")
-			b.prefix[vif] = addr
-		}
-	}
-	b.prefixMu.Unlock()
 	tap, err := openTAP(link.TAPConfig{Name: name, MTU: dev.MTU()})
 	if err != nil {
 		return nil, linkRefused(err)
 	}
-	if err := b.place(tap.Name(), addr); err != nil {
+	err = address(tap.Name(), b.addressOf(vif, false))
+	if err == nil && b.bridge != "" {
+		err = enslave(tap.Name(), b.bridge)
+	}
+	if err != nil {
 		tap.Close()
 		return nil, err
 	}
 	return tap, nil
+}
+
+// addressOf is the address the vif's TAP gets, invalid if none. The one that was
+// given without a vif becomes that of the first one without its own to be connected,
+// for good: two interfaces with one address are of no use.
+func (b *back) addressOf(vif string, connected bool) netip.Prefix {
+	b.prefixMu.Lock()
+	defer b.prefixMu.Unlock()
+	p, own := b.prefix[vif]
+	if any, ok := b.prefix[""]; ok && connected && !own {
+		delete(b.prefix, "")
+		b.prefix[vif] = any
+		return any
+	}
+	return p
 }
 
 // openTAP opens a TAP whose name a process that was just killed may still hold.
@@ -274,33 +297,40 @@ func asLink[L link.Link](l L, err error) (link.Link, error) {
 	return l, nil
 }
 
-// place gives the interface its address and its bridge.
-func (b *back) place(name string, addr netip.Prefix) error {
+// address gives the interface an address, if there is one and it has it not.
+func address(name string, addr netip.Prefix) error {
+	if !addr.IsValid() {
+		return nil
+	}
 	l, err := netlink.LinkByName(name)
 	if err != nil {
 		return fmt.Errorf("find %s: %w", name, err)
 	}
-	if addr.IsValid() {
-		a, err := netlink.ParseAddr(addr.String())
-		if err == nil {
-			if addr.Addr().Is6() {
-				a.Flags = unix.IFA_F_NODAD // nobody else is on the wire
-			}
-			err = netlink.AddrAdd(l, a)
+	a, err := netlink.ParseAddr(addr.String())
+	if err == nil {
+		if addr.Addr().Is6() {
+			a.Flags = unix.IFA_F_NODAD // nobody else is on the wire
 		}
-		if err != nil {
-			return fmt.Errorf("give %s the address %s: %w", name, addr, err)
-		}
+		err = netlink.AddrReplace(l, a)
 	}
-	if b.bridge == "" {
-		return nil
+	if err != nil {
+		return fmt.Errorf("give %s the address %s: %w", name, addr, err)
 	}
-	br, err := netlink.LinkByName(b.bridge)
+	return nil
+}
+
+// enslave puts the interface on a bridge.
+func enslave(name, bridge string) error {
+	l, err := netlink.LinkByName(name)
+	if err != nil {
+		return fmt.Errorf("find %s: %w", name, err)
+	}
+	br, err := netlink.LinkByName(bridge)
 	if err == nil {
 		err = netlink.LinkSetMaster(l, br)
 	}
 	if err != nil {
-		return fmt.Errorf("put %s on bridge %s: %w", name, b.bridge, err)
+		return fmt.Errorf("put %s on bridge %s: %w", name, bridge, err)
 	}
 	return nil
 }

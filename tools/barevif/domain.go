@@ -117,8 +117,11 @@ func joinSocket() string {
 // privateDir makes dir for this user alone, or finds that it is.
 func privateDir(dir string) error {
 	err := os.Mkdir(dir, 0o700)
-	if err == nil || !errors.Is(err, fs.ErrExist) {
-		return err
+	if err == nil {
+		return nil
+	}
+	if !errors.Is(err, fs.ErrExist) {
+		return &advice{err: fmt.Errorf("make a place for sockets: %w", err), next: "choose another with --socket"}
 	}
 	st, err := os.Lstat(dir)
 	if err != nil {
@@ -132,8 +135,15 @@ func privateDir(dir string) error {
 	return nil
 }
 
+// maxSocketPath is what sun_path of struct sockaddr_un holds (linux/un.h), without
+// the 0 at its end.
+const maxSocketPath = 107
+
 // freePath makes room for a socket: it removes one that a process left behind.
 func freePath(path string) error {
+	if len(path) > maxSocketPath {
+		return fmt.Errorf("the path of a socket is too long: %d bytes, at most %d: %s", len(path), maxSocketPath, path)
+	}
 	c, err := net.Dial("unixpacket", path)
 	if err == nil {
 		c.Close()

@@ -22,7 +22,8 @@ func main() {
 	if netns.Main() {
 		return
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	signal.Ignore(syscall.SIGPIPE) // whoever read our output must not keep us from ending in good order
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	context.AfterFunc(ctx, stop) // a second signal ends the process at once
 	os.Exit(run(ctx, os.Args[1:], os.Stdout, os.Stderr))
 }
@@ -93,20 +94,32 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		Example:       examples,
 		SilenceErrors: true,
 		SilenceUsage:  true,
-		PersistentPreRun: func(*cobra.Command, []string) {
-			started = true
-		},
 	}
 	root.SetArgs(args)
 	root.SetOut(stdout)
 	root.SetErr(stderr)
 	root.PersistentFlags().CountVarP(&p.verbose, "verbose", "v", "log to stderr what happens; twice: in detail")
 	root.SetHelpTemplate(root.HelpTemplate() + exitCodes)
-	for _, add := range []func(*program) *cobra.Command{demoCommand, hostCommand, backCommand, serveCommand, statCommand, xenCommand} {
+	for _, add := range []func(*program) *cobra.Command{demoCommand, hostCommand, backCommand, serveCommand, statCommand, xenCommand, benchCommand} {
 		root.AddCommand(add(p))
 	}
+	noteStart(root, &started)
 	cmd, err := root.ExecuteContextC(ctx)
 	return p.report(ctx, cmd, err, started)
+}
+
+// noteStart sets *started when the work of a command begins: what fails before is
+// the command line.
+func noteStart(cmd *cobra.Command, started *bool) {
+	if do := cmd.RunE; do != nil {
+		cmd.RunE = func(cmd *cobra.Command, args []string) error {
+			*started = true
+			return do(cmd, args)
+		}
+	}
+	for _, c := range cmd.Commands() {
+		noteStart(c, started)
+	}
 }
 
 // report prints err, with what to do next, and gives what to exit with.

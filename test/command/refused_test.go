@@ -1,0 +1,194 @@
+//go:build linux
+
+package command_test
+
+import (
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/vishvananda/netlink"
+)
+
+// Each mistake ends with a status, a cause, and what to do next.
+func TestMistakesAreExplained(t *testing.T) {
+	bin := barevif(t)
+	s := newSite(t)
+	dir := t.TempDir()
+	text := filepath.Join(dir, "text")
+	if err := os.WriteFile(text, []byte("no socket"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	other := filepath.Join(dir, "other.sock")
+	l, err := net.Listen("unix", other)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	open := filepath.Join(dir, "open")
+	if err := os.Mkdir(open, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(open, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	const usage, failed, refused = 2, 1, 3
+	for _, row := range []struct {
+		args string
+		code int
+		says []string
+	}{
+		{"nonsense", usage, []string{`unknown command "nonsense"`}},
+		{"demo --nonsense", usage, []string{"unknown flag: --nonsense", "barevif demo --help"}},
+		{"demo extra", usage, []string{`"extra"`}},
+		{"demo --size many", usage, []string{"--size", "like 64MiB"}},
+		{"demo --size -1", usage, []string{"--size"}},
+		{"demo --network moon", usage, []string{"auto, tap, veth or userspace"}},
+
+		{"host --vif front=1,back=1", usage, []string{"between two domains"}},
+		{"host --socket " + dir + "/a.sock --vif front=1 --vif front=1", usage, []string{"there already", "an id of its own"}},
+		{"host --socket " + s.socket, failed, []string{"listens at", "--socket"}},
+		{"host --socket " + text, failed, []string{"--socket"}},
+		{"host --socket " + other, failed, []string{"another program", "--socket"}},
+		{"host --socket " + dir + "/b.sock --xenstore " + text, failed, []string{"--socket"}},
+		{"host --socket " + open + "/host.sock", failed, []string{"only this user writes", "--socket"}},
+		{"host --socket /nowhere/at/all/host.sock", failed, []string{"no such file", "next: "}},
+		{"host --socket " + dir + "/" + strings.Repeat("x", 120), failed, []string{"too long", "next: "}},
+
+		{"serve --emu " + dir + "/none.sock", failed, []string{"no emulated host listens", `"barevif host"`}},
+		{"serve --emu " + text, failed, []string{"no emulated host listens", `"barevif host"`}},
+		{"serve --emu " + other, failed, []string{"the socket"}},
+		{"serve --emu " + s.socket + " --vif 7", failed, []string{"device/vif/7", "choose one of those"}},
+		{"serve --emu " + s.socket + " --vif ../../0", failed, []string{"next: "}},
+		{"serve --emu " + s.socket + " --vif ", failed, []string{"next: "}},
+		{"serve --emu " + s.socket + " --dom 9", failed, []string{"device/vif/0", "--vif"}},
+		{"serve --emu " + s.socket + " --dom 0", failed, []string{"exists already", "--dom"}},
+		{"serve --emu " + s.socket + " --dom 40000", failed, []string{"next: "}},
+		{"serve --emu " + s.socket + " --dom 70000", usage, []string{"--dom"}},
+		{"serve --emu " + s.socket + " --wait 200ms", failed, []string{"waited 200ms", "backend"}},
+		{"serve --emu " + s.socket + " --wait -1s", usage, []string{"--wait"}},
+		{"serve --emu " + s.socket + " --addr moon", usage, []string{"10.9.0.2/24"}},
+		{"serve --emu " + s.socket + " --addr 10.9.0.2", usage, []string{"10.9.0.2/24"}},
+		{"serve --emu " + s.socket + " --addr 224.0.0.1/4", usage, []string{"--addr"}},
+		{"serve --emu " + s.socket + " --gateway 192.0.2.1", usage, []string{"10.9.0.0/24"}},
+		{"serve --emu " + s.socket + " --port 0", usage, []string{"--port"}},
+		{"serve --emu " + s.socket + " --port 65536", usage, []string{"--port"}},
+		{"serve --emu " + s.socket + " --queues 0", usage, []string{"--queues"}},
+		{"serve --emu " + s.socket + " --root " + dir + "/none", usage, []string{"--root", "directory"}},
+		{"serve --emu " + s.socket + " --root " + text, failed, []string{"--root", "directory"}},
+		{"serve --emu " + s.socket + " --xen", usage, []string{"emu", "xen"}},
+		{"serve --take", usage, []string{"--xen"}},
+
+		{"back --queues 65", usage, []string{"--queues"}},
+		{"back --addr moon", usage, []string{"10.9.0.1/24"}},
+		{"back --addr x.0=10.9.0.1/24", usage, []string{"DOM.ID"}},
+		{"back --addr 10.9.0.1/24 --addr 10.9.1.1/24", usage, []string{"1.0="}},
+		{"back --packet lo --addr 10.9.0.1/24", usage, []string{"packet", "addr"}},
+		{"back --packet nosuchcard --emu " + s.socket, failed, []string{"nosuchcard"}},
+		{"back --bridge nosuchbridge --emu " + s.socket, failed, []string{"nosuchbridge", "type bridge"}},
+		{"back --bridge lo --emu " + s.socket, failed, []string{"no bridge"}},
+	} {
+		t.Run(row.args, func(t *testing.T) {
+			out := start(t, nil, bin, strings.Split(row.args, " ")...).exit(row.code)
+			wants(t, out, append(row.says, "next: ")...)
+			if strings.Contains(out, "goroutine ") {
+				t.Errorf("it panicked: %s", out)
+			}
+		})
+	}
+	// The host bore all of them.
+	wants(t, s.host.text(), "look inside:")
+	s.host.signal(syscall.SIGTERM)
+	s.host.exit(0)
+}
+
+func TestARealXenThatIsNotThere(t *testing.T) {
+	if _, err := os.Stat("/dev/xen/xenbus"); err == nil {
+		t.Skip("this machine is a Xen domain")
+	}
+	for _, command := range []string{"back", "serve"} {
+		args := []string{command, "--xen"}
+		if command == "back" {
+			args = append(args, "--packet", "lo")
+		}
+		p := start(t, ownNamespaces(0), barevif(t), args...)
+		<-p.done
+		wants(t, p.exit(3), "next: ")
+	}
+}
+
+// A user without rights gets no TAP on the machine, and hears what would help.
+func TestBackWithoutRights(t *testing.T) {
+	out := start(t, nobody(t), barevif(t), "back").exit(3)
+	wants(t, out, "not permitted", "cap_net_admin", "barevif demo")
+	out = start(t, nobody(t), barevif(t), "back", "--packet", "lo").exit(3)
+	wants(t, out, "not permitted", "cap_net_raw")
+}
+
+// Without a network of its own there is nothing a back could do.
+func TestBackWithoutTAPs(t *testing.T) {
+	out := refusing(t, noTAPs, "back").exit(3)
+	wants(t, out, "/dev/net/tun", "next: ")
+}
+
+// An address without a vif is that of the first vif that is connected, and stays
+// its own; a vif whose TAP cannot be had is closed, and the others go on.
+func TestVifsDoNotDisturbEachOther(t *testing.T) {
+	if !namespace(t) {
+		return
+	}
+	needTAP(t)
+	s := newSite(t, "--vif", "front=1", "--vif", "front=3", "--vif", "front=5")
+	if err := netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "vif5.0", TxQLen: -1}, PeerName: "other"}); err != nil {
+		t.Skip("this machine gives no veth pair: ", err)
+	}
+	b := s.back("--addr", "10.9.0.1/24")
+	b.await("joined to vif1.0", 1)
+	b.await("joined to vif3.0", 1)
+	b.await("a vif has no network and is closed", 1)
+	g := s.serve("--dom", "3")
+	check(t, "10.9.0.2")
+	other := s.serve("--dom", "1")
+	b.await("vif 1.0: connected", 1)
+	check(t, "10.9.0.2")
+	other.signal(syscall.SIGTERM)
+	other.exit(0)
+	g.signal(syscall.SIGTERM)
+	g.exit(0)
+	s.serve("--dom", "3")
+	check(t, "10.9.0.2")
+	wants(t, b.text(), "vif5.0")
+}
+
+// Nobody reads what a host prints any more: it ends in good order all the same.
+func TestAClosedPipeIsNoReasonToDie(t *testing.T) {
+	dir := t.TempDir()
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(barevif(t), "host", "--socket", dir+"/host.sock")
+	cmd.Stdout = w
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer cmd.Process.Kill()
+	w.Close()
+	if _, err := r.Read(make([]byte, 1)); err != nil {
+		t.Fatal(err)
+	}
+	r.Close()
+	if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Wait(); err != nil {
+		t.Error(err)
+	}
+	if left, err := os.ReadDir(dir); err != nil || len(left) != 0 {
+		t.Error(left, err)
+	}
+}
