@@ -427,6 +427,9 @@ func (d *Device) Listen(ctx context.Context, fn func(Frame)) error {
 		return err
 	}
 	for _, err := range errs {
+		if v, ok := errors.AsType[*PeerError](err); ok {
+			return v // the device's cause says so too, but maybe not yet
+		}
 		if err != nil && err != errInterrupted && !errors.Is(err, ErrDisconnected) {
 			return err
 		}
