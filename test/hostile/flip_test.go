@@ -1,0 +1,513 @@
+package hostile
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"os"
+	"runtime"
+	"sync"
+	"testing"
+	"time"
+
+	"barevif/hypercall"
+	"barevif/hypercall/emu"
+	"barevif/pvnet"
+	"barevif/telemetry"
+	"barevif/test/hostile/raw"
+)
+
+// What a peer can read of pages we share with it is what was sent to it and zeros.
+func TestT19OnlyWhatWasSentIsThere(t *testing.T) {
+	l := newLab(t, emu.Config{})
+	h := l.lure(pvnet.Config{})
+	const ours, theirs = 0xa5, 0x5a // every byte of a frame from us, and to us
+	for round := range 2 {
+		rng := rand.New(rand.NewPCG(7, uint64(round)))
+		for i := range 300 {
+			n := 14 + rng.IntN(9000)
+			if _, err := h.dev.Write(bytes.Repeat([]byte{ours}, n)); err != nil {
+				t.Fatal(err)
+			}
+			for left := n; left > 0; {
+				reqs, err := h.Requests(1, soon())
+				if err != nil {
+					t.Fatal(err)
+				}
+				r := reqs[0]
+				size := int(r.Size)
+				if left == n {
+					rest := 0
+					for more := r.Flags&raw.TxMore != 0; more; {
+						next, err := h.Requests(1, soon())
+						if err != nil {
+							t.Fatal(err)
+						}
+						rest += int(next[0].Size)
+						more = next[0].Flags&raw.TxMore != 0
+						h.Answer(raw.TxRsp{ID: next[0].ID})
+					}
+					size -= rest
+					left -= rest
+				}
+				page := make([]byte, 4096)
+				if err := h.Read(hypercall.GrantRef(r.Ref), 0, page); err != nil {
+					t.Fatal(err)
+				}
+				for at, c := range page {
+					in := at >= int(r.Offset) && at < int(r.Offset)+size
+					if in && c != ours || c != ours && c != 0 {
+						t.Fatalf("frame %d: byte %d of a page with %d at %d is %#x", i, at, size, r.Offset, c)
+					}
+				}
+				left -= size
+				h.Answer(raw.TxRsp{ID: r.ID})
+			}
+			h.take(3)
+			k := 14 + rng.IntN(4000)
+			h.deliver(h.slot(uint16(rng.IntN(4096-k)), 0, bytes.Repeat([]byte{theirs}, k)))
+			wait(t, h.sink.frames)
+		}
+		for at, c := range h.Tx.Bytes()[16:raw.Slots] {
+			if c != 0 || h.Rx.Bytes()[16+at] != 0 {
+				t.Errorf("byte %d of a ring page is %#x", 16+at, c)
+			}
+		}
+		for at := raw.Slots + raw.Size*12; at < 4096; at++ {
+			if h.Tx.Bytes()[at] != 0 {
+				t.Errorf("byte %d behind the slots is %#x", at, h.Tx.Bytes()[at])
+			}
+		}
+		for i := range uint32(raw.Size) { // requests are defined whole, padding too
+			if w := h.Rx.Get(h.RxCons + i); w[0]>>16 != 0 && h.Rx.Load(raw.ReqProd)-h.RxCons > i {
+				t.Errorf("rx request %d has padding %#x", i, w[0]>>16)
+			}
+		}
+		if round == 0 { // the next connection's pages know nothing of this one's
+			h.state("5")
+			l.await(h.v.FrontDir()+"/state", "6")
+			if err := h.Close(); err != nil {
+				t.Fatal(err)
+			}
+			h.state("6")
+			l.await(h.v.FrontDir()+"/state", "1")
+			h.refs = nil
+			h.offer()
+			eventually(t, "the link", func() bool { return h.dev.Budget() != (pvnet.Budget{}) })
+		}
+	}
+	h.leave()
+}
+
+// XSA-216: responses are defined whole, and a page the guest posted gets the
+// frame's bytes and no others.
+func TestT19ResponsesAndPostedPages(t *testing.T) {
+	l := newLab(t, emu.Config{})
+	l.serve(pvnet.ServeConfig{})
+	g := l.attack()
+	for i := range g.Rx.Bytes()[raw.Slots:] {
+		g.Rx.Bytes()[raw.Slots+i], g.Tx.Bytes()[raw.Slots+i] = 0xee, 0xee
+	}
+	reqs, want := g.chain(raw.TxExtra, 100, 100)
+	g.Put(reqs[0].Words(), raw.Extra{Type: 4, Flags: 0, Body: [6]byte{1, 2, 3, 4, 5, 6}}.Words(), reqs[1].Words())
+	g.Push()
+	rsp, err := g.Answers(3, soon())
+	if err != nil || rsp[1] != (raw.TxRsp{ID: 0, Status: raw.Null}) {
+		t.Errorf("%v, %v", rsp, err)
+	}
+	if got := wait(t, g.sink.frames); !bytes.Equal(got, want) {
+		t.Error("other bytes")
+	}
+	for _, n := range []int{14, 15, 60, 1514, 4095, 4096, 4097, 5000, 9000} {
+		slots := (n + 4095) / 4096
+		for i := range 32 {
+			copy(g.Posted.Page(i), bytes.Repeat([]byte{0xee}, 4096))
+		}
+		first := int(g.RxProd % 32)
+		g.Post(slots)
+		frame := pattern(n, n)
+		if _, err := g.dev.Write(frame); err != nil {
+			t.Fatal(err)
+		}
+		in, err := g.Received(slots, soon())
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i, r := range in {
+			k := min(n-i*4096, 4096)
+			want := raw.RxRsp{ID: uint16(g.RxProd-uint32(slots)+uint32(i)) % raw.Size, Status: int16(k)}
+			if i < slots-1 {
+				want.Flags = raw.RxMore
+			}
+			page := g.Posted.Page((first + i) % 32)
+			if r != want || !bytes.Equal(page[:k], frame[i*4096:i*4096+k]) || bytes.Count(page[k:], []byte{0xee}) != 4096-k {
+				t.Errorf("slot %d of %d bytes: %+v, want %+v", i, n, r, want)
+			}
+		}
+	}
+	g.leave()
+}
+
+// flip rewrites words of r until stop is closed: slots, and own indices with rate
+// one in so many; 0 means never.
+func flip(r raw.Ring, pages []byte, prod, rate int, seed uint64, stop chan struct{}, wg *sync.WaitGroup) {
+	wg.Go(func() {
+		rng := rand.New(rand.NewPCG(seed, 9))
+		for n := 0; ; n++ {
+			select {
+			case <-stop:
+				return
+			default:
+			}
+			for range 64 {
+				i := rng.Uint32()
+				switch rng.IntN(3) {
+				case 0:
+					w := r.Get(i)
+					r.Put(i, w[0]^1<<(i>>8&31), w[1])
+				case 1:
+					r.Put(i, rng.Uint32(), rng.Uint32()&0xffff0fff)
+				default:
+					pages[int(i)%len(pages)] ^= byte(i >> 16)
+				}
+			}
+			if rate > 0 && n%rate == rate-1 {
+				r.Store(prod, r.Load(prod)+rng.Uint32N(300))
+			}
+			r.Store(raw.ReqEvent, rng.Uint32()) // whose word it is does not stop it
+			r.Store(raw.RspEvent, rng.Uint32())
+			runtime.Gosched()
+		}
+	})
+}
+
+func spell(t *testing.T) time.Duration {
+	if testing.Short() {
+		return 300 * time.Millisecond
+	}
+	return 2 * time.Second
+}
+
+// Everything the guest can write changes while the backend looks at it. On mapped
+// memory: the race detector must not see what is meant.
+func TestT20FrontendRewritesEverything(t *testing.T) {
+	l := newLab(t, emu.Config{Mapped: true})
+	l.serve(pvnet.ServeConfig{})
+	honest := l.attack()
+	deaths := 0
+	for end, seed := time.Now().Add(spell(t)), uint64(1); time.Now().Before(end); seed++ {
+		g := l.attack()
+		stop := make(chan struct{})
+		var wg sync.WaitGroup
+		flip(g.Tx, g.Pages.Bytes(), raw.ReqProd, int(seed%3)*500, seed, stop, &wg)
+		flip(g.Rx, g.Posted.Bytes(), raw.ReqProd, int(seed%2)*900, seed+1000, stop, &wg)
+		for i := 0; i < 300; i++ {
+			select {
+			case <-g.dev.Done():
+				i = 300
+			default:
+			}
+			reqs, _ := g.chain(0, 60, 200, 300)
+			for _, r := range reqs {
+				g.Put(r.Words())
+			}
+			g.Push()
+			g.Post(2)
+			g.dev.SetWriteDeadline(time.Now().Add(time.Millisecond))
+			g.dev.Write(pattern(100, i))
+			if s, _ := l.store.Read(g.v.BackDir() + "/state"); s != "4" {
+				break
+			}
+		}
+		close(stop)
+		wg.Wait()
+		honest.works()
+		g.state("5")
+		l.await(g.v.BackDir()+"/state", "5", "6")
+		g.state("6")
+		l.await(g.v.BackDir()+"/state", "6")
+		if n := l.log.count(slog.LevelError); n > deaths {
+			deaths = n
+		}
+		g.gone()
+	}
+	honest.works()
+	honest.leave()
+	t.Logf("%d devices ended", deaths)
+}
+
+func TestT20BackendRewritesEverything(t *testing.T) {
+	l := newLab(t, emu.Config{Mapped: true})
+	for end, seed := time.Now().Add(spell(t)), uint64(1); time.Now().Before(end); seed++ {
+		h := l.lure(pvnet.Config{LendRx: seed%2 == 0})
+		refs, err := h.Posted(raw.Size, soon())
+		if err != nil {
+			t.Fatal(err)
+		}
+		pages, err := l.drv.Map(frontID, refs, 1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		stop := make(chan struct{})
+		var wg sync.WaitGroup
+		flip(h.Tx, pages.Bytes(), raw.RspProd, int(seed%3)*500, seed, stop, &wg)
+		flip(h.Rx, pages.Bytes(), raw.RspProd, int(seed%2)*900, seed+1000, stop, &wg)
+		for i := range 300 {
+			for range 3 {
+				h.PutRx(raw.RxRsp{ID: uint16(h.RxProd), Offset: 4, Status: 200}.Words())
+			}
+			h.PushRx()
+			h.dev.SetWriteDeadline(time.Now().Add(time.Millisecond))
+			if _, err := h.dev.Write(pattern(5000, i)); err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+				break
+			}
+		}
+		close(stop)
+		wg.Wait()
+		if err := pages.Release(); err != nil {
+			t.Error(err)
+		}
+		go h.dev.Disconnect()
+		l.await(h.v.FrontDir()+"/state", "5")
+		h.gone()
+	}
+}
+
+// T26, T36: both ends ours, traffic both ways, and readers of the counters who
+// never stop.
+func TestT26DisconnectUnderLoad(t *testing.T) {
+	l := newLab(t, emu.Config{})
+	cycles := 30
+	if testing.Short() {
+		cycles = 6
+	}
+	l.serve(pvnet.ServeConfig{})
+	for i := range cycles {
+		base := l.Ledger()
+		v := l.vif()
+		front, err := pvnet.Connect(ctx(t), l.guest, fmt.Sprint(v.ID), pvnet.Config{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		back := wait(t, l.devs)
+		up(t, back)
+		stop := make(chan struct{})
+		var wg sync.WaitGroup
+		for _, d := range []*pvnet.Device{front, back} {
+			wg.Go(func() {
+				if err := d.Listen(context.Background(), func(pvnet.Frame) {}); err != nil {
+					t.Errorf("Listen: %v", err)
+				}
+			})
+			wg.Go(func() {
+				for n := 0; ; n++ {
+					if _, err := d.Write(pattern(60+n%5000, n)); err != nil {
+						if !errors.Is(err, pvnet.ErrDisconnected) {
+							t.Errorf("Write: %v", err)
+						}
+						return
+					}
+				}
+			})
+			wg.Go(func() {
+				for n := uint64(0); ; {
+					select {
+					case <-stop:
+						return
+					default:
+					}
+					st := d.Stats()
+					if p := st.TX.Get(telemetry.Packets); p < n {
+						t.Errorf("%d frames, %d before", p, n)
+					} else {
+						n = p
+					}
+					d.Budget()
+					d.Counters().Snapshot()
+				}
+			})
+		}
+		time.Sleep(time.Duration(i%7) * time.Millisecond)
+		start := time.Now()
+		ends := []*pvnet.Device{front, back}
+		ends[i%2].Disconnect()
+		ends[1-i%2].Disconnect()
+		if d := time.Since(start); d > 3*time.Second {
+			t.Errorf("it took %v", d)
+		}
+		close(stop)
+		wg.Wait()
+		base.Connections = l.Ledger().Connections // Serve has one, by now
+		eventually(t, "everything back", func() bool { return l.Ledger() == base })
+		l.remove(v)
+	}
+}
+
+// T38: the worst a guest can do while others work.
+func TestT38OneHostileOfMany(t *testing.T) {
+	l := newLab(t, emu.Config{Grants: 2048})
+	l.serve(pvnet.ServeConfig{Config: pvnet.Config{Buffers: 64}})
+	var honest []*guest
+	for range 8 {
+		honest = append(honest, l.attack())
+	}
+	g := l.attack()
+	stop, ended := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(ended)
+		for n := 0; ; n++ {
+			select {
+			case <-stop:
+				return
+			default:
+			}
+			var sizes [20]int // refused, and in the end with bad refs
+			sizes[0] = 20
+			reqs, _ := g.chain(0, sizes[:19+n%2]...)
+			for i := range reqs {
+				if n%3 == 0 {
+					reqs[i].Ref = 1 << 20
+				}
+				g.Put(reqs[i].Words())
+			}
+			g.Push()
+			if _, err := g.Answers(len(reqs), soon()); err != nil {
+				t.Error(err)
+				return
+			}
+			for range 20 {
+				g.TxPort.Notify()
+				g.RxPort.Notify()
+			}
+		}
+	}()
+	worst := time.Duration(0)
+	for range 50 {
+		for _, h := range honest {
+			start := time.Now()
+			h.works()
+			worst = max(worst, time.Since(start))
+		}
+	}
+	close(stop)
+	wait(t, ended)
+	if worst > 2*time.Second {
+		t.Errorf("a neighbour waited %v", worst)
+	}
+	for _, h := range append(honest, g) {
+		for len(h.sink.frames) > 0 {
+			<-h.sink.frames
+		}
+	}
+	g.base.Grants, g.base.Pages = l.Ledger().Grants, 0
+	g.works()
+	for i := range honest {
+		h := honest[len(honest)-1-i]
+		h.base = emu.Ledger{}
+	}
+	l.closeAll(append(honest, g))
+}
+
+// closeAll closes guests whose ledgers overlap.
+func (l *lab) closeAll(all []*guest) {
+	l.t.Helper()
+	for _, g := range all {
+		g.state("5")
+		l.await(g.v.BackDir()+"/state", "5", "6")
+		g.state("6")
+		l.await(g.v.BackDir()+"/state", "6")
+		l.remove(g.v)
+		wait(l.t, g.dev.Done())
+		wait(l.t, g.sink.ended)
+		if err := g.Close(); err != nil {
+			l.t.Error(err)
+		}
+	}
+	if now := l.Ledger(); now.Grants+now.Mappings+now.Ports+now.Pages != 0 {
+		l.t.Errorf("left behind: %+v", now)
+	}
+}
+
+// T37: a line per change of state, whatever the peer does.
+func TestT37LogLinesAreBounded(t *testing.T) {
+	l := newLab(t, emu.Config{})
+	l.serve(pvnet.ServeConfig{})
+	g := l.attack()
+	lines := l.log.total()
+	for n := range 2000 {
+		reqs, _ := g.chain(0, 3+n%9)
+		g.send(reqs, nil, refuse, noReason, nil)
+	}
+	if n := l.log.total() - lines; n != 0 {
+		t.Errorf("%d lines for 2000 bad frames\n%s", n, l.log)
+	}
+	changes := 500
+	for n := range changes {
+		g.state([]string{"4", "6", "5", "1"}[n%4])
+	}
+	l.await(g.v.BackDir()+"/state", "2")
+	if n := l.log.total() - lines; n > 2*changes {
+		t.Errorf("%d lines for %d changes of state", n, changes)
+	}
+	g.state("5")
+	l.await(g.v.BackDir()+"/state", "5")
+	g.state("6")
+	l.await(g.v.BackDir()+"/state", "6")
+	g.gone()
+}
+
+// T40: a vif has one backend.
+func TestT40SecondServeIsRefused(t *testing.T) {
+	l := newLab(t, emu.Config{})
+	l.serve(pvnet.ServeConfig{})
+	g := l.attack()
+	c, cancel := context.WithCancel(context.Background())
+	second := new(journal)
+	done := make(chan error, 1)
+	got := make(chan *pvnet.Device, 1)
+	go func() {
+		done <- pvnet.Serve(c, l.drv, pvnet.ServeConfig{Config: pvnet.Config{Logger: slog.New(second)}}, func(d *pvnet.Device) { got <- d })
+	}()
+	eventually(t, "a refusal", func() bool { return second.count(slog.LevelWarn) > 0 })
+	if len(got) > 0 {
+		t.Error("two backends serve one vif")
+	}
+	g.works()
+	cancel()
+	if err := wait(t, done); !errors.Is(err, context.Canceled) {
+		t.Error(err)
+	}
+	g.works()
+	g.base.Connections = l.Ledger().Connections
+	g.leave()
+}
+
+func TestT41OpenAndClose(t *testing.T) {
+	l := newLab(t, emu.Config{Mapped: true})
+	l.serve(pvnet.ServeConfig{})
+	open := func() int {
+		all, err := os.ReadDir("/proc/self/fd")
+		if err != nil {
+			t.Skip("no /proc: ", err)
+		}
+		return len(all)
+	}
+	for range 3 {
+		l.attack().leave()
+	}
+	goroutines, fds := runtime.NumGoroutine(), open()
+	cycles := 200
+	if testing.Short() {
+		cycles = 20
+	}
+	for range cycles {
+		l.attack().leave()
+	}
+	eventually(t, "goroutines gone", func() bool { return runtime.NumGoroutine() <= goroutines })
+	if n := open(); n > fds {
+		t.Errorf("%d descriptors, %d before", n, fds)
+	}
+}
