@@ -1,0 +1,154 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"barevif/telemetry"
+	"barevif/telemetry/bpf"
+	"barevif/tools/internal/stat"
+
+	tea "charm.land/bubbletea/v2"
+	"charm.land/lipgloss/v2"
+)
+
+// counting shows the counters of a device below a root of its own, and gives what
+// stat needs to find it.
+func counting(t *testing.T, own uint16) (set *telemetry.Set, args []string) {
+	t.Helper()
+	root := filepath.Join(t.TempDir(), "none")
+	info := telemetry.Info{Role: telemetry.Frontend, Own: own, Peer: 61021, Handle: 9}
+	set = telemetry.NewSet(2)
+	set.Open(&bpf.Store{Root: root}, info)
+	t.Cleanup(func() { set.Close() })
+	if kind, reason := set.Backend(); kind == "heap" {
+		t.Fatalf("counters cannot be seen from outside: %s", reason)
+	}
+	set.SetStatus(telemetry.Status{State: 4, Up: true, MTU: 1500, Queues: 2, Epoch: 1})
+	set.TX(0).Add(telemetry.Packets, 1234)
+	set.TX(0).Flush()
+	return set, []string{"stat", "--root", root, info.Name()}
+}
+
+func stats(t *testing.T, args ...string) (code int, stdout, stderr string) {
+	t.Helper()
+	var out, errs bytes.Buffer
+	code = run(t.Context(), args, &out, &errs)
+	return code, out.String(), errs.String()
+}
+
+func TestStatShowsADeviceAsTextJSONAndLines(t *testing.T) {
+	_, args := counting(t, 61022)
+	code, text, stderr := stats(t, args...)
+	if code != exitOK || stderr != "" || !strings.Contains(text, "front-61022-61021-9  frontend in domain 61022") ||
+		!strings.Contains(text, "1 234") || strings.Contains(text, "\x1b") {
+		t.Errorf("exit %d, %q\n%s", code, stderr, text)
+	}
+	code, text, _ = stats(t, append(args, "--json")...)
+	var j stat.JSON
+	if err := json.Unmarshal([]byte(text), &j); err != nil || code != exitOK || len(j.Devices) != 1 || j.Devices[0].Totals.Counters["tx_packets"] != 1234 {
+		t.Errorf("exit %d, %v\n%s", code, err, text)
+	}
+	code, text, _ = stats(t, append(args, "--json", "--watch", "--count", "3", "--interval", "100ms")...)
+	if lines := strings.Split(strings.TrimSpace(text), "\n"); code != exitOK || len(lines) != 3 || json.Unmarshal([]byte(lines[2]), &j) != nil || j.Devices[0].Rates == nil {
+		t.Errorf("exit %d\n%s", code, text)
+	}
+	code, text, _ = stats(t, append(args, "--count", "2", "--interval", "100ms")...)
+	if lines := strings.Split(strings.TrimSpace(text), "\n"); code != exitOK || len(lines) != 2 || !strings.Contains(lines[1], " tx_packets=1234 tx_packets/s=0.0 ") {
+		t.Errorf("exit %d\n%s", code, text)
+	}
+	code, text, _ = stats(t, append(args, "--plot", "--count", "4", "--interval", "100ms")...)
+	if code != exitOK || !strings.Contains(text, "front-61022-61021-9: frames/s, last") {
+		t.Errorf("exit %d\n%s", code, text)
+	}
+}
+
+func TestStatSaysWhatIsWrongWithItsArguments(t *testing.T) {
+	for _, c := range []struct {
+		args []string
+		code int
+		want string
+	}{
+		{[]string{"no-such-vif"}, exitFailed, "no counters of no-such-vif\n  next: "},
+		{[]string{"[x"}, exitUsage, "syntax error in pattern"},
+		{[]string{"--interval", "1ms"}, exitUsage, "not 100ms or more"},
+		{[]string{"--count", "0"}, exitUsage, "a number from 1"},
+		{[]string{"--http", "nowhere"}, exitUsage, "an address such as"},
+		{[]string{"--json", "--plot"}, exitUsage, "next: "},
+	} {
+		code, _, stderr := stats(t, append([]string{"stat"}, c.args...)...)
+		if code != c.code || !strings.Contains(stderr, c.want) {
+			t.Errorf("%v: exit %d, %q", c.args, code, stderr)
+		}
+	}
+}
+
+func TestLiveTableObeysItsKeysAndItsWindow(t *testing.T) {
+	set, args := counting(t, 61023)
+	w, err := stat.NewWatcher(args[2], args[3])
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &statistics{program: &program{}, interval: 1}
+	m := &liveModel{s: s, w: w, look: w.Look(), history: stat.NewHistory(10), queues: true, paint: colours()}
+	press := func(key rune) tea.Cmd {
+		_, cmd := m.Update(tea.KeyPressMsg{Code: key, Text: string(key)})
+		return cmd
+	}
+	turn := func() {
+		t.Helper()
+		msg, ok := m.again()().(lookMsg)
+		if !ok {
+			t.Fatal("no look")
+		}
+		m.Update(msg)
+	}
+	m.Update(tea.WindowSizeMsg{Width: 50, Height: 20})
+	turn()
+	for _, l := range strings.Split(m.text(), "\n") {
+		if lipgloss.Width(l) > 50 {
+			t.Errorf("a line of %d columns: %q", lipgloss.Width(l), l)
+		}
+	}
+	if n := strings.Count(m.text(), "\n") + 1; n > 20 {
+		t.Errorf("%d lines", n)
+	}
+	m.Update(tea.WindowSizeMsg{Width: 200, Height: 60})
+	if !strings.Contains(m.text(), "1 234") || !strings.Contains(m.text(), "tx 1") {
+		t.Errorf("not there:\n%s", m.text())
+	}
+	press('r')
+	turn()
+	set.TX(0).Add(telemetry.Packets, 7)
+	set.TX(0).Flush()
+	turn()
+	if strings.Contains(m.text(), "1 234") || m.look.Devices[0].Count(stat.All, telemetry.TX, stat.Packets) != 7 {
+		t.Errorf("not counted from now:\n%s", m.text())
+	}
+	press('x')
+	if strings.Contains(m.text(), "tx 1") || !strings.Contains(m.text(), "tx all") {
+		t.Errorf("queues are not folded:\n%s", m.text())
+	}
+	press('s')
+	press('p')
+	if !strings.Contains(m.text(), "by rate") || !strings.Contains(m.text(), "frames/s, last") {
+		t.Errorf("not sorted by rate, or no plot:\n%s", m.text())
+	}
+	before := m.look
+	m.Update(tea.KeyPressMsg{Code: tea.KeySpace, Text: " "})
+	turn()
+	if m.look != before || !strings.Contains(m.text(), "paused") {
+		t.Error("it goes on while it is paused")
+	}
+	for _, key := range []rune{'j', 'k', 'z'} {
+		if cmd := press(key); cmd != nil {
+			t.Errorf("%c does something", key)
+		}
+	}
+	if cmd := press('q'); cmd == nil || cmd() != tea.Quit() {
+		t.Error("q does not quit")
+	}
+}
