@@ -1,0 +1,232 @@
+package main
+
+import (
+	"context"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"time"
+
+	"barevif/pvnet"
+
+	"github.com/spf13/cobra"
+)
+
+const aboutBench = `bench compares a card owned by a program with the kernel's own, in pieces that run in
+the domains of one machine. Each moves traffic for a while and prints one line of
+JSON; "bench table" makes a table of such lines, with ratios.
+
+  through a card of ours    send, recv, ping
+  through the kernel        pktgen, udp-send, udp-recv, packet-send, packet-recv,
+                            tcp-send, tcp-recv, ping-socket
+  watching                  count: what an interface's counters say
+  at the end                table
+
+What is compared must come from one boot of one machine, taken in turns: --way names
+the line, --what the traffic, and lines of equal names are rounds of one row. A
+sender is best judged by "count" at the other end's interface, not by its own line.
+
+"bench --xen", without a piece, takes those a guest can run alone, in turns: it gives
+the vif to the kernel's xen-netfront, sends by its packet generator, a UDP socket and
+a packet socket, takes the vif back, sends by itself, and prints the table. There it
+counts the frames the backend has taken. Nobody needs to listen to --to. It needs
+root, and everything that uses the vif is cut off from it.`
+
+func benchCommand(p *program) *cobra.Command {
+	x := benchXen{benchRun: benchRun{program: p}}
+	cmd := &cobra.Command{
+		Use:   "bench",
+		Short: "Measure a card against the kernel's own",
+		Long:  aboutBench,
+		Example: `  # in a Xen guest with a vif 0 and the modules pktgen and xen-netfront
+  barevif bench --xen --from 10.7.0.2 --to 10.7.0.9
+
+  # both ends ours, on an emulated host: each in a terminal
+  barevif host
+  barevif bench recv --back
+  barevif bench send --secs 8
+
+  # by hand, the backend domain watching
+  guest$ barevif bench send --xen --secs 8
+  dom0$  barevif bench count --if vif1.0 --dir rx --way ours --what send >>lines
+  dom0$  barevif bench table <lines`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error { return x.run(cmd) },
+	}
+	x.register(cmd)
+	for _, add := range []func(*program) *cobra.Command{
+		benchSendCommand, benchRecvCommand, benchPingCommand,
+		benchPktgenCommand, benchUDPSendCommand, benchUDPRecvCommand,
+		benchPacketSendCommand, benchPacketRecvCommand, benchTCPSendCommand, benchTCPRecvCommand,
+		benchPingSocketCommand, benchCountCommand, benchTableCommand,
+	} {
+		cmd.AddCommand(add(p))
+	}
+	return cmd
+}
+
+// A benchResult is a line of JSON: one way to do one thing, measured once.
+type benchResult struct {
+	What    string  `json:"what"`
+	Way     string  `json:"way"`
+	Seconds float64 `json:"seconds"`
+	Frames  uint64  `json:"frames,omitempty"`
+	Bytes   uint64  `json:"bytes,omitempty"`
+
+	// Of round trips, in microseconds.
+	Median float64 `json:"median_us,omitempty"`
+	P99    float64 `json:"p99_us,omitempty"`
+	Lost   int     `json:"lost,omitempty"`
+
+	// Of a card of ours: events sent to the other end and received from it.
+	Notified uint64 `json:"notified,omitempty"`
+	Woken    uint64 `json:"woken,omitempty"`
+}
+
+// benchRun is what every piece has: names for its line, and a length.
+type benchRun struct {
+	*program
+	what, way string
+	secs      float64
+}
+
+func (b *benchRun) registerRun(cmd *cobra.Command, what, way string) {
+	cmd.Flags().StringVar(&b.what, "what", what, "`name` of the traffic, in the line printed")
+	cmd.Flags().StringVar(&b.way, "way", way, "`name` of how it is moved, in the line printed")
+	cmd.Flags().Float64Var(&b.secs, "secs", 5, "`seconds` to measure")
+}
+
+// window is how long to measure.
+func (b *benchRun) window() (time.Duration, error) {
+	if !(b.secs > 0 && b.secs <= 86400) {
+		return 0, badValue("secs", fmt.Sprint(b.secs), "a number of seconds")
+	}
+	return time.Duration(b.secs * float64(time.Second)), nil
+}
+
+// print writes the line. r has everything but the names.
+func (b *benchRun) print(r benchResult) error {
+	r.What, r.Way = b.what, b.way
+	return json.NewEncoder(b.stdout).Encode(r)
+}
+
+// begun tells whoever started this that traffic flows, or may.
+func (b *benchRun) begun(what string) { fmt.Fprintf(b.stderr, "bench: %s\n", what) }
+
+// udpFrame is what the pieces that send frames send: IPv4 and UDP to the discard
+// port, with valid checksums.
+type udpFrame struct {
+	size         int
+	from, to     string
+	dstMAC       string
+	fromIP, toIP netip.Addr
+	dst          net.HardwareAddr
+}
+
+// xenBackendMAC is the address that Xen's hotplug scripts and netback give to the
+// backend's interface.
+const xenBackendMAC = "fe:ff:ff:ff:ff:ff"
+
+func (f *udpFrame) register(cmd *cobra.Command) {
+	cmd.Flags().IntVar(&f.size, "size", 106, "`bytes` of a frame, Ethernet header included")
+	cmd.Flags().StringVar(&f.from, "from", "10.9.0.2", "source `address`, IPv4")
+	cmd.Flags().StringVar(&f.to, "to", "10.9.0.9", "destination `address`, IPv4: nobody's, so that the other end's kernel drops it early")
+	cmd.Flags().StringVar(&f.dstMAC, "dst-mac", xenBackendMAC, "destination `MAC` address")
+}
+
+const (
+	headersLen  = 14 + 20 + 8 // Ethernet, IPv4, UDP
+	discardPort = 9
+)
+
+func (f *udpFrame) parse() (err error) {
+	if f.fromIP, err = netip.ParseAddr(f.from); err != nil || !f.fromIP.Is4() {
+		return badValue("from", f.from, "an IPv4 address")
+	}
+	if f.toIP, err = netip.ParseAddr(f.to); err != nil || !f.toIP.Is4() {
+		return badValue("to", f.to, "an IPv4 address")
+	}
+	if f.dst, err = net.ParseMAC(f.dstMAC); err != nil || len(f.dst) != 6 {
+		return badValue("dst-mac", f.dstMAC, "an Ethernet address")
+	}
+	if f.size < headersLen+16 || f.size > 1514 {
+		return badValue("size", fmt.Sprint(f.size), fmt.Sprintf("from %d to 1514 bytes", headersLen+16))
+	}
+	return nil
+}
+
+// payload is the length of what UDP carries.
+func (f *udpFrame) payload() int { return f.size - headersLen }
+
+// bytes is the frame as src sends it. The UDP checksum is left out, as UDP over IPv4
+// allows: the payload may change.
+func (f *udpFrame) bytes(src []byte) []byte {
+	b := make([]byte, f.size)
+	copy(b, f.dst)
+	copy(b[6:], src)
+	binary.BigEndian.PutUint16(b[12:], 0x0800)
+	ip := b[14:34]
+	ip[0], ip[8], ip[9] = 0x45, 64, 17
+	binary.BigEndian.PutUint16(ip[2:], uint16(f.size-14))
+	from, to := f.fromIP.As4(), f.toIP.As4()
+	copy(ip[12:], from[:])
+	copy(ip[16:], to[:])
+	binary.BigEndian.PutUint16(ip[10:], internetSum(ip))
+	udp := b[34:]
+	binary.BigEndian.PutUint16(udp, discardPort)
+	binary.BigEndian.PutUint16(udp[2:], discardPort)
+	binary.BigEndian.PutUint16(udp[4:], uint16(f.size-34))
+	for i := range b[headersLen:] {
+		b[headersLen+i] = byte(i)
+	}
+	return b
+}
+
+// stopwatch tells a loop when its time is over without asking the clock each turn.
+type stopwatch struct {
+	began time.Time
+	over  chan struct{}
+	timer *time.Timer
+}
+
+func startWatch(d time.Duration) *stopwatch {
+	w := &stopwatch{began: time.Now(), over: make(chan struct{})}
+	w.timer = time.AfterFunc(d, func() { close(w.over) })
+	return w
+}
+
+func (w *stopwatch) stop() float64 {
+	w.timer.Stop()
+	return time.Since(w.began).Seconds()
+}
+
+// running reports whether there is time left, and why not if it was cut short.
+func (w *stopwatch) running(ctx context.Context) (bool, error) {
+	select {
+	case <-w.over:
+		return false, nil
+	case <-ctx.Done():
+		return false, context.Cause(ctx)
+	default:
+		return true, nil
+	}
+}
+
+// benchWait reads --wait.
+func benchWait(s string) (pvnet.WaitMode, error) {
+	switch s {
+	case "park":
+		return pvnet.Park, nil
+	case "adaptive":
+		return pvnet.Adaptive, nil
+	case "busy":
+		return pvnet.Busy, nil
+	}
+	return 0, badValue("wait-mode", s, "park, adaptive or busy")
+}
+
+// errNothing is a measurement that cannot have been one.
+var errNothing = errors.New("nothing was moved")

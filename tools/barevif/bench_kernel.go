@@ -1,0 +1,467 @@
+package main
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+)
+
+// benchNet is a piece that goes through the kernel.
+type benchNet struct {
+	benchRun
+	frame udpFrame
+	iface string
+	port  uint16
+	count int
+	clone int
+	dir   string
+}
+
+// netCommand makes the command of a piece of which run moves traffic.
+func netCommand(p *program, use, short, what, way string, run func(*benchNet, context.Context, time.Duration) (benchResult, error), flags func(*benchNet, *cobra.Command)) *cobra.Command {
+	b := &benchNet{benchRun: benchRun{program: p}}
+	cmd := &cobra.Command{
+		Use: use, Short: short, Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			window, err := b.window()
+			if err != nil {
+				return err
+			}
+			r, err := run(b, cmd.Context(), window)
+			if err != nil {
+				return err
+			}
+			return b.print(r)
+		},
+	}
+	b.registerRun(cmd, what, way)
+	flags(b, cmd)
+	return cmd
+}
+
+func (b *benchNet) ifaceFlag(cmd *cobra.Command) {
+	cmd.Flags().StringVar(&b.iface, "if", "eth0", "network `interface`")
+}
+
+func (b *benchNet) portFlag(cmd *cobra.Command) {
+	cmd.Flags().Uint16Var(&b.port, "port", 5201, "`port`")
+}
+
+func benchPktgenCommand(p *program) *cobra.Command {
+	return netCommand(p, "pktgen", "Send frames by the kernel's own generator (module pktgen; root)",
+		"send", "kernel pktgen", (*benchNet).pktgen, func(b *benchNet, cmd *cobra.Command) {
+			b.ifaceFlag(cmd)
+			b.frame.register(cmd)
+			cmd.Flags().IntVar(&b.clone, "clone", 0, "`times` to send each frame before making another")
+		})
+}
+
+// pktgenDir is where the generator is told what to do:
+// Documentation/networking/pktgen.rst.
+const pktgenDir = "/proc/net/pktgen"
+
+func (b *benchNet) pktgen(ctx context.Context, window time.Duration) (r benchResult, err error) {
+	if err := b.frame.parse(); err != nil {
+		return r, err
+	}
+	tell := func(file string, lines ...string) error {
+		for _, line := range lines {
+			if err := os.WriteFile(filepath.Join(pktgenDir, file), []byte(line+"\n"), 0); err != nil {
+				if errors.Is(err, os.ErrNotExist) && file == "pgctrl" {
+					return &advice{err: fmt.Errorf("there is no generator: %w", err), next: "modprobe pktgen", refused: true}
+				}
+				return fmt.Errorf("pktgen: %q: %w", line, err)
+			}
+		}
+		return nil
+	}
+	if err := tell("pgctrl", "reset"); err != nil {
+		return r, err
+	}
+	if err := tell("kpktgend_0", "add_device "+b.iface); err != nil {
+		return r, err
+	}
+	defer func() {
+		err = errors.Join(err, tell("kpktgend_0", "rem_device_all"))
+	}()
+	err = tell(b.iface, "count 0", "delay 0", fmt.Sprintf("clone_skb %d", b.clone), fmt.Sprintf("pkt_size %d", b.frame.size),
+		"src_min "+b.frame.from, "src_max "+b.frame.from, "dst "+b.frame.to, "dst_mac "+b.frame.dstMAC,
+		fmt.Sprintf("udp_src_min %d", discardPort), fmt.Sprintf("udp_src_max %d", discardPort),
+		fmt.Sprintf("udp_dst_min %d", discardPort), fmt.Sprintf("udp_dst_max %d", discardPort))
+	if err != nil {
+		return r, err
+	}
+	before, err := readCounters(b.iface)
+	if err != nil {
+		return r, err
+	}
+	b.begun("sending")
+	began := time.Now()
+	ended := make(chan error, 1)
+	go func() { ended <- tell("pgctrl", "start") }() // returns when the generator has stopped
+	select {
+	case err = <-ended:
+		if err == nil {
+			err = errors.New("the generator stopped on its own")
+		}
+		return r, err
+	case <-time.After(window):
+	case <-ctx.Done():
+		err = context.Cause(ctx)
+	}
+	err = errors.Join(err, tell("pgctrl", "stop"), <-ended)
+	seconds := time.Since(began).Seconds()
+	after, counted := readCounters(b.iface)
+	r = after.since(before, "tx", seconds)
+	return r, errors.Join(err, counted)
+}
+
+func benchUDPSendCommand(p *program) *cobra.Command {
+	return netCommand(p, "udp-send", "Send through a UDP socket of the kernel's", "send", "Go UDP socket", (*benchNet).udpSend,
+		func(b *benchNet, cmd *cobra.Command) { b.frame.register(cmd) })
+}
+
+func (b *benchNet) udpSend(ctx context.Context, window time.Duration) (r benchResult, err error) {
+	if err := b.frame.parse(); err != nil {
+		return r, err
+	}
+	c, err := net.DialUDP("udp4", nil, net.UDPAddrFromAddrPort(netip.AddrPortFrom(b.frame.toIP, discardPort)))
+	if err != nil {
+		return r, err
+	}
+	defer c.Close()
+	return b.sendLoop(ctx, window, make([]byte, b.frame.payload()), func(payload []byte) error {
+		_, err := c.Write(payload)
+		return err
+	})
+}
+
+// sendLoop calls send for a while. What a full queue refuses is not counted.
+func (b *benchNet) sendLoop(ctx context.Context, window time.Duration, data []byte, send func([]byte) error) (r benchResult, err error) {
+	b.begun("sending")
+	w := startWatch(window)
+	for {
+		more, err := w.running(ctx)
+		if err != nil {
+			return r, err
+		}
+		if !more {
+			break
+		}
+		binary.BigEndian.PutUint64(data[len(data)-8:], r.Frames)
+		switch err := send(data); {
+		case err == nil:
+			r.Frames++
+		case !transient(err):
+			return r, err
+		}
+	}
+	r.Seconds, r.Bytes = w.stop(), r.Frames*uint64(b.frame.size)
+	return r, nil
+}
+
+func benchUDPRecvCommand(p *program) *cobra.Command {
+	return netCommand(p, "udp-recv", "Receive from a UDP socket of the kernel's", "receive", "Go UDP socket", (*benchNet).udpRecv,
+		func(b *benchNet, cmd *cobra.Command) {
+			cmd.Flags().Uint16Var(&b.port, "port", discardPort, "`port`")
+		})
+}
+
+func (b *benchNet) udpRecv(ctx context.Context, window time.Duration) (r benchResult, err error) {
+	c, err := net.ListenUDP("udp4", &net.UDPAddr{Port: int(b.port)})
+	if err != nil {
+		return r, err
+	}
+	defer c.Close()
+	defer context.AfterFunc(ctx, func() { c.SetReadDeadline(time.Unix(1, 0)) })()
+	return b.recvLoop(ctx, window, c.SetReadDeadline, func(buf []byte) (int, error) {
+		n, _, err := c.ReadFromUDPAddrPort(buf)
+		return n, err
+	})
+}
+
+// firstFrame is how long a receiver waits for its first frame.
+const firstFrame = 30 * time.Second
+
+// recvLoop counts what receive gives in a window that begins with the first.
+func (b *benchNet) recvLoop(ctx context.Context, window time.Duration, deadline func(time.Time) error, receive func([]byte) (int, error)) (r benchResult, err error) {
+	b.begun("receiving")
+	if err := deadline(time.Now().Add(firstFrame)); err != nil {
+		return r, err
+	}
+	buf := make([]byte, 65536)
+	if _, err := receive(buf); err != nil {
+		return r, fmt.Errorf("wait for the first: %w", errors.Join(err, context.Cause(ctx)))
+	}
+	began := time.Now()
+	if err := deadline(began.Add(window)); err != nil {
+		return r, err
+	}
+	for {
+		n, err := receive(buf)
+		if ctx.Err() != nil {
+			return r, context.Cause(ctx)
+		}
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			break
+		}
+		if err != nil {
+			return r, err
+		}
+		r.Frames++
+		r.Bytes += uint64(n)
+	}
+	r.Seconds = time.Since(began).Seconds()
+	if r.Frames == 0 {
+		return r, errNothing
+	}
+	return r, nil
+}
+
+// openPacket opens a packet socket bound to the interface: plain reads and writes,
+// through Go's poller.
+func (b *benchNet) openPacket() (*os.File, *net.Interface, error) {
+	ifi, err := net.InterfaceByName(b.iface)
+	if err != nil {
+		return nil, nil, fmt.Errorf("interface %s: %w", b.iface, err)
+	}
+	const ipv4 = 0x0008 // ETH_P_IP in network order
+	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, ipv4)
+	if err != nil {
+		return nil, nil, &advice{err: fmt.Errorf("open a packet socket: %w", err), next: "run as root", refused: true}
+	}
+	f := os.NewFile(uintptr(fd), "packet socket")
+	if err := unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: ipv4, Ifindex: ifi.Index}); err != nil {
+		f.Close()
+		return nil, nil, fmt.Errorf("bind a packet socket to %s: %w", b.iface, err)
+	}
+	return f, ifi, nil
+}
+
+// transient reports whether err is a full queue of the interface, or about an earlier
+// frame that nobody wanted.
+func transient(err error) bool { return errors.Is(err, unix.ENOBUFS) || errors.Is(err, unix.ECONNREFUSED) }
+
+func benchPacketSendCommand(p *program) *cobra.Command {
+	return netCommand(p, "packet-send", "Send through a packet socket of the kernel's (root)", "send", "Go packet socket", (*benchNet).packetSend,
+		func(b *benchNet, cmd *cobra.Command) {
+			b.ifaceFlag(cmd)
+			b.frame.register(cmd)
+		})
+}
+
+func (b *benchNet) packetSend(ctx context.Context, window time.Duration) (r benchResult, err error) {
+	if err := b.frame.parse(); err != nil {
+		return r, err
+	}
+	c, ifi, err := b.openPacket()
+	if err != nil {
+		return r, err
+	}
+	defer c.Close()
+	return b.sendLoop(ctx, window, b.frame.bytes(ifi.HardwareAddr), func(data []byte) error {
+		_, err := c.Write(data)
+		return err
+	})
+}
+
+func benchPacketRecvCommand(p *program) *cobra.Command {
+	return netCommand(p, "packet-recv", "Receive from a packet socket of the kernel's (root)", "receive", "Go packet socket", (*benchNet).packetRecv,
+		func(b *benchNet, cmd *cobra.Command) { b.ifaceFlag(cmd) })
+}
+
+func (b *benchNet) packetRecv(ctx context.Context, window time.Duration) (r benchResult, err error) {
+	c, _, err := b.openPacket()
+	if err != nil {
+		return r, err
+	}
+	defer c.Close()
+	defer context.AfterFunc(ctx, func() { c.SetReadDeadline(time.Unix(1, 0)) })()
+	return b.recvLoop(ctx, window, c.SetReadDeadline, c.Read)
+}
+
+func benchTCPSendCommand(p *program) *cobra.Command {
+	return netCommand(p, "tcp-send", "Send a stream through a TCP socket of the kernel's", "stream", "Go TCP socket", (*benchNet).tcpSend,
+		func(b *benchNet, cmd *cobra.Command) {
+			b.portFlag(cmd)
+			cmd.Flags().StringVar(&b.frame.to, "to", "10.9.0.1", "`address` to connect to")
+		})
+}
+
+func (b *benchNet) tcpSend(ctx context.Context, window time.Duration) (r benchResult, err error) {
+	var d net.Dialer
+	c, err := d.DialContext(ctx, "tcp", net.JoinHostPort(b.frame.to, strconv.Itoa(int(b.port))))
+	if err != nil {
+		return r, err
+	}
+	defer c.Close()
+	defer context.AfterFunc(ctx, func() { c.SetDeadline(time.Unix(1, 0)) })()
+	b.begun("sending")
+	buf := make([]byte, 128<<10)
+	began := time.Now()
+	for time.Since(began) < window {
+		n, err := c.Write(buf)
+		r.Bytes += uint64(n)
+		if err != nil {
+			return r, errors.Join(err, context.Cause(ctx))
+		}
+	}
+	r.Seconds = time.Since(began).Seconds()
+	return r, nil
+}
+
+func benchTCPRecvCommand(p *program) *cobra.Command {
+	return netCommand(p, "tcp-recv", "Receive one stream from a TCP socket of the kernel's, to its end", "stream", "Go TCP socket", (*benchNet).tcpRecv,
+		func(b *benchNet, cmd *cobra.Command) { b.portFlag(cmd) })
+}
+
+// tcpRecv takes the stream to its end: what is still under way when the sender's time
+// is over counts for both.
+func (b *benchNet) tcpRecv(ctx context.Context, window time.Duration) (r benchResult, err error) {
+	l, err := net.ListenTCP("tcp", &net.TCPAddr{Port: int(b.port)})
+	if err != nil {
+		return r, err
+	}
+	defer l.Close()
+	defer context.AfterFunc(ctx, func() { l.SetDeadline(time.Unix(1, 0)) })()
+	if err := l.SetDeadline(time.Now().Add(firstFrame)); err != nil {
+		return r, err
+	}
+	b.begun("receiving")
+	c, err := l.AcceptTCP()
+	if err != nil {
+		return r, fmt.Errorf("wait for the stream: %w", errors.Join(err, context.Cause(ctx)))
+	}
+	defer c.Close()
+	defer context.AfterFunc(ctx, func() { c.SetDeadline(time.Unix(1, 0)) })()
+	began := time.Now()
+	if err := c.SetDeadline(began.Add(10*window + firstFrame)); err != nil {
+		return r, err
+	}
+	buf := make([]byte, 128<<10)
+	for {
+		n, err := c.Read(buf)
+		r.Bytes += uint64(n)
+		if err == io.EOF {
+			break
+		}
+		if err != nil {
+			return r, errors.Join(err, context.Cause(ctx))
+		}
+	}
+	r.Seconds = time.Since(began).Seconds()
+	if r.Bytes == 0 {
+		return r, errNothing
+	}
+	return r, nil
+}
+
+func benchPingSocketCommand(p *program) *cobra.Command {
+	return netCommand(p, "ping-socket", "Measure round trips through a raw ICMP socket of the kernel's (root)", "round trip", "Go ICMP socket", (*benchNet).pingSocket,
+		func(b *benchNet, cmd *cobra.Command) {
+			cmd.Flags().StringVar(&b.frame.to, "to", "10.9.0.1", "`address` that answers, IPv4")
+			cmd.Flags().IntVar(&b.count, "count", 500, "`echoes` to ask for, within --secs")
+		})
+}
+
+func (b *benchNet) pingSocket(ctx context.Context, window time.Duration) (r benchResult, err error) {
+	to, err := netip.ParseAddr(b.frame.to)
+	if err != nil || !to.Is4() {
+		return r, badValue("to", b.frame.to, "an IPv4 address")
+	}
+	if b.count < 1 {
+		return r, badValue("count", strconv.Itoa(b.count), "a number from 1 on")
+	}
+	c, err := net.ListenPacket("ip4:icmp", "0.0.0.0")
+	if err != nil {
+		return r, &advice{err: err, next: "run as root", refused: true}
+	}
+	defer c.Close()
+	defer context.AfterFunc(ctx, func() { c.SetDeadline(time.Unix(1, 0)) })()
+	ask, buf := make([]byte, echoHeader+56), make([]byte, 1500)
+	id := uint16(os.Getpid())
+	b.begun("pinging")
+	return roundTrips(ctx, b.count, window, func(seq uint16) (time.Duration, error) {
+		clear(ask[:echoHeader])
+		ask[0] = echoRequest
+		binary.BigEndian.PutUint16(ask[4:], id)
+		binary.BigEndian.PutUint16(ask[6:], seq)
+		binary.BigEndian.PutUint16(ask[2:], internetSum(ask))
+		began := time.Now()
+		if err := c.SetReadDeadline(began.Add(echoTimeout)); err != nil {
+			return 0, err
+		}
+		if _, err := c.WriteTo(ask, &net.IPAddr{IP: to.AsSlice()}); err != nil {
+			return 0, err
+		}
+		for {
+			n, _, err := c.ReadFrom(buf)
+			if err != nil {
+				return 0, err
+			}
+			if got := buf[:n]; n == len(ask) && got[0] == echoReply && string(got[4:]) == string(ask[4:]) {
+				return time.Since(began), nil
+			}
+		}
+	})
+}
+
+func benchCountCommand(p *program) *cobra.Command {
+	return netCommand(p, "count", "Count what an interface of the kernel's sends or receives", "send", "all", (*benchNet).counts,
+		func(b *benchNet, cmd *cobra.Command) {
+			b.ifaceFlag(cmd)
+			cmd.Flags().StringVar(&b.dir, "dir", "rx", "the interface's `direction`: rx or tx")
+		})
+}
+
+func (b *benchNet) counts(ctx context.Context, window time.Duration) (r benchResult, err error) {
+	if b.dir != "rx" && b.dir != "tx" {
+		return r, badValue("dir", b.dir, "rx or tx")
+	}
+	before, err := readCounters(b.iface)
+	if err != nil {
+		return r, err
+	}
+	began := time.Now()
+	select {
+	case <-time.After(window):
+	case <-ctx.Done():
+		return r, context.Cause(ctx)
+	}
+	after, err := readCounters(b.iface)
+	return after.since(before, b.dir, time.Since(began).Seconds()), err
+}
+
+// ifaceCounters are what an interface has received and sent: packets and bytes.
+type ifaceCounters map[string]uint64
+
+func readCounters(iface string) (ifaceCounters, error) {
+	c := ifaceCounters{}
+	for _, name := range [...]string{"rx_packets", "rx_bytes", "tx_packets", "tx_bytes"} {
+		text, err := os.ReadFile(filepath.Join("/sys/class/net", filepath.Base(iface), "statistics", name))
+		if err == nil {
+			c[name], err = strconv.ParseUint(strings.TrimSpace(string(text)), 10, 64)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("counters of %s: %w", iface, err)
+		}
+	}
+	return c, nil
+}
+
+func (c ifaceCounters) since(before ifaceCounters, dir string, seconds float64) benchResult {
+	diff := func(name string) uint64 { return c[dir+name] - before[dir+name] }
+	return benchResult{Seconds: seconds, Frames: diff("_packets"), Bytes: diff("_bytes")}
+}
