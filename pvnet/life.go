@@ -229,6 +229,9 @@ func (l *life) step() (over bool) {
 			if !l.connect(ch) {
 				return false
 			}
+			if l.leaving != nil { // it failed: Connected would be a lie
+				continue
+			}
 		default: // Wait, Drain
 			l.suspend(ch)
 		}
