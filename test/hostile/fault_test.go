@@ -259,6 +259,9 @@ func TestT31NoGrants(t *testing.T) {
 			done <- err
 		}()
 		if s := l.awaitOr(v.FrontDir()+"/state", done, "4"); s == "4" {
+			if grants < 66 {
+				t.Errorf("%d grants: Connected was written, with nothing attached", grants)
+			}
 			l.write(l.dc, v.BackDir(), nil, "4")
 		}
 		err := wait(t, done)
