@@ -146,8 +146,8 @@ func TestHostBackServe(t *testing.T) {
 
 	b := back()
 	g := serve()
-	b.await("joined to vif1.0", 1)
 	g.await("serving http://10.9.0.2/", 1)
+	b.await("connected to domain 1", 1) // and its TAP has the address
 	ping(t, server)
 	check(t, server)
 
