@@ -1,0 +1,52 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+
+	"barevif/hypercall/xendev"
+
+	"github.com/spf13/cobra"
+)
+
+func xenCommand(p *program) *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "xen",
+		Short: "Report on the Xen domain this machine is",
+		Long: `xen prints where it runs: Xen's version, this domain's number and kind, the
+modules and device nodes a card needs, grant frames and ports in use, limits, and
+the vifs of this domain with who owns each. What cannot be read says why.
+
+Two things it can do with a vif: take it from the kernel's xen-netfront, so that a
+program may own it, and release it to the kernel again. Both need root.`,
+		Example: `  barevif xen
+  barevif xen take 0
+  barevif xen release 0`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			r := xendev.Inspect(cmd.Context(), xendev.Config{})
+			fmt.Fprint(p.stdout, r.String())
+			if errors.Is(r.Domain.Err, xendev.ErrNotXen) {
+				return &advice{
+					err:     xendev.ErrNotXen,
+					next:    `an emulated one needs nothing: "barevif demo"`,
+					refused: true,
+				}
+			}
+			return nil
+		},
+	}
+	for _, c := range []struct {
+		use, short string
+		do         func(xendev.Config, string) error
+	}{
+		{"take ID", "Take vif ID of this domain from the kernel's driver", xendev.Take},
+		{"release ID", "Give vif ID of this domain to the kernel's driver", xendev.Release},
+	} {
+		cmd.AddCommand(&cobra.Command{
+			Use: c.use, Short: c.short, Args: cobra.ExactArgs(1),
+			RunE: func(_ *cobra.Command, args []string) error { return c.do(xendev.Config{}, args[0]) },
+		})
+	}
+	return cmd
+}
