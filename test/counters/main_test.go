@@ -103,8 +103,16 @@ func needTool(t testing.TB, name string) string {
 	return path
 }
 
-// A wire is a vif of an emulated machine, both ends in this process: domain 1's
-// with domain 2.
+// Numbers no other test has, so that what is unpinned elsewhere on the machine is not
+// taken for ours.
+const (
+	frontDom  = 31001
+	backDom   = 31002
+	frontName = "front-31001-31002-0"
+	backName  = "back-31002-31001-0"
+)
+
+// A wire is a vif of an emulated machine, both ends in this process.
 type wire struct{ front, back *pvnet.Device }
 
 func newWire(t testing.TB, front, back pvnet.Config) *wire {
@@ -130,14 +138,14 @@ func newWire(t testing.TB, front, back pvnet.Config) *wire {
 	t.Cleanup(cancel)
 	var doms []*emu.Domain
 	var tools *xenbus.Client
-	for id := range hypercall.DomID(3) {
+	for i, id := range []hypercall.DomID{0, frontDom, backDom} {
 		d, err := m.NewDomain(id)
 		if err != nil {
 			t.Fatal(err)
 		}
 		st.Introduce(id)
 		doms = append(doms, d)
-		if id == 0 {
+		if i == 0 {
 			if tools, err = xenbus.Dial(ctx, d.Store, xenbus.Config{}); err != nil {
 				t.Fatal(err)
 			}
@@ -146,7 +154,7 @@ func newWire(t testing.TB, front, back pvnet.Config) *wire {
 			t.Fatal(err)
 		}
 	}
-	if err := toolstack.Add(ctx, tools, toolstack.Vif{Front: 1, Back: 2, MAC: [6]byte{0, 0x16, 0x3e, 0, 0, 1}}); err != nil {
+	if err := toolstack.Add(ctx, tools, toolstack.Vif{Front: frontDom, Back: backDom, MAC: [6]byte{0, 0x16, 0x3e, 0, 0, 1}}); err != nil {
 		t.Fatal(err)
 	}
 	serving, stop := context.WithCancel(context.Background())
