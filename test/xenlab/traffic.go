@@ -55,6 +55,11 @@ func checkPing(out string, count int) error {
 
 // Iperf measures TCP from one domain to another, seconds long, and notes it.
 func (t *T) Iperf(from, to *Domain, addr string, seconds int) {
+	t.Note("iperf3 %s→%s %.0f Mbit/s", from.Name, to.Name, t.iperf(from, to, addr, seconds))
+}
+
+// iperf is Iperf that notes nothing and gives Mbit/s.
+func (t *T) iperf(from, to *Domain, addr string, seconds int) float64 {
 	server := to.Start("iperf3", "-s", "-1", "--forceflush")
 	server.Await("Server listening")
 	r := from.Run("iperf3", "-J", "-t", fmt.Sprint(seconds), "-c", addr)
@@ -73,7 +78,7 @@ func (t *T) Iperf(from, to *Domain, addr string, seconds int) {
 	if rate == 0 {
 		t.Fatalf("iperf3 from %s to %s moved nothing", from.Name, to.Name)
 	}
-	t.Note("iperf3 %s→%s %.0f Mbit/s", from.Name, to.Name, rate)
+	return rate
 }
 
 // Fetch serves a file of random bytes by busybox httpd in one domain and fetches

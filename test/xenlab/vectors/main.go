@@ -12,7 +12,7 @@ import (
 	"time"
 )
 
-const duration = 8 * time.Second
+const duration = 5 * time.Second
 
 // block is cleared with the register that Go keeps at zero.
 type block [64]byte

@@ -1,0 +1,202 @@
+//go:build linux
+
+package xenlab
+
+import (
+	"encoding/json"
+	"fmt"
+	"slices"
+	"strings"
+	"syscall"
+)
+
+// Numbers of the baseline scenario. Rates on an emulated CPU vary by half, so only
+// ratios within it mean anything, and only those with a wide margin are asserted.
+const (
+	baselineRounds = 2
+	baselineSecs   = 3
+	leastSent      = 1.2 // times the kernel's generator; measured above 2 on a quiet machine
+	leastReceived  = 0.5 // times the kernel's netfront
+)
+
+const (
+	baselineDom0  = "10.90.0.1"
+	baselineGuest = "10.90.0.2"
+	baselineNone  = "10.90.0.9" // frames to it are dropped by whichever kernel gets them
+)
+
+// A bench is the baseline scenario's guest and what was measured in it: lines of
+// JSON as "barevif bench" prints them.
+type bench struct {
+	*T
+	guest *Domain
+	vif   string // dom0's interface
+	lines []string
+}
+
+// baseline runs the same traffic through one vif: by the kernel's netfront and by
+// ours, in turns.
+func baseline(t *T) {
+	t.netback(true)
+	b := &bench{T: t, guest: t.Create(Guest{
+		Name: "domU", Type: PV, VIFs: []VIF{{}},
+		Linux: []string{"xen_privcmd.unrestricted=1"}, // for the doorbell by hypercall
+	})}
+	b.vif = b.guest.VIF(0)
+	t.Dom0().Sh("ip addr add %s/24 dev %s; modprobe pktgen", baselineDom0, b.vif)
+	b.guest.Run("modprobe", "-a", "pktgen", "xen-netfront")
+	for round := range baselineRounds {
+		if round > 0 {
+			b.guest.Run(barevif, "xen", "release", "0")
+		}
+		b.kernel()
+		b.guest.Run(barevif, "xen", "take", "0")
+		b.ours()
+	}
+	b.report()
+}
+
+// kernel is a round of the kernel's netfront.
+func (b *bench) kernel() {
+	b.guest.Await("a network interface", "ip link set eth0 up")
+	b.guest.Sh("ip addr add %s/24 dev eth0; ip neigh replace %s lladdr fe:ff:ff:ff:ff:ff dev eth0 nud permanent", baselineGuest, baselineNone)
+	b.guest.Await("carrier", `[ "$(cat /sys/class/net/eth0/carrier)" = 1 ]`)
+	b.carrier()
+	frame := []string{"--from", baselineGuest, "--to", baselineNone}
+	b.send("kernel pktgen", append([]string{"pktgen", "--if", "eth0"}, frame...)...)
+	b.send("kernel pktgen, frames reused", append([]string{"pktgen", "--if", "eth0", "--clone", "1000"}, frame...)...)
+	b.send("Go UDP socket", append([]string{"udp-send"}, frame...)...)
+	b.send("Go packet socket", append([]string{"packet-send", "--if", "eth0"}, frame...)...)
+	flood := b.flood()
+	b.add(b.guest.Run(barevif, "bench", "count", "--if", "eth0", "--dir", "rx", "--what", "receive", "--way", "kernel netfront", secs()))
+	b.end(flood)
+	b.add(b.guest.Run(barevif, "bench", "ping-socket", "--to", baselineDom0, "--way", "kernel netfront", "--secs", "10"))
+	b.stream("stream out", "kernel netfront, iperf3", b.iperf(b.guest, b.Dom0(), baselineDom0, baselineSecs))
+	b.stream("stream in", "kernel netfront, iperf3", b.iperf(b.Dom0(), b.guest, baselineGuest, baselineSecs))
+}
+
+// ours is a round of our frontend.
+func (b *bench) ours() {
+	frame := []string{"send", "--xen", "--from", baselineGuest, "--to", baselineNone}
+	b.send("ours, batch 32", frame...)
+	b.send("ours, batch 32, hypercall", append(frame, "--doorbell", "hypercall")...)
+	b.send("ours, batch 1", append(frame, "--batch", "1")...)
+	b.send("ours, batch 1, hypercall", append(frame, "--batch", "1", "--doorbell", "hypercall")...)
+	for _, doorbell := range [...]string{"ioctl", "hypercall"} {
+		way := "ours"
+		if doorbell != "ioctl" {
+			way += ", " + doorbell
+		}
+		p := b.guest.Start(barevif, "bench", "recv", "--xen", "--way", way, "--doorbell", doorbell, secs())
+		p.Await("bench: receiving")
+		b.carrier()
+		flood := b.flood()
+		b.add(p.Succeed())
+		b.end(flood)
+		b.add(b.guest.Run(barevif, "bench", "ping", "--xen", "--from", baselineGuest, "--to", baselineDom0, "--way", way, "--doorbell", doorbell, "--secs", "10"))
+	}
+	p := b.serve(b.guest, baselineGuest)
+	b.carrier()
+	got := strings.Fields(b.Dom0().Sh("curl -sSf -o /dev/null -w '%%{size_download} %%{time_total}' http://%s/bytes/%d", baselineGuest, 24<<20))
+	if len(got) != 2 {
+		b.Fatalf("curl said %q", got)
+	}
+	b.lines = append(b.lines, fmt.Sprintf(`{"what":"stream out","way":"our netstack appliance, curl","bytes":%s,"seconds":%s}`, got[0], got[1]))
+	p.Signal(syscall.SIGTERM)
+	p.Succeed()
+}
+
+func secs() string { return fmt.Sprintf("--secs=%d", baselineSecs) }
+
+func (b *bench) carrier() {
+	b.Dom0().Await("carrier", `[ "$(cat /sys/class/net/%s/carrier)" = 1 ]`, b.vif)
+}
+
+// send has the guest send until dom0 has counted at its interface.
+func (b *bench) send(way string, argv ...string) {
+	p := b.guest.Start(append(append([]string{barevif, "bench"}, argv...), "--secs", "50")...)
+	p.Await("bench: sending")
+	r := b.Dom0().Run(barevif, "bench", "count", "--if", b.vif, "--dir", "rx", "--way", way, secs())
+	b.end(p)
+	// The queue of an interface holds a second's frames of a slow sender.
+	b.Dom0().Await("the last frame", `cd /sys/class/net/%s/statistics; a=$(cat rx_packets); sleep 0.3; [ "$(cat rx_packets)" = $a ]`, b.vif)
+	line := b.add(r)
+	// Frames of 106 bytes; the interface counts most without the Ethernet header.
+	if line.Frames == 0 || line.Bytes < 92*line.Frames || line.Bytes > 106*line.Frames {
+		b.Fatalf("%s: dom0 counted %d frames and %d bytes", way, line.Frames, line.Bytes)
+	}
+}
+
+// flood has dom0's generator send to the guest.
+func (b *bench) flood() *Process {
+	p := b.Dom0().Start(barevif, "bench", "pktgen", "--if", b.vif, "--from", baselineDom0, "--to", baselineNone, "--dst-mac", MAC(0), "--secs", "50")
+	p.Await("bench: sending")
+	return p
+}
+
+// end interrupts a piece that would go on.
+func (b *bench) end(p *Process) {
+	p.Signal(syscall.SIGTERM)
+	if r := p.Wait(); r.Exit != 130 {
+		b.Fatalf("%s: %w", p.name, r.problem())
+	}
+}
+
+// A benchLine is what is used here of a line of "barevif bench".
+type benchLine struct {
+	What, Way     string
+	Seconds       float64
+	Frames, Bytes uint64
+}
+
+func (b *bench) add(r Result) (line benchLine) {
+	text := r.Text()
+	if err := json.Unmarshal([]byte(text), &line); err != nil {
+		b.Fatalf("%q: %w", text, err)
+	}
+	b.lines = append(b.lines, text)
+	return line
+}
+
+func (b *bench) stream(what, way string, rate float64) {
+	b.lines = append(b.lines, fmt.Sprintf(`{"what":%q,"way":%q,"bytes":%.0f,"seconds":1}`, what, way, rate*1e6/8))
+}
+
+// report keeps the table and asserts the ratios.
+func (b *bench) report() {
+	all := []byte(strings.Join(b.lines, "\n") + "\n")
+	b.Save("baseline.jsonl", all)
+	b.Dom0().Put("/tmp/baseline.jsonl", all, 0o644)
+	table := b.Dom0().Run(barevif, "bench", "table", "/tmp/baseline.jsonl")
+	b.Save("baseline.txt", table.Stdout)
+	sent := b.rate("send", "ours, batch 32")
+	pktgen := max(b.rate("send", "kernel pktgen"), b.rate("send", "kernel pktgen, frames reused"))
+	received, kernel := b.rate("receive", "ours"), b.rate("receive", "kernel netfront")
+	b.Note("sent %.1f times the kernel's generator, %.1f times a Go UDP socket; received %.2f times the kernel's netfront",
+		sent/pktgen, sent/b.rate("send", "Go UDP socket"), received/kernel)
+	if sent < leastSent*pktgen {
+		b.Fatalf("sent %.0f frames a second, the kernel's generator %.0f", sent, pktgen)
+	}
+	if received < leastReceived*kernel {
+		b.Fatalf("received %.0f frames a second, the kernel's netfront %.0f", received, kernel)
+	}
+}
+
+// rate is the median of the rounds, in frames a second.
+func (b *bench) rate(what, way string) float64 {
+	var rates []float64
+	for _, text := range b.lines {
+		var l benchLine
+		if err := json.Unmarshal([]byte(text), &l); err != nil {
+			b.Fatalf("%q: %w", text, err)
+		}
+		if l.What == what && l.Way == way {
+			rates = append(rates, float64(l.Frames)/l.Seconds)
+		}
+	}
+	if len(rates) == 0 {
+		b.Fatalf("no measurement of %s by %s", what, way)
+	}
+	slices.Sort(rates)
+	return rates[len(rates)/2]
+}
