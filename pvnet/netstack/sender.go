@@ -69,8 +69,12 @@ func (s *sender) write(packets []*stack.PacketBuffer) int {
 // send sends what there is room for. The caller has tx.
 func (s *sender) send(packets []*stack.PacketBuffer) (done int) {
 	for done < len(packets) {
-		next := packets[done:min(done+batch, len(packets))]
-		n := s.tx.AllocSize(s.frames[:len(next)], largest(next))
+		next, size := s.next(packets[done:])
+		if len(next) == 0 {
+			done++
+			continue
+		}
+		n := s.tx.AllocSize(s.frames[:len(next)], size)
 		if n == 0 {
 			return done
 		}
@@ -134,8 +138,12 @@ func (s *sender) work() {
 // device ended.
 func (s *sender) sendAll(packets []*stack.PacketBuffer) (done int) {
 	for done < len(packets) {
-		next := packets[done:min(done+batch, len(packets))]
-		n, err := s.tx.AllocWait(s.frames[:len(next)], largest(next))
+		next, size := s.next(packets[done:])
+		if len(next) == 0 {
+			done++
+			continue
+		}
+		n, err := s.tx.AllocWait(s.frames[:len(next)], size)
 		if err != nil {
 			return done
 		}
@@ -159,11 +167,20 @@ func release(packets []*stack.PacketBuffer) {
 	}
 }
 
-func largest(packets []*stack.PacketBuffer) (size int) {
-	for _, p := range packets {
-		size = max(size, p.Size())
+// next is the packets to send at once and the size of the largest; none if the
+// first is too long for any vif, which is counted as lost.
+func (s *sender) next(packets []*stack.PacketBuffer) (run []*stack.PacketBuffer, size int) {
+	for i, p := range packets[:min(batch, len(packets))] {
+		n := p.Size()
+		if n > pvnet.MaxFrame {
+			if i == 0 {
+				s.card.unsent.Add(1)
+			}
+			return packets[:i], size
+		}
+		size = max(size, n)
 	}
-	return size
+	return packets[:min(batch, len(packets))], size
 }
 
 // fill copies a packet into a frame that is as long or longer.
