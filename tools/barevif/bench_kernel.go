@@ -11,10 +11,10 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
-	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -252,7 +252,9 @@ func (b *benchNet) openPacket() (*os.File, *net.Interface, error) {
 
 // transient reports whether err is a full queue of the interface, or about an earlier
 // frame that nobody wanted.
-func transient(err error) bool { return errors.Is(err, unix.ENOBUFS) || errors.Is(err, unix.ECONNREFUSED) }
+func transient(err error) bool {
+	return errors.Is(err, unix.ENOBUFS) || errors.Is(err, unix.ECONNREFUSED)
+}
 
 func benchPacketSendCommand(p *program) *cobra.Command {
 	return netCommand(p, "packet-send", "Send through a packet socket of the kernel's (root)", "send", "Go packet socket", (*benchNet).packetSend,
@@ -444,24 +446,26 @@ func (b *benchNet) counts(ctx context.Context, window time.Duration) (r benchRes
 	return after.since(before, b.dir, time.Since(began).Seconds()), err
 }
 
-// ifaceCounters are what an interface has received and sent: packets and bytes.
-type ifaceCounters map[string]uint64
+// ifaceCounters are what an interface has received and sent.
+type ifaceCounters struct{ rxFrames, rxBytes, txFrames, txBytes uint64 }
 
-func readCounters(iface string) (ifaceCounters, error) {
-	c := ifaceCounters{}
-	for _, name := range [...]string{"rx_packets", "rx_bytes", "tx_packets", "tx_bytes"} {
-		text, err := os.ReadFile(filepath.Join("/sys/class/net", filepath.Base(iface), "statistics", name))
-		if err == nil {
-			c[name], err = strconv.ParseUint(strings.TrimSpace(string(text)), 10, 64)
-		}
-		if err != nil {
-			return nil, fmt.Errorf("counters of %s: %w", iface, err)
-		}
+// readCounters reads them all at once: from files they would be of different times.
+func readCounters(iface string) (c ifaceCounters, err error) {
+	l, err := netlink.LinkByName(iface)
+	if err != nil {
+		return c, fmt.Errorf("counters of %s: %w", iface, err)
 	}
-	return c, nil
+	st := l.Attrs().Statistics
+	if st == nil {
+		return c, fmt.Errorf("counters of %s: there are none", iface)
+	}
+	return ifaceCounters{st.RxPackets, st.RxBytes, st.TxPackets, st.TxBytes}, nil
 }
 
 func (c ifaceCounters) since(before ifaceCounters, dir string, seconds float64) benchResult {
-	diff := func(name string) uint64 { return c[dir+name] - before[dir+name] }
-	return benchResult{Seconds: seconds, Frames: diff("_packets"), Bytes: diff("_bytes")}
+	r := benchResult{Seconds: seconds, Frames: c.rxFrames - before.rxFrames, Bytes: c.rxBytes - before.rxBytes}
+	if dir == "tx" {
+		r.Frames, r.Bytes = c.txFrames-before.txFrames, c.txBytes-before.txBytes
+	}
+	return r
 }
