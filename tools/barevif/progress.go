@@ -15,17 +15,19 @@ import (
 type progress struct {
 	w          io.Writer
 	size, done int64
+	began      time.Time
 	bar        *progressbar.ProgressBar // nil: lines
 	quarter    int64
 }
 
 func newProgress(w io.Writer, size int64) *progress {
-	p := &progress{w: w, size: size}
+	p := &progress{w: w, size: size, began: time.Now()}
 	if f, ok := w.(*os.File); ok && term.IsTerminal(int(f.Fd())) {
 		p.bar = progressbar.NewOptions64(size,
 			progressbar.OptionSetWriter(w),
 			progressbar.OptionSetDescription("          "),
 			progressbar.OptionShowBytes(true),
+			progressbar.OptionShowCount(),
 			progressbar.OptionUseIECUnits(true),
 			progressbar.OptionSetWidth(40),
 			progressbar.OptionThrottle(100*time.Millisecond),
@@ -35,11 +37,16 @@ func newProgress(w io.Writer, size int64) *progress {
 	return p
 }
 
+// settle is how long a rate is not worth showing.
+const settle = 100 * time.Millisecond
+
 // Write counts. It never fails: a terminal that is gone must not end a transfer.
 func (p *progress) Write(b []byte) (int, error) {
 	p.done += int64(len(b))
 	if p.bar != nil {
-		_ = p.bar.Set64(p.done)
+		if time.Since(p.began) > settle {
+			_ = p.bar.Set64(p.done)
+		}
 		return len(b), nil
 	}
 	for p.quarter < 4 && p.size > 0 && p.done >= p.size*(p.quarter+1)/4 {
