@@ -48,6 +48,17 @@ func TestReadmeShowsTheHelp(t *testing.T) {
 		t.Fatal(err)
 	}
 	help := start(t, nil, barevif(t), "--help").exit(0)
+	_, list, _ := strings.Cut(help, "Available Commands:\n")
+	list, _, _ = strings.Cut(list, "\n\n")
+	for line := range strings.Lines(list) {
+		name := strings.Fields(line)[0]
+		if name != "help" && name != "completion" && !strings.Contains(string(text), "`barevif "+name+"`") {
+			t.Errorf("README.md does not name %q", name)
+		}
+	}
+	if !strings.Contains(list, "demo") {
+		t.Errorf("no commands in %q", help)
+	}
 	for line := range strings.Lines(help) {
 		if command, ok := strings.CutPrefix(line, "  barevif "); ok && command != "[command]\n" && !strings.Contains(string(text), "barevif "+strings.TrimSpace(command)) {
 			t.Errorf("README.md does not show %q", strings.TrimSpace(line))

@@ -15,13 +15,12 @@ import (
 type progress struct {
 	w          io.Writer
 	size, done int64
-	began      time.Time
 	bar        *progressbar.ProgressBar // nil: lines
 	quarter    int64
 }
 
 func newProgress(w io.Writer, size int64) *progress {
-	p := &progress{w: w, size: size, began: time.Now()}
+	p := &progress{w: w, size: size}
 	if f, ok := w.(*os.File); ok && term.IsTerminal(int(f.Fd())) {
 		p.bar = progressbar.NewOptions64(size,
 			progressbar.OptionSetWriter(w),
@@ -33,20 +32,16 @@ func newProgress(w io.Writer, size int64) *progress {
 			progressbar.OptionThrottle(100*time.Millisecond),
 			progressbar.OptionClearOnFinish(),
 		)
+		_ = p.bar.RenderBlank() // the rate counts from here
 	}
 	return p
 }
-
-// settle is how long a rate is not worth showing.
-const settle = 100 * time.Millisecond
 
 // Write counts. It never fails: a terminal that is gone must not end a transfer.
 func (p *progress) Write(b []byte) (int, error) {
 	p.done += int64(len(b))
 	if p.bar != nil {
-		if time.Since(p.began) > settle {
-			_ = p.bar.Set64(p.done)
-		}
+		_ = p.bar.Set64(p.done)
 		return len(b), nil
 	}
 	for p.quarter < 4 && p.size > 0 && p.done >= p.size*(p.quarter+1)/4 {
