@@ -110,16 +110,23 @@ func (b *benchNet) pktgen(ctx context.Context, window time.Duration) (r benchRes
 	b.begun("sending")
 	began := time.Now()
 	ended := make(chan error, 1)
-	go func() { ended <- tell("pgctrl", "start") }() // returns when the generator has stopped
-	select {
-	case err = <-ended:
-		if err == nil {
-			err = errors.New("the generator stopped on its own")
+	start := func() { ended <- tell("pgctrl", "start") } // returns when the generator has stopped
+	go start()
+	over := time.After(window)
+wait:
+	for {
+		select {
+		case err = <-ended:
+			if err != nil {
+				return r, err
+			}
+			go start() // any signal to the thread that waits in the kernel stops it
+		case <-over:
+			break wait
+		case <-ctx.Done():
+			err = context.Cause(ctx)
+			break wait
 		}
-		return r, err
-	case <-time.After(window):
-	case <-ctx.Done():
-		err = context.Cause(ctx)
 	}
 	err = errors.Join(err, tell("pgctrl", "stop"), <-ended)
 	seconds := time.Since(began).Seconds()
