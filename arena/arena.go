@@ -249,6 +249,11 @@ func (b Buffer) Bytes() []byte {
 	return b.a.Bytes(b.i)
 }
 
+// Exclusive reports whether b is held, and once only.
+func (b Buffer) Exclusive() bool {
+	return b.a != nil && b.a.desc[b.i].state.Load() == uint64(b.gen)<<32|1
+}
+
 // Retain adds a holder: b must be released once more. ErrStale.
 func (b Buffer) Retain() error {
 	if b.a == nil {
@@ -334,9 +339,12 @@ func (b Buffer) After(p Piece) (Piece, bool) { return b.a.after(p.i) }
 func (b Buffer) PieceBytes(p Piece) []byte { return b.a.Bytes(p.i) }
 
 // Resize says which bytes of p are in use: n at off, inside the buffer. b must
-// have one holder; it panics if b is stale.
+// have one holder; it panics if b is stale, or has more.
 func (b Buffer) Resize(p Piece, off, n uint16) {
-	if !b.Valid() {
+	if !b.Exclusive() {
+		if b.Valid() {
+			panic(ErrShared)
+		}
 		panic(ErrStale)
 	}
 	d := &b.a.desc[p.i]

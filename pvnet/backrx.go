@@ -61,7 +61,10 @@ type txPacket struct {
 const maxExtras = 8
 
 // A placedFrame says which copies and responses of a batch belong to a frame.
-type placedFrame struct{ op, ops, rsp, rsps int }
+type placedFrame struct {
+	op, ops, rsp, rsps int
+	head               [6]byte // of a frame that is sent: where it goes
+}
 
 func (e *backRX) receive(frames []Frame, into bool) (n int, err error) {
 	e.nops, e.nrsp = 0, 0

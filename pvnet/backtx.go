@@ -70,8 +70,8 @@ func (e *backTX) put(f *Frame, p *placedFrame) error {
 	if f.total < MinFrame || f.total > MaxFrame {
 		return ErrFrameSize
 	}
-	need := (f.total + 4095) / 4096
-	if need > 1 && !e.scatter {
+	need := uint32(e.wants(f).slots)
+	if f.slots() == 0 || need > 1 && !e.scatter {
 		return ErrFrameSize
 	}
 	avail, err := e.ring.Poll()
@@ -85,6 +85,7 @@ func (e *backTX) put(f *Frame, p *placedFrame) error {
 		return ErrFull
 	}
 	p.op, p.rsp = e.nops, e.nrsp
+	f.CopyTo(p.head[:])
 	var r netif.RxRequest
 	room := 0 // in the page of r
 	for src := range f.Pieces() {
@@ -142,9 +143,7 @@ func (e *backTX) copy(frames []Frame) {
 				e.rsp[p.rsp+j].Status = int16(netif.Error)
 			}
 		} else {
-			var head [6]byte
-			f.CopyTo(head[:])
-			t.add(f, p.rsps, head[:])
+			t.add(f, p.rsps, p.head[:])
 		}
 		if f.buf.Of(e.bufs) {
 			e.bufs.Release(f.buf)
@@ -164,23 +163,31 @@ func (e *backTX) violation(err error) error {
 	return &PeerError{Ring: "rx", Slot: e.ring.Consumed(), Reason: err.Error()}
 }
 
-func (e *backTX) arm(need int) (bool, error) {
-	if need == 0 { // a buffer: only the caller and those it gave frames to have them
-		if e.bufs.Free() == 0 {
-			return false, ErrNoBuffers
-		}
+func (e *backTX) wants(f *Frame) need { return need{slots: int(f.total+4095) / 4096} }
+
+func (e *backTX) stuck(n need) error {
+	if e.bufs.Free() < n.bufs {
+		return ErrNoBuffers
+	}
+	return nil
+}
+
+func (e *backTX) arm(n need) (bool, error) {
+	if n.slots == 0 { // buffers, of which there are enough: see stuck
 		return true, nil
 	}
-	more, err := e.ring.Arm(uint32(need))
+	more, err := e.ring.Arm(uint32(n.slots))
 	if err != nil {
 		return false, e.violation(err)
 	}
 	return more, nil
 }
 
-func (e *backTX) ready(need int) bool {
+func (e *backTX) answered() bool { return e.ring.Overdue() }
+
+func (e *backTX) ready(slots int) bool {
 	n, err := e.ring.Reload()
-	return n >= uint32(need) || err != nil
+	return n >= uint32(slots) || err != nil
 }
 
 func (e *backTX) overdue() bool { return e.ring.Overdue() }

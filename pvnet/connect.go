@@ -45,8 +45,8 @@ type entry struct {
 // For an id that is no vif the error names those there are
 // ([xenbus.NoDeviceError]).
 func Connect(ctx context.Context, domain hypercall.Domain, id string, cfg Config) (*Device, error) {
-	if cfg.Queues < 0 || cfg.Buffers < 0 {
-		return nil, fmt.Errorf("pvnet: connect vif %s: negative Queues or Buffers", id)
+	if err := cfg.check(); err != nil {
+		return nil, fmt.Errorf("pvnet: connect vif %s: %w", id, err)
 	}
 	key := deviceKey{domain, id}
 	for {
@@ -76,13 +76,19 @@ func Connect(ctx context.Context, domain hypercall.Domain, id string, cfg Config
 		case <-ctx.Done():
 			return nil, fmt.Errorf("pvnet: connect vif %s: %w", id, context.Cause(ctx))
 		}
-		if e.err != nil {
+		switch {
+		case errors.Is(e.err, context.Canceled) || errors.Is(e.err, context.DeadlineExceeded):
+			continue // the other caller's patience is not ours; its entry is gone
+		case e.err != nil:
 			return nil, e.err
-		}
-		if e.dev.word.Load() != linkGone {
+		case !e.dev.leaving.Load() && e.dev.word.Load() != linkGone:
 			return e.dev, nil
 		}
-		<-e.dev.done // its entry goes with it
+		select {
+		case <-e.dev.done: // its entry goes with it
+		case <-ctx.Done():
+			return nil, fmt.Errorf("pvnet: connect vif %s: %w", id, context.Cause(ctx))
+		}
 	}
 }
 

@@ -2,7 +2,7 @@ package pvnet
 
 import "encoding/binary"
 
-// Offsets of the checksum in TCP and UDP headers.
+// Protocols with a checksum that may be left blank.
 const (
 	protoTCP = 6
 	protoUDP = 17

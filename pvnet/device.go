@@ -50,8 +50,8 @@ type Config struct {
 	// is for frontends; a backend always copies.
 	LendRx bool
 
-	// Buffers is the number of private pages per queue to receive into. 0 means
-	// 512. A receiver that holds this many frames gets no more.
+	// Buffers is the number of private pages per queue to receive into, at least
+	// 17. 0 means 512. A receiver that holds this many frames gets no more.
 	Buffers int
 
 	// Wait is what a call does that has to wait.
@@ -68,6 +68,17 @@ type Config struct {
 func (c Config) equal(o Config) bool {
 	return c.Queues == o.Queues && c.LendRx == o.LendRx && c.Buffers == o.Buffers &&
 		c.Wait == o.Wait && c.Counters == o.Counters
+}
+
+// check refuses what cannot work. One frame of MaxFrame bytes takes maxPieces.
+func (c *Config) check() error {
+	if c.Queues < 0 {
+		return fmt.Errorf("Config.Queues is %d", c.Queues)
+	}
+	if c.Buffers < 0 || c.Buffers > 0 && c.Buffers < maxPieces {
+		return fmt.Errorf("Config.Buffers is %d: the largest frame takes %d", c.Buffers, maxPieces)
+	}
+	return nil
 }
 
 func (c *Config) queues() int { return max(c.Queues, 1) }
@@ -121,12 +132,13 @@ type Device struct {
 	tx     []*TX
 	rx     []*RX
 
-	word   atomic.Uint32 // linkDown, linkUp, linkGone; written by the life goroutine only
-	active atomic.Int32  // queues of the connection
-	mtu    atomic.Int32
-	epoch  atomic.Uint64             // number of the connection, from 1
-	lost   atomic.Uint64             // pages the peer did not give back, not counted yet
-	broken atomic.Pointer[PeerError] // the violation that ended, or ends, the device
+	word    atomic.Uint32 // linkDown, linkUp, linkGone; written by the life goroutine only
+	active  atomic.Int32  // queues of the connection
+	mtu     atomic.Int32
+	epoch   atomic.Uint64             // number of the connection, from 1
+	lost    atomic.Uint64             // pages the peer did not give back, not counted yet
+	leaving atomic.Bool               // Disconnect was called
+	broken  atomic.Pointer[PeerError] // the violation that ended, or ends, the device
 
 	stop   context.CancelCauseFunc // asks the life goroutine to end
 	finish func()                  // closes what the life goroutine used
@@ -378,7 +390,8 @@ func (d *Device) pick(head []byte) (*TX, error) {
 // Listen calls fn with every frame that arrives, until Disconnect, when it
 // returns nil, or until ctx ends, when it returns its cause. It blocks. fn runs
 // concurrently for different queues, in order within one; the frame is lent
-// until fn returns. Frames that arrive before Listen wait in the ring.
+// until fn returns. Frames that arrive before Listen wait in the ring, and so do
+// frames for which there is no buffer because fn retained them all.
 //
 // A second Listen, or one beside an owner of a receiving half, is [ErrOwned].
 func (d *Device) Listen(ctx context.Context, fn func(Frame)) error {
@@ -408,12 +421,18 @@ func (d *Device) Listen(ctx context.Context, fn func(Frame)) error {
 
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
+	stopped := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
+		defer close(stopped)
 		for _, rx := range d.rx {
 			rx.interrupt()
 		}
 	})
-	defer stop()
+	defer func() {
+		if !stop() {
+			<-stopped // or it would end the next receive
+		}
+	}()
 	var wg sync.WaitGroup
 	errs := make([]error, len(d.rx))
 	for i, rx := range d.rx {
@@ -460,6 +479,10 @@ func (rx *RX) listen(fn func(Frame)) (err error) {
 	var frames [32]Frame
 	for {
 		n, err := rx.Receive(frames[:])
+		if err == ErrNoBuffers { // fn retains them all; the frames wait in the ring
+			time.Sleep(time.Millisecond)
+			continue
+		}
 		if err != nil {
 			return err
 		}
@@ -492,6 +515,7 @@ func faulted(r any) *PeerError {
 // idempotent, ends the device for all who share it, and does not wait for frames
 // that are still held: those stay readable until they are released.
 func (d *Device) Disconnect() {
+	d.leaving.Store(true)
 	d.stop(ErrDisconnected)
 	<-d.done
 }
@@ -519,13 +543,22 @@ func (d *Device) state() error {
 	return d.cause
 }
 
-// awaitUp waits until the link is up, the device gone, or h's deadline passed.
+// stateOf is state for one half: a queue the connection does not have is down.
+func (d *Device) stateOf(h *half) error {
+	err := d.state()
+	if err == nil && h.queue >= int(d.active.Load()) {
+		return ErrLinkDown
+	}
+	return err
+}
+
+// awaitUp waits until h's link is up, the device gone, or h's deadline passed.
 func (d *Device) awaitUp(h *half) error {
 	for {
 		d.mu.Lock()
 		changed := d.changed
 		d.mu.Unlock()
-		if err := d.state(); err != ErrLinkDown {
+		if err := d.stateOf(h); err != ErrLinkDown {
 			return err
 		}
 		if h.ending.Load() {
@@ -599,16 +632,18 @@ func (d *Device) up(c *conn, peer hypercall.DomID) {
 
 // down keeps callers out and waits until they have left. The connection's memory
 // stays; if somebody never leaves it stays for ever.
-func (d *Device) down(c *conn, reason string) {
+func (d *Device) down(c *conn, reason string) (ok bool) {
 	d.announce(linkDown, LinkEvent{Reason: reason})
+	ok = true
 	for i, q := range c.queues {
-		ok := d.tx[i].gate.shut(q.txPark.wake, patience)
+		ok = d.tx[i].gate.shut(q.txPark.wake, patience) && ok
 		ok = d.rx[i].gate.shut(q.rxPark.wake, patience) && ok
-		if !ok {
-			d.log.Error("a caller is stuck in the device; its memory is abandoned", "vif", d.id)
-			c.undo = nil
-		}
 	}
+	if !ok {
+		d.log.Error("a caller is stuck in the device; its memory is abandoned", "vif", d.id)
+		c.undo = nil
+	}
+	return ok
 }
 
 // drop gives back what the connection holds. The gates are shut.

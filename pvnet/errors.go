@@ -39,9 +39,9 @@ var (
 	// ErrFull is returned by Send with the count of frames there was room for.
 	ErrFull = errors.New("pvnet: no room for more frames now")
 
-	// ErrNoBuffers is returned by Receive when frames are waiting but the caller
-	// holds every buffer of the device: release some.
-	ErrNoBuffers = errors.New("pvnet: no free buffer to receive into; release frames first")
+	// ErrNoBuffers is returned by Receive, AllocWait and SendWait when they wait
+	// for buffers that only the caller, or those it gave frames to, can release.
+	ErrNoBuffers = errors.New("pvnet: no free buffer; release frames first")
 
 	// ErrFrameSize is a frame of fewer than MinFrame or more than MaxFrame bytes,
 	// or one longer than a page to a peer that does not take chains.
@@ -53,6 +53,10 @@ var (
 
 	// ErrStale is a frame that was released or sent before.
 	ErrStale = arena.ErrStale
+
+	// ErrShared is a frame with more than one holder, where its bytes are to be
+	// overwritten.
+	ErrShared = arena.ErrShared
 
 	// ErrOwned is returned by Device methods for what was handed to an owner, and
 	// by OwnTX and OwnRX for a half that has one.

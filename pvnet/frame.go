@@ -14,20 +14,17 @@ const (
 
 // A Frame is one Ethernet frame in pages of a device: a value, of which one copy
 // at a time may be used. Its bytes are one piece in the common case, a chain of
-// up to 18 otherwise.
+// up to 19 otherwise.
 //
 // Whoever holds a Frame may read it, and if nobody else retained it, write it.
 // A call that takes a frame over makes every copy of the value stale: batch calls
 // refuse stale frames with [ErrStale], and Bytes panics.
 type Frame struct {
-	buf     arena.Buffer
-	total   uint32 // bytes of all pieces
-	hash    uint32
-	off, n  uint16 // the first piece
-	gsoSize uint16
-	gso     GSO
-	csum    Checksum
-	pieces  uint8
+	buf    arena.Buffer
+	total  uint32 // bytes of all pieces
+	off, n uint16 // the first piece
+	csum   Checksum
+	pieces uint8
 }
 
 // Checksum is what is known of a frame's TCP or UDP checksum.
@@ -43,15 +40,6 @@ const (
 	ChecksumPartial
 )
 
-// GSO is the kind of segmentation a frame longer than the MTU still needs.
-type GSO uint8
-
-const (
-	GSONone GSO = iota
-	GSOTCPv4
-	GSOTCPv6
-)
-
 // Len is the number of bytes in the frame.
 func (f *Frame) Len() int { return int(f.total) }
 
@@ -60,12 +48,6 @@ func (f *Frame) Single() bool { return f.pieces <= 1 }
 
 // Checksum is the state of the L4 checksum.
 func (f *Frame) Checksum() Checksum { return f.csum }
-
-// GSO is the segmentation the frame needs and the payload bytes per segment.
-func (f *Frame) GSO() (GSO, int) { return f.gso, int(f.gsoSize) }
-
-// Hash is the flow hash the peer computed, 0 if it did not.
-func (f *Frame) Hash() uint32 { return f.hash }
 
 // Valid reports whether the frame is still held.
 func (f *Frame) Valid() bool { return f.buf.Valid() }
@@ -124,10 +106,13 @@ func (f *Frame) CopyFrom(srcs ...[]byte) int {
 	return n
 }
 
-// reset gives the frame total bytes, from where it begins, and no metadata.
-// ErrStale, ErrShortFrame.
+// reset gives the frame total bytes, from where it begins, and no checksum state.
+// All headers must lie in the first piece. ErrStale, ErrShared, ErrShortFrame.
 func (f *Frame) reset(total uint32) error {
-	if !f.buf.Valid() {
+	if !f.buf.Exclusive() {
+		if f.buf.Valid() {
+			return ErrShared
+		}
 		return ErrStale
 	}
 	size := uint32(f.buf.Size())
@@ -137,7 +122,7 @@ func (f *Frame) reset(total uint32) error {
 			room += size - uint32(p.Off)
 		}
 	}
-	if room < total || size-uint32(f.off) < MinFrame {
+	if room < total || size-uint32(f.off) < min(total, maxHeaders) {
 		return ErrShortFrame
 	}
 	*f = Frame{buf: f.buf, off: f.off, pieces: f.pieces, total: total}
@@ -153,10 +138,14 @@ func (f *Frame) reset(total uint32) error {
 	return nil
 }
 
-// copyFrame overwrites f with the bytes and the metadata of g, which is no
+// maxHeaders is how long the headers we look at can be: Ethernet with two tags,
+// IPv4 with options, TCP up to its checksum.
+const maxHeaders = 14 + 8 + 60 + 18
+
+// copyFrame overwrites f with the bytes and the checksum state of g, which is no
 // longer.
 func (f *Frame) copyFrame(g *Frame) {
-	f.hash, f.gso, f.gsoSize, f.csum = g.hash, g.gso, g.gsoSize, g.csum
+	f.csum = g.csum
 	if g.pieces <= 1 {
 		f.CopyFrom(g.Bytes())
 		return
@@ -211,9 +200,10 @@ func (f *Frame) Tailroom() int {
 func (f *Frame) Append(b []byte) int { return copy(f.Extend(min(len(b), f.Tailroom())), b) }
 
 // Extend makes the frame n bytes longer at the end and returns the new bytes,
-// which are not cleared; nil if there is not that much tailroom.
+// which are not cleared; nil if there is not that much tailroom, or for a chain
+// with more than one holder.
 func (f *Frame) Extend(n int) []byte {
-	if n < 0 || n > f.Tailroom() {
+	if n < 0 || n > f.Tailroom() || f.pieces > 1 && f.buf.Valid() && !f.buf.Exclusive() {
 		return nil
 	}
 	f.total += uint32(n)
@@ -228,9 +218,9 @@ func (f *Frame) Extend(n int) []byte {
 }
 
 // Truncate cuts the frame to its first n bytes. It reports whether it had that
-// many.
+// many. A chain with more than one holder cannot be cut.
 func (f *Frame) Truncate(n int) bool {
-	if n < 0 || n > int(f.total) {
+	if n < 0 || n > int(f.total) || f.pieces > 1 && !f.buf.Exclusive() {
 		return false
 	}
 	f.total = uint32(n)
@@ -279,9 +269,8 @@ func build(a *arena.Arena, total int, f *Frame) bool {
 			return false
 		}
 		f.buf = a.Buffer(one[0])
-		f.total, f.hash = uint32(total), 0
+		f.total, f.csum, f.pieces = uint32(total), ChecksumUnknown, 1
 		f.off, f.n = uint16(min(headroom, size-total)), uint16(total)
-		f.gsoSize, f.gso, f.csum, f.pieces = 0, GSONone, ChecksumUnknown, 1
 		return true
 	}
 	var bufs [maxPieces]uint32

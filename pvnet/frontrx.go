@@ -245,7 +245,7 @@ func (e *frontRX) copyTo(f *Frame) {
 // still write a lent page, and what has no whole header in its first piece.
 func (e *frontRX) mayLend() bool {
 	home := int(e.ring.Size()-e.ring.Free()) + e.pages.Free()
-	return home >= int(e.ring.Size()/2) && e.next.csum != ChecksumPartial && e.next.seg[0].n >= MinFrame
+	return home >= e.pages.Len()/2 && e.next.csum != ChecksumPartial && e.next.seg[0].n >= MinFrame
 }
 
 // lendTo makes f of the shared pages themselves.

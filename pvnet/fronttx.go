@@ -76,7 +76,7 @@ func (e *frontTX) put(f *Frame, t *tally) error {
 		return ErrFrameSize
 	}
 	need := uint32(f.slots())
-	if need > 1 && !e.scatter {
+	if need == 0 || need > 1 && !e.scatter && f.total > 4096 {
 		return ErrFrameSize
 	}
 	if e.ring.Free() < need {
@@ -87,7 +87,7 @@ func (e *frontTX) put(f *Frame, t *tally) error {
 			return ErrFull
 		}
 	}
-	if !f.buf.Of(e.bufs) || f.n < MinFrame {
+	if e.copies(f, need) {
 		return e.putCopy(f, t)
 	}
 	i, err := e.bufs.Take(f.buf)
@@ -123,6 +123,11 @@ func (e *frontTX) put(f *Frame, t *tally) error {
 		r = netif.TxRequest{Ref: e.refs[next], Offset: off, ID: uint16(next), Size: n}
 		i = next
 	}
+}
+
+// copies reports whether f, of so many slots, cannot be sent where it lies.
+func (e *frontTX) copies(f *Frame, slots uint32) bool {
+	return !f.buf.Of(e.bufs) || f.n < MinFrame || slots > 1 && !e.scatter
 }
 
 // putCopy sends a frame whose pages the peer has no grant for, or which somebody
@@ -180,30 +185,42 @@ func (e *frontTX) violation(reason string) error {
 	return &PeerError{Ring: "tx", Slot: e.ring.Consumed(), Reason: reason}
 }
 
-func (e *frontTX) arm(need int) (bool, error) {
-	inflight := e.ring.InFlight()
-	if inflight == 0 {
-		if e.bufs.Free() < max(1, need) {
-			return false, ErrNoBuffers
-		}
+func (e *frontTX) wants(f *Frame) need {
+	n := need{slots: f.slots()}
+	if e.copies(f, uint32(n.slots)) || !f.buf.Exclusive() {
+		n.bufs = buffersFor(int(f.total))
+		n.slots = max(n.slots, n.bufs)
+	}
+	return n
+}
+
+func (e *frontTX) stuck(n need) error {
+	if e.ring.InFlight() == 0 && e.bufs.Free() < n.bufs {
+		return ErrNoBuffers
+	}
+	return nil
+}
+
+func (e *frontTX) arm(n need) (bool, error) {
+	slots, bufs := n.slots-int(e.ring.Free()), n.bufs-e.bufs.Free()
+	if slots <= 0 && bufs <= 0 {
 		return true, nil
 	}
-	// A quarter of what is out: few wake-ups, and yet room while a peer that
-	// frees late, as netback does, holds on to most of it.
-	after := max(inflight/4, 1)
-	if free := e.ring.Free(); uint32(need) > free {
-		after = max(after, uint32(need)-free)
-	}
-	more, err := e.ring.Arm(after)
+	// A quarter of what is out: few wake-ups. If the peer keeps the rest, as one
+	// that frees late does, the slow tick looks.
+	after := max(int(e.ring.InFlight()/4), slots, bufs, 1)
+	more, err := e.ring.Arm(uint32(after))
 	if err != nil {
 		return false, e.violation(err.Error())
 	}
 	return more, nil
 }
 
+func (e *frontTX) answered() bool { return e.ring.Answered() }
+
 func (e *frontTX) ready(int) bool {
 	n, err := e.ring.Poll()
-	return n > 0 || err != nil || e.ring.InFlight() == 0
+	return n > 0 || err != nil
 }
 
 func (e *frontTX) overdue() bool { return e.ring.Overdue() }

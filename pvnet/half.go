@@ -88,7 +88,7 @@ type half struct {
 	recent int                       // frames counted since the last publish; inside the gate
 	worked bool                      // anything moved since the last rest; inside the gate
 	parked atomic.Uint32             // odd while the owner waits, and never the same twice
-	rescue atomic.Bool               // the watchdog ended a wait that an event should have
+	rescue atomic.Uint32             // the wait, by its number, that the watchdog ended
 	heal   atomic.Bool               // it is time to compare the counters with their mirror
 	spins  int                       // looks at the ring before waiting; written behind the shut gate
 }
@@ -109,7 +109,7 @@ func (h *half) enter() error {
 			return ErrBusy
 		case gateReading: // for less than a microsecond
 		default:
-			if err := h.dev.state(); err != nil {
+			if err := h.dev.stateOf(h); err != nil {
 				return err
 			}
 		}
@@ -205,7 +205,7 @@ func (h *half) rest() error {
 	h.recent, h.worked = 0, false
 	h.count.Add(telemetry.Parks, 1)
 	h.count.Flush()
-	h.parked.Add(1)
+	seq := h.parked.Add(1)
 	err := h.park.Load().wait(h.dir, h.deadline(), worked)
 	h.parked.Add(1)
 	if err == net.ErrClosed && h.gate.state.Load() == gateBusy {
@@ -214,7 +214,7 @@ func (h *half) rest() error {
 		err = &UnknownError{"wait for an event", err}
 	}
 	h.refresh()
-	if h.rescue.Swap(false) {
+	if h.rescue.CompareAndSwap(seq, 0) {
 		h.count.Add(telemetry.RescuedWakeups, 1)
 	}
 	return err

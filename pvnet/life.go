@@ -53,6 +53,7 @@ type life struct {
 	refused *xenbus.Change // what the last failed connect was tried on
 	retryAt time.Time
 	pause   time.Duration
+	beats   int          // ticks since the link came up
 	state   xenbus.State // last written, for the event log
 	first   chan error   // told once: up, or why not; nil after
 
@@ -92,6 +93,7 @@ func (l *life) run(stop context.Context) {
 		case <-ended:
 			l.leave(context.Cause(stop))
 		case <-retry:
+			l.refused = nil
 		case <-tick.C:
 			l.beat()
 		case <-l.recheck:
@@ -156,6 +158,9 @@ func (l *life) beat() {
 	if !l.running {
 		return
 	}
+	if l.beats++; l.beats > 5 {
+		l.pause = 0 // it was worth connecting
+	}
 	mirrored := l.d.cfg.Counters != nil
 	for i, q := range l.conn.queues {
 		for _, s := range []suspect{{&l.d.tx[i].half, q.tx, q.txPark, 0}, {&l.d.rx[i].half, q.rx, q.rxPark, 0}} {
@@ -165,6 +170,9 @@ func (l *life) beat() {
 			if mirrored {
 				s.half.remind()
 			}
+		}
+		if l.d.tx[i].parked.Load()%2 == 1 && q.tx.answered() {
+			q.txPark.wake() // fewer answers than it waits for may be all there are
 		}
 	}
 	if len(l.suspects) > 0 {
@@ -194,7 +202,7 @@ func (l *life) rescue() {
 	l.recheck = nil
 	for _, s := range l.suspects {
 		if l.running && s.half.parked.Load() == s.seq && s.eng.overdue() {
-			s.half.rescue.Store(true)
+			s.half.rescue.Store(s.seq)
 			l.d.set.Record(telemetry.EventRescued, s.half.queue, 0, 0)
 			s.park.wake()
 		}
@@ -229,8 +237,8 @@ func (l *life) step() (over bool) {
 			if !l.connect(ch) {
 				return false
 			}
-			if l.leaving != nil { // it failed: Connected would be a lie
-				continue
+			if l.conn == nil {
+				continue // refused, and leaving
 			}
 		default: // Wait, Drain
 			l.suspend(ch)
@@ -299,7 +307,7 @@ func (l *life) connect(ch xenbus.Change) bool {
 	c := new(conn)
 	err := l.attach(ctx, c)
 	if err == nil {
-		l.conn, l.attached, l.refused, l.pause = c, ch.Generation, nil, 0
+		l.conn, l.attached, l.refused = c, ch.Generation, nil
 		l.xd.Fail(ctx, nil)
 		return true
 	}
@@ -308,7 +316,6 @@ func (l *life) connect(ch xenbus.Change) bool {
 		q.rx.drain()
 	}
 	c.undo.run()
-	err = fmt.Errorf("connect vif %s: %w", l.d.id, err)
 	l.d.log.Warn("cannot connect", "vif", l.d.id, "err", err)
 	l.xd.Fail(ctx, err)
 	if l.first != nil && l.kind == xenbus.Frontend {
@@ -342,7 +349,7 @@ func (l *life) resume() {
 	if l.running {
 		return
 	}
-	l.running = true
+	l.running, l.refused, l.beats = true, nil, 0
 	_, dom := l.xd.Peer()
 	l.d.up(l.conn, dom)
 	l.d.setStatus(l.xd.Current().Own)
@@ -364,7 +371,9 @@ func (l *life) suspend(ch xenbus.Change) {
 		reason = "the other end is gone"
 	}
 	l.d.log.Info("link down", "vif", l.d.id, "reason", reason)
-	l.d.down(l.conn, reason)
+	if !l.d.down(l.conn, reason) {
+		l.leave(&UnknownError{"shut the device", errors.New("a caller never left it")})
+	}
 }
 
 // release gives back what the connection holds.

@@ -27,7 +27,9 @@ type parker struct {
 	leading   bool    // guarded by mu
 	following bool    // guarded by mu
 	woken     [2]bool // guarded by mu: look before waiting
-	worked    bool    // guarded by mu: since the last wait, or nobody knows
+	asked     [2]bool // guarded by mu: has yet to say whether the last event was for it
+	useful    bool    // guarded by mu: one of those asked had work
+	worked    bool    // guarded by mu: the answer of all who were asked, once they gave it
 }
 
 func newParker(w hypercall.Waiter) *parker {
@@ -38,7 +40,7 @@ func newParker(w hypercall.Waiter) *parker {
 // the last wake-up brought work. Errors are those of [hypercall.Waiter].Wait.
 func (p *parker) wait(d direction, deadline time.Time, worked bool) error {
 	p.mu.Lock()
-	p.worked = p.worked || worked
+	p.answerLocked(d, worked)
 	if p.woken[d] {
 		p.woken[d] = false
 		p.mu.Unlock()
@@ -48,7 +50,7 @@ func (p *parker) wait(d direction, deadline time.Time, worked bool) error {
 		return p.waitBehindLocked(d, deadline)
 	}
 	p.leading = true
-	worked, p.worked = p.worked, false
+	worked = p.worked
 	p.mu.Unlock()
 
 	err := p.w.Wait(deadline, worked)
@@ -57,10 +59,24 @@ func (p *parker) wait(d direction, deadline time.Time, worked bool) error {
 	p.leading = false
 	p.woken[d] = false
 	p.woken[1-d] = true
-	p.worked = p.following // it may have been for the other half, which will not be asked
+	p.asked[d], p.asked[1-d], p.useful = true, p.following, false
 	p.passLocked()
 	p.mu.Unlock()
 	return err
+}
+
+// answerLocked takes in whether half d had work since it was woken. Until all that
+// were woken have said so the verdict on the event before stands.
+func (p *parker) answerLocked(d direction, worked bool) {
+	if !p.asked[d] {
+		p.useful = p.useful || worked
+		return
+	}
+	p.asked[d] = false
+	p.useful = p.useful || worked
+	if p.asked == [2]bool{} {
+		p.worked = p.useful
+	}
 }
 
 // waitBehindLocked waits while the other half leads. It releases mu.

@@ -54,7 +54,8 @@ func (rx *RX) receive(frames []Frame, into bool) (int, error) {
 		}
 		at := rx.eng.consumed()
 		n, err := rx.eng.receive(frames, into)
-		rx.worked = rx.worked || rx.eng.consumed() != at // its event had a reason
+		garbage := n == 0 && rx.eng.consumed() != at
+		rx.worked = rx.worked || garbage // its event had a reason
 		if n > 0 || err != nil {
 			rx.counted(n)
 			rx.gate.leave()
@@ -73,7 +74,7 @@ func (rx *RX) receive(frames []Frame, into bool) (int, error) {
 		case err != nil:
 		case !more:
 			err = rx.rest()
-		case rx.expired(): // a peer that sends nothing but garbage
+		case garbage && rx.expired(): // a peer that sends nothing else
 			err = errTimeout
 		}
 		rx.gate.leave()

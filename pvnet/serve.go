@@ -53,8 +53,8 @@ func serve(ctx context.Context, domain hypercall.Domain, cfg ServeConfig, accept
 	if cfg.Type == "" {
 		cfg.Type = "vif"
 	}
-	if cfg.Queues < 0 || cfg.Buffers < 0 {
-		return errors.New("negative Queues or Buffers")
+	if err := cfg.check(); err != nil {
+		return err
 	}
 	client, err := xenbus.Dial(ctx, domain.Store, xenbus.Config{Logger: cfg.Logger})
 	if err != nil {

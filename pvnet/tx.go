@@ -21,11 +21,32 @@ type sender interface {
 	// send takes over the frames it returns the count of.
 	send(frames []Frame) (int, error)
 
-	// arm asks for a wake-up when there is room for a frame of need slots, or for
-	// a buffer if need is 0, and reports whether there already is.
-	arm(need int) (more bool, err error)
+	// wants is what sending f takes.
+	wants(f *Frame) need
+
+	// stuck is ErrNoBuffers if what is needed can only come from the caller.
+	stuck(n need) error
+
+	// arm asks for a wake-up when there is what is needed, and reports whether
+	// there already is.
+	arm(n need) (more bool, err error)
+
+	// answered reports whether anything came back since arm. The watchdog calls
+	// it while the owner waits.
+	answered() bool
 
 	engine
+}
+
+// A need is what a call waits for.
+type need struct{ slots, bufs int }
+
+// buffersFor is how many buffers build takes.
+func buffersFor(size int) int {
+	if size <= 4096 {
+		return 1
+	}
+	return (headroom + size + 4095) / 4096
 }
 
 // Alloc makes empty frames with headroom, in pages the peer already has a grant
@@ -37,7 +58,7 @@ func (tx *TX) Alloc(frames []Frame) int { return tx.AllocSize(frames, 0) }
 // They are not cleared; what the peer may see of them is what an earlier frame to
 // the same peer left there.
 func (tx *TX) AllocSize(frames []Frame, size int) int {
-	if tx.enter() != nil {
+	if size < 0 || size > MaxFrame || tx.enter() != nil {
 		return 0
 	}
 	n, err := tx.eng.alloc(frames, size)
@@ -62,7 +83,7 @@ func (tx *TX) AllocWait(frames []Frame, size int) (int, error) {
 		if n > 0 || err != nil {
 			return n, tx.leaveWith(err)
 		}
-		if err = tx.wait(0); err != nil {
+		if err = tx.wait(need{bufs: buffersFor(size)}); err != nil {
 			return 0, err
 		}
 	}
@@ -71,8 +92,8 @@ func (tx *TX) AllocWait(frames []Frame, size int) (int, error) {
 
 // Send queues frames in order and takes over those it accepted, frames[:n]; the
 // caller keeps the rest. It never blocks: a short count comes with [ErrFull],
-// [ErrLinkDown], [ErrDisconnected], [ErrStale] or [ErrFrameSize], the last two
-// about frames[n].
+// [ErrLinkDown], [ErrDisconnected], a [*PeerError], [ErrStale] or [ErrFrameSize],
+// the last two about frames[n].
 //
 // A frame of this half is sent where it lies. Any other is copied first, one that
 // is held more than once too.
@@ -89,7 +110,7 @@ func (tx *TX) Send(frames []Frame) (n int, err error) {
 // (os.ErrDeadlineExceeded), or the device is disconnected. While the link is down
 // it waits for it to come back.
 func (tx *TX) SendWait(frames []Frame) (n int, err error) {
-	for {
+	for n < len(frames) {
 		if err := tx.enter(); err != nil {
 			if err = tx.retry(err); err != nil {
 				return n, err
@@ -102,20 +123,29 @@ func (tx *TX) SendWait(frames []Frame) (n int, err error) {
 		if err != ErrFull {
 			return n, tx.leaveWith(err)
 		}
-		if err = tx.wait(frames[n].slots()); err != nil {
+		if err = tx.wait(tx.eng.wants(&frames[n])); err != nil {
 			return n, err
 		}
 	}
+	return n, nil
 }
 
-// wait leaves the gate after there may be room for need slots.
-func (tx *TX) wait(need int) error {
-	if tx.spins != 0 && tx.spin(tx.eng, need) {
-		return tx.leaveWith(nil)
+// wait leaves the gate after there may be what is needed.
+func (tx *TX) wait(n need) error {
+	err := tx.eng.stuck(n)
+	if err != nil {
+		return tx.leaveWith(err)
 	}
-	more, err := tx.eng.arm(need)
-	if err == nil && !more {
+	more := tx.spins != 0 && tx.spin(tx.eng, n.slots)
+	if !more {
+		more, err = tx.eng.arm(n)
+	}
+	switch {
+	case err != nil:
+	case !more:
 		err = tx.rest()
+	case tx.expired():
+		err = errTimeout
 	}
 	return tx.leaveWith(err)
 }
@@ -131,15 +161,24 @@ func (tx *TX) leaveWith(err error) error {
 func (tx *TX) SetDeadline(t time.Time) { tx.setDeadline(t) }
 
 // slots is how many pieces of the frame hold bytes: what it takes in a ring when
-// it is sent where it lies.
+// it is sent where it lies. It is 0 if the pieces do not add up to the frame:
+// another copy of the value was cut.
 func (f *Frame) slots() int {
-	if f.total <= uint32(f.n) {
+	if f.pieces <= 1 {
+		if f.total != uint32(f.n) {
+			return 0
+		}
 		return 1
 	}
-	used, left := 1, f.total-uint32(f.n)
-	for p, ok := f.buf.Next(); ok && left > 0; p, ok = f.buf.After(p) {
-		left -= min(left, uint32(p.Len))
-		used++
+	used, sum := 1, uint32(f.n)
+	for p, ok := f.buf.Next(); ok; p, ok = f.buf.After(p) {
+		if p.Len > 0 {
+			used++
+			sum += uint32(p.Len)
+		}
+	}
+	if sum != f.total {
+		return 0
 	}
 	return used
 }

@@ -72,6 +72,7 @@ type observer[T any] struct {
 	cons  uint32        // next slot to take
 	seen  uint32        // last value loaded from prod, and checked
 	armed atomic.Uint32 // last value stored in event; for overdue, which is not the owner's
+	base  atomic.Uint32 // cons when it was stored; for answered, likewise
 }
 
 func (o *observer[T]) init(slots shm.Slots[T], prod shm.In, event shm.Out, at uint32) {
@@ -106,6 +107,7 @@ func (o *observer[T]) take() T {
 }
 
 func (o *observer[T]) arm(after, limit uint32) (more bool, err error) {
+	o.base.Store(o.cons)
 	o.armed.Store(o.cons + after)
 	o.event.Store(o.cons + after)
 	n, err := o.load(limit) // after the store of event: a peer that missed it is seen here
@@ -195,6 +197,11 @@ func (f *Front[Req, Rsp]) Take() Rsp {
 func (f *Front[Req, Rsp]) Arm(after uint32) (more bool, err error) {
 	return f.rsp.arm(max(1, min(after, f.InFlight())), f.InFlight())
 }
+
+// Answered reports whether there is any response that was not there at the last
+// Arm, be it fewer than it asked for. Any goroutine may call it while the page is
+// mapped.
+func (f *Front[Req, Rsp]) Answered() bool { return f.rsp.prod.Load() != f.rsp.base.Load() }
 
 // Overdue reports whether the responses Arm asked for are there. Any goroutine may
 // call it while the page is mapped: a watchdog does, for an owner that waits.
