@@ -107,9 +107,11 @@ func Run(ctx context.Context, plan []Boot, programs []image.Program, opts Option
 	return r.report, os.WriteFile(filepath.Join(dir, "table.md"), []byte(r.report.Table()), 0o644)
 }
 
+// selected is the scenarios whose name matches; without a pattern, those that run
+// without being asked for.
 func selected(all []Scenario, re *regexp.Regexp) (s []Scenario) {
 	for _, sc := range all {
-		if re == nil || re.MatchString(sc.Name) {
+		if re == nil && !sc.Asked || re != nil && re.MatchString(sc.Name) {
 			s = append(s, sc)
 		}
 	}

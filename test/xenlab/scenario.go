@@ -34,6 +34,7 @@ type Scenario struct {
 	Name  string
 	Roles string        // which role runs in which domain
 	Limit time.Duration // for all of its steps; 0: 3 minutes
+	Asked bool          // runs only when its name is asked for: it measures, and wants a quiet machine
 	// Complaints are regular expressions of lines this scenario makes a kernel
 	// or Xen log on purpose. All others that look like a complaint fail it.
 	Complaints []string

@@ -38,7 +38,7 @@ func Plan() []Boot {
 			{Name: "our front, unplugged", Roles: "PV domU: barevif serve; dom0: netback, its vif taken and given back", Run: ourFrontUnplugged},
 			{Name: "our front, netback anew", Roles: "PV domU: barevif serve; dom0: netback, unbound and bound", Run: netbackAnew},
 			{Name: "our front, refused", Roles: "PV domU: barevif serve without what it needs", Run: ourFrontRefused},
-			{Name: "baseline", Roles: "PV domU: netfront and barevif bench, in turns; dom0: netback", Limit: 8 * time.Minute, Run: baseline},
+			{Name: "baseline", Roles: "PV domU: netfront and barevif bench, in turns; dom0: netback", Limit: 8 * time.Minute, Asked: true, Run: baseline},
 			{Name: "our back, dom0", Roles: "PV domU: netfront; dom0: barevif back", Run: ourBackDom0},
 			{Name: "our back, unplugged", Roles: "PV domU: netfront; dom0: barevif back, its vif taken and given back", Run: ourBackUnplugged},
 			{Name: "our back, driver domain", Roles: "PV domU: netfront; PV driver domain: barevif back", Run: ourBackDriver},

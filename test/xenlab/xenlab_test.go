@@ -211,8 +211,11 @@ func TestTableShowsFailures(t *testing.T) {
 }
 
 func TestScenariosAreSelectedByName(t *testing.T) {
-	all := []Scenario{{Name: "one, PV"}, {Name: "one, PVH"}, {Name: "two"}}
+	all := []Scenario{{Name: "one, PV"}, {Name: "one, PVH"}, {Name: "two"}, {Name: "slow", Asked: true}}
 	if got := selected(all, regexp.MustCompile("PVH?$")); len(got) != 2 {
+		t.Errorf("%d selected", len(got))
+	}
+	if got := selected(all, regexp.MustCompile("slow")); len(got) != 1 {
 		t.Errorf("%d selected", len(got))
 	}
 	if got := selected(all, nil); len(got) != 3 {
