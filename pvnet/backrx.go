@@ -148,7 +148,7 @@ func (e *backRX) copy(frames []Frame, n int, into bool) int {
 			}
 		}
 	}
-	var t tally
+	t := tally{block: e.count}
 	good := 0
 	for i := range n {
 		f, p := &frames[i], &e.placed[i]
@@ -178,7 +178,7 @@ func (e *backRX) copy(frames []Frame, n int, into bool) int {
 		good++
 	}
 	e.count.Add(telemetry.CopiedBytes, t.bytes)
-	t.count(e.count)
+	t.count(e.ring.Unanswered(), e.pool.Free())
 	return good
 }
 

@@ -127,7 +127,7 @@ func (e *backTX) copy(frames []Frame) {
 			e.ops[i].Status = hypercall.GeneralError
 		}
 	}
-	var t tally
+	t := tally{block: e.count}
 	for i := range frames {
 		f, p := &frames[i], &e.placed[i]
 		failed := uint64(0)
@@ -155,7 +155,7 @@ func (e *backTX) copy(frames []Frame) {
 		e.ring.Put(e.rsp[i])
 	}
 	e.count.Add(telemetry.CopiedBytes, t.bytes)
-	t.count(e.count)
+	t.count(e.ring.Unanswered(), e.bufs.Free())
 }
 
 func (e *backTX) violation(err error) error {

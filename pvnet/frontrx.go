@@ -61,7 +61,7 @@ func (e *frontRX) fill() {
 }
 
 func (e *frontRX) receive(frames []Frame, into bool) (n int, err error) {
-	var t tally
+	t := tally{block: e.count}
 	if e.lend {
 		e.fill()
 	}
@@ -101,15 +101,25 @@ func (e *frontRX) receive(frames []Frame, into bool) (n int, err error) {
 			}
 			continue
 		}
+		e.csum(f)
 		t.add(f, e.next.n, f.Bytes())
 		n++
 	}
 	e.show()
-	t.count(e.count)
+	t.count(e.ring.Size()-e.ring.Free(), e.pool.Free())
 	if n > 0 && (err == ErrNoBuffers || err == ErrShortFrame) {
 		err = nil
 	}
 	return n, err
+}
+
+// csum counts what is said of the frame's checksum.
+func (e *frontRX) csum(f *Frame) {
+	if e.next.csum == ChecksumPartial {
+		e.count.Add(telemetry.CsumPartial, 1)
+	} else if f.csum == ChecksumVerified {
+		e.count.Add(telemetry.CsumVerified, 1)
+	}
 }
 
 func (e *frontRX) show() {

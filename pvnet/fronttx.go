@@ -47,7 +47,7 @@ func (e *frontTX) alloc(frames []Frame, size int) (n int, err error) {
 }
 
 func (e *frontTX) send(frames []Frame) (n int, err error) {
-	var t tally
+	t := tally{block: e.count}
 	for n < len(frames) {
 		if err = e.put(&frames[n], &t); err != nil {
 			break
@@ -60,7 +60,7 @@ func (e *frontTX) send(frames []Frame) (n int, err error) {
 	} else if n > 0 {
 		e.count.Add(telemetry.NotifiesSpared, 1)
 	}
-	t.count(e.count)
+	t.count(e.ring.Size()-e.ring.Free(), e.bufs.Free())
 	if err == ErrFull {
 		e.count.Add(telemetry.RingFull, 1)
 	}

@@ -87,6 +87,7 @@ type half struct {
 	count  *telemetry.Block          // written by whoever is inside the gate
 	recent int                       // frames counted since the last publish; inside the gate
 	worked bool                      // anything moved since the last rest; inside the gate
+	woken  bool                      // the last rest ended by an event, or a nudge; inside the gate
 	parked atomic.Uint32             // odd while the owner waits, and never the same twice
 	rescue atomic.Uint32             // the wait, by its number, that the watchdog ended
 	heal   atomic.Bool               // it is time to compare the counters with their mirror
@@ -202,6 +203,9 @@ func (h *half) expired() bool {
 // rest parks inside the gate until there may be something to do.
 func (h *half) rest() error {
 	worked := h.worked
+	if h.woken && !worked {
+		h.count.Add(telemetry.EventsSpurious, 1)
+	}
 	h.recent, h.worked = 0, false
 	h.count.Add(telemetry.Parks, 1)
 	h.count.Flush()

@@ -183,11 +183,15 @@ func (f *Frame) slots() int {
 	return used
 }
 
-// tally sums what a batch moved, to be counted once.
-type tally struct{ frames, bytes, slots, multi, broad, chained uint64 }
+// A tally sums what a batch moved, to be counted once.
+type tally struct {
+	block                                       *telemetry.Block
+	frames, bytes, slots, multi, broad, chained uint64
+}
 
 // add counts f, of which head is the beginning: at least its first 6 bytes.
 func (t *tally) add(f *Frame, slots int, head []byte) {
+	t.block.Observe(telemetry.FrameSize, uint64(f.total))
 	t.frames++
 	t.bytes += uint64(f.total)
 	t.slots += uint64(slots)
@@ -203,7 +207,14 @@ func (t *tally) add(f *Frame, slots int, head []byte) {
 	}
 }
 
-func (t *tally) count(b *telemetry.Block) {
+// count adds the batch to the block, with how many slots of the ring are in use
+// after it and how many buffers are left.
+func (t *tally) count(used uint32, buffers int) {
+	b := t.block
+	b.Set(telemetry.RingUsed, uint64(used))
+	b.Max(telemetry.RingUsedMax, uint64(used))
+	b.Observe(telemetry.RingOccupancy, uint64(used))
+	b.Set(telemetry.BuffersFree, uint64(buffers))
 	if t.frames == 0 {
 		return
 	}

@@ -6,9 +6,12 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"os"
+	"os/signal"
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"barevif/pvnet"
@@ -32,6 +35,9 @@ joins each to a network of this machine's kernel:
                --bridge. It needs CAP_NET_ADMIN.
   --packet IF  the interface IF, which then carries the vif's frames beside its own.
                It needs CAP_NET_RAW. For one vif; IF should have no address.
+
+SIGUSR1 ends it without closing the vifs: the next back goes on where this one
+stopped, and the frontends see a pause.
 
 When a frontend goes and comes back, or the vif is taken away and added again, back
 goes on. Started again after it was killed, it finds its vifs and reconnects them.`,
@@ -94,6 +100,19 @@ func (b *back) run(ctx context.Context) error {
 	defer dom.close()
 	b.slog = b.log()
 
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	handover := make(chan os.Signal, 1)
+	signal.Notify(handover, syscall.SIGUSR1)
+	defer signal.Stop(handover)
+	go func() {
+		select {
+		case <-handover:
+			cancel(pvnet.ErrHandover)
+		case <-ctx.Done():
+		}
+	}()
+
 	b.say("domain %d serves vifs of type %s; a signal ends it", dom.ID(), b.typ)
 	done := make(chan error, 1)
 	go func() {
@@ -109,7 +128,7 @@ func (b *back) run(ctx context.Context) error {
 	case <-dom.gone:
 		return errHostGone // with it all there was to close in good order
 	}
-	if errors.Is(err, context.Canceled) {
+	if errors.Is(err, context.Canceled) || errors.Is(err, pvnet.ErrHandover) {
 		return nil // a signal
 	}
 	return err

@@ -62,7 +62,6 @@ func readResults(r io.Reader) (all []benchResult, err error) {
 type benchRow struct {
 	what, way string
 	values    []float64 // sorted
-	notified  []float64 // events per frame
 }
 
 func (r *benchRow) median() float64 { return r.values[len(r.values)/2] }
