@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"runtime"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -436,6 +437,12 @@ func TestT37LogLinesAreBounded(t *testing.T) {
 	l := newLab(t, emu.Config{})
 	l.serve(pvnet.ServeConfig{})
 	g := l.attack()
+	for end := time.Now().Add(10 * time.Second); !strings.Contains(l.log.String(), "link up"); {
+		if time.Now().After(end) {
+			t.Fatal("the link did not come up")
+		}
+		time.Sleep(time.Millisecond)
+	}
 	lines := l.log.total()
 	for n := range 2000 {
 		reqs, _ := g.chain(0, 3+n%9)
