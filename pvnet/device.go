@@ -20,9 +20,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"log/slog"
 	"net"
 	"runtime/debug"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -290,9 +292,26 @@ func (d *Device) SetWriteDeadline(t time.Time) error {
 	return nil
 }
 
-// Link gives the present state of the link and then its changes, until
-// Disconnect. A reader that falls 16 events behind loses the oldest.
-func (d *Device) Link() <-chan LinkEvent {
+// Links gives the present state of the link and then its changes, until ctx ends
+// or the device does: the last event says why. A reader that falls 16 events
+// behind loses the oldest.
+func (d *Device) Links(ctx context.Context) iter.Seq[LinkEvent] {
+	return func(yield func(LinkEvent) bool) {
+		c := d.subscribe()
+		defer d.unsubscribe(c)
+		for ctx.Err() == nil {
+			select {
+			case ev, open := <-c:
+				if !open || !yield(ev) {
+					return
+				}
+			case <-ctx.Done():
+			}
+		}
+	}
+}
+
+func (d *Device) subscribe() chan LinkEvent {
 	c := make(chan LinkEvent, 16)
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -303,6 +322,12 @@ func (d *Device) Link() <-chan LinkEvent {
 		d.subs = append(d.subs, c)
 	}
 	return c
+}
+
+func (d *Device) unsubscribe(c chan LinkEvent) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.subs = slices.DeleteFunc(d.subs, func(s chan LinkEvent) bool { return s == c })
 }
 
 // OwnTX takes the sending half of queue i out of the Device's hands: from now on

@@ -137,13 +137,13 @@ func wait[T any](t testing.TB, c <-chan T) T {
 // await reads link events until the link is up, or down.
 func await(t testing.TB, d *pvnet.Device, up bool) pvnet.LinkEvent {
 	t.Helper()
-	events := d.Link()
-	for {
-		ev := wait(t, events)
+	for ev := range d.Links(ctx(t)) {
 		if ev.Up == up {
 			return ev
 		}
 	}
+	t.Fatal("the link did not change")
+	panic("unreachable")
 }
 
 func frame(n, seed int) []byte {
@@ -499,7 +499,13 @@ func TestDisconnectWakesEverybody(t *testing.T) {
 			}
 		}
 	}()
-	events := front.Link()
+	told := make(chan pvnet.LinkEvent, 1)
+	go func() {
+		var last pvnet.LinkEvent
+		for last = range front.Links(context.Background()) {
+		}
+		told <- last
+	}()
 	time.Sleep(20 * time.Millisecond)
 	front.Disconnect()
 	if err := wait(t, listening); err != nil {
@@ -508,7 +514,8 @@ func TestDisconnectWakesEverybody(t *testing.T) {
 	if err := wait(t, sending); !errors.Is(err, pvnet.ErrDisconnected) {
 		t.Errorf("SendWait: %v", err)
 	}
-	for range events { // closed
+	if last := wait(t, told); last.Up || last.Reason != pvnet.ErrDisconnected.Error() {
+		t.Errorf("the last event of the link is %+v", last)
 	}
 }
 

@@ -363,12 +363,12 @@ func (g *guest) works() {
 // up waits until the link is up.
 func up(t testing.TB, d *pvnet.Device) {
 	t.Helper()
-	events := d.Link()
-	for {
-		if ev := wait(t, events); ev.Up {
+	for ev := range d.Links(ctx(t)) {
+		if ev.Up {
 			return
 		}
 	}
+	t.Fatalf("the link did not come up\n%s", stacks())
 }
 
 func wait[T any](t testing.TB, c <-chan T) T {

@@ -186,7 +186,7 @@ func (m *machine) device() *pvnet.Device {
 	m.t.Helper()
 	select {
 	case d := <-m.backs:
-		for ev := range d.Link() {
+		for ev := range d.Links(context.Background()) {
 			if ev.Up {
 				return d
 			}

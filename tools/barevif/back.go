@@ -238,7 +238,7 @@ func (b *back) serve(ctx context.Context, dev *pvnet.Device) {
 // follow tells of the vif's link until the device has ended.
 func (b *back) follow(dev *pvnet.Device, vif, name string) {
 	up := false
-	for ev := range dev.Link() {
+	for ev := range dev.Links(context.Background()) {
 		switch {
 		case ev.Up:
 			if b.packet == "" {

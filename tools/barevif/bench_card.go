@@ -131,7 +131,7 @@ func (c *benchCard) serve(ctx context.Context, dom *domain, cfg pvnet.Config, fn
 			<-ctx.Done()
 			return
 		}
-		for ev := range dev.Link() {
+		for ev := range dev.Links(ctx) {
 			if ev.Up {
 				timer.Stop()
 				failed = c.measured(ctx, dev, fn)

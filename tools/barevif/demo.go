@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -264,20 +265,12 @@ var errSetup = &advice{err: errors.New("the machine did not get ready in time"),
 
 // awaitUp waits until the device is connected.
 func awaitUp(ctx context.Context, dev *pvnet.Device) error {
-	events := dev.Link()
-	for {
-		select {
-		case ev, open := <-events:
-			if !open {
-				return pvnet.ErrDisconnected
-			}
-			if ev.Up {
-				return nil
-			}
-		case <-ctx.Done():
-			return context.Cause(ctx)
+	for ev := range dev.Links(ctx) {
+		if ev.Up {
+			return nil
 		}
 	}
+	return cmp.Or(context.Cause(ctx), pvnet.ErrDisconnected)
 }
 
 // pings is how many echo requests are sent.
