@@ -154,9 +154,9 @@ func TestHostBackServe(t *testing.T) {
 	t.Log("the backend ends in good order and comes back")
 	b.signal(syscall.SIGTERM)
 	wants(t, b.exit(0), "vif 1.0: gone; ", "connected to domain 1")
-	g.await("link down", 1)
+	g.await("vif 0: down: the other end is ", 1)
 	b = back()
-	g.await("link up", 2)
+	g.await("vif 0: connected again, backend in domain 2", 1)
 	check(t, server)
 
 	t.Log("the backend is killed under load and comes back")

@@ -31,9 +31,9 @@ func serveCommand(p *program) *cobra.Command {
   /bytes/N.sha256   their SHA-256
   /metrics          the card's counters as OpenMetrics text
 
-The machine's own network has no part in it. When the backend goes, serve waits and
-connects again when one comes back. A signal takes the card down in good order: the
-backend sees it close.
+The machine's own network has no part in it. When the backend goes, or the toolstack
+takes the vif away, serve says so, waits, and connects again when one comes back. A
+signal takes the card down in good order: the backend sees it close.
 
 On a real Xen (--xen) the kernel's xen-netfront must not own the vif; --take takes
 it away from it.`,
@@ -86,6 +86,7 @@ func (s *serve) run(ctx context.Context) error {
 			return err
 		}
 	}
+	signals := ctx
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	dom.watch(ctx, cancel)
@@ -103,17 +104,39 @@ func (s *serve) run(ctx context.Context) error {
 	}
 	fmt.Fprintf(s.stdout, "vif %s: MAC %v, MTU %d, backend in domain %d, %s\ncounters: %s\nserving http://%s/; a signal ends it\n",
 		s.vif, dev.MAC(), dev.MTU(), dev.Peer(), dev.Budget(), mirrored(dev), app.addr)
-	select {
-	case <-ctx.Done():
-		if errors.Is(context.Cause(ctx), errHostGone) {
-			return errHostGone // with it all there was to close in good order
+	go func() {
+		select {
+		case err := <-app.failed:
+			cancel(err)
+		case <-ctx.Done():
 		}
-	case <-dev.Done():
-		err = fmt.Errorf("vif %s has ended: the toolstack took it away, or its backend broke the protocol; -v says which", s.vif)
-	case err = <-app.failed:
+	}()
+	last := s.follow(ctx, dev)
+	switch cause := context.Cause(ctx); {
+	case ctx.Err() == nil:
+		err = fmt.Errorf("vif %s has ended: %s", s.vif, last.Reason)
+	case errors.Is(cause, errHostGone):
+		return errHostGone // with it all there was to close in good order
+	case signals.Err() == nil:
+		err = cause
 	}
 	dev.Disconnect()
 	return errors.Join(err, app.close())
+}
+
+// follow tells when the backend goes and comes back, until ctx or the device ends.
+func (s *serve) follow(ctx context.Context, dev *pvnet.Device) (last pvnet.LinkEvent) {
+	last.Up = true
+	for ev := range dev.Links(ctx) {
+		switch {
+		case ev.Up && !last.Up:
+			fmt.Fprintf(s.stdout, "vif %s: connected again, backend in domain %d\n", s.vif, dev.Peer())
+		case !ev.Up && last.Up:
+			fmt.Fprintf(s.stdout, "vif %s: down: %s\n", s.vif, ev.Reason)
+		}
+		last = ev
+	}
+	return last
 }
 
 // config reads the flags that are not for cobra to check.
