@@ -154,7 +154,8 @@ func (l *life) beat() {
 		}
 	}()
 	l.d.set.Tick()
-	l.suspects = l.suspects[:0]
+	known := l.suspects
+	l.suspects = nil
 	if !l.running {
 		return
 	}
@@ -163,9 +164,9 @@ func (l *life) beat() {
 	}
 	mirrored := l.d.cfg.Counters != nil
 	for i, q := range l.conn.queues {
-		for _, s := range []suspect{{&l.d.tx[i].half, q.tx, q.txPark, 0}, {&l.d.rx[i].half, q.rx, q.rxPark, 0}} {
+		for _, s := range []suspect{{half: &l.d.tx[i].half, eng: q.tx, park: q.txPark}, {half: &l.d.rx[i].half, eng: q.rx, park: q.rxPark}} {
 			if s.seq = s.half.parked.Load(); s.seq%2 == 1 && s.eng.overdue() {
-				l.suspects = append(l.suspects, s)
+				l.suspects = append(l.suspects, s.since(known))
 			}
 			if mirrored {
 				s.half.remind()
@@ -181,15 +182,40 @@ func (l *life) beat() {
 }
 
 // graceOfEvents is how long an event may be under way: the peer publishes first
-// and notifies then, and may be stopped in between.
-const graceOfEvents = 20 * time.Millisecond
+// and notifies then, and may be stopped in between. longestHold is for how long a
+// [hypercall.Waiter] holds back the events of a peer whose last ones were for
+// nothing: those are late because of us, and not lost.
+const (
+	graceOfEvents = 20 * time.Millisecond
+	longestHold   = time.Second
+)
 
 // A suspect is a half that seems to have missed an event.
 type suspect struct {
 	half *half
 	eng  engine
 	park *parker
-	seq  uint32 // of its wait
+	seq  uint32    // of its wait
+	seen time.Time // first
+}
+
+// since is s as it is known from the beat before, if that was in the same wait.
+func (s suspect) since(known []suspect) suspect {
+	for _, k := range known {
+		if k.half == s.half && k.seq == s.seq {
+			return k
+		}
+	}
+	s.seen = time.Now()
+	return s
+}
+
+// patience is how long the event may still come from when s was first seen.
+func (s suspect) patience() time.Duration {
+	if s.park.mayHold() {
+		return longestHold + graceOfEvents
+	}
+	return graceOfEvents
 }
 
 // rescue wakes the suspects that still wait. On a correct system there are none.
@@ -200,14 +226,21 @@ func (l *life) rescue() {
 		}
 	}()
 	l.recheck = nil
-	for _, s := range l.suspects {
-		if l.running && s.half.parked.Load() == s.seq && s.eng.overdue() {
-			s.half.rescue.Store(s.seq)
-			l.d.set.Record(telemetry.EventRescued, s.half.queue, 0, 0)
-			s.park.wake()
+	suspects := l.suspects
+	l.suspects = nil
+	for _, s := range suspects {
+		if !l.running || s.half.parked.Load() != s.seq || !s.eng.overdue() {
+			continue
 		}
+		if left := s.patience() - time.Since(s.seen); left > 0 {
+			l.suspects = append(l.suspects, s)
+			l.recheck = time.After(left)
+			continue
+		}
+		s.half.rescue.Store(s.seq)
+		l.d.set.Record(telemetry.EventRescued, s.half.queue, 0, 0)
+		s.park.wake()
 	}
-	l.suspects = l.suspects[:0]
 }
 
 // step does what the handshake says until there is nothing to do but wait. It

@@ -30,6 +30,7 @@ type parker struct {
 	asked     [2]bool // guarded by mu: has yet to say whether the last event was for it
 	useful    bool    // guarded by mu: one of those asked had work
 	worked    bool    // guarded by mu: the answer of all who were asked, once they gave it
+	doubted   bool    // guarded by mu: the last Wait began with the answer no
 }
 
 func newParker(w hypercall.Waiter) *parker {
@@ -51,6 +52,7 @@ func (p *parker) wait(d direction, deadline time.Time, worked bool) error {
 	}
 	p.leading = true
 	worked = p.worked
+	p.doubted = !worked
 	p.mu.Unlock()
 
 	err := p.w.Wait(deadline, worked)
@@ -63,6 +65,14 @@ func (p *parker) wait(d direction, deadline time.Time, worked bool) error {
 	p.passLocked()
 	p.mu.Unlock()
 	return err
+}
+
+// mayHold reports whether the wait under way may be one in which the waiter holds
+// events back, because those before brought nothing.
+func (p *parker) mayHold() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.doubted
 }
 
 // answerLocked takes in whether half d had work since it was woken. Until all that
