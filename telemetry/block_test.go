@@ -15,7 +15,7 @@ func TestReasonsAddUpToDroppedAndErrors(t *testing.T) {
 	s := NewSet(2)
 	var dropped, errs uint64
 	for range 1000 {
-		r := DropNoBuffer + Reason(rand.N(int(endReasons-DropNoBuffer)))
+		r := DropDisconnected + Reason(rand.N(int(endReasons-DropDisconnected)))
 		n := rand.Uint64N(1 << 40)
 		b := s.RX(rand.N(2))
 		b.Drop(r, n)
@@ -32,7 +32,7 @@ func TestReasonsAddUpToDroppedAndErrors(t *testing.T) {
 	s.RX(1).Flush()
 	st := s.Snapshot()
 	var sum uint64
-	for r := DropNoBuffer; r < endReasons; r++ {
+	for r := DropDisconnected; r < endReasons; r++ {
 		sum += st.RX.Lost(r)
 	}
 	if st.RX.Dropped() != dropped || st.RX.Errors() != errs || sum != dropped+errs {
@@ -148,7 +148,7 @@ func TestCountingDoesNotAllocate(t *testing.T) {
 	b := s.RX(0)
 	n := testing.AllocsPerRun(1000, func() {
 		b.Add(Packets, 32)
-		b.Drop(DropFilter, 1)
+		b.Drop(DropDisconnected, 1)
 		b.Set(RingUsed, 7)
 		b.Max(RingUsedMax, 7)
 		b.Observe(FrameSize, 1514)
@@ -194,7 +194,7 @@ func TestReadersSeeOneInstant(t *testing.T) {
 			for range 3 {
 				b.Add(Packets, 1)
 				b.Add(Bytes, perFrame)
-				b.Drop(DropFilter, 2)
+				b.Drop(DropDisconnected, 2)
 				b.Observe(FrameSize, perFrame)
 			}
 			b.Publish()
@@ -216,7 +216,7 @@ func TestReadersSeeOneInstant(t *testing.T) {
 			continue
 		}
 		whole++
-		if p := w[Packets]; w[Bytes] != p*perFrame || w[DropFilter] != 2*p {
+		if p := w[Packets]; w[Bytes] != p*perFrame || w[DropDisconnected] != 2*p {
 			t.Fatalf("equal markers, mixed instants: %d packets, %d bytes", p, w[Bytes])
 		}
 	}
@@ -276,7 +276,7 @@ func TestMirrorFollowsEveryWord(t *testing.T) {
 			case 0:
 				b.Add(1+Counter(rand.N(int(endCounters-1))), rand.Uint64())
 			case 1:
-				b.Drop(DropNoBuffer+Reason(rand.N(int(endReasons-DropNoBuffer))), rand.Uint64())
+				b.Drop(DropDisconnected+Reason(rand.N(int(endReasons-DropDisconnected))), rand.Uint64())
 			case 2:
 				b.Set(RingSize+Gauge(rand.N(int(endGauges-RingSize))), rand.Uint64())
 			case 3:
@@ -327,7 +327,7 @@ func TestEveryWordOfTheTableIsUsedOnce(t *testing.T) {
 // A reader of another process trusts the layout hash: when this fails, raise
 // LayoutVersion with the new hash.
 func TestLayoutIsGuarded(t *testing.T) {
-	hashes := map[int]uint64{1: 0x9c5e4ff2408e42dc}
+	hashes := map[int]uint64{1: 0x9c5e4ff2408e42dc, 2: 0xdab3ece7552adb7b}
 	if got := Layout(); got != hashes[LayoutVersion] {
 		t.Errorf("version %d has hash %#x, was %#x", LayoutVersion, got, hashes[LayoutVersion])
 	}

@@ -90,16 +90,13 @@ const (
 )
 
 // A Reason says why one frame was lost. Every reason is a counter of its own and
-// is summed into dropped (lack of something) or errors (something was wrong).
+// is summed into dropped (nothing was wrong with the frame) or errors. There is
+// none for want of a page, a slot or a link: then the frame waits, at the sender
+// or in the ring, and alloc_failed, ring_full and stalls tell of it.
 type Reason uint8
 
 const (
-	DropNoBuffer = Reason(endCounters) + iota
-	DropNoSlot
-	DropLinkDown
-	DropDisconnected
-	DropStalled
-	DropFilter
+	DropDisconnected = Reason(endCounters) + iota
 
 	// Reasons from here on count as errors.
 
@@ -239,7 +236,7 @@ var texts = [wordHists]text{
 	Packets:        {"packets", "frames", "frames moved without an error"},
 	Bytes:          {"bytes", "bytes", "bytes of those frames, Ethernet header included, without FCS"},
 	errorsSum:      {"errors", "frames", "frames lost because something was wrong; the sum of its reasons"},
-	droppedSum:     {"dropped", "frames", "frames lost for lack of something; the sum of its reasons"},
+	droppedSum:     {"dropped", "frames", "frames lost with which nothing was wrong; the sum of its reasons"},
 	Multicast:      {"multicast", "frames", "frames to a group address other than broadcast"},
 	Broadcast:      {"broadcast", "frames", "frames to ff:ff:ff:ff:ff:ff"},
 	Slots:          {"slots", "slots", "ring slots used"},
@@ -270,12 +267,7 @@ var texts = [wordHists]text{
 	PagesQuarantined: {"pages_quarantined", "pages", "pages the peer would not give back, never used again"},
 	MirrorHealed:     {"mirror_healed", "words", "words of the mirror found changed by somebody else and written again"},
 
-	DropNoBuffer:     {"drop_no_buffer", "frames", "no free page"},
-	DropNoSlot:       {"drop_no_slot", "frames", "no free slot in the ring"},
-	DropLinkDown:     {"drop_link_down", "frames", "the other end was not connected"},
 	DropDisconnected: {"drop_disconnected", "frames", "in flight when the connection ended"},
-	DropStalled:      {"drop_stalled", "frames", "queued for a peer that made no progress"},
-	DropFilter:       {"drop_filter", "frames", "refused by the filter"},
 	DropTooLong:      {"drop_too_long", "frames", "longer than allowed"},
 	DropTooShort:     {"drop_too_short", "frames", "shorter than an Ethernet header"},
 	DropBadChain:     {"drop_bad_chain", "frames", "too many slots, or a chain without an end"},
@@ -302,7 +294,7 @@ var histTexts = [endHists]text{
 }
 
 // LayoutVersion is raised when Fields changes what a word of a block means.
-const LayoutVersion = 1
+const LayoutVersion = 2
 
 // Layout is a hash of the meaning of every word of a block. Whoever reads words
 // of another process compares it first.

@@ -47,7 +47,7 @@ func (v *Values) Get(c Counter) uint64 { return v.words[c] }
 // Errors is the number of frames lost because something was wrong.
 func (v *Values) Errors() uint64 { return v.words[errorsSum] }
 
-// Dropped is the number of frames lost for lack of something.
+// Dropped is the number of frames lost with which nothing was wrong.
 func (v *Values) Dropped() uint64 { return v.words[droppedSum] }
 
 // Lost is the number of frames lost for reason r.

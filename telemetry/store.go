@@ -88,16 +88,17 @@ type EventKind uint8
 const (
 	EventState     EventKind = iota + 1 // A: old state, B: new state
 	EventViolation                      // A: slot or index, B: what was found there
-	EventStall                          // A: slots outstanding, B: nanoseconds without progress
+	EventStall                          // A: slots the peer is short of, B: nanoseconds without progress
 	EventRescued                        // A: slots found waiting
 	EventTamper                         // A: words healed
 	EventReset                          // A: resets so far
 	EventReconnect                      // A: epoch
+	EventStallOver                      // A: slots the peer is still short of, B: nanoseconds it lasted
 )
 
 // EventNames are the names of the kinds, from 0, which is no event.
 var EventNames = [...]string{
-	"none", "state", "violation", "stall", "rescued_wakeup", "tamper", "reset", "reconnect",
+	"none", "state", "violation", "stall", "rescued_wakeup", "tamper", "reset", "reconnect", "stall_over",
 }
 
 func (k EventKind) String() string { return nameOf(EventNames[:], int(k)) }

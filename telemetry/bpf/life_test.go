@@ -307,8 +307,8 @@ func TestTotalsOfAnotherLayoutAreNotContinued(t *testing.T) {
 
 func TestSumsOfATornBlockAreMended(t *testing.T) {
 	set := telemetry.NewSet(1)
-	set.RX(0).Drop(telemetry.DropFilter, 3)
-	set.RX(0).Drop(telemetry.DropNoSlot, 4)
+	set.RX(0).Drop(telemetry.DropDisconnected, 3)
+	set.RX(0).Drop(telemetry.DropTooShort, 4)
 	set.RX(0).Drop(telemetry.DropBadID, 5)
 	set.RX(0).Flush()
 	whole := make([]uint64, telemetry.BlockWords)

@@ -133,7 +133,7 @@ func owner() int {
 	count := func(n uint64) {
 		b.Add(telemetry.Packets, n)
 		b.Add(telemetry.Bytes, n*100)
-		b.Drop(telemetry.DropFilter, n)
+		b.Drop(telemetry.DropDisconnected, n)
 	}
 	count(p.Packets)
 	b.Flush()

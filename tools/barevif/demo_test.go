@@ -51,7 +51,7 @@ func TestFlowsBalanceWithWhatWasDropped(t *testing.T) {
 	set.TX(0).Observe(telemetry.BatchSize, 4)
 	set.TX(0).Observe(telemetry.BatchSize, 2)
 	set.RX(0).Add(telemetry.Packets, 997)
-	set.RX(0).Drop(telemetry.DropNoBuffer, 1)
+	set.RX(0).Drop(telemetry.DropDisconnected, 1)
 	set.RX(0).Drop(telemetry.DropBadChain, 1)
 	set.TX(0).Flush()
 	set.RX(0).Flush()
@@ -60,7 +60,7 @@ func TestFlowsBalanceWithWhatWasDropped(t *testing.T) {
 	if f[0].balanced() {
 		t.Error("a frame is missing and nobody says so")
 	}
-	set.RX(0).Drop(telemetry.DropNoBuffer, 1)
+	set.RX(0).Drop(telemetry.DropDisconnected, 1)
 	set.RX(0).Flush()
 	st = set.Snapshot()
 	f = flows(st, st)

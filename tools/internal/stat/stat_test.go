@@ -26,7 +26,7 @@ func device(name string, tx, rx, lost uint64) Device {
 		end.b.Set(telemetry.RingSize, 256)
 		end.b.Set(telemetry.RingUsed, 64)
 	}
-	set.RX(0).Drop(telemetry.DropNoBuffer, lost)
+	set.RX(0).Drop(telemetry.DropDisconnected, lost)
 	set.RX(0).Flush()
 	set.TX(0).Flush()
 	src := bpf.Source{Name: name, Kind: bpf.KindPins, Path: "/sys/fs/bpf/barevif/" + name}
@@ -170,7 +170,7 @@ func TestJSONNamesEveryField(t *testing.T) {
 			}
 		}
 	}
-	if d.Role != "frontend" || *d.Own != 1 || d.Totals.Counters["rx_drop_no_buffer"] != 3 || d.Status.State != "XenbusStateConnected" ||
+	if d.Role != "frontend" || *d.Own != 1 || d.Totals.Counters["rx_drop_disconnected"] != 3 || d.Status.State != "XenbusStateConnected" ||
 		strings.Join(d.Status.Features, " ") != "csum trusted" || d.Rates != nil || len(j.Pairs) != 1 {
 		t.Errorf("device %+v, status %+v", d, d.Status)
 	}
@@ -188,7 +188,7 @@ func TestTextSaysWhatMatters(t *testing.T) {
 	for _, want := range []string{
 		"front-1-2-0  frontend in domain 1 of vif 0, backend in domain 2\n",
 		"Connected, up, MAC", "counters in bpf+pins+iterator, /sys/fs/bpf/barevif/front-1-2-0; process 42, heartbeat 0.3 s ago",
-		"1 234 567  123 456 700", "██······  64/256", "rx lost: no_buffer 3\n",
+		"1 234 567  123 456 700", "██······  64/256", "rx lost: disconnected 3\n",
 		"stale: was Connected, torn", "10.0 s ago: tamper on queue 1: 5 words",
 		"7 in flight", "balanced\n",
 	} {

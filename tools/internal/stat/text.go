@@ -149,7 +149,9 @@ func Event(e telemetry.Event, now time.Time) string {
 	case telemetry.EventTamper:
 		what = fmt.Sprintf("tamper%s: %d words of the mirror were written by somebody else, and healed", where, e.A)
 	case telemetry.EventStall:
-		what = fmt.Sprintf("stall%s: %d slots without progress for %s", where, e.A, Age(time.Duration(e.B)))
+		what = fmt.Sprintf("stall%s: the peer is %d slots short and made no progress for %s", where, e.A, Age(time.Duration(e.B)))
+	case telemetry.EventStallOver:
+		what = fmt.Sprintf("stall%s over after %s", where, Age(time.Duration(e.B)))
 	case telemetry.EventRescued:
 		what = fmt.Sprintf("rescued wake-up%s: %d slots waited", where, e.A)
 	case telemetry.EventReconnect:
