@@ -1,14 +1,17 @@
 // Package appliance is the web server that the command's appliances run: a page
-// that says what served it, files of any size to measure with, counters, and a
-// directory of the user's.
+// that says what served it, files of any size to measure with, a checksum of what is
+// sent to it, counters, and a directory of the user's; and UDP datagrams that are
+// compared byte by byte, at both ends.
 //
 // It reads nothing outside that directory, knows no network, and keeps no state
 // between requests.
 package appliance
 
 import (
+	"crypto/sha256"
 	"fmt"
 	"html/template"
+	"io"
 	"io/fs"
 	"net/http"
 	"strconv"
@@ -21,7 +24,8 @@ import (
 // MaxBlob is the largest file /bytes/ gives, in bytes.
 const MaxBlob = 1 << 40
 
-// maxSum bounds the work one request for a checksum causes, in bytes.
+// maxSum bounds the work one request for a checksum causes, and what one may bring,
+// in bytes.
 const maxSum = 16 << 30
 
 // A Row is a line of the page's table.
@@ -39,10 +43,13 @@ type Config struct {
 //	/                 the page, or the files
 //	/bytes/N          N pseudo-random bytes, the same every time
 //	/bytes/N.sha256   their SHA-256
+//	/sum              the SHA-256 of what is sent there by POST or PUT
 //	/metrics          counters as OpenMetrics text
 func New(cfg Config) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /bytes/{name}", blob)
+	mux.HandleFunc("POST /sum", sum)
+	mux.HandleFunc("PUT /sum", sum) // what curl -T makes
 	mux.Handle("GET /metrics", openmetrics.Handler(cfg.Vifs))
 	if cfg.Files != nil {
 		mux.Handle("/", http.FileServerFS(cfg.Files))
@@ -89,4 +96,14 @@ func blob(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("ETag", fmt.Sprintf(`"%d"`, size)) // parts may be asked for again
 		http.ServeContent(w, r, "", time.Time{}, NewBlob(size))
 	}
+}
+
+func sum(w http.ResponseWriter, r *http.Request) {
+	h := sha256.New()
+	if _, err := io.Copy(h, http.MaxBytesReader(w, r.Body, maxSum)); err != nil {
+		http.Error(w, err.Error(), http.StatusBadRequest) // too much, or it broke off
+		return
+	}
+	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+	fmt.Fprintf(w, "%x  -\n", h.Sum(nil))
 }

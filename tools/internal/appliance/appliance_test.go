@@ -112,6 +112,28 @@ func TestBytesAndTheirSum(t *testing.T) {
 	}
 }
 
+func TestSumOfWhatIsSent(t *testing.T) {
+	h := handler(t, Config{})
+	for _, method := range []string{http.MethodPost, http.MethodPut} {
+		r := httptest.NewRequestWithContext(t.Context(), method, "/sum", NewBlob(1000003))
+		w := httptest.NewRecorder()
+		h.ServeHTTP(w, r)
+		want, err := Sum(t.Context(), 1000003)
+		if err != nil || w.Code != http.StatusOK || w.Body.String() != want+"  -\n" {
+			t.Errorf("%s: %d %q, want %s, %v", method, w.Code, w.Body, want, err)
+		}
+	}
+	broken := io.MultiReader(NewBlob(1000), iotest.ErrReader(io.ErrUnexpectedEOF))
+	w := httptest.NewRecorder()
+	h.ServeHTTP(w, httptest.NewRequestWithContext(t.Context(), http.MethodPost, "/sum", broken))
+	if w.Code != http.StatusBadRequest {
+		t.Errorf("a body that broke off: %d %q", w.Code, w.Body)
+	}
+	if code, _ := get(t, h, "/sum"); code != http.StatusMethodNotAllowed {
+		t.Errorf("a sum of nothing: %d", code)
+	}
+}
+
 func TestThePageSaysWhatServedIt(t *testing.T) {
 	h := handler(t, Config{})
 	code, body := get(t, h, "/")
