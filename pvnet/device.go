@@ -62,7 +62,9 @@ type Config struct {
 	// Counters says where the counters are shown beside the heap. nil: nowhere.
 	Counters telemetry.Store
 
-	// Logger hears of state changes, never of frames. nil: silent.
+	// Logger hears of state changes, never of frames. Of a peer that changes its
+	// state for ever it hears every half minute, and how many lines that stands
+	// for. nil: silent.
 	Logger *slog.Logger
 }
 
@@ -130,6 +132,7 @@ type Device struct {
 	domain hypercall.Domain
 	cfg    Config
 	log    *slog.Logger
+	hush   *hush // of log
 	set    *telemetry.Set
 	tx     []*TX
 	rx     []*RX
@@ -168,16 +171,18 @@ const (
 
 func newDevice(id string, role telemetry.Role, domain hypercall.Domain, cfg Config) *Device {
 	d := &Device{
-		id: id, role: role, domain: domain, cfg: cfg, log: cfg.Logger,
+		id: id, role: role, domain: domain, cfg: cfg,
 		set:     telemetry.NewSet(cfg.queues()),
 		done:    make(chan struct{}),
 		fault:   make(chan *PeerError, 1),
 		changed: make(chan struct{}),
 		last:    LinkEvent{Reason: "not connected yet"},
 	}
-	if d.log == nil {
-		d.log = slog.New(slog.DiscardHandler)
+	q := newQuiet(slog.DiscardHandler)
+	if cfg.Logger != nil {
+		q.Handler = cfg.Logger.Handler()
 	}
+	d.log, d.hush = slog.New(q), q.hush
 	for i := range cfg.queues() {
 		rx, tx := new(RX), new(TX)
 		rx.init(d, i, receive, d.set.RX(i))

@@ -50,9 +50,11 @@ type life struct {
 	leaving error     // why we end; nil: we do not
 	force   time.Time // leaving: when to stop being polite
 
-	refused *xenbus.Change // what the last failed connect was tried on
+	refused *xenbus.Change // what the last step that failed was tried on
 	retryAt time.Time
 	pause   time.Duration
+	pace    pace
+	paced   uint32       // generation the pace is of
 	beats   int          // ticks since the link came up
 	state   xenbus.State // last written, for the event log
 	first   chan error   // told once: up, or why not; nil after
@@ -69,12 +71,9 @@ func (l *life) run(stop context.Context) {
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
 	for l.leaving != ErrHandover && !l.step() {
-		var retry <-chan time.Time
-		switch {
-		case !l.force.IsZero():
-			retry = time.After(time.Until(l.force))
-		case l.refused != nil:
-			retry = time.After(time.Until(l.retryAt))
+		var again <-chan time.Time
+		if at := l.again(); !at.IsZero() {
+			again = time.After(time.Until(at))
 		}
 		ended := stop.Done()
 		if l.leaving != nil {
@@ -92,8 +91,7 @@ func (l *life) run(stop context.Context) {
 			l.violated(v)
 		case <-ended:
 			l.leave(context.Cause(stop))
-		case <-retry:
-			l.refused = nil
+		case <-again:
 		case <-tick.C:
 			l.beat()
 		case <-l.recheck:
@@ -101,6 +99,7 @@ func (l *life) run(stop context.Context) {
 		}
 	}
 	l.release()
+	l.d.hush.catchUp(true)
 	ctx, cancel := l.patiently()
 	l.role.finished(ctx, l.xd)
 	cancel()
@@ -154,27 +153,29 @@ func (l *life) beat() {
 		}
 	}()
 	l.d.set.Tick()
+	l.d.hush.catchUp(false)
 	known := l.suspects
 	l.suspects = nil
 	if !l.running {
 		return
 	}
 	if l.beats++; l.beats > 5 {
-		l.pause = 0 // it was worth connecting
+		l.pause, l.pace = 0, pace{} // it was worth connecting
 	}
 	mirrored := l.d.cfg.Counters != nil
 	for i, q := range l.conn.queues {
 		for _, s := range []suspect{{half: &l.d.tx[i].half, eng: q.tx, park: q.txPark}, {half: &l.d.rx[i].half, eng: q.rx, park: q.rxPark}} {
+			s.eng.sample()
 			if s.seq = s.half.parked.Load(); s.seq%2 == 1 && s.eng.overdue() {
-				l.suspects = append(l.suspects, s.since(known))
-			}
-			if mirrored {
-				s.half.remind()
+				l.suspects = append(l.suspects, s.since(known)) // a reminder would hide what it missed
+			} else if mirrored {
+				s.half.remind(dueHeal)
 			}
 		}
 		if l.d.tx[i].parked.Load()%2 == 1 && q.tx.answered() {
-			q.txPark.wake() // fewer answers than it waits for may be all there are
+			l.d.tx[i].rouse(q.txPark) // fewer answers than it waits for may be all there are
 		}
+		l.d.tx[i].watch(q.tx, time.Now())
 	}
 	if len(l.suspects) > 0 {
 		l.recheck = time.After(graceOfEvents)
@@ -239,15 +240,53 @@ func (l *life) rescue() {
 		}
 		s.half.rescue.Store(s.seq)
 		l.d.set.Record(telemetry.EventRescued, s.half.queue, 0, 0)
-		s.park.wake()
+		s.half.rouse(s.park)
 	}
 }
+
+// again is when to look at the device though nothing has changed; zero: never.
+func (l *life) again() time.Time {
+	switch at := l.pace.until; {
+	case !l.force.IsZero():
+		return l.force
+	case l.refused != nil && (at.IsZero() || l.retryAt.Before(at)):
+		return l.retryAt
+	default:
+		return at
+	}
+}
+
+// held reports whether nothing is to be done now: the step that failed is not
+// tried again so soon, or the peer changes its mind too fast. What the toolstack
+// does, and our own leaving, is not held up by the peer.
+func (l *life) held(ch xenbus.Change) bool {
+	if l.leaving != nil {
+		return false
+	}
+	if l.paced != ch.Generation { // made anew, which no peer can do
+		l.paced, l.pace = ch.Generation, pace{}
+	}
+	now := time.Now()
+	if !now.Before(l.pace.until) {
+		l.pace.until = time.Time{}
+	}
+	if l.refused != nil && !now.Before(l.retryAt) {
+		l.refused = nil
+	}
+	return l.refused != nil && *l.refused == ch ||
+		!l.pace.until.IsZero() && ch.Online && !ch.Gone && !ch.Lost
+}
+
+func (l *life) move() { l.pace.move(time.Now()) }
 
 // step does what the handshake says until there is nothing to do but wait. It
 // reports true when the life is over.
 func (l *life) step() (over bool) {
 	for range 32 { // the handshake comes to rest after a few
 		ch := l.xd.Current()
+		if l.held(ch) {
+			return false
+		}
 		s := xenbus.Next(l.kind, xenbus.Facts{
 			Change: ch, Attached: l.attached, Leaving: l.leaving != nil,
 			Adopt: l.leaving == nil,
@@ -300,6 +339,7 @@ func (l *life) cut(ch xenbus.Change) bool {
 }
 
 func (l *life) write(s xenbus.State) bool {
+	l.move()
 	ctx, cancel := l.patiently()
 	defer cancel()
 	if err := l.xd.SetState(ctx, s); err != nil {
@@ -317,6 +357,7 @@ func (l *life) write(s xenbus.State) bool {
 
 // try runs a step that talks to xenstore, and puts it off if it fails.
 func (l *life) try(what string, f func(context.Context, *xenbus.Device) error) bool {
+	l.move()
 	ctx, cancel := l.patiently()
 	defer cancel()
 	if err := f(ctx, l.xd); err != nil {
@@ -327,14 +368,12 @@ func (l *life) try(what string, f func(context.Context, *xenbus.Device) error) b
 	return true
 }
 
-// connect attaches to the peer unless that failed already and nothing changed.
+// connect attaches to the peer.
 func (l *life) connect(ch xenbus.Change) bool {
 	if l.conn != nil {
 		return true
 	}
-	if l.refused != nil && *l.refused == ch && time.Now().Before(l.retryAt) {
-		return false
-	}
+	l.move()
 	ctx, cancel := l.patiently()
 	defer cancel()
 	c := new(conn)
@@ -382,9 +421,13 @@ func (l *life) resume() {
 	if l.running {
 		return
 	}
+	l.move()
 	l.running, l.refused, l.beats = true, nil, 0
 	_, dom := l.xd.Peer()
 	l.d.up(l.conn, dom)
+	if n := l.d.epoch.Load(); n > 1 {
+		l.d.set.Record(telemetry.EventReconnect, telemetry.NoQueue, n, 0)
+	}
 	l.d.setStatus(l.xd.Current().Own)
 	l.d.log.Info("link up", "vif", l.d.id, "peer", dom, "queues", len(l.conn.queues), "memory", l.d.Budget().String())
 	l.tell(nil)
@@ -395,6 +438,7 @@ func (l *life) suspend(ch xenbus.Change) {
 	if !l.running {
 		return
 	}
+	l.move()
 	l.running = false
 	reason := fmt.Sprintf("the other end is %v", ch.Peer)
 	switch {
