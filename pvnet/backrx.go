@@ -45,6 +45,8 @@ type backRX struct {
 	rsp    [256]netif.TxResponse
 	nrsp   int
 	placed [64]placedFrame
+
+	stopwatch
 }
 
 // A txPacket is a frame as its requests describe it, all taken and checked.
@@ -88,9 +90,15 @@ func (e *backRX) receive(frames []Frame, into bool) (n int, err error) {
 			err = ErrNoBuffers
 			break
 		}
+		if n == 0 {
+			e.begin()
+		}
 		e.place(f, &e.placed[n])
 		e.have = false
 		n++
+	}
+	if n > 0 && (n == limit || e.nops+maxFrameOps > batchOps) {
+		e.count.Add(telemetry.PollsFull, 1)
 	}
 	n = e.copy(frames, n, into)
 	e.show()
@@ -163,8 +171,14 @@ func (e *backRX) copy(frames []Frame, n int, into bool) int {
 		if !ok {
 			e.count.Add(telemetry.GrantErrors, failed)
 			e.refuse(p)
-		} else if f.csum == ChecksumPartial && !f.completeChecksum() {
-			ok, reason = false, telemetry.DropBadCsum // answered OKAY, as Linux does
+		} else if f.csum == ChecksumPartial {
+			if f.completeChecksum() {
+				e.count.Add(telemetry.CsumPartial, 1)
+			} else {
+				ok, reason = false, telemetry.DropBadCsum // answered OKAY, as Linux does
+			}
+		} else if f.csum == ChecksumVerified {
+			e.count.Add(telemetry.CsumVerified, 1)
 		}
 		if !ok {
 			e.count.Drop(reason, 1)
@@ -199,7 +213,9 @@ func (e *backRX) show() {
 	}
 	n := e.nrsp
 	e.nrsp = 0
-	if e.ring.Publish() {
+	notify := e.ring.Publish()
+	e.end(e.count)
+	if notify {
 		e.count.Add(telemetry.NotifiesSent, 1)
 		e.port.Notify()
 	} else if n > 0 {

@@ -25,6 +25,9 @@ type backTX struct {
 	rsp    [256]netif.RxResponse
 	nrsp   int
 	placed [64]placedFrame
+
+	stopwatch
+	shortage
 }
 
 func (e *backTX) alloc(frames []Frame, size int) (n int, err error) {
@@ -45,12 +48,17 @@ func (e *backTX) send(frames []Frame) (n int, err error) {
 			if err = e.put(&frames[n+k], &e.placed[k]); err != nil {
 				break
 			}
+			if k == 0 {
+				e.begin()
+			}
 			k++
 		}
 		e.copy(frames[n : n+k])
 		n += k
 	}
-	if e.ring.Publish() {
+	notify := e.ring.Publish()
+	e.end(e.count)
+	if notify {
 		e.count.Add(telemetry.NotifiesSent, 1)
 		e.port.Notify()
 	} else if n > 0 {
@@ -58,6 +66,7 @@ func (e *backTX) send(frames []Frame) (n int, err error) {
 	}
 	if err == ErrFull {
 		e.count.Add(telemetry.RingFull, 1)
+		e.lack(e.ring.Consumed() + uint32(e.wants(&frames[n]).slots))
 	}
 	return n, err
 }
@@ -183,7 +192,13 @@ func (e *backTX) arm(n need) (bool, error) {
 	return more, nil
 }
 
+func (e *backTX) rested() error { return nil }
+
 func (e *backTX) answered() bool { return e.ring.Overdue() }
+
+func (e *backTX) standing() (index, goal, tries uint32) {
+	return e.ring.Peer(), e.goal.Load(), e.tries.Load()
+}
 
 func (e *backTX) ready(slots int) bool {
 	n, err := e.ring.Reload()

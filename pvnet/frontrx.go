@@ -105,6 +105,9 @@ func (e *frontRX) receive(frames []Frame, into bool) (n int, err error) {
 		t.add(f, e.next.n, f.Bytes())
 		n++
 	}
+	if n > 0 && n == len(frames) {
+		e.count.Add(telemetry.PollsFull, 1)
+	}
 	e.show()
 	t.count(e.ring.Size()-e.ring.Free(), e.pool.Free())
 	if n > 0 && (err == ErrNoBuffers || err == ErrShortFrame) {
@@ -299,6 +302,10 @@ func (e *frontRX) ready(int) bool {
 func (e *frontRX) consumed() uint32 { return e.ring.Consumed() }
 
 func (e *frontRX) overdue() bool { return e.ring.Overdue() }
+
+// sample does nothing: a posted page is answered when a frame comes, so the time
+// that takes is how idle the link was.
+func (e *frontRX) sample() {}
 
 func (e *frontRX) drain() {
 	if e.have {

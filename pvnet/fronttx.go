@@ -18,6 +18,11 @@ type frontTX struct {
 	scatter bool    // the peer takes frames of several slots
 	state   []uint8 // by buffer, which is by id
 	count   *telemetry.Block
+
+	stopwatch
+	shortage
+	last  uint32 // buffer of the last request put
+	timed uint32 // buffer of the request that is timed
 }
 
 // What a buffer is in the ring as.
@@ -42,17 +47,26 @@ func (e *frontTX) alloc(frames []Frame, size int) (n int, err error) {
 	}
 	if n == 0 {
 		e.count.Add(telemetry.AllocFailed, 1)
+		e.short(need{bufs: buffersFor(size)})
 	}
 	return n, nil
 }
 
 func (e *frontTX) send(frames []Frame) (n int, err error) {
+	if e.runs {
+		if err = e.reap(); err != nil {
+			return 0, err
+		}
+	}
 	t := tally{block: e.count}
 	for n < len(frames) {
 		if err = e.put(&frames[n], &t); err != nil {
 			break
 		}
 		n++
+	}
+	if n > 0 && e.begin() {
+		e.timed = e.last
 	}
 	if e.ring.Publish() {
 		e.count.Add(telemetry.NotifiesSent, 1)
@@ -63,8 +77,15 @@ func (e *frontTX) send(frames []Frame) (n int, err error) {
 	t.count(e.ring.Size()-e.ring.Free(), e.bufs.Free())
 	if err == ErrFull {
 		e.count.Add(telemetry.RingFull, 1)
+		e.short(e.wants(&frames[n]))
 	}
 	return n, err
+}
+
+// short says what there has to be for n.
+func (e *frontTX) short(n need) {
+	missing := max(n.slots-int(e.ring.Free()), n.bufs-e.bufs.Free(), 0)
+	e.lack(e.ring.Consumed() + min(uint32(missing), e.ring.InFlight()))
 }
 
 // put fills the slots of one frame, and takes it over.
@@ -99,6 +120,7 @@ func (e *frontTX) put(f *Frame, t *tally) error {
 	}
 	t.add(f, int(need), e.bufs.Bytes(i)[f.off:f.off+f.n])
 	r := netif.TxRequest{Ref: e.refs[i], Offset: f.off, ID: uint16(i), Size: uint16(f.total)}
+	e.last = i
 	if f.pieces <= 1 {
 		e.ring.Put(r)
 		e.state[i] = idFirst
@@ -169,6 +191,7 @@ func (e *frontTX) reap() error {
 		}
 		id := uint32(r.ID)
 		if id >= uint32(len(e.state)) || e.state[id] == idFree {
+			e.misanswered()
 			return e.violation("response id is not outstanding")
 		}
 		if r.Status < 0 && e.state[id] == idFirst {
@@ -177,7 +200,22 @@ func (e *frontTX) reap() error {
 		e.state[id] = idFree
 		e.bufs.Put(id)
 	}
+	if e.runs {
+		e.look(e.count, e.state[e.timed] == idFree)
+	}
 	return nil
+}
+
+// misanswered counts a frame that a response with a wrong id was for. Which one it
+// was nobody knows; the others in flight are lost with the connection.
+func (e *frontTX) misanswered() {
+	for id, s := range e.state {
+		if s == idFirst {
+			e.state[id] = idMore
+			e.count.Drop(telemetry.DropBadID, 1)
+			return
+		}
+	}
 }
 
 func (e *frontTX) violation(reason string) error {
@@ -216,7 +254,21 @@ func (e *frontTX) arm(n need) (bool, error) {
 	return more, nil
 }
 
+func (e *frontTX) rested() error {
+	if !e.runs {
+		return nil
+	}
+	e.waited = true
+	err := e.reap()
+	e.waited = false
+	return err
+}
+
 func (e *frontTX) answered() bool { return e.ring.Answered() }
+
+func (e *frontTX) standing() (index, goal, tries uint32) {
+	return e.ring.Peer(), e.goal.Load(), e.tries.Load()
+}
 
 func (e *frontTX) ready(int) bool {
 	n, err := e.ring.Poll()
@@ -226,6 +278,7 @@ func (e *frontTX) ready(int) bool {
 func (e *frontTX) overdue() bool { return e.ring.Overdue() }
 
 func (e *frontTX) drain() {
+	e.runs = false
 	e.reap() // a violation no longer matters
 	for id, s := range e.state {
 		if s == idFree {

@@ -87,10 +87,10 @@ type half struct {
 	count  *telemetry.Block          // written by whoever is inside the gate
 	recent int                       // frames counted since the last publish; inside the gate
 	worked bool                      // anything moved since the last rest; inside the gate
-	woken  bool                      // the last rest ended by an event, or a nudge; inside the gate
 	parked atomic.Uint32             // odd while the owner waits, and never the same twice
 	rescue atomic.Uint32             // the wait, by its number, that the watchdog ended
-	heal   atomic.Bool               // it is time to compare the counters with their mirror
+	roused atomic.Pointer[rousing]   // the latest wait that the slow tick ended
+	due    atomic.Uint32             // what the slow tick wants done inside the gate: dueHeal, ...
 	spins  int                       // looks at the ring before waiting; written behind the shut gate
 }
 
@@ -142,25 +142,65 @@ func (h *half) counted(frames int) {
 	}
 }
 
-// refresh heals the mirror if it is time. The caller is inside the gate.
+// What the slow tick wants done inside the gate.
+const (
+	dueHeal  = 1 << iota // compare the counters with their mirror
+	dueStall             // count a stall
+)
+
+// refresh does what is due. The caller is inside the gate.
 func (h *half) refresh() {
-	if h.heal.Load() {
-		h.heal.Store(false)
+	if h.due.Load() != 0 {
+		h.attend(h.due.Swap(0))
+	}
+}
+
+func (h *half) attend(due uint32) {
+	if due&dueStall != 0 {
+		h.count.Add(telemetry.Stalls, 1)
+		h.count.Publish()
+	}
+	if due&dueHeal != 0 {
 		h.count.Refresh()
 	}
 }
 
-// remind has the mirror healed: at once if nobody is inside the gate, else by who
-// is.
-func (h *half) remind() {
+// remind has something done: at once if nobody is inside the gate, else by who is.
+func (h *half) remind(due uint32) {
 	if h.gate.state.CompareAndSwap(gateOpen, gateReading) {
-		h.count.Refresh()
+		h.attend(due)
 		h.gate.state.Store(gateOpen)
 		return
 	}
-	h.heal.Store(true)
+	h.due.Or(due)
 	if p := h.park.Load(); p != nil && h.parked.Load()%2 == 1 {
-		p.wake()
+		h.rouse(p)
+	}
+}
+
+// A rousing is when the slow tick ended a wait.
+type rousing struct {
+	wait uint32 // by its number
+	at   time.Time
+}
+
+// rouse wakes the owner if it waits at p, and has it say how long that took.
+func (h *half) rouse(p *parker) {
+	if seq := h.parked.Load(); seq%2 == 1 {
+		h.roused.Store(&rousing{seq, time.Now()})
+	}
+	p.wake()
+}
+
+// awake counts what it took to wake up, if the slow tick ended the wait.
+func (h *half) awake(wait uint32) {
+	r := h.roused.Load()
+	if r == nil {
+		return
+	}
+	h.roused.CompareAndSwap(r, nil)
+	if r.wait == wait {
+		h.count.Observe(telemetry.WakeupLatency, uint64(time.Since(r.at)))
 	}
 }
 
@@ -202,16 +242,24 @@ func (h *half) expired() bool {
 
 // rest parks inside the gate until there may be something to do.
 func (h *half) rest() error {
-	worked := h.worked
-	if h.woken && !worked {
+	p := h.park.Load()
+	if p.answer(h.dir, h.worked) {
 		h.count.Add(telemetry.EventsSpurious, 1)
 	}
 	h.recent, h.worked = 0, false
 	h.count.Add(telemetry.Parks, 1)
 	h.count.Flush()
 	seq := h.parked.Add(1)
-	err := h.park.Load().wait(h.dir, h.deadline(), worked)
+	var event bool
+	var err error
+	if h.due.Load() == 0 { // or remind sees that we wait
+		event, err = p.wait(h.dir, h.deadline())
+	}
 	h.parked.Add(1)
+	h.awake(seq)
+	if event {
+		h.count.Add(telemetry.Events, 1)
+	}
 	if err == net.ErrClosed && h.gate.state.Load() == gateBusy {
 		// Our own teardown shuts the gate before it closes the waiter. So the
 		// domain itself is gone, and waiting again would never end.
@@ -232,6 +280,10 @@ type engine interface {
 	// overdue reports whether what arm asked for is there. The watchdog calls it
 	// while the owner waits.
 	overdue() bool
+
+	// sample has a request timed, where that says something of the peer or of us.
+	// The slow tick calls it.
+	sample()
 
 	// drain counts what the end of the connection loses, and takes every page
 	// home. The gate is shut.

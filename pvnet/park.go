@@ -27,6 +27,8 @@ type parker struct {
 	leading   bool    // guarded by mu
 	following bool    // guarded by mu
 	woken     [2]bool // guarded by mu: look before waiting
+	nudged    bool    // guarded by mu: a Wake has been asked for that no Wait has returned for
+	fired     bool    // guarded by mu: an event ended the last Wait
 	asked     [2]bool // guarded by mu: has yet to say whether the last event was for it
 	useful    bool    // guarded by mu: one of those asked had work
 	worked    bool    // guarded by mu: the answer of all who were asked, once they gave it
@@ -37,34 +39,41 @@ func newParker(w hypercall.Waiter) *parker {
 	return &parker{w: w, follow: make(chan struct{}, 1)}
 }
 
-// wait parks half d until an event, a wake, or the deadline. worked says whether
-// the last wake-up brought work. Errors are those of [hypercall.Waiter].Wait.
-func (p *parker) wait(d direction, deadline time.Time, worked bool) error {
+// wait parks half d until an event, a wake, or the deadline, and reports whether
+// it was an event, to one half if they share a channel. Errors are those of
+// [hypercall.Waiter].Wait.
+func (p *parker) wait(d direction, deadline time.Time) (event bool, err error) {
 	p.mu.Lock()
-	p.answerLocked(d, worked)
 	if p.woken[d] {
 		p.woken[d] = false
 		p.mu.Unlock()
-		return nil
+		return false, nil
 	}
 	if p.leading {
-		return p.waitBehindLocked(d, deadline)
+		return false, p.waitBehindLocked(d, deadline)
 	}
 	p.leading = true
-	worked = p.worked
+	worked := p.worked
 	p.doubted = !worked
 	p.mu.Unlock()
 
-	err := p.w.Wait(deadline, worked)
+	err = p.w.Wait(deadline, worked)
 
 	p.mu.Lock()
+	// With both an event and a wake the Wait after this one returns at once, and
+	// is taken for the event's.
+	event = err == nil && !p.nudged
+	if err == nil {
+		p.nudged = false
+	}
+	p.fired = event
 	p.leading = false
 	p.woken[d] = false
 	p.woken[1-d] = true
 	p.asked[d], p.asked[1-d], p.useful = true, p.following, false
 	p.passLocked()
 	p.mu.Unlock()
-	return err
+	return event, err
 }
 
 // mayHold reports whether the wait under way may be one in which the waiter holds
@@ -75,18 +84,22 @@ func (p *parker) mayHold() bool {
 	return p.doubted
 }
 
-// answerLocked takes in whether half d had work since it was woken. Until all that
-// were woken have said so the verdict on the event before stands.
-func (p *parker) answerLocked(d direction, worked bool) {
+// answer takes in whether half d had work since it was woken. Until all that were
+// woken have said so the verdict on the event before stands. It reports whether
+// it is now known that an event was for nothing.
+func (p *parker) answer(d direction, worked bool) (spurious bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.useful = p.useful || worked
 	if !p.asked[d] {
-		p.useful = p.useful || worked
-		return
+		return false
 	}
 	p.asked[d] = false
-	p.useful = p.useful || worked
-	if p.asked == [2]bool{} {
-		p.worked = p.useful
+	if p.asked != [2]bool{} {
+		return false
 	}
+	p.worked = p.useful
+	return p.fired && !p.useful
 }
 
 // waitBehindLocked waits while the other half leads. It releases mu.
@@ -127,6 +140,7 @@ func (p *parker) passLocked() {
 func (p *parker) wake() {
 	p.mu.Lock()
 	p.woken = [2]bool{true, true}
+	p.nudged = true
 	p.passLocked()
 	p.mu.Unlock()
 	p.w.Wake()

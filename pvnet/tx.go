@@ -10,7 +10,8 @@ import (
 // but SetDeadline, must not be called by two goroutines at once.
 type TX struct {
 	half
-	eng sender // of the connection; written by the life goroutine behind the shut gate
+	eng   sender // of the connection; written by the life goroutine behind the shut gate
+	stall stall  // the life goroutine's alone
 }
 
 // A sender moves frames into one connection's ring.
@@ -31,9 +32,17 @@ type sender interface {
 	// there already is.
 	arm(n need) (more bool, err error)
 
+	// rested takes in what there is after a wait.
+	rested() error
+
 	// answered reports whether anything came back since arm. The watchdog calls
 	// it while the owner waits.
 	answered() bool
+
+	// standing is where the peer's index stands, where it has to get for the call
+	// that last found no room, and how many calls found none. The slow tick calls
+	// it.
+	standing() (index, goal, tries uint32)
 
 	engine
 }
@@ -62,6 +71,9 @@ func (tx *TX) AllocSize(frames []Frame, size int) int {
 		return 0
 	}
 	n, err := tx.eng.alloc(frames, size)
+	if n == 0 {
+		tx.refresh()
+	}
 	tx.leaveWith(err)
 	return n
 }
@@ -103,6 +115,9 @@ func (tx *TX) Send(frames []Frame) (n int, err error) {
 	}
 	n, err = tx.eng.send(frames)
 	tx.counted(n)
+	if err == ErrFull {
+		tx.refresh()
+	}
 	return n, tx.leaveWith(err)
 }
 
@@ -146,6 +161,9 @@ func (tx *TX) wait(n need) error {
 		err = tx.rest()
 	case tx.expired():
 		err = errTimeout
+	}
+	if v := tx.eng.rested(); v != nil {
+		err = v
 	}
 	return tx.leaveWith(err)
 }

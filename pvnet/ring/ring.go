@@ -207,6 +207,10 @@ func (f *Front[Req, Rsp]) Answered() bool { return f.rsp.prod.Load() != f.rsp.ba
 // call it while the page is mapped: a watchdog does, for an owner that waits.
 func (f *Front[Req, Rsp]) Overdue() bool { return f.rsp.overdue() }
 
+// Peer is the peer's index as it stands, unchecked: for a watchdog that compares it
+// with where it stood before. Any goroutine may call it while the page is mapped.
+func (f *Front[Req, Rsp]) Peer() uint32 { return f.rsp.prod.Load() }
+
 // A Back takes requests and produces responses.
 type Back[Req, Rsp any] struct {
 	req observer[Req]
@@ -284,3 +288,7 @@ func (b *Back[Req, Rsp]) Arm(after uint32) (more bool, err error) {
 // Overdue reports whether the requests Arm asked for are there. Any goroutine may
 // call it while the page is mapped: a watchdog does, for an owner that waits.
 func (b *Back[Req, Rsp]) Overdue() bool { return b.req.overdue() }
+
+// Peer is the peer's index as it stands, unchecked: for a watchdog that compares it
+// with where it stood before. Any goroutine may call it while the page is mapped.
+func (b *Back[Req, Rsp]) Peer() uint32 { return b.req.prod.Load() }
