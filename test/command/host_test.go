@@ -13,6 +13,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -22,6 +23,7 @@ import (
 	"barevif/test/xenstored"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 )
 
 // A site is a host with the processes that joined it.
@@ -208,6 +210,55 @@ func TestHostBackServe(t *testing.T) {
 	if _, err := net.InterfaceByName("vif1.0"); err == nil {
 		t.Error("the TAP is left behind")
 	}
+}
+
+// Datagrams are compared on their way to the appliance and back, and between two
+// kernels: one has the vif by attach, in a network namespace of its own.
+func TestAttachAndCheck(t *testing.T) {
+	if !namespace(t) {
+		return
+	}
+	needTAP(t)
+	nsenter, err := exec.LookPath("nsenter")
+	if err != nil {
+		t.Skip("nsenter is not installed: ", err)
+	}
+	s := newSite(t)
+	b := s.back("--addr", "10.9.0.1/24")
+	check := func(args ...string) *process {
+		return start(t, nil, s.bin, append([]string{"check"}, args...)...)
+	}
+	g := s.serve("--check", "7007")
+	b.await("connected to domain 1", 1)
+	g.await("serving http://10.9.0.2/", 1)
+	wants(t, check("--sizes", "1-1472:7,4000,65507", "10.9.0.2").exit(0), "213 datagrams", " 0 lost, 0 wrong")
+	g.signal(syscall.SIGTERM)
+	g.exit(0)
+	wants(t, check("--sizes", "1-3", "--patience", "100ms", "10.9.0.2").exit(1), "3 of 3 datagrams are lost")
+
+	g = start(t, &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET}, s.bin, "attach", "--emu", s.socket, "--tap", "card%i", "--addr", "10.9.0.2/24")
+	g.await("the kernel has it as card0", 1)
+	net := fmt.Sprintf("--net=/proc/%d/ns/net", g.cmd.Process.Pid)
+	other := start(t, nil, nsenter, net, s.bin, "check", "--answer")
+	other.await("answering at", 1)
+	ping(t, "10.9.0.2")
+	neighbours, err := os.ReadFile("/proc/self/net/arp")
+	if err != nil {
+		t.Fatal(err)
+	}
+	wants(t, string(neighbours), "00:16:3e:00:01:00")
+	wants(t, check("--sizes", "1-1472:7,4000,65507", "10.9.0.2").exit(0), "213 datagrams", " 0 lost, 0 wrong")
+	other.signal(syscall.SIGTERM)
+	other.exit(0)
+	wants(t, check("10.9.0.2").exit(1), "next: ")
+
+	b.signal(syscall.SIGKILL)
+	<-b.done
+	b = s.back("--addr", "10.9.0.1/24")
+	b.await("connected to domain 1", 1)
+	ping(t, "10.9.0.2")
+	g.signal(syscall.SIGTERM)
+	wants(t, g.exit(0), "vif 0: connected again", "vif 0: gone; ")
 }
 
 func TestADomainEndsWithItsHost(t *testing.T) {

@@ -83,6 +83,16 @@ func TestMistakesAreExplained(t *testing.T) {
 		{"serve --emu " + s.socket + " --xen", usage, []string{"emu", "xen"}},
 		{"serve --take", usage, []string{"--xen"}},
 
+		{"attach --emu " + s.socket + " --addr moon", usage, []string{"10.9.0.2/24"}},
+		{"attach --emu " + s.socket + " --wait 200ms", failed, []string{"waited 200ms", "backend"}},
+		{"attach --take", usage, []string{"--xen"}},
+		{"check", usage, []string{"whom", "--answer"}},
+		{"check --answer --lost 3", usage, []string{"answer", "lost"}},
+		{"check --port 0 127.0.0.1", usage, []string{"--port"}},
+		{"check --sizes 5-1 127.0.0.1", usage, []string{"--sizes"}},
+		{"check --lost 101 127.0.0.1", usage, []string{"--lost"}},
+		{"check --patience 0 127.0.0.1", usage, []string{"--patience"}},
+
 		{"back --queues 65", usage, []string{"--queues"}},
 		{"back --addr moon", usage, []string{"10.9.0.1/24"}},
 		{"back --addr x.0=10.9.0.1/24", usage, []string{"DOM.ID"}},

@@ -23,6 +23,7 @@ type applianceConfig struct {
 	addr    netip.Prefix
 	gateway netip.Addr // zero: none
 	port    uint16     // 0: 80
+	check   uint16     // UDP, for datagrams that are compared; 0: none
 	root    *os.Root   // taken over; nil: the page
 	own     uint16     // the domain's number
 }
@@ -32,11 +33,11 @@ type app struct {
 	addr   string     // without the port if it is HTTP's
 	failed chan error // why it ended on its own
 
-	stack  *netstack.Stack
-	server *http.Server
-	root   *os.Root
-	ended  chan struct{}
-	once   sync.Once
+	stack   *netstack.Stack
+	server  *http.Server
+	root    *os.Root
+	serving sync.WaitGroup
+	once    sync.Once
 }
 
 func startAppliance(dev *pvnet.Device, cfg applianceConfig) (*app, error) {
@@ -54,12 +55,24 @@ func startAppliance(dev *pvnet.Device, cfg applianceConfig) (*app, error) {
 	}
 	a := &app{
 		addr: cfg.addr.Addr().String(), failed: make(chan error, 1),
-		stack: s, root: cfg.root, ended: make(chan struct{}),
+		stack: s, root: cfg.root,
 	}
 	if cfg.port != 80 {
 		a.addr = net.JoinHostPort(a.addr, strconv.Itoa(int(cfg.port)))
 	} else if cfg.addr.Addr().Is6() {
 		a.addr = "[" + a.addr + "]"
+	}
+	if cfg.check != 0 {
+		c, err := s.ListenPacket("udp", ":"+strconv.Itoa(int(cfg.check)))
+		if err != nil {
+			s.Close()
+			return nil, err
+		}
+		a.serving.Go(func() {
+			if err := appliance.Answer(c); !errors.Is(err, net.ErrClosed) {
+				a.fail(fmt.Errorf("answer datagrams: %w", err))
+			}
+		})
 	}
 	began := time.Now()
 	pages := appliance.Config{
@@ -72,13 +85,20 @@ func startAppliance(dev *pvnet.Device, cfg applianceConfig) (*app, error) {
 		pages.Files = cfg.root.FS()
 	}
 	a.server = &http.Server{Handler: appliance.New(pages), ReadHeaderTimeout: 10 * time.Second, IdleTimeout: time.Minute}
-	go func() {
-		defer close(a.ended)
+	a.serving.Go(func() {
 		if err := a.server.Serve(l); !errors.Is(err, http.ErrServerClosed) && !errors.Is(err, net.ErrClosed) {
-			a.failed <- fmt.Errorf("serve HTTP: %w", err)
+			a.fail(fmt.Errorf("serve HTTP: %w", err))
 		}
-	}()
+	})
 	return a, nil
+}
+
+// fail says why the appliance ended on its own, if nothing else said it before.
+func (a *app) fail(err error) {
+	select {
+	case a.failed <- err:
+	default:
+	}
 }
 
 // close ends every connection. It is idempotent; the device stays connected.
@@ -89,7 +109,7 @@ func (a *app) close() (err error) {
 			err = nil // the device ended first, and the stack with it
 		}
 		a.stack.Close()
-		<-a.ended
+		a.serving.Wait()
 		if a.root != nil {
 			err = errors.Join(err, a.root.Close())
 		}

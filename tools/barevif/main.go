@@ -100,7 +100,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	root.SetErr(stderr)
 	root.PersistentFlags().CountVarP(&p.verbose, "verbose", "v", "log to stderr what happens; twice: in detail")
 	root.SetHelpTemplate(root.HelpTemplate() + exitCodes)
-	for _, add := range []func(*program) *cobra.Command{demoCommand, hostCommand, backCommand, serveCommand, statCommand, xenCommand, benchCommand} {
+	for _, add := range []func(*program) *cobra.Command{demoCommand, hostCommand, backCommand, serveCommand, attachCommand, checkCommand, statCommand, xenCommand, benchCommand} {
 		root.AddCommand(add(p))
 	}
 	noteStart(root, &started)

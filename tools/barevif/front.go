@@ -1,0 +1,156 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"barevif/hypercall/xendev"
+	"barevif/pvnet"
+	"barevif/telemetry"
+	"barevif/xenbus"
+
+	"github.com/spf13/cobra"
+)
+
+// A front is a command that owns a vif of its domain.
+type front struct {
+	*program
+	domain   domainFlags
+	counters counterFlag
+	vif      string
+	wait     time.Duration
+	queues   int
+	take     bool
+}
+
+func (f *front) register(cmd *cobra.Command) {
+	f.domain.register(cmd, 1)
+	f.counters.register(cmd)
+	cmd.Flags().StringVar(&f.vif, "vif", "0", "`id` of the vif")
+	cmd.Flags().DurationVar(&f.wait, "wait", 30*time.Second, "give up if no backend connects within this `time`; 0: wait for ever")
+	cmd.Flags().BoolVar(&f.take, "take", false, "with --xen: unbind the vif from the kernel's driver first")
+}
+
+// A use is what a vif is for, and runs beside the device.
+type use struct {
+	says   string       // to whom started the command
+	failed <-chan error // why it ended on its own
+	close  func() error // after the device has ended
+}
+
+// own connects to the vif and uses it until a signal, or until something has ended
+// that should not.
+func (f *front) own(ctx context.Context, begin func(*domain, *pvnet.Device) (*use, error)) error {
+	if f.wait < 0 {
+		return badValue("wait", f.wait.String(), "a time to wait")
+	}
+	if f.take && !f.domain.xen {
+		return &advice{err: errors.New("--take is for a real Xen"), next: "give --xen too", usage: true}
+	}
+	counters, err := f.counters.store()
+	if err != nil {
+		return err
+	}
+	dom, err := f.domain.open(ctx)
+	if err != nil {
+		return err
+	}
+	defer dom.close()
+	if f.domain.xen {
+		if err := f.free(); err != nil {
+			return err
+		}
+	}
+	signals := ctx
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	dom.watch(ctx, cancel)
+
+	fmt.Fprintf(f.stdout, "domain %d: vif %s waits for its backend\n", dom.ID(), f.vif)
+	dev, err := f.connect(ctx, dom, counters)
+	if err != nil {
+		return err
+	}
+	u, err := begin(dom, dev)
+	if err != nil {
+		dev.Disconnect()
+		return err
+	}
+	fmt.Fprintf(f.stdout, "vif %s: MAC %v, MTU %d, backend in domain %d, %s\ncounters: %s\n%s; a signal ends it\n",
+		f.vif, dev.MAC(), dev.MTU(), dev.Peer(), dev.Budget(), mirrored(dev), u.says)
+	go func() {
+		select {
+		case err := <-u.failed:
+			cancel(err)
+		case <-ctx.Done():
+		}
+	}()
+	last := f.follow(ctx, dev)
+	switch cause := context.Cause(ctx); {
+	case ctx.Err() == nil:
+		err = fmt.Errorf("vif %s has ended: %s", f.vif, last.Reason)
+	case errors.Is(cause, errHostGone):
+		return errHostGone // with it all there was to close in good order
+	case signals.Err() == nil:
+		err = cause
+	}
+	dev.Disconnect()
+	return errors.Join(err, u.close())
+}
+
+// follow tells when the backend goes and comes back, until ctx or the device ends.
+func (f *front) follow(ctx context.Context, dev *pvnet.Device) (last pvnet.LinkEvent) {
+	last.Up = true
+	for ev := range dev.Links(ctx) {
+		switch {
+		case ev.Up && !last.Up:
+			fmt.Fprintf(f.stdout, "vif %s: connected again, backend in domain %d\n", f.vif, dev.Peer())
+		case !ev.Up && last.Up:
+			fmt.Fprintf(f.stdout, "vif %s: down: %s\n", f.vif, ev.Reason)
+		}
+		last = ev
+	}
+	return last
+}
+
+// free sees to it that the kernel does not own the vif too.
+func (f *front) free() error {
+	if f.take {
+		if err := xendev.Take(xendev.Config{}, f.vif); err != nil {
+			return fmt.Errorf("take vif %s from the kernel: %w", f.vif, err)
+		}
+	}
+	if err := xendev.CheckFree(xendev.Config{}, f.vif); err != nil {
+		return &advice{err: err, next: "--take does that (as root)", refused: true}
+	}
+	return nil
+}
+
+// connect waits for the backend.
+func (f *front) connect(ctx context.Context, dom *domain, counters telemetry.Store) (*pvnet.Device, error) {
+	if f.wait > 0 {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeoutCause(ctx, f.wait, fmt.Errorf("waited %v", f.wait))
+		defer cancel()
+	}
+	dev, err := pvnet.Connect(ctx, dom.Domain, f.vif, pvnet.Config{Queues: f.queues, LendRx: true, Counters: counters, Logger: f.log()})
+	if err == nil {
+		return dev, nil
+	}
+	if cause := context.Cause(ctx); errors.Is(cause, context.Canceled) || errors.Is(cause, errHostGone) {
+		return nil, cause
+	}
+	if none, ok := errors.AsType[*xenbus.NoDeviceError](err); ok {
+		next := "the host gives this domain none: see its --vif"
+		if len(none.Have) > 0 {
+			next = "choose one of those with --vif"
+		}
+		return nil, &advice{err: err, next: next}
+	}
+	if _, ok := errors.AsType[*xenbus.WaitError](err); ok {
+		return nil, &advice{err: err, next: `is the backend running? "barevif back", or the kernel's in its domain`}
+	}
+	return nil, err
+}
