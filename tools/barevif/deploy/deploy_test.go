@@ -146,6 +146,100 @@ func TestDashboardIsMadeFromTheFields(t *testing.T) {
 	}
 }
 
+// Grafana shows nothing, and says nothing, where one of these does not hold.
+func TestGrafanaCanPlaceTheDashboard(t *testing.T) {
+	type source struct{ Type, UID string }
+	var d struct {
+		UID, Title    string
+		SchemaVersion int
+		Templating    struct {
+			List []struct {
+				Name, Type string
+				Datasource source
+				Query      json.RawMessage
+			}
+		}
+		Panels []struct {
+			ID          int
+			Type, Title string
+			GridPos     struct{ X, Y, W, H int }
+			Datasource  source
+			FieldConfig struct{ Defaults struct{ Unit string } }
+			Options     struct {
+				Legend struct {
+					ShowLegend             bool
+					DisplayMode, Placement string
+				}
+			}
+			Targets []struct {
+				RefID, Expr, LegendFormat string
+				Datasource                source
+			}
+		}
+	}
+	text, err := os.ReadFile("dashboard.json")
+	if err == nil {
+		err = json.Unmarshal(text, &d)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if d.UID == "" || len(d.UID) > 40 || d.Title == "" || d.SchemaVersion < 36 {
+		t.Errorf("uid %q, title %q, schema %d", d.UID, d.Title, d.SchemaVersion)
+	}
+	variables := map[string]bool{"__rate_interval": true}
+	prometheus := source{Type: "prometheus", UID: "${source}"}
+	for _, v := range d.Templating.List {
+		if variables[v.Name] || v.Type != "datasource" && (v.Type != "query" || v.Datasource != prometheus) {
+			t.Errorf("variable %s: there twice, or of no source", v.Name)
+		}
+		for _, m := range reference.FindAllStringSubmatch(string(v.Query), -1) {
+			if !variables[m[1]] {
+				t.Errorf("variable %s asks for %s, which is not before it", v.Name, m[1])
+			}
+		}
+		variables[v.Name] = true
+	}
+	const columns = 24
+	units := []string{"pps", "bps", "percentunit", "short", "ops", "s"}
+	ids, places := map[int]bool{}, map[[2]int]string{}
+	for _, p := range d.Panels {
+		if p.ID <= 0 || ids[p.ID] || p.Type != "timeseries" || p.Title == "" || len(p.Targets) == 0 || p.Datasource != prometheus || !slices.Contains(units, p.FieldConfig.Defaults.Unit) {
+			t.Errorf("panel %d, %s: its id, type, source, lines or unit", p.ID, p.Title)
+		}
+		ids[p.ID] = true
+		if l := p.Options.Legend; !l.ShowLegend || l.DisplayMode != "table" || l.Placement != "bottom" {
+			t.Errorf("%s: legend %+v", p.Title, l)
+		}
+		if g := p.GridPos; g.W <= 0 || g.H <= 0 || g.X < 0 || g.X+g.W > columns {
+			t.Errorf("%s is at %+v", p.Title, g)
+		}
+		for x := p.GridPos.X; x < p.GridPos.X+p.GridPos.W; x++ {
+			for y := p.GridPos.Y; y < p.GridPos.Y+p.GridPos.H; y++ {
+				if other := places[[2]int{x, y}]; other != "" {
+					t.Fatalf("%s lies over %s", p.Title, other)
+				}
+				places[[2]int{x, y}] = p.Title
+			}
+		}
+		refs, legends := map[string]bool{}, map[string]bool{}
+		for _, q := range p.Targets {
+			if q.RefID == "" || refs[q.RefID] || q.LegendFormat == "" || legends[q.LegendFormat] || q.Datasource != prometheus {
+				t.Errorf("%s: %s, %q: there twice, or of no source", p.Title, q.RefID, q.LegendFormat)
+			}
+			refs[q.RefID], legends[q.LegendFormat] = true, true
+			for _, m := range reference.FindAllStringSubmatch(q.Expr, -1) {
+				if !variables[m[1]] {
+					t.Errorf("%s: no variable %s", p.Title, m[1])
+				}
+			}
+		}
+	}
+}
+
+// reference is a use of a variable.
+var reference = regexp.MustCompile(`\$\{?(\w+)`)
+
 type object = map[string]any
 
 // A query is one line of a panel.
@@ -238,6 +332,6 @@ func panel(title, unit, description string, queries []query) object {
 	return object{
 		"type": "timeseries", "title": title, "description": description, "datasource": source(), "targets": targets,
 		"fieldConfig": object{"defaults": object{"unit": unit, "min": 0, "custom": object{"fillOpacity": 10, "lineWidth": 2, "showPoints": "never"}}, "overrides": []object{}},
-		"options":     object{"legend": object{"displayMode": "table", "placement": "bottom", "calcs": []string{"lastNotNull", "max"}}, "tooltip": object{"mode": "multi", "sort": "desc"}},
+		"options":     object{"legend": object{"showLegend": true, "displayMode": "table", "placement": "bottom", "calcs": []string{"lastNotNull", "max"}}, "tooltip": object{"mode": "multi", "sort": "desc"}},
 	}
 }
