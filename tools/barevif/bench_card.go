@@ -220,11 +220,11 @@ func sendFrames(ctx context.Context, dev *pvnet.Device, f *udpFrame, batch int, 
 	data := f.bytes(mac[:])
 	frames := make([]pvnet.Frame, batch)
 	before := dev.Stats()
-	began := time.Now()
-	tx.SetDeadline(began.Add(window)) // or a peer that left would keep us for ever
+	w := startWatch(window)
+	tx.SetDeadline(w.began.Add(window)) // or a peer that left would keep us for ever
 	defer context.AfterFunc(ctx, func() { tx.SetDeadline(time.Unix(1, 0)) })()
 	var seq uint64
-	for err == nil {
+	for more := true; more && err == nil; {
 		var n, sent int
 		if n, err = tx.AllocWait(frames, len(data)); err != nil {
 			break
@@ -239,8 +239,8 @@ func sendFrames(ctx context.Context, dev *pvnet.Device, f *udpFrame, batch int, 
 		for i := sent; i < n; i++ {
 			err = errors.Join(err, frames[i].Release())
 		}
-		if time.Since(began) >= window {
-			break
+		if err == nil {
+			more, err = w.running(ctx)
 		}
 	}
 	if ctx.Err() != nil {
@@ -252,7 +252,7 @@ func sendFrames(ctx context.Context, dev *pvnet.Device, f *udpFrame, batch int, 
 	if seq == 0 {
 		return benchResult{}, errNothing
 	}
-	r := benchResult{Seconds: time.Since(began).Seconds(), Frames: seq, Bytes: seq * uint64(len(data))}
+	r := benchResult{Seconds: w.stop(), Frames: seq, Bytes: seq * uint64(len(data))}
 	return withEvents(r, before, dev.Stats()), nil
 }
 
@@ -314,9 +314,9 @@ func (s *benchRecv) recvFrames(ctx context.Context, dev *pvnet.Device, window ti
 		return r, fmt.Errorf("wait for the first frame: %w", err)
 	}
 	before := dev.Stats()
-	began := time.Now()
-	rx.SetDeadline(began.Add(window))
-	for {
+	w := startWatch(window)
+	rx.SetDeadline(w.began.Add(window))
+	for more := true; more; {
 		n, err := rx.Receive(frames)
 		if errors.Is(err, os.ErrDeadlineExceeded) && ctx.Err() == nil {
 			break
@@ -331,11 +331,11 @@ func (s *benchRecv) recvFrames(ctx context.Context, dev *pvnet.Device, window ti
 		if err := rx.Release(frames[:n]); err != nil {
 			return r, err
 		}
-		if time.Since(began) >= window {
-			break
+		if more, err = w.running(ctx); err != nil {
+			return r, err
 		}
 	}
-	r.Seconds = time.Since(began).Seconds()
+	r.Seconds = w.stop()
 	if r.Frames == 0 {
 		return r, errNothing
 	}
