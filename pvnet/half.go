@@ -298,7 +298,7 @@ func (h *half) spin(e engine, need int) bool {
 			return true
 		}
 		if i%spinYield == spinYield-1 {
-			if h.gate.state.Load() != gateBusy || h.ending.Load() || h.expired() {
+			if h.gate.state.Load() != gateBusy || h.ending.Load() || i%spinClock == spinClock-1 && h.expired() {
 				return false
 			}
 			runtime.Gosched()
@@ -307,8 +307,12 @@ func (h *half) spin(e engine, need int) bool {
 	return false
 }
 
-// spinYield is how many looks there are between two that let others run.
-const spinYield = 64
+// How many looks there are between two that let others run, and between two that
+// ask the clock, which some guests' hypervisor has to be asked for.
+const (
+	spinYield = 64
+	spinClock = 16 * spinYield
+)
 
 // retry says what a call that found the gate shut does: nil if the link is back
 // and it may try again, an error if not.
