@@ -244,9 +244,10 @@ func (e *frontTX) arm(n need) (bool, error) {
 	if slots <= 0 && bufs <= 0 {
 		return true, nil
 	}
-	// A quarter of what is out: few wake-ups. If the peer keeps the rest, as one
-	// that frees late does, the slow tick looks.
-	after := max(int(e.ring.InFlight()/4), slots, bufs, 1)
+	// Half of what is out: few wake-ups, and as much is left to keep the peer busy
+	// meanwhile. If it keeps the rest, as one that frees late does, the slow tick
+	// looks.
+	after := max(int(e.ring.InFlight()/2), slots, bufs, 1)
 	more, err := e.ring.Arm(uint32(after))
 	if err != nil {
 		return false, e.violation(err.Error())
