@@ -584,8 +584,10 @@ func TestSenderNeverBlocks(t *testing.T) {
 	}
 	rx.SetDeadline(time.Now().Add(limit))
 	tx := front.card.tx[0]
+	const size = 1000
+	const most = maxWaiting / size
 	packet := func(n int) *stack.PacketBuffer {
-		b := make([]byte, 1000)
+		b := make([]byte, size)
 		copy(b, []byte{2, 0, 0, 0, 0, 9})
 		binary.BigEndian.PutUint32(b[14:], uint32(n))
 		return stack.NewPacketBuffer(stack.PacketBufferOptions{Payload: buffer.MakeWithData(b)})
@@ -602,7 +604,7 @@ func TestSenderNeverBlocks(t *testing.T) {
 	// Nobody receives at the other end: the ring fills, then the queue.
 	accepted := 2
 	for {
-		if accepted == maxWaiting {
+		if accepted == most {
 			tx.write([]*stack.PacketBuffer{long}) // among those that wait
 		}
 		p := packet(accepted)
@@ -613,7 +615,7 @@ func TestSenderNeverBlocks(t *testing.T) {
 		}
 		accepted++
 	}
-	if accepted < maxWaiting || accepted > 2*maxWaiting || front.Stats().Overflow == 0 {
+	if accepted < most || accepted > 2*most || front.Stats().Overflow == 0 {
 		t.Fatalf("%d taken, %+v", accepted, front.Stats())
 	}
 	// Once the other end receives, all that waited arrives, in order.
@@ -639,13 +641,13 @@ func TestSenderNeverBlocks(t *testing.T) {
 		t.Errorf("%+v", st)
 	}
 	// What cannot be sent any more is given back.
-	for range 2 * maxWaiting {
+	for range 2 * most {
 		p := packet(0)
 		tx.write([]*stack.PacketBuffer{p})
 		p.DecRef()
 	}
 	front.Close()
-	if st := front.Stats(); st.Unsent < maxWaiting/2 {
+	if st := front.Stats(); st.Unsent < most/2 {
 		t.Errorf("%+v", st)
 	}
 	p := packet(0)

@@ -10,9 +10,11 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 )
 
-// maxWaiting is how many packets wait for room in the ring: as many as Linux lets
-// wait before a card (its default txqueuelen).
-const maxWaiting = 1000
+// maxWaiting is how many bytes wait for room in the ring: what one connection may
+// have under way, headers included. The stack has nothing like Linux's small
+// queues, which keep a connection from filling the queue of its own card, and
+// recovers slowly from what is lost there.
+const maxWaiting = bufferMost + bufferMost/8
 
 // A sender moves packets into one transmit half. The stack's own goroutines send,
 // and never wait: the one that receives may be among them, and two ends that wait
@@ -26,6 +28,7 @@ type sender struct {
 	busy    bool                  // guarded by mu: packets wait, and work has the half
 	ended   bool                  // guarded by mu
 	waiting []*stack.PacketBuffer // guarded by mu; oldest first
+	bytes   int                   // guarded by mu; of waiting
 	changed *sync.Cond            // busy or ended did
 
 	frames [batch]pvnet.Frame // goes with tx
@@ -56,11 +59,13 @@ func (s *sender) write(packets []*stack.PacketBuffer) int {
 		s.changed.Broadcast()
 	}
 	for _, p := range packets[n:] {
-		if len(s.waiting) == maxWaiting {
+		size := p.Size()
+		if s.bytes+size > maxWaiting {
 			s.card.overflow.Add(uint64(len(packets) - n))
 			return n
 		}
 		s.waiting = append(s.waiting, p.IncRef())
+		s.bytes += size
 		n++
 	}
 	return n
@@ -116,13 +121,16 @@ func (s *sender) work() {
 		if s.ended {
 			s.card.unsent.Add(uint64(len(s.waiting)))
 			release(s.waiting)
-			s.waiting, s.busy = nil, false
+			s.waiting, s.bytes, s.busy = nil, 0, false
 			s.changed.Broadcast()
 			return
 		}
 		for len(s.waiting) > 0 && !s.ended {
 			n := copy(packets[:], s.waiting)
 			s.waiting = slices.Delete(s.waiting, 0, n)
+			for _, p := range packets[:n] {
+				s.bytes -= p.Size()
+			}
 			s.mu.Unlock()
 			done := s.sendAll(packets[:n])
 			s.card.unsent.Add(uint64(n - done))
