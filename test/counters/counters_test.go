@@ -66,27 +66,21 @@ func exercised(t *testing.T, s *bpf.Store) *wire {
 	return w
 }
 
-// bpftool gives one queue's named counters, as bpftool prints them.
-func bpftool(t *testing.T, dir string) map[string]json.RawMessage {
+// bpftool gives the named counters, as bpftool prints them.
+func bpftool(t *testing.T, dir string) Dump {
 	t.Helper()
-	var out []struct {
-		Formatted struct {
-			Value map[string]json.RawMessage
-		}
-	}
-	if err := json.Unmarshal([]byte(run(t, needTool(t, "bpftool"), "-j", "map", "dump", "pinned", dir+"/counters")), &out); err != nil {
+	d, err := ParseDump([]byte(run(t, needTool(t, "bpftool"), "-j", "map", "dump", "pinned", dir+"/counters")))
+	if err != nil {
 		t.Fatal(err)
 	}
-	if len(out) == 0 {
-		t.Fatal("no queue")
-	}
-	return out[0].Formatted.Value
+	return d
 }
 
-func number(t *testing.T, m map[string]json.RawMessage, name string) (n uint64) {
+func number(t *testing.T, d Dump, name string) uint64 {
 	t.Helper()
-	if err := json.Unmarshal(m[name], &n); err != nil {
-		t.Fatalf("%s is %q", name, m[name])
+	n, err := d.Total(name)
+	if err != nil {
+		t.Fatal(err)
 	}
 	return n
 }
@@ -98,7 +92,7 @@ func TestBpftoolShowsTheFramesThatWereSent(t *testing.T) {
 	front, back := bpftool(t, frontPins), bpftool(t, backPins)
 	for _, c := range []struct {
 		who  string
-		have map[string]json.RawMessage
+		have Dump
 		name string
 		want uint64
 	}{
@@ -120,7 +114,7 @@ func TestBpftoolShowsTheFramesThatWereSent(t *testing.T) {
 }
 
 // balance checks sent = received + dropped, and that drops are their reasons.
-func balance(t *testing.T, way string, from, to map[string]json.RawMessage) {
+func balance(t *testing.T, way string, from, to Dump) {
 	t.Helper()
 	sent, received := number(t, from, "tx_packets"), number(t, to, "rx_packets")
 	var reasons uint64

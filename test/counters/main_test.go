@@ -1,6 +1,3 @@
-// Package counters proves on a running vif what its counters say: both ends'
-// counts, read by bpftool, by cat and by the command of this project, are the
-// frames that were sent.
 package counters
 
 import (
