@@ -1,0 +1,222 @@
+package hostile
+
+import (
+	"context"
+	"runtime"
+	"syscall"
+	"testing"
+	"time"
+
+	"barevif/hypercall/emu"
+	"barevif/pvnet"
+	"barevif/telemetry"
+	"barevif/xenbus"
+)
+
+// connections is how many connections a peer that never rests gets in d: five at
+// once, five between shorter pauses, then one a second. One may be under way.
+func connections(d time.Duration) uint64 { return uint64(12 + d/time.Second) }
+
+// cpu is what the process has used so far.
+func cpu(t testing.TB) time.Duration {
+	t.Helper()
+	var u syscall.Rusage
+	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
+		t.Fatal(err)
+	}
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+}
+
+func heap() uint64 {
+	runtime.GC()
+	runtime.GC()
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	return m.HeapAlloc
+}
+
+// set writes a state as fast as can be.
+func (l *lab) set(c *xenbus.Client, dir, state string) {
+	if err := c.Write(context.Background(), dir+"/state", state); err != nil {
+		l.t.Fatal(err)
+	}
+}
+
+// T25, T37: connections, pages, grants and log lines come at our pace, not at that
+// of a frontend that does nothing but come and go.
+func TestT25FrontendThatTogglesForEver(t *testing.T) {
+	l := newLab(t, emu.Config{})
+	l.serve(pvnet.ServeConfig{})
+	honest, g := l.attack(), l.attack()
+	before, bytes := heap(), l.log.bytes()
+	calls, stats := l.drv.Calls(), l.store.Stats()
+	start := time.Now()
+	toggles := 10000
+	if testing.Short() {
+		toggles = 1000
+	}
+	for n := range toggles {
+		for _, s := range []string{"5", "6", "1", "4"} {
+			l.set(l.gc, g.v.FrontDir(), s)
+		}
+		if n%500 == 0 {
+			honest.works()
+		}
+	}
+	if n, most := l.drv.Calls().Map-calls.Map, 2*connections(time.Since(start)); n > most {
+		t.Errorf("%d pages mapped, want at most %d", n, most)
+	}
+	// What comes while we look at the last, or in a pause, is looked at once.
+	if n := int(l.store.Stats().Requests-stats.Requests) - 4*toggles; n > 2*4*toggles {
+		t.Errorf("%d requests of ours for %d of the guest's writes", n, 4*toggles)
+	}
+
+	// Every step as soon as ours is there: the most that can be had.
+	calls, start = l.drv.Calls(), time.Now()
+	used := cpu(t)
+	for time.Since(start) < 3*time.Second {
+		g.state("6")
+		l.await(g.v.BackDir()+"/state", "6")
+		g.state("1")
+		l.await(g.v.BackDir()+"/state", "2")
+		g.state("4")
+		l.await(g.v.BackDir()+"/state", "4", "5")
+	}
+	spent := time.Since(start)
+	if n, most := l.drv.Calls().Memory-calls.Memory, 2*connections(spent); n > most {
+		t.Errorf("pages made %d times in %v, want at most %d", n, spent, most)
+	}
+	if used = cpu(t) - used; used > spent/4 {
+		t.Errorf("%v of %v used", used, spent)
+	}
+	if n := l.log.bytes() - bytes; n > 4000 {
+		t.Errorf("%d bytes of log\n%s", n, l.log)
+	}
+	honest.works()
+	if now := heap(); now > before+16<<20 {
+		t.Errorf("%d bytes on the heap, %d before", now, before)
+	}
+
+	// Whoever is there next is served.
+	g.state("5")
+	l.await(g.v.BackDir()+"/state", "5", "6")
+	g.state("6")
+	l.await(g.v.BackDir()+"/state", "6")
+	eventually(t, "rings let go", func() bool { return l.Ledger().Mappings == 2 }) // the neighbour's
+	g.state("1")
+	l.await(g.v.BackDir()+"/state", "2")
+	g.reset()
+	start = time.Now()
+	l.write(l.gc, g.v.FrontDir(), g.Keys(), "4")
+	l.await(g.v.BackDir()+"/state", "4")
+	up(t, g.dev)
+	if d := time.Since(start); d > 3*time.Second {
+		t.Errorf("it took %v to connect", d)
+	}
+	for len(g.sink.frames) > 0 {
+		<-g.sink.frames
+	}
+	g.works()
+	if st := honest.dev.Stats(); st.RX.Get(telemetry.RescuedWakeups)+st.TX.Get(telemetry.RescuedWakeups) != 0 {
+		t.Error("a neighbour missed an event")
+	}
+	l.closeAll([]*guest{g, honest})
+}
+
+func TestT25BackendThatTogglesForEver(t *testing.T) {
+	l := newLab(t, emu.Config{})
+	h := l.lure(pvnet.Config{})
+	h.works()
+	if err := h.Close(); err != nil { // it keeps nothing mapped
+		t.Fatal(err)
+	}
+	before, bytes := heap(), l.log.bytes()
+	calls, start := l.guest.Calls(), time.Now()
+	toggles := 10000
+	if testing.Short() {
+		toggles = 1000
+	}
+	for n := range toggles {
+		states := []string{"5", "6", "2", "4"}
+		if n%2 == 0 { // the link goes up and down with nothing written by us
+			states = []string{"3", "4", "3", "4"}
+		}
+		for _, s := range states {
+			l.set(l.dc, h.v.BackDir(), s)
+		}
+	}
+	// A connection of ours has three shares.
+	if n, most := l.guest.Calls().Share-calls.Share, 3*connections(time.Since(start)); n > most {
+		t.Errorf("pages granted %d times, want at most %d", n, most)
+	}
+	calls, start = l.guest.Calls(), time.Now()
+	used := cpu(t)
+	for time.Since(start) < 3*time.Second {
+		h.state("5")
+		l.await(h.v.FrontDir()+"/state", "6", "1")
+		h.state("6")
+		l.await(h.v.FrontDir()+"/state", "1")
+		h.state("2")
+		l.await(h.v.FrontDir()+"/state", "4")
+		h.state("4")
+	}
+	spent := time.Since(start)
+	if n, most := l.guest.Calls().Share-calls.Share, 3*connections(spent); n > most {
+		t.Errorf("pages granted %d times in %v, want at most %d", n, spent, most)
+	}
+	if used = cpu(t) - used; used > spent/4 {
+		t.Errorf("%v of %v used", used, spent)
+	}
+	if n := l.log.bytes() - bytes; n > 4000 {
+		t.Errorf("%d bytes of log\n%s", n, l.log)
+	}
+	if now := heap(); now > before+16<<20 {
+		t.Errorf("%d bytes on the heap, %d before", now, before)
+	}
+	h.state("5")
+	l.await(h.v.FrontDir()+"/state", "6", "1")
+	h.state("6")
+	l.await(h.v.FrontDir()+"/state", "1")
+	h.offer()
+	h.refs = nil
+	eventually(t, "the link", func() bool { return h.dev.Budget() != (pvnet.Budget{}) })
+	h.works()
+	h.leave()
+}
+
+// An orderly peer that reconnects a few times is back at once.
+func TestT25OrderlyReconnectsAreNotSlowedDown(t *testing.T) {
+	l := newLab(t, emu.Config{})
+	l.serve(pvnet.ServeConfig{})
+	g := l.knock()
+	start := time.Now()
+	for n := range 5 {
+		if n > 0 {
+			g.state("5")
+			l.await(g.v.BackDir()+"/state", "5", "6")
+			g.state("6")
+			l.await(g.v.BackDir()+"/state", "6")
+			g.state("1")
+			l.await(g.v.BackDir()+"/state", "2")
+			g.reset()
+		}
+		l.write(l.gc, g.v.FrontDir(), g.Keys(), "4")
+		l.await(g.v.BackDir()+"/state", "4")
+		up(t, g.dev)
+	}
+	if d := time.Since(start); d > 2*time.Second {
+		t.Errorf("5 connections took %v", d)
+	}
+	g.sink = listen(g.dev)
+	g.works()
+	g.leave()
+}
+
+func (j *journal) bytes() (n int) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	for _, line := range j.lines {
+		n += len(line) + 1
+	}
+	return n
+}
