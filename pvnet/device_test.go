@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"runtime"
 	"strings"
@@ -333,6 +334,39 @@ func TestConnectSaysWhichStatesItSaw(t *testing.T) {
 	if s := l.read(v.FrontDir() + "/state"); s != "6" {
 		t.Errorf("left state %s behind", s)
 	}
+}
+
+// A toolstack that keeps the nodes for itself: Connect says so at once, and works
+// when they are the frontend's again.
+func TestConnectSaysWhatXenstoreDoesNotPermit(t *testing.T) {
+	l := newLab(t)
+	fdom, bdom := l.domain(1), l.domain(2)
+	v := l.add(toolstack.Vif{Front: 1, Back: 2})
+	l.serve(bdom, pvnet.ServeConfig{Hotplug: true})
+	state := v.FrontDir() + "/state"
+	ownedBy := func(owner hypercall.DomID) {
+		t.Helper()
+		err := l.tools.SetPerms(ctx(t), state, xenbus.Perm{Dom: owner, Access: xenbus.None},
+			xenbus.Perm{Dom: 1, Access: xenbus.ReadOnly}, xenbus.Perm{Dom: 2, Access: xenbus.ReadOnly})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	ownedBy(0)
+	start := time.Now()
+	_, err := pvnet.Connect(ctx(t), fdom, "0", pvnet.Config{})
+	if !errors.Is(err, xenbus.ErrAccess) || !errors.Is(err, fs.ErrPermission) || !strings.Contains(err.Error(), "state") {
+		t.Fatal(err)
+	}
+	if d := time.Since(start); d > 3*time.Second { // less than it waits for a peer
+		t.Errorf("after %v", d)
+	}
+	ownedBy(1)
+	d, err := pvnet.Connect(ctx(t), fdom, "0", pvnet.Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.Disconnect()
 }
 
 // The backend goes away and comes back, as another process would: the frontend's

@@ -343,7 +343,13 @@ func (l *life) write(s xenbus.State) bool {
 	ctx, cancel := l.patiently()
 	defer cancel()
 	if err := l.xd.SetState(ctx, s); err != nil {
-		if !errors.Is(err, xenbus.ErrGone) && !errors.Is(err, xenbus.ErrClaimed) {
+		switch {
+		case errors.Is(err, xenbus.ErrGone), errors.Is(err, xenbus.ErrClaimed):
+		case l.first != nil && l.kind == xenbus.Frontend && errors.Is(err, xenbus.ErrAccess):
+			l.leave(err) // whoever called Connect has to see to it; there is nothing to close
+			l.force = time.Now()
+			return false
+		default:
 			l.d.log.Warn("xenstore refused a state", "vif", l.d.id, "state", s, "err", err)
 		}
 		l.postpone(l.xd.Current())

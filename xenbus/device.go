@@ -54,7 +54,7 @@ func (e *WaitError) Error() string {
 	if len(e.Missing) > 0 {
 		return fmt.Sprintf("xenbus %s: still without %s: %v", e.Dir, strings.Join(e.Missing, ", "), e.Err)
 	}
-	seen := "no state"
+	seen := "no state we may read"
 	if len(e.Seen) > 0 {
 		seen = strings.Trim(fmt.Sprint(e.Seen), "[]")
 	}
