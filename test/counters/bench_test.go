@@ -76,7 +76,7 @@ func newPathOf(b *testing.B, s *bpf.Store, batch int) *path {
 	if kind, reason := w.front.Counters().Backend(); (kind == "heap") != (s == nil) {
 		b.Fatalf("counters are in %s (%s)", kind, reason)
 	}
-	return newPath(b, w.front, w.back, batch)
+	return newPath(b, w.front, w.back, 0, batch)
 }
 
 func median(s []float64) float64 {
@@ -104,7 +104,7 @@ func TestMoveForCounting(t *testing.T) {
 	w := newWire(t, cfg, cfg)
 	kind, reason := w.front.Counters().Backend()
 	t.Logf("counters are in %s %s", kind, reason)
-	p := newPath(t, w.front, w.back, batch)
+	p := newPath(t, w.front, w.back, 0, batch)
 	for range frames / batch {
 		p.move(t, size)
 	}

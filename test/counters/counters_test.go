@@ -50,8 +50,8 @@ func exercised(t *testing.T, s *bpf.Store) *wire {
 		traffic
 		*path
 	}{
-		{toBack, newPath(t, w.front, w.back, toBack.batch)},
-		{toFront, newPath(t, w.back, w.front, toFront.batch)},
+		{toBack, newPath(t, w.front, w.back, 0, toBack.batch)},
+		{toFront, newPath(t, w.back, w.front, 0, toFront.batch)},
 	} {
 		for range way.batches {
 			way.move(t, way.size)
@@ -132,7 +132,7 @@ func balance(t *testing.T, way string, from, to Dump) {
 // the two ends still balance.
 func TestFramesLostWithThePeerAreCountedByReason(t *testing.T) {
 	w := newWire(t, pvnet.Config{}, pvnet.Config{})
-	p := newPath(t, w.front, w.back, 8)
+	p := newPath(t, w.front, w.back, 0, 8)
 	n := p.tx.AllocSize(p.frames, 100)
 	if k, err := p.tx.Send(p.frames[:n]); k != 8 || err != nil {
 		t.Fatal(k, err)

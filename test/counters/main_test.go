@@ -174,20 +174,20 @@ func newWire(t testing.TB, front, back pvnet.Config) *wire {
 	return w
 }
 
-// A path is one direction of a wire, in the hands of this goroutine.
+// A path is one direction of a queue of a wire, in the hands of this goroutine.
 type path struct {
 	tx     *pvnet.TX
 	rx     *pvnet.RX
 	frames []pvnet.Frame
 }
 
-func newPath(t testing.TB, from, to *pvnet.Device, batch int) *path {
+func newPath(t testing.TB, from, to *pvnet.Device, queue, batch int) *path {
 	t.Helper()
-	tx, err := from.OwnTX(0)
+	tx, err := from.OwnTX(queue)
 	if err != nil {
 		t.Fatal(err)
 	}
-	rx, err := to.OwnRX(0)
+	rx, err := to.OwnRX(queue)
 	if err != nil {
 		t.Fatal(err)
 	}
