@@ -145,10 +145,11 @@ type Device struct {
 	leaving atomic.Bool               // Disconnect was called
 	broken  atomic.Pointer[PeerError] // the violation that ended, or ends, the device
 
-	stop   context.CancelCauseFunc // asks the life goroutine to end
-	finish func()                  // closes what the life goroutine used
-	done   chan struct{}           // closed once it has
-	fault  chan *PeerError         // violations halves met
+	stop     context.CancelCauseFunc // asks the life goroutine to end
+	finish   func()                  // closes what the life goroutine used
+	patience time.Duration           // with callers that are to leave
+	done     chan struct{}           // closed once it has
+	fault    chan *PeerError         // violations halves met
 
 	mu      sync.Mutex
 	mac     MAC               // guarded by mu
@@ -172,11 +173,12 @@ const (
 func newDevice(id string, role telemetry.Role, domain hypercall.Domain, cfg Config) *Device {
 	d := &Device{
 		id: id, role: role, domain: domain, cfg: cfg,
-		set:     telemetry.NewSet(cfg.queues()),
-		done:    make(chan struct{}),
-		fault:   make(chan *PeerError, 1),
-		changed: make(chan struct{}),
-		last:    LinkEvent{Reason: "not connected yet"},
+		set:      telemetry.NewSet(cfg.queues()),
+		done:     make(chan struct{}),
+		patience: patience,
+		fault:    make(chan *PeerError, 1),
+		changed:  make(chan struct{}),
+		last:     LinkEvent{Reason: "not connected yet"},
 	}
 	q := newQuiet(slog.DiscardHandler)
 	if cfg.Logger != nil {
@@ -556,8 +558,10 @@ func (d *Device) Close() error {
 	return nil
 }
 
-// Done is closed once the device has ended, by Disconnect or by its peer's
-// violation.
+// Done is closed once the device has ended: by Disconnect, by its peer's violation,
+// or, when the link went down, by a call that did not return within 10 s. The
+// memory that call may still use is then left to it, and later ones return an
+// [*UnknownError].
 func (d *Device) Done() <-chan struct{} { return d.done }
 
 // state is what a call returns that finds its gate shut.
@@ -661,13 +665,17 @@ func (d *Device) up(c *conn, peer hypercall.DomID) {
 }
 
 // down keeps callers out and waits until they have left. The connection's memory
-// stays; if somebody never leaves it stays for ever.
+// stays; if somebody does not leave in time it stays for ever.
 func (d *Device) down(c *conn, reason string) (ok bool) {
 	d.announce(linkDown, LinkEvent{Reason: reason})
-	ok = true
-	for i, q := range c.queues {
-		ok = d.tx[i].gate.shut(q.txPark.wake, patience) && ok
-		ok = d.rx[i].gate.shut(q.rxPark.wake, patience) && ok
+	for i, q := range c.queues { // all are asked to leave, before one is waited for
+		d.tx[i].gate.shut(q.txPark.wake)
+		d.rx[i].gate.shut(q.rxPark.wake)
+	}
+	ok, end := true, time.Now().Add(d.patience)
+	for i := range c.queues {
+		ok = d.tx[i].gate.empty(end) && ok
+		ok = d.rx[i].gate.empty(end) && ok
 	}
 	if !ok {
 		d.log.Error("a caller is stuck in the device; its memory is abandoned", "vif", d.id)

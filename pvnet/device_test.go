@@ -31,13 +31,14 @@ type lab struct {
 	tools *xenbus.Client
 }
 
-func newLab(t testing.TB) *lab {
+func newLab(t testing.TB) *lab { return newLabOn(t, emu.Config{}) }
+
+func newLabOn(t testing.TB, cfg emu.Config) *lab {
 	t.Helper()
 	before := runtime.NumGoroutine()
 	l := &lab{t: t, store: store.New(store.Config{})}
-	m, err := emu.New(emu.Config{Store: func(dom hypercall.DomID, conn io.ReadWriteCloser) {
-		l.store.ServeConn(conn, dom)
-	}})
+	cfg.Store = func(dom hypercall.DomID, conn io.ReadWriteCloser) { l.store.ServeConn(conn, dom) }
+	m, err := emu.New(cfg)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -18,8 +18,9 @@ var errTimeout error = os.ErrDeadlineExceeded
 // callers out and wait until the last one has left. It is not a lock: a caller
 // never waits at it.
 type gate struct {
-	state atomic.Uint32
-	quiet chan struct{} // one token: the caller that was inside has left
+	state  atomic.Uint32
+	quiet  chan struct{} // one token: the caller that was inside has left
+	inside bool          // of the life goroutine only: somebody was, when it was shut
 }
 
 const (
@@ -45,31 +46,41 @@ func (g *gate) leave() {
 	}
 }
 
-// shut keeps callers out from now on and waits until nobody is inside, calling
-// nudge to make a parked one look. It reports false if that took longer than
-// patience: the caller inside may never leave.
-func (g *gate) shut(nudge func(), patience time.Duration) bool {
-	for {
+// shut keeps callers out from now on, and calls nudge to make one that is inside
+// and parked look up.
+func (g *gate) shut(nudge func()) {
+	for !g.inside {
 		if g.state.CompareAndSwap(gateOpen, gateShut) || g.state.Load() == gateShut {
-			return true
+			return
 		}
-		if g.state.CompareAndSwap(gateBusy, gateClosing) || g.state.Load() == gateClosing {
-			break
-		}
+		g.inside = g.state.CompareAndSwap(gateBusy, gateClosing)
 		runtime.Gosched()
 	}
 	nudge()
-	t := time.NewTimer(patience)
+}
+
+// empty waits until nobody is inside any more, after shut. It reports false if that
+// is not so by end: the caller inside may never leave.
+func (g *gate) empty(end time.Time) bool {
+	if !g.inside {
+		return true
+	}
+	t := time.NewTimer(time.Until(end))
 	defer t.Stop()
 	select {
 	case <-g.quiet:
-		return true
+		g.inside = false
 	case <-t.C:
-		return false
+		select {
+		case <-g.quiet:
+			g.inside = false
+		default:
+		}
 	}
+	return !g.inside
 }
 
-// open lets callers in again. Only after shut.
+// open lets callers in again. Only once it is empty.
 func (g *gate) open() { g.state.Store(gateOpen) }
 
 // A half is one direction of one queue, without its rings: it lives as long as

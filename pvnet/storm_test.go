@@ -94,3 +94,121 @@ func TestAnEventHeldBackIsNotRescued(t *testing.T) {
 		})
 	}
 }
+
+// fill has tx send until it waits for room that its peer does not give, and go on
+// until the test ends.
+func fill(t testing.TB, tx *TX) {
+	t.Helper()
+	var sending sync.WaitGroup
+	t.Cleanup(func() {
+		tx.SetDeadline(time.Unix(1, 0))
+		sending.Wait()
+	})
+	sending.Go(func() {
+		var f [1]Frame
+		for {
+			if _, err := tx.AllocWait(f[:], 60); err != nil {
+				return
+			}
+			if _, err := tx.SendWait(f[:]); err != nil {
+				f[0].Release()
+				return
+			}
+		}
+	})
+	for end := time.Now().Add(20 * time.Second); tx.parked.Load()%2 == 0 || tx.eng.ready(1); time.Sleep(100 * time.Microsecond) {
+		if time.Now().After(end) {
+			t.Fatal("the sender does not wait")
+		}
+	}
+}
+
+// With one channel for both directions an event may be for the half that has
+// nothing to do, or that nobody uses. A storm is braked all the same, and ends with
+// the first frame.
+func TestAStormOnOneChannelForBothHalves(t *testing.T) {
+	for name, waits := range map[string]bool{"nobody sends": false, "a sender waits": true} {
+		t.Run(name, func(t *testing.T) {
+			p := join(t, emu.Config{}, features{queues: 1, frontSG: true, backSG: true}, Config{})
+			tx, fromBack := own(t, p.front)
+			toFront, rx := own(t, p.back)
+			if waits {
+				fill(t, toFront)
+			}
+			got := make(chan error, 1)
+			go func() {
+				var f [1]Frame
+				_, err := rx.Receive(f[:])
+				rx.Release(f[:])
+				got <- err
+			}()
+			parkedAfter(t, &rx.half, 1)
+			parks := func() uint64 {
+				st := p.back.Stats()
+				return st.RX.Get(telemetry.Parks) + st.TX.Get(telemetry.Parks)
+			}
+			before := parks()
+			stop := storm(p.front.tx[0].eng.(*frontTX).port)
+			time.Sleep(1200 * time.Millisecond)
+			// 1, 2, 4 ... 512 ms: the tenth is more than a second off. Both wake up for each.
+			if n := parks() - before; n > 2*16 {
+				t.Errorf("%d wake-ups in 1.2 s", n)
+			}
+			var f [1]Frame
+			if waits { // the other half is for the same events
+				if n, err := fromBack.Receive(f[:]); n != 1 || err != nil {
+					t.Fatal(n, err)
+				}
+				fromBack.Release(f[:])
+			}
+			tx.AllocSize(f[:], 60)
+			start := time.Now()
+			if n, err := tx.Send(f[:]); n != 1 || err != nil {
+				t.Fatal(n, err)
+			}
+			if err := <-got; err != nil {
+				t.Fatal(err)
+			}
+			if d := time.Since(start); d > 2*time.Second {
+				t.Errorf("the frame took %v", d)
+			}
+			stop()
+		})
+	}
+}
+
+// Events that are for one half are not held against it because the other had
+// nothing to do.
+func TestAnIdleHalfDoesNotBrakeTheOther(t *testing.T) {
+	p := join(t, emu.Config{}, features{queues: 1, frontSG: true, backSG: true}, Config{})
+	tx, _ := own(t, p.front)
+	toFront, rx := own(t, p.back)
+	fill(t, toFront)
+	got := make(chan error)
+	go func() {
+		var f [1]Frame
+		for {
+			_, err := rx.Receive(f[:])
+			if err != nil {
+				return
+			}
+			rx.Release(f[:])
+			got <- err
+		}
+	}()
+	start := time.Now()
+	for i := range 200 {
+		var f [1]Frame
+		tx.AllocWait(f[:], 60)
+		if n, err := tx.Send(f[:]); n != 1 || err != nil {
+			t.Fatal(i, n, err)
+		}
+		<-got
+		for rx.parked.Load()%2 == 0 { // so that each comes as an event
+			time.Sleep(10 * time.Microsecond)
+		}
+	}
+	if d := time.Since(start); d > 5*time.Second { // a brake would take 200
+		t.Errorf("200 frames took %v", d)
+	}
+}
