@@ -2,11 +2,14 @@ package hostile
 
 import (
 	"context"
+	"log/slog"
 	"runtime"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
 
+	"barevif/hypercall"
 	"barevif/hypercall/emu"
 	"barevif/pvnet"
 	"barevif/telemetry"
@@ -219,4 +222,87 @@ func (j *journal) bytes() (n int) {
 		n += len(line) + 1
 	}
 	return n
+}
+
+// forbid lets dom do no more than read path, until allow is called.
+func (l *lab) forbid(path string, dom hypercall.DomID) (allow func()) {
+	l.t.Helper()
+	if _, err := l.store.Read(path); err != nil {
+		if err := l.tools.Write(ctx(l.t), path, ""); err != nil {
+			l.t.Fatal(err)
+		}
+	}
+	perms, err := l.tools.Perms(ctx(l.t), path)
+	if err == nil {
+		err = l.tools.SetPerms(ctx(l.t), path, xenbus.Perm{Access: xenbus.None}, xenbus.Perm{Dom: dom, Access: xenbus.ReadOnly})
+	}
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	return func() {
+		if err := l.tools.SetPerms(ctx(l.t), path, perms...); err != nil {
+			l.t.Fatal(err)
+		}
+	}
+}
+
+// refused counts what is done in a while for a step that does not succeed: it is
+// tried at once, after a second, and after two more.
+func (l *lab) refused(line string) {
+	l.t.Helper()
+	eventually(l.t, "a refusal", func() bool { return strings.Contains(l.log.String(), line) })
+	lines, requests := l.log.count(slog.LevelWarn), l.store.Stats().Requests
+	time.Sleep(2500 * time.Millisecond)
+	if n := l.log.count(slog.LevelWarn) - lines; n > 1 {
+		l.t.Errorf("%d warnings more\n%s", n, l.log)
+	}
+	if n := l.store.Stats().Requests - requests; n > 30 {
+		l.t.Errorf("%d requests", n)
+	}
+}
+
+// T24: what xenstore refuses is tried again, less and less often.
+func TestT24StatesThatXenstoreRefuses(t *testing.T) {
+	l := newLab(t, emu.Config{})
+	h := l.lure(pvnet.Config{})
+	h.works()
+	allow := l.forbid(h.v.FrontDir()+"/state", frontID)
+	h.state("5")
+	l.refused("xenstore refused a state")
+	allow()
+	l.await(h.v.FrontDir()+"/state", "6")
+	if err := h.Close(); err != nil {
+		t.Error(err)
+	}
+	h.state("6")
+	l.await(h.v.FrontDir()+"/state", "1")
+	h.refs = nil
+	h.offer()
+	eventually(t, "the link", func() bool { return h.dev.Budget() != (pvnet.Budget{}) })
+	h.works()
+	h.leave()
+}
+
+func TestT24FeaturesThatXenstoreRefuses(t *testing.T) {
+	l := newLab(t, emu.Config{})
+	v := l.vif()
+	allow := l.forbid(v.BackDir()+"/feature-sg", backID)
+	l.serve(pvnet.ServeConfig{})
+	dev := wait(t, l.devs)
+	l.refused("cannot publish features")
+	for range 1000 { // nor is it hurried by the frontend
+		for _, s := range []string{"4", "1"} {
+			l.set(l.gc, v.FrontDir(), s)
+		}
+	}
+	if n := l.log.count(slog.LevelWarn); n > 25 {
+		t.Errorf("%d warnings\n%s", n, l.log)
+	}
+	allow()
+	l.set(l.gc, v.FrontDir(), "6") // something new
+	l.await(v.BackDir()+"/state", "6")
+	l.set(l.gc, v.FrontDir(), "1")
+	l.await(v.BackDir()+"/state", "2")
+	l.remove(v)
+	wait(t, dev.Done())
 }
