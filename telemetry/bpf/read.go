@@ -204,6 +204,27 @@ func (r *Reader) Read() (*Report, error) {
 	return rep, nil
 }
 
+// Stats reads the counters alone: many times faster than Read, so that two devices
+// can be compared while they count.
+func (r *Reader) Stats() (telemetry.Stats, error) {
+	if r.elements == nil {
+		rep, err := r.Read()
+		if err != nil {
+			return telemetry.Stats{}, err
+		}
+		return rep.Stats, nil
+	}
+	rec, err := r.info()
+	if err != nil {
+		return telemetry.Stats{}, fmt.Errorf("telemetry/bpf: read %s: %w", r.src.Name, err)
+	}
+	st, _, err := readStats(r.elements, rec)
+	if err != nil {
+		return telemetry.Stats{}, fmt.Errorf("telemetry/bpf: read %s: %w", r.src.Name, err)
+	}
+	return st, nil
+}
+
 // attempts repeats try until a record was found whole. Its owner writes for tens
 // of nanoseconds, but may be off its processor for milliseconds in the middle of
 // it, which a stopped or dead one is for ever.
@@ -232,17 +253,9 @@ func readElements(e elements) (*Report, error) {
 		return nil, err
 	}
 	rep := rec.report()
-	queues := make([]telemetry.Queue, rec.Slots)
-	for q := range queues {
-		words, torn, err := readQueue(e, q, rep.Age < aliveAge)
-		if err != nil {
-			return nil, err
-		}
-		rep.Torn = rep.Torn || torn
-		queues[q].RX = telemetry.ValuesOf((*[telemetry.BlockWords]uint64)(words[:telemetry.BlockWords]))
-		queues[q].TX = telemetry.ValuesOf((*[telemetry.BlockWords]uint64)(words[telemetry.BlockWords:]))
+	if rep.Stats, rep.Torn, err = readStats(e, rec); err != nil {
+		return nil, err
 	}
-	rep.Stats = telemetry.Sum(queues)
 	for slot := range eventSlots {
 		b, err := e.event(slot)
 		if err != nil {
@@ -267,6 +280,22 @@ func readElements(e elements) (*Report, error) {
 		return 1
 	})
 	return rep, nil
+}
+
+// readStats reads the counters of all queues.
+func readStats(e elements, rec *infoRecord) (st telemetry.Stats, torn bool, err error) {
+	queues := make([]telemetry.Queue, rec.Slots)
+	alive := rec.age() < aliveAge
+	for q := range queues {
+		words, mixed, err := readQueue(e, q, alive)
+		if err != nil {
+			return telemetry.Stats{}, false, err
+		}
+		torn = torn || mixed
+		queues[q].RX = telemetry.ValuesOf((*[telemetry.BlockWords]uint64)(words[:telemetry.BlockWords]))
+		queues[q].TX = telemetry.ValuesOf((*[telemetry.BlockWords]uint64)(words[telemetry.BlockWords:]))
+	}
+	return telemetry.Sum(queues), torn, nil
 }
 
 // readQueue reads an element until both of its blocks were found whole, and
@@ -294,6 +323,9 @@ func readQueue(e elements, q int, patient bool) (words [queueWords]uint64, torn 
 	return words, !whole, err
 }
 
+// age is the time since the heartbeat.
+func (r *infoRecord) age() time.Duration { return time.Duration(bootTime() - r.Beat) }
+
 func (r *infoRecord) report() *Report {
 	rep := &Report{
 		Info: telemetry.Info{
@@ -308,7 +340,7 @@ func (r *infoRecord) report() *Report {
 		},
 		Kind: str(r.Kind[:]), Reason: str(r.Reason[:]), PID: int(int32(r.PID)),
 		Start: time.Unix(0, int64(r.Start)), Heartbeat: time.Unix(0, int64(r.BeatUnix)),
-		Age: time.Duration(bootTime() - r.Beat),
+		Age: r.age(),
 	}
 	if r.Reset.Count != 0 {
 		rep.Reset.Time = time.Unix(0, int64(r.Reset.Unix))

@@ -38,7 +38,10 @@ It changes nothing, asks nothing of the owner, and needs no right but reading:
 
 rx is what that end hands to its user, tx what its user gave it: a frame from the
 frontend is tx there and rx at the backend. Where both ends run on this machine, stat
-also compares them: sent = received + dropped.
+also compares them: sent = received + dropped. At rest that holds to the frame,
+"balanced". While frames move it holds to as many as moved while the two ends were
+read, "balanced to 12, moving". What is missing beyond that is in flight while the ring
+can hold it; what it cannot is lost, or one end has counted for longer: "unequal".
 
 A device is stale when its owner has given no sign of life for 3 seconds, and torn
 when the owner died in the middle of a write.

@@ -10,7 +10,7 @@ import (
 
 // Version is raised when a name below changes its meaning or goes. New names may
 // come at any time.
-const Version = 1
+const Version = 2
 
 // JSON is the shape of one look, as "barevif stat --json" and the page's endpoint
 // give it. Names are those of COUNTERS.md, with their direction: "rx_packets".
@@ -127,13 +127,19 @@ type JSONPair struct {
 
 // JSONFlow is one direction: frames, and what is to be thought of it.
 type JSONFlow struct {
-	From       string `json:"from"`
-	To         string `json:"to"`
-	Sent       Uint   `json:"sent"`
-	Received   Uint   `json:"received"`
-	Dropped    Uint   `json:"dropped"`
-	Difference int64  `json:"difference"`
-	Verdict    string `json:"verdict"` // "balanced", "in flight", "lost with a connection", "read later", "unequal"
+	From     string `json:"from"`
+	To       string `json:"to"`
+	Sent     Uint   `json:"sent"`
+	Received Uint   `json:"received"`
+	Dropped  Uint   `json:"dropped"`
+
+	// Frames move while they are read: Difference is what the numbers above give,
+	// Least and Most are bounds of what it was at one time.
+	Difference int64   `json:"difference"`
+	Least      int64   `json:"difference_least"`
+	Most       int64   `json:"difference_most"`
+	Verdict    Verdict `json:"verdict"`
+	By         int64   `json:"verdict_frames"` // that it speaks of
 }
 
 // A Uint is a JSON number up to 2^53, which every reader of JSON can hold, and a
@@ -170,8 +176,11 @@ func (l *Look) JSON() *JSON {
 		out := JSONPair{Front: l.Devices[p.Front].Name, Back: l.Devices[p.Back].Name}
 		for k := range p.Flows {
 			f := &p.Flows[k]
-			verdict, difference := f.Verdict()
-			out.Flows = append(out.Flows, JSONFlow{f.From, f.To, Uint(f.Sent), Uint(f.Received), Uint(f.Dropped), difference, verdict})
+			verdict, by := f.Verdict()
+			out.Flows = append(out.Flows, JSONFlow{
+				From: f.From, To: f.To, Sent: Uint(f.Sent), Received: Uint(f.Received), Dropped: Uint(f.Dropped),
+				Difference: int64(f.Sent - f.Received - f.Dropped), Least: f.Least, Most: f.Most, Verdict: verdict, By: by,
+			})
 		}
 		j.Pairs = append(j.Pairs, out)
 	}

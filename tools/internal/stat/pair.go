@@ -1,6 +1,8 @@
 package stat
 
 import (
+	"errors"
+
 	"barevif/telemetry"
 	"barevif/telemetry/bpf"
 )
@@ -12,34 +14,54 @@ type Pair struct {
 	Flows       [2]Flow
 }
 
-// A Flow is one direction of a vif.
+// A Flow is one direction of a vif. The frontend is read, then the backend, then
+// the frontend again: at the time the backend was read the frontend's numbers lay
+// between its two.
 type Flow struct {
 	From, To                string // names of devices
-	Sent, Received, Dropped uint64 // frames; dropped by the receiving end
+	Sent, Received, Dropped uint64 // frames, at the first read; dropped by the receiving end
+	Least, Most             int64  // bounds of the frames sent and not arrived, at one time
 	Gone                    uint64 // frames unanswered when a connection ended
-	Ring                    uint64 // slots between the two
+	Room                    uint64 // frames that can be between the two, or counted and not yet shown
 }
 
-// Balanced says that every frame sent was received or dropped.
-func (f *Flow) Balanced() bool { return f.Sent == f.Received+f.Dropped }
+// unshown is how many frames an owner counts before it shows them.
+const unshown = 32
 
-// Verdict is "balanced", or why it is not. The two ends are read one after the
-// other and publish at their own time, so that a few frames of difference are on
-// their way; more than the ring holds cannot be. Of frames that were unanswered when
-// a connection ended nobody knows whether they arrived.
-func (f *Flow) Verdict() (verdict string, difference int64) {
-	difference = int64(f.Sent - f.Received - f.Dropped)
-	switch {
-	case difference == 0:
-		return "balanced", 0
-	case difference > 0 && uint64(difference) <= f.Ring:
-		return "in flight", difference
-	case difference > 0 && uint64(difference) <= f.Ring+f.Gone:
-		return "lost with a connection", difference
-	case difference < 0:
-		return "read later", difference
+// Balanced says that what was read can be of one time at which every frame sent
+// was received or dropped.
+func (f *Flow) Balanced() bool { return f.Least <= 0 && f.Most >= 0 }
+
+// A Verdict is what is to be thought of a flow.
+type Verdict string
+
+const (
+	Balanced Verdict = "balanced"               // to the frame
+	Moving   Verdict = "moving"                 // balanced but for what moved while it was read
+	Flight   Verdict = "in flight"              // in the ring, or received and not yet shown
+	Unshown  Verdict = "not shown yet"          // by the sender
+	Gone     Verdict = "lost with a connection" // nobody knows whether they arrived
+	Unequal  Verdict = "unequal"                // one end has counted for longer, or lost count
+)
+
+// Verdict judges the flow. by is the number of frames it speaks of: those that are
+// missing, negative if there are too many; for Moving those that moved.
+func (f *Flow) Verdict() (v Verdict, by int64) {
+	switch room := int64(f.Room); {
+	case f.Least == 0 && f.Most == 0:
+		return Balanced, 0
+	case f.Balanced():
+		return Moving, f.Most - f.Least
+	case f.Most < -room:
+		return Unequal, f.Most
+	case f.Most < 0:
+		return Unshown, f.Most
+	case f.Least <= room:
+		return Flight, f.Least
+	case f.Least <= room+int64(f.Gone):
+		return Gone, f.Least
 	}
-	return "unequal", difference
+	return Unequal, f.Least
 }
 
 // pairs finds ends that belong together. A device of two sources is nobody's end:
@@ -79,19 +101,50 @@ func pairs(devices []Device) []Pair {
 		if e[0] < 0 || e[1] < 0 {
 			continue
 		}
-		f, b := &devices[e[0]], &devices[e[1]]
-		out = append(out, Pair{Front: e[0], Back: e[1], Flows: [2]Flow{
-			flow(f.Name, b.Name, f.Report, b.Report), flow(b.Name, f.Name, b.Report, f.Report),
-		}})
+		out = append(out, Pair{Front: e[0], Back: e[1]})
 	}
 	return out
 }
 
-func flow(from, to string, a, b *bpf.Report) Flow {
-	f := Flow{From: from, To: to, Sent: Packets(&a.Stats.TX), Received: Packets(&b.Stats.RX), Dropped: Lost(&b.Stats.RX),
-		Gone: a.Stats.TX.Lost(telemetry.DropDisconnected)}
-	for q := range a.Stats.Queues {
-		f.Ring += a.Stats.Queues[q].TX.Gauge(telemetry.RingSize)
+// compare fills in the flows of p from what f, b and f again were read to be.
+func (p *Pair) compare(devices []Device, f, b, f2 *telemetry.Stats) {
+	front, back := devices[p.Front].Name, devices[p.Back].Name
+	p.Flows = [2]Flow{flow(front, back, f, b), flow(back, front, b, f)}
+	there, here := flow(front, back, f2, b), flow(back, front, b, f2)
+	p.Flows[0].Most, p.Flows[1].Least = there.Most, here.Least
+}
+
+func flow(from, to string, a, b *telemetry.Stats) Flow {
+	f := Flow{From: from, To: to, Sent: Packets(&a.TX), Received: Packets(&b.RX), Dropped: Lost(&b.RX),
+		Gone: a.TX.Lost(telemetry.DropDisconnected)}
+	f.Least = int64(f.Sent - f.Received - f.Dropped)
+	f.Most = f.Least
+	for q := range a.Queues {
+		if size := a.Queues[q].TX.Gauge(telemetry.RingSize); size > 0 {
+			f.Room += size + unshown
+		}
 	}
 	return f
+}
+
+// measure reads the two ends of p once more, in the order that Flow tells of, and
+// nothing between them.
+func (p *Pair) measure(devices []Device) (err error) {
+	ends := [2]*bpf.Reader{}
+	for i, at := range [2]int{p.Front, p.Back} {
+		if ends[i], err = bpf.Open(devices[at].Source); err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, ends[i].Close()) }()
+	}
+	var reads [3]*telemetry.Stats
+	for i, end := range [3]*bpf.Reader{ends[0], ends[1], ends[0]} {
+		st, err := end.Stats()
+		if err != nil {
+			return err
+		}
+		reads[i] = &st
+	}
+	p.compare(devices, reads[0], reads[1], reads[2])
+	return nil
 }

@@ -256,7 +256,12 @@ func (w *Watcher) Look() *Look {
 		l.Devices = append(l.Devices, d)
 	}
 	w.last = now
-	l.Pairs = pairs(l.Devices)
+	for _, p := range pairs(l.Devices) {
+		// An end that has gone since is none any more.
+		if p.measure(l.Devices) == nil {
+			l.Pairs = append(l.Pairs, p)
+		}
+	}
 	return l
 }
 

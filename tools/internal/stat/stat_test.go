@@ -37,25 +37,62 @@ func device(name string, tx, rx, lost uint64) Device {
 	}}
 }
 
+// look is one at which nothing moved.
 func look(devices ...Device) *Look {
-	return &Look{Time: time.Unix(1000, 0).UTC(), Devices: devices, Pairs: pairs(devices)}
+	l := &Look{Time: time.Unix(1000, 0).UTC(), Devices: devices, Pairs: pairs(devices)}
+	for i := range l.Pairs {
+		p := &l.Pairs[i]
+		f, b := &devices[p.Front].Report.Stats, &devices[p.Back].Report.Stats
+		p.compare(devices, f, b, f)
+	}
+	return l
 }
 
 func TestVerdictOfAFlow(t *testing.T) {
 	for _, c := range []struct {
-		flow    Flow
-		verdict string
-		by      int64
+		least, most int64
+		verdict     Verdict
+		by          int64
+		words       string
 	}{
-		{Flow{Sent: 10, Received: 7, Dropped: 3}, "balanced", 0},
-		{Flow{}, "balanced", 0},
-		{Flow{Sent: 266, Received: 10, Ring: 256}, "in flight", 256},
-		{Flow{Sent: 267, Received: 10, Ring: 256}, "unequal", 257},
-		{Flow{Sent: 267, Received: 10, Ring: 256, Gone: 1}, "lost with a connection", 257},
-		{Flow{Sent: 9, Received: 10, Ring: 256}, "read later", -1},
+		{0, 0, Balanced, 0, "balanced"},
+		{-3, 20, Moving, 23, "balanced to 23, moving"},
+		{0, 5, Moving, 5, "balanced to 5, moving"},
+		{-1 << 40, 0, Moving, 1 << 40, "balanced to 1099511627776, moving"},
+		{1, 1, Flight, 1, "1 in flight"},
+		{256, 1000, Flight, 256, "256 in flight"},
+		{257, 257, Gone, 257, "257 lost with a connection"},
+		{266, 300, Gone, 266, "266 lost with a connection"},
+		{267, 267, Unequal, 267, "unequal by 267"},
+		{-1, -1, Unshown, -1, "1 not shown yet"},
+		{-300, -256, Unshown, -256, "256 not shown yet"},
+		{-300, -257, Unequal, -257, "unequal by -257"},
 	} {
-		if verdict, by := c.flow.Verdict(); verdict != c.verdict || by != c.by || c.flow.Balanced() != (by == 0) {
-			t.Errorf("%+v: %s by %d, want %s by %d", c.flow, verdict, by, c.verdict, c.by)
+		f := Flow{Least: c.least, Most: c.most, Room: 256, Gone: 10}
+		verdict, by := f.Verdict()
+		words, _ := f.words()
+		if verdict != c.verdict || by != c.by || words != c.words || f.Balanced() != (verdict == Balanced || verdict == Moving) {
+			t.Errorf("%d to %d: %s by %d, %q, want %s by %d, %q", c.least, c.most, verdict, by, words, c.verdict, c.by, c.words)
+		}
+	}
+}
+
+// What moves between the reads of the two ends widens the bounds, and never makes
+// a vif that loses nothing look as if it did.
+func TestFlowsAreJudgedByWhatCanHaveBeen(t *testing.T) {
+	at := func(name string, tx, rx, lost uint64) Device { return device(name, tx, rx, lost) }
+	f1, b, f2 := at("front-1-2-0", 1000, 500, 1), at("back-2-1-0", 520, 1009, 3), at("front-1-2-0", 1020, 530, 1)
+	p := Pair{Front: 0, Back: 1}
+	p.compare([]Device{f1, b}, &f1.Report.Stats, &b.Report.Stats, &f2.Report.Stats)
+	for i, want := range [2]Flow{
+		{From: "front-1-2-0", To: "back-2-1-0", Sent: 1000, Received: 1009, Dropped: 3, Least: -12, Most: 8, Room: 256 + unshown},
+		{From: "back-2-1-0", To: "front-1-2-0", Sent: 520, Received: 500, Dropped: 1, Least: -11, Most: 19, Room: 256 + unshown},
+	} {
+		if p.Flows[i] != want {
+			t.Errorf("%+v, want %+v", p.Flows[i], want)
+		}
+		if v, _ := p.Flows[i].Verdict(); v != Moving {
+			t.Errorf("flow %d is %s", i, v)
 		}
 	}
 }

@@ -175,23 +175,27 @@ func WritePairs(b *strings.Builder, l *Look, paint Paint) {
 	for i := range l.Pairs {
 		for k := range l.Pairs[i].Flows {
 			f := &l.Pairs[i].Flows[k]
-			verdict, difference := f.Verdict()
-			tone := Good
-			switch verdict {
-			case "balanced":
-			case "unequal":
-				verdict, tone = fmt.Sprintf("unequal by %d: one end has counted for longer, or lost count", difference), Bad
-			case "in flight", "lost with a connection":
-				verdict, tone = fmt.Sprintf("%d %s", difference, verdict), Plain
-			default:
-				verdict, tone = fmt.Sprintf("%d came between the two reads", -difference), Plain
-			}
+			verdict, tone := f.words()
 			g.add([]cell{{f.From, Plain}, {f.To, Plain}, {Grouped(f.Sent), Plain}, {Grouped(f.Received), Plain},
 				{Grouped(f.Dropped), Plain}, {verdict, tone}})
 		}
 	}
 	b.WriteByte('\n')
 	g.write(b, "", paint)
+}
+
+// words are the verdict for a reader.
+func (f *Flow) words() (string, Tone) {
+	switch verdict, by := f.Verdict(); verdict {
+	case Balanced:
+		return string(verdict), Good
+	case Moving:
+		return fmt.Sprintf("balanced to %d, moving", by), Good
+	case Unequal:
+		return fmt.Sprintf("unequal by %d", by), Bad
+	default:
+		return fmt.Sprintf("%d %s", max(by, -by), verdict), Plain
+	}
 }
 
 // WriteTable writes a table of devices: with queues, a line for each direction of

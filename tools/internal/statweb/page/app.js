@@ -333,10 +333,9 @@ function show(look, history) {
   $("flows").replaceChildren(...flows.map(f => {
     const row = el("tr");
     row.append(el("td", "", f.from), el("td", "", f.to), el("td", "n", grouped(f.sent)), el("td", "n", grouped(f.received)), el("td", "n", grouped(f.dropped)));
-    const verdict = el("td"), good = f.verdict === "balanced";
-    const words = { "in flight": `${f.difference} in flight`, "read later": `${-f.difference} came between the reads`,
-      "lost with a connection": `${f.difference} lost with a connection`, "unequal": `unequal by ${f.difference}` };
-    verdict.append(el("span", "pill " + (good ? "good" : f.verdict === "unequal" ? "bad" : "calm"), (good ? "✓ " : "") + (words[f.verdict] || f.verdict)));
+    const verdict = el("td"), n = grouped(Math.abs(f.verdict_frames)), good = f.verdict === "balanced" || f.verdict === "moving";
+    const words = { "balanced": "✓ balanced", "moving": `✓ balanced to ${n}, moving`, "unequal": `unequal by ${f.verdict_frames}` };
+    verdict.append(el("span", "pill " + (good ? "good" : f.verdict === "unequal" ? "bad" : "calm"), words[f.verdict] || `${n} ${f.verdict}`));
     row.append(verdict);
     return row;
   }));
