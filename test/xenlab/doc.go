@@ -31,6 +31,7 @@
 //	  our front, PV            PV domU: barevif serve; dom0: netback
 //	  our front, PVH           PVH domU: barevif serve; dom0: netback
 //	  our front, jumbo         PV domU: barevif serve; dom0: netback, MTU 9000
+//	  our front, a kernel's    PV domU: barevif attach; dom0: netback
 //	  our front, unplugged     PV domU: barevif serve; dom0: netback, its vif taken and given back
 //	  our front, netback anew  PV domU: barevif serve; dom0: netback, unbound and bound
 //	  our front, refused       PV domU: barevif serve without what it needs

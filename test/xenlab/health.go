@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	"barevif/test/xenlab/image"
 	"barevif/test/xenlab/machine"
 	"barevif/test/xenlab/proto"
 )
@@ -16,15 +17,13 @@ import (
 // stateScript prints what a scenario may use but must give back, one thing a line:
 // domains, among them the dead ones whose pages something still maps; dom0's event
 // channels without their numbers; its interrupts of vifs; its devices and network
-// interfaces; xenstore's directories of domains and backends; grants in use, as
-// Xen tells them.
+// interfaces; xenstore's nodes.
 const stateScript = `
 xl list | sed 1d | while read -r name id rest; do echo "domain $name $id"; done
 lsevtchn 0 | sed 's/^ *[0-9]*: VCPU [0-9]*: /port /'
 sed -n 's/.*\(vif[0-9.]*\).*/interrupt \1/p' /proc/interrupts
 for f in /sys/class/net/* /sys/bus/xen/devices/* /sys/bus/xen-backend/devices/*; do [ -e "$f" ] && echo "device $f"; done
-for d in /local/domain /local/domain/0/backend /local/domain/0/backend/vif; do
-	xenstore-list "$d" 2>/dev/null | sed "s|^|xenstore $d/|"; done
+xenstore-ls -f | sed 's/ = .*//; /^\/\(libxl\|vm\)$/d; s/^/xenstore /'
 `
 
 // settleLimit is how long the toolstack may take to clean up behind a domain.
@@ -41,10 +40,23 @@ func (t *T) state() []string {
 	return lines
 }
 
+// held is what a domain that goes on has in use: its event channels without their
+// numbers, and the pages it has granted, mapped or not.
+func (t *T) held(d *Domain) []string {
+	lines := strings.Split(t.Dom0().Sh("lsevtchn %d | sed 's/^ *[0-9]*: VCPU [0-9]*: /port /'; %s/grants %d", d.ID, image.ProgramDir, d.ID), "\n")
+	slices.Sort(lines)
+	return lines
+}
+
+// gaveBack waits until a domain has in use what it had before.
+func (t *T) gaveBack(d *Domain, before []string) {
+	t.settled(before, func() []string { return t.held(d) })
+}
+
 // settled waits until everything in use is what was in use before.
-func (t *T) settled(before []string) {
+func (t *T) settled(before []string, state func() []string) {
 	for deadline := time.Now().Add(settleLimit); ; time.Sleep(200 * time.Millisecond) {
-		now := t.state()
+		now := state()
 		if slices.Equal(before, now) {
 			return
 		}

@@ -23,7 +23,7 @@ func (t *T) netback(wanted bool) {
 
 // serve starts our appliance on a guest's vif 0 and waits until it is reachable.
 func (t *T) serve(guest *Domain, addr string) *Process {
-	p := guest.Start(barevif, "serve", "-v", "--xen", "--addr", addr+"/24")
+	p := guest.Start(barevif, "serve", "-v", "--xen", "--addr", addr+"/24", "--check", "7007")
 	p.Await(`serving http`)
 	return p
 }
@@ -40,35 +40,49 @@ func (t *T) fetchServed(client *Domain, addr string, size int) {
 }
 
 // ourFront: our appliance on Linux netback; ended well, killed, and back each time.
+// Both ends count the same, and what it had of Xen's is given back.
 func ourFront(kind GuestType) func(*T) {
 	return func(t *T) {
 		t.netback(true)
 		guest := t.Create(Guest{Name: "domU", Type: kind, VIFs: []VIF{{}}})
-		vif := guest.VIF(0)
+		vif, name := guest.VIF(0), frontName(guest, 0)
 		t.Dom0().Sh("ip addr add 10.88.0.1/24 dev %s", vif)
+		held := t.held(guest)
 		state := guest.Backend(t.Dom0(), 0) + "/state"
 
-		traffic := func() {
+		serve := func() *Process {
+			p := t.serve(guest, "10.88.0.2")
 			t.Dom0().Await("carrier", `[ "$(cat /sys/class/net/%s/carrier)" = 1 ]`, vif)
+			return p
+		}
+		end := func(p *Process) {
+			t.agree("netback", func() flow { return t.ours(guest, name) }, func() flow { return t.netbackCounted(guest) })
+			p.Signal(syscall.SIGTERM)
+			p.Succeed()
+			t.Dom0().Await("the backend to see it close", `[ "$(xenstore-read %s)" = 6 ]`, state)
+			t.unpinned(guest, name)
+			t.gaveBack(guest, held)
+		}
+		p := serve()
+		t.checksums(func() {
 			for _, size := range [...]int{56, 1472} {
 				t.Ping(t.Dom0(), "10.88.0.2", size, 20)
 			}
-		}
-		p := t.serve(guest, "10.88.0.2")
-		traffic()
-		t.fetchServed(t.Dom0(), "10.88.0.2", 3<<20)
-		p.Signal(syscall.SIGTERM)
-		p.Succeed()
-		t.Dom0().Await("the backend to see it close", `[ "$(xenstore-read %s)" = 6 ]`, state)
+			t.Datagrams(t.Dom0(), "10.88.0.2", "1-1472,1473,65507")
+			t.fetchServed(t.Dom0(), "10.88.0.2", 3<<20)
+			t.Send(t.Dom0(), "10.88.0.2", 3<<20)
+		}, t.Dom0())
+		t.everyField(guest, name)
+		end(p)
 
-		p = t.serve(guest, "10.88.0.2")
-		traffic()
+		p = serve()
+		t.Ping(t.Dom0(), "10.88.0.2", 1472, 20)
 		p.Kill()
-		p = t.serve(guest, "10.88.0.2")
-		traffic()
+		t.everyField(guest, name) // though nobody owns them now
+		p = serve()
+		t.Ping(t.Dom0(), "10.88.0.2", 1472, 20)
 		t.fetchServed(t.Dom0(), "10.88.0.2", 1<<20)
-		p.Signal(syscall.SIGTERM)
-		p.Succeed()
+		end(p)
 	}
 }
 
@@ -78,12 +92,41 @@ func ourFrontJumbo(t *T) {
 	t.Dom0().Sh("ip addr add 10.88.0.1/24 dev %s", guest.VIF(0))
 	p := t.serve(guest, "10.88.0.2")
 	t.Dom0().Await("carrier", `[ "$(cat /sys/class/net/%s/carrier)" = 1 ]`, guest.VIF(0))
-	for _, size := range [...]int{56, 1473, 4096, 8972} {
-		t.Ping(t.Dom0(), "10.88.0.2", size, 20)
-	}
-	t.fetchServed(t.Dom0(), "10.88.0.2", 3<<20)
+	t.checksums(func() {
+		for _, size := range [...]int{56, 1473, 4096, 8972} {
+			t.Ping(t.Dom0(), "10.88.0.2", size, 20)
+		}
+		// A page more or less, and every size around it.
+		t.Datagrams(t.Dom0(), "10.88.0.2", "1-8972:13,4030-4100,8130-8200,8972,8973,65507")
+		t.fetchServed(t.Dom0(), "10.88.0.2", 3<<20)
+		t.Send(t.Dom0(), "10.88.0.2", 3<<20)
+	}, t.Dom0())
+	t.agree("netback", func() flow { return t.ours(guest, frontName(guest, 0)) }, func() flow { return t.netbackCounted(guest) })
 	p.Signal(syscall.SIGTERM)
 	p.Succeed()
+}
+
+// ourFrontKernel gives the vif to the guest's kernel by our frontend: what needs a
+// socket of the kernel, on both sides, runs through it.
+func ourFrontKernel(t *T) {
+	t.netback(true)
+	guest := t.Create(Guest{Name: "domU", Type: PV, VIFs: []VIF{{}}})
+	vif, name := guest.VIF(0), frontName(guest, 0)
+	t.Dom0().Sh("ip addr add 10.88.0.1/24 dev %s", vif)
+	held := t.held(guest)
+	guest.Run("modprobe", "tun")
+	p := guest.Start(barevif, "attach", "-v", "--xen", "--tap", "card%i", "--addr", "10.88.0.2/24")
+	p.Await("the kernel has it as card0")
+	t.Dom0().Await("carrier", `[ "$(cat /sys/class/net/%s/carrier)" = 1 ]`, vif)
+	if mac := guest.Sh("cat /sys/class/net/card0/address"); mac != MAC(0) {
+		t.Fatalf("the TAP's address is %s, the vif's %s", mac, MAC(0))
+	}
+	t.kernelTraffic(guest, t.Dom0(), "10.88.0.2", "10.88.0.1")
+	t.agree("netback", func() flow { return t.ours(guest, name) }, func() flow { return t.netbackCounted(guest) })
+	p.Signal(syscall.SIGTERM)
+	p.Succeed()
+	t.unpinned(guest, name)
+	t.gaveBack(guest, held)
 }
 
 // ourFrontUnplugged takes the vif away under our appliance and gives it back: the
@@ -167,19 +210,6 @@ func (t *T) back(d *Domain, addr string) *Process {
 	return p
 }
 
-// kernelTraffic is what a guest's Linux netfront exchanges with the kernel that our
-// backend's TAP leads to.
-func (t *T) kernelTraffic(guest, backend *Domain, guestAddr, backAddr string) {
-	for _, size := range [...]int{56, 1472} {
-		t.Ping(guest, backAddr, size, 20)
-		t.Ping(backend, guestAddr, size, 20)
-	}
-	t.Iperf(guest, backend, backAddr, 2)
-	t.Iperf(backend, guest, guestAddr, 2)
-	t.Fetch(backend, guest, guestAddr, 3<<20)
-	t.Fetch(guest, backend, backAddr, 3<<20)
-}
-
 func (t *T) kernelFront(guest *Domain, addr string) {
 	guest.Run("modprobe", "xen-netfront")
 	guest.Await("a network interface", "ip link set eth0 up")
@@ -194,7 +224,10 @@ func ourBackDom0(t *T) {
 	p := t.back(t.Dom0(), "10.89.0.1")
 	guest := t.Create(Guest{Name: "domU", Type: PV, VIFs: []VIF{{}}})
 	t.kernelFront(guest, "10.89.0.2")
+	name := backName(guest, 0)
 	t.kernelTraffic(guest, t.Dom0(), "10.89.0.2", "10.89.0.1")
+	t.everyField(t.Dom0(), name)
+	t.agree("netfront", func() flow { return t.ours(t.Dom0(), name) }, func() flow { return t.netfrontCounted(guest) })
 	p.Kill()
 	p = t.back(t.Dom0(), "10.89.0.1")
 	t.Dom0().Await("the guest behind the new backend", "ping -c 1 -W 1 10.89.0.2")
@@ -202,6 +235,7 @@ func ourBackDom0(t *T) {
 	t.Destroy(guest)
 	p.Signal(syscall.SIGTERM)
 	p.Succeed()
+	t.unpinned(t.Dom0(), name)
 }
 
 // ourBackUnplugged takes the vif away under our backend, which goes on.
@@ -244,10 +278,15 @@ func bothOurs(t *T) {
 	driver, back := t.driver("10.89.2.1")
 	guest := t.Create(Guest{Name: "domU", Type: PV, VIFs: []VIF{{Backend: "driver"}}})
 	front := t.serve(guest, "10.89.2.2")
-	for _, size := range [...]int{56, 1472} {
-		t.Ping(driver, "10.89.2.2", size, 20)
-	}
-	t.fetchServed(driver, "10.89.2.2", 3<<20)
+	t.checksums(func() {
+		for _, size := range [...]int{56, 1472} {
+			t.Ping(driver, "10.89.2.2", size, 20)
+		}
+		t.Datagrams(driver, "10.89.2.2", "1-1472")
+		t.fetchServed(driver, "10.89.2.2", 3<<20)
+		t.Send(driver, "10.89.2.2", 3<<20)
+	}, driver)
+	t.agree("the other end", func() flow { return t.ours(guest, frontName(guest, driver.ID)) }, func() flow { return t.ours(driver, backName(guest, driver.ID)) })
 	front.Signal(syscall.SIGTERM)
 	front.Succeed()
 	back.Signal(syscall.SIGTERM)

@@ -237,7 +237,7 @@ func (r *runner) scenario(m *machine.Machine, s Scenario, dir string) (row Row, 
 	}
 	err = t.attempt(r.ctx, 2*time.Minute, func() {
 		t.cleanUp()
-		t.settled(before)
+		t.settled(before, t.state)
 		if d := difference(grantsBefore, t.grants()); d != "" {
 			t.Fatalf("grants still mapped: %s", d)
 		}

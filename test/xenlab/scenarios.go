@@ -14,6 +14,7 @@ import (
 func Programs() []image.Program {
 	return []image.Program{
 		{Name: "barevif", Package: "barevif/tools/barevif"},
+		{Name: "grants", Package: "barevif/test/xenlab/grants"},
 		{Name: "vectors", Package: "barevif/test/xenlab/vectors"},
 		{Name: "xendev.test", Package: "barevif/hypercall/xendev", Test: true},
 	}
@@ -35,6 +36,7 @@ func Plan() []Boot {
 			{Name: "our front, PV", Roles: "PV domU: barevif serve; dom0: netback", Run: ourFront(PV)},
 			{Name: "our front, PVH", Roles: "PVH domU: barevif serve; dom0: netback", Run: ourFront(PVH)},
 			{Name: "our front, jumbo", Roles: "PV domU: barevif serve; dom0: netback, MTU 9000", Run: ourFrontJumbo},
+			{Name: "our front, a kernel's", Roles: "PV domU: barevif attach; dom0: netback", Run: ourFrontKernel},
 			{Name: "our front, unplugged", Roles: "PV domU: barevif serve; dom0: netback, its vif taken and given back", Run: ourFrontUnplugged},
 			{Name: "our front, netback anew", Roles: "PV domU: barevif serve; dom0: netback, unbound and bound", Run: netbackAnew},
 			{Name: "our front, refused", Roles: "PV domU: barevif serve without what it needs", Run: ourFrontRefused},
@@ -79,17 +81,10 @@ func kernelEnds(kind GuestType) func(*T) {
 		guest := t.Create(Guest{Name: "domU", Type: kind, VIFs: []VIF{{}}})
 		guest.Run("modprobe", "xen-netfront")
 		dom0Addr, guestAddr := t.JoinKernel(guest, 0)
-		for _, size := range [...]int{56, 1472} {
-			t.Ping(guest, dom0Addr, size, 20)
-			t.Ping(t.Dom0(), guestAddr, size, 20)
-		}
+		t.kernelTraffic(guest, t.Dom0(), guestAddr, dom0Addr)
 		if len(t.grants()) == 0 {
 			t.Fatalf("Xen tells of no grant in use, though netback has mapped the rings")
 		}
-		t.Iperf(guest, t.Dom0(), dom0Addr, 2)
-		t.Iperf(t.Dom0(), guest, guestAddr, 2)
-		t.Fetch(t.Dom0(), guest, guestAddr, 3<<20)
-		t.Fetch(guest, t.Dom0(), dom0Addr, 3<<20)
 	}
 }
 

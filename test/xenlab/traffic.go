@@ -5,7 +5,9 @@ package xenlab
 import (
 	"encoding/json"
 	"fmt"
+	"slices"
 	"strings"
+	"syscall"
 )
 
 // JoinKernel gives both ends of a guest's i-th vif an address, when both are a
@@ -93,6 +95,79 @@ func (t *T) Fetch(client, server *Domain, addr string, size int) {
 	}
 	httpd.Kill()
 	t.Note("curl %s←%s %d bytes", client.Name, server.Name, size)
+}
+
+// Send uploads random bytes by curl to an appliance, which tells their digest.
+func (t *T) Send(from *Domain, addr string, size int) {
+	want := from.Sh("head -c %d /dev/urandom >/tmp/sent; sha256sum </tmp/sent | cut -c1-64", size)
+	got := from.Sh("curl -sSf --max-time 50 -T /tmp/sent http://%s/sum | cut -c1-64; rm /tmp/sent", addr)
+	if got != want {
+		t.Fatalf("%s sent %s, %s received %s", from.Name, want, addr, got)
+	}
+	t.Note("curl -T %s→ %d bytes", from.Name, size)
+}
+
+// Datagrams sends one of each size, as "barevif check" takes them, to who answers it
+// at addr. Each is compared at both ends; at most one in a hundred may be lost.
+func (t *T) Datagrams(from *Domain, addr, sizes string) {
+	r := from.Run(barevif, "check", "--lost", "1", "--patience", "5s", "--sizes", sizes, addr)
+	t.Note("UDP %s↔: %s", from.Name, r.Text())
+}
+
+// checksums fails if the kernels of these domains find a checksum wrong while f
+// runs.
+func (t *T) checksums(f func(), doms ...*Domain) {
+	wrong := func() (n []string) {
+		for _, d := range doms {
+			n = append(n, d.Name+": "+badChecksums(string(d.Get("/proc/net/snmp"))))
+		}
+		return n
+	}
+	before := wrong()
+	f()
+	if after := wrong(); !slices.Equal(before, after) {
+		t.Fatalf("wrong checksums: %q, before it was %q", after, before)
+	}
+}
+
+// badChecksums gives the counters of wrong checksums in /proc/net/snmp, which has a
+// line of names and one of numbers for each protocol.
+func badChecksums(snmp string) (found string) {
+	var names []string
+	for line := range strings.Lines(snmp) {
+		words := strings.Fields(line)
+		if names == nil {
+			names = words
+			continue
+		}
+		for i := range min(len(words), len(names)) {
+			if names[i] == "InCsumErrors" {
+				found += " " + words[0] + words[i]
+			}
+		}
+		names = nil
+	}
+	return strings.TrimPrefix(found, " ")
+}
+
+// kernelTraffic is what the kernels of two domains exchange. Each byte is compared but
+// those of iperf3.
+func (t *T) kernelTraffic(guest, backend *Domain, guestAddr, backAddr string) {
+	t.checksums(func() {
+		for _, size := range [...]int{56, 1472} {
+			t.Ping(guest, backAddr, size, 20)
+			t.Ping(backend, guestAddr, size, 20)
+		}
+		answers := backend.Start(barevif, "check", "--answer")
+		answers.Await("answering at")
+		t.Datagrams(guest, backAddr, "1-1472")
+		answers.Signal(syscall.SIGTERM)
+		answers.Succeed()
+		t.Iperf(guest, backend, backAddr, 2)
+		t.Iperf(backend, guest, guestAddr, 2)
+		t.Fetch(backend, guest, guestAddr, 3<<20)
+		t.Fetch(guest, backend, backAddr, 3<<20)
+	}, guest, backend)
 }
 
 // Capture starts tcpdump on an interface; the function it gives ends it and keeps

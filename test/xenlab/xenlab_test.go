@@ -4,7 +4,9 @@ package xenlab
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -13,6 +15,8 @@ import (
 	"testing"
 	"time"
 
+	"barevif/telemetry"
+	"barevif/test/counters"
 	"barevif/test/xenlab/image"
 	"barevif/test/xenlab/machine"
 )
@@ -127,6 +131,76 @@ func TestPingThatLostOrSpoiltIsNoticed(t *testing.T) {
 		if err := checkPing(bad, 2); err == nil {
 			t.Errorf("%q: no error", bad)
 		}
+	}
+}
+
+func TestWrongChecksumsAreFound(t *testing.T) {
+	const snmp = `Ip: Forwarding DefaultTTL
+Ip: 2 64
+Icmp: InMsgs InErrors InCsumErrors InDestUnreachs
+Icmp: 8 7 6 5
+IcmpMsg: InType8
+IcmpMsg: 3
+Udp: InDatagrams InCsumErrors
+Udp: 1 2
+Odd: InCsumErrors More
+Odd: 9
+`
+	if got, want := badChecksums(snmp), "Icmp:6 Udp:2 Odd:9"; got != want {
+		t.Errorf("%q, want %q", got, want)
+	}
+	if got := badChecksums(""); got != "" {
+		t.Errorf("%q of nothing", got)
+	}
+}
+
+// shown is a queue's counters as bpftool and as the file metrics show them.
+func shown() (dump counters.Dump, text string) {
+	queue := map[string]json.RawMessage{}
+	var b strings.Builder
+	for _, dir := range [...]telemetry.Dir{telemetry.RX, telemetry.TX} {
+		for i, f := range telemetry.Fields() {
+			fmt.Fprintf(&b, "# TYPE %s %s\n", f.Metric(dir), f.Kind)
+			switch n := fmt.Sprint(i); f.Kind {
+			case telemetry.KindCounter:
+				fmt.Fprintf(&b, "%s_total{vif=\"v\",queue=\"0\"} %s\n", f.Metric(dir), n)
+				queue[f.FullName(dir)] = json.RawMessage(n)
+			case telemetry.KindGauge:
+				fmt.Fprintf(&b, "%s{vif=\"v\",queue=\"0\"} %s\n", f.Metric(dir), n)
+				queue[f.FullName(dir)] = json.RawMessage(n)
+			default:
+				queue[f.FullName(dir)] = json.RawMessage("{}")
+			}
+		}
+	}
+	return counters.Dump{queue}, b.String() + "# EOF\n"
+}
+
+func TestAFieldThatIsNotShownIsNoticed(t *testing.T) {
+	dump, text := shown()
+	if got := missing(dump, text, "v"); got != "" {
+		t.Fatal(got)
+	}
+	if missing(dump, strings.TrimSuffix(text, "# EOF\n"), "v") == "" {
+		t.Error("without an end: not noticed")
+	}
+	if missing(dump, text, "w") == "" {
+		t.Error("of another vif: not noticed")
+	}
+	for line := range strings.Lines(text) {
+		if missing(dump, strings.Replace(text, line, "", 1), "v") == "" {
+			t.Errorf("without %q: not noticed", line)
+		}
+	}
+	for name, n := range dump[0] {
+		delete(dump[0], name)
+		if missing(dump, text, "v") == "" {
+			t.Errorf("without %s: not noticed", name)
+		}
+		if dump[0][name] = json.RawMessage("1234567"); string(n) != "{}" && missing(dump, text, "v") == "" {
+			t.Errorf("another %s: not noticed", name)
+		}
+		dump[0][name] = n
 	}
 }
 

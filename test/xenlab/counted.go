@@ -1,0 +1,164 @@
+//go:build linux
+
+package xenlab
+
+import (
+	"encoding/json"
+	"fmt"
+	"strings"
+	"time"
+
+	"barevif/telemetry"
+	"barevif/telemetry/bpf"
+	"barevif/test/counters"
+)
+
+// A flow is what somebody has counted at a vif: from the guest and towards it.
+type flow struct{ out, in load }
+
+type load struct{ frames, bytes uint64 }
+
+// frontName and backName are the names under which our ends count a guest's vif 0.
+func frontName(guest *Domain, backend int) string {
+	return fmt.Sprintf("front-%d-%d-0", guest.ID, backend)
+}
+func backName(guest *Domain, backend int) string {
+	return fmt.Sprintf("back-%d-%d-0", backend, guest.ID)
+}
+
+// dump is what bpftool shows of the counters that a domain has under a name.
+func (t *T) dump(d *Domain, name string) counters.Dump {
+	dump, err := counters.ParseDump(d.Run("bpftool", "-j", "map", "dump", "pinned", bpf.DefaultRoot+"/"+name+"/counters").Stdout)
+	if err != nil {
+		t.Fatalf("%s: %s: %w", d.Name, name, err)
+	}
+	return dump
+}
+
+func (t *T) number(d counters.Dump, name string) uint64 {
+	n, err := d.Total(name)
+	if err != nil {
+		t.Fatalf("%w", err)
+	}
+	return n
+}
+
+// ours is what one of our ends has counted. It must have lost nothing.
+func (t *T) ours(d *Domain, name string) flow {
+	dump := t.dump(d, name)
+	for _, lost := range [...]string{"rx_errors", "rx_dropped", "tx_errors", "tx_dropped"} {
+		if n := t.number(dump, lost); n != 0 {
+			t.Fatalf("%s: %s: %s is %d", d.Name, name, lost, n)
+		}
+	}
+	rx := load{t.number(dump, "rx_packets"), t.number(dump, "rx_bytes")}
+	tx := load{t.number(dump, "tx_packets"), t.number(dump, "tx_bytes")}
+	if strings.HasPrefix(name, "back") {
+		return flow{out: rx, in: tx}
+	}
+	return flow{out: tx, in: rx}
+}
+
+// linkStats is what the kernel has counted at an interface.
+func (t *T) linkStats(d *Domain, name string) (rx, tx load) {
+	var links []struct {
+		Stats struct {
+			RX, TX struct{ Packets, Bytes uint64 }
+		} `json:"stats64"`
+	}
+	out := d.Run("ip", "-s", "-j", "link", "show", "dev", name).Stdout
+	if err := json.Unmarshal(out, &links); err != nil || len(links) != 1 {
+		t.Fatalf("%s: ip -s -j link show %s: %q: %w", d.Name, name, out, err)
+	}
+	s := links[0].Stats
+	return load{s.RX.Packets, s.RX.Bytes}, load{s.TX.Packets, s.TX.Bytes}
+}
+
+const etherHeader = 14 // bytes
+
+// netbackCounted is what Linux's netback has counted at a guest's vif 0. It counts
+// frames that it received without their header (xenvif_tx_submit counts after
+// eth_type_trans), and from nothing whenever a frontend connects.
+func (t *T) netbackCounted(guest *Domain) flow {
+	rx, tx := t.linkStats(t.Dom0(), guest.VIF(0))
+	rx.bytes += etherHeader * rx.frames
+	return flow{out: rx, in: tx}
+}
+
+// netfrontCounted is the same of a guest's netfront.
+func (t *T) netfrontCounted(guest *Domain) flow {
+	rx, tx := t.linkStats(guest, "eth0")
+	rx.bytes += etherHeader * rx.frames
+	return flow{out: tx, in: rx}
+}
+
+// restLimit is how long a vif may take to come to rest: the kernel sends some frames
+// on its own when a link comes up, and counters are shown once a second.
+const restLimit = 20 * time.Second
+
+// agree has both ends of a vif count the same, frame by frame and byte by byte, at
+// rest.
+func (t *T) agree(who string, ours, theirs func() flow) {
+	for deadline := time.Now().Add(restLimit); ; {
+		before := theirs()
+		counted := ours()
+		if after := theirs(); before == after && counted == after {
+			t.Note("%s: %d frames out, %d in", who, counted.out.frames, counted.in.frames)
+			return
+		} else if time.Now().After(deadline) {
+			t.Fatalf("ours counted %+v, %s %+v", counted, who, after)
+		}
+	}
+}
+
+// everyField fails unless bpftool shows every counter by its name, and the file
+// metrics the same number of it as OpenMetrics text.
+func (t *T) everyField(d *Domain, name string) {
+	file := bpf.DefaultRoot + "/" + name + "/metrics"
+	var wrong string
+	for deadline := time.Now().Add(restLimit); ; {
+		text := string(d.Get(file))
+		if wrong = missing(t.dump(d, name), text, name); wrong == "" {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("%s: %s", d.Name, wrong)
+		}
+	}
+}
+
+// missing says what is not in a dump, or otherwise in the text; "" if nothing is.
+func missing(dump counters.Dump, text, name string) string {
+	if !strings.HasSuffix(text, "# EOF\n") {
+		return "metrics do not end in # EOF"
+	}
+	for _, dir := range [...]telemetry.Dir{telemetry.RX, telemetry.TX} {
+		for _, f := range telemetry.Fields() {
+			if !strings.Contains(text, fmt.Sprintf("# TYPE %s %s\n", f.Metric(dir), f.Kind)) {
+				return "metrics have no " + f.Metric(dir)
+			}
+			for q, queue := range dump {
+				shown, ok := queue[f.FullName(dir)]
+				if !ok {
+					return "bpftool shows no " + f.FullName(dir)
+				}
+				if f.Kind == telemetry.KindHistogram {
+					continue // a struct
+				}
+				sample := f.Metric(dir)
+				if f.Kind == telemetry.KindCounter {
+					sample += "_total"
+				}
+				if line := fmt.Sprintf("\n%s{vif=%q,queue=\"%d\"} %s\n", sample, name, q, shown); !strings.Contains(text, line) {
+					return fmt.Sprintf("metrics do not say%s", line)
+				}
+			}
+		}
+	}
+	return ""
+}
+
+// unpinned fails unless the counters of that name have gone with their owner.
+func (t *T) unpinned(d *Domain, name string) {
+	d.Sh("[ ! -e %s/%s ]", bpf.DefaultRoot, name)
+}

@@ -1,0 +1,80 @@
+//go:build linux
+
+// Grants prints, in the control domain, which of its pages another domain has granted:
+// how many, to whom, and whether they are mapped. Xen itself tells only of the mapped
+// ones, by its debug key g.
+package main
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"slices"
+	"strconv"
+
+	"barevif/hypercall"
+	"barevif/hypercall/xendev/privcmd"
+)
+
+const frameSize = 4096 // of a grant table
+
+// struct grant_entry_v1 of xen/include/public/grant_table.h: flags, the domain it is
+// granted to, the frame.
+const (
+	entrySize = 8
+	typeMask  = 3 // GTF_type_mask; 0 is an entry not in use
+	readOnly  = 1 << 2
+	reading   = 1 << 3 // it is mapped
+)
+
+func main() {
+	if err := run(os.Args[1:]); err != nil {
+		fmt.Fprintln(os.Stderr, "grants:", err)
+		os.Exit(1)
+	}
+}
+
+func run(args []string) error {
+	if len(args) != 1 {
+		return errors.New("usage: grants DOMID")
+	}
+	n, err := strconv.ParseUint(args[0], 10, 16)
+	if err != nil {
+		return err
+	}
+	dom := hypercall.DomID(n)
+	xen, err := privcmd.Open("/dev/xen")
+	if err != nil {
+		return err
+	}
+	defer xen.Close()
+	size, err := xen.GrantTable(dom)
+	if err != nil {
+		return err
+	}
+	table, err := mapTable(dom, size.Frames)
+	if err != nil {
+		return err
+	}
+	count := map[string]int{}
+	for e := range slices.Chunk(table, entrySize) {
+		flags := binary.NativeEndian.Uint16(e)
+		if flags&typeMask == 0 {
+			continue
+		}
+		what := fmt.Sprintf("granted to %d", binary.NativeEndian.Uint16(e[2:]))
+		if flags&readOnly != 0 {
+			what += ", to read"
+		}
+		if flags&reading != 0 {
+			what += ", mapped"
+		}
+		count[what]++
+	}
+	for _, what := range slices.Sorted(maps.Keys(count)) {
+		fmt.Printf("%d pages %s\n", count[what], what)
+	}
+	return nil
+}
