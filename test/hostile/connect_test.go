@@ -1,0 +1,184 @@
+package hostile
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"runtime"
+	"sync/atomic"
+	"syscall"
+	"testing"
+
+	"barevif/hypercall/emu"
+	"barevif/pvnet"
+	"barevif/test/hostile/raw"
+	"barevif/xenbus"
+)
+
+// descriptors is how many files the process has open.
+func descriptors(t testing.TB) int {
+	t.Helper()
+	all, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Skip("no /proc: ", err)
+	}
+	return len(all)
+}
+
+// nothingMore waits until as many goroutines, and as many open files, are left as
+// there were before.
+func nothingMore(t testing.TB, goroutines, files int) {
+	t.Helper()
+	eventually(t, "goroutines gone", func() bool { return runtime.NumGoroutine() <= goroutines })
+	if n := descriptors(t); n > files {
+		t.Errorf("%d descriptors, %d before", n, files)
+	}
+}
+
+// T30: whichever call fails, the first connect leaves no descriptor and no goroutine
+// of those it had by then.
+func TestT30FailedConnectsLeaveNoDescriptors(t *testing.T) {
+	l := newLab(t, emu.Config{Mapped: true})
+	try := func(op emu.Op, k int) (called bool) {
+		v := l.vif()
+		keys := raw.BackKeys()
+		keys["multi-queue-max-queues"] = "2"
+		l.write(l.dc, v.BackDir(), keys, "2")
+		base := l.Ledger()
+		lift := l.guest.Fail(emu.Fault{Op: op, K: k, Err: syscall.ENOMEM})
+		c, cancel := context.WithCancel(ctx(t))
+		defer cancel()
+		done := make(chan error, 1)
+		go func() {
+			_, err := pvnet.Connect(c, l.guest, fmt.Sprint(v.ID), pvnet.Config{Queues: 2, Buffers: 64})
+			done <- err
+		}()
+		if s := l.awaitOr(v.FrontDir()+"/state", done, "4"); s == "4" {
+			cancel() // there is no k-th call
+			l.write(l.dc, v.BackDir(), nil, "6")
+		}
+		err := wait(t, done)
+		lift()
+		if !errors.Is(err, syscall.ENOMEM) && !errors.Is(err, context.Canceled) {
+			t.Errorf("call %d of %d: %v", k, op, err)
+		}
+		if now := l.Ledger(); now != base {
+			t.Errorf("call %d of %d: it holds %+v, before: %+v", k, op, now, base)
+		}
+		l.write(l.dc, v.BackDir(), nil, "6")
+		l.remove(v)
+		return errors.Is(err, syscall.ENOMEM)
+	}
+	try(emu.OpShare, 1)
+	goroutines, files := runtime.NumGoroutine(), descriptors(t)
+	calls := 0
+	for _, op := range []emu.Op{emu.OpStore, emu.OpShare, emu.OpMemory, emu.OpWaiter, emu.OpUnbound} {
+		k := 1
+		for try(op, k) {
+			k++
+		}
+		calls += k - 1
+	}
+	// The second queue is made of smaller shares, at the second attempt.
+	if calls != 1+8+2+4+4 {
+		t.Errorf("%d calls failed", calls)
+	}
+	nothingMore(t, goroutines, files)
+}
+
+// A frail domain's way to xenstore breaks once.
+type frail struct {
+	*emu.Domain
+	breaks int64        // 1: it does
+	left   atomic.Int64 // messages until then
+}
+
+func (d *frail) Store(ctx context.Context) (io.ReadWriteCloser, error) {
+	c, err := d.Domain.Store(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return &frailConn{c, d}, nil
+}
+
+type frailConn struct {
+	io.ReadWriteCloser
+	d *frail
+}
+
+func (c *frailConn) Write(b []byte) (int, error) {
+	if c.d.left.Add(-1) == 0 {
+		c.Close()
+		return 0, net.ErrClosed
+	}
+	return c.ReadWriteCloser.Write(b)
+}
+
+// breaksAt connects our two ends, of which one loses its way to xenstore at the kth
+// request, and demands that they move frames or hold nothing. It reports whether
+// there was a kth request.
+func (l *lab) breaksAt(k int64, front, back *frail) bool {
+	t := l.t
+	t.Helper()
+	front.left.Store(0)
+	back.left.Store(0)
+	base := l.Ledger()
+	c, cancel := context.WithCancel(ctx(t))
+	defer cancel()
+	devs, served := make(chan *pvnet.Device, 1), make(chan error, 1)
+	back.left.Store(k * back.breaks)
+	go func() {
+		served <- pvnet.Serve(c, back, pvnet.ServeConfig{Hotplug: true, Config: pvnet.Config{Buffers: 64}}, func(d *pvnet.Device) { devs <- d })
+	}()
+	v := l.vif()
+	front.left.Store(k * front.breaks)
+	d, err := pvnet.Connect(ctx(t), front, fmt.Sprint(v.ID), pvnet.Config{Buffers: 64})
+	if err == nil {
+		far := wait(t, devs)
+		heard := make(chan int, 1)
+		go far.Listen(context.Background(), func(f pvnet.Frame) { heard <- f.Len() })
+		if _, err := d.Write(pattern(100, 0)); err != nil {
+			t.Errorf("request %d: %v", k, err)
+		}
+		wait(t, heard)
+		d.Disconnect()
+	} else if !errors.Is(err, xenbus.ErrLost) || front.breaks == 0 {
+		t.Errorf("request %d: Connect: %v", k, err)
+	}
+	l.remove(v)
+	cancel()
+	if err := wait(t, served); !errors.Is(err, context.Canceled) {
+		t.Errorf("request %d: Serve: %v", k, err)
+	}
+	eventually(t, "everything back", func() bool { return l.Ledger() == base })
+	return front.left.Load()*front.breaks+back.left.Load()*back.breaks <= 0
+}
+
+// T32: a connect that loses its way to xenstore, at whatever request, comes up or
+// fails, and then holds nothing.
+func TestT32XenstoreBreaksAtEveryRequestOfAConnect(t *testing.T) {
+	for _, end := range []string{"front", "back"} {
+		t.Run(end, func(t *testing.T) {
+			l := newLab(t, emu.Config{Mapped: true})
+			front, back := &frail{Domain: l.guest}, &frail{Domain: l.drv}
+			if end == "front" {
+				front.breaks = 1
+			} else {
+				back.breaks = 1
+			}
+			l.breaksAt(1<<40, front, back)
+			goroutines, files := runtime.NumGoroutine(), descriptors(t)
+			k := int64(1)
+			for l.breaksAt(k, front, back) {
+				k++
+			}
+			if k < 30 {
+				t.Errorf("it has only %d requests", k)
+			}
+			nothingMore(t, goroutines, files)
+		})
+	}
+}
