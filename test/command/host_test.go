@@ -212,6 +212,53 @@ func TestHostBackServe(t *testing.T) {
 	}
 }
 
+// A machine that knows its gateway's address goes on reaching it when the backend is
+// replaced.
+func TestTheBridgeKeepsItsAddressWhenTheBackendIsReplaced(t *testing.T) {
+	if !namespace(t) {
+		return
+	}
+	needTAP(t)
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name = "bridge0"
+	if err := netlink.LinkAdd(&netlink.Bridge{LinkAttrs: attrs}); err != nil {
+		t.Skip("this machine gives no bridge: ", err)
+	}
+	bridge, err := netlink.LinkByName("bridge0")
+	if err == nil {
+		err = netlink.LinkSetUp(bridge)
+	}
+	if err == nil {
+		err = netlink.AddrAdd(bridge, &netlink.Addr{IPNet: &net.IPNet{IP: net.IPv4(10, 9, 0, 1), Mask: net.CIDRMask(24, 32)}})
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	const most = "fe:ff:ff:ff:ff:ff" // no card has a higher address: a bridge takes its lowest port's
+	s := newSite(t)
+	b := s.back("--bridge", "bridge0")
+	g := s.serve()
+	g.await("serving http://10.9.0.2/", 1)
+	for range 2 {
+		b.await("connected to domain 1", 1)
+		ping(t, "10.9.0.2")
+		for _, name := range []string{"bridge0", "vif1.0"} {
+			if i, err := net.InterfaceByName(name); err != nil || i.HardwareAddr.String() != most {
+				t.Errorf("%s has address %v, want %s: %v", name, i.HardwareAddr, most, err)
+			}
+		}
+		b.signal(syscall.SIGUSR1)
+		b.exit(0)
+		b = s.back("--bridge", "bridge0")
+	}
+	b.await("connected to domain 1", 1)
+	ping(t, "10.9.0.2")
+	g.signal(syscall.SIGTERM)
+	g.exit(0)
+	b.signal(syscall.SIGTERM)
+	b.exit(0)
+}
+
 // Datagrams are compared on their way to the appliance and back, and between two
 // kernels: one has the vif by attach, in a network namespace of its own.
 func TestAttachAndCheck(t *testing.T) {

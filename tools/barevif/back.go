@@ -273,7 +273,12 @@ func (b *back) open(dev *pvnet.Device, vif string) (link.Link, error) {
 	if err != nil {
 		return nil, linkRefused(err)
 	}
-	err = address(tap.Name(), b.addressOf(vif, false))
+	// The same as Linux's netback gives each of its interfaces. One made up for each
+	// would become a bridge's own if it is the lowest, and whoever knows the bridge, or
+	// this machine, by the last one would not reach it after a restart.
+	if err = hardwareAddress(tap.Name(), dev.MAC()); err == nil {
+		err = address(tap.Name(), b.addressOf(vif, false))
+	}
 	if err == nil && b.bridge != "" {
 		err = enslave(tap.Name(), b.bridge)
 	}
