@@ -5,6 +5,8 @@ import (
 	"encoding/binary"
 	"errors"
 	"os"
+	"runtime"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -374,6 +376,94 @@ func TestT12RingNeverConsumed(t *testing.T) {
 	g.leave()
 }
 
+// stalls reports whether d has recorded one event of kind k, about a peer that is so
+// many slots short.
+func stalls(d *pvnet.Device, k telemetry.EventKind, short uint64) bool {
+	n := 0
+	for _, e := range d.Counters().Events() {
+		if e.Kind == k && e.Queue == 0 && e.A == short {
+			n++
+		}
+	}
+	return n == 1
+}
+
+// XSA-392: a guest took nothing for a minute while gigabytes piled up for it. Here
+// the sender is told, and nothing is kept that is not sent: the first frame after a
+// stall is one that was made after it.
+func TestT16FrontendStopsTakingInAFlood(t *testing.T) {
+	l := newLab(t, emu.Config{})
+	l.serve(pvnet.ServeConfig{})
+	g := l.attack()
+	tx, err := g.dev.OwnTX(0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	g.Post(3)
+	pages, budget := l.Ledger(), g.dev.Budget()
+	var made atomic.Uint64
+	taken := make(chan uint64, 16) // made before each frame that was taken
+	stop, ended := make(chan struct{}), make(chan error, 1)
+	go func() {
+		var f [1]pvnet.Frame
+		for {
+			select {
+			case <-stop:
+				ended <- nil
+				return
+			default:
+			}
+			if n := tx.AllocSize(f[:], 100); n != 1 {
+				ended <- errors.New("frames that were refused keep their pages")
+				return
+			}
+			n := made.Add(1)
+			copy(f[0].Bytes(), pattern(100, 0))
+			binary.BigEndian.PutUint64(f[0].Bytes()[14:], n)
+			switch _, err := tx.Send(f[:]); err {
+			case nil:
+				taken <- n
+			case pvnet.ErrFull: // what a bridge does
+				f[0].Release()
+				runtime.Gosched()
+			default:
+				ended <- err
+				return
+			}
+		}
+	}()
+	for range 3 {
+		wait(t, taken)
+	}
+	start := time.Now()
+	eventually(t, "a stall", func() bool { return stalls(g.dev, telemetry.EventStall, 1) })
+	if d := time.Since(start); d > 3*time.Second {
+		t.Errorf("a stall is seen after %v", d)
+	}
+	eventually(t, "its count", func() bool { return count(g.dev, telemetry.Stalls) == 1 })
+	if now, b := l.Ledger(), g.dev.Budget(); now != pages || b != budget {
+		t.Errorf("%+v and %v, before: %+v and %v", now, b, pages, budget)
+	}
+	if n := g.Rx.Load(raw.RspProd); n != 3 {
+		t.Errorf("%d frames in 3 pages", n)
+	}
+	before := made.Load()
+	g.Post(1)
+	if n := wait(t, taken); n < before {
+		t.Errorf("frame %d was sent after frame %d was made", n, before)
+	}
+	eventually(t, "its end", func() bool { return count(g.dev, telemetry.Stalls) == 1 && kindsOf(g.dev)[telemetry.EventStallOver] })
+	close(stop)
+	if err := wait(t, ended); err != nil {
+		t.Error(err)
+	}
+	st := g.dev.Stats()
+	if n, lost := st.TX.Get(telemetry.Packets), st.TX.Dropped()+st.TX.Errors(); n != 4 || lost != 0 {
+		t.Errorf("sent %d, lost %d", n, lost)
+	}
+	g.leave()
+}
+
 // XSA-392: one slot was free, the packet needed two, and nothing was amiss.
 func TestT17OneSlotForAFrameThatNeedsTwo(t *testing.T) {
 	l := newLab(t, emu.Config{})
@@ -390,12 +480,17 @@ func TestT17OneSlotForAFrameThatNeedsTwo(t *testing.T) {
 	}
 	sent := make(chan error, 1)
 	go func() { _, err := tx.SendWait(f[:]); sent <- err }()
+	eventually(t, "a stall", func() bool { return stalls(g.dev, telemetry.EventStall, 1) })
 	if p := g.Rx.Load(raw.RspProd); p != 0 {
 		t.Errorf("%d responses to half a frame", p)
 	}
 	g.Post(1)
 	if err := wait(t, sent); err != nil {
 		t.Fatal(err)
+	}
+	eventually(t, "its end", func() bool { return stalls(g.dev, telemetry.EventStallOver, 0) })
+	if n := count(g.dev, telemetry.Stalls); n != 1 {
+		t.Errorf("%d stalls counted", n)
 	}
 	rsp, err := g.Received(2, soon())
 	if err != nil || rsp[0] != (raw.RxRsp{ID: 0, Flags: raw.RxMore, Status: 4096}) || rsp[1] != (raw.RxRsp{ID: 1, Status: 904}) {

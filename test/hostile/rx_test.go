@@ -299,7 +299,8 @@ func TestT05ResponseIDs(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			h.Answer(c.ids([]uint16{reqs[0].ID, reqs[1].ID})...)
+			rsp := c.ids([]uint16{reqs[0].ID, reqs[1].ID})
+			h.Answer(rsp...)
 			// They are looked at when there is need of room.
 			err = nil
 			for n := 0; err == nil && n < 600; n++ {
@@ -308,6 +309,22 @@ func TestT05ResponseIDs(t *testing.T) {
 			}
 			if c.want != "" {
 				h.fatal("tx", c.want)
+				// Each frame is lost for one reason: one of them for the response
+				// with the wrong id, the others with the connection.
+				st := h.dev.Stats()
+				sent, lost := st.TX.Get(telemetry.Packets), st.TX.Dropped()+st.TX.Errors()
+				arrived, wrong := uint64(0), uint64(1)
+				for _, r := range rsp[:len(rsp)-1] {
+					if r.Status == raw.Okay {
+						arrived++
+					}
+				}
+				if c.want != "not outstanding" {
+					wrong = 0
+				}
+				if n := st.TX.Lost(telemetry.DropBadID); n != wrong || sent != lost+arrived {
+					t.Errorf("%d lost for a bad id; sent %d, lost %d, arrived %d", n, sent, lost, arrived)
+				}
 				return
 			}
 			var pe *pvnet.PeerError

@@ -1,0 +1,247 @@
+package hostile
+
+import (
+	"maps"
+	"os"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"barevif/hypercall/emu"
+	"barevif/pvnet"
+	"barevif/telemetry"
+	"barevif/test/hostile/raw"
+)
+
+// notOffered are the fields that cannot move, since what they count is not offered
+// to any peer.
+var notOffered = []string{"gso_packets", "gso_checksum_fixup"}
+
+// A mirror keeps words where a test can write to them.
+type mirror struct {
+	mu    sync.Mutex
+	words map[string]*[2][telemetry.BlockWords]uint64 // guarded by mu: by the device's name
+}
+
+func (m *mirror) Open(i telemetry.Info) (telemetry.Mirror, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.words == nil {
+		m.words = make(map[string]*[2][telemetry.BlockWords]uint64)
+	}
+	w := new([2][telemetry.BlockWords]uint64)
+	m.words[i.Name()] = w
+	return &page{w}, nil
+}
+
+// forge writes to one word of all there are.
+func (m *mirror) forge() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, w := range m.words {
+		atomic.StoreUint64(&w[telemetry.RX][telemetry.Packets], 1<<60)
+	}
+}
+
+type page struct {
+	words *[2][telemetry.BlockWords]uint64
+}
+
+func (p *page) Words(_ int, d telemetry.Dir) (words, base []uint64) { return p.words[d][:], nil }
+func (p *page) Kind() string                                        { return "test" }
+func (p *page) Reason() string                                      { return "" }
+func (p *page) Update(telemetry.Status, telemetry.Reset)            {}
+func (p *page) Record(telemetry.Event)                              {}
+func (p *page) Close() error                                        { return nil }
+
+// count gives a counter of d as it is now.
+func count(d *pvnet.Device, c telemetry.Counter) uint64 {
+	st := d.Stats()
+	return st.RX.Get(c) + st.TX.Get(c)
+}
+
+// Every counter of the table moves, and every event is recorded: one that only
+// ever stays where it is tells nobody anything.
+func TestEveryFieldOfTheTableMoves(t *testing.T) {
+	l := newLab(t, emu.Config{})
+	store := new(mirror)
+	cfg := pvnet.Config{Counters: store}
+	l.serve(pvnet.ServeConfig{Config: cfg})
+	var devices []*pvnet.Device
+
+	// What a frontend sends, right and wrong.
+	g := l.attack()
+	devices = append(devices, g.dev)
+	g.works()
+	group, everybody := pattern(100, 1), pattern(100, 2)
+	group[0] |= 1
+	copy(everybody, []byte{255, 255, 255, 255, 255, 255})
+	for _, b := range [][]byte{group, everybody} {
+		g.send(g.cut(b, raw.TxValidated), nil, pass, noReason, b)
+	}
+	blank, whole := packet(0, false, true, 100, 1)
+	g.send(g.cut(blank, raw.TxBlank, 50), nil, pass, noReason, whole)
+	reqs, want := g.chain(raw.TxExtra, 100, 200)
+	g.send(reqs, []raw.Extra{{Type: 4}}, pass, noReason, want)
+	g.send(reqs, []raw.Extra{raw.GSO(1448, 1)}, refuse, telemetry.DropBadGSO, nil)
+	g.send(g.cut(pattern(60, 0), raw.TxBlank), nil, pass, noReason, nil) // nothing to complete
+	eventually(t, "no checksum to complete", func() bool {
+		st := g.dev.Stats()
+		return st.RX.Lost(telemetry.DropBadCsum) == 1
+	})
+	reqs, _ = g.chain(0, 10)
+	g.send(reqs, nil, refuse, telemetry.DropTooShort, nil)
+	reqs, _ = g.chain(0, slices.Repeat([]int{60}, 20)...)
+	g.send(reqs, nil, refuse, telemetry.DropBadChain, nil)
+	bad := g.Req(0, 0, 60, 0)
+	bad.Ref = 1 << 30
+	g.send([]raw.TxReq{bad}, nil, refuse, telemetry.DropBadGref, nil)
+
+	// What it is sent: more than it asked to be told of, then more than it takes.
+	g.Post(2)
+	for range 2 {
+		if _, err := g.dev.Write(pattern(60, 0)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	sent := make(chan error, 1)
+	go func() { _, err := g.dev.Write(pattern(60, 0)); sent <- err }()
+	eventually(t, "a stall", func() bool { return count(g.dev, telemetry.Stalls) == 1 })
+	g.Post(1)
+	if err := wait(t, sent); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := g.Received(3, soon()); err != nil {
+		t.Fatal(err)
+	}
+	store.forge()
+	g.TxPort.Notify() // for nothing
+	eventually(t, "the tick and what it wants", func() bool {
+		return count(g.dev, telemetry.MirrorHealed) > 0 && count(g.dev, telemetry.EventsSpurious) > 0
+	})
+	g.works()
+	g.dev.ResetStats()
+	lift := l.guest.Fail(emu.Fault{Op: emu.OpNotify, Times: -1, Event: emu.EventLost})
+	g.Put(g.Req(0, 0, 60, 0).Words())
+	g.Push()
+	if _, err := g.Answers(1, soon()); err != nil {
+		t.Fatal(err)
+	}
+	lift()
+	eventually(t, "events of every kind a backend records", func() bool {
+		kinds := kindsOf(g.dev)
+		return kinds[telemetry.EventTamper] && kinds[telemetry.EventStallOver] && kinds[telemetry.EventRescued]
+	})
+	g.Tx.Store(raw.ReqProd, g.TxProd-1)
+	g.TxPort.Notify()
+	g.fatal("tx", "impossible")
+	l.unserve()
+
+	// What a backend sends, and does.
+	h := l.bait(pvnet.Config{Counters: store, LendRx: true})
+	devices = append(devices, h.dev)
+	rx, err := h.dev.OwnRX(0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tx, err := h.dev.OwnTX(0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var f [1]pvnet.Frame
+	h.deliver(h.slot(0, 0, pattern(60, 0)), h.slot(0, 0, pattern(60, 0)))
+	if n, err := rx.Receive(f[:]); n != 1 || err != nil {
+		t.Fatal(n, err)
+	}
+	rx.Release(f[:])
+	var long [][2]uint32
+	for range 17 {
+		long = append(long, h.slot(0, raw.RxMore, pattern(4096, 0)))
+	}
+	h.deliver(append(long, h.slot(0, 0, pattern(60, 0)))...)
+	h.deliver(h.bad(raw.RxRsp{Offset: 4096, Status: 1}), h.bad(raw.RxRsp{Status: -1}))
+	h.deliver(h.slot(0, raw.RxExtra, pattern(60, 0)), h.extra(raw.Extra{}))
+	rx.SetDeadline(time.Now().Add(10 * time.Millisecond))
+	for err = nil; err == nil; {
+		var n int
+		if n, err = rx.Receive(f[:]); n > 0 {
+			rx.Release(f[:])
+		}
+	}
+	if !os.IsTimeout(err) {
+		t.Fatal(err)
+	}
+	// Pages that are all held by the caller, then by the backend; and a backend
+	// that keeps the rings, with what was sent.
+	held := make([]pvnet.Frame, 257)
+	n := tx.AllocSize(held, 60)
+	if tx.AllocSize(f[:], 60) != 0 {
+		t.Fatal("a page too many")
+	}
+	if k, err := tx.Send(held[:n]); k != n || err != nil {
+		t.Fatal(k, err)
+	}
+	kept := h.Back
+	h.state("5")
+	l.await(h.v.FrontDir()+"/state", "6")
+	h.state("6")
+	l.await(h.v.FrontDir()+"/state", "1")
+	h.refs = nil
+	h.offer()
+	up(t, h.dev)
+	if err := kept.Close(); err != nil {
+		t.Error(err)
+	}
+	// And one that answers what it was not asked, of three.
+	n = tx.AllocSize(held[:3], 60)
+	if k, err := tx.Send(held[:n]); k != 3 || err != nil {
+		t.Fatal(k, err)
+	}
+	h.Answer(raw.TxRsp{ID: 256})
+	for err = nil; err == nil; {
+		if n = tx.AllocSize(f[:], 60); n == 0 { // the look
+			_, err = tx.Send(nil)
+			continue
+		}
+		_, err = tx.Send(f[:])
+	}
+	l.await(h.v.FrontDir()+"/state", "5")
+	h.gone()
+
+	moved, recorded := map[string]bool{}, map[telemetry.EventKind]bool{}
+	for _, d := range devices {
+		st := d.Counters().Totals()
+		for _, v := range []*telemetry.Values{&st.RX, &st.TX} {
+			for _, f := range telemetry.Fields() {
+				if f.Kind == telemetry.KindHistogram {
+					buckets, _ := v.Histogram(f)
+					moved[f.Name] = moved[f.Name] || slices.ContainsFunc(buckets, func(n uint64) bool { return n > 0 })
+				} else if v.Field(f) != 0 {
+					moved[f.Name] = true
+				}
+			}
+		}
+		maps.Copy(recorded, kindsOf(d))
+	}
+	for _, f := range telemetry.Fields() {
+		if moved[f.Name] == slices.Contains(notOffered, f.Name) {
+			t.Errorf("%s moved: %v", f.Name, moved[f.Name])
+		}
+	}
+	for k := telemetry.EventState; int(k) < len(telemetry.EventNames); k++ {
+		if !recorded[k] {
+			t.Errorf("no event %s was recorded", k)
+		}
+	}
+}
+
+// kindsOf is what events d has recorded.
+func kindsOf(d *pvnet.Device) map[telemetry.EventKind]bool {
+	kinds := map[telemetry.EventKind]bool{}
+	for _, e := range d.Counters().Events() {
+		kinds[e.Kind] = true
+	}
+	return kinds
+}
