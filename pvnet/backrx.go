@@ -36,6 +36,8 @@ type backRX struct {
 	port  hypercall.Port
 	count *telemetry.Block
 
+	offload bool // frames to be cut and partial checksums were offered
+
 	next txPacket
 	have bool // next is parsed and not copied
 
@@ -56,6 +58,7 @@ type txPacket struct {
 	total uint32
 	csum  Checksum
 	seg   [maxTxSlots]netif.TxRequest
+	gso   netif.GSO // Size 0: none
 	rsp   [fatalTxSlots + maxExtras]netif.TxResponse
 }
 
@@ -65,7 +68,9 @@ const maxExtras = 8
 // A placedFrame says which copies and responses of a batch belong to a frame.
 type placedFrame struct {
 	op, ops, rsp, rsps int
-	head               [6]byte // of a frame that is sent: where it goes
+	head               [6]byte   // of a frame that is sent: where it goes
+	extra              bool      // of a frame that is sent: its second slot is no data
+	gso                netif.GSO // of a frame that was received
 }
 
 func (e *backRX) receive(frames []Frame, into bool) (n int, err error) {
@@ -110,7 +115,7 @@ func (e *backRX) receive(frames []Frame, into bool) (n int, err error) {
 
 // place queues the copies of the next packet into f, and its responses.
 func (e *backRX) place(f *Frame, p *placedFrame) {
-	p.op, p.rsp = e.nops, e.nrsp
+	p.op, p.rsp, p.gso = e.nops, e.nrsp, e.next.gso
 	f.csum = e.next.csum
 	if e.next.n == 1 && f.pieces <= 1 {
 		r := &e.next.seg[0]
@@ -171,14 +176,10 @@ func (e *backRX) copy(frames []Frame, n int, into bool) int {
 		if !ok {
 			e.count.Add(telemetry.GrantErrors, failed)
 			e.refuse(p)
-		} else if f.csum == ChecksumPartial {
-			if f.completeChecksum() {
-				e.count.Add(telemetry.CsumPartial, 1)
-			} else {
-				ok, reason = false, telemetry.DropBadCsum // answered OKAY, as Linux does
+		} else if f.csum != ChecksumUnknown || p.gso.Size != 0 {
+			if r := f.arrived(p.gso, e.offload, e.count); r != 0 {
+				ok, reason = false, r // answered OKAY, as Linux does
 			}
-		} else if f.csum == ChecksumVerified {
-			e.count.Add(telemetry.CsumVerified, 1)
 		}
 		if !ok {
 			e.count.Drop(reason, 1)
@@ -255,7 +256,7 @@ func (e *backRX) parse() (bool, error) {
 // those of Linux's xenvif_tx_build_gops.
 func (e *backRX) parseOne(avail uint32) (reason telemetry.Reason, ok bool, err error) {
 	p := &e.next
-	p.n, p.all, p.csum = 0, 0, ChecksumUnknown
+	p.n, p.all, p.csum, p.gso = 0, 0, ChecksumUnknown, netif.GSO{}
 
 	first := e.ring.Take()
 	avail--
@@ -284,7 +285,9 @@ func (e *backRX) parseOne(avail uint32) (reason telemetry.Reason, ok bool, err e
 		p.answer(0, netif.Null)
 		switch x.Type {
 		case netif.ExtraGSO:
-			reason = telemetry.DropBadGSO // not offered
+			if p.gso = x.GSO(); !e.offload {
+				reason = telemetry.DropBadGSO
+			}
 		case netif.ExtraMcastAdd, netif.ExtraMcastDel:
 			multicast = true
 		}

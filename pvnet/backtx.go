@@ -15,9 +15,10 @@ type backTX struct {
 	ring    *ring.Back[netif.RxRequest, netif.RxResponse]
 	bufs    *arena.Arena // private buffers for Alloc
 	dom     hypercall.Domain
-	peer    hypercall.DomID
+	domid   hypercall.DomID
 	port    hypercall.Port
-	scatter bool // the peer takes frames of several slots
+	scatter bool   // the peer takes frames of several slots
+	peer    offers // what else it takes
 	count   *telemetry.Block
 
 	ops    [batchOps]hypercall.CopyOp
@@ -80,8 +81,12 @@ func (e *backTX) put(f *Frame, p *placedFrame) error {
 		return ErrFrameSize
 	}
 	need := uint32(e.wants(f).slots)
-	if f.slots() == 0 || need > 1 && !e.scatter {
+	if f.slots() == 0 || f.total > 4096 && !e.scatter {
 		return ErrFrameSize
+	}
+	fit := e.peer.fit(f)
+	if fit > incomplete {
+		return fit.err()
 	}
 	avail, err := e.ring.Poll()
 	if err == nil && avail < need {
@@ -93,27 +98,37 @@ func (e *backTX) put(f *Frame, p *placedFrame) error {
 	if avail < need {
 		return ErrFull
 	}
-	p.op, p.rsp = e.nops, e.nrsp
+	if fit == incomplete && !e.complete(f) {
+		return ErrFull
+	}
+	p.op, p.rsp, p.extra = e.nops, e.nrsp, f.gso.Size != 0
 	f.CopyTo(p.head[:])
 	var r netif.RxRequest
-	room := 0 // in the page of r
+	room, left := 0, f.total // in the page of r; of the frame
 	for src := range f.Pieces() {
 		for len(src) > 0 {
 			if room == 0 {
+				first := left == f.total
 				r = e.ring.Take()
-				left := f.total - uint32(e.nrsp-p.rsp)*4096
 				out := netif.RxResponse{ID: r.ID, Status: int16(min(left, 4096))}
-				if left > 4096 {
-					out.Flags = netif.RxMoreData
+				if first {
+					out.Flags = rxFlags(f)
 				}
-				e.rsp[e.nrsp] = out
-				e.nrsp++
+				if left > 4096 {
+					out.Flags |= netif.RxMoreData
+				}
+				e.respond(out)
+				if first && p.extra {
+					e.ring.Take() // its page is not used
+					e.respond(f.gso.extra().RxResponse())
+				}
+				left -= min(left, 4096)
 				room = 4096
 			}
 			k := min(len(src), room)
 			o := &e.ops[e.nops]
 			o.Src.Local = src[:k]
-			o.Dst = hypercall.Area{Dom: e.peer, Ref: r.Ref, Offset: uint16(4096 - room)}
+			o.Dst = hypercall.Area{Dom: e.domid, Ref: r.Ref, Offset: uint16(4096 - room)}
 			o.Len = uint32(k)
 			o.Status = hypercall.GeneralError // until Copy says otherwise
 			e.nops++
@@ -122,6 +137,40 @@ func (e *backTX) put(f *Frame, p *placedFrame) error {
 	}
 	p.ops, p.rsps = e.nops-p.op, e.nrsp-p.rsp
 	return nil
+}
+
+func (e *backTX) respond(r netif.RxResponse) {
+	e.rsp[e.nrsp] = r
+	e.nrsp++
+}
+
+// complete makes the checksum of f complete, in a copy if others hold f too. It
+// reports false if there is no room for one.
+func (e *backTX) complete(f *Frame) bool {
+	if !f.buf.Exclusive() {
+		var g Frame
+		if !build(e.bufs, int(f.total), &g) {
+			return false
+		}
+		g.copyFrame(f)
+		f.buf.Release()
+		*f = g
+	}
+	return f.completeChecksum()
+}
+
+// rxFlags is what a response says of the frame's checksum and extra infos.
+func rxFlags(f *Frame) (flags netif.RxFlags) {
+	switch f.csum {
+	case ChecksumPartial:
+		flags = netif.RxCsumBlank | netif.RxDataValidated
+	case ChecksumVerified:
+		flags = netif.RxDataValidated
+	}
+	if f.gso.Size != 0 {
+		flags |= netif.RxExtraInfo
+	}
+	return flags
 }
 
 // copy runs the batch, puts its responses, and lets the frames go.
@@ -149,10 +198,12 @@ func (e *backTX) copy(frames []Frame) {
 			e.count.Add(telemetry.GrantErrors, failed)
 			e.count.Drop(telemetry.DropBadGref, 1)
 			for j := range e.rsp[p.rsp : p.rsp+p.rsps] {
-				e.rsp[p.rsp+j].Status = int16(netif.Error)
+				if j != 1 || !p.extra {
+					e.rsp[p.rsp+j].Status = int16(netif.Error)
+				}
 			}
 		} else {
-			t.add(f, p.rsps, p.head[:])
+			t.sent(f, p.rsps, p.head[:])
 		}
 		if f.buf.Of(e.bufs) {
 			e.bufs.Release(f.buf)
@@ -172,7 +223,19 @@ func (e *backTX) violation(err error) error {
 	return &PeerError{Ring: "rx", Slot: e.ring.Consumed(), Reason: err.Error()}
 }
 
-func (e *backTX) wants(f *Frame) need { return need{slots: int(f.total+4095) / 4096} }
+func (e *backTX) wants(f *Frame) need {
+	return need{slots: int(f.total+4095)/4096 + int(f.gso.slots())}
+}
+
+func (e *backTX) offers() offers { return e.peer }
+
+func (e *backTX) room(n need) (bool, error) {
+	avail, err := e.ring.Reload()
+	if err != nil {
+		return false, e.violation(err)
+	}
+	return int(avail) >= n.slots && e.bufs.Free() >= n.bufs, nil
+}
 
 func (e *backTX) stuck(n need) error {
 	if e.bufs.Free() < n.bufs {

@@ -11,6 +11,7 @@ import (
 	"barevif/pvnet/netif"
 	"barevif/pvnet/ring"
 	"barevif/telemetry"
+	"barevif/xenbus"
 )
 
 // A conn is what one connection holds: rings, pages, ports. The Device outlives
@@ -31,6 +32,41 @@ type connQueue struct {
 	keys           queueKeys
 }
 
+// offered is what the other end's values say it takes. What is garbage is not
+// offered, and without chains no long frames are.
+func offered(v xenbus.Values, scatter bool) (o offers) {
+	says := func(key string) bool {
+		on, err := v.Bool(key, false)
+		return on && err == nil
+	}
+	if denied, err := v.Bool(netif.KeyFeatureNoCsumOffload, false); !denied && err == nil {
+		o |= takesCsum4
+	}
+	if says(netif.KeyFeatureIPv6CsumOffload) {
+		o |= takesCsum6
+	}
+	if scatter && says(netif.KeyFeatureGSOTCPv4) {
+		o |= takesGSO4
+	}
+	if scatter && says(netif.KeyFeatureGSOTCPv6) {
+		o |= takesGSO6
+	}
+	return o
+}
+
+// offloadValues is how this end says what it takes.
+func offloadValues(takes bool) xenbus.Values {
+	if !takes {
+		return xenbus.Values{netif.KeyFeatureNoCsumOffload: "1"}
+	}
+	return xenbus.Values{
+		netif.KeyFeatureNoCsumOffload:   "0",
+		netif.KeyFeatureIPv6CsumOffload: "1",
+		netif.KeyFeatureGSOTCPv4:        "1",
+		netif.KeyFeatureGSOTCPv6:        "1",
+	}
+}
+
 // queueKeys is what the frontend publishes of a queue.
 type queueKeys struct {
 	txRing, rxRing hypercall.GrantRef
@@ -43,6 +79,8 @@ type features struct {
 	split   bool // an event channel for each direction
 	frontSG bool // the frontend takes frames of several slots
 	backSG  bool // the backend does
+	takes   bool // this end takes frames with offloads: Config.Offload
+	peer    offers
 }
 
 // agreed is what counters show of the features.
@@ -56,6 +94,10 @@ func (c *conn) agreed(lend, trusted bool) telemetry.Feature {
 		{c.feat.split, telemetry.FeatureSplitEvents},
 		{lend, telemetry.FeatureLendRx},
 		{trusted, telemetry.FeatureTrusted},
+		{c.feat.peer&takesCsum4 != 0, telemetry.FeatureCsum},
+		{c.feat.peer&takesCsum6 != 0, telemetry.FeatureCsum6},
+		{c.feat.peer&takesGSO4 != 0, telemetry.FeatureGSO4},
+		{c.feat.peer&takesGSO6 != 0, telemetry.FeatureGSO6},
 	} {
 		if has.it {
 			f |= has.bit
@@ -198,12 +240,12 @@ func (m *pageMaker) frontQueue(f features, cfg *Config, rx, tx *telemetry.Block)
 	q.keys = queueKeys{rings.Refs[0], rings.Refs[1], txPort.ID(), rxPort.ID()}
 	q.tx = &frontTX{
 		ring: ring.NewFront[netif.TxRequest, netif.TxResponse](rings.Slice(0, 1), netif.TxStride),
-		bufs: txPages, refs: txRefs, port: txPort, scatter: f.backSG,
+		bufs: txPages, refs: txRefs, port: txPort, scatter: f.backSG, peer: f.peer,
 		state: make([]uint8, pages), count: tx,
 	}
 	r := &frontRX{
 		ring:  ring.NewFront[netif.RxRequest, netif.RxResponse](rings.Slice(1, 1), netif.RxStride),
-		pages: rxPages, refs: rxRefs, pool: pool, lend: cfg.LendRx, port: rxPort, count: rx,
+		pages: rxPages, refs: rxRefs, pool: pool, lend: cfg.LendRx, port: rxPort, count: rx, offload: f.takes,
 	}
 	r.fill()
 	r.ring.Publish() // the peer is notified once it has the port
@@ -268,8 +310,8 @@ func (m *pageMaker) backQueue(f features, k queueKeys, cfg *Config, rx, tx *tele
 		}
 	}
 	q.keys = k
-	q.rx = &backRX{ring: txRing, pool: pool, dom: m.dom, peer: m.peer, port: txPort, count: rx}
-	q.tx = &backTX{ring: rxRing, bufs: bufs, dom: m.dom, peer: m.peer, port: rxPort, scatter: f.frontSG, count: tx}
+	q.rx = &backRX{ring: txRing, pool: pool, dom: m.dom, peer: m.peer, port: txPort, count: rx, offload: f.takes}
+	q.tx = &backTX{ring: rxRing, bufs: bufs, dom: m.dom, domid: m.peer, port: rxPort, scatter: f.frontSG, peer: f.peer, count: tx}
 	rx.Set(telemetry.RingSize, uint64(txRing.Size()))
 	tx.Set(telemetry.RingSize, uint64(rxRing.Size()))
 	return q, nil

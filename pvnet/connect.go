@@ -203,7 +203,8 @@ func (f *front) finished(context.Context, *xenbus.Device)      { f.d.finish() }
 func (f *front) attach(ctx context.Context, xd *xenbus.Device, c *conn) error {
 	d := f.d
 	back, err := xd.PeerValues(ctx, netif.KeyFeatureRxCopy, netif.KeyFeatureSG,
-		netif.KeyFeatureSplitChannels, netif.KeyMaxQueues)
+		netif.KeyFeatureSplitChannels, netif.KeyMaxQueues, netif.KeyFeatureNoCsumOffload,
+		netif.KeyFeatureIPv6CsumOffload, netif.KeyFeatureGSOTCPv4, netif.KeyFeatureGSOTCPv6)
 	if err != nil {
 		return err
 	}
@@ -219,15 +220,15 @@ func (f *front) attach(ctx context.Context, xd *xenbus.Device, c *conn) error {
 	}
 	feat.queues = int(min(most, uint64(d.cfg.queues())))
 
-	feat.frontSG = true
+	feat.frontSG, feat.takes, feat.peer = true, d.cfg.Offload, offered(back, feat.backSG)
 	c.feat = feat
 	m := &pageMaker{dom: d.domain, peer: dom(xd), log: d.log, lost: &d.lost, c: c}
 	keys := xenbus.Values{
-		netif.KeyRequestRxCopy:        "1",
-		netif.KeyFeatureRxNotify:      "1",
-		netif.KeyFeatureSG:            "1",
-		netif.KeyFeatureNoCsumOffload: "1",
+		netif.KeyRequestRxCopy:   "1",
+		netif.KeyFeatureRxNotify: "1",
+		netif.KeyFeatureSG:       "1",
 	}
+	maps.Copy(keys, offloadValues(feat.takes))
 	stale := []string{
 		netif.KeyTxRingRef, netif.KeyRxRingRef, netif.KeyEventChannel, netif.KeyEventChannelTx,
 		netif.KeyEventChannelRx, netif.KeyNumQueues, netif.KeyFeatureGSOTCPv4, netif.KeyFeatureGSOTCPv6,

@@ -10,10 +10,11 @@ const (
 
 // headers is where a frame's IP packet and its TCP or UDP segment lie.
 type headers struct {
-	addrs  []byte // source and destination address
-	l4     int    // where the segment starts
-	length int    // bytes of the segment, by the IP header
-	proto  byte
+	addrs   []byte // source and destination address
+	addrsAt int    // where they are
+	l4      int    // where the segment starts
+	length  int    // bytes of the segment, by the IP header
+	proto   byte
 }
 
 // parse finds the headers of a frame of total bytes that begins with head. A
@@ -40,35 +41,42 @@ func parse(head []byte, total int) (h headers, ok bool) {
 		if hdr < 20 || size < hdr || at+size > total || binary.BigEndian.Uint16(head[at+6:])&0x3fff != 0 {
 			return h, false
 		}
-		return headers{head[at+12 : at+20], at + hdr, size - hdr, head[at+9]}, true
+		return headers{head[at+12 : at+20], at + 12, at + hdr, size - hdr, head[at+9]}, true
 	case kind == 0x86dd && len(head) >= at+40 && head[at]>>4 == 6:
 		size := int(binary.BigEndian.Uint16(head[at+4:]))
 		if at+40+size > total {
 			return h, false
 		}
-		return headers{head[at+8 : at+40], at + 40, size, head[at+6]}, true
+		return headers{head[at+8 : at+40], at + 8, at + 40, size, head[at+6]}, true
 	}
 	return h, false
+}
+
+// field finds the checksum field of a TCP or UDP segment, which must be in the
+// frame's first piece.
+func (f *Frame) field() (h headers, field int, ok bool) {
+	head := f.Bytes()
+	if h, ok = parse(head, int(f.total)); !ok {
+		return h, 0, false
+	}
+	least := 20
+	switch h.proto {
+	case protoTCP:
+		field = h.l4 + 16
+	case protoUDP:
+		field, least = h.l4+6, 8
+	default:
+		return h, 0, false
+	}
+	return h, field, h.length >= least && len(head) >= field+2
 }
 
 // completeChecksum finishes a TCP or UDP checksum whose field holds the sum of
 // the pseudo-header, as XEN_NETTXF_csum_blank says. The frame must be private
 // and have one holder. It reports false for what has no such checksum.
 func (f *Frame) completeChecksum() bool {
-	head := f.Bytes()
-	h, ok := parse(head, int(f.total))
+	h, field, ok := f.field()
 	if !ok {
-		return false
-	}
-	field, least := h.l4+16, 20
-	switch h.proto {
-	case protoTCP:
-	case protoUDP:
-		field, least = h.l4+6, 8
-	default:
-		return false
-	}
-	if h.length < least || len(head) < field+2 {
 		return false
 	}
 	sum, odd, at := uint64(0), false, 0
@@ -89,7 +97,7 @@ func (f *Frame) completeChecksum() bool {
 	if c == 0 && h.proto == protoUDP {
 		c = 0xffff
 	}
-	binary.BigEndian.PutUint16(head[field:], c)
+	binary.BigEndian.PutUint16(f.Bytes()[field:], c)
 	f.csum = ChecksumVerified
 	return true
 }

@@ -52,6 +52,13 @@ type Config struct {
 	// is for frontends; a backend always copies.
 	LendRx bool
 
+	// Offload takes frames from the peer that are longer than the MTU
+	// ([Frame.GSO]) or whose checksum is partial ([ChecksumPartial]), for owners
+	// that deal with both: a TCP/IP stack, or a forwarder to where they may be
+	// sent on. Otherwise such frames are not asked for, and what comes has a
+	// complete checksum. Sending them needs no Config.
+	Offload bool
+
 	// Buffers is the number of private pages per queue to receive into, at least
 	// 17. 0 means 512. A receiver that holds this many frames gets no more.
 	Buffers int
@@ -70,7 +77,7 @@ type Config struct {
 
 // equal reports whether a second Connect agrees with the first.
 func (c Config) equal(o Config) bool {
-	return c.Queues == o.Queues && c.LendRx == o.LendRx && c.Buffers == o.Buffers &&
+	return c.Queues == o.Queues && c.LendRx == o.LendRx && c.Offload == o.Offload && c.Buffers == o.Buffers &&
 		c.Wait == o.Wait && c.Counters == o.Counters
 }
 

@@ -47,6 +47,10 @@ var (
 	// or one longer than a page to a peer that does not take chains.
 	ErrFrameSize = errors.New("pvnet: frame size not allowed")
 
+	// ErrOffload is a frame whose headers do not fit what its Checksum or GSO say
+	// of it.
+	ErrOffload = errors.New("pvnet: the frame's headers do not fit its offloads")
+
 	// ErrShortFrame is returned by ReceiveInto when the next frame does not fit
 	// the one it was given. The frame stays at the head of the queue.
 	ErrShortFrame = errors.New("pvnet: the next frame is longer than the one given")

@@ -25,6 +25,7 @@ type Frame struct {
 	off, n uint16 // the first piece
 	csum   Checksum
 	pieces uint8
+	gso    GSO
 }
 
 // Checksum is what is known of a frame's TCP or UDP checksum.
@@ -36,7 +37,8 @@ const (
 	// ChecksumVerified is a complete checksum the peer says it verified.
 	ChecksumVerified
 	// ChecksumPartial is a checksum field that holds the pseudo-header's sum
-	// only; the frame must not leave the host like that.
+	// only; the frame must not leave the host like that. It is received only where
+	// Config.Offload is set.
 	ChecksumPartial
 )
 
@@ -142,10 +144,10 @@ func (f *Frame) reset(total uint32) error {
 // IPv4 with options, TCP up to its checksum.
 const maxHeaders = 14 + 8 + 60 + 18
 
-// copyFrame overwrites f with the bytes and the checksum state of g, which is no
+// copyFrame overwrites f with the bytes and the offload state of g, which is no
 // longer.
 func (f *Frame) copyFrame(g *Frame) {
-	f.csum = g.csum
+	f.csum, f.gso = g.csum, g.gso
 	if g.pieces <= 1 {
 		f.CopyFrom(g.Bytes())
 		return
@@ -269,7 +271,7 @@ func build(a *arena.Arena, total int, f *Frame) bool {
 			return false
 		}
 		f.buf = a.Buffer(one[0])
-		f.total, f.csum, f.pieces = uint32(total), ChecksumUnknown, 1
+		f.total, f.csum, f.gso, f.pieces = uint32(total), ChecksumUnknown, GSO{}, 1
 		f.off, f.n = uint16(min(headroom, size-total)), uint16(total)
 		return true
 	}

@@ -26,6 +26,8 @@ type frontRX struct {
 	port  hypercall.Port
 	count *telemetry.Block
 
+	offload bool // frames to be cut and partial checksums were offered
+
 	next rxPacket
 	have bool // next is parsed and not delivered
 }
@@ -36,6 +38,7 @@ type rxPacket struct {
 	n     int
 	total uint32
 	csum  Checksum
+	gso   netif.GSO // Size 0: none
 	seg   [maxRxSlots]rxSegment
 }
 
@@ -94,14 +97,15 @@ func (e *frontRX) receive(frames []Frame, into bool) (n int, err error) {
 		}
 		e.copyTo(f)
 		e.have = false
-		if e.next.csum == ChecksumPartial && !f.completeChecksum() {
-			e.count.Drop(telemetry.DropBadCsum, 1)
-			if !into {
-				e.pool.Release(f.buf)
+		if f.csum != ChecksumUnknown || e.next.gso.Size != 0 {
+			if reason := f.arrived(e.next.gso, e.offload, e.count); reason != 0 {
+				e.count.Drop(reason, 1)
+				if !into {
+					e.pool.Release(f.buf)
+				}
+				continue
 			}
-			continue
 		}
-		e.csum(f)
 		t.add(f, e.next.n, f.Bytes())
 		n++
 	}
@@ -114,15 +118,6 @@ func (e *frontRX) receive(frames []Frame, into bool) (n int, err error) {
 		err = nil
 	}
 	return n, err
-}
-
-// csum counts what is said of the frame's checksum.
-func (e *frontRX) csum(f *Frame) {
-	if e.next.csum == ChecksumPartial {
-		e.count.Add(telemetry.CsumPartial, 1)
-	} else if f.csum == ChecksumVerified {
-		e.count.Add(telemetry.CsumVerified, 1)
-	}
 }
 
 func (e *frontRX) show() {
@@ -160,7 +155,7 @@ func (e *frontRX) parse() (bool, error) {
 // had been counted in next so far are still to be posted.
 func (e *frontRX) parseOne(avail uint32) (reason telemetry.Reason, ok bool) {
 	p := &e.next
-	p.n, p.total, p.csum = 0, 0, ChecksumUnknown
+	p.n, p.total, p.csum, p.gso = 0, 0, ChecksumUnknown, netif.GSO{}
 	ok = true
 	fail := func(r telemetry.Reason) {
 		if ok {
@@ -204,7 +199,9 @@ func (e *frontRX) parseOne(avail uint32) (reason telemetry.Reason, ok bool) {
 				if x.Check() != nil {
 					fail(telemetry.DropBadExtra)
 				} else if x.Type == netif.ExtraGSO {
-					fail(telemetry.DropBadGSO) // nobody asked for it
+					if p.gso = x.GSO(); !e.offload {
+						fail(telemetry.DropBadGSO) // nobody asked for it
+					}
 				}
 				more = x.More()
 			}
@@ -254,11 +251,13 @@ func (e *frontRX) copyTo(f *Frame) {
 }
 
 // mayLend reports whether half the ring stays posted if the next packet's pages
-// are lent. What needs its checksum completed is copied, since the peer could
-// still write a lent page, and what has no whole header in its first piece.
+// are lent. What has offloads is copied, since its headers are looked at and the
+// peer could still write a lent page, and what has no whole header in its first
+// piece.
 func (e *frontRX) mayLend() bool {
 	home := int(e.ring.Size()-e.ring.Free()) + e.pages.Free()
-	return home >= e.pages.Len()/2 && e.next.csum != ChecksumPartial && e.next.seg[0].n >= MinFrame
+	return home >= e.pages.Len()/2 && e.next.csum != ChecksumPartial && e.next.gso.Size == 0 &&
+		e.next.seg[0].n >= MinFrame
 }
 
 // lendTo makes f of the shared pages themselves.

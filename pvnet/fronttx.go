@@ -16,7 +16,9 @@ type frontTX struct {
 	refs    []hypercall.GrantRef // by buffer
 	port    hypercall.Port
 	scatter bool    // the peer takes frames of several slots
+	peer    offers  // what else it takes
 	state   []uint8 // by buffer, which is by id
+	extras  int     // extra infos without a response
 	count   *telemetry.Block
 
 	stopwatch
@@ -100,16 +102,23 @@ func (e *frontTX) put(f *Frame, t *tally) error {
 	if need == 0 || need > 1 && !e.scatter && f.total > 4096 {
 		return ErrFrameSize
 	}
-	if e.ring.Free() < need {
+	fit := e.peer.fit(f)
+	if fit > incomplete {
+		return fit.err()
+	}
+	if free := need + f.gso.slots(); e.ring.Free() < free {
 		if err := e.reap(); err != nil {
 			return err
 		}
-		if e.ring.Free() < need {
+		if e.ring.Free() < free {
 			return ErrFull
 		}
 	}
-	if e.copies(f, need) {
+	if e.copies(f, need) || fit == incomplete && !f.buf.Exclusive() {
 		return e.putCopy(f, t)
+	}
+	if fit == incomplete {
+		f.completeChecksum()
 	}
 	i, err := e.bufs.Take(f.buf)
 	if err != nil {
@@ -118,25 +127,35 @@ func (e *frontTX) put(f *Frame, t *tally) error {
 		}
 		return err
 	}
-	t.add(f, int(need), e.bufs.Bytes(i)[f.off:f.off+f.n])
-	r := netif.TxRequest{Ref: e.refs[i], Offset: f.off, ID: uint16(i), Size: uint16(f.total)}
+	need += f.gso.slots()
+	t.sent(f, int(need), e.bufs.Bytes(i)[f.off:f.off+f.n])
+	r := netif.TxRequest{Ref: e.refs[i], Offset: f.off, ID: uint16(i), Size: uint16(f.total), Flags: txFlags(f)}
 	e.last = i
-	if f.pieces <= 1 {
+	e.state[i] = idFirst
+	if f.pieces <= 1 && need == 1 {
 		e.ring.Put(r)
-		e.state[i] = idFirst
 		return nil
 	}
-	e.state[i] = idFirst
-	for left := f.total - uint32(f.n); ; {
-		next, off, n, ok := e.bufs.Unlink(i)
+	for left, extra := f.total-uint32(f.n), f.gso.Size != 0; ; {
+		var next uint32
+		var off, n uint16
+		ok := false
+		if f.pieces > 1 {
+			next, off, n, ok = e.bufs.Unlink(i)
+		}
 		if left > 0 {
-			r.Flags = netif.TxMoreData
+			r.Flags |= netif.TxMoreData
 		}
 		if ok && left == 0 { // what Truncate cut off
 			e.bufs.PutChain(next)
 			ok = false
 		}
 		e.ring.Put(r)
+		if extra {
+			e.ring.Put(f.gso.extra().TxRequest())
+			e.extras++
+			extra = false
+		}
 		if !ok {
 			return nil
 		}
@@ -145,6 +164,20 @@ func (e *frontTX) put(f *Frame, t *tally) error {
 		r = netif.TxRequest{Ref: e.refs[next], Offset: off, ID: uint16(next), Size: n}
 		i = next
 	}
+}
+
+// txFlags is what a request says of the frame's checksum and extra infos.
+func txFlags(f *Frame) (flags netif.TxFlags) {
+	switch f.csum {
+	case ChecksumPartial:
+		flags = netif.TxCsumBlank | netif.TxDataValidated
+	case ChecksumVerified:
+		flags = netif.TxDataValidated
+	}
+	if f.gso.Size != 0 {
+		flags |= netif.TxExtraInfo
+	}
+	return flags
 }
 
 // copies reports whether f, of so many slots, cannot be sent where it lies.
@@ -164,7 +197,7 @@ func (e *frontTX) putCopy(f *Frame, t *tally) error {
 			return ErrFull
 		}
 	}
-	if e.ring.Free() < uint32(g.pieces) { // behind the headroom it may take one more
+	if e.ring.Free() < uint32(g.pieces)+f.gso.slots() { // behind the headroom it may take one more
 		e.bufs.Release(g.buf)
 		return ErrFull
 	}
@@ -187,7 +220,11 @@ func (e *frontTX) reap() error {
 	for ; n > 0; n-- {
 		r := e.ring.Take()
 		if r.Status == netif.Null {
-			return e.violation("response to an extra that was not sent")
+			if e.extras == 0 {
+				return e.violation("response to an extra that was not sent")
+			}
+			e.extras-- // its id is whatever lay there
+			continue
 		}
 		id := uint32(r.ID)
 		if id >= uint32(len(e.state)) || e.state[id] == idFree {
@@ -229,8 +266,24 @@ func (e *frontTX) wants(f *Frame) need {
 		n.bufs = buffersFor(int(f.total))
 		n.slots = max(n.slots, n.bufs)
 	}
+	n.slots += int(f.gso.slots())
 	return n
 }
+
+func (e *frontTX) room(n need) (bool, error) {
+	if int(e.ring.Free()) < n.slots || e.bufs.Free() < n.bufs {
+		if err := e.reap(); err != nil {
+			return false, err
+		}
+	}
+	if int(e.ring.Free()) >= n.slots && e.bufs.Free() >= n.bufs {
+		return true, nil
+	}
+	e.short(n)
+	return false, nil
+}
+
+func (e *frontTX) offers() offers { return e.peer }
 
 func (e *frontTX) stuck(n need) error {
 	if e.ring.InFlight() == 0 && e.bufs.Free() < n.bufs {
@@ -291,4 +344,5 @@ func (e *frontTX) drain() {
 		e.state[id] = idFree
 		e.bufs.Put(uint32(id))
 	}
+	e.extras = 0
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"strconv"
 	"sync"
 	"time"
@@ -152,16 +153,16 @@ func (b *back) identify(ctx context.Context, xd *xenbus.Device) {
 	}
 }
 
-// prepare publishes what we can do. No offload is offered, and the keys say so.
+// prepare publishes what we can do.
 func (b *back) prepare(ctx context.Context, xd *xenbus.Device) error {
 	keys := xenbus.Values{
 		netif.KeyFeatureRxCopy:        "1",
 		netif.KeyFeatureRxFlip:        "0",
 		netif.KeyFeatureSG:            "1",
 		netif.KeyFeatureSplitChannels: "1",
-		netif.KeyFeatureNoCsumOffload: "1",
 		netif.KeyMaxQueues:            strconv.Itoa(b.cfg.queues()),
 	}
+	maps.Copy(keys, offloadValues(b.cfg.Offload))
 	if b.cfg.Hotplug {
 		keys[netif.KeyHotplugStatus] = netif.HotplugConnected
 	}
@@ -171,7 +172,8 @@ func (b *back) prepare(ctx context.Context, xd *xenbus.Device) error {
 
 // attach maps what the frontend published, every word of which is checked first.
 func (b *back) attach(ctx context.Context, xd *xenbus.Device, c *conn) error {
-	top, err := xd.PeerValues(ctx, netif.KeyRequestRxCopy, netif.KeyFeatureSG, netif.KeyNumQueues,
+	top, err := xd.PeerValues(ctx, netif.KeyFeatureNoCsumOffload, netif.KeyFeatureIPv6CsumOffload,
+		netif.KeyFeatureGSOTCPv4, netif.KeyFeatureGSOTCPv6, netif.KeyRequestRxCopy, netif.KeyFeatureSG, netif.KeyNumQueues,
 		netif.KeyTxRingRef, netif.KeyRxRingRef, netif.KeyEventChannel, netif.KeyEventChannelTx, netif.KeyEventChannelRx)
 	if err != nil {
 		return err
@@ -181,6 +183,7 @@ func (b *back) attach(ctx context.Context, xd *xenbus.Device, c *conn) error {
 	}
 	var feat features
 	feat.frontSG, _ = top.Bool(netif.KeyFeatureSG, false) // what is garbage is not offered
+	feat.takes, feat.peer = b.cfg.Offload, offered(top, feat.frontSG)
 	n, err := top.Uint(netif.KeyNumQueues, uint64(b.cfg.queues()), 1)
 	if err != nil {
 		return err

@@ -25,6 +25,12 @@ type sender interface {
 	// wants is what sending f takes.
 	wants(f *Frame) need
 
+	// offers is what the peer takes beyond whole frames.
+	offers() offers
+
+	// room reports whether there is what is needed.
+	room(n need) (bool, error)
+
 	// stuck is ErrNoBuffers if what is needed can only come from the caller.
 	stuck(n need) error
 
@@ -104,21 +110,78 @@ func (tx *TX) AllocWait(frames []Frame, size int) (int, error) {
 
 // Send queues frames in order and takes over those it accepted, frames[:n]; the
 // caller keeps the rest. It never blocks: a short count comes with [ErrFull],
-// [ErrLinkDown], [ErrDisconnected], a [*PeerError], [ErrStale] or [ErrFrameSize],
-// the last two about frames[n].
+// [ErrLinkDown], [ErrDisconnected], a [*PeerError], [ErrStale], [ErrFrameSize] or
+// [ErrOffload], the last three about frames[n].
 //
 // A frame of this half is sent where it lies. Any other is copied first, one that
-// is held more than once too.
+// is held more than once too. A checksum that is partial is completed, and a frame
+// that is to be cut is cut, if the peer does not do so itself.
 func (tx *TX) Send(frames []Frame) (n int, err error) {
 	if err := tx.enter(); err != nil {
 		return 0, err
 	}
-	n, err = tx.eng.send(frames)
+	n, err = tx.put(frames)
 	tx.counted(n)
 	if err == ErrFull {
 		tx.refresh()
 	}
 	return n, tx.leaveWith(err)
+}
+
+// put sends what there is room for, and cuts what the peer does not.
+func (tx *TX) put(frames []Frame) (n int, err error) {
+	n, err = tx.eng.send(frames)
+	for err == errUncut {
+		if err = tx.cut(&frames[n]); err != nil {
+			break
+		}
+		k := 0
+		k, err = tx.eng.send(frames[n+1:])
+		n += 1 + k
+	}
+	return n, err
+}
+
+// cut sends a frame in pieces, all of them or none.
+func (tx *TX) cut(f *Frame) error {
+	c, ok := newCutter(f)
+	if !ok {
+		return ErrOffload
+	}
+	if ok, err := tx.eng.room(c.need()); err != nil {
+		return err
+	} else if !ok {
+		tx.count.Add(telemetry.RingFull, 1)
+		return ErrFull
+	}
+	var pieces [32]Frame
+	for c.left > 0 {
+		k, err := tx.eng.alloc(pieces[:min(c.pieces(), len(pieces))], c.length())
+		if err != nil {
+			return err
+		}
+		for i := range pieces[:k] {
+			c.next(&pieces[i])
+		}
+		n, err := tx.eng.send(pieces[:k])
+		for i := n; i < k; i++ {
+			pieces[i].Release()
+		}
+		if err != nil {
+			return err // the peer takes less than what its link carries
+		}
+	}
+	return f.Release()
+}
+
+// wants is what sending f takes, whole or in pieces.
+func (tx *TX) wants(f *Frame) need {
+	if tx.eng.offers().fit(f) == uncut {
+		if c, ok := newCutter(f); ok {
+			return c.need()
+		}
+	}
+	return tx.eng.wants(f)
 }
 
 // SendWait is Send that waits until every frame is taken, the deadline passes
@@ -132,13 +195,13 @@ func (tx *TX) SendWait(frames []Frame) (n int, err error) {
 			}
 			continue
 		}
-		k, err := tx.eng.send(frames[n:])
+		k, err := tx.put(frames[n:])
 		n += k
 		tx.counted(k)
 		if err != ErrFull {
 			return n, tx.leaveWith(err)
 		}
-		if err = tx.wait(tx.eng.wants(&frames[n])); err != nil {
+		if err = tx.wait(tx.wants(&frames[n])); err != nil {
 			return n, err
 		}
 	}
@@ -205,6 +268,18 @@ func (f *Frame) slots() int {
 type tally struct {
 	block                                       *telemetry.Block
 	frames, bytes, slots, multi, broad, chained uint64
+	partial, gso                                uint64
+}
+
+// sent is add for a frame that leaves with its offloads.
+func (t *tally) sent(f *Frame, slots int, head []byte) {
+	if f.csum == ChecksumPartial {
+		t.partial++
+		if f.gso.Size != 0 {
+			t.gso++
+		}
+	}
+	t.add(f, slots, head)
 }
 
 // add counts f, of which head is the beginning: at least its first 6 bytes.
@@ -243,6 +318,10 @@ func (t *tally) count(used uint32, buffers int) {
 		b.Add(telemetry.Multicast, t.multi)
 		b.Add(telemetry.Broadcast, t.broad)
 		b.Add(telemetry.ChainedPackets, t.chained)
+	}
+	if t.partial != 0 {
+		b.Add(telemetry.CsumPartial, t.partial)
+		b.Add(telemetry.GSOPackets, t.gso)
 	}
 	b.Observe(telemetry.BatchSize, t.frames)
 }
