@@ -41,15 +41,18 @@ func (t *T) state() []string {
 }
 
 // held is what a domain that goes on has in use: its event channels without their
-// numbers, and the pages it has granted, mapped or not.
+// numbers, and the pages it has granted, mapped or not. Of dom0's own pages Xen does
+// not tell dom0 but those that are mapped: see grants.
 func (t *T) held(d *Domain) []string {
-	lines := strings.Split(t.Dom0().Sh("lsevtchn %d | sed 's/^ *[0-9]*: VCPU [0-9]*: /port /'; %s/grants %d", d.ID, image.ProgramDir, d.ID), "\n")
+	lines := strings.Split(t.Dom0().Sh(
+		"lsevtchn %d | sed 's/^ *[0-9]*: VCPU [0-9]*: /port /; s/, Port [0-9]*$//'; %s/grants %d",
+		d.ID, image.ProgramDir, d.ID), "\n")
 	slices.Sort(lines)
 	return lines
 }
 
-// gaveBack waits until a domain has in use what it had before.
-func (t *T) gaveBack(d *Domain, before []string) {
+// holds waits until a domain has in use what it had before.
+func (t *T) holds(d *Domain, before []string) {
 	t.settled(before, func() []string { return t.held(d) })
 }
 

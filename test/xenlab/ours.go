@@ -61,7 +61,7 @@ func ourFront(kind GuestType) func(*T) {
 			p.Succeed()
 			t.Dom0().Await("the backend to see it close", `[ "$(xenstore-read %s)" = 6 ]`, state)
 			t.unpinned(guest, name)
-			t.gaveBack(guest, held)
+			t.holds(guest, held)
 		}
 		p := serve()
 		t.checksums(func() {
@@ -96,8 +96,7 @@ func ourFrontJumbo(t *T) {
 		for _, size := range [...]int{56, 1473, 4096, 8972} {
 			t.Ping(t.Dom0(), "10.88.0.2", size, 20)
 		}
-		// A page more or less, and every size around it.
-		t.Datagrams(t.Dom0(), "10.88.0.2", "1-8972:13,4030-4100,8130-8200,8972,8973,65507")
+		t.Datagrams(t.Dom0(), "10.88.0.2", jumboSizes)
 		t.fetchServed(t.Dom0(), "10.88.0.2", 3<<20)
 		t.Send(t.Dom0(), "10.88.0.2", 3<<20)
 	}, t.Dom0())
@@ -126,17 +125,18 @@ func ourFrontKernel(t *T) {
 	p.Signal(syscall.SIGTERM)
 	p.Succeed()
 	t.unpinned(guest, name)
-	t.gaveBack(guest, held)
+	t.holds(guest, held)
 }
 
 // ourFrontUnplugged takes the vif away under our appliance and gives it back: the
-// same process serves on.
+// same process serves on, and has as much of Xen's in use each time.
 func ourFrontUnplugged(t *T) {
 	t.netback(true)
 	guest := t.Create(Guest{Name: "domU", Type: PV, VIFs: []VIF{{}}})
 	t.Dom0().Sh("ip addr add 10.88.0.1/24 dev %s", guest.VIF(0))
 	p := t.serve(guest, "10.88.0.2")
 	t.Ping(t.Dom0(), "10.88.0.2", 56, 20)
+	held := t.held(guest)
 	for round := range 2 {
 		t.Dom0().Run("xl", "network-detach", guest.Name, "0")
 		p.Await(fmt.Sprintf("(?s)(link down.*){%d}", round+1))
@@ -144,6 +144,7 @@ func ourFrontUnplugged(t *T) {
 		t.Dom0().Sh("ip addr add 10.88.0.1/24 dev %s", guest.VIF(0))
 		t.Dom0().Await("carrier", `[ "$(cat /sys/class/net/%s/carrier)" = 1 ]`, guest.VIF(0))
 		t.Ping(t.Dom0(), "10.88.0.2", 1472, 20)
+		t.holds(guest, held)
 	}
 	p.Signal(syscall.SIGTERM)
 	p.Succeed()
@@ -160,6 +161,7 @@ func netbackAnew(t *T) {
 	t.Dom0().Sh("ip addr add 10.88.0.1/24 dev %s", vif)
 	p := t.serve(guest, "10.88.0.2")
 	t.Ping(t.Dom0(), "10.88.0.2", 56, 20)
+	held := t.held(guest)
 	device := fmt.Sprintf("vif-%d-0", guest.ID)
 	t.Dom0().Sh("echo %s >/sys/bus/xen-backend/drivers/vif/unbind", device)
 	t.Dom0().Sh("echo %s >/sys/bus/xen-backend/drivers/vif/bind", device)
@@ -170,6 +172,7 @@ func netbackAnew(t *T) {
 	t.Dom0().Await("carrier", `[ "$(cat /sys/class/net/%s/carrier)" = 1 ]`, vif)
 	t.Ping(t.Dom0(), "10.88.0.2", 1472, 20)
 	t.fetchServed(t.Dom0(), "10.88.0.2", 1<<20)
+	t.holds(guest, held)
 	p.Signal(syscall.SIGTERM)
 	p.Succeed()
 }
@@ -238,7 +241,8 @@ func ourBackDom0(t *T) {
 	t.unpinned(t.Dom0(), name)
 }
 
-// ourBackUnplugged takes the vif away under our backend, which goes on.
+// ourBackUnplugged takes the vif away under our backend, which goes on; the next one
+// is for jumbo frames.
 func ourBackUnplugged(t *T) {
 	t.netback(false)
 	p := t.back(t.Dom0(), "10.89.0.1")
@@ -246,10 +250,16 @@ func ourBackUnplugged(t *T) {
 	for round := range 2 {
 		t.kernelFront(guest, "10.89.0.2")
 		t.Ping(guest, "10.89.0.1", 1472, 20)
+		if round == 1 {
+			guest.Sh("ip link set eth0 mtu 9000")
+			t.Ping(guest, "10.89.0.1", 8972, 20)
+			t.answered(t.Dom0(), func() { t.Datagrams(guest, "10.89.0.1", jumboSizes) })
+			t.agree("netfront", func() flow { return t.ours(t.Dom0(), backName(guest, 0)) }, func() flow { return t.netfrontCounted(guest) })
+		}
 		t.Dom0().Run("xl", "network-detach", guest.Name, "0")
 		guest.Await("the interface to go", "[ ! -e /sys/class/net/eth0 ]")
 		if round == 0 {
-			t.Attach(guest, VIF{})
+			t.Attach(guest, VIF{MTU: 9000})
 		}
 	}
 	p.Signal(syscall.SIGTERM)

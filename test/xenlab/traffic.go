@@ -114,6 +114,19 @@ func (t *T) Datagrams(from *Domain, addr, sizes string) {
 	t.Note("UDP %s↔: %s", from.Name, r.Text())
 }
 
+// jumboSizes are datagrams for an MTU of 9000: all sizes around those of one page and of
+// two, some of all others, and some that are fragmented.
+const jumboSizes = "1-8972:13,4030-4100,8130-8200,8972,8973,65507"
+
+// answered has a domain's kernel answer datagrams while f runs.
+func (t *T) answered(d *Domain, f func()) {
+	p := d.Start(barevif, "check", "--answer")
+	p.Await("answering at")
+	f()
+	p.Signal(syscall.SIGTERM)
+	p.Succeed()
+}
+
 // checksums fails if the kernels of these domains find a checksum wrong while f
 // runs.
 func (t *T) checksums(f func(), doms ...*Domain) {
@@ -158,11 +171,7 @@ func (t *T) kernelTraffic(guest, backend *Domain, guestAddr, backAddr string) {
 			t.Ping(guest, backAddr, size, 20)
 			t.Ping(backend, guestAddr, size, 20)
 		}
-		answers := backend.Start(barevif, "check", "--answer")
-		answers.Await("answering at")
-		t.Datagrams(guest, backAddr, "1-1472")
-		answers.Signal(syscall.SIGTERM)
-		answers.Succeed()
+		t.answered(backend, func() { t.Datagrams(guest, backAddr, "1-1472") })
 		t.Iperf(guest, backend, backAddr, 2)
 		t.Iperf(backend, guest, guestAddr, 2)
 		t.Fetch(backend, guest, guestAddr, 3<<20)
