@@ -49,6 +49,21 @@ func Plan() []Boot {
 	}}
 }
 
+// Roles is a plan as a table in Markdown: which role runs in which domain in which
+// boot. README.md shows that of [Plan].
+func Roles(plan []Boot) string {
+	var b strings.Builder
+	b.WriteString("| boot | scenario | which role runs where |\n| --- | --- | --- |\n")
+	for _, boot := range plan {
+		name := boot.Name
+		for _, s := range boot.Scenarios {
+			fmt.Fprintf(&b, "| %s | %s | %s |\n", name, s.Name, s.Roles)
+			name = "" // said once
+		}
+	}
+	return b.String()
+}
+
 func xlInfo(t *T) {
 	info := t.Dom0().Run("xl", "info").Text()
 	for _, key := range [...]string{"release", "xen_version", "xen_caps", "total_memory"} {

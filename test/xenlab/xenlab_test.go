@@ -59,6 +59,16 @@ func TestPackageCommentShowsEveryScenario(t *testing.T) {
 	}
 }
 
+func TestReadmeShowsWhatRunsWhere(t *testing.T) {
+	readme, err := os.ReadFile("../../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(string(readme), "\n"+Roles(Plan())+"\n") {
+		t.Error("its table is not what \"go run ./test/xenlab/cmd/xenlab -list\" prints")
+	}
+}
+
 func TestComplaintsAreFound(t *testing.T) {
 	for line, want := range map[string]bool{
 		"[  9.1] vif vif-1-0 vif1.0: fatal error; disabling device":                                 true,

@@ -48,18 +48,14 @@ func run(ctx context.Context) error {
 	keep := flag.Bool("keep", false, "leave the machine running after its last scenario, until interrupted")
 	shell := flag.Bool("shell", false, "connect the terminal to dom0's console after the last scenario; without -run, run none")
 	verbose := flag.Bool("v", false, "show the console")
-	list := flag.Bool("list", false, "only list the scenarios")
+	list := flag.Bool("list", false, "only list the scenarios, as README.md does")
 	flag.Parse()
 	if flag.NArg() > 0 {
 		return fmt.Errorf("unknown argument %q", flag.Arg(0))
 	}
 	plan := xenlab.Plan()
 	if *list {
-		for _, b := range plan {
-			for _, s := range b.Scenarios {
-				fmt.Printf("%-20s %-40s %s\n", b.Name, s.Name, s.Roles)
-			}
-		}
+		fmt.Print(xenlab.Roles(plan))
 		return nil
 	}
 	opts := xenlab.Options{Dir: *dir, Logger: slog.New(slog.NewTextHandler(os.Stderr, nil))}
