@@ -11,6 +11,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"time"
 
 	"barevif/hypercall/emu"
 	"barevif/pvnet"
@@ -180,5 +181,43 @@ func TestT32XenstoreBreaksAtEveryRequestOfAConnect(t *testing.T) {
 			}
 			nothingMore(t, goroutines, files)
 		})
+	}
+}
+
+// T41: however often a device is opened and closed, nothing is left of it: neither
+// goroutines nor threads nor descriptors, at either end.
+func TestT41OpenAndCloseBothEnds(t *testing.T) {
+	l := newLab(t, emu.Config{Mapped: true})
+	l.serve(pvnet.ServeConfig{Config: pvnet.Config{Buffers: 17}})
+	cycle := func() {
+		v := l.vif()
+		d, err := pvnet.Connect(context.Background(), l.guest, fmt.Sprint(v.ID), pvnet.Config{Buffers: 17})
+		if err != nil {
+			t.Fatal(err)
+		}
+		back := wait(t, l.devs)
+		d.Disconnect()
+		l.remove(v)
+		wait(t, back.Done())
+	}
+	threads := func() int {
+		all, err := os.ReadDir("/proc/self/task")
+		if err != nil {
+			t.Skip("no /proc: ", err)
+		}
+		return len(all)
+	}
+	for range 20 {
+		cycle()
+	}
+	goroutines, files, before := runtime.NumGoroutine(), descriptors(t), threads()
+	n := 0
+	for end := time.Now().Add(5 * time.Second); n < 10000 && time.Now().Before(end); n++ {
+		cycle()
+	}
+	t.Logf("%d times", n)
+	nothingMore(t, goroutines, files)
+	if now := threads(); now > before+4 { // the runtime keeps those it once needed
+		t.Errorf("%d threads, %d before", now, before)
 	}
 }
