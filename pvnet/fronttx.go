@@ -332,7 +332,6 @@ func (e *frontTX) ready(int) bool {
 func (e *frontTX) overdue() bool { return e.ring.Overdue() }
 
 func (e *frontTX) drain() {
-	e.runs = false
 	e.reap() // a violation no longer matters
 	for id, s := range e.state {
 		if s == idFree {

@@ -575,6 +575,71 @@ func TestASlowPeerHasNotStalled(t *testing.T) {
 	})
 }
 
+// A standing is a sender of which only that is known.
+type standing struct {
+	sender
+	index, goal, tries uint32
+}
+
+func (s *standing) standing() (index, goal, tries uint32) { return s.index, s.goal, s.tries }
+
+// Indices are free-running, what is there already is not waited for, and two beats
+// that come late together are not a second.
+func TestWhatIsNoStall(t *testing.T) {
+	for _, c := range []struct {
+		goal   uint32 // ahead of the index
+		pause  time.Duration
+		stalls int
+	}{
+		{1, time.Second, 1}, {256, time.Second, 1}, {1, stallAfter, 1},
+		{0, time.Second, 0}, {^uint32(0), time.Second, 0}, {1, stallAfter - 1, 0}, {1, 0, 0},
+	} {
+		for _, index := range []uint32{0, 100, ^uint32(0), 1 << 31} {
+			d := newDevice("0", telemetry.Frontend, nil, Config{})
+			tx, now := d.tx[0], time.Now()
+			eng := &standing{index: index, goal: index + c.goal}
+			for range 3 {
+				eng.tries++
+				tx.watch(eng, now)
+			}
+			now = now.Add(c.pause)
+			eng.tries++
+			tx.watch(eng, now)
+			if n := len(d.set.Events()); n != c.stalls {
+				t.Errorf("goal %d ahead of %#x for %v: %d stalls", int32(c.goal), index, c.pause, n)
+			}
+		}
+	}
+}
+
+// What the tick wants of an owner that is just about to wait is done before that.
+func TestWhatIsDueDoesNotWaitForAnEvent(t *testing.T) {
+	virtually(t, plain, Config{}, func(t *testing.T, p *pair) {
+		_, rx := own(t, p.back)
+		rx.SetDeadline(time.Time{})
+		got := make(chan error, 1)
+		receive := func() {
+			_, err := rx.Receive(make([]Frame, 1))
+			got <- err
+		}
+		go receive() // it spends the event of the bind
+		synctest.Wait()
+		rx.interrupt()
+		<-got
+		rx.ending.Store(false)
+		rx.park.Load().wait(rx.dir, time.Now()) // and the nudge
+		rx.due.Or(dueStall)
+		go receive()
+		synctest.Wait()
+		st := p.back.Stats()
+		if n := st.RX.Get(telemetry.Stalls); n != 1 {
+			t.Errorf("%d", n)
+		}
+		rx.interrupt()
+		<-got
+	})
+}
+
 // A stall does not outlive its connection.
 func TestANewConnectionBeginsWithoutAStall(t *testing.T) {
 	both(t, plain, func(t *testing.T, s *stalled) {
