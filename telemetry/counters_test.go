@@ -36,6 +36,18 @@ lost is counted by its reason and, with it, in the sum named there.
 		}
 		fmt.Fprintf(&p, "| %d | %s | %s | %s | %s | %s |\n", f.Word, f.Name, f.Kind, f.Unit, help, f.SumIn)
 	}
+	p.WriteString(`
+A stall is seen by the slow tick, which comes once a second: one to two seconds after the peer's index
+moved last, if calls waited or kept coming meanwhile that need more slots than are free. It is counted
+once, with an event at its begin and one at its end, and has no consequence: no frame is kept for a peer.
+
+The two latencies are sampled, so that the clock is not read for frames. wakeup_latency times the wakes of
+the slow tick, since nobody knows when a peer signalled: once a second where the counters are mirrored and
+the owner waits. request_latency times about one request a second: at a frontend, for what it sends, from
+the publish of the request until the sender sees the response, if at least half of that time is known to
+be the peer's; at a backend, both ways, from taking the requests of a batch to the publish of their
+responses. A frontend's rx_request_latency stays empty.
+`)
 	p.WriteString("\nWord 0 of a block is gen_done, its last word gen_start; see the package documentation.\n")
 	return p.Bytes()
 }

@@ -140,11 +140,25 @@ const (
 type Hist uint8
 
 const (
-	FrameSize      Hist = iota // bytes
-	BatchSize                  // frames a poll or Send moved
-	RingOccupancy              // slots in use, seen once a poll
-	WakeupLatency              // nanoseconds from event to poll, sampled
-	RequestLatency             // nanoseconds from request to response, sampled
+	FrameSize     Hist = iota // bytes
+	BatchSize                 // frames a poll or Send moved
+	RingOccupancy             // slots in use, seen once a poll
+
+	// WakeupLatency is the nanoseconds from a wake to the moment the owner that
+	// waited goes on: what the scheduler takes. When a peer notified is not known
+	// to us, so only wakes of our own are timed, and none is made for it: those of
+	// the slow tick. With a mirror the tick wakes waiting owners once a second;
+	// without one only to end a wait that lasted too long.
+	WakeupLatency
+
+	// RequestLatency is the nanoseconds from a request to its response, for one
+	// request a second at most. At a frontend, of what it sends: from the publish
+	// of the request until the sender sees the response. A time counts only if
+	// at least half of it is known to be the peer's, so one that comes by rarely
+	// gives none. At a backend, both ways: from taking the requests of a batch to
+	// the publish of their responses. A frontend that receives has none: a page
+	// it posted is answered when a frame comes, which says how idle the link is.
+	RequestLatency
 
 	endHists
 )
@@ -251,14 +265,14 @@ var texts = [wordHists]text{
 	AllocFailed:    {"alloc_failed", "failures", "times no page was free; a frame need not be lost by it"},
 	RingFull:       {"ring_full", "failures", "times the ring had no room"},
 	Polls:          {"polls", "polls", "looks at the ring"},
-	PollsFull:      {"polls_full", "polls", "looks that found a whole batch or more"},
+	PollsFull:      {"polls_full", "polls", "looks that filled the batch they were given; more may have waited"},
 	Parks:          {"parks", "parks", "times the owner slept"},
-	Events:         {"events", "events", "event channel signals taken"},
+	Events:         {"events", "events", "event channel signals that ended a wait; one for both directions counts once"},
 	EventsSpurious: {"events_spurious", "events", "signals after which there was nothing to do"},
 	NotifiesSent:   {"notifies_sent", "notifies", "signals sent to the peer"},
 	NotifiesSpared: {"notifies_spared", "notifies", "publishes after which the peer asked for no signal"},
 	RescuedWakeups: {"rescued_wakeups", "wakeups", "times the watchdog found work nobody signalled; 0 on a correct system"},
-	Stalls:         {"stalls", "stalls", "times the peer was found not to make progress"},
+	Stalls:         {"stalls", "stalls", "times a sender needed more slots than were free and the peer gave none for a second"},
 	Violations:     {"violations", "violations", "things no correct peer could have done"},
 	GrantOps:       {"grant_ops", "operations", "grant copy operations"},
 	GrantBatches:   {"grant_batches", "batches", "batches of grant copies, one hypercall or less each"},
@@ -276,7 +290,7 @@ var texts = [wordHists]text{
 	DropBadExtra:     {"drop_bad_extra", "frames", "unknown or malformed extra info"},
 	DropBadGSO:       {"drop_bad_gso", "frames", "impossible segmentation parameters"},
 	DropBadCsum:      {"drop_bad_csum", "frames", "checksum state that does not fit the frame"},
-	DropBadID:        {"drop_bad_id", "frames", "response id that was not outstanding"},
+	DropBadID:        {"drop_bad_id", "frames", "answered with an id that was not outstanding; the connection ends"},
 	DropBackendError: {"drop_backend_error", "frames", "the backend answered with an error status"},
 
 	RingSize:    {"ring_size", "slots", "slots in the ring"},
@@ -289,8 +303,8 @@ var histTexts = [endHists]text{
 	FrameSize:      {"frame_size", "bytes", "frames by size"},
 	BatchSize:      {"batch_size", "frames", "polls and sends by the frames they moved"},
 	RingOccupancy:  {"ring_occupancy", "slots", "polls by the slots in use"},
-	WakeupLatency:  {"wakeup_latency", "nanoseconds", "time from signal to poll, sampled"},
-	RequestLatency: {"request_latency", "nanoseconds", "time from request to response, sampled"},
+	WakeupLatency:  {"wakeup_latency", "nanoseconds", "time from the slow tick's wake of an owner that waits to its look"},
+	RequestLatency: {"request_latency", "nanoseconds", "time to a response, sampled: of the peer to a frontend, of a backend to a batch"},
 }
 
 // LayoutVersion is raised when Fields changes what a word of a block means.
