@@ -32,9 +32,7 @@ type backTX struct {
 }
 
 func (e *backTX) alloc(frames []Frame, size int) (n int, err error) {
-	for n < len(frames) && build(e.bufs, size, &frames[n]) {
-		n++
-	}
+	n = buildAll(e.bufs, size, frames)
 	if n == 0 && len(frames) > 0 {
 		e.count.Add(telemetry.AllocFailed, 1)
 	}

@@ -1,6 +1,9 @@
 package pvnet
 
-import "encoding/binary"
+import (
+	"encoding/binary"
+	"math/bits"
+)
 
 // Protocols with a checksum that may be left blank.
 const (
@@ -102,21 +105,28 @@ func (f *Frame) completeChecksum() bool {
 	return true
 }
 
-// add adds b as big-endian 16-bit words, padded with zero.
+// add adds b as big-endian 16-bit words, padded with zero. The sum of the words as a
+// little-endian machine has them is the same with its bytes swapped (RFC 1071).
 func add(sum uint64, b []byte) uint64 {
+	var s, carry uint64
+	for len(b) >= 32 {
+		s, carry = bits.Add64(s, binary.LittleEndian.Uint64(b), carry)
+		s, carry = bits.Add64(s, binary.LittleEndian.Uint64(b[8:]), carry)
+		s, carry = bits.Add64(s, binary.LittleEndian.Uint64(b[16:]), carry)
+		s, carry = bits.Add64(s, binary.LittleEndian.Uint64(b[24:]), carry)
+		b = b[32:]
+	}
 	for len(b) >= 8 {
-		v := binary.BigEndian.Uint64(b)
-		sum += v>>32 + v&0xffffffff
+		s, carry = bits.Add64(s, binary.LittleEndian.Uint64(b), carry)
 		b = b[8:]
 	}
-	for len(b) >= 2 {
-		sum += uint64(binary.BigEndian.Uint16(b))
-		b = b[2:]
+	tail := uint64(0)
+	for i, c := range b {
+		tail |= uint64(c) << (8 * i)
 	}
-	if len(b) == 1 {
-		sum += uint64(b[0]) << 8
-	}
-	return sum
+	s, carry = bits.Add64(s, tail, carry)
+	s, carry = bits.Add64(s, 0, carry)
+	return sum + uint64(bits.ReverseBytes16(fold(s>>32+s&0xffffffff+carry)))
 }
 
 func fold(sum uint64) uint16 {

@@ -147,6 +147,7 @@ type Device struct {
 	word    atomic.Uint32 // linkDown, linkUp, linkGone; written by the life goroutine only
 	active  atomic.Int32  // queues of the connection
 	mtu     atomic.Int32
+	offers  atomic.Uint32             // of the peer, as far as known
 	epoch   atomic.Uint64             // number of the connection, from 1
 	lost    atomic.Uint64             // pages the peer did not give back, not counted yet
 	leaving atomic.Bool               // Disconnect was called
@@ -234,6 +235,14 @@ func (d *Device) Trusted() bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return d.trusted
+}
+
+// PeerTakes reports whether the peer takes frames to be cut of type t, and their
+// partial checksums. To another peer they may be sent too, but are cut before. While
+// the link is down it is what was so last.
+func (d *Device) PeerTakes(t GSOType) bool {
+	o := offers(d.offers.Load())
+	return t == GSOTCPv4 && o&takesGSO4 != 0 || t == GSOTCPv6 && o&takesGSO6 != 0
 }
 
 // A Budget is the memory a connection holds, fixed when it was made.
@@ -659,6 +668,7 @@ func (d *Device) up(c *conn, peer hypercall.DomID) {
 		rx.spins = d.cfg.Wait.spins(q.rx)
 	}
 	d.active.Store(int32(len(c.queues)))
+	d.offers.Store(uint32(c.feat.peer))
 	d.epoch.Add(1)
 	for i := range c.queues {
 		d.tx[i].gate.open()

@@ -295,5 +295,13 @@ func build(a *arena.Arena, total int, f *Frame) bool {
 	return true
 }
 
+// buildAll is build of as many frames as there are buffers for.
+func buildAll(a *arena.Arena, total int, frames []Frame) (n int) {
+	for n < len(frames) && build(a, total, &frames[n]) {
+		n++
+	}
+	return n
+}
+
 // maxPieces is what MaxFrame bytes behind the headroom take in buffers of 4096.
 const maxPieces = (headroom + MaxFrame + 4095) / 4096

@@ -35,18 +35,14 @@ const (
 )
 
 func (e *frontTX) alloc(frames []Frame, size int) (n int, err error) {
-	for n < len(frames) && build(e.bufs, size, &frames[n]) {
-		n++
-	}
+	n = buildAll(e.bufs, size, frames)
 	if n == len(frames) {
 		return n, nil
 	}
 	if err = e.reap(); err != nil {
 		return n, err
 	}
-	for n < len(frames) && build(e.bufs, size, &frames[n]) {
-		n++
-	}
+	n += buildAll(e.bufs, size, frames[n:])
 	if n == 0 {
 		e.count.Add(telemetry.AllocFailed, 1)
 		e.short(need{bufs: buffersFor(size)})

@@ -65,6 +65,18 @@ func (f *Frame) SetGSO(g GSO) error {
 // that does not take it like that completes it.
 func (f *Frame) SetChecksum(c Checksum) { f.csum = c }
 
+// CompleteChecksum finishes a partial checksum, of a frame that is to be cut as of one
+// long packet, which it then is. The frame must have one holder. [ErrOffload] if there
+// is no checksum field where the headers say; nothing happens to a frame whose
+// checksum is not partial.
+func (f *Frame) CompleteChecksum() error {
+	if f.csum == ChecksumPartial && !f.completeChecksum() {
+		return ErrOffload
+	}
+	f.gso = GSO{}
+	return nil
+}
+
 // PartialAt is where the L4 segment of a frame with a partial checksum starts and,
 // from there, where its checksum field is, in bytes. ok is false for a frame that has
 // no such field in its first piece.

@@ -186,7 +186,8 @@ func (tx *TX) wants(f *Frame) need {
 
 // SendWait is Send that waits until every frame is taken, the deadline passes
 // (os.ErrDeadlineExceeded), or the device is disconnected. While the link is down
-// it waits for it to come back.
+// it waits for it to come back. [ErrNoBuffers] if a frame has to be copied or cut and
+// the caller holds what that takes.
 func (tx *TX) SendWait(frames []Frame) (n int, err error) {
 	for n < len(frames) {
 		if err := tx.enter(); err != nil {

@@ -115,9 +115,10 @@ func (c *card) receive(rx *pvnet.RX) {
 	}
 }
 
-// packet copies a frame, or drops it if it is not for us.
+// packet copies a frame, or drops it if it is not for us. The stack checks every
+// checksum, so that one the peer left blank is completed.
 func (c *card) packet(f *pvnet.Frame) *stack.PacketBuffer {
-	if f.Len() < header.EthernetMinimumSize {
+	if f.Len() < header.EthernetMinimumSize || f.CompleteChecksum() != nil {
 		c.foreign.Add(1)
 		return nil
 	}
@@ -213,17 +214,31 @@ func (c *card) Attach(d stack.NetworkDispatcher) {
 // IsAttached implements stack.LinkEndpoint.
 func (c *card) IsAttached() bool { return c.stack.Load() != nil }
 
-// Capabilities implements stack.LinkEndpoint. No offload is among them.
+// Capabilities implements stack.LinkEndpoint. Of checksums only those of TCP are left
+// to the peer, by way of HostGSOSupported.
 func (c *card) Capabilities() stack.LinkEndpointCapabilities {
 	return stack.CapabilityResolutionRequired
 }
 
-// GSOMaxSize and SupportedGSO implement stack.GSOEndpoint: the stack's TCP handles
-// large segments and cuts them itself at the last moment.
-func (c *card) GSOMaxSize() uint32               { return gsoSize }
-func (c *card) SupportedGSO() stack.SupportedGSO { return stack.GVisorGSOSupported }
+// SupportedGSO implements stack.GSOEndpoint: large segments of TCP go down whole if
+// the peer takes them, and otherwise the stack cuts them at the last moment. A
+// connection asks once.
+func (c *card) SupportedGSO() stack.SupportedGSO {
+	if c.dev.PeerTakes(pvnet.GSOTCPv4) && c.dev.PeerTakes(pvnet.GSOTCPv6) {
+		return stack.HostGSOSupported
+	}
+	return stack.GVisorGSOSupported
+}
 
-// gsoSize is in bytes; larger segments bring no more.
+// GSOMaxSize implements stack.GSOEndpoint.
+func (c *card) GSOMaxSize() uint32 {
+	if c.SupportedGSO() == stack.HostGSOSupported {
+		return pvnet.MaxFrame - header.EthernetMinimumSize
+	}
+	return gsoSize
+}
+
+// gsoSize is in bytes; larger segments that the stack cuts bring no more.
 const gsoSize = 1 << 15
 
 // The rest of stack.LinkEndpoint and of stack.QueueingDiscipline. The card's

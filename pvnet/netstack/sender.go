@@ -102,7 +102,7 @@ func (s *sender) after(sent, n int, err error) (lost int, ok bool) {
 	for i := sent; i < n; i++ {
 		_ = s.frames[i].Release() // the sender did not take it over
 	}
-	if err == pvnet.ErrFrameSize { // about frames[sent]; it will not shrink
+	if err == pvnet.ErrFrameSize || err == pvnet.ErrOffload { // about frames[sent]; it will not change
 		s.card.unsent.Add(1)
 		return 1, true
 	}
@@ -145,12 +145,14 @@ func (s *sender) work() {
 // sendAll waits for room for each packet. It returns how many it sent before the
 // device ended.
 func (s *sender) sendAll(packets []*stack.PacketBuffer) (done int) {
+	most := len(packets)
 	for done < len(packets) {
 		next, size := s.next(packets[done:])
 		if len(next) == 0 {
 			done++
 			continue
 		}
+		next = next[:min(most, len(next))]
 		n, err := s.tx.AllocWait(s.frames[:len(next)], size)
 		if err != nil {
 			return done
@@ -160,7 +162,12 @@ func (s *sender) sendAll(packets []*stack.PacketBuffer) (done int) {
 		}
 		sent, err := s.tx.SendWait(s.frames[:n])
 		lost, ok := s.after(sent, n, err)
-		if done += sent + lost; !ok {
+		done += sent + lost
+		switch {
+		case ok:
+		case err == pvnet.ErrNoBuffers && most > 1:
+			most = 1 // a new peer does not take long frames: they are cut into what the others held
+		default:
 			return done
 		}
 	}
@@ -175,8 +182,8 @@ func release(packets []*stack.PacketBuffer) {
 	}
 }
 
-// next is the packets to send at once and the size of the largest; none if the
-// first is too long for any vif, which is counted as lost.
+// next is the packets to send at once, which take as many pages each, and the size of
+// the largest; none if the first is too long for any vif, which is counted as lost.
 func (s *sender) next(packets []*stack.PacketBuffer) (run []*stack.PacketBuffer, size int) {
 	for i, p := range packets[:min(batch, len(packets))] {
 		n := p.Size()
@@ -186,12 +193,18 @@ func (s *sender) next(packets []*stack.PacketBuffer) (run []*stack.PacketBuffer,
 			}
 			return packets[:i], size
 		}
+		if i > 0 && n/pageSize != size/pageSize {
+			return packets[:i], size
+		}
 		size = max(size, n)
 	}
 	return packets[:min(batch, len(packets))], size
 }
 
-// fill copies a packet into a frame that is as long or longer.
+// pageSize is in bytes: what one buffer of a frame holds.
+const pageSize = 4096
+
+// fill copies a packet into a frame that is as long or longer, with its offloads.
 func (s *sender) fill(f *pvnet.Frame, p *stack.PacketBuffer) {
 	list, skip := p.AsViewList()
 	s.pieces = s.pieces[:0]
@@ -205,6 +218,19 @@ func (s *sender) fill(f *pvnet.Frame, p *stack.PacketBuffer) {
 	}
 	f.Truncate(f.CopyFrom(s.pieces...))
 	clear(s.pieces)
+	gso := pvnet.GSO{Size: p.GSOOptions.MSS}
+	switch p.GSOOptions.Type {
+	case stack.GSOTCPv4:
+		gso.Type = pvnet.GSOTCPv4
+	case stack.GSOTCPv6:
+		gso.Type = pvnet.GSOTCPv6
+	default:
+		return
+	}
+	// What the stack made cannot be refused, but for one with over 128 pieces.
+	if f.SetGSO(gso) != nil {
+		f.SetChecksum(pvnet.ChecksumPartial)
+	}
 }
 
 // drain waits until nothing waits, or for end.
