@@ -225,6 +225,10 @@ func TestBulkIsWhole(t *testing.T) {
 		{"576", 576, pvnet.Config{}},
 		{"lent", 1500, pvnet.Config{LendRx: true}},
 		{"queues", 1500, pvnet.Config{Queues: 3}},
+		{"offload", 1500, pvnet.Config{Offload: true}},
+		{"offload, lent", 1500, pvnet.Config{Offload: true, LendRx: true}},
+		{"offload, 9000", 9000, pvnet.Config{Offload: true}},
+		{"offload, queues", 1500, pvnet.Config{Offload: true, Queues: 3}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			front, back := two(t, c.mtu, c.cfg)
@@ -256,6 +260,9 @@ func TestBulkIsWhole(t *testing.T) {
 			for _, s := range []*Stack{front, back} {
 				if st := s.Stats(); st.Unsent != 0 || st.Foreign != 0 {
 					t.Errorf("%+v", st)
+				}
+				if st := s.card.dev.Stats(); (st.TX.Get(telemetry.GSOPackets) > 0) != c.cfg.Offload {
+					t.Errorf("%d long frames sent", st.TX.Get(telemetry.GSOPackets))
 				}
 			}
 		})

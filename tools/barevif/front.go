@@ -23,6 +23,7 @@ type front struct {
 	wait     time.Duration
 	queues   int
 	take     bool
+	offload  bool // what uses the vif takes long frames and partial checksums
 }
 
 func (f *front) register(cmd *cobra.Command) {
@@ -135,7 +136,9 @@ func (f *front) connect(ctx context.Context, dom *domain, counters telemetry.Sto
 		ctx, cancel = context.WithTimeoutCause(ctx, f.wait, fmt.Errorf("waited %v", f.wait))
 		defer cancel()
 	}
-	dev, err := pvnet.Connect(ctx, dom.Domain, f.vif, pvnet.Config{Queues: f.queues, LendRx: true, Counters: counters, Logger: f.log()})
+	dev, err := pvnet.Connect(ctx, dom.Domain, f.vif, pvnet.Config{
+		Queues: f.queues, LendRx: true, Offload: f.offload, Counters: counters, Logger: f.log(),
+	})
 	if err == nil {
 		return dev, nil
 	}

@@ -15,7 +15,7 @@ import (
 )
 
 func serveCommand(p *program) *cobra.Command {
-	s := serve{front: front{program: p}}
+	s := serve{front: front{program: p, offload: true}}
 	cmd := &cobra.Command{
 		Use:   "serve",
 		Short: "Be a guest: own a vif and serve web pages through it",
