@@ -120,7 +120,7 @@ func (s *statistics) run(ctx context.Context, counted bool) error {
 		_, err := fmt.Fprintln(s.stdout, `no vif counts on this machine where this user may look; "barevif demo" makes two`)
 		return err
 	}
-	return stat.Write(s.stdout, l, s.paint())
+	return stat.Write(s.stdout, l, stat.Sheet{Width: s.width(), Paint: s.paint()})
 }
 
 // found is an error if something was asked for by name and is not there.
@@ -190,14 +190,11 @@ func (s *statistics) repeat(ctx context.Context, w *stat.Watcher) error {
 	if !s.plot {
 		return nil
 	}
-	width := 100
-	colour := isTerminal(s.stdout)
-	if f, ok := s.stdout.(*os.File); ok && colour {
-		if cols, _, err := term.GetSize(int(f.Fd())); err == nil {
-			width = cols
-		}
+	width := s.width()
+	if width == 0 {
+		width = 100
 	}
-	_, err := io.WriteString(s.stdout, stat.Plot(history, width, 8, colour))
+	_, err := io.WriteString(s.stdout, stat.Plot(history, width, 8, s.coloured()))
 	return err
 }
 
@@ -244,9 +241,23 @@ func isTerminal(w any) bool {
 	return ok && term.IsTerminal(int(f.Fd()))
 }
 
-// paint is in colours where somebody sees them.
+// width is that of the terminal, 0 if the output is none.
+func (s *statistics) width() int {
+	if f, ok := s.stdout.(*os.File); ok {
+		if columns, _, err := term.GetSize(int(f.Fd())); err == nil {
+			return columns
+		}
+	}
+	return 0
+}
+
+// coloured reports whether somebody sees colours, and wants them.
+func (s *statistics) coloured() bool {
+	return isTerminal(s.stdout) && os.Getenv("NO_COLOR") == "" && os.Getenv("TERM") != "dumb"
+}
+
 func (s *statistics) paint() stat.Paint {
-	if !isTerminal(s.stdout) || os.Getenv("NO_COLOR") != "" || os.Getenv("TERM") == "dumb" {
+	if !s.coloured() {
 		return stat.NoPaint
 	}
 	return colours()

@@ -22,13 +22,20 @@ func (s *statistics) live(ctx context.Context, w *stat.Watcher) error {
 	if err := s.found(l); err != nil {
 		return err
 	}
-	m := &liveModel{s: s, w: w, look: l, left: s.count, history: stat.NewHistory(600), plot: s.plot, queues: true, paint: colours()}
-	m.history.Add(l)
-	_, err := tea.NewProgram(m, tea.WithContext(ctx), tea.WithOutput(s.stdout), tea.WithoutSignalHandler()).Run()
+	_, err := tea.NewProgram(newLive(s, w, l), tea.WithContext(ctx), tea.WithOutput(s.stdout), tea.WithoutSignalHandler()).Run()
 	if errors.Is(err, tea.ErrProgramKilled) && ctx.Err() != nil {
 		return nil // a signal
 	}
 	return err
+}
+
+func newLive(s *statistics, w *stat.Watcher, first *stat.Look) *liveModel {
+	m := &liveModel{
+		s: s, w: w, look: first, left: s.count, history: stat.NewHistory(600),
+		plot: s.plot, queues: true, coloured: s.coloured(), paint: s.paint(),
+	}
+	m.history.Add(first)
+	return m
 }
 
 // sorts are the orders a table can have.
@@ -40,7 +47,9 @@ type liveModel struct {
 	w       *stat.Watcher // touched by one look at a time, see again
 	history *stat.History
 	look    *stat.Look
-	paint   stat.Paint
+
+	coloured bool
+	paint    stat.Paint
 
 	width, height        int
 	sort, scroll, left   int
@@ -129,10 +138,10 @@ func (m *liveModel) text() string {
 	m.scroll = min(m.scroll, max(0, len(body)-room))
 	more := ""
 	if m.height > 0 && len(body) > room {
-		more = fmt.Sprintf("   ↑↓ %d more lines", len(body)-room)
+		more = fmt.Sprintf("  ↑↓ %d more", len(body)-room)
 		body = body[m.scroll : m.scroll+room]
 	}
-	keys := m.paint(stat.Dim, "q quit   r count from now   s sort   x queues   p plot   space pause"+more)
+	keys := m.paint(stat.Dim, "q quit  r count from now  s sort  x queues  p plot  space pause"+more)
 	lines := append([]string{title, ""}, body...)
 	lines = append(lines, "", keys)
 	if m.width > 0 {
@@ -146,12 +155,13 @@ func (m *liveModel) text() string {
 
 func (m *liveModel) body() string {
 	var b strings.Builder
+	on := stat.Sheet{Width: m.width, Paint: m.paint}
 	if len(m.look.Devices) == 0 {
 		b.WriteString("no vif counts where this user may look; one that starts appears here\n")
 	}
 	devices := m.sorted()
 	if len(devices) > 0 {
-		stat.WriteTable(&b, "", devices, m.queues, m.paint)
+		stat.WriteTable(&b, "", devices, m.queues, on)
 	}
 	for _, d := range devices {
 		if d.Err != nil {
@@ -161,16 +171,17 @@ func (m *liveModel) body() string {
 			b.WriteString(m.paint(stat.Title, d.Name) + " " + m.paint(stat.Warn, line) + "\n")
 		}
 	}
-	stat.WritePairs(&b, m.look, m.paint)
+	stat.WritePairs(&b, m.look, on)
 	if m.plot {
-		b.WriteString("\n" + stat.Plot(m.history, m.width, 6, true))
+		b.WriteString("\n" + stat.Plot(m.history, m.width, 8, m.coloured))
 	}
 	b.WriteByte('\n')
 	for _, d := range devices {
 		if d.Err == nil {
-			b.WriteString(m.paint(stat.Dim, d.Name+": "+d.Place()) + "\n")
+			b.WriteString(m.paint(stat.Title, d.Name) + " " + d.Life() + "\n")
+			on.Line(&b, stat.Dim, d.Place())
 			if n := len(d.Report.Events); n > 0 {
-				b.WriteString(m.paint(stat.Dim, "  "+stat.Event(d.Report.Events[n-1], m.look.Time)) + "\n")
+				on.Line(&b, stat.Dim, stat.Event(d.Report.Events[n-1], m.look.Time))
 			}
 		}
 	}

@@ -93,7 +93,8 @@ func TestLiveTableObeysItsKeysAndItsWindow(t *testing.T) {
 		t.Fatal(err)
 	}
 	s := &statistics{program: &program{}, interval: 1}
-	m := &liveModel{s: s, w: w, look: w.Look(), history: stat.NewHistory(10), queues: true, paint: colours()}
+	m := newLive(s, w, w.Look())
+	m.coloured, m.paint = true, colours()
 	press := func(key rune) tea.Cmd {
 		_, cmd := m.Update(tea.KeyPressMsg{Code: key, Text: string(key)})
 		return cmd

@@ -126,6 +126,9 @@ func TestNamesAreReadAsTheyWereWritten(t *testing.T) {
 	}
 }
 
+// plain is a sheet without end.
+var plain = Sheet{Paint: NoPaint}
+
 // Every string of another process could hold what moves a cursor.
 func TestForeignStringsDoNotReachTheTerminal(t *testing.T) {
 	evil := "x\x1b[2J\n\u202e\xffy"
@@ -134,10 +137,10 @@ func TestForeignStringsDoNotReachTheTerminal(t *testing.T) {
 	d.Report.Kind, d.Report.Reason = evil, evil
 	broken := Device{Name: Clean(evil), Err: errors.New(evil)}
 	var b strings.Builder
-	if err := Write(&b, look(d, broken), NoPaint); err != nil {
+	if err := Write(&b, look(d, broken), plain); err != nil {
 		t.Fatal(err)
 	}
-	WriteTable(&b, "", []*Device{&d, &broken}, true, NoPaint)
+	WriteTable(&b, "", []*Device{&d, &broken}, true, plain)
 	b.WriteString(d.Line() + broken.Line())
 	for _, bad := range []string{"\x1b", "\u202e", "\xff"} {
 		if strings.Contains(b.String(), bad) {
@@ -219,12 +222,13 @@ func TestTextSaysWhatMatters(t *testing.T) {
 	stale.Report.Events = []telemetry.Event{{Seq: 1, Time: time.Unix(990, 0), Kind: telemetry.EventTamper, Queue: 1, A: 5}}
 	var b strings.Builder
 	l := look(device("front-1-2-0", 1234567, 5, 3), device("back-2-1-0", 8, 1234500, 60), stale)
-	if err := Write(&b, l, NoPaint); err != nil {
+	if err := Write(&b, l, plain); err != nil {
 		t.Fatal(err)
 	}
 	for _, want := range []string{
 		"front-1-2-0  frontend in domain 1 of vif 0, backend in domain 2\n",
-		"Connected, up, MAC", "counters in bpf+pins+iterator, /sys/fs/bpf/barevif/front-1-2-0; process 42, heartbeat 0.3 s ago",
+		"  Connected, up; process 42, heartbeat 0.3 s ago\n  MAC 00:00:00:00:00:00, MTU 1500, 1 of 2 queues, connection 1\n  agreed: csum trusted\n",
+		"  counters in bpf+pins+iterator, /sys/fs/bpf/barevif/front-1-2-0\n",
 		"1 234 567  123 456 700", "██······  64/256", "rx lost: disconnected 3\n",
 		"stale: was Connected, torn", "10.0 s ago: tamper on queue 1: 5 words",
 		"7 in flight", "balanced\n",
@@ -238,11 +242,49 @@ func TestTextSaysWhatMatters(t *testing.T) {
 func TestColumnsLineUp(t *testing.T) {
 	d := device("front-1-2-0", math.MaxUint64/100, 5, 3)
 	var b strings.Builder
-	WriteTable(&b, "", []*Device{&d}, true, NoPaint)
+	WriteTable(&b, "", []*Device{&d}, true, plain)
 	lines := strings.Split(strings.TrimRight(b.String(), "\n"), "\n")
 	for _, l := range lines {
 		if len([]rune(l)) != len([]rune(lines[0])) {
 			t.Fatalf("lines of different length:\n%s", b.String())
+		}
+	}
+}
+
+// A narrow terminal cuts nothing that matters: columns go, and lines fold.
+func TestNarrowSheetsKeepWhatMatters(t *testing.T) {
+	d, before := device("front-65535-65535-4294967295", 1<<44, 1<<44, 3), device("front-65535-65535-4294967295", 0, 0, 0)
+	d.before, d.Span = &before.Report.Stats, time.Second
+	d.Report.Status.Features = 1<<len(telemetry.FeatureNames) - 1
+	d.Report.Reason = strings.Repeat("no BPF file system is mounted; ", 5)
+	b := device("back-65535-65535-4294967295", 1<<44, 1<<44, 0)
+	for _, width := range []int{80, 100, 140} {
+		var text strings.Builder
+		if err := Write(&text, look(d, b), Sheet{Width: width, Paint: NoPaint}); err != nil {
+			t.Fatal(err)
+		}
+		own, _, _ := strings.Cut(text.String(), "\n\nfrom")
+		for _, line := range strings.Split(own, "\n") {
+			if n := len([]rune(line)); n > width && !strings.Contains(line, "domain") {
+				t.Errorf("%d columns of %d: %q", n, width, line)
+			}
+		}
+		for _, want := range []string{"17.6T", "14.1P", " 64/256", "frames/s", "ring\n", "multicast_control control_ring", "MTU 1500"} {
+			if !strings.Contains(text.String(), want) {
+				t.Errorf("%d columns: no %q in\n%s", width, want, &text)
+			}
+		}
+		front, _, _ := strings.Cut(own, "\n\n")
+		if wide := strings.Contains(front, "notified"); wide != (width > 80) {
+			t.Errorf("%d columns: notified is shown: %v\n%s", width, wide, own)
+		}
+	}
+}
+
+func TestAxesHaveRoundSteps(t *testing.T) {
+	for step, want := range map[float64]float64{0: 1, .3: 1, 1: 1, 1.01: 1.5, 7: 8, 8.1: 10, 8884: 10000, 1234: 1500, 2.2e6: 2.5e6, 9e9: 1e10} {
+		if got := round(step); got != want {
+			t.Errorf("%v is rounded to %v, want %v", step, got, want)
 		}
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -32,50 +33,77 @@ type Paint func(Tone, string) string
 // NoPaint leaves text as it is.
 func NoPaint(_ Tone, s string) string { return s }
 
+// A Sheet is what text is written on: its width in columns, 0 for no end, and who
+// paints it.
+type Sheet struct {
+	Width int
+	Paint Paint
+}
+
 // Write writes the look for a reader. The error is w's.
-func Write(w io.Writer, l *Look, paint Paint) error {
+func Write(w io.Writer, l *Look, on Sheet) error {
 	var b strings.Builder
 	for i := range l.Devices {
 		if i > 0 {
 			b.WriteByte('\n')
 		}
-		writeDevice(&b, &l.Devices[i], l.Time, paint)
+		writeDevice(&b, &l.Devices[i], l.Time, on)
 	}
-	WritePairs(&b, l, paint)
+	WritePairs(&b, l, on)
 	_, err := io.WriteString(w, b.String())
 	return err
 }
 
-func writeDevice(b *strings.Builder, d *Device, now time.Time, paint Paint) {
-	b.WriteString(paint(Title, d.Name))
+func writeDevice(b *strings.Builder, d *Device, now time.Time, on Sheet) {
+	b.WriteString(on.Paint(Title, d.Name))
 	if info, ok := d.Info(); ok {
 		other := Role(1 - info.Role)
 		fmt.Fprintf(b, "  %s in domain %d of vif %d, %s in domain %d", Role(info.Role), info.Own, info.Handle, other, info.Peer)
 	}
 	b.WriteByte('\n')
 	if d.Err != nil {
-		fmt.Fprintf(b, "  %s\n", paint(Bad, "cannot be read: "+Clean(d.Err.Error())))
+		on.Line(b, Bad, "cannot be read: "+Clean(d.Err.Error()))
 		return
 	}
 	r := d.Report
 	text, tone := d.Condition()
-	fmt.Fprintf(b, "  %s", paint(tone, text))
-	if d.Source.Kind != bpf.KindMetrics {
-		fmt.Fprintf(b, ", MAC %s, MTU %d, %d of %d queues, connection %d",
+	b.WriteString("  " + on.Paint(tone, text))
+	if d.Source.Kind == bpf.KindMetrics {
+		b.WriteByte('\n')
+	} else {
+		fmt.Fprintf(b, "; %s\n  MAC %s, MTU %d, %d of %d queues, connection %d\n", d.Life(),
 			mac(r.Status.MAC), r.Status.MTU, r.Status.Queues, len(r.Stats.Queues), r.Status.Epoch)
 		if names := features(r.Status.Features); len(names) > 0 {
-			fmt.Fprintf(b, "; %s", strings.Join(names, " "))
+			on.Line(b, Plain, "agreed: "+strings.Join(names, " "))
 		}
 	}
-	fmt.Fprintf(b, "\n  %s\n", paint(Dim, d.Place()))
-	WriteTable(b, "  ", []*Device{d}, true, paint)
+	on.Line(b, Dim, d.Place())
+	WriteTable(b, "  ", []*Device{d}, true, on)
 	for _, line := range d.Losses() {
-		fmt.Fprintf(b, "  %s\n", paint(Warn, line))
+		on.Line(b, Warn, line)
 	}
 	const events = 3
 	for _, e := range r.Events[max(0, len(r.Events)-events):] {
-		fmt.Fprintf(b, "  %s\n", paint(Dim, Event(e, now)))
+		on.Line(b, Dim, Event(e, now))
 	}
+}
+
+// Line writes text as a line, indented by two columns, or as several if it is too
+// long for one.
+func (on Sheet) Line(b *strings.Builder, tone Tone, text string) {
+	indent, line := "  ", ""
+	for i, word := range strings.Split(text, " ") {
+		if n := utf8.RuneCountInString(indent + line + " " + word); i > 0 && (on.Width == 0 || n <= on.Width) {
+			line += " " + word
+			continue
+		}
+		if i > 0 {
+			b.WriteString(indent + on.Paint(tone, line) + "\n")
+			indent = "    "
+		}
+		line = word
+	}
+	b.WriteString(indent + on.Paint(tone, line) + "\n")
 }
 
 // Condition is how the device is, in a few words.
@@ -113,7 +141,16 @@ func (d *Device) Place() string {
 	if r.Reason != "" {
 		s += " (" + Clean(r.Reason) + ")"
 	}
-	return s + fmt.Sprintf("; process %d, heartbeat %s ago", r.PID, Age(r.Age))
+	return s
+}
+
+// Life says whose counters they are and when that process was last heard of. It
+// says nothing where it is not known.
+func (d *Device) Life() string {
+	if d.Source.Kind == bpf.KindMetrics {
+		return ""
+	}
+	return fmt.Sprintf("process %d, heartbeat %s ago", d.Report.PID, Age(d.Report.Age))
 }
 
 // Losses are the drops by reason, a line for each direction that has any.
@@ -167,7 +204,7 @@ func shortState(n uint64) string {
 }
 
 // WritePairs writes what became of the frames of vifs that have both ends here.
-func WritePairs(b *strings.Builder, l *Look, paint Paint) {
+func WritePairs(b *strings.Builder, l *Look, on Sheet) {
 	if len(l.Pairs) == 0 {
 		return
 	}
@@ -181,7 +218,7 @@ func WritePairs(b *strings.Builder, l *Look, paint Paint) {
 		}
 	}
 	b.WriteByte('\n')
-	g.write(b, "", paint)
+	g.write(b, "", on)
 }
 
 // words are the verdict for a reader.
@@ -199,13 +236,14 @@ func (f *Flow) words() (string, Tone) {
 }
 
 // WriteTable writes a table of devices: with queues, a line for each direction of
-// each queue; without, one for each direction.
-func WriteTable(b *strings.Builder, indent string, devices []*Device, queues bool, paint Paint) {
+// each queue; without, one for each direction. Columns that a narrow sheet has no
+// room for are left out.
+func WriteTable(b *strings.Builder, indent string, devices []*Device, queues bool, on Sheet) {
 	single, rates := len(devices) == 1, false
 	for _, d := range devices {
 		rates = rates || d.before != nil
 	}
-	g := grid{head: []string{"", "frames", "bytes", "lost"}, left: 1}
+	g := grid{head: []string{"", "frames", "bytes", "lost"}, left: 1, spare: []string{"bytes", "notified", "a batch", "lost"}}
 	if rates {
 		g.head = []string{"", "frames/s", "bit/s", "lost/s", "frames", "bytes", "lost"}
 	}
@@ -232,7 +270,7 @@ func WriteTable(b *strings.Builder, indent string, devices []*Device, queues boo
 			}
 		}
 	}
-	g.write(b, indent, paint)
+	g.write(b, indent, on)
 }
 
 func (d *Device) line(q int, dir telemetry.Dir, rates bool) []cell {
@@ -355,31 +393,65 @@ type cell struct {
 	tone Tone
 }
 
-// A grid is rows of cells in columns.
+// A grid is rows of cells in columns. A row of fewer cells is a line of its own.
 type grid struct {
-	head []string
-	left int  // columns aligned to the left
-	last bool // so is the last one
-	rows [][]cell
+	head  []string
+	left  int      // columns aligned to the left
+	last  bool     // so is the last one
+	spare []string // columns to do without, the first first
+	rows  [][]cell
 }
 
 func (g *grid) add(row []cell) { g.rows = append(g.rows, row) }
 
-func (g *grid) write(b *strings.Builder, indent string, paint Paint) {
-	head := make([]cell, len(g.head))
-	width := make([]int, len(g.head))
+// widths are those of the columns, and what a line of all takes.
+func (g *grid) widths() (width []int, line int) {
+	width = make([]int, len(g.head))
 	for i, h := range g.head {
-		head[i] = cell{h, Head}
 		width[i] = utf8.RuneCountInString(h)
 	}
 	for _, row := range g.rows {
 		if len(row) != len(g.head) {
-			continue // a line of its own
+			continue
 		}
 		for i, c := range row {
 			width[i] = max(width[i], utf8.RuneCountInString(c.text))
 		}
 	}
+	for _, n := range width {
+		line += n + 2
+	}
+	return width, line - 2
+}
+
+// narrow leaves columns out until a line takes at most columns.
+func (g *grid) narrow(columns int) {
+	for _, name := range g.spare {
+		if _, line := g.widths(); line <= columns {
+			return
+		}
+		at := slices.Index(g.head, name)
+		if at < 0 {
+			continue
+		}
+		for i, row := range g.rows {
+			if len(row) == len(g.head) {
+				g.rows[i] = slices.Delete(row, at, at+1)
+			}
+		}
+		g.head = slices.Delete(g.head, at, at+1)
+	}
+}
+
+func (g *grid) write(b *strings.Builder, indent string, on Sheet) {
+	if on.Width > 0 {
+		g.narrow(on.Width - len(indent))
+	}
+	head := make([]cell, len(g.head))
+	for i, h := range g.head {
+		head[i] = cell{h, Head}
+	}
+	width, _ := g.widths()
 	for _, row := range append([][]cell{head}, g.rows...) {
 		line := indent
 		for i, c := range row {
@@ -391,9 +463,9 @@ func (g *grid) write(b *strings.Builder, indent string, paint Paint) {
 				pad = strings.Repeat(" ", width[i]-utf8.RuneCountInString(c.text))
 			}
 			if i < g.left || g.last && i == len(row)-1 {
-				line += paint(c.tone, c.text) + pad
+				line += on.Paint(c.tone, c.text) + pad
 			} else {
-				line += pad + paint(c.tone, c.text)
+				line += pad + on.Paint(c.tone, c.text)
 			}
 		}
 		b.WriteString(strings.TrimRight(line, " ") + "\n")
