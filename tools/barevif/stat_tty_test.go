@@ -7,7 +7,9 @@ import (
 	"os"
 	"regexp"
 	"strings"
+	"sync"
 	"testing"
+	"time"
 
 	"barevif/telemetry"
 	"barevif/tools/internal/stat"
@@ -16,37 +18,65 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// terminal is one of so many columns. screen gives what was written to it, once.
-func terminal(t *testing.T, columns uint16) (tty *os.File, screen func() string) {
+// A terminal is what a program sees of one, and what its user does.
+type terminal struct {
+	tty, user *os.File
+	gone      chan struct{}
+
+	mu     sync.Mutex
+	screen bytes.Buffer // guarded by mu: all that was ever written to it
+}
+
+func newTerminal(t *testing.T, columns uint16) *terminal {
 	t.Helper()
-	pty, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)
+	user, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)
 	if err != nil {
 		t.Skip("this machine gives no terminal: ", err)
 	}
-	t.Cleanup(func() { pty.Close() })
-	if err := unix.IoctlSetPointerInt(int(pty.Fd()), unix.TIOCSPTLCK, 0); err != nil {
+	term := &terminal{user: user, gone: make(chan struct{})}
+	if err := unix.IoctlSetPointerInt(int(user.Fd()), unix.TIOCSPTLCK, 0); err != nil {
 		t.Fatal(err)
 	}
-	n, err := unix.IoctlGetUint32(int(pty.Fd()), unix.TIOCGPTN)
+	n, err := unix.IoctlGetUint32(int(user.Fd()), unix.TIOCGPTN)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if tty, err = os.OpenFile(fmt.Sprintf("/dev/pts/%d", n), os.O_RDWR|unix.O_NOCTTY, 0); err != nil {
+	if term.tty, err = os.OpenFile(fmt.Sprintf("/dev/pts/%d", n), os.O_RDWR|unix.O_NOCTTY, 0); err != nil {
 		t.Fatal(err)
 	}
-	if err := unix.IoctlSetWinsize(int(tty.Fd()), unix.TIOCSWINSZ, &unix.Winsize{Row: 50, Col: columns}); err != nil {
+	if err := unix.IoctlSetWinsize(int(term.tty.Fd()), unix.TIOCSWINSZ, &unix.Winsize{Row: 50, Col: columns}); err != nil {
 		t.Fatal(err)
 	}
-	out := make(chan string, 1)
 	go func() {
-		var b bytes.Buffer
-		io.Copy(&b, pty) // until nobody has the terminal any more: EIO
-		out <- strings.ReplaceAll(b.String(), "\r\n", "\n")
+		defer close(term.gone)
+		io.Copy(term, user) // until nobody has the terminal any more: EIO
 	}()
-	return tty, func() string {
-		tty.Close()
-		return <-out
-	}
+	t.Cleanup(func() {
+		term.tty.Close()
+		<-term.gone
+		user.Close()
+	})
+	return term
+}
+
+// Write takes what is written to the screen.
+func (term *terminal) Write(b []byte) (int, error) {
+	term.mu.Lock()
+	defer term.mu.Unlock()
+	return term.screen.Write(b)
+}
+
+func (term *terminal) text() string {
+	term.mu.Lock()
+	defer term.mu.Unlock()
+	return strings.ReplaceAll(term.screen.String(), "\r\n", "\n")
+}
+
+// close ends the program's use of it and gives all it wrote.
+func (term *terminal) close() string {
+	term.tty.Close()
+	<-term.gone
+	return term.text()
 }
 
 var escapes = regexp.MustCompile("\x1b\\[[0-9;]*m")
@@ -76,12 +106,12 @@ func TestStatFitsItsTerminal(t *testing.T) {
 				t.Setenv("NO_COLOR", "")
 				t.Setenv("TERM", "xterm")
 				t.Setenv(c.env[0], c.env[1])
-				tty, screen := terminal(t, uint16(columns))
+				term := newTerminal(t, uint16(columns))
 				var stderr bytes.Buffer
-				if code := run(t.Context(), append(args, c.more...), tty, &stderr); code != exitOK {
+				if code := run(t.Context(), append(args, c.more...), term.tty, &stderr); code != exitOK {
 					t.Errorf("exit %d: %s", code, &stderr)
 				}
-				text := screen()
+				text := term.close()
 				if coloured := strings.Contains(text, "\x1b"); coloured != c.coloured {
 					t.Errorf("colours: %v, want %v", coloured, c.coloured)
 				}
@@ -116,5 +146,54 @@ func TestLiveTableWithoutColoursHasNone(t *testing.T) {
 	}
 	if text := m.text(); strings.Contains(text, "\x1b") || !strings.Contains(text, "r rx, t tx") {
 		t.Errorf("%q", text)
+	}
+}
+
+func TestLiveTableOnATerminalObeysItsUser(t *testing.T) {
+	set, args := counting(t, 61026)
+	term := newTerminal(t, 100)
+	stdin := os.Stdin
+	os.Stdin = term.tty
+	defer func() { os.Stdin = stdin }()
+	ended := make(chan int, 1)
+	go func() {
+		ended <- run(t.Context(), append(args, "--watch", "--interval", "100ms"), term.tty, term.tty)
+	}()
+	shows := func(what string) {
+		t.Helper()
+		for end := time.Now().Add(20 * time.Second); !strings.Contains(escapes.ReplaceAllString(term.text(), ""), what); time.Sleep(10 * time.Millisecond) {
+			if time.Now().After(end) {
+				t.Fatalf("no %q in %q", what, term.text())
+			}
+		}
+	}
+	press := func(key string) {
+		t.Helper()
+		if _, err := term.user.WriteString(key); err != nil {
+			t.Fatal(err)
+		}
+	}
+	shows("\x1b[?1049h") // a screen of its own
+	shows("1 234")
+	set.TX(0).Add(telemetry.Packets, 4321)
+	set.TX(0).Flush()
+	shows("5 555")
+	press("x")
+	shows("tx all")
+	press("p")
+	shows("frames/s, last")
+	press(" ")
+	shows("paused")
+	press("q")
+	select {
+	case code := <-ended:
+		if code != exitOK {
+			t.Errorf("exit %d", code)
+		}
+	case <-time.After(20 * time.Second):
+		t.Fatal("q does not end it")
+	}
+	if text := term.close(); !strings.Contains(text, "\x1b[?1049l") || strings.Contains(text, "panic") {
+		t.Errorf("it leaves %q", text[max(0, len(text)-300):])
 	}
 }
