@@ -1,0 +1,241 @@
+package pvnet
+
+import (
+	"bytes"
+	"encoding/binary"
+	"math/rand/v2"
+	"testing"
+
+	"barevif/arena"
+	"barevif/arena/shm"
+
+	"gvisor.dev/gvisor/pkg/tcpip/checksum"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+)
+
+// A stream is a TCP segment that is to be cut.
+type stream struct {
+	v6      bool
+	tags    int  // VLAN tags
+	ip      int  // bytes of IPv4 options
+	options int  // bytes of TCP options
+	payload int  // bytes
+	size    int  // of a piece's payload
+	flags   byte // of TCP
+	id      uint16
+	seq     uint32
+	behind  int // bytes behind the IP packet
+}
+
+// headers is how long they are.
+func (s stream) headers() int {
+	if s.v6 {
+		return 14 + 4*s.tags + 40 + 20 + s.options
+	}
+	return 14 + 4*s.tags + 20 + s.ip + 20 + s.options
+}
+
+func (s stream) gso() GSO {
+	if s.v6 {
+		return GSO{GSOTCPv6, uint16(s.size)}
+	}
+	return GSO{GSOTCPv4, uint16(s.size)}
+}
+
+func (s stream) pieces() int { return (s.payload + s.size - 1) / s.size }
+
+// frame is the segment, with the sum of the pseudo-header where its checksum goes.
+func (s stream) frame() []byte {
+	b := make([]byte, s.headers()+s.payload+s.behind)
+	for i := range b {
+		b[i] = byte(i*3 + i>>8)
+	}
+	copy(b, []byte{2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2})
+	at := 12
+	for i := range s.tags {
+		binary.BigEndian.PutUint16(b[at:], []uint16{0x88a8, 0x8100}[i%2])
+		at += 4
+	}
+	segment := 20 + s.options + s.payload
+	var pseudo uint16
+	if s.v6 {
+		binary.BigEndian.PutUint16(b[at:], 0x86dd)
+		at += 2
+		ip := header.IPv6(b[at:])
+		ip[0], ip[6], ip[7] = 0x60, 6, 64
+		ip.SetPayloadLength(uint16(segment))
+		pseudo = header.PseudoHeaderChecksum(header.TCPProtocolNumber, ip.SourceAddress(), ip.DestinationAddress(), uint16(segment))
+		at += 40
+	} else {
+		binary.BigEndian.PutUint16(b[at:], 0x0800)
+		at += 2
+		ip := header.IPv4(b[at:])
+		ip[0], ip[6], ip[7], ip[8], ip[9] = 0x40|byte(5+s.ip/4), 0x40, 0, 64, 6
+		ip.SetTotalLength(uint16(20 + s.ip + segment))
+		ip.SetID(s.id)
+		ip.SetChecksum(0)
+		ip.SetChecksum(^ip.CalculateChecksum())
+		pseudo = header.PseudoHeaderChecksum(header.TCPProtocolNumber, ip.SourceAddress(), ip.DestinationAddress(), uint16(segment))
+		at += 20 + s.ip
+	}
+	tcp := header.TCP(b[at:])
+	tcp.SetSequenceNumber(s.seq)
+	tcp[12], tcp[13] = byte(5+s.options/4)<<4, s.flags
+	tcp.SetChecksum(pseudo)
+	return b
+}
+
+// cut demands that pieces are what tcp_gso_segment of net/ipv4/tcp_offload.c and
+// inet_gso_segment of net/ipv4/af_inet.c, or its IPv6 counterpart, make of s.
+func (s stream) cut(t testing.TB, pieces [][]byte) {
+	t.Helper()
+	whole := s.frame()
+	if len(pieces) != s.pieces() {
+		t.Fatalf("%+v: %d pieces, want %d", s, len(pieces), s.pieces())
+	}
+	at := 14 + 4*s.tags // of the IP header
+	for i, p := range pieces {
+		n := min(s.size, s.payload-i*s.size)
+		if len(p) != s.headers()+n {
+			t.Fatalf("%+v: piece %d has %d bytes, want %d", s, i, len(p), s.headers()+n)
+		}
+		if !bytes.Equal(p[s.headers():], whole[s.headers()+i*s.size:][:n]) {
+			t.Fatalf("%+v: piece %d carries other bytes", s, i)
+		}
+		want := append([]byte(nil), whole[:s.headers()]...)
+		var src, dst = header.IPv4(want[at:]).SourceAddress(), header.IPv4(want[at:]).DestinationAddress()
+		l4 := at + 20 + s.ip
+		if s.v6 {
+			ip := header.IPv6(want[at:])
+			src, dst = ip.SourceAddress(), ip.DestinationAddress()
+			l4 = at + 40
+			ip.SetPayloadLength(uint16(20 + s.options + n))
+		} else {
+			ip := header.IPv4(want[at:])
+			ip.SetTotalLength(uint16(40 + s.ip + s.options + n))
+			ip.SetID(s.id + uint16(i))
+			if got := header.IPv4(p[at:]); !got.IsChecksumValid() {
+				t.Fatalf("%+v: piece %d: header checksum %#x", s, i, got.Checksum())
+			}
+			ip.SetChecksum(header.IPv4(p[at:]).Checksum())
+		}
+		tcp := header.TCP(want[l4:])
+		tcp.SetSequenceNumber(s.seq + uint32(i*s.size))
+		if i > 0 {
+			tcp[13] &^= 0x80 // CWR
+		}
+		if i < len(pieces)-1 {
+			tcp[13] &^= 0x09 // PSH, FIN
+		}
+		got := header.TCP(p[l4:])
+		if !got.IsChecksumValid(src, dst, checksum.Checksum(p[s.headers():], 0), uint16(n)) {
+			t.Fatalf("%+v: piece %d: checksum %#x", s, i, got.Checksum())
+		}
+		tcp.SetChecksum(got.Checksum())
+		if !bytes.Equal(p[:s.headers()], want) {
+			t.Fatalf("%+v: piece %d begins\n%x, want\n%x", s, i, p[:s.headers()], want)
+		}
+	}
+}
+
+// chop is a frame of b in buffers of a, as many bytes in each as sizes say, the rest
+// in buffers that are full. The first begins at off, the others anywhere.
+func chop(t testing.TB, a *arena.Arena, b []byte, off int, sizes ...int) Frame {
+	t.Helper()
+	var f Frame
+	var prev uint32
+	for i := 0; len(b) > 0 || i < len(sizes); i++ {
+		n := a.Size()
+		if i == 0 {
+			n -= off
+		}
+		if i < len(sizes) {
+			n = min(n, sizes[i])
+		}
+		n = min(n, len(b))
+		var buf [1]uint32
+		if a.Get(buf[:]) == 0 {
+			t.Fatal("no buffer")
+		}
+		at := (a.Size() - n) * (i % 7) / 7
+		if i == 0 {
+			at = off
+			f = Frame{buf: a.Buffer(buf[0]), off: uint16(off), n: uint16(n)}
+		} else {
+			a.Link(prev, buf[0], uint16(at), uint16(n))
+		}
+		copy(a.Bytes(buf[0])[at:], b[:n])
+		b, prev = b[n:], buf[0]
+		f.total += uint32(n)
+		f.pieces++
+	}
+	return f
+}
+
+// streams are of every kind.
+func streams(rng *rand.Rand) stream {
+	s := stream{
+		v6: rng.IntN(2) == 0, tags: rng.IntN(3), options: 4 * rng.IntN(11), flags: byte(rng.Uint32()),
+		id: uint16(rng.Uint32()), seq: rng.Uint32(),
+	}
+	if !s.v6 {
+		s.ip = 4 * rng.IntN(11)
+	}
+	if rng.IntN(4) == 0 {
+		s.seq = -uint32(rng.IntN(20000)) // it wraps
+	}
+	s.size = []int{1 + rng.IntN(100), 536, 1448, 1 + rng.IntN(9000), 1 + rng.IntN(40000)}[rng.IntN(5)]
+	most := min(MaxFrame-s.headers(), maxCuts*s.size)
+	s.payload = min(s.size+1+rng.IntN(most), most)
+	if rng.IntN(8) == 0 {
+		s.payload = most
+	}
+	if s.payload <= s.size { // it would not be cut
+		s.payload, s.size = s.size, max(1, s.size/2)
+	}
+	if rng.IntN(4) == 0 {
+		s.behind = rng.IntN(min(50, MaxFrame-s.headers()-s.payload+1))
+	}
+	return s
+}
+
+func TestCutPiecesAreWhatLinuxMakes(t *testing.T) {
+	rng := rand.New(rand.NewPCG(11, 12))
+	for range 1500 {
+		s := streams(rng)
+		a := arena.New(shm.Heap(64), 4096)
+		off := rng.IntN(300)
+		sizes := []int{s.headers() + rng.IntN(200)}
+		for range rng.IntN(12) {
+			sizes = append(sizes, rng.IntN(4097))
+		}
+		if rng.IntN(2) == 0 {
+			sizes = nil
+		}
+		f := chop(t, a, s.frame(), off, sizes...)
+		if err := f.SetGSO(s.gso()); err != nil {
+			t.Fatalf("%+v: %v", s, err)
+		}
+		c, ok := newCutter(&f)
+		if !ok {
+			t.Fatalf("%+v: not to be cut", s)
+		}
+		pool := arena.New(shm.Heap(32), 4096)
+		var pieces [][]byte
+		for c.left > 0 {
+			var g Frame
+			if !build(pool, c.length(), &g) {
+				t.Fatal("no buffers")
+			}
+			c.next(&g)
+			b := make([]byte, g.Len())
+			g.CopyTo(b)
+			pieces = append(pieces, b)
+			pool.Release(g.buf)
+		}
+		s.cut(t, pieces)
+		if got := make([]byte, f.Len()); f.CopyTo(got) != len(got) || !bytes.Equal(got, s.frame()) {
+			t.Fatalf("%+v: the frame itself has changed", s)
+		}
+	}
+}
