@@ -79,12 +79,15 @@ func (e *backTX) put(f *Frame, p *placedFrame) error {
 		return ErrFrameSize
 	}
 	need := uint32(e.wants(f).slots)
-	if f.slots() == 0 || f.total > 4096 && !e.scatter {
+	if f.slots() == 0 {
 		return ErrFrameSize
 	}
 	fit := e.peer.fit(f)
 	if fit > incomplete {
 		return fit.err()
+	}
+	if f.total > 4096 && !e.scatter {
+		return ErrFrameSize
 	}
 	avail, err := e.ring.Poll()
 	if err == nil && avail < need {

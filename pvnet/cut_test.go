@@ -8,6 +8,7 @@ import (
 
 	"barevif/arena"
 	"barevif/arena/shm"
+	"barevif/hypercall/emu"
 
 	"gvisor.dev/gvisor/pkg/tcpip/checksum"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
@@ -236,6 +237,87 @@ func TestCutPiecesAreWhatLinuxMakes(t *testing.T) {
 		s.cut(t, pieces)
 		if got := make([]byte, f.Len()); f.CopyTo(got) != len(got) || !bytes.Equal(got, s.frame()) {
 			t.Fatalf("%+v: the frame itself has changed", s)
+		}
+	}
+}
+
+// gather receives n frames.
+func gather(t testing.TB, rx *RX, n int) (all [][]byte) {
+	t.Helper()
+	var f [32]Frame
+	for len(all) < n {
+		k, err := rx.Receive(f[:min(len(f), n-len(all))])
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i := range f[:k] {
+			if f[i].Checksum() == ChecksumPartial || f[i].GSO() != (GSO{}) {
+				t.Fatalf("a frame came with %v, %v", f[i].Checksum(), f[i].GSO())
+			}
+			b := make([]byte, f[i].Len())
+			f[i].CopyTo(b)
+			all = append(all, b)
+		}
+		rx.Release(f[:k])
+	}
+	return all
+}
+
+// A way is a direction through a pair.
+type way struct {
+	tx *TX
+	rx *RX
+}
+
+func ways(t testing.TB, p *pair) []way {
+	ftx, frx := own(t, p.front)
+	btx, brx := own(t, p.back)
+	return []way{{ftx, brx}, {btx, frx}}
+}
+
+// load allocates a frame of s.
+func (s stream) load(t testing.TB, tx *TX) (f [1]Frame) {
+	t.Helper()
+	b := s.frame()
+	if n, err := tx.AllocWait(f[:], len(b)); n != 1 || err != nil {
+		t.Fatal(n, err)
+	}
+	f[0].CopyFrom(b)
+	if err := f[0].SetGSO(s.gso()); err != nil {
+		t.Fatalf("%+v: %v", s, err)
+	}
+	return f
+}
+
+var typical = stream{options: 12, payload: 64000, size: 1448, flags: 0x99, id: 0xfff0, seq: 1 << 31}
+
+// A peer that takes no chains takes no long frames, but pieces it takes.
+func TestAFrameIsCutForAPeerWithoutScatterGather(t *testing.T) {
+	none := plain
+	none.frontSG, none.backSG = false, false
+	p := join(t, emu.Config{}, none, Config{})
+	for _, way := range ways(t, p) {
+		tx, rx := way.tx, way.rx
+		for _, size := range []int{1448, 4000} {
+			s := typical
+			s.size = size
+			f := s.load(t, tx)
+			if n, err := tx.Send(f[:]); n != 1 || err != nil {
+				t.Fatal(n, err)
+			}
+			s.cut(t, gather(t, rx, s.pieces()))
+		}
+		// Pieces that are chains again are not sent, not even one.
+		s := typical
+		s.size = 9000
+		f := s.load(t, tx)
+		if n, err := tx.Send(f[:]); n != 0 || err != ErrFrameSize {
+			t.Fatal(n, err)
+		}
+		f[0].Release()
+		put(t, tx, 1, 60)
+		if got := gather(t, rx, 1); len(got[0]) != 60 {
+			t.Fatalf("%d bytes came first", len(got[0]))
 		}
 	}
 }

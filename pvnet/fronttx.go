@@ -95,12 +95,15 @@ func (e *frontTX) put(f *Frame, t *tally) error {
 		return ErrFrameSize
 	}
 	need := uint32(f.slots())
-	if need == 0 || need > 1 && !e.scatter && f.total > 4096 {
+	if need == 0 {
 		return ErrFrameSize
 	}
 	fit := e.peer.fit(f)
 	if fit > incomplete {
 		return fit.err()
+	}
+	if need > 1 && !e.scatter && f.total > 4096 {
+		return ErrFrameSize
 	}
 	if free := need + f.gso.slots(); e.ring.Free() < free {
 		if err := e.reap(); err != nil {
