@@ -35,11 +35,15 @@
 //	  our front, unplugged     PV domU: barevif serve; dom0: netback, its vif taken and given back
 //	  our front, netback anew  PV domU: barevif serve; dom0: netback, unbound and bound
 //	  our front, refused       PV domU: barevif serve without what it needs
+//	  our front, misled        PV domU: barevif serve; dom0: netback, and what xenstore should not say
 //	  baseline                 PV domU: netfront and barevif bench, in turns; dom0: netback
 //	  our back, dom0           PV domU: netfront; dom0: barevif back
 //	  our back, unplugged      PV domU: netfront; dom0: barevif back, its vif taken and given back
+//	  our back, misled         PV domU: barevif serve, and a frontend that lies; dom0: barevif back
 //	  our back, driver domain  PV domU: netfront; PV driver domain: barevif back
+//	  our back, handed over    PV domU: netfront; dom0: barevif back, another by SIGUSR1
 //	  both ours                PV domU: barevif serve; PV driver domain: barevif back
+//	  both ours, restarted     PV domU: barevif serve; PV driver domain: barevif back; each killed, both, the domain
 //
 // The baseline measures, and wants a quiet machine: it runs only if -run names it.
 //

@@ -16,6 +16,7 @@ func Programs() []image.Program {
 		{Name: "barevif", Package: "barevif/tools/barevif"},
 		{Name: "grants", Package: "barevif/test/xenlab/grants"},
 		{Name: "vectors", Package: "barevif/test/xenlab/vectors"},
+		{Name: "granter", Package: "barevif/test/xenlab/granter"},
 		{Name: "xendev.test", Package: "barevif/hypercall/xendev", Test: true},
 	}
 }
@@ -40,11 +41,16 @@ func Plan() []Boot {
 			{Name: "our front, unplugged", Roles: "PV domU: barevif serve; dom0: netback, its vif taken and given back", Run: ourFrontUnplugged},
 			{Name: "our front, netback anew", Roles: "PV domU: barevif serve; dom0: netback, unbound and bound", Run: netbackAnew},
 			{Name: "our front, refused", Roles: "PV domU: barevif serve without what it needs", Run: ourFrontRefused},
+			{Name: "our front, misled", Roles: "PV domU: barevif serve; dom0: netback, and what xenstore should not say", Run: frontMisled},
 			{Name: "baseline", Roles: "PV domU: netfront and barevif bench, in turns; dom0: netback", Limit: 8 * time.Minute, Asked: true, Run: baseline},
 			{Name: "our back, dom0", Roles: "PV domU: netfront; dom0: barevif back", Run: ourBackDom0},
 			{Name: "our back, unplugged", Roles: "PV domU: netfront; dom0: barevif back, its vif taken and given back", Run: ourBackUnplugged},
+			{Name: "our back, misled", Roles: "PV domU: barevif serve, and a frontend that lies; dom0: barevif back", Run: backMisled},
 			{Name: "our back, driver domain", Roles: "PV domU: netfront; PV driver domain: barevif back", Run: ourBackDriver},
+			{Name: "our back, handed over", Roles: "PV domU: netfront; dom0: barevif back, another by SIGUSR1", Run: handedOver,
+				Complaints: []string{handoverBridge + `: port \d+\(.*\) entered disabled state`}},
 			{Name: "both ours", Roles: "PV domU: barevif serve; PV driver domain: barevif back", Run: bothOurs},
+			{Name: "both ours, restarted", Roles: "PV domU: barevif serve; PV driver domain: barevif back; each killed, both, the domain", Run: bothRestarted},
 		},
 	}}
 }

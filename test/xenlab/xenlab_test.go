@@ -214,6 +214,19 @@ func TestAFieldThatIsNotShownIsNoticed(t *testing.T) {
 	}
 }
 
+func TestLossOfPingsIsRead(t *testing.T) {
+	const end = "100 packets transmitted, 77 received, +12 errors, 23% packet loss, time 8884ms\nrtt min/avg/max/mdev = 0.325/199.436/4990.440/618.737 ms, pipe 35\n"
+	sent, lost, longest, err := pingLoss(end)
+	if sent != 100 || lost != 23 || longest != 4990.44 || err != nil {
+		t.Errorf("%d %d %v %v", sent, lost, longest, err)
+	}
+	for _, bad := range [...]string{"", "64 bytes from 10.0.0.2: icmp_seq=2 ttl=64 time=1 ms (DUP!)\n" + end, "5 packets transmitted, 0 received, 100% packet loss\n"} {
+		if _, _, _, err := pingLoss(bad); err == nil {
+			t.Errorf("%q: no error", bad)
+		}
+	}
+}
+
 func TestTestsAreCounted(t *testing.T) {
 	passed, failed, skipped := countTests("=== RUN TestA\n--- PASS: TestA (0.1s)\n    --- FAIL: TestA/sub\n--- SKIP: TestB\n--- FAIL: TestC\n--- PASS: TestD\n")
 	if passed != 2 || failed != 1 || skipped != 1 {

@@ -1,0 +1,206 @@
+//go:build linux
+
+package xenlab
+
+import (
+	"fmt"
+	"regexp"
+	"strings"
+	"syscall"
+
+	"barevif/test/xenlab/image"
+)
+
+const grantLimit = "/sys/module/xen_gntalloc/parameters/limit"
+
+// refusal runs our appliance, which must not come up, and gives what it said.
+func (t *T) refusal(guest *Domain, args ...string) string {
+	args = append([]string{barevif, "serve", "--xen"}, args...)
+	r := guest.Try(args...)
+	if r.Err != nil || r.Exit == 0 {
+		t.Fatalf("%q, wanted an error: exit status %d, %w", args, r.Exit, r.Err)
+	}
+	return string(r.Stderr)
+}
+
+// says fails unless text has each of the words.
+func (t *T) says(text string, words ...string) {
+	for _, w := range words {
+		if !strings.Contains(text, w) {
+			t.Fatalf("no %q in %q", w, text)
+		}
+	}
+}
+
+// frontMisled: xenstore tells our appliance what is not so, or not enough. Each time
+// it says what it saw; with the truth back it connects.
+func frontMisled(t *T) {
+	t.netback(true)
+	dom0 := t.Dom0()
+	guest := t.Create(Guest{Name: "domU", Type: PV, VIFs: []VIF{{}}})
+	guest.Sh("echo 514 >%s", grantLimit) // as many as one queue takes: one left behind is missed
+	ports := t.ports(guest)
+	front, back := guest.Frontend(0), guest.Backend(dom0, 0)
+	truth := dom0.Run("xenstore-read", front+"/backend").Text()
+
+	// A backend domain that does not fit, that there is not, and that is not it.
+	dom0.Run("xenstore-write", front+"/backend-id", "77")
+	t.says(t.refusal(guest), truth, "a backend directory of domain 77")
+	for other, want := range map[int]string{
+		77:       "own state Initialising, other end showed no state we may read",
+		guest.ID: fmt.Sprintf("still without /local/domain/%[1]d/backend/vif/%[1]d/0/frontend", guest.ID),
+	} {
+		dom0.Run("xenstore-write", front+"/backend-id", fmt.Sprint(other),
+			front+"/backend", strings.Replace(truth, "/domain/0/", fmt.Sprintf("/domain/%d/", other), 1))
+		t.says(t.refusal(guest, "--wait", "2s"), want, "waited 2s")
+	}
+	dom0.Run("xenstore-write", front+"/backend-id", "0", front+"/backend", truth)
+
+	// Nodes it may not read, or not write.
+	dom0.Run("xenstore-chmod", back+"/state", "n0")
+	t.says(t.refusal(guest, "--wait", "2s"), "showed no state we may read", "waited 2s")
+	dom0.Run("xenstore-chmod", back+"/state", "n0", fmt.Sprintf("r%d", guest.ID))
+	perms := func(owner, other int) {
+		dom0.Run("xenstore-chmod", "-r", front, fmt.Sprintf("n%d", owner), fmt.Sprintf("r%d", other))
+	}
+	perms(0, guest.ID)
+	t.says(t.refusal(guest), "device/vif/0/state: EACCES")
+	perms(guest.ID, 0)
+
+	// A backend that never comes up. The same process then sees the vif taken away
+	// half-way, and serves the next one.
+	dom0.Sh("echo vif-%d-0 >/sys/bus/xen-backend/drivers/vif/unbind; xenstore-write %s/state 2", guest.ID, back)
+	t.says(t.refusal(guest, "--wait", "3s"), "own state Connected", "other end showed InitWait", "waited 3s")
+	if now := t.ports(guest); now != ports {
+		t.Fatalf("event channels left behind: %s, before %s", now, ports)
+	}
+	p := guest.Start(barevif, "serve", "-v", "--xen", "--addr", "10.88.0.2/24", "--wait", "0")
+	dom0.Await("the frontend", `[ "$(xenstore-read %s/state)" = 4 ]`, front)
+	// What xl does when its wait for the backend to close ends, ten seconds later.
+	dom0.Run("xenstore-rm", front, back, fmt.Sprintf("/libxl/%d/device/vif/0", guest.ID))
+	t.Attach(guest, VIF{More: "devid=0"}) // xl counts the one it did not take away itself
+	p.Await(`514 pages shared(?s).*serving http`)
+	reachable := func() {
+		dom0.Sh("ip addr add 10.88.0.1/24 dev %s", guest.VIF(0))
+		dom0.Await("carrier", `[ "$(cat /sys/class/net/%s/carrier)" = 1 ]`, guest.VIF(0))
+		t.Ping(dom0, "10.88.0.2", 1472, 10)
+	}
+	reachable()
+
+	// Too few grants for a reconnect: it says where there are more, and connects
+	// once there are.
+	guest.Sh("echo 16 >%s", grantLimit)
+	dom0.Run("xl", "network-detach", guest.Name, "0")
+	p.Await("vif 0: down")
+	t.Attach(guest, VIF{})
+	p.Await("cannot connect.*limit for the whole system is 16 ." + grantLimit)
+	guest.Sh("echo 514 >%s", grantLimit)
+	p.Await("connected again")
+	p.Await("(?s)(514 pages shared.*){2}")
+	reachable()
+	t.fetchServed(dom0, "10.88.0.2", 1<<20)
+	p.Signal(syscall.SIGTERM)
+	p.Succeed()
+}
+
+// ports is how many event channels a domain has of each kind.
+func (t *T) ports(d *Domain) string {
+	return t.Dom0().Sh("lsevtchn %d | sed 's/^[^V]*VCPU [0-9]*: //' | sort | uniq -c", d.ID)
+}
+
+// A lie is what a frontend publishes, and what our backend says of it.
+type lie struct {
+	tx, rx, port string
+	want         string
+}
+
+// backMisled: a frontend that publishes pages and event channels which are not what
+// it says. Our backend refuses it, says why, serves the other vif of that guest, and
+// this one too once it is honest.
+func backMisled(t *T) {
+	t.netback(false)
+	dom0 := t.Dom0()
+	p := t.back(dom0, "10.89.1.1")
+	guest := t.Create(Guest{Name: "domU", Type: PV, VIFs: []VIF{{}, {}}})
+	serve := func(vif, addr string) *Process {
+		front := guest.Start(barevif, "serve", "-v", "--xen", "--vif", vif, "--addr", addr+"/24")
+		front.Await("serving http")
+		return front
+	}
+	witness := serve("1", "10.89.1.2")
+	t.Ping(dom0, "10.89.1.2", 56, 10)
+
+	// Granted to us, and to another domain.
+	ours, granter := t.granter(guest, 0)
+	others, otherGranter := t.granter(guest, guest.ID)
+	front, back := guest.Frontend(0), guest.Backend(dom0, 0)
+	note := "/local/domain/0/error/" + strings.TrimPrefix(back, "/local/domain/0/") + "/error"
+	publish := func(l lie) {
+		dom0.Run("xenstore-write", front+"/state", "1")
+		dom0.Await("InitWait", `[ "$(xenstore-read %s/state)" = 2 ]`, back)
+		dom0.Run("xenstore-write", front+"/request-rx-copy", "1", front+"/tx-ring-ref", l.tx,
+			front+"/rx-ring-ref", l.rx, front+"/event-channel", l.port)
+		dom0.Run("xenstore-write", front+"/state", "4")
+	}
+	lies := []lie{
+		{others["tx"], ours["rx"], ours["port"], "tx ring: "},
+		{ours["tx"], "30000", ours["port"], "rx ring: "},
+		{ours["readonly"], ours["rx"], ours["port"], "tx ring: "},
+		{ours["tx"], ours["tx"], ours["port"], "two rings"},
+		{ours["tx"], ours["rx"], others["port"], "event channel"},
+		{ours["tx"], ours["rx"], "4000", "event channel 4000"},
+		{ours["tx"], ours["rx"], "4294967295", "event channel 4294967295"},
+		{"0x1f", ours["rx"], ours["port"], "tx-ring-ref"},
+	}
+	for _, l := range lies {
+		publish(l)
+		dom0.Await("Closing", `[ "$(xenstore-read %s/state)" = 5 ]`, back)
+		t.says(dom0.Run("xenstore-read", note).Text(), l.want)
+		dom0.Run("xenstore-write", front+"/state", "6")
+		dom0.Await("Closed", `[ "$(xenstore-read %s/state)" = 6 ]`, back)
+	}
+	said := string(p.Await("cannot connect").Stderr)
+	if n := strings.Count(said, "cannot connect"); n != len(lies) {
+		t.Fatalf("%d lines about %d frontends", n, len(lies))
+	}
+	t.Ping(dom0, "10.89.1.2", 56, 10)
+
+	// The truth; and then the frontend is gone without a word.
+	publish(lie{ours["tx"], ours["rx"], ours["port"], ""})
+	dom0.Await("Connected", `[ "$(xenstore-read %s/state)" = 4 ]`, back)
+	dom0.Sh("! xenstore-read %s", note)
+	granter.Kill()
+	otherGranter.Kill()
+	dom0.Run("xenstore-write", front+"/state", "6")
+	dom0.Await("Closed", `[ "$(xenstore-read %s/state)" = 6 ]`, back)
+	t.fetchServed(dom0, "10.89.1.2", 1<<20)
+	witness.Signal(syscall.SIGTERM)
+	witness.Succeed()
+
+	honest := serve("0", "10.89.2.2")
+	dom0.Sh("ip addr add 10.89.2.1/24 dev %s", guest.VIF(0))
+	t.fetchServed(dom0, "10.89.2.2", 1<<20)
+	honest.Signal(syscall.SIGTERM)
+	honest.Succeed()
+
+	// Taken away half-way.
+	dom0.Run("xenstore-write", front+"/state", "1")
+	dom0.Await("InitWait", `[ "$(xenstore-read %s/state)" = 2 ]`, back)
+	dom0.Run("xl", "network-detach", guest.Name, "0")
+	p.Await(fmt.Sprintf(`vif %d\.0: gone`, guest.ID))
+	p.Signal(syscall.SIGTERM)
+	p.Succeed()
+}
+
+// granter has a program of the guest grant pages and an event channel to a domain.
+// It gives their numbers by name.
+func (t *T) granter(guest *Domain, to int) (numbers map[string]string, p *Process) {
+	p = guest.Start(image.ProgramDir+"/granter", fmt.Sprint(to))
+	numbers = map[string]string{}
+	for _, m := range granterNumber.FindAllStringSubmatch(string(p.Await("port=").Stdout), -1) {
+		numbers[m[1]] = m[2]
+	}
+	return numbers, p
+}
+
+var granterNumber = regexp.MustCompile(`(\w+)=(\d+)`)

@@ -1,0 +1,172 @@
+//go:build linux
+
+package xenlab
+
+import (
+	"errors"
+	"fmt"
+	"regexp"
+	"strconv"
+	"strings"
+	"syscall"
+)
+
+// bothRestarted kills and starts again each of our ends, both, and the driver domain
+// with the backend in it. Whoever stays goes on as the same process, with the same
+// number of pages.
+func bothRestarted(t *T) {
+	const addr, backAddr = "10.89.2.2", "10.89.2.1"
+	t.netback(false)
+	dom0 := t.Dom0()
+	driver, back := t.driver(backAddr)
+	guest := t.Create(Guest{Name: "domU", Type: PV, VIFs: []VIF{{Backend: "driver"}}})
+	guest.Sh("echo 514 >%s", grantLimit) // as many as one queue takes: one left behind is missed
+	front := t.serve(guest, addr)
+	works := func() {
+		driver.Await("the guest", "ping -c 1 -W 1 %s", addr)
+		t.fetchServed(driver, addr, 1<<20)
+	}
+	works()
+	ports := t.ports(guest)
+
+	front.Kill()
+	front = t.serve(guest, addr)
+	works()
+
+	back.Kill()
+	back = t.back(driver, backAddr)
+	works()
+
+	front.Kill()
+	back.Kill()
+	back = t.back(driver, backAddr)
+	front = t.serve(guest, addr)
+	works()
+
+	// A backend that may not write its state says so, and goes on when it may.
+	state := guest.Backend(driver, 0) + "/state"
+	dom0.Run("xenstore-chmod", state, "n0", fmt.Sprintf("r%d", driver.ID), fmt.Sprintf("r%d", guest.ID))
+	front.Kill()
+	front = guest.Start(barevif, "serve", "-v", "--xen", "--addr", addr+"/24")
+	back.Await("xenstore refused a state.*EACCES")
+	dom0.Run("xenstore-chmod", state, fmt.Sprintf("n%d", driver.ID), fmt.Sprintf("r%d", guest.ID))
+	front.Await("serving http")
+	works()
+	if now := t.ports(guest); now != ports {
+		t.Fatalf("event channels left behind: %s, before %s", now, ports)
+	}
+
+	// xl leaves the frontend alone when the backend's domain ends; what names the
+	// next one is a new vif.
+	t.Destroy(driver)
+	front.Await("vif 0: down: the other end is gone")
+	driver, back = t.driver(backAddr)
+	dom0.Run("xl", "network-detach", guest.Name, "0")
+	t.Attach(guest, VIF{Backend: "driver"})
+	front.Await(fmt.Sprintf("connected again, backend in domain %d", driver.ID))
+	works()
+	if said := string(front.Await(`link up(?s).*link up`).Stderr); strings.Count(said, "514 pages shared") != 2 {
+		t.Fatalf("not the same pages: %s", said)
+	}
+	front.Signal(syscall.SIGTERM)
+	front.Succeed()
+	back.Signal(syscall.SIGTERM)
+	back.Succeed()
+}
+
+const handoverBridge = "xenlabbr0"
+
+// handedOver replaces our backend by SIGUSR1 under a Linux netfront that sends and
+// receives: nothing breaks, and what a pause costs is counted.
+func handedOver(t *T) {
+	const bridge, addr, guestAddr = handoverBridge, "10.89.3.1", "10.89.3.2"
+	t.netback(false)
+	dom0 := t.Dom0()
+	dom0.Run("modprobe", "-a", "tun", "bridge")
+	dom0.Sh("ip link add %s type bridge; ip addr add %s/24 dev %[1]s; ip link set %[1]s up", bridge, addr)
+	back := func() *Process {
+		p := dom0.Start(barevif, "back", "-v", "--xen", "--bridge", bridge)
+		p.Await("serves vifs")
+		return p
+	}
+	p := back()
+	guest := t.Create(Guest{Name: "domU", Type: PV, VIFs: []VIF{{}}})
+	t.kernelFront(guest, guestAddr)
+	t.Ping(guest, addr, 56, 5)
+	for _, d := range []*Domain{dom0, guest} {
+		d.Sh("mkdir -p /tmp/www; head -c %d /dev/urandom >/tmp/www/file", 6<<20)
+	}
+	digest := func(d *Domain) string { return d.Sh("sha256sum </tmp/www/file") }
+	want := [...]string{digest(guest), digest(dom0)}
+	for _, d := range []*Domain{dom0, guest} {
+		d.Start("busybox", "httpd", "-f", "-p", "80", "-h", "/tmp/www")
+		d.Await("httpd", "curl -sI http://127.0.0.1/file >/dev/null")
+	}
+
+	const script = "curl -sSf --limit-rate 1M --max-time 50 http://%s/file | sha256sum"
+	gets := [...]*Process{
+		dom0.Start("sh", "-ec", fmt.Sprintf(script, guestAddr)),
+		guest.Start("sh", "-ec", fmt.Sprintf(script, addr)),
+	}
+	pinging := []string{"ping", "-c", "80", "-i", "0.05", "-w", "15"}
+	pings := [...]*Process{
+		dom0.Start(append(pinging, guestAddr)...),
+		guest.Start(append(pinging, addr)...),
+	}
+	pings[1].Await("icmp_seq=10 ")
+	p.Signal(syscall.SIGUSR1)
+	p.Succeed()
+	p = back()
+	p.Await("connected to domain")
+	for i, get := range gets {
+		if got := get.Succeed().Text(); got != want[i] {
+			t.Fatalf("fetched %s, want %s", got, want[i])
+		}
+	}
+	// What the guest sends waits in its ring, and what it is sent has no interface to
+	// go to.
+	for i, ping := range pings {
+		out := ping.Wait().Text()
+		sent, lost, longest, err := pingLoss(out)
+		if err != nil {
+			t.Fatalf("%w: %s", err, out)
+		}
+		t.Note("%s lost %d of %d pings, longest %.0f ms", [...]string{"dom0→domU", "domU→dom0"}[i], lost, sent, longest)
+		if i == 1 && lost > 10 {
+			t.Fatalf("what the guest sent was lost: %s", out)
+		}
+	}
+	if said := guest.Sh("cat /sys/class/net/eth0/carrier_down_count"); said != "0" {
+		t.Fatalf("the guest saw its link go down: %s", said)
+	}
+	t.Ping(guest, addr, 1472, 10)
+	t.Destroy(guest)
+	p.Signal(syscall.SIGTERM)
+	p.Succeed()
+	dom0.Run("ip", "link", "del", bridge)
+}
+
+var (
+	pingCounts = regexp.MustCompile(`(\d+) packets transmitted, (\d+) received`)
+	pingTimes  = regexp.MustCompile(`rtt min/avg/max/mdev = [\d.]+/[\d.]+/([\d.]+)/`)
+)
+
+// pingLoss reads the end of what ping prints: how many it sent, how many were not
+// answered, and how long the slowest answer took, in ms.
+func pingLoss(out string) (sent, lost int, longest float64, err error) {
+	for _, bad := range [...]string{"wrong data byte", "DUP!", "truncated"} {
+		if strings.Contains(out, bad) {
+			return 0, 0, 0, fmt.Errorf("it says %q", bad)
+		}
+	}
+	c, r := pingCounts.FindStringSubmatch(out), pingTimes.FindStringSubmatch(out)
+	if c == nil || r == nil {
+		return 0, 0, 0, errors.New("ping told no numbers")
+	}
+	var errs [3]error
+	var received int
+	sent, errs[0] = strconv.Atoi(c[1])
+	received, errs[1] = strconv.Atoi(c[2])
+	longest, errs[2] = strconv.ParseFloat(r[1], 64)
+	return sent, sent - received, longest, errors.Join(errs[:]...)
+}
