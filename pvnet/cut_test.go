@@ -321,3 +321,44 @@ func TestAFrameIsCutForAPeerWithoutScatterGather(t *testing.T) {
 		}
 	}
 }
+
+func TestCuttingAllocatesNothing(t *testing.T) {
+	for _, kind := range []offers{0, takesCsum4 | takesGSO4} {
+		f := plain
+		f.takes, f.peer = kind != 0, kind
+		p := join(t, emu.Config{}, f, Config{})
+		for _, way := range ways(t, p) {
+			tx, rx := way.tx, way.rx
+			whole := typical.frame()
+			n := 1
+			if kind == 0 {
+				n = typical.pieces()
+			}
+			var f [64]Frame
+			cycle := func() {
+				if tx.AllocSize(f[:1], len(whole)) != 1 {
+					t.Fatal("no buffers")
+				}
+				f[0].CopyFrom(whole)
+				if err := f[0].SetGSO(typical.gso()); err != nil {
+					t.Fatal(err)
+				}
+				if _, err := tx.Send(f[:1]); err != nil {
+					t.Fatal(err)
+				}
+				for got := 0; got < n; {
+					k, err := rx.Receive(f[:])
+					if err != nil {
+						t.Fatal(err)
+					}
+					rx.Release(f[:k])
+					got += k
+				}
+			}
+			cycle()
+			if k := testing.AllocsPerRun(50, cycle); k != 0 {
+				t.Errorf("offers %b: %v allocations", kind, k)
+			}
+		}
+	}
+}

@@ -10,8 +10,9 @@ import (
 // but SetDeadline, must not be called by two goroutines at once.
 type TX struct {
 	half
-	eng   sender // of the connection; written by the life goroutine behind the shut gate
-	stall stall  // the life goroutine's alone
+	eng   sender    // of the connection; written by the life goroutine behind the shut gate
+	stall stall     // the life goroutine's alone
+	cuts  [32]Frame // pieces of the frame that is being cut; inside the gate
 }
 
 // A sender moves frames into one connection's ring.
@@ -154,7 +155,7 @@ func (tx *TX) cut(f *Frame) error {
 		tx.count.Add(telemetry.RingFull, 1)
 		return ErrFull
 	}
-	var pieces [32]Frame
+	pieces := tx.cuts[:] // an array here would escape through the interface
 	for c.left > 0 {
 		k, err := tx.eng.alloc(pieces[:min(c.pieces(), len(pieces))], c.length())
 		if err != nil {
