@@ -108,7 +108,7 @@ func handedOver(t *T) {
 		dom0.Start("sh", "-ec", fmt.Sprintf(script, guestAddr)),
 		guest.Start("sh", "-ec", fmt.Sprintf(script, addr)),
 	}
-	pinging := []string{"ping", "-c", "80", "-i", "0.05", "-w", "15"}
+	pinging := []string{"ping", "-c", "80", "-i", "0.05", "-w", "45"}
 	pings := [...]*Process{
 		dom0.Start(append(pinging, guestAddr)...),
 		guest.Start(append(pinging, addr)...),
