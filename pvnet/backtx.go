@@ -235,7 +235,11 @@ func (e *backTX) room(n need) (bool, error) {
 	if err != nil {
 		return false, e.violation(err)
 	}
-	return int(avail) >= n.slots && e.bufs.Free() >= n.bufs, nil
+	if int(avail) >= n.slots && e.bufs.Free() >= n.bufs {
+		return true, nil
+	}
+	e.lack(e.ring.Consumed() + uint32(n.slots))
+	return false, nil
 }
 
 func (e *backTX) stuck(n need) error {

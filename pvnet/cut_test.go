@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"math/rand/v2"
 	"testing"
+	"testing/synctest"
 
 	"barevif/arena"
 	"barevif/arena/shm"
@@ -361,4 +362,38 @@ func TestCuttingAllocatesNothing(t *testing.T) {
 			}
 		}
 	}
+}
+
+// A frame that is to be cut stalls like any other.
+func TestAStallOfAFrameToBeCut(t *testing.T) {
+	both(t, plain, func(t *testing.T, s *stalled) {
+		f := typical.load(t, s.p.back.tx[0]) // a frontend's own pages would be short too
+		k := typical.pieces()
+		s.fill(k - 2)
+		if n, err := s.tx.Send(f[:]); n != 0 || err != ErrFull {
+			t.Fatal(n, err)
+		}
+		if n := int(s.room()); n != k-2 {
+			t.Fatalf("%d slots are free, %d before", n, k-2)
+		}
+		go func() {
+			_, err := s.tx.SendWait(f[:])
+			s.sent <- err
+		}()
+		synctest.Wait()
+		s.beat(0, 0)
+		s.beat(1, 0)
+		s.beat(1, 0)
+		if e := s.last(); e.A != 2 {
+			t.Errorf("short of %d slots", e.A)
+		}
+		take(t, s.rx, 1)
+		synctest.Wait()
+		s.beat(1, 1)
+		take(t, s.rx, 200)
+		if err := <-s.sent; err != nil {
+			t.Fatal(err)
+		}
+		s.beat(1, 1)
+	})
 }
