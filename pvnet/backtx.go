@@ -78,7 +78,7 @@ func (e *backTX) put(f *Frame, p *placedFrame) error {
 	if f.total < MinFrame || f.total > MaxFrame {
 		return ErrFrameSize
 	}
-	need := uint32(e.wants(f).slots)
+	need := uint32(f.pages()) + f.gso.slots()
 	if f.slots() == 0 {
 		return ErrFrameSize
 	}
@@ -225,8 +225,15 @@ func (e *backTX) violation(err error) error {
 }
 
 func (e *backTX) wants(f *Frame) need {
-	return need{slots: int(f.total+4095)/4096 + int(f.gso.slots())}
+	n := need{slots: f.pages() + int(f.gso.slots())}
+	if !f.buf.Exclusive() && e.peer.fit(f) == incomplete {
+		n.bufs = buffersFor(int(f.total)) // see complete
+	}
+	return n
 }
+
+// pages is how many of the peer's pages the frame fills.
+func (f *Frame) pages() int { return int(f.total+4095) / 4096 }
 
 func (e *backTX) offers() offers { return e.peer }
 

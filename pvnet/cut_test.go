@@ -6,6 +6,7 @@ import (
 	"math/rand/v2"
 	"testing"
 	"testing/synctest"
+	"time"
 
 	"barevif/arena"
 	"barevif/arena/shm"
@@ -396,4 +397,42 @@ func TestAStallOfAFrameToBeCut(t *testing.T) {
 		}
 		s.beat(1, 1)
 	})
+}
+
+// A frame that others hold too is completed in a copy: a sender that has no buffer for
+// it says so, rather than asking for ever.
+func TestACopyToCompleteNeedsABuffer(t *testing.T) {
+	p := join(t, emu.Config{}, plain, Config{})
+	for _, way := range ways(t, p) {
+		tx, rx := way.tx, way.rx
+		tx.SetDeadline(time.Now().Add(5 * time.Second))
+		held := make([]Frame, pagesPerHalf)
+		if n := tx.AllocSize(held, 142); n != len(held) {
+			t.Fatal(n)
+		}
+		whole := udp4(t, 100)
+		f := held[0]
+		f.CopyFrom(whole)
+		blank(f.Bytes())
+		f.SetChecksum(ChecksumPartial)
+		before := append([]byte(nil), f.Bytes()...)
+		f.Retain()
+		if n, err := tx.SendWait([]Frame{f}); n != 0 || err != ErrNoBuffers {
+			t.Errorf("%d, %v", n, err)
+		}
+		held[1].Release()
+		if n, err := tx.SendWait([]Frame{f}); n != 1 || err != nil {
+			t.Fatalf("%d, %v", n, err)
+		}
+		if !bytes.Equal(f.Bytes(), before) || f.Checksum() != ChecksumPartial {
+			t.Error("the other holder's frame has changed")
+		}
+		if got := gather(t, rx, 1)[0]; !bytes.Equal(got, whole) {
+			t.Error("the copy is not complete")
+		}
+		f.Release()
+		for _, h := range held[2:] {
+			h.Release()
+		}
+	}
 }
