@@ -274,6 +274,7 @@ func TestPageDrawsInABrowser(t *testing.T) {
 		{`[...document.querySelectorAll(".losses")].filter(e => !e.hidden).map(e => e.textContent).join()`, "Lost: rx too long 1"},
 		{`[...document.querySelectorAll("svg text")].filter(e => e.textContent === "not measured yet").length + ""`, "1"},
 		{`document.querySelector("#trouble").hidden + ""`, "true"},
+		{`[...document.querySelectorAll("svg text")].map(e => e.textContent).filter(s => /\.0+\D|\d{4}/.test(s)).join()`, ""},
 	} {
 		if got := text(c.js); got != c.want {
 			t.Errorf("%s is %q, want %q", c.js, got, c.want)
@@ -283,6 +284,13 @@ func TestPageDrawsInABrowser(t *testing.T) {
 	s.count(1000)
 	await("the new count is shown", `document.querySelector("#flows td.n").textContent.replace(/\D/g, "") === "1100"`)
 	await("the plot shows it came", `cards.values().next().value.series.get(-1).samples.some(s => s.tx_frames > 0)`)
+	if err := chromedp.Do(ctx, chromedp.EmulateViewport(360, 800)); err != nil {
+		t.Fatal(err)
+	}
+	await("a telephone shows the verdict, and nothing beyond its edge", `(() => {
+		const pill = document.querySelector("#flows .pill").getBoundingClientRect();
+		return innerWidth === 360 && pill.left > 0 && pill.right <= 360 && document.documentElement.scrollWidth <= 360;
+	})()`)
 	for len(complaints) > 0 {
 		t.Errorf("the browser says: %s", <-complaints)
 	}

@@ -38,7 +38,7 @@ function nice(max) {
 
 const plots = [
   { title: "Frames per second", rx: "rx_frames", tx: "tx_frames", unit: "" },
-  { title: "Bits per second", rx: "rx_bits", tx: "tx_bits", unit: "b" },
+  { title: "Bits per second", rx: "rx_bits", tx: "tx_bits", unit: "bit" },
   { title: "Ring slots in use, mean", rx: "rx_used", tx: "tx_used", unit: "", ring: true },
   { title: "Frames lost per second", rx: "rx_lost", tx: "tx_lost", unit: "" },
 ];
@@ -101,7 +101,7 @@ class Plot {
       const y = this.y(f * top);
       this.frame.append(svg("line", { class: f ? "grid" : "base", x1: left, x2: w - right, y1: y, y2: y }));
       const label = svg("text", { x: left - 6, y: y + 4, "text-anchor": "end" });
-      label.textContent = k.ring || max > 0 || !f ? si(f * top) : ""; // no scale for nothing
+      label.textContent = k.ring || max > 0 || !f ? si(f * top).replace(/\.0+(?!\d)/, "") : ""; // no scale for nothing
       this.frame.append(label);
     }
     this.blind = k.ring && !series.ring;
@@ -276,6 +276,14 @@ class Card {
   }
 }
 
+const hints = {
+  "moving": "as many frames moved while the two ends were read",
+  "in flight": "they are in the ring, or received and not yet counted in public",
+  "not shown yet": "the receiver has counted them; the sender shows its counters every 32 frames and before it sleeps",
+  "lost with a connection": "they were unanswered when a connection ended: nobody knows whether they arrived",
+  "unequal": "the ring cannot hold so many: one end has counted for longer, or frames were lost uncounted",
+};
+
 const cards = new Map();
 let interval = 1, kept = 300, since = "", paused = false, timer;
 
@@ -335,7 +343,9 @@ function show(look, history) {
     row.append(el("td", "", f.from), el("td", "", f.to), el("td", "n", grouped(f.sent)), el("td", "n", grouped(f.received)), el("td", "n", grouped(f.dropped)));
     const verdict = el("td"), n = grouped(Math.abs(f.verdict_frames)), good = f.verdict === "balanced" || f.verdict === "moving";
     const words = { "balanced": "✓ balanced", "moving": `✓ balanced to ${n}, moving`, "unequal": `unequal by ${f.verdict_frames}` };
-    verdict.append(el("span", "pill " + (good ? "good" : f.verdict === "unequal" ? "bad" : "calm"), words[f.verdict] || `${n} ${f.verdict}`));
+    const pill = el("span", "pill " + (good ? "good" : f.verdict === "unequal" ? "bad" : "calm"), words[f.verdict] || `${n} ${f.verdict}`);
+    pill.title = hints[f.verdict] || "";
+    verdict.append(pill);
     row.append(verdict);
     return row;
   }));
