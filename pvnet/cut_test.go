@@ -436,3 +436,40 @@ func TestACopyToCompleteNeedsABuffer(t *testing.T) {
 		}
 	}
 }
+
+// What is received into a frame that has little room in its first page either comes
+// with all of its headers there, or stays in the ring.
+func TestHeadersAreReceivedIntoOnePiece(t *testing.T) {
+	f := plain
+	f.takes, f.peer = true, takesCsum4|takesCsum6|takesGSO4|takesGSO6
+	p := join(t, emu.Config{}, f, Config{})
+	s := typical
+	s.tags, s.ip, s.options = 2, 40, 40
+	for _, way := range ways(t, p) {
+		for room := s.headers() - 20; room <= s.headers()+1; room++ {
+			f := s.load(t, way.tx)
+			if _, err := way.tx.Send(f[:]); err != nil {
+				t.Fatal(err)
+			}
+			var into [1]Frame
+			if n, err := way.tx.AllocWait(into[:], MaxFrame); n != 1 || err != nil {
+				t.Fatal(n, err)
+			}
+			into[0].TrimFront(len(into[0].Bytes()) - room)
+			n, err := way.rx.ReceiveInto(into[:])
+			if room < s.headers() {
+				if n != 0 || err != ErrShortFrame {
+					t.Fatalf("%d bytes of room: %d, %v", room, n, err)
+				}
+				var f [1]Frame
+				if n, err := way.rx.Receive(f[:]); n != 1 || err != nil || f[0].GSO() != s.gso() {
+					t.Fatal(n, err)
+				}
+				way.rx.Release(f[:])
+			} else if n != 1 || err != nil || into[0].GSO() != s.gso() {
+				t.Fatalf("%d bytes of room: %d, %v", room, n, err)
+			}
+			into[0].Release()
+		}
+	}
+}

@@ -140,9 +140,9 @@ func (f *Frame) reset(total uint32) error {
 	return nil
 }
 
-// maxHeaders is how long the headers we look at can be: Ethernet with two tags,
-// IPv4 with options, TCP up to its checksum.
-const maxHeaders = 14 + 8 + 60 + 18
+// maxHeaders is how long the headers we look at can be: Ethernet with two tags, IPv4
+// and TCP with options.
+const maxHeaders = 14 + 8 + 60 + 60
 
 // copyFrame overwrites f with the bytes and the offload state of g, which is no
 // longer.
