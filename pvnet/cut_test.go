@@ -473,3 +473,39 @@ func TestHeadersAreReceivedIntoOnePiece(t *testing.T) {
 		}
 	}
 }
+
+// A frame that was changed after SetGSO is not what it says it is, and no peer hears
+// of it, whatever it takes.
+func TestWhatIsNoLongerToBeCutIsRefused(t *testing.T) {
+	for _, peer := range []offers{0, takesCsum4 | takesCsum6, takesCsum4 | takesCsum6 | takesGSO4 | takesGSO6} {
+		f := plain
+		f.peer = peer
+		p := join(t, emu.Config{}, f, Config{})
+		for _, way := range ways(t, p) {
+			for what, change := range map[string]func(f *Frame){
+				"UDP":                 func(f *Frame) { f.Bytes()[23] = protoUDP },
+				"ICMP":                func(f *Frame) { f.Bytes()[23] = 1 },
+				"a fragment":          func(f *Frame) { f.Bytes()[20] |= 0x20 },
+				"ARP":                 func(f *Frame) { f.Bytes()[13] = 6 },
+				"IPv6":                func(f *Frame) { copy(f.Bytes(), stream{v6: true, payload: 60000, size: 1}.frame()[:60]) },
+				"in a tunnel":         func(f *Frame) { copy(f.Prepend(42), udp4(t, 0)) },
+				"too short":           func(f *Frame) { f.Truncate(1000) },
+				"complete, they say":  func(f *Frame) { f.SetChecksum(ChecksumVerified) },
+				"unknown, they say":   func(f *Frame) { f.SetChecksum(ChecksumUnknown) },
+				"longer than it says": func(f *Frame) { binary.BigEndian.PutUint16(f.Bytes()[16:], 65000) },
+			} {
+				f := typical.load(t, way.tx)
+				change(&f[0])
+				if n, err := way.tx.Send(f[:]); n != 0 || err != ErrOffload {
+					t.Errorf("%s to a peer that takes %b: %d, %v", what, peer, n, err)
+				} else {
+					f[0].Release()
+				}
+			}
+			put(t, way.tx, 1, 60)
+			if got := gather(t, way.rx, 1); len(got[0]) != 60 {
+				t.Fatalf("%d bytes came", len(got[0]))
+			}
+		}
+	}
+}

@@ -147,6 +147,9 @@ func (o offers) fit(f *Frame) fitting {
 	if !ok {
 		return unfit
 	}
+	if f.gso.Size != 0 && (f.csum != ChecksumPartial || h.proto != protoTCP || h.gsoType() != f.gso.Type) {
+		return unfit // somebody has changed it since SetGSO
+	}
 	csum, gso := takesCsum4, takesGSO4
 	if h.gsoType() == GSOTCPv6 {
 		csum, gso = takesCsum6, takesGSO6
