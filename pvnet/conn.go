@@ -33,7 +33,8 @@ type connQueue struct {
 }
 
 // offered is what the other end's values say it takes. What is garbage is not
-// offered, and without chains no long frames are.
+// offered, and long frames, whose checksum is partial, are only where chains and
+// such checksums are: so Linux's netdev_fix_features has it.
 func offered(v xenbus.Values, scatter bool) (o offers) {
 	says := func(key string) bool {
 		on, err := v.Bool(key, false)
@@ -45,10 +46,10 @@ func offered(v xenbus.Values, scatter bool) (o offers) {
 	if says(netif.KeyFeatureIPv6CsumOffload) {
 		o |= takesCsum6
 	}
-	if scatter && says(netif.KeyFeatureGSOTCPv4) {
+	if scatter && o&takesCsum4 != 0 && says(netif.KeyFeatureGSOTCPv4) {
 		o |= takesGSO4
 	}
-	if scatter && says(netif.KeyFeatureGSOTCPv6) {
+	if scatter && o&takesCsum6 != 0 && says(netif.KeyFeatureGSOTCPv6) {
 		o |= takesGSO6
 	}
 	return o

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"math/rand/v2"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -11,6 +12,7 @@ import (
 	"barevif/arena"
 	"barevif/arena/shm"
 	"barevif/hypercall/emu"
+	"barevif/xenbus"
 
 	"gvisor.dev/gvisor/pkg/tcpip/checksum"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
@@ -505,6 +507,47 @@ func TestWhatIsNoLongerToBeCutIsRefused(t *testing.T) {
 			put(t, way.tx, 1, 60)
 			if got := gather(t, way.rx, 1); len(got[0]) != 60 {
 				t.Fatalf("%d bytes came", len(got[0]))
+			}
+		}
+	}
+}
+
+func TestWhatIsOffered(t *testing.T) {
+	const all = takesCsum4 | takesCsum6 | takesGSO4 | takesGSO6
+	const nocsum, csum6, gso4, gso6 = "feature-no-csum-offload", "feature-ipv6-csum-offload", "feature-gso-tcpv4", "feature-gso-tcpv6"
+	for _, c := range []struct {
+		keys    xenbus.Values
+		scatter bool
+		want    offers
+	}{
+		{xenbus.Values{}, true, takesCsum4},
+		{xenbus.Values{nocsum: "0"}, true, takesCsum4},
+		{xenbus.Values{nocsum: "1"}, true, 0},
+		{offloadValues(true), true, all},
+		{offloadValues(true), false, takesCsum4 | takesCsum6},
+		{offloadValues(false), true, 0},
+		{xenbus.Values{csum6: "1"}, false, takesCsum4 | takesCsum6},
+		{xenbus.Values{csum6: "0", gso4: "0", gso6: "0"}, true, takesCsum4},
+		{xenbus.Values{gso4: "1"}, true, takesCsum4 | takesGSO4},
+		{xenbus.Values{gso4: "1"}, false, takesCsum4},
+		{xenbus.Values{gso6: "1"}, true, takesCsum4},                                                 // and no checksums
+		{xenbus.Values{nocsum: "1", csum6: "1", gso4: "1", gso6: "1"}, true, takesCsum6 | takesGSO6}, // likewise
+		{xenbus.Values{csum6: "1", gso6: "1"}, true, takesCsum4 | takesCsum6 | takesGSO6},
+	} {
+		if got := offered(c.keys, c.scatter); got != c.want {
+			t.Errorf("%v, chains %v: %b, want %b", c.keys, c.scatter, got, c.want)
+		}
+	}
+	for _, v := range []string{"", "2", "-1", "01", "1 ", " 1", "true", "0x1", "1\x00", "\xff", strings.Repeat("1", 4096)} {
+		for _, key := range []string{nocsum, csum6, gso4, gso6} {
+			keys := offloadValues(true)
+			keys[key] = v
+			want := map[string]offers{
+				nocsum: all &^ (takesCsum4 | takesGSO4), csum6: all &^ (takesCsum6 | takesGSO6),
+				gso4: all &^ takesGSO4, gso6: all &^ takesGSO6,
+			}[key]
+			if got := offered(keys, true); got != want {
+				t.Errorf("%s = %.20q: %b, want %b", key, v, got, want)
 			}
 		}
 	}
