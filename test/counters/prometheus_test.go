@@ -313,6 +313,7 @@ func (p *prometheus) choices(query string, values map[string][]string) (out []st
 // talk has a send to b and b echo, in small bursts with pauses, so that both ends
 // also sleep.
 func talk(t *testing.T, a, b *pvnet.Device) (stop func()) {
+	a.SetWriteDeadline(time.Time{})
 	ctx, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
 	listen := func(d *pvnet.Device, fn func(pvnet.Frame)) {
@@ -526,6 +527,22 @@ func TestPrometheusDrawsAndAlerts(t *testing.T) {
 	sampled := func(expr string) bool { return strings.HasPrefix(expr, "histogram_quantile") }
 	settled(t, "the dashboard draws what a healthy pair does",
 		draws(pair, pair["vif"], func(expr string) bool { return !exceptional(expr) && !sampled(expr) }))
+	settled(t, "the dashboard draws latencies", func() (complaints []string) {
+		for _, panel := range panels {
+			drawn, lines := false, false
+			for _, target := range panel.Targets {
+				if lines = sampled(target.Expr); lines {
+					for _, s := range p.query(filled(target.Expr, pair)) {
+						drawn = drawn || s.value > 0 && s.value < 10
+					}
+				}
+			}
+			if lines && !drawn {
+				complaints = append(complaints, panel.Title)
+			}
+		}
+		return complaints
+	})
 	for _, panel := range panels {
 		for _, target := range panel.Targets {
 			if exceptional(target.Expr) {
@@ -607,9 +624,31 @@ func TestPrometheusDrawsAndAlerts(t *testing.T) {
 	settled(t, "the dashboard draws every loss and event", draws(map[string][]string{"vif": {all}, "queue": {"0"}}, []string{all}, exceptional))
 	settled(t, "what is wrong raises its alerts, and no others", raised)
 
-	// The other end goes, in good order.
+	// The other end takes nothing any more, and then what it was sent.
+	w.front.SetWriteDeadline(time.Now().Add(limit))
+	sent := make(chan error, 1)
+	go func() {
+		for frame := make([]byte, 60); ; {
+			if _, err := w.front.Write(frame); err != nil {
+				sent <- err
+				return
+			}
+		}
+	}()
+	want[frontName] = []string{"BarevifMirrorTampered", "BarevifRingFull", "BarevifStalled"}
+	settled(t, "a peer that takes nothing raises its alerts", raised)
+	w.front.SetWriteDeadline(time.Now())
+	if err := <-sent; !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("Write: %v", err)
+	}
+	stop = talk(t, w.front, w.back)
+	want[frontName] = []string{"BarevifMirrorTampered", "BarevifStalled"}
+	settled(t, "the ring is not full any more", raised)
+	stop()
+
+	// It goes, in good order.
 	w.back.Disconnect()
-	want[frontName] = []string{"BarevifDown", "BarevifMirrorTampered"}
+	want[frontName] = []string{"BarevifDown", "BarevifMirrorTampered", "BarevifStalled"}
 	settled(t, "a peer that is away raises the alert", raised)
 
 	var active struct {
