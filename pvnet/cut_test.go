@@ -552,3 +552,58 @@ func TestWhatIsOffered(t *testing.T) {
 		}
 	}
 }
+
+// A chain that was cut and made longer again has empty pieces in its middle: they take
+// no slots. With extra infos there are more buffers than slots, so that a slot too many
+// is one that is not there.
+func TestEmptyPiecesTakeNoSlots(t *testing.T) {
+	f := plain
+	f.takes, f.peer = true, takesCsum4|takesGSO4
+	p := join(t, emu.Config{}, f, Config{})
+	short := typical
+	short.payload, short.size = 1000, 100
+	for _, way := range ways(t, p) {
+		for free := 1; free <= 3; free++ {
+			var f [1]Frame
+			if n, err := way.tx.AllocWait(f[:], 12000); n != 1 || err != nil {
+				t.Fatal(n, err)
+			}
+			f[0].Truncate(100)
+			if b := f[0].Extend(50); b == nil {
+				t.Fatal("no room")
+			}
+			content := make([]byte, 150)
+			pattern(content, free)
+			f[0].CopyFrom(content)
+			sent := 0
+			for ; sent < 20; sent++ {
+				f := short.load(t, way.tx)
+				if _, err := way.tx.Send(f[:]); err != nil {
+					t.Fatal(err)
+				}
+			}
+			slots := 40
+			for ; slots < 256-free; slots++ {
+				put(t, way.tx, 1, 60)
+				sent++
+			}
+			n, err := way.tx.Send(f[:])
+			want := 1
+			if way.tx.dev == p.front {
+				want = 2
+			}
+			if free < want && (n != 0 || err != ErrFull) || free >= want && (n != 1 || err != nil) {
+				t.Fatalf("with %d slots: %d, %v", free, n, err)
+			}
+			take(t, way.rx, sent)
+			if n == 0 {
+				if _, err := way.tx.SendWait(f[:]); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if got := gather(t, way.rx, 1)[0]; !bytes.Equal(got, content) {
+				t.Fatal("other bytes")
+			}
+		}
+	}
+}

@@ -136,18 +136,9 @@ func (e *frontTX) put(f *Frame, t *tally) error {
 		return nil
 	}
 	for left, extra := f.total-uint32(f.n), f.gso.Size != 0; ; {
-		var next uint32
-		var off, n uint16
-		ok := false
-		if f.pieces > 1 {
-			next, off, n, ok = e.bufs.Unlink(i)
-		}
+		next, off, n, ok := e.behind(i)
 		if left > 0 {
 			r.Flags |= netif.TxMoreData
-		}
-		if ok && left == 0 { // what Truncate cut off
-			e.bufs.PutChain(next)
-			ok = false
 		}
 		e.ring.Put(r)
 		if extra {
@@ -163,6 +154,18 @@ func (e *frontTX) put(f *Frame, t *tally) error {
 		r = netif.TxRequest{Ref: e.refs[next], Offset: off, ID: uint16(next), Size: n}
 		i = next
 	}
+}
+
+// behind cuts the chain behind buffer i and returns what followed it, if ok. Empty
+// pieces, which Truncate leaves, are put back: they have no slot.
+func (e *frontTX) behind(i uint32) (next uint32, off, n uint16, ok bool) {
+	next, off, n, ok = e.bufs.Unlink(i)
+	for ok && n == 0 {
+		empty := next
+		next, off, n, ok = e.bufs.Unlink(empty)
+		e.bufs.Put(empty)
+	}
+	return next, off, n, ok
 }
 
 // txFlags is what a request says of the frame's checksum and extra infos.
