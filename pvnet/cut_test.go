@@ -607,3 +607,36 @@ func TestEmptyPiecesTakeNoSlots(t *testing.T) {
 		}
 	}
 }
+
+// A frame that was lent may have as many pieces as a peer may send, all of them short.
+func TestAFrameOfManyPiecesIsCut(t *testing.T) {
+	for _, size := range []int{100, 1448, 3000, 30000} {
+		s := typical
+		s.payload, s.size = max(4000, size+1), size
+		a := arena.New(shm.Heap(32), 4096)
+		sizes := []int{s.headers()}
+		for len(sizes) < maxRxSlots-1 {
+			sizes = append(sizes, s.payload/maxRxSlots)
+		}
+		f := chop(t, a, s.frame(), 0, sizes...)
+		if size < 4000 && f.pieces != maxRxSlots {
+			t.Fatalf("%d pieces", f.pieces)
+		}
+		if err := f.SetGSO(s.gso()); err != nil {
+			t.Fatal(err)
+		}
+		pool := arena.New(shm.Heap(128), 4096)
+		var pieces [][]byte
+		for c, _ := newCutter(&f); c.left > 0; {
+			var g Frame
+			if !build(pool, c.length(), &g) {
+				t.Fatal("no buffers")
+			}
+			c.next(&g)
+			b := make([]byte, g.Len())
+			g.CopyTo(b)
+			pieces = append(pieces, b)
+		}
+		s.cut(t, pieces)
+	}
+}

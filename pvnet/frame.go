@@ -152,7 +152,7 @@ func (f *Frame) copyFrame(g *Frame) {
 		f.CopyFrom(g.Bytes())
 		return
 	}
-	var srcs [max(maxPieces, maxRxSlots)][]byte
+	var srcs [mostPieces][]byte
 	n := 0
 	for p := range g.Pieces() {
 		srcs[n] = p
@@ -305,3 +305,6 @@ func buildAll(a *arena.Arena, total int, frames []Frame) (n int) {
 
 // maxPieces is what MaxFrame bytes behind the headroom take in buffers of 4096.
 const maxPieces = (headroom + MaxFrame + 4095) / 4096
+
+// mostPieces is what any frame has: a lent one is as the peer cut it.
+const mostPieces = max(maxPieces, maxRxSlots)

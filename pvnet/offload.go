@@ -258,7 +258,7 @@ func (c *cutter) next(g *Frame) {
 	n := min(c.size, c.left)
 	g.Truncate(c.h.payload + n)
 	head := c.f.Bytes()[:c.h.payload]
-	var srcs [1 + maxPieces][]byte
+	var srcs [1 + mostPieces][]byte
 	srcs[0] = head
 	k, skip, want := 1, c.h.payload+c.at, n
 	for p := range c.f.Pieces() {
