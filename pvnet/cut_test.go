@@ -12,6 +12,7 @@ import (
 	"barevif/arena"
 	"barevif/arena/shm"
 	"barevif/hypercall/emu"
+	"barevif/telemetry"
 	"barevif/xenbus"
 
 	"gvisor.dev/gvisor/pkg/tcpip/checksum"
@@ -638,5 +639,54 @@ func TestAFrameOfManyPiecesIsCut(t *testing.T) {
 			pieces = append(pieces, b)
 		}
 		s.cut(t, pieces)
+	}
+}
+
+// Both ends count the same slots, extra infos too, and the same of everything else.
+func TestBothEndsCountTheSame(t *testing.T) {
+	f := plain
+	f.takes, f.peer = true, takesCsum4|takesCsum6|takesGSO4|takesGSO6
+	p := join(t, emu.Config{}, f, Config{})
+	for i, way := range ways(t, p) {
+		slots := uint64(0)
+		for _, payload := range []int{1449, 3000, 5000, 64000} {
+			for _, v6 := range []bool{false, true} {
+				s := typical
+				s.payload, s.v6 = payload, v6
+				f := s.load(t, way.tx)
+				slots += uint64(f[0].slots()) + 1
+				if i == 1 {
+					slots += uint64(f[0].pages()) - uint64(f[0].slots())
+				}
+				whole := append([]byte(nil), s.frame()...)
+				if n, err := way.tx.Send(f[:]); n != 1 || err != nil {
+					t.Fatal(n, err)
+				}
+				if n, err := way.rx.Receive(f[:]); n != 1 || err != nil {
+					t.Fatal(n, err)
+				}
+				got := make([]byte, f[0].Len())
+				f[0].CopyTo(got)
+				if f[0].GSO() != s.gso() || f[0].Checksum() != ChecksumPartial || !bytes.Equal(got, whole) {
+					t.Errorf("%+v: arrived as %v, %v, %d bytes", s, f[0].GSO(), f[0].Checksum(), len(got))
+				}
+				way.rx.Release(f[:])
+			}
+		}
+		sent, got := way.tx.dev.Stats().TX, way.rx.dev.Stats().RX
+		for _, c := range []struct {
+			what telemetry.Counter
+			want uint64
+		}{
+			{telemetry.Packets, 8}, {telemetry.Slots, slots}, {telemetry.ChainedPackets, 8}, {telemetry.GSOPackets, 8},
+			{telemetry.CsumPartial, 8}, {telemetry.GSOCsumFixup, 0}, {telemetry.CsumVerified, 0},
+		} {
+			if s, g := sent.Get(c.what), got.Get(c.what); s != c.want || g != c.want {
+				t.Errorf("%v: sent %d, received %d, want %d", c.what, s, g, c.want)
+			}
+		}
+		if n := got.Get(telemetry.ExtraInfos); n != 8 {
+			t.Errorf("%d extra infos", n)
+		}
 	}
 }

@@ -35,7 +35,8 @@ type frontRX struct {
 // An rxPacket is a frame as it lies in shared pages, all of its responses taken
 // and checked.
 type rxPacket struct {
-	n     int
+	n     int // data slots
+	all   int // slots with extras
 	total uint32
 	csum  Checksum
 	gso   netif.GSO // Size 0: none
@@ -82,7 +83,7 @@ func (e *frontRX) receive(frames []Frame, into bool) (n int, err error) {
 			ok = err == nil
 		case e.lend && e.mayLend():
 			e.lendTo(f)
-			t.add(f, e.next.n, f.Bytes())
+			t.add(f, e.next.all, f.Bytes())
 			e.have = false
 			n++
 			continue
@@ -106,7 +107,7 @@ func (e *frontRX) receive(frames []Frame, into bool) (n int, err error) {
 				continue
 			}
 		}
-		t.add(f, e.next.n, f.Bytes())
+		t.add(f, e.next.all, f.Bytes())
 		n++
 	}
 	if n > 0 && n == len(frames) {
@@ -155,7 +156,7 @@ func (e *frontRX) parse() (bool, error) {
 // had been counted in next so far are still to be posted.
 func (e *frontRX) parseOne(avail uint32) (reason telemetry.Reason, ok bool) {
 	p := &e.next
-	p.n, p.total, p.csum, p.gso = 0, 0, ChecksumUnknown, netif.GSO{}
+	p.n, p.all, p.total, p.csum, p.gso = 0, 0, 0, ChecksumUnknown, netif.GSO{}
 	ok = true
 	fail := func(r telemetry.Reason) {
 		if ok {
@@ -166,6 +167,7 @@ func (e *frontRX) parseOne(avail uint32) (reason telemetry.Reason, ok bool) {
 		slot := e.ring.Consumed() % e.ring.Size()
 		r := e.ring.Take()
 		avail--
+		p.all++
 		page := e.where[slot]
 		switch {
 		case p.n >= maxRxSlots:
@@ -194,6 +196,7 @@ func (e *frontRX) parseOne(avail uint32) (reason telemetry.Reason, ok bool) {
 				slot := e.ring.Consumed() % e.ring.Size()
 				x := netif.ExtraOfRx(e.ring.Take())
 				avail--
+				p.all++
 				e.post(e.where[slot]) // its page was not written
 				e.count.Add(telemetry.ExtraInfos, 1)
 				if x.Check() != nil {
