@@ -690,3 +690,25 @@ func TestBothEndsCountTheSame(t *testing.T) {
 		}
 	}
 }
+
+// Where the system grants few pages, no wait is long enough for some frames.
+func TestMorePiecesThanPages(t *testing.T) {
+	p := join(t, emu.Config{Grants: 80}, plain, Config{})
+	tx, _ := own(t, p.front)
+	other, rx := own(t, p.back)
+	if n := tx.eng.buffers(); n != pagesPerHalfMin {
+		t.Fatalf("%d pages", n)
+	}
+	f := typical.load(t, other)
+	if n, err := tx.SendWait(f[:]); n != 0 || err != ErrFrameSize {
+		t.Fatal(n, err)
+	}
+	f[0].Release()
+	s := typical
+	s.payload = (pagesPerHalfMin-1)*s.size + 1 // as many as there are
+	f = s.load(t, other)
+	if n, err := tx.Send(f[:]); n != 1 || err != nil {
+		t.Fatal(n, err)
+	}
+	s.cut(t, gather(t, rx, s.pieces()))
+}

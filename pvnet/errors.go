@@ -44,7 +44,8 @@ var (
 	ErrNoBuffers = errors.New("pvnet: no free buffer; release frames first")
 
 	// ErrFrameSize is a frame of fewer than MinFrame or more than MaxFrame bytes,
-	// or one longer than a page to a peer that does not take chains.
+	// one longer than a page to a peer that does not take chains, or one that would
+	// be cut into more pieces than the half has pages.
 	ErrFrameSize = errors.New("pvnet: frame size not allowed")
 
 	// ErrOffload is a frame whose headers do not fit what its Checksum or GSO say

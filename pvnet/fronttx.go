@@ -286,6 +286,7 @@ func (e *frontTX) room(n need) (bool, error) {
 }
 
 func (e *frontTX) offers() offers { return e.peer }
+func (e *frontTX) buffers() int   { return e.bufs.Len() }
 
 func (e *frontTX) stuck(n need) error {
 	if e.ring.InFlight() == 0 && e.bufs.Free() < n.bufs {

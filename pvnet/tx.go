@@ -29,6 +29,9 @@ type sender interface {
 	// offers is what the peer takes beyond whole frames.
 	offers() offers
 
+	// buffers is how many there are in all for frames to send.
+	buffers() int
+
 	// room reports whether there is what is needed.
 	room(n need) (bool, error)
 
@@ -148,6 +151,9 @@ func (tx *TX) cut(f *Frame) error {
 	c, ok := newCutter(f)
 	if !ok {
 		return ErrOffload
+	}
+	if c.need().bufs > tx.eng.buffers() {
+		return ErrFrameSize // there will never be room
 	}
 	if ok, err := tx.eng.room(c.need()); err != nil {
 		return err
