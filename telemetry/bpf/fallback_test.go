@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -92,9 +93,33 @@ func TestStoreDoesWithWhatItIsAllowed(t *testing.T) {
 			return nil
 		}, KindMaps, "no space left on device"},
 		{"no room for a pin", func(t *testing.T, p *plan) []string {
+			p.DenyBPF, p.Errno = []uint32{unix.BPF_OBJ_PIN}, unix.ENOSPC
+			return nil
+		}, KindMaps, "pin /sys/fs/bpf/barevif/"},
+		{"no room for the name of a pin", func(t *testing.T, p *plan) []string {
 			p.Deny, p.Errno = []uint32{unix.SYS_RENAMEAT, unix.SYS_RENAMEAT2}, unix.ENOSPC
 			return nil
 		}, KindMaps, "no space left on device"},
+		{"no memory for a map", func(t *testing.T, p *plan) []string {
+			p.DenyBPF, p.Errno = []uint32{unix.BPF_MAP_CREATE}, unix.ENOMEM
+			return nil
+		}, KindMemfd, "no memory for one"},
+		{"no memory for a map, nor for a memfd", func(t *testing.T, p *plan) []string {
+			p.Deny, p.DenyBPF, p.Errno = []uint32{unix.SYS_FTRUNCATE}, []uint32{unix.BPF_MAP_CREATE}, unix.ENOSPC
+			return nil
+		}, "heap", "no space left on device"},
+		{"no memory for the names", func(t *testing.T, p *plan) []string {
+			p.DenyBPF, p.Errno = []uint32{unix.BPF_BTF_LOAD}, unix.ENOMEM
+			return nil
+		}, KindMemfd, "cannot allocate memory"},
+		{"no memory for the program", func(t *testing.T, p *plan) []string {
+			p.DenyBPF, p.Errno = []uint32{unix.BPF_PROG_LOAD}, unix.ENOMEM
+			return nil
+		}, KindPins, "cannot allocate memory"},
+		{"no memory for the metrics", func(t *testing.T, p *plan) []string {
+			p.DenyBPF, p.Errno = []uint32{unix.BPF_LINK_CREATE}, unix.ENOMEM
+			return nil
+		}, KindPins, "cannot allocate memory"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			needBPF(t)
@@ -174,6 +199,12 @@ func TestUnusableDirectoryIsRefused(t *testing.T) {
 			mkdir(t, root+"/"+name+"/counters-new", 0o755, 0)
 			return root
 		}},
+		{"a directory where the last pin should be", "is a directory", func(t *testing.T, name string) string {
+			root := mkdir(t, base+"/r6", 0o755, 0)
+			mkdir(t, root+"/"+name, 0o755, 0)
+			mkdir(t, root+"/"+name+"/fields-new", 0o755, 0)
+			return root
+		}},
 		{"read-only", "read-only file system", func(t *testing.T, name string) string {
 			root := mkdir(t, base+"/r5", 0o755, 0)
 			if err := unix.Mount(root, root, "", unix.MS_BIND, ""); err != nil {
@@ -199,6 +230,13 @@ func TestUnusableDirectoryIsRefused(t *testing.T) {
 			set.RX(0).Flush()
 			if st := set.Snapshot(); st.RX.Get(telemetry.Packets) != 1 {
 				t.Error("the counters do not count")
+			}
+			for _, pin := range pinNames {
+				for _, suffix := range []string{"", fresh} {
+					if st, err := os.Lstat(filepath.Join(s.Root, info.Name(), pin+suffix)); err == nil && !st.IsDir() {
+						t.Errorf("%s%s is left", pin, suffix)
+					}
+				}
 			}
 		})
 	}
@@ -232,6 +270,77 @@ func TestForeignFilesStay(t *testing.T) {
 	left, err := os.ReadDir(dir)
 	if err != nil || len(left) != 1 || left[0].Name() != "mine" {
 		t.Errorf("left is %v, %v", left, err)
+	}
+}
+
+// Whoever may, takes the pins away or puts something else in their place. The
+// device counts on, and its end says what it could not remove.
+func TestPinsTakenAwayDoNotMatter(t *testing.T) {
+	needBPF(t)
+	for _, c := range []struct {
+		name string
+		take func(t *testing.T, dir string)
+		left []string
+	}{
+		{"all", func(t *testing.T, dir string) {
+			if err := os.RemoveAll(dir); err != nil {
+				t.Fatal(err)
+			}
+		}, nil},
+		{"one", func(t *testing.T, dir string) {
+			if err := os.Remove(dir + "/counters"); err != nil {
+				t.Fatal(err)
+			}
+		}, nil},
+		{"another map in its place", func(t *testing.T, dir string) {
+			mp, err := array("bvf_test", queueBytes, 1, nil, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer mp.Close()
+			if err := errors.Join(os.Remove(dir+"/counters"), mp.Pin(dir+"/counters")); err != nil {
+				t.Fatal(err)
+			}
+		}, nil},
+		{"a directory in its place", func(t *testing.T, dir string) {
+			if err := os.Remove(dir + "/counters"); err != nil {
+				t.Fatal(err)
+			}
+			mkdir(t, dir+"/counters", 0o755, 0)
+		}, []string{"counters"}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			root := ownDir(t, 0)
+			info := device(t)
+			dir := filepath.Join(root, info.Name())
+			set := telemetry.NewSet(1)
+			set.Open(&Store{Root: root}, info)
+			if k, r := set.Backend(); k != KindIterator {
+				t.Fatal(k, r)
+			}
+			c.take(t, dir)
+			for range 3 {
+				set.RX(0).Add(telemetry.Packets, 1)
+				if n := set.RX(0).Refresh(); n != 0 {
+					t.Errorf("%d words healed that nobody touched", n)
+				}
+				set.Tick()
+			}
+			if st := set.Snapshot(); st.RX.Get(telemetry.Packets) != 3 || len(set.Events()) != 0 {
+				t.Errorf("%d packets, events %v", st.RX.Get(telemetry.Packets), set.Events())
+			}
+			if err := set.Close(); (err != nil) != (c.left != nil) {
+				t.Errorf("Close: %v", err)
+			}
+			var left []string
+			entries, _ := os.ReadDir(dir)
+			for _, e := range entries {
+				left = append(left, e.Name())
+			}
+			if !slices.Equal(left, c.left) {
+				t.Errorf("left is %v", left)
+			}
+		})
 	}
 }
 

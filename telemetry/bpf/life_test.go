@@ -91,7 +91,7 @@ func TestKilledOwnerIsReplaced(t *testing.T) {
 			m.Close()
 		}
 	})
-	for i := range 15 {
+	for i := range 25 {
 		o := start(t, plan{Info: info, Busy: true, Packets: uint64(i)})
 		if o.Kind != KindIterator {
 			t.Fatalf("round %d: mirrored to %+v", i, o.ready)
@@ -99,7 +99,7 @@ func TestKilledOwnerIsReplaced(t *testing.T) {
 		o.kill()
 	}
 	// Killed before it could say anything, at any step of its start.
-	for i := range 15 {
+	for i := range 25 {
 		p := plan{Info: info, Queues: 4}
 		o := launch(t, p)
 		<-time.After(time.Duration(rand.N(40_000)) * time.Microsecond)
@@ -245,6 +245,52 @@ func TestKilledOwnersTotalsAreContinued(t *testing.T) {
 	d.end(t)
 }
 
+// However often owners are killed, and wherever they were, what the pins say never
+// goes back, and lost frames are their reasons.
+func TestTotalsOutliveManyKills(t *testing.T) {
+	needBPF(t)
+	info := device(t)
+	var last uint64
+	for i := range 25 {
+		o := start(t, plan{Store: Store{Resume: true}, Info: info, Packets: 10, Busy: true})
+		if o.Kind != KindIterator || o.Reason != "" {
+			t.Fatalf("round %d: mirrored to %+v", i, o.ready)
+		}
+		r := reader(t, info.Name())
+		sees := func(more uint64) {
+			t.Helper()
+			st, err := r.Stats()
+			if err != nil {
+				t.Fatal(err)
+			}
+			n := st.RX.Get(telemetry.Packets)
+			if n < last+more {
+				t.Fatalf("round %d: %d packets after %d", i, n, last)
+			}
+			last = n
+		}
+		sees(10)
+		<-time.After(time.Duration(rand.N(20_000)) * time.Microsecond)
+		sees(0)
+		o.kill()
+		sees(0)
+	}
+	set := open(t, &Store{Resume: true}, info, 1, KindIterator)
+	rep, err := reader(t, info.Name()).Read()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := rep.Stats.RX.Get(telemetry.Packets); n < last || rep.Torn {
+		t.Errorf("%d packets after %d, torn %v", n, last, rep.Torn)
+	}
+	if rx := rep.Stats.RX; rx.Dropped() != rx.Lost(telemetry.DropDisconnected) || rx.Dropped() == 0 {
+		t.Errorf("%d frames dropped, %d for the one reason", rx.Dropped(), rx.Lost(telemetry.DropDisconnected))
+	}
+	if st := set.Totals(); st.RX.Get(telemetry.Packets) != 0 {
+		t.Errorf("the device itself claims %d packets", st.RX.Get(telemetry.Packets))
+	}
+}
+
 // Pins of another version are replaced, but their totals are not believed.
 func TestTotalsOfAnotherLayoutAreNotContinued(t *testing.T) {
 	needBPF(t)
@@ -256,13 +302,15 @@ func TestTotalsOfAnotherLayoutAreNotContinued(t *testing.T) {
 		name                    string
 		info                    infoRecord
 		infoSize, size, entries int
+		counters                ebpf.MapType
 		reason                  string
 	}{
-		{"another layout", wrong, infoBytes, queueBytes, 1, ErrLayout.Error()},
-		{"no record", infoRecord{}, infoBytes, queueBytes, 1, "no magic"},
-		{"info too small", infoRecord{}, 8, queueBytes, 1, "info of another size"},
-		{"counters too small", good, infoBytes, queueBytes - 8, 1, "maps of another size"},
-		{"too many counters", good, infoBytes, queueBytes, 2, "maps of another size"},
+		{"another layout", wrong, infoBytes, queueBytes, 1, ebpf.Array, ErrLayout.Error()},
+		{"no record", infoRecord{}, infoBytes, queueBytes, 1, ebpf.Array, "no magic"},
+		{"info too small", infoRecord{}, 8, queueBytes, 1, ebpf.Array, "info of another size"},
+		{"counters too small", good, infoBytes, queueBytes - 8, 1, ebpf.Array, "maps of another size"},
+		{"too many counters", good, infoBytes, queueBytes, 2, ebpf.Array, "maps of another size"},
+		{"no array", good, infoBytes, queueBytes, 1, ebpf.Hash, "maps of another size"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			info := device(t)
@@ -272,14 +320,15 @@ func TestTotalsOfAnotherLayoutAreNotContinued(t *testing.T) {
 			}
 			for _, m := range []struct {
 				pin           string
+				kind          ebpf.MapType
 				size, entries int
 				value         []byte
 			}{
-				{pinInfo, c.infoSize, 1, encode(c.info)[:c.infoSize]},
-				{pinCounters, c.size, c.entries, slices.Repeat([]byte{7}, c.size)},
-				{pinEvents, eventBytes, eventSlots, make([]byte, eventBytes)},
+				{pinInfo, ebpf.Array, c.infoSize, 1, encode(c.info)[:c.infoSize]},
+				{pinCounters, c.counters, c.size, c.entries, slices.Repeat([]byte{7}, c.size)},
+				{pinEvents, ebpf.Array, eventBytes, eventSlots, make([]byte, eventBytes)},
 			} {
-				mp, err := array("bvf_test", m.size, m.entries, nil, nil)
+				mp, err := ebpf.NewMap(&ebpf.MapSpec{Type: m.kind, KeySize: 4, ValueSize: uint32(m.size), MaxEntries: uint32(m.entries)})
 				if err != nil {
 					t.Fatal(err)
 				}

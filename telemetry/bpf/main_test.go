@@ -102,6 +102,7 @@ type plan struct {
 	Busy    bool          // go on counting until it is told to end
 	Publish int           // publish so often, then end
 	Deny    []uint32      // system calls that fail
+	DenyBPF []uint32      // commands of bpf(2) that fail
 	Errno   syscall.Errno // with this, or EPERM if 0
 	Read    bool          // own nothing: find the device and say what it counted
 }
@@ -117,8 +118,8 @@ func owner() int {
 		fmt.Fprintln(os.Stderr, err)
 		return 2
 	}
-	if len(p.Deny) > 0 {
-		if err := deny(p.Deny, p.Errno); err != nil {
+	if len(p.Deny)+len(p.DenyBPF) > 0 {
+		if err := deny(p.Deny, p.DenyBPF, p.Errno); err != nil {
 			fmt.Fprintln(os.Stderr, "seccomp:", err)
 			return 2
 		}
@@ -193,16 +194,28 @@ func read(name string) int {
 	return 0
 }
 
-// deny makes system calls of all threads fail from now on.
-func deny(calls []uint32, errno syscall.Errno) error {
+// deny makes system calls, and commands of bpf(2), of all threads fail from now on.
+func deny(calls, commands []uint32, errno syscall.Errno) error {
 	if errno == 0 {
 		errno = unix.EPERM
 	}
-	filter := []unix.SockFilter{{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS}} // seccomp_data.nr
-	for _, nr := range calls {
-		filter = append(filter,
-			unix.SockFilter{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, Jf: 1, K: nr},
-			unix.SockFilter{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ERRNO | uint32(errno)})
+	const number, firstArgument = 0, 16 // in struct seccomp_data, on a little-endian machine
+	load := func(at uint32) unix.SockFilter {
+		return unix.SockFilter{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: at}
+	}
+	filter := []unix.SockFilter{load(number)}
+	fail := func(values []uint32) {
+		for _, v := range values {
+			filter = append(filter,
+				unix.SockFilter{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, Jf: 1, K: v},
+				unix.SockFilter{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ERRNO | uint32(errno)})
+		}
+	}
+	fail(calls)
+	if len(commands) > 0 {
+		over := uint8(1 + 2*len(commands))
+		filter = append(filter, unix.SockFilter{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, Jf: over, K: unix.SYS_BPF}, load(firstArgument))
+		fail(commands)
 	}
 	filter = append(filter, unix.SockFilter{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ALLOW})
 	return seccomp(filter)

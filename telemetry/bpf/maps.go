@@ -3,6 +3,7 @@
 package bpf
 
 import (
+	"errors"
 	"fmt"
 	"runtime"
 
@@ -21,6 +22,10 @@ func array(name string, size, entries int, key, value btf.Type) (*ebpf.Map, erro
 		Name: name, Type: ebpf.Array, KeySize: 4, ValueSize: uint32(size), MaxEntries: uint32(entries),
 		Flags: unix.BPF_F_MMAPABLE, Key: key, Value: value,
 	})
+	if errors.Is(err, ebpf.ErrNotSupported) {
+		// The library's guess, for whatever reason not even its own trial works.
+		err = fmt.Errorf("%w, or there is no memory for one", err)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("create map %s: %w", name, lacking("CAP_BPF", err))
 	}
