@@ -196,8 +196,8 @@ func (f *front) identify(ctx context.Context, xd *xenbus.Device) error {
 	return nil
 }
 
-func (f *front) prepare(context.Context, *xenbus.Device) error { return nil }
-func (f *front) finished(context.Context, *xenbus.Device)      { f.d.finish() }
+func (f *front) prepare(context.Context, *xenbus.Device) error  { return nil }
+func (f *front) finished(context.Context, *xenbus.Device, bool) { f.d.finish() }
 
 // attach makes rings and pages for what the backend offers, and publishes them.
 func (f *front) attach(ctx context.Context, xd *xenbus.Device, c *conn) error {

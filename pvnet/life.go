@@ -30,8 +30,9 @@ type role interface {
 	// On an error the connection's undo list is run by the caller.
 	attach(ctx context.Context, xd *xenbus.Device, c *conn) error
 
-	// finished runs after the device has ended.
-	finished(ctx context.Context, xd *xenbus.Device)
+	// finished runs after the device has ended, of its own accord or because the
+	// toolstack took it away. anew: there is another one by now.
+	finished(ctx context.Context, xd *xenbus.Device, anew bool)
 }
 
 // A life is the one goroutine that moves a device through its states. It alone
@@ -54,7 +55,8 @@ type life struct {
 	retryAt time.Time
 	pause   time.Duration
 	pace    pace
-	paced   uint32       // generation the pace is of
+	of      uint32       // generation that pace is of; 0: none yet
+	anew    bool         // backend: the directory is not the one we served
 	beats   int          // ticks since the link came up
 	state   xenbus.State // last written, for the event log
 	first   chan error   // told once: up, or why not; nil after
@@ -101,7 +103,7 @@ func (l *life) run(stop context.Context) {
 	l.release()
 	l.d.hush.catchUp(true)
 	ctx, cancel := l.patiently()
-	l.role.finished(ctx, l.xd)
+	l.role.finished(ctx, l.xd, l.anew)
 	cancel()
 	if l.leaving == nil {
 		l.leaving = ErrDisconnected
@@ -263,9 +265,6 @@ func (l *life) held(ch xenbus.Change) bool {
 	if l.leaving != nil {
 		return false
 	}
-	if l.paced != ch.Generation { // made anew, which no peer can do
-		l.paced, l.pace = ch.Generation, pace{}
-	}
 	now := time.Now()
 	if !now.Before(l.pace.until) {
 		l.pace.until = time.Time{}
@@ -284,6 +283,12 @@ func (l *life) move() { l.pace.move(time.Now()) }
 func (l *life) step() (over bool) {
 	for range 32 { // the handshake comes to rest after a few
 		ch := l.xd.Current()
+		if l.of != ch.Generation { // made anew, which no peer can do
+			if l.anew = l.kind == xenbus.Backend && l.of != 0; l.anew {
+				return true // a vif that is gone is not told by another in its place
+			}
+			l.of, l.pace = ch.Generation, pace{}
+		}
 		if l.held(ch) {
 			return false
 		}

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"log/slog"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -111,3 +112,70 @@ func TestACallerThatIsStuckKeepsItsMemory(t *testing.T) {
 	stop()
 	bdom.Destroy() // what was abandoned goes with the domain
 }
+
+// A vif that is taken away and made again at once may look, to whoever watches for
+// vifs, as if nothing had happened.
+func TestAVifMadeAnewAtOnceIsServed(t *testing.T) {
+	l := newLab(t)
+	fdom, bdom := l.domain(1), l.domain(2)
+	backs, _ := l.serve(bdom, pvnet.ServeConfig{Hotplug: true})
+	v := l.add(toolstack.Vif{Front: 1, Back: 2})
+	front, err := pvnet.Connect(ctx(t), fdom, "0", pvnet.Config{Buffers: 32})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer front.Disconnect()
+	for round := range 30 {
+		back := wait(t, backs)
+		switch round % 3 {
+		case 0:
+			await(t, back, true)
+			await(t, front, true)
+		case 1: // it ends before
+			back.Disconnect()
+		}
+		if err := toolstack.Remove(ctx(t), l.tools, v); err != nil {
+			t.Fatal(err)
+		}
+		l.add(v)
+		wait(t, back.Done())
+	}
+	await(t, wait(t, backs), true)
+	await(t, front, true)
+}
+
+// What another process serves is served once that one has ended.
+func TestAVifOfABackendThatEndedIsTakenOver(t *testing.T) {
+	l := newLab(t)
+	fdom, bdom := l.domain(1), l.domain(2)
+	l.add(toolstack.Vif{Front: 1, Back: 2})
+	first, stop := l.serve(bdom, pvnet.ServeConfig{Hotplug: true})
+	front, err := pvnet.Connect(ctx(t), fdom, "0", pvnet.Config{Buffers: 32})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer front.Disconnect()
+	await(t, wait(t, first), true)
+	log := new(count)
+	second, _ := l.serve(bdom, pvnet.ServeConfig{Hotplug: true, Config: pvnet.Config{Logger: slog.New(log)}})
+	for log.n.Load() == 0 { // it was refused
+		time.Sleep(time.Millisecond)
+	}
+	stop()
+	await(t, wait(t, second), true)
+	await(t, front, true)
+	if n := log.n.Load(); n != 2 { // that, and that the link is up
+		t.Errorf("%d lines of log", n)
+	}
+}
+
+// count counts log lines.
+type count struct {
+	slog.Handler
+	n atomic.Int32
+}
+
+func (c *count) Enabled(context.Context, slog.Level) bool  { return true }
+func (c *count) Handle(context.Context, slog.Record) error { c.n.Add(1); return nil }
+func (c *count) WithAttrs([]slog.Attr) slog.Handler        { return c }
+func (c *count) WithGroup(string) slog.Handler             { return c }

@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"maps"
+	"slices"
 	"strconv"
 	"sync"
 	"time"
@@ -39,8 +41,9 @@ type ServeConfig struct {
 // frontend connects, and again when it comes back; it ends when the toolstack
 // takes the vif away.
 //
-// A directory another process serves is left alone, and asked for again when it
-// changes. Serve returns when ctx ends, with its cause, after every device has
+// A directory another process serves is left alone, and asked for again, in the end
+// twice a minute. A vif whose device has ended before it was taken away is served
+// again once the toolstack has made it anew. Serve returns when ctx ends, with its cause, after every device has
 // disconnected and every accept has returned.
 func Serve(ctx context.Context, domain hypercall.Domain, cfg ServeConfig, accept func(*Device)) error {
 	err := serve(ctx, domain, cfg, accept)
@@ -72,60 +75,163 @@ func serve(ctx context.Context, domain hypercall.Domain, cfg ServeConfig, accept
 	defer wg.Wait()
 	inner, cancel := context.WithCancelCause(ctx)
 	defer cancel(ErrDisconnected)
-	served := make(map[xenbus.BackendID]chan struct{})
+	s := &server{client: client, domain: domain, cfg: cfg, accept: accept, left: make(chan xenbus.BackendID)}
+	busy := make(map[xenbus.BackendID]bool) // a goroutine looks after it
 	for {
-		ev, err := backs.Next(ctx)
+		ev, left, err := s.next(ctx, backs)
+		if left != nil {
+			delete(busy, *left)
+		}
 		if err != nil {
 			return err
 		}
-		before := served[ev.BackendID]
-		if ev.Vanished { // its Device sees it too
-			select {
-			case <-before:
-				delete(served, ev.BackendID)
-			default:
-			}
+		if ev == nil || ev.Vanished || busy[ev.BackendID] { // its goroutine sees that too
 			continue
 		}
-		done := make(chan struct{})
-		served[ev.BackendID] = done
+		id := ev.BackendID
+		busy[id] = true
 		wg.Go(func() {
-			defer close(done)
-			if before != nil {
-				<-before // the vif of this number that was there earlier
+			s.keep(inner, id)
+			select {
+			case s.left <- id:
+			case <-inner.Done():
 			}
-			serveOne(inner, client, domain, &cfg, ev.BackendID, accept)
 		})
 	}
 }
 
-// serveOne serves one directory until it is gone or ctx ends. What goes wrong
-// with it is nobody else's problem.
-func serveOne(ctx context.Context, client *xenbus.Client, domain hypercall.Domain, cfg *ServeConfig, id xenbus.BackendID, accept func(*Device)) {
-	d := newDevice(id.ID, telemetry.Backend, domain, cfg.Config)
-	log := d.log.With("frontend", id.String())
-	d.log = log
-	xd, err := xenbus.OpenBackend(ctx, client, cfg.Type, id.Front, id.ID)
-	if err != nil {
-		if ctx.Err() == nil && !errors.Is(err, xenbus.ErrNotFound) {
+// A server serves directories, each on a goroutine of its own. What goes wrong with
+// one is nobody else's problem.
+type server struct {
+	client *xenbus.Client
+	domain hypercall.Domain
+	cfg    ServeConfig
+	accept func(*Device)
+	left   chan xenbus.BackendID // directories no goroutine looks after any more
+}
+
+// next waits for a directory that came or went, or is left, or both. One that is
+// left is looked for anew: it may have gone and come back in between, of which
+// nobody is told.
+func (s *server) next(ctx context.Context, backs *xenbus.Backends) (*xenbus.BackendEvent, *xenbus.BackendID, error) {
+	c, stop := context.WithCancel(ctx)
+	var left *xenbus.BackendID
+	var asking sync.WaitGroup
+	asking.Go(func() {
+		select {
+		case id := <-s.left:
+			left = &id
+			stop()
+		case <-c.Done():
+		}
+	})
+	ev, err := backs.Next(c)
+	stop()
+	asking.Wait()
+	if left != nil {
+		backs.Forget(*left)
+	}
+	if err == nil {
+		return &ev, left, nil
+	}
+	if left != nil && ctx.Err() == nil {
+		err = nil // it was interrupted
+	}
+	return nil, left, err
+}
+
+// keep serves one directory until it has gone or was made anew, or ctx ends.
+func (s *server) keep(ctx context.Context, id xenbus.BackendID) {
+	log := slog.New(slog.DiscardHandler)
+	if s.cfg.Logger != nil {
+		log = s.cfg.Logger.With("frontend", id.String())
+	}
+	said := ""
+	for pause := retryFirst; ctx.Err() == nil; pause = min(2*pause, retryMost) {
+		xd, err := s.claim(ctx, id)
+		if err == nil {
+			s.serve(ctx, id, xd)
+			s.outlast(ctx, xd)
+			return
+		}
+		none, ok := errors.AsType[*xenbus.NoDeviceError](err)
+		if ok && !slices.Contains(none.Have, id.ID) || errors.Is(err, xenbus.ErrGone) {
+			return
+		}
+		if ctx.Err() == nil && err.Error() != said {
+			said = err.Error()
 			log.Warn("cannot serve a vif", "err", err)
 		}
-		return
+		rest(ctx, pause)
+	}
+}
+
+// claim opens a directory that nobody else serves.
+func (s *server) claim(ctx context.Context, id xenbus.BackendID) (*xenbus.Device, error) {
+	xd, err := xenbus.OpenBackend(ctx, s.client, s.cfg.Type, id.Front, id.ID)
+	if err != nil {
+		return nil, err
 	}
 	if err := xd.Claim(ctx, claimPatience); err != nil {
-		log.Warn("cannot serve a vif", "err", err)
 		closing, cancel := (*life)(nil).patiently()
+		defer cancel()
 		xd.Close(closing)
-		cancel()
-		return
+		return nil, err
 	}
-	b := &back{d: d, cfg: cfg}
+	return xd, nil
+}
+
+// serve is the life of one device.
+func (s *server) serve(ctx context.Context, id xenbus.BackendID, xd *xenbus.Device) {
+	d := newDevice(id.ID, telemetry.Backend, s.domain, s.cfg.Config)
+	d.log = d.log.With("frontend", id.String())
+	b := &back{d: d, cfg: &s.cfg}
 	b.identify(ctx, xd)
 	d.start(xd, xenbus.Backend, b, nil, func() {})
 	stop := context.AfterFunc(ctx, func() { d.stop(context.Cause(ctx)) })
-	accept(d)
+	s.accept(d)
 	<-d.done
 	stop()
+}
+
+// outlast waits until the directory of a device that has ended is no more the one
+// it was. What the device left there is Closed.
+func (s *server) outlast(ctx context.Context, xd *xenbus.Device) {
+	path := xd.Dir() + "/" + netif.KeyState
+	w, err := s.client.Watch(ctx, path)
+	if err != nil {
+		return
+	}
+	defer w.Close()
+	for {
+		state, err := s.client.Read(ctx, path)
+		switch {
+		case errors.Is(err, xenbus.ErrNotFound), errors.Is(err, xenbus.ErrAccess):
+			return
+		case err == nil && state == strconv.Itoa(int(xenbus.Initialising)):
+			return
+		case err != nil:
+			rest(ctx, retryFirst)
+		}
+		select {
+		case _, open := <-w.C():
+			if !open {
+				return
+			}
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// rest waits for a while, or until ctx ends.
+func rest(ctx context.Context, d time.Duration) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-ctx.Done():
+	}
 }
 
 // claimPatience is how long another backend of this domain has to say that it
@@ -261,8 +367,8 @@ func parseKeys(v xenbus.Values, prefix string) (k queueKeys, err error) {
 }
 
 // finished removes a directory that is gone for good.
-func (b *back) finished(ctx context.Context, xd *xenbus.Device) {
-	if ch := xd.Current(); b.cfg.Remove && !ch.Gone && !ch.Lost && (!ch.Online || ch.Vanished) {
+func (b *back) finished(ctx context.Context, xd *xenbus.Device, anew bool) {
+	if ch := xd.Current(); b.cfg.Remove && !anew && !ch.Gone && !ch.Lost && (!ch.Online || ch.Vanished) {
 		if err := xd.Remove(ctx); err != nil {
 			b.d.log.Warn("cannot remove the vif's directory", "err", err)
 		}
