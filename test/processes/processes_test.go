@@ -37,12 +37,20 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// child is the frontend in a process of its own: it sends frames of a size for
-// ever, or sends back what it receives, or takes it in. It ends when its standard
-// input does.
+// child is one end in a process of its own.
 func child() error {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
+	if os.Getenv(childVar) == "serve" {
+		return childServe(ctx)
+	}
+	return childFront(ctx)
+}
+
+// childFront is the frontend: it sends frames of a size for ever, or sends back what
+// it receives, or takes it in, or wants back what it sends. It ends when its standard
+// input does.
+func childFront(ctx context.Context) error {
 	dom, err := emu.Join(ctx, os.Getenv("BAREVIF_TEST_SOCKET"), 1)
 	if err != nil {
 		return err
@@ -58,6 +66,9 @@ func child() error {
 		dev.Disconnect()
 	}()
 	fmt.Println("ready")
+	if os.Getenv(childVar) == "ping" {
+		return ping(dev)
+	}
 	size, _ := strconv.Atoi(os.Getenv("BAREVIF_TEST_SIZE"))
 	tx, err := dev.OwnTX(0)
 	if err != nil {
@@ -90,46 +101,27 @@ func child() error {
 	return err
 }
 
-// A machine has a host, a backend in this process, and room for a child.
+// A machine has a host, a vif, and room for children: maybe a backend in this
+// process.
 type machine struct {
 	t      testing.TB
+	host   *emu.Host
+	tools  *xenbus.Client
 	socket string
 	backs  chan *pvnet.Device
 }
 
+var theVif = toolstack.Vif{Front: 1, Back: 2, MAC: [6]byte{0, 0x16, 0x3e, 0, 0, 1}}
+
+// start makes a machine with a backend.
 func start(t testing.TB) *machine {
 	t.Helper()
-	m := &machine{t: t, socket: filepath.Join(t.TempDir(), "host"), backs: make(chan *pvnet.Device, 4)}
-	st := store.New(store.Config{})
-	h, err := emu.Listen(m.socket, emu.Config{Store: func(dom hypercall.DomID, conn io.ReadWriteCloser) {
-		st.ServeConn(conn, dom)
-	}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	// The store is not told of deaths: on Xen a domain outlives a process of its.
-	dom0, err := h.NewDomain(0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	bdom, err := h.NewDomain(2)
+	m := empty(t)
+	bdom, err := m.host.NewDomain(2)
 	if err != nil {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
-	tools, err := xenbus.Dial(ctx, dom0.Store, xenbus.Config{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, id := range []hypercall.DomID{0, 1, 2} {
-		st.Introduce(id)
-		if err := toolstack.Home(ctx, tools, id); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if err := toolstack.Add(ctx, tools, toolstack.Vif{Front: 1, Back: 2, MAC: [6]byte{0, 0x16, 0x3e, 0, 0, 1}}); err != nil {
-		t.Fatal(err)
-	}
 	served := make(chan error, 1)
 	go func() {
 		served <- pvnet.Serve(ctx, bdom, pvnet.ServeConfig{Hotplug: true}, func(d *pvnet.Device) { m.backs <- d })
@@ -139,7 +131,43 @@ func start(t testing.TB) *machine {
 		if err := <-served; !errors.Is(err, context.Canceled) {
 			t.Errorf("Serve: %v", err)
 		}
-		tools.Close()
+	})
+	return m
+}
+
+// empty makes a machine without a backend.
+func empty(t testing.TB) *machine {
+	t.Helper()
+	m := &machine{t: t, socket: filepath.Join(t.TempDir(), "host"), backs: make(chan *pvnet.Device, 4)}
+	st := store.New(store.Config{})
+	h, err := emu.Listen(m.socket, emu.Config{Store: func(dom hypercall.DomID, conn io.ReadWriteCloser) {
+		st.ServeConn(conn, dom)
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.host = h
+	// The store is not told of deaths: on Xen a domain outlives a process of its.
+	dom0, err := h.NewDomain(0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	if m.tools, err = xenbus.Dial(ctx, dom0.Store, xenbus.Config{}); err != nil {
+		t.Fatal(err)
+	}
+	for _, id := range []hypercall.DomID{0, 1, 2} {
+		st.Introduce(id)
+		if err := toolstack.Home(ctx, m.tools, id); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := toolstack.Add(ctx, m.tools, theVif); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		m.tools.Close()
 		if err := h.CheckClean(); err != nil {
 			t.Error(err)
 		}
