@@ -19,7 +19,7 @@ const aboutBench = `bench compares a card owned by a program with the kernel's o
 the domains of one machine. Each moves traffic for a while and prints one line of
 JSON; "bench table" makes a table of such lines, with ratios.
 
-  through a card of ours    send, recv, ping
+  through a card of ours    send, recv, ping, stream-send, stream-recv
   through the kernel        pktgen, udp-send, udp-recv, packet-send, packet-recv,
                             tcp-send, tcp-recv, ping-socket
   watching                  count: what an interface's counters say
@@ -58,7 +58,7 @@ func benchCommand(p *program) *cobra.Command {
 	}
 	x.register(cmd)
 	for _, add := range []func(*program) *cobra.Command{
-		benchSendCommand, benchRecvCommand, benchPingCommand,
+		benchSendCommand, benchRecvCommand, benchPingCommand, benchStreamSendCommand, benchStreamRecvCommand,
 		benchPktgenCommand, benchUDPSendCommand, benchUDPRecvCommand,
 		benchPacketSendCommand, benchPacketRecvCommand, benchTCPSendCommand, benchTCPRecvCommand,
 		benchPingSocketCommand, benchCountCommand, benchTableCommand,

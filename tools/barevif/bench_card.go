@@ -22,7 +22,7 @@ import (
 type benchCard struct {
 	domain                  domainFlags
 	vif, doorbell, waitMode string
-	take, back              bool
+	take, back, offload     bool
 	profile                 string
 	wait                    time.Duration
 	doorbellKind            xendev.Doorbell
@@ -78,7 +78,7 @@ func (c *benchCard) run(ctx context.Context, fn func(context.Context, *pvnet.Dev
 	defer cancel(nil)
 	dom.watch(ctx, cancel)
 	cfg := c.log()
-	cfg.Wait = c.mode
+	cfg.Wait, cfg.Offload = c.mode, c.offload
 	if c.back {
 		return c.serve(ctx, dom, cfg, fn)
 	}

@@ -5,7 +5,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/netip"
 	"os"
@@ -56,7 +55,7 @@ func (b *benchNet) ifaceFlag(cmd *cobra.Command) {
 }
 
 func (b *benchNet) portFlag(cmd *cobra.Command) {
-	cmd.Flags().Uint16Var(&b.port, "port", 5201, "`port`")
+	cmd.Flags().Uint16Var(&b.port, "port", streamPort, "`port`")
 }
 
 func benchPktgenCommand(p *program) *cobra.Command {
@@ -315,20 +314,7 @@ func (b *benchNet) tcpSend(ctx context.Context, window time.Duration) (r benchRe
 	if err != nil {
 		return r, err
 	}
-	defer c.Close()
-	defer context.AfterFunc(ctx, func() { c.SetDeadline(time.Unix(1, 0)) })()
-	b.begun("sending")
-	buf := make([]byte, 128<<10)
-	began := time.Now()
-	for time.Since(began) < window {
-		n, err := c.Write(buf)
-		r.Bytes += uint64(n)
-		if err != nil {
-			return r, errors.Join(err, context.Cause(ctx))
-		}
-	}
-	r.Seconds = time.Since(began).Seconds()
-	return r, nil
+	return b.sendStream(ctx, window, c)
 }
 
 func benchTCPRecvCommand(p *program) *cobra.Command {
@@ -336,45 +322,12 @@ func benchTCPRecvCommand(p *program) *cobra.Command {
 		func(b *benchNet, cmd *cobra.Command) { b.portFlag(cmd) })
 }
 
-// tcpRecv takes the stream to its end: what is still under way when the sender's time
-// is over counts for both.
-func (b *benchNet) tcpRecv(ctx context.Context, window time.Duration) (r benchResult, err error) {
+func (b *benchNet) tcpRecv(ctx context.Context, window time.Duration) (benchResult, error) {
 	l, err := net.ListenTCP("tcp", &net.TCPAddr{Port: int(b.port)})
 	if err != nil {
-		return r, err
+		return benchResult{}, err
 	}
-	defer l.Close()
-	defer context.AfterFunc(ctx, func() { l.SetDeadline(time.Unix(1, 0)) })()
-	if err := l.SetDeadline(time.Now().Add(firstFrame)); err != nil {
-		return r, err
-	}
-	b.begun("receiving")
-	c, err := l.AcceptTCP()
-	if err != nil {
-		return r, fmt.Errorf("wait for the stream: %w", errors.Join(err, context.Cause(ctx)))
-	}
-	defer c.Close()
-	defer context.AfterFunc(ctx, func() { c.SetDeadline(time.Unix(1, 0)) })()
-	began := time.Now()
-	if err := c.SetDeadline(began.Add(10*window + firstFrame)); err != nil {
-		return r, err
-	}
-	buf := make([]byte, 128<<10)
-	for {
-		n, err := c.Read(buf)
-		r.Bytes += uint64(n)
-		if err == io.EOF {
-			break
-		}
-		if err != nil {
-			return r, errors.Join(err, context.Cause(ctx))
-		}
-	}
-	r.Seconds = time.Since(began).Seconds()
-	if r.Bytes == 0 {
-		return r, errNothing
-	}
-	return r, nil
+	return b.recvStream(ctx, window, l)
 }
 
 func benchPingSocketCommand(p *program) *cobra.Command {
