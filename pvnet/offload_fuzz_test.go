@@ -1,0 +1,259 @@
+package pvnet
+
+import (
+	"bytes"
+	"encoding/binary"
+	"math/rand/v2"
+	"slices"
+	"testing"
+
+	"barevif/arena"
+	"barevif/arena/shm"
+	"barevif/pvnet/netif"
+	"barevif/telemetry"
+)
+
+// layout makes where a frame's pieces begin of a number: up to as many as a peer may
+// send, the first of at least MinFrame bytes.
+func layout(seed uint64, total int) (off int, sizes []int) {
+	rng := rand.New(rand.NewPCG(seed, 1))
+	first := 4096 - rng.IntN(200)
+	if rng.IntN(2) == 0 {
+		first = MinFrame + rng.IntN(200)
+	}
+	sizes = []int{first}
+	for left := total - first; left > 0 && len(sizes) < mostPieces; left -= sizes[len(sizes)-1] {
+		rest := mostPieces - len(sizes) - 1 // pieces behind this one
+		least := max(left-4096*rest, 0)
+		n := least + rng.IntN(4097-min(least, 4096))
+		sizes = append(sizes, min(n, 4096, left))
+	}
+	return rng.IntN(4097 - min(first, total)), sizes
+}
+
+// bytesOf is what is in a frame.
+func bytesOf(f *Frame) []byte {
+	b := make([]byte, f.Len())
+	if f.CopyTo(b) != len(b) {
+		panic("a frame is shorter than it says")
+	}
+	return b
+}
+
+// completed reports whether the checksum of the segment in b is right, added up the
+// slow way.
+func completed(b []byte, h headers) bool {
+	pseudo := append(append([]byte(nil), h.addrs...), 0, h.proto, byte(h.length>>8), byte(h.length))
+	return naive(append(pseudo, b[h.l4:h.l4+h.length]...)) == 0xffff
+}
+
+// FuzzArrived has any bytes come from a peer as a frame in pieces of any length, with
+// any offloads: it is dropped, or it is what it says and can be sent to everybody.
+func FuzzArrived(f *testing.F) {
+	rng := rand.New(rand.NewPCG(1, 1))
+	for range 30 {
+		s := streams(rng)
+		s.payload = min(s.payload, 5000)
+		f.Add(s.frame(), uint16(s.size), byte(s.gso().Type), byte(rng.IntN(8)), rng.Uint64())
+	}
+	f.Add(udp4(f, 60), uint16(0), byte(0), byte(6), uint64(3))
+	f.Add(make([]byte, MinFrame), uint16(1), byte(2), byte(7), uint64(4))
+	count := telemetry.NewSet(1).RX(0)
+	f.Fuzz(func(t *testing.T, in []byte, size uint16, kind, how byte, seed uint64) {
+		if len(in) < MinFrame || len(in) > MaxFrame {
+			return
+		}
+		a := arena.New(shm.Heap(mostPieces), 4096)
+		off, sizes := layout(seed, len(in))
+		frame := chop(t, a, in, off, sizes...)
+		if frame.slots() == 0 || !bytes.Equal(bytesOf(&frame), in) {
+			t.Fatal("the test's own frame is wrong")
+		}
+		keep := how&4 != 0
+		frame.csum = []Checksum{ChecksumUnknown, ChecksumVerified, ChecksumPartial, ChecksumPartial}[how&3]
+		was, gso := frame.csum, netif.GSO{Size: size, Type: netif.GSOType(kind)}
+		if how&8 != 0 {
+			gso = netif.GSO{}
+		}
+		reason := frame.arrived(gso, keep, count)
+		if !slices.Contains([]telemetry.Reason{0, telemetry.DropBadCsum, telemetry.DropBadGSO}, reason) {
+			t.Fatalf("reason %v", reason)
+		}
+		if reason != 0 {
+			return
+		}
+		start, field, has := frame.PartialAt()
+		if frame.Checksum() == ChecksumPartial != (has && keep && (was == ChecksumPartial || gso.Size != 0)) {
+			t.Fatalf("%v comes as %v, kept %v", was, frame.Checksum(), keep)
+		}
+		out := bytesOf(&frame)
+		want := bytes.Clone(in)
+		if has { // this may be written
+			copy(want[start+field:], out[start+field:start+field+2])
+		}
+		if !bytes.Equal(out, want) {
+			t.Fatal("other bytes than those of the checksum have changed")
+		}
+		if was == ChecksumPartial && !keep {
+			h, ok := parse(out, len(out))
+			if !ok {
+				t.Fatal("a checksum of nothing")
+			}
+			// Garbage in the field stays garbage, as in Linux.
+			if binary.BigEndian.Uint16(in[start+field:]) == h.pseudo(h.length) && !completed(out, h) {
+				t.Fatal("the checksum is not complete")
+			}
+		}
+		if (frame.GSO() != GSO{}) && (!keep || frame.Checksum() != ChecksumPartial || frame.GSO() != GSO{GSOType(kind), size}) {
+			t.Fatalf("%+v comes as %+v", gso, frame.GSO())
+		}
+		goesOn(t, &frame)
+	})
+}
+
+// goesOn demands that a frame which arrived can be sent to a peer that takes all of
+// it, and to one that takes nothing.
+func goesOn(t *testing.T, f *Frame) {
+	t.Helper()
+	const all = takesCsum4 | takesCsum6 | takesGSO4 | takesGSO6
+	if w := all.fit(f); w != fits {
+		t.Fatalf("what came does not fit who takes everything: %d", w)
+	}
+	switch w := offers(0).fit(f); {
+	case f.GSO() != GSO{}:
+		if w != uncut {
+			t.Fatalf("%d, not to be cut", w)
+		}
+		chew(t, f)
+	case f.Checksum() == ChecksumPartial:
+		if w != incomplete || !f.completeChecksum() {
+			t.Fatalf("%d, not to be completed", w)
+		}
+	case w != fits:
+		t.Fatalf("%d, for a whole frame", w)
+	}
+}
+
+// chew cuts f and demands that the pieces are few, not long, and all there is.
+func chew(t *testing.T, f *Frame) {
+	t.Helper()
+	whole := bytesOf(f)
+	c, ok := newCutter(f)
+	if !ok || c.pieces() < 2 || c.pieces() > maxCuts || c.need().slots > 256 {
+		t.Fatalf("%v: %d pieces that need %+v", ok, c.pieces(), c.need())
+	}
+	head, want, got := c.h.payload, c.left, 0
+	pool := arena.New(shm.Heap(mostPieces), 4096)
+	for last := c.left + 1; c.left > 0; {
+		if c.left >= last {
+			t.Fatal("it does not end")
+		}
+		last = c.left
+		var g Frame
+		if !build(pool, c.length(), &g) {
+			t.Fatal("a piece that no page holds")
+		}
+		c.next(&g)
+		b := bytesOf(&g)
+		if len(b) > head+int(f.GSO().Size) || len(b) <= head || g.Checksum() == ChecksumPartial || g.GSO() != (GSO{}) {
+			t.Fatalf("a piece of %d bytes, %v", len(b), g.Checksum())
+		}
+		if !bytes.Equal(b[head:], whole[head+got:][:len(b)-head]) {
+			t.Fatal("a piece of something else")
+		}
+		if h, ok := parse(b, len(b)); !ok || h.l4+h.length != len(b) || !completed(b, h) {
+			t.Fatal("a piece whose lengths or checksum are wrong")
+		}
+		got += len(b) - head
+		pool.Release(g.buf)
+	}
+	if got != want {
+		t.Fatalf("%d of %d bytes", got, want)
+	}
+}
+
+// FuzzSetGSO has a caller say anything of any bytes.
+func FuzzSetGSO(f *testing.F) {
+	rng := rand.New(rand.NewPCG(2, 2))
+	for range 30 {
+		s := streams(rng)
+		s.payload = min(s.payload, 3000)
+		f.Add(s.frame(), uint16(s.size), byte(s.gso().Type), rng.Uint64(), []byte{byte(rng.IntN(100)), byte(rng.Uint32())})
+	}
+	f.Fuzz(func(t *testing.T, in []byte, size uint16, kind byte, seed uint64, changes []byte) {
+		if len(in) < MinFrame || len(in) > MaxFrame {
+			return
+		}
+		a := arena.New(shm.Heap(mostPieces), 4096)
+		off, sizes := layout(seed, len(in))
+		frame := chop(t, a, in, off, sizes...)
+		err := frame.SetGSO(GSO{GSOType(kind), size})
+		if err != nil && (err != ErrOffload || frame.GSO() != GSO{} || frame.Checksum() != ChecksumUnknown) {
+			t.Fatalf("%v, %+v, %v", err, frame.GSO(), frame.Checksum())
+		}
+		if err == nil && size != 0 {
+			goesOn(t, &frame)
+			if !bytes.Equal(bytesOf(&frame), in) && (frame.GSO() != GSO{}) {
+				t.Fatal("the frame has changed")
+			}
+		}
+		// The headers become something else afterwards: it is refused or cut, and
+		// that is all.
+		for len(changes) >= 2 {
+			if i := int(changes[0]); i < len(frame.Bytes()) {
+				frame.Bytes()[i] = changes[1]
+			}
+			changes = changes[2:]
+		}
+		for o := range takesGSO6 << 1 {
+			if o.fit(&frame) == uncut {
+				if c, ok := newCutter(&frame); ok && c.left > int(frame.GSO().Size) {
+					chew(t, &frame)
+				}
+			}
+		}
+	})
+}
+
+// FuzzCut cuts long frames of every kind in pages of every kind.
+func FuzzCut(f *testing.F) {
+	for i := range uint64(20) {
+		f.Add(i, i, uint16(1+100*i), uint16(3000*i))
+	}
+	f.Fuzz(func(t *testing.T, kind, where uint64, size, payload uint16) {
+		s := streams(rand.New(rand.NewPCG(kind, 3)))
+		s.behind = 0
+		s.size = max(int(size), 1)
+		s.payload = min(int(payload), MaxFrame-s.headers())
+		a := arena.New(shm.Heap(mostPieces), 4096)
+		off, sizes := layout(where, s.headers()+s.payload)
+		sizes[0] = max(sizes[0], s.headers())
+		off = min(off, 4096-min(sizes[0], s.headers()+s.payload))
+		frame := chop(t, a, s.frame(), off, sizes...)
+		err := frame.SetGSO(s.gso())
+		if s.payload > maxCuts*s.size {
+			if err != ErrOffload {
+				t.Fatalf("%+v: %v", s, err)
+			}
+			return
+		}
+		if err != nil || (frame.GSO() == GSO{}) != (s.payload <= s.size) {
+			t.Fatalf("%+v: %v, %+v", s, err, frame.GSO())
+		}
+		if (frame.GSO() == GSO{}) {
+			return
+		}
+		pool := arena.New(shm.Heap(mostPieces), 4096)
+		var pieces [][]byte
+		for c, _ := newCutter(&frame); c.left > 0; {
+			var g Frame
+			if !build(pool, c.length(), &g) {
+				t.Fatal("no buffers")
+			}
+			c.next(&g)
+			pieces = append(pieces, bytesOf(&g))
+			pool.Release(g.buf)
+		}
+		s.cut(t, pieces)
+	})
+}
