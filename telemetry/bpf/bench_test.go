@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"barevif/telemetry"
+	"barevif/telemetry/bpf/bpftest"
 )
 
 // One batch of frames counted as a queue's owner counts it, in places of every
@@ -31,7 +32,7 @@ func BenchmarkPublish(b *testing.B) {
 						b.Fatal(err)
 					}
 				case KindIterator:
-					needBPF(b)
+					bpftest.Need(b)
 					open(b, &Store{}, telemetry.Info{Handle: 2}, 1, KindIterator)
 					set = open(b, &Store{}, info, 1, KindIterator)
 				}
@@ -56,7 +57,7 @@ func BenchmarkPublish(b *testing.B) {
 }
 
 func BenchmarkOpenClose(b *testing.B) {
-	needBPF(b)
+	bpftest.Need(b)
 	for b.Loop() {
 		set := telemetry.NewSet(2)
 		set.Open(&Store{}, telemetry.Info{Handle: 3})
@@ -66,7 +67,7 @@ func BenchmarkOpenClose(b *testing.B) {
 
 // A scrape as a monitoring agent makes it.
 func BenchmarkCat(b *testing.B) {
-	needBPF(b)
+	bpftest.Need(b)
 	for _, queues := range []int{1, 8} {
 		b.Run(fmt.Sprintf("queues=%d", queues), func(b *testing.B) {
 			info := telemetry.Info{Handle: 4}

@@ -14,12 +14,13 @@ import (
 	"golang.org/x/sys/unix"
 
 	"barevif/telemetry"
+	"barevif/telemetry/bpf/bpftest"
 )
 
 // as is a command that runs another as an unprivileged user with some
 // capabilities.
 func as(t *testing.T, uid int, caps ...string) []string {
-	setpriv := needTool(t, "setpriv")
+	setpriv := bpftest.Tool(t, "setpriv")
 	id := fmt.Sprint(uid)
 	cmd := []string{setpriv, "--reuid", id, "--regid", id, "--clear-groups", "--no-new-privs"}
 	if len(caps) == 0 {
@@ -122,7 +123,7 @@ func TestStoreDoesWithWhatItIsAllowed(t *testing.T) {
 		}, KindPins, "cannot allocate memory"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			needBPF(t)
+			bpftest.Need(t)
 			p := plan{Info: device(t), Packets: 99}
 			front := c.plan(t, &p)
 			o := start(t, p, front...)
@@ -146,14 +147,14 @@ func TestStoreDoesWithWhatItIsAllowed(t *testing.T) {
 					t.Errorf("a reader finds %d packets in %s (%s)", rep.Stats.RX.Get(telemetry.Packets), rep.Kind, rep.Reason)
 				}
 			}
-			o.end(t)
+			o.End(t)
 		})
 	}
 }
 
 // Directories that cannot be used for pins cost the pins, not the maps.
 func TestUnusableDirectoryIsRefused(t *testing.T) {
-	needBPF(t)
+	bpftest.Need(t)
 	base := ownDir(t, 0)
 	for _, c := range []struct {
 		name, reason string
@@ -252,7 +253,7 @@ func mkdir(t *testing.T, path string, mode os.FileMode, uid int) string {
 
 // A directory with things in it that are not ours is used, and left alone.
 func TestForeignFilesStay(t *testing.T) {
-	needBPF(t)
+	bpftest.Need(t)
 	root := ownDir(t, 0)
 	info := device(t)
 	dir := mkdir(t, filepath.Join(root, info.Name()), 0o755, 0)
@@ -276,7 +277,7 @@ func TestForeignFilesStay(t *testing.T) {
 // Whoever may, takes the pins away or puts something else in their place. The
 // device counts on, and its end says what it could not remove.
 func TestPinsTakenAwayDoNotMatter(t *testing.T) {
-	needBPF(t)
+	bpftest.Need(t)
 	for _, c := range []struct {
 		name string
 		take func(t *testing.T, dir string)
@@ -373,10 +374,10 @@ func TestMemfdIsSealed(t *testing.T) {
 	r := reader(t, device(t).Name())
 	rep, err := r.Read()
 	r.Close()
-	if err != nil || rep.Stats.RX.Get(telemetry.Packets) != 12 || rep.PID != o.cmd.Process.Pid {
+	if err != nil || rep.Stats.RX.Get(telemetry.Packets) != 12 || rep.PID != o.Cmd.Process.Pid {
 		t.Errorf("%v, %+v", err, rep)
 	}
-	o.end(t)
+	o.End(t)
 	f.Close()
 	all, err := List("")
 	for _, s := range all {
@@ -405,12 +406,12 @@ func TestMemfdNeedsNoRoot(t *testing.T) {
 	if other.Kind != "" {
 		t.Errorf("another user finds %+v", other.ready)
 	}
-	o.end(t)
+	o.End(t)
 }
 
 // Who may read the metrics only gets the counters out of the text.
 func TestReaderWithoutRightsUsesTheText(t *testing.T) {
-	needBPF(t)
+	bpftest.Need(t)
 	info := device(t)
 	set := open(t, &Store{Public: true}, info, 2, KindIterator)
 	fill(set)

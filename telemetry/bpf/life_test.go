@@ -18,10 +18,11 @@ import (
 	"github.com/cilium/ebpf"
 
 	"barevif/telemetry"
+	"barevif/telemetry/bpf/bpftest"
 )
 
 func TestSecondOwnerGetsNoPins(t *testing.T) {
-	needBPF(t)
+	bpftest.Need(t)
 	info := device(t)
 	first := start(t, plan{Info: info, Packets: 1})
 	if first.Kind != KindIterator {
@@ -63,18 +64,18 @@ func TestSecondOwnerGetsNoPins(t *testing.T) {
 	if _, err := os.Stat(filepath.Join(DefaultRoot, info.Name(), pinMetrics)); err != nil {
 		t.Errorf("the second owner's end took the first one's pins: %v", err)
 	}
-	first.end(t)
+	first.End(t)
 	open(t, &Store{}, info, 1, KindIterator)
 }
 
 // Whatever a killed owner was doing, the next one gets the pins, and whoever
 // opens the path of the counters always finds some.
 func TestKilledOwnerIsReplaced(t *testing.T) {
-	needBPF(t)
+	bpftest.Need(t)
 	info := device(t)
 	dir := filepath.Join(DefaultRoot, info.Name())
 	first := start(t, plan{Info: info})
-	first.kill()
+	first.Kill()
 
 	var stop atomic.Bool
 	var wg sync.WaitGroup
@@ -96,19 +97,19 @@ func TestKilledOwnerIsReplaced(t *testing.T) {
 		if o.Kind != KindIterator {
 			t.Fatalf("round %d: mirrored to %+v", i, o.ready)
 		}
-		o.kill()
+		o.Kill()
 	}
 	// Killed before it could say anything, at any step of its start.
 	for i := range 25 {
 		p := plan{Info: info, Queues: 4}
 		o := launch(t, p)
 		<-time.After(time.Duration(rand.N(40_000)) * time.Microsecond)
-		o.kill()
+		o.Kill()
 		after := start(t, plan{Info: info})
 		if after.Kind != KindIterator {
 			t.Fatalf("round %d: mirrored to %+v", i, after.ready)
 		}
-		after.kill()
+		after.Kill()
 	}
 	stop.Store(true)
 	wg.Wait()
@@ -123,7 +124,7 @@ func TestKilledOwnerIsReplaced(t *testing.T) {
 	if _, err := os.Stat(dir); !os.IsNotExist(err) {
 		t.Errorf("the directory is still there: %v", err)
 	}
-	eventually(t, "the killed owners' maps go away", func() bool { return len(ourMaps(t, info)) == 0 })
+	bpftest.Eventually(t, "the killed owners' maps go away", func() bool { return len(ourMaps(t, info)) == 0 })
 }
 
 // ourMaps are the maps of a device that the kernel still holds.
@@ -153,7 +154,7 @@ func ourMaps(t *testing.T, info telemetry.Info) (names []string) {
 // Owners of one name come and go at once: each gets the pins or hears that they
 // are taken, and the last one leaves nothing.
 func TestOwnersOfOneNameTakeTurns(t *testing.T) {
-	needBPF(t)
+	bpftest.Need(t)
 	info := device(t)
 	var pinned, busy atomic.Int32
 	var wg sync.WaitGroup
@@ -187,7 +188,7 @@ func TestOwnersOfOneNameTakeTurns(t *testing.T) {
 }
 
 func TestKilledOwnersTotalsAreContinued(t *testing.T) {
-	needBPF(t)
+	bpftest.Need(t)
 	info := device(t)
 	read := func() *Report {
 		t.Helper()
@@ -203,7 +204,7 @@ func TestKilledOwnersTotalsAreContinued(t *testing.T) {
 	if a.Kind != KindIterator { // nothing to resume is no failure
 		t.Fatalf("mirrored to %+v", a.ready)
 	}
-	a.kill()
+	a.Kill()
 	if rep := read(); rep.Stats.RX.Get(telemetry.Packets) != 100 {
 		t.Fatalf("a killed owner's pins show %d packets", rep.Stats.RX.Get(telemetry.Packets))
 	}
@@ -215,10 +216,10 @@ func TestKilledOwnersTotalsAreContinued(t *testing.T) {
 	if n := rep.Stats.RX.Get(telemetry.Packets); n != 111 || rep.Stats.RX.Dropped() != 111 || rep.Stats.RX.Get(telemetry.Bytes) != 11100 {
 		t.Errorf("%d packets, want 100 continued by 11", n)
 	}
-	if rep.PID != b.cmd.Process.Pid {
-		t.Errorf("owner %d, want %d", rep.PID, b.cmd.Process.Pid)
+	if rep.PID != b.Cmd.Process.Pid {
+		t.Errorf("owner %d, want %d", rep.PID, b.Cmd.Process.Pid)
 	}
-	b.kill()
+	b.Kill()
 
 	set := open(t, &resume, info, 1, KindIterator)
 	set.RX(0).Add(telemetry.Packets, 5)
@@ -237,18 +238,18 @@ func TestKilledOwnersTotalsAreContinued(t *testing.T) {
 	}
 
 	c := start(t, plan{Info: info, Packets: 3})
-	c.kill()
+	c.Kill()
 	d := start(t, plan{Info: info, Packets: 4}) // without Resume
 	if n := read().Stats.RX.Get(telemetry.Packets); n != 4 {
 		t.Errorf("%d packets, want a fresh start with 4", n)
 	}
-	d.end(t)
+	d.End(t)
 }
 
 // However often owners are killed, and wherever they were, what the pins say never
 // goes back, and lost frames are their reasons.
 func TestTotalsOutliveManyKills(t *testing.T) {
-	needBPF(t)
+	bpftest.Need(t)
 	info := device(t)
 	var last uint64
 	for i := range 25 {
@@ -272,7 +273,7 @@ func TestTotalsOutliveManyKills(t *testing.T) {
 		sees(10)
 		<-time.After(time.Duration(rand.N(20_000)) * time.Microsecond)
 		sees(0)
-		o.kill()
+		o.Kill()
 		sees(0)
 	}
 	set := open(t, &Store{Resume: true}, info, 1, KindIterator)
@@ -293,7 +294,7 @@ func TestTotalsOutliveManyKills(t *testing.T) {
 
 // Pins of another version are replaced, but their totals are not believed.
 func TestTotalsOfAnotherLayoutAreNotContinued(t *testing.T) {
-	needBPF(t)
+	bpftest.Need(t)
 	good := infoRecord{Version: telemetry.LayoutVersion, Layout: telemetry.Layout(), Slots: 1}
 	copy(good.Magic[:], infoMagic)
 	wrong := good
@@ -380,7 +381,7 @@ func TestSumsOfATornBlockAreMended(t *testing.T) {
 }
 
 func TestHeartbeatTellsTheLivingFromTheDead(t *testing.T) {
-	needBPF(t)
+	bpftest.Need(t)
 	info := device(t)
 	set := open(t, &Store{}, info, 1, KindIterator)
 	r := reader(t, info.Name())
@@ -399,7 +400,7 @@ func TestHeartbeatTellsTheLivingFromTheDead(t *testing.T) {
 }
 
 func TestReportTellsTheDevice(t *testing.T) {
-	needBPF(t)
+	bpftest.Need(t)
 	info := device(t)
 	info.Role, info.Own, info.Peer = telemetry.Backend, 65535, 65534
 	set := open(t, &Store{}, info, 2, KindIterator)

@@ -10,9 +10,7 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -20,77 +18,17 @@ import (
 	"golang.org/x/sys/unix"
 
 	"barevif/telemetry"
+	"barevif/telemetry/bpf/bpftest"
 )
 
-const (
-	envNamespace = "BAREVIF_TEST_MOUNTNS"
-	envOwner     = "BAREVIF_TEST_OWNER"
-)
+// envOwner holds the plan of a process that is an owner.
+const envOwner = "BAREVIF_TEST_OWNER"
 
-// noBPF says why this machine cannot run tests on maps; "" if it can.
-var noBPF string
-
-// TestMain runs the tests in a mount namespace of their own, on a BPF file
-// system of their own.
 func TestMain(m *testing.M) {
-	switch {
-	case os.Getenv(envOwner) != "":
+	if os.Getenv(envOwner) != "" {
 		os.Exit(owner())
-	case os.Geteuid() != 0:
-		noBPF = "not root"
-	case os.Getenv(envNamespace) == "":
-		code, err := again()
-		if err == nil {
-			os.Exit(code)
-		}
-		noBPF = "mount namespace: " + err.Error()
-	default:
-		noBPF = mountBPF()
 	}
-	code := m.Run()
-	os.RemoveAll(binaryDir())
-	os.Exit(code)
-}
-
-// again runs this program in a new mount namespace.
-func again() (code int, err error) {
-	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
-	cmd.Env = append(os.Environ(), envNamespace+"=1")
-	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
-	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNS}
-	if err = cmd.Run(); cmd.ProcessState != nil {
-		return cmd.ProcessState.ExitCode(), nil
-	}
-	return 1, err
-}
-
-func mountBPF() string {
-	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
-		return "private mounts: " + err.Error()
-	}
-	if err := unix.Mount("bpf", "/sys/fs/bpf", "bpf", 0, "mode=0755"); err != nil {
-		return "mount a BPF file system: " + err.Error()
-	}
-	return ""
-}
-
-func needBPF(t testing.TB) {
-	t.Helper()
-	if noBPF != "" {
-		t.Skip("no BPF file system of our own: " + noBPF)
-	}
-}
-
-func needTool(t testing.TB, name string) string {
-	t.Helper()
-	path, err := exec.LookPath(name)
-	if err != nil {
-		path, err = exec.LookPath("/usr/sbin/" + name)
-	}
-	if err != nil {
-		t.Skip(name + " is not installed")
-	}
-	return path
+	os.Exit(bpftest.Main(m))
 }
 
 // A plan is what an owner process of a test does.
@@ -224,9 +162,7 @@ func deny(calls, commands []uint32, errno syscall.Errno) error {
 // A process is an owner that runs.
 type process struct {
 	ready
-	cmd *exec.Cmd
-	in  io.Closer
-	out io.Reader
+	*bpftest.Process
 }
 
 // start runs a plan in a process of its own, with a command such as setpriv in
@@ -234,7 +170,7 @@ type process struct {
 func start(t testing.TB, p plan, front ...string) *process {
 	t.Helper()
 	pr := launch(t, p, front...)
-	line, err := bufio.NewReader(pr.out).ReadString('\n')
+	line, err := bufio.NewReader(pr.Out).ReadString('\n')
 	if err != nil {
 		t.Fatalf("the owner said nothing: %v", err)
 	}
@@ -251,102 +187,7 @@ func launch(t testing.TB, p plan, front ...string) *process {
 	if err != nil {
 		t.Fatal(err)
 	}
-	args := append(front, testBinary(t))
-	cmd := exec.Command(args[0], args[1:]...)
-	// The race detector would make every end last a second.
-	cmd.Env = append(os.Environ(), envOwner+"="+string(text), "GORACE=atexit_sleep_ms=0")
-	cmd.Stderr = os.Stderr
-	in, err := cmd.StdinPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	pr := &process{cmd: cmd, in: in, out: out}
-	t.Cleanup(func() { pr.kill() })
-	return pr
-}
-
-// kill is kill -9; it is harmless on a process that has ended.
-func (p *process) kill() {
-	if p.cmd.ProcessState == nil {
-		p.cmd.Process.Kill()
-		p.cmd.Wait()
-		p.in.Close()
-	}
-}
-
-// end closes the owner's device and waits for it.
-func (p *process) end(t testing.TB) {
-	t.Helper()
-	p.in.Close()
-	if err := p.cmd.Wait(); err != nil {
-		t.Fatalf("the owner ended with %v", err)
-	}
-}
-
-func binaryDir() string {
-	return filepath.Join(os.TempDir(), fmt.Sprintf("barevif-bpf-test-%d", os.Getpid()))
-}
-
-// testBinary is a copy of this program that other users may run.
-func testBinary(t testing.TB) string {
-	t.Helper()
-	dir := binaryDir()
-	path := filepath.Join(dir, "owner.test")
-	if _, err := os.Stat(path); err == nil {
-		return path
-	}
-	if err := errors.Join(os.MkdirAll(dir, 0o755), os.Chmod(dir, 0o755)); err != nil {
-		t.Fatal(err)
-	}
-	self, err := os.Open("/proc/self/exe")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer self.Close()
-	out, err := os.OpenFile(path+"~", os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o755)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := io.Copy(out, self); err != nil {
-		t.Fatal(err)
-	}
-	if err := errors.Join(out.Close(), os.Chmod(path+"~", 0o755), os.Rename(path+"~", path)); err != nil {
-		t.Fatal(err)
-	}
-	return path
-}
-
-func run(t testing.TB, name string, args ...string) string {
-	t.Helper()
-	out, err := exec.Command(name, args...).Output()
-	if err != nil {
-		var exit *exec.ExitError
-		if errors.As(err, &exit) {
-			t.Fatalf("%s %s: %v\n%s", name, strings.Join(args, " "), err, exit.Stderr)
-		}
-		t.Fatalf("%s: %v", name, err)
-	}
-	return string(out)
-}
-
-// eventually waits for something the kernel does in its own time.
-func eventually(t testing.TB, what string, ok func() bool) {
-	t.Helper()
-	deadline := time.After(20 * time.Second)
-	for !ok() {
-		select {
-		case <-deadline:
-			t.Fatalf("%s: not within 20 s", what)
-		case <-time.After(10 * time.Millisecond):
-		}
-	}
+	return &process{Process: bpftest.Start(t, envOwner+"="+string(text), front...)}
 }
 
 var update = flag.Bool("update", false, "write testdata anew")

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"barevif/telemetry"
+	"barevif/telemetry/bpf/bpftest"
 	"barevif/telemetry/openmetrics"
 )
 
@@ -80,16 +81,16 @@ type formatted struct {
 
 func dump(t *testing.T, path string) []formatted {
 	t.Helper()
-	tool := needTool(t, "bpftool")
+	tool := bpftest.Tool(t, "bpftool")
 	var out []formatted
-	if err := json.Unmarshal([]byte(run(t, tool, "-j", "map", "dump", "pinned", path)), &out); err != nil {
+	if err := json.Unmarshal([]byte(bpftest.Run(t, tool, "-j", "map", "dump", "pinned", path)), &out); err != nil {
 		t.Fatal(err)
 	}
 	return out
 }
 
 func TestBpftoolNamesEveryCounter(t *testing.T) {
-	needBPF(t)
+	bpftest.Need(t)
 	info := device(t)
 	set := open(t, &Store{}, info, 3, KindIterator)
 	fill(set)
@@ -146,7 +147,7 @@ func TestBpftoolNamesEveryCounter(t *testing.T) {
 }
 
 func TestBpftoolShowsTheDevice(t *testing.T) {
-	needBPF(t)
+	bpftest.Need(t)
 	info := device(t)
 	info.Role = telemetry.Backend
 	set := open(t, &Store{}, info, 1, KindIterator)
@@ -205,7 +206,7 @@ func mapIDAt(t *testing.T, path string) uint32 {
 }
 
 func TestBpftoolShowsEventsByName(t *testing.T) {
-	needBPF(t)
+	bpftest.Need(t)
 	info := device(t)
 	set := open(t, &Store{}, info, 1, KindIterator)
 	for k := telemetry.EventState; k <= telemetry.EventReconnect; k++ {
@@ -226,8 +227,8 @@ func TestBpftoolShowsEventsByName(t *testing.T) {
 }
 
 func TestLayoutIsThatOfTheHeader(t *testing.T) {
-	needBPF(t)
-	tool := needTool(t, "bpftool")
+	bpftest.Need(t)
+	tool := bpftest.Tool(t, "bpftool")
 	info := device(t)
 	open(t, &Store{}, info, 1, KindIterator)
 	var got strings.Builder
@@ -235,11 +236,11 @@ func TestLayoutIsThatOfTheHeader(t *testing.T) {
 		var shown struct {
 			BTF int `json:"btf_id"`
 		}
-		out := run(t, tool, "-j", "map", "show", "pinned", filepath.Join(DefaultRoot, info.Name(), pin))
+		out := bpftest.Run(t, tool, "-j", "map", "show", "pinned", filepath.Join(DefaultRoot, info.Name(), pin))
 		if err := json.Unmarshal([]byte(out), &shown); err != nil || shown.BTF == 0 {
 			t.Fatalf("%v: %s", err, out)
 		}
-		text := run(t, tool, "btf", "dump", "id", fmt.Sprint(shown.BTF), "format", "c")
+		text := bpftest.Run(t, tool, "btf", "dump", "id", fmt.Sprint(shown.BTF), "format", "c")
 		fmt.Fprintf(&got, "/* %s */\n", pin)
 		for line := range strings.Lines(text) {
 			// What differs between versions of bpftool is not our layout.
@@ -252,13 +253,13 @@ func TestLayoutIsThatOfTheHeader(t *testing.T) {
 }
 
 func TestCatPrintsWhatOpenMetricsWrites(t *testing.T) {
-	needBPF(t)
+	bpftest.Need(t)
 	for _, queues := range []int{1, 2, 8, 64} {
 		t.Run(fmt.Sprintf("queues=%d", queues), func(t *testing.T) {
 			info := device(t)
 			set := open(t, &Store{}, info, queues, KindIterator)
 			fill(set)
-			got := run(t, "cat", filepath.Join(DefaultRoot, info.Name(), pinMetrics))
+			got := bpftest.Run(t, "cat", filepath.Join(DefaultRoot, info.Name(), pinMetrics))
 			var want strings.Builder
 			if err := openmetrics.Write(&want, openmetrics.Device{Name: info.Name(), Stats: set.Totals()}); err != nil {
 				t.Fatal(err)
@@ -277,7 +278,7 @@ func TestCatPrintsWhatOpenMetricsWrites(t *testing.T) {
 }
 
 func TestStrictParserAcceptsWhatCatPrints(t *testing.T) {
-	needBPF(t)
+	bpftest.Need(t)
 	const python = "/usr/bin/python3"
 	if exec.Command(python, "-c", "import prometheus_client.openmetrics.parser").Run() != nil {
 		t.Skip("python3-prometheus-client is not installed")
@@ -306,8 +307,8 @@ func TestStrictParserAcceptsWhatCatPrints(t *testing.T) {
 
 // The text needs neither rights nor a running owner.
 func TestAnybodyMayCatPublicMetrics(t *testing.T) {
-	needBPF(t)
-	setpriv := needTool(t, "setpriv")
+	bpftest.Need(t)
+	setpriv := bpftest.Tool(t, "setpriv")
 	nobody := []string{"--reuid", "65534", "--regid", "65534", "--clear-groups", "--bounding-set=-all", "--inh-caps=-all"}
 	cat := func(path string) (string, error) {
 		out, err := exec.Command(setpriv, append(nobody, "cat", path)...).CombinedOutput()
@@ -328,25 +329,25 @@ func TestAnybodyMayCatPublicMetrics(t *testing.T) {
 		}
 	}
 	check("while the owner runs")
-	if err := o.cmd.Process.Signal(syscall.SIGSTOP); err != nil {
+	if err := o.Cmd.Process.Signal(syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
 	check("while the owner is stopped")
-	o.kill()
+	o.Kill()
 	check("after the owner was killed")
 
 	private := start(t, plan{Info: info})
 	if out, err := cat(path); err == nil {
 		t.Errorf("metrics that are not public were read: %d bytes", len(out))
 	}
-	private.end(t)
+	private.End(t)
 	if _, err := os.Stat(filepath.Join(DefaultRoot, info.Name())); !os.IsNotExist(err) {
 		t.Errorf("the directory of a closed device is still there: %v", err)
 	}
 }
 
 func TestGroupMayReadPins(t *testing.T) {
-	needBPF(t)
+	bpftest.Need(t)
 	info := device(t)
 	open(t, &Store{Group: 4242}, info, 1, KindIterator)
 	dir := filepath.Join(DefaultRoot, info.Name())
@@ -371,7 +372,7 @@ func TestOutsideReadersSeeOneInstant(t *testing.T) {
 			if kind == KindMemfd {
 				p.Deny = []uint32{unix.SYS_BPF}
 			} else {
-				needBPF(t)
+				bpftest.Need(t)
 			}
 			o := start(t, p)
 			if o.Kind != kind {
@@ -399,7 +400,7 @@ func TestOutsideReadersSeeOneInstant(t *testing.T) {
 			if last == 0 {
 				t.Error("saw no traffic")
 			}
-			o.end(t)
+			o.End(t)
 		})
 	}
 }
@@ -431,8 +432,8 @@ func source(t *testing.T, name string) Source {
 }
 
 func TestTamperedMirrorIsHealedAndReported(t *testing.T) {
-	needBPF(t)
-	tool := needTool(t, "bpftool")
+	bpftest.Need(t)
+	tool := bpftest.Tool(t, "bpftool")
 	info := device(t)
 	set := open(t, &Store{}, info, 1, KindIterator)
 	set.RX(0).Add(telemetry.Packets, 10)
@@ -440,9 +441,9 @@ func TestTamperedMirrorIsHealedAndReported(t *testing.T) {
 	dir := filepath.Join(DefaultRoot, info.Name())
 
 	ff := strings.Fields(strings.Repeat("ff ", queueBytes))
-	run(t, tool, append([]string{"map", "update", "pinned", filepath.Join(dir, pinCounters),
+	bpftest.Run(t, tool, append([]string{"map", "update", "pinned", filepath.Join(dir, pinCounters),
 		"key", "hex", "00", "00", "00", "00", "value", "hex"}, ff...)...)
-	run(t, tool, append([]string{"map", "update", "pinned", filepath.Join(dir, pinInfo),
+	bpftest.Run(t, tool, append([]string{"map", "update", "pinned", filepath.Join(dir, pinInfo),
 		"key", "hex", "00", "00", "00", "00", "value", "hex"}, ff[:infoBytes]...)...)
 
 	if st := set.Snapshot(); st.RX.Get(telemetry.Packets) != 10 {
@@ -466,15 +467,15 @@ func TestTamperedMirrorIsHealedAndReported(t *testing.T) {
 }
 
 func TestPublishingMakesNoSystemCall(t *testing.T) {
-	needBPF(t)
-	strace := needTool(t, "strace")
+	bpftest.Need(t)
+	strace := bpftest.Tool(t, "strace")
 	calls := func(publishes int) int {
 		log := filepath.Join(t.TempDir(), "strace")
 		o := start(t, plan{Info: device(t), Publish: publishes}, strace, "-f", "-e", "trace=bpf,write,pwrite64", "-o", log)
 		if o.Kind != KindIterator {
 			t.Fatalf("mirrored to %+v", o.ready)
 		}
-		o.end(t)
+		o.End(t)
 		b, err := os.ReadFile(log)
 		if err != nil {
 			t.Fatal(err)
@@ -491,7 +492,7 @@ func TestPublishingMakesNoSystemCall(t *testing.T) {
 }
 
 func TestPublishingToAMapDoesNotAllocate(t *testing.T) {
-	needBPF(t)
+	bpftest.Need(t)
 	set := open(t, &Store{}, device(t), 1, KindIterator)
 	b := set.TX(0)
 	if n := testing.AllocsPerRun(1000, func() {
@@ -505,7 +506,7 @@ func TestPublishingToAMapDoesNotAllocate(t *testing.T) {
 }
 
 func TestOpenAndCloseLeaveNothing(t *testing.T) {
-	needBPF(t)
+	bpftest.Need(t)
 	count := func() int {
 		fds, err := os.ReadDir("/proc/self/fd")
 		if err != nil {

@@ -11,6 +11,7 @@ import (
 	"barevif/pvnet"
 	"barevif/telemetry"
 	"barevif/telemetry/bpf"
+	"barevif/telemetry/bpf/bpftest"
 )
 
 // BenchmarkMirror moves frames over two vifs in turn, one with its counters
@@ -109,7 +110,7 @@ func TestMoveForCounting(t *testing.T) {
 		p.move(t, size)
 	}
 	want := uint64(frames / batch * batch)
-	eventually(t, "the counts are published", func() bool {
+	bpftest.Eventually(t, "the counts are published", func() bool {
 		f, b := w.front.Stats(), w.back.Stats()
 		return f.TX.Get(telemetry.Packets) == want && b.RX.Get(telemetry.Packets) == want
 	})

@@ -1,13 +1,11 @@
 package counters
 
 import (
-	"bufio"
 	"bytes"
 	"encoding/json"
 	"fmt"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"reflect"
 	"strings"
 	"testing"
@@ -16,6 +14,7 @@ import (
 	"barevif/pvnet"
 	"barevif/telemetry"
 	"barevif/telemetry/bpf"
+	"barevif/telemetry/bpf/bpftest"
 	"barevif/telemetry/openmetrics"
 )
 
@@ -58,7 +57,7 @@ func exercised(t *testing.T, s *bpf.Store) *wire {
 		}
 	}
 	// Owners that do nothing any more publish with the next tick.
-	eventually(t, "the counts are published", func() bool {
+	bpftest.Eventually(t, "the counts are published", func() bool {
 		f, b := w.front.Stats(), w.back.Stats()
 		return f.TX.Get(telemetry.Packets) == toBack.frames() && b.RX.Get(telemetry.Packets) == toBack.frames() &&
 			b.TX.Get(telemetry.Packets) == toFront.frames() && f.RX.Get(telemetry.Packets) == toFront.frames()
@@ -69,7 +68,7 @@ func exercised(t *testing.T, s *bpf.Store) *wire {
 // bpftool gives the named counters, as bpftool prints them.
 func bpftool(t *testing.T, dir string) Dump {
 	t.Helper()
-	d, err := ParseDump([]byte(run(t, needTool(t, "bpftool"), "-j", "map", "dump", "pinned", dir+"/counters")))
+	d, err := ParseDump([]byte(bpftest.Run(t, bpftest.Tool(t, "bpftool"), "-j", "map", "dump", "pinned", dir+"/counters")))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -86,8 +85,8 @@ func number(t *testing.T, d Dump, name string) uint64 {
 }
 
 func TestBpftoolShowsTheFramesThatWereSent(t *testing.T) {
-	needBPF(t)
-	needTool(t, "bpftool")
+	bpftest.Need(t)
+	bpftest.Tool(t, "bpftool")
 	exercised(t, &bpf.Store{})
 	front, back := bpftool(t, frontPins), bpftool(t, backPins)
 	for _, c := range []struct {
@@ -138,7 +137,7 @@ func TestFramesLostWithThePeerAreCountedByReason(t *testing.T) {
 		t.Fatal(k, err)
 	}
 	w.back.Disconnect() // nobody has received them
-	eventually(t, "every frame sent is lost", func() bool {
+	bpftest.Eventually(t, "every frame sent is lost", func() bool {
 		tx := w.front.Stats().TX
 		return tx.Lost(telemetry.DropDisconnected) == 8
 	})
@@ -149,8 +148,8 @@ func TestFramesLostWithThePeerAreCountedByReason(t *testing.T) {
 }
 
 func TestMetricsFilePassesAStrictParser(t *testing.T) {
-	needBPF(t)
-	python := needTool(t, "python3")
+	bpftest.Need(t)
+	python := bpftest.Tool(t, "python3")
 	for _, p := range []string{"/usr/bin/python3", python} { // Debian's own has Debian's modules
 		if exec.Command(p, "-c", "import prometheus_client.openmetrics.parser").Run() == nil {
 			python = p
@@ -163,7 +162,7 @@ func TestMetricsFilePassesAStrictParser(t *testing.T) {
 	}
 	w := exercised(t, &bpf.Store{})
 	var text []byte
-	eventually(t, "text is the same before and after", func() bool {
+	bpftest.Eventually(t, "text is the same before and after", func() bool {
 		want := w.front.Counters().Totals()
 		var err error
 		if text, err = os.ReadFile(frontPins + "/metrics"); err != nil {
@@ -226,7 +225,7 @@ func statJSON(t *testing.T, front []string, args ...string) shape {
 	t.Helper()
 	line := append(append(front, command(t), "stat", "--json"), args...)
 	var s shape
-	if err := json.Unmarshal([]byte(run(t, line[0], line[1:]...)), &s); err != nil {
+	if err := json.Unmarshal([]byte(bpftest.Run(t, line[0], line[1:]...)), &s); err != nil {
 		t.Fatal(err)
 	}
 	return s
@@ -274,11 +273,11 @@ func sameAs(t *testing.T, got map[string]map[string]json.RawMessage, want *telem
 }
 
 func TestStatSaysWhatTheDeviceSays(t *testing.T) {
-	needBPF(t)
+	bpftest.Need(t)
 	w := exercised(t, &bpf.Store{})
 	devices := map[string]*pvnet.Device{frontName: w.front, backName: w.back}
 	var s shape
-	eventually(t, "every field of both devices agrees", func() bool {
+	bpftest.Eventually(t, "every field of both devices agrees", func() bool {
 		s = statJSON(t, nil, frontName, backName)
 		if len(s.Devices) != 2 {
 			t.Fatalf("%d devices", len(s.Devices))
@@ -309,8 +308,8 @@ func TestStatSaysWhatTheDeviceSays(t *testing.T) {
 }
 
 func TestTamperedCounterIsHealedAndReported(t *testing.T) {
-	needBPF(t)
-	tool := needTool(t, "bpftool")
+	bpftest.Need(t)
+	tool := bpftest.Tool(t, "bpftool")
 	w := exercised(t, &bpf.Store{})
 	before := w.front.Stats()
 	// Element 0 whole, every byte 1.
@@ -318,17 +317,17 @@ func TestTamperedCounterIsHealedAndReported(t *testing.T) {
 	args := append([]string{"map", "update", "pinned", frontPins + "/counters", "key", "hex", "00", "00", "00", "00", "value", "hex"},
 		strings.Fields(strings.Repeat("01 ", 8*words))...)
 	start := time.Now()
-	run(t, tool, args...)
+	bpftest.Run(t, tool, args...)
 	if got := w.front.Stats(); got.TX.Get(telemetry.Packets) != before.TX.Get(telemetry.Packets) ||
 		got.RX.Get(telemetry.Bytes) != before.RX.Get(telemetry.Bytes) {
 		t.Error("Stats took the forged numbers")
 	}
-	eventually(t, "the map is healed", func() bool {
+	bpftest.Eventually(t, "the map is healed", func() bool {
 		m := bpftool(t, frontPins)
 		return number(t, m, "tx_packets") == toBack.frames() && number(t, m, "rx_bytes") == toFront.bytes()
 	})
 	t.Logf("healed within %v", time.Since(start).Round(10*time.Millisecond))
-	eventually(t, "the event is reported", func() bool {
+	bpftest.Eventually(t, "the event is reported", func() bool {
 		for _, d := range statJSON(t, nil, frontName).Devices {
 			for _, e := range d.Events {
 				if e.Kind == "tamper" && e.A > 0 {
@@ -346,8 +345,8 @@ func TestTamperedCounterIsHealedAndReported(t *testing.T) {
 var nobody = []string{"setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--bounding-set=-all"}
 
 func TestAnyUserReadsAPublicDevice(t *testing.T) {
-	needBPF(t)
-	needTool(t, "setpriv")
+	bpftest.Need(t)
+	bpftest.Tool(t, "setpriv")
 	exercised(t, &bpf.Store{Public: true})
 	s := statJSON(t, nobody, frontName, backName)
 	if len(s.Devices) != 2 {
@@ -368,8 +367,8 @@ func TestAnyUserReadsAPublicDevice(t *testing.T) {
 }
 
 func TestPrivateDeviceIsNotShownToOthers(t *testing.T) {
-	needBPF(t)
-	needTool(t, "setpriv")
+	bpftest.Need(t)
+	bpftest.Tool(t, "setpriv")
 	exercised(t, &bpf.Store{})
 	for _, d := range statJSON(t, nobody).Devices {
 		if d.Vif == frontName || d.Vif == backName {
@@ -380,46 +379,17 @@ func TestPrivateDeviceIsNotShownToOthers(t *testing.T) {
 
 func TestUserReadsTheMemfdOfItsOwnProcess(t *testing.T) {
 	if os.Geteuid() == 0 {
-		needTool(t, "setpriv")
+		bpftest.Tool(t, "setpriv")
 	}
 	info := telemetry.Info{Role: telemetry.Frontend, Own: 77, Peer: 0, Handle: 5}
-	front := []string{}
+	var front []string
 	if os.Geteuid() == 0 {
 		front = nobody
 	}
-	command(t) // makes the directory
-	self, err := os.ReadFile("/proc/self/exe")
-	if err != nil {
-		t.Fatal(err)
-	}
-	bin := filepath.Join(publicDir(), "owner")
-	if err := os.WriteFile(bin, self, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	text, err := json.Marshal(info)
-	if err != nil {
-		t.Fatal(err)
-	}
-	args := append(append([]string{}, front...), bin)
-	cmd := exec.Command(args[0], args[1:]...)
-	cmd.Env = append(os.Environ(), envOwner+"="+string(text))
-	cmd.Stderr = os.Stderr
-	in, err := cmd.StdinPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	defer cmd.Wait()
-	defer in.Close()
-	line, err := bufio.NewReader(out).ReadString('\n')
-	if err != nil || !strings.HasPrefix(line, bpf.KindMemfd+": ") {
-		t.Fatalf("the owner says %q, %v", line, err)
+	command(t) // before anybody is nobody
+	_, kind := startOwner(t, info, front...)
+	if kind != bpf.KindMemfd {
+		t.Fatalf("the owner counts in %s", kind)
 	}
 	s := statJSON(t, front, info.Name())
 	if len(s.Devices) != 1 || s.Devices[0].Source.Kind != bpf.KindMemfd {

@@ -1,6 +1,7 @@
 package counters
 
 import (
+	"bufio"
 	"context"
 	"encoding/json"
 	"errors"
@@ -8,96 +9,32 @@ import (
 	"io"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"runtime"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"barevif/hypercall"
 	"barevif/hypercall/emu"
 	"barevif/pvnet"
 	"barevif/telemetry"
 	"barevif/telemetry/bpf"
+	"barevif/telemetry/bpf/bpftest"
 	"barevif/xenbus"
 	"barevif/xenbus/store"
 	"barevif/xenbus/toolstack"
 )
 
 const (
-	envNamespace = "BAREVIF_TEST_MOUNTNS"
-	envOwner     = "BAREVIF_TEST_OWNER"
-	limit        = 20 * time.Second
+	envOwner = "BAREVIF_TEST_OWNER"
+	limit    = bpftest.Limit
 )
 
-// noBPF says why this machine cannot have a BPF file system of its own; "" if it
-// can.
-var noBPF string
-
-// TestMain runs the tests in a mount namespace of their own, on a BPF file system
-// of their own.
 func TestMain(m *testing.M) {
-	switch {
-	case os.Getenv(envOwner) != "":
-		os.Exit(owner(os.Getenv(envOwner)))
-	case os.Geteuid() != 0:
-		noBPF = "not root"
-	case os.Getenv(envNamespace) == "":
-		code, err := again()
-		if err == nil {
-			os.Exit(code)
-		}
-		noBPF = "mount namespace: " + err.Error()
-	default:
-		noBPF = mountBPF()
+	if info := os.Getenv(envOwner); info != "" {
+		os.Exit(owner(info))
 	}
-	code := m.Run()
-	os.RemoveAll(publicDir())
-	os.Exit(code)
-}
-
-// again runs this program in a new mount namespace.
-func again() (code int, err error) {
-	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
-	cmd.Env = append(os.Environ(), envNamespace+"=1")
-	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
-	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNS}
-	if err = cmd.Run(); cmd.ProcessState != nil {
-		return cmd.ProcessState.ExitCode(), nil
-	}
-	return 1, err
-}
-
-func mountBPF() string {
-	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
-		return "private mounts: " + err.Error()
-	}
-	if err := unix.Mount("bpf", "/sys/fs/bpf", "bpf", 0, "mode=0755"); err != nil {
-		return "mount a BPF file system: " + err.Error()
-	}
-	return ""
-}
-
-func needBPF(t testing.TB) {
-	t.Helper()
-	if noBPF != "" {
-		t.Skip("no BPF file system of our own: " + noBPF)
-	}
-}
-
-func needTool(t testing.TB, name string) string {
-	t.Helper()
-	path, err := exec.LookPath(name)
-	if err != nil {
-		path, err = exec.LookPath("/usr/sbin/" + name)
-	}
-	if err != nil {
-		t.Skip(name + " is not installed")
-	}
-	return path
+	os.Exit(bpftest.Main(m))
 }
 
 // Numbers no other test has, so that what is unpinned elsewhere on the machine is not
@@ -235,55 +172,32 @@ func owner(name string) int {
 	return 0
 }
 
-// publicDir holds programs that other users may run.
-func publicDir() string {
-	return filepath.Join(os.TempDir(), fmt.Sprintf("barevif-counters-test-%d", os.Getpid()))
+// startOwner starts one, with a command such as setpriv in front of it, and gives
+// the kind of place it counts in.
+func startOwner(t *testing.T, info telemetry.Info, front ...string) (p *bpftest.Process, kind string) {
+	t.Helper()
+	text, err := json.Marshal(info)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p = bpftest.Start(t, envOwner+"="+string(text), front...)
+	line, err := bufio.NewReader(p.Out).ReadString('\n')
+	kind, _, ok := strings.Cut(line, ": ")
+	if err != nil || !ok {
+		t.Fatalf("the owner says %q, %v", line, err)
+	}
+	return p, kind
 }
 
 // command builds the command of this project where everybody may run it.
 func command(t testing.TB) string {
 	t.Helper()
-	path := filepath.Join(publicDir(), "barevif")
-	if _, err := os.Stat(path); err == nil {
-		return path
-	}
-	if err := errors.Join(os.MkdirAll(publicDir(), 0o755), os.Chmod(publicDir(), 0o755)); err != nil {
-		t.Fatal(err)
-	}
-	cmd := exec.Command("go", "build", "-o", path, "barevif/tools/barevif")
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("go build: %v\n%s", err, out)
-	}
-	if err := os.Chmod(path, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	return path
-}
-
-func run(t testing.TB, name string, args ...string) string {
-	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), limit)
-	defer cancel()
-	out, err := exec.CommandContext(ctx, name, args...).Output()
-	if err != nil {
-		if exit, ok := errors.AsType[*exec.ExitError](err); ok {
-			t.Fatalf("%s %s: %v\n%s", name, strings.Join(args, " "), err, exit.Stderr)
+	return bpftest.Public(t, "barevif", func(path string) error {
+		cmd := exec.Command("go", "build", "-o", path, "barevif/tools/barevif")
+		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+		if out, err := cmd.CombinedOutput(); err != nil {
+			return fmt.Errorf("go build: %w\n%s", err, out)
 		}
-		t.Fatalf("%s: %v", name, err)
-	}
-	return string(out)
-}
-
-// eventually waits for what another goroutine does in its own time.
-func eventually(t testing.TB, what string, ok func() bool) {
-	t.Helper()
-	deadline := time.After(limit)
-	for !ok() {
-		select {
-		case <-deadline:
-			t.Fatalf("%s: not within %v", what, limit)
-		case <-time.After(10 * time.Millisecond):
-		}
-	}
+		return nil
+	})
 }

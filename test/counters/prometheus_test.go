@@ -29,6 +29,7 @@ import (
 	"barevif/pvnet"
 	"barevif/telemetry"
 	"barevif/telemetry/bpf"
+	"barevif/telemetry/bpf/bpftest"
 	"barevif/telemetry/openmetrics"
 )
 
@@ -133,7 +134,7 @@ func startPrometheus(t *testing.T, rules []byte, targets map[string]string) *pro
 			t.Fatal(err)
 		}
 	}
-	s := serve(t, `msg="Listening on" address=(\S+)`, needTool(t, "prometheus"),
+	s := serve(t, `msg="Listening on" address=(\S+)`, bpftest.Tool(t, "prometheus"),
 		"--config.file="+filepath.Join(dir, "prometheus.yml"), "--storage.tsdb.path="+filepath.Join(dir, "data"), "--web.listen-address=127.0.0.1:0")
 	return &prometheus{t, "http://" + s.address + "/api/v1/"}
 }
@@ -413,8 +414,8 @@ var ills = []struct {
 // line of the dashboard from them, and raises every alert when it should, and not
 // before.
 func TestPrometheusDrawsAndAlerts(t *testing.T) {
-	needBPF(t)
-	needTool(t, "prometheus")
+	bpftest.Need(t)
+	bpftest.Tool(t, "prometheus")
 	alerts, rules := impatient(t)
 	panels, variables := readDashboard(t)
 
@@ -692,30 +693,11 @@ func (p *prometheus) judged(alerts []rule) (complaints []string) {
 // killed is a device whose owner was killed with kill -9.
 func killed(t *testing.T, info telemetry.Info) (name string) {
 	t.Helper()
-	text, err := json.Marshal(info)
-	if err != nil {
-		t.Fatal(err)
+	p, kind := startOwner(t, info)
+	if kind != bpf.KindIterator {
+		t.Fatalf("the owner counts in %s", kind)
 	}
-	cmd := exec.Command("/proc/self/exe")
-	cmd.Env = append(os.Environ(), envOwner+"="+string(text))
-	in, err := cmd.StdinPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer in.Close()
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	line, err := bufio.NewReader(out).ReadString('\n')
-	cmd.Process.Kill()
-	cmd.Wait()
-	if err != nil || !strings.HasPrefix(line, bpf.KindIterator+": ") {
-		t.Fatalf("the owner says %q, %v", line, err)
-	}
+	p.Kill()
 	t.Cleanup(func() { os.RemoveAll(filepath.Join(bpf.DefaultRoot, info.Name())) })
 	return info.Name()
 }

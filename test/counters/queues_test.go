@@ -10,18 +10,19 @@ import (
 	"barevif/pvnet"
 	"barevif/telemetry"
 	"barevif/telemetry/bpf"
+	"barevif/telemetry/bpf/bpftest"
 	"barevif/telemetry/openmetrics"
 )
 
 // Four queues carry different traffic each way, and everybody who looks is told of
 // each queue what that queue carried.
 func TestEveryQueueCountsForItself(t *testing.T) {
-	needBPF(t)
-	needTool(t, "bpftool")
+	bpftest.Need(t)
+	bpftest.Tool(t, "bpftool")
 	const queues = 4
 	cfg := pvnet.Config{Queues: queues, Counters: &bpf.Store{}}
 	w := newWire(t, cfg, cfg)
-	eventually(t, "both ends use all queues", func() bool { return w.front.Active() == queues && w.back.Active() == queues })
+	bpftest.Eventually(t, "both ends use all queues", func() bool { return w.front.Active() == queues && w.back.Active() == queues })
 	there := func(q int) traffic { return traffic{batch: 5 + q, batches: 40 + 7*q, size: 60 + 300*q} }
 	here := func(q int) traffic { return traffic{batch: 11 - q, batches: 90 - 13*q, size: 1514 - 450*q} }
 	var paths [2][queues]*path
@@ -39,7 +40,7 @@ func TestEveryQueueCountsForItself(t *testing.T) {
 			}
 		}
 	}
-	eventually(t, "the counts are published", func() bool {
+	bpftest.Eventually(t, "the counts are published", func() bool {
 		f, b := w.front.Stats(), w.back.Stats()
 		for q := range queues {
 			if f.Queues[q].TX.Get(telemetry.Packets) != there(q).frames() || b.Queues[q].RX.Get(telemetry.Packets) != there(q).frames() ||
@@ -101,7 +102,7 @@ func TestEveryQueueCountsForItself(t *testing.T) {
 		}
 	}
 
-	eventually(t, "cat and the device write the same text", func() bool {
+	bpftest.Eventually(t, "cat and the device write the same text", func() bool {
 		text, err := os.ReadFile(frontPins + "/metrics")
 		if err != nil {
 			t.Fatal(err)

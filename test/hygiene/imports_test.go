@@ -25,6 +25,7 @@ var rows = [...][]string{
 	{"hypercall/xendev"},
 	{"hypercall/emu"},
 	{"telemetry/openmetrics"},
+	{"telemetry/bpf/bpftest"},
 	{"telemetry/bpf"},
 	{"xenbus/store"},
 	{"pvnet"},
@@ -83,12 +84,20 @@ func badImports(files []file) (complaints []string) {
 			if !ours || dir == f.dir() && f.isTest() {
 				continue
 			}
+			if forTests(dir) && !f.isTest() && !forTests(f.dir()) && !strings.HasPrefix(f.path, "test/") {
+				complaints = append(complaints, fmt.Sprintf("%s imports %s, which is for tests", f.path, imported))
+			}
 			if at, _ := row(dir); at < 0 || at > own || at == own && !open {
 				complaints = append(complaints, fmt.Sprintf("%s imports %s, which is not above it", f.path, imported))
 			}
 		}
 	}
 	return complaints
+}
+
+// forTests reports whether a package is for tests alone: "bpftest".
+func forTests(dir string) bool {
+	return strings.HasSuffix(dir, "test") && path.Base(dir) != "test"
 }
 
 func inTestdata(name string) bool {
@@ -114,6 +123,10 @@ func TestAnImportDownTheLayersIsFound(t *testing.T) {
 		"tools/barevif/host/h.go", `package host; import "barevif/test/peers"`,
 		"test/peers/p.go", `package peers; import ("barevif/test/proto"; "barevif/tools/barevif/host")`,
 		"test/peers/testdata/p.go", `package p; import "barevif/nowhere"`,
+		"telemetry/bpf/b.go", `package bpf; import "barevif/telemetry/bpf/bpftest"`,
+		"telemetry/bpf/b_test.go", `package bpf; import "barevif/telemetry/bpf/bpftest"`,
+		"telemetry/bpf/bpftest/t.go", `package bpftest; import "barevif/telemetry"`,
+		"test/peers/q.go", `package peers; import "barevif/telemetry/bpf/bpftest"`,
 	)),
 		"arena/b_test.go imports barevif/hypercall",
 		"pvnet/ring/r.go imports barevif/pvnet/netif",
@@ -122,6 +135,7 @@ func TestAnImportDownTheLayersIsFound(t *testing.T) {
 		"pvnet/pool: the package is in no layer",
 		".: the package is in no layer",
 		"tools/barevif/host/h.go imports barevif/test/peers",
+		"telemetry/bpf/b.go imports barevif/telemetry/bpf/bpftest, which is for tests",
 	)
 }
 

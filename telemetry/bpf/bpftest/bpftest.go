@@ -1,0 +1,217 @@
+//go:build linux
+
+// Package bpftest gives tests a BPF file system of their own, and programs that
+// other users may run. It is for tests alone.
+package bpftest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	envNamespace = "BAREVIF_TEST_MOUNTNS" // set in the namespace
+	envMissing   = "BAREVIF_TEST_NO_BPF"  // why there is none
+)
+
+// Limit bounds what a test waits for; none comes near it.
+const Limit = 20 * time.Second
+
+// Main runs the tests in a mount namespace of their own, on a BPF file system of
+// their own if this machine allows one, and gives the exit status. It is to be
+// called from TestMain.
+func Main(m *testing.M) (code int) {
+	var missing string
+	switch {
+	case os.Geteuid() != 0:
+		missing = "not root"
+	case os.Getenv(envNamespace) == "":
+		code, err := again()
+		if err == nil {
+			return code
+		}
+		missing = "mount namespace: " + err.Error()
+	default:
+		missing = mountBPF()
+	}
+	os.Setenv(envMissing, missing)
+	defer os.RemoveAll(publicDir())
+	return m.Run()
+}
+
+// again runs this program in a new mount namespace.
+func again() (code int, err error) {
+	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
+	cmd.Env = append(os.Environ(), envNamespace+"=1")
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNS}
+	if err = cmd.Run(); cmd.ProcessState != nil {
+		return cmd.ProcessState.ExitCode(), nil
+	}
+	return 1, err
+}
+
+func mountBPF() (missing string) {
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+		return "private mounts: " + err.Error()
+	}
+	if err := unix.Mount("bpf", "/sys/fs/bpf", "bpf", 0, "mode=0755"); err != nil {
+		return "mount a BPF file system: " + err.Error()
+	}
+	return ""
+}
+
+// Need skips the test if Main found no BPF file system for it.
+func Need(t testing.TB) {
+	t.Helper()
+	if missing := os.Getenv(envMissing); missing != "" {
+		t.Skip("no BPF file system of our own: " + missing)
+	}
+}
+
+// Tool gives the path of a program, or skips the test.
+func Tool(t testing.TB, name string) string {
+	t.Helper()
+	path, err := exec.LookPath(name)
+	if err != nil {
+		path, err = exec.LookPath("/usr/sbin/" + name)
+	}
+	if err != nil {
+		t.Skip(name + " is not installed")
+	}
+	return path
+}
+
+// Run gives what a program prints. It fails the test if the program does.
+func Run(t testing.TB, name string, args ...string) string {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), Limit)
+	defer cancel()
+	out, err := exec.CommandContext(ctx, name, args...).Output()
+	if err != nil {
+		if exit, ok := errors.AsType[*exec.ExitError](err); ok {
+			t.Fatalf("%s %s: %v\n%s", name, strings.Join(args, " "), err, exit.Stderr)
+		}
+		t.Fatalf("%s: %v", name, err)
+	}
+	return string(out)
+}
+
+// Eventually waits for what others do in their own time.
+func Eventually(t testing.TB, what string, ok func() bool) {
+	t.Helper()
+	deadline := time.After(Limit)
+	for !ok() {
+		select {
+		case <-deadline:
+			t.Fatalf("%s: not within %v", what, Limit)
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+}
+
+func publicDir() string {
+	return filepath.Join(os.TempDir(), fmt.Sprintf("barevif-bpftest-%d", os.Getpid()))
+}
+
+// Public gives the path of a program that other users may run: a file name in a
+// directory that is gone after the tests. If it is not there yet, make makes it.
+func Public(t testing.TB, name string, make func(path string) error) string {
+	t.Helper()
+	path := filepath.Join(publicDir(), name)
+	if _, err := os.Stat(path); err == nil {
+		return path
+	}
+	fresh := path + "~"
+	err := errors.Join(os.MkdirAll(publicDir(), 0o755), os.Chmod(publicDir(), 0o755))
+	if err == nil {
+		err = make(fresh)
+	}
+	if err == nil {
+		err = errors.Join(os.Chmod(fresh, 0o755), os.Rename(fresh, path))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// Self is a copy of the program of these tests that other users may run.
+func Self(t testing.TB) string {
+	t.Helper()
+	return Public(t, "self.test", func(path string) error {
+		self, err := os.Open("/proc/self/exe")
+		if err != nil {
+			return err
+		}
+		defer self.Close()
+		out, err := os.Create(path)
+		if err != nil {
+			return err
+		}
+		_, err = io.Copy(out, self)
+		return errors.Join(err, out.Close())
+	})
+}
+
+// A Process is a copy of the program of these tests that runs, told by its
+// environment what to do.
+type Process struct {
+	Cmd *exec.Cmd
+	Out io.Reader
+	in  io.Closer
+}
+
+// Start runs Self with more environment, with a command such as setpriv in front
+// of it. The process is killed at the end of the test.
+func Start(t testing.TB, env string, front ...string) *Process {
+	t.Helper()
+	args := append(append([]string{}, front...), Self(t))
+	cmd := exec.Command(args[0], args[1:]...)
+	// The race detector would make every end last a second.
+	cmd.Env = append(os.Environ(), env, "GORACE=atexit_sleep_ms=0")
+	cmd.Stderr = os.Stderr
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	p := &Process{Cmd: cmd, Out: out, in: in}
+	t.Cleanup(p.Kill)
+	return p
+}
+
+// Kill is kill -9; it is harmless on a process that has ended.
+func (p *Process) Kill() {
+	if p.Cmd.ProcessState == nil {
+		p.Cmd.Process.Kill()
+		p.Cmd.Wait()
+		p.in.Close()
+	}
+}
+
+// End ends the standard input of the process and waits for it.
+func (p *Process) End(t testing.TB) {
+	t.Helper()
+	p.in.Close()
+	if err := p.Cmd.Wait(); err != nil {
+		t.Fatalf("the process ended with %v", err)
+	}
+}
