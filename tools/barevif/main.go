@@ -42,7 +42,7 @@ const about = `barevif gives a Go program a Xen paravirtual network card of its 
 A card (a vif) has two ends in two domains, which share rings and pages:
 
   frontend   belongs to the appliance: a Go program that owns the card and brings
-             its own TCP/IP. Here: "serve".
+             its own TCP/IP. Here: "serve"; "attach" hands the card to its kernel.
   backend    belongs to the driver domain, and joins the card to a network: a TAP
              of its kernel, or an interface that is there. Here: "back".
   xenstore   a small tree of values through which the two find each other.
