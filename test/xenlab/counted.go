@@ -103,7 +103,7 @@ func (t *T) agree(who string, ours, theirs func() flow) {
 		before := theirs()
 		counted := ours()
 		if after := theirs(); before == after && counted == after {
-			t.Note("%s: %d frames out, %d in", who, counted.out.frames, counted.in.frames)
+			t.Note("%s counted the same %d frames out, %d in", who, counted.out.frames, counted.in.frames)
 			return
 		} else if time.Now().After(deadline) {
 			t.Fatalf("ours counted %+v, %s %+v", counted, who, after)

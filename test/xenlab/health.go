@@ -17,13 +17,13 @@ import (
 // stateScript prints what a scenario may use but must give back, one thing a line:
 // domains, among them the dead ones whose pages something still maps; dom0's event
 // channels without their numbers; its interrupts of vifs; its devices and network
-// interfaces; xenstore's nodes.
+// interfaces; xenstore's nodes and what is in them.
 const stateScript = `
 xl list | sed 1d | while read -r name id rest; do echo "domain $name $id"; done
 lsevtchn 0 | sed 's/^ *[0-9]*: VCPU [0-9]*: /port /'
 sed -n 's/.*\(vif[0-9.]*\).*/interrupt \1/p' /proc/interrupts
 for f in /sys/class/net/* /sys/bus/xen/devices/* /sys/bus/xen-backend/devices/*; do [ -e "$f" ] && echo "device $f"; done
-xenstore-ls -f | sed 's/ = .*//; /^\/\(libxl\|vm\)$/d; s/^/xenstore /'
+xenstore-ls -f | sed '/^\/\(libxl\|vm\) = /d; s/^/xenstore /'
 `
 
 // settleLimit is how long the toolstack may take to clean up behind a domain.
@@ -40,13 +40,19 @@ func (t *T) state() []string {
 	return lines
 }
 
-// held is what a domain that goes on has in use: its event channels without their
-// numbers, and the pages it has granted, mapped or not. Of dom0's own pages Xen does
-// not tell dom0 but those that are mapped: see grants.
+// granted is which pages of a domain are granted, mapped or not. Of dom0's own Xen
+// does not tell dom0, but of those that are mapped: see grants.
+func (t *T) granted(d *Domain) []string {
+	lines := strings.Split(t.Dom0().Run(image.ProgramDir+"/grants", fmt.Sprint(d.ID)).Text(), "\n")
+	slices.Sort(lines)
+	return lines
+}
+
+// held is what a domain that goes on has in use: granted pages, and event channels
+// without their numbers.
 func (t *T) held(d *Domain) []string {
-	lines := strings.Split(t.Dom0().Sh(
-		"lsevtchn %d | sed 's/^ *[0-9]*: VCPU [0-9]*: /port /; s/, Port [0-9]*$//'; %s/grants %d",
-		d.ID, image.ProgramDir, d.ID), "\n")
+	ports := t.Dom0().Sh("lsevtchn %d | sed 's/^ *[0-9]*: VCPU [0-9]*: /port /; s/, Port [0-9]*$//'", d.ID)
+	lines := append(t.granted(d), strings.Split(ports, "\n")...)
 	slices.Sort(lines)
 	return lines
 }

@@ -50,6 +50,8 @@ func ourFront(kind GuestType) func(*T) {
 		held := t.held(guest)
 		state := guest.Backend(t.Dom0(), 0) + "/state"
 
+		// Two pages are those of the guest's console and of xenstore.
+		granted := func() []string { return t.granted(guest) }
 		serve := func() *Process {
 			p := t.serve(guest, "10.88.0.2")
 			t.Dom0().Await("carrier", `[ "$(cat /sys/class/net/%s/carrier)" = 1 ]`, vif)
@@ -73,12 +75,14 @@ func ourFront(kind GuestType) func(*T) {
 			t.Send(t.Dom0(), "10.88.0.2", 3<<20)
 		}, t.Dom0())
 		t.everyField(guest, name)
+		t.settled([]string{"256 pages granted to 0", "256 pages granted to 0, to read", "4 pages granted to 0, mapped"}, granted)
 		end(p)
 
 		p = serve()
 		t.Ping(t.Dom0(), "10.88.0.2", 1472, 20)
 		p.Kill()
-		t.everyField(guest, name) // though nobody owns them now
+		t.everyField(guest, name)                                    // though nobody owns them now
+		t.settled([]string{"4 pages granted to 0, mapped"}, granted) // both rings, until netback leaves them
 		p = serve()
 		t.Ping(t.Dom0(), "10.88.0.2", 1472, 20)
 		t.fetchServed(t.Dom0(), "10.88.0.2", 1<<20)
