@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"syscall"
+	"time"
 )
 
 // Numbers of the baseline scenario. Rates on an emulated CPU vary by half, so only
@@ -54,6 +55,13 @@ func baseline(t *T) {
 		b.ours()
 	}
 	b.report()
+	alone := b.guest.Within(2*time.Minute).Run(barevif, "bench", "--xen", "--from", baselineGuest, "--to", baselineNone, "--rounds", "2", "--secs", "2").Text()
+	b.Save("alone.txt", []byte(alone))
+	for _, way := range [...]string{"kernel pktgen", "Go UDP socket", "ours, batch 32, busy"} {
+		if !strings.Contains(alone, way) {
+			b.Fatalf("bench --xen has no row %q:\n%s", way, alone)
+		}
+	}
 }
 
 // kernel is a round of the kernel's netfront.

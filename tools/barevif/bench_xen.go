@@ -173,9 +173,10 @@ func (x *benchXen) ours(ctx context.Context, window time.Duration) (all []benchR
 	for _, way := range []struct {
 		name  string
 		batch int
-	}{{"ours, batch 32", 32}, {"ours, batch 1", 1}} {
+		wait  string
+	}{{"ours, batch 32", 32, "park"}, {"ours, batch 32, busy", 32, "busy"}, {"ours, batch 1", 1, "park"}} {
 		card := benchCard{
-			domain: domainFlags{xen: true}, vif: x.vif, take: true, doorbell: "ioctl", waitMode: "park", wait: firstFrame,
+			domain: domainFlags{xen: true}, vif: x.vif, take: true, doorbell: "ioctl", waitMode: way.wait, wait: firstFrame,
 			log: func() pvnet.Config { return pvnet.Config{Logger: x.program.log()} },
 		}
 		err := card.run(ctx, func(ctx context.Context, dev *pvnet.Device) error {
