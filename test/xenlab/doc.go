@@ -44,6 +44,11 @@
 //	  our back, handed over    PV domU: netfront; dom0: barevif back, another by SIGUSR1
 //	  both ours                PV domU: barevif serve; PV driver domain: barevif back
 //	  both ours, restarted     PV domU: barevif serve; PV driver domain: barevif back; each killed, both, the domain
+//	  both ours, without root  PV domU: barevif serve; PV driver domain: barevif back; both as a user
+//
+//	oxenstored
+//
+//	  other xenstore           PV domU: barevif serve, netfront; dom0: netback, barevif back
 //
 // The baseline measures, and wants a quiet machine: it runs only if -run names it.
 //

@@ -170,3 +170,40 @@ func pingLoss(out string) (sent, lost int, longest float64, err error) {
 	longest, errs[2] = strconv.ParseFloat(r[1], 64)
 	return sent, sent - received, longest, errors.Join(errs[:]...)
 }
+
+// otherStore: each of our ends against Linux's, with oxenstored as the xenstore: one
+// vif, given to netback and our front first and then to our back and netfront.
+func otherStore(t *T) {
+	const addr, guestAddr = "10.89.5.1", "10.89.5.2"
+	dom0 := t.Dom0()
+	if names := dom0.Sh("ps -o comm"); !strings.Contains(names, "oxenstored") {
+		t.Fatalf("no oxenstored among %q", names)
+	}
+	t.netback(true)
+	guest := t.Create(Guest{Name: "domU", Type: PV, VIFs: []VIF{{}}})
+	dom0.Sh("ip addr add %s/24 dev %s", addr, guest.VIF(0))
+	front := t.serve(guest, guestAddr)
+	dom0.Await("carrier", `[ "$(cat /sys/class/net/%s/carrier)" = 1 ]`, guest.VIF(0))
+	t.Ping(dom0, guestAddr, 1472, 10)
+	t.fetchServed(dom0, guestAddr, 1<<20)
+	front.Kill()
+	front = t.serve(guest, guestAddr)
+	t.fetchServed(dom0, guestAddr, 1<<20)
+	front.Signal(syscall.SIGTERM)
+	front.Succeed()
+	dom0.Run("xl", "network-detach", guest.Name, "0")
+
+	t.netback(false)
+	back := t.back(dom0, addr)
+	t.Attach(guest, VIF{})
+	t.kernelFront(guest, guestAddr)
+	t.Ping(guest, addr, 1472, 10)
+	back.Kill()
+	back = t.back(dom0, addr)
+	dom0.Await("the guest behind the new backend", "ping -c 1 -W 1 %s", guestAddr)
+	t.Fetch(guest, dom0, addr, 1<<20)
+	dom0.Run("xl", "network-detach", guest.Name, "0")
+	back.Await("gone; ")
+	back.Signal(syscall.SIGTERM)
+	back.Succeed()
+}

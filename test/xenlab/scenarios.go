@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"barevif/test/xenlab/image"
+	"barevif/test/xenlab/proto"
 )
 
 // Programs go into every domain, at image.ProgramDir.
@@ -51,6 +52,13 @@ func Plan() []Boot {
 				Complaints: []string{handoverBridge + `: port \d+\(.*\) entered disabled state`}},
 			{Name: "both ours", Roles: "PV domU: barevif serve; PV driver domain: barevif back", Run: bothOurs},
 			{Name: "both ours, restarted", Roles: "PV domU: barevif serve; PV driver domain: barevif back; each killed, both, the domain", Run: bothRestarted},
+			{Name: "both ours, without root", Roles: "PV domU: barevif serve; PV driver domain: barevif back; both as a user", Run: withoutRoot},
+		},
+	}, {
+		Name:  "oxenstored",
+		Linux: []string{proto.StoreArgument + "=oxenstored"},
+		Scenarios: []Scenario{
+			{Name: "other xenstore", Roles: "PV domU: barevif serve, netfront; dom0: netback, barevif back", Run: otherStore},
 		},
 	}}
 }

@@ -69,6 +69,21 @@ func TestReadmeShowsWhatRunsWhere(t *testing.T) {
 	}
 }
 
+func TestDeployingShowsWhatRunsWithoutRoot(t *testing.T) {
+	page, err := os.ReadFile("../../tools/barevif/DEPLOYING.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	lines := regexp.MustCompile(`\\\n +`).ReplaceAllString(string(page), "")
+	for _, want := range deployingSays() {
+		for _, line := range strings.Split(want, "; ") {
+			if !strings.Contains(lines, "\n    "+line) {
+				t.Errorf("no line %q", line)
+			}
+		}
+	}
+}
+
 func TestComplaintsAreFound(t *testing.T) {
 	for line, want := range map[string]bool{
 		"[  9.1] vif vif-1-0 vif1.0: fatal error; disabling device":                                 true,

@@ -9,6 +9,7 @@
 package main
 
 import (
+	"cmp"
 	"fmt"
 	"io"
 	"net"
@@ -160,7 +161,8 @@ func hostPort() (io.ReadWriter, error) {
 	return nil, fmt.Errorf("no virtio port named %s", proto.Port)
 }
 
-// toolstack brings up what xl needs: the order is that of Debian's init script.
+// toolstack brings up what xl needs: the order is that of Debian's init script. The
+// kernel's command line may name another daemon for xenstore.
 func toolstack() error {
 	if err := xenDevices(); err != nil {
 		return err
@@ -171,7 +173,7 @@ func toolstack() error {
 		}
 	}
 	for _, argv := range [...][]string{
-		{"xenstored", "--pid-file", "/run/xenstored.pid"},
+		{cmp.Or(argument(proto.StoreArgument), "xenstored"), "--pid-file", "/run/xenstored.pid"},
 		{"xen-init-dom0"},
 		{"xenconsoled", "--pid-file=/run/xenconsoled.pid", "--log=guest", "--log-dir=/var/log/xen/console"},
 	} {

@@ -279,7 +279,7 @@ var moduleNames = [...]string{
 	"af_packet", "tun", "veth", "bridge", "pktgen",
 }
 
-var commonTools = [...]string{"dash", "ip", "ping", "iperf3", "tcpdump", "ethtool", "bpftool", "curl"}
+var commonTools = [...]string{"dash", "ip", "ping", "iperf3", "tcpdump", "ethtool", "bpftool", "curl", "setpriv", "setcap"}
 
 var xenTools = [...]string{
 	"xl", "xenstored", "oxenstored", "xenconsoled", "xenconsole", "xen-init-dom0", "lsevtchn",
@@ -295,8 +295,8 @@ func (d *distribution) base(programs map[string]string) (*tree, error) {
 	}
 	t.link("/var/run", "/run")
 	t.link("/var/lock", "/run/lock")
-	t.data("/etc/passwd", 0o644, []byte("root:x:0:0:root:/root:/bin/sh\n"))
-	t.data("/etc/group", 0o644, []byte("root:x:0:\ntcpdump:x:100:\n"))
+	t.data("/etc/passwd", 0o644, []byte("root:x:0:0:root:/root:/bin/sh\nbarevif:x:990:990::/nonexistent:/usr/sbin/nologin\n"))
+	t.data("/etc/group", 0o644, []byte("root:x:0:\ntcpdump:x:100:\nbarevif:x:990:\n"))
 	t.data("/etc/hosts", 0o644, []byte("127.0.0.1 localhost\n"))
 	for name, file := range programs {
 		if name != "agent" {

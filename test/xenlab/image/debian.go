@@ -30,6 +30,7 @@ var metaPackages = [...]struct{ meta, prefix string }{
 var toolPackages = [...]string{
 	"busybox-static", "dash", "xen-utils-common", "xenstore-utils", "libgcc-s1",
 	"iproute2", "iputils-ping", "iperf3", "tcpdump", "ethtool", "bpftool", "curl",
+	"util-linux", "libcap2-bin",
 }
 
 // A deb is one package as apt would fetch it now.

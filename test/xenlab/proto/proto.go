@@ -21,6 +21,10 @@ const Port = "org.barevif.xenlab"
 // domain owns data/, so it may write there.
 const Store = "data/xenlab"
 
+// StoreArgument is on dom0's kernel command line, NAME=PROGRAM, if another program
+// than xenstored is to be its xenstore.
+const StoreArgument = "xenlab.store"
+
 // An Op is what a Call asks for.
 type Op string
 
