@@ -15,6 +15,7 @@ import (
 	"barevif/test/xenstored"
 	"barevif/xenbus/store"
 	"barevif/xenbus/wire"
+	"barevif/xenbus/wire/wiretest"
 )
 
 // xenstoredRig is the rig of the real daemon.
@@ -30,7 +31,7 @@ func (x xenstoredRig) guest(id hypercall.DomID) *raw {
 	if err != nil {
 		x.t.Fatal(err)
 	}
-	return newRaw(x.t, conn)
+	return wiretest.New(x.t, conn)
 }
 
 func (x xenstoredRig) dom0() *raw { return x.guest(0) }
@@ -52,7 +53,7 @@ func TestRowsHoldForDebiansXenstored(t *testing.T) {
 type twin struct{ ours, theirs *raw }
 
 func (w twin) do(op wire.Op, tx uint32, payload string) (ours, theirs string) {
-	return w.ours.do(op, tx, payload), w.theirs.do(op, tx, payload)
+	return w.ours.Do(op, tx, payload), w.theirs.Do(op, tx, payload)
 }
 
 // TestRandomScriptsAnswerLikeXenstored runs the same requests against both: every
@@ -160,27 +161,27 @@ func (s *script) step(name string, who int) {
 	if op == wire.TransactionStart && s.rnd.IntN(10) > 0 {
 		tx = 0
 	}
-	name += fmt.Sprintf(": client %d op %d tx %d %s", who, op, tx, short(payload))
+	name += fmt.Sprintf(": client %d op %d tx %d %s", who, op, tx, wiretest.Short(payload))
 	got, want := c.do(op, tx, payload)
 	if op == wire.Rm && tx != 0 && got == ok && (want == "EIO" || want == "EINVAL") {
 		// The transaction sees a parent older than its children, or the other way
 		// round. Xenstored has removed half of them; neither lets it be committed.
 		op, payload = wire.TransactionEnd, z("T")
 		if got, want = c.do(op, tx, payload); got != "EAGAIN" {
-			s.Fatalf("%s: doomed transaction ends with %s", name, short(got))
+			s.Fatalf("%s: doomed transaction ends with %s", name, wiretest.Short(got))
 		}
 	}
 	if got != want {
-		s.Fatalf("%s: got %s, want %s", name, short(got), short(want))
+		s.Fatalf("%s: got %s, want %s", name, wiretest.Short(got), wiretest.Short(want))
 	}
 	switch {
 	case op == wire.TransactionStart && strings.HasSuffix(got, "\x00"):
-		s.txs[who] = append(s.txs[who], atou(s, got))
+		s.txs[who] = append(s.txs[who], wiretest.Number(s, got))
 	case op == wire.TransactionEnd:
 		s.txs[who] = slices.DeleteFunc(s.txs[who], func(id uint32) bool { return id == tx })
 	}
 	for i, c := range s.clients {
-		if got, want := c.ours.heard(), c.theirs.heard(); !slices.Equal(got, want) {
+		if got, want := c.ours.Heard(), c.theirs.Heard(); !slices.Equal(got, want) {
 			s.Fatalf("%s: then client %d hears %q, want %q", name, i, got, want)
 		}
 	}
@@ -200,14 +201,14 @@ func (s *script) replaceGuest(i int) {
 	id := hypercall.DomID(i + 1)
 	dom0 := s.clients[0]
 	dom0.do(wire.Mkdir, 0, z(fmt.Sprint("/local/domain/", id))) // it may be gone
-	s.clients[i].theirs.conn.Close()
+	s.clients[i].theirs.Conn.Close()
 	s.ours.kill(id)
 	s.theirs.kill(id)
 	dom0.do(wire.Write, 0, z("/tool/bump"))
 	s.clients[i] = s.guest(id)
 	for _, c := range s.clients {
 		// How many merge, and in which order a domain's nodes go, is chance.
-		c.ours.heard()
-		c.theirs.heard()
+		c.ours.Heard()
+		c.theirs.Heard()
 	}
 }

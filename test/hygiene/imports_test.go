@@ -19,6 +19,7 @@ var rows = [...][]string{
 	{"telemetry"},
 	{"pvnet/ring", "pvnet/netif"},
 	{"xenbus/wire"},
+	{"xenbus/wire/wiretest"},
 	{"xenbus"},
 	{"xenbus/toolstack"},
 	{"hypercall/xendev/privcmd"},

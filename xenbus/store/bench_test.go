@@ -15,7 +15,7 @@ func BenchmarkWrite(b *testing.B) {
 			e := newEmbedded(b, store.Config{})
 			c := e.dom0()
 			for i := range watches {
-				c.want(wire.Watch, 0, z(fmt.Sprint("/local/domain/", i, "/device"), "t"), ok)
+				c.Want(wire.Watch, 0, z(fmt.Sprint("/local/domain/", i, "/device"), "t"), ok)
 			}
 			for b.Loop() {
 				if err := e.Write("/local/domain/0/backend/vif/3/0/state", "4"); err != nil {
@@ -30,6 +30,6 @@ func BenchmarkWrite(b *testing.B) {
 func BenchmarkRoundTrip(b *testing.B) {
 	c := newEmbedded(b, store.Config{}).dom0()
 	for b.Loop() {
-		c.want(wire.Read, 0, z("/tool"), "")
+		c.Want(wire.Read, 0, z("/tool"), "")
 	}
 }

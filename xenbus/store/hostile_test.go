@@ -20,6 +20,7 @@ import (
 	"barevif/hypercall"
 	"barevif/xenbus/store"
 	"barevif/xenbus/wire"
+	"barevif/xenbus/wire/wiretest"
 )
 
 // noLeak fails the test if goroutines outlive it.
@@ -51,7 +52,7 @@ func (e embedded) pipe(dom hypercall.DomID) (*raw, <-chan error) {
 	ours, theirs := net.Pipe()
 	ended := make(chan error, 1)
 	go func() { ended <- e.ServeConn(theirs, dom) }()
-	return newRaw(e.t, ours), ended
+	return wiretest.New(e.t, ours), ended
 }
 
 func TestFloodOfOnePathMerges(t *testing.T) {
@@ -59,8 +60,8 @@ func TestFloodOfOnePathMerges(t *testing.T) {
 	e := newEmbedded(t, store.Config{})
 	e.guest(3)
 	g, _ := e.pipe(3)
-	g.want(wire.Watch, 0, z("flood", "t"), ok)
-	g.heard()
+	g.Want(wire.Watch, 0, z("flood", "t"), ok)
+	g.Heard()
 	before := heap()
 	for i := range 100_000 {
 		if err := e.Write("/local/domain/3/flood", strconv.Itoa(i)); err != nil {
@@ -71,7 +72,7 @@ func TestFloodOfOnePathMerges(t *testing.T) {
 		t.Errorf("heap grew by %d bytes", grown)
 	}
 	// One can be on its way, one waits.
-	if n := len(g.heard()); n < 1 || n > 2 {
+	if n := len(g.Heard()); n < 1 || n > 2 {
 		t.Errorf("%d events", n)
 	}
 	if st := e.Stats(); st.EventsMerged < 99_990 {
@@ -85,7 +86,7 @@ func TestFloodOfPathsEndsWhoDoesNotRead(t *testing.T) {
 	e.guest(3)
 	other := e.guest(4)
 	g, ended := e.pipe(3)
-	g.want(wire.Watch, 0, z("flood", "t"), ok)
+	g.Want(wire.Watch, 0, z("flood", "t"), ok)
 	before := heap()
 	for i := range 100_000 {
 		path := fmt.Sprint("/local/domain/3/flood/", i)
@@ -93,7 +94,7 @@ func TestFloodOfPathsEndsWhoDoesNotRead(t *testing.T) {
 			t.Fatal(err)
 		}
 		if i%10_000 == 0 {
-			other.want(wire.Read, 0, z(""), "EINVAL") // served meanwhile
+			other.Want(wire.Read, 0, z(""), "EINVAL") // served meanwhile
 		}
 	}
 	if err := <-ended; err != store.ErrBacklog {
@@ -110,11 +111,11 @@ func TestFloodOfPathsEndsWhoDoesNotRead(t *testing.T) {
 // flood has the client write n nodes, all different.
 func flood(c *raw, n int) {
 	for i := range n {
-		c.want(wire.Write, 0, fmt.Sprintf("shared/%d\x00", i), ok)
+		c.Want(wire.Write, 0, fmt.Sprintf("shared/%d\x00", i), ok)
 		if i%200 == 199 { // the names of more would not fit into a directory
-			c.want(wire.Rm, 0, z("shared"), ok)
-			c.want(wire.Mkdir, 0, z("shared"), ok)
-			c.want(wire.SetPerms, 0, z("shared", "r4"), ok)
+			c.Want(wire.Rm, 0, z("shared"), ok)
+			c.Want(wire.Mkdir, 0, z("shared"), ok)
+			c.Want(wire.SetPerms, 0, z("shared", "r4"), ok)
 		}
 	}
 }
@@ -131,7 +132,7 @@ func shared(t *testing.T, cfg store.Config) (e embedded, watcher *raw, watcherEn
 		}
 	}
 	watcher, watcherEnded = e.pipe(3)
-	watcher.want(wire.Watch, 0, z("/local/domain/4", "t"), ok)
+	watcher.Want(wire.Watch, 0, z("/local/domain/4", "t"), ok)
 	flooder, flooderEnded = e.pipe(4)
 	return e, watcher, watcherEnded, flooder, flooderEnded
 }
@@ -144,7 +145,7 @@ func TestFlooderWaitsForWhoReads(t *testing.T) {
 			go func() {
 				n := 0
 				for {
-					h, p, err := wire.ReadMessage(watcher.conn, watcher.buf[:])
+					h, p, err := wire.ReadMessage(watcher.Conn, watcher.Buf[:])
 					if err != nil || h.Op != wire.WatchEvent {
 						heard <- n
 						return
@@ -158,7 +159,7 @@ func TestFlooderWaitsForWhoReads(t *testing.T) {
 			start := time.Now()
 			flood(flooder, 3000)
 			took := time.Since(start)
-			watcher.send(wire.GetDomainPath, 0, z("0"))
+			watcher.Send(wire.GetDomainPath, 0, z("0"))
 			if n := <-heard; n != 3000 {
 				t.Errorf("heard %d of 3000 events", n)
 			}
@@ -168,7 +169,7 @@ func TestFlooderWaitsForWhoReads(t *testing.T) {
 			if took < time.Second {
 				t.Errorf("3000 writes took %v, with a reader of 1000 a second", took)
 			}
-			watcher.conn.Close()
+			watcher.Conn.Close()
 			if err := <-ended; err != nil {
 				t.Errorf("the watcher ended with %v", err)
 			}
@@ -183,10 +184,10 @@ func TestFlooderGoesOnOnceThereIsRoom(t *testing.T) {
 		go func() {
 			for {
 				msg, _ := wire.Append(nil, wire.Header{Op: wire.Write}, fmt.Sprintf("shared/%d\x00", written.Load()))
-				if _, err := flooder.conn.Write(msg); err != nil {
+				if _, err := flooder.Conn.Write(msg); err != nil {
 					return
 				}
-				if _, _, err := wire.ReadMessage(flooder.conn, flooder.buf[:]); err != nil {
+				if _, _, err := wire.ReadMessage(flooder.Conn, flooder.Buf[:]); err != nil {
 					return
 				}
 				written.Add(1)
@@ -195,7 +196,7 @@ func TestFlooderGoesOnOnceThereIsRoom(t *testing.T) {
 		synctest.Wait()
 		before := written.Load()
 		// This frees the writer, which takes all that waits.
-		if _, _, err := wire.ReadMessage(watcher.conn, watcher.buf[:]); err != nil {
+		if _, _, err := wire.ReadMessage(watcher.Conn, watcher.Buf[:]); err != nil {
 			t.Fatal(err)
 		}
 		synctest.Wait()
@@ -281,8 +282,8 @@ func TestBacklogIsShortForWhoStandsStill(t *testing.T) {
 		}
 		watch := func() <-chan error {
 			w, ended := e.pipe(3)
-			w.want(wire.Watch, 0, z("/d", "t"), ok)
-			w.heard()
+			w.Want(wire.Watch, 0, z("/d", "t"), ok)
+			w.Heard()
 			return ended
 		}
 		ended := watch()
@@ -324,7 +325,7 @@ func TestUnreadRepliesStopRequests(t *testing.T) {
 		var sent atomic.Int32
 		go func() {
 			for range 100 {
-				if _, err := c.conn.Write(msg); err != nil {
+				if _, err := c.Conn.Write(msg); err != nil {
 					t.Error(err)
 					return
 				}
@@ -336,11 +337,11 @@ func TestUnreadRepliesStopRequests(t *testing.T) {
 			t.Errorf("took %d requests, %+v", sent.Load(), st)
 		}
 		other, _ := e.pipe(3)
-		other.want(wire.GetDomainPath, 0, z("3"), z("/local/domain/3"))
+		other.Want(wire.GetDomainPath, 0, z("3"), z("/local/domain/3"))
 		for range 100 { // it goes on once they are read
-			c.receive()
+			c.Receive()
 		}
-		c.conn.Close()
+		c.Conn.Close()
 		if err := <-ended; err != nil {
 			t.Error(err)
 		}
@@ -359,15 +360,15 @@ func TestWriterBesideTransactionsIsSlowed(t *testing.T) {
 		g, _ := e.pipe(3)
 		start := time.Now()
 		for range 5000 {
-			g.want(wire.Write, 0, "x\x00", ok)
+			g.Want(wire.Write, 0, "x\x00", ok)
 		}
 		if took := time.Since(start); took != 0 {
 			t.Errorf("slowed by %v with nobody to disturb", took)
 		}
 		c, _ := e.pipe(0)
-		tx := c.start()
+		tx := c.Start()
 		for range 1400 {
-			g.want(wire.Write, 0, "x\x00", ok)
+			g.Want(wire.Write, 0, "x\x00", ok)
 		}
 		if took := time.Since(start); took < 1900*time.Millisecond || took > 2100*time.Millisecond {
 			t.Errorf("1000 writes and 400 more took %v, want 2s", took)
@@ -375,11 +376,11 @@ func TestWriterBesideTransactionsIsSlowed(t *testing.T) {
 		if st := e.Stats(); st.RateLimited == 0 {
 			t.Errorf("%+v", st)
 		}
-		c.want(wire.TransactionEnd, tx, z("F"), ok)
-		g.heard()
+		c.Want(wire.TransactionEnd, tx, z("F"), ok)
+		g.Heard()
 		start = time.Now()
 		for range 1000 {
-			g.want(wire.Write, 0, "x\x00", ok)
+			g.Want(wire.Write, 0, "x\x00", ok)
 		}
 		if took := time.Since(start); took > 10*time.Millisecond {
 			t.Errorf("slowed by %v after the transaction", took)
@@ -502,9 +503,9 @@ func TestLastRepliesAreFlushed(t *testing.T) {
 			go func() { ended <- e.ServeConn(lastWords{theirs, strings.NewReader(string(sent))}, 0) }()
 			synctest.Wait()
 			start := time.Now()
-			if c := newRaw(t, ours); reads {
+			if c := wiretest.New(t, ours); reads {
 				for range 50 {
-					c.receive()
+					c.Receive()
 				}
 			}
 			if err := <-ended; err != nil {
@@ -526,15 +527,15 @@ func TestReusedDomidInheritsNothing(t *testing.T) {
 		return e.pipe(3)
 	}()
 	for i := range 400 {
-		first.want(wire.Mkdir, 0, z(fmt.Sprint("d", i)), ok)
-		first.want(wire.Mkdir, 0, z(fmt.Sprint("d", i, "/x")), ok)
+		first.Want(wire.Mkdir, 0, z(fmt.Sprint("d", i)), ok)
+		first.Want(wire.Mkdir, 0, z(fmt.Sprint("d", i, "/x")), ok)
 	}
 	for i := range 129 {
-		first.want(wire.Watch, 0, z("d0", strconv.Itoa(i)), ok)
-		first.heard()
+		first.Want(wire.Watch, 0, z("d0", strconv.Itoa(i)), ok)
+		first.Heard()
 	}
 	for range 11 {
-		first.start()
+		first.Start()
 	}
 	for path, perms := range map[string][]string{"/left": {"n0", "b3"}, "/": {"n3"}, "/local": {"r0"}} {
 		if err := errors.Join(e.Mkdir(path), e.SetPerms(path, perms...)); err != nil {
@@ -552,16 +553,16 @@ func TestReusedDomidInheritsNothing(t *testing.T) {
 		t.Errorf("it left\n%s", got)
 	}
 	second := e.guest(3)
-	second.want(wire.Read, 0, z("/left"), "EACCES")
-	second.want(wire.Directory, 0, z("/"), "EACCES")
-	second.want(wire.Mkdir, 0, z("fresh"), ok)
+	second.Want(wire.Read, 0, z("/left"), "EACCES")
+	second.Want(wire.Directory, 0, z("/"), "EACCES")
+	second.Want(wire.Mkdir, 0, z("fresh"), ok)
 	for range 11 {
-		second.start()
+		second.Start()
 	}
 	for i := range 129 {
-		second.want(wire.Watch, 0, z("d0", strconv.Itoa(i)), ok)
+		second.Want(wire.Watch, 0, z("d0", strconv.Itoa(i)), ok)
 	}
-	e.dom0().want(wire.GetPerms, 0, z("/"), z("n0"))
+	e.dom0().Want(wire.GetPerms, 0, z("/"), z("n0"))
 }
 
 // TestMemoryQuota fills everything a guest can fill.
@@ -573,16 +574,16 @@ func TestMemoryQuota(t *testing.T) {
 	value := strings.Repeat("v", 2000)
 	refused := make(map[string]int)
 	for d := range 1000 {
-		refused[g.do(wire.Write, 0, fmt.Sprintf("d%d/x\x00%s", d, value))]++
+		refused[g.Do(wire.Write, 0, fmt.Sprintf("d%d/x\x00%s", d, value))]++
 	}
 	for range 11 {
-		tx := g.start()
+		tx := g.Start()
 		for d := range 400 {
-			refused[g.do(wire.Write, tx, fmt.Sprintf("d%d/x\x00%s", d, value[1:]))]++
+			refused[g.Do(wire.Write, tx, fmt.Sprintf("d%d/x\x00%s", d, value[1:]))]++
 		}
 	}
 	for i := range 129 {
-		refused[g.do(wire.Watch, 0, z("d0/"+value, strconv.Itoa(i)+value))]++
+		refused[g.Do(wire.Watch, 0, z("d0/"+value, strconv.Itoa(i)+value))]++
 	}
 	if m := e.MemoryOf(3); m > 2560<<10 || m < 2<<20 {
 		t.Errorf("it holds %d bytes", m)
@@ -593,7 +594,7 @@ func TestMemoryQuota(t *testing.T) {
 	if grown := heap() - before; grown > 6<<20 {
 		t.Errorf("heap grew by %d bytes", grown)
 	}
-	g.conn.Close()
+	g.Conn.Close()
 	e.DomainDied(3)
 	for e.Stats().Connections > 0 {
 		runtime.Gosched()
@@ -613,8 +614,8 @@ func TestMostAGuestCanLeaveUnread(t *testing.T) {
 	}
 	for range 16 {
 		c, _ := e.pipe(3)
-		c.want(wire.Watch, 0, z("/d", "t"), ok)
-		c.heard()
+		c.Want(wire.Watch, 0, z("/d", "t"), ok)
+		c.Heard()
 	}
 	before := heap()
 	written := 0
@@ -634,14 +635,14 @@ func TestEventsOverThePayloadAreNotSent(t *testing.T) {
 	e := newEmbedded(t, store.Config{})
 	g := e.guest(3)
 	token := strings.Repeat("t", 4000)
-	g.want(wire.Watch, 0, z("w", token), ok)
-	g.wantEvents("w " + token)
-	g.want(wire.Write, 0, "w/"+strings.Repeat("n", 91)+"\x00", ok) // 93 + 1 + 4000 + 1 = 4095
-	if n := len(g.heard()); n != 1 {
+	g.Want(wire.Watch, 0, z("w", token), ok)
+	g.WantEvents("w " + token)
+	g.Want(wire.Write, 0, "w/"+strings.Repeat("n", 91)+"\x00", ok) // 93 + 1 + 4000 + 1 = 4095
+	if n := len(g.Heard()); n != 1 {
 		t.Errorf("%d events that fit", n)
 	}
-	g.want(wire.Write, 0, "w/"+strings.Repeat("n", 93)+"\x00", ok)
-	if n := len(g.heard()); n != 0 {
+	g.Want(wire.Write, 0, "w/"+strings.Repeat("n", 93)+"\x00", ok)
+	if n := len(g.Heard()); n != 0 {
 		t.Errorf("%d events over 4096 bytes", n)
 	}
 	if st := e.Stats(); st.EventsTooLong != 1 {
@@ -653,21 +654,21 @@ func TestDeepAndWideTrees(t *testing.T) {
 	e := newEmbedded(t, store.Config{})
 	c := e.dom0()
 	deep := strings.Repeat("/d", 1024) // 2048 characters
-	c.want(wire.Write, 0, deep+"\x00bottom", ok)
-	c.want(wire.Read, 0, z(deep), "bottom")
-	tx := c.start()
-	c.want(wire.Rm, tx, z("/d"), ok)
-	c.want(wire.TransactionEnd, tx, z("T"), ok)
-	c.want(wire.Read, 0, z(deep), "ENOENT")
-	c.want(wire.Write, 0, deep+"\x00bottom", ok)
-	c.want(wire.Rm, 0, z("/d"), ok)
+	c.Want(wire.Write, 0, deep+"\x00bottom", ok)
+	c.Want(wire.Read, 0, z(deep), "bottom")
+	tx := c.Start()
+	c.Want(wire.Rm, tx, z("/d"), ok)
+	c.Want(wire.TransactionEnd, tx, z("T"), ok)
+	c.Want(wire.Read, 0, z(deep), "ENOENT")
+	c.Want(wire.Write, 0, deep+"\x00bottom", ok)
+	c.Want(wire.Rm, 0, z("/d"), ok)
 	for i := range 50_000 {
 		if err := e.Mkdir(fmt.Sprint("/wide/", i)); err != nil {
 			t.Fatal(err)
 		}
 	}
-	c.want(wire.Directory, 0, z("/wide"), "E2BIG")
-	c.want(wire.Rm, 0, z("/wide"), ok)
+	c.Want(wire.Directory, 0, z("/wide"), "E2BIG")
+	c.Want(wire.Rm, 0, z("/wide"), ok)
 	if st := e.Stats(); st.Nodes != 3 {
 		t.Errorf("%d nodes left", st.Nodes)
 	}
@@ -677,19 +678,19 @@ func TestStoreOfItsOwner(t *testing.T) {
 	e := newEmbedded(t, store.Config{Privileged: []hypercall.DomID{9}})
 	e.Introduce(3)
 	c := e.dom0()
-	c.want(wire.Watch, 0, z("/a", "t"), ok)
-	c.heard()
+	c.Want(wire.Watch, 0, z("/a", "t"), ok)
+	c.Heard()
 	if err := e.Write("/a/b", "v\x00w"); err != nil {
 		t.Error(err)
 	}
-	c.wantEvents("/a/b t")
+	c.WantEvents("/a/b t")
 	if v, err := e.Read("/a/b"); v != "v\x00w" || err != nil {
 		t.Errorf("read %q, %v", v, err)
 	}
 	if err := e.SetPerms("/a/b", "n3", "r0"); err != nil {
 		t.Error(err)
 	}
-	c.want(wire.GetPerms, 0, z("/a/b"), z("n3", "r0"))
+	c.Want(wire.GetPerms, 0, z("/a/b"), z("n3", "r0"))
 	for _, row := range []struct {
 		err  error
 		want store.Errno
@@ -716,62 +717,62 @@ func TestStoreOfItsOwner(t *testing.T) {
 	if err := e.Remove("/a"); err != nil {
 		t.Error(err)
 	}
-	c.wantEvents("/a/b t", "/a t")
+	c.WantEvents("/a/b t", "/a t")
 
 	if err := e.Write("/long", strings.Repeat("v", 5000)); err != nil {
 		t.Error(err)
 	}
-	c.want(wire.Read, 0, z("/long"), "E2BIG")
+	c.Want(wire.Read, 0, z("/long"), "E2BIG")
 
 	e.Introduce(9)
 	p := e.connect(9)
-	p.want(wire.Read, 0, z("/tool"), "")
-	p.want(wire.Watch, 0, z("@introduceDomain", "i"), ok)
-	p.heard()
+	p.Want(wire.Read, 0, z("/tool"), "")
+	p.Want(wire.Watch, 0, z("@introduceDomain", "i"), ok)
+	p.Heard()
 	e.Introduce(3) // known already
-	p.wantEvents()
+	p.WantEvents()
 	e.Introduce(4)
-	p.wantEvents("@introduceDomain i")
-	p.want(wire.Write, 0, "own\x00", ok)
-	p.want(wire.GetPerms, 0, z("/local/domain/9/own"), z("n0"))
+	p.WantEvents("@introduceDomain i")
+	p.Want(wire.Write, 0, "own\x00", ok)
+	p.Want(wire.GetPerms, 0, z("/local/domain/9/own"), z("n0"))
 }
 
 func TestIntroduceOnTheWire(t *testing.T) {
 	e := newEmbedded(t, store.Config{Privileged: []hypercall.DomID{9}})
 	c := e.dom0()
-	c.want(wire.Watch, 0, z("@introduceDomain", "i"), ok)
-	c.heard()
-	c.want(wire.Introduce, 0, z("3", "1", "5"), ok)
-	c.wantEvents("@introduceDomain i")
+	c.Want(wire.Watch, 0, z("@introduceDomain", "i"), ok)
+	c.Heard()
+	c.Want(wire.Introduce, 0, z("3", "1", "5"), ok)
+	c.WantEvents("@introduceDomain i")
 	g := e.connect(3)
-	g.want(wire.Watch, 0, z("x", "t"), ok)
-	tx := g.start()
-	c.want(wire.Introduce, 0, z("3", "1", "5"), ok) // the domain has started anew
-	c.wantEvents()
-	g.want(wire.Unwatch, 0, z("x", "t"), "ENOENT")
-	g.want(wire.TransactionEnd, tx, z("T"), "ENOENT")
+	g.Want(wire.Watch, 0, z("x", "t"), ok)
+	tx := g.Start()
+	c.Want(wire.Introduce, 0, z("3", "1", "5"), ok) // the domain has started anew
+	c.WantEvents()
+	g.Want(wire.Unwatch, 0, z("x", "t"), "ENOENT")
+	g.Want(wire.TransactionEnd, tx, z("T"), "ENOENT")
 	for _, id := range []string{"32752", "65539", "-1", "99999999999"} { // 65539 is 3 in 16 bits
-		c.want(wire.Introduce, 0, z(id, "1", "5"), "EINVAL")
-		c.want(wire.Release, 0, z(id), "ENOENT")
+		c.Want(wire.Introduce, 0, z(id, "1", "5"), "EINVAL")
+		c.Want(wire.Release, 0, z(id), "ENOENT")
 	}
-	c.want(wire.Control, 0, z("help"), "EINVAL")
+	c.Want(wire.Control, 0, z("help"), "EINVAL")
 	e.Introduce(4)
 	if err := errors.Join(e.Mkdir("/for-4"), e.SetPerms("/for-4", "n0", "r4")); err != nil {
 		t.Fatal(err)
 	}
-	g.want(wire.Read, 0, z("/for-4"), "EACCES")
-	c.want(wire.SetTarget, 0, z("3", "4"), ok)
-	g.want(wire.Read, 0, z("/for-4"), "")
+	g.Want(wire.Read, 0, z("/for-4"), "EACCES")
+	c.Want(wire.SetTarget, 0, z("3", "4"), ok)
+	g.Want(wire.Read, 0, z("/for-4"), "")
 	e.DomainDied(4)
-	g.want(wire.Read, 0, z("/for-4"), "EACCES")
-	c.want(wire.SetTarget, 0, z("3", "0"), ok)
-	g.want(wire.Read, 0, z("/tool"), "")
+	g.Want(wire.Read, 0, z("/for-4"), "EACCES")
+	c.Want(wire.SetTarget, 0, z("3", "0"), ok)
+	g.Want(wire.Read, 0, z("/tool"), "")
 
 	// A privileged domain can release itself, in a transaction even.
 	e.Introduce(9)
 	conn, ended := e.dial(9)
-	p := newRaw(t, conn)
-	p.send(wire.Release, p.start(), z("9"))
+	p := wiretest.New(t, conn)
+	p.Send(wire.Release, p.Start(), z("9"))
 	if err := <-ended; err != hypercall.ErrNoDomain {
 		t.Errorf("ended with %v", err)
 	}
@@ -784,29 +785,29 @@ func TestOwnerThatDiedInATransaction(t *testing.T) {
 	e := newEmbedded(t, store.Config{})
 	e.Introduce(3)
 	c := e.dom0()
-	tx := c.start()
-	c.want(wire.Mkdir, tx, z("/given"), ok)
-	c.want(wire.SetPerms, tx, z("/given", "n3"), ok)
+	tx := c.Start()
+	c.Want(wire.Mkdir, tx, z("/given"), ok)
+	c.Want(wire.SetPerms, tx, z("/given", "n3"), ok)
 	e.DomainDied(3)
 	e.Introduce(3)
-	c.want(wire.TransactionEnd, tx, z("T"), "EAGAIN")
-	c.want(wire.Read, 0, z("/given"), "ENOENT")
+	c.Want(wire.TransactionEnd, tx, z("T"), "EAGAIN")
+	c.Want(wire.Read, 0, z("/given"), "ENOENT")
 }
 
 func TestNodeQuotaHoldsAtTheCommit(t *testing.T) {
 	e := newEmbedded(t, store.Config{Quota: store.Quota{Nodes: 10}})
 	g := e.guest(3)
-	tx := g.start()
+	tx := g.Start()
 	for i := range 20 {
-		g.want(wire.Mkdir, tx, z(fmt.Sprint("n", i)), ok)
+		g.Want(wire.Mkdir, tx, z(fmt.Sprint("n", i)), ok)
 	}
-	g.want(wire.TransactionEnd, tx, z("T"), "ENOSPC")
-	g.want(wire.Directory, 0, z("/local/domain/3"), "")
-	tx = g.start()
+	g.Want(wire.TransactionEnd, tx, z("T"), "ENOSPC")
+	g.Want(wire.Directory, 0, z("/local/domain/3"), "")
+	tx = g.Start()
 	for i := range 8 { // and its home; C xenstored wants one place left
-		g.want(wire.Mkdir, tx, z(fmt.Sprint("n", i)), ok)
+		g.Want(wire.Mkdir, tx, z(fmt.Sprint("n", i)), ok)
 	}
-	g.want(wire.TransactionEnd, tx, z("T"), ok)
+	g.Want(wire.TransactionEnd, tx, z("T"), ok)
 }
 
 // TestListsOfChildrenAreNotShared has a transaction and others add to one directory.
@@ -817,15 +818,15 @@ func TestListsOfChildrenAreNotShared(t *testing.T) {
 		var names []string
 		for i := range n + 1 {
 			names = append(names, fmt.Sprint("n", i))
-			c.want(wire.Mkdir, 0, z("/d/"+names[i]), ok)
+			c.Want(wire.Mkdir, 0, z("/d/"+names[i]), ok)
 		}
-		tx := c.start()
-		c.want(wire.Directory, tx, z("/d"), z(names...))
-		d.want(wire.Mkdir, 0, z("/d/outside"), ok)
-		c.want(wire.Mkdir, tx, z("/d/inside"), ok)
-		c.want(wire.Directory, tx, z("/d"), z(append(slices.Clone(names), "inside")...))
-		d.want(wire.Directory, 0, z("/d"), z(append(slices.Clone(names), "outside")...))
-		c.want(wire.TransactionEnd, tx, z("T"), "EAGAIN")
+		tx := c.Start()
+		c.Want(wire.Directory, tx, z("/d"), z(names...))
+		d.Want(wire.Mkdir, 0, z("/d/outside"), ok)
+		c.Want(wire.Mkdir, tx, z("/d/inside"), ok)
+		c.Want(wire.Directory, tx, z("/d"), z(append(slices.Clone(names), "inside")...))
+		d.Want(wire.Directory, 0, z("/d"), z(append(slices.Clone(names), "outside")...))
+		c.Want(wire.TransactionEnd, tx, z("T"), "EAGAIN")
 	}
 }
 
@@ -834,19 +835,19 @@ func TestListsOfChildrenAreNotShared(t *testing.T) {
 func TestTransactionThatSawHalfADeletion(t *testing.T) {
 	e := newEmbedded(t, store.Config{})
 	c, d := e.dom0(), e.dom0()
-	c.want(wire.Write, 0, "/p/q/r\x00", ok)
-	tx := c.start()
-	c.want(wire.Directory, tx, z("/p/q"), z("r"))
-	d.want(wire.Rm, 0, z("/p"), ok)
-	c.want(wire.Rm, tx, z("/p/q"), ok)
-	c.want(wire.TransactionEnd, tx, z("T"), "EAGAIN")
+	c.Want(wire.Write, 0, "/p/q/r\x00", ok)
+	tx := c.Start()
+	c.Want(wire.Directory, tx, z("/p/q"), z("r"))
+	d.Want(wire.Rm, 0, z("/p"), ok)
+	c.Want(wire.Rm, tx, z("/p/q"), ok)
+	c.Want(wire.TransactionEnd, tx, z("T"), "EAGAIN")
 
-	tx = c.start()
-	c.want(wire.Directory, tx, z("/p"), "ENOENT")
-	d.want(wire.Write, 0, "/p/q\x00", ok)
-	c.want(wire.Rm, tx, z("/p/q"), ok)
-	c.want(wire.TransactionEnd, tx, z("T"), "EAGAIN")
-	c.want(wire.Read, 0, z("/p/q"), "")
+	tx = c.Start()
+	c.Want(wire.Directory, tx, z("/p"), "ENOENT")
+	d.Want(wire.Write, 0, "/p/q\x00", ok)
+	c.Want(wire.Rm, tx, z("/p/q"), ok)
+	c.Want(wire.TransactionEnd, tx, z("T"), "EAGAIN")
+	c.Want(wire.Read, 0, z("/p/q"), "")
 }
 
 func TestManyClientsWhileDomainsDie(t *testing.T) {
@@ -927,7 +928,7 @@ func TestServeOutlastsAccept(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	newRaw(t, conn).want(wire.Read, 0, z("/tool"), "")
+	wiretest.New(t, conn).Want(wire.Read, 0, z("/tool"), "")
 	inner.Close()
 	if err := <-served; !errors.Is(err, net.ErrClosed) {
 		t.Errorf("listener closed by its owner: %v", err)

@@ -86,11 +86,11 @@ func TestTransactionsAreSerialisable(t *testing.T) {
 			c := clients[rnd.IntN(len(clients))]
 			k := rnd.IntN(12)
 			if k == 0 && c.tx == 0 {
-				c.tx, c.log = c.start(), nil
+				c.tx, c.log = c.Start(), nil
 				continue
 			}
 			if k <= 1 && c.tx != 0 {
-				got := c.do(wire.TransactionEnd, c.tx, z("T"))
+				got := c.Do(wire.TransactionEnd, c.tx, z("T"))
 				c.tx = 0
 				if got == "EAGAIN" {
 					refused++
@@ -117,7 +117,7 @@ func TestTransactionsAreSerialisable(t *testing.T) {
 			if op == wire.Write {
 				payload = path + "\x00" + strconv.Itoa(rnd.IntN(1000))
 			}
-			got := c.do(op, c.tx, payload)
+			got := c.Do(op, c.tx, payload)
 			if op == wire.Directory && got != "ENOENT" {
 				names := strings.Split(strings.TrimSuffix(got, "\x00"), "\x00")
 				slices.Sort(names)
@@ -157,19 +157,19 @@ func TestConcurrentTransfersKeepTheSum(t *testing.T) {
 		clients.Go(func() {
 			rnd := rand.New(rand.NewPCG(uint64(i), 3))
 			for done := 0; done < 50; {
-				tx := c.start()
+				tx := c.Start()
 				sum, have := 0, [4]int{}
 				for a := range have {
-					have[a], _ = strconv.Atoi(c.do(wire.Read, tx, z(fmt.Sprint("/account/", a))))
+					have[a], _ = strconv.Atoi(c.Do(wire.Read, tx, z(fmt.Sprint("/account/", a))))
 					sum += have[a]
 				}
 				from, to := rnd.IntN(4), rnd.IntN(4)
 				have[from]--
 				have[to]++
 				for _, a := range []int{from, to} {
-					c.do(wire.Write, tx, fmt.Sprintf("/account/%d\x00%d", a, have[a]))
+					c.Do(wire.Write, tx, fmt.Sprintf("/account/%d\x00%d", a, have[a]))
 				}
-				if c.do(wire.TransactionEnd, tx, z("T")) == ok {
+				if c.Do(wire.TransactionEnd, tx, z("T")) == ok {
 					if done++; sum != 400 {
 						t.Errorf("a committed transaction saw a sum of %d", sum)
 					}
