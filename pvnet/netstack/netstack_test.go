@@ -21,12 +21,9 @@ import (
 	"testing"
 	"time"
 
-	"barevif/hypercall"
-	"barevif/hypercall/emu"
 	"barevif/pvnet"
+	"barevif/pvnet/pvnettest"
 	"barevif/telemetry"
-	"barevif/xenbus"
-	"barevif/xenbus/store"
 	"barevif/xenbus/toolstack"
 
 	"golang.org/x/net/nettest"
@@ -43,83 +40,10 @@ var (
 	backIP   = netip.MustParsePrefix("192.0.2.2/24")
 )
 
-// A wire is a vif of an emulated machine, both ends.
-type wire struct {
-	front, back *pvnet.Device
-	guest       hypercall.Domain
-	cfg         pvnet.Config
-}
-
-func newWire(t testing.TB, mtu int, cfg pvnet.Config) *wire {
+func newWire(t testing.TB, mtu int, cfg pvnet.Config) *pvnettest.Wire {
 	t.Helper()
-	before := runtime.NumGoroutine()
 	cfg.Logger = slog.New(slog.NewTextHandler(t.Output(), nil))
-	st := store.New(store.Config{})
-	m, err := emu.New(emu.Config{Store: func(dom hypercall.DomID, c io.ReadWriteCloser) { st.ServeConn(c, dom) }})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		m.Close()
-		st.Close()
-		for end := time.Now().Add(limit); runtime.NumGoroutine() > before; runtime.Gosched() {
-			if time.Now().After(end) {
-				buf := make([]byte, 1<<16)
-				t.Fatalf("%d goroutines, %d before\n%s", runtime.NumGoroutine(), before, buf[:runtime.Stack(buf, true)])
-			}
-		}
-	})
-	m.OnDeath(st.DomainDied)
-	ctx, cancel := context.WithTimeout(context.Background(), limit)
-	t.Cleanup(cancel)
-	var doms []*emu.Domain
-	var tools *xenbus.Client
-	for id := range hypercall.DomID(3) {
-		d, err := m.NewDomain(id)
-		if err != nil {
-			t.Fatal(err)
-		}
-		st.Introduce(id)
-		doms = append(doms, d)
-		if id == 0 {
-			if tools, err = xenbus.Dial(ctx, d.Store, xenbus.Config{}); err != nil {
-				t.Fatal(err)
-			}
-			t.Cleanup(func() { tools.Close() })
-		} else if err := toolstack.Home(ctx, tools, id); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if err := toolstack.Add(ctx, tools, toolstack.Vif{Front: 2, Back: 1, MAC: frontMAC, MTU: mtu}); err != nil {
-		t.Fatal(err)
-	}
-	serving, stop := context.WithCancel(context.Background())
-	backs, served := make(chan *pvnet.Device, 1), make(chan error, 1)
-	go func() {
-		served <- pvnet.Serve(serving, doms[1], pvnet.ServeConfig{Config: cfg, Hotplug: true}, func(d *pvnet.Device) { backs <- d })
-	}()
-	t.Cleanup(func() {
-		stop()
-		if err := <-served; !errors.Is(err, context.Canceled) {
-			t.Errorf("Serve: %v", err)
-		}
-	})
-	w := &wire{guest: doms[2], cfg: cfg}
-	w.connect(t)
-	w.back = <-backs
-	return w
-}
-
-func (w *wire) connect(t testing.TB) {
-	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), limit)
-	defer cancel()
-	front, err := pvnet.Connect(ctx, w.guest, "0", w.cfg)
-	if err != nil {
-		t.Fatal(err)
-	}
-	w.front = front
-	t.Cleanup(front.Disconnect)
+	return pvnettest.New(t, toolstack.Vif{MAC: frontMAC, MTU: mtu}, cfg, cfg)
 }
 
 func newStack(t testing.TB, dev *pvnet.Device, cfg Config) *Stack {
@@ -136,7 +60,7 @@ func newStack(t testing.TB, dev *pvnet.Device, cfg Config) *Stack {
 func two(t testing.TB, mtu int, cfg pvnet.Config) (front, back *Stack) {
 	t.Helper()
 	w := newWire(t, mtu, cfg)
-	return newStack(t, w.front, Config{Addr: frontIP}), newStack(t, w.back, Config{Addr: backIP})
+	return newStack(t, w.Front, Config{Addr: frontIP}), newStack(t, w.Back, Config{Addr: backIP})
 }
 
 func listen(t testing.TB, s *Stack, address string) net.Listener {
@@ -272,15 +196,15 @@ func TestBulkIsWhole(t *testing.T) {
 // Neither end sends a packet longer than it was told.
 func TestMTUIsHonoured(t *testing.T) {
 	w := newWire(t, 9000, pvnet.Config{})
-	front := newStack(t, w.front, Config{Addr: frontIP, MTU: 1000})
-	back := newStack(t, w.back, Config{Addr: backIP})
+	front := newStack(t, w.Front, Config{Addr: frontIP, MTU: 1000})
+	back := newStack(t, w.Back, Config{Addr: backIP})
 	client, server := connect(t, front, back)
 	go func() { client.Write(make([]byte, 1<<20)); client.Close() }()
 	if n, err := io.Copy(io.Discard, server); n != 1<<20 || err != nil {
 		t.Fatal(n, err)
 	}
 	front.Close()
-	st := w.front.Stats()
+	st := w.Front.Stats()
 	bytes, packets := st.TX.Get(telemetry.Bytes), st.TX.Get(telemetry.Packets)
 	if mean := bytes / packets; mean > 1014 || mean < 900 {
 		t.Errorf("%d bytes in %d packets: %d each", bytes, packets, mean)
@@ -336,8 +260,8 @@ func TestUDP(t *testing.T) {
 
 func TestIPv6(t *testing.T) {
 	w := newWire(t, 1500, pvnet.Config{})
-	front := newStack(t, w.front, Config{Addr: netip.MustParsePrefix("2001:db8::1/64")})
-	back := newStack(t, w.back, Config{Addr: netip.MustParsePrefix("2001:db8::2/64"), Gateway: netip.MustParseAddr("2001:db8::1")})
+	front := newStack(t, w.Front, Config{Addr: netip.MustParsePrefix("2001:db8::1/64")})
+	back := newStack(t, w.Back, Config{Addr: netip.MustParsePrefix("2001:db8::2/64"), Gateway: netip.MustParseAddr("2001:db8::1")})
 	l := listen(t, front, "[2001:db8::1]:80")
 	go func() {
 		if c, err := l.Accept(); err == nil {
@@ -360,8 +284,8 @@ func TestIPv6(t *testing.T) {
 
 func TestErrorsAreThoseOfTheNetPackage(t *testing.T) {
 	w := newWire(t, 1500, pvnet.Config{})
-	front := newStack(t, w.front, Config{Addr: frontIP})
-	back := newStack(t, w.back, Config{Addr: backIP, Gateway: netip.MustParseAddr("192.0.2.9")})
+	front := newStack(t, w.Front, Config{Addr: frontIP})
+	back := newStack(t, w.Back, Config{Addr: backIP, Gateway: netip.MustParseAddr("192.0.2.9")})
 	ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
 	defer cancel()
 	over, end := context.WithCancelCause(context.Background())
@@ -426,14 +350,14 @@ func TestConfigIsChecked(t *testing.T) {
 		{Addr: frontIP, Gateway: netip.MustParseAddr("198.51.100.1")},
 		{Addr: frontIP, Gateway: netip.MustParseAddr("2001:db8::1")},
 	} {
-		if s, err := New(w.front, cfg); err == nil {
+		if s, err := New(w.Front, cfg); err == nil {
 			s.Close()
 			t.Errorf("%+v was taken", cfg)
 		}
 	}
 	// Nothing of the above took the device.
-	newStack(t, w.front, Config{Addr: frontIP})
-	if _, err := New(w.front, Config{Addr: frontIP}); !errors.Is(err, pvnet.ErrOwned) {
+	newStack(t, w.Front, Config{Addr: frontIP})
+	if _, err := New(w.Front, Config{Addr: frontIP}); !errors.Is(err, pvnet.ErrOwned) {
 		t.Errorf("a second stack on one device: %v", err)
 	}
 }
@@ -441,15 +365,15 @@ func TestConfigIsChecked(t *testing.T) {
 func TestCloseWakesEveryone(t *testing.T) {
 	for _, c := range []struct {
 		name string
-		end  func(w *wire, s *Stack)
+		end  func(w *pvnettest.Wire, s *Stack)
 	}{
-		{"stack", func(_ *wire, s *Stack) { s.Close() }},
-		{"device", func(w *wire, _ *Stack) { w.front.Disconnect() }},
+		{"stack", func(_ *pvnettest.Wire, s *Stack) { s.Close() }},
+		{"device", func(w *pvnettest.Wire, _ *Stack) { w.Front.Disconnect() }},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			w := newWire(t, 1500, pvnet.Config{})
-			front := newStack(t, w.front, Config{Addr: frontIP})
-			back := newStack(t, w.back, Config{Addr: backIP})
+			front := newStack(t, w.Front, Config{Addr: frontIP})
+			back := newStack(t, w.Back, Config{Addr: backIP})
 			a, b := connect(t, front, back)
 			l := listen(t, front, ":80")
 			u, err := front.ListenPacket("udp", ":53")
@@ -517,17 +441,17 @@ func TestCloseWakesEveryone(t *testing.T) {
 
 func TestConnectionsOutliveAReconnect(t *testing.T) {
 	w := newWire(t, 1500, pvnet.Config{})
-	back := newStack(t, w.back, Config{Addr: backIP})
-	front := newStack(t, w.front, Config{Addr: frontIP})
+	back := newStack(t, w.Back, Config{Addr: backIP})
+	front := newStack(t, w.Front, Config{Addr: frontIP})
 	a, _ := connect(t, front, back)
 	// The guest's device ends and takes its stack along; the backend's carries on.
-	w.front.Disconnect()
+	w.Front.Disconnect()
 	if _, err := a.Read(make([]byte, 1)); !errors.Is(err, net.ErrClosed) {
 		t.Errorf("%v", err)
 	}
 	front.Close()
-	w.connect(t)
-	front = newStack(t, w.front, Config{Addr: frontIP})
+	w.Connect()
+	front = newStack(t, w.Front, Config{Addr: frontIP})
 	c, d := connect(t, front, back)
 	go io.WriteString(c, "hello")
 	got := make([]byte, 5)
@@ -539,7 +463,7 @@ func TestConnectionsOutliveAReconnect(t *testing.T) {
 // A peer sends what it likes; frames that are not ours are not looked at further.
 func TestForeignFramesAreDropped(t *testing.T) {
 	w := newWire(t, 1500, pvnet.Config{})
-	front := newStack(t, w.front, Config{Addr: frontIP})
+	front := newStack(t, w.Front, Config{Addr: frontIP})
 	l := listen(t, front, ":80")
 	r := rand.New(rand.NewPCG(1, 2))
 	foreign := uint64(0)
@@ -561,11 +485,11 @@ func TestForeignFramesAreDropped(t *testing.T) {
 			f[0] = 2
 			foreign++
 		}
-		if _, err := w.back.Write(f); err != nil {
+		if _, err := w.Back.Write(f); err != nil {
 			t.Fatal(err)
 		}
 	}
-	back := newStack(t, w.back, Config{Addr: backIP})
+	back := newStack(t, w.Back, Config{Addr: backIP})
 	c, err := back.Dial("tcp", "192.0.2.1:80")
 	if err != nil {
 		t.Fatal(err)
@@ -584,8 +508,8 @@ func TestForeignFramesAreDropped(t *testing.T) {
 // What the ring has no room for waits, is bounded, and never blocks the stack.
 func TestSenderNeverBlocks(t *testing.T) {
 	w := newWire(t, 1500, pvnet.Config{})
-	front := newStack(t, w.front, Config{Addr: frontIP})
-	rx, err := w.back.OwnRX(0)
+	front := newStack(t, w.Front, Config{Addr: frontIP})
+	rx, err := w.Back.OwnRX(0)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -667,7 +591,7 @@ func TestSenderNeverBlocks(t *testing.T) {
 func TestPacketsOfAFlowStayInOneQueue(t *testing.T) {
 	const queues, packets = 3, 60
 	w := newWire(t, 1500, pvnet.Config{Queues: queues})
-	front := newStack(t, w.front, Config{Addr: frontIP})
+	front := newStack(t, w.Front, Config{Addr: frontIP})
 	var list stack.PacketBufferList
 	defer list.Reset()
 	for i := range packets {
@@ -682,7 +606,7 @@ func TestPacketsOfAFlowStayInOneQueue(t *testing.T) {
 		t.Fatal(n, err)
 	}
 	for q := range queues {
-		rx, err := w.back.OwnRX(q)
+		rx, err := w.Back.OwnRX(q)
 		if err != nil {
 			t.Fatal(err)
 		}

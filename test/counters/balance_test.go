@@ -74,11 +74,11 @@ func TestBalanceHoldsWhileFramesMove(t *testing.T) {
 	bpftest.Need(t)
 	cfg := pvnet.Config{Queues: 2, Counters: &bpf.Store{}}
 	w := newWire(t, cfg, cfg)
-	bpftest.Eventually(t, "both ends use all queues", func() bool { return w.front.Active() == 2 && w.back.Active() == 2 })
+	bpftest.Eventually(t, "both ends use all queues", func() bool { return w.Front.Active() == 2 && w.Back.Active() == 2 })
 	stops := []func(){
-		flood(t, newPath(t, w.front, w.back, 0, 32), 1500),
-		flood(t, newPath(t, w.front, w.back, 1, 5), 60),
-		flood(t, newPath(t, w.back, w.front, 0, 16), 300),
+		flood(t, newPath(t, w.Front, w.Back, 0, 32), 1500),
+		flood(t, newPath(t, w.Front, w.Back, 1, 5), 60),
+		flood(t, newPath(t, w.Back, w.Front, 0, 16), 300),
 	}
 	const looks = 12
 	lines := strings.Split(strings.TrimSpace(bpftest.Run(t, command(t), "stat", "--json", "--watch", "--count", strconv.Itoa(looks), "--interval", "100ms", frontName, backName)), "\n")

@@ -74,10 +74,10 @@ func newPathOf(b *testing.B, s *bpf.Store, batch int) *path {
 		cfg.Counters = s
 	}
 	w := newWire(b, cfg, cfg)
-	if kind, reason := w.front.Counters().Backend(); (kind == "heap") != (s == nil) {
+	if kind, reason := w.Front.Counters().Backend(); (kind == "heap") != (s == nil) {
 		b.Fatalf("counters are in %s (%s)", kind, reason)
 	}
-	return newPath(b, w.front, w.back, 0, batch)
+	return newPath(b, w.Front, w.Back, 0, batch)
 }
 
 func median(s []float64) float64 {
@@ -103,15 +103,15 @@ func TestMoveForCounting(t *testing.T) {
 		cfg.Counters = &bpf.Store{}
 	}
 	w := newWire(t, cfg, cfg)
-	kind, reason := w.front.Counters().Backend()
+	kind, reason := w.Front.Counters().Backend()
 	t.Logf("counters are in %s %s", kind, reason)
-	p := newPath(t, w.front, w.back, 0, batch)
+	p := newPath(t, w.Front, w.Back, 0, batch)
 	for range frames / batch {
 		p.move(t, size)
 	}
 	want := uint64(frames / batch * batch)
 	bpftest.Eventually(t, "the counts are published", func() bool {
-		f, b := w.front.Stats(), w.back.Stats()
+		f, b := w.Front.Stats(), w.Back.Stats()
 		return f.TX.Get(telemetry.Packets) == want && b.RX.Get(telemetry.Packets) == want
 	})
 }

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"barevif/pvnet"
+	"barevif/pvnet/pvnettest"
 	"barevif/telemetry"
 	"barevif/telemetry/bpf"
 	"barevif/telemetry/bpf/bpftest"
@@ -37,10 +38,10 @@ var (
 )
 
 // exercised is a wire over which toBack and toFront have gone, counted in maps.
-func exercised(t *testing.T, s *bpf.Store) *wire {
+func exercised(t *testing.T, s *bpf.Store) *pvnettest.Wire {
 	t.Helper()
 	w := newWire(t, pvnet.Config{Counters: s}, pvnet.Config{Counters: s})
-	for _, d := range []*pvnet.Device{w.front, w.back} {
+	for _, d := range []*pvnet.Device{w.Front, w.Back} {
 		if kind, reason := d.Counters().Backend(); kind != bpf.KindIterator {
 			t.Fatalf("counters are in %s (%s)", kind, reason)
 		}
@@ -49,8 +50,8 @@ func exercised(t *testing.T, s *bpf.Store) *wire {
 		traffic
 		*path
 	}{
-		{toBack, newPath(t, w.front, w.back, 0, toBack.batch)},
-		{toFront, newPath(t, w.back, w.front, 0, toFront.batch)},
+		{toBack, newPath(t, w.Front, w.Back, 0, toBack.batch)},
+		{toFront, newPath(t, w.Back, w.Front, 0, toFront.batch)},
 	} {
 		for range way.batches {
 			way.move(t, way.size)
@@ -58,7 +59,7 @@ func exercised(t *testing.T, s *bpf.Store) *wire {
 	}
 	// Owners that do nothing any more publish with the next tick.
 	bpftest.Eventually(t, "the counts are published", func() bool {
-		f, b := w.front.Stats(), w.back.Stats()
+		f, b := w.Front.Stats(), w.Back.Stats()
 		return f.TX.Get(telemetry.Packets) == toBack.frames() && b.RX.Get(telemetry.Packets) == toBack.frames() &&
 			b.TX.Get(telemetry.Packets) == toFront.frames() && f.RX.Get(telemetry.Packets) == toFront.frames()
 	})
@@ -131,17 +132,17 @@ func balance(t *testing.T, way string, from, to Dump) {
 // the two ends still balance.
 func TestFramesLostWithThePeerAreCountedByReason(t *testing.T) {
 	w := newWire(t, pvnet.Config{}, pvnet.Config{})
-	p := newPath(t, w.front, w.back, 0, 8)
+	p := newPath(t, w.Front, w.Back, 0, 8)
 	n := p.tx.AllocSize(p.frames, 100)
 	if k, err := p.tx.Send(p.frames[:n]); k != 8 || err != nil {
 		t.Fatal(k, err)
 	}
-	w.back.Disconnect() // nobody has received them
+	w.Back.Disconnect() // nobody has received them
 	bpftest.Eventually(t, "every frame sent is lost", func() bool {
-		tx := w.front.Stats().TX
+		tx := w.Front.Stats().TX
 		return tx.Lost(telemetry.DropDisconnected) == 8
 	})
-	f, b := w.front.Stats(), w.back.Stats()
+	f, b := w.Front.Stats(), w.Back.Stats()
 	if sent, received, dropped := f.TX.Get(telemetry.Packets), b.RX.Get(telemetry.Packets), f.TX.Dropped()+f.TX.Errors(); sent != 8 || received != 0 || dropped != 8 {
 		t.Errorf("sent %d, received %d, lost %d", sent, received, dropped)
 	}
@@ -163,7 +164,7 @@ func TestMetricsFilePassesAStrictParser(t *testing.T) {
 	w := exercised(t, &bpf.Store{})
 	var text []byte
 	bpftest.Eventually(t, "text is the same before and after", func() bool {
-		want := w.front.Counters().Totals()
+		want := w.Front.Counters().Totals()
 		var err error
 		if text, err = os.ReadFile(frontPins + "/metrics"); err != nil {
 			t.Fatal(err)
@@ -172,7 +173,7 @@ func TestMetricsFilePassesAStrictParser(t *testing.T) {
 		if err := openmetrics.Write(&b, openmetrics.Device{Name: frontName, Stats: want}); err != nil {
 			t.Fatal(err)
 		}
-		return bytes.Equal(b.Bytes(), text) && reflect.DeepEqual(want, w.front.Counters().Totals())
+		return bytes.Equal(b.Bytes(), text) && reflect.DeepEqual(want, w.Front.Counters().Totals())
 	})
 	const script = `
 import sys
@@ -275,7 +276,7 @@ func sameAs(t *testing.T, got map[string]map[string]json.RawMessage, want *telem
 func TestStatSaysWhatTheDeviceSays(t *testing.T) {
 	bpftest.Need(t)
 	w := exercised(t, &bpf.Store{})
-	devices := map[string]*pvnet.Device{frontName: w.front, backName: w.back}
+	devices := map[string]*pvnet.Device{frontName: w.Front, backName: w.Back}
 	var s shape
 	bpftest.Eventually(t, "every field of both devices agrees", func() bool {
 		s = statJSON(t, nil, frontName, backName)
@@ -311,14 +312,14 @@ func TestTamperedCounterIsHealedAndReported(t *testing.T) {
 	bpftest.Need(t)
 	tool := bpftest.Tool(t, "bpftool")
 	w := exercised(t, &bpf.Store{})
-	before := w.front.Stats()
+	before := w.Front.Stats()
 	// Element 0 whole, every byte 1.
 	const words = 2 * telemetry.BlockWords
 	args := append([]string{"map", "update", "pinned", frontPins + "/counters", "key", "hex", "00", "00", "00", "00", "value", "hex"},
 		strings.Fields(strings.Repeat("01 ", 8*words))...)
 	start := time.Now()
 	bpftest.Run(t, tool, args...)
-	if got := w.front.Stats(); got.TX.Get(telemetry.Packets) != before.TX.Get(telemetry.Packets) ||
+	if got := w.Front.Stats(); got.TX.Get(telemetry.Packets) != before.TX.Get(telemetry.Packets) ||
 		got.RX.Get(telemetry.Bytes) != before.RX.Get(telemetry.Bytes) {
 		t.Error("Stats took the forged numbers")
 	}
@@ -337,7 +338,7 @@ func TestTamperedCounterIsHealedAndReported(t *testing.T) {
 		}
 		return false
 	})
-	if n := w.front.Stats().TX; n.Get(telemetry.MirrorHealed) == 0 {
+	if n := w.Front.Stats().TX; n.Get(telemetry.MirrorHealed) == 0 {
 		t.Error("no word is counted as healed")
 	}
 }

@@ -2,26 +2,20 @@ package counters
 
 import (
 	"bufio"
-	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"os"
 	"os/exec"
-	"runtime"
 	"strings"
 	"testing"
 	"time"
 
-	"barevif/hypercall"
-	"barevif/hypercall/emu"
 	"barevif/pvnet"
+	"barevif/pvnet/pvnettest"
 	"barevif/telemetry"
 	"barevif/telemetry/bpf"
 	"barevif/telemetry/bpf/bpftest"
-	"barevif/xenbus"
-	"barevif/xenbus/store"
 	"barevif/xenbus/toolstack"
 )
 
@@ -46,69 +40,9 @@ const (
 	backName  = "back-31002-31001-0"
 )
 
-// A wire is a vif of an emulated machine, both ends in this process.
-type wire struct{ front, back *pvnet.Device }
-
-func newWire(t testing.TB, front, back pvnet.Config) *wire {
+func newWire(t testing.TB, front, back pvnet.Config) *pvnettest.Wire {
 	t.Helper()
-	before := runtime.NumGoroutine()
-	st := store.New(store.Config{})
-	m, err := emu.New(emu.Config{Store: func(dom hypercall.DomID, c io.ReadWriteCloser) { st.ServeConn(c, dom) }})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		m.Close()
-		st.Close()
-		for end := time.Now().Add(limit); runtime.NumGoroutine() > before; runtime.Gosched() {
-			if time.Now().After(end) {
-				buf := make([]byte, 1<<16)
-				t.Fatalf("%d goroutines, %d before\n%s", runtime.NumGoroutine(), before, buf[:runtime.Stack(buf, true)])
-			}
-		}
-	})
-	m.OnDeath(st.DomainDied)
-	ctx, cancel := context.WithTimeout(context.Background(), limit)
-	t.Cleanup(cancel)
-	var doms []*emu.Domain
-	var tools *xenbus.Client
-	for i, id := range []hypercall.DomID{0, frontDom, backDom} {
-		d, err := m.NewDomain(id)
-		if err != nil {
-			t.Fatal(err)
-		}
-		st.Introduce(id)
-		doms = append(doms, d)
-		if i == 0 {
-			if tools, err = xenbus.Dial(ctx, d.Store, xenbus.Config{}); err != nil {
-				t.Fatal(err)
-			}
-			t.Cleanup(func() { tools.Close() })
-		} else if err := toolstack.Home(ctx, tools, id); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if err := toolstack.Add(ctx, tools, toolstack.Vif{Front: frontDom, Back: backDom, MAC: [6]byte{0, 0x16, 0x3e, 0, 0, 1}}); err != nil {
-		t.Fatal(err)
-	}
-	serving, stop := context.WithCancel(context.Background())
-	backs, served := make(chan *pvnet.Device, 1), make(chan error, 1)
-	go func() {
-		served <- pvnet.Serve(serving, doms[2], pvnet.ServeConfig{Config: back, Hotplug: true}, func(d *pvnet.Device) { backs <- d })
-	}()
-	t.Cleanup(func() {
-		stop()
-		if err := <-served; !errors.Is(err, context.Canceled) {
-			t.Errorf("Serve: %v", err)
-		}
-	})
-	w := &wire{}
-	if w.front, err = pvnet.Connect(ctx, doms[1], "0", front); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(w.front.Disconnect)
-	w.back = <-backs
-	return w
+	return pvnettest.New(t, toolstack.Vif{Front: frontDom, Back: backDom, MAC: [6]byte{0, 0x16, 0x3e, 0, 0, 1}}, front, back)
 }
 
 // A path is one direction of a queue of a wire, in the hands of this goroutine.

@@ -448,7 +448,7 @@ func TestPrometheusDrawsAndAlerts(t *testing.T) {
 	targets := map[string]string{"stat": page.address}
 	for job, handler := range map[string]http.Handler{
 		"handler": openmetrics.Handler(func() []openmetrics.Device {
-			return []openmetrics.Device{{Name: frontName, Stats: w.front.Counters().Totals()}}
+			return []openmetrics.Device{{Name: frontName, Stats: w.Front.Counters().Totals()}}
 		}),
 		"file": http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 			text, err := os.ReadFile(frontPins + "/metrics")
@@ -474,7 +474,7 @@ func TestPrometheusDrawsAndAlerts(t *testing.T) {
 		t.Log("not through node_exporter, which is not installed")
 	}
 	p := startPrometheus(t, rules, targets)
-	stop := talk(t, w.front, w.back)
+	stop := talk(t, w.Front, w.Back)
 
 	values := map[string][]string{}
 	settled(t, "every device is there", func() (complaints []string) {
@@ -575,7 +575,7 @@ func TestPrometheusDrawsAndAlerts(t *testing.T) {
 	// What all offer is the same.
 	stop()
 	settled(t, "every way in has the same numbers", func() (complaints []string) {
-		want := w.front.Counters().Totals()
+		want := w.Front.Counters().Totals()
 		for job := range targets {
 			for name, n := range map[string]uint64{
 				"barevif_tx_packets_total": want.TX.Get(telemetry.Packets), "barevif_rx_bytes_total": want.RX.Get(telemetry.Bytes),
@@ -626,11 +626,11 @@ func TestPrometheusDrawsAndAlerts(t *testing.T) {
 	settled(t, "what is wrong raises its alerts, and no others", raised)
 
 	// The other end takes nothing any more, and then what it was sent.
-	w.front.SetWriteDeadline(time.Now().Add(limit))
+	w.Front.SetWriteDeadline(time.Now().Add(limit))
 	sent := make(chan error, 1)
 	go func() {
 		for frame := make([]byte, 60); ; {
-			if _, err := w.front.Write(frame); err != nil {
+			if _, err := w.Front.Write(frame); err != nil {
 				sent <- err
 				return
 			}
@@ -638,17 +638,17 @@ func TestPrometheusDrawsAndAlerts(t *testing.T) {
 	}()
 	want[frontName] = []string{"BarevifMirrorTampered", "BarevifRingFull", "BarevifStalled"}
 	settled(t, "a peer that takes nothing raises its alerts", raised)
-	w.front.SetWriteDeadline(time.Now())
+	w.Front.SetWriteDeadline(time.Now())
 	if err := <-sent; !errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Errorf("Write: %v", err)
 	}
-	stop = talk(t, w.front, w.back)
+	stop = talk(t, w.Front, w.Back)
 	want[frontName] = []string{"BarevifMirrorTampered", "BarevifStalled"}
 	settled(t, "the ring is not full any more", raised)
 	stop()
 
 	// It goes, in good order.
-	w.back.Disconnect()
+	w.Back.Disconnect()
 	want[frontName] = []string{"BarevifDown", "BarevifMirrorTampered", "BarevifStalled"}
 	settled(t, "a peer that is away raises the alert", raised)
 

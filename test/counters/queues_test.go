@@ -22,13 +22,13 @@ func TestEveryQueueCountsForItself(t *testing.T) {
 	const queues = 4
 	cfg := pvnet.Config{Queues: queues, Counters: &bpf.Store{}}
 	w := newWire(t, cfg, cfg)
-	bpftest.Eventually(t, "both ends use all queues", func() bool { return w.front.Active() == queues && w.back.Active() == queues })
+	bpftest.Eventually(t, "both ends use all queues", func() bool { return w.Front.Active() == queues && w.Back.Active() == queues })
 	there := func(q int) traffic { return traffic{batch: 5 + q, batches: 40 + 7*q, size: 60 + 300*q} }
 	here := func(q int) traffic { return traffic{batch: 11 - q, batches: 90 - 13*q, size: 1514 - 450*q} }
 	var paths [2][queues]*path
 	for q := range queues {
-		paths[0][q] = newPath(t, w.front, w.back, q, there(q).batch)
-		paths[1][q] = newPath(t, w.back, w.front, q, here(q).batch)
+		paths[0][q] = newPath(t, w.Front, w.Back, q, there(q).batch)
+		paths[1][q] = newPath(t, w.Back, w.Front, q, here(q).batch)
 	}
 	for i := range 100 { // all queues in turn
 		for q := range queues {
@@ -41,7 +41,7 @@ func TestEveryQueueCountsForItself(t *testing.T) {
 		}
 	}
 	bpftest.Eventually(t, "the counts are published", func() bool {
-		f, b := w.front.Stats(), w.back.Stats()
+		f, b := w.Front.Stats(), w.Back.Stats()
 		for q := range queues {
 			if f.Queues[q].TX.Get(telemetry.Packets) != there(q).frames() || b.Queues[q].RX.Get(telemetry.Packets) != there(q).frames() ||
 				b.Queues[q].TX.Get(telemetry.Packets) != here(q).frames() || f.Queues[q].RX.Get(telemetry.Packets) != here(q).frames() {
@@ -108,7 +108,7 @@ func TestEveryQueueCountsForItself(t *testing.T) {
 			t.Fatal(err)
 		}
 		var b bytes.Buffer
-		if err := openmetrics.Write(&b, openmetrics.Device{Name: frontName, Stats: w.front.Counters().Totals()}); err != nil {
+		if err := openmetrics.Write(&b, openmetrics.Device{Name: frontName, Stats: w.Front.Counters().Totals()}); err != nil {
 			t.Fatal(err)
 		}
 		return bytes.Equal(b.Bytes(), text)

@@ -30,6 +30,7 @@ var rows = [...][]string{
 	{"telemetry/bpf"},
 	{"xenbus/store"},
 	{"pvnet"},
+	{"pvnet/pvnettest"},
 	{"pvnet/link"},
 	{"pvnet/netstack"},
 	{"tools/..."},

@@ -14,60 +14,18 @@ import (
 	"testing"
 	"time"
 
-	"barevif/hypercall"
-	"barevif/hypercall/emu"
 	"barevif/pvnet"
 	"barevif/pvnet/link"
 	"barevif/pvnet/netstack"
-	"barevif/xenbus"
-	"barevif/xenbus/store"
+	"barevif/pvnet/pvnettest"
 	"barevif/xenbus/toolstack"
 )
 
 // vif makes an emulated machine with one vif and gives both its ends.
 func vif(t *testing.T, mtu int) (front, back *pvnet.Device) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 2*wait)
-	t.Cleanup(cancel)
-	st := store.New(store.Config{})
-	m, err := emu.New(emu.Config{Store: func(dom hypercall.DomID, c io.ReadWriteCloser) { st.ServeConn(c, dom) }})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { m.Close(); st.Close() })
-	m.OnDeath(st.DomainDied)
-	var doms []*emu.Domain
-	var tools *xenbus.Client
-	for id := range hypercall.DomID(3) {
-		d, err := m.NewDomain(id)
-		if err != nil {
-			t.Fatal(err)
-		}
-		st.Introduce(id)
-		doms = append(doms, d)
-		if id == 0 {
-			if tools, err = xenbus.Dial(ctx, d.Store, xenbus.Config{}); err != nil {
-				t.Fatal(err)
-			}
-			t.Cleanup(func() { tools.Close() })
-		} else if err := toolstack.Home(ctx, tools, id); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if err := toolstack.Add(ctx, tools, toolstack.Vif{Front: 2, Back: 1, MAC: [6]byte{0, 0x16, 0x3e, 0, 0, 1}, MTU: mtu}); err != nil {
-		t.Fatal(err)
-	}
-	serving, stop := context.WithCancel(context.Background())
-	backs, served := make(chan *pvnet.Device, 1), make(chan error, 1)
-	go func() {
-		served <- pvnet.Serve(serving, doms[1], pvnet.ServeConfig{Hotplug: true}, func(d *pvnet.Device) { backs <- d })
-	}()
-	t.Cleanup(func() { stop(); <-served })
-	if front, err = pvnet.Connect(ctx, doms[2], "0", pvnet.Config{}); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(front.Disconnect)
-	return front, <-backs
+	w := pvnettest.New(t, toolstack.Vif{MAC: [6]byte{0, 0x16, 0x3e, 0, 0, 1}, MTU: mtu}, pvnet.Config{}, pvnet.Config{})
+	return w.Front, w.Back
 }
 
 // The whole way: the kernel's TCP, its card, the joint, both ends of the rings, and
