@@ -521,6 +521,7 @@ func (rx *RX) listen(fn func(Frame)) (err error) {
 	debug.SetPanicOnFault(true)
 	defer func() {
 		if v := faulted(recover()); v != nil {
+			rx.gate.abandon()
 			err = rx.dev.judge(v)
 		}
 	}()
@@ -555,6 +556,14 @@ func faulted(r any) *PeerError {
 		return &PeerError{Reason: fmt.Sprintf("shared memory is gone at %#x", f.Addr())}
 	}
 	panic(r)
+}
+
+// trapped runs f, which touches shared memory, on a goroutine of ours, and gives
+// the verdict if that is gone.
+func trapped(f func()) (v *PeerError) {
+	defer func() { v = faulted(recover()) }()
+	f()
+	return nil
 }
 
 // Disconnect ends the device: the other end sees Closing, then Closed, every call

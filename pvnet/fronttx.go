@@ -335,7 +335,7 @@ func (e *frontTX) ready(int) bool {
 func (e *frontTX) overdue() bool { return e.ring.Overdue() }
 
 func (e *frontTX) drain() {
-	e.reap() // a violation no longer matters
+	trapped(func() { e.reap() }) // a violation no longer matters, nor that the ring is gone
 	for id, s := range e.state {
 		if s == idFree {
 			continue

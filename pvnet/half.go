@@ -46,6 +46,14 @@ func (g *gate) leave() {
 	}
 }
 
+// abandon is leave for a caller that does not know whether it was inside, if
+// nobody else could be.
+func (g *gate) abandon() {
+	if s := g.state.Load(); s == gateBusy || s == gateClosing {
+		g.leave()
+	}
+}
+
 // shut keeps callers out from now on, and calls nudge to make one that is inside
 // and parked look up.
 func (g *gate) shut(nudge func()) {

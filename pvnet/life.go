@@ -435,7 +435,10 @@ func (l *life) resume() {
 	l.move()
 	l.running, l.refused, l.beats = true, nil, 0
 	_, dom := l.xd.Peer()
-	l.d.up(l.conn, dom)
+	if v := trapped(func() { l.d.up(l.conn, dom) }); v != nil {
+		l.d.judge(v)
+		return
+	}
 	if n := l.d.epoch.Load(); n > 1 {
 		l.d.set.Record(telemetry.EventReconnect, telemetry.NoQueue, n, 0)
 	}
