@@ -27,26 +27,30 @@ func Join(ctx context.Context, dev *pvnet.Device, l Link) error {
 
 // A Joint is a vif joined to links. The zero Joint is ready to Run, once.
 type Joint struct {
-	toLink, fromLink, segments       atomic.Uint64
+	toLink, toLinkGSO                atomic.Uint64
+	fromLink, fromLinkGSO, segments  atomic.Uint64
 	unsent, oversize, uncut, refused atomic.Uint64
 }
 
 // JointStats counts frames.
 type JointStats struct {
-	ToLink   uint64 // written to a link
-	FromLink uint64 // sent through the vif, segments counted one by one
-	Segments uint64 // of FromLink, those cut here from a frame the kernel left whole
+	ToLink      uint64 // written to a link
+	ToLinkGSO   uint64 // of ToLink, those the kernel is to cut
+	FromLink    uint64 // sent through the vif
+	FromLinkGSO uint64 // of FromLink, those the vif or its other end cuts
+	Segments    uint64 // of FromLink, what frames the kernel left whole were cut into here
 
 	Unsent   uint64 // dropped: a link was down, out of buffers, or did not take one of that size
 	Oversize uint64 // dropped: beyond the vif's MTU
-	Uncut    uint64 // dropped: of a kind that cannot be cut or completed here
+	Uncut    uint64 // dropped: cannot be cut or completed here, or is not what its header says
 	Refused  uint64 // dropped: the vif's other end does not take one of that size
 }
 
 // Stats may be called at any time.
 func (j *Joint) Stats() JointStats {
 	return JointStats{
-		ToLink: j.toLink.Load(), FromLink: j.fromLink.Load(), Segments: j.segments.Load(),
+		ToLink: j.toLink.Load(), ToLinkGSO: j.toLinkGSO.Load(),
+		FromLink: j.fromLink.Load(), FromLinkGSO: j.fromLinkGSO.Load(), Segments: j.segments.Load(),
 		Unsent: j.unsent.Load(), Oversize: j.oversize.Load(),
 		Uncut: j.uncut.Load(), Refused: j.refused.Load(),
 	}
@@ -55,10 +59,14 @@ func (j *Joint) Stats() JointStats {
 // Run is [Join] with a link per queue, such as [OpenTAPQueues] gives. Link i feeds
 // queue i; a queue without a link of its own is written to one of the others.
 //
-// A frame longer than the vif's MTU and a tagged header is dropped, unless it is
-// one the kernel left to be segmented: that is done here, in software. While the
-// vif is down the links' frames wait in the kernel, which drops what it cannot
-// hold.
+// Run has the kernel behind a TAP leave TCP to be segmented, and TCP and UDP
+// checksums, until it returns: they are passed on to the vif, which does what its
+// other end does not take. With pvnet.Config.Offload the vif leaves the same to the
+// kernel. What else a packet socket leaves is done here, in software.
+//
+// A frame longer than the vif's MTU and a tagged header, or one that would be cut
+// into such, is dropped. While the vif is down the links' frames wait in the kernel,
+// which drops what it cannot hold.
 func (j *Joint) Run(ctx context.Context, dev *pvnet.Device, links ...Link) error {
 	if len(links) == 0 || len(links) > dev.Queues() {
 		return fmt.Errorf("link: %d links for the %d queues of vif %s", len(links), dev.Queues(), dev.ID())
@@ -80,6 +88,9 @@ func (j *Joint) Run(ctx context.Context, dev *pvnet.Device, links ...Link) error
 		txs = append(txs, tx)
 	}
 
+	for _, l := range links {
+		setOffloads(l, true)
+	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	stopped := make(chan struct{})
@@ -108,6 +119,7 @@ func (j *Joint) Run(ctx context.Context, dev *pvnet.Device, links ...Link) error
 	}
 	for _, l := range links {
 		setDeadlines(l, time.Time{})
+		setOffloads(l, false)
 	}
 	err := context.Cause(ctx)
 	if _, broken := errors.AsType[*pvnet.PeerError](err); !broken && errors.Is(err, pvnet.ErrDisconnected) {
@@ -126,6 +138,9 @@ var past = time.Unix(1, 0)
 type quick interface {
 	read(bufs [][]byte, wait bool) (n int, off Offload, err error)
 	setWriteDeadline(t time.Time) error
+
+	// setOffloads has the kernel leave work that the vif can be left, or none.
+	setOffloads(on bool) error
 }
 
 // setDeadlines cannot fail but on a closed link, where nobody waits.
@@ -136,11 +151,19 @@ func setDeadlines(l Link, t time.Time) {
 	}
 }
 
+// setOffloads ignores an error: a kernel that leaves no work does it itself, and the
+// frames say what was left.
+func setOffloads(l Link, on bool) {
+	if q, ok := l.(quick); ok {
+		_ = q.setOffloads(on)
+	}
+}
+
 // batch is how many frames are moved between two notifications at most.
 const batch = 32
 
 // vifPieces is how many pieces a frame of a vif has at most.
-const vifPieces = 18
+const vifPieces = 19
 
 // toLinkFrom writes what rx receives to l.
 func (j *Joint) toLinkFrom(rx *pvnet.RX, l Link) error {
@@ -152,12 +175,20 @@ func (j *Joint) toLinkFrom(rx *pvnet.RX, l Link) error {
 		if err != nil {
 			return err
 		}
-		sent := uint64(0)
+		sent, long := uint64(0), uint64(0)
 		for i := range frames[:n] {
-			_, err = l.WriteFrame(Offload{}, pieces(&frames[i], bufs[:0]))
+			off, ok := leftOf(&frames[i])
+			if !ok {
+				j.uncut.Add(1)
+				continue
+			}
+			_, err = l.WriteFrame(off, pieces(&frames[i], bufs[:0]))
 			switch {
 			case err == nil:
 				sent++
+				if off.GSO != GSONone {
+					long++
+				}
 				down = false
 				continue
 			case err == ErrDown && !down:
@@ -172,6 +203,9 @@ func (j *Joint) toLinkFrom(rx *pvnet.RX, l Link) error {
 			j.unsent.Add(1)
 		}
 		j.toLink.Add(sent)
+		if long > 0 {
+			j.toLinkGSO.Add(long)
+		}
 		if err := rx.Release(frames[:n]); err != nil {
 			return err
 		}
@@ -199,7 +233,7 @@ type feeder struct {
 	ready, n int
 	size     int
 
-	whole [MaxFrame]byte // behind what a frame has room for; or a frame to be cut
+	whole [MaxFrame]byte // behind what a frame has room for; or all of a long one
 	bufs  [vifPieces + 1][]byte
 	cut   segmenter
 }
@@ -266,8 +300,8 @@ func (f *feeder) fill() error {
 		if err == errNone || err == nil && f.quick == nil {
 			return nil
 		}
-		if err != nil {
-			return err
+		if err != nil || f.ready > 0 && f.frames[f.ready-1].GSO().Size != 0 {
+			return err // a long one is sent at once, and holds no pages the next one needs
 		}
 	}
 }
@@ -291,19 +325,73 @@ func (f *feeder) read(wait bool) error {
 		return nil
 	case err != nil:
 		return err
+	case n < MinFrame:
+		f.j.uncut.Add(1)
+		return nil
 	case off.GSO != GSONone:
 		frame.CopyTo(f.whole[:min(n, f.size)])
-		return f.segment(f.whole[:n], off)
+		return f.long(f.whole[:n], off)
 	case n > f.size:
 		f.j.oversize.Add(1)
 		return nil
-	case off.Complete(n, bufs) != nil || n < MinFrame:
-		f.j.uncut.Add(1)
-		return nil
 	}
 	frame.Truncate(n)
+	if !leave(frame, off) && off.Complete(n, bufs) != nil {
+		f.j.uncut.Add(1)
+		f.drop()
+		return nil
+	}
 	f.ready++
 	return nil
+}
+
+// drop gives back frames[ready], which was cut to what was read.
+func (f *feeder) drop() {
+	_ = f.frames[f.ready].Release()
+	f.n--
+	f.frames[f.ready] = f.frames[f.n]
+}
+
+// long takes a frame that is still to be cut, if possible as it is.
+func (f *feeder) long(whole []byte, off Offload) error {
+	if off.GSO == GSOUDP || off.GSO == GSOUFO || len(whole) > pvnet.MaxFrame {
+		return f.segment(whole, off)
+	}
+	if err := f.enlarge(len(whole)); err == pvnet.ErrNoBuffers {
+		return f.segment(whole, off)
+	} else if err != nil {
+		return err
+	}
+	frame := &f.frames[f.ready]
+	frame.CopyFrom(whole)
+	if !leave(frame, off) {
+		f.drop()
+		return f.segment(whole, off)
+	}
+	if longest(frame) > f.size {
+		f.j.oversize.Add(1)
+		f.drop()
+		return nil
+	}
+	f.ready++
+	return nil
+}
+
+// enlarge makes frames[ready] another one, of size bytes. It may send those before
+// it. ErrNoBuffers: the vif has no such frame, whatever is sent.
+func (f *feeder) enlarge(size int) error {
+	at := f.frames[f.ready : f.ready+1]
+	_ = at[0].Release()
+	if f.tx.AllocSize(at, size) == 1 {
+		return nil
+	}
+	if err := f.flush(); err != nil {
+		return err
+	}
+	f.release(0)
+	n, err := f.tx.AllocWait(f.frames[:1], size)
+	f.n = n
+	return err
 }
 
 // segment cuts a frame into such as the vif takes.
@@ -340,25 +428,50 @@ func (f *feeder) segment(whole []byte, off Offload) error {
 
 // flush sends the frames that are ready and keeps the empty ones.
 func (f *feeder) flush() error {
-	sent, done := 0, 0
+	long := f.ready > 0 && f.frames[f.ready-1].GSO().Size != 0
+	done := 0
 	for done < f.ready {
 		n, err := f.tx.SendWait(f.frames[done:f.ready])
-		sent, done = sent+n, done+n
-		if err == pvnet.ErrFrameSize {
-			_ = f.frames[done].Release()
-			done++
-			f.j.refused.Add(1)
+		f.j.fromLink.Add(uint64(n))
+		done += n
+		switch {
+		case err == nil && long:
+			f.j.fromLinkGSO.Add(1)
 			continue
-		}
-		if err != nil {
-			f.j.fromLink.Add(uint64(sent))
+		case err == nil:
+			continue
+		case err == pvnet.ErrNoBuffers && f.n > f.ready:
+			f.release(f.ready)
+			continue
+		case err == pvnet.ErrNoBuffers && long && done == f.ready-1:
+			return f.cutLast()
+		case err == pvnet.ErrFrameSize:
+			f.j.refused.Add(1)
+		case err == pvnet.ErrOffload:
+			f.j.uncut.Add(1)
+		default:
 			f.keep(done)
 			return err
 		}
+		_ = f.frames[done].Release()
+		done++
 	}
-	f.j.fromLink.Add(uint64(sent))
 	f.keep(done)
 	return nil
+}
+
+// cutLast sends the last of the ready frames, the others of which were sent, in
+// pieces: the vif has too few pages to cut it at once.
+func (f *feeder) cutLast() error {
+	last := &f.frames[f.ready-1]
+	off, _ := leftOf(last)
+	whole := f.whole[:last.CopyTo(f.whole[:])]
+	_ = last.Release()
+	f.keep(f.ready)
+	if err := f.segment(whole, off); err != nil {
+		return err
+	}
+	return f.flush()
 }
 
 // keep drops the first done frames, which are no longer ours.

@@ -6,7 +6,8 @@
 // call. It copies nothing in Go: a frame is scattered into, and gathered from,
 // the caller's buffers by the kernel. Beside its bytes a frame has an [Offload],
 // the kernel's struct virtio_net_hdr: work the sender left to whoever passes the
-// frame on. Links ask the kernel to leave none, but do not lose it when it does.
+// frame on. Links that are not joined to a vif ask the kernel to leave none, but do
+// not lose it when it does.
 //
 // The kernel is trusted here, what the frames hold is not: no length, offset or
 // type inside a frame is used without a check. The package creates no bridges,

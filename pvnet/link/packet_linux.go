@@ -178,6 +178,9 @@ func (p *Packet) read(bufs [][]byte, wait bool) (n int, off Offload, err error) 
 	return n, off, err
 }
 
+// setOffloads changes nothing: a packet socket sees what others made, as they left it.
+func (p *Packet) setOffloads(bool) error { return nil }
+
 // WriteFrame: see [Link].
 func (p *Packet) WriteFrame(off Offload, bufs [][]byte) (n int, err error) {
 	n, err = p.port.WriteFrame(off, bufs)

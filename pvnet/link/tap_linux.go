@@ -26,7 +26,8 @@ type TAPConfig struct {
 // sends through the card is read here, what is written here the card receives.
 //
 // The card has no offloads: the kernel is told that this end takes complete,
-// unsegmented frames only. In the other direction WriteFrame passes any Offload.
+// unsegmented frames only, but while a [Joint] runs. In the other direction WriteFrame
+// passes any Offload.
 // A TAP that OpenTAP made goes when its last descriptor is closed.
 type TAP struct {
 	port
@@ -135,6 +136,16 @@ func configureQueue(fd int, name string) error {
 		return tapError(name, "TUNSETOFFLOAD", err)
 	}
 	return nil
+}
+
+// setOffloads holds for all queues of the card.
+func (t *TAP) setOffloads(on bool) (err error) {
+	left := 0
+	if on {
+		left = unix.TUN_F_CSUM | unix.TUN_F_TSO4 | unix.TUN_F_TSO6
+	}
+	ctlErr := t.conn.Control(func(fd uintptr) { err = unix.IoctlSetInt(int(fd), unix.TUNSETOFFLOAD, left) })
+	return errors.Join(ctlErr, err)
 }
 
 // setUp gives the interface its MTU, if any, brings it up, and fills in info.
