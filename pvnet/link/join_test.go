@@ -7,7 +7,6 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
-	"io"
 	"log/slog"
 	"net"
 	"runtime"
@@ -15,11 +14,8 @@ import (
 	"testing"
 	"time"
 
-	"barevif/hypercall"
-	"barevif/hypercall/emu"
 	"barevif/pvnet"
-	"barevif/xenbus"
-	"barevif/xenbus/store"
+	"barevif/pvnet/pvnettest"
 	"barevif/xenbus/toolstack"
 
 	"golang.org/x/sys/unix"
@@ -28,85 +24,17 @@ import (
 // A host is an emulated machine with one vif, its backend in domain 1 and its
 // frontend in domain 2.
 type host struct {
-	t           testing.TB
-	guest       hypercall.Domain
-	front, back *pvnet.Device
-	cfg         pvnet.Config // of the frontend
+	*pvnettest.Wire
+	t testing.TB
 }
 
 func newHost(t testing.TB, mtu int, cfg pvnet.Config) *host { return newHostOf(t, mtu, cfg, cfg) }
 
 func newHostOf(t testing.TB, mtu int, back, front pvnet.Config) *host {
 	t.Helper()
-	before := runtime.NumGoroutine()
 	back.Logger = slog.New(slog.NewTextHandler(t.Output(), nil))
 	front.Logger = back.Logger
-	st := store.New(store.Config{})
-	m, err := emu.New(emu.Config{Store: func(dom hypercall.DomID, c io.ReadWriteCloser) { st.ServeConn(c, dom) }})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		m.Close()
-		st.Close()
-		for end := time.Now().Add(wait); runtime.NumGoroutine() > before; runtime.Gosched() {
-			if time.Now().After(end) {
-				buf := make([]byte, 1<<16)
-				t.Fatalf("%d goroutines, %d before\n%s", runtime.NumGoroutine(), before, buf[:runtime.Stack(buf, true)])
-			}
-		}
-	})
-	m.OnDeath(st.DomainDied)
-	ctx, cancel := context.WithTimeout(context.Background(), 2*wait)
-	t.Cleanup(cancel)
-	var doms []*emu.Domain
-	var tools *xenbus.Client
-	for id := range hypercall.DomID(3) {
-		d, err := m.NewDomain(id)
-		if err != nil {
-			t.Fatal(err)
-		}
-		st.Introduce(id)
-		doms = append(doms, d)
-		if id == 0 {
-			if tools, err = xenbus.Dial(ctx, d.Store, xenbus.Config{}); err != nil {
-				t.Fatal(err)
-			}
-			t.Cleanup(func() { tools.Close() })
-		} else if err := toolstack.Home(ctx, tools, id); err != nil {
-			t.Fatal(err)
-		}
-	}
-	vif := toolstack.Vif{Front: 2, Back: 1, MAC: ourMAC, MTU: mtu}
-	if err := toolstack.Add(ctx, tools, vif); err != nil {
-		t.Fatal(err)
-	}
-	serving, stop := context.WithCancel(context.Background())
-	backs := make(chan *pvnet.Device, 1)
-	served := make(chan error, 1)
-	go func() {
-		served <- pvnet.Serve(serving, doms[1], pvnet.ServeConfig{Config: back, Hotplug: true}, func(d *pvnet.Device) { backs <- d })
-	}()
-	t.Cleanup(func() {
-		stop()
-		if err := <-served; !errors.Is(err, context.Canceled) {
-			t.Errorf("Serve: %v", err)
-		}
-	})
-	h := &host{t: t, guest: doms[2], cfg: front}
-	h.connect(ctx)
-	h.back = <-backs
-	return h
-}
-
-func (h *host) connect(ctx context.Context) {
-	h.t.Helper()
-	front, err := pvnet.Connect(ctx, h.guest, "0", h.cfg)
-	if err != nil {
-		h.t.Fatal(err)
-	}
-	h.front = front
-	h.t.Cleanup(front.Disconnect)
+	return &host{pvnettest.New(t, toolstack.Vif{MAC: ourMAC, MTU: mtu}, front, back), t}
 }
 
 // join runs a Joint of the device until the test ends; ended gives what Run
@@ -131,13 +59,13 @@ func (h *host) listen() <-chan []byte {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		h.front.Listen(context.Background(), func(f pvnet.Frame) {
+		h.Front.Listen(context.Background(), func(f pvnet.Frame) {
 			b := make([]byte, f.Len())
 			f.CopyTo(b)
 			c <- b
 		})
 	}()
-	h.t.Cleanup(func() { h.front.Disconnect(); <-done })
+	h.t.Cleanup(func() { h.Front.Disconnect(); <-done })
 	return c
 }
 
@@ -166,14 +94,14 @@ func settle(t testing.TB, j *Joint, ok func(JointStats) bool) {
 func TestKernelPingsAGuest(t *testing.T) {
 	ping := func(t *testing.T, mtu int, l Link, card string) {
 		h := newHost(t, mtu, pvnet.Config{})
-		j, ended := h.join(context.Background(), h.back, l)
+		j, ended := h.join(context.Background(), h.Back, l)
 		listened := make(chan error, 1)
 		go func() {
-			listened <- h.front.Listen(context.Background(), func(f pvnet.Frame) {
+			listened <- h.Front.Listen(context.Background(), func(f pvnet.Frame) {
 				b := make([]byte, f.Len())
 				f.CopyTo(b)
 				if reply(b) {
-					if _, err := h.front.Write(b); err != nil {
+					if _, err := h.Front.Write(b); err != nil {
 						t.Error(err)
 					}
 				}
@@ -205,7 +133,7 @@ func TestKernelPingsAGuest(t *testing.T) {
 				t.Fatalf("%d bytes: % x", size, got[:n])
 			}
 		}
-		h.front.Disconnect()
+		h.Front.Disconnect()
 		if err := next(t, listened); err != nil {
 			t.Error(err)
 		}
@@ -214,7 +142,7 @@ func TestKernelPingsAGuest(t *testing.T) {
 			t.Errorf("a frontend that goes ends the joint: %v", err)
 		default:
 		}
-		h.back.Disconnect()
+		h.Back.Disconnect()
 		if err := next(t, ended); err != nil {
 			t.Errorf("after Disconnect: %v", err)
 		}
@@ -240,7 +168,7 @@ func TestGuestGetsCompleteFrames(t *testing.T) {
 	p := openPacket(t, card)
 	h := newHost(t, 1500, pvnet.Config{})
 	got := h.listen()
-	j, _ := h.join(context.Background(), h.back, openPacket(t, far))
+	j, _ := h.join(context.Background(), h.Back, openPacket(t, far))
 
 	f, off := partialTCP(777)
 	send(t, p, off, f)
@@ -281,7 +209,7 @@ func TestFramesBeyondTheMTUOfTheVifAreDropped(t *testing.T) {
 	p := openPacket(t, tap.Name())
 	h := newHost(t, 1500, pvnet.Config{})
 	got := h.listen()
-	j, _ := h.join(context.Background(), h.back, tap)
+	j, _ := h.join(context.Background(), h.Back, tap)
 	for _, size := range []int{1519, 5000, 9014} {
 		send(t, p, Offload{}, testFrame(size))
 	}
@@ -299,11 +227,11 @@ func TestFramesOfAGuestReachTheLinkWhole(t *testing.T) {
 	tap := openTAP(t, TAPConfig{MTU: 65521})
 	p := openPacket(t, tap.Name())
 	h := newHost(t, 1500, pvnet.Config{})
-	h.join(context.Background(), h.back, tap)
+	h.join(context.Background(), h.Back, tap)
 	// A guest may send what its MTU forbids; a TAP takes it.
 	for _, size := range []int{14, 60, 1514, 4096, 20000, 65535} {
 		want := testFrame(size)
-		if _, err := h.front.Write(want); err != nil {
+		if _, err := h.Front.Write(want); err != nil {
 			t.Fatal(err)
 		}
 		if b, _ := receive(t, p); !bytes.Equal(b, want) {
@@ -316,9 +244,9 @@ func TestPacketThatRefusesAFrameDropsItAlone(t *testing.T) {
 	card, far := veth(t, 1500)
 	p := openPacket(t, card)
 	h := newHost(t, 1500, pvnet.Config{})
-	j, _ := h.join(context.Background(), h.back, openPacket(t, far))
+	j, _ := h.join(context.Background(), h.Back, openPacket(t, far))
 	for _, size := range []int{4000, 100} {
-		if _, err := h.front.Write(testFrame(size)); err != nil {
+		if _, err := h.Front.Write(testFrame(size)); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -338,14 +266,14 @@ func TestJointEndsWithWhatEndedIt(t *testing.T) {
 		{"cancel", func(_ *testing.T, _ *host, _ *TAP, cancel context.CancelCauseFunc) { cancel(cause) }, cause},
 		{"link closed", func(_ *testing.T, _ *host, tap *TAP, _ context.CancelCauseFunc) { tap.Close() }, net.ErrClosed},
 		{"interface removed", func(t *testing.T, _ *host, tap *TAP, _ context.CancelCauseFunc) { remove(t, tap) }, ErrGone},
-		{"device", func(_ *testing.T, h *host, _ *TAP, _ context.CancelCauseFunc) { h.back.Disconnect() }, nil},
+		{"device", func(_ *testing.T, h *host, _ *TAP, _ context.CancelCauseFunc) { h.Back.Disconnect() }, nil},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			tap := openTAP(t, TAPConfig{})
 			h := newHost(t, 1500, pvnet.Config{})
 			got := h.listen()
 			ctx, cancel := context.WithCancelCause(context.Background())
-			_, ended := h.join(ctx, h.back, tap)
+			_, ended := h.join(ctx, h.Back, tap)
 			p := openPacket(t, tap.Name())
 			send(t, p, Offload{}, testFrame(60))
 			next(t, got) // both directions are parked now, or about to
@@ -369,13 +297,11 @@ func TestJointOutlivesAGuestThatComesBack(t *testing.T) {
 	tap := openTAP(t, TAPConfig{})
 	p := openPacket(t, tap.Name())
 	h := newHost(t, 1500, pvnet.Config{})
-	_, ended := h.join(context.Background(), h.back, tap)
+	_, ended := h.join(context.Background(), h.Back, tap)
 	for round := range 3 {
 		if round > 0 {
-			h.front.Disconnect()
-			ctx, cancel := context.WithTimeout(context.Background(), wait)
-			h.connect(ctx)
-			cancel()
+			h.Front.Disconnect()
+			h.Connect()
 		}
 		got := h.listen()
 		// While the vif is down the joint may hold frames, but it loses none it took.
@@ -383,7 +309,7 @@ func TestJointOutlivesAGuestThatComesBack(t *testing.T) {
 		send(t, p, Offload{}, want)
 		for b := next(t, got); !bytes.Equal(b, want); b = next(t, got) {
 		}
-		if _, err := h.front.Write(want); err != nil {
+		if _, err := h.Front.Write(want); err != nil {
 			t.Fatal(err)
 		}
 		receive(t, p)
@@ -401,11 +327,11 @@ func TestPacketJointSeesItsInterfaceGo(t *testing.T) {
 	l := openPacket(t, far)
 	h := newHost(t, 1500, pvnet.Config{})
 	got := h.listen()
-	j, ended := h.join(context.Background(), h.back, l)
+	j, ended := h.join(context.Background(), h.Back, l)
 	setUpDown(t, far, false)
 	// The writer may be the one who hears of it.
 	for j.Stats().Unsent == 0 {
-		if _, err := h.front.Write(testFrame(60)); err != nil {
+		if _, err := h.Front.Write(testFrame(60)); err != nil {
 			t.Fatal(err)
 		}
 		runtime.Gosched()
@@ -439,13 +365,13 @@ func TestQueuesHaveLinksOfTheirOwn(t *testing.T) {
 	p := openPacket(t, taps[0].Name())
 	h := newHost(t, 1500, pvnet.Config{Queues: 2})
 	got := h.listen()
-	j, ended := h.join(context.Background(), h.back, taps[0], taps[1])
+	j, ended := h.join(context.Background(), h.Back, taps[0], taps[1])
 	const frames = 64
 	for i := range frames {
 		f, _ := partialTCP(100)
 		f[35] = byte(i) // another source port: another flow
 		send(t, p, Offload{}, f)
-		if _, err := h.front.Write(f); err != nil {
+		if _, err := h.Front.Write(f); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -461,7 +387,7 @@ func TestQueuesHaveLinksOfTheirOwn(t *testing.T) {
 		t.Error(err)
 	}
 	for _, n := range []int{0, 3} {
-		if err := new(Joint).Run(context.Background(), h.back, make([]Link, n)...); err == nil {
+		if err := new(Joint).Run(context.Background(), h.Back, make([]Link, n)...); err == nil {
 			t.Errorf("%d links for two queues", n)
 		}
 	}
@@ -470,10 +396,10 @@ func TestQueuesHaveLinksOfTheirOwn(t *testing.T) {
 func TestDeviceWithAnOwnerIsNotJoined(t *testing.T) {
 	tap := openTAP(t, TAPConfig{})
 	h := newHost(t, 1500, pvnet.Config{})
-	if _, err := h.back.OwnRX(0); err != nil {
+	if _, err := h.Back.OwnRX(0); err != nil {
 		t.Fatal(err)
 	}
-	if err := Join(context.Background(), h.back, tap); !errors.Is(err, pvnet.ErrOwned) {
+	if err := Join(context.Background(), h.Back, tap); !errors.Is(err, pvnet.ErrOwned) {
 		t.Fatal(err)
 	}
 }
@@ -497,7 +423,7 @@ func TestFramesThatCannotBeHandledAreDroppedAlone(t *testing.T) {
 	h := newHost(t, 1500, pvnet.Config{})
 	got := h.listen()
 	l := &scripted{tap, make(chan func([][]byte) (int, Offload, error))}
-	j, ended := h.join(context.Background(), h.back, l)
+	j, ended := h.join(context.Background(), h.Back, l)
 	frame := func(b []byte, off Offload) {
 		l.script <- func(bufs [][]byte) (int, Offload, error) {
 			for rest := b; len(rest) > 0; bufs = bufs[1:] {
@@ -536,7 +462,7 @@ func TestOtherLinksAreJoinedToo(t *testing.T) {
 	p := openPacket(t, tap.Name())
 	h := newHost(t, 1500, pvnet.Config{})
 	got := h.listen()
-	h.join(context.Background(), h.back, plainLink{tap})
+	h.join(context.Background(), h.Back, plainLink{tap})
 	for i := range 100 {
 		want := testFrame(60 + i)
 		send(t, p, Offload{}, want)
@@ -551,12 +477,12 @@ func TestJointMakesNoGarbage(t *testing.T) {
 	tap := openTAP(t, TAPConfig{})
 	p := openPacket(t, tap.Name())
 	h := newHost(t, 1500, pvnet.Config{})
-	_, ended := h.join(context.Background(), h.back, tap)
-	tx, err := h.front.OwnTX(0)
+	_, ended := h.join(context.Background(), h.Back, tap)
+	tx, err := h.Front.OwnTX(0)
 	if err != nil {
 		t.Fatal(err)
 	}
-	rx, err := h.front.OwnRX(0)
+	rx, err := h.Front.OwnRX(0)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -598,8 +524,8 @@ func BenchmarkJoint(b *testing.B) {
 	tap := openTAP(b, TAPConfig{})
 	p := openPacket(b, tap.Name())
 	h := newHost(b, 1500, pvnet.Config{})
-	h.join(context.Background(), h.back, tap)
-	rx, err := h.front.OwnRX(0)
+	h.join(context.Background(), h.Back, tap)
+	rx, err := h.Front.OwnRX(0)
 	if err != nil {
 		b.Fatal(err)
 	}

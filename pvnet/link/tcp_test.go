@@ -153,8 +153,8 @@ func newCable(t testing.TB, mtu int, v6 bool, back, front pvnet.Config) *cable {
 	c.nearAddr, c.farAddr = near.Addr(), far.Addr()
 	nearTAP, farTAP := (*space)(nil).tap(t, mtu, near), c.far.tap(t, mtu, far)
 	c.host = newHostOf(t, mtu, back, front)
-	c.nearJoint, _ = c.join(context.Background(), c.back, nearTAP)
-	c.farJoint, _ = c.join(context.Background(), c.front, farTAP)
+	c.nearJoint, _ = c.join(context.Background(), c.Back, nearTAP)
+	c.farJoint, _ = c.join(context.Background(), c.Front, farTAP)
 	return c
 }
 
