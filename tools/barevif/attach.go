@@ -15,7 +15,7 @@ import (
 )
 
 func attachCommand(p *program) *cobra.Command {
-	a := attach{front: front{program: p}}
+	a := attach{front: front{program: p, offload: true}}
 	cmd := &cobra.Command{
 		Use:   "attach",
 		Short: "Be a guest: own a vif and give it to the kernel as a TAP",

@@ -117,7 +117,7 @@ func (b *back) run(ctx context.Context) error {
 	done := make(chan error, 1)
 	go func() {
 		done <- pvnet.Serve(ctx, dom, pvnet.ServeConfig{
-			Config:  pvnet.Config{Queues: b.queues, Counters: counters, Logger: b.slog},
+			Config:  pvnet.Config{Queues: b.queues, Offload: true, Counters: counters, Logger: b.slog},
 			Type:    b.typ,
 			Hotplug: true,
 			Remove:  b.remove,

@@ -170,7 +170,7 @@ func (s *stage) connect(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	cfg := pvnet.Config{Counters: s.store, Logger: s.log()}
+	cfg := pvnet.Config{Offload: true, Counters: s.store, Logger: s.log()}
 	backs := s.serve(backDom, cfg)
 	cfg.LendRx = true // the stack copies
 	if s.front, err = pvnet.Connect(ctx, frontDom, "0", cfg); err != nil {
