@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"net"
 	"runtime"
@@ -19,12 +18,13 @@ import (
 	"barevif/telemetry"
 	"barevif/xenbus"
 	"barevif/xenbus/store"
+	"barevif/xenbus/store/labtest"
 	"barevif/xenbus/toolstack"
 )
 
 // A lab is an emulated machine with a xenstore and a toolstack.
 type lab struct {
-	*emu.Machine
+	*labtest.Lab
 	t     testing.TB
 	store *store.Store
 	dom0  *emu.Domain
@@ -35,34 +35,8 @@ func newLab(t testing.TB) *lab { return newLabOn(t, emu.Config{}) }
 
 func newLabOn(t testing.TB, cfg emu.Config) *lab {
 	t.Helper()
-	before := runtime.NumGoroutine()
-	l := &lab{t: t, store: store.New(store.Config{})}
-	cfg.Store = func(dom hypercall.DomID, conn io.ReadWriteCloser) { l.store.ServeConn(conn, dom) }
-	m, err := emu.New(cfg)
-	if err != nil {
-		t.Fatal(err)
-	}
-	l.Machine = m
-	m.OnDeath(l.store.DomainDied)
-	l.dom0 = l.domain(0)
-	if l.tools, err = xenbus.Dial(ctx(t), l.dom0.Store, xenbus.Config{Pipeline: 8}); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		l.tools.Close()
-		if err := m.CheckClean(); err != nil {
-			t.Error(err)
-		}
-		m.Close()
-		l.store.Close()
-		for end := time.Now().Add(10 * time.Second); runtime.NumGoroutine() > before; time.Sleep(time.Millisecond) {
-			if time.Now().After(end) {
-				buf := make([]byte, 1<<16)
-				t.Fatalf("%d goroutines, %d before\n%s", runtime.NumGoroutine(), before, buf[:runtime.Stack(buf, true)])
-			}
-		}
-	})
-	return l
+	l := labtest.New(t, cfg)
+	return &lab{Lab: l, t: t, store: l.Store, dom0: l.Dom0, tools: l.Tools}
 }
 
 func ctx(t testing.TB) context.Context {
@@ -73,28 +47,12 @@ func ctx(t testing.TB) context.Context {
 
 func (l *lab) domain(id hypercall.DomID) *emu.Domain {
 	l.t.Helper()
-	d, err := l.NewDomain(id)
-	if err != nil {
-		l.t.Fatal(err)
-	}
-	l.store.Introduce(id)
-	if id != 0 {
-		if err := toolstack.Home(ctx(l.t), l.tools, id); err != nil {
-			l.t.Fatal(err)
-		}
-	}
-	return d
+	return l.Domain(id)
 }
 
 func (l *lab) add(v toolstack.Vif) toolstack.Vif {
 	l.t.Helper()
-	if v.MAC == ([6]byte{}) {
-		v.MAC = [6]byte{0, 0x16, 0x3e, 0, byte(v.Front), byte(v.ID)}
-	}
-	if err := toolstack.Add(ctx(l.t), l.tools, v); err != nil {
-		l.t.Fatal(err)
-	}
-	return v
+	return l.Add(v)
 }
 
 func (l *lab) read(path string) string {

@@ -5,23 +5,16 @@ package pvnettest
 import (
 	"context"
 	"errors"
-	"io"
-	"runtime"
 	"testing"
 	"time"
 
-	"barevif/hypercall"
 	"barevif/hypercall/emu"
 	"barevif/pvnet"
-	"barevif/xenbus"
-	"barevif/xenbus/store"
+	"barevif/xenbus/store/labtest"
 	"barevif/xenbus/toolstack"
 )
 
-// Limit bounds what a test waits for; none comes near it.
-const Limit = 20 * time.Second
-
-// A Wire is a vif. It ends with its test, which fails if goroutines are left.
+// A Wire is a vif of a machine of its own.
 type Wire struct {
 	Front, Back *pvnet.Device
 	Guest       *emu.Domain // the frontend's
@@ -37,43 +30,10 @@ func New(t testing.TB, vif toolstack.Vif, front, back pvnet.Config) *Wire {
 	if vif.Front == 0 && vif.Back == 0 {
 		vif.Front, vif.Back = 2, 1
 	}
-	before := runtime.NumGoroutine()
-	st := store.New(store.Config{})
-	m, err := emu.New(emu.Config{Store: func(dom hypercall.DomID, c io.ReadWriteCloser) { st.ServeConn(c, dom) }})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		m.Close()
-		st.Close()
-		for end := time.Now().Add(Limit); runtime.NumGoroutine() > before; runtime.Gosched() {
-			if time.Now().After(end) {
-				buf := make([]byte, 1<<16)
-				t.Fatalf("%d goroutines, %d before\n%s", runtime.NumGoroutine(), before, buf[:runtime.Stack(buf, true)])
-			}
-		}
-	})
-	m.OnDeath(st.DomainDied)
-	ctx, cancel := context.WithTimeout(context.Background(), 2*Limit)
-	t.Cleanup(cancel)
-	domain := func(id hypercall.DomID) *emu.Domain {
-		d, err := m.NewDomain(id)
-		if err != nil {
-			t.Fatal(err)
-		}
-		st.Introduce(id)
-		return d
-	}
-	tools, err := xenbus.Dial(ctx, domain(0).Store, xenbus.Config{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { tools.Close() })
-	w := &Wire{t: t, cfg: front, Guest: domain(vif.Front)}
-	driver := domain(vif.Back)
-	if err := errors.Join(toolstack.Home(ctx, tools, vif.Front), toolstack.Home(ctx, tools, vif.Back), toolstack.Add(ctx, tools, vif)); err != nil {
-		t.Fatal(err)
-	}
+	l := labtest.New(t, emu.Config{})
+	w := &Wire{t: t, cfg: front, Guest: l.Domain(vif.Front)}
+	driver := l.Domain(vif.Back)
+	l.Add(vif)
 	serving, stop := context.WithCancel(context.Background())
 	backs, served := make(chan *pvnet.Device, 1), make(chan error, 1)
 	go func() {
@@ -88,7 +48,7 @@ func New(t testing.TB, vif toolstack.Vif, front, back pvnet.Config) *Wire {
 	w.Connect()
 	select {
 	case w.Back = <-backs:
-	case <-ctx.Done():
+	case <-time.After(labtest.Limit):
 		t.Fatal("no backend")
 	}
 	return w
@@ -97,7 +57,7 @@ func New(t testing.TB, vif toolstack.Vif, front, back pvnet.Config) *Wire {
 // Connect connects the frontend, again if it was disconnected.
 func (w *Wire) Connect() {
 	w.t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), Limit)
+	ctx, cancel := context.WithTimeout(context.Background(), labtest.Limit)
 	defer cancel()
 	front, err := pvnet.Connect(ctx, w.Guest, "0", w.cfg)
 	if err != nil {

@@ -29,6 +29,7 @@ var rows = [...][]string{
 	{"telemetry/bpf/bpftest"},
 	{"telemetry/bpf"},
 	{"xenbus/store"},
+	{"xenbus/store/labtest"},
 	{"pvnet"},
 	{"pvnet/pvnettest"},
 	{"pvnet/link"},
