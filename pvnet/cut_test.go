@@ -3,6 +3,7 @@ package pvnet
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"math/rand/v2"
 	"strings"
 	"testing"
@@ -711,4 +712,89 @@ func TestMorePiecesThanPages(t *testing.T) {
 		t.Fatal(n, err)
 	}
 	s.cut(t, gather(t, rx, s.pieces()))
+}
+
+// Batches of whole frames and such as are cut, from a full ring: none overtakes
+// another, none is lost or sent twice, and what Send did not take is the caller's.
+func TestCutFramesKeepTheirOrder(t *testing.T) {
+	each(t, func(t *testing.T, p *pair, from, to *Device) {
+		tx, _ := own(t, from)
+		_, rx := own(t, to)
+		rng := rand.New(rand.NewPCG(7, 8))
+		var all []stream
+		frames, pieces := 400, 0
+		for i := range frames {
+			s := typical
+			s.seq, s.size, s.payload = uint32(i)<<16, 600+rng.IntN(3000), 1+rng.IntN(30000)
+			if rng.IntN(2) == 0 {
+				s.payload = rng.IntN(s.size)
+			}
+			all = append(all, s)
+			pieces += max(s.pieces(), 1)
+		}
+		failed := make(chan error, 1)
+		go func() {
+			rng := rand.New(rand.NewPCG(9, 10))
+			rest := all
+			for len(rest) > 0 {
+				batch := make([]Frame, min(1+rng.IntN(6), len(rest)))
+				for i := range batch {
+					b := rest[i].frame()
+					if _, err := tx.AllocWait(batch[i:i+1], len(b)); err != nil {
+						failed <- err
+						return
+					}
+					batch[i].CopyFrom(b)
+					if err := batch[i].SetGSO(rest[i].gso()); err != nil {
+						failed <- err
+						return
+					}
+				}
+				rest = rest[len(batch):]
+				for len(batch) > 0 {
+					send := tx.Send
+					if rng.IntN(2) == 0 {
+						send = tx.SendWait
+					}
+					n, err := send(batch)
+					if err != nil && err != ErrFull {
+						failed <- err
+						return
+					}
+					for _, f := range batch[:n] {
+						if f.Valid() {
+							failed <- errors.New("a sent frame is still held")
+							return
+						}
+					}
+					if batch = batch[n:]; len(batch) > 0 && !batch[0].Valid() {
+						failed <- errors.New("a frame that was not sent is gone")
+						return
+					}
+				}
+			}
+			failed <- nil
+		}()
+		got := gather(t, rx, pieces)
+		if err := <-failed; err != nil {
+			t.Fatal(err)
+		}
+		for i, s := range all {
+			if s.payload <= s.size { // whole, and completed
+				want := s.frame()
+				l4 := s.headers() - 20 - s.options
+				header.TCP(want[l4:]).SetChecksum(header.TCP(got[0][l4:]).Checksum())
+				if !bytes.Equal(got[0], want) {
+					t.Fatalf("frame %d is another", i)
+				}
+				got = got[1:]
+				continue
+			}
+			s.cut(t, got[:s.pieces()])
+			got = got[s.pieces():]
+		}
+		if lost := from.Stats().TX; lost.Dropped() != 0 || lost.Get(telemetry.Packets) != uint64(pieces) {
+			t.Errorf("%d of %d sent, %d lost", lost.Get(telemetry.Packets), pieces, lost.Dropped())
+		}
+	})
 }
