@@ -1,0 +1,422 @@
+package hostile
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"barevif/hypercall"
+	"barevif/hypercall/emu"
+	"barevif/pvnet"
+	"barevif/xenbus"
+	"barevif/xenbus/store"
+	"barevif/xenbus/toolstack"
+)
+
+// A middle is a host process that is not what it should be: it answers as the host
+// does, but with other descriptors.
+type middle struct {
+	t      testing.TB
+	path   string
+	listen *net.UnixListener
+	wg     sync.WaitGroup
+
+	mu    sync.Mutex
+	swap  func(nth int, fd int) int // guarded by mu: what goes out instead of the nth descriptor; nil: itself
+	n     int                       // guarded by mu: descriptors that went out
+	kept  []*os.File                // guarded by mu: copies of those that are memory
+	conns []*net.UnixConn           // guarded by mu
+}
+
+// between makes a middle before the host at path.
+func between(t testing.TB, path string) *middle {
+	t.Helper()
+	m := &middle{t: t, path: path + "-middle"}
+	var err error
+	if m.listen, err = net.ListenUnix("unixpacket", &net.UnixAddr{Name: m.path, Net: "unixpacket"}); err != nil {
+		t.Fatal(err)
+	}
+	m.wg.Go(func() {
+		for {
+			c, err := m.listen.AcceptUnix()
+			if err != nil {
+				return
+			}
+			h, err := net.DialUnix("unixpacket", nil, &net.UnixAddr{Name: path, Net: "unixpacket"})
+			if err != nil {
+				c.Close()
+				return
+			}
+			m.mu.Lock()
+			m.conns = append(m.conns, c, h)
+			m.mu.Unlock()
+			m.wg.Go(func() { m.pass(h, c, false) })
+			m.wg.Go(func() { m.pass(c, h, true) })
+		}
+	})
+	t.Cleanup(func() {
+		m.listen.Close()
+		m.mu.Lock()
+		for _, c := range m.conns {
+			c.Close()
+		}
+		m.mu.Unlock()
+		m.wg.Wait()
+		m.forget()
+	})
+	return m
+}
+
+// forget closes the copies.
+func (m *middle) forget() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, f := range m.kept {
+		f.Close()
+	}
+	m.kept = nil
+}
+
+func (m *middle) pass(to, from *net.UnixConn, fromHost bool) {
+	defer to.Close()
+	buf, oob := make([]byte, 256<<10), make([]byte, 256)
+	for {
+		n, oobn, _, _, err := from.ReadMsgUnix(buf, oob)
+		if err != nil || n == 0 {
+			return
+		}
+		var fds []int
+		if msgs, err := unix.ParseSocketControlMessage(oob[:oobn]); err == nil {
+			for i := range msgs {
+				got, _ := unix.ParseUnixRights(&msgs[i])
+				fds = append(fds, got...)
+			}
+		}
+		out := make([]int, len(fds))
+		for i, fd := range fds {
+			out[i] = fd
+			if fromHost {
+				out[i] = m.change(fd)
+			}
+		}
+		var rights []byte
+		if len(out) > 0 {
+			rights = unix.UnixRights(out...)
+		}
+		_, _, err = to.WriteMsgUnix(buf[:n], rights, nil)
+		for _, fd := range fds {
+			unix.Close(fd)
+		}
+		if err != nil {
+			return
+		}
+	}
+}
+
+// change keeps a copy of fd and says what goes out in its place.
+func (m *middle) change(fd int) int {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.n++
+	if _, err := unix.FcntlInt(uintptr(fd), unix.F_GET_SEALS, 0); err == nil {
+		if copied, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0); err == nil {
+			m.kept = append(m.kept, os.NewFile(uintptr(copied), "memory"))
+		}
+	}
+	if m.swap == nil {
+		return fd
+	}
+	return m.swap(m.n, fd)
+}
+
+// set begins to count anew.
+func (m *middle) set(swap func(nth, fd int) int) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.n, m.swap = 0, swap
+}
+
+// A street is a host with two guests, one of which it treats badly, and their
+// backend.
+type street struct {
+	t      testing.TB
+	host   *emu.Host
+	tools  *xenbus.Client
+	middle *middle
+	devs   chan *pvnet.Device
+	next   *pvnet.Device // the honest guest's
+}
+
+func newStreet(t testing.TB) *street {
+	t.Helper()
+	s := &street{t: t, devs: make(chan *pvnet.Device, 64)}
+	st := store.New(store.Config{})
+	path := filepath.Join(t.TempDir(), "host")
+	var err error
+	s.host, err = emu.Listen(path, emu.Config{Grants: 2048, Store: func(dom hypercall.DomID, conn io.ReadWriteCloser) {
+		st.ServeConn(conn, dom)
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	dom0, err := s.host.NewDomain(0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	drv, err := s.host.NewDomain(backID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s.tools, err = xenbus.Dial(ctx(t), dom0.Store, xenbus.Config{}); err != nil {
+		t.Fatal(err)
+	}
+	for _, id := range []hypercall.DomID{0, frontID, backID, 3} {
+		st.Introduce(id)
+		if err := toolstack.Home(ctx(t), s.tools, id); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c, cancel := context.WithCancel(context.Background())
+	served := make(chan error, 1)
+	go func() {
+		served <- pvnet.Serve(c, drv, pvnet.ServeConfig{Hotplug: true, Config: pvnet.Config{Buffers: 64}}, func(d *pvnet.Device) {
+			s.devs <- d
+			d.Listen(context.Background(), func(f pvnet.Frame) {
+				b := make([]byte, f.Len())
+				f.CopyTo(b)
+				d.Write(b)
+			})
+		})
+	}()
+	neighbour, err := emu.Join(ctx(t), path, 3)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.add(toolstack.Vif{Front: 3, Back: backID})
+	if s.next, err = pvnet.Connect(ctx(t), neighbour, "0", pvnet.Config{Buffers: 64}); err != nil {
+		t.Fatal(err)
+	}
+	wait(t, s.devs)
+	s.middle = between(t, path)
+	t.Cleanup(func() {
+		s.next.Disconnect()
+		cancel()
+		if err := wait(t, served); !errors.Is(err, context.Canceled) {
+			t.Errorf("Serve: %v", err)
+		}
+		neighbour.Destroy()
+		s.tools.Close()
+		if err := s.host.CheckClean(); err != nil {
+			t.Error(err)
+		}
+		s.host.Close()
+		st.Close()
+	})
+	return s
+}
+
+func (s *street) add(v toolstack.Vif) toolstack.Vif {
+	s.t.Helper()
+	v.MAC = [6]byte{0, 0x16, 0x3e, 0, byte(v.Front), byte(v.ID)}
+	if err := toolstack.Add(ctx(s.t), s.tools, v); err != nil {
+		s.t.Fatal(err)
+	}
+	return v
+}
+
+// honest demands that the neighbour's frames go there and back.
+func (s *street) honest() {
+	s.t.Helper()
+	c, stop := context.WithCancel(ctx(s.t))
+	defer stop()
+	heard := make(chan int, 1)
+	ended := make(chan error, 1)
+	go func() {
+		ended <- s.next.Listen(c, func(f pvnet.Frame) {
+			select {
+			case heard <- f.Len():
+			default:
+			}
+		})
+	}()
+	if _, err := s.next.Write(pattern(300, 0)); err != nil {
+		s.t.Fatal(err)
+	}
+	if n := wait(s.t, heard); n != 300 {
+		s.t.Errorf("a neighbour's frame came back with %d bytes", n)
+	}
+	stop()
+	wait(s.t, ended)
+}
+
+// T34: a descriptor that is not memory of the right size, and sealed, is refused; one
+// that should be an event or the way to xenstore harms none but its own vif.
+func TestT34DescriptorsThatAreNotWhatTheyShouldBe(t *testing.T) {
+	s := newStreet(t)
+	memfd := func(size int64, seals int) int {
+		fd, err := unix.MemfdCreate("trick", unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := unix.Ftruncate(fd, size); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := unix.FcntlInt(uintptr(fd), unix.F_ADD_SEALS, seals); err != nil {
+			t.Fatal(err)
+		}
+		return fd
+	}
+	const all = unix.F_SEAL_SHRINK | unix.F_SEAL_GROW | unix.F_SEAL_SEAL
+	var pipe [2]int
+	if err := unix.Pipe2(pipe[:], unix.O_CLOEXEC|unix.O_NONBLOCK); err != nil {
+		t.Fatal(err)
+	}
+	file, err := os.Create(filepath.Join(t.TempDir(), "file"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	if err := file.Truncate(1 << 22); err != nil {
+		t.Fatal(err)
+	}
+	tricks := []struct {
+		name string
+		like func(size int64) int // a descriptor instead of one of so many bytes
+	}{
+		{"a pipe", func(int64) int { return pipe[0] }},
+		{"an ordinary file", func(int64) int { return int(file.Fd()) }},
+		{"memory that can shrink", func(n int64) int { return memfd(n, unix.F_SEAL_GROW|unix.F_SEAL_SEAL) }},
+		{"memory without seals", func(n int64) int { return memfd(n, 0) }},
+		{"less memory", func(n int64) int { return memfd(max(n-4096, 0), all) }},
+		{"no memory", func(int64) int { return memfd(0, all) }},
+	}
+	id := uint32(0)
+	// try reports whether it was refused for what the descriptor is, and whether there
+	// was an nth descriptor.
+	try := func(nth int, name string, like func(int64) int) (refused, there bool) {
+		defer s.middle.forget()
+		opened := -1
+		s.middle.set(func(n, fd int) int {
+			if n != nth {
+				return fd
+			}
+			there = true
+			var st unix.Stat_t
+			unix.Fstat(fd, &st)
+			opened = like(st.Size)
+			return opened
+		})
+		v := s.add(toolstack.Vif{Front: frontID, Back: backID, ID: id})
+		id++
+		c, cancel := context.WithTimeout(context.Background(), 500*time.Millisecond)
+		defer cancel()
+		d, err := emu.Join(c, s.middle.path, frontID)
+		if err == nil {
+			var dev *pvnet.Device
+			if dev, err = pvnet.Connect(c, d, fmt.Sprint(v.ID), pvnet.Config{Buffers: 64}); err == nil {
+				dev.SetWriteDeadline(time.Now().Add(20 * time.Millisecond))
+				dev.Write(pattern(100, 0))
+				dev.Disconnect()
+			}
+			d.Destroy()
+		}
+		s.honest()
+		if err := toolstack.Remove(ctx(t), s.tools, v); err != nil {
+			t.Fatal(err)
+		}
+		wait(t, wait(t, s.devs).Done())
+		if opened > 0 && opened != pipe[0] && opened != int(file.Fd()) {
+			unix.Close(opened)
+		}
+		t.Logf("descriptor %d, %s: %v", nth, name, err)
+		return err != nil && !errors.Is(err, context.DeadlineExceeded), there
+	}
+	memory := 0
+	for nth := 1; ; nth++ {
+		first, there := try(nth, tricks[0].name, tricks[0].like)
+		if !there {
+			break
+		}
+		if !first {
+			continue // an event: the vif is deaf, or up by other means
+		}
+		memory++
+		for _, trick := range tricks[1:] {
+			if refused, _ := try(nth, trick.name, trick.like); !refused {
+				t.Errorf("descriptor %d: %s was taken", nth, trick.name)
+			}
+		}
+	}
+	if memory < 5 { // two tables, and three shares
+		t.Errorf("only %d descriptors were refused", memory)
+	}
+	unix.Close(pipe[0])
+	unix.Close(pipe[1])
+}
+
+// T34: seals do not keep anyone from punching holes: what was there is zeros. The vif
+// whose rings those were ends, at both ends, and nothing else does.
+func TestT34MemoryThatIsPunched(t *testing.T) {
+	s := newStreet(t)
+	v := s.add(toolstack.Vif{Front: frontID, Back: backID})
+	d, err := emu.Join(ctx(t), s.middle.path, frontID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.Destroy()
+	front, err := pvnet.Connect(ctx(t), d, "0", pvnet.Config{Buffers: 64})
+	if err != nil {
+		t.Fatal(err)
+	}
+	back := wait(t, s.devs)
+	sink := listen(front)
+	for i := range 10 {
+		want := pattern(100+i, i)
+		if _, err := front.Write(want); err != nil {
+			t.Fatal(err)
+		}
+		if got := wait(t, sink.frames); string(got) != string(want) {
+			t.Fatalf("frame %d came back as %d others", i, len(got))
+		}
+	}
+	s.honest()
+	punched := 0
+	s.middle.mu.Lock()
+	for _, f := range s.middle.kept {
+		var st unix.Stat_t
+		if unix.Fstat(int(f.Fd()), &st) == nil && st.Size > 0 && st.Size <= 1<<20 { // not the tables
+			if unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, 0, st.Size) == nil {
+				punched++
+			}
+		}
+	}
+	s.middle.mu.Unlock()
+	if punched != 3 {
+		t.Fatalf("%d shares punched", punched)
+	}
+	front.SetWriteDeadline(soon())
+	for err == nil { // until it looks at an index again
+		_, err = front.Write(pattern(100, 0))
+	}
+	var pe *pvnet.PeerError
+	if !errors.As(err, &pe) {
+		t.Errorf("Write ended with %v", err)
+	}
+	wait(t, front.Done())
+	wait(t, sink.ended)
+	s.honest()
+	if err := toolstack.Remove(ctx(t), s.tools, v); err != nil {
+		t.Error(err)
+	}
+	wait(t, back.Done())
+	s.honest()
+}
