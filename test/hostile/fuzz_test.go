@@ -82,7 +82,7 @@ func FuzzTxParse(f *testing.F) {
 			return
 		}
 		l := newLab(t, emu.Config{Mapped: true})
-		l.serve(pvnet.ServeConfig{Config: pvnet.Config{Buffers: 64}})
+		l.serve(pvnet.ServeConfig{Config: pvnet.Config{Buffers: 64, Offload: len(in)%32 >= 16}})
 		g := l.attack()
 		s := script(in)
 		for {
@@ -136,7 +136,7 @@ func FuzzRxParse(f *testing.F) {
 			return
 		}
 		l := newLab(t, emu.Config{Mapped: true})
-		h := l.lure(pvnet.Config{Buffers: 64, LendRx: len(in)%16 == 8})
+		h := l.lure(pvnet.Config{Buffers: 64, LendRx: len(in)%16 == 8, Offload: len(in)%32 >= 16})
 		s := script(in)
 		for {
 			op, ok := s.next()

@@ -9,6 +9,7 @@ import (
 	"maps"
 	"testing"
 
+	"barevif/hypercall"
 	"barevif/hypercall/emu"
 	"barevif/pvnet"
 	"barevif/telemetry"
@@ -510,4 +511,27 @@ func TestT20LongFramesAreNotLent(t *testing.T) {
 		}
 	}
 	h.leave()
+}
+
+// T30: a copy that fails costs a long frame like any other; the extra's response stays
+// what it is.
+func TestT30CopiesOfALongFrameThatFail(t *testing.T) {
+	l := newLab(t, emu.Config{})
+	l.serve(pvnet.ServeConfig{Config: pvnet.Config{Offload: true}})
+	g, got := l.attackWith(nil)
+	blank, _ := packet(0, false, false, 3000, 1)
+	want := arrival{blank, pvnet.GSO{Type: pvnet.GSOTCPv4, Size: 1448}, pvnet.ChecksumPartial}
+	extras := more(raw.Extra{Type: 4}, raw.GSO(1448, 1))
+	for k := 1; k <= 3; k++ {
+		reqs := g.cut(blank, partial|raw.TxExtra, 100, 200)
+		lift := l.drv.Fail(emu.Fault{Op: emu.OpCopyGrant, K: k, Status: hypercall.BadGntref})
+		g.send(reqs, extras, refuse, telemetry.DropBadGref, nil)
+		lift()
+		g.send(reqs, extras, pass, 0, nil)
+		if err := wait(t, got).is(want); err != nil {
+			t.Fatal(err)
+		}
+	}
+	g.works()
+	g.leave()
 }

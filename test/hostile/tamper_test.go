@@ -12,6 +12,7 @@ import (
 	"barevif/arena/shm"
 	"barevif/hypercall/emu"
 	"barevif/pvnet"
+	"barevif/test/hostile/raw"
 )
 
 // tampered runs f while one in so many loads of shared memory gives something
@@ -39,7 +40,8 @@ func tampered(rate uint64, f func()) {
 // T03 made certain: no two loads agree, and nothing is loaded twice.
 func TestT03EveryLoadDiffersForTheBackend(t *testing.T) {
 	l := newLab(t, emu.Config{})
-	l.serve(pvnet.ServeConfig{})
+	l.serve(pvnet.ServeConfig{Config: pvnet.Config{Offload: true}})
+	blank, _ := packet(0, false, false, 3000, 1)
 	for round, end := 0, time.Now().Add(spell(t)); time.Now().Before(end); round++ {
 		g := l.attack()
 		tampered([]uint64{1, 3, 20, 200}[round%4], func() {
@@ -47,6 +49,12 @@ func TestT03EveryLoadDiffersForTheBackend(t *testing.T) {
 				reqs, _ := g.chain(0, 60, 200, 300)
 				for _, r := range reqs {
 					g.Put(r.Words())
+				}
+				for k, r := range g.cut(blank, partial|raw.TxExtra) {
+					g.Put(r.Words())
+					if k == 0 {
+						g.Put(raw.GSO(1448, 1).Words())
+					}
 				}
 				g.Push()
 				g.Post(2)
@@ -64,10 +72,12 @@ func TestT03EveryLoadDiffersForTheBackend(t *testing.T) {
 func TestT03EveryLoadDiffersForTheFrontend(t *testing.T) {
 	l := newLab(t, emu.Config{})
 	for round, end := 0, time.Now().Add(spell(t)); time.Now().Before(end); round++ {
-		h := l.lure(pvnet.Config{LendRx: round%2 == 0})
+		h := l.lure(pvnet.Config{LendRx: round%2 == 0, Offload: round%4 < 2})
 		tampered([]uint64{1, 3, 20, 200}[round%4], func() {
 			for i := range 50 {
 				h.PutRx([2]uint32{h.RxProd % 256, 200 << 16}, [2]uint32{(h.RxProd + 1) % 256, 300 << 16})
+				gso := raw.GSO(100, 1).Words()
+				h.PutRx([2]uint32{h.RxProd % 256, 400<<16 | raw.RxExtra | raw.RxBlank}, [2]uint32{gso[0], gso[1]})
 				h.PushRx()
 				h.dev.SetWriteDeadline(time.Now().Add(200 * time.Microsecond))
 				h.dev.Write(pattern(5000, i))
