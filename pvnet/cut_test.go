@@ -448,7 +448,7 @@ func TestHeadersAreReceivedIntoOnePiece(t *testing.T) {
 	f.takes, f.peer = true, takesCsum4|takesCsum6|takesGSO4|takesGSO6
 	p := join(t, emu.Config{}, f, Config{})
 	s := typical
-	s.tags, s.ip, s.options = 2, 40, 40
+	s.ip, s.options = 40, 40
 	for _, way := range ways(t, p) {
 		for room := s.headers() - 20; room <= s.headers()+1; room++ {
 			f := s.load(t, way.tx)

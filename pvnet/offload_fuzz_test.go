@@ -116,7 +116,9 @@ func FuzzArrived(f *testing.F) {
 func goesOn(t *testing.T, f *Frame) {
 	t.Helper()
 	const all = takesCsum4 | takesCsum6 | takesGSO4 | takesGSO6
-	if w := all.fit(f); w != fits {
+	kind := binary.BigEndian.Uint16(f.Bytes()[12:])
+	tagged := kind == 0x8100 || kind == 0x88a8
+	if w := all.fit(f); w != fits && (!tagged || w == unfit) {
 		t.Fatalf("what came does not fit who takes everything: %d", w)
 	}
 	switch w := offers(0).fit(f); {
