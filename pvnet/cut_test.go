@@ -450,7 +450,7 @@ func TestHeadersAreReceivedIntoOnePiece(t *testing.T) {
 	s := typical
 	s.ip, s.options = 40, 40
 	for _, way := range ways(t, p) {
-		for room := s.headers() - 20; room <= s.headers()+1; room++ {
+		for room := s.headers() - 40; room <= maxHeaders+1; room++ {
 			f := s.load(t, way.tx)
 			if _, err := way.tx.Send(f[:]); err != nil {
 				t.Fatal(err)
@@ -461,7 +461,7 @@ func TestHeadersAreReceivedIntoOnePiece(t *testing.T) {
 			}
 			into[0].TrimFront(len(into[0].Bytes()) - room)
 			n, err := way.rx.ReceiveInto(into[:])
-			if room < s.headers() {
+			if room < maxHeaders {
 				if n != 0 || err != ErrShortFrame {
 					t.Fatalf("%d bytes of room: %d, %v", room, n, err)
 				}
