@@ -302,7 +302,7 @@ func TestT34DescriptorsThatAreNotWhatTheyShouldBe(t *testing.T) {
 	id := uint32(0)
 	// try reports whether it was refused for what the descriptor is, and whether there
 	// was an nth descriptor.
-	try := func(nth int, name string, like func(int64) int) (refused, there bool) {
+	try := func(nth int, like func(int64) int) (refused, there bool) {
 		defer s.middle.forget()
 		opened := -1
 		s.middle.set(func(n, fd int) int {
@@ -329,6 +329,7 @@ func TestT34DescriptorsThatAreNotWhatTheyShouldBe(t *testing.T) {
 			}
 			d.Destroy()
 		}
+		s.middle.set(nil)
 		s.honest()
 		if err := toolstack.Remove(ctx(t), s.tools, v); err != nil {
 			t.Fatal(err)
@@ -337,12 +338,11 @@ func TestT34DescriptorsThatAreNotWhatTheyShouldBe(t *testing.T) {
 		if opened > 0 && opened != pipe[0] && opened != int(file.Fd()) {
 			unix.Close(opened)
 		}
-		t.Logf("descriptor %d, %s: %v", nth, name, err)
 		return err != nil && !errors.Is(err, context.DeadlineExceeded), there
 	}
 	memory := 0
 	for nth := 1; ; nth++ {
-		first, there := try(nth, tricks[0].name, tricks[0].like)
+		first, there := try(nth, tricks[0].like)
 		if !there {
 			break
 		}
@@ -351,7 +351,7 @@ func TestT34DescriptorsThatAreNotWhatTheyShouldBe(t *testing.T) {
 		}
 		memory++
 		for _, trick := range tricks[1:] {
-			if refused, _ := try(nth, trick.name, trick.like); !refused {
+			if refused, _ := try(nth, trick.like); !refused {
 				t.Errorf("descriptor %d: %s was taken", nth, trick.name)
 			}
 		}
