@@ -368,10 +368,14 @@ func parseKeys(v xenbus.Values, prefix string) (k queueKeys, err error) {
 
 // finished removes a directory that is gone for good.
 func (b *back) finished(ctx context.Context, xd *xenbus.Device, anew bool) {
-	if ch := xd.Current(); b.cfg.Remove && !anew && !ch.Gone && !ch.Lost && (!ch.Online || ch.Vanished) {
-		if err := xd.Remove(ctx); err != nil {
-			b.d.log.Warn("cannot remove the vif's directory", "err", err)
+	ch := xd.Current()
+	if away := anew || ch.Gone || ch.Vanished || !ch.Online; away && !ch.Lost {
+		if b.cfg.Remove && !anew && !ch.Gone {
+			if err := xd.Remove(ctx); err != nil {
+				b.d.log.Warn("cannot remove the vif's directory", "err", err)
+			}
 		}
+		xd.Fail(ctx, nil) // no reason is left why it does not connect
 	}
 	b.d.finish()
 }

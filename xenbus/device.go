@@ -345,22 +345,14 @@ func (d *Device) Publish(ctx context.Context, keys Values, remove ...string) err
 // cleans up, as in a driver domain. One that is gone is no error. ErrClaimed as in
 // SetState.
 func (d *Device) Remove(ctx context.Context) error {
-	parent := d.dir[:strings.LastIndexByte(d.dir, '/')]
 	err := d.c.Transact(ctx, func(tx Tx) error {
 		if _, err := d.guard(tx); err != nil {
 			return err
 		}
-		if err := tx.Remove(d.dir); err != nil {
+		if err := tx.Remove(d.dir); err != nil || d.role == Frontend {
 			return err
 		}
-		if d.role == Frontend {
-			return nil
-		}
-		left, err := tx.Directory(parent)
-		if err != nil || len(left) > 0 {
-			return err
-		}
-		if err := tx.Remove(parent); !errors.Is(err, ErrAccess) { // it may be the toolstack's
+		if err := removeEmpty(tx, parentOf(d.dir)); !errors.Is(err, ErrAccess) { // it may be the toolstack's
 			return err
 		}
 		return nil
@@ -369,6 +361,17 @@ func (d *Device) Remove(ctx context.Context) error {
 		return fmt.Errorf("xenbus %s: remove: %w", d.dir, err)
 	}
 	return nil
+}
+
+func parentOf(dir string) string { return dir[:strings.LastIndexByte(dir, '/')] }
+
+// removeEmpty removes a directory in which there is nothing.
+func removeEmpty(tx Tx, dir string) error {
+	left, err := tx.Directory(dir)
+	if err != nil || len(left) > 0 {
+		return err
+	}
+	return tx.Remove(dir)
 }
 
 // ReadOwn reads a key of our directory.
@@ -416,14 +419,21 @@ func (c *Client) values(ctx context.Context, dir string, keys []string) (v Value
 }
 
 // Fail leaves a note of why for the administrator, where Linux leaves its own
-// (xenbus_dev_error), or removes it if why is nil. It changes no state.
+// (xenbus_dev_error), or removes it if why is nil, and with it the directory that is
+// for this peer alone. It changes no state.
 func (d *Device) Fail(ctx context.Context, why error) error {
 	dir := "error/" + d.dir
 	if why == nil {
-		if err := d.c.Remove(ctx, dir); err != nil && !errors.Is(err, ErrNotFound) {
-			return err
+		err := d.c.Transact(ctx, func(tx Tx) error {
+			if err := tx.Remove(dir); err != nil || d.role == Frontend {
+				return err
+			}
+			return removeEmpty(tx, parentOf(dir))
+		})
+		if errors.Is(err, ErrNotFound) {
+			return nil
 		}
-		return nil
+		return err
 	}
 	const most = 512
 	text := why.Error()

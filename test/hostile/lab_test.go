@@ -296,6 +296,9 @@ func (g *guest) gone() {
 	if g.sink != nil {
 		wait(g.l.t, g.sink.ended)
 	}
+	if why, err := g.l.store.Read(fmt.Sprintf("/local/domain/%d/error/backend/vif/%d/%d/error", backID, frontID, g.v.ID)); err == nil {
+		g.l.t.Errorf("the vif is gone, and the reason why it did not connect is still there: %s", why)
+	}
 	if err := g.Close(); err != nil {
 		g.l.t.Errorf("the backend kept something of its frontend's: %v", err)
 	}

@@ -635,8 +635,17 @@ func failLeavesANote(t *testing.T, r *rig) {
 		t.Errorf("note %q", got)
 	}
 	r.must(back.Fail(r.ctx, errors.New(strings.Repeat("x", 5000))))
+	other := strings.Replace(note, "/0/error", "/1/error", 1)
+	r.must(bc.Write(r.ctx, other, "another device of that peer"))
 	r.must(back.Fail(r.ctx, nil))
 	_, err := v.tools.Read(r.ctx, note)
+	r.want(err, xenbus.ErrNotFound)
+	if got := r.read(v.tools, other); got == "" {
+		t.Error("the other device's note is gone too")
+	}
+	r.must(bc.Remove(r.ctx, strings.TrimSuffix(other, "/error")))
+	r.must(back.Fail(r.ctx, nil))
+	_, err = v.tools.Directory(r.ctx, "/local/domain/3/error/backend/vif/7")
 	r.want(err, xenbus.ErrNotFound)
 	r.must(back.Fail(r.ctx, nil))
 }
