@@ -200,7 +200,9 @@ func linkRefused(err error) error {
 		a.err, a.next = &bare, oe.Next
 	}
 	switch {
-	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES):
+	case errors.Is(err, unix.EACCES): // the node's, which no capability of these opens
+		a.refused = true
+	case errors.Is(err, unix.EPERM):
 		a.refused = true
 		a.next = `run as root, or "setcap cap_net_admin,cap_net_raw+ep" on the built program; "barevif demo" needs neither`
 	case errors.Is(err, unix.ENOENT): // no /dev/net/tun
