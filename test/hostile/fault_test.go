@@ -57,7 +57,7 @@ func TestT18BackendKeepsRingsMapped(t *testing.T) {
 
 func TestT18GrantsThatNeverEnd(t *testing.T) {
 	l := newLab(t, emu.Config{})
-	l.dirty = true
+	l.Dirty = true
 	h := l.lure(pvnet.Config{})
 	h.works()
 	shared := h.dev.Budget().SharedPages

@@ -12,7 +12,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"runtime"
 	"strconv"
@@ -28,6 +27,7 @@ import (
 	"barevif/test/hostile/raw"
 	"barevif/xenbus"
 	"barevif/xenbus/store"
+	"barevif/xenbus/store/labtest"
 	"barevif/xenbus/toolstack"
 )
 
@@ -38,7 +38,7 @@ const (
 
 // A lab is a machine with a guest, a driver domain and a toolstack.
 type lab struct {
-	*emu.Machine
+	*labtest.Lab
 	t          testing.TB
 	store      *store.Store
 	guest, drv *emu.Domain
@@ -48,39 +48,18 @@ type lab struct {
 	ids        uint32
 	devs       <-chan *pvnet.Device
 	stop       func()
-	dirty      bool // the test leaves pages behind on purpose
 }
 
 func newLab(t testing.TB, cfg emu.Config) *lab {
 	t.Helper()
-	before := runtime.NumGoroutine()
-	l := &lab{t: t, store: store.New(store.Config{}), log: new(journal)}
-	cfg.Store = func(dom hypercall.DomID, conn io.ReadWriteCloser) { l.store.ServeConn(conn, dom) }
-	m, err := emu.New(cfg)
-	if err != nil {
-		t.Fatal(err)
-	}
-	l.Machine = m
-	m.OnDeath(l.store.DomainDied)
-	dom0 := l.domain(0)
-	l.tools = l.client(dom0)
+	m := labtest.New(t, cfg)
+	l := &lab{Lab: m, t: t, store: m.Store, tools: m.Tools, log: new(journal)}
 	l.guest, l.drv = l.domain(frontID), l.domain(backID)
 	l.gc, l.dc = l.client(l.guest), l.client(l.drv)
 	t.Cleanup(func() {
 		l.unserve()
-		for _, c := range []*xenbus.Client{l.gc, l.dc, l.tools} {
-			c.Close()
-		}
-		if err := m.CheckClean(); err != nil && !l.dirty {
-			t.Error(err)
-		}
-		m.Close()
-		l.store.Close()
-		for end := time.Now().Add(10 * time.Second); runtime.NumGoroutine() > before; time.Sleep(time.Millisecond) {
-			if time.Now().After(end) {
-				t.Fatalf("%d goroutines, %d before\n%s", runtime.NumGoroutine(), before, stacks())
-			}
-		}
+		l.gc.Close()
+		l.dc.Close()
 	})
 	return l
 }
@@ -100,17 +79,7 @@ func soon() time.Time { return time.Now().Add(10 * time.Second) }
 
 func (l *lab) domain(id hypercall.DomID) *emu.Domain {
 	l.t.Helper()
-	d, err := l.NewDomain(id)
-	if err != nil {
-		l.t.Fatal(err)
-	}
-	l.store.Introduce(id)
-	if id != 0 {
-		if err := toolstack.Home(ctx(l.t), l.tools, id); err != nil {
-			l.t.Fatal(err)
-		}
-	}
-	return d
+	return l.Domain(id)
 }
 
 func (l *lab) client(d *emu.Domain) *xenbus.Client {
