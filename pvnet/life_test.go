@@ -4,7 +4,9 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -179,3 +181,53 @@ func (c *count) Enabled(context.Context, slog.Level) bool  { return true }
 func (c *count) Handle(context.Context, slog.Record) error { c.n.Add(1); return nil }
 func (c *count) WithAttrs([]slog.Attr) slog.Handler        { return c }
 func (c *count) WithGroup(string) slog.Handler             { return c }
+
+// Vifs of one backend come and go beside each other, by new numbers and by old ones,
+// and each connects.
+func TestManyVifsComeAndGoAtOnce(t *testing.T) {
+	for name, anew := range map[string]bool{"new numbers": false, "the same number": true} {
+		t.Run(name, func(t *testing.T) {
+			l := newLabOn(t, emu.Config{Grants: 8192})
+			bdom := l.domain(100)
+			c, cancel := context.WithCancel(context.Background())
+			served := make(chan error, 1)
+			go func() {
+				served <- pvnet.Serve(c, bdom, pvnet.ServeConfig{Hotplug: true, Config: pvnet.Config{Buffers: 32}}, func(*pvnet.Device) {})
+			}()
+			var wg sync.WaitGroup
+			var connects atomic.Int64
+			for i := range 8 {
+				fdom := l.domain(hypercall.DomID(1 + i))
+				wg.Go(func() {
+					v := toolstack.Vif{Front: fdom.ID(), Back: 100, MAC: [6]byte{0, 0x16, 0x3e, 0, 0, byte(i)}}
+					for end := time.Now().Add(time.Second); time.Now().Before(end); connects.Add(1) {
+						if !anew {
+							v.ID++
+						}
+						c, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+						err := toolstack.Add(c, l.tools, v)
+						var d *pvnet.Device
+						if err == nil {
+							d, err = pvnet.Connect(c, fdom, fmt.Sprint(v.ID), pvnet.Config{Buffers: 32})
+						}
+						if err == nil {
+							d.Disconnect()
+							err = toolstack.Remove(c, l.tools, v)
+						}
+						cancel()
+						if err != nil {
+							t.Error(err)
+							return
+						}
+					}
+				})
+			}
+			wg.Wait()
+			t.Logf("%d connects", connects.Load())
+			cancel()
+			if err := wait(t, served); !errors.Is(err, context.Canceled) {
+				t.Error(err)
+			}
+		})
+	}
+}
