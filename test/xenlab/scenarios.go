@@ -47,7 +47,7 @@ func Plan() []Boot {
 			{Name: "our back, dom0", Roles: "PV domU: netfront; dom0: barevif back", Run: ourBackDom0},
 			{Name: "our back, unplugged", Roles: "PV domU: netfront; dom0: barevif back, its vif taken and given back", Run: ourBackUnplugged},
 			{Name: "our back, misled", Roles: "PV domU: barevif serve, and a frontend that lies; dom0: barevif back", Run: backMisled},
-			{Name: "our back, driver domain", Roles: "PV domU: netfront; PV driver domain: barevif back", Run: ourBackDriver},
+			{Name: "our back, driver domain", Roles: "PV domU: netfront; PV driver domain: barevif back", Limit: 5 * time.Minute, Run: ourBackDriver},
 			{Name: "our back, handed over", Roles: "PV domU: netfront; dom0: barevif back, another by SIGUSR1", Run: handedOver,
 				Complaints: []string{handoverBridge + `: port \d+\(.*\) entered disabled state`}},
 			{Name: "both ours", Roles: "PV domU: barevif serve; PV driver domain: barevif back", Run: bothOurs},
