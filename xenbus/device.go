@@ -419,16 +419,18 @@ func (c *Client) values(ctx context.Context, dir string, keys []string) (v Value
 }
 
 // Fail leaves a note of why for the administrator, where Linux leaves its own
-// (xenbus_dev_error), or removes it if why is nil, and with it the directory that is
-// for this peer alone. It changes no state.
+// (xenbus_dev_error), or removes it if why is nil, and the directories it was alone
+// in. It changes no state.
 func (d *Device) Fail(ctx context.Context, why error) error {
 	dir := "error/" + d.dir
 	if why == nil {
 		err := d.c.Transact(ctx, func(tx Tx) error {
-			if err := tx.Remove(dir); err != nil || d.role == Frontend {
-				return err
+			err := tx.Remove(dir)
+			// Not error itself, which a guest could not make again.
+			for up := parentOf(dir); err == nil && up != "error"; up = parentOf(up) {
+				err = removeEmpty(tx, up)
 			}
-			return removeEmpty(tx, parentOf(dir))
+			return err
 		})
 		if errors.Is(err, ErrNotFound) {
 			return nil

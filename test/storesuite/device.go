@@ -645,8 +645,10 @@ func failLeavesANote(t *testing.T, r *rig) {
 	}
 	r.must(bc.Remove(r.ctx, strings.TrimSuffix(other, "/error")))
 	r.must(back.Fail(r.ctx, nil))
-	_, err = v.tools.Directory(r.ctx, "/local/domain/3/error/backend/vif/7")
+	_, err = v.tools.Directory(r.ctx, "/local/domain/3/error/backend")
 	r.want(err, xenbus.ErrNotFound)
+	_, err = v.tools.Directory(r.ctx, "/local/domain/3/error")
+	r.must(err)
 	r.must(back.Fail(r.ctx, nil))
 }
 
