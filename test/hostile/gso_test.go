@@ -264,6 +264,9 @@ func attempts() (all []attempt) {
 			} else {
 				add(name(fmt.Sprint("TCP header of words, of which there are 8: ", words)), few, 1, kind, arrives, words < 8)
 			}
+			if words > 8 { // nor are they behind the packet
+				add(name(fmt.Sprint("TCP header of words, and what is behind: ", words)), append(few, make([]byte, 40)...), 1, kind, lost, false)
+			}
 		}
 		for n := 14; n <= head; n++ {
 			add(name(fmt.Sprint("cut short at ", n)), blank[:n], 1448, kind, lost, false)
