@@ -297,6 +297,28 @@ func (s stream) load(t testing.TB, tx *TX) (f [1]Frame) {
 
 var typical = stream{options: 12, payload: 64000, size: 1448, flags: 0x99, id: 0xfff0, seq: 1 << 31}
 
+// Linux takes neither a long frame nor a partial checksum behind a VLAN tag, whatever
+// it offers.
+func TestWhatIsTaggedIsMadeWholeForEverybody(t *testing.T) {
+	const all = takesCsum4 | takesCsum6 | takesGSO4 | takesGSO6
+	p := join(t, emu.Config{}, plain, Config{})
+	tx := ways(t, p)[0].tx
+	for tags := range 3 {
+		for _, v6 := range []bool{false, true} {
+			s := typical
+			s.tags, s.v6 = tags, v6
+			f := s.load(t, tx)
+			long := all.fit(&f[0])
+			f[0].SetGSO(GSO{})
+			partial := all.fit(&f[0])
+			if tags == 0 && (long != fits || partial != fits) || tags > 0 && (long != uncut || partial != incomplete) {
+				t.Errorf("%d tags: %d long, %d with a partial checksum", tags, long, partial)
+			}
+			f[0].Release()
+		}
+	}
+}
+
 // A peer that takes no chains takes no long frames, but pieces it takes.
 func TestAFrameIsCutForAPeerWithoutScatterGather(t *testing.T) {
 	none := plain

@@ -154,6 +154,9 @@ func (o offers) fit(f *Frame) fitting {
 	if h.gsoType() == GSOTCPv6 {
 		csum, gso = takesCsum6, takesGSO6
 	}
+	if kind := binary.BigEndian.Uint16(f.Bytes()[12:]); kind == 0x8100 || kind == 0x88a8 {
+		o = 0 // Linux drops such a frame behind a tag: skb_checksum_setup
+	}
 	switch {
 	case f.gso.Size != 0 && o&gso == 0:
 		return uncut
