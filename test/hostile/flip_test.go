@@ -398,11 +398,7 @@ func TestT38OneHostileOfMany(t *testing.T) {
 	if worst > 2*time.Second {
 		t.Errorf("a neighbour waited %v", worst)
 	}
-	for _, h := range append(honest, g) {
-		for len(h.sink.frames) > 0 {
-			<-h.sink.frames
-		}
-	}
+	g.sink.drain(t)
 	g.base.Grants, g.base.Pages = l.Ledger().Grants, 0
 	g.works()
 	for i := range honest {

@@ -17,6 +17,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -183,10 +184,11 @@ type sink struct {
 	dev    *pvnet.Device
 	frames chan []byte
 	ended  chan error
+	seen   atomic.Uint64 // frames so far
 }
 
 func listen(d *pvnet.Device) *sink {
-	s := &sink{d, make(chan []byte, 4096), make(chan error, 1)}
+	s := &sink{dev: d, frames: make(chan []byte, 4096), ended: make(chan error, 1)}
 	go func() {
 		s.ended <- d.Listen(context.Background(), func(f pvnet.Frame) {
 			b := make([]byte, f.Len())
@@ -195,9 +197,23 @@ func listen(d *pvnet.Device) *sink {
 			case s.frames <- b:
 			default:
 			}
+			s.seen.Add(1)
 		})
 	}()
 	return s
+}
+
+// drain throws away what was received, once all of it has come.
+func (s *sink) drain(t testing.TB) {
+	t.Helper()
+	for end := soon(); s.seen.Load() != s.dev.Stats().RX.Get(telemetry.Packets); runtime.Gosched() {
+		if time.Now().After(end) {
+			t.Fatalf("%d frames seen of %d", s.seen.Load(), s.dev.Stats().RX.Get(telemetry.Packets))
+		}
+	}
+	for len(s.frames) > 0 {
+		<-s.frames
+	}
 }
 
 // A guest is a raw frontend before our backend.
