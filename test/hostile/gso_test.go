@@ -50,7 +50,7 @@ func arrivalOf(f *pvnet.Frame) arrival {
 
 // hear is listen that also keeps what is said of the frames.
 func hear(d *pvnet.Device) (*sink, chan arrival) {
-	s := &sink{d, make(chan []byte, 4096), make(chan error, 1)}
+	s := &sink{dev: d, frames: make(chan []byte, 4096), ended: make(chan error, 1)}
 	all := make(chan arrival, 4096)
 	go func() {
 		s.ended <- d.Listen(context.Background(), func(f pvnet.Frame) {

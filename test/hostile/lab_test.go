@@ -206,9 +206,14 @@ func listen(d *pvnet.Device) *sink {
 // drain throws away what was received, once all of it has come.
 func (s *sink) drain(t testing.TB) {
 	t.Helper()
-	for end := soon(); s.seen.Load() != s.dev.Stats().RX.Get(telemetry.Packets); runtime.Gosched() {
+	for end := soon(); ; runtime.Gosched() {
+		st := s.dev.Stats()
+		all, seen := st.RX.Get(telemetry.Packets), s.seen.Load()
+		if seen == all {
+			break
+		}
 		if time.Now().After(end) {
-			t.Fatalf("%d frames seen of %d", s.seen.Load(), s.dev.Stats().RX.Get(telemetry.Packets))
+			t.Fatalf("%d frames seen of %d", seen, all)
 		}
 	}
 	for len(s.frames) > 0 {
