@@ -17,10 +17,12 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
 	"barevif/pvnet"
+	"barevif/telemetry"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -159,26 +161,38 @@ func newCable(t testing.TB, mtu int, v6 bool, back, front pvnet.Config) *cable {
 }
 
 // dial connects the two kernels; the far one listens.
-func (c *cable) dial() (near, far *net.TCPConn) {
+func (c *cable) dial() (near, far *net.TCPConn) { return c.dialMSS(0) }
+
+// dialMSS is dial with segments of so many bytes.
+func (c *cable) dialMSS(mss int) (near, far *net.TCPConn) {
 	c.t.Helper()
-	var l *net.TCPListener
+	limit := func(_, _ string, conn syscall.RawConn) (err error) {
+		if mss == 0 {
+			return nil
+		}
+		ctlErr := conn.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_MAXSEG, mss) })
+		return errors.Join(ctlErr, err)
+	}
+	var l net.Listener
 	var err error
-	c.far.do(func() { l, err = net.ListenTCP("tcp", net.TCPAddrFromAddrPort(netip.AddrPortFrom(c.farAddr, 0))) })
+	c.far.do(func() {
+		l, err = (&net.ListenConfig{Control: limit}).Listen(context.Background(), "tcp", netip.AddrPortFrom(c.farAddr, 0).String())
+	})
 	if err != nil {
 		c.t.Fatal(err)
 	}
 	defer l.Close()
-	near, err = net.DialTCP("tcp", nil, l.Addr().(*net.TCPAddr))
+	conn, err := (&net.Dialer{Control: limit, Timeout: wait}).Dial("tcp", l.Addr().String())
 	if err != nil {
 		c.t.Fatal(err)
 	}
-	c.t.Cleanup(func() { near.Close() })
-	l.SetDeadline(time.Now().Add(wait))
-	if far, err = l.AcceptTCP(); err != nil {
+	c.t.Cleanup(func() { conn.Close() })
+	accepted, err := l.Accept()
+	if err != nil {
 		c.t.Fatal(err)
 	}
-	c.t.Cleanup(func() { far.Close() })
-	return near, far
+	c.t.Cleanup(func() { accepted.Close() })
+	return conn.(*net.TCPConn), accepted.(*net.TCPConn)
 }
 
 // transfer sends size bytes and fails unless they arrive.
@@ -187,11 +201,11 @@ func transfer(from, to *net.TCPConn, size int, seed byte) error {
 	sent := make(chan error, 1)
 	go func() {
 		_, err := io.CopyN(from, rand.NewChaCha8(key), int64(size))
-		sent <- errors.Join(err, from.CloseWrite())
+		sent <- err
 	}()
 	got, want := sha256.New(), sha256.New()
 	io.CopyN(want, rand.NewChaCha8(key), int64(size))
-	n, err := io.Copy(got, to)
+	n, err := io.CopyN(got, to, int64(size))
 	if err = errors.Join(err, <-sent); err != nil {
 		return err
 	}
@@ -199,6 +213,127 @@ func transfer(from, to *net.TCPConn, size int, seed byte) error {
 		return fmt.Errorf("%d bytes of %d, or others", n, size)
 	}
 	return nil
+}
+
+// both moves size bytes each way, one after the other, and fails unless they arrive
+// and both kernels find every checksum right.
+func (c *cable) both(size int, dial func() (near, far *net.TCPConn)) {
+	c.t.Helper()
+	const wrong = "InCsumErrors"
+	nearBefore, farBefore := (*space)(nil).counter(c.t, wrong), c.far.counter(c.t, wrong)
+	near, far := dial()
+	limit := time.Now().Add(4 * wait)
+	near.SetDeadline(limit)
+	far.SetDeadline(limit)
+	if err := transfer(near, far, size, 1); err != nil {
+		c.t.Fatalf("to the frontend's end: %v; %+v, %+v", err, c.nearJoint.Stats(), c.farJoint.Stats())
+	}
+	if err := transfer(far, near, size, 2); err != nil {
+		c.t.Fatalf("to the backend's end: %v; %+v, %+v", err, c.nearJoint.Stats(), c.farJoint.Stats())
+	}
+	if n := (*space)(nil).counter(c.t, wrong) - nearBefore; n != 0 {
+		c.t.Errorf("%d wrong checksums at the backend's end", n)
+	}
+	if n := c.far.counter(c.t, wrong) - farBefore; n != 0 {
+		c.t.Errorf("%d wrong checksums at the frontend's end", n)
+	}
+	for _, j := range []*Joint{c.nearJoint, c.farJoint} {
+		if st := j.Stats(); st.Oversize+st.Uncut+st.Refused+st.Unsent != 0 {
+			c.t.Errorf("%+v", st)
+		}
+	}
+}
+
+func TestKernelsTalkThroughAVif(t *testing.T) {
+	for _, takes := range []struct {
+		name        string
+		back, front bool
+	}{{"both take long frames", true, true}, {"the backend does", true, false}, {"the frontend does", false, true}, {"neither does", false, false}} {
+		for _, mtu := range []int{1500, 9000} {
+			for _, v6 := range []bool{false, true} {
+				name := fmt.Sprintf("%s/mtu=%d/v6=%t", takes.name, mtu, v6)
+				t.Run(name, func(t *testing.T) {
+					c := newCable(t, mtu, v6, pvnet.Config{Offload: takes.back}, pvnet.Config{Offload: takes.front})
+					c.both(4<<20, c.dial)
+					for _, end := range []struct {
+						name        string
+						dev         *pvnet.Device
+						joint       *Joint
+						takes, peer bool
+					}{
+						{"back", c.Back, c.nearJoint, takes.back, takes.front},
+						{"front", c.Front, c.farJoint, takes.front, takes.back},
+					} {
+						st := end.dev.Stats()
+						in := st.RX.Get(telemetry.GSOPackets)
+						// An acknowledgement may be quicker than the count.
+						settle(t, end.joint, func(js JointStats) bool { return js.ToLinkGSO == in })
+						js := end.joint.Stats()
+						if js.FromLinkGSO == 0 || js.Segments != 0 {
+							t.Errorf("%s: the kernel left nothing whole: %+v", end.name, js)
+						}
+						if (in > 0) != end.takes {
+							t.Errorf("%s: %d long frames came through the vif", end.name, in)
+						}
+						if out := st.TX.Get(telemetry.GSOPackets); (out > 0) != end.peer || out > js.FromLinkGSO {
+							t.Errorf("%s: %d long frames left through the vif, of %d", end.name, out, js.FromLinkGSO)
+						}
+						if in := st.RX.Get(telemetry.CsumPartial); (in > 0) != end.takes {
+							t.Errorf("%s: %d partial checksums", end.name, in)
+						}
+					}
+				})
+			}
+		}
+	}
+}
+
+// A peer that speaks of segments smaller than any vif cuts makes us do it.
+func TestSmallSegmentsAreCutHere(t *testing.T) {
+	c := newCable(t, 1500, false, pvnet.Config{Offload: true}, pvnet.Config{Offload: true})
+	c.both(1<<20, func() (near, far *net.TCPConn) { return c.dialMSS(100) })
+	for _, j := range []*Joint{c.nearJoint, c.farJoint} {
+		if st := j.Stats(); st.Segments == 0 {
+			t.Errorf("%+v", st)
+		}
+	}
+}
+
+// Each queue of a card with several leaves its work to a queue of the vif.
+func TestQueuesOfACardLeaveTheirWork(t *testing.T) {
+	far := newSpace(t)
+	near, there := netip.MustParsePrefix("198.51.100.1/24"), netip.MustParsePrefix("198.51.100.2/24")
+	cfg := pvnet.Config{Queues: 2, Offload: true}
+	c := &cable{far: far, nearAddr: near.Addr(), farAddr: there.Addr()}
+	var ends [2][]Link
+	for i, s := range []*space{nil, far} {
+		s.do(func() {
+			taps, err := OpenTAPQueues(TAPConfig{}, cfg.Queues)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			for _, tap := range taps {
+				t.Cleanup(func() { tap.Close() })
+				ends[i] = append(ends[i], tap)
+			}
+			if err := giveAddress(taps[0].Name(), []netip.Prefix{near, there}[i]); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	if t.Failed() {
+		t.FailNow()
+	}
+	c.host = newHostOf(t, 1500, cfg, cfg)
+	c.nearJoint, _ = c.join(context.Background(), c.Back, ends[0]...)
+	c.farJoint, _ = c.join(context.Background(), c.Front, ends[1]...)
+	for range 4 { // the kernel chooses a queue by the flow
+		c.both(1<<20, c.dial)
+	}
+	if st := c.nearJoint.Stats(); st.FromLinkGSO == 0 || st.ToLinkGSO == 0 || st.Segments != 0 {
+		t.Errorf("%+v", st)
+	}
 }
 
 // BenchmarkTCP moves a stream from one kernel's TCP/IP to the other's.
