@@ -33,7 +33,7 @@
 //	  our front, jumbo         PV domU: barevif serve; dom0: netback, MTU 9000
 //	  our front, a kernel's    PV domU: barevif attach; dom0: netback
 //	  our front, unplugged     PV domU: barevif serve; dom0: netback, its vif taken and given back
-//	  our front, netback anew  PV domU: barevif serve; dom0: netback, unbound and bound
+//	  our front, netback anew  PV domU: barevif serve; dom0: netback, its module taken out and put back
 //	  our front, refused       PV domU: barevif serve without what it needs
 //	  our front, misled        PV domU: barevif serve; dom0: netback, and what xenstore should not say
 //	  baseline                 PV domU: netfront and barevif bench, in turns; dom0: netback

@@ -154,10 +154,10 @@ func ourFrontUnplugged(t *T) {
 	p.Succeed()
 }
 
-// netbackAnew unbinds Linux's driver from the vif under our appliance, which
-// must be reachable once it is bound again, whether it saw the states change or the
-// backend took up the same rings. The module itself cannot go: each interface holds
-// it.
+// netbackAnew takes Linux's driver away from the vif under our appliance, and its
+// module out of the kernel, which an interface would hold. With a new one the
+// appliance must be reachable again, whether it saw the states change or the backend
+// took up the same rings.
 func netbackAnew(t *T) {
 	t.netback(true)
 	guest := t.Create(Guest{Name: "domU", Type: PV, VIFs: []VIF{{}}})
@@ -166,9 +166,8 @@ func netbackAnew(t *T) {
 	p := t.serve(guest, "10.88.0.2")
 	t.Ping(t.Dom0(), "10.88.0.2", 56, 20)
 	held := t.held(guest)
-	device := fmt.Sprintf("vif-%d-0", guest.ID)
-	t.Dom0().Sh("echo %s >/sys/bus/xen-backend/drivers/vif/unbind", device)
-	t.Dom0().Sh("echo %s >/sys/bus/xen-backend/drivers/vif/bind", device)
+	t.Dom0().Sh("! rmmod xen_netback")
+	t.Dom0().Sh("echo vif-%d-0 >/sys/bus/xen-backend/drivers/vif/unbind; rmmod xen_netback; modprobe xen-netback", guest.ID)
 	t.Dom0().Await("the new interface", "[ -e /sys/class/net/%s ]", vif)
 	// The toolstack runs its script only for a new device.
 	t.Dom0().Sh("XENBUS_PATH=%s vif=%s /etc/xen/scripts/%s online; ip addr add 10.88.0.1/24 dev %s",
@@ -212,7 +211,11 @@ func ourFrontRefused(t *T) {
 // back starts our backend in a domain; its TAPs get addr.
 func (t *T) back(d *Domain, addr string) *Process {
 	d.Run("modprobe", "tun")
-	p := d.Start(barevif, "back", "-v", "--xen", "--addr", addr+"/24")
+	args := []string{barevif, "back", "-v", "--xen", "--addr", addr + "/24"}
+	if d.ID != 0 {
+		args = append(args, "--remove") // xl waits ten seconds for whoever does
+	}
+	p := d.Start(args...)
 	p.Await(`serves vifs`)
 	return p
 }
@@ -303,6 +306,7 @@ func bothOurs(t *T) {
 	t.agree("the other end", func() flow { return t.ours(guest, frontName(guest, driver.ID)) }, func() flow { return t.ours(driver, backName(guest, driver.ID)) })
 	front.Signal(syscall.SIGTERM)
 	front.Succeed()
+	t.Destroy(guest)
 	back.Signal(syscall.SIGTERM)
 	back.Succeed()
 }

@@ -55,7 +55,7 @@ func withoutRoot(t *T) {
 		return p
 	}
 	serve := []string{"serve", "-v", "--xen", "--addr", addr + "/24"}
-	back := []string{"back", "-v", "--xen", "--addr", backAddr + "/24"}
+	back := []string{"back", "-v", "--xen", "--addr", backAddr + "/24", "--remove"}
 	refused := func(d *Domain, argv []string, want ...string) {
 		r := d.Try(argv...)
 		if r.Err != nil || r.Exit != 3 {
@@ -66,7 +66,7 @@ func withoutRoot(t *T) {
 
 	// Each refusal names the way out.
 	const rule = `SUBSYSTEM=="misc", KERNEL=="xen/%s", GROUP="barevif", MODE="0660"`
-	refused(driver, as(caps(netCaps), back...), "/dev/net/tun")
+	refused(driver, as(caps(netCaps), back...), "chmod 0666 /dev/net/tun")
 	driver.Sh(openBack)
 	refused(driver, as(noCaps, back...), "setcap cap_net_admin,cap_net_raw+ep")
 	b := start(driver, "serves vifs", "0000000000001000", as(caps(netCaps), back...))
@@ -97,6 +97,8 @@ func withoutRoot(t *T) {
 	t.fetchServed(driver, addr, 1<<20)
 	f.Signal(syscall.SIGTERM)
 	f.Succeed()
+	t.Destroy(guest)
+	b.Await("gone; ")
 	b.Signal(syscall.SIGTERM)
 	b.Succeed()
 }

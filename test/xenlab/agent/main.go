@@ -175,6 +175,7 @@ func toolstack() error {
 	for _, argv := range [...][]string{
 		{cmp.Or(argument(proto.StoreArgument), "xenstored"), "--pid-file", "/run/xenstored.pid"},
 		{"xen-init-dom0"},
+		{"xenstore-write", "/local/domain/0/error", ""}, // libxl makes it for all others, and whoever needs it here
 		{"xenconsoled", "--pid-file=/run/xenconsoled.pid", "--log=guest", "--log-dir=/var/log/xen/console"},
 	} {
 		if err := command(argv...); err != nil {
