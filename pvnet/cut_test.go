@@ -425,6 +425,33 @@ func TestAStallOfAFrameToBeCut(t *testing.T) {
 	})
 }
 
+// The slot of the extra info is one more that has to be there.
+func TestAStallIsTheSlotOfTheExtraInfo(t *testing.T) {
+	f := plain
+	f.takes, f.peer = true, takesCsum4|takesGSO4
+	both(t, f, func(t *testing.T, s *stalled) {
+		short := typical
+		short.payload, short.size = 1000, 100
+		f := short.load(t, s.p.back.tx[0])
+		s.fill(1)
+		go func() {
+			_, err := s.tx.SendWait(f[:])
+			s.sent <- err
+		}()
+		synctest.Wait()
+		s.beat(0, 0)
+		s.beat(1, 0)
+		if e := s.last(); e.A != 1 {
+			t.Errorf("short of %d slots", e.A)
+		}
+		take(t, s.rx, 200)
+		if err := <-s.sent; err != nil {
+			t.Fatal(err)
+		}
+		s.beat(1, 1)
+	})
+}
+
 // A frame that others hold too is completed in a copy: a sender that has no buffer for
 // it says so, rather than asking for ever.
 func TestACopyToCompleteNeedsABuffer(t *testing.T) {

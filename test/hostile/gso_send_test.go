@@ -205,8 +205,24 @@ func TestWireOfALongFrameFromTheBackend(t *testing.T) {
 			}
 		}
 	}
+	// Without an extra the second slot is data.
+	for _, fails := range []int{1, 2, 3} {
+		at := g.RxCons
+		g.Post(2)
+		lift := l.drv.Fail(emu.Fault{Op: emu.OpCopyGrant, K: fails, Status: hypercall.BadGntref})
+		p.send(p.make(pattern(5000, 1), pvnet.ChecksumUnknown, 0, 0))
+		lift()
+		rsp, err := g.Received(2, soon())
+		want := []raw.RxRsp{
+			{ID: uint16(at % raw.Size), Flags: raw.RxMore, Status: raw.Error},
+			{ID: uint16((at + 1) % raw.Size), Status: raw.Error},
+		}
+		if err != nil || rsp[0] != want[0] || rsp[1] != want[1] {
+			t.Errorf("copy %d fails: %+v, %v", fails, rsp, err)
+		}
+	}
 	st := g.dev.Stats()
-	if sent, lost, gso := st.TX.Get(telemetry.Packets), st.TX.Lost(telemetry.DropBadGref), st.TX.Get(telemetry.GSOPackets); sent != 261 || lost != 6 || gso != 2 {
+	if sent, lost, gso := st.TX.Get(telemetry.Packets), st.TX.Lost(telemetry.DropBadGref), st.TX.Get(telemetry.GSOPackets); sent != 261 || lost != 9 || gso != 2 {
 		t.Errorf("sent %d, lost %d, long %d", sent, lost, gso)
 	}
 	g.leave()
