@@ -242,6 +242,7 @@ func ourBackDom0(t *T) {
 	p = t.back(t.Dom0(), "10.89.0.1")
 	t.Dom0().Await("the guest behind the new backend", "ping -c 1 -W 1 10.89.0.2")
 	t.Ping(guest, "10.89.0.1", 1472, 20)
+	t.Fetch(guest, t.Dom0(), "10.89.0.1", 1<<20)
 	t.Destroy(guest)
 	p.Signal(syscall.SIGTERM)
 	p.Succeed()
