@@ -56,7 +56,6 @@ type life struct {
 	pause   time.Duration
 	pace    pace
 	of      uint32       // generation that pace is of; 0: none yet
-	anew    bool         // backend: the directory is not the one we served
 	beats   int          // ticks since the link came up
 	state   xenbus.State // last written, for the event log
 	first   chan error   // told once: up, or why not; nil after
@@ -103,7 +102,7 @@ func (l *life) run(stop context.Context) {
 	l.release()
 	l.d.hush.catchUp(true)
 	ctx, cancel := l.patiently()
-	l.role.finished(ctx, l.xd, l.anew)
+	l.role.finished(ctx, l.xd, l.anew())
 	cancel()
 	if l.leaving == nil {
 		l.leaving = ErrDisconnected
@@ -276,6 +275,11 @@ func (l *life) held(ch xenbus.Change) bool {
 		!l.pace.until.IsZero() && ch.Online && !ch.Gone && !ch.Lost
 }
 
+// anew reports whether the directory is not the one this backend served.
+func (l *life) anew() bool {
+	return l.kind == xenbus.Backend && l.of != 0 && l.of != l.xd.Current().Generation
+}
+
 func (l *life) move() { l.pace.move(time.Now()) }
 
 // step does what the handshake says until there is nothing to do but wait. It
@@ -284,10 +288,10 @@ func (l *life) step() (over bool) {
 	for range 32 { // the handshake comes to rest after a few
 		ch := l.xd.Current()
 		if l.of != ch.Generation { // made anew, which no peer can do
-			if l.anew = l.kind == xenbus.Backend && l.of != 0; l.anew {
-				return true // a vif that is gone is not told by another in its place
+			if l.anew() {
+				return true // this vif is gone, though another is in its place
 			}
-			l.of, l.pace = ch.Generation, pace{}
+			l.of, l.pace, l.pause, l.refused = ch.Generation, pace{}, 0, nil
 		}
 		if l.held(ch) {
 			return false

@@ -43,8 +43,8 @@ type ServeConfig struct {
 //
 // A directory another process serves is left alone, and asked for again, in the end
 // twice a minute. A vif whose device has ended before it was taken away is served
-// again once the toolstack has made it anew. Serve returns when ctx ends, with its cause, after every device has
-// disconnected and every accept has returned.
+// again once the toolstack has made it anew. Serve returns when ctx ends, with its
+// cause, after every device has disconnected and every accept has returned.
 func Serve(ctx context.Context, domain hypercall.Domain, cfg ServeConfig, accept func(*Device)) error {
 	err := serve(ctx, domain, cfg, accept)
 	if ctx.Err() != nil { // whatever it was doing then
@@ -75,27 +75,20 @@ func serve(ctx context.Context, domain hypercall.Domain, cfg ServeConfig, accept
 	defer wg.Wait()
 	inner, cancel := context.WithCancelCause(ctx)
 	defer cancel(ErrDisconnected)
-	s := &server{client: client, domain: domain, cfg: cfg, accept: accept, left: make(chan xenbus.BackendID)}
-	busy := make(map[xenbus.BackendID]bool) // a goroutine looks after it
+	s := &server{client: client, domain: domain, cfg: cfg, accept: accept, busy: make(map[xenbus.BackendID]bool)}
 	for {
-		ev, left, err := s.next(ctx, backs)
-		if left != nil {
-			delete(busy, *left)
-		}
+		ev, err := s.next(ctx, backs)
 		if err != nil {
 			return err
 		}
-		if ev == nil || ev.Vanished || busy[ev.BackendID] { // its goroutine sees that too
+		id := ev.BackendID
+		if ev.Vanished || s.busy[id] { // its goroutine sees that too
 			continue
 		}
-		id := ev.BackendID
-		busy[id] = true
+		s.busy[id] = true
 		wg.Go(func() {
 			s.keep(inner, id)
-			select {
-			case s.left <- id:
-			case <-inner.Done():
-			}
+			s.leave(id)
 		})
 	}
 }
@@ -107,37 +100,41 @@ type server struct {
 	domain hypercall.Domain
 	cfg    ServeConfig
 	accept func(*Device)
-	left   chan xenbus.BackendID // directories no goroutine looks after any more
+	busy   map[xenbus.BackendID]bool // a goroutine looks after it, or has left it
+
+	mu   sync.Mutex
+	left []xenbus.BackendID // guarded by mu: no goroutine looks after them any more
+	wake func()             // guarded by mu: ends the wait for the next
 }
 
-// next waits for a directory that came or went, or is left, or both. One that is
-// left is looked for anew: it may have gone and come back in between, of which
-// nobody is told.
-func (s *server) next(ctx context.Context, backs *xenbus.Backends) (*xenbus.BackendEvent, *xenbus.BackendID, error) {
-	c, stop := context.WithCancel(ctx)
-	var left *xenbus.BackendID
-	var asking sync.WaitGroup
-	asking.Go(func() {
-		select {
-		case id := <-s.left:
-			left = &id
-			stop()
-		case <-c.Done():
+// next waits for a directory that came or went. One that is left is looked for
+// anew: it may have gone and come back in between, of which nobody is told.
+func (s *server) next(ctx context.Context, backs *xenbus.Backends) (xenbus.BackendEvent, error) {
+	for {
+		c, stop := context.WithCancel(ctx)
+		s.mu.Lock()
+		left := s.left
+		s.left, s.wake = nil, stop
+		s.mu.Unlock()
+		for _, id := range left {
+			delete(s.busy, id)
+			backs.Forget(id)
 		}
-	})
-	ev, err := backs.Next(c)
-	stop()
-	asking.Wait()
-	if left != nil {
-		backs.Forget(*left)
+		ev, err := backs.Next(c)
+		woken := c.Err() != nil
+		stop()
+		if err == nil || !woken || ctx.Err() != nil {
+			return ev, err
+		}
 	}
-	if err == nil {
-		return &ev, left, nil
-	}
-	if left != nil && ctx.Err() == nil {
-		err = nil // it was interrupted
-	}
-	return nil, left, err
+}
+
+func (s *server) leave(id xenbus.BackendID) {
+	s.mu.Lock()
+	s.left = append(s.left, id)
+	wake := s.wake
+	s.mu.Unlock()
+	wake()
 }
 
 // keep serves one directory until it has gone or was made anew, or ctx ends.
@@ -150,8 +147,9 @@ func (s *server) keep(ctx context.Context, id xenbus.BackendID) {
 	for pause := retryFirst; ctx.Err() == nil; pause = min(2*pause, retryMost) {
 		xd, err := s.claim(ctx, id)
 		if err == nil {
-			s.serve(ctx, id, xd)
-			s.outlast(ctx, xd)
+			if b := s.serve(ctx, id, xd); !b.again {
+				s.outlast(ctx, xd.Dir(), b.away)
+			}
 			return
 		}
 		none, ok := errors.AsType[*xenbus.NoDeviceError](err)
@@ -182,7 +180,7 @@ func (s *server) claim(ctx context.Context, id xenbus.BackendID) (*xenbus.Device
 }
 
 // serve is the life of one device.
-func (s *server) serve(ctx context.Context, id xenbus.BackendID, xd *xenbus.Device) {
+func (s *server) serve(ctx context.Context, id xenbus.BackendID, xd *xenbus.Device) *back {
 	d := newDevice(id.ID, telemetry.Backend, s.domain, s.cfg.Config)
 	d.log = d.log.With("frontend", id.String())
 	b := &back{d: d, cfg: &s.cfg}
@@ -192,26 +190,32 @@ func (s *server) serve(ctx context.Context, id xenbus.BackendID, xd *xenbus.Devi
 	s.accept(d)
 	<-d.done
 	stop()
+	return b
 }
 
 // outlast waits until the directory of a device that has ended is no more the one
-// it was. What the device left there is Closed.
-func (s *server) outlast(ctx context.Context, xd *xenbus.Device) {
-	path := xd.Dir() + "/" + netif.KeyState
-	w, err := s.client.Watch(ctx, path)
+// it was. What the device left there is Closed; away says that the toolstack had
+// said it takes the vif away.
+func (s *server) outlast(ctx context.Context, dir string, away bool) {
+	w, err := s.client.Watch(ctx, dir)
 	if err != nil {
 		return
 	}
 	defer w.Close()
 	for {
-		state, err := s.client.Read(ctx, path)
+		state, err := s.client.Read(ctx, dir+"/"+netif.KeyState)
+		online := "0"
+		if err == nil && away {
+			online, err = s.client.Read(ctx, dir+"/"+netif.KeyOnline)
+		}
 		switch {
 		case errors.Is(err, xenbus.ErrNotFound), errors.Is(err, xenbus.ErrAccess):
 			return
-		case err == nil && state == strconv.Itoa(int(xenbus.Initialising)):
+		case err == nil && (state == strconv.Itoa(int(xenbus.Initialising)) || online != "0"):
 			return
-		case err != nil:
+		case err != nil && ctx.Err() == nil:
 			rest(ctx, retryFirst)
+			continue
 		}
 		select {
 		case _, open := <-w.C():
@@ -242,6 +246,10 @@ const claimPatience = time.Second
 type back struct {
 	d   *Device
 	cfg *ServeConfig
+
+	// Set at the end of the life.
+	again bool // the directory is there, and not the one we served
+	away  bool // the toolstack took the vif away
 }
 
 // backMAC is the address Linux's netback gives its interfaces: one that no bridge
@@ -369,6 +377,7 @@ func parseKeys(v xenbus.Values, prefix string) (k queueKeys, err error) {
 // finished removes a directory that is gone for good.
 func (b *back) finished(ctx context.Context, xd *xenbus.Device, anew bool) {
 	ch := xd.Current()
+	b.again, b.away = anew || ch.Lost, ch.Gone || !ch.Online
 	if away := anew || ch.Gone || ch.Vanished || !ch.Online; away && !ch.Lost {
 		if b.cfg.Remove && !anew && !ch.Gone {
 			if err := xd.Remove(ctx); err != nil {
