@@ -102,7 +102,8 @@ func await(t testing.TB, d *pvnet.Device, up bool) pvnet.LinkEvent {
 			return ev
 		}
 	}
-	t.Fatal("the link did not change")
+	buf := make([]byte, 1<<16)
+	t.Fatalf("the link did not change\n%s", buf[:runtime.Stack(buf, true)])
 	panic("unreachable")
 }
 
