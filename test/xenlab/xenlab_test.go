@@ -203,26 +203,26 @@ func shown() (dump counters.Dump, text string) {
 
 func TestAFieldThatIsNotShownIsNoticed(t *testing.T) {
 	dump, text := shown()
-	if got := missing(dump, text, "v"); got != "" {
+	if got := missing(dump, dump, text, "v"); got != "" {
 		t.Fatal(got)
 	}
-	if missing(dump, strings.TrimSuffix(text, "# EOF\n"), "v") == "" {
+	if missing(dump, dump, strings.TrimSuffix(text, "# EOF\n"), "v") == "" {
 		t.Error("without an end: not noticed")
 	}
-	if missing(dump, text, "w") == "" {
+	if missing(dump, dump, text, "w") == "" {
 		t.Error("of another vif: not noticed")
 	}
 	for line := range strings.Lines(text) {
-		if missing(dump, strings.Replace(text, line, "", 1), "v") == "" {
+		if missing(dump, dump, strings.Replace(text, line, "", 1), "v") == "" {
 			t.Errorf("without %q: not noticed", line)
 		}
 	}
 	for name, n := range dump[0] {
 		delete(dump[0], name)
-		if missing(dump, text, "v") == "" {
+		if missing(dump, dump, text, "v") == "" {
 			t.Errorf("without %s: not noticed", name)
 		}
-		if dump[0][name] = json.RawMessage("1234567"); string(n) != "{}" && missing(dump, text, "v") == "" {
+		if dump[0][name] = json.RawMessage("1234567"); string(n) != "{}" && missing(dump, dump, text, "v") == "" {
 			t.Errorf("another %s: not noticed", name)
 		}
 		dump[0][name] = n
