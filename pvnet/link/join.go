@@ -443,7 +443,7 @@ func (f *feeder) flush() error {
 		case err == pvnet.ErrNoBuffers && f.n > f.ready:
 			f.release(f.ready)
 			continue
-		case err == pvnet.ErrNoBuffers && long && done == f.ready-1:
+		case (err == pvnet.ErrNoBuffers || err == pvnet.ErrFrameSize) && long && done == f.ready-1:
 			return f.cutLast()
 		case err == pvnet.ErrFrameSize:
 			f.j.refused.Add(1)
@@ -461,7 +461,7 @@ func (f *feeder) flush() error {
 }
 
 // cutLast sends the last of the ready frames, the others of which were sent, in
-// pieces: the vif has too few pages to cut it at once.
+// pieces: the vif has too few pages to cut it all at once.
 func (f *feeder) cutLast() error {
 	last := &f.frames[f.ready-1]
 	off, _ := leftOf(last)

@@ -14,8 +14,11 @@ import (
 	"testing"
 	"time"
 
+	"barevif/hypercall/emu"
 	"barevif/pvnet"
 	"barevif/pvnet/pvnettest"
+	"barevif/telemetry"
+	"barevif/xenbus/store/labtest"
 	"barevif/xenbus/toolstack"
 
 	"golang.org/x/sys/unix"
@@ -239,6 +242,68 @@ func TestGuestGetsTaggedFramesComplete(t *testing.T) {
 	settle(t, j, func(st JointStats) bool { return st.FromLinkGSO == whole && st.Segments == 0 })
 }
 
+// Where the system grants few pages a vif cannot cut a long frame at once.
+func TestLongFramesAreCutHereForAPoorVif(t *testing.T) {
+	for _, mtu := range []int{1500, 9000} {
+		lab := labtest.New(t, emu.Config{Grants: 80})
+		driver, guest := lab.Domain(1), lab.Domain(2)
+		lab.Add(toolstack.Vif{Front: 2, Back: 1, MAC: ourMAC, MTU: mtu})
+		serving, stop := context.WithCancel(context.Background())
+		backs, served := make(chan *pvnet.Device, 1), make(chan error, 1)
+		go func() {
+			served <- pvnet.Serve(serving, driver, pvnet.ServeConfig{Hotplug: true}, func(d *pvnet.Device) { backs <- d })
+		}()
+		t.Cleanup(func() { stop(); <-served })
+		front, err := pvnet.Connect(serving, guest, "0", pvnet.Config{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(front.Disconnect)
+		rx, err := next(t, backs).OwnRX(0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		rx.SetDeadline(time.Now().Add(wait))
+		got := make(chan []byte, 1024)
+		go func() {
+			defer close(got)
+			var frames [1]pvnet.Frame
+			for {
+				if _, err := rx.Receive(frames[:]); err != nil {
+					return
+				}
+				b := make([]byte, frames[0].Len())
+				frames[0].CopyTo(b)
+				got <- b
+				rx.Release(frames[:])
+			}
+		}()
+		tap := openTAP(t, TAPConfig{MTU: mtu})
+		p := openPacket(t, tap.Name())
+		h := &host{&pvnettest.Wire{Front: front}, t}
+		j, _ := h.join(context.Background(), front, tap)
+		send(t, p, Offload{}, testFrame(60))
+		next(t, got) // the joint runs
+		var u uncut
+		u.frame, u.off = partialTCP(65000)
+		u.off.GSO, u.off.GSOSize, u.off.HeaderLen = GSOTCP4, uint16(mtu-52), 54
+		want := cut(t, u)
+		for range 10 {
+			send(t, p, u.off, u.frame)
+			send(t, p, Offload{}, testFrame(61))
+			for i := range want {
+				if b := next(t, got); !bytes.Equal(b, want[i]) {
+					t.Fatalf("segment %d: %d bytes, want %d", i, len(b), len(want[i]))
+				}
+			}
+			if b := next(t, got); len(b) != 61 {
+				t.Fatalf("%d bytes", len(b))
+			}
+		}
+		settle(t, j, func(st JointStats) bool { return st.Segments == 10*uint64(len(want)) && st.FromLinkGSO == 0 })
+	}
+}
+
 func TestFramesBeyondTheMTUOfTheVifAreDropped(t *testing.T) {
 	tap := openTAP(t, TAPConfig{MTU: 9000})
 	p := openPacket(t, tap.Name())
@@ -323,6 +388,13 @@ func TestJointEndsWithWhatEndedIt(t *testing.T) {
 					t.Fatalf("%d bytes", len(b))
 				}
 				send(t, tap, Offload{}, testFrame(62))
+				u := uncuts()[0]
+				send(t, p, u.off, u.frame)
+				for i, want := range cut(t, u) {
+					if b, off := receive(t, tap); !bytes.Equal(b, want) || off.GSO != GSONone {
+						t.Fatalf("segment %d: %d bytes, %+v", i, len(b), off)
+					}
+				}
 			}
 		})
 	}
@@ -453,20 +525,110 @@ func (l *scripted) ReadFrame(bufs [][]byte) (int, Offload, error) {
 	return f(bufs)
 }
 
+// frame has the link read b, of which it says off.
+func (l *scripted) frame(b []byte, off Offload) {
+	l.script <- func(bufs [][]byte) (int, Offload, error) {
+		for rest := b; len(rest) > 0; bufs = bufs[1:] {
+			rest = rest[copy(bufs[0], rest):]
+		}
+		return len(b), off, nil
+	}
+}
+
+// What a header says is done only to a frame that is what it says.
+func TestHeadersThatLieAreNotBelieved(t *testing.T) {
+	tcp, tcp6, udp := uncuts()[0], uncuts()[3], uncuts()[4]
+	small, partial := partialTCP(300)
+	change := func(u uncut, f func(*uncut)) uncut {
+		u.frame = bytes.Clone(u.frame)
+		f(&u)
+		return u
+	}
+	h := newHost(t, 1500, pvnet.Config{})
+	got := h.listen()
+	l := &scripted{openTAP(t, TAPConfig{}), make(chan func([][]byte) (int, Offload, error))}
+	j, ended := h.join(context.Background(), h.Back, l)
+	end := sync.OnceFunc(func() { close(l.script) })
+	defer end()
+	marker := testFrame(60)
+	dropped := uint64(0)
+	for name, u := range map[string]uncut{
+		"IPv6 said, IPv4 is":  change(tcp, func(u *uncut) { u.off.GSO = GSOTCP6 }),
+		"IPv4 said, IPv6 is":  change(tcp6, func(u *uncut) { u.off.GSO = GSOTCP4 }),
+		"TCP said, UDP is":    change(udp, func(u *uncut) { u.off.GSO = GSOTCP4 }),
+		"UDP said, TCP is":    change(tcp, func(u *uncut) { u.off.GSO = GSOUDP }),
+		"a datagram to cut":   change(udp, func(u *uncut) { u.off.GSO = GSOUFO }),
+		"no kind there is":    change(tcp, func(u *uncut) { u.off.GSO = 0x42 }),
+		"segments of nothing": change(tcp, func(u *uncut) { u.off.GSOSize = 0 }),
+		"too many segments":   change(tcp, func(u *uncut) { u.off.GSOSize = 3 }),
+		"headers only":        change(tcp, func(u *uncut) { u.frame = u.frame[:54] }),
+		"half a header":       change(tcp, func(u *uncut) { u.frame = u.frame[:40] }),
+		"no header":           change(tcp, func(u *uncut) { u.frame = u.frame[:14] }),
+		"a TCP header of 60":  change(tcp, func(u *uncut) { u.frame = u.frame[:94]; u.frame[46] = 0xf0 }),
+		"a TCP header of 8":   change(tcp, func(u *uncut) { u.frame[46] = 0x20 }),
+		"a fragment":          change(tcp, func(u *uncut) { u.frame[20] |= 0x20 }),
+		"not IP":              change(tcp, func(u *uncut) { u.frame[12] = 0x88 }),
+		"a field outside":     {frame: small, off: Offload{Checksum: ChecksumPartial, SumStart: 34, SumOffset: uint16(len(small)) - 35}},
+		"a field far outside": {frame: small, off: Offload{Checksum: ChecksumPartial, SumStart: 0xffff, SumOffset: 0xffff}},
+		"less than a header":  {frame: small[:13], off: partial},
+	} {
+		l.frame(u.frame, u.off)
+		l.frame(marker, Offload{})
+		if b := next(t, got); !bytes.Equal(b, marker) {
+			t.Errorf("%s: % x", name, b[:min(len(b), 80)])
+			next(t, got)
+			continue
+		}
+		dropped++
+		settle(t, j, func(st JointStats) bool { return st.Uncut == dropped })
+	}
+
+	// Where it is right but for the place of the checksum, the frame is what it should be.
+	for name, u := range map[string]uncut{
+		"checksum elsewhere":        change(tcp, func(u *uncut) { u.off.SumStart-- }),
+		"field elsewhere":           change(tcp, func(u *uncut) { u.off.SumOffset = 6 }),
+		"checksum outside":          change(tcp, func(u *uncut) { u.off.SumStart = 0xffff }),
+		"no checksum left":          change(tcp, func(u *uncut) { u.off.Checksum = ChecksumNone }),
+		"verified, still to be cut": change(tcp6, func(u *uncut) { u.off.Checksum = ChecksumVerified }),
+		"headers elsewhere":         change(tcp, func(u *uncut) { u.off.HeaderLen = 9999 }),
+	} {
+		want := cut(t, u)
+		l.frame(u.frame, u.off)
+		for i := range want {
+			if b := next(t, got); !bytes.Equal(b, want[i]) {
+				t.Errorf("%s: segment %d: % x, want % x", name, i, b[:min(len(b), 80)], want[i][:80])
+			}
+		}
+	}
+
+	// A checksum where neither TCP nor UDP has theirs is completed all the same.
+	other := bytes.Clone(small)
+	other[23] = 47 // GRE
+	want := bytes.Clone(other)
+	off := Offload{Checksum: ChecksumPartial, SumStart: 38, SumOffset: 4}
+	done := off
+	if err := done.Complete(len(want), [][]byte{want}); err != nil {
+		t.Fatal(err)
+	}
+	l.frame(other, off)
+	if b := next(t, got); !bytes.Equal(b, want) {
+		t.Errorf("% x, want % x", b[:80], want[:80])
+	}
+	end()
+	if err := next(t, ended); err != net.ErrClosed {
+		t.Error(err)
+	}
+}
+
 func TestFramesThatCannotBeHandledAreDroppedAlone(t *testing.T) {
 	tap := openTAP(t, TAPConfig{})
 	h := newHost(t, 1500, pvnet.Config{})
 	got := h.listen()
 	l := &scripted{tap, make(chan func([][]byte) (int, Offload, error))}
 	j, ended := h.join(context.Background(), h.Back, l)
-	frame := func(b []byte, off Offload) {
-		l.script <- func(bufs [][]byte) (int, Offload, error) {
-			for rest := b; len(rest) > 0; bufs = bufs[1:] {
-				rest = rest[copy(bufs[0], rest):]
-			}
-			return len(b), off, nil
-		}
-	}
+	end := sync.OnceFunc(func() { close(l.script) })
+	defer end()
+	frame := l.frame
 	fail := func(err error) {
 		l.script <- func([][]byte) (int, Offload, error) { return 9, Offload{}, err }
 	}
@@ -482,7 +644,7 @@ func TestFramesThatCannotBeHandledAreDroppedAlone(t *testing.T) {
 	if b := next(t, got); !bytes.Equal(b, testFrame(100)) {
 		t.Fatalf("%d bytes", len(b))
 	}
-	close(l.script)
+	end()
 	if err := next(t, ended); err != net.ErrClosed {
 		t.Error(err)
 	}
@@ -507,51 +669,81 @@ func TestOtherLinksAreJoinedToo(t *testing.T) {
 	}
 }
 
-// garbage counts allocations while frames go through TAP, joint and vif both ways.
 func TestJointMakesNoGarbage(t *testing.T) {
-	tap := openTAP(t, TAPConfig{})
-	p := openPacket(t, tap.Name())
-	h := newHost(t, 1500, pvnet.Config{})
-	_, ended := h.join(context.Background(), h.Back, tap)
-	tx, err := h.Front.OwnTX(0)
-	if err != nil {
-		t.Fatal(err)
+	long, off := partialTCP(60000)
+	off.GSO, off.GSOSize, off.HeaderLen = GSOTCP4, 1448, 54
+	for _, c := range []struct {
+		name    string
+		frame   []byte
+		off     Offload
+		offload bool
+		arrive  int // frames at the guest
+	}{
+		{"small", testFrame(1514), Offload{}, false, 1},
+		{"long", long, off, true, 1},
+		{"long, to be cut", long, off, false, (60000 + 1447) / 1448},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			tap := openTAP(t, TAPConfig{})
+			p := openPacket(t, tap.Name())
+			h := newHostOf(t, 1500, pvnet.Config{Offload: true}, pvnet.Config{Offload: c.offload})
+			_, ended := h.join(context.Background(), h.Back, tap)
+			tx, err := h.Front.OwnTX(0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			rx, err := h.Front.OwnRX(0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			limit := time.Now().Add(2 * wait)
+			rx.SetDeadline(limit)
+			tx.SetDeadline(limit)
+			p.SetReadDeadline(limit)
+			in, out := [][]byte{c.frame}, [][]byte{make([]byte, MaxFrame)}
+			var frames [64]pvnet.Frame
+			there := func(in [][]byte, off Offload, arrive int) {
+				if _, err := p.WriteFrame(off, in); err != nil {
+					t.Fatal(err)
+				}
+				for arrive > 0 {
+					n, err := rx.Receive(frames[:])
+					if err != nil {
+						t.Fatal(err)
+					}
+					rx.Release(frames[:n])
+					arrive -= n
+				}
+			}
+			there([][]byte{testFrame(60)}, Offload{}, 1) // the joint runs
+			got := testing.AllocsPerRun(300, func() {
+				there(in, c.off, c.arrive)
+				if _, err := tx.AllocWait(frames[:1], len(c.frame)); err != nil {
+					t.Fatal(err)
+				}
+				frames[0].CopyFrom(c.frame)
+				if c.off.GSO != GSONone {
+					if err := frames[0].SetGSO(pvnet.GSO{Type: pvnet.GSOTCPv4, Size: c.off.GSOSize}); err != nil {
+						t.Fatal(err)
+					}
+				}
+				if _, err := tx.SendWait(frames[:1]); err != nil {
+					t.Fatal(err)
+				}
+				if n, back, err := p.ReadFrame(out); err != nil || n != len(c.frame) || back.GSO != c.off.GSO {
+					t.Fatalf("%d bytes, %+v, %v", n, back, err)
+				}
+			})
+			if got != 0 {
+				t.Errorf("%v allocations a frame", got)
+			}
+			if st := h.Back.Stats(); st.RX.Get(telemetry.Packets) != 301 {
+				t.Errorf("%d frames came", st.RX.Get(telemetry.Packets))
+			}
+			tap.Close()
+			next(t, ended)
+		})
 	}
-	rx, err := h.Front.OwnRX(0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	limit := time.Now().Add(2 * wait)
-	rx.SetDeadline(limit)
-	tx.SetDeadline(limit)
-	p.SetReadDeadline(limit)
-	f, buf := testFrame(1514), make([]byte, 2000)
-	in, out := [][]byte{f}, [][]byte{buf}
-	var frames [1]pvnet.Frame
-	got := testing.AllocsPerRun(300, func() {
-		if _, err := p.WriteFrame(Offload{}, in); err != nil {
-			t.Fatal(err)
-		}
-		if _, err := rx.Receive(frames[:]); err != nil {
-			t.Fatal(err)
-		}
-		rx.Release(frames[:])
-		if _, err := tx.AllocWait(frames[:], len(f)); err != nil {
-			t.Fatal(err)
-		}
-		frames[0].CopyFrom(f)
-		if _, err := tx.SendWait(frames[:]); err != nil {
-			t.Fatal(err)
-		}
-		if _, _, err := p.ReadFrame(out); err != nil {
-			t.Fatal(err)
-		}
-	})
-	if got != 0 {
-		t.Errorf("%v allocations a frame", got)
-	}
-	tap.Close()
-	next(t, ended)
 }
 
 func BenchmarkJoint(b *testing.B) {
