@@ -37,6 +37,11 @@ func (s *segmenter) init(frame []byte, off Offload) bool {
 		}
 	case kind == 0x86dd && off.GSO != GSOTCP4 && len(packet) >= 40 && packet[0]>>4 == 6:
 		s.l4, proto = ip+40, packet[6]
+		// Hop-by-hop and destination options. With a routing header the checksum is
+		// about another destination.
+		for (proto == 0 || proto == 60) && s.l4 <= len(s.head) && len(frame) >= s.l4+8 {
+			proto, s.l4 = frame[s.l4], s.l4+8+int(frame[s.l4+1])*8
+		}
 	default:
 		return false
 	}
@@ -88,8 +93,11 @@ func (s *segmenter) next() (head, payload []byte, more bool) {
 		binary.BigEndian.PutUint16(ip[10:], ^fold(addSum(0, ip[:s.l4-s.ip])))
 		sum = addSum(uint64(ip[9]), ip[12:20])
 	} else {
-		binary.BigEndian.PutUint16(ip[4:], uint16(length))
-		sum = addSum(uint64(ip[6]), ip[8:40])
+		binary.BigEndian.PutUint16(ip[4:], uint16(s.l4-s.ip-40+length))
+		sum = addSum(6, ip[8:40])
+		if s.udp {
+			sum += 17 - 6
+		}
 	}
 	sum += uint64(length)
 	field := 6

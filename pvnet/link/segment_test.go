@@ -48,6 +48,14 @@ func uncuts() []uncut {
 	binary.BigEndian.PutUint16(tcp6[70:], sum16(pseudo))
 	off6 := Offload{Checksum: ChecksumPartial, SumStart: 54, SumOffset: 16, GSO: GSOTCP6, GSOSize: 1440, HeaderLen: 74}
 
+	// Hop-by-hop options of 16 bytes, destination options of 8; both are padding.
+	options6 := []byte{60, 1, 1, 12, 16: 6, 18: 1, 19: 4, 23: 0}
+	extended := append(append(bytes.Clone(tcp6[:54]), options6...), tcp6[54:]...)
+	extended[20] = 0
+	binary.BigEndian.PutUint16(extended[18:], uint16(len(extended)-54))
+	offExtended := off6
+	offExtended.SumStart, offExtended.HeaderLen, offExtended.GSOSize = 78, 98, 1416
+
 	udp := make([]byte, 14+20+8+2500)
 	copy(udp, tcp4[:34])
 	udp[23] = 17
@@ -68,7 +76,7 @@ func uncuts() []uncut {
 
 	return []uncut{
 		{"tcp4", tcp4, off4}, {"tcp4 flags", flags, offECN}, {"tcp4 options", options, offOptions},
-		{"tcp6", tcp6, off6}, {"udp4", udp, offUDP}, {"no rest", even, off4},
+		{"tcp6", tcp6, off6}, {"udp4", udp, offUDP}, {"no rest", even, off4}, {"tcp6 options", extended, offExtended},
 	}
 }
 
@@ -107,7 +115,7 @@ func TestSegmentsBehindATagAreThoseWithout(t *testing.T) {
 }
 
 func TestWhatCannotBeCutIsRefused(t *testing.T) {
-	tcp := uncuts()[0]
+	tcp, extended := uncuts()[0], uncuts()[6]
 	change := func(f func(b []byte, off *Offload) []byte) (b []byte, off Offload) {
 		off = tcp.off
 		b = f(bytes.Clone(tcp.frame), &off)
@@ -125,6 +133,22 @@ func TestWhatCannotBeCutIsRefused(t *testing.T) {
 		"a fragment":       func(b []byte, o *Offload) []byte { b[20] |= 0x20; return b },
 		"short IP header":  func(b []byte, o *Offload) []byte { b[14] = 0x44; return b },
 		"long IP header":   func(b []byte, o *Offload) []byte { b[14] = 0x4f; return b[:60] },
+		"routed": func(b []byte, o *Offload) []byte {
+			b = bytes.Clone(extended.frame)
+			*o, b[20] = extended.off, 43
+			return b
+		},
+		"endless options": func(b []byte, o *Offload) []byte {
+			b = bytes.Clone(extended.frame)
+			clear(b[54:])
+			*o = extended.off
+			return b
+		},
+		"options beyond it": func(b []byte, o *Offload) []byte {
+			b = bytes.Clone(extended.frame)
+			*o, b[55] = extended.off, 255
+			return b[:1000]
+		},
 		"short TCP header": func(b []byte, o *Offload) []byte { b[46] = 0x40; return b },
 		"long TCP header":  func(b []byte, o *Offload) []byte { b[46] = 0xf0; return b[:80] },
 		"headers only":     func(b []byte, o *Offload) []byte { return b[:54] },
