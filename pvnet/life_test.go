@@ -166,6 +166,9 @@ func TestAVifOfABackendThatEndedIsTakenOver(t *testing.T) {
 	stop()
 	await(t, wait(t, second), true)
 	await(t, front, true)
+	for end := time.Now().Add(10 * time.Second); log.n.Load() < 2 && time.Now().Before(end); {
+		time.Sleep(time.Millisecond)
+	}
 	if n := log.n.Load(); n != 2 { // that, and that the link is up
 		t.Errorf("%d lines of log", n)
 	}

@@ -49,6 +49,7 @@ func newSite(t *testing.T) *site {
 		}
 		end.set.SetStatus(telemetry.Status{State: 4, Up: true, MTU: 1500, Queues: 2, Epoch: 1})
 	}
+	s.live(t)
 	s.count(100)
 	s.back.RX(0).Drop(telemetry.DropTooLong, 1)
 	s.back.RX(0).Flush()
@@ -72,6 +73,29 @@ func newSite(t *testing.T) *site {
 		http.DefaultClient.CloseIdleConnections()
 	})
 	return s
+}
+
+// live gives both ends a heartbeat, however long a browser takes to start.
+func (s *site) live(t *testing.T) {
+	stop, stopped := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(stopped)
+		tick := time.NewTicker(500 * time.Millisecond)
+		defer tick.Stop()
+		for {
+			select {
+			case <-stop:
+				return
+			case <-tick.C:
+				s.front.Tick()
+				s.back.Tick()
+			}
+		}
+	}()
+	t.Cleanup(func() {
+		close(stop)
+		<-stopped
+	})
 }
 
 // count has the frontend send n frames on queue 0; the backend receives all but
