@@ -81,7 +81,7 @@ func TestUntilRepeatsUntilItSucceeds(t *testing.T) {
 		t.Errorf("ran %d times", len(b))
 	}
 	r = e.do(proto.Call{Op: proto.Run, Until: true, Argv: sh("exit 4"), Timeout: 300 * time.Millisecond})
-	if r.Err == "" || r.Exit != 4 {
+	if r.Err == "" || r.Exit != 4 && !r.Running { // its last run may have been cut short
 		t.Errorf("never true: %+v", r)
 	}
 }
