@@ -1,0 +1,140 @@
+//go:build linux
+
+package link
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"log/slog"
+	"os"
+	"os/signal"
+	"sync"
+	"testing"
+	"time"
+
+	"barevif/pvnet"
+	"barevif/pvnet/pvnettest"
+	"barevif/xenbus/toolstack"
+)
+
+// A bare link is nothing but its script.
+type bare struct{ scripted }
+
+func (*bare) SetReadDeadline(time.Time) error { return nil }
+
+// FuzzFrameAndHeader has a kernel say anything of any frame, and looks at what the
+// guest gets of it: whole frames, which differ from it where the header says so.
+func FuzzFrameAndHeader(f *testing.F) {
+	// The fuzzing engine will, which the count of goroutines must not blame us for.
+	c := make(chan os.Signal, 1)
+	signal.Notify(c, os.Interrupt)
+	signal.Stop(c)
+	quiet := pvnet.Config{Logger: slog.New(slog.DiscardHandler)}
+	w := pvnettest.New(f, toolstack.Vif{MAC: ourMAC, MTU: 1500}, quiet, quiet)
+	l := &bare{scripted{script: make(chan func([][]byte) (int, Offload, error))}}
+	h := &host{w, f}
+	j, _ := h.join(context.Background(), w.Back, l)
+	end := sync.OnceFunc(func() { close(l.script) })
+	f.Cleanup(end)
+	rx, err := w.Front.OwnRX(0)
+	if err != nil {
+		f.Fatal(err)
+	}
+	var header [headerSize]byte
+	for _, u := range uncuts() {
+		u.off.encode(&header)
+		f.Add(header[:], u.frame)
+	}
+	b, off := partialTCP(100)
+	off.encode(&header)
+	f.Add(header[:], b)
+	off.SumStart, off.SumOffset = 20, 7
+	off.encode(&header)
+	f.Add(header[:], b)
+	f.Add([]byte{flagDataValid}, b)
+	f.Add([]byte{}, testFrame(1518))
+	f.Add([]byte{}, testFrame(14)[:13])
+	marker := testFrame(60)
+	copy(marker, "the end of this round")
+
+	f.Fuzz(func(t *testing.T, header, frame []byte) {
+		var raw [headerSize]byte
+		copy(raw[:], header)
+		var off Offload
+		off.decode(&raw)
+		frame = frame[:min(len(frame), MaxFrame)]
+		before := j.Stats()
+		l.frame(frame, off)
+		l.frame(marker, Offload{})
+		rx.SetDeadline(time.Now().Add(wait))
+		var out [][]byte
+		for {
+			var one [1]pvnet.Frame
+			if _, err := rx.Receive(one[:]); err != nil {
+				t.Fatal(err, j.Stats())
+			}
+			b := make([]byte, one[0].Len())
+			one[0].CopyTo(b)
+			if one[0].Checksum() == pvnet.ChecksumPartial || one[0].GSO().Size != 0 || len(b) > 1518 {
+				t.Fatalf("%d bytes, not whole", len(b))
+			}
+			rx.Release(one[:])
+			if bytes.Equal(b, marker) {
+				break
+			}
+			out = append(out, b)
+		}
+		if len(out) == 0 {
+			settle(t, j, func(st JointStats) bool { return st.Uncut+st.Oversize == before.Uncut+before.Oversize+1 })
+			return
+		}
+		if off.GSO == GSONone {
+			if len(out) != 1 {
+				t.Fatalf("%d frames of one", len(out))
+			}
+			sameBut(t, out[0], frame, off)
+			return
+		}
+		var s segmenter
+		if !s.init(frame, off) || ipSize(frame, s.ip) != len(frame)-s.ip {
+			return // what lies behind the packet is nobody's
+		}
+		if len(frame)-s.size <= s.step {
+			if len(out) != 1 {
+				t.Fatalf("%d frames of one segment", len(out))
+			}
+			return
+		}
+		want := cut(t, uncut{"", frame, off})
+		if len(out) != len(want) {
+			t.Fatalf("%d segments, want %d", len(out), len(want))
+		}
+		for i := range want {
+			if !bytes.Equal(out[i], want[i]) {
+				t.Fatalf("segment %d of %d:\n% x, want\n% x", i, len(want), out[i], want[i])
+			}
+		}
+	})
+}
+
+// ipSize is the size of the IP packet at ip, as it says.
+func ipSize(frame []byte, ip int) int {
+	if frame[ip]>>4 == 4 {
+		return int(binary.BigEndian.Uint16(frame[ip+2:]))
+	}
+	return 40 + int(binary.BigEndian.Uint16(frame[ip+4:]))
+}
+
+// sameBut fails if b is not the frame, but for the checksum that was left.
+func sameBut(t *testing.T, b, frame []byte, off Offload) {
+	t.Helper()
+	if len(b) == len(frame) && off.Checksum == ChecksumPartial {
+		at := int(off.SumStart) + int(off.SumOffset)
+		b = bytes.Clone(b)
+		copy(b[at:at+2], frame[at:])
+	}
+	if !bytes.Equal(b, frame) {
+		t.Fatalf("% x, want % x", b, frame)
+	}
+}
