@@ -133,19 +133,19 @@ func TestWhatCannotBeCutIsRefused(t *testing.T) {
 		"a fragment":       func(b []byte, o *Offload) []byte { b[20] |= 0x20; return b },
 		"short IP header":  func(b []byte, o *Offload) []byte { b[14] = 0x44; return b },
 		"long IP header":   func(b []byte, o *Offload) []byte { b[14] = 0x4f; return b[:60] },
-		"routed": func(b []byte, o *Offload) []byte {
-			b = bytes.Clone(extended.frame)
+		"routed": func(_ []byte, o *Offload) []byte {
+			b := bytes.Clone(extended.frame)
 			*o, b[20] = extended.off, 43
 			return b
 		},
-		"endless options": func(b []byte, o *Offload) []byte {
-			b = bytes.Clone(extended.frame)
+		"endless options": func(_ []byte, o *Offload) []byte {
+			b := bytes.Clone(extended.frame)
 			clear(b[54:])
 			*o = extended.off
 			return b
 		},
-		"options beyond it": func(b []byte, o *Offload) []byte {
-			b = bytes.Clone(extended.frame)
+		"options beyond it": func(_ []byte, o *Offload) []byte {
+			b := bytes.Clone(extended.frame)
 			*o, b[55] = extended.off, 255
 			return b[:1000]
 		},
