@@ -3,7 +3,7 @@
 // Package xenlab boots a real Xen, with a real Linux as dom0 and in other domains, on
 // an emulated CPU, and runs scenarios inside.
 //
-//	BAREVIF_XENLAB=1 go test ./test/xenlab -run TestLab -timeout 30m -v
+//	BAREVIF_XENLAB=1 go test ./test/xenlab -run TestLab -timeout 55m -v
 //	go run ./test/xenlab/cmd/xenlab -run 'PVH' -shell
 //
 // It needs Debian (or what apt and dpkg-deb make one), about 2.5 GiB of memory and,

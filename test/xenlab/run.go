@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"time"
 
@@ -23,7 +24,8 @@ import (
 type Options struct {
 	Select *regexp.Regexp // of scenario names; nil: all
 	Dir    string         // for logs, made if it is not there; "": in the cache folder
-	Limit  time.Duration  // for everything; 0: 25 minutes
+	Limit  time.Duration  // for everything; 0: 50 minutes
+	Again  bool           // try what failed once more, on a machine booted anew
 	Logger *slog.Logger   // progress; nil: silent
 	// Keep, if not nil, is called with the machine of a boot after its last
 	// scenario, before the machine is stopped.
@@ -31,7 +33,8 @@ type Options struct {
 	Tee  io.Writer // dom0's console; may be nil
 }
 
-const overallLimit = 25 * time.Minute
+// overallLimit is three times what everything takes on a quiet machine.
+const overallLimit = 50 * time.Minute
 
 // A Report is the outcome.
 type Report struct {
@@ -49,12 +52,13 @@ type Row struct {
 	Elapsed               time.Duration
 	Note                  string
 	Err                   error // nil: passed
+	Again                 bool  // tried again, in a row that follows
 }
 
-// Failed counts the rows that did not pass.
+// Failed counts the rows that did not pass, and were not tried again.
 func (r *Report) Failed() (n int) {
 	for _, row := range r.Rows {
-		if row.Err != nil {
+		if row.Err != nil && !row.Again {
 			n++
 		}
 	}
@@ -95,16 +99,34 @@ func Run(ctx context.Context, plan []Boot, programs []image.Program, opts Option
 	r := &runner{ctx: ctx, opts: opts, images: set, report: &Report{Dir: dir, Images: *set}}
 	for _, boot := range plan {
 		boot.Scenarios = selected(boot.Scenarios, opts.Select)
-		for len(boot.Scenarios) > 0 || opts.Keep != nil {
-			done := r.boot(boot)
-			boot.Scenarios = boot.Scenarios[done:]
-			if len(boot.Scenarios) == 0 {
-				break
+		r.all(boot)
+	}
+	if opts.Again {
+		again := r.report.failures()
+		for _, boot := range plan {
+			boot.Scenarios = slices.DeleteFunc(selected(boot.Scenarios, opts.Select),
+				func(s Scenario) bool { return !again[[2]string{boot.Name, s.Name}] })
+			if len(boot.Scenarios) > 0 {
+				r.all(boot)
 			}
 		}
 	}
 	r.report.Elapsed = time.Since(begin)
 	return r.report, os.WriteFile(filepath.Join(dir, "table.md"), []byte(r.report.Table()), 0o644)
+}
+
+// failures gives the scenarios that failed, by boot and name, and marks their rows as
+// tried again.
+func (r *Report) failures() map[[2]string]bool {
+	failed := make(map[[2]string]bool)
+	for i := range r.Rows {
+		row := &r.Rows[i]
+		if row.Err != nil {
+			row.Again = true
+			failed[[2]string{row.Boot, row.Scenario}] = true
+		}
+	}
+	return failed
 }
 
 // selected is the scenarios whose name matches; without a pattern, those that run
@@ -144,6 +166,16 @@ type runner struct {
 	images *image.Set
 	report *Report
 	boots  int
+}
+
+// all runs a boot's scenarios, on as many machines as that takes.
+func (r *runner) all(b Boot) {
+	for len(b.Scenarios) > 0 || r.opts.Keep != nil {
+		done := r.boot(b)
+		if b.Scenarios = b.Scenarios[done:]; len(b.Scenarios) == 0 {
+			return
+		}
+	}
 }
 
 // boot runs scenarios on one machine until one spoils it, and says how many rows
@@ -335,7 +367,10 @@ func (r *Report) Table() string {
 	cells := [][]string{{"boot", "scenario", "roles", "verdict", "s", "note"}}
 	for _, row := range r.Rows {
 		verdict := "pass"
-		if row.Err != nil {
+		switch {
+		case row.Again:
+			verdict = "again"
+		case row.Err != nil:
 			verdict = "FAIL"
 		}
 		note := []rune(strings.ReplaceAll(row.note(), "|", "¦"))

@@ -355,3 +355,21 @@ func TestOldLogsAreRemoved(t *testing.T) {
 		t.Errorf("%d runs left, %v", len(left), err)
 	}
 }
+
+func TestWhatIsTriedAgainCountsOnlyThen(t *testing.T) {
+	r := &Report{Rows: []Row{
+		{Boot: "b", Scenario: "good"},
+		{Boot: "b", Scenario: "bad", Err: errors.New("late")},
+	}}
+	if r.Failed() != 1 {
+		t.Errorf("%d failed", r.Failed())
+	}
+	again := r.failures()
+	if len(again) != 1 || !again[[2]string{"b", "bad"}] || r.Failed() != 0 {
+		t.Errorf("%v, %d failed", again, r.Failed())
+	}
+	r.Rows = append(r.Rows, Row{Boot: "b", Scenario: "bad", Err: errors.New("wrong")})
+	if r.Failed() != 1 || !strings.Contains(r.Table(), "again") || !strings.Contains(r.Table(), "FAIL") {
+		t.Errorf("%d failed\n%s", r.Failed(), r.Table())
+	}
+}
