@@ -30,6 +30,9 @@ func hostile(t testing.TB, content []byte) Source {
 	if _, err := f.Write(content); err != nil {
 		t.Fatal(err)
 	}
+	if _, err := unix.FcntlInt(f.Fd(), unix.F_ADD_SEALS, memfdSeals); err != nil {
+		t.Fatal(err)
+	}
 	return Source{Name: "x", Kind: KindMemfd, Path: fmt.Sprintf("/proc/self/fd/%d", fd)}
 }
 
@@ -80,7 +83,17 @@ func TestOnlyMemfdsAreRead(t *testing.T) {
 	if err := errors.Join(unix.Mkfifo(fifo, 0o600), os.WriteFile(file, believable(func(*infoRecord) {}), 0o600)); err != nil {
 		t.Fatal(err)
 	}
-	for _, path := range []string{fifo, file, "/dev/zero", dir} {
+	paths := []string{fifo, file, "/dev/zero", dir}
+	// A file of a tmpfs answers the question for seals as a memfd does.
+	if f, err := os.CreateTemp("/dev/shm", "barevif"); err == nil {
+		defer os.Remove(f.Name())
+		_, err = f.Write(believable(func(*infoRecord) {}))
+		if err = errors.Join(err, f.Close()); err != nil {
+			t.Fatal(err)
+		}
+		paths = append(paths, f.Name())
+	}
+	for _, path := range paths {
 		if _, err := Open(Source{Kind: KindMemfd, Path: path}); !errors.Is(err, ErrLayout) {
 			t.Errorf("%s: %v", path, err)
 		}

@@ -466,8 +466,9 @@ func openMemfd(path string) (elements, error) {
 		return nil, err
 	}
 	e := &fileElements{f}
-	if _, err = unix.FcntlInt(f.Fd(), unix.F_GET_SEALS, 0); err != nil {
-		err = fmt.Errorf("%w: not a memfd", ErrLayout)
+	// A file of a tmpfs has seals too, but not these.
+	if seals, bad := unix.FcntlInt(f.Fd(), unix.F_GET_SEALS, 0); bad != nil || seals&memfdSeals != memfdSeals {
+		err = fmt.Errorf("%w: not a sealed memfd", ErrLayout)
 	} else {
 		_, err = e.info()
 	}
