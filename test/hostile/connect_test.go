@@ -29,11 +29,29 @@ func descriptors(t testing.TB) int {
 	return len(all)
 }
 
+// settled is how many goroutines there are once that changes no more: those that
+// begin with the machine have begun.
+func settled() (n int) {
+	for same := 0; same < 20; same++ {
+		if now := runtime.NumGoroutine(); now != n {
+			n, same = now, 0
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+	return n
+}
+
 // nothingMore waits until as many goroutines, and as many open files, are left as
 // there were before.
 func nothingMore(t testing.TB, goroutines, files int) {
 	t.Helper()
-	eventually(t, "goroutines gone", func() bool { return runtime.NumGoroutine() <= goroutines })
+	end := time.Now().Add(10 * time.Second)
+	for runtime.NumGoroutine() > goroutines && time.Now().Before(end) {
+		time.Sleep(time.Millisecond)
+	}
+	if n := runtime.NumGoroutine(); n > goroutines {
+		t.Errorf("%d goroutines, %d before\n%s", n, goroutines, stacks())
+	}
 	if n := descriptors(t); n > files {
 		t.Errorf("%d descriptors, %d before", n, files)
 	}
@@ -74,7 +92,7 @@ func TestT30FailedConnectsLeaveNoDescriptors(t *testing.T) {
 		return errors.Is(err, syscall.ENOMEM)
 	}
 	try(emu.OpShare, 1)
-	goroutines, files := runtime.NumGoroutine(), descriptors(t)
+	goroutines, files := settled(), descriptors(t)
 	calls := 0
 	for _, op := range []emu.Op{emu.OpStore, emu.OpShare, emu.OpMemory, emu.OpWaiter, emu.OpUnbound} {
 		k := 1
@@ -171,7 +189,7 @@ func TestT32XenstoreBreaksAtEveryRequestOfAConnect(t *testing.T) {
 				back.breaks = 1
 			}
 			l.breaksAt(1<<40, front, back)
-			goroutines, files := runtime.NumGoroutine(), descriptors(t)
+			goroutines, files := settled(), descriptors(t)
 			k := int64(1)
 			for l.breaksAt(k, front, back) {
 				k++
@@ -210,7 +228,7 @@ func TestT41OpenAndCloseBothEnds(t *testing.T) {
 	for range 20 {
 		cycle()
 	}
-	goroutines, files, before := runtime.NumGoroutine(), descriptors(t), threads()
+	goroutines, files, before := settled(), descriptors(t), threads()
 	n := 0
 	for end := time.Now().Add(5 * time.Second); n < 10000 && time.Now().Before(end); n++ {
 		cycle()
