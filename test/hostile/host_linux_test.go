@@ -330,6 +330,7 @@ func TestT34DescriptorsThatAreNotWhatTheyShouldBe(t *testing.T) {
 			d.Destroy()
 		}
 		s.middle.set(nil)
+		eventually(t, "the guest gone", func() bool { return s.host.Ledger().Domains == 3 })
 		s.honest()
 		if err := toolstack.Remove(ctx(t), s.tools, v); err != nil {
 			t.Fatal(err)
