@@ -15,10 +15,11 @@ import (
 
 // How long the life goroutine waits for what it cannot control.
 const (
-	closePatience = 4 * time.Second // for the peer to answer Closing, on Disconnect
-	storePatience = 5 * time.Second // for one xenstore operation
-	retryFirst    = time.Second     // after a connect that failed; doubles
-	retryMost     = 30 * time.Second
+	closePatience   = 4 * time.Second // for the peer to answer Closing, on Disconnect
+	storePatience   = 5 * time.Second // for one xenstore operation
+	connectPatience = time.Minute     // for all a connection takes, unless the device is to end
+	retryFirst      = time.Second     // after a connect that failed; doubles
+	retryMost       = 30 * time.Second
 )
 
 // A role is what the two ends do differently in their lives.
@@ -44,6 +45,7 @@ type life struct {
 	role role
 	kind xenbus.Role
 
+	stop     context.Context // ends when the device is to end
 	conn     *conn
 	attached uint32 // generation of conn, 0: none
 	running  bool   // gates are open
@@ -67,6 +69,7 @@ type life struct {
 // run is the goroutine. stop ends it; it closes d.done.
 func (l *life) run(stop context.Context) {
 	debug.SetPanicOnFault(true)
+	l.stop = stop
 	d := l.d
 	defer close(d.done)
 	tick := time.NewTicker(time.Second)
@@ -113,6 +116,21 @@ func (l *life) run(stop context.Context) {
 
 func (l *life) patiently() (context.Context, context.CancelFunc) {
 	return context.WithTimeout(context.Background(), storePatience)
+}
+
+// atLength is for all that a connection takes, if the device is not to end before. A
+// handover waits: it leaves nothing half done.
+func (l *life) atLength() (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithTimeout(context.Background(), connectPatience)
+	unhook := context.AfterFunc(l.stop, func() {
+		if context.Cause(l.stop) != ErrHandover {
+			cancel()
+		}
+	})
+	return ctx, func() {
+		unhook()
+		cancel()
+	}
 }
 
 // tell reports the outcome of the first connect, once.
@@ -373,9 +391,12 @@ func (l *life) write(s xenbus.State) bool {
 // try runs a step that talks to xenstore, and puts it off if it fails.
 func (l *life) try(what string, f func(context.Context, *xenbus.Device) error) bool {
 	l.move()
-	ctx, cancel := l.patiently()
+	ctx, cancel := l.atLength()
 	defer cancel()
 	if err := f(ctx, l.xd); err != nil {
+		if l.stop.Err() != nil {
+			return false // to end, which says more
+		}
 		l.d.log.Warn("cannot "+what, "vif", l.d.id, "err", err)
 		l.postpone(l.xd.Current())
 		return false
@@ -389,13 +410,13 @@ func (l *life) connect(ch xenbus.Change) bool {
 		return true
 	}
 	l.move()
-	ctx, cancel := l.patiently()
+	ctx, cancel := l.atLength()
 	defer cancel()
 	c := new(conn)
 	err := l.attach(ctx, c)
 	if err == nil {
 		l.conn, l.attached, l.refused = c, ch.Generation, nil
-		l.xd.Fail(ctx, nil)
+		l.note(nil)
 		return true
 	}
 	for _, q := range c.queues { // takes home what was posted, without which no page goes back
@@ -403,17 +424,29 @@ func (l *life) connect(ch xenbus.Change) bool {
 		q.rx.drain()
 	}
 	c.undo.run()
-	l.d.log.Warn("cannot connect", "vif", l.d.id, "err", err)
-	l.xd.Fail(ctx, err)
-	if l.first != nil && l.kind == xenbus.Frontend {
-		l.leave(err)
-		return true // and the next step closes
+	if l.stop.Err() != nil {
+		return false // to end, which says more
 	}
-	if l.kind == xenbus.Backend {
-		l.write(xenbus.Closing) // the frontend's turn
+	l.d.log.Warn("cannot connect", "vif", l.d.id, "err", err)
+	l.note(err)
+	if !errors.Is(err, context.DeadlineExceeded) { // then nobody is to blame but xenstore
+		if l.first != nil && l.kind == xenbus.Frontend {
+			l.leave(err)
+			return true // and the next step closes
+		}
+		if l.kind == xenbus.Backend {
+			l.write(xenbus.Closing) // the frontend's turn
+		}
 	}
 	l.postpone(l.xd.Current())
 	return false
+}
+
+// note leaves why there is no connection for the administrator; nil: there is one.
+func (l *life) note(why error) {
+	ctx, cancel := l.patiently()
+	defer cancel()
+	l.xd.Fail(ctx, why)
 }
 
 func (l *life) attach(ctx context.Context, c *conn) (err error) {
