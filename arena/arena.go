@@ -109,6 +109,12 @@ func (a *Arena) Put(bufs ...uint32) {
 	}
 }
 
+// PutOne is Put of a buffer that is linked to no other.
+func (a *Arena) PutOne(i uint32) { a.free = append(a.free, i) }
+
+// PutTaken is PutOne of a buffer that [Arena.TakeOne] took.
+func (a *Arena) PutTaken(b Buffer) { a.PutOne(b.i) }
+
 // PutChain gives back buffer i and what is linked to it.
 func (a *Arena) PutChain(i uint32) {
 	for i != none {
@@ -165,6 +171,17 @@ func (a *Arena) Take(b Buffer) (uint32, error) {
 		return 0, ErrShared
 	}
 	return 0, ErrStale
+}
+
+// TakeOne is Take for the usual buffer, which is this arena's and held once, and
+// costs one compare-and-swap. Where it reports false nothing has changed, and
+// [Arena.Take] says why.
+func (a *Arena) TakeOne(b Buffer) (i uint32, ok bool) {
+	if b.a != a {
+		return 0, false
+	}
+	old := uint64(b.gen)<<32 | 1
+	return b.i, a.desc[b.i].state.CompareAndSwap(old, old+1<<32)
 }
 
 // Link makes next follow prev in a chain, with n bytes at off. The owner holds

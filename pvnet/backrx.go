@@ -2,6 +2,7 @@ package pvnet
 
 import (
 	"barevif/arena"
+	"barevif/arena/shm"
 	"barevif/hypercall"
 	"barevif/pvnet/netif"
 	"barevif/pvnet/ring"
@@ -75,6 +76,11 @@ type placedFrame struct {
 
 func (e *backRX) receive(frames []Frame, into bool) (n int, err error) {
 	e.nops, e.nrsp = 0, 0
+	if !e.have && !into {
+		if n, err = e.receivePlain(frames); n > 0 || err != nil {
+			return n, err
+		}
+	}
 	limit := min(len(frames), len(e.placed))
 	for n < limit {
 		if !e.have {
@@ -111,6 +117,79 @@ func (e *backRX) receive(frames []Frame, into bool) (n int, err error) {
 		err = nil
 	}
 	return n, err
+}
+
+// receivePlain is receive for frames of one slot without offloads, in one pass and a
+// batch of copies: all that are there, up to the first that is something else, which
+// is parsed as it was taken and left to the next call.
+func (e *backRX) receivePlain(frames []Frame) (n int, err error) {
+	avail, err := e.ring.Poll()
+	if err != nil {
+		return 0, e.violation(err.Error())
+	}
+	limit := min(len(frames), len(e.placed))
+	var bufs [len(e.placed)]uint32
+	got := e.pool.Get(bufs[:min(int(avail), limit)])
+	var r netif.TxRequest
+	for n < got {
+		e.ring.TakeTo(&r)
+		if !r.Plain() {
+			e.have, err = e.parseFrom(r, avail-uint32(n)-1)
+			break
+		}
+		if n == 0 {
+			e.begin()
+		}
+		f, off := &frames[n], min(headroom, shm.PageSize-r.Size)
+		f.single(e.pool.Buffer(bufs[n]), off, r.Size)
+		if r.Flags&netif.TxDataValidated != 0 {
+			f.csum = ChecksumVerified
+		}
+		e.op(e.pool.Bytes(bufs[n])[off:off+r.Size], r.Ref, r.Offset)
+		e.rsp[n] = netif.TxResponse{ID: r.ID}
+		n++
+		e.nrsp = n
+	}
+	e.pool.Put(bufs[n:got]...)
+	if n == 0 && err == nil {
+		return 0, nil
+	}
+	if n == limit {
+		e.count.Add(telemetry.PollsFull, 1)
+	}
+	n = e.copyPlain(frames[:n])
+	e.show()
+	return n, err
+}
+
+// copyPlain runs the batch, an operation and a response a frame, and returns how
+// many of the frames hold their bytes. The others are dropped, and answered with
+// ERROR.
+func (e *backRX) copyPlain(frames []Frame) (good int) {
+	e.grantCopy()
+	t := tally{block: e.count}
+	for i := range frames {
+		o := &e.ops[i]
+		if o.Status != hypercall.OK {
+			e.count.Add(telemetry.GrantErrors, 1)
+			e.count.Drop(telemetry.DropBadGref, 1)
+			e.rsp[i].Status = netif.Error
+			e.pool.Release(frames[i].buf)
+			continue
+		}
+		t.plain(int(o.Len), o.Dst.Local)
+		if frames[i].csum == ChecksumVerified {
+			t.verified++
+		}
+		if good != i {
+			frames[good], frames[i] = frames[i], frames[good]
+		}
+		good++
+	}
+	t.settle()
+	e.count.Add(telemetry.CopiedBytes, t.bytes)
+	t.count(e.ring.Unanswered(), e.pool.Free())
+	return good
 }
 
 // place queues the copies of the next packet into f, and its responses.
@@ -152,15 +231,7 @@ func (e *backRX) op(dst []byte, ref hypercall.GrantRef, off uint16) {
 // copy runs the batch and returns how many of the n frames hold their bytes:
 // those that do not are dropped, and answered with ERROR.
 func (e *backRX) copy(frames []Frame, n int, into bool) int {
-	if e.nops > 0 {
-		e.count.Add(telemetry.GrantBatches, 1)
-		e.count.Add(telemetry.GrantOps, uint64(e.nops))
-		if err := e.dom.Copy(e.ops[:e.nops]); err != nil {
-			for i := range e.ops[:e.nops] {
-				e.ops[i].Status = hypercall.GeneralError
-			}
-		}
-	}
+	e.grantCopy()
 	t := tally{block: e.count}
 	good := 0
 	for i := range n {
@@ -192,9 +263,24 @@ func (e *backRX) copy(frames []Frame, n int, into bool) int {
 		frames[good], frames[i] = frames[i], frames[good]
 		good++
 	}
+	t.settle()
 	e.count.Add(telemetry.CopiedBytes, t.bytes)
 	t.count(e.ring.Unanswered(), e.pool.Free())
 	return good
+}
+
+// grantCopy runs the batch: each operation has its status, or all have failed.
+func (e *backRX) grantCopy() {
+	if e.nops == 0 {
+		return
+	}
+	e.count.Add(telemetry.GrantBatches, 1)
+	e.count.Add(telemetry.GrantOps, uint64(e.nops))
+	if err := e.dom.Copy(e.ops[:e.nops]); err != nil {
+		for i := range e.ops[:e.nops] {
+			e.ops[i].Status = hypercall.GeneralError
+		}
+	}
 }
 
 // refuse turns the responses of a placed frame into ERROR.
@@ -238,28 +324,29 @@ func (e *backRX) parse() (bool, error) {
 		if e.nrsp+fatalTxSlots+maxExtras > len(e.rsp) {
 			return false, nil // the batch's responses first
 		}
-		reason, ok, err := e.parseOne(avail)
-		if err != nil {
-			return false, err
-		}
-		if ok {
-			return true, nil
-		}
-		if reason != 0 {
-			e.count.Drop(reason, 1)
+		if ok, err := e.parseFrom(e.ring.Take(), avail-1); ok || err != nil {
+			return ok, err
 		}
 	}
 }
 
-// parseOne takes one frame, at most avail slots. If it is not ok its responses
+// parseFrom takes the frame that first begins, which was taken, and of which at most
+// avail slots are left. It reports false for one that is wrong, which is answered.
+func (e *backRX) parseFrom(first netif.TxRequest, avail uint32) (ok bool, err error) {
+	reason, ok, err := e.parseOne(first, avail)
+	if reason != 0 && err == nil {
+		e.count.Drop(reason, 1)
+	}
+	return ok, err
+}
+
+// parseOne takes the rest of one frame, at most avail slots. If it is not ok its responses
 // are in the batch; a reason of 0 says that no frame was lost. The verdicts are
 // those of Linux's xenvif_tx_build_gops.
-func (e *backRX) parseOne(avail uint32) (reason telemetry.Reason, ok bool, err error) {
+func (e *backRX) parseOne(first netif.TxRequest, avail uint32) (reason telemetry.Reason, ok bool, err error) {
 	p := &e.next
 	p.n, p.all, p.csum, p.gso = 0, 0, ChecksumUnknown, netif.GSO{}
 
-	first := e.ring.Take()
-	avail--
 	p.answer(first.ID, netif.Okay)
 	p.total = uint32(first.Size)
 	if first.Flags&netif.TxCsumBlank != 0 {
@@ -364,12 +451,7 @@ func (e *backRX) violation(reason string) error {
 	return &PeerError{Ring: "tx", Slot: e.ring.Consumed(), Reason: reason}
 }
 
-func (e *backRX) release(f *Frame) error {
-	if f.buf.Of(e.pool) {
-		return e.pool.Release(f.buf)
-	}
-	return f.buf.Release()
-}
+func (e *backRX) release(frames []Frame) error { return releaseTo(e.pool, frames) }
 
 func (e *backRX) arm() (bool, error) {
 	more, err := e.ring.Arm(1)

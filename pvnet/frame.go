@@ -295,12 +295,42 @@ func build(a *arena.Arena, total int, f *Frame) bool {
 	return true
 }
 
-// buildAll is build of as many frames as there are buffers for.
+// buildAll is build of as many frames as there are buffers for. Frames of one
+// buffer, the usual ones, come off the arena's stack many at a time.
 func buildAll(a *arena.Arena, total int, frames []Frame) (n int) {
-	for n < len(frames) && build(a, total, &frames[n]) {
-		n++
+	if total > a.Size() {
+		for n < len(frames) && build(a, total, &frames[n]) {
+			n++
+		}
+		return n
+	}
+	off := uint16(min(headroom, a.Size()-total))
+	for n < len(frames) {
+		var bufs [32]uint32
+		k := a.Get(bufs[:min(len(frames)-n, len(bufs))])
+		for i, b := range bufs[:k] {
+			frames[n+i].single(a.Buffer(b), off, uint16(total))
+		}
+		if n += k; k < len(bufs) {
+			break
+		}
 	}
 	return n
+}
+
+// single makes f the n bytes at off of one buffer. It stores field by field: a literal
+// would be built elsewhere first, and be read back before its stores have settled.
+func (f *Frame) single(buf arena.Buffer, off, n uint16) {
+	f.buf = buf
+	f.total, f.off, f.n = uint32(n), off, n
+	f.csum, f.pieces, f.gso = ChecksumUnknown, 1, GSO{}
+}
+
+// plain reports whether the frame takes one slot and nothing but that: the fast
+// ways of all four engines are for such frames. Whether it is held is not said.
+func (f *Frame) plain() bool {
+	return f.pieces == 1 && f.csum != ChecksumPartial && f.gso.Size == 0 &&
+		f.total == uint32(f.n) && f.total >= MinFrame
 }
 
 // maxPieces is what MaxFrame bytes behind the headroom take in buffers of 4096.

@@ -2,6 +2,7 @@ package pvnet
 
 import (
 	"barevif/arena"
+	"barevif/arena/shm"
 	"barevif/hypercall"
 	"barevif/pvnet/netif"
 	"barevif/pvnet/ring"
@@ -69,7 +70,10 @@ func (e *frontRX) receive(frames []Frame, into bool) (n int, err error) {
 	if e.lend {
 		e.fill()
 	}
-	for n < len(frames) {
+	if !e.have && !into && !e.lend {
+		n, err = e.receivePlain(frames, &t)
+	}
+	for n < len(frames) && err == nil {
 		if !e.have {
 			if e.have, err = e.parse(); err != nil || !e.have {
 				break
@@ -121,6 +125,43 @@ func (e *frontRX) receive(frames []Frame, into bool) (n int, err error) {
 	return n, err
 }
 
+// receivePlain receives frames of one slot without offloads, in one pass: all that are
+// there, up to the first that is something else, which is parsed as it was taken.
+func (e *frontRX) receivePlain(frames []Frame, t *tally) (n int, err error) {
+	avail, err := e.ring.Poll()
+	if err != nil {
+		return 0, nil // the general way says so
+	}
+	var bufs [64]uint32
+	got := e.pool.Get(bufs[:min(int(avail), len(frames), len(bufs))])
+	var r netif.RxResponse
+	for n < got {
+		slot := e.ring.Consumed() % e.ring.Size()
+		e.ring.TakeTo(&r)
+		if !r.Plain() {
+			e.have, err = e.parseFrom(r, slot, avail-uint32(n)-1)
+			break
+		}
+		size, page := uint16(r.Status), e.where[slot%uint32(len(e.where))]
+		b, off := bufs[n], min(headroom, shm.PageSize-size)
+		dst := e.pool.Bytes(b)[off : off+size]
+		copy(dst, e.pages.Bytes(page)[r.Offset:])
+		e.post(page)
+		f := &frames[n]
+		f.single(e.pool.Buffer(b), off, size)
+		if r.Flags&netif.RxDataValidated != 0 {
+			f.csum = ChecksumVerified
+			t.verified++
+		}
+		t.plain(int(size), dst)
+		n++
+	}
+	e.pool.Put(bufs[n:got]...)
+	t.settle()
+	e.count.Add(telemetry.CopiedBytes, t.bytes)
+	return n, err
+}
+
 func (e *frontRX) show() {
 	e.count.Add(telemetry.Polls, 1)
 	if e.ring.Publish() {
@@ -141,20 +182,30 @@ func (e *frontRX) parse() (bool, error) {
 		if avail == 0 {
 			return false, nil
 		}
-		if reason, ok := e.parseOne(avail); !ok {
-			for _, s := range e.next.seg[:min(e.next.n, maxRxSlots)] {
-				e.post(s.page)
-			}
-			e.count.Drop(reason, 1)
-			continue
+		slot := e.ring.Consumed() % e.ring.Size()
+		if ok, err := e.parseFrom(e.ring.Take(), slot, avail-1); ok || err != nil {
+			return ok, err
 		}
-		return true, nil
 	}
 }
 
-// parseOne takes one frame, at most avail slots. If it is not ok, the pages it
+// parseFrom takes the frame that first begins, which was taken from slot, and of which
+// at most avail slots are left. It reports false for one that is wrong, which is
+// dropped.
+func (e *frontRX) parseFrom(first netif.RxResponse, slot, avail uint32) (bool, error) {
+	reason, ok := e.parseOne(first, slot, avail)
+	if !ok {
+		for _, s := range e.next.seg[:min(e.next.n, maxRxSlots)] {
+			e.post(s.page)
+		}
+		e.count.Drop(reason, 1)
+	}
+	return ok, nil
+}
+
+// parseOne takes the rest of one frame, at most avail slots. If it is not ok, the pages it
 // had been counted in next so far are still to be posted.
-func (e *frontRX) parseOne(avail uint32) (reason telemetry.Reason, ok bool) {
+func (e *frontRX) parseOne(r netif.RxResponse, slot, avail uint32) (reason telemetry.Reason, ok bool) {
 	p := &e.next
 	p.n, p.all, p.total, p.csum, p.gso = 0, 0, 0, ChecksumUnknown, netif.GSO{}
 	ok = true
@@ -164,9 +215,11 @@ func (e *frontRX) parseOne(avail uint32) (reason telemetry.Reason, ok bool) {
 		}
 	}
 	for first := true; ; first = false {
-		slot := e.ring.Consumed() % e.ring.Size()
-		r := e.ring.Take()
-		avail--
+		if !first {
+			slot = e.ring.Consumed() % e.ring.Size()
+			r = e.ring.Take()
+			avail--
+		}
 		p.all++
 		page := e.where[slot]
 		switch {
@@ -277,14 +330,20 @@ func (e *frontRX) lendTo(f *Frame) {
 	e.count.Add(telemetry.LentPackets, 1)
 }
 
-func (e *frontRX) release(f *Frame) error {
-	if f.buf.Of(e.pool) {
-		return e.pool.Release(f.buf)
+func (e *frontRX) release(frames []Frame) (err error) {
+	if !e.lend {
+		return releaseTo(e.pool, frames)
 	}
-	if f.buf.Of(e.pages) {
-		return e.pages.Release(f.buf)
+	for i := range frames { // some are lent pages, some copies
+		a := e.pool
+		if frames[i].buf.Of(e.pages) {
+			a = e.pages
+		}
+		if r := releaseTo(a, frames[i:i+1]); r != nil {
+			err = r
+		}
 	}
-	return f.buf.Release()
+	return err
 }
 
 func (e *frontRX) arm() (bool, error) {

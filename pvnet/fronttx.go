@@ -58,7 +58,17 @@ func (e *frontTX) send(frames []Frame) (n int, err error) {
 	}
 	t := tally{block: e.count}
 	for n < len(frames) {
-		if err = e.put(&frames[n], &t); err != nil {
+		f := &frames[n]
+		if f.plain() && e.ring.Free() > 0 {
+			if i, ok := e.bufs.TakeOne(f.buf); ok {
+				t.plain(int(f.n), e.bufs.Bytes(i)[f.off:])
+				e.state[i], e.last = idFirst, i
+				e.ring.Put(netif.TxRequest{Ref: e.refs[i], Offset: f.off, ID: uint16(i), Size: f.n, Flags: txFlags(f)})
+				n++
+				continue
+			}
+		}
+		if err = e.put(f, &t); err != nil {
 			break
 		}
 		n++
@@ -237,7 +247,7 @@ func (e *frontTX) reap() error {
 			e.count.Drop(telemetry.DropBackendError, 1)
 		}
 		e.state[id] = idFree
-		e.bufs.Put(id)
+		e.bufs.PutOne(id)
 	}
 	if e.runs {
 		e.look(e.count, e.state[e.timed] == idFree)

@@ -1,6 +1,10 @@
 package pvnet
 
-import "time"
+import (
+	"time"
+
+	"barevif/arena"
+)
 
 // An RX is the receiving half of a queue. It has one owner at a time: its methods,
 // but SetDeadline, must not be called by two goroutines at once.
@@ -15,8 +19,9 @@ type receiver interface {
 	// frames of the caller's to copy into.
 	receive(frames []Frame, into bool) (int, error)
 
-	// release takes frames back that the caller holds.
-	release(f *Frame) error
+	// release takes frames back that the caller holds, and goes on after one that
+	// is stale.
+	release(frames []Frame) error
 
 	// arm asks for a wake-up when the next frame comes, and reports whether one
 	// is there already.
@@ -103,21 +108,37 @@ func (rx *RX) Poll(frames []Frame) (n int, err error) {
 // Release gives frames back. It goes on after a frame that is stale and returns
 // [ErrStale] in the end.
 func (rx *RX) Release(frames []Frame) (err error) {
-	inside := rx.enter() == nil
+	if rx.enter() != nil {
+		return releaseAll(frames)
+	}
+	err = rx.eng.release(frames)
+	rx.gate.leave()
+	return err
+}
+
+// releaseAll gives frames back one by one, from any goroutine.
+func releaseAll(frames []Frame) (err error) {
 	for i := range frames {
-		f := &frames[i]
-		var e error
-		if inside {
-			e = rx.eng.release(f)
-		} else {
-			e = f.Release()
-		}
-		if e != nil {
+		if e := frames[i].Release(); e != nil {
 			err = e
 		}
 	}
-	if inside {
-		rx.gate.leave()
+	return err
+}
+
+// releaseTo gives frames back, those of a by the owner's shorter way.
+func releaseTo(a *arena.Arena, frames []Frame) (err error) {
+	for i := range frames {
+		f := &frames[i]
+		if f.pieces == 1 {
+			if b, ok := a.TakeOne(f.buf); ok {
+				a.PutOne(b)
+				continue
+			}
+		}
+		if e := a.Release(f.buf); e != nil {
+			err = e
+		}
 	}
 	return err
 }

@@ -66,12 +66,15 @@ func (b *Block) Max(g Gauge, v uint64) {
 }
 
 // Observe counts v in the bucket of h it belongs to.
-func (b *Block) Observe(h Hist, v uint64) {
+func (b *Block) Observe(h Hist, v uint64) { b.ObserveN(h, v, 1) }
+
+// ObserveN is Observe of n equal values.
+func (b *Block) ObserveN(h Hist, v, n uint64) {
 	s := &shapes[h]
 	i := s.word + uint8(min(bits.Len64((max(v, 1)-1)>>s.shift), int(s.last)))
-	b.words[i&(BlockWords-1)]++
+	b.words[i&(BlockWords-1)] += n
 	b.dirty[i>>6&1] |= 1 << (i & 63)
-	b.words[s.sum&(BlockWords-1)] += v
+	b.words[s.sum&(BlockWords-1)] += v * n
 	b.dirty[s.sum>>6&1] |= 1 << (s.sum & 63)
 }
 

@@ -40,16 +40,22 @@ const maxWords = 8
 // Len is the number of slots.
 func (s *Slots[T]) Len() uint32 { return s.mask + 1 }
 
-// Load copies slot i into private memory, one 32-bit load a word. i is a
-// free-running index; it is masked here, and base was checked to hold n strides.
+// Load copies slot i into private memory.
 func (s *Slots[T]) Load(i uint32) (v T) {
+	s.LoadTo(i, &v)
+	return v
+}
+
+// LoadTo copies slot i to v, one 32-bit load a word, and spares the copies of a
+// result. i is a free-running index; it is masked here, and base was checked to hold
+// n strides.
+func (s *Slots[T]) LoadTo(i uint32, v *T) {
 	p := unsafe.Add(s.base, uintptr(i&s.mask)*uintptr(s.stride))
-	q := unsafe.Pointer(&v)
-	for w := uintptr(0); w < unsafe.Sizeof(v); w += 4 {
+	q := unsafe.Pointer(v)
+	for w := uintptr(0); w < unsafe.Sizeof(*v); w += 4 {
 		s.debug.load(i, (i&s.mask)*s.stride/4+uint32(w/4))
 		*(*uint32)(unsafe.Add(q, w)) = observe(atomic.LoadUint32((*uint32)(unsafe.Add(p, w))))
 	}
-	return v
 }
 
 // Store writes slot i. The stores are plain: the producer index, an [Out] that

@@ -88,29 +88,38 @@ func (d *Domain) copySome(ops []hypercall.CopyOp) (n int, miss *hypercall.Area, 
 		return 0, nil, errDead
 	}
 	var peer known
+	faults := d.faults.Load() != nil
 	for i := range ops {
 		op := &ops[i]
 		if op.Len == 0 {
 			op.Status = hypercall.OK
 			continue
 		}
-		src, miss, st := d.reach(&peer, &op.Src, op.Len, hypercall.ReadOnly)
-		if miss {
-			return i, &op.Src, nil
+		src, st := op.Src.Local, hypercall.OK
+		if src == nil {
+			if src, st = d.reach(&peer, &op.Src, op.Len, hypercall.ReadOnly); st == untouched {
+				return i, &op.Src, nil
+			}
+		} else if uint64(op.Len) > uint64(len(src)) {
+			st = hypercall.BadCopyArg
 		}
-		var dst []byte
-		if st == hypercall.OK {
-			if dst, miss, st = d.reach(&peer, &op.Dst, op.Len, hypercall.ReadWrite); miss {
+		dst := op.Dst.Local
+		switch {
+		case st != hypercall.OK:
+		case dst == nil:
+			if dst, st = d.reach(&peer, &op.Dst, op.Len, hypercall.ReadWrite); st == untouched {
 				return i, &op.Dst, nil
 			}
+		case uint64(op.Len) > uint64(len(dst)):
+			st = hypercall.BadCopyArg
 		}
-		if d.faults.Load() != nil {
+		if faults {
 			if f := d.fault(OpCopyGrant); f != nil && st == hypercall.OK {
 				st = f.Status
 			}
 		}
 		if op.Status = st; st == hypercall.OK {
-			copy(dst, src)
+			copy(dst[:op.Len], src[:op.Len])
 		}
 	}
 	return len(ops), nil, nil
@@ -122,34 +131,33 @@ type known struct {
 	v   *view
 }
 
-// reach gives the n bytes of one end of an operation, if they may be had.
-func (d *Domain) reach(last *known, a *hypercall.Area, n uint32, access hypercall.Access) (b []byte, miss bool, _ hypercall.Status) {
-	if a.Local != nil {
-		if uint64(n) > uint64(len(a.Local)) {
-			return nil, false, hypercall.BadCopyArg
-		}
-		return a.Local[:n], false, hypercall.OK
-	}
-	if uint64(a.Offset)+uint64(n) > shm.PageSize {
-		return nil, false, hypercall.BadCopyArg
-	}
-	if last.v == nil || last.dom != a.Dom {
-		*last = known{a.Dom, (*d.views.Load())[d.peer(a.Dom)]}
+// untouched is a page that was never used before: no status of Xen's.
+const untouched hypercall.Status = 1
+
+// reach gives the n bytes of a grant, if they may be had. Every use looks at the
+// grant table, so that a page does not outlive its grant.
+func (d *Domain) reach(last *known, a *hypercall.Area, n uint32, access hypercall.Access) ([]byte, hypercall.Status) {
+	end := uint64(a.Offset) + uint64(n)
+	if end > shm.PageSize {
+		return nil, hypercall.BadCopyArg
 	}
 	v := last.v
+	if v == nil || last.dom != a.Dom {
+		v = (*d.views.Load())[d.peer(a.Dom)]
+		*last = known{a.Dom, v}
+	}
 	if v == nil || !v.alive() {
-		return nil, true, hypercall.OK
+		return nil, untouched
 	}
 	serial, st := check(v.grants, a.Ref, d.id, access)
 	if st != hypercall.OK {
-		return nil, false, st
+		return nil, st
 	}
 	p := v.pages[a.Ref].Load()
 	if p == nil || p.serial != serial {
-		return nil, true, hypercall.OK
+		return nil, untouched
 	}
-	end := uint32(a.Offset) + n
-	return p.b[a.Offset:end:end], false, hypercall.OK
+	return p.b[a.Offset:end:end], hypercall.OK
 }
 
 func (d *Domain) peer(id hypercall.DomID) hypercall.DomID {

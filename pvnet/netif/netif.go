@@ -15,6 +15,7 @@ package netif
 import (
 	"structs"
 
+	"barevif/arena/shm"
 	"barevif/hypercall"
 )
 
@@ -59,6 +60,13 @@ type TxRequest struct {
 	Size   uint16 // bytes: of the whole packet in its first request, else of this piece
 }
 
+// Plain reports whether r is a whole packet by itself, inside its page, with no
+// extra behind it and no checksum to be completed.
+func (r *TxRequest) Plain() bool {
+	return r.Flags&(TxMoreData|TxExtraInfo|TxCsumBlank) == 0 &&
+		r.Size >= MinFrame && uint32(r.Offset)+uint32(r.Size) <= shm.PageSize
+}
+
 // A TxResponse is struct netif_tx_response. Its ID means nothing if Status is
 // [Null].
 type TxResponse struct {
@@ -85,6 +93,13 @@ type RxResponse struct {
 	Offset uint16 // bytes into the page
 	Flags  RxFlags
 	Status int16 // > 0: bytes of this piece; < 0: a Status, or a grant's from Linux
+}
+
+// Plain reports whether r is a whole packet by itself, inside its page, with no
+// extra behind it and no checksum to be completed.
+func (r *RxResponse) Plain() bool {
+	return r.Flags&(RxMoreData|RxExtraInfo|RxCsumBlank) == 0 &&
+		r.Status >= MinFrame && uint32(r.Offset)+uint32(r.Status) <= shm.PageSize
 }
 
 // A Status is what became of a request: NETIF_RSP_*.

@@ -191,6 +191,15 @@ func (f *Front[Req, Rsp]) Take() Rsp {
 	return f.rsp.take()
 }
 
+// TakeTo is Take to where v points.
+func (f *Front[Req, Rsp]) TakeTo(v *Rsp) {
+	if f.rsp.cons == f.rsp.seen {
+		panic("ring: response taken that was not polled")
+	}
+	f.rsp.slots.LoadTo(f.rsp.cons, v)
+	f.rsp.cons++
+}
+
 // Arm asks the peer to notify once after more responses are there, at least one
 // and at most as many as are in flight, and reports whether they already are.
 // Only if they are not may the caller wait. [ErrCorrupt].
@@ -264,6 +273,15 @@ func (b *Back[Req, Rsp]) Take() Req {
 		panic("ring: request taken that was not polled")
 	}
 	return b.req.take()
+}
+
+// TakeTo is Take to where v points.
+func (b *Back[Req, Rsp]) TakeTo(v *Req) {
+	if b.req.cons == b.req.seen {
+		panic("ring: request taken that was not polled")
+	}
+	b.req.slots.LoadTo(b.req.cons, v)
+	b.req.cons++
 }
 
 // Put fills the next response slot. There must be an unanswered request.

@@ -1,0 +1,103 @@
+package pvnet
+
+import "barevif/telemetry"
+
+// A tally sums the frames of a batch, to be counted once. Most batches are runs of
+// frames of one size, which are one addition each until the size changes.
+type tally struct {
+	block                                       *telemetry.Block
+	size, run                                   uint64 // bytes of the run's frames, and how many they are
+	frames, bytes, slots, multi, broad, chained uint64
+	partial, gso, verified                      uint64
+}
+
+// plain counts a frame of one slot, of which head is the beginning: at least its
+// first 6 bytes.
+func (t *tally) plain(size int, head []byte) {
+	if uint64(size) != t.size {
+		t.settle()
+		t.size = uint64(size)
+	}
+	t.run++
+	if head[0]&1 != 0 {
+		t.group(head)
+	}
+}
+
+// settle ends the run of frames of one size.
+func (t *tally) settle() {
+	if t.run == 0 {
+		return
+	}
+	t.block.ObserveN(telemetry.FrameSize, t.size, t.run)
+	t.frames += t.run
+	t.slots += t.run
+	t.bytes += t.run * t.size
+	t.run = 0
+}
+
+// group counts a frame to a group address.
+func (t *tally) group(head []byte) {
+	if [6]byte(head[:6]) == ([6]byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}) {
+		t.broad++
+	} else {
+		t.multi++
+	}
+}
+
+// sent is add for a frame that leaves with its offloads.
+func (t *tally) sent(f *Frame, slots int, head []byte) {
+	if f.csum == ChecksumPartial {
+		t.partial++
+		if f.gso.Size != 0 {
+			t.gso++
+		}
+	}
+	t.add(f, slots, head)
+}
+
+// add counts f, which takes so many slots and begins with head.
+func (t *tally) add(f *Frame, slots int, head []byte) {
+	if slots == 1 {
+		t.plain(int(f.total), head)
+		return
+	}
+	t.block.Observe(telemetry.FrameSize, uint64(f.total))
+	t.frames++
+	t.bytes += uint64(f.total)
+	t.slots += uint64(slots)
+	t.chained++
+	if head[0]&1 != 0 {
+		t.group(head)
+	}
+}
+
+// count adds the batch to the block, with how many slots of the ring are in use
+// after it and how many buffers are left.
+func (t *tally) count(used uint32, buffers int) {
+	t.settle()
+	b := t.block
+	b.Set(telemetry.RingUsed, uint64(used))
+	b.Max(telemetry.RingUsedMax, uint64(used))
+	b.Observe(telemetry.RingOccupancy, uint64(used))
+	b.Set(telemetry.BuffersFree, uint64(buffers))
+	if t.frames == 0 {
+		return
+	}
+	b.Add(telemetry.Packets, t.frames)
+	b.Add(telemetry.Bytes, t.bytes)
+	b.Add(telemetry.Slots, t.slots)
+	if t.multi|t.broad|t.chained != 0 {
+		b.Add(telemetry.Multicast, t.multi)
+		b.Add(telemetry.Broadcast, t.broad)
+		b.Add(telemetry.ChainedPackets, t.chained)
+	}
+	if t.partial != 0 {
+		b.Add(telemetry.CsumPartial, t.partial)
+		b.Add(telemetry.GSOPackets, t.gso)
+	}
+	if t.verified != 0 {
+		b.Add(telemetry.CsumVerified, t.verified)
+	}
+	b.Observe(telemetry.BatchSize, t.frames)
+}
