@@ -94,38 +94,6 @@ func (c *Config) check() error {
 
 func (c *Config) queues() int { return max(c.Queues, 1) }
 
-// WaitMode is what a call does that has to wait.
-type WaitMode uint8
-
-const (
-	// Park waits for an event at once: an idle device costs nothing.
-	Park WaitMode = iota
-	// Adaptive looks at the ring for about as long as a wake-up takes, then parks.
-	Adaptive
-	// Busy never parks. It keeps a CPU for itself.
-	Busy
-)
-
-// spinTime is how long Adaptive looks: what waking an idle CPU costs.
-const spinTime = 20 * time.Microsecond
-
-// spins is the number of looks at e that the mode asks for; negative: no end. It
-// is measured here, so that the path itself never reads a clock.
-func (m WaitMode) spins(e engine) int {
-	switch m {
-	case Adaptive:
-		const looks = 256
-		start := time.Now()
-		for range looks {
-			e.ready(maxPieces)
-		}
-		return int(looks * spinTime / max(time.Since(start), 1))
-	case Busy:
-		return -1
-	}
-	return 0
-}
-
 // A LinkEvent says that the link came up or went down.
 type LinkEvent struct {
 	Up     bool
@@ -400,12 +368,12 @@ func (d *Device) Writev(bufs ...[]byte) (int, error) {
 		return 0, err
 	}
 	defer tx.mu.Unlock()
-	var frames [1]Frame
-	if _, err := tx.AllocWait(frames[:], size); err != nil {
+	frames := tx.one[:] // an array here would escape through the engine's interface
+	if _, err := tx.AllocWait(frames, size); err != nil {
 		return 0, err
 	}
 	frames[0].CopyFrom(bufs...)
-	if _, err := tx.SendWait(frames[:]); err != nil {
+	if _, err := tx.SendWait(frames); err != nil {
 		frames[0].Release()
 		return 0, err
 	}
@@ -673,8 +641,8 @@ func (d *Device) up(c *conn, peer hypercall.DomID) {
 		tx.eng, rx.eng = q.tx, q.rx
 		tx.park.Store(q.txPark)
 		rx.park.Store(q.rxPark)
-		tx.spins = d.cfg.Wait.spins(q.tx)
-		rx.spins = d.cfg.Wait.spins(q.rx)
+		tx.spin.calibrate(d.cfg.Wait, q.tx)
+		rx.spin.calibrate(d.cfg.Wait, q.rx)
 	}
 	d.active.Store(int32(len(c.queues)))
 	d.offers.Store(uint32(c.feat.peer))

@@ -110,7 +110,7 @@ type half struct {
 	rescue atomic.Uint32             // the wait, by its number, that the watchdog ended
 	roused atomic.Pointer[rousing]   // the latest wait that the slow tick ended
 	due    atomic.Uint32             // what the slow tick wants done inside the gate: dueHeal, ...
-	spins  int                       // looks at the ring before waiting; written behind the shut gate
+	spin   spinner                   // of the connection; inside the gate
 }
 
 func (h *half) init(d *Device, queue int, dir direction, block *telemetry.Block) {
@@ -308,30 +308,6 @@ type engine interface {
 	// home. The gate is shut.
 	drain()
 }
-
-// spin looks at the ring until it is ready, or for as long as the Config says,
-// and reports whether it is.
-func (h *half) spin(e engine, need int) bool {
-	for i := 0; h.spins < 0 || i < h.spins; i++ {
-		if e.ready(need) {
-			return true
-		}
-		if i%spinYield == spinYield-1 {
-			if h.gate.state.Load() != gateBusy || h.ending.Load() || i%spinClock == spinClock-1 && h.expired() {
-				return false
-			}
-			runtime.Gosched()
-		}
-	}
-	return false
-}
-
-// How many looks there are between two that let others run, and between two that
-// ask the clock, which some guests' hypervisor has to be asked for.
-const (
-	spinYield = 64
-	spinClock = 16 * spinYield
-)
 
 // retry says what a call that found the gate shut does: nil if the link is back
 // and it may try again, an error if not.

@@ -512,6 +512,104 @@ func TestTheOwningPathAllocatesNothing(t *testing.T) {
 	})
 }
 
+// The calls that copy allocate nothing either.
+func TestWriteAllocatesNothing(t *testing.T) {
+	each(t, func(t *testing.T, p *pair, from, to *Device) {
+		_, rx := own(t, to)
+		var f [1]Frame
+		head, body := make([]byte, 14), make([]byte, 200)
+		for name, write := range map[string]func() (int, error){
+			"Write":  func() (int, error) { return from.Write(body) },
+			"Writev": func() (int, error) { return from.Writev(head, body) },
+		} {
+			cycle := func() {
+				if _, err := write(); err != nil {
+					t.Fatal(err)
+				}
+				if _, err := rx.Receive(f[:]); err != nil {
+					t.Fatal(err)
+				}
+				rx.Release(f[:])
+			}
+			cycle()
+			if n := testing.AllocsPerRun(50, cycle); n != 0 {
+				t.Errorf("%s: %v allocations a frame", name, n)
+			}
+		}
+	})
+}
+
+// A batch in which frames of one slot, chains and frames with offloads follow each
+// other in every order arrives in that order, with its offloads, and counts as what
+// it is: the fast way of each engine hands over to the general one and back.
+func TestFramesOfEveryKindKeepTheirOrder(t *testing.T) {
+	kinds := []int{60, 5000, -1500, 200, 4096, 4097, -300, 64}
+	run := func(t *testing.T, lend bool, pick func(p *pair) (from, to *Device)) {
+		p := join(t, emu.Config{}, plain, Config{Offload: true, LendRx: lend})
+		from, to := pick(p)
+		tx, _ := own(t, from)
+		_, rx := own(t, to)
+		rng := rand.New(rand.NewPCG(5, 6))
+		var frames [24]Frame
+		for range 200 {
+			var want []int
+			n := 1 + rng.IntN(len(frames))
+			for i := range n {
+				kind := kinds[rng.IntN(len(kinds))]
+				want = append(want, kind)
+				size := max(kind, -kind)
+				if k := tx.AllocSize(frames[i:i+1], size); k != 1 {
+					t.Fatal("no buffer")
+				}
+				b := make([]byte, size)
+				pattern(b, i)
+				frames[i].CopyFrom(b)
+				if kind < 0 {
+					frames[i].SetChecksum(ChecksumVerified)
+				}
+			}
+			if k, err := tx.Send(frames[:n]); k != n || err != nil {
+				t.Fatal(k, err)
+			}
+			for got := 0; got < n; {
+				k, err := rx.Receive(frames[:1+rng.IntN(len(frames))])
+				if err != nil {
+					t.Fatal(err)
+				}
+				for i := range frames[:k] {
+					f, kind := &frames[i], want[got+i]
+					if f.Len() != max(kind, -kind) {
+						t.Fatalf("frame %d of %v has %d bytes", got+i, want, f.Len())
+					}
+					if err := same(f, got+i); err != nil {
+						t.Fatalf("frame %d of %v: %v", got+i, want, err)
+					}
+					if (f.Checksum() == ChecksumVerified) != (kind < 0) {
+						t.Errorf("frame %d of %v: checksum %v", got+i, want, f.Checksum())
+					}
+				}
+				rx.Release(frames[:k])
+				got += k
+			}
+		}
+		s, r := from.Stats().TX, to.Stats().RX
+		for _, c := range []telemetry.Counter{telemetry.Packets, telemetry.Bytes, telemetry.Slots, telemetry.ChainedPackets} {
+			if s.Get(c) != r.Get(c) {
+				t.Errorf("counter %v: sent %d, received %d", c, s.Get(c), r.Get(c))
+			}
+		}
+	}
+	t.Run("front to back", func(t *testing.T) {
+		run(t, false, func(p *pair) (*Device, *Device) { return p.front, p.back })
+	})
+	t.Run("back to front", func(t *testing.T) {
+		run(t, false, func(p *pair) (*Device, *Device) { return p.back, p.front })
+	})
+	t.Run("back to front, lent", func(t *testing.T) {
+		run(t, true, func(p *pair) (*Device, *Device) { return p.back, p.front })
+	})
+}
+
 // Per batch and direction: one copy batch at the backend, at most one notify a
 // side, and no other call of the domain.
 func TestTheOwningPathCallsTheDomainOncePerBatch(t *testing.T) {

@@ -71,7 +71,7 @@ func (rx *RX) receive(frames []Frame, into bool) (int, error) {
 			}
 			return n, rx.dev.judge(err)
 		}
-		more := rx.spins != 0 && rx.spin(rx.eng, 1)
+		more := rx.spin.found(&rx.half, rx.eng, 1)
 		if !more {
 			more, err = rx.eng.arm()
 		}

@@ -13,6 +13,7 @@ type TX struct {
 	eng   sender    // of the connection; written by the life goroutine behind the shut gate
 	stall stall     // the life goroutine's alone
 	cuts  [32]Frame // pieces of the frame that is being cut; inside the gate
+	one   [1]Frame  // of Write; guarded by mu
 }
 
 // A sender moves frames into one connection's ring.
@@ -222,7 +223,7 @@ func (tx *TX) wait(n need) error {
 	if err != nil {
 		return tx.leaveWith(err)
 	}
-	more := tx.spins != 0 && tx.spin(tx.eng, n.slots)
+	more := tx.spin.found(&tx.half, tx.eng, n.slots)
 	if !more {
 		more, err = tx.eng.arm(n)
 	}

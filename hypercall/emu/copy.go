@@ -10,6 +10,7 @@ import (
 // A view is what this domain knows of another: its grant table, to be looked at
 // anew for every operation, and the pages it has touched so far.
 type view struct {
+	dom         hypercall.DomID
 	incarnation uint64
 	grants      []atomic.Uint64
 	pages       []atomic.Pointer[page] // by ref; a page is good for its serial only
@@ -87,7 +88,6 @@ func (d *Domain) copySome(ops []hypercall.CopyOp) (n int, miss *hypercall.Area, 
 	if d.dead.Load() {
 		return 0, nil, errDead
 	}
-	var peer known
 	faults := d.faults.Load() != nil
 	for i := range ops {
 		op := &ops[i]
@@ -97,7 +97,7 @@ func (d *Domain) copySome(ops []hypercall.CopyOp) (n int, miss *hypercall.Area, 
 		}
 		src, st := op.Src.Local, hypercall.OK
 		if src == nil {
-			if src, st = d.reach(&peer, &op.Src, op.Len, hypercall.ReadOnly); st == untouched {
+			if src, st = d.reach(&op.Src, op.Len, hypercall.ReadOnly); st == untouched {
 				return i, &op.Src, nil
 			}
 		} else if uint64(op.Len) > uint64(len(src)) {
@@ -107,7 +107,7 @@ func (d *Domain) copySome(ops []hypercall.CopyOp) (n int, miss *hypercall.Area, 
 		switch {
 		case st != hypercall.OK:
 		case dst == nil:
-			if dst, st = d.reach(&peer, &op.Dst, op.Len, hypercall.ReadWrite); st == untouched {
+			if dst, st = d.reach(&op.Dst, op.Len, hypercall.ReadWrite); st == untouched {
 				return i, &op.Dst, nil
 			}
 		case uint64(op.Len) > uint64(len(dst)):
@@ -125,26 +125,21 @@ func (d *Domain) copySome(ops []hypercall.CopyOp) (n int, miss *hypercall.Area, 
 	return len(ops), nil, nil
 }
 
-// known is the last peer of a batch, whose operations are all for one, mostly.
-type known struct {
-	dom hypercall.DomID
-	v   *view
-}
-
 // untouched is a page that was never used before: no status of Xen's.
 const untouched hypercall.Status = 1
 
 // reach gives the n bytes of a grant, if they may be had. Every use looks at the
 // grant table, so that a page does not outlive its grant.
-func (d *Domain) reach(last *known, a *hypercall.Area, n uint32, access hypercall.Access) ([]byte, hypercall.Status) {
+func (d *Domain) reach(a *hypercall.Area, n uint32, access hypercall.Access) ([]byte, hypercall.Status) {
 	end := uint64(a.Offset) + uint64(n)
 	if end > shm.PageSize {
 		return nil, hypercall.BadCopyArg
 	}
-	v := last.v
-	if v == nil || last.dom != a.Dom {
-		v = (*d.views.Load())[d.peer(a.Dom)]
-		*last = known{a.Dom, v}
+	v := d.last.Load()
+	if v == nil || v.dom != a.Dom {
+		if v = (*d.views.Load())[d.peer(a.Dom)]; v != nil {
+			d.last.Store(v)
+		}
 	}
 	if v == nil || !v.alive() {
 		return nil, untouched
@@ -213,6 +208,7 @@ func (d *Domain) lookupLocked(dom hypercall.DomID) hypercall.Status {
 	t, err := d.hv.lookup(dom)
 	if err == nil {
 		views[dom] = &view{
+			dom:         dom,
 			incarnation: t.incarnation,
 			grants:      t.grants,
 			pages:       make([]atomic.Pointer[page], len(t.grants)),

