@@ -346,23 +346,30 @@ func (g *generator) comparison(n *ast.BinaryExpr) {
 		}
 		g.add(kindConstant, side, changed, from, to)
 	}
-	steps := func(side ast.Expr, first string) {
-		if !g.constant(side) {
-			return
+	if ordered {
+		if g.constant(n.Y) {
+			step(n.Y, b.step)
 		}
-		if first != "" {
-			step(side, first)
-			return
+		if g.constant(n.X) {
+			step(n.X, opposite[b.step])
 		}
-		step(side, "+")
-		step(side, "-")
+		return
 	}
-	steps(n.Y, b.step)
-	if other := map[string]string{"-": "+", "+": "-"}[b.step]; ordered {
-		steps(n.X, other)
-	} else {
-		steps(n.X, "")
+	// Of equality, counts only: one flag more, or one name of a list, is no bound.
+	if lit, ok := n.Y.(*ast.BasicLit); ok && lit.Kind == token.INT && lit.Value != "0" && !masks(n.X) {
+		step(n.Y, "+")
+		step(n.Y, "-")
 	}
+}
+
+var opposite = map[string]string{"-": "+", "+": "-"}
+
+func masks(e ast.Expr) bool {
+	if p, ok := e.(*ast.ParenExpr); ok {
+		e = p.X
+	}
+	b, ok := e.(*ast.BinaryExpr)
+	return ok && b.Op == token.AND
 }
 
 // constant reports whether e is a number, or the name of a constant of this module.
