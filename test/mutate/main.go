@@ -24,9 +24,11 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"os"
 	"os/signal"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"syscall"
@@ -49,6 +51,7 @@ type options struct {
 	root     string
 	packages []string
 	kinds    []string
+	match    *regexp.Regexp
 	n        int
 	seed     uint64
 	results  string
@@ -60,12 +63,13 @@ type options struct {
 
 func parseOptions(args []string, errs io.Writer) (options, error) {
 	var o options
-	var packages, kind string
+	var packages, kind, match string
 	fset := flag.NewFlagSet("mutate", flag.ContinueOnError)
 	fset.SetOutput(errs)
 	fset.StringVar(&o.root, "root", ".", "the `folder` of the tree")
 	fset.StringVar(&packages, "packages", "", "only these, as `a,b`; all by default")
 	fset.StringVar(&kind, "kinds", "", "only these, of "+strings.Join(kinds, ", "))
+	fset.StringVar(&match, "match", "", "only those whose line in -list matches this `regexp`")
 	fset.IntVar(&o.n, "n", 0, "only a sample of this `many`; 0 for all")
 	fset.Uint64Var(&o.seed, "seed", 1, "which sample")
 	fset.StringVar(&o.results, "results", "", "go on from this `file`, and add to it")
@@ -81,6 +85,10 @@ func parseOptions(args []string, errs io.Writer) (options, error) {
 	}
 	if o.n < 0 {
 		return o, fmt.Errorf("-n %d: a sample has at least one, and 0 is for all", o.n)
+	}
+	var err error
+	if o.match, err = regexp.Compile(match); err != nil {
+		return o, fmt.Errorf("-match: %w", err)
 	}
 	o.packages, o.kinds = split(packages), split(kind)
 	for _, k := range o.kinds {
@@ -142,7 +150,7 @@ func run(ctx context.Context, args []string, out, errs io.Writer) error {
 			continue
 		}
 		for _, m := range found {
-			if len(o.kinds) == 0 || slices.Contains(o.kinds, m.Kind) {
+			if (len(o.kinds) == 0 || slices.Contains(o.kinds, m.Kind)) && o.match.MatchString(m.line()) {
 				chosen = append(chosen, m)
 			}
 		}
@@ -157,7 +165,7 @@ func run(ctx context.Context, args []string, out, errs io.Writer) error {
 	chosen = sample(chosen, o.n, o.seed)
 	if o.list {
 		for _, m := range chosen {
-			fmt.Fprintf(out, "%s:%d: %s %s: %s -> %s\n", m.File, m.Line, m.Func, m.Kind, m.From, m.To)
+			fmt.Fprintln(out, m.line())
 		}
 		return nil
 	}
@@ -180,9 +188,9 @@ func runAll(ctx context.Context, o options, chosen []*mutant, known map[key]stri
 	if err != nil {
 		return err
 	}
-	r := &runner{root: root, tmp: tmp}
+	r := &runner{root: root, tmp: tmp, limits: make(map[suite]time.Duration), failed: make(map[suite]error)}
 	began := time.Now()
-	tried := make(map[suite]bool)
+	untried := make(map[string]error) // packages whose tests fail anyway
 	var results []result
 	var ended error
 	for i, m := range chosen {
@@ -190,17 +198,29 @@ func runAll(ctx context.Context, o options, chosen []*mutant, known map[key]stri
 		switch {
 		case known[m.key] != "":
 			res = result{key: m.key, Line: m.Line, Sum: m.sum, Status: listed}
-		case !had:
-			if ended != nil {
-				continue
+		case had:
+		case ended != nil || untried[m.dir] != nil:
+			continue
+		case o.budget > 0 && time.Since(began) > o.budget:
+			ended = errUnfinished
+			continue
+		default:
+			suites := suitesOf(m.dir)
+			for _, s := range suites {
+				if err := r.baseline(ctx, s); err != nil {
+					untried[m.dir] = fmt.Errorf("%s: %w", m.dir, err)
+					break
+				}
 			}
-			if o.budget > 0 && time.Since(began) > o.budget {
-				ended = errUnfinished
-				continue
+			if untried[m.dir] == nil {
+				res, err = r.mutate(ctx, m, suites)
 			}
-			res, err = r.noticed(ctx, m, tried)
 			if ctx.Err() != nil {
+				delete(untried, m.dir)
 				ended = errUnfinished
+				continue
+			}
+			if untried[m.dir] != nil {
 				continue
 			}
 			if err == nil {
@@ -209,33 +229,23 @@ func runAll(ctx context.Context, o options, chosen []*mutant, known map[key]stri
 			if err != nil {
 				return err
 			}
-			fmt.Fprintf(errs, "%d/%d %s:%d %s %s: %s -> %s: %s %s\n",
-				i+1, len(chosen), m.File, m.Line, m.Func, m.Kind, m.From, m.To, res.Status, res.By)
+			fmt.Fprintf(errs, "%d/%d %s: %s %s\n", i+1, len(chosen), m.line(), res.Status, res.By)
 		}
 		results = append(results, res)
 	}
 	survivors, err := report(out, results, o.asJSON)
-	switch {
-	case err != nil:
-		return err
-	case survivors > 0:
-		return errors.Join(errSurvivors, ended)
+	all := []error{err}
+	if survivors > 0 {
+		all = append(all, errSurvivors)
 	}
-	return ended
+	for _, dir := range slices.Sorted(maps.Keys(untried)) {
+		all = append(all, untried[dir])
+	}
+	return errors.Join(append(all, ended)...)
 }
 
-// noticed runs a mutant's suites, each once without it before.
-func (r *runner) noticed(ctx context.Context, m *mutant, tried map[suite]bool) (result, error) {
-	i := slices.IndexFunc(plans, func(p plan) bool { return p.dir == m.dir })
-	for _, s := range plans[i].suites {
-		if !tried[s] {
-			if err := r.baseline(ctx, s); err != nil {
-				return result{}, err
-			}
-			tried[s] = true
-		}
-	}
-	return r.mutate(ctx, m, plans[i].suites)
+func suitesOf(dir string) []suite {
+	return plans[slices.IndexFunc(plans, func(p plan) bool { return p.dir == dir })].suites
 }
 
 // report writes the table, then what survived.

@@ -60,6 +60,11 @@ type mutant struct {
 	sum  string // of the file's text
 }
 
+// line is how it is listed.
+func (m *mutant) line() string {
+	return fmt.Sprintf("%s:%d: %s %s: %s -> %s", m.File, m.Line, m.Func, m.Kind, m.From, m.To)
+}
+
 // text is the whole file with the change in it.
 func (m *mutant) text() []byte {
 	return slices.Concat(m.src[:m.at[0]], []byte(m.with), m.src[m.at[1]:])

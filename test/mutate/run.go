@@ -39,8 +39,10 @@ type result struct {
 
 // A runner runs go test with mutants laid over the tree.
 type runner struct {
-	root string
-	tmp  string // for overlays and for what tests leave
+	root   string
+	tmp    string                  // for overlays and for what tests leave
+	limits map[suite]time.Duration // after which tests count as hung, by what they took without a mutant
+	failed map[suite]error         // those that do not pass without one
 }
 
 // compileLimit bounds what is around the tests of a suite.
@@ -49,12 +51,16 @@ const compileLimit = 10 * time.Minute
 // test runs one suite; overlay may be "". It says whether all went well, or what
 // did not.
 func (r *runner) test(ctx context.Context, s suite, overlay string) (status, output string, err error) {
+	limit, ok := r.limits[s]
+	if !ok {
+		limit = s.timeout()
+	}
 	tmp, err := os.MkdirTemp(r.tmp, "run")
 	if err != nil {
 		return "", "", err
 	}
 	defer os.RemoveAll(tmp)
-	args := []string{"test", "-vet=off", "-count=1", "-failfast", "-timeout", s.timeout().String()}
+	args := []string{"test", "-vet=off", "-count=1", "-failfast", "-timeout", limit.String()}
 	if s.run != "" {
 		args = append(args, "-run", s.run)
 	}
@@ -64,7 +70,7 @@ func (r *runner) test(ctx context.Context, s suite, overlay string) (status, out
 	if overlay != "" {
 		args = append(args, "-overlay", overlay)
 	}
-	limited, cancel := context.WithTimeout(ctx, compileLimit+s.timeout())
+	limited, cancel := context.WithTimeout(ctx, compileLimit+limit)
 	defer cancel()
 	cmd := exec.CommandContext(limited, "go", append(args, s.pkg)...)
 	cmd.Dir = r.root
@@ -129,18 +135,26 @@ func (r *runner) mutate(ctx context.Context, m *mutant, suites []suite) (res res
 	return res, nil
 }
 
-// baseline makes sure that the suites pass when nothing is changed: with a test that
+// baseline makes sure that a suite passes when nothing is changed: with a test that
 // fails anyway every mutant would count as killed.
 func (r *runner) baseline(ctx context.Context, s suite) error {
+	if _, ok := r.limits[s]; ok {
+		return r.failed[s]
+	}
+	began := time.Now()
 	status, out, err := r.test(ctx, s, "")
 	if err != nil {
 		return err
 	}
+	r.limits[s] = min(s.timeout(), max(hangLimit, 5*time.Since(began)))
 	if status != survived {
-		return fmt.Errorf("%s does not pass without a mutant (%s), so it says nothing about one:\n%s", s, status, tail(out, 40))
+		r.failed[s] = fmt.Errorf("%s does not pass without a mutant (%s), so it says nothing about one:\n%s", s, status, tail(out, 30))
 	}
-	return nil
+	return r.failed[s]
 }
+
+// hangLimit is the least time after which tests count as hung.
+const hangLimit = 20 * time.Second
 
 func tail(s string, lines int) string {
 	all := strings.Split(strings.TrimRight(s, "\n"), "\n")
