@@ -95,12 +95,19 @@ func TestUseAfterReleaseIsRefused(t *testing.T) {
 	if err := a.Release(old); !errors.Is(err, ErrStale) {
 		t.Error(err)
 	}
-	defer func() {
-		if recover() == nil {
-			t.Error("Bytes of a stale buffer did not panic")
-		}
-	}()
-	old.Bytes()
+	for name, use := range map[string]func(){
+		"Bytes": func() { old.Bytes() },
+		"Next":  func() { old.Next() },
+	} {
+		func() {
+			defer func() {
+				if got := recover(); got != ErrStale {
+					t.Errorf("%s of a stale buffer: panic with %v, want %v", name, got, ErrStale)
+				}
+			}()
+			use()
+		}()
+	}
 }
 
 func TestTheZeroBufferIsRefused(t *testing.T) {
@@ -111,6 +118,9 @@ func TestTheZeroBufferIsRefused(t *testing.T) {
 	}
 	if b.Valid() || !errors.Is(b.Release(), ErrStale) || !errors.Is(b.Retain(), ErrStale) {
 		t.Error("the zero Buffer is held")
+	}
+	if b.Size() != 0 || one(t, a).Size() != 4096 {
+		t.Error("size of the zero Buffer, or of one of 4096 bytes")
 	}
 }
 

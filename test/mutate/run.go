@@ -146,7 +146,7 @@ func (r *runner) baseline(ctx context.Context, s suite) error {
 	if err != nil {
 		return err
 	}
-	r.limits[s] = min(s.timeout(), max(hangLimit, 5*time.Since(began)))
+	r.limits[s] = min(s.timeout(), max(hangLimit, 8*time.Since(began)))
 	if status != survived {
 		r.failed[s] = fmt.Errorf("%s does not pass without a mutant (%s), so it says nothing about one:\n%s", s, status, tail(out, 30))
 	}
@@ -154,7 +154,7 @@ func (r *runner) baseline(ctx context.Context, s suite) error {
 }
 
 // hangLimit is the least time after which tests count as hung.
-const hangLimit = 20 * time.Second
+const hangLimit = 30 * time.Second
 
 func tail(s string, lines int) string {
 	all := strings.Split(strings.TrimRight(s, "\n"), "\n")
