@@ -2,8 +2,10 @@ package store_test
 
 import (
 	"fmt"
+	"io"
 	"strings"
 	"testing"
+	"time"
 
 	"barevif/xenbus/store"
 	"barevif/xenbus/wire"
@@ -195,7 +197,11 @@ func TestConnectionQuota(t *testing.T) {
 	g := e.guest(3)
 	second := e.connect(3)
 	second.Want(wire.Read, 0, z("none"), "ENOENT")
-	_, refused := e.dial(3)
+	third, refused := e.dial(3)
+	third.SetReadDeadline(time.Now().Add(patience))
+	if n, err := third.Read(make([]byte, 1)); err != io.EOF {
+		t.Fatalf("the third connection: read %d bytes, %v", n, err)
+	}
 	if err := <-refused; err != store.ErrConnections {
 		t.Errorf("the third connection: %v, want %v", err, store.ErrConnections)
 	}
