@@ -133,17 +133,10 @@ func Metrics() []string {
 }
 
 func (p *page) serveMetrics(w http.ResponseWriter, _ *http.Request) {
-	var devices []*stat.Device
+	devices := p.latest().Labelled()
 	var counters []openmetrics.Device
-	seen := map[string]bool{}
-	look := p.latest()
-	for i := range look.Devices {
-		// A label stands for one device.
-		if d := &look.Devices[i]; d.Report != nil && !seen[d.Name] {
-			seen[d.Name] = true
-			devices = append(devices, d)
-			counters = append(counters, openmetrics.Device{Name: d.Name, Stats: d.Report.Stats})
-		}
+	for _, d := range devices {
+		counters = append(counters, openmetrics.Device{Name: d.Label(), Stats: d.Report.Stats})
 	}
 	var b bytes.Buffer
 	for _, g := range gauges {
@@ -154,7 +147,7 @@ func (p *page) serveMetrics(w http.ResponseWriter, _ *http.Request) {
 		fmt.Fprintf(&b, "# HELP %s %s\n", g.name, g.help)
 		for _, d := range devices {
 			if d.Source.Kind != bpf.KindMetrics { // which shows no more than counters
-				fmt.Fprintf(&b, "%s{vif=\"%s\"} %v\n", g.name, escape.Replace(d.Name), g.value(d))
+				fmt.Fprintf(&b, "%s{vif=\"%s\"} %v\n", g.name, escape.Replace(d.Label()), g.value(d))
 			}
 		}
 	}
