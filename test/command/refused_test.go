@@ -57,7 +57,7 @@ func TestMistakesAreExplained(t *testing.T) {
 		{"host --socket " + text, failed, []string{"--socket"}},
 		{"host --socket " + other, failed, []string{"another program", "--socket"}},
 		{"host --socket " + dir + "/b.sock --xenstore " + text, failed, []string{"--socket"}},
-		{"host --socket " + open + "/host.sock", failed, []string{"only this user writes", "--socket"}},
+		{"host --socket " + open + "/host.sock", failed, []string{"others may write", "--socket"}},
 		{"host --socket /nowhere/at/all/host.sock", failed, []string{"no such file", "next: "}},
 		{"host --socket " + dir + "/" + strings.Repeat("x", 120), failed, []string{"too long", "next: "}},
 

@@ -108,15 +108,17 @@ const (
 
 // startPrometheus has a Prometheus load rules and scrape targets, which are
 // addresses by job. Only those of job "stat" keep the label that tells devices
-// apart: the others show the same ones again.
-func startPrometheus(t *testing.T, rules []byte, targets map[string]string) *prometheus {
+// apart: the others show the same ones again. It asks with the token of tokenFile.
+func startPrometheus(t *testing.T, rules []byte, targets map[string]string, tokenFile string) *prometheus {
 	t.Helper()
 	dir := t.TempDir()
 	type object = map[string]any
 	var jobs []object
 	for job, address := range targets {
 		j := object{"job_name": job, "static_configs": []object{{"targets": []string{address}}}}
-		if job != "stat" {
+		if job == "stat" {
+			j["authorization"] = object{"credentials_file": tokenFile}
+		} else {
 			j["metric_relabel_configs"] = []object{{"action": "labeldrop", "regex": "vif"}}
 		}
 		jobs = append(jobs, j)
@@ -444,7 +446,9 @@ func TestPrometheusDrawsAndAlerts(t *testing.T) {
 	defer hearts.Wait()
 	defer still()
 
-	page := serve(t, `^metrics +http://(\S+)/metrics$`, command(t), "stat", "--http", "127.0.0.1:0", "--interval", "100ms", "front-31*", "back-31*")
+	tokenFile := filepath.Join(t.TempDir(), "token")
+	page := serve(t, `^metrics +http://(\S+)/metrics$`, command(t), "stat", "--http", "127.0.0.1:0", "--interval", "100ms",
+		"--token-file", tokenFile, "front-31*", "back-31*")
 	targets := map[string]string{"stat": page.address}
 	handlers := map[string]http.Handler{
 		"handler": openmetrics.Handler(func() []openmetrics.Device {
@@ -479,7 +483,7 @@ func TestPrometheusDrawsAndAlerts(t *testing.T) {
 	} else if err != nil {
 		t.Log("not through node_exporter, which is not installed")
 	}
-	p := startPrometheus(t, rules, targets)
+	p := startPrometheus(t, rules, targets, tokenFile)
 	stop := talk(t, w.Front, w.Back)
 
 	values := map[string][]string{}

@@ -65,50 +65,57 @@ func (f *Flow) Verdict() (v Verdict, by int64) {
 }
 
 // pairs finds ends that belong together. A device of two sources is nobody's end:
-// it is not known which of them counts.
+// it is not known which of them counts. A foreign one is an end only where there is
+// no other: any user can make one.
 func pairs(devices []Device) []Pair {
 	type vif struct {
 		front, back uint16
 		handle      uint32
 	}
+	type ends struct {
+		at   [2]int
+		firm [2]bool // one that is not foreign was found
+	}
 	const none, many = -1, -2
-	ends := map[vif]*[2]int{}
+	found := map[vif]*ends{}
 	var order []vif
-	for i := range devices {
-		info, ok := devices[i].Info()
-		if !ok || devices[i].Report == nil {
-			continue
-		}
-		v := vif{info.Own, info.Peer, info.Handle}
-		if info.Role == telemetry.Backend {
-			v.front, v.back = info.Peer, info.Own
-		}
-		e := ends[v]
-		if e == nil {
-			e = &[2]int{none, none}
-			ends[v] = e
-			order = append(order, v)
-		}
-		if e[info.Role] == none {
-			e[info.Role] = i
-		} else {
-			e[info.Role] = many
+	for _, foreign := range [...]bool{false, true} {
+		for i := range devices {
+			info, ok := devices[i].Info()
+			if !ok || devices[i].Report == nil || devices[i].Foreign != foreign {
+				continue
+			}
+			v := vif{info.Own, info.Peer, info.Handle}
+			if info.Role == telemetry.Backend {
+				v.front, v.back = info.Peer, info.Own
+			}
+			e := found[v]
+			if e == nil {
+				e = &ends{at: [2]int{none, none}}
+				found[v] = e
+				order = append(order, v)
+			}
+			switch {
+			case foreign && e.firm[info.Role]:
+			case e.at[info.Role] == none:
+				e.at[info.Role], e.firm[info.Role] = i, !foreign
+			default:
+				e.at[info.Role] = many
+			}
 		}
 	}
 	var out []Pair
 	for _, v := range order {
-		e := ends[v]
-		if e[0] < 0 || e[1] < 0 {
-			continue
+		if at := found[v].at; at[0] >= 0 && at[1] >= 0 {
+			out = append(out, Pair{Front: at[0], Back: at[1]})
 		}
-		out = append(out, Pair{Front: e[0], Back: e[1]})
 	}
 	return out
 }
 
 // compare fills in the flows of p from what f, b and f again were read to be.
 func (p *Pair) compare(devices []Device, f, b, f2 *telemetry.Stats) {
-	front, back := devices[p.Front].Name, devices[p.Back].Name
+	front, back := devices[p.Front].Label(), devices[p.Back].Label()
 	p.Flows = [2]Flow{flow(front, back, f, b), flow(back, front, b, f)}
 	there, here := flow(front, back, f2, b), flow(back, front, b, f2)
 	p.Flows[0].Most, p.Flows[1].Least = there.Most, here.Least
