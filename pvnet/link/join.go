@@ -42,10 +42,10 @@ type JointStats struct {
 	FromLinkGSO uint64 // of FromLink, those the vif or its other end cuts
 	Segments    uint64 // of FromLink, what frames the kernel left whole were cut into here
 
-	Unsent   uint64 // to a link, dropped: it was down, out of buffers, or did not take the frame
+	Unsent   uint64 // to a link, dropped: it was down, out of buffers, or did not take the frame; or that is not what it says
 	Unread   uint64 // from a link, lost: the kernel could not hand it over
 	Oversize uint64 // from a link, dropped: beyond the vif's MTU
-	Uncut    uint64 // dropped: cannot be cut or completed here, or is not what its header says
+	Uncut    uint64 // from a link, dropped: cannot be cut or completed here, or is not what its header says
 	Refused  uint64 // from a link, dropped: the vif or its other end does not take one of that size
 }
 
@@ -196,7 +196,7 @@ func (j *Joint) toLinkFrom(dev *pvnet.Device, rx *pvnet.RX, l Link) error {
 		for i := range frames[:n] {
 			off, ok := leftOf(&frames[i])
 			if !ok {
-				j.uncut.Add(1)
+				j.unsent.Add(1)
 				lost++
 				continue
 			}
