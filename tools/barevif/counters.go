@@ -93,12 +93,12 @@ func binarySize(n uint64) string {
 	return fmt.Sprintf("%.1f %s", f, units[i])
 }
 
-// tally is a vif's life in one line.
-func tally(dev *pvnet.Device, j *link.Joint) string {
+// tally is a vif's life in one line. peer is what its other end is.
+func tally(dev *pvnet.Device, j *link.Joint, peer string) string {
 	st, js := dev.Stats(), j.Stats()
-	return fmt.Sprintf("%s frames from the frontend (%s lost), %s to the network%s; %s from the network%s, %s to the frontend",
-		grouped(st.RX.Get(telemetry.Packets)), grouped(lost(&st.RX)), grouped(js.ToLink), toNetworkLost(&js),
-		grouped(js.FromLink), fromNetworkLost(&js), grouped(st.TX.Get(telemetry.Packets)))
+	return fmt.Sprintf("%s frames from the %s (%s lost), %s to the network%s; %s from the network%s, %s to the %s",
+		grouped(st.RX.Get(telemetry.Packets)), peer, grouped(lost(&st.RX)), grouped(js.ToLink), toNetworkLost(&js),
+		grouped(js.FromLink), fromNetworkLost(&js), grouped(st.TX.Get(telemetry.Packets)), peer)
 }
 
 // toNetworkLost and fromNetworkLost say how many frames a joint dropped, and why.
