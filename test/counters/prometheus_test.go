@@ -391,6 +391,8 @@ var ills = []struct {
 	{"no buffers", func(rx, _ *telemetry.Block) { rx.Add(telemetry.AllocFailed, 5); rx.Add(telemetry.Packets, 1000) }, []string{"BarevifNoBuffers"}},
 	{"a full ring", func(_, tx *telemetry.Block) { tx.Set(telemetry.RingSize, 256); tx.Set(telemetry.RingUsed, 256) }, []string{"BarevifRingFull"}},
 	{"a busy ring", func(_, tx *telemetry.Block) { tx.Set(telemetry.RingSize, 256); tx.Set(telemetry.RingUsed, 200) }, nil},
+	{"an interface that takes no frames", func(rx, _ *telemetry.Block) { rx.Add(telemetry.Undelivered, 10) }, []string{"BarevifUndelivered"}},
+	{"an interface that gives no frames", func(_, tx *telemetry.Block) { tx.Add(telemetry.Undelivered, 10) }, []string{"BarevifUndelivered"}},
 	{"copies that fail", func(rx, _ *telemetry.Block) { rx.Add(telemetry.GrantErrors, 1) }, []string{"BarevifGrantErrors"}},
 	{"pages that are kept", func(_, tx *telemetry.Block) { tx.Add(telemetry.PagesQuarantined, 1) }, []string{"BarevifPagesQuarantined"}},
 	{"a slow machine", func(rx, _ *telemetry.Block) {
@@ -404,12 +406,12 @@ var ills = []struct {
 				b.Drop(r, 10)
 			}
 			for _, c := range []telemetry.Counter{telemetry.Violations, telemetry.Stalls, telemetry.RescuedWakeups,
-				telemetry.MirrorHealed, telemetry.GrantErrors, telemetry.PagesQuarantined, telemetry.AllocFailed} {
+				telemetry.MirrorHealed, telemetry.GrantErrors, telemetry.PagesQuarantined, telemetry.AllocFailed, telemetry.Undelivered} {
 				b.Add(c, 10)
 			}
 		}
 	}, []string{"BarevifDropping", "BarevifGrantErrors", "BarevifMirrorTampered", "BarevifNoBuffers", "BarevifPagesQuarantined", "BarevifPeerViolation",
-		"BarevifReceiveErrors", "BarevifRescuedWakeups", "BarevifStalled", "BarevifTransmitErrors"}},
+		"BarevifReceiveErrors", "BarevifRescuedWakeups", "BarevifStalled", "BarevifTransmitErrors", "BarevifUndelivered"}},
 }
 
 // A Prometheus takes the counters in from wherever they are offered, draws every

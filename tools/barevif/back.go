@@ -241,7 +241,7 @@ func (b *back) serve(ctx context.Context, dev *pvnet.Device) {
 	}
 	dev.Disconnect()
 	following.Wait()
-	b.say("vif %s: gone; %s", vif, tally(dev, &j))
+	b.say("vif %s: gone; %s", vif, tally(dev, &j, "frontend"))
 }
 
 // follow tells of the vif's link until the device has ended.
