@@ -187,6 +187,7 @@ func (e *backTX) copy(frames []Frame) {
 		}
 	}
 	t := tally{block: e.count}
+	uncopied := uint64(0)
 	for i := range frames {
 		f, p := &frames[i], &e.placed[i]
 		failed := uint64(0)
@@ -198,14 +199,14 @@ func (e *backTX) copy(frames []Frame) {
 		if failed > 0 {
 			e.count.Add(telemetry.GrantErrors, failed)
 			e.count.Drop(telemetry.DropBadGref, 1)
+			uncopied += uint64(f.total)
 			for j := range e.rsp[p.rsp : p.rsp+p.rsps] {
 				if j != 1 || !p.extra {
 					e.rsp[p.rsp+j].Status = int16(netif.Error)
 				}
 			}
-		} else {
-			t.sent(f, p.rsps, p.head[:])
 		}
+		t.sent(f, p.rsps, p.head[:]) // like a frontend, which learns of a failure later
 		if f.buf.Of(e.bufs) {
 			e.bufs.Release(f.buf)
 		} else {
@@ -215,7 +216,7 @@ func (e *backTX) copy(frames []Frame) {
 	for i := range e.rsp[:e.nrsp] {
 		e.ring.Put(e.rsp[i])
 	}
-	e.count.Add(telemetry.CopiedBytes, t.bytes)
+	e.count.Add(telemetry.CopiedBytes, t.bytes-uncopied)
 	t.count(e.ring.Unanswered(), e.bufs.Free())
 }
 

@@ -248,7 +248,7 @@ func (f Field) Bucket(i int) string {
 type text struct{ name, unit, help string }
 
 var texts = [wordHists]text{
-	Packets:        {"packets", "frames", "frames moved without an error"},
+	Packets:        {"packets", "frames", "frames received without an error, or taken to be sent"},
 	Bytes:          {"bytes", "bytes", "bytes of those frames, Ethernet header included, without FCS"},
 	errorsSum:      {"errors", "frames", "frames lost because something was wrong; the sum of its reasons"},
 	droppedSum:     {"dropped", "frames", "frames lost with which nothing was wrong; the sum of its reasons"},

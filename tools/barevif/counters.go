@@ -31,7 +31,7 @@ func lost(v *telemetry.Values) uint64 { return v.Dropped() + v.Errors() }
 
 // balanced says whether every frame that was sent was received or dropped.
 func (f *flow) balanced() bool {
-	return f.sent.Get(telemetry.Packets) == f.received.Get(telemetry.Packets)+lost(&f.received)
+	return telemetry.Unaccounted(&f.sent, &f.received) == 0
 }
 
 // printFlows writes flows as a table, indented.

@@ -19,9 +19,8 @@ type Pair struct {
 // between its two.
 type Flow struct {
 	From, To                string // names of devices
-	Sent, Received, Dropped uint64 // frames, at the first read; dropped by the receiving end
+	Sent, Received, Dropped uint64 // frames, at the first read; dropped by whichever end accounts for them
 	Least, Most             int64  // bounds of the frames sent and not arrived, at one time
-	Gone                    uint64 // frames unanswered when a connection ended
 	Room                    uint64 // frames that can be between the two, or counted and not yet shown
 }
 
@@ -36,12 +35,11 @@ func (f *Flow) Balanced() bool { return f.Least <= 0 && f.Most >= 0 }
 type Verdict string
 
 const (
-	Balanced Verdict = "balanced"               // to the frame
-	Moving   Verdict = "moving"                 // balanced but for what moved while it was read
-	Flight   Verdict = "in flight"              // in the ring, or received and not yet shown
-	Unshown  Verdict = "not shown yet"          // by the sender
-	Gone     Verdict = "lost with a connection" // nobody knows whether they arrived
-	Unequal  Verdict = "unequal"                // one end has counted for longer, or lost count
+	Balanced Verdict = "balanced"      // to the frame
+	Moving   Verdict = "moving"        // balanced but for what moved while it was read
+	Flight   Verdict = "in flight"     // in the ring, or received and not yet shown
+	Unshown  Verdict = "not shown yet" // by the sender
+	Unequal  Verdict = "unequal"       // one end has counted for longer, or lost count
 )
 
 // Verdict judges the flow. by is the number of frames it speaks of: those that are
@@ -58,8 +56,6 @@ func (f *Flow) Verdict() (v Verdict, by int64) {
 		return Unshown, f.Most
 	case f.Least <= room:
 		return Flight, f.Least
-	case f.Least <= room+int64(f.Gone):
-		return Gone, f.Least
 	}
 	return Unequal, f.Least
 }
@@ -122,9 +118,8 @@ func (p *Pair) compare(devices []Device, f, b, f2 *telemetry.Stats) {
 }
 
 func flow(from, to string, a, b *telemetry.Stats) Flow {
-	f := Flow{From: from, To: to, Sent: Packets(&a.TX), Received: Packets(&b.RX), Dropped: Lost(&b.RX),
-		Gone: a.TX.Lost(telemetry.DropDisconnected)}
-	f.Least = int64(f.Sent - f.Received - f.Dropped)
+	f := Flow{From: from, To: to, Sent: Packets(&a.TX), Received: Packets(&b.RX), Dropped: Lost(&b.RX) + a.TX.Lost(telemetry.DropDisconnected)}
+	f.Least = telemetry.Unaccounted(&a.TX, &b.RX)
 	f.Most = f.Least
 	for q := range a.Queues {
 		if size := a.Queues[q].TX.Gauge(telemetry.RingSize); size > 0 {
