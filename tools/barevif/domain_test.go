@@ -1,9 +1,12 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"path/filepath"
@@ -195,5 +198,44 @@ func TestASocketOfAnotherUserIsNotTaken(t *testing.T) {
 	})
 	if _, err := os.Lstat(path); err != nil {
 		t.Error(err)
+	}
+}
+
+// Who connects to the xenstore's socket is domain 0: it is this user's alone,
+// whatever the umask is.
+func TestHostsSocketsArePrivate(t *testing.T) {
+	for _, mask := range []int{0, 0o077} {
+		dir := temporary(t)
+		old := unix.Umask(mask)
+		ctx, cancel := context.WithCancel(t.Context())
+		r, w := io.Pipe()
+		ended := make(chan int, 1)
+		go func() {
+			ended <- run(ctx, []string{"host"}, w, io.Discard)
+			w.Close()
+		}()
+		for lines := bufio.NewScanner(r); lines.Scan() && !strings.HasPrefix(lines.Text(), "look inside"); {
+		}
+		unix.Umask(old)
+		go io.Copy(io.Discard, r)
+		place := filepath.Join(dir, fmt.Sprintf("barevif-%d", os.Geteuid()))
+		for _, name := range []string{"host.sock", "xenstored.sock"} {
+			if st, err := os.Lstat(filepath.Join(place, name)); err != nil || st.Mode().Perm() != 0o600 {
+				t.Errorf("umask %#o: %s: %v, %v", mask, name, st, err)
+			}
+		}
+		c, err := net.Dial("unix", filepath.Join(place, "xenstored.sock"))
+		if err != nil {
+			t.Error(err)
+		} else {
+			c.Close()
+		}
+		cancel()
+		if code := <-ended; code != exitOK {
+			t.Errorf("exit %d", code)
+		}
+		if err := os.RemoveAll(place); err != nil {
+			t.Error(err)
+		}
 	}
 }
