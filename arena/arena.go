@@ -211,7 +211,7 @@ func (a *Arena) Release(b Buffer) error {
 		return b.Release()
 	}
 	last, err := b.drop()
-	if err != nil || !last {
+	if !last {
 		return err
 	}
 	a.PutChain(b.i)
@@ -291,7 +291,7 @@ func (b Buffer) Retain() error {
 // Release gives b and what is linked to it back, from any goroutine. ErrStale.
 func (b Buffer) Release() error {
 	last, err := b.drop()
-	if err != nil || !last {
+	if !last {
 		return err
 	}
 	a := b.a

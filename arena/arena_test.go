@@ -36,6 +36,19 @@ func TestBuffersAreDistinctAndInsideTheirPage(t *testing.T) {
 	}
 }
 
+func TestSizesThatCrossPagesPanic(t *testing.T) {
+	for _, size := range []int{-64, 0, 32, 63, 96, 2049, 8192} {
+		func() {
+			defer func() {
+				if recover() == nil {
+					t.Errorf("buffers of %d bytes", size)
+				}
+			}()
+			New(shm.Heap(2), size)
+		}()
+	}
+}
+
 func TestExhaustionIsAShortCount(t *testing.T) {
 	a := New(shm.Heap(4), 4096)
 	bufs := make([]uint32, 6)
@@ -82,12 +95,19 @@ func TestUseAfterReleaseIsRefused(t *testing.T) {
 	if err := a.Release(old); !errors.Is(err, ErrStale) {
 		t.Error(err)
 	}
-	defer func() {
-		if recover() == nil {
-			t.Error("Bytes of a stale buffer did not panic")
-		}
-	}()
-	old.Bytes()
+	for name, use := range map[string]func(){
+		"Bytes": func() { old.Bytes() },
+		"Next":  func() { old.Next() },
+	} {
+		func() {
+			defer func() {
+				if got := recover(); got != ErrStale {
+					t.Errorf("%s of a stale buffer: panic with %v, want %v", name, got, ErrStale)
+				}
+			}()
+			use()
+		}()
+	}
 }
 
 func TestTheZeroBufferIsRefused(t *testing.T) {
@@ -98,6 +118,9 @@ func TestTheZeroBufferIsRefused(t *testing.T) {
 	}
 	if b.Valid() || !errors.Is(b.Release(), ErrStale) || !errors.Is(b.Retain(), ErrStale) {
 		t.Error("the zero Buffer is held")
+	}
+	if b.Size() != 0 || one(t, a).Size() != 4096 {
+		t.Error("size of the zero Buffer, or of one of 4096 bytes")
 	}
 }
 
@@ -169,6 +192,108 @@ func TestAChainIsReleasedAsOne(t *testing.T) {
 			t.Fatal("an old link survived")
 		}
 	}
+}
+
+func TestUnlinkCutsAChainUntilItEnds(t *testing.T) {
+	a := New(shm.Heap(2), 4096)
+	var i [2]uint32
+	a.Get(i[:])
+	a.Link(i[0], i[1], 10, 100)
+	if next, off, n, ok := a.Unlink(i[0]); !ok || next != i[1] || off != 10 || n != 100 {
+		t.Error(next, off, n, ok)
+	}
+	for _, end := range i {
+		if next, _, _, ok := a.Unlink(end); ok {
+			t.Errorf("buffer %d is followed by %d", end, next)
+		}
+	}
+	a.Put(i[:]...)
+	if a.Free() != 2 {
+		t.Error(a.Free())
+	}
+}
+
+// An owner may release what is another's: it goes home by that one's return list.
+func TestTheOwnerReleasesAnothersBuffer(t *testing.T) {
+	a, other := New(shm.Heap(1), 4096), New(shm.Heap(1), 4096)
+	b := one(t, other)
+	if err := a.Release(b); err != nil || b.Valid() || a.Free() != 1 || other.Free() != 1 {
+		t.Error(err, b.Valid(), a.Free(), other.Free())
+	}
+	if err := a.Release(b); !errors.Is(err, ErrStale) {
+		t.Error(err)
+	}
+	if err := a.Release(Buffer{}); !errors.Is(err, ErrStale) {
+		t.Error(err)
+	}
+}
+
+func TestTheOwnerIsNotTheLastHolder(t *testing.T) {
+	a := New(shm.Heap(1), 4096)
+	b := one(t, a)
+	b.Retain()
+	if err := a.Release(b); err != nil || !b.Valid() || a.Free() != 0 {
+		t.Error(err, b.Valid(), a.Free())
+	}
+	b.Release()
+	if a.Free() != 1 {
+		t.Error(a.Free())
+	}
+}
+
+func TestOneHolderIsExclusive(t *testing.T) {
+	a := New(shm.Heap(1), 4096)
+	b := one(t, a)
+	check := func(when string, want bool) {
+		t.Helper()
+		if b.Exclusive() != want {
+			t.Errorf("%s: exclusive %v", when, !want)
+		}
+	}
+	check("held once", true)
+	b.Retain()
+	check("held twice", false)
+	b.Release()
+	check("held once again", true)
+	b.Release()
+	check("released", false)
+	if (Buffer{}).Exclusive() {
+		t.Error("the zero Buffer is held")
+	}
+}
+
+// What a chain's pieces say is read by all who hold it: only an only holder says
+// something else.
+func TestOnlyAnOnlyHolderResizes(t *testing.T) {
+	a := New(shm.Heap(2), 4096)
+	var i [2]uint32
+	a.Get(i[:])
+	a.Link(i[0], i[1], 10, 100)
+	b := a.Buffer(i[0])
+	p, _ := b.Next()
+	refused := func(want error) {
+		t.Helper()
+		defer func() {
+			t.Helper()
+			if got := recover(); got != want {
+				t.Errorf("resized, or panicked with %v; want a panic with %v", got, want)
+			}
+			if at := &a.desc[i[1]]; at.off != 10 || at.len != 100 {
+				t.Errorf("%d bytes at %d after a refused resize", at.len, at.off)
+			}
+		}()
+		b.Resize(p, 20, 200)
+	}
+	b.Retain()
+	refused(ErrShared)
+	b.Release()
+	b.Resize(p, 20, 200)
+	if p, ok := b.Next(); !ok || p.Off != 20 || p.Len != 200 {
+		t.Error(p, ok)
+	}
+	b.Resize(p, 10, 100)
+	b.Release()
+	refused(ErrStale)
 }
 
 // Many goroutines release what one owner hands out; each buffer comes home

@@ -470,9 +470,6 @@ func (e *backRX) consumed() uint32 { return e.ring.Consumed() }
 
 func (e *backRX) overdue() bool { return e.ring.Overdue() }
 
-func (e *backRX) drain() {
-	if e.have {
-		e.have = false
-		e.count.Drop(telemetry.DropDisconnected, 1)
-	}
-}
+// drain counts nothing: a frame that was parsed and not delivered has no response,
+// so the frontend counts it, and a backend that follows takes it again.
+func (e *backRX) drain() { e.have = false }

@@ -122,13 +122,14 @@ func (e *backTX) sendPlain(frames []Frame) (n int, err error) {
 	e.nops, e.nrsp = n, n
 	e.grantCopy()
 	t := tally{block: e.count}
+	uncopied := uint64(0)
 	for i := range frames[:n] {
 		o := &e.ops[i]
-		if o.Status == hypercall.OK {
-			t.plain(int(o.Len), o.Src.Local)
-		} else {
+		t.plain(int(o.Len), o.Src.Local) // like a frontend, which learns of a failure later
+		if o.Status != hypercall.OK {
 			e.count.Add(telemetry.GrantErrors, 1)
 			e.count.Drop(telemetry.DropBadGref, 1)
+			uncopied += uint64(o.Len)
 			e.rsp[i].Status = int16(netif.Error)
 		}
 		e.ring.Put(e.rsp[i])
@@ -139,7 +140,7 @@ func (e *backTX) sendPlain(frames []Frame) (n int, err error) {
 		}
 	}
 	t.settle()
-	e.count.Add(telemetry.CopiedBytes, t.bytes)
+	e.count.Add(telemetry.CopiedBytes, t.bytes-uncopied)
 	t.count(e.ring.Unanswered(), e.bufs.Free())
 	return n, nil
 }
@@ -266,6 +267,7 @@ func (e *backTX) copy(frames []Frame) {
 	}
 	e.grantCopy()
 	t := tally{block: e.count}
+	uncopied := uint64(0)
 	for i := range frames {
 		f, p := &frames[i], &e.placed[i]
 		failed := uint64(0)
@@ -277,14 +279,14 @@ func (e *backTX) copy(frames []Frame) {
 		if failed > 0 {
 			e.count.Add(telemetry.GrantErrors, failed)
 			e.count.Drop(telemetry.DropBadGref, 1)
+			uncopied += uint64(f.total)
 			for j := range e.rsp[p.rsp : p.rsp+p.rsps] {
 				if j != 1 || !p.extra {
 					e.rsp[p.rsp+j].Status = int16(netif.Error)
 				}
 			}
-		} else {
-			t.sent(f, p.rsps, p.head[:])
 		}
+		t.sent(f, p.rsps, p.head[:]) // like a frontend, which learns of a failure later
 		if f.buf.Of(e.bufs) {
 			e.bufs.Release(f.buf)
 		} else {
@@ -295,7 +297,7 @@ func (e *backTX) copy(frames []Frame) {
 		e.ring.Put(e.rsp[i])
 	}
 	t.settle()
-	e.count.Add(telemetry.CopiedBytes, t.bytes)
+	e.count.Add(telemetry.CopiedBytes, t.bytes-uncopied)
 	t.count(e.ring.Unanswered(), e.bufs.Free())
 }
 

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"sync/atomic"
 
 	"barevif/arena"
@@ -121,7 +122,7 @@ func (u *undo) run() {
 }
 
 // Pages a frontend's queue shares in each direction: one for every slot, or, where
-// the system grants no more, fewer.
+// the system grants no more, fewer, and as few in every queue.
 const (
 	pagesPerHalf    = 256
 	pagesPerHalfMin = 32
@@ -183,31 +184,127 @@ func (m *pageMaker) port(p **parker, open func(hypercall.Waiter) (hypercall.Port
 	return open(w)
 }
 
-// frontQueue makes the frontend's side of a queue: pages, rings, ports.
-func (m *pageMaker) frontQueue(f features, cfg *Config, rx, tx *telemetry.Block) (q connQueue, err error) {
-	pages := pagesPerHalf
-	var txPages, rxPages *arena.Arena
-	var txRefs, rxRefs []hypercall.GrantRef
-	for {
-		mark, before := len(m.c.undo), m.c.shared
-		txPages, txRefs, err = m.share(pages, hypercall.ReadOnly)
-		if err == nil {
-			rxPages, rxRefs, err = m.share(pages, hypercall.ReadWrite)
+// A plan is how the pages a frontend shares are divided: each queue gets as many.
+type plan struct {
+	queues int
+	pages  int // for frames, in each direction
+}
+
+// perQueue is what a queue takes of the system's limit: pages for frames, and rings.
+func (p plan) perQueue() int { return 2*p.pages + 2 }
+func (p plan) total() int    { return p.queues * p.perQueue() }
+
+func (p plan) String() string {
+	if p.queues == 1 {
+		return fmt.Sprintf("1 queue of %d pages", p.perQueue())
+	}
+	return fmt.Sprintf("%d queues of %d pages", p.queues, p.perQueue())
+}
+
+// next is what to try where p does not fit: smaller queues, then fewer.
+func (p plan) next() (next plan, more bool) {
+	if p.pages/2 >= pagesPerHalfMin {
+		return plan{p.queues, p.pages / 2}, true
+	}
+	return plan{p.queues - 1, pagesPerHalf}, p.queues > 1
+}
+
+// leastPlan is the smallest there is.
+var leastPlan = plan{1, pagesPerHalfMin}
+
+// frontQueues makes the frontend's side of up to f.queues queues, all of one size. It
+// leaves room for the least plan of so many other vifs, unless it finds no more than
+// that itself. What it takes of a limit that is too low for all, it gives back before
+// it asks for less: so queues do not depend on which of them came first.
+func (m *pageMaker) frontQueues(f features, cfg *Config, others int, blocks func(i int) (rx, tx *telemetry.Block)) ([]connQueue, error) {
+	asked := plan{f.queues, pagesPerHalf}
+	var first, last error
+	full := math.MaxInt // the smallest total there was no room for
+	for p, more := asked, true; more; p, more = p.next() {
+		if p.total() >= full {
+			continue
 		}
+		queues, made, err := m.tryPlan(p, f, cfg, others*leastPlan.total(), blocks)
 		if err == nil {
-			break
+			if p != asked {
+				m.log.Warn("less than asked for", "asked", asked.String(), "got", p.String(), "err", first)
+			}
+			return queues, nil
+		}
+		if first == nil {
+			first = err
+		}
+		last = err
+		if errors.Is(err, hypercall.ErrNoGrants) {
+			full = p.total()
+		} else { // smaller queues would not help
+			p = plan{min(p.queues, max(made, 1)+1), pagesPerHalfMin}
+		}
+	}
+	if others > 0 && errors.Is(last, hypercall.ErrNoGrants) {
+		queues, _, err := m.tryPlan(leastPlan, f, cfg, 0, blocks)
+		if err == nil {
+			m.log.Warn("less than asked for, and too little is left for other vifs", "asked", asked.String(), "got", leastPlan.String(), "err", first)
+			return queues, nil
+		}
+		last = err
+	}
+	return nil, fmt.Errorf("%v asked for, and not even %v is to be had: %w", asked, leastPlan, last)
+}
+
+// tryPlan makes all queues of p, if spare pages could be shared beyond them, or none:
+// then it says how many it had made.
+func (m *pageMaker) tryPlan(p plan, f features, cfg *Config, spare int, blocks func(i int) (rx, tx *telemetry.Block)) (queues []connQueue, made int, err error) {
+	mark, shared, own := len(m.c.undo), m.c.shared, m.c.own
+	for i := range p.queues {
+		rx, tx := blocks(i)
+		q, err := m.frontQueue(p.pages, f, cfg, rx, tx)
+		if err == nil {
+			queues = append(queues, q)
+			if i < p.queues-1 || m.sparable(spare) {
+				continue
+			}
+			err = fmt.Errorf("%d more pages for other vifs: %w", spare, hypercall.ErrNoGrants)
+		} else {
+			err = fmt.Errorf("queue %d: %w", i, err)
+		}
+		for _, q := range queues { // their pages are posted
+			q.tx.drain()
+			q.rx.drain()
 		}
 		part := m.c.undo[mark:]
-		m.c.undo, m.c.shared = m.c.undo[:mark], before
+		m.c.undo, m.c.shared, m.c.own = m.c.undo[:mark], shared, own
 		part.run()
-		if !errors.Is(err, hypercall.ErrNoGrants) || pages/2 < pagesPerHalfMin {
-			return q, fmt.Errorf("a queue needs 2 pages for rings and 2 x %d for frames: %w", pages, err)
-		}
-		pages /= 2
+		return nil, i, err
+	}
+	return queues, p.queues, nil
+}
+
+// sparable reports whether so many more pages could be shared.
+func (m *pageMaker) sparable(pages int) bool {
+	if pages == 0 {
+		return true
+	}
+	s, err := m.dom.Share(m.peer, pages, hypercall.ReadOnly)
+	if err == nil {
+		m.end(s)
+	}
+	return !errors.Is(err, hypercall.ErrNoGrants)
+}
+
+// frontQueue makes the frontend's side of a queue: pages, rings, ports.
+func (m *pageMaker) frontQueue(pages int, f features, cfg *Config, rx, tx *telemetry.Block) (q connQueue, err error) {
+	txPages, txRefs, err := m.share(pages, hypercall.ReadOnly)
+	if err != nil {
+		return q, err
+	}
+	rxPages, rxRefs, err := m.share(pages, hypercall.ReadWrite)
+	if err != nil {
+		return q, err
 	}
 	rings, err := m.dom.Share(m.peer, 2, hypercall.ReadWrite)
 	if err != nil {
-		return q, fmt.Errorf("the 2 ring pages of a queue: %w", err)
+		return q, err
 	}
 	m.c.undo.add(func() { m.end(rings) })
 	m.c.shared += 2

@@ -6,7 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"slices"
 	"strconv"
+	"strings"
 	"sync"
 
 	"barevif/hypercall"
@@ -238,15 +240,19 @@ func (f *front) attach(ctx context.Context, xd *xenbus.Device, c *conn) error {
 	for i := range d.cfg.queues() {
 		stale = append(stale, netif.KeyQueuePrefix+strconv.Itoa(i))
 	}
+	c.queues, err = m.frontQueues(feat, &d.cfg, f.others(ctx, xd), func(i int) (rx, tx *telemetry.Block) { return d.rx[i].count, d.tx[i].count })
+	if err != nil {
+		if errors.Is(err, hypercall.ErrNoGrants) {
+			err = fmt.Errorf("%w%s", err, d.holders())
+		}
+		return err
+	}
+	feat.queues = len(c.queues)
+	c.feat.queues = feat.queues
 	if back.Has(netif.KeyMaxQueues) {
 		keys[netif.KeyNumQueues] = strconv.Itoa(feat.queues)
 	}
-	for i := range feat.queues {
-		q, err := m.frontQueue(feat, &d.cfg, d.rx[i].count, d.tx[i].count)
-		if err != nil {
-			return fmt.Errorf("queue %d: %w", i, err)
-		}
-		c.queues = append(c.queues, q)
+	for i, q := range c.queues {
 		prefix := ""
 		if feat.queues > 1 {
 			prefix = netif.KeyQueuePrefix + strconv.Itoa(i) + "/"
@@ -254,6 +260,41 @@ func (f *front) attach(ctx context.Context, xd *xenbus.Device, c *conn) error {
 		maps.Copy(keys, q.keys.values(prefix))
 	}
 	return xd.Publish(ctx, keys, stale...)
+}
+
+// others is how many more frontends this domain may become: their pages come from the
+// same limit.
+func (f *front) others(ctx context.Context, xd *xenbus.Device) int {
+	n, err := xd.Unconnected(ctx)
+	if err != nil {
+		f.d.log.Debug("cannot count the domain's other vifs", "vif", f.d.id, "err", err)
+	}
+	return n
+}
+
+// holders names the other vifs of this program that hold pages of the same limit, as
+// the end of an error.
+func (d *Device) holders() string {
+	var held []string
+	devices.mu.Lock()
+	defer devices.mu.Unlock()
+	for key, e := range devices.all {
+		if key.domain != d.domain || key.id == d.id {
+			continue
+		}
+		select {
+		case <-e.ready:
+			if e.dev != nil && e.dev.Budget().SharedPages > 0 {
+				held = append(held, fmt.Sprintf("vif %s holds %d pages", key.id, e.dev.Budget().SharedPages))
+			}
+		default:
+		}
+	}
+	if held == nil {
+		return ""
+	}
+	slices.Sort(held)
+	return "; of this program, " + strings.Join(held, ", ") + ": fewer Config.Queues there leave more here"
 }
 
 // values is how a queue's keys are written below prefix.

@@ -12,6 +12,17 @@
 // connects again when a peer comes back. Only a peer that breaks the protocol
 // ends it ([PeerError]), and only for this device.
 //
+// Each frame is in one account, at one end. The end that receives counts a frame as
+// received, or as lost by its reason. When a connection ends, requests without a
+// response are the sender's, and responses that were not taken the receiver's: both
+// are the frontend's, which counts them as [telemetry.DropDisconnected] after the
+// backend has let go of the rings, and the backend counts nothing. So over any number
+// of connections that end with Closing and Closed, or go on with another backend,
+// [telemetry.Unaccounted] is 0 once they have. An end that is killed, or does not
+// answer Closing within 4 s, or finds its directory removed while it is connected,
+// may leave frames in no account, or in two: at most as many as the rings have slots,
+// 256 for each queue and direction.
+//
 // Everything a peer can write is copied once, checked, and then used. The package
 // knows no operating system; the program chooses the [hypercall.Domain].
 package pvnet

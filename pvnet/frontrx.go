@@ -195,9 +195,7 @@ func (e *frontRX) parse() (bool, error) {
 func (e *frontRX) parseFrom(first netif.RxResponse, slot, avail uint32) (bool, error) {
 	reason, ok := e.parseOne(first, slot, avail)
 	if !ok {
-		for _, s := range e.next.seg[:min(e.next.n, maxRxSlots)] {
-			e.post(s.page)
-		}
+		e.repost()
 		e.count.Drop(reason, 1)
 	}
 	return ok, nil
@@ -299,11 +297,16 @@ func (e *frontRX) copyTo(f *Frame) {
 			srcs[i] = e.pages.Bytes(s.page)[s.off : s.off+s.n]
 		}
 		f.CopyFrom(srcs[:e.next.n]...)
-		for _, s := range e.next.seg[:e.next.n] {
-			e.post(s.page)
-		}
+		e.repost()
 	}
 	e.count.Add(telemetry.CopiedBytes, uint64(e.next.total))
+}
+
+// repost posts the next packet's pages again.
+func (e *frontRX) repost() {
+	for _, s := range e.next.seg[:e.next.n] {
+		e.post(s.page)
+	}
 }
 
 // mayLend reports whether half the ring stays posted if the next packet's pages
@@ -368,14 +371,23 @@ func (e *frontRX) overdue() bool { return e.ring.Overdue() }
 // that takes is how idle the link was.
 func (e *frontRX) sample() {}
 
-func (e *frontRX) drain() {
-	if e.have {
-		e.have = false
-		for _, s := range e.next.seg[:e.next.n] {
-			e.pages.Put(s.page)
+// dropRest counts the frames that the backend sent and nobody received. A response
+// in the ring is the receiver's to account for.
+func (e *frontRX) dropRest() {
+	for {
+		if !e.have {
+			if e.have, _ = e.parse(); !e.have { // a violation no longer matters
+				return
+			}
 		}
+		e.have = false
+		e.repost()
 		e.count.Drop(telemetry.DropDisconnected, 1)
 	}
+}
+
+func (e *frontRX) drain() {
+	trapped(e.dropRest) // that the ring is gone no longer matters
 	for i := e.ring.Consumed(); i != e.ring.Next(); i++ {
 		e.pages.Put(e.where[i%e.ring.Size()])
 	}

@@ -63,12 +63,12 @@ func (p *pair) connect(t testing.TB, f features) {
 	p.conns = [2]*conn{fc, bc}
 	fm := &pageMaker{dom: p.fdom, peer: 2, log: p.front.log, lost: &p.front.lost, c: fc}
 	bm := &pageMaker{dom: p.bdom, peer: 1, log: p.back.log, lost: &p.back.lost, c: bc}
-	for i := range f.queues {
-		fq, err := fm.frontQueue(f, &p.front.cfg, p.front.rx[i].count, p.front.tx[i].count)
-		if err != nil {
-			t.Fatal(err)
-		}
-		fc.queues = append(fc.queues, fq)
+	var err error
+	fc.queues, err = fm.frontQueues(f, &p.front.cfg, 0, func(i int) (rx, tx *telemetry.Block) { return p.front.rx[i].count, p.front.tx[i].count })
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, fq := range fc.queues {
 		bq, err := bm.backQueue(f, fq.keys, &p.back.cfg, p.back.rx[i].count, p.back.tx[i].count)
 		if err != nil {
 			t.Fatal(err)

@@ -37,6 +37,10 @@ lost is counted by its reason and, with it, in the sum named there.
 		fmt.Fprintf(&p, "| %d | %s | %s | %s | %s | %s |\n", f.Word, f.Name, f.Kind, f.Unit, help, f.SumIn)
 	}
 	p.WriteString(`
+Frames that are undelivered were lost by what the vif is joined to. Those received from the peer (rx) are
+counted as received all the same: the other end sees no loss. Those that never reached the vif (tx) are in
+no other counter. What a joint itself drops of the frames it is to send is in tx_errors, by reason.
+
 A stall is seen by the slow tick, which comes once a second: one to two seconds after the peer's index
 moved last, if calls waited or kept coming meanwhile that need more slots than are free. It is counted
 once, with an event at its begin and one at its end, and has no consequence: no frame is kept for a peer.

@@ -83,6 +83,7 @@ const (
 	GrantBatches
 	GrantErrors
 	PagesQuarantined
+	Undelivered
 
 	MirrorHealed // written by Refresh only
 
@@ -247,7 +248,7 @@ func (f Field) Bucket(i int) string {
 type text struct{ name, unit, help string }
 
 var texts = [wordHists]text{
-	Packets:        {"packets", "frames", "frames moved without an error"},
+	Packets:        {"packets", "frames", "frames received without an error, or taken to be sent"},
 	Bytes:          {"bytes", "bytes", "bytes of those frames, Ethernet header included, without FCS"},
 	errorsSum:      {"errors", "frames", "frames lost because something was wrong; the sum of its reasons"},
 	droppedSum:     {"dropped", "frames", "frames lost with which nothing was wrong; the sum of its reasons"},
@@ -279,6 +280,7 @@ var texts = [wordHists]text{
 	GrantErrors:    {"grant_errors", "operations", "grant copy operations that failed"},
 
 	PagesQuarantined: {"pages_quarantined", "pages", "pages the peer would not give back, never used again"},
+	Undelivered:      {"undelivered", "frames", "frames lost between the vif and what it is joined to; in no sum"},
 	MirrorHealed:     {"mirror_healed", "words", "words of the mirror found changed by somebody else and written again"},
 
 	DropDisconnected: {"drop_disconnected", "frames", "in flight when the connection ended"},
@@ -308,7 +310,7 @@ var histTexts = [endHists]text{
 }
 
 // LayoutVersion is raised when Fields changes what a word of a block means.
-const LayoutVersion = 2
+const LayoutVersion = 3
 
 // Layout is a hash of the meaning of every word of a block. Whoever reads words
 // of another process compares it first.

@@ -20,6 +20,18 @@ func Sum(queues []Queue) Stats {
 	return st
 }
 
+// Unaccounted is how many frames of one direction of a vif are in no account: one
+// end sent them, and they were neither received nor lost. It is 0 at rest, and
+// negative if there are too many.
+//
+// A frame is in one account. The end that receives counts it as received or, by
+// reason, as lost. A frame without an answer when its connection ended is the
+// sender's: [DropDisconnected]. What else a sender counts as lost it was told of by
+// the receiver, or told the receiver, which counts it.
+func Unaccounted(sent, received *Values) int64 {
+	return int64(sent.Get(Packets) - sent.Lost(DropDisconnected) - received.Get(Packets) - received.Dropped() - received.Errors())
+}
+
 // Values are the words of one block, or the sum of several.
 type Values struct{ words [BlockWords]uint64 }
 

@@ -33,3 +33,18 @@ func TestTamperChangesEveryLoad(t *testing.T) {
 		t.Error("not restored")
 	}
 }
+
+func TestEveryWordIsLoadedOnce(t *testing.T) {
+	m := Heap(1)
+	var loads int
+	defer Tamper(func(v uint32) uint32 { loads++; return v })()
+	s := NewSlots[record](m, 64, 256, 12)
+	for i := range uint32(2) {
+		if loads = 0; s.Load(i) != (record{}) || loads != 3 {
+			t.Errorf("slot %d: %d loads of a record of 3 words", i, loads)
+		}
+	}
+	if loads = 0; m.In(0).Load() != 0 || loads != 1 {
+		t.Errorf("%d loads of a word", loads)
+	}
+}

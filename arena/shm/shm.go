@@ -71,7 +71,7 @@ func (m Memory) Slice(i, n int) Memory {
 // check panics unless n bytes at off lie in m and off is a multiple of 4.
 // Offsets are constants of a layout, so a failure is a bug of ours.
 func (m Memory) check(off, n int) {
-	if off < 0 || n < 0 || off%4 != 0 || off+n > len(m.b) {
+	if off%4 != 0 || off+n > len(m.b) { // the index of b refuses what is below 0
 		panic(fmt.Sprintf("shm: %d bytes at %d of %d", n, off, len(m.b)))
 	}
 }

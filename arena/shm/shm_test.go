@@ -46,6 +46,8 @@ func TestLayoutsThatDoNotFitPanic(t *testing.T) {
 		"negative word":       func() { m.In(-4) },
 		"slots past the end":  func() { NewSlots[record](m, 64, 512, 12) },
 		"slots not 2^n":       func() { NewSlots[record](m, 64, 3, 12) },
+		"no slots":            func() { NewSlots[record](m, 64, 0, 12) },
+		"stride not of words": func() { NewSlots[record](m, 64, 4, 14) },
 		"record over stride":  func() { NewSlots[record](m, 64, 4, 8) },
 		"record not of words": func() { NewSlots[[3]byte](m, 64, 4, 8) },
 		"record too large":    func() { NewSlots[[16]uint32](m, 64, 4, 64) },
@@ -59,6 +61,26 @@ func TestLayoutsThatDoNotFitPanic(t *testing.T) {
 			}()
 			f()
 		}()
+	}
+}
+
+func TestLayoutsThatJustFit(t *testing.T) {
+	m := Heap(1)
+	m.Out(0).Store(1)
+	m.Out(PageSize - 4).Store(2)
+	if first, last := m.In(0).Load(), m.In(PageSize-4).Load(); first != 1 || last != 2 {
+		t.Errorf("first word %d, last %d", first, last)
+	}
+	whole := NewSlots[[8]uint32](m, 0, PageSize/32, 32)
+	v := [8]uint32{1, 2, 3, 4, 5, 6, 7, 8}
+	whole.Store(PageSize/32-1, v)
+	if got := whole.Load(PageSize/32 - 1); got != v || m.In(PageSize-4).Load() != 8 {
+		t.Error(got)
+	}
+	one := NewSlots[record](m, 64, 1, 12)
+	one.Store(7, record{A: 9})
+	if got := one.Load(8); got != (record{A: 9}) {
+		t.Error(got)
 	}
 }
 

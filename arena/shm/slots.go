@@ -54,7 +54,7 @@ func (s *Slots[T]) LoadTo(i uint32, v *T) {
 	q := unsafe.Pointer(v)
 	for w := uintptr(0); w < unsafe.Sizeof(*v); w += 4 {
 		s.debug.load(i, (i&s.mask)*s.stride/4+uint32(w/4))
-		*(*uint32)(unsafe.Add(q, w)) = observe(atomic.LoadUint32((*uint32)(unsafe.Add(p, w))))
+		*(*uint32)(unsafe.Add(q, w)) = load((*atomic.Uint32)(unsafe.Add(p, w)))
 	}
 }
 

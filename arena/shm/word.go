@@ -16,6 +16,10 @@ func (m Memory) word(off int) *atomic.Uint32 {
 	return (*atomic.Uint32)(unsafe.Pointer(&m.b[off]))
 }
 
+// load loads a shared word. Every load of the package is this one, so that builds
+// with -tags shmdebug see them all.
+func load(w *atomic.Uint32) uint32 { return observe(w.Load()) }
+
 // In is a word that only the peer writes.
 type In struct{ w *atomic.Uint32 }
 
@@ -25,7 +29,7 @@ func (m Memory) In(off int) In { return In{m.word(off)} }
 // Load reads the word once. Go's atomics are sequentially consistent, so what
 // the peer stored before the word is visible after it (a load barrier), and the
 // load does not pass an earlier [Out.Store] of ours (a full barrier).
-func (w In) Load() uint32 { return observe(w.w.Load()) }
+func (w In) Load() uint32 { return load(w.w) }
 
 // Out is a word that only we write. There is no way to read it back.
 type Out struct{ w *atomic.Uint32 }

@@ -3,6 +3,7 @@ package emu
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"sync"
 	"sync/atomic"
@@ -118,6 +119,10 @@ func (d *Domain) Share(peer hypercall.DomID, pages int, access hypercall.Access)
 		return nil, err
 	}
 	s, b, err := d.hv.share(peer, pages, access)
+	if errors.Is(err, hypercall.ErrNoGrants) {
+		return nil, fmt.Errorf("share %d pages: %w: the limit of each domain is %d (emu.Config.Grants)",
+			pages, err, (len(d.hv.own().grants)-reservedRefs)/2)
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -29,7 +29,7 @@ var ErrTooManyDomains = errors.New("emu: the host has no room for another domain
 // that dies, however it dies, takes its domain with it.
 type Host struct {
 	*Machine
-	listener *net.UnixListener
+	listener *privateListener
 	serving  sync.WaitGroup
 
 	connMu sync.Mutex
@@ -37,8 +37,8 @@ type Host struct {
 }
 
 // Listen makes a host that processes [Join] at path, a unix socket, which must not
-// exist. Only processes of the same user, and root's, may join. Config.Mapped is
-// implied; Config.Grants is at most 4096.
+// exist. Only processes of the same user, and root's, may join: see
+// [ListenPrivate]. Config.Mapped is implied; Config.Grants is at most 4096.
 func Listen(path string, cfg Config) (*Host, error) {
 	cfg.Mapped = true
 	m, err := newMachine(cfg)
@@ -55,7 +55,7 @@ func Listen(path string, cfg Config) (*Host, error) {
 		return nil, err
 	}
 	m.tables = t
-	l, err := net.ListenUnix("unixpacket", &net.UnixAddr{Name: path, Net: "unixpacket"})
+	l, err := listenPrivate("unixpacket", path)
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("emu: listen: %w", err), t.close())
 	}
@@ -102,7 +102,7 @@ func (h *Host) serve(c *net.UnixConn, t *fileTables) {
 	}
 	defer h.forget(c)
 	s := &server{conn: c, tables: t, buf: make([]byte, maxPacket)}
-	if !sameUser(c) || !s.join(h.Machine) {
+	if !s.join(h.Machine) {
 		return
 	}
 	defer s.g.destroy()
@@ -124,20 +124,6 @@ func (h *Host) forget(c *net.UnixConn) {
 	h.connMu.Lock()
 	defer h.connMu.Unlock()
 	delete(h.conns, c)
-}
-
-func sameUser(c *net.UnixConn) bool {
-	rc, err := c.SyscallConn()
-	if err != nil {
-		return false
-	}
-	var cred *unix.Ucred
-	if rc.Control(func(fd uintptr) {
-		cred, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
-	}) != nil || err != nil {
-		return false
-	}
-	return cred.Uid == 0 || int(cred.Uid) == os.Geteuid()
 }
 
 // server answers the requests of one domain, on one goroutine.

@@ -18,14 +18,25 @@ import (
 )
 
 // Join makes this process the domain of that number, of the host that listens at
-// path. ctx bounds joining, nothing else. The domain lives until Destroy, the end of
-// the process, or the end of the host. [ErrDomainExists], [ErrTooManyDomains].
-func Join(ctx context.Context, path string, id hypercall.DomID) (*Domain, error) {
+// path. The host must be a process of this user, of root, or of one of users, by
+// their uids: it sees everything the domain sends. ctx bounds joining, nothing
+// else. The domain lives until Destroy, the end of the process, or the end of the
+// host. [ErrDomainExists], [ErrTooManyDomains], [*ForeignHostError].
+func Join(ctx context.Context, path string, id hypercall.DomID, users ...int) (*Domain, error) {
 	c, err := new(net.Dialer).DialContext(ctx, "unixpacket", path)
 	if err != nil {
 		return nil, fmt.Errorf("emu: join: %w", err)
 	}
-	r := &remote{conn: c.(*net.UnixConn), buf: make([]byte, maxPacket), dead: make(chan struct{})}
+	conn := c.(*net.UnixConn)
+	uid, err := peerUID(conn)
+	if err == nil && !trusted(uid, users...) {
+		err = &ForeignHostError{path, uid}
+	}
+	if err != nil {
+		conn.Close()
+		return nil, err
+	}
+	r := &remote{conn: conn, buf: make([]byte, maxPacket), dead: make(chan struct{})}
 	stop := context.AfterFunc(ctx, func() { r.conn.Close() })
 	err = r.join(id)
 	if !stop() {

@@ -49,13 +49,18 @@ type process struct {
 
 func spawn(t testing.TB, role string, args ...string) *process {
 	t.Helper()
-	exe, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	p := &process{Cmd: exec.Command(exe, args...)}
+	return spawnWith(t, nil, role, args...)
+}
+
+// spawnWith is spawn with the child's user or namespaces.
+func spawnWith(t testing.TB, attr *syscall.SysProcAttr, role string, args ...string) *process {
+	t.Helper()
+	// Another user cannot reach the directory of the program, but its file.
+	p := &process{Cmd: exec.Command("/proc/self/exe", args...)}
 	p.Env = append(os.Environ(), childEnv+"="+role)
 	p.Stderr = os.Stderr
+	p.SysProcAttr = attr
+	var err error
 	if p.in, err = p.StdinPipe(); err != nil {
 		t.Fatal(err)
 	}
@@ -94,6 +99,12 @@ func child(role string, args []string) error {
 		return childEcho(args[0], args[1])
 	case "fds":
 		return childFDs()
+	case "private":
+		return childPrivate(args[0], args[1])
+	case "visit":
+		return childVisit(args[0])
+	case "knock":
+		return childKnock(args[0])
 	}
 	return fmt.Errorf("no role %q", role)
 }

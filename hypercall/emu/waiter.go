@@ -1,6 +1,8 @@
 package emu
 
 import (
+	"errors"
+	"fmt"
 	"net"
 	"os"
 	"slices"
@@ -65,6 +67,9 @@ func (w *waiter) open(ask func() (channelEnd, error)) (hypercall.Port, error) {
 		return nil, net.ErrClosed
 	}
 	end, err := ask()
+	if errors.Is(err, hypercall.ErrNoPorts) {
+		return nil, fmt.Errorf("%w: the limit of each domain is %d (emu.Config.Ports)", err, len(w.d.hv.own().ports)-1)
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -39,6 +39,8 @@ func (e *NodeError) Error() string {
 			return s + ": load the module and mount it: modprobe xenfs && mount -t xenfs xenfs /proc/xen"
 		}
 		return s + ": load the module: modprobe " + e.Module
+	case errors.Is(e.Err, unix.EMFILE):
+		return s + ": raise the limit of open files: ulimit -n, or LimitNOFILE= of a service"
 	case errors.Is(e.Err, fs.ErrPermission):
 		return s + ": be root, or let a group in by a udev rule: " + e.rule()
 	}

@@ -345,11 +345,14 @@ func (w *waiter) Close() error {
 	return w.file.Close()
 }
 
+// errNoPorts names what bounds a domain's event channels: xl.cfg(5).
+var errNoPorts = fmt.Errorf("%w: raise max_event_channels in the domain's configuration", hypercall.ErrNoPorts)
+
 // Unbound implements [hypercall.Waiter]. Xen does not say whether peer exists.
 func (w *waiter) Unbound(peer hypercall.DomID) (hypercall.Port, error) {
 	p, err := w.open(func(fd int) (hypercall.PortID, error) { return bindUnbound(fd, w.d.other(peer)) })
 	if errors.Is(err, unix.ENOSPC) {
-		err = hypercall.ErrNoPorts
+		err = errNoPorts
 	}
 	if err != nil {
 		return nil, fmt.Errorf("xendev: open an event channel for domain %d: %w", peer, err)
@@ -362,7 +365,7 @@ func (w *waiter) Bind(peer hypercall.DomID, remote hypercall.PortID) (hypercall.
 	p, err := w.open(func(fd int) (hypercall.PortID, error) { return bindPeer(fd, w.d.other(peer), remote) })
 	switch {
 	case errors.Is(err, unix.ENOSPC):
-		err = hypercall.ErrNoPorts
+		err = errNoPorts
 	case errors.Is(err, unix.ESRCH):
 		err = hypercall.ErrNoDomain
 	case errors.Is(err, unix.EINVAL):

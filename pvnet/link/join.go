@@ -27,9 +27,11 @@ func Join(ctx context.Context, dev *pvnet.Device, l Link) error {
 
 // A Joint is a vif joined to links. The zero Joint is ready to Run, once.
 type Joint struct {
-	toLink, toLinkGSO                atomic.Uint64
-	fromLink, fromLinkGSO, segments  atomic.Uint64
-	unsent, oversize, uncut, refused atomic.Uint64
+	toLink, toLinkGSO                        atomic.Uint64
+	fromLink, fromLinkGSO, segments          atomic.Uint64
+	unsent, unread, oversize, uncut, refused atomic.Uint64
+
+	told [kinds]atomic.Bool // what was said once
 }
 
 // JointStats counts frames.
@@ -40,18 +42,22 @@ type JointStats struct {
 	FromLinkGSO uint64 // of FromLink, those the vif or its other end cuts
 	Segments    uint64 // of FromLink, what frames the kernel left whole were cut into here
 
-	Unsent   uint64 // dropped: a link was down, out of buffers, or did not take one of that size
-	Oversize uint64 // dropped: beyond the vif's MTU
-	Uncut    uint64 // dropped: cannot be cut or completed here, or is not what its header says
-	Refused  uint64 // dropped: the vif's other end does not take one of that size
+	Unsent   uint64 // to a link, dropped: it was down, out of buffers, or did not take the frame; or that is not what it says
+	Unread   uint64 // from a link, lost: the kernel could not hand it over
+	Oversize uint64 // from a link, dropped: beyond the vif's MTU
+	Uncut    uint64 // from a link, dropped: cannot be cut or completed here, or is not what its header says
+	Refused  uint64 // from a link, dropped: the vif or its other end does not take one of that size
 }
+
+// Dropped is how many frames from links did not reach the vif.
+func (s *JointStats) Dropped() uint64 { return s.Unread + s.Oversize + s.Uncut + s.Refused }
 
 // Stats may be called at any time.
 func (j *Joint) Stats() JointStats {
 	return JointStats{
 		ToLink: j.toLink.Load(), ToLinkGSO: j.toLinkGSO.Load(),
 		FromLink: j.fromLink.Load(), FromLinkGSO: j.fromLinkGSO.Load(), Segments: j.segments.Load(),
-		Unsent: j.unsent.Load(), Oversize: j.oversize.Load(),
+		Unsent: j.unsent.Load(), Unread: j.unread.Load(), Oversize: j.oversize.Load(),
 		Uncut: j.uncut.Load(), Refused: j.refused.Load(),
 	}
 }
@@ -65,8 +71,14 @@ func (j *Joint) Stats() JointStats {
 // kernel. What else a packet socket leaves is done here, in software.
 //
 // A frame longer than the vif's MTU and a tagged header, or one that would be cut
-// into such, is dropped. While the vif is down the links' frames wait in the kernel,
-// which drops what it cannot hold.
+// into such, is dropped, unless the MTU of the link was raised while they are joined:
+// then frames up to that pass, as far as the vif's other end takes them. While the vif
+// is down the links' frames wait in the kernel, which drops what it cannot hold.
+//
+// What is dropped is counted here and in the device's counters, by reason. Sizes that
+// do not fit are logged too, once of each kind, to the device's Logger.
+//
+// An error of a link that is about one frame loses that frame only.
 func (j *Joint) Run(ctx context.Context, dev *pvnet.Device, links ...Link) error {
 	if len(links) == 0 || len(links) > dev.Queues() {
 		return fmt.Errorf("link: %d links for the %d queues of vif %s", len(links), dev.Queues(), dev.ID())
@@ -111,7 +123,7 @@ func (j *Joint) Run(ctx context.Context, dev *pvnet.Device, links ...Link) error
 		wg.Go(func() { cancel(j.fromLinkTo(ctx, l, dev, txs[i])) })
 	}
 	for i, rx := range rxs {
-		wg.Go(func() { cancel(j.toLinkFrom(rx, links[i%len(links)])) })
+		wg.Go(func() { cancel(j.toLinkFrom(dev, rx, links[i%len(links)])) })
 	}
 	wg.Wait()
 	if !stop() {
@@ -141,6 +153,10 @@ type quick interface {
 
 	// setOffloads has the kernel leave work that the vif can be left, or none.
 	setOffloads(on bool) error
+
+	// mtuNow is the MTU the interface has now. It is 0 where that cannot be asked
+	// for, if no frame beyond it is read: then a frame shows it.
+	mtuNow() int
 }
 
 // setDeadlines cannot fail but on a closed link, where nobody waits.
@@ -166,10 +182,11 @@ const batch = 32
 const vifPieces = 19
 
 // toLinkFrom writes what rx receives to l.
-func (j *Joint) toLinkFrom(rx *pvnet.RX, l Link) error {
+func (j *Joint) toLinkFrom(dev *pvnet.Device, rx *pvnet.RX, l Link) error {
 	var frames [batch]pvnet.Frame
 	var bufs [vifPieces][]byte
 	down := false
+	lost := uint64(0) // and not yet counted
 	for {
 		n, err := rx.Receive(frames[:])
 		if err != nil {
@@ -179,7 +196,8 @@ func (j *Joint) toLinkFrom(rx *pvnet.RX, l Link) error {
 		for i := range frames[:n] {
 			off, ok := leftOf(&frames[i])
 			if !ok {
-				j.uncut.Add(1)
+				j.unsent.Add(1)
+				lost++
 				continue
 			}
 			_, err = l.WriteFrame(off, pieces(&frames[i], bufs[:0]))
@@ -196,11 +214,17 @@ func (j *Joint) toLinkFrom(rx *pvnet.RX, l Link) error {
 				// reader ask too.
 				down = true
 				_ = l.SetReadDeadline(past)
-			case err == ErrGone || err == net.ErrClosed || errors.Is(err, os.ErrDeadlineExceeded):
+			case err == ErrSize:
+				j.tellUntaken(dev, l, frames[i].Len())
+			case final(err):
 				_ = rx.Release(frames[:n])
 				return err
 			}
 			j.unsent.Add(1)
+			lost++
+		}
+		if lost > 0 && rx.CountUndelivered(lost) == nil {
+			lost = 0
 		}
 		j.toLink.Add(sent)
 		if long > 0 {
@@ -233,6 +257,11 @@ type feeder struct {
 	ready, n int
 	size     int
 
+	raised int // the link's MTU, once it was raised beyond what it was when it was opened
+	errs   int // reads that failed since the last frame, or the last pause
+	odd    int // of those since the last frame, the ones with an error no link is known to have
+	lost   [endLosses]uint64
+
 	whole [MaxFrame]byte // behind what a frame has room for; or all of a long one
 	bufs  [vifPieces + 1][]byte
 	cut   segmenter
@@ -241,27 +270,35 @@ type feeder struct {
 func (j *Joint) fromLinkTo(ctx context.Context, l Link, dev *pvnet.Device, tx *pvnet.TX) error {
 	f := &feeder{j: j, dev: dev, tx: tx, l: l}
 	f.quick, _ = l.(quick)
+	defer f.count()
 	defer f.release(0)
 	for {
 		err := f.fill()
 		if flushErr := f.flush(); flushErr != nil {
 			err = flushErr
 		}
+		f.count()
+		pause := time.Duration(0)
 		switch {
-		case err == nil, err == ErrNoBuffers:
+		case err == nil:
 		case errors.Is(err, os.ErrDeadlineExceeded):
 			_ = l.SetReadDeadline(time.Time{})
 			if ctx.Err() != nil {
 				return err
 			}
 		case err == ErrDown:
+			pause = downPause
+		case err == errFailing:
+			pause = failPause
+		default:
+			return err
+		}
+		if pause > 0 {
 			select {
 			case <-ctx.Done():
 				return err
-			case <-time.After(downPause):
+			case <-time.After(pause):
 			}
-		default:
-			return err
 		}
 	}
 }
@@ -269,6 +306,48 @@ func (j *Joint) fromLinkTo(ctx context.Context, l Link, dev *pvnet.Device, tx *p
 // downPause is how long a link that is down is left alone. Only a packet socket
 // has to be asked.
 const downPause = 100 * time.Millisecond
+
+// failPause is how long a link is left alone of which failLimit reads in a row have
+// lost a frame: whoever sends such frames, or a kernel without memory, is not to have
+// all of a CPU.
+const (
+	failPause = time.Millisecond
+	failLimit = 64
+)
+
+// errFailing is what fill returns when it is time for that.
+var errFailing = errors.New("link: reads fail")
+
+// final reports whether a link that answers err has no more frames to come.
+func final(err error) bool {
+	return err == ErrGone || errors.Is(err, net.ErrClosed) || errors.Is(err, os.ErrDeadlineExceeded)
+}
+
+// failed counts what a read lost, or gives the error that ends the reading for now or
+// for good. An error that no link is known to have is final if no frame comes between.
+func (f *feeder) failed(err error) error {
+	switch {
+	case err == errNone || err == ErrDown || err == ErrTooManyPieces || final(err):
+		return err
+	case err == ErrTruncated || err == ErrSize:
+		f.drop(tooLong, &f.j.oversize)
+	case err == ErrOffload:
+		f.drop(badGSO, &f.j.uncut)
+	default:
+		f.drop(undelivered, &f.j.unread)
+		if err == ErrNoBuffers {
+			break
+		}
+		if f.odd++; f.odd > failLimit {
+			return err
+		}
+	}
+	if f.errs++; f.errs > failLimit {
+		f.errs = 0
+		return errFailing
+	}
+	return nil
+}
 
 // release gives back the frames from i on.
 func (f *feeder) release(i int) {
@@ -319,34 +398,57 @@ func (f *feeder) read(wait bool) error {
 	} else {
 		n, off, err = f.l.ReadFrame(bufs)
 	}
+	if err != nil {
+		return f.failed(err)
+	}
+	f.errs, f.odd = 0, 0
 	switch {
-	case err == ErrTruncated:
-		f.j.oversize.Add(1)
-		return nil
-	case err != nil:
-		return err
 	case n < MinFrame:
-		f.j.uncut.Add(1)
+		f.drop(tooShort, &f.j.uncut)
 		return nil
 	case off.GSO != GSONone:
 		frame.CopyTo(f.whole[:min(n, f.size)])
 		return f.long(f.whole[:n], off)
 	case n > f.size:
-		f.j.oversize.Add(1)
-		return nil
+		frame.CopyTo(f.whole[:f.size])
+		return f.large(f.whole[:n], off)
 	}
 	frame.Truncate(n)
-	if !leave(frame, off) && off.Complete(n, bufs) != nil {
-		f.j.uncut.Add(1)
-		f.drop()
-		return nil
-	}
-	f.ready++
+	f.finish(off, n, bufs)
 	return nil
 }
 
-// drop gives back frames[ready], which was cut to what was read.
-func (f *feeder) drop() {
+// finish counts frames[ready], of n bytes in bufs, as ready, unless what is left to do
+// cannot be done.
+func (f *feeder) finish(off Offload, n int, bufs [][]byte) {
+	if !leave(&f.frames[f.ready], off) && off.Complete(n, bufs) != nil {
+		f.drop(badSum, &f.j.uncut)
+		f.discard()
+		return
+	}
+	f.ready++
+}
+
+// large takes a frame that is longer than what the vif was to carry.
+func (f *feeder) large(whole []byte, off Offload) error {
+	if !f.fits(whole, len(whole), true) {
+		f.drop(tooLong, &f.j.oversize)
+		return nil
+	}
+	if err := f.enlarge(len(whole)); err == pvnet.ErrNoBuffers {
+		f.refuse(len(whole))
+		return nil
+	} else if err != nil {
+		return err
+	}
+	frame := &f.frames[f.ready]
+	frame.CopyFrom(whole)
+	f.finish(off, len(whole), pieces(frame, f.bufs[:0]))
+	return nil
+}
+
+// discard gives back frames[ready], which was cut to what was read.
+func (f *feeder) discard() {
 	_ = f.frames[f.ready].Release()
 	f.n--
 	f.frames[f.ready] = f.frames[f.n]
@@ -365,12 +467,12 @@ func (f *feeder) long(whole []byte, off Offload) error {
 	frame := &f.frames[f.ready]
 	frame.CopyFrom(whole)
 	if !leave(frame, off) {
-		f.drop()
+		f.discard()
 		return f.segment(whole, off)
 	}
-	if longest(frame) > f.size {
-		f.j.oversize.Add(1)
-		f.drop()
+	if n := longest(frame); n > f.size && !f.fits(whole, n, false) {
+		f.drop(tooLong, &f.j.oversize)
+		f.discard()
 		return nil
 	}
 	f.ready++
@@ -397,23 +499,40 @@ func (f *feeder) enlarge(size int) error {
 // segment cuts a frame into such as the vif takes.
 func (f *feeder) segment(whole []byte, off Offload) error {
 	if !f.cut.init(whole, off) {
-		f.j.uncut.Add(1)
+		f.drop(badGSO, &f.j.uncut)
 		return nil
 	}
-	if f.cut.size+f.cut.step > f.size {
-		f.j.oversize.Add(1)
+	size := f.cut.size + f.cut.step
+	if size > f.size && !f.fits(whole, size, false) {
+		f.drop(tooLong, &f.j.oversize)
 		return nil
+	}
+	large := size > f.size
+	if size = max(size, f.size); large {
+		if err := f.flush(); err != nil {
+			return err
+		}
+		f.release(0) // none of the empty ones has room for a segment
 	}
 	for {
 		head, payload, more := f.cut.next()
 		if !more {
+			if large {
+				err := f.flush()
+				f.release(0) // the next frame is read into those of f.size
+				return err
+			}
 			return nil
 		}
 		if f.ready == f.n {
 			if err := f.flush(); err != nil {
 				return err
 			}
-			n, err := f.tx.AllocWait(f.frames[:], f.size)
+			n, err := f.tx.AllocWait(f.frames[:], size)
+			if large && err == pvnet.ErrNoBuffers {
+				f.refuse(size)
+				return nil
+			}
 			if err != nil {
 				return err
 			}
@@ -446,9 +565,9 @@ func (f *feeder) flush() error {
 		case (err == pvnet.ErrNoBuffers || err == pvnet.ErrFrameSize) && long && done == f.ready-1:
 			return f.cutLast()
 		case err == pvnet.ErrFrameSize:
-			f.j.refused.Add(1)
+			f.refuse(f.frames[done].Len())
 		case err == pvnet.ErrOffload:
-			f.j.uncut.Add(1)
+			f.drop(badSum, &f.j.uncut)
 		default:
 			f.keep(done)
 			return err

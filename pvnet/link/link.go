@@ -40,8 +40,10 @@ type Link interface {
 	// with a frame, Close or the read deadline. bufs is lent until it returns.
 	//
 	// [ErrTruncated]: the frame did not fit; its beginning is in bufs, the rest
-	// is lost. [ErrDown]: the interface is down; a packet socket says so at once
-	// until it is up again, a TAP waits. [ErrGone]: it was removed, which is final.
+	// is lost. [ErrOffload], [ErrNoBuffers], [ErrSize]: the kernel lost one frame, of
+	// a kind it cannot pass on or for want of memory; the next may be read.
+	// [ErrDown]: the interface is down; a packet socket says so at once until it is
+	// up again, a TAP waits. [ErrGone]: it was removed, which is final.
 	// [ErrTooManyPieces]: nothing was read. os.ErrDeadlineExceeded, net.ErrClosed.
 	ReadFrame(bufs [][]byte) (n int, off Offload, err error)
 

@@ -92,7 +92,7 @@ func checkPacket(fd int, name string) error {
 
 func newPacket(fd int, info Info) (*Packet, error) {
 	p := new(Packet)
-	if err := p.init(fd, info, ErrDown); err != nil {
+	if err := p.init(fd, info, ErrDown, ErrOffload); err != nil {
 		return nil, packetError(info.Name, "make pollable", err)
 	}
 	p.rd.try = func(fd uintptr) bool {
@@ -181,6 +181,17 @@ func (p *Packet) read(bufs [][]byte, wait bool) (n int, off Offload, err error) 
 // setOffloads changes nothing: a packet socket sees what others made, as they left it.
 func (p *Packet) setOffloads(bool) error { return nil }
 
+// mtuNow is what the interface takes now, as far as this process may see it.
+func (p *Packet) mtuNow() (mtu int) {
+	mtu = p.info.MTU
+	_ = p.conn.Control(func(fd uintptr) {
+		if ifr, err := boundTo(int(fd)); err == nil && unix.IoctlIfreq(int(fd), unix.SIOCGIFMTU, ifr) == nil {
+			mtu = int(ifr.Uint32())
+		}
+	})
+	return mtu
+}
+
 // WriteFrame: see [Link].
 func (p *Packet) WriteFrame(off Offload, bufs [][]byte) (n int, err error) {
 	n, err = p.port.WriteFrame(off, bufs)
@@ -204,21 +215,33 @@ func (p *Packet) state() (err error) {
 	return err
 }
 
-func interfaceState(fd int) error {
+// boundTo names the interface the socket is bound to, by the name it has now.
+func boundTo(fd int) (*unix.Ifreq, error) {
 	sa, err := unix.Getsockname(fd)
 	if err != nil {
-		return os.NewSyscallError("getsockname", err)
+		return nil, os.NewSyscallError("getsockname", err)
 	}
 	ll, ok := sa.(*unix.SockaddrLinklayer)
 	if !ok || ll.Ifindex <= 0 { // -1 from the removal on
-		return ErrGone
+		return nil, ErrGone
 	}
 	ifr, err := unix.NewIfreq("")
 	if err != nil {
-		return err
+		return nil, err
 	}
 	ifr.SetUint32(uint32(ll.Ifindex))
-	if unix.IoctlIfreq(fd, unix.SIOCGIFNAME, ifr) != nil || unix.IoctlIfreq(fd, unix.SIOCGIFFLAGS, ifr) != nil {
+	if unix.IoctlIfreq(fd, unix.SIOCGIFNAME, ifr) != nil {
+		return nil, ErrGone
+	}
+	return ifr, nil
+}
+
+func interfaceState(fd int) error {
+	ifr, err := boundTo(fd)
+	if err != nil {
+		return err
+	}
+	if unix.IoctlIfreq(fd, unix.SIOCGIFFLAGS, ifr) != nil {
 		return ErrGone
 	}
 	if ifr.Uint16()&unix.IFF_UP == 0 {

@@ -20,6 +20,7 @@ type port struct {
 	conn   syscall.RawConn
 	closed atomic.Bool
 	mute   error // what it means that the poller reports an error and the kernel none
+	fault  error // what it means that a read answers EFAULT
 	rd, wr half
 }
 
@@ -35,12 +36,12 @@ type half struct {
 }
 
 // init takes over fd, also when it fails.
-func (p *port) init(fd int, info Info, mute error) error {
+func (p *port) init(fd int, info Info, mute, fault error) error {
 	if err := unix.SetNonblock(fd, true); err != nil {
 		unix.Close(fd)
 		return err
 	}
-	p.info, p.mute = info, mute
+	p.info, p.mute, p.fault = info, mute, fault
 	p.file = os.NewFile(uintptr(fd), info.Name)
 	// The poller refuses to set a deadline on what it cannot wait for.
 	if err := p.file.SetReadDeadline(time.Time{}); err != nil {
@@ -133,7 +134,7 @@ func (p *port) WriteFrame(off Offload, bufs [][]byte) (int, error) {
 	case err != nil:
 		err = p.stuck(err, w)
 	case w.errno != 0:
-		err = failed("writev", w.errno)
+		err = p.failed(w)
 	}
 	w.vec.clear()
 	if err != nil {
@@ -156,7 +157,7 @@ func (p *port) receive(wait bool) error {
 		return p.stuck(err, &p.rd)
 	}
 	if p.rd.errno != 0 {
-		return failed("read", p.rd.errno)
+		return p.failed(&p.rd)
 	}
 	return nil
 }
@@ -176,7 +177,7 @@ func (p *port) stuck(err error, h *half) error {
 	case unix.EAGAIN:
 		return p.mute
 	}
-	return failed("poll", h.errno)
+	return p.failed(h)
 }
 
 // failure is an error of the os package in the words of this one.
@@ -187,20 +188,29 @@ func (p *port) failure(err error) error {
 	return err
 }
 
-// failed maps what drivers/net/tun.c and net/packet/af_packet.c answer. EFAULT
-// comes from a TAP whose reader was woken by its removal: our buffers are good.
-func failed(call string, errno syscall.Errno) error {
-	switch errno {
-	case unix.EIO, unix.ENETDOWN:
+// failed maps what drivers/net/tun.c and net/packet/af_packet.c answer to a call of h.
+// Most of it is about the one frame: one with work left that struct virtio_net_hdr has
+// no words for, for example, is EINVAL to its reader, who has the next one all the same.
+func (p *port) failed(h *half) error {
+	switch h.errno {
+	case unix.ENETDOWN, unix.EIO: // EIO: a TAP that is down does not take this frame
 		return ErrDown
-	case unix.EBADFD, unix.ENODEV, unix.ENXIO, unix.EFAULT:
+	case unix.EBADF, unix.EBADFD, unix.ENODEV, unix.ENXIO:
 		return ErrGone
 	case unix.ENOBUFS, unix.ENOMEM:
 		return ErrNoBuffers
 	case unix.EMSGSIZE:
 		return ErrSize
-	case unix.EINVAL:
+	case unix.EINVAL, unix.EOPNOTSUPP, unix.EPROTONOSUPPORT, unix.EPROTO, unix.EBADMSG, unix.E2BIG:
 		return ErrOffload
+	case unix.EFAULT:
+		if h == &p.rd {
+			return p.fault
+		}
+		return ErrOffload // the pages of this frame
 	}
-	return os.NewSyscallError(call, errno)
+	if h == &p.rd {
+		return os.NewSyscallError("read", h.errno)
+	}
+	return os.NewSyscallError("write", h.errno)
 }

@@ -31,7 +31,8 @@ type TAPConfig struct {
 // A TAP that OpenTAP made goes when its last descriptor is closed.
 type TAP struct {
 	port
-	spare [1]byte // beyond the caller's buffers: written only by a frame too large for them
+	spare [1]byte  // beyond the caller's buffers: written only by a frame too large for them
+	asks  *os.File // a socket of the interface's network namespace; nil if it was opened elsewhere
 }
 
 var _ Link = (*TAP)(nil)
@@ -73,13 +74,18 @@ func openTAPs(cfg TAPConfig, n int, flags uint16) (taps []*TAP, err error) {
 		flags |= unix.IFF_TUN_EXCL
 	}
 	info := Info{Name: cfg.Name}
+	s, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, tapError(info.Name, "open a socket for ioctls", err)
+	}
+	defer unix.Close(s)
 	for len(taps) < n {
 		fd, err := openQueue(&info, flags)
 		if err != nil {
 			return taps, err
 		}
 		if len(taps) == 0 {
-			if err := setUp(&info, cfg.MTU); err != nil {
+			if err := setUp(s, &info, cfg.MTU); err != nil {
 				unix.Close(fd)
 				return taps, err
 			}
@@ -90,6 +96,11 @@ func openTAPs(cfg TAPConfig, n int, flags uint16) (taps []*TAP, err error) {
 			return taps, tapError(info.Name, "make pollable", err)
 		}
 		taps = append(taps, t)
+		asks, err := unix.FcntlInt(uintptr(s), unix.F_DUPFD_CLOEXEC, 3)
+		if err != nil {
+			return taps, tapError(info.Name, "duplicate a socket for ioctls", err)
+		}
+		t.asks = os.NewFile(uintptr(asks), info.Name)
 	}
 	return taps, nil
 }
@@ -138,6 +149,42 @@ func configureQueue(fd int, name string) error {
 	return nil
 }
 
+// Close: see [Link].
+func (t *TAP) Close() error {
+	if t.asks != nil {
+		_ = t.asks.Close() // again, if this is not the first call
+	}
+	return t.port.Close()
+}
+
+// mtuNow is the MTU the card has now; 0 if this process cannot see it.
+func (t *TAP) mtuNow() (mtu int) {
+	if t.asks == nil {
+		return 0
+	}
+	ifr, err := unix.NewIfreq("")
+	if err != nil {
+		return 0
+	}
+	ctlErr := t.conn.Control(func(fd uintptr) { err = unix.IoctlIfreq(int(fd), unix.TUNGETIFF, ifr) })
+	if ctlErr != nil || err != nil {
+		return 0
+	}
+	asks, err := t.asks.SyscallConn()
+	if err != nil {
+		return 0
+	}
+	ctlErr = asks.Control(func(fd uintptr) {
+		if unix.IoctlIfreq(int(fd), unix.SIOCGIFMTU, ifr) == nil {
+			mtu = int(ifr.Uint32())
+		}
+	})
+	if ctlErr != nil {
+		return 0
+	}
+	return mtu
+}
+
 // setOffloads holds for all queues of the card.
 func (t *TAP) setOffloads(on bool) (err error) {
 	left := 0
@@ -148,14 +195,10 @@ func (t *TAP) setOffloads(on bool) (err error) {
 	return errors.Join(ctlErr, err)
 }
 
-// setUp gives the interface its MTU, if any, brings it up, and fills in info.
-func setUp(info *Info, mtu int) error {
+// setUp gives the interface its MTU, if any, brings it up, and fills in info. s is a
+// socket of its network namespace.
+func setUp(s int, info *Info, mtu int) error {
 	name := info.Name
-	s, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return tapError(name, "open a socket for ioctls", err)
-	}
-	defer unix.Close(s)
 	ifr, err := unix.NewIfreq(name)
 	if err != nil {
 		return tapError(name, "name the interface", err)
@@ -234,7 +277,8 @@ func checkQueue(fd int, name string) error {
 }
 
 func (t *TAP) init(fd int, info Info) error {
-	if err := t.port.init(fd, info, ErrGone); err != nil {
+	// A reader that the removal of the interface wakes is answered EFAULT.
+	if err := t.port.init(fd, info, ErrGone, ErrGone); err != nil {
 		return err
 	}
 	r := &t.rd

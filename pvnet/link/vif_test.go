@@ -22,6 +22,8 @@ import (
 type bare struct{ scripted }
 
 func (*bare) SetReadDeadline(time.Time) error { return nil }
+func (*bare) MTU() int                        { return 1500 }
+func (*bare) Name() string                    { return "bare" }
 
 // FuzzFrameAndHeader has a kernel say anything of any frame, and looks at what the
 // guest gets of it: whole frames, which differ from it where the header says so.

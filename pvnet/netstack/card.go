@@ -1,6 +1,7 @@
 package netstack
 
 import (
+	"encoding/binary"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -10,6 +11,9 @@ import (
 	"gvisor.dev/gvisor/pkg/buffer"
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
+	"gvisor.dev/gvisor/pkg/tcpip/network/arp"
+	"gvisor.dev/gvisor/pkg/tcpip/network/ipv4"
+	"gvisor.dev/gvisor/pkg/tcpip/network/ipv6"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 )
 
@@ -27,7 +31,8 @@ type card struct {
 	stack   atomic.Pointer[stack.NetworkDispatcher]
 	workers sync.WaitGroup
 
-	foreign, overflow, unsent atomic.Uint64
+	foreign, unknown, malformed atomic.Uint64
+	overflow, unsent            atomic.Uint64
 }
 
 var (
@@ -115,11 +120,11 @@ func (c *card) receive(rx *pvnet.RX) {
 	}
 }
 
-// packet copies a frame, or drops it if it is not for us. The stack checks every
+// packet copies a frame, or counts why it is dropped. The stack checks every
 // checksum, so that one the peer left blank is completed.
 func (c *card) packet(f *pvnet.Frame) *stack.PacketBuffer {
 	if f.Len() < header.EthernetMinimumSize || f.CompleteChecksum() != nil {
-		c.foreign.Add(1)
+		c.malformed.Add(1)
 		return nil
 	}
 	view := buffer.NewViewSize(f.Len())
@@ -127,6 +132,7 @@ func (c *card) packet(f *pvnet.Frame) *stack.PacketBuffer {
 	// Only the copy is looked at: a lent page can still change.
 	eth := header.Ethernet(view.AsSlice())
 	kind := tcpip.PacketHost
+	var lost *atomic.Uint64 // where the frame is counted, if it is dropped
 	switch dst := eth.DestinationAddress(); {
 	case dst == c.mac:
 	case dst == header.EthernetBroadcastAddress:
@@ -134,8 +140,20 @@ func (c *card) packet(f *pvnet.Frame) *stack.PacketBuffer {
 	case header.IsMulticastEthernetAddress(dst):
 		kind = tcpip.PacketMulticast
 	default:
+		lost = &c.foreign
+	}
+	if lost == nil {
+		var tags int
+		tags, lost = c.untag(eth)
+		view.TrimFront(tags)
+		eth = view.AsSlice()
+	}
+	if lost == nil && !handles(eth.Type()) {
+		lost = &c.unknown
+	}
+	if lost != nil {
 		view.Release()
-		c.foreign.Add(1)
+		lost.Add(1)
 		return nil
 	}
 	p := stack.NewPacketBuffer(stack.PacketBufferOptions{Payload: buffer.MakeWithView(view)})
@@ -143,6 +161,34 @@ func (c *card) packet(f *pvnet.Frame) *stack.PacketBuffer {
 	p.NetworkProtocolNumber = eth.Type()
 	p.LinkHeader().Consume(header.EthernetMinimumSize)
 	return p
+}
+
+// untag takes the VLAN tags off that name no VLAN: IEEE 802.1Q gives VLAN 0 to frames
+// of the untagged network that carry a priority. It moves the addresses behind the
+// tags and returns how many bytes are to be cut from the front. A frame of another
+// VLAN is not for the stack; lost is where to count it.
+func (c *card) untag(eth header.Ethernet) (tags int, lost *atomic.Uint64) {
+	const addresses, tag = 12, 4
+	for isTag(eth[tags:].Type()) {
+		if len(eth) < tags+tag+header.EthernetMinimumSize {
+			return 0, &c.malformed
+		}
+		if vlan := binary.BigEndian.Uint16(eth[tags+addresses+2:]) & 0xfff; vlan != 0 {
+			return 0, &c.foreign
+		}
+		tags += tag
+	}
+	if tags > 0 {
+		copy(eth[tags:tags+addresses], eth[:addresses])
+	}
+	return tags, nil
+}
+
+func isTag(t tcpip.NetworkProtocolNumber) bool { return t == 0x8100 || t == 0x88a8 }
+
+// handles reports whether the stack has a protocol for frames of this type.
+func handles(t tcpip.NetworkProtocolNumber) bool {
+	return t == ipv4.ProtocolNumber || t == ipv6.ProtocolNumber || t == arp.ProtocolNumber
 }
 
 // WritePacket implements stack.QueueingDiscipline.

@@ -4,7 +4,9 @@
 //
 // A frame is copied once each way: between the vif's page and the stack's buffer.
 // The stack computes and checks every checksum itself. What the peer sends is the
-// stack's to judge; frames for other stations are dropped before it sees them.
+// stack's to judge; frames for other stations, of other VLANs and of protocols it
+// does not have are dropped before it sees them. VLAN 0 is no VLAN: its tag, which
+// holds a priority, is taken off.
 //
 // A Stack has one address. It asks no DHCP server and looks up no names.
 package netstack
@@ -156,16 +158,31 @@ func protocol(ip netip.Addr) tcpip.NetworkProtocolNumber {
 // Addr is the stack's own address.
 func (s *Stack) Addr() netip.Addr { return s.addr }
 
-// Stats counts what the stack's card drops; the rest is in the Device's counters.
+// Stats counts what the stack drops; the rest is in the Device's counters.
 type Stats struct {
-	Foreign  uint64 // received, for another station or too short for an Ethernet header
-	Overflow uint64 // to be sent, but more waited than the card holds
-	Unsent   uint64 // to be sent, but the device has ended or does not take their size
+	Foreign   uint64 // received, for another station or another VLAN
+	Unknown   uint64 // received, of an EtherType that is none of IPv4, IPv6 and ARP
+	Malformed uint64 // received, cut short, with impossible headers or a wrong checksum
+	Overflow  uint64 // to be sent, but more waited than the card holds
+	Unsent    uint64 // to be sent, but the device has ended or does not take their size
 }
 
 // Stats may be called at any time.
 func (s *Stack) Stats() Stats {
-	return Stats{s.card.foreign.Load(), s.card.overflow.Load(), s.card.unsent.Load()}
+	c, n := s.card, s.net.Stats()
+	st := Stats{
+		Foreign: c.foreign.Load(), Unknown: c.unknown.Load(), Malformed: c.malformed.Load(),
+		Overflow: c.overflow.Load(), Unsent: c.unsent.Load(),
+	}
+	for _, more := range [...]*tcpip.StatCounter{
+		n.IP.MalformedPacketsReceived, n.ARP.MalformedPacketsReceived,
+		n.ICMP.V4.PacketsReceived.Invalid, n.ICMP.V6.PacketsReceived.Invalid,
+		n.TCP.InvalidSegmentsReceived, n.TCP.ChecksumErrors,
+		n.UDP.MalformedPacketsReceived, n.UDP.ChecksumErrors,
+	} {
+		st.Malformed += more.Value()
+	}
+	return st
 }
 
 // Close ends the stack: its connections are reset, everyone who uses it is woken

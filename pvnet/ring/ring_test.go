@@ -241,6 +241,111 @@ func TestArmNeverAsksForMoreThanIsInFlight(t *testing.T) {
 	}
 }
 
+// Nor may a back ask for more requests than the front has slots for.
+func TestArmNeverAsksForMoreThanTheRingHolds(t *testing.T) {
+	for _, first := range starts {
+		f, b, _ := pair(t, first)
+		for range b.Size() - 6 {
+			f.Put(request{})
+		}
+		f.Publish()
+		b.Poll()
+		for range b.Size() - 6 {
+			b.Take()
+		}
+		if more, err := b.Arm(100); more || err != nil {
+			t.Fatal(more, err)
+		}
+		for i := range 6 {
+			f.Put(request{})
+			if got, want := f.Publish(), i == 5; got != want {
+				t.Fatalf("first %d: request %d: notify %v, want %v", first, i, got, want)
+			}
+		}
+	}
+}
+
+func TestABackWaitsUntilEnoughIsThere(t *testing.T) {
+	f, b, _ := pair(t, ^uint32(0)-3)
+	if more, err := b.Arm(3); more || err != nil || b.Overdue() {
+		t.Fatal(more, err, b.Overdue())
+	}
+	for i := range 4 {
+		f.Put(request{})
+		if got, want := f.Publish(), i == 2; got != want || b.Overdue() != (i >= 2) {
+			t.Fatalf("request %d: notify %v, overdue %v", i, got, b.Overdue())
+		}
+	}
+	if more, err := b.Arm(5); more || err != nil {
+		t.Fatal("more than there is: ", more, err)
+	}
+	if more, err := b.Arm(4); !more || err != nil {
+		t.Fatal("as many as there are: ", more, err)
+	}
+}
+
+// To ask for nothing is to ask for the next one: with nothing there, an Arm that said
+// "more" would make its caller spin.
+func TestArmAsksForOneAtLeast(t *testing.T) {
+	f, b, _ := pair(t, ^uint32(0))
+	if more, err := f.Arm(0); more || err != nil {
+		t.Fatal("front: ", more, err)
+	}
+	if more, err := b.Arm(0); more || err != nil {
+		t.Fatal("back: ", more, err)
+	}
+	f.Put(request{})
+	if !f.Publish() || !b.Overdue() || f.Overdue() {
+		t.Fatal("the first request did not notify the back, or the front takes it for a response")
+	}
+	if more, err := f.Arm(1); more || err != nil {
+		t.Fatal("front, of an unanswered request: ", more, err)
+	}
+	b.Poll()
+	b.Take()
+	b.Put(response{})
+	if !b.Publish() || !f.Overdue() {
+		t.Fatal("the first response did not notify the front")
+	}
+}
+
+// An owner that loses count must not overwrite a slot the peer still uses, nor take
+// what was there before.
+func TestAnOwnerThatLosesCountPanics(t *testing.T) {
+	f, b, _ := pair(t, ^uint32(0)-100)
+	panics := func(name string, do func()) {
+		t.Helper()
+		defer func() {
+			t.Helper()
+			if recover() == nil {
+				t.Errorf("%s: no panic", name)
+			}
+		}()
+		do()
+	}
+	panics("request taken that is not there", func() { b.Take() })
+	panics("response without a request", func() { b.Put(response{}) })
+	for range f.Size() {
+		f.Put(request{})
+	}
+	panics("request without a slot", func() { f.Put(request{}) })
+	panics("response taken that is not there", func() { f.Take() })
+	f.Publish()
+	panics("request taken that was not polled", func() { b.Take() })
+	b.Poll()
+	b.Take()
+	b.Put(response{})
+	panics("second response to one request", func() { b.Put(response{}) })
+	b.Publish()
+	panics("response taken that was not polled", func() { f.Take() })
+	if n, err := f.Poll(); n != 1 || err != nil {
+		t.Error(n, err)
+	}
+	f.Take()
+	f.Put(request{}) // the slot is free again
+	panics("another request", func() { f.Put(request{}) })
+}
+
 func TestAttachFollowsAnotherBack(t *testing.T) {
 	f, b, page := pair(t, ^uint32(0)-4)
 	for i := range uint32(20) {

@@ -18,7 +18,7 @@ import (
 // kind.
 func BenchmarkPublish(b *testing.B) {
 	for _, batch := range []int{1, 8, 32} {
-		for _, kind := range []string{"heap", KindMemfd, KindIterator} {
+		for _, kind := range []string{"heap", KindMemfd, withPins()} {
 			b.Run(fmt.Sprintf("%s/batch=%d", kind, batch), func(b *testing.B) {
 				set := telemetry.NewSet(1)
 				info := telemetry.Info{Handle: 1, Queues: 1}
@@ -31,10 +31,10 @@ func BenchmarkPublish(b *testing.B) {
 					if err := set.Attach(m); err != nil {
 						b.Fatal(err)
 					}
-				case KindIterator:
+				case withPins():
 					bpftest.Need(b)
-					open(b, &Store{}, telemetry.Info{Handle: 2}, 1, KindIterator)
-					set = open(b, &Store{}, info, 1, KindIterator)
+					open(b, &Store{}, telemetry.Info{Handle: 2}, 1, kind)
+					set = open(b, &Store{}, info, 1, kind)
 				}
 				blk := set.TX(0)
 				for b.Loop() {
@@ -67,7 +67,7 @@ func BenchmarkOpenClose(b *testing.B) {
 
 // A scrape as a monitoring agent makes it.
 func BenchmarkCat(b *testing.B) {
-	bpftest.Need(b)
+	bpftest.NeedIterator(b)
 	for _, queues := range []int{1, 8} {
 		b.Run(fmt.Sprintf("queues=%d", queues), func(b *testing.B) {
 			info := telemetry.Info{Handle: 4}

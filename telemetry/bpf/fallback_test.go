@@ -50,8 +50,12 @@ func TestStoreDoesWithWhatItIsAllowed(t *testing.T) {
 		kind   string
 		reason string
 	}{
-		{"everything", func(*testing.T, *plan) []string { return nil }, KindIterator, ""},
+		{"everything", func(t *testing.T, _ *plan) []string {
+			bpftest.NeedIterator(t)
+			return nil
+		}, KindIterator, ""},
 		{"CAP_BPF and CAP_PERFMON", func(t *testing.T, p *plan) []string {
+			bpftest.NeedIterator(t)
 			p.Store.Root = ownDir(t, uid)
 			return as(t, uid, "bpf", "perfmon")
 		}, KindIterator, ""},
@@ -72,7 +76,11 @@ func TestStoreDoesWithWhatItIsAllowed(t *testing.T) {
 		{"seccomp refuses bpf", func(t *testing.T, p *plan) []string {
 			p.Deny = []uint32{unix.SYS_BPF}
 			return nil
-		}, KindMemfd, "seccomp forbids it"},
+		}, KindMemfd, "CAP_BPF is there; "},
+		{"seccomp refuses the program", func(t *testing.T, p *plan) []string {
+			p.DenyBPF = []uint32{unix.BPF_PROG_LOAD}
+			return nil
+		}, KindPins, "CAP_PERFMON is there; "},
 		{"seccomp refuses bpf and memfd", func(t *testing.T, p *plan) []string {
 			p.Deny = []uint32{unix.SYS_BPF, unix.SYS_MEMFD_CREATE}
 			return nil
@@ -118,6 +126,7 @@ func TestStoreDoesWithWhatItIsAllowed(t *testing.T) {
 			return nil
 		}, KindPins, "cannot allocate memory"},
 		{"no memory for the metrics", func(t *testing.T, p *plan) []string {
+			bpftest.NeedIterator(t)
 			p.DenyBPF, p.Errno = []uint32{unix.BPF_LINK_CREATE}, unix.ENOMEM
 			return nil
 		}, KindPins, "cannot allocate memory"},
@@ -262,7 +271,7 @@ func TestForeignFilesStay(t *testing.T) {
 	}
 	set := telemetry.NewSet(1)
 	set.Open(&Store{Root: root}, info)
-	if k, r := set.Backend(); k != KindIterator {
+	if k, r := set.Backend(); k != withPins() {
 		t.Fatal(k, r)
 	}
 	if err := set.Close(); err != nil {
@@ -316,7 +325,7 @@ func TestPinsTakenAwayDoNotMatter(t *testing.T) {
 			dir := filepath.Join(root, info.Name())
 			set := telemetry.NewSet(1)
 			set.Open(&Store{Root: root}, info)
-			if k, r := set.Backend(); k != KindIterator {
+			if k, r := set.Backend(); k != withPins() {
 				t.Fatal(k, r)
 			}
 			c.take(t, dir)
@@ -411,7 +420,7 @@ func TestMemfdNeedsNoRoot(t *testing.T) {
 
 // Who may read the metrics only gets the counters out of the text.
 func TestReaderWithoutRightsUsesTheText(t *testing.T) {
-	bpftest.Need(t)
+	bpftest.NeedIterator(t)
 	info := device(t)
 	set := open(t, &Store{Public: true}, info, 2, KindIterator)
 	fill(set)

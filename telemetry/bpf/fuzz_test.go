@@ -33,7 +33,7 @@ func hostile(t testing.TB, content []byte) Source {
 	if _, err := unix.FcntlInt(f.Fd(), unix.F_ADD_SEALS, memfdSeals); err != nil {
 		t.Fatal(err)
 	}
-	return Source{Name: "x", Kind: KindMemfd, Path: fmt.Sprintf("/proc/self/fd/%d", fd)}
+	return Source{Name: "x", Kind: KindMemfd, Path: fmt.Sprintf("/proc/self/fd/%d", fd), UID: os.Geteuid()}
 }
 
 // believable is a file whose info record passes every check.

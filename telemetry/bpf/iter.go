@@ -115,7 +115,7 @@ func attachIterator(suffix, name string, counters, fields *ebpf.Map, queues int)
 	runtime.KeepAlive(fields)
 	runtime.KeepAlive(text)
 	if err != nil {
-		return nil, fmt.Errorf("load the iterator: %w", lacking("CAP_PERFMON", err))
+		return nil, fmt.Errorf("load the iterator: %w", lacking("CAP_PERFMON", unix.CAP_PERFMON, err))
 	}
 	defer prog.Close()
 	it, err := link.AttachIter(link.IterOptions{Program: prog, Map: lines})
@@ -271,12 +271,24 @@ func iterProgram(counters, fields, text int, at []uint32) asm.Instructions {
 	return p
 }
 
-// lacking says what a refusal probably comes from.
-func lacking(capability string, err error) error {
-	if err = terse(err); errors.Is(err, unix.EPERM) {
-		return fmt.Errorf("%w (%s is missing, or seccomp forbids it)", err, capability)
+// lacking says what a refusal probably comes from: number is that of the capability.
+func lacking(capability string, number int, err error) error {
+	err = terse(err)
+	switch {
+	case !errors.Is(err, unix.EPERM):
+		return err
+	case capable(number):
+		return fmt.Errorf("%w (%s is there; in a user namespace it does not count, elsewhere the kernel, a security module or seccomp forbids it)", err, capability)
 	}
-	return err
+	return fmt.Errorf("%w (%s is missing, or seccomp forbids it)", err, capability)
+}
+
+// capable says whether this thread has a capability in its user namespace.
+func capable(number int) bool {
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var data [2]unix.CapUserData
+	err := unix.Capget(&header, &data[0])
+	return err == nil && data[number/32].Effective&(1<<(number%32)) != 0
 }
 
 // terse keeps the cause of a refusal. It drops advice on limits that have nothing

@@ -25,7 +25,7 @@ func TestSecondOwnerGetsNoPins(t *testing.T) {
 	bpftest.Need(t)
 	info := device(t)
 	first := start(t, plan{Info: info, Packets: 1})
-	if first.Kind != KindIterator {
+	if first.Kind != withPins() {
 		t.Fatalf("mirrored to %+v", first.ready)
 	}
 	second := telemetry.NewSet(1)
@@ -61,11 +61,11 @@ func TestSecondOwnerGetsNoPins(t *testing.T) {
 	if err := second.Close(); err != nil {
 		t.Error(err)
 	}
-	if _, err := os.Stat(filepath.Join(DefaultRoot, info.Name(), pinMetrics)); err != nil {
+	if _, err := os.Stat(filepath.Join(DefaultRoot, info.Name(), pinCounters)); err != nil {
 		t.Errorf("the second owner's end took the first one's pins: %v", err)
 	}
 	first.End(t)
-	open(t, &Store{}, info, 1, KindIterator)
+	open(t, &Store{}, info, 1, withPins())
 }
 
 // Whatever a killed owner was doing, the next one gets the pins, and whoever
@@ -94,7 +94,7 @@ func TestKilledOwnerIsReplaced(t *testing.T) {
 	})
 	for i := range 25 {
 		o := start(t, plan{Info: info, Busy: true, Packets: uint64(i)})
-		if o.Kind != KindIterator {
+		if o.Kind != withPins() {
 			t.Fatalf("round %d: mirrored to %+v", i, o.ready)
 		}
 		o.Kill()
@@ -106,7 +106,7 @@ func TestKilledOwnerIsReplaced(t *testing.T) {
 		<-time.After(time.Duration(rand.N(40_000)) * time.Microsecond)
 		o.Kill()
 		after := start(t, plan{Info: info})
-		if after.Kind != KindIterator {
+		if after.Kind != withPins() {
 			t.Fatalf("round %d: mirrored to %+v", i, after.ready)
 		}
 		after.Kill()
@@ -164,7 +164,7 @@ func TestOwnersOfOneNameTakeTurns(t *testing.T) {
 				set := telemetry.NewSet(1)
 				set.Open(&Store{}, info)
 				switch k, r := set.Backend(); {
-				case k == KindIterator:
+				case k == withPins():
 					pinned.Add(1)
 				case k == KindMaps && strings.Contains(r, ErrBusy.Error()):
 					busy.Add(1)
@@ -201,7 +201,7 @@ func TestKilledOwnersTotalsAreContinued(t *testing.T) {
 	resume := Store{Resume: true}
 
 	a := start(t, plan{Store: resume, Info: info, Packets: 100, Queues: 2})
-	if a.Kind != KindIterator { // nothing to resume is no failure
+	if a.Kind != withPins() { // nothing to resume is no failure
 		t.Fatalf("mirrored to %+v", a.ready)
 	}
 	a.Kill()
@@ -209,7 +209,7 @@ func TestKilledOwnersTotalsAreContinued(t *testing.T) {
 		t.Fatalf("a killed owner's pins show %d packets", rep.Stats.RX.Get(telemetry.Packets))
 	}
 	b := start(t, plan{Store: resume, Info: info, Packets: 11, Queues: 1})
-	if b.Kind != KindIterator {
+	if b.Kind != withPins() {
 		t.Fatalf("mirrored to %+v", b.ready)
 	}
 	rep := read()
@@ -221,7 +221,7 @@ func TestKilledOwnersTotalsAreContinued(t *testing.T) {
 	}
 	b.Kill()
 
-	set := open(t, &resume, info, 1, KindIterator)
+	set := open(t, &resume, info, 1, withPins())
 	set.RX(0).Add(telemetry.Packets, 5)
 	set.RX(0).Flush()
 	if st := set.Totals(); st.RX.Get(telemetry.Packets) != 5 {
@@ -254,7 +254,7 @@ func TestTotalsOutliveManyKills(t *testing.T) {
 	var last uint64
 	for i := range 25 {
 		o := start(t, plan{Store: Store{Resume: true}, Info: info, Packets: 10, Busy: true})
-		if o.Kind != KindIterator || o.Reason != "" {
+		if o.Kind != withPins() || o.Kind == KindIterator && o.Reason != "" {
 			t.Fatalf("round %d: mirrored to %+v", i, o.ready)
 		}
 		r := reader(t, info.Name())
@@ -276,7 +276,7 @@ func TestTotalsOutliveManyKills(t *testing.T) {
 		o.Kill()
 		sees(0)
 	}
-	set := open(t, &Store{Resume: true}, info, 1, KindIterator)
+	set := open(t, &Store{Resume: true}, info, 1, withPins())
 	rep, err := reader(t, info.Name()).Read()
 	if err != nil {
 		t.Fatal(err)
@@ -341,7 +341,7 @@ func TestTotalsOfAnotherLayoutAreNotContinued(t *testing.T) {
 			if _, err := Open(Source{Name: info.Name(), Kind: KindPins, Path: dir}); !errors.Is(err, ErrLayout) {
 				t.Errorf("a reader gets %v", err)
 			}
-			set := open(t, &Store{Resume: true}, info, 1, KindIterator)
+			set := open(t, &Store{Resume: true}, info, 1, withPins())
 			if _, r := set.Backend(); !strings.Contains(r, c.reason) {
 				t.Errorf("the reason is %q, want ...%s...", r, c.reason)
 			}
@@ -383,7 +383,7 @@ func TestSumsOfATornBlockAreMended(t *testing.T) {
 func TestHeartbeatTellsTheLivingFromTheDead(t *testing.T) {
 	bpftest.Need(t)
 	info := device(t)
-	set := open(t, &Store{}, info, 1, KindIterator)
+	set := open(t, &Store{}, info, 1, withPins())
 	r := reader(t, info.Name())
 	var before time.Time
 	for range 3 {
@@ -403,7 +403,7 @@ func TestReportTellsTheDevice(t *testing.T) {
 	bpftest.Need(t)
 	info := device(t)
 	info.Role, info.Own, info.Peer = telemetry.Backend, 65535, 65534
-	set := open(t, &Store{}, info, 2, KindIterator)
+	set := open(t, &Store{}, info, 2, withPins())
 	status := telemetry.Status{
 		State: 5, Up: true, MAC: [6]byte{2, 3, 4, 0xff, 0, 9}, MTU: 9000, Queues: 2, Epoch: 1 << 40,
 		Features: telemetry.FeatureGSO4 | telemetry.FeatureTrusted,

@@ -45,6 +45,14 @@ type plan struct {
 	Read    bool          // own nothing: find the device and say what it counted
 }
 
+// withPins is the kind of mirror that an owner with every right gets here.
+func withPins() string {
+	if bpftest.Iterators() != nil {
+		return KindPins
+	}
+	return KindIterator
+}
+
 // ready is the first line an owner writes.
 type ready struct{ Kind, Reason string }
 

@@ -27,7 +27,7 @@ func array(name string, size, entries int, key, value btf.Type) (*ebpf.Map, erro
 		err = fmt.Errorf("%w, or there is no memory for one", err)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("create map %s: %w", name, lacking("CAP_BPF", err))
+		return nil, fmt.Errorf("create map %s: %w", name, lacking("CAP_BPF", unix.CAP_BPF, err))
 	}
 	return m, nil
 }

@@ -32,6 +32,11 @@ type Source struct {
 	Kind string // KindPins, KindMaps, KindMemfd or KindMetrics
 	Path string // of the pins or of the memfd; "" for maps without pins
 	ID   uint32 // of the info map, of maps without pins
+
+	// UID is the user who made it, or -1 if that is not known. The kernel says it
+	// of memfds and of directories of pins. Maps say it themselves, and are
+	// believed where users without privilege can make none.
+	UID int
 }
 
 // List finds the devices of this machine that this process may read: pins below
@@ -56,20 +61,59 @@ func listPins(root string) ([]Source, error) {
 	var out []Source
 	for _, d := range dirs {
 		dir := filepath.Join(root, d.Name())
-		if !d.IsDir() {
+		var st unix.Stat_t
+		if !d.IsDir() || unix.Lstat(dir, &st) != nil {
 			continue
 		}
+		src := Source{Name: str([]byte(d.Name())), Path: dir, UID: pinsOwner(&st)}
 		if unix.Access(filepath.Join(dir, pinInfo), unix.R_OK) == nil {
-			out = append(out, Source{Name: d.Name(), Kind: KindPins, Path: dir})
+			src.Kind = KindPins
 		} else if unix.Access(filepath.Join(dir, pinMetrics), unix.R_OK) == nil {
-			out = append(out, Source{Name: d.Name(), Kind: KindMetrics, Path: dir})
+			src.Kind = KindMetrics
+		} else {
+			continue
 		}
+		out = append(out, src)
 	}
 	return out, nil
 }
 
+// pinsOwner is who put the pins of a directory there. Where others may write it
+// that can be anyone.
+func pinsOwner(dir *unix.Stat_t) int {
+	if dir.Mode&0o022 != 0 {
+		return -1
+	}
+	return int(dir.Uid)
+}
+
+// enter opens the directory of src, if it is the one that was listed. What is below
+// the path it gives stays that directory's, whatever becomes of its name.
+func (src *Source) enter() (path string, leave func(), err error) {
+	fd, err := unix.Open(src.Path, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return "", nil, &fs.PathError{Op: "open", Path: src.Path, Err: err}
+	}
+	var st unix.Stat_t
+	if err = unix.Fstat(fd, &st); err == nil && pinsOwner(&st) != src.UID {
+		err = fmt.Errorf("%w: %s has another owner now", fs.ErrNotExist, src.Path)
+	}
+	if err != nil {
+		unix.Close(fd)
+		return "", nil, err
+	}
+	return fmt.Sprintf("/proc/self/fd/%d", fd), func() { unix.Close(fd) }, nil
+}
+
+// onlyPrivileged reports whether making maps takes a privilege.
+func onlyPrivileged() bool {
+	b, err := os.ReadFile("/proc/sys/kernel/unprivileged_bpf_disabled")
+	return err == nil && strings.TrimSpace(string(b)) != "0"
+}
+
 func listMaps() ([]Source, error) {
 	var out []Source
+	believed := onlyPrivileged()
 	for id := ebpf.MapID(0); ; {
 		next, err := ebpf.MapGetNextID(id)
 		switch {
@@ -84,7 +128,11 @@ func listMaps() ([]Source, error) {
 			continue // gone since
 		}
 		if rec, err := readInfo(m); err == nil && str(rec.Kind[:]) == KindMaps {
-			out = append(out, Source{Name: str(rec.Vif[:]), Kind: KindMaps, ID: uint32(id)})
+			src := Source{Name: str(rec.Vif[:]), Kind: KindMaps, ID: uint32(id), UID: -1}
+			if believed {
+				src.UID = int(rec.UID)
+			}
+			out = append(out, src)
 		}
 		m.Close()
 	}
@@ -103,7 +151,7 @@ func listMemfds() ([]Source, error) {
 		if err != nil {
 			continue // gone since, or not for us
 		}
-		name, ok := strings.CutPrefix(to, "/memfd:"+memfdPrefix)
+		name, ok := memfdName(to)
 		if !ok {
 			continue
 		}
@@ -112,10 +160,15 @@ func listMemfds() ([]Source, error) {
 			continue
 		}
 		seen[file{st.Dev, st.Ino}] = true
-		name = str([]byte(strings.TrimSuffix(name, " (deleted)")))
-		out = append(out, Source{Name: name, Kind: KindMemfd, Path: l})
+		out = append(out, Source{Name: name, Kind: KindMemfd, Path: l, UID: int(st.Uid)})
 	}
 	return out, nil
+}
+
+// memfdName is the device's name in where a link of /proc leads to.
+func memfdName(to string) (name string, ok bool) {
+	name, ok = strings.CutPrefix(to, "/memfd:"+memfdPrefix)
+	return str([]byte(strings.TrimSuffix(name, " (deleted)"))), ok
 }
 
 // A Report is what a source says of its device at one time.
@@ -164,11 +217,16 @@ func Open(src Source) (*Reader, error) {
 	var err error
 	switch src.Kind {
 	case KindPins, KindIterator:
-		e, err = openPins(src.Path)
+		var dir string
+		var leave func()
+		if dir, leave, err = src.enter(); err == nil {
+			e, err = openPins(dir)
+			leave()
+		}
 	case KindMaps:
 		e, err = openMaps(src.ID)
 	case KindMemfd:
-		e, err = openMemfd(src.Path)
+		e, err = openMemfd(src)
 	case KindMetrics:
 		e, err = nil, nil
 	default:
@@ -225,23 +283,28 @@ func (r *Reader) Stats() (telemetry.Stats, error) {
 	return st, nil
 }
 
+// patience is how many times 2 ms a reader waits for the records of one device: one
+// that is torn in every queue costs no more than one that is torn in one.
+const patience = 100
+
 // attempts repeats try until a record was found whole. Its owner writes for tens
 // of nanoseconds, but may be off its processor for milliseconds in the middle of
-// it, which a stopped or dead one is for ever.
-func attempts(patient bool, try func() (whole bool, err error)) (whole bool, err error) {
-	const quick, slow = 64, 100
-	for i := range quick + slow {
+// it, which a stopped or dead one is for ever. left is the patience that is left,
+// nil if there is none.
+func attempts(left *int, try func() (whole bool, err error)) (whole bool, err error) {
+	const quick = 64
+	for i := 0; ; i++ {
 		if i >= quick {
-			if !patient {
-				break
+			if left == nil || *left == 0 {
+				return false, nil
 			}
+			*left--
 			time.Sleep(2 * time.Millisecond)
 		}
 		if whole, err = try(); whole || err != nil {
 			return whole, err
 		}
 	}
-	return false, nil
 }
 
 // aliveAge is how old a heartbeat may be that comes once a second.
@@ -285,9 +348,12 @@ func readElements(e elements) (*Report, error) {
 // readStats reads the counters of all queues.
 func readStats(e elements, rec *infoRecord) (st telemetry.Stats, torn bool, err error) {
 	queues := make([]telemetry.Queue, rec.Slots)
-	alive := rec.age() < aliveAge
+	var left *int
+	if rec.age() < aliveAge {
+		left = new(patience)
+	}
 	for q := range queues {
-		words, mixed, err := readQueue(e, q, alive)
+		words, mixed, err := readQueue(e, q, left)
 		if err != nil {
 			return telemetry.Stats{}, false, err
 		}
@@ -300,10 +366,10 @@ func readStats(e elements, rec *infoRecord) (st telemetry.Stats, torn bool, err 
 
 // readQueue reads an element until both of its blocks were found whole, and
 // gives the last copy if one never is.
-func readQueue(e elements, q int, patient bool) (words [queueWords]uint64, torn bool, err error) {
+func readQueue(e elements, q int, left *int) (words [queueWords]uint64, torn bool, err error) {
 	const n = telemetry.BlockWords
 	var have [2]bool
-	whole, err := attempts(patient, func() (bool, error) {
+	whole, err := attempts(left, func() (bool, error) {
 		b, err := e.counters(q)
 		if err != nil {
 			return false, err
@@ -426,7 +492,7 @@ func readInfo(m *ebpf.Map) (*infoRecord, error) {
 // wholeInfo gives the last copy if none was whole: each word is true by itself.
 func wholeInfo(read func() ([]byte, error)) (*infoRecord, error) {
 	rec := &infoRecord{}
-	_, err := attempts(false, func() (bool, error) {
+	_, err := attempts(nil, func() (bool, error) {
 		b, err := read()
 		if err == nil {
 			err = decode(b, rec)
@@ -459,14 +525,31 @@ func (e *mapElements) Close() error {
 // file that shrinks is an error and not a fault.
 type fileElements struct{ f *os.File }
 
-func openMemfd(path string) (elements, error) {
-	// Whatever the link leads to by now must neither block nor be driven.
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK|unix.O_NOCTTY, 0)
+func openMemfd(src Source) (elements, error) {
+	// The link leads to whatever the other process has made of that descriptor by
+	// now. O_PATH says what it is without opening it, which a device may notice.
+	fd, err := unix.Open(src.Path, unix.O_PATH|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, &fs.PathError{Op: "open", Path: src.Path, Err: err}
+	}
+	defer unix.Close(fd)
+	self := fmt.Sprintf("/proc/self/fd/%d", fd)
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return nil, &fs.PathError{Op: "stat", Path: src.Path, Err: err}
+	}
+	to, err := os.Readlink(self)
+	if err != nil {
+		return nil, err
+	}
+	if name, ok := memfdName(to); !ok || name != src.Name || int(st.Uid) != src.UID || st.Mode&unix.S_IFMT != unix.S_IFREG {
+		return nil, fmt.Errorf("%w: not the memfd of that name and owner", ErrLayout)
+	}
+	f, err := os.OpenFile(self, os.O_RDONLY, 0)
 	if err != nil {
 		return nil, err
 	}
 	e := &fileElements{f}
-	// A file of a tmpfs has seals too, but not these.
 	if seals, bad := unix.FcntlInt(f.Fd(), unix.F_GET_SEALS, 0); bad != nil || seals&memfdSeals != memfdSeals {
 		err = fmt.Errorf("%w: not a sealed memfd", ErrLayout)
 	} else {
@@ -518,7 +601,7 @@ func (m *mirror) resume(dir string) error {
 		return fmt.Errorf("resume totals: %w", err)
 	}
 	for q := range min(int(rec.Slots), len(m.base)/2) {
-		words, torn, err := readQueue(e, q, false)
+		words, torn, err := readQueue(e, q, nil)
 		if err != nil {
 			return fmt.Errorf("resume totals: %w", err)
 		}
@@ -555,11 +638,25 @@ const textLimit = 16 << 20
 
 // readText makes a report of what the iterator prints.
 func readText(src Source) (*Report, error) {
-	f, err := os.OpenFile(filepath.Join(src.Path, pinMetrics), os.O_RDONLY|unix.O_NONBLOCK, 0)
+	dir, leave, err := src.enter()
+	if err != nil {
+		return nil, err
+	}
+	defer leave()
+	// A link in the directory could lead to a file that only this user may read,
+	// lines of which an error would show.
+	f, err := os.OpenFile(filepath.Join(dir, pinMetrics), os.O_RDONLY|unix.O_NONBLOCK|unix.O_NOFOLLOW, 0)
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
+	var st unix.Statfs_t
+	if err := unix.Fstatfs(int(f.Fd()), &st); err != nil {
+		return nil, err
+	}
+	if uint32(st.Type) != unix.BPF_FS_MAGIC {
+		return nil, fmt.Errorf("%w: the metrics are not in a BPF file system", ErrLayout)
+	}
 	queues, err := parseText(io.LimitReader(f, textLimit))
 	if err != nil {
 		return nil, err
@@ -589,6 +686,10 @@ func parseText(r io.Reader) ([]telemetry.Queue, error) {
 	}
 	var queues [][queueWords]uint64
 	var before uint64 // the bucket above this one
+	var of struct {   // the histogram that bucket is of
+		name  string
+		queue int
+	}
 	bucket := 0
 	ended := false
 	lines := bufio.NewScanner(r)
@@ -618,11 +719,17 @@ func parseText(r io.Reader) ([]telemetry.Queue, error) {
 		}
 		if at.words == 1 {
 			queues[q][at.word] = v
-			bucket, before = 0, 0
 			continue
+		}
+		if of.name != name || of.queue != q {
+			of.name, of.queue = name, q
+			bucket, before = 0, 0
 		}
 		if bucket >= at.words-1 {
 			return nil, fmt.Errorf("%w: too many buckets in %s", ErrLayout, name)
+		}
+		if v < before {
+			return nil, fmt.Errorf("%w: fewer in a higher bucket of %s", ErrLayout, name)
 		}
 		queues[q][at.word+bucket] = v - before
 		bucket, before = bucket+1, v

@@ -92,7 +92,7 @@ func dump(t *testing.T, path string) []formatted {
 func TestBpftoolNamesEveryCounter(t *testing.T) {
 	bpftest.Need(t)
 	info := device(t)
-	set := open(t, &Store{}, info, 3, KindIterator)
+	set := open(t, &Store{}, info, 3, withPins())
 	fill(set)
 	elems := dump(t, filepath.Join(DefaultRoot, info.Name(), pinCounters))
 	if len(elems) != 3 {
@@ -150,7 +150,7 @@ func TestBpftoolShowsTheDevice(t *testing.T) {
 	bpftest.Need(t)
 	info := device(t)
 	info.Role = telemetry.Backend
-	set := open(t, &Store{}, info, 1, KindIterator)
+	set := open(t, &Store{}, info, 1, withPins())
 	set.SetStatus(telemetry.Status{
 		State: 4, Up: true, MAC: [6]byte{0, 0x16, 0x3e, 0xaa, 0xbb, 0xcc}, MTU: 1500, Queues: 1, Epoch: 7,
 		Features: telemetry.FeatureCsum | telemetry.FeatureTrusted,
@@ -165,7 +165,7 @@ func TestBpftoolShowsTheDevice(t *testing.T) {
 		"mac":             `"00:16:3e:aa:bb:cc"`,
 		"role":            `"back"`,
 		"state":           `"XenbusStateConnected"`,
-		"backend":         `"bpf+pins+iterator"`,
+		"backend":         fmt.Sprintf("%q", withPins()),
 		"mtu":             `1500`,
 		"epoch":           `7`,
 		"own_domid":       `3`,
@@ -208,7 +208,7 @@ func mapIDAt(t *testing.T, path string) uint32 {
 func TestBpftoolShowsEventsByName(t *testing.T) {
 	bpftest.Need(t)
 	info := device(t)
-	set := open(t, &Store{}, info, 1, KindIterator)
+	set := open(t, &Store{}, info, 1, withPins())
 	for k := telemetry.EventState; k <= telemetry.EventReconnect; k++ {
 		set.Record(k, telemetry.NoQueue, uint64(k)*10, 1<<63)
 	}
@@ -230,7 +230,7 @@ func TestLayoutIsThatOfTheHeader(t *testing.T) {
 	bpftest.Need(t)
 	tool := bpftest.Tool(t, "bpftool")
 	info := device(t)
-	open(t, &Store{}, info, 1, KindIterator)
+	open(t, &Store{}, info, 1, withPins())
 	var got strings.Builder
 	for _, pin := range []string{pinCounters, pinInfo, pinEvents, pinFields} {
 		var shown struct {
@@ -253,7 +253,7 @@ func TestLayoutIsThatOfTheHeader(t *testing.T) {
 }
 
 func TestCatPrintsWhatOpenMetricsWrites(t *testing.T) {
-	bpftest.Need(t)
+	bpftest.NeedIterator(t)
 	for _, queues := range []int{1, 2, 8, 64} {
 		t.Run(fmt.Sprintf("queues=%d", queues), func(t *testing.T) {
 			info := device(t)
@@ -278,7 +278,7 @@ func TestCatPrintsWhatOpenMetricsWrites(t *testing.T) {
 }
 
 func TestStrictParserAcceptsWhatCatPrints(t *testing.T) {
-	bpftest.Need(t)
+	bpftest.NeedIterator(t)
 	const python = "/usr/bin/python3"
 	if exec.Command(python, "-c", "import prometheus_client.openmetrics.parser").Run() != nil {
 		t.Skip("python3-prometheus-client is not installed")
@@ -307,7 +307,7 @@ func TestStrictParserAcceptsWhatCatPrints(t *testing.T) {
 
 // The text needs neither rights nor a running owner.
 func TestAnybodyMayCatPublicMetrics(t *testing.T) {
-	bpftest.Need(t)
+	bpftest.NeedIterator(t)
 	setpriv := bpftest.Tool(t, "setpriv")
 	nobody := []string{"--reuid", "65534", "--regid", "65534", "--clear-groups", "--bounding-set=-all", "--inh-caps=-all"}
 	cat := func(path string) (string, error) {
@@ -349,9 +349,12 @@ func TestAnybodyMayCatPublicMetrics(t *testing.T) {
 func TestGroupMayReadPins(t *testing.T) {
 	bpftest.Need(t)
 	info := device(t)
-	open(t, &Store{Group: 4242}, info, 1, KindIterator)
+	open(t, &Store{Group: 4242}, info, 1, withPins())
 	dir := filepath.Join(DefaultRoot, info.Name())
 	for _, name := range pinNames {
+		if name == pinMetrics && withPins() == KindPins {
+			continue
+		}
 		st, err := os.Stat(filepath.Join(dir, name))
 		if err != nil {
 			t.Fatal(err)
@@ -366,7 +369,7 @@ func TestGroupMayReadPins(t *testing.T) {
 }
 
 func TestOutsideReadersSeeOneInstant(t *testing.T) {
-	for _, kind := range []string{KindIterator, KindMemfd} {
+	for _, kind := range []string{withPins(), KindMemfd} {
 		t.Run(kind, func(t *testing.T) {
 			p := plan{Info: device(t), Busy: true}
 			if kind == KindMemfd {
@@ -435,7 +438,7 @@ func TestTamperedMirrorIsHealedAndReported(t *testing.T) {
 	bpftest.Need(t)
 	tool := bpftest.Tool(t, "bpftool")
 	info := device(t)
-	set := open(t, &Store{}, info, 1, KindIterator)
+	set := open(t, &Store{}, info, 1, withPins())
 	set.RX(0).Add(telemetry.Packets, 10)
 	set.RX(0).Flush()
 	dir := filepath.Join(DefaultRoot, info.Name())
@@ -472,7 +475,7 @@ func TestPublishingMakesNoSystemCall(t *testing.T) {
 	calls := func(publishes int) int {
 		log := filepath.Join(t.TempDir(), "strace")
 		o := start(t, plan{Info: device(t), Publish: publishes}, strace, "-f", "-e", "trace=bpf,write,pwrite64", "-o", log)
-		if o.Kind != KindIterator {
+		if o.Kind != withPins() {
 			t.Fatalf("mirrored to %+v", o.ready)
 		}
 		o.End(t)
@@ -493,7 +496,7 @@ func TestPublishingMakesNoSystemCall(t *testing.T) {
 
 func TestPublishingToAMapDoesNotAllocate(t *testing.T) {
 	bpftest.Need(t)
-	set := open(t, &Store{}, device(t), 1, KindIterator)
+	set := open(t, &Store{}, device(t), 1, withPins())
 	b := set.TX(0)
 	if n := testing.AllocsPerRun(1000, func() {
 		b.Add(telemetry.Packets, 1)
@@ -531,10 +534,10 @@ func TestOpenAndCloseLeaveNothing(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	cycle(&Store{}, KindIterator) // the library keeps what it learned of the kernel
+	cycle(&Store{}, withPins()) // the library keeps what it learned of the kernel
 	before := count()
 	for range 20 {
-		cycle(&Store{}, KindIterator)
+		cycle(&Store{}, withPins())
 		cycle(&Store{Root: "/nowhere/at/all"}, KindMaps)
 	}
 	if after := count(); after > before {

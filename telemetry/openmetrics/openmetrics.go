@@ -6,17 +6,21 @@ package openmetrics
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
+	"slices"
 	"strings"
+	"unicode/utf8"
 
 	"barevif/telemetry"
 )
 
 // A Device is the counters of one device under the name that becomes its vif
-// label. Its Stats should be totals: monitoring takes a counter that goes down
-// for a restart.
+// label. Of a page, no two may have the same: a reader refuses it. A byte of the
+// name that is not UTF-8 is written as \xff, with its own two digits. Its Stats
+// should be totals: monitoring takes a counter that goes down for a restart.
 type Device struct {
 	Name  string
 	Stats telemetry.Stats
@@ -35,14 +39,24 @@ func Header(f telemetry.Field, d telemetry.Dir) string {
 	return fmt.Sprintf("# TYPE %s %s\n%s# HELP %s %s\n", m, f.Kind, unit, m, f.Help)
 }
 
-// Write writes the counters of all devices. The error is w's.
+// ErrName is what Write answers to two devices of one name.
+var ErrName = errors.New("openmetrics: two devices have the same name, which would make the page unreadable; name each differently")
+
+// Write writes the counters of all devices. The error is w's, or ErrName, and then
+// nothing was written.
 func Write(w io.Writer, devices ...Device) error {
+	labels := make([]string, len(devices))
+	for i := range devices {
+		if labels[i] = label(devices[i].Name); slices.Contains(labels[:i], labels[i]) {
+			return fmt.Errorf("%w: %q", ErrName, devices[i].Name)
+		}
+	}
 	out := bufio.NewWriter(w)
 	for _, d := range [...]telemetry.Dir{telemetry.RX, telemetry.TX} {
 		for _, f := range telemetry.Fields() {
 			out.WriteString(Header(f, d))
 			for i := range devices {
-				writeSamples(out, f, d, &devices[i])
+				writeSamples(out, f, d, labels[i], &devices[i].Stats)
 			}
 		}
 	}
@@ -52,12 +66,28 @@ func Write(w io.Writer, devices ...Device) error {
 
 var escape = strings.NewReplacer(`\`, `\\`, `"`, `\"`, "\n", `\n`)
 
-func writeSamples(out *bufio.Writer, f telemetry.Field, d telemetry.Dir, dev *Device) {
-	m, name := f.Metric(d), escape.Replace(dev.Name)
-	for q := range dev.Stats.Queues {
-		v := &dev.Stats.Queues[q].RX
+// label is the name as a label's value. A reader refuses the whole page for one
+// byte that is not UTF-8.
+func label(name string) string {
+	var b strings.Builder
+	for len(name) > 0 {
+		r, n := utf8.DecodeRuneInString(name)
+		if r == utf8.RuneError && n == 1 {
+			fmt.Fprintf(&b, `\x%02x`, name[0])
+		} else {
+			b.WriteString(name[:n])
+		}
+		name = name[n:]
+	}
+	return escape.Replace(b.String())
+}
+
+func writeSamples(out *bufio.Writer, f telemetry.Field, d telemetry.Dir, name string, stats *telemetry.Stats) {
+	m := f.Metric(d)
+	for q := range stats.Queues {
+		v := &stats.Queues[q].RX
 		if d == telemetry.TX {
-			v = &dev.Stats.Queues[q].TX
+			v = &stats.Queues[q].TX
 		}
 		switch f.Kind {
 		case telemetry.KindCounter:
@@ -81,7 +111,9 @@ func writeSamples(out *bufio.Writer, f telemetry.Field, d telemetry.Dir, dev *De
 func Handler(list func() []Device) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", ContentType)
-		// A failure here is a client that went away.
-		_ = Write(w, list()...)
+		// Other failures are a client that went away.
+		if err := Write(w, list()...); errors.Is(err, ErrName) {
+			http.Error(w, err.Error(), http.StatusInternalServerError)
+		}
 	})
 }

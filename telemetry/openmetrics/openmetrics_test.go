@@ -2,12 +2,16 @@ package openmetrics_test
 
 import (
 	"bytes"
+	"errors"
 	"flag"
 	"io"
+	"net/http"
 	"net/http/httptest"
 	"os"
 	"os/exec"
+	"strings"
 	"testing"
+	"unicode/utf8"
 
 	"barevif/telemetry"
 	"barevif/telemetry/openmetrics"
@@ -87,9 +91,52 @@ func TestStrictParserAcceptsTheText(t *testing.T) {
 	if err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	want := "104 families\nbarevif_rx_packets 2001\n"
+	want := "106 families\nbarevif_rx_packets 2001\n"
 	if string(out) != want {
 		t.Errorf("the parser read %q, want %q", out, want)
+	}
+}
+
+// A reader takes back each name that was written, or its page is refused whole.
+func TestAnyNameMakesAPageThatIsRead(t *testing.T) {
+	totals := sample()[0].Stats
+	for name, want := range map[string]string{
+		"front-1-2-0":          `front-1-2-0`,
+		`back\slash`:           `back\\slash`,
+		`"quoted"`:             `\"quoted\"`,
+		"two\nlines":           `two\nlines`,
+		"\xff":                 `\\xff`,
+		"a\xc3":                `a\\xc3`,
+		"\xed\xa0\x80":         `\\xed\\xa0\\x80`, // half of a surrogate pair
+		"x\x80\"\n\xc0\x80y":   `x\\x80\"\n\\xc0\\x80y`,
+		"\ufffd \u00e9 \u4e16": "\ufffd \u00e9 \u4e16",
+		"":                     "",
+	} {
+		var text bytes.Buffer
+		if err := openmetrics.Write(&text, openmetrics.Device{Name: "other", Stats: totals}, openmetrics.Device{Name: name, Stats: totals}); err != nil {
+			t.Fatalf("%q: %v", name, err)
+		}
+		if !utf8.Valid(text.Bytes()) {
+			t.Errorf("%q: text that is not UTF-8", name)
+		}
+		if line := `barevif_rx_packets_total{vif="` + want + `",queue="1"} 1001` + "\n"; !strings.Contains(text.String(), line) {
+			t.Errorf("%q: no line %q", name, line)
+		}
+	}
+}
+
+func TestTwoDevicesOfOneNameAreRefused(t *testing.T) {
+	one := sample()[0]
+	var text bytes.Buffer
+	err := openmetrics.Write(&text, one, sample()[1], one)
+	if !errors.Is(err, openmetrics.ErrName) || !strings.Contains(err.Error(), one.Name) || text.Len() != 0 {
+		t.Errorf("%v, and %d bytes", err, text.Len())
+	}
+	rec := httptest.NewRecorder()
+	openmetrics.Handler(func() []openmetrics.Device { return []openmetrics.Device{one, one} }).
+		ServeHTTP(rec, httptest.NewRequest("GET", "/metrics", nil))
+	if rec.Code != http.StatusInternalServerError || !strings.Contains(rec.Body.String(), one.Name) {
+		t.Errorf("status %d: %s", rec.Code, rec.Body)
 	}
 }
 

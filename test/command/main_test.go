@@ -216,7 +216,7 @@ func startIn(t *testing.T, dir string, attr *syscall.SysProcAttr, name string, a
 		p.mu.Unlock()
 	}()
 	if err := <-started; err != nil {
-		if attr.Cloneflags != 0 {
+		if attr.Cloneflags|attr.Unshareflags != 0 {
 			t.Skip("this machine refuses namespaces: ", err)
 		}
 		t.Fatal(err)

@@ -3,6 +3,7 @@
 package command_test
 
 import (
+	"fmt"
 	"net"
 	"os"
 	"os/exec"
@@ -12,6 +13,7 @@ import (
 	"testing"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 )
 
 // Each mistake ends with a status, a cause, and what to do next.
@@ -55,7 +57,7 @@ func TestMistakesAreExplained(t *testing.T) {
 		{"host --socket " + text, failed, []string{"--socket"}},
 		{"host --socket " + other, failed, []string{"another program", "--socket"}},
 		{"host --socket " + dir + "/b.sock --xenstore " + text, failed, []string{"--socket"}},
-		{"host --socket " + open + "/host.sock", failed, []string{"only this user writes", "--socket"}},
+		{"host --socket " + open + "/host.sock", failed, []string{"others may write", "--socket"}},
 		{"host --socket /nowhere/at/all/host.sock", failed, []string{"no such file", "next: "}},
 		{"host --socket " + dir + "/" + strings.Repeat("x", 120), failed, []string{"too long", "next: "}},
 
@@ -131,18 +133,48 @@ func TestARealXenThatIsNotThere(t *testing.T) {
 	}
 }
 
-// A user without rights gets no TAP on the machine, and hears what would help.
+// A user without rights gets no TAP on the machine, and hears what would help. The
+// node's mode decides which of the two rights is missed first.
 func TestBackWithoutRights(t *testing.T) {
-	out := start(t, nobody(t), barevif(t), "back").exit(3)
-	wants(t, out, "not permitted", "cap_net_admin", "barevif demo")
-	out = start(t, nobody(t), barevif(t), "back", "--packet", "lo").exit(3)
-	wants(t, out, "not permitted", "cap_net_raw")
+	const help = `"barevif demo"`
+	packet := start(t, nobody(t), barevif(t), "back", "--packet", "lo").exit(3)
+	wants(t, packet, "not permitted", "cap_net_raw", help)
+
+	if os.Geteuid() != 0 {
+		// The machine's own node; this user cannot make another.
+		out := start(t, nil, barevif(t), "back").exit(3)
+		wants(t, out, "/dev/net/tun", help)
+		return
+	}
+	for _, row := range []struct {
+		mode string
+		says []string
+	}{
+		{"0600", []string{"permission denied", "chmod 0666 /dev/net/tun", "cap_net_admin"}},
+		{"0666", []string{"not permitted", "cap_net_admin"}},
+	} {
+		t.Run("node "+row.mode, func(t *testing.T) {
+			setpriv, err := exec.LookPath("setpriv")
+			if err != nil {
+				t.Skip("setpriv (package util-linux) is not installed: ", err)
+			}
+			const refused = 77
+			script := fmt.Sprintf(`{ mount -t tmpfs -o mode=0755,dev none /dev/net && mknod -m %s /dev/net/tun c 10 200; } || exit %d
+				exec %s --reuid=65534 --regid=65534 --clear-groups "$0" back`, row.mode, refused, setpriv)
+			p := start(t, &syscall.SysProcAttr{Unshareflags: unix.CLONE_NEWNS}, "/bin/sh", "-c", script, barevif(t))
+			<-p.done
+			if p.cmd.ProcessState.ExitCode() == refused {
+				t.Skip("this root may mount or make no device nodes: ", p.text())
+			}
+			wants(t, p.exit(3), append(row.says, help, "next: ")...)
+		})
+	}
 }
 
 // Without a network of its own there is nothing a back could do.
 func TestBackWithoutTAPs(t *testing.T) {
 	out := refusing(t, noTAPs, "back").exit(3)
-	wants(t, out, "/dev/net/tun", "next: ")
+	wants(t, out, "/dev/net/tun", `"barevif demo"`, "next: ")
 }
 
 // An address without a vif is that of the first vif that is connected, and stays

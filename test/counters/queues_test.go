@@ -64,10 +64,7 @@ func TestEveryQueueCountsForItself(t *testing.T) {
 		t.Fatalf("%d devices, %d pairs", len(s.Devices), len(s.Pairs))
 	}
 	for _, d := range s.Devices {
-		text, err := os.ReadFile(bpf.DefaultRoot + "/" + d.Vif + "/metrics")
-		if err != nil {
-			t.Fatal(err)
-		}
+		text := metrics(t, d.Vif)
 		dump := dumps[d.Vif]
 		if len(dump) != queues || len(d.Queues) != queues {
 			t.Fatalf("%s: %d queues in the map, %d in stat", d.Vif, len(dump), len(d.Queues))
@@ -84,7 +81,7 @@ func TestEveryQueueCountsForItself(t *testing.T) {
 				if got := string(shown[name]); got != fmt.Sprint(want) {
 					t.Errorf("%s queue %d: stat says %s %s, want %d", d.Vif, q, name, got, want)
 				}
-				if line := fmt.Sprintf("barevif_%s_total{vif=\"%s\",queue=\"%d\"} %d\n", name, d.Vif, q, want); !bytes.Contains(text, []byte("\n"+line)) {
+				if line := fmt.Sprintf("barevif_%s_total{vif=\"%s\",queue=\"%d\"} %d\n", name, d.Vif, q, want); text != nil && !bytes.Contains(text, []byte("\n"+line)) {
 					t.Errorf("%s: no line %s", d.Vif, line)
 				}
 			}
@@ -103,14 +100,25 @@ func TestEveryQueueCountsForItself(t *testing.T) {
 	}
 
 	bpftest.Eventually(t, "cat and the device write the same text", func() bool {
-		text, err := os.ReadFile(frontPins + "/metrics")
-		if err != nil {
-			t.Fatal(err)
-		}
+		text := metrics(t, frontName)
 		var b bytes.Buffer
 		if err := openmetrics.Write(&b, openmetrics.Device{Name: frontName, Stats: w.Front.Counters().Totals()}); err != nil {
 			t.Fatal(err)
 		}
-		return bytes.Equal(b.Bytes(), text)
+		return text == nil || bytes.Equal(b.Bytes(), text)
 	})
+}
+
+// metrics is what "cat" prints of a device, nil where this kernel lets it have no such
+// file.
+func metrics(t *testing.T, name string) []byte {
+	t.Helper()
+	if bpftest.Iterators() != nil {
+		return nil
+	}
+	text, err := os.ReadFile(bpf.DefaultRoot + "/" + name + "/metrics")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return text
 }

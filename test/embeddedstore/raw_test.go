@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"barevif/hypercall"
+	"barevif/test/xenstored"
 	"barevif/xenbus/store"
 	"barevif/xenbus/wire/wiretest"
 )
@@ -32,6 +33,8 @@ type rig interface {
 	guest(id hypercall.DomID) *raw
 	// kill removes a guest's home and the guest; its connection must be closed.
 	kill(id hypercall.DomID)
+	// defect says whether the store has a defect that others know too, and its version.
+	defect(d xenstored.Defect) (version string, has bool)
 }
 
 type embedded struct {
@@ -68,3 +71,5 @@ func (e embedded) kill(id hypercall.DomID) {
 	}
 	e.DomainDied(id)
 }
+
+func (e embedded) defect(xenstored.Defect) (string, bool) { return "", false }

@@ -42,6 +42,8 @@ func (x xenstoredRig) kill(id hypercall.DomID) {
 	}
 }
 
+func (x xenstoredRig) defect(d xenstored.Defect) (string, bool) { return x.Version(), x.Has(d) }
+
 // TestRowsHoldForDebiansXenstored keeps the conformance table honest.
 func TestRowsHoldForDebiansXenstored(t *testing.T) {
 	for _, row := range conformance {

@@ -296,6 +296,36 @@ func directoriesThatContradictAreRefused(t *testing.T, r *rig) {
 	r.backend(back, 7, "0")
 }
 
+// A directory of another depth than a vif's is no vif's, whatever is in it.
+func pathsOfAnotherDepthAreRefused(t *testing.T, r *rig) {
+	v, front, back := r.vif(3, "0")
+	tools := v.tools
+	refused := func(key, value string, open func() (*xenbus.Device, error)) {
+		t.Helper()
+		was := r.read(tools, key)
+		r.must(tools.Write(r.ctx, key, value))
+		d, err := open()
+		if bad := (*xenbus.ValueError)(nil); !errors.As(err, &bad) || !strings.HasSuffix(key, "/"+bad.Path) {
+			t.Errorf("%s = %s: %v", key, value, err)
+		}
+		if err == nil {
+			r.must(d.Close(r.ctx))
+		}
+		r.must(tools.Write(r.ctx, key, was))
+	}
+	for _, path := range []string{"/local/domain/3/backend/vif", "/local/domain/3/backend/vif/7", v.backDir() + "/x", v.backDir() + "/x/y"} {
+		if path != "/local/domain/3/backend/vif" { // below it are directories of domains
+			r.must(tools.Write(r.ctx, path+"/frontend", v.frontDir()))
+			r.must(tools.Write(r.ctx, path+"/frontend-id", "7"))
+		}
+		refused(v.frontDir()+"/backend", path, func() (*xenbus.Device, error) { return xenbus.OpenFrontend(r.ctx, front, "vif", "0") })
+	}
+	for _, path := range []string{"/local/domain/7/device/vif", v.frontDir() + "/x"} {
+		r.must(tools.Write(r.ctx, path+"/state", "1"))
+		refused(v.backDir()+"/frontend", path, func() (*xenbus.Device, error) { return xenbus.OpenBackend(r.ctx, back, "vif", 7, "0") })
+	}
+}
+
 func bothEndsConnectAndClose(t *testing.T, r *rig)        { connectAndClose(t, r, 0) }
 func driverDomainServesAnotherGuest(t *testing.T, r *rig) { connectAndClose(t, r, 3) }
 

@@ -57,6 +57,7 @@ func Run(t *testing.T, start func(testing.TB) Dialer) {
 		{"FrontendIsFoundOrThoseThatExistAreNamed", frontendIsFoundOrThoseThatExistAreNamed},
 		{"HalfWrittenDirectoryIsWaitedFor", halfWrittenDirectoryIsWaitedFor},
 		{"DirectoriesThatContradictAreRefused", directoriesThatContradictAreRefused},
+		{"PathsOfAnotherDepthAreRefused", pathsOfAnotherDepthAreRefused},
 		{"BothEndsConnectAndClose", bothEndsConnectAndClose},
 		{"DriverDomainServesAnotherGuest", driverDomainServesAnotherGuest},
 		{"FrontendThatMayNotReadBack", frontendThatMayNotReadBack},

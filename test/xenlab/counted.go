@@ -99,13 +99,13 @@ const restLimit = 20 * time.Second
 // agree has both ends of a vif count the same, frame by frame and byte by byte, at
 // rest.
 func (t *T) agree(who string, ours, theirs func() flow) {
-	for deadline := time.Now().Add(restLimit); ; {
+	for limit := t.machine.Limit(restLimit); ; {
 		before := theirs()
 		counted := ours()
 		if after := theirs(); before == after && counted == after {
 			t.Note("%s counted the same %d frames out, %d in", who, counted.out.frames, counted.in.frames)
 			return
-		} else if time.Now().After(deadline) {
+		} else if limit.Over() {
 			t.Fatalf("ours counted %+v, %s %+v", counted, who, after)
 		}
 	}
@@ -117,13 +117,13 @@ func (t *T) agree(who string, ours, theirs func() flow) {
 func (t *T) everyField(d *Domain, name string) {
 	file := bpf.DefaultRoot + "/" + name + "/metrics"
 	var wrong string
-	for deadline := time.Now().Add(restLimit); ; {
+	for limit := t.machine.Limit(restLimit); ; {
 		before := t.dump(d, name)
 		text := string(d.Get(file))
 		if wrong = missing(before, t.dump(d, name), text, name); wrong == "" {
 			return
 		}
-		if time.Now().After(deadline) {
+		if limit.Over() {
 			t.Fatalf("%s: %s", d.Name, wrong)
 		}
 	}

@@ -64,12 +64,12 @@ func (t *T) holds(d *Domain, before []string) {
 
 // settled waits until everything in use is what was in use before.
 func (t *T) settled(before []string, state func() []string) {
-	for deadline := time.Now().Add(settleLimit); ; time.Sleep(200 * time.Millisecond) {
+	for limit := t.machine.Limit(settleLimit); ; time.Sleep(200 * time.Millisecond) {
 		now := state()
 		if slices.Equal(before, now) {
 			return
 		}
-		if time.Now().After(deadline) {
+		if limit.Over() {
 			t.Fatalf("left behind: %s", difference(before, now))
 		}
 	}

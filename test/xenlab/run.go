@@ -25,7 +25,7 @@ type Options struct {
 	Select *regexp.Regexp // of scenario names; nil: all
 	Dir    string         // for logs, made if it is not there; "": in the cache folder
 	Limit  time.Duration  // for everything; 0: 50 minutes
-	Again  bool           // try what failed once more, on a machine booted anew
+	Again  bool           // run what failed once more, on a machine booted anew, to know more of it
 	Logger *slog.Logger   // progress; nil: silent
 	// Keep, if not nil, is called with the machine of a boot after its last
 	// scenario, before the machine is stopped.
@@ -51,14 +51,14 @@ type Row struct {
 	Boot, Scenario, Roles string
 	Elapsed               time.Duration
 	Note                  string
-	Err                   error // nil: passed
-	Again                 bool  // tried again, in a row that follows
+	Err                   error  // nil: passed
+	Second                string // of a row that failed: what became of it when it was run again
 }
 
-// Failed counts the rows that did not pass, and were not tried again.
+// Failed counts the rows that did not pass. A second run changes nothing of that.
 func (r *Report) Failed() (n int) {
 	for _, row := range r.Rows {
-		if row.Err != nil && !row.Again {
+		if row.Err != nil {
 			n++
 		}
 	}
@@ -101,33 +101,57 @@ func Run(ctx context.Context, plan []Boot, programs []image.Program, opts Option
 		boot.Scenarios = selected(boot.Scenarios, opts.Select)
 		r.all(boot)
 	}
+	report := r.report
 	if opts.Again {
-		again := r.report.failures()
+		failed := report.failures()
+		r.opts.Logger = opts.Logger.With("run", "second")
+		r.report = &Report{Dir: dir, Images: *set}
 		for _, boot := range plan {
 			boot.Scenarios = slices.DeleteFunc(selected(boot.Scenarios, opts.Select),
-				func(s Scenario) bool { return !again[[2]string{boot.Name, s.Name}] })
+				func(s Scenario) bool { return !failed[[2]string{boot.Name, s.Name}] })
 			if len(boot.Scenarios) > 0 {
 				r.all(boot)
 			}
 		}
+		report.second(r.report)
 	}
-	r.report.Elapsed = time.Since(begin)
-	return r.report, os.WriteFile(filepath.Join(dir, "table.md"), []byte(r.report.Table()), 0o644)
+	report.Elapsed = time.Since(begin)
+	return report, os.WriteFile(filepath.Join(dir, "table.md"), []byte(report.Table()), 0o644)
 }
 
-// failures gives the scenarios that failed, by boot and name, and marks their rows as
-// tried again.
+// failures gives the scenarios that failed, by boot and name.
 func (r *Report) failures() map[[2]string]bool {
 	failed := make(map[[2]string]bool)
-	for i := range r.Rows {
-		row := &r.Rows[i]
+	for _, row := range r.Rows {
 		if row.Err != nil {
-			row.Again = true
 			failed[[2]string{row.Boot, row.Scenario}] = true
 		}
 	}
 	return failed
 }
+
+// second adds what became of the rows that failed when they were run again. They
+// failed all the same: a fault that shows every second time is a fault.
+func (r *Report) second(again *Report) {
+	r.Starved = max(r.Starved, again.Starved)
+	for i := range r.Rows {
+		row := &r.Rows[i]
+		if row.Err == nil {
+			continue
+		}
+		for _, a := range again.Rows {
+			switch {
+			case a.Boot != row.Boot || a.Scenario != row.Scenario:
+			case a.Err == nil:
+				row.Second = "passed when run again"
+			default:
+				row.Second = "failed when run again: " + oneLine(a.Err)
+			}
+		}
+	}
+}
+
+func oneLine(err error) string { return strings.Join(strings.Fields(err.Error()), " ") }
 
 // selected is the scenarios whose name matches; without a pattern, those that run
 // without being asked for.
@@ -284,7 +308,7 @@ func (r *runner) scenario(m *machine.Machine, s Scenario, dir string) (row Row, 
 // attempt runs f, which may end by Fatalf, and gives its error.
 func (t *T) attempt(ctx context.Context, limit time.Duration, f func()) error {
 	var cancel context.CancelFunc
-	t.ctx, cancel = context.WithTimeoutCause(ctx, limit, fmt.Errorf("the limit of %v", limit))
+	t.ctx, cancel = t.machine.Within(ctx, limit)
 	defer cancel()
 	t.err = errors.New("ended without a verdict")
 	done := make(chan struct{})
@@ -355,9 +379,11 @@ func (row Row) note() string {
 	if row.Err == nil {
 		return row.Note
 	}
-	note := strings.Join(strings.Fields(row.Err.Error()), " ")
-	if row.Note != "" {
-		note += "; " + row.Note
+	note := oneLine(row.Err)
+	for _, more := range [...]string{row.Second, row.Note} {
+		if more != "" {
+			note += "; " + more
+		}
 	}
 	return note
 }
@@ -367,10 +393,7 @@ func (r *Report) Table() string {
 	cells := [][]string{{"boot", "scenario", "roles", "verdict", "s", "note"}}
 	for _, row := range r.Rows {
 		verdict := "pass"
-		switch {
-		case row.Again:
-			verdict = "again"
-		case row.Err != nil:
+		if row.Err != nil {
 			verdict = "FAIL"
 		}
 		note := []rune(strings.ReplaceAll(row.note(), "|", "¦"))

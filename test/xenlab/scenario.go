@@ -33,7 +33,7 @@ type Boot struct {
 type Scenario struct {
 	Name  string
 	Roles string        // which role runs in which domain
-	Limit time.Duration // for all of its steps; 0: 3 minutes
+	Limit time.Duration // for all of its steps, in the machine's time: see machine.Limit; 0: 3 minutes
 	Asked bool          // runs only when its name is asked for: it measures, and wants a quiet machine
 	// Complaints are regular expressions of lines this scenario makes a kernel
 	// or Xen log on purpose. All others that look like a complaint fail it.
@@ -223,7 +223,7 @@ type procs struct {
 }
 
 // Within gives the same domain with another limit for each step; the usual one is
-// a minute.
+// a minute. Limits grow where QEMU is kept from its processors.
 func (d *Domain) Within(limit time.Duration) *Domain {
 	other := *d
 	other.limit = limit
@@ -283,7 +283,7 @@ func (r Result) problem() error {
 
 // call is one step: bounded, and in the scenario's log.
 func (d *Domain) call(c proto.Call) (proto.Reply, error) {
-	c.Domain, c.Timeout = d.ID, d.limit
+	c.Domain, c.Timeout = d.ID, d.t.machine.Stretched(d.limit)
 	if len(c.Argv) > 0 && len(d.env) > 0 {
 		c.Argv = slices.Concat([]string{"env"}, d.env, c.Argv)
 	}
@@ -359,7 +359,8 @@ func (d *Domain) Get(path string) []byte {
 // Test runs one of the image's test binaries in the domain. What it prints is kept
 // as name.log.
 func (d *Domain) Test(name string, args ...string) {
-	argv := append([]string{image.ProgramDir + "/" + name, "-test.v", "-test.timeout=" + d.limit.String()}, args...)
+	limit := d.t.machine.Stretched(d.limit)
+	argv := append([]string{image.ProgramDir + "/" + name, "-test.v", "-test.timeout=" + limit.String()}, args...)
 	r := d.Within(d.limit + 10*time.Second).try(proto.Call{Op: proto.Run, Argv: argv})
 	d.t.Save(name+"."+d.Name+".log", append(r.Stdout, r.Stderr...))
 	passed, failed, skipped := countTests(string(r.Stdout))

@@ -356,20 +356,36 @@ func TestOldLogsAreRemoved(t *testing.T) {
 	}
 }
 
-func TestWhatIsTriedAgainCountsOnlyThen(t *testing.T) {
+func TestASecondRunAcquitsNothing(t *testing.T) {
 	r := &Report{Rows: []Row{
 		{Boot: "b", Scenario: "good"},
-		{Boot: "b", Scenario: "bad", Err: errors.New("late")},
+		{Boot: "b", Scenario: "now and then", Err: errors.New("late"), Note: "7 Mbit/s"},
+		{Boot: "b", Scenario: "always", Err: errors.New("wrong")},
+		{Boot: "b", Scenario: "(boot)", Err: errors.New("no machine")},
+		{Boot: "c", Scenario: "good"},
 	}}
-	if r.Failed() != 1 {
-		t.Errorf("%d failed", r.Failed())
+	failed := r.failures()
+	if len(failed) != 3 || !failed[[2]string{"b", "now and then"}] || failed[[2]string{"b", "good"}] {
+		t.Errorf("%v", failed)
 	}
-	again := r.failures()
-	if len(again) != 1 || !again[[2]string{"b", "bad"}] || r.Failed() != 0 {
-		t.Errorf("%v, %d failed", again, r.Failed())
+	r.second(&Report{Starved: 0.5, Rows: []Row{
+		{Boot: "b", Scenario: "(boot)"},
+		{Boot: "b", Scenario: "now and then"},
+		{Boot: "b", Scenario: "always", Err: errors.New("still\nwrong")},
+	}})
+	if r.Failed() != 3 || r.Starved != 0.5 {
+		t.Errorf("%d failed, %v", r.Failed(), r.Starved)
 	}
-	r.Rows = append(r.Rows, Row{Boot: "b", Scenario: "bad", Err: errors.New("wrong")})
-	if r.Failed() != 1 || !strings.Contains(r.Table(), "again") || !strings.Contains(r.Table(), "FAIL") {
-		t.Errorf("%d failed\n%s", r.Failed(), r.Table())
+	table := r.Table()
+	for _, want := range []string{
+		"late; passed when run again; 7 Mbit/s", "wrong; failed when run again: still wrong",
+		"no machine; passed when run again", "5 rows, 3 failed",
+	} {
+		if !strings.Contains(table, want) {
+			t.Errorf("no %q in\n%s", want, table)
+		}
+	}
+	if strings.Count(table, "FAIL") != 3 {
+		t.Errorf("other verdicts than three times FAIL:\n%s", table)
 	}
 }

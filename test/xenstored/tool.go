@@ -1,3 +1,5 @@
+//go:build linux
+
 package xenstored
 
 import (
@@ -10,15 +12,15 @@ import (
 // that listens at socket. It skips the test if there is none, and says why.
 func Tool(t testing.TB, socket, name string, args ...string) *exec.Cmd {
 	t.Helper()
-	root, err := unpacked()
+	r, err := unpacked()
 	if err != nil {
 		t.Skip("no xenstore clients of Debian: ", err)
 	}
-	libs, err := filepath.Glob(filepath.Join(root, "usr/lib/*-linux-gnu"))
+	libs, err := filepath.Glob(filepath.Join(r.root, "usr/lib/*-linux-gnu"))
 	if err != nil || len(libs) != 1 {
 		t.Fatalf("libraries of %s: %v, %v", name, libs, err)
 	}
-	cmd := exec.CommandContext(t.Context(), filepath.Join(root, "usr/bin", name), args...)
+	cmd := exec.CommandContext(t.Context(), filepath.Join(r.root, "usr/bin", name), args...)
 	cmd.Env = []string{"LD_LIBRARY_PATH=" + libs[0], "XENSTORED_PATH=" + socket}
 	return cmd
 }

@@ -35,9 +35,9 @@ var shimSource []byte
 
 // A Daemon is a running xenstored with an empty tree.
 type Daemon struct {
-	t    testing.TB
-	dir  string
-	root string // of the unpacked packages
+	t   testing.TB
+	dir string
+	release
 	shim string
 
 	mu      sync.Mutex
@@ -51,7 +51,7 @@ type Daemon struct {
 // lacks what it takes, and says what.
 func Start(t testing.TB) *Daemon {
 	t.Helper()
-	root, err := unpacked()
+	r, err := unpacked()
 	if err != nil {
 		t.Skip("no xenstored of Debian: ", err)
 	}
@@ -64,7 +64,7 @@ func Start(t testing.TB) *Daemon {
 	if err != nil {
 		t.Skip("no library to stand in for Xen: ", err)
 	}
-	d := &Daemon{t: t, dir: dir, root: root, shim: shim}
+	d := &Daemon{t: t, dir: dir, release: r, shim: shim}
 	t.Cleanup(d.Kill)
 	d.Restart()
 	return d
@@ -87,6 +87,19 @@ func compile(dir string) (string, error) {
 
 // Socket is the path of domain 0's socket.
 func (d *Daemon) Socket() string { return filepath.Join(d.dir, "socket") }
+
+// Version is that of Debian's packages.
+func (d *Daemon) Version() string { return d.version }
+
+// Has says whether the daemon has a defect.
+func (d *Daemon) Has(defect Defect) bool {
+	d.t.Helper()
+	mended, err := d.mends(defect.CVE)
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	return !mended
+}
 
 // Kill ends the daemon at once. All connections break.
 func (d *Daemon) Kill() {

@@ -83,7 +83,7 @@ func (a *attach) join(dev *pvnet.Device, addr netip.Prefix) (*use, error) {
 		failed: failed,
 		close: func() error {
 			<-ended
-			fmt.Fprintf(a.stdout, "vif %s: gone; %s\n", a.vif, tally(dev, &joint))
+			fmt.Fprintf(a.stdout, "vif %s: gone; %s\n", a.vif, tally(dev, &joint, "backend"))
 			return tap.Close()
 		},
 	}, nil

@@ -193,20 +193,27 @@ func (b *back) probe() error {
 
 // linkRefused says what to do about a link that cannot be had.
 func linkRefused(err error) error {
+	const setcap = `"setcap cap_net_admin,cap_net_raw+ep" on the built program`
 	a := &advice{err: err, next: "-v may say more"}
+	node := false // whether the refusal is about /dev/net/tun, and not about a card
 	if oe, ok := errors.AsType[*link.OpenError](err); ok && oe.Next != "" {
 		bare := *oe
 		bare.Next = "" // said once
 		a.err, a.next = &bare, oe.Next
+		node = oe.Step == "open /dev/net/tun"
 	}
 	switch {
-	case errors.Is(err, unix.EACCES): // the node's, which no capability of these opens
+	case errors.Is(err, unix.EACCES), node && errors.Is(err, unix.EPERM):
+		// The mode of the node: the capabilities do not open it, and the open node is
+		// of no use without them.
 		a.refused = true
+		a.next = "run as root, or let this user open it (chmod 0666 /dev/net/tun) and " + setcap + `; "barevif demo" needs neither`
 	case errors.Is(err, unix.EPERM):
 		a.refused = true
-		a.next = `run as root, or "setcap cap_net_admin,cap_net_raw+ep" on the built program; "barevif demo" needs neither`
-	case errors.Is(err, unix.ENOENT): // no /dev/net/tun
+		a.next = "run as root, or " + setcap + `; "barevif demo" needs neither`
+	case node:
 		a.refused = true
+		a.next += `; "barevif demo" needs no TAP`
 	case errors.Is(err, unix.ENODEV):
 		a.next = `name an interface of this machine: "ip -brief link" lists them`
 	}
@@ -234,7 +241,7 @@ func (b *back) serve(ctx context.Context, dev *pvnet.Device) {
 	}
 	dev.Disconnect()
 	following.Wait()
-	b.say("vif %s: gone; %s", vif, tally(dev, &j))
+	b.say("vif %s: gone; %s", vif, tally(dev, &j, "frontend"))
 }
 
 // follow tells of the vif's link until the device has ended.

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"io"
 	"strconv"
+	"strings"
 	"text/tabwriter"
 
 	"barevif/pvnet"
@@ -30,7 +31,7 @@ func lost(v *telemetry.Values) uint64 { return v.Dropped() + v.Errors() }
 
 // balanced says whether every frame that was sent was received or dropped.
 func (f *flow) balanced() bool {
-	return f.sent.Get(telemetry.Packets) == f.received.Get(telemetry.Packets)+lost(&f.received)
+	return telemetry.Unaccounted(&f.sent, &f.received) == 0
 }
 
 // printFlows writes flows as a table, indented.
@@ -92,10 +93,43 @@ func binarySize(n uint64) string {
 	return fmt.Sprintf("%.1f %s", f, units[i])
 }
 
-// tally is a vif's life in one line.
-func tally(dev *pvnet.Device, j *link.Joint) string {
+// tally is a vif's life in one line. peer is what its other end is.
+func tally(dev *pvnet.Device, j *link.Joint, peer string) string {
 	st, js := dev.Stats(), j.Stats()
-	return fmt.Sprintf("%s frames from the frontend (%s lost), %s to the network; %s from the network (%s lost), %s to the frontend",
-		grouped(st.RX.Get(telemetry.Packets)), grouped(lost(&st.RX)), grouped(js.ToLink),
-		grouped(js.FromLink), grouped(js.Oversize+js.Uncut+js.Refused), grouped(st.TX.Get(telemetry.Packets)))
+	return fmt.Sprintf("%s frames from the %s (%s lost), %s to the network%s; %s from the network%s, %s to the %s",
+		grouped(st.RX.Get(telemetry.Packets)), peer, grouped(lost(&st.RX)), grouped(js.ToLink), toNetworkLost(&js),
+		grouped(js.FromLink), fromNetworkLost(&js), grouped(st.TX.Get(telemetry.Packets)), peer)
+}
+
+// toNetworkLost and fromNetworkLost say how many frames a joint dropped, and why.
+func toNetworkLost(js *link.JointStats) string {
+	return reasons(reason{js.Unsent, "not taken there"})
+}
+
+func fromNetworkLost(js *link.JointStats) string {
+	return reasons(
+		reason{js.Oversize, "longer than the vif's MTU"},
+		reason{js.Refused, "longer than the other end takes"},
+		reason{js.Uncut, "malformed or not to be segmented"},
+		reason{js.Unread, "not handed over by the kernel"})
+}
+
+type reason struct {
+	frames uint64
+	why    string
+}
+
+// reasons is " (3 lost: 2 for this, 1 for that)", of those that are not 0.
+func reasons(list ...reason) string {
+	var sum uint64
+	var said []string
+	for _, r := range list {
+		if sum += r.frames; r.frames > 0 {
+			said = append(said, grouped(r.frames)+" "+r.why)
+		}
+	}
+	if sum == 0 {
+		return " (0 lost)"
+	}
+	return fmt.Sprintf(" (%s lost: %s)", grouped(sum), strings.Join(said, ", "))
 }

@@ -398,7 +398,7 @@ func (d *demo) counters(ctx context.Context, front, back *pvnet.Device, far *far
 	if far.joint != nil {
 		js := far.joint.Stats()
 		d.say("", "backend to the network: %s frames, %s dropped; from it: %s, %s dropped",
-			grouped(js.ToLink), grouped(js.Unsent), grouped(js.FromLink), grouped(js.Oversize+js.Uncut+js.Refused))
+			grouped(js.ToLink), grouped(js.Unsent), grouped(js.FromLink), grouped(js.Dropped()))
 	}
 	return nil
 }

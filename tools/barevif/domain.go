@@ -14,6 +14,7 @@ import (
 	"barevif/hypercall"
 	"barevif/hypercall/emu"
 	"barevif/hypercall/xendev"
+	"barevif/tools/internal/users"
 
 	"github.com/spf13/cobra"
 )
@@ -22,16 +23,20 @@ import (
 // that runs it.
 type domainFlags struct {
 	socket string
+	user   string
 	dom    uint16
 	xen    bool
 }
 
 func (f *domainFlags) register(cmd *cobra.Command, dom hypercall.DomID) {
-	cmd.Flags().StringVar(&f.socket, "emu", joinSocket(), "join the emulated host that listens at this `socket`")
+	socket, _ := joinPlace()
+	cmd.Flags().StringVar(&f.socket, "emu", socket, "join the emulated host that listens at this `socket`")
+	cmd.Flags().StringVar(&f.user, "emu-user", "", "join a host of this `user` too, beside one's own and root's")
 	cmd.Flags().Uint16Var(&f.dom, "dom", uint16(dom), "be the domain of this `number` on the emulated host")
 	cmd.Flags().BoolVar(&f.xen, "xen", false, "be the Xen domain this machine is, through /dev/xen")
 	cmd.MarkFlagsMutuallyExclusive("emu", "xen")
 	cmd.MarkFlagsMutuallyExclusive("dom", "xen")
+	cmd.MarkFlagsMutuallyExclusive("emu-user", "xen")
 }
 
 // A domain is a hypercall.Domain that this process is.
@@ -68,7 +73,22 @@ func (f *domainFlags) open(ctx context.Context) (*domain, error) {
 		}
 		return &domain{Domain: d, close: func() { d.Close() }}, nil
 	}
-	d, err := emu.Join(ctx, f.socket, hypercall.DomID(f.dom))
+	hosts := users.Own()
+	if f.user != "" {
+		uid, err := users.Lookup(f.user)
+		if err != nil {
+			return nil, badValue("emu-user", f.user, "a user of this machine")
+		}
+		hosts = append(hosts, uid)
+	}
+	if socket, owner := joinPlace(); f.socket == socket && f.user == "" {
+		// A place that others can prepare is not asked who sits there.
+		if err := checkPlace(filepath.Dir(socket), owner); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return nil, &advice{err: err, next: "remove it, or name the socket of a host with --emu", refused: true}
+		}
+	}
+	d, err := emu.Join(ctx, f.socket, hypercall.DomID(f.dom), hosts...)
+	var foreign *emu.ForeignHostError
 	switch {
 	case err == nil:
 		return &domain{Domain: d, gone: d.Done(), close: d.Destroy}, nil
@@ -77,12 +97,26 @@ func (f *domainFlags) open(ctx context.Context) (*domain, error) {
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
 		return nil, &advice{err: fmt.Errorf("no emulated host listens at %s: %w", f.socket, err),
 			next: `start one with "barevif host", or name its socket with --emu`}
+	case errors.As(err, &foreign):
+		return nil, foreignHost(foreign)
 	case errors.Is(err, fs.ErrPermission):
 		return nil, &advice{err: err, next: "run as the user that started the host, or as root", refused: true}
 	case errors.Is(err, emu.ErrDomainExists):
 		return nil, &advice{err: err, next: "end the process that is this domain, or choose another with --dom"}
 	}
 	return nil, &advice{err: err, next: "is " + f.socket + ` the socket "barevif host" printed?`}
+}
+
+// foreignHost says whose host that is.
+func foreignHost(e *emu.ForeignHostError) error {
+	next := "name the socket of a host of your own with --emu"
+	if e.UID >= 0 {
+		next += fmt.Sprintf(", or, if this is the one you mean, add --emu-user %d", e.UID)
+	}
+	return &advice{
+		err:  fmt.Errorf("the host at %s belongs to user %s, not to you: %w", e.Path, users.Name(e.UID), e),
+		next: next, refused: true,
+	}
 }
 
 // xenRefused adds what a NodeError, whose text names the cause and the way out,
@@ -101,17 +135,52 @@ func hostSocket(uid string) string {
 	return filepath.Join(os.TempDir(), "barevif-"+uid, "host.sock")
 }
 
-// joinSocket is where a domain looks for its host: root also finds that of the user
-// who became root, so that a backend run with sudo needs no flag.
-func joinSocket() string {
-	own := hostSocket(strconv.Itoa(os.Geteuid()))
-	if _, err := os.Stat(own); err == nil || os.Geteuid() != 0 {
-		return own
+// joinPlace is where a domain looks for its host, and whose that place has to be:
+// root also finds that of the user who became root, so that a backend run with sudo
+// needs no flag.
+func joinPlace() (socket string, owner int) {
+	me := os.Geteuid()
+	own := hostSocket(strconv.Itoa(me))
+	uid, ok := users.Sudo()
+	if !ok {
+		return own, me
 	}
-	if uid, err := strconv.ParseUint(os.Getenv("SUDO_UID"), 10, 32); err == nil {
-		return hostSocket(strconv.FormatUint(uid, 10))
+	if _, err := os.Lstat(own); err == nil && checkPlace(filepath.Dir(own), me) == nil {
+		return own, me
 	}
-	return own
+	return hostSocket(strconv.Itoa(uid)), uid
+}
+
+// checkPlace says what is wrong with dir as a place of sockets of user owner alone.
+// Every user can make a directory of that name below /tmp.
+func checkPlace(dir string, owner int) error {
+	if err := checkOwner(dir, owner); err != nil {
+		return err
+	}
+	st, err := os.Lstat(dir)
+	if err == nil && st.Mode().Perm()&0o077 != 0 {
+		err = fmt.Errorf("%s is open to others (mode %#o), and should have mode 0700", dir, st.Mode().Perm())
+	}
+	return err
+}
+
+// checkOwner says why dir is not a directory that user owner alone writes.
+func checkOwner(dir string, owner int) error {
+	st, err := os.Lstat(dir)
+	if err != nil {
+		return err
+	}
+	switch sys, ok := st.Sys().(*syscall.Stat_t); {
+	case !st.IsDir():
+		return fmt.Errorf("%s is not a directory", dir)
+	case ok && int(sys.Uid) != owner && owner == os.Geteuid():
+		return fmt.Errorf("%s belongs to user %s, not to you", dir, users.Name(int(sys.Uid)))
+	case ok && int(sys.Uid) != owner:
+		return fmt.Errorf("%s belongs to user %s, not to %s", dir, users.Name(int(sys.Uid)), users.Name(owner))
+	case st.Mode().Perm()&0o022 != 0:
+		return fmt.Errorf("others may write %s (mode %#o)", dir, st.Mode().Perm())
+	}
+	return nil
 }
 
 // privateDir makes dir for this user alone, or finds that it is.
@@ -123,14 +192,8 @@ func privateDir(dir string) error {
 	if !errors.Is(err, fs.ErrExist) {
 		return &advice{err: fmt.Errorf("make a place for sockets: %w", err), next: "choose another with --socket"}
 	}
-	st, err := os.Lstat(dir)
-	if err != nil {
-		return err
-	}
-	if owner, ok := st.Sys().(*syscall.Stat_t); !st.IsDir() || st.Mode().Perm()&0o022 != 0 ||
-		ok && int(owner.Uid) != os.Geteuid() {
-		return &advice{err: fmt.Errorf("%s is not a directory that only this user writes", dir),
-			next: "remove it, or choose another place with --socket"}
+	if err := checkOwner(dir, os.Geteuid()); err != nil {
+		return &advice{err: err, next: "remove it, or choose another place with --socket"}
 	}
 	return nil
 }
@@ -152,6 +215,7 @@ func freePath(path string) error {
 	if errors.Is(err, syscall.EPROTOTYPE) {
 		return fmt.Errorf("another program's socket is at %s", path)
 	}
+	refused := errors.Is(err, syscall.ECONNREFUSED) // nothing listens, as far as one may know
 	st, err := os.Lstat(path)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
@@ -160,6 +224,8 @@ func freePath(path string) error {
 		return err
 	case st.Mode().Type() != fs.ModeSocket:
 		return fmt.Errorf("%s is there and is no socket", path)
+	case !refused:
+		return fmt.Errorf("a socket that this user may not use is at %s", path)
 	}
 	return os.Remove(path)
 }

@@ -12,6 +12,7 @@ import (
 	"sync"
 
 	"barevif/hypercall"
+	"barevif/hypercall/emu"
 	"barevif/xenbus"
 	"barevif/xenbus/toolstack"
 
@@ -37,8 +38,9 @@ its kin (package xenstore-utils) look inside:
 
   XENSTORED_PATH=SOCKET xenstore-ls -f
 
-It is a development machine, not a boundary: whoever can open the socket, that is
-this user and root, can be any domain.`,
+Both sockets serve this user and root alone, whatever the umask is, and the others
+join a host of their own user, of root, or of the user who became root by sudo.
+It is a development machine, not a boundary: each of these can be any domain.`,
 		Example: `  barevif host
   barevif host --vif front=1 --vif front=3,back=2,mtu=9000
   barevif host --socket /tmp/xen/host.sock`,
@@ -95,7 +97,7 @@ func (h *host) run(ctx context.Context) (err error) {
 			return err
 		}
 	}
-	l, err := net.Listen("unix", h.xenstore)
+	l, err := emu.ListenPrivate("unix", h.xenstore)
 	if err != nil {
 		return fmt.Errorf("listen for xenstore's clients: %w", err)
 	}

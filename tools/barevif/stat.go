@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -15,6 +16,7 @@ import (
 	"barevif/telemetry/bpf"
 	"barevif/tools/internal/stat"
 	"barevif/tools/internal/statweb"
+	"barevif/tools/internal/users"
 
 	"charm.land/lipgloss/v2"
 	"github.com/spf13/cobra"
@@ -36,6 +38,11 @@ It changes nothing, asks nothing of the owner, and needs no right but reading:
   metrics    the text below them, for whoever may read that file
   memfd      a sealed file of the owner, for its user and root
 
+Any user can make a memfd of any name. Shown are those of this user, of who became
+root by sudo, of root, and of the user to whom root gave the directory of the pins;
+--user names more, --all-users shows the rest too, with owners. A device of a user
+that was not named never stands for another: in metrics it is "NAME@UID".
+
 rx is what that end hands to its user, tx what its user gave it: a frame from the
 frontend is tx there and rx at the backend. Where both ends run on this machine, stat
 also compares them: sent = received + dropped. At rest that holds to the frame,
@@ -49,12 +56,20 @@ when the owner died in the middle of a write.
 --watch is a live table: q quits, r counts from now on, s sorts, x folds queues,
 p plots, space pauses. Where the output is no terminal it is a line per direction.
 
+--http answers on this machine alone, unless it is given an address. Since stat may
+read what others may not, JSON and metrics are for those who send a token, as
+"Authorization: Bearer TOKEN"; the page takes it from its address. It is a new one
+each time, and printed, or that of --token-file, which is made if it is not there
+and which a Prometheus can read, too (authorization: credentials_file). It crosses
+a network unencrypted. --no-token lets everybody read who can reach the address.
+
 --json prints an object, with --watch one per line. Names are those of COUNTERS.md
 with their direction, rx_packets; a number above 2^53 is a string of its digits.`,
 		Example: `  barevif stat
   barevif stat --watch --plot
   barevif stat --json 'front-*' | jq '.devices[].totals.counters.rx_packets'
-  barevif stat --http localhost:9464`,
+  barevif stat --http localhost:9464
+  barevif stat --http 9464 --token-file /etc/barevif/token`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			s.count = max(s.count, 0)
 			s.patterns = args
@@ -68,10 +83,15 @@ with their direction, rx_packets; a number above 2^53 is a string of its digits.
 	f.DurationVar(&s.interval, "interval", time.Second, "`time` from one look to the next, 100ms at least")
 	f.IntVar(&s.count, "count", 0, "`number` of looks; more than one is --watch")
 	f.StringVar(&s.http, "http", "", "serve a page with live plots, JSON and OpenMetrics at this `address`: a port alone is for this machine only")
+	f.StringVar(&s.tokenFile, "token-file", "", "with --http: the `file` of the token")
+	f.BoolVar(&s.noToken, "no-token", false, "with --http: answer everybody")
+	f.BoolVar(&s.allUsers, "all-users", false, "show devices of every user, with their owners")
+	f.StringArrayVar(&s.users, "user", nil, "show devices of this `user` too, by name or number; repeatable")
 	f.StringVar(&s.root, "root", bpf.DefaultRoot, "`directory` of the pins")
 	cmd.MarkFlagsMutuallyExclusive("json", "plot", "http")
 	cmd.MarkFlagsMutuallyExclusive("http", "watch")
 	cmd.MarkFlagsMutuallyExclusive("http", "count")
+	cmd.MarkFlagsMutuallyExclusive("token-file", "no-token")
 	return cmd
 }
 
@@ -82,6 +102,9 @@ type statistics struct {
 	interval          time.Duration
 	count             int
 	http, root        string
+	tokenFile         string
+	noToken, allUsers bool
+	users             []string
 }
 
 func (s *statistics) run(ctx context.Context, counted bool) error {
@@ -95,8 +118,19 @@ func (s *statistics) run(ctx context.Context, counted bool) error {
 	if err != nil {
 		return &advice{err: err, next: `a name as "barevif stat" shows it, or a pattern such as 'front-*'`, usage: true}
 	}
+	w.AllUsers = s.allUsers
+	for _, name := range s.users {
+		uid, err := users.Lookup(name)
+		if err != nil {
+			return badValue("user", name, "a user of this machine")
+		}
+		w.Users = append(w.Users, uid)
+	}
 	if s.http != "" {
 		return s.serve(ctx, w)
+	}
+	if s.tokenFile != "" || s.noToken {
+		return badValue("http", "", "an address, which --token-file and --no-token are about")
 	}
 	many := s.watch || s.count > 1
 	if s.plot && !many {
@@ -128,14 +162,18 @@ func (s *statistics) found(l *stat.Look) error {
 	if len(l.Devices) > 0 || len(s.patterns) == 0 {
 		return nil
 	}
-	all, _ := bpf.List(s.root)
 	next := "nothing counts on this machine where this user may look"
-	if len(all) > 0 {
-		names := make([]string, len(all))
-		for i := range all {
-			names[i] = stat.Clean(all[i].Name)
+	if l.Hidden > 0 {
+		next = l.Left() + ": --all-users shows what there is"
+	} else if w, err := stat.NewWatcher(s.root); err == nil {
+		var names []string
+		all := w.Look()
+		for i := range all.Devices {
+			names = append(names, all.Devices[i].Name)
 		}
-		next = "there are " + strings.Join(names, " ")
+		if len(names) > 0 {
+			next = "there are " + strings.Join(names, " ")
+		}
 	}
 	return &advice{err: fmt.Errorf("no counters of %s", strings.Join(s.patterns, ", ")), next: next}
 }
@@ -143,6 +181,9 @@ func (s *statistics) found(l *stat.Look) error {
 func (s *statistics) warn(l *stat.Look) {
 	for _, err := range l.Errors {
 		fmt.Fprintf(s.stderr, "barevif stat: %s\n", stat.Clean(err.Error()))
+	}
+	if left := l.Left(); left != "" {
+		fmt.Fprintf(s.stderr, "barevif stat: %s: see --user and --all-users\n", left)
 	}
 }
 
@@ -220,16 +261,37 @@ func (s *statistics) serve(ctx context.Context, w *stat.Watcher) error {
 	if host == "" {
 		host = "127.0.0.1"
 	}
+	var token, secret, where string
+	switch {
+	case s.noToken:
+	case s.tokenFile != "":
+		if token, err = tokenFrom(s.tokenFile); err != nil {
+			return err
+		}
+		secret, where = "#token=TOKEN", "in "+s.tokenFile
+	default:
+		token = rand.Text()
+		secret, where = "#token="+token, token
+	}
 	l, err := net.Listen("tcp", net.JoinHostPort(host, port))
 	if err != nil {
 		return err
 	}
-	fmt.Fprintf(s.stdout, "page      http://%s/\nJSON      http://%s/stat.json\nmetrics   http://%s/metrics\na signal ends it\n",
-		l.Addr(), l.Addr(), l.Addr())
-	if tcp, ok := l.Addr().(*net.TCPAddr); ok && !tcp.IP.IsLoopback() {
-		fmt.Fprintln(s.stderr, "barevif stat: other machines can read this: how much a vif carries, and when")
+	fmt.Fprintf(s.stdout, "page      http://%s/%s\nJSON      http://%s/stat.json\nmetrics   http://%s/metrics\n", l.Addr(), secret, l.Addr(), l.Addr())
+	if token != "" {
+		fmt.Fprintf(s.stdout, "token     %s\n          for JSON and metrics: Authorization: Bearer TOKEN\n", where)
 	}
-	err = statweb.Serve(ctx, l, w, s.interval)
+	fmt.Fprintln(s.stdout, "a signal ends it")
+	tcp, ok := l.Addr().(*net.TCPAddr)
+	switch remote := ok && !tcp.IP.IsLoopback(); {
+	case remote && s.noToken:
+		fmt.Fprintln(s.stderr, "barevif stat: other machines can read this without a token: how much a vif carries, and when")
+	case remote:
+		fmt.Fprintln(s.stderr, "barevif stat: other machines can reach this; the token and the counters cross the network unencrypted")
+	case s.noToken:
+		fmt.Fprintln(s.stderr, "barevif stat: every user of this machine can read this, whatever pins and memfds keep from them")
+	}
+	err = statweb.Serve(ctx, l, w, s.interval, token)
 	if errors.Is(err, context.Canceled) {
 		return nil
 	}

@@ -185,6 +185,9 @@ func (m *liveModel) body() string {
 			}
 		}
 	}
+	if left := m.look.Left(); left != "" {
+		b.WriteString(m.paint(stat.Dim, left+": see --user and --all-users") + "\n")
+	}
 	for _, err := range m.look.Errors {
 		b.WriteString(m.paint(stat.Bad, stat.Clean(err.Error())) + "\n")
 	}

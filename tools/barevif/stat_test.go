@@ -78,11 +78,46 @@ func TestStatSaysWhatIsWrongWithItsArguments(t *testing.T) {
 		{[]string{"--count", "0"}, exitUsage, "a number from 1"},
 		{[]string{"--http", "nowhere"}, exitUsage, "an address such as"},
 		{[]string{"--json", "--plot"}, exitUsage, "next: "},
+		{[]string{"--user", "no such user"}, exitUsage, "a user of this machine"},
+		{[]string{"--token-file", "x"}, exitUsage, "--http"},
+		{[]string{"--no-token"}, exitUsage, "--http"},
+		{[]string{"--http", "0", "--no-token", "--token-file", "x"}, exitUsage, "next: "},
+		{[]string{"--http", "0", "--token-file", "/proc/none/x"}, exitFailed, "name another with --token-file"},
 	} {
 		code, _, stderr := stats(t, append([]string{"stat"}, c.args...)...)
 		if code != c.code || !strings.Contains(stderr, c.want) {
 			t.Errorf("%v: exit %d, %q", c.args, code, stderr)
 		}
+	}
+}
+
+// A stranger's device is told of, and shown to who asks.
+func TestStatShowsStrangersOnRequest(t *testing.T) {
+	t.Setenv("SUDO_UID", "")
+	root := filepath.Join(t.TempDir(), "none")
+	info := telemetry.Info{Role: telemetry.Frontend, Own: 61025, Peer: 61021, Handle: 9}
+	asStranger(t, func() error {
+		set := telemetry.NewSet(1)
+		set.Open(&bpf.Store{Root: root}, info)
+		t.Cleanup(func() { set.Close() })
+		return nil
+	})
+	args := []string{"stat", "--root", root, info.Name()}
+	code, text, stderr := stats(t, args...)
+	if code != exitFailed || text != "" || !strings.Contains(stderr, "1 device of another user is not shown: --all-users") {
+		t.Errorf("exit %d, %q, %q", code, text, stderr)
+	}
+	for _, more := range [][]string{{"--all-users"}, {"--user", "nobody"}, {"--user", "7", "--user", "65534"}} {
+		code, text, stderr := stats(t, append(args, more...)...)
+		if code != exitOK || stderr != "" || !strings.Contains(text, info.Name()+"  of user nobody (65534)  frontend in domain 61025") {
+			t.Errorf("%v: exit %d, %q, %q", more, code, text, stderr)
+		}
+	}
+	_, args = counting(t, 61025) // the same name, ours
+	args[2] = root
+	code, text, stderr = stats(t, args...)
+	if code != exitOK || !strings.Contains(stderr, "1 device of another user is not shown: see --user and --all-users") || strings.Contains(text, "nobody") || !strings.Contains(text, "1 234") {
+		t.Errorf("exit %d, %q, %q", code, text, stderr)
 	}
 }
 

@@ -81,14 +81,15 @@ func (p perm) String() string {
 	return string("nrwb"[p.access&3]) + strconv.Itoa(int(p.dom.id))
 }
 
-// rights is perm_for_conn of xenstored_core.c.
+// rights is perm_for_conn of xenstored_core.c. No entry is without a domain, so a nil
+// target is nobody's.
 func (d *domain) rights(perms []perm) access {
 	owner := perms[0].dom
-	if d.privileged || owner == d || (d.target != nil && owner == d.target) {
+	if d.privileged || owner == d || owner == d.target {
 		return canRead | canWrite | isOwner
 	}
 	for _, p := range perms[1:] {
-		if p.dom == d || (d.target != nil && p.dom == d.target) {
+		if p.dom == d || p.dom == d.target {
 			return p.access
 		}
 	}

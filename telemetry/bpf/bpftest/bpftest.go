@@ -13,10 +13,13 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
 
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
 	"golang.org/x/sys/unix"
 )
 
@@ -77,6 +80,28 @@ func Need(t testing.TB) {
 	t.Helper()
 	if missing := os.Getenv(envMissing); missing != "" {
 		t.Skip("no BPF file system of our own: " + missing)
+	}
+}
+
+// Iterators says why this kernel lets us load no BPF iterator over maps, or nil. A
+// kernel may do so although it knows them and we have every capability.
+var Iterators = sync.OnceValue(func() error {
+	prog, err := ebpf.NewProgram(&ebpf.ProgramSpec{
+		Type: ebpf.Tracing, AttachType: ebpf.AttachTraceIter, AttachTo: "bpf_map_elem", License: "GPL",
+		Instructions: asm.Instructions{asm.LoadImm(asm.R0, 0, asm.DWord), asm.Return()},
+	})
+	if err != nil {
+		return err
+	}
+	return prog.Close()
+})
+
+// NeedIterator is Need for a test that reads what an iterator prints.
+func NeedIterator(t testing.TB) {
+	t.Helper()
+	Need(t)
+	if err := Iterators(); err != nil {
+		t.Skip("this kernel loads no BPF iterator over maps: ", err)
 	}
 }
 

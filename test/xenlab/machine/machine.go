@@ -61,6 +61,7 @@ type Machine struct {
 	last    uint64                      // guarded by mu
 	pending map[uint64]chan proto.Reply // guarded by mu
 	qemu    *os.Process                 // guarded by mu; nil once it was waited for
+	pace    pace                        // guarded by mu
 	hello   chan proto.Reply
 }
 
@@ -130,7 +131,7 @@ func Start(ctx context.Context, cfg Config) (*Machine, error) {
 		close(m.ended)
 	}()
 
-	ctx, cancel := context.WithTimeout(ctx, bootLimit)
+	ctx, cancel := m.Within(ctx, bootLimit)
 	defer cancel()
 	select {
 	case hello := <-m.hello:
@@ -140,7 +141,7 @@ func Start(ctx context.Context, cfg Config) (*Machine, error) {
 	case <-m.failed:
 		err = m.Err()
 	case <-ctx.Done():
-		err = fmt.Errorf("dom0's agent said nothing: %w", ctx.Err())
+		err = fmt.Errorf("dom0's agent said nothing: %w", context.Cause(ctx))
 	}
 	if err != nil {
 		m.Stop()
@@ -321,7 +322,7 @@ func (m *Machine) Call(ctx context.Context, c proto.Call) (proto.Reply, error) {
 	if err != nil {
 		return proto.Reply{}, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, c.Timeout+grace)
+	ctx, cancel := m.Within(ctx, c.Timeout+grace)
 	defer cancel()
 	select {
 	case r := <-answer:
@@ -335,7 +336,7 @@ func (m *Machine) Call(ctx context.Context, c proto.Call) (proto.Reply, error) {
 		m.mu.Lock()
 		delete(m.pending, c.ID)
 		m.mu.Unlock()
-		return proto.Reply{}, fmt.Errorf("no reply from domain %d: %w", c.Domain, ctx.Err())
+		return proto.Reply{}, fmt.Errorf("no reply from domain %d: %w", c.Domain, context.Cause(ctx))
 	}
 }
 
@@ -347,32 +348,6 @@ func (m *Machine) Stop() {
 	m.fail(net.ErrClosed)
 	m.kill()
 	<-m.ended
-}
-
-// Starved is the part of the time QEMU's threads wanted a processor of this machine
-// and had to wait for it, from 0 to 1. It explains a slow run.
-func (m *Machine) Starved() float64 {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.qemu == nil {
-		return 0
-	}
-	files, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/schedstat", m.qemu.Pid))
-	if err != nil {
-		return 0
-	}
-	var ran, waited float64
-	for _, file := range files {
-		var on, queued float64 // ns
-		if b, err := os.ReadFile(file); err == nil {
-			fmt.Sscan(string(b), &on, &queued) // a kernel without the numbers leaves 0
-		}
-		ran, waited = ran+on, waited+queued
-	}
-	if ran+waited == 0 {
-		return 0
-	}
-	return waited / (ran + waited)
 }
 
 // Ended is closed when the machine is gone.

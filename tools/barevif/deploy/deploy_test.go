@@ -261,7 +261,7 @@ func both(expr, legend string) []query {
 func losses() (out []query) {
 	for _, d := range [...]telemetry.Dir{telemetry.RX, telemetry.TX} {
 		for _, f := range telemetry.Fields() {
-			if f.SumIn != "" {
+			if f.SumIn != "" || f.Name == "undelivered" {
 				reason := strings.ReplaceAll(strings.TrimPrefix(f.Name, "drop_"), "_", " ")
 				out = append(out, query{"sum by (vif) (" + rate(f.Metric(d)+"_total") + ") > 0", fmt.Sprintf("{{vif}} %s %s", d, reason)})
 			}

@@ -20,6 +20,7 @@ type JSON struct {
 	Devices []JSONDevice `json:"devices"`
 	Pairs   []JSONPair   `json:"pairs"`
 	Errors  []string     `json:"errors"`
+	Hidden  int          `json:"hidden"` // devices of other users, left out
 }
 
 // JSONDevice is one source. A source with an error has no counters; one of kind
@@ -28,6 +29,10 @@ type JSONDevice struct {
 	Vif    string     `json:"vif"`
 	Error  string     `json:"error,omitempty"`
 	Source JSONSource `json:"source"`
+
+	// Foreign: neither of root nor of a user that was named, so that it may be made
+	// up. Its label in flows and metrics is "NAME@UID".
+	Foreign bool `json:"foreign"`
 
 	Role   string  `json:"role,omitempty"` // "frontend", "backend"
 	Own    *uint16 `json:"own_domain,omitempty"`
@@ -51,6 +56,7 @@ type JSONSource struct {
 	Kind string `json:"kind"` // "bpf+pins", "bpf", "memfd", "metrics"
 	Path string `json:"path,omitempty"`
 	ID   uint32 `json:"map_id,omitempty"`
+	UID  *int   `json:"uid,omitempty"` // of who made it, where that is known
 }
 
 // JSONStatus is what the owner says beside its counters.
@@ -167,13 +173,13 @@ func (u *Uint) UnmarshalJSON(b []byte) error {
 
 // JSON gives the look in its documented shape.
 func (l *Look) JSON() *JSON {
-	j := &JSON{Version: Version, Time: l.Time, Devices: []JSONDevice{}, Pairs: []JSONPair{}, Errors: []string{}}
+	j := &JSON{Version: Version, Time: l.Time, Devices: []JSONDevice{}, Pairs: []JSONPair{}, Errors: []string{}, Hidden: l.Hidden}
 	for i := range l.Devices {
 		j.Devices = append(j.Devices, l.Devices[i].json())
 	}
 	for i := range l.Pairs {
 		p := &l.Pairs[i]
-		out := JSONPair{Front: l.Devices[p.Front].Name, Back: l.Devices[p.Back].Name}
+		out := JSONPair{Front: l.Devices[p.Front].Label(), Back: l.Devices[p.Back].Label()}
 		for k := range p.Flows {
 			f := &p.Flows[k]
 			verdict, by := f.Verdict()
@@ -191,7 +197,11 @@ func (l *Look) JSON() *JSON {
 }
 
 func (d *Device) json() JSONDevice {
-	j := JSONDevice{Vif: d.Name, Source: JSONSource{d.Source.Kind, Clean(d.Source.Path), d.Source.ID}}
+	j := JSONDevice{Vif: d.Name, Foreign: d.Foreign,
+		Source: JSONSource{Kind: d.Source.Kind, Path: Clean(d.Source.Path), ID: d.Source.ID}}
+	if d.Source.UID >= 0 {
+		j.Source.UID = &d.Source.UID
+	}
 	if info, ok := d.Info(); ok {
 		j.Role, j.Own, j.Peer, j.Handle = Role(info.Role), &info.Own, &info.Peer, &info.Handle
 	}

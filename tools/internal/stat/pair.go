@@ -19,9 +19,8 @@ type Pair struct {
 // between its two.
 type Flow struct {
 	From, To                string // names of devices
-	Sent, Received, Dropped uint64 // frames, at the first read; dropped by the receiving end
+	Sent, Received, Dropped uint64 // frames, at the first read; dropped by whichever end accounts for them
 	Least, Most             int64  // bounds of the frames sent and not arrived, at one time
-	Gone                    uint64 // frames unanswered when a connection ended
 	Room                    uint64 // frames that can be between the two, or counted and not yet shown
 }
 
@@ -36,12 +35,11 @@ func (f *Flow) Balanced() bool { return f.Least <= 0 && f.Most >= 0 }
 type Verdict string
 
 const (
-	Balanced Verdict = "balanced"               // to the frame
-	Moving   Verdict = "moving"                 // balanced but for what moved while it was read
-	Flight   Verdict = "in flight"              // in the ring, or received and not yet shown
-	Unshown  Verdict = "not shown yet"          // by the sender
-	Gone     Verdict = "lost with a connection" // nobody knows whether they arrived
-	Unequal  Verdict = "unequal"                // one end has counted for longer, or lost count
+	Balanced Verdict = "balanced"      // to the frame
+	Moving   Verdict = "moving"        // balanced but for what moved while it was read
+	Flight   Verdict = "in flight"     // in the ring, or received and not yet shown
+	Unshown  Verdict = "not shown yet" // by the sender
+	Unequal  Verdict = "unequal"       // one end has counted for longer, or lost count
 )
 
 // Verdict judges the flow. by is the number of frames it speaks of: those that are
@@ -58,66 +56,70 @@ func (f *Flow) Verdict() (v Verdict, by int64) {
 		return Unshown, f.Most
 	case f.Least <= room:
 		return Flight, f.Least
-	case f.Least <= room+int64(f.Gone):
-		return Gone, f.Least
 	}
 	return Unequal, f.Least
 }
 
 // pairs finds ends that belong together. A device of two sources is nobody's end:
-// it is not known which of them counts.
+// it is not known which of them counts. A foreign one is an end only where there is
+// no other: any user can make one.
 func pairs(devices []Device) []Pair {
 	type vif struct {
 		front, back uint16
 		handle      uint32
 	}
+	type ends struct {
+		at   [2]int
+		firm [2]bool // one that is not foreign was found
+	}
 	const none, many = -1, -2
-	ends := map[vif]*[2]int{}
+	found := map[vif]*ends{}
 	var order []vif
-	for i := range devices {
-		info, ok := devices[i].Info()
-		if !ok || devices[i].Report == nil {
-			continue
-		}
-		v := vif{info.Own, info.Peer, info.Handle}
-		if info.Role == telemetry.Backend {
-			v.front, v.back = info.Peer, info.Own
-		}
-		e := ends[v]
-		if e == nil {
-			e = &[2]int{none, none}
-			ends[v] = e
-			order = append(order, v)
-		}
-		if e[info.Role] == none {
-			e[info.Role] = i
-		} else {
-			e[info.Role] = many
+	for _, foreign := range [...]bool{false, true} {
+		for i := range devices {
+			info, ok := devices[i].Info()
+			if !ok || devices[i].Report == nil || devices[i].Foreign != foreign {
+				continue
+			}
+			v := vif{info.Own, info.Peer, info.Handle}
+			if info.Role == telemetry.Backend {
+				v.front, v.back = info.Peer, info.Own
+			}
+			e := found[v]
+			if e == nil {
+				e = &ends{at: [2]int{none, none}}
+				found[v] = e
+				order = append(order, v)
+			}
+			switch {
+			case foreign && e.firm[info.Role]:
+			case e.at[info.Role] == none:
+				e.at[info.Role], e.firm[info.Role] = i, !foreign
+			default:
+				e.at[info.Role] = many
+			}
 		}
 	}
 	var out []Pair
 	for _, v := range order {
-		e := ends[v]
-		if e[0] < 0 || e[1] < 0 {
-			continue
+		if at := found[v].at; at[0] >= 0 && at[1] >= 0 {
+			out = append(out, Pair{Front: at[0], Back: at[1]})
 		}
-		out = append(out, Pair{Front: e[0], Back: e[1]})
 	}
 	return out
 }
 
 // compare fills in the flows of p from what f, b and f again were read to be.
 func (p *Pair) compare(devices []Device, f, b, f2 *telemetry.Stats) {
-	front, back := devices[p.Front].Name, devices[p.Back].Name
+	front, back := devices[p.Front].Label(), devices[p.Back].Label()
 	p.Flows = [2]Flow{flow(front, back, f, b), flow(back, front, b, f)}
 	there, here := flow(front, back, f2, b), flow(back, front, b, f2)
 	p.Flows[0].Most, p.Flows[1].Least = there.Most, here.Least
 }
 
 func flow(from, to string, a, b *telemetry.Stats) Flow {
-	f := Flow{From: from, To: to, Sent: Packets(&a.TX), Received: Packets(&b.RX), Dropped: Lost(&b.RX),
-		Gone: a.TX.Lost(telemetry.DropDisconnected)}
-	f.Least = int64(f.Sent - f.Received - f.Dropped)
+	f := Flow{From: from, To: to, Sent: Packets(&a.TX), Received: Packets(&b.RX), Dropped: Lost(&b.RX) + a.TX.Lost(telemetry.DropDisconnected)}
+	f.Least = telemetry.Unaccounted(&a.TX, &b.RX)
 	f.Most = f.Least
 	for q := range a.Queues {
 		if size := a.Queues[q].TX.Gauge(telemetry.RingSize); size > 0 {

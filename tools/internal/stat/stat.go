@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"path"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -21,6 +22,9 @@ import (
 
 	"barevif/telemetry"
 	"barevif/telemetry/bpf"
+	"barevif/tools/internal/users"
+
+	"golang.org/x/sys/unix"
 )
 
 // StaleAge is how old the heartbeat of a device may be that gives one a second.
@@ -35,6 +39,7 @@ type Look struct {
 	Devices []Device // by name
 	Pairs   []Pair   // vifs both ends of which are among Devices
 	Errors  []error  // of what could not be searched
+	Hidden  int      // devices of other users, which were asked for and left out
 }
 
 // A Device is one source of counters and what it said.
@@ -45,6 +50,11 @@ type Device struct {
 	Err    error       // it could not be read
 	Stale  bool        // its owner has not shown for StaleAge that it lives
 	Span   time.Duration
+
+	// Foreign says that any user of the machine may have made it up. One that is
+	// not is this user's own, root's, or of a user that was named.
+	Foreign bool
+	owned   bool // devices of several users are shown
 
 	before *telemetry.Stats // Span ago, of the same owner; nil: not seen before
 	base   *telemetry.Stats // where Count starts; nil: at zero
@@ -197,13 +207,21 @@ func (d *Device) Queues() []int {
 
 // A Watcher looks at devices again and again.
 type Watcher struct {
+	// AllUsers shows what every user has made, Users what these have, by their
+	// uids, beside this user's own and root's. They are to be set before the first
+	// Look.
+	AllUsers bool
+	Users    []int
+
 	root     string
 	patterns []string
 
-	sources []bpf.Source
-	listed  time.Time
-	listErr error
-	last    map[key]seen
+	sources  []bpf.Source
+	believed []int // see believe
+	hidden   int
+	listed   time.Time
+	listErr  error
+	last     map[key]seen
 }
 
 // key is one life of one device.
@@ -239,11 +257,13 @@ func (w *Watcher) Look() *Look {
 		w.sources, w.listErr = bpf.List(w.root)
 		w.listed = time.Now()
 		w.sources = slices.DeleteFunc(w.sources, func(s bpf.Source) bool { return !w.wants(s.Name) })
+		w.believe()
+		w.leaveOut()
 		slices.SortFunc(w.sources, func(a, b bpf.Source) int {
 			return cmp.Or(compareNames(a.Name, b.Name), cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.Path, b.Path))
 		})
 	}
-	l := &Look{Time: time.Now()}
+	l := &Look{Time: time.Now(), Hidden: w.hidden}
 	if w.listErr != nil {
 		l.Errors = append(l.Errors, w.listErr)
 	}
@@ -268,7 +288,7 @@ func (w *Watcher) Look() *Look {
 // read opens the source each time: the pins of a device that was started again
 // lead to other maps.
 func (w *Watcher) read(src bpf.Source) (Device, key, *seen) {
-	d := Device{Name: Clean(src.Name), Source: src}
+	d := Device{Name: Clean(src.Name), Source: src, Foreign: !w.trusts(src.UID), owned: w.AllUsers || len(w.Users) > 0}
 	r, err := bpf.Open(src)
 	if err == nil {
 		d.Report, err = r.Read()
@@ -290,6 +310,53 @@ func (w *Watcher) read(src bpf.Source) (Device, key, *seen) {
 		}
 	}
 	return d, k, next
+}
+
+// mostForeign is how many devices of one user are read that this user did not name.
+const mostForeign = 64
+
+// leaveOut takes the sources of other users away, as far as they were not asked
+// for. What one user makes up must not cost the others their overview.
+func (w *Watcher) leaveOut() {
+	w.hidden = 0
+	of := map[int]int{}
+	w.sources = slices.DeleteFunc(w.sources, func(s bpf.Source) bool {
+		if w.trusts(s.UID) {
+			return false
+		}
+		of[s.UID]++
+		if w.AllUsers && of[s.UID] <= mostForeign {
+			return false
+		}
+		w.hidden++
+		return true
+	})
+}
+
+// believe takes down of which users devices are what they say: of this user, of
+// root, of those that were named, and of the one to whom root gave the directory of
+// the pins.
+func (w *Watcher) believe() {
+	w.believed = append(append(users.Own(), 0), w.Users...)
+	if uid, ok := keeper(w.root); ok {
+		w.believed = append(w.believed, uid)
+	}
+}
+
+func (w *Watcher) trusts(uid int) bool { return uid >= 0 && slices.Contains(w.believed, uid) }
+
+// keeper is the owner of the directory of the pins, where root alone can have made
+// it.
+func keeper(root string) (uid int, ok bool) {
+	if root == "" {
+		root = bpf.DefaultRoot
+	}
+	var dir, parent unix.Stat_t
+	if unix.Lstat(root, &dir) != nil || unix.Lstat(filepath.Dir(filepath.Clean(root)), &parent) != nil {
+		return 0, false
+	}
+	ok = parent.Uid == 0 && parent.Mode&0o022 == 0 && dir.Mode&unix.S_IFMT == unix.S_IFDIR
+	return int(dir.Uid), ok
 }
 
 // Reset makes Count start from zero, here alone: nothing of the devices changes.
@@ -319,6 +386,43 @@ func compareNames(a, b string) int {
 	}
 	return cmp.Or(cmp.Compare(ia.Role, ib.Role), cmp.Compare(ia.Own, ib.Own),
 		cmp.Compare(ia.Peer, ib.Peer), cmp.Compare(ia.Handle, ib.Handle))
+}
+
+// Label is the device's name where one name must stand for one device: two users
+// can have one of the same name, and that of a foreign one says whose it is.
+func (d *Device) Label() string {
+	if !d.Foreign {
+		return d.Name
+	}
+	if d.Source.UID < 0 {
+		return d.Name + "@unknown"
+	}
+	return d.Name + "@" + strconv.Itoa(d.Source.UID)
+}
+
+// Labelled are the devices that can be read, one for each label: of several the one
+// whose place is hardest to come by, pins before maps, text and memfds, and root's
+// before others'.
+func (l *Look) Labelled() []*Device {
+	rank := map[string]int{bpf.KindPins: 0, bpf.KindMaps: 1, bpf.KindMetrics: 2, bpf.KindMemfd: 3}
+	best := map[string]*Device{}
+	for i := range l.Devices {
+		d := &l.Devices[i]
+		if d.Report == nil {
+			continue
+		}
+		old := best[d.Label()]
+		if old == nil || cmp.Or(cmp.Compare(rank[d.Source.Kind], rank[old.Source.Kind]), cmp.Compare(d.Source.UID, old.Source.UID)) < 0 {
+			best[d.Label()] = d
+		}
+	}
+	var out []*Device
+	for i := range l.Devices {
+		if d := &l.Devices[i]; best[d.Label()] == d {
+			out = append(out, d)
+		}
+	}
+	return out
 }
 
 // Clean makes a string of another process fit for a terminal: one line, no

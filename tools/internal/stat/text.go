@@ -12,6 +12,7 @@ import (
 
 	"barevif/telemetry"
 	"barevif/telemetry/bpf"
+	"barevif/tools/internal/users"
 )
 
 // A Tone is what a piece of text is, for whoever paints it.
@@ -56,6 +57,9 @@ func Write(w io.Writer, l *Look, on Sheet) error {
 
 func writeDevice(b *strings.Builder, d *Device, now time.Time, on Sheet) {
 	b.WriteString(on.Paint(Title, d.Name))
+	if d.owned {
+		b.WriteString("  " + on.Paint(d.ownerTone(), d.Owner()))
+	}
 	if info, ok := d.Info(); ok {
 		other := Role(1 - info.Role)
 		fmt.Fprintf(b, "  %s in domain %d of vif %d, %s in domain %d", Role(info.Role), info.Own, info.Handle, other, info.Peer)
@@ -104,6 +108,16 @@ func (on Sheet) Line(b *strings.Builder, tone Tone, text string) {
 		line = word
 	}
 	b.WriteString(indent + on.Paint(tone, line) + "\n")
+}
+
+// Owner says whose device it is.
+func (d *Device) Owner() string { return "of user " + users.Name(d.Source.UID) }
+
+func (d *Device) ownerTone() Tone {
+	if d.Foreign {
+		return Warn
+	}
+	return Plain
 }
 
 // Condition is how the device is, in a few words.
@@ -255,7 +269,11 @@ func WriteTable(b *strings.Builder, indent string, devices []*Device, queues boo
 		}
 		if !single {
 			text, tone := d.Condition()
-			g.add([]cell{{d.Name, Title}, {text, tone}})
+			row := []cell{{d.Name, Title}, {text, tone}}
+			if d.owned {
+				row = append(row, cell{d.Owner(), d.ownerTone()})
+			}
+			g.add(row)
 		}
 		list := []int{All}
 		if qs := d.Queues(); queues {
@@ -472,13 +490,24 @@ func (g *grid) write(b *strings.Builder, indent string, on Sheet) {
 	}
 }
 
+// Left says how many devices of other users are not shown, or nothing.
+func (l *Look) Left() string {
+	switch l.Hidden {
+	case 0:
+		return ""
+	case 1:
+		return "1 device of another user is not shown"
+	}
+	return fmt.Sprintf("%d devices of other users are not shown", l.Hidden)
+}
+
 // Line is the device in one line of words and name=number, for other programs.
 func (d *Device) Line() string {
 	if d.Err != nil {
-		return d.Name + " error=" + strconv.Quote(Clean(d.Err.Error()))
+		return d.Name + " uid=" + strconv.Itoa(d.Source.UID) + " error=" + strconv.Quote(Clean(d.Err.Error()))
 	}
 	state, _, _ := strings.Cut(strings.TrimPrefix(d.Report.Status.State.String(), "XenbusState"), ",")
-	line := fmt.Sprintf("%s state=%s stale=%t torn=%t", d.Name, state, d.Stale, d.Report.Torn)
+	line := fmt.Sprintf("%s state=%s stale=%t torn=%t uid=%d", d.Name, state, d.Stale, d.Report.Torn, d.Source.UID)
 	for _, dir := range [...]telemetry.Dir{telemetry.RX, telemetry.TX} {
 		for _, n := range []struct {
 			name string

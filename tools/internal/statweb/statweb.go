@@ -5,11 +5,19 @@
 // and HEAD only, and, so that no other site's page can read it through a browser,
 // only requests that name this server by an address, or by the host name
 // "localhost".
+//
+// This process may read counters that other users of the machine may not. Unless
+// there is no token, JSON and metrics are for those who know it: a client sends it
+// as "Authorization: Bearer TOKEN". The page takes it out of the fragment of its
+// address, "#token=TOKEN", which a browser sends to nobody, and keeps it for its
+// tab. A cookie would do less: a browser shows it to every port of the host.
 package statweb
 
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
+	"crypto/subtle"
 	"embed"
 	"encoding/json"
 	"errors"
@@ -33,10 +41,11 @@ var pageFiles embed.FS
 // kept is how many looks the plots go back.
 const kept = 300
 
-// Serve takes l over and serves until ctx ends, looking every interval. The
-// error is ctx's, or that of the listener.
-func Serve(ctx context.Context, l net.Listener, w *stat.Watcher, interval time.Duration) error {
-	p := &page{history: stat.NewHistory(kept), interval: interval}
+// Serve takes l over and serves until ctx ends, looking every interval. Who does not
+// know token gets no counters; "" lets everybody read them who reaches l. The error
+// is ctx's, or that of the listener.
+func Serve(ctx context.Context, l net.Listener, w *stat.Watcher, interval time.Duration, token string) error {
+	p := &page{history: stat.NewHistory(kept), interval: interval, token: token}
 	p.add(w.Look())
 	srv := &http.Server{
 		Handler:           p.handler(),
@@ -71,6 +80,7 @@ func Serve(ctx context.Context, l net.Listener, w *stat.Watcher, interval time.D
 // A page is what requests are answered from.
 type page struct {
 	interval time.Duration
+	token    string // or ""
 
 	mu      sync.Mutex
 	look    *stat.Look    // guarded by mu
@@ -97,12 +107,27 @@ func (p *page) handler() http.Handler {
 	}
 	mux := http.NewServeMux()
 	mux.Handle("GET /", http.FileServerFS(files))
-	mux.HandleFunc("GET /stat.json", func(w http.ResponseWriter, _ *http.Request) {
+	mux.HandleFunc("GET /stat.json", p.known(func(w http.ResponseWriter, _ *http.Request) {
 		reply(w, p.latest().JSON())
-	})
-	mux.HandleFunc("GET /history.json", p.serveHistory)
-	mux.HandleFunc("GET /metrics", p.serveMetrics)
+	}))
+	mux.HandleFunc("GET /history.json", p.known(p.serveHistory))
+	mux.HandleFunc("GET /metrics", p.known(p.serveMetrics))
 	return guard(mux)
+}
+
+// known answers those who know the token. How long it compares says nothing of it.
+func (p *page) known(next http.HandlerFunc) http.HandlerFunc {
+	want := sha256.Sum256([]byte(p.token))
+	return func(w http.ResponseWriter, r *http.Request) {
+		scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " ")
+		got := sha256.Sum256([]byte(strings.TrimSpace(token)))
+		if p.token != "" && (!strings.EqualFold(scheme, "Bearer") || subtle.ConstantTimeCompare(got[:], want[:]) == 0) {
+			w.Header().Set("WWW-Authenticate", `Bearer realm="barevif stat"`)
+			http.Error(w, `send the token that "barevif stat --http" printed or read from its --token-file: Authorization: Bearer TOKEN`, http.StatusUnauthorized)
+			return
+		}
+		next(w, r)
+	}
 }
 
 // A gauge is what only a reader from outside can tell of a device.
@@ -133,17 +158,10 @@ func Metrics() []string {
 }
 
 func (p *page) serveMetrics(w http.ResponseWriter, _ *http.Request) {
-	var devices []*stat.Device
+	devices := p.latest().Labelled()
 	var counters []openmetrics.Device
-	seen := map[string]bool{}
-	look := p.latest()
-	for i := range look.Devices {
-		// A label stands for one device.
-		if d := &look.Devices[i]; d.Report != nil && !seen[d.Name] {
-			seen[d.Name] = true
-			devices = append(devices, d)
-			counters = append(counters, openmetrics.Device{Name: d.Name, Stats: d.Report.Stats})
-		}
+	for _, d := range devices {
+		counters = append(counters, openmetrics.Device{Name: d.Label(), Stats: d.Report.Stats})
 	}
 	var b bytes.Buffer
 	for _, g := range gauges {
@@ -154,7 +172,7 @@ func (p *page) serveMetrics(w http.ResponseWriter, _ *http.Request) {
 		fmt.Fprintf(&b, "# HELP %s %s\n", g.name, g.help)
 		for _, d := range devices {
 			if d.Source.Kind != bpf.KindMetrics { // which shows no more than counters
-				fmt.Fprintf(&b, "%s{vif=\"%s\"} %v\n", g.name, escape.Replace(d.Name), g.value(d))
+				fmt.Fprintf(&b, "%s{vif=\"%s\"} %v\n", g.name, escape.Replace(d.Label()), g.value(d))
 			}
 		}
 	}
@@ -209,12 +227,8 @@ func reply(w http.ResponseWriter, v any) {
 // tells browsers what the page may do.
 func guard(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		host, _, err := net.SplitHostPort(r.Host)
-		if err != nil {
-			host = r.Host
-		}
-		if _, err := netip.ParseAddr(host); err != nil && host != "localhost" {
-			http.Error(w, "ask for this page by its address", http.StatusMisdirectedRequest)
+		if !ownName(r.Host) {
+			http.Error(w, `ask for this page by its address, or as "localhost"`, http.StatusMisdirectedRequest)
 			return
 		}
 		h := w.Header()
@@ -224,4 +238,23 @@ func guard(next http.Handler) http.Handler {
 		h.Set("Cache-Control", "no-store")
 		next.ServeHTTP(w, r)
 	})
+}
+
+// ownName reports whether host, as a request has it, with a port or without, is an
+// address or "localhost": no other server can have a browser take these for its own.
+func ownName(host string) bool {
+	name, port := host, ""
+	if at := strings.LastIndexByte(host, ':'); at > strings.LastIndexByte(host, ']') {
+		name, port = host[:at], host[at+1:]
+	}
+	if strings.Trim(port, "0123456789") != "" {
+		return false
+	}
+	if inner, ok := strings.CutPrefix(name, "["); ok {
+		inner, ok = strings.CutSuffix(inner, "]")
+		a, err := netip.ParseAddr(inner)
+		return ok && err == nil && a.Is6()
+	}
+	a, err := netip.ParseAddr(name)
+	return err == nil && a.Is4() || strings.EqualFold(strings.TrimSuffix(name, "."), "localhost")
 }

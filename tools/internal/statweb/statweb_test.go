@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"os/exec"
 	"strings"
 	"testing"
@@ -22,7 +23,10 @@ import (
 	"github.com/chromedp/chromedp"
 )
 
-const limit = 30 * time.Second
+const (
+	limit = 30 * time.Second
+	token = "a-token-of-the-test"
+)
 
 // A site is a running server, and two ends of a vif that it shows.
 type site struct {
@@ -64,7 +68,7 @@ func newSite(t *testing.T) *site {
 	s.url = "http://" + l.Addr().String()
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
-	go func() { done <- Serve(ctx, l, w, 100*time.Millisecond) }()
+	go func() { done <- Serve(ctx, l, w, 100*time.Millisecond, token) }()
 	t.Cleanup(func() {
 		cancel()
 		if err := <-done; !errors.Is(err, context.Canceled) {
@@ -123,6 +127,12 @@ func get(t *testing.T, method, url, host string) (int, string, http.Header) {
 		t.Fatal(err)
 	}
 	req.Host = host
+	req.Header.Set("Authorization", "Bearer "+token)
+	return answer(t, req)
+}
+
+func answer(t *testing.T, req *http.Request) (int, string, http.Header) {
+	t.Helper()
 	resp, err := http.DefaultClient.Do(req)
 	if err != nil {
 		t.Fatal(err)
@@ -192,6 +202,69 @@ func TestForeignSitesAndMethodsAreRefused(t *testing.T) {
 	_, _, h := get(t, "GET", s.url+"/", "")
 	if csp := h.Get("Content-Security-Policy"); !strings.Contains(csp, "default-src 'self'") || strings.Contains(csp, "unsafe") {
 		t.Errorf("policy %q", csp)
+	}
+}
+
+func TestOnlyOurOwnNamesAreAnswered(t *testing.T) {
+	for host, want := range map[string]bool{
+		"127.0.0.1": true, "127.0.0.1:9464": true, "127.0.0.1:": true, "192.0.2.7:80": true,
+		"[::1]": true, "[::1]:9464": true, "[2001:db8::7]:80": true, "[::ffff:127.0.0.1]:80": true, "[fe80::1%25eth0]:80": true,
+		"localhost": true, "localhost:9464": true, "LocalHost": true, "localhost.": true, "localhost.:80": true,
+		"": false, ":80": false, "[]": false, "[::1": false, "::1]": false, "[127.0.0.1]": false, "[localhost]": false,
+		"localhost:http": false, "127.0.0.1:9464:80": false, "[::1]x": false, "[::1]:x": false, "[::1]:80:80": false,
+		"localhost.example": false, "localhost.example:80": false, "x.localhost": false, "rebound.example": false,
+		"127.0.0.1.example": false, "127.1": false, "2130706433": false, "0x7f000001": false, "localhost..": false,
+		"user@127.0.0.1": false,
+	} {
+		if got := ownName(host); got != want {
+			t.Errorf("Host: %s is answered: %v", host, got)
+		}
+	}
+}
+
+func TestCountersAreForThoseWhoKnowTheToken(t *testing.T) {
+	s := newSite(t)
+	for _, path := range []string{"/stat.json", "/history.json", "/metrics"} {
+		for header, want := range map[string]int{
+			"Bearer " + token: 200, "bearer " + token: 200, "Bearer  " + token: 200,
+			"": 401, "Bearer": 401, "Bearer ": 401, "Basic " + token: 401, token: 401,
+			"Bearer " + token + "x": 401, "Bearer " + token[1:]: 401,
+		} {
+			req, err := http.NewRequest("GET", s.url+path+"?token="+token, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if header != "" {
+				req.Header.Set("Authorization", header)
+			}
+			code, body, h := answer(t, req)
+			if code != want || (code == 200) == strings.Contains(body, "send the token") || (h.Get("WWW-Authenticate") == "") != (code == 200) {
+				t.Errorf("%s with %q: %d, %.80s", path, header, code, body)
+			}
+			if strings.Contains(body, token) {
+				t.Errorf("%s says the token", path)
+			}
+		}
+	}
+	req, err := http.NewRequest("GET", s.url+"/", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if code, _, _ := answer(t, req); code != 200 {
+		t.Errorf("the page, which is no secret: %d", code)
+	}
+}
+
+func TestWithoutATokenEveryoneMayRead(t *testing.T) {
+	p := &page{look: &stat.Look{}, history: stat.NewHistory(1)}
+	for _, header := range []string{"", "Bearer x"} {
+		req := httptest.NewRequest("GET", "http://[::1]/stat.json", nil)
+		req.Header.Set("Authorization", header)
+		w := httptest.NewRecorder()
+		p.handler().ServeHTTP(w, req)
+		if w.Code != 200 {
+			t.Errorf("%q: %d", header, w.Code)
+		}
 	}
 }
 
@@ -273,7 +346,7 @@ func TestPageDrawsInABrowser(t *testing.T) {
 	}); err != nil {
 		t.Fatal(err)
 	}
-	if err := chromedp.Do(ctx, chromedp.Navigate(s.url+"/")); err != nil {
+	if err := chromedp.Do(ctx, chromedp.Navigate(s.url+"/#token="+token)); err != nil {
 		t.Fatal(err)
 	}
 	await := func(what, js string) {
@@ -298,6 +371,7 @@ func TestPageDrawsInABrowser(t *testing.T) {
 		{`[...document.querySelectorAll(".losses")].filter(e => !e.hidden).map(e => e.textContent).join()`, "Lost: rx too long 1"},
 		{`[...document.querySelectorAll("svg text")].filter(e => e.textContent === "not measured yet").length + ""`, "1"},
 		{`document.querySelector("#trouble").hidden + ""`, "true"},
+		{`location.href`, s.url + "/"},
 		{`[...document.querySelectorAll("svg text")].map(e => e.textContent).filter(s => /\.0+\D|\d{4}/.test(s)).join()`, ""},
 	} {
 		if got := text(c.js); got != c.want {

@@ -196,7 +196,7 @@ class Card {
   }
 
   update(d, now) {
-    this.name.textContent = d.vif;
+    this.name.textContent = d.vif + (d.foreign ? ` of user ${d.source.uid ?? "unknown"}` : "");
     const s = d.status;
     let text = "counters only", cls = "";
     if (d.error) { text = "cannot be read"; cls = "bad"; }
@@ -290,22 +290,50 @@ let interval = 1, kept = 300, since = "", paused = false, timer;
 // Devices are told apart as the server does it: two sources may have one name.
 const keyOf = d => d.vif + " " + d.source.kind + " " + (d.source.path || "");
 
-async function get(path) {
-  const r = await fetch(path, { signal: AbortSignal.timeout(5000) });
+// The token comes behind the # of the address, which no server sees, and stays with
+// this tab.
+function takeToken() {
+  const given = new URLSearchParams(location.hash.slice(1)).get("token");
+  if (given === null) return;
+  sessionStorage.setItem("token", given);
+  history.replaceState(null, "", location.pathname);
+}
+
+async function ask(path) {
+  const token = sessionStorage.getItem("token");
+  const headers = token ? { Authorization: "Bearer " + token } : {};
+  const r = await fetch(path, { headers, signal: AbortSignal.timeout(5000) });
+  if (r.status === 401) throw new Error("it wants the token: put #token=… behind the address of this page, as barevif stat printed it");
   if (!r.ok) throw new Error(`${path}: ${r.status}`);
-  return r.json();
+  return r;
+}
+
+const get = async path => (await ask(path)).json();
+
+// A link sends no token.
+for (const a of document.querySelectorAll("nav a")) a.addEventListener("click", async e => {
+  if (!sessionStorage.getItem("token")) return;
+  e.preventDefault();
+  try {
+    const text = await (await ask(a.getAttribute("href"))).text();
+    location.assign(URL.createObjectURL(new Blob([text], { type: "text/plain" })));
+  } catch (err) { trouble(err); }
+});
+
+function trouble(err) {
+  $("trouble").hidden = false;
+  $("trouble").textContent = "The server does not answer: " + err.message + ". Trying again.";
 }
 
 async function refresh() {
   try {
     const [look, history] = await Promise.all([get("stat.json"), get("history.json" + (since && "?since=" + encodeURIComponent(since)))]);
     show(look, history);
-    $("trouble").hidden = !look.errors.length;
-    $("trouble").textContent = look.errors.join("; ");
-  } catch (err) {
-    $("trouble").hidden = false;
-    $("trouble").textContent = "The server does not answer: " + err.message + ". Trying again.";
-  }
+    const says = [...look.errors];
+    if (look.hidden) says.push(`not shown: ${look.hidden} of other users (--all-users)`);
+    $("trouble").hidden = !says.length;
+    $("trouble").textContent = says.join("; ");
+  } catch (err) { trouble(err); }
   if (!paused) timer = setTimeout(refresh, 1000 * Math.max(interval, .25));
 }
 
@@ -358,5 +386,7 @@ $("pause").addEventListener("click", () => {
   clearTimeout(timer);
   if (!paused) refresh();
 });
+addEventListener("hashchange", takeToken);
 addEventListener("resize", () => { for (const card of cards.values()) card.drawPlots(); });
+takeToken();
 refresh();

@@ -1,0 +1,354 @@
+//go:build linux
+
+package link
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"log/slog"
+	"strings"
+	"sync"
+	"testing"
+
+	"barevif/hypercall/emu"
+	"barevif/pvnet"
+	"barevif/pvnet/pvnettest"
+	"barevif/telemetry"
+	"barevif/xenbus/store/labtest"
+	"barevif/xenbus/toolstack"
+
+	"github.com/vishvananda/netlink"
+)
+
+// lines is a log that a test reads.
+type lines struct {
+	mu sync.Mutex
+	b  bytes.Buffer // guarded by mu
+}
+
+func (l *lines) Write(b []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(b)
+}
+
+// of are the lines that hold what.
+func (l *lines) of(what string) (found []string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for line := range strings.Lines(l.b.String()) {
+		if strings.Contains(line, what) {
+			found = append(found, line)
+		}
+	}
+	return found
+}
+
+// told fails unless there is one line of the kind, and it holds all of parts.
+func told(t *testing.T, l *lines, kind int, parts ...string) {
+	t.Helper()
+	got := l.of(words[kind].what)
+	if len(got) != 1 {
+		t.Fatalf("%d lines: %q", len(got), got)
+	}
+	for _, part := range append(parts, "next=") {
+		if !strings.Contains(got[0], part) {
+			t.Errorf("no %q in %q", part, got[0])
+		}
+	}
+}
+
+func logged(cfg pvnet.Config) (pvnet.Config, *lines) {
+	l := new(lines)
+	cfg.Logger = slog.New(slog.NewTextHandler(l, nil))
+	return cfg, l
+}
+
+func setMTU(t testing.TB, name string, mtu int) {
+	t.Helper()
+	l, err := netlink.LinkByName(name)
+	if err == nil {
+		err = netlink.LinkSetMTU(l, mtu)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// arrives sends frames of the sizes through a, and fails unless b reads each of them.
+func arrives(t *testing.T, a, b Link, sizes ...int) {
+	t.Helper()
+	for _, size := range sizes {
+		want := testFrame(size)
+		send(t, a, Offload{}, want)
+		if got, _ := receive(t, b); !bytes.Equal(got, want) {
+			t.Fatalf("%d bytes of %d", len(got), size)
+		}
+	}
+}
+
+// sizesTo are sizes around everything that matters up to an MTU.
+func sizesTo(mtu int) (sizes []int) {
+	for _, n := range []int{60, 1513, 1514, 1515, 1518, 1519, 2000, 3000, 4095, 4096, 4097, 8191, 8193, 9013, 9014,
+		9015, 20000, 32768, 40000, 65013, 65014, 65535} {
+		if n <= mtu+14 {
+			sizes = append(sizes, n)
+		}
+	}
+	return append(sizes, mtu+14)
+}
+
+// Two kernels are joined by a vif and raise the MTU of their cards, as an administrator
+// does with "ip link set mtu" at both ends.
+func TestMTURaisedAtBothEndsIsFollowed(t *testing.T) {
+	for _, offload := range []bool{false, true} {
+		t.Run(fmt.Sprintf("offload=%v", offload), func(t *testing.T) {
+			cfg := pvnet.Config{Offload: offload}
+			frontCfg, frontLog := logged(cfg)
+			backCfg, backLog := logged(cfg)
+			w := pvnettest.New(t, toolstack.Vif{MAC: ourMAC, MTU: 1500}, frontCfg, backCfg)
+			h := &host{w, t}
+			guest, driver := openTAP(t, TAPConfig{}), openTAP(t, TAPConfig{})
+			pg, pd := openPacket(t, guest.Name()), openPacket(t, driver.Name())
+			jf, endedFront := h.join(context.Background(), w.Front, guest)
+			jb, endedBack := h.join(context.Background(), w.Back, driver)
+			both := func(mtu int) {
+				t.Helper()
+				setMTU(t, guest.Name(), mtu)
+				setMTU(t, driver.Name(), mtu)
+				for _, size := range sizesTo(mtu) {
+					arrives(t, pg, pd, size)
+					arrives(t, pd, pg, size)
+				}
+			}
+			for _, mtu := range []int{1500, 9000, 65000, 1500, 68, 65521, 1500} {
+				both(mtu)
+			}
+			// Segments of TCP are as long as the MTU allows.
+			both(9000)
+			b, off := partialTCP(60000)
+			off.GSO, off.GSOSize, off.HeaderLen = GSOTCP4, 9000-40, 54
+			for _, way := range [][2]Link{{pg, pd}, {pd, pg}} {
+				send(t, way[0], off, b)
+				for total := 0; total < 60000; {
+					got, left := receive(t, way[1])
+					if left.GSO == GSONone && (len(got) > 9014 || left.Checksum != ChecksumPartial && !tcpGood(got)) {
+						t.Fatalf("a segment of %d bytes, %+v", len(got), left)
+					}
+					total += len(got) - 54
+				}
+			}
+			told(t, frontLog, raisedLink, "interface="+guest.Name(), "vif_mtu=1500", "interface_mtu=9000", "vif=0")
+			told(t, backLog, raisedLink, "interface="+driver.Name(), "vif_mtu=1500", "interface_mtu=9000", "vif=0", "peer=2")
+			for _, j := range []*Joint{jf, jb} {
+				if st := j.Stats(); st.Dropped()+st.Unsent != 0 {
+					t.Errorf("%+v", st)
+				}
+			}
+			for _, ended := range []<-chan error{endedFront, endedBack} {
+				select {
+				case err := <-ended:
+					t.Error(err)
+				default:
+				}
+			}
+		})
+	}
+}
+
+// A TAP of another process's network namespace cannot be asked: the frames show it.
+func TestRaisedMTUOfATAPFromElsewhereIsFollowed(t *testing.T) {
+	first := openTAP(t, TAPConfig{})
+	f, err := first.File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	tap, err := NewTAP(f, first.Info())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { tap.Close() })
+	if n := tap.mtuNow(); n != 0 {
+		t.Fatalf("an MTU of %d", n)
+	}
+	p := openPacket(t, tap.Name())
+	cfg, log := logged(pvnet.Config{})
+	w := pvnettest.New(t, toolstack.Vif{MAC: ourMAC, MTU: 1500}, pvnet.Config{}, cfg)
+	h := &host{w, t}
+	got := h.listen()
+	h.join(context.Background(), w.Back, tap)
+	send(t, p, Offload{}, testFrame(60))
+	next(t, got) // the joint runs, and is left segmentation
+	setMTU(t, tap.Name(), 9000)
+	// Segments may be longer than the interface's MTU, if they came over a bridge: they
+	// show nothing.
+	b, off := partialTCP(20000)
+	off.GSO, off.GSOSize, off.HeaderLen = GSOTCP4, 4000, 54
+	send(t, p, off, b)
+	for _, size := range []int{60, 5014, 9014} {
+		want := testFrame(size)
+		send(t, p, Offload{}, want)
+		if b := next(t, got); !bytes.Equal(b, want) {
+			t.Fatalf("%d bytes of %d", len(b), size)
+		}
+	}
+	told(t, log, raisedLink, "interface_mtu=5000")
+	told(t, log, beyondVif)
+}
+
+func TestRaisedMTUOfAPacketSocketIsFollowed(t *testing.T) {
+	card, far := veth(t, 1500)
+	cfg, log := logged(pvnet.Config{})
+	w := pvnettest.New(t, toolstack.Vif{MAC: ourMAC, MTU: 1500}, pvnet.Config{}, cfg)
+	h := &host{w, t}
+	got := h.listen()
+	j, _ := h.join(context.Background(), w.Back, openPacket(t, far))
+	p := openPacket(t, card)
+	guest := func(size int) {
+		t.Helper()
+		if _, err := w.Front.Write(testFrame(size)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// The guest's MTU is raised first: the interface does not take that.
+	guest(9014)
+	guest(60)
+	if b, _ := receive(t, p); len(b) != 60 {
+		t.Fatalf("%d bytes", len(b))
+	}
+	guest(9014)
+	settle(t, j, func(st JointStats) bool { return st.Unsent == 2 })
+	setMTU(t, card, 9000)
+	setMTU(t, far, 9000)
+	told(t, log, beyondLink, "interface="+far, "frame=9014", "interface_mtu=1500")
+	for _, size := range sizesTo(9000) {
+		want := testFrame(size)
+		guest(size)
+		if b, _ := receive(t, p); !bytes.Equal(b, want) {
+			t.Fatalf("%d bytes of %d", len(b), size)
+		}
+		send(t, p, Offload{}, want)
+		if b := next(t, got); !bytes.Equal(b, want) {
+			t.Fatalf("%d bytes of %d", len(b), size)
+		}
+	}
+	told(t, log, raisedLink, "interface="+far, "interface_mtu=9000")
+	if st := w.Back.Stats(); st.RX.Get(telemetry.Undelivered) != 2 {
+		t.Errorf("%d undelivered", st.RX.Get(telemetry.Undelivered))
+	}
+}
+
+// An interface that had a larger MTU before it was joined says nothing about the vif.
+func TestFramesBeyondTheVifAreSaidOnceAndCounted(t *testing.T) {
+	tap := openTAP(t, TAPConfig{MTU: 9000})
+	p := openPacket(t, tap.Name())
+	cfg, log := logged(pvnet.Config{})
+	w := pvnettest.New(t, toolstack.Vif{MAC: ourMAC, MTU: 1500}, pvnet.Config{}, cfg)
+	h := &host{w, t}
+	got := h.listen()
+	j, _ := h.join(context.Background(), w.Back, tap)
+	for _, size := range []int{1519, 5000, 9014, 60} {
+		send(t, p, Offload{}, testFrame(size))
+	}
+	if b := next(t, got); len(b) != 60 {
+		t.Fatalf("%d bytes", len(b))
+	}
+	told(t, log, beyondVif, "interface="+tap.Name(), "frame=1519", "vif_mtu=1500", "interface_mtu=9000")
+	settle(t, j, func(st JointStats) bool { return st.Oversize == 3 })
+	settle(t, j, func(JointStats) bool { return lostOf(w.Back, telemetry.DropTooLong) == 3 })
+
+	// Raised further it does.
+	setMTU(t, tap.Name(), 9100)
+	for _, size := range []int{5000, 9114} {
+		want := testFrame(size)
+		send(t, p, Offload{}, want)
+		if b := next(t, got); !bytes.Equal(b, want) {
+			t.Fatalf("%d bytes of %d", len(b), size)
+		}
+	}
+	// No vif has longer frames than these.
+	setMTU(t, tap.Name(), 65521)
+	tagged := testFrame(65535 + 4)
+	copy(tagged[12:], []byte{0x81, 0, 0, 7, testType >> 8, testType & 0xff})
+	send(t, p, Offload{}, tagged)
+	send(t, p, Offload{}, tagged[:65535])
+	if b := next(t, got); !bytes.Equal(b, tagged[:65535]) {
+		t.Fatalf("%d bytes", len(b))
+	}
+	settle(t, j, func(st JointStats) bool { return st.Oversize == 4 })
+}
+
+func lostOf(dev *pvnet.Device, r telemetry.Reason) uint64 {
+	st := dev.Stats()
+	return st.TX.Lost(r)
+}
+
+// The MTU of an interface does not speak of tags, of which a provider's frames have two.
+func TestFramesWithTwoTagsPass(t *testing.T) {
+	tap := openTAP(t, TAPConfig{})
+	cfg, log := logged(pvnet.Config{})
+	w := pvnettest.New(t, toolstack.Vif{MAC: ourMAC, MTU: 1500}, pvnet.Config{}, cfg)
+	h := &host{w, t}
+	got := h.listen()
+	l := &scripted{tap, make(chan func([][]byte) (int, Offload, error))}
+	j, _ := h.join(context.Background(), w.Back, l)
+	defer close(l.script)
+	b := testFrame(1523)
+	copy(b[12:], []byte{0x88, 0xa8, 0, 7, 0x81, 0, 0, 8, testType >> 8, testType & 0xff})
+	l.frame(b, Offload{})
+	l.frame(b[:1522], Offload{})
+	if b2 := next(t, got); !bytes.Equal(b2, b[:1522]) {
+		t.Fatalf("%d bytes", len(b2))
+	}
+	settle(t, j, func(st JointStats) bool { return st.Oversize == 1 && st.FromLink == 1 })
+	told(t, log, beyondVif, "frame=1523")
+}
+
+// A vif whose other end takes frames of one page only says so, and has the others.
+func TestPeerThatTakesNoLongFramesIsSaidOnce(t *testing.T) {
+	lab := labtest.New(t, emu.Config{})
+	lab.Domain(1)
+	guest := lab.Domain(2)
+	v := lab.Add(toolstack.Vif{Front: 2, Back: 1, MAC: ourMAC, MTU: 1500})
+	write := func(key, value string) {
+		t.Helper()
+		if err := lab.Tools.Write(context.Background(), v.BackDir()+"/"+key, value); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write("feature-rx-copy", "1")
+	write("state", "2")
+	cfg, log := logged(pvnet.Config{})
+	connected := make(chan *pvnet.Device, 1)
+	go func() {
+		front, err := pvnet.Connect(context.Background(), guest, "0", cfg)
+		if err != nil {
+			t.Error(err)
+		}
+		connected <- front
+	}()
+	for state := ""; state != "3" && state != "4"; {
+		state, _ = lab.Tools.Read(context.Background(), v.FrontDir()+"/state")
+	}
+	write("state", "4")
+	front := next(t, connected)
+	t.Cleanup(front.Disconnect)
+	t.Cleanup(func() { write("state", "6") })
+	tap := openTAP(t, TAPConfig{})
+	p := openPacket(t, tap.Name())
+	h := &host{&pvnettest.Wire{Front: front}, t}
+	j, ended := h.join(context.Background(), front, tap)
+	setMTU(t, tap.Name(), 9000)
+	for _, size := range []int{5000, 60, 4097, 4096} {
+		send(t, p, Offload{}, testFrame(size))
+	}
+	settle(t, j, func(st JointStats) bool { return st.Refused == 2 && st.FromLink == 2 })
+	told(t, log, beyondPeer, "interface="+tap.Name(), "frame=5000", "vif_mtu=1500")
+	settle(t, j, func(JointStats) bool { return lostOf(front, telemetry.DropTooLong) == 2 })
+	select {
+	case err := <-ended:
+		t.Fatal(err)
+	default:
+	}
+}

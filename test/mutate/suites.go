@@ -1,0 +1,71 @@
+//go:build linux
+
+package main
+
+import "time"
+
+const module = "barevif"
+
+// A suite is what go test runs against a mutant.
+type suite struct {
+	pkg   string        // "./arena"
+	run   string        // -run, empty for all
+	tags  string        // -tags
+	limit time.Duration // after which its tests count as hung; 0 for two minutes
+}
+
+func (s suite) String() string {
+	name := s.pkg
+	if s.tags != "" {
+		name += " -tags " + s.tags
+	}
+	if s.run != "" {
+		name += " -run " + s.run
+	}
+	return name
+}
+
+func (s suite) timeout() time.Duration {
+	if s.limit == 0 {
+		return 2 * time.Minute
+	}
+	return s.limit
+}
+
+// A plan is a package whose checks are mutated, and the suites that have to notice,
+// cheapest first. Suites that need another program (Debian's xenstored, bpftool) are
+// not among them: a check has to be noticed wherever go test runs.
+type plan struct {
+	dir    string
+	suites []suite
+}
+
+var (
+	hostile = suite{pkg: "./test/hostile", limit: 3 * time.Minute}
+	engines = suite{pkg: "./pvnet"}
+)
+
+// plans, cheapest first. A package of the table may be missing.
+var plans = []plan{
+	{"arena/shm", []suite{{pkg: "./arena/shm"}, {pkg: "./arena/shm", tags: "shmdebug"}}},
+	{"arena", []suite{{pkg: "./arena"}}},
+	{"pvnet/ring", []suite{{pkg: "./pvnet/ring"}}},
+	{"pvnet/netif", []suite{{pkg: "./pvnet/netif"}, {pkg: "./test/abi"}}},
+	{"pvnet/packet", []suite{{pkg: "./pvnet/packet"}, engines, hostile}},
+	{"xenbus/wire", []suite{{pkg: "./xenbus/wire"}, {pkg: "./xenbus"}, {pkg: "./xenbus/store"}}},
+	{"telemetry", []suite{{pkg: "./telemetry"}}},
+	{"telemetry/openmetrics", []suite{{pkg: "./telemetry/openmetrics"}}},
+	{"telemetry/bpf", []suite{{pkg: "./telemetry/bpf"}}},
+	{"xenbus/store", []suite{
+		{pkg: "./test/embeddedstore", run: "TestAnswersLikeXenstored417|TestMalformedRequests"},
+		{pkg: "./xenbus/store"},
+		{pkg: "./test/storesuite"},
+	}},
+	{"xenbus", []suite{{pkg: "./xenbus"}, {pkg: "./test/storesuite"}, engines}},
+	{"hypercall/emu", []suite{{pkg: "./hypercall/emu"}, {pkg: "./test/domainsuite"}, {pkg: "./test/processes"}}},
+	{"hypercall/xendev/privcmd", []suite{{pkg: "./hypercall/xendev/privcmd"}, {pkg: "./hypercall/xendev"}}},
+	{"hypercall/xendev", []suite{{pkg: "./hypercall/xendev"}}},
+	{"pvnet", []suite{engines, hostile, {pkg: "./test/counters", run: "Balance|Queues"}}},
+	{"pvnet/link", []suite{{pkg: "./pvnet/link"}}},
+	{"pvnet/netstack", []suite{{pkg: "./pvnet/netstack"}}},
+}
