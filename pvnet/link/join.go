@@ -30,6 +30,7 @@ type Joint struct {
 	toLink, toLinkGSO                atomic.Uint64
 	fromLink, fromLinkGSO, segments  atomic.Uint64
 	unsent, oversize, uncut, refused atomic.Uint64
+	garbled, unfed                   atomic.Uint64
 }
 
 // JointStats counts frames.
@@ -44,6 +45,9 @@ type JointStats struct {
 	Oversize uint64 // dropped: beyond the vif's MTU
 	Uncut    uint64 // dropped: cannot be cut or completed here, or is not what its header says
 	Refused  uint64 // dropped: the vif's other end does not take one of that size
+
+	Garbled uint64 // of Uncut, those that came from the vif
+	Unfed   uint64 // dropped: read from a link when Run ended
 }
 
 // Stats may be called at any time.
@@ -53,6 +57,7 @@ func (j *Joint) Stats() JointStats {
 		FromLink: j.fromLink.Load(), FromLinkGSO: j.fromLinkGSO.Load(), Segments: j.segments.Load(),
 		Unsent: j.unsent.Load(), Oversize: j.oversize.Load(),
 		Uncut: j.uncut.Load(), Refused: j.refused.Load(),
+		Garbled: j.garbled.Load(), Unfed: j.unfed.Load(),
 	}
 }
 
@@ -180,6 +185,7 @@ func (j *Joint) toLinkFrom(rx *pvnet.RX, l Link) error {
 			off, ok := leftOf(&frames[i])
 			if !ok {
 				j.uncut.Add(1)
+				j.garbled.Add(1)
 				continue
 			}
 			_, err = l.WriteFrame(off, pieces(&frames[i], bufs[:0]))
@@ -197,18 +203,24 @@ func (j *Joint) toLinkFrom(rx *pvnet.RX, l Link) error {
 				down = true
 				_ = l.SetReadDeadline(past)
 			case err == ErrGone || err == net.ErrClosed || errors.Is(err, os.ErrDeadlineExceeded):
+				j.unsent.Add(uint64(n - i))
+				j.wrote(sent, long)
 				_ = rx.Release(frames[:n])
 				return err
 			}
 			j.unsent.Add(1)
 		}
-		j.toLink.Add(sent)
-		if long > 0 {
-			j.toLinkGSO.Add(long)
-		}
+		j.wrote(sent, long)
 		if err := rx.Release(frames[:n]); err != nil {
 			return err
 		}
+	}
+}
+
+func (j *Joint) wrote(sent, long uint64) {
+	j.toLink.Add(sent)
+	if long > 0 {
+		j.toLinkGSO.Add(long)
 	}
 }
 
@@ -270,8 +282,9 @@ func (j *Joint) fromLinkTo(ctx context.Context, l Link, dev *pvnet.Device, tx *p
 // has to be asked.
 const downPause = 100 * time.Millisecond
 
-// release gives back the frames from i on.
+// release gives back the frames from i on, and counts those that were to be sent.
 func (f *feeder) release(i int) {
+	f.j.unfed.Add(uint64(max(f.ready-i, 0)))
 	for k := i; k < f.n; k++ {
 		_ = f.frames[k].Release() // it is stale if it was sent: nothing to give back
 	}

@@ -6,7 +6,6 @@ import (
 	"strconv"
 	"text/tabwriter"
 
-	"barevif/pvnet"
 	"barevif/pvnet/link"
 	"barevif/telemetry"
 )
@@ -92,10 +91,17 @@ func binarySize(n uint64) string {
 	return fmt.Sprintf("%.1f %s", f, units[i])
 }
 
-// tally is a vif's life in one line.
-func tally(dev *pvnet.Device, j *link.Joint) string {
-	st, js := dev.Stats(), j.Stats()
-	return fmt.Sprintf("%s frames from the frontend (%s lost), %s to the network; %s from the network (%s lost), %s to the frontend",
-		grouped(st.RX.Get(telemetry.Packets)), grouped(lost(&st.RX)), grouped(js.ToLink),
-		grouped(js.FromLink), grouped(js.Oversize+js.Uncut+js.Refused), grouped(st.TX.Get(telemetry.Packets)))
+// tally is a vif's life in two sentences that add up: what came in at either side of it
+// went out at the other, or is lost. peer is the other end.
+func tally(peer string, st *telemetry.Stats, js link.JointStats) string {
+	in, out := st.RX.Get(telemetry.Packets)+lost(&st.RX), js.ToLink
+	read := js.FromLink + (js.Uncut - js.Garbled) + js.Oversize + js.Refused + js.Unfed
+	gone := st.TX.Lost(telemetry.DropDisconnected)
+	s := fmt.Sprintf("%s frames from the %s, %s to the network, %s lost; %s from the network, %s to the %s, %s lost",
+		grouped(in), peer, grouped(out), grouped(in-out),
+		grouped(read), grouped(js.FromLink-min(gone, js.FromLink)), peer, grouped(read-js.FromLink+min(gone, js.FromLink)))
+	if n := st.TX.Get(telemetry.Packets); n > js.FromLink {
+		s += fmt.Sprintf(", cut into %s", grouped(n))
+	}
+	return s
 }

@@ -1,0 +1,33 @@
+package main
+
+import (
+	"testing"
+
+	"barevif/pvnet/link"
+	"barevif/telemetry"
+)
+
+// What came in at one side of a vif went out at the other or is lost.
+func TestTallyAddsUp(t *testing.T) {
+	set := telemetry.NewSet(1)
+	set.RX(0).Add(telemetry.Packets, 93)
+	set.RX(0).Drop(telemetry.DropBadGref, 2)
+	set.TX(0).Add(telemetry.Packets, 50)
+	set.TX(0).Drop(telemetry.DropDisconnected, 4)
+	set.RX(0).Publish()
+	set.TX(0).Publish()
+	st := set.Snapshot()
+	js := link.JointStats{ToLink: 88, Unsent: 4, Uncut: 3, Garbled: 1, FromLink: 50, Oversize: 5, Refused: 1, Unfed: 7}
+	for peer, want := range map[string]string{
+		"frontend": "95 frames from the frontend, 88 to the network, 7 lost; 65 from the network, 46 to the frontend, 19 lost",
+		"backend":  "95 frames from the backend, 88 to the network, 7 lost; 65 from the network, 46 to the backend, 19 lost",
+	} {
+		if got := tally(peer, &st, js); got != want {
+			t.Errorf("%s\nwant %s", got, want)
+		}
+	}
+	js.FromLink = 20 // the others are pieces
+	if got, want := tally("frontend", &st, js), "95 frames from the frontend, 88 to the network, 7 lost; 35 from the network, 16 to the frontend, 19 lost, cut into 50"; got != want {
+		t.Errorf("%s\nwant %s", got, want)
+	}
+}
