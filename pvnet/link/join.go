@@ -30,6 +30,7 @@ type Joint struct {
 	toLink, toLinkGSO                        atomic.Uint64
 	fromLink, fromLinkGSO, segments          atomic.Uint64
 	unsent, unread, oversize, uncut, refused atomic.Uint64
+	unfed                                    atomic.Uint64
 
 	told [kinds]atomic.Bool // what was said once
 }
@@ -47,6 +48,7 @@ type JointStats struct {
 	Oversize uint64 // from a link, dropped: beyond the vif's MTU
 	Uncut    uint64 // from a link, dropped: cannot be cut or completed here, or is not what its header says
 	Refused  uint64 // from a link, dropped: the vif or its other end does not take one of that size
+	Unfed    uint64 // from a link, dropped: read, and not yet sent, when Run ended
 }
 
 // Dropped is how many frames from links did not reach the vif.
@@ -59,6 +61,7 @@ func (j *Joint) Stats() JointStats {
 		FromLink: j.fromLink.Load(), FromLinkGSO: j.fromLinkGSO.Load(), Segments: j.segments.Load(),
 		Unsent: j.unsent.Load(), Unread: j.unread.Load(), Oversize: j.oversize.Load(),
 		Uncut: j.uncut.Load(), Refused: j.refused.Load(),
+		Unfed: j.unfed.Load(),
 	}
 }
 
@@ -217,6 +220,8 @@ func (j *Joint) toLinkFrom(dev *pvnet.Device, rx *pvnet.RX, l Link) error {
 			case err == ErrSize:
 				j.tellUntaken(dev, l, frames[i].Len())
 			case final(err):
+				j.unsent.Add(uint64(n - i))
+				j.wrote(sent, long)
 				_ = rx.Release(frames[:n])
 				return err
 			}
@@ -226,13 +231,17 @@ func (j *Joint) toLinkFrom(dev *pvnet.Device, rx *pvnet.RX, l Link) error {
 		if lost > 0 && rx.CountUndelivered(lost) == nil {
 			lost = 0
 		}
-		j.toLink.Add(sent)
-		if long > 0 {
-			j.toLinkGSO.Add(long)
-		}
+		j.wrote(sent, long)
 		if err := rx.Release(frames[:n]); err != nil {
 			return err
 		}
+	}
+}
+
+func (j *Joint) wrote(sent, long uint64) {
+	j.toLink.Add(sent)
+	if long > 0 {
+		j.toLinkGSO.Add(long)
 	}
 }
 
@@ -349,8 +358,9 @@ func (f *feeder) failed(err error) error {
 	return nil
 }
 
-// release gives back the frames from i on.
+// release gives back the frames from i on, and counts those that were to be sent.
 func (f *feeder) release(i int) {
+	f.j.unfed.Add(uint64(max(f.ready-i, 0)))
 	for k := i; k < f.n; k++ {
 		_ = f.frames[k].Release() // it is stale if it was sent: nothing to give back
 	}

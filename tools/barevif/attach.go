@@ -83,7 +83,8 @@ func (a *attach) join(dev *pvnet.Device, addr netip.Prefix) (*use, error) {
 		failed: failed,
 		close: func() error {
 			<-ended
-			fmt.Fprintf(a.stdout, "vif %s: gone; %s\n", a.vif, tally(dev, &joint, "backend"))
+			st := dev.Stats()
+			fmt.Fprintf(a.stdout, "vif %s: gone; %s\n", a.vif, tally("backend", &st, joint.Stats()))
 			return tap.Close()
 		},
 	}, nil

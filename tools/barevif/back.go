@@ -241,7 +241,8 @@ func (b *back) serve(ctx context.Context, dev *pvnet.Device) {
 	}
 	dev.Disconnect()
 	following.Wait()
-	b.say("vif %s: gone; %s", vif, tally(dev, &j, "frontend"))
+	st := dev.Stats()
+	b.say("vif %s: gone; %s", vif, tally("frontend", &st, j.Stats()))
 }
 
 // follow tells of the vif's link until the device has ended.
