@@ -47,6 +47,49 @@ func TestMemoryQuotaToTheByte(t *testing.T) {
 	}
 }
 
+// What a transaction only looks for counts too.
+func TestMemoryOfWhatATransactionLookedFor(t *testing.T) {
+	const quota = 2000
+	e := newEmbedded(t, store.Config{Quota: store.Quota{Memory: quota}})
+	g := e.guest(3)
+	g.Want(wire.Write, 0, "b\x00", ok)
+	tx := g.Start()
+	g.Want(wire.Write, tx, "b\x00", ok)
+	g.Want(wire.Read, tx, z("none"), "ENOENT") // and its home, which is above it
+	before := e.MemoryOf(3)
+	g.Want(wire.Read, tx, z("none0"), "ENOENT")
+	cost := e.MemoryOf(3) - before
+	if cost < len("/local/domain/3/none0") {
+		t.Fatalf("a node that was looked for takes %d bytes", cost)
+	}
+	g.Want(wire.Write, tx, "b\x00"+strings.Repeat("v", quota-e.MemoryOf(3)-cost), ok)
+	g.Want(wire.Read, tx, z("none1"), "ENOENT")
+	if m := e.MemoryOf(3); m != quota {
+		t.Errorf("it holds %d bytes of %d", m, quota)
+	}
+	g.Want(wire.Read, tx, z("none0"), "ENOENT")
+	g.Want(wire.Read, tx, z("none2"), "ENOMEM")
+	g.Want(wire.TransactionEnd, tx, z("F"), ok)
+	if m := e.MemoryOf(3); m >= before {
+		t.Errorf("%d bytes after the transaction, %d in it", m, before)
+	}
+}
+
+func TestPermissionsCountForTheQuotas(t *testing.T) {
+	e := newEmbedded(t, store.Config{Quota: store.Quota{Memory: 4500}})
+	g := e.guest(3)
+	full := strings.Repeat("v", 2047-24-8)
+	g.Want(wire.Write, 0, "a\x00"+full, ok)
+	g.Want(wire.SetPerms, 0, z("a", "n3", "r0"), "ENOSPC")
+	g.Want(wire.Write, 0, "b\x00"+full[8:], ok)
+	g.Want(wire.SetPerms, 0, z("b", "n3", "r0"), ok)
+	g.Want(wire.Write, 0, "c\x00", ok)
+	g.Want(wire.Write, 0, "c\x00"+strings.Repeat("v", 4500-e.MemoryOf(3)-8), ok)
+	g.Want(wire.SetPerms, 0, z("c", "n3", "r0", "r0"), "ENOMEM")
+	g.Want(wire.SetPerms, 0, z("c", "n3", "r0"), ok)
+	g.Want(wire.GetPerms, 0, z("c"), z("n3", "r0"))
+}
+
 // A node's path counts when it is made, not when it is written again.
 func TestMemoryOfANewNode(t *testing.T) {
 	e := newEmbedded(t, store.Config{})
