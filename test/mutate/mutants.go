@@ -239,7 +239,7 @@ func (g *generator) body(body *ast.BlockStmt, sig *ast.FuncType) {
 			case token.LAND, token.LOR:
 				g.operand(n)
 			case token.LSS, token.LEQ, token.GTR, token.GEQ, token.EQL, token.NEQ:
-				if !loops[n] { // its body would run once too often, or for ever
+				if !loops[n] { // its body would run once too often, or endlessly
 					g.comparison(n)
 				}
 			}

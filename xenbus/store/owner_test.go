@@ -47,7 +47,7 @@ func TestMemoryQuotaToTheByte(t *testing.T) {
 	}
 }
 
-// What a transaction only looks for counts too.
+// Nodes that a transaction only looked for count too.
 func TestMemoryOfWhatATransactionLookedFor(t *testing.T) {
 	const quota = 2000
 	e := newEmbedded(t, store.Config{Quota: store.Quota{Memory: quota}})
@@ -112,7 +112,7 @@ func TestMemoryOfANewNode(t *testing.T) {
 	g.Want(wire.Write, 0, "name\x00", ok)
 }
 
-// Who owns the node pays, whoever writes it.
+// The owner of a node pays for what others write there.
 func TestTheOwnerPays(t *testing.T) {
 	const quota = 6000
 	e := newEmbedded(t, store.Config{Quota: store.Quota{Memory: quota}})
@@ -204,7 +204,7 @@ func TestNodesAreCountedForTheirOwnersAtTheCommit(t *testing.T) {
 	g.Want(wire.Mkdir, tx, z("h"), ok)
 	g.Want(wire.TransactionEnd, tx, z("T"), ok)
 
-	// What is made and taken away again is none.
+	// A node that is made and removed again counts as none.
 	tx = g.Start()
 	g.Want(wire.Mkdir, tx, z("i"), ok)
 	g.Want(wire.Rm, tx, z("i"), ok)
@@ -268,7 +268,7 @@ func TestRightsOfATarget(t *testing.T) {
 	h.Want(wire.Read, 0, z("/of-dom0"), "2")
 	h.Want(wire.Write, 0, "/of-dom0\x003", "EACCES")
 	h.Want(wire.SetPerms, 0, z("/local/domain/3/x", "n3", "r4"), ok)
-	h.Want(wire.SetPerms, 0, z("/local/domain/3/x", "n4"), "EPERM") // to whom it belongs stays
+	h.Want(wire.SetPerms, 0, z("/local/domain/3/x", "n4"), "EPERM") // its owner stays
 	g.Want(wire.Read, 0, z("/local/domain/4/none"), "EACCES")       // one way only
 	c.Want(wire.SetPerms, 0, z("/of-dom0", "n0", "r3"), ok)
 	e.DomainDied(3)
