@@ -420,7 +420,7 @@ func (g *generator) constsOf(dir string) map[string]bool {
 	return names
 }
 
-// result has an error not returned. What makes it is still run.
+// result has an error not returned; the expression that makes it still runs.
 func (g *generator) result(n *ast.ReturnStmt, sig *ast.FuncType) {
 	if len(n.Results) == 0 || sig.Results == nil {
 		return
