@@ -290,3 +290,17 @@ func TestPermissionsForNoDomain(t *testing.T) {
 		c.Want(wire.SetPerms, 0, z("/x", "n0", bad), "EINVAL")
 	}
 }
+
+// Id 0 stands for no transaction, and an id that is in use for that one.
+func TestTransactionIDsStartAgain(t *testing.T) {
+	e := newEmbedded(t, store.Config{})
+	c := e.dom0()
+	first, second := c.Start(), c.Start()
+	e.SkipTransactions(^uint32(0) - 1)
+	if id := c.Start(); id != ^uint32(0) {
+		t.Errorf("transaction %d, want the last there is", id)
+	}
+	if id := c.Start(); id == 0 || id == first || id == second {
+		t.Errorf("transaction %d while %d and %d are open", id, first, second)
+	}
+}
