@@ -93,7 +93,7 @@ func binarySize(n uint64) string {
 	return fmt.Sprintf("%.1f %s", f, units[i])
 }
 
-// tally is a vif's life in one line. peer is what its other end is.
+// tally is a vif's life in one line. peer is the role of its other end.
 func tally(dev *pvnet.Device, j *link.Joint, peer string) string {
 	st, js := dev.Stats(), j.Stats()
 	return fmt.Sprintf("%s frames from the %s (%s lost), %s to the network%s; %s from the network%s, %s to the %s",
