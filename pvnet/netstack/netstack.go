@@ -158,7 +158,7 @@ func protocol(ip netip.Addr) tcpip.NetworkProtocolNumber {
 // Addr is the stack's own address.
 func (s *Stack) Addr() netip.Addr { return s.addr }
 
-// Stats counts what the stack drops; the rest is in the Device's counters.
+// Stats counts the frames the stack drops; the rest is in the Device's counters.
 type Stats struct {
 	Foreign   uint64 // received, for another station or another VLAN
 	Unknown   uint64 // received, of an EtherType that is none of IPv4, IPv6 and ARP
