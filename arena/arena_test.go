@@ -262,8 +262,8 @@ func TestOneHolderIsExclusive(t *testing.T) {
 	}
 }
 
-// What a chain's pieces say is read by all who hold it: only an only holder says
-// something else.
+// All holders of a chain read where its pieces are, so only an only holder may change
+// that.
 func TestOnlyAnOnlyHolderResizes(t *testing.T) {
 	a := New(shm.Heap(2), 4096)
 	var i [2]uint32

@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"time"
 
 	"barevif/hypercall"
 	"barevif/pvnet/netif"
@@ -29,23 +30,37 @@ type deviceKey struct {
 	id     string
 }
 
-// An entry is a device from the first call of Connect on.
+// An entry is a device from the first call of Connect on, until nothing of it is left.
 type entry struct {
 	cfg   Config
 	ready chan struct{} // closed when dev or err is set
+	gone  chan struct{} // closed when the entry is no longer among the devices
 	dev   *Device
 	err   error
 }
 
+// failed reports whether the attempt is over, and was in vain.
+func (e *entry) failed() bool {
+	select {
+	case <-e.ready:
+		return e.err != nil
+	default:
+		return false
+	}
+}
+
 // Connect gives the frontend of this domain's vif id ("0"), connected. It waits
 // for the toolstack to finish the vif and for the backend to answer, until ctx
-// ends: the error then says which states were seen.
+// ends: the error then says which states were seen, or what xenstore refused last.
 //
 // A second Connect of one domain and id gives the same device, which one
 // Disconnect ends for all. It must agree in its Config.
 //
 // For an id that is no vif the error names those there are
-// ([xenbus.NoDeviceError]).
+// ([xenbus.NoDeviceError]). A device that does not connect is closed before Connect
+// returns. Once ctx has ended that is given a second more; what then is left, with a
+// xenstore or a peer that does not answer, goes on behind it, and a Connect that
+// comes meanwhile waits for it.
 func Connect(ctx context.Context, domain hypercall.Domain, id string, cfg Config) (*Device, error) {
 	if err := cfg.check(); err != nil {
 		return nil, fmt.Errorf("pvnet: connect vif %s: %w", id, err)
@@ -55,22 +70,22 @@ func Connect(ctx context.Context, domain hypercall.Domain, id string, cfg Config
 		devices.mu.Lock()
 		e, there := devices.all[key]
 		if !there {
-			e = &entry{cfg: cfg, ready: make(chan struct{})}
+			e = &entry{cfg: cfg, ready: make(chan struct{}), gone: make(chan struct{})}
 			devices.all[key] = e
 		}
 		devices.mu.Unlock()
 		if !there {
 			e.dev, e.err = connect(ctx, domain, id, cfg, func() {
 				devices.mu.Lock()
-				if devices.all[key] == e {
-					delete(devices.all, key)
-				}
+				delete(devices.all, key)
 				devices.mu.Unlock()
+				close(e.gone)
 			})
 			close(e.ready)
 			return e.dev, e.err
 		}
-		if !e.cfg.equal(cfg) {
+		failed := e.failed() // before we came
+		if !failed && !e.cfg.equal(cfg) {
 			return nil, fmt.Errorf("pvnet: vif %s is connected with another Config", id)
 		}
 		select {
@@ -79,27 +94,30 @@ func Connect(ctx context.Context, domain hypercall.Domain, id string, cfg Config
 			return nil, fmt.Errorf("pvnet: connect vif %s: %w", id, context.Cause(ctx))
 		}
 		switch {
-		case errors.Is(e.err, context.Canceled) || errors.Is(e.err, context.DeadlineExceeded):
-			continue // the other caller's patience is not ours; its entry is gone
+		case failed || errors.Is(e.err, context.Canceled) || errors.Is(e.err, context.DeadlineExceeded):
+			// The other caller's patience is not ours.
 		case e.err != nil:
 			return nil, e.err
 		case !e.dev.leaving.Load() && e.dev.word.Load() != linkGone:
 			return e.dev, nil
 		}
 		select {
-		case <-e.dev.done: // its entry goes with it
+		case <-e.gone:
 		case <-ctx.Done():
 			return nil, fmt.Errorf("pvnet: connect vif %s: %w", id, context.Cause(ctx))
 		}
 	}
 }
 
-// connect makes the device. forget runs when there is none, or none any more.
+// connect makes the device. forget runs once nothing of it is left.
 func connect(ctx context.Context, domain hypercall.Domain, id string, cfg Config, forget func()) (d *Device, err error) {
+	begun := false
 	defer func() {
 		if err != nil {
-			forget()
 			err = fmt.Errorf("pvnet: connect vif %s: %w", id, err)
+		}
+		if !begun {
+			forget()
 		}
 	}()
 	client, err := xenbus.Dial(ctx, domain.Store, xenbus.Config{Logger: cfg.Logger})
@@ -112,46 +130,59 @@ func connect(ctx context.Context, domain hypercall.Domain, id string, cfg Config
 		return nil, err
 	}
 	d = newDevice(id, telemetry.Frontend, domain, cfg)
-	f := &front{d: d}
-	if err := f.identify(ctx, xd); err != nil {
-		xd.Close(ctx)
-		client.Close()
-		return nil, err
-	}
 	first := make(chan error, 1)
-	d.start(xd, xenbus.Frontend, f, first, func() {
+	begun = true
+	d.start(xd, xenbus.Frontend, &front{d: d}, first, func() {
 		client.Close()
 		forget()
 	})
 	select {
 	case err = <-first:
-		if err != nil {
-			<-d.done
-		}
 	case <-ctx.Done():
-		ch := xd.Current()
-		err = &xenbus.WaitError{Dir: xd.Dir(), Own: ch.Own, Seen: xd.Seen(), Err: context.Cause(ctx)}
+		err = d.late(xd, context.Cause(ctx))
 		d.stop(err)
-		<-d.done
 	}
-	if err != nil {
+	if err == nil {
+		return d, nil
+	}
+	select {
+	case <-d.done:
 		return nil, err
+	case <-ctx.Done():
 	}
-	return d, nil
+	grace := time.NewTimer(connectGrace)
+	defer grace.Stop()
+	select {
+	case <-d.done:
+	case <-grace.C:
+	}
+	return nil, err
+}
+
+// connectGrace is how long Connect waits, once its context has ended, for a device
+// that did not connect to be closed.
+const connectGrace = time.Second
+
+// late is why a device is not connected by the time its Connect gives up.
+func (d *Device) late(xd *xenbus.Device, cause error) error {
+	trouble := xd.Trouble()
+	if step := d.trouble.Load(); step != nil {
+		trouble = *step
+	}
+	if trouble != nil {
+		return fmt.Errorf("%w; given up: %w", trouble, cause)
+	}
+	ch := xd.Current()
+	return &xenbus.WaitError{Dir: xd.Dir(), Own: ch.Own, Seen: xd.Seen(), Err: cause}
 }
 
 // start begins the device's life. after runs at its very end.
 func (d *Device) start(xd *xenbus.Device, kind xenbus.Role, r role, first chan error, after func()) {
 	ctx, stop := context.WithCancelCause(context.Background())
 	d.stop = stop
-	info := telemetry.Info{
-		Role: d.role, Own: uint16(d.domain.ID()), Peer: uint16(dom(xd)), Queues: d.cfg.queues(),
-	}
-	if n, err := strconv.ParseUint(d.id, 10, 32); err == nil {
-		info.Handle = uint32(n)
-	}
-	d.set.Open(d.cfg.Counters, info)
+	d.mirror(dom(xd))
 	l := &life{d: d, xd: xd, role: r, kind: kind, first: first}
+	l.whole, l.giveUp = context.WithCancel(context.Background())
 	d.finish = func() {
 		stop(nil)
 		d.set.Close()
@@ -163,39 +194,85 @@ func (d *Device) start(xd *xenbus.Device, kind xenbus.Role, r role, first chan e
 	go l.run(ctx)
 }
 
-// A front is the frontend's part of a life.
-type front struct{ d *Device }
+// mirror shows the counters under the name of the vif, which is another one once its
+// peer is in another domain.
+func (d *Device) mirror(peer hypercall.DomID) {
+	info := telemetry.Info{
+		Role: d.role, Own: uint16(d.domain.ID()), Peer: uint16(peer), Queues: d.cfg.queues(),
+	}
+	if n, err := strconv.ParseUint(d.id, 10, 32); err == nil {
+		info.Handle = uint32(n)
+	}
+	if d.named == info {
+		return
+	}
+	if d.named != (telemetry.Info{}) {
+		d.set.Close()
+	}
+	d.named = info
+	d.set.Open(d.cfg.Counters, info)
+}
 
-// identify reads who the card is: what the toolstack wrote before us.
+// A front is the frontend's part of a life.
+type front struct {
+	d    *Device
+	made MAC // the address of a vif that has none, once it was needed
+}
+
+// identify reads who the card is: what the toolstack wrote before us. A vif that was
+// unplugged and plugged again may be another card.
 func (f *front) identify(ctx context.Context, xd *xenbus.Device) error {
 	own, err := xd.OwnValues(ctx, netif.KeyMAC, netif.KeyMTU, netif.KeyTrusted)
 	if err != nil {
 		return err
 	}
-	mac, err := own.MAC(netif.KeyMAC)
+	mac, err := f.address(own, xd.Dir())
 	if err != nil {
 		// As FreeBSD's netfront: some toolstacks leave it to the backend.
-		var peer xenbus.Values
-		if peer, err = xd.PeerValues(ctx, netif.KeyMAC); err == nil {
-			mac, err = peer.MAC(netif.KeyMAC)
-		}
-		if err != nil {
-			rand.Read(mac[:])
-			mac[0] = mac[0]&^1 | 2 // unicast, locally administered
-			f.d.log.Warn("no MAC in xenstore, made one", "vif", f.d.id, "mac", MAC(mac))
+		dir, _ := xd.Peer()
+		peer, e := xd.PeerValues(ctx, netif.KeyMAC)
+		switch {
+		case errors.Is(e, xenbus.ErrAccess): // it may not be ours to read
+		case e != nil:
+			return e
+		default:
+			mac, err = f.address(peer, dir)
 		}
 	}
-	mtu, err := own.Uint(netif.KeyMTU, MaxFrame, 1500)
-	if err != nil || mtu < 68 { // RFC 791: what every link must carry
-		f.d.log.Warn("no usable MTU in xenstore", "vif", f.d.id, "err", err)
-		mtu = 1500
+	if err != nil {
+		if f.made == (MAC{}) {
+			rand.Read(f.made[:])
+			f.made[0] = f.made[0]&^1 | 2 // unicast, locally administered
+		}
+		mac = f.made
+		f.d.log.Warn("no MAC in xenstore, made one", "vif", f.d.id, "mac", mac)
 	}
 	trusted, err := own.Bool(netif.KeyTrusted, true)
-	f.d.mu.Lock()
-	f.d.mac, f.d.trusted = mac, trusted && err == nil
-	f.d.mu.Unlock()
-	f.d.mtu.Store(int32(mtu))
+	f.d.identify(mac, f.d.mtuOf(own), trusted && err == nil)
 	return nil
+}
+
+// address is the card's, as one of the two directories has it. What Linux's
+// is_valid_ether_addr refuses no card can have, and no network would deliver to.
+func (f *front) address(v xenbus.Values, dir string) (MAC, error) {
+	mac, err := v.MAC(netif.KeyMAC)
+	if err == nil && !MAC(mac).station() {
+		err = &xenbus.ValueError{Path: netif.KeyMAC, Value: v[netif.KeyMAC], Want: "the address of one station"}
+	}
+	if err != nil && v.Has(netif.KeyMAC) {
+		f.d.log.Warn("unusable MAC in xenstore", "vif", f.d.id, "key", dir+"/"+netif.KeyMAC, "value", v[netif.KeyMAC], "err", err)
+	}
+	return mac, err
+}
+
+// mtuOf is the MTU of a vif, by its directory.
+func (d *Device) mtuOf(own xenbus.Values) int {
+	mtu, err := own.Uint(netif.KeyMTU, MaxFrame, 1500)
+	if err != nil || mtu < 68 { // RFC 791: what every link must carry
+		d.log.Warn("no usable MTU in xenstore", "vif", d.id, "value", own[netif.KeyMTU], "err", err)
+		return 1500
+	}
+	return int(mtu)
 }
 
 func (f *front) prepare(context.Context, *xenbus.Device) error  { return nil }
@@ -204,6 +281,9 @@ func (f *front) finished(context.Context, *xenbus.Device, bool) { f.d.finish() }
 // attach makes rings and pages for what the backend offers, and publishes them.
 func (f *front) attach(ctx context.Context, xd *xenbus.Device, c *conn) error {
 	d := f.d
+	if err := f.identify(ctx, xd); err != nil {
+		return err
+	}
 	back, err := xd.PeerValues(ctx, netif.KeyFeatureRxCopy, netif.KeyFeatureSG,
 		netif.KeyFeatureSplitChannels, netif.KeyMaxQueues, netif.KeyFeatureNoCsumOffload,
 		netif.KeyFeatureIPv6CsumOffload, netif.KeyFeatureGSOTCPv4, netif.KeyFeatureGSOTCPv6)

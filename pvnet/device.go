@@ -29,6 +29,7 @@ package pvnet
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"iter"
@@ -50,6 +51,10 @@ import (
 type MAC [6]byte
 
 func (m MAC) String() string { return net.HardwareAddr(m[:]).String() }
+
+// station reports whether m is the address of one station: neither zero nor of a
+// group, as Linux's is_valid_ether_addr has it.
+func (m MAC) station() bool { return m[0]&1 == 0 && m != MAC{} }
 
 // Config is what a device may be told. The zero Config suits most programs.
 type Config struct {
@@ -109,6 +114,8 @@ func (c *Config) queues() int { return max(c.Queues, 1) }
 type LinkEvent struct {
 	Up     bool
 	Reason string // why it is down: "the backend closed", "Disconnect", ...
+	MAC    MAC    // of this connection, or of the last one; zero before the first
+	MTU    int    // in bytes, as [Device.MTU] has it; likewise
 }
 
 // A Device is one end of a vif. Its methods may be called from any goroutine.
@@ -131,6 +138,9 @@ type Device struct {
 	lost    atomic.Uint64             // pages the peer did not give back, not counted yet
 	leaving atomic.Bool               // Disconnect was called
 	broken  atomic.Pointer[PeerError] // the violation that ended, or ends, the device
+	trouble atomic.Pointer[error]     // why the last step of the life failed; nil: it did not
+	mac     atomic.Uint64             // in the lower 48 bits, the first byte the highest
+	named   telemetry.Info            // what the counters are shown as; of the life goroutine
 
 	stop     context.CancelCauseFunc // asks the life goroutine to end
 	finish   func()                  // closes what the life goroutine used
@@ -139,7 +149,6 @@ type Device struct {
 	fault    chan *PeerError         // violations halves met
 
 	mu      sync.Mutex
-	mac     MAC               // guarded by mu
 	trusted bool              // guarded by mu
 	changed chan struct{}     // guarded by mu: closed when word or a deadline changes
 	cause   error             // guarded by mu: what calls return once gone
@@ -185,16 +194,28 @@ func newDevice(id string, role telemetry.Role, domain hypercall.Domain, cfg Conf
 // ID is the vif's handle, as given to Connect.
 func (d *Device) ID() string { return d.id }
 
-// MAC is the card's address.
+// MAC is the card's address. It is read anew for each connection: a vif that is
+// unplugged and plugged again may have another one. The [LinkEvent] says so.
 func (d *Device) MAC() MAC {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return d.mac
+	var b [8]byte
+	binary.BigEndian.PutUint64(b[:], d.mac.Load())
+	return MAC(b[2:])
 }
 
 // MTU is the largest payload in bytes, without the Ethernet header, that the
-// network behind the vif takes.
+// network behind the vif takes. Like the MAC it is of a connection.
 func (d *Device) MTU() int { return int(d.mtu.Load()) }
+
+// identify says who the card is from now on.
+func (d *Device) identify(mac MAC, mtu int, trusted bool) {
+	var b [8]byte
+	copy(b[2:], mac[:])
+	d.mac.Store(binary.BigEndian.Uint64(b[:]))
+	d.mtu.Store(int32(mtu))
+	d.mu.Lock()
+	d.trusted = trusted
+	d.mu.Unlock()
+}
 
 // Queues is how many queues the device can have, Active how many the connection
 // has.
@@ -268,30 +289,29 @@ func (d *Device) flush() {
 
 // SetDeadline is SetReadDeadline and SetWriteDeadline.
 func (d *Device) SetDeadline(t time.Time) error {
-	d.SetReadDeadline(t)
-	return d.SetWriteDeadline(t)
+	return errors.Join(d.SetReadDeadline(t), d.SetWriteDeadline(t))
 }
 
 // SetReadDeadline is when Listen ends with os.ErrDeadlineExceeded if no frame
-// comes. It returns nil.
+// comes. It returns nil, or ErrDisconnected.
 func (d *Device) SetReadDeadline(t time.Time) error {
 	for _, rx := range d.rx {
 		if !rx.owned.Load() {
 			rx.setDeadline(t)
 		}
 	}
-	return nil
+	return d.over()
 }
 
 // SetWriteDeadline is when Write and Writev give up waiting for room. It returns
-// nil.
+// nil, or ErrDisconnected.
 func (d *Device) SetWriteDeadline(t time.Time) error {
 	for _, tx := range d.tx {
 		if !tx.owned.Load() {
 			tx.setDeadline(t)
 		}
 	}
-	return nil
+	return d.over()
 }
 
 // Links gives the present state of the link and then its changes, until ctx ends
@@ -333,8 +353,11 @@ func (d *Device) unsubscribe(c chan LinkEvent) {
 }
 
 // OwnTX takes the sending half of queue i out of the Device's hands: from now on
-// Write and Writev leave it alone. ErrOwned if it has an owner.
+// Write and Writev leave it alone. ErrOwned if it has an owner, ErrDisconnected.
 func (d *Device) OwnTX(i int) (*TX, error) {
+	if err := d.over(); err != nil {
+		return nil, err
+	}
 	if i < 0 || i >= len(d.tx) {
 		return nil, fmt.Errorf("pvnet: no queue %d: vif %s has queues 0 to %d", i, d.id, len(d.tx)-1)
 	}
@@ -348,8 +371,11 @@ func (d *Device) OwnTX(i int) (*TX, error) {
 }
 
 // OwnRX takes the receiving half of queue i out of the Device's hands. ErrOwned
-// if it has an owner, or if Listen runs.
+// if it has an owner, or if Listen runs; ErrDisconnected.
 func (d *Device) OwnRX(i int) (*RX, error) {
+	if err := d.over(); err != nil {
+		return nil, err
+	}
 	if i < 0 || i >= len(d.rx) {
 		return nil, fmt.Errorf("pvnet: no queue %d: vif %s has queues 0 to %d", i, d.id, len(d.rx)-1)
 	}
@@ -367,6 +393,9 @@ func (d *Device) Write(frame []byte) (int, error) { return d.Writev(frame) }
 
 // Writev is Write of one frame whose bytes are in several slices.
 func (d *Device) Writev(bufs ...[]byte) (int, error) {
+	if err := d.over(); err != nil { // whatever else is wrong
+		return 0, err
+	}
 	size := 0
 	for _, b := range bufs {
 		size += len(b)
@@ -420,8 +449,12 @@ func (d *Device) pick(head []byte) (*TX, error) {
 // until fn returns. Frames that arrive before Listen wait in the ring, and so do
 // frames for which there is no buffer because fn retained them all.
 //
-// A second Listen, or one beside an owner of a receiving half, is [ErrOwned].
+// A second Listen, or one beside an owner of a receiving half, is [ErrOwned]; one
+// after Disconnect is [ErrDisconnected].
 func (d *Device) Listen(ctx context.Context, fn func(Frame)) error {
+	if err := d.over(); err != nil {
+		return err
+	}
 	d.mu.Lock()
 	taken := d.listens
 	for _, rx := range d.rx {
@@ -546,10 +579,11 @@ func trapped(f func()) (v *PeerError) {
 }
 
 // Disconnect ends the device: the other end sees Closing, then Closed, every call
-// that waits returns [ErrDisconnected], and Listen returns nil. It may take time,
-// at most a few seconds with a peer that does not answer, and never fails. It is
-// idempotent, ends the device for all who share it, and does not wait for frames
-// that are still held: those stay readable until they are released.
+// that waits returns [ErrDisconnected], as do all that come later, and Listen returns
+// nil. It never fails. It may take time: up to 4 s with a peer that does not answer, up
+// to 6 s in all with a xenstore that does not, and 10 s more for a caller that is stuck
+// ([Device.Done]). It is idempotent, ends the device for all who share it, and does not
+// wait for frames that are still held: those stay readable until they are released.
 func (d *Device) Disconnect() {
 	d.leaving.Store(true)
 	d.stop(ErrDisconnected)
@@ -579,6 +613,14 @@ func (d *Device) state() error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return d.cause
+}
+
+// over is what every call returns once the device has ended; nil: it has not.
+func (d *Device) over() error {
+	if d.word.Load() != linkGone {
+		return nil
+	}
+	return d.state()
 }
 
 // stateOf is state for one half: a queue the connection does not have is down.
@@ -711,10 +753,10 @@ func (d *Device) drop(c *conn) {
 // setStatus shows our state beside the counters.
 func (d *Device) setStatus(s xenbus.State) {
 	d.mu.Lock()
-	mac, agreed := d.mac, d.agreed
+	agreed := d.agreed
 	d.mu.Unlock()
 	d.set.SetStatus(telemetry.Status{
-		State: telemetry.State(s), Up: d.word.Load() == linkUp, MAC: mac, MTU: uint32(d.MTU()),
+		State: telemetry.State(s), Up: d.word.Load() == linkUp, MAC: d.MAC(), MTU: uint32(d.MTU()),
 		Queues: uint32(d.active.Load()), Epoch: d.epoch.Load(),
 		Features: agreed,
 	})
@@ -736,6 +778,10 @@ const patience = 10 * time.Second
 func (d *Device) announce(word uint32, ev LinkEvent) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	ev.MAC, ev.MTU = d.last.MAC, d.last.MTU
+	if ev.Up {
+		ev.MAC, ev.MTU = d.MAC(), d.MTU()
+	}
 	d.word.Store(word)
 	close(d.changed)
 	d.changed = make(chan struct{})

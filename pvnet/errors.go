@@ -18,8 +18,8 @@ func (e *errorOf) Error() string        { return e.text }
 func (e *errorOf) Is(target error) bool { return target == e.is }
 
 var (
-	// ErrDisconnected is returned by every call after Disconnect. It is
-	// [net.ErrClosed].
+	// ErrDisconnected is returned by every call after Disconnect, but by those that
+	// give a frame back. It is [net.ErrClosed].
 	ErrDisconnected error = &errorOf{"pvnet: the device is disconnected", net.ErrClosed}
 
 	// ErrUnimplemented is returned for what the peer or this end does not do. It
@@ -80,6 +80,16 @@ type UnknownError struct {
 
 func (e *UnknownError) Error() string { return "pvnet: " + e.Op + ": " + e.Err.Error() }
 func (e *UnknownError) Unwrap() error { return e.Err }
+
+// An endedError is why a device ended that was not disconnected by its user. It is
+// [ErrDisconnected].
+type endedError struct{ cause error }
+
+func (e *endedError) Error() string { return e.cause.Error() }
+func (e *endedError) Unwrap() error { return e.cause }
+func (e *endedError) Is(target error) bool {
+	return target == ErrDisconnected || target == net.ErrClosed
+}
 
 // A PeerError is something no correct peer could have done. It is final for the
 // device: every later call returns it, and it is [ErrDisconnected].

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"runtime/debug"
+	"sync"
 	"time"
 
 	"barevif/hypercall"
@@ -16,6 +17,7 @@ import (
 // How long the life goroutine waits for what it cannot control.
 const (
 	closePatience   = 4 * time.Second // for the peer to answer Closing, on Disconnect
+	endPatience     = 6 * time.Second // for all that the end of a device takes, those included
 	storePatience   = 5 * time.Second // for one xenstore operation
 	connectPatience = time.Minute     // for all a connection takes, unless the device is to end
 	retryFirst      = time.Second     // after a connect that failed; doubles
@@ -46,6 +48,10 @@ type life struct {
 	kind xenbus.Role
 
 	stop     context.Context // ends when the device is to end
+	whole    context.Context // of every xenstore operation; ends when the end has taken too long
+	giveUp   context.CancelFunc
+	haste    sync.Once
+	end      time.Time // when whole ends at the latest; set in haste
 	conn     *conn
 	attached uint32 // generation of conn, 0: none
 	running  bool   // gates are open
@@ -57,6 +63,7 @@ type life struct {
 	retryAt time.Time
 	pause   time.Duration
 	pace    pace
+	mending pace         // of our state being written over
 	of      uint32       // generation that pace is of; 0: none yet
 	beats   int          // ticks since the link came up
 	state   xenbus.State // last written, for the event log
@@ -72,6 +79,12 @@ func (l *life) run(stop context.Context) {
 	l.stop = stop
 	d := l.d
 	defer close(d.done)
+	defer l.giveUp()
+	context.AfterFunc(stop, func() {
+		if context.Cause(stop) != ErrHandover {
+			l.hurry()
+		}
+	})
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
 	for l.leaving != ErrHandover && !l.step() {
@@ -102,6 +115,7 @@ func (l *life) run(stop context.Context) {
 			l.rescue()
 		}
 	}
+	l.hurry()
 	l.release()
 	l.d.hush.catchUp(true)
 	ctx, cancel := l.patiently()
@@ -114,14 +128,25 @@ func (l *life) run(stop context.Context) {
 	l.tell(l.leaving)
 }
 
+// patiently is for one xenstore operation.
 func (l *life) patiently() (context.Context, context.CancelFunc) {
-	return context.WithTimeout(context.Background(), storePatience)
+	return context.WithTimeout(l.whole, storePatience)
+}
+
+// hurry sets a time for the end of the device. All operations share it, those under
+// way included, however many there are and whichever of them waits in vain.
+func (l *life) hurry() {
+	l.haste.Do(func() {
+		l.end = time.Now().Add(endPatience)
+		t := time.AfterFunc(endPatience, l.giveUp)
+		context.AfterFunc(l.whole, func() { t.Stop() })
+	})
 }
 
 // atLength is for all that a connection takes, if the device is not to end before. A
 // handover waits: it leaves nothing half done.
 func (l *life) atLength() (context.Context, context.CancelFunc) {
-	ctx, cancel := context.WithTimeout(context.Background(), connectPatience)
+	ctx, cancel := context.WithTimeout(l.whole, connectPatience)
 	unhook := context.AfterFunc(l.stop, func() {
 		if context.Cause(l.stop) != ErrHandover {
 			cancel()
@@ -150,7 +175,9 @@ func (l *life) leave(cause error) {
 		cause = ErrDisconnected
 	}
 	l.leaving = cause
-	l.force = time.Now().Add(closePatience)
+	l.hurry()
+	l.force = l.end.Add(closePatience - endPatience)
+	l.tell(cause)
 }
 
 func (l *life) violated(v *PeerError) {
@@ -265,14 +292,17 @@ func (l *life) rescue() {
 
 // again is when to look at the device though nothing has changed; zero: never.
 func (l *life) again() time.Time {
-	switch at := l.pace.until; {
-	case !l.force.IsZero():
+	if !l.force.IsZero() {
 		return l.force
-	case l.refused != nil && (at.IsZero() || l.retryAt.Before(at)):
-		return l.retryAt
-	default:
-		return at
 	}
+	at := l.pace.until
+	if l.refused != nil && (at.IsZero() || l.retryAt.Before(at)) {
+		at = l.retryAt
+	}
+	if t := l.mending.until; !t.IsZero() && (at.IsZero() || t.Before(at)) {
+		at = t
+	}
+	return at
 }
 
 // held reports whether nothing is to be done now: the step that failed is not
@@ -285,6 +315,9 @@ func (l *life) held(ch xenbus.Change) bool {
 	now := time.Now()
 	if !now.Before(l.pace.until) {
 		l.pace.until = time.Time{}
+	}
+	if !now.Before(l.mending.until) {
+		l.mending.until = time.Time{}
 	}
 	if l.refused != nil && !now.Before(l.retryAt) {
 		l.refused = nil
@@ -351,6 +384,9 @@ func (l *life) step() (over bool) {
 		if s.Do == xenbus.Release || s.Do == xenbus.Prepare {
 			continue
 		}
+		if ch.Overwritten != "" && !ch.Lost && l.restore(ch) {
+			continue
+		}
 		return false
 	}
 	return false
@@ -370,21 +406,52 @@ func (l *life) write(s xenbus.State) bool {
 	ctx, cancel := l.patiently()
 	defer cancel()
 	if err := l.xd.SetState(ctx, s); err != nil {
+		l.d.trouble.Store(&err)
+		final := errors.Is(err, xenbus.ErrAccess) || errors.Is(err, xenbus.ErrQuota)
 		switch {
 		case errors.Is(err, xenbus.ErrGone), errors.Is(err, xenbus.ErrClaimed):
-		case l.first != nil && l.kind == xenbus.Frontend && errors.Is(err, xenbus.ErrAccess):
+		case l.first != nil && l.kind == xenbus.Frontend && final:
 			l.leave(err) // whoever called Connect has to see to it; there is nothing to close
 			l.force = time.Now()
 			return false
+		case final && l.unconnected():
 		default:
 			l.d.log.Warn("xenstore refused a state", "vif", l.d.id, "state", s, "err", err)
 		}
 		l.postpone(l.xd.Current())
 		return false
 	}
+	l.d.trouble.Store(nil)
 	l.d.set.Record(telemetry.EventState, telemetry.NoQueue, uint64(l.state), uint64(s))
 	l.state = s
 	l.d.setStatus(s)
+	return true
+}
+
+// unconnected reports whether the device ends before it was ever connected.
+func (l *life) unconnected() bool { return l.leaving != nil && l.d.epoch.Load() == 0 }
+
+// restore puts our state back where another domain wrote over it. Nothing of ours has
+// changed with it: frames move on, unless the peer has answered what it saw. One who
+// writes it in a loop is followed at the pace of a peer that never rests, but does not
+// hold the peer up.
+func (l *life) restore(ch xenbus.Change) bool {
+	now := time.Now()
+	if now.Before(l.mending.until) {
+		return false
+	}
+	l.mending.move(now)
+	l.d.log.Warn("the state of the vif was changed by another domain or an operator, and is put right",
+		"vif", l.d.id, "node", l.xd.Dir()+"/state", "found", ch.Overwritten, "written", ch.Own)
+	ctx, cancel := l.patiently()
+	defer cancel()
+	if err := l.xd.SetState(ctx, ch.Own); err != nil {
+		if !errors.Is(err, xenbus.ErrGone) && !errors.Is(err, xenbus.ErrClaimed) {
+			l.d.log.Warn("xenstore refused a state", "vif", l.d.id, "state", ch.Own, "err", err)
+		}
+		l.postpone(l.xd.Current())
+		return false
+	}
 	return true
 }
 
@@ -397,10 +464,12 @@ func (l *life) try(what string, f func(context.Context, *xenbus.Device) error) b
 		if l.stop.Err() != nil {
 			return false // to end, which says more
 		}
+		l.d.trouble.Store(&err)
 		l.d.log.Warn("cannot "+what, "vif", l.d.id, "err", err)
 		l.postpone(l.xd.Current())
 		return false
 	}
+	l.d.trouble.Store(nil)
 	return true
 }
 
@@ -416,6 +485,8 @@ func (l *life) connect(ch xenbus.Change) bool {
 	err := l.attach(ctx, c)
 	if err == nil {
 		l.conn, l.attached, l.refused = c, ch.Generation, nil
+		l.d.trouble.Store(nil)
+		l.d.mirror(dom(l.xd))
 		l.note(nil)
 		return true
 	}
@@ -427,6 +498,7 @@ func (l *life) connect(ch xenbus.Change) bool {
 	if l.stop.Err() != nil {
 		return false // to end, which says more
 	}
+	l.d.trouble.Store(&err)
 	l.d.log.Warn("cannot connect", "vif", l.d.id, "err", err)
 	l.note(err)
 	if !errors.Is(err, context.DeadlineExceeded) { // then nobody is to blame but xenstore

@@ -6,7 +6,7 @@ import (
 	"barevif/telemetry"
 )
 
-// Logger is where the device logs, Config.Logger with what names the vif; never nil.
+// Logger is where the device logs: Config.Logger, rate-limited; never nil.
 // It is for programs that join the device to something else, and not for frames.
 func (d *Device) Logger() *slog.Logger { return d.log }
 

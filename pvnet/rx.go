@@ -87,7 +87,7 @@ func (rx *RX) receive(frames []Frame, into bool) (int, error) {
 			return 0, err
 		}
 	}
-	return 0, nil
+	return 0, rx.dev.over()
 }
 
 // Poll is Receive that does not wait: n is 0 if there is nothing. Errors are

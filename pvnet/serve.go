@@ -44,7 +44,8 @@ type ServeConfig struct {
 // A directory another process serves is left alone, and asked for again, in the end
 // twice a minute. A vif whose device has ended before it was taken away is served
 // again once the toolstack has made it anew. Serve returns when ctx ends, with its
-// cause, after every device has disconnected and every accept has returned.
+// cause, after every device has disconnected, all at once and each as
+// [Device.Disconnect] does, and every accept has returned.
 func Serve(ctx context.Context, domain hypercall.Domain, cfg ServeConfig, accept func(*Device)) error {
 	err := serve(ctx, domain, cfg, accept)
 	if ctx.Err() != nil { // whatever it was doing then
@@ -171,7 +172,7 @@ func (s *server) claim(ctx context.Context, id xenbus.BackendID) (*xenbus.Device
 		return nil, err
 	}
 	if err := xd.Claim(ctx, claimPatience); err != nil {
-		closing, cancel := (*life)(nil).patiently()
+		closing, cancel := context.WithTimeout(context.Background(), storePatience)
 		defer cancel()
 		xd.Close(closing)
 		return nil, err
@@ -184,9 +185,20 @@ func (s *server) serve(ctx context.Context, id xenbus.BackendID, xd *xenbus.Devi
 	d := newDevice(id.ID, telemetry.Backend, s.domain, s.cfg.Config)
 	d.log = d.log.With("frontend", id.String())
 	b := &back{d: d, cfg: &s.cfg}
-	b.identify(ctx, xd)
+	d.mu.Lock()
+	d.peer = dom(xd) // for accept, before there is a connection
+	d.mu.Unlock()
+	if err := b.identify(ctx, xd); err != nil { // attach tries again
+		d.identify(backMAC, d.MTU(), true)
+	}
 	d.start(xd, xenbus.Backend, b, nil, func() {})
-	stop := context.AfterFunc(ctx, func() { d.stop(context.Cause(ctx)) })
+	stop := context.AfterFunc(ctx, func() {
+		cause := context.Cause(ctx)
+		if cause != ErrHandover && cause != ErrDisconnected {
+			cause = &endedError{cause}
+		}
+		d.stop(cause)
+	})
 	s.accept(d)
 	<-d.done
 	stop()
@@ -256,15 +268,14 @@ type back struct {
 // takes for its own.
 var backMAC = MAC{0xfe, 0xff, 0xff, 0xff, 0xff, 0xff}
 
-func (b *back) identify(ctx context.Context, xd *xenbus.Device) {
-	b.d.mu.Lock()
-	b.d.mac, b.d.trusted, b.d.peer = backMAC, true, dom(xd)
-	b.d.mu.Unlock()
-	if own, err := xd.OwnValues(ctx, netif.KeyMTU); err == nil {
-		if mtu, err := own.Uint(netif.KeyMTU, MaxFrame, 1500); err == nil && mtu >= 68 {
-			b.d.mtu.Store(int32(mtu))
-		}
+// identify reads who the card is, for each connection.
+func (b *back) identify(ctx context.Context, xd *xenbus.Device) error {
+	own, err := xd.OwnValues(ctx, netif.KeyMTU)
+	if err != nil {
+		return err
 	}
+	b.d.identify(backMAC, b.d.mtuOf(own), true)
+	return nil
 }
 
 // prepare publishes what we can do.
@@ -286,6 +297,9 @@ func (b *back) prepare(ctx context.Context, xd *xenbus.Device) error {
 
 // attach maps what the frontend published, every word of which is checked first.
 func (b *back) attach(ctx context.Context, xd *xenbus.Device, c *conn) error {
+	if err := b.identify(ctx, xd); err != nil {
+		return err
+	}
 	top, err := xd.PeerValues(ctx, netif.KeyFeatureNoCsumOffload, netif.KeyFeatureIPv6CsumOffload,
 		netif.KeyFeatureGSOTCPv4, netif.KeyFeatureGSOTCPv6, netif.KeyRequestRxCopy, netif.KeyFeatureSG, netif.KeyNumQueues,
 		netif.KeyTxRingRef, netif.KeyRxRingRef, netif.KeyEventChannel, netif.KeyEventChannelTx, netif.KeyEventChannelRx)

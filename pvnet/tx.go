@@ -1,6 +1,7 @@
 package pvnet
 
 import (
+	"cmp"
 	"time"
 
 	"barevif/telemetry"
@@ -93,7 +94,7 @@ func (tx *TX) AllocSize(frames []Frame, size int) int {
 // SendWait.
 func (tx *TX) AllocWait(frames []Frame, size int) (int, error) {
 	if size < 0 || size > MaxFrame {
-		return 0, ErrFrameSize
+		return 0, cmp.Or(tx.dev.over(), ErrFrameSize)
 	}
 	for len(frames) > 0 {
 		if err := tx.enter(); err != nil {
@@ -110,7 +111,7 @@ func (tx *TX) AllocWait(frames []Frame, size int) (int, error) {
 			return 0, err
 		}
 	}
-	return 0, nil
+	return 0, tx.dev.over()
 }
 
 // Send queues frames in order and takes over those it accepted, frames[:n]; the
@@ -213,6 +214,9 @@ func (tx *TX) SendWait(frames []Frame) (n int, err error) {
 		if err = tx.wait(tx.wants(&frames[n])); err != nil {
 			return n, err
 		}
+	}
+	if n == 0 {
+		return 0, tx.dev.over()
 	}
 	return n, nil
 }

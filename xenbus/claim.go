@@ -116,10 +116,7 @@ func (d *Device) claimed(me string, err error) error {
 	d.mu.Lock()
 	d.claim = me
 	d.mu.Unlock()
-	select {
-	case d.poke <- struct{}{}: // a challenge may have come already
-	default:
-	}
+	d.lookAgain() // a challenge may have come already
 	return nil
 }
 

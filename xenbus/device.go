@@ -77,7 +77,7 @@ type Device struct {
 	done    chan struct{}
 	own     *Watch // on dir
 	changes chan Change
-	poke    chan struct{} // holds one: look at the claim
+	poke    chan struct{} // holds one: look at our directory again
 	setting sync.Mutex    // held by SetState throughout
 
 	mu      sync.Mutex
@@ -89,7 +89,11 @@ type Device struct {
 	wrote   State   // guarded by mu; last state we wrote, Unknown: none
 	writing State   // guarded by mu; the one SetState is about to write
 	writes  uint64  // guarded by mu; grows when a SetState begins and when it ends
+	failed  State   // guarded by mu; one that SetState may have written although it failed
+	reads   uint64  // guarded by mu; times our own directory was read, and told of
+	mark    string  // guarded by mu; a key we published last, "" if none
 	claim   string  // guarded by mu; our id, "" if not claimed
+	trouble error   // guarded by mu; why Current may be out of date
 }
 
 // An end is the other end's directory, and whose it is.
@@ -221,6 +225,14 @@ func (d *Device) Current() Change {
 	return d.cur
 }
 
+// Trouble is why Current may be out of date: xenstore refused to be read, or watched.
+// It is tried again until it succeeds; nil means that it did.
+func (d *Device) Trouble() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.trouble
+}
+
 // Seen lists the states the peer went through, as far as they were caught, oldest
 // first, at most the last 16.
 func (d *Device) Seen() []State {
@@ -248,15 +260,17 @@ func (d *Device) Await(ctx context.Context, ok func(Change) bool) (Change, error
 	}
 }
 
-// SetState writes our state if it is not that already. The next Change has it.
-// ErrGone if the directory is not there, ErrClaimed if it is another's by now.
+// SetState writes our state if it is not that already, also where it is only
+// because another wrote over it. The next Change has it. ErrGone if the directory is
+// not there, of which Current says so too, ErrClaimed if it is another's by now.
 func (d *Device) SetState(ctx context.Context, s State) error {
 	d.setting.Lock()
 	defer d.setting.Unlock()
 	d.mu.Lock()
 	d.writes++
 	d.writing = s
-	if s == Initialising || s == Connected {
+	reads := d.reads
+	if s != d.wrote && (s == Initialising || s == Connected) {
 		// From here on, not from the commit on: the peer may be quick to refuse.
 		d.cur.SawClosing = d.cur.Peer == Closing
 		d.told = false
@@ -275,14 +289,41 @@ func (d *Device) SetState(ctx context.Context, s State) error {
 	defer d.mu.Unlock()
 	d.writes++
 	d.writing = Unknown
+	read := d.reads != reads
+	if read || d.cur.Gone {
+		// It may be newer than the write or older. What it said of our state is read
+		// again; that the directory is gone stands until then.
+		d.lookAgain()
+	}
 	if err != nil {
+		var refused *Error
+		switch {
+		case errors.Is(err, ErrGone):
+			if !read {
+				ch := d.cur
+				ch.Gone = true
+				d.tellLocked(ch)
+			}
+			d.lookAgain()
+		case errors.Is(err, ErrClaimed), errors.As(err, &refused):
+		default: // the answer was lost, or nobody waited for it
+			d.failed = s
+		}
 		return fmt.Errorf("xenbus %s: set state %v: %w", d.dir, s, err)
 	}
-	d.wrote = s
+	d.wrote, d.failed = s, Unknown
 	ch := d.cur
-	ch.Own, ch.Gone = s, false
+	ch.Own, ch.Overwritten = s, ""
 	d.tellLocked(ch)
 	return nil
+}
+
+// lookAgain has our directory read again.
+func (d *Device) lookAgain() {
+	select {
+	case d.poke <- struct{}{}:
+	default:
+	}
 }
 
 // guard makes a transaction fail unless the directory is there and ours. It gives
@@ -296,8 +337,15 @@ func (d *Device) guard(tx Tx) (state string, err error) {
 		return "", err
 	}
 	d.mu.Lock()
-	claim := d.claim
+	claim, w := d.claim, d.writtenLocked()
 	d.mu.Unlock()
+	if !w.ours(state) && w.restarted(state) {
+		if _, err := tx.Read(d.dir + "/" + w.mark); errors.Is(err, ErrNotFound) {
+			return "", ErrGone
+		} else if err != nil {
+			return "", err
+		}
+	}
 	if claim == "" {
 		return state, nil
 	}
@@ -312,6 +360,35 @@ func (d *Device) guard(tx Tx) (state string, err error) {
 		return "", ErrClaimed
 	}
 	return state, nil
+}
+
+// A written is what we know of what we wrote.
+type written struct {
+	last, writing, failed State
+	mark                  string
+}
+
+func (d *Device) writtenLocked() written {
+	return written{d.wrote, d.writing, d.failed, d.mark}
+}
+
+// ours reports whether a state that was found is one we may have written.
+func (w written) ours(found string) bool {
+	if w.last == Unknown {
+		return true
+	}
+	for _, s := range []State{w.last, w.writing, w.failed} {
+		if s != Unknown && found == s.value() {
+			return true
+		}
+	}
+	return false
+}
+
+// restarted reports whether a state that is not ours is that of a directory made
+// anew, if the mark is not there either.
+func (w written) restarted(found string) bool {
+	return found == Initialising.value() && w.mark != ""
 }
 
 // Publish sets keys of our directory, and removes others with all below them, in
@@ -336,6 +413,14 @@ func (d *Device) Publish(ctx context.Context, keys Values, remove ...string) err
 	})
 	if err != nil {
 		return fmt.Errorf("xenbus %s: publish: %w", d.dir, err)
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for key := range keys {
+		// hotplug-status is in a directory that was just made, too.
+		if !strings.Contains(key, "/") && key != "hotplug-status" && (key < d.mark || !keys.Has(d.mark)) {
+			d.mark = key
+		}
 	}
 	return nil
 }

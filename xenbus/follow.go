@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -181,17 +182,18 @@ func (d *Device) run(ctx context.Context) {
 		}
 	}()
 	for {
+		var trouble error
 		if stale.any() {
 			left, err := d.refresh(ctx, stale)
 			stale, retry = left, nil
 			if err != nil {
-				retry = time.After(retryPause)
+				retry, trouble = time.After(retryPause), err
 			}
 		}
 		if peer := d.other(); peer != target {
 			w, err := d.c.Watch(ctx, peer.dir+"/state")
 			if err != nil {
-				retry = time.After(retryPause)
+				retry, trouble = time.After(retryPause), err
 			} else {
 				if other != nil {
 					other.Close()
@@ -199,6 +201,9 @@ func (d *Device) run(ctx context.Context) {
 				other, target = w, peer
 			}
 		}
+		d.mu.Lock()
+		d.trouble = trouble
+		d.mu.Unlock()
 		var peerC <-chan struct{}
 		if other != nil {
 			peerC = other.C()
@@ -218,7 +223,7 @@ func (d *Device) run(ctx context.Context) {
 			other.Paths()
 			stale.peer = true
 		case <-d.poke:
-			stale.claim = true
+			stale.claim, stale.state = true, true
 		case <-retry:
 		}
 	}
@@ -284,17 +289,16 @@ func (d *Device) touched() (p parts) {
 func (d *Device) refresh(ctx context.Context, stale parts) (left parts, err error) {
 	for {
 		d.mu.Lock()
-		ch, peer, writes, mine := d.cur, d.peer, d.writes, d.wrote == Unknown ||
-			d.wrote == Initialising || d.writing == Initialising
+		ch, peer, writes, mine := d.cur, d.peer, d.writes, d.writtenLocked()
 		d.mu.Unlock()
 
-		if stale.state || stale.backend {
-			was := ch
-			if err := d.readOwn(ctx, &ch); err != nil {
+		own := stale.state || stale.backend
+		if own {
+			anew, err := d.readOwn(ctx, &ch, mine)
+			if err != nil {
 				return stale, err
 			}
-			// What we wrote is not there any more.
-			stale.anew = stale.anew || was.Gone && !ch.Gone || ch.Own == Initialising && !mine
+			stale.anew = stale.anew || anew
 		}
 		if (stale.state || stale.claim) && !ch.Gone {
 			renewed, err := d.keepClaim(ctx)
@@ -322,6 +326,11 @@ func (d *Device) refresh(ctx context.Context, stale parts) (left parts, err erro
 			}
 		}
 		if stale.anew || found || ch.Generation == 0 {
+			if stale.anew && ch.Overwritten != "" { // it was not: the directory is another one
+				if _, err := d.readOwn(ctx, &ch, written{}); err != nil {
+					return stale, err
+				}
+			}
 			ch.Generation++
 			ch.SawClosing = false
 			stale.peer = true
@@ -337,8 +346,14 @@ func (d *Device) refresh(ctx context.Context, stale parts) (left parts, err erro
 			stale.state = true
 			continue
 		}
-		if stale.anew {
-			d.wrote = Unknown
+		switch {
+		case stale.anew:
+			d.wrote, d.failed, d.mark = Unknown, Unknown, ""
+		case own && d.failed != Unknown && ch.Own == d.failed: // it was written after all
+			d.wrote, d.failed = d.failed, Unknown
+		}
+		if own {
+			d.reads++
 		}
 		d.peer = peer
 		ch.Lost = d.cur.Lost
@@ -354,24 +369,54 @@ func (d *Device) refresh(ctx context.Context, stale parts) (left parts, err erro
 	}
 }
 
-// readOwn reads what the toolstack, or we, wrote in our directory.
-func (d *Device) readOwn(ctx context.Context, ch *Change) error {
+// readOwn reads what the toolstack, or we, wrote in our directory. It reports
+// whether that is another one than we wrote in.
+func (d *Device) readOwn(ctx context.Context, ch *Change, mine written) (anew bool, err error) {
 	state, there, err := d.lookup(ctx, d.dir+"/state")
 	if err != nil {
-		return err
+		return false, err
 	}
-	ch.Gone, ch.Own = !there, parseState(state)
-	if d.role == Frontend {
-		return nil
+	anew = ch.Gone && there
+	ch.Gone, ch.Overwritten, ch.Own = !there, "", parseState(state)
+	foreign := there && !anew && !mine.ours(state)
+	if foreign && mine.writing == Unknown && ch.Own == Initialising {
+		if anew, err = d.unmarked(ctx, mine.mark); err != nil {
+			return false, err
+		}
 	}
-	online, there, err := d.lookup(ctx, d.dir+"/online")
-	if err != nil {
-		return err
+	if d.role == Backend {
+		online, there, err := d.lookup(ctx, d.dir+"/online")
+		if err != nil {
+			return false, err
+		}
+		ch.Online = !there || online != "0"
+		status, _, err := d.lookup(ctx, d.dir+"/hotplug-status")
+		if err != nil {
+			return false, err
+		}
+		ch.Hotplug = status == "connected"
+		if !ch.Online { // libxl writes Closing in our place
+			return anew, nil
+		}
 	}
-	ch.Online = !there || online != "0"
-	status, _, err := d.lookup(ctx, d.dir+"/hotplug-status")
-	ch.Hotplug = status == "connected"
-	return err
+	switch {
+	case !foreign || anew:
+	case mine.writing != Unknown: // SetState writes over it, or has us look again
+		ch.Own = mine.last
+	default:
+		ch.Own, ch.Overwritten = mine.last, strconv.Quote(clip(state))
+	}
+	return anew, nil
+}
+
+// unmarked reports whether the key that we published last is missing, so that the
+// directory is another one.
+func (d *Device) unmarked(ctx context.Context, mark string) (bool, error) {
+	if mark == "" {
+		return true, nil
+	}
+	_, there, err := d.lookup(ctx, d.dir+"/"+mark)
+	return !there, err
 }
 
 // readPeer reads the other end's state.

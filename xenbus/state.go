@@ -108,6 +108,11 @@ func (s Step) String() string {
 type Change struct {
 	Own, Peer State
 
+	// Overwritten is what is found in the node of our state, quoted, when another
+	// domain or an operator has written over it; else "". Own is then the state we
+	// wrote, and SetState(Own) puts it right. xenstore does not say who wrote.
+	Overwritten string
+
 	// Generation counts the other ends this device has had, from 1: it grows when
 	// our directory was made anew or names another backend. What was attached to
 	// an earlier one is of no use.

@@ -11,7 +11,7 @@ import (
 )
 
 // The value a second load of a word gives is as good as the first one's, so no use of
-// the package tells them apart. What can be seen are the loads: in a build with -tags
+// the package tells them apart. The loads can be counted: in a build with -tags
 // shmdebug, as long as all of them are in the function that it watches.
 
 func TestTheDebugBuildPasses(t *testing.T) {

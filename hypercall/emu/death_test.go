@@ -13,7 +13,7 @@ import (
 	"barevif/hypercall/emu"
 )
 
-const soon = 10 * time.Second
+const soon = 2 * time.Minute
 
 func waiter(t testing.TB, d hypercall.Domain) hypercall.Waiter {
 	t.Helper()

@@ -49,7 +49,7 @@ func TestMain(m *testing.M) {
 	}
 }
 
-const soon = 10 * time.Second
+const soon = 2 * time.Minute
 
 // onXen opens this domain, or skips where there is none. At the end of the test
 // as many files must be open as before.

@@ -30,8 +30,9 @@ type Joint struct {
 	toLink, toLinkGSO                        atomic.Uint64
 	fromLink, fromLinkGSO, segments          atomic.Uint64
 	unsent, unread, oversize, uncut, refused atomic.Uint64
+	unfed                                    atomic.Uint64
 
-	told [kinds]atomic.Bool // what was said once
+	told [kinds]atomic.Bool // by kind: the line was logged
 }
 
 // JointStats counts frames.
@@ -42,11 +43,12 @@ type JointStats struct {
 	FromLinkGSO uint64 // of FromLink, those the vif or its other end cuts
 	Segments    uint64 // of FromLink, what frames the kernel left whole were cut into here
 
-	Unsent   uint64 // to a link, dropped: it was down, out of buffers, or did not take the frame; or that is not what it says
+	Unsent   uint64 // to a link, dropped: it was down or out of buffers, or refused the frame; or its headers contradict it
 	Unread   uint64 // from a link, lost: the kernel could not hand it over
 	Oversize uint64 // from a link, dropped: beyond the vif's MTU
 	Uncut    uint64 // from a link, dropped: cannot be cut or completed here, or is not what its header says
 	Refused  uint64 // from a link, dropped: the vif or its other end does not take one of that size
+	Unfed    uint64 // from a link, dropped: read, and not yet sent, when Run ended
 }
 
 // Dropped is how many frames from links did not reach the vif.
@@ -59,6 +61,7 @@ func (j *Joint) Stats() JointStats {
 		FromLink: j.fromLink.Load(), FromLinkGSO: j.fromLinkGSO.Load(), Segments: j.segments.Load(),
 		Unsent: j.unsent.Load(), Unread: j.unread.Load(), Oversize: j.oversize.Load(),
 		Uncut: j.uncut.Load(), Refused: j.refused.Load(),
+		Unfed: j.unfed.Load(),
 	}
 }
 
@@ -75,7 +78,7 @@ func (j *Joint) Stats() JointStats {
 // then frames up to that pass, as far as the vif's other end takes them. While the vif
 // is down the links' frames wait in the kernel, which drops what it cannot hold.
 //
-// What is dropped is counted here and in the device's counters, by reason. Sizes that
+// Dropped frames are counted here and in the device's counters, by reason. Sizes that
 // do not fit are logged too, once of each kind, to the device's Logger.
 //
 // An error of a link that is about one frame loses that frame only.
@@ -217,6 +220,8 @@ func (j *Joint) toLinkFrom(dev *pvnet.Device, rx *pvnet.RX, l Link) error {
 			case err == ErrSize:
 				j.tellUntaken(dev, l, frames[i].Len())
 			case final(err):
+				j.unsent.Add(uint64(n - i))
+				j.wrote(sent, long)
 				_ = rx.Release(frames[:n])
 				return err
 			}
@@ -226,13 +231,17 @@ func (j *Joint) toLinkFrom(dev *pvnet.Device, rx *pvnet.RX, l Link) error {
 		if lost > 0 && rx.CountUndelivered(lost) == nil {
 			lost = 0
 		}
-		j.toLink.Add(sent)
-		if long > 0 {
-			j.toLinkGSO.Add(long)
-		}
+		j.wrote(sent, long)
 		if err := rx.Release(frames[:n]); err != nil {
 			return err
 		}
+	}
+}
+
+func (j *Joint) wrote(sent, long uint64) {
+	j.toLink.Add(sent)
+	if long > 0 {
+		j.toLinkGSO.Add(long)
 	}
 }
 
@@ -257,7 +266,7 @@ type feeder struct {
 	ready, n int
 	size     int
 
-	raised int // the link's MTU, once it was raised beyond what it was when it was opened
+	raised int // the link's MTU, once it is larger than when the link was opened; else 0
 	errs   int // reads that failed since the last frame, or the last pause
 	odd    int // of those since the last frame, the ones with an error no link is known to have
 	lost   [endLosses]uint64
@@ -307,15 +316,15 @@ func (j *Joint) fromLinkTo(ctx context.Context, l Link, dev *pvnet.Device, tx *p
 // has to be asked.
 const downPause = 100 * time.Millisecond
 
-// failPause is how long a link is left alone of which failLimit reads in a row have
-// lost a frame: whoever sends such frames, or a kernel without memory, is not to have
-// all of a CPU.
+// failPause is how long a link is left alone after failLimit reads in a row lost a
+// frame. Without it a kernel out of memory, or a neighbour that sends such frames, could
+// take all of a CPU.
 const (
 	failPause = time.Millisecond
 	failLimit = 64
 )
 
-// errFailing is what fill returns when it is time for that.
+// errFailing has fromLinkTo pause for failPause.
 var errFailing = errors.New("link: reads fail")
 
 // final reports whether a link that answers err has no more frames to come.
@@ -323,8 +332,9 @@ func final(err error) bool {
 	return err == ErrGone || errors.Is(err, net.ErrClosed) || errors.Is(err, os.ErrDeadlineExceeded)
 }
 
-// failed counts what a read lost, or gives the error that ends the reading for now or
-// for good. An error that no link is known to have is final if no frame comes between.
+// failed counts the frame that a failed read lost, or returns the error if it is about
+// the link. An unknown error is taken to be about a frame, but is final after failLimit
+// of them without a frame in between.
 func (f *feeder) failed(err error) error {
 	switch {
 	case err == errNone || err == ErrDown || err == ErrTooManyPieces || final(err):
@@ -349,8 +359,9 @@ func (f *feeder) failed(err error) error {
 	return nil
 }
 
-// release gives back the frames from i on.
+// release gives back the frames from i on, and counts those that were to be sent.
 func (f *feeder) release(i int) {
+	f.j.unfed.Add(uint64(max(f.ready-i, 0)))
 	for k := i; k < f.n; k++ {
 		_ = f.frames[k].Release() // it is stale if it was sent: nothing to give back
 	}
@@ -418,8 +429,8 @@ func (f *feeder) read(wait bool) error {
 	return nil
 }
 
-// finish counts frames[ready], of n bytes in bufs, as ready, unless what is left to do
-// cannot be done.
+// finish counts frames[ready], of n bytes in bufs, as ready. It drops the frame if its
+// checksum can neither be left to the vif nor completed.
 func (f *feeder) finish(off Offload, n int, bufs [][]byte) {
 	if !leave(&f.frames[f.ready], off) && off.Complete(n, bufs) != nil {
 		f.drop(badSum, &f.j.uncut)
@@ -429,7 +440,7 @@ func (f *feeder) finish(off Offload, n int, bufs [][]byte) {
 	f.ready++
 }
 
-// large takes a frame that is longer than what the vif was to carry.
+// large takes a frame of more than f.size bytes.
 func (f *feeder) large(whole []byte, off Offload) error {
 	if !f.fits(whole, len(whole), true) {
 		f.drop(tooLong, &f.j.oversize)

@@ -21,7 +21,7 @@ import (
 )
 
 // wait bounds what every test waits for; none comes near it.
-const wait = 10 * time.Second
+const wait = 2 * time.Minute
 
 func openTAP(t testing.TB, cfg TAPConfig) *TAP {
 	t.Helper()

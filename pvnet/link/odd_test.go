@@ -19,7 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// What a kernel answers is about one frame, or about the interface.
+// An error of the kernel is about one frame, or about the interface.
 func TestErrorsOfTheKernelAreSorted(t *testing.T) {
 	tap, p := openTAP(t, TAPConfig{}), openPacket(t, "lo")
 	for _, c := range []struct {
@@ -76,8 +76,7 @@ func unsayable() []uncut {
 	return []uncut{datagram}
 }
 
-// Any neighbour on a bridge can send a frame that the kernel cannot describe to whoever
-// reads it next.
+// Any neighbour on a bridge can send a frame that the kernel cannot describe to its reader.
 func TestFrameTheKernelCannotDescribeIsLostAlone(t *testing.T) {
 	card := openTAP(t, TAPConfig{})
 	l := openPacket(t, card.Name())
@@ -199,7 +198,7 @@ func TestLossesAreCountedByReason(t *testing.T) {
 	}
 }
 
-// A refusing link does not take what it is given.
+// A refusing link takes no frame.
 type refusing struct {
 	scripted
 	answers chan error

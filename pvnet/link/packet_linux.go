@@ -181,7 +181,7 @@ func (p *Packet) read(bufs [][]byte, wait bool) (n int, off Offload, err error) 
 // setOffloads changes nothing: a packet socket sees what others made, as they left it.
 func (p *Packet) setOffloads(bool) error { return nil }
 
-// mtuNow is what the interface takes now, as far as this process may see it.
+// mtuNow is the MTU the interface has now; the one it was opened with, if it is gone.
 func (p *Packet) mtuNow() (mtu int) {
 	mtu = p.info.MTU
 	_ = p.conn.Control(func(fd uintptr) {

@@ -20,7 +20,7 @@ type port struct {
 	conn   syscall.RawConn
 	closed atomic.Bool
 	mute   error // what it means that the poller reports an error and the kernel none
-	fault  error // what it means that a read answers EFAULT
+	fault  error // the meaning of EFAULT from a read
 	rd, wr half
 }
 
@@ -188,9 +188,9 @@ func (p *port) failure(err error) error {
 	return err
 }
 
-// failed maps what drivers/net/tun.c and net/packet/af_packet.c answer to a call of h.
-// Most of it is about the one frame: one with work left that struct virtio_net_hdr has
-// no words for, for example, is EINVAL to its reader, who has the next one all the same.
+// failed maps the errors of drivers/net/tun.c and net/packet/af_packet.c for a call of h.
+// Most are about one frame. A frame to be segmented in a way struct virtio_net_hdr cannot
+// express, for example, gives its reader EINVAL; the next read gives the next frame.
 func (p *port) failed(h *half) error {
 	switch h.errno {
 	case unix.ENETDOWN, unix.EIO: // EIO: a TAP that is down does not take this frame

@@ -32,7 +32,7 @@ func (f *feeder) drop(why loss, counter *atomic.Uint64) {
 	f.lost[why]++
 }
 
-// count shows the device what was lost. While the vif is down it has to wait.
+// count adds the losses to the device's counters; while the vif is down it keeps them.
 func (f *feeder) count() {
 	for why, n := range f.lost {
 		if n == 0 {
@@ -61,9 +61,9 @@ func headers(frame []byte) int {
 }
 
 // fits reports whether the vif carries n bytes behind the headers whole begins with:
-// up to its MTU, or to that of the link, if that was raised while they are joined. The
-// other end of a vif has no way to hear of that, but takes what its rings carry. read
-// says that n is the size of a frame the link has read.
+// up to its MTU, or up to the MTU of the link, if it was raised while they are joined.
+// The other end of a vif is not told of that, but takes every frame its ring can carry.
+// read says that n is the size of a frame the link has read.
 func (f *feeder) fits(whole []byte, n int, read bool) bool {
 	payload, mtu := n-headers(whole), f.dev.MTU()
 	if n <= pvnet.MaxFrame && payload <= max(mtu, f.raised) {

@@ -33,12 +33,12 @@ func (l *lines) Write(b []byte) (int, error) {
 	return l.b.Write(b)
 }
 
-// of are the lines that hold what.
-func (l *lines) of(what string) (found []string) {
+// of are the lines that contain text.
+func (l *lines) of(text string) (found []string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for line := range strings.Lines(l.b.String()) {
-		if strings.Contains(line, what) {
+		if strings.Contains(line, text) {
 			found = append(found, line)
 		}
 	}
@@ -125,8 +125,8 @@ func TestMTURaisedAtBothEndsIsFollowed(t *testing.T) {
 			for _, mtu := range []int{1500, 9000, 65000, 1500, 68, 65521, 1500} {
 				both(mtu)
 			}
-			// Segments of TCP are as long as the MTU allows.
 			both(9000)
+			// Segments of TCP are as long as the MTU allows.
 			b, off := partialTCP(60000)
 			off.GSO, off.GSOSize, off.HeaderLen = GSOTCP4, 9000-40, 54
 			for _, way := range [][2]Link{{pg, pd}, {pd, pg}} {
@@ -234,6 +234,30 @@ func TestRaisedMTUOfAPacketSocketIsFollowed(t *testing.T) {
 		}
 	}
 	told(t, log, raisedLink, "interface="+far, "interface_mtu=9000")
+
+	// Segments that are cut here are as long, and the frames behind them are whole.
+	u := uncut{}
+	u.frame, u.off = partialTCP(60000)
+	u.off.GSO, u.off.GSOSize, u.off.HeaderLen, u.off.ECN = GSOTCP4, 9000-40, 54, true
+	for range 3 {
+		send(t, p, u.off, u.frame)
+		for i, want := range cut(t, u) {
+			if b := next(t, got); !bytes.Equal(b, want) {
+				t.Fatalf("segment %d: %d bytes of %d", i, len(b), len(want))
+			}
+		}
+		for _, size := range []int{100, 1518, 9014} {
+			want := testFrame(size)
+			send(t, p, Offload{}, want)
+			if b := next(t, got); !bytes.Equal(b, want) {
+				t.Fatalf("%d bytes of %d", len(b), size)
+			}
+		}
+	}
+	// But no longer.
+	u.off.GSOSize = 9001
+	send(t, p, u.off, u.frame)
+	settle(t, j, func(st JointStats) bool { return st.Oversize == 1 && st.Refused+st.Uncut == 0 })
 	if st := w.Back.Stats(); st.RX.Get(telemetry.Undelivered) != 2 {
 		t.Errorf("%d undelivered", st.RX.Get(telemetry.Undelivered))
 	}
@@ -276,7 +300,8 @@ func TestFramesBeyondTheVifAreSaidOnceAndCounted(t *testing.T) {
 	if b := next(t, got); !bytes.Equal(b, tagged[:65535]) {
 		t.Fatalf("%d bytes", len(b))
 	}
-	settle(t, j, func(st JointStats) bool { return st.Oversize == 4 })
+	send(t, p, Offload{}, tagged) // also now that the MTU is known
+	settle(t, j, func(st JointStats) bool { return st.Oversize == 5 })
 }
 
 func lostOf(dev *pvnet.Device, r telemetry.Reason) uint64 {

@@ -24,10 +24,10 @@ const batch = 32
 type card struct {
 	dev *pvnet.Device
 	mtu int // 0: the device's
-	mac tcpip.LinkAddress
 	tx  []*sender
 	rx  []*pvnet.RX
 
+	known   atomic.Pointer[address]
 	stack   atomic.Pointer[stack.NetworkDispatcher]
 	workers sync.WaitGroup
 
@@ -42,8 +42,7 @@ var (
 )
 
 func newCard(dev *pvnet.Device, mtu int) (*card, error) {
-	mac := dev.MAC()
-	c := &card{dev: dev, mtu: mtu, mac: tcpip.LinkAddress(mac[:])}
+	c := &card{dev: dev, mtu: mtu}
 	for i := range dev.Queues() {
 		rx, err := dev.OwnRX(i)
 		if err != nil {
@@ -131,10 +130,11 @@ func (c *card) packet(f *pvnet.Frame) *stack.PacketBuffer {
 	f.CopyTo(view.AsSlice())
 	// Only the copy is looked at: a lent page can still change.
 	eth := header.Ethernet(view.AsSlice())
+	own := c.LinkAddress()
 	kind := tcpip.PacketHost
 	var lost *atomic.Uint64 // where the frame is counted, if it is dropped
 	switch dst := eth.DestinationAddress(); {
-	case dst == c.mac:
+	case dst == own:
 	case dst == header.EthernetBroadcastAddress:
 		kind = tcpip.PacketBroadcast
 	case header.IsMulticastEthernetAddress(dst):
@@ -225,18 +225,38 @@ func (c *card) sender(p *stack.PacketBuffer) *sender {
 	return c.tx[p.Hash%uint32(n)]
 }
 
-// MTU implements stack.LinkEndpoint.
-func (c *card) MTU() uint32 {
-	if c.mtu != 0 {
-		return uint32(c.mtu)
+// An address is the card's, in the words of the device and of the stack.
+type address struct {
+	mac  pvnet.MAC
+	link tcpip.LinkAddress
+}
+
+// LinkAddress implements stack.LinkEndpoint. It is the device's, which may be another
+// one with each connection.
+func (c *card) LinkAddress() tcpip.LinkAddress {
+	mac := c.dev.MAC()
+	a := c.known.Load()
+	if a == nil || a.mac != mac {
+		a = &address{mac, tcpip.LinkAddress(mac[:])}
+		c.known.Store(a)
 	}
-	return uint32(c.dev.MTU())
+	return a.link
+}
+
+// MTU implements stack.LinkEndpoint. The device's may be another one with each
+// connection.
+func (c *card) MTU() uint32 {
+	mtu := c.dev.MTU()
+	if c.mtu != 0 {
+		mtu = min(mtu, c.mtu)
+	}
+	return uint32(mtu)
 }
 
 // AddHeader implements stack.LinkEndpoint.
 func (c *card) AddHeader(p *stack.PacketBuffer) {
 	header.Ethernet(p.LinkHeader().Push(header.EthernetMinimumSize)).Encode(&header.EthernetFields{
-		SrcAddr: c.mac,
+		SrcAddr: c.LinkAddress(),
 		DstAddr: p.EgressRoute.RemoteLinkAddress,
 		Type:    p.NetworkProtocolNumber,
 	})
@@ -290,7 +310,6 @@ const gsoSize = 1 << 15
 // The rest of stack.LinkEndpoint and of stack.QueueingDiscipline. The card's
 // goroutines are ended by the Stack, which knows what comes before.
 func (c *card) MaxHeaderLength() uint16                 { return header.EthernetMinimumSize }
-func (c *card) LinkAddress() tcpip.LinkAddress          { return c.mac }
 func (c *card) ARPHardwareType() header.ARPHardwareType { return header.ARPHardwareEther }
 func (c *card) SetMTU(uint32)                           {}
 func (c *card) SetLinkAddress(tcpip.LinkAddress)        {}

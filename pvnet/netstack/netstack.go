@@ -8,6 +8,9 @@
 // does not have are dropped before it sees them. VLAN 0 is no VLAN: its tag, which
 // holds a priority, is taken off.
 //
+// The stack follows its device: when that comes back as another card, with another
+// MAC or MTU, both are the stack's from then on.
+//
 // A Stack has one address. It asks no DHCP server and looks up no names.
 package netstack
 
@@ -34,7 +37,7 @@ import (
 type Config struct {
 	Addr    netip.Prefix // our address and the network it is in
 	Gateway netip.Addr   // where the rest of the world is; none if zero
-	MTU     int          // bytes of IP packet, 68 (IPv6: 1280) to the device's; 0 means the device's
+	MTU     int          // most bytes of IP packet, 68 (IPv6: 1280) to the device's; 0 means the device's
 }
 
 // A Stack is TCP/IP on one vif. Its methods may be called from any goroutine.
@@ -158,7 +161,7 @@ func protocol(ip netip.Addr) tcpip.NetworkProtocolNumber {
 // Addr is the stack's own address.
 func (s *Stack) Addr() netip.Addr { return s.addr }
 
-// Stats counts what the stack drops; the rest is in the Device's counters.
+// Stats counts the frames the stack drops; the rest is in the Device's counters.
 type Stats struct {
 	Foreign   uint64 // received, for another station or another VLAN
 	Unknown   uint64 // received, of an EtherType that is none of IPv4, IPv6 and ARP

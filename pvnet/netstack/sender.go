@@ -7,6 +7,7 @@ import (
 
 	"barevif/pvnet"
 
+	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 )
 
@@ -219,11 +220,20 @@ func (s *sender) fill(f *pvnet.Frame, p *stack.PacketBuffer) {
 	f.Truncate(f.CopyFrom(s.pieces...))
 	clear(s.pieces)
 	gso := pvnet.GSO{Size: p.GSOOptions.MSS}
+	// A connection keeps the size it began with, and the card may have got a smaller
+	// MTU since.
+	room := int(s.card.MTU()) - len(p.NetworkHeader().Slice()) - len(p.TransportHeader().Slice())
+	gso.Size = uint16(min(int(gso.Size), max(room, 1)))
 	switch p.GSOOptions.Type {
 	case stack.GSOTCPv4:
 		gso.Type = pvnet.GSOTCPv4
 	case stack.GSOTCPv6:
 		gso.Type = pvnet.GSOTCPv6
+	case stack.GSOGvisor: // cut by the stack, and not made into fragments
+		if p.Data().Size() <= room {
+			return
+		}
+		gso.Type = unsummed(f, p)
 	default:
 		return
 	}
@@ -231,6 +241,26 @@ func (s *sender) fill(f *pvnet.Frame, p *stack.PacketBuffer) {
 	if f.SetGSO(gso) != nil {
 		f.SetChecksum(pvnet.ChecksumPartial)
 	}
+}
+
+// unsummed makes the checksum of a TCP segment one that whoever cuts it completes.
+func unsummed(f *pvnet.Frame, p *stack.PacketBuffer) pvnet.GSOType {
+	var network header.Network
+	typ := pvnet.GSOTCPv4
+	if p.NetworkProtocolNumber == header.IPv6ProtocolNumber {
+		typ, network = pvnet.GSOTCPv6, header.IPv6(p.NetworkHeader().Slice())
+	} else {
+		network = header.IPv4(p.NetworkHeader().Slice())
+	}
+	tcp := p.TransportHeader().Slice()
+	sum := header.PseudoHeaderChecksum(header.TCPProtocolNumber, network.SourceAddress(),
+		network.DestinationAddress(), uint16(len(tcp)+p.Data().Size()))
+	for head := range f.Pieces() { // all headers are in the first
+		at := len(p.LinkHeader().Slice()) + len(p.NetworkHeader().Slice())
+		header.TCP(head[at:]).SetChecksum(sum)
+		break
+	}
+	return typ
 }
 
 // drain waits until nothing waits, or for end.

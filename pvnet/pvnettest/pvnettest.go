@@ -19,8 +19,11 @@ type Wire struct {
 	Front, Back *pvnet.Device
 	Guest       *emu.Domain // the frontend's
 
-	t   testing.TB
-	cfg pvnet.Config // of the frontend
+	t     testing.TB
+	cfg   pvnet.Config // of the frontend
+	lab   *labtest.Lab
+	vif   toolstack.Vif
+	backs <-chan *pvnet.Device
 }
 
 // New makes a vif between two domains of a new machine and connects its ends.
@@ -33,7 +36,7 @@ func New(t testing.TB, vif toolstack.Vif, front, back pvnet.Config) *Wire {
 	l := labtest.New(t, emu.Config{})
 	w := &Wire{t: t, cfg: front, Guest: l.Domain(vif.Front)}
 	driver := l.Domain(vif.Back)
-	l.Add(vif)
+	w.lab, w.vif = l, l.Add(vif)
 	serving, stop := context.WithCancel(context.Background())
 	backs, served := make(chan *pvnet.Device, 1), make(chan error, 1)
 	go func() {
@@ -45,13 +48,40 @@ func New(t testing.TB, vif toolstack.Vif, front, back pvnet.Config) *Wire {
 			t.Errorf("Serve: %v", err)
 		}
 	})
+	w.backs = backs
 	w.Connect()
-	select {
-	case w.Back = <-backs:
-	case <-time.After(labtest.Limit):
-		t.Fatal("no backend")
-	}
+	w.served()
 	return w
+}
+
+// served waits for the backend's device.
+func (w *Wire) served() {
+	w.t.Helper()
+	select {
+	case w.Back = <-w.backs:
+	case <-time.After(labtest.Limit):
+		w.t.Fatal("no backend")
+	}
+}
+
+// Plug unplugs the vif and plugs it again as another card. The frontend's device
+// stays; the backend's is another one.
+func (w *Wire) Plug(mac [6]byte, mtu int) {
+	w.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), labtest.Limit)
+	defer cancel()
+	if err := toolstack.Remove(ctx, w.lab.Tools, w.vif); err != nil {
+		w.t.Fatal(err)
+	}
+	w.vif.MAC, w.vif.MTU = mac, mtu
+	w.lab.Add(w.vif)
+	w.served()
+	for ev := range w.Front.Links(ctx) {
+		if ev.Up && ev.MAC == mac {
+			return
+		}
+	}
+	w.t.Fatal("the vif did not connect again")
 }
 
 // Connect connects the frontend, again if it was disconnected.

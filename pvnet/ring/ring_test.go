@@ -547,3 +547,57 @@ func BenchmarkRing(b *testing.B) {
 		})
 	}
 }
+
+// A slot is the front's again once it was shown the response, not once one was put.
+func TestRequestsAreBoundedByTheResponsesShown(t *testing.T) {
+	for _, first := range starts {
+		f, b, page := pair(t, first)
+		for range 256 {
+			f.Put(request{})
+		}
+		f.Publish()
+		if n, err := b.Poll(); n != 256 || err != nil {
+			t.Fatal(n, err)
+		}
+		for range 10 {
+			b.Take()
+			b.Put(response{})
+		}
+		page.Out(reqProd).Store(first + 257)
+		if _, err := b.Reload(); !errors.Is(err, ErrCorrupt) {
+			t.Errorf("first %d: a request in a slot whose response was not shown: %v", first, err)
+		}
+		b.Publish()
+		if n, err := b.Reload(); n != 247 || err != nil {
+			t.Errorf("first %d: after it was shown: %d, %v", first, n, err)
+		}
+	}
+}
+
+// What comes between the last look and Arm is seen by Arm.
+func TestArmLooksOnceMore(t *testing.T) {
+	for _, first := range starts {
+		f, b, _ := pair(t, first)
+		if n, err := b.Poll(); n != 0 || err != nil {
+			t.Fatal(n, err)
+		}
+		f.Put(request{})
+		f.Publish()
+		if more, err := b.Arm(1); !more || err != nil {
+			t.Errorf("first %d: the back's Arm: %v, %v", first, more, err)
+		}
+		if n, err := f.Poll(); n != 0 || err != nil {
+			t.Fatal(n, err)
+		}
+		b.Poll()
+		b.Take()
+		b.Put(response{})
+		b.Publish()
+		if more, err := f.Arm(1); !more || err != nil {
+			t.Errorf("first %d: the front's Arm: %v, %v", first, more, err)
+		}
+		if more, err := b.Arm(1); more || err != nil {
+			t.Errorf("first %d: Arm of a ring at rest: %v, %v", first, more, err)
+		}
+	}
+}

@@ -39,7 +39,7 @@ func Header(f telemetry.Field, d telemetry.Dir) string {
 	return fmt.Sprintf("# TYPE %s %s\n%s# HELP %s %s\n", m, f.Kind, unit, m, f.Help)
 }
 
-// ErrName is what Write answers to two devices of one name.
+// ErrName says that two devices given to Write have one name.
 var ErrName = errors.New("openmetrics: two devices have the same name, which would make the page unreadable; name each differently")
 
 // Write writes the counters of all devices. The error is w's, or ErrName, and then

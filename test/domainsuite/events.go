@@ -281,44 +281,59 @@ func stormIsPutOffButNotWakeNorDeadline(t *testing.T, p pair) {
 	}()
 	defer func() { close(stop); <-stopped }()
 
-	woken := 0
-	end := time.Now().Add(600 * time.Millisecond)
-	for time.Now().Before(end) {
-		if err := wb.Wait(end, false); err == nil {
-			woken++
-		} else if !errors.Is(err, os.ErrDeadlineExceeded) {
-			t.Fatal(err)
+	useless := func() (woken int) {
+		end := time.Now().Add(600 * time.Millisecond)
+		for time.Now().Before(end) {
+			if err := wb.Wait(end, false); err == nil {
+				woken++
+			} else if !errors.Is(err, os.ErrDeadlineExceeded) {
+				t.Fatal(err)
+			}
 		}
+		return woken
 	}
 	// 1 ms, doubling: nine delays are over after half a second.
-	if woken == 0 || woken > 20 {
+	if woken := useless(); woken == 0 || woken > 20 {
 		t.Errorf("a storm of 600 ms woke us %d times", woken)
 	}
 
-	// The tenth lasts until a second has passed.
-	start := time.Now()
-	if err := wb.Wait(start.Add(10*time.Millisecond), false); err == nil {
-		_ = wb.Wait(start.Add(10*time.Millisecond), false) // the event was due: we are slow
+	// The tenth lasts until a second has passed. Nothing of what ends a wait is held up by
+	// it: each is tried some times and the quickest counts, since a busy machine is late now
+	// and then, and a delay would be there every time.
+	const much = 300 * time.Millisecond
+	quickest := func(what string, wait func(start time.Time) error) {
+		t.Helper()
+		best := soon
+		for try := range 5 {
+			if try > 0 {
+				useless() // until the delays are long again
+			}
+			start := time.Now()
+			if err := wait(start); err != nil {
+				t.Errorf("%s: %v", what, err)
+			}
+			best = min(best, time.Since(start))
+		}
+		if best > much {
+			t.Errorf("%s took %v", what, best)
+		}
 	}
-	if d := time.Since(start); d > 300*time.Millisecond {
-		t.Errorf("a deadline of 10 ms took %v", d)
-	}
-	start = time.Now()
-	wb.Wake()
-	if err := wb.Wait(start.Add(soon), false); err != nil {
-		t.Error(err)
-	}
-	if d := time.Since(start); d > 300*time.Millisecond {
-		t.Errorf("Wake took %v", d)
-	}
+	quickest("a deadline of 10 ms", func(start time.Time) error {
+		for { // an event that was due comes first
+			if err := wb.Wait(start.Add(10*time.Millisecond), false); err != nil {
+				if errors.Is(err, os.ErrDeadlineExceeded) {
+					return nil
+				}
+				return err
+			}
+		}
+	})
+	quickest("Wake", func(start time.Time) error {
+		wb.Wake()
+		return wb.Wait(start.Add(soon), false)
+	})
 	// Work ends it.
-	start = time.Now()
-	if err := wb.Wait(start.Add(soon), true); err != nil {
-		t.Error(err)
-	}
-	if d := time.Since(start); d > 300*time.Millisecond {
-		t.Errorf("an event after useful work took %v", d)
-	}
+	quickest("an event after useful work", func(start time.Time) error { return wb.Wait(start.Add(soon), true) })
 }
 
 func notifyDoesNotAllocate(t *testing.T, p pair) {

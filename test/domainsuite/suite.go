@@ -66,7 +66,7 @@ type pair struct{ front, back hypercall.Domain }
 func (p pair) loopback() bool { return p.front.ID() == p.back.ID() }
 
 // soon bounds what should happen at once.
-const soon = 10 * time.Second
+const soon = 2 * time.Minute
 
 func share(t testing.TB, d hypercall.Domain, peer hypercall.DomID, pages int, access hypercall.Access) *hypercall.Share {
 	t.Helper()

@@ -45,7 +45,7 @@ func settled() (n int) {
 // there were before.
 func nothingMore(t testing.TB, goroutines, files int) {
 	t.Helper()
-	end := time.Now().Add(10 * time.Second)
+	end := time.Now().Add(patience)
 	for runtime.NumGoroutine() > goroutines && time.Now().Before(end) {
 		time.Sleep(time.Millisecond)
 	}

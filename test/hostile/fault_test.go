@@ -278,7 +278,9 @@ func TestT31NoGrants(t *testing.T) {
 	}
 }
 
-func TestT33LostEventIsFoundByTheTick(t *testing.T) {
+func TestT33LostEventIsFoundByTheTick(t *testing.T) { virtually(t, testT33LostEventIsFoundByTheTick) }
+
+func testT33LostEventIsFoundByTheTick(t *testing.T) {
 	l := newLab(t, emu.Config{})
 	l.serve(pvnet.ServeConfig{})
 	g := l.attack()

@@ -340,7 +340,9 @@ func walk(t *testing.T) int {
 	return 10000
 }
 
-func TestT25StateJumpsOfTheFrontend(t *testing.T) {
+func TestT25StateJumpsOfTheFrontend(t *testing.T) { virtually(t, testT25StateJumpsOfTheFrontend) }
+
+func testT25StateJumpsOfTheFrontend(t *testing.T) {
 	l := newLab(t, emu.Config{})
 	l.serve(pvnet.ServeConfig{})
 	honest := l.attack()
@@ -377,7 +379,9 @@ func TestT25StateJumpsOfTheFrontend(t *testing.T) {
 	honest.leave()
 }
 
-func TestT25StateJumpsOfTheBackend(t *testing.T) {
+func TestT25StateJumpsOfTheBackend(t *testing.T) { virtually(t, testT25StateJumpsOfTheBackend) }
+
+func testT25StateJumpsOfTheBackend(t *testing.T) {
 	l := newLab(t, emu.Config{})
 	honest := l.lure(pvnet.Config{})
 	h := l.lure(pvnet.Config{})

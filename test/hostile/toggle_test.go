@@ -47,7 +47,9 @@ func (l *lab) set(c *xenbus.Client, dir, state string) {
 
 // T25, T37: connections, pages, grants and log lines come at our pace, not at that
 // of a frontend that does nothing but come and go.
-func TestT25FrontendThatTogglesForEver(t *testing.T) {
+func TestT25FrontendThatTogglesForEver(t *testing.T) { virtually(t, testT25FrontendThatTogglesForEver) }
+
+func testT25FrontendThatTogglesForEver(t *testing.T) {
 	l := newLab(t, emu.Config{})
 	l.serve(pvnet.ServeConfig{})
 	honest, g := l.attack(), l.attack()
@@ -126,7 +128,9 @@ func TestT25FrontendThatTogglesForEver(t *testing.T) {
 	l.closeAll([]*guest{g, honest})
 }
 
-func TestT25BackendThatTogglesForEver(t *testing.T) {
+func TestT25BackendThatTogglesForEver(t *testing.T) { virtually(t, testT25BackendThatTogglesForEver) }
+
+func testT25BackendThatTogglesForEver(t *testing.T) {
 	l := newLab(t, emu.Config{})
 	h := l.lure(pvnet.Config{})
 	h.works()
@@ -189,6 +193,10 @@ func TestT25BackendThatTogglesForEver(t *testing.T) {
 
 // An orderly peer that reconnects a few times is back at once.
 func TestT25OrderlyReconnectsAreNotSlowedDown(t *testing.T) {
+	virtually(t, testT25OrderlyReconnectsAreNotSlowedDown)
+}
+
+func testT25OrderlyReconnectsAreNotSlowedDown(t *testing.T) {
 	l := newLab(t, emu.Config{})
 	l.serve(pvnet.ServeConfig{})
 	g := l.knock()

@@ -258,6 +258,10 @@ func TestT07SlotsAndSizes(t *testing.T) {
 // An event that brought only frames that were refused had a reason: it must not
 // make the next one late, up to a second (late EOI), as a spurious one does.
 func TestFramesThatAreRefusedDelayNobody(t *testing.T) {
+	virtually(t, testFramesThatAreRefusedDelayNobody)
+}
+
+func testFramesThatAreRefusedDelayNobody(t *testing.T) {
 	l := newLab(t, emu.Config{})
 	l.serve(pvnet.ServeConfig{})
 	g := l.attack()

@@ -12,7 +12,7 @@ import (
 // equivalent lists mutants that change nothing anyone could see, each with the
 // reason. Three lines an entry, and an empty one between two:
 //
-//	file function kind [nth]
+//	file function kind [#nth]
 //	what is mutated -> what it becomes
 //	the reason
 //

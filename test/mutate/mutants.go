@@ -239,7 +239,7 @@ func (g *generator) body(body *ast.BlockStmt, sig *ast.FuncType) {
 			case token.LAND, token.LOR:
 				g.operand(n)
 			case token.LSS, token.LEQ, token.GTR, token.GEQ, token.EQL, token.NEQ:
-				if !loops[n] { // its body would run once too often, or for ever
+				if !loops[n] { // its body would run once too often, or endlessly
 					g.comparison(n)
 				}
 			}
@@ -420,7 +420,7 @@ func (g *generator) constsOf(dir string) map[string]bool {
 	return names
 }
 
-// result has an error not returned. What makes it is still run.
+// result has an error not returned; the expression that makes it still runs.
 func (g *generator) result(n *ast.ReturnStmt, sig *ast.FuncType) {
 	if len(n.Results) == 0 || sig.Results == nil {
 		return

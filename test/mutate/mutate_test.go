@@ -384,7 +384,7 @@ func TestAMutantThatDoesNotCompileIsNotCounted(t *testing.T) {
 	}
 }
 
-func TestWhatIsAskedWrongIsExplained(t *testing.T) {
+func TestBadArgumentsAreExplained(t *testing.T) {
 	for _, c := range []struct {
 		args []string
 		want string

@@ -18,7 +18,7 @@ import (
 	"time"
 )
 
-// What became of a mutant.
+// Outcomes of a mutant.
 const (
 	killed   = "killed"
 	hung     = "hung" // killed, by the limit of time
@@ -40,7 +40,7 @@ type result struct {
 // A runner runs go test with mutants laid over the tree.
 type runner struct {
 	root   string
-	tmp    string                  // for overlays and for what tests leave
+	tmp    string                  // for overlays and the files that tests leave
 	limits map[suite]time.Duration // after which tests count as hung, by what they took without a mutant
 	failed map[suite]error         // those that do not pass without one
 }

@@ -164,7 +164,7 @@ func (k *kid) stop() {
 		if err != nil {
 			k.t.Errorf("%s: %v", k.name, err)
 		}
-	case <-time.After(15 * time.Second):
+	case <-time.After(2 * time.Minute):
 		k.dump()
 	}
 }
@@ -181,7 +181,7 @@ func (k *kid) moves(other *kid) {
 	for len(k.lines) > 0 {
 		k.said(<-k.lines)
 	}
-	limit := time.After(15 * time.Second)
+	limit := time.After(2 * time.Minute)
 	for range 2 {
 		select {
 		case line := <-k.lines:
@@ -257,7 +257,7 @@ func TestT29ProcessesAreKilledAtAnyMoment(t *testing.T) {
 // nothing waits until no domain but the toolstack's holds anything.
 func (m *machine) nothing() {
 	m.t.Helper()
-	for end := time.Now().Add(15 * time.Second); ; time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(2 * time.Minute); ; time.Sleep(time.Millisecond) {
 		l := m.host.Ledger()
 		l.Domains, l.Connections = l.Domains-1, 0 // but for the toolstack
 		if l == (emu.Ledger{}) {

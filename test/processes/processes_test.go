@@ -219,7 +219,7 @@ func (m *machine) device() *pvnet.Device {
 				return d
 			}
 		}
-	case <-time.After(20 * time.Second):
+	case <-time.After(2 * time.Minute):
 	}
 	m.t.Fatal("no backend came up")
 	return nil
@@ -295,7 +295,7 @@ func TestAKilledFrontendComesBack(t *testing.T) {
 			}()
 		}
 		before := dev.Stats().RX
-		for end := time.Now().Add(20 * time.Second); ; time.Sleep(time.Millisecond) {
+		for end := time.Now().Add(2 * time.Minute); ; time.Sleep(time.Millisecond) {
 			now := dev.Stats().RX
 			if now.Get(telemetry.Packets) > before.Get(telemetry.Packets)+1000 {
 				break

@@ -4,14 +4,18 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"barevif/hypercall"
 	"barevif/xenbus"
+	"barevif/xenbus/wire"
 )
 
 // A vif is a device as the toolstack makes it.
@@ -438,6 +442,199 @@ func setStateDoesNotBringBackADirectory(t *testing.T, r *rig) {
 	if ch := r.await(d, func(ch xenbus.Change) bool { return ch.Gone && ch.Vanished }); ch.Own != xenbus.Unknown {
 		t.Errorf("%+v", ch)
 	}
+}
+
+// A lateConn can hold the answers to commits back, while all else passes.
+type lateConn struct {
+	io.ReadWriteCloser
+	from   *io.PipeReader
+	hold   atomic.Bool
+	held   chan struct{} // one for each answer that was held back
+	let    chan struct{} // one for each that may pass
+	unwrap sync.WaitGroup
+}
+
+// late is a client whose commits are answered late, once hold is set.
+func (r *rig) late(dom hypercall.DomID) (*xenbus.Client, *lateConn) {
+	r.Helper()
+	inner, err := r.dial(r.ctx, dom)
+	r.must(err)
+	from, to := io.Pipe()
+	l := &lateConn{ReadWriteCloser: inner, from: from, held: make(chan struct{}, 1), let: make(chan struct{}, 1)}
+	l.unwrap.Go(func() {
+		buf := make([]byte, wire.HeaderSize+wire.MaxPayload)
+		for {
+			h, payload, err := wire.ReadMessage(inner, buf)
+			if err != nil {
+				to.CloseWithError(err)
+				return
+			}
+			msg, _ := wire.Append(nil, h, string(payload))
+			if h.Op == wire.TransactionEnd && l.hold.Load() {
+				l.held <- struct{}{}
+				l.unwrap.Go(func() {
+					select {
+					case <-l.let:
+						to.Write(msg)
+					case <-r.ctx.Done():
+					}
+				})
+				continue
+			}
+			to.Write(msg) // whole messages take turns
+		}
+	})
+	r.Cleanup(l.unwrap.Wait)
+	c, err := xenbus.Dial(r.ctx, func(context.Context) (io.ReadWriteCloser, error) { return l, nil }, xenbus.Config{Pipeline: 8})
+	r.must(err)
+	r.Cleanup(func() { c.Close() })
+	return c, l
+}
+
+func (l *lateConn) Read(b []byte) (int, error) { return l.from.Read(b) }
+func (l *lateConn) Close() error               { l.from.Close(); return l.ReadWriteCloser.Close() }
+
+// lateDevices is each end of a vif in turn, its answers late.
+func lateDevices(r *rig, f func(name string, v vif, d *xenbus.Device, l *lateConn)) {
+	r.client(3)
+	for i, role := range []xenbus.Role{xenbus.Frontend, xenbus.Backend} {
+		v := vif{r, r.client(0), 7, 3, fmt.Sprint(i)}
+		var d *xenbus.Device
+		var l *lateConn
+		dir := v.backDir()
+		if role == xenbus.Frontend {
+			dir = v.frontDir()
+			c, late := r.late(7)
+			v.plug()
+			d, l = r.frontend(c, v.id), late
+		} else {
+			c, late := r.late(3)
+			v.plug()
+			d, l = r.backend(c, 7, v.id), late
+		}
+		// What it looks at first takes a transaction, which has to be over.
+		r.must(v.tools.Write(r.ctx, dir+"/state", "2"))
+		r.await(d, func(ch xenbus.Change) bool { return ch.Own == xenbus.InitWait })
+		f(role.String(), v, d, l)
+	}
+}
+
+// The toolstack takes the vif away after our state was written and before we know
+// that it was.
+func removalDuringAWriteIsNotLost(t *testing.T, r *rig) {
+	lateDevices(r, func(name string, v vif, d *xenbus.Device, l *lateConn) {
+		l.hold.Store(true)
+		wrote := make(chan error, 1)
+		go func() { wrote <- d.SetState(r.ctx, xenbus.Closing) }()
+		<-l.held
+		l.hold.Store(false)
+		v.unplug()
+		r.await(d, func(ch xenbus.Change) bool { return ch.Gone })
+		l.let <- struct{}{}
+		r.must(<-wrote)
+		if ch := d.Current(); !ch.Gone {
+			t.Errorf("%s: the removal is forgotten: %+v", name, ch)
+		}
+		r.want(d.SetState(r.ctx, xenbus.Closed), xenbus.ErrGone)
+		if ch := d.Current(); !ch.Gone {
+			t.Errorf("%s: %+v", name, ch)
+		}
+	})
+}
+
+// A write that finds the directory gone says so to all, also where nothing else does.
+func removalMetByAWriteIsSeen(t *testing.T, r *rig) {
+	v, fc, bc := r.vif(3, "0")
+	for _, d := range []*xenbus.Device{r.frontend(fc, "0"), r.backend(bc, 7, "0")} {
+		r.must(d.SetState(r.ctx, xenbus.Closing))
+		v.unplug()
+		r.want(d.SetState(r.ctx, xenbus.Closed), xenbus.ErrGone)
+		if ch := d.Current(); !ch.Gone {
+			t.Errorf("%s: ErrGone, and %+v", d.Dir(), ch)
+		}
+		v.plug()
+		r.await(d, func(ch xenbus.Change) bool { return !ch.Gone && ch.Generation > 1 })
+	}
+}
+
+func stateOverwrittenDuringAWriteIsSeen(t *testing.T, r *rig) {
+	v := vif{r, r.client(0), 7, 3, "0"}
+	c, l := r.late(3)
+	r.client(7)
+	v.plug()
+	d := r.backend(c, 7, "0")
+	for i := range 30 { // in some the event of the last write comes in time, in others late
+		r.must(d.SetState(r.ctx, xenbus.InitWait))
+		l.hold.Store(true)
+		wrote := make(chan error, 1)
+		go func() { wrote <- d.SetState(r.ctx, xenbus.Connected) }()
+		<-l.held
+		l.hold.Store(false)
+		r.must(v.tools.Write(r.ctx, v.backDir()+"/state", "6"))
+		status := []string{"connected", "again"}[i%2]
+		r.must(v.tools.Write(r.ctx, v.backDir()+"/hotplug-status", status))
+		r.await(d, func(ch xenbus.Change) bool { return ch.Hotplug == (status == "connected") }) // the state was read before it
+		l.let <- struct{}{}
+		r.must(<-wrote)
+		r.await(d, func(ch xenbus.Change) bool { return ch.Own == xenbus.Connected && ch.Overwritten == `"6"` })
+	}
+}
+
+// Our state stays ours whatever is written over it, but for a directory that was made
+// anew and a toolstack that takes the vif away.
+func stateOverwrittenByOthersIsKnownAndPutRight(t *testing.T, r *rig) {
+	v, fc, bc := r.vif(3, "0")
+	front, back := r.frontend(fc, "0"), r.backend(bc, 7, "0")
+	for _, c := range []struct {
+		d   *xenbus.Device
+		dir string
+		own xenbus.State
+	}{{front, v.frontDir(), xenbus.Connected}, {back, v.backDir(), xenbus.InitWait}} {
+		r.must(c.d.Publish(r.ctx, xenbus.Values{"feature-rx-copy": "1", "hotplug-status": "connected"}))
+		r.must(c.d.SetState(r.ctx, c.own))
+		was := c.d.Current().Generation
+		for _, found := range []string{"0", "1", "3", "5", "6", "7", "9", "", "x y", strings.Repeat("4", 500)} {
+			r.must(v.tools.Write(r.ctx, c.dir+"/state", found))
+			ch := r.await(c.d, func(ch xenbus.Change) bool { return ch.Overwritten != "" })
+			if ch.Own != c.own || ch.Generation != was || len(ch.Overwritten) > 80 || !strings.HasPrefix(ch.Overwritten, `"`+found[:min(len(found), 60)]) {
+				t.Errorf("%s after %.10q: %+v", c.dir, found, ch)
+			}
+			r.must(c.d.SetState(r.ctx, ch.Own))
+			if got := r.read(v.tools, c.dir+"/state"); got != fmt.Sprint(uint8(c.own)) {
+				t.Errorf("%s holds %q", c.dir, got)
+			}
+			r.await(c.d, func(ch xenbus.Change) bool { return ch.Overwritten == "" && ch.Own == c.own })
+		}
+	}
+	v.unplug()
+	v.plug()
+	for _, d := range []*xenbus.Device{front, back} {
+		ch := r.await(d, func(ch xenbus.Change) bool { return ch.Generation > 1 && !ch.Gone })
+		if ch.Own != xenbus.Initialising || ch.Overwritten != "" {
+			t.Errorf("%s made anew: %+v", d.Dir(), ch)
+		}
+	}
+}
+
+// An answer that does not come says nothing of whether the state was written. It is
+// not taken for another's then.
+func writeWithoutAnAnswerIsOurs(t *testing.T, r *rig) {
+	lateDevices(r, func(name string, v vif, d *xenbus.Device, l *lateConn) {
+		r.must(d.SetState(r.ctx, xenbus.Closing))
+		l.hold.Store(true)
+		ctx, cancel := context.WithCancel(r.ctx)
+		wrote := make(chan error, 1)
+		go func() { wrote <- d.SetState(ctx, xenbus.Closed) }()
+		<-l.held
+		l.hold.Store(false)
+		cancel()
+		r.want(<-wrote, context.Canceled)
+		l.let <- struct{}{}
+		ch := r.await(d, func(ch xenbus.Change) bool { return ch.Own == xenbus.Closed || ch.Overwritten != "" })
+		if ch.Overwritten != "" {
+			t.Errorf("%s: %+v", name, ch)
+		}
+	})
 }
 
 func publishReplacesWholeSets(t *testing.T, r *rig) {

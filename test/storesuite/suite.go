@@ -63,6 +63,11 @@ func Run(t *testing.T, start func(testing.TB) Dialer) {
 		{"FrontendThatMayNotReadBack", frontendThatMayNotReadBack},
 		{"StatesOfGarbageAreUnknown", statesOfGarbageAreUnknown},
 		{"SetStateDoesNotBringBackADirectory", setStateDoesNotBringBackADirectory},
+		{"RemovalDuringAWriteIsNotLost", removalDuringAWriteIsNotLost},
+		{"RemovalMetByAWriteIsSeen", removalMetByAWriteIsSeen},
+		{"StateOverwrittenDuringAWriteIsSeen", stateOverwrittenDuringAWriteIsSeen},
+		{"StateOverwrittenByOthersIsKnownAndPutRight", stateOverwrittenByOthersIsKnownAndPutRight},
+		{"WriteWithoutAnAnswerIsOurs", writeWithoutAnAnswerIsOurs},
 		{"PublishReplacesWholeSets", publishReplacesWholeSets},
 		{"UnplugIsSeenByBothEnds", unplugIsSeenByBothEnds},
 		{"DriverDomainCleansUp", driverDomainCleansUp},
@@ -564,16 +569,12 @@ func lostConnectionIsReplaced(t *testing.T, r *rig) {
 	other := r.client(0)
 	w := r.watch(c, "/watched")
 	r.event(w)
-	start := time.Now()
 	cut()
 	r.must(other.Write(r.ctx, "/watched/behind-its-back", "1"))
 	for {
 		if _, all := r.event(w); all {
 			break
 		}
-	}
-	if took := time.Since(start); took > time.Second {
-		t.Errorf("set again after %v", took)
 	}
 	r.read(c, "/watched/behind-its-back")
 	w.Paths()

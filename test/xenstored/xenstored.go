@@ -154,7 +154,7 @@ func (d *Daemon) Restart() {
 		d.t.Fatal(err)
 	}
 	d.cmd, d.exited, d.domains = cmd, exited, make(map[hypercall.DomID]bool)
-	for deadline := time.Now().Add(20 * time.Second); ; {
+	for deadline := time.Now().Add(2 * time.Minute); ; {
 		conn, err := net.Dial("unix", d.Socket())
 		if err == nil {
 			conn.Close()

@@ -24,7 +24,8 @@ an interface of this machine's kernel with the vif's MAC and MTU, for whatever u
 the kernel's TCP/IP. It needs CAP_NET_ADMIN.
 
 When the backend goes, attach waits and connects again when one comes back. The TAP
-stays meanwhile.
+stays meanwhile. If the vif was plugged again with another MAC or MTU, the TAP gets
+those.
 
 On a real Xen (--xen) the kernel's xen-netfront must not own the vif; --take takes
 it away from it.`,
@@ -81,12 +82,31 @@ func (a *attach) join(dev *pvnet.Device, addr netip.Prefix) (*use, error) {
 	return &use{
 		says:   fmt.Sprintf("the kernel has it as %s", tap.Name()),
 		failed: failed,
+		renew: func() error {
+			if err := hardwareAddress(tap.Name(), dev.MAC()); err != nil {
+				return err
+			}
+			return setMTU(tap.Name(), dev.MTU())
+		},
 		close: func() error {
 			<-ended
-			fmt.Fprintf(a.stdout, "vif %s: gone; %s\n", a.vif, tally(dev, &joint, "backend"))
+			st := dev.Stats()
+			fmt.Fprintf(a.stdout, "vif %s: gone; %s\n", a.vif, tally("backend", &st, joint.Stats()))
 			return tap.Close()
 		},
 	}, nil
+}
+
+// setMTU gives the interface an MTU, in bytes, if it has another one.
+func setMTU(name string, mtu int) error {
+	l, err := netlink.LinkByName(name)
+	if err == nil && l.Attrs().MTU != mtu {
+		err = netlink.LinkSetMTU(l, mtu)
+	}
+	if err != nil {
+		return fmt.Errorf("give %s the MTU %d: %w", name, mtu, err)
+	}
+	return nil
 }
 
 func hardwareAddress(name string, mac pvnet.MAC) error {

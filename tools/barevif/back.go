@@ -241,7 +241,8 @@ func (b *back) serve(ctx context.Context, dev *pvnet.Device) {
 	}
 	dev.Disconnect()
 	following.Wait()
-	b.say("vif %s: gone; %s", vif, tally(dev, &j, "frontend"))
+	st := dev.Stats()
+	b.say("vif %s: gone; %s", vif, tally("frontend", &st, j.Stats()))
 }
 
 // follow tells of the vif's link until the device has ended.
@@ -254,8 +255,11 @@ func (b *back) follow(dev *pvnet.Device, vif, name string) {
 				if err := address(name, b.addressOf(vif, true)); err != nil {
 					b.slog.Error("a vif's TAP has no address", "vif", vif, "err", err)
 				}
+				if err := setMTU(name, ev.MTU); err != nil {
+					b.slog.Error("a vif's TAP has another MTU than the vif", "vif", vif, "err", err)
+				}
 			}
-			b.say("vif %s: connected to domain %d, %s", vif, dev.Peer(), dev.Budget())
+			b.say("vif %s: connected to domain %d, MTU %d, %s", vif, dev.Peer(), ev.MTU, dev.Budget())
 		case up:
 			b.say("vif %s: down: %s", vif, ev.Reason)
 		}

@@ -7,7 +7,6 @@ import (
 	"strings"
 	"text/tabwriter"
 
-	"barevif/pvnet"
 	"barevif/pvnet/link"
 	"barevif/telemetry"
 )
@@ -93,15 +92,22 @@ func binarySize(n uint64) string {
 	return fmt.Sprintf("%.1f %s", f, units[i])
 }
 
-// tally is a vif's life in one line. peer is what its other end is.
-func tally(dev *pvnet.Device, j *link.Joint, peer string) string {
-	st, js := dev.Stats(), j.Stats()
-	return fmt.Sprintf("%s frames from the %s (%s lost), %s to the network%s; %s from the network%s, %s to the %s",
-		grouped(st.RX.Get(telemetry.Packets)), peer, grouped(lost(&st.RX)), grouped(js.ToLink), toNetworkLost(&js),
-		grouped(js.FromLink), fromNetworkLost(&js), grouped(st.TX.Get(telemetry.Packets)), peer)
+// tally is a vif's life in two sentences that add up: what came in at either side of it
+// went out at the other, or is lost. peer is the other end.
+func tally(peer string, st *telemetry.Stats, js link.JointStats) string {
+	in, out := st.RX.Get(telemetry.Packets)+lost(&st.RX), js.ToLink
+	read := js.FromLink + js.Dropped() + js.Unfed
+	gone := min(st.TX.Lost(telemetry.DropDisconnected), js.FromLink)
+	s := fmt.Sprintf("%s frames from the %s, %s to the network, %s lost%s; %s from the network, %s to the %s, %s lost%s",
+		grouped(in), peer, grouped(out), grouped(in-out), toNetworkLost(&js),
+		grouped(read), grouped(js.FromLink-gone), peer, grouped(read-js.FromLink+gone), fromNetworkLost(&js))
+	if n := st.TX.Get(telemetry.Packets); n > js.FromLink {
+		s += fmt.Sprintf(", cut into %s", grouped(n))
+	}
+	return s
 }
 
-// toNetworkLost and fromNetworkLost say how many frames a joint dropped, and why.
+// toNetworkLost and fromNetworkLost say why a joint dropped frames.
 func toNetworkLost(js *link.JointStats) string {
 	return reasons(reason{js.Unsent, "not taken there"})
 }
@@ -119,17 +125,16 @@ type reason struct {
 	why    string
 }
 
-// reasons is " (3 lost: 2 for this, 1 for that)", of those that are not 0.
+// reasons is " (2 for this, 1 for that)", of those that are not 0.
 func reasons(list ...reason) string {
-	var sum uint64
 	var said []string
 	for _, r := range list {
-		if sum += r.frames; r.frames > 0 {
+		if r.frames > 0 {
 			said = append(said, grouped(r.frames)+" "+r.why)
 		}
 	}
-	if sum == 0 {
-		return " (0 lost)"
+	if said == nil {
+		return ""
 	}
-	return fmt.Sprintf(" (%s lost: %s)", grouped(sum), strings.Join(said, ", "))
+	return " (" + strings.Join(said, ", ") + ")"
 }

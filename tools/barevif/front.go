@@ -38,6 +38,7 @@ func (f *front) register(cmd *cobra.Command) {
 type use struct {
 	says   string       // to whom started the command
 	failed <-chan error // why it ended on its own
+	renew  func() error // when the device has connected again, maybe as another card; or nil
 	close  func() error // after the device has ended
 }
 
@@ -88,7 +89,7 @@ func (f *front) own(ctx context.Context, begin func(*domain, *pvnet.Device) (*us
 		case <-ctx.Done():
 		}
 	}()
-	last := f.follow(ctx, dev)
+	last := f.follow(ctx, dev, u)
 	switch cause := context.Cause(ctx); {
 	case ctx.Err() == nil:
 		err = fmt.Errorf("vif %s has ended: %s", f.vif, last.Reason)
@@ -101,13 +102,19 @@ func (f *front) own(ctx context.Context, begin func(*domain, *pvnet.Device) (*us
 	return errors.Join(err, u.close())
 }
 
-// follow tells when the backend goes and comes back, until ctx or the device ends.
-func (f *front) follow(ctx context.Context, dev *pvnet.Device) (last pvnet.LinkEvent) {
+// follow tells when the backend goes and comes back, until ctx or the device ends, and
+// has what uses the vif follow too.
+func (f *front) follow(ctx context.Context, dev *pvnet.Device, u *use) (last pvnet.LinkEvent) {
 	last.Up = true
 	for ev := range dev.Links(ctx) {
 		switch {
 		case ev.Up && !last.Up:
-			fmt.Fprintf(f.stdout, "vif %s: connected again, backend in domain %d\n", f.vif, dev.Peer())
+			if u.renew != nil {
+				if err := u.renew(); err != nil {
+					f.log().Error("a vif is another card, and what uses it does not follow", "vif", f.vif, "err", err)
+				}
+			}
+			fmt.Fprintf(f.stdout, "vif %s: connected again, backend in domain %d, MAC %v, MTU %d\n", f.vif, dev.Peer(), ev.MAC, ev.MTU)
 		case !ev.Up && last.Up:
 			fmt.Fprintf(f.stdout, "vif %s: down: %s\n", f.vif, ev.Reason)
 		}
@@ -151,6 +158,9 @@ func (f *front) connect(ctx context.Context, dom *domain, counters telemetry.Sto
 			next = "choose one of those with --vif"
 		}
 		return nil, &advice{err: err, next: next}
+	}
+	if errors.Is(err, xenbus.ErrQuota) {
+		return nil, &advice{err: err, next: "this domain has used up its quota in xenstore: remove what it does not need there, or have dom0 raise the quota"}
 	}
 	if _, ok := errors.AsType[*xenbus.WaitError](err); ok {
 		return nil, &advice{err: err, next: `is the backend running? "barevif back", or the kernel's in its domain`}

@@ -161,7 +161,7 @@ func TestLiveTableOnATerminalObeysItsUser(t *testing.T) {
 	}()
 	shows := func(what string) {
 		t.Helper()
-		for end := time.Now().Add(20 * time.Second); !strings.Contains(escapes.ReplaceAllString(term.text(), ""), what); time.Sleep(10 * time.Millisecond) {
+		for end := time.Now().Add(2 * time.Minute); !strings.Contains(escapes.ReplaceAllString(term.text(), ""), what); time.Sleep(10 * time.Millisecond) {
 			if time.Now().After(end) {
 				t.Fatalf("no %q in %q", what, term.text())
 			}
@@ -190,7 +190,7 @@ func TestLiveTableOnATerminalObeysItsUser(t *testing.T) {
 		if code != exitOK {
 			t.Errorf("exit %d", code)
 		}
-	case <-time.After(20 * time.Second):
+	case <-time.After(2 * time.Minute):
 		t.Fatal("q does not end it")
 	}
 	if text := term.close(); !strings.Contains(text, "\x1b[?1049l") || strings.Contains(text, "panic") {

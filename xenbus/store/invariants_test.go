@@ -119,3 +119,12 @@ func (s *Store) Dump() string {
 	slices.Sort(lines)
 	return strings.Join(lines, "\n")
 }
+
+// SkipTransactions has every connection go on after transaction id.
+func (s *Store) SkipTransactions(id uint32) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, c := range s.clients {
+		c.lastTx = id
+	}
+}

@@ -47,6 +47,49 @@ func TestMemoryQuotaToTheByte(t *testing.T) {
 	}
 }
 
+// Nodes that a transaction only looked for count too.
+func TestMemoryOfWhatATransactionLookedFor(t *testing.T) {
+	const quota = 2000
+	e := newEmbedded(t, store.Config{Quota: store.Quota{Memory: quota}})
+	g := e.guest(3)
+	g.Want(wire.Write, 0, "b\x00", ok)
+	tx := g.Start()
+	g.Want(wire.Write, tx, "b\x00", ok)
+	g.Want(wire.Read, tx, z("none"), "ENOENT") // and its home, which is above it
+	before := e.MemoryOf(3)
+	g.Want(wire.Read, tx, z("none0"), "ENOENT")
+	cost := e.MemoryOf(3) - before
+	if cost < len("/local/domain/3/none0") {
+		t.Fatalf("a node that was looked for takes %d bytes", cost)
+	}
+	g.Want(wire.Write, tx, "b\x00"+strings.Repeat("v", quota-e.MemoryOf(3)-cost), ok)
+	g.Want(wire.Read, tx, z("none1"), "ENOENT")
+	if m := e.MemoryOf(3); m != quota {
+		t.Errorf("it holds %d bytes of %d", m, quota)
+	}
+	g.Want(wire.Read, tx, z("none0"), "ENOENT")
+	g.Want(wire.Read, tx, z("none2"), "ENOMEM")
+	g.Want(wire.TransactionEnd, tx, z("F"), ok)
+	if m := e.MemoryOf(3); m >= before {
+		t.Errorf("%d bytes after the transaction, %d in it", m, before)
+	}
+}
+
+func TestPermissionsCountForTheQuotas(t *testing.T) {
+	e := newEmbedded(t, store.Config{Quota: store.Quota{Memory: 4500}})
+	g := e.guest(3)
+	full := strings.Repeat("v", 2047-24-8)
+	g.Want(wire.Write, 0, "a\x00"+full, ok)
+	g.Want(wire.SetPerms, 0, z("a", "n3", "r0"), "ENOSPC")
+	g.Want(wire.Write, 0, "b\x00"+full[8:], ok)
+	g.Want(wire.SetPerms, 0, z("b", "n3", "r0"), ok)
+	g.Want(wire.Write, 0, "c\x00", ok)
+	g.Want(wire.Write, 0, "c\x00"+strings.Repeat("v", 4500-e.MemoryOf(3)-8), ok)
+	g.Want(wire.SetPerms, 0, z("c", "n3", "r0", "r0"), "ENOMEM")
+	g.Want(wire.SetPerms, 0, z("c", "n3", "r0"), ok)
+	g.Want(wire.GetPerms, 0, z("c"), z("n3", "r0"))
+}
+
 // A node's path counts when it is made, not when it is written again.
 func TestMemoryOfANewNode(t *testing.T) {
 	e := newEmbedded(t, store.Config{})
@@ -69,7 +112,7 @@ func TestMemoryOfANewNode(t *testing.T) {
 	g.Want(wire.Write, 0, "name\x00", ok)
 }
 
-// Who owns the node pays, whoever writes it.
+// The owner of a node pays for what others write there.
 func TestTheOwnerPays(t *testing.T) {
 	const quota = 6000
 	e := newEmbedded(t, store.Config{Quota: store.Quota{Memory: quota}})
@@ -161,7 +204,7 @@ func TestNodesAreCountedForTheirOwnersAtTheCommit(t *testing.T) {
 	g.Want(wire.Mkdir, tx, z("h"), ok)
 	g.Want(wire.TransactionEnd, tx, z("T"), ok)
 
-	// What is made and taken away again is none.
+	// A node that is made and removed again counts as none.
 	tx = g.Start()
 	g.Want(wire.Mkdir, tx, z("i"), ok)
 	g.Want(wire.Rm, tx, z("i"), ok)
@@ -225,7 +268,7 @@ func TestRightsOfATarget(t *testing.T) {
 	h.Want(wire.Read, 0, z("/of-dom0"), "2")
 	h.Want(wire.Write, 0, "/of-dom0\x003", "EACCES")
 	h.Want(wire.SetPerms, 0, z("/local/domain/3/x", "n3", "r4"), ok)
-	h.Want(wire.SetPerms, 0, z("/local/domain/3/x", "n4"), "EPERM") // to whom it belongs stays
+	h.Want(wire.SetPerms, 0, z("/local/domain/3/x", "n4"), "EPERM") // its owner stays
 	g.Want(wire.Read, 0, z("/local/domain/4/none"), "EACCES")       // one way only
 	c.Want(wire.SetPerms, 0, z("/of-dom0", "n0", "r3"), ok)
 	e.DomainDied(3)
@@ -245,5 +288,19 @@ func TestPermissionsForNoDomain(t *testing.T) {
 	g.Want(wire.Read, 0, z("/x"), "EACCES")
 	for _, bad := range []string{"r", "", "n-1", "n4294967296"} {
 		c.Want(wire.SetPerms, 0, z("/x", "n0", bad), "EINVAL")
+	}
+}
+
+// Id 0 stands for no transaction, and an id that is in use for that one.
+func TestTransactionIDsStartAgain(t *testing.T) {
+	e := newEmbedded(t, store.Config{})
+	c := e.dom0()
+	first, second := c.Start(), c.Start()
+	e.SkipTransactions(^uint32(0) - 1)
+	if id := c.Start(); id != ^uint32(0) {
+		t.Errorf("transaction %d, want the last there is", id)
+	}
+	if id := c.Start(); id == 0 || id == first || id == second {
+		t.Errorf("transaction %d while %d and %d are open", id, first, second)
 	}
 }

@@ -173,7 +173,7 @@ func TestOnlyQuestionsAreAnswered(t *testing.T) {
 	defer server.Close()
 	go Answer(server)
 	c := dial(t, server.LocalAddr())
-	c.SetDeadline(time.Now().Add(10 * time.Second))
+	c.SetDeadline(time.Now().Add(2 * time.Minute))
 	for _, b := range [][]byte{[]byte("x"), make([]byte, 100)} {
 		c.Write(b)
 	}

@@ -75,7 +75,7 @@ func (e *RefusedError) Unwrap() error { return e.Err }
 
 // patience bounds what the child is asked for: it makes system calls that do not
 // wait, apart from the kernel bringing a card up, which takes a second at most.
-const patience = 10 * time.Second
+const patience = 30 * time.Second
 
 // Start makes a namespace with a card in it. ctx bounds the start only. The
 // program must call [Main] first thing.

@@ -26,7 +26,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-const wait = 10 * time.Second
+const wait = 2 * time.Minute
 
 // role has the test binary do something else than run tests; see TestMain.
 const role = "BAREVIF_NETNS_TEST_ROLE"

@@ -1,0 +1,161 @@
+package pvnet_test
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"log/slog"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"barevif/pvnet"
+	"barevif/telemetry"
+	"barevif/xenbus/toolstack"
+)
+
+// A journal is a log that can be read while it is written.
+type journal struct {
+	mu   sync.Mutex
+	text bytes.Buffer // guarded by mu
+}
+
+func (j *journal) Write(b []byte) (int, error) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.text.Write(b)
+}
+
+func (j *journal) lines(with string) (n int) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	for line := range strings.Lines(j.text.String()) {
+		if strings.Contains(line, with) {
+			n++
+		}
+	}
+	return n
+}
+
+func (j *journal) logger() *slog.Logger { return slog.New(slog.NewTextHandler(j, nil)) }
+
+// crossed sends a frame each way, again and again until one has come, for a link that
+// may be about to go down.
+func crossed(t testing.TB, name string, front, back *pvnet.Device) {
+	t.Helper()
+	heard := func(to *pvnet.Device) uint64 {
+		st := to.Stats()
+		return st.RX.Get(telemetry.Packets)
+	}
+	for _, way := range [][2]*pvnet.Device{{front, back}, {back, front}} {
+		before := heard(way[1])
+		for end := time.Now().Add(time.Minute); heard(way[1]) == before; time.Sleep(10 * time.Millisecond) {
+			if time.Now().After(end) {
+				t.Fatalf("%s: nothing passes from %v", name, way[0].Peer())
+			}
+			way[0].SetWriteDeadline(time.Now().Add(time.Second))
+			way[0].Write(frame(100, 1))
+		}
+	}
+}
+
+// An operator writes over the state of one end. It is put right, which is said once,
+// and frames pass again, whatever the other end made of it meanwhile.
+func TestAStateWrittenByAnotherIsPutRight(t *testing.T) {
+	for _, role := range []string{"frontend", "backend"} {
+		for _, found := range []string{"0", "1", "2", "3", "5", "6", "7", "8", "9", "", "Connected"} {
+			for _, later := range []time.Duration{0, time.Second} {
+				t.Run(fmt.Sprintf("%s/%q/%v", role, found, later), func(t *testing.T) {
+					synctest.Test(t, func(t *testing.T) {
+						log := new(journal)
+						l := newLab(t)
+						fdom, bdom := l.domain(1), l.domain(2)
+						v := l.add(toolstack.Vif{Front: 1, Back: 2})
+						backs, stop := l.serve(bdom, pvnet.ServeConfig{Hotplug: true, Config: pvnet.Config{Logger: log.logger()}})
+						front, err := pvnet.Connect(ctx(t), fdom, "0", pvnet.Config{Logger: log.logger()})
+						if err != nil {
+							t.Fatal(err)
+						}
+						back := wait(t, backs)
+						await(t, back, true)
+						go front.Listen(context.Background(), func(pvnet.Frame) {})
+						go back.Listen(context.Background(), func(pvnet.Frame) {})
+						crossed(t, "before", front, back)
+						dir := v.FrontDir()
+						if role == "backend" {
+							dir = v.BackDir()
+						}
+						for round := range 3 {
+							if err := l.tools.Write(ctx(t), dir+"/state", found); err != nil {
+								t.Fatal(err)
+							}
+							time.Sleep(later)
+							crossed(t, fmt.Sprint("round ", round), front, back)
+						}
+						time.Sleep(time.Second)
+						for _, dir := range []string{v.FrontDir(), v.BackDir()} {
+							if s := l.read(dir + "/state"); s != "4" {
+								t.Errorf("%s is left %q", dir, s)
+							}
+						}
+						if n := log.lines("changed by another"); n == 0 || later != 0 && n > 3 {
+							t.Errorf("%d lines for 3 writes:\n%s", n, log.text.String())
+						}
+						front.Disconnect()
+						stop()
+					})
+				})
+			}
+		}
+	}
+}
+
+// One who writes over it again and again is followed at a pace that costs little, and
+// the vif works once that has ended.
+func TestAStateWrittenInALoopIsFollowedSlowly(t *testing.T) {
+	for _, role := range []string{"frontend", "backend"} {
+		t.Run(role, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				log := new(journal)
+				l := newLab(t)
+				fdom, bdom := l.domain(1), l.domain(2)
+				v := l.add(toolstack.Vif{Front: 1, Back: 2})
+				backs, stop := l.serve(bdom, pvnet.ServeConfig{Hotplug: true, Config: pvnet.Config{Logger: log.logger()}})
+				front, err := pvnet.Connect(ctx(t), fdom, "0", pvnet.Config{Logger: log.logger()})
+				if err != nil {
+					t.Fatal(err)
+				}
+				back := wait(t, backs)
+				go front.Listen(context.Background(), func(pvnet.Frame) {})
+				go back.Listen(context.Background(), func(pvnet.Frame) {})
+				crossed(t, "before", front, back)
+				dir := v.FrontDir()
+				if role == "backend" {
+					dir = v.BackDir()
+				}
+				restored := 0
+				for range 60_000 { // a minute
+					if err := l.tools.Write(context.Background(), dir+"/state", "3"); err != nil {
+						t.Fatal(err)
+					}
+					time.Sleep(time.Millisecond)
+					if l.read(dir+"/state") != "3" {
+						restored++
+					}
+				}
+				// 40 at once, then 8 for each pause of up to a second.
+				if restored > 40+8*70 {
+					t.Errorf("written %d times in a minute", restored)
+				}
+				if n := log.lines("changed by another"); n > 30 {
+					t.Errorf("%d lines of log", n)
+				}
+				crossed(t, "after", front, back)
+				front.Disconnect()
+				stop()
+			})
+		})
+	}
+}
