@@ -42,17 +42,18 @@ func (s *Slots[T]) Len() uint32 { return s.mask + 1 }
 
 // Load copies slot i into private memory.
 func (s *Slots[T]) Load(i uint32) (v T) {
-	s.LoadTo(i, &v)
+	s.Fetch(i, &v)
 	return v
 }
 
-// LoadTo copies slot i to v, one 32-bit load a word, and spares the copies of a
+// Fetch copies slot i to v, one 32-bit load a word, and spares the copies of a
 // result. i is a free-running index; it is masked here, and base was checked to hold
 // n strides.
-func (s *Slots[T]) LoadTo(i uint32, v *T) {
+func (s *Slots[T]) Fetch(i uint32, v *T) {
 	p := unsafe.Add(s.base, uintptr(i&s.mask)*uintptr(s.stride))
 	q := unsafe.Pointer(v)
-	for w := uintptr(0); w < unsafe.Sizeof(*v); w += 4 {
+	var size T
+	for w := uintptr(0); w < unsafe.Sizeof(size); w += 4 {
 		s.debug.load(i, (i&s.mask)*s.stride/4+uint32(w/4))
 		*(*uint32)(unsafe.Add(q, w)) = load((*atomic.Uint32)(unsafe.Add(p, w)))
 	}

@@ -196,7 +196,7 @@ func (f *Front[Req, Rsp]) TakeTo(v *Rsp) {
 	if f.rsp.cons == f.rsp.seen {
 		panic("ring: response taken that was not polled")
 	}
-	f.rsp.slots.LoadTo(f.rsp.cons, v)
+	f.rsp.slots.Fetch(f.rsp.cons, v)
 	f.rsp.cons++
 }
 
@@ -280,7 +280,7 @@ func (b *Back[Req, Rsp]) TakeTo(v *Req) {
 	if b.req.cons == b.req.seen {
 		panic("ring: request taken that was not polled")
 	}
-	b.req.slots.LoadTo(b.req.cons, v)
+	b.req.slots.Fetch(b.req.cons, v)
 	b.req.cons++
 }
 
