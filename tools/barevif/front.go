@@ -152,8 +152,9 @@ func (f *front) connect(ctx context.Context, dom *domain, counters telemetry.Sto
 		}
 		return nil, &advice{err: err, next: next}
 	}
-	if _, ok := errors.AsType[*xenbus.WaitError](err); ok {
-		return nil, &advice{err: err, next: `is the backend running? "barevif back", or the kernel's in its domain`}
+	// A machine that is slow may not even have asked xenstore when the time is over.
+	if _, ok := errors.AsType[*xenbus.WaitError](err); ok || ctx.Err() != nil {
+		return nil, &advice{err: err, next: `is the backend running? "barevif back", or the kernel's in its domain; --wait gives it longer`}
 	}
 	return nil, err
 }
