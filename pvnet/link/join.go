@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"barevif/pvnet"
+	"barevif/pvnet/packet"
 )
 
 // Join forwards frames between a vif and a link, both ways, until ctx ends (it
@@ -141,6 +142,9 @@ type quick interface {
 
 	// setOffloads has the kernel leave work that the vif can be left, or none.
 	setOffloads(on bool) error
+
+	// most is how long a frame that is read can be.
+	most() int
 }
 
 // setDeadlines cannot fail but on a closed link, where nobody waits.
@@ -233,14 +237,18 @@ type feeder struct {
 	ready, n int
 	size     int
 
-	whole [MaxFrame]byte // behind what a frame has room for; or all of a long one
+	whole []byte // behind what a frame has room for; or all of a long one
 	bufs  [vifPieces + 1][]byte
-	cut   segmenter
+	cut   packet.Cutter
 }
 
 func (j *Joint) fromLinkTo(ctx context.Context, l Link, dev *pvnet.Device, tx *pvnet.TX) error {
 	f := &feeder{j: j, dev: dev, tx: tx, l: l}
-	f.quick, _ = l.(quick)
+	most := MaxRead
+	if f.quick, _ = l.(quick); f.quick != nil {
+		most = f.quick.most()
+	}
+	f.whole = make([]byte, most) // no page of it is there before it is read into
 	defer f.release(0)
 	for {
 		err := f.fill()
@@ -354,11 +362,18 @@ func (f *feeder) drop() {
 
 // long takes a frame that is still to be cut, if possible as it is.
 func (f *feeder) long(whole []byte, off Offload) error {
-	if off.GSO == GSOUDP || off.GSO == GSOUFO || len(whole) > pvnet.MaxFrame {
-		return f.segment(whole, off)
+	h, ok := packet.Parse(whole, len(whole))
+	switch {
+	case !ok, off.GSO == GSOUDP, off.ECN, off.Checksum != ChecksumPartial, h.L4 != int(off.SumStart): // in a tunnel, or so
+		return f.segment(whole, off, 0)
+	case len(whole) > pvnet.MaxFrame: // several of a vif's longest
+		return f.segment(whole, off, pvnet.MaxFrame-h.L5)
+	case h.L5+min(int(off.GSOSize), h.End-h.L5) > f.size:
+		f.j.oversize.Add(1)
+		return nil
 	}
 	if err := f.enlarge(len(whole)); err == pvnet.ErrNoBuffers {
-		return f.segment(whole, off)
+		return f.segment(whole, off, 0)
 	} else if err != nil {
 		return err
 	}
@@ -366,12 +381,7 @@ func (f *feeder) long(whole []byte, off Offload) error {
 	frame.CopyFrom(whole)
 	if !leave(frame, off) {
 		f.drop()
-		return f.segment(whole, off)
-	}
-	if longest(frame) > f.size {
-		f.j.oversize.Add(1)
-		f.drop()
-		return nil
+		return f.segment(whole, off, 0)
 	}
 	f.ready++
 	return nil
@@ -383,6 +393,7 @@ func (f *feeder) enlarge(size int) error {
 	at := f.frames[f.ready : f.ready+1]
 	_ = at[0].Release()
 	if f.tx.AllocSize(at, size) == 1 {
+		f.n = max(f.n, f.ready+1)
 		return nil
 	}
 	if err := f.flush(); err != nil {
@@ -394,36 +405,55 @@ func (f *feeder) enlarge(size int) error {
 	return err
 }
 
-// segment cuts a frame into such as the vif takes.
-func (f *feeder) segment(whole []byte, off Offload) error {
-	if !f.cut.init(whole, off) {
+// segment cuts a frame into such as the vif takes, or into such as it cuts again, with as
+// many bytes of payload as most says.
+func (f *feeder) segment(whole []byte, off Offload, most int) error {
+	if !off.begin(&f.cut, whole, most) {
 		f.j.uncut.Add(1)
 		return nil
 	}
-	if f.cut.size+f.cut.step > f.size {
+	if f.cut.HeaderLen()+min(int(off.GSOSize), len(whole)) > f.size {
 		f.j.oversize.Add(1)
 		return nil
 	}
-	for {
-		head, payload, more := f.cut.next()
-		if !more {
-			return nil
-		}
-		if f.ready == f.n {
-			if err := f.flush(); err != nil {
-				return err
+	src, room := [1][]byte{whole}, [2][]byte{}
+	for f.cut.Left() > 0 {
+		var err error
+		if f.cut.Again() {
+			if err = f.enlarge(f.cut.Len()); err == pvnet.ErrNoBuffers {
+				done := f.cut.Done()
+				off.begin(&f.cut, whole, 0)
+				f.cut.Skip(done)
+				continue
 			}
-			n, err := f.tx.AllocWait(f.frames[:], f.size)
-			if err != nil {
-				return err
+		} else if f.ready == f.n {
+			if err = f.flush(); err == nil {
+				f.n, err = f.tx.AllocWait(f.frames[:], f.size)
 			}
-			f.n = n
 		}
+		if err != nil {
+			return err
+		}
+		again := f.cut.Again()
+		head, parts := f.cut.Next(src[:], room[:1])
+		parts[0] = head
 		frame := &f.frames[f.ready]
-		frame.Truncate(frame.CopyFrom(head, payload))
+		frame.Truncate(frame.CopyFrom(parts...))
 		f.ready++
-		f.j.segments.Add(1)
+		if !again {
+			f.j.segments.Add(1)
+			continue
+		}
+		if g, _ := off.vif(); frame.SetGSO(g) != nil {
+			f.j.uncut.Add(1)
+			f.ready--
+			f.drop()
+		}
+		if err := f.flush(); err != nil {
+			return err
+		}
 	}
+	return nil
 }
 
 // flush sends the frames that are ready and keeps the empty ones.
@@ -443,9 +473,7 @@ func (f *feeder) flush() error {
 		case err == pvnet.ErrNoBuffers && f.n > f.ready:
 			f.release(f.ready)
 			continue
-		case (err == pvnet.ErrNoBuffers || err == pvnet.ErrFrameSize) && long && done == f.ready-1:
-			return f.cutLast()
-		case err == pvnet.ErrFrameSize:
+		case err == pvnet.ErrFrameSize, err == pvnet.ErrNoBuffers && long: // nor are there ever pages for one piece
 			f.j.refused.Add(1)
 		case err == pvnet.ErrOffload:
 			f.j.uncut.Add(1)
@@ -458,20 +486,6 @@ func (f *feeder) flush() error {
 	}
 	f.keep(done)
 	return nil
-}
-
-// cutLast sends the last of the ready frames, the others of which were sent, in
-// pieces: the vif has too few pages to cut it all at once.
-func (f *feeder) cutLast() error {
-	last := &f.frames[f.ready-1]
-	off, _ := leftOf(last)
-	whole := f.whole[:last.CopyTo(f.whole[:])]
-	_ = last.Release()
-	f.keep(f.ready)
-	if err := f.segment(whole, off); err != nil {
-		return err
-	}
-	return f.flush()
 }
 
 // keep drops the first done frames, which are no longer ours.

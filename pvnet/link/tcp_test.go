@@ -288,14 +288,20 @@ func TestKernelsTalkThroughAVif(t *testing.T) {
 	}
 }
 
-// A peer that speaks of segments smaller than any vif cuts makes us do it.
-func TestSmallSegmentsAreCutHere(t *testing.T) {
-	c := newCable(t, 1500, false, pvnet.Config{Offload: true}, pvnet.Config{Offload: true})
-	c.both(1<<20, func() (near, far *net.TCPConn) { return c.dialMSS(100) })
-	for _, j := range []*Joint{c.nearJoint, c.farJoint} {
-		if st := j.Stats(); st.Segments == 0 {
-			t.Errorf("%+v", st)
-		}
+// A peer that speaks of small segments has its frames left whole too: whoever takes them
+// cuts them, be the pieces as many as they are.
+func TestSmallSegmentsAreCut(t *testing.T) {
+	for _, offload := range []bool{true, false} {
+		t.Run(fmt.Sprintf("offload=%t", offload), func(t *testing.T) {
+			cfg := pvnet.Config{Offload: offload}
+			c := newCable(t, 1500, false, cfg, cfg)
+			c.both(1<<20, func() (near, far *net.TCPConn) { return c.dialMSS(100) })
+			for _, j := range []*Joint{c.nearJoint, c.farJoint} {
+				if st := j.Stats(); st.Segments != 0 || st.FromLinkGSO == 0 {
+					t.Errorf("%+v", st)
+				}
+			}
+		})
 	}
 }
 
