@@ -97,12 +97,16 @@ func giveAddress(name string, addr netip.Prefix) error {
 	}
 	a := &netlink.Addr{IPNet: &net.IPNet{IP: addr.Addr().AsSlice(), Mask: net.CIDRMask(addr.Bits(), addr.Addr().BitLen())}}
 	if addr.Addr().Is6() {
-		if err := os.WriteFile("/proc/sys/net/ipv6/conf/"+name+"/disable_ipv6", []byte("0"), 0); err != nil {
+		if err := enableIPv6(name); err != nil {
 			return err
 		}
 		a.Flags = unix.IFA_F_NODAD
 	}
 	return netlink.AddrAdd(l, a)
+}
+
+func enableIPv6(name string) error {
+	return os.WriteFile("/proc/sys/net/ipv6/conf/"+name+"/disable_ipv6", []byte("0"), 0)
 }
 
 // counter reads a counter of the namespace's TCP.
