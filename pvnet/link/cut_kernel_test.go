@@ -138,12 +138,20 @@ type tunnels struct {
 	cut   *TAP
 }
 
-var underlay = map[bool][2]net.IP{
-	false: {net.IPv4(198, 51, 100, 1).To4(), net.IPv4(198, 51, 100, 2).To4()},
-	true:  {net.ParseIP("2001:db8::1"), net.ParseIP("2001:db8::2")},
+// underlay is the two ends of a network that no other test uses.
+func underlay(v6 bool) (a, b net.IP, number int) {
+	n := rand.Uint32N(1 << 16)
+	if v6 {
+		a = net.ParseIP(fmt.Sprintf("2001:db8:%x::1", n))
+		b = net.ParseIP(fmt.Sprintf("2001:db8:%x::2", n))
+	} else {
+		a = net.IPv4(10, byte(n>>8), byte(n), 1).To4()
+		b = net.IPv4(10, byte(n>>8), byte(n), 2).To4()
+	}
+	return a, b, int(n)
 }
 
-func newTunnels(t testing.TB, number int, v6, sum bool) *tunnels {
+func newTunnels(t testing.TB, v6, sum bool) *tunnels {
 	t.Helper()
 	card, far := veth(t, 9500)
 	must := func(err error) {
@@ -154,19 +162,19 @@ func newTunnels(t testing.TB, number int, v6, sum bool) *tunnels {
 	}
 	lower, err := netlink.LinkByName(card)
 	must(err)
-	ends := underlay[v6]
-	addr := &netlink.Addr{IPNet: &net.IPNet{IP: ends[0], Mask: net.CIDRMask(24, 8*len(ends[0]))}}
+	own, peer, number := underlay(v6)
+	addr := &netlink.Addr{IPNet: &net.IPNet{IP: own, Mask: net.CIDRMask(6*len(own), 8*len(own))}}
 	if v6 {
 		must(enableIPv6(card))
 		addr.Flags = unix.IFA_F_NODAD
 	}
 	must(netlink.AddrAdd(lower, addr))
 	must(netlink.NeighAdd(&netlink.Neigh{
-		LinkIndex: lower.Attrs().Index, IP: ends[1], State: netlink.NUD_PERMANENT, HardwareAddr: net.HardwareAddr{2, 0, 0, 0, 1, 2},
+		LinkIndex: lower.Attrs().Index, IP: peer, State: netlink.NUD_PERMANENT, HardwareAddr: net.HardwareAddr{2, 0, 0, 0, 1, 2},
 	}))
 	vx := &netlink.Vxlan{
 		LinkAttrs: netlink.LinkAttrs{Name: "x" + card[:8], MTU: 9000}, VxlanId: number, VtepDevIndex: lower.Attrs().Index,
-		SrcAddr: ends[0], Group: ends[1], Port: 4789, UDPCSum: sum, UDP6ZeroCSumTx: !sum,
+		SrcAddr: own, Group: peer, Port: 4789, UDPCSum: sum, UDP6ZeroCSumTx: !sum,
 	}
 	add := func(l netlink.Link) {
 		t.Helper()
@@ -196,7 +204,7 @@ func FuzzKernelCutsTunnels(f *testing.F) {
 	var all []*tunnels
 	var in []*Packet
 	for i := range 4 {
-		n := newTunnels(f, 5+i, i&1 != 0, i&2 != 0)
+		n := newTunnels(f, i&1 != 0, i&2 != 0)
 		all, in = append(all, n), append(in, openPacket(f, n.vxlan))
 	}
 	for i := range uint64(40) {
