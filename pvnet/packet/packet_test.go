@@ -120,9 +120,11 @@ func TestAChainOfExtensionHeadersIsBounded(t *testing.T) {
 			t.Errorf("a head of %d bytes: %+v, %v", n, h, ok)
 		}
 	}
-	b[55] = 200
-	if h, ok := Parse(b, len(b)); !ok || h.L4 != 0 {
-		t.Errorf("longer than the packet: %+v, %v", h, ok)
+	for _, size := range []int{0, 7, 15} { // the rest is padding
+		copy(b[18:], u16(size))
+		if h, ok := Parse(b, len(b)); !ok || h.L4 != 0 || h.Proto != 60 {
+			t.Errorf("longer than a packet of %d bytes: %+v, %v", size, h, ok)
+		}
 	}
 }
 
@@ -130,7 +132,7 @@ func TestFragments(t *testing.T) {
 	for _, c := range []struct {
 		frag int
 		want Fragment
-	}{{0x4000, Whole}, {0x2000, First}, {1, Later}, {0x2001, Later}, {0x1fff, Later}, {0x8000, Whole}} {
+	}{{0x4000, Whole}, {0x2000, First}, {1, Later}, {0x2001, Later}, {0x1fff, Later}, {0x1000, Later}, {0x8000, Whole}} {
 		b := simple(false, true, 100).whole()
 		copy(b[20:], u16(c.frag))
 		h, ok := Parse(b, len(b))
@@ -148,7 +150,7 @@ func TestFragments(t *testing.T) {
 	for _, c := range []struct {
 		frag int
 		want Fragment
-	}{{0, Whole}, {1, First}, {8, Later}, {9, Later}, {0xfff8, Later}, {6, Whole}} {
+	}{{0, Whole}, {1, First}, {8, Later}, {9, Later}, {0xfff8, Later}, {0x8000, Later}, {6, Whole}} {
 		s := simple(true, true, 100)
 		s.in.exts = []int{44}
 		b := s.whole()
@@ -581,6 +583,22 @@ func TestWhatCannotBeCut(t *testing.T) {
 	var c Cutter
 	if !c.Init(s.whole(), len(s.whole()), s.cut()) || c.Left() != 0 {
 		t.Error("no payload makes packets")
+	}
+}
+
+// Of a tunnel in fragments not all is there.
+func TestAFragmentIsNoTunnel(t *testing.T) {
+	s := simple(false, false, 100)
+	inTunnel(s, "vxlan")
+	b, l4 := s.whole(), s.inner()
+	h, _ := Parse(b, len(b))
+	if in, ok := h.Tunnelled(b, l4); !ok || in.L4 != l4 || in.L3 != l4-20 {
+		t.Errorf("%+v, %v", in, ok)
+	}
+	b[20] |= 0x20
+	h, _ = Parse(b, len(b))
+	if in, ok := h.Tunnelled(b, l4); ok {
+		t.Errorf("%+v", in)
 	}
 }
 
