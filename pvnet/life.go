@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"net"
 	"runtime/debug"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"barevif/hypercall"
@@ -41,6 +43,12 @@ type role interface {
 // the link word and their gates, and tell it of violations through a channel.
 type life struct {
 	d    *Device
+	look chan struct{} // holds one: the slow tick wants the goroutine to look
+	owed atomic.Bool   // and to do the beat itself
+
+	// mu is held by the goroutine while it does not wait, so that the slow tick
+	// can do a beat in its place while it does. It guards all that follows.
+	mu   sync.Mutex
 	xd   *xenbus.Device
 	role role
 	kind xenbus.Role
@@ -72,8 +80,9 @@ func (l *life) run(stop context.Context) {
 	l.stop = stop
 	d := l.d
 	defer close(d.done)
-	tick := time.NewTicker(time.Second)
-	defer tick.Stop()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	defer l.tick()()
 	for l.leaving != ErrHandover && !l.step() {
 		var again <-chan time.Time
 		if at := l.again(); !at.IsZero() {
@@ -83,8 +92,11 @@ func (l *life) run(stop context.Context) {
 		if l.leaving != nil {
 			ended = nil
 		}
+		recheck := l.recheck
+		l.mu.Unlock()
 		select {
 		case _, open := <-l.xd.Changes():
+			l.mu.Lock()
 			if !open && l.leaving == nil {
 				l.leave(&UnknownError{"watch the device", net.ErrClosed})
 			}
@@ -92,13 +104,20 @@ func (l *life) run(stop context.Context) {
 				l.force = time.Now()
 			}
 		case v := <-d.fault:
+			l.mu.Lock()
 			l.violated(v)
 		case <-ended:
+			l.mu.Lock()
 			l.leave(context.Cause(stop))
 		case <-again:
-		case <-tick.C:
-			l.beat()
-		case <-l.recheck:
+			l.mu.Lock()
+		case <-l.look:
+			l.mu.Lock()
+			if l.owed.Swap(false) {
+				l.beat()
+			}
+		case <-recheck:
+			l.mu.Lock()
 			l.rescue()
 		}
 	}
@@ -163,8 +182,9 @@ func (l *life) violated(v *PeerError) {
 	l.leave(v)
 }
 
-// beat is the slow tick: the heartbeat, and a look at halves that wait although
-// what they wait for is there.
+// beat is what the slow tick does with a device: the heartbeat, and a look at
+// halves that wait although what they wait for is there. A half that waits goes on
+// waiting unless it has to do something itself.
 func (l *life) beat() {
 	defer func() {
 		if v := faulted(recover()); v != nil {
@@ -188,7 +208,7 @@ func (l *life) beat() {
 			if s.seq = s.half.parked.Load(); s.seq%2 == 1 && s.eng.overdue() {
 				l.suspects = append(l.suspects, s.since(known)) // a reminder would hide what it missed
 			} else if mirrored {
-				s.half.remind(dueHeal)
+				s.half.heal(s.park)
 			}
 		}
 		if l.d.tx[i].parked.Load()%2 == 1 && q.tx.answered() {
