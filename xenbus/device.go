@@ -90,6 +90,7 @@ type Device struct {
 	writing State   // guarded by mu; the one SetState is about to write
 	writes  uint64  // guarded by mu; grows when a SetState begins and when it ends
 	claim   string  // guarded by mu; our id, "" if not claimed
+	lasting bool    // guarded by mu; the claim's node was there before the claim
 }
 
 // An end is the other end's directory, and whose it is.
@@ -302,7 +303,7 @@ func (d *Device) guard(tx Tx) (state string, err error) {
 		return state, nil
 	}
 	owner, err := tx.Read(d.dir + claimKey)
-	if errors.Is(err, ErrNotFound) { // made anew: ours was in another one
+	if errors.Is(err, ErrNotFound) || err == nil && owner == "" { // made anew: ours was in another one
 		return "", ErrGone
 	}
 	if err != nil {

@@ -268,11 +268,14 @@ func (d *Device) touched() (p parts) {
 		switch {
 		case !ok:
 			return everything()
-		case key == "state" || key == "online" || key == "hotplug-status":
+		case key == "online":
+			// The last we may hear of a frontend whose domain was removed as a whole.
+			p.state, p.peer = true, true
+		case key == "state" || key == "hotplug-status":
 			p.state = true
 		case key == "backend" || key == "backend-id":
 			p.backend = true
-		case "/"+key == claimKey || "/"+key == challengeKey:
+		case "/"+key == claimKey:
 			p.claim = true
 		}
 	}
