@@ -129,6 +129,7 @@ func connect(ctx context.Context, domain hypercall.Domain, id string, cfg Config
 	case <-ctx.Done():
 		ch := xd.Current()
 		err = &xenbus.WaitError{Dir: xd.Dir(), Own: ch.Own, Seen: xd.Seen(), Err: context.Cause(ctx)}
+		err = f.because(err, xd)
 		d.stop(err)
 		<-d.done
 	}
@@ -194,6 +195,19 @@ func (f *front) identify(ctx context.Context, xd *xenbus.Device) error {
 	f.d.mu.Unlock()
 	f.d.mtu.Store(int32(mtu))
 	return nil
+}
+
+// because adds what the backend says of why it does not connect.
+func (f *front) because(err error, xd *xenbus.Device) error {
+	ctx, cancel := (*life)(nil).patiently()
+	defer cancel()
+	if why := xd.PeerReason(ctx); why != "" {
+		return fmt.Errorf("%w; the backend says %q", err, why)
+	}
+	if xd.Current().Peer == xenbus.Closed {
+		return fmt.Errorf("%w; the backend has closed and does not say why, as when its domain has met a quota of xenstore: look into its log", err)
+	}
+	return err
 }
 
 func (f *front) prepare(context.Context, *xenbus.Device) error  { return nil }

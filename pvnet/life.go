@@ -418,6 +418,12 @@ func (l *life) try(what string, f func(context.Context, *xenbus.Device) error) b
 			return false // to end, which says more
 		}
 		l.d.log.Warn("cannot "+what, "vif", l.d.id, "err", err)
+		if l.kind == xenbus.Backend && !errors.Is(err, context.DeadlineExceeded) {
+			l.note(err)
+			if own := l.xd.Current().Own; own == xenbus.Initialising || own == xenbus.Unknown {
+				l.write(xenbus.Closed) // a state tells the frontend even where no node can
+			}
+		}
 		l.postpone(l.xd.Current())
 		return false
 	}
@@ -462,10 +468,14 @@ func (l *life) connect(ch xenbus.Change) bool {
 	return false
 }
 
-// note leaves why there is no connection for the administrator; nil: there is one.
+// note leaves why there is no connection for the administrator, and a backend for
+// the frontend's user; nil: there is one.
 func (l *life) note(why error) {
 	ctx, cancel := l.patiently()
 	defer cancel()
+	if why != nil && l.kind == xenbus.Backend { // first: there may be room for one node
+		l.xd.Tell(ctx, why)
+	}
 	l.xd.Fail(ctx, why)
 }
 

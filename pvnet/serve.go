@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"maps"
 	"slices"
 	"strconv"
 	"sync"
@@ -271,17 +270,30 @@ func (b *back) identify(ctx context.Context, xd *xenbus.Device) {
 func (b *back) prepare(ctx context.Context, xd *xenbus.Device) error {
 	keys := xenbus.Values{
 		netif.KeyFeatureRxCopy:        "1",
-		netif.KeyFeatureRxFlip:        "0",
 		netif.KeyFeatureSG:            "1",
 		netif.KeyFeatureSplitChannels: "1",
-		netif.KeyMaxQueues:            strconv.Itoa(b.cfg.queues()),
 	}
-	maps.Copy(keys, offloadValues(b.cfg.Offload))
+	// Each key is a node, and xenstored allows the domain 1000. What is said by a key
+	// that is missing is not said by another.
+	gone := []string{xenbus.KeyReason, netif.KeyFeatureRxFlip, netif.KeyFeatureMulticastControl, netif.KeyFeatureCtrlRing}
+	if n := b.cfg.queues(); n > 1 {
+		keys[netif.KeyMaxQueues] = strconv.Itoa(n)
+	} else {
+		gone = append(gone, netif.KeyMaxQueues)
+	}
+	offload := offloadValues(b.cfg.Offload)
+	for _, key := range []string{netif.KeyFeatureNoCsumOffload, netif.KeyFeatureIPv6CsumOffload,
+		netif.KeyFeatureGSOTCPv4, netif.KeyFeatureGSOTCPv6} {
+		if offload[key] == "1" {
+			keys[key] = "1"
+		} else {
+			gone = append(gone, key)
+		}
+	}
 	if b.cfg.Hotplug {
 		keys[netif.KeyHotplugStatus] = netif.HotplugConnected
 	}
-	return xd.Publish(ctx, keys, netif.KeyFeatureGSOTCPv4, netif.KeyFeatureGSOTCPv6,
-		netif.KeyFeatureIPv6CsumOffload, netif.KeyFeatureMulticastControl, netif.KeyFeatureCtrlRing)
+	return xd.Publish(ctx, keys, gone...)
 }
 
 // attach maps what the frontend published, every word of which is checked first.

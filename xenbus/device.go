@@ -324,7 +324,7 @@ func (d *Device) Publish(ctx context.Context, keys Values, remove ...string) err
 			return err
 		}
 		for _, key := range remove {
-			if err := tx.Remove(d.dir + "/" + key); err != nil && !errors.Is(err, ErrNotFound) {
+			if err := d.clear(tx, key); err != nil {
 				return err
 			}
 		}
