@@ -1,11 +1,10 @@
 package pvnet
 
 import (
+	"reflect"
 	"runtime/debug"
 	"sync"
 	"time"
-
-	"barevif/hypercall"
 )
 
 // A clock is the slow tick of all devices of a domain, so that a process that has
@@ -21,12 +20,15 @@ type clock struct {
 // clocks are those of the domains of this process that have devices.
 var clocks = struct {
 	mu  sync.Mutex
-	all map[hypercall.Domain]*clock // guarded by mu
-}{all: make(map[hypercall.Domain]*clock)}
+	all map[any]*clock // guarded by mu; by hypercall.Domain
+}{all: make(map[any]*clock)}
 
 // tick enrols l until the function it gives is called.
 func (l *life) tick() (untick func()) {
-	dom := l.d.domain
+	var dom any = l.d.domain
+	if !reflect.ValueOf(dom).Comparable() {
+		dom = l // then this device has one to itself
+	}
 	clocks.mu.Lock()
 	defer clocks.mu.Unlock()
 	c := clocks.all[dom]

@@ -6,7 +6,6 @@ import (
 	"testing/synctest"
 	"time"
 
-	"barevif/hypercall"
 	"barevif/telemetry"
 )
 
@@ -79,7 +78,7 @@ func TestAnIdleDeviceSleepsThroughTheTick(t *testing.T) {
 			untick()
 		}
 		synctest.Wait()
-		if n := runtime.NumGoroutine() - before; n != 0 || clocks.all[hypercall.Domain(p.bdom)] != nil {
+		if n := runtime.NumGoroutine() - before; n != 0 || clocks.all[p.bdom] != nil {
 			t.Errorf("%d goroutines tick for nobody", n)
 		}
 		rx.interrupt()

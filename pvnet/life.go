@@ -69,6 +69,7 @@ type life struct {
 	beats   int          // ticks since the link came up
 	state   xenbus.State // last written, for the event log
 	first   chan error   // told once: up, or why not; nil after
+	noted   string       // why there is no connection, as it was left in xenstore
 
 	suspects []suspect        // halves that seem to have missed an event
 	recheck  <-chan time.Time // when to look at them again
@@ -352,6 +353,7 @@ func (l *life) step() (over bool) {
 			if !l.try("publish features", l.role.prepare) {
 				return false
 			}
+			l.noted = "" // it took that back
 		case xenbus.Connect:
 			if !l.connect(ch) {
 				return false
@@ -471,6 +473,14 @@ func (l *life) connect(ch xenbus.Change) bool {
 // note leaves why there is no connection for the administrator, and a backend for
 // the frontend's user; nil: there is one.
 func (l *life) note(why error) {
+	text := ""
+	if why != nil {
+		text = why.Error()
+	}
+	if text != "" && text == l.noted {
+		return
+	}
+	l.noted = text
 	ctx, cancel := l.patiently()
 	defer cancel()
 	if why != nil && l.kind == xenbus.Backend { // first: there may be room for one node

@@ -59,7 +59,11 @@ func serve(ctx context.Context, domain hypercall.Domain, cfg ServeConfig, accept
 	if err := cfg.check(); err != nil {
 		return err
 	}
-	client, err := xenbus.Dial(ctx, domain.Store, xenbus.Config{Logger: cfg.Logger})
+	store := xenbus.Config{Logger: cfg.Logger}
+	if domain.ID() != 0 { // which alone has no quota, and may read everything
+		store.Watches = watchesEach
+	}
+	client, err := xenbus.Dial(ctx, domain.Store, store)
 	if err != nil {
 		return err
 	}
@@ -91,6 +95,10 @@ func serve(ctx context.Context, domain hypercall.Domain, cfg ServeConfig, accept
 		})
 	}
 }
+
+// watchesEach is how many frontends a backend watches one by one: a quarter of what
+// xenstored allows its domain, of which there are other users.
+const watchesEach = 32
 
 // A server serves directories, each on a goroutine of its own. What goes wrong with
 // one is nobody else's problem.
@@ -172,6 +180,12 @@ func (s *server) claim(ctx context.Context, id xenbus.BackendID) (*xenbus.Device
 	if err := xd.Claim(ctx, claimPatience); err != nil {
 		closing, cancel := (*life)(nil).patiently()
 		defer cancel()
+		if own := xd.Current().Own; errors.Is(err, xenbus.ErrQuota) && (own == xenbus.Initialising || own == xenbus.Unknown) {
+			// Nobody else serves it: there is no claim. A state tells the frontend
+			// that it waits in vain even where no node can.
+			xd.Tell(closing, err)
+			xd.SetState(closing, xenbus.Closed)
+		}
 		xd.Close(closing)
 		return nil, err
 	}

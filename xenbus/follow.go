@@ -174,6 +174,7 @@ func (d *Device) run(ctx context.Context) {
 		target end    // whose state that is
 		retry  <-chan time.Time
 		stale  parts
+		said   bool // of the quota of watches
 	)
 	defer func() {
 		if other != nil {
@@ -192,6 +193,13 @@ func (d *Device) run(ctx context.Context) {
 			w, err := d.c.Watch(ctx, peer.dir+"/state")
 			if err != nil {
 				retry = time.After(retryPause)
+				if errors.Is(err, ErrQuota) { // which passes when someone else lets go
+					retry = time.After(time.Second)
+					if !said {
+						d.c.cfg.Logger.Warn("cannot watch the other end", "err", err)
+					}
+					said = true
+				}
 			} else {
 				if other != nil {
 					other.Close()

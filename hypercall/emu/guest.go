@@ -271,6 +271,11 @@ func (g *guest) serve(conn io.ReadWriteCloser, hangUp func()) (uint64, error) {
 	case m.cfg.Store == nil:
 		return 0, errNoStore
 	}
+	if m.cfg.Admit != nil {
+		if err := m.cfg.Admit(g.id); err != nil {
+			return 0, err
+		}
+	}
 	id := m.next()
 	g.conns[id] = hangUp
 	m.stores.Go(func() {
