@@ -88,14 +88,11 @@ func (l *life) ticked() {
 			l.beat()
 		}
 		l.owed.Store(!ran)
-		idle := ran && len(l.suspects) == 0
+		idle := ran && len(l.suspects) == 0 && !l.deserted()
 		l.mu.Unlock()
 		if idle {
 			return
 		}
 	}
-	select {
-	case l.look <- struct{}{}:
-	default:
-	}
+	l.d.wakeLife()
 }

@@ -45,7 +45,7 @@ func TestAnIdleDeviceSleepsThroughTheTick(t *testing.T) {
 		synctest.Wait()
 
 		before := runtime.NumGoroutine()
-		l := &life{d: p.back, look: make(chan struct{}, 1), conn: p.conns[1], running: true}
+		l := &life{d: p.back, conn: p.conns[1], running: true}
 		unticks := []func(){l.tick()}
 		for range 99 { // devices of the same domain, of which none wants anything
 			other := &life{d: newDevice("1", telemetry.Backend, p.bdom, Config{}), running: true, conn: new(conn)}
@@ -71,7 +71,7 @@ func TestAnIdleDeviceSleepsThroughTheTick(t *testing.T) {
 		if n := mirror.beats - beats; n != 20 {
 			t.Errorf("%d heartbeats in 20 s", n)
 		}
-		if len(l.look) != 0 {
+		if len(p.back.look) != 0 {
 			t.Error("the device's goroutine was woken")
 		}
 		for _, untick := range unticks {
@@ -89,7 +89,7 @@ func TestAnIdleDeviceSleepsThroughTheTick(t *testing.T) {
 // A device that is not running, or whose goroutine is at work, does its beat itself.
 func TestTheTickWakesADeviceThatIsNotIdle(t *testing.T) {
 	virtually(t, plain, Config{}, func(t *testing.T, p *pair) {
-		l := &life{d: p.back, look: make(chan struct{}, 1)}
+		l := &life{d: p.back}
 		defer l.tick()()
 		for _, busy := range []bool{false, true} {
 			if l.running = busy; busy {
@@ -97,10 +97,10 @@ func TestTheTickWakesADeviceThatIsNotIdle(t *testing.T) {
 			}
 			time.Sleep(time.Second)
 			synctest.Wait()
-			if len(l.look) != 1 || !l.owed.Swap(false) {
+			if len(p.back.look) != 1 || !l.owed.Swap(false) {
 				t.Errorf("at work %v: no beat is asked for", busy)
 			}
-			<-l.look
+			<-p.back.look
 		}
 		l.mu.Unlock()
 	})

@@ -150,7 +150,7 @@ func (d *Device) start(xd *xenbus.Device, kind xenbus.Role, r role, first chan e
 		info.Handle = uint32(n)
 	}
 	d.set.Open(d.cfg.Counters, info)
-	l := &life{d: d, look: make(chan struct{}, 1), xd: xd, role: r, kind: kind, first: first}
+	l := &life{d: d, xd: xd, role: r, kind: kind, first: first}
 	d.finish = func() {
 		stop(nil)
 		d.set.Close()

@@ -313,6 +313,9 @@ func (h *half) rest() error {
 	h.awake(seq)
 	if event {
 		h.count.Add(telemetry.Events, 1)
+		if p.deserted() {
+			h.dev.wakeLife()
+		}
 	}
 	if err == net.ErrClosed && h.gate.state.Load() == gateBusy {
 		// Our own teardown shuts the gate before it closes the waiter. So the

@@ -43,8 +43,7 @@ type role interface {
 // the link word and their gates, and tell it of violations through a channel.
 type life struct {
 	d    *Device
-	look chan struct{} // holds one: the slow tick wants the goroutine to look
-	owed atomic.Bool   // and to do the beat itself
+	owed atomic.Bool // the slow tick wants the goroutine to do its beat
 
 	// mu is held by the goroutine while it does not wait, so that the slow tick
 	// can do a beat in its place while it does. It guards all that follows.
@@ -57,6 +56,9 @@ type life struct {
 	conn     *conn
 	attached uint32 // generation of conn, 0: none
 	running  bool   // gates are open
+	joined   bool   // the peer had its ends of the event channels since it said Connected
+	alone    bool   // and has them no more, but has not said so in xenstore
+	aloneAt  xenbus.State
 
 	leaving error     // why we end; nil: we do not
 	force   time.Time // leaving: when to stop being polite
@@ -112,7 +114,7 @@ func (l *life) run(stop context.Context) {
 			l.leave(context.Cause(stop))
 		case <-again:
 			l.mu.Lock()
-		case <-l.look:
+		case <-d.look:
 			l.mu.Lock()
 			if l.owed.Swap(false) {
 				l.beat()
@@ -342,6 +344,14 @@ func (l *life) step() (over bool) {
 		if l.leaving != nil && !time.Now().Before(l.force) {
 			return l.cut(ch)
 		}
+		if l.deserted() {
+			l.alone, l.aloneAt = true, ch.Peer
+		} else if l.alone && (l.conn == nil || ch.Peer != l.aloneAt || l.conn.joined()) {
+			l.alone, l.joined = false, false
+		}
+		if s.Do == xenbus.Run && l.alone {
+			s.Do = xenbus.Wait // for the state of whoever comes next, or for its ports
+		}
 		switch s.Do {
 		case xenbus.Run:
 			l.resume()
@@ -511,6 +521,7 @@ func (l *life) resume() {
 	}
 	l.move()
 	l.running, l.refused, l.beats = true, nil, 0
+	l.joined = l.conn.joined()
 	_, dom := l.xd.Peer()
 	if v := trapped(func() { l.d.up(l.conn, dom) }); v != nil {
 		l.d.judge(v)
@@ -537,11 +548,27 @@ func (l *life) suspend(ch xenbus.Change) {
 		reason = l.leaving.Error()
 	case ch.Vanished:
 		reason = "the other end is gone"
+	case l.alone:
+		reason = "the other end's program has ended without closing"
 	}
 	l.d.log.Info("link down", "vif", l.d.id, "reason", reason)
 	if !l.d.down(l.conn, reason) {
 		l.leave(&UnknownError{"shut the device", errors.New("a caller never left it")})
 	}
+}
+
+// deserted reports whether the peer's program is gone from a link that is up. On the
+// emulated machine its ports are seen to close. On Xen only xenstore tells, so there
+// it never is.
+func (l *life) deserted() bool {
+	if !l.running || l.conn == nil {
+		return false
+	}
+	if l.conn.joined() {
+		l.joined = true
+		return false
+	}
+	return l.joined
 }
 
 // release gives back what the connection holds.

@@ -366,7 +366,7 @@ func TestTheQuotaOfConnectionsIsNamed(t *testing.T) {
 			break
 		}
 		defer c.Close()
-		if _, err := c.Read(t.Context(), "domid"); err != nil {
+		if _, err := c.Directory(t.Context(), "device"); err != nil {
 			t.Fatalf("connection %d: %v", n, err)
 		}
 	}
