@@ -74,11 +74,17 @@ func serve(ctx context.Context, domain hypercall.Domain, cfg ServeConfig, accept
 	}
 	defer backs.Close()
 
+	presence, err := xenbus.NewPresence(domain)
+	if err != nil && cfg.Logger != nil { // then a backend after us waits longer
+		cfg.Logger.Warn("no event channel to show that this backend lives", "err", err)
+	}
+	defer presence.Close() // once every claim is given back
+
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	inner, cancel := context.WithCancelCause(ctx)
 	defer cancel(ErrDisconnected)
-	s := &server{client: client, domain: domain, cfg: cfg, accept: accept, busy: make(map[xenbus.BackendID]bool)}
+	s := &server{presence: presence, client: client, domain: domain, cfg: cfg, accept: accept, busy: make(map[xenbus.BackendID]bool)}
 	for {
 		ev, err := s.next(ctx, backs)
 		if err != nil {
@@ -103,11 +109,12 @@ const watchesEach = 32
 // A server serves directories, each on a goroutine of its own. What goes wrong with
 // one is nobody else's problem.
 type server struct {
-	client *xenbus.Client
-	domain hypercall.Domain
-	cfg    ServeConfig
-	accept func(*Device)
-	busy   map[xenbus.BackendID]bool // a goroutine looks after it, or has left it
+	client   *xenbus.Client
+	presence *xenbus.Presence // nil: none
+	domain   hypercall.Domain
+	cfg      ServeConfig
+	accept   func(*Device)
+	busy     map[xenbus.BackendID]bool // a goroutine looks after it, or has left it
 
 	mu   sync.Mutex
 	left []xenbus.BackendID // guarded by mu: no goroutine looks after them any more
@@ -177,7 +184,7 @@ func (s *server) claim(ctx context.Context, id xenbus.BackendID) (*xenbus.Device
 	if err != nil {
 		return nil, err
 	}
-	if err := xd.Claim(ctx, claimPatience); err != nil {
+	if err := xd.ClaimAs(ctx, s.presence, claimPatience); err != nil {
 		closing, cancel := (*life)(nil).patiently()
 		defer cancel()
 		if own := xd.Current().Own; errors.Is(err, xenbus.ErrQuota) && (own == xenbus.Initialising || own == xenbus.Unknown) {

@@ -41,12 +41,18 @@ func split(claim string) (held, owner, number, asker string) {
 // another's, which may happen to a process that was stopped for long, and Changes
 // say Lost. Call it before anything is written. Close gives the claim back.
 func (d *Device) Claim(ctx context.Context, wait time.Duration) error {
+	return d.ClaimAs(ctx, nil, wait)
+}
+
+// ClaimAs is Claim for a process that shows its presence, and looks for that of a
+// holder: one that is gone is waited for a tenth of a second.
+func (d *Device) ClaimAs(ctx context.Context, p *Presence, wait time.Duration) error {
 	if wait == 0 {
 		wait = patience
 	}
 	var id [16]byte
 	rand.Read(id[:])
-	me := hex.EncodeToString(id[:])
+	me := p.sign(hex.EncodeToString(id[:]))
 
 	w, err := d.c.Watch(ctx, d.dir+claimKey)
 	if err != nil {
@@ -58,7 +64,8 @@ func (d *Device) Claim(ctx context.Context, wait time.Duration) error {
 	if err != nil || held == "" {
 		return d.claimed(me, err)
 	}
-	silence := time.NewTimer(wait)
+	_, owner, _, _ := split(held)
+	silence := time.NewTimer(p.patience(ctx, owner, wait))
 	defer silence.Stop()
 	for {
 		select {
