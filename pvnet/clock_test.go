@@ -92,8 +92,9 @@ func TestTheTickWakesADeviceThatIsNotIdle(t *testing.T) {
 		l := &life{d: p.back}
 		defer l.tick()()
 		for _, busy := range []bool{false, true} {
-			if l.running = busy; busy {
-				l.mu.Lock()
+			l.mu.Lock()
+			if l.running = busy; !busy {
+				l.mu.Unlock()
 			}
 			time.Sleep(time.Second)
 			synctest.Wait()
