@@ -2,6 +2,7 @@ package pvnet
 
 import (
 	"runtime"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -12,7 +13,7 @@ import (
 // A pulse is a mirror that counts heartbeats, and can be written to.
 type pulse struct {
 	words [2][]uint64
-	beats int
+	beats atomic.Int64
 }
 
 func newPulse() *pulse {
@@ -25,7 +26,7 @@ func (p *pulse) Reason() string                                { return "" }
 func (p *pulse) Words(_ int, d telemetry.Dir) (words, base []uint64) {
 	return p.words[d], nil
 }
-func (p *pulse) Update(telemetry.Status, telemetry.Reset) { p.beats++ }
+func (p *pulse) Update(telemetry.Status, telemetry.Reset) { p.beats.Add(1) }
 func (p *pulse) Record(telemetry.Event)                   {}
 func (p *pulse) Close() error                             { return nil }
 
@@ -55,20 +56,21 @@ func TestAnIdleDeviceSleepsThroughTheTick(t *testing.T) {
 			t.Errorf("%d goroutines tick for 100 devices", n)
 		}
 		time.Sleep(2500 * time.Millisecond) // one wake-up is timed
-		parks, beats := rx.parked.Load(), mirror.beats
+		parks, beats := rx.parked.Load(), mirror.beats.Load()
 		word := int(telemetry.Parks)
-		was := mirror.words[telemetry.RX][word]
+		at := &mirror.words[telemetry.RX][word]
+		was := atomic.LoadUint64(at)
 		for range 20 {
-			mirror.words[telemetry.RX][word] = 4711
+			atomic.StoreUint64(at, 4711)
 			time.Sleep(time.Second)
-			if now := mirror.words[telemetry.RX][word]; now != was {
+			if now := atomic.LoadUint64(at); now != was {
 				t.Fatalf("the mirror says %d, and said %d", now, was)
 			}
 		}
 		if n := rx.parked.Load() - parks; n != 0 {
 			t.Errorf("the owner woke up %d times", n/2)
 		}
-		if n := mirror.beats - beats; n != 20 {
+		if n := mirror.beats.Load() - beats; n != 20 {
 			t.Errorf("%d heartbeats in 20 s", n)
 		}
 		if len(p.back.look) != 0 {
@@ -92,8 +94,9 @@ func TestTheTickWakesADeviceThatIsNotIdle(t *testing.T) {
 		l := &life{d: p.back}
 		defer l.tick()()
 		for _, busy := range []bool{false, true} {
-			if l.running = busy; busy {
-				l.mu.Lock()
+			l.mu.Lock()
+			if l.running = busy; !busy {
+				l.mu.Unlock()
 			}
 			time.Sleep(time.Second)
 			synctest.Wait()
