@@ -129,6 +129,15 @@ type Port interface {
 	Close() error
 }
 
+// A JoinedPort is a Port of which the domain may know whether another is bound to it
+// (EVTCHNOP_status). Linux's evtchn device does not say.
+type JoinedPort interface {
+	Port
+
+	// Joined reports whether there is a port at the other end.
+	Joined() bool
+}
+
 // A Mapping is memory this domain may use until Release: private pages, or pages
 // of another domain.
 type Mapping struct {

@@ -318,7 +318,14 @@ func (e *backTX) wants(f *Frame) need {
 func (f *Frame) pages() int { return int(f.total+4095) / 4096 }
 
 func (e *backTX) offers() offers { return e.peer }
-func (e *backTX) buffers() int   { return e.bufs.Len() }
+
+func (e *backTX) avail() (int, error) {
+	n, err := e.ring.Poll()
+	if err != nil {
+		return 0, e.violation(err)
+	}
+	return int(n), nil
+}
 
 func (e *backTX) room(n need) (bool, error) {
 	avail, err := e.ring.Reload()

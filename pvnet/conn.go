@@ -25,6 +25,17 @@ type conn struct {
 	own    int // private pages
 }
 
+// joined reports whether the peer has its end of every event channel, as far as
+// that can be known.
+func (c *conn) joined() bool {
+	for _, q := range c.queues {
+		if q.txPark.deserted() || q.rxPark.deserted() {
+			return false
+		}
+	}
+	return true
+}
+
 // A connQueue is one queue of a connection.
 type connQueue struct {
 	tx             sender
@@ -181,7 +192,9 @@ func (m *pageMaker) port(p **parker, open func(hypercall.Waiter) (hypercall.Port
 	}
 	m.c.undo.add(func() { w.Close() })
 	*p = newParker(w)
-	return open(w)
+	port, err := open(w)
+	(*p).port, _ = port.(hypercall.JoinedPort)
+	return port, err
 }
 
 // A plan is how the pages a frontend shares are divided: each queue gets as many.

@@ -132,29 +132,32 @@ func connect(ctx context.Context, domain hypercall.Domain, id string, cfg Config
 	d = newDevice(id, telemetry.Frontend, domain, cfg)
 	first := make(chan error, 1)
 	begun = true
-	d.start(xd, xenbus.Frontend, &front{d: d}, first, func() {
+	f := &front{d: d}
+	d.start(xd, xenbus.Frontend, f, first, func() {
 		client.Close()
 		forget()
 	})
 	select {
 	case err = <-first:
+		if err == nil {
+			return d, nil
+		}
+		select {
+		case <-d.done:
+			return nil, err
+		case <-ctx.Done():
+		}
 	case <-ctx.Done():
-		err = d.late(xd, context.Cause(ctx))
+	}
+	grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), connectGrace)
+	defer cancel()
+	if err == nil {
+		err = f.because(grace, d.late(xd, context.Cause(ctx)), xd)
 		d.stop(err)
 	}
-	if err == nil {
-		return d, nil
-	}
 	select {
 	case <-d.done:
-		return nil, err
-	case <-ctx.Done():
-	}
-	grace := time.NewTimer(connectGrace)
-	defer grace.Stop()
-	select {
-	case <-d.done:
-	case <-grace.C:
+	case <-grace.Done():
 	}
 	return nil, err
 }
@@ -273,6 +276,22 @@ func (d *Device) mtuOf(own xenbus.Values) int {
 		return 1500
 	}
 	return int(mtu)
+}
+
+// because adds what the backend says of why it does not connect.
+func (f *front) because(ctx context.Context, err error, xd *xenbus.Device) error {
+	if _, waited := errors.AsType[*xenbus.WaitError](err); !waited {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, connectGrace/2)
+	defer cancel()
+	if why := xd.PeerReason(ctx); why != "" {
+		return fmt.Errorf("%w; the backend says %q", err, why)
+	}
+	if xd.Current().Peer == xenbus.Closed {
+		return fmt.Errorf("%w; the backend has closed and does not say why, as when its domain has met a quota of xenstore: look into its log", err)
+	}
+	return err
 }
 
 func (f *front) prepare(context.Context, *xenbus.Device) error  { return nil }

@@ -1,8 +1,16 @@
 package pvnet
 
 import (
+	"bytes"
 	"encoding/binary"
+	"slices"
 	"testing"
+
+	"barevif/arena"
+	"barevif/arena/shm"
+	"barevif/pvnet/netif"
+	"barevif/pvnet/packet"
+	"barevif/telemetry"
 )
 
 // udp4 is a correct UDP datagram over IPv4 in a frame of n payload bytes.
@@ -11,7 +19,7 @@ func udp4(t testing.TB, n int) []byte {
 	b := make([]byte, 14+20+8+n)
 	copy(b, []byte{2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 8, 0})
 	ip := b[14:]
-	ip[0], ip[8], ip[9] = 0x45, 64, protoUDP
+	ip[0], ip[8], ip[9] = 0x45, 64, packet.UDP
 	binary.BigEndian.PutUint16(ip[2:], uint16(28+n))
 	copy(ip[12:], []byte{10, 0, 0, 1, 10, 0, 0, 2})
 	binary.BigEndian.PutUint16(ip[10:], ^naive(ip[:20]))
@@ -22,7 +30,7 @@ func udp4(t testing.TB, n int) []byte {
 	for i := range n {
 		udp[8+i] = byte(i * 3)
 	}
-	pseudo := append(append([]byte{}, ip[12:20]...), 0, protoUDP, udp[4], udp[5])
+	pseudo := append(append([]byte{}, ip[12:20]...), 0, packet.UDP, udp[4], udp[5])
 	binary.BigEndian.PutUint16(udp[6:], ^naive(append(pseudo, udp...)))
 	return b
 }
@@ -31,7 +39,7 @@ func udp4(t testing.TB, n int) []byte {
 // checksum offload does.
 func blank(b []byte) {
 	ip := b[14:]
-	pseudo := append(append([]byte{}, ip[12:20]...), 0, protoUDP, ip[24], ip[25])
+	pseudo := append(append([]byte{}, ip[12:20]...), 0, packet.UDP, ip[24], ip[25])
 	binary.BigEndian.PutUint16(ip[26:], naive(pseudo))
 }
 
@@ -50,49 +58,154 @@ func naive(b []byte) uint16 {
 	return uint16(sum)
 }
 
-func TestSumAgreesWithTheSlowOne(t *testing.T) {
-	b := make([]byte, 300)
-	pattern(b, 77)
-	for n := range b {
-		if got, want := fold(add(0, b[:n])), naive(b[:n]); got != want {
-			t.Fatalf("%d bytes: %#x, want %#x", n, got, want)
-		}
-	}
-}
-
-func TestGarbageHasNoHeaders(t *testing.T) {
-	good := udp4(t, 40)
-	for n := range good {
-		if h, ok := parse(good[:n], n); ok && h.l4+h.length > n {
-			t.Fatalf("cut at %d: %+v", n, h)
-		}
-	}
-	for i := range 40 {
-		for _, v := range []byte{0, 1, 0x0f, 0x45, 0x4f, 0x60, 0x81, 0x88, 0xff} {
-			b := append([]byte{}, good...)
-			b[i] = v
-			parse(b, len(b))
-			flow(b)
-		}
-	}
-}
-
-func FuzzHeaders(f *testing.F) {
-	f.Add([]byte{}, 0)
-	f.Fuzz(func(t *testing.T, b []byte, total int) {
-		if h, ok := parse(b, total); ok && (h.l4+h.length > total || h.length < 0) {
-			t.Fatalf("%+v in %d bytes", h, total)
-		}
-		flow(b)
-	})
-}
-
 func TestAFlowHasOneHash(t *testing.T) {
 	a, b := udp4(t, 10), udp4(t, 500)
 	if flow(a) != flow(b) {
 		t.Error("two frames of one flow differ")
 	}
 	b[14+20] ^= 1 // another port
+	if flow(a) == flow(b) {
+		t.Error("two flows agree")
+	}
+}
+
+// extended is a TCP segment behind IPv6 extension headers, by their numbers, with the sum of
+// the pseudo-header where its checksum goes.
+func extended(payload int, exts ...byte) (b []byte, l4 int) {
+	s := stream{v6: true, payload: payload, size: 1400}
+	whole := s.frame()
+	b = append([]byte(nil), whole[:54]...)
+	next := 20
+	for _, number := range exts {
+		b[next] = number
+		next = len(b)
+		e := make([]byte, 24)
+		e[1] = 2 // 24 bytes, but for those of 8 and in units of 4
+		switch number {
+		case 44:
+			e = e[:8]
+		case 51:
+			e[1] = 4
+		}
+		b = append(b, e...)
+	}
+	b[next] = packet.TCP
+	l4 = len(b)
+	b = append(b, whole[54:]...)
+	binary.BigEndian.PutUint16(b[18:], uint16(len(b)-54))
+	return b, l4
+}
+
+// Linux's guests leave the checksum of such packets to their card, and the segmentation.
+func TestExtensionHeadersArrive(t *testing.T) {
+	count := telemetry.NewSet(1).RX(0)
+	for _, exts := range [][]byte{nil, {0}, {60}, {43}, {44}, {51}, {0, 43, 60}, {0, 60, 43, 44, 60}} {
+		for _, keep := range []bool{true, false} {
+			b, l4 := extended(100, exts...)
+			f := chop(t, arena.New(shm.Heap(8), 4096), b, 0)
+			f.csum = ChecksumPartial
+			if reason := f.arrived(netif.GSO{}, keep, count); reason != 0 {
+				t.Errorf("%v: dropped as %v", exts, reason)
+				continue
+			}
+			start, field, ok := f.PartialAt()
+			if !ok || start != l4 || field != 16 || (f.Checksum() == ChecksumPartial) != keep {
+				t.Errorf("%v: %d, %d, %v, %v", exts, start, field, ok, f.Checksum())
+			}
+			if h, _ := f.Headers(); !keep && !completed(f.Bytes(), h) {
+				t.Errorf("%v: the checksum is wrong", exts)
+			}
+		}
+		b, l4 := extended(20000, exts...)
+		f := chop(t, arena.New(shm.Heap(8), 4096), b, 0)
+		f.csum = ChecksumPartial
+		reason := f.arrived(netif.GSO{Size: 1400, Type: netif.GSOTCPv6}, true, count)
+		if slices.Contains(exts, 51) {
+			if reason != telemetry.DropBadGSO { // whose bytes would be wrong in each piece
+				t.Errorf("%v: %v", exts, reason)
+			}
+			continue
+		}
+		if reason != 0 || f.GSO().Size != 1400 {
+			t.Errorf("%v: to be cut: dropped as %v, %+v", exts, reason, f.GSO())
+			continue
+		}
+		// Not every card takes it: it is cut for all.
+		if w := (takesCsum6 | takesGSO6).fit(&f); (w == fits) != (exts == nil) || (w == uncut) != (exts != nil) {
+			t.Errorf("%v: %d for who takes everything", exts, w)
+		}
+		pieces := chewed(t, &f)
+		if len(pieces) != 15 {
+			t.Errorf("%v: %d pieces", exts, len(pieces))
+		}
+		for _, p := range pieces {
+			if h, ok := packet.Parse(p, len(p)); !ok || h.L4 != l4 || !completed(p, h) {
+				t.Errorf("%v: a wrong piece, %+v", exts, h)
+			}
+		}
+	}
+}
+
+// With segments left the address in the IPv6 header is not the pseudo-header's. A complete
+// checksum is not made partial then.
+func TestARoutedFrameToBeCutNeedsAPartialChecksum(t *testing.T) {
+	count := telemetry.NewSet(1).RX(0)
+	for _, csum := range []Checksum{ChecksumPartial, ChecksumVerified, ChecksumUnknown} {
+		b, _ := extended(20000, 43)
+		b[54+3] = 1
+		before := append([]byte(nil), b...)
+		f := chop(t, arena.New(shm.Heap(8), 4096), b, 0)
+		f.csum = csum
+		reason := f.arrived(netif.GSO{Size: 1400, Type: netif.GSOTCPv6}, true, count)
+		if (reason == 0) != (csum == ChecksumPartial) || !bytes.Equal(bytesOf(&f), before) {
+			t.Errorf("%v: %v", csum, reason)
+		}
+	}
+}
+
+// Neither netif.h nor Linux bounds how many segments a frame makes.
+func TestFramesOfManySegmentsArrive(t *testing.T) {
+	count := telemetry.NewSet(1).RX(0)
+	for _, size := range []int{8, 48, 88, 500, 536} {
+		for _, v6 := range []bool{false, true} {
+			s := stream{v6: v6, payload: 65000, size: size}
+			f := chop(t, arena.New(shm.Heap(17), 4096), s.frame(), 0)
+			f.csum = ChecksumPartial
+			reason := f.arrived(netif.GSO{Size: uint16(size), Type: netif.GSOType(s.gso().Type)}, true, count)
+			if reason != 0 || f.GSO() != s.gso() {
+				t.Errorf("%d: %v, %+v", size, reason, f.GSO())
+				continue
+			}
+			s.cut(t, chewed(t, &f))
+		}
+	}
+	// But one page of a peer's makes no more frames than Linux ever would.
+	s := stream{payload: 65000, size: 7}
+	f := chop(t, arena.New(shm.Heap(17), 4096), s.frame(), 0)
+	if err := f.SetGSO(s.gso()); err != ErrOffload {
+		t.Error(err)
+	}
+}
+
+// All fragments of a packet are of one flow, and so are packets of one flow behind
+// extension headers.
+func TestAFlowOfFragmentsAndExtensions(t *testing.T) {
+	first, later, other := udp4(t, 10), udp4(t, 10), udp4(t, 10)
+	first[20], later[21], other[20] = 0x20, 5, 0x20
+	later[34] ^= 1 // not a port
+	other[26] ^= 1 // another source
+	if flow(first) != flow(later) {
+		t.Error("two fragments differ")
+	}
+	if flow(first) == flow(other) {
+		t.Error("fragments of two senders agree")
+	}
+	a, l4 := extended(10, 0, 60)
+	b, _ := extended(500, 0, 60)
+	if flow(a) != flow(b) {
+		t.Error("two frames of one flow differ")
+	}
+	b[l4] ^= 1
 	if flow(a) == flow(b) {
 		t.Error("two flows agree")
 	}

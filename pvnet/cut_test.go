@@ -13,6 +13,7 @@ import (
 	"barevif/arena"
 	"barevif/arena/shm"
 	"barevif/hypercall/emu"
+	"barevif/pvnet/packet"
 	"barevif/telemetry"
 	"barevif/xenbus"
 
@@ -179,6 +180,30 @@ func chop(t testing.TB, a *arena.Arena, b []byte, off int, sizes ...int) Frame {
 	return f
 }
 
+// chewed is what a TX makes of a frame that is to be cut.
+func chewed(t testing.TB, f *Frame) (pieces [][]byte) {
+	t.Helper()
+	var c cutting
+	if !c.begin(f) {
+		t.Fatalf("%+v is not to be cut", f.gso)
+	}
+	var srcs, parts [mostPieces][]byte
+	all := f.gather(srcs[:0])
+	for c.Left() > 0 {
+		n := c.Len()
+		head, payload := c.Next(all, parts[:0])
+		b := bytes.Clone(head)
+		for _, p := range payload {
+			b = append(b, p...)
+		}
+		if len(b) != n {
+			t.Fatalf("%d bytes, %d were said", len(b), n)
+		}
+		pieces = append(pieces, b)
+	}
+	return pieces
+}
+
 // streams are of every kind.
 func streams(rng *rand.Rand) stream {
 	s := stream{
@@ -192,7 +217,7 @@ func streams(rng *rand.Rand) stream {
 		s.seq = -uint32(rng.IntN(20000)) // it wraps
 	}
 	s.size = []int{1 + rng.IntN(100), 536, 1448, 1 + rng.IntN(9000), 1 + rng.IntN(40000)}[rng.IntN(5)]
-	most := min(MaxFrame-s.headers(), maxCuts*s.size)
+	most := min(MaxFrame-s.headers(), packet.MostCuts*s.size)
 	s.payload = min(s.size+1+rng.IntN(most), most)
 	if rng.IntN(8) == 0 {
 		s.payload = most
@@ -223,24 +248,7 @@ func TestCutPiecesAreWhatLinuxMakes(t *testing.T) {
 		if err := f.SetGSO(s.gso()); err != nil {
 			t.Fatalf("%+v: %v", s, err)
 		}
-		c, ok := newCutter(&f)
-		if !ok {
-			t.Fatalf("%+v: not to be cut", s)
-		}
-		pool := arena.New(shm.Heap(32), 4096)
-		var pieces [][]byte
-		for c.left > 0 {
-			var g Frame
-			if !build(pool, c.length(), &g) {
-				t.Fatal("no buffers")
-			}
-			c.next(&g)
-			b := make([]byte, g.Len())
-			g.CopyTo(b)
-			pieces = append(pieces, b)
-			pool.Release(g.buf)
-		}
-		s.cut(t, pieces)
+		s.cut(t, chewed(t, &f))
 		if got := make([]byte, f.Len()); f.CopyTo(got) != len(got) || !bytes.Equal(got, s.frame()) {
 			t.Fatalf("%+v: the frame itself has changed", s)
 		}
@@ -391,17 +399,19 @@ func TestCuttingAllocatesNothing(t *testing.T) {
 	}
 }
 
-// A frame that is to be cut stalls like any other.
+// A frame that is to be cut stalls like any other, once what there is room for is sent.
 func TestAStallOfAFrameToBeCut(t *testing.T) {
 	both(t, plain, func(t *testing.T, s *stalled) {
 		f := typical.load(t, s.p.back.tx[0]) // a frontend's own pages would be short too
 		k := typical.pieces()
 		s.fill(k - 2)
-		if n, err := s.tx.Send(f[:]); n != 0 || err != ErrFull {
-			t.Fatal(n, err)
-		}
-		if n := int(s.room()); n != k-2 {
-			t.Fatalf("%d slots are free, %d before", n, k-2)
+		for range 2 {
+			if n, err := s.tx.Send(f[:]); n != 0 || err != ErrFull {
+				t.Fatal(n, err)
+			}
+			if n := int(s.room()); n != 0 {
+				t.Fatalf("%d slots are free", n)
+			}
 		}
 		go func() {
 			_, err := s.tx.SendWait(f[:])
@@ -411,18 +421,86 @@ func TestAStallOfAFrameToBeCut(t *testing.T) {
 		s.beat(0, 0)
 		s.beat(1, 0)
 		s.beat(1, 0)
-		if e := s.last(); e.A != 2 {
+		if e := s.last(); e.A != 1 {
 			t.Errorf("short of %d slots", e.A)
 		}
 		take(t, s.rx, 1)
 		synctest.Wait()
-		s.beat(1, 1)
 		take(t, s.rx, 200)
 		if err := <-s.sent; err != nil {
 			t.Fatal(err)
 		}
 		s.beat(1, 1)
 	})
+}
+
+// A frame that was sent in part goes on where it stopped, but only as it was.
+func TestACutThatWasInterrupted(t *testing.T) {
+	p := join(t, emu.Config{}, plain, Config{})
+	for _, way := range ways(t, p) {
+		for _, again := range []bool{true, false} {
+			s := typical
+			f := s.load(t, way.tx.dev.other(p).tx[0])
+			left := fillUp(t, way.tx, 10)
+			if n, err := way.tx.Send(f[:]); n != 0 || err != ErrFull || !f[0].Valid() {
+				t.Fatal(n, err)
+			}
+			gather(t, way.rx, left)
+			got := gather(t, way.rx, 10)
+			if !again { // the same page, another packet
+				s.seq, s.id = s.seq+1000, s.id+1
+				f[0].CopyFrom(s.frame())
+				got = nil
+			}
+			if n, err := way.tx.Send(f[:]); n != 1 || err != nil {
+				t.Fatal(n, err)
+			}
+			s.cut(t, append(got, gather(t, way.rx, s.pieces()-len(got))...))
+		}
+	}
+}
+
+// other is the device at the other end.
+func (d *Device) other(p *pair) *Device {
+	if d == p.front {
+		return p.back
+	}
+	return p.front
+}
+
+// fillUp sends frames until there are so many slots left, and says how many.
+func fillUp(t *testing.T, tx *TX, free int) (n int) {
+	t.Helper()
+	for {
+		if ok, err := tx.eng.room(need{slots: free + 1, bufs: 1}); err != nil {
+			t.Fatal(err)
+		} else if !ok {
+			return n
+		}
+		put(t, tx, 1, 60)
+		n++
+	}
+}
+
+// Pieces of a few bytes are many times what a ring holds.
+func TestMorePiecesThanSlots(t *testing.T) {
+	p := join(t, emu.Config{}, plain, Config{})
+	for _, way := range ways(t, p) {
+		for _, size := range []int{8, 48, 100, 500} {
+			s := typical
+			s.size = size
+			f := s.load(t, way.tx)
+			sent := make(chan error, 1)
+			go func() {
+				_, err := way.tx.SendWait(f[:])
+				sent <- err
+			}()
+			s.cut(t, gather(t, way.rx, s.pieces()))
+			if err := <-sent; err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
 }
 
 // The slot of the extra info is one more that has to be there.
@@ -499,7 +577,7 @@ func TestHeadersAreReceivedIntoOnePiece(t *testing.T) {
 	s := typical
 	s.ip, s.options = 40, 40
 	for _, way := range ways(t, p) {
-		for room := s.headers() - 40; room <= maxHeaders+1; room++ {
+		for room := s.headers() - 40; room <= packet.MaxHeaders+1; room++ {
 			f := s.load(t, way.tx)
 			if _, err := way.tx.Send(f[:]); err != nil {
 				t.Fatal(err)
@@ -510,7 +588,7 @@ func TestHeadersAreReceivedIntoOnePiece(t *testing.T) {
 			}
 			into[0].TrimFront(len(into[0].Bytes()) - room)
 			n, err := way.rx.ReceiveInto(into[:])
-			if room < maxHeaders {
+			if room < packet.MaxHeaders {
 				if n != 0 || err != ErrShortFrame {
 					t.Fatalf("%d bytes of room: %d, %v", room, n, err)
 				}
@@ -536,7 +614,7 @@ func TestWhatIsNoLongerToBeCutIsRefused(t *testing.T) {
 		p := join(t, emu.Config{}, f, Config{})
 		for _, way := range ways(t, p) {
 			for what, change := range map[string]func(f *Frame){
-				"UDP":                 func(f *Frame) { f.Bytes()[23] = protoUDP },
+				"UDP":                 func(f *Frame) { f.Bytes()[23] = packet.UDP },
 				"ICMP":                func(f *Frame) { f.Bytes()[23] = 1 },
 				"a fragment":          func(f *Frame) { f.Bytes()[20] |= 0x20 },
 				"ARP":                 func(f *Frame) { f.Bytes()[13] = 6 },
@@ -676,19 +754,7 @@ func TestAFrameOfManyPiecesIsCut(t *testing.T) {
 		if err := f.SetGSO(s.gso()); err != nil {
 			t.Fatal(err)
 		}
-		pool := arena.New(shm.Heap(128), 4096)
-		var pieces [][]byte
-		for c, _ := newCutter(&f); c.left > 0; {
-			var g Frame
-			if !build(pool, c.length(), &g) {
-				t.Fatal("no buffers")
-			}
-			c.next(&g)
-			b := make([]byte, g.Len())
-			g.CopyTo(b)
-			pieces = append(pieces, b)
-		}
-		s.cut(t, pieces)
+		s.cut(t, chewed(t, &f))
 	}
 }
 
@@ -741,26 +807,26 @@ func TestBothEndsCountTheSame(t *testing.T) {
 	}
 }
 
-// Where the system grants few pages, no wait is long enough for some frames.
+// Where the system grants few pages, a frame is cut all the same.
 func TestMorePiecesThanPages(t *testing.T) {
 	p := join(t, emu.Config{Grants: 80}, plain, Config{})
 	tx, _ := own(t, p.front)
 	other, rx := own(t, p.back)
-	if n := tx.eng.buffers(); n != pagesPerHalfMin {
+	if n := tx.eng.(*frontTX).bufs.Len(); n != pagesPerHalfMin {
 		t.Fatalf("%d pages", n)
 	}
-	f := typical.load(t, other)
-	if n, err := tx.SendWait(f[:]); n != 0 || err != ErrFrameSize {
-		t.Fatal(n, err)
+	for _, from := range []*TX{other, tx} { // a frame of its own pages leaves less of them
+		f := typical.load(t, from)
+		sent := make(chan error, 1)
+		go func() {
+			_, err := tx.SendWait(f[:])
+			sent <- err
+		}()
+		typical.cut(t, gather(t, rx, typical.pieces()))
+		if err := <-sent; err != nil {
+			t.Fatal(err)
+		}
 	}
-	f[0].Release()
-	s := typical
-	s.payload = (pagesPerHalfMin-1)*s.size + 1 // as many as there are
-	f = s.load(t, other)
-	if n, err := tx.Send(f[:]); n != 1 || err != nil {
-		t.Fatal(n, err)
-	}
-	s.cut(t, gather(t, rx, s.pieces()))
 }
 
 // Batches of whole frames and such as are cut, from a full ring: none overtakes

@@ -147,6 +147,7 @@ type Device struct {
 	patience time.Duration           // with callers that are to leave
 	done     chan struct{}           // closed once it has
 	fault    chan *PeerError         // violations halves met
+	look     chan struct{}           // holds one: the life goroutine is to look
 
 	mu      sync.Mutex
 	trusted bool              // guarded by mu
@@ -173,6 +174,7 @@ func newDevice(id string, role telemetry.Role, domain hypercall.Domain, cfg Conf
 		done:     make(chan struct{}),
 		patience: patience,
 		fault:    make(chan *PeerError, 1),
+		look:     make(chan struct{}, 1),
 		changed:  make(chan struct{}),
 		last:     LinkEvent{Reason: "not connected yet"},
 	}
@@ -189,6 +191,14 @@ func newDevice(id string, role telemetry.Role, domain hypercall.Domain, cfg Conf
 	}
 	d.mtu.Store(1500)
 	return d
+}
+
+// wakeLife has the life goroutine look at the device.
+func (d *Device) wakeLife() {
+	select {
+	case d.look <- struct{}{}:
+	default:
+	}
 }
 
 // ID is the vif's handle, as given to Connect.

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"barevif/pvnet"
+	"barevif/telemetry"
 	"barevif/xenbus/toolstack"
 )
 
@@ -23,7 +24,7 @@ func TestEveryCallAfterDisconnectSaysSo(t *testing.T) {
 	silent := map[string]bool{
 		"ID": true, "MAC": true, "MTU": true, "Queues": true, "Active": true, "Peer": true, "Trusted": true,
 		"PeerTakes": true, "Budget": true, "Stats": true, "ResetStats": true, "Counters": true, "Links": true,
-		"Disconnect": true, "Close": true, "Done": true, "SetPatience": true, "Parked": true,
+		"Disconnect": true, "Close": true, "Done": true, "Logger": true, "SetPatience": true, "Parked": true,
 		"TX.Alloc": true, "TX.AllocSize": true, "TX.SetDeadline": true, "RX.SetDeadline": true,
 		"RX.Release": true, // gives frames back
 	}
@@ -85,6 +86,9 @@ func TestEveryCallAfterDisconnectSaysSo(t *testing.T) {
 						{"TX.Send", func() error { return two(tx.Send(nil)) }},
 						{"TX.SendWait", func() error { return two(tx.SendWait(frames[:])) }},
 						{"TX.SendWait", func() error { return two(tx.SendWait(nil)) }},
+						{"TX.CountDropped", func() error { return tx.CountDropped(telemetry.DropTooLong, 1) }},
+						{"TX.CountUndelivered", func() error { return tx.CountUndelivered(1) }},
+						{"RX.CountUndelivered", func() error { return rx.CountUndelivered(1) }},
 						{"RX.Receive", func() error { return two(rx.Receive(frames[:])) }},
 						{"RX.Receive", func() error { return two(rx.Receive(nil)) }},
 						{"RX.ReceiveInto", func() error { return two(rx.ReceiveInto(frames[:])) }},

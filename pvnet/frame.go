@@ -4,6 +4,7 @@ import (
 	"iter"
 
 	"barevif/arena"
+	"barevif/pvnet/packet"
 )
 
 // Limits of a frame in bytes, Ethernet header included, FCS not.
@@ -124,7 +125,7 @@ func (f *Frame) reset(total uint32) error {
 			room += size - uint32(p.Off)
 		}
 	}
-	if room < total || size-uint32(f.off) < min(total, maxHeaders) {
+	if room < total || size-uint32(f.off) < min(total, packet.MaxHeaders) {
 		return ErrShortFrame
 	}
 	*f = Frame{buf: f.buf, off: f.off, pieces: f.pieces, total: total}
@@ -140,10 +141,6 @@ func (f *Frame) reset(total uint32) error {
 	return nil
 }
 
-// maxHeaders is how long the headers we look at can be: Ethernet with two tags, IPv4
-// and TCP with options.
-const maxHeaders = 14 + 8 + 60 + 60
-
 // copyFrame overwrites f with the bytes and the offload state of g, which is no
 // longer.
 func (f *Frame) copyFrame(g *Frame) {
@@ -153,12 +150,7 @@ func (f *Frame) copyFrame(g *Frame) {
 		return
 	}
 	var srcs [mostPieces][]byte
-	n := 0
-	for p := range g.Pieces() {
-		srcs[n] = p
-		n++
-	}
-	f.CopyFrom(srcs[:n]...)
+	f.CopyFrom(g.gather(srcs[:0])...)
 }
 
 // Headroom is how many bytes can be prepended.

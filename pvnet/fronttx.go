@@ -295,8 +295,8 @@ func (e *frontTX) room(n need) (bool, error) {
 	return false, nil
 }
 
-func (e *frontTX) offers() offers { return e.peer }
-func (e *frontTX) buffers() int   { return e.bufs.Len() }
+func (e *frontTX) offers() offers      { return e.peer }
+func (e *frontTX) avail() (int, error) { return int(e.ring.Free()), nil }
 
 func (e *frontTX) stuck(n need) error {
 	if e.ring.InFlight() == 0 && e.bufs.Free() < n.bufs {

@@ -94,23 +94,25 @@ func (g *gate) open() { g.state.Store(gateOpen) }
 // A half is one direction of one queue, without its rings: it lives as long as
 // the Device, while rings come and go with connections.
 type half struct {
-	dev    *Device
-	queue  int
-	dir    direction
-	gate   gate
-	park   atomic.Pointer[parker]    // of the connection; stored by the life goroutine
-	until  atomic.Pointer[time.Time] // deadline for whatever waits
-	owned  atomic.Bool               // taken out of the Device's hands
-	ending atomic.Bool               // Listen is to end
-	mu     sync.Mutex                // serialises the Device's own calls
-	count  *telemetry.Block          // written by whoever is inside the gate
-	recent int                       // frames counted since the last publish; inside the gate
-	worked bool                      // anything moved since the last rest; inside the gate
-	parked atomic.Uint32             // odd while the owner waits, and never the same twice
-	rescue atomic.Uint32             // the wait, by its number, that the watchdog ended
-	roused atomic.Pointer[rousing]   // the latest wait that the slow tick ended
-	due    atomic.Uint32             // what the slow tick wants done inside the gate: dueHeal, ...
-	spin   spinner                   // of the connection; inside the gate
+	dev     *Device
+	queue   int
+	dir     direction
+	gate    gate
+	park    atomic.Pointer[parker]    // of the connection; stored by the life goroutine
+	until   atomic.Pointer[time.Time] // deadline for whatever waits
+	owned   atomic.Bool               // taken out of the Device's hands
+	ending  atomic.Bool               // Listen is to end
+	mu      sync.Mutex                // serialises the Device's own calls
+	count   *telemetry.Block          // written by whoever is inside the gate
+	recent  int                       // frames counted since the last publish; inside the gate
+	worked  bool                      // anything moved since the last rest; inside the gate
+	parked  atomic.Uint32             // odd while the owner waits, and never the same twice
+	rescue  atomic.Uint32             // the wait, by its number, that the watchdog ended
+	roused  atomic.Pointer[rousing]   // the latest wait that the slow tick ended
+	due     atomic.Uint32             // what the slow tick wants done inside the gate: dueHeal, ...
+	resting atomic.Uint32             // whose the counters are while the owner waits
+	sampled uint32                    // of the slow tick only: the wait in which it timed a wake-up last
+	spin    spinner                   // of the connection; inside the gate
 }
 
 func (h *half) init(d *Device, queue int, dir direction, block *telemetry.Block) {
@@ -184,7 +186,15 @@ func (h *half) attend(due uint32) {
 	}
 }
 
-// remind has something done: at once if nobody is inside the gate, else by who is.
+// Whose the counters of a half are.
+const (
+	ownersOwn = iota // they are the owner's, or open to who enters the gate
+	lentOut          // the owner waits: the slow tick may take them
+	taken            // the slow tick has them
+)
+
+// remind has something done: at once if nobody is inside the gate or who is waits,
+// else by who is. It wakes nobody.
 func (h *half) remind(due uint32) {
 	if h.gate.state.CompareAndSwap(gateOpen, gateReading) {
 		h.attend(due)
@@ -192,9 +202,32 @@ func (h *half) remind(due uint32) {
 		return
 	}
 	h.due.Or(due)
-	if p := h.park.Load(); p != nil && h.parked.Load()%2 == 1 {
-		h.rouse(p)
+	if h.resting.CompareAndSwap(lentOut, taken) { // else the owner looks before it lends them
+		h.refresh()
+		h.resting.Store(lentOut)
 	}
+}
+
+// lend lets the slow tick at the counters until reclaim.
+func (h *half) lend() { h.resting.Store(lentOut) }
+
+func (h *half) reclaim() {
+	for !h.resting.CompareAndSwap(lentOut, ownersOwn) {
+		runtime.Gosched() // for a microsecond
+	}
+}
+
+// heal has the counters compared with their mirror. A half whose owner waits not
+// for the first time since then is woken for it, which is timed.
+func (h *half) heal(p *parker) {
+	seq := h.parked.Load()
+	if seq%2 == 0 || seq == h.sampled {
+		h.remind(dueHeal)
+		return
+	}
+	h.due.Or(dueHeal)
+	h.rouse(p)
+	h.sampled = seq + 2 // the one after this, unless there are events
 }
 
 // A rousing is when the slow tick ended a wait.
@@ -271,13 +304,18 @@ func (h *half) rest() error {
 	seq := h.parked.Add(1)
 	var event bool
 	var err error
-	if h.due.Load() == 0 { // or remind sees that we wait
+	h.lend()
+	if h.due.Load() == 0 { // or remind finds them lent
 		event, err = p.wait(h.dir, h.deadline())
 	}
+	h.reclaim()
 	h.parked.Add(1)
 	h.awake(seq)
 	if event {
 		h.count.Add(telemetry.Events, 1)
+		if p.deserted() {
+			h.dev.wakeLife()
+		}
 	}
 	if err == net.ErrClosed && h.gate.state.Load() == gateBusy {
 		// Our own teardown shuts the gate before it closes the waiter. So the

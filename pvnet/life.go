@@ -7,6 +7,7 @@ import (
 	"net"
 	"runtime/debug"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"barevif/hypercall"
@@ -43,6 +44,11 @@ type role interface {
 // the link word and their gates, and tell it of violations through a channel.
 type life struct {
 	d    *Device
+	owed atomic.Bool // the slow tick wants the goroutine to do its beat
+
+	// mu is held by the goroutine while it does not wait, so that the slow tick
+	// can do a beat in its place while it does. It guards all that follows.
+	mu   sync.Mutex
 	xd   *xenbus.Device
 	role role
 	kind xenbus.Role
@@ -55,6 +61,9 @@ type life struct {
 	conn     *conn
 	attached uint32 // generation of conn, 0: none
 	running  bool   // gates are open
+	joined   bool   // the peer had its ends of the event channels since it said Connected
+	alone    bool   // and has them no more, but has not said so in xenstore
+	aloneAt  xenbus.State
 
 	leaving error     // why we end; nil: we do not
 	force   time.Time // leaving: when to stop being polite
@@ -68,6 +77,7 @@ type life struct {
 	beats   int          // ticks since the link came up
 	state   xenbus.State // last written, for the event log
 	first   chan error   // told once: up, or why not; nil after
+	noted   string       // why there is no connection, as it was left in xenstore
 
 	suspects []suspect        // halves that seem to have missed an event
 	recheck  <-chan time.Time // when to look at them again
@@ -85,8 +95,9 @@ func (l *life) run(stop context.Context) {
 			l.hurry()
 		}
 	})
-	tick := time.NewTicker(time.Second)
-	defer tick.Stop()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	defer l.tick()()
 	for l.leaving != ErrHandover && !l.step() {
 		var again <-chan time.Time
 		if at := l.again(); !at.IsZero() {
@@ -96,8 +107,11 @@ func (l *life) run(stop context.Context) {
 		if l.leaving != nil {
 			ended = nil
 		}
+		recheck := l.recheck
+		l.mu.Unlock()
 		select {
 		case _, open := <-l.xd.Changes():
+			l.mu.Lock()
 			if !open && l.leaving == nil {
 				l.leave(&UnknownError{"watch the device", net.ErrClosed})
 			}
@@ -105,13 +119,20 @@ func (l *life) run(stop context.Context) {
 				l.force = time.Now()
 			}
 		case v := <-d.fault:
+			l.mu.Lock()
 			l.violated(v)
 		case <-ended:
+			l.mu.Lock()
 			l.leave(context.Cause(stop))
 		case <-again:
-		case <-tick.C:
-			l.beat()
-		case <-l.recheck:
+			l.mu.Lock()
+		case <-d.look:
+			l.mu.Lock()
+			if l.owed.Swap(false) {
+				l.beat()
+			}
+		case <-recheck:
+			l.mu.Lock()
 			l.rescue()
 		}
 	}
@@ -190,8 +211,9 @@ func (l *life) violated(v *PeerError) {
 	l.leave(v)
 }
 
-// beat is the slow tick: the heartbeat, and a look at halves that wait although
-// what they wait for is there.
+// beat is what the slow tick does with a device: the heartbeat, and a look at
+// halves that wait although what they wait for is there. A half that waits goes on
+// waiting unless it has to do something itself.
 func (l *life) beat() {
 	defer func() {
 		if v := faulted(recover()); v != nil {
@@ -215,7 +237,7 @@ func (l *life) beat() {
 			if s.seq = s.half.parked.Load(); s.seq%2 == 1 && s.eng.overdue() {
 				l.suspects = append(l.suspects, s.since(known)) // a reminder would hide what it missed
 			} else if mirrored {
-				s.half.remind(dueHeal)
+				s.half.heal(s.park)
 			}
 		}
 		if l.d.tx[i].parked.Load()%2 == 1 && q.tx.answered() {
@@ -354,6 +376,14 @@ func (l *life) step() (over bool) {
 		if l.leaving != nil && !time.Now().Before(l.force) {
 			return l.cut(ch)
 		}
+		if l.deserted() {
+			l.alone, l.aloneAt = true, ch.Peer
+		} else if l.alone && (l.conn == nil || ch.Peer != l.aloneAt || l.conn.joined()) {
+			l.alone, l.joined = false, false
+		}
+		if s.Do == xenbus.Run && l.alone {
+			s.Do = xenbus.Wait // for the state of whoever comes next, or for its ports
+		}
 		switch s.Do {
 		case xenbus.Run:
 			l.resume()
@@ -365,6 +395,7 @@ func (l *life) step() (over bool) {
 			if !l.try("publish features", l.role.prepare) {
 				return false
 			}
+			l.noted = "" // it took that back
 		case xenbus.Connect:
 			if !l.connect(ch) {
 				return false
@@ -466,6 +497,12 @@ func (l *life) try(what string, f func(context.Context, *xenbus.Device) error) b
 		}
 		l.d.trouble.Store(&err)
 		l.d.log.Warn("cannot "+what, "vif", l.d.id, "err", err)
+		if l.kind == xenbus.Backend && !errors.Is(err, context.DeadlineExceeded) {
+			l.note(err)
+			if own := l.xd.Current().Own; own == xenbus.Initialising || own == xenbus.Unknown {
+				l.write(xenbus.Closed) // a state tells the frontend even where no node can
+			}
+		}
 		l.postpone(l.xd.Current())
 		return false
 	}
@@ -514,10 +551,22 @@ func (l *life) connect(ch xenbus.Change) bool {
 	return false
 }
 
-// note leaves why there is no connection for the administrator; nil: there is one.
+// note leaves why there is no connection for the administrator, and a backend for
+// the frontend's user; nil: there is one.
 func (l *life) note(why error) {
+	text := ""
+	if why != nil {
+		text = why.Error()
+	}
+	if text != "" && text == l.noted {
+		return
+	}
+	l.noted = text
 	ctx, cancel := l.patiently()
 	defer cancel()
+	if why != nil && l.kind == xenbus.Backend { // first: there may be room for one node
+		l.xd.Tell(ctx, why)
+	}
 	l.xd.Fail(ctx, why)
 }
 
@@ -543,6 +592,7 @@ func (l *life) resume() {
 	}
 	l.move()
 	l.running, l.refused, l.beats = true, nil, 0
+	l.joined = l.conn.joined()
 	_, dom := l.xd.Peer()
 	if v := trapped(func() { l.d.up(l.conn, dom) }); v != nil {
 		l.d.judge(v)
@@ -569,11 +619,27 @@ func (l *life) suspend(ch xenbus.Change) {
 		reason = l.leaving.Error()
 	case ch.Vanished:
 		reason = "the other end is gone"
+	case l.alone:
+		reason = "the other end's program has ended without closing"
 	}
 	l.d.log.Info("link down", "vif", l.d.id, "reason", reason)
 	if !l.d.down(l.conn, reason) {
 		l.leave(&UnknownError{"shut the device", errors.New("a caller never left it")})
 	}
+}
+
+// deserted reports whether the peer's program is gone from a link that is up. On the
+// emulated machine its ports are seen to close. On Xen only xenstore tells, so there
+// it never is.
+func (l *life) deserted() bool {
+	if !l.running || l.conn == nil {
+		return false
+	}
+	if l.conn.joined() {
+		l.joined = true
+		return false
+	}
+	return l.joined
 }
 
 // release gives back what the connection holds.

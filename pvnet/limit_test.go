@@ -112,7 +112,7 @@ func TestALimitThatIsTooLowIsNamed(t *testing.T) {
 					t.Errorf("%q does not say %q", err, want)
 				}
 			}
-			if led := l.Ledger(); led.Grants+led.Ports != 0 {
+			if led := l.Ledger(); led.Grants != 0 || led.Ports > 1 { // the backend's presence has one
 				t.Errorf("left behind: %+v", led)
 			}
 		})

@@ -5,6 +5,7 @@ import (
 	"errors"
 
 	"barevif/pvnet/netif"
+	"barevif/pvnet/packet"
 	"barevif/telemetry"
 )
 
@@ -29,35 +30,51 @@ const (
 	GSOTCPv6 = GSOType(netif.GSOTCPv6)
 )
 
-// maxCuts bounds what one frame becomes: enough for the smallest segments that IPv4
-// requires hosts to take (536 bytes, RFC 9293), and half a ring.
-const maxCuts = 128
-
 // GSO is how the frame is to be cut.
 func (f *Frame) GSO() GSO { return f.gso }
 
 // SetGSO says how the frame is to be cut, and that its checksum is partial: the TCP
 // checksum field must hold the sum of the pseudo-header. A frame that is one piece
 // anyway stays whole. [ErrOffload] if the frame is no TCP segment of that type with
-// its headers in the first piece, or would make more than 128 pieces.
+// its headers in the first piece, or would make more than 8192 pieces.
 func (f *Frame) SetGSO(g GSO) error {
 	if g == (GSO{}) {
 		f.gso = g
 		return nil
 	}
-	h, ok := f.tcp()
-	if !ok || g.Size == 0 || g.Type != h.gsoType() {
+	cut, ok := g.cut()
+	if !ok {
 		return ErrOffload
 	}
-	payload := h.l4 + h.length - h.payload
-	if payload > maxCuts*int(g.Size) {
+	h, ok := cut.Find(f.Bytes(), int(f.total))
+	if !ok {
 		return ErrOffload
 	}
 	f.csum, f.gso = ChecksumPartial, GSO{}
-	if payload > int(g.Size) {
+	if h.End-h.L5 > int(g.Size) {
 		f.gso = g
 	}
 	return nil
+}
+
+// cut is g in other words; ok is false for a type there is not.
+func (g GSO) cut() (cut packet.Cut, ok bool) {
+	cut = packet.Cut{Proto: packet.TCP, Size: int(g.Size), Partial: true}
+	switch g.Type {
+	case GSOTCPv4:
+		cut.Version = 4
+	case GSOTCPv6:
+		cut.Version = 6
+	}
+	return cut, cut.Version != 0
+}
+
+// gsoType is how a TCP segment of this version of IP is cut.
+func gsoType(h *packet.Headers) GSOType {
+	if h.Version == 4 {
+		return GSOTCPv4
+	}
+	return GSOTCPv6
 }
 
 // SetChecksum says what is known of the TCP or UDP checksum. With ChecksumPartial
@@ -81,41 +98,8 @@ func (f *Frame) CompleteChecksum() error {
 // from there, where its checksum field is, in bytes. ok is false for a frame that has
 // no such field in its first piece.
 func (f *Frame) PartialAt() (start, field int, ok bool) {
-	h, field, ok := f.field()
-	return h.l4, field - h.l4, ok
-}
-
-// tcpHeaders is where a TCP segment's parts lie.
-type tcpHeaders struct {
-	headers
-	ip      int // where the IP header starts
-	payload int // where the TCP payload starts
-}
-
-// tcp finds the headers of a TCP segment, all of which lie in the first piece.
-func (f *Frame) tcp() (h tcpHeaders, ok bool) {
-	head := f.Bytes()
-	if h.headers, ok = parse(head, int(f.total)); !ok || h.proto != protoTCP || h.length < 20 || len(head) < h.l4+20 {
-		return h, false
-	}
-	h.payload = h.l4 + int(head[h.l4+12]>>4)*4
-	h.ip = h.addrsAt - 8
-	if h.gsoType() == GSOTCPv4 {
-		h.ip = h.addrsAt - 12
-	}
-	return h, h.payload >= h.l4+20 && h.payload <= len(head) && h.payload <= h.l4+h.length
-}
-
-func (h *headers) gsoType() GSOType {
-	if len(h.addrs) == 8 {
-		return GSOTCPv4
-	}
-	return GSOTCPv6
-}
-
-// pseudo is the folded sum of the pseudo-header for a segment of n bytes.
-func (h *headers) pseudo(n int) uint16 {
-	return fold(add(0, h.addrs) + uint64(h.proto) + uint64(n))
+	_, p, ok := f.partial()
+	return p.Start, p.Field - p.Start, ok
 }
 
 // offers is what a peer takes beyond whole frames with complete checksums.
@@ -143,19 +127,21 @@ func (o offers) fit(f *Frame) fitting {
 	if f.csum != ChecksumPartial && f.gso.Size == 0 {
 		return fits
 	}
-	h, _, ok := f.field()
+	h, _, ok := f.partial()
 	if !ok {
 		return unfit
 	}
-	if f.gso.Size != 0 && (f.csum != ChecksumPartial || h.proto != protoTCP || h.gsoType() != f.gso.Type) {
+	if f.gso.Size != 0 && (f.csum != ChecksumPartial || h.Proto != packet.TCP || gsoType(&h) != f.gso.Type) {
 		return unfit // somebody has changed it since SetGSO
 	}
 	csum, gso := takesCsum4, takesGSO4
-	if h.gsoType() == GSOTCPv6 {
+	if h.Version == 6 {
 		csum, gso = takesCsum6, takesGSO6
 	}
-	if kind := binary.BigEndian.Uint16(f.Bytes()[12:]); kind == 0x8100 || kind == 0x88a8 {
-		o = 0 // Linux drops such a frame behind a tag: skb_checksum_setup
+	if h.Tags != 0 || h.Extensions != 0 {
+		// Linux drops such a frame behind a tag (skb_checksum_setup), and no longer leaves
+		// anything of one with extension headers to a card: not all cards can do that.
+		o = 0
 	}
 	switch {
 	case f.gso.Size != 0 && o&gso == 0:
@@ -201,7 +187,7 @@ func (f *Frame) arrived(g netif.GSO, keep bool, count *telemetry.Block) telemetr
 			return 0
 		}
 		if keep {
-			if _, _, ok := f.field(); !ok {
+			if _, _, ok := f.partial(); !ok {
 				return telemetry.DropBadCsum
 			}
 		} else if !f.completeChecksum() {
@@ -218,8 +204,11 @@ func (f *Frame) arrived(g netif.GSO, keep bool, count *telemetry.Block) telemetr
 		return telemetry.DropBadGSO
 	}
 	if whole { // as Linux does (rx_gso_checksum_fixup)
-		h, field, _ := f.field()
-		binary.BigEndian.PutUint16(f.Bytes()[field:], h.pseudo(h.length))
+		h, p, _ := f.partial()
+		if h.Extensions&packet.HasRoutingLeft != 0 {
+			return telemetry.DropBadGSO // the pseudo-header's address is not in the IP header
+		}
+		binary.BigEndian.PutUint16(f.Bytes()[p.Field:], h.Pseudo(f.Bytes(), p.End-p.Start))
 		count.Add(telemetry.GSOCsumFixup, 1)
 	}
 	count.Add(telemetry.CsumPartial, 1)
@@ -228,85 +217,3 @@ func (f *Frame) arrived(g netif.GSO, keep bool, count *telemetry.Block) telemetr
 	}
 	return 0
 }
-
-// A cutter makes frames of a link's size out of a long one, as Linux's
-// tcp_gso_segment does.
-type cutter struct {
-	f    *Frame
-	h    tcpHeaders
-	size int // payload bytes in a piece
-	at   int // payload bytes cut so far
-	left int
-	n    uint16 // pieces cut so far
-}
-
-func newCutter(f *Frame) (c cutter, ok bool) {
-	h, ok := f.tcp()
-	c = cutter{f: f, h: h, size: int(f.gso.Size), left: h.l4 + h.length - h.payload}
-	return c, ok && c.left <= maxCuts*c.size
-}
-
-// pieces is how many are still to be cut, each of at most length bytes.
-func (c *cutter) pieces() int { return (c.left + c.size - 1) / c.size }
-func (c *cutter) length() int { return c.h.payload + min(c.size, c.left) }
-
-// need is what sending all pieces takes.
-func (c *cutter) need() need {
-	bufs := buffersFor(c.length())
-	return need{slots: c.pieces() * bufs, bufs: c.pieces() * bufs}
-}
-
-// next makes g, which has at least length bytes, the next piece.
-func (c *cutter) next(g *Frame) {
-	n := min(c.size, c.left)
-	g.Truncate(c.h.payload + n)
-	head := c.f.Bytes()[:c.h.payload]
-	var srcs [1 + mostPieces][]byte
-	srcs[0] = head
-	k, skip, want := 1, c.h.payload+c.at, n
-	for p := range c.f.Pieces() {
-		if skip >= len(p) {
-			skip -= len(p)
-			continue
-		}
-		p = p[skip:min(len(p), skip+want)]
-		skip, want = 0, want-len(p)
-		srcs[k] = p
-		if k++; want == 0 {
-			break
-		}
-	}
-	g.CopyFrom(srcs[:k]...)
-	c.left -= n
-
-	out := g.Bytes()
-	segment := c.h.payload - c.h.l4 + n
-	ip := out[c.h.ip:]
-	if c.h.gsoType() == GSOTCPv4 {
-		binary.BigEndian.PutUint16(ip[2:], uint16(c.h.l4-c.h.ip+segment))
-		binary.BigEndian.PutUint16(ip[4:], binary.BigEndian.Uint16(ip[4:])+c.n)
-		binary.BigEndian.PutUint16(ip[10:], 0)
-		binary.BigEndian.PutUint16(ip[10:], ^fold(add(0, ip[:c.h.l4-c.h.ip])))
-	} else {
-		binary.BigEndian.PutUint16(ip[4:], uint16(segment))
-	}
-	tcp := out[c.h.l4:]
-	binary.BigEndian.PutUint32(tcp[4:], binary.BigEndian.Uint32(tcp[4:])+uint32(c.at))
-	if c.left > 0 {
-		tcp[13] &^= tcpFIN | tcpPSH
-	}
-	if c.n > 0 {
-		tcp[13] &^= tcpCWR
-	}
-	binary.BigEndian.PutUint16(tcp[16:], c.h.pseudo(segment))
-	g.completeChecksum()
-	c.at += n
-	c.n++
-}
-
-// Flags of a TCP header that only the first or the last piece keeps.
-const (
-	tcpFIN = 0x01
-	tcpPSH = 0x08
-	tcpCWR = 0x80
-)

@@ -21,7 +21,8 @@ const (
 // an event does not say whom it is for.
 type parker struct {
 	w      hypercall.Waiter
-	follow chan struct{} // wakes the half that does not lead
+	port   hypercall.JoinedPort // nil: nobody can say whether the peer's end is there
+	follow chan struct{}        // wakes the half that does not lead
 
 	mu        sync.Mutex
 	leading   bool    // guarded by mu
@@ -38,6 +39,9 @@ type parker struct {
 func newParker(w hypercall.Waiter) *parker {
 	return &parker{w: w, follow: make(chan struct{}, 1)}
 }
+
+// deserted reports whether the peer's end of the channel is known not to be there.
+func (p *parker) deserted() bool { return p.port != nil && !p.port.Joined() }
 
 // wait parks half d until an event, a wake, or the deadline, and reports whether
 // it was an event, to one half if they share a channel. Errors are those of

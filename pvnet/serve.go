@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"maps"
 	"slices"
 	"strconv"
 	"sync"
@@ -61,7 +60,11 @@ func serve(ctx context.Context, domain hypercall.Domain, cfg ServeConfig, accept
 	if err := cfg.check(); err != nil {
 		return err
 	}
-	client, err := xenbus.Dial(ctx, domain.Store, xenbus.Config{Logger: cfg.Logger})
+	store := xenbus.Config{Logger: cfg.Logger}
+	if domain.ID() != 0 { // which alone has no quota, and may read everything
+		store.Watches = watchesEach
+	}
+	client, err := xenbus.Dial(ctx, domain.Store, store)
 	if err != nil {
 		return err
 	}
@@ -72,11 +75,17 @@ func serve(ctx context.Context, domain hypercall.Domain, cfg ServeConfig, accept
 	}
 	defer backs.Close()
 
+	presence, err := xenbus.NewPresence(domain)
+	if err != nil && cfg.Logger != nil { // then a backend after us waits longer
+		cfg.Logger.Warn("no event channel to show that this backend lives", "err", err)
+	}
+	defer presence.Close() // once every claim is given back
+
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	inner, cancel := context.WithCancelCause(ctx)
 	defer cancel(ErrDisconnected)
-	s := &server{client: client, domain: domain, cfg: cfg, accept: accept, busy: make(map[xenbus.BackendID]bool)}
+	s := &server{presence: presence, client: client, domain: domain, cfg: cfg, accept: accept, busy: make(map[xenbus.BackendID]bool)}
 	for {
 		ev, err := s.next(ctx, backs)
 		if err != nil {
@@ -94,14 +103,19 @@ func serve(ctx context.Context, domain hypercall.Domain, cfg ServeConfig, accept
 	}
 }
 
+// watchesEach is how many frontends a backend watches one by one: a quarter of what
+// xenstored allows its domain, of which there are other users.
+const watchesEach = 32
+
 // A server serves directories, each on a goroutine of its own. What goes wrong with
 // one is nobody else's problem.
 type server struct {
-	client *xenbus.Client
-	domain hypercall.Domain
-	cfg    ServeConfig
-	accept func(*Device)
-	busy   map[xenbus.BackendID]bool // a goroutine looks after it, or has left it
+	client   *xenbus.Client
+	presence *xenbus.Presence // nil: none
+	domain   hypercall.Domain
+	cfg      ServeConfig
+	accept   func(*Device)
+	busy     map[xenbus.BackendID]bool // a goroutine looks after it, or has left it
 
 	mu   sync.Mutex
 	left []xenbus.BackendID // guarded by mu: no goroutine looks after them any more
@@ -171,9 +185,15 @@ func (s *server) claim(ctx context.Context, id xenbus.BackendID) (*xenbus.Device
 	if err != nil {
 		return nil, err
 	}
-	if err := xd.Claim(ctx, claimPatience); err != nil {
+	if err := xd.ClaimAs(ctx, s.presence, claimPatience); err != nil {
 		closing, cancel := context.WithTimeout(context.Background(), storePatience)
 		defer cancel()
+		if own := xd.Current().Own; errors.Is(err, xenbus.ErrQuota) && (own == xenbus.Initialising || own == xenbus.Unknown) {
+			// Nobody else serves it: there is no claim. A state tells the frontend
+			// that it waits in vain even where no node can.
+			xd.Tell(closing, err)
+			xd.SetState(closing, xenbus.Closed)
+		}
 		xd.Close(closing)
 		return nil, err
 	}
@@ -282,17 +302,30 @@ func (b *back) identify(ctx context.Context, xd *xenbus.Device) error {
 func (b *back) prepare(ctx context.Context, xd *xenbus.Device) error {
 	keys := xenbus.Values{
 		netif.KeyFeatureRxCopy:        "1",
-		netif.KeyFeatureRxFlip:        "0",
 		netif.KeyFeatureSG:            "1",
 		netif.KeyFeatureSplitChannels: "1",
-		netif.KeyMaxQueues:            strconv.Itoa(b.cfg.queues()),
 	}
-	maps.Copy(keys, offloadValues(b.cfg.Offload))
+	// Each key is a node, and xenstored allows the domain 1000. What is said by a key
+	// that is missing is not said by another.
+	gone := []string{xenbus.KeyReason, netif.KeyFeatureRxFlip, netif.KeyFeatureMulticastControl, netif.KeyFeatureCtrlRing}
+	if n := b.cfg.queues(); n > 1 {
+		keys[netif.KeyMaxQueues] = strconv.Itoa(n)
+	} else {
+		gone = append(gone, netif.KeyMaxQueues)
+	}
+	offload := offloadValues(b.cfg.Offload)
+	for _, key := range []string{netif.KeyFeatureNoCsumOffload, netif.KeyFeatureIPv6CsumOffload,
+		netif.KeyFeatureGSOTCPv4, netif.KeyFeatureGSOTCPv6} {
+		if offload[key] == "1" {
+			keys[key] = "1"
+		} else {
+			gone = append(gone, key)
+		}
+	}
 	if b.cfg.Hotplug {
 		keys[netif.KeyHotplugStatus] = netif.HotplugConnected
 	}
-	return xd.Publish(ctx, keys, netif.KeyFeatureGSOTCPv4, netif.KeyFeatureGSOTCPv6,
-		netif.KeyFeatureIPv6CsumOffload, netif.KeyFeatureMulticastControl, netif.KeyFeatureCtrlRing)
+	return xd.Publish(ctx, keys, gone...)
 }
 
 // attach maps what the frontend published, every word of which is checked first.

@@ -4,6 +4,8 @@ import (
 	"cmp"
 	"time"
 
+	"barevif/arena"
+	"barevif/pvnet/packet"
 	"barevif/telemetry"
 )
 
@@ -11,10 +13,22 @@ import (
 // but SetDeadline, must not be called by two goroutines at once.
 type TX struct {
 	half
-	eng   sender    // of the connection; written by the life goroutine behind the shut gate
-	stall stall     // the life goroutine's alone
-	cuts  [32]Frame // pieces of the frame that is being cut; inside the gate
-	one   [1]Frame  // of Write; guarded by mu
+	eng   sender   // of the connection; written by the life goroutine behind the shut gate
+	stall stall    // the life goroutine's alone
+	cuts  cutting  // inside the gate
+	one   [1]Frame // of Write; guarded by mu
+}
+
+// A cutting is the frame that is being cut.
+type cutting struct {
+	packet.Cutter
+	pieces [32]Frame // some of what it becomes
+
+	// One that was sent in part, for lack of room: it goes on where it stopped if it is
+	// sent again as it was.
+	frame   arena.Buffer
+	headers uint32 // a hash of them
+	done    int    // bytes of payload sent; 0: no such frame
 }
 
 // A sender moves frames into one connection's ring.
@@ -31,8 +45,8 @@ type sender interface {
 	// offers is what the peer takes beyond whole frames.
 	offers() offers
 
-	// buffers is how many there are in all for frames to send.
-	buffers() int
+	// avail is how many slots of the ring there are room for.
+	avail() (int, error)
 
 	// room reports whether there is what is needed.
 	room(n need) (bool, error)
@@ -121,7 +135,9 @@ func (tx *TX) AllocWait(frames []Frame, size int) (int, error) {
 //
 // A frame of this half is sent where it lies. Any other is copied first, one that
 // is held more than once too. A checksum that is partial is completed, and a frame
-// that is to be cut is cut, if the peer does not do so itself.
+// that is to be cut is cut, if the peer does not do so itself. Of the latter there may be
+// room for a part: with ErrFull that part is sent and the frame is the caller's still. Sent
+// again as it was, it goes on from there.
 func (tx *TX) Send(frames []Frame) (n int, err error) {
 	if err := tx.enter(); err != nil {
 		return 0, err
@@ -148,47 +164,90 @@ func (tx *TX) put(frames []Frame) (n int, err error) {
 	return n, err
 }
 
-// cut sends a frame in pieces, all of them or none.
+// cut sends a frame in pieces, as many as there is room for, and takes it over with the
+// last one.
 func (tx *TX) cut(f *Frame) error {
-	c, ok := newCutter(f)
-	if !ok {
+	c := &tx.cuts
+	if !c.begin(f) {
 		return ErrOffload
 	}
-	if c.need().bufs > tx.eng.buffers() {
-		return ErrFrameSize // there will never be room
-	}
-	if ok, err := tx.eng.room(c.need()); err != nil {
-		return err
-	} else if !ok {
-		tx.count.Add(telemetry.RingFull, 1)
-		return ErrFull
-	}
-	pieces := tx.cuts[:] // an array here would escape through the interface
-	for c.left > 0 {
-		k, err := tx.eng.alloc(pieces[:min(c.pieces(), len(pieces))], c.length())
+	for c.Left() > 0 {
+		done := c.Done()
+		err := tx.cutSome(f)
+		if c.Done() == done && err == nil {
+			err = ErrFull
+		}
 		if err != nil {
 			return err
 		}
-		for i := range pieces[:k] {
-			c.next(&pieces[i])
-		}
-		n, err := tx.eng.send(pieces[:k])
-		for i := n; i < k; i++ {
-			pieces[i].Release()
-		}
-		if err != nil {
-			return err // the peer takes less than what its link carries
-		}
 	}
+	c.frame, c.done = arena.Buffer{}, 0
 	return f.Release()
 }
 
-// wants is what sending f takes, whole or in pieces.
-func (tx *TX) wants(f *Frame) need {
-	if tx.eng.offers().fit(f) == uncut {
-		if c, ok := newCutter(f); ok {
-			return c.need()
+// begin makes c cut f, or go on.
+func (c *cutting) begin(f *Frame) bool {
+	cut, ok := f.gso.cut()
+	if !ok || !c.Init(f.Bytes(), int(f.total), cut) {
+		return false
+	}
+	headers := fnv(f.total, f.Bytes()[:c.HeaderLen()])
+	if c.done != 0 && c.frame == f.buf && c.headers == headers {
+		c.Skip(c.done)
+	} else {
+		c.frame, c.headers, c.done = f.buf, headers, 0
+	}
+	return true
+}
+
+// cutSome sends as many pieces as there is room for, and a few at the most.
+func (tx *TX) cutSome(f *Frame) error {
+	c := &tx.cuts
+	bufs := buffersFor(c.Len())
+	if ok, err := tx.eng.room(need{slots: bufs, bufs: bufs}); err != nil || !ok {
+		if !ok && err == nil {
+			tx.count.Add(telemetry.RingFull, 1)
+			err = ErrFull
 		}
+		return err
+	}
+	slots, err := tx.eng.avail()
+	if err != nil {
+		return err
+	}
+	k, err := tx.eng.alloc(c.pieces[:min(c.Left(), len(c.pieces), slots/bufs)], c.Len())
+	if err != nil {
+		return err
+	}
+	var srcs [mostPieces][]byte
+	var parts [1 + mostPieces][]byte
+	all := f.gather(srcs[:0])
+	for i := range c.pieces[:k] {
+		g := &c.pieces[i]
+		g.Truncate(c.Len())
+		head, payload := c.Next(all, parts[:1])
+		payload[0] = head
+		g.CopyFrom(payload...)
+		g.csum = ChecksumVerified
+	}
+	n, err := tx.eng.send(c.pieces[:k])
+	for i := n; i < k; i++ {
+		c.pieces[i].Release()
+	}
+	if n < k {
+		c.begin(f)
+		c.Skip(n * int(f.gso.Size))
+	}
+	c.done = c.Done()
+	tx.counted(n) // or an event that brought room for a part would seem to have brought none
+	return err
+}
+
+// wants is what sending f takes: whole, or its next piece.
+func (tx *TX) wants(f *Frame) need {
+	if tx.eng.offers().fit(f) == uncut && tx.cuts.begin(f) {
+		bufs := buffersFor(tx.cuts.Len())
+		return need{slots: bufs, bufs: bufs}
 	}
 	return tx.eng.wants(f)
 }

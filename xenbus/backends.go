@@ -42,7 +42,7 @@ func WatchBackends(ctx context.Context, c *Client, typ string) (*Backends, error
 	if !validName(typ) {
 		return nil, &ValueError{Value: clip(typ), Want: "a device type"}
 	}
-	w, err := c.Watch(ctx, dir)
+	w, err := c.watch(ctx, dir, true) // covers all that our Devices watch there
 	if err != nil {
 		return nil, err
 	}

@@ -14,13 +14,23 @@ import (
 // A claim is a node in the device's directory: a random id, a blank, and a number
 // that grows each time the holder is asked whether it lives. xenstore keeps the
 // nodes of the dead, so a claim proves nothing by being there: whoever finds one
-// writes a challenge beside it and takes over if the number does not move. A
-// holder costs nothing while nobody asks.
+// writes a challenge behind it, a blank and its own id, and takes over if the number
+// does not move. A holder costs nothing while nobody asks. An empty node is none: a
+// toolstack may have made it, where xenstored would refuse the backend another node.
 const (
-	claimKey     = "/claim"
-	challengeKey = "/claim/challenge"
-	patience     = 3 * time.Second
+	claimKey = "/claim"
+	patience = 3 * time.Second
 )
+
+// split takes a claim apart. held is the claim without the challenge.
+func split(claim string) (held, owner, number, asker string) {
+	owner, number, _ = strings.Cut(claim, " ")
+	number, asker, _ = strings.Cut(number, " ")
+	if owner == "" {
+		return "", "", "", ""
+	}
+	return owner + " " + number, owner, number, asker
+}
 
 // Claim makes the device ours among the processes of this domain. A claim that is
 // held is challenged; if the holder, that is its Device, does not answer within
@@ -31,12 +41,18 @@ const (
 // another's, which may happen to a process that was stopped for long, and Changes
 // say Lost. Call it before anything is written. Close gives the claim back.
 func (d *Device) Claim(ctx context.Context, wait time.Duration) error {
+	return d.ClaimAs(ctx, nil, wait)
+}
+
+// ClaimAs is Claim for a process that shows its presence, and looks for that of a
+// holder: one that is gone is waited for a tenth of a second.
+func (d *Device) ClaimAs(ctx context.Context, p *Presence, wait time.Duration) error {
 	if wait == 0 {
 		wait = patience
 	}
 	var id [16]byte
 	rand.Read(id[:])
-	me := hex.EncodeToString(id[:])
+	me := p.sign(hex.EncodeToString(id[:]))
 
 	w, err := d.c.Watch(ctx, d.dir+claimKey)
 	if err != nil {
@@ -48,7 +64,8 @@ func (d *Device) Claim(ctx context.Context, wait time.Duration) error {
 	if err != nil || held == "" {
 		return d.claimed(me, err)
 	}
-	silence := time.NewTimer(wait)
+	_, owner, _, _ := split(held)
+	silence := time.NewTimer(p.patience(ctx, owner, wait))
 	defer silence.Stop()
 	for {
 		select {
@@ -60,11 +77,11 @@ func (d *Device) Claim(ctx context.Context, wait time.Duration) error {
 			if err != nil {
 				return err
 			}
-			if there && now != held {
-				return fmt.Errorf("xenbus %s: %w", d.dir, ErrClaimed)
-			}
-			if there {
+			switch now, _, _, _ := split(now); {
+			case there && now == held:
 				continue
+			case now != "":
+				return fmt.Errorf("xenbus %s: %w", d.dir, ErrClaimed)
 			}
 		case <-silence.C:
 		case <-ctx.Done():
@@ -81,31 +98,33 @@ func (d *Device) Claim(ctx context.Context, wait time.Duration) error {
 // seize takes the claim if there is none or it is the stale one. Else it says who
 // holds it, and leaves a challenge.
 func (d *Device) seize(ctx context.Context, me, stale string) (held string, err error) {
+	kept := false
 	err = d.c.Transact(ctx, func(tx Tx) error {
 		if _, err := tx.Read(d.dir + "/state"); errors.Is(err, ErrNotFound) || errors.Is(err, ErrAccess) {
 			return ErrGone
 		} else if err != nil {
 			return err
 		}
-		held, err = tx.Read(d.dir + claimKey)
-		switch {
-		case errors.Is(err, ErrNotFound):
-			held = ""
-		case err != nil:
+		value, err := tx.Read(d.dir + claimKey)
+		if err != nil && !errors.Is(err, ErrNotFound) {
 			return err
 		}
-		if owner, _, _ := strings.Cut(held, " "); held == "" || held == stale || owner == me {
-			held = ""
-			if err := tx.Remove(d.dir + claimKey); err != nil { // with the challenge
-				return err
-			}
+		there := err == nil
+		now, owner, _, _ := split(value)
+		if now == "" || now == stale || owner == me {
+			held, kept = "", there && value == ""
 			return tx.Write(d.dir+claimKey, me+" 0")
 		}
-		if stale != "" {
+		if held = now; stale != "" {
 			return nil
 		}
-		return tx.Write(d.dir+challengeKey, me)
+		return tx.Write(d.dir+claimKey, now+" "+me)
 	})
+	if err == nil && held == "" {
+		d.mu.Lock()
+		d.lasting = kept
+		d.mu.Unlock()
+	}
 	return held, err
 }
 
@@ -133,7 +152,7 @@ func (d *Device) keepClaim(ctx context.Context) (renewed bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	if !there {
+	if !there || value == "" {
 		value, err = d.seize(ctx, me, "")
 		if errors.Is(err, ErrGone) {
 			return false, nil
@@ -142,9 +161,12 @@ func (d *Device) keepClaim(ctx context.Context) (renewed bool, err error) {
 			return err == nil, err
 		}
 	}
-	owner, number, _ := strings.Cut(value, " ")
+	_, owner, number, asker := split(value)
 	if owner == me {
-		return false, d.answer(ctx, me, number)
+		if asker == "" {
+			return false, nil
+		}
+		return false, d.answer(ctx, value, me, number)
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -154,30 +176,25 @@ func (d *Device) keepClaim(ctx context.Context) (renewed bool, err error) {
 	return false, nil
 }
 
-// answer moves the number on if there is a challenge.
-func (d *Device) answer(ctx context.Context, me, number string) error {
-	if _, asked, err := d.lookup(ctx, d.dir+challengeKey); err != nil || !asked {
-		return err
-	}
+// answer moves the number on: value has a challenge.
+func (d *Device) answer(ctx context.Context, value, me, number string) error {
 	n, err := ParseUint(number, 1<<62)
 	if err != nil {
 		n = 0
 	}
 	return d.c.Transact(ctx, func(tx Tx) error {
-		if now, err := tx.Read(d.dir + claimKey); err != nil || now != me+" "+number {
-			return err
-		}
-		if err := tx.Remove(d.dir + challengeKey); err != nil {
-			return err
+		if now, err := tx.Read(d.dir + claimKey); err != nil || now != value {
+			return err // the event of that change brings us here again
 		}
 		return tx.Write(d.dir+claimKey, me+" "+strconv.FormatUint(n+1, 10))
 	})
 }
 
-// unclaim removes the claim if it still is ours.
+// unclaim removes the claim if it still is ours, or empties a node that was there
+// before it.
 func (d *Device) unclaim(ctx context.Context) error {
 	d.mu.Lock()
-	me := d.claim
+	me, lasting := d.claim, d.lasting
 	d.mu.Unlock()
 	if me == "" {
 		return nil
@@ -187,8 +204,11 @@ func (d *Device) unclaim(ctx context.Context) error {
 		if errors.Is(err, ErrNotFound) || errors.Is(err, ErrAccess) {
 			return nil
 		}
-		if owner, _, _ := strings.Cut(value, " "); err != nil || owner != me {
+		if _, owner, _, _ := split(value); err != nil || owner != me {
 			return err
+		}
+		if lasting {
+			return tx.Write(d.dir+claimKey, "")
 		}
 		return tx.Remove(d.dir + claimKey)
 	})

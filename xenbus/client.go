@@ -25,6 +25,12 @@ type Config struct {
 	// more; from 20 on xenstored stops reading an unprivileged domain.
 	Pipeline int
 
+	// Watches is how many nodes of other domains are watched one by one; for more
+	// there is one watch on /local/domain, of which xenstored tells a domain only
+	// what it may read: 0 means as many as xenstored allows. Domain 0 may read
+	// everything, and has no quota.
+	Watches int
+
 	// Logger hears once of each connection lost. nil: silent.
 	Logger *slog.Logger
 }
@@ -49,6 +55,7 @@ type Client struct {
 	done   chan struct{} // closed when run has ended
 	wake   chan struct{} // holds one: there may be something to send
 	trans  chan struct{} // holds one while a transaction is open
+	wide   chan struct{} // holds one while a broad watch is being set
 
 	mu      sync.Mutex
 	closed  bool                // guarded by mu
@@ -122,6 +129,7 @@ func Dial(ctx context.Context, open func(context.Context) (io.ReadWriteCloser, e
 		done:    make(chan struct{}),
 		wake:    make(chan struct{}, 1),
 		trans:   make(chan struct{}, 1),
+		wide:    make(chan struct{}, 1),
 		flight:  make(map[uint32]*request),
 		watches: make(map[string]*Watch),
 	}

@@ -94,6 +94,7 @@ type Device struct {
 	mark    string  // guarded by mu; a key we published last, "" if none
 	claim   string  // guarded by mu; our id, "" if not claimed
 	trouble error   // guarded by mu; why Current may be out of date
+	lasting bool    // guarded by mu; the claim's node was there before the claim
 }
 
 // An end is the other end's directory, and whose it is.
@@ -340,7 +341,7 @@ func (d *Device) guard(tx Tx) (state string, err error) {
 	claim, w := d.claim, d.writtenLocked()
 	d.mu.Unlock()
 	if !w.ours(state) && w.restarted(state) {
-		if _, err := tx.Read(d.dir + "/" + w.mark); errors.Is(err, ErrNotFound) {
+		if mark, err := tx.Read(d.dir + "/" + w.mark); errors.Is(err, ErrNotFound) || err == nil && mark == "" {
 			return "", ErrGone
 		} else if err != nil {
 			return "", err
@@ -350,7 +351,7 @@ func (d *Device) guard(tx Tx) (state string, err error) {
 		return state, nil
 	}
 	owner, err := tx.Read(d.dir + claimKey)
-	if errors.Is(err, ErrNotFound) { // made anew: ours was in another one
+	if errors.Is(err, ErrNotFound) || err == nil && owner == "" { // made anew: ours was in another one
 		return "", ErrGone
 	}
 	if err != nil {
@@ -400,7 +401,7 @@ func (d *Device) Publish(ctx context.Context, keys Values, remove ...string) err
 			return err
 		}
 		for _, key := range remove {
-			if err := tx.Remove(d.dir + "/" + key); err != nil && !errors.Is(err, ErrNotFound) {
+			if err := d.clear(tx, key); err != nil {
 				return err
 			}
 		}

@@ -87,6 +87,9 @@ func (e *Error) Error() string {
 	if e.Text != "" {
 		name = fmt.Sprintf("%q", e.Text)
 	}
+	if quota := e.quota(); quota != "" {
+		name += " (" + quota + ")"
+	}
 	if e.Path == "" {
 		return fmt.Sprintf("xenstore %s: %s", e.Op, name)
 	}

@@ -175,6 +175,7 @@ func (d *Device) run(ctx context.Context) {
 		target end    // whose state that is
 		retry  <-chan time.Time
 		stale  parts
+		said   bool // of the quota of watches
 	)
 	defer func() {
 		if other != nil {
@@ -194,6 +195,13 @@ func (d *Device) run(ctx context.Context) {
 			w, err := d.c.Watch(ctx, peer.dir+"/state")
 			if err != nil {
 				retry, trouble = time.After(retryPause), err
+				if errors.Is(err, ErrQuota) { // which passes when someone else lets go
+					retry = time.After(time.Second)
+					if !said {
+						d.c.cfg.Logger.Warn("cannot watch the other end", "err", err)
+					}
+					said = true
+				}
 			} else {
 				if other != nil {
 					other.Close()
@@ -273,11 +281,14 @@ func (d *Device) touched() (p parts) {
 		switch {
 		case !ok:
 			return everything()
-		case key == "state" || key == "online" || key == "hotplug-status":
+		case key == "online":
+			// The last we may hear of a frontend whose domain was removed as a whole.
+			p.state, p.peer = true, true
+		case key == "state" || key == "hotplug-status":
 			p.state = true
 		case key == "backend" || key == "backend-id":
 			p.backend = true
-		case "/"+key == claimKey || "/"+key == challengeKey:
+		case "/"+key == claimKey:
 			p.claim = true
 		}
 	}
@@ -409,14 +420,15 @@ func (d *Device) readOwn(ctx context.Context, ch *Change, mine written) (anew bo
 	return anew, nil
 }
 
-// unmarked reports whether the key that we published last is missing, so that the
-// directory is another one.
+// unmarked reports whether the key that we published last is missing, or empty as a
+// toolstack makes it that leaves room for our keys, so that the directory is another
+// one.
 func (d *Device) unmarked(ctx context.Context, mark string) (bool, error) {
 	if mark == "" {
 		return true, nil
 	}
-	_, there, err := d.lookup(ctx, d.dir+"/"+mark)
-	return !there, err
+	value, _, err := d.lookup(ctx, d.dir+"/"+mark)
+	return value == "", err
 }
 
 // readPeer reads the other end's state.

@@ -17,27 +17,159 @@ const maxDirty = 16
 // A Watch hears when a node, or one below it, may have changed. What it says is a
 // hint: events are merged, may come for nothing, and say nothing of the value. It
 // is set again on each new connection, and then reports everything as changed.
+//
+// xenstored allows a domain 128 of them. So one that is below a broad watch is not
+// set at all: it hears of the broad one's events. See Config.Watches.
 type Watch struct {
 	c     *Client
 	path  string
 	token string // ours, and short
+	broad bool   // others may be covered by it
 	ch    chan struct{}
 
 	// The rest is guarded by c.mu.
-	set   bool // the server has said OK
-	over  bool // ch is closed
-	err   error
-	dirty []string
-	all   bool
+	set    bool     // the server has said OK
+	over   bool     // ch is closed
+	under  *Watch   // the broad one that covers it; nil: it is, or was, set itself
+	covers []*Watch // if it is a broad one
+	err    error
+	dirty  []string
+	all    bool
 }
+
+// domains is the directory of which a broad watch covers the other ends of all
+// devices. xenstored tells a domain of the nodes that it may read, and no others.
+const domains = "/local/domain"
 
 // Watch sets a watch on path, a node that need not exist or "@introduceDomain" or
 // "@releaseDomain". A first event comes at once. The caller closes the Watch.
 func (c *Client) Watch(ctx context.Context, path string) (*Watch, error) {
+	if w := c.cover(path); w != nil {
+		return w, nil
+	}
+	if !below(path, domains) {
+		return c.watch(ctx, path, false)
+	}
+	var w *Watch
+	err := error(ErrQuota)
+	if !c.many() {
+		w, err = c.watch(ctx, path, false)
+	}
+	if errors.Is(err, ErrQuota) && c.widen(ctx) == nil {
+		if w := c.cover(path); w != nil {
+			return w, nil
+		}
+	}
+	if w == nil && err == ErrQuota {
+		return c.watch(ctx, path, false) // its error says more
+	}
+	return w, err
+}
+
+// cover gives a watch on path that a broad one covers, nil if none does.
+func (c *Client) cover(path string) *Watch {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, b := range c.watches {
+		if b.broad && b.set && below(path, b.path) {
+			w := &Watch{c: c, path: path, ch: make(chan struct{}, 1)}
+			w.coverLocked(b)
+			return w
+		}
+	}
+	return nil
+}
+
+func (w *Watch) coverLocked(b *Watch) {
+	w.under = b
+	b.covers = append(b.covers, w)
+	w.noteLocked(w.path)
+}
+
+// narrowLocked gives the watches on nodes of other domains that are set one by one.
+func (c *Client) narrowLocked() (all []*Watch) {
+	for _, w := range c.watches {
+		if w.set && !w.over && !w.broad && w.under == nil && below(w.path, domains) {
+			all = append(all, w)
+		}
+	}
+	return all
+}
+
+// many reports whether there are as many of those as there may be.
+func (c *Client) many() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.cfg.Watches > 0 && len(c.narrowLocked()) >= c.cfg.Watches
+}
+
+// widen sets one watch in place of all those on nodes of other domains.
+func (c *Client) widen(ctx context.Context) error {
+	select { // one goroutine does it
+	case c.wide <- struct{}{}:
+		defer func() { <-c.wide }()
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	if w := c.cover(domains); w != nil {
+		return w.Close()
+	}
+	_, err := c.watch(ctx, domains, true)
+	if errors.Is(err, ErrQuota) {
+		// Ours may be those that fill it.
+		c.mu.Lock()
+		narrow := c.narrowLocked()
+		c.mu.Unlock()
+		if len(narrow) == 0 {
+			return err
+		}
+		w := narrow[0]
+		c.mu.Lock()
+		w.dropLocked(c.epoch) // ahead of what follows
+		c.mu.Unlock()
+		if _, err = c.watch(ctx, domains, true); err != nil {
+			c.mu.Lock()
+			defer c.mu.Unlock()
+			if !w.over {
+				w.set, c.watches[w.token] = true, w
+				c.postLocked(w.renewLocked(c.epoch))
+			}
+			return err
+		}
+		c.mu.Lock()
+		if !w.over {
+			w.coverLocked(c.broadLocked(domains))
+		}
+		c.mu.Unlock()
+	}
+	if err != nil {
+		return err
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	b := c.broadLocked(domains)
+	for _, w := range c.narrowLocked() {
+		w.dropLocked(c.epoch)
+		w.coverLocked(b)
+	}
+	return nil
+}
+
+func (c *Client) broadLocked(path string) *Watch {
+	for _, w := range c.watches {
+		if w.broad && w.path == path {
+			return w
+		}
+	}
+	return nil
+}
+
+// watch sets a watch at the server.
+func (c *Client) watch(ctx context.Context, path string, broad bool) (*Watch, error) {
 	if !validWatch(path) {
 		return nil, &Error{Op: opName(wire.Watch), Path: clip(path), Code: ErrInvalid}
 	}
-	w := &Watch{c: c, path: path, ch: make(chan struct{}, 1)}
+	w := &Watch{c: c, path: path, broad: broad, ch: make(chan struct{}, 1)}
 	c.mu.Lock()
 	c.tokens++
 	w.token = "b" + strconv.FormatUint(c.tokens, 36)
@@ -75,8 +207,10 @@ func (w *Watch) renewLocked(epoch uint64) *request {
 	r.settled = func() {
 		switch {
 		case r.err == nil || errors.Is(r.err, ErrExists):
-			w.all = true // whatever happened while nobody watched
-			w.fireLocked()
+			for _, v := range append([]*Watch{w}, w.covers...) {
+				v.all = true // whatever happened while nobody watched
+				v.fireLocked()
+			}
 		case errors.Is(r.err, ErrLost): // the next connection tries again
 		default:
 			w.endLocked(r.err)
@@ -121,14 +255,27 @@ func (w *Watch) Close() error {
 	if w.over {
 		return nil
 	}
-	w.endLocked(net.ErrClosed)
-	w.dropLocked(c.epoch)
+	w.over, w.err, w.dirty = true, net.ErrClosed, nil
+	close(w.ch)
+	switch b := w.under; {
+	case b != nil:
+		b.covers = slices.DeleteFunc(b.covers, func(v *Watch) bool { return v == w })
+		if b.over && len(b.covers) == 0 {
+			b.dropLocked(c.epoch)
+		}
+	case len(w.covers) == 0: // else the last of those it covers takes it away
+		w.dropLocked(c.epoch)
+	}
 	return nil
 }
 
-// endLocked closes C. The token stays known until the server has forgotten it, so
-// that stragglers are not taken for strangers.
+// endLocked closes C, and those of the watches it covers. The token stays known
+// until the server has forgotten it, so that stragglers are not taken for strangers.
 func (w *Watch) endLocked(err error) {
+	for _, v := range w.covers {
+		v.endLocked(err)
+	}
+	w.covers = nil
 	if w.over {
 		return
 	}
@@ -179,8 +326,22 @@ func (c *Client) event(payload []byte) error {
 		c.stats.UnknownTokens++
 		return nil
 	}
+	for _, v := range w.covers {
+		switch {
+		case below(path, v.path):
+			v.noteLocked(path)
+		case below(v.path, path): // one above it was removed
+			v.noteLocked(v.path)
+		}
+	}
+	w.noteLocked(path)
+	return nil
+}
+
+// noteLocked is an event about path.
+func (w *Watch) noteLocked(path string) {
 	if w.over {
-		return nil
+		return
 	}
 	switch {
 	case w.all || slices.Contains(w.dirty, path):
@@ -190,5 +351,4 @@ func (c *Client) event(payload []byte) error {
 		w.dirty = append(w.dirty, path)
 	}
 	w.fireLocked()
-	return nil
 }

@@ -147,8 +147,9 @@ func (g *guest) closePort(id hypercall.PortID, gen uint32) {
 	}
 }
 
-// closePortLocked closes a port if it is open. The far end hears nothing, and is
-// unbound again: its domain could be bound to anew (evtchn_close).
+// closePortLocked closes a port if it is open. The far end is unbound again: its
+// domain could be bound to anew (evtchn_close). It hears nothing, unless it is the
+// end of a process that was killed.
 func (g *guest) closePortLocked(id hypercall.PortID) {
 	c := &g.channels[id]
 	if !c.open {
@@ -157,7 +158,13 @@ func (g *guest) closePortLocked(id hypercall.PortID) {
 	if c.far != nil {
 		r := &c.far.channels[c.farPort]
 		r.far = nil
-		flag(&c.far.ports[c.farPort], r.gen, 0, portBound)
+		w := &c.far.ports[c.farPort]
+		flag(w, r.gen, 0, portBound)
+		if g.crashed {
+			if wake, _ := fire(w, r.gen); wake && c.far.waiters[r.waiter] != nil {
+				c.far.waiters[r.waiter].ring()
+			}
+		}
 	}
 	g.ports[id].Store(c.gen << portGen)
 	*c = channel{gen: c.gen}

@@ -31,6 +31,11 @@ type Config struct {
 	// the domain closes the connection, or dies, reading gives io.EOF. nil: there
 	// is no xenstore, and Domain.Store fails with errors.ErrUnsupported.
 	Store func(dom hypercall.DomID, conn io.ReadWriteCloser)
+
+	// Admit may refuse a connection to xenstore before there is one: its error is
+	// what the domain gets. Otherwise Store is called next. It must not call the
+	// machine. nil: none is refused.
+	Admit func(dom hypercall.DomID) error
 }
 
 const (

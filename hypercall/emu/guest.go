@@ -80,10 +80,11 @@ type guest struct {
 	m  *Machine
 	id hypercall.DomID
 	guestTables
-	dead   bool
-	died   chan struct{} // closed when destroy is done
-	domain *Domain       // nil if it is in another process
-	gone   func()        // hangs up on that process
+	dead    bool
+	crashed bool          // its process was killed: Linux's UNMAP_NOTIFY_SEND_EVENT
+	died    chan struct{} // closed when destroy is done
+	domain  *Domain       // nil if it is in another process
+	gone    func()        // hangs up on that process
 
 	shares      map[uint64]*share
 	granter     []granter             // by ref
@@ -197,6 +198,15 @@ func (g *guest) dropPages(id uint64) {
 
 func (g *guest) leave() { g.destroy() }
 
+// crash is destroy for a domain whose process ended without a word. The kernel of a
+// domain tells the other ends of its event channels.
+func (g *guest) crash() {
+	g.m.mu.Lock()
+	g.crashed = true
+	g.m.mu.Unlock()
+	g.destroy()
+}
+
 // destroy ends the domain, once, and returns when it has ended.
 func (g *guest) destroy() {
 	m := g.m
@@ -270,6 +280,11 @@ func (g *guest) serve(conn io.ReadWriteCloser, hangUp func()) (uint64, error) {
 		return 0, errDead
 	case m.cfg.Store == nil:
 		return 0, errNoStore
+	}
+	if m.cfg.Admit != nil {
+		if err := m.cfg.Admit(g.id); err != nil {
+			return 0, err
+		}
 	}
 	id := m.next()
 	g.conns[id] = hangUp

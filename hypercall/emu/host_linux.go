@@ -105,8 +105,12 @@ func (h *Host) serve(c *net.UnixConn, t *fileTables) {
 	if !s.join(h.Machine) {
 		return
 	}
-	defer s.g.destroy()
 	for s.next() {
+	}
+	if s.left {
+		s.g.destroy()
+	} else {
+		s.g.crash()
 	}
 }
 
@@ -131,6 +135,7 @@ type server struct {
 	conn   *net.UnixConn
 	tables *fileTables
 	g      *guest
+	left   bool // of its own accord
 	buf    []byte
 }
 
@@ -220,7 +225,7 @@ func (a *answer) setTables(t guestTables) {
 // next answers one request.
 func (s *server) next() bool {
 	r, refs, ok := s.receive()
-	if !ok || r.Op == opLeave {
+	if s.left = ok && r.Op == opLeave; !ok || s.left {
 		return false
 	}
 	var a answer

@@ -212,6 +212,18 @@ func (p *port) shut() {
 	p.replaceFar(nil)
 }
 
+// Joined implements [hypercall.JoinedPort].
+func (p *port) Joined() bool {
+	d := p.w.d
+	d.gate.RLock()
+	defer d.gate.RUnlock()
+	if d.dead.Load() || p.closed.Load() {
+		return false
+	}
+	v := p.word.Load()
+	return v>>portGen == p.gen && v&portBound != 0
+}
+
 func (p *port) Notify() error {
 	d := p.w.d
 	d.calls.notify.Add(1)

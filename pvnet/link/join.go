@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"barevif/pvnet"
+	"barevif/pvnet/packet"
 )
 
 // Join forwards frames between a vif and a link, both ways, until ctx ends (it
@@ -160,6 +161,9 @@ type quick interface {
 	// mtuNow is the MTU the interface has now. It is 0 where that cannot be asked
 	// for, if no frame beyond it is read: then a frame shows it.
 	mtuNow() int
+
+	// most is how long a frame that is read can be.
+	most() int
 }
 
 // setDeadlines cannot fail but on a closed link, where nobody waits.
@@ -271,14 +275,18 @@ type feeder struct {
 	odd    int // of those since the last frame, the ones with an error no link is known to have
 	lost   [endLosses]uint64
 
-	whole [MaxFrame]byte // behind what a frame has room for; or all of a long one
+	whole []byte // behind what a frame has room for; or all of a long one
 	bufs  [vifPieces + 1][]byte
-	cut   segmenter
+	cut   packet.Cutter
 }
 
 func (j *Joint) fromLinkTo(ctx context.Context, l Link, dev *pvnet.Device, tx *pvnet.TX) error {
 	f := &feeder{j: j, dev: dev, tx: tx, l: l}
-	f.quick, _ = l.(quick)
+	most := MaxRead
+	if f.quick, _ = l.(quick); f.quick != nil {
+		most = f.quick.most()
+	}
+	f.whole = make([]byte, most) // no page of it is there before it is read into
 	defer f.count()
 	defer f.release(0)
 	for {
@@ -467,11 +475,19 @@ func (f *feeder) discard() {
 
 // long takes a frame that is still to be cut, if possible as it is.
 func (f *feeder) long(whole []byte, off Offload) error {
-	if off.GSO == GSOUDP || off.GSO == GSOUFO || len(whole) > pvnet.MaxFrame {
-		return f.segment(whole, off)
+	h, ok := packet.Parse(whole, len(whole))
+	switch {
+	case !ok, off.GSO == GSOUDP, off.ECN, off.Checksum != ChecksumPartial, h.L4 != int(off.SumStart): // in a tunnel, or so
+		return f.segment(whole, off, 0)
+	case len(whole) > pvnet.MaxFrame: // several of a vif's longest
+		return f.segment(whole, off, pvnet.MaxFrame-h.L5)
+	}
+	if n := h.L5 + min(int(off.GSOSize), h.End-h.L5); n > f.size && !f.fits(whole, n, false) {
+		f.drop(tooLong, &f.j.oversize)
+		return nil
 	}
 	if err := f.enlarge(len(whole)); err == pvnet.ErrNoBuffers {
-		return f.segment(whole, off)
+		return f.segment(whole, off, 0)
 	} else if err != nil {
 		return err
 	}
@@ -479,12 +495,7 @@ func (f *feeder) long(whole []byte, off Offload) error {
 	frame.CopyFrom(whole)
 	if !leave(frame, off) {
 		f.discard()
-		return f.segment(whole, off)
-	}
-	if n := longest(frame); n > f.size && !f.fits(whole, n, false) {
-		f.drop(tooLong, &f.j.oversize)
-		f.discard()
-		return nil
+		return f.segment(whole, off, 0)
 	}
 	f.ready++
 	return nil
@@ -496,6 +507,7 @@ func (f *feeder) enlarge(size int) error {
 	at := f.frames[f.ready : f.ready+1]
 	_ = at[0].Release()
 	if f.tx.AllocSize(at, size) == 1 {
+		f.n = max(f.n, f.ready+1)
 		return nil
 	}
 	if err := f.flush(); err != nil {
@@ -507,53 +519,79 @@ func (f *feeder) enlarge(size int) error {
 	return err
 }
 
-// segment cuts a frame into such as the vif takes.
-func (f *feeder) segment(whole []byte, off Offload) error {
-	if !f.cut.init(whole, off) {
+// segment cuts a frame into such as the vif takes, or into such as it cuts again, with as
+// many bytes of payload as most says.
+func (f *feeder) segment(whole []byte, off Offload, most int) error {
+	if !off.begin(&f.cut, whole, most) {
 		f.drop(badGSO, &f.j.uncut)
 		return nil
 	}
-	size := f.cut.size + f.cut.step
+	size := f.cut.HeaderLen() + min(int(off.GSOSize), len(whole))
 	if size > f.size && !f.fits(whole, size, false) {
 		f.drop(tooLong, &f.j.oversize)
 		return nil
 	}
-	large := size > f.size
-	if size = max(size, f.size); large {
-		if err := f.flush(); err != nil {
-			return err
-		}
-		f.release(0) // none of the empty ones has room for a segment
+	if size <= f.size {
+		return f.cutAll(whole, off, f.size)
 	}
-	for {
-		head, payload, more := f.cut.next()
-		if !more {
-			if large {
-				err := f.flush()
-				f.release(0) // the next frame is read into those of f.size
-				return err
+	// None of the empty frames has room for a segment, and the next frame is read into
+	// those of f.size again.
+	err := f.flush()
+	f.release(0)
+	if err == nil {
+		err = f.cutAll(whole, off, size)
+	}
+	if err == nil {
+		err = f.flush()
+	}
+	f.release(0)
+	return err
+}
+
+// cutAll makes the frames, those that are not cut again of size bytes.
+func (f *feeder) cutAll(whole []byte, off Offload, size int) error {
+	src, room := [1][]byte{whole}, [2][]byte{}
+	for f.cut.Left() > 0 {
+		var err error
+		if f.cut.Again() {
+			if err = f.enlarge(f.cut.Len()); err == pvnet.ErrNoBuffers {
+				done := f.cut.Done()
+				off.begin(&f.cut, whole, 0)
+				f.cut.Skip(done)
+				continue
 			}
-			return nil
-		}
-		if f.ready == f.n {
-			if err := f.flush(); err != nil {
-				return err
+		} else if f.ready == f.n {
+			if err = f.flush(); err == nil {
+				f.n, err = f.tx.AllocWait(f.frames[:], size)
 			}
-			n, err := f.tx.AllocWait(f.frames[:], size)
-			if large && err == pvnet.ErrNoBuffers {
+			if err == pvnet.ErrNoBuffers && size > f.size {
 				f.refuse(size)
 				return nil
 			}
-			if err != nil {
-				return err
-			}
-			f.n = n
 		}
+		if err != nil {
+			return err
+		}
+		again := f.cut.Again()
+		head, parts := f.cut.Next(src[:], room[:1])
+		parts[0] = head
 		frame := &f.frames[f.ready]
-		frame.Truncate(frame.CopyFrom(head, payload))
+		frame.Truncate(frame.CopyFrom(parts...))
 		f.ready++
-		f.j.segments.Add(1)
+		if !again {
+			f.j.segments.Add(1)
+			continue
+		}
+		if g, _ := off.vif(); frame.SetGSO(g) != nil {
+			f.drop(badGSO, &f.j.uncut)
+			f.ready--
+			f.discard()
+		}
+		if err := f.flush(); err != nil {
+			return err
+		}
 	}
+	return nil
 }
 
 // flush sends the frames that are ready and keeps the empty ones.
@@ -573,9 +611,7 @@ func (f *feeder) flush() error {
 		case err == pvnet.ErrNoBuffers && f.n > f.ready:
 			f.release(f.ready)
 			continue
-		case (err == pvnet.ErrNoBuffers || err == pvnet.ErrFrameSize) && long && done == f.ready-1:
-			return f.cutLast()
-		case err == pvnet.ErrFrameSize:
+		case err == pvnet.ErrFrameSize, err == pvnet.ErrNoBuffers && long: // nor are there ever pages for one piece
 			f.refuse(f.frames[done].Len())
 		case err == pvnet.ErrOffload:
 			f.drop(badSum, &f.j.uncut)
@@ -588,20 +624,6 @@ func (f *feeder) flush() error {
 	}
 	f.keep(done)
 	return nil
-}
-
-// cutLast sends the last of the ready frames, the others of which were sent, in
-// pieces: the vif has too few pages to cut it all at once.
-func (f *feeder) cutLast() error {
-	last := &f.frames[f.ready-1]
-	off, _ := leftOf(last)
-	whole := f.whole[:last.CopyTo(f.whole[:])]
-	_ = last.Release()
-	f.keep(f.ready)
-	if err := f.segment(whole, off); err != nil {
-		return err
-	}
-	return f.flush()
 }
 
 // keep drops the first done frames, which are no longer ours.

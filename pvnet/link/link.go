@@ -27,6 +27,11 @@ const (
 	MaxFrame = 14 + 4 + 65535
 )
 
+// MaxRead is the size of the largest frame that a packet socket reads, in bytes: what another
+// interface of this machine made may be that long (BIG TCP: GSO_MAX_SIZE of Linux's
+// linux/netdevice.h). No link can be written one beyond MaxFrame.
+const MaxRead = 14 + 4 + 8*65535
+
 // MaxPieces is how many buffers one frame may lie in.
 const MaxPieces = 64
 

@@ -1,6 +1,10 @@
 package link
 
-import "encoding/binary"
+import (
+	"encoding/binary"
+
+	"barevif/pvnet/packet"
+)
 
 // Checksum says how far the transport checksum of a frame can be believed.
 type Checksum uint8
@@ -95,51 +99,67 @@ func (o *Offload) shift(n uint16) {
 }
 
 // Complete does the work of a partial checksum in the first n bytes of bufs, and
-// turns o into ChecksumNone. It is for passing a frame on to something that
-// does not take partial checksums. ErrOffload: the field is not inside the frame;
-// the frame must be dropped.
+// turns o into ChecksumNone: an internet checksum, or SCTP's CRC32c. It is for passing a
+// frame on to something that does not take partial checksums. ErrOffload: the field is not
+// inside the frame, or not where the protocol has one; the frame must be dropped.
 func (o *Offload) Complete(n int, bufs [][]byte) error {
 	if o.Checksum != ChecksumPartial {
 		return nil
 	}
-	start, field := int(o.SumStart), int(o.SumStart)+int(o.SumOffset)
-	if field+2 > n {
+	var room [packet.MaxCutHeaders]byte
+	p, ok := packet.PartialAt(headOf(n, bufs, &room), n, int(o.SumStart), int(o.SumOffset))
+	if !ok || !p.Complete(bufs) {
 		return ErrOffload
 	}
-	var sum uint64
-	var odd bool // the next byte is the second of its word
-	at := 0      // bytes before b
-	for _, b := range bufs {
-		size := min(len(b), n-at)
-		part := b[min(max(start-at, 0), size):size]
-		at += size
-		s := uint64(fold(addSum(0, part)))
-		if odd { // part begins in the middle of a word
-			s = s>>8 | s<<8&0xff00
-		}
-		sum += s
-		odd = odd != (len(part)&1 != 0)
-	}
-	if at < n { // bufs holds less than the frame
-		return ErrOffload
-	}
-	v := ^fold(sum)
-	if v == 0 { // in UDP zero means "none"; the two are equal in ones' complement
-		v = 0xffff
-	}
-	putByte(bufs, field, byte(v>>8))
-	putByte(bufs, field+1, byte(v))
 	o.Checksum, o.SumStart, o.SumOffset = ChecksumNone, 0, 0
 	return nil
 }
 
-// putByte writes byte i of the frame in bufs, which the caller knows to be there.
-func putByte(bufs [][]byte, i int, v byte) {
-	for _, b := range bufs {
-		if i < len(b) {
-			b[i] = v
-			return
-		}
-		i -= len(b)
+// headOf is the beginning of a frame of n bytes, with all headers: in bufs, or a copy in
+// room.
+func headOf(n int, bufs [][]byte, room *[packet.MaxCutHeaders]byte) []byte {
+	if len(bufs) > 0 && len(bufs[0]) >= min(n, len(room)) {
+		return bufs[0][:min(n, len(bufs[0]))]
 	}
+	k := 0
+	for _, b := range bufs {
+		k += copy(room[k:min(n, len(room))], b)
+	}
+	return room[:k]
+}
+
+// cut is how a frame is to be cut, by what the sender said of its checksum: that is
+// where the header is, which may be in a tunnel. ok is false for what cannot be cut here.
+func (o *Offload) cut() (c packet.Cut, ok bool) {
+	c = packet.Cut{Proto: packet.TCP, Size: int(o.GSOSize)}
+	field := 16
+	switch o.GSO {
+	case GSOTCP4:
+		c.Version = 4
+	case GSOTCP6:
+		c.Version = 6
+	case GSOUDP:
+		c.Proto, field = packet.UDP, 6
+	default:
+		return c, false
+	}
+	if o.Checksum == ChecksumPartial && int(o.SumOffset) == field {
+		c.L4, c.Partial = int(o.SumStart), true
+	}
+	return c, true
+}
+
+// begin makes c cut a frame, or reports that it cannot be cut.
+func (o *Offload) begin(c *packet.Cutter, frame []byte, whole int) bool {
+	cut, ok := o.cut()
+	if !ok {
+		return false
+	}
+	cut.Whole = whole
+	ok = c.Init(frame, len(frame), cut)
+	if !ok && cut.Proto == packet.TCP { // of the checksum's place not all is true
+		cut.L4, cut.Partial = 0, false
+		ok = c.Init(frame, len(frame), cut)
+	}
+	return ok && c.Left() > 0
 }

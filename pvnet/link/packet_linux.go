@@ -178,6 +178,8 @@ func (p *Packet) read(bufs [][]byte, wait bool) (n int, off Offload, err error) 
 	return n, off, err
 }
 
+func (p *Packet) most() int { return MaxRead }
+
 // setOffloads changes nothing: a packet socket sees what others made, as they left it.
 func (p *Packet) setOffloads(bool) error { return nil }
 

@@ -86,6 +86,8 @@ func (p *port) SetReadDeadline(t time.Time) error {
 	return nil
 }
 
+func (p *port) most() int { return MaxFrame }
+
 // setWriteDeadline ends WriteFrame's wait.
 func (p *port) setWriteDeadline(t time.Time) error { return p.file.SetWriteDeadline(t) }
 

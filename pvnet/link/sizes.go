@@ -4,6 +4,7 @@ import (
 	"sync/atomic"
 
 	"barevif/pvnet"
+	"barevif/pvnet/packet"
 	"barevif/telemetry"
 )
 
@@ -54,10 +55,8 @@ func (f *feeder) count() {
 // headers is the size of the Ethernet header of a frame and its VLAN tags, of which
 // the MTU of an interface does not speak.
 func headers(frame []byte) int {
-	if ip, _, ok := network(frame); ok {
-		return ip
-	}
-	return MinFrame
+	h, _ := packet.Parse(frame, len(frame))
+	return MinFrame + 4*int(h.Tags)
 }
 
 // fits reports whether the vif carries n bytes behind the headers whole begins with:

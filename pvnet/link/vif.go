@@ -1,6 +1,9 @@
 package link
 
-import "barevif/pvnet"
+import (
+	"barevif/pvnet"
+	"barevif/pvnet/packet"
+)
 
 // leftOf is what a frame of a vif still needs, in the words of a link. It reports
 // false for a frame whose headers are not what it says they are.
@@ -8,11 +11,16 @@ func leftOf(f *pvnet.Frame) (off Offload, ok bool) {
 	if f.Checksum() != pvnet.ChecksumPartial {
 		return off, true
 	}
-	start, field, ok := f.PartialAt()
+	head := f.Bytes()
+	h, ok := f.Headers()
 	if !ok {
 		return off, false
 	}
-	off = Offload{Checksum: ChecksumPartial, SumStart: uint16(start), SumOffset: uint16(field)}
+	p, ok := h.Partial(head)
+	if !ok {
+		return off, false
+	}
+	off = Offload{Checksum: ChecksumPartial, SumStart: uint16(p.Start), SumOffset: uint16(p.Field - p.Start)}
 	g := f.GSO()
 	if g.Size == 0 {
 		return off, true
@@ -21,9 +29,14 @@ func leftOf(f *pvnet.Frame) (off Offload, ok bool) {
 	if g.Type == pvnet.GSOTCPv6 {
 		off.GSO = GSOTCP6
 	}
-	size, cwr, ok := tcpHeader(f, start)
-	off.HeaderLen, off.ECN = uint16(size), cwr
-	return off, ok
+	off.HeaderLen, off.ECN = uint16(h.L5), repeats(head, &h)
+	return off, h.L5 != 0
+}
+
+// repeats reports whether a card that cuts a TCP segment would repeat its CWR bit in each
+// piece: of a vif there is no word for ECN.
+func repeats(head []byte, h *packet.Headers) bool {
+	return h.Proto == packet.TCP && h.L5 != 0 && head[h.L4+13]&0x80 != 0
 }
 
 // leave has the vif, or its other end, do what off says is left to do to f. It
@@ -41,40 +54,22 @@ func leave(f *pvnet.Frame, off Offload) bool {
 	if start, field, ok := f.PartialAt(); !ok || start != int(off.SumStart) || field != int(off.SumOffset) {
 		return false
 	}
-	g := pvnet.GSO{Size: off.GSOSize}
-	switch off.GSO {
-	case GSONone:
+	if off.GSO == GSONone {
 		f.SetChecksum(pvnet.ChecksumPartial)
 		return true
+	}
+	g, ok := off.vif()
+	return ok && !off.ECN && f.SetGSO(g) == nil // of ECN see repeats
+}
+
+// vif is how the frame is to be cut in the words of a vif, which has them for TCP only.
+func (o *Offload) vif() (g pvnet.GSO, ok bool) {
+	g.Size = o.GSOSize
+	switch o.GSO {
 	case GSOTCP4:
 		g.Type = pvnet.GSOTCPv4
 	case GSOTCP6:
 		g.Type = pvnet.GSOTCPv6
-	default:
-		return false
 	}
-	// A vif has no word for ECN: a card behind it would repeat the CWR bit in each
-	// segment.
-	return !off.ECN && f.SetGSO(g) == nil
-}
-
-// longest is the size of the longest of the frames f will be cut into.
-func longest(f *pvnet.Frame) int {
-	g := f.GSO()
-	if g.Size == 0 {
-		return f.Len()
-	}
-	start, _, _ := f.PartialAt()
-	size, _, _ := tcpHeader(f, start)
-	return size + int(g.Size)
-}
-
-// tcpHeader is the size of all headers of a TCP segment that starts at l4, and
-// whether CWR is set in it.
-func tcpHeader(f *pvnet.Frame, l4 int) (size int, cwr, ok bool) {
-	b := f.Bytes()
-	if len(b) < l4+14 {
-		return 0, false, false
-	}
-	return l4 + int(b[l4+12]>>4)*4, b[l4+13]&0x80 != 0, true
+	return g, g.Type != pvnet.GSONone
 }

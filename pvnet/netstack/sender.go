@@ -237,7 +237,7 @@ func (s *sender) fill(f *pvnet.Frame, p *stack.PacketBuffer) {
 	default:
 		return
 	}
-	// What the stack made cannot be refused, but for one with over 128 pieces.
+	// What the stack made cannot be refused, but for one with over 8192 pieces.
 	if f.SetGSO(gso) != nil {
 		f.SetChecksum(pvnet.ChecksumPartial)
 	}

@@ -72,6 +72,7 @@ func TestMistakesAreExplained(t *testing.T) {
 		{"serve --emu " + s.socket + " --dom 40000", failed, []string{"next: "}},
 		{"serve --emu " + s.socket + " --dom 70000", usage, []string{"--dom"}},
 		{"serve --emu " + s.socket + " --wait 200ms", failed, []string{"waited 200ms", "backend"}},
+		{"serve --emu " + s.socket + " --wait 1ns", failed, []string{"--wait gives it longer"}},
 		{"serve --emu " + s.socket + " --wait -1s", usage, []string{"--wait"}},
 		{"serve --emu " + s.socket + " --addr moon", usage, []string{"10.9.0.2/24"}},
 		{"serve --emu " + s.socket + " --addr 10.9.0.2", usage, []string{"10.9.0.2/24"}},

@@ -328,7 +328,7 @@ func TestT27DomainDiesAndItsNumberComesAgain(t *testing.T) {
 		wait(t, g.dev.Done())
 		wait(t, g.sink.ended)
 		g.Front.Close()
-		if n := l.Ledger(); n.Mappings != 0 || n.Grants != 0 || n.Ports != 0 {
+		if n := l.Ledger(); n.Mappings != 0 || n.Grants != 0 || n.Ports != 1 { // the backend's presence
 			t.Errorf("%+v", n)
 		}
 	}

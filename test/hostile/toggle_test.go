@@ -264,7 +264,7 @@ func (l *lab) refused(line string) {
 	if n := l.log.count(slog.LevelWarn) - lines; n > 1 {
 		l.t.Errorf("%d warnings more\n%s", n, l.log)
 	}
-	if n := l.store.Stats().Requests - requests; n > 30 {
+	if n := l.store.Stats().Requests - requests; n > 45 {
 		l.t.Errorf("%d requests", n)
 	}
 }

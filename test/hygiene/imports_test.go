@@ -17,7 +17,7 @@ var rows = [...][]string{
 	{"arena"},
 	{"hypercall"},
 	{"telemetry"},
-	{"pvnet/ring", "pvnet/netif"},
+	{"pvnet/ring", "pvnet/netif", "pvnet/packet"},
 	{"xenbus/wire"},
 	{"xenbus/wire/wiretest"},
 	{"xenbus"},
@@ -42,7 +42,7 @@ var rows = [...][]string{
 // library and each other.
 var portable = [...]string{
 	"arena/shm", "arena", "hypercall", "telemetry", "pvnet/ring", "pvnet/netif",
-	"xenbus/wire", "xenbus", "pvnet",
+	"pvnet/packet", "xenbus/wire", "xenbus", "pvnet",
 }
 
 // row is where dir stands, or -1. open says that its row is of the "/..." kind.

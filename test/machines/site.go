@@ -166,7 +166,7 @@ func (s *site) command(ctx context.Context, r row, args []string) (cmd *exec.Cmd
 		env = append(env, "HOME="+s.path("home"), "USER="+userName, "LOGNAME="+userName, "PATH="+goroot+"/bin:"+os.Getenv("PATH"),
 			"GOROOT="+goroot, "GOCACHE="+s.path("gocache"), "GOMODCACHE="+s.path("mod"), "GOPATH="+s.path("home/go"), "GOTOOLCHAIN=local")
 	}
-	p.Env = append(env, r.Env...)
+	p.Env = unique(append(env, r.Env...))
 	flags := uintptr(unix.CLONE_NEWNS)
 	if r.Offline {
 		flags |= unix.CLONE_NEWNET
@@ -176,6 +176,19 @@ func (s *site) command(ctx context.Context, r row, args []string) (cmd *exec.Cmd
 	cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: flags}
 	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
 	return cmd, done, nil
+}
+
+// unique keeps the last of each variable: of two, a program may see the first.
+func unique(env []string) (kept []string) {
+	seen := map[string]bool{}
+	for _, v := range slices.Backward(env) {
+		if name, _, _ := strings.Cut(v, "="); !seen[name] {
+			seen[name] = true
+			kept = append(kept, v)
+		}
+	}
+	slices.Reverse(kept)
+	return kept
 }
 
 // open says whether every user may enter a directory.

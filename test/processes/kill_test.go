@@ -11,6 +11,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"os/exec"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -279,4 +280,83 @@ func (m *machine) replug() {
 	if err := toolstack.Add(ctx, m.tools, theVif); err != nil {
 		m.t.Fatal(err)
 	}
+}
+
+// links follows a device's link.
+func links(t *testing.T, d *pvnet.Device) (next func(up bool) (string, time.Duration)) {
+	events := make(chan pvnet.LinkEvent, 64)
+	ctx, cancel := context.WithCancel(context.Background())
+	t.Cleanup(cancel)
+	go func() {
+		for ev := range d.Links(ctx) {
+			events <- ev
+		}
+	}()
+	return func(up bool) (string, time.Duration) {
+		t.Helper()
+		begun := time.Now()
+		for limit := time.After(15 * time.Second); ; {
+			select {
+			case ev := <-events:
+				if ev.Up == up {
+					return ev.Reason, time.Since(begun)
+				}
+			case <-limit:
+				t.Fatalf("the link did not change to up=%v", up)
+			}
+		}
+	}
+}
+
+// A backend's process is killed while nothing moves: the frontend's link goes down,
+// and comes up with the next one.
+func TestTheLinkGoesDownWithTheBackendsProcess(t *testing.T) {
+	m := empty(t)
+	back := m.kid("serve")
+	dom, err := m.host.NewDomain(1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 15*time.Second)
+	defer cancel()
+	front, err := pvnet.Connect(ctx, dom, "0", pvnet.Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer front.Disconnect()
+	go front.Listen(context.Background(), func(pvnet.Frame) {})
+	next := links(t, front)
+	next(true)
+	for range 3 {
+		back.kill()
+		reason, down := next(false)
+		if !strings.Contains(reason, "program has ended") {
+			t.Errorf("the link is down: %s", reason)
+		}
+		back = m.kid("serve")
+		_, up := next(true)
+		t.Logf("down after %v, up %v after the next backend was started", down, up)
+	}
+	back.stop()
+}
+
+// The same of a frontend's.
+func TestTheLinkGoesDownWithTheFrontendsProcess(t *testing.T) {
+	m := start(t)
+	front := m.kid("ping")
+	dev := m.device()
+	next := links(t, dev)
+	next(true)
+	go dev.Listen(context.Background(), func(pvnet.Frame) {})
+	for range 3 {
+		front.kill()
+		reason, down := next(false)
+		if !strings.Contains(reason, "program has ended") {
+			t.Errorf("the link is down: %s", reason)
+		}
+		front = m.kid("ping")
+		_, up := next(true)
+		t.Logf("down after %v, up %v after the next frontend was started", down, up)
+	}
+	front.stop()
 }

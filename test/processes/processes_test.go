@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -140,7 +141,7 @@ func empty(t testing.TB) *machine {
 	t.Helper()
 	m := &machine{t: t, socket: filepath.Join(t.TempDir(), "host"), backs: make(chan *pvnet.Device, 4)}
 	st := store.New(store.Config{})
-	h, err := emu.Listen(m.socket, emu.Config{Store: func(dom hypercall.DomID, conn io.ReadWriteCloser) {
+	h, err := emu.Listen(m.socket, emu.Config{Admit: st.Admit, Store: func(dom hypercall.DomID, conn io.ReadWriteCloser) {
 		st.ServeConn(conn, dom)
 	}})
 	if err != nil {
@@ -344,5 +345,32 @@ func BenchmarkProcesses(b *testing.B) {
 				b.ReportMetric(float64(size)*8/ns, "Gbit/s")
 			})
 		}
+	}
+}
+
+// A connection to xenstore over the quota is refused by its name.
+func TestTheQuotaOfConnectionsIsNamed(t *testing.T) {
+	m := empty(t)
+	dom, err := emu.Join(t.Context(), m.socket, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dom.Destroy()
+	n := 0
+	for ; ; n++ {
+		c, err := xenbus.Dial(t.Context(), dom.Store, xenbus.Config{})
+		if err != nil {
+			if !strings.Contains(err.Error(), "too many connections") || !strings.Contains(err.Error(), "Quota.Connections") {
+				t.Error(err)
+			}
+			break
+		}
+		defer c.Close()
+		if _, err := c.Directory(t.Context(), "device"); err != nil {
+			t.Fatalf("connection %d: %v", n, err)
+		}
+	}
+	if n != 16 {
+		t.Errorf("%d connections", n)
 	}
 }

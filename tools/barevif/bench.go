@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"barevif/pvnet"
+	"barevif/pvnet/packet"
 
 	"github.com/spf13/cobra"
 )
@@ -174,7 +175,7 @@ func (f *udpFrame) bytes(src []byte) []byte {
 	from, to := f.fromIP.As4(), f.toIP.As4()
 	copy(ip[12:], from[:])
 	copy(ip[16:], to[:])
-	binary.BigEndian.PutUint16(ip[10:], internetSum(ip))
+	binary.BigEndian.PutUint16(ip[10:], packet.Checksum(ip))
 	udp := b[34:]
 	binary.BigEndian.PutUint16(udp, discardPort)
 	binary.BigEndian.PutUint16(udp[2:], discardPort)

@@ -13,6 +13,7 @@ import (
 
 	"barevif/hypercall/xendev"
 	"barevif/pvnet"
+	"barevif/pvnet/packet"
 	"barevif/telemetry"
 
 	"github.com/spf13/cobra"
@@ -530,13 +531,13 @@ func (e *echo) ping(seq uint16) (time.Duration, error) {
 	binary.BigEndian.PutUint16(ip[2:], size-14)
 	copy(ip[12:], e.from[:])
 	copy(ip[16:], e.to[:])
-	binary.BigEndian.PutUint16(ip[10:], internetSum(ip))
+	binary.BigEndian.PutUint16(ip[10:], packet.Checksum(ip))
 	icmp[0] = echoRequest
 	binary.BigEndian.PutUint16(icmp[6:], seq)
 	for i := echoHeader; i < len(icmp); i++ {
 		icmp[i] = byte(i)
 	}
-	binary.BigEndian.PutUint16(icmp[2:], internetSum(icmp))
+	binary.BigEndian.PutUint16(icmp[2:], packet.Checksum(icmp))
 	began := time.Now()
 	if err := e.send(b); err != nil {
 		return 0, err

@@ -12,6 +12,8 @@ import (
 	"strconv"
 	"time"
 
+	"barevif/pvnet/packet"
+
 	"github.com/spf13/cobra"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -360,7 +362,7 @@ func (b *benchNet) pingSocket(ctx context.Context, window time.Duration) (r benc
 		ask[0] = echoRequest
 		binary.BigEndian.PutUint16(ask[4:], id)
 		binary.BigEndian.PutUint16(ask[6:], seq)
-		binary.BigEndian.PutUint16(ask[2:], internetSum(ask))
+		binary.BigEndian.PutUint16(ask[2:], packet.Checksum(ask))
 		began := time.Now()
 		if err := c.SetReadDeadline(began.Add(echoTimeout)); err != nil {
 			return 0, err

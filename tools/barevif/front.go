@@ -162,8 +162,9 @@ func (f *front) connect(ctx context.Context, dom *domain, counters telemetry.Sto
 	if errors.Is(err, xenbus.ErrQuota) {
 		return nil, &advice{err: err, next: "this domain has used up its quota in xenstore: remove what it does not need there, or have dom0 raise the quota"}
 	}
-	if _, ok := errors.AsType[*xenbus.WaitError](err); ok {
-		return nil, &advice{err: err, next: `is the backend running? "barevif back", or the kernel's in its domain`}
+	// A machine that is slow may not even have asked xenstore when the time is over.
+	if _, ok := errors.AsType[*xenbus.WaitError](err); ok || ctx.Err() != nil {
+		return nil, &advice{err: err, next: `is the backend running? "barevif back", or the kernel's in its domain; --wait gives it longer`}
 	}
 	return nil, err
 }

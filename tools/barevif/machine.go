@@ -53,7 +53,7 @@ func startMachine(ctx context.Context, cfg machineConfig) (_ *machine, err error
 			m.shutdown()
 		}
 	}()
-	econf := emu.Config{Store: func(dom hypercall.DomID, conn io.ReadWriteCloser) {
+	econf := emu.Config{Admit: m.store.Admit, Store: func(dom hypercall.DomID, conn io.ReadWriteCloser) {
 		if dom != 0 {
 			<-m.ready
 			if m.tools == nil || m.introduce(context.Background(), dom) != nil {
@@ -124,6 +124,7 @@ func (m *machine) add(ctx context.Context, v toolstack.Vif) error {
 			return err
 		}
 	}
+	v.Room = true
 	if err := toolstack.Add(ctx, m.tools, v); err != nil {
 		return fmt.Errorf("add vif %d of domain %d: %w", v.ID, v.Front, err)
 	}

@@ -10,6 +10,8 @@ import (
 	"net/netip"
 	"os"
 	"time"
+
+	"barevif/pvnet/packet"
 )
 
 // ICMP echo, RFC 792.
@@ -36,7 +38,7 @@ func ping(ctx context.Context, socket *os.File, to netip.Addr, seq uint16) (time
 	id := uint16(os.Getpid())
 	binary.BigEndian.PutUint16(ask[4:], id)
 	binary.BigEndian.PutUint16(ask[6:], seq)
-	binary.BigEndian.PutUint16(ask[2:], internetSum(ask))
+	binary.BigEndian.PutUint16(ask[2:], packet.Checksum(ask))
 
 	began := time.Now()
 	if _, err := c.WriteTo(ask, &net.IPAddr{IP: to.AsSlice()}); err != nil {
@@ -56,16 +58,4 @@ func ping(ctx context.Context, socket *os.File, to netip.Addr, seq uint16) (time
 			return time.Since(began), nil
 		}
 	}
-}
-
-// internetSum is the checksum of RFC 1071 over an even number of bytes.
-func internetSum(b []byte) uint16 {
-	var sum uint32
-	for i := 0; i < len(b); i += 2 {
-		sum += uint32(binary.BigEndian.Uint16(b[i:]))
-	}
-	for sum>>16 != 0 {
-		sum = sum&0xffff + sum>>16
-	}
-	return ^uint16(sum)
 }

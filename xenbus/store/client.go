@@ -2,6 +2,7 @@ package store
 
 import (
 	"errors"
+	"fmt"
 	"io"
 	"slices"
 	"sync"
@@ -103,6 +104,26 @@ func (s *Store) ServeConn(conn io.ReadWriteCloser, dom hypercall.DomID) error {
 	return err
 }
 
+// Admit takes the place of a connection in its domain's quota before the connection
+// is there, so that whoever asks for one hears why there is none. The next ServeConn
+// of the domain takes that place.
+func (s *Store) Admit(dom hypercall.DomID) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	d := s.domains[dom]
+	switch {
+	case s.closed != nil:
+		return s.closed
+	case d == nil: // made known later, or refused then
+		return nil
+	case !d.privileged && d.clients >= s.cfg.Quota.Connections:
+		return fmt.Errorf("%w: it has %d, and the embedded xenstore allows no more (store.Quota.Connections); each frontend device and each backend process takes one", ErrConnections, d.clients)
+	}
+	d.clients++
+	d.admitted++
+	return nil
+}
+
 // connect is where a connection is let in or not.
 func (s *Store) connect(conn io.ReadWriteCloser, dom hypercall.DomID) (*client, error) {
 	s.mu.Lock()
@@ -123,13 +144,18 @@ func (s *Store) connect(conn io.ReadWriteCloser, dom hypercall.DomID) (*client, 
 		txs:     make(map[uint32]*transaction),
 		waiting: make(map[string]struct{}),
 	}
+	admitted := d.admitted > 0
 	if d.privileged {
 		c.backlog *= privilegedFactor
 		c.pending *= privilegedFactor
-	} else if d.clients >= s.cfg.Quota.Connections {
+	} else if !admitted && d.clients >= s.cfg.Quota.Connections {
 		return nil, ErrConnections
 	}
-	d.clients++
+	if admitted {
+		d.admitted--
+	} else {
+		d.clients++
+	}
 	s.running.Add(1)
 	s.clients = append(s.clients, c)
 	s.stats.Connections++

@@ -16,15 +16,16 @@ type domain struct {
 	home       string // what relative paths are relative to
 	privileged bool
 
-	dead    bool
-	target  *domain // whose owner's rights this domain has too (SET_TARGET)
-	clients int
-	nodes   int // nodes it owns
-	watches int
-	txs     int
-	memory  int // bytes it makes the store hold
-	credit  float64
-	charged time.Time // when credit was right
+	dead     bool
+	target   *domain // whose owner's rights this domain has too (SET_TARGET)
+	clients  int     // connections, with those to come
+	admitted int     // those to come
+	nodes    int     // nodes it owns
+	watches  int
+	txs      int
+	memory   int // bytes it makes the store hold
+	credit   float64
+	charged  time.Time // when credit was right
 }
 
 // Whoever writes while others have transactions open can make every commit of

@@ -30,6 +30,18 @@ type Vif struct {
 	Script      string  // hotplug script the backend's kernel driver wants to see
 	Bridge      string
 	Untrusted   bool // tells the frontend not to trust the backend
+
+	// Room makes the nodes a barevif backend is going to write, empty. They count
+	// for the quota of its domain all the same, but xenstored refuses a domain that
+	// is at its quota new nodes only, and a toolstack none.
+	Room bool
+}
+
+// room is what Room makes.
+var room = [...]string{
+	"claim", xenbus.KeyReason, netif.KeyFeatureRxCopy, netif.KeyFeatureSG, netif.KeyFeatureSplitChannels,
+	netif.KeyMaxQueues, netif.KeyFeatureNoCsumOffload, netif.KeyFeatureIPv6CsumOffload,
+	netif.KeyFeatureGSOTCPv4, netif.KeyFeatureGSOTCPv6,
 }
 
 func (v *Vif) backType() string {
@@ -100,6 +112,11 @@ func Add(ctx context.Context, c *xenbus.Client, v Vif) error {
 	}
 	if v.MTU != 0 {
 		front[netif.KeyMTU], back[netif.KeyMTU] = number(v.MTU), number(v.MTU)
+	}
+	if v.Room {
+		for _, key := range room {
+			back[key] = ""
+		}
 	}
 	if v.Script != "" {
 		back[netif.KeyScript] = v.Script

@@ -39,6 +39,7 @@ func New(t testing.TB, cfg emu.Config) *Lab {
 	before := runtime.NumGoroutine()
 	l := &Lab{Store: store.New(store.Config{}), t: t}
 	cfg.Store = func(dom hypercall.DomID, c io.ReadWriteCloser) { l.Store.ServeConn(c, dom) }
+	cfg.Admit = l.Store.Admit
 	var err error
 	if l.Machine, err = emu.New(cfg); err != nil {
 		t.Fatal(err)

@@ -1,0 +1,110 @@
+package pvnet
+
+import (
+	"runtime"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"barevif/telemetry"
+)
+
+// A pulse is a mirror that counts heartbeats, and can be written to.
+type pulse struct {
+	words [2][]uint64
+	beats atomic.Int64
+}
+
+func newPulse() *pulse {
+	return &pulse{words: [2][]uint64{make([]uint64, telemetry.BlockWords), make([]uint64, telemetry.BlockWords)}}
+}
+
+func (p *pulse) Open(telemetry.Info) (telemetry.Mirror, error) { return p, nil }
+func (p *pulse) Kind() string                                  { return "test" }
+func (p *pulse) Reason() string                                { return "" }
+func (p *pulse) Words(_ int, d telemetry.Dir) (words, base []uint64) {
+	return p.words[d], nil
+}
+func (p *pulse) Update(telemetry.Status, telemetry.Reset) { p.beats.Add(1) }
+func (p *pulse) Record(telemetry.Event)                   {}
+func (p *pulse) Close() error                             { return nil }
+
+// Devices whose owners wait have heartbeats, and counters that are put right, while
+// neither their goroutines nor the owners wake up, and one goroutine sees to all.
+func TestAnIdleDeviceSleepsThroughTheTick(t *testing.T) {
+	mirror := newPulse()
+	virtually(t, plain, Config{Counters: mirror}, func(t *testing.T, p *pair) {
+		p.back.set.Open(mirror, telemetry.Info{})
+		_, rx := own(t, p.back)
+		rx.SetDeadline(time.Time{})
+		got := make(chan error, 1)
+		go func() {
+			_, err := rx.Receive(make([]Frame, 1))
+			got <- err
+		}()
+		synctest.Wait()
+
+		before := runtime.NumGoroutine()
+		l := &life{d: p.back, conn: p.conns[1], running: true}
+		unticks := []func(){l.tick()}
+		for range 99 { // devices of the same domain, of which none wants anything
+			other := &life{d: newDevice("1", telemetry.Backend, p.bdom, Config{}), running: true, conn: new(conn)}
+			unticks = append(unticks, other.tick())
+		}
+		if n := runtime.NumGoroutine() - before; n != 1 {
+			t.Errorf("%d goroutines tick for 100 devices", n)
+		}
+		time.Sleep(2500 * time.Millisecond) // one wake-up is timed
+		parks, beats := rx.parked.Load(), mirror.beats.Load()
+		word := int(telemetry.Parks)
+		at := &mirror.words[telemetry.RX][word]
+		was := atomic.LoadUint64(at)
+		for range 20 {
+			atomic.StoreUint64(at, 4711)
+			time.Sleep(time.Second)
+			if now := atomic.LoadUint64(at); now != was {
+				t.Fatalf("the mirror says %d, and said %d", now, was)
+			}
+		}
+		if n := rx.parked.Load() - parks; n != 0 {
+			t.Errorf("the owner woke up %d times", n/2)
+		}
+		if n := mirror.beats.Load() - beats; n != 20 {
+			t.Errorf("%d heartbeats in 20 s", n)
+		}
+		if len(p.back.look) != 0 {
+			t.Error("the device's goroutine was woken")
+		}
+		for _, untick := range unticks {
+			untick()
+		}
+		synctest.Wait()
+		if n := runtime.NumGoroutine() - before; n != 0 || clocks.all[p.bdom] != nil {
+			t.Errorf("%d goroutines tick for nobody", n)
+		}
+		rx.interrupt()
+		<-got
+	})
+}
+
+// A device that is not running, or whose goroutine is at work, does its beat itself.
+func TestTheTickWakesADeviceThatIsNotIdle(t *testing.T) {
+	virtually(t, plain, Config{}, func(t *testing.T, p *pair) {
+		l := &life{d: p.back}
+		defer l.tick()()
+		for _, busy := range []bool{false, true} {
+			l.mu.Lock()
+			if l.running = busy; !busy {
+				l.mu.Unlock()
+			}
+			time.Sleep(time.Second)
+			synctest.Wait()
+			if len(p.back.look) != 1 || !l.owed.Swap(false) {
+				t.Errorf("at work %v: no beat is asked for", busy)
+			}
+			<-p.back.look
+		}
+		l.mu.Unlock()
+	})
+}
