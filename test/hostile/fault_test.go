@@ -443,7 +443,7 @@ func TestT30ConnectFailsAfterPagesWerePosted(t *testing.T) {
 				continue // there is no such call
 			}
 			try(fmt.Sprint("call ", k, " of ", op), "2", func(toolstack.Vif) func() {
-				return l.guest.Fail(emu.Fault{Op: op, K: k, Err: syscall.ENOMEM})
+				return l.guest.Fail(emu.Fault{Op: op, K: k, Times: -1, Err: syscall.ENOMEM}) // one failure costs a queue
 			})
 		}
 	}
