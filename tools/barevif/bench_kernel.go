@@ -32,7 +32,7 @@ type benchNet struct {
 func netCommand(p *program, use, short, what, way string, run func(*benchNet, context.Context, time.Duration) (benchResult, error), flags func(*benchNet, *cobra.Command)) *cobra.Command {
 	b := &benchNet{benchRun: benchRun{program: p}}
 	cmd := &cobra.Command{
-		Use: use, Short: short, Args: cobra.NoArgs,
+		Use: use, Short: short, Args: arguments(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			window, err := b.window()
 			if err != nil {
@@ -188,7 +188,7 @@ func benchUDPRecvCommand(p *program) *cobra.Command {
 func (b *benchNet) udpRecv(ctx context.Context, window time.Duration) (r benchResult, err error) {
 	c, err := net.ListenUDP("udp4", &net.UDPAddr{Port: int(b.port)})
 	if err != nil {
-		return r, err
+		return r, listenRefused(err, fmt.Sprintf("UDP port %d", b.port), "port")
 	}
 	defer c.Close()
 	defer context.AfterFunc(ctx, func() { c.SetReadDeadline(time.Unix(1, 0)) })()
@@ -325,7 +325,7 @@ func benchTCPRecvCommand(p *program) *cobra.Command {
 func (b *benchNet) tcpRecv(ctx context.Context, window time.Duration) (benchResult, error) {
 	l, err := net.ListenTCP("tcp", &net.TCPAddr{Port: int(b.port)})
 	if err != nil {
-		return benchResult{}, err
+		return benchResult{}, listenRefused(err, fmt.Sprintf("TCP port %d", b.port), "port")
 	}
 	return b.recvStream(ctx, window, l)
 }

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"syscall"
+	"time"
 
 	"barevif/hypercall"
 	"barevif/hypercall/emu"
@@ -34,9 +35,9 @@ func (f *domainFlags) register(cmd *cobra.Command, dom hypercall.DomID) {
 	cmd.Flags().StringVar(&f.user, "emu-user", "", "join a host of this `user` too, beside one's own and root's")
 	cmd.Flags().Uint16Var(&f.dom, "dom", uint16(dom), "be the domain of this `number` on the emulated host")
 	cmd.Flags().BoolVar(&f.xen, "xen", false, "be the Xen domain this machine is, through /dev/xen")
-	cmd.MarkFlagsMutuallyExclusive("emu", "xen")
-	cmd.MarkFlagsMutuallyExclusive("dom", "xen")
-	cmd.MarkFlagsMutuallyExclusive("emu-user", "xen")
+	exclusive(cmd, "emu", "xen")
+	exclusive(cmd, "dom", "xen")
+	exclusive(cmd, "emu-user", "xen")
 }
 
 // A domain is a hypercall.Domain that this process is.
@@ -58,6 +59,19 @@ func (d *domain) watch(ctx context.Context, cancel context.CancelCauseFunc) {
 	}()
 }
 
+// endPatience bounds how long a process lives on whose host has ended.
+const endPatience = 5 * time.Second
+
+// lost waits until everything of the domain has ended, as ended says, and gives the
+// reason. It does not wait long: without its host a device may hang.
+func (d *domain) lost(ended <-chan error) error {
+	select {
+	case <-ended:
+	case <-time.After(endPatience):
+	}
+	return errHostGone
+}
+
 // errHostGone is why a domain of an emulated host ends on its own.
 var errHostGone = &advice{
 	err:  errors.New("the emulated host has ended, and this domain with it"),
@@ -72,6 +86,9 @@ func (f *domainFlags) open(ctx context.Context) (*domain, error) {
 			return nil, xenRefused(err)
 		}
 		return &domain{Domain: d, close: func() { d.Close() }}, nil
+	}
+	if f.dom == 0 || f.dom >= uint16(hypercall.DomSelf) {
+		return nil, badValue("dom", strconv.Itoa(int(f.dom)), allowedBy["dom"])
 	}
 	hosts := users.Own()
 	if f.user != "" {

@@ -72,7 +72,7 @@ func TestStatSaysWhatIsWrongWithItsArguments(t *testing.T) {
 		code int
 		want string
 	}{
-		{[]string{"no-such-vif"}, exitFailed, "no counters of no-such-vif\n  next: "},
+		{[]string{"no-such-vif"}, exitFailed, "no counters of \"no-such-vif\"\n  next: "},
 		{[]string{"[x"}, exitUsage, "syntax error in pattern"},
 		{[]string{"--interval", "1ms"}, exitUsage, "not 100ms or more"},
 		{[]string{"--count", "0"}, exitUsage, "a number from 1"},
