@@ -129,7 +129,7 @@ func (b *back) run(ctx context.Context) error {
 		// There is no xenstore to close the vifs in, but their counters have pins,
 		// which would outlive this process.
 		cancel(errHostGone)
-		return dom.lost(done)
+		return dom.lost(b.say, done)
 	}
 	if errors.Is(err, context.Canceled) || errors.Is(err, pvnet.ErrHandover) {
 		return nil // a signal

@@ -59,12 +59,14 @@ func (d *domain) watch(ctx context.Context, cancel context.CancelCauseFunc) {
 	}()
 }
 
-// endPatience bounds how long a process lives on whose host has ended.
-const endPatience = 5 * time.Second
+// endPatience bounds how long a process lives on whose host has ended: a device that
+// has lost its xenstore waits about 10 s for it before it gives up.
+const endPatience = 20 * time.Second
 
-// lost waits until everything of the domain has ended, as ended says, and gives the
-// reason. It does not wait long: without its host a device may hang.
-func (d *domain) lost(ended <-chan error) error {
+// lost says that the host has ended, waits until everything of the domain has
+// ended too, as ended says, and gives the reason.
+func (d *domain) lost(say func(format string, args ...any), ended <-chan error) error {
+	say("domain %d: the emulated host has ended; taking the vifs down, within %v", d.ID(), endPatience)
 	select {
 	case <-ended:
 	case <-time.After(endPatience):

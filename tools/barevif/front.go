@@ -99,7 +99,7 @@ func (f *front) own(ctx context.Context, begin func(*domain, *pvnet.Device) (*us
 			dev.Disconnect()
 			ended <- u.close()
 		}()
-		return dom.lost(ended)
+		return dom.lost(func(format string, args ...any) { fmt.Fprintf(f.stdout, format+"\n", args...) }, ended)
 	case signals.Err() == nil:
 		err = cause
 	}
