@@ -237,7 +237,8 @@ type seen struct {
 }
 
 // NewWatcher watches the devices below root, as [bpf.List] has it, whose names are
-// one of patterns, or match it as a file name matches a shell's: "front-*". No
+// one of patterns, or match it as a file name matches a shell's: "front-*". A
+// pattern may be what people call the device, too: see called. No
 // pattern means all. The error is path.ErrBadPattern.
 func NewWatcher(root string, patterns ...string) (*Watcher, error) {
 	for _, p := range patterns {
