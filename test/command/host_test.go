@@ -282,6 +282,9 @@ func TestAttachAndCheck(t *testing.T) {
 	g.signal(syscall.SIGTERM)
 	g.exit(0)
 	wants(t, check("--sizes", "1-3", "--patience", "100ms", "10.9.0.2").exit(1), "3 of 3 datagrams are lost")
+	const unused = "no station on vif1.0 says that it is 10.9.0.77 (ARP, or neighbour discovery)"
+	wants(t, check("--silence", "1500ms", "10.9.0.77").exit(1), "no answer yet: "+unused, "nothing was answered within 1.5s: "+unused, "next: is that its address")
+	wants(t, check("10.9.0.77").exit(1), "no answer yet: "+unused, unused+"\n  next: is that its address")
 
 	g = start(t, &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET}, s.bin, "attach", "--emu", s.socket, "--tap", "card%i", "--addr", "10.9.0.2/24")
 	g.await("the kernel has it as card0", 1)

@@ -145,7 +145,7 @@ func (b *benchNet) udpSend(ctx context.Context, window time.Duration) (r benchRe
 	}
 	c, err := net.DialUDP("udp4", nil, net.UDPAddrFromAddrPort(netip.AddrPortFrom(b.frame.toIP, discardPort)))
 	if err != nil {
-		return r, err
+		return r, dialRefused(err, b.frame.to, "barevif bench udp-recv")
 	}
 	defer c.Close()
 	return b.sendLoop(ctx, window, make([]byte, b.frame.payload()), func(payload []byte) error {
@@ -310,9 +310,13 @@ func benchTCPSendCommand(p *program) *cobra.Command {
 
 func (b *benchNet) tcpSend(ctx context.Context, window time.Duration) (r benchResult, err error) {
 	var d net.Dialer
-	c, err := d.DialContext(ctx, "tcp", net.JoinHostPort(b.frame.to, strconv.Itoa(int(b.port))))
+	addr := net.JoinHostPort(b.frame.to, strconv.Itoa(int(b.port)))
+	c, err := d.DialContext(ctx, "tcp", addr)
+	if err != nil && ctx.Err() != nil {
+		return r, context.Cause(ctx)
+	}
 	if err != nil {
-		return r, err
+		return r, dialRefused(err, addr, "barevif bench tcp-recv")
 	}
 	return b.sendStream(ctx, window, c)
 }

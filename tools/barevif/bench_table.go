@@ -28,7 +28,7 @@ round trips.`,
 			if len(args) == 1 {
 				f, err := os.Open(args[0])
 				if err != nil {
-					return err
+					return &advice{err: fmt.Errorf("read lines: %w", err), next: "name a file that this user can read, or pipe the lines in"}
 				}
 				defer f.Close()
 				in = f

@@ -227,7 +227,13 @@ func (c *check) unreachable(err error, addr string) error {
 	case errors.Is(err, syscall.ECONNREFUSED):
 		return &advice{err: fmt.Errorf("nothing answers at port %d of %s", c.port, strings.TrimSuffix(addr, ":"+strconv.Itoa(int(c.port)))),
 			next: "does it run there, at this --port? " + answers}
-	case errors.Is(err, syscall.EHOSTUNREACH), errors.Is(err, syscall.ENETUNREACH):
+	case errors.Is(err, syscall.EHOSTUNREACH):
+		why := bare(err).Error()
+		if udp, err := net.ResolveUDPAddr("udp", addr); err == nil {
+			why = neighbour(udp)
+		}
+		return &advice{err: fmt.Errorf("%s cannot be reached: %s", addr, why), next: "is that its address, and does it answer there? " + answers}
+	case errors.Is(err, syscall.ENETUNREACH):
 		return &advice{err: fmt.Errorf("there is no way to %s: %w", addr, bare(err)), next: `"ip route get ADDRESS" says which way it would take`}
 	case errors.Is(err, syscall.EMSGSIZE):
 		return &advice{err: fmt.Errorf("a datagram is too long for the way to %s", addr), next: "choose smaller --sizes"}

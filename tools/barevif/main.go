@@ -94,7 +94,7 @@ func (p *program) root() *cobra.Command {
 		SilenceErrors: true,
 		SilenceUsage:  true,
 	}
-	root.SetOut(p.stdout)
+	root.SetOut(helpOutput{p})
 	root.SetErr(p.stderr)
 	root.PersistentFlags().CountVarP(&p.verbose, "verbose", "v", "log to stderr what happens; twice: in detail")
 	root.SetHelpTemplate(root.HelpTemplate() + exitCodes)

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
 	"os"
 	"slices"
 	"strings"
@@ -220,4 +221,25 @@ func (p *program) outputGone(err error) bool {
 	}
 	e, ok := errors.AsType[*fs.PathError](err)
 	return ok && e.Path == out.Name()
+}
+
+// helpOutput is where cobra prints help. It takes no notice of a reader that has
+// ended, which cobra would report.
+type helpOutput struct{ p *program }
+
+func (h helpOutput) Write(b []byte) (int, error) {
+	n, err := h.p.stdout.Write(b)
+	if h.p.outputGone(err) {
+		return len(b), nil
+	}
+	return n, err
+}
+
+// dialRefused says what to do about a port of another machine that does not answer.
+// other is what has to run there.
+func dialRefused(err error, addr, other string) error {
+	if dns, ok := errors.AsType[*net.DNSError](err); ok {
+		return unknownHost(dns)
+	}
+	return &advice{err: fmt.Errorf("connect to %s: %w", addr, bare(err)), next: fmt.Sprintf("is that its address, and does %q run there?", other)}
 }

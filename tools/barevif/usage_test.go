@@ -145,6 +145,12 @@ func TestAddressesThatCannotBeListenedAt(t *testing.T) {
 	}
 	defer any4.Close()
 	port := func(a net.Addr) string { _, p, _ := net.SplitHostPort(a.String()); return p }
+	closed, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	free := port(closed.Addr())
+	closed.Close()
 	for _, c := range []struct {
 		args string
 		says []string
@@ -153,6 +159,8 @@ func TestAddressesThatCannotBeListenedAt(t *testing.T) {
 		{"stat --http 192.0.2.77:0", []string{"192.0.2.77:0 is no address of this machine", "ip -brief address"}},
 		{"check --answer --port " + port(udp.LocalAddr()) + " 0.0.0.0", []string{"another program listens at ", "--port"}},
 		{"bench udp-recv --secs 1 --port " + port(udp.LocalAddr()), []string{"another program listens at UDP port ", "--port"}},
+		{"bench tcp-send --secs 1 --to 127.0.0.1 --port " + free, []string{"connect to 127.0.0.1:" + free + ": connection refused", "barevif bench tcp-recv"}},
+		{"bench table /no/such/file", []string{"/no/such/file", "pipe the lines in"}},
 		{"bench tcp-recv --secs 1 --port " + port(any4.Addr()), []string{"another program listens at TCP port ", "--port"}},
 	} {
 		code, _, stderr := stats(t, strings.Fields(c.args)...)
@@ -181,6 +189,22 @@ func TestAReaderThatHasEnoughIsNoFailure(t *testing.T) {
 			t.Errorf("%q: exit %d, %q", more, code, &stderr)
 		}
 		w.Close()
+	}
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Close()
+	defer w.Close()
+	lines := filepath.Join(t.TempDir(), "lines")
+	if err := os.WriteFile(lines, []byte(`{"what":"send","way":"ours","seconds":1,"frames":5}`+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, args := range [][]string{{"version"}, {"bench", "table", lines}, {"xen", "--help"}, {"--help"}} {
+		var stderr bytes.Buffer
+		if code := run(t.Context(), args, w, &stderr); code != exitOK || stderr.Len() != 0 {
+			t.Errorf("%q: exit %d, %q", args, code, &stderr)
+		}
 	}
 	// Output that is lost otherwise is one.
 	full, err := os.OpenFile("/dev/full", os.O_WRONLY, 0)
