@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"os"
 	"strconv"
@@ -184,8 +185,11 @@ func (s *statistics) pruned() error {
 	for _, dir := range removed {
 		fmt.Fprintf(s.stdout, "removed %s\n", stat.Clean(dir))
 	}
+	if errors.Is(err, fs.ErrPermission) {
+		return &advice{err: err, next: "run as root, which removes those of every user", refused: true}
+	}
 	if err != nil {
-		return &advice{err: err, next: "as root it removes those of every user"}
+		return &advice{err: err, next: "name the directory of the pins with --root"}
 	}
 	if len(removed) == 0 {
 		fmt.Fprintf(s.stdout, "nothing to remove: no pins of a dead owner in %s that this user may remove\n", s.root)
