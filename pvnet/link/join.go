@@ -217,12 +217,6 @@ func (j *Joint) toLinkFrom(dev *pvnet.Device, rx *pvnet.RX, l Link) error {
 			case err == ErrSize:
 				j.tellUntaken(dev, l, frames[i].Len())
 			case final(err):
-				// None of the rest of the batch reaches the link any more.
-				rest := uint64(n - i)
-				j.toLink.Add(sent)
-				j.toLinkGSO.Add(long)
-				j.unsent.Add(rest)
-				_ = rx.CountUndelivered(lost + rest)
 				_ = rx.Release(frames[:n])
 				return err
 			}

@@ -273,27 +273,3 @@ func TestTAPThatWasDownIsGoneOnWith(t *testing.T) {
 	default:
 	}
 }
-
-// The frames of a batch that a link no longer takes are counted, those it took too.
-func TestWhatALinkThatEndsDoesNotTakeIsCounted(t *testing.T) {
-	h := newHost(t, 1500, pvnet.Config{})
-	l := &refusing{scripted{openTAP(t, TAPConfig{}), make(chan func([][]byte) (int, Offload, error))}, make(chan error)}
-	j, ended := h.join(context.Background(), h.Back, l)
-	const frames = 9
-	for range frames {
-		if _, err := h.Front.Write(testFrame(60)); err != nil {
-			t.Fatal(err)
-		}
-	}
-	l.answers <- nil
-	l.answers <- net.ErrClosed
-	close(l.script)
-	if err := next(t, ended); !errors.Is(err, net.ErrClosed) {
-		t.Error(err)
-	}
-	rx := h.Back.Stats().RX
-	received, undelivered := rx.Get(telemetry.Packets), rx.Get(telemetry.Undelivered)
-	if js := j.Stats(); js.ToLink+js.Unsent != received || js.ToLink != 1 || js.Unsent != undelivered {
-		t.Errorf("%d frames received, %d undelivered; of the joint: %+v", received, undelivered, js)
-	}
-}

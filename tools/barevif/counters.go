@@ -96,40 +96,18 @@ func binarySize(n uint64) string {
 // tally is a vif's life in one line. peer is what its other end is.
 func tally(dev *pvnet.Device, j *link.Joint, peer string) string {
 	st, js := dev.Stats(), j.Stats()
-	return tallied(&st, &js, peer)
+	return fmt.Sprintf("%s frames from the %s (%s lost), %s to the network%s; %s from the network%s, %s to the %s",
+		grouped(st.RX.Get(telemetry.Packets)), peer, grouped(lost(&st.RX)), grouped(js.ToLink), toNetworkLost(&js),
+		grouped(js.FromLink), fromNetworkLost(&js), grouped(st.TX.Get(telemetry.Packets)), peer)
 }
 
-// tallied follows the frames of each direction from end to end: a frame that is in
-// one number and not in the next is lost, with a reason.
-func tallied(st *telemetry.Stats, js *link.JointStats, peer string) string {
-	received, sent := st.RX.Get(telemetry.Packets), st.TX.Get(telemetry.Packets)
-	return fmt.Sprintf("%s frames from the %s%s, %s to the network%s; %s from the network%s, %s to the %s%s",
-		grouped(received), peer, vifLost(&st.RX), grouped(js.ToLink), toNetworkLost(js, received),
-		grouped(js.FromLink), fromNetworkLost(js, sent), grouped(sent), peer, vifLost(&st.TX))
+// toNetworkLost and fromNetworkLost say how many frames a joint dropped, and why.
+func toNetworkLost(js *link.JointStats) string {
+	return reasons(reason{js.Unsent, "not taken there"})
 }
 
-// vifLost says how many frames of a direction the vif lost, and why.
-func vifLost(v *telemetry.Values) string {
-	var list []reason
-	for _, f := range telemetry.Fields() {
-		if f.SumIn != "" {
-			list = append(list, reason{v.Field(f), f.Help})
-		}
-	}
-	return reasons(list...)
-}
-
-// toNetworkLost and fromNetworkLost say how many frames were lost between the vif and
-// its network, and why. received and sent are what the vif counted.
-func toNetworkLost(js *link.JointStats, received uint64) string {
+func fromNetworkLost(js *link.JointStats) string {
 	return reasons(
-		reason{js.Unsent, "not taken there"},
-		reason{received - min(received, js.ToLink+js.Unsent), "not passed on when it ended"})
-}
-
-func fromNetworkLost(js *link.JointStats, sent uint64) string {
-	return reasons(
-		reason{js.FromLink - min(js.FromLink, sent), "not passed on when it ended"},
 		reason{js.Oversize, "longer than the vif's MTU"},
 		reason{js.Refused, "longer than the other end takes"},
 		reason{js.Uncut, "malformed or not to be segmented"},
