@@ -352,8 +352,8 @@ func TestPinsEndWithTheirProgram(t *testing.T) {
 		begin "$1"; end KILL; left killed
 		"$0" stat --prune; left pruned
 		begin "$1"; kill -KILL $g; wait $g; "$0" stat --prune; left beside
-		"$0" serve --emu "$1" & g=$!; both; echo again; wait $b; wait $g; left "without a host"`, missing, dir)
-	p := start(t, &syscall.SysProcAttr{Unshareflags: unix.CLONE_NEWNS | unix.CLONE_NEWNET}, "/bin/sh", "-c", script, s.bin, s.socket)
+		"$0" serve --emu "$1" >"$2" & g=$!; until grep -q serving "$2"; do sleep 0.05; done; both; echo again; wait $b; wait $g; left "without a host"`, missing, dir)
+	p := start(t, &syscall.SysProcAttr{Unshareflags: unix.CLONE_NEWNS | unix.CLONE_NEWNET}, "/bin/sh", "-c", script, s.bin, s.socket, filepath.Join(t.TempDir(), "serve"))
 	select {
 	case <-p.done:
 		if p.cmd.ProcessState.ExitCode() == missing {
