@@ -35,7 +35,8 @@ func (e *NoDeviceError) Error() string {
 	if len(e.Have) == 0 {
 		return fmt.Sprintf("no device at %q, nor any other", clip(e.Dir))
 	}
-	return fmt.Sprintf("no device at %q; there are %s", clip(e.Dir), strings.Join(e.Have, ", "))
+	// Ids are numbers: without quotation marks one reads as how many there are.
+	return fmt.Sprintf("no device at %q; the devices there are: %s", clip(e.Dir), strings.Trim(fmt.Sprintf("%q", e.Have), "[]"))
 }
 
 // Unwrap gives ErrNotFound.

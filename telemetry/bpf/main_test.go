@@ -11,6 +11,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -43,6 +44,7 @@ type plan struct {
 	DenyBPF []uint32      // commands of bpf(2) that fail
 	Errno   syscall.Errno // with this, or EPERM if 0
 	Read    bool          // own nothing: find the device and say what it counted
+	Prune   string        // own nothing: Prune this root and say what was removed
 }
 
 // withPins is the kind of mirror that an owner with every right gets here.
@@ -72,6 +74,11 @@ func owner() int {
 	}
 	if p.Read {
 		return read(p.Info.Name())
+	}
+	if p.Prune != "" {
+		removed, err := Prune(p.Prune)
+		json.NewEncoder(os.Stdout).Encode(ready{strings.Join(removed, " "), fmt.Sprint(err)})
+		return 0
 	}
 	set := telemetry.NewSet(p.Queues)
 	set.Open(&p.Store, p.Info)

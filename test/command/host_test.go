@@ -282,6 +282,9 @@ func TestAttachAndCheck(t *testing.T) {
 	g.signal(syscall.SIGTERM)
 	g.exit(0)
 	wants(t, check("--sizes", "1-3", "--patience", "100ms", "10.9.0.2").exit(1), "3 of 3 datagrams are lost")
+	const unused = "no station on vif1.0 says that it is 10.9.0.77 (ARP, or neighbour discovery)"
+	wants(t, check("--silence", "1500ms", "10.9.0.77").exit(1), "no answer yet: "+unused, "nothing was answered within 1.5s: "+unused, "next: is that its address")
+	wants(t, check("10.9.0.77").exit(1), "no answer yet: "+unused, unused+"\n  next: is that its address")
 
 	g = start(t, &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET}, s.bin, "attach", "--emu", s.socket, "--tap", "card%i", "--addr", "10.9.0.2/24")
 	g.await("the kernel has it as card0", 1)
@@ -322,11 +325,63 @@ func TestADomainEndsWithItsHost(t *testing.T) {
 	for _, p := range []*process{b, g} {
 		wants(t, p.exit(1), "the emulated host has ended", "next: ")
 	}
+	wants(t, b.text(), "vif 1.0: gone; ")
 	// What a killed host leaves behind is not in the way of the next.
 	s.host = start(t, nil, s.bin, "host", "--socket", s.socket)
 	s.host.await("look inside:", 1)
 	s.host.signal(syscall.SIGTERM)
 	s.host.exit(0)
+}
+
+// Whichever way a program ends in good order, and also when its host ends, no pins of
+// its counters stay. Those of one that was killed are removed by "barevif stat
+// --prune", which leaves a live one's.
+func TestPinsEndWithTheirProgram(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("only root mounts a BPF file system")
+	}
+	s := newSite(t)
+	// A BPF file system and a network of the two programs alone.
+	const missing, dir = 77, "/sys/fs/bpf/barevif"
+	script := fmt.Sprintf(`mount -t bpf bpf /sys/fs/bpf || exit %d
+		left() { echo "$1: $(ls -A %[2]s | tr '\n' ' ')left"; }
+		both() { while [ "$(ls -A %[2]s 2>/dev/null | wc -l)" != 2 ]; do sleep 0.05; done; }
+		begin() { "$0" back --emu "$1" --addr 10.9.0.1/24 & b=$!; "$0" serve --emu "$1" & g=$!; both; }
+		end() { kill -$1 $b $g; wait $b; wait $g; }
+		begin "$1"; end TERM; left terminated
+		begin "$1"; end KILL; left killed
+		"$0" stat --prune; left pruned
+		begin "$1"; kill -KILL $g; wait $g; "$0" stat --prune; left beside
+		"$0" serve --emu "$1" >"$2" & g=$!; until grep -q serving "$2"; do sleep 0.05; done; both; echo again; wait $b; wait $g; left "without a host"`, missing, dir)
+	p := start(t, &syscall.SysProcAttr{Unshareflags: unix.CLONE_NEWNS | unix.CLONE_NEWNET}, "/bin/sh", "-c", script, s.bin, s.socket, filepath.Join(t.TempDir(), "serve"))
+	select {
+	case <-p.done:
+		if p.cmd.ProcessState.ExitCode() == missing {
+			t.Skip("this root mounts no BPF file system: ", p.text())
+		}
+	case <-time.After(2 * limit):
+		t.Fatal("the script does not come to its end")
+	case <-said(p, "again\n"):
+	}
+	s.host.signal(syscall.SIGKILL)
+	<-s.host.done
+	out := p.exit(0)
+	wants(t, out, "terminated: left\n", "killed: back-2-1-0 front-1-2-0 left\n", "pruned: left\n",
+		"removed "+dir+"/back-2-1-0\n", "removed "+dir+"/front-1-2-0\n", "beside: back-2-1-0 left\n", "without a host: left\n")
+}
+
+// said is closed when the process has printed s.
+func said(p *process, s string) <-chan struct{} {
+	c := make(chan struct{})
+	go func() {
+		defer close(c)
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		for !p.over && !strings.Contains(p.out.String(), s) {
+			p.cond.Wait()
+		}
+	}()
+	return c
 }
 
 func TestSeveralVifsWithQueuesAndIPv6(t *testing.T) {
@@ -390,14 +445,27 @@ func TestReadmeProgramServes(t *testing.T) {
 	}
 	needTAP(t)
 	s := newSite(t)
-	s.back("--addr", "10.9.0.1/24")
+	b := s.back("--addr", "10.9.0.1/24")
 	dir := t.TempDir()
 	if err := os.WriteFile(filepath.Join(dir, "hello.txt"), []byte("from a directory"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	startIn(t, dir, nil, filepath.Join(programs, "readme"), s.socket)
+	p := startIn(t, dir, nil, filepath.Join(programs, "readme"), s.socket)
+	p.await("connected to domain 2: http://10.9.0.2/\n", 1)
 	if body := fetch(t, "http://10.9.0.2/hello.txt"); string(body) != "from a directory" {
 		t.Errorf("%q", body)
+	}
+	p.signal(syscall.SIGINT)
+	p.exit(0)
+	b.await("vif 1.0: down: the other end is Clos", 1)
+}
+
+func TestReadmeProgramSaysHowItIsUsed(t *testing.T) {
+	readmeProgram(t)
+	out := start(t, nil, filepath.Join(programs, "readme")).exit(1)
+	wants(t, out, "usage: hello SOCKET\n")
+	if strings.Contains(out, "panic") {
+		t.Error("it panicked")
 	}
 }
 

@@ -44,8 +44,8 @@ func TestMistakesAreExplained(t *testing.T) {
 		code int
 		says []string
 	}{
-		{"nonsense", usage, []string{`unknown command "nonsense"`}},
-		{"demo --nonsense", usage, []string{"unknown flag: --nonsense", "barevif demo --help"}},
+		{"nonsense", usage, []string{`"nonsense" is no command of "barevif"`}},
+		{"demo --nonsense", usage, []string{`"--nonsense" is no flag`, "barevif demo --help"}},
 		{"demo extra", usage, []string{`"extra"`}},
 		{"demo --size many", usage, []string{"--size", "like 64MiB"}},
 		{"demo --size -1", usage, []string{"--size"}},
@@ -64,12 +64,12 @@ func TestMistakesAreExplained(t *testing.T) {
 		{"serve --emu " + dir + "/none.sock", failed, []string{"no emulated host listens", `"barevif host"`}},
 		{"serve --emu " + text, failed, []string{"no emulated host listens", `"barevif host"`}},
 		{"serve --emu " + other, failed, []string{"the socket"}},
-		{"serve --emu " + s.socket + " --vif 7", failed, []string{"device/vif/7", "choose one of those"}},
+		{"serve --emu " + s.socket + " --vif 7", failed, []string{"device/vif/7", `the devices there are: "0"`, "choose one of those"}},
 		{"serve --emu " + s.socket + " --vif ../../0", failed, []string{"next: "}},
 		{"serve --emu " + s.socket + " --vif ", failed, []string{"next: "}},
 		{"serve --emu " + s.socket + " --dom 9", failed, []string{"device/vif/0", "--vif"}},
-		{"serve --emu " + s.socket + " --dom 0", failed, []string{"exists already", "--dom"}},
-		{"serve --emu " + s.socket + " --dom 40000", failed, []string{"next: "}},
+		{"serve --emu " + s.socket + " --dom 0", usage, []string{"from 1 to 32751", "--dom"}},
+		{"serve --emu " + s.socket + " --dom 40000", usage, []string{"from 1 to 32751", "--dom"}},
 		{"serve --emu " + s.socket + " --dom 70000", usage, []string{"--dom"}},
 		{"serve --emu " + s.socket + " --wait 200ms", failed, []string{"waited 200ms", "backend"}},
 		{"serve --emu " + s.socket + " --wait 1ns", failed, []string{"--wait gives it longer"}},

@@ -31,7 +31,7 @@ On a real Xen (--xen) the kernel's xen-netfront must not own the vif; --take tak
 it away from it.`,
 		Example: `  barevif attach --addr 10.9.0.2/24
   barevif attach --xen --take --vif 1 --tap card1 --addr 192.0.2.7/24`,
-		Args: cobra.NoArgs,
+		Args: arguments(0),
 		RunE: func(cmd *cobra.Command, _ []string) error { return a.run(cmd.Context()) },
 	}
 	a.register(cmd)

@@ -46,7 +46,7 @@ goes on. Started again after it was killed, it finds its vifs and reconnects the
   barevif back --tap card%d --bridge xenbr0
   barevif back --packet eth1
   barevif back --xen --type barevif`,
-		Args: cobra.NoArgs,
+		Args: arguments(0),
 		RunE: func(cmd *cobra.Command, _ []string) error { return b.run(cmd.Context()) },
 	}
 	b.domain.register(cmd, 2)
@@ -58,9 +58,9 @@ goes on. Started again after it was killed, it finds its vifs and reconnects the
 	cmd.Flags().StringVar(&b.typ, "type", "vif", "backend `type` to serve; one of its own keeps the kernel's netback away")
 	cmd.Flags().IntVar(&b.queues, "queues", 1, "`queues` to offer per vif")
 	cmd.Flags().BoolVar(&b.remove, "remove", false, "remove a vif's directory once it was taken away, where no xl devd does")
-	cmd.MarkFlagsMutuallyExclusive("packet", "addr")
-	cmd.MarkFlagsMutuallyExclusive("packet", "bridge")
-	cmd.MarkFlagsMutuallyExclusive("packet", "tap")
+	exclusive(cmd, "packet", "addr")
+	exclusive(cmd, "packet", "bridge")
+	exclusive(cmd, "packet", "tap")
 	return cmd
 }
 
@@ -126,7 +126,10 @@ func (b *back) run(ctx context.Context) error {
 	select {
 	case err = <-done:
 	case <-dom.gone:
-		return errHostGone // with it all there was to close in good order
+		// There is no xenstore to close the vifs in, but their counters have pins,
+		// which would outlive this process.
+		cancel(errHostGone)
+		return dom.lost(b.say, done)
 	}
 	if errors.Is(err, context.Canceled) || errors.Is(err, pvnet.ErrHandover) {
 		return nil // a signal

@@ -54,7 +54,7 @@ func benchCommand(p *program) *cobra.Command {
   guest$ barevif bench send --xen --secs 8
   dom0$  barevif bench count --if vif1.0 --dir rx --way ours --what send >>lines
   dom0$  barevif bench table <lines`,
-		Args: cobra.NoArgs,
+		Args: arguments(0),
 		RunE: func(cmd *cobra.Command, _ []string) error { return x.run(cmd) },
 	}
 	x.register(cmd)

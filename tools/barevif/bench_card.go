@@ -179,7 +179,7 @@ func benchSendCommand(p *program) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "send",
 		Short: "Send frames through a card of ours",
-		Args:  cobra.NoArgs,
+		Args:  arguments(0),
 		RunE:  func(cmd *cobra.Command, _ []string) error { return s.run(cmd.Context()) },
 	}
 	s.registerRun(cmd, "send", "ours")
@@ -275,7 +275,7 @@ func benchRecvCommand(p *program) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "recv",
 		Short: "Receive frames from a card of ours",
-		Args:  cobra.NoArgs,
+		Args:  arguments(0),
 		RunE:  func(cmd *cobra.Command, _ []string) error { return s.run(cmd.Context()) },
 	}
 	s.registerRun(cmd, "receive", "ours")
@@ -355,7 +355,7 @@ func benchPingCommand(p *program) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "ping",
 		Short: "Measure round trips through a card of ours to a kernel that answers",
-		Args:  cobra.NoArgs,
+		Args:  arguments(0),
 		RunE:  func(cmd *cobra.Command, _ []string) error { return s.run(cmd.Context()) },
 	}
 	s.registerRun(cmd, "round trip", "ours")

@@ -34,7 +34,7 @@ type benchNet struct {
 func netCommand(p *program, use, short, what, way string, run func(*benchNet, context.Context, time.Duration) (benchResult, error), flags func(*benchNet, *cobra.Command)) *cobra.Command {
 	b := &benchNet{benchRun: benchRun{program: p}}
 	cmd := &cobra.Command{
-		Use: use, Short: short, Args: cobra.NoArgs,
+		Use: use, Short: short, Args: arguments(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			window, err := b.window()
 			if err != nil {
@@ -147,7 +147,7 @@ func (b *benchNet) udpSend(ctx context.Context, window time.Duration) (r benchRe
 	}
 	c, err := net.DialUDP("udp4", nil, net.UDPAddrFromAddrPort(netip.AddrPortFrom(b.frame.toIP, discardPort)))
 	if err != nil {
-		return r, err
+		return r, dialRefused(err, b.frame.to, "barevif bench udp-recv")
 	}
 	defer c.Close()
 	return b.sendLoop(ctx, window, make([]byte, b.frame.payload()), func(payload []byte) error {
@@ -190,7 +190,7 @@ func benchUDPRecvCommand(p *program) *cobra.Command {
 func (b *benchNet) udpRecv(ctx context.Context, window time.Duration) (r benchResult, err error) {
 	c, err := net.ListenUDP("udp4", &net.UDPAddr{Port: int(b.port)})
 	if err != nil {
-		return r, err
+		return r, listenRefused(err, fmt.Sprintf("UDP port %d", b.port), "port")
 	}
 	defer c.Close()
 	defer context.AfterFunc(ctx, func() { c.SetReadDeadline(time.Unix(1, 0)) })()
@@ -312,9 +312,13 @@ func benchTCPSendCommand(p *program) *cobra.Command {
 
 func (b *benchNet) tcpSend(ctx context.Context, window time.Duration) (r benchResult, err error) {
 	var d net.Dialer
-	c, err := d.DialContext(ctx, "tcp", net.JoinHostPort(b.frame.to, strconv.Itoa(int(b.port))))
+	addr := net.JoinHostPort(b.frame.to, strconv.Itoa(int(b.port)))
+	c, err := d.DialContext(ctx, "tcp", addr)
+	if err != nil && ctx.Err() != nil {
+		return r, context.Cause(ctx)
+	}
 	if err != nil {
-		return r, err
+		return r, dialRefused(err, addr, "barevif bench tcp-recv")
 	}
 	return b.sendStream(ctx, window, c)
 }
@@ -327,7 +331,7 @@ func benchTCPRecvCommand(p *program) *cobra.Command {
 func (b *benchNet) tcpRecv(ctx context.Context, window time.Duration) (benchResult, error) {
 	l, err := net.ListenTCP("tcp", &net.TCPAddr{Port: int(b.port)})
 	if err != nil {
-		return benchResult{}, err
+		return benchResult{}, listenRefused(err, fmt.Sprintf("TCP port %d", b.port), "port")
 	}
 	return b.recvStream(ctx, window, l)
 }

@@ -123,7 +123,7 @@ func benchStreamRecvCommand(p *program) *cobra.Command {
 func streamCommand(p *program, use, short string, flags func(*benchStream, *cobra.Command), run func(*benchStream, context.Context, time.Duration, *netstack.Stack) (benchResult, error)) *cobra.Command {
 	s := &benchStream{benchRun: benchRun{program: p}}
 	cmd := &cobra.Command{
-		Use: use, Short: short, Args: cobra.NoArgs,
+		Use: use, Short: short, Args: arguments(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			window, err := s.window()
 			if err != nil {

@@ -22,13 +22,13 @@ func benchTableCommand(p *program) *cobra.Command {
 their smallest and largest value, and ratios of medians: to the first row of the
 group, and of each row of ours to the Go socket's. More is better in all of them but
 round trips.`,
-		Args: cobra.MaximumNArgs(1),
+		Args: arguments(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			in := cmd.InOrStdin()
 			if len(args) == 1 {
 				f, err := os.Open(args[0])
 				if err != nil {
-					return err
+					return &advice{err: fmt.Errorf("read lines: %w", err), next: "name a file that this user can read, or pipe the lines in"}
 				}
 				defer f.Close()
 				in = f

@@ -7,12 +7,14 @@ import (
 	"net"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
 	"barevif/tools/internal/appliance"
 
 	"github.com/spf13/cobra"
+	"github.com/vishvananda/netlink"
 )
 
 // checkPort is where datagrams are asked for unless something else is said.
@@ -30,13 +32,16 @@ should be and answers with one of the same size, which check compares too.
 The other end is "barevif serve --check", or this command with --answer, which
 answers until a signal ends it. Datagrams go one small batch at a time, so that
 few are lost where they have no rival; how many may be is for --lost to say. One
-that is wrong, or comes twice, is a failure.`,
+that is wrong, or comes twice, is a failure.
+
+Where nothing answers it says so after a second, with what the kernel knows about
+the address, and gives up after --silence.`,
 		Example: `  barevif serve --check 7007
   barevif check 10.9.0.2
 
   other$ barevif check --answer
   barevif check --sizes 1-8972:61,8972 --lost 0 10.9.0.1`,
-		Args: cobra.MaximumNArgs(1),
+		Args: arguments(1),
 		RunE: func(cmd *cobra.Command, args []string) error { return c.run(cmd.Context(), args) },
 	}
 	cmd.Flags().BoolVar(&c.answer, "answer", false, "be the other end")
@@ -44,9 +49,11 @@ that is wrong, or comes twice, is a failure.`,
 	cmd.Flags().StringVar(&c.sizes, "sizes", "1-1472", "`sizes` in bytes: SIZE, FROM-TO or FROM-TO:STEP, and more of them after commas")
 	cmd.Flags().Float64Var(&c.lost, "lost", 1, "`percent` that may be lost")
 	cmd.Flags().DurationVar(&c.patience, "patience", 2*time.Second, "`time` after which what has not come is lost")
-	cmd.MarkFlagsMutuallyExclusive("answer", "sizes")
-	cmd.MarkFlagsMutuallyExclusive("answer", "lost")
-	cmd.MarkFlagsMutuallyExclusive("answer", "patience")
+	cmd.Flags().DurationVar(&c.silence, "silence", 5*time.Second, "`time` after which to give up if nothing was answered yet")
+	exclusive(cmd, "answer", "silence")
+	exclusive(cmd, "answer", "sizes")
+	exclusive(cmd, "answer", "lost")
+	exclusive(cmd, "answer", "patience")
 	return cmd
 }
 
@@ -57,6 +64,7 @@ type check struct {
 	sizes    string
 	lost     float64
 	patience time.Duration
+	silence  time.Duration
 }
 
 func (c *check) run(ctx context.Context, args []string) error {
@@ -84,13 +92,19 @@ func (c *check) run(ctx context.Context, args []string) error {
 	if c.patience <= 0 {
 		return badValue("patience", c.patience.String(), "a time to wait")
 	}
+	if c.silence <= 0 {
+		return badValue("silence", c.silence.String(), "a time to wait")
+	}
 	return c.ask(ctx, net.JoinHostPort(args[0], port), sizes)
 }
 
 func (c *check) answers(ctx context.Context, addr string) error {
 	pc, err := net.ListenPacket("udp", addr)
+	if dns, ok := errors.AsType[*net.DNSError](err); ok {
+		return unknownHost(dns)
+	}
 	if err != nil {
-		return err
+		return listenRefused(err, addr, "port")
 	}
 	defer context.AfterFunc(ctx, func() { pc.Close() })()
 	fmt.Fprintf(c.stdout, "answering at %s; a signal ends it\n", pc.LocalAddr())
@@ -101,18 +115,26 @@ func (c *check) answers(ctx context.Context, addr string) error {
 }
 
 func (c *check) ask(ctx context.Context, addr string, sizes []int) error {
-	conn, err := net.Dial("udp", addr)
+	var d net.Dialer
+	conn, err := d.DialContext(ctx, "udp", addr)
+	if dns, ok := errors.AsType[*net.DNSError](err); ok {
+		return unknownHost(dns)
+	}
 	if err != nil {
-		return err
+		return c.unreachable(err, addr)
 	}
 	defer conn.Close()
 	began := time.Now()
-	t, err := appliance.Ask(ctx, conn, sizes, c.patience)
-	if errors.Is(err, syscall.ECONNREFUSED) {
-		return &advice{err: err, next: `does it run there? "barevif serve --check", or "barevif check --answer"`}
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	heard := c.hear(ctx, conn, cancel)
+	t, err := appliance.Ask(ctx, heard, sizes, c.patience)
+	heard.stop()
+	if err != nil && ctx.Err() != nil {
+		err = context.Cause(ctx)
 	}
 	if err != nil {
-		return err
+		return c.unreachable(err, addr)
 	}
 	fmt.Fprintf(c.stdout, "%d datagrams, %s each way in %s: %d lost, %d wrong\n",
 		t.Asked, binarySize(uint64(t.Bytes)), time.Since(began).Round(time.Millisecond), t.Lost(), t.Wrong)
@@ -123,6 +145,137 @@ func (c *check) ask(ctx context.Context, addr string, sizes []int) error {
 		return fmt.Errorf("%d of %d datagrams are lost", t.Lost(), t.Asked)
 	}
 	return nil
+}
+
+// A hearing is a socket that notes whether something was ever answered.
+type hearing struct {
+	net.Conn
+	ctx      context.Context
+	answered chan struct{} // closed with the first answer
+	once     sync.Once
+	waiting  sync.WaitGroup
+}
+
+// hear watches conn: as long as nothing is answered it says so after a second, and
+// calls giveUp after c.silence. stop is to be called.
+func (c *check) hear(ctx context.Context, conn net.Conn, giveUp context.CancelCauseFunc) *hearing {
+	h := &hearing{Conn: conn, ctx: ctx, answered: make(chan struct{})}
+	h.waiting.Go(func() {
+		word, end := time.NewTimer(time.Second), time.NewTimer(c.silence)
+		defer word.Stop()
+		defer end.Stop()
+		for {
+			select {
+			case <-word.C:
+				if c.silence > time.Second {
+					fmt.Fprintf(c.stderr, "barevif check: no answer yet: %s; giving up after %v\n", neighbour(conn.RemoteAddr()), c.silence)
+				}
+			case <-end.C:
+				giveUp(&silentError{fmt.Sprintf("nothing was answered within %v: %s", c.silence, neighbour(conn.RemoteAddr()))})
+				conn.SetDeadline(time.Unix(1, 0)) // a write can wait, too
+				return
+			case <-h.answered:
+				return
+			case <-ctx.Done():
+				conn.SetDeadline(time.Unix(1, 0)) // a write can wait, too
+				return
+			}
+		}
+	})
+	return h
+}
+
+// stop ends the watching.
+func (h *hearing) stop() {
+	h.heard()
+	h.waiting.Wait()
+}
+
+func (h *hearing) heard() { h.once.Do(func() { close(h.answered) }) }
+
+func (h *hearing) Read(b []byte) (int, error) {
+	n, err := h.Conn.Read(b)
+	if err == nil {
+		h.heard()
+	}
+	return n, err
+}
+
+// SetReadDeadline keeps a wait from beginning after the watching gave up.
+func (h *hearing) SetReadDeadline(t time.Time) error {
+	err := h.Conn.SetReadDeadline(t)
+	if err == nil && h.ctx.Err() != nil {
+		err = h.Conn.SetReadDeadline(time.Unix(1, 0))
+	}
+	return err
+}
+
+// A silentError is that nothing was ever answered.
+type silentError struct{ text string }
+
+func (e *silentError) Error() string { return e.text }
+
+// unreachable says what to do about an other end that does not answer.
+func (c *check) unreachable(err error, addr string) error {
+	const answers = `"barevif serve --check", or "barevif check --answer"`
+	if _, ok := errors.AsType[*silentError](err); ok {
+		return &advice{err: err, next: "is that its address, and does it answer there? " + answers + "; --silence waits longer"}
+	}
+	switch {
+	case errors.Is(err, context.Canceled):
+		return err
+	case errors.Is(err, syscall.ECONNREFUSED):
+		return &advice{err: fmt.Errorf("nothing answers at port %d of %s", c.port, strings.TrimSuffix(addr, ":"+strconv.Itoa(int(c.port)))),
+			next: "does it run there, at this --port? " + answers}
+	case errors.Is(err, syscall.EHOSTUNREACH):
+		why := bare(err).Error()
+		if udp, err := net.ResolveUDPAddr("udp", addr); err == nil {
+			why = neighbour(udp)
+		}
+		return &advice{err: fmt.Errorf("%s cannot be reached: %s", addr, why), next: "is that its address, and does it answer there? " + answers}
+	case errors.Is(err, syscall.ENETUNREACH):
+		return &advice{err: fmt.Errorf("there is no way to %s: %w", addr, bare(err)), next: `"ip route get ADDRESS" says which way it would take`}
+	case errors.Is(err, syscall.EMSGSIZE):
+		return &advice{err: fmt.Errorf("a datagram is too long for the way to %s", addr), next: "choose smaller --sizes"}
+	}
+	return &advice{err: fmt.Errorf("ask %s: %w", addr, bare(err)), next: "-v may say more, and so may ping"}
+}
+
+// unknownHost is a name that is no address of a host.
+func unknownHost(e *net.DNSError) error {
+	return &advice{err: fmt.Errorf("no host %q is known", e.Name), next: "give its address, such as 10.9.0.2", usage: true}
+}
+
+// neighbour says in words what the kernel knows about the next station on the way
+// to an address.
+func neighbour(addr net.Addr) string {
+	const unknown = "the kernel knows a way to it, and nothing comes back"
+	udp, ok := addr.(*net.UDPAddr)
+	if !ok {
+		return unknown
+	}
+	routes, err := netlink.RouteGet(udp.IP)
+	if err != nil || len(routes) == 0 {
+		return unknown
+	}
+	hop, way := udp.IP, routes[0]
+	if way.Gw != nil {
+		hop = way.Gw
+	}
+	card, err := net.InterfaceByIndex(way.LinkIndex)
+	if err != nil || card.Flags&net.FlagLoopback != 0 {
+		return unknown
+	}
+	known, err := netlink.NeighList(way.LinkIndex, 0)
+	if err != nil {
+		return unknown
+	}
+	for _, n := range known {
+		if n.IP.Equal(hop) && n.State&(netlink.NUD_INCOMPLETE|netlink.NUD_FAILED|netlink.NUD_PROBE) == 0 {
+			return fmt.Sprintf("%s is a station on %s, and does not answer", hop, card.Name)
+		}
+	}
+	return fmt.Sprintf("no station on %s says that it is %s (ARP, or neighbour discovery)", card.Name, hop)
 }
 
 // maxAsked bounds how many datagrams one command sends.

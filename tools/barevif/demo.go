@@ -44,7 +44,7 @@ end is a second gVisor stack. --network asks for one of them.`,
 		Example: `  barevif demo
   barevif demo --size 2GiB
   barevif demo --network userspace -v`,
-		Args: cobra.NoArgs,
+		Args: arguments(0),
 		RunE: func(cmd *cobra.Command, _ []string) error { return d.run(cmd.Context()) },
 	}
 	cmd.Flags().Var(&d.size, "size", "`bytes` of the file to fetch, with KiB, MiB, GiB or TiB")
@@ -418,7 +418,7 @@ func (s *byteSize) Set(v string) error {
 	}
 	n, err := strconv.ParseInt(number, 10, 64)
 	if err != nil || n < 0 || n > appliance.MaxBlob>>shift {
-		return fmt.Errorf("not a number of bytes up to %s, like 64MiB", binarySize(appliance.MaxBlob))
+		return fmt.Errorf("a number of bytes up to %s, like 64MiB", binarySize(appliance.MaxBlob))
 	}
 	*s = byteSize(n << shift)
 	return nil

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"syscall"
+	"time"
 
 	"barevif/hypercall"
 	"barevif/hypercall/emu"
@@ -34,9 +35,9 @@ func (f *domainFlags) register(cmd *cobra.Command, dom hypercall.DomID) {
 	cmd.Flags().StringVar(&f.user, "emu-user", "", "join a host of this `user` too, beside one's own and root's")
 	cmd.Flags().Uint16Var(&f.dom, "dom", uint16(dom), "be the domain of this `number` on the emulated host")
 	cmd.Flags().BoolVar(&f.xen, "xen", false, "be the Xen domain this machine is, through /dev/xen")
-	cmd.MarkFlagsMutuallyExclusive("emu", "xen")
-	cmd.MarkFlagsMutuallyExclusive("dom", "xen")
-	cmd.MarkFlagsMutuallyExclusive("emu-user", "xen")
+	exclusive(cmd, "emu", "xen")
+	exclusive(cmd, "dom", "xen")
+	exclusive(cmd, "emu-user", "xen")
 }
 
 // A domain is a hypercall.Domain that this process is.
@@ -58,6 +59,21 @@ func (d *domain) watch(ctx context.Context, cancel context.CancelCauseFunc) {
 	}()
 }
 
+// endPatience bounds how long a process lives on whose host has ended: a device that
+// has lost its xenstore waits about 10 s for it before it gives up.
+const endPatience = 20 * time.Second
+
+// lost says that the host has ended, waits until everything of the domain has
+// ended too, as ended says, and gives the reason.
+func (d *domain) lost(say func(format string, args ...any), ended <-chan error) error {
+	say("domain %d: the emulated host has ended; taking the vifs down, within %v", d.ID(), endPatience)
+	select {
+	case <-ended:
+	case <-time.After(endPatience):
+	}
+	return errHostGone
+}
+
 // errHostGone is why a domain of an emulated host ends on its own.
 var errHostGone = &advice{
 	err:  errors.New("the emulated host has ended, and this domain with it"),
@@ -72,6 +88,9 @@ func (f *domainFlags) open(ctx context.Context) (*domain, error) {
 			return nil, xenRefused(err)
 		}
 		return &domain{Domain: d, close: func() { d.Close() }}, nil
+	}
+	if f.dom == 0 || f.dom >= uint16(hypercall.DomSelf) {
+		return nil, badValue("dom", strconv.Itoa(int(f.dom)), allowedBy["dom"])
 	}
 	hosts := users.Own()
 	if f.user != "" {

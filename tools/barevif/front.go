@@ -94,7 +94,13 @@ func (f *front) own(ctx context.Context, begin func(*domain, *pvnet.Device) (*us
 	case ctx.Err() == nil:
 		err = fmt.Errorf("vif %s has ended: %s", f.vif, last.Reason)
 	case errors.Is(cause, errHostGone):
-		return errHostGone // with it all there was to close in good order
+		// See back: the device is ended for the sake of its pins.
+		ended := make(chan error, 1)
+		go func() {
+			dev.Disconnect()
+			ended <- u.close()
+		}()
+		return dom.lost(func(format string, args ...any) { fmt.Fprintf(f.stdout, format+"\n", args...) }, ended)
 	case signals.Err() == nil:
 		err = cause
 	}

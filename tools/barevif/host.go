@@ -44,7 +44,7 @@ It is a development machine, not a boundary: each of these can be any domain.`,
 		Example: `  barevif host
   barevif host --vif front=1 --vif front=3,back=2,mtu=9000
   barevif host --socket /tmp/xen/host.sock`,
-		Args: cobra.NoArgs,
+		Args: arguments(0),
 		RunE: func(cmd *cobra.Command, _ []string) error { return h.run(cmd.Context()) },
 	}
 	cmd.Flags().StringVar(&h.socket, "socket", hostSocket(strconv.Itoa(os.Geteuid())), "`socket` to listen at")

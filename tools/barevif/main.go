@@ -4,6 +4,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -83,10 +84,8 @@ func (p *program) log() *slog.Logger {
 	return slog.New(slog.NewTextHandler(p.stderr, &slog.HandlerOptions{Level: level}))
 }
 
-// run is the command. It returns what to exit with.
-func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
-	p := &program{stdout: stdout, stderr: stderr}
-	started := false
+// root is the command line.
+func (p *program) root() *cobra.Command {
 	root := &cobra.Command{
 		Use:           "barevif",
 		Short:         "A Xen paravirtual network card for Go programs",
@@ -95,16 +94,29 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		SilenceErrors: true,
 		SilenceUsage:  true,
 	}
-	root.SetArgs(args)
-	root.SetOut(stdout)
-	root.SetErr(stderr)
+	root.SetOut(helpOutput{p})
+	root.SetErr(p.stderr)
 	root.PersistentFlags().CountVarP(&p.verbose, "verbose", "v", "log to stderr what happens; twice: in detail")
 	root.SetHelpTemplate(root.HelpTemplate() + exitCodes)
-	for _, add := range []func(*program) *cobra.Command{demoCommand, hostCommand, backCommand, serveCommand, attachCommand, checkCommand, statCommand, xenCommand, benchCommand} {
+	for _, add := range []func(*program) *cobra.Command{demoCommand, hostCommand, backCommand, serveCommand, attachCommand, checkCommand, statCommand, xenCommand, benchCommand, versionCommand} {
 		root.AddCommand(add(p))
 	}
+	root.SetFlagErrorFunc(flagError)
+	root.SetHelpCommand(helpCommand())
+	return root
+}
+
+// run is the command. It returns what to exit with.
+func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	p := &program{stdout: stdout, stderr: stderr}
+	root := p.root()
+	root.SetArgs(args)
+	started := false
 	noteStart(root, &started)
 	cmd, err := root.ExecuteContextC(ctx)
+	if _, _, unknown := root.Find(args); err != nil && !started && unknown != nil {
+		err = unknownCommand(root, firstWord(args))
+	}
 	return p.report(ctx, cmd, err, started)
 }
 
@@ -127,9 +139,14 @@ func (p *program) report(ctx context.Context, cmd *cobra.Command, err error, sta
 	if err == nil {
 		return exitOK
 	}
-	if !started {
-		fmt.Fprintf(p.stderr, "%s: %v\n  next: %s --help\n", cmd.CommandPath(), err, cmd.CommandPath())
-		return exitUsage
+	if p.outputGone(err) {
+		return exitOK
+	}
+	help := cmd.CommandPath() + " --help"
+	if a, ok := errors.AsType[*advice](err); !started && !ok {
+		err = &advice{err: err, usage: true}
+	} else if !started {
+		a.usage = true
 	}
 	if ctx.Err() != nil && errors.Is(err, context.Canceled) {
 		fmt.Fprintf(p.stderr, "%s: interrupted\n", cmd.CommandPath())
@@ -138,7 +155,7 @@ func (p *program) report(ctx context.Context, cmd *cobra.Command, err error, sta
 	fmt.Fprintf(p.stderr, "%s: %v\n", cmd.CommandPath(), err)
 	code := exitFailed
 	if a, ok := errors.AsType[*advice](err); ok {
-		fmt.Fprintf(p.stderr, "  next: %s\n", a.next)
+		fmt.Fprintf(p.stderr, "  next: %s\n", cmp.Or(a.next, help))
 		if a.usage {
 			code = exitUsage
 		} else if a.refused {
@@ -151,19 +168,10 @@ func (p *program) report(ctx context.Context, cmd *cobra.Command, err error, sta
 // advice is an error with what to do about it.
 type advice struct {
 	err     error
-	next    string
-	refused bool // by the machine
-	usage   bool // a value on the command line is wrong
+	next    string // "": see the help of the command
+	refused bool   // by the machine
+	usage   bool   // a value on the command line is wrong
 }
 
 func (a *advice) Error() string { return a.err.Error() }
 func (a *advice) Unwrap() error { return a.err }
-
-// badValue is a value on the command line that makes no sense.
-func badValue(flag, value, want string) error {
-	return &advice{
-		err:   fmt.Errorf("--%s %q: not %s", flag, value, want),
-		next:  "see --help",
-		usage: true,
-	}
-}

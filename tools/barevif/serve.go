@@ -40,7 +40,7 @@ it away from it.`,
 		Example: `  barevif serve --addr 10.9.0.2/24
   barevif serve --addr 10.9.0.2/24 --gateway 10.9.0.1 --root ./public
   barevif serve --xen --take --vif 1 --addr 192.0.2.7/24 --gateway 192.0.2.1`,
-		Args: cobra.NoArgs,
+		Args: arguments(0),
 		RunE: func(cmd *cobra.Command, _ []string) error { return s.run(cmd.Context()) },
 	}
 	s.register(cmd)

@@ -7,12 +7,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"os"
 	"strconv"
 	"strings"
 	"time"
 
+	"barevif/telemetry"
 	"barevif/telemetry/bpf"
 	"barevif/tools/internal/stat"
 	"barevif/tools/internal/statweb"
@@ -30,7 +32,12 @@ func statCommand(p *program) *cobra.Command {
 		Short: "Show the counters of vifs: once, live, as JSON, plots or a web page",
 		Long: `stat shows what the vifs of this machine count, whichever process owns them. VIF is a
 name as stat shows it, "front-1-2-0" for domain 1's end of its vif 0 with domain 2,
-or a pattern: "front-*". Without one it shows all.
+or a pattern: "front-*". Without one it shows all. Other names work too:
+
+  vif1.0     as "back" calls its interface: the backend of domain 1's vif 0
+  1.0        both ends of domain 1's vif 0
+  xvif0      as "attach" calls its interface: the frontend of vif 0
+  eth0       an interface of this machine: the frontend that has its MAC
 
 It changes nothing, asks nothing of the owner, and needs no right but reading:
 
@@ -52,6 +59,10 @@ can hold it; what it cannot is lost, or one end has counted for longer: "unequal
 
 A device is stale when its owner has given no sign of life for 3 seconds, and torn
 when the owner died in the middle of a write.
+
+--prune removes what owners left in the directory of the pins that were killed, or
+lost power: directories of this user, as root of all users, whose owner is dead. It
+prints each. What a live process owns stays.
 
 --watch is a live table: q quits, r counts from now on, s sorts, x folds queues,
 p plots, space pauses. Where the output is no terminal it is a line per direction.
@@ -88,10 +99,14 @@ with their direction, rx_packets; a number above 2^53 is a string of its digits.
 	f.BoolVar(&s.allUsers, "all-users", false, "show devices of every user, with their owners")
 	f.StringArrayVar(&s.users, "user", nil, "show devices of this `user` too, by name or number; repeatable")
 	f.StringVar(&s.root, "root", bpf.DefaultRoot, "`directory` of the pins")
-	cmd.MarkFlagsMutuallyExclusive("json", "plot", "http")
-	cmd.MarkFlagsMutuallyExclusive("http", "watch")
-	cmd.MarkFlagsMutuallyExclusive("http", "count")
-	cmd.MarkFlagsMutuallyExclusive("token-file", "no-token")
+	f.BoolVar(&s.prune, "prune", false, "remove the pins of dead owners, and show nothing")
+	for _, other := range []string{"watch", "json", "plot", "count", "http", "user", "all-users"} {
+		exclusive(cmd, "prune", other)
+	}
+	exclusive(cmd, "json", "plot", "http")
+	exclusive(cmd, "http", "watch")
+	exclusive(cmd, "http", "count")
+	exclusive(cmd, "token-file", "no-token")
 	return cmd
 }
 
@@ -105,6 +120,7 @@ type statistics struct {
 	tokenFile         string
 	noToken, allUsers bool
 	users             []string
+	prune             bool
 }
 
 func (s *statistics) run(ctx context.Context, counted bool) error {
@@ -114,7 +130,10 @@ func (s *statistics) run(ctx context.Context, counted bool) error {
 	if counted && s.count == 0 {
 		return badValue("count", "0", "a number from 1")
 	}
-	w, err := stat.NewWatcher(s.root, s.patterns...)
+	if s.prune {
+		return s.pruned()
+	}
+	w, err := stat.NewWatcher(s.root, append(s.patterns, s.cards()...)...)
 	if err != nil {
 		return &advice{err: err, next: `a name as "barevif stat" shows it, or a pattern such as 'front-*'`, usage: true}
 	}
@@ -157,6 +176,49 @@ func (s *statistics) run(ctx context.Context, counted bool) error {
 	return stat.Write(s.stdout, l, stat.Sheet{Width: s.width(), Paint: s.paint()})
 }
 
+// pruned removes the pins of dead owners and says which they were.
+func (s *statistics) pruned() error {
+	if len(s.patterns) > 0 {
+		return &advice{err: fmt.Errorf("%q: --prune takes no names, it removes the pins of every dead owner", s.patterns[0]), usage: true}
+	}
+	removed, err := bpf.Prune(s.root)
+	for _, dir := range removed {
+		fmt.Fprintf(s.stdout, "removed %s\n", stat.Clean(dir))
+	}
+	if errors.Is(err, fs.ErrPermission) {
+		return &advice{err: err, next: "run as root, which removes those of every user", refused: true}
+	}
+	if err != nil {
+		return &advice{err: err, next: "name the directory of the pins with --root"}
+	}
+	if len(removed) == 0 {
+		fmt.Fprintf(s.stdout, "nothing to remove: no pins of a dead owner in %s that this user may remove\n", s.root)
+	}
+	return nil
+}
+
+// cards are the names of the frontends that have the MAC of an interface of this
+// machine that was asked for.
+func (s *statistics) cards() (names []string) {
+	for _, p := range s.patterns {
+		card, err := net.InterfaceByName(p)
+		if err != nil || len(card.HardwareAddr) != 6 {
+			continue
+		}
+		w, err := stat.NewWatcher(s.root)
+		if err != nil {
+			return nil
+		}
+		w.AllUsers = s.allUsers
+		for _, d := range w.Look().Devices {
+			if info, ok := d.Info(); ok && info.Role == telemetry.Frontend && d.Report != nil && d.Report.Status.MAC == [6]byte(card.HardwareAddr) {
+				names = append(names, d.Source.Name)
+			}
+		}
+	}
+	return names
+}
+
 // found is an error if something was asked for by name and is not there.
 func (s *statistics) found(l *stat.Look) error {
 	if len(l.Devices) > 0 || len(s.patterns) == 0 {
@@ -172,10 +234,10 @@ func (s *statistics) found(l *stat.Look) error {
 			names = append(names, all.Devices[i].Name)
 		}
 		if len(names) > 0 {
-			next = "there are " + strings.Join(names, " ")
+			next = "the vifs that count here are " + strings.Join(quoted(names), ", ")
 		}
 	}
-	return &advice{err: fmt.Errorf("no counters of %s", strings.Join(s.patterns, ", ")), next: next}
+	return &advice{err: fmt.Errorf("no counters of %s", strings.Join(quoted(s.patterns), ", ")), next: next}
 }
 
 func (s *statistics) warn(l *stat.Look) {
@@ -273,9 +335,10 @@ func (s *statistics) serve(ctx context.Context, w *stat.Watcher) error {
 		token = rand.Text()
 		secret, where = "#token="+token, token
 	}
-	l, err := net.Listen("tcp", net.JoinHostPort(host, port))
+	addr := net.JoinHostPort(host, port)
+	l, err := net.Listen("tcp", addr)
 	if err != nil {
-		return err
+		return listenRefused(err, addr, "http")
 	}
 	fmt.Fprintf(s.stdout, "page      http://%s/%s\nJSON      http://%s/stat.json\nmetrics   http://%s/metrics\n", l.Addr(), secret, l.Addr(), l.Addr())
 	if token != "" {

@@ -72,7 +72,7 @@ func TestStatSaysWhatIsWrongWithItsArguments(t *testing.T) {
 		code int
 		want string
 	}{
-		{[]string{"no-such-vif"}, exitFailed, "no counters of no-such-vif\n  next: "},
+		{[]string{"no-such-vif"}, exitFailed, "no counters of \"no-such-vif\"\n  next: "},
 		{[]string{"[x"}, exitUsage, "syntax error in pattern"},
 		{[]string{"--interval", "1ms"}, exitUsage, "not 100ms or more"},
 		{[]string{"--count", "0"}, exitUsage, "a number from 1"},
@@ -80,6 +80,7 @@ func TestStatSaysWhatIsWrongWithItsArguments(t *testing.T) {
 		{[]string{"--json", "--plot"}, exitUsage, "next: "},
 		{[]string{"--user", "no such user"}, exitUsage, "a user of this machine"},
 		{[]string{"--token-file", "x"}, exitUsage, "--http"},
+		{[]string{"--prune", "--root", t.TempDir()}, exitFailed, "not in a BPF file system\n  next: name the directory"},
 		{[]string{"--no-token"}, exitUsage, "--http"},
 		{[]string{"--http", "0", "--no-token", "--token-file", "x"}, exitUsage, "next: "},
 		{[]string{"--http", "0", "--token-file", "/proc/none/x"}, exitFailed, "name another with --token-file"},

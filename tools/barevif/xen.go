@@ -22,7 +22,7 @@ program may own it, and release it to the kernel again. Both need root.`,
 		Example: `  barevif xen
   barevif xen take 0
   barevif xen release 0`,
-		Args: cobra.NoArgs,
+		Args: arguments(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			r := xendev.Inspect(cmd.Context(), xendev.Config{})
 			fmt.Fprint(p.stdout, r.String())
@@ -44,7 +44,7 @@ program may own it, and release it to the kernel again. Both need root.`,
 		{"release ID", "Give vif ID of this domain to the kernel's driver", xendev.Release},
 	} {
 		cmd.AddCommand(&cobra.Command{
-			Use: c.use, Short: c.short, Args: cobra.ExactArgs(1),
+			Use: c.use, Short: c.short, Args: oneArgument("the ID of a vif", `"barevif xen" lists them`),
 			RunE: func(_ *cobra.Command, args []string) error { return c.do(xendev.Config{}, args[0]) },
 		})
 	}

@@ -237,7 +237,8 @@ type seen struct {
 }
 
 // NewWatcher watches the devices below root, as [bpf.List] has it, whose names are
-// one of patterns, or match it as a file name matches a shell's: "front-*". No
+// one of patterns, or match it as a file name matches a shell's: "front-*". A
+// pattern may be what people call the device, too: see called. No
 // pattern means all. The error is path.ErrBadPattern.
 func NewWatcher(root string, patterns ...string) (*Watcher, error) {
 	for _, p := range patterns {
@@ -373,8 +374,30 @@ func (w *Watcher) wants(name string) bool {
 	}
 	return slices.ContainsFunc(w.patterns, func(p string) bool {
 		ok, _ := path.Match(p, name)
-		return ok || p == name
+		return ok || p == name || called(p, name)
 	})
+}
+
+// called reports whether people call the device of that name alias: "vif1.0" is the
+// interface of the backend of domain 1's vif 0, as Linux's netback and "barevif back"
+// name it, "1.0" the vif with both ends, and "xvif0" the interface of "barevif
+// attach", whose vif 0 it is.
+func called(alias, name string) bool {
+	info, ok := parseName(name)
+	if !ok {
+		return false
+	}
+	front, handle := info.Own, strconv.FormatUint(uint64(info.Handle), 10)
+	if info.Role == telemetry.Backend {
+		front = info.Peer
+	}
+	vif := strconv.Itoa(int(front)) + "." + handle
+	switch info.Role {
+	case telemetry.Backend:
+		return alias == vif || alias == "vif"+vif
+	default:
+		return alias == vif || alias == "xvif"+handle
+	}
 }
 
 // compareNames sorts front-2 before front-10.

@@ -402,3 +402,35 @@ func TestRingThatWasNotMeasuredIsNotShownEmpty(t *testing.T) {
 		t.Errorf("%v slots in use, %v, want 12", used, known)
 	}
 }
+
+// A frontend's full receive ring is at rest; a full ring of any other kind is
+// saturated, and has a bar that says so.
+func TestBuffersPostedAreNoLoad(t *testing.T) {
+	for name, bars := range map[string]int{"front-1-2-0": 1, "back-2-1-0": 2} {
+		d := device(name, 5, 5, 0)
+		var b strings.Builder
+		if err := Write(&b, look(d), Sheet{Paint: NoPaint}); err != nil {
+			t.Fatal(err)
+		}
+		posted := strings.Count(b.String(), "posted    64/256")
+		if got := strings.Count(b.String(), "██······  64/256"); got != bars || posted != 2-bars {
+			t.Errorf("%s: %d bars, %d posted in\n%s", name, got, posted, &b)
+		}
+	}
+}
+
+func TestNamesPeopleTypeAreKnown(t *testing.T) {
+	for _, c := range []struct {
+		alias, name string
+		want        bool
+	}{
+		{"vif1.0", "back-2-1-0", true}, {"vif1.0", "front-1-2-0", false}, {"vif2.0", "back-2-1-0", false},
+		{"1.0", "back-2-1-0", true}, {"1.0", "front-1-2-0", true}, {"2.0", "back-2-1-0", false}, {"1.00", "back-2-1-0", false},
+		{"xvif0", "front-1-2-0", true}, {"xvif0", "back-2-1-0", false}, {"xvif", "front-1-2-0", false},
+		{"1.0", "somebody-1-0", false}, {"", "front-1-2-0", false},
+	} {
+		if got := called(c.alias, c.name); got != c.want {
+			t.Errorf("%q is %s: %t", c.alias, c.name, got)
+		}
+	}
+}

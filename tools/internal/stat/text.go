@@ -317,11 +317,22 @@ func (d *Device) line(q int, dir telemetry.Dir, rates bool) []cell {
 	if used, ok := d.Occupancy(q, dir); ok {
 		v := Values(&d.Report.Stats, q, dir)
 		ring = Bar(used, v.Gauge(telemetry.RingSize))
+		if d.posted(dir) {
+			ring = fmt.Sprintf("%-8s %3.0f/%d", "posted", used, v.Gauge(telemetry.RingSize))
+		}
 	}
 	return append(row,
 		cell{Grouped(d.Count(q, dir, Packets)), Plain}, cell{Grouped(d.Count(q, dir, Bytes)), Plain}, cell{Grouped(lost), tone},
 		cell{batch, Plain}, cell{Grouped(d.Count(q, dir, Sent)), Plain},
 		cell{ring, Plain})
+}
+
+// posted reports whether the slots in use are buffers that wait for frames, as they
+// are in the ring a frontend receives through. That ring is full when it is at rest,
+// and is not to look like a saturated one.
+func (d *Device) posted(dir telemetry.Dir) bool {
+	info, ok := d.Info()
+	return ok && info.Role == telemetry.Frontend && dir == telemetry.RX
 }
 
 func (d *Device) rateText(q int, dir telemetry.Dir, get Get, scale float64) string {

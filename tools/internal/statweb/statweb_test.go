@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -111,6 +112,11 @@ func (s *site) count(n uint64) {
 	tx.Set(telemetry.RingSize, 256)
 	tx.Observe(telemetry.RingOccupancy, 100)
 	tx.Flush()
+	posted := s.front.RX(0)
+	posted.Set(telemetry.RingSize, 256)
+	posted.Set(telemetry.RingUsed, 256) // at rest
+	posted.Observe(telemetry.RingOccupancy, 256)
+	posted.Flush()
 	if totals := s.back.Totals(); totals.RX.Get(telemetry.Packets) == 0 {
 		n--
 	}
@@ -382,13 +388,29 @@ func TestPageDrawsInABrowser(t *testing.T) {
 	s.count(1000)
 	await("the new count is shown", `document.querySelector("#flows td.n").textContent.replace(/\D/g, "") === "1100"`)
 	await("the plot shows it came", `cards.values().next().value.series.get(-1).samples.some(s => s.tx_frames > 0)`)
-	if err := chromedp.Do(ctx, chromedp.EmulateViewport(360, 800)); err != nil {
-		t.Fatal(err)
-	}
-	await("a telephone shows the verdict, and nothing beyond its edge", `(() => {
-		const pill = document.querySelector("#flows .pill").getBoundingClientRect();
-		return innerWidth === 360 && pill.left > 0 && pill.right <= 360 && document.documentElement.scrollWidth <= 360;
+	await("the frontend's full receive ring is not drawn as a saturated one", `(() => {
+		const rx = [...document.querySelectorAll(".plot.posted .line.rx")], other = [...document.querySelectorAll(".plot:not(.posted) .line")];
+		const fill = e => getComputedStyle(e.closest("svg").querySelector(".area.rx")).display;
+		return rx.length === 1 && rx[0].closest("section").querySelector("h2").textContent.startsWith("front-")
+			&& rx[0].closest(".plot").querySelector(".now .rx").textContent.startsWith("rx posted")
+			&& getComputedStyle(rx[0]).strokeDasharray !== "none" && fill(rx[0]) === "none"
+			&& other.length === 14 && other.every(e => getComputedStyle(e).strokeDasharray === "none" && fill(e) !== "none");
 	})()`)
+	for _, width := range []int64{400, 360} {
+		if err := chromedp.Do(ctx, chromedp.EmulateViewport(width, 800)); err != nil {
+			t.Fatal(err)
+		}
+		await("a telephone shows all numbers and the verdict beside each other, and nothing beyond its edge", fmt.Sprintf(`(() => {
+			const width = %d, cells = [...document.querySelectorAll("#flows tr:first-child td")], boxes = cells.map(e => e.getBoundingClientRect());
+			const apart = (a, b) => a.right <= b.left || b.right <= a.left || a.bottom <= b.top || b.bottom <= a.top;
+			const seen = e => { const r = e.getBoundingClientRect(), at = document.elementFromPoint(r.left + r.width / 2, r.top + r.height / 2); return e.contains(at); };
+			document.querySelector("#balance").scrollIntoView();
+			return innerWidth === width && cells.length === 6 && document.documentElement.scrollWidth <= width
+				&& boxes.every((b, i) => b.width > 0 && b.left >= 0 && b.right <= width && boxes.slice(0, i).every(o => apart(o, b)))
+				&& cells.every(seen) && seen(document.querySelector("#flows .pill"))
+				&& ["sent", "received", "dropped"].every((w, i) => getComputedStyle(cells[2 + i], "::before").content === JSON.stringify(w));
+		})()`, width))
+	}
 	for len(complaints) > 0 {
 		t.Errorf("the browser says: %s", <-complaints)
 	}

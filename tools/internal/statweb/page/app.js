@@ -53,9 +53,10 @@ class Plot {
     this.root.append(el("h3", "", kind.title));
     const now = el("div", "now");
     this.now = {};
+    this.label = {};
     for (const dir of ["rx", "tx"]) {
       const span = el("span", dir);
-      span.append(el("i"), dir + " ");
+      span.append(el("i"), this.label[dir] = el("span", "", dir), " ");
       this.now[dir] = el("b", "", "–");
       span.append(this.now[dir]);
       now.append(span);
@@ -85,8 +86,15 @@ class Plot {
     this.at = null;
   }
 
-  draw(series, samples, span) {
+  // draw draws samples. Of a frontend's receive ring, posted, the slots in use are
+  // buffers that wait for frames: there a full ring is at rest, where a full transmit
+  // ring is saturated, so it has another line and another word.
+  draw(series, samples, span, posted) {
     const k = this.kind, w = this.svg.clientWidth || W;
+    posted = !!k.ring && posted;
+    this.root.classList.toggle("posted", posted);
+    this.label.rx.textContent = posted ? "rx posted" : "rx";
+    this.label.rx.title = posted ? "buffers that wait for frames: all of them, when nothing is received" : "";
     this.samples = samples;
     this.end = samples.length ? samples[samples.length - 1].t : 0;
     let max = 0;
@@ -197,6 +205,7 @@ class Card {
 
   update(d, now) {
     this.name.textContent = d.vif + (d.foreign ? ` of user ${d.source.uid ?? "unknown"}` : "");
+    this.front = d.role === "frontend";
     const s = d.status;
     let text = "counters only", cls = "";
     if (d.error) { text = "cannot be read"; cls = "bad"; }
@@ -240,7 +249,7 @@ class Card {
         const row = el("tr"), lost = BigInt(c[dir + "_dropped"]) + BigInt(c[dir + "_errors"]);
         row.append(el("td", "", `${dir} ${q.queue}`));
         for (const n of [c[dir + "_packets"], c[dir + "_bytes"], lost, c[dir + "_notifies_sent"]]) row.append(el("td", "n", grouped(n)));
-        row.append(el("td", "n", `${q.gauges[dir + "_ring_used"]} of ${q.gauges[dir + "_ring_size"]}`), el("td", "n", q.gauges[dir + "_ring_used_max"]), el("td"));
+        row.append(el("td", "n", `${q.gauges[dir + "_ring_used"]} of ${q.gauges[dir + "_ring_size"]}` + (this.front && dir === "rx" ? " posted" : "")), el("td", "n", q.gauges[dir + "_ring_used_max"]), el("td"));
         rows.push(row);
       }
     }
@@ -272,7 +281,7 @@ class Card {
     const s = series.samples;
     const seen = s.length > 1 ? s[s.length - 1].t - s[0].t : 0;
     const span = [60, 120, 300, 600, 1800, 3600].find(n => n >= seen && n >= 60 * interval) || Math.max(seen, 60 * interval);
-    for (const p of this.plots) p.draw(series, s, Math.min(span, Math.max(60 * interval, kept * interval)));
+    for (const p of this.plots) p.draw(series, s, Math.min(span, Math.max(60 * interval, kept * interval)), this.front);
   }
 }
 
@@ -368,7 +377,12 @@ function show(look, history) {
   $("balance").hidden = !flows.length;
   $("flows").replaceChildren(...flows.map(f => {
     const row = el("tr");
-    row.append(el("td", "", f.from), el("td", "", f.to), el("td", "n", grouped(f.sent)), el("td", "n", grouped(f.received)), el("td", "n", grouped(f.dropped)));
+    row.append(el("td", "", f.from), el("td", "", f.to));
+    for (const what of ["sent", "received", "dropped"]) {
+      const cell = el("td", "n", grouped(f[what]));
+      cell.dataset.label = what; // where there is no room for the head of the table
+      row.append(cell);
+    }
     const verdict = el("td"), n = grouped(Math.abs(f.verdict_frames)), good = f.verdict === "balanced" || f.verdict === "moving";
     const words = { "balanced": "✓ balanced", "moving": `✓ balanced to ${n}, moving`, "unequal": `unequal by ${f.verdict_frames}` };
     const pill = el("span", "pill " + (good ? "good" : f.verdict === "unequal" ? "bad" : "calm"), words[f.verdict] || `${n} ${f.verdict}`);

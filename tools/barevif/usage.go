@@ -1,0 +1,245 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"slices"
+	"strings"
+	"syscall"
+
+	"barevif/hypercall"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+)
+
+// badValue is a value on the command line that makes no sense. want completes "not".
+func badValue(flag, value, want string) error {
+	return &advice{err: fmt.Errorf("--%s %q: not %s", flag, value, want), usage: true}
+}
+
+// allowedBy says what a flag of that name takes, where its type alone says too little.
+var allowedBy = map[string]string{
+	"dom":   fmt.Sprintf("the number of a domain from 1 to %d", hypercall.DomSelf-1),
+	"port":  "a port from 1 to 65535",
+	"check": "a port from 1 to 65535, or 0 for none",
+}
+
+// allowed says what the flag takes. cause is why a value was refused.
+func allowed(f *pflag.Flag, cause error) string {
+	if want, ok := allowedBy[f.Name]; ok {
+		return want
+	}
+	switch f.Value.Type() {
+	case "uint16":
+		return "a number from 0 to 65535"
+	case "int", "count":
+		return "a number"
+	case "float64":
+		return "a number such as 0.5"
+	case "duration":
+		return "a time such as 500ms, 2s or 1m"
+	case "bool":
+		return "true or false"
+	}
+	return cause.Error()
+}
+
+// flagError says in words of this program what pflag refused.
+func flagError(cmd *cobra.Command, err error) error {
+	if e, ok := errors.AsType[*pflag.InvalidValueError](err); ok {
+		return badValue(e.GetFlag().Name, e.GetValue(), allowed(e.GetFlag(), e.Unwrap()))
+	}
+	if e, ok := errors.AsType[*pflag.ValueRequiredError](err); ok {
+		_, usage := pflag.UnquoteUsage(e.GetFlag())
+		return &advice{err: fmt.Errorf("--%s needs a value: %s", e.GetFlag().Name, usage), usage: true}
+	}
+	if e, ok := errors.AsType[*pflag.NotExistError](err); ok {
+		name := "--" + e.GetSpecifiedName()
+		if len(e.GetSpecifiedShortnames()) > 0 {
+			name = "-" + e.GetSpecifiedName()[:1]
+		}
+		return &advice{err: fmt.Errorf("%q is no flag of %q", name, cmd.CommandPath()), next: flagsOf(cmd), usage: true}
+	}
+	if e, ok := errors.AsType[*pflag.InvalidSyntaxError](err); ok {
+		return &advice{err: fmt.Errorf("%q is no flag of %q", e.GetSpecifiedFlag(), cmd.CommandPath()), next: flagsOf(cmd), usage: true}
+	}
+	return err
+}
+
+func flagsOf(cmd *cobra.Command) string {
+	var names []string
+	cmd.Flags().VisitAll(func(f *pflag.Flag) {
+		if !f.Hidden {
+			names = append(names, "--"+f.Name)
+		}
+	})
+	return fmt.Sprintf("%s --help explains its flags: %s", cmd.CommandPath(), strings.Join(names, " "))
+}
+
+// exclusive has at most one of the flags be given.
+func exclusive(cmd *cobra.Command, names ...string) {
+	cmd.MarkFlagsMutuallyExclusive(names...) // which completion heeds
+	before := cmd.PreRunE
+	cmd.PreRunE = func(cmd *cobra.Command, args []string) error {
+		var given []string
+		for _, name := range names {
+			if f := cmd.Flags().Lookup(name); f != nil && f.Changed {
+				given = append(given, fmt.Sprintf("--%s %q", name, f.Value))
+			}
+		}
+		if len(given) > 1 {
+			return &advice{
+				err:   fmt.Errorf("%s: only one of them can be given", strings.Join(given, " and ")),
+				next:  "leave out all of them but one; " + cmd.CommandPath() + " --help explains them",
+				usage: true,
+			}
+		}
+		if before != nil {
+			return before(cmd, args)
+		}
+		return nil
+	}
+}
+
+// arguments allows as many arguments beside flags.
+func arguments(most int) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		switch {
+		case len(args) <= most:
+			return nil
+		case cmd.HasAvailableSubCommands():
+			return unknownCommand(cmd, args[0])
+		case most == 0:
+			return &advice{err: fmt.Errorf("%q: %q takes flags alone", args[0], cmd.CommandPath()), next: flagsOf(cmd), usage: true}
+		}
+		return &advice{err: fmt.Errorf("%q: %q takes one argument at most", args[most], cmd.CommandPath()), next: cmd.UseLine(), usage: true}
+	}
+}
+
+// oneArgument wants one argument. next says where it is to be had.
+func oneArgument(name, next string) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		if len(args) == 0 {
+			return &advice{err: fmt.Errorf("%s is missing", name), next: next, usage: true}
+		}
+		return arguments(1)(cmd, args)
+	}
+}
+
+// unknownCommand says which commands of parent there are, or which is meant.
+func unknownCommand(parent *cobra.Command, name string) error {
+	parent.SuggestionsMinimumDistance = 2
+	like := parent.SuggestionsFor(name)
+	next := fmt.Sprintf("%s --help explains its commands:", parent.CommandPath())
+	if len(like) > 0 {
+		next = "did you mean"
+	} else {
+		for _, c := range parent.Commands() {
+			if c.IsAvailableCommand() {
+				like = append(like, c.Name())
+			}
+		}
+	}
+	next += " " + strings.Join(quoted(like), ", ")
+	if strings.HasPrefix(next, "did") {
+		next += "?"
+	}
+	return &advice{err: fmt.Errorf("%q is no command of %q", name, parent.CommandPath()), next: next, usage: true}
+}
+
+// helpCommand is cobra's with an error for what is no command.
+func helpCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: "help [COMMAND]", Short: "Explain a command",
+		RunE: func(c *cobra.Command, args []string) error {
+			cmd, rest, err := c.Root().Find(args)
+			if err != nil || cmd.HasAvailableSubCommands() && len(rest) > 0 {
+				if cmd == nil {
+					cmd, rest = c.Root(), args
+				}
+				return unknownCommand(cmd, rest[0])
+			}
+			cmd.InitDefaultHelpFlag()
+			return cmd.Help()
+		},
+	}
+}
+
+// firstWord is the first argument that is no flag.
+func firstWord(args []string) string {
+	i := slices.IndexFunc(args, func(a string) bool { return !strings.HasPrefix(a, "-") })
+	if i < 0 {
+		return ""
+	}
+	return args[i]
+}
+
+// quoted are names in quotation marks, so that none is read as a number of things.
+func quoted(names []string) (out []string) {
+	for _, n := range names {
+		out = append(out, fmt.Sprintf("%q", n))
+	}
+	return out
+}
+
+// listenRefused says what to do about an address that cannot be listened at. flag is
+// the one that names it.
+func listenRefused(err error, addr, flag string) error {
+	a := &advice{err: fmt.Errorf("listen at %s: %w", addr, bare(err)), next: "name another with --" + flag}
+	switch {
+	case errors.Is(err, syscall.EADDRINUSE):
+		a.err = fmt.Errorf("another program listens at %s already", addr)
+		a.next = `end it ("ss -lntup" names it), or name another port with --` + flag
+	case errors.Is(err, syscall.EADDRNOTAVAIL):
+		a.err = fmt.Errorf("%s is no address of this machine", addr)
+		a.next = `"ip -brief address" lists its addresses`
+	case errors.Is(err, fs.ErrPermission):
+		a.refused = true
+		a.next = "ports below 1024 are for root: name another with --" + flag
+	}
+	return a
+}
+
+// bare is the error of a system call, without what package net says around it.
+func bare(err error) error {
+	if e, ok := errors.AsType[*os.SyscallError](err); ok {
+		return e.Err
+	}
+	return err
+}
+
+// outputGone reports whether err is that the reader of our output has ended, as
+// "head" does once it has enough.
+func (p *program) outputGone(err error) bool {
+	out, ok := p.stdout.(*os.File)
+	if !ok || !errors.Is(err, syscall.EPIPE) {
+		return false
+	}
+	e, ok := errors.AsType[*fs.PathError](err)
+	return ok && e.Path == out.Name()
+}
+
+// helpOutput is where cobra prints help. It takes no notice of a reader that has
+// ended, which cobra would report.
+type helpOutput struct{ p *program }
+
+func (h helpOutput) Write(b []byte) (int, error) {
+	n, err := h.p.stdout.Write(b)
+	if h.p.outputGone(err) {
+		return len(b), nil
+	}
+	return n, err
+}
+
+// dialRefused says what to do about a port of another machine that does not answer.
+// other is what has to run there.
+func dialRefused(err error, addr, other string) error {
+	if dns, ok := errors.AsType[*net.DNSError](err); ok {
+		return unknownHost(dns)
+	}
+	return &advice{err: fmt.Errorf("connect to %s: %w", addr, bare(err)), next: fmt.Sprintf("is that its address, and does %q run there?", other)}
+}

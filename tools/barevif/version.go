@@ -1,0 +1,62 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"runtime"
+	"runtime/debug"
+
+	"barevif/telemetry"
+	"barevif/tools/internal/stat"
+
+	"github.com/spf13/cobra"
+)
+
+// release is the version of this source, unless the go command knows one: it does
+// of a module that was fetched by its version.
+const release = "0.1-dev"
+
+func versionCommand(p *program) *cobra.Command {
+	return &cobra.Command{
+		Use:   "version",
+		Short: "Say which barevif this is, and which layouts it speaks",
+		Long: `version says what this program was built of: its version, the commit if it was built
+from a clone, and Go's version. The layouts are those that programs of different
+versions have to agree on, where they read each other's counters:
+
+  counters   the blocks in pins, maps and memfds; "barevif stat" reads its own alone
+  JSON       "version" of what "barevif stat --json" prints`,
+		Args: arguments(0),
+		RunE: func(*cobra.Command, []string) error {
+			info, _ := debug.ReadBuildInfo()
+			return printVersion(p.stdout, info)
+		},
+	}
+}
+
+// printVersion writes what info says of this program. info may be nil.
+func printVersion(w io.Writer, info *debug.BuildInfo) error {
+	version, commit := release, ""
+	if info != nil {
+		if v := info.Main.Version; v != "" && v != "(devel)" {
+			version = v
+		}
+		var dirty string
+		for _, s := range info.Settings {
+			switch s.Key {
+			case "vcs.revision":
+				commit = s.Value
+			case "vcs.modified":
+				if s.Value == "true" {
+					dirty = ", and changes that were not committed"
+				}
+			}
+		}
+		if commit != "" {
+			commit = "commit     " + commit + dirty + "\n"
+		}
+	}
+	_, err := fmt.Fprintf(w, "barevif    %s\n%sGo         %s %s/%s\ncounters   layout %d, %#016x\nJSON       %d\n",
+		version, commit, runtime.Version(), runtime.GOOS, runtime.GOARCH, telemetry.LayoutVersion, telemetry.Layout(), stat.Version)
+	return err
+}
