@@ -65,10 +65,10 @@ func (b *Block) Max(g Gauge, v uint64) {
 	}
 }
 
-// Observe counts v in the bucket of h it belongs to.
+// Observe is ObserveN of one value.
 func (b *Block) Observe(h Hist, v uint64) { b.ObserveN(h, v, 1) }
 
-// ObserveN is Observe of n equal values.
+// ObserveN counts n values v in the bucket of h they belong to.
 func (b *Block) ObserveN(h Hist, v, n uint64) {
 	s := &shapes[h]
 	i := s.word + uint8(min(bits.Len64((max(v, 1)-1)>>s.shift), int(s.last)))

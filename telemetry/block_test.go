@@ -167,7 +167,7 @@ func TestCountingIsInlined(t *testing.T) {
 	if err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	for _, m := range []string{"Add", "Drop", "Set", "Max", "Observe"} {
+	for _, m := range []string{"Add", "Drop", "Set", "Max", "ObserveN"} {
 		if !regexp.MustCompile(`can inline \(\*Block\)\.` + m + `\b`).Match(out) {
 			t.Errorf("the compiler no longer inlines Block.%s", m)
 		}

@@ -497,18 +497,19 @@ func (l *lateConn) Close() error               { l.from.Close(); return l.ReadWr
 // lateDevices is each end of a vif in turn, its answers late.
 func lateDevices(r *rig, f func(name string, v vif, d *xenbus.Device, l *lateConn)) {
 	r.client(3)
-	for i, role := range []xenbus.Role{xenbus.Frontend, xenbus.Backend} {
-		v := vif{r, r.client(0), 7, 3, fmt.Sprint(i)}
+	for _, role := range []xenbus.Role{xenbus.Frontend, xenbus.Backend} {
+		v := vif{r, r.client(0), 7, 3, "0"}
 		var d *xenbus.Device
 		var l *lateConn
-		dir := v.backDir()
+		dir := v.frontDir()
 		if role == xenbus.Frontend {
-			dir = v.frontDir()
 			c, late := r.late(7)
 			v.plug()
 			d, l = r.frontend(c, v.id), late
 		} else {
-			c, late := r.late(3)
+			v.back, v.id = 4, "1" // a domain of a real daemon has one connection
+			dir = v.backDir()
+			c, late := r.late(4)
 			v.plug()
 			d, l = r.backend(c, 7, v.id), late
 		}
