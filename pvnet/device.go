@@ -1,30 +1,3 @@
-// Package pvnet is a Xen paravirtual network card for Go programs: the frontend,
-// which a guest owns, and the backend, which serves one.
-//
-// A [Device] moves Ethernet frames. Its simple calls copy: Write and Writev send
-// one frame, Listen gives every frame that arrives to a function. Its owning
-// calls do not: [Device.OwnTX] and [Device.OwnRX] take one direction of one queue
-// out of the Device's hands, and from then on only that owner uses it, without
-// locks, allocations or system calls of its own.
-//
-// The device survives its peer. When the other end goes away the link is down:
-// calls that wait wait, those that do not return [ErrLinkDown], and the device
-// connects again when a peer comes back. Only a peer that breaks the protocol
-// ends it ([PeerError]), and only for this device.
-//
-// Each frame is in one account, at one end. The end that receives counts a frame as
-// received, or as lost by its reason. When a connection ends, requests without a
-// response are the sender's, and responses that were not taken the receiver's: both
-// are the frontend's, which counts them as [telemetry.DropDisconnected] after the
-// backend has let go of the rings, and the backend counts nothing. So over any number
-// of connections that end with Closing and Closed, or go on with another backend,
-// [telemetry.Unaccounted] is 0 once they have. An end that is killed, or does not
-// answer Closing within 4 s, or finds its directory removed while it is connected,
-// may leave frames in no account, or in two: at most as many as the rings have slots,
-// 256 for each queue and direction.
-//
-// Everything a peer can write is copied once, checked, and then used. The package
-// knows no operating system; the program chooses the [hypercall.Domain].
 package pvnet
 
 import (

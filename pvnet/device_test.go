@@ -271,7 +271,7 @@ func TestConnectNamesTheVifsThereAre(t *testing.T) {
 	l.add(toolstack.Vif{Front: 1, Back: 2, ID: 7})
 	for _, id := range []string{"1", "", "x", "-1", "00", "0/../7", "4294967296", strings.Repeat("9", 5000)} {
 		_, err := pvnet.Connect(ctx(t), fdom, id, pvnet.Config{})
-		if err == nil || !errors.Is(err, xenbus.ErrNotFound) || !strings.Contains(err.Error(), "there are 0, 7") {
+		if err == nil || !errors.Is(err, xenbus.ErrNotFound) || !strings.Contains(err.Error(), `there are: "0" "7"`) {
 			t.Errorf("id %.20q: %v", id, err)
 		}
 		if len(err.Error()) > 400+len(id) {

@@ -198,7 +198,12 @@ func attempts() (all []attempt) {
 			b, _ := packet(0, v6, false, c.payload, 2)
 			add(name(fmt.Sprintf("%d bytes in pieces of %d", c.payload, c.size)), b, c.size, kind, arrives, c.keeps)
 		}
-		for _, c := range [][2]int{{129, 1}, {64000, 1}, {64000, 2}, {64001, 500}, {64000, 499}} {
+		// At most packet.MostCuts pieces.
+		for _, c := range [][2]int{{129, 1}, {64001, 500}, {64000, 499}, {64000, 8}, {8192 * 7, 7}} {
+			b, _ := packet(0, v6, false, c[0], 2)
+			add(name(fmt.Sprintf("%d bytes in pieces of %d", c[0], c[1])), b, c[1], kind, arrives, true)
+		}
+		for _, c := range [][2]int{{64000, 1}, {64000, 2}, {8192*7 + 1, 7}} {
 			b, _ := packet(0, v6, false, c[0], 2)
 			add(name(fmt.Sprintf("%d bytes in pieces of %d", c[0], c[1])), b, c[1], kind, lost, false)
 		}

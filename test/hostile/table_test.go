@@ -156,6 +156,9 @@ func TestEveryFieldOfTheTableMoves(t *testing.T) {
 		t.Fatal(n, err)
 	}
 	rx.Release(f[:])
+	if err := rx.CountUndelivered(1); err != nil {
+		t.Fatal(err)
+	}
 	var long [][2]uint32
 	for range 17 {
 		long = append(long, h.slot(0, raw.RxMore, pattern(4096, 0)))

@@ -1,0 +1,66 @@
+// Package pvnet is a Xen paravirtual network card for Go programs: the frontend,
+// which a guest owns, and the backend, which serves one.
+//
+// A [Device] moves Ethernet frames. Its simple calls copy: Write and Writev send
+// one frame, Listen gives every frame that arrives to a function. Its owning
+// calls do not: [Device.OwnTX] and [Device.OwnRX] take one direction of one queue
+// out of the Device's hands, and from then on only that owner uses it, without
+// locks, allocations or system calls of its own.
+//
+// The device survives its peer. When the other end goes away the link is down:
+// calls that wait wait, those that do not return [ErrLinkDown], and the device
+// connects again when a peer comes back. Only a peer that breaks the protocol
+// ends it ([PeerError]), and only for this device.
+//
+// Each frame is in one account, at one end. The end that receives counts a frame as
+// received, or as lost by its reason. When a connection ends, requests without a
+// response are the sender's, and responses that were not taken the receiver's: both
+// are the frontend's, which counts them as [telemetry.DropDisconnected] after the
+// backend has let go of the rings, and the backend counts nothing. So over any number
+// of connections that end with Closing and Closed, or go on with another backend,
+// [telemetry.Unaccounted] is 0 once they have. An end that is killed, or does not
+// answer Closing within 4 s, or finds its directory removed while it is connected,
+// may leave frames in no account, or in two: at most as many as the rings have slots,
+// 256 for each queue and direction.
+//
+// Everything a peer can write is copied once, checked, and then used. The package
+// knows no operating system; the program chooses the [hypercall.Domain].
+//
+// # The way of a frame
+//
+// Most frames take one slot of a ring and carry no offloads. They go through each end
+// in one pass over the batch; the numbers are those of the code:
+//
+//  1. The sender takes the frame over from its user: one compare-and-swap of the
+//     buffer's state, which makes every copy of the [Frame] stale.
+//  2. It writes a slot, 12 bytes of the tx ring or, as a backend, the copy operation
+//     for a slot that its frontend has posted. Nothing is visible to the peer yet.
+//  3. A backend runs the batch of copies: one call of [hypercall.Domain].Copy. A
+//     frontend copies nothing, its pages are granted for the whole connection.
+//  4. One store of the producer index shows the peer the whole batch. It is the one
+//     fence of the batch, an XCHG on amd64, and the load behind it tells whether the
+//     peer, which may be asleep, asked to be notified.
+//  5. The receiver loads the producer index once and each slot once, into private
+//     memory, and checks that copy. Its private pages come off the arena's stack many
+//     at a time.
+//  6. A backend copies the batch as in 3; a frontend copies from the page that the
+//     backend wrote, and posts that page again in the next slot.
+//  7. Its responses, or the pages posted again, are shown by one store, as in 4.
+//  8. The receiver's user gives the frames back: one compare-and-swap each.
+//  9. The sender takes responses when it lacks slots or pages, all that are there, and
+//     has its pages back.
+//
+// The cache lines that travel are the payload's, the slot's, and the one line of the
+// four indexes, which both ends write: the frontend its requests' producer and its
+// responses' event, the backend the other two. Everything else, the stacks of pages,
+// the cached indexes and the counters, is private to one end.
+//
+// What is not plain, chains of slots, extra infos, partial checksums, frames to be
+// cut, takes the general way behind it: parsed into one description, then copied and
+// answered. A request that leaves the fast way is handed on as the private copy and is
+// never loaded again.
+//
+// A half that finds nothing to do looks at the ring for as long as [WaitMode] says,
+// arms the event of its ring, looks once more, and parks. Only then is it asleep, and
+// only then does its peer notify it.
+package pvnet
