@@ -72,7 +72,8 @@ type Domain interface {
 	// Waiter makes a place to wait, on which event channels are then opened.
 	Waiter() (Waiter, error)
 
-	// Store opens a connection to xenstore on which this domain is the client.
+	// Store opens a connection to xenstore on which this domain is the client. An
+	// error that is net.ErrClosed is final: the domain has ended.
 	Store(ctx context.Context) (io.ReadWriteCloser, error)
 }
 

@@ -884,3 +884,39 @@ func TestPermsOfGarbageAreRefused(t *testing.T) {
 		}
 	})
 }
+
+// A domain that has ended says so when it is asked for another connection. Nothing is
+// asked of it again: what waits fails at once, and so do later requests.
+func TestAClientEndsWithItsDomain(t *testing.T) {
+	bubble(t, func(t *testing.T, s *scripted) {
+		opened := 0
+		c, err := xenbus.Dial(t.Context(), func(ctx context.Context) (io.ReadWriteCloser, error) {
+			if opened++; opened > 1 {
+				return nil, fmt.Errorf("the domain is gone: %w", net.ErrClosed)
+			}
+			return s.open(ctx)
+		}, xenbus.Config{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		go func() {
+			p := s.accept()
+			p.expect(wire.Read)
+			p.conn.Close()
+		}()
+		began := time.Now()
+		for range 2 {
+			if _, err := c.Read(t.Context(), "/a"); !errors.Is(err, net.ErrClosed) {
+				t.Errorf("the request ended with %v", err)
+			}
+		}
+		if d := time.Since(began); d > 100*time.Millisecond {
+			t.Errorf("known after %v", d)
+		}
+		time.Sleep(time.Minute)
+		if opened != 2 {
+			t.Errorf("asked for %d connections", opened)
+		}
+	})
+}

@@ -15,7 +15,8 @@ import (
 	"barevif/xenbus/wire"
 )
 
-// run keeps a connection until Close, with a growing pause between attempts.
+// run keeps a connection until Close, with a growing pause between attempts. A domain
+// that says net.ErrClosed has ended, and with it the client.
 func (c *Client) run(rwc io.ReadWriteCloser) {
 	defer close(c.done)
 	const first, last = 5 * time.Millisecond, time.Second
@@ -39,6 +40,9 @@ func (c *Client) run(rwc io.ReadWriteCloser) {
 		var err error
 		if rwc, err = c.open(c.ctx); err != nil {
 			rwc = nil
+		}
+		if errors.Is(err, net.ErrClosed) {
+			break
 		}
 	}
 	c.end()

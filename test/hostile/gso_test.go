@@ -284,7 +284,7 @@ func attempts() (all []attempt) {
 		}
 		say("another before", arrives, raw.GSO(9, other), good)
 		say("another behind", lost, good, raw.GSO(9, other))
-		say("a small one behind", lost, good, raw.GSO(1, kind))
+		add(name("a small one behind"), blank, 1, kind, arrives, true).extras = more(good, raw.GSO(1, kind))
 		say("and a hash", arrives, good, hash)
 		say("a hash and", arrives, hash, good)
 		say("and what only Linux knows", arrives, raw.Extra{Type: 5}, good, hash)
