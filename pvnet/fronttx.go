@@ -331,6 +331,16 @@ func (e *frontTX) rested() error {
 	return err
 }
 
+func (e *frontTX) settle() error {
+	before := e.ring.Consumed()
+	err := e.reap()
+	if e.ring.Consumed() != before {
+		e.count.Set(telemetry.RingUsed, uint64(e.ring.Size()-e.ring.Free()))
+		e.count.Set(telemetry.BuffersFree, uint64(e.bufs.Free()))
+	}
+	return err
+}
+
 func (e *frontTX) answered() bool { return e.ring.Answered() }
 
 func (e *frontTX) standing() (index, goal, tries uint32) {

@@ -244,6 +244,7 @@ func (l *life) beat() {
 			l.d.tx[i].rouse(q.txPark) // fewer answers than it waits for may be all there are
 		}
 		l.d.tx[i].watch(q.tx, time.Now())
+		l.d.judge(l.d.tx[i].settle(q.tx))
 	}
 	if len(l.suspects) > 0 {
 		l.recheck = time.After(graceOfEvents)

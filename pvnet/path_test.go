@@ -844,3 +844,39 @@ func TestAStaleFrameIsRefusedByEveryMethod(t *testing.T) {
 		}
 	}
 }
+
+// A sender that stops with a ring full of requests finds out only with its next call
+// that they were answered. The slow tick does so for it: an idle ring is not full.
+func TestAnIdleRingIsNotShownAsFull(t *testing.T) {
+	p := join(t, emu.Config{}, plain, Config{})
+	tx, _ := own(t, p.front)
+	_, rx := own(t, p.back)
+	frames := make([]Frame, 250)
+	if n := tx.AllocSize(frames, 60); n != len(frames) {
+		t.Fatal(n)
+	}
+	if n, err := tx.Send(frames); n != len(frames) || err != nil {
+		t.Fatal(n, err)
+	}
+	used := func() uint64 {
+		st := p.front.Stats().TX
+		return st.Gauge(telemetry.RingUsed)
+	}
+	if n := used(); n != 250 {
+		t.Fatalf("%d slots in use, want 250", n)
+	}
+	for got := 0; got < len(frames); {
+		n, err := rx.Receive(frames)
+		if err != nil {
+			t.Fatal(err)
+		}
+		rx.Release(frames[:n])
+		got += n
+	}
+	if err := tx.settle(tx.eng); err != nil {
+		t.Fatal(err)
+	}
+	if n := used(); n != 0 {
+		t.Errorf("%d slots in use once all are answered", n)
+	}
+}

@@ -65,6 +65,10 @@ type sender interface {
 	// it while the owner waits.
 	answered() bool
 
+	// settle takes in what came back, and has the gauges say so. The slow tick calls
+	// it for a half that nobody is inside.
+	settle() error
+
 	// standing is where the peer's index stands, where it has to get for the call
 	// that last found no room, and how many calls found none. The slow tick calls
 	// it.
@@ -301,6 +305,18 @@ func (tx *TX) wait(n need) error {
 		err = v
 	}
 	return tx.leaveWith(err)
+}
+
+// settle takes in what came back to a half that nobody uses just now: the slow tick does
+// so, lest a ring whose last requests are all answered be shown as full.
+func (tx *TX) settle(eng sender) error {
+	if !tx.gate.state.CompareAndSwap(gateOpen, gateReading) {
+		return nil
+	}
+	defer tx.gate.state.Store(gateOpen)
+	err := eng.settle()
+	tx.count.Publish()
+	return err
 }
 
 // leaveWith leaves the gate; a violation of the peer's ends the device.
