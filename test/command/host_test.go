@@ -340,6 +340,7 @@ func TestPinsEndWithTheirProgram(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("only root mounts a BPF file system")
 	}
+	needTAP(t)
 	s := newSite(t)
 	// A BPF file system and a network of the two programs alone.
 	const missing, dir = 77, "/sys/fs/bpf/barevif"

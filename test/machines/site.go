@@ -42,7 +42,7 @@ type site struct {
 
 // newSite makes one. Only rows of an ordinary user need more than a directory.
 func newSite(ctx context.Context, chosen []row) (*site, error) {
-	s := &site{dir: "/var/tmp/barevif-machines"}
+	s := &site{dir: "/var/tmp/bvm"} // short: sockets lie below, in paths of at most 107 bytes
 	for _, v := range []struct {
 		name string
 		to   *string
