@@ -213,7 +213,7 @@ func TestUnlinkCutsAChainUntilItEnds(t *testing.T) {
 	}
 }
 
-// An owner may release what is another's: it goes home by that one's return list.
+// An owner may release a buffer of another arena, which gets it by its return list.
 func TestTheOwnerReleasesAnothersBuffer(t *testing.T) {
 	a, other := New(shm.Heap(1), 4096), New(shm.Heap(1), 4096)
 	b := one(t, other)

@@ -55,8 +55,8 @@
 // responses' event, the backend the other two. Everything else, the stacks of pages,
 // the cached indexes and the counters, is private to one end.
 //
-// What is not plain, chains of slots, extra infos, partial checksums, frames to be
-// cut, takes the general way behind it: parsed into one description, then copied and
+// Frames of several slots, with extra infos, with partial checksums or to be cut take
+// the general way behind it: parsed into one description, then copied and
 // answered. A request that leaves the fast way is handed on as the private copy and is
 // never loaded again.
 //

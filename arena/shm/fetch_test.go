@@ -78,7 +78,7 @@ func TestLoadsAreFound(t *testing.T) {
 	}
 }
 
-// loads are the expressions of fn that read what a pointer points at, by the names
+// loads are the expressions of fn that read memory through a pointer, by the names
 // of sync/atomic or by a star that is not assigned to.
 func loads(fn *ast.FuncDecl) (found []ast.Node) {
 	assigned := make(map[ast.Expr]bool)

@@ -68,7 +68,7 @@ func childPrivate(dir, umask string) error {
 	return errors.Join(l.Close(), h.Close())
 }
 
-// childVisit joins, or says what keeps it from that.
+// childVisit joins the host at path, or returns the error that refuses it.
 func childVisit(path string) error {
 	d, err := emu.Join(context.Background(), path, 1)
 	if err != nil {
@@ -80,7 +80,7 @@ func childVisit(path string) error {
 	return nil
 }
 
-// childKnock connects and says what it hears.
+// childKnock connects to the socket at path and returns the first read's outcome.
 func childKnock(path string) error {
 	c, err := net.Dial("unix", path)
 	if err != nil {
@@ -140,7 +140,7 @@ func TestJoinAsksWhoTheHostIs(t *testing.T) {
 	}
 }
 
-// Whoever gets by the mode of a socket is hung up on.
+// A user whom the mode of a socket lets in is disconnected by the check of credentials.
 func TestListenersAskWhoConnects(t *testing.T) {
 	attr := asStranger(t)
 	dir := openDir(t)

@@ -345,7 +345,7 @@ func (w *waiter) Close() error {
 	return w.file.Close()
 }
 
-// errNoPorts names what bounds a domain's event channels: xl.cfg(5).
+// errNoPorts names the setting of xl.cfg(5) that bounds a domain's event channels.
 var errNoPorts = fmt.Errorf("%w: raise max_event_channels in the domain's configuration", hypercall.ErrNoPorts)
 
 // Unbound implements [hypercall.Waiter]. Xen does not say whether peer exists.
