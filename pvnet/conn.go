@@ -21,8 +21,9 @@ type conn struct {
 	queues []connQueue
 	undo   undo
 	feat   features
-	shared int // pages granted to the peer
-	own    int // private pages
+	made   xenbus.Values // backend: the frontend's keys it was made from
+	shared int           // pages granted to the peer
+	own    int           // private pages
 }
 
 // joined reports whether the peer has its end of every event channel, as far as

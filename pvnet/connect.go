@@ -297,6 +297,9 @@ func (f *front) because(ctx context.Context, err error, xd *xenbus.Device) error
 func (f *front) prepare(context.Context, *xenbus.Device) error  { return nil }
 func (f *front) finished(context.Context, *xenbus.Device, bool) { f.d.finish() }
 
+// same: the rings are the frontend's own, and no backend replaces them.
+func (f *front) same(context.Context, *xenbus.Device, *conn) (bool, error) { return true, nil }
+
 // attach makes rings and pages for what the backend offers, and publishes them.
 func (f *front) attach(ctx context.Context, xd *xenbus.Device, c *conn) error {
 	d := f.d
@@ -354,7 +357,7 @@ func (f *front) attach(ctx context.Context, xd *xenbus.Device, c *conn) error {
 	for i, q := range c.queues {
 		prefix := ""
 		if feat.queues > 1 {
-			prefix = netif.KeyQueuePrefix + strconv.Itoa(i) + "/"
+			prefix = queuePrefix(i)
 		}
 		maps.Copy(keys, q.keys.values(prefix))
 	}

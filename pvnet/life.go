@@ -34,6 +34,9 @@ type role interface {
 	// On an error the connection's undo list is run by the caller.
 	attach(ctx context.Context, xd *xenbus.Device, c *conn) error
 
+	// same reports whether what the peer publishes now is what c was made from.
+	same(ctx context.Context, xd *xenbus.Device, c *conn) (bool, error)
+
 	// finished runs after the device has ended, of its own accord or because the
 	// toolstack took it away. anew: there is another one by now.
 	finished(ctx context.Context, xd *xenbus.Device, anew bool)
@@ -64,6 +67,8 @@ type life struct {
 	joined   bool   // the peer had its ends of the event channels since it said Connected
 	alone    bool   // and has them no more, but has not said so in xenstore
 	aloneAt  xenbus.State
+	replaced bool   // the peer has made new rings
+	heard    uint64 // the peer's writes of its state for which conn is known to be the current one
 
 	leaving error     // why we end; nil: we do not
 	force   time.Time // leaving: when to stop being polite
@@ -377,6 +382,12 @@ func (l *life) step() (over bool) {
 		if l.leaving != nil && !time.Now().Before(l.force) {
 			return l.cut(ch)
 		}
+		if stays := s.Do == xenbus.Run || s.Do == xenbus.Wait; stays && l.conn != nil && l.heard != ch.PeerWrites {
+			if !l.verify(ch) {
+				return false
+			}
+			continue
+		}
 		if l.deserted() {
 			l.alone, l.aloneAt = true, ch.Peer
 		} else if l.alone && (l.conn == nil || ch.Peer != l.aloneAt || l.conn.joined()) {
@@ -522,7 +533,7 @@ func (l *life) connect(ch xenbus.Change) bool {
 	c := new(conn)
 	err := l.attach(ctx, c)
 	if err == nil {
-		l.conn, l.attached, l.refused = c, ch.Generation, nil
+		l.conn, l.attached, l.heard, l.refused = c, ch.Generation, ch.PeerWrites, nil
 		l.d.trouble.Store(nil)
 		l.d.mirror(dom(l.xd))
 		l.note(nil)
@@ -550,6 +561,28 @@ func (l *life) connect(ch xenbus.Change) bool {
 	}
 	l.postpone(l.xd.Current())
 	return false
+}
+
+// verify gives up a connection that the peer has replaced by another: between two looks
+// at its state it may have closed, made new rings and connected again. It reports false
+// if xenstore does not tell.
+func (l *life) verify(ch xenbus.Change) bool {
+	l.move()
+	ctx, cancel := l.patiently()
+	defer cancel()
+	same, err := l.role.same(ctx, l.xd, l.conn)
+	if err != nil {
+		l.d.log.Warn("cannot read the other end's keys again", "vif", l.d.id, "err", err)
+		l.postpone(ch)
+		return false
+	}
+	l.heard = ch.PeerWrites
+	if !same {
+		l.replaced = true
+		l.release()
+		l.replaced = false
+	}
+	return true
 }
 
 // note leaves why there is no connection for the administrator, and a backend for
@@ -620,6 +653,8 @@ func (l *life) suspend(ch xenbus.Change) {
 		reason = l.leaving.Error()
 	case ch.Vanished:
 		reason = "the other end is gone"
+	case l.replaced:
+		reason = "the other end has made new rings"
 	case l.alone:
 		reason = "the other end's program has ended without closing"
 	}

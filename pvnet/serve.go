@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"slices"
 	"strconv"
 	"sync"
@@ -328,24 +329,57 @@ func (b *back) prepare(ctx context.Context, xd *xenbus.Device) error {
 	return xd.Publish(ctx, keys, gone...)
 }
 
+// published reads all that a connection is made from: the rings of the queues that are
+// asked for, and no others, since each key is a round trip.
+func (b *back) published(ctx context.Context, xd *xenbus.Device) (xenbus.Values, error) {
+	keys := []string{netif.KeyFeatureNoCsumOffload, netif.KeyFeatureIPv6CsumOffload,
+		netif.KeyFeatureGSOTCPv4, netif.KeyFeatureGSOTCPv6, netif.KeyRequestRxCopy, netif.KeyFeatureSG, netif.KeyNumQueues}
+	prefixes := []string{""}
+	asked, err := xd.PeerValues(ctx, netif.KeyNumQueues)
+	if err != nil {
+		return nil, err
+	}
+	if n, err := asked.Uint(netif.KeyNumQueues, uint64(b.cfg.queues()), 1); err == nil && n > 1 {
+		prefixes = nil
+		for i := range int(n) {
+			prefixes = append(prefixes, queuePrefix(i))
+		}
+	}
+	for _, prefix := range prefixes {
+		keys = append(keys, prefix+netif.KeyTxRingRef, prefix+netif.KeyRxRingRef,
+			prefix+netif.KeyEventChannel, prefix+netif.KeyEventChannelTx, prefix+netif.KeyEventChannelRx)
+	}
+	return xd.PeerValues(ctx, keys...)
+}
+
+func (b *back) same(ctx context.Context, xd *xenbus.Device, c *conn) (bool, error) {
+	v, err := b.published(ctx, xd)
+	if errors.Is(err, xenbus.ErrAccess) { // the frontend it was made for is another's
+		return false, nil
+	}
+	return maps.Equal(v, c.made), err
+}
+
+// queuePrefix is what stands before the keys of one of several queues.
+func queuePrefix(i int) string { return netif.KeyQueuePrefix + strconv.Itoa(i) + "/" }
+
 // attach maps what the frontend published, every word of which is checked first.
 func (b *back) attach(ctx context.Context, xd *xenbus.Device, c *conn) error {
 	if err := b.identify(ctx, xd); err != nil {
 		return err
 	}
-	top, err := xd.PeerValues(ctx, netif.KeyFeatureNoCsumOffload, netif.KeyFeatureIPv6CsumOffload,
-		netif.KeyFeatureGSOTCPv4, netif.KeyFeatureGSOTCPv6, netif.KeyRequestRxCopy, netif.KeyFeatureSG, netif.KeyNumQueues,
-		netif.KeyTxRingRef, netif.KeyRxRingRef, netif.KeyEventChannel, netif.KeyEventChannelTx, netif.KeyEventChannelRx)
+	v, err := b.published(ctx, xd)
 	if err != nil {
 		return err
 	}
-	if ok, err := top.Bool(netif.KeyRequestRxCopy, false); !ok {
+	c.made = v
+	if ok, err := v.Bool(netif.KeyRequestRxCopy, false); !ok {
 		return errors.Join(errors.New("the frontend does not ask for rx-copy, the only way to send to it"), err)
 	}
 	var feat features
-	feat.frontSG, _ = top.Bool(netif.KeyFeatureSG, false) // what is garbage is not offered
-	feat.takes, feat.peer = b.cfg.Offload, offered(top, feat.frontSG)
-	n, err := top.Uint(netif.KeyNumQueues, uint64(b.cfg.queues()), 1)
+	feat.frontSG, _ = v.Bool(netif.KeyFeatureSG, false) // what is garbage is not offered
+	feat.takes, feat.peer = b.cfg.Offload, offered(v, feat.frontSG)
+	n, err := v.Uint(netif.KeyNumQueues, uint64(b.cfg.queues()), 1)
 	if err != nil {
 		return err
 	}
@@ -356,14 +390,9 @@ func (b *back) attach(ctx context.Context, xd *xenbus.Device, c *conn) error {
 	keys := make([]queueKeys, feat.queues)
 	refs, ports := make(map[hypercall.GrantRef]bool), make(map[hypercall.PortID]int)
 	for i := range keys {
-		prefix, v := "", top
+		prefix := ""
 		if feat.queues > 1 {
-			prefix = netif.KeyQueuePrefix + strconv.Itoa(i) + "/"
-			v, err = xd.PeerValues(ctx, prefix+netif.KeyTxRingRef, prefix+netif.KeyRxRingRef,
-				prefix+netif.KeyEventChannel, prefix+netif.KeyEventChannelTx, prefix+netif.KeyEventChannelRx)
-			if err != nil {
-				return err
-			}
+			prefix = queuePrefix(i)
 		}
 		k, err := parseKeys(v, prefix)
 		if err != nil {

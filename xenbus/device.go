@@ -80,6 +80,7 @@ type Device struct {
 	changes chan Change
 	poke    chan struct{} // holds one: look at our directory again
 	setting sync.Mutex    // held by SetState throughout
+	written uint64        // by the peer, its state; run's alone. See Change.PeerWrites
 
 	mu      sync.Mutex
 	cur     Change  // guarded by mu

@@ -229,6 +229,7 @@ func (d *Device) run(ctx context.Context) {
 				return
 			}
 			other.Paths()
+			d.written++
 			stale.peer = true
 		case <-d.poke:
 			stale.claim, stale.state = true, true
@@ -437,7 +438,7 @@ func (d *Device) readPeer(ctx context.Context, peer end, ch *Change) error {
 	if err != nil {
 		return err
 	}
-	ch.Vanished, ch.Peer = !there, parseState(state)
+	ch.Vanished, ch.Peer, ch.PeerWrites = !there, parseState(state), d.written
 	if ch.Peer == Closing {
 		ch.SawClosing = true
 	}

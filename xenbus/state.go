@@ -129,6 +129,11 @@ type Change struct {
 	// Connected. Linux netback writes Connected over it when a connect failed.
 	SawClosing bool
 
+	// PeerWrites counts the writes of the peer's state that were noticed, also of what
+	// it was already. Some happen between two looks: a peer that is Connected both
+	// times, and wrote, may be in another connection than it was.
+	PeerWrites uint64
+
 	// Vanished: the peer's state is not there, or not for us to read, as after a
 	// hot-unplug.
 	Vanished bool

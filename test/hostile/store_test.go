@@ -331,6 +331,43 @@ func TestT25WindowsClosesFirst(t *testing.T) {
 	}
 }
 
+// A frontend closes, makes new rings and connects again between two looks of the
+// backend, which sees Connected both times: it leaves the old rings for the new ones.
+func TestT25RingsReplacedBetweenTwoLooks(t *testing.T) {
+	l := newLab(t, emu.Config{})
+	l.serve(pvnet.ServeConfig{})
+	g := l.attack()
+	g.works()
+	for range 5 {
+		old := g.Front
+		next, err := raw.NewFront(l.guest, backID, 32, true)
+		if err != nil {
+			t.Fatal(err)
+		}
+		maps := l.drv.Calls().Map
+		l.write(l.gc, g.v.FrontDir(), next.Keys(), "4")
+		eventually(t, "the new rings mapped", func() bool { return l.drv.Calls().Map >= maps+2 })
+		l.await(g.v.BackDir()+"/state", "4")
+		g.Front = next
+		up(t, g.dev)
+		g.works()
+		if err := old.Close(); err != nil {
+			t.Errorf("the backend kept something of the old rings: %v", err)
+		}
+
+		// The same keys once more are the same rings.
+		maps = l.drv.Calls().Map
+		l.write(l.gc, g.v.FrontDir(), next.Keys(), "4")
+		asked := l.store.Stats().Requests
+		eventually(t, "the keys read again", func() bool { return l.store.Stats().Requests > asked+uint64(len(next.Keys())) })
+		g.works()
+		if n := l.drv.Calls().Map; n != maps {
+			t.Errorf("%d pages mapped for a state written again", n-maps)
+		}
+	}
+	g.leave()
+}
+
 var states = []string{"0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "-1", "", "4294967300", "x"}
 
 func walk(t *testing.T) int {
