@@ -339,8 +339,14 @@ func (f *front) attach(ctx context.Context, xd *xenbus.Device, c *conn) error {
 		netif.KeyFeatureIPv6CsumOffload, netif.KeyRequestMulticast, netif.KeyCtrlRingRef,
 		netif.KeyEventChannelCtrl, netif.KeyXDPHeadroom,
 	}
-	for i := range d.cfg.queues() {
-		stale = append(stale, netif.KeyQueuePrefix+strconv.Itoa(i))
+	there, err := xd.OwnKeys(ctx)
+	if err != nil {
+		return err
+	}
+	for _, key := range there { // of a program before us too, which may have had more
+		if strings.HasPrefix(key, netif.KeyQueuePrefix) {
+			stale = append(stale, key)
+		}
 	}
 	c.queues, err = m.frontQueues(feat, &d.cfg, f.others(ctx, xd), func(i int) (rx, tx *telemetry.Block) { return d.rx[i].count, d.tx[i].count })
 	if err != nil {

@@ -3,6 +3,8 @@ package pvnet_test
 import (
 	"context"
 	"fmt"
+	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -185,5 +187,36 @@ func TestAddressesThatNoStationHasAreNotTaken(t *testing.T) {
 				})
 			})
 		}
+	}
+}
+
+// A program that had more queues left their keys. A backend that reads them would map
+// rings that are nobody's.
+func TestQueuesOfAProgramBeforeUsAreRemoved(t *testing.T) {
+	for _, queues := range []int{1, 2} {
+		l := newLab(t)
+		fdom, bdom := l.domain(1), l.domain(2)
+		v := l.add(toolstack.Vif{Front: 1, Back: 2})
+		for _, key := range []string{"queue-0/tx-ring-ref", "queue-1/rx-ring-ref", "queue-7/tx-ring-ref", "multi-queue-num-queues"} {
+			if err := l.tools.Write(ctx(t), v.FrontDir()+"/"+key, "8"); err != nil {
+				t.Fatal(err)
+			}
+		}
+		_, stop := l.serve(bdom, pvnet.ServeConfig{Hotplug: true, Config: pvnet.Config{Queues: queues}})
+		front, err := pvnet.Connect(ctx(t), fdom, "0", pvnet.Config{Queues: queues})
+		if err != nil {
+			t.Fatal(err)
+		}
+		left, err := l.tools.Directory(ctx(t), v.FrontDir())
+		if err != nil {
+			t.Fatal(err)
+		}
+		left = slices.DeleteFunc(left, func(key string) bool { return !strings.HasPrefix(key, "queue-") })
+		slices.Sort(left)
+		if want := []string{"queue-0", "queue-1"}[:queues/2*2]; !slices.Equal(left, want) {
+			t.Errorf("%d queues: %q are there, want %q", queues, left, want)
+		}
+		front.Disconnect()
+		stop()
 	}
 }

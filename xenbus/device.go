@@ -473,6 +473,11 @@ func (d *Device) ReadPeer(ctx context.Context, key string) (string, error) {
 	return d.c.Read(ctx, dir+"/"+key)
 }
 
+// OwnKeys lists what is in our directory.
+func (d *Device) OwnKeys(ctx context.Context) ([]string, error) {
+	return d.c.Directory(ctx, d.dir)
+}
+
 // OwnValues reads keys of our directory in one transaction. Those that are not
 // there are not in the result.
 func (d *Device) OwnValues(ctx context.Context, keys ...string) (Values, error) {
