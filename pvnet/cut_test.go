@@ -16,6 +16,7 @@ import (
 	"barevif/pvnet/packet"
 	"barevif/telemetry"
 	"barevif/xenbus"
+	"barevif/xenbus/store/labtest"
 
 	"gvisor.dev/gvisor/pkg/tcpip/checksum"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
@@ -536,7 +537,7 @@ func TestACopyToCompleteNeedsABuffer(t *testing.T) {
 	p := join(t, emu.Config{}, plain, Config{})
 	for _, way := range ways(t, p) {
 		tx, rx := way.tx, way.rx
-		tx.SetDeadline(time.Now().Add(5 * time.Second))
+		tx.SetDeadline(time.Now().Add(labtest.Limit))
 		held := make([]Frame, pagesPerHalf)
 		if n := tx.AllocSize(held, 142); n != len(held) {
 			t.Fatal(n)

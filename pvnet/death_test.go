@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"barevif/hypercall/emu"
+	"barevif/xenbus/store/labtest"
 )
 
 // Without its domain there is nothing to wait for: calls that wait end, instead of
@@ -45,7 +46,7 @@ func TestCallsEndWithTheirOwnDomain(t *testing.T) {
 			if !errors.As(err, &unknown) || !errors.Is(err, net.ErrClosed) || errors.Is(err, os.ErrDeadlineExceeded) {
 				t.Errorf("ended with %v", err)
 			}
-		case <-time.After(10 * time.Second):
+		case <-time.After(labtest.Limit):
 			t.Fatal("a call goes on")
 		}
 	}

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"barevif/hypercall"
@@ -40,7 +41,7 @@ func newLabOn(t testing.TB, cfg emu.Config) *lab {
 }
 
 func ctx(t testing.TB) context.Context {
-	c, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	c, cancel := context.WithTimeout(context.Background(), labtest.Limit)
 	t.Cleanup(cancel)
 	return c
 }
@@ -87,7 +88,7 @@ func wait[T any](t testing.TB, c <-chan T) T {
 	select {
 	case v := <-c:
 		return v
-	case <-time.After(15 * time.Second):
+	case <-time.After(labtest.Limit):
 		buf := make([]byte, 1<<16)
 		t.Fatalf("nothing came\n%s", buf[:runtime.Stack(buf, true)])
 		panic("unreachable")
@@ -299,6 +300,10 @@ func TestConnectSaysWhichStatesItSaw(t *testing.T) {
 // A toolstack that keeps the nodes for itself: Connect says so at once, and works
 // when they are the frontend's again.
 func TestConnectSaysWhatXenstoreDoesNotPermit(t *testing.T) {
+	synctest.Test(t, testConnectSaysWhatXenstoreDoesNotPermit)
+}
+
+func testConnectSaysWhatXenstoreDoesNotPermit(t *testing.T) {
 	l := newLab(t)
 	fdom, bdom := l.domain(1), l.domain(2)
 	v := l.add(toolstack.Vif{Front: 1, Back: 2})

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"barevif/pvnet"
+	"barevif/xenbus/store/labtest"
 	"barevif/xenbus/toolstack"
 )
 
@@ -35,7 +36,7 @@ func TestADriverDomainIsReplacedByAnother(t *testing.T) {
 		t.Fatal(err)
 	}
 	await(t, front, false)
-	for end := time.Now().Add(10 * time.Second); l.Ledger().Grants > 0; time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(labtest.Limit); l.Ledger().Grants > 0; time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatalf("with nobody at the other end it keeps %+v", l.Ledger())
 		}

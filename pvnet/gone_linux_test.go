@@ -70,7 +70,6 @@ func TestMemoryThatIsTakenAwayEndsTheDevice(t *testing.T) {
 	if err := unix.Mprotect(rings, unix.PROT_NONE); err != nil {
 		t.Fatal(err)
 	}
-	start := time.Now()
 	if _, err := back.Write(frame(100, 0)); err != nil {
 		t.Fatal(err)
 	}
@@ -79,9 +78,6 @@ func TestMemoryThatIsTakenAwayEndsTheDevice(t *testing.T) {
 		t.Errorf("Listen ended with %v", err)
 	}
 	wait(t, front.Done())
-	if d := time.Since(start); d > 5*time.Second {
-		t.Errorf("the device ended after %v", d)
-	}
 	if _, err := front.Write(frame(100, 0)); !errors.As(err, &pe) {
 		t.Errorf("Write: %v", err)
 	}

@@ -14,6 +14,7 @@ import (
 	"barevif/hypercall"
 	"barevif/hypercall/emu"
 	"barevif/pvnet"
+	"barevif/xenbus/store/labtest"
 	"barevif/xenbus/toolstack"
 )
 
@@ -166,7 +167,7 @@ func TestAVifOfABackendThatEndedIsTakenOver(t *testing.T) {
 	stop()
 	await(t, wait(t, second), true)
 	await(t, front, true)
-	for end := time.Now().Add(10 * time.Second); log.n.Load() < 2 && time.Now().Before(end); {
+	for end := time.Now().Add(labtest.Limit); log.n.Load() < 2 && time.Now().Before(end); {
 		time.Sleep(time.Millisecond)
 	}
 	if n := log.n.Load(); n != 2 { // that, and that the link is up
@@ -207,7 +208,7 @@ func TestManyVifsComeAndGoAtOnce(t *testing.T) {
 						if !anew {
 							v.ID++
 						}
-						c, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+						c, cancel := context.WithTimeout(context.Background(), labtest.Limit)
 						err := toolstack.Add(c, l.tools, v)
 						var d *pvnet.Device
 						if err == nil {

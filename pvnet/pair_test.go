@@ -8,6 +8,7 @@ import (
 
 	"barevif/hypercall/emu"
 	"barevif/telemetry"
+	"barevif/xenbus/store/labtest"
 )
 
 // A pair is a frontend and a backend joined without xenstore, for tests of what
@@ -41,13 +42,13 @@ func join(t testing.TB, mc emu.Config, f features, cfg Config) *pair {
 	p.connect(t, f)
 	t.Cleanup(func() {
 		p.disconnect()
-		if err := m.CheckClean(); err != nil {
+		if err := labtest.Comes(m.CheckClean); err != nil {
 			t.Error(err)
 		}
 		if err := m.Close(); err != nil {
 			t.Error(err)
 		}
-		for end := time.Now().Add(5 * time.Second); runtime.NumGoroutine() > before; runtime.Gosched() {
+		for end := time.Now().Add(labtest.Limit); runtime.NumGoroutine() > before; runtime.Gosched() {
 			if time.Now().After(end) {
 				buf := make([]byte, 1<<16)
 				t.Fatalf("%d goroutines, %d before\n%s", runtime.NumGoroutine(), before, buf[:runtime.Stack(buf, true)])
@@ -104,7 +105,7 @@ func own(t testing.TB, d *Device) (*TX, *RX) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	limit := time.Now().Add(20 * time.Second)
+	limit := time.Now().Add(labtest.Limit)
 	tx.SetDeadline(limit)
 	rx.SetDeadline(limit)
 	return tx, rx

@@ -15,6 +15,7 @@ import (
 	"barevif/hypercall/emu"
 	"barevif/pvnet"
 	"barevif/telemetry"
+	"barevif/xenbus/store/labtest"
 	"barevif/xenbus/toolstack"
 )
 
@@ -147,7 +148,7 @@ func TestFramesAreInOneAccountOverReconnects(t *testing.T) {
 	moves := func() {
 		t.Helper()
 		f, b := fronts.received.Load()+200, backs.received.Load()+200
-		for end := time.Now().Add(15 * time.Second); fronts.received.Load() < f || backs.received.Load() < b; time.Sleep(time.Millisecond) {
+		for end := time.Now().Add(labtest.Limit); fronts.received.Load() < f || backs.received.Load() < b; time.Sleep(time.Millisecond) {
 			if time.Now().After(end) {
 				t.Fatal("no frames move")
 			}

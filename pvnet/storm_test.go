@@ -8,6 +8,7 @@ import (
 	"barevif/hypercall"
 	"barevif/hypercall/emu"
 	"barevif/telemetry"
+	"barevif/xenbus/store/labtest"
 )
 
 // storm notifies p until stop is called.
@@ -30,7 +31,7 @@ func storm(p hypercall.Port) (stop func()) {
 // parkedAfter waits until h waits for the nth time.
 func parkedAfter(t testing.TB, h *half, n uint32) {
 	t.Helper()
-	for end := time.Now().Add(20 * time.Second); h.parked.Load() < 2*n-1 || h.parked.Load()%2 == 0; time.Sleep(100 * time.Microsecond) {
+	for end := time.Now().Add(labtest.Limit); h.parked.Load() < 2*n-1 || h.parked.Load()%2 == 0; time.Sleep(100 * time.Microsecond) {
 		if time.Now().After(end) {
 			t.Fatalf("%d waits, not %d", (h.parked.Load()+1)/2, n)
 		}
@@ -116,7 +117,7 @@ func fill(t testing.TB, tx *TX) {
 			}
 		}
 	})
-	for end := time.Now().Add(20 * time.Second); tx.parked.Load()%2 == 0 || tx.eng.ready(1); time.Sleep(100 * time.Microsecond) {
+	for end := time.Now().Add(labtest.Limit); tx.parked.Load()%2 == 0 || tx.eng.ready(1); time.Sleep(100 * time.Microsecond) {
 		if time.Now().After(end) {
 			t.Fatal("the sender does not wait")
 		}
@@ -162,15 +163,11 @@ func TestAStormOnOneChannelForBothHalves(t *testing.T) {
 				fromBack.Release(f[:])
 			}
 			tx.AllocSize(f[:], 60)
-			start := time.Now()
 			if n, err := tx.Send(f[:]); n != 1 || err != nil {
 				t.Fatal(n, err)
 			}
 			if err := <-got; err != nil {
 				t.Fatal(err)
-			}
-			if d := time.Since(start); d > 2*time.Second {
-				t.Errorf("the frame took %v", d)
 			}
 			stop()
 		})
@@ -178,37 +175,35 @@ func TestAStormOnOneChannelForBothHalves(t *testing.T) {
 }
 
 // Events that are for one half are not held against it because the other had
-// nothing to do.
+// nothing to do: that would take a second a frame, and the deadline comes before.
 func TestAnIdleHalfDoesNotBrakeTheOther(t *testing.T) {
 	p := join(t, emu.Config{}, features{queues: 1, frontSG: true, backSG: true}, Config{})
 	tx, _ := own(t, p.front)
 	toFront, rx := own(t, p.back)
 	fill(t, toFront)
-	got := make(chan error)
+	got := make(chan error, 1)
 	go func() {
 		var f [1]Frame
 		for {
 			_, err := rx.Receive(f[:])
+			rx.Release(f[:])
+			got <- err
 			if err != nil {
 				return
 			}
-			rx.Release(f[:])
-			got <- err
 		}
 	}()
-	start := time.Now()
 	for i := range 200 {
 		var f [1]Frame
 		tx.AllocWait(f[:], 60)
 		if n, err := tx.Send(f[:]); n != 1 || err != nil {
 			t.Fatal(i, n, err)
 		}
-		<-got
+		if err := <-got; err != nil {
+			t.Fatal(i, err)
+		}
 		for rx.parked.Load()%2 == 0 { // so that each comes as an event
 			time.Sleep(10 * time.Microsecond)
 		}
-	}
-	if d := time.Since(start); d > 5*time.Second { // a brake would take 200
-		t.Errorf("200 frames took %v", d)
 	}
 }
