@@ -8,6 +8,7 @@
 //	go run ./test/machines -list
 //	go run ./test/machines -pkgs './test/command ./test/xenstored' tun0600
 //	go run ./test/machines -n 20 busy            # 20 runs with two busy loops beside them
+//	go run ./test/machines -busy 2               # every row, with two busy loops beside each
 //
 // It needs root. It prints what failed and what was skipped on each, for want of
 // what, keeps the output of go test in a directory, and ends with status 1 if
@@ -82,6 +83,7 @@ type options struct {
 	count    int
 	dir      string
 	limit    time.Duration
+	busy     int // loops beside each machine, at least
 	more     []string
 }
 
@@ -91,6 +93,7 @@ func run(ctx context.Context) (failed bool, err error) {
 	count := flag.Int("n", 1, "run the suite so often on each machine")
 	dir := flag.String("dir", "", "keep what go test prints in this `folder`; default: a new one in the temporary directory")
 	limit := flag.Duration("timeout", 20*time.Minute, "for the tests of one package, as go test has it")
+	busy := flag.Int("busy", 0, "at least so many busy `loops` beside each machine")
 	arguments := flag.String("args", "", "more `arguments` for go test, such as -race")
 	flag.Parse()
 	chosen, err := choose(rows, flag.Args())
@@ -106,7 +109,7 @@ func run(ctx context.Context) (failed bool, err error) {
 	if os.Geteuid() != 0 {
 		return false, errors.New("machines are made of mounts and users, which needs root: sudo -E go run ./test/machines")
 	}
-	o := options{packages: strings.Fields(*packages), count: *count, dir: *dir, limit: *limit, more: strings.Fields(*arguments)}
+	o := options{packages: strings.Fields(*packages), count: *count, dir: *dir, limit: *limit, busy: *busy, more: strings.Fields(*arguments)}
 	if o.dir == "" {
 		if o.dir, err = os.MkdirTemp("", "machines"); err != nil {
 			return false, err
@@ -174,7 +177,7 @@ func (s *site) run(ctx context.Context, r row, name string, o options) (result, 
 		return result{}, err
 	}
 	defer done()
-	quiet := spin(r.Busy)
+	quiet := spin(max(r.Busy, o.busy))
 	defer quiet()
 	cmd.Stdout, cmd.Stderr = out, out
 	begin := time.Now()
