@@ -194,6 +194,11 @@ func (j *Joint) toLinkFrom(dev *pvnet.Device, rx *pvnet.RX, l Link) error {
 	var bufs [vifPieces][]byte
 	down := false
 	lost := uint64(0) // and not yet counted
+	defer func() {
+		if lost > 0 {
+			_ = rx.CountUndelivered(lost) // of a vif that has ended nothing is counted
+		}
+	}()
 	for {
 		n, err := rx.Receive(frames[:])
 		if err != nil {
@@ -225,6 +230,7 @@ func (j *Joint) toLinkFrom(dev *pvnet.Device, rx *pvnet.RX, l Link) error {
 				j.tellUntaken(dev, l, frames[i].Len())
 			case final(err):
 				j.unsent.Add(uint64(n - i))
+				lost += uint64(n - i)
 				j.wrote(sent, long)
 				_ = rx.Release(frames[:n])
 				return err

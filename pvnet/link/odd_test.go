@@ -233,6 +233,11 @@ func TestWritesThatFailLoseOneFrameEach(t *testing.T) {
 	if err := next(t, ended); err != ErrGone {
 		t.Error(err)
 	}
+	// The one that ended it is in the same account.
+	settle(t, j, func(st JointStats) bool {
+		now := h.Back.Stats()
+		return st.Unsent == want+1 && now.RX.Get(telemetry.Undelivered) == want+1
+	})
 }
 
 func TestTAPThatWasDownIsGoneOnWith(t *testing.T) {
