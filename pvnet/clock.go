@@ -17,36 +17,30 @@ type clock struct {
 	lives map[*life]struct{} // guarded by mu
 }
 
-// clocks are those of the domains of this process that have devices.
-var clocks = struct {
-	mu  sync.Mutex
-	all map[any]*clock // guarded by mu; by hypercall.Domain
-}{all: make(map[any]*clock)}
-
 // tick enrols l until the function it gives is called.
 func (l *life) tick() (untick func()) {
 	var dom any = l.d.domain
 	if !reflect.ValueOf(dom).Comparable() {
 		dom = l // then this device has one to itself
 	}
-	clocks.mu.Lock()
-	defer clocks.mu.Unlock()
-	c := clocks.all[dom]
+	global.mu.Lock()
+	defer global.mu.Unlock()
+	c := global.clocks[dom]
 	if c == nil {
 		c = &clock{stop: make(chan struct{}), lives: make(map[*life]struct{})}
-		clocks.all[dom] = c
+		global.clocks[dom] = c
 		go c.run()
 	}
 	c.mu.Lock()
 	c.lives[l] = struct{}{}
 	c.mu.Unlock()
 	return func() {
-		clocks.mu.Lock()
-		defer clocks.mu.Unlock()
+		global.mu.Lock()
+		defer global.mu.Unlock()
 		c.mu.Lock()
 		defer c.mu.Unlock()
 		if delete(c.lives, l); len(c.lives) == 0 {
-			delete(clocks.all, dom)
+			delete(global.clocks, dom)
 			close(c.stop)
 		}
 	}

@@ -80,7 +80,7 @@ func TestAnIdleDeviceSleepsThroughTheTick(t *testing.T) {
 			untick()
 		}
 		synctest.Wait()
-		if n := runtime.NumGoroutine() - before; n != 0 || clocks.all[p.bdom] != nil {
+		if n := runtime.NumGoroutine() - before; n != 0 || global.clocks[p.bdom] != nil {
 			t.Errorf("%d goroutines tick for nobody", n)
 		}
 		rx.interrupt()

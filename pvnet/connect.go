@@ -18,12 +18,13 @@ import (
 	"barevif/xenbus"
 )
 
-// devices is every frontend of the process, so that a second Connect finds the
-// first. It is the only state the package has.
-var devices = struct {
-	mu  sync.Mutex
-	all map[deviceKey]*entry // guarded by mu
-}{all: make(map[deviceKey]*entry)}
+// global is the only state the package has: every frontend of the process, so that a
+// second Connect finds the first, and the slow tick that the devices of a domain share.
+var global = struct {
+	mu      sync.Mutex
+	devices map[deviceKey]*entry // guarded by mu
+	clocks  map[any]*clock       // guarded by mu; by hypercall.Domain, those that have devices
+}{devices: make(map[deviceKey]*entry), clocks: make(map[any]*clock)}
 
 type deviceKey struct {
 	domain hypercall.Domain
@@ -67,18 +68,18 @@ func Connect(ctx context.Context, domain hypercall.Domain, id string, cfg Config
 	}
 	key := deviceKey{domain, id}
 	for {
-		devices.mu.Lock()
-		e, there := devices.all[key]
+		global.mu.Lock()
+		e, there := global.devices[key]
 		if !there {
 			e = &entry{cfg: cfg, ready: make(chan struct{}), gone: make(chan struct{})}
-			devices.all[key] = e
+			global.devices[key] = e
 		}
-		devices.mu.Unlock()
+		global.mu.Unlock()
 		if !there {
 			e.dev, e.err = connect(ctx, domain, id, cfg, func() {
-				devices.mu.Lock()
-				delete(devices.all, key)
-				devices.mu.Unlock()
+				global.mu.Lock()
+				delete(global.devices, key)
+				global.mu.Unlock()
 				close(e.gone)
 			})
 			close(e.ready)
@@ -384,9 +385,9 @@ func (f *front) others(ctx context.Context, xd *xenbus.Device) int {
 // the end of an error.
 func (d *Device) holders() string {
 	var held []string
-	devices.mu.Lock()
-	defer devices.mu.Unlock()
-	for key, e := range devices.all {
+	global.mu.Lock()
+	defer global.mu.Unlock()
+	for key, e := range global.devices {
 		if key.domain != d.domain || key.id == d.id {
 			continue
 		}
