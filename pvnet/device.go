@@ -286,8 +286,8 @@ func (d *Device) SetReadDeadline(t time.Time) error {
 	return d.over()
 }
 
-// SetWriteDeadline is when Write and Writev give up waiting for room. It returns
-// nil, or ErrDisconnected.
+// SetWriteDeadline is when Write, Writev and WriteBatch give up waiting for room. It
+// returns nil, or ErrDisconnected.
 func (d *Device) SetWriteDeadline(t time.Time) error {
 	for _, tx := range d.tx {
 		if !tx.owned.Load() {
@@ -386,12 +386,12 @@ func (d *Device) Writev(bufs ...[]byte) (int, error) {
 	if size < MinFrame || size > MaxFrame {
 		return 0, ErrFrameSize
 	}
-	tx, err := d.pick(bufs[0])
+	tx, err := d.pick(d.place(bufs[0]))
 	if err != nil {
 		return 0, err
 	}
 	defer tx.mu.Unlock()
-	frames := tx.one[:] // an array here would escape through the engine's interface
+	frames := tx.mine[:1] // an array here would escape through the engine's interface
 	if _, err := tx.AllocWait(frames, size); err != nil {
 		return 0, err
 	}
@@ -404,14 +404,73 @@ func (d *Device) Writev(bufs ...[]byte) (int, error) {
 	return size, nil
 }
 
-// pick locks a sending half for a frame that begins with head: the same for all
-// frames of a flow.
-func (d *Device) pick(head []byte) (*TX, error) {
-	n := max(1, int(d.active.Load()))
-	at := 0
-	if n > 1 {
-		at = int(flow(head) % uint32(n))
+// WriteBatch is Write of several frames, in order within a flow, for less than as many
+// calls: they are published together, and the peer is notified once for up to 32 of
+// them. It returns how many were sent; the error is about the next.
+func (d *Device) WriteBatch(frames [][]byte) (n int, err error) {
+	if err := d.over(); err != nil {
+		return 0, err
 	}
+	for n < len(frames) {
+		size := len(frames[n])
+		if size < MinFrame || size > MaxFrame {
+			return n, ErrFrameSize
+		}
+		at := d.place(frames[n])
+		run := 1
+		for size <= 4096 && run < min(len(frames)-n, batch) { // each in one page, and so of any size
+			next := frames[n+run]
+			if len(next) < MinFrame || len(next) > 4096 || d.place(next) != at {
+				break
+			}
+			size = max(size, len(next))
+			run++
+		}
+		tx, err := d.pick(at)
+		if err != nil {
+			return n, err
+		}
+		k, err := tx.write(frames[n:n+run], size)
+		tx.mu.Unlock()
+		if n += k; err != nil {
+			return n, err
+		}
+	}
+	return n, nil
+}
+
+// batch is how many frames the Device's own calls move at once.
+const batch = 32
+
+// write sends frames, none longer than size bytes, as many as there were buffers for. The
+// caller holds mu.
+func (tx *TX) write(frames [][]byte, size int) (n int, err error) {
+	mine := tx.mine[:len(frames)]
+	k, err := tx.AllocWait(mine, size)
+	if err != nil {
+		return 0, err
+	}
+	for i := range mine[:k] {
+		mine[i].Truncate(len(frames[i]))
+		mine[i].CopyFrom(frames[i])
+	}
+	n, err = tx.SendWait(mine[:k])
+	releaseAll(mine[n:k])
+	tx.flush()
+	return n, err
+}
+
+// place is the queue that the frames of a flow are sent on, by the beginning of one.
+func (d *Device) place(head []byte) int {
+	if n := d.active.Load(); n > 1 {
+		return int(flow(head) % uint32(n))
+	}
+	return 0
+}
+
+// pick locks the sending half of queue at, or another if it has an owner.
+func (d *Device) pick(at int) (*TX, error) {
+	n := max(1, int(d.active.Load()))
 	for i := range n {
 		tx := d.tx[(at+i)%n]
 		if tx.owned.Load() {
@@ -435,6 +494,16 @@ func (d *Device) pick(head []byte) (*TX, error) {
 // A second Listen, or one beside an owner of a receiving half, is [ErrOwned]; one
 // after Disconnect is [ErrDisconnected].
 func (d *Device) Listen(ctx context.Context, fn func(Frame)) error {
+	return d.ListenBatch(ctx, func(frames []Frame) {
+		for i := range frames {
+			fn(frames[i])
+		}
+	})
+}
+
+// ListenBatch is Listen with the frames that came together, up to 32, in one call of fn.
+// The slice is lent until fn returns, as the frames are.
+func (d *Device) ListenBatch(ctx context.Context, fn func([]Frame)) error {
 	if err := d.over(); err != nil {
 		return err
 	}
@@ -512,7 +581,7 @@ func (d *Device) fatal() error {
 	return nil
 }
 
-func (rx *RX) listen(fn func(Frame)) (err error) {
+func (rx *RX) listen(fn func([]Frame)) (err error) {
 	debug.SetPanicOnFault(true)
 	defer func() {
 		if v := faulted(recover()); v != nil {
@@ -520,7 +589,7 @@ func (rx *RX) listen(fn func(Frame)) (err error) {
 			err = rx.dev.judge(v)
 		}
 	}()
-	var frames [32]Frame
+	var frames [batch]Frame
 	for {
 		n, err := rx.Receive(frames[:])
 		if err == ErrNoBuffers { // fn retains them all; the frames wait in the ring
@@ -530,13 +599,11 @@ func (rx *RX) listen(fn func(Frame)) (err error) {
 		if err != nil {
 			return err
 		}
-		for i := range frames[:n] {
-			fn(frames[i])
-		}
-		rx.Release(frames[:n])
 		if n == 0 {
 			continue
 		}
+		fn(frames[:n])
+		rx.Release(frames[:n])
 		rx.flush()
 	}
 }

@@ -2,8 +2,8 @@
 // which a guest owns, and the backend, which serves one.
 //
 // A [Device] moves Ethernet frames. Its simple calls copy: Write and Writev send
-// one frame, Listen gives every frame that arrives to a function. Its owning
-// calls do not: [Device.OwnTX] and [Device.OwnRX] take one direction of one queue
+// one frame and WriteBatch several, Listen and ListenBatch give every frame that
+// arrives to a function. Its owning calls do not: [Device.OwnTX] and [Device.OwnRX] take one direction of one queue
 // out of the Device's hands, and from then on only that owner uses it, without
 // locks, allocations or system calls of its own.
 //

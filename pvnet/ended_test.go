@@ -69,6 +69,9 @@ func TestEveryCallAfterDisconnectSaysSo(t *testing.T) {
 					{"Writev", func() error { return two(d.Writev(frame(60, 0), long[:9])) }},
 					{"Writev", func() error { return two(d.Writev()) }},
 					{"Listen", func() error { return d.Listen(context.Background(), func(pvnet.Frame) {}) }},
+					{"WriteBatch", func() error { return two(d.WriteBatch([][]byte{make([]byte, 60)})) }},
+					{"WriteBatch", func() error { return two(d.WriteBatch(nil)) }},
+					{"ListenBatch", func() error { return d.ListenBatch(context.Background(), func([]pvnet.Frame) {}) }},
 					{"OwnTX", func() error { _, err := d.OwnTX(0); return err }},
 					{"OwnTX", func() error { _, err := d.OwnTX(9); return err }},
 					{"OwnRX", func() error { _, err := d.OwnRX(0); return err }},
@@ -95,6 +98,8 @@ func TestEveryCallAfterDisconnectSaysSo(t *testing.T) {
 						{"RX.ReceiveInto", func() error { return two(rx.ReceiveInto(nil)) }},
 						{"RX.Poll", func() error { return two(rx.Poll(frames[:])) }},
 						{"RX.Poll", func() error { return two(rx.Poll(nil)) }},
+						{"RX.PollInto", func() error { return two(rx.PollInto(frames[:])) }},
+						{"RX.PollInto", func() error { return two(rx.PollInto(nil)) }},
 					}...)
 				}
 				tried := make(map[string]bool)

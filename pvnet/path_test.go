@@ -1,6 +1,8 @@
 package pvnet
 
 import (
+	"bytes"
+	"context"
 	"errors"
 	"math/rand/v2"
 	"os"
@@ -519,9 +521,11 @@ func TestWriteAllocatesNothing(t *testing.T) {
 		_, rx := own(t, to)
 		var f [1]Frame
 		head, body := make([]byte, 14), make([]byte, 200)
+		one := [][]byte{body}
 		for name, write := range map[string]func() (int, error){
-			"Write":  func() (int, error) { return from.Write(body) },
-			"Writev": func() (int, error) { return from.Writev(head, body) },
+			"Write":      func() (int, error) { return from.Write(body) },
+			"Writev":     func() (int, error) { return from.Writev(head, body) },
+			"WriteBatch": func() (int, error) { return from.WriteBatch(one) },
 		} {
 			cycle := func() {
 				if _, err := write(); err != nil {
@@ -536,6 +540,177 @@ func TestWriteAllocatesNothing(t *testing.T) {
 			if n := testing.AllocsPerRun(50, cycle); n != 0 {
 				t.Errorf("%s: %v allocations a frame", name, n)
 			}
+		}
+	})
+}
+
+// Frames of every size that are written together arrive whole and in order, however
+// many there are and however few buffers, and the peer is notified less often than a
+// frame. One that no vif takes ends the batch before it.
+func TestWriteBatch(t *testing.T) {
+	each(t, func(t *testing.T, p *pair, from, to *Device) {
+		sizes := []int{14, 60, 1514, 4096, 4097, 60, 20000, 64, MaxFrame, 61}
+		var frames [][]byte
+		for i := range 3 * 64 {
+			b := make([]byte, sizes[i%len(sizes)])
+			if i >= 64 {
+				b = b[:min(len(b), 64+i)] // long runs of one page each
+			}
+			pattern(b, i)
+			frames = append(frames, b)
+		}
+		got := make(chan []byte, len(frames))
+		most := 0
+		ended := make(chan error, 1)
+		go func() {
+			ended <- to.ListenBatch(context.Background(), func(fs []Frame) {
+				most = max(most, len(fs))
+				for i := range fs {
+					b := make([]byte, fs[i].Len())
+					fs[i].CopyTo(b)
+					got <- b
+				}
+			})
+		}()
+		before := from.Stats()
+		if n, err := from.WriteBatch(frames); n != len(frames) || err != nil {
+			t.Fatal(n, err)
+		}
+		for i, want := range frames {
+			if b := <-got; !bytes.Equal(b, want) {
+				t.Fatalf("frame %d: %d bytes, want %d", i, len(b), len(want))
+			}
+		}
+		st := from.Stats()
+		if sent, notifies := st.TX.Get(telemetry.Packets)-before.TX.Get(telemetry.Packets),
+			st.TX.Get(telemetry.NotifiesSent)-before.TX.Get(telemetry.NotifiesSent); sent != uint64(len(frames)) || notifies >= sent/2 {
+			t.Errorf("%d frames counted, %d notifies", sent, notifies)
+		}
+
+		bad := [][]byte{frames[0], frames[1], make([]byte, 13), frames[3]}
+		if n, err := from.WriteBatch(bad); n != 2 || err != ErrFrameSize {
+			t.Errorf("%d, %v", n, err)
+		}
+		bad[2] = make([]byte, MaxFrame+1)
+		if n, err := from.WriteBatch(bad); n != 2 || err != ErrFrameSize {
+			t.Errorf("%d, %v", n, err)
+		}
+		for i := range 4 {
+			if b := <-got; !bytes.Equal(b, frames[i%2]) {
+				t.Errorf("%d bytes", len(b))
+			}
+		}
+		if n, err := from.WriteBatch(nil); n != 0 || err != nil {
+			t.Errorf("%d, %v", n, err)
+		}
+		if _, err := from.OwnTX(0); err != nil {
+			t.Fatal(err)
+		}
+		if n, err := from.WriteBatch(frames); n != 0 || err != ErrOwned {
+			t.Errorf("%d, %v", n, err)
+		}
+		p.disconnect()
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+		if most < 2 || most > 32 {
+			t.Errorf("at most %d frames in one call", most)
+		}
+	})
+}
+
+// A flow that is written in batches keeps its queue, beside others of the same batch.
+func TestWriteBatchSpreadsFlows(t *testing.T) {
+	p := join(t, emu.Config{}, features{queues: 4, frontSG: true, backSG: true, split: true}, Config{Queues: 4})
+	type seen struct {
+		queue int
+		frame []byte
+	}
+	got := make(chan seen, 1024)
+	for i := range 4 {
+		rx, err := p.back.OwnRX(i)
+		if err != nil {
+			t.Fatal(err)
+		}
+		go func() {
+			var f [8]Frame
+			for {
+				n, err := rx.Receive(f[:])
+				if err != nil {
+					return
+				}
+				for k := range f[:n] {
+					b := make([]byte, f[k].Len())
+					f[k].CopyTo(b)
+					got <- seen{i, b}
+				}
+				rx.Release(f[:n])
+			}
+		}()
+	}
+	var frames [][]byte
+	for i := range 256 {
+		b := make([]byte, 64)
+		b[0], b[6] = 2, byte(i%16) // the flow: 16 senders
+		b[20] = byte(i / 16)
+		frames = append(frames, b)
+	}
+	if n, err := p.front.WriteBatch(frames); n != len(frames) || err != nil {
+		t.Fatal(n, err)
+	}
+	queue, last := make(map[byte]int), make(map[byte]byte)
+	used := make(map[int]bool)
+	for range frames {
+		s := <-got
+		flow, at := s.frame[6], s.frame[20]
+		if q, there := queue[flow]; there && q != s.queue {
+			t.Fatalf("flow %d came on queues %d and %d", flow, q, s.queue)
+		}
+		if prev, there := last[flow]; there && at != prev+1 || !there && at != 0 {
+			t.Fatalf("flow %d: frame %d after %d", flow, at, prev)
+		}
+		queue[flow], last[flow], used[s.queue] = s.queue, at, true
+	}
+	if len(used) < 2 {
+		t.Errorf("%d queues used", len(used))
+	}
+}
+
+// PollInto returns at once, with nothing or with what there is, in the caller's frames.
+func TestPollInto(t *testing.T) {
+	each(t, func(t *testing.T, p *pair, from, to *Device) {
+		tx, rx := own(t, to) // frames of tx to receive into
+		mine := make([]Frame, 4)
+		if n := tx.AllocSize(mine, 2000); n != len(mine) {
+			t.Fatal(n)
+		}
+		if n, err := rx.PollInto(mine); n != 0 || err != nil {
+			t.Fatalf("with nothing there: %d, %v", n, err)
+		}
+		sizes := []int{60, 1500, 5000}
+		for i, size := range sizes {
+			b := make([]byte, size)
+			pattern(b, i)
+			if _, err := from.Write(b); err != nil {
+				t.Fatal(err)
+			}
+		}
+		n, err := rx.PollInto(mine)
+		if n != 2 || err != nil {
+			t.Fatalf("%d, %v", n, err)
+		}
+		for i := range mine[:n] {
+			want, b := make([]byte, sizes[i]), make([]byte, mine[i].Len())
+			pattern(want, i)
+			if mine[i].CopyTo(b); !bytes.Equal(b, want) {
+				t.Errorf("frame %d: %d bytes", i, len(b))
+			}
+		}
+		if n, err := rx.PollInto(mine); n != 0 || err != ErrShortFrame {
+			t.Errorf("a frame that does not fit: %d, %v", n, err)
+		}
+		for i := range mine {
+			mine[i].Release()
 		}
 	})
 }

@@ -92,11 +92,16 @@ func (rx *RX) receive(frames []Frame, into bool) (int, error) {
 
 // Poll is Receive that does not wait: n is 0 if there is nothing. Errors are
 // those of Receive, and [ErrLinkDown].
-func (rx *RX) Poll(frames []Frame) (n int, err error) {
+func (rx *RX) Poll(frames []Frame) (n int, err error) { return rx.poll(frames, false) }
+
+// PollInto is ReceiveInto that does not wait, as Poll is Receive.
+func (rx *RX) PollInto(frames []Frame) (n int, err error) { return rx.poll(frames, true) }
+
+func (rx *RX) poll(frames []Frame, into bool) (n int, err error) {
 	if err := rx.enter(); err != nil {
 		return 0, err
 	}
-	n, err = rx.eng.receive(frames, false)
+	n, err = rx.eng.receive(frames, into)
 	rx.counted(n)
 	rx.gate.leave()
 	if err = rx.dev.judge(err); n > 0 {

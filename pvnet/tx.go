@@ -13,10 +13,10 @@ import (
 // but SetDeadline, must not be called by two goroutines at once.
 type TX struct {
 	half
-	eng   sender   // of the connection; written by the life goroutine behind the shut gate
-	stall stall    // the life goroutine's alone
-	cuts  cutting  // inside the gate
-	one   [1]Frame // of Write; guarded by mu
+	eng   sender       // of the connection; written by the life goroutine behind the shut gate
+	stall stall        // the life goroutine's alone
+	cuts  cutting      // inside the gate
+	mine  [batch]Frame // of Write; guarded by mu
 }
 
 // A cutting is the frame that is being cut.
