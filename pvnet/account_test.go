@@ -6,6 +6,7 @@ import (
 	"barevif/hypercall"
 	"barevif/hypercall/emu"
 	"barevif/telemetry"
+	"barevif/xenbus"
 )
 
 // wantAccount asserts that of sent frames so many were received, and the others lost
@@ -216,7 +217,7 @@ func TestABackendThatFollowsTakesWhatTheOtherLeft(t *testing.T) {
 	}
 	c.queues = append(c.queues, q)
 	p.conns[1] = c
-	p.back.up(c, 1)
+	p.back.up(c, 1, xenbus.Connected)
 	receiveN(t, rx, 2)
 	receiveN(t, frx, 2)
 	p.disconnect()

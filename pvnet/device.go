@@ -738,7 +738,7 @@ func (d *Device) judge(err error) error {
 
 // up puts a connection under the halves, if it is not there yet, and lets callers
 // in.
-func (d *Device) up(c *conn, peer hypercall.DomID) {
+func (d *Device) up(c *conn, peer hypercall.DomID, own xenbus.State) {
 	for i, q := range c.queues {
 		tx, rx := d.tx[i], d.rx[i]
 		tx.eng, rx.eng = q.tx, q.rx
@@ -758,6 +758,7 @@ func (d *Device) up(c *conn, peer hypercall.DomID) {
 	d.budget = Budget{c.shared, c.own}
 	d.peer, d.agreed = peer, c.agreed(d.cfg.LendRx, d.trusted)
 	d.mu.Unlock()
+	d.setStatus(own, true) // before anybody hears of it, and may look there
 	d.announce(linkUp, LinkEvent{Up: true})
 }
 
@@ -800,13 +801,13 @@ func (d *Device) drop(c *conn) {
 	d.mu.Unlock()
 }
 
-// setStatus shows our state beside the counters.
-func (d *Device) setStatus(s xenbus.State) {
+// setStatus shows our state beside the counters, and whether the link is up.
+func (d *Device) setStatus(s xenbus.State, up bool) {
 	d.mu.Lock()
 	agreed := d.agreed
 	d.mu.Unlock()
 	d.set.SetStatus(telemetry.Status{
-		State: telemetry.State(s), Up: d.word.Load() == linkUp, MAC: d.MAC(), MTU: uint32(d.MTU()),
+		State: telemetry.State(s), Up: up, MAC: d.MAC(), MTU: uint32(d.MTU()),
 		Queues: uint32(d.active.Load()), Epoch: d.epoch.Load(),
 		Features: agreed,
 	})

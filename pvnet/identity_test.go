@@ -8,6 +8,7 @@ import (
 	"sync"
 	"testing"
 	"testing/synctest"
+	"time"
 
 	"barevif/hypercall"
 	"barevif/pvnet"
@@ -46,7 +47,10 @@ func (m *nameless) Words(int, telemetry.Dir) (words, base []uint64) {
 func (m *nameless) Kind() string           { return "names" }
 func (m *nameless) Reason() string         { return "" }
 func (m *nameless) Record(telemetry.Event) {}
+
+// Update takes its time: who hears of the link before it was shown sees what was.
 func (m *nameless) Update(s telemetry.Status, _ telemetry.Reset) {
+	time.Sleep(time.Millisecond)
 	m.n.mu.Lock()
 	defer m.n.mu.Unlock()
 	m.n.last = s
@@ -130,6 +134,9 @@ func TestAVifThatIsPluggedAgainIsAnotherCard(t *testing.T) {
 			}
 			if ev := next(false); ev.MAC != was { // of the connection that ended
 				t.Errorf("%+v", ev)
+			}
+			if _, _, status := fronts.now(); status.Up {
+				t.Errorf("a link that is down is shown as %+v", status)
 			}
 			v = l.add(w)
 			check(v)

@@ -467,7 +467,7 @@ func (l *life) write(s xenbus.State) bool {
 	l.d.trouble.Store(nil)
 	l.d.set.Record(telemetry.EventState, telemetry.NoQueue, uint64(l.state), uint64(s))
 	l.state = s
-	l.d.setStatus(s)
+	l.d.setStatus(s, l.running)
 	return true
 }
 
@@ -628,14 +628,13 @@ func (l *life) resume() {
 	l.running, l.refused, l.beats = true, nil, 0
 	l.joined = l.conn.joined()
 	_, dom := l.xd.Peer()
-	if v := trapped(func() { l.d.up(l.conn, dom) }); v != nil {
+	if v := trapped(func() { l.d.up(l.conn, dom, l.xd.Current().Own) }); v != nil {
 		l.d.judge(v)
 		return
 	}
 	if n := l.d.epoch.Load(); n > 1 {
 		l.d.set.Record(telemetry.EventReconnect, telemetry.NoQueue, n, 0)
 	}
-	l.d.setStatus(l.xd.Current().Own)
 	l.d.log.Info("link up", "vif", l.d.id, "peer", dom, "queues", len(l.conn.queues), "memory", l.d.Budget().String())
 	l.tell(nil)
 }
@@ -659,6 +658,7 @@ func (l *life) suspend(ch xenbus.Change) {
 		reason = "the other end's program has ended without closing"
 	}
 	l.d.log.Info("link down", "vif", l.d.id, "reason", reason)
+	l.d.setStatus(l.xd.Current().Own, false)
 	if !l.d.down(l.conn, reason) {
 		l.leave(&UnknownError{"shut the device", errors.New("a caller never left it")})
 	}

@@ -8,6 +8,7 @@ import (
 
 	"barevif/hypercall/emu"
 	"barevif/telemetry"
+	"barevif/xenbus"
 	"barevif/xenbus/store/labtest"
 )
 
@@ -76,8 +77,8 @@ func (p *pair) connect(t testing.TB, f features) {
 		}
 		bc.queues = append(bc.queues, bq)
 	}
-	p.front.up(fc, 2)
-	p.back.up(bc, 1)
+	p.front.up(fc, 2, xenbus.Connected)
+	p.back.up(bc, 1, xenbus.Connected)
 }
 
 func (p *pair) disconnect() {
