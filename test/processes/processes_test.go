@@ -59,6 +59,10 @@ func childFront(ctx context.Context) error {
 	}
 	defer dom.Destroy()
 	dev, err := pvnet.Connect(ctx, dom, "0", pvnet.Config{})
+	for errors.Is(err, xenbus.ErrNotFound) && ctx.Err() == nil { // between two vifs of one number
+		time.Sleep(time.Millisecond)
+		dev, err = pvnet.Connect(ctx, dom, "0", pvnet.Config{})
+	}
 	if err != nil {
 		return err
 	}
