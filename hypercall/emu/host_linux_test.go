@@ -6,11 +6,12 @@ import (
 
 	"barevif/hypercall"
 	"barevif/hypercall/emu"
+	"barevif/hypercall/emu/emutest"
 )
 
 func host(t testing.TB, cfg emu.Config) (*emu.Host, string) {
 	t.Helper()
-	path := filepath.Join(t.TempDir(), "xen")
+	path := filepath.Join(emutest.SocketDir(t), "xen")
 	h, err := emu.Listen(path, cfg)
 	if err != nil {
 		t.Fatal(err)

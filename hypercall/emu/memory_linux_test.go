@@ -11,6 +11,7 @@ import (
 
 	"barevif/arena/shm"
 	"barevif/hypercall"
+	"barevif/hypercall/emu/emutest"
 )
 
 func TestOnlySealedMemoryOfTheRightSizeIsMapped(t *testing.T) {
@@ -119,7 +120,7 @@ func TestReadOnlyDescriptorCannotBeMappedWritable(t *testing.T) {
 }
 
 func TestHostHandsReadOnlyGrantsOutReadOnly(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "xen")
+	path := filepath.Join(emutest.SocketDir(t), "xen")
 	h, err := Listen(path, Config{})
 	if err != nil {
 		t.Fatal(err)

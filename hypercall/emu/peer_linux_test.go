@@ -17,6 +17,7 @@ import (
 
 	"barevif/hypercall"
 	"barevif/hypercall/emu"
+	"barevif/hypercall/emu/emutest"
 )
 
 // stranger is a user other than the one that tests.
@@ -34,7 +35,7 @@ func asStranger(t testing.TB) *syscall.SysProcAttr {
 // openDir is a directory in which every user may make sockets.
 func openDir(t testing.TB) string {
 	t.Helper()
-	dir := t.TempDir()
+	dir := emutest.SocketDir(t)
 	if err := errors.Join(os.Chmod(dir, 0o777), os.Chmod(filepath.Dir(dir), 0o755)); err != nil {
 		t.Fatal(err)
 	}
@@ -95,7 +96,7 @@ func childKnock(path string) error {
 
 func TestSocketsArePrivateWhateverTheUmask(t *testing.T) {
 	for _, umask := range []string{"000", "022", "077"} {
-		p := spawn(t, "private", t.TempDir(), umask)
+		p := spawn(t, "private", emutest.SocketDir(t), umask)
 		for range 2 {
 			if mode := p.says(t); mode != "-rw-------" {
 				t.Errorf("umask %s: a socket of mode %s", umask, mode)
@@ -116,7 +117,7 @@ func TestJoinAsksWhoTheHostIs(t *testing.T) {
 	dir := openDir(t)
 	path := filepath.Join(dir, "xen")
 	spawnWith(t, attr, "host", path).says(t)
-	link := filepath.Join(t.TempDir(), "xen")
+	link := filepath.Join(emutest.SocketDir(t), "xen")
 	if err := os.Symlink(path, link); err != nil {
 		t.Fatal(err)
 	}

@@ -24,6 +24,7 @@ import (
 	"barevif/arena/shm"
 	"barevif/hypercall"
 	"barevif/hypercall/emu"
+	"barevif/hypercall/emu/emutest"
 )
 
 // childEnv makes the test binary play a part in another process's test.
@@ -128,7 +129,7 @@ func childHost(path string) error {
 
 func hostProcess(t testing.TB) (*process, string) {
 	t.Helper()
-	path := filepath.Join(t.TempDir(), "xen")
+	path := filepath.Join(emutest.SocketDir(t), "xen")
 	p := spawn(t, "host", path)
 	p.says(t)
 	return p, path
@@ -466,7 +467,7 @@ func TestJoinIsRefused(t *testing.T) {
 		t.Errorf("a cancelled Join: %v", err)
 	}
 	// A host that does not answer.
-	mute := filepath.Join(t.TempDir(), "mute")
+	mute := filepath.Join(emutest.SocketDir(t), "mute")
 	l, err := net.ListenUnix("unixpacket", &net.UnixAddr{Name: mute, Net: "unixpacket"})
 	if err != nil {
 		t.Fatal(err)
@@ -571,7 +572,7 @@ func descriptors(t testing.TB) []string {
 
 func TestNothingLeaks(t *testing.T) {
 	use := func() {
-		dir := t.TempDir()
+		dir := emutest.SocketDir(t)
 		ends := make(chan error, 1)
 		h, err := emu.Listen(filepath.Join(dir, "xen"), emu.Config{Store: echoStore(ends)})
 		if err != nil {

@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"barevif/hypercall"
+	"barevif/hypercall/emu/emutest"
 )
 
 func TestErrorsKeepTheirIdentityOnTheWire(t *testing.T) {
@@ -59,7 +60,7 @@ func FuzzHost(f *testing.F) {
 	seed(request{Op: opStore}, request{Op: opCloseStore, ID: 5}, request{Op: opKeepPages, N: 1 << 31}, request{Op: opDropPages, ID: 5},
 		request{Op: opLookup, Peer: 1}, request{Op: opLookup, Peer: 9})
 
-	h, err := Listen(filepath.Join(f.TempDir(), "xen"), Config{
+	h, err := Listen(filepath.Join(emutest.SocketDir(f), "xen"), Config{
 		Grants: 16, Ports: 8,
 		Store: func(_ hypercall.DomID, c io.ReadWriteCloser) { _, _ = io.Copy(io.Discard, c) },
 	})

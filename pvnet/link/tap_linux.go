@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"strings"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -56,7 +57,7 @@ func OpenTAP(cfg TAPConfig) (*TAP, error) {
 // kernel spreads the flows it sends over those that are open.
 func OpenTAPQueues(cfg TAPConfig, n int) ([]*TAP, error) {
 	if n < 1 || n > 256 { // MAX_TAP_QUEUES of drivers/net/tun.c
-		return nil, &OpenError{Link: "tap " + cfg.Name, Step: fmt.Sprintf("open %d queues", n), Err: unix.EINVAL}
+		return nil, &OpenError{Link: tapCalled(cfg.Name), Step: fmt.Sprintf("open %d queues", n), Err: unix.EINVAL}
 	}
 	return openTAPs(cfg, n, unix.IFF_MULTI_QUEUE)
 }
@@ -319,8 +320,17 @@ func (t *TAP) read(bufs [][]byte, wait bool) (n int, off Offload, err error) {
 	return max(r.n-headerSize, 0), off, nil
 }
 
+// tapCalled is how an error names a TAP, which has no name before the kernel has put a
+// number in.
+func tapCalled(name string) string {
+	if name == "" || strings.Contains(name, "%") {
+		return "new tap"
+	}
+	return "tap " + name
+}
+
 func openError(name string, err error) error {
-	e := &OpenError{Link: "tap " + name, Step: "open /dev/net/tun", Err: err}
+	e := &OpenError{Link: tapCalled(name), Step: "open /dev/net/tun", Err: err}
 	switch {
 	case errors.Is(err, unix.EACCES), errors.Is(err, unix.EPERM):
 		e.Next = "run as root, or let this user open it (chmod 0666 /dev/net/tun), or use a packet socket"
@@ -331,7 +341,7 @@ func openError(name string, err error) error {
 }
 
 func tapError(name, step string, err error) error {
-	e := &OpenError{Link: "tap " + name, Step: step, Err: err}
+	e := &OpenError{Link: tapCalled(name), Step: step, Err: err}
 	switch {
 	case errors.Is(err, unix.EPERM):
 		e.Next = "run with CAP_NET_ADMIN, or in a user and network namespace of its own, or attach to one made for this user (ip tuntap add mode tap user NAME)"

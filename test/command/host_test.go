@@ -20,6 +20,7 @@ import (
 	"testing"
 	"time"
 
+	"barevif/hypercall/emu/emutest"
 	"barevif/test/xenstored"
 
 	"github.com/vishvananda/netlink"
@@ -36,7 +37,7 @@ type site struct {
 
 func newSite(t *testing.T, vifs ...string) *site {
 	t.Helper()
-	s := &site{t: t, bin: barevif(t), socket: filepath.Join(t.TempDir(), "host.sock")}
+	s := &site{t: t, bin: barevif(t), socket: filepath.Join(emutest.SocketDir(t), "host.sock")}
 	s.host = start(t, nil, s.bin, append([]string{"host", "--socket", s.socket}, vifs...)...)
 	s.host.await("look inside:", 1)
 	return s
@@ -354,7 +355,7 @@ func TestPinsEndWithTheirProgram(t *testing.T) {
 		"$0" stat --prune; left pruned
 		begin "$1"; kill -KILL $g; wait $g; "$0" stat --prune; left beside
 		"$0" serve --emu "$1" >"$2" & g=$!; until grep -q serving "$2"; do sleep 0.05; done; both; echo again; wait $b; wait $g; left "without a host"`, missing, dir)
-	p := start(t, &syscall.SysProcAttr{Unshareflags: unix.CLONE_NEWNS | unix.CLONE_NEWNET}, "/bin/sh", "-c", script, s.bin, s.socket, filepath.Join(t.TempDir(), "serve"))
+	p := start(t, &syscall.SysProcAttr{Unshareflags: unix.CLONE_NEWNS | unix.CLONE_NEWNET}, "/bin/sh", "-c", script, s.bin, s.socket, filepath.Join(emutest.SocketDir(t), "serve"))
 	select {
 	case <-p.done:
 		if p.cmd.ProcessState.ExitCode() == missing {

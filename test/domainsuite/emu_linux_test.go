@@ -11,6 +11,7 @@ import (
 
 	"barevif/hypercall"
 	"barevif/hypercall/emu"
+	"barevif/hypercall/emu/emutest"
 	"barevif/test/domainsuite"
 )
 
@@ -59,7 +60,7 @@ func TestEmulatorWithHostInAnotherProcess(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	path := filepath.Join(t.TempDir(), "xen")
+	path := filepath.Join(emutest.SocketDir(t), "xen")
 	cmd := exec.Command(exe)
 	cmd.Env = append(os.Environ(), hostEnv+"="+path)
 	cmd.Stderr = os.Stderr
@@ -92,7 +93,7 @@ func TestEmulatorBetweenHostAndDomain(t *testing.T) {
 	for _, hostIsFront := range []bool{true, false} {
 		t.Run(fmt.Sprintf("front=%v", hostIsFront), func(t *testing.T) {
 			domainsuite.Run(t, func(t testing.TB) (front, back hypercall.Domain) {
-				path := filepath.Join(t.TempDir(), "xen")
+				path := filepath.Join(emutest.SocketDir(t), "xen")
 				h, err := emu.Listen(path, emu.Config{})
 				if err != nil {
 					t.Fatal(err)

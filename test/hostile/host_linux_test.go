@@ -16,6 +16,7 @@ import (
 
 	"barevif/hypercall"
 	"barevif/hypercall/emu"
+	"barevif/hypercall/emu/emutest"
 	"barevif/pvnet"
 	"barevif/xenbus"
 	"barevif/xenbus/store"
@@ -161,7 +162,7 @@ func newStreet(t testing.TB) *street {
 	t.Helper()
 	s := &street{t: t, devs: make(chan *pvnet.Device, 64)}
 	st := store.New(store.Config{})
-	path := filepath.Join(t.TempDir(), "host")
+	path := filepath.Join(emutest.SocketDir(t), "host")
 	var err error
 	s.host, err = emu.Listen(path, emu.Config{Grants: 2048, Store: func(dom hypercall.DomID, conn io.ReadWriteCloser) {
 		st.ServeConn(conn, dom)

@@ -24,6 +24,7 @@ var rows = [...][]string{
 	{"xenbus/toolstack"},
 	{"hypercall/xendev/privcmd"},
 	{"hypercall/xendev"},
+	{"hypercall/emu/emutest"},
 	{"hypercall/emu"},
 	{"telemetry/openmetrics"},
 	{"telemetry/bpf/bpftest"},

@@ -18,6 +18,7 @@ import (
 
 	"barevif/hypercall"
 	"barevif/hypercall/emu"
+	"barevif/hypercall/emu/emutest"
 	"barevif/pvnet"
 	"barevif/telemetry"
 	"barevif/xenbus"
@@ -144,7 +145,7 @@ func start(t testing.TB) *machine {
 // empty makes a machine without a backend.
 func empty(t testing.TB) *machine {
 	t.Helper()
-	m := &machine{t: t, socket: filepath.Join(t.TempDir(), "host"), backs: make(chan *pvnet.Device, 4)}
+	m := &machine{t: t, socket: filepath.Join(emutest.SocketDir(t), "host"), backs: make(chan *pvnet.Device, 4)}
 	st := store.New(store.Config{})
 	h, err := emu.Listen(m.socket, emu.Config{Admit: st.Admit, Store: func(dom hypercall.DomID, conn io.ReadWriteCloser) {
 		st.ServeConn(conn, dom)

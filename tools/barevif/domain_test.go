@@ -16,6 +16,7 @@ import (
 	"testing"
 
 	"barevif/hypercall/emu"
+	"barevif/hypercall/emu/emutest"
 
 	"golang.org/x/sys/unix"
 )
@@ -46,8 +47,8 @@ func asStranger(t *testing.T, do func() error) {
 // temporary makes dir the place of all sockets, which every user may write.
 func temporary(t *testing.T) (dir string) {
 	t.Helper()
-	dir = t.TempDir()
-	if err := errors.Join(os.Chmod(dir, 0o777|os.ModeSticky), os.Chmod(filepath.Dir(dir), 0o755)); err != nil {
+	dir = emutest.SocketDir(t)
+	if err := os.Chmod(dir, 0o777|os.ModeSticky); err != nil {
 		t.Fatal(err)
 	}
 	t.Setenv("TMPDIR", dir)

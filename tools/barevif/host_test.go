@@ -9,6 +9,7 @@ import (
 	"strings"
 	"testing"
 
+	"barevif/hypercall/emu/emutest"
 	"barevif/xenbus/toolstack"
 )
 
@@ -55,7 +56,7 @@ func TestVifsAreReadStrictly(t *testing.T) {
 }
 
 func TestASocketLeftBehindIsNoObstacle(t *testing.T) {
-	dir := t.TempDir()
+	dir := emutest.SocketDir(t)
 	path := filepath.Join(dir, "host.sock")
 	if err := freePath(path); err != nil {
 		t.Error("nothing there: ", err)
