@@ -30,7 +30,6 @@ func forwardPeer(frontends bool, mode pvnet.WaitMode, batch int) peer {
 		if err != nil {
 			return nil, err
 		}
-		j.warm = buffers
 		l := &forwardLink{lab: lab, batch: j.fit(batch)}
 		if err := l.connect(frontends, pvnet.Config{Wait: mode}); err != nil {
 			lab.close()

@@ -76,7 +76,7 @@ func endpointPeer(batch int) peer {
 		l.end = func() {
 			// A server that waits looks whether it is to end only after a packet.
 			server.Close()
-			l.write(client, j.source().frame)
+			l.write(client, ipPacket(j.source()).frame)
 			server.Wait()
 			client.Close()
 			client.Wait()
@@ -93,6 +93,13 @@ func (l *endpointLink) close() error {
 	return nil
 }
 
+// ipPacket makes the source's frame one that an endpoint delivers: it looks for the
+// version of IP in the first byte, and nowhere else.
+func ipPacket(s *source) *source {
+	s.frame[0] = 4<<4 | 5
+	return s
+}
+
 func packet(b []byte) *stack.PacketBuffer {
 	return stack.NewPacketBuffer(stack.PacketBufferOptions{Payload: buffer.MakeWithData(b)})
 }
@@ -107,6 +114,9 @@ func (l *endpointLink) write(e stack.LinkEndpoint, frame []byte) {
 
 func (l *endpointLink) send(j *job) error {
 	src, sent := j.batchSource(l.batch), tally{to: &j.sent}
+	for _, s := range src.sources {
+		ipPacket(s)
+	}
 	packets := make([]*stack.PacketBuffer, l.batch)
 	for !j.stopped() {
 		for i, frame := range src.next() {
@@ -132,6 +142,7 @@ func (l *endpointLink) send(j *job) error {
 
 func (l *endpointLink) receive(j *job) error {
 	s, rcvd := j.sink(), tally{to: &j.rcvd}
+	ipPacket(&s.want)
 	wrong := make(chan error, 1)
 	l.second.set(func(p *stack.PacketBuffer) {
 		rcvd.add(1)
@@ -156,7 +167,7 @@ func (l *endpointLink) receive(j *job) error {
 }
 
 func (l *endpointLink) ping(j *job, rtt []int64) error {
-	frame := j.source().frame
+	frame := ipPacket(j.source()).frame
 	arrived := make(chan int64, 1)
 	l.first.set(func(*stack.PacketBuffer) { arrived <- nano() })
 	limit := time.NewTimer(hang / 2)
@@ -175,7 +186,7 @@ func (l *endpointLink) ping(j *job, rtt []int64) error {
 }
 
 func (l *endpointLink) echo(j *job) error {
-	frame := j.source().frame
+	frame := ipPacket(j.source()).frame
 	l.second.set(func(*stack.PacketBuffer) { l.write(l.server, frame) })
 	for !j.stopped() {
 		time.Sleep(3 * time.Millisecond)

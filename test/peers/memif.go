@@ -10,8 +10,9 @@ import (
 	"go.fd.io/govpp/extras/gomemif/memif"
 )
 
-// A memifLink is the memif of VPP as go.fd.io/govpp/extras has it, polled: from the
-// slave to the master, with rings of 256 packets.
+// A memifLink is the memif of VPP as go.fd.io/govpp/extras has it, polled, with rings
+// of 256 packets. Single packets go from the slave to the master. Bursts go the other
+// way: Refill of a master overwrites the lengths of packets that are being sent to it.
 type memifLink struct {
 	path          string
 	master, slave *memifEnd
@@ -44,6 +45,9 @@ func newMemif(j *job, burst bool) (l *memifLink, err error) {
 	if err != nil {
 		return nil, errors.Join(err, l.close())
 	}
+	if burst {
+		l.slave.rx.Refill(0) // all slots: the count bounds nothing
+	}
 	return l, nil
 }
 
@@ -70,13 +74,10 @@ func openMemif(path string, master bool, size int) (*memifEnd, error) {
 		return nil, fmt.Errorf("memif socket: %w", err)
 	}
 	e := &memifEnd{socket: socket, up: make(chan struct{}, 1)}
-	buffer := 4096
-	for buffer < size {
-		buffer *= 2
-	}
 	e.card, err = socket.NewInterface(&memif.Arguments{
 		IsMaster: master, Name: "peers",
-		MemoryConfig:     memif.MemoryConfig{NumQueuePairs: 1, Log2RingSize: 8, PacketBufferSize: uint32(buffer)},
+		// A length is 16 bits in a descriptor, a buffer's too.
+		MemoryConfig:     memif.MemoryConfig{NumQueuePairs: 1, Log2RingSize: 8, PacketBufferSize: uint32(max(pageSize, size))},
 		ConnectedFunc:    func(*memif.Interface) error { e.up <- struct{}{}; return nil },
 		DisconnectedFunc: func(*memif.Interface) error { return nil },
 	})
@@ -144,7 +145,7 @@ func (l *memifLink) sendBursts(j *job) error {
 		for i, frame := range src.next() {
 			packets[i] = memif.MemifPacketBuffer{Buf: frame, Buflen: len(frame)}
 		}
-		l.slave.tx.Tx_burst(packets)
+		l.master.tx.Tx_burst(packets)
 		n += burst
 		j.sent.Store(n)
 	}
@@ -179,7 +180,7 @@ func (l *memifLink) receiveBursts(j *job, s *sink) error {
 		packets[i].Buf = make([]byte, j.size)
 	}
 	for !j.stopped() {
-		n, err := l.master.rx.Rx_burst(packets)
+		n, err := l.slave.rx.Rx_burst(packets)
 		if err != nil {
 			return err
 		}
@@ -192,7 +193,7 @@ func (l *memifLink) receiveBursts(j *job, s *sink) error {
 				return err
 			}
 		}
-		l.master.rx.Refill(int(n))
+		l.slave.rx.Refill(int(n))
 		j.rcvd.Add(uint64(n))
 		l.taken.Add(uint64(n))
 	}

@@ -23,10 +23,6 @@ type vifOptions struct {
 	Queues  int            // of each; 0 means 1
 }
 
-// buffers is how many private pages a receiving half has by default. The first use
-// of each is a page fault.
-const buffers = 512
-
 func (o vifOptions) config() pvnet.Config {
 	return pvnet.Config{Wait: o.Wait, Queues: o.Queues}
 }
@@ -44,7 +40,7 @@ func (o vifOptions) setup(j *job) (link, error) {
 		lab.close()
 		return nil, err
 	}
-	j.warm = uint64(buffers * max(o.Vifs, 1) * max(o.Queues, 1))
+	j.warm *= uint64(max(o.Vifs, 1) * max(o.Queues, 1))
 	from, to := fronts, backs
 	if o.Back {
 		from, to = backs, fronts

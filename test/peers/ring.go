@@ -64,14 +64,11 @@ type rawRing struct {
 	to   pool
 }
 
-// A pool are the private pages of one end, used in turn: as many bytes as a device
-// with the usual Config has.
+// A pool are the private pages of one end, used in turn.
 type pool struct {
 	pages []byte
 	next  int
 }
-
-const poolPages = 512
 
 func (p *pool) get(size int) []byte {
 	if p.next+size > len(p.pages) {
@@ -97,8 +94,8 @@ func newRawRing(size, batch int, rx bool) (*rawRing, error) {
 		rxReq: at[[ringSlots]netif.RxRequest](mem.b, 64),
 		rxRsp: at[[ringSlots]netif.RxResponse](mem.b, 64),
 		slots: uint32((size + pageSize - 1) / pageSize),
-		from:  pool{pages: make([]byte, poolPages*pageSize)},
-		to:    pool{pages: make([]byte, poolPages*pageSize)},
+		from:  pool{pages: make([]byte, buffers*pageSize)},
+		to:    pool{pages: make([]byte, buffers*pageSize)},
 	}
 	if rx {
 		r.out, r.back, r.event, r.credit = &ix.rspProd, &ix.reqProd, &ix.rspEvent, 0

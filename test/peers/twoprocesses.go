@@ -47,7 +47,6 @@ func newTwoProcesses(o vifOptions, j *job) (l *processLink, err error) {
 	if err != nil {
 		return nil, err
 	}
-	j.warm = buffers
 	l = &processLink{o: o, lab: lab, ended: make(chan struct{})}
 	defer func() {
 		if err != nil {
