@@ -18,7 +18,6 @@ import (
 // in by WritePackets, and come out of a goroutine of the library's, which blocks on
 // an eventfd while there are none.
 type endpointLink struct {
-	pair           sharedmem.QueuePair
 	client, server stack.LinkEndpoint
 	end            func()
 	batch          int
@@ -197,12 +196,11 @@ func (l *endpointLink) echo(j *job) error {
 // A queueLink is what the endpoints are built on, polled and without their packet
 // buffers: queue.Tx at the sender, pipe.Rx and pipe.Tx at the receiver.
 type queueLink struct {
-	mem   *memory
-	slot  int // bytes of a buffer
-	tx    queue.Tx
-	in    pipe.Rx
-	acks  pipe.Tx
-	state []byte
+	mem  *memory
+	slot int // bytes of a buffer
+	tx   queue.Tx
+	in   pipe.Rx
+	acks pipe.Tx
 }
 
 const (

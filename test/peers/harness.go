@@ -287,9 +287,9 @@ func (b *bench) run(r *row, size int) (run Run, err error) {
 	if err != nil {
 		return run, err
 	}
-	defer j.close()
 	l, err := r.peer.setup(j)
 	if err != nil {
+		j.close()
 		return run, err
 	}
 	if r.kind == stream {
@@ -298,8 +298,9 @@ func (b *bench) run(r *row, size int) (run Run, err error) {
 		err = b.pingpong(j, l.(pinger), &run)
 	}
 	if errors.Is(err, errHung) {
-		return run, err // what still runs would fault if its memory went away
+		return run, err // what still runs needs the link and the board
 	}
+	defer j.close()
 	var notifies uint64
 	if n, ok := l.(notifier); ok {
 		notifies = n.notifies()
@@ -380,8 +381,8 @@ func (b *bench) stream(j *job, l streamer, run *Run) error {
 	return nil
 }
 
-// trips is how many round trips one measurement makes: enough that a wake-up of
-// 100 us each does not take longer than a stream of the default window by much.
+// trips is how many round trips one measurement makes: enough for a 99th percentile,
+// and few enough that those of two wake-ups of 100 us take a third of a second.
 const trips = 1500
 
 func (b *bench) pingpong(j *job, l pinger, run *Run) error {

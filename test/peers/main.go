@@ -3,6 +3,7 @@
 //
 //	go run .                              # one table, then the goals
 //	go run . -json new.json -plot new.svg
+//	go run . -json result.json            # the result to compare with, kept in the tree
 //	go run . -compare result.json         # status 1 if a ratio got worse beyond noise
 //	go run . -run 'b32, poll|raw|gomemif' # some of the rows
 //

@@ -207,19 +207,17 @@ func (l *memifLink) ping(j *job, rtt []int64) error {
 		for frame := src.next(); l.slave.tx.WritePacket(frame) == 0; {
 			relax()
 		}
-		for {
-			n, err := l.slave.rx.ReadPacket(s.frame)
-			if err != nil {
+		n := 0
+		for n == 0 {
+			var err error
+			if n, err = l.slave.rx.ReadPacket(s.frame); err != nil || j.stopped() {
 				return err
 			}
-			if n > 0 {
-				err = s.took(s.frame[:n])
-			}
-			if n > 0 || j.stopped() {
-				rtt[i] = nano() - start
-				break
-			}
 		}
+		if err := s.took(s.frame[:n]); err != nil {
+			return err
+		}
+		rtt[i] = nano() - start
 	}
 	return nil
 }

@@ -84,7 +84,7 @@ func newNetwork() *network {
 // noNetwork is that of a process that could not have a namespace.
 func noNetwork(err error) *network {
 	return &network{err: &missing{"a network namespace of its own",
-		"run as root, or allow user namespaces: sysctl kernel.unprivileged_userns_clone, user.max_user_namespaces", err}}
+		"run as root, or see that sysctl user.max_user_namespaces and user.max_net_namespaces are not 0", err}}
 }
 
 func newVeth(a, b string, mtu int) error {

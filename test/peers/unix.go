@@ -35,12 +35,14 @@ func unixPeer(socketType, batch int) peer {
 		if err != nil {
 			return nil, fmt.Errorf("socketpair: %w", err)
 		}
+		l := &fdLink{a: fds[0], b: fds[1], batch: batch, end: func() { unix.Close(fds[0]); unix.Close(fds[1]) }}
 		for _, fd := range fds {
 			if err := errors.Join(impatient(fd), unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, 2<<20)); err != nil {
+				l.end()
 				return nil, err
 			}
 		}
-		return &fdLink{a: fds[0], b: fds[1], batch: batch, end: func() { unix.Close(fds[0]); unix.Close(fds[1]) }}, nil
+		return l, nil
 	})
 }
 

@@ -58,7 +58,7 @@ func (n *network) xdpPeer(spin bool) peer {
 		}
 		if err != nil {
 			l.close()
-			return nil, &missing{"AF_XDP", "it needs root and a kernel with CONFIG_XDP_SOCKETS, 5.10 or newer", err}
+			return nil, &missing{"AF_XDP", "it needs root outside of any user namespace, and a kernel with CONFIG_XDP_SOCKETS, 5.10 or newer", err}
 		}
 		return l, nil
 	})
