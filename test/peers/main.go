@@ -22,7 +22,8 @@
 //
 // Of the rows: owning calls are AllocSize or AllocWait, Send or SendWait, Receive or
 // Poll, and Release; the sender writes each frame and the receiver copies it out. b1,
-// b8 and b32 are frames for each call. Vifs and queues are used in turn by one
+// b8 and b32 are frames for each call; of the longest frames a ring holds 15, and b32
+// is 8. Vifs and queues are used in turn by one
 // goroutine that polls, or have one each that parks. A raw ring has the indexes, slots,
 // pages and copies of a vif and nothing else.
 package main
