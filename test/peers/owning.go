@@ -1,0 +1,381 @@
+package main
+
+import (
+	"errors"
+	"os"
+	"sync"
+
+	"barevif/pvnet"
+)
+
+var errDeadline = os.ErrDeadlineExceeded
+
+// vifOptions are a way to use vifs.
+type vifOptions struct {
+	Back    bool           // the backend sends
+	Batch   int            // frames a call
+	Wait    pvnet.WaitMode // of calls that wait
+	Poll    bool           // calls that do not wait, one after the other
+	Into    bool           // PollInto frames of the receiver's own
+	Copying bool           // Device.Write and Listen, or WriteBatch and ListenBatch
+	Two     bool           // the receiver in a process of its own
+	Vifs    int            // 0 means 1
+	Queues  int            // of each; 0 means 1
+}
+
+func (o vifOptions) config() pvnet.Config {
+	return pvnet.Config{Wait: o.Wait, Queues: o.Queues}
+}
+
+func (o vifOptions) setup(j *job) (link, error) {
+	if o.Batch = j.fit(o.Batch); o.Two {
+		return newTwoProcesses(o, j)
+	}
+	lab, err := newLab("")
+	if err != nil {
+		return nil, err
+	}
+	fronts, backs, err := lab.vifs(max(o.Vifs, 1), o.config())
+	if err != nil {
+		lab.close()
+		return nil, err
+	}
+	j.warm *= uint64(max(o.Vifs, 1) * max(o.Queues, 1))
+	from, to := fronts, backs
+	if o.Back {
+		from, to = backs, fronts
+	}
+	if o.Copying {
+		return newCopyLink(lab, from[0], to[0], o.Batch), nil
+	}
+	l := &vifLink{end: lab.close, o: o}
+	if err := errors.Join(l.from.own(from, o), l.to.own(to, o)); err != nil {
+		lab.close()
+		return nil, err
+	}
+	return l, nil
+}
+
+// halves are both directions of devices that one party owns.
+type halves struct {
+	devices []*pvnet.Device
+	tx      []*pvnet.TX
+	rx      []*pvnet.RX
+}
+
+func (h *halves) own(devices []*pvnet.Device, o vifOptions) error {
+	h.devices = devices
+	for _, d := range devices {
+		if got, want := d.Active(), max(o.Queues, 1); got != want {
+			return errors.New("the peer did not offer as many queues as were asked for")
+		}
+		for q := range d.Active() {
+			tx, err := d.OwnTX(q)
+			if err != nil {
+				return err
+			}
+			rx, err := d.OwnRX(q)
+			if err != nil {
+				return err
+			}
+			h.tx, h.rx = append(h.tx, tx), append(h.rx, rx)
+		}
+	}
+	return nil
+}
+
+func (h *halves) interrupt() {
+	for i := range h.tx {
+		h.tx[i].SetDeadline(past)
+		h.rx[i].SetDeadline(past)
+	}
+}
+
+// An outlet is a sending half and the frames it has yet to send.
+type outlet struct {
+	tx      *pvnet.TX
+	frames  []pvnet.Frame
+	n, done int // frames[done:n] are filled
+	src     *source
+}
+
+func newOutlet(j *job, tx *pvnet.TX, batch int) *outlet {
+	return &outlet{tx: tx, frames: make([]pvnet.Frame, batch), src: j.source()}
+}
+
+func (o *outlet) fill(n int) {
+	o.n, o.done = n, 0
+	for i := range o.frames[:n] {
+		f, b := &o.frames[i], o.src.next()
+		if f.Single() {
+			copy(f.Bytes(), b)
+		} else {
+			f.CopyFrom(b)
+		}
+	}
+}
+
+// poll sends what can be sent now, and reports how many frames that were.
+func (o *outlet) poll() (int, error) {
+	if o.done == o.n {
+		o.fill(o.tx.AllocSize(o.frames, len(o.src.frame)))
+	}
+	if o.done == o.n {
+		return 0, nil
+	}
+	n, err := o.tx.Send(o.frames[o.done:o.n])
+	o.done += n
+	if err == pvnet.ErrFull {
+		err = nil
+	}
+	return n, err
+}
+
+// wait sends a batch.
+func (o *outlet) wait() (int, error) {
+	n, err := o.tx.AllocWait(o.frames, len(o.src.frame))
+	if err != nil {
+		return 0, err
+	}
+	o.fill(n)
+	o.done, err = o.tx.SendWait(o.frames[:n])
+	return o.done, err
+}
+
+func (o *outlet) release() {
+	for ; o.done < o.n; o.done++ {
+		o.frames[o.done].Release()
+	}
+}
+
+// An inlet is a receiving half. What arrives is copied out.
+type inlet struct {
+	rx     *pvnet.RX
+	frames []pvnet.Frame
+	into   bool // frames are the receiver's own
+	sink   *sink
+}
+
+func newInlet(j *job, rx *pvnet.RX, batch int) *inlet {
+	return &inlet{rx: rx, frames: make([]pvnet.Frame, batch), sink: j.sink()}
+}
+
+// own has the inlet receive into frames of tx, of the same device.
+func (i *inlet) own(tx *pvnet.TX, size int) {
+	i.into = true
+	i.frames = i.frames[:tx.AllocSize(i.frames, size)]
+}
+
+func (i *inlet) poll() (n int, err error) {
+	if i.into {
+		n, err = i.rx.PollInto(i.frames)
+	} else {
+		n, err = i.rx.Poll(i.frames)
+	}
+	if n > 0 {
+		err = i.take(n)
+	}
+	return n, err
+}
+
+func (i *inlet) wait() (int, error) {
+	n, err := i.rx.Receive(i.frames)
+	if n > 0 {
+		err = i.take(n)
+	}
+	return n, err
+}
+
+func (i *inlet) take(n int) error {
+	for k := range i.frames[:n] {
+		m := i.frames[k].CopyTo(i.sink.frame)
+		if err := i.sink.took(i.sink.frame[:m]); err != nil {
+			return err
+		}
+	}
+	if i.into {
+		return nil
+	}
+	return i.rx.Release(i.frames[:n])
+}
+
+func (i *inlet) release() {
+	if i.into {
+		for k := range i.frames {
+			i.frames[k].Release()
+		}
+	}
+}
+
+// A vifLink is one or more vifs whose halves have owners. A party that polls goes
+// round all its halves; one that waits has a goroutine for each.
+type vifLink struct {
+	o        vifOptions
+	from, to halves
+	end      func()
+}
+
+func (l *vifLink) close() error {
+	l.end()
+	return nil
+}
+
+func (l *vifLink) interrupt() {
+	l.from.interrupt()
+	l.to.interrupt()
+}
+
+func (l *vifLink) notifies() uint64 { return notified(l.from.devices) + notified(l.to.devices) }
+
+func (l *vifLink) send(j *job) error    { return l.from.send(j, l.o) }
+func (l *vifLink) receive(j *job) error { return l.to.receive(j, l.o) }
+
+func (l *vifLink) ping(j *job, rtt []int64) error { return l.from.ping(j, l.o, rtt) }
+func (l *vifLink) echo(j *job) error              { return l.to.echo(j, l.o) }
+
+func (h *halves) send(j *job, o vifOptions) error {
+	outlets := make([]*outlet, len(h.tx))
+	for i, tx := range h.tx {
+		outlets[i] = newOutlet(j, tx, o.Batch)
+		defer outlets[i].release()
+	}
+	sent := tally{to: &j.sent}
+	if o.Poll {
+		for !j.stopped() {
+			idle := true
+			for _, out := range outlets {
+				n, err := out.poll()
+				if err != nil {
+					return err
+				}
+				if n > 0 {
+					sent.add(n)
+					idle = false
+				}
+			}
+			if idle {
+				relax()
+			}
+		}
+		return nil
+	}
+	return each(outlets, func(out *outlet) error {
+		sent := sent
+		for !j.stopped() {
+			n, err := out.wait()
+			sent.add(n)
+			if over(j, err) {
+				return nil
+			} else if err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+func (h *halves) receive(j *job, o vifOptions) error {
+	inlets := make([]*inlet, len(h.rx))
+	for i, rx := range h.rx {
+		inlets[i] = newInlet(j, rx, o.Batch)
+		if o.Into {
+			inlets[i].own(h.tx[i], j.size)
+		}
+		defer inlets[i].release()
+	}
+	rcvd := tally{to: &j.rcvd}
+	if o.Poll {
+		for !j.stopped() {
+			idle := true
+			for _, in := range inlets {
+				n, err := in.poll()
+				if err != nil {
+					return err
+				}
+				if n > 0 {
+					rcvd.add(n)
+					idle = false
+				}
+			}
+			if idle {
+				relax()
+			}
+		}
+		return nil
+	}
+	return each(inlets, func(in *inlet) error {
+		rcvd := rcvd
+		for !j.stopped() {
+			n, err := in.wait()
+			rcvd.add(n)
+			if over(j, err) {
+				return nil
+			} else if err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// each calls f with all of v, at once if there are several.
+func each[T any](v []T, f func(T) error) error {
+	if len(v) == 1 {
+		return f(v[0])
+	}
+	errs := make([]error, len(v))
+	var wg sync.WaitGroup
+	for i := range v {
+		wg.Go(func() { errs[i] = f(v[i]) })
+	}
+	wg.Wait()
+	return errors.Join(errs...)
+}
+
+func (h *halves) ping(j *job, o vifOptions, rtt []int64) error {
+	out, in := newOutlet(j, h.tx[0], 1), newInlet(j, h.rx[0], 1)
+	for i := range rtt {
+		start := nano()
+		if err := h.turn(j, o, out.poll, out.wait); err != nil || j.stopped() {
+			return err
+		}
+		if err := h.turn(j, o, in.poll, in.wait); err != nil || j.stopped() {
+			return err
+		}
+		rtt[i] = nano() - start
+	}
+	return nil
+}
+
+// echo sends back what arrives. The other end compares it.
+func (h *halves) echo(j *job, o vifOptions) error {
+	out, in := newOutlet(j, h.tx[0], 1), newInlet(j, h.rx[0], 1)
+	out.src = &source{frame: in.sink.frame}
+	in.sink.want.verify = false
+	for !j.stopped() {
+		if err := h.turn(j, o, in.poll, in.wait); err != nil || j.stopped() {
+			return err
+		}
+		if err := h.turn(j, o, out.poll, out.wait); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// turn has one frame sent or received.
+func (h *halves) turn(j *job, o vifOptions, poll, wait func() (int, error)) error {
+	if !o.Poll {
+		_, err := wait()
+		if over(j, err) {
+			return nil
+		}
+		return err
+	}
+	for !j.stopped() {
+		if n, err := poll(); n > 0 || err != nil {
+			return err
+		}
+	}
+	return nil
+}

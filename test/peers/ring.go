@@ -1,0 +1,291 @@
+package main
+
+import (
+	"errors"
+	"sync/atomic"
+
+	"barevif/hypercall"
+	"barevif/pvnet/netif"
+)
+
+const (
+	ringSlots = 256
+	pageSize  = 4096
+)
+
+// indexes begin the page of a Xen ring: struct netif_tx_sring, netif_rx_sring.
+type indexes struct {
+	reqProd, reqEvent, rspProd, rspEvent atomic.Uint32
+	_                                    [48]byte
+}
+
+// A txAnswer is a response in the 12 bytes of the request that it answers.
+type txAnswer struct {
+	netif.TxResponse
+	_ [8]byte
+}
+
+// A rawRing moves frames through the indexes, the slots and the pages of one Xen
+// ring, and does nothing else that a device does: no grants, checks, buffers to give
+// out, counters, events. On the tx ring the sender produces requests and gets its
+// pages back with the responses. On the rx ring the receiver produces requests for
+// pages to fill, and the sender responses. A frame takes a slot for each of its
+// pages, and as many copies as one of a vif:
+//
+//	tx: into the page, into a private page, out of that
+//	rx: into a private page, into the page, into a private page, out of that
+type rawRing struct {
+	mem    *memory
+	size   int
+	batch  int
+	rx     bool
+	out    *atomic.Uint32 // index that the sender writes
+	back   *atomic.Uint32 // index that the receiver writes
+	event  *atomic.Uint32 // that the sender has to look at when it publishes
+	pages  []byte
+	tx     *[ringSlots]netif.TxRequest
+	txRsp  *[ringSlots]txAnswer
+	rxReq  *[ringSlots]netif.RxRequest
+	rxRsp  *[ringSlots]netif.RxResponse
+	slots  uint32 // a frame takes
+	credit uint32 // the sender may fill slots up to back+credit
+
+	_    [128]byte
+	prod uint32 // of the sender
+	seen uint32 // back, when the sender looked last
+	from pool
+
+	_    [128]byte
+	cons uint32 // of the receiver
+	to   pool
+}
+
+// A pool are the private pages of one end, used in turn.
+type pool struct {
+	pages []byte
+	next  int
+}
+
+func (p *pool) get(size int) []byte {
+	if p.next+size > len(p.pages) {
+		p.next = 0
+	}
+	b := p.pages[p.next : p.next+size]
+	p.next += (size + pageSize - 1) &^ (pageSize - 1)
+	return b
+}
+
+func newRawRing(size, batch int, rx bool) (*rawRing, error) {
+	mem, err := newMemory("peers-ring", (1+ringSlots)*pageSize)
+	if err != nil {
+		return nil, err
+	}
+	ix := at[indexes](mem.b, 0)
+	r := &rawRing{
+		mem: mem, size: size, batch: batch, rx: rx,
+		out: &ix.reqProd, back: &ix.rspProd, event: &ix.reqEvent, credit: ringSlots,
+		pages: mem.b[pageSize:],
+		tx:    at[[ringSlots]netif.TxRequest](mem.b, 64),
+		txRsp: at[[ringSlots]txAnswer](mem.b, 64),
+		rxReq: at[[ringSlots]netif.RxRequest](mem.b, 64),
+		rxRsp: at[[ringSlots]netif.RxResponse](mem.b, 64),
+		slots: uint32((size + pageSize - 1) / pageSize),
+		from:  pool{pages: make([]byte, buffers*pageSize)},
+		to:    pool{pages: make([]byte, buffers*pageSize)},
+	}
+	if rx {
+		r.out, r.back, r.event, r.credit = &ix.rspProd, &ix.reqProd, &ix.rspEvent, 0
+		for i := range uint32(ringSlots) {
+			r.rxReq[i] = netif.RxRequest{ID: uint16(i), Ref: hypercall.GrantRef(i)}
+		}
+		r.back.Store(ringSlots)
+	}
+	return r, nil
+}
+
+func (r *rawRing) page(ref uint32) []byte {
+	off := int(ref%ringSlots) * pageSize
+	return r.pages[off : off+pageSize]
+}
+
+// room reports whether a batch can be put.
+func (r *rawRing) room() bool {
+	need := uint32(r.batch) * r.slots
+	if r.seen+r.credit-r.prod >= need {
+		return true
+	}
+	r.seen = r.back.Load()
+	return r.seen+r.credit-r.prod >= need
+}
+
+// put fills the slots of one frame. Nothing of it is visible before publish.
+func (r *rawRing) put(frame []byte) {
+	if r.rx {
+		private := r.from.get(len(frame))
+		copy(private, frame)
+		frame = private
+	}
+	size := len(frame)
+	for first := true; len(frame) > 0; first = false {
+		slot := r.prod % ringSlots
+		if r.rx {
+			req := r.rxReq[slot]
+			n := copy(r.page(uint32(req.Ref)), frame)
+			rsp := netif.RxResponse{ID: req.ID, Status: int16(n)}
+			if frame = frame[n:]; len(frame) > 0 {
+				rsp.Flags = netif.RxMoreData
+			}
+			r.rxRsp[slot] = rsp
+		} else {
+			n := copy(r.page(slot), frame)
+			req := netif.TxRequest{Ref: hypercall.GrantRef(slot), ID: uint16(slot), Size: uint16(n)}
+			if first {
+				req.Size = uint16(size)
+			}
+			if frame = frame[n:]; len(frame) > 0 {
+				req.Flags = netif.TxMoreData
+			}
+			r.tx[slot] = req
+		}
+		r.prod++
+	}
+}
+
+// publish shows the receiver what was put, and looks whether it asked to be woken,
+// which costs what it costs; the receiver polls.
+func (r *rawRing) publish() {
+	r.out.Store(r.prod)
+	_ = r.event.Load()
+}
+
+// ready reports whether a frame can be taken.
+func (r *rawRing) ready() bool { return r.out.Load() != r.cons }
+
+// take copies up to a batch of frames, one after the other, into the sink's frame,
+// and gives their pages back.
+func (r *rawRing) take(s *sink) (n int, err error) {
+	for prod := r.out.Load(); r.cons != prod && n < r.batch; n++ {
+		private := r.to.get(r.size)
+		for off := 0; off < r.size; r.cons++ {
+			slot := r.cons % ringSlots
+			if r.rx {
+				rsp := r.rxRsp[slot]
+				off += copy(private[off:], r.page(uint32(rsp.ID))[:rsp.Status])
+				r.rxReq[slot] = netif.RxRequest{ID: rsp.ID, Ref: hypercall.GrantRef(rsp.ID)}
+			} else {
+				req := r.tx[slot]
+				off += copy(private[off:], r.page(uint32(req.Ref))[:min(r.size-off, pageSize)])
+				r.txRsp[slot].TxResponse = netif.TxResponse{ID: req.ID}
+			}
+		}
+		if k := copy(s.frame, private); s.want.verify {
+			err = errors.Join(err, s.took(s.frame[:k]))
+		}
+	}
+	if r.rx {
+		r.back.Store(r.cons + ringSlots)
+	} else {
+		r.back.Store(r.cons)
+	}
+	return n, err
+}
+
+// A rawLink is a raw ring for each direction. Both ends poll.
+type rawLink struct {
+	stream, answers *rawRing
+}
+
+// rawPeer streams on the tx ring, or on the rx ring if rx. Round trips use both.
+func rawPeer(batch int, rx bool) peer {
+	return setupFunc(func(j *job) (link, error) {
+		there, err := newRawRing(j.size, j.fit(batch), rx)
+		if err != nil {
+			return nil, err
+		}
+		back, err := newRawRing(j.size, 1, !rx)
+		if err != nil {
+			there.mem.close()
+			return nil, err
+		}
+		return &rawLink{there, back}, nil
+	})
+}
+
+func (l *rawLink) close() error {
+	l.stream.mem.close()
+	l.answers.mem.close()
+	return nil
+}
+
+func (l *rawLink) send(j *job) error {
+	r, src, sent := l.stream, j.source(), tally{to: &j.sent}
+	for !j.stopped() {
+		if !r.room() {
+			relax()
+			continue
+		}
+		for range r.batch {
+			r.put(src.next())
+		}
+		r.publish()
+		sent.add(r.batch)
+	}
+	return nil
+}
+
+func (l *rawLink) receive(j *job) error {
+	r, s, rcvd := l.stream, j.sink(), tally{to: &j.rcvd}
+	for !j.stopped() {
+		if !r.ready() {
+			relax()
+			continue
+		}
+		n, err := r.take(s)
+		if err != nil {
+			return err
+		}
+		rcvd.add(n)
+	}
+	return nil
+}
+
+func (l *rawLink) ping(j *job, rtt []int64) error {
+	src, s := j.source(), j.sink()
+	for i := range rtt {
+		start := nano()
+		for !l.stream.room() {
+			relax()
+		}
+		l.stream.put(src.next())
+		l.stream.publish()
+		for !l.answers.ready() {
+			if j.stopped() {
+				return nil
+			}
+		}
+		if _, err := l.answers.take(s); err != nil {
+			return err
+		}
+		rtt[i] = nano() - start
+	}
+	return nil
+}
+
+func (l *rawLink) echo(j *job) error {
+	s := j.sink()
+	s.want.verify = false // the other end compares
+	for !j.stopped() {
+		if !l.stream.ready() {
+			continue
+		}
+		if _, err := l.stream.take(s); err != nil {
+			return err
+		}
+		for !l.answers.room() {
+			relax()
+		}
+		l.answers.put(s.frame)
+		l.answers.publish()
+	}
+	return nil
+}

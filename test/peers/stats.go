@@ -1,0 +1,177 @@
+package main
+
+import (
+	"math"
+	"slices"
+)
+
+// quantile is the value below which the share q of v lies, between the two nearest
+// if there is none. v is not empty.
+func quantile(v []float64, q float64) float64 {
+	s := slices.Sorted(slices.Values(v))
+	at := q * float64(len(s)-1)
+	i := int(at)
+	if i+1 == len(s) {
+		return s[i]
+	}
+	return s[i] + (at-float64(i))*(s[i+1]-s[i])
+}
+
+func median(v []float64) float64 { return quantile(v, 0.5) }
+
+// spread is how far apart the quartiles are, as a share of the median.
+func spread(v []float64) float64 {
+	return (quantile(v, 0.75) - quantile(v, 0.25)) / median(v)
+}
+
+// A regime is where the two CPUs were to each other.
+type regime int
+
+const (
+	near regime = iota
+	far
+)
+
+func (r regime) String() string { return [...]string{"near", "far"}[r] }
+
+// boundary is the line round trip that parts near runs from far ones: where two
+// groups of line round trips are most unlike each other. It is infinite if their
+// medians are less than 1.3 times apart: then there is one regime, near.
+func boundary(lines []float64) float64 {
+	s := slices.Sorted(slices.Values(lines))
+	var sum, left float64
+	for _, x := range s {
+		sum += math.Log(x)
+	}
+	cut, best := 0, 0.0
+	for i := 1; i < len(s); i++ {
+		left += math.Log(s[i-1])
+		a, b := left/float64(i), (sum-left)/float64(len(s)-i)
+		if between := float64(i) * float64(len(s)-i) * (a - b) * (a - b); between > best && s[i] > s[i-1] {
+			cut, best = i, between
+		}
+	}
+	if cut == 0 || median(s[cut:]) < 1.3*median(s[:cut]) {
+		return math.Inf(1)
+	}
+	return s[cut]
+}
+
+// A run is clean if other work took less than this share of the CPUs.
+const clean = 0.12
+
+// enough is how many runs a figure takes, to be compared with another.
+const enough = 3
+
+// A cell is all runs of a row at one size.
+type cell struct {
+	runs      []Run // clean, or all if fewer than enough are
+	made      int
+	disturbed bool // some are not clean
+}
+
+// A key names a cell.
+type key struct {
+	row   string
+	kind  string
+	bytes int
+}
+
+// A table is what was measured, by cells.
+type table struct {
+	cells    map[key]*cell
+	boundary float64
+}
+
+func newTable(runs []Run, boundary float64) *table {
+	t := &table{cells: map[key]*cell{}, boundary: boundary}
+	for _, r := range runs {
+		c := t.cells[r.key()]
+		if c == nil {
+			c = &cell{}
+			t.cells[r.key()] = c
+		}
+		c.runs = append(c.runs, r)
+		c.made++
+	}
+	for _, c := range t.cells {
+		var quiet []Run
+		for _, r := range c.runs {
+			if r.Others < clean {
+				quiet = append(quiet, r)
+			}
+		}
+		if len(quiet) >= min(enough, c.made) {
+			c.runs = quiet
+		} else {
+			c.disturbed = true
+		}
+	}
+	return t
+}
+
+func lines(runs []Run) []float64 {
+	return values(runs, func(r Run) float64 { return r.Line })
+}
+
+func values(runs []Run, of func(Run) float64) []float64 {
+	v := make([]float64, len(runs))
+	for i, r := range runs {
+		v[i] = of(r)
+	}
+	return v
+}
+
+func ns(r Run) float64 { return r.Ns }
+
+func (t *table) regime(r Run) regime {
+	if r.Line < t.boundary {
+		return near
+	}
+	return far
+}
+
+// in are the runs of a cell in one regime; none if there is no such cell.
+func (t *table) in(k key, where regime) (runs []Run) {
+	if c := t.cells[k]; c != nil {
+		for _, r := range c.runs {
+			if t.regime(r) == where {
+				runs = append(runs, r)
+			}
+		}
+	}
+	return runs
+}
+
+// A ratio is how many times as long a frame, or a round trip, takes in one row as in
+// another, in one regime. lo and hi are what the quartiles of both leave open.
+type ratio struct {
+	mid, lo, hi float64
+	runs        int // of the row with fewer
+	where       regime
+}
+
+// ratio compares in the regime where there are more runs of both. ok is false if
+// they have no regime in common.
+func (t *table) ratio(a, b key) (best ratio, ok bool) {
+	for _, where := range []regime{near, far} {
+		if r := t.ratioIn(a, b, where); r.runs > best.runs {
+			best = r
+		}
+	}
+	return best, best.runs > 0
+}
+
+func (t *table) ratioIn(a, b key, where regime) ratio {
+	va, vb := values(t.in(a, where), ns), values(t.in(b, where), ns)
+	if len(va) == 0 || len(vb) == 0 {
+		return ratio{}
+	}
+	return ratio{
+		mid:   median(va) / median(vb),
+		lo:    quantile(va, 0.25) / quantile(vb, 0.75),
+		hi:    quantile(va, 0.75) / quantile(vb, 0.25),
+		runs:  min(len(va), len(vb)),
+		where: where,
+	}
+}
