@@ -350,8 +350,9 @@ func (l *life) held(ch xenbus.Change) bool {
 	if l.refused != nil && !now.Before(l.retryAt) {
 		l.refused = nil
 	}
-	return l.refused != nil && *l.refused == ch ||
-		!l.pace.until.IsZero() && ch.Online && !ch.Gone && !ch.Lost
+	paced := !l.pace.until.IsZero() && ch.Online && !ch.Gone && !ch.Lost
+	ch.PeerWrites = 0
+	return l.refused != nil && *l.refused == ch || paced
 }
 
 // anew reports whether the directory is not the one this backend served.
@@ -616,6 +617,7 @@ func (l *life) attach(ctx context.Context, c *conn) (err error) {
 // postpone tries again when something changed, or after a pause that grows.
 func (l *life) postpone(ch xenbus.Change) {
 	l.pause = max(retryFirst, min(2*l.pause, retryMost))
+	ch.PeerWrites = 0 // that it says the same once more is nothing new
 	l.refused, l.retryAt = &ch, time.Now().Add(l.pause)
 }
 

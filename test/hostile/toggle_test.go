@@ -270,7 +270,9 @@ func (l *lab) refused(line string) {
 }
 
 // T24: what xenstore refuses is tried again, less and less often.
-func TestT24StatesThatXenstoreRefuses(t *testing.T) {
+func TestT24StatesThatXenstoreRefuses(t *testing.T) { virtually(t, testT24StatesThatXenstoreRefuses) }
+
+func testT24StatesThatXenstoreRefuses(t *testing.T) {
 	l := newLab(t, emu.Config{})
 	h := l.lure(pvnet.Config{})
 	h.works()
@@ -292,6 +294,10 @@ func TestT24StatesThatXenstoreRefuses(t *testing.T) {
 }
 
 func TestT24FeaturesThatXenstoreRefuses(t *testing.T) {
+	virtually(t, testT24FeaturesThatXenstoreRefuses)
+}
+
+func testT24FeaturesThatXenstoreRefuses(t *testing.T) {
 	l := newLab(t, emu.Config{})
 	v := l.vif()
 	allow := l.forbid(v.BackDir()+"/feature-sg", backID)
