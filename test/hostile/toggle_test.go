@@ -304,6 +304,14 @@ func testT24FeaturesThatXenstoreRefuses(t *testing.T) {
 	l.serve(pvnet.ServeConfig{})
 	dev := wait(t, l.devs)
 	l.refused("cannot publish features")
+	warnings := l.log.count(slog.LevelWarn)
+	for range 10 { // nor by a frontend that writes the state it is in
+		l.set(l.gc, v.FrontDir(), "1")
+		time.Sleep(10 * time.Millisecond)
+	}
+	if n := l.log.count(slog.LevelWarn) - warnings; n > 1 {
+		t.Errorf("%d warnings for a state written again\n%s", n, l.log)
+	}
 	for range 1000 { // nor is it hurried by the frontend
 		for _, s := range []string{"4", "1"} {
 			l.set(l.gc, v.FrontDir(), s)
