@@ -48,7 +48,8 @@ func (m *nameless) Kind() string           { return "names" }
 func (m *nameless) Reason() string         { return "" }
 func (m *nameless) Record(telemetry.Event) {}
 
-// Update takes its time: who hears of the link before it was shown sees what was.
+// Update is slow, so that a listener who hears of the link before the mirror has the new
+// status finds the old one there.
 func (m *nameless) Update(s telemetry.Status, _ telemetry.Reset) {
 	time.Sleep(time.Millisecond)
 	m.n.mu.Lock()

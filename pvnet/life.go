@@ -34,7 +34,8 @@ type role interface {
 	// On an error the connection's undo list is run by the caller.
 	attach(ctx context.Context, xd *xenbus.Device, c *conn) error
 
-	// same reports whether what the peer publishes now is what c was made from.
+	// same reports whether the peer publishes the same rings and event channels now as
+	// when connection c was made.
 	same(ctx context.Context, xd *xenbus.Device, c *conn) (bool, error)
 
 	// finished runs after the device has ended, of its own accord or because the

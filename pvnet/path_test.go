@@ -676,7 +676,8 @@ func TestWriteBatchSpreadsFlows(t *testing.T) {
 	}
 }
 
-// PollInto returns at once, with nothing or with what there is, in the caller's frames.
+// PollInto does not wait: it fills the caller's frames with the frames in the ring, or
+// returns 0.
 func TestPollInto(t *testing.T) {
 	each(t, func(t *testing.T, p *pair, from, to *Device) {
 		tx, rx := own(t, to) // frames of tx to receive into

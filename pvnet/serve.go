@@ -360,7 +360,7 @@ func (b *back) same(ctx context.Context, xd *xenbus.Device, c *conn) (bool, erro
 	return maps.Equal(v, c.made), err
 }
 
-// queuePrefix is what stands before the keys of one of several queues.
+// queuePrefix is the directory of the xenstore keys of queue i, for a vif with several.
 func queuePrefix(i int) string { return netif.KeyQueuePrefix + strconv.Itoa(i) + "/" }
 
 // attach maps what the frontend published, every word of which is checked first.

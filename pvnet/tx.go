@@ -65,8 +65,8 @@ type sender interface {
 	// it while the owner waits.
 	answered() bool
 
-	// settle takes in what came back, and has the gauges say so. The slow tick calls
-	// it for a half that nobody is inside.
+	// settle takes the responses that came back and updates the gauges of the ring. The
+	// slow tick calls it for a half that no caller is inside.
 	settle() error
 
 	// standing is where the peer's index stands, where it has to get for the call
@@ -307,7 +307,7 @@ func (tx *TX) wait(n need) error {
 	return tx.leaveWith(err)
 }
 
-// settle takes in what came back to a half that nobody uses just now: the slow tick does
+// settle takes the responses of a half that no caller uses just now. The slow tick does
 // so, lest a ring whose last requests are all answered be shown as full.
 func (tx *TX) settle(eng sender) error {
 	if !tx.gate.state.CompareAndSwap(gateOpen, gateReading) {

@@ -312,13 +312,13 @@ func (g *generator) check(cond ast.Expr) {
 }
 
 func (g *generator) operand(n *ast.BinaryExpr) {
-	stub := "true || (" // what is left of the other side of &&
+	rest := "true || (" // what is left of the other side of &&
 	if n.Op == token.LOR {
-		stub = "false && ("
+		rest = "false && ("
 	}
 	x, y := g.of(n.X), g.of(n.Y)
-	g.add(kindOperand, n.X, "("+stub+x+"))", g.of(n), y)
-	g.add(kindOperand, n.Y, "("+stub+y+"))", g.of(n), x)
+	g.add(kindOperand, n.X, "("+rest+x+"))", g.of(n), y)
+	g.add(kindOperand, n.Y, "("+rest+y+"))", g.of(n), x)
 }
 
 // boundaries maps a comparison to its neighbour, and to the change of a constant at
