@@ -304,12 +304,19 @@ func (h *half) rest() error {
 	seq := h.parked.Add(1)
 	var event bool
 	var err error
+	var start time.Time
+	if h.spin.measures() {
+		start = time.Now()
+	}
 	h.lend()
 	if h.due.Load() == 0 { // or remind finds them lent
 		event, err = p.wait(h.dir, h.deadline())
 	}
 	h.reclaim()
 	h.parked.Add(1)
+	if h.spin.measures() {
+		h.spin.ended(time.Since(start))
+	}
 	h.awake(seq)
 	if event {
 		h.count.Add(telemetry.Events, 1)

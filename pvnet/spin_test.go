@@ -1,6 +1,9 @@
 package pvnet
 
-import "testing"
+import (
+	"testing"
+	"time"
+)
 
 // A lateRing is ready after so many looks.
 type lateRing struct {
@@ -13,51 +16,157 @@ func (r *lateRing) ready(int) bool {
 	return r.looks > r.after
 }
 
-func TestAdaptiveParksWhereLookingDoesNotPay(t *testing.T) {
+// testLook is what a look takes in these tests.
+const testLook = 10 * time.Nanosecond
+
+func adaptive() *spinner {
+	s := new(spinner)
+	s.begin(1024 * testLook)
+	return s
+}
+
+// wait has s wait for a frame that takes so long to come in either way, and reports
+// whether a look found it. A wake-up's time is in parked.
+func wait(t *testing.T, s *spinner, looked, parked time.Duration) (found bool) {
+	t.Helper()
 	h := &half{}
 	h.gate.state.Store(gateBusy)
-	s := spinner{most: 1000}
-	r := &lateRing{}
+	r := &lateRing{after: int(looked / testLook)}
+	if s.found(h, r, 1) {
+		return true
+	}
+	if r.looks > 0 {
+		parked = looked - lookTime // the rest
+	}
+	if parked > 0 {
+		s.ended(parked)
+	}
+	return false
+}
 
-	// Frames that come soon are found, every time.
+// share is how many of n waits a look ended, in percent.
+func share(t *testing.T, s *spinner, n int, looked, parked time.Duration) int {
+	t.Helper()
+	found := 0
+	for range n {
+		if wait(t, s, looked, parked) {
+			found++
+		}
+	}
+	return found * 100 / max(n, 1)
+}
+
+const us = time.Microsecond
+
+func TestAdaptiveTakesTheFasterWay(t *testing.T) {
+	for _, tt := range []struct {
+		name           string
+		looked, parked time.Duration
+		least, most    int // percent of the waits that a look ends
+	}{
+		{"frames come at once", 1 * us, 25 * us, 95, 100},
+		{"the peer wakes up first", 30 * us, 55 * us, 95, 100},
+		{"no faster, but cheaper than a wake-up", 10 * us, 10 * us, 95, 100},
+		{"no faster, and dearer than a wake-up", 50 * us, 50 * us, 0, 5},
+		{"who looks is in the way of who sends", 90 * us, 50 * us, 0, 5},
+		{"the same, with short waits", 18 * us, 10 * us, 0, 5},
+		{"frames come later than looking lasts", 300 * us, 300 * us, 0, 0},
+		{"no wait sleeps at all", 1 * us, 0, 0, 100},
+	} {
+		s := adaptive()
+		share(t, s, 100, tt.looked, tt.parked)
+		if got := share(t, s, 10000, tt.looked, tt.parked); got < tt.least || got > tt.most {
+			t.Errorf("%s: looks end %d %% of the waits, want %d to %d", tt.name, got, tt.least, tt.most)
+		}
+	}
+}
+
+func TestAdaptiveFollowsWhatChanges(t *testing.T) {
+	s := adaptive()
+	for range 3 {
+		share(t, s, 200, 900*us, 900*us)
+		r := &lateRing{after: 1 << 30}
+		h := &half{}
+		h.gate.state.Store(gateBusy)
+		for range 1000 { // frames are seldom
+			if s.found(h, r, 1) {
+				t.Fatal("found what was not there")
+			}
+			s.ended(900 * us)
+		}
+		if most := 1000 * int(lookTime/testLook) / 30; r.looks > most {
+			t.Errorf("%d looks in 1000 waits for what comes late, at most %d", r.looks, most)
+		}
+		// They come one after the other again. Every 64th wait looks at least.
+		if i := waitsUntil(t, s, 2*us, 50*us); i > 400 {
+			t.Errorf("%d waits until looking was seen to pay", i)
+		}
+		if got := share(t, s, 1000, 2*us, 50*us); got < 95 {
+			t.Errorf("looks end %d %% of the waits", got)
+		}
+	}
+}
+
+// waitsUntil is how many waits it takes until three in a row are ended by a look.
+func waitsUntil(t *testing.T, s *spinner, looked, parked time.Duration) (n int) {
+	t.Helper()
+	for row := 0; row < 3 && n < 1_000_000; n++ {
+		if row++; !wait(t, s, looked, parked) {
+			row = 0
+		}
+	}
+	return n
+}
+
+func TestAdaptiveForgetsPauses(t *testing.T) {
+	s := adaptive()
+	share(t, s, 1000, 2*us, 50*us)
 	for range 100 {
-		*r = lateRing{after: 10}
-		if !s.found(h, r, 1) {
-			t.Fatal("not found after 10 looks")
+		wait(t, s, time.Second, time.Second)
+		if got := share(t, s, 9, 2*us, 50*us); got < 70 { // 9 waits: one may be a trial, one after it
+			t.Fatalf("after a pause looks end %d %% of the waits", got)
 		}
 	}
-	// Frames that never come in time are looked for ever less often.
-	total := 0
-	for range 1000 {
-		*r = lateRing{after: 1 << 30}
-		if s.found(h, r, 1) {
-			t.Fatal("found what was not there")
+}
+
+// Two ends that both park would each see the other's wake-up, for ever, if looking did
+// not last longer than that.
+func TestAdaptivePingPongGetsGoing(t *testing.T) {
+	const wakeUp, turn = 40 * us, us
+	for _, start := range [][2]int{{0, 0}, {1, 0}, {500, 0}} {
+		ends := [2]*spinner{adaptive(), adaptive()}
+		for i, s := range ends {
+			share(t, s, start[i], 300*us, 300*us)
 		}
-		total += r.looks
-	}
-	if most := 1000 * 1000 / 40; total > most {
-		t.Errorf("%d looks in 1000 waits for nothing, at most %d", total, most)
-	}
-	// Once they come soon again, it takes no more waits than that to see it.
-	for i := 0; ; i++ {
-		*r = lateRing{after: 10}
-		if s.found(h, r, 1) {
-			break
+		// Each begins to wait, and each wait is over once the other's before it is.
+		h := &half{}
+		h.gate.state.Store(gateBusy)
+		asleep := false // the end that waits
+		trips, quick := 0, 0
+		for ; quick < 100 && trips < 20000; trips++ {
+			s := ends[trips%2]
+			took := turn // until the frame is there
+			if asleep {
+				took += wakeUp
+			}
+			asleep = !s.found(h, &lateRing{after: int(took / testLook)}, 1)
+			if asleep {
+				s.ended(took + wakeUp)
+				quick = 0
+			} else {
+				quick++
+			}
 		}
-		if i > 1<<mostMisses {
-			t.Fatal("not looked at again")
+		if trips > 1000 {
+			t.Errorf("after %v waits for what came late: not going after %d turns", start, trips)
 		}
-	}
-	*r = lateRing{after: 10}
-	if !s.found(h, r, 1) {
-		t.Error("one success did not count")
 	}
 }
 
 func TestParkNeverLooks(t *testing.T) {
 	var s spinner
 	r := &lateRing{}
-	if s.found(&half{}, r, 1) || r.looks != 0 {
+	if s.found(&half{}, r, 1) || r.looks != 0 || s.measures() {
 		t.Errorf("%d looks", r.looks)
 	}
 }
@@ -66,13 +175,50 @@ func TestBusyLooksUntilTheGateCloses(t *testing.T) {
 	h := &half{}
 	h.gate.state.Store(gateBusy)
 	s := spinner{most: -1}
-	r := &lateRing{after: 3 * spinYield}
+	r := &lateRing{after: 3 * mostYield}
 	if !s.found(h, r, 1) {
 		t.Error("gave up")
 	}
 	h.gate.state.Store(gateClosing)
 	*r = lateRing{after: 1 << 30}
-	if s.found(h, r, 1) || r.looks > spinYield {
+	if s.found(h, r, 1) || r.looks > mostYield+1 {
 		t.Errorf("%d looks behind a gate that closes", r.looks)
+	}
+}
+
+func TestYieldsTakeASmallShare(t *testing.T) {
+	for _, tt := range []struct {
+		yield time.Duration
+		want  int // looks
+	}{
+		{0, leastYield},
+		{200 * time.Nanosecond, 160},
+		{3 * us, 2400},
+		{50 * us, mostYield},
+	} {
+		s := adaptive()
+		for range 3 {
+			if tt.yield > 0 {
+				s.yielded(tt.yield)
+			}
+		}
+		if got := s.yieldEvery(); got < tt.want || got > tt.want*21/20 {
+			t.Errorf("yields of %v: every %d looks, want %d", tt.yield, got, tt.want)
+		}
+	}
+	// Others at work do not make yields seem dear, a lock to a thread does at last.
+	s := adaptive()
+	s.yielded(200 * time.Nanosecond)
+	for range 20 {
+		s.yielded(100 * us)
+	}
+	if got := s.yieldEvery(); got > 200 {
+		t.Errorf("every %d looks, since others had work", got)
+	}
+	for range 2000 {
+		s.yielded(5 * us)
+	}
+	if got := s.yieldEvery(); got != 4000 {
+		t.Errorf("every %d looks on a goroutine that was locked to its thread", got)
 	}
 }
