@@ -85,6 +85,18 @@ type EndNotifier interface {
 	NotifyOnEnd(s *Share, p Port) error
 }
 
+// A ThreadDomain is a Domain that has Waiters for goroutines that are locked to their
+// threads (runtime.LockOSThread).
+type ThreadDomain interface {
+	Domain
+
+	// ThreadWaiter is Waiter, but Wait blocks the thread that calls it in the kernel.
+	// Parking a goroutine that is locked to its thread, and waking it, takes several
+	// switches between threads otherwise. A goroutine that is not takes a thread of its
+	// own for as long as it waits.
+	ThreadWaiter() (Waiter, error)
+}
+
 // A Waiter is where one goroutine at a time waits for the event channels opened
 // on it. Wake may be called from any goroutine, at any time.
 //

@@ -151,6 +151,8 @@ type pageMaker struct {
 	log  *slog.Logger
 	lost *atomic.Uint64 // pages that did not come back
 	c    *conn
+
+	lockedThreads bool // of who waits
 }
 
 func (m *pageMaker) private(pages int) (*arena.Arena, error) {
@@ -185,9 +187,16 @@ func (m *pageMaker) end(s *hypercall.Share) {
 	}
 }
 
+func (m *pageMaker) waiter() (hypercall.Waiter, error) {
+	if d, ok := m.dom.(hypercall.ThreadDomain); ok && m.lockedThreads {
+		return d.ThreadWaiter()
+	}
+	return m.dom.Waiter()
+}
+
 // port opens an event channel on a waiter of its own, at which p waits.
 func (m *pageMaker) port(p **parker, open func(hypercall.Waiter) (hypercall.Port, error)) (hypercall.Port, error) {
-	w, err := m.dom.Waiter()
+	w, err := m.waiter()
 	if err != nil {
 		return nil, err
 	}

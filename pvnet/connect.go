@@ -63,7 +63,7 @@ func (e *entry) failed() bool {
 // xenstore or a peer that does not answer, goes on behind it, and a Connect that
 // comes meanwhile waits for it.
 func Connect(ctx context.Context, domain hypercall.Domain, id string, cfg Config) (*Device, error) {
-	if err := cfg.check(); err != nil {
+	if err := cfg.check(domain); err != nil {
 		return nil, fmt.Errorf("pvnet: connect vif %s: %w", id, err)
 	}
 	key := deviceKey{domain, id}
@@ -327,7 +327,7 @@ func (f *front) attach(ctx context.Context, xd *xenbus.Device, c *conn) error {
 
 	feat.frontSG, feat.takes, feat.peer = true, d.cfg.Offload, offered(back, feat.backSG)
 	c.feat = feat
-	m := &pageMaker{dom: d.domain, peer: dom(xd), log: d.log, lost: &d.lost, c: c}
+	m := &pageMaker{dom: d.domain, peer: dom(xd), log: d.log, lost: &d.lost, c: c, lockedThreads: d.cfg.LockedThreads}
 	keys := xenbus.Values{
 		netif.KeyRequestRxCopy:   "1",
 		netif.KeyFeatureRxNotify: "1",

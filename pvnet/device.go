@@ -55,6 +55,14 @@ type Config struct {
 	// Wait is what a call does that has to wait.
 	Wait WaitMode
 
+	// LockedThreads says that the goroutines that wait are locked to their threads
+	// (runtime.LockOSThread), as those of a program are that gives each queue a CPU.
+	// They then block in the kernel, which saves Go's scheduler several switches
+	// between threads a wake-up. Other goroutines each take a thread for as long as they
+	// wait. Of two halves that share an event channel ("feature-split-event-channels" is
+	// 0) it holds for the one that waits first.
+	LockedThreads bool
+
 	// Counters says where the counters are shown beside the heap. nil: nowhere.
 	Counters telemetry.Store
 
@@ -67,11 +75,14 @@ type Config struct {
 // equal reports whether a second Connect agrees with the first.
 func (c Config) equal(o Config) bool {
 	return c.Queues == o.Queues && c.LendRx == o.LendRx && c.Offload == o.Offload && c.Buffers == o.Buffers &&
-		c.Wait == o.Wait && c.Counters == o.Counters
+		c.Wait == o.Wait && c.LockedThreads == o.LockedThreads && c.Counters == o.Counters
 }
 
 // check refuses what cannot work. One frame of MaxFrame bytes takes maxPieces.
-func (c *Config) check() error {
+func (c *Config) check(dom hypercall.Domain) error {
+	if _, ok := dom.(hypercall.ThreadDomain); c.LockedThreads && !ok {
+		return fmt.Errorf("Config.LockedThreads is set: a %T cannot block a thread", dom)
+	}
 	if c.Queues < 0 {
 		return fmt.Errorf("Config.Queues is %d", c.Queues)
 	}

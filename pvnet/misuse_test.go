@@ -6,6 +6,7 @@ import (
 	"testing"
 	"time"
 
+	"barevif/hypercall"
 	"barevif/hypercall/emu"
 )
 
@@ -93,8 +94,9 @@ func TestSizesThatNoFrameHas(t *testing.T) {
 			t.Errorf("%d bytes: %v", size, err)
 		}
 	}
-	for _, c := range []Config{{Queues: -1}, {Buffers: -1}, {Buffers: maxPieces - 1}} {
-		if c.check() == nil {
+	dom := struct{ hypercall.Domain }{p.fdom} // which blocks no threads
+	for _, c := range []Config{{Queues: -1}, {Buffers: -1}, {Buffers: maxPieces - 1}, {LockedThreads: true}} {
+		if c.check(dom) == nil {
 			t.Errorf("%+v was accepted", c)
 		}
 	}

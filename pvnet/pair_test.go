@@ -63,8 +63,8 @@ func (p *pair) connect(t testing.TB, f features) {
 	t.Helper()
 	fc, bc := new(conn), new(conn)
 	p.conns = [2]*conn{fc, bc}
-	fm := &pageMaker{dom: p.fdom, peer: 2, log: p.front.log, lost: &p.front.lost, c: fc}
-	bm := &pageMaker{dom: p.bdom, peer: 1, log: p.back.log, lost: &p.back.lost, c: bc}
+	fm := &pageMaker{dom: p.fdom, peer: 2, log: p.front.log, lost: &p.front.lost, c: fc, lockedThreads: p.front.cfg.LockedThreads}
+	bm := &pageMaker{dom: p.bdom, peer: 1, log: p.back.log, lost: &p.back.lost, c: bc, lockedThreads: p.back.cfg.LockedThreads}
 	var err error
 	fc.queues, err = fm.frontQueues(f, &p.front.cfg, 0, func(i int) (rx, tx *telemetry.Block) { return p.front.rx[i].count, p.front.tx[i].count })
 	if err != nil {

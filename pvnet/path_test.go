@@ -6,6 +6,7 @@ import (
 	"errors"
 	"math/rand/v2"
 	"os"
+	"runtime"
 	"sync"
 	"testing"
 	"time"
@@ -857,13 +858,21 @@ func TestChecksumsLeftBlankAreCompleted(t *testing.T) {
 }
 
 func TestEveryWayToWaitMovesFrames(t *testing.T) {
-	for _, mode := range []WaitMode{Park, Adaptive, Busy} {
-		p := join(t, emu.Config{}, plain, Config{Wait: mode})
+	ways := []Config{{Wait: Park}, {Wait: Adaptive}, {Wait: Busy}}
+	if runtime.GOOS == "linux" {
+		ways = append(ways, Config{LockedThreads: true}, Config{Wait: Adaptive, LockedThreads: true})
+	}
+	for _, cfg := range ways {
+		p := join(t, emu.Config{}, plain, cfg)
 		const total = 2000
 		tx, _ := own(t, p.front)
 		_, rx := own(t, p.back)
 		var wg sync.WaitGroup
 		wg.Go(func() {
+			if cfg.LockedThreads {
+				runtime.LockOSThread()
+				defer runtime.UnlockOSThread()
+			}
 			var f [8]Frame
 			for sent := 0; sent < total; {
 				n, err := tx.AllocWait(f[:], 100)
@@ -882,7 +891,7 @@ func TestEveryWayToWaitMovesFrames(t *testing.T) {
 		for got := 0; got < total; {
 			n, err := rx.Receive(f[:])
 			if err != nil {
-				t.Fatal(mode, got, err)
+				t.Fatal(cfg, got, err)
 			}
 			rx.Release(f[:n])
 			got += n
@@ -890,7 +899,7 @@ func TestEveryWayToWaitMovesFrames(t *testing.T) {
 		wg.Wait()
 		rx.SetDeadline(time.Now().Add(10 * time.Millisecond))
 		if _, err := rx.Receive(f[:]); !errors.Is(err, os.ErrDeadlineExceeded) {
-			t.Errorf("mode %d: %v", mode, err)
+			t.Errorf("%+v: %v", cfg, err)
 		}
 	}
 }

@@ -58,7 +58,7 @@ func serve(ctx context.Context, domain hypercall.Domain, cfg ServeConfig, accept
 	if cfg.Type == "" {
 		cfg.Type = "vif"
 	}
-	if err := cfg.check(); err != nil {
+	if err := cfg.check(domain); err != nil {
 		return err
 	}
 	store := xenbus.Config{Logger: cfg.Logger}
@@ -415,7 +415,7 @@ func (b *back) attach(ctx context.Context, xd *xenbus.Device, c *conn) error {
 	}
 	feat.backSG = true
 	c.feat = feat
-	m := &pageMaker{dom: b.d.domain, peer: dom(xd), log: b.d.log, lost: &b.d.lost, c: c}
+	m := &pageMaker{dom: b.d.domain, peer: dom(xd), log: b.d.log, lost: &b.d.lost, c: c, lockedThreads: b.d.cfg.LockedThreads}
 	for i, k := range keys {
 		q, err := m.backQueue(feat, k, &b.d.cfg, b.d.rx[i].count, b.d.tx[i].count)
 		if err != nil {

@@ -2,8 +2,12 @@ package emu
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
+	"math"
 	"os"
+	"sync"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -46,4 +50,54 @@ func (b *fdBell) park(until time.Time) {
 	_, _ = b.file.Read(b.count[:]) // rung, past the deadline or closed: the caller looks
 }
 
+// close waits for who is inside park, in a threadBell: ring first.
 func (b *fdBell) close() { _ = b.file.Close() }
+
+// A threadBell is an fdBell whose park blocks the thread. Nobody reads the eventfd:
+// each ring is an edge of its own, which saves a system call a park.
+type threadBell struct {
+	*fdBell
+	conn  syscall.RawConn // of the eventfd, which is open for as long as somebody parks
+	epoll int
+	once  sync.Once // closes epoll
+
+	// Of the parked goroutine only.
+	block  func(uintptr)
+	events [1]unix.EpollEvent
+	millis int
+}
+
+// newThreadBell takes over b, an fdBell, unless it fails.
+func newThreadBell(b bell) (bell, error) {
+	t := &threadBell{fdBell: b.(*fdBell)}
+	var err error
+	if t.conn, err = t.file.SyscallConn(); err != nil {
+		return nil, fmt.Errorf("emu: eventfd: %w", err)
+	}
+	if t.epoll, err = unix.EpollCreate1(unix.EPOLL_CLOEXEC); err != nil {
+		return nil, fmt.Errorf("emu: epoll: %w", err)
+	}
+	ctlErr := t.conn.Control(func(fd uintptr) {
+		err = unix.EpollCtl(t.epoll, unix.EPOLL_CTL_ADD, int(fd), &unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLET})
+	})
+	if err = errors.Join(ctlErr, err); err != nil {
+		unix.Close(t.epoll)
+		return nil, fmt.Errorf("emu: epoll: %w", err)
+	}
+	t.block = func(uintptr) { _, _ = unix.EpollWait(t.epoll, t.events[:], t.millis) } // whatever ended it, the caller looks
+	return t, nil
+}
+
+func (t *threadBell) park(until time.Time) {
+	t.millis = -1
+	if !until.IsZero() {
+		left := max(time.Until(until), 0)
+		t.millis = int(min((left+time.Millisecond-1)/time.Millisecond, math.MaxInt32))
+	}
+	_ = t.conn.Control(t.block) // closed: the caller looks before it parks again
+}
+
+func (t *threadBell) close() {
+	t.fdBell.close()
+	t.once.Do(func() { unix.Close(t.epoll) })
+}

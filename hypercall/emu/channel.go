@@ -194,8 +194,12 @@ func (g *guest) farLocked(id hypercall.PortID, gen uint32) (*guest, hypercall.Po
 	return c.far, c.farPort
 }
 
-func (g *guest) newWaiter() (uint64, bell, error) {
-	b, err := g.m.bells()
+func (g *guest) newWaiter(shared bool) (uint64, bell, error) {
+	bells := g.m.bells
+	if shared {
+		bells = newFDBell
+	}
+	b, err := bells()
 	if err != nil {
 		return 0, nil, err
 	}

@@ -197,11 +197,33 @@ func (d *Domain) assemble(peer hypercall.DomID, runs []run, access hypercall.Acc
 
 // Waiter makes a place to wait.
 func (d *Domain) Waiter() (hypercall.Waiter, error) {
+	return d.waiter(func() (uint64, bell, error) { return d.hv.newWaiter(false) })
+}
+
+// ThreadWaiter makes a place to wait for who is locked to a thread; see
+// [hypercall.ThreadDomain]. It needs Linux.
+func (d *Domain) ThreadWaiter() (hypercall.Waiter, error) {
+	return d.waiter(func() (uint64, bell, error) {
+		id, b, err := d.hv.newWaiter(true)
+		if err != nil {
+			return 0, nil, err
+		}
+		onThread, err := newThreadBell(b)
+		if err != nil {
+			d.hv.closeWaiter(id)
+			b.close()
+			return 0, nil, err
+		}
+		return id, onThread, nil
+	})
+}
+
+func (d *Domain) waiter(make func() (uint64, bell, error)) (hypercall.Waiter, error) {
 	d.calls.waiter.Add(1)
 	if err := d.failed(OpWaiter); err != nil {
 		return nil, err
 	}
-	id, b, err := d.hv.newWaiter()
+	id, b, err := make()
 	if err != nil {
 		return nil, err
 	}

@@ -24,7 +24,7 @@ type hypervisor interface {
 	// lookup gives the tables of a living domain.
 	lookup(peer hypercall.DomID) (guestTables, error)
 
-	newWaiter() (uint64, bell, error)
+	newWaiter(shared bool) (uint64, bell, error) // shared: an fdBell
 	closeWaiter(id uint64)
 	unbound(waiter uint64, peer hypercall.DomID) (channelEnd, error)
 	bind(waiter uint64, peer hypercall.DomID, remote hypercall.PortID) (channelEnd, error)

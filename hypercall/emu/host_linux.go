@@ -275,7 +275,7 @@ func (s *server) do(r *request, refs []hypercall.GrantRef, a *answer) (err error
 		a.setTables(t)
 	case opWaiter:
 		var b bell
-		if a.ID, b, err = g.newWaiter(); err != nil {
+		if a.ID, b, err = g.newWaiter(true); err != nil {
 			return err
 		}
 		return a.give(fdOf(b.(*fdBell).file))

@@ -322,7 +322,7 @@ func (r *remote) lookup(peer hypercall.DomID) (guestTables, error) {
 	return r.table(&res.reply)
 }
 
-func (r *remote) newWaiter() (uint64, bell, error) {
+func (r *remote) newWaiter(bool) (uint64, bell, error) {
 	res, err := r.call(&request{Op: opWaiter}, nil)
 	if err != nil {
 		return 0, nil, err

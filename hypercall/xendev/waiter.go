@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"os"
 	"slices"
@@ -71,6 +72,12 @@ type waiter struct {
 	armed time.Time
 	try   func(fd uintptr) (done bool) // reads into in; made once, as a closure for each Wait were garbage
 	look  func(fd uintptr)
+
+	// Of a waiter that blocks its thread.
+	doorstop *os.File // an eventfd, which Wake writes; nil: the goroutine waits in the runtime's poller
+	polled   [2]unix.PollFd
+	millis   int // of the next poll
+	block    func(fd uintptr)
 }
 
 // Waiter opens a place to wait: one open file of /dev/xen/evtchn, which its ports
@@ -86,6 +93,43 @@ func (d *Domain) Waiter() (hypercall.Waiter, error) {
 		return nil, errors.Join(err, f.Close())
 	}
 	return w, nil
+}
+
+// ThreadWaiter is [Domain.Waiter] for who is locked to a thread; see
+// [hypercall.ThreadDomain].
+func (d *Domain) ThreadWaiter() (hypercall.Waiter, error) {
+	w, err := d.Waiter()
+	if err != nil {
+		return nil, err
+	}
+	if err := w.(*waiter).onThread(); err != nil {
+		return nil, errors.Join(err, w.Close())
+	}
+	return w, nil
+}
+
+// onThread has Wait block the thread.
+func (w *waiter) onThread() error {
+	fd, err := unix.Eventfd(0, unix.EFD_NONBLOCK|unix.EFD_CLOEXEC)
+	if err != nil {
+		return fmt.Errorf("xendev: eventfd: %w", err)
+	}
+	w.doorstop = os.NewFile(uintptr(fd), "eventfd")
+	w.polled[1] = unix.PollFd{Fd: int32(fd), Events: unix.POLLIN}
+	w.block = w.pollAndRead
+	return nil
+}
+
+// pollAndRead waits for the driver or a Wake, and takes what there is of both. Neither
+// descriptor is closed meanwhile: Close of a file waits for who uses it.
+func (w *waiter) pollAndRead(fd uintptr) {
+	w.polled[0] = unix.PollFd{Fd: int32(fd), Events: unix.POLLIN}
+	w.polled[1].Revents = 0
+	_, _ = unix.Poll(w.polled[:], w.millis) // whatever ended it, both are looked at
+	if w.polled[1].Revents != 0 {
+		_, _ = unix.Read(int(w.polled[1].Fd), w.in[:8])
+	}
+	w.got = w.tryRead(fd)
 }
 
 func newWaiter(d *Domain, f *os.File) (*waiter, error) {
@@ -124,6 +168,9 @@ func (w *waiter) tryRead(fd uintptr) (done bool) {
 func (w *waiter) Wait(deadline time.Time, worked bool) error {
 	if err := w.settle(worked); err != nil {
 		return err
+	}
+	if w.doorstop != nil {
+		return w.waitOnThread(deadline)
 	}
 	for {
 		if err := w.arm(deadline); err != nil {
@@ -170,16 +217,50 @@ func (w *waiter) Wait(deadline time.Time, worked bool) error {
 	}
 }
 
-// arm sets the read deadline to the caller's, or to when the next late port is
-// due, unless it is that already.
-func (w *waiter) arm(deadline time.Time) error {
+func (w *waiter) waitOnThread(deadline time.Time) error {
+	for {
+		w.millis = -1
+		if until := w.next(deadline); !until.IsZero() {
+			left := max(time.Until(until), 0)
+			w.millis = int(min((left+time.Millisecond-1)/time.Millisecond, math.MaxInt32))
+		}
+		// A Wake after this has written the eventfd when the poll begins.
+		if w.woken.Swap(false) {
+			return nil
+		}
+		if w.raw.Control(w.block) != nil {
+			return net.ErrClosed
+		}
+		if w.got {
+			if fired, err := w.note(); fired || err != nil {
+				return err
+			}
+		}
+		now := time.Now()
+		if !deadline.IsZero() && !now.Before(deadline) && !w.woken.Load() {
+			return os.ErrDeadlineExceeded
+		}
+		if err := w.unmaskDue(now); err != nil {
+			return err
+		}
+	}
+}
+
+// next is when to look up: at the caller's deadline, or when the next late port is due.
+func (w *waiter) next(deadline time.Time) time.Time {
 	w.mu.Lock()
+	defer w.mu.Unlock()
 	for _, p := range w.late {
 		if deadline.IsZero() || p.due.Before(deadline) {
 			deadline = p.due
 		}
 	}
-	w.mu.Unlock()
+	return deadline
+}
+
+// arm sets the read deadline to the next, unless it is that already.
+func (w *waiter) arm(deadline time.Time) error {
+	deadline = w.next(deadline)
 	if !w.poked.Swap(false) && deadline.Equal(w.armed) {
 		return nil
 	}
@@ -318,10 +399,17 @@ func (w *waiter) allFired() {
 	}
 }
 
+// one is what is added to an eventfd.
+var one = binary.NativeEndian.AppendUint64(nil, 1)
+
 // Wake implements [hypercall.Waiter].
 func (w *waiter) Wake() {
 	if w.woken.Swap(true) {
 		return // the one before has done or will do the rest
+	}
+	if w.doorstop != nil {
+		_, _ = w.doorstop.Write(one[:]) // it can only fail once nobody waits
+		return
 	}
 	w.poked.Store(true)
 	// It can only fail once the file is closed, and then nobody waits.
@@ -336,13 +424,20 @@ func (w *waiter) Close() error {
 		return nil
 	}
 	w.closed = true
+	if w.doorstop != nil {
+		_, _ = w.doorstop.Write(one[:])
+	}
 	ports := w.ports
 	w.ports = nil
 	w.mu.Unlock()
 	for _, p := range ports {
 		p.Close() // its doorbell has to go; the driver would unbind it by itself
 	}
-	return w.file.Close()
+	err := w.file.Close()
+	if w.doorstop != nil {
+		err = errors.Join(err, w.doorstop.Close())
+	}
+	return err
 }
 
 // errNoPorts names the setting of xl.cfg(5) that bounds a domain's event channels.

@@ -16,6 +16,37 @@ import (
 	"barevif/hypercall"
 )
 
+// blockThreads has newDriver make waiters that block their threads.
+var blockThreads bool
+
+func TestWaiterThatBlocksItsThread(t *testing.T) {
+	blockThreads = true
+	defer func() { blockThreads = false }()
+	for _, tt := range []struct {
+		name string
+		f    func(*testing.T)
+	}{
+		{"FiredPortStaysMaskedUntilTheNextWait", TestFiredPortStaysMaskedUntilTheNextWait},
+		{"EventsBeforeAPassedDeadlineCount", TestEventsBeforeAPassedDeadlineCount},
+		{"EventOfAClosedPortIsNoEvent", TestEventOfAClosedPortIsNoEvent},
+		{"PortClosedWhileMaskedIsNotUnmasked", TestPortClosedWhileMaskedIsNotUnmasked},
+		{"MaskedPortCannotFireTwice", TestMaskedPortCannotFireTwice},
+		{"UselessWakeupsPutOffUnmasking", TestUselessWakeupsPutOffUnmasking},
+		{"StormDelaysNeitherWakeNorDeadlineNorOthers", TestStormDelaysNeitherWakeNorDeadlineNorOthers},
+		{"WorkEndsTheDelay", TestWorkEndsTheDelay},
+		{"LatePortIsUnmaskedWithinWait", TestLatePortIsUnmaskedWithinWait},
+		{"WakeIsNeverLost", TestWakeIsNeverLost},
+		{"WakesOfOtherGoroutinesEndEveryWait", TestWakesOfOtherGoroutinesEndEveryWait},
+		{"CloseEndsEveryCall", TestCloseEndsEveryCall},
+		{"LostNumbersWakeEveryPort", TestLostNumbersWakeEveryPort},
+		{"BrokenDriverEndsWait", TestBrokenDriverEndsWait},
+		{"ManyPortsAreWrittenBackInParts", TestManyPortsAreWrittenBackInParts},
+		{"WaitDoesNotAllocate", TestWaitDoesNotAllocate},
+	} {
+		t.Run(tt.name, tt.f)
+	}
+}
+
 // A driver stands for evtchn: a socket whose packets are what read(2) gives, and
 // what write(2) took.
 type driver struct {
@@ -33,6 +64,11 @@ func newDriver(t testing.TB, ports ...hypercall.PortID) (*waiter, driver) {
 	w, err := newWaiter(&Domain{}, os.NewFile(uintptr(fds[0]), "evtchn"))
 	if err != nil {
 		t.Fatal(err)
+	}
+	if blockThreads {
+		if err := w.onThread(); err != nil {
+			t.Fatal(err)
+		}
 	}
 	for _, id := range ports {
 		enter(t, w, id)

@@ -1,47 +1,60 @@
 package main
 
-import "golang.org/x/sys/unix"
+import (
+	"os"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	nameEventfd   = "eventfd, blocking"
+	nameNetpoller = "eventfd, netpoller, free goroutines"
+)
 
 // An eventfdLink wakes the other end and is woken: what any round trip costs whose
-// parties block.
-type eventfdLink struct{ there, back int }
+// parties block in the kernel, or park at the runtime's poller.
+type eventfdLink struct{ there, back *os.File }
 
-func eventfdPeer(*job) (link, error) {
-	l := &eventfdLink{-1, -1}
-	for _, fd := range []*int{&l.there, &l.back} {
-		var err error
-		if *fd, err = unix.Eventfd(0, unix.EFD_CLOEXEC); err != nil {
-			l.close()
-			return nil, &missing{"eventfd", "it needs a kernel with CONFIG_EVENTFD and free descriptors", err}
-		}
+func eventfdPeer(poller bool) setupFunc {
+	flags := unix.EFD_CLOEXEC
+	if poller {
+		flags |= unix.EFD_NONBLOCK // which has os.NewFile use the poller
 	}
-	return l, nil
+	return func(*job) (link, error) {
+		l := new(eventfdLink)
+		for _, f := range []**os.File{&l.there, &l.back} {
+			fd, err := unix.Eventfd(0, flags)
+			if err != nil {
+				l.close()
+				return nil, &missing{"eventfd", "it needs a kernel with CONFIG_EVENTFD and free descriptors", err}
+			}
+			*f = os.NewFile(uintptr(fd), "eventfd")
+		}
+		return l, nil
+	}
 }
 
 func (l *eventfdLink) close() error {
-	for _, fd := range []int{l.there, l.back} {
-		if fd >= 0 {
-			unix.Close(fd)
-		}
-	}
+	l.there.Close() // nil is an error, and nothing else
+	l.back.Close()
 	return nil
 }
 
 var one = []byte{1, 0, 0, 0, 0, 0, 0, 0}
 
 func (l *eventfdLink) interrupt() {
-	unix.Write(l.there, one)
-	unix.Write(l.back, one)
+	l.there.Write(one)
+	l.back.Write(one)
 }
 
 func (l *eventfdLink) ping(j *job, rtt []int64) error {
 	b := make([]byte, 8)
 	for i := range rtt {
 		start := nano()
-		if _, err := unix.Write(l.there, one); err != nil {
+		if _, err := l.there.Write(one); err != nil {
 			return err
 		}
-		if _, err := readAgain(l.back, b); err != nil {
+		if _, err := l.back.Read(b); err != nil {
 			return err
 		}
 		rtt[i] = nano() - start
@@ -52,21 +65,12 @@ func (l *eventfdLink) ping(j *job, rtt []int64) error {
 func (l *eventfdLink) echo(j *job) error {
 	b := make([]byte, 8)
 	for !j.stopped() {
-		if _, err := readAgain(l.there, b); err != nil {
+		if _, err := l.there.Read(b); err != nil {
 			return err
 		}
-		if _, err := unix.Write(l.back, one); err != nil {
+		if _, err := l.back.Write(one); err != nil {
 			return err
 		}
 	}
 	return nil
-}
-
-// readAgain is read(2), again after a signal: Go's scheduler sends some.
-func readAgain(fd int, b []byte) (int, error) {
-	for {
-		if n, err := unix.Read(fd, b); err != unix.EINTR {
-			return n, err
-		}
-	}
 }

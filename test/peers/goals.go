@@ -50,6 +50,17 @@ func goals(rows []*row) []goal {
 		all = append(all, goal{"ping-pong, " + k.row + ", against the raw ring, polled", 2, false,
 			timesAsLong(k, key{nameRawPing, pingpong, sizeSmall})})
 	}
+	for _, g := range []struct {
+		free  bool
+		floor string
+		want  float64
+	}{{false, nameEventfd, 1.3}, {true, nameNetpoller, 1.1}} {
+		for _, two := range []bool{false, true} {
+			k := key{namePing(vifOptions{Wait: pvnet.Park, Two: two}, g.free), pingpong, sizeSmall}
+			all = append(all, goal{"ping-pong, " + k.row + ", against " + g.floor, g.want, false,
+				timesAsLong(k, key{g.floor, pingpong, sizeSmall})})
+		}
+	}
 	var owners []key
 	for _, r := range rows {
 		if o, ok := r.peer.(vifOptions); ok && r.kind == stream && !o.Two {

@@ -23,8 +23,9 @@ type vifOptions struct {
 	Queues  int            // of each; 0 means 1
 }
 
-func (o vifOptions) config() pvnet.Config {
-	return pvnet.Config{Wait: o.Wait, Queues: o.Queues}
+func (o vifOptions) config(j *job) pvnet.Config {
+	each := o.Vifs > 1 || o.Queues > 1 // half has a goroutine of its own, which is not pinned
+	return pvnet.Config{Wait: o.Wait, Queues: o.Queues, LockedThreads: !j.free && !each}
 }
 
 func (o vifOptions) setup(j *job) (link, error) {
@@ -35,7 +36,7 @@ func (o vifOptions) setup(j *job) (link, error) {
 	if err != nil {
 		return nil, err
 	}
-	fronts, backs, err := lab.vifs(max(o.Vifs, 1), o.config())
+	fronts, backs, err := lab.vifs(max(o.Vifs, 1), o.config(j))
 	if err != nil {
 		lab.close()
 		return nil, err

@@ -105,7 +105,8 @@ func allRows(n *network) []*row {
 		}
 	}
 	add(floor, pingpong, nameRawPing, frameSizes, rawPeer(1, false))
-	add(floor, pingpong, "eventfd, blocking", smallSize, setupFunc(eventfdPeer))
+	add(floor, pingpong, nameEventfd, smallSize, eventfdPeer(false))
+	rows = append(rows, &row{name: nameNetpoller, class: floor, kind: pingpong, sizes: smallSize, free: true, peer: eventfdPeer(true)})
 
 	add(user, stream, nameMemif, allSizes, memifPeer(false))
 	add(user, stream, "gomemif burst 32", allSizes, memifPeer(true))
@@ -185,7 +186,7 @@ func ourRows() []*row {
 		for _, o := range waits {
 			o.Batch, o.Two = 1, two
 			for _, free := range []bool{false, true} {
-				if free && (two || o.Poll) {
+				if free && (two && o.Wait != pvnet.Park || o.Poll) {
 					continue
 				}
 				rows = append(rows, &row{name: namePing(o, free), class: ours, kind: pingpong, sizes: frameSizes, free: free, peer: o})

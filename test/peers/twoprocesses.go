@@ -68,7 +68,7 @@ func newTwoProcesses(o vifOptions, j *job) (l *processLink, err error) {
 	if err != nil {
 		return l, err
 	}
-	device, done, err := end(domain, o.Back, o.config())
+	device, done, err := end(domain, o.Back, o.config(j))
 	if err != nil {
 		return l, err
 	}
@@ -189,7 +189,7 @@ func runErrand(text string) error {
 	if err != nil {
 		return err
 	}
-	device, done, err := end(domain, !e.Options.Back, e.Options.config())
+	device, done, err := end(domain, !e.Options.Back, e.Options.config(j))
 	if err != nil {
 		return err
 	}
