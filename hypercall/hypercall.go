@@ -53,7 +53,8 @@ type Domain interface {
 	// ID is the domain's number. It changes when the domain is migrated.
 	ID() DomID
 
-	// Memory gives zeroed, prefaulted pages that no other domain reaches.
+	// Memory gives zeroed pages that no other domain reaches. They may be reserved and
+	// no more than that: [Mapping.Populate] has them in memory before they are used.
 	Memory(pages int) (*Mapping, error)
 
 	// Share gives zeroed pages and one grant per page, all to the same peer with
@@ -155,12 +156,35 @@ type JoinedPort interface {
 // of another domain.
 type Mapping struct {
 	shm.Memory
-	release func() error
+	release           func() error
+	populate, discard func([]byte) // nil: nothing is to be done
 }
 
 // NewMapping is for implementations of [Domain]; release runs at most once.
 func NewMapping(m shm.Memory, release func() error) *Mapping {
 	return &Mapping{Memory: m, release: release}
+}
+
+// NewReserved is NewMapping of private memory that is only reserved: populate has part
+// of it in memory before it is used, and discard gives part of it back until then.
+func NewReserved(m shm.Memory, populate, discard func([]byte), release func() error) *Mapping {
+	return &Mapping{Memory: m, release: release, populate: populate, discard: discard}
+}
+
+// Populate has n pages from page first on in memory, which nobody uses yet: so their
+// first use costs no page faults. It is a hint.
+func (m *Mapping) Populate(first, n int) {
+	if m.populate != nil {
+		m.populate(m.Slice(first, n).Bytes())
+	}
+}
+
+// Discard says that what n pages from page first on hold is of no use any more. Where
+// memory can be reserved they leave it, until they are used again, and are zero then.
+func (m *Mapping) Discard(first, n int) {
+	if m.discard != nil {
+		m.discard(m.Slice(first, n).Bytes())
+	}
 }
 
 // Release gives the memory back. It must not be used afterwards. Release is

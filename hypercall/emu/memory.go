@@ -11,8 +11,11 @@ import (
 
 // memory is where pages come from: the heap or memfds.
 type memory interface {
-	// private gives zeroed, prefaulted pages.
+	// private reserves zeroed pages. populate and discard are those of
+	// [hypercall.NewReserved].
 	private(pages int) (region, error)
+	populate([]byte)
+	discard([]byte)
 
 	// shared gives the pages of a share, not yet in anyone's address space.
 	shared(pages int) (backing, error)
@@ -94,11 +97,9 @@ func check(table []atomic.Uint64, ref hypercall.GrantRef, dom hypercall.DomID, a
 
 type heapMemory struct{}
 
-func (heapMemory) private(pages int) (region, error) {
-	m := shm.Heap(pages)
-	clear(m.Bytes()) // prefault
-	return region{m, noFree}, nil
-}
+func (heapMemory) private(pages int) (region, error) { return region{shm.Heap(pages), noFree}, nil }
+func (heapMemory) populate(b []byte)                 { clear(b) }
+func (heapMemory) discard(b []byte)                  { clear(b) }
 
 func (heapMemory) shared(pages int) (backing, error) {
 	m := shm.Heap(pages)

@@ -8,6 +8,7 @@ import (
 
 	"barevif/arena/shm"
 	"barevif/hypercall"
+	"barevif/hypercall/anon"
 )
 
 // seals keep a memfd the size it is: a shrunk one would fault whoever maps it. Only
@@ -19,10 +20,9 @@ func mappedMemory() (memory, error) { return fileMemory{}, nil }
 // fileMemory is memory that other processes can map.
 type fileMemory struct{}
 
-func (fileMemory) private(pages int) (region, error) {
-	return newRegion(unix.Mmap(-1, 0, pages*shm.PageSize, unix.PROT_READ|unix.PROT_WRITE,
-		unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_POPULATE))
-}
+func (fileMemory) private(pages int) (region, error) { return newRegion(anon.Reserve(pages)) }
+func (fileMemory) populate(b []byte)                 { anon.Populate(b) }
+func (fileMemory) discard(b []byte)                  { anon.Discard(b) }
 
 func (fileMemory) shared(pages int) (backing, error) { return newFileBacking(pages * shm.PageSize) }
 

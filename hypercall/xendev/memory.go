@@ -10,6 +10,7 @@ import (
 
 	"barevif/arena/shm"
 	"barevif/hypercall"
+	"barevif/hypercall/anon"
 )
 
 // maxPages bounds one Share or Map: gntdev's own bound (its parameter limit).
@@ -22,14 +23,14 @@ func checkPages(op string, n int) error {
 	return nil
 }
 
-// Memory gives zeroed, prefaulted pages that no other domain reaches, locked if
-// the Config says so. Locking may need CAP_IPC_LOCK or a higher RLIMIT_MEMLOCK.
+// Memory reserves zeroed pages that no other domain reaches. If the Config says so
+// they are locked, and in memory at once; that may need CAP_IPC_LOCK or a higher
+// RLIMIT_MEMLOCK.
 func (d *Domain) Memory(pages int) (*hypercall.Mapping, error) {
 	if err := checkPages("memory", pages); err != nil {
 		return nil, err
 	}
-	b, err := unix.Mmap(-1, 0, pages*shm.PageSize, unix.PROT_READ|unix.PROT_WRITE,
-		unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_POPULATE)
+	b, err := anon.Reserve(pages)
 	if err != nil {
 		return nil, fmt.Errorf("xendev: %d pages of memory: %w", pages, err)
 	}
@@ -43,7 +44,11 @@ func (d *Domain) Memory(pages int) (*hypercall.Mapping, error) {
 	if err != nil {
 		return nil, errors.Join(err, unix.Munmap(b))
 	}
-	return hypercall.NewMapping(m, func() error { return unix.Munmap(b) }), nil
+	release := func() error { return unix.Munmap(b) }
+	if d.cfg.LockMemory {
+		return hypercall.NewMapping(m, release), nil
+	}
+	return hypercall.NewReserved(m, anon.Populate, anon.Discard, release), nil
 }
 
 // Map maps pages the peer granted, as one run: all or none. A failure that is one

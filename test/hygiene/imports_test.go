@@ -16,6 +16,7 @@ var rows = [...][]string{
 	{"arena/shm"},
 	{"arena"},
 	{"hypercall"},
+	{"hypercall/anon"},
 	{"telemetry"},
 	{"pvnet/ring", "pvnet/netif", "pvnet/packet"},
 	{"xenbus/wire"},
