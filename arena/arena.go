@@ -1,8 +1,10 @@
 // Package arena divides preallocated memory into buffers and says who holds
 // which.
 //
-// An [Arena] never grows and never allocates after [New]. It has one owner, who
-// gets and puts buffers by number, without locks. What the owner gives to
+// An [Arena] never allocates after [New]. It has one owner, who
+// gets and puts buffers by number, without locks: those that were used last come
+// first, so that of memory that is only reserved no more is touched than was in use at
+// once ([NewReserved]). What the owner gives to
 // others is a [Buffer]: a small comparable value with a generation, which any
 // goroutine may release. A Buffer that was released, or taken over by the owner,
 // is refused wherever it turns up, and never names somebody else's memory.
@@ -41,7 +43,10 @@ type Arena struct {
 	mem  []byte
 	size uint32
 	desc []desc
-	free []uint32 // owner's stack of buffer numbers
+	free []uint32 // owner's stack of buffer numbers; of those that are touched
+
+	touched  atomic.Uint32 // buffers below it have been on the stack; written by the owner
+	populate func(first, pages int)
 
 	_        [64]byte      // what follows is written by any goroutine
 	returned atomic.Uint32 // head of the list of buffers released by others
@@ -67,14 +72,79 @@ func New(mem shm.Memory, size int) *Arena {
 	}
 	b := mem.Bytes()
 	n := len(b) / size
-	a := &Arena{mem: b, size: uint32(size), desc: make([]desc, n), free: make([]uint32, n)}
+	a := &Arena{mem: b, size: uint32(size), desc: make([]desc, n), free: make([]uint32, 0, n)}
 	a.returned.Store(none)
 	for i := range a.desc {
 		a.desc[i].state.Store(1<<32 | 1)
 		a.desc[i].next = none
-		a.free[i] = uint32(n - 1 - i) // lowest numbers first
 	}
+	a.touch(n)
 	return a
+}
+
+// Step is how many pages of an arena made by [NewReserved] are touched at once.
+const Step = 32
+
+// NewReserved is [New] of memory that is reserved and of which a device that is idle
+// should not take much. The first [Step] pages are touched now, and each time that all
+// touched buffers are in use the next ones are: populate is called by [Arena.Get] and
+// has so many pages in memory, which nobody uses yet.
+func NewReserved(mem shm.Memory, size int, populate func(first, pages int)) *Arena {
+	a := New(mem, size)
+	a.populate = populate
+	a.free = a.free[:0]
+	a.touched.Store(0)
+	a.touch(1)
+	return a
+}
+
+// touch puts at least n buffers more on the stack, whole steps, if there are as many.
+// They come after those that are on it already, which are warm.
+func (a *Arena) touch(n int) {
+	from := int(a.touched.Load())
+	to := len(a.desc)
+	if a.populate != nil {
+		step := Step * shm.PageSize / int(a.size)
+		to = min(to, (from+n+step-1)/step*step)
+	}
+	n = to - from
+	if n <= 0 {
+		return
+	}
+	if a.populate != nil {
+		first, _ := a.Page(uint32(from))
+		last, _ := a.Page(uint32(to - 1))
+		a.populate(int(first), int(last-first)+1)
+	}
+	warm := len(a.free)
+	a.free = a.free[:warm+n]
+	copy(a.free[n:], a.free[:warm])
+	for i := range a.free[:n] {
+		a.free[i] = uint32(to - 1 - i) // lowest numbers first
+	}
+	a.touched.Store(uint32(to))
+}
+
+// Touched is how many buffers have been touched. It may be called from any goroutine.
+func (a *Arena) Touched() int { return int(a.touched.Load()) }
+
+// Trim gives all but the first [Step] pages back by discard, if every buffer is home,
+// and reports whether it did. They are touched again as they are needed.
+func (a *Arena) Trim(discard func(first, pages int)) bool {
+	a.collect()
+	keep := Step * shm.PageSize / int(a.size)
+	touched := int(a.touched.Load())
+	if a.populate == nil || len(a.free) != touched || touched <= keep {
+		return false
+	}
+	a.free = a.free[:keep]
+	for i := range a.free {
+		a.free[i] = uint32(keep - 1 - i)
+	}
+	a.touched.Store(uint32(keep))
+	last, _ := a.Page(uint32(touched - 1))
+	discard(Step, int(last)+1-Step)
+	return true
 }
 
 // Len is the number of buffers, Size the bytes of each.
@@ -86,6 +156,9 @@ func (a *Arena) Size() int { return int(a.size) }
 func (a *Arena) Get(dst []uint32) int {
 	if len(a.free) < len(dst) {
 		a.collect()
+		if lack := len(dst) - len(a.free); lack > 0 {
+			a.touch(lack)
+		}
 	}
 	n := min(len(dst), len(a.free))
 	rest := len(a.free) - n
@@ -97,8 +170,11 @@ func (a *Arena) Get(dst []uint32) int {
 // Free is how many buffers Get would give.
 func (a *Arena) Free() int {
 	a.collect()
-	return len(a.free)
+	return a.home()
 }
+
+// home is how many buffers nobody holds, but for those on the return list.
+func (a *Arena) home() int { return len(a.free) + len(a.desc) - int(a.touched.Load()) }
 
 // Put gives buffers back that the owner holds by number: got and never handed
 // out, or taken over since.
@@ -233,7 +309,7 @@ func (a *Arena) settle() {
 	a.mu.Lock()
 	a.collect()
 	var done func()
-	if len(a.free) == len(a.desc) {
+	if a.home() == len(a.desc) {
 		done, a.done = a.done, nil
 	}
 	a.mu.Unlock()
