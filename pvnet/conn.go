@@ -21,9 +21,10 @@ type conn struct {
 	queues []connQueue
 	undo   undo
 	feat   features
-	made   xenbus.Values // backend: the frontend's keys it was made from
-	shared int           // pages granted to the peer
-	own    int           // private pages
+	made   xenbus.Values  // backend: the frontend's keys it was made from
+	shared int            // pages granted to the peer
+	own    int            // private pages
+	arenas []*arena.Arena // of those; the rest are rings
 }
 
 // joined reports whether the peer has its end of every event channel, as far as
@@ -160,7 +161,8 @@ func (m *pageMaker) private(pages int) (*arena.Arena, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%d private pages: %w", pages, err)
 	}
-	a := arena.New(mem.Memory, 4096)
+	a := arena.NewReserved(mem.Memory, 4096, mem.Populate)
+	m.c.arenas = append(m.c.arenas, a)
 	m.c.undo.add(func() { a.Retire(func() { mem.Release() }) })
 	m.c.own += pages
 	return a, nil
@@ -278,7 +280,7 @@ func (m *pageMaker) frontQueues(f features, cfg *Config, others int, blocks func
 // tryPlan makes all queues of p, if spare pages could be shared beyond them, or none:
 // then it says how many it had made.
 func (m *pageMaker) tryPlan(p plan, f features, cfg *Config, spare int, blocks func(i int) (rx, tx *telemetry.Block)) (queues []connQueue, made int, err error) {
-	mark, shared, own := len(m.c.undo), m.c.shared, m.c.own
+	mark, shared, own, arenas := len(m.c.undo), m.c.shared, m.c.own, len(m.c.arenas)
 	for i := range p.queues {
 		rx, tx := blocks(i)
 		q, err := m.frontQueue(p.pages, f, cfg, rx, tx)
@@ -296,7 +298,7 @@ func (m *pageMaker) tryPlan(p plan, f features, cfg *Config, spare int, blocks f
 			q.rx.drain()
 		}
 		part := m.c.undo[mark:]
-		m.c.undo, m.c.shared, m.c.own = m.c.undo[:mark], shared, own
+		m.c.undo, m.c.shared, m.c.own, m.c.arenas = m.c.undo[:mark], shared, own, m.c.arenas[:arenas]
 		part.run()
 		return nil, i, err
 	}

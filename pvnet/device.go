@@ -14,6 +14,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"barevif/arena"
 	"barevif/hypercall"
 	"barevif/pvnet/ring"
 	"barevif/telemetry"
@@ -141,6 +142,7 @@ type Device struct {
 	subs    []chan LinkEvent  // guarded by mu
 	listens bool              // guarded by mu
 	budget  Budget            // guarded by mu
+	arenas  []*arena.Arena    // guarded by mu: those of the budget's private pages
 	peer    hypercall.DomID   // guarded by mu
 	agreed  telemetry.Feature // guarded by mu: what the connection has
 }
@@ -239,7 +241,8 @@ func (d *Device) PeerTakes(t GSOType) bool {
 	return t == GSOTCPv4 && o&takesGSO4 != 0 || t == GSOTCPv6 && o&takesGSO6 != 0
 }
 
-// A Budget is the memory a connection holds, fixed when it was made.
+// A Budget is the most memory a connection ever holds, fixed when it was made. Pages
+// that are shared are there from the beginning; of the private ones [Device.Touched] are.
 type Budget struct {
 	SharedPages  int // granted to the peer
 	PrivatePages int // and mapped ring pages
@@ -250,11 +253,24 @@ func (b Budget) String() string {
 		b.SharedPages, b.SharedPages*4, b.PrivatePages, b.PrivatePages*4)
 }
 
-// Budget is what the present connection holds; zero while the link is down.
+// Budget is that of the present connection; zero while the link is down.
 func (d *Device) Budget() Budget {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return d.budget
+}
+
+// Touched is how many of the Budget's private pages are in memory: the rest are only
+// reserved, until as many frames are on their way or in the user's hands at once. It is
+// zero while the link is down.
+func (d *Device) Touched() int {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	n := d.budget.PrivatePages
+	for _, a := range d.arenas {
+		n -= a.Len() - a.Touched()
+	}
+	return n
 }
 
 // Stats gives the counters since the last ResetStats. Of a half that is being
@@ -766,7 +782,7 @@ func (d *Device) up(c *conn, peer hypercall.DomID, own xenbus.State) {
 		d.rx[i].gate.open()
 	}
 	d.mu.Lock()
-	d.budget = Budget{c.shared, c.own}
+	d.budget, d.arenas = Budget{c.shared, c.own}, c.arenas
 	d.peer, d.agreed = peer, c.agreed(d.cfg.LendRx, d.trusted)
 	d.mu.Unlock()
 	d.setStatus(own, true) // before anybody hears of it, and may look there
@@ -808,7 +824,7 @@ func (d *Device) drop(c *conn) {
 		d.rx[0].count.Flush()
 	}
 	d.mu.Lock()
-	d.budget = Budget{}
+	d.budget, d.arenas = Budget{}, nil
 	d.mu.Unlock()
 }
 

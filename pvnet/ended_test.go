@@ -23,7 +23,7 @@ func TestEveryCallAfterDisconnectSaysSo(t *testing.T) {
 	// Those that have no error to give.
 	silent := map[string]bool{
 		"ID": true, "MAC": true, "MTU": true, "Queues": true, "Active": true, "Peer": true, "Trusted": true,
-		"PeerTakes": true, "Budget": true, "Stats": true, "ResetStats": true, "Counters": true, "Links": true,
+		"PeerTakes": true, "Budget": true, "Touched": true, "Stats": true, "ResetStats": true, "Counters": true, "Links": true,
 		"Disconnect": true, "Close": true, "Done": true, "Logger": true, "SetPatience": true, "Parked": true,
 		"TX.Alloc": true, "TX.AllocSize": true, "TX.SetDeadline": true, "RX.SetDeadline": true,
 		"RX.Release": true, // gives frames back

@@ -187,7 +187,7 @@ func (s *stage) connect(ctx context.Context) error {
 	}
 	s.handshake.flush()
 	s.say("memory", "frontend: %s", s.front.Budget())
-	s.say("", "backend:  %s; none of it grows", s.back.Budget())
+	s.say("", "backend:  %s; never more", s.back.Budget())
 	s.say("counters", "%s", shown(s.front))
 
 	addr := netip.PrefixFrom(demoNear, demoFar.Bits())
