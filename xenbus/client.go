@@ -20,9 +20,10 @@ type Config struct {
 	// ring takes 4096, which is also the most.
 	MaxPayload int
 
-	// Pipeline is how many requests may be unanswered at once. 0 means 1: the
-	// kernel's node mixes up the bodies of any more. A socket or a ring may have
-	// more; from 20 on xenstored stops reading an unprivileged domain.
+	// Pipeline is how many requests may be unanswered at once. 0 means what the
+	// transport says, if it is a [Pipeliner], or 1: the kernel's node mixes up the
+	// bodies of any more. A socket or a ring may have more; from 20 on xenstored
+	// stops reading an unprivileged domain.
 	Pipeline int
 
 	// Watches is how many nodes of other domains are watched one by one; for more
@@ -33,6 +34,11 @@ type Config struct {
 
 	// Logger hears once of each connection lost. nil: silent.
 	Logger *slog.Logger
+}
+
+// A Pipeliner is a transport that knows how many requests may be unanswered at once.
+type Pipeliner interface {
+	Pipeline() int
 }
 
 const (
@@ -110,9 +116,6 @@ func Dial(ctx context.Context, open func(context.Context) (io.ReadWriteCloser, e
 	if cfg.MaxPayload == 0 {
 		cfg.MaxPayload = nodePayload
 	}
-	if cfg.Pipeline == 0 {
-		cfg.Pipeline = 1
-	}
 	if cfg.MaxPayload < 0 || cfg.MaxPayload > wire.MaxPayload || cfg.Pipeline < 0 {
 		return nil, fmt.Errorf("xenbus: MaxPayload %d or Pipeline %d out of range", cfg.MaxPayload, cfg.Pipeline)
 	}
@@ -123,6 +126,10 @@ func Dial(ctx context.Context, open func(context.Context) (io.ReadWriteCloser, e
 	if err != nil {
 		return nil, fmt.Errorf("connect to xenstore: %w", err)
 	}
+	if p, ok := rwc.(Pipeliner); ok && cfg.Pipeline == 0 {
+		cfg.Pipeline = p.Pipeline()
+	}
+	cfg.Pipeline = max(cfg.Pipeline, 1)
 	c := &Client{
 		open:    open,
 		cfg:     cfg,
@@ -164,6 +171,11 @@ func (c *Client) do(ctx context.Context, r *request) (string, error) {
 	if err := c.post(r); err != nil {
 		return "", err
 	}
+	return c.await(ctx, r)
+}
+
+// await waits for the answer to what was posted.
+func (c *Client) await(ctx context.Context, r *request) (string, error) {
 	select {
 	case <-r.done:
 	case <-ctx.Done():
@@ -172,6 +184,25 @@ func (c *Client) do(ctx context.Context, r *request) (string, error) {
 		}
 	}
 	return r.reply, r.err
+}
+
+// together sends requests of which none waits for another's answer: as many at once as
+// the pipeline allows. They are answered in order. The error of each is its own.
+func (c *Client) together(ctx context.Context, rs []*request) (replies []string, errs []error) {
+	replies, errs = make([]string, len(rs)), make([]error, len(rs))
+	for i, r := range rs {
+		if err := context.Cause(ctx); err != nil {
+			errs[i] = r.wrap(err)
+		} else {
+			errs[i] = c.post(r)
+		}
+	}
+	for i, r := range rs {
+		if errs[i] == nil {
+			replies[i], errs[i] = c.await(ctx, r)
+		}
+	}
+	return replies, errs
 }
 
 // post queues r; its answer comes through r.done and r.settled.

@@ -920,3 +920,83 @@ func TestAClientEndsWithItsDomain(t *testing.T) {
 		}
 	})
 }
+
+// A wide transport takes several requests at once, and says so.
+type wide struct {
+	io.ReadWriteCloser
+	pipeline int
+}
+
+func (w wide) Pipeline() int { return w.pipeline }
+
+// What a transport takes at once is asked at once, where no answer is waited for: keys
+// of a directory in one round trip, and none for a transaction that one key needs not.
+func TestKeysAreAskedForTogetherWhereTheTransportTakesThem(t *testing.T) {
+	for _, pipeline := range []int{1, 3, 16} {
+		bubble(t, func(t *testing.T, s *scripted) {
+			open := func(ctx context.Context) (io.ReadWriteCloser, error) {
+				conn, err := s.open(ctx)
+				return wide{conn, pipeline}, err
+			}
+			c, err := xenbus.Dial(t.Context(), open, xenbus.Config{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			p := s.accept()
+			var out, most atomic.Int32
+			answer := make(chan struct{})
+			go p.serve(func(m message) {
+				most.Store(max(most.Load(), out.Add(1)))
+				go func() {
+					<-answer
+					out.Add(-1)
+					p.reply(m, "1")
+				}()
+			})
+			var v xenbus.Values
+			ended := make(chan struct{})
+			go func() {
+				defer close(ended)
+				if v, err = c.Values(t.Context(), "dir", []string{"a", "b", "c", "d", "e"}); err != nil {
+					t.Error(err)
+				}
+			}()
+			rounds := 0
+			for over := false; !over; rounds++ {
+				synctest.Wait()
+				for range out.Load() {
+					answer <- struct{}{}
+				}
+				synctest.Wait()
+				select {
+				case <-ended:
+					over = true
+				default:
+				}
+			}
+			if want := map[int]int{1: 7, 3: 4, 16: 3}[pipeline]; rounds != want || int(most.Load()) != min(pipeline, 5) || len(v) != 5 {
+				t.Errorf("pipeline %d: %d round trips, want %d; %d requests at once; %d keys", pipeline, rounds, want, most.Load(), len(v))
+			}
+		})
+	}
+}
+
+func TestOneKeyNeedsNoTransaction(t *testing.T) {
+	bubble(t, func(t *testing.T, s *scripted) {
+		c := s.client(xenbus.Config{})
+		defer c.Close()
+		go func() {
+			p := s.accept()
+			m := p.expect(wire.Read)
+			if m.TxID != 0 {
+				t.Errorf("in transaction %d", m.TxID)
+			}
+			p.reply(m, "7")
+		}()
+		v, err := c.Values(t.Context(), "dir", []string{"a"})
+		if err != nil || v["a"] != "7" {
+			t.Errorf("%v, %v", v, err)
+		}
+	})
+}

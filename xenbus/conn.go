@@ -1,6 +1,7 @@
 package xenbus
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -141,8 +142,21 @@ func (c *Client) broken(cause error) {
 func (c *Client) writeLoop(w io.Writer, quit <-chan struct{}) error {
 	buf := make([]byte, 0, wire.HeaderSize+wire.MaxPayload)
 	for {
-		r := c.next()
-		if r == nil {
+		var last *request
+		n := 0
+		for buf = buf[:0]; len(buf) < writeChunk; n++ { // as many messages as there are in one call
+			r := c.next()
+			if r == nil {
+				break
+			}
+			var err error
+			buf, err = wire.Append(buf, wire.Header{Op: r.op, ReqID: r.id, TxID: r.tx}, r.parts...)
+			if err != nil {
+				return err // post has checked the length
+			}
+			last = r
+		}
+		if n == 0 {
 			select {
 			case <-c.wake:
 				continue
@@ -150,16 +164,14 @@ func (c *Client) writeLoop(w io.Writer, quit <-chan struct{}) error {
 				return nil
 			}
 		}
-		var err error
-		buf, err = wire.Append(buf[:0], wire.Header{Op: r.op, ReqID: r.id, TxID: r.tx}, r.parts...)
-		if err != nil {
-			return err // post has checked the length
-		}
-		if _, err = w.Write(buf); err != nil && !c.refusedByWrite(r, err) {
+		if _, err := w.Write(buf); err != nil && (n > 1 || !c.refusedByWrite(last, err)) {
 			return err
 		}
 	}
 }
+
+// writeChunk is how many bytes no further message is written with.
+const writeChunk = 1024
 
 // next takes the next request that may be sent and gives it an id.
 func (c *Client) next() *request {
@@ -215,6 +227,7 @@ func (c *Client) refusedByWrite(r *request, err error) bool {
 // readLoop takes every message as it comes; it never waits for a consumer.
 func (c *Client) readLoop(r io.Reader) error {
 	buf := make([]byte, wire.HeaderSize+wire.MaxPayload)
+	r = bufio.NewReaderSize(r, len(buf)) // or each message would take two calls
 	for {
 		h, payload, err := wire.ReadMessage(r, buf)
 		if errors.Is(err, wire.ErrTooLong) {

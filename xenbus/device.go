@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"barevif/hypercall"
+	"barevif/xenbus/wire"
 )
 
 var (
@@ -175,6 +176,7 @@ func openDevice(ctx context.Context, c *Client, d *Device, parent string) (*Devi
 	if d.own, err = c.Watch(ctx, d.dir); err != nil {
 		return nil, err
 	}
+	d.skip()
 	peer, err := d.find(ctx)
 	if errors.Is(err, ErrGone) {
 		err = absent()
@@ -184,7 +186,9 @@ func openDevice(ctx context.Context, c *Client, d *Device, parent string) (*Devi
 		return nil, err
 	}
 	d.peer = peer
-	for stale := everything(); stale.any(); {
+	stale := everything()
+	stale.backend = false // find has read it
+	for stale.any() {
 		if stale, err = d.refresh(ctx, stale); err == nil {
 			break
 		}
@@ -402,17 +406,15 @@ func (d *Device) Publish(ctx context.Context, keys Values, remove ...string) err
 		if _, err := d.guard(tx); err != nil {
 			return err
 		}
-		for _, key := range remove {
-			if err := d.clear(tx, key); err != nil {
-				return err
-			}
+		if err := d.clear(tx, remove...); err != nil {
+			return err
 		}
+		var paths, values []string
 		for _, key := range slices.Sorted(maps.Keys(keys)) {
-			if err := tx.Write(d.dir+"/"+key, keys[key]); err != nil {
-				return err
-			}
+			paths, values = append(paths, d.dir+"/"+key), append(values, keys[key])
 		}
-		return nil
+		_, errs := tx.all(wire.Write, false, paths, values)
+		return first(errs)
 	})
 	if err != nil {
 		return fmt.Errorf("xenbus %s: publish: %w", d.dir, err)
@@ -447,6 +449,16 @@ func (d *Device) Remove(ctx context.Context) error {
 	})
 	if err != nil && !errors.Is(err, ErrGone) {
 		return fmt.Errorf("xenbus %s: remove: %w", d.dir, err)
+	}
+	return nil
+}
+
+// first is the first error there is.
+func first(errs []error) error {
+	for _, err := range errs {
+		if err != nil {
+			return err
+		}
 	}
 	return nil
 }
@@ -492,19 +504,28 @@ func (d *Device) PeerValues(ctx context.Context, keys ...string) (Values, error)
 
 // values reads keys of one directory as they were at one moment.
 func (c *Client) values(ctx context.Context, dir string, keys []string) (v Values, err error) {
-	err = c.Transact(ctx, func(tx Tx) error {
+	paths := make([]string, len(keys))
+	for i, key := range keys {
+		paths[i] = dir + "/" + key
+	}
+	read := func(tx Tx) error {
 		v = make(Values, len(keys))
-		for _, key := range keys {
-			s, err := tx.Read(dir + "/" + key)
+		values, errs := tx.readAll(paths...)
+		for i, key := range keys {
 			switch {
-			case err == nil:
-				v[key] = s
-			case !errors.Is(err, ErrNotFound):
-				return err
+			case errs[i] == nil:
+				v[key] = values[i]
+			case !errors.Is(errs[i], ErrNotFound):
+				return errs[i]
 			}
 		}
 		return nil
-	})
+	}
+	if len(keys) == 1 { // which is of one moment anyway
+		err = read(c.at(ctx))
+	} else {
+		err = c.Transact(ctx, read)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -517,6 +538,9 @@ func (c *Client) values(ctx context.Context, dir string, keys []string) (v Value
 func (d *Device) Fail(ctx context.Context, why error) error {
 	dir := "error/" + d.dir
 	if why == nil {
+		if _, err := d.c.Read(ctx, parentOf(dir)); errors.Is(err, ErrNotFound) {
+			return nil // the usual case, in which there is nothing to commit
+		}
 		err := d.c.Transact(ctx, func(tx Tx) error {
 			err := tx.Remove(dir)
 			// Not error itself, which a guest could not make again.

@@ -1,5 +1,7 @@
 package xenbus
 
+import "context"
+
 // StartIDs makes the next request id follow id.
 func (c *Client) StartIDs(id uint32) {
 	c.mu.Lock()
@@ -16,3 +18,8 @@ func (c *Client) Tokens() int {
 
 // ValidPath is what requests are checked with.
 func ValidPath(path string) bool { return validPath(path) }
+
+// Values is what Device.OwnValues and PeerValues read with.
+func (c *Client) Values(ctx context.Context, dir string, keys []string) (Values, error) {
+	return c.values(ctx, dir, keys)
+}

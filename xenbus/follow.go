@@ -271,6 +271,15 @@ func (p *parts) add(q parts) {
 	*p = parts{p.state || q.state, p.backend || q.backend, p.claim || q.claim, p.peer || q.peer, p.anew || q.anew}
 }
 
+// skip forgets what happened in our directory, before it is read.
+func (d *Device) skip() {
+	select {
+	case <-d.own.C(): // if it is closed it stays so, which run sees
+	default:
+	}
+	d.own.Paths() // last: what comes from now on fires again, or is read
+}
+
 // touched takes what happened in our directory. Keys we publish are of no interest.
 func (d *Device) touched() (p parts) {
 	paths, all := d.own.Paths()
@@ -384,10 +393,15 @@ func (d *Device) refresh(ctx context.Context, stale parts) (left parts, err erro
 // readOwn reads what the toolstack, or we, wrote in our directory. It reports
 // whether that is another one than we wrote in.
 func (d *Device) readOwn(ctx context.Context, ch *Change, mine written) (anew bool, err error) {
-	state, there, err := d.lookup(ctx, d.dir+"/state")
+	keys := []string{d.dir + "/state"}
+	if d.role == Backend {
+		keys = append(keys, d.dir+"/online", d.dir+"/hotplug-status")
+	}
+	values, is, err := d.lookups(ctx, keys...)
 	if err != nil {
 		return false, err
 	}
+	state, there := values[0], is[0]
 	anew = ch.Gone && there
 	ch.Gone, ch.Overwritten, ch.Own = !there, "", parseState(state)
 	foreign := there && !anew && !mine.ours(state)
@@ -397,16 +411,8 @@ func (d *Device) readOwn(ctx context.Context, ch *Change, mine written) (anew bo
 		}
 	}
 	if d.role == Backend {
-		online, there, err := d.lookup(ctx, d.dir+"/online")
-		if err != nil {
-			return false, err
-		}
-		ch.Online = !there || online != "0"
-		status, _, err := d.lookup(ctx, d.dir+"/hotplug-status")
-		if err != nil {
-			return false, err
-		}
-		ch.Hotplug = status == "connected"
+		ch.Online = !is[1] || values[1] != "0"
+		ch.Hotplug = values[2] == "connected"
 		if !ch.Online { // libxl writes Closing in our place
 			return anew, nil
 		}
@@ -464,4 +470,17 @@ func (d *Device) lookup(ctx context.Context, path string) (value string, there b
 		return "", false, nil
 	}
 	return value, err == nil, err
+}
+
+// lookups is lookup of several nodes, asked for together.
+func (d *Device) lookups(ctx context.Context, paths ...string) (values []string, there []bool, err error) {
+	values, errs := d.c.at(ctx).readAll(paths...)
+	there = make([]bool, len(paths))
+	for i, err := range errs {
+		if err != nil && !errors.Is(err, ErrNotFound) && !errors.Is(err, ErrAccess) {
+			return nil, nil, err
+		}
+		there[i] = err == nil
+	}
+	return values, there, nil
 }

@@ -3,6 +3,9 @@ package xenbus
 import (
 	"context"
 	"errors"
+	"slices"
+
+	"barevif/xenbus/wire"
 )
 
 // KeyReason is the key of a backend's directory under which it says why it does not
@@ -30,18 +33,24 @@ func (d *Device) PeerReason(ctx context.Context) string {
 	return text[:min(len(text), mostReason)]
 }
 
-// clear removes a key of our directory. A backend leaves one that is empty: a
+// clear removes keys of our directory. A backend leaves one that is empty: a
 // toolstack may have made it, so that it can be written whatever the quota, and to
 // the frontend it says no more than one that is missing.
-func (d *Device) clear(tx Tx, key string) error {
+func (d *Device) clear(tx Tx, keys ...string) error {
+	paths := make([]string, len(keys))
+	for i, key := range keys {
+		paths[i] = d.dir + "/" + key
+	}
 	if d.role == Backend {
-		value, err := tx.Read(d.dir + "/" + key)
-		if errors.Is(err, ErrNotFound) || err == nil && value == "" {
-			return nil
+		values, errs := tx.readAll(paths...)
+		said := paths[:0]
+		for i, path := range paths {
+			if !errors.Is(errs[i], ErrNotFound) && (errs[i] != nil || values[i] != "") {
+				said = append(said, path)
+			}
 		}
+		paths = said
 	}
-	if err := tx.Remove(d.dir + "/" + key); err != nil && !errors.Is(err, ErrNotFound) {
-		return err
-	}
-	return nil
+	_, errs := tx.all(wire.Rm, false, paths, nil)
+	return first(slices.DeleteFunc(errs, func(err error) bool { return errors.Is(err, ErrNotFound) }))
 }

@@ -114,14 +114,50 @@ func parseID(reply string) (uint32, error) {
 
 // ask sends one request about path, inside t if it is a transaction.
 func (t Tx) ask(op wire.Op, again bool, path string, parts ...string) (string, error) {
-	if !validPath(path) {
-		return "", &Error{Op: opName(op), Path: clip(path), Code: ErrInvalid}
+	if err := checkPath(op, path); err != nil {
+		return "", err
 	}
+	return t.c.do(t.ctx, t.request(op, again, path, parts...))
+}
+
+func checkPath(op wire.Op, path string) error {
+	if !validPath(path) {
+		return &Error{Op: opName(op), Path: clip(path), Code: ErrInvalid}
+	}
+	return nil
+}
+
+func (t Tx) request(op wire.Op, again bool, path string, parts ...string) *request {
 	r := &request{op: op, tx: t.id, path: path, parts: parts, again: again && t.id == 0, epoch: t.epoch}
 	if t.id != 0 {
 		r.lost = &Error{Op: opName(op), Path: path, Code: ErrAgain}
 	}
-	return t.c.do(t.ctx, r)
+	return r
+}
+
+// readAll is Read of several nodes, in the time of one where the transport takes several
+// requests at once. Outside a transaction they are of different moments.
+func (t Tx) readAll(paths ...string) (values []string, errs []error) {
+	return t.all(wire.Read, true, paths, nil)
+}
+
+// all makes the same request of several paths, with a value each if there are values.
+func (t Tx) all(op wire.Op, again bool, paths, values []string) (replies []string, errs []error) {
+	rs := make([]*request, len(paths))
+	for i, path := range paths {
+		if err := checkPath(op, path); err != nil { // none is sent: our mistake
+			errs = make([]error, len(paths))
+			for i := range errs {
+				errs[i] = err
+			}
+			return make([]string, len(paths)), errs
+		}
+		rs[i] = t.request(op, again, path, path, "\x00")
+		if values != nil {
+			rs[i].parts = append(rs[i].parts, values[i])
+		}
+	}
+	return t.c.together(t.ctx, rs)
 }
 
 // Read gives the value of a node, any bytes. A node made as a directory has "".

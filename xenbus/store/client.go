@@ -1,6 +1,7 @@
 package store
 
 import (
+	"bufio"
 	"errors"
 	"fmt"
 	"io"
@@ -165,8 +166,9 @@ func (s *Store) connect(conn io.ReadWriteCloser, dom hypercall.DomID) (*client, 
 // readAll handles requests until the connection ends, and says why.
 func (c *client) readAll() error {
 	buf := make([]byte, wire.HeaderSize+wire.MaxPayload)
+	in := bufio.NewReaderSize(c.conn, len(buf)) // or each message would take two calls
 	for {
-		h, p, err := wire.ReadMessage(c.conn, buf)
+		h, p, err := wire.ReadMessage(in, buf)
 		if err != nil {
 			if errors.Is(err, wire.ErrTooLong) {
 				c.s.mu.Lock()
