@@ -127,7 +127,7 @@ func (d *Domain) Share(peer hypercall.DomID, pages int, access hypercall.Access)
 		return nil, err
 	}
 	defer b.close()
-	r, err := b.view(0, pages, hypercall.ReadWrite)
+	r, err := b.reserve(pages)
 	if err != nil {
 		return nil, errors.Join(err, d.hv.endShare(s.Serial, false))
 	}
@@ -258,6 +258,10 @@ type storeConn struct {
 	once   sync.Once
 	closed func()
 }
+
+// Pipeline makes it a [barevif/xenbus.Pipeliner]: few enough for xenstored to go on
+// reading.
+func (c *storeConn) Pipeline() int { return 16 }
 
 func (c *storeConn) Close() error {
 	err := c.ReadWriteCloser.Close()

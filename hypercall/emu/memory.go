@@ -28,6 +28,8 @@ type memory interface {
 type backing interface {
 	// view makes n pages from first on addressable. They stay so after close.
 	view(first, n int, access hypercall.Access) (region, error)
+	// reserve is view of all n pages, writable, each in memory from its first use on.
+	reserve(n int) (region, error)
 	// dup gives another hold on the same pages.
 	dup() (backing, error)
 	close() error
@@ -121,6 +123,8 @@ type heapBacking struct{ m shm.Memory }
 func (b heapBacking) view(first, n int, _ hypercall.Access) (region, error) {
 	return region{b.m.Slice(first, n), noFree}, nil
 }
+
+func (b heapBacking) reserve(n int) (region, error) { return b.view(0, n, hypercall.ReadWrite) }
 
 func (b heapBacking) dup() (backing, error) { return b, nil }
 func (heapBacking) close() error            { return nil }

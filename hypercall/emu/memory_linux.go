@@ -96,6 +96,10 @@ func (b *fileBacking) view(first, n int, access hypercall.Access) (region, error
 		protection(access), unix.MAP_SHARED|unix.MAP_POPULATE))
 }
 
+func (b *fileBacking) reserve(n int) (region, error) {
+	return newRegion(unix.Mmap(int(b.file.Fd()), 0, n*shm.PageSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED))
+}
+
 func (b *fileBacking) dup() (backing, error) {
 	fd, err := unix.FcntlInt(b.file.Fd(), unix.F_DUPFD_CLOEXEC, 0)
 	if err != nil {
