@@ -175,6 +175,13 @@ func (m *pageMaker) share(pages int, access hypercall.Access) (*arena.Arena, []h
 		return nil, nil, err
 	}
 	a := arena.New(s.Memory, 4096)
+	if access == hypercall.ReadOnly { // the peer reads what was sent in them, and nothing before
+		a = arena.NewReserved(s.Memory, 4096, func(first, n int) {
+			for i := range n {
+				s.Page(first + i)[0] = 0
+			}
+		})
+	}
 	m.c.undo.add(func() { a.Retire(func() { m.end(s) }) })
 	m.c.shared += pages
 	return a, s.Refs, nil

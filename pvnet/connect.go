@@ -344,6 +344,8 @@ func (f *front) attach(ctx context.Context, xd *xenbus.Device, c *conn) error {
 	if err != nil {
 		return err
 	}
+	// What is not there is not asked to be removed, each of which is a round trip.
+	stale = slices.DeleteFunc(stale, func(key string) bool { return !slices.Contains(there, key) })
 	for _, key := range there { // of a program before us too, which may have had more
 		if strings.HasPrefix(key, netif.KeyQueuePrefix) {
 			stale = append(stale, key)

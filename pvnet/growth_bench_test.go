@@ -29,7 +29,7 @@ type fleet struct {
 	stop    context.CancelFunc
 }
 
-func newFleet(b *testing.B, n int) *fleet {
+func newFleet(b testing.TB, n int) *fleet {
 	b.Helper()
 	f := &fleet{store: store.New(store.Config{Privileged: []hypercall.DomID{backDomain}})}
 	var err error
@@ -82,7 +82,7 @@ func newFleet(b *testing.B, n int) *fleet {
 }
 
 // connect brings every link up: in turn, or all at once.
-func (f *fleet) connect(b *testing.B, atOnce bool) {
+func (f *fleet) connect(b testing.TB, atOnce bool) {
 	b.Helper()
 	f.front = make([]*pvnet.Device, len(f.fronts))
 	errs := make(chan error, len(f.fronts))
@@ -110,7 +110,7 @@ func (f *fleet) connect(b *testing.B, atOnce bool) {
 	}
 }
 
-func (f *fleet) close(b *testing.B) {
+func (f *fleet) close(b testing.TB) {
 	b.Helper()
 	for _, d := range f.front {
 		if d != nil {
@@ -137,10 +137,14 @@ func BenchmarkConnect64(b *testing.B) {
 			for b.Loop() {
 				b.StopTimer()
 				f := newFleet(b, 64)
+				before := f.store.Stats()
 				b.StartTimer()
 				f.connect(b, atOnce)
 				b.StopTimer()
-				b.ReportMetric(float64(f.store.Stats().Requests)/64, "requests/vif")
+				after := f.store.Stats()
+				b.ReportMetric(float64(after.Requests-before.Requests)/64, "requests/vif")
+				b.ReportMetric(float64(after.Conflicts-before.Conflicts), "conflicts")
+				b.ReportMetric(float64(after.RateLimited+after.Throttled), "held-up")
 				f.close(b)
 				b.StartTimer()
 			}

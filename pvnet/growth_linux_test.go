@@ -6,6 +6,7 @@ package pvnet_test
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -15,6 +16,7 @@ import (
 	"runtime/debug"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -98,6 +100,7 @@ type pond struct {
 	store *store.Store
 	tools *xenbus.Client
 	ask   func() held
+	vifs  int // that were added
 	front []*pvnet.Device
 }
 
@@ -174,35 +177,49 @@ func (p *pond) domain(t testing.TB, id hypercall.DomID) *emu.Domain {
 	return d
 }
 
-// connect makes n vifs and brings them up.
-func (p *pond) connect(t testing.TB, n int) {
+// add makes n vifs, and waits until the backend waits for their frontends.
+func (p *pond) add(t testing.TB, n int) (guests []*emu.Domain) {
 	t.Helper()
-	for i := range n {
-		id := backDomain + 1 + hypercall.DomID(len(p.front))
-		dom := p.domain(t, id)
+	for range n {
+		p.vifs++
+		id := backDomain + hypercall.DomID(p.vifs)
+		guests = append(guests, p.domain(t, id))
 		if err := toolstack.Home(t.Context(), p.tools, id); err != nil {
 			t.Fatal(err)
 		}
-		if err := toolstack.Add(t.Context(), p.tools, toolstack.Vif{
-			Front: id, Back: backDomain, MAC: [6]byte{2, 0, 0, 0, byte(i), 1},
-		}); err != nil {
+		v := toolstack.Vif{Front: id, Back: backDomain, MAC: [6]byte{2, 0, 0, 0, byte(p.vifs), 1}}
+		if err := toolstack.Add(t.Context(), p.tools, v); err != nil {
 			t.Fatal(err)
 		}
-		d, err := pvnet.Connect(t.Context(), dom, "0", pvnet.Config{})
-		if err != nil {
-			t.Fatal(err)
+		for state := ""; state != "2"; time.Sleep(time.Millisecond) {
+			state, _ = p.store.Read(v.BackDir() + "/state")
 		}
-		p.front = append(p.front, d)
 	}
+	return guests
+}
+
+// connect brings the vifs of guests up, all at once.
+func (p *pond) connect(t testing.TB, guests []*emu.Domain) {
+	t.Helper()
+	front, errs := make([]*pvnet.Device, len(guests)), make([]error, len(guests))
+	var wg sync.WaitGroup
+	for i, dom := range guests {
+		wg.Go(func() { front[i], errs[i] = pvnet.Connect(t.Context(), dom, "0", pvnet.Config{}) })
+	}
+	wg.Wait()
+	if err := errors.Join(errs...); err != nil {
+		t.Fatal(err)
+	}
+	p.front = append(p.front, front...)
 }
 
 // An idle backend holds little: what its traffic needs at once is touched then.
 func TestAnIdleBackendHoldsLessThanAMiB(t *testing.T) {
 	p := newPond(t)
-	p.connect(t, 1) // and what the first one takes of the process
+	p.connect(t, p.add(t, 1)) // and what the first one takes of the process
 	before := p.ask()
 	const n = 8
-	p.connect(t, n)
+	p.connect(t, p.add(t, n))
 	each := p.ask().less(before, n)
 	t.Logf("each vif: %+v", each)
 	if all := each.anon + each.shared; all > 1024 {
@@ -218,7 +235,7 @@ func BenchmarkIdleVif(b *testing.B) {
 	var each held
 	for b.Loop() {
 		if p.front == nil {
-			p.connect(b, n)
+			p.connect(b, p.add(b, n))
 			time.Sleep(100 * time.Millisecond) // the last one's end
 		}
 		each = p.ask().less(before, n)
@@ -229,4 +246,37 @@ func BenchmarkIdleVif(b *testing.B) {
 	b.ReportMetric(float64(each.shared), "shared-KiB/vif")
 	b.ReportMetric(float64(each.goroutines), "goroutines/vif")
 	b.ReportMetric(0, "ns/op")
+}
+
+// BenchmarkConnect64Processes brings 64 vifs up at once, whose backends are in a
+// process of their own and wait for their frontends.
+func BenchmarkConnect64Processes(b *testing.B) {
+	p := newPond(b)
+	p.connect(b, p.add(b, 1))
+	for b.Loop() {
+		b.StopTimer()
+		guests := p.add(b, 64)
+		before := p.store.Stats()
+		b.StartTimer()
+		p.connect(b, guests)
+		b.StopTimer()
+		after := p.store.Stats()
+		b.ReportMetric(float64(after.Requests-before.Requests)/64, "requests/vif")
+		b.ReportMetric(float64(after.Conflicts-before.Conflicts), "conflicts")
+		var wg sync.WaitGroup
+		for _, d := range p.front[1:] {
+			wg.Go(d.Disconnect)
+		}
+		wg.Wait()
+		p.front = p.front[:1]
+		for _, dom := range guests {
+			v := toolstack.Vif{Front: dom.ID(), Back: backDomain}
+			if err := toolstack.Remove(b.Context(), p.tools, v); err != nil {
+				b.Fatal(err)
+			}
+			dom.Destroy()
+		}
+		b.StartTimer()
+	}
+	b.ReportMetric(float64(b.Elapsed().Milliseconds())/float64(b.N), "ms/64vifs")
 }

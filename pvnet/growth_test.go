@@ -1,0 +1,35 @@
+package pvnet_test
+
+import (
+	"testing"
+	"time"
+
+	"barevif/pvnet"
+	"barevif/xenbus/toolstack"
+)
+
+// Most of the time that a connection takes is that of requests to xenstore. Both ends
+// together make some 75, from when the backend waits for the frontend on.
+func TestAConnectionTakesFewRequests(t *testing.T) {
+	const most = 90
+	l := newLab(t)
+	bdom, fdom := l.domain(2), l.domain(1)
+	backs, _ := l.serve(bdom, pvnet.ServeConfig{Hotplug: true})
+	v := l.add(toolstack.Vif{Front: 1, Back: 2})
+	back := wait(t, backs)
+	for l.read(v.BackDir()+"/state") != "2" {
+		time.Sleep(time.Millisecond)
+	}
+	before := l.store.Stats().Requests
+	front, err := pvnet.Connect(ctx(t), fdom, "0", pvnet.Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer front.Disconnect()
+	await(t, back, true)
+	n := l.store.Stats().Requests - before
+	t.Logf("%d requests", n)
+	if n > most {
+		t.Errorf("%d requests, want %d at most", n, most)
+	}
+}
