@@ -128,25 +128,6 @@ func (a *Arena) touch(n int) {
 // Touched is how many buffers have been touched. It may be called from any goroutine.
 func (a *Arena) Touched() int { return int(a.touched.Load()) }
 
-// Trim gives all but the first [Step] pages back by discard, if every buffer is home,
-// and reports whether it did. They are touched again as they are needed.
-func (a *Arena) Trim(discard func(first, pages int)) bool {
-	a.collect()
-	keep := Step * shm.PageSize / int(a.size)
-	touched := int(a.touched.Load())
-	if a.populate == nil || len(a.free) != touched || touched <= keep {
-		return false
-	}
-	a.free = a.free[:keep]
-	for i := range a.free {
-		a.free[i] = uint32(keep - 1 - i)
-	}
-	a.touched.Store(uint32(keep))
-	last, _ := a.Page(uint32(touched - 1))
-	discard(Step, int(last)+1-Step)
-	return true
-}
-
 // Len is the number of buffers, Size the bytes of each.
 func (a *Arena) Len() int  { return len(a.desc) }
 func (a *Arena) Size() int { return int(a.size) }

@@ -30,16 +30,6 @@ func (r *reserve) populate(first, pages int) {
 	}
 }
 
-func (r *reserve) discard(first, pages int) {
-	r.calls++
-	for i := range r.there[first : first+pages] {
-		if !r.there[first+i] {
-			r.t.Errorf("page %d was not there", first+i)
-		}
-		r.there[first+i] = false
-	}
-}
-
 func (r *reserve) want(when string, pages, calls int) {
 	r.t.Helper()
 	n := 0
@@ -125,37 +115,6 @@ func TestWarmBuffersComeFirst(t *testing.T) {
 	}
 	if fresh != 1 {
 		t.Errorf("%v: %d of them were touched just now", four, fresh)
-	}
-}
-
-func TestAnArenaIsTrimmedWhenEverythingIsHome(t *testing.T) {
-	a, r := reserved(t, 4*Step, 4096)
-	if a.Trim(r.discard) {
-		t.Error("trimmed, and nothing was in use")
-	}
-	bufs := make([]uint32, 3*Step)
-	a.Get(bufs)
-	slices.Reverse(bufs[Step:])
-	a.Put(bufs[1:]...)
-	held := a.Buffer(bufs[0])
-	if a.Trim(r.discard) {
-		t.Error("trimmed under a holder")
-	}
-	held.Release()
-	if !a.Trim(r.discard) || a.Touched() != Step || a.Free() != a.Len() {
-		t.Errorf("not trimmed: %d touched, %d free", a.Touched(), a.Free())
-	}
-	r.want("trimmed", Step, 3)
-	if held.Valid() {
-		t.Error("a released buffer is valid again")
-	}
-	if n := a.Get(bufs); n != len(bufs) {
-		t.Fatal(n)
-	}
-	r.want("used again", 3*Step, 4)
-	slices.Sort(bufs)
-	if len(slices.Compact(bufs)) != 3*Step {
-		t.Error("a buffer was given twice")
 	}
 }
 

@@ -156,8 +156,8 @@ type JoinedPort interface {
 // of another domain.
 type Mapping struct {
 	shm.Memory
-	release           func() error
-	populate, discard func([]byte) // nil: nothing is to be done
+	release  func() error
+	populate func([]byte) // nil: nothing is to be done
 }
 
 // NewMapping is for implementations of [Domain]; release runs at most once.
@@ -166,9 +166,9 @@ func NewMapping(m shm.Memory, release func() error) *Mapping {
 }
 
 // NewReserved is NewMapping of private memory that is only reserved: populate has part
-// of it in memory before it is used, and discard gives part of it back until then.
-func NewReserved(m shm.Memory, populate, discard func([]byte), release func() error) *Mapping {
-	return &Mapping{Memory: m, release: release, populate: populate, discard: discard}
+// of it in memory before it is used.
+func NewReserved(m shm.Memory, populate func([]byte), release func() error) *Mapping {
+	return &Mapping{Memory: m, release: release, populate: populate}
 }
 
 // Populate has n pages from page first on in memory, which nobody uses yet: so their
@@ -176,14 +176,6 @@ func NewReserved(m shm.Memory, populate, discard func([]byte), release func() er
 func (m *Mapping) Populate(first, n int) {
 	if m.populate != nil {
 		m.populate(m.Slice(first, n).Bytes())
-	}
-}
-
-// Discard says that what n pages from page first on hold is of no use any more. Where
-// memory can be reserved they leave it, until they are used again, and are zero then.
-func (m *Mapping) Discard(first, n int) {
-	if m.discard != nil {
-		m.discard(m.Slice(first, n).Bytes())
 	}
 }
 

@@ -32,11 +32,3 @@ func Populate(b []byte) {
 		b[i] = 0
 	}
 }
-
-// Discard gives part of what Reserve gave back to the system: it is zeroed and not
-// there until it is used again.
-func Discard(b []byte) {
-	if unix.Madvise(b, unix.MADV_DONTNEED) != nil { // pages larger than ours, which may be in use
-		clear(b)
-	}
-}

@@ -106,7 +106,7 @@ func (d *Domain) Memory(pages int) (*hypercall.Mapping, error) {
 		d.hv.dropPages(id)
 		return nil, err
 	}
-	return hypercall.NewReserved(r.Memory, d.memory.populate, d.memory.discard, func() error {
+	return hypercall.NewReserved(r.Memory, d.memory.populate, func() error {
 		d.hv.dropPages(id)
 		return r.free()
 	}), nil

@@ -11,11 +11,9 @@ import (
 
 // memory is where pages come from: the heap or memfds.
 type memory interface {
-	// private reserves zeroed pages. populate and discard are those of
-	// [hypercall.NewReserved].
+	// private reserves zeroed pages. populate is that of [hypercall.NewReserved].
 	private(pages int) (region, error)
 	populate([]byte)
-	discard([]byte)
 
 	// shared gives the pages of a share, not yet in anyone's address space.
 	shared(pages int) (backing, error)
@@ -101,7 +99,6 @@ type heapMemory struct{}
 
 func (heapMemory) private(pages int) (region, error) { return region{shm.Heap(pages), noFree}, nil }
 func (heapMemory) populate(b []byte)                 { clear(b) }
-func (heapMemory) discard(b []byte)                  { clear(b) }
 
 func (heapMemory) shared(pages int) (backing, error) {
 	m := shm.Heap(pages)

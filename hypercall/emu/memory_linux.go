@@ -22,7 +22,6 @@ type fileMemory struct{}
 
 func (fileMemory) private(pages int) (region, error) { return newRegion(anon.Reserve(pages)) }
 func (fileMemory) populate(b []byte)                 { anon.Populate(b) }
-func (fileMemory) discard(b []byte)                  { anon.Discard(b) }
 
 func (fileMemory) shared(pages int) (backing, error) { return newFileBacking(pages * shm.PageSize) }
 

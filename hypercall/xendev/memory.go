@@ -48,7 +48,7 @@ func (d *Domain) Memory(pages int) (*hypercall.Mapping, error) {
 	if d.cfg.LockMemory {
 		return hypercall.NewMapping(m, release), nil
 	}
-	return hypercall.NewReserved(m, anon.Populate, anon.Discard, release), nil
+	return hypercall.NewReserved(m, anon.Populate, release), nil
 }
 
 // Map maps pages the peer granted, as one run: all or none. A failure that is one
