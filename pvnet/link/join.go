@@ -1,6 +1,7 @@
 package link
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -33,7 +34,8 @@ type Joint struct {
 	unsent, unread, oversize, uncut, refused atomic.Uint64
 	unfed                                    atomic.Uint64
 
-	told [kinds]atomic.Bool // by kind: the line was logged
+	told   [kinds]atomic.Bool // by kind: the line was logged
+	single atomic.Bool        // so was that frames are moved one by one
 }
 
 // JointStats counts frames.
@@ -191,7 +193,8 @@ const vifPieces = 19
 // toLinkFrom writes what rx receives to l.
 func (j *Joint) toLinkFrom(dev *pvnet.Device, rx *pvnet.RX, l Link) error {
 	var frames [batch]pvnet.Frame
-	var bufs [vifPieces][]byte
+	s := j.newSink(dev, l)
+	defer s.close()
 	down := false
 	lost := uint64(0) // and not yet counted
 	defer func() {
@@ -204,23 +207,16 @@ func (j *Joint) toLinkFrom(dev *pvnet.Device, rx *pvnet.RX, l Link) error {
 		if err != nil {
 			return err
 		}
+		var end error
 		sent, long := uint64(0), uint64(0)
-		for i := range frames[:n] {
-			off, ok := leftOf(&frames[i])
-			if !ok {
-				j.unsent.Add(1)
-				lost++
-				continue
-			}
-			_, err = l.WriteFrame(off, pieces(&frames[i], bufs[:0]))
+		for i, err := range s.write(frames[:n]) {
 			switch {
 			case err == nil:
 				sent++
-				if off.GSO != GSONone {
+				if frames[i].GSO().Size != 0 {
 					long++
 				}
 				down = false
-				continue
 			case err == ErrDown && !down:
 				// The kernel tells whoever asks first, and once: have the
 				// reader ask too.
@@ -228,22 +224,20 @@ func (j *Joint) toLinkFrom(dev *pvnet.Device, rx *pvnet.RX, l Link) error {
 				_ = l.SetReadDeadline(past)
 			case err == ErrSize:
 				j.tellUntaken(dev, l, frames[i].Len())
-			case final(err):
-				j.unsent.Add(uint64(n - i))
-				lost += uint64(n - i)
-				j.wrote(sent, long)
-				_ = rx.Release(frames[:n])
-				return err
+			case final(err) && end == nil:
+				end = err
 			}
-			j.unsent.Add(1)
-			lost++
 		}
-		if lost > 0 && rx.CountUndelivered(lost) == nil {
+		if unsent := uint64(n) - sent; unsent > 0 {
+			j.unsent.Add(unsent)
+			lost += unsent
+		}
+		if end == nil && lost > 0 && rx.CountUndelivered(lost) == nil {
 			lost = 0
 		}
 		j.wrote(sent, long)
-		if err := rx.Release(frames[:n]); err != nil {
-			return err
+		if err := rx.Release(frames[:n]); end != nil || err != nil {
+			return cmp.Or(end, err)
 		}
 	}
 }
@@ -284,15 +278,27 @@ type feeder struct {
 	whole []byte // behind what a frame has room for; or all of a long one
 	bufs  [vifPieces + 1][]byte
 	cut   packet.Cutter
+
+	burst burstReader // nil: frames are read one by one
+	want  int         // as many as are likely to be there
+	in    [batch]arrival
 }
 
 func (j *Joint) fromLinkTo(ctx context.Context, l Link, dev *pvnet.Device, tx *pvnet.TX) error {
-	f := &feeder{j: j, dev: dev, tx: tx, l: l}
+	f := &feeder{j: j, dev: dev, tx: tx, l: l, want: 1}
 	most := MaxRead
 	if f.quick, _ = l.(quick); f.quick != nil {
 		most = f.quick.most()
 	}
 	f.whole = make([]byte, most) // no page of it is there before it is read into
+	if b, ok := l.(bursts); ok {
+		var err error
+		if f.burst, err = b.readBursts(); err != nil {
+			f.burst = nil
+			j.tellSingle(dev, l, err)
+		}
+	}
+	defer f.close()
 	defer f.count()
 	defer f.release(0)
 	for {
@@ -400,8 +406,14 @@ func (f *feeder) fill() error {
 			}
 			f.ready, f.n = 0, n
 		}
-		err := f.read(wait)
-		if err == errNone || err == nil && f.quick == nil {
+		more := f.quick != nil
+		var err error
+		if k := min(f.want, f.n-f.ready); f.burst != nil && k > 1 {
+			more, err = f.readBurst(k, wait)
+		} else {
+			err = f.read(wait)
+		}
+		if err == errNone || err == nil && !more {
 			return nil
 		}
 		if err != nil || f.ready > 0 && f.frames[f.ready-1].GSO().Size != 0 {
@@ -427,11 +439,13 @@ func (f *feeder) read(wait bool) error {
 		return f.failed(err)
 	}
 	f.errs, f.odd = 0, 0
+	f.want = max(f.want, 2)
 	switch {
 	case n < MinFrame:
 		f.drop(tooShort, &f.j.uncut)
 		return nil
 	case off.GSO != GSONone:
+		f.want = 1
 		frame.CopyTo(f.whole[:min(n, f.size)])
 		return f.long(f.whole[:n], off)
 	case n > f.size:
@@ -472,11 +486,11 @@ func (f *feeder) large(whole []byte, off Offload) error {
 	return nil
 }
 
-// discard gives back frames[ready], which was cut to what was read.
+// discard gives back frames[ready], which was cut to what was read. The order of those
+// behind it stays.
 func (f *feeder) discard() {
 	_ = f.frames[f.ready].Release()
-	f.n--
-	f.frames[f.ready] = f.frames[f.n]
+	f.n = f.ready + copy(f.frames[f.ready:], f.frames[f.ready+1:f.n])
 }
 
 // long takes a frame that is still to be cut, if possible as it is.

@@ -167,7 +167,7 @@ func (p *port) receive(wait bool) error {
 // stuck says why the poller would not wait. It reports a descriptor in error
 // without saying which; one more try does.
 func (p *port) stuck(err error, h *half) error {
-	if p.closed.Load() || errors.Is(err, os.ErrDeadlineExceeded) {
+	if p.ended(err) {
 		return p.failure(err)
 	}
 	if err := p.conn.Control(h.once); err != nil {
@@ -182,6 +182,11 @@ func (p *port) stuck(err error, h *half) error {
 	return p.failed(h)
 }
 
+// ended reports whether err of the poller is Close or a deadline.
+func (p *port) ended(err error) bool {
+	return p.closed.Load() || errors.Is(err, os.ErrDeadlineExceeded)
+}
+
 // failure is an error of the os package in the words of this one.
 func (p *port) failure(err error) error {
 	if p.closed.Load() {
@@ -190,11 +195,14 @@ func (p *port) failure(err error) error {
 	return err
 }
 
-// failed maps the errors of drivers/net/tun.c and net/packet/af_packet.c for a call of h.
-// Most are about one frame. A frame to be segmented in a way struct virtio_net_hdr cannot
-// express, for example, gives its reader EINVAL; the next read gives the next frame.
-func (p *port) failed(h *half) error {
-	switch h.errno {
+// failed is the meaning of the error of the last call of h.
+func (p *port) failed(h *half) error { return p.meaning(h.errno, h == &p.rd) }
+
+// meaning maps the errors of drivers/net/tun.c and net/packet/af_packet.c for a read or a
+// write. Most are about one frame. A frame to be segmented in a way struct virtio_net_hdr
+// cannot express, for example, gives its reader EINVAL; the next read gives the next frame.
+func (p *port) meaning(errno syscall.Errno, reading bool) error {
+	switch errno {
 	case unix.ENETDOWN, unix.EIO: // EIO: a TAP that is down does not take this frame
 		return ErrDown
 	case unix.EBADF, unix.EBADFD, unix.ENODEV, unix.ENXIO:
@@ -206,13 +214,13 @@ func (p *port) failed(h *half) error {
 	case unix.EINVAL, unix.EOPNOTSUPP, unix.EPROTONOSUPPORT, unix.EPROTO, unix.EBADMSG, unix.E2BIG:
 		return ErrOffload
 	case unix.EFAULT:
-		if h == &p.rd {
+		if reading {
 			return p.fault
 		}
 		return ErrOffload // the pages of this frame
 	}
-	if h == &p.rd {
-		return os.NewSyscallError("read", h.errno)
+	if reading {
+		return os.NewSyscallError("read", errno)
 	}
-	return os.NewSyscallError("write", h.errno)
+	return os.NewSyscallError("write", errno)
 }

@@ -1,0 +1,270 @@
+package link
+
+import (
+	"errors"
+	"math"
+	"os"
+	"runtime"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// burstVector is how many entries of an iovec array a frame takes: the header, its
+// pieces, the room behind them and the spare byte.
+const burstVector = vifPieces + 3
+
+// A burst is up to batch frames that a TAP reads or writes in one system call.
+type burst struct {
+	p    *port
+	ring *uring
+	op   uint8
+	bad  error // the ring is of no use any more
+
+	// iov holds the buffers by pointers that the garbage collector sees. The array itself
+	// is pinned: of the ring's pointers to it the collector knows nothing.
+	iov     *[batch * burstVector]unix.Iovec
+	headers *[batch][headerSize]byte
+	pin     runtime.Pinner
+	used    int            // of iov
+	begin   [batch + 1]int // frame i is iov[begin[i]:begin[i+1]]
+	size    [batch]int     // of frame i: the bytes of its buffers
+	n       int            // frames
+	done    bool           // the last run's answers are not those of frames added since
+
+	try  func(fd uintptr) (done bool)
+	once func(fd uintptr)
+}
+
+func (b *burst) open(p *port, op uint8) (err error) {
+	if b.ring, err = openURing(); err != nil {
+		return err
+	}
+	b.p, b.op = p, op
+	b.iov, b.headers = new([batch * burstVector]unix.Iovec), new([batch][headerSize]byte)
+	b.pin.Pin(b.iov)
+	b.pin.Pin(b.headers)
+	b.once = func(fd uintptr) { b.try(fd) }
+	return nil
+}
+
+func (b *burst) close() {
+	b.ring.close()
+	b.pin.Unpin()
+}
+
+func (b *burst) broken() error { return b.bad }
+
+// add adds a frame: its header, then bufs.
+func (b *burst) addFrame(bufs [][]byte) {
+	if b.done {
+		b.done, b.n, b.used = false, 0, 0
+	}
+	b.size[b.n] = 0
+	b.addBytes(b.headers[b.n][:])
+	for _, p := range bufs {
+		b.addBytes(p)
+	}
+}
+
+func (b *burst) addBytes(p []byte) {
+	if len(p) > 0 {
+		b.iov[b.used].Base = &p[0]
+		b.iov[b.used].SetLen(len(p))
+		b.used++
+		b.size[b.n] += len(p)
+	}
+}
+
+func (b *burst) endFrame() {
+	b.n++
+	b.begin[b.n] = b.used
+}
+
+// run has the kernel do what was added.
+func (b *burst) run(fd uintptr) {
+	for i := range b.n {
+		b.ring.put(b.op, fd, &b.iov[b.begin[i]], b.begin[i+1]-b.begin[i])
+	}
+	b.bad = b.ring.run()
+}
+
+// end lets go of the buffers.
+func (b *burst) end() {
+	clear(b.iov[:b.used])
+	b.done = true
+}
+
+// answer is the kernel's for frame i.
+func (b *burst) answer(i int) (n int, errno syscall.Errno) {
+	if res := int(b.ring.res[i]); res >= 0 {
+		return res, 0
+	} else if errno = syscall.Errno(-res); errno == unix.EINTR || errno == unix.ECANCELED {
+		errno = unix.EAGAIN // by cancel, of what had to wait
+	}
+	return 0, errno
+}
+
+// any reports whether there is an answer but EAGAIN.
+func (b *burst) any() bool {
+	for i := range b.n {
+		if _, errno := b.answer(i); errno != unix.EAGAIN {
+			return true
+		}
+	}
+	return false
+}
+
+type tapReader struct {
+	burst
+	spare [1]byte // see TAP
+	got   [batch]reading
+	rooms []byte // mapped: a page of it is there once it was needed
+}
+
+// roomSize is MaxFrame in whole pages.
+const roomSize = (MaxFrame + 4095) &^ 4095
+
+func (t *TAP) readBursts() (burstReader, error) {
+	rooms, err := unix.Mmap(-1, 0, batch*roomSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_NORESERVE)
+	if err != nil {
+		return nil, os.NewSyscallError("mmap", err)
+	}
+	r := &tapReader{rooms: rooms}
+	if err := r.open(&t.port, opReadv); err != nil {
+		_ = unix.Munmap(rooms)
+		return nil, err
+	}
+	r.try = func(fd uintptr) bool {
+		r.run(fd)
+		return r.bad != nil || r.any()
+	}
+	return r, nil
+}
+
+func (r *tapReader) close() {
+	r.burst.close()
+	_ = unix.Munmap(r.rooms)
+}
+
+func (r *tapReader) room(i int) []byte { return r.rooms[i*roomSize:][:MaxFrame:MaxFrame] }
+
+func (r *tapReader) add(bufs [][]byte) {
+	r.addFrame(bufs)
+	r.addBytes(r.spare[:])
+	r.endFrame()
+}
+
+func (r *tapReader) read(wait bool) ([]reading, error) {
+	defer r.end()
+	var err error
+	if wait {
+		err = r.p.conn.Read(r.try)
+		if err != nil && !r.p.ended(err) { // see stuck
+			if err = r.p.conn.Control(r.once); err == nil && r.bad == nil && !r.any() {
+				return nil, r.p.mute
+			}
+		}
+	} else {
+		err = r.p.conn.Control(r.once)
+	}
+	if err != nil {
+		return nil, r.p.failure(err)
+	}
+	if !wait && !r.any() {
+		return nil, errNone
+	}
+	for i := range r.n {
+		g := &r.got[i]
+		*g = reading{}
+		n, errno := r.answer(i)
+		room := r.size[i] - len(r.spare)
+		switch {
+		case errno == unix.EAGAIN:
+			g.err = errNone
+			continue
+		case errno != 0:
+			g.err = r.p.meaning(errno, true)
+			continue
+		case n > room:
+			n, g.err = room, ErrTruncated
+		}
+		g.n = max(n-headerSize, 0)
+		g.off.decode(&r.headers[i])
+	}
+	return r.got[:r.n], nil
+}
+
+type tapWriter struct {
+	burst
+	errs [batch]error
+}
+
+// errSendBuffer is why frames of a TAP with a send buffer are written one by one: each may
+// have to wait for room, and those behind it with it.
+var errSendBuffer = errors.New("link: the TAP has a send buffer of limited size")
+
+func (t *TAP) writeBursts() (burstWriter, error) {
+	size, err := uint32(0), error(nil)
+	if ctlErr := t.conn.Control(func(fd uintptr) { size, err = unix.IoctlGetUint32(int(fd), unix.TUNGETSNDBUF) }); ctlErr != nil {
+		return nil, ctlErr
+	}
+	if err != nil {
+		return nil, os.NewSyscallError("TUNGETSNDBUF", err)
+	}
+	if size != math.MaxInt32 { // INT_MAX, unless it was set
+		return nil, errSendBuffer
+	}
+	w := new(tapWriter)
+	if err := w.open(&t.port, opWritev); err != nil {
+		return nil, err
+	}
+	w.try = func(fd uintptr) bool {
+		w.run(fd)
+		return true
+	}
+	return w, nil
+}
+
+func (w *tapWriter) add(off Offload, bufs [][]byte) error {
+	size := 0
+	for _, p := range bufs {
+		size += len(p)
+	}
+	if size < MinFrame || size > MaxFrame {
+		return ErrSize
+	}
+	w.addFrame(bufs)
+	off.encode(&w.headers[w.n])
+	w.endFrame()
+	return nil
+}
+
+func (w *tapWriter) write() []error {
+	if w.done || w.n == 0 {
+		return nil
+	}
+	defer w.end()
+	err := w.p.conn.Write(w.try)
+	if err != nil && !w.p.ended(err) { // see stuck
+		err = w.p.conn.Control(w.once)
+	}
+	for i := range w.n {
+		if err != nil {
+			w.errs[i] = w.p.failure(err)
+			continue
+		}
+		switch _, errno := w.answer(i); errno {
+		case 0:
+			w.errs[i] = nil
+		case unix.EAGAIN:
+			w.errs[i] = errWait
+			if w.bad == nil {
+				w.bad = errSendBuffer
+			}
+		default:
+			w.errs[i] = w.p.meaning(errno, false)
+		}
+	}
+	return w.errs[:w.n]
+}

@@ -1,0 +1,277 @@
+package link
+
+import (
+	"errors"
+	"fmt"
+	"structs"
+	"sync/atomic"
+	"syscall"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// sqe is struct io_uring_sqe of linux/io_uring.h.
+type sqe struct {
+	_        structs.HostLayout
+	opcode   uint8
+	flags    uint8
+	ioprio   uint16
+	fd       int32
+	off      uint64
+	addr     uint64
+	len      uint32
+	rwFlags  uint32
+	userData uint64
+	_        [24]byte
+}
+
+// cqe is struct io_uring_cqe.
+type cqe struct {
+	_        structs.HostLayout
+	userData uint64
+	res      int32
+	flags    uint32
+}
+
+// uringParams is struct io_uring_params, with struct io_sqring_offsets and struct
+// io_cqring_offsets.
+type uringParams struct {
+	_         structs.HostLayout
+	sqEntries uint32
+	cqEntries uint32
+	flags     uint32
+	cpu, idle uint32
+	features  uint32
+	wq        uint32
+	_         [3]uint32
+	sq        struct{ head, tail, mask, entries, flags, dropped, array, _, _, _ uint32 }
+	cq        struct{ head, tail, mask, entries, overflow, cqes, flags, _, _, _ uint32 }
+}
+
+var (
+	_ [64]byte  = [unsafe.Sizeof(sqe{})]byte{}
+	_ [32]byte  = [unsafe.Offsetof(sqe{}.userData)]byte{}
+	_ [16]byte  = [unsafe.Sizeof(cqe{})]byte{}
+	_ [8]byte   = [unsafe.Offsetof(cqe{}.res)]byte{}
+	_ [120]byte = [unsafe.Sizeof(uringParams{})]byte{}
+	_ [40]byte  = [unsafe.Offsetof(uringParams{}.sq)]byte{}
+	_ [80]byte  = [unsafe.Offsetof(uringParams{}.cq)]byte{}
+)
+
+// Of linux/io_uring.h. The features are all there from Linux 5.6 on.
+const (
+	opNop    = 0
+	opReadv  = 1
+	opWritev = 2
+	opCancel = 14 // IORING_OP_ASYNC_CANCEL
+
+	enterGetEvents = 1
+
+	featSingleMmap   = 1 << 0
+	featNoDrop       = 1 << 1
+	featSubmitStable = 1 << 2
+	featRWCurPos     = 1 << 3
+	featWanted       = featSingleMmap | featNoDrop | featSubmitStable | featRWCurPos
+
+	offRings = 0
+	offSQEs  = 0x10000000
+)
+
+// A uring runs up to batch requests in one system call. It belongs to one goroutine.
+//
+// It is for requests the kernel answers at once: on a descriptor that is non-blocking
+// a read or write that would wait is answered EAGAIN. So they run one after
+// the other, in order, in the thread that submits them, and when run returns the kernel
+// is done with all memory they named.
+type uring struct {
+	fd    int
+	rings []byte // both mapped
+	slots []byte
+
+	sqHead, sqTail *atomic.Uint32 // in rings; the kernel writes head, we tail
+	cqHead, cqTail *atomic.Uint32 // in rings; we write head, the kernel tail
+	sqes           *[batch]sqe
+	cqes           *[2 * batch]cqe
+	n              uint32 // requests put since the last run
+
+	answered uint32       // bit i: res[i] is set
+	res      [batch]int32 // of the last run: a count, or an error negated
+	calls    uint64       // of io_uring_enter
+}
+
+var _ [32]struct{} = [batch]struct{}{} // answered has as many bits
+
+// errLate is what run returns if the kernel had not answered all requests when it was
+// done with submitting them. It has by then, but may have run them out of order.
+var errLate = errors.New("link: io_uring did not complete requests at once")
+
+// openURing makes a ring and tries it. The error is the kernel's: ENOSYS (none in this
+// kernel), EPERM (kernel.io_uring_disabled, or a filter of system calls), ENOMEM.
+func openURing() (*uring, error) {
+	var p uringParams
+	fd, _, errno := unix.Syscall(unix.SYS_IO_URING_SETUP, batch, uintptr(unsafe.Pointer(&p)), 0)
+	if errno != 0 {
+		return nil, fmt.Errorf("io_uring_setup: %w", errno)
+	}
+	r := &uring{fd: int(fd)}
+	err := r.mmap(&p)
+	if err == nil {
+		err = r.try()
+	}
+	if err != nil {
+		r.close()
+		return nil, err
+	}
+	return r, nil
+}
+
+// mmap maps the rings. All offsets are checked against the mappings here, and all
+// indexes are masked by the sizes of the arrays.
+func (r *uring) mmap(p *uringParams) (err error) {
+	if p.features&featWanted != featWanted || p.sqEntries != batch || p.cqEntries != 2*batch {
+		return fmt.Errorf("io_uring of features %#x with %d and %d entries: %w", p.features, p.sqEntries, p.cqEntries, errors.ErrUnsupported)
+	}
+	array, cqes := uintptr(p.sq.array), uintptr(p.cq.cqes)
+	size := max(array+batch*4, cqes+unsafe.Sizeof(*r.cqes))
+	for _, off := range []uint32{p.sq.head, p.sq.tail, p.cq.head, p.cq.tail, p.sq.array, p.cq.cqes} {
+		if off%4 != 0 || uintptr(off)+4 > size {
+			return fmt.Errorf("io_uring with an offset of %d: %w", off, errors.ErrUnsupported)
+		}
+	}
+	if r.rings, err = unix.Mmap(r.fd, offRings, int(size), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_POPULATE); err != nil {
+		return fmt.Errorf("map the rings of an io_uring: %w", err)
+	}
+	if r.slots, err = unix.Mmap(r.fd, offSQEs, int(unsafe.Sizeof(*r.sqes)), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_POPULATE); err != nil {
+		return fmt.Errorf("map the requests of an io_uring: %w", err)
+	}
+	word := func(off uint32) *atomic.Uint32 { return (*atomic.Uint32)(unsafe.Pointer(&r.rings[off])) }
+	r.sqHead, r.sqTail = word(p.sq.head), word(p.sq.tail)
+	r.cqHead, r.cqTail = word(p.cq.head), word(p.cq.tail)
+	r.sqes = (*[batch]sqe)(unsafe.Pointer(unsafe.SliceData(r.slots)))
+	r.cqes = (*[2 * batch]cqe)(unsafe.Pointer(&r.rings[cqes]))
+	index := (*[batch]uint32)(unsafe.Pointer(&r.rings[array]))
+	for i := range index {
+		index[i] = uint32(i)
+	}
+	return nil
+}
+
+// try finds out whether requests may be submitted, too.
+func (r *uring) try() error {
+	r.put(opNop, 0, nil, 0)
+	if err := r.run(); err != nil {
+		return err
+	}
+	if r.res[0] != 0 {
+		return fmt.Errorf("io_uring: %w", syscall.Errno(-r.res[0]))
+	}
+	return nil
+}
+
+// close frees the ring. No request is under way but in run.
+func (r *uring) close() {
+	for _, m := range [][]byte{r.rings, r.slots} {
+		if m != nil {
+			_ = unix.Munmap(m)
+		}
+	}
+	_ = unix.Close(r.fd)
+	*r = uring{fd: -1}
+}
+
+// put adds a request to those of the next run, at most batch. The caller keeps iov, of
+// len entries, and the buffers they name reachable, and pinned, until run returns.
+func (r *uring) put(op uint8, fd uintptr, iov *unix.Iovec, len int) {
+	r.slot(r.n, sqe{opcode: op, fd: int32(fd), addr: uint64(uintptr(unsafe.Pointer(iov))), len: uint32(len), userData: uint64(r.n)})
+	r.n++
+}
+
+func (r *uring) slot(i uint32, s sqe) { r.sqes[(r.sqTail.Load()+i)%batch] = s }
+
+// run submits what was put and waits for the answers, which are in res. If it fails,
+// requests that the kernel never saw are answered EAGAIN.
+func (r *uring) run() error {
+	n := r.n
+	r.n, r.answered = 0, 0
+	err := r.submit(n, enterGetEvents)
+	if err != nil {
+		for i := range n {
+			r.res[i] = -int32(unix.EAGAIN)
+		}
+		n -= r.takeBack() // the last ones
+	}
+	all := uint32(1<<n - 1)
+	for r.reap(); r.answered != all; r.reap() {
+		r.cancel(all)
+		err = errLate
+	}
+	return err
+}
+
+// submit passes n requests on. With enterGetEvents the kernel also runs what
+// it has put off until this thread next asks, without waiting.
+func (r *uring) submit(n, flags uint32) error {
+	r.sqTail.Add(n)
+	for n > 0 {
+		k, errno := r.enter(n, 0, flags)
+		switch {
+		case errno == unix.EINTR:
+		case errno != 0:
+			return fmt.Errorf("io_uring_enter: %w", errno)
+		case k == 0:
+			return fmt.Errorf("io_uring_enter took none of %d requests: %w", n, unix.EAGAIN)
+		default:
+			n -= min(k, n) // short after one that is malformed
+		}
+	}
+	return nil
+}
+
+func (r *uring) enter(submit, complete, flags uint32) (uint32, syscall.Errno) {
+	r.calls++
+	k, _, errno := unix.Syscall6(unix.SYS_IO_URING_ENTER, uintptr(r.fd), uintptr(submit), uintptr(complete), uintptr(flags), 0, 0)
+	return uint32(k), errno
+}
+
+// takeBack takes back the requests that the kernel did not take, and returns how many:
+// it looks at the tail only when asked to submit.
+func (r *uring) takeBack() uint32 {
+	left := r.sqTail.Load() - r.sqHead.Load()
+	r.sqTail.Add(-left)
+	return left
+}
+
+// reap takes the answers that are there, in whatever order.
+func (r *uring) reap() {
+	head := r.cqHead.Load()
+	for tail := r.cqTail.Load(); head != tail; head++ {
+		if c := r.cqes[head%(2*batch)]; c.userData < batch {
+			r.answered |= 1 << c.userData
+			r.res[c.userData] = c.res
+		}
+	}
+	r.cqHead.Store(head)
+}
+
+// cancelled marks the answer to a request to cancel.
+const cancelled = 1 << 32
+
+// cancel waits until the requests of all have answers. Someone who shares the descriptor made it a
+// blocking one: the kernel waits for a frame, or for room, and would write to
+// memory that is used otherwise by then.
+func (r *uring) cancel(all uint32) {
+	n := uint32(0)
+	for i := range uint32(batch) {
+		if all&^r.answered&(1<<i) != 0 {
+			r.slot(n, sqe{opcode: opCancel, fd: -1, addr: uint64(i), userData: cancelled})
+			n++
+		}
+	}
+	if r.submit(n, 0) != nil && r.takeBack() == n {
+		time.Sleep(time.Millisecond) // until there is memory for it
+		return
+	}
+	_, _ = r.enter(0, 1, enterGetEvents)
+}
