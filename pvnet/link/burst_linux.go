@@ -40,6 +40,14 @@ func (b *burst) open(p *port, op uint8) (err error) {
 	if b.ring, err = openURing(); err != nil {
 		return err
 	}
+	ctlErr := p.conn.Control(func(fd uintptr) { err = b.ring.dontWait(fd) })
+	if op == opWritev && ctlErr == nil && b.ring.res[0] == -int32(unix.EOPNOTSUPP) {
+		err = nil // without a send buffer none waits
+	}
+	if err = errors.Join(ctlErr, err); err != nil {
+		b.ring.close()
+		return err
+	}
 	b.p, b.op = p, op
 	b.iov, b.headers = new([batch * burstVector]unix.Iovec), new([batch][headerSize]byte)
 	b.pin.Pin(b.iov)

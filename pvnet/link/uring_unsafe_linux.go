@@ -3,6 +3,7 @@ package link
 import (
 	"errors"
 	"fmt"
+	"os"
 	"structs"
 	"sync/atomic"
 	"syscall"
@@ -81,10 +82,9 @@ const (
 
 // A uring runs up to batch requests in one system call. It belongs to one goroutine.
 //
-// It is for requests the kernel answers at once: on a descriptor that is non-blocking
-// a read or write that would wait is answered EAGAIN. So they run one after
-// the other, in order, in the thread that submits them, and when run returns the kernel
-// is done with all memory they named.
+// It is for requests the kernel answers at once: see dontWait. They run one after the
+// other, in order, in the thread that submits them, none by a thread of the kernel's own,
+// and when run returns the kernel is done with all memory they named.
 type uring struct {
 	fd    int
 	rings []byte // both mapped
@@ -95,6 +95,7 @@ type uring struct {
 	sqes           *[batch]sqe
 	cqes           *[2 * batch]cqe
 	n              uint32 // requests put since the last run
+	nowait         uint32 // of reads and writes: see dontWait
 
 	answered uint32       // bit i: res[i] is set
 	res      [batch]int32 // of the last run: a count, or an error negated
@@ -184,8 +185,29 @@ func (r *uring) close() {
 // put adds a request to those of the next run, at most batch. The caller keeps iov, of
 // len entries, and the buffers they name reachable, and pinned, until run returns.
 func (r *uring) put(op uint8, fd uintptr, iov *unix.Iovec, len int) {
-	r.slot(r.n, sqe{opcode: op, fd: int32(fd), addr: uint64(uintptr(unsafe.Pointer(iov))), len: uint32(len), userData: uint64(r.n)})
+	s := sqe{opcode: op, fd: int32(fd), addr: uint64(uintptr(unsafe.Pointer(iov))), len: uint32(len), userData: uint64(r.n)}
+	if op != opNop {
+		s.rwFlags = r.nowait
+	}
+	r.slot(r.n, s)
 	r.n++
+}
+
+// dontWait has the kernel answer EAGAIN where a read or write of fd would wait. That fd is
+// non-blocking is not enough: from Linux 5.11 or so on a request for such a one waits in
+// the kernel. It fails with EOPNOTSUPP if the file does not know how, as TAPs before
+// Linux 6.4. The read has no room, and takes no frame.
+func (r *uring) dontWait(fd uintptr) error {
+	r.nowait = unix.RWF_NOWAIT
+	r.put(opReadv, fd, nil, 0)
+	err := r.run()
+	if err == nil && r.res[0] < 0 && r.res[0] != -int32(unix.EAGAIN) {
+		err = os.NewSyscallError("read without waiting", syscall.Errno(-r.res[0]))
+	}
+	if err != nil {
+		r.nowait = 0
+	}
+	return err
 }
 
 func (r *uring) slot(i uint32, s sqe) { r.sqes[(r.sqTail.Load()+i)%batch] = s }
