@@ -496,3 +496,26 @@ func TestTAPWithASendBufferIsWrittenOneByOne(t *testing.T) {
 		t.Fatal(err)
 	}
 }
+
+// Nothing is mapped of a ring that is not laid out as ours has to be.
+func TestRingOfAnotherLayoutIsRefused(t *testing.T) {
+	good := uringParams{features: featWanted, sqEntries: batch, cqEntries: 2 * batch}
+	good.sq.array, good.cq.cqes = 1024, 64
+	for name, change := range map[string]func(*uringParams){
+		"before Linux 5.6": func(p *uringParams) { p.features &^= featRWCurPos },
+		"fewer requests":   func(p *uringParams) { p.sqEntries /= 2 },
+		"fewer answers":    func(p *uringParams) { p.cqEntries /= 2 },
+		"outside":          func(p *uringParams) { p.cq.tail = 1 << 20 },
+		"across words":     func(p *uringParams) { p.sq.head = 3 },
+	} {
+		p := good
+		change(&p)
+		r := &uring{fd: -1}
+		if err := r.mmap(&p); !errors.Is(err, errors.ErrUnsupported) || r.rings != nil || r.slots != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if err := (&uring{fd: -1}).mmap(&good); !errors.Is(err, unix.EBADF) {
+		t.Errorf("as ours: %v", err)
+	}
+}

@@ -194,9 +194,9 @@ func (r *uring) put(op uint8, fd uintptr, iov *unix.Iovec, len int) {
 }
 
 // dontWait has the kernel answer EAGAIN where a read or write of fd would wait. That fd is
-// non-blocking is not enough: from Linux 5.11 or so on a request for such a one waits in
-// the kernel. It fails with EOPNOTSUPP if the file does not know how, as TAPs before
-// Linux 6.4. The read has no room, and takes no frame.
+// non-blocking is not enough: the request would stay in the ring until there is a frame.
+// It fails with EOPNOTSUPP if the file has no FMODE_NOWAIT, as TAPs before Linux 6.4. The
+// read has no room, and takes no frame.
 func (r *uring) dontWait(fd uintptr) error {
 	r.nowait = unix.RWF_NOWAIT
 	r.put(opReadv, fd, nil, 0)
