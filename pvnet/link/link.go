@@ -3,8 +3,9 @@
 // other end is an interface that exists already.
 //
 // A link carries whole Ethernet frames, without the frame check sequence, one per
-// call; a [Joint] moves those of a TAP in bursts. It copies nothing in Go: a frame is scattered into, and gathered from,
-// the caller's buffers by the kernel. Beside its bytes a frame has an [Offload],
+// call; a [Joint] moves those of a TAP in bursts. It copies nothing in Go: a frame is
+// scattered into, and gathered from, the caller's buffers by the kernel. Beside its
+// bytes a frame has an [Offload],
 // the kernel's struct virtio_net_hdr: work the sender left to whoever passes the
 // frame on. Links that are not joined to a vif ask the kernel to leave none, but do
 // not lose it when it does.
