@@ -93,8 +93,10 @@ func ourFront(kind GuestType) func(*T) {
 
 // idle notes what a program with nothing to do costs, over half a minute: how often one of
 // its threads was switched to, and processor time. What the program is woken for there is
-// its own tick, what is left of the traffic before, and the other kernel's neighbour
-// discovery. A loop or a short timer that goes on for nothing is above the limit.
+// its own tick, once a second, what is left of the traffic before, and the other kernel's
+// neighbour discovery. For each such wake-up Go's runtime switches between threads of its
+// own some six times: its monitor goes back to sleep in four steps, and a second thread
+// looks for work. A loop or a short timer that goes on for nothing is above the limit.
 func (t *T) idle(d *Domain, program string) {
 	const seconds = 30
 	count := func() (switches, ticks int) {
