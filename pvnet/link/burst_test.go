@@ -650,6 +650,10 @@ func TestJointsLeaveNothing(t *testing.T) {
 		_, ended := h.join(ctx, h.Back, tap)
 		send(t, p, Offload{}, testFrame(60))
 		next(t, got)
+		if _, err := h.Front.Write(testFrame(60)); err != nil {
+			t.Fatal(err)
+		}
+		receive(t, p) // both directions run
 		open := descriptors(t)
 		cancel()
 		if err := next(t, ended); !errors.Is(err, context.Canceled) {

@@ -128,7 +128,7 @@ func TestKernelPingsAGuest(t *testing.T) {
 				t.Fatal(err)
 			}
 			got := make([]byte, 20+len(echo)+1)
-			n, _, err := unix.Recvfrom(s, got, 0)
+			n, _, err := recvFrom(s, got)
 			if err != nil {
 				t.Fatalf("%d bytes: no reply: %v; %+v", size, err, j.Stats())
 			}

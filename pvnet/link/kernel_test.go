@@ -58,6 +58,14 @@ func reply(f []byte) bool {
 	return false
 }
 
+// recvFrom receives a packet. A ring that was closed interrupts the threads that have used it.
+func recvFrom(s int, b []byte) (n int, from unix.Sockaddr, err error) {
+	for err = unix.EINTR; err == unix.EINTR; {
+		n, from, err = unix.Recvfrom(s, b, 0)
+	}
+	return n, from, err
+}
+
 func TestKernelPingsThroughTheLink(t *testing.T) {
 	ping := func(t *testing.T, l Link, card string) {
 		addAddress(t, card)
@@ -99,7 +107,7 @@ func TestKernelPingsThroughTheLink(t *testing.T) {
 				t.Fatal(err)
 			}
 			got := make([]byte, 20+8+size+1)
-			n, _, err := unix.Recvfrom(s, got, 0)
+			n, _, err := recvFrom(s, got)
 			if err != nil {
 				t.Fatalf("%d bytes: no reply: %v", size, err)
 			}

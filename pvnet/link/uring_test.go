@@ -458,7 +458,11 @@ func TestNoRingIsLeft(t *testing.T) {
 		if mappings() != 4 {
 			t.Fatalf("%d mappings", mappings())
 		}
+		mem := r.(*tapReader).rooms
 		r.close()
+		if err := unix.Msync(mem, unix.MS_ASYNC); err != unix.ENOMEM {
+			t.Fatalf("the rooms are still there: %v", err)
+		}
 		w.close()
 		for _, call := range []uint32{unix.SYS_IO_URING_SETUP, unix.SYS_IO_URING_ENTER} {
 			for _, errno := range []syscall.Errno{unix.ENOSYS, unix.EPERM} {
