@@ -19,7 +19,8 @@ type burstReader interface {
 	// vifPieces+1 long at most.
 	add(bufs [][]byte)
 
-	// read reads frames into what was added, in that order, as long as there are any.
+	// read reads frames into what was added, as long as there are any. The readings, one
+	// for each, are in the order of the frames.
 	// With wait it waits for one; without, errNone says that there is none. Other errors
 	// are those of ReadFrame. The readings are good until add.
 	read(wait bool) ([]reading, error)
@@ -36,9 +37,10 @@ type burstReader interface {
 
 // A reading is what ReadFrame returns. The error is errNone where no frame was read.
 type reading struct {
-	n   int
-	off Offload
-	err error
+	slot int // the frame, by when it was added; they may come in another order
+	n    int
+	off  Offload
+	err  error
 }
 
 // A burstWriter writes up to batch frames at once. It belongs to one goroutine.
@@ -162,6 +164,7 @@ func (f *feeder) readBurst(k int, wait bool) (full bool, err error) {
 	if err != nil {
 		err = f.failed(err)
 	}
+	f.arrange(got)
 	in, filled, long := f.in[:0], 0, false
 	for i := range got {
 		r := &got[i]
@@ -179,7 +182,7 @@ func (f *feeder) readBurst(k int, wait bool) (full bool, err error) {
 		long = long || r.off.GSO != GSONone
 		to := f.ready + len(in)
 		f.frames[to], f.frames[f.ready+i] = f.frames[f.ready+i], f.frames[to]
-		in = append(in, arrival{r.n, r.off, f.burst.room(i)})
+		in = append(in, arrival{r.n, r.off, f.burst.room(r.slot)})
 	}
 	switch {
 	case long: // such a frame is worth a call of its own, and one place in the cache
@@ -197,6 +200,21 @@ func (f *feeder) readBurst(k int, wait bool) (full bool, err error) {
 		f.j.tellSingle(f.dev, f.l, why)
 	}
 	return filled == k, err
+}
+
+// arrange brings the frames into the order of the readings.
+func (f *feeder) arrange(got []reading) {
+	for i := range got {
+		if got[i].slot != i {
+			var was [batch]pvnet.Frame
+			frames := f.frames[f.ready : f.ready+len(got)]
+			copy(was[:], frames)
+			for i := range got {
+				frames[i] = was[got[i].slot]
+			}
+			return
+		}
+	}
 }
 
 // take makes what arrived ready. The frames are frames[ready:], in their order.

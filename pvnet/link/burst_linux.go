@@ -41,8 +41,9 @@ func (b *burst) open(p *port, op uint8) (err error) {
 		return err
 	}
 	ctlErr := p.conn.Control(func(fd uintptr) { err = b.ring.dontWait(fd) })
-	if op == opWritev && ctlErr == nil && b.ring.res[0] == -int32(unix.EOPNOTSUPP) {
-		err = nil // without a send buffer none waits
+	if ctlErr == nil && b.ring.res[0] == -int32(unix.EOPNOTSUPP) {
+		err = nil
+		b.ring.mayWait = op == opReadv // no write waits without a send buffer
 	}
 	if err = errors.Join(ctlErr, err); err != nil {
 		b.ring.close()
@@ -182,9 +183,9 @@ func (r *tapReader) read(wait bool) ([]reading, error) {
 	if !wait && !r.any() {
 		return nil, errNone
 	}
-	for i := range r.n {
-		g := &r.got[i]
-		*g = reading{}
+	for k := range r.n {
+		g, i := &r.got[k], int(r.ring.order[k])
+		*g = reading{slot: i}
 		n, errno := r.answer(i)
 		room := r.size[i] - len(r.spare)
 		switch {

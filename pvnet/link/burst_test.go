@@ -275,6 +275,8 @@ type scriptedReader struct {
 	rooms  [batch][]byte
 	why    error
 	closed atomic.Bool
+
+	backwards bool // fills the frames from the last one on
 }
 
 func newScriptedReader(t testing.TB) *scriptedReader {
@@ -307,11 +309,15 @@ func (r *scriptedReader) read(wait bool) ([]reading, error) {
 	r.why = s.broken
 	got := make([]reading, len(asked))
 	for i := range got {
-		got[i].err = errNone
+		slot := i
+		if r.backwards {
+			slot = len(got) - 1 - i
+		}
+		got[i] = reading{slot: slot, err: errNone}
 		if i < len(s.frames) {
 			f := &s.frames[i]
-			got[i] = reading{len(f.b), f.off, f.err}
-			bufs := asked[i]
+			got[i] = reading{slot, len(f.b), f.off, f.err}
+			bufs := asked[slot]
 			for rest := f.b; len(rest) > 0; bufs = bufs[1:] {
 				rest = rest[copy(bufs[0], rest):]
 			}
@@ -323,9 +329,15 @@ func (r *scriptedReader) read(wait bool) ([]reading, error) {
 // With holes, errors, and frames that take others of the vif in between, all that can
 // arrive does, in order, and the rest is counted.
 func TestWhatABurstBringsIsSortedOut(t *testing.T) {
+	t.Run("in order", func(t *testing.T) { sortOut(t, false) })
+	t.Run("backwards", func(t *testing.T) { sortOut(t, true) })
+}
+
+func sortOut(t *testing.T, backwards bool) {
 	tap := openTAP(t, TAPConfig{MTU: 9000})
 	p := openPacket(t, tap.Name())
 	r := newScriptedReader(t)
+	r.backwards = backwards
 	h := newHostOf(t, 1500, pvnet.Config{Offload: true}, pvnet.Config{})
 	got := h.listen()
 	l := &scriptedBursts{TAP: tap, r: r}

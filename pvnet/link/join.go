@@ -77,9 +77,9 @@ func (j *Joint) Stats() JointStats {
 // kernel. What else a packet socket leaves is done here, in software.
 //
 // Frames go to a TAP, and come from it, up to 32 in one system call where the kernel has
-// an io_uring for us, which takes two descriptors more for each link. Reading so needs
-// Linux 6.4. Where it cannot be done, which a line of level debug says, each frame
-// takes a system call.
+// an io_uring for us, which takes two descriptors more for each link. Before Linux 6.4 a
+// burst that ends early takes three. Where it cannot be done, which a line of level
+// debug says, each frame takes a system call.
 //
 // A frame longer than the vif's MTU and a tagged header, or one that would be cut
 // into such, is dropped, unless the MTU of the link was raised while they are joined:

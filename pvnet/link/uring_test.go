@@ -4,6 +4,7 @@ package link
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"net"
 	"os"
@@ -362,6 +363,94 @@ func TestRequestsThatWaitAreTakenBack(t *testing.T) {
 			t.Errorf("room %d was written to afterwards", i)
 		}
 	}
+}
+
+// Linux before 6.4 cannot be told not to wait for a TAP's frames.
+func TestAKernelThatMayWaitReadsBursts(t *testing.T) {
+	tap := openTAP(t, TAPConfig{})
+	p := openPacket(t, tap.Name())
+	r := readers(t, tap)
+	r.ring.nowait, r.ring.mayWait = 0, true
+	for round := range 200 {
+		n := round % (batch + 1)
+		for i := range n {
+			f := testFrame(60 + i)
+			f[14], f[15] = byte(round), byte(i)
+			send(t, p, Offload{}, f)
+		}
+		next := 0
+		for next < n {
+			rooms(r, batch)
+			got, err := r.read(true)
+			if err != nil || r.bad != nil {
+				t.Fatal(err, r.bad)
+			}
+			for _, g := range got {
+				if g.err == errNone {
+					continue
+				}
+				if b := r.room(g.slot); g.err != nil || g.n != 60+next || b[14] != byte(round) || b[15] != byte(next) {
+					t.Fatalf("round %d, frame %d: %d bytes, %v, % x", round, next, g.n, g.err, b[14:16])
+				}
+				next++
+			}
+		}
+		rooms(r, batch)
+		if _, err := r.read(false); err != errNone || r.bad != nil {
+			t.Fatal(err, r.bad)
+		}
+	}
+	if w := workers(t); len(w) > 0 {
+		t.Errorf("threads of the kernel: %v", w)
+	}
+}
+
+// A frame that comes just when a request is cancelled is read by one of them, and in turn.
+func TestFramesThatComeMeanwhileKeepTheirOrder(t *testing.T) {
+	tap := openTAP(t, TAPConfig{})
+	p := openPacket(t, tap.Name())
+	r := readers(t, tap)
+	r.ring.nowait, r.ring.mayWait = 0, true
+	const total = 20000
+	done, ended := make(chan struct{}), make(chan struct{})
+	defer func() { close(done); <-ended }()
+	go func() {
+		defer close(ended)
+		for i := 0; ; i++ {
+			select {
+			case <-done:
+				return
+			default:
+			}
+			f := testFrame(60)
+			binary.BigEndian.PutUint32(f[14:], uint32(i))
+			if _, err := p.WriteFrame(Offload{}, [][]byte{f}); err != nil {
+				t.Error(err)
+				return
+			}
+		}
+	}()
+	last, n := -1, 0
+	tap.SetReadDeadline(time.Now().Add(2 * time.Minute))
+	for last < total {
+		rooms(r, 1+n%batch)
+		got, err := r.read(true)
+		if err != nil || r.bad != nil {
+			t.Fatal(err, r.bad, last)
+		}
+		for _, g := range got {
+			if g.err == errNone {
+				continue
+			}
+			i := int(binary.BigEndian.Uint32(r.room(g.slot)[14:]))
+			if g.err != nil || g.n != 60 || i <= last { // some may be lost: the card has a queue
+				t.Fatalf("frame %d behind %d: %d bytes, %v", i, last, g.n, g.err)
+			}
+			last = i
+			n++
+		}
+	}
+	t.Logf("%d of %d frames, in %d calls", n, last+1, r.ring.calls)
 }
 
 func TestRequestsThatTheKernelRefuses(t *testing.T) {

@@ -3,6 +3,7 @@ package link
 import (
 	"errors"
 	"fmt"
+	"math/bits"
 	"os"
 	"structs"
 	"sync/atomic"
@@ -84,7 +85,9 @@ const (
 //
 // It is for requests the kernel answers at once: see dontWait. They run one after the
 // other, in order, in the thread that submits them, none by a thread of the kernel's own,
-// and when run returns the kernel is done with all memory they named.
+// and when run returns the kernel is done with all memory they named. Where it cannot be
+// told not to wait (mayWait), those that do are cancelled, and may have run in another
+// order.
 type uring struct {
 	fd    int
 	rings []byte // both mapped
@@ -96,9 +99,11 @@ type uring struct {
 	cqes           *[2 * batch]cqe
 	n              uint32 // requests put since the last run
 	nowait         uint32 // of reads and writes: see dontWait
+	mayWait        bool   // it is no error if some wait
 
 	answered uint32       // bit i: res[i] is set
 	res      [batch]int32 // of the last run: a count, or an error negated
+	order    [batch]uint8 // of the last run: the requests as they were answered
 	calls    uint64       // of io_uring_enter
 }
 
@@ -195,7 +200,7 @@ func (r *uring) put(op uint8, fd uintptr, iov *unix.Iovec, len int) {
 
 // dontWait has the kernel answer EAGAIN where a read or write of fd would wait. That fd is
 // non-blocking is not enough: the request would stay in the ring until there is a frame.
-// It fails with EOPNOTSUPP if the file has no FMODE_NOWAIT, as TAPs before Linux 6.4. The
+// If the file has no FMODE_NOWAIT, as TAPs before Linux 6.4, it fails with EOPNOTSUPP. The
 // read has no room, and takes no frame.
 func (r *uring) dontWait(fd uintptr) error {
 	r.nowait = unix.RWF_NOWAIT
@@ -217,6 +222,9 @@ func (r *uring) slot(i uint32, s sqe) { r.sqes[(r.sqTail.Load()+i)%batch] = s }
 func (r *uring) run() error {
 	n := r.n
 	r.n, r.answered = 0, 0
+	for i := range n { // of those that the kernel never sees
+		r.order[i] = uint8(i)
+	}
 	err := r.submit(n, enterGetEvents)
 	if err != nil {
 		for i := range n {
@@ -227,7 +235,9 @@ func (r *uring) run() error {
 	all := uint32(1<<n - 1)
 	for r.reap(); r.answered != all; r.reap() {
 		r.cancel(all)
-		err = errLate
+		if !r.mayWait {
+			err = errLate
+		}
 	}
 	return err
 }
@@ -269,7 +279,8 @@ func (r *uring) takeBack() uint32 {
 func (r *uring) reap() {
 	head := r.cqHead.Load()
 	for tail := r.cqTail.Load(); head != tail; head++ {
-		if c := r.cqes[head%(2*batch)]; c.userData < batch {
+		if c := r.cqes[head%(2*batch)]; c.userData < batch && r.answered&(1<<c.userData) == 0 {
+			r.order[bits.OnesCount32(r.answered)] = uint8(c.userData)
 			r.answered |= 1 << c.userData
 			r.res[c.userData] = c.res
 		}
