@@ -210,7 +210,10 @@ func (b *bench) report() {
 }
 
 // rate is the median of the rounds, in frames a second.
-func (b *bench) rate(what, way string) float64 {
+func (b *bench) rate(what, way string) float64 { return b.rateOf(what, way, false) }
+
+// rateOf is that of frames, or of bytes.
+func (b *bench) rateOf(what, way string, bytes bool) float64 {
 	var rates []float64
 	for _, text := range b.lines {
 		var l benchLine
@@ -218,7 +221,11 @@ func (b *bench) rate(what, way string) float64 {
 			b.Fatalf("%q: %w", text, err)
 		}
 		if l.What == what && l.Way == way {
-			rates = append(rates, float64(l.Frames)/l.Seconds)
+			n := l.Frames
+			if bytes {
+				n = l.Bytes
+			}
+			rates = append(rates, float64(n)/l.Seconds)
 		}
 	}
 	if len(rates) == 0 {

@@ -37,6 +37,7 @@
 //	  our front, refused       PV domU: barevif serve without what it needs
 //	  our front, misled        PV domU: barevif serve; dom0: netback, and what xenstore should not say
 //	  baseline                 PV domU: netfront and barevif bench, in turns; dom0: netback
+//	  baseline, our back       PV domU: netfront; dom0: netback and barevif back, in turns
 //	  our back, dom0           PV domU: netfront; dom0: barevif back
 //	  our back, unplugged      PV domU: netfront; dom0: barevif back, its vif taken and given back
 //	  our back, misled         PV domU: barevif serve, and a frontend that lies; dom0: barevif back
@@ -50,7 +51,7 @@
 //
 //	  other xenstore           PV domU: barevif serve, netfront; dom0: netback, barevif back
 //
-// The baseline measures, and wants a quiet machine: it runs only if -run names it.
+// The baselines measure, and want a quiet machine: they run only if -run names them.
 //
 // # Adding one
 //

@@ -44,6 +44,7 @@ func Plan() []Boot {
 			{Name: "our front, refused", Roles: "PV domU: barevif serve without what it needs", Run: ourFrontRefused},
 			{Name: "our front, misled", Roles: "PV domU: barevif serve; dom0: netback, and what xenstore should not say", Run: frontMisled},
 			{Name: "baseline", Roles: "PV domU: netfront and barevif bench, in turns; dom0: netback", Limit: 8 * time.Minute, Asked: true, Run: baseline},
+			{Name: "baseline, our back", Roles: "PV domU: netfront; dom0: netback and barevif back, in turns", Limit: 12 * time.Minute, Asked: true, Run: baselineBack},
 			{Name: "our back, dom0", Roles: "PV domU: netfront; dom0: barevif back", Run: ourBackDom0},
 			{Name: "our back, unplugged", Roles: "PV domU: netfront; dom0: barevif back, its vif taken and given back", Run: ourBackUnplugged},
 			{Name: "our back, misled", Roles: "PV domU: barevif serve, and a frontend that lies; dom0: barevif back", Run: backMisled},

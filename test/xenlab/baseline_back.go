@@ -1,0 +1,117 @@
+//go:build linux
+
+package xenlab
+
+import (
+	"fmt"
+	"strings"
+	"syscall"
+)
+
+// backRounds is how often each backend has its turn.
+const backRounds = 3
+
+// baselineBack runs the same traffic of a guest's netfront through both backends, in
+// turns: the kernel's netback, and ours with a TAP. It notes ratios and asserts none:
+// what they should be is a goal, and rates on an emulated CPU vary.
+func baselineBack(t *T) {
+	t.netback(true)
+	b := &bench{T: t, guest: t.Create(Guest{Name: "domU", Type: PV, VIFs: []VIF{{}}})}
+	b.vif = b.guest.VIF(0)
+	t.Dom0().Run("modprobe", "-a", "pktgen", "tun")
+	b.guest.Run("modprobe", "-a", "pktgen", "xen-netfront")
+	for round := range backRounds {
+		if round > 0 {
+			t.netback(true)
+			t.Attach(b.guest, VIF{})
+		}
+		t.Dom0().Await("netback's interface", "ip addr add %s/24 dev %s", baselineDom0, b.vif)
+		b.throughBack(netbackWay)
+		b.detach()
+
+		t.netback(false)
+		p := t.back(t.Dom0(), baselineDom0)
+		t.Attach(b.guest, VIF{})
+		b.throughBack(ourBackWay)
+		b.detach()
+		p.Signal(syscall.SIGTERM)
+		p.Succeed()
+	}
+	all := []byte(strings.Join(b.lines, "\n") + "\n")
+	b.Save("baseline-back.jsonl", all)
+	t.Dom0().Put("/tmp/baseline.jsonl", all, 0o644)
+	b.Save("baseline-back.txt", t.Dom0().Run(barevif, "bench", "table", "/tmp/baseline.jsonl").Stdout)
+	for _, what := range [...]string{"from the guest", "to the guest"} {
+		ours, theirs := b.rate(what, ourBackWay), b.rate(what, netbackWay)
+		t.Note("small frames %s: %.0f a second, netback %.0f (%.2f)", what, ours, theirs, ours/theirs)
+	}
+	for _, what := range [...]string{"TCP from the guest", "TCP to the guest"} {
+		ours, theirs := b.mbits(what, ourBackWay), b.mbits(what, netbackWay)
+		t.Note("%s: %.0f Mbit/s, netback %.0f (%.2f)", what, ours, theirs, ours/theirs)
+	}
+}
+
+const (
+	netbackWay = "netback"
+	ourBackWay = "our back"
+)
+
+func (b *bench) detach() {
+	b.Dom0().Run("xl", "network-detach", b.guest.Name, "0")
+	b.guest.Await("the interface to go", "[ ! -e /sys/class/net/eth0 ]")
+	b.Dom0().Await("the interface to go", "[ ! -e /sys/class/net/%s ]", b.vif)
+}
+
+// throughBack measures one backend.
+func (b *bench) throughBack(way string) {
+	b.kernelFront(b.guest, baselineGuest)
+	b.guest.Sh("ip neigh replace %s lladdr fe:ff:ff:ff:ff:ff dev eth0 nud permanent", baselineNone)
+	b.carrier()
+	b.Dom0().Await("the guest", "ping -c 1 -W 1 %s", baselineGuest)
+
+	p := b.guest.Start(barevif, "bench", "pktgen", "--if", "eth0", "--clone", "1000", "--from", baselineGuest, "--to", baselineNone, "--secs", "50")
+	p.Await("bench: sending")
+	b.counted(b.Dom0(), b.vif, "from the guest", way)
+	b.end(p)
+
+	p = b.flood()
+	b.counted(b.guest, "eth0", "to the guest", way)
+	b.end(p)
+
+	b.Dom0().Await("rest", "ping -c 1 -W 1 %s", baselineGuest) // behind what is queued
+	b.tcp("TCP from the guest", way, b.guest, b.Dom0(), baselineDom0)
+	b.tcp("TCP to the guest", way, b.Dom0(), b.guest, baselineGuest)
+}
+
+func (b *bench) tcp(what, way string, from, to *Domain, addr string) {
+	var rate float64
+	b.working(way+", "+what, func() (bytes float64) {
+		rate = b.iperf(from, to, addr, baselineSecs)
+		return rate * 1e6 / 8 * baselineSecs
+	})
+	b.stream(what, way, rate)
+}
+
+// counted counts the frames an interface receives.
+func (b *bench) counted(d *Domain, name, what, way string) {
+	b.working(way+", "+what, func() float64 {
+		return float64(b.add(d.Run(barevif, "bench", "count", "--if", name, "--dir", "rx", "--what", what, "--way", way, secs())).Frames)
+	})
+}
+
+// working notes how much of dom0's processor time moving so many frames, or bytes, took.
+func (b *bench) working(what string, move func() (moved float64)) {
+	busy := func() (ticks int) {
+		out := b.Dom0().Sh("awk '/^cpu / {print $2 + $3 + $4 + $7 + $8}' /proc/stat")
+		if _, err := fmt.Sscan(out, &ticks); err != nil {
+			b.Fatalf("/proc/stat: %q", out)
+		}
+		return ticks
+	}
+	before := busy()
+	moved := move()
+	b.Note("%s: %.0f moved, %.0f ns of dom0's processor each", what, moved, float64(busy()-before)*1e7/moved)
+}
+
+// mbits is the median of the rounds.
+func (b *bench) mbits(what, way string) float64 { return b.rateOf(what, way, true) * 8 / 1e6 }
