@@ -129,7 +129,15 @@ wait:
 			break wait
 		}
 	}
-	err = errors.Join(err, tell("pgctrl", "stop"), <-ended)
+	// A start that a signal has just ended may be under way again, and come after a stop.
+	for stopped := false; !stopped; {
+		err = errors.Join(err, tell("pgctrl", "stop"))
+		select {
+		case e := <-ended:
+			err, stopped = errors.Join(err, e), true
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
 	seconds := time.Since(began).Seconds()
 	after, counted := readCounters(b.iface)
 	r = after.since(before, "tx", seconds)
