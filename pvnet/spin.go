@@ -37,6 +37,10 @@ const (
 	// other way than the others.
 	trialEvery = 64
 
+	// firstWaits is how many waits there are of either way before one is chosen. The
+	// shortest counts: a start has pauses.
+	firstWaits = 4
+
 	// mostTrials bounds how much rarer the trials of a far slower way become.
 	mostTrials = 1024
 )
@@ -70,7 +74,8 @@ type spinner struct {
 	usual   int              // the way of most waits
 	way     int              // the way of this one
 	left    int              // waits until the other way is tried
-	typical [2]time.Duration // what a wait takes in either way, about the median; 0: unknown
+	seen    [2]uint8         // waits of either way, up to firstWaits
+	typical [2]time.Duration // what a wait takes in either way, about the median
 	looked  time.Duration    // of this wait
 	open    bool             // this wait has not ended, as far as is known
 }
@@ -139,16 +144,21 @@ func (s *spinner) ended(parked time.Duration) {
 	s.open = false
 	d := min(s.looked+parked, longWait)
 	switch t := &s.typical[s.way]; {
-	case *t == 0:
-		*t = d + 1
+	case s.seen[s.way] < firstWaits:
+		if s.seen[s.way]++; s.seen[s.way] == 1 || d < *t {
+			*t = d + 1
+		}
 	case d > *t: // pauses, which are long, count as one more, as in a median
 		*t += *t/8 + 1
 	case d < *t:
 		*t -= max(*t/8, (*t-d)/4)
 	}
 	park, look := s.typical[parking], s.typical[looking]
-	if park == 0 || look == 0 { // the other way next
+	if s.seen[looking] < firstWaits { // parking comes first
 		s.left = 0
+		if s.seen[parking] < firstWaits {
+			s.left = 1
+		}
 		return
 	}
 	best := parking

@@ -201,7 +201,7 @@ func runErrand(text string) error {
 	j.ready.Store(1)
 	go func() {
 		for {
-			time.Sleep(time.Millisecond)
+			time.Sleep(20 * time.Millisecond) // rarely: a wake-up of another thread disturbs
 			if j.stopped() {
 				to.interrupt()
 			}
