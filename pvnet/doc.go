@@ -61,6 +61,7 @@
 // never loaded again.
 //
 // A half that finds nothing to do looks at the ring for as long as [WaitMode] says,
-// arms the event of its ring, looks once more, and parks. Only then is it asleep, and
-// only then does its peer notify it.
+// arms the event of its ring, looks once more, and parks: in Go's scheduler or, with
+// [Config].LockedThreads, in the kernel. Only then is it asleep, and only then does its
+// peer notify it.
 package pvnet
