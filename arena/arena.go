@@ -98,7 +98,8 @@ func NewReserved(mem shm.Memory, size int, populate func(first, pages int)) *Are
 	return a
 }
 
-// touch puts at least n buffers more on the stack, whole steps, if there are as many.
+// touch puts at least n buffers more on the stack, whole steps, if there are as many;
+// none if n is not positive.
 // They come after those that are on it already, which are warm.
 func (a *Arena) touch(n int) {
 	from := int(a.touched.Load())
@@ -137,9 +138,7 @@ func (a *Arena) Size() int { return int(a.size) }
 func (a *Arena) Get(dst []uint32) int {
 	if len(a.free) < len(dst) {
 		a.collect()
-		if lack := len(dst) - len(a.free); lack > 0 {
-			a.touch(lack)
-		}
+		a.touch(len(dst) - len(a.free)) // no more than those that were given back lack
 	}
 	n := min(len(dst), len(a.free))
 	rest := len(a.free) - n

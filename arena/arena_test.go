@@ -411,3 +411,14 @@ func BenchmarkArena(b *testing.B) {
 		b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N*32), "ns/buffer")
 	})
 }
+
+func TestTheOwnerTakesOnlyItsOwn(t *testing.T) {
+	a, b := New(shm.Heap(1), 4096), New(shm.Heap(1), 4096)
+	of, other := one(t, a), one(t, b) // equal but for the arena
+	if _, ok := a.TakeOne(other); ok || !of.Valid() || !other.Valid() {
+		t.Error("took another's")
+	}
+	if i, ok := a.TakeOne(of); !ok || i != 0 || of.Valid() {
+		t.Error("did not take its own")
+	}
+}

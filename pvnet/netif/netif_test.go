@@ -326,3 +326,37 @@ func size[T any]() int {
 	}
 	return 8
 }
+
+func TestPlainIsAWholePacketInsideItsPage(t *testing.T) {
+	for _, tt := range []struct {
+		offset, size int
+		plain        bool
+	}{
+		{0, MinFrame, true},
+		{0, MinFrame - 1, false},
+		{0, shm.PageSize, true},
+		{1, shm.PageSize, false},
+		{shm.PageSize - MinFrame, MinFrame, true},
+		{shm.PageSize - MinFrame + 1, MinFrame, false},
+		{0, shm.PageSize + 1, false},
+	} {
+		q := TxRequest{Offset: uint16(tt.offset), Size: uint16(tt.size), Flags: TxDataValidated}
+		p := RxResponse{Offset: uint16(tt.offset), Status: int16(tt.size), Flags: RxDataValidated}
+		if q.Plain() != tt.plain || p.Plain() != tt.plain {
+			t.Errorf("%d bytes at %d: %v and %v", tt.size, tt.offset, q.Plain(), p.Plain())
+		}
+	}
+	for _, flag := range []TxFlags{TxMoreData, TxExtraInfo, TxCsumBlank} {
+		if q := (TxRequest{Size: 100, Flags: flag}); q.Plain() {
+			t.Errorf("a request of flags %#x", flag)
+		}
+	}
+	for _, flag := range []RxFlags{RxMoreData, RxExtraInfo, RxCsumBlank} {
+		if p := (RxResponse{Status: 100, Flags: flag}); p.Plain() {
+			t.Errorf("a response of flags %#x", flag)
+		}
+	}
+	if p := (RxResponse{Status: int16(Error)}); p.Plain() {
+		t.Error("a response that says ERROR")
+	}
+}

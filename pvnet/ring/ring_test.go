@@ -324,12 +324,14 @@ func TestAnOwnerThatLosesCountPanics(t *testing.T) {
 		do()
 	}
 	panics("request taken that is not there", func() { b.Take() })
+	panics("request taken to where it is wanted that is not there", func() { b.TakeTo(new(request)) })
 	panics("response without a request", func() { b.Put(response{}) })
 	for range f.Size() {
 		f.Put(request{})
 	}
 	panics("request without a slot", func() { f.Put(request{}) })
 	panics("response taken that is not there", func() { f.Take() })
+	panics("response taken to where it is wanted that is not there", func() { f.TakeTo(new(response)) })
 	f.Publish()
 	panics("request taken that was not polled", func() { b.Take() })
 	b.Poll()
