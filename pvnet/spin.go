@@ -95,7 +95,7 @@ func (s *spinner) calibrate(m WaitMode, e engine) {
 		}
 		best = min(best, time.Since(start))
 	}
-	s.begin(max(best*1024/looks, 1))
+	s.begin(best * 1024 / looks)
 	if m == Busy {
 		s.most = -1
 	}
@@ -103,6 +103,7 @@ func (s *spinner) calibrate(m WaitMode, e engine) {
 
 // begin makes s adaptive, with looks of which 1024 take cost.
 func (s *spinner) begin(cost time.Duration) {
+	cost = max(cost, 1) // a clock may not see so little
 	*s = spinner{most: int(lookTime * 1024 / cost), cost: cost, left: 1}
 }
 
@@ -198,7 +199,7 @@ func (s *spinner) look(h *half, e engine, need, most int) (ready bool, looks int
 
 // yieldEvery is how many looks there are between two yields.
 func (s *spinner) yieldEvery() int {
-	return min(max(int(s.yield*yieldShare*1024/max(s.cost, 1)), leastYield), mostYield)
+	return min(max(int(s.yield*yieldShare*1024/s.cost), leastYield), mostYield)
 }
 
 // yielded takes in how long a yield took. Those longer than the shortest were other

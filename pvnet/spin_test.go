@@ -174,7 +174,7 @@ func TestParkNeverLooks(t *testing.T) {
 func TestBusyLooksUntilTheGateCloses(t *testing.T) {
 	h := &half{}
 	h.gate.state.Store(gateBusy)
-	s := spinner{most: -1}
+	s := spinner{most: -1, cost: 1024 * testLook}
 	r := &lateRing{after: 3 * mostYield}
 	if !s.found(h, r, 1) {
 		t.Error("gave up")
@@ -220,5 +220,13 @@ func TestYieldsTakeASmallShare(t *testing.T) {
 	}
 	if got := s.yieldEvery(); got != 4000 {
 		t.Errorf("every %d looks on a goroutine that was locked to its thread", got)
+	}
+}
+
+func TestALookOfNoTimeIsShort(t *testing.T) {
+	s := new(spinner)
+	s.begin(0) // as a coarse clock has it
+	if s.most <= 0 || s.yieldEvery() != leastYield {
+		t.Errorf("%d looks, a yield every %d", s.most, s.yieldEvery())
 	}
 }
