@@ -1,12 +1,11 @@
 // Package arena divides preallocated memory into buffers and says who holds
 // which.
 //
-// An [Arena] never allocates after [New]. It has one owner, who
-// gets and puts buffers by number, without locks: those that were used last come
-// first, so that of memory that is only reserved no more is touched than was in use at
-// once ([NewReserved]). What the owner gives to
-// others is a [Buffer]: a small comparable value with a generation, which any
-// goroutine may release. A Buffer that was released, or taken over by the owner,
+// An [Arena] never allocates after [New]. It has one owner, who gets and puts buffers by
+// number, without locks. The owner gets the buffers that were used last first, so an
+// arena of reserved memory ([NewReserved]) touches no more pages than were in use at one
+// time. What the owner gives to others is a [Buffer]: a small comparable value with a
+// generation, which any goroutine may release. A Buffer that was released, or taken over by the owner,
 // is refused wherever it turns up, and never names somebody else's memory.
 //
 // Buffers may be linked into a chain that is held, lent and released as one.
@@ -85,10 +84,10 @@ func New(mem shm.Memory, size int) *Arena {
 // Step is how many pages of an arena made by [NewReserved] are touched at once.
 const Step = 32
 
-// NewReserved is [New] of memory that is reserved and of which a device that is idle
-// should not take much. The first [Step] pages are touched now, and each time that all
-// touched buffers are in use the next ones are: populate is called by [Arena.Get] and
-// has so many pages in memory, which nobody uses yet.
+// NewReserved is [New] of memory that is only reserved, so that an idle device takes
+// little of it. The arena touches the first [Step] pages now, and the next ones each time
+// that all touched buffers are in use: [Arena.Get] then calls populate, which makes the
+// kernel back these pages with memory before a buffer in them is handed out.
 func NewReserved(mem shm.Memory, size int, populate func(first, pages int)) *Arena {
 	a := New(mem, size)
 	a.populate = populate
@@ -153,7 +152,8 @@ func (a *Arena) Free() int {
 	return a.home()
 }
 
-// home is how many buffers nobody holds, but for those on the return list.
+// home is how many buffers are in the arena: on the owner's stack, or not touched yet. The
+// buffers on the return list are not counted.
 func (a *Arena) home() int { return len(a.free) + len(a.desc) - int(a.touched.Load()) }
 
 // Put gives buffers back that the owner holds by number: got and never handed

@@ -8,7 +8,7 @@ import (
 	"barevif/arena/shm"
 )
 
-// A reserve notes what is in memory of an arena's pages.
+// A reserve notes which pages of an arena its populate calls have put in memory.
 type reserve struct {
 	t     *testing.T
 	there []bool
@@ -86,8 +86,8 @@ func TestReservedPagesAreTouchedAsDeepAsTheyAreUsed(t *testing.T) {
 	}
 }
 
-// What others gave back is used before anything is touched, and what is warm before
-// what was touched just now.
+// Get hands out buffers that other goroutines released before it touches a page, and warm
+// buffers before those whose pages it touched just now.
 func TestWarmBuffersComeFirst(t *testing.T) {
 	a, r := reserved(t, 2*Step, 4096)
 	bufs := make([]uint32, Step)

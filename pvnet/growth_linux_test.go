@@ -94,8 +94,8 @@ func (h held) less(before held, n int) held {
 		(h.stacks - before.stacks) / n, (h.goroutines - before.goroutines) / n}
 }
 
-// A pond is an emulated host whose backends are in a process of their own.
-type pond struct {
+// A hostedBackend is an emulated host whose backends are in a process of their own.
+type hostedBackend struct {
 	host  *emu.Host
 	store *store.Store
 	tools *xenbus.Client
@@ -104,9 +104,9 @@ type pond struct {
 	front []*pvnet.Device
 }
 
-func newPond(t testing.TB) *pond {
+func newHostedBackend(t testing.TB) *hostedBackend {
 	t.Helper()
-	p := &pond{store: store.New(store.Config{Privileged: []hypercall.DomID{backDomain}})}
+	p := &hostedBackend{store: store.New(store.Config{Privileged: []hypercall.DomID{backDomain}})}
 	path := filepath.Join(emutest.SocketDir(t), "xen")
 	var err error
 	p.host, err = emu.Listen(path, emu.Config{
@@ -167,7 +167,7 @@ func newPond(t testing.TB) *pond {
 	return p
 }
 
-func (p *pond) domain(t testing.TB, id hypercall.DomID) *emu.Domain {
+func (p *hostedBackend) domain(t testing.TB, id hypercall.DomID) *emu.Domain {
 	t.Helper()
 	d, err := p.host.NewDomain(id)
 	if err != nil {
@@ -178,7 +178,7 @@ func (p *pond) domain(t testing.TB, id hypercall.DomID) *emu.Domain {
 }
 
 // add makes n vifs, and waits until the backend waits for their frontends.
-func (p *pond) add(t testing.TB, n int) (guests []*emu.Domain) {
+func (p *hostedBackend) add(t testing.TB, n int) (guests []*emu.Domain) {
 	t.Helper()
 	for range n {
 		p.vifs++
@@ -199,7 +199,7 @@ func (p *pond) add(t testing.TB, n int) (guests []*emu.Domain) {
 }
 
 // connect brings the vifs of guests up, all at once.
-func (p *pond) connect(t testing.TB, guests []*emu.Domain) {
+func (p *hostedBackend) connect(t testing.TB, guests []*emu.Domain) {
 	t.Helper()
 	front, errs := make([]*pvnet.Device, len(guests)), make([]error, len(guests))
 	var wg sync.WaitGroup
@@ -215,7 +215,7 @@ func (p *pond) connect(t testing.TB, guests []*emu.Domain) {
 
 // An idle backend holds little: what its traffic needs at once is touched then.
 func TestAnIdleBackendHoldsLessThanAMiB(t *testing.T) {
-	p := newPond(t)
+	p := newHostedBackend(t)
 	p.connect(t, p.add(t, 1)) // and what the first one takes of the process
 	before := p.ask()
 	const n = 8
@@ -229,7 +229,7 @@ func TestAnIdleBackendHoldsLessThanAMiB(t *testing.T) {
 
 // BenchmarkIdleVif is what a process that serves many idle vifs holds for each.
 func BenchmarkIdleVif(b *testing.B) {
-	p := newPond(b)
+	p := newHostedBackend(b)
 	before := p.ask()
 	const n = 64
 	var each held
@@ -251,7 +251,7 @@ func BenchmarkIdleVif(b *testing.B) {
 // BenchmarkConnect64Processes brings 64 vifs up at once, whose backends are in a
 // process of their own and wait for their frontends.
 func BenchmarkConnect64Processes(b *testing.B) {
-	p := newPond(b)
+	p := newHostedBackend(b)
 	p.connect(b, p.add(b, 1))
 	for b.Loop() {
 		b.StopTimer()

@@ -22,8 +22,8 @@ func Reserve(pages int) ([]byte, error) {
 	return b, err
 }
 
-// Populate has part of what Reserve gave in memory before it is used, in one system
-// call. Nobody may use that part meanwhile.
+// Populate makes the kernel back b, part of what Reserve gave, with memory in one system
+// call, so that its first use causes no page faults. No goroutine may use b meanwhile.
 func Populate(b []byte) {
 	if unix.Madvise(b, unix.MADV_POPULATE_WRITE) == nil {
 		return
