@@ -15,6 +15,8 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"barevif/test/xenlab/image"
 	"barevif/test/xenlab/machine"
 	"barevif/test/xenlab/proto"
@@ -76,11 +78,16 @@ func Run(ctx context.Context, plan []Boot, programs []image.Program, opts Option
 	if limit == 0 {
 		limit = overallLimit
 	}
-	ctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("the lab's limit of %v", limit))
-	defer cancel()
 	if opts.Logger == nil {
 		opts.Logger = slog.New(slog.DiscardHandler)
 	}
+	done, err := turn(ctx, opts.Logger)
+	if err != nil {
+		return nil, err
+	}
+	defer done()
+	ctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("the lab's limit of %v", limit))
+	defer cancel()
 	dir, err := logDir(opts.Dir)
 	if err != nil {
 		return nil, err
@@ -117,6 +124,41 @@ func Run(ctx context.Context, plan []Boot, programs []image.Program, opts Option
 	}
 	report.Elapsed = time.Since(begin)
 	return report, os.WriteFile(filepath.Join(dir, "table.md"), []byte(report.Table()), 0o644)
+}
+
+// turn waits until no other lab of this user runs on the machine, and keeps others out
+// until done: two of them share the processors, reach their limits, and measure each
+// other. They share the cache of packages too.
+func turn(ctx context.Context, log *slog.Logger) (done func(), err error) {
+	dir, err := image.CacheDir()
+	if err != nil {
+		return nil, err
+	}
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return nil, err
+	}
+	f, err := os.OpenFile(filepath.Join(dir, "turn"), os.O_CREATE|os.O_RDWR, 0o644)
+	if err != nil {
+		return nil, err
+	}
+	for said := false; ; said = true {
+		switch err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); {
+		case err == nil:
+			return func() { f.Close() }, nil
+		case !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR):
+			f.Close()
+			return nil, fmt.Errorf("%s: %w", f.Name(), err)
+		}
+		if !said {
+			log.Info("another lab runs on this machine: waiting for it to end", "lock", f.Name())
+		}
+		select {
+		case <-ctx.Done():
+			f.Close()
+			return nil, context.Cause(ctx)
+		case <-time.After(time.Second):
+		}
+	}
 }
 
 // failures gives the scenarios that failed, by boot and name.

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -333,6 +334,26 @@ func TestScenariosAreSelectedByName(t *testing.T) {
 	if got := selected(all, nil); len(got) != 3 {
 		t.Errorf("%d selected", len(got))
 	}
+}
+
+func TestLabsTakeTurns(t *testing.T) {
+	t.Setenv("BAREVIF_CACHE", t.TempDir())
+	log := slog.New(slog.DiscardHandler)
+	done, err := turn(context.Background(), log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancelCause(context.Background())
+	why := errors.New("the second lab gave up")
+	cancel(why)
+	if _, err := turn(ctx, log); err != why {
+		t.Fatalf("a second lab beside the first: %v", err)
+	}
+	done()
+	if done, err = turn(ctx, log); err != nil {
+		t.Fatalf("after the first: %v", err)
+	}
+	done()
 }
 
 func TestOldLogsAreRemoved(t *testing.T) {

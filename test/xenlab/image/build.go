@@ -20,8 +20,6 @@ import (
 	"runtime"
 	"slices"
 	"strings"
-
-	"golang.org/x/sys/unix"
 )
 
 // A Program is one of ours. It is built without cgo and found at /barevif/Name
@@ -64,7 +62,8 @@ func CacheDir() (string, error) {
 }
 
 // Build makes the images. As root it installs the programs it misses on this
-// machine; otherwise it says which. The first call fetches some 90 MB.
+// machine; otherwise it says which. The first call fetches some 90 MB. The caller keeps
+// others out of the cache meanwhile.
 func Build(ctx context.Context, cfg Config) (*Set, error) {
 	if runtime.GOARCH != "amd64" {
 		return nil, errors.New("xenlab: the lab is an amd64 machine, built on one")
@@ -77,11 +76,6 @@ func Build(ctx context.Context, cfg Config) (*Set, error) {
 	if err != nil {
 		return nil, err
 	}
-	unlock, err := lock(cache)
-	if err != nil {
-		return nil, err
-	}
-	defer unlock()
 	if err := installTools(ctx); err != nil {
 		return nil, err
 	}
@@ -147,21 +141,6 @@ func (p Program) build(ctx context.Context, file string) error {
 		return fmt.Errorf("go test -c %s made nothing: the package has no tests", p.Package)
 	}
 	return nil
-}
-
-func lock(dir string) (unlock func(), err error) {
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return nil, err
-	}
-	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_CREATE|os.O_RDWR, 0o644)
-	if err != nil {
-		return nil, err
-	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != nil {
-		f.Close()
-		return nil, fmt.Errorf("%s: %w", f.Name(), err)
-	}
-	return func() { f.Close() }, nil
 }
 
 // A distribution is one set of unpacked packages in the cache.
