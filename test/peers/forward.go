@@ -100,7 +100,7 @@ func (l *forwardLink) notifies() uint64 { return notified(l.devices) }
 
 // send is the source and the drain.
 func (l *forwardLink) send(j *job) error {
-	out, in := newOutlet(j, l.source, l.batch), newInlet(j, l.drain, l.batch)
+	out, in := newOutlet(j, l.source, vifOptions{Batch: l.batch}), newInlet(j, l.drain, vifOptions{Batch: l.batch})
 	defer out.release()
 	sent, rcvd := tally{to: &j.sent}, tally{to: &j.rcvd}
 	for !j.stopped() {

@@ -17,6 +17,8 @@ type vifOptions struct {
 	Wait    pvnet.WaitMode // of calls that wait
 	Poll    bool           // calls that do not wait, one after the other
 	Into    bool           // PollInto frames of the receiver's own
+	Lend    bool           // a frontend that receives is lent the backend's pages
+	InPlace bool           // neither party copies: the sender sends what lies there, the receiver reads it there
 	Copying bool           // Device.Write and Listen, or WriteBatch and ListenBatch
 	Two     bool           // the receiver in a process of its own
 	Vifs    int            // 0 means 1
@@ -25,7 +27,7 @@ type vifOptions struct {
 
 func (o vifOptions) config(j *job) pvnet.Config {
 	each := o.Vifs > 1 || o.Queues > 1 // half has a goroutine of its own, which is not pinned
-	return pvnet.Config{Wait: o.Wait, Queues: o.Queues, LockedThreads: !j.free && !each}
+	return pvnet.Config{Wait: o.Wait, Queues: o.Queues, LendRx: o.Lend, LockedThreads: !j.free && !each}
 }
 
 func (o vifOptions) setup(j *job) (link, error) {
@@ -98,14 +100,20 @@ type outlet struct {
 	frames  []pvnet.Frame
 	n, done int // frames[done:n] are filled
 	src     *source
+	inPlace bool // frames are sent with what lies in their pages
 }
 
-func newOutlet(j *job, tx *pvnet.TX, batch int) *outlet {
-	return &outlet{tx: tx, frames: make([]pvnet.Frame, batch), src: j.source()}
+func newOutlet(j *job, tx *pvnet.TX, o vifOptions) *outlet {
+	out := &outlet{tx: tx, frames: make([]pvnet.Frame, o.Batch), src: j.source()}
+	out.inPlace = o.InPlace && !out.src.verify
+	return out
 }
 
 func (o *outlet) fill(n int) {
 	o.n, o.done = n, 0
+	if o.inPlace {
+		return
+	}
 	for i := range o.frames[:n] {
 		f, b := &o.frames[i], o.src.next()
 		if f.Single() {
@@ -149,16 +157,20 @@ func (o *outlet) release() {
 	}
 }
 
-// An inlet is a receiving half. What arrives is copied out.
+// An inlet is a receiving half. What arrives is copied out, or read where it lies.
 type inlet struct {
-	rx     *pvnet.RX
-	frames []pvnet.Frame
-	into   bool // frames are the receiver's own
-	sink   *sink
+	rx      *pvnet.RX
+	frames  []pvnet.Frame
+	into    bool // frames are the receiver's own
+	inPlace bool
+	headers int // bytes of what was read in place, added up
+	sink    *sink
 }
 
-func newInlet(j *job, rx *pvnet.RX, batch int) *inlet {
-	return &inlet{rx: rx, frames: make([]pvnet.Frame, batch), sink: j.sink()}
+func newInlet(j *job, rx *pvnet.RX, o vifOptions) *inlet {
+	in := &inlet{rx: rx, frames: make([]pvnet.Frame, o.Batch), sink: j.sink()}
+	in.inPlace = o.InPlace && !in.sink.want.verify
+	return in
 }
 
 // own has the inlet receive into frames of tx, of the same device.
@@ -189,6 +201,12 @@ func (i *inlet) wait() (int, error) {
 
 func (i *inlet) take(n int) error {
 	for k := range i.frames[:n] {
+		if i.inPlace { // as a router does: the headers
+			for _, b := range i.frames[k].Bytes()[:34] {
+				i.headers += int(b)
+			}
+			continue
+		}
 		m := i.frames[k].CopyTo(i.sink.frame)
 		if err := i.sink.took(i.sink.frame[:m]); err != nil {
 			return err
@@ -237,7 +255,7 @@ func (l *vifLink) echo(j *job) error              { return l.to.echo(j, l.o) }
 func (h *halves) send(j *job, o vifOptions) error {
 	outlets := make([]*outlet, len(h.tx))
 	for i, tx := range h.tx {
-		outlets[i] = newOutlet(j, tx, o.Batch)
+		outlets[i] = newOutlet(j, tx, o)
 		defer outlets[i].release()
 	}
 	sent := tally{to: &j.sent}
@@ -278,7 +296,7 @@ func (h *halves) send(j *job, o vifOptions) error {
 func (h *halves) receive(j *job, o vifOptions) error {
 	inlets := make([]*inlet, len(h.rx))
 	for i, rx := range h.rx {
-		inlets[i] = newInlet(j, rx, o.Batch)
+		inlets[i] = newInlet(j, rx, o)
 		if o.Into {
 			inlets[i].own(h.tx[i], j.size)
 		}
@@ -334,7 +352,7 @@ func each[T any](v []T, f func(T) error) error {
 }
 
 func (h *halves) ping(j *job, o vifOptions, rtt []int64) error {
-	out, in := newOutlet(j, h.tx[0], 1), newInlet(j, h.rx[0], 1)
+	out, in := newOutlet(j, h.tx[0], o), newInlet(j, h.rx[0], o)
 	for i := range rtt {
 		start := nano()
 		if err := h.turn(j, o, out.poll, out.wait); err != nil || j.stopped() {
@@ -350,7 +368,7 @@ func (h *halves) ping(j *job, o vifOptions, rtt []int64) error {
 
 // echo sends back what arrives. The other end compares it.
 func (h *halves) echo(j *job, o vifOptions) error {
-	out, in := newOutlet(j, h.tx[0], 1), newInlet(j, h.rx[0], 1)
+	out, in := newOutlet(j, h.tx[0], o), newInlet(j, h.rx[0], o)
 	out.src = &source{frame: in.sink.frame}
 	in.sink.want.verify = false
 	for !j.stopped() {

@@ -71,6 +71,12 @@ func (o vifOptions) name() string {
 	case o.Into:
 		call = "owning, PollInto"
 	}
+	if o.Lend {
+		call += ", lent"
+	}
+	if o.InPlace {
+		call += ", in place"
+	}
 	s += fmt.Sprintf(", %s, b%d, %s", call, o.Batch, how)
 	if o.Vifs > 1 {
 		s += fmt.Sprintf(", %d vifs", o.Vifs)
@@ -167,6 +173,15 @@ func ourRows() []*row {
 				add(vifOptions{Back: back, Batch: 32, Poll: true, Into: true}, frameSizes)
 			}
 		}
+	}
+	// What a frame costs whose bytes nobody but the device copies, and what is left of it
+	// where a page is lent instead of copied.
+	for _, o := range []vifOptions{{InPlace: true}, {InPlace: true, Back: true}, {Lend: true, Back: true}, {Lend: true, InPlace: true, Back: true}} {
+		o.Poll = true
+		o.Batch = 32
+		add(o, frameSizes)
+		o.Batch = 8
+		add(o, []int{sizeGSO})
 	}
 	for _, more := range []vifOptions{{Queues: 2}, {Queues: 4}, {Queues: 8}, {Vifs: 8}, {Vifs: 64}} {
 		for _, o := range []vifOptions{{Poll: true}, {Poll: true, Back: true}, {Wait: pvnet.Park}} {
