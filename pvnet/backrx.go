@@ -76,8 +76,8 @@ type placedFrame struct {
 
 func (e *backRX) receive(frames []Frame, into bool) (n int, err error) {
 	e.nops, e.nrsp = 0, 0
-	if !e.have && !into {
-		if n, err = e.receivePlain(frames); n > 0 || err != nil {
+	if !e.have {
+		if n, err = e.receivePlain(frames, into); n > 0 || err != nil {
 			return n, err
 		}
 	}
@@ -120,44 +120,58 @@ func (e *backRX) receive(frames []Frame, into bool) (n int, err error) {
 }
 
 // receivePlain is receive for frames of one slot without offloads, in one pass and a
-// batch of copies: all that are there, up to the first that is something else, which
-// is parsed as it was taken and left to the next call.
-func (e *backRX) receivePlain(frames []Frame) (n int, err error) {
+// batch of copies: all that are there, up to the first that is something else or does not
+// fit the caller's frame, which is parsed as it was taken and left to the general way.
+func (e *backRX) receivePlain(frames []Frame, into bool) (n int, err error) {
 	avail, err := e.ring.Poll()
 	if err != nil {
 		return 0, e.violation(err.Error())
 	}
 	limit := min(len(frames), len(e.placed))
 	var bufs [len(e.placed)]uint32
-	got := e.pool.Get(bufs[:min(int(avail), limit)])
+	got := min(int(avail), limit)
+	if !into {
+		got = e.pool.Get(bufs[:got])
+	}
 	var r netif.TxRequest
 	for n < got {
 		e.ring.TakeTo(&r)
-		if !r.Plain() {
+		f, dst := &frames[n], []byte(nil)
+		plain := r.Plain()
+		if into && plain {
+			dst = f.refill(r.Size)
+			plain = dst != nil
+		}
+		if !plain {
 			e.have, err = e.parseFrom(r, avail-uint32(n)-1)
 			break
+		}
+		if !into {
+			off := min(headroom, shm.PageSize-r.Size)
+			f.single(e.pool.Buffer(bufs[n]), off, r.Size)
+			dst = e.pool.Bytes(bufs[n])[off : off+r.Size]
+		}
+		if r.Flags&netif.TxDataValidated != 0 {
+			f.csum = ChecksumVerified
 		}
 		if n == 0 {
 			e.begin()
 		}
-		f, off := &frames[n], min(headroom, shm.PageSize-r.Size)
-		f.single(e.pool.Buffer(bufs[n]), off, r.Size)
-		if r.Flags&netif.TxDataValidated != 0 {
-			f.csum = ChecksumVerified
-		}
-		e.op(e.pool.Bytes(bufs[n])[off:off+r.Size], r.Ref, r.Offset)
+		e.op(dst, r.Ref, r.Offset)
 		e.rsp[n] = netif.TxResponse{ID: r.ID}
 		n++
 		e.nrsp = n
 	}
-	e.pool.Put(bufs[n:got]...)
+	if !into {
+		e.pool.Put(bufs[n:got]...)
+	}
 	if n == 0 && err == nil {
 		return 0, nil
 	}
 	if n == limit {
 		e.count.Add(telemetry.PollsFull, 1)
 	}
-	n = e.copyPlain(frames[:n])
+	n = e.copyPlain(frames[:n], into)
 	e.show()
 	return n, err
 }
@@ -165,7 +179,7 @@ func (e *backRX) receivePlain(frames []Frame) (n int, err error) {
 // copyPlain runs the batch, an operation and a response a frame, and returns how
 // many of the frames hold their bytes. The others are dropped, and answered with
 // ERROR.
-func (e *backRX) copyPlain(frames []Frame) (good int) {
+func (e *backRX) copyPlain(frames []Frame, into bool) (good int) {
 	e.grantCopy()
 	t := tally{block: e.count}
 	for i := range frames {
@@ -174,7 +188,9 @@ func (e *backRX) copyPlain(frames []Frame) (good int) {
 			e.count.Add(telemetry.GrantErrors, 1)
 			e.count.Drop(telemetry.DropBadGref, 1)
 			e.rsp[i].Status = netif.Error
-			e.pool.Release(frames[i].buf)
+			if !into {
+				e.pool.Release(frames[i].buf)
+			}
 			continue
 		}
 		t.plain(int(o.Len), o.Dst.Local)

@@ -141,6 +141,18 @@ func (f *Frame) reset(total uint32) error {
 	return nil
 }
 
+// refill is reset for the fast ways: it makes the frame n bytes long and returns them, if
+// they fit its one buffer, which the caller alone holds. Otherwise it changes nothing, and
+// reset says why.
+func (f *Frame) refill(n uint16) []byte {
+	if f.pieces != 1 || !f.buf.Exclusive() || int(f.off)+int(n) > f.buf.Size() {
+		return nil
+	}
+	f.total, f.n = uint32(n), n
+	f.csum, f.gso = ChecksumUnknown, GSO{}
+	return f.Bytes()
+}
+
 // copyFrame overwrites f with the bytes and the offload state of g, which is no
 // longer.
 func (f *Frame) copyFrame(g *Frame) {

@@ -70,8 +70,8 @@ func (e *frontRX) receive(frames []Frame, into bool) (n int, err error) {
 	if e.lend {
 		e.fill()
 	}
-	if !e.have && !into && !e.lend {
-		n, err = e.receivePlain(frames, &t)
+	if !e.have && (into || !e.lend) {
+		n, err = e.receivePlain(frames, into, &t)
 	}
 	for n < len(frames) && err == nil {
 		if !e.have {
@@ -126,29 +126,40 @@ func (e *frontRX) receive(frames []Frame, into bool) (n int, err error) {
 }
 
 // receivePlain receives frames of one slot without offloads, in one pass: all that are
-// there, up to the first that is something else, which is parsed as it was taken.
-func (e *frontRX) receivePlain(frames []Frame, t *tally) (n int, err error) {
+// there, up to the first that is something else or does not fit the caller's frame, which
+// is parsed as it was taken.
+func (e *frontRX) receivePlain(frames []Frame, into bool, t *tally) (n int, err error) {
 	avail, err := e.ring.Poll()
 	if err != nil {
 		return 0, nil // the general way says so
 	}
 	var bufs [64]uint32
-	got := e.pool.Get(bufs[:min(int(avail), len(frames), len(bufs))])
+	got := min(int(avail), len(frames), len(bufs))
+	if !into {
+		got = e.pool.Get(bufs[:got])
+	}
 	var r netif.RxResponse
 	for n < got {
 		slot := e.ring.Consumed() % e.ring.Size()
 		e.ring.TakeTo(&r)
-		if !r.Plain() {
+		size, f, dst := uint16(r.Status), &frames[n], []byte(nil)
+		plain := r.Plain()
+		if into && plain {
+			dst = f.refill(size)
+			plain = dst != nil
+		}
+		if !plain {
 			e.have, err = e.parseFrom(r, slot, avail-uint32(n)-1)
 			break
 		}
-		size, page := uint16(r.Status), e.where[slot%uint32(len(e.where))]
-		b, off := bufs[n], min(headroom, shm.PageSize-size)
-		dst := e.pool.Bytes(b)[off : off+size]
+		if !into {
+			off := min(headroom, shm.PageSize-size)
+			f.single(e.pool.Buffer(bufs[n]), off, size)
+			dst = e.pool.Bytes(bufs[n])[off : off+size]
+		}
+		page := e.where[slot%uint32(len(e.where))]
 		copy(dst, e.pages.Bytes(page)[r.Offset:])
 		e.post(page)
-		f := &frames[n]
-		f.single(e.pool.Buffer(b), off, size)
 		if r.Flags&netif.RxDataValidated != 0 {
 			f.csum = ChecksumVerified
 			t.verified++
@@ -156,7 +167,9 @@ func (e *frontRX) receivePlain(frames []Frame, t *tally) (n int, err error) {
 		t.plain(int(size), dst)
 		n++
 	}
-	e.pool.Put(bufs[n:got]...)
+	if !into {
+		e.pool.Put(bufs[n:got]...)
+	}
 	t.settle()
 	e.count.Add(telemetry.CopiedBytes, t.bytes)
 	return n, err

@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"barevif/hypercall"
 	"barevif/hypercall/emu"
 	"barevif/telemetry"
 	"barevif/xenbus/store/labtest"
@@ -715,6 +716,115 @@ func TestPollInto(t *testing.T) {
 			mine[i].Release()
 		}
 	})
+}
+
+// Frames of one slot arrive in frames of every kind that a caller may hold, in their order:
+// the fast way hands those it cannot fill to the general one, which says what is wrong.
+func TestPollIntoFramesOfEveryKind(t *testing.T) {
+	each(t, func(t *testing.T, p *pair, from, to *Device) {
+		tx, rx := own(t, to)
+		const size = 200
+		sent := 0
+		write := func() {
+			t.Helper()
+			b := make([]byte, size)
+			pattern(b, sent)
+			if _, err := from.Write(b); err != nil {
+				t.Fatal(err)
+			}
+			sent++
+		}
+		arrived := 0
+		poll := func(frames []Frame, want error) (n int) {
+			t.Helper()
+			n, err := rx.PollInto(frames)
+			if err != want {
+				t.Fatalf("frame %d: %v, want %v", arrived, err, want)
+			}
+			for i := range frames[:n] {
+				f := &frames[i]
+				if err := same(f, arrived); err != nil || f.Len() != size || f.Checksum() != ChecksumUnknown || f.gso != (GSO{}) {
+					t.Errorf("frame %d: %d bytes, %v, %v, %v", arrived, f.Len(), err, f.Checksum(), f.gso)
+				}
+				arrived++
+			}
+			return n
+		}
+		for range 6 {
+			write()
+		}
+		mine := make([]Frame, 5)
+		if n := tx.AllocSize(mine[:1], size) + tx.AllocSize(mine[1:2], 5000) + tx.AllocSize(mine[2:], 60); n != len(mine) {
+			t.Fatal(n)
+		}
+		leave := func(f *Frame, room int) { // of its page
+			f.Extend(f.Tailroom())
+			f.TrimFront(f.Len() - room)
+		}
+		leave(&mine[3], size)
+		mine[0].csum, mine[2].csum = ChecksumVerified, ChecksumPartial // of what was in them before
+		mine[0].gso, mine[2].gso = GSO{Size: 100}, GSO{Size: 100}
+		for n := 0; n < 4; {
+			k := poll(mine[n:4], nil)
+			if k == 0 {
+				t.Fatalf("%d frames, then none", n)
+			}
+			n += k
+		}
+		// Each of these meets a frame that is not parsed yet, and leaves it at the head.
+		leave(&mine[2], size-1)
+		poll(mine[2:3], ErrShortFrame)
+		poll(mine[3:4], nil)
+		mine[4].Retain()
+		poll(mine[4:], ErrShared)
+		mine[4].Release()
+		poll(mine[4:], nil)
+		stale := []Frame{mine[0]}
+		mine[0].Release()
+		write()
+		poll(stale, ErrStale)
+		poll(mine[3:4], nil)
+		if arrived != sent {
+			t.Errorf("%d of %d frames arrived", arrived, sent)
+		}
+		for i := range mine[1:] {
+			mine[1+i].Release()
+		}
+	})
+}
+
+// A copy that fails costs the peer's frame, and none of the frames that the caller would
+// have had it in.
+func TestPollIntoKeepsTheFramesOfCopiesThatFail(t *testing.T) {
+	p := join(t, emu.Config{}, plain, Config{})
+	tx, rx := own(t, p.back)
+	mine := make([]Frame, 4)
+	if n := tx.AllocSize(mine, 2000); n != len(mine) {
+		t.Fatal(n)
+	}
+	for i := range 3 {
+		b := make([]byte, 100)
+		pattern(b, i)
+		if _, err := p.front.Write(b); err != nil {
+			t.Fatal(err)
+		}
+	}
+	lift := p.bdom.Fail(emu.Fault{Op: emu.OpCopyGrant, K: 2, Status: hypercall.BadGntref})
+	n, err := rx.PollInto(mine)
+	lift()
+	if n != 2 || err != nil {
+		t.Fatalf("%d, %v", n, err)
+	}
+	for i, seed := range []int{0, 2} {
+		if err := same(&mine[i], seed); err != nil {
+			t.Errorf("frame %d: %v", i, err)
+		}
+	}
+	for i := range mine {
+		if err := mine[i].Release(); err != nil {
+			t.Errorf("frame %d is not the caller's any more: %v", i, err)
+		}
+	}
 }
 
 // A batch in which frames of one slot, chains and frames with offloads follow each
