@@ -5,6 +5,7 @@ package bpf
 import (
 	"errors"
 	"fmt"
+	"path/filepath"
 	"runtime"
 
 	"github.com/cilium/ebpf"
@@ -79,4 +80,83 @@ func mapMap(m *ebpf.Map) (region, error) {
 	r, err := mapRegion(m.FD(), 0, int(m.ValueSize())*int(m.MaxEntries()))
 	runtime.KeepAlive(m)
 	return r, err
+}
+
+// mapElements are the records in three maps.
+type mapElements struct{ infos, queues, events *ebpf.Map }
+
+func openPins(dir string) (elements, error) {
+	e := &mapElements{}
+	for _, p := range [...]struct {
+		name string
+		to   **ebpf.Map
+	}{{pinInfo, &e.infos}, {pinCounters, &e.queues}, {pinEvents, &e.events}} {
+		m, err := ebpf.LoadPinnedMap(filepath.Join(dir, p.name), &ebpf.LoadPinOptions{ReadOnly: true})
+		if err != nil {
+			e.Close()
+			return nil, fmt.Errorf("%s: %w", p.name, terse(err))
+		}
+		*p.to = m
+	}
+	return e.checked()
+}
+
+func openMaps(id uint32) (elements, error) {
+	e := &mapElements{}
+	var err error
+	if e.infos, err = ebpf.NewMapFromID(ebpf.MapID(id)); err != nil {
+		return nil, terse(err)
+	}
+	rec, err := e.info()
+	if err == nil {
+		e.queues, err = ebpf.NewMapFromID(ebpf.MapID(rec.Counters))
+	}
+	if err == nil {
+		e.events, err = ebpf.NewMapFromID(ebpf.MapID(rec.Events))
+	}
+	if err != nil {
+		e.Close()
+		return nil, terse(err)
+	}
+	return e.checked()
+}
+
+// checked refuses maps that are not what the info record says.
+func (e *mapElements) checked() (elements, error) {
+	rec, err := e.info()
+	if err == nil && !(isArray(e.queues, queueBytes, int(rec.Slots)) && isArray(e.events, eventBytes, eventSlots)) {
+		err = fmt.Errorf("%w: maps of another size", ErrLayout)
+	}
+	if err != nil {
+		e.Close()
+		return nil, err
+	}
+	return e, nil
+}
+
+func isArray(m *ebpf.Map, size, entries int) bool {
+	return m.Type() == ebpf.Array && m.KeySize() == 4 && m.ValueSize() == uint32(size) && m.MaxEntries() == uint32(entries)
+}
+
+func readInfo(m *ebpf.Map) (*infoRecord, error) {
+	if !isArray(m, infoBytes, 1) {
+		return nil, fmt.Errorf("%w: info of another size", ErrLayout)
+	}
+	return wholeInfo(func() ([]byte, error) { return m.LookupBytes(uint32(0)) })
+}
+
+func (e *mapElements) info() (*infoRecord, error) { return readInfo(e.infos) }
+
+func (e *mapElements) counters(q int) ([]byte, error) { return e.queues.LookupBytes(uint32(q)) }
+
+func (e *mapElements) event(slot int) ([]byte, error) { return e.events.LookupBytes(uint32(slot)) }
+
+func (e *mapElements) Close() error {
+	var errs []error
+	for _, m := range []*ebpf.Map{e.infos, e.queues, e.events} {
+		if m != nil {
+			errs = append(errs, m.Close())
+		}
+	}
+	return errors.Join(errs...)
 }

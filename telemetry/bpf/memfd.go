@@ -4,6 +4,8 @@ package bpf
 
 import (
 	"fmt"
+	"io"
+	"io/fs"
 	"os"
 
 	"golang.org/x/sys/unix"
@@ -52,3 +54,69 @@ func newMemfd(name string, queues int) (*os.File, [3]region, error) {
 	}
 	return f, parts, nil
 }
+
+// fileElements are the records in a memfd. They are read, not mapped, so that a
+// file that shrinks is an error and not a fault.
+type fileElements struct{ f *os.File }
+
+func openMemfd(src Source) (elements, error) {
+	// The link leads to whatever the other process has made of that descriptor by
+	// now. O_PATH says what it is without opening it, which a device may notice.
+	fd, err := unix.Open(src.Path, unix.O_PATH|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, &fs.PathError{Op: "open", Path: src.Path, Err: err}
+	}
+	defer unix.Close(fd)
+	self := fmt.Sprintf("/proc/self/fd/%d", fd)
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return nil, &fs.PathError{Op: "stat", Path: src.Path, Err: err}
+	}
+	to, err := os.Readlink(self)
+	if err != nil {
+		return nil, err
+	}
+	if name, ok := memfdName(to); !ok || name != src.Name || int(st.Uid) != src.UID || st.Mode&unix.S_IFMT != unix.S_IFREG {
+		return nil, fmt.Errorf("%w: not the memfd of that name and owner", ErrLayout)
+	}
+	f, err := os.OpenFile(self, os.O_RDONLY, 0)
+	if err != nil {
+		return nil, err
+	}
+	e := &fileElements{f}
+	if seals, bad := unix.FcntlInt(f.Fd(), unix.F_GET_SEALS, 0); bad != nil || seals&memfdSeals != memfdSeals {
+		err = fmt.Errorf("%w: not a sealed memfd", ErrLayout)
+	} else {
+		_, err = e.info()
+	}
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	return e, nil
+}
+
+func (e *fileElements) at(offset, n int) ([]byte, error) {
+	b := make([]byte, n)
+	if _, err := e.f.ReadAt(b, int64(offset)); err != nil {
+		if err == io.EOF {
+			err = fmt.Errorf("%w: the file is too short", ErrLayout)
+		}
+		return nil, err
+	}
+	return b, nil
+}
+
+func (e *fileElements) info() (*infoRecord, error) {
+	return wholeInfo(func() ([]byte, error) { return e.at(0, infoBytes) })
+}
+
+func (e *fileElements) counters(q int) ([]byte, error) {
+	return e.at(countersAt+q*queueBytes, queueBytes)
+}
+
+func (e *fileElements) event(slot int) ([]byte, error) {
+	return e.at(eventsAt+slot*eventBytes, eventBytes)
+}
+
+func (e *fileElements) Close() error { return e.f.Close() }

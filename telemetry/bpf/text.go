@@ -1,0 +1,133 @@
+//go:build linux
+
+package bpf
+
+import (
+	"bufio"
+	"bytes"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"barevif/telemetry"
+)
+
+// textLimit bounds what is read of a metrics file.
+const textLimit = 16 << 20
+
+// readText makes a report of what the iterator prints.
+func readText(src Source) (*Report, error) {
+	dir, leave, err := src.enter()
+	if err != nil {
+		return nil, err
+	}
+	defer leave()
+	// A link in the directory could lead to a file that only this user may read,
+	// lines of which an error would show.
+	f, err := os.OpenFile(filepath.Join(dir, pinMetrics), os.O_RDONLY|unix.O_NONBLOCK|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	var st unix.Statfs_t
+	if err := unix.Fstatfs(int(f.Fd()), &st); err != nil {
+		return nil, err
+	}
+	if uint32(st.Type) != unix.BPF_FS_MAGIC {
+		return nil, fmt.Errorf("%w: the metrics are not in a BPF file system", ErrLayout)
+	}
+	queues, err := parseText(io.LimitReader(f, textLimit))
+	if err != nil {
+		return nil, err
+	}
+	return &Report{Stats: telemetry.Sum(queues)}, nil
+}
+
+// parseText reads counters back from the text of openmetrics.Write about one
+// device.
+func parseText(r io.Reader) ([]telemetry.Queue, error) {
+	type place struct{ word, words int } // words > 1: a histogram
+	places := map[string]place{}
+	for _, d := range [...]telemetry.Dir{telemetry.RX, telemetry.TX} {
+		for _, f := range telemetry.Fields() {
+			at := place{int(d)*telemetry.BlockWords + f.Word, f.Words()}
+			name := f.Metric(d)
+			switch f.Kind {
+			case telemetry.KindCounter:
+				places[name+"_total"] = at
+			case telemetry.KindGauge:
+				places[name] = at
+			case telemetry.KindHistogram:
+				places[name+"_bucket"] = at
+				places[name+"_sum"] = place{at.word + at.words - 1, 1}
+			}
+		}
+	}
+	var queues [][queueWords]uint64
+	var before uint64 // the bucket above this one
+	var of struct {   // the histogram that bucket is of
+		name  string
+		queue int
+	}
+	bucket := 0
+	ended := false
+	lines := bufio.NewScanner(r)
+	for lines.Scan() {
+		line := lines.Bytes()
+		if ended = bytes.Equal(line, []byte("# EOF")); ended {
+			break
+		}
+		if len(line) == 0 || line[0] == '#' {
+			continue
+		}
+		name, rest, ok1 := strings.Cut(string(line), "{")
+		_, rest, ok2 := strings.Cut(rest, `queue="`)
+		queue, rest, ok3 := strings.Cut(rest, `"`)
+		_, value, ok4 := strings.Cut(rest, "} ")
+		q, err1 := strconv.Atoi(queue)
+		v, err2 := strconv.ParseUint(value, 10, 64)
+		if !ok1 || !ok2 || !ok3 || !ok4 || err1 != nil || err2 != nil || q < 0 || q >= maxQueues {
+			return nil, fmt.Errorf("%w: %q", ErrLayout, str(line))
+		}
+		at, ok := places[name]
+		if !ok {
+			continue // a count, or a field of a later version
+		}
+		for len(queues) <= q {
+			queues = append(queues, [queueWords]uint64{})
+		}
+		if at.words == 1 {
+			queues[q][at.word] = v
+			continue
+		}
+		if of.name != name || of.queue != q {
+			of.name, of.queue = name, q
+			bucket, before = 0, 0
+		}
+		if bucket >= at.words-1 {
+			return nil, fmt.Errorf("%w: too many buckets in %s", ErrLayout, name)
+		}
+		if v < before {
+			return nil, fmt.Errorf("%w: fewer in a higher bucket of %s", ErrLayout, name)
+		}
+		queues[q][at.word+bucket] = v - before
+		bucket, before = bucket+1, v
+	}
+	if err := lines.Err(); err != nil {
+		return nil, err
+	}
+	if !ended {
+		return nil, fmt.Errorf("%w: the text has no end", ErrLayout)
+	}
+	out := make([]telemetry.Queue, len(queues))
+	for q := range queues {
+		out[q].RX = telemetry.ValuesOf((*[telemetry.BlockWords]uint64)(queues[q][:telemetry.BlockWords]))
+		out[q].TX = telemetry.ValuesOf((*[telemetry.BlockWords]uint64)(queues[q][telemetry.BlockWords:]))
+	}
+	return out, nil
+}
