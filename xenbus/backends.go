@@ -39,10 +39,10 @@ type Backends struct {
 // already are reported first.
 func WatchBackends(ctx context.Context, c *Client, typ string) (*Backends, error) {
 	dir := "backend/" + typ
-	if !validName(typ) {
-		return nil, &ValueError{Value: clip(typ), Want: "a device type"}
+	if !ValidName(typ) {
+		return nil, &ValueError{Value: Clip(typ), Want: "a device type"}
 	}
-	w, err := c.watch(ctx, dir, true) // covers all that our Devices watch there
+	w, err := c.WatchTree(ctx, dir) // covers all that our Devices watch there
 	if err != nil {
 		return nil, err
 	}

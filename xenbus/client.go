@@ -156,6 +156,9 @@ func (c *Client) Close() error {
 // Done is closed once Close has been called and nothing of the Client runs.
 func (c *Client) Done() <-chan struct{} { return c.done }
 
+// Logger is where the Client logs: Config.Logger; never nil.
+func (c *Client) Logger() *slog.Logger { return c.cfg.Logger }
+
 // Stats is a snapshot of the counters.
 func (c *Client) Stats() Stats {
 	c.mu.Lock()
@@ -212,7 +215,7 @@ func (c *Client) post(r *request) error {
 		n += len(p)
 	}
 	if n > c.cfg.MaxPayload {
-		return &Error{Op: opName(r.op), Path: clip(r.path), Code: ErrTooBig}
+		return &Error{Op: opName(r.op), Path: Clip(r.path), Code: ErrTooBig}
 	}
 	r.done = make(chan struct{})
 	c.mu.Lock()
@@ -255,7 +258,7 @@ func (c *Client) abandon(r *request) bool {
 
 // wrap names the request in an error that is not xenstored's.
 func (r *request) wrap(err error) error {
-	return fmt.Errorf("xenstore %s: %w", strings.TrimSpace(opName(r.op)+" "+clip(r.path)), err)
+	return fmt.Errorf("xenstore %s: %w", strings.TrimSpace(opName(r.op)+" "+Clip(r.path)), err)
 }
 
 // settleLocked gives r its answer.

@@ -958,7 +958,7 @@ func TestKeysAreAskedForTogetherWhereTheTransportTakesThem(t *testing.T) {
 			ended := make(chan struct{})
 			go func() {
 				defer close(ended)
-				if v, err = c.Values(t.Context(), "dir", []string{"a", "b", "c", "d", "e"}); err != nil {
+				if v, err = c.ReadKeys(t.Context(), "dir", "a", "b", "c", "d", "e"); err != nil {
 					t.Error(err)
 				}
 			}()
@@ -994,7 +994,7 @@ func TestOneKeyNeedsNoTransaction(t *testing.T) {
 			}
 			p.reply(m, "7")
 		}()
-		v, err := c.Values(t.Context(), "dir", []string{"a"})
+		v, err := c.ReadKeys(t.Context(), "dir", "a")
 		if err != nil || v["a"] != "7" {
 			t.Errorf("%v, %v", v, err)
 		}

@@ -7,37 +7,37 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"math/rand/v2"
 	"net"
 	"slices"
 	"sync"
 	"time"
 
+	"barevif/xenbus/internal/pause"
 	"barevif/xenbus/wire"
 )
 
-// run keeps a connection until Close, with a growing pause between attempts. A domain
+// run keeps a connection until Close, with a growing delay between attempts. A domain
 // that says net.ErrClosed has ended, and with it the client.
 func (c *Client) run(rwc io.ReadWriteCloser) {
 	defer close(c.done)
 	const first, last = 5 * time.Millisecond, time.Second
-	pause := first
+	delay := first
 	for {
 		if rwc != nil {
 			err := c.serve(rwc)
 			c.mu.Lock()
 			if c.useful {
-				pause = first
+				delay = first
 			}
 			c.mu.Unlock()
 			if c.ctx.Err() == nil {
 				c.cfg.Logger.Warn("xenstore connection lost", "err", err)
 			}
 		}
-		if sleep(c.ctx, jitter(pause)) != nil {
+		if pause.Wait(c.ctx, pause.Jitter(delay)) != nil {
 			break
 		}
-		pause = min(2*pause, last)
+		delay = min(2*delay, last)
 		var err error
 		if rwc, err = c.open(c.ctx); err != nil {
 			rwc = nil
@@ -209,7 +209,7 @@ func (c *Client) refusedByWrite(r *request, err error) bool {
 	if r.op != wire.Watch || !errors.As(err, &file) || errors.Is(err, fs.ErrClosed) {
 		return false
 	}
-	refused := &Error{Op: opName(r.op), Path: r.path, Code: ErrUnknown, Text: clip(file.Err.Error())}
+	refused := &Error{Op: opName(r.op), Path: r.path, Code: ErrUnknown, Text: Clip(file.Err.Error())}
 	for _, code := range []Code{ErrAccess, ErrNotFound, ErrExists} {
 		if errors.Is(err, code.portable()) {
 			refused.Code, refused.Text = code, ""
@@ -270,18 +270,3 @@ func (c *Client) answer(h wire.Header, payload []byte) error {
 	}
 	return nil
 }
-
-// sleep waits for d or the end of ctx, and returns its cause.
-func sleep(ctx context.Context, d time.Duration) error {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-t.C:
-		return nil
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	}
-}
-
-// jitter is a time between half of d and d.
-func jitter(d time.Duration) time.Duration { return d/2 + rand.N(d/2+1) }

@@ -13,7 +13,7 @@ import (
 	"time"
 
 	"barevif/hypercall"
-	"barevif/xenbus/wire"
+	"barevif/xenbus/internal/pause"
 )
 
 var (
@@ -34,10 +34,10 @@ type NoDeviceError struct {
 
 func (e *NoDeviceError) Error() string {
 	if len(e.Have) == 0 {
-		return fmt.Sprintf("no device at %q, nor any other", clip(e.Dir))
+		return fmt.Sprintf("no device at %q, nor any other", Clip(e.Dir))
 	}
 	// Ids are numbers: without quotation marks one reads as how many there are.
-	return fmt.Sprintf("no device at %q; the devices there are: %s", clip(e.Dir), strings.Trim(fmt.Sprintf("%q", e.Have), "[]"))
+	return fmt.Sprintf("no device at %q; the devices there are: %s", Clip(e.Dir), strings.Trim(fmt.Sprintf("%q", e.Have), "[]"))
 }
 
 // Unwrap gives ErrNotFound.
@@ -161,7 +161,7 @@ func openDevice(ctx context.Context, c *Client, d *Device, parent string) (*Devi
 		}
 		return &NoDeviceError{d.dir, have}
 	}
-	if !validName(d.typ) {
+	if !ValidName(d.typ) {
 		return nil, &NoDeviceError{Dir: d.dir}
 	}
 	if !validID(d.id) {
@@ -192,7 +192,7 @@ func openDevice(ctx context.Context, c *Client, d *Device, parent string) (*Devi
 		if stale, err = d.refresh(ctx, stale); err == nil {
 			break
 		}
-		if sleep(ctx, retryPause) != nil {
+		if pause.Wait(ctx, retryPause) != nil {
 			d.own.Close()
 			return nil, fmt.Errorf("xenbus %s: %w", d.dir, err)
 		}
@@ -413,8 +413,7 @@ func (d *Device) Publish(ctx context.Context, keys Values, remove ...string) err
 		for _, key := range slices.Sorted(maps.Keys(keys)) {
 			paths, values = append(paths, d.dir+"/"+key), append(values, keys[key])
 		}
-		_, errs := tx.all(wire.Write, false, paths, values)
-		return first(errs)
+		return tx.WriteAll(paths, values)
 	})
 	if err != nil {
 		return fmt.Errorf("xenbus %s: publish: %w", d.dir, err)
@@ -453,16 +452,6 @@ func (d *Device) Remove(ctx context.Context) error {
 	return nil
 }
 
-// first is the first error there is.
-func first(errs []error) error {
-	for _, err := range errs {
-		if err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
 func parentOf(dir string) string { return dir[:strings.LastIndexByte(dir, '/')] }
 
 // removeEmpty removes a directory in which there is nothing.
@@ -493,43 +482,13 @@ func (d *Device) OwnKeys(ctx context.Context) ([]string, error) {
 // OwnValues reads keys of our directory in one transaction. Those that are not
 // there are not in the result.
 func (d *Device) OwnValues(ctx context.Context, keys ...string) (Values, error) {
-	return d.c.values(ctx, d.dir, keys)
+	return d.c.ReadKeys(ctx, d.dir, keys...)
 }
 
 // PeerValues is OwnValues for the other end's directory.
 func (d *Device) PeerValues(ctx context.Context, keys ...string) (Values, error) {
 	dir, _ := d.Peer()
-	return d.c.values(ctx, dir, keys)
-}
-
-// values reads keys of one directory as they were at one moment.
-func (c *Client) values(ctx context.Context, dir string, keys []string) (v Values, err error) {
-	paths := make([]string, len(keys))
-	for i, key := range keys {
-		paths[i] = dir + "/" + key
-	}
-	read := func(tx Tx) error {
-		v = make(Values, len(keys))
-		values, errs := tx.readAll(paths...)
-		for i, key := range keys {
-			switch {
-			case errs[i] == nil:
-				v[key] = values[i]
-			case !errors.Is(errs[i], ErrNotFound):
-				return errs[i]
-			}
-		}
-		return nil
-	}
-	if len(keys) == 1 { // which is of one moment anyway
-		err = read(c.at(ctx))
-	} else {
-		err = c.Transact(ctx, read)
-	}
-	if err != nil {
-		return nil, err
-	}
-	return v, nil
+	return d.c.ReadKeys(ctx, dir, keys...)
 }
 
 // Fail leaves a note of why for the administrator, where Linux leaves its own

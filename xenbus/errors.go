@@ -71,7 +71,7 @@ func parseCode(payload string) (Code, string) {
 		ErrAgain, ErrIsConn, ErrTooBig, ErrPerm, ErrQuota:
 		return c, ""
 	}
-	return ErrUnknown, clip(name)
+	return ErrUnknown, Clip(name)
 }
 
 // An Error is a request that was refused, by xenstored or before it was sent.
@@ -128,8 +128,8 @@ func (e *ConflictError) Error() string {
 
 func (e *ConflictError) Unwrap() error { return e.Err }
 
-// clip bounds peer text for an error or a log line.
-func clip(s string) string {
+// Clip bounds peer text for an error or a log line.
+func Clip(s string) string {
 	const most = 64
 	if len(s) > most {
 		return s[:most] + "..."

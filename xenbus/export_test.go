@@ -1,7 +1,5 @@
 package xenbus
 
-import "context"
-
 // StartIDs makes the next request id follow id.
 func (c *Client) StartIDs(id uint32) {
 	c.mu.Lock()
@@ -14,12 +12,4 @@ func (c *Client) Tokens() int {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return len(c.watches)
-}
-
-// ValidPath is what requests are checked with.
-func ValidPath(path string) bool { return validPath(path) }
-
-// Values is what Device.OwnValues and PeerValues read with.
-func (c *Client) Values(ctx context.Context, dir string, keys []string) (Values, error) {
-	return c.values(ctx, dir, keys)
 }

@@ -69,7 +69,7 @@ func (d *Device) resolve(ctx context.Context) (peer end, missing []string, err e
 	if d.role == Backend {
 		dirKey, idKey = "frontend", "frontend-id"
 	}
-	v, err := d.c.values(ctx, d.dir, []string{dirKey, idKey, "state"})
+	v, err := d.c.ReadKeys(ctx, d.dir, dirKey, idKey, "state")
 	if errors.Is(err, ErrAccess) {
 		return end{}, nil, ErrGone
 	}
@@ -107,7 +107,7 @@ func (d *Device) resolve(ctx context.Context) (peer end, missing []string, err e
 func (d *Device) checkBackend(ctx context.Context, peer end) (missing []string, err error) {
 	rest, ok := strings.CutPrefix(peer.dir, fmt.Sprintf("/local/domain/%d/backend/", peer.dom))
 	parts := strings.Split(rest, "/") // type, frontend domain, handle
-	if !ok || !validPath(peer.dir) || len(parts) != 3 {
+	if !ok || !ValidPath(peer.dir) || len(parts) != 3 {
 		return nil, d.bad("backend", peer.dir, fmt.Sprintf("a backend directory of domain %d", peer.dom))
 	}
 	us, err := ParseUint(parts[1], 1<<16-1)
@@ -123,7 +123,7 @@ func (d *Device) checkBackend(ctx context.Context, peer end) (missing []string, 
 	case err != nil:
 		return nil, err
 	case front != fmt.Sprintf("/local/domain/%d/%s", us, d.dir):
-		return nil, &ValueError{peer.dir + "/frontend", clip(front), "our directory"}
+		return nil, &ValueError{peer.dir + "/frontend", Clip(front), "our directory"}
 	}
 	// Qubes does not let a guest read this one.
 	id, err := d.c.Read(ctx, peer.dir+"/frontend-id")
@@ -133,7 +133,7 @@ func (d *Device) checkBackend(ctx context.Context, peer end) (missing []string, 
 	case err != nil:
 		return nil, err
 	case id != fmt.Sprint(us):
-		return nil, &ValueError{peer.dir + "/frontend-id", clip(id), "our domain"}
+		return nil, &ValueError{peer.dir + "/frontend-id", Clip(id), "our domain"}
 	}
 	return nil, nil
 }
@@ -145,7 +145,7 @@ func (d *Device) checkFrontend(ctx context.Context, peer end) (missing []string,
 		return nil, d.bad("frontend-id", fmt.Sprint(peer.dom), "the domain in our path")
 	}
 	rest, ok := strings.CutPrefix(peer.dir, fmt.Sprintf("/local/domain/%d/device/", peer.dom))
-	if !ok || !validPath(peer.dir) || strings.Count(rest, "/") != 1 {
+	if !ok || !ValidPath(peer.dir) || strings.Count(rest, "/") != 1 {
 		return nil, d.bad("frontend", peer.dir, fmt.Sprintf("a device directory of domain %d", peer.dom))
 	}
 	_, err = d.c.Read(ctx, peer.dir+"/state")
@@ -156,7 +156,7 @@ func (d *Device) checkFrontend(ctx context.Context, peer end) (missing []string,
 }
 
 func (d *Device) bad(key, value, want string) error {
-	return &ValueError{d.dir + "/" + key, clip(value), want}
+	return &ValueError{d.dir + "/" + key, Clip(value), want}
 }
 
 // locate puts our directory before the key of a ValueError.
@@ -198,7 +198,7 @@ func (d *Device) run(ctx context.Context) {
 				if errors.Is(err, ErrQuota) { // which passes when someone else lets go
 					retry = time.After(time.Second)
 					if !said {
-						d.c.cfg.Logger.Warn("cannot watch the other end", "err", err)
+						d.c.Logger().Warn("cannot watch the other end", "err", err)
 					}
 					said = true
 				}
@@ -422,7 +422,7 @@ func (d *Device) readOwn(ctx context.Context, ch *Change, mine written) (anew bo
 	case mine.writing != Unknown: // SetState writes over it, or has us look again
 		ch.Own = mine.last
 	default:
-		ch.Own, ch.Overwritten = mine.last, strconv.Quote(clip(state))
+		ch.Own, ch.Overwritten = mine.last, strconv.Quote(Clip(state))
 	}
 	return anew, nil
 }
@@ -474,7 +474,7 @@ func (d *Device) lookup(ctx context.Context, path string) (value string, there b
 
 // lookups is lookup of several nodes, asked for together.
 func (d *Device) lookups(ctx context.Context, paths ...string) (values []string, there []bool, err error) {
-	values, errs := d.c.at(ctx).readAll(paths...)
+	values, errs := d.c.ReadAll(ctx, paths...)
 	there = make([]bool, len(paths))
 	for i, err := range errs {
 		if err != nil && !errors.Is(err, ErrNotFound) && !errors.Is(err, ErrAccess) {

@@ -2,6 +2,7 @@ package xenbus
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strconv"
 	"strings"
@@ -42,6 +43,42 @@ func (c *Client) SetPerms(ctx context.Context, path string, perms ...Perm) error
 	return c.at(ctx).SetPerms(path, perms...)
 }
 
+// ReadAll is [Tx.ReadAll] outside a transaction: the values are of different moments.
+func (c *Client) ReadAll(ctx context.Context, paths ...string) (values []string, errs []error) {
+	return c.at(ctx).ReadAll(paths...)
+}
+
+// ReadKeys reads keys of one directory as they were at one moment. Those that are not there
+// are not in the result.
+func (c *Client) ReadKeys(ctx context.Context, dir string, keys ...string) (v Values, err error) {
+	paths := make([]string, len(keys))
+	for i, key := range keys {
+		paths[i] = dir + "/" + key
+	}
+	read := func(tx Tx) error {
+		v = make(Values, len(keys))
+		values, errs := tx.ReadAll(paths...)
+		for i, key := range keys {
+			switch {
+			case errs[i] == nil:
+				v[key] = values[i]
+			case !errors.Is(errs[i], ErrNotFound):
+				return errs[i]
+			}
+		}
+		return nil
+	}
+	if len(keys) == 1 { // which is of one moment anyway
+		err = read(c.at(ctx))
+	} else {
+		err = c.Transact(ctx, read)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return v, nil
+}
+
 // AllDomains, where a feature or quota is asked for, means xenstored's own. It is
 // DOMID_INVALID of xen/include/public/xen.h, which no domain has.
 const AllDomains hypercall.DomID = 0x7FF4
@@ -70,8 +107,8 @@ func (c *Client) SetTarget(ctx context.Context, dom, target hypercall.DomID) err
 // GetDomainPath gives the home of a domain, which need not exist.
 func (c *Client) GetDomainPath(ctx context.Context, dom hypercall.DomID) (string, error) {
 	reply, err := c.query(ctx, wire.GetDomainPath, domArg(dom))
-	if err == nil && !validPath(reply) {
-		return "", &ProtocolError{fmt.Sprintf("the domain path %q", clip(reply))}
+	if err == nil && !ValidPath(reply) {
+		return "", &ProtocolError{fmt.Sprintf("the domain path %q", Clip(reply))}
 	}
 	return reply, err
 }
@@ -80,7 +117,7 @@ func (c *Client) GetDomainPath(ctx context.Context, dom hypercall.DomID) (string
 func (c *Client) IsIntroduced(ctx context.Context, dom hypercall.DomID) (bool, error) {
 	reply, err := c.query(ctx, wire.IsDomainIntroduced, domArg(dom))
 	if err == nil && reply != "T" && reply != "F" {
-		return false, &ProtocolError{fmt.Sprintf("%q for yes or no", clip(reply))}
+		return false, &ProtocolError{fmt.Sprintf("%q for yes or no", Clip(reply))}
 	}
 	return reply == "T", err
 }
@@ -164,7 +201,7 @@ func (c *Client) number(ctx context.Context, op wire.Op, limit uint64, args ...s
 	}
 	n, err := ParseUint(reply, limit)
 	if err != nil {
-		return 0, &ProtocolError{fmt.Sprintf("%q for a number", clip(reply))}
+		return 0, &ProtocolError{fmt.Sprintf("%q for a number", Clip(reply))}
 	}
 	return n, nil
 }
@@ -172,7 +209,7 @@ func (c *Client) number(ctx context.Context, op wire.Op, limit uint64, args ...s
 // request refuses arguments with a NUL of their own.
 func (c *Client) request(ctx context.Context, r *request) (string, error) {
 	if strings.Contains(r.path, "\x00") {
-		return "", &Error{Op: opName(r.op), Path: clip(r.path), Code: ErrInvalid}
+		return "", &Error{Op: opName(r.op), Path: Clip(r.path), Code: ErrInvalid}
 	}
 	return c.do(ctx, r)
 }

@@ -6,10 +6,10 @@ import (
 	"barevif/xenbus/wire"
 )
 
-// validPath says whether xenstored takes path: a node, absolute or relative to
+// ValidPath says whether xenstored takes path: a node, absolute or relative to
 // the domain's home. Not empty, no "//", no "/" at the end, and at most 2048
 // bytes after an optional /local/domain/<n>/ (tools/xenstored).
-func validPath(path string) bool {
+func ValidPath(path string) bool {
 	if path == "/" {
 		return true
 	}
@@ -26,11 +26,11 @@ func validPath(path string) bool {
 
 // validWatch also takes the special names, "@releaseDomain" and its like.
 func validWatch(path string) bool {
-	return validPath(path) && (path[0] != '@' || !strings.Contains(path, "/"))
+	return ValidPath(path) && (path[0] != '@' || !strings.Contains(path, "/"))
 }
 
-// validName says whether name is one component of a path.
-func validName(name string) bool {
+// ValidName says whether name is one component of a path.
+func ValidName(name string) bool {
 	if name == "" || len(name) > wire.MaxRelPath {
 		return false
 	}

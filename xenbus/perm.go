@@ -30,7 +30,7 @@ func (p Perm) String() string { return fmt.Sprintf("%c%d", p.Access, p.Dom) }
 func parsePerms(reply string) ([]Perm, error) {
 	var perms []Perm
 	for s := range strings.SplitSeq(strings.TrimSuffix(reply, "\x00"), "\x00") {
-		bad := &ProtocolError{fmt.Sprintf("the permission %q", clip(s))}
+		bad := &ProtocolError{fmt.Sprintf("the permission %q", Clip(s))}
 		if s == "" || !strings.ContainsRune("nrwb", rune(s[0])) {
 			return nil, bad
 		}

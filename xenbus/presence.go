@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"barevif/hypercall"
+	"barevif/xenbus/internal/pause"
 )
 
 // A Presence is how other processes of our domain find out that we live: an event
@@ -71,7 +72,7 @@ func (p *Presence) patience(ctx context.Context, owner string, wait time.Duratio
 		if !errors.Is(p.probe(hypercall.PortID(port)), hypercall.ErrNoPort) {
 			return wait
 		}
-		if sleep(ctx, jitter(probePause)) != nil {
+		if pause.Wait(ctx, pause.Jitter(probePause)) != nil {
 			return wait
 		}
 	}

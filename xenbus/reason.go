@@ -3,9 +3,6 @@ package xenbus
 import (
 	"context"
 	"errors"
-	"slices"
-
-	"barevif/xenbus/wire"
 )
 
 // KeyReason is the key of a backend's directory under which it says why it does not
@@ -42,7 +39,7 @@ func (d *Device) clear(tx Tx, keys ...string) error {
 		paths[i] = d.dir + "/" + key
 	}
 	if d.role == Backend {
-		values, errs := tx.readAll(paths...)
+		values, errs := tx.ReadAll(paths...)
 		said := paths[:0]
 		for i, path := range paths {
 			if !errors.Is(errs[i], ErrNotFound) && (errs[i] != nil || values[i] != "") {
@@ -51,6 +48,5 @@ func (d *Device) clear(tx Tx, keys ...string) error {
 		}
 		paths = said
 	}
-	_, errs := tx.all(wire.Rm, false, paths, nil)
-	return first(slices.DeleteFunc(errs, func(err error) bool { return errors.Is(err, ErrNotFound) }))
+	return tx.RemoveAll(paths...)
 }

@@ -4,9 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
+	"barevif/xenbus/internal/pause"
 	"barevif/xenbus/wire"
 )
 
@@ -34,7 +36,7 @@ type Tx struct {
 // A Client runs one transaction at a time: two would only be in each other's way,
 // and a domain may have few open. fn must not call Transact.
 func (c *Client) Transact(ctx context.Context, fn func(Tx) error) error {
-	pause := time.Millisecond
+	delay := time.Millisecond
 	for n := 1; ; n++ {
 		err := c.attempt(ctx, fn)
 		if !errors.Is(err, ErrAgain) {
@@ -46,10 +48,10 @@ func (c *Client) Transact(ctx context.Context, fn func(Tx) error) error {
 		c.mu.Lock()
 		c.stats.Conflicts++
 		c.mu.Unlock()
-		if err := sleep(ctx, jitter(pause)); err != nil {
+		if err := pause.Wait(ctx, pause.Jitter(delay)); err != nil {
 			return fmt.Errorf("xenstore transaction: %w", err)
 		}
-		pause = min(2*pause, 64*time.Millisecond)
+		delay = min(2*delay, 64*time.Millisecond)
 	}
 }
 
@@ -107,7 +109,7 @@ func endRequest(id uint32, epoch uint64, commit bool) *request {
 func parseID(reply string) (uint32, error) {
 	id, err := ParseUint(strings.TrimSuffix(reply, "\x00"), 1<<32-1)
 	if err != nil || id == 0 {
-		return 0, &ProtocolError{fmt.Sprintf("a transaction with id %q", clip(reply))}
+		return 0, &ProtocolError{fmt.Sprintf("a transaction with id %q", Clip(reply))}
 	}
 	return uint32(id), nil
 }
@@ -121,8 +123,8 @@ func (t Tx) ask(op wire.Op, again bool, path string, parts ...string) (string, e
 }
 
 func checkPath(op wire.Op, path string) error {
-	if !validPath(path) {
-		return &Error{Op: opName(op), Path: clip(path), Code: ErrInvalid}
+	if !ValidPath(path) {
+		return &Error{Op: opName(op), Path: Clip(path), Code: ErrInvalid}
 	}
 	return nil
 }
@@ -135,10 +137,33 @@ func (t Tx) request(op wire.Op, again bool, path string, parts ...string) *reque
 	return r
 }
 
-// readAll is Read of several nodes, in the time of one where the transport takes several
-// requests at once. Outside a transaction they are of different moments.
-func (t Tx) readAll(paths ...string) (values []string, errs []error) {
+// ReadAll is Read of several nodes, in the time of one where the transport takes several
+// requests at once. Each has its own error.
+func (t Tx) ReadAll(paths ...string) (values []string, errs []error) {
 	return t.all(wire.Read, true, paths, nil)
+}
+
+// WriteAll is Write of several nodes, with a value for each path. The error is the first
+// that there is.
+func (t Tx) WriteAll(paths, values []string) error {
+	_, errs := t.all(wire.Write, false, paths, values)
+	return first(errs)
+}
+
+// RemoveAll is Remove of several nodes, of which some need not be there.
+func (t Tx) RemoveAll(paths ...string) error {
+	_, errs := t.all(wire.Rm, false, paths, nil)
+	return first(slices.DeleteFunc(errs, func(err error) bool { return errors.Is(err, ErrNotFound) }))
+}
+
+// first is the first error there is.
+func first(errs []error) error {
+	for _, err := range errs {
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // all makes the same request of several paths, with a value each if there are values.
@@ -257,8 +282,8 @@ func (t Tx) directoryParts(path string) ([]string, error) {
 func names(list string) ([]string, error) {
 	all := strings.Split(strings.TrimSuffix(list, "\x00"), "\x00")
 	for _, name := range all {
-		if !validName(name) {
-			return nil, &ProtocolError{fmt.Sprintf("a directory with the name %q", clip(name))}
+		if !ValidName(name) {
+			return nil, &ProtocolError{fmt.Sprintf("a directory with the name %q", Clip(name))}
 		}
 	}
 	return all, nil

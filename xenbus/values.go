@@ -19,7 +19,7 @@ func (e *ValueError) Error() string {
 }
 
 func badValue(value, want string) error {
-	return &ValueError{Value: clip(value), Want: want}
+	return &ValueError{Value: Clip(value), Want: want}
 }
 
 // ParseUint reads a decimal number from 0 to limit as the tools write it: digits

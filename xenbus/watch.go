@@ -164,10 +164,16 @@ func (c *Client) broadLocked(path string) *Watch {
 	return nil
 }
 
+// WatchTree is Watch on path and all below it, for a Client that will watch much of that:
+// Watches on nodes below path cost no watch of xenstored's while this one is open.
+func (c *Client) WatchTree(ctx context.Context, path string) (*Watch, error) {
+	return c.watch(ctx, path, true)
+}
+
 // watch sets a watch at the server.
 func (c *Client) watch(ctx context.Context, path string, broad bool) (*Watch, error) {
 	if !validWatch(path) {
-		return nil, &Error{Op: opName(wire.Watch), Path: clip(path), Code: ErrInvalid}
+		return nil, &Error{Op: opName(wire.Watch), Path: Clip(path), Code: ErrInvalid}
 	}
 	w := &Watch{c: c, path: path, broad: broad, ch: make(chan struct{}, 1)}
 	c.mu.Lock()
