@@ -13,25 +13,27 @@ import (
 	"testing/synctest"
 	"time"
 
+	"barevif/xenbus/xenstore"
+
 	"barevif/hypercall"
 	"barevif/hypercall/emu"
 	"barevif/pvnet"
 	"barevif/xenbus"
 	"barevif/xenbus/toolstack"
-	"barevif/xenbus/wire"
+	"barevif/xenbus/xenstore/wire"
 )
 
 // fillQuota has a guest use up its quota of nodes.
 func fillQuota(t testing.TB, dom *emu.Domain) {
 	t.Helper()
-	c, err := xenbus.Dial(ctx(t), dom.Store, xenbus.Config{})
+	c, err := xenstore.Dial(ctx(t), dom.Store, xenstore.Config{})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer c.Close()
 	full := 0
 	for i := 0; full < 2; i++ { // the first may have been for a directory and a node
-		if err := c.Write(ctx(t), fmt.Sprintf("data/%d/%d-%d", i/100, i%100, full), "x"); errors.Is(err, xenbus.ErrQuota) {
+		if err := c.Write(ctx(t), fmt.Sprintf("data/%d/%d-%d", i/100, i%100, full), "x"); errors.Is(err, xenstore.ErrQuota) {
 			full++
 			i -= i%100 + 100 // in the last that was made
 		} else if err != nil {
@@ -124,7 +126,7 @@ func TestConnectNamesTheRequestThatFoundTheQuotaUsedUp(t *testing.T) {
 				began := time.Now()
 				_, err := pvnet.Connect(patience, c.dom(t, fdom), "0", pvnet.Config{})
 				var waited *xenbus.WaitError
-				if !errors.Is(err, xenbus.ErrQuota) || errors.As(err, &waited) || !strings.Contains(err.Error(), c.says) {
+				if !errors.Is(err, xenstore.ErrQuota) || errors.As(err, &waited) || !strings.Contains(err.Error(), c.says) {
 					t.Errorf("%v", err)
 				}
 				if d := time.Since(began); c.once && d > 5*time.Second {

@@ -7,12 +7,13 @@ import (
 	"math"
 	"sync/atomic"
 
+	"barevif/xenbus/xenstore"
+
 	"barevif/arena"
 	"barevif/hypercall"
 	"barevif/pvnet/netif"
 	"barevif/pvnet/ring"
 	"barevif/telemetry"
-	"barevif/xenbus"
 )
 
 // A conn is what one connection holds: rings, pages, ports. The Device outlives
@@ -21,10 +22,10 @@ type conn struct {
 	queues []connQueue
 	undo   undo
 	feat   features
-	made   xenbus.Values  // backend: the frontend's keys it was made from
-	shared int            // pages granted to the peer
-	own    int            // private pages
-	arenas []*arena.Arena // of those; the rest are rings
+	made   xenstore.Values // backend: the frontend's keys it was made from
+	shared int             // pages granted to the peer
+	own    int             // private pages
+	arenas []*arena.Arena  // of those; the rest are rings
 }
 
 // joined reports whether the peer has its end of every event channel, as far as
@@ -49,7 +50,7 @@ type connQueue struct {
 // offered is what the other end's values say it takes. What is garbage is not
 // offered, and long frames, whose checksum is partial, are only where chains and
 // such checksums are: so Linux's netdev_fix_features has it.
-func offered(v xenbus.Values, scatter bool) (o offers) {
+func offered(v xenstore.Values, scatter bool) (o offers) {
 	says := func(key string) bool {
 		on, err := v.Bool(key, false)
 		return on && err == nil
@@ -70,11 +71,11 @@ func offered(v xenbus.Values, scatter bool) (o offers) {
 }
 
 // offloadValues is how this end says what it takes.
-func offloadValues(takes bool) xenbus.Values {
+func offloadValues(takes bool) xenstore.Values {
 	if !takes {
-		return xenbus.Values{netif.KeyFeatureNoCsumOffload: "1"}
+		return xenstore.Values{netif.KeyFeatureNoCsumOffload: "1"}
 	}
-	return xenbus.Values{
+	return xenstore.Values{
 		netif.KeyFeatureNoCsumOffload:   "0",
 		netif.KeyFeatureIPv6CsumOffload: "1",
 		netif.KeyFeatureGSOTCPv4:        "1",

@@ -12,6 +12,8 @@ import (
 	"sync"
 	"time"
 
+	"barevif/xenbus/xenstore"
+
 	"barevif/hypercall"
 	"barevif/pvnet/netif"
 	"barevif/telemetry"
@@ -121,7 +123,7 @@ func connect(ctx context.Context, domain hypercall.Domain, id string, cfg Config
 			forget()
 		}
 	}()
-	client, err := xenbus.Dial(ctx, domain.Store, xenbus.Config{Logger: cfg.Logger})
+	client, err := xenstore.Dial(ctx, domain.Store, xenstore.Config{Logger: cfg.Logger})
 	if err != nil {
 		return nil, err
 	}
@@ -236,7 +238,7 @@ func (f *front) identify(ctx context.Context, xd *xenbus.Device) error {
 		dir, _ := xd.Peer()
 		peer, e := xd.PeerValues(ctx, netif.KeyMAC)
 		switch {
-		case errors.Is(e, xenbus.ErrAccess): // it may not be ours to read
+		case errors.Is(e, xenstore.ErrAccess): // it may not be ours to read
 		case e != nil:
 			return e
 		default:
@@ -258,10 +260,10 @@ func (f *front) identify(ctx context.Context, xd *xenbus.Device) error {
 
 // address is the card's, as one of the two directories has it. What Linux's
 // is_valid_ether_addr refuses no card can have, and no network would deliver to.
-func (f *front) address(v xenbus.Values, dir string) (MAC, error) {
+func (f *front) address(v xenstore.Values, dir string) (MAC, error) {
 	mac, err := v.MAC(netif.KeyMAC)
 	if err == nil && !MAC(mac).station() {
-		err = &xenbus.ValueError{Path: netif.KeyMAC, Value: v[netif.KeyMAC], Want: "the address of one station"}
+		err = &xenstore.ValueError{Path: netif.KeyMAC, Value: v[netif.KeyMAC], Want: "the address of one station"}
 	}
 	if err != nil && v.Has(netif.KeyMAC) {
 		f.d.log.Warn("unusable MAC in xenstore", "vif", f.d.id, "key", dir+"/"+netif.KeyMAC, "value", v[netif.KeyMAC], "err", err)
@@ -270,7 +272,7 @@ func (f *front) address(v xenbus.Values, dir string) (MAC, error) {
 }
 
 // mtuOf is the MTU of a vif, by its directory.
-func (d *Device) mtuOf(own xenbus.Values) int {
+func (d *Device) mtuOf(own xenstore.Values) int {
 	mtu, err := own.Uint(netif.KeyMTU, MaxFrame, 1500)
 	if err != nil || mtu < 68 { // RFC 791: what every link must carry
 		d.log.Warn("no usable MTU in xenstore", "vif", d.id, "value", own[netif.KeyMTU], "err", err)
@@ -328,7 +330,7 @@ func (f *front) attach(ctx context.Context, xd *xenbus.Device, c *conn) error {
 	feat.frontSG, feat.takes, feat.peer = true, d.cfg.Offload, offered(back, feat.backSG)
 	c.feat = feat
 	m := &pageMaker{dom: d.domain, peer: dom(xd), log: d.log, lost: &d.lost, c: c, lockedThreads: d.cfg.LockedThreads}
-	keys := xenbus.Values{
+	keys := xenstore.Values{
 		netif.KeyRequestRxCopy:   "1",
 		netif.KeyFeatureRxNotify: "1",
 		netif.KeyFeatureSG:       "1",
@@ -409,9 +411,9 @@ func (d *Device) holders() string {
 }
 
 // values is how a queue's keys are written below prefix.
-func (k queueKeys) values(prefix string) xenbus.Values {
+func (k queueKeys) values(prefix string) xenstore.Values {
 	number := func(n uint32) string { return strconv.FormatUint(uint64(n), 10) }
-	v := xenbus.Values{
+	v := xenstore.Values{
 		prefix + netif.KeyTxRingRef: number(uint32(k.txRing)),
 		prefix + netif.KeyRxRingRef: number(uint32(k.rxRing)),
 	}

@@ -10,13 +10,14 @@ import (
 	"testing/synctest"
 	"time"
 
+	"barevif/xenbus/xenstore"
+
 	"barevif/arena"
 	"barevif/arena/shm"
 	"barevif/hypercall/emu"
 	"barevif/pvnet/packet"
 	"barevif/telemetry"
-	"barevif/xenbus"
-	"barevif/xenbus/store/labtest"
+	"barevif/xenbus/xenstore/server/labtest"
 
 	"gvisor.dev/gvisor/pkg/tcpip/checksum"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
@@ -646,23 +647,23 @@ func TestWhatIsOffered(t *testing.T) {
 	const all = takesCsum4 | takesCsum6 | takesGSO4 | takesGSO6
 	const nocsum, csum6, gso4, gso6 = "feature-no-csum-offload", "feature-ipv6-csum-offload", "feature-gso-tcpv4", "feature-gso-tcpv6"
 	for _, c := range []struct {
-		keys    xenbus.Values
+		keys    xenstore.Values
 		scatter bool
 		want    offers
 	}{
-		{xenbus.Values{}, true, takesCsum4},
-		{xenbus.Values{nocsum: "0"}, true, takesCsum4},
-		{xenbus.Values{nocsum: "1"}, true, 0},
+		{xenstore.Values{}, true, takesCsum4},
+		{xenstore.Values{nocsum: "0"}, true, takesCsum4},
+		{xenstore.Values{nocsum: "1"}, true, 0},
 		{offloadValues(true), true, all},
 		{offloadValues(true), false, takesCsum4 | takesCsum6},
 		{offloadValues(false), true, 0},
-		{xenbus.Values{csum6: "1"}, false, takesCsum4 | takesCsum6},
-		{xenbus.Values{csum6: "0", gso4: "0", gso6: "0"}, true, takesCsum4},
-		{xenbus.Values{gso4: "1"}, true, takesCsum4 | takesGSO4},
-		{xenbus.Values{gso4: "1"}, false, takesCsum4},
-		{xenbus.Values{gso6: "1"}, true, takesCsum4},                                                 // and no checksums
-		{xenbus.Values{nocsum: "1", csum6: "1", gso4: "1", gso6: "1"}, true, takesCsum6 | takesGSO6}, // likewise
-		{xenbus.Values{csum6: "1", gso6: "1"}, true, takesCsum4 | takesCsum6 | takesGSO6},
+		{xenstore.Values{csum6: "1"}, false, takesCsum4 | takesCsum6},
+		{xenstore.Values{csum6: "0", gso4: "0", gso6: "0"}, true, takesCsum4},
+		{xenstore.Values{gso4: "1"}, true, takesCsum4 | takesGSO4},
+		{xenstore.Values{gso4: "1"}, false, takesCsum4},
+		{xenstore.Values{gso6: "1"}, true, takesCsum4},                                                 // and no checksums
+		{xenstore.Values{nocsum: "1", csum6: "1", gso4: "1", gso6: "1"}, true, takesCsum6 | takesGSO6}, // likewise
+		{xenstore.Values{csum6: "1", gso6: "1"}, true, takesCsum4 | takesCsum6 | takesGSO6},
 	} {
 		if got := offered(c.keys, c.scatter); got != c.want {
 			t.Errorf("%v, chains %v: %b, want %b", c.keys, c.scatter, got, c.want)

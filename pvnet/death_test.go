@@ -8,7 +8,7 @@ import (
 	"time"
 
 	"barevif/hypercall/emu"
-	"barevif/xenbus/store/labtest"
+	"barevif/xenbus/xenstore/server/labtest"
 )
 
 // Without its domain there is nothing to wait for: calls that wait end, instead of

@@ -13,23 +13,24 @@ import (
 	"testing/synctest"
 	"time"
 
+	"barevif/xenbus/xenstore"
+
 	"barevif/hypercall"
 	"barevif/hypercall/emu"
 	"barevif/pvnet"
 	"barevif/telemetry"
-	"barevif/xenbus"
-	"barevif/xenbus/store"
-	"barevif/xenbus/store/labtest"
 	"barevif/xenbus/toolstack"
+	"barevif/xenbus/xenstore/server"
+	"barevif/xenbus/xenstore/server/labtest"
 )
 
 // A lab is an emulated machine with a xenstore and a toolstack.
 type lab struct {
 	*labtest.Lab
 	t     testing.TB
-	store *store.Store
+	store *server.Store
 	dom0  *emu.Domain
-	tools *xenbus.Client
+	tools *xenstore.Client
 }
 
 func newLab(t testing.TB) *lab { return newLabOn(t, emu.Config{}) }
@@ -272,7 +273,7 @@ func TestConnectNamesTheVifsThereAre(t *testing.T) {
 	l.add(toolstack.Vif{Front: 1, Back: 2, ID: 7})
 	for _, id := range []string{"1", "", "x", "-1", "00", "0/../7", "4294967296", strings.Repeat("9", 5000)} {
 		_, err := pvnet.Connect(ctx(t), fdom, id, pvnet.Config{})
-		if err == nil || !errors.Is(err, xenbus.ErrNotFound) || !strings.Contains(err.Error(), `there are: "0" "7"`) {
+		if err == nil || !errors.Is(err, xenstore.ErrNotFound) || !strings.Contains(err.Error(), `there are: "0" "7"`) {
 			t.Errorf("id %.20q: %v", id, err)
 		}
 		if len(err.Error()) > 400+len(id) {
@@ -311,8 +312,8 @@ func testConnectSaysWhatXenstoreDoesNotPermit(t *testing.T) {
 	state := v.FrontDir() + "/state"
 	ownedBy := func(owner hypercall.DomID) {
 		t.Helper()
-		err := l.tools.SetPerms(ctx(t), state, xenbus.Perm{Dom: owner, Access: xenbus.None},
-			xenbus.Perm{Dom: 1, Access: xenbus.ReadOnly}, xenbus.Perm{Dom: 2, Access: xenbus.ReadOnly})
+		err := l.tools.SetPerms(ctx(t), state, xenstore.Perm{Dom: owner, Access: xenstore.None},
+			xenstore.Perm{Dom: 1, Access: xenstore.ReadOnly}, xenstore.Perm{Dom: 2, Access: xenstore.ReadOnly})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -320,7 +321,7 @@ func testConnectSaysWhatXenstoreDoesNotPermit(t *testing.T) {
 	ownedBy(0)
 	start := time.Now()
 	_, err := pvnet.Connect(ctx(t), fdom, "0", pvnet.Config{})
-	if !errors.Is(err, xenbus.ErrAccess) || !errors.Is(err, fs.ErrPermission) || !strings.Contains(err.Error(), "state") {
+	if !errors.Is(err, xenstore.ErrAccess) || !errors.Is(err, fs.ErrPermission) || !strings.Contains(err.Error(), "state") {
 		t.Fatal(err)
 	}
 	if d := time.Since(start); d > 3*time.Second { // less than it waits for a peer

@@ -7,8 +7,8 @@ import (
 	"time"
 
 	"barevif/pvnet"
-	"barevif/xenbus/store/labtest"
 	"barevif/xenbus/toolstack"
+	"barevif/xenbus/xenstore/server/labtest"
 )
 
 // A driver domain is destroyed under a frontend, which keeps nothing that the dead

@@ -6,12 +6,13 @@ import (
 	"io"
 	"testing"
 
+	"barevif/xenbus/xenstore"
+
 	"barevif/hypercall"
 	"barevif/hypercall/emu"
 	"barevif/pvnet"
-	"barevif/xenbus"
-	"barevif/xenbus/store"
 	"barevif/xenbus/toolstack"
+	"barevif/xenbus/xenstore/server"
 )
 
 const backDomain = hypercall.DomID(1)
@@ -20,7 +21,7 @@ const backDomain = hypercall.DomID(1)
 // are in one domain and whose frontends are in one each.
 type fleet struct {
 	machine *emu.Machine
-	store   *store.Store
+	store   *server.Store
 	fronts  []hypercall.Domain
 	backs   chan *pvnet.Device
 	front   []*pvnet.Device
@@ -31,7 +32,7 @@ type fleet struct {
 
 func newFleet(b testing.TB, n int) *fleet {
 	b.Helper()
-	f := &fleet{store: store.New(store.Config{Privileged: []hypercall.DomID{backDomain}})}
+	f := &fleet{store: server.New(server.Config{Privileged: []hypercall.DomID{backDomain}})}
 	var err error
 	f.machine, err = emu.New(emu.Config{
 		Mapped: true,
@@ -51,7 +52,7 @@ func newFleet(b testing.TB, n int) *fleet {
 		f.store.Introduce(id)
 		return d
 	}
-	tools, err := xenbus.Dial(b.Context(), domain(0).Store, xenbus.Config{Pipeline: 8})
+	tools, err := xenstore.Dial(b.Context(), domain(0).Store, xenstore.Config{Pipeline: 8})
 	if err != nil {
 		b.Fatal(err)
 	}

@@ -20,13 +20,14 @@ import (
 	"testing"
 	"time"
 
+	"barevif/xenbus/xenstore"
+
 	"barevif/hypercall"
 	"barevif/hypercall/emu"
 	"barevif/hypercall/emu/emutest"
 	"barevif/pvnet"
-	"barevif/xenbus"
-	"barevif/xenbus/store"
 	"barevif/xenbus/toolstack"
+	"barevif/xenbus/xenstore/server"
 )
 
 // backendOf has the test's program be a backend and nothing else, at the emulated host
@@ -97,8 +98,8 @@ func (h held) less(before held, n int) held {
 // A hostedBackend is an emulated host whose backends are in a process of their own.
 type hostedBackend struct {
 	host  *emu.Host
-	store *store.Store
-	tools *xenbus.Client
+	store *server.Store
+	tools *xenstore.Client
 	ask   func() held
 	vifs  int // that were added
 	front []*pvnet.Device
@@ -106,7 +107,7 @@ type hostedBackend struct {
 
 func newHostedBackend(t testing.TB) *hostedBackend {
 	t.Helper()
-	p := &hostedBackend{store: store.New(store.Config{Privileged: []hypercall.DomID{backDomain}})}
+	p := &hostedBackend{store: server.New(server.Config{Privileged: []hypercall.DomID{backDomain}})}
 	path := filepath.Join(emutest.SocketDir(t), "xen")
 	var err error
 	p.host, err = emu.Listen(path, emu.Config{
@@ -119,7 +120,7 @@ func newHostedBackend(t testing.TB) *hostedBackend {
 		p.host.Close()
 		p.store.Close()
 	})
-	if p.tools, err = xenbus.Dial(t.Context(), p.domain(t, 0).Store, xenbus.Config{Pipeline: 8}); err != nil {
+	if p.tools, err = xenstore.Dial(t.Context(), p.domain(t, 0).Store, xenstore.Config{Pipeline: 8}); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { p.tools.Close() })

@@ -10,6 +10,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"barevif/xenbus/xenstore"
+
 	"barevif/hypercall"
 	"barevif/telemetry"
 	"barevif/xenbus"
@@ -452,7 +454,7 @@ func (l *life) write(s xenbus.State) bool {
 	defer cancel()
 	if err := l.xd.SetState(ctx, s); err != nil {
 		l.d.trouble.Store(&err)
-		final := errors.Is(err, xenbus.ErrAccess) || errors.Is(err, xenbus.ErrQuota)
+		final := errors.Is(err, xenstore.ErrAccess) || errors.Is(err, xenstore.ErrQuota)
 		switch {
 		case errors.Is(err, xenbus.ErrGone), errors.Is(err, xenbus.ErrClaimed):
 		case l.first != nil && l.kind == xenbus.Frontend && final:

@@ -14,8 +14,8 @@ import (
 	"barevif/hypercall"
 	"barevif/hypercall/emu"
 	"barevif/pvnet"
-	"barevif/xenbus/store/labtest"
 	"barevif/xenbus/toolstack"
+	"barevif/xenbus/xenstore/server/labtest"
 )
 
 // A slowDomain is one in which a copy may take for ever.

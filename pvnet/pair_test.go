@@ -9,7 +9,7 @@ import (
 	"barevif/hypercall/emu"
 	"barevif/telemetry"
 	"barevif/xenbus"
-	"barevif/xenbus/store/labtest"
+	"barevif/xenbus/xenstore/server/labtest"
 )
 
 // A pair is a frontend and a backend joined without xenstore, for tests of what

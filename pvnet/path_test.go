@@ -14,7 +14,7 @@ import (
 	"barevif/hypercall"
 	"barevif/hypercall/emu"
 	"barevif/telemetry"
-	"barevif/xenbus/store/labtest"
+	"barevif/xenbus/xenstore/server/labtest"
 )
 
 var sizes = []int{14, 15, 60, 64, 1500, 1514, 3967, 3968, 3969, 4095, 4096, 4097, 8191, 8192, 9014, 40000, 65534, 65535}

@@ -15,8 +15,8 @@ import (
 	"barevif/hypercall/emu"
 	"barevif/pvnet"
 	"barevif/telemetry"
-	"barevif/xenbus/store/labtest"
 	"barevif/xenbus/toolstack"
+	"barevif/xenbus/xenstore/server/labtest"
 )
 
 // A ledger is the account of the devices that were one end of a vif.

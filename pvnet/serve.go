@@ -11,6 +11,8 @@ import (
 	"sync"
 	"time"
 
+	"barevif/xenbus/xenstore"
+
 	"barevif/hypercall"
 	"barevif/pvnet/netif"
 	"barevif/telemetry"
@@ -61,11 +63,11 @@ func serve(ctx context.Context, domain hypercall.Domain, cfg ServeConfig, accept
 	if err := cfg.check(domain); err != nil {
 		return err
 	}
-	store := xenbus.Config{Logger: cfg.Logger}
+	store := xenstore.Config{Logger: cfg.Logger}
 	if domain.ID() != 0 { // which alone has no quota, and may read everything
 		store.Watches = watchesEach
 	}
-	client, err := xenbus.Dial(ctx, domain.Store, store)
+	client, err := xenstore.Dial(ctx, domain.Store, store)
 	if err != nil {
 		return err
 	}
@@ -111,7 +113,7 @@ const watchesEach = 32
 // A server serves directories, each on a goroutine of its own. What goes wrong with
 // one is nobody else's problem.
 type server struct {
-	client   *xenbus.Client
+	client   *xenstore.Client
 	presence *xenbus.Presence // nil: none
 	domain   hypercall.Domain
 	cfg      ServeConfig
@@ -189,7 +191,7 @@ func (s *server) claim(ctx context.Context, id xenbus.BackendID) (*xenbus.Device
 	if err := xd.ClaimAs(ctx, s.presence, claimPatience); err != nil {
 		closing, cancel := context.WithTimeout(context.Background(), storePatience)
 		defer cancel()
-		if own := xd.Current().Own; errors.Is(err, xenbus.ErrQuota) && (own == xenbus.Initialising || own == xenbus.Unknown) {
+		if own := xd.Current().Own; errors.Is(err, xenstore.ErrQuota) && (own == xenbus.Initialising || own == xenbus.Unknown) {
 			// Nobody else serves it: there is no claim. A state tells the frontend
 			// that it waits in vain even where no node can.
 			xd.Tell(closing, err)
@@ -242,7 +244,7 @@ func (s *server) outlast(ctx context.Context, dir string, away bool) {
 			online, err = s.client.Read(ctx, dir+"/"+netif.KeyOnline)
 		}
 		switch {
-		case errors.Is(err, xenbus.ErrNotFound), errors.Is(err, xenbus.ErrAccess):
+		case errors.Is(err, xenstore.ErrNotFound), errors.Is(err, xenstore.ErrAccess):
 			return
 		case err == nil && (state == strconv.Itoa(int(xenbus.Initialising)) || online != "0"):
 			return
@@ -301,7 +303,7 @@ func (b *back) identify(ctx context.Context, xd *xenbus.Device) error {
 
 // prepare publishes what we can do.
 func (b *back) prepare(ctx context.Context, xd *xenbus.Device) error {
-	keys := xenbus.Values{
+	keys := xenstore.Values{
 		netif.KeyFeatureRxCopy:        "1",
 		netif.KeyFeatureSG:            "1",
 		netif.KeyFeatureSplitChannels: "1",
@@ -331,7 +333,7 @@ func (b *back) prepare(ctx context.Context, xd *xenbus.Device) error {
 
 // published reads all that a connection is made from: the rings of the queues that are
 // asked for, and no others, since each key is a round trip.
-func (b *back) published(ctx context.Context, xd *xenbus.Device) (xenbus.Values, error) {
+func (b *back) published(ctx context.Context, xd *xenbus.Device) (xenstore.Values, error) {
 	keys := []string{netif.KeyFeatureNoCsumOffload, netif.KeyFeatureIPv6CsumOffload,
 		netif.KeyFeatureGSOTCPv4, netif.KeyFeatureGSOTCPv6, netif.KeyRequestRxCopy, netif.KeyFeatureSG, netif.KeyNumQueues}
 	prefixes := []string{""}
@@ -354,7 +356,7 @@ func (b *back) published(ctx context.Context, xd *xenbus.Device) (xenbus.Values,
 
 func (b *back) same(ctx context.Context, xd *xenbus.Device, c *conn) (bool, error) {
 	v, err := b.published(ctx, xd)
-	if errors.Is(err, xenbus.ErrAccess) { // the frontend it was made for is another's
+	if errors.Is(err, xenstore.ErrAccess) { // the frontend it was made for is another's
 		return false, nil
 	}
 	return maps.Equal(v, c.made), err
@@ -427,7 +429,7 @@ func (b *back) attach(ctx context.Context, xd *xenbus.Device, c *conn) error {
 }
 
 // parseKeys reads one queue's keys: the pair of event channels, or one for both.
-func parseKeys(v xenbus.Values, prefix string) (k queueKeys, err error) {
+func parseKeys(v xenstore.Values, prefix string) (k queueKeys, err error) {
 	number := func(key string) uint32 {
 		n, e := v.Uint(prefix+key, 1<<32-1, 0)
 		if e == nil && n == 0 { // no ref and no port is ever 0

@@ -8,7 +8,7 @@ import (
 	"barevif/hypercall"
 	"barevif/hypercall/emu"
 	"barevif/telemetry"
-	"barevif/xenbus/store/labtest"
+	"barevif/xenbus/xenstore/server/labtest"
 )
 
 // storm notifies p until stop is called.

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"strings"
 
+	"barevif/xenbus/xenstore"
+
 	"barevif/hypercall"
 )
 
@@ -26,9 +28,9 @@ type BackendEvent struct {
 // Backends watches for devices this domain is to serve: directories
 // backend/<type>/<frontend domain>/<id>. It is for one goroutine.
 type Backends struct {
-	c       *Client
+	c       *xenstore.Client
 	dir     string
-	w       *Watch
+	w       *xenstore.Watch
 	known   map[BackendID]bool
 	pending []BackendEvent
 	rescan  map[string]bool // frontend domains to list again
@@ -37,10 +39,10 @@ type Backends struct {
 
 // WatchBackends begins to watch for devices of a type. Those that are there
 // already are reported first.
-func WatchBackends(ctx context.Context, c *Client, typ string) (*Backends, error) {
+func WatchBackends(ctx context.Context, c *xenstore.Client, typ string) (*Backends, error) {
 	dir := "backend/" + typ
-	if !ValidName(typ) {
-		return nil, &ValueError{Value: Clip(typ), Want: "a device type"}
+	if !xenstore.ValidName(typ) {
+		return nil, &xenstore.ValueError{Value: xenstore.Clip(typ), Want: "a device type"}
 	}
 	w, err := c.WatchTree(ctx, dir) // covers all that our Devices watch there
 	if err != nil {
@@ -97,7 +99,7 @@ func (b *Backends) note() {
 		}
 		dom, rest, _ := strings.Cut(rest, "/")
 		id, _, inside := strings.Cut(rest, "/")
-		front, err := ParseUint(dom, 1<<16-1)
+		front, err := xenstore.ParseUint(dom, 1<<16-1)
 		if err != nil || inside && b.known[BackendID{hypercall.DomID(front), id}] {
 			continue
 		}
@@ -109,7 +111,7 @@ func (b *Backends) note() {
 func (b *Backends) scan(ctx context.Context) error {
 	if b.all {
 		doms, err := b.c.Directory(ctx, b.dir)
-		if err != nil && !errors.Is(err, ErrNotFound) && !errors.Is(err, ErrAccess) {
+		if err != nil && !errors.Is(err, xenstore.ErrNotFound) && !errors.Is(err, xenstore.ErrAccess) {
 			return err
 		}
 		for _, dom := range doms {
@@ -121,7 +123,7 @@ func (b *Backends) scan(ctx context.Context) error {
 		b.all = false
 	}
 	for dom := range b.rescan {
-		front, err := ParseUint(dom, 1<<16-1)
+		front, err := xenstore.ParseUint(dom, 1<<16-1)
 		if err != nil {
 			delete(b.rescan, dom)
 			continue

@@ -9,6 +9,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"barevif/xenbus/xenstore"
 )
 
 // A claim is a node in the device's directory: a random id, a blank, and a number
@@ -99,14 +101,14 @@ func (d *Device) ClaimAs(ctx context.Context, p *Presence, wait time.Duration) e
 // holds it, and leaves a challenge.
 func (d *Device) seize(ctx context.Context, me, stale string) (held string, err error) {
 	kept := false
-	err = d.c.Transact(ctx, func(tx Tx) error {
-		if _, err := tx.Read(d.dir + "/state"); errors.Is(err, ErrNotFound) || errors.Is(err, ErrAccess) {
+	err = d.c.Transact(ctx, func(tx xenstore.Tx) error {
+		if _, err := tx.Read(d.dir + "/state"); errors.Is(err, xenstore.ErrNotFound) || errors.Is(err, xenstore.ErrAccess) {
 			return ErrGone
 		} else if err != nil {
 			return err
 		}
 		value, err := tx.Read(d.dir + claimKey)
-		if err != nil && !errors.Is(err, ErrNotFound) {
+		if err != nil && !errors.Is(err, xenstore.ErrNotFound) {
 			return err
 		}
 		there := err == nil
@@ -178,11 +180,11 @@ func (d *Device) keepClaim(ctx context.Context) (renewed bool, err error) {
 
 // answer moves the number on: value has a challenge.
 func (d *Device) answer(ctx context.Context, value, me, number string) error {
-	n, err := ParseUint(number, 1<<62)
+	n, err := xenstore.ParseUint(number, 1<<62)
 	if err != nil {
 		n = 0
 	}
-	return d.c.Transact(ctx, func(tx Tx) error {
+	return d.c.Transact(ctx, func(tx xenstore.Tx) error {
 		if now, err := tx.Read(d.dir + claimKey); err != nil || now != value {
 			return err // the event of that change brings us here again
 		}
@@ -199,9 +201,9 @@ func (d *Device) unclaim(ctx context.Context) error {
 	if me == "" {
 		return nil
 	}
-	err := d.c.Transact(ctx, func(tx Tx) error {
+	err := d.c.Transact(ctx, func(tx xenstore.Tx) error {
 		value, err := tx.Read(d.dir + claimKey)
-		if errors.Is(err, ErrNotFound) || errors.Is(err, ErrAccess) {
+		if errors.Is(err, xenstore.ErrNotFound) || errors.Is(err, xenstore.ErrAccess) {
 			return nil
 		}
 		if _, owner, _, _ := split(value); err != nil || owner != me {

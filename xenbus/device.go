@@ -12,6 +12,8 @@ import (
 	"sync"
 	"time"
 
+	"barevif/xenbus/xenstore"
+
 	"barevif/hypercall"
 	"barevif/xenbus/internal/pause"
 )
@@ -34,14 +36,14 @@ type NoDeviceError struct {
 
 func (e *NoDeviceError) Error() string {
 	if len(e.Have) == 0 {
-		return fmt.Sprintf("no device at %q, nor any other", Clip(e.Dir))
+		return fmt.Sprintf("no device at %q, nor any other", xenstore.Clip(e.Dir))
 	}
 	// Ids are numbers: without quotation marks one reads as how many there are.
-	return fmt.Sprintf("no device at %q; the devices there are: %s", Clip(e.Dir), strings.Trim(fmt.Sprintf("%q", e.Have), "[]"))
+	return fmt.Sprintf("no device at %q; the devices there are: %s", xenstore.Clip(e.Dir), strings.Trim(fmt.Sprintf("%q", e.Have), "[]"))
 }
 
 // Unwrap gives ErrNotFound.
-func (e *NoDeviceError) Unwrap() error { return ErrNotFound }
+func (e *NoDeviceError) Unwrap() error { return xenstore.ErrNotFound }
 
 // A WaitError is a wait that ended before what it waited for came.
 type WaitError struct {
@@ -71,13 +73,13 @@ const maxSeen = 16
 // both say. One goroutine of its own reads them again when xenstore says they may
 // have changed. Methods may be called from any goroutine.
 type Device struct {
-	c       *Client
+	c       *xenstore.Client
 	role    Role
 	typ, id string
 	dir     string // ours, relative to the domain's home
 	cancel  context.CancelFunc
 	done    chan struct{}
-	own     *Watch // on dir
+	own     *xenstore.Watch // on dir
 	changes chan Change
 	poke    chan struct{} // holds one: look at our directory again
 	setting sync.Mutex    // held by SetState throughout
@@ -107,14 +109,14 @@ type end struct {
 }
 
 // Frontends lists the ids of this domain's devices of a type, in order.
-func Frontends(ctx context.Context, c *Client, typ string) ([]string, error) {
+func Frontends(ctx context.Context, c *xenstore.Client, typ string) ([]string, error) {
 	return list(ctx, c, "device/"+typ)
 }
 
 // list gives the device ids below dir, none if it is not there.
-func list(ctx context.Context, c *Client, dir string) ([]string, error) {
+func list(ctx context.Context, c *xenstore.Client, dir string) ([]string, error) {
 	all, err := c.Directory(ctx, dir)
-	if errors.Is(err, ErrNotFound) || errors.Is(err, ErrAccess) {
+	if errors.Is(err, xenstore.ErrNotFound) || errors.Is(err, xenstore.ErrAccess) {
 		return nil, nil
 	}
 	if err != nil {
@@ -129,7 +131,7 @@ func list(ctx context.Context, c *Client, dir string) ([]string, error) {
 
 // validID says whether id is a device number as the toolstack writes it.
 func validID(id string) bool {
-	_, err := ParseUint(id, 1<<31-1)
+	_, err := xenstore.ParseUint(id, 1<<31-1)
 	return err == nil
 }
 
@@ -137,19 +139,19 @@ func validID(id string) bool {
 // for the keys the toolstack writes, until ctx ends: then a [*WaitError] that says
 // which are missing. A device that is not there is a [*NoDeviceError]; keys that
 // contradict each other are a [*ValueError].
-func OpenFrontend(ctx context.Context, c *Client, typ, id string) (*Device, error) {
+func OpenFrontend(ctx context.Context, c *xenstore.Client, typ, id string) (*Device, error) {
 	return openDevice(ctx, c, &Device{role: Frontend, typ: typ, id: id, dir: "device/" + typ + "/" + id}, "device/"+typ)
 }
 
 // OpenBackend opens the end this domain serves of another's device; typ is the
 // backend type, by which the toolstack chose us. It waits as OpenFrontend does,
 // also for the frontend's state.
-func OpenBackend(ctx context.Context, c *Client, typ string, front hypercall.DomID, id string) (*Device, error) {
+func OpenBackend(ctx context.Context, c *xenstore.Client, typ string, front hypercall.DomID, id string) (*Device, error) {
 	parent := fmt.Sprintf("backend/%s/%d", typ, front)
 	return openDevice(ctx, c, &Device{role: Backend, typ: typ, id: id, dir: parent + "/" + id}, parent)
 }
 
-func openDevice(ctx context.Context, c *Client, d *Device, parent string) (*Device, error) {
+func openDevice(ctx context.Context, c *xenstore.Client, d *Device, parent string) (*Device, error) {
 	d.c = c
 	d.done = make(chan struct{})
 	d.changes = make(chan Change, 1)
@@ -161,13 +163,13 @@ func openDevice(ctx context.Context, c *Client, d *Device, parent string) (*Devi
 		}
 		return &NoDeviceError{d.dir, have}
 	}
-	if !ValidName(d.typ) {
+	if !xenstore.ValidName(d.typ) {
 		return nil, &NoDeviceError{Dir: d.dir}
 	}
 	if !validID(d.id) {
 		return nil, absent()
 	}
-	if _, err := c.Read(ctx, d.dir); errors.Is(err, ErrNotFound) || errors.Is(err, ErrAccess) {
+	if _, err := c.Read(ctx, d.dir); errors.Is(err, xenstore.ErrNotFound) || errors.Is(err, xenstore.ErrAccess) {
 		return nil, absent()
 	} else if err != nil {
 		return nil, err
@@ -284,7 +286,7 @@ func (d *Device) SetState(ctx context.Context, s State) error {
 	}
 	d.mu.Unlock()
 
-	err := d.c.Transact(ctx, func(tx Tx) error {
+	err := d.c.Transact(ctx, func(tx xenstore.Tx) error {
 		was, err := d.guard(tx)
 		if err != nil || was == s.value() {
 			return err
@@ -303,7 +305,7 @@ func (d *Device) SetState(ctx context.Context, s State) error {
 		d.lookAgain()
 	}
 	if err != nil {
-		var refused *Error
+		var refused *xenstore.Error
 		switch {
 		case errors.Is(err, ErrGone):
 			if !read {
@@ -335,9 +337,9 @@ func (d *Device) lookAgain() {
 
 // guard makes a transaction fail unless the directory is there and ours. It gives
 // the state that is written now.
-func (d *Device) guard(tx Tx) (state string, err error) {
+func (d *Device) guard(tx xenstore.Tx) (state string, err error) {
 	state, err = tx.Read(d.dir + "/state")
-	if errors.Is(err, ErrNotFound) || errors.Is(err, ErrAccess) {
+	if errors.Is(err, xenstore.ErrNotFound) || errors.Is(err, xenstore.ErrAccess) {
 		return "", ErrGone
 	}
 	if err != nil {
@@ -347,7 +349,7 @@ func (d *Device) guard(tx Tx) (state string, err error) {
 	claim, w := d.claim, d.writtenLocked()
 	d.mu.Unlock()
 	if !w.ours(state) && w.restarted(state) {
-		if mark, err := tx.Read(d.dir + "/" + w.mark); errors.Is(err, ErrNotFound) || err == nil && mark == "" {
+		if mark, err := tx.Read(d.dir + "/" + w.mark); errors.Is(err, xenstore.ErrNotFound) || err == nil && mark == "" {
 			return "", ErrGone
 		} else if err != nil {
 			return "", err
@@ -357,7 +359,7 @@ func (d *Device) guard(tx Tx) (state string, err error) {
 		return state, nil
 	}
 	owner, err := tx.Read(d.dir + claimKey)
-	if errors.Is(err, ErrNotFound) || err == nil && owner == "" { // made anew: ours was in another one
+	if errors.Is(err, xenstore.ErrNotFound) || err == nil && owner == "" { // made anew: ours was in another one
 		return "", ErrGone
 	}
 	if err != nil {
@@ -401,8 +403,8 @@ func (w written) restarted(found string) bool {
 // Publish sets keys of our directory, and removes others with all below them, in
 // one transaction: the peer sees all of it or nothing. Keys may have several
 // components. ErrGone and ErrClaimed as in SetState; ErrQuota if xenstore is full.
-func (d *Device) Publish(ctx context.Context, keys Values, remove ...string) error {
-	err := d.c.Transact(ctx, func(tx Tx) error {
+func (d *Device) Publish(ctx context.Context, keys xenstore.Values, remove ...string) error {
+	err := d.c.Transact(ctx, func(tx xenstore.Tx) error {
 		if _, err := d.guard(tx); err != nil {
 			return err
 		}
@@ -434,14 +436,14 @@ func (d *Device) Publish(ctx context.Context, keys Values, remove ...string) err
 // cleans up, as in a driver domain. One that is gone is no error. ErrClaimed as in
 // SetState.
 func (d *Device) Remove(ctx context.Context) error {
-	err := d.c.Transact(ctx, func(tx Tx) error {
+	err := d.c.Transact(ctx, func(tx xenstore.Tx) error {
 		if _, err := d.guard(tx); err != nil {
 			return err
 		}
 		if err := tx.Remove(d.dir); err != nil || d.role == Frontend {
 			return err
 		}
-		if err := removeEmpty(tx, parentOf(d.dir)); !errors.Is(err, ErrAccess) { // it may be the toolstack's
+		if err := removeEmpty(tx, parentOf(d.dir)); !errors.Is(err, xenstore.ErrAccess) { // it may be the toolstack's
 			return err
 		}
 		return nil
@@ -455,7 +457,7 @@ func (d *Device) Remove(ctx context.Context) error {
 func parentOf(dir string) string { return dir[:strings.LastIndexByte(dir, '/')] }
 
 // removeEmpty removes a directory in which there is nothing.
-func removeEmpty(tx Tx, dir string) error {
+func removeEmpty(tx xenstore.Tx, dir string) error {
 	left, err := tx.Directory(dir)
 	if err != nil || len(left) > 0 {
 		return err
@@ -481,12 +483,12 @@ func (d *Device) OwnKeys(ctx context.Context) ([]string, error) {
 
 // OwnValues reads keys of our directory in one transaction. Those that are not
 // there are not in the result.
-func (d *Device) OwnValues(ctx context.Context, keys ...string) (Values, error) {
+func (d *Device) OwnValues(ctx context.Context, keys ...string) (xenstore.Values, error) {
 	return d.c.ReadKeys(ctx, d.dir, keys...)
 }
 
 // PeerValues is OwnValues for the other end's directory.
-func (d *Device) PeerValues(ctx context.Context, keys ...string) (Values, error) {
+func (d *Device) PeerValues(ctx context.Context, keys ...string) (xenstore.Values, error) {
 	dir, _ := d.Peer()
 	return d.c.ReadKeys(ctx, dir, keys...)
 }
@@ -497,10 +499,10 @@ func (d *Device) PeerValues(ctx context.Context, keys ...string) (Values, error)
 func (d *Device) Fail(ctx context.Context, why error) error {
 	dir := "error/" + d.dir
 	if why == nil {
-		if _, err := d.c.Read(ctx, parentOf(dir)); errors.Is(err, ErrNotFound) {
+		if _, err := d.c.Read(ctx, parentOf(dir)); errors.Is(err, xenstore.ErrNotFound) {
 			return nil // the usual case, in which there is nothing to commit
 		}
-		err := d.c.Transact(ctx, func(tx Tx) error {
+		err := d.c.Transact(ctx, func(tx xenstore.Tx) error {
 			err := tx.Remove(dir)
 			// Not error itself, which a guest could not make again.
 			for up := parentOf(dir); err == nil && up != "error"; up = parentOf(up) {
@@ -508,7 +510,7 @@ func (d *Device) Fail(ctx context.Context, why error) error {
 			}
 			return err
 		})
-		if errors.Is(err, ErrNotFound) {
+		if errors.Is(err, xenstore.ErrNotFound) {
 			return nil
 		}
 		return err

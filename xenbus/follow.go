@@ -9,13 +9,15 @@ import (
 	"strings"
 	"time"
 
+	"barevif/xenbus/xenstore"
+
 	"barevif/hypercall"
 )
 
 // find waits for the keys that name the other end, and checks them.
 func (d *Device) find(ctx context.Context) (end, error) {
 	var (
-		other *Watch // on the peer's directory, once it is known
+		other *xenstore.Watch // on the peer's directory, once it is known
 		where string
 	)
 	defer func() {
@@ -70,7 +72,7 @@ func (d *Device) resolve(ctx context.Context) (peer end, missing []string, err e
 		dirKey, idKey = "frontend", "frontend-id"
 	}
 	v, err := d.c.ReadKeys(ctx, d.dir, dirKey, idKey, "state")
-	if errors.Is(err, ErrAccess) {
+	if errors.Is(err, xenstore.ErrAccess) {
 		return end{}, nil, ErrGone
 	}
 	if err != nil {
@@ -82,7 +84,7 @@ func (d *Device) resolve(ctx context.Context) (peer end, missing []string, err e
 		}
 	}
 	if len(missing) == 3 { // all of it?
-		if _, err := d.c.Read(ctx, d.dir); errors.Is(err, ErrNotFound) || errors.Is(err, ErrAccess) {
+		if _, err := d.c.Read(ctx, d.dir); errors.Is(err, xenstore.ErrNotFound) || errors.Is(err, xenstore.ErrAccess) {
 			return end{}, nil, ErrGone
 		}
 	}
@@ -107,33 +109,33 @@ func (d *Device) resolve(ctx context.Context) (peer end, missing []string, err e
 func (d *Device) checkBackend(ctx context.Context, peer end) (missing []string, err error) {
 	rest, ok := strings.CutPrefix(peer.dir, fmt.Sprintf("/local/domain/%d/backend/", peer.dom))
 	parts := strings.Split(rest, "/") // type, frontend domain, handle
-	if !ok || !ValidPath(peer.dir) || len(parts) != 3 {
+	if !ok || !xenstore.ValidPath(peer.dir) || len(parts) != 3 {
 		return nil, d.bad("backend", peer.dir, fmt.Sprintf("a backend directory of domain %d", peer.dom))
 	}
-	us, err := ParseUint(parts[1], 1<<16-1)
+	us, err := xenstore.ParseUint(parts[1], 1<<16-1)
 	if err != nil {
 		return nil, d.bad("backend", peer.dir, "a backend directory with a domain in it")
 	}
 	front, err := d.c.Read(ctx, peer.dir+"/frontend")
 	switch {
-	case errors.Is(err, ErrAccess): // nothing to hold it against
+	case errors.Is(err, xenstore.ErrAccess): // nothing to hold it against
 		return nil, nil
-	case errors.Is(err, ErrNotFound):
+	case errors.Is(err, xenstore.ErrNotFound):
 		return []string{peer.dir + "/frontend"}, nil
 	case err != nil:
 		return nil, err
 	case front != fmt.Sprintf("/local/domain/%d/%s", us, d.dir):
-		return nil, &ValueError{peer.dir + "/frontend", Clip(front), "our directory"}
+		return nil, &xenstore.ValueError{Path: peer.dir + "/frontend", Value: xenstore.Clip(front), Want: "our directory"}
 	}
 	// Qubes does not let a guest read this one.
 	id, err := d.c.Read(ctx, peer.dir+"/frontend-id")
 	switch {
-	case errors.Is(err, ErrAccess), errors.Is(err, ErrNotFound):
+	case errors.Is(err, xenstore.ErrAccess), errors.Is(err, xenstore.ErrNotFound):
 		return nil, nil
 	case err != nil:
 		return nil, err
 	case id != fmt.Sprint(us):
-		return nil, &ValueError{peer.dir + "/frontend-id", Clip(id), "our domain"}
+		return nil, &xenstore.ValueError{Path: peer.dir + "/frontend-id", Value: xenstore.Clip(id), Want: "our domain"}
 	}
 	return nil, nil
 }
@@ -145,23 +147,23 @@ func (d *Device) checkFrontend(ctx context.Context, peer end) (missing []string,
 		return nil, d.bad("frontend-id", fmt.Sprint(peer.dom), "the domain in our path")
 	}
 	rest, ok := strings.CutPrefix(peer.dir, fmt.Sprintf("/local/domain/%d/device/", peer.dom))
-	if !ok || !ValidPath(peer.dir) || strings.Count(rest, "/") != 1 {
+	if !ok || !xenstore.ValidPath(peer.dir) || strings.Count(rest, "/") != 1 {
 		return nil, d.bad("frontend", peer.dir, fmt.Sprintf("a device directory of domain %d", peer.dom))
 	}
 	_, err = d.c.Read(ctx, peer.dir+"/state")
-	if errors.Is(err, ErrNotFound) || errors.Is(err, ErrAccess) {
+	if errors.Is(err, xenstore.ErrNotFound) || errors.Is(err, xenstore.ErrAccess) {
 		return []string{peer.dir + "/state"}, nil
 	}
 	return nil, err
 }
 
 func (d *Device) bad(key, value, want string) error {
-	return &ValueError{d.dir + "/" + key, Clip(value), want}
+	return &xenstore.ValueError{Path: d.dir + "/" + key, Value: xenstore.Clip(value), Want: want}
 }
 
 // locate puts our directory before the key of a ValueError.
 func (d *Device) locate(err error) error {
-	if e, ok := err.(*ValueError); ok {
+	if e, ok := err.(*xenstore.ValueError); ok {
 		e.Path = d.dir + "/" + e.Path
 	}
 	return err
@@ -171,8 +173,8 @@ func (d *Device) locate(err error) error {
 func (d *Device) run(ctx context.Context) {
 	defer d.end()
 	var (
-		other  *Watch // on the peer's state
-		target end    // whose state that is
+		other  *xenstore.Watch // on the peer's state
+		target end             // whose state that is
 		retry  <-chan time.Time
 		stale  parts
 		said   bool // of the quota of watches
@@ -195,7 +197,7 @@ func (d *Device) run(ctx context.Context) {
 			w, err := d.c.Watch(ctx, peer.dir+"/state")
 			if err != nil {
 				retry, trouble = time.After(retryPause), err
-				if errors.Is(err, ErrQuota) { // which passes when someone else lets go
+				if errors.Is(err, xenstore.ErrQuota) { // which passes when someone else lets go
 					retry = time.After(time.Second)
 					if !said {
 						d.c.Logger().Warn("cannot watch the other end", "err", err)
@@ -331,7 +333,7 @@ func (d *Device) refresh(ctx context.Context, stale parts) (left parts, err erro
 		found := false
 		if d.role == Frontend && (stale.backend || stale.anew) && !ch.Gone {
 			at, missing, err := d.resolve(ctx)
-			var bad *ValueError
+			var bad *xenstore.ValueError
 			switch {
 			case errors.As(err, &bad) || len(missing) > 0:
 				// Half written: the event of the other half brings us here again.
@@ -422,7 +424,7 @@ func (d *Device) readOwn(ctx context.Context, ch *Change, mine written) (anew bo
 	case mine.writing != Unknown: // SetState writes over it, or has us look again
 		ch.Own = mine.last
 	default:
-		ch.Own, ch.Overwritten = mine.last, strconv.Quote(Clip(state))
+		ch.Own, ch.Overwritten = mine.last, strconv.Quote(xenstore.Clip(state))
 	}
 	return anew, nil
 }
@@ -466,7 +468,7 @@ func (d *Device) readPeer(ctx context.Context, peer end, ch *Change) error {
 // hot-unplug is the same.
 func (d *Device) lookup(ctx context.Context, path string) (value string, there bool, err error) {
 	value, err = d.c.Read(ctx, path)
-	if errors.Is(err, ErrNotFound) || errors.Is(err, ErrAccess) {
+	if errors.Is(err, xenstore.ErrNotFound) || errors.Is(err, xenstore.ErrAccess) {
 		return "", false, nil
 	}
 	return value, err == nil, err
@@ -477,7 +479,7 @@ func (d *Device) lookups(ctx context.Context, paths ...string) (values []string,
 	values, errs := d.c.ReadAll(ctx, paths...)
 	there = make([]bool, len(paths))
 	for i, err := range errs {
-		if err != nil && !errors.Is(err, ErrNotFound) && !errors.Is(err, ErrAccess) {
+		if err != nil && !errors.Is(err, xenstore.ErrNotFound) && !errors.Is(err, xenstore.ErrAccess) {
 			return nil, nil, err
 		}
 		there[i] = err == nil

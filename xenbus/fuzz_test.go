@@ -9,8 +9,11 @@ import (
 	"testing/synctest"
 	"time"
 
+	"barevif/xenbus/xenstore"
+
 	"barevif/xenbus"
-	"barevif/xenbus/wire"
+	"barevif/xenbus/xenstore/wire"
+	"barevif/xenbus/xenstore/wire/wiretest"
 )
 
 // What a hostile server does about one request: a byte that says how, a byte n,
@@ -62,24 +65,24 @@ func answer(t *testing.T, script []byte) {
 	}
 	open := func(context.Context) (io.ReadWriteCloser, error) {
 		ours, theirs := net.Pipe()
-		p := &peer{t, theirs}
+		p := wiretest.NewPeer(t, theirs)
 		servers.Go(func() {
 			defer theirs.Close()
-			p.serve(func(m message) {
+			p.Serve(func(m wiretest.Message) {
 				head := append(take(2), 0, 0)
 				body := string(take(int(head[1])))
 				switch head[0] % replies {
 				case replyWell:
-					p.reply(m, body)
+					p.Reply(m, body)
 				case replyError:
-					p.send(wire.Error, m.ReqID, m.TxID, body)
+					p.Send(wire.Error, m.ReqID, m.TxID, body)
 				case replyEvent:
-					p.send(wire.WatchEvent, m.ReqID, 0, body)
-					p.reply(m, "OK\x00")
+					p.Send(wire.WatchEvent, m.ReqID, 0, body)
+					p.Reply(m, "OK\x00")
 				case replyID:
-					p.send(m.Op, m.ReqID+uint32(len(body)), m.TxID, body)
+					p.Send(m.Op, m.ReqID+uint32(len(body)), m.TxID, body)
 				case replyType:
-					p.send(m.Op+wire.Op(len(body)), m.ReqID, m.TxID, body)
+					p.Send(m.Op+wire.Op(len(body)), m.ReqID, m.TxID, body)
 				case replyRaw:
 					theirs.Write([]byte(body))
 				case replyHang:
@@ -89,7 +92,7 @@ func answer(t *testing.T, script []byte) {
 		})
 		return ours, nil
 	}
-	c, err := xenbus.Dial(ctx, open, xenbus.Config{Pipeline: 2})
+	c, err := xenstore.Dial(ctx, open, xenstore.Config{Pipeline: 2})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -107,7 +110,7 @@ func answer(t *testing.T, script []byte) {
 			}
 		},
 		func() {
-			c.Transact(ctx, func(tx xenbus.Tx) error {
+			c.Transact(ctx, func(tx xenstore.Tx) error {
 				_, err := tx.Read("/a")
 				return err
 			})

@@ -7,6 +7,8 @@ import (
 	"strings"
 	"time"
 
+	"barevif/xenbus/xenstore"
+
 	"barevif/hypercall"
 	"barevif/xenbus/internal/pause"
 )
@@ -61,7 +63,7 @@ const (
 // that is there proves nothing: its number may be another's by now.
 func (p *Presence) patience(ctx context.Context, owner string, wait time.Duration) time.Duration {
 	_, number, ok := strings.Cut(owner, ":")
-	port, err := ParseUint(number, 1<<32-1)
+	port, err := xenstore.ParseUint(number, 1<<32-1)
 	if p == nil || !ok || err != nil || port == 0 {
 		return wait
 	}

@@ -3,6 +3,8 @@ package xenbus
 import (
 	"context"
 	"errors"
+
+	"barevif/xenbus/xenstore"
 )
 
 // KeyReason is the key of a backend's directory under which it says why it does not
@@ -17,7 +19,7 @@ const mostReason = 512
 // it, or with "", takes it back.
 func (d *Device) Tell(ctx context.Context, why error) error {
 	text := why.Error()
-	return d.Publish(ctx, Values{KeyReason: text[:min(len(text), mostReason)]})
+	return d.Publish(ctx, xenstore.Values{KeyReason: text[:min(len(text), mostReason)]})
 }
 
 // PeerReason is what the other end says of why it does not connect, "" if nothing.
@@ -33,7 +35,7 @@ func (d *Device) PeerReason(ctx context.Context) string {
 // clear removes keys of our directory. A backend leaves one that is empty: a
 // toolstack may have made it, so that it can be written whatever the quota, and to
 // the frontend it says no more than one that is missing.
-func (d *Device) clear(tx Tx, keys ...string) error {
+func (d *Device) clear(tx xenstore.Tx, keys ...string) error {
 	paths := make([]string, len(keys))
 	for i, key := range keys {
 		paths[i] = d.dir + "/" + key
@@ -42,7 +44,7 @@ func (d *Device) clear(tx Tx, keys ...string) error {
 		values, errs := tx.ReadAll(paths...)
 		said := paths[:0]
 		for i, path := range paths {
-			if !errors.Is(errs[i], ErrNotFound) && (errs[i] != nil || values[i] != "") {
+			if !errors.Is(errs[i], xenstore.ErrNotFound) && (errs[i] != nil || values[i] != "") {
 				said = append(said, path)
 			}
 		}

@@ -1,6 +1,10 @@
 package xenbus
 
-import "fmt"
+import (
+	"fmt"
+
+	"barevif/xenbus/xenstore"
+)
 
 // A State is how far one end of a device has come (enum xenbus_state of
 // xen/include/public/io/xenbus.h). Both ends publish theirs under "state".
@@ -35,7 +39,7 @@ func (s State) up() bool { return s == Connected || s == Reconfiguring || s == R
 
 // parseState reads what a peer wrote; garbage is Unknown.
 func parseState(s string) State {
-	n, err := ParseUint(s, uint64(Reconfigured))
+	n, err := xenstore.ParseUint(s, uint64(Reconfigured))
 	if err != nil {
 		return Unknown
 	}

@@ -16,7 +16,7 @@ import (
 
 	"barevif/arena/shm"
 	"barevif/hypercall"
-	"barevif/xenbus/wire"
+	"barevif/xenbus/xenstore/wire"
 )
 
 const (

@@ -20,7 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"barevif/hypercall"
-	"barevif/xenbus/wire"
+	"barevif/xenbus/xenstore/wire"
 )
 
 // idTimeout bounds the question for our own domid; a xenstore that runs answers

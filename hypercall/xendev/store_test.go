@@ -14,7 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"barevif/xenbus/wire"
+	"barevif/xenbus/xenstore/wire"
 )
 
 // newStore is a store on one end of a stream; the other stands for the kernel.

@@ -31,7 +31,7 @@ import (
 	"barevif/arena/shm"
 	"barevif/hypercall"
 	"barevif/hypercall/xendev/privcmd"
-	"barevif/xenbus/wire"
+	"barevif/xenbus/xenstore/wire"
 )
 
 // childEnv makes the test program something to test against: a child of this

@@ -18,8 +18,8 @@ import (
 	"barevif/pvnet"
 	"barevif/pvnet/pvnettest"
 	"barevif/telemetry"
-	"barevif/xenbus/store/labtest"
 	"barevif/xenbus/toolstack"
+	"barevif/xenbus/xenstore/server/labtest"
 
 	"golang.org/x/sys/unix"
 )

@@ -15,8 +15,8 @@ import (
 	"barevif/pvnet"
 	"barevif/pvnet/pvnettest"
 	"barevif/telemetry"
-	"barevif/xenbus/store/labtest"
 	"barevif/xenbus/toolstack"
+	"barevif/xenbus/xenstore/server/labtest"
 
 	"github.com/vishvananda/netlink"
 )

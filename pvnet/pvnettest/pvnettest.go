@@ -10,8 +10,8 @@ import (
 
 	"barevif/hypercall/emu"
 	"barevif/pvnet"
-	"barevif/xenbus/store/labtest"
 	"barevif/xenbus/toolstack"
+	"barevif/xenbus/xenstore/server/labtest"
 )
 
 // A Wire is a vif of a machine of its own.

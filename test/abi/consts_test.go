@@ -6,7 +6,7 @@ import (
 	"barevif/hypercall"
 	"barevif/pvnet/netif"
 	"barevif/xenbus"
-	"barevif/xenbus/wire"
+	"barevif/xenbus/xenstore/wire"
 )
 
 func TestConstantsAreTheHeaders(t *testing.T) {

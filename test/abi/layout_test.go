@@ -11,7 +11,7 @@ import (
 	"barevif/hypercall"
 	"barevif/pvnet/netif"
 	"barevif/pvnet/ring"
-	"barevif/xenbus/wire"
+	"barevif/xenbus/xenstore/wire"
 )
 
 // fieldNames says which Go field a field of C is.

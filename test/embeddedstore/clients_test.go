@@ -1,6 +1,6 @@
 //go:build linux
 
-package store_test
+package embeddedstore_test
 
 import (
 	"bufio"
@@ -11,12 +11,12 @@ import (
 	"testing"
 
 	"barevif/test/xenstored"
-	"barevif/xenbus/store"
+	"barevif/xenbus/xenstore/server"
 )
 
 // TestDebiansClientsWork runs every client of the package xenstore-utils.
 func TestDebiansClientsWork(t *testing.T) {
-	s := store.New(store.Config{})
+	s := server.New(server.Config{})
 	defer s.Close()
 	s.Introduce(5)
 	dir, err := os.MkdirTemp("", "xs")

@@ -1,4 +1,4 @@
-package store_test
+package embeddedstore_test
 
 import (
 	"errors"
@@ -10,13 +10,13 @@ import (
 	"testing"
 
 	"barevif/test/xenstored"
-	"barevif/xenbus/store"
-	"barevif/xenbus/wire"
-	"barevif/xenbus/wire/wiretest"
+	"barevif/xenbus/xenstore/server"
+	"barevif/xenbus/xenstore/wire"
+	"barevif/xenbus/xenstore/wire/wiretest"
 )
 
 // conformance is what C xenstored 4.17 does, as observed. Every row runs against
-// xenbus/store and, where it can be had, against Debian's xenstored itself.
+// xenbus/xenstore/server and, where it can be had, against Debian's xenstored itself.
 var conformance = []struct {
 	name string
 	run  func(t *testing.T, r rig)
@@ -626,7 +626,7 @@ var conformance = []struct {
 // C xenstored answers these with whatever errno held before, so they are not rows
 // above.
 func TestMalformedRequests(t *testing.T) {
-	e := newEmbedded(t, store.Config{})
+	e := newEmbedded(t, server.Config{})
 	c, g := e.dom0(), e.guest(3)
 	g.Want(wire.SetPerms, 0, z("@releaseDomain", "n3"), "EACCES")
 	g.Want(wire.SetPerms, 0, z("@nothing", "n3"), "EINVAL")
@@ -640,6 +640,6 @@ func TestMalformedRequests(t *testing.T) {
 
 func TestAnswersLikeXenstored417(t *testing.T) {
 	for _, row := range conformance {
-		t.Run(row.name, func(t *testing.T) { row.run(t, newEmbedded(t, store.Config{})) })
+		t.Run(row.name, func(t *testing.T) { row.run(t, newEmbedded(t, server.Config{})) })
 	}
 }

@@ -1,6 +1,6 @@
-// Package store_test holds xenbus/store to what Debian's xenstored does: the same
+// Package embeddedstore_test holds xenbus/xenstore/server to what Debian's xenstored does: the same
 // requests are made to both, as domain 0 and as guests.
-package store_test
+package embeddedstore_test
 
 import (
 	"errors"
@@ -10,8 +10,8 @@ import (
 
 	"barevif/hypercall"
 	"barevif/test/xenstored"
-	"barevif/xenbus/store"
-	"barevif/xenbus/wire/wiretest"
+	"barevif/xenbus/xenstore/server"
+	"barevif/xenbus/xenstore/wire/wiretest"
 )
 
 // raw is a client that tests drive by hand.
@@ -39,11 +39,11 @@ type rig interface {
 
 type embedded struct {
 	t testing.TB
-	*store.Store
+	*server.Store
 }
 
-func newEmbedded(t testing.TB, cfg store.Config) embedded {
-	s := store.New(cfg)
+func newEmbedded(t testing.TB, cfg server.Config) embedded {
+	s := server.New(cfg)
 	t.Cleanup(func() { s.Close() })
 	return embedded{t, s}
 }

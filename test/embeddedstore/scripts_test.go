@@ -1,6 +1,6 @@
 //go:build linux
 
-package store_test
+package embeddedstore_test
 
 import (
 	"fmt"
@@ -13,9 +13,9 @@ import (
 
 	"barevif/hypercall"
 	"barevif/test/xenstored"
-	"barevif/xenbus/store"
-	"barevif/xenbus/wire"
-	"barevif/xenbus/wire/wiretest"
+	"barevif/xenbus/xenstore/server"
+	"barevif/xenbus/xenstore/wire"
+	"barevif/xenbus/xenstore/wire/wiretest"
 )
 
 // xenstoredRig is the rig of the real daemon.
@@ -87,7 +87,7 @@ type script struct {
 func runScript(t *testing.T, seed uint64, steps int) {
 	s := &script{
 		T: t, rnd: rand.New(rand.NewPCG(seed, 1)),
-		ours: newEmbedded(t, store.Config{}), theirs: startXenstored(t),
+		ours: newEmbedded(t, server.Config{}), theirs: startXenstored(t),
 	}
 	for range 2 {
 		s.clients = append(s.clients, twin{s.ours.dom0(), s.theirs.dom0()})

@@ -13,10 +13,11 @@ import (
 	"testing"
 	"time"
 
+	"barevif/xenbus/xenstore"
+
 	"barevif/hypercall/emu"
 	"barevif/pvnet"
 	"barevif/test/hostile/raw"
-	"barevif/xenbus"
 )
 
 // descriptors is how many files the process has open.
@@ -165,7 +166,7 @@ func (l *lab) breaksAt(k int64, front, back *frail) bool {
 		}
 		wait(t, heard)
 		d.Disconnect()
-	} else if !errors.Is(err, xenbus.ErrLost) || front.breaks == 0 {
+	} else if !errors.Is(err, xenstore.ErrLost) || front.breaks == 0 {
 		t.Errorf("request %d: Connect: %v", k, err)
 	}
 	l.remove(v)

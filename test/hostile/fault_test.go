@@ -11,12 +11,13 @@ import (
 	"testing"
 	"time"
 
+	"barevif/xenbus/xenstore"
+
 	"barevif/hypercall"
 	"barevif/hypercall/emu"
 	"barevif/pvnet"
 	"barevif/telemetry"
 	"barevif/test/hostile/raw"
-	"barevif/xenbus"
 	"barevif/xenbus/toolstack"
 )
 
@@ -432,7 +433,7 @@ func TestT30ConnectFailsAfterPagesWerePosted(t *testing.T) {
 		if err := l.tools.Write(ctx(t), path, "0"); err != nil {
 			t.Fatal(err)
 		}
-		if err := l.tools.SetPerms(ctx(t), path, xenbus.Perm{Dom: 0, Access: xenbus.None}); err != nil {
+		if err := l.tools.SetPerms(ctx(t), path, xenstore.Perm{Dom: 0, Access: xenstore.None}); err != nil {
 			t.Fatal(err)
 		}
 		return func() {}

@@ -10,12 +10,13 @@ import (
 	"testing"
 	"time"
 
+	"barevif/xenbus/xenstore"
+
 	"barevif/hypercall"
 	"barevif/hypercall/emu"
 	"barevif/pvnet"
 	"barevif/telemetry"
 	"barevif/test/hostile/raw"
-	"barevif/xenbus"
 )
 
 // A pitcher sends frames with what is said of them.
@@ -678,8 +679,8 @@ func TestT21OffloadKeys(t *testing.T) {
 	for _, offload := range []bool{true, false, true} {
 		v := l.vif()
 		for _, k := range keys { // of whoever was here before
-			l.write(l.gc, v.FrontDir(), xenbus.Values{k: "1"}, "")
-			l.write(l.dc, v.BackDir(), xenbus.Values{k: "1"}, "")
+			l.write(l.gc, v.FrontDir(), xenstore.Values{k: "1"}, "")
+			l.write(l.dc, v.BackDir(), xenstore.Values{k: "1"}, "")
 		}
 		l.serve(pvnet.ServeConfig{Config: pvnet.Config{Offload: offload}})
 		front, err := pvnet.Connect(ctx(t), l.guest, fmt.Sprint(v.ID), pvnet.Config{Offload: offload})
@@ -714,7 +715,7 @@ func TestT21GarbageInsteadOfOffers(t *testing.T) {
 	l := newLab(t, emu.Config{})
 	blank, _ := packet(0, false, false, 3000, 1)
 	six, _ := packet(0, true, false, 3000, 1)
-	try := func(keys xenbus.Values, long4, long6 bool) {
+	try := func(keys xenstore.Values, long4, long6 bool) {
 		t.Helper()
 		h := l.baitWith(pvnet.Config{}, keys)
 		p := pitch(t, h.dev)
@@ -746,7 +747,7 @@ func TestT21GarbageInsteadOfOffers(t *testing.T) {
 		}
 		h.leave()
 	}
-	with := func(key, v string) xenbus.Values {
+	with := func(key, v string) xenstore.Values {
 		k := everything()
 		k[key] = v
 		return k

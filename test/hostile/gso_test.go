@@ -9,17 +9,18 @@ import (
 	"maps"
 	"testing"
 
+	"barevif/xenbus/xenstore"
+
 	"barevif/hypercall"
 	"barevif/hypercall/emu"
 	"barevif/pvnet"
 	"barevif/telemetry"
 	"barevif/test/hostile/raw"
-	"barevif/xenbus"
 )
 
 // everything is what a peer says that takes frames to be cut and partial checksums.
-func everything() xenbus.Values {
-	return xenbus.Values{
+func everything() xenstore.Values {
+	return xenstore.Values{
 		"feature-no-csum-offload": "0", "feature-ipv6-csum-offload": "1",
 		"feature-gso-tcpv4": "1", "feature-gso-tcpv6": "1",
 	}
@@ -66,7 +67,7 @@ func hear(d *pvnet.Device) (*sink, chan arrival) {
 }
 
 // attackWith is attack by a frontend that publishes keys too.
-func (l *lab) attackWith(keys xenbus.Values) (*guest, chan arrival) {
+func (l *lab) attackWith(keys xenstore.Values) (*guest, chan arrival) {
 	l.t.Helper()
 	g := l.knock()
 	k := g.Keys()
@@ -80,7 +81,7 @@ func (l *lab) attackWith(keys xenbus.Values) (*guest, chan arrival) {
 }
 
 // baitWith is bait by a backend that publishes keys too.
-func (l *lab) baitWith(cfg pvnet.Config, keys xenbus.Values) *host {
+func (l *lab) baitWith(cfg pvnet.Config, keys xenstore.Values) *host {
 	l.t.Helper()
 	h := &host{l: l, base: l.Ledger(), lines: l.log.count(slog.LevelError)}
 	h.v = l.vif()

@@ -12,16 +12,17 @@ import (
 	"testing"
 	"time"
 
+	"barevif/xenbus/xenstore"
+
 	"golang.org/x/sys/unix"
 
 	"barevif/hypercall"
 	"barevif/hypercall/emu"
 	"barevif/hypercall/emu/emutest"
 	"barevif/pvnet"
-	"barevif/xenbus"
-	"barevif/xenbus/store"
-	"barevif/xenbus/store/labtest"
 	"barevif/xenbus/toolstack"
+	"barevif/xenbus/xenstore/server"
+	"barevif/xenbus/xenstore/server/labtest"
 )
 
 // A middle is a host process that is not what it should be: it answers as the host
@@ -152,7 +153,7 @@ func (m *middle) set(swap func(nth, fd int) int) {
 type street struct {
 	t      testing.TB
 	host   *emu.Host
-	tools  *xenbus.Client
+	tools  *xenstore.Client
 	middle *middle
 	devs   chan *pvnet.Device
 	next   *pvnet.Device // the honest guest's
@@ -161,7 +162,7 @@ type street struct {
 func newStreet(t testing.TB) *street {
 	t.Helper()
 	s := &street{t: t, devs: make(chan *pvnet.Device, 64)}
-	st := store.New(store.Config{})
+	st := server.New(server.Config{})
 	path := filepath.Join(emutest.SocketDir(t), "host")
 	var err error
 	s.host, err = emu.Listen(path, emu.Config{Grants: 2048, Store: func(dom hypercall.DomID, conn io.ReadWriteCloser) {
@@ -178,7 +179,7 @@ func newStreet(t testing.TB) *street {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if s.tools, err = xenbus.Dial(ctx(t), dom0.Store, xenbus.Config{}); err != nil {
+	if s.tools, err = xenstore.Dial(ctx(t), dom0.Store, xenstore.Config{}); err != nil {
 		t.Fatal(err)
 	}
 	for _, id := range []hypercall.DomID{0, frontID, backID, 3} {

@@ -22,15 +22,16 @@ import (
 	"testing/synctest"
 	"time"
 
+	"barevif/xenbus/xenstore"
+
 	"barevif/hypercall"
 	"barevif/hypercall/emu"
 	"barevif/pvnet"
 	"barevif/telemetry"
 	"barevif/test/hostile/raw"
-	"barevif/xenbus"
-	"barevif/xenbus/store"
-	"barevif/xenbus/store/labtest"
 	"barevif/xenbus/toolstack"
+	"barevif/xenbus/xenstore/server"
+	"barevif/xenbus/xenstore/server/labtest"
 )
 
 const (
@@ -42,10 +43,10 @@ const (
 type lab struct {
 	*labtest.Lab
 	t          testing.TB
-	store      *store.Store
+	store      *server.Store
 	guest, drv *emu.Domain
-	tools      *xenbus.Client
-	gc, dc     *xenbus.Client // of the guest and the driver domain, for raw peers
+	tools      *xenstore.Client
+	gc, dc     *xenstore.Client // of the guest and the driver domain, for raw peers
 	log        *journal
 	ids        uint32
 	devs       <-chan *pvnet.Device
@@ -91,9 +92,9 @@ func (l *lab) domain(id hypercall.DomID) *emu.Domain {
 	return l.Domain(id)
 }
 
-func (l *lab) client(d *emu.Domain) *xenbus.Client {
+func (l *lab) client(d *emu.Domain) *xenstore.Client {
 	l.t.Helper()
-	c, err := xenbus.Dial(ctx(l.t), d.Store, xenbus.Config{Pipeline: 8})
+	c, err := xenstore.Dial(ctx(l.t), d.Store, xenstore.Config{Pipeline: 8})
 	if err != nil {
 		l.t.Fatal(err)
 	}
@@ -144,9 +145,9 @@ func (l *lab) await(path string, values ...string) string {
 }
 
 // write sets keys below dir in one transaction of c's, state last.
-func (l *lab) write(c *xenbus.Client, dir string, keys xenbus.Values, state string) {
+func (l *lab) write(c *xenstore.Client, dir string, keys xenstore.Values, state string) {
 	l.t.Helper()
-	err := c.Transact(ctx(l.t), func(tx xenbus.Tx) error {
+	err := c.Transact(ctx(l.t), func(tx xenstore.Tx) error {
 		for k, v := range keys {
 			if err := tx.Write(dir+"/"+k, v); err != nil {
 				return fmt.Errorf("%s: %w", k, err)

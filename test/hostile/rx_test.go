@@ -9,12 +9,13 @@ import (
 	"testing"
 	"time"
 
+	"barevif/xenbus/xenstore"
+
 	"barevif/hypercall"
 	"barevif/hypercall/emu"
 	"barevif/pvnet"
 	"barevif/telemetry"
 	"barevif/test/hostile/raw"
-	"barevif/xenbus"
 	"barevif/xenbus/toolstack"
 )
 
@@ -64,12 +65,12 @@ func (l *lab) bait(cfg pvnet.Config) *host {
 // offer goes through the handshake as a correct backend does.
 func (h *host) offer() { h.offerWith(raw.BackKeys()) }
 
-func (h *host) offerWith(offer xenbus.Values) {
+func (h *host) offerWith(offer xenstore.Values) {
 	h.l.t.Helper()
 	l, v := h.l, h.v
 	l.write(l.dc, v.BackDir(), offer, "2")
 	l.await(v.FrontDir()+"/state", "4")
-	keys := make(xenbus.Values)
+	keys := make(xenstore.Values)
 	for _, k := range frontKeys {
 		if s, err := l.store.Read(v.FrontDir() + "/" + k); err == nil {
 			keys[k] = s

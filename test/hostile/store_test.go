@@ -10,11 +10,12 @@ import (
 	"testing"
 	"time"
 
+	"barevif/xenbus/xenstore"
+
 	"barevif/hypercall"
 	"barevif/hypercall/emu"
 	"barevif/pvnet"
 	"barevif/test/hostile/raw"
-	"barevif/xenbus"
 )
 
 // What nobody who keeps to the rules writes where a number goes.
@@ -51,7 +52,7 @@ func (g *guest) reset() {
 		g.l.t.Fatal(err)
 	}
 	for _, k := range append(frontKeys, "multi-queue-num-queues", "queue-0", "queue-1") {
-		if err := g.l.tools.Remove(ctx(g.l.t), g.v.FrontDir()+"/"+k); err != nil && !errors.Is(err, xenbus.ErrNotFound) {
+		if err := g.l.tools.Remove(ctx(g.l.t), g.v.FrontDir()+"/"+k); err != nil && !errors.Is(err, xenstore.ErrNotFound) {
 			g.l.t.Fatal(err)
 		}
 	}
@@ -59,7 +60,7 @@ func (g *guest) reset() {
 
 // refused publishes keys, of which some are not what they should be, and demands
 // that the backend holds nothing afterwards and serves the next who comes.
-func (g *guest) refused(keys xenbus.Values) {
+func (g *guest) refused(keys xenstore.Values) {
 	g.l.t.Helper()
 	before := g.l.Ledger()
 	lines := g.l.log.count(slog.LevelWarn)
@@ -145,8 +146,8 @@ func TestT21GrantsAndPortsThatAreNot(t *testing.T) {
 	if _, err := dw.Bind(frontID, taken.ID()); err != nil {
 		t.Fatal(err)
 	}
-	two := func(g *guest, q1 xenbus.Values) xenbus.Values {
-		k := xenbus.Values{"request-rx-copy": "1", "multi-queue-num-queues": "2"}
+	two := func(g *guest, q1 xenstore.Values) xenstore.Values {
+		k := xenstore.Values{"request-rx-copy": "1", "multi-queue-num-queues": "2"}
 		for _, key := range []string{"tx-ring-ref", "rx-ring-ref", "event-channel-tx", "event-channel-rx"} {
 			k["queue-0/"+key] = g.Keys()[key]
 		}
@@ -155,29 +156,29 @@ func TestT21GrantsAndPortsThatAreNot(t *testing.T) {
 		}
 		return k
 	}
-	for name, keys := range map[string]func(g *guest) xenbus.Values{
-		"granted to another":      func(g *guest) xenbus.Values { return xenbus.Values{"tx-ring-ref": str(foreign.Refs[0])} },
-		"granted read-only":       func(g *guest) xenbus.Values { return xenbus.Values{"rx-ring-ref": str(readOnly.Refs[0])} },
-		"not granted any more":    func(g *guest) xenbus.Values { return xenbus.Values{"rx-ring-ref": str(gone)} },
-		"beyond the table":        func(g *guest) xenbus.Values { return xenbus.Values{"tx-ring-ref": "4000000"} },
-		"one page for both rings": func(g *guest) xenbus.Values { return xenbus.Values{"rx-ring-ref": str(g.Rings.Refs[0])} },
-		"a port for another":      func(g *guest) xenbus.Values { return xenbus.Values{"event-channel-tx": str(other.ID())} },
-		"a closed port":           func(g *guest) xenbus.Values { return xenbus.Values{"event-channel-rx": str(dead.ID())} },
-		"a port that is joined":   func(g *guest) xenbus.Values { return xenbus.Values{"event-channel-rx": str(taken.ID())} },
-		"no port":                 func(g *guest) xenbus.Values { return xenbus.Values{"event-channel-tx": "3999"} },
-		"half a pair":             func(g *guest) xenbus.Values { return xenbus.Values{"event-channel-tx": missing} },
-		"a queue that is missing": func(g *guest) xenbus.Values { return two(g, nil) },
-		"rings of another queue":  func(g *guest) xenbus.Values { return two(g, g.Keys()) },
-		"a port of another queue": func(g *guest) xenbus.Values {
+	for name, keys := range map[string]func(g *guest) xenstore.Values{
+		"granted to another":      func(g *guest) xenstore.Values { return xenstore.Values{"tx-ring-ref": str(foreign.Refs[0])} },
+		"granted read-only":       func(g *guest) xenstore.Values { return xenstore.Values{"rx-ring-ref": str(readOnly.Refs[0])} },
+		"not granted any more":    func(g *guest) xenstore.Values { return xenstore.Values{"rx-ring-ref": str(gone)} },
+		"beyond the table":        func(g *guest) xenstore.Values { return xenstore.Values{"tx-ring-ref": "4000000"} },
+		"one page for both rings": func(g *guest) xenstore.Values { return xenstore.Values{"rx-ring-ref": str(g.Rings.Refs[0])} },
+		"a port for another":      func(g *guest) xenstore.Values { return xenstore.Values{"event-channel-tx": str(other.ID())} },
+		"a closed port":           func(g *guest) xenstore.Values { return xenstore.Values{"event-channel-rx": str(dead.ID())} },
+		"a port that is joined":   func(g *guest) xenstore.Values { return xenstore.Values{"event-channel-rx": str(taken.ID())} },
+		"no port":                 func(g *guest) xenstore.Values { return xenstore.Values{"event-channel-tx": "3999"} },
+		"half a pair":             func(g *guest) xenstore.Values { return xenstore.Values{"event-channel-tx": missing} },
+		"a queue that is missing": func(g *guest) xenstore.Values { return two(g, nil) },
+		"rings of another queue":  func(g *guest) xenstore.Values { return two(g, g.Keys()) },
+		"a port of another queue": func(g *guest) xenstore.Values {
 			k := g.Keys()
 			k["tx-ring-ref"], k["rx-ring-ref"] = str(g.Posted.Refs[0]), str(g.Posted.Refs[1])
 			return two(g, k)
 		},
-		"indices that are impossible": func(g *guest) xenbus.Values {
+		"indices that are impossible": func(g *guest) xenstore.Values {
 			g.Tx.Store(raw.ReqProd, 257)
 			return nil
 		},
-		"indices that are impossible on rx": func(g *guest) xenbus.Values {
+		"indices that are impossible on rx": func(g *guest) xenstore.Values {
 			g.Rx.Store(raw.RspProd, 5)
 			return nil
 		},
@@ -259,8 +260,8 @@ func TestT21BackendKeys(t *testing.T) {
 				l.tools.Remove(ctx(t), h.v.FrontDir()+"/"+k)
 				l.tools.Remove(ctx(t), h.v.BackDir()+"/"+k)
 			} else {
-				l.write(l.tools, h.v.FrontDir(), xenbus.Values{k: v}, "")
-				l.write(l.tools, h.v.BackDir(), xenbus.Values{k: v}, "")
+				l.write(l.tools, h.v.FrontDir(), xenstore.Values{k: v}, "")
+				l.write(l.tools, h.v.BackDir(), xenstore.Values{k: v}, "")
 			}
 		}
 		done := make(chan error, 1)
@@ -295,7 +296,7 @@ func TestT21PathsThatAreNotOurs(t *testing.T) {
 		"../../2/backend/vif/1/0", strings.Repeat("/a", 1500), "/local/domain/2/backend/vif/1/0\x00", "@releaseDomain",
 	} {
 		v := l.vif()
-		l.write(l.tools, v.FrontDir(), xenbus.Values{"backend": dir}, "")
+		l.write(l.tools, v.FrontDir(), xenstore.Values{"backend": dir}, "")
 		base := l.Ledger()
 		c, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
 		d, err := pvnet.Connect(c, l.guest, fmt.Sprint(v.ID), pvnet.Config{})

@@ -9,11 +9,12 @@ import (
 	"testing"
 	"time"
 
+	"barevif/xenbus/xenstore"
+
 	"barevif/hypercall"
 	"barevif/hypercall/emu"
 	"barevif/pvnet"
 	"barevif/telemetry"
-	"barevif/xenbus"
 )
 
 // connections is how many connections a peer that never rests gets in d: five at
@@ -39,7 +40,7 @@ func heap() uint64 {
 }
 
 // set writes a state as fast as can be.
-func (l *lab) set(c *xenbus.Client, dir, state string) {
+func (l *lab) set(c *xenstore.Client, dir, state string) {
 	if err := c.Write(context.Background(), dir+"/state", state); err != nil {
 		l.t.Fatal(err)
 	}
@@ -242,7 +243,7 @@ func (l *lab) forbid(path string, dom hypercall.DomID) (allow func()) {
 	}
 	perms, err := l.tools.Perms(ctx(l.t), path)
 	if err == nil {
-		err = l.tools.SetPerms(ctx(l.t), path, xenbus.Perm{Access: xenbus.None}, xenbus.Perm{Dom: dom, Access: xenbus.ReadOnly})
+		err = l.tools.SetPerms(ctx(l.t), path, xenstore.Perm{Access: xenstore.None}, xenstore.Perm{Dom: dom, Access: xenstore.ReadOnly})
 	}
 	if err != nil {
 		l.t.Fatal(err)

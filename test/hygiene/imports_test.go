@@ -19,8 +19,10 @@ var rows = [...][]string{
 	{"hypercall/anon"},
 	{"telemetry"},
 	{"pvnet/ring", "pvnet/netif", "pvnet/packet"},
-	{"xenbus/wire"},
-	{"xenbus/wire/wiretest"},
+	{"xenbus/internal/pause"},
+	{"xenbus/xenstore/wire"},
+	{"xenbus/xenstore/wire/wiretest"},
+	{"xenbus/xenstore"},
 	{"xenbus"},
 	{"xenbus/toolstack"},
 	{"hypercall/xendev/privcmd"},
@@ -30,8 +32,9 @@ var rows = [...][]string{
 	{"telemetry/openmetrics"},
 	{"telemetry/bpf/bpftest"},
 	{"telemetry/bpf"},
-	{"xenbus/store"},
-	{"xenbus/store/labtest"},
+	{"xenbus/xenstore/server"},
+	{"xenbus/xenstore/server/labtest"},
+	{"xenbus/xenstore/storetest"},
 	{"pvnet"},
 	{"pvnet/pvnettest"},
 	{"pvnet/link"},
@@ -44,7 +47,7 @@ var rows = [...][]string{
 // library and each other.
 var portable = [...]string{
 	"arena/shm", "arena", "hypercall", "telemetry", "pvnet/ring", "pvnet/netif",
-	"pvnet/packet", "xenbus/wire", "xenbus", "pvnet",
+	"pvnet/packet", "xenbus/internal/pause", "xenbus/xenstore/wire", "xenbus/xenstore", "xenbus", "pvnet",
 }
 
 // row is where dir stands, or -1. open says that its row is of the "/..." kind.

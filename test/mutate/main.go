@@ -8,7 +8,7 @@
 //	go run ./test/mutate -packages arena,pvnet/ring      # of two packages, all
 //	go run ./test/mutate -n 300 -results nightly.jsonl   # a sample of all packages
 //	go run ./test/mutate -results nightly.jsonl          # go on to the rest
-//	go run ./test/mutate -list -packages xenbus/store    # only say which there are
+//	go run ./test/mutate -list -packages xenbus/xenstore/server    # only say which there are
 //
 // A mutant that survives is a check without a test, one that nothing needs, or one
 // that changes nothing: those are in equivalent.txt, with the reason. The exit status

@@ -11,9 +11,9 @@ import (
 	"barevif/hypercall/emu"
 	"barevif/pvnet"
 	"barevif/telemetry"
-	"barevif/xenbus"
-	"barevif/xenbus/store"
 	"barevif/xenbus/toolstack"
+	"barevif/xenbus/xenstore"
+	"barevif/xenbus/xenstore/server"
 )
 
 // setupLimit bounds what a vif takes to connect.
@@ -31,8 +31,8 @@ type lab struct {
 	machine *emu.Machine
 	host    *emu.Host // nil: all domains are in this process
 	path    string    // of the host's socket
-	store   *store.Store
-	tools   *xenbus.Client
+	store   *server.Store
+	tools   *xenstore.Client
 	undo    []func()
 }
 
@@ -41,7 +41,7 @@ type lab struct {
 func newLab(path string) (l *lab, err error) {
 	// The backend's domain is privileged: the usual quota of 1000 nodes is enough
 	// for 58 vifs.
-	l = &lab{path: path, store: store.New(store.Config{Privileged: []hypercall.DomID{backDomain}})}
+	l = &lab{path: path, store: server.New(server.Config{Privileged: []hypercall.DomID{backDomain}})}
 	defer func() {
 		if err != nil {
 			l.close()
@@ -72,7 +72,7 @@ func newLab(path string) (l *lab, err error) {
 	}
 	ctx, cancel := timeout()
 	defer cancel()
-	if l.tools, err = xenbus.Dial(ctx, dom0.Store, xenbus.Config{Pipeline: 8}); err != nil {
+	if l.tools, err = xenstore.Dial(ctx, dom0.Store, xenstore.Config{Pipeline: 8}); err != nil {
 		return nil, err
 	}
 	l.later(func() { l.tools.Close() })

@@ -6,23 +6,25 @@ import (
 	"testing/synctest"
 	"time"
 
+	"barevif/xenbus/xenstore"
+
 	"barevif/hypercall/emu"
 	"barevif/xenbus"
-	"barevif/xenbus/store/labtest"
 	"barevif/xenbus/toolstack"
+	"barevif/xenbus/xenstore/server/labtest"
 )
 
 // A claimant is what a backend's process has of a claim.
 type claimant struct {
 	t        *testing.T
-	client   *xenbus.Client
+	client   *xenstore.Client
 	device   *xenbus.Device
 	presence *xenbus.Presence
 }
 
 func newClaimant(t *testing.T, dom *emu.Domain) *claimant {
 	t.Helper()
-	c, err := xenbus.Dial(t.Context(), dom.Store, xenbus.Config{})
+	c, err := xenstore.Dial(t.Context(), dom.Store, xenstore.Config{})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -16,15 +16,16 @@ import (
 	"testing"
 	"time"
 
+	"barevif/xenbus/xenstore"
+
 	"barevif/hypercall"
 	"barevif/hypercall/emu"
 	"barevif/hypercall/emu/emutest"
 	"barevif/pvnet"
 	"barevif/telemetry"
-	"barevif/xenbus"
-	"barevif/xenbus/store"
-	"barevif/xenbus/store/labtest"
 	"barevif/xenbus/toolstack"
+	"barevif/xenbus/xenstore/server"
+	"barevif/xenbus/xenstore/server/labtest"
 )
 
 const childVar = "BAREVIF_TEST_CHILD"
@@ -60,7 +61,7 @@ func childFront(ctx context.Context) error {
 	}
 	defer dom.Destroy()
 	dev, err := pvnet.Connect(ctx, dom, "0", pvnet.Config{})
-	for errors.Is(err, xenbus.ErrNotFound) && ctx.Err() == nil { // between two vifs of one number
+	for errors.Is(err, xenstore.ErrNotFound) && ctx.Err() == nil { // between two vifs of one number
 		time.Sleep(time.Millisecond)
 		dev, err = pvnet.Connect(ctx, dom, "0", pvnet.Config{})
 	}
@@ -113,7 +114,7 @@ func childFront(ctx context.Context) error {
 type machine struct {
 	t      testing.TB
 	host   *emu.Host
-	tools  *xenbus.Client
+	tools  *xenstore.Client
 	socket string
 	backs  chan *pvnet.Device
 }
@@ -146,7 +147,7 @@ func start(t testing.TB) *machine {
 func empty(t testing.TB) *machine {
 	t.Helper()
 	m := &machine{t: t, socket: filepath.Join(emutest.SocketDir(t), "host"), backs: make(chan *pvnet.Device, 4)}
-	st := store.New(store.Config{})
+	st := server.New(server.Config{})
 	h, err := emu.Listen(m.socket, emu.Config{Admit: st.Admit, Store: func(dom hypercall.DomID, conn io.ReadWriteCloser) {
 		st.ServeConn(conn, dom)
 	}})
@@ -161,7 +162,7 @@ func empty(t testing.TB) *machine {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
 	defer cancel()
-	if m.tools, err = xenbus.Dial(ctx, dom0.Store, xenbus.Config{}); err != nil {
+	if m.tools, err = xenstore.Dial(ctx, dom0.Store, xenstore.Config{}); err != nil {
 		t.Fatal(err)
 	}
 	for _, id := range []hypercall.DomID{0, 1, 2} {
@@ -364,7 +365,7 @@ func TestTheQuotaOfConnectionsIsNamed(t *testing.T) {
 	defer dom.Destroy()
 	n := 0
 	for ; ; n++ {
-		c, err := xenbus.Dial(t.Context(), dom.Store, xenbus.Config{})
+		c, err := xenstore.Dial(t.Context(), dom.Store, xenstore.Config{})
 		if err != nil {
 			if !strings.Contains(err.Error(), "too many connections") || !strings.Contains(err.Error(), "Quota.Connections") {
 				t.Error(err)

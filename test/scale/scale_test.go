@@ -16,14 +16,16 @@ import (
 	"testing"
 	"time"
 
+	"barevif/xenbus/xenstore"
+
 	"barevif/hypercall"
 	"barevif/hypercall/emu"
 	"barevif/pvnet"
 	"barevif/test/xenstored"
 	"barevif/xenbus"
-	"barevif/xenbus/store"
-	"barevif/xenbus/store/labtest"
 	"barevif/xenbus/toolstack"
+	"barevif/xenbus/xenstore/server"
+	"barevif/xenbus/xenstore/server/labtest"
 )
 
 const (
@@ -39,7 +41,7 @@ type host struct {
 	t     *testing.T
 	ctx   context.Context
 	dial  func(context.Context, hypercall.DomID) (io.ReadWriteCloser, error)
-	tools *xenbus.Client
+	tools *xenstore.Client
 	emu   *emu.Machine
 	back  *domain
 	log   buffer
@@ -111,7 +113,7 @@ func stores(t *testing.T, test func(*testing.T, *host)) {
 }
 
 func embedded(t *testing.T) func(context.Context, hypercall.DomID) (io.ReadWriteCloser, error) {
-	s := store.New(store.Config{})
+	s := server.New(server.Config{})
 	t.Cleanup(func() { s.Close() })
 	return func(_ context.Context, dom hypercall.DomID) (io.ReadWriteCloser, error) {
 		s.Introduce(dom)
@@ -128,9 +130,9 @@ func (h *host) must(err error) {
 	}
 }
 
-func (h *host) client(dom hypercall.DomID) *xenbus.Client {
+func (h *host) client(dom hypercall.DomID) *xenstore.Client {
 	h.t.Helper()
-	c, err := xenbus.Dial(h.ctx, func(ctx context.Context) (io.ReadWriteCloser, error) { return h.dial(ctx, dom) }, xenbus.Config{})
+	c, err := xenstore.Dial(h.ctx, func(ctx context.Context) (io.ReadWriteCloser, error) { return h.dial(ctx, dom) }, xenstore.Config{})
 	h.must(err)
 	h.t.Cleanup(func() { c.Close() })
 	return c
@@ -268,7 +270,7 @@ func TestConnectNamesTheQuotaTheBackendMet(t *testing.T) {
 			name := func(i int) string { return fmt.Sprintf("data/%d/%d", i/100, i%100) }
 			i := 0
 			for ; ; i++ {
-				if err := c.Write(h.ctx, name(i), ""); errors.Is(err, xenbus.ErrQuota) {
+				if err := c.Write(h.ctx, name(i), ""); errors.Is(err, xenstore.ErrQuota) {
 					break
 				} else if err != nil {
 					t.Fatal(err)
@@ -303,7 +305,7 @@ func TestWatchesBecomeOneAtTheQuota(t *testing.T) {
 			paths = append(paths, v.FrontDir()+"/state")
 		}
 		c := h.client(backend)
-		var watches []*xenbus.Watch
+		var watches []*xenstore.Watch
 		for _, path := range paths {
 			w, err := c.Watch(h.ctx, path)
 			h.must(err)
@@ -338,7 +340,7 @@ func TestWatchesBecomeOneAtTheQuota(t *testing.T) {
 				n++
 				continue
 			}
-			if !errors.Is(err, xenbus.ErrQuota) || !strings.Contains(err.Error(), "--watch-nb") {
+			if !errors.Is(err, xenstore.ErrQuota) || !strings.Contains(err.Error(), "--watch-nb") {
 				t.Errorf("watch %d: %v", n, err)
 			}
 			break

@@ -13,14 +13,16 @@ import (
 	"testing"
 	"time"
 
+	"barevif/xenbus/xenstore"
+
 	"barevif/hypercall"
-	"barevif/test/storesuite"
 	"barevif/test/xenstored"
 	"barevif/xenbus"
+	"barevif/xenbus/xenstore/storetest"
 )
 
 func TestClientAgainstDebiansDaemon(t *testing.T) {
-	storesuite.Run(t, func(t testing.TB) storesuite.Dialer {
+	storetest.Run(t, func(t testing.TB) storetest.Dialer {
 		return xenstored.Start(t).Dial
 	})
 }
@@ -28,11 +30,11 @@ func TestClientAgainstDebiansDaemon(t *testing.T) {
 // patience bounds what a test waits for. This machine may be busy.
 const patience = 2 * time.Minute
 
-func dial(t *testing.T, d *xenstored.Daemon, dom hypercall.DomID) *xenbus.Client {
+func dial(t *testing.T, d *xenstored.Daemon, dom hypercall.DomID) *xenstore.Client {
 	t.Helper()
-	c, err := xenbus.Dial(t.Context(), func(ctx context.Context) (io.ReadWriteCloser, error) {
+	c, err := xenstore.Dial(t.Context(), func(ctx context.Context) (io.ReadWriteCloser, error) {
 		return d.Dial(ctx, dom)
-	}, xenbus.Config{})
+	}, xenstore.Config{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -41,7 +43,7 @@ func dial(t *testing.T, d *xenstored.Daemon, dom hypercall.DomID) *xenbus.Client
 }
 
 // until waits for an event that ok accepts.
-func until(t *testing.T, w *xenbus.Watch, ok func(paths []string, all bool) bool) {
+func until(t *testing.T, w *xenstore.Watch, ok func(paths []string, all bool) bool) {
 	t.Helper()
 	for limit := time.After(patience); ; {
 		select {
@@ -72,7 +74,7 @@ func TestClientOutlivesTheDaemon(t *testing.T) {
 		d.Kill()
 		d.Restart()
 		until(t, w, func(_ []string, all bool) bool { return all })
-		if _, err := c.Read(ctx, "/tree/leaf"); !errors.Is(err, xenbus.ErrNotFound) {
+		if _, err := c.Read(ctx, "/tree/leaf"); !errors.Is(err, xenstore.ErrNotFound) {
 			t.Errorf("the tree of the dead daemon: %v", err)
 		}
 	}

@@ -27,7 +27,7 @@ import (
 	_ "embed"
 
 	"barevif/hypercall"
-	"barevif/xenbus/wire"
+	"barevif/xenbus/xenstore/wire"
 )
 
 //go:embed testdata/xenstored-shim.c

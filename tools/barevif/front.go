@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"time"
 
+	"barevif/xenbus/xenstore"
+
 	"barevif/hypercall/xendev"
 	"barevif/pvnet"
 	"barevif/telemetry"
@@ -165,7 +167,7 @@ func (f *front) connect(ctx context.Context, dom *domain, counters telemetry.Sto
 		}
 		return nil, &advice{err: err, next: next}
 	}
-	if errors.Is(err, xenbus.ErrQuota) {
+	if errors.Is(err, xenstore.ErrQuota) {
 		return nil, &advice{err: err, next: "this domain has used up its quota in xenstore: remove what it does not need there, or have dom0 raise the quota"}
 	}
 	// A machine that is slow may not even have asked xenstore when the time is over.

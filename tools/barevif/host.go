@@ -11,9 +11,10 @@ import (
 	"strings"
 	"sync"
 
+	"barevif/xenbus/xenstore"
+
 	"barevif/hypercall"
 	"barevif/hypercall/emu"
-	"barevif/xenbus"
 	"barevif/xenbus/toolstack"
 
 	"github.com/spf13/cobra"
@@ -91,7 +92,7 @@ func (h *host) run(ctx context.Context) (err error) {
 	defer m.shutdown()
 	for _, v := range vifs {
 		if err := m.add(ctx, v); err != nil {
-			if errors.Is(err, xenbus.ErrExists) {
+			if errors.Is(err, xenstore.ErrExists) {
 				return &advice{err: err, next: "give each --vif of one front an id of its own", usage: true}
 			}
 			return err
@@ -195,7 +196,7 @@ func parseVif(s string) (toolstack.Vif, error) {
 			n, err = strconv.ParseUint(value, 10, 16)
 			v.ID = uint32(n)
 		case "mac":
-			v.MAC, err = xenbus.ParseMAC(value)
+			v.MAC, err = xenstore.ParseMAC(value)
 			mac = true
 			if v.MAC[0]&1 != 0 {
 				return v, badValue("vif", s, "an address of one card: its first byte is odd")

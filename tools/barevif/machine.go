@@ -7,18 +7,19 @@ import (
 	"slices"
 	"sync"
 
+	"barevif/xenbus/xenstore"
+
 	"barevif/hypercall"
 	"barevif/hypercall/emu"
-	"barevif/xenbus"
-	"barevif/xenbus/store"
 	"barevif/xenbus/toolstack"
+	"barevif/xenbus/xenstore/server"
 )
 
 // A machine is an emulated Xen with a xenstore, and domain 0 with a toolstack.
 type machine struct {
 	*emu.Machine
-	store *store.Store
-	tools *xenbus.Client // of domain 0
+	store *server.Store
+	tools *xenstore.Client // of domain 0
 
 	undo  []func()      // what shutdown does, last first
 	ready chan struct{} // closed when tools is there, or never will be
@@ -42,7 +43,7 @@ type machineConfig struct {
 
 func startMachine(ctx context.Context, cfg machineConfig) (_ *machine, err error) {
 	m := &machine{
-		store: store.New(store.Config{}),
+		store: server.New(server.Config{}),
 		ready: make(chan struct{}),
 		homes: map[hypercall.DomID]bool{0: true},
 	}
@@ -90,7 +91,7 @@ func startMachine(ctx context.Context, cfg machineConfig) (_ *machine, err error
 	if err != nil {
 		return nil, err
 	}
-	m.tools, err = xenbus.Dial(ctx, dom0.Store, xenbus.Config{Pipeline: 8})
+	m.tools, err = xenstore.Dial(ctx, dom0.Store, xenstore.Config{Pipeline: 8})
 	if err != nil {
 		return nil, fmt.Errorf("open xenstore: %w", err)
 	}

@@ -15,6 +15,8 @@ import (
 	"strconv"
 	"strings"
 
+	"barevif/xenbus/xenstore"
+
 	"barevif/hypercall"
 	"barevif/pvnet/netif"
 	"barevif/xenbus"
@@ -61,7 +63,7 @@ func (v *Vif) BackDir() string {
 }
 
 // Home makes the home directory of a domain, which owns it, if it is not there.
-func Home(ctx context.Context, c *xenbus.Client, dom hypercall.DomID) error {
+func Home(ctx context.Context, c *xenstore.Client, dom hypercall.DomID) error {
 	home := fmt.Sprintf("/local/domain/%d", dom)
 	if err := c.Mkdir(ctx, home); err != nil {
 		return err
@@ -69,7 +71,7 @@ func Home(ctx context.Context, c *xenbus.Client, dom hypercall.DomID) error {
 	if err := c.Write(ctx, home+"/domid", strconv.Itoa(int(dom))); err != nil {
 		return err
 	}
-	owner := xenbus.Perm{Dom: dom, Access: xenbus.None}
+	owner := xenstore.Perm{Dom: dom, Access: xenstore.None}
 	if err := c.SetPerms(ctx, home, owner); err != nil {
 		return err
 	}
@@ -86,10 +88,10 @@ func Home(ctx context.Context, c *xenbus.Client, dom hypercall.DomID) error {
 
 // Add makes the vif: both directories in one transaction, in state Initialising.
 // It fails if either is there.
-func Add(ctx context.Context, c *xenbus.Client, v Vif) error {
+func Add(ctx context.Context, c *xenstore.Client, v Vif) error {
 	number := func(n int) string { return strconv.Itoa(n) }
 	mac := fmt.Sprintf("%02x:%02x:%02x:%02x:%02x:%02x", v.MAC[0], v.MAC[1], v.MAC[2], v.MAC[3], v.MAC[4], v.MAC[5])
-	front := xenbus.Values{
+	front := xenstore.Values{
 		netif.KeyBackend:   v.BackDir(),
 		netif.KeyBackendID: number(int(v.Back)),
 		netif.KeyState:     "1",
@@ -97,7 +99,7 @@ func Add(ctx context.Context, c *xenbus.Client, v Vif) error {
 		netif.KeyMAC:       mac,
 		netif.KeyTrusted:   "1",
 	}
-	back := xenbus.Values{
+	back := xenstore.Values{
 		netif.KeyFrontend:      v.FrontDir(),
 		netif.KeyFrontendID:    number(int(v.Front)),
 		netif.KeyOnline:        "1",
@@ -124,24 +126,24 @@ func Add(ctx context.Context, c *xenbus.Client, v Vif) error {
 	if v.Bridge != "" {
 		back[netif.KeyBridge] = v.Bridge
 	}
-	err := c.Transact(ctx, func(tx xenbus.Tx) error {
+	err := c.Transact(ctx, func(tx xenstore.Tx) error {
 		for _, dir := range []struct {
 			path        string
-			keys        xenbus.Values
+			keys        xenstore.Values
 			owner, peer hypercall.DomID
 		}{
 			{v.FrontDir(), front, v.Front, v.Back},
 			{v.BackDir(), back, v.Back, v.Front},
 		} {
 			if _, err := tx.Read(dir.path); err == nil {
-				return fmt.Errorf("%s is there already: %w", dir.path, xenbus.ErrExists)
-			} else if !errors.Is(err, xenbus.ErrNotFound) {
+				return fmt.Errorf("%s is there already: %w", dir.path, xenstore.ErrExists)
+			} else if !errors.Is(err, xenstore.ErrNotFound) {
 				return err
 			}
 			if err := parents(tx, dir.path, dir.owner); err != nil {
 				return err
 			}
-			perms := []xenbus.Perm{{Dom: dir.owner, Access: xenbus.None}, {Dom: dir.peer, Access: xenbus.ReadOnly}}
+			perms := []xenstore.Perm{{Dom: dir.owner, Access: xenstore.None}, {Dom: dir.peer, Access: xenstore.ReadOnly}}
 			if err := tx.Mkdir(dir.path); err != nil {
 				return err
 			}
@@ -162,7 +164,7 @@ func Add(ctx context.Context, c *xenbus.Client, v Vif) error {
 		}
 		// The guest may read its mtu, not write it.
 		return tx.SetPerms(v.FrontDir()+"/"+netif.KeyMTU,
-			xenbus.Perm{Dom: v.Back, Access: xenbus.None}, xenbus.Perm{Dom: v.Front, Access: xenbus.ReadOnly})
+			xenstore.Perm{Dom: v.Back, Access: xenstore.None}, xenstore.Perm{Dom: v.Front, Access: xenstore.ReadOnly})
 	})
 	if err != nil {
 		return fmt.Errorf("add vif %d of domain %d: %w", v.ID, v.Front, err)
@@ -172,7 +174,7 @@ func Add(ctx context.Context, c *xenbus.Client, v Vif) error {
 
 // parents makes the directories between a domain's home and path, which the
 // domain owns.
-func parents(tx xenbus.Tx, path string, owner hypercall.DomID) error {
+func parents(tx xenstore.Tx, path string, owner hypercall.DomID) error {
 	parts := strings.Split(path, "/")
 	for i := 5; i < len(parts); i++ { // "", local, domain, N, device, ...
 		dir := strings.Join(parts[:i], "/")
@@ -182,7 +184,7 @@ func parents(tx xenbus.Tx, path string, owner hypercall.DomID) error {
 		if err := tx.Mkdir(dir); err != nil {
 			return err
 		}
-		if err := tx.SetPerms(dir, xenbus.Perm{Dom: owner, Access: xenbus.None}); err != nil {
+		if err := tx.SetPerms(dir, xenstore.Perm{Dom: owner, Access: xenstore.None}); err != nil {
 			return err
 		}
 	}
@@ -191,14 +193,14 @@ func parents(tx xenbus.Tx, path string, owner hypercall.DomID) error {
 
 // Remove takes the vif away: the backend is told that it goes for good, gets until
 // ctx ends to close, and then both directories are removed, closed or not.
-func Remove(ctx context.Context, c *xenbus.Client, v Vif) error {
+func Remove(ctx context.Context, c *xenstore.Client, v Vif) error {
 	state := v.BackDir() + "/" + netif.KeyState
 	w, err := c.Watch(ctx, state)
 	if err != nil {
 		return err
 	}
 	defer w.Close()
-	err = c.Transact(ctx, func(tx xenbus.Tx) error {
+	err = c.Transact(ctx, func(tx xenstore.Tx) error {
 		s, err := tx.Read(state)
 		if err != nil {
 			return err
@@ -222,11 +224,11 @@ func Remove(ctx context.Context, c *xenbus.Client, v Vif) error {
 			err = fmt.Errorf("the backend is still in state %q: %w", s, context.Cause(ctx))
 		}
 	}
-	if errors.Is(err, xenbus.ErrNotFound) { // a driver domain's backend removed it
+	if errors.Is(err, xenstore.ErrNotFound) { // a driver domain's backend removed it
 		err = nil
 	}
 	for _, dir := range []string{v.FrontDir(), v.BackDir()} {
-		if e := c.Remove(context.WithoutCancel(ctx), dir); e != nil && !errors.Is(e, xenbus.ErrNotFound) && err == nil {
+		if e := c.Remove(context.WithoutCancel(ctx), dir); e != nil && !errors.Is(e, xenstore.ErrNotFound) && err == nil {
 			err = e
 		}
 	}

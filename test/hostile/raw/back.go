@@ -5,8 +5,9 @@ import (
 	"fmt"
 	"time"
 
+	"barevif/xenbus/xenstore"
+
 	"barevif/hypercall"
-	"barevif/xenbus"
 )
 
 // A Back is a backend's half of a vif: the frontend's rings mapped, its ports
@@ -23,15 +24,15 @@ type Back struct {
 }
 
 // BackKeys is what a correct backend publishes.
-func BackKeys() xenbus.Values {
-	return xenbus.Values{
+func BackKeys() xenstore.Values {
+	return xenstore.Values{
 		"feature-rx-copy": "1", "feature-sg": "1", "feature-split-event-channels": "1",
 		"multi-queue-max-queues": "1",
 	}
 }
 
 // NewBack maps and binds what the frontend published.
-func NewBack(dom hypercall.Domain, peer hypercall.DomID, keys xenbus.Values) (b *Back, err error) {
+func NewBack(dom hypercall.Domain, peer hypercall.DomID, keys xenstore.Values) (b *Back, err error) {
 	b = &Back{dom: dom, peer: peer}
 	defer func() {
 		if err != nil {

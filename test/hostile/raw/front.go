@@ -6,8 +6,9 @@ import (
 	"strconv"
 	"time"
 
+	"barevif/xenbus/xenstore"
+
 	"barevif/hypercall"
-	"barevif/xenbus"
 )
 
 // A Front is a frontend's half of a vif: rings and frame pages it has granted, and
@@ -60,8 +61,8 @@ func NewFront(dom hypercall.Domain, peer hypercall.DomID, n int, split bool) (f 
 }
 
 // Keys is what a correct frontend publishes.
-func (f *Front) Keys() xenbus.Values {
-	v := xenbus.Values{
+func (f *Front) Keys() xenstore.Values {
+	v := xenstore.Values{
 		"tx-ring-ref":       strconv.Itoa(int(f.Rings.Refs[0])),
 		"rx-ring-ref":       strconv.Itoa(int(f.Rings.Refs[1])),
 		"request-rx-copy":   "1",

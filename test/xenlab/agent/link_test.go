@@ -16,15 +16,15 @@ import (
 
 	"barevif/hypercall"
 	"barevif/test/xenlab/proto"
-	embedded "barevif/xenbus/store"
+	"barevif/xenbus/xenstore/server"
 )
 
 const guestID = 5
 
 // xenstore gives one with a domain in it, as libxl leaves it.
-func xenstore(t *testing.T) *embedded.Store {
+func xenstore(t *testing.T) *server.Store {
 	t.Helper()
-	s := embedded.New(embedded.Config{})
+	s := server.New(server.Config{})
 	t.Cleanup(func() { s.Close() })
 	s.Introduce(guestID)
 	home := fmt.Sprintf("/local/domain/%d", guestID)
@@ -36,7 +36,7 @@ func xenstore(t *testing.T) *embedded.Store {
 }
 
 // dial connects a client to it.
-func dial(t *testing.T, s *embedded.Store, dom hypercall.DomID) net.Conn {
+func dial(t *testing.T, s *server.Store, dom hypercall.DomID) net.Conn {
 	t.Helper()
 	ours, theirs := net.Pipe()
 	done := make(chan struct{})
@@ -51,7 +51,7 @@ func dial(t *testing.T, s *embedded.Store, dom hypercall.DomID) net.Conn {
 	return ours
 }
 
-func pairOfLinks(t *testing.T) (dom0, guest *link, s *embedded.Store) {
+func pairOfLinks(t *testing.T) (dom0, guest *link, s *server.Store) {
 	t.Helper()
 	s = xenstore(t)
 	dom0, err := downLink(newStore(dial(t, s, 0)), guestID)

@@ -9,7 +9,7 @@ import (
 	"strings"
 	"sync"
 
-	"barevif/xenbus/wire"
+	"barevif/xenbus/xenstore/wire"
 )
 
 // A store is a xenstore client of the fewest lines: one request in flight, and a

@@ -15,7 +15,7 @@ import (
 	"sync"
 
 	"barevif/hypercall"
-	"barevif/xenbus/wire"
+	"barevif/xenbus/xenstore/wire"
 )
 
 // A Change is a node a domain wrote, made or removed.

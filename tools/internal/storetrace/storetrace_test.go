@@ -10,23 +10,24 @@ import (
 	"sync"
 	"testing"
 
+	"barevif/xenbus/xenstore"
+
 	"barevif/hypercall"
-	"barevif/xenbus"
-	"barevif/xenbus/store"
-	"barevif/xenbus/wire"
+	"barevif/xenbus/xenstore/server"
+	"barevif/xenbus/xenstore/wire"
 )
 
 // A rig is a store with traced clients.
 type rig struct {
 	t     *testing.T
-	store *store.Store
+	store *server.Store
 	mu    sync.Mutex
 	told  [][]Change // guarded by mu
 }
 
-func (r *rig) client(dom hypercall.DomID) *xenbus.Client {
+func (r *rig) client(dom hypercall.DomID) *xenstore.Client {
 	r.store.Introduce(dom)
-	c, err := xenbus.Dial(r.t.Context(), func(context.Context) (io.ReadWriteCloser, error) {
+	c, err := xenstore.Dial(r.t.Context(), func(context.Context) (io.ReadWriteCloser, error) {
 		ours, theirs := net.Pipe()
 		go r.store.ServeConn(Tap(theirs, dom, func(c []Change) {
 			r.mu.Lock()
@@ -34,7 +35,7 @@ func (r *rig) client(dom hypercall.DomID) *xenbus.Client {
 			r.told = append(r.told, c)
 		}), dom)
 		return ours, nil
-	}, xenbus.Config{Pipeline: 8})
+	}, xenstore.Config{Pipeline: 8})
 	if err != nil {
 		r.t.Fatal(err)
 	}
@@ -54,7 +55,7 @@ func (r *rig) want(all ...[]Change) {
 }
 
 func TestChangesAreToldOnceTheyHappened(t *testing.T) {
-	r := &rig{t: t, store: store.New(store.Config{})}
+	r := &rig{t: t, store: server.New(server.Config{})}
 	defer r.store.Close()
 	ctx := t.Context()
 	tools := r.client(0)
@@ -67,7 +68,7 @@ func TestChangesAreToldOnceTheyHappened(t *testing.T) {
 	must(tools.Write(ctx, "/local/domain/1/device", "x"))
 	r.want([]Change{{By: 0, Path: "/local/domain/1/device", Value: "x"}})
 	guest := r.client(1)
-	must(tools.SetPerms(ctx, "/local/domain/1/device", xenbus.Perm{Dom: 1, Access: xenbus.None}))
+	must(tools.SetPerms(ctx, "/local/domain/1/device", xenstore.Perm{Dom: 1, Access: xenstore.None}))
 	if _, err := tools.Read(ctx, "/local/domain/1/device"); err != nil {
 		t.Fatal(err)
 	}
@@ -81,7 +82,7 @@ func TestChangesAreToldOnceTheyHappened(t *testing.T) {
 		[]Change{{By: 1, Path: "/local/domain/1/device/dir"}},
 		[]Change{{By: 1, Path: "/local/domain/1/device/vif", Removed: true}},
 	)
-	if err := guest.Write(ctx, "/local/domain/0/forbidden", "1"); !errors.Is(err, xenbus.ErrAccess) {
+	if err := guest.Write(ctx, "/local/domain/0/forbidden", "1"); !errors.Is(err, xenstore.ErrAccess) {
 		t.Fatal(err)
 	}
 	r.want()
@@ -91,9 +92,9 @@ func TestChangesAreToldOnceTheyHappened(t *testing.T) {
 		{By: 1, Path: "/local/domain/1/device/b", Value: ""},
 	}
 	runs := 0
-	must(guest.Transact(ctx, func(tx xenbus.Tx) error {
+	must(guest.Transact(ctx, func(tx xenstore.Tx) error {
 		if runs++; runs == 1 { // a conflict: the first run is undone
-			if _, err := tx.Read("device/a"); !errors.Is(err, xenbus.ErrNotFound) {
+			if _, err := tx.Read("device/a"); !errors.Is(err, xenstore.ErrNotFound) {
 				return err
 			}
 			must(tools.Write(ctx, "/local/domain/1/device/a", "0"))
@@ -109,7 +110,7 @@ func TestChangesAreToldOnceTheyHappened(t *testing.T) {
 	r.want([]Change{{By: 0, Path: "/local/domain/1/device/a", Value: "0"}}, both)
 
 	stop := errors.New("stop")
-	if err := guest.Transact(ctx, func(tx xenbus.Tx) error {
+	if err := guest.Transact(ctx, func(tx xenstore.Tx) error {
 		if err := tx.Write("device/a", "9"); err != nil {
 			return err
 		}

@@ -1,0 +1,15 @@
+package xenstore
+
+// StartIDs makes the next request id follow id.
+func (c *Client) StartIDs(id uint32) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.lastID = id
+}
+
+// Tokens is how many watches the Client still knows of.
+func (c *Client) Tokens() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return len(c.watches)
+}

@@ -1,0 +1,233 @@
+package xenstore
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strconv"
+	"strings"
+
+	"barevif/hypercall"
+	"barevif/xenbus/xenstore/wire"
+)
+
+// at is t for requests outside any transaction.
+func (c *Client) at(ctx context.Context) Tx { return Tx{c: c, ctx: ctx} }
+
+// Read is [Tx.Read] outside a transaction.
+func (c *Client) Read(ctx context.Context, path string) (string, error) { return c.at(ctx).Read(path) }
+
+// Write is [Tx.Write] outside a transaction.
+func (c *Client) Write(ctx context.Context, path, value string) error {
+	return c.at(ctx).Write(path, value)
+}
+
+// Mkdir is [Tx.Mkdir] outside a transaction.
+func (c *Client) Mkdir(ctx context.Context, path string) error { return c.at(ctx).Mkdir(path) }
+
+// Remove is [Tx.Remove] outside a transaction.
+func (c *Client) Remove(ctx context.Context, path string) error { return c.at(ctx).Remove(path) }
+
+// Directory is [Tx.Directory] outside a transaction.
+func (c *Client) Directory(ctx context.Context, path string) ([]string, error) {
+	return c.at(ctx).Directory(path)
+}
+
+// Perms is [Tx.Perms] outside a transaction.
+func (c *Client) Perms(ctx context.Context, path string) ([]Perm, error) {
+	return c.at(ctx).Perms(path)
+}
+
+// SetPerms is [Tx.SetPerms] outside a transaction.
+func (c *Client) SetPerms(ctx context.Context, path string, perms ...Perm) error {
+	return c.at(ctx).SetPerms(path, perms...)
+}
+
+// ReadAll is [Tx.ReadAll] outside a transaction: the values are of different moments.
+func (c *Client) ReadAll(ctx context.Context, paths ...string) (values []string, errs []error) {
+	return c.at(ctx).ReadAll(paths...)
+}
+
+// ReadKeys reads keys of one directory as they were at one moment. Those that are not there
+// are not in the result.
+func (c *Client) ReadKeys(ctx context.Context, dir string, keys ...string) (v Values, err error) {
+	paths := make([]string, len(keys))
+	for i, key := range keys {
+		paths[i] = dir + "/" + key
+	}
+	read := func(tx Tx) error {
+		v = make(Values, len(keys))
+		values, errs := tx.ReadAll(paths...)
+		for i, key := range keys {
+			switch {
+			case errs[i] == nil:
+				v[key] = values[i]
+			case !errors.Is(errs[i], ErrNotFound):
+				return errs[i]
+			}
+		}
+		return nil
+	}
+	if len(keys) == 1 { // which is of one moment anyway
+		err = read(c.at(ctx))
+	} else {
+		err = c.Transact(ctx, read)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return v, nil
+}
+
+// AllDomains, where a feature or quota is asked for, means xenstored's own. It is
+// DOMID_INVALID of xen/include/public/xen.h, which no domain has.
+const AllDomains hypercall.DomID = 0x7FF4
+
+// Introduce tells xenstored of a domain: the frame of its ring page and the event
+// channel it made for xenstored. Only a privileged domain may.
+func (c *Client) Introduce(ctx context.Context, dom hypercall.DomID, frame uint64, port hypercall.PortID) error {
+	return c.tell(ctx, wire.Introduce, domArg(dom), strconv.FormatUint(frame, 10), strconv.FormatUint(uint64(port), 10))
+}
+
+// Release makes xenstored forget a domain.
+func (c *Client) Release(ctx context.Context, dom hypercall.DomID) error {
+	return c.tell(ctx, wire.Release, domArg(dom))
+}
+
+// Resume tells xenstored that a domain runs again after a suspend.
+func (c *Client) Resume(ctx context.Context, dom hypercall.DomID) error {
+	return c.tell(ctx, wire.Resume, domArg(dom))
+}
+
+// SetTarget gives dom the rights of target, as a device model needs them.
+func (c *Client) SetTarget(ctx context.Context, dom, target hypercall.DomID) error {
+	return c.tell(ctx, wire.SetTarget, domArg(dom), domArg(target))
+}
+
+// GetDomainPath gives the home of a domain, which need not exist.
+func (c *Client) GetDomainPath(ctx context.Context, dom hypercall.DomID) (string, error) {
+	reply, err := c.query(ctx, wire.GetDomainPath, domArg(dom))
+	if err == nil && !ValidPath(reply) {
+		return "", &ProtocolError{fmt.Sprintf("the domain path %q", Clip(reply))}
+	}
+	return reply, err
+}
+
+// IsIntroduced says whether xenstored knows a domain.
+func (c *Client) IsIntroduced(ctx context.Context, dom hypercall.DomID) (bool, error) {
+	reply, err := c.query(ctx, wire.IsDomainIntroduced, domArg(dom))
+	if err == nil && reply != "T" && reply != "F" {
+		return false, &ProtocolError{fmt.Sprintf("%q for yes or no", Clip(reply))}
+	}
+	return reply == "T", err
+}
+
+// ResetWatches makes xenstored drop every watch and transaction of this
+// connection, once no transaction of the Client is open. Watches of the Client are
+// set again.
+func (c *Client) ResetWatches(ctx context.Context) error {
+	select {
+	case c.trans <- struct{}{}: // so that no transaction of ours is open
+		defer func() { <-c.trans }()
+	case <-ctx.Done():
+		return fmt.Errorf("xenstore %s: %w", opName(wire.ResetWatches), context.Cause(ctx))
+	}
+	r := &request{op: wire.ResetWatches, parts: []string{"\x00"}}
+	r.settled = func() {
+		if r.err != nil {
+			return
+		}
+		for _, w := range c.watches {
+			if w.set {
+				c.queue = append(c.queue, w.renewLocked(r.sentOn))
+			}
+		}
+		c.kick()
+	}
+	_, err := c.do(ctx, r)
+	return err
+}
+
+// Control sends a command to the daemon itself, as xenstore-control does.
+func (c *Client) Control(ctx context.Context, args ...string) (string, error) {
+	return c.request(ctx, &request{op: wire.Control, path: strings.Join(args, " "), parts: terminated(args)})
+}
+
+// Features gives the feature bits of a domain (docs/misc/xenstore-ring.txt), or of
+// xenstored for AllDomains. ErrNoSys if the daemon is older than the request.
+func (c *Client) Features(ctx context.Context, dom hypercall.DomID) (uint32, error) {
+	n, err := c.number(ctx, wire.GetFeature, 1<<32-1, domArgs(dom)...)
+	return uint32(n), err
+}
+
+// SetFeatures sets the feature bits of a domain that is not introduced yet.
+func (c *Client) SetFeatures(ctx context.Context, dom hypercall.DomID, bits uint32) error {
+	return c.tell(ctx, wire.SetFeature, domArg(dom), strconv.FormatUint(uint64(bits), 10))
+}
+
+// Quotas lists the names of the quotas xenstored knows.
+func (c *Client) Quotas(ctx context.Context) ([]string, error) {
+	reply, err := c.request(ctx, &request{op: wire.GetQuota, again: true, parts: []string{"\x00"}})
+	return strings.Fields(strings.TrimSuffix(reply, "\x00")), err
+}
+
+// Quota gives a limit of a domain, or for AllDomains that of new domains; 0 means
+// no limit.
+func (c *Client) Quota(ctx context.Context, dom hypercall.DomID, name string) (uint64, error) {
+	return c.number(ctx, wire.GetQuota, 1<<64-1, append(domArgs(dom), name)...)
+}
+
+// SetQuota sets what Quota gives.
+func (c *Client) SetQuota(ctx context.Context, dom hypercall.DomID, name string, limit uint64) error {
+	return c.tell(ctx, wire.SetQuota, append(domArgs(dom), name, strconv.FormatUint(limit, 10))...)
+}
+
+// tell sends a request that changes something and answers nothing but OK.
+func (c *Client) tell(ctx context.Context, op wire.Op, args ...string) error {
+	_, err := c.request(ctx, &request{op: op, path: strings.Join(args, " "), parts: terminated(args)})
+	return err
+}
+
+// query sends a request that changes nothing.
+func (c *Client) query(ctx context.Context, op wire.Op, args ...string) (string, error) {
+	reply, err := c.request(ctx, &request{op: op, path: strings.Join(args, " "), parts: terminated(args), again: true})
+	return strings.TrimSuffix(reply, "\x00"), err
+}
+
+func (c *Client) number(ctx context.Context, op wire.Op, limit uint64, args ...string) (uint64, error) {
+	reply, err := c.query(ctx, op, args...)
+	if err != nil {
+		return 0, err
+	}
+	n, err := ParseUint(reply, limit)
+	if err != nil {
+		return 0, &ProtocolError{fmt.Sprintf("%q for a number", Clip(reply))}
+	}
+	return n, nil
+}
+
+// request refuses arguments with a NUL of their own.
+func (c *Client) request(ctx context.Context, r *request) (string, error) {
+	if strings.Contains(r.path, "\x00") {
+		return "", &Error{Op: opName(r.op), Path: Clip(r.path), Code: ErrInvalid}
+	}
+	return c.do(ctx, r)
+}
+
+func terminated(args []string) []string {
+	var parts []string
+	for _, a := range args {
+		parts = append(parts, a, "\x00")
+	}
+	return parts
+}
+
+func domArg(dom hypercall.DomID) string { return strconv.FormatUint(uint64(dom), 10) }
+
+// domArgs leaves the domain out where that means the daemon itself.
+func domArgs(dom hypercall.DomID) []string {
+	if dom == AllDomains {
+		return nil
+	}
+	return []string{domArg(dom)}
+}

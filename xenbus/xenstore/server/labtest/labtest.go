@@ -1,0 +1,117 @@
+// Package labtest makes emulated machines with a xenstore and a toolstack. It is for
+// tests alone.
+package labtest
+
+import (
+	"context"
+	"io"
+	"runtime"
+	"testing"
+	"time"
+
+	"barevif/xenbus/xenstore"
+
+	"barevif/hypercall"
+	"barevif/hypercall/emu"
+	"barevif/xenbus/toolstack"
+	"barevif/xenbus/xenstore/server"
+)
+
+// Limit bounds what a test waits for; none comes near it.
+const Limit = 2 * time.Minute
+
+// A Lab is an emulated machine with a xenstore and a toolstack. It ends with its
+// test, which fails if goroutines are left, or pages.
+type Lab struct {
+	*emu.Machine
+	Store *server.Store
+	Dom0  *emu.Domain
+	Tools *xenstore.Client // of the toolstack, in domain 0
+
+	// Dirty says that the test leaves pages behind on purpose.
+	Dirty bool
+
+	t testing.TB
+}
+
+// New makes a machine. Its configuration is completed with the xenstore.
+func New(t testing.TB, cfg emu.Config) *Lab {
+	t.Helper()
+	before := runtime.NumGoroutine()
+	l := &Lab{Store: server.New(server.Config{}), t: t}
+	cfg.Store = func(dom hypercall.DomID, c io.ReadWriteCloser) { l.Store.ServeConn(c, dom) }
+	cfg.Admit = l.Store.Admit
+	var err error
+	if l.Machine, err = emu.New(cfg); err != nil {
+		t.Fatal(err)
+	}
+	l.OnDeath(l.Store.DomainDied)
+	t.Cleanup(func() {
+		if l.Tools != nil {
+			l.Tools.Close()
+		}
+		if !l.Dirty {
+			if err := Comes(l.CheckClean); err != nil {
+				t.Error(err)
+			}
+		}
+		l.Machine.Close()
+		l.Store.Close()
+		for end := time.Now().Add(Limit); runtime.NumGoroutine() > before; time.Sleep(time.Millisecond) {
+			if time.Now().After(end) {
+				buf := make([]byte, 1<<16)
+				t.Fatalf("%d goroutines, %d before\n%s", runtime.NumGoroutine(), before, buf[:runtime.Stack(buf, true)])
+			}
+		}
+	})
+	l.Dom0 = l.Domain(0)
+	if l.Tools, err = xenstore.Dial(l.context(), l.Dom0.Store, xenstore.Config{Pipeline: 8}); err != nil {
+		t.Fatal(err)
+	}
+	return l
+}
+
+// Comes waits until ok has no error, and gives the last one it had. A device has ended
+// before its listener's goroutine has given back the frame it was shown, so that pages
+// are home a moment later; what is lost stays lost.
+func Comes(ok func() error) (err error) {
+	for end := time.Now().Add(20 * time.Second); ; time.Sleep(time.Millisecond) {
+		if err = ok(); err == nil || time.Now().After(end) {
+			return err
+		}
+	}
+}
+
+func (l *Lab) context() context.Context {
+	ctx, cancel := context.WithTimeout(context.Background(), Limit)
+	l.t.Cleanup(cancel)
+	return ctx
+}
+
+// Domain makes a domain and its home in the xenstore.
+func (l *Lab) Domain(id hypercall.DomID) *emu.Domain {
+	l.t.Helper()
+	d, err := l.NewDomain(id)
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	l.Store.Introduce(id)
+	if id != 0 {
+		if err := toolstack.Home(l.context(), l.Tools, id); err != nil {
+			l.t.Fatal(err)
+		}
+	}
+	return d
+}
+
+// Add adds a vif, with a MAC of its own if it has none.
+func (l *Lab) Add(v toolstack.Vif) toolstack.Vif {
+	l.t.Helper()
+	if v.MAC == ([6]byte{}) {
+		v.MAC = [6]byte{0, 0x16, 0x3e, 0, byte(v.Front), byte(v.ID)}
+	}
+	if err := toolstack.Add(l.context(), l.Tools, v); err != nil {
+		l.t.Fatal(err)
+	}
+	return v
+}

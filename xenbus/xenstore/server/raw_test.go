@@ -1,0 +1,95 @@
+package server_test
+
+import (
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"barevif/hypercall"
+	"barevif/xenbus/xenstore/server"
+	"barevif/xenbus/xenstore/wire/wiretest"
+)
+
+// raw is a client that tests drive by hand.
+type raw = wiretest.Client
+
+const (
+	ok       = wiretest.OK
+	patience = wiretest.Patience
+)
+
+// z joins arguments, each with a NUL.
+func z(args ...string) string { return wiretest.Z(args...) }
+
+// embedded is a store under test, whose accounts are checked at the end.
+type embedded struct {
+	t testing.TB
+	*server.Store
+}
+
+func newEmbedded(t testing.TB, cfg server.Config) embedded {
+	s := server.New(cfg)
+	t.Cleanup(func() {
+		if err := s.Check(); err != nil {
+			t.Error("accounts: ", err)
+		}
+		s.Close()
+		if err := s.Check(); err != nil {
+			t.Error("accounts after Close: ", err)
+		}
+	})
+	return embedded{t, s}
+}
+
+func (e embedded) connect(dom hypercall.DomID) *raw {
+	conn, _ := e.dial(dom)
+	return wiretest.New(e.t, conn)
+}
+
+// dial gives the client's end, and the result of ServeConn.
+func (e embedded) dial(dom hypercall.DomID) (net.Conn, <-chan error) {
+	ours, theirs := socketPair(e.t)
+	ended := make(chan error, 1)
+	go func() { ended <- e.ServeConn(theirs, dom) }()
+	return ours, ended
+}
+
+func (e embedded) dom0() *raw { return e.connect(0) }
+
+func (e embedded) guest(id hypercall.DomID) *raw {
+	e.Introduce(id)
+	home := fmt.Sprintf("/local/domain/%d", id)
+	if err := e.Mkdir(home); err != nil {
+		e.t.Fatal(err)
+	}
+	if err := e.SetPerms(home, fmt.Sprintf("n%d", id)); err != nil {
+		e.t.Fatal(err)
+	}
+	return e.connect(id)
+}
+
+// socketPair is two ends of a unix socket, which buffers, unlike net.Pipe.
+func socketPair(t testing.TB) (net.Conn, net.Conn) {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "xs") // short: a socket's path is at most 108 bytes
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	l, err := net.Listen("unix", filepath.Join(dir, "s"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	ours, err := net.Dial("unix", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	theirs, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return ours, theirs
+}

@@ -1,0 +1,290 @@
+package xenstore
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"barevif/xenbus/internal/pause"
+	"barevif/xenbus/xenstore/wire"
+)
+
+const (
+	maxAttempts  = 100     // of one transaction
+	maxRestarts  = 16      // of one listing, when it changes under us
+	maxDirectory = 1 << 20 // bytes of names in one directory
+)
+
+// A Tx is a transaction, valid inside the function given to [Client.Transact]. Its
+// methods wait as the Client's do, for the context given to Transact.
+type Tx struct {
+	c     *Client
+	ctx   context.Context
+	id    uint32 // 0: no transaction
+	epoch uint64
+}
+
+// Transact runs fn in a transaction and commits it if fn returns nil. If it is in
+// conflict with others, or the connection is lost, fn runs again, up to 100 times
+// with growing pauses; then a [*ConflictError]. fn has to be free of other
+// effects, and to bear that an earlier run was committed after all: that happens
+// when a connection breaks during the commit.
+//
+// A Client runs one transaction at a time: two would only be in each other's way,
+// and a domain may have few open. fn must not call Transact.
+func (c *Client) Transact(ctx context.Context, fn func(Tx) error) error {
+	delay := time.Millisecond
+	for n := 1; ; n++ {
+		err := c.attempt(ctx, fn)
+		if !errors.Is(err, ErrAgain) {
+			return err
+		}
+		if n == maxAttempts {
+			return &ConflictError{n, err}
+		}
+		c.mu.Lock()
+		c.stats.Conflicts++
+		c.mu.Unlock()
+		if err := pause.Wait(ctx, pause.Jitter(delay)); err != nil {
+			return fmt.Errorf("xenstore transaction: %w", err)
+		}
+		delay = min(2*delay, 64*time.Millisecond)
+	}
+}
+
+// attempt runs fn once. Between attempts others may have their turn: a peer that
+// keeps one transaction in conflict must not hold up the rest.
+func (c *Client) attempt(ctx context.Context, fn func(Tx) error) error {
+	select {
+	case c.trans <- struct{}{}:
+		defer func() { <-c.trans }()
+	case <-ctx.Done():
+		return fmt.Errorf("xenstore transaction: %w", context.Cause(ctx))
+	}
+	start := &request{op: wire.TransactionStart, parts: []string{"\x00"}, again: true}
+	start.settled = func() { // one that nobody wants any more must not stay open
+		if id, err := parseID(start.reply); start.gone && start.err == nil && err == nil {
+			_ = c.postLocked(endRequest(id, start.sentOn, false))
+		}
+	}
+	reply, err := c.do(ctx, start)
+	if err != nil {
+		return err
+	}
+	id, err := parseID(reply)
+	if err != nil {
+		return err
+	}
+	tx := Tx{c, ctx, id, start.sentOn}
+	ended := false
+	defer func() {
+		if !ended { // nobody needs the answer
+			_ = c.post(endRequest(id, tx.epoch, false))
+		}
+	}()
+	if err := fn(tx); err != nil {
+		return err
+	}
+	_, err = c.do(ctx, endRequest(id, tx.epoch, true))
+	var refused *Error
+	ended = err == nil || errors.As(err, &refused)
+	if errors.Is(err, ErrNotFound) { // the server forgot it, by a reset or restart
+		return &Error{Op: opName(wire.TransactionEnd), Code: ErrAgain}
+	}
+	return err
+}
+
+func endRequest(id uint32, epoch uint64, commit bool) *request {
+	verdict := "F\x00"
+	if commit {
+		verdict = "T\x00"
+	}
+	return &request{op: wire.TransactionEnd, tx: id, parts: []string{verdict}, epoch: epoch,
+		lost: &Error{Op: opName(wire.TransactionEnd), Code: ErrAgain}, done: make(chan struct{})}
+}
+
+func parseID(reply string) (uint32, error) {
+	id, err := ParseUint(strings.TrimSuffix(reply, "\x00"), 1<<32-1)
+	if err != nil || id == 0 {
+		return 0, &ProtocolError{fmt.Sprintf("a transaction with id %q", Clip(reply))}
+	}
+	return uint32(id), nil
+}
+
+// ask sends one request about path, inside t if it is a transaction.
+func (t Tx) ask(op wire.Op, again bool, path string, parts ...string) (string, error) {
+	if err := checkPath(op, path); err != nil {
+		return "", err
+	}
+	return t.c.do(t.ctx, t.request(op, again, path, parts...))
+}
+
+func checkPath(op wire.Op, path string) error {
+	if !ValidPath(path) {
+		return &Error{Op: opName(op), Path: Clip(path), Code: ErrInvalid}
+	}
+	return nil
+}
+
+func (t Tx) request(op wire.Op, again bool, path string, parts ...string) *request {
+	r := &request{op: op, tx: t.id, path: path, parts: parts, again: again && t.id == 0, epoch: t.epoch}
+	if t.id != 0 {
+		r.lost = &Error{Op: opName(op), Path: path, Code: ErrAgain}
+	}
+	return r
+}
+
+// ReadAll is Read of several nodes, in the time of one where the transport takes several
+// requests at once. Each has its own error.
+func (t Tx) ReadAll(paths ...string) (values []string, errs []error) {
+	return t.all(wire.Read, true, paths, nil)
+}
+
+// WriteAll is Write of several nodes, with a value for each path. The error is the first
+// that there is.
+func (t Tx) WriteAll(paths, values []string) error {
+	_, errs := t.all(wire.Write, false, paths, values)
+	return first(errs)
+}
+
+// RemoveAll is Remove of several nodes, of which some need not be there.
+func (t Tx) RemoveAll(paths ...string) error {
+	_, errs := t.all(wire.Rm, false, paths, nil)
+	return first(slices.DeleteFunc(errs, func(err error) bool { return errors.Is(err, ErrNotFound) }))
+}
+
+// first is the first error there is.
+func first(errs []error) error {
+	for _, err := range errs {
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// all makes the same request of several paths, with a value each if there are values.
+func (t Tx) all(op wire.Op, again bool, paths, values []string) (replies []string, errs []error) {
+	rs := make([]*request, len(paths))
+	for i, path := range paths {
+		if err := checkPath(op, path); err != nil { // none is sent: our mistake
+			errs = make([]error, len(paths))
+			for i := range errs {
+				errs[i] = err
+			}
+			return make([]string, len(paths)), errs
+		}
+		rs[i] = t.request(op, again, path, path, "\x00")
+		if values != nil {
+			rs[i].parts = append(rs[i].parts, values[i])
+		}
+	}
+	return t.c.together(t.ctx, rs)
+}
+
+// Read gives the value of a node, any bytes. A node made as a directory has "".
+func (t Tx) Read(path string) (string, error) {
+	return t.ask(wire.Read, true, path, path, "\x00")
+}
+
+// Write sets the value of a node, which is made, and its parents with it, if it is
+// not there.
+func (t Tx) Write(path, value string) error {
+	_, err := t.ask(wire.Write, false, path, path, "\x00", value)
+	return err
+}
+
+// Mkdir makes a node with an empty value, and its parents. One that is there stays
+// as it is.
+func (t Tx) Mkdir(path string) error {
+	_, err := t.ask(wire.Mkdir, false, path, path, "\x00")
+	return err
+}
+
+// Remove removes a node and all below it. One that is not there is no error, if
+// its parent is: else ErrNotFound.
+func (t Tx) Remove(path string) error {
+	_, err := t.ask(wire.Rm, false, path, path, "\x00")
+	return err
+}
+
+// Perms gives the permissions of a node: its owner, whose Access is everybody
+// else's, and then those of single domains.
+func (t Tx) Perms(path string) ([]Perm, error) {
+	reply, err := t.ask(wire.GetPerms, true, path, path, "\x00")
+	if err != nil {
+		return nil, err
+	}
+	return parsePerms(reply)
+}
+
+// SetPerms sets the permissions of a node; the first names the owner. xenstored
+// answers ErrNotFound for a domain it does not know.
+func (t Tx) SetPerms(path string, perms ...Perm) error {
+	parts := []string{path, "\x00"}
+	for _, p := range perms {
+		parts = append(parts, p.String(), "\x00")
+	}
+	_, err := t.ask(wire.SetPerms, false, path, parts...)
+	return err
+}
+
+// Directory lists the names below a node. A listing too long for one message is
+// fetched in parts, anew if it changes meanwhile; beyond 1 MiB it is ErrTooBig.
+func (t Tx) Directory(path string) ([]string, error) {
+	reply, err := t.ask(wire.Directory, true, path, path, "\x00")
+	if errors.Is(err, ErrTooBig) {
+		return t.directoryParts(path)
+	}
+	if err != nil || reply == "" {
+		return nil, err
+	}
+	return names(reply)
+}
+
+// directoryParts joins the parts before it splits them: a cut may be in a name.
+func (t Tx) directoryParts(path string) ([]string, error) {
+	var list strings.Builder
+	generation := ""
+	for restarts := 0; ; {
+		reply, err := t.ask(wire.DirectoryPart, true, path, path, "\x00", fmt.Sprint(list.Len()), "\x00")
+		if err != nil {
+			return nil, err
+		}
+		gen, part, ok := strings.Cut(reply, "\x00")
+		if !ok || part == "" {
+			return nil, &ProtocolError{"a part of a directory that holds nothing"}
+		}
+		if list.Len() > 0 && gen != generation {
+			if restarts++; restarts == maxRestarts {
+				return nil, &Error{Op: opName(wire.Directory), Path: path, Code: ErrAgain}
+			}
+			list.Reset()
+			continue
+		}
+		generation = gen
+		list.WriteString(part)
+		if all := list.String(); all == "\x00" {
+			return nil, nil
+		} else if strings.HasSuffix(all, "\x00\x00") { // no name is empty: the end
+			return names(all[:len(all)-1])
+		}
+		if list.Len() > maxDirectory {
+			return nil, &Error{Op: opName(wire.Directory), Path: path, Code: ErrTooBig}
+		}
+	}
+}
+
+// names splits a list of names that each end in NUL.
+func names(list string) ([]string, error) {
+	all := strings.Split(strings.TrimSuffix(list, "\x00"), "\x00")
+	for _, name := range all {
+		if !ValidName(name) {
+			return nil, &ProtocolError{fmt.Sprintf("a directory with the name %q", Clip(name))}
+		}
+	}
+	return all, nil
+}

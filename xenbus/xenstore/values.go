@@ -1,0 +1,120 @@
+package xenstore
+
+import (
+	"fmt"
+)
+
+// A ValueError is a value in xenstore that is not what it has to be.
+type ValueError struct {
+	Path  string // or the key; "" if only the value was at hand
+	Value string // clipped
+	Want  string
+}
+
+func (e *ValueError) Error() string {
+	if e.Path == "" {
+		return fmt.Sprintf("%q is not %s", e.Value, e.Want)
+	}
+	return fmt.Sprintf("xenstore %s: %q is not %s", e.Path, e.Value, e.Want)
+}
+
+func badValue(value, want string) error {
+	return &ValueError{Value: Clip(value), Want: want}
+}
+
+// ParseUint reads a decimal number from 0 to limit as the tools write it: digits
+// only, no leading zero. The error is a [*ValueError].
+func ParseUint(s string, limit uint64) (uint64, error) {
+	var n uint64
+	ok := len(s) > 0 && len(s) <= 20 && (s[0] != '0' || len(s) == 1)
+	for i := 0; ok && i < len(s); i++ {
+		d := uint64(s[i]) - '0' // wraps to a large number below '0'
+		ok = d <= 9 && n <= (limit-min(d, limit))/10
+		n = n*10 + d
+	}
+	if !ok || n > limit {
+		return 0, badValue(s, fmt.Sprintf("a number from 0 to %d", limit))
+	}
+	return n, nil
+}
+
+// ParseBool reads "0" or "1". The error is a [*ValueError].
+func ParseBool(s string) (bool, error) {
+	switch s {
+	case "0":
+		return false, nil
+	case "1":
+		return true, nil
+	}
+	return false, badValue(s, "0 or 1")
+}
+
+// ParseMAC reads six pairs of hexadecimal digits joined by colons. It does not say
+// whether the address makes sense for a card. The error is a [*ValueError].
+func ParseMAC(s string) (mac [6]byte, err error) {
+	ok := len(s) == 17
+	for i := 0; ok && i < 6; i++ {
+		hi, ok1 := hexDigit(s[3*i])
+		lo, ok2 := hexDigit(s[3*i+1])
+		ok = ok1 && ok2 && (i == 5 || s[3*i+2] == ':')
+		mac[i] = hi<<4 | lo
+	}
+	if !ok {
+		return [6]byte{}, badValue(s, "a MAC address")
+	}
+	return mac, nil
+}
+
+func hexDigit(b byte) (byte, bool) {
+	switch {
+	case '0' <= b && b <= '9':
+		return b - '0', true
+	case 'a' <= b && b <= 'f':
+		return b - 'a' + 10, true
+	case 'A' <= b && b <= 'F':
+		return b - 'A' + 10, true
+	}
+	return 0, false
+}
+
+// Values holds keys of one directory that were read together. A key that was not
+// there is not in it.
+type Values map[string]string
+
+// Has says whether the key was there.
+func (v Values) Has(key string) bool { _, ok := v[key]; return ok }
+
+// Uint is the number under key, or absent if there is no such key. A value that is
+// no number from 0 to limit is a [*ValueError].
+func (v Values) Uint(key string, limit, absent uint64) (uint64, error) {
+	s, ok := v[key]
+	if !ok {
+		return absent, nil
+	}
+	n, err := ParseUint(s, limit)
+	return n, atKey(key, err)
+}
+
+// Bool is true for "1" under key, false for "0", or absent if there is no such
+// key. Anything else is a [*ValueError].
+func (v Values) Bool(key string, absent bool) (bool, error) {
+	s, ok := v[key]
+	if !ok {
+		return absent, nil
+	}
+	b, err := ParseBool(s)
+	return b, atKey(key, err)
+}
+
+// MAC is the address under key, which has to be there, else a [*ValueError].
+func (v Values) MAC(key string) ([6]byte, error) {
+	mac, err := ParseMAC(v[key])
+	return mac, atKey(key, err)
+}
+
+func atKey(key string, err error) error {
+	if e, ok := err.(*ValueError); ok {
+		e.Path = key
+	}
+	return err
+}
