@@ -28,10 +28,17 @@ func bubble(t *testing.T, f func(t *testing.T, s *scripted)) {
 	synctest.Test(t, func(t *testing.T) { f(t, newScripted(t)) })
 }
 
-func TestRepliesAreMatchedInAnyOrder(t *testing.T) {
+// dialled is bubble with a client of the scripted server.
+func dialled(t *testing.T, cfg xenstore.Config, f func(t *testing.T, s *scripted, c *xenstore.Client)) {
 	bubble(t, func(t *testing.T, s *scripted) {
-		c := s.client(xenstore.Config{Pipeline: 3})
+		c := s.client(cfg)
 		defer c.Close()
+		f(t, s, c)
+	})
+}
+
+func TestRepliesAreMatchedInAnyOrder(t *testing.T) {
+	dialled(t, xenstore.Config{Pipeline: 3}, func(t *testing.T, s *scripted, c *xenstore.Client) {
 		c.StartIDs(1<<32 - 2) // ids wrap past 0
 		go func() {
 			p := s.accept()
@@ -61,9 +68,7 @@ func TestRepliesAreMatchedInAnyOrder(t *testing.T) {
 
 func TestNoMoreRequestsAreOutThanThePipelineAllows(t *testing.T) {
 	for _, pipeline := range []int{0, 1, 5} {
-		bubble(t, func(t *testing.T, s *scripted) {
-			c := s.client(xenstore.Config{Pipeline: pipeline})
-			defer c.Close()
+		dialled(t, xenstore.Config{Pipeline: pipeline}, func(t *testing.T, s *scripted, c *xenstore.Client) {
 			var out atomic.Int32
 			answer := make(chan struct{})
 			go func() {
@@ -98,9 +103,7 @@ func TestNoMoreRequestsAreOutThanThePipelineAllows(t *testing.T) {
 }
 
 func TestRequestNobodyWaitsForKeepsItsPlace(t *testing.T) {
-	bubble(t, func(t *testing.T, s *scripted) {
-		c := s.client(xenstore.Config{})
-		defer c.Close()
+	dialled(t, xenstore.Config{}, func(t *testing.T, s *scripted, c *xenstore.Client) {
 		p := s.accept()
 		ctx, cancel := context.WithCancelCause(t.Context())
 		why := errors.New("tired of waiting")
@@ -145,9 +148,7 @@ func TestServerThatBreaksTheProtocolIsLeft(t *testing.T) {
 		"reply to a future": func(p *wiretest.Peer, m wiretest.Message) { p.Send(wire.Write, m.ReqID+1, 0, "OK\x00") },
 	} {
 		t.Run(name, func(t *testing.T) {
-			bubble(t, func(t *testing.T, s *scripted) {
-				c := s.client(xenstore.Config{})
-				defer c.Close()
+			dialled(t, xenstore.Config{}, func(t *testing.T, s *scripted, c *xenstore.Client) {
 				go func() {
 					p := s.accept()
 					breach(p, p.Expect(wire.Read))
@@ -175,9 +176,7 @@ func TestServerThatBreaksTheProtocolIsLeft(t *testing.T) {
 }
 
 func TestChangeIsNotRepeatedWhenTheConnectionBreaks(t *testing.T) {
-	bubble(t, func(t *testing.T, s *scripted) {
-		c := s.client(xenstore.Config{})
-		defer c.Close()
+	dialled(t, xenstore.Config{}, func(t *testing.T, s *scripted, c *xenstore.Client) {
 		go func() {
 			p := s.accept()
 			p.Expect(wire.Write)
@@ -200,9 +199,7 @@ func TestChangeIsNotRepeatedWhenTheConnectionBreaks(t *testing.T) {
 }
 
 func TestWhatWasNotSentSurvivesTheConnection(t *testing.T) {
-	bubble(t, func(t *testing.T, s *scripted) {
-		c := s.client(xenstore.Config{})
-		defer c.Close()
+	dialled(t, xenstore.Config{}, func(t *testing.T, s *scripted, c *xenstore.Client) {
 		p := s.accept()
 		ended := make(chan error, 2)
 		go func() { _, err := c.Read(t.Context(), "/a"); ended <- err }()
@@ -222,9 +219,7 @@ func TestWhatWasNotSentSurvivesTheConnection(t *testing.T) {
 }
 
 func TestRequestIsNotRepeatedForEver(t *testing.T) {
-	bubble(t, func(t *testing.T, s *scripted) {
-		c := s.client(xenstore.Config{})
-		defer c.Close()
+	dialled(t, xenstore.Config{}, func(t *testing.T, s *scripted, c *xenstore.Client) {
 		sent := 0
 		go func() {
 			for conn := range s.conns {
@@ -251,9 +246,7 @@ func TestRequestIsNotRepeatedForEver(t *testing.T) {
 }
 
 func TestErrorsAreTyped(t *testing.T) {
-	bubble(t, func(t *testing.T, s *scripted) {
-		c := s.client(xenstore.Config{})
-		defer c.Close()
+	dialled(t, xenstore.Config{}, func(t *testing.T, s *scripted, c *xenstore.Client) {
 		var name string
 		go func() {
 			p := s.accept()
@@ -307,9 +300,7 @@ func TestErrorsAreTyped(t *testing.T) {
 }
 
 func TestEventMayComeBeforeTheReply(t *testing.T) {
-	bubble(t, func(t *testing.T, s *scripted) {
-		c := s.client(xenstore.Config{})
-		defer c.Close()
+	dialled(t, xenstore.Config{}, func(t *testing.T, s *scripted, c *xenstore.Client) {
 		go func() {
 			p := s.accept()
 			m := p.Expect(wire.Watch)
@@ -329,9 +320,7 @@ func TestEventMayComeBeforeTheReply(t *testing.T) {
 }
 
 func TestFloodOfEventsIsMerged(t *testing.T) {
-	bubble(t, func(t *testing.T, s *scripted) {
-		c := s.client(xenstore.Config{})
-		defer c.Close()
+	dialled(t, xenstore.Config{}, func(t *testing.T, s *scripted, c *xenstore.Client) {
 		var p *wiretest.Peer
 		var token string
 		const flood = 20_000
@@ -367,9 +356,7 @@ func TestFloodOfEventsIsMerged(t *testing.T) {
 }
 
 func TestPathThatIsNotBelowTheWatchMeansEverything(t *testing.T) {
-	bubble(t, func(t *testing.T, s *scripted) {
-		c := s.client(xenstore.Config{})
-		defer c.Close()
+	dialled(t, xenstore.Config{}, func(t *testing.T, s *scripted, c *xenstore.Client) {
 		go func() {
 			p := s.accept()
 			for range 2 {
@@ -393,9 +380,7 @@ func TestPathThatIsNotBelowTheWatchMeansEverything(t *testing.T) {
 }
 
 func TestWatchThatIsNotWaitedForIsTakenBack(t *testing.T) {
-	bubble(t, func(t *testing.T, s *scripted) {
-		c := s.client(xenstore.Config{})
-		defer c.Close()
+	dialled(t, xenstore.Config{}, func(t *testing.T, s *scripted, c *xenstore.Client) {
 		p := s.accept()
 		ctx, cancel := context.WithCancel(t.Context())
 		ended := make(chan error)
@@ -432,9 +417,7 @@ func TestWatchThatIsNotWaitedForIsTakenBack(t *testing.T) {
 }
 
 func TestWatchThatCannotBeSetAgainEnds(t *testing.T) {
-	bubble(t, func(t *testing.T, s *scripted) {
-		c := s.client(xenstore.Config{})
-		defer c.Close()
+	dialled(t, xenstore.Config{}, func(t *testing.T, s *scripted, c *xenstore.Client) {
 		go func() {
 			p := s.accept()
 			for range 2 {
@@ -544,9 +527,7 @@ func TestBrokenFileIsNotAnAnswer(t *testing.T) {
 }
 
 func TestTransactionInConflictForEverIsGivenUp(t *testing.T) {
-	bubble(t, func(t *testing.T, s *scripted) {
-		c := s.client(xenstore.Config{})
-		defer c.Close()
+	dialled(t, xenstore.Config{}, func(t *testing.T, s *scripted, c *xenstore.Client) {
 		open := 0
 		go func() {
 			p := s.accept()
@@ -592,9 +573,7 @@ func TestTransactionInConflictForEverIsGivenUp(t *testing.T) {
 }
 
 func TestTransactionForgottenByTheServerRunsAgain(t *testing.T) {
-	bubble(t, func(t *testing.T, s *scripted) {
-		c := s.client(xenstore.Config{})
-		defer c.Close()
+	dialled(t, xenstore.Config{}, func(t *testing.T, s *scripted, c *xenstore.Client) {
 		go func() {
 			p := s.accept()
 			p.Reply(p.Expect(wire.TransactionStart), "5\x00")
@@ -613,9 +592,7 @@ func TestTransactionForgottenByTheServerRunsAgain(t *testing.T) {
 }
 
 func TestTransactionThatNobodyWaitsForIsEnded(t *testing.T) {
-	bubble(t, func(t *testing.T, s *scripted) {
-		c := s.client(xenstore.Config{})
-		defer c.Close()
+	dialled(t, xenstore.Config{}, func(t *testing.T, s *scripted, c *xenstore.Client) {
 		p := s.accept()
 		ctx, cancel := context.WithCancel(t.Context())
 		ended := make(chan error)
@@ -634,9 +611,7 @@ func TestTransactionThatNobodyWaitsForIsEnded(t *testing.T) {
 
 func TestTransactionIDsAreChecked(t *testing.T) {
 	for _, id := range []string{"", "0\x00", "-1\x00", "4294967296\x00", "x\x00", " 1\x00", "1\x002\x00"} {
-		bubble(t, func(t *testing.T, s *scripted) {
-			c := s.client(xenstore.Config{})
-			defer c.Close()
+		dialled(t, xenstore.Config{}, func(t *testing.T, s *scripted, c *xenstore.Client) {
 			go func() {
 				p := s.accept()
 				p.Reply(p.Expect(wire.TransactionStart), id)
@@ -651,9 +626,7 @@ func TestTransactionIDsAreChecked(t *testing.T) {
 }
 
 func TestPanicInATransactionEndsIt(t *testing.T) {
-	bubble(t, func(t *testing.T, s *scripted) {
-		c := s.client(xenstore.Config{})
-		defer c.Close()
+	dialled(t, xenstore.Config{}, func(t *testing.T, s *scripted, c *xenstore.Client) {
 		aborted := make(chan wiretest.Message, 1)
 		go func() {
 			p := s.accept()
@@ -712,9 +685,7 @@ func TestDirectoryInParts(t *testing.T) {
 		{"a name with a slash", []part{{"0", "1\x00a/b\x00\x00"}}, nil, &xenstore.ProtocolError{}},
 	} {
 		t.Run(d.name, func(t *testing.T) {
-			bubble(t, func(t *testing.T, s *scripted) {
-				c := s.client(xenstore.Config{})
-				defer c.Close()
+			dialled(t, xenstore.Config{}, func(t *testing.T, s *scripted, c *xenstore.Client) {
 				left := d.parts
 				go func() {
 					p := s.accept()
@@ -806,9 +777,7 @@ func TestDialRefusesWhatItCannotKeep(t *testing.T) {
 }
 
 func TestRequestsOfTheToolstack(t *testing.T) {
-	bubble(t, func(t *testing.T, s *scripted) {
-		c := s.client(xenstore.Config{})
-		defer c.Close()
+	dialled(t, xenstore.Config{}, func(t *testing.T, s *scripted, c *xenstore.Client) {
 		var sent wiretest.Message
 		var answer string
 		go func() {
@@ -866,9 +835,7 @@ func TestRequestsOfTheToolstack(t *testing.T) {
 }
 
 func TestPermsOfGarbageAreRefused(t *testing.T) {
-	bubble(t, func(t *testing.T, s *scripted) {
-		c := s.client(xenstore.Config{})
-		defer c.Close()
+	dialled(t, xenstore.Config{}, func(t *testing.T, s *scripted, c *xenstore.Client) {
 		var answer string
 		go func() {
 			p := s.accept()
@@ -985,9 +952,7 @@ func TestKeysAreAskedForTogetherWhereTheTransportTakesThem(t *testing.T) {
 }
 
 func TestOneKeyNeedsNoTransaction(t *testing.T) {
-	bubble(t, func(t *testing.T, s *scripted) {
-		c := s.client(xenstore.Config{})
-		defer c.Close()
+	dialled(t, xenstore.Config{}, func(t *testing.T, s *scripted, c *xenstore.Client) {
 		go func() {
 			p := s.accept()
 			m := p.Expect(wire.Read)
