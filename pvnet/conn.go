@@ -7,13 +7,12 @@ import (
 	"math"
 	"sync/atomic"
 
-	"barevif/xenbus/xenstore"
-
 	"barevif/arena"
 	"barevif/hypercall"
 	"barevif/pvnet/netif"
 	"barevif/pvnet/ring"
 	"barevif/telemetry"
+	"barevif/xenbus/xenstore"
 )
 
 // A conn is what one connection holds: rings, pages, ports. The Device outlives

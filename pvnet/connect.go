@@ -12,12 +12,11 @@ import (
 	"sync"
 	"time"
 
-	"barevif/xenbus/xenstore"
-
 	"barevif/hypercall"
 	"barevif/pvnet/netif"
 	"barevif/telemetry"
 	"barevif/xenbus"
+	"barevif/xenbus/xenstore"
 )
 
 // global is the only state the package has: every frontend of the process, so that a

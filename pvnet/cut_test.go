@@ -10,17 +10,16 @@ import (
 	"testing/synctest"
 	"time"
 
-	"barevif/xenbus/xenstore"
+	"gvisor.dev/gvisor/pkg/tcpip/checksum"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
 
 	"barevif/arena"
 	"barevif/arena/shm"
 	"barevif/hypercall/emu"
 	"barevif/pvnet/packet"
 	"barevif/telemetry"
+	"barevif/xenbus/xenstore"
 	"barevif/xenbus/xenstore/server/labtest"
-
-	"gvisor.dev/gvisor/pkg/tcpip/checksum"
-	"gvisor.dev/gvisor/pkg/tcpip/header"
 )
 
 // A stream is a TCP segment that is to be cut.

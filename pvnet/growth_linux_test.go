@@ -20,13 +20,12 @@ import (
 	"testing"
 	"time"
 
-	"barevif/xenbus/xenstore"
-
 	"barevif/hypercall"
 	"barevif/hypercall/emu"
 	"barevif/hypercall/emu/emutest"
 	"barevif/pvnet"
 	"barevif/xenbus/toolstack"
+	"barevif/xenbus/xenstore"
 	"barevif/xenbus/xenstore/server"
 )
 

@@ -10,11 +10,10 @@ import (
 	"sync/atomic"
 	"time"
 
-	"barevif/xenbus/xenstore"
-
 	"barevif/hypercall"
 	"barevif/telemetry"
 	"barevif/xenbus"
+	"barevif/xenbus/xenstore"
 )
 
 // How long the life goroutine waits for what it cannot control.

@@ -11,12 +11,11 @@ import (
 	"sync"
 	"time"
 
-	"barevif/xenbus/xenstore"
-
 	"barevif/hypercall"
 	"barevif/pvnet/netif"
 	"barevif/telemetry"
 	"barevif/xenbus"
+	"barevif/xenbus/xenstore"
 )
 
 // A ServeConfig says how a backend serves. The zero ServeConfig suits a driver

@@ -6,9 +6,8 @@ import (
 	"fmt"
 	"strings"
 
-	"barevif/xenbus/xenstore"
-
 	"barevif/hypercall"
+	"barevif/xenbus/xenstore"
 )
 
 // A BackendID names a device this domain serves, among those of one type.

@@ -12,10 +12,9 @@ import (
 	"sync"
 	"time"
 
-	"barevif/xenbus/xenstore"
-
 	"barevif/hypercall"
 	"barevif/xenbus/internal/pause"
+	"barevif/xenbus/xenstore"
 )
 
 var (

@@ -9,9 +9,8 @@ import (
 	"testing/synctest"
 	"time"
 
-	"barevif/xenbus/xenstore"
-
 	"barevif/xenbus"
+	"barevif/xenbus/xenstore"
 	"barevif/xenbus/xenstore/wire"
 	"barevif/xenbus/xenstore/wire/wiretest"
 )

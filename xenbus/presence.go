@@ -7,10 +7,9 @@ import (
 	"strings"
 	"time"
 
-	"barevif/xenbus/xenstore"
-
 	"barevif/hypercall"
 	"barevif/xenbus/internal/pause"
+	"barevif/xenbus/xenstore"
 )
 
 // A Presence is how other processes of our domain find out that we live: an event

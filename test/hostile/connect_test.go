@@ -13,11 +13,10 @@ import (
 	"testing"
 	"time"
 
-	"barevif/xenbus/xenstore"
-
 	"barevif/hypercall/emu"
 	"barevif/pvnet"
 	"barevif/test/hostile/raw"
+	"barevif/xenbus/xenstore"
 )
 
 // descriptors is how many files the process has open.

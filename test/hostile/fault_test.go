@@ -11,14 +11,13 @@ import (
 	"testing"
 	"time"
 
-	"barevif/xenbus/xenstore"
-
 	"barevif/hypercall"
 	"barevif/hypercall/emu"
 	"barevif/pvnet"
 	"barevif/telemetry"
 	"barevif/test/hostile/raw"
 	"barevif/xenbus/toolstack"
+	"barevif/xenbus/xenstore"
 )
 
 // MSA02, XSA-396: a page whose grant could not be ended is nobody's any more.

@@ -10,13 +10,12 @@ import (
 	"testing"
 	"time"
 
-	"barevif/xenbus/xenstore"
-
 	"barevif/hypercall"
 	"barevif/hypercall/emu"
 	"barevif/pvnet"
 	"barevif/telemetry"
 	"barevif/test/hostile/raw"
+	"barevif/xenbus/xenstore"
 )
 
 // A pitcher sends frames with what is said of them.

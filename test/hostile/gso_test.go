@@ -9,13 +9,12 @@ import (
 	"maps"
 	"testing"
 
-	"barevif/xenbus/xenstore"
-
 	"barevif/hypercall"
 	"barevif/hypercall/emu"
 	"barevif/pvnet"
 	"barevif/telemetry"
 	"barevif/test/hostile/raw"
+	"barevif/xenbus/xenstore"
 )
 
 // everything is what a peer says that takes frames to be cut and partial checksums.

@@ -12,8 +12,6 @@ import (
 	"testing"
 	"time"
 
-	"barevif/xenbus/xenstore"
-
 	"golang.org/x/sys/unix"
 
 	"barevif/hypercall"
@@ -21,6 +19,7 @@ import (
 	"barevif/hypercall/emu/emutest"
 	"barevif/pvnet"
 	"barevif/xenbus/toolstack"
+	"barevif/xenbus/xenstore"
 	"barevif/xenbus/xenstore/server"
 	"barevif/xenbus/xenstore/server/labtest"
 )

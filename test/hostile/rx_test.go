@@ -9,14 +9,13 @@ import (
 	"testing"
 	"time"
 
-	"barevif/xenbus/xenstore"
-
 	"barevif/hypercall"
 	"barevif/hypercall/emu"
 	"barevif/pvnet"
 	"barevif/telemetry"
 	"barevif/test/hostile/raw"
 	"barevif/xenbus/toolstack"
+	"barevif/xenbus/xenstore"
 )
 
 // A host is a raw backend before our frontend.

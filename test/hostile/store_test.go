@@ -10,12 +10,11 @@ import (
 	"testing"
 	"time"
 
-	"barevif/xenbus/xenstore"
-
 	"barevif/hypercall"
 	"barevif/hypercall/emu"
 	"barevif/pvnet"
 	"barevif/test/hostile/raw"
+	"barevif/xenbus/xenstore"
 )
 
 // What nobody who keeps to the rules writes where a number goes.

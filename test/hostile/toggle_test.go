@@ -9,12 +9,11 @@ import (
 	"testing"
 	"time"
 
-	"barevif/xenbus/xenstore"
-
 	"barevif/hypercall"
 	"barevif/hypercall/emu"
 	"barevif/pvnet"
 	"barevif/telemetry"
+	"barevif/xenbus/xenstore"
 )
 
 // connections is how many connections a peer that never rests gets in d: five at

@@ -6,11 +6,10 @@ import (
 	"testing/synctest"
 	"time"
 
-	"barevif/xenbus/xenstore"
-
 	"barevif/hypercall/emu"
 	"barevif/xenbus"
 	"barevif/xenbus/toolstack"
+	"barevif/xenbus/xenstore"
 	"barevif/xenbus/xenstore/server/labtest"
 )
 

@@ -16,14 +16,13 @@ import (
 	"testing"
 	"time"
 
-	"barevif/xenbus/xenstore"
-
 	"barevif/hypercall"
 	"barevif/hypercall/emu"
 	"barevif/hypercall/emu/emutest"
 	"barevif/pvnet"
 	"barevif/telemetry"
 	"barevif/xenbus/toolstack"
+	"barevif/xenbus/xenstore"
 	"barevif/xenbus/xenstore/server"
 	"barevif/xenbus/xenstore/server/labtest"
 )

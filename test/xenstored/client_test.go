@@ -13,11 +13,10 @@ import (
 	"testing"
 	"time"
 
-	"barevif/xenbus/xenstore"
-
 	"barevif/hypercall"
 	"barevif/test/xenstored"
 	"barevif/xenbus"
+	"barevif/xenbus/xenstore"
 	"barevif/xenbus/xenstore/storetest"
 )
 

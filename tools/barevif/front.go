@@ -6,14 +6,13 @@ import (
 	"fmt"
 	"time"
 
-	"barevif/xenbus/xenstore"
+	"github.com/spf13/cobra"
 
 	"barevif/hypercall/xendev"
 	"barevif/pvnet"
 	"barevif/telemetry"
 	"barevif/xenbus"
-
-	"github.com/spf13/cobra"
+	"barevif/xenbus/xenstore"
 )
 
 // A front is a command that owns a vif of its domain.

@@ -11,13 +11,12 @@ import (
 	"strings"
 	"sync"
 
-	"barevif/xenbus/xenstore"
+	"github.com/spf13/cobra"
 
 	"barevif/hypercall"
 	"barevif/hypercall/emu"
 	"barevif/xenbus/toolstack"
-
-	"github.com/spf13/cobra"
+	"barevif/xenbus/xenstore"
 )
 
 func hostCommand(p *program) *cobra.Command {

@@ -15,11 +15,10 @@ import (
 	"strconv"
 	"strings"
 
-	"barevif/xenbus/xenstore"
-
 	"barevif/hypercall"
 	"barevif/pvnet/netif"
 	"barevif/xenbus"
+	"barevif/xenbus/xenstore"
 )
 
 // A Vif is a network card to be.

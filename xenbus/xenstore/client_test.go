@@ -16,9 +16,8 @@ import (
 	"testing/synctest"
 	"time"
 
-	"barevif/xenbus/xenstore"
-
 	"barevif/hypercall"
+	"barevif/xenbus/xenstore"
 	"barevif/xenbus/xenstore/wire"
 	"barevif/xenbus/xenstore/wire/wiretest"
 )

@@ -5,9 +5,8 @@ import (
 	"fmt"
 	"time"
 
-	"barevif/xenbus/xenstore"
-
 	"barevif/hypercall"
+	"barevif/xenbus/xenstore"
 )
 
 // A Back is a backend's half of a vif: the frontend's rings mapped, its ports

@@ -6,9 +6,8 @@ import (
 	"strconv"
 	"time"
 
-	"barevif/xenbus/xenstore"
-
 	"barevif/hypercall"
+	"barevif/xenbus/xenstore"
 )
 
 // A Front is a frontend's half of a vif: rings and frame pages it has granted, and

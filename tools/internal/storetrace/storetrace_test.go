@@ -10,9 +10,8 @@ import (
 	"sync"
 	"testing"
 
-	"barevif/xenbus/xenstore"
-
 	"barevif/hypercall"
+	"barevif/xenbus/xenstore"
 	"barevif/xenbus/xenstore/server"
 	"barevif/xenbus/xenstore/wire"
 )

@@ -13,10 +13,9 @@ import (
 	"testing"
 	"time"
 
-	"barevif/xenbus/xenstore"
-
 	"barevif/hypercall"
 	"barevif/xenbus"
+	"barevif/xenbus/xenstore"
 	"barevif/xenbus/xenstore/wire"
 )
 

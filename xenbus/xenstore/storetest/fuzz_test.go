@@ -11,10 +11,9 @@ import (
 	"testing/synctest"
 	"time"
 
-	"barevif/xenbus/xenstore"
-
 	"barevif/hypercall"
 	"barevif/xenbus"
+	"barevif/xenbus/xenstore"
 	"barevif/xenbus/xenstore/server"
 )
 

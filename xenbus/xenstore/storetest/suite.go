@@ -18,9 +18,8 @@ import (
 	"testing"
 	"time"
 
-	"barevif/xenbus/xenstore"
-
 	"barevif/hypercall"
+	"barevif/xenbus/xenstore"
 )
 
 // A Dialer connects to one xenstore as a domain. Domain 0 is privileged and may

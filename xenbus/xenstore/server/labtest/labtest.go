@@ -9,11 +9,10 @@ import (
 	"testing"
 	"time"
 
-	"barevif/xenbus/xenstore"
-
 	"barevif/hypercall"
 	"barevif/hypercall/emu"
 	"barevif/xenbus/toolstack"
+	"barevif/xenbus/xenstore"
 	"barevif/xenbus/xenstore/server"
 )
 

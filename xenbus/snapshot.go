@@ -1,0 +1,269 @@
+package xenbus
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"strconv"
+
+	"barevif/xenbus/xenstore"
+)
+
+// A snapshot is what xenstore says of a device: the parts of it that were read.
+type snapshot struct {
+	own  *ownNodes  // nil: not read
+	peer *peerNodes // nil: not read
+
+	at    end  // the other end
+	found bool // which is another one than before
+	anew  bool // our directory is not the one it was
+	gone  bool // our directory is not there, as the search for the other end showed
+}
+
+// ownNodes are those of our directory that the toolstack, or we, write.
+type ownNodes struct {
+	there   bool
+	state   string
+	online  bool // backend
+	hotplug bool // backend: hotplug-status is "connected"
+}
+
+// peerNodes are those of the other end's directory.
+type peerNodes struct {
+	there  bool
+	state  State
+	writes uint64
+	online bool // of a frontend's backend
+}
+
+// refresh reads the stale parts and tells of what changed. It returns what could
+// not be read.
+func (d *Device) refresh(ctx context.Context, stale parts) (left parts, err error) {
+	for {
+		d.mu.Lock()
+		old, peer, writes, mine := d.cur, d.peer, d.writes, d.writtenLocked()
+		d.mu.Unlock()
+		s, err := d.read(ctx, stale, old, peer, mine)
+		stale.anew = s.anew
+		if err != nil {
+			return stale, err
+		}
+		if d.take(s, merge(old, d.role, mine, s), writes) {
+			return parts{}, nil
+		}
+		stale.state = true
+	}
+}
+
+// read reads the stale parts, and what else they show to be out of date. With an error the
+// snapshot still says whether our directory was made anew.
+func (d *Device) read(ctx context.Context, stale parts, old Change, peer end, mine written) (s snapshot, err error) {
+	s.at, s.anew = peer, stale.anew
+	gone := old.Gone
+	if stale.state || stale.backend {
+		if s.own, err = d.readOwn(ctx); err != nil {
+			return s, err
+		}
+		gone = !s.own.there
+		anew, err := d.remade(ctx, s.own, old, mine)
+		if err != nil {
+			return s, err
+		}
+		s.anew = s.anew || anew
+	}
+	if (stale.state || stale.claim) && !gone {
+		renewed, err := d.keepClaim(ctx)
+		if err != nil {
+			return s, err
+		}
+		s.anew = s.anew || renewed
+	}
+	if d.role == Frontend && (stale.backend || s.anew) && !gone {
+		if err := d.readBackend(ctx, &s); err != nil {
+			return s, err
+		}
+	}
+	if s.anew && s.own == nil && old.Overwritten != "" { // it was not: the directory is another one
+		if s.own, err = d.readOwn(ctx); err != nil {
+			return s, err
+		}
+	}
+	if stale.peer || s.replaced(old) {
+		s.peer, err = d.readPeer(ctx, s.at)
+	}
+	return s, err
+}
+
+// replaced reports whether the device has another end from now on, or the first one.
+func (s *snapshot) replaced(old Change) bool { return s.anew || s.found || old.Generation == 0 }
+
+// readBackend reads where a frontend's backend is.
+func (d *Device) readBackend(ctx context.Context, s *snapshot) error {
+	at, missing, err := d.resolve(ctx)
+	var bad *xenstore.ValueError
+	switch {
+	case errors.As(err, &bad) || len(missing) > 0:
+		// Half written: the event of the other half brings us here again.
+		if at.dir != "" && err == nil {
+			return &WaitError{Dir: d.dir, Missing: missing}
+		}
+	case errors.Is(err, ErrGone):
+		s.gone = true
+	case err != nil:
+		return err
+	case at != s.at:
+		s.at, s.found = at, true
+	}
+	return nil
+}
+
+// readOwn reads what the toolstack, or we, wrote in our directory.
+func (d *Device) readOwn(ctx context.Context) (*ownNodes, error) {
+	keys := []string{d.dir + "/state"}
+	if d.role == Backend {
+		keys = append(keys, d.dir+"/online", d.dir+"/hotplug-status")
+	}
+	values, there, err := d.lookups(ctx, keys...)
+	if err != nil {
+		return nil, err
+	}
+	own := &ownNodes{there: there[0], state: values[0]}
+	if d.role == Backend {
+		own.online = !there[1] || values[1] != "0"
+		own.hotplug = values[2] == "connected"
+	}
+	return own, nil
+}
+
+// remade reports whether our directory is another one than we wrote in. One in which the
+// toolstack begins anew lacks the key that we published last, or has it empty where the
+// toolstack leaves room for our keys.
+func (d *Device) remade(ctx context.Context, own *ownNodes, old Change, mine written) (bool, error) {
+	switch {
+	case !own.there:
+		return false, nil
+	case old.Gone:
+		return true, nil
+	case mine.ours(own.state) || mine.writing != Unknown || parseState(own.state) != Initialising:
+		return false, nil
+	case mine.mark == "":
+		return true, nil
+	}
+	value, _, err := d.lookup(ctx, d.dir+"/"+mine.mark)
+	return err == nil && value == "", err
+}
+
+// readPeer reads the other end's state.
+func (d *Device) readPeer(ctx context.Context, peer end) (*peerNodes, error) {
+	writes := d.written // before the state: a write that comes now is counted the next time
+	state, there, err := d.lookup(ctx, peer.dir+"/state")
+	if err != nil {
+		return nil, err
+	}
+	p := &peerNodes{there: there, state: parseState(state), writes: writes, online: true}
+	if d.role == Frontend && p.state == Closed {
+		online, there, err := d.lookup(ctx, peer.dir+"/online")
+		if err != nil {
+			return nil, err
+		}
+		p.online = !there || online != "0"
+	}
+	return p, nil
+}
+
+// merge is what a device shows after a snapshot, which showed old before it and in whose
+// directory we wrote what mine says. It is a pure function.
+func merge(old Change, role Role, mine written, s snapshot) Change {
+	ch := old
+	if s.anew {
+		mine = written{} // that was in another directory
+	}
+	if s.own != nil {
+		s.own.merge(&ch, role, mine)
+	}
+	if s.gone {
+		ch.Gone = true
+	}
+	if s.replaced(old) {
+		ch.Generation++
+		ch.SawClosing = false
+	}
+	if p := s.peer; p != nil {
+		ch.Vanished, ch.Peer, ch.PeerWrites = !p.there, p.state, p.writes
+		ch.SawClosing = ch.SawClosing || p.state == Closing
+		if role == Frontend {
+			ch.Online = p.online
+		}
+	}
+	return ch
+}
+
+// merge sets in ch what our own directory says.
+func (o *ownNodes) merge(ch *Change, role Role, mine written) {
+	ch.Gone, ch.Overwritten, ch.Own = !o.there, "", parseState(o.state)
+	if role == Backend {
+		ch.Online, ch.Hotplug = o.online, o.hotplug
+		if !ch.Online { // libxl writes Closing in our place
+			return
+		}
+	}
+	if !o.there || mine.ours(o.state) {
+		return
+	}
+	ch.Own = mine.last
+	if mine.writing == Unknown { // else SetState writes over it, or has us look again
+		ch.Overwritten = strconv.Quote(xenstore.Clip(o.state))
+	}
+}
+
+// take makes ch, which a snapshot showed, the current Change. It reports false if a SetState
+// began or ended since there were so many writes: what was read may be older than that.
+func (d *Device) take(s snapshot, ch Change, writes uint64) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.writes != writes {
+		return false
+	}
+	switch {
+	case s.anew:
+		d.wrote, d.failed, d.mark = Unknown, Unknown, ""
+	case s.own != nil && d.failed != Unknown && ch.Own == d.failed: // it was written after all
+		d.wrote, d.failed = d.failed, Unknown
+	}
+	if s.own != nil {
+		d.reads++
+	}
+	d.peer = s.at
+	ch.Lost = d.cur.Lost
+	if s.peer != nil && !ch.Vanished && (len(d.seen) == 0 || d.seen[len(d.seen)-1] != ch.Peer) {
+		if len(d.seen) == maxSeen {
+			d.seen = slices.Delete(d.seen, 0, 1)
+		}
+		d.seen = append(d.seen, ch.Peer)
+	}
+	d.tellLocked(ch)
+	return true
+}
+
+// lookup reads a node that may be missing, or out of our reach, which after a
+// hot-unplug is the same.
+func (d *Device) lookup(ctx context.Context, path string) (value string, there bool, err error) {
+	value, err = d.c.Read(ctx, path)
+	if errors.Is(err, xenstore.ErrNotFound) || errors.Is(err, xenstore.ErrAccess) {
+		return "", false, nil
+	}
+	return value, err == nil, err
+}
+
+// lookups is lookup of several nodes, asked for together.
+func (d *Device) lookups(ctx context.Context, paths ...string) (values []string, there []bool, err error) {
+	values, errs := d.c.ReadAll(ctx, paths...)
+	there = make([]bool, len(paths))
+	for i, err := range errs {
+		if err != nil && !errors.Is(err, xenstore.ErrNotFound) && !errors.Is(err, xenstore.ErrAccess) {
+			return nil, nil, err
+		}
+		there[i] = err == nil
+	}
+	return values, there, nil
+}
