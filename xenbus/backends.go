@@ -10,7 +10,7 @@ import (
 	"barevif/xenbus/xenstore"
 )
 
-// A BackendID names a device this domain serves, among those of one type.
+// A BackendID names a device that this domain serves, among those of one type.
 type BackendID struct {
 	Front hypercall.DomID
 	ID    string
@@ -18,7 +18,7 @@ type BackendID struct {
 
 func (b BackendID) String() string { return fmt.Sprintf("%d/%s", b.Front, b.ID) }
 
-// A BackendEvent is a backend directory that appeared or vanished.
+// A BackendEvent says that a backend directory appeared or vanished.
 type BackendEvent struct {
 	BackendID
 	Vanished bool
@@ -36,14 +36,14 @@ type Backends struct {
 	all     bool            // list everything again
 }
 
-// WatchBackends begins to watch for devices of a type. Those that are there
-// already are reported first.
+// WatchBackends watches for devices of type typ. Next first reports the devices that
+// exist already.
 func WatchBackends(ctx context.Context, c *xenstore.Client, typ string) (*Backends, error) {
 	dir := "backend/" + typ
 	if !xenstore.ValidName(typ) {
 		return nil, &xenstore.ValueError{Value: xenstore.Clip(typ), Want: "a device type"}
 	}
-	w, err := c.WatchTree(ctx, dir) // covers all that our Devices watch there
+	w, err := c.WatchTree(ctx, dir) // covers the watches that the Devices set on their own directories
 	if err != nil {
 		return nil, err
 	}
@@ -51,9 +51,10 @@ func WatchBackends(ctx context.Context, c *xenstore.Client, typ string) (*Backen
 		known: make(map[BackendID]bool), rescan: make(map[string]bool)}, nil
 }
 
-// Next waits until a directory appears or vanishes, until ctx ends, with its
-// cause, or the Client or b is closed, with net.ErrClosed. One that vanishes and
-// comes back at once may go unreported: its [Device] tells by the Generation.
+// Next waits for a directory to appear or vanish. It fails with the cause of ctx when ctx
+// ends, and with net.ErrClosed when the Client or b is closed. A directory that is
+// removed and made again at once may go unreported: its [Device] then has a new
+// Generation.
 func (b *Backends) Next(ctx context.Context) (BackendEvent, error) {
 	for len(b.pending) == 0 {
 		if !b.all && len(b.rescan) == 0 {
@@ -76,7 +77,7 @@ func (b *Backends) Next(ctx context.Context) (BackendEvent, error) {
 	return ev, nil
 }
 
-// Forget makes Next report a directory again, if it is there.
+// Forget makes Next report the device again, if its directory exists.
 func (b *Backends) Forget(id BackendID) {
 	delete(b.known, id)
 	b.rescan[fmt.Sprint(id.Front)] = true
@@ -85,8 +86,8 @@ func (b *Backends) Forget(id BackendID) {
 // Close ends the watch. It returns nil.
 func (b *Backends) Close() error { return b.w.Close() }
 
-// note marks what events were about. What happens inside a directory we know is
-// its Device's business.
+// note marks the frontends that the watch events name. It skips events inside a known
+// device's directory: the Device watches those itself.
 func (b *Backends) note() {
 	paths, all := b.w.Paths()
 	b.all = b.all || all
@@ -106,7 +107,7 @@ func (b *Backends) note() {
 	}
 }
 
-// scan lists again what was marked. What it could not list stays marked.
+// scan lists the marked directories again. One that cannot be listed stays marked.
 func (b *Backends) scan(ctx context.Context) error {
 	if b.all {
 		doms, err := b.c.Directory(ctx, b.dir)
@@ -137,7 +138,7 @@ func (b *Backends) scan(ctx context.Context) error {
 	return nil
 }
 
-// compare reports how the devices of one frontend differ from those known.
+// compare queues events for the difference between ids and the known devices of front.
 func (b *Backends) compare(front hypercall.DomID, ids []string) {
 	there := make(map[string]bool, len(ids))
 	for _, id := range ids {

@@ -2,12 +2,12 @@ package xenbus
 
 import "context"
 
-// mostBeside bounds how many devices beside ours are looked at.
+// mostBeside bounds the number of sibling devices that Unconnected reads.
 const mostBeside = 64
 
-// Unconnected is how many other devices of our type this domain has, of those its
-// toolstack gave it, that are not connected: frontends yet to come, which share its
-// limits with us. It looks at 64 at most.
+// Unconnected counts the other devices of our type that the toolstack gave this domain
+// and that are not connected. When they connect they share the domain's limits (grants,
+// event channels) with this one. It reads 64 devices at most.
 func (d *Device) Unconnected(ctx context.Context) (n int, err error) {
 	parent := parentOf(d.dir)
 	all, err := list(ctx, d.c, parent)
@@ -20,7 +20,7 @@ func (d *Device) Unconnected(ctx context.Context) (n int, err error) {
 		}
 		state, err := d.c.Read(ctx, parent+"/"+id+"/state")
 		if err != nil {
-			continue // going, or not ours to read
+			continue // being removed, or not readable for us
 		}
 		if !parseState(state).up() {
 			n++

@@ -13,18 +13,19 @@ import (
 	"barevif/xenbus/xenstore"
 )
 
-// A claim is a node in the device's directory: a random id, a blank, and a number
-// that grows each time the holder is asked whether it lives. xenstore keeps the
-// nodes of the dead, so a claim proves nothing by being there: whoever finds one
-// writes a challenge behind it, a blank and its own id, and takes over if the number
-// does not move. A holder costs nothing while nobody asks. An empty node is none: a
-// toolstack may have made it, where xenstored would refuse the backend another node.
+// A claim is a node in the device's directory. It holds a random id, a blank, and a
+// number that the holder increments for each challenge. xenstore keeps the nodes of dead
+// processes, so a claim alone proves nothing. A process that finds a claim writes a
+// challenge behind it, a blank and its own id, and takes the claim over if the number
+// does not move. The holder does no work while nobody challenges it. An empty node is no
+// claim: a toolstack may have made it because xenstored would refuse the backend another
+// node.
 const (
 	claimKey = "/claim"
 	patience = 3 * time.Second
 )
 
-// split takes a claim apart. held is the claim without the challenge.
+// split takes the value of a claim apart. held is the claim without the challenge.
 func split(claim string) (held, owner, number, asker string) {
 	owner, number, _ = strings.Cut(claim, " ")
 	number, asker, _ = strings.Cut(number, " ")
@@ -34,20 +35,20 @@ func split(claim string) (held, owner, number, asker string) {
 	return owner + " " + number, owner, number, asker
 }
 
-// Claim makes the device ours among the processes of this domain. A claim that is
-// held is challenged; if the holder, that is its Device, does not answer within
-// wait (0 means 3 seconds), it is taken to be dead and its claim is taken over.
-// Else the error is ErrClaimed.
+// Claim makes the device ours among the processes of this domain. It challenges an
+// existing claim: if the holder's Device does not answer within wait (0 means 3 seconds),
+// the holder is presumed dead and Claim takes its claim over. Else the error is
+// ErrClaimed.
 //
-// From then on SetState and Publish fail with ErrClaimed if the claim has become
-// another's, which may happen to a process that was stopped for long, and Changes
-// say Lost. Call it before anything is written. Close gives the claim back.
+// A process that was stopped for long may lose its claim in this way. SetState and
+// Publish then fail with ErrClaimed, and the Change says Lost. Call Claim before anything
+// is written. Close gives the claim back.
 func (d *Device) Claim(ctx context.Context, wait time.Duration) error {
 	return d.ClaimAs(ctx, nil, wait)
 }
 
-// ClaimAs is Claim for a process that shows its presence, and looks for that of a
-// holder: one that is gone is waited for a tenth of a second.
+// ClaimAs is Claim for a process with a Presence. It also probes the holder's Presence: a
+// holder whose port is closed has only a tenth of a second to answer.
 func (d *Device) ClaimAs(ctx context.Context, p *Presence, wait time.Duration) error {
 	if wait == 0 {
 		wait = patience
@@ -90,15 +91,15 @@ func (d *Device) ClaimAs(ctx context.Context, p *Presence, wait time.Duration) e
 			return &WaitError{Dir: d.dir, Missing: []string{"an answer of the holder"}, Err: context.Cause(ctx)}
 		}
 		now, err := d.seize(ctx, me, held)
-		if err == nil && now != "" { // somebody was faster
+		if err == nil && now != "" { // another process claimed the device first
 			err = fmt.Errorf("xenbus %s: %w", d.dir, ErrClaimed)
 		}
 		return d.claimed(me, err)
 	}
 }
 
-// seize takes the claim if there is none or it is the stale one. Else it says who
-// holds it, and leaves a challenge.
+// seize takes the claim if nobody holds it or the holder is stale. Else it returns the
+// holder's claim as held and, with stale "", leaves a challenge there.
 func (d *Device) seize(ctx context.Context, me, stale string) (held string, err error) {
 	kept := false
 	err = d.c.Transact(ctx, func(tx xenstore.Tx) error {
@@ -137,12 +138,12 @@ func (d *Device) claimed(me string, err error) error {
 	d.mu.Lock()
 	d.claim = me
 	d.mu.Unlock()
-	d.lookAgain() // a challenge may have come already
+	d.lookAgain() // read the claim: it may carry a challenge already
 	return nil
 }
 
-// keepClaim answers a challenge, claims a directory that was made anew, and
-// notices that the claim went to somebody else.
+// keepClaim answers a challenge, claims a directory that was made again, and sets Lost
+// when another process has our claim.
 func (d *Device) keepClaim(ctx context.Context) (renewed bool, err error) {
 	d.mu.Lock()
 	me := d.claim
@@ -178,7 +179,7 @@ func (d *Device) keepClaim(ctx context.Context) (renewed bool, err error) {
 	return false, nil
 }
 
-// answer moves the number on: value has a challenge.
+// answer increments the number of our claim. value is the claim with the challenge.
 func (d *Device) answer(ctx context.Context, value, me, number string) error {
 	n, err := xenstore.ParseUint(number, 1<<62)
 	if err != nil {
@@ -186,14 +187,14 @@ func (d *Device) answer(ctx context.Context, value, me, number string) error {
 	}
 	return d.c.Transact(ctx, func(tx xenstore.Tx) error {
 		if now, err := tx.Read(d.dir + claimKey); err != nil || now != value {
-			return err // the event of that change brings us here again
+			return err // another process wrote the node: the event of that write leads here again
 		}
 		return tx.Write(d.dir+claimKey, me+" "+strconv.FormatUint(n+1, 10))
 	})
 }
 
-// unclaim removes the claim if it still is ours, or empties a node that was there
-// before it.
+// unclaim removes the claim if we still hold it. A node that existed before the claim is
+// emptied instead.
 func (d *Device) unclaim(ctx context.Context) error {
 	d.mu.Lock()
 	me, lasting := d.claim, d.lasting

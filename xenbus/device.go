@@ -18,38 +18,39 @@ import (
 )
 
 var (
-	// ErrGone is returned when our own directory is no longer there, or was made
-	// anew since we claimed it: the device was taken away. Nothing was written, so
-	// that it does not come back half.
+	// ErrGone is returned when our directory no longer exists, or was made again since we
+	// claimed it: the toolstack took the device away. The call wrote nothing, so no half
+	// of a removed device comes back.
 	ErrGone = errors.New("xenbus: the device's directory is gone")
 
 	// ErrClaimed is returned when another process has claimed the device.
 	ErrClaimed = errors.New("xenbus: the device is claimed by another process")
 )
 
-// A NoDeviceError is a device that is not there, with those that are.
+// A NoDeviceError says that a device does not exist, and lists the ones that do.
 type NoDeviceError struct {
-	Dir  string   // where it would be
-	Have []string // ids beside it
+	Dir  string   // the directory that was looked for
+	Have []string // ids of the devices beside it
 }
 
 func (e *NoDeviceError) Error() string {
 	if len(e.Have) == 0 {
 		return fmt.Sprintf("no device at %q, nor any other", xenstore.Clip(e.Dir))
 	}
-	// Ids are numbers: without quotation marks one reads as how many there are.
+	// Ids are numbers: without quotation marks the list would read as a count.
 	return fmt.Sprintf("no device at %q; the devices there are: %s", xenstore.Clip(e.Dir), strings.Trim(fmt.Sprintf("%q", e.Have), "[]"))
 }
 
 // Unwrap gives ErrNotFound.
 func (e *NoDeviceError) Unwrap() error { return xenstore.ErrNotFound }
 
-// A WaitError is a wait that ended before what it waited for came.
+// A WaitError says that the context ended before xenstore showed what the caller waited
+// for.
 type WaitError struct {
 	Dir     string   // our end of the device
-	Missing []string // keys that were not there yet, if it was for keys
-	Own     State    // as it was at the end
-	Seen    []State  // of the peer, oldest first, at most the last 16
+	Missing []string // keys that were still missing, if the wait was for keys
+	Own     State    // our state when the wait ended
+	Seen    []State  // states of the peer, oldest first, at most the last 16
 	Err     error    // the context's cause
 }
 
@@ -68,9 +69,9 @@ func (e *WaitError) Unwrap() error { return e.Err }
 
 const maxSeen = 16
 
-// A Device is one end of a xenbus device: its directory, the other end's, and what
-// both say. One goroutine of its own reads them again when xenstore says they may
-// have changed. Methods may be called from any goroutine.
+// A Device is one end of a xenbus device. It follows its own directory and the other
+// end's with watches: a goroutine of the Device reads the nodes again on each event and
+// delivers a Change. Methods may be called from any goroutine.
 type Device struct {
 	c       *xenstore.Client
 	role    Role
@@ -80,39 +81,39 @@ type Device struct {
 	done    chan struct{}
 	own     *xenstore.Watch // on dir
 	changes chan Change
-	poke    chan struct{} // holds one: look at our directory again
+	poke    chan struct{} // holds one: a request to read our directory again
 	setting sync.Mutex    // held by SetState throughout
-	written uint64        // by the peer, its state; run's alone. See Change.PeerWrites
+	written uint64        // used by run only; counts Change.PeerWrites
 
 	mu      sync.Mutex
 	cur     Change  // guarded by mu
-	told    bool    // guarded by mu; cur has been delivered
+	told    bool    // guarded by mu; cur has been put in changes
 	spent   bool    // guarded by mu; changes is closed
 	peer    end     // guarded by mu
 	seen    []State // guarded by mu
 	wrote   State   // guarded by mu; last state we wrote, Unknown: none
-	writing State   // guarded by mu; the one SetState is about to write
+	writing State   // guarded by mu; the state that a running SetState writes
 	writes  uint64  // guarded by mu; grows when a SetState begins and when it ends
-	failed  State   // guarded by mu; one that SetState may have written although it failed
-	reads   uint64  // guarded by mu; times our own directory was read, and told of
-	mark    string  // guarded by mu; a key we published last, "" if none
-	claim   string  // guarded by mu; our id, "" if not claimed
+	failed  State   // guarded by mu; the state of a failed SetState that may have been committed
+	reads   uint64  // guarded by mu; how often run read our own directory
+	mark    string  // guarded by mu; a key we published, to recognise our directory by; "" if none
+	claim   string  // guarded by mu; the id of our claim, "" if not claimed
 	trouble error   // guarded by mu; why Current may be out of date
-	lasting bool    // guarded by mu; the claim's node was there before the claim
+	lasting bool    // guarded by mu; the claim's node existed before we claimed it
 }
 
-// An end is the other end's directory, and whose it is.
+// An end is the other end: its directory and its domain.
 type end struct {
 	dir string // absolute
 	dom hypercall.DomID
 }
 
-// Frontends lists the ids of this domain's devices of a type, in order.
+// Frontends lists the ids of this domain's devices of type typ, in numerical order.
 func Frontends(ctx context.Context, c *xenstore.Client, typ string) ([]string, error) {
 	return list(ctx, c, "device/"+typ)
 }
 
-// list gives the device ids below dir, none if it is not there.
+// list returns the device ids below dir, none if dir does not exist or may not be read.
 func list(ctx context.Context, c *xenstore.Client, dir string) ([]string, error) {
 	all, err := c.Directory(ctx, dir)
 	if errors.Is(err, xenstore.ErrNotFound) || errors.Is(err, xenstore.ErrAccess) {
@@ -128,23 +129,23 @@ func list(ctx context.Context, c *xenstore.Client, dir string) ([]string, error)
 	return all, nil
 }
 
-// validID says whether id is a device number as the toolstack writes it.
+// validID reports whether id is a device number in the toolstack's spelling.
 func validID(id string) bool {
 	_, err := xenstore.ParseUint(id, 1<<31-1)
 	return err == nil
 }
 
-// OpenFrontend opens this domain's device of a type ("vif") and id ("0"). It waits
-// for the keys the toolstack writes, until ctx ends: then a [*WaitError] that says
-// which are missing. A device that is not there is a [*NoDeviceError]; keys that
-// contradict each other are a [*ValueError].
+// OpenFrontend opens this domain's device of a type ("vif") and id ("0"). It waits until
+// the toolstack has written the keys that name the backend. If ctx ends first, the error
+// is a [*WaitError] that lists the missing keys. A device that does not exist is a
+// [*NoDeviceError]; keys that contradict each other are a [*xenstore.ValueError].
 func OpenFrontend(ctx context.Context, c *xenstore.Client, typ, id string) (*Device, error) {
 	return openDevice(ctx, c, &Device{role: Frontend, typ: typ, id: id, dir: "device/" + typ + "/" + id}, "device/"+typ)
 }
 
-// OpenBackend opens the end this domain serves of another's device; typ is the
-// backend type, by which the toolstack chose us. It waits as OpenFrontend does,
-// also for the frontend's state.
+// OpenBackend opens the backend of a device of domain front; typ is the backend type by
+// which the toolstack chose this backend. It waits and fails as OpenFrontend does, and
+// also waits for the frontend's state.
 func OpenBackend(ctx context.Context, c *xenstore.Client, typ string, front hypercall.DomID, id string) (*Device, error) {
 	parent := fmt.Sprintf("backend/%s/%d", typ, front)
 	return openDevice(ctx, c, &Device{role: Backend, typ: typ, id: id, dir: parent + "/" + id}, parent)
@@ -204,53 +205,53 @@ func openDevice(ctx context.Context, c *xenstore.Client, d *Device, parent strin
 	return d, nil
 }
 
-// Role says which end of the device this is.
+// Role returns the end that this Device is.
 func (d *Device) Role() Role { return d.role }
 
-// Dir is our directory, relative to the domain's home.
+// Dir returns our directory, relative to the domain's home.
 func (d *Device) Dir() string { return d.dir }
 
-// ID is the device's number among those of its type.
+// ID returns the device's number among those of its type.
 func (d *Device) ID() string { return d.id }
 
-// Peer gives the other end's directory, absolute, and its domain. For a frontend
-// they may change with the Generation.
+// Peer returns the other end's directory, an absolute path, and its domain. For a
+// frontend both may change with the Generation.
 func (d *Device) Peer() (dir string, dom hypercall.DomID) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return d.peer.dir, d.peer.dom
 }
 
-// Changes delivers what xenstore says, once after opening and then when it differs
-// from before. One that was not taken is replaced by the next. It is closed when
-// the Device or the Client is. One goroutine should receive from it.
+// Changes delivers a Change after opening and then one for each difference. A Change that
+// nobody received is replaced by the next. The channel is closed when the Device or the
+// Client is closed. One goroutine should receive from it.
 func (d *Device) Changes() <-chan Change { return d.changes }
 
-// Current is the last Change, taken or not.
+// Current returns the last Change, whether or not it was received.
 func (d *Device) Current() Change {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return d.cur
 }
 
-// Trouble is why Current may be out of date: xenstore refused to be read, or watched.
-// It is tried again until it succeeds; nil means that it did.
+// Trouble returns why Current may be out of date: a read or a watch that xenstore
+// refused. The Device repeats it until it succeeds, and then Trouble returns nil.
 func (d *Device) Trouble() error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return d.trouble
 }
 
-// Seen lists the states the peer went through, as far as they were caught, oldest
-// first, at most the last 16.
+// Seen lists the states the Device read from the peer, oldest first, at most the last 16.
+// It may have missed some.
 func (d *Device) Seen() []State {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return slices.Clone(d.seen)
 }
 
-// Await receives from Changes until ok accepts one. If ctx ends before, the error
-// is a [*WaitError]; net.ErrClosed if the Device or Client is closed.
+// Await receives from Changes until ok accepts a Change. If ctx ends first, the error is
+// a [*WaitError]; it is net.ErrClosed if the Device or the Client is closed.
 func (d *Device) Await(ctx context.Context, ok func(Change) bool) (Change, error) {
 	for {
 		select {
@@ -268,9 +269,10 @@ func (d *Device) Await(ctx context.Context, ok func(Change) bool) (Change, error
 	}
 }
 
-// SetState writes our state if it is not that already, also where it is only
-// because another wrote over it. The next Change has it. ErrGone if the directory is
-// not there, of which Current says so too, ErrClaimed if it is another's by now.
+// SetState writes our state unless the node holds it already; so it also repairs a state
+// that another domain overwrote. The next Change shows the state. The error is ErrGone if
+// our directory does not exist, which Current then shows too, and ErrClaimed if another
+// process has claimed it.
 func (d *Device) SetState(ctx context.Context, s State) error {
 	d.setting.Lock()
 	defer d.setting.Unlock()
@@ -279,7 +281,8 @@ func (d *Device) SetState(ctx context.Context, s State) error {
 	d.writing = s
 	reads := d.reads
 	if s != d.wrote && (s == Initialising || s == Connected) {
-		// From here on, not from the commit on: the peer may be quick to refuse.
+		// Reset before the commit: a quick peer may write Closing before Transact
+		// returns.
 		d.cur.SawClosing = d.cur.Peer == Closing
 		d.told = false
 	}
@@ -299,8 +302,8 @@ func (d *Device) SetState(ctx context.Context, s State) error {
 	d.writing = Unknown
 	read := d.reads != reads
 	if read || d.cur.Gone {
-		// It may be newer than the write or older. What it said of our state is read
-		// again; that the directory is gone stands until then.
+		// The read may be older or newer than our write. So our state is read again; if
+		// the read said that the directory is gone, Gone stays set until then.
 		d.lookAgain()
 	}
 	if err != nil {
@@ -314,7 +317,7 @@ func (d *Device) SetState(ctx context.Context, s State) error {
 			}
 			d.lookAgain()
 		case errors.Is(err, ErrClaimed), errors.As(err, &refused):
-		default: // the answer was lost, or nobody waited for it
+		default: // the answer was lost, or ctx ended first: the write may have happened
 			d.failed = s
 		}
 		return fmt.Errorf("xenbus %s: set state %v: %w", d.dir, s, err)
@@ -326,7 +329,7 @@ func (d *Device) SetState(ctx context.Context, s State) error {
 	return nil
 }
 
-// lookAgain has our directory read again.
+// lookAgain makes run read our directory again.
 func (d *Device) lookAgain() {
 	select {
 	case d.poke <- struct{}{}:
@@ -334,8 +337,8 @@ func (d *Device) lookAgain() {
 	}
 }
 
-// guard makes a transaction fail unless the directory is there and ours. It gives
-// the state that is written now.
+// guard fails with ErrGone or ErrClaimed unless our directory exists and is ours. It
+// returns the state in the node.
 func (d *Device) guard(tx xenstore.Tx) (state string, err error) {
 	state, err = tx.Read(d.dir + "/state")
 	if errors.Is(err, xenstore.ErrNotFound) || errors.Is(err, xenstore.ErrAccess) {
@@ -358,7 +361,7 @@ func (d *Device) guard(tx xenstore.Tx) (state string, err error) {
 		return state, nil
 	}
 	owner, err := tx.Read(d.dir + claimKey)
-	if errors.Is(err, xenstore.ErrNotFound) || err == nil && owner == "" { // made anew: ours was in another one
+	if errors.Is(err, xenstore.ErrNotFound) || err == nil && owner == "" { // a new directory: our claim was in the old one
 		return "", ErrGone
 	}
 	if err != nil {
@@ -370,7 +373,7 @@ func (d *Device) guard(tx xenstore.Tx) (state string, err error) {
 	return state, nil
 }
 
-// A written is what we know of what we wrote.
+// A written holds the states we wrote, or may have written, and a key we published.
 type written struct {
 	last, writing, failed State
 	mark                  string
@@ -380,7 +383,7 @@ func (d *Device) writtenLocked() written {
 	return written{d.wrote, d.writing, d.failed, d.mark}
 }
 
-// ours reports whether a state that was found is one we may have written.
+// ours reports whether we may have written the state that was found.
 func (w written) ours(found string) bool {
 	if w.last == Unknown {
 		return true
@@ -393,15 +396,16 @@ func (w written) ours(found string) bool {
 	return false
 }
 
-// restarted reports whether a state that is not ours is that of a directory made
-// anew, if the mark is not there either.
+// restarted reports whether found, which we did not write, is the first state of a
+// directory made again. It is if the mark is missing as well.
 func (w written) restarted(found string) bool {
 	return found == Initialising.value() && w.mark != ""
 }
 
-// Publish sets keys of our directory, and removes others with all below them, in
-// one transaction: the peer sees all of it or nothing. Keys may have several
-// components. ErrGone and ErrClaimed as in SetState; ErrQuota if xenstore is full.
+// Publish sets keys of our directory and removes others, with all nodes below them, in
+// one transaction: the peer sees the whole change or none of it. A key may have several
+// components. The error is ErrGone or ErrClaimed as from SetState, or ErrQuota if
+// xenstore is full.
 func (d *Device) Publish(ctx context.Context, keys xenstore.Values, remove ...string) error {
 	err := d.c.Transact(ctx, func(tx xenstore.Tx) error {
 		if _, err := d.guard(tx); err != nil {
@@ -422,7 +426,8 @@ func (d *Device) Publish(ctx context.Context, keys xenstore.Values, remove ...st
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	for key := range keys {
-		// hotplug-status is in a directory that was just made, too.
+		// The toolstack writes hotplug-status too, so it does not mark a directory as
+		// ours.
 		if !strings.Contains(key, "/") && key != "hotplug-status" && (key < d.mark || !keys.Has(d.mark)) {
 			d.mark = key
 		}
@@ -430,10 +435,9 @@ func (d *Device) Publish(ctx context.Context, keys xenstore.Values, remove ...st
 	return nil
 }
 
-// Remove removes our directory, and those above it that are for this peer alone, if
-// it is ours: for a backend whose device has been taken away where no toolstack
-// cleans up, as in a driver domain. One that is gone is no error. ErrClaimed as in
-// SetState.
+// Remove removes our directory and, for a backend, its parent if that is empty. A backend
+// calls it when its device was taken away and no toolstack cleans up, as in a driver
+// domain. A directory that is gone is no error. ErrClaimed as from SetState.
 func (d *Device) Remove(ctx context.Context) error {
 	err := d.c.Transact(ctx, func(tx xenstore.Tx) error {
 		if _, err := d.guard(tx); err != nil {
@@ -442,7 +446,7 @@ func (d *Device) Remove(ctx context.Context) error {
 		if err := tx.Remove(d.dir); err != nil || d.role == Frontend {
 			return err
 		}
-		if err := removeEmpty(tx, parentOf(d.dir)); !errors.Is(err, xenstore.ErrAccess) { // it may be the toolstack's
+		if err := removeEmpty(tx, parentOf(d.dir)); !errors.Is(err, xenstore.ErrAccess) { // the toolstack may own the parent
 			return err
 		}
 		return nil
@@ -455,7 +459,7 @@ func (d *Device) Remove(ctx context.Context) error {
 
 func parentOf(dir string) string { return dir[:strings.LastIndexByte(dir, '/')] }
 
-// removeEmpty removes a directory in which there is nothing.
+// removeEmpty removes a directory that has no children.
 func removeEmpty(tx xenstore.Tx, dir string) error {
 	left, err := tx.Directory(dir)
 	if err != nil || len(left) > 0 {
@@ -475,13 +479,13 @@ func (d *Device) ReadPeer(ctx context.Context, key string) (string, error) {
 	return d.c.Read(ctx, dir+"/"+key)
 }
 
-// OwnKeys lists what is in our directory.
+// OwnKeys lists the keys of our directory.
 func (d *Device) OwnKeys(ctx context.Context) ([]string, error) {
 	return d.c.Directory(ctx, d.dir)
 }
 
-// OwnValues reads keys of our directory in one transaction. Those that are not
-// there are not in the result.
+// OwnValues reads keys of our directory in one transaction. The result omits missing
+// keys.
 func (d *Device) OwnValues(ctx context.Context, keys ...string) (xenstore.Values, error) {
 	return d.c.ReadKeys(ctx, d.dir, keys...)
 }
@@ -492,18 +496,18 @@ func (d *Device) PeerValues(ctx context.Context, keys ...string) (xenstore.Value
 	return d.c.ReadKeys(ctx, dir, keys...)
 }
 
-// Fail leaves a note of why for the administrator, where Linux leaves its own
-// (xenbus_dev_error), or removes it if why is nil, and the directories it was alone
-// in. It changes no state.
+// Fail writes why to the error node that Linux uses (xenbus_dev_error), for the
+// administrator. With a nil why it removes the note and the parent directories that are
+// then empty. It changes no state.
 func (d *Device) Fail(ctx context.Context, why error) error {
 	dir := "error/" + d.dir
 	if why == nil {
 		if _, err := d.c.Read(ctx, parentOf(dir)); errors.Is(err, xenstore.ErrNotFound) {
-			return nil // the usual case, in which there is nothing to commit
+			return nil // the usual case: no note, so no transaction is needed
 		}
 		err := d.c.Transact(ctx, func(tx xenstore.Tx) error {
 			err := tx.Remove(dir)
-			// Not error itself, which a guest could not make again.
+			// error itself stays: a guest could not make it again.
 			for up := parentOf(dir); err == nil && up != "error"; up = parentOf(up) {
 				err = removeEmpty(tx, up)
 			}
@@ -519,26 +523,26 @@ func (d *Device) Fail(ctx context.Context, why error) error {
 	return d.c.Write(ctx, dir+"/error", text[:min(len(text), most)])
 }
 
-// Close stops watching and gives a claim back, which takes until ctx ends at most.
-// The state stays as it is. It is idempotent.
+// Close stops the watches and gives our claim back, for which it waits until ctx ends at
+// most. It leaves the state as it is. It is idempotent.
 func (d *Device) Close(ctx context.Context) error {
 	d.cancel()
 	<-d.done
 	return d.unclaim(ctx)
 }
 
-// tellLocked makes ch current and delivers it if it differs.
+// tellLocked makes ch the current Change, and delivers it if it differs from the last.
 func (d *Device) tellLocked(ch Change) {
 	if d.spent || d.told && ch == d.cur {
 		return
 	}
 	d.cur, d.told = ch, true
 	select {
-	case <-d.changes: // not taken: out of date
+	case <-d.changes: // nobody received the last Change, which is now out of date
 	default:
 	}
 	d.changes <- ch
 }
 
-// retryPause is between attempts to read what xenstore would not give.
+// retryPause is the time between attempts to read nodes that xenstore refused.
 const retryPause = 100 * time.Millisecond

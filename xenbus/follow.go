@@ -61,8 +61,9 @@ func (d *Device) find(ctx context.Context) (end, error) {
 	}
 }
 
-// resolve reads where the other end is. It says which keys are missing, and for
-// what of the peer is known already: a directory may be half written.
+// resolve reads the directory and domain of the other end. While keys are missing it
+// returns their names: the toolstack may have written the directory in part. peer is set
+// as soon as its own keys are there, so that the caller can watch the peer's directory.
 func (d *Device) resolve(ctx context.Context) (peer end, missing []string, err error) {
 	dirKey, idKey := "backend", "backend-id"
 	if d.role == Backend {
@@ -80,7 +81,7 @@ func (d *Device) resolve(ctx context.Context) (peer end, missing []string, err e
 			missing = append(missing, key)
 		}
 	}
-	if len(missing) == 3 { // all of it?
+	if len(missing) == 3 { // or our directory itself is missing
 		if _, err := d.c.Read(ctx, d.dir); errors.Is(err, xenstore.ErrNotFound) || errors.Is(err, xenstore.ErrAccess) {
 			return end{}, nil, ErrGone
 		}
@@ -101,8 +102,8 @@ func (d *Device) resolve(ctx context.Context) (peer end, missing []string, err e
 	return peer, missing, err
 }
 
-// checkBackend holds what our directory says of the backend against itself and,
-// where it may be read, against what the backend's directory says of us.
+// checkBackend checks that our backend and backend-id agree, and that the backend's
+// directory names us, as far as we may read it.
 func (d *Device) checkBackend(ctx context.Context, peer end) (missing []string, err error) {
 	rest, ok := strings.CutPrefix(peer.dir, fmt.Sprintf("/local/domain/%d/backend/", peer.dom))
 	parts := strings.Split(rest, "/") // type, frontend domain, handle
@@ -115,7 +116,7 @@ func (d *Device) checkBackend(ctx context.Context, peer end) (missing []string, 
 	}
 	front, err := d.c.Read(ctx, peer.dir+"/frontend")
 	switch {
-	case errors.Is(err, xenstore.ErrAccess): // nothing to hold it against
+	case errors.Is(err, xenstore.ErrAccess): // not readable for us: nothing to compare
 		return nil, nil
 	case errors.Is(err, xenstore.ErrNotFound):
 		return []string{peer.dir + "/frontend"}, nil
@@ -124,7 +125,7 @@ func (d *Device) checkBackend(ctx context.Context, peer end) (missing []string, 
 	case front != fmt.Sprintf("/local/domain/%d/%s", us, d.dir):
 		return nil, &xenstore.ValueError{Path: peer.dir + "/frontend", Value: xenstore.Clip(front), Want: "our directory"}
 	}
-	// Qubes does not let a guest read this one.
+	// Qubes OS does not let a guest read this node.
 	id, err := d.c.Read(ctx, peer.dir+"/frontend-id")
 	switch {
 	case errors.Is(err, xenstore.ErrAccess), errors.Is(err, xenstore.ErrNotFound):
@@ -137,8 +138,8 @@ func (d *Device) checkBackend(ctx context.Context, peer end) (missing []string, 
 	return nil, nil
 }
 
-// checkFrontend holds what our directory says of the frontend against its own
-// path, and waits for the frontend to have a state.
+// checkFrontend checks our frontend and frontend-id against the path of our directory,
+// and waits for the frontend to have a state.
 func (d *Device) checkFrontend(ctx context.Context, peer end) (missing []string, err error) {
 	if want := fmt.Sprintf("backend/%s/%d/%s", d.typ, peer.dom, d.id); d.dir != want {
 		return nil, d.bad("frontend-id", fmt.Sprint(peer.dom), "the domain in our path")
@@ -158,7 +159,7 @@ func (d *Device) bad(key, value, want string) error {
 	return &xenstore.ValueError{Path: d.dir + "/" + key, Value: xenstore.Clip(value), Want: want}
 }
 
-// locate puts our directory before the key of a ValueError.
+// locate makes the key in a ValueError a path below our directory.
 func (d *Device) locate(err error) error {
 	if e, ok := err.(*xenstore.ValueError); ok {
 		e.Path = d.dir + "/" + e.Path
@@ -166,15 +167,15 @@ func (d *Device) locate(err error) error {
 	return err
 }
 
-// run reads again what xenstore says has changed, until Close.
+// run reads nodes again after watch events, until Close or the end of the Client.
 func (d *Device) run(ctx context.Context) {
 	defer d.end()
 	var (
 		other  *xenstore.Watch // on the peer's state
-		target end             // whose state that is
+		target end             // the end that other watches
 		retry  <-chan time.Time
 		stale  parts
-		said   bool // of the quota of watches
+		said   bool // the refused watch was logged
 	)
 	defer func() {
 		if other != nil {
@@ -194,7 +195,7 @@ func (d *Device) run(ctx context.Context) {
 			w, err := d.c.Watch(ctx, peer.dir+"/state")
 			if err != nil {
 				retry, trouble = time.After(retryPause), err
-				if errors.Is(err, xenstore.ErrQuota) { // which passes when someone else lets go
+				if errors.Is(err, xenstore.ErrQuota) { // the quota has room again when this domain ends another watch
 					retry = time.After(time.Second)
 					if !said {
 						d.c.Logger().Warn("cannot watch the other end", "err", err)
@@ -243,7 +244,7 @@ func (d *Device) other() end {
 	return d.peer
 }
 
-// end closes Changes and the watch.
+// end closes Changes and the watch on our directory.
 func (d *Device) end() {
 	d.own.Close()
 	d.mu.Lock()
@@ -253,13 +254,13 @@ func (d *Device) end() {
 	close(d.done)
 }
 
-// parts of a device to be read again.
+// parts names the parts of a device that have to be read again.
 type parts struct {
 	state   bool // own state, online, hotplug-status
-	backend bool // frontend: where the backend is
+	backend bool // frontend: backend, backend-id
 	claim   bool
 	peer    bool
-	anew    bool // our directory is not the one it was
+	anew    bool // our directory was made again
 }
 
 func everything() parts { return parts{state: true, backend: true, claim: true, peer: true} }
@@ -270,16 +271,17 @@ func (p *parts) add(q parts) {
 	*p = parts{p.state || q.state, p.backend || q.backend, p.claim || q.claim, p.peer || q.peer, p.anew || q.anew}
 }
 
-// skip forgets what happened in our directory, before it is read.
+// skip drops the events of our directory that came before its first read.
 func (d *Device) skip() {
 	select {
-	case <-d.own.C(): // if it is closed it stays so, which run sees
+	case <-d.own.C(): // a closed channel stays closed, and run sees it
 	default:
 	}
-	d.own.Paths() // last: what comes from now on fires again, or is read
+	d.own.Paths() // last: a later event fires the channel again, or the first read shows its effect
 }
 
-// touched takes what happened in our directory. Keys we publish are of no interest.
+// touched takes the pending events of our directory as stale parts. It ignores the keys
+// that we publish.
 func (d *Device) touched() (p parts) {
 	paths, all := d.own.Paths()
 	if all {
@@ -291,7 +293,7 @@ func (d *Device) touched() (p parts) {
 		case !ok:
 			return everything()
 		case key == "online":
-			// The last we may hear of a frontend whose domain was removed as a whole.
+			// This may be the last event about a frontend whose whole domain was removed.
 			p.state, p.peer = true, true
 		case key == "state" || key == "hotplug-status":
 			p.state = true

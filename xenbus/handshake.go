@@ -1,16 +1,16 @@
 package xenbus
 
-// Next is the xenbus handshake: what an end in this role does next. It is total:
-// every combination of facts has an answer, whatever the peer, the toolstack or an
-// earlier process left behind. Called again with the state it said to write and
-// the same peer, it comes to rest after a few steps.
+// Next is the xenbus handshake: it returns the next step of the end that has this role.
+// It is total: it has an answer for every combination of facts, whatever the peer, the
+// toolstack or an earlier process left behind. If the caller writes the state that Next
+// returned and the peer does not change, Next comes to Wait after a few steps.
 //
-// A frontend connects as Linux netfront does, after a close cycle as Windows does
-// it if the backend still is in an earlier connection. A backend answers every
-// state a frontend may go through as Linux netback does, by the shortest path that
-// does not leave out Closing.
+// A frontend connects as Linux netfront does. If the backend is still in an earlier
+// connection, the frontend first closes as the Windows driver does. A backend answers
+// every state of a frontend as Linux netback does, by the shortest path that includes
+// Closing.
 func Next(role Role, f Facts) Step {
-	// Rings of an earlier generation are nobody's.
+	// No peer uses the rings of an earlier generation any more.
 	if f.attached() && f.Attached != f.Generation {
 		return Step{Do: Release}
 	}
@@ -26,7 +26,7 @@ func Next(role Role, f Facts) Step {
 	return f.front()
 }
 
-// unwritable is for an end that may not or cannot write its state.
+// unwritable returns the step of an end that may not or cannot write its state.
 func (f *Facts) unwritable(otherwise Action) Step {
 	if f.attached() {
 		return Step{Do: Release}
@@ -34,7 +34,7 @@ func (f *Facts) unwritable(otherwise Action) Step {
 	return Step{Do: otherwise}
 }
 
-// become is a step that only writes a state, if we are not in it.
+// become returns a step that writes state s, or waits if our state is s.
 func (f *Facts) become(s State) Step {
 	if f.Own == s {
 		return Step{Do: Wait}
@@ -42,14 +42,14 @@ func (f *Facts) become(s State) Step {
 	return Step{Wait, s}
 }
 
-// front is a frontend that shares nothing.
+// front returns the next step of a frontend that shares nothing with its backend.
 func (f *Facts) front() Step {
 	switch {
 	case f.Lost:
 		return Step{Do: Finish}
 	case f.Leaving && (f.Gone || f.Own == Closed):
 		return Step{Do: Finish}
-	case f.Gone: // a directory may be made again
+	case f.Gone: // the toolstack may make the directory again
 		return Step{Do: Wait}
 	case f.Vanished && (f.Leaving || f.Own != Initialising):
 		return f.become(Closed)
@@ -58,7 +58,7 @@ func (f *Facts) front() Step {
 	}
 	switch f.Peer {
 	case Initialised, Connected, Reconfiguring, Reconfigured:
-		// It is in a connection we know nothing of: the close cycle.
+		// The backend is in a connection we know nothing of: close it first.
 		return f.become(Closing)
 	case Closing:
 		return f.become(Closed)
@@ -76,7 +76,7 @@ func (f *Facts) front() Step {
 	return f.become(Initialising)
 }
 
-// frontAttached is a frontend whose rings the backend may be using.
+// frontAttached returns the next step of a frontend whose rings the backend may be using.
 func (f *Facts) frontAttached() Step {
 	if f.Lost || f.Gone {
 		return f.unwritable(Finish)
@@ -87,7 +87,7 @@ func (f *Facts) frontAttached() Step {
 			return Step{Do: Release}
 		}
 		return Step{Release, Closed}
-	case f.Own == Closed: // until the backend says it has let go
+	case f.Own == Closed: // the backend must reach Closed before we release the rings
 		return Step{Do: Drain}
 	case f.Peer == Closing:
 		return Step{Drain, Closed}
@@ -98,10 +98,10 @@ func (f *Facts) frontAttached() Step {
 	case f.Peer.up():
 		return Step{Do: Run}
 	}
-	return Step{Do: Wait} // not connected yet, or restarted and about to adopt our rings
+	return Step{Do: Wait} // the backend has not connected yet, or was restarted and is about to adopt our rings
 }
 
-// back is a backend that has nothing of the frontend mapped.
+// back returns the next step of a backend that has no frontend memory mapped.
 func (f *Facts) back() Step {
 	if f.Lost || f.Gone {
 		return f.unwritable(Finish)
@@ -117,7 +117,7 @@ func (f *Facts) back() Step {
 		return f.become(Closing)
 	case Closed:
 		return f.toClosed()
-	case InitWait, Reconfigured: // no frontend is ever in these
+	case InitWait, Reconfigured: // no frontend writes these states
 		return f.become(Closing)
 	case Initialising:
 		return f.toInitWait()
@@ -134,7 +134,7 @@ func (f *Facts) back() Step {
 			return Step{Connect, Connected}
 		}
 		return Step{Do: Connect}
-	case Closing: // until the frontend closes
+	case Closing: // wait for the frontend to close
 		return Step{Do: Wait}
 	case Closed:
 		if f.Peer == Connected {
@@ -142,14 +142,14 @@ func (f *Facts) back() Step {
 		}
 		return Step{Do: Wait}
 	}
-	// A backend before us died in this state.
+	// An earlier backend process died in this state.
 	if f.Adopt && f.Peer == Connected {
 		return Step{Prepare, InitWait}
 	}
 	return Step{Wait, Closing}
 }
 
-// toClosed is the next step from any state to Closed.
+// toClosed returns the next step from any state towards Closed.
 func (f *Facts) toClosed() Step {
 	switch f.Own {
 	case Unknown, Initialising, Closing, Closed:
@@ -158,7 +158,7 @@ func (f *Facts) toClosed() Step {
 	return Step{Wait, Closing}
 }
 
-// toInitWait is the next step from any state to InitWait.
+// toInitWait returns the next step from any state towards InitWait.
 func (f *Facts) toInitWait() Step {
 	switch f.Own {
 	case Unknown, Initialising, Closed:
@@ -171,25 +171,26 @@ func (f *Facts) toInitWait() Step {
 	return Step{Wait, Closing}
 }
 
-// backAttached is a backend that has the frontend's rings mapped.
+// backAttached returns the next step of a backend that has the frontend's rings mapped.
 func (f *Facts) backAttached() Step {
 	if f.Lost || f.Gone {
 		return f.unwritable(Finish)
 	}
 	switch f.Own {
-	case Unknown, Initialising, Closed: // the directory is not the one we connected
+	case Unknown, Initialising, Closed: // the directory was made again since we connected
 		return Step{Do: Release}
 	}
 	if f.Vanished || (f.Peer != Initialised && f.Peer != Connected && f.Peer != Reconfiguring) {
-		// The frontend has let go, or never should have come here. Unmap before
-		// Closing is written: it may revoke its grants as soon as it sees that.
+		// The frontend has let the rings go, or should never have connected. Unmap before
+		// we write Closing: the frontend may revoke its grants as soon as it sees
+		// Closing.
 		if f.Own == Closing {
 			return Step{Do: Release}
 		}
 		return Step{Release, Closing}
 	}
 	switch {
-	case f.Own == Closing: // until the frontend closes
+	case f.Own == Closing: // wait for the frontend to close
 		return Step{Do: Drain}
 	case f.Leaving || !f.Online || f.Peer == Reconfiguring:
 		return Step{Drain, Closing}
@@ -200,5 +201,5 @@ func (f *Facts) backAttached() Step {
 	case f.Hotplug:
 		return Step{Run, Connected}
 	}
-	return Step{Do: Wait} // attached, but Connected waits for the hotplug script
+	return Step{Do: Wait} // attached, but the hotplug script has to finish before we may say Connected
 }

@@ -12,17 +12,17 @@ import (
 	"barevif/xenbus/xenstore"
 )
 
-// A Presence is how other processes of our domain find out that we live: an event
-// channel from the domain to itself, to which whoever asks binds. It closes with
-// the process. Whoever finds a claim whose port nobody can bind to need not wait
-// long for an answer.
+// A Presence shows the other processes of our domain that we live. It is an event channel
+// from the domain to itself; another process probes it by binding to its port. The kernel
+// closes it with the process. A process that finds a claim whose port refuses to bind
+// waits only briefly for an answer to its challenge.
 type Presence struct {
 	dom  hypercall.Domain
 	w    hypercall.Waiter // nobody waits at it
 	port hypercall.Port
 }
 
-// NewPresence opens the port. The caller closes the Presence.
+// NewPresence opens the event channel. The caller closes the Presence.
 func NewPresence(dom hypercall.Domain) (*Presence, error) {
 	w, err := dom.Waiter()
 	if err != nil {
@@ -36,7 +36,7 @@ func NewPresence(dom hypercall.Domain) (*Presence, error) {
 	return &Presence{dom, w, port}, nil
 }
 
-// Close closes the port. A nil Presence is none.
+// Close closes the port. It does nothing on a nil Presence.
 func (p *Presence) Close() error {
 	if p == nil {
 		return nil
@@ -44,7 +44,7 @@ func (p *Presence) Close() error {
 	return p.w.Close()
 }
 
-// sign puts the port behind the id of a claim.
+// sign appends the port to the id of a claim.
 func (p *Presence) sign(id string) string {
 	if p == nil {
 		return id
@@ -53,13 +53,13 @@ func (p *Presence) sign(id string) string {
 }
 
 const (
-	probes     = 3                      // that have to fail: another may be probing
-	probePause = 5 * time.Millisecond   // between them
-	lastWord   = 100 * time.Millisecond // what a holder still has to answer whose port is gone
+	probes     = 3                      // probes that have to fail: a failed one may have met another process's probe
+	probePause = 5 * time.Millisecond   // between two probes
+	lastWord   = 100 * time.Millisecond // time that a holder whose port is gone has to answer
 )
 
-// patience shortens the time a holder has to answer, if its port is gone. A port
-// that is there proves nothing: its number may be another's by now.
+// patience shortens the time that a holder has to answer if its port is gone. An existing
+// port proves nothing: another process may have got its number since.
 func (p *Presence) patience(ctx context.Context, owner string, wait time.Duration) time.Duration {
 	_, number, ok := strings.Cut(owner, ":")
 	port, err := xenstore.ParseUint(number, 1<<32-1)
@@ -68,7 +68,7 @@ func (p *Presence) patience(ctx context.Context, owner string, wait time.Duratio
 	}
 	for range probes {
 		if hypercall.PortID(port) == p.port.ID() {
-			break // the number is ours, so it is not the holder's any more
+			break // we have this number now, so the holder has lost it
 		}
 		if !errors.Is(p.probe(hypercall.PortID(port)), hypercall.ErrNoPort) {
 			return wait
@@ -80,7 +80,7 @@ func (p *Presence) patience(ctx context.Context, owner string, wait time.Duratio
 	return min(wait, lastWord)
 }
 
-// probe binds to a port of our domain, and lets go of it.
+// probe binds to a port of our domain and closes the binding again.
 func (p *Presence) probe(port hypercall.PortID) error {
 	w, err := p.dom.Waiter()
 	if err != nil {

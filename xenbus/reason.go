@@ -7,23 +7,23 @@ import (
 	"barevif/xenbus/xenstore"
 )
 
-// KeyReason is the key of a backend's directory under which it says why it does not
-// connect. The frontend may read it, unlike what Fail writes.
+// KeyReason is the key under which a backend publishes why it does not connect. The
+// frontend may read it, unlike the note that Fail writes.
 const KeyReason = "error"
 
-// mostReason bounds a reason in bytes. A node has room for 2048 with all that
-// belongs to it.
+// mostReason bounds a reason, in bytes. xenstored allows 2048 for a node with its name
+// and permissions.
 const mostReason = 512
 
-// Tell says why we do not connect where the other end can read it. Publish without
-// it, or with "", takes it back.
+// Tell publishes why we do not connect, where the other end can read it. Removing the key
+// with Publish, or setting it to "", takes the reason back.
 func (d *Device) Tell(ctx context.Context, why error) error {
 	text := why.Error()
 	return d.Publish(ctx, xenstore.Values{KeyReason: text[:min(len(text), mostReason)]})
 }
 
-// PeerReason is what the other end says of why it does not connect, "" if nothing.
-// Its text is the peer's: quote it.
+// PeerReason returns the other end's published reason for not connecting, "" if there is
+// none. The text is the peer's: quote it.
 func (d *Device) PeerReason(ctx context.Context) string {
 	text, err := d.ReadPeer(ctx, KeyReason)
 	if err != nil {
@@ -32,9 +32,9 @@ func (d *Device) PeerReason(ctx context.Context) string {
 	return text[:min(len(text), mostReason)]
 }
 
-// clear removes keys of our directory. A backend leaves one that is empty: a
-// toolstack may have made it, so that it can be written whatever the quota, and to
-// the frontend it says no more than one that is missing.
+// clear removes keys of our directory. A backend leaves a node that is empty: the
+// toolstack may have made it so that the backend can write it at its quota. To the
+// frontend an empty node means the same as a missing one.
 func (d *Device) clear(tx xenstore.Tx, keys ...string) error {
 	paths := make([]string, len(keys))
 	for i, key := range keys {

@@ -9,18 +9,18 @@ import (
 	"barevif/xenbus/xenstore"
 )
 
-// A snapshot is what xenstore says of a device: the parts of it that were read.
+// A snapshot holds the xenstore nodes of a device that one refresh read.
 type snapshot struct {
 	own  *ownNodes  // nil: not read
 	peer *peerNodes // nil: not read
 
-	at    end  // the other end
-	found bool // which is another one than before
-	anew  bool // our directory is not the one it was
-	gone  bool // our directory is not there, as the search for the other end showed
+	at    end  // the directory of the other end
+	found bool // at is not the end that the device had before
+	anew  bool // the toolstack removed our directory and made it again
+	gone  bool // our directory is missing, as resolve found
 }
 
-// ownNodes are those of our directory that the toolstack, or we, write.
+// ownNodes holds the nodes of our own directory.
 type ownNodes struct {
 	there   bool
 	state   string
@@ -28,16 +28,16 @@ type ownNodes struct {
 	hotplug bool // backend: hotplug-status is "connected"
 }
 
-// peerNodes are those of the other end's directory.
+// peerNodes holds the nodes of the other end's directory.
 type peerNodes struct {
 	there  bool
 	state  State
 	writes uint64
-	online bool // of a frontend's backend
+	online bool // read from a frontend's backend only; else true
 }
 
-// refresh reads the stale parts and tells of what changed. It returns what could
-// not be read.
+// refresh reads the stale parts from xenstore and delivers the Change they make. With an
+// error it returns the parts that are still to be read.
 func (d *Device) refresh(ctx context.Context, stale parts) (left parts, err error) {
 	for {
 		d.mu.Lock()
@@ -55,8 +55,8 @@ func (d *Device) refresh(ctx context.Context, stale parts) (left parts, err erro
 	}
 }
 
-// read reads the stale parts, and what else they show to be out of date. With an error the
-// snapshot still says whether our directory was made anew.
+// read reads the stale parts, and any others that the result shows to be stale too. The
+// snapshot is valid with an error only in anew: whether our directory was made again.
 func (d *Device) read(ctx context.Context, stale parts, old Change, peer end, mine written) (s snapshot, err error) {
 	s.at, s.anew = peer, stale.anew
 	gone := old.Gone
@@ -83,7 +83,7 @@ func (d *Device) read(ctx context.Context, stale parts, old Change, peer end, mi
 			return s, err
 		}
 	}
-	if s.anew && s.own == nil && old.Overwritten != "" { // it was not: the directory is another one
+	if s.anew && s.own == nil && old.Overwritten != "" { // the value that overwrote our state was in the old directory
 		if s.own, err = d.readOwn(ctx); err != nil {
 			return s, err
 		}
@@ -94,16 +94,17 @@ func (d *Device) read(ctx context.Context, stale parts, old Change, peer end, mi
 	return s, err
 }
 
-// replaced reports whether the device has another end from now on, or the first one.
+// replaced reports whether the device now has another peer, or its first one.
 func (s *snapshot) replaced(old Change) bool { return s.anew || s.found || old.Generation == 0 }
 
-// readBackend reads where a frontend's backend is.
+// readBackend reads where a frontend's backend directory is.
 func (d *Device) readBackend(ctx context.Context, s *snapshot) error {
 	at, missing, err := d.resolve(ctx)
 	var bad *xenstore.ValueError
 	switch {
 	case errors.As(err, &bad) || len(missing) > 0:
-		// Half written: the event of the other half brings us here again.
+		// The toolstack has written only one of the two keys: its event for the other one
+		// starts another refresh.
 		if at.dir != "" && err == nil {
 			return &WaitError{Dir: d.dir, Missing: missing}
 		}
@@ -117,7 +118,7 @@ func (d *Device) readBackend(ctx context.Context, s *snapshot) error {
 	return nil
 }
 
-// readOwn reads what the toolstack, or we, wrote in our directory.
+// readOwn reads the state and, for a backend, the toolstack's nodes in our directory.
 func (d *Device) readOwn(ctx context.Context) (*ownNodes, error) {
 	keys := []string{d.dir + "/state"}
 	if d.role == Backend {
@@ -135,9 +136,9 @@ func (d *Device) readOwn(ctx context.Context) (*ownNodes, error) {
 	return own, nil
 }
 
-// remade reports whether our directory is another one than we wrote in. One in which the
-// toolstack begins anew lacks the key that we published last, or has it empty where the
-// toolstack leaves room for our keys.
+// remade reports whether the toolstack removed our directory and made it again since we
+// wrote there. In a new directory the last key we published is missing, or it is empty if
+// the toolstack made nodes for our keys (toolstack.Vif.Room).
 func (d *Device) remade(ctx context.Context, own *ownNodes, old Change, mine written) (bool, error) {
 	switch {
 	case !own.there:
@@ -155,7 +156,7 @@ func (d *Device) remade(ctx context.Context, own *ownNodes, old Change, mine wri
 
 // readPeer reads the other end's state.
 func (d *Device) readPeer(ctx context.Context, peer end) (*peerNodes, error) {
-	writes := d.written // before the state: a write that comes now is counted the next time
+	writes := d.written // taken before the state is read: a write during the read counts next time
 	state, there, err := d.lookup(ctx, peer.dir+"/state")
 	if err != nil {
 		return nil, err
@@ -171,12 +172,12 @@ func (d *Device) readPeer(ctx context.Context, peer end) (*peerNodes, error) {
 	return p, nil
 }
 
-// merge is what a device shows after a snapshot, which showed old before it and in whose
-// directory we wrote what mine says. It is a pure function.
+// merge computes the Change of a device from the one before, old, and a snapshot. mine
+// says what we wrote to our directory. It is a pure function.
 func merge(old Change, role Role, mine written, s snapshot) Change {
 	ch := old
 	if s.anew {
-		mine = written{} // that was in another directory
+		mine = written{} // we wrote that to the old directory
 	}
 	if s.own != nil {
 		s.own.merge(&ch, role, mine)
@@ -198,12 +199,12 @@ func merge(old Change, role Role, mine written, s snapshot) Change {
 	return ch
 }
 
-// merge sets in ch what our own directory says.
+// merge sets the fields of ch that depend on our own directory.
 func (o *ownNodes) merge(ch *Change, role Role, mine written) {
 	ch.Gone, ch.Overwritten, ch.Own = !o.there, "", parseState(o.state)
 	if role == Backend {
 		ch.Online, ch.Hotplug = o.online, o.hotplug
-		if !ch.Online { // libxl writes Closing in our place
+		if !ch.Online { // libxl writes state Closing for us when it takes the device away
 			return
 		}
 	}
@@ -211,13 +212,13 @@ func (o *ownNodes) merge(ch *Change, role Role, mine written) {
 		return
 	}
 	ch.Own = mine.last
-	if mine.writing == Unknown { // else SetState writes over it, or has us look again
+	if mine.writing == Unknown { // else SetState replaces the value, or asks for another read
 		ch.Overwritten = strconv.Quote(xenstore.Clip(o.state))
 	}
 }
 
-// take makes ch, which a snapshot showed, the current Change. It reports false if a SetState
-// began or ended since there were so many writes: what was read may be older than that.
+// take makes ch the current Change. It reports false if a SetState began or ended since
+// writes was read: the snapshot may then be older than that write.
 func (d *Device) take(s snapshot, ch Change, writes uint64) bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -227,7 +228,7 @@ func (d *Device) take(s snapshot, ch Change, writes uint64) bool {
 	switch {
 	case s.anew:
 		d.wrote, d.failed, d.mark = Unknown, Unknown, ""
-	case s.own != nil && d.failed != Unknown && ch.Own == d.failed: // it was written after all
+	case s.own != nil && d.failed != Unknown && ch.Own == d.failed: // the failed SetState did write it
 		d.wrote, d.failed = d.failed, Unknown
 	}
 	if s.own != nil {
@@ -245,8 +246,8 @@ func (d *Device) take(s snapshot, ch Change, writes uint64) bool {
 	return true
 }
 
-// lookup reads a node that may be missing, or out of our reach, which after a
-// hot-unplug is the same.
+// lookup reads a node. there is false if the node is missing or may not be read: after a
+// hot-unplug xenstored reports either.
 func (d *Device) lookup(ctx context.Context, path string) (value string, there bool, err error) {
 	value, err = d.c.Read(ctx, path)
 	if errors.Is(err, xenstore.ErrNotFound) || errors.Is(err, xenstore.ErrAccess) {
@@ -255,7 +256,7 @@ func (d *Device) lookup(ctx context.Context, path string) (value string, there b
 	return value, err == nil, err
 }
 
-// lookups is lookup of several nodes, asked for together.
+// lookups is lookup of several nodes, with the requests in flight together.
 func (d *Device) lookups(ctx context.Context, paths ...string) (values []string, there []bool, err error) {
 	values, errs := d.c.ReadAll(ctx, paths...)
 	there = make([]bool, len(paths))

@@ -7,11 +7,11 @@ import (
 )
 
 // A State is how far one end of a device has come (enum xenbus_state of
-// xen/include/public/io/xenbus.h). Both ends publish theirs under "state".
+// xen/include/public/io/xenbus.h). Each end publishes its own under "state".
 type State uint8
 
 const (
-	Unknown       State = 0 // also a value that is no state
+	Unknown       State = 0 // also stands for a value that is no state
 	Initialising  State = 1
 	InitWait      State = 2 // backend: features published, waiting for the frontend
 	Initialised   State = 3
@@ -34,10 +34,10 @@ func (s State) String() string {
 	return stateNames[s]
 }
 
-// up says whether an end in this state moves frames.
+// up reports whether an end in this state moves frames.
 func (s State) up() bool { return s == Connected || s == Reconfiguring || s == Reconfigured }
 
-// parseState reads what a peer wrote; garbage is Unknown.
+// parseState parses a state node; a value that is no state gives Unknown.
 func parseState(s string) State {
 	n, err := xenstore.ParseUint(s, uint64(Reconfigured))
 	if err != nil {
@@ -46,15 +46,15 @@ func parseState(s string) State {
 	return State(n)
 }
 
-// value is a State as it is written.
+// value returns the state as it is written to the node.
 func (s State) value() string { return fmt.Sprint(uint8(s)) }
 
-// A Role says which end of a device we are.
+// A Role is the end of a device that a process plays.
 type Role uint8
 
 const (
-	Frontend Role = iota // uses the device, shares its memory
-	Backend              // serves it
+	Frontend Role = iota // owns the device, grants its memory to the backend
+	Backend              // serves the device
 )
 
 func (r Role) String() string {
@@ -64,25 +64,26 @@ func (r Role) String() string {
 	return "frontend"
 }
 
-// An Action is what an end has to do before it writes its next state. Doing one
-// again must be harmless.
+// An Action is what an end does before it writes its next state. Doing an Action twice
+// must be harmless.
 type Action uint8
 
 const (
-	// Wait: nothing, until something changes. Frames do not move.
+	// Wait: do nothing until a fact changes. Frames do not move.
 	Wait Action = iota
 	// Prepare (backend): publish the features. Nothing is attached.
 	Prepare
-	// Connect: read what the other end published and set up the rings. A frontend
-	// publishes its own keys here too. From now on Facts.Attached is set.
+	// Connect: read the other end's keys and set up the rings. A frontend also publishes
+	// its own keys. Afterwards Facts.Attached is set.
 	Connect
-	// Run: the link is up, frames move. Every other Action means it is down.
+	// Run: the link is up and frames move. In every other Action the link is down.
 	Run
-	// Drain: stop moving frames. The rings stay: the other end may still use them.
+	// Drain: stop moving frames. The rings stay, because the other end may still use
+	// them.
 	Drain
-	// Release: give up all that is shared. From now on Facts.Attached is 0.
+	// Release: give up everything shared. Afterwards Facts.Attached is 0.
 	Release
-	// Finish: nothing is shared and there is nothing left to do.
+	// Finish: nothing is shared and the device is at its end.
 	Finish
 )
 
@@ -95,7 +96,7 @@ func (a Action) String() string {
 	return actionNames[a]
 }
 
-// A Step is what one end does next: Do, and after that write State.
+// A Step is the next step of one end: it does Do and then writes State.
 type Step struct {
 	Do    Action
 	State State // Unknown: write nothing
@@ -108,60 +109,60 @@ func (s Step) String() string {
 	return fmt.Sprintf("%v, then %v", s.Do, s.State)
 }
 
-// A Change is what xenstore says of a device.
+// A Change is the state of a device as last read from xenstore.
 type Change struct {
 	Own, Peer State
 
-	// Overwritten is what is found in the node of our state, quoted, when another
-	// domain or an operator has written over it; else "". Own is then the state we
-	// wrote, and SetState(Own) puts it right. xenstore does not say who wrote.
+	// Overwritten is the quoted value of our state node when another domain or an
+	// operator wrote over it; else "". Own is then the state we wrote, and SetState(Own)
+	// repairs the node. xenstore does not say who wrote.
 	Overwritten string
 
-	// Generation counts the other ends this device has had, from 1: it grows when
-	// our directory was made anew or names another backend. What was attached to
-	// an earlier one is of no use.
+	// Generation counts the peers of this device, from 1. It grows when our directory is
+	// made again or names another backend. Rings attached in an earlier generation are
+	// useless.
 	Generation uint32
 
-	// Online is false once the toolstack takes the device away. A frontend sees it
-	// when the backend is Closed, and takes it for true when it may not.
+	// Online becomes false when the toolstack takes the device away. A frontend reads it
+	// only from a backend that is Closed, and assumes true if it may not read it.
 	Online bool
 
-	// Hotplug (backend): hotplug-status is "connected", so Connected may be said.
+	// Hotplug (backend): hotplug-status is "connected", so we may write Connected.
 	Hotplug bool
 
-	// SawClosing: the peer was Closing since we last wrote Initialising or
-	// Connected. Linux netback writes Connected over it when a connect failed.
+	// SawClosing: the peer was Closing at some time since we last wrote Initialising or
+	// Connected. Linux netback replaces Closing by Connected after a failed connect.
 	SawClosing bool
 
-	// PeerWrites counts the writes of the peer's state that were noticed, also of what
-	// it was already. Some happen between two looks: a peer that is Connected both
-	// times, and wrote, may be in another connection than it was.
+	// PeerWrites counts the writes of the peer's state that we noticed, also those that
+	// did not change the value. A peer that we read as Connected twice, with a write in
+	// between, may have started another connection.
 	PeerWrites uint64
 
-	// Vanished: the peer's state is not there, or not for us to read, as after a
-	// hot-unplug.
+	// Vanished: the peer's state node does not exist or is not readable for us, as after
+	// a hot-unplug.
 	Vanished bool
 
-	// Gone: our own directory is not there.
+	// Gone: our own directory does not exist.
 	Gone bool
 
-	// Lost: another process has claimed our directory. Nothing may be written.
+	// Lost: another process has claimed our directory. We must not write to it.
 	Lost bool
 }
 
-// Facts are all that [Next] decides by.
+// Facts are the input of [Next].
 type Facts struct {
 	Change
 
-	// Attached is the Generation whose rings are set up, 0 if there are none.
+	// Attached is the Generation in which the rings were set up, 0 if there are none.
 	Attached uint32
 
-	// Leaving: we want to end, not to connect again.
+	// Leaving: the caller wants to end the device, not to connect again.
 	Leaving bool
 
-	// Adopt (backend): if a backend before us died connected, attach to the
-	// frontend's live rings. Linux netfront survives this and no other restart.
-	// Requests the dead backend had answered out of order are lost.
+	// Adopt (backend): if an earlier backend process died connected, attach to the
+	// frontend's live rings. Linux netfront survives this and no other restart. Requests
+	// that the dead backend had answered out of order are lost.
 	Adopt bool
 }
 

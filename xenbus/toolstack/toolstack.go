@@ -1,9 +1,9 @@
 // Package toolstack makes and removes vifs in xenstore as libxl does
-// (tools/libs/light/libxl_nic.c, libxl_device.c): for machines without xl, such as
-// the emulated one, and for backend types xl does not know.
+// (tools/libs/light/libxl_nic.c, libxl_device.c). It serves machines without xl, such as
+// the emulated one, and backend types that xl does not know.
 //
-// It needs a Client of a privileged domain. It owns nothing: what it writes is
-// the domains' from then on.
+// It needs the Client of a privileged domain. The nodes it writes belong to the two
+// domains of the vif, not to the caller.
 package toolstack
 
 import (
@@ -21,7 +21,7 @@ import (
 	"barevif/xenbus/xenstore"
 )
 
-// A Vif is a network card to be.
+// A Vif describes a network device to be added or removed.
 type Vif struct {
 	Front, Back hypercall.DomID
 	ID          uint32  // the handle, also its number among the frontend's vifs
@@ -32,13 +32,13 @@ type Vif struct {
 	Bridge      string
 	Untrusted   bool // tells the frontend not to trust the backend
 
-	// Room makes the nodes a barevif backend is going to write, empty. They count
-	// for the quota of its domain all the same, but xenstored refuses a domain that
-	// is at its quota new nodes only, and a toolstack none.
+	// Room makes empty nodes for the keys that a barevif backend will write. They count
+	// towards the quota of the backend's domain. But xenstored refuses a domain at its
+	// quota only new nodes, and never refuses a privileged toolstack.
 	Room bool
 }
 
-// room is what Room makes.
+// room lists the keys of the nodes that Room makes.
 var room = [...]string{
 	"claim", xenbus.KeyReason, netif.KeyFeatureRxCopy, netif.KeyFeatureSG, netif.KeyFeatureSplitChannels,
 	netif.KeyMaxQueues, netif.KeyFeatureNoCsumOffload, netif.KeyFeatureIPv6CsumOffload,
@@ -52,7 +52,7 @@ func (v *Vif) backType() string {
 	return v.Type
 }
 
-// FrontDir and BackDir are the absolute paths of the two directories.
+// FrontDir returns the absolute path of the frontend's directory.
 func (v *Vif) FrontDir() string {
 	return fmt.Sprintf("/local/domain/%d/device/vif/%d", v.Front, v.ID)
 }
@@ -61,7 +61,7 @@ func (v *Vif) BackDir() string {
 	return fmt.Sprintf("/local/domain/%d/backend/%s/%d/%d", v.Back, v.backType(), v.Front, v.ID)
 }
 
-// Home makes the home directory of a domain, which owns it, if it is not there.
+// Home makes the home directory of domain dom, owned by dom, unless it exists.
 func Home(ctx context.Context, c *xenstore.Client, dom hypercall.DomID) error {
 	home := fmt.Sprintf("/local/domain/%d", dom)
 	if err := c.Mkdir(ctx, home); err != nil {
@@ -85,8 +85,8 @@ func Home(ctx context.Context, c *xenstore.Client, dom hypercall.DomID) error {
 	return nil
 }
 
-// Add makes the vif: both directories in one transaction, in state Initialising.
-// It fails if either is there.
+// Add makes the frontend's and the backend's directory in one transaction, both in state
+// Initialising. It fails with ErrExists if either directory exists.
 func Add(ctx context.Context, c *xenstore.Client, v Vif) error {
 	number := func(n int) string { return strconv.Itoa(n) }
 	mac := fmt.Sprintf("%02x:%02x:%02x:%02x:%02x:%02x", v.MAC[0], v.MAC[1], v.MAC[2], v.MAC[3], v.MAC[4], v.MAC[5])
@@ -161,7 +161,7 @@ func Add(ctx context.Context, c *xenstore.Client, v Vif) error {
 		if v.MTU == 0 {
 			return nil
 		}
-		// The guest may read its mtu, not write it.
+		// The guest may read its mtu but not write it.
 		return tx.SetPerms(v.FrontDir()+"/"+netif.KeyMTU,
 			xenstore.Perm{Dom: v.Back, Access: xenstore.None}, xenstore.Perm{Dom: v.Front, Access: xenstore.ReadOnly})
 	})
@@ -171,8 +171,8 @@ func Add(ctx context.Context, c *xenstore.Client, v Vif) error {
 	return nil
 }
 
-// parents makes the directories between a domain's home and path, which the
-// domain owns.
+// parents makes the missing directories between a domain's home and path; owner owns
+// them.
 func parents(tx xenstore.Tx, path string, owner hypercall.DomID) error {
 	parts := strings.Split(path, "/")
 	for i := 5; i < len(parts); i++ { // "", local, domain, N, device, ...
@@ -190,8 +190,8 @@ func parents(tx xenstore.Tx, path string, owner hypercall.DomID) error {
 	return nil
 }
 
-// Remove takes the vif away: the backend is told that it goes for good, gets until
-// ctx ends to close, and then both directories are removed, closed or not.
+// Remove takes the vif away. It writes online 0 and state Closing for the backend, waits
+// for state Closed until ctx ends, and then removes both directories, closed or not.
 func Remove(ctx context.Context, c *xenstore.Client, v Vif) error {
 	state := v.BackDir() + "/" + netif.KeyState
 	w, err := c.Watch(ctx, state)
@@ -223,7 +223,7 @@ func Remove(ctx context.Context, c *xenstore.Client, v Vif) error {
 			err = fmt.Errorf("the backend is still in state %q: %w", s, context.Cause(ctx))
 		}
 	}
-	if errors.Is(err, xenstore.ErrNotFound) { // a driver domain's backend removed it
+	if errors.Is(err, xenstore.ErrNotFound) { // the backend of a driver domain removes its own directory
 		err = nil
 	}
 	for _, dir := range []string{v.FrontDir(), v.BackDir()} {

@@ -7,7 +7,7 @@ import (
 	"time"
 )
 
-// Wait waits for d or the end of ctx, and returns the cause of that.
+// Wait waits for d or for the end of ctx. It returns nil after d, else the cause of ctx.
 func Wait(ctx context.Context, d time.Duration) error {
 	t := time.NewTimer(d)
 	defer t.Stop()
@@ -19,6 +19,6 @@ func Wait(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// Jitter is a random time between half of d and d, so that many who wait do not all come
-// back at once.
+// Jitter returns a random duration between d/2 and d, so that waiters that started
+// together do not all retry together.
 func Jitter(d time.Duration) time.Duration { return d/2 + rand.N(d/2+1) }
