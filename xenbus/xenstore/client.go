@@ -13,26 +13,26 @@ import (
 	"barevif/xenbus/xenstore/wire"
 )
 
-// Config is how a [Client] treats its transport. The zero Config suits every one.
+// Config adapts a [Client] to its transport. The zero Config works with every transport.
 type Config struct {
-	// MaxPayload bounds the bytes after the header of one request. 0 means 4080:
-	// the kernel's /dev/xen/xenbus buffers 4096 with the header. A socket or a
-	// ring takes 4096, which is also the most.
+	// MaxPayload bounds the payload of a request, in bytes. 0 means 4080, because the
+	// kernel's /dev/xen/xenbus buffers 4096 bytes with the header. A socket or a ring
+	// takes 4096, the most the protocol allows.
 	MaxPayload int
 
-	// Pipeline is how many requests may be unanswered at once. 0 means what the
-	// transport says, if it is a [Pipeliner], or 1: the kernel's node mixes up the
-	// bodies of any more. A socket or a ring may have more; from 20 on xenstored
-	// stops reading an unprivileged domain.
+	// Pipeline is how many requests may be unanswered at once. 0 means the number that a
+	// [Pipeliner] transport gives, else 1: the kernel's node mixes up the bodies of
+	// several requests. A socket or a ring takes more. At 20 unanswered requests
+	// xenstored stops reading an unprivileged domain.
 	Pipeline int
 
-	// Watches is how many nodes of other domains are watched one by one; for more
-	// there is one watch on /local/domain, of which xenstored tells a domain only
-	// what it may read: 0 means as many as xenstored allows. Domain 0 may read
-	// everything, and has no quota.
+	// Watches is how many nodes of other domains the Client watches one by one. Beyond it
+	// one watch on /local/domain replaces them; xenstored sends a domain only the events
+	// of nodes it may read. 0 means as many as xenstored allows. Domain 0 may read
+	// everything, and has no quota of watches.
 	Watches int
 
-	// Logger hears once of each connection lost. nil: silent.
+	// Logger gets one line for each lost connection. nil: silent.
 	Logger *slog.Logger
 }
 
@@ -43,16 +43,16 @@ type Pipeliner interface {
 
 const (
 	nodePayload = 4096 - wire.HeaderSize // drivers/xen/xenbus/xenbus_dev_frontend.c
-	maxTries    = 8                      // connections one request may outlive
+	maxTries    = 8                      // connections that one request may be sent on
 )
 
-// A Client is a connection to xenstore that is made anew when it breaks. Its
-// methods may be called from any goroutine; all that take a context wait for the
-// answer, for a new connection if need be, until the context ends, with the
-// context's cause, or until Close, with net.ErrClosed. A refusal is an [*Error].
+// A Client is a connection to xenstore. It connects again when the connection breaks. Its
+// methods may be called from any goroutine. Those with a context block until the answer
+// comes, on a new connection if need be; they end with the context's cause, or with
+// net.ErrClosed after Close. A refusal by xenstored is an [*Error].
 //
-// A request that changes something fails with [ErrLost] if the connection broke
-// before the answer.
+// A request that changes something fails with [ErrLost] if the connection breaks before
+// the answer.
 type Client struct {
 	open   func(context.Context) (io.ReadWriteCloser, error)
 	cfg    Config
@@ -79,26 +79,26 @@ type Client struct {
 type Stats struct {
 	Requests      uint64 // messages sent
 	Events        uint64 // watch events received
-	Coalesced     uint64 // of those, merged into one not yet looked at
-	UnknownTokens uint64 // events for no watch of ours, ignored
+	Coalesced     uint64 // events merged with an earlier one that was not yet taken
+	UnknownTokens uint64 // events whose token belongs to no watch of ours; ignored
 	Reconnects    uint64 // connections after the first
 	Violations    uint64 // connections given up for a [*ProtocolError]
-	Conflicts     uint64 // transactions that had to be done again
+	Conflicts     uint64 // transactions that ended with EAGAIN and were run again
 }
 
-// A request is one message and its answer.
+// A request is one message to xenstore and its answer.
 type request struct {
 	op      wire.Op
 	tx      uint32
 	parts   []string
 	path    string // for errors
-	again   bool   // changes nothing, so it may be sent on the next connection too
-	epoch   uint64 // 0, or the only connection it makes sense on
-	lost    error  // what it fails with when that connection is gone; nil: ErrLost
+	again   bool   // changes nothing, so it may be sent again on the next connection
+	epoch   uint64 // the only connection it may be sent on, 0: any
+	lost    error  // the error it gets when the connection of epoch is gone; nil: ErrLost
 	settled func() // runs with Client.mu held once reply and err are set
 
 	// Guarded by Client.mu until done is closed.
-	id     uint32 // of the last sending
+	id     uint32 // request id of the last sending
 	sentOn uint64 // epoch of the last sending
 	tries  int
 	gone   bool // nobody waits for it
@@ -108,10 +108,10 @@ type request struct {
 	err   error
 }
 
-// Dial opens a connection with open and returns a Client that owns it. open is
-// called again, with a context that ends at Close, whenever the connection is
-// lost; calls never overlap. Closing what open gave has to end its Read and Write.
-// The error is open's.
+// Dial opens a connection with open and returns a Client that owns it. Whenever the
+// connection is lost, the Client calls open again, with a context that ends at Close;
+// calls never overlap. Close of the connection must unblock its Read and Write. Dial
+// fails with the error of open.
 func Dial(ctx context.Context, open func(context.Context) (io.ReadWriteCloser, error), cfg Config) (*Client, error) {
 	if cfg.MaxPayload == 0 {
 		cfg.MaxPayload = nodePayload
@@ -153,13 +153,14 @@ func (c *Client) Close() error {
 	return nil
 }
 
-// Done is closed once Close has been called and nothing of the Client runs.
+// Done returns a channel that is closed when, after Close, no goroutine of the Client
+// runs.
 func (c *Client) Done() <-chan struct{} { return c.done }
 
-// Logger is where the Client logs: Config.Logger; never nil.
+// Logger returns Config.Logger, or a silent logger; never nil.
 func (c *Client) Logger() *slog.Logger { return c.cfg.Logger }
 
-// Stats is a snapshot of the counters.
+// Stats returns a snapshot of the counters.
 func (c *Client) Stats() Stats {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -177,7 +178,7 @@ func (c *Client) do(ctx context.Context, r *request) (string, error) {
 	return c.await(ctx, r)
 }
 
-// await waits for the answer to what was posted.
+// await waits for the answer to a request that was posted.
 func (c *Client) await(ctx context.Context, r *request) (string, error) {
 	select {
 	case <-r.done:
@@ -189,8 +190,8 @@ func (c *Client) await(ctx context.Context, r *request) (string, error) {
 	return r.reply, r.err
 }
 
-// together sends requests of which none waits for another's answer: as many at once as
-// the pipeline allows. They are answered in order. The error of each is its own.
+// together sends requests that do not depend on each other, as many at once as the
+// pipeline allows. Each request has its own reply and error.
 func (c *Client) together(ctx context.Context, rs []*request) (replies []string, errs []error) {
 	replies, errs = make([]string, len(rs)), make([]error, len(rs))
 	for i, r := range rs {
@@ -208,7 +209,7 @@ func (c *Client) together(ctx context.Context, rs []*request) (replies []string,
 	return replies, errs
 }
 
-// post queues r; its answer comes through r.done and r.settled.
+// post queues r. Its answer comes through r.done and r.settled.
 func (c *Client) post(r *request) error {
 	n := 0
 	for _, p := range r.parts {
@@ -239,7 +240,8 @@ func (c *Client) kick() {
 	}
 }
 
-// abandon says that nobody waits for r any more, unless it has an answer already.
+// abandon notes that nobody waits for r any more. It reports false if r has its answer
+// already.
 func (c *Client) abandon(r *request) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -256,7 +258,7 @@ func (c *Client) abandon(r *request) bool {
 	return true
 }
 
-// wrap names the request in an error that is not xenstored's.
+// wrap adds the request to an error that did not come from xenstored.
 func (r *request) wrap(err error) error {
 	return fmt.Errorf("xenstore %s: %w", strings.TrimSpace(opName(r.op)+" "+Clip(r.path)), err)
 }

@@ -16,8 +16,8 @@ import (
 	"barevif/xenbus/xenstore/wire"
 )
 
-// run keeps a connection until Close, with a growing delay between attempts. A domain
-// that says net.ErrClosed has ended, and with it the client.
+// run keeps a connection open until Close, with a growing delay between attempts.
+// net.ErrClosed from open means that the domain has ended: then run ends the client too.
 func (c *Client) run(rwc io.ReadWriteCloser) {
 	defer close(c.done)
 	const first, last = 5 * time.Millisecond, time.Second
@@ -49,7 +49,7 @@ func (c *Client) run(rwc io.ReadWriteCloser) {
 	c.end()
 }
 
-// end fails everything that waits. Nothing is posted afterwards.
+// end fails every waiting request and watch. No request can be posted afterwards.
 func (c *Client) end() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -70,7 +70,7 @@ func (c *Client) serve(rwc io.ReadWriteCloser) error {
 	quit := make(chan struct{})
 	written := make(chan error, 1)
 	var once sync.Once
-	shut := func() { once.Do(func() { rwc.Close() }) } // ends a Read and a Write that wait
+	shut := func() { once.Do(func() { rwc.Close() }) } // unblocks a pending Read and Write
 	unhook := context.AfterFunc(c.ctx, shut)
 	go func() {
 		err := c.writeLoop(rwc, quit)
@@ -90,7 +90,8 @@ func (c *Client) serve(rwc io.ReadWriteCloser) error {
 	return err
 }
 
-// begin starts a new epoch: what was watched is watched again, ahead of all else.
+// begin starts a new epoch. It queues the requests that set the watches again before all
+// others.
 func (c *Client) begin() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -108,8 +109,8 @@ func (c *Client) begin() {
 	c.queue = append(again, c.queue...)
 }
 
-// broken settles what the lost connection leaves behind. What may be asked again
-// stays, in its old order.
+// broken settles the requests that were in flight on the lost connection. It queues those
+// that may be sent again, in their old order.
 func (c *Client) broken(cause error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -138,13 +139,13 @@ func (c *Client) broken(cause error) {
 	c.queue = append(keep, c.queue...)
 }
 
-// writeLoop sends what is queued, as far as the pipeline allows.
+// writeLoop sends the queued requests, as far as the pipeline allows.
 func (c *Client) writeLoop(w io.Writer, quit <-chan struct{}) error {
 	buf := make([]byte, 0, wire.HeaderSize+wire.MaxPayload)
 	for {
 		var last *request
 		n := 0
-		for buf = buf[:0]; len(buf) < writeChunk; n++ { // as many messages as there are in one call
+		for buf = buf[:0]; len(buf) < writeChunk; n++ { // join the queued messages into one write
 			r := c.next()
 			if r == nil {
 				break
@@ -152,7 +153,7 @@ func (c *Client) writeLoop(w io.Writer, quit <-chan struct{}) error {
 			var err error
 			buf, err = wire.Append(buf, wire.Header{Op: r.op, ReqID: r.id, TxID: r.tx}, r.parts...)
 			if err != nil {
-				return err // post has checked the length
+				return err // cannot happen: post has checked the length
 			}
 			last = r
 		}
@@ -170,7 +171,8 @@ func (c *Client) writeLoop(w io.Writer, quit <-chan struct{}) error {
 	}
 }
 
-// writeChunk is how many bytes no further message is written with.
+// writeChunk is the length in bytes from which writeLoop adds no further message to a
+// write.
 const writeChunk = 1024
 
 // next takes the next request that may be sent and gives it an id.
@@ -201,9 +203,9 @@ func (c *Client) next() *request {
 	return nil
 }
 
-// refusedByWrite says whether a failed write was the answer to r: the kernel's
-// node refuses a watch by the errno of write(2) and stays in step. Only a file
-// reports an error as a PathError; a broken socket does not.
+// refusedByWrite reports whether a failed write was the answer to r. The kernel's node
+// refuses a watch with the errno of write(2), and the connection stays usable. Only a
+// file reports its errors as a PathError; a broken socket does not.
 func (c *Client) refusedByWrite(r *request, err error) bool {
 	var file *fs.PathError
 	if r.op != wire.Watch || !errors.As(err, &file) || errors.Is(err, fs.ErrClosed) {
@@ -224,10 +226,10 @@ func (c *Client) refusedByWrite(r *request, err error) bool {
 	return true
 }
 
-// readLoop takes every message as it comes; it never waits for a consumer.
+// readLoop takes each message as soon as it arrives; it never waits for a consumer.
 func (c *Client) readLoop(r io.Reader) error {
 	buf := make([]byte, wire.HeaderSize+wire.MaxPayload)
-	r = bufio.NewReaderSize(r, len(buf)) // or each message would take two calls
+	r = bufio.NewReaderSize(r, len(buf)) // else each message would take two read calls
 	for {
 		h, payload, err := wire.ReadMessage(r, buf)
 		if errors.Is(err, wire.ErrTooLong) {
@@ -236,7 +238,7 @@ func (c *Client) readLoop(r io.Reader) error {
 		if err != nil {
 			return err
 		}
-		// The type comes first: events carry no defined id.
+		// Look at the type first: an event has no defined request id.
 		if h.Op == wire.WatchEvent {
 			err = c.event(payload)
 		} else {
@@ -248,7 +250,7 @@ func (c *Client) readLoop(r io.Reader) error {
 	}
 }
 
-// answer finds the request a reply belongs to.
+// answer settles the request that a reply belongs to.
 func (c *Client) answer(h wire.Header, payload []byte) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -261,7 +263,7 @@ func (c *Client) answer(h wire.Header, payload []byte) error {
 	}
 	delete(c.flight, h.ReqID)
 	c.useful = true
-	c.kick() // there is room in the pipeline
+	c.kick() // the pipeline has room for another request
 	if h.Op == wire.Error {
 		code, text := parseCode(string(payload))
 		c.settleLocked(r, "", &Error{Op: opName(r.op), Path: r.path, Code: code, Text: text})

@@ -9,15 +9,15 @@ import (
 	"barevif/xenbus/xenstore/wire"
 )
 
-// A Code is the name xenstored gave for refusing a request. It is an error, to be
-// asked for with [errors.Is].
+// A Code is xenstored's name for the reason of a refusal. It is an error, to be tested
+// with [errors.Is].
 type Code string
 
-// The names of xen/include/public/io/xs_wire.h. ErrQuota is oxenstored's own name
-// for what the C daemon calls ENOSPC.
+// The names are those of xen/include/public/io/xs_wire.h. ErrQuota is oxenstored's own,
+// where the C daemon says ENOSPC.
 const (
 	ErrInvalid  Code = "EINVAL"    // also fs.ErrInvalid; a path is checked before it is sent
-	ErrAccess   Code = "EACCES"    // also fs.ErrPermission; foreign paths give it even if there is no such node
+	ErrAccess   Code = "EACCES"    // also fs.ErrPermission; also for a missing node in a directory that the domain may not read
 	ErrExists   Code = "EEXIST"    // also fs.ErrExist
 	ErrIsDir    Code = "EISDIR"    //
 	ErrNotFound Code = "ENOENT"    // also fs.ErrNotExist
@@ -28,22 +28,22 @@ const (
 	ErrNoSys    Code = "ENOSYS"    // also errors.ErrUnsupported
 	ErrReadOnly Code = "EROFS"     //
 	ErrBusy     Code = "EBUSY"     //
-	ErrAgain    Code = "EAGAIN"    // a transaction that has to be done again
+	ErrAgain    Code = "EAGAIN"    // the transaction conflicts and has to run again
 	ErrIsConn   Code = "EISCONN"   //
 	ErrTooBig   Code = "E2BIG"     // a request over Config.MaxPayload; for a watch, also ErrQuota
 	ErrPerm     Code = "EPERM"     // also fs.ErrPermission
 	ErrQuota    Code = "EQUOTA"    // any limit on what one domain may have
 
-	// ErrUnknown stands for a name that is none of these; Error.Text has it.
+	// ErrUnknown stands for any other name; Error.Text holds it.
 	ErrUnknown Code = "unknown error"
 )
 
 func (c Code) Error() string { return "xenstore: " + string(c) }
 
-// Is lets a Code be found by the names of package fs.
+// Is makes errors.Is match a Code with the errors of package fs.
 func (c Code) Is(target error) bool { return target != nil && target == c.portable() }
 
-// portable is the more general error a Code also is, or nil.
+// portable returns the standard error that the Code also is, or nil.
 func (c Code) portable() error {
 	switch c {
 	case ErrNotFound:
@@ -74,12 +74,12 @@ func parseCode(payload string) (Code, string) {
 	return ErrUnknown, Clip(name)
 }
 
-// An Error is a request that was refused, by xenstored or before it was sent.
+// An Error is a request that xenstored refused, or that the Client refused to send.
 type Error struct {
 	Op   string // "read", "write", "watch" ...
-	Path string // or what else the request named
+	Path string // or the other argument of the request
 	Code Code
-	Text string // what the server said, clipped, if Code is ErrUnknown
+	Text string // the server's text, clipped, if Code is ErrUnknown
 }
 
 func (e *Error) Error() string {
@@ -96,27 +96,27 @@ func (e *Error) Error() string {
 	return fmt.Sprintf("xenstore %s %s: %s", e.Op, e.Path, name)
 }
 
-// Unwrap gives the Code.
+// Unwrap returns the Code.
 func (e *Error) Unwrap() error { return e.Code }
 
-// Is knows that E2BIG means too many watches when a watch was asked for.
+// Is maps E2BIG as the answer to a watch to ErrQuota: there are too many watches.
 func (e *Error) Is(target error) bool {
 	return target == ErrQuota && e.Code == ErrTooBig && e.Op == opName(wire.Watch)
 }
 
-// ErrLost is returned when the connection broke after a request was sent that
-// changes something: it may or may not have been done. The caller may ask again;
-// for requests that change nothing the Client does so itself, a few times.
+// ErrLost is returned when the connection broke after a changing request was sent:
+// xenstored may or may not have carried it out. The caller may send it again. The Client
+// itself repeats requests that change nothing, up to 8 times.
 var ErrLost = errors.New("xenbus: connection to xenstore lost, outcome unknown")
 
-// A ProtocolError is a message no correct xenstored sends. The connection it came
-// on is given up.
+// A ProtocolError is a message that no correct xenstored sends. The Client closes the
+// connection it came on.
 type ProtocolError struct{ Reason string }
 
 func (e *ProtocolError) Error() string { return "xenstore broke the protocol: " + e.Reason }
 
-// A ConflictError is a transaction that was in conflict with others as often as it
-// was tried. It is the last ErrAgain.
+// A ConflictError is a transaction that conflicted in each of its attempts. Err is the
+// last ErrAgain.
 type ConflictError struct {
 	Attempts int
 	Err      error
@@ -128,7 +128,7 @@ func (e *ConflictError) Error() string {
 
 func (e *ConflictError) Unwrap() error { return e.Err }
 
-// Clip bounds peer text for an error or a log line.
+// Clip bounds a peer's text for an error or a log line to 64 bytes.
 func Clip(s string) string {
 	const most = 64
 	if len(s) > most {

@@ -11,7 +11,7 @@ import (
 	"barevif/xenbus/xenstore/wire"
 )
 
-// at is t for requests outside any transaction.
+// at returns a Tx for requests outside any transaction.
 func (c *Client) at(ctx context.Context) Tx { return Tx{c: c, ctx: ctx} }
 
 // Read is [Tx.Read] outside a transaction.
@@ -43,13 +43,13 @@ func (c *Client) SetPerms(ctx context.Context, path string, perms ...Perm) error
 	return c.at(ctx).SetPerms(path, perms...)
 }
 
-// ReadAll is [Tx.ReadAll] outside a transaction: the values are of different moments.
+// ReadAll is [Tx.ReadAll] outside a transaction: the values may be of different moments.
 func (c *Client) ReadAll(ctx context.Context, paths ...string) (values []string, errs []error) {
 	return c.at(ctx).ReadAll(paths...)
 }
 
-// ReadKeys reads keys of one directory as they were at one moment. Those that are not there
-// are not in the result.
+// ReadKeys reads several keys of one directory in a transaction. The result omits missing
+// keys.
 func (c *Client) ReadKeys(ctx context.Context, dir string, keys ...string) (v Values, err error) {
 	paths := make([]string, len(keys))
 	for i, key := range keys {
@@ -68,7 +68,7 @@ func (c *Client) ReadKeys(ctx context.Context, dir string, keys ...string) (v Va
 		}
 		return nil
 	}
-	if len(keys) == 1 { // which is of one moment anyway
+	if len(keys) == 1 { // one read needs no transaction
 		err = read(c.at(ctx))
 	} else {
 		err = c.Transact(ctx, read)
@@ -79,17 +79,17 @@ func (c *Client) ReadKeys(ctx context.Context, dir string, keys ...string) (v Va
 	return v, nil
 }
 
-// AllDomains, where a feature or quota is asked for, means xenstored's own. It is
-// DOMID_INVALID of xen/include/public/xen.h, which no domain has.
+// AllDomains, in place of a domain, asks for the features or quotas of xenstored itself.
+// It is DOMID_INVALID of xen/include/public/xen.h, an id that no domain has.
 const AllDomains hypercall.DomID = 0x7FF4
 
-// Introduce tells xenstored of a domain: the frame of its ring page and the event
-// channel it made for xenstored. Only a privileged domain may.
+// Introduce makes xenstored serve a domain: frame is the frame of its ring page, port the
+// event channel it made for xenstored. Only a privileged domain may call it.
 func (c *Client) Introduce(ctx context.Context, dom hypercall.DomID, frame uint64, port hypercall.PortID) error {
 	return c.tell(ctx, wire.Introduce, domArg(dom), strconv.FormatUint(frame, 10), strconv.FormatUint(uint64(port), 10))
 }
 
-// Release makes xenstored forget a domain.
+// Release makes xenstored drop a domain.
 func (c *Client) Release(ctx context.Context, dom hypercall.DomID) error {
 	return c.tell(ctx, wire.Release, domArg(dom))
 }
@@ -99,12 +99,12 @@ func (c *Client) Resume(ctx context.Context, dom hypercall.DomID) error {
 	return c.tell(ctx, wire.Resume, domArg(dom))
 }
 
-// SetTarget gives dom the rights of target, as a device model needs them.
+// SetTarget gives dom the rights of target, as a device model needs.
 func (c *Client) SetTarget(ctx context.Context, dom, target hypercall.DomID) error {
 	return c.tell(ctx, wire.SetTarget, domArg(dom), domArg(target))
 }
 
-// GetDomainPath gives the home of a domain, which need not exist.
+// GetDomainPath returns the home directory of a domain, which need not exist.
 func (c *Client) GetDomainPath(ctx context.Context, dom hypercall.DomID) (string, error) {
 	reply, err := c.query(ctx, wire.GetDomainPath, domArg(dom))
 	if err == nil && !ValidPath(reply) {
@@ -113,7 +113,7 @@ func (c *Client) GetDomainPath(ctx context.Context, dom hypercall.DomID) (string
 	return reply, err
 }
 
-// IsIntroduced says whether xenstored knows a domain.
+// IsIntroduced reports whether xenstored knows the domain.
 func (c *Client) IsIntroduced(ctx context.Context, dom hypercall.DomID) (bool, error) {
 	reply, err := c.query(ctx, wire.IsDomainIntroduced, domArg(dom))
 	if err == nil && reply != "T" && reply != "F" {
@@ -122,12 +122,12 @@ func (c *Client) IsIntroduced(ctx context.Context, dom hypercall.DomID) (bool, e
 	return reply == "T", err
 }
 
-// ResetWatches makes xenstored drop every watch and transaction of this
-// connection, once no transaction of the Client is open. Watches of the Client are
-// set again.
+// ResetWatches makes xenstored drop all watches and transactions of this connection. It
+// waits until no transaction of the Client is open. The Client then sets its own watches
+// again.
 func (c *Client) ResetWatches(ctx context.Context) error {
 	select {
-	case c.trans <- struct{}{}: // so that no transaction of ours is open
+	case c.trans <- struct{}{}: // no transaction of ours is open while we hold it
 		defer func() { <-c.trans }()
 	case <-ctx.Done():
 		return fmt.Errorf("xenstore %s: %w", opName(wire.ResetWatches), context.Cause(ctx))
@@ -153,36 +153,36 @@ func (c *Client) Control(ctx context.Context, args ...string) (string, error) {
 	return c.request(ctx, &request{op: wire.Control, path: strings.Join(args, " "), parts: terminated(args)})
 }
 
-// Features gives the feature bits of a domain (docs/misc/xenstore-ring.txt), or of
-// xenstored for AllDomains. ErrNoSys if the daemon is older than the request.
+// Features returns the feature bits of a domain (docs/misc/xenstore-ring.txt), or of
+// xenstored for AllDomains. ErrNoSys if the daemon does not know the request.
 func (c *Client) Features(ctx context.Context, dom hypercall.DomID) (uint32, error) {
 	n, err := c.number(ctx, wire.GetFeature, 1<<32-1, domArgs(dom)...)
 	return uint32(n), err
 }
 
-// SetFeatures sets the feature bits of a domain that is not introduced yet.
+// SetFeatures sets the feature bits of a domain that has not been introduced yet.
 func (c *Client) SetFeatures(ctx context.Context, dom hypercall.DomID, bits uint32) error {
 	return c.tell(ctx, wire.SetFeature, domArg(dom), strconv.FormatUint(uint64(bits), 10))
 }
 
-// Quotas lists the names of the quotas xenstored knows.
+// Quotas lists the names of the quotas that xenstored has.
 func (c *Client) Quotas(ctx context.Context) ([]string, error) {
 	reply, err := c.request(ctx, &request{op: wire.GetQuota, again: true, parts: []string{"\x00"}})
 	return strings.Fields(strings.TrimSuffix(reply, "\x00")), err
 }
 
-// Quota gives a limit of a domain, or for AllDomains that of new domains; 0 means
+// Quota returns a limit of a domain, or for AllDomains the limit of new domains. 0 means
 // no limit.
 func (c *Client) Quota(ctx context.Context, dom hypercall.DomID, name string) (uint64, error) {
 	return c.number(ctx, wire.GetQuota, 1<<64-1, append(domArgs(dom), name)...)
 }
 
-// SetQuota sets what Quota gives.
+// SetQuota sets the limit that Quota returns.
 func (c *Client) SetQuota(ctx context.Context, dom hypercall.DomID, name string, limit uint64) error {
 	return c.tell(ctx, wire.SetQuota, append(domArgs(dom), name, strconv.FormatUint(limit, 10))...)
 }
 
-// tell sends a request that changes something and answers nothing but OK.
+// tell sends a request that changes something and that xenstored answers with OK.
 func (c *Client) tell(ctx context.Context, op wire.Op, args ...string) error {
 	_, err := c.request(ctx, &request{op: op, path: strings.Join(args, " "), parts: terminated(args)})
 	return err
@@ -224,7 +224,7 @@ func terminated(args []string) []string {
 
 func domArg(dom hypercall.DomID) string { return strconv.FormatUint(uint64(dom), 10) }
 
-// domArgs leaves the domain out where that means the daemon itself.
+// domArgs omits the domain for AllDomains: the request then is about the daemon itself.
 func domArgs(dom hypercall.DomID) []string {
 	if dom == AllDomains {
 		return nil

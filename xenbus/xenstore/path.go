@@ -6,9 +6,9 @@ import (
 	"barevif/xenbus/xenstore/wire"
 )
 
-// ValidPath says whether xenstored takes path: a node, absolute or relative to
-// the domain's home. Not empty, no "//", no "/" at the end, and at most 2048
-// bytes after an optional /local/domain/<n>/ (tools/xenstored).
+// ValidPath reports whether xenstored accepts path as a node, absolute or relative to the
+// domain's home. A path is not empty, has no "//" and no "/" at the end, and has at most
+// 2048 bytes after an optional /local/domain/<n>/ (tools/xenstored).
 func ValidPath(path string) bool {
 	if path == "/" {
 		return true
@@ -24,12 +24,12 @@ func ValidPath(path string) bool {
 	return len(afterHome(path)) <= wire.MaxRelPath
 }
 
-// validWatch also takes the special names, "@releaseDomain" and its like.
+// validWatch also accepts the special names, such as "@releaseDomain".
 func validWatch(path string) bool {
 	return ValidPath(path) && (path[0] != '@' || !strings.Contains(path, "/"))
 }
 
-// ValidName says whether name is one component of a path.
+// ValidName reports whether name is a valid component of a path.
 func ValidName(name string) bool {
 	if name == "" || len(name) > wire.MaxRelPath {
 		return false
@@ -50,7 +50,7 @@ func pathByte(b byte) bool {
 	return b == '-' || b == '_' || b == '@'
 }
 
-// afterHome is path without a leading /local/domain/<n>/.
+// afterHome returns path without a leading /local/domain/<n>/.
 func afterHome(path string) string {
 	rest, ok := strings.CutPrefix(path, "/local/domain/")
 	if !ok {
@@ -63,7 +63,7 @@ func afterHome(path string) string {
 	return rest
 }
 
-// below says whether path is dir or a node under it.
+// below reports whether path is dir or a node below it.
 func below(path, dir string) bool {
 	if dir == "/" {
 		return strings.HasPrefix(path, "/")

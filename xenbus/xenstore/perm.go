@@ -7,7 +7,7 @@ import (
 	"barevif/hypercall"
 )
 
-// Access is what a domain may do with a node. It is the letter on the wire.
+// Access is what a domain may do with a node. The values are the letters of the protocol.
 type Access byte
 
 const (
@@ -17,14 +17,14 @@ const (
 	ReadWrite Access = 'b'
 )
 
-// A Perm gives a domain access to a node. The first of a node's Perms names its
-// owner, who may do anything; its Access is that of every domain not named.
+// A Perm gives a domain access to a node. The first Perm of a node names its owner, who
+// may do everything; its Access holds for all domains without a Perm.
 type Perm struct {
 	Dom    hypercall.DomID
 	Access Access
 }
 
-// String is the form on the wire, "r5".
+// String returns the form of the protocol, such as "r5".
 func (p Perm) String() string { return fmt.Sprintf("%c%d", p.Access, p.Dom) }
 
 func parsePerms(reply string) ([]Perm, error) {

@@ -2,9 +2,9 @@ package xenstore
 
 import "barevif/xenbus/xenstore/wire"
 
-// quota names the limit a request has met, and who can raise it: xenstored says no
-// more than ENOSPC or E2BIG, which say nothing to whoever reads a log. The defaults
-// are those of C xenstored and its options; oxenstored has its own in
+// quota names the limit that a request has met and the option that raises it, because
+// xenstored says only ENOSPC or E2BIG, which do not help the reader of a log. The
+// defaults are those of C xenstored and its options; oxenstored has its own in
 // oxenstored.conf.
 func (e *Error) quota() string {
 	full := e.Code == ErrNoSpace || e.Code == ErrQuota

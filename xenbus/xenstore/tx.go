@@ -13,13 +13,13 @@ import (
 )
 
 const (
-	maxAttempts  = 100     // of one transaction
-	maxRestarts  = 16      // of one listing, when it changes under us
+	maxAttempts  = 100     // runs of one transaction
+	maxRestarts  = 16      // restarts of one listing whose directory changes meanwhile
 	maxDirectory = 1 << 20 // bytes of names in one directory
 )
 
 // A Tx is a transaction, valid inside the function given to [Client.Transact]. Its
-// methods wait as the Client's do, for the context given to Transact.
+// methods block as the Client's do, and end with the context given to Transact.
 type Tx struct {
 	c     *Client
 	ctx   context.Context
@@ -27,14 +27,14 @@ type Tx struct {
 	epoch uint64
 }
 
-// Transact runs fn in a transaction and commits it if fn returns nil. If it is in
-// conflict with others, or the connection is lost, fn runs again, up to 100 times
-// with growing pauses; then a [*ConflictError]. fn has to be free of other
-// effects, and to bear that an earlier run was committed after all: that happens
-// when a connection breaks during the commit.
+// Transact runs fn in a transaction and commits it if fn returns nil. On a conflict with
+// another transaction, or a lost connection, it runs fn again: up to 100 times with
+// growing pauses, and then fails with a [*ConflictError]. So fn must have no other
+// effects. It must also tolerate that an earlier run was committed, which happens when
+// the connection breaks during the commit.
 //
-// A Client runs one transaction at a time: two would only be in each other's way,
-// and a domain may have few open. fn must not call Transact.
+// A Client runs one transaction at a time: two would conflict with each other, and
+// xenstored lets a domain open few. fn must not call Transact.
 func (c *Client) Transact(ctx context.Context, fn func(Tx) error) error {
 	delay := time.Millisecond
 	for n := 1; ; n++ {
@@ -55,8 +55,8 @@ func (c *Client) Transact(ctx context.Context, fn func(Tx) error) error {
 	}
 }
 
-// attempt runs fn once. Between attempts others may have their turn: a peer that
-// keeps one transaction in conflict must not hold up the rest.
+// attempt runs fn once. It gives c.trans back between attempts, so that a peer that keeps
+// one transaction in conflict does not delay the others.
 func (c *Client) attempt(ctx context.Context, fn func(Tx) error) error {
 	select {
 	case c.trans <- struct{}{}:
@@ -65,7 +65,7 @@ func (c *Client) attempt(ctx context.Context, fn func(Tx) error) error {
 		return fmt.Errorf("xenstore transaction: %w", context.Cause(ctx))
 	}
 	start := &request{op: wire.TransactionStart, parts: []string{"\x00"}, again: true}
-	start.settled = func() { // one that nobody wants any more must not stay open
+	start.settled = func() { // ends a transaction whose start nobody waits for any more
 		if id, err := parseID(start.reply); start.gone && start.err == nil && err == nil {
 			_ = c.postLocked(endRequest(id, start.sentOn, false))
 		}
@@ -81,7 +81,7 @@ func (c *Client) attempt(ctx context.Context, fn func(Tx) error) error {
 	tx := Tx{c, ctx, id, start.sentOn}
 	ended := false
 	defer func() {
-		if !ended { // nobody needs the answer
+		if !ended { // nobody waits for the answer
 			_ = c.post(endRequest(id, tx.epoch, false))
 		}
 	}()
@@ -91,7 +91,7 @@ func (c *Client) attempt(ctx context.Context, fn func(Tx) error) error {
 	_, err = c.do(ctx, endRequest(id, tx.epoch, true))
 	var refused *Error
 	ended = err == nil || errors.As(err, &refused)
-	if errors.Is(err, ErrNotFound) { // the server forgot it, by a reset or restart
+	if errors.Is(err, ErrNotFound) { // a reset or a restart of the server dropped the transaction
 		return &Error{Op: opName(wire.TransactionEnd), Code: ErrAgain}
 	}
 	return err
@@ -114,7 +114,7 @@ func parseID(reply string) (uint32, error) {
 	return uint32(id), nil
 }
 
-// ask sends one request about path, inside t if it is a transaction.
+// ask sends one request about path, inside t if t is a transaction.
 func (t Tx) ask(op wire.Op, again bool, path string, parts ...string) (string, error) {
 	if err := checkPath(op, path); err != nil {
 		return "", err
@@ -137,26 +137,26 @@ func (t Tx) request(op wire.Op, again bool, path string, parts ...string) *reque
 	return r
 }
 
-// ReadAll is Read of several nodes, in the time of one where the transport takes several
-// requests at once. Each has its own error.
+// ReadAll is Read of several nodes, with the requests in flight together as far as
+// Config.Pipeline allows. Each node has its own error.
 func (t Tx) ReadAll(paths ...string) (values []string, errs []error) {
 	return t.all(wire.Read, true, paths, nil)
 }
 
-// WriteAll is Write of several nodes, with a value for each path. The error is the first
-// that there is.
+// WriteAll is Write of several nodes, with a value for each path. It returns the first
+// error.
 func (t Tx) WriteAll(paths, values []string) error {
 	_, errs := t.all(wire.Write, false, paths, values)
 	return first(errs)
 }
 
-// RemoveAll is Remove of several nodes, of which some need not be there.
+// RemoveAll is Remove of several nodes. A missing node is no error.
 func (t Tx) RemoveAll(paths ...string) error {
 	_, errs := t.all(wire.Rm, false, paths, nil)
 	return first(slices.DeleteFunc(errs, func(err error) bool { return errors.Is(err, ErrNotFound) }))
 }
 
-// first is the first error there is.
+// first returns the first error that is not nil.
 func first(errs []error) error {
 	for _, err := range errs {
 		if err != nil {
@@ -166,11 +166,12 @@ func first(errs []error) error {
 	return nil
 }
 
-// all makes the same request of several paths, with a value each if there are values.
+// all sends a request of type op for each path, with the value of the same index if
+// values is not nil.
 func (t Tx) all(op wire.Op, again bool, paths, values []string) (replies []string, errs []error) {
 	rs := make([]*request, len(paths))
 	for i, path := range paths {
-		if err := checkPath(op, path); err != nil { // none is sent: our mistake
+		if err := checkPath(op, path); err != nil { // the caller's mistake: send none of the requests
 			errs = make([]error, len(paths))
 			for i := range errs {
 				errs[i] = err
@@ -185,34 +186,33 @@ func (t Tx) all(op wire.Op, again bool, paths, values []string) (replies []strin
 	return t.c.together(t.ctx, rs)
 }
 
-// Read gives the value of a node, any bytes. A node made as a directory has "".
+// Read returns the value of a node, any bytes. A node made by Mkdir has the value "".
 func (t Tx) Read(path string) (string, error) {
 	return t.ask(wire.Read, true, path, path, "\x00")
 }
 
-// Write sets the value of a node, which is made, and its parents with it, if it is
-// not there.
+// Write sets the value of a node. It makes the node and its parents if they are missing.
 func (t Tx) Write(path, value string) error {
 	_, err := t.ask(wire.Write, false, path, path, "\x00", value)
 	return err
 }
 
-// Mkdir makes a node with an empty value, and its parents. One that is there stays
-// as it is.
+// Mkdir makes a node with an empty value, and its parents. It leaves an existing node as
+// it is.
 func (t Tx) Mkdir(path string) error {
 	_, err := t.ask(wire.Mkdir, false, path, path, "\x00")
 	return err
 }
 
-// Remove removes a node and all below it. One that is not there is no error, if
-// its parent is: else ErrNotFound.
+// Remove removes a node and all nodes below it. A missing node is no error if its parent
+// exists; else the error is ErrNotFound.
 func (t Tx) Remove(path string) error {
 	_, err := t.ask(wire.Rm, false, path, path, "\x00")
 	return err
 }
 
-// Perms gives the permissions of a node: its owner, whose Access is everybody
-// else's, and then those of single domains.
+// Perms returns the permissions of a node. The first entry names the owner and the Access
+// of every domain without an entry; the others are for one domain each.
 func (t Tx) Perms(path string) ([]Perm, error) {
 	reply, err := t.ask(wire.GetPerms, true, path, path, "\x00")
 	if err != nil {
@@ -232,8 +232,9 @@ func (t Tx) SetPerms(path string, perms ...Perm) error {
 	return err
 }
 
-// Directory lists the names below a node. A listing too long for one message is
-// fetched in parts, anew if it changes meanwhile; beyond 1 MiB it is ErrTooBig.
+// Directory lists the names of a node's children. It fetches a listing that is too long
+// for one message in parts, and begins again if the directory changes meanwhile. A
+// listing over 1 MiB gives ErrTooBig.
 func (t Tx) Directory(path string) ([]string, error) {
 	reply, err := t.ask(wire.Directory, true, path, path, "\x00")
 	if errors.Is(err, ErrTooBig) {
@@ -245,7 +246,8 @@ func (t Tx) Directory(path string) ([]string, error) {
 	return names(reply)
 }
 
-// directoryParts joins the parts before it splits them: a cut may be in a name.
+// directoryParts joins the parts before it splits them into names: a part may end inside
+// a name.
 func (t Tx) directoryParts(path string) ([]string, error) {
 	var list strings.Builder
 	generation := ""
@@ -269,7 +271,7 @@ func (t Tx) directoryParts(path string) ([]string, error) {
 		list.WriteString(part)
 		if all := list.String(); all == "\x00" {
 			return nil, nil
-		} else if strings.HasSuffix(all, "\x00\x00") { // no name is empty: the end
+		} else if strings.HasSuffix(all, "\x00\x00") { // an empty name ends the listing
 			return names(all[:len(all)-1])
 		}
 		if list.Len() > maxDirectory {

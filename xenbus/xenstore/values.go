@@ -4,9 +4,9 @@ import (
 	"fmt"
 )
 
-// A ValueError is a value in xenstore that is not what it has to be.
+// A ValueError is a xenstore value of the wrong form.
 type ValueError struct {
-	Path  string // or the key; "" if only the value was at hand
+	Path  string // or the key alone; "" if neither was known
 	Value string // clipped
 	Want  string
 }
@@ -22,8 +22,8 @@ func badValue(value, want string) error {
 	return &ValueError{Value: Clip(value), Want: want}
 }
 
-// ParseUint reads a decimal number from 0 to limit as the tools write it: digits
-// only, no leading zero. The error is a [*ValueError].
+// ParseUint parses a decimal number from 0 to limit as the tools write it: digits only,
+// no leading zero. The error is a [*ValueError].
 func ParseUint(s string, limit uint64) (uint64, error) {
 	var n uint64
 	ok := len(s) > 0 && len(s) <= 20 && (s[0] != '0' || len(s) == 1)
@@ -38,7 +38,7 @@ func ParseUint(s string, limit uint64) (uint64, error) {
 	return n, nil
 }
 
-// ParseBool reads "0" or "1". The error is a [*ValueError].
+// ParseBool parses "0" or "1". The error is a [*ValueError].
 func ParseBool(s string) (bool, error) {
 	switch s {
 	case "0":
@@ -49,8 +49,8 @@ func ParseBool(s string) (bool, error) {
 	return false, badValue(s, "0 or 1")
 }
 
-// ParseMAC reads six pairs of hexadecimal digits joined by colons. It does not say
-// whether the address makes sense for a card. The error is a [*ValueError].
+// ParseMAC parses six pairs of hexadecimal digits joined by colons. It does not check
+// whether the address suits a network device. The error is a [*ValueError].
 func ParseMAC(s string) (mac [6]byte, err error) {
 	ok := len(s) == 17
 	for i := 0; ok && i < 6; i++ {
@@ -77,15 +77,15 @@ func hexDigit(b byte) (byte, bool) {
 	return 0, false
 }
 
-// Values holds keys of one directory that were read together. A key that was not
-// there is not in it.
+// Values holds keys of one directory that were read together. A key that did not exist is
+// not in the map.
 type Values map[string]string
 
-// Has says whether the key was there.
+// Has reports whether the key existed.
 func (v Values) Has(key string) bool { _, ok := v[key]; return ok }
 
-// Uint is the number under key, or absent if there is no such key. A value that is
-// no number from 0 to limit is a [*ValueError].
+// Uint returns the number under key, or absent if the key is missing. The error is a
+// [*ValueError] if the value is no number from 0 to limit.
 func (v Values) Uint(key string, limit, absent uint64) (uint64, error) {
 	s, ok := v[key]
 	if !ok {
@@ -95,8 +95,8 @@ func (v Values) Uint(key string, limit, absent uint64) (uint64, error) {
 	return n, atKey(key, err)
 }
 
-// Bool is true for "1" under key, false for "0", or absent if there is no such
-// key. Anything else is a [*ValueError].
+// Bool returns true for "1" under key, false for "0", or absent if the key is missing.
+// Any other value gives a [*ValueError].
 func (v Values) Bool(key string, absent bool) (bool, error) {
 	s, ok := v[key]
 	if !ok {
@@ -106,7 +106,8 @@ func (v Values) Bool(key string, absent bool) (bool, error) {
 	return b, atKey(key, err)
 }
 
-// MAC is the address under key, which has to be there, else a [*ValueError].
+// MAC returns the address under key. A missing key or any other value gives a
+// [*ValueError].
 func (v Values) MAC(key string) ([6]byte, error) {
 	mac, err := ParseMAC(v[key])
 	return mac, atKey(key, err)

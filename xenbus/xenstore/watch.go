@@ -11,37 +11,37 @@ import (
 	"barevif/xenbus/xenstore/wire"
 )
 
-// maxDirty bounds the paths one watch remembers; beyond it stands for everything.
+// maxDirty bounds the paths that one Watch remembers. After more, Paths reports all.
 const maxDirty = 16
 
-// A Watch hears when a node, or one below it, may have changed. What it says is a
-// hint: events are merged, may come for nothing, and say nothing of the value. It
-// is set again on each new connection, and then reports everything as changed.
+// A Watch tells when a node, or one below it, may have changed. It is a hint: events are
+// merged, may come without a change, and do not carry the value. The Client sets the
+// Watch again on each new connection and then reports everything as changed.
 //
-// xenstored allows a domain 128 of them. So one that is below a broad watch is not
-// set at all: it hears of the broad one's events. See Config.Watches.
+// xenstored allows a domain 128 watches. So a Watch below a broad watch is not set at
+// xenstored; the Client passes it the broad watch's events. See Config.Watches.
 type Watch struct {
 	c     *Client
 	path  string
-	token string // ours, and short
-	broad bool   // others may be covered by it
+	token string // chosen by us, and short
+	broad bool   // WatchTree or domains: may cover others
 	ch    chan struct{}
 
 	// The rest is guarded by c.mu.
-	set    bool     // the server has said OK
+	set    bool     // the server has accepted it
 	over   bool     // ch is closed
-	under  *Watch   // the broad one that covers it; nil: it is, or was, set itself
-	covers []*Watch // if it is a broad one
+	under  *Watch   // the broad watch that covers it; nil: it is, or was, set at the server
+	covers []*Watch // the watches that it covers, if broad
 	err    error
 	dirty  []string
 	all    bool
 }
 
-// domains is the directory of which a broad watch covers the other ends of all
-// devices. xenstored tells a domain of the nodes that it may read, and no others.
+// domains is the path of the broad watch that covers the other ends of all devices.
+// xenstored sends a domain only the events of nodes that the domain may read.
 const domains = "/local/domain"
 
-// Watch sets a watch on path, a node that need not exist or "@introduceDomain" or
+// Watch watches path: a node, which need not exist, "@introduceDomain" or
 // "@releaseDomain". A first event comes at once. The caller closes the Watch.
 func (c *Client) Watch(ctx context.Context, path string) (*Watch, error) {
 	if w := c.cover(path); w != nil {
@@ -61,12 +61,12 @@ func (c *Client) Watch(ctx context.Context, path string) (*Watch, error) {
 		}
 	}
 	if w == nil && err == ErrQuota {
-		return c.watch(ctx, path, false) // its error says more
+		return c.watch(ctx, path, false) // ask anyway: xenstored's own error says more than ErrQuota
 	}
 	return w, err
 }
 
-// cover gives a watch on path that a broad one covers, nil if none does.
+// cover returns a Watch on path that a broad watch covers, nil if none does.
 func (c *Client) cover(path string) *Watch {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -86,7 +86,7 @@ func (w *Watch) coverLocked(b *Watch) {
 	w.noteLocked(w.path)
 }
 
-// narrowLocked gives the watches on nodes of other domains that are set one by one.
+// narrowLocked returns the watches on nodes of other domains that are set one by one.
 func (c *Client) narrowLocked() (all []*Watch) {
 	for _, w := range c.watches {
 		if w.set && !w.over && !w.broad && w.under == nil && below(w.path, domains) {
@@ -96,16 +96,16 @@ func (c *Client) narrowLocked() (all []*Watch) {
 	return all
 }
 
-// many reports whether there are as many of those as there may be.
+// many reports whether narrowLocked gives as many watches as Config.Watches allows.
 func (c *Client) many() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.cfg.Watches > 0 && len(c.narrowLocked()) >= c.cfg.Watches
 }
 
-// widen sets one watch in place of all those on nodes of other domains.
+// widen replaces all watches on nodes of other domains by one broad watch.
 func (c *Client) widen(ctx context.Context) error {
-	select { // one goroutine does it
+	select { // one goroutine at a time
 	case c.wide <- struct{}{}:
 		defer func() { <-c.wide }()
 	case <-ctx.Done():
@@ -116,7 +116,7 @@ func (c *Client) widen(ctx context.Context) error {
 	}
 	_, err := c.watch(ctx, domains, true)
 	if errors.Is(err, ErrQuota) {
-		// Ours may be those that fill it.
+		// Our own watches may fill the quota: drop one to make room.
 		c.mu.Lock()
 		narrow := c.narrowLocked()
 		c.mu.Unlock()
@@ -125,7 +125,7 @@ func (c *Client) widen(ctx context.Context) error {
 		}
 		w := narrow[0]
 		c.mu.Lock()
-		w.dropLocked(c.epoch) // ahead of what follows
+		w.dropLocked(c.epoch) // queued before the watch that follows
 		c.mu.Unlock()
 		if _, err = c.watch(ctx, domains, true); err != nil {
 			c.mu.Lock()
@@ -164,8 +164,8 @@ func (c *Client) broadLocked(path string) *Watch {
 	return nil
 }
 
-// WatchTree is Watch on path and all below it, for a Client that will watch much of that:
-// Watches on nodes below path cost no watch of xenstored's while this one is open.
+// WatchTree is Watch for a caller that will set many Watches below path. While it is
+// open, they cost none of the watches that xenstored allows.
 func (c *Client) WatchTree(ctx context.Context, path string) (*Watch, error) {
 	return c.watch(ctx, path, true)
 }
@@ -179,7 +179,7 @@ func (c *Client) watch(ctx context.Context, path string, broad bool) (*Watch, er
 	c.mu.Lock()
 	c.tokens++
 	w.token = "b" + strconv.FormatUint(c.tokens, 36)
-	c.watches[w.token] = w // the first event may overtake the reply
+	c.watches[w.token] = w // before the request is sent: the first event may overtake the reply
 	c.mu.Unlock()
 
 	r := w.request()
@@ -194,7 +194,7 @@ func (c *Client) watch(ctx context.Context, path string, broad bool) (*Watch, er
 		c.mu.Lock()
 		defer c.mu.Unlock()
 		w.endLocked(net.ErrClosed)
-		if c.flight[r.id] != r { // else the server has yet to answer
+		if c.flight[r.id] != r { // else the server has still to answer the request
 			delete(c.watches, w.token)
 		}
 		return nil, err
@@ -206,7 +206,7 @@ func (w *Watch) request() *request {
 	return &request{op: wire.Watch, path: w.path, parts: []string{w.path, "\x00", w.token, "\x00"}}
 }
 
-// renewLocked is the request that sets w again on a new connection.
+// renewLocked returns the request that sets w again on a new connection.
 func (w *Watch) renewLocked(epoch uint64) *request {
 	r := w.request()
 	r.epoch, r.done = epoch, make(chan struct{})
@@ -214,7 +214,7 @@ func (w *Watch) renewLocked(epoch uint64) *request {
 		switch {
 		case r.err == nil || errors.Is(r.err, ErrExists):
 			for _, v := range append([]*Watch{w}, w.covers...) {
-				v.all = true // whatever happened while nobody watched
+				v.all = true // changes without a watch went unnoticed
 				v.fireLocked()
 			}
 		case errors.Is(r.err, ErrLost): // the next connection tries again
@@ -226,21 +226,21 @@ func (w *Watch) renewLocked(epoch uint64) *request {
 	return r
 }
 
-// C delivers when there is something to look at, once for any number of events.
-// It is closed by Close, by the Client's Close, and if the watch could not be set
-// again on a new connection: see Err. One goroutine at a time should wait on it.
+// C delivers when something may have changed, once for any number of events. It is closed
+// by Close, by the Client's Close, and when the watch could not be set again on a new
+// connection: see Err. One goroutine at a time should receive from it.
 func (w *Watch) C() <-chan struct{} { return w.ch }
 
-// Err says why C was closed, nil if it is open.
+// Err returns why C was closed, nil while it is open.
 func (w *Watch) Err() error {
 	w.c.mu.Lock()
 	defer w.c.mu.Unlock()
 	return w.err
 }
 
-// Paths takes the paths events named since the last call, as the server spelt
-// them, at most 16. all means that there were more, or that the watch was set
-// again: everything below may have changed.
+// Paths returns the paths of the events since the last call, as the server spelt them, at
+// most 16. all means that there were more, or that the watch was set again: any node
+// below may have changed.
 func (w *Watch) Paths() (paths []string, all bool) {
 	w.c.mu.Lock()
 	defer w.c.mu.Unlock()
@@ -269,14 +269,14 @@ func (w *Watch) Close() error {
 		if b.over && len(b.covers) == 0 {
 			b.dropLocked(c.epoch)
 		}
-	case len(w.covers) == 0: // else the last of those it covers takes it away
+	case len(w.covers) == 0: // else the last covered Watch drops it when it closes
 		w.dropLocked(c.epoch)
 	}
 	return nil
 }
 
-// endLocked closes C, and those of the watches it covers. The token stays known
-// until the server has forgotten it, so that stragglers are not taken for strangers.
+// endLocked closes C of w and of the watches that w covers. The token stays known until
+// the server has dropped the watch, so that late events do not count as unknown.
 func (w *Watch) endLocked(err error) {
 	for _, v := range w.covers {
 		v.endLocked(err)
@@ -290,14 +290,14 @@ func (w *Watch) endLocked(err error) {
 	close(w.ch)
 }
 
-// dropLocked makes the server forget a watch it took on connection epoch.
+// dropLocked makes the server drop a watch that it accepted on connection epoch.
 func (w *Watch) dropLocked(epoch uint64) {
 	c := w.c
 	if !w.set || epoch != c.epoch {
 		delete(c.watches, w.token)
 		return
 	}
-	w.set = false // not to be set again
+	w.set = false // begin must not set it again
 	r := &request{op: wire.Unwatch, path: w.path, epoch: epoch, done: make(chan struct{}),
 		parts: []string{w.path, "\x00", w.token, "\x00"}}
 	r.settled = func() { delete(c.watches, w.token) }
@@ -317,7 +317,7 @@ func (w *Watch) fireLocked() {
 	}
 }
 
-// event takes the payload of a WATCH_EVENT: path, NUL, token, NUL.
+// event handles the payload of a WATCH_EVENT: path, NUL, token, NUL.
 func (c *Client) event(payload []byte) error {
 	path, rest, ok1 := strings.Cut(string(payload), "\x00")
 	token, _, ok2 := strings.Cut(rest, "\x00")
@@ -336,7 +336,7 @@ func (c *Client) event(payload []byte) error {
 		switch {
 		case below(path, v.path):
 			v.noteLocked(path)
-		case below(v.path, path): // one above it was removed
+		case below(v.path, path): // a node above v.path was removed
 			v.noteLocked(v.path)
 		}
 	}
@@ -344,7 +344,7 @@ func (c *Client) event(payload []byte) error {
 	return nil
 }
 
-// noteLocked is an event about path.
+// noteLocked records an event about path.
 func (w *Watch) noteLocked(path string) {
 	if w.over {
 		return

@@ -13,19 +13,19 @@ import (
 	"barevif/xenbus/xenstore/wire"
 )
 
-// A client is one connection. Its reader is the goroutine that called ServeConn,
-// its writer one more. All but the first group is guarded by Store.mu.
+// A client is one connection. The goroutine that called ServeConn reads it; another
+// goroutine writes it. Store.mu guards all fields but the first group.
 type client struct {
 	s       *Store
 	conn    io.ReadWriteCloser
 	closing sync.Once // guards conn.Close
 	dom     *domain
-	backlog int // bytes of out at which the client counts as dead
-	pending int // replies in out at which its requests are not read any more
+	backlog int // bytes of out over which the client is behind; at twice as many it ends
+	pending int // replies in out at which its requests are no longer read
 
-	err     error         // why it ended; nil while it lives
+	err     error         // why the client ended; nil while it lives
 	ended   chan struct{} // closed with err
-	flush   bool          // what is in out then is still to be written
+	flush   bool          // messages still in out at the end are to be written
 	changed *sync.Cond    // on Store.mu: err, out or replies changed
 
 	watches []*watch // in order of registration
@@ -34,37 +34,37 @@ type client struct {
 
 	out     []message           // to be written, oldest first
 	waiting map[string]struct{} // payloads of the events in out
-	queued  int                 // bytes that out holds on to
-	replies int                 // in out or being written
-	moved   time.Time           // when it last read something, or had nothing to read
-	behind  *client             // whose backlog the last request filled
+	queued  int                 // bytes that out holds
+	replies int                 // replies in out or being written
+	moved   time.Time           // when the client last read something, or its queue was empty
+	behind  *client             // the client whose backlog the last request filled
 }
 
 type message struct {
 	hdr     wire.Header
 	payload string
-	event   bool // may merge with one of the same payload
+	event   bool // may merge with a waiting event of the same payload
 }
 
-// messageCost is what a waiting message takes beside its payload, roughly.
+// messageCost is roughly the overhead of a waiting message, in bytes.
 const messageCost = 128
 
-// writeChunk bounds what a writer takes out of the queue at once: what it has
-// taken can merge with nothing any more.
+// writeChunk bounds the bytes that a writer takes out of the queue at once: events that
+// it has taken can no longer merge.
 const writeChunk = 32 << 10
 
-// stallTime is how long a client over its backlog may read nothing at all.
+// stallTime is how long a client over its backlog may read nothing.
 const stallTime = time.Second
 
-// flushTime is how long a client that sent its last request may take to read its
-// last replies.
+// flushTime is how long a client that has sent its last request may take to read the last
+// replies.
 const flushTime = time.Second
 
-// ServeConn serves one connection of the domain: one that Introduce made known, or
-// domain 0. It blocks until the client closes it (nil), sends what is no message,
-// does not read its events ([ErrBacklog]), the domain dies
-// ([hypercall.ErrNoDomain]) or the store is closed ([net.ErrClosed]), and closes
-// conn. Close of conn must end a Read and a Write that are blocked.
+// ServeConn serves one connection of the domain, which is domain 0 or was introduced. It
+// blocks until the client closes the connection (nil), sends a malformed message, does
+// not read its events ([ErrBacklog]), the domain dies ([hypercall.ErrNoDomain]) or the
+// store is closed ([net.ErrClosed]). Then it closes conn. Close of conn must unblock its
+// Read and Write.
 //
 // A domain may have several connections; they share its quotas.
 func (s *Store) ServeConn(conn io.ReadWriteCloser, dom hypercall.DomID) error {
@@ -105,9 +105,9 @@ func (s *Store) ServeConn(conn io.ReadWriteCloser, dom hypercall.DomID) error {
 	return err
 }
 
-// Admit takes the place of a connection in its domain's quota before the connection
-// is there, so that whoever asks for one hears why there is none. The next ServeConn
-// of the domain takes that place.
+// Admit reserves a place in the domain's quota of connections before the connection is
+// made, so that the caller learns why it is refused. The next ServeConn of the domain
+// uses that place.
 func (s *Store) Admit(dom hypercall.DomID) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -115,7 +115,7 @@ func (s *Store) Admit(dom hypercall.DomID) error {
 	switch {
 	case s.closed != nil:
 		return s.closed
-	case d == nil: // made known later, or refused then
+	case d == nil: // connect checks the domain again
 		return nil
 	case !d.privileged && d.clients >= s.cfg.Quota.Connections:
 		return fmt.Errorf("%w: it has %d, and the embedded xenstore allows no more (store.Quota.Connections); each frontend device and each backend process takes one", ErrConnections, d.clients)
@@ -125,7 +125,7 @@ func (s *Store) Admit(dom hypercall.DomID) error {
 	return nil
 }
 
-// connect is where a connection is let in or not.
+// connect admits a connection or refuses it.
 func (s *Store) connect(conn io.ReadWriteCloser, dom hypercall.DomID) (*client, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -163,10 +163,10 @@ func (s *Store) connect(conn io.ReadWriteCloser, dom hypercall.DomID) (*client, 
 	return c, nil
 }
 
-// readAll handles requests until the connection ends, and says why.
+// readAll handles requests until the connection ends, and returns why it ended.
 func (c *client) readAll() error {
 	buf := make([]byte, wire.HeaderSize+wire.MaxPayload)
-	in := bufio.NewReaderSize(c.conn, len(buf)) // or each message would take two calls
+	in := bufio.NewReaderSize(c.conn, len(buf)) // else each message would take two read calls
 	for {
 		h, p, err := wire.ReadMessage(in, buf)
 		if err != nil {
@@ -204,11 +204,11 @@ func (c *client) handle(h wire.Header, p []byte) error {
 	case <-time.After(pause):
 	case <-c.ended:
 	}
-	return nil // handle finds out at the next request
+	return nil // the next call of handle returns c.err
 }
 
-// waitLocked waits until the client has read some replies, and while a client that
-// does read has not caught up with events this one caused.
+// waitLocked waits until the client has read enough replies. If this client filled the
+// backlog of a client that does read, it also waits until that one has caught up.
 func (c *client) waitLocked() {
 	if c.err == nil && c.replies >= c.pending {
 		c.s.stats.RepliesUnread++
@@ -245,9 +245,9 @@ func (c *client) endIfStalledLocked() {
 	}
 }
 
-// checkBacklogLocked is called when an event was queued. A client over its backlog
-// ends if it does not read at all; if it does, whoever floods it is made to wait,
-// should he be one of those who are not trusted.
+// checkBacklogLocked is called after an event was queued. It ends a client over its
+// backlog that does not read. If the client does read, it makes the unprivileged client
+// that caused the event wait.
 func (c *client) checkBacklogLocked(cause *request) {
 	if c.queued <= c.backlog {
 		return
@@ -274,8 +274,8 @@ func (c *client) queueLocked(m message) {
 	c.changed.Broadcast()
 }
 
-// writeAll writes what is queued until the client ends and, if it is to flush, what
-// was queued by then.
+// writeAll writes the queue until the client ends. If flush is set, it then writes what
+// is left.
 func (c *client) writeAll() {
 	var buf []byte
 	for {
@@ -296,7 +296,7 @@ func (c *client) writeAll() {
 	}
 }
 
-// take encodes the next messages to buf, none once the client has ended.
+// take encodes the next messages into buf. It returns none once the client has ended.
 func (c *client) take(buf []byte) (_ []byte, replies int) {
 	c.s.mu.Lock()
 	defer c.s.mu.Unlock()
@@ -309,7 +309,7 @@ func (c *client) take(buf []byte) (_ []byte, replies int) {
 	n := 0
 	for ; n < len(c.out) && len(buf) < writeChunk; n++ {
 		m := &c.out[n]
-		buf, _ = wire.Append(buf, m.hdr, m.payload) // queued messages fit
+		buf, _ = wire.Append(buf, m.hdr, m.payload) // queued messages fit, so there is no error
 		c.queued -= messageCost + len(m.payload)
 		if m.event {
 			delete(c.waiting, m.payload)
@@ -327,8 +327,8 @@ func (c *client) take(buf []byte) (_ []byte, replies int) {
 	return buf, replies
 }
 
-// stopLocked notes why the client ended, unless it has ended already, and wakes
-// everyone who waits for it.
+// stopLocked records why the client ended, unless it has ended already, and wakes every
+// goroutine that waits for it.
 func (c *client) stopLocked(err error) (first bool) {
 	if c.err != nil {
 		return false
@@ -342,10 +342,10 @@ func (c *client) stopLocked(err error) (first bool) {
 	return true
 }
 
-// endLocked ends the client from another goroutine than its reader.
+// endLocked ends the client from a goroutine that is not its reader.
 func (c *client) endLocked(err error) {
 	if c.stopLocked(err) {
-		go c.close() // may block, and the store must not
+		go c.close() // Close may block, and the caller holds Store.mu
 	}
 }
 
@@ -353,7 +353,7 @@ func (c *client) close() {
 	c.closing.Do(func() { c.conn.Close() })
 }
 
-// resetLocked takes away watches and transactions.
+// resetLocked removes the client's watches and transactions.
 func (c *client) resetLocked() {
 	for _, w := range c.watches {
 		c.forgetWatchLocked(w)

@@ -8,38 +8,38 @@ import (
 	"barevif/hypercall"
 )
 
-// A domain is one life of a domid: permissions, ownership and quotas hold on to
-// the life, so that a later domain of the same number inherits nothing (XSA-322,
-// XSA-483). All but the first group is guarded by Store.mu.
+// A domain is one life of a domid. Permissions, ownership and quotas refer to the life,
+// so that a later domain with the same number inherits nothing (XSA-322, XSA-483).
+// Store.mu guards all fields but the first group.
 type domain struct {
 	id         hypercall.DomID
-	home       string // what relative paths are relative to
+	home       string // prefix of its relative paths
 	privileged bool
 
 	dead     bool
-	target   *domain // whose owner's rights this domain has too (SET_TARGET)
-	clients  int     // connections, with those to come
-	admitted int     // those to come
+	target   *domain // its rights as an owner are ours too (SET_TARGET)
+	clients  int     // connections, including the admitted ones
+	admitted int     // places that Admit reserved and connect has not used
 	nodes    int     // nodes it owns
 	watches  int
 	txs      int
-	memory   int // bytes it makes the store hold
+	memory   int // bytes the store holds for it
 	credit   float64
-	charged  time.Time // when credit was right
+	charged  time.Time // when credit was last computed
 }
 
-// Whoever writes while others have transactions open can make every commit of
-// theirs fail (XSA-206). These bound his writes, as WRL_RATE and WRL_GBURST of
+// A domain that writes while others have transactions open can make every commit of
+// theirs fail (XSA-206). These constants bound its writes, as WRL_RATE and WRL_GBURST of
 // xenstored_domain.h do.
 const (
 	writeRate  = 200 // a second
 	writeBurst = 1000
 )
 
-// debitLocked pays for one change of the tree.
+// debitLocked charges the domain for one change of the tree.
 func (d *domain) debitLocked(s *Store) {
 	if d.privileged || s.openTxs == d.txs {
-		return // there is no transaction of others it could disturb
+		return // no other domain has a transaction open
 	}
 	now := time.Now()
 	earned := now.Sub(d.charged).Seconds() * writeRate
@@ -50,7 +50,7 @@ func (d *domain) debitLocked(s *Store) {
 	}
 }
 
-// pauseLocked is how long a domain that has used up its credit is not read.
+// pauseLocked returns how long a domain without credit is not read.
 func (d *domain) pauseLocked() time.Duration {
 	if d.credit >= 0 {
 		return 0
@@ -62,7 +62,7 @@ func (d *domain) pauseLocked() time.Duration {
 func homeOf(id uint32) string { return "/local/domain/" + strconv.FormatUint(uint64(id), 10) }
 
 // access is what a permission entry allows: XS_PERM_READ and XS_PERM_WRITE of
-// xenstore_lib.h, and XS_PERM_OWNER for who may change permissions.
+// xenstore_lib.h, and XS_PERM_OWNER for the right to change permissions.
 type access uint8
 
 const (
@@ -71,8 +71,8 @@ const (
 	isOwner  access = 8
 )
 
-// A perm is one entry of a node's permissions. The first names the owner and what
-// everyone without an entry may do.
+// A perm is one entry of a node's permissions. The first names the owner and the access
+// of domains without an entry.
 type perm struct {
 	dom    *domain
 	access access
@@ -82,8 +82,8 @@ func (p perm) String() string {
 	return string("nrwb"[p.access&3]) + strconv.Itoa(int(p.dom.id))
 }
 
-// rights is perm_for_conn of xenstored_core.c. No entry is without a domain, so a nil
-// target is nobody's.
+// rights is perm_for_conn of xenstored_core.c. A nil target matches nothing, because
+// every entry has a domain.
 func (d *domain) rights(perms []perm) access {
 	owner := perms[0].dom
 	if d.privileged || owner == d || owner == d.target {
@@ -97,8 +97,8 @@ func (d *domain) rights(perms []perm) access {
 	return perms[0].access
 }
 
-// parsePermsLocked decodes SET_PERMS entries. An entry for a domain that does not
-// exist is kept, but will never match one that comes later.
+// parsePermsLocked decodes the entries of SET_PERMS. An entry for a domain that does not
+// exist is kept, but will not match a later domain with that id.
 func (s *Store) parsePermsLocked(entries []string) ([]perm, error) {
 	perms := make([]perm, 0, len(entries))
 	for _, e := range entries {
@@ -137,8 +137,8 @@ func (s *Store) parsePermsLocked(entries []string) ([]perm, error) {
 	return perms, nil
 }
 
-// Introduce makes the domain known: its connections can be served, permissions
-// can name it. It fires @introduceDomain unless the domain is known already.
+// Introduce makes the domain known: its connections can be served and permissions can
+// name it. It fires @introduceDomain unless the domain was known already.
 func (s *Store) Introduce(dom hypercall.DomID) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -159,10 +159,10 @@ func (s *Store) introduceLocked(id hypercall.DomID) *domain {
 	return d
 }
 
-// DomainDied ends everything the domain had: its connections, with their watches
-// and transactions, then the nodes it owned with all that is below them, as C
-// xenstored does since XSA-419. Then it fires @releaseDomain. A domain that is not
-// known is ignored; domain 0 never dies.
+// DomainDied ends everything of the domain: its connections with their watches and
+// transactions, and the nodes it owned with all nodes below them, as C xenstored does
+// since XSA-419. Then it fires @releaseDomain. It ignores an unknown domain; domain 0
+// never dies.
 func (s *Store) DomainDied(dom hypercall.DomID) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -192,11 +192,11 @@ func (s *Store) releaseLocked(d *domain) {
 				owned = append(owned, path)
 			}
 		}
-		slices.Sort(owned) // an ancestor comes before what is below it
+		slices.Sort(owned) // an ancestor sorts before the nodes below it
 		r := &request{s: s, dom: s.domains[0]}
 		for _, path := range owned {
 			switch n := s.nodes[path]; {
-			case path == "/": // has to stay
+			case path == "/": // the root has to stay
 				root := *n
 				root.perms = []perm{{dom: r.dom}}
 				r.save(path, &root)

@@ -11,15 +11,14 @@ import (
 
 const okay = "OK\x00"
 
-// run carries out a request from a connection. It queues the reply, or returns an
-// Errno.
+// run carries out a request from a connection. It queues the reply, or returns an Errno.
 func (r *request) run() error {
 	switch r.hdr.Op {
 	case wire.Control, wire.Introduce, wire.Release, wire.IsDomainIntroduced, wire.Resume, wire.SetTarget:
 		if !r.dom.privileged {
 			return EACCES
 		}
-	case wire.Watch, wire.Unwatch: // the transaction id is of no interest
+	case wire.Watch, wire.Unwatch: // the transaction id is ignored
 		return r.runWatch()
 	case wire.Directory, wire.Read, wire.GetPerms, wire.TransactionStart, wire.TransactionEnd,
 		wire.GetDomainPath, wire.Write, wire.Mkdir, wire.Rm, wire.SetPerms, wire.ResetWatches,
@@ -45,7 +44,7 @@ func (r *request) run() error {
 		r.c.resetLocked()
 		return r.reply(r.hdr.Op, okay)
 	case wire.Control:
-		return EINVAL // no command is known
+		return EINVAL // no control command is implemented
 	}
 	return r.runDomain()
 }
@@ -59,7 +58,7 @@ func (r *request) reply(op wire.Op, payload string) error {
 	return nil
 }
 
-// oneArg is the argument that is all of the payload, with a NUL at its end.
+// oneArg returns the only argument: the payload without its final NUL.
 func (r *request) oneArg() (string, error) {
 	if i := bytes.IndexByte(r.arg, 0); i < 0 || i != len(r.arg)-1 {
 		return "", EINVAL
@@ -67,7 +66,7 @@ func (r *request) oneArg() (string, error) {
 	return string(r.arg[:len(r.arg)-1]), nil
 }
 
-// args are the strings of the payload; what follows the last NUL is none.
+// args returns the strings of the payload. It ignores bytes after the last NUL.
 func (r *request) args() []string {
 	i := bytes.LastIndexByte(r.arg, 0)
 	if i < 0 {
@@ -101,7 +100,7 @@ func (r *request) runRead() error {
 	return r.reply(r.hdr.Op, joinNUL(entries))
 }
 
-// joinNUL ends every string with a NUL.
+// joinNUL ends each string with a NUL and joins them.
 func joinNUL(list []string) string {
 	if len(list) == 0 {
 		return ""
@@ -109,8 +108,8 @@ func joinNUL(list []string) string {
 	return strings.Join(list, "\x00") + "\x00"
 }
 
-// runDirectoryPart gives as many whole names as fit, from a byte offset on, and an
-// empty one after the last.
+// runDirectoryPart replies with as many whole names as fit, from a byte offset on, and
+// with an empty name after the last.
 func (r *request) runDirectoryPart() error {
 	if bytes.Count(r.arg, []byte{0}) != 2 {
 		return EINVAL
@@ -175,8 +174,8 @@ func (r *request) runChange() error {
 	return r.changed()
 }
 
-// changed acknowledges a change and charges for it. One in a transaction costs
-// nothing before the commit.
+// changed acknowledges a change and charges the domain for it. A change in a transaction
+// is charged at the commit.
 func (r *request) changed() error {
 	if r.tx == nil {
 		r.dom.debitLocked(r.s)
@@ -264,8 +263,8 @@ func (r *request) runTransaction() error {
 	return r.reply(r.hdr.Op, okay)
 }
 
-// runDomain is for the operations about domains. All but GetDomainPath are for
-// privileged domains.
+// runDomain handles the operations about domains. run has refused unprivileged domains
+// all but GetDomainPath.
 func (r *request) runDomain() error {
 	if r.hdr.Op == wire.Introduce || r.hdr.Op == wire.SetTarget {
 		return r.runTwoDomains()
@@ -295,7 +294,7 @@ func (r *request) runDomain() error {
 	if r.hdr.Op == wire.Release {
 		r.s.releaseLocked(d)
 	}
-	return r.reply(r.hdr.Op, okay) // Resume has nothing to do: no domain is ever suspended here
+	return r.reply(r.hdr.Op, okay) // Resume does nothing: no domain is ever suspended here
 }
 
 func (r *request) runTwoDomains() error {
@@ -320,7 +319,7 @@ func (r *request) runTwoDomains() error {
 		return EINVAL
 	}
 	if d, ok := r.s.known(id); ok {
-		// A domain that is introduced again has been restarted.
+		// A domain that is introduced again has restarted.
 		for _, c := range r.s.clients {
 			if c.dom == d && c != r.c {
 				c.resetLocked()
@@ -342,8 +341,8 @@ func (s *Store) known(id uint32) (*domain, bool) {
 	return d, ok
 }
 
-// atoi is C's: what follows the digits does not matter. Too large a number is the
-// largest, instead of undefined.
+// atoi works as in C: it ignores bytes after the digits. A number that is too large gives
+// the largest int32, where C leaves the result undefined.
 func atoi(s string) int32 {
 	s = strings.TrimLeft(s, " \t\n\v\f\r")
 	i := 0

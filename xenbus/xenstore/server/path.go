@@ -6,8 +6,8 @@ import (
 	"barevif/xenbus/xenstore/wire"
 )
 
-// maxPath bounds a path, not counting a leading /local/domain/<n>/. C xenstored
-// uses XENSTORE_REL_PATH_MAX for absolute paths too.
+// maxPath bounds a path, not counting a leading /local/domain/<n>/. C xenstored applies
+// XENSTORE_REL_PATH_MAX to absolute paths too.
 const maxPath = wire.MaxRelPath
 
 // validPath is is_valid_nodename of xenstored_core.c.
@@ -32,7 +32,7 @@ func validPath(p string) bool {
 	return true
 }
 
-// homeLen is the length of a leading /local/domain/<n>/, n having at most five
+// homeLen returns the length of a leading /local/domain/<n>/, where n has at most five
 // digits.
 func homeLen(p string) int {
 	const prefix = "/local/domain/"
@@ -50,8 +50,8 @@ func homeLen(p string) int {
 	return end + 1
 }
 
-// parentOf gives a substring of p, so that a deep path costs its length once and
-// not once for every ancestor.
+// parentOf returns a substring of p, so that all ancestors of a deep path share its
+// memory.
 func parentOf(p string) string {
 	if i := strings.LastIndexByte(p, '/'); i > 0 {
 		return p[:i]

@@ -1,13 +1,13 @@
-// Package server is an embedded xenstore: the tree of small values through which
-// domains find each other, with its wire protocol, permissions, watches,
-// transactions and quotas. It lives in memory and needs no Xen.
+// Package server is an embedded xenstore: the tree of small values through which domains
+// find each other, with its wire protocol, permissions, watches, transactions and quotas.
+// It lives in memory and needs no Xen.
 //
-// It answers as C xenstored 4.17 does, down to the names of errors. What a domain
-// that is not privileged sends is hostile: quotas bound every byte the store holds
-// for it, a client that does not read its replies is not read either, and one that
-// does not read its events ends within a second of being in anyone's way. The store
-// keeps nothing on disk, knows no hypervisor (its owner tells it of domains that
-// come and go) and has none of xenstored's control commands.
+// It answers as C xenstored 4.17 does, down to the names of errors. Unprivileged domains
+// are hostile. Quotas bound every byte that the store holds for a domain. The store stops
+// reading a client that does not read its replies. It ends a client that does not read
+// its events once that has delayed another client for a second. It keeps nothing on disk,
+// knows no hypervisor (its owner tells it which domains come and go) and has none of
+// xenstored's control commands.
 package server
 
 import (
@@ -19,37 +19,37 @@ import (
 	"barevif/hypercall"
 )
 
-// A Quota bounds one domain that is not privileged. The zero value of a field is
-// the default of C xenstored (tools/xenstore/xenstored_core.c), if it has one.
+// A Quota bounds one unprivileged domain. A zero field means the default of C xenstored
+// (tools/xenstore/xenstored_core.c), if there is one.
 type Quota struct {
-	Nodes            int // it owns: 1000
-	NodeSize         int // bytes of header, permissions, value and names of children, which stay below: 2048
+	Nodes            int // nodes it owns: 1000
+	NodeSize         int // bytes of header, permissions, value and names of children; a node stays below: 2048
 	Perms            int // entries on a node: 5
-	Watches          int // 128; as in C xenstored one more is let through
-	Transactions     int // open at once: 10; one more is let through
-	TransactionNodes int // touched in one: 1024
-	Outstanding      int // replies not yet written at which a connection is not read: 20
+	Watches          int // 128; as in C xenstored a domain gets one more
+	Transactions     int // open at once: 10; a domain gets one more
+	TransactionNodes int // nodes touched in one: 1024
+	Outstanding      int // unwritten replies at which a connection is no longer read: 20
 	Memory           int // bytes of nodes, watches and transactions: 2.5 MiB
-	Connections      int // at once: 16; on Xen a domain has one
+	Connections      int // open at once: 16; on Xen a domain has one
 }
 
-// A Config says how a Store differs from the usual one.
+// A Config changes a Store from its defaults.
 type Config struct {
-	// Quota binds all domains that are not privileged.
+	// Quota applies to every unprivileged domain.
 	Quota Quota
 
-	// Privileged lists domains beside 0 to which neither permissions nor quotas apply.
+	// Privileged lists the domains besides 0 that are exempt from permissions and quotas.
 	Privileged []hypercall.DomID
 
-	// Backlog is how many bytes of replies and events may wait for one connection;
-	// 0 means 256 KiB. Beyond, a client that has not read anything for a second
-	// ends, and whoever causes events for one that does read waits for it. At twice
-	// as many it ends in any case.
+	// Backlog is how many bytes of replies and events may wait for one connection; 0
+	// means 256 KiB. Over it, a client that has read nothing for a second is ended; for a
+	// client that does read, the domain that causes its events has to wait. At twice
+	// Backlog the client is ended in any case.
 	Backlog int
 }
 
-// privilegedFactor is how much more than others a privileged client may leave
-// unread, of events and of replies.
+// privilegedFactor is how much more than others a privileged client may leave unread, in
+// events and in replies.
 const privilegedFactor = 64
 
 var (
@@ -60,14 +60,14 @@ var (
 	ErrConnections = errors.New("xenstore: domain has too many connections")
 )
 
-// A Store may be used from any goroutine.
+// A Store is an embedded xenstore. It may be used from any goroutine.
 type Store struct {
 	cfg     Config
 	running sync.WaitGroup // ServeConn and Serve calls
 	done    chan struct{}  // closed by Close
 
-	// mu guards all that follows, and the fields of domains and clients that say
-	// so. It is never held over I/O.
+	// mu guards the fields below, and those fields of domains and clients that say so. It
+	// is never held during I/O.
 	mu        sync.Mutex
 	closed    error // net.ErrClosed once closed
 	listeners map[net.Listener]struct{}
@@ -77,7 +77,7 @@ type Store struct {
 	domains   map[hypercall.DomID]*domain // alive
 	clients   []*client                   // oldest first
 	watched   map[string]int              // watches by path
-	special   map[string][]perm           // who hears the @ events
+	special   map[string][]perm           // permissions of the @ events
 	stats     Stats
 }
 
@@ -91,13 +91,13 @@ type Stats struct {
 	Errors        uint64 // replies that were errors
 	Conflicts     uint64 // commits refused with EAGAIN
 	Events        uint64 // queued for clients
-	EventsMerged  uint64 // not queued, as the same one was waiting
-	EventsTooLong uint64 // not queued, as path and token exceed a message
+	EventsMerged  uint64 // not queued: the same event was waiting
+	EventsTooLong uint64 // not queued: path and token exceed a message
 	ProtocolKills uint64 // connections ended for a message over 4096 bytes
 	BacklogKills  uint64 // connections ended with ErrBacklog
-	RepliesUnread uint64 // times a client was not read as it did not read its replies
-	Throttled     uint64 // times one was not read as another had to catch up with its events
-	RateLimited   uint64 // times one was not read as it writes too fast beside transactions
+	RepliesUnread uint64 // times a client was not read because it did not read its replies
+	Throttled     uint64 // times a client was not read because another had to catch up with its events
+	RateLimited   uint64 // times a client was not read because it wrote too fast while others had transactions open
 }
 
 // New makes a store with the nodes of a fresh C xenstored: /tool/xenstored.
@@ -132,14 +132,14 @@ func New(cfg Config) *Store {
 	s.putLocked("/", &node{gen: s.gen, perms: []perm{{dom: dom0}}})
 	r := &request{s: s, dom: dom0}
 	if err := r.mkdir("/tool/xenstored"); err != nil {
-		panic(err) // nothing refuses domain 0 on an empty tree
+		panic(err) // domain 0 may do this on an empty tree
 	}
 	return s
 }
 
-// Serve serves every connection l accepts as domain 0, so who can connect has all
-// rights: a unix socket belongs into a directory that is closed to others. It ends
-// when l is closed: by [Store.Close], with nil, or by someone else, with
+// Serve serves every connection that l accepts as domain 0. A process that can connect
+// thus has all rights: put a unix socket into a directory that is closed to others. Serve
+// ends when l is closed: by [Store.Close], with nil, or by another caller, with
 // [net.ErrClosed].
 func (s *Store) Serve(l net.Listener) error {
 	s.mu.Lock()
@@ -164,7 +164,7 @@ func (s *Store) Serve(l net.Listener) error {
 		if errors.Is(err, net.ErrClosed) {
 			return s.forget(l, err)
 		}
-		// Out of descriptors, most likely: those who are connected go first.
+		// Probably out of descriptors: clients that are connected already go first.
 		delay = min(max(2*delay, 5*time.Millisecond), time.Second)
 		select {
 		case <-time.After(delay):
@@ -174,7 +174,7 @@ func (s *Store) Serve(l net.Listener) error {
 	}
 }
 
-// forget is for a listener that was closed, by Close or by someone else.
+// forget handles a listener that was closed, by Close or by another caller.
 func (s *Store) forget(l net.Listener, err error) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -203,7 +203,7 @@ func (s *Store) Close() error {
 	return nil
 }
 
-// Stats reads the counters.
+// Stats returns a snapshot of the counters.
 func (s *Store) Stats() Stats {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -212,24 +212,24 @@ func (s *Store) Stats() Stats {
 	return st
 }
 
-// Write sets the value of a node as domain 0, for whoever plays the toolstack. Like
-// the other methods here it takes an absolute path, creates missing nodes on the
-// way, fires watches, and fails with an [Errno].
+// Write sets the value of a node as domain 0, for a caller that plays the toolstack. Like
+// the other methods below it takes an absolute path, creates missing ancestors, fires
+// watches, and fails with an [Errno].
 func (s *Store) Write(path, value string) error {
 	return s.asDomain0(func(r *request) error { return r.write(path, []byte(value)) })
 }
 
-// Mkdir makes sure that the node exists.
+// Mkdir makes the node if it does not exist.
 func (s *Store) Mkdir(path string) error {
 	return s.asDomain0(func(r *request) error { return r.mkdir(path) })
 }
 
-// Remove removes the node and all below it.
+// Remove removes the node and all nodes below it.
 func (s *Store) Remove(path string) error {
 	return s.asDomain0(func(r *request) error { return r.remove(path) })
 }
 
-// Read gives the value of a node.
+// Read returns the value of a node.
 func (s *Store) Read(path string) (value string, err error) {
 	err = s.asDomain0(func(r *request) error {
 		n, err := r.find(path, canRead)
@@ -241,9 +241,9 @@ func (s *Store) Read(path string) (value string, err error) {
 	return value, err
 }
 
-// SetPerms replaces the permissions of a node by entries as they go over the wire:
-// n, r, w or b and a domid. The first names the owner, and what domains without
-// an entry may do.
+// SetPerms replaces the permissions of a node. An entry has the protocol's form: n, r, w
+// or b, and a domid. The first names the owner and the access of domains without an
+// entry.
 func (s *Store) SetPerms(path string, entries ...string) error {
 	return s.asDomain0(func(r *request) error {
 		if len(entries) == 0 {

@@ -6,17 +6,17 @@ import (
 	"barevif/xenbus/xenstore/wire"
 )
 
-// A node is immutable once it is in the tree, so transactions and readers share
-// it. Store.nodes maps a path to the latest one.
+// A node is immutable once it is in the tree, so transactions and readers share it.
+// Store.nodes maps a path to the latest version.
 type node struct {
 	gen        uint64 // unique to this version of this node; never 0
 	perms      []perm // never empty
 	value      string
 	children   []string // names in order of creation
-	childBytes int      // of the names, each with a NUL
+	childBytes int      // bytes of the names, each with a NUL
 }
 
-// size is what the node takes in C xenstored's data base: a header of 24 bytes,
+// size returns the bytes that the node takes in C xenstored's data base: a header of 24,
 // 8 per permission, the value and the names of the children.
 func (n *node) size() int { return 24 + 8*len(n.perms) + len(n.value) + n.childBytes }
 
@@ -27,8 +27,8 @@ func (n *node) generation() uint64 {
 	return n.gen
 }
 
-// withChild may grow the old slice in place: older versions keep their length and
-// see nothing of it. A transaction clips first, see [transaction.load].
+// withChild may append to the old slice in place: older versions keep their length and do
+// not see the new child. A transaction clips the slice first, see [transaction.load].
 func (n *node) withChild(name string) *node {
 	c := *n
 	c.children = append(n.children, name)
@@ -40,15 +40,15 @@ func (n *node) withoutChild(name string) *node {
 	c := *n
 	i := slices.Index(n.children, name)
 	if i < 0 {
-		return &c // see removeTree
+		return &c // removeTree may meet a parent without the child
 	}
 	c.children = slices.Concat(n.children[:i], n.children[i+1:])
 	c.childBytes -= len(name) + 1
 	return &c
 }
 
-// putLocked makes n (nil: nothing) the node at path and moves the accounts of the
-// owners.
+// putLocked makes n the node at path, or removes the node if n is nil, and updates the
+// accounts of the owners.
 func (s *Store) putLocked(path string, n *node) {
 	if old := s.nodes[path]; old != nil {
 		owner := old.perms[0].dom
@@ -65,18 +65,18 @@ func (s *Store) putLocked(path string, n *node) {
 	s.nodes[path] = n
 }
 
-// A request is one operation of one domain, in a transaction or not. Its methods
-// run with Store.mu held.
+// A request is one operation of one domain, inside a transaction or not. Its methods run
+// with Store.mu held.
 type request struct {
 	s   *Store
 	dom *domain
-	tx  *transaction // nil: straight on the tree
+	tx  *transaction // nil: the request works on the tree itself
 	c   *client      // nil for the Store's own methods
 	hdr wire.Header
-	arg []byte // of the connection's buffer: copied before it is kept
+	arg []byte // part of the connection's buffer: copied before it is kept
 }
 
-// load gives the node at path as this request sees it, nil if there is none.
+// load returns the node at path as this request sees it, nil if there is none.
 func (r *request) load(path string) (*node, error) {
 	if r.tx != nil {
 		return r.tx.load(r, path)
@@ -84,7 +84,7 @@ func (r *request) load(path string) (*node, error) {
 	return r.s.nodes[path], nil
 }
 
-// save makes n, of which nobody else knows yet, the node at path.
+// save makes n the node at path. No other goroutine may hold n yet.
 func (r *request) save(path string, n *node) {
 	r.s.gen++
 	if n != nil {
@@ -97,7 +97,7 @@ func (r *request) save(path string, n *node) {
 	r.s.putLocked(path, n)
 }
 
-// absolute completes a relative path. Names of special events stay as they are.
+// absolute completes a relative path. It leaves names of special events alone.
 func (r *request) absolute(path string) string {
 	if path != "" && (path[0] == '/' || path[0] == '@') {
 		return path
@@ -105,9 +105,9 @@ func (r *request) absolute(path string) string {
 	return r.dom.home + "/" + path
 }
 
-// find gives the node at path if the domain has all the rights asked for. Who has
-// none of them on the closest ancestor may not even know whether the node exists,
-// and gets EACCES.
+// find returns the node at path if the domain has all the rights in want. A domain that
+// has none of them on the closest ancestor gets EACCES: it may not even learn whether the
+// node exists.
 func (r *request) find(path string, want access) (*node, error) {
 	if !validPath(path) {
 		return nil, EINVAL
@@ -125,7 +125,7 @@ func (r *request) find(path string, want access) (*node, error) {
 	}
 	for up := path; up != "/"; {
 		up = parentOf(up)
-		parent, err := r.load(up) // a transaction depends on it from now on
+		parent, err := r.load(up) // makes the transaction depend on this node
 		if err != nil {
 			return nil, err
 		}
@@ -139,7 +139,8 @@ func (r *request) find(path string, want access) (*node, error) {
 	return nil, refused
 }
 
-// cost says whose memory n at path would be, and how much more of it.
+// cost returns the domain that pays for n at path, and the bytes that it pays in
+// addition.
 func (r *request) cost(path string, n *node) (*domain, int) {
 	if r.tx != nil {
 		return r.dom, n.size() - r.tx.charged(path)
@@ -153,7 +154,7 @@ func (r *request) cost(path string, n *node) (*domain, int) {
 	return n.perms[0].dom, grow
 }
 
-// check applies the quotas of size and memory to nodes about to be written.
+// check applies the quotas of node size and memory to nodes that are about to be written.
 func (r *request) check(paths []string, nodes []*node) error {
 	if r.dom.privileged {
 		return nil
@@ -175,8 +176,7 @@ func (r *request) check(paths []string, nodes []*node) error {
 	return nil
 }
 
-// fail makes sure that a transaction of which a write was refused is not
-// committed without it.
+// fail makes the transaction's commit fail after one of its writes was refused.
 func (r *request) fail(err error) error {
 	if r.tx != nil {
 		r.tx.failed = true
@@ -184,7 +184,8 @@ func (r *request) fail(err error) error {
 	return err
 }
 
-// write sets a value and creates the node and its ancestors as needed.
+// write sets the value of a node. It creates the node and its ancestors if they are
+// missing.
 func (r *request) write(path string, value []byte) error {
 	n, err := r.find(path, canWrite)
 	if err == ENOENT {
@@ -210,9 +211,9 @@ func (r *request) mkdir(path string) error {
 	return r.create(path, nil)
 }
 
-// create makes the node and its missing ancestors: all or none.
+// create makes the node and its missing ancestors: all or none of them.
 func (r *request) create(path string, value []byte) error {
-	var paths []string // to be made, from path upwards
+	var paths []string // nodes to be made, from path upwards
 	var top string
 	var above *node
 	for top = path; above == nil; {
@@ -224,7 +225,8 @@ func (r *request) create(path string, value []byte) error {
 		}
 	}
 
-	// Permissions are inherited, but who is not privileged owns what it makes.
+	// A new node inherits permissions, but an unprivileged domain owns the nodes it
+	// makes.
 	perms := above.perms
 	if !r.dom.privileged {
 		perms = slices.Clone(perms)
@@ -242,7 +244,7 @@ func (r *request) create(path string, value []byte) error {
 	if !r.dom.privileged {
 		count := r.dom.nodes + len(paths)
 		if r.tx != nil {
-			count = r.dom.nodes + 1 // the rest is checked at the commit
+			count = r.dom.nodes + 1 // commit checks the other nodes
 		}
 		if count > r.s.cfg.Quota.Nodes {
 			return ENOSPC
@@ -263,8 +265,8 @@ func (r *request) create(path string, value []byte) error {
 	return nil
 }
 
-// remove takes the node and all below it away. A missing one is fine as long as
-// its parent is there.
+// remove removes the node and all nodes below it. A missing node is no error if its
+// parent exists.
 func (r *request) remove(path string) error {
 	_, err := r.find(path, canWrite)
 	if err == ENOENT && path != "/" {
@@ -285,9 +287,9 @@ func (r *request) remove(path string) error {
 	return r.removeTree(path)
 }
 
-// removeTree must not trust that children and parents match. A transaction sees
-// nodes as they were when it first touched each, so others' changes show in some
-// and not in others; its commit will fail.
+// removeTree must not trust that children and parents match. A transaction sees each node
+// as it was when first touched, so it may see another client's change in one node and not
+// in another. Its commit will fail.
 func (r *request) removeTree(path string) error {
 	type visit struct {
 		path string
@@ -322,8 +324,8 @@ func (r *request) removeTree(path string) error {
 		return r.fail(err)
 	}
 
-	// Watches above are told of the topmost node only, and all events are made
-	// while permissions can still be looked up.
+	// Watches above path get one event, for the topmost node. All events are sent before
+	// the nodes are removed, while their permissions can still be read.
 	for _, v := range doomed {
 		r.fire(v.path, v.node, nil, v.path != path)
 	}

@@ -2,28 +2,29 @@ package server
 
 import "slices"
 
-// A transaction is a private copy of the nodes it touched. It can be committed if
-// none of them, not even one it only looked for in vain, has changed since.
+// A transaction holds private copies of the nodes it touched. It can be committed if none
+// of these nodes has changed since; a node that it looked for and did not find counts
+// too.
 type transaction struct {
 	id      uint32
 	order   []*touched
 	touched map[string]*touched
 	created bool
 	failed  bool
-	memory  int // charged to the domain until the end
+	memory  int // bytes charged to the domain until the transaction ends
 }
 
 type touched struct {
 	path     string
-	gen      uint64 // when first touched; 0: there was no such node
-	before   []perm // likewise; nil
-	now      *node  // as the transaction sees it; nil: no such node
+	gen      uint64 // generation when first touched; 0: the node did not exist
+	before   []perm // permissions when first touched; nil: the node did not exist
+	now      *node  // the node as the transaction sees it; nil: no such node
 	modified bool
-	fire     bool // there is an event to send at the commit
-	exact    bool // only to watches of this very path
+	fire     bool // the commit has to send an event
+	exact    bool // send it to watches of this very path only
 }
 
-// touchedCost is what C xenstored's copy of a node costs beside the node, roughly.
+// touchedCost is roughly the overhead of C xenstored's copy of a node, in bytes.
 const touchedCost = 128
 
 func (t *transaction) load(r *request, path string) (*node, error) {
@@ -62,12 +63,12 @@ func (t *transaction) save(d *domain, path string, n *node) {
 	if n != nil {
 		t.charge(d, n.size())
 	}
-	a := t.touched[path] // there: nothing is written that was not loaded first
+	a := t.touched[path] // never nil: a transaction loads a node before it writes it
 	a.now, a.modified = n, true
 }
 
-// charged is what the domain pays for the node at path beside its place in the
-// transaction: nodes that were only read are shared.
+// charged returns the bytes that the domain pays for the node at path, besides
+// touchedCost. A node that was only read is shared and costs nothing.
 func (t *transaction) charged(path string) int {
 	if a := t.touched[path]; a.modified && a.now != nil {
 		return a.now.size()
@@ -75,8 +76,8 @@ func (t *transaction) charged(path string) int {
 	return 0
 }
 
-// fire notes an event for the commit. One for all watches at and above the path
-// replaces an exact one, not the other way round.
+// fire notes an event for the commit. An event for all watches at and above path replaces
+// an exact one, not the other way round.
 func (t *transaction) fire(path string, exact bool) {
 	a := t.touched[path]
 	a.exact = exact && (a.exact || !a.fire)
@@ -87,7 +88,7 @@ func (r *request) start() (*transaction, error) {
 	if r.tx != nil {
 		return nil, EBUSY
 	}
-	// "more than" as in do_transaction_start: one more than the quota says.
+	// "more than" as in do_transaction_start: the domain gets one more than its quota.
 	if !r.dom.privileged && r.dom.txs > r.s.cfg.Quota.Transactions {
 		return nil, ENOSPC
 	}
@@ -104,7 +105,7 @@ func (r *request) start() (*transaction, error) {
 	return t, nil
 }
 
-// end forgets the transaction, committed or not.
+// endTxLocked drops the transaction, committed or not.
 func (c *client) endTxLocked(t *transaction) {
 	t.charge(c.dom, -t.memory)
 	c.dom.txs--
@@ -112,7 +113,7 @@ func (c *client) endTxLocked(t *transaction) {
 	delete(c.txs, t.id)
 }
 
-// commit makes the transaction's nodes everybody's, or none of them.
+// commit puts the transaction's nodes into the tree: all of them or none.
 func (r *request) commit(t *transaction) error {
 	if t.failed {
 		return ENOMEM
@@ -127,7 +128,7 @@ func (r *request) commit(t *transaction) error {
 			r.s.stats.Conflicts++
 			return EAGAIN
 		}
-		// An owner can have died since SET_PERMS named it here.
+		// An owner may have died since SET_PERMS named it in this transaction.
 		if a.modified && a.now != nil && a.now.perms[0].dom.dead {
 			r.s.stats.Conflicts++
 			return EAGAIN

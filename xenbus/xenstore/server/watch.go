@@ -6,7 +6,7 @@ import (
 	"barevif/xenbus/xenstore/wire"
 )
 
-// The names of the two events that are about no node.
+// The names of the two events that concern no node.
 const (
 	introduceDomain = "@introduceDomain"
 	releaseDomain   = "@releaseDomain"
@@ -14,11 +14,11 @@ const (
 
 type watch struct {
 	path   string // absolute
-	prefix string // cut off event paths, for a watch given as relative
+	prefix string // removed from event paths, for a watch with a relative path
 	token  string
 }
 
-// pathFor is how the watch's owner calls path, which is within w.path.
+// pathFor returns path, which is within w.path, as the owner of the watch spells it.
 func (w *watch) pathFor(path string) string {
 	if w.prefix == "" {
 		return path
@@ -45,7 +45,7 @@ func (r *request) watch(path, token string) (*watch, error) {
 		return nil, EEXIST
 	}
 	if q := &r.s.cfg.Quota; !r.dom.privileged {
-		// "more than" as in do_watch: one more than the quota says.
+		// "more than" as in do_watch: the domain gets one more than its quota.
 		if r.dom.watches > q.Watches {
 			return nil, E2BIG
 		}
@@ -72,7 +72,7 @@ func (c *client) findWatch(path, token string) int {
 	return -1
 }
 
-// forgetWatchLocked undoes the accounts of a watch that leaves c.watches.
+// forgetWatchLocked updates the accounts for a watch that leaves c.watches.
 func (c *client) forgetWatchLocked(w *watch) {
 	if c.s.watched[w.path]--; c.s.watched[w.path] == 0 {
 		delete(c.s.watched, w.path)
@@ -82,10 +82,10 @@ func (c *client) forgetWatchLocked(w *watch) {
 	c.dom.memory -= w.cost()
 }
 
-// fire tells the watches that the node at path is now n, whose permissions were
-// before (nil: as in n). An exact event goes to watches of this very path only.
+// fire tells the watches that the node at path is now n and had the permissions before
+// (nil: it had those of n). An exact event goes to watches of this very path only.
 //
-// A watcher must be allowed to read the node, as it is or was, or its parent
+// The watcher's domain must be allowed to read the node, as it is or was, or its parent
 // (XSA-115).
 func (r *request) fire(path string, n *node, before []perm, exact bool) {
 	if r.tx != nil {
@@ -117,7 +117,7 @@ func (c *client) mayHear(n, parent *node, before []perm) bool {
 		return true
 	}
 	if n == nil {
-		return false // made and removed in one transaction, as far as this client can know
+		return false // for this client the node was made and removed in one transaction
 	}
 	return c.dom.rights(n.perms)&canRead != 0 || parent != nil && c.dom.rights(parent.perms)&canRead != 0
 }
@@ -139,7 +139,7 @@ func (s *Store) fireSpecialLocked(name string) {
 	}
 }
 
-// eventLocked queues an event, unless the same one is waiting already.
+// eventLocked queues an event, unless the same event is waiting already.
 func (c *client) eventLocked(path, token string, cause *request) {
 	if c.err != nil {
 		return

@@ -34,7 +34,7 @@ func TestAMessageThatIsTooLongIsNotSent(t *testing.T) {
 	}
 }
 
-// The length is the peer's word: it must not be used before it was looked at.
+// The peer chooses the length: it must be checked before it is used.
 func TestAMessageThatIsTooLongIsNotRead(t *testing.T) {
 	head, err := wire.Append(nil, wire.Header{Op: wire.Read}, "")
 	if err != nil {

@@ -16,16 +16,16 @@ import (
 	"barevif/xenbus/xenstore/server"
 )
 
-// Limit bounds what a test waits for; none comes near it.
+// Limit bounds every wait of a test; no test comes near it.
 const Limit = 2 * time.Minute
 
-// A Lab is an emulated machine with a xenstore and a toolstack. It ends with its
-// test, which fails if goroutines are left, or pages.
+// A Lab is an emulated machine with a xenstore and a toolstack. It ends with its test,
+// and fails the test if goroutines or pages are left.
 type Lab struct {
 	*emu.Machine
 	Store *server.Store
 	Dom0  *emu.Domain
-	Tools *xenstore.Client // of the toolstack, in domain 0
+	Tools *xenstore.Client // the toolstack's client, in domain 0
 
 	// Dirty says that the test leaves pages behind on purpose.
 	Dirty bool
@@ -33,7 +33,7 @@ type Lab struct {
 	t testing.TB
 }
 
-// New makes a machine. Its configuration is completed with the xenstore.
+// New makes a machine. It adds the xenstore to cfg.
 func New(t testing.TB, cfg emu.Config) *Lab {
 	t.Helper()
 	before := runtime.NumGoroutine()
@@ -70,9 +70,9 @@ func New(t testing.TB, cfg emu.Config) *Lab {
 	return l
 }
 
-// Comes waits until ok has no error, and gives the last one it had. A device has ended
-// before its listener's goroutine has given back the frame it was shown, so that pages
-// are home a moment later; what is lost stays lost.
+// Comes waits until ok returns no error, at most 20 seconds, and returns the last error.
+// It is needed for pages: a device may end a moment before its listener's goroutine gives
+// back a frame. A leaked page never comes back.
 func Comes(ok func() error) (err error) {
 	for end := time.Now().Add(20 * time.Second); ; time.Sleep(time.Millisecond) {
 		if err = ok(); err == nil || time.Now().After(end) {
@@ -87,7 +87,7 @@ func (l *Lab) context() context.Context {
 	return ctx
 }
 
-// Domain makes a domain and its home in the xenstore.
+// Domain makes a domain and its home directory in xenstore.
 func (l *Lab) Domain(id hypercall.DomID) *emu.Domain {
 	l.t.Helper()
 	d, err := l.NewDomain(id)
@@ -103,7 +103,7 @@ func (l *Lab) Domain(id hypercall.DomID) *emu.Domain {
 	return d
 }
 
-// Add adds a vif, with a MAC of its own if it has none.
+// Add adds a vif. It chooses a MAC if v has none.
 func (l *Lab) Add(v toolstack.Vif) toolstack.Vif {
 	l.t.Helper()
 	if v.MAC == ([6]byte{}) {

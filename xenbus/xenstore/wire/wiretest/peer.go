@@ -14,26 +14,26 @@ type Peer struct {
 	conn io.ReadWriteCloser
 }
 
-// NewPeer is the server of a client that is at the other end of conn.
+// NewPeer returns the server's end for the client at the other end of conn.
 func NewPeer(t testing.TB, conn io.ReadWriteCloser) *Peer { return &Peer{t, conn} }
 
-// Close hangs up.
+// Close closes the connection.
 func (p *Peer) Close() { p.conn.Close() }
 
-// A Message is what a client sent.
+// A Message is a message that the client sent.
 type Message struct {
 	wire.Header
 	Payload string
 }
 
-// Next reads a message, or ok is false at the end of the connection.
+// Next reads a message; ok is false at the end of the connection.
 func (p *Peer) Next() (m Message, ok bool) {
 	buf := make([]byte, wire.HeaderSize+wire.MaxPayload)
 	h, payload, err := wire.ReadMessage(p.conn, buf)
 	return Message{h, string(payload)}, err == nil
 }
 
-// Expect reads a message of a type.
+// Expect reads a message and fails the test if it is not of type op.
 func (p *Peer) Expect(op wire.Op) Message {
 	p.t.Helper()
 	m, ok := p.Next()
@@ -43,7 +43,7 @@ func (p *Peer) Expect(op wire.Op) Message {
 	return m
 }
 
-// Send writes a message; the client may have hung up.
+// Send writes a message. It ignores a client that has closed the connection.
 func (p *Peer) Send(op wire.Op, id, tx uint32, payload string) {
 	msg, err := wire.Append(nil, wire.Header{Op: op, ReqID: id, TxID: tx}, payload)
 	if err != nil {
@@ -55,13 +55,13 @@ func (p *Peer) Send(op wire.Op, id, tx uint32, payload string) {
 // Reply answers m with payload.
 func (p *Peer) Reply(m Message, payload string) { p.Send(m.Op, m.ReqID, m.TxID, payload) }
 
-// Refuse answers m with the name of an error.
+// Refuse answers m with an error of this name.
 func (p *Peer) Refuse(m Message, name string) { p.Send(wire.Error, m.ReqID, m.TxID, name+"\x00") }
 
-// Event tells of path by a watch's token.
+// Event sends a watch event for path with a watch's token.
 func (p *Peer) Event(path, token string) { p.Send(wire.WatchEvent, 0, 0, path+"\x00"+token+"\x00") }
 
-// Claim writes a header that announces n bytes, and nothing more.
+// Claim writes only a header, which announces n bytes of payload.
 func (p *Peer) Claim(op wire.Op, id, n uint32) {
 	b := make([]byte, wire.HeaderSize)
 	binary.LittleEndian.PutUint32(b, uint32(op))

@@ -1,5 +1,5 @@
-// Package wiretest is both ends of xenstore's protocol for tests that decide about every
-// message: a [Client] that does nothing by itself, and the [Peer] of one.
+// Package wiretest is both ends of the xenstore protocol, for tests that control every
+// message: a [Client] that sends nothing by itself, and its [Peer].
 package wiretest
 
 import (
@@ -13,8 +13,8 @@ import (
 	"barevif/xenbus/xenstore/wire"
 )
 
-// A Client is the least one can be: one request, its reply, events put aside. Its
-// methods fail the test where the store does not keep to the protocol.
+// A Client is a minimal client: it sends one request, waits for the reply and collects
+// events meanwhile. Its methods fail the test when the store breaks the protocol.
 type Client struct {
 	Conn   io.ReadWriteCloser
 	Buf    [wire.HeaderSize + wire.MaxPayload]byte
@@ -24,13 +24,13 @@ type Client struct {
 	t testing.TB
 }
 
-// OK is the payload of a reply that says nothing else.
+// OK is the payload of a reply without any other content.
 const OK = "OK\x00"
 
-// Patience bounds all that a client waits for. This machine may be busy.
+// Patience bounds every wait of a Client. It is long because the machine may be busy.
 const Patience = 5 * time.Minute
 
-// New makes a client of conn and takes it over.
+// New returns a client that takes conn over.
 func New(t testing.TB, conn io.ReadWriteCloser) *Client {
 	if d, ok := conn.(interface{ SetDeadline(time.Time) error }); ok {
 		d.SetDeadline(time.Now().Add(Patience))
@@ -39,10 +39,10 @@ func New(t testing.TB, conn io.ReadWriteCloser) *Client {
 	return &Client{t: t, Conn: conn}
 }
 
-// Z joins arguments, each with a NUL.
+// Z ends each argument with a NUL and joins them.
 func Z(args ...string) string { return strings.Join(args, "\x00") + "\x00" }
 
-// Send sends a request and gives its number.
+// Send sends a request and returns its request id.
 func (c *Client) Send(op wire.Op, tx uint32, payload string) uint32 {
 	c.t.Helper()
 	c.LastID++
@@ -56,7 +56,7 @@ func (c *Client) Send(op wire.Op, tx uint32, payload string) uint32 {
 	return c.LastID
 }
 
-// Receive waits for the next reply; events before it are put aside.
+// Receive waits for the next reply and collects the events before it.
 func (c *Client) Receive() (wire.Header, string) {
 	c.t.Helper()
 	for {
@@ -79,7 +79,8 @@ func (c *Client) Receive() (wire.Header, string) {
 	}
 }
 
-// Do gives the reply's payload, or the name of the error without its NUL.
+// Do sends a request and returns the payload of the reply, or the error's name without
+// its NUL.
 func (c *Client) Do(op wire.Op, tx uint32, payload string) string {
 	c.t.Helper()
 	id := c.Send(op, tx, payload)
@@ -96,7 +97,7 @@ func (c *Client) Do(op wire.Op, tx uint32, payload string) string {
 	return p
 }
 
-// Want is Do for a reply that is known.
+// Want is Do with the expected reply.
 func (c *Client) Want(op wire.Op, tx uint32, payload, want string) {
 	c.t.Helper()
 	if got := c.Do(op, tx, payload); got != want {
@@ -104,7 +105,7 @@ func (c *Client) Want(op wire.Op, tx uint32, payload, want string) {
 	}
 }
 
-// Short is s for a message.
+// Short shortens s for a message of the test.
 func Short(s string) string {
 	if len(s) > 80 {
 		return fmt.Sprintf("%q... (%d bytes)", s[:80], len(s))
@@ -112,7 +113,7 @@ func Short(s string) string {
 	return fmt.Sprintf("%q", s)
 }
 
-// Heard gives the events queued up to now. A reply comes after all of them.
+// Heard returns the events queued up to now: the store sends them before the reply to Do.
 func (c *Client) Heard() []string {
 	c.t.Helper()
 	c.Do(wire.GetDomainPath, 0, Z("0"))
@@ -121,7 +122,7 @@ func (c *Client) Heard() []string {
 	return events
 }
 
-// WantEvents checks what Heard gives.
+// WantEvents checks the result of Heard.
 func (c *Client) WantEvents(want ...string) {
 	c.t.Helper()
 	if got := c.Heard(); !slices.Equal(got, want) {
@@ -135,7 +136,7 @@ func (c *Client) Start() uint32 {
 	return Number(c.t, c.Do(wire.TransactionStart, 0, Z("")))
 }
 
-// Number reads the number a reply is.
+// Number parses a reply that consists of a number.
 func Number(t testing.TB, s string) (n uint32) {
 	t.Helper()
 	if _, err := fmt.Sscanf(s, "%d\x00", &n); err != nil {
