@@ -1,16 +1,17 @@
-// Package arena divides preallocated memory into buffers and says who holds
-// which.
+// Package arena divides preallocated memory into buffers and records which of them are
+// held.
 //
-// An [Arena] never allocates after [New]. It has one owner, who gets and puts buffers by
-// number, without locks. The owner gets the buffers that were used last first, so an
-// arena of reserved memory ([NewReserved]) touches no more pages than were in use at one
-// time. What the owner gives to others is a [Buffer]: a small comparable value with a
-// generation, which any goroutine may release. A Buffer that was released, or taken over by the owner,
-// is refused wherever it turns up, and never names somebody else's memory.
+// An [Arena] never allocates after [New]. It has one owner, which gets and puts buffers
+// by number and without locks. It hands out the most recently used buffers first, so that
+// an arena of reserved memory ([NewReserved]) touches only as many pages as were in use
+// at one time. The owner gives others a [Buffer]: a small comparable value with a
+// generation, which any goroutine may release. A Buffer that was released, or that the
+// owner took over, is stale: every method refuses it, and it never names another holder's
+// memory.
 //
 // Buffers may be linked into a chain that is held, lent and released as one.
 //
-// The arena knows nothing of Xen: the memory may be private, granted or mapped.
+// The arena does not know Xen: the memory may be private, granted or mapped.
 package arena
 
 import (
@@ -23,48 +24,48 @@ import (
 )
 
 var (
-	// ErrStale is a buffer that was released or taken over before.
+	// ErrStale is returned for a buffer that was released or taken over before.
 	ErrStale = errors.New("arena: buffer was already released")
 
-	// ErrShared is a buffer that others hold too, where one holder is required.
+	// ErrShared is returned for a buffer with several holders where one is required.
 	ErrShared = errors.New("arena: buffer is held more than once")
 
-	// ErrForeign is a buffer of another arena.
+	// ErrForeign is returned for a buffer of another arena.
 	ErrForeign = errors.New("arena: buffer belongs to another arena")
 )
 
 // none ends a chain.
 const none = ^uint32(0)
 
-// An Arena is memory divided into buffers of one size. The methods that take or
-// return buffer numbers are the owner's: one goroutine at a time.
+// An Arena is memory divided into buffers of one size. The methods that take or return
+// buffer numbers are the owner's: one goroutine at a time may call them.
 type Arena struct {
 	mem  []byte
 	size uint32
 	desc []desc
-	free []uint32 // owner's stack of buffer numbers; of those that are touched
+	free []uint32 // the owner's stack of free buffer numbers; only touched buffers
 
-	touched  atomic.Uint32 // buffers below it have been on the stack; written by the owner
+	touched  atomic.Uint32 // buffers with a lower number have been touched; written by the owner
 	populate func(first, pages int)
 
-	_        [64]byte      // what follows is written by any goroutine
-	returned atomic.Uint32 // head of the list of buffers released by others
+	_        [64]byte      // the fields below are written by any goroutine
+	returned atomic.Uint32 // head of the list of buffers that others released
 
 	retired atomic.Bool
 	mu      sync.Mutex // guards free and done once retired
 	done    func()
 }
 
-// A desc says who holds a buffer. Its plain fields belong to the holder.
+// A desc records who holds a buffer. Its plain fields belong to the holder.
 type desc struct {
 	state    atomic.Uint64 // generation in the upper half, holders in the lower
-	next     uint32        // the chain's next buffer, or the return list's
-	off, len uint16        // of a chained buffer; the first one's are the holder's own
+	next     uint32        // the next buffer of the chain, or of the return list
+	off, len uint16        // bytes in use of a buffer linked behind another
 }
 
-// New divides mem into buffers of size bytes, a power of two from 64 to
-// [shm.PageSize], so that no buffer crosses a page. mem is lent until [Arena.Retire]
-// has run its function.
+// New divides mem into buffers of size bytes, a power of two from 64 to [shm.PageSize],
+// so that no buffer crosses a page. It panics on another size. mem is lent until the
+// function given to [Arena.Retire] runs.
 func New(mem shm.Memory, size int) *Arena {
 	if size < 64 || size > shm.PageSize || size&(size-1) != 0 {
 		panic(fmt.Sprintf("arena: buffers of %d bytes", size))
@@ -81,13 +82,13 @@ func New(mem shm.Memory, size int) *Arena {
 	return a
 }
 
-// Step is how many pages of an arena made by [NewReserved] are touched at once.
+// Step is how many pages an arena of [NewReserved] touches at once.
 const Step = 32
 
-// NewReserved is [New] of memory that is only reserved, so that an idle device takes
-// little of it. The arena touches the first [Step] pages now, and the next ones each time
-// that all touched buffers are in use: [Arena.Get] then calls populate, which makes the
-// kernel back these pages with memory before a buffer in them is handed out.
+// NewReserved is [New] for memory that is only reserved, so that an idle device occupies
+// little of it. The arena touches [Step] pages now, and further ones each time all
+// touched buffers are in use: [Arena.Get] then calls populate, which makes the kernel
+// back the pages with memory, before it hands out a buffer in them.
 func NewReserved(mem shm.Memory, size int, populate func(first, pages int)) *Arena {
 	a := New(mem, size)
 	a.populate = populate
@@ -97,9 +98,9 @@ func NewReserved(mem shm.Memory, size int, populate func(first, pages int)) *Are
 	return a
 }
 
-// touch puts at least n buffers more on the stack, whole steps, if there are as many;
-// none if n is not positive.
-// They come after those that are on it already, which are warm.
+// touch puts at least n more buffers on the stack, in whole steps and as far as there are
+// any. It does nothing if n is not positive. The new buffers go below those on the stack,
+// which are warm in the cache.
 func (a *Arena) touch(n int) {
 	from := int(a.touched.Load())
 	to := len(a.desc)
@@ -120,24 +121,24 @@ func (a *Arena) touch(n int) {
 	a.free = a.free[:warm+n]
 	copy(a.free[n:], a.free[:warm])
 	for i := range a.free[:n] {
-		a.free[i] = uint32(to - 1 - i) // lowest numbers first
+		a.free[i] = uint32(to - 1 - i) // Get gives the lowest numbers first
 	}
 	a.touched.Store(uint32(to))
 }
 
-// Touched is how many buffers have been touched. It may be called from any goroutine.
+// Touched returns how many buffers have been touched. Any goroutine may call it.
 func (a *Arena) Touched() int { return int(a.touched.Load()) }
 
-// Len is the number of buffers, Size the bytes of each.
+// Len returns the number of buffers, Size the bytes of each.
 func (a *Arena) Len() int  { return len(a.desc) }
 func (a *Arena) Size() int { return int(a.size) }
 
-// Get moves free buffers to dst and returns how many there were: a short count
-// says that the arena is exhausted for now.
+// Get moves free buffers to dst and returns how many. A short count means that the arena
+// is exhausted for now.
 func (a *Arena) Get(dst []uint32) int {
 	if len(a.free) < len(dst) {
 		a.collect()
-		a.touch(len(dst) - len(a.free)) // no more than those that were given back lack
+		a.touch(len(dst) - len(a.free)) // only for those that collect did not bring back
 	}
 	n := min(len(dst), len(a.free))
 	rest := len(a.free) - n
@@ -146,18 +147,18 @@ func (a *Arena) Get(dst []uint32) int {
 	return n
 }
 
-// Free is how many buffers Get would give.
+// Free returns how many buffers Get could give now.
 func (a *Arena) Free() int {
 	a.collect()
 	return a.home()
 }
 
-// home is how many buffers are in the arena: on the owner's stack, or not touched yet. The
-// buffers on the return list are not counted.
+// home returns how many buffers are in the arena: on the owner's stack or not touched
+// yet. It does not count the return list.
 func (a *Arena) home() int { return len(a.free) + len(a.desc) - int(a.touched.Load()) }
 
-// Put gives buffers back that the owner holds by number: got and never handed
-// out, or taken over since.
+// Put gives back buffers that the owner holds by number: got and not handed out, or taken
+// over.
 func (a *Arena) Put(bufs ...uint32) {
 	for _, i := range bufs {
 		a.desc[i].next = none
@@ -165,13 +166,13 @@ func (a *Arena) Put(bufs ...uint32) {
 	}
 }
 
-// PutOne is Put of a buffer that is linked to no other.
+// PutOne is Put of one buffer that is not linked to another.
 func (a *Arena) PutOne(i uint32) { a.free = append(a.free, i) }
 
 // PutTaken is PutOne of a buffer that [Arena.TakeOne] took.
 func (a *Arena) PutTaken(b Buffer) { a.PutOne(b.i) }
 
-// PutChain gives back buffer i and what is linked to it.
+// PutChain gives back buffer i and the buffers linked behind it.
 func (a *Arena) PutChain(i uint32) {
 	for i != none {
 		next := a.desc[i].next
@@ -181,7 +182,7 @@ func (a *Arena) PutChain(i uint32) {
 	}
 }
 
-// collect moves what others released to the owner's stack.
+// collect moves the buffers that others released to the owner's stack.
 func (a *Arena) collect() {
 	if a.returned.Load() == none {
 		return
@@ -189,28 +190,28 @@ func (a *Arena) collect() {
 	a.PutChain(a.returned.Swap(none))
 }
 
-// Bytes is the memory of buffer i.
+// Bytes returns the memory of buffer i.
 func (a *Arena) Bytes(i uint32) []byte {
 	lo := uint(i) * uint(a.size)
 	hi := lo + uint(a.size)
 	return a.mem[lo:hi:hi]
 }
 
-// Page is where buffer i lies: the page of the arena's memory, and the byte
-// within it.
+// Page returns where buffer i lies: the page of the arena's memory, and the byte offset
+// in it.
 func (a *Arena) Page(i uint32) (page, off uint32) {
 	at := i * a.size
 	return at / shm.PageSize, at % shm.PageSize
 }
 
-// Buffer makes the handle under which buffer i is handed out. The owner no
-// longer holds it.
+// Buffer returns the handle under which the owner gives buffer i away. The owner no
+// longer holds the buffer.
 func (a *Arena) Buffer(i uint32) Buffer {
 	return Buffer{a: a, i: i, gen: uint32(a.desc[i].state.Load() >> 32)}
 }
 
-// Take takes b and what is linked to it over from its only holder, whose handle
-// is stale from now on, and returns its number. ErrStale, ErrShared, ErrForeign.
+// Take takes b and its chain over from its only holder and returns the number of b. The
+// holder's handle is stale afterwards. The error is ErrStale, ErrShared or ErrForeign.
 func (a *Arena) Take(b Buffer) (uint32, error) {
 	if b.a != a {
 		if b.a == nil {
@@ -229,9 +230,9 @@ func (a *Arena) Take(b Buffer) (uint32, error) {
 	return 0, ErrStale
 }
 
-// TakeOne is Take for the usual buffer, which is this arena's and held once, and
-// costs one compare-and-swap. Where it reports false nothing has changed, and
-// [Arena.Take] says why.
+// TakeOne is Take for the common case, a buffer of this arena with one holder. It costs
+// one compare-and-swap. If it reports false nothing has changed, and [Arena.Take] tells
+// why.
 func (a *Arena) TakeOne(b Buffer) (i uint32, ok bool) {
 	if b.a != a {
 		return 0, false
@@ -240,16 +241,16 @@ func (a *Arena) TakeOne(b Buffer) (i uint32, ok bool) {
 	return b.i, a.desc[b.i].state.CompareAndSwap(old, old+1<<32)
 }
 
-// Link makes next follow prev in a chain, with n bytes at off. The owner holds
-// both; from now on next goes where the chain goes.
+// Link makes next follow prev in a chain, with n bytes in use at off. The owner holds
+// both; from now on next is released with the chain.
 func (a *Arena) Link(prev, next uint32, off, n uint16) {
 	a.desc[prev].next = next
 	d := &a.desc[next]
 	d.next, d.off, d.len = none, off, n
 }
 
-// Unlink cuts the chain behind buffer i and returns what followed it, if ok.
-// The owner holds both halves.
+// Unlink cuts the chain behind buffer i and returns the buffer that followed, if ok. The
+// owner holds both parts.
 func (a *Arena) Unlink(i uint32) (next uint32, off, n uint16, ok bool) {
 	d := &a.desc[i]
 	if d.next == none {
@@ -259,9 +260,8 @@ func (a *Arena) Unlink(i uint32) (next uint32, off, n uint16, ok bool) {
 	return next, a.desc[next].off, a.desc[next].len, true
 }
 
-// Release gives b and what is linked to it back to the owner's stack once its
-// last holder does so. It is [Buffer.Release] without the way through the return
-// list, for the owner only.
+// Release drops one holder of b. The last holder's Release gives b and its chain back to
+// the owner's stack. It is [Buffer.Release] without the return list, for the owner only.
 func (a *Arena) Release(b Buffer) error {
 	if b.a != a {
 		return b.Release()
@@ -274,8 +274,8 @@ func (a *Arena) Release(b Buffer) error {
 	return nil
 }
 
-// Retire ends the owner's use of the arena. done runs once, as soon as every
-// buffer is home: at once, or in the goroutine that releases the last one.
+// Retire ends the owner's use of the arena. done runs once, when every buffer is back: at
+// once, or in the goroutine that releases the last one.
 func (a *Arena) Retire(done func()) {
 	a.mu.Lock()
 	a.done = done
@@ -284,7 +284,7 @@ func (a *Arena) Retire(done func()) {
 	a.settle()
 }
 
-// settle runs done if the arena is retired and whole.
+// settle runs done if the arena is retired and every buffer is back.
 func (a *Arena) settle() {
 	a.mu.Lock()
 	a.collect()
@@ -298,8 +298,8 @@ func (a *Arena) settle() {
 	}
 }
 
-// A Buffer names one buffer of an arena as it was handed out. It is comparable;
-// the zero Buffer names none.
+// A Buffer is the handle of one buffer that the owner gave away. It is comparable; the
+// zero Buffer names none.
 type Buffer struct {
 	a      *Arena
 	i, gen uint32
@@ -310,11 +310,11 @@ func (b Buffer) Valid() bool {
 	return b.a != nil && uint32(b.a.desc[b.i].state.Load()>>32) == b.gen
 }
 
-// Of reports whether b was handed out by a.
+// Of reports whether b belongs to a.
 func (b Buffer) Of(a *Arena) bool { return b.a == a }
 
-// Bytes is the buffer's memory. It panics if b is stale: the memory is no
-// longer the caller's.
+// Bytes returns the buffer's memory. It panics if b is stale, since another holder may
+// have the memory.
 func (b Buffer) Bytes() []byte {
 	if !b.Valid() {
 		panic(ErrStale)
@@ -322,12 +322,12 @@ func (b Buffer) Bytes() []byte {
 	return b.a.Bytes(b.i)
 }
 
-// Exclusive reports whether b is held, and once only.
+// Exclusive reports whether b has exactly one holder.
 func (b Buffer) Exclusive() bool {
 	return b.a != nil && b.a.desc[b.i].state.Load() == uint64(b.gen)<<32|1
 }
 
-// Retain adds a holder: b must be released once more. ErrStale.
+// Retain adds a holder, so that b must be released once more. The error is ErrStale.
 func (b Buffer) Retain() error {
 	if b.a == nil {
 		return ErrStale
@@ -344,7 +344,8 @@ func (b Buffer) Retain() error {
 	}
 }
 
-// Release gives b and what is linked to it back, from any goroutine. ErrStale.
+// Release drops one holder of b; the last one's Release gives b and its chain back. Any
+// goroutine may call it. The error is ErrStale.
 func (b Buffer) Release() error {
 	last, err := b.drop()
 	if !last {
@@ -362,14 +363,14 @@ func (b Buffer) Release() error {
 			break
 		}
 	}
-	if a.retired.Load() { // seen here, or the buffer seen by Retire
+	if a.retired.Load() { // either we see retired here, or Retire's settle sees the buffer
 		a.settle()
 	}
 	return nil
 }
 
-// drop takes one holder away and reports whether it was the last. The next
-// holder gets another generation.
+// drop removes one holder and reports whether it was the last. Then the generation
+// changes, so that all handles of b are stale.
 func (b Buffer) drop() (last bool, err error) {
 	if b.a == nil {
 		return false, ErrStale
@@ -396,7 +397,7 @@ type Piece struct {
 	Off, Len uint16
 }
 
-// Next is the buffer linked behind b, if any. It panics if b is stale.
+// Next returns the buffer linked behind b, if any. It panics if b is stale.
 func (b Buffer) Next() (p Piece, ok bool) {
 	if !b.Valid() {
 		panic(ErrStale)
@@ -404,15 +405,15 @@ func (b Buffer) Next() (p Piece, ok bool) {
 	return b.a.after(b.i)
 }
 
-// After is the buffer linked behind p.
+// After returns the buffer linked behind p, if any.
 func (b Buffer) After(p Piece) (Piece, bool) { return b.a.after(p.i) }
 
-// PieceBytes is the memory of the whole buffer of p, of which Len bytes at Off
-// are in use.
+// PieceBytes returns the memory of p's whole buffer, of which Len bytes at Off are in
+// use.
 func (b Buffer) PieceBytes(p Piece) []byte { return b.a.Bytes(p.i) }
 
-// Resize says which bytes of p are in use: n at off, inside the buffer. b must
-// have one holder; it panics if b is stale, or has more.
+// Resize sets the bytes of p that are in use: n at off, inside the buffer. It panics if b
+// is stale or has more than one holder.
 func (b Buffer) Resize(p Piece, off, n uint16) {
 	if !b.Exclusive() {
 		if b.Valid() {
@@ -424,7 +425,7 @@ func (b Buffer) Resize(p Piece, off, n uint16) {
 	d.off, d.len = off, n
 }
 
-// Size is the bytes of each buffer of b's arena.
+// Size returns the bytes of each buffer of b's arena, 0 for the zero Buffer.
 func (b Buffer) Size() int {
 	if b.a == nil {
 		return 0

@@ -79,7 +79,7 @@ func TestUseAfterReleaseIsRefused(t *testing.T) {
 	if err := old.Release(); err != nil {
 		t.Fatal(err)
 	}
-	again := one(t, a) // the same memory, held by somebody else
+	again := one(t, a) // the same memory with another holder
 	if old == again || old.Valid() || !again.Valid() {
 		t.Fatal("the stale handle passes for the new one")
 	}
@@ -213,7 +213,8 @@ func TestUnlinkCutsAChainUntilItEnds(t *testing.T) {
 	}
 }
 
-// An owner may release a buffer of another arena, which gets it by its return list.
+// An owner may release a buffer of another arena, which then goes to that arena's return
+// list.
 func TestTheOwnerReleasesAnothersBuffer(t *testing.T) {
 	a, other := New(shm.Heap(1), 4096), New(shm.Heap(1), 4096)
 	b := one(t, other)
@@ -262,7 +263,7 @@ func TestOneHolderIsExclusive(t *testing.T) {
 	}
 }
 
-// All holders of a chain read where its pieces are, so only an only holder may change
+// All holders of a chain read where its pieces are, so only a single holder may change
 // that.
 func TestOnlyAnOnlyHolderResizes(t *testing.T) {
 	a := New(shm.Heap(2), 4096)
@@ -296,7 +297,7 @@ func TestOnlyAnOnlyHolderResizes(t *testing.T) {
 	refused(ErrStale)
 }
 
-// Many goroutines release what one owner hands out; each buffer comes home
+// One owner hands out buffers and many goroutines release them: each buffer comes back
 // exactly once.
 func TestReleaseFromAnyGoroutine(t *testing.T) {
 	const rounds = 3000
@@ -414,7 +415,7 @@ func BenchmarkArena(b *testing.B) {
 
 func TestTheOwnerTakesOnlyItsOwn(t *testing.T) {
 	a, b := New(shm.Heap(1), 4096), New(shm.Heap(1), 4096)
-	of, other := one(t, a), one(t, b) // equal but for the arena
+	of, other := one(t, a), one(t, b) // differ only in the arena
 	if _, ok := a.TakeOne(other); ok || !of.Valid() || !other.Valid() {
 		t.Error("took another's")
 	}

@@ -8,7 +8,7 @@ import (
 	"barevif/arena/shm"
 )
 
-// A reserve notes which pages of an arena its populate calls have put in memory.
+// A reserve records the pages that the arena's populate calls put in memory.
 type reserve struct {
 	t     *testing.T
 	there []bool
@@ -51,7 +51,7 @@ func TestReservedPagesAreTouchedAsDeepAsTheyAreUsed(t *testing.T) {
 			a, r := reserved(t, pages, size)
 			r.want("idle", Step, 1)
 			bufs := make([]uint32, a.Len())
-			for range 1000 { // never more than a step at once
+			for range 1000 { // at most a step of buffers in use
 				if n := a.Get(bufs[:Step*per]); n != Step*per {
 					t.Fatal(n)
 				}
@@ -87,7 +87,7 @@ func TestReservedPagesAreTouchedAsDeepAsTheyAreUsed(t *testing.T) {
 }
 
 // Get hands out buffers that other goroutines released before it touches a page, and warm
-// buffers before those whose pages it touched just now.
+// buffers before those in newly touched pages.
 func TestWarmBuffersComeFirst(t *testing.T) {
 	a, r := reserved(t, 2*Step, 4096)
 	bufs := make([]uint32, Step)

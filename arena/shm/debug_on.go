@@ -10,8 +10,8 @@ import (
 // Debug reports whether this build checks every load (-tags shmdebug).
 const Debug = true
 
-// slotDebug remembers, for every word of the slots, the free-running index under
-// which it was last loaded, plus one.
+// slotDebug holds, for every word of the slots, the free-running index of the last load,
+// plus one.
 type slotDebug struct{ last []uint64 }
 
 func newSlotDebug(words int) slotDebug { return slotDebug{last: make([]uint64, words)} }
@@ -25,8 +25,8 @@ func (d slotDebug) load(i, word uint32) {
 
 var tamper atomic.Pointer[func(uint32) uint32]
 
-// Tamper makes every load of shared memory return f of what is there, until
-// restore is called. It exists in builds with -tags shmdebug only.
+// Tamper makes every load of shared memory return f of the loaded word, until restore is
+// called. Only builds with -tags shmdebug have it.
 func Tamper(f func(word uint32) uint32) (restore func()) {
 	old := tamper.Swap(&f)
 	return func() { tamper.Store(old) }

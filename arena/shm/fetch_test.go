@@ -10,9 +10,9 @@ import (
 	"testing"
 )
 
-// The value a second load of a word gives is as good as the first one's, so no use of
-// the package tells them apart. The loads can be counted: in a build with -tags
-// shmdebug, as long as all of them are in the function that it watches.
+// No use of the package can tell a second load of a word from the first: both give a
+// plausible value. So loads are counted, in a build with -tags shmdebug, which requires
+// that all of them are in the one function it observes.
 
 func TestTheDebugBuildPasses(t *testing.T) {
 	if Debug {
@@ -78,8 +78,8 @@ func TestLoadsAreFound(t *testing.T) {
 	}
 }
 
-// loads are the expressions of fn that read memory through a pointer, by the names
-// of sync/atomic or by a star that is not assigned to.
+// loads returns the expressions of fn that read memory through a pointer: calls of
+// sync/atomic, and stars that are not assigned to.
 func loads(fn *ast.FuncDecl) (found []ast.Node) {
 	assigned := make(map[ast.Expr]bool)
 	ast.Inspect(fn.Body, func(n ast.Node) bool {

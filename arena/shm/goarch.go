@@ -2,6 +2,7 @@
 
 package shm
 
-// Records lie in shared memory as the machine holds them, and Xen's are little-endian.
-// The ioctls of a 32-bit domain have layouts of their own, which are not written here.
+// Records are copied between shared memory and Go structs without conversion, and Xen's
+// are little-endian. The ioctls of a 32-bit domain have other layouts, which are not
+// implemented.
 var _ = barevif_needs_a_64_bit_little_endian_GOARCH

@@ -6,19 +6,18 @@ import (
 	"unsafe"
 )
 
-// Slots is an array of records with stride bytes from one to the next, as a ring
-// page holds it. T must be made of 32-bit words (its size a multiple of 4, no
-// pointers in it); stride may be larger than T where two record types share the
-// slots.
+// Slots is an array of records with stride bytes from one to the next, as in a ring page.
+// T must consist of 32-bit words: a size that is a multiple of 4, and no pointers. stride
+// may be larger than T where two record types share the slots.
 type Slots[T any] struct {
-	base   unsafe.Pointer // of n strides, checked in NewSlots
+	base   unsafe.Pointer // n strides of memory, as NewSlots checked
 	mask   uint32
 	stride uint32
 	debug  slotDebug
 }
 
-// NewSlots views n records from byte off of m. n must be a power of two. It
-// panics if they do not fit: the layout is ours, never the peer's.
+// NewSlots views n records from byte off of m. n must be a power of two. It panics if
+// they do not fit: the layout comes from us, never from the peer.
 func NewSlots[T any](m Memory, off, n, stride int) Slots[T] {
 	var v T
 	if n <= 0 || n&(n-1) != 0 || stride%4 != 0 ||
@@ -34,21 +33,21 @@ func NewSlots[T any](m Memory, off, n, stride int) Slots[T] {
 	}
 }
 
-// maxWords bounds a record: the largest of the netif and control rings has 4.
+// maxWords bounds a record: the largest in the netif and control rings has 4 words.
 const maxWords = 8
 
-// Len is the number of slots.
+// Len returns the number of slots.
 func (s *Slots[T]) Len() uint32 { return s.mask + 1 }
 
-// Load copies slot i into private memory.
+// Load returns a private copy of slot i.
 func (s *Slots[T]) Load(i uint32) (v T) {
 	s.Fetch(i, &v)
 	return v
 }
 
-// Fetch copies slot i to v, one 32-bit load a word, and spares the copies of a
-// result. i is a free-running index; it is masked here, and base was checked to hold
-// n strides.
+// Fetch copies slot i to v, with one 32-bit load per word; unlike Load it does not copy
+// the result once more. i is a free-running index: it is masked here, and NewSlots
+// checked that base holds n strides.
 func (s *Slots[T]) Fetch(i uint32, v *T) {
 	p := unsafe.Add(s.base, uintptr(i&s.mask)*uintptr(s.stride))
 	q := unsafe.Pointer(v)
@@ -59,8 +58,8 @@ func (s *Slots[T]) Fetch(i uint32, v *T) {
 	}
 }
 
-// Store writes slot i. The stores are plain: the producer index, an [Out] that
-// is stored after them, is what shows them to the peer.
+// Store writes slot i with plain stores. The peer sees them when the producer index, an
+// [Out], is stored afterwards.
 func (s *Slots[T]) Store(i uint32, v T) {
 	p := unsafe.Add(s.base, uintptr(i&s.mask)*uintptr(s.stride))
 	*(*T)(p) = v
