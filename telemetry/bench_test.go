@@ -10,7 +10,7 @@ var frames = 0
 //go:noinline
 func move(n int) int { return n + 1 }
 
-// One frame's worth of counting, published once a batch. "off" is the loop
+// BenchmarkFrame counts as for one frame, and publishes once per batch. "off" is the loop
 // without counters, "private" counts without publishing.
 func BenchmarkFrame(b *testing.B) {
 	for _, batch := range []int{1, 8, 32} {

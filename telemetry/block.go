@@ -6,35 +6,35 @@ import (
 	"sync/atomic"
 )
 
-// A Block is the counters of one direction of one queue. It has one owner: no
-// method may be called by two goroutines at once. Readers use [Set.Snapshot].
+// A Block is the counters of one direction of one queue. It has one owner: no two
+// goroutines may call its methods at once. Readers use [Set.Snapshot].
 //
-// Counting is plain arithmetic on private words. [Block.Publish] and
-// [Block.Flush] show the changed ones to readers.
+// Counting changes private words by plain arithmetic. [Block.Publish] and [Block.Flush]
+// show the changed words to readers.
 type Block struct {
-	_ [128]byte // blocks never share a line, wherever the allocator puts them
+	_ [128]byte // no two blocks share a cache line, wherever the allocator puts them
 
-	// The owner's alone.
+	// Used by the owner only.
 	words [BlockWords]uint64
-	dirty [BlockWords / 64]uint64 // a bit per word that changed and is not yet public
+	dirty [BlockWords / 64]uint64 // a bit for each word that changed since it was published
 
 	_ [128]byte
 
-	// mu is held for the time of a copy. The owner only tries it while frames
-	// move, so a reader never holds them up.
+	// mu is held while public is copied. While frames move the owner only tries to lock
+	// it, so that a reader never delays the owner.
 	mu     sync.Mutex
 	public [BlockWords]uint64 // guarded by mu
-	gen    uint64             // guarded by mu: of the latest publish to sink
+	gen    uint64             // guarded by mu: generation of the latest publish to sink
 	sink   *sink              // guarded by mu
 
 	_ [128]byte
 }
 
-// sink is where a block is mirrored outside the heap. Its words are written
-// under the block's lock and read by other processes only.
+// A sink is the mirror of a block outside the heap. The owner writes its words with the
+// block's lock held; only other processes read them.
 type sink struct {
 	words *[BlockWords]uint64
-	base  [BlockWords]uint64 // totals of an earlier process that the mirror continues
+	base  [BlockWords]uint64 // totals of an earlier process from which the mirror continues
 }
 
 // Add adds n to c.
@@ -43,9 +43,9 @@ func (b *Block) Add(c Counter, n uint64) {
 	b.dirty[c>>6&1] |= 1 << (c & 63)
 }
 
-// Drop counts n frames lost for reason r, and with it rx_dropped or rx_errors
-// (tx_... in a transmit block). There is no other way to count a lost frame, so
-// the reasons always add up to those two.
+// Drop counts n frames lost for reason r, and adds them to rx_dropped or rx_errors
+// (tx_... in a transmit block). It is the only way to count a lost frame, so the reasons
+// always add up to these two.
 func (b *Block) Drop(r Reason, n uint64) {
 	b.Add(r.sum(), n)
 	b.words[r&(BlockWords-1)] += n
@@ -65,10 +65,10 @@ func (b *Block) Max(g Gauge, v uint64) {
 	}
 }
 
-// Observe is ObserveN of one value.
+// Observe is ObserveN for one value.
 func (b *Block) Observe(h Hist, v uint64) { b.ObserveN(h, v, 1) }
 
-// ObserveN counts n values v in the bucket of h they belong to.
+// ObserveN counts n times the value v, in its bucket of h.
 func (b *Block) ObserveN(h Hist, v, n uint64) {
 	s := &shapes[h]
 	i := s.word + uint8(min(bits.Len64((max(v, 1)-1)>>s.shift), int(s.last)))
@@ -78,9 +78,9 @@ func (b *Block) ObserveN(h Hist, v, n uint64) {
 	b.dirty[s.sum>>6&1] |= 1 << (s.sum & 63)
 }
 
-// Publish shows readers what changed: call it every 32 frames. It never waits:
-// when a reader is copying just now, the next Publish or Flush shows what this
-// one would have. It does not allocate and makes no system call.
+// Publish shows readers the changed words; call it every 32 frames. It never waits: while
+// a reader copies, the change stays for the next Publish or Flush. It does not allocate
+// and makes no system call.
 func (b *Block) Publish() {
 	if b.dirty[0]|b.dirty[1] == 0 || !b.mu.TryLock() {
 		return
@@ -89,8 +89,8 @@ func (b *Block) Publish() {
 	b.mu.Unlock()
 }
 
-// Flush is Publish for an owner about to park, who may be gone for long: it
-// waits for a reader to finish its copy of one kilobyte.
+// Flush is Publish for an owner that is about to park, perhaps for long: it waits until a
+// reader has finished its copy of one kilobyte.
 func (b *Block) Flush() {
 	if b.dirty[0]|b.dirty[1] == 0 {
 		return
@@ -100,9 +100,9 @@ func (b *Block) Flush() {
 	b.mu.Unlock()
 }
 
-// Refresh publishes every word, changed or not, and gives the number of words of
-// the mirror that were not as they were left: somebody else wrote there. They
-// are put right and counted in mirror_healed. Call it on the slow tick.
+// Refresh publishes every word, changed or not. It first counts the words of the mirror
+// that another process has changed, adds them to mirror_healed and returns the number.
+// Call it on the slow tick.
 func (b *Block) Refresh() (healed int) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -122,12 +122,12 @@ func (b *Block) Refresh() (healed int) {
 	return healed
 }
 
-// allDirty is every word but the two markers.
+// allDirty has a bit for every word but the two markers.
 var allDirty = [BlockWords / 64]uint64{^uint64(1), ^uint64(0) >> 1}
 
-// publishLocked stores the start marker first and the done marker last. They are
-// the last and the first word, so that whoever copies the block upwards and
-// finds them equal has words of one instant.
+// publishLocked stores the start marker first and the done marker last. They are the last
+// and the first word: a reader that copies the block upwards and finds them equal has the
+// words of one instant.
 func (b *Block) publishLocked() {
 	s := b.sink
 	if s == nil {
@@ -154,7 +154,7 @@ func (b *Block) publishLocked() {
 	put(&s.words[wordDone], b.gen)
 }
 
-// attach mirrors the block to s from now on, or nowhere if s is nil.
+// attach mirrors the block to s from now on; with a nil s it ends mirroring.
 func (b *Block) attach(s *sink) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -170,7 +170,7 @@ func (b *Block) attach(s *sink) {
 	put(&s.words[wordDone], b.gen)
 }
 
-// read copies what was published last.
+// read copies the words as last published.
 func (b *Block) read(to *[BlockWords]uint64) {
 	b.mu.Lock()
 	*to = b.public

@@ -94,7 +94,7 @@ func TestPublishDoesNotWaitForAReader(t *testing.T) {
 	s := NewSet(1)
 	b := s.TX(0)
 	b.Add(Packets, 1)
-	b.mu.Lock() // a reader that was preempted in its copy
+	b.mu.Lock() // stands for a reader that was preempted during its copy
 	b.Publish() // would hang the test if it waited
 	b.mu.Unlock()
 	if st := s.Snapshot(); st.TX.Get(Packets) != 0 {
@@ -177,8 +177,8 @@ func TestCountingIsInlined(t *testing.T) {
 	}
 }
 
-// Snapshots and outside readers run against a writer that publishes back to
-// back: what they see must be of one instant.
+// Snapshots and outside readers run against a writer that publishes continuously: each
+// must see the words of one instant.
 func TestReadersSeeOneInstant(t *testing.T) {
 	const perFrame = 1500
 	s := NewSet(1)
@@ -324,8 +324,8 @@ func TestEveryWordOfTheTableIsUsedOnce(t *testing.T) {
 	}
 }
 
-// A reader of another process trusts the layout hash: when this fails, raise
-// LayoutVersion with the new hash.
+// A reader in another process relies on the layout hash: when this test fails, raise
+// LayoutVersion and add the new hash.
 func TestLayoutIsGuarded(t *testing.T) {
 	hashes := map[int]uint64{1: 0x9c5e4ff2408e42dc, 2: 0xdab3ece7552adb7b, 3: 0x7cf0445946b43ed3}
 	if got := Layout(); got != hashes[LayoutVersion] {

@@ -6,9 +6,9 @@ import (
 	"strconv"
 )
 
-// Dir is the direction of a block, the same at both roles: RX counts frames this
-// end hands to its local user, TX frames its user gave it. A backend's RX is
-// therefore the frontend's transmit ring.
+// Dir is the direction of a block. It has the same sense at both ends: RX counts the
+// frames this end gives to its local user, TX the frames its user gave it. So a backend's
+// RX is the frontend's transmit ring.
 type Dir uint8
 
 const (
@@ -23,11 +23,11 @@ func (d Dir) String() string {
 	return "rx"
 }
 
-// Kind is what a field's words mean.
+// Kind is the meaning of a field's words.
 type Kind uint8
 
 const (
-	KindCounter   Kind = iota // never goes down but by wrapping at 2^64
+	KindCounter   Kind = iota // grows, and wraps at 2^64
 	KindGauge                 // the latest value
 	KindHistogram             // a word per bucket, then the sum of the values
 )
@@ -43,7 +43,7 @@ func (k Kind) String() string {
 	}
 }
 
-// A Counter is a field that only grows. Its value is its word in the block.
+// A Counter is a field that only grows. Its value is the index of its word in the block.
 type Counter uint8
 
 const (
@@ -51,8 +51,8 @@ const (
 
 	Packets
 	Bytes
-	errorsSum  // of the reasons from DropTooLong on; written by Drop only
-	droppedSum // of the other reasons; written by Drop only
+	errorsSum  // sum of the reasons from DropTooLong on; written by Drop only
+	droppedSum // sum of the other reasons; written by Drop only
 	Multicast
 	Broadcast
 
@@ -90,10 +90,10 @@ const (
 	endCounters
 )
 
-// A Reason says why one frame was lost. Every reason is a counter of its own and
-// is summed into dropped (nothing was wrong with the frame) or errors. There is
-// none for want of a page, a slot or a link: then the frame waits, at the sender
-// or in the ring, and alloc_failed, ring_full and stalls tell of it.
+// A Reason says why a frame was lost. Every reason is a counter of its own and is also
+// added to dropped (the frame was correct) or to errors. There is no reason for a lack of
+// pages, slots or link: such a frame is not lost but waits, at the sender or in the ring;
+// alloc_failed, ring_full and stalls count that.
 type Reason uint8
 
 const (
@@ -117,7 +117,7 @@ const (
 	firstError = DropTooLong
 )
 
-// sum is the counter r is part of.
+// sum returns the counter that includes r.
 func (r Reason) sum() Counter {
 	if r < firstError {
 		return droppedSum
@@ -143,22 +143,21 @@ type Hist uint8
 const (
 	FrameSize     Hist = iota // bytes
 	BatchSize                 // frames a poll or Send moved
-	RingOccupancy             // slots in use, seen once a poll
+	RingOccupancy             // slots in use, observed once per poll
 
-	// WakeupLatency is the nanoseconds from a wake to the moment the owner that
-	// waited goes on: what the scheduler takes. When a peer notified is not known
-	// to us, so only wakes of our own are timed, and none is made for it: those of
-	// the slow tick. With a mirror the tick wakes waiting owners once a second;
-	// without one only to end a wait that lasted too long.
+	// WakeupLatency is the time in nanoseconds from waking a waiting owner until it runs:
+	// the scheduler's share. We do not know when the peer notified, so only the slow
+	// tick's wakes are timed. With a mirror the tick wakes waiting owners once a second;
+	// without one it wakes them only to end a wait that lasted too long.
 	WakeupLatency
 
-	// RequestLatency is the nanoseconds from a request to its response, for one
-	// request a second at most. At a frontend, of what it sends: from the publish
-	// of the request until the sender sees the response. A time counts only if
-	// at least half of it is known to be the peer's, so one that comes by rarely
-	// gives none. At a backend, both ways: from taking the requests of a batch to
-	// the publish of their responses. A frontend that receives has none: a page
-	// it posted is answered when a frame comes, which says how idle the link is.
+	// RequestLatency is the time in nanoseconds from a request to its response, for at
+	// most one request a second. A sending frontend measures from the publish of the
+	// request until it sees the response. It counts a time only if at least half of it is
+	// known to be the peer's, so a sender that rarely looks gives none. A backend
+	// measures in both directions, from taking the requests of a batch to the publish of
+	// their responses. A receiving frontend has none: a posted page is answered when a
+	// frame comes, so the time would only show how idle the link is.
 	RequestLatency
 
 	endHists
@@ -174,8 +173,8 @@ const (
 	wordHists = uint8(endGauges)
 )
 
-// shape places a histogram in the block: buckets at word, bounds 2^shift,
-// 2^(shift+1) and so on, then one without a bound, then the sum.
+// shape places a histogram in the block. The buckets begin at word; their bounds are
+// 2^shift, 2^(shift+1) and so on. Then follow a bucket without a bound, and the sum.
 type shape struct{ word, shift, last, sum uint8 }
 
 var shapes = [endHists]shape{
@@ -186,20 +185,19 @@ var shapes = [endHists]shape{
 	RequestLatency: {word: wordHists + 50, shift: 10, last: 13, sum: wordHists + 64}, // 1 us to 4 ms
 }
 
-// A Field describes one field of a block. The table of all fields is the single
-// definition from which the layout, the text formats, the BTF of a BPF map and
-// the documentation page are made.
+// A Field describes one field of a block. The table of all fields is the single source of
+// the layout, the text formats, the BTF of a BPF map and the documentation page.
 type Field struct {
 	Name   string // without direction: "packets" is rx_packets and tx_packets
 	Unit   string // "frames", "bytes", "nanoseconds", ...
 	Help   string // one line, no trailing full stop
 	Kind   Kind
-	SumIn  string   // for a reason: the field it is summed into
+	SumIn  string   // for a reason: the name of the sum that includes it
 	Word   int      // index of its first word in the block
-	Bounds []uint64 // of a histogram: inclusive upper bounds of all buckets but the last
+	Bounds []uint64 // for a histogram: inclusive upper bounds of all buckets but the last
 }
 
-// Words is how many words of the block the field takes.
+// Words returns how many words of the block the field takes.
 func (f Field) Words() int {
 	if f.Kind == KindHistogram {
 		return len(f.Bounds) + 2
@@ -207,11 +205,11 @@ func (f Field) Words() int {
 	return 1
 }
 
-// FullName is the name in direction d: "rx_packets".
+// FullName returns the name in direction d: "rx_packets".
 func (f Field) FullName(d Dir) string { return d.String() + "_" + f.Name }
 
-// Metric is the name of the field's OpenMetrics family in direction d:
-// "barevif_rx_packets". A histogram's ends in its unit.
+// Metric returns the name of the field's OpenMetrics family in direction d:
+// "barevif_rx_packets". The name of a histogram ends in its unit.
 func (f Field) Metric(d Dir) string {
 	m := "barevif_" + f.FullName(d)
 	if f.Kind == KindHistogram {
@@ -220,7 +218,7 @@ func (f Field) Metric(d Dir) string {
 	return m
 }
 
-// LE is the bound of bucket i as OpenMetrics writes it: "64.0", "4.194304e+06",
+// LE returns the bound of bucket i as OpenMetrics writes it: "64.0", "4.194304e+06",
 // "+Inf".
 func (f Field) LE(i int) string {
 	if i >= len(f.Bounds) {
@@ -232,7 +230,7 @@ func (f Field) LE(i int) string {
 	return strconv.FormatUint(f.Bounds[i], 10) + ".0"
 }
 
-// Bucket is the name of bucket i of a histogram, or of its sum: "le_64", "inf",
+// Bucket returns the name of bucket i of a histogram, or of its sum: "le_64", "inf",
 // "sum".
 func (f Field) Bucket(i int) string {
 	switch {
@@ -309,11 +307,11 @@ var histTexts = [endHists]text{
 	RequestLatency: {"request_latency", "nanoseconds", "time to a response, sampled: of the peer to a frontend, of a backend to a batch"},
 }
 
-// LayoutVersion is raised when Fields changes what a word of a block means.
+// LayoutVersion is increased when a change of Fields changes the meaning of a word.
 const LayoutVersion = 3
 
-// Layout is a hash of the meaning of every word of a block. Whoever reads words
-// of another process compares it first.
+// Layout returns a hash of the meaning of every word of a block. A process that reads
+// another's words compares it first.
 func Layout() uint64 {
 	h := fnv.New64a()
 	for _, f := range Fields() {
@@ -322,7 +320,7 @@ func Layout() uint64 {
 	return h.Sum64()
 }
 
-// Fields gives the table, in the order of the words of a block. The slice is the
+// Fields returns the table, in the order of the words of a block. The slice is the
 // caller's.
 func Fields() []Field {
 	out := make([]Field, 0, int(wordHists)+int(endHists))

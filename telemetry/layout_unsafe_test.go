@@ -8,7 +8,7 @@ import (
 // Addresses are only compared here, never turned back into pointers.
 func TestWritersNeverShareALine(t *testing.T) {
 	s := NewSet(3)
-	lines := map[uintptr]int{} // by whom a line is written
+	lines := map[uintptr]int{} // the writer of each line
 	writer := 0
 	for i := range s.blocks {
 		b := &s.blocks[i]

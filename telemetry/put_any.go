@@ -4,6 +4,5 @@ package telemetry
 
 import "sync/atomic"
 
-// put stores a word of a mirror, after everything stored before and before
-// everything stored later.
+// put stores a word of a mirror, after all earlier stores and before all later ones.
 func put(p *uint64, v uint64) { atomic.StoreUint64(p, v) }

@@ -7,27 +7,28 @@ import (
 	"time"
 )
 
-// A Set is all counters of one device. It outlives connections and queues: its
-// methods may be called from any goroutine, at any time.
+// A Set is all counters of one device. It outlives connections and queues. Any goroutine
+// may call its methods at any time.
 type Set struct {
 	blocks []Block // rx and tx of queue 0, of queue 1, ...; each written by its owner only
 
 	mu     sync.Mutex
 	mirror Mirror               // guarded by mu
 	reason string               // guarded by mu: why there is no mirror
-	last   [][BlockWords]uint64 // guarded by mu: copies of the blocks
-	base   [][BlockWords]uint64 // guarded by mu: what Stats subtracts
+	last   [][BlockWords]uint64 // guarded by mu: latest copies of the blocks
+	base   [][BlockWords]uint64 // guarded by mu: the baseline that Snapshot subtracts
 	reset  Reset                // guarded by mu
 	status Status               // guarded by mu
-	events [eventsKept]Event    // guarded by mu: ring of the latest
-	seq    uint64               // guarded by mu: of the latest event
-	healed uint64               // guarded by mu: mirror_healed already reported
+	events [eventsKept]Event    // guarded by mu: ring of the latest events
+	seq    uint64               // guarded by mu: number of the latest event
+	healed uint64               // guarded by mu: the part of mirror_healed that was reported
 }
 
-// eventsKept is how many events a Set remembers.
+// eventsKept is how many events a Set keeps.
 const eventsKept = 256
 
-// NewSet makes the counters of a device with up to queues queues, on the heap.
+// NewSet makes the counters of a device with up to the given number of queues, on the
+// heap.
 func NewSet(queues int) *Set {
 	return &Set{
 		blocks: make([]Block, 2*queues),
@@ -36,17 +37,17 @@ func NewSet(queues int) *Set {
 	}
 }
 
-// Queues is the number of queues there is room for.
+// Queues returns the number of queues that the Set has blocks for.
 func (s *Set) Queues() int { return len(s.blocks) / 2 }
 
-// RX is the receive block of queue q. It panics if there is no such queue.
+// RX returns the receive block of queue q. It panics if there is no such queue.
 func (s *Set) RX(q int) *Block { return &s.blocks[2*q+int(RX)] }
 
-// TX is the transmit block of queue q. It panics if there is no such queue.
+// TX returns the transmit block of queue q. It panics if there is no such queue.
 func (s *Set) TX(q int) *Block { return &s.blocks[2*q+int(TX)] }
 
-// Open mirrors the counters to store, as far as it can: a failure leaves them on
-// the heap, and [Set.Backend] tells of it. A nil store mirrors nowhere.
+// Open mirrors the counters to store. If that fails they stay on the heap alone, and
+// [Set.Backend] says why. With a nil store there is no mirror.
 func (s *Set) Open(store Store, info Info) {
 	if store == nil {
 		return
@@ -64,11 +65,11 @@ func (s *Set) Open(store Store, info Info) {
 	s.mu.Unlock()
 }
 
-// ErrAttached is what [Set.Attach] answers to a second mirror.
+// ErrAttached is returned by [Set.Attach] for a second mirror.
 var ErrAttached = errors.New("telemetry: there is a mirror already")
 
-// Attach has every block mirrored to m from now on and takes m over: [Set.Close]
-// closes it. On an error m stays the caller's.
+// Attach mirrors every block to m from now on and takes m over: [Set.Close] closes it. On
+// an error m stays the caller's.
 func (s *Set) Attach(m Mirror) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -100,7 +101,7 @@ func (s *Set) Attach(m Mirror) error {
 	return nil
 }
 
-// Backend says where the counters are mirrored and why not in a better place.
+// Backend returns the kind of mirror, and why it is not a better one.
 func (s *Set) Backend() (kind, reason string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -110,8 +111,8 @@ func (s *Set) Backend() (kind, reason string) {
 	return s.mirror.Kind(), s.mirror.Reason()
 }
 
-// Close takes the mirror away and closes it. The counters stay readable and
-// their owners may go on counting and publishing.
+// Close detaches the mirror and closes it. The counters stay readable, and their owners
+// may go on counting and publishing.
 func (s *Set) Close() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -136,8 +137,8 @@ func (s *Set) SetStatus(st Status) {
 	}
 }
 
-// Tick tells the mirror that the device is alive, and reports words that owners
-// had to heal. Call it once a second.
+// Tick tells the mirror that the device is alive, and records an event for words that
+// owners had to heal. Call it once a second.
 func (s *Set) Tick() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -155,8 +156,8 @@ func (s *Set) Tick() {
 	}
 }
 
-// Record keeps an event. What a and b mean is said at the kind. It takes a lock
-// and the time of day: not for every frame.
+// Record stores an event; the kind defines the meaning of a and b. It takes a lock and
+// reads the clock, so it is not for every frame.
 func (s *Set) Record(k EventKind, queue int, a, b uint64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -172,7 +173,7 @@ func (s *Set) recordLocked(k EventKind, queue int, a, b uint64) {
 	}
 }
 
-// Events gives the latest events, oldest first: at most 256.
+// Events returns the latest events, oldest first: at most 256.
 func (s *Set) Events() []Event {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -188,22 +189,22 @@ func (s *Set) eventsLocked() []Event {
 	return out
 }
 
-// readLocked brings last up to date.
+// readLocked copies the blocks to last.
 func (s *Set) readLocked() {
 	for i := range s.blocks {
 		s.blocks[i].read(&s.last[i])
 	}
 }
 
-// Snapshot gives the counters since the last Reset. Each block is of one
-// instant; different blocks are from slightly different ones.
+// Snapshot returns the counters since the last Reset. Each block is of one instant;
+// different blocks may be of slightly different instants.
 func (s *Set) Snapshot() Stats {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.snapshotLocked(true)
 }
 
-// Totals gives the counters since the Set was made, whatever was reset.
+// Totals returns the counters since the Set was made, regardless of Reset.
 func (s *Set) Totals() Stats {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -231,8 +232,8 @@ func (s *Set) snapshotLocked(sinceReset bool) Stats {
 	return Sum(queues)
 }
 
-// Reset makes the counters of Snapshot start from zero: it remembers where they
-// are. Gauges, mirrors and Totals do not change.
+// Reset makes the counters of Snapshot start from zero: it records their present values.
+// It does not change gauges, mirrors and Totals.
 func (s *Set) Reset() {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -135,8 +135,8 @@ func TestClosedMirrorIsNotWritten(t *testing.T) {
 		if err := s.Close(); err != nil || m.closed != 1 {
 			t.Fatal(err, m.closed)
 		}
-		// From here on the words may be unmapped: the race detector would see
-		// the owner write them.
+		// From here on the words may be unmapped: the race detector would report a write
+		// by the owner.
 		clear(m.words)
 		if err := s.Close(); err != nil || m.closed != 1 {
 			t.Fatal("the second Close did something", err, m.closed)

@@ -1,7 +1,6 @@
 package telemetry
 
-// Stats are the counters of a device: summed over its queues, and each queue's
-// own.
+// Stats are the counters of a device: the sums over its queues, and those of each queue.
 type Stats struct {
 	RX, TX Values
 	Queues []Queue
@@ -10,7 +9,7 @@ type Stats struct {
 // Queue is the counters of one queue.
 type Queue struct{ RX, TX Values }
 
-// Sum makes the Stats of queues, and takes the slice over.
+// Sum makes the Stats of queues and takes the slice over.
 func Sum(queues []Queue) Stats {
 	st := Stats{Queues: queues}
 	for i := range queues {
@@ -20,14 +19,14 @@ func Sum(queues []Queue) Stats {
 	return st
 }
 
-// Unaccounted is how many frames of one direction of a vif are in no account: one
-// end sent them, and they were neither received nor lost. It is 0 at rest, and
-// negative if there are too many.
+// Unaccounted returns how many frames of one direction of a vif neither end accounts for:
+// sent, but neither received nor lost. It is 0 at rest, and negative if frames were
+// counted twice.
 //
-// A frame is in one account. The end that receives counts it as received or, by
-// reason, as lost. A frame without an answer when its connection ended is the
-// sender's: [DropDisconnected]. What else a sender counts as lost it was told of by
-// the receiver, or told the receiver, which counts it.
+// Each frame is counted once. The receiving end counts it as received or, by reason, as
+// lost. The sender counts a frame that had no answer when the connection ended:
+// [DropDisconnected]. Other frames that a sender counts as lost the receiver counts too:
+// one end told the other.
 func Unaccounted(sent, received *Values) int64 {
 	return int64(sent.Get(Packets) - sent.Lost(DropDisconnected) - received.Get(Packets) - received.Dropped() - received.Errors())
 }
@@ -38,11 +37,11 @@ type Values struct{ words [BlockWords]uint64 }
 // ValuesOf makes Values of a block's words, as read from a mirror.
 func ValuesOf(words *[BlockWords]uint64) Values { return Values{*words} }
 
-// additive are the ranges of words that add up over queues and start from the
+// additive are the ranges of words that are summed over queues and start from the
 // baseline: all but the markers and the gauges.
 var additive = [...][2]int{{1, int(endReasons)}, {int(endGauges), wordStart}}
 
-// add adds o to v. Of ring_used_max the greater counts, other gauges add up.
+// add adds o to v. For ring_used_max it takes the maximum; other gauges are summed.
 func (v *Values) add(o *Values) {
 	for w := 1; w < wordStart; w++ {
 		if w == int(RingUsedMax) {
@@ -53,26 +52,26 @@ func (v *Values) add(o *Values) {
 	}
 }
 
-// Get is the value of c.
+// Get returns the value of c.
 func (v *Values) Get(c Counter) uint64 { return v.words[c] }
 
-// Errors is the number of frames lost because something was wrong.
+// Errors returns the number of frames lost because something was wrong with them.
 func (v *Values) Errors() uint64 { return v.words[errorsSum] }
 
-// Dropped is the number of frames lost with which nothing was wrong.
+// Dropped returns the number of correct frames that were lost.
 func (v *Values) Dropped() uint64 { return v.words[droppedSum] }
 
-// Lost is the number of frames lost for reason r.
+// Lost returns the number of frames lost for reason r.
 func (v *Values) Lost(r Reason) uint64 { return v.words[r] }
 
-// Gauge is the value of g.
+// Gauge returns the value of g.
 func (v *Values) Gauge(g Gauge) uint64 { return v.words[g] }
 
-// Field is the value of f, which is no histogram.
+// Field returns the value of f, which must not be a histogram.
 func (v *Values) Field(f Field) uint64 { return v.words[f.Word] }
 
-// Histogram gives the counts of f's buckets, not cumulated, and the sum of the
-// values observed. The slice is the caller's.
+// Histogram returns the counts of f's buckets, not cumulated, and the sum of the observed
+// values. The slice is the caller's.
 func (v *Values) Histogram(f Field) (buckets []uint64, sum uint64) {
 	n := len(f.Bounds) + 1
 	return append([]uint64(nil), v.words[f.Word:f.Word+n]...), v.words[f.Word+n]

@@ -5,7 +5,7 @@ import (
 	"time"
 )
 
-// Role is the end of the vif a device is.
+// Role is the end of the vif that the device is.
 type Role uint8
 
 const (
@@ -23,14 +23,14 @@ func (r Role) String() string {
 // Info names a device to a [Store].
 type Info struct {
 	Role   Role
-	Own    uint16 // our domain's number
-	Peer   uint16 // the other end's domain
+	Own    uint16 // our domain id
+	Peer   uint16 // the other end's domain id
 	Handle uint32 // of the vif, as in xenstore
-	Queues int    // queues to make room for; set by Set.Open
+	Queues int    // number of queues to mirror; set by Set.Open
 }
 
-// Name is what mirrors of the device are called: "front-3-0-0" is domain 3's end
-// of its vif 0 with domain 0.
+// Name returns the name of the device's mirrors: "front-3-0-0" is domain 3's end of its
+// vif 0 with domain 0.
 func (i Info) Name() string {
 	return fmt.Sprintf("%s-%d-%d-%d", i.Role, i.Own, i.Peer, i.Handle)
 }
@@ -38,7 +38,7 @@ func (i Info) Name() string {
 // State is enum xenbus_state of xen/include/public/io/xenbus.h.
 type State uint8
 
-// StateNames are the names of the states, from 0, as the header has them.
+// StateNames are the header's names of the states, from 0.
 var StateNames = [...]string{
 	"XenbusStateUnknown", "XenbusStateInitialising", "XenbusStateInitWait", "XenbusStateInitialised",
 	"XenbusStateConnected", "XenbusStateClosing", "XenbusStateClosed", "XenbusStateReconfiguring",
@@ -47,11 +47,11 @@ var StateNames = [...]string{
 
 func (s State) String() string { return nameOf(StateNames[:], int(s)) }
 
-// Feature is a bit of what was negotiated with the peer.
+// Feature is a set of features negotiated with the peer, one per bit.
 type Feature uint32
 
 const (
-	FeatureCsum Feature = 1 << iota // partial IPv4 checksums pass
+	FeatureCsum Feature = 1 << iota // frames with partial IPv4 checksums pass
 	FeatureCsum6
 	FeatureGSO4
 	FeatureGSO6
@@ -71,14 +71,14 @@ var FeatureNames = [...]string{
 	"static_grants", "split_events", "lend_rx", "trusted",
 }
 
-// Status is what a store shows of a device beside its counters.
+// Status is the state of a device that a store shows beside its counters.
 type Status struct {
 	State    State
 	Up       bool
 	MAC      [6]byte
 	MTU      uint32 // bytes
 	Queues   uint32 // in use
-	Epoch    uint64 // number of the connection, from 1
+	Epoch    uint64 // number of the connection, counted from 1
 	Features Feature
 }
 
@@ -87,16 +87,16 @@ type EventKind uint8
 
 const (
 	EventState     EventKind = iota + 1 // A: old state, B: new state
-	EventViolation                      // A: slot or index, B: what was found there
-	EventStall                          // A: slots the peer is short of, B: nanoseconds without progress
+	EventViolation                      // A: slot or index, B: the value found there
+	EventStall                          // A: slots that the sender is short of, B: nanoseconds without progress
 	EventRescued                        // A: slots found waiting
 	EventTamper                         // A: words healed
 	EventReset                          // A: resets so far
 	EventReconnect                      // A: epoch
-	EventStallOver                      // A: slots the peer is still short of, B: nanoseconds it lasted
+	EventStallOver                      // A: slots that the sender is still short of, B: nanoseconds the stall lasted
 )
 
-// EventNames are the names of the kinds, from 0, which is no event.
+// EventNames are the names of the kinds, from 0, which stands for no event.
 var EventNames = [...]string{
 	"none", "state", "violation", "stall", "rescued_wakeup", "tamper", "reset", "reconnect", "stall_over",
 }
@@ -110,10 +110,10 @@ func nameOf(names []string, i int) string {
 	return "unknown"
 }
 
-// NoQueue is the Queue of an event of the whole device.
+// NoQueue is the Queue of an event that concerns the whole device.
 const NoQueue = -1
 
-// An Event is one entry of the recorder: something rare worth remembering.
+// An Event is an entry of the event log: something rare.
 type Event struct {
 	Seq   uint64 // from 1, without gaps
 	Time  time.Time
@@ -122,7 +122,7 @@ type Event struct {
 	A, B  uint64
 }
 
-// Reset is the baseline [Set.Reset] set.
+// Reset is the baseline that [Set.Reset] set.
 type Reset struct {
 	Count              uint64
 	Time               time.Time
@@ -130,33 +130,33 @@ type Reset struct {
 	TxPackets, TxBytes uint64
 }
 
-// A Store makes a place outside the process's heap where counters are mirrored.
+// A Store provides memory outside the process's heap in which counters are mirrored.
 type Store interface {
-	// Open makes the mirror of one device. A store that can do less than it
-	// would like gives a lesser Mirror that says why; the error says why it
-	// could give none.
+	// Open makes the mirror of one device. A store that cannot make its best kind of
+	// Mirror makes a lesser one, whose Reason says why. The error says why it could make
+	// none.
 	Open(Info) (Mirror, error)
 }
 
-// A Mirror is the place of one device's counters. The [Set] it is attached to
-// calls its methods, one at a time.
+// A Mirror holds the counters of one device. The [Set] it is attached to calls its
+// methods, one at a time.
 type Mirror interface {
-	// Words gives the [BlockWords] words of one block, which belong to the Set
-	// until Close, and the totals they are to continue from: nil for none.
+	// Words returns the [BlockWords] words of one block, which the Set writes until
+	// Close, and the totals from which they continue: nil for none.
 	Words(queue int, d Dir) (words, base []uint64)
 
-	// Kind is what the mirror is, "memfd" for instance, and Reason why it is not
-	// a better one: empty for the best there is.
+	// Kind returns the kind of mirror, such as "memfd", and Reason why it is not a better
+	// one: empty for the best kind.
 	Kind() string
 	Reason() string
 
-	// Update shows status and reset, and that the device is alive: it is called
-	// on every change and once a second.
+	// Update shows status and reset, and that the device is alive. The Set calls it on
+	// every change and once a second.
 	Update(Status, Reset)
 
-	// Record keeps e beside the counters.
+	// Record stores e beside the counters.
 	Record(e Event)
 
-	// Close takes the mirror away. Nobody writes its words any more.
+	// Close removes the mirror. The Set no longer writes its words.
 	Close() error
 }

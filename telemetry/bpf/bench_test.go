@@ -14,8 +14,8 @@ import (
 	"barevif/telemetry/bpf/bpftest"
 )
 
-// One batch of frames counted as a queue's owner counts it, in places of every
-// kind.
+// BenchmarkPublish counts one batch of frames as the owner of a queue does, with every
+// kind of mirror.
 func BenchmarkPublish(b *testing.B) {
 	for _, batch := range []int{1, 8, 32} {
 		for _, kind := range []string{"heap", KindMemfd, withPins()} {
@@ -65,7 +65,7 @@ func BenchmarkOpenClose(b *testing.B) {
 	}
 }
 
-// A scrape as a monitoring agent makes it.
+// BenchmarkCat reads the metrics as a monitoring agent does.
 func BenchmarkCat(b *testing.B) {
 	bpftest.NeedIterator(b)
 	for _, queues := range []int{1, 8} {

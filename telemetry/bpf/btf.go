@@ -21,7 +21,7 @@ var (
 	btfBool = &btf.Int{Name: "bool", Size: 1, Encoding: btf.Bool}
 )
 
-// enums are the ways a uint32 can be shown, by the name in its tag.
+// enums are the types that show a uint32, by the name in its tag.
 var enums = map[string]*btf.Enum{
 	"role":         enum("barevif_role", 0, telemetry.Frontend.String(), telemetry.Backend.String()),
 	"xenbus_state": enum("xenbus_state", 0, telemetry.StateNames[:]...),
@@ -39,8 +39,8 @@ func enum(name string, from uint64, values ...string) *btf.Enum {
 	return e
 }
 
-// queueType describes an element of the counters, every member by its full
-// name. Units and help travel along as declaration tags.
+// queueType describes an element of the counters map, with the full name of every member.
+// Units and help are declaration tags.
 func queueType() *btf.Struct {
 	s := &btf.Struct{Name: "barevif_queue", Size: queueBytes}
 	for _, d := range [...]telemetry.Dir{telemetry.RX, telemetry.TX} {
@@ -65,7 +65,7 @@ func queueType() *btf.Struct {
 	return s
 }
 
-// recordType describes a record by the tags of its Go type.
+// recordType describes a record by the btf tags of its Go type.
 func recordType(name string, record any) *btf.Struct {
 	return structType(name, reflect.TypeOf(record))
 }
@@ -111,5 +111,5 @@ func memberType(show string, t reflect.Type) btf.Type {
 		}
 		return btfU8
 	}
-	panic(fmt.Sprintf("telemetry/bpf: a record has a member of type %v", t)) // a bug of ours, seen by every test
+	panic(fmt.Sprintf("telemetry/bpf: a record has a member of type %v", t)) // a programming error that every test would see
 }

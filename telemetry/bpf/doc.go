@@ -1,9 +1,9 @@
-// Package bpf mirrors counters into BPF maps, where other processes read them by
-// name and without the help of ours.
+// Package bpf mirrors counters into BPF maps, where other processes read them by name,
+// without help from this process.
 //
-// A [Store] makes, per device, an array of counters that is mapped into this
-// process and written by plain stores. Its type information is made from the
-// table of package telemetry, so that
+// A [Store] makes, per device, an array of counters that is mapped into this process and
+// written by plain stores. Its type information is made from the table of package
+// telemetry, so that
 //
 //	bpftool map dump pinned /sys/fs/bpf/barevif/front-3-0-0/counters
 //
@@ -11,17 +11,17 @@
 //
 //	cat /sys/fs/bpf/barevif/front-3-0-0/metrics
 //
-// print OpenMetrics text, also while this process is stopped, and after it was
-// killed. Both are assembled in Go: no compiler, no object file.
+// print OpenMetrics text, even while this process is stopped and after it was killed.
+// Both are assembled in Go, without a compiler or an object file.
 //
-// Where something is missing the store does with less, and its Reason says what
-// was missing: maps without the iterator (no CAP_PERFMON), maps without pins (no
-// BPF file system mounted: mount -t bpf bpf /sys/fs/bpf makes one; or the
-// directory is somebody else's), a sealed memfd
-// (no CAP_BPF). All hold the same words; [List] and [Open] read any of them.
+// Where something is missing the store makes a lesser mirror, whose Reason says what was
+// missing: maps without the iterator (no CAP_PERFMON), maps without pins (no BPF file
+// system is mounted: mount -t bpf bpf /sys/fs/bpf mounts one; or another user owns the
+// directory), a sealed memfd (no CAP_BPF). All hold the same words; [List] and [Open]
+// read any of them.
 //
-// The directory belongs to whoever holds a lock on it. Pins of a killed process
-// stay readable until the next owner replaces them or somebody removes them.
+// The directory belongs to the process that holds a lock on it. The pins of a killed
+// process stay readable until the next owner replaces them or they are removed.
 //
 // The package runs on Linux only.
 package bpf

@@ -17,7 +17,7 @@ import (
 	"barevif/telemetry/bpf/bpftest"
 )
 
-// as is a command that runs another as an unprivileged user with some
+// as returns a command that runs another one as an unprivileged user with some
 // capabilities.
 func as(t *testing.T, uid int, caps ...string) []string {
 	setpriv := bpftest.Tool(t, "setpriv")
@@ -30,7 +30,7 @@ func as(t *testing.T, uid int, caps ...string) []string {
 	return append(cmd, "--inh-caps=-all,"+list, "--ambient-caps=-all,"+list)
 }
 
-// ownDir is a directory of the BPF file system that belongs to uid.
+// ownDir makes a directory of the BPF file system that belongs to uid.
 func ownDir(t *testing.T, uid int) string {
 	t.Helper()
 	dir := filepath.Join("/sys/fs/bpf", "test_"+strings.NewReplacer("/", "_", ".", "_", "+", "_").Replace(t.Name()))
@@ -41,7 +41,8 @@ func ownDir(t *testing.T, uid int) string {
 	return dir
 }
 
-// Every step down is taken by a process that lacks something, and says what.
+// A process that lacks something gets the next lesser mirror, and its Reason names what
+// is missing.
 func TestStoreDoesWithWhatItIsAllowed(t *testing.T) {
 	const uid = 4321
 	for _, c := range []struct {
@@ -161,7 +162,7 @@ func TestStoreDoesWithWhatItIsAllowed(t *testing.T) {
 	}
 }
 
-// Directories that cannot be used for pins cost the pins, not the maps.
+// A directory that is unusable for pins costs the pins, not the maps.
 func TestUnusableDirectoryIsRefused(t *testing.T) {
 	bpftest.Need(t)
 	base := ownDir(t, 0)
@@ -260,7 +261,7 @@ func mkdir(t *testing.T, path string, mode os.FileMode, uid int) string {
 	return path
 }
 
-// A directory with things in it that are not ours is used, and left alone.
+// A directory that also holds foreign files is used, and these files stay.
 func TestForeignFilesStay(t *testing.T) {
 	bpftest.Need(t)
 	root := ownDir(t, 0)
@@ -283,8 +284,8 @@ func TestForeignFilesStay(t *testing.T) {
 	}
 }
 
-// Whoever may, takes the pins away or puts something else in their place. The
-// device counts on, and its end says what it could not remove.
+// Another process may remove the pins or replace them. The device goes on counting, and
+// Close reports what it could not remove.
 func TestPinsTakenAwayDoNotMatter(t *testing.T) {
 	bpftest.Need(t)
 	for _, c := range []struct {
@@ -354,7 +355,7 @@ func TestPinsTakenAwayDoNotMatter(t *testing.T) {
 	}
 }
 
-// Nobody can write to the memfd or resize it, root included.
+// No process can write to the memfd or resize it, not even root's.
 func TestMemfdIsSealed(t *testing.T) {
 	o := start(t, plan{Info: device(t), Packets: 12, Deny: []uint32{unix.SYS_BPF}})
 	if o.Kind != KindMemfd {
@@ -396,7 +397,7 @@ func TestMemfdIsSealed(t *testing.T) {
 	}
 }
 
-// The same user reads a memfd without any right.
+// The same user reads a memfd without any privilege.
 func TestMemfdNeedsNoRoot(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root to become another user")
@@ -418,7 +419,7 @@ func TestMemfdNeedsNoRoot(t *testing.T) {
 	o.End(t)
 }
 
-// Who may read the metrics only gets the counters out of the text.
+// A process that may read only the metrics gets the counters from the text.
 func TestReaderWithoutRightsUsesTheText(t *testing.T) {
 	bpftest.NeedIterator(t)
 	info := device(t)

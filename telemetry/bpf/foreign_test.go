@@ -17,7 +17,7 @@ import (
 	"barevif/telemetry/bpf/bpftest"
 )
 
-// bounds are what a text can say of places in memory.
+// A text may name only queues and buckets that exist.
 func TestTextNamesOnlyPlacesThatExist(t *testing.T) {
 	const buckets = "barevif_rx_frame_size_bytes_bucket{vif=\"x\",queue=\"0\",le=\"1\"} 1\n"
 	var field telemetry.Field
@@ -60,7 +60,7 @@ func TestTextNamesOnlyPlacesThatExist(t *testing.T) {
 	}
 }
 
-// named is a memfd of that name, which any process can make.
+// named makes a memfd of that name, as any process can.
 func named(t *testing.T, name string, seals int) *os.File {
 	t.Helper()
 	fd, err := unix.MemfdCreate(name, unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
@@ -105,8 +105,8 @@ func TestNamesOfMemfdsAreCleaned(t *testing.T) {
 	r.Close()
 }
 
-// Between the list and the look another process can put any file of its own in the
-// place of a descriptor.
+// Between List and Open another process can put any file of its own at the listed
+// descriptor.
 func TestWhatIsOpenedIsWhatWasListed(t *testing.T) {
 	f := named(t, memfdPrefix+"listed", memfdSeals)
 	src := listed(t, "listed")
@@ -154,7 +154,7 @@ func TestWhatIsOpenedIsWhatWasListed(t *testing.T) {
 	}
 }
 
-// Two users have a device of one name each: they are two, and each is its user's.
+// Two users each have a device of the same name: List finds both, each with its owner.
 func TestMemfdsAreTheirOwners(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root to become another user")
@@ -241,7 +241,7 @@ func TestPinsAreTheirDirectorysOwners(t *testing.T) {
 	}
 }
 
-// A line of a file that only root reads must not get into an error.
+// An error must not show a line of a file that only root may read.
 func TestMetricsAreReadFromABPFFileSystemAlone(t *testing.T) {
 	const secret = "root:secret"
 	dir := t.TempDir()
@@ -274,7 +274,7 @@ func TestMetricsAreReadFromABPFFileSystemAlone(t *testing.T) {
 	}
 }
 
-// A device whose every queue is torn costs a reader no more time than one.
+// Reading a device with torn blocks in every queue takes no longer than with one.
 func TestPatienceIsOfTheWholeDevice(t *testing.T) {
 	left, tries := 3, 0
 	torn := func() (bool, error) { tries++; return false, nil }

@@ -18,7 +18,7 @@ import (
 	"barevif/telemetry/openmetrics"
 )
 
-// hostile is a memfd as any process can make one.
+// hostile makes a memfd with any content, as any process can.
 func hostile(t testing.TB, content []byte) Source {
 	t.Helper()
 	fd, err := unix.MemfdCreate(memfdPrefix+"x", unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
@@ -36,7 +36,7 @@ func hostile(t testing.TB, content []byte) Source {
 	return Source{Name: "x", Kind: KindMemfd, Path: fmt.Sprintf("/proc/self/fd/%d", fd), UID: os.Geteuid()}
 }
 
-// believable is a file whose info record passes every check.
+// believable returns a file whose info record passes every check.
 func believable(change func(*infoRecord)) []byte {
 	rec := infoRecord{Version: telemetry.LayoutVersion, Layout: telemetry.Layout(), Slots: 1}
 	copy(rec.Magic[:], infoMagic)
@@ -76,7 +76,7 @@ func TestHostileFilesAreErrors(t *testing.T) {
 	}
 }
 
-// A link in /proc may lead to something else by the time it is opened.
+// A link in /proc may lead to another file by the time it is opened.
 func TestOnlyMemfdsAreRead(t *testing.T) {
 	dir := t.TempDir()
 	fifo, file := filepath.Join(dir, "fifo"), filepath.Join(dir, "file")
@@ -84,7 +84,7 @@ func TestOnlyMemfdsAreRead(t *testing.T) {
 		t.Fatal(err)
 	}
 	paths := []string{fifo, file, "/dev/zero", dir}
-	// A file of a tmpfs answers the question for seals as a memfd does.
+	// A file of a tmpfs has seals, as a memfd does.
 	if f, err := os.CreateTemp("/dev/shm", "barevif"); err == nil {
 		defer os.Remove(f.Name())
 		_, err = f.Write(believable(func(*infoRecord) {}))
@@ -152,7 +152,7 @@ func FuzzText(f *testing.F) {
 		if len(queues) > maxQueues {
 			t.Fatalf("%d queues", len(queues))
 		}
-		// What was read can be written and read again.
+		// The result can be written and read again.
 		var out bytes.Buffer
 		if err := openmetrics.Write(&out, openmetrics.Device{Stats: telemetry.Sum(queues)}); err != nil {
 			t.Fatal(err)

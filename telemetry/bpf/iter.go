@@ -16,8 +16,7 @@ import (
 	"barevif/telemetry"
 )
 
-// The iterator's formats, as bpf_seq_printf takes them. It prints what
-// openmetrics.Write prints.
+// The iterator's formats for bpf_seq_printf. Its output is that of openmetrics.Write.
 var formats = [...]string{
 	"# TYPE %s counter\n",
 	"# TYPE %s gauge\n",
@@ -54,10 +53,10 @@ const (
 	metaSeq  = 0
 )
 
-// Stack of the program: the arguments of bpf_seq_printf, then its own variables.
+// Stack of the program: the arguments of bpf_seq_printf, then its variables.
 const (
 	argMetric = -64
-	argVif    = -56 // or the unit or the help text
+	argVif    = -56 // or the unit, or the help text
 	argQueue  = -48
 	argValue  = -40 // or the bound
 	argCount  = -32
@@ -66,7 +65,7 @@ const (
 	varQueue  = -4
 )
 
-// texts gives the formats and name as one element, and where each begins.
+// texts returns the formats and name as one element, and the offset of each.
 func texts(name string) (data []byte, at []uint32) {
 	for _, f := range append(formats[:len(formats):len(formats)], name) {
 		at = append(at, uint32(len(data)))
@@ -75,11 +74,11 @@ func texts(name string) (data []byte, at []uint32) {
 	return append(data, make([]byte, -len(data)&7)...), at
 }
 
-// attachIterator makes the program whose link prints the counters as OpenMetrics
-// when read. The link keeps all maps alive.
+// attachIterator makes the program whose link prints the counters as OpenMetrics when it
+// is read. The link keeps all maps alive.
 //
-// It walks lines, not the counters, because the samples of a family must follow
-// each other, and makes one call per family and queue, because the output of one
+// The program walks the lines and not the counters, because the samples of a family must
+// follow each other. It is called once per family and queue, because the output of one
 // call must fit the reader's buffer.
 func attachIterator(suffix, name string, counters, fields *ebpf.Map, queues int) (*link.Iter, error) {
 	data, at := texts(name)
@@ -108,9 +107,9 @@ func attachIterator(suffix, name string, counters, fields *ebpf.Map, queues int)
 		AttachType:   ebpf.AttachTraceIter,
 		AttachTo:     "bpf_map_elem",
 		Instructions: iterProgram(counters.FD(), fields.FD(), text.FD(), at),
-		License:      "Dual MIT/GPL", // what the program may call depends on it
+		License:      "Dual MIT/GPL", // decides which helpers the program may call
 	})
-	// Instructions name maps by descriptor only.
+	// The instructions refer to maps by descriptor only: keep the maps alive until here.
 	runtime.KeepAlive(counters)
 	runtime.KeepAlive(fields)
 	runtime.KeepAlive(text)
@@ -146,7 +145,7 @@ func iterProgram(counters, fields, text int, at []uint32) asm.Instructions {
 	store := func(arg int16, n int) {
 		emit(asm.LoadMapValue(asm.R1, text, at[n]), asm.StoreMem(asm.RFP, arg, asm.R1, asm.DWord))
 	}
-	// member puts the address of a string of the field's record into an argument.
+	// member puts the address of a string in the field's record into an argument.
 	member := func(arg int16, offset int16) {
 		emit(
 			asm.Mov.Reg(asm.R1, asm.R8),
@@ -194,7 +193,7 @@ func iterProgram(counters, fields, text int, at []uint32) asm.Instructions {
 	lookup(fields, varField, asm.R8)
 	lookup(counters, varQueue, asm.R9)
 	emit(
-		// The furthest a histogram's sum can be from its first word.
+		// The bound keeps a histogram's sum, its furthest word, inside the element.
 		asm.LoadMem(asm.R1, asm.R8, field["offset"], asm.Word),
 		asm.JGT.Imm(asm.R1, queueBytes-8*(bucketSlots+1), "exit"),
 		asm.Add.Reg(asm.R9, asm.R1),
@@ -271,7 +270,7 @@ func iterProgram(counters, fields, text int, at []uint32) asm.Instructions {
 	return p
 }
 
-// lacking says what a refusal probably comes from: number is that of the capability.
+// lacking adds the probable cause of a refusal: number is that of the capability.
 func lacking(capability string, number int, err error) error {
 	err = terse(err)
 	switch {
@@ -283,7 +282,7 @@ func lacking(capability string, number int, err error) error {
 	return fmt.Errorf("%w (%s is missing, or seccomp forbids it)", err, capability)
 }
 
-// capable says whether this thread has a capability in its user namespace.
+// capable reports whether this thread has a capability in its user namespace.
 func capable(number int) bool {
 	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 	var data [2]unix.CapUserData
@@ -291,9 +290,8 @@ func capable(number int) bool {
 	return err == nil && data[number/32].Effective&(1<<(number%32)) != 0
 }
 
-// terse keeps the cause of a refusal. It drops advice on limits that have nothing
-// to do with a missing capability, and all of the verifier's log but what it did
-// not like.
+// terse keeps the cause of a refusal. It drops the library's advice on limits, which does
+// not apply to a missing capability, and all of the verifier's log but the complaint.
 func terse(err error) error {
 	var errno unix.Errno
 	var verifier *ebpf.VerifierError

@@ -15,21 +15,21 @@ import (
 	"barevif/telemetry"
 )
 
-// queueWords is one element of the counters: an rx block, then a tx block.
+// queueWords is the size of one element of the counters: an rx block, then a tx block.
 const queueWords = 2 * telemetry.BlockWords
 
 const (
 	queueBytes  = queueWords * 8
 	eventSlots  = 256
-	maxQueues   = 1024 // refused above, at both ends
+	maxQueues   = 1024 // larger numbers are refused by writer and reader
 	infoMagic   = "barevif\x00"
-	bucketSlots = 16 // of a fieldRecord, and of the iterator's loop
+	bucketSlots = 16 // buckets that a fieldRecord and the iterator's loop have room for
 )
 
-// The records below are the elements of maps, in the machine's byte order and
-// without implicit padding. A record begins and ends with a marker, as a block of
-// counters does: equal markers mean one instant. The btf tag is the name of the
-// member in the map's type, and after a comma how to show it.
+// The records below are the elements of maps, in the machine's byte order and without
+// implicit padding. Like a block of counters, a record begins and ends with a marker:
+// equal markers mean that its words are of one instant. The btf tag is the name of the
+// member in the map's type and, after a comma, how to show it.
 
 // infoRecord is the single element of the info map.
 type infoRecord struct {
@@ -74,8 +74,8 @@ type resetRecord struct {
 	TxBytes   uint64 `btf:"tx_bytes"`
 }
 
-// eventRecord is an element of the events map: event n is in element n modulo
-// their number. Both markers are n.
+// eventRecord is an element of the events map: event n is in element n modulo the number
+// of elements. Both markers are n.
 type eventRecord struct {
 	Seq   uint64 `btf:"seq"`
 	Unix  uint64 `btf:"unix_ns"`
@@ -87,10 +87,10 @@ type eventRecord struct {
 	Begun uint64 `btf:"seq_start"`
 }
 
-// fieldRecord is an element of the fields map: one metric family, so that text
-// can be made without knowing the table.
+// fieldRecord is an element of the fields map: one metric family, so that a program can
+// make text without the table.
 type fieldRecord struct {
-	Offset  uint32                `btf:"offset"` // in an element of the counters
+	Offset  uint32                `btf:"offset"` // bytes into an element of the counters
 	Kind    uint32                `btf:"kind,metric_kind"`
 	Buckets uint32                `btf:"buckets"`
 	Unit    uint32                `btf:"unit_line,bool32"` // the family's name ends in its unit
@@ -101,8 +101,8 @@ type fieldRecord struct {
 	LE      [bucketSlots][16]byte `btf:"le,char"`
 }
 
-// lineRecord is an element of the map the iterator walks: print this field of
-// this queue.
+// lineRecord is an element of the map that the iterator walks: print this field of this
+// queue.
 type lineRecord struct {
 	Field uint32 `btf:"field"`
 	Queue uint32 `btf:"queue"`
@@ -115,11 +115,11 @@ var (
 	lineBytes  = binary.Size(lineRecord{})
 )
 
-// encode gives the bytes of a record.
+// encode returns the bytes of a record.
 func encode(record any) []byte {
 	b, err := binary.Append(nil, binary.NativeEndian, record)
 	if err != nil {
-		panic(err) // a record has fixed size by its type
+		panic(err) // impossible: the type of a record has a fixed size
 	}
 	return b
 }
@@ -130,8 +130,8 @@ func decode(b []byte, record any) error {
 	return err
 }
 
-// put shows a record to other processes. Marker words are the first and the last
-// of words.
+// put shows a record to other processes. The first and the last word of words are
+// markers.
 func put(words []uint64, record []byte) {
 	last := len(words) - 1
 	at := func(w int) uint64 { return binary.NativeEndian.Uint64(record[8*w:]) }
@@ -144,13 +144,14 @@ func put(words []uint64, record []byte) {
 	atomic.StoreUint64(&words[0], at(0))
 }
 
-// set copies s into an array of chars, cut to leave a NUL.
+// set copies s into an array of chars, cut so that a NUL remains.
 func set(dst []byte, s string) {
 	clear(dst)
 	copy(dst[:len(dst)-1], s)
 }
 
-// str is the printable part of an array of chars, which another process wrote.
+// str returns an array of chars that another process wrote, with '?' for unprintable
+// characters.
 func str(b []byte) string {
 	if i := bytes.IndexByte(b, 0); i >= 0 {
 		b = b[:i]
@@ -163,7 +164,7 @@ func str(b []byte) string {
 	}, string(b))
 }
 
-// fieldRecords is the table in the form of the fields map.
+// fieldRecords returns the table in the form of the fields map.
 func fieldRecords() []fieldRecord {
 	var out []fieldRecord
 	for _, d := range [...]telemetry.Dir{telemetry.RX, telemetry.TX} {
@@ -188,11 +189,11 @@ func fieldRecords() []fieldRecord {
 	return out
 }
 
-// ErrLayout is what a reader answers to counters of another version of this
-// package, or of no version at all.
+// ErrLayout is returned by readers for counters of another version of this package, or
+// for data that are no counters.
 var ErrLayout = errors.New("telemetry/bpf: counters of another layout")
 
-// check reports whether counters beside this info can be read by this package.
+// check returns nil if this package can read the counters that belong to this info.
 func (r *infoRecord) check() error {
 	switch {
 	case string(r.Magic[:]) != infoMagic:
@@ -206,7 +207,7 @@ func (r *infoRecord) check() error {
 	return nil
 }
 
-// members walks a record's tagged members with their offsets.
+// members visits the tagged members of a record with their offsets.
 func members(t reflect.Type, visit func(name, show string, f reflect.StructField)) {
 	for f := range slices.Values(reflect.VisibleFields(t)) {
 		tag, ok := f.Tag.Lookup("btf")

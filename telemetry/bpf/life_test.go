@@ -68,8 +68,8 @@ func TestSecondOwnerGetsNoPins(t *testing.T) {
 	open(t, &Store{}, info, 1, withPins())
 }
 
-// Whatever a killed owner was doing, the next one gets the pins, and whoever
-// opens the path of the counters always finds some.
+// Whatever a killed owner was doing, the next one gets the pins, and the path of the
+// counters always leads to a map.
 func TestKilledOwnerIsReplaced(t *testing.T) {
 	bpftest.Need(t)
 	info := device(t)
@@ -99,7 +99,7 @@ func TestKilledOwnerIsReplaced(t *testing.T) {
 		}
 		o.Kill()
 	}
-	// Killed before it could say anything, at any step of its start.
+	// Kill owners at any step of their start, before they print anything.
 	for i := range 25 {
 		p := plan{Info: info, Queues: 4}
 		o := launch(t, p)
@@ -127,7 +127,7 @@ func TestKilledOwnerIsReplaced(t *testing.T) {
 	bpftest.Eventually(t, "the killed owners' maps go away", func() bool { return len(ourMaps(t, info)) == 0 })
 }
 
-// ourMaps are the maps of a device that the kernel still holds.
+// ourMaps returns the names of a device's maps that the kernel still holds.
 func ourMaps(t *testing.T, info telemetry.Info) (names []string) {
 	t.Helper()
 	suffix := (&mirror{name: info.Name()}).suffix()
@@ -151,8 +151,8 @@ func ourMaps(t *testing.T, info telemetry.Info) (names []string) {
 	}
 }
 
-// Owners of one name come and go at once: each gets the pins or hears that they
-// are taken, and the last one leaves nothing.
+// Owners of one name open and close at the same time: each gets the pins or ErrBusy, and
+// the last one leaves nothing.
 func TestOwnersOfOneNameTakeTurns(t *testing.T) {
 	bpftest.Need(t)
 	info := device(t)
@@ -246,8 +246,8 @@ func TestKilledOwnersTotalsAreContinued(t *testing.T) {
 	d.End(t)
 }
 
-// However often owners are killed, and wherever they were, what the pins say never
-// goes back, and lost frames are their reasons.
+// Owners are killed at any point, many times: the totals in the pins never go back, and
+// lost frames remain the sum of their reasons.
 func TestTotalsOutliveManyKills(t *testing.T) {
 	bpftest.Need(t)
 	info := device(t)
@@ -292,7 +292,7 @@ func TestTotalsOutliveManyKills(t *testing.T) {
 	}
 }
 
-// Pins of another version are replaced, but their totals are not believed.
+// The pins of another version are replaced, but their totals are not continued.
 func TestTotalsOfAnotherLayoutAreNotContinued(t *testing.T) {
 	bpftest.Need(t)
 	good := infoRecord{Version: telemetry.LayoutVersion, Layout: telemetry.Layout(), Slots: 1}

@@ -32,22 +32,23 @@ func TestMain(m *testing.M) {
 	os.Exit(bpftest.Main(m))
 }
 
-// A plan is what an owner process of a test does.
+// A plan says what an owner process of a test does.
 type plan struct {
 	Store   Store
 	Info    telemetry.Info
 	Queues  int
-	Packets uint64        // counted in rx of queue 0 before it says that it is ready
-	Busy    bool          // go on counting until it is told to end
-	Publish int           // publish so often, then end
+	Packets uint64        // counted in rx of queue 0 before the process says that it is ready
+	Busy    bool          // go on counting until told to end
+	Publish int           // publish this many times, then end
 	Deny    []uint32      // system calls that fail
 	DenyBPF []uint32      // commands of bpf(2) that fail
-	Errno   syscall.Errno // with this, or EPERM if 0
-	Read    bool          // own nothing: find the device and say what it counted
-	Prune   string        // own nothing: Prune this root and say what was removed
+	Errno   syscall.Errno // with this error, or EPERM if 0
+	Read    bool          // own nothing: find the device and print its packets
+	Prune   string        // own nothing: Prune this root and print what was removed
 }
 
-// withPins is the kind of mirror that an owner with every right gets here.
+// withPins returns the kind of mirror that an owner with every privilege gets on this
+// machine.
 func withPins() string {
 	if bpftest.Iterators() != nil {
 		return KindPins
@@ -55,11 +56,11 @@ func withPins() string {
 	return KindIterator
 }
 
-// ready is the first line an owner writes.
+// ready is the first line that an owner prints.
 type ready struct{ Kind, Reason string }
 
-// owner runs a plan: it opens a device, says so, and closes it when its standard
-// input ends.
+// owner runs a plan: it opens a device, prints ready, and closes the device when its
+// standard input ends.
 func owner() int {
 	var p plan
 	if err := json.Unmarshal([]byte(os.Getenv(envOwner)), &p); err != nil {
@@ -147,7 +148,7 @@ func read(name string) int {
 	return 0
 }
 
-// deny makes system calls, and commands of bpf(2), of all threads fail from now on.
+// deny makes system calls and commands of bpf(2) fail in all threads from now on.
 func deny(calls, commands []uint32, errno syscall.Errno) error {
 	if errno == 0 {
 		errno = unix.EPERM
@@ -174,14 +175,14 @@ func deny(calls, commands []uint32, errno syscall.Errno) error {
 	return seccomp(filter)
 }
 
-// A process is an owner that runs.
+// A process is a running owner.
 type process struct {
 	ready
 	*bpftest.Process
 }
 
-// start runs a plan in a process of its own, with a command such as setpriv in
-// front of it, and waits until its device is open.
+// start runs a plan in a separate process, with a command such as setpriv in front of it,
+// and waits until its device is open.
 func start(t testing.TB, p plan, front ...string) *process {
 	t.Helper()
 	pr := launch(t, p, front...)

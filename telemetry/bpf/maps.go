@@ -13,8 +13,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// keyType names the index of an array. The kernel takes an integer or a typedef
-// of one, and silently drops the types of a map whose key is anything else.
+// keyType names the index of an array. The kernel accepts an integer or a typedef of one;
+// with any other key it silently drops the types of the map.
 func keyType(name string) btf.Type { return &btf.Typedef{Name: name, Type: btfU32} }
 
 // array makes a map that can be mapped into our memory.
@@ -24,7 +24,8 @@ func array(name string, size, entries int, key, value btf.Type) (*ebpf.Map, erro
 		Flags: unix.BPF_F_MMAPABLE, Key: key, Value: value,
 	})
 	if errors.Is(err, ebpf.ErrNotSupported) {
-		// The library's guess, for whatever reason not even its own trial works.
+		// The library reports this whenever its own trial map fails, also for lack of
+		// memory.
 		err = fmt.Errorf("%w, or there is no memory for one", err)
 	}
 	if err != nil {
@@ -33,9 +34,9 @@ func array(name string, size, entries int, key, value btf.Type) (*ebpf.Map, erro
 	return m, nil
 }
 
-// frozen makes a map no process can change any more. It lacks BPF_F_RDONLY_PROG:
-// the verifier takes loads from such a map for constants, and refuses them where
-// there is more than one element.
+// frozen makes a map that no process can change any more. It omits BPF_F_RDONLY_PROG: the
+// verifier treats loads from such a map as constants, and refuses them if it has more
+// than one element.
 func frozen(name string, size uint32, elems [][]byte, key, value btf.Type) (*ebpf.Map, error) {
 	spec := &ebpf.MapSpec{
 		Name: name, Type: ebpf.Array, KeySize: 4, ValueSize: size, MaxEntries: uint32(len(elems)),
@@ -65,7 +66,7 @@ func described(m *ebpf.Map) bool {
 	return ok
 }
 
-// mapID is the number by which privileged processes find m, or 0.
+// mapID returns the id by which privileged processes find m, or 0.
 func mapID(m *ebpf.Map) uint32 {
 	info, err := m.Info()
 	if err != nil {
@@ -121,7 +122,7 @@ func openMaps(id uint32) (elements, error) {
 	return e.checked()
 }
 
-// checked refuses maps that are not what the info record says.
+// checked refuses maps whose shape differs from what the info record says.
 func (e *mapElements) checked() (elements, error) {
 	rec, err := e.info()
 	if err == nil && !(isArray(e.queues, queueBytes, int(rec.Slots)) && isArray(e.events, eventBytes, eventSlots)) {

@@ -11,7 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A memfd holds what the maps would: the info record in its first page, the
+// A memfd holds the same records as the maps: the info record in its first page, the
 // events from eventsAt on, the counters from countersAt on.
 const (
 	memfdPrefix = "barevif:"
@@ -19,12 +19,12 @@ const (
 	countersAt  = 128 << 10
 )
 
-// memfdSeals forbid every other process to resize the file or to write to it,
-// root included. Our mapping is older than the seals and stays writable.
+// memfdSeals prevent every other process, root's included, from resizing the file and
+// writing to it. Our own mapping is older than the seals and stays writable.
 const memfdSeals = unix.F_SEAL_SHRINK | unix.F_SEAL_GROW | unix.F_SEAL_FUTURE_WRITE | unix.F_SEAL_SEAL
 
-// newMemfd makes the file for a device. Other processes find it by its name
-// among our descriptors in /proc.
+// newMemfd makes the file for a device. Other processes find it by name among our
+// descriptors in /proc.
 func newMemfd(name string, queues int) (*os.File, [3]region, error) {
 	var parts [3]region
 	fd, err := unix.MemfdCreate(memfdPrefix+name, unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
@@ -55,13 +55,13 @@ func newMemfd(name string, queues int) (*os.File, [3]region, error) {
 	return f, parts, nil
 }
 
-// fileElements are the records in a memfd. They are read, not mapped, so that a
-// file that shrinks is an error and not a fault.
+// fileElements are the records in a memfd. They are read, not mapped, so that a file that
+// shrinks causes an error and not a fault.
 type fileElements struct{ f *os.File }
 
 func openMemfd(src Source) (elements, error) {
-	// The link leads to whatever the other process has made of that descriptor by
-	// now. O_PATH says what it is without opening it, which a device may notice.
+	// The link leads to the file that the other process now has at that descriptor.
+	// O_PATH shows what it is without an open that a device could notice.
 	fd, err := unix.Open(src.Path, unix.O_PATH|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, &fs.PathError{Op: "open", Path: src.Path, Err: err}

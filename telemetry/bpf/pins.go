@@ -13,7 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// DefaultRoot is where pins are made unless a [Store] says otherwise.
+// DefaultRoot is the directory of the pins unless a [Store] sets another.
 const DefaultRoot = "/sys/fs/bpf/barevif"
 
 // Names of the pins of one device. metrics is a file to cat, the others are maps.
@@ -25,32 +25,31 @@ const (
 	pinMetrics  = "metrics"
 )
 
-// pinNames are in the order in which they are taken away: what refers to other
-// things first.
+// pinNames are in the order of removal: a pin that refers to others comes before them.
 var pinNames = [...]string{pinMetrics, pinEvents, pinFields, pinCounters, pinInfo}
 
 // fresh is the suffix of a pin that is about to replace an older one.
 const fresh = "-new"
 
-// ErrBusy says that another process mirrors a device of the same name here.
+// ErrBusy says that another process holds the pins of a device with this name.
 var ErrBusy = errors.New("another process owns the pins")
 
-// pinDir is the directory of one device's pins, locked for as long as this
-// process lives or until close: a lock, unlike a file, does not survive kill -9.
+// A pinDir is the directory of one device's pins. It is locked until close or the end of
+// this process: unlike a file, a lock does not survive kill -9.
 type pinDir struct {
 	path string
 	lock *os.File
-	gid  int // of the files, or -1
+	gid  int // group of the files, or -1
 }
 
-// openPinDir makes and locks root/name, and says in plain words why it cannot.
+// openPinDir makes and locks root/name. Its errors say in plain words why that failed.
 func openPinDir(root, name string, gid int) (*pinDir, error) {
 	if err := checkRoot(root); err != nil {
 		return nil, err
 	}
 	path := filepath.Join(root, name)
-	// A closing owner removes the directory we may just have opened: then the
-	// one we locked is no longer at path.
+	// An owner that closes may remove the directory that we just opened: then the one
+	// that we locked is no longer at path.
 	for range 16 {
 		made := os.Mkdir(path, 0o755)
 		if made != nil && !errors.Is(made, fs.ErrExist) {
@@ -62,7 +61,7 @@ func openPinDir(root, name string, gid int) (*pinDir, error) {
 		}
 		if err != nil {
 			if made == nil && !errors.Is(err, ErrBusy) {
-				unix.Rmdir(path) // it is empty, or somebody else's by now
+				unix.Rmdir(path) // fails if it is not empty, that is, another owner's by now
 			}
 			return nil, err
 		}
@@ -116,8 +115,8 @@ func locked(dir *os.File, path string) error {
 	return nil
 }
 
-// checkRoot makes root if its parent is a BPF file system, and refuses a root
-// somebody else could fill.
+// checkRoot makes root if its parent is a BPF file system, and refuses a root to which
+// another user could add files.
 func checkRoot(root string) error {
 	if !filepath.IsAbs(root) {
 		return fmt.Errorf("make pins: %s is not an absolute path", root)
@@ -151,7 +150,7 @@ func checkRoot(root string) error {
 	return isBPF(root)
 }
 
-// isBPF reports why pins cannot be made in dir.
+// isBPF returns nil if dir is in a BPF file system.
 func isBPF(dir string) error {
 	var st unix.Statfs_t
 	if err := unix.Statfs(dir, &st); err != nil {
@@ -165,8 +164,8 @@ func isBPF(dir string) error {
 
 func (d *pinDir) at(name string) string { return filepath.Join(d.path, name) }
 
-// put pins object as name with the given mode, in the place of what may be
-// there: whoever opens the path finds the old or the new one, never nothing.
+// put pins object as name with the given mode and replaces an older pin: a process that
+// opens the path finds the old or the new object, never none.
 func (d *pinDir) put(name string, object interface{ Pin(string) error }, mode fs.FileMode) error {
 	tmp := d.at(name + fresh)
 	if err := remove(tmp); err != nil {
@@ -188,7 +187,7 @@ func (d *pinDir) put(name string, object interface{ Pin(string) error }, mode fs
 	return nil
 }
 
-// drop removes pins by name, also those of an owner that was killed.
+// drop removes pins by name, including those of a killed owner.
 func (d *pinDir) drop(names ...string) error {
 	var errs []error
 	for _, n := range names {
@@ -197,8 +196,8 @@ func (d *pinDir) drop(names ...string) error {
 	return errors.Join(errs...)
 }
 
-// close removes all pins and the directory, and lets go of the lock. Things in
-// it that are not ours stay, and with them the directory.
+// close removes all pins and the directory, and releases the lock. Files in it that are
+// not ours stay, and with them the directory.
 func (d *pinDir) close() error {
 	err := d.drop(pinNames[:]...)
 	if e := unix.Rmdir(d.path); e != nil && e != unix.ENOENT && e != unix.ENOTEMPTY && e != unix.EEXIST {

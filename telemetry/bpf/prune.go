@@ -12,14 +12,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Prune removes the pins below root, "" for [DefaultRoot], that owners left there
-// which ended without a Close: those of this user, and with root's rights of every
-// user. It gives the directories it removed. One whose owner lives stays: its lock
-// says so, and a lock ends with its process. So does a directory in which something
-// is that is no pin of a [Store], and a file system that is not BPF's.
+// Prune removes the pins below root ("" for [DefaultRoot]) whose owner ended without a
+// Close: this user's pins, and for root those of every user. It returns the directories
+// it removed. It leaves a directory whose owner lives, which it recognises by the lock: a
+// lock ends with its process. It also leaves a directory that holds anything but pins of
+// a [Store], and fails on a root that is not in a BPF file system.
 //
-// An owner that starts while Prune looks at the directory of its name may find it
-// locked, and gets no pins: see [ErrBusy].
+// An owner that starts while Prune examines the directory of its name may find it locked,
+// and then gets no pins: see [ErrBusy].
 func Prune(root string) (removed []string, err error) {
 	if root == "" {
 		root = DefaultRoot
@@ -57,16 +57,17 @@ func Prune(root string) (removed []string, err error) {
 	return removed, errors.Join(errs...)
 }
 
-// pruneOne removes the directory name of parent if it is one of dead pins. It works
-// on the directory it has opened and locked, whatever its name leads to meanwhile.
+// pruneOne removes the directory name of parent if it holds pins of a dead owner. It
+// works on the directory that it opened and locked, even if name refers to another one
+// meanwhile.
 func pruneOne(parent int, name string) (gone bool, err error) {
 	fd, err := unix.Openat(parent, name, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 	switch err {
 	case nil:
 	case unix.ENOTDIR, unix.ELOOP, unix.ENOENT:
-		return false, nil // no directory of pins, or no more
+		return false, nil // not a directory, or gone
 	case unix.EACCES, unix.EPERM:
-		return false, nil // another user's
+		return false, nil // another user's directory
 	default:
 		return false, err
 	}
@@ -80,7 +81,7 @@ func pruneOne(parent int, name string) (gone bool, err error) {
 		return false, nil
 	}
 	if err := unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB); err == unix.EWOULDBLOCK {
-		return false, nil // its owner lives
+		return false, nil // the owner lives
 	} else if err != nil {
 		return false, err
 	}

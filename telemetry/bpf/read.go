@@ -12,28 +12,28 @@ import (
 	"barevif/telemetry"
 )
 
-// A Report is what a source says of its device at one time.
+// A Report is the state of a device as read from a source at one time.
 type Report struct {
 	Source Source
 
-	// Stats are totals since the mirror was made, or resumed, whatever the
-	// device's own Reset did. Torn says that a block is not of one instant: its
-	// owner was killed while it wrote.
+	// Stats are totals since the mirror was made or resumed, regardless of the device's
+	// own Reset. Torn says that a block is not of one instant: its owner was killed
+	// during a publish.
 	Stats telemetry.Stats
 	Torn  bool
 
-	// What follows is empty for a source of [KindMetrics].
+	// The fields below are empty for a source of [KindMetrics].
 
 	Info      telemetry.Info
 	Status    telemetry.Status
 	Reset     telemetry.Reset
 	Events    []telemetry.Event // oldest first
-	Kind      string            // of the mirror, and why it is not a better one
+	Kind      string            // kind of the mirror; Reason is why it is not a better one
 	Reason    string
-	PID       int // of the owner, as it says itself
+	PID       int // of the owner, by its own account
 	Start     time.Time
 	Heartbeat time.Time
-	Age       time.Duration // since the heartbeat; more than a few seconds: the owner is stopped or dead
+	Age       time.Duration // time since the heartbeat; more than a few seconds: the owner is stopped or dead
 }
 
 // A Reader reads one source again and again. It is not safe for concurrent use.
@@ -42,8 +42,8 @@ type Reader struct {
 	elements
 }
 
-// elements gives copies of the records of one kind of source. A copy is made
-// upwards, so that its markers mean what they should.
+// elements returns copies of the records of one kind of source. A copy is made upwards,
+// as the markers require.
 type elements interface {
 	info() (*infoRecord, error)
 	counters(queue int) ([]byte, error)
@@ -51,7 +51,7 @@ type elements interface {
 	Close() error
 }
 
-// Open opens a source. The error is [ErrLayout] for counters of another version,
+// Open opens a source. The error wraps [ErrLayout] for counters of another version,
 // fs.ErrPermission or fs.ErrNotExist.
 func Open(src Source) (*Reader, error) {
 	var e elements
@@ -79,7 +79,7 @@ func Open(src Source) (*Reader, error) {
 	return &Reader{src, e}, nil
 }
 
-// Close lets go of the source.
+// Close closes the source.
 func (r *Reader) Close() error {
 	if r.elements == nil {
 		return nil
@@ -103,7 +103,7 @@ func (r *Reader) Read() (*Report, error) {
 	return rep, nil
 }
 
-// Stats reads the counters alone: many times faster than Read, so that two devices
+// Stats reads only the counters. It is many times faster than Read, so that two devices
 // can be compared while they count.
 func (r *Reader) Stats() (telemetry.Stats, error) {
 	if r.elements == nil {
@@ -124,14 +124,13 @@ func (r *Reader) Stats() (telemetry.Stats, error) {
 	return st, nil
 }
 
-// patience is how many times 2 ms a reader waits for the records of one device: one
-// that is torn in every queue costs no more than one that is torn in one.
+// patience is how many times 2 ms a reader waits for all records of one device: a device
+// that is torn in every queue costs no more time than one that is torn in one.
 const patience = 100
 
-// attempts repeats try until a record was found whole. Its owner writes for tens
-// of nanoseconds, but may be off its processor for milliseconds in the middle of
-// it, which a stopped or dead one is for ever. left is the patience that is left,
-// nil if there is none.
+// attempts repeats try until it has read a whole record. The owner writes a record within
+// tens of nanoseconds, but it may be preempted in between for milliseconds, or stopped or
+// killed for good. left is the remaining patience; nil means none.
 func attempts(left *int, try func() (whole bool, err error)) (whole bool, err error) {
 	const quick = 64
 	for i := 0; ; i++ {
@@ -148,7 +147,7 @@ func attempts(left *int, try func() (whole bool, err error)) (whole bool, err er
 	}
 }
 
-// aliveAge is how old a heartbeat may be that comes once a second.
+// aliveAge is the greatest age of a living owner's heartbeat, which comes once a second.
 const aliveAge = 3 * time.Second
 
 func readElements(e elements) (*Report, error) {
@@ -205,8 +204,8 @@ func readStats(e elements, rec *infoRecord) (st telemetry.Stats, torn bool, err 
 	return telemetry.Sum(queues), torn, nil
 }
 
-// readQueue reads an element until both of its blocks were found whole, and
-// gives the last copy if one never is.
+// readQueue reads an element until both of its blocks are whole. If one never is, it
+// returns the last copy.
 func readQueue(e elements, q int, left *int) (words [queueWords]uint64, torn bool, err error) {
 	const n = telemetry.BlockWords
 	var have [2]bool
@@ -230,7 +229,7 @@ func readQueue(e elements, q int, left *int) (words [queueWords]uint64, torn boo
 	return words, !whole, err
 }
 
-// age is the time since the heartbeat.
+// age returns the time since the heartbeat.
 func (r *infoRecord) age() time.Duration { return time.Duration(bootTime() - r.Beat) }
 
 func (r *infoRecord) report() *Report {
@@ -267,7 +266,7 @@ func (r *infoRecord) report() *Report {
 	return rep
 }
 
-// wholeInfo gives the last copy if none was whole: each word is true by itself.
+// wholeInfo returns the last copy if none was whole: each single word is valid.
 func wholeInfo(read func() ([]byte, error)) (*infoRecord, error) {
 	rec := &infoRecord{}
 	_, err := attempts(nil, func() (bool, error) {

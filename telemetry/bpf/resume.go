@@ -11,7 +11,7 @@ import (
 	"barevif/telemetry"
 )
 
-// resume reads the totals a killed owner of the pins in dir left. None is no
+// resume reads the totals that a killed owner left in the pins in dir. No pins are no
 // error.
 func (m *mirror) resume(dir string) error {
 	e, err := openPins(dir)
@@ -43,8 +43,7 @@ func (m *mirror) resume(dir string) error {
 	return nil
 }
 
-// mendSums makes the sums of a block whose owner was killed while it wrote it
-// agree with their parts.
+// mendSums recomputes the sums of a block whose owner was killed during a publish.
 func mendSums(block []uint64) {
 	sums := map[string]uint64{}
 	for _, f := range telemetry.Fields() {

@@ -9,8 +9,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// seccomp installs a filter on all threads. The kernel copies the program during
-// the call, for which KeepAlive keeps it where it is.
+// seccomp installs a filter on all threads. The kernel copies the program during the
+// call; KeepAlive keeps it in memory until then.
 func seccomp(filter []unix.SockFilter) error {
 	const setModeFilter, threadSync = 1, 1
 	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {

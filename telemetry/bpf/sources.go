@@ -15,27 +15,27 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// KindMetrics is a source of which this process may read the text only.
+// KindMetrics is a source of which this process may read only the text.
 const KindMetrics = "metrics"
 
-// A Source is where counters of one device were found. Another process may have
-// made it: what is read from it is checked, but need not be true.
+// A Source is a place where the counters of one device were found. Another process may
+// have made it: its contents are checked, but need not be true.
 type Source struct {
 	Name string // of the device: telemetry.Info.Name
 	Kind string // KindPins, KindMaps, KindMemfd or KindMetrics
-	Path string // of the pins or of the memfd; "" for maps without pins
-	ID   uint32 // of the info map, of maps without pins
+	Path string // path of the pins or of the memfd; "" for maps without pins
+	ID   uint32 // id of the info map, for maps without pins
 
-	// UID is the user who made it, or -1 if that is not known. The kernel says it
-	// of memfds and of directories of pins. Maps say it themselves, and are
-	// believed where users without privilege can make none.
+	// UID is the user who made it, or -1 if unknown. For memfds and directories of pins
+	// it comes from the kernel. Maps state it themselves; they are believed where
+	// unprivileged users cannot make maps.
 	UID int
 }
 
-// List finds the devices of this machine that this process may read: pins below
-// root ("" means [DefaultRoot]), maps without pins if it is privileged, and
-// memfds of processes it may look into. The error tells of what could not be
-// searched; what was found is given with it.
+// List finds the devices of this machine that this process may read: pins below root (""
+// means [DefaultRoot]), maps without pins if the process is privileged, and memfds of
+// processes that it may inspect. With an error, which says what could not be searched, it
+// also returns the sources that it found.
 func List(root string) ([]Source, error) {
 	if root == "" {
 		root = DefaultRoot
@@ -71,8 +71,8 @@ func listPins(root string) ([]Source, error) {
 	return out, nil
 }
 
-// pinsOwner is who put the pins of a directory there. Where others may write it
-// that can be anyone.
+// pinsOwner returns the owner of the pins in a directory, or -1 if other users may write
+// the directory: then anyone may have put them there.
 func pinsOwner(dir *unix.Stat_t) int {
 	if dir.Mode&0o022 != 0 {
 		return -1
@@ -80,8 +80,8 @@ func pinsOwner(dir *unix.Stat_t) int {
 	return int(dir.Uid)
 }
 
-// enter opens the directory of src, if it is the one that was listed. What is below
-// the path it gives stays that directory's, whatever becomes of its name.
+// enter opens the directory of src, if it is still the one that was listed. Paths below
+// the returned path stay in that directory, even if its name is reused.
 func (src *Source) enter() (path string, leave func(), err error) {
 	fd, err := unix.Open(src.Path, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -98,7 +98,7 @@ func (src *Source) enter() (path string, leave func(), err error) {
 	return fmt.Sprintf("/proc/self/fd/%d", fd), func() { unix.Close(fd) }, nil
 }
 
-// onlyPrivileged reports whether making maps takes a privilege.
+// onlyPrivileged reports whether making maps needs a privilege.
 func onlyPrivileged() bool {
 	b, err := os.ReadFile("/proc/sys/kernel/unprivileged_bpf_disabled")
 	return err == nil && strings.TrimSpace(string(b)) != "0"
@@ -111,7 +111,7 @@ func listMaps() ([]Source, error) {
 		next, err := ebpf.MapGetNextID(id)
 		switch {
 		case errors.Is(err, fs.ErrNotExist), errors.Is(err, unix.EPERM):
-			return out, nil // no more, or not for us
+			return out, nil // no more maps, or not permitted
 		case err != nil:
 			return out, err
 		}
@@ -138,11 +138,11 @@ func listMemfds() ([]Source, error) {
 	}
 	var out []Source
 	type file struct{ dev, ino uint64 }
-	seen := map[file]bool{} // a reader has it open, too
+	seen := map[file]bool{} // a reader has the memfd open, too
 	for _, l := range links {
 		to, err := os.Readlink(l)
 		if err != nil {
-			continue // gone since, or not for us
+			continue // gone since, or not permitted
 		}
 		name, ok := memfdName(to)
 		if !ok {
@@ -158,7 +158,7 @@ func listMemfds() ([]Source, error) {
 	return out, nil
 }
 
-// memfdName is the device's name in where a link of /proc leads to.
+// memfdName returns the device's name from the target of a link in /proc.
 func memfdName(to string) (name string, ok bool) {
 	name, ok = strings.CutPrefix(to, "/memfd:"+memfdPrefix)
 	return str([]byte(strings.TrimSuffix(name, " (deleted)"))), ok

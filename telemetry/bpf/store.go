@@ -17,37 +17,37 @@ import (
 	"barevif/telemetry"
 )
 
-// Kinds of mirror, the best first.
+// Kinds of mirror, best first.
 const (
 	KindIterator = "bpf+pins+iterator" // named maps, and a file to cat
 	KindPins     = "bpf+pins"          // named maps
-	KindMaps     = "bpf"               // maps only root finds
+	KindMaps     = "bpf"               // maps that only a privileged process finds
 	KindMemfd    = "memfd"             // a sealed file
 )
 
-// Store is a [telemetry.Store]. The zero Store works; it is safe for concurrent
-// use once no field is changed any more.
+// Store is a [telemetry.Store]. The zero Store works. It is safe for concurrent use once
+// its fields no longer change.
 type Store struct {
 	// Root is the directory for pins, in a mounted BPF file system: "" means
-	// [DefaultRoot]. It is made if its parent is there; nothing is ever mounted.
+	// [DefaultRoot]. Open makes it if its parent exists; it never mounts anything.
 	Root string
 
-	// Group may read the pins besides their owner: 0 means nobody.
+	// Group may read the pins besides their owner: 0 means no group.
 	Group int
 
-	// Public lets everybody read the metrics file. How much a device carries
-	// and when can give away what it carries: the zero value does not.
+	// Public lets every user read the metrics file. By default they may not: how much a
+	// device carries, and when, can reveal what it carries.
 	Public bool
 
-	// Resume has the mirror continue the totals of a process that was killed
-	// and left its pins. Stats are not changed by it.
+	// Resume makes the mirror continue the totals of a killed process that left its pins.
+	// It does not change Stats.
 	Resume bool
 }
 
 var _ telemetry.Store = (*Store)(nil)
 
-// Open makes the best mirror this process is allowed. It fails only if not even
-// a memfd can be had, or for more than 1024 queues. It takes milliseconds.
+// Open makes the best mirror that this process may make. It fails if it cannot make even
+// a memfd, or for more than 1024 queues. It takes milliseconds.
 func (s *Store) Open(info telemetry.Info) (telemetry.Mirror, error) {
 	if info.Queues < 1 || info.Queues > maxQueues {
 		return nil, fmt.Errorf("telemetry/bpf: %d queues, want 1 to %d", info.Queues, maxQueues)
@@ -88,34 +88,35 @@ func (s *Store) Open(info telemetry.Info) (telemetry.Mirror, error) {
 	return m, nil
 }
 
-// mirror is where one device's counters are, in maps or in a memfd.
+// A mirror holds the counters of one device, in maps or in a memfd.
 type mirror struct {
 	name         string
 	kind, reason string
-	named        bool  // the maps carry the names of their members
-	unresumed    error // why earlier totals were not taken up
+	named        bool  // the kernel accepted the names of the maps' members
+	unresumed    error // why the mirror does not continue earlier totals
 
 	counters, infos, events region
-	base                    [][]uint64 // per block: totals it continues from, or nil
+	base                    [][]uint64 // per block: totals from which it continues, or nil
 
-	maps    []*ebpf.Map // counters, info, events; fields once pinned
+	maps    []*ebpf.Map // counters, info, events; and fields once pinned
 	pins    *pinDir     // or nil
 	metrics interface{ Close() error }
 	file    *os.File // the memfd, or nil
 
 	info  infoRecord
-	kept  [eventSlots][]byte // what events should hold
+	kept  [eventSlots][]byte // the expected contents of events
 	ended bool
 }
 
-// suffix tells the maps of devices apart: a name has 15 characters at most.
+// suffix distinguishes the maps of different devices: a map's name has 15 characters at
+// most.
 func (m *mirror) suffix() string {
 	h := fnv.New32a()
 	h.Write([]byte(m.name))
 	return fmt.Sprintf("%08x", h.Sum32())
 }
 
-// makeMaps makes the three maps that are written to and maps them.
+// makeMaps makes the three writable maps and maps them into memory.
 func (m *mirror) makeMaps(queues int) (err error) {
 	defer func() {
 		if err != nil {
@@ -156,8 +157,7 @@ func (m *mirror) releaseMaps() error {
 	return err
 }
 
-// pin shows the maps in the file system. On an error nothing of them is left
-// there.
+// pin pins the maps in the file system. On an error it leaves no pin there.
 func (m *mirror) pin(s *Store) (err error) {
 	root, gid := s.Root, s.Group
 	if root == "" {
@@ -189,7 +189,7 @@ func (m *mirror) pin(s *Store) (err error) {
 		return err
 	}
 	m.maps = append(m.maps, fields)
-	// The text of a killed owner speaks of its counters, not of ours.
+	// The metrics file of a killed owner would print its counters, not ours.
 	if err := d.drop(pinMetrics); err != nil {
 		return fmt.Errorf("make pins: %w", err)
 	}
@@ -202,7 +202,7 @@ func (m *mirror) pin(s *Store) (err error) {
 	return nil
 }
 
-// pinMetrics makes the file that prints the counters.
+// pinMetrics pins the iterator as the file that prints the counters.
 func (m *mirror) pinMetrics(s *Store, queues int) error {
 	it, err := attachIterator(m.suffix(), m.name, m.maps[0], m.maps[3], queues)
 	if err != nil {
@@ -263,7 +263,7 @@ func (m *mirror) Update(st telemetry.Status, r telemetry.Reset) {
 	i.Done++
 	i.Begun = i.Done
 	put(m.infos.words(0, infoBytes/8), encode(i))
-	// Somebody else may have written here, too.
+	// Another process may have changed the events.
 	for slot, e := range m.kept {
 		if e != nil {
 			put(m.events.words(slot*eventBytes/8, eventBytes/8), e)
@@ -283,7 +283,7 @@ func (m *mirror) Record(e telemetry.Event) {
 	put(m.events.words(slot*eventBytes/8, eventBytes/8), m.kept[slot])
 }
 
-// Close removes the pins, if any, and all memory. A second Close does nothing.
+// Close removes the pins, if any, and frees all memory. A second Close does nothing.
 func (m *mirror) Close() error {
 	if m.ended {
 		return nil
@@ -303,7 +303,7 @@ func (m *mirror) Close() error {
 	return err
 }
 
-// bootTime is nanoseconds since boot, sleep included: it never jumps.
+// bootTime returns the nanoseconds since boot, including suspend: this clock never jumps.
 func bootTime() uint64 {
 	var ts unix.Timespec
 	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts); err != nil {

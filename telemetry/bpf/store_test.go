@@ -22,7 +22,7 @@ import (
 	"barevif/telemetry/openmetrics"
 )
 
-// handle gives every test devices of its own.
+// device gives every test devices of its own.
 func device(t testing.TB) telemetry.Info {
 	h := uint32(1)
 	for _, c := range t.Name() {
@@ -31,7 +31,8 @@ func device(t testing.TB) telemetry.Info {
 	return telemetry.Info{Role: telemetry.Frontend, Own: 3, Peer: 0, Handle: h}
 }
 
-// open mirrors a new set, best there is, and closes it after the test.
+// open mirrors a new set, fails the test unless the mirror is of kind want, and closes
+// the set after the test.
 func open(t testing.TB, s *Store, info telemetry.Info, queues int, want string) *telemetry.Set {
 	t.Helper()
 	set := telemetry.NewSet(queues)
@@ -47,7 +48,7 @@ func open(t testing.TB, s *Store, info telemetry.Info, queues int, want string) 
 	return set
 }
 
-// fill gives every field of every block a value of its own.
+// fill gives every field of every block a distinct value.
 func fill(s *telemetry.Set) {
 	for q := range s.Queues() {
 		for d, b := range []*telemetry.Block{s.RX(q), s.TX(q)} {
@@ -134,7 +135,7 @@ func TestBpftoolNamesEveryCounter(t *testing.T) {
 				}
 			}
 			for _, marker := range []string{"_gen_done", "_gen_start"} {
-				if string(got[dir.String()+marker]) != "2" { // attached, flushed
+				if string(got[dir.String()+marker]) != "2" { // one publish by attach, one by Flush
 					t.Errorf("%s%s is %s", dir, marker, got[dir.String()+marker])
 				}
 				delete(got, dir.String()+marker)
@@ -243,7 +244,8 @@ func TestLayoutIsThatOfTheHeader(t *testing.T) {
 		text := bpftest.Run(t, tool, "btf", "dump", "id", fmt.Sprint(shown.BTF), "format", "c")
 		fmt.Fprintf(&got, "/* %s */\n", pin)
 		for line := range strings.Lines(text) {
-			// What differs between versions of bpftool is not our layout.
+			// Versions of bpftool differ in these lines, which are not part of our
+			// layout.
 			if line != "\n" && !strings.HasPrefix(line, "#") {
 				got.WriteString(line)
 			}
@@ -305,7 +307,7 @@ func TestStrictParserAcceptsWhatCatPrints(t *testing.T) {
 	}
 }
 
-// The text needs neither rights nor a running owner.
+// The text needs neither privileges nor a running owner.
 func TestAnybodyMayCatPublicMetrics(t *testing.T) {
 	bpftest.NeedIterator(t)
 	setpriv := bpftest.Tool(t, "setpriv")
@@ -408,7 +410,7 @@ func TestOutsideReadersSeeOneInstant(t *testing.T) {
 	}
 }
 
-// reader opens the one source of a device.
+// reader opens the only source of a device.
 func reader(t *testing.T, name string) *Reader {
 	t.Helper()
 	r, err := Open(source(t, name))
@@ -452,7 +454,7 @@ func TestTamperedMirrorIsHealedAndReported(t *testing.T) {
 	if st := set.Snapshot(); st.RX.Get(telemetry.Packets) != 10 {
 		t.Fatal("Stats follow the tampered map")
 	}
-	if n := set.RX(0).Refresh(); n != telemetry.BlockWords-1 { // all words, the markers as one
+	if n := set.RX(0).Refresh(); n != telemetry.BlockWords-1 { // all words; the two markers count as one
 		t.Errorf("%d words healed", n)
 	}
 	set.TX(0).Refresh()
@@ -489,8 +491,9 @@ func TestPublishingMakesNoSystemCall(t *testing.T) {
 		}
 		return n
 	}
-	// A program is loaded once more whenever a signal interrupts the verifier, so that two
-	// runs differ by a few calls. A call for every thousandth publish would be a thousand.
+	// A signal during verification makes the library load a program once more, so that
+	// two runs differ by a few calls. A call per thousand publishes would make a
+	// thousand.
 	const publishes = 1_000_000
 	if few, many := calls(1), calls(publishes); many >= few+publishes/1000 {
 		t.Errorf("%d bpf calls with 1 publish, %d with a million", few, many)
@@ -537,7 +540,7 @@ func TestOpenAndCloseLeaveNothing(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	cycle(&Store{}, withPins()) // the library keeps what it learned of the kernel
+	cycle(&Store{}, withPins()) // the library caches what it learned about the kernel
 	before := count()
 	for range 20 {
 		cycle(&Store{}, withPins())

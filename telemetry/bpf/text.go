@@ -17,18 +17,18 @@ import (
 	"barevif/telemetry"
 )
 
-// textLimit bounds what is read of a metrics file.
+// textLimit bounds how much of a metrics file is read, in bytes.
 const textLimit = 16 << 20
 
-// readText makes a report of what the iterator prints.
+// readText makes a report of the iterator's output.
 func readText(src Source) (*Report, error) {
 	dir, leave, err := src.enter()
 	if err != nil {
 		return nil, err
 	}
 	defer leave()
-	// A link in the directory could lead to a file that only this user may read,
-	// lines of which an error would show.
+	// A link in the directory could lead to a file that only this user may read, and an
+	// error would show a line of it.
 	f, err := os.OpenFile(filepath.Join(dir, pinMetrics), os.O_RDONLY|unix.O_NONBLOCK|unix.O_NOFOLLOW, 0)
 	if err != nil {
 		return nil, err
@@ -48,8 +48,7 @@ func readText(src Source) (*Report, error) {
 	return &Report{Stats: telemetry.Sum(queues)}, nil
 }
 
-// parseText reads counters back from the text of openmetrics.Write about one
-// device.
+// parseText parses the text that openmetrics.Write makes for one device.
 func parseText(r io.Reader) ([]telemetry.Queue, error) {
 	type place struct{ word, words int } // words > 1: a histogram
 	places := map[string]place{}
@@ -69,8 +68,8 @@ func parseText(r io.Reader) ([]telemetry.Queue, error) {
 		}
 	}
 	var queues [][queueWords]uint64
-	var before uint64 // the bucket above this one
-	var of struct {   // the histogram that bucket is of
+	var before uint64 // count of the previous bucket, since the text is cumulative
+	var of struct {   // the histogram that the previous bucket belongs to
 		name  string
 		queue int
 	}
@@ -96,7 +95,7 @@ func parseText(r io.Reader) ([]telemetry.Queue, error) {
 		}
 		at, ok := places[name]
 		if !ok {
-			continue // a count, or a field of a later version
+			continue // a histogram's count, or a field of a later version
 		}
 		for len(queues) <= q {
 			queues = append(queues, [queueWords]uint64{})

@@ -9,14 +9,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A region is memory shared with other processes: a mapped BPF array, or part of
-// a memfd. Its words are no Go memory: nothing may touch them after unmap.
+// A region is memory shared with other processes: a mapped BPF array, or part of a memfd.
+// It is not Go memory: nothing may access it after unmap.
 type region struct {
 	b []byte
 }
 
-// mapRegion maps bytes of fd from offset on, which must be a multiple of the
-// page size, readable and writable.
+// mapRegion maps bytes of fd, readable and writable, from offset on, which must be a
+// multiple of the page size.
 func mapRegion(fd int, offset int64, bytes int) (region, error) {
 	page := unix.Getpagesize()
 	b, err := unix.Mmap(fd, offset, (bytes+page-1)/page*page, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
@@ -26,8 +26,8 @@ func mapRegion(fd int, offset int64, bytes int) (region, error) {
 	return region{b}, nil
 }
 
-// words is the n words from word i on. The mapping begins on a page, so they are
-// aligned; the slice expression panics if they are not all inside.
+// words returns n words from word i on. They are aligned, because the mapping begins on a
+// page; the slice expression panics if they are not all inside.
 func (r region) words(i, n int) []uint64 {
 	b := r.b[8*i : 8*(i+n) : 8*(i+n)]
 	return unsafe.Slice((*uint64)(unsafe.Pointer(unsafe.SliceData(b))), n)

@@ -1,7 +1,7 @@
 // Package openmetrics writes counters as OpenMetrics 1.0 text.
 //
-// The text is the same, byte for byte, as the one the pinned BPF iterator of
-// telemetry/bpf prints; this is for machines and processes without it.
+// The text is byte for byte what the pinned BPF iterator of telemetry/bpf prints. This
+// package is for machines and processes without the iterator.
 package openmetrics
 
 import (
@@ -17,19 +17,19 @@ import (
 	"barevif/telemetry"
 )
 
-// A Device is the counters of one device under the name that becomes its vif
-// label. Of a page, no two may have the same: a reader refuses it. A byte of the
-// name that is not UTF-8 is written as \xff, with its own two digits. Its Stats
-// should be totals: monitoring takes a counter that goes down for a restart.
+// A Device is the counters of one device with the value of its vif label, Name. All names
+// of a page must differ, because a reader refuses a page with two equal ones. Bytes of
+// Name that are not UTF-8 are written as \xff, with their own two digits. Stats should be
+// totals: monitoring takes a counter that goes down for a restart.
 type Device struct {
 	Name  string
 	Stats telemetry.Stats
 }
 
-// ContentType is the media type of what Write writes.
+// ContentType is the media type of the text.
 const ContentType = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 
-// Header is the lines above the samples of f in direction d.
+// Header returns the lines above the samples of f in direction d.
 func Header(f telemetry.Field, d telemetry.Dir) string {
 	m := f.Metric(d)
 	unit := ""
@@ -39,11 +39,11 @@ func Header(f telemetry.Field, d telemetry.Dir) string {
 	return fmt.Sprintf("# TYPE %s %s\n%s# HELP %s %s\n", m, f.Kind, unit, m, f.Help)
 }
 
-// ErrName says that two devices given to Write have one name.
+// ErrName is returned by Write when two devices have the same name.
 var ErrName = errors.New("openmetrics: two devices have the same name, which would make the page unreadable; name each differently")
 
-// Write writes the counters of all devices. The error is w's, or ErrName, and then
-// nothing was written.
+// Write writes the counters of all devices. The error is w's, or ErrName; with ErrName it
+// has written nothing.
 func Write(w io.Writer, devices ...Device) error {
 	labels := make([]string, len(devices))
 	for i := range devices {
@@ -66,8 +66,8 @@ func Write(w io.Writer, devices ...Device) error {
 
 var escape = strings.NewReplacer(`\`, `\\`, `"`, `\"`, "\n", `\n`)
 
-// label is the name as a label's value. A reader refuses the whole page for one
-// byte that is not UTF-8.
+// label returns name as a label's value. It escapes bytes that are not UTF-8, because a
+// single one makes a reader refuse the whole page.
 func label(name string) string {
 	var b strings.Builder
 	for len(name) > 0 {
@@ -107,11 +107,11 @@ func writeSamples(out *bufio.Writer, f telemetry.Field, d telemetry.Dir, name st
 	}
 }
 
-// Handler serves the text of the devices that list gives at each request.
+// Handler serves the text of the devices that list returns at each request.
 func Handler(list func() []Device) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", ContentType)
-		// Other failures are a client that went away.
+		// Any other error means that the client went away.
 		if err := Write(w, list()...); errors.Is(err, ErrName) {
 			http.Error(w, err.Error(), http.StatusInternalServerError)
 		}

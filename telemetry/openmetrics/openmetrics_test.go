@@ -97,7 +97,8 @@ func TestStrictParserAcceptsTheText(t *testing.T) {
 	}
 }
 
-// A reader takes back each name that was written, or its page is refused whole.
+// A reader returns each name as it was given, since one bad name would make it refuse the
+// page.
 func TestAnyNameMakesAPageThatIsRead(t *testing.T) {
 	totals := sample()[0].Stats
 	for name, want := range map[string]string{

@@ -1,7 +1,7 @@
 //go:build linux
 
-// Package bpftest gives tests a BPF file system of their own, and programs that
-// other users may run. It is for tests alone.
+// Package bpftest gives tests a private BPF file system, and programs that other users
+// may run. It is for tests only.
 package bpftest
 
 import (
@@ -24,16 +24,15 @@ import (
 )
 
 const (
-	envNamespace = "BAREVIF_TEST_MOUNTNS" // set in the namespace
-	envMissing   = "BAREVIF_TEST_NO_BPF"  // why there is none
+	envNamespace = "BAREVIF_TEST_MOUNTNS" // set in the private namespace
+	envMissing   = "BAREVIF_TEST_NO_BPF"  // why there is no BPF file system
 )
 
-// Limit bounds what a test waits for; none comes near it.
+// Limit bounds every wait of a test; no test comes near it.
 const Limit = 2 * time.Minute
 
-// Main runs the tests in a mount namespace of their own, on a BPF file system of
-// their own if this machine allows one, and gives the exit status. It is to be
-// called from TestMain.
+// Main runs the tests in a private mount namespace, with a private BPF file system if
+// this machine allows one, and returns the exit status. Call it from TestMain.
 func Main(m *testing.M) (code int) {
 	var missing string
 	switch {
@@ -75,7 +74,7 @@ func mountBPF() (missing string) {
 	return ""
 }
 
-// Need skips the test if Main found no BPF file system for it.
+// Need skips the test if Main could not mount a BPF file system.
 func Need(t testing.TB) {
 	t.Helper()
 	if missing := os.Getenv(envMissing); missing != "" {
@@ -83,8 +82,8 @@ func Need(t testing.TB) {
 	}
 }
 
-// Iterators says why this kernel lets us load no BPF iterator over maps, or nil. A
-// kernel may do so although it knows them and we have every capability.
+// Iterators returns why this kernel refuses BPF iterators over maps, or nil. A kernel may
+// know them and refuse them to a process with every capability.
 var Iterators = sync.OnceValue(func() error {
 	prog, err := ebpf.NewProgram(&ebpf.ProgramSpec{
 		Type: ebpf.Tracing, AttachType: ebpf.AttachTraceIter, AttachTo: "bpf_map_elem", License: "GPL",
@@ -96,7 +95,7 @@ var Iterators = sync.OnceValue(func() error {
 	return prog.Close()
 })
 
-// NeedIterator is Need for a test that reads what an iterator prints.
+// NeedIterator is Need for a test that reads the output of an iterator.
 func NeedIterator(t testing.TB) {
 	t.Helper()
 	Need(t)
@@ -105,7 +104,7 @@ func NeedIterator(t testing.TB) {
 	}
 }
 
-// Tool gives the path of a program, or skips the test.
+// Tool returns the path of a program, or skips the test.
 func Tool(t testing.TB, name string) string {
 	t.Helper()
 	path, err := exec.LookPath(name)
@@ -118,7 +117,7 @@ func Tool(t testing.TB, name string) string {
 	return path
 }
 
-// Run gives what a program prints. It fails the test if the program does.
+// Run returns the output of a program. It fails the test if the program fails.
 func Run(t testing.TB, name string, args ...string) string {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), Limit)
@@ -133,7 +132,7 @@ func Run(t testing.TB, name string, args ...string) string {
 	return string(out)
 }
 
-// Eventually waits for what others do in their own time.
+// Eventually waits until ok holds, for effects of other processes and of the kernel.
 func Eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
 	deadline := time.After(Limit)
@@ -150,8 +149,8 @@ func publicDir() string {
 	return filepath.Join(os.TempDir(), fmt.Sprintf("barevif-bpftest-%d", os.Getpid()))
 }
 
-// Public gives the path of a program that other users may run: a file name in a
-// directory that is gone after the tests. If it is not there yet, make makes it.
+// Public returns the path of a program that other users may run, in a directory that is
+// removed after the tests. make writes the program if it does not exist yet.
 func Public(t testing.TB, name string, make func(path string) error) string {
 	t.Helper()
 	path := filepath.Join(publicDir(), name)
@@ -172,7 +171,7 @@ func Public(t testing.TB, name string, make func(path string) error) string {
 	return path
 }
 
-// Self is a copy of the program of these tests that other users may run.
+// Self returns a copy of this test binary that other users may run.
 func Self(t testing.TB) string {
 	t.Helper()
 	return Public(t, "self.test", func(path string) error {
@@ -190,21 +189,20 @@ func Self(t testing.TB) string {
 	})
 }
 
-// A Process is a copy of the program of these tests that runs, told by its
-// environment what to do.
+// A Process is a running copy of this test binary; its environment tells it what to do.
 type Process struct {
 	Cmd *exec.Cmd
 	Out io.Reader
 	in  io.Closer
 }
 
-// Start runs Self with more environment, with a command such as setpriv in front
-// of it. The process is killed at the end of the test.
+// Start runs Self with env added to its environment, and with a command such as setpriv
+// in front. It kills the process at the end of the test.
 func Start(t testing.TB, env string, front ...string) *Process {
 	t.Helper()
 	args := append(append([]string{}, front...), Self(t))
 	cmd := exec.Command(args[0], args[1:]...)
-	// The race detector would make every end last a second.
+	// The race detector would delay the end of every process by a second.
 	cmd.Env = append(os.Environ(), env, "GORACE=atexit_sleep_ms=0")
 	cmd.Stderr = os.Stderr
 	in, err := cmd.StdinPipe()
@@ -223,7 +221,7 @@ func Start(t testing.TB, env string, front ...string) *Process {
 	return p
 }
 
-// Kill is kill -9; it is harmless on a process that has ended.
+// Kill kills the process with SIGKILL. It does nothing if the process has ended.
 func (p *Process) Kill() {
 	if p.Cmd.ProcessState == nil {
 		p.Cmd.Process.Kill()
@@ -232,7 +230,7 @@ func (p *Process) Kill() {
 	}
 }
 
-// End ends the standard input of the process and waits for it.
+// End closes the standard input of the process and waits for its end.
 func (p *Process) End(t testing.TB) {
 	t.Helper()
 	p.in.Close()
