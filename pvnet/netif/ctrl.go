@@ -6,17 +6,17 @@ import (
 	"barevif/hypercall"
 )
 
-// A CtrlRequest is struct xen_netif_ctrl_request: what the frontend asks of the
+// A CtrlRequest is struct xen_netif_ctrl_request: a request of the frontend on the
 // control ring. Words of Data that Type does not use are 0.
 type CtrlRequest struct {
 	_    structs.HostLayout
-	ID   uint16 // comes back in the response, with Type
+	ID   uint16 // the response repeats it, and Type
 	Type CtrlType
 	Data [3]uint32
 }
 
-// A CtrlResponse is struct xen_netif_ctrl_response. Responses may come in any
-// order; ID and Type together say which request one answers.
+// A CtrlResponse is struct xen_netif_ctrl_response. Responses may come in any order; ID
+// and Type together identify the request.
 type CtrlResponse struct {
 	_      structs.HostLayout
 	ID     uint16
@@ -25,7 +25,7 @@ type CtrlResponse struct {
 	Data   uint32
 }
 
-// A CtrlType is a request to the control ring: XEN_NETIF_CTRL_TYPE_*.
+// A CtrlType is the type of a request on the control ring: XEN_NETIF_CTRL_TYPE_*.
 type CtrlType uint16
 
 const (
@@ -33,13 +33,13 @@ const (
 	CtrlGetHashFlags       CtrlType = 1
 	CtrlSetHashFlags       CtrlType = 2  // data: flags
 	CtrlSetHashKey         CtrlType = 3  // data: ref of the key's page, bytes
-	CtrlGetHashMappingSize CtrlType = 4  // answers entries
+	CtrlGetHashMappingSize CtrlType = 4  // answer: entries
 	CtrlSetHashMappingSize CtrlType = 5  // data: entries
 	CtrlSetHashMapping     CtrlType = 6  // data: ref of the table's page, entries, first entry
 	CtrlSetHashAlgorithm   CtrlType = 7  // data: HashAlgorithm
-	CtrlGetGrefMappingSize CtrlType = 8  // data: queue; answers entries
+	CtrlGetGrefMappingSize CtrlType = 8  // data: queue; answer: entries
 	CtrlAddGrefMapping     CtrlType = 9  // data: queue, ref of the list's page, entries
-	CtrlDelGrefMapping     CtrlType = 10 // as CtrlAddGrefMapping; answers entries removed
+	CtrlDelGrefMapping     CtrlType = 10 // as CtrlAddGrefMapping; answer: entries removed
 )
 
 var ctrlNames = [...]string{
@@ -56,7 +56,7 @@ func (t CtrlType) String() string {
 	return "control type " + itoa(int64(t))
 }
 
-// A CtrlStatus answers a request to the control ring: XEN_NETIF_CTRL_STATUS_*.
+// A CtrlStatus is the result of a request on the control ring: XEN_NETIF_CTRL_STATUS_*.
 type CtrlStatus uint32
 
 const (
@@ -80,22 +80,22 @@ func (s CtrlStatus) String() string {
 	return "control status " + itoa(int64(s))
 }
 
-// A HashType names the parts of a packet that were hashed:
-// _XEN_NETIF_CTRL_HASH_TYPE_*, a bit number.
+// A HashType names the parts of a packet that were hashed: a bit number,
+// _XEN_NETIF_CTRL_HASH_TYPE_*.
 type HashType uint8
 
 const (
 	HashIPv4    HashType = 0 // source and destination address
-	HashIPv4TCP HashType = 1 // and ports
+	HashIPv4TCP HashType = 1 // the addresses and the ports
 	HashIPv6    HashType = 2
 	HashIPv6TCP HashType = 3
 )
 
-// Flag is t as the control ring's hash flags hold it:
-// XEN_NETIF_CTRL_HASH_TYPE_*. It is 0 for a t beyond 31.
+// Flag returns the bit of t in the control ring's hash flags: XEN_NETIF_CTRL_HASH_TYPE_*.
+// It is 0 for a t above 31.
 func (t HashType) Flag() uint32 { return 1 << t }
 
-// HashFlagsAll are the flags of every HashType there is.
+// HashFlagsAll has the flags of all defined HashTypes.
 const HashFlagsAll uint32 = 1<<HashIPv4 | 1<<HashIPv4TCP | 1<<HashIPv6 | 1<<HashIPv6TCP
 
 func (t HashType) String() string {
@@ -116,7 +116,7 @@ func (t HashType) String() string {
 type HashAlgorithm uint8
 
 const (
-	HashNone     HashAlgorithm = 0 // the backend chooses a queue as it likes
+	HashNone     HashAlgorithm = 0 // the backend chooses the queue of a packet freely
 	HashToeplitz HashAlgorithm = 1
 )
 
@@ -139,14 +139,13 @@ type GrefEntry struct {
 	Status uint16 // a CtrlStatus, written by the backend, for CtrlDelGrefMapping only
 }
 
-// GrefReadOnly is XEN_NETIF_CTRLF_GREF_readonly: the backend may map the page
-// read-only.
+// GrefReadOnly is XEN_NETIF_CTRLF_GREF_readonly: the backend may map the page read-only.
 const GrefReadOnly uint16 = 1
 
 const (
-	// GrefEntrySize is the bytes of a [GrefEntry] in the list page.
+	// GrefEntrySize is the size of a [GrefEntry] in the list page, in bytes.
 	GrefEntrySize = 8
 
-	// GrefListMax is how many entries the one page of a list holds.
+	// GrefListMax is how many entries a list page holds.
 	GrefListMax = 4096 / GrefEntrySize
 )

@@ -6,15 +6,14 @@ import (
 	"barevif/hypercall"
 )
 
-// An Extra is struct netif_extra_info. It takes a slot of either ring: that of a
-// [TxRequest], whose last four bytes are then padding, or that of an
-// [RxResponse].
+// An Extra is struct netif_extra_info. It takes a slot of either ring: one of a
+// [TxRequest], whose last four bytes are then padding, or one of an [RxResponse].
 type Extra struct {
 	_     structs.HostLayout
-	_     [0]uint32 // slots are read by the word
+	_     [0]uint32 // for the alignment: slots are read in 32-bit words
 	Type  ExtraType
 	Flags uint8
-	Body  [6]byte // by Type: see GSO, Mcast, Hash and XDP
+	Body  [6]byte // depends on Type: see GSO, Mcast, Hash and XDP
 }
 
 // ExtraMore is XEN_NETIF_EXTRA_FLAG_MORE: another Extra follows.
@@ -53,7 +52,7 @@ func (t ExtraType) String() string {
 	return "extra type " + itoa(int64(t))
 }
 
-// A GSOType is the protocol of a packet to be cut: XEN_NETIF_GSO_TYPE_*.
+// A GSOType is the protocol of a packet to be segmented: XEN_NETIF_GSO_TYPE_*.
 type GSOType uint8
 
 const (
@@ -74,14 +73,14 @@ func (t GSOType) String() string {
 	return "gso type " + itoa(int64(t))
 }
 
-// A GSO says how to cut a packet that is larger than the link takes.
+// A GSO says how to segment a packet that is larger than the link's MTU.
 type GSO struct {
 	Size     uint16 // bytes of payload in each segment
 	Type     GSOType
 	Features uint16 // XEN_NETIF_GSO_FEAT_*: none is defined
 }
 
-// A Mcast is a group the frontend wants to hear of, or no longer.
+// A Mcast is a multicast group that the frontend joins or leaves.
 type Mcast struct {
 	MAC [6]byte
 }
@@ -93,36 +92,35 @@ type Hash struct {
 	Value     uint32
 }
 
-// An XDP says how many bytes a backend left free in front of the data (Linux
-// only).
+// An XDP says how many bytes the backend left free in front of the data (Linux only).
 type XDP struct {
 	Headroom uint16
 }
 
-// GSOExtra makes the Extra that carries g.
+// GSOExtra returns the Extra that carries g.
 func GSOExtra(g GSO) Extra {
 	return Extra{Type: ExtraGSO, Body: [6]byte{
 		byte(g.Size), byte(g.Size >> 8), byte(g.Type), 0, byte(g.Features), byte(g.Features >> 8)}}
 }
 
-// McastAddExtra makes the Extra that joins a group.
+// McastAddExtra returns the Extra that joins a group.
 func McastAddExtra(m Mcast) Extra { return Extra{Type: ExtraMcastAdd, Body: m.MAC} }
 
-// McastDelExtra makes the Extra that leaves a group.
+// McastDelExtra returns the Extra that leaves a group.
 func McastDelExtra(m Mcast) Extra { return Extra{Type: ExtraMcastDel, Body: m.MAC} }
 
-// HashExtra makes the Extra that carries h.
+// HashExtra returns the Extra that carries h.
 func HashExtra(h Hash) Extra {
 	return Extra{Type: ExtraHash, Body: [6]byte{byte(h.Type), byte(h.Algorithm),
 		byte(h.Value), byte(h.Value >> 8), byte(h.Value >> 16), byte(h.Value >> 24)}}
 }
 
-// XDPExtra makes the Extra that carries x.
+// XDPExtra returns the Extra that carries x.
 func XDPExtra(x XDP) Extra {
 	return Extra{Type: ExtraXDP, Body: [6]byte{byte(x.Headroom), byte(x.Headroom >> 8)}}
 }
 
-// GSO is the body of an [ExtraGSO]. Of another type it means nothing.
+// GSO returns the body of an [ExtraGSO]. It is meaningless for another type.
 func (e Extra) GSO() GSO {
 	return GSO{
 		Size:     uint16(e.Body[0]) | uint16(e.Body[1])<<8,
@@ -131,11 +129,11 @@ func (e Extra) GSO() GSO {
 	}
 }
 
-// Mcast is the body of an [ExtraMcastAdd] or [ExtraMcastDel]. Of another type it
-// means nothing.
+// Mcast returns the body of an [ExtraMcastAdd] or [ExtraMcastDel]. It is meaningless for
+// another type.
 func (e Extra) Mcast() Mcast { return Mcast{MAC: e.Body} }
 
-// Hash is the body of an [ExtraHash]. Of another type it means nothing.
+// Hash returns the body of an [ExtraHash]. It is meaningless for another type.
 func (e Extra) Hash() Hash {
 	return Hash{
 		Type:      HashType(e.Body[0]),
@@ -145,7 +143,7 @@ func (e Extra) Hash() Hash {
 	}
 }
 
-// XDP is the body of an [ExtraXDP]. Of another type it means nothing.
+// XDP returns the body of an [ExtraXDP]. It is meaningless for another type.
 func (e Extra) XDP() XDP {
 	return XDP{Headroom: uint16(e.Body[0]) | uint16(e.Body[1])<<8}
 }
@@ -153,7 +151,7 @@ func (e Extra) XDP() XDP {
 // More reports whether another Extra follows.
 func (e Extra) More() bool { return e.Flags&ExtraMore != 0 }
 
-// WithMore is e, followed by another Extra or not.
+// WithMore returns e with [ExtraMore] set or cleared.
 func (e Extra) WithMore(more bool) Extra {
 	e.Flags &^= ExtraMore
 	if more {
@@ -162,13 +160,13 @@ func (e Extra) WithMore(more bool) Extra {
 	return e
 }
 
-// An ExtraError says why [Extra.Check] refuses an Extra. No correct peer sends
-// such a one.
+// An ExtraError says why [Extra.Check] refuses an Extra. No correct peer sends such an
+// Extra.
 type ExtraError uint8
 
 const (
-	BadExtraType ExtraError = iota + 1 // none, or one that nobody defines
-	BadGSOSize                         // segments of no bytes
+	BadExtraType ExtraError = iota + 1 // none, or an undefined type
+	BadGSOSize                         // a segment size of 0
 	BadGSOType                         // neither TCPv4 nor TCPv6
 )
 
@@ -184,10 +182,9 @@ func (e ExtraError) Error() string {
 	return "netif: bad extra"
 }
 
-// Check refuses, with an [ExtraError], what Linux's netback and netfront refuse:
-// a type out of range and a GSO body without size or known type. A Hash is a hint
-// and a group an address, so their bodies are not looked at. It does not
-// allocate.
+// Check returns an [ExtraError] for an Extra that Linux's netback and netfront refuse: a
+// type out of range, or a GSO body without a size or with an unknown type. It does not
+// check other bodies: a Hash is a hint and a Mcast an address. It does not allocate.
 func (e Extra) Check() error {
 	if e.Type == ExtraNone || e.Type > ExtraXDP {
 		return BadExtraType
@@ -205,7 +202,7 @@ func (e Extra) Check() error {
 	return nil
 }
 
-// ExtraOfTx is the Extra in a slot of the tx ring that was read as a request.
+// ExtraOfTx returns the Extra in a slot of the tx ring that was read as a request.
 func ExtraOfTx(r TxRequest) Extra {
 	return Extra{
 		Type:  ExtraType(r.Ref),
@@ -217,8 +214,8 @@ func ExtraOfTx(r TxRequest) Extra {
 	}
 }
 
-// TxRequest is e as the tx ring holds it, padded with zeros: an old id must not
-// reach the peer.
+// TxRequest returns e as the tx ring holds it. The padding is zero, so that an old id
+// does not reach the peer.
 func (e Extra) TxRequest() TxRequest {
 	b := &e.Body
 	return TxRequest{
@@ -229,7 +226,7 @@ func (e Extra) TxRequest() TxRequest {
 	}
 }
 
-// ExtraOfRx is the Extra in a slot of the rx ring that was read as a response.
+// ExtraOfRx returns the Extra in a slot of the rx ring that was read as a response.
 func ExtraOfRx(r RxResponse) Extra {
 	return Extra{
 		Type:  ExtraType(r.ID),
@@ -241,7 +238,7 @@ func ExtraOfRx(r RxResponse) Extra {
 	}
 }
 
-// RxResponse is e as the rx ring holds it.
+// RxResponse returns e as the rx ring holds it.
 func (e Extra) RxResponse() RxResponse {
 	b := &e.Body
 	return RxResponse{

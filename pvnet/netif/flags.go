@@ -5,19 +5,19 @@ import (
 	"strings"
 )
 
-// TxFlags are the flags of a [TxRequest]: NETTXF_*. Their two lowest bits are
-// those of [RxFlags] swapped.
+// TxFlags are the flags of a [TxRequest]: NETTXF_*. The two lowest bits are swapped with
+// respect to [RxFlags].
 type TxFlags uint16
 
 const (
-	TxCsumBlank     TxFlags = 1 // the checksum field holds the pseudo-header's sum only
-	TxDataValidated TxFlags = 2 // the data is known to be what its sender sent
-	TxMoreData      TxFlags = 4 // the packet goes on in the next request
+	TxCsumBlank     TxFlags = 1 // partial checksum: the field holds only the sum of the pseudo-header
+	TxDataValidated TxFlags = 2 // the data has been validated against its checksum
+	TxMoreData      TxFlags = 4 // the next request continues the packet
 	TxExtraInfo     TxFlags = 8 // an Extra follows
 )
 
-// RxFlags are the flags of an [RxResponse]: NETRXF_*. Their two lowest bits are
-// those of [TxFlags] swapped.
+// RxFlags are the flags of an [RxResponse]: NETRXF_*. The two lowest bits are swapped
+// with respect to [TxFlags].
 type RxFlags uint16
 
 const (
@@ -28,15 +28,15 @@ const (
 	RxGSOPrefix     RxFlags = 16 // deprecated: the response carries a segment size and no data
 )
 
-// shared are the flags at the same place in both directions.
+// shared are the flags with the same bit in both directions.
 const shared = uint16(TxMoreData | TxExtraInfo)
 
-// Rx is f as the backend writes it towards the next frontend. Bits without a
-// meaning in that direction are dropped.
+// Rx returns f as a backend writes it to the next frontend. It drops bits that mean
+// nothing there.
 func (f TxFlags) Rx() RxFlags { return RxFlags(swap(uint16(f))) }
 
-// Tx is f as a frontend writes it towards the next backend. Bits without a
-// meaning in that direction, [RxGSOPrefix] among them, are dropped.
+// Tx returns f as a frontend writes it to the next backend. It drops bits that mean
+// nothing there, such as [RxGSOPrefix].
 func (f RxFlags) Tx() TxFlags { return TxFlags(swap(uint16(f))) }
 
 func swap(f uint16) uint16 { return f&shared | f&1<<1 | f&2>>1 }
@@ -55,8 +55,7 @@ func (f RxFlags) String() string {
 	return flagString(uint16(f), "data-validated", "csum-blank", "more-data", "extra-info", "gso-prefix")
 }
 
-// flagString joins the names of the bits set; those without one come as one
-// number.
+// flagString joins the names of the set bits. Bits without a name follow as one number.
 func flagString(f uint16, names ...string) string {
 	if f == 0 {
 		return "0"

@@ -6,43 +6,42 @@ package netif
 // Written by the toolstack when it makes the vif (tools/libs/light/libxl_nic.c,
 // libxl_device.c).
 const (
-	KeyBackend       = "backend"        // in front: path of the backend's directory
-	KeyBackendID     = "backend-id"     // in front: domid
-	KeyFrontend      = "frontend"       // in back: path of the frontend's directory
-	KeyFrontendID    = "frontend-id"    // in back: domid
-	KeyState         = "state"          // in both: XenbusState, written by its own end
+	KeyBackend       = "backend"        // in frontend: path of the backend's directory
+	KeyBackendID     = "backend-id"     // in frontend: the backend's domid
+	KeyFrontend      = "frontend"       // in backend: path of the frontend's directory
+	KeyFrontendID    = "frontend-id"    // in backend: the frontend's domid
+	KeyState         = "state"          // in both: XenbusState, written by the end itself
 	KeyHandle        = "handle"         // in both: number of the vif
 	KeyMAC           = "mac"            // in both: six hex bytes with colons
 	KeyMTU           = "mtu"            // in both: bytes; absent means 1500
-	KeyTrusted       = "trusted"        // in front: flag; absent means 1
-	KeyOnline        = "online"         // in back: 0 when the vif is to go for good
-	KeyScript        = "script"         // in back: hotplug script
-	KeyVifName       = "vifname"        // in back: name of the host's interface
-	KeyBridge        = "bridge"         // in back
-	KeyIP            = "ip"             // in back: addresses, with spaces between
-	KeyGatewayDev    = "gatewaydev"     // in back
-	KeyRate          = "rate"           // in back: "bytes,microseconds"
-	KeyVLAN          = "vlan"           // in back
-	KeyType          = "type"           // in back
-	KeyHotplugStatus = "hotplug-status" // in back: HotplugConnected once the host's side is there
-	KeyHotplugError  = "hotplug-error"  // in back: why it is not
+	KeyTrusted       = "trusted"        // in frontend: flag; absent means 1
+	KeyOnline        = "online"         // in backend: 0 when the toolstack takes the vif away for good
+	KeyScript        = "script"         // in backend: hotplug script
+	KeyVifName       = "vifname"        // in backend: name of the host's interface
+	KeyBridge        = "bridge"         // in backend
+	KeyIP            = "ip"             // in backend: addresses, separated by spaces
+	KeyGatewayDev    = "gatewaydev"     // in backend
+	KeyRate          = "rate"           // in backend: "bytes,microseconds"
+	KeyVLAN          = "vlan"           // in backend
+	KeyType          = "type"           // in backend
+	KeyHotplugStatus = "hotplug-status" // in backend: HotplugConnected once the host's interface is set up
+	KeyHotplugError  = "hotplug-error"  // in backend: why the setup failed
 	HotplugConnected = "connected"
 	HotplugFailed    = "error"
 )
 
-// Written by the backend: what it is able to do. Absent means 0, unless said
-// otherwise.
+// Written by the backend: its features. An absent key means 0 unless noted.
 const (
-	KeyFeatureSG               = "feature-sg"                // packets of many slots
+	KeyFeatureSG               = "feature-sg"                // packets of several slots
 	KeyFeatureGSOTCPv4         = "feature-gso-tcpv4"         // also written by the frontend
 	KeyFeatureGSOTCPv6         = "feature-gso-tcpv6"         // also written by the frontend
 	KeyFeatureGSOTCPv4Prefix   = "feature-gso-tcpv4-prefix"  // deprecated: see RxGSOPrefix
 	KeyFeatureGSOTCPv6Prefix   = "feature-gso-tcpv6-prefix"  // deprecated
-	KeyFeatureRxCopy           = "feature-rx-copy"           // fills the frontend's pages
+	KeyFeatureRxCopy           = "feature-rx-copy"           // the backend copies into the frontend's pages
 	KeyFeatureRxFlip           = "feature-rx-flip"           // obsolete
-	KeyFeatureNoCsumOffload    = "feature-no-csum-offload"   // IPv4: blank checksums are not welcome
-	KeyFeatureIPv6CsumOffload  = "feature-ipv6-csum-offload" // IPv6: blank checksums are
-	KeyFeatureMulticastControl = "feature-multicast-control" // takes ExtraMcastAdd and ExtraMcastDel
+	KeyFeatureNoCsumOffload    = "feature-no-csum-offload"   // IPv4: the backend does not accept partial checksums
+	KeyFeatureIPv6CsumOffload  = "feature-ipv6-csum-offload" // IPv6: the backend accepts partial checksums
+	KeyFeatureMulticastControl = "feature-multicast-control" // the backend accepts ExtraMcastAdd and ExtraMcastDel
 	KeyFeatureDynamicMulticast = "feature-dynamic-multicast-control"
 	KeyFeatureSplitChannels    = "feature-split-event-channels"
 	KeyFeatureCtrlRing         = "feature-ctrl-ring"
@@ -51,19 +50,19 @@ const (
 	KeyCarrier                 = "carrier"                // absent means 1: the link is up
 )
 
-// Written by the frontend before it is Connected. With two queues or more the
-// ring and channel keys are below KeyQueuePrefix and the queue's number.
+// Written by the frontend before it is Connected. With two or more queues the ring and
+// channel keys are below KeyQueuePrefix and the queue's number.
 const (
 	KeyTxRingRef        = "tx-ring-ref"
 	KeyRxRingRef        = "rx-ring-ref"
-	KeyEventChannel     = "event-channel"    // one for both directions, or
-	KeyEventChannelTx   = "event-channel-tx" // one each
+	KeyEventChannel     = "event-channel"    // one channel for both directions, or
+	KeyEventChannelTx   = "event-channel-tx" // one for each
 	KeyEventChannelRx   = "event-channel-rx"
 	KeyNumQueues        = "multi-queue-num-queues"
 	KeyQueuePrefix      = "queue-"
-	KeyRequestRxCopy    = "request-rx-copy"           // Linux reads no other feature without it
-	KeyFeatureRxNotify  = "feature-rx-notify"         // fires the channel after posting rx requests
-	KeyRequestMulticast = "request-multicast-control" // filter by the groups added
+	KeyRequestRxCopy    = "request-rx-copy"           // Linux netback reads the other features only with it
+	KeyFeatureRxNotify  = "feature-rx-notify"         // the frontend notifies after it posts rx requests
+	KeyRequestMulticast = "request-multicast-control" // filter multicast by the groups that were added
 	KeyCtrlRingRef      = "ctrl-ring-ref"
 	KeyEventChannelCtrl = "event-channel-ctrl"
 	KeyXDPHeadroom      = "xdp-headroom" // Linux only: bytes

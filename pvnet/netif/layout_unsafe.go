@@ -2,8 +2,8 @@ package netif
 
 import "unsafe"
 
-// The layouts of xen/include/public/io/netif.h. unsafe serves Sizeof, Alignof
-// and Offsetof only: nothing here makes a pointer.
+// The layouts of xen/include/public/io/netif.h. Only Sizeof, Alignof and Offsetof of
+// unsafe are used: nothing here makes a pointer.
 var (
 	_ [12]byte = [unsafe.Sizeof(TxRequest{})]byte{}
 	_ [4]byte  = [unsafe.Alignof(TxRequest{})]byte{}
@@ -57,7 +57,7 @@ var (
 	_ [6]byte             = [unsafe.Offsetof(GrefEntry{}.Status)]byte{}
 )
 
-// Each stride is the larger record's size.
+// Each stride is the size of the larger record.
 var (
 	_ [TxStride]byte   = [max(unsafe.Sizeof(TxRequest{}), unsafe.Sizeof(TxResponse{}))]byte{}
 	_ [RxStride]byte   = [max(unsafe.Sizeof(RxRequest{}), unsafe.Sizeof(RxResponse{}))]byte{}

@@ -11,8 +11,8 @@ import (
 	"barevif/arena/shm"
 )
 
-// through writes v to a slot of a page and reads it back as a record of another
-// type, the way the two ends of a ring see one slot.
+// through writes v to a slot of a page and reads it back as a record of another type, as
+// the two ends of a ring see one slot.
 func through[Out, In any](v In, stride int) Out {
 	page := shm.Heap(1)
 	in := shm.NewSlots[In](page, RingHeader, 4, stride)
@@ -34,7 +34,7 @@ func check(t *testing.T, f any) {
 	}
 }
 
-// random fills what quick cannot: a struct with blank fields.
+// random fills a struct with blank fields, which quick cannot.
 func random(of reflect.Type, r *rand.Rand) reflect.Value {
 	if of.Kind() != reflect.Struct {
 		v, _ := quick.Value(of, r)
@@ -70,7 +70,7 @@ func TestExtraIsTheSameInEitherRing(t *testing.T) {
 		return ExtraOfRx(r) == e &&
 			through[RxResponse](e, RxStride) == r && through[Extra](r, RxStride) == e
 	})
-	// What follows the eight bytes of an extra in a tx slot is not part of it.
+	// The bytes after the eight of an extra in a tx slot are not part of it.
 	check(t, func(q TxRequest) bool {
 		padded := q
 		padded.ID, padded.Size = 0, 0
@@ -156,7 +156,7 @@ func TestFlagsOfOneDirectionAreSwappedInTheOther(t *testing.T) {
 	if uint16(TxCsumBlank) != uint16(RxDataValidated) || uint16(RxCsumBlank) != uint16(TxDataValidated) {
 		t.Error("the two lowest bits are not swapped")
 	}
-	// A bit that means nothing over there is not carried over.
+	// A bit that means nothing in the other direction is dropped.
 	for f := range 1 << 16 {
 		if got := TxFlags(f).Rx(); got != (TxFlags(f)&15).Rx() || got > 15 {
 			t.Fatalf("tx %#x becomes %#x", f, uint16(got))
@@ -251,9 +251,9 @@ func TestExtrasDoNotAllocate(t *testing.T) {
 	}
 }
 
-// FuzzSlot reads any 16 bytes a peer may leave in a slot as every record. What
-// is written back must be the same bytes: nothing a record holds is lost or made
-// up.
+// FuzzSlot reads any 16 bytes that a peer may leave in a slot as each record type.
+// Writing the record back must give the same bytes: a record loses nothing and adds
+// nothing.
 func FuzzSlot(f *testing.F) {
 	f.Add(make([]byte, 16))
 	f.Add([]byte("\x01\x01\xb4\x85\x01\x00\x7b\x9a\x00\x00\x00\x00\x00\x00\x00\x00"))

@@ -2,69 +2,70 @@ package packet
 
 import "encoding/binary"
 
-// A Cut says how a packet is to be cut.
+// A Cut says how to cut a packet into segments.
 type Cut struct {
-	Proto   uint8 // TCP, or UDP for datagrams
-	Version uint8 // of its IP: 4 or 6; 0 for either
-	Size    int   // bytes of its payload in each packet but the last
-	L4      int   // where its header is, if the frame is a tunnel that carries it; else 0
-	Partial bool  // its checksum field holds the sum of the pseudo-header; else that is made of its addresses
+	Proto   uint8 // protocol of the packet to cut: TCP, or UDP for datagrams
+	Version uint8 // version of its IP: 4 or 6; 0 for either
+	Size    int   // bytes of payload in each segment but the last
+	L4      int   // offset of its transport header if a tunnel carries it; else 0
+	Partial bool  // its checksum field holds the pseudo-header's sum; else the sum is made from its addresses
 
-	// Whole is how many bytes of payload a frame may carry that is to be cut again by
-	// another: it gets a partial checksum. 0: none is. TCP only.
+	// Whole is how many bytes of payload a frame may carry that another will cut again:
+	// such a frame gets a partial checksum. 0: no such frames. TCP only.
 	Whole int
 }
 
-// MostCuts bounds what one packet is cut into. Linux sends no TCP segments of less than 8
-// bytes but the last (TCP_MIN_SND_MSS of include/net/tcp.h, less the options): 64 KiB hold
-// no more of those.
+// MostCuts bounds the segments of one packet. Linux sends no TCP segment of less than 8
+// bytes but the last (TCP_MIN_SND_MSS of include/net/tcp.h, less the options), and 64 KiB
+// hold no more of these.
 const MostCuts = 65536 / 8
 
-// MaxCutHeaders is how long the headers of what is cut can be: of a TCP packet in a tunnel over
-// IPv6, of Geneve with all its options.
+// MaxCutHeaders is the greatest length of the headers of a packet to cut, in bytes: TCP
+// in a tunnel over IPv6, with Geneve and all its options.
 const MaxCutHeaders = 576
 
-// A Cutter makes packets of a link's size out of a long one, as Linux does for a card
+// A Cutter cuts a long packet into frames of the link's size, as Linux does for a device
 // without the offload (tcp_gso_segment of net/ipv4/tcp_offload.c, __udp_gso_segment and
-// skb_udp_tunnel_segment of net/ipv4/udp_offload.c). It needs no more memory than itself.
+// skb_udp_tunnel_segment of net/ipv4/udp_offload.c). It needs no memory but itself.
 type Cutter struct {
-	head [MaxCutHeaders]byte // the headers of the next packet
-	size int                 // bytes of head
-	in   Headers             // of what is cut, in head
-	out  Headers             // of its tunnel, in head; Version 0: there is none
-	sum  int                 // where the tunnel has a checksum, in head; 0: nowhere
+	head [MaxCutHeaders]byte // headers of the next frame
+	size int                 // bytes used of head
+	in   Headers             // positions in head of the packet's headers
+	out  Headers             // positions in head of its tunnel's headers; Version 0: there is no tunnel
+	sum  int                 // offset of the tunnel's checksum in head; 0: it has none
 
-	data int // where the payload begins in the frame
+	data int // offset of the payload in the original frame
 	left int // bytes of payload still to be cut
-	at   int // bytes of payload cut
-	n    int // packets made
-	each int // bytes of payload in a packet
-	step int // bytes of payload in a frame: one packet, or as many as it is to be cut into
+	at   int // bytes of payload already cut
+	n    int // segments already cut
+	each int // bytes of payload in a segment
+	step int // bytes of payload in a frame: one segment, or several that another will cut
 
-	pseudo uint64 // the sum of the pseudo-header, without the length
+	pseudo uint64 // sum of the pseudo-header, without the length
 	seq    uint32
 	flags  byte
-	inID   uint16 // of IPv4, as outID
+	inID   uint16 // identification field of IPv4; outID is the tunnel's
 	outID  uint16
 }
 
-// Find finds the headers of what is to be cut in a frame of total bytes that begins with
-// head. It reports false for a frame that is not what the Cut says, whose headers do not
-// hold together or are not all in head, that makes more than MostCuts packets or one of more than
-// 64 KiB, or that only its sender could cut: a fragment, one with an authentication header, a tunnel
-// that numbers its packets.
+// Find finds the headers of the packet to cut in a frame of total bytes that begins with
+// head. It reports false for a frame that does not match the Cut, whose headers are
+// inconsistent or not all in head, or that makes more than MostCuts segments or one of
+// more than 64 KiB. It also reports false for a frame that only its sender could cut: a
+// fragment, one with an authentication header, or a tunnel with sequence numbers.
 func (cut *Cut) Find(head []byte, total int) (h Headers, ok bool) {
 	h, _, _, ok = cut.find(head, total)
 	return h, ok
 }
 
-// find gives the headers of the tunnel too, if there is one, and where it has a checksum.
+// find also returns the tunnel's headers, if there is one, and the offset of its
+// checksum.
 func (cut *Cut) find(head []byte, total int) (in, out Headers, sum int, ok bool) {
 	in, ok = Parse(head, total)
 	if !ok || in.Fragment != Whole || in.Extensions&HasAuth != 0 {
 		return in, out, 0, false
 	}
-	ip := in.L3 // of the outermost
+	ip := in.L3 // start of the outermost IP header
 	if cut.L4 != 0 && cut.L4 != in.L4 {
 		out = in
 		if in, ok = out.Tunnelled(head, cut.L4); !ok || in.Extensions&HasAuth != 0 {
@@ -78,14 +79,14 @@ func (cut *Cut) find(head []byte, total int) (in, out Headers, sum int, ok bool)
 	case in.L5 == 0, in.L5 > MaxCutHeaders, in.Proto != cut.Proto, cut.Version != 0 && in.Version != cut.Version:
 		return in, out, sum, false
 	case in.Extensions&HasRoutingLeft != 0 && !cut.Partial:
-		return in, out, sum, false // the pseudo-header has an address that is not in the IP header
+		return in, out, sum, false // the last destination, which the pseudo-header needs, is not in the IP header
 	}
 	payload := in.End - in.L5
 	return in, out, sum, cut.Size > 0 && payload <= MostCuts*cut.Size && in.L5-ip+min(payload, cut.Size) <= 0xffff
 }
 
-// tunnel reports whether out is a tunnel that can be around several packets like in, and
-// where it has a checksum, or 0.
+// tunnel reports whether out is a tunnel that can carry several packets like in. It also
+// returns the offset of the tunnel's checksum, or 0.
 func tunnel(head []byte, out, in *Headers) (sum int, ok bool) {
 	if out.Extensions&(HasJumbo|HasRoutingLeft) != 0 {
 		return 0, false
@@ -111,7 +112,7 @@ func tunnel(head []byte, out, in *Headers) (sum int, ok bool) {
 	return sum, true
 }
 
-// Init makes c cut a frame of total bytes that begins with head. It reports what
+// Init makes c cut a frame of total bytes that begins with head. It reports false where
 // [Cut.Find] does.
 func (c *Cutter) Init(head []byte, total int, cut Cut) (ok bool) {
 	if c.in, c.out, c.sum, ok = cut.find(head, total); !ok {
@@ -131,7 +132,7 @@ func (c *Cutter) Init(head []byte, total int, cut Cut) (ok bool) {
 		field = 16
 		c.seq, c.flags = binary.BigEndian.Uint32(l4[4:]), l4[13]
 	}
-	if cut.Partial { // less the length it was made with
+	if cut.Partial { // take out the length that the sender's sum includes
 		c.pseudo = uint64(binary.BigEndian.Uint16(l4[field:])) + uint64(^Fold(uint64(in.End-in.L4)))
 	} else {
 		c.pseudo = uint64(in.Pseudo(head, 0))
@@ -150,9 +151,9 @@ func identification(head []byte, h *Headers) uint16 {
 	return binary.BigEndian.Uint16(head[h.L3+4:])
 }
 
-// dropJumbo takes the length of a jumbogram out of the headers: the options with it, if
-// there are no others, as Linux does (ipv6_hopopt_jumbo_remove), or else one of padding goes
-// there.
+// dropJumbo removes the length of a jumbogram from the headers. If it is the only option
+// it removes the options header, as Linux does (ipv6_hopopt_jumbo_remove); else it
+// overwrites the option with padding.
 func (c *Cutter) dropJumbo() {
 	ip := c.head[c.in.L3:c.size]
 	if ip[41] != 0 {
@@ -167,19 +168,20 @@ func (c *Cutter) dropJumbo() {
 	c.in.L5 -= 8
 }
 
-// Left is how many frames are still to come.
+// Left returns how many frames are still to come.
 func (c *Cutter) Left() int { return (c.left + c.step - 1) / c.step }
 
-// Len is how long the next frame will be; none is longer.
+// Len returns the length of the next frame in bytes; no later one is longer.
 func (c *Cutter) Len() int { return c.size + min(c.step, c.left) }
 
-// HeaderLen is how many bytes of headers each frame has.
+// HeaderLen returns the length of each frame's headers in bytes.
 func (c *Cutter) HeaderLen() int { return c.size }
 
-// Done is how many bytes of payload were cut.
+// Done returns how many bytes of payload have been cut.
 func (c *Cutter) Done() int { return c.at }
 
-// Skip takes frames of so many bytes of payload for cut that Done gave before.
+// Skip treats as many bytes of payload as done says as cut, a number that Done returned
+// earlier.
 func (c *Cutter) Skip(done int) {
 	done = min(max(done, 0), c.left)
 	c.n += (done + c.each - 1) / c.each
@@ -187,13 +189,13 @@ func (c *Cutter) Skip(done int) {
 	c.left -= done
 }
 
-// Again reports whether the next frame is one to be cut again.
+// Again reports whether another will cut the next frame again.
 func (c *Cutter) Again() bool { return min(c.step, c.left) > c.each }
 
-// Next makes the next frame of the one in src, the pieces of what Init was given the head
-// of: its headers, which are good until the call after, and its payload in slices of src,
-// which it appends to dst. There must be some Left: there is none at all of a packet
-// without payload.
+// Next makes the next frame. src are the pieces of the frame whose head Init got. head
+// are the new frame's headers, valid until the next call. payload are slices of src,
+// appended to dst. Left must not be 0; for a packet without payload it is 0 from the
+// start.
 func (c *Cutter) Next(src, dst [][]byte) (head []byte, payload [][]byte) {
 	again := c.Again()
 	n := min(c.step, c.left)
@@ -206,7 +208,7 @@ func (c *Cutter) Next(src, dst [][]byte) (head []byte, payload [][]byte) {
 			payload = append(payload, p[lo:hi])
 		}
 	}
-	var sum uint16 // of the payload
+	var sum uint16 // sum of the payload
 	if !again {
 		sum = sumPieces(payload[len(dst):], 0, n)
 	}
@@ -224,7 +226,7 @@ func (c *Cutter) Next(src, dst [][]byte) (head []byte, payload [][]byte) {
 	return head, payload
 }
 
-// transport makes the header of a segment with n bytes of payload.
+// transport writes the transport header of a segment with n bytes of payload.
 func (c *Cutter) transport(l4 []byte, n int, sum uint16, again bool) {
 	length := len(l4) + n
 	field := 6
@@ -247,18 +249,18 @@ func (c *Cutter) transport(l4 []byte, n int, sum uint16, again bool) {
 		return
 	}
 	l4[field], l4[field+1] = 0, 0
-	// The header has an even length: the payload begins a word.
+	// The header has an even length, so the payload begins a 16-bit word.
 	binary.BigEndian.PutUint16(l4[field:], written(Fold(Add(pseudo+uint64(sum), l4)), c.in.Proto))
 }
 
-// Flags of a TCP header that only the first or the last segment keeps.
+// TCP flags that only the first or the last segment keeps.
 const (
 	tcpFIN = 0x01
 	tcpPSH = 0x08
 	tcpCWR = 0x80
 )
 
-// envelope makes the header of a tunnel around what is finished.
+// envelope writes the tunnel's header around a finished packet.
 func (c *Cutter) envelope(head []byte, n int, sum uint16) {
 	t := head[c.out.L4:]
 	pseudo, proto := uint64(0), c.out.Proto
@@ -271,13 +273,13 @@ func (c *Cutter) envelope(head []byte, n int, sum uint16) {
 		field[0], field[1] = 0, 0
 		whole := Fold(Add(pseudo+uint64(swapped(sum, len(t)&1 != 0)), t))
 		if proto == GRE {
-			proto = TCP // it may be 0, as TCP's
+			proto = TCP // like TCP's, the checksum may be 0
 		}
 		binary.BigEndian.PutUint16(field, written(whole, proto))
 	}
 }
 
-// ip makes an IP header of a packet that ends n bytes behind head.
+// ip writes the IP header h of a packet that ends n bytes after head.
 func ip(head []byte, h *Headers, n int, id uint16) {
 	p := head[h.L3:]
 	if h.Version == 6 {

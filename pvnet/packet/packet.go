@@ -1,13 +1,13 @@
-// Package packet finds and rewrites the headers of an Ethernet frame: it parses
-// them, sums bytes, completes checksums and cuts long packets.
+// Package packet finds and rewrites the headers of an Ethernet frame: it parses them,
+// sums bytes, completes checksums and cuts long packets.
 //
-// It knows no buffers of its own. Headers are read from the head of a frame, its
-// first contiguous bytes; what is beyond it is reached through pieces, slices that
-// make up the frame when they are read one after the other. Nothing allocates.
+// It has no buffers of its own. It reads headers from the head of a frame, its first
+// contiguous bytes. It reaches the other bytes through pieces: slices that make up the
+// frame one after the other. Nothing allocates.
 //
-// A frame is hostile input. Each offset in a [Headers] was checked against the head
-// and against the length of the frame, and stays valid for as long as the same bytes
-// are looked at: parse a private copy.
+// A frame is hostile input. Each offset in a [Headers] was checked against the head and
+// against the length of the frame. It is valid only as long as the bytes do not change:
+// parse a private copy.
 package packet
 
 import "encoding/binary"
@@ -30,7 +30,7 @@ const (
 	SCTP = 132
 )
 
-// IPv6 extension headers, by the number that announces them.
+// Numbers of the IPv6 extension headers.
 const (
 	hopByHop    = 0
 	routing     = 43
@@ -39,62 +39,61 @@ const (
 	destination = 60
 )
 
-// What a chain of IPv6 headers may take: Linux looks as far (MAX_IPV6_HDR_LEN of
+// Bounds of a chain of IPv6 headers, which are Linux's (MAX_IPV6_HDR_LEN of
 // net/core/skbuff.c).
 const (
-	maxChain      = 256 // bytes, with the fixed header
+	maxChain      = 256 // bytes, including the fixed header
 	maxExtensions = 8
 )
 
-// MaxHeaders is how many bytes from its first on a frame's head has to have for all
-// headers of a TCP packet to be found: Ethernet with two tags, IPv6 with its extension
-// headers, TCP with options.
+// MaxHeaders is how many bytes a head must have for all headers of a TCP packet to be
+// found: Ethernet with two tags, IPv6 with its extension headers, TCP with options.
 const MaxHeaders = 14 + 8 + maxChain + 60
 
-// Fragment says which part of its packet a frame carries.
+// Fragment says which part of a packet the frame carries.
 type Fragment uint8
 
 const (
 	Whole Fragment = iota
-	First          // the transport header is there, not all behind it
+	First          // the transport header is here, but not all of its payload
 	Later          // no transport header
 )
 
-// Extensions says which IPv6 extension headers are before the transport header.
+// Extensions says which IPv6 extension headers precede the transport header.
 type Extensions uint8
 
 const (
 	HasOptions        Extensions = 1 << iota // hop-by-hop or destination options
 	HasRouting                               // a routing header
-	HasRoutingLeft                           // one with segments left: the packet's last destination is in it
-	HasFragmentHeader                        // also of a packet that is whole
-	HasAuth                                  // an authentication header, of which the bytes behind it are part
-	HasJumbo                                 // hop-by-hop options with the length of a jumbogram (RFC 2675)
+	HasRoutingLeft                           // a routing header with segments left: it holds the packet's last destination
+	HasFragmentHeader                        // a fragment header, also on a whole packet
+	HasAuth                                  // an authentication header, which covers the bytes behind it
+	HasJumbo                                 // a hop-by-hop option with the length of a jumbogram (RFC 2675)
 )
 
-// Headers says where the headers of a frame are, in bytes into it. A position of 0
-// says that the head has no such header.
+// Headers says where the headers of a frame are, as byte offsets into it. An offset of 0
+// means that the head has no such header.
 type Headers struct {
-	Kind       uint16 // EtherType behind the tags
+	Kind       uint16 // EtherType after the tags
 	VLAN       uint16 // tag control information of the first tag, if there are Tags
 	Tags       uint8  // VLAN tags, at most 2
-	Version    uint8  // of IP: 4 or 6; 0 if it is none, or one whose header does not hold together
-	Proto      uint8  // of what is behind the IP headers
+	Version    uint8  // IP version: 4 or 6; 0 if the frame is not IP or its header is inconsistent
+	Proto      uint8  // protocol after the IP headers
 	Fragment   Fragment
 	Extensions Extensions
 
 	L3  int // the IP header
-	L4  int // the transport header, whatever its protocol; its first byte may be at End
-	L5  int // the payload of TCP or UDP; 0 if their header is not all there
-	End int // where the IP packet ends: what is behind it is padding
+	L4  int // the transport header of any protocol; may equal End
+	L5  int // the payload of TCP or UDP; 0 if their header is incomplete
+	End int // end of the IP packet: bytes behind it are padding
 }
 
 // Parse finds the headers of a frame of total bytes that begins with head. It reports
-// whether it is an IP packet that lies in the frame; what it found of the Ethernet
-// header is there anyway.
+// whether the frame holds a whole IP packet; the fields of the Ethernet header are set in
+// any case.
 //
-// A length of 0 in a packet of more than 64 KiB, which Linux writes (BIG TCP), means all of
-// the frame.
+// A length of 0 in a packet of more than 64 KiB, which Linux writes (BIG TCP), means the
+// rest of the frame.
 func Parse(head []byte, total int) (h Headers, ok bool) {
 	at := 12
 	for {
@@ -124,7 +123,7 @@ func Parse(head []byte, total int) (h Headers, ok bool) {
 	return h, false
 }
 
-// ipv4 fills in what follows from an IPv4 header at byte at.
+// ipv4 sets the fields of h from an IPv4 header at offset at.
 func (h *Headers) ipv4(head []byte, at, total int) bool {
 	if len(head) < at+20 || head[at]>>4 != 4 {
 		return false
@@ -152,8 +151,8 @@ func (h *Headers) ipv4(head []byte, at, total int) bool {
 	return true
 }
 
-// ipv6 fills in what follows from an IPv6 header at byte at. A chain of extension
-// headers that is too long, or leaves the head or the packet, has no L4.
+// ipv6 sets the fields of h from an IPv6 header at offset at. L4 stays 0 if the chain of
+// extension headers is too long, or leaves the head or the packet.
 func (h *Headers) ipv6(head []byte, at, total int) bool {
 	if len(head) < at+40 || head[at]>>4 != 6 {
 		return false
@@ -224,8 +223,9 @@ func (h *Headers) ipv6(head []byte, at, total int) bool {
 	return true
 }
 
-// jumbo finds the jumbo payload option of an IPv6 packet, and the length it gives; 0 if
-// there is none. Its place is that of its type byte, from the fixed header on.
+// jumbo finds the jumbo payload option of an IPv6 packet. It returns the offset of the
+// option's type byte from the fixed header, and the length in the option; 0 if there is
+// no such option.
 func jumbo(ip []byte) (at, size int) {
 	if ip[6] != hopByHop || len(ip) < 48 {
 		return 0, 0
@@ -235,7 +235,7 @@ func jumbo(ip []byte) (at, size int) {
 		case ip[p] == 0: // Pad1
 			p++
 		case ip[p] == 0xc2 && n == 4 && p+6 <= end:
-			// Below 64 KiB there is no jumbogram (RFC 2675).
+			// A length below 64 KiB makes no jumbogram (RFC 2675).
 			if v := binary.BigEndian.Uint32(ip[p+2:]); v > 0xffff && v < 1<<31 {
 				return p, int(v)
 			}
@@ -247,7 +247,7 @@ func jumbo(ip []byte) (at, size int) {
 	return 0, 0
 }
 
-// transport finds the payload of TCP or UDP.
+// transport sets L5, the payload of TCP or UDP.
 func (h *Headers) transport(head []byte) {
 	room := min(len(head), h.End) - h.L4
 	switch {
@@ -260,8 +260,8 @@ func (h *Headers) transport(head []byte) {
 	}
 }
 
-// Addresses is the packet's source and destination, one behind the other: 8 or 32
-// bytes of head. The packet must be IP.
+// Addresses returns the packet's source and destination address, one after the other: 8
+// or 32 bytes of head. The packet must be IP.
 func (h *Headers) Addresses(head []byte) []byte {
 	if h.Version == 4 {
 		return head[h.L3+12 : h.L3+20]
@@ -269,16 +269,15 @@ func (h *Headers) Addresses(head []byte) []byte {
 	return head[h.L3+8 : h.L3+40]
 }
 
-// Pseudo is the sum of the pseudo-header of the packet's TCP or UDP for a segment of n
-// bytes, folded.
+// Pseudo returns the folded sum of the pseudo-header for a TCP or UDP segment of n bytes.
 func (h *Headers) Pseudo(head []byte, n int) uint16 {
 	return Fold(Add(uint64(h.Proto)+uint64(n), h.Addresses(head)))
 }
 
-// Tunnelled finds the headers of a packet in the tunnel of another, h: the one whose
-// transport header starts at byte l4. The tunnel is UDP (VXLAN, Geneve and others), GRE or IP in
-// IP; what it has before the inner packet is not looked at, but the packet has to end where
-// the outer one does.
+// Tunnelled finds the headers of a packet in the tunnel h: the packet whose transport
+// header is at offset l4. The tunnel is UDP (VXLAN, Geneve and others), GRE or IP in IP.
+// The bytes between the tunnel's header and the inner packet are not interpreted, but the
+// inner packet must end where the outer one does.
 func (h *Headers) Tunnelled(head []byte, l4 int) (in Headers, ok bool) {
 	least := h.L4
 	switch h.Proto {

@@ -17,7 +17,7 @@ func chop(b []byte, seed uint64) (pieces [][]byte) {
 	return pieces
 }
 
-// simple is a TCP or UDP packet over IPv4 or IPv6.
+// simple returns a TCP or UDP packet over IPv4 or IPv6.
 func simple(v6, udp bool, n int) *spec {
 	return &spec{in: ipSpec{v6: v6, id: 7}, udp: udp, flags: 0x18, size: 1448, payload: fill(n, 3), seed: 5}
 }
@@ -82,7 +82,7 @@ func TestExtensionHeadersArePassed(t *testing.T) {
 	}
 }
 
-// A chain is followed so far and no further.
+// A chain of extension headers is followed up to a bound.
 func TestAChainOfExtensionHeadersIsBounded(t *testing.T) {
 	chain := func(number byte, n, size int) []byte {
 		b := simple(true, true, 100).whole()
@@ -165,7 +165,7 @@ func TestFragments(t *testing.T) {
 	}
 }
 
-// Each of these is no packet, or one without a transport header or checksum.
+// None of these is an IP packet with a transport header and a checksum.
 func TestHeadersThatDoNotHoldTogether(t *testing.T) {
 	type change func(b []byte) []byte
 	for name, c := range map[string]struct {
@@ -214,7 +214,8 @@ func TestHeadersThatDoNotHoldTogether(t *testing.T) {
 	}
 }
 
-// Linux leaves packets of more than 64 KiB without a length, or with that of a jumbogram.
+// Linux leaves the length field of a packet of more than 64 KiB at 0, or writes the
+// length of a jumbogram.
 func TestBigPacketsHaveTheirLength(t *testing.T) {
 	for _, v6 := range []bool{false, true} {
 		s := simple(v6, false, 100000)
@@ -291,7 +292,7 @@ func TestACompletedChecksumIsRight(t *testing.T) {
 	}
 }
 
-// A UDP checksum is never 0, which means that there is none; TCP's is, if it comes to that.
+// A UDP checksum is never 0, since 0 means that there is none; a TCP checksum may be 0.
 func TestAChecksumOfZero(t *testing.T) {
 	for proto, want := range map[uint8]byte{TCP: 0, UDP: 0xff, GRE: 0xff, 0: 0xff} {
 		b := make([]byte, 40)
@@ -318,7 +319,7 @@ func TestAChecksumThatIsNotThereIsNotWritten(t *testing.T) {
 	}
 }
 
-// sctp is a packet of SCTP with a CRC of 0.
+// sctp returns an SCTP packet with a CRC of 0.
 func sctp(v6 bool, n int) (b []byte, at int) {
 	s := simple(v6, true, n+4)
 	b = s.whole()
@@ -362,7 +363,7 @@ func TestTheChecksumOfSCTPIsACRC(t *testing.T) {
 	}
 }
 
-// What a kernel says of a checksum is believed where it can be.
+// The checksum position that a kernel gives is accepted where it is possible.
 func TestWhichChecksumAPlaceHas(t *testing.T) {
 	tcp, crc := simple(false, false, 100).whole(), func() []byte { b, _ := sctp(false, 50); return b }()
 	for _, c := range []struct {
@@ -391,7 +392,7 @@ func TestWhichChecksumAPlaceHas(t *testing.T) {
 	}
 }
 
-// cutAll is the packets a Cutter makes.
+// cutAll returns the packets that a Cutter makes.
 func cutAll(t testing.TB, frame []byte, cut Cut, seed uint64) (all [][]byte) {
 	t.Helper()
 	var c Cutter
@@ -441,7 +442,7 @@ func TestPacketsAreThoseOfTheReference(t *testing.T) {
 	}
 }
 
-// Without a partial checksum the sum of the pseudo-header is made of the addresses.
+// Without a partial checksum the pseudo-header's sum is made from the addresses.
 func TestACompleteChecksumIsMadeAgain(t *testing.T) {
 	for i := range uint64(300) {
 		s := anySpec(rand.New(rand.NewPCG(i, 3)))
@@ -604,7 +605,7 @@ func TestAFragmentIsNoTunnel(t *testing.T) {
 
 func inTunnel(s *spec, kind string) { s.tunnel, s.out = kind, &ipSpec{} }
 
-// resum makes an IPv4 header's checksum right.
+// resum recomputes the checksum of an IPv4 header.
 func resum(ip []byte) {
 	copy(ip[10:], []byte{0, 0})
 	copy(ip[10:], u16(int(^refSum(ip[:20]))))
@@ -715,8 +716,9 @@ func FuzzComplete(f *testing.F) {
 	})
 }
 
-// FuzzCut cuts packets of every kind and compares them with the reference; where bytes of
-// it were changed first it demands that nothing is lost, and no length is wrong.
+// FuzzCut cuts packets of every kind and compares the result with the reference. If bytes
+// of the packet were changed first, it requires only that no payload is lost and all
+// lengths are right.
 func FuzzCut(f *testing.F) {
 	for i := range uint64(60) {
 		f.Add(i, uint16(1+100*i), uint16(3000*i), []byte{})

@@ -5,8 +5,8 @@ import (
 	"math/rand/v2"
 )
 
-// What follows is written from the RFCs, as plainly as can be, and shares no line with what
-// it is compared to.
+// The reference below is written from the RFCs, as plainly as possible, and shares no
+// line with the code under test.
 
 // refSum is the ones' complement sum of 16-bit words (RFC 1071).
 func refSum(parts ...[]byte) uint16 {
@@ -42,7 +42,7 @@ func refCRC(b []byte) [4]byte {
 }
 
 // A refReader reads a frame of which only some bytes are known, and stops at the first
-// that is not.
+// unknown byte.
 type refReader struct {
 	known []byte
 	total int
@@ -203,7 +203,7 @@ func refIPv6(r *refReader, h Headers, at int, done *bool) (out Headers, ok bool)
 	}
 }
 
-// refJumbo looks through hop-by-hop options that come first.
+// refJumbo looks through the hop-by-hop options if they are the first extension header.
 func refJumbo(r *refReader, at int) (length int) {
 	defer func() {
 		if e := recover(); e != nil && e != any(refStop{}) {
@@ -248,8 +248,8 @@ func refPayload(r *refReader, h *Headers) {
 	}
 }
 
-// A spec is a packet that is built layer by layer, whole and to be cut, or as one of the
-// packets it is cut into.
+// A spec is a packet that is built layer by layer: the whole packet to be cut, or one of
+// the packets that it is cut into.
 type spec struct {
 	tags    int
 	out     *ipSpec // of a tunnel
@@ -431,7 +431,7 @@ func (s *spec) build(payload []byte, n, at int, last bool) []byte {
 	return frame
 }
 
-// around is a tunnel around a packet.
+// around builds the tunnel around a packet.
 func (s *spec) around(packet []byte, kind, n int) []byte {
 	ethernet := join(fill(12, s.seed+20), u16(kind), packet)
 	udp := func(inner []byte) []byte {
@@ -486,7 +486,7 @@ func (s *spec) around(packet []byte, kind, n int) []byte {
 	return s.out.ip(proto, s.seed+30, n, func(func(int) uint16) []byte { return packet })
 }
 
-// inner is where the transport header of what is cut is.
+// inner returns the offset of the transport header of the packet to cut.
 func (s *spec) inner() int {
 	header := 20 + s.tcp
 	if s.udp {

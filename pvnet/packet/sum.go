@@ -6,10 +6,10 @@ import (
 	"math/bits"
 )
 
-// Add adds b to a sum as big-endian 16-bit words, padded with zero.
+// Add adds b to sum as big-endian 16-bit words, with an odd byte padded by zero.
 func Add(sum uint64, b []byte) uint64 {
-	// The sum of the words as a little-endian machine has them is the same with its
-	// bytes swapped (RFC 1071).
+	// The sum of the words in little-endian order is the same sum with its bytes swapped
+	// (RFC 1071).
 	var s, carry uint64
 	for len(b) >= 32 {
 		s, carry = bits.Add64(s, binary.LittleEndian.Uint64(b), carry)
@@ -31,7 +31,7 @@ func Add(sum uint64, b []byte) uint64 {
 	return sum + uint64(bits.ReverseBytes16(Fold(s>>32+s&0xffffffff+carry)))
 }
 
-// Fold is a sum in 16 bits, as ones' complement has it.
+// Fold reduces sum to 16 bits by ones' complement addition.
 func Fold(sum uint64) uint16 {
 	for sum > 0xffff {
 		sum = sum>>16 + sum&0xffff
@@ -39,10 +39,11 @@ func Fold(sum uint64) uint16 {
 	return uint16(sum)
 }
 
-// Checksum is the internet checksum of b (RFC 1071).
+// Checksum returns the internet checksum of b (RFC 1071).
 func Checksum(b []byte) uint16 { return ^Fold(Add(0, b)) }
 
-// swapped is a folded sum whose bytes began in the middle of a word.
+// swapped returns a folded sum, with its bytes swapped if the summed bytes began inside a
+// word.
 func swapped(sum uint16, odd bool) uint16 {
 	if odd {
 		return bits.ReverseBytes16(sum)
@@ -50,8 +51,8 @@ func swapped(sum uint16, odd bool) uint16 {
 	return sum
 }
 
-// sumPieces is the folded sum of bytes from to end of the pieces; the first of them
-// begins a word.
+// sumPieces returns the folded sum of bytes from to end of the pieces; byte from begins a
+// word.
 func sumPieces(pieces [][]byte, from, end int) uint16 {
 	sum, odd, at := uint64(0), false, 0
 	for _, p := range pieces {
@@ -67,7 +68,7 @@ func sumPieces(pieces [][]byte, from, end int) uint16 {
 
 // sumCRC adds bytes from to end of the pieces to a CRC32c.
 func sumCRC(crc uint32, pieces [][]byte, from, end int) uint32 {
-	table := crc32.MakeTable(crc32.Castagnoli) // the package's own, made once
+	table := crc32.MakeTable(crc32.Castagnoli) // crc32 caches this table
 	at := 0
 	for _, p := range pieces {
 		if lo, hi := max(from-at, 0), min(end-at, len(p)); lo < hi {
@@ -78,7 +79,8 @@ func sumCRC(crc uint32, pieces [][]byte, from, end int) uint32 {
 	return crc
 }
 
-// put writes b at byte at of the pieces, which the caller knows to reach that far.
+// put writes b at offset at of the pieces. The caller has made sure that they reach that
+// far.
 func put(pieces [][]byte, at int, b []byte) {
 	for _, p := range pieces {
 		if at < len(p) {
@@ -91,17 +93,17 @@ func put(pieces [][]byte, at int, b []byte) {
 	}
 }
 
-// A Partial is a checksum that is still to be completed: its field holds the sum of
-// what is not in the bytes from Start to End, the pseudo-header.
+// A Partial is a checksum that is still to be completed. Its field holds the sum of the
+// pseudo-header; the sum of the bytes from Start to End is missing.
 type Partial struct {
-	Start int // where its header starts, bytes into the frame
-	Field int // where it is written
-	End   int // where the bytes it is about end
+	Start int // offset of the transport header in the frame
+	Field int // offset of the checksum field
+	End   int // offset of the end of the summed bytes
 	Proto uint8
 }
 
-// Partial is the checksum of the packet's TCP or UDP. It reports false if there is
-// none: a fragment, another protocol, a field that is not in the head.
+// Partial returns the checksum of the packet's TCP or UDP. It reports false for a
+// fragment, another protocol, or a field that is not in head.
 func (h *Headers) Partial(head []byte) (p Partial, ok bool) {
 	p = Partial{Start: h.L4, End: h.End, Proto: h.Proto}
 	least := 20
@@ -116,7 +118,8 @@ func (h *Headers) Partial(head []byte) (p Partial, ok bool) {
 	return p, h.L4 != 0 && h.Fragment == Whole && h.End-h.L4 >= least && len(head) >= p.Field+2
 }
 
-// Size is how many bytes the checksum has: 2, or 4 for the CRC32c of SCTP (RFC 9260).
+// Size returns the length of the field in bytes: 2, or 4 for the CRC32c of SCTP (RFC
+// 9260).
 func (p *Partial) Size() int {
 	if p.Proto == SCTP {
 		return 4
@@ -124,11 +127,11 @@ func (p *Partial) Size() int {
 	return 2
 }
 
-// PartialAt is the checksum of a header at byte start of a frame of total bytes whose
-// field is field bytes from there, as a virtio_net_hdr gives it: over all that follows. The
-// frame's headers, or those of the packet in its tunnel, say of which protocol it is. It
-// reports false for a field outside the frame, and one that is not where its protocol
-// has it.
+// PartialAt returns the checksum that a virtio_net_hdr describes: that of the header at
+// offset start of a frame of total bytes, with its field at start+field, over all
+// following bytes. It takes the protocol from the frame's headers, or from those of the
+// packet in its tunnel. It reports false for a field outside the frame, or at a place
+// that the protocol does not use.
 func PartialAt(head []byte, total, start, field int) (p Partial, ok bool) {
 	p = Partial{Start: start, Field: start + field, End: total}
 	const sctpField = 8
@@ -140,10 +143,10 @@ func PartialAt(head []byte, total, start, field int) (p Partial, ok bool) {
 	case ok:
 		p.Proto = h.Proto
 		if h.Proto == SCTP {
-			p.End = h.End // a CRC does not stand padding
+			p.End = h.End // a CRC must not include padding
 		}
 	case field == sctpField:
-		return p, false // no internet checksum is there, nor is this known to be SCTP
+		return p, false // SCTP uses this place, but the packet is not known to be SCTP
 	}
 	if p.Proto == SCTP && field != sctpField {
 		return p, false
@@ -151,11 +154,11 @@ func PartialAt(head []byte, total, start, field int) (p Partial, ok bool) {
 	return p, start >= 0 && field >= 0 && p.Field+p.Size() <= p.End
 }
 
-// Complete writes the checksum. The pieces must not be shared. It reports false, and
-// writes nothing, if they hold less than what the checksum is about.
+// Complete writes the checksum into the pieces, which must not be shared. It reports
+// false, and writes nothing, if they do not hold all the bytes to be summed.
 //
-// A UDP checksum that is 0 becomes 0xffff, since 0 says that there is none; so does any
-// whose protocol is not known. A TCP checksum stays 0.
+// A UDP checksum of 0 becomes 0xffff, since 0 means that there is none; an unknown
+// protocol is treated likewise. A TCP checksum may be 0.
 func (p *Partial) Complete(pieces [][]byte) bool {
 	held := 0
 	for _, b := range pieces {
@@ -179,11 +182,11 @@ func (p *Partial) Complete(pieces [][]byte) bool {
 	return true
 }
 
-// noCRC is what a CRC's own field counts as. It is never written; on the stack it would
-// escape.
+// noCRC stands for the CRC's own field, which counts as zero. It is never written. As a
+// local variable it would escape and be allocated each time.
 var noCRC = make([]byte, 4)
 
-// written is the checksum that goes into a field of the protocol for a sum.
+// written returns the value for a checksum field of the protocol, from a sum.
 func written(sum uint16, proto uint8) uint16 {
 	if sum == 0xffff && proto != TCP {
 		return 0xffff

@@ -227,7 +227,7 @@ func TestArmHoldsOffUntilEnough(t *testing.T) {
 	}
 }
 
-// A front that waits for more responses than can come would wait for ever.
+// A front that waits for more responses than are in flight would wait for ever.
 func TestArmNeverAsksForMoreThanIsInFlight(t *testing.T) {
 	f, b, _ := pair(t, 0)
 	f.Put(request{})
@@ -241,7 +241,7 @@ func TestArmNeverAsksForMoreThanIsInFlight(t *testing.T) {
 	}
 }
 
-// Nor may a back ask for more requests than the front has slots for.
+// A back must not ask for more requests than the front has slots.
 func TestArmNeverAsksForMoreThanTheRingHolds(t *testing.T) {
 	for _, first := range starts {
 		f, b, _ := pair(t, first)
@@ -284,8 +284,8 @@ func TestABackWaitsUntilEnoughIsThere(t *testing.T) {
 	}
 }
 
-// To ask for nothing is to ask for the next one: with nothing there, an Arm that said
-// "more" would make its caller spin.
+// Arm(0) asks for the next slot. If it reported more with an empty ring, its caller would
+// spin.
 func TestArmAsksForOneAtLeast(t *testing.T) {
 	f, b, _ := pair(t, ^uint32(0))
 	if more, err := f.Arm(0); more || err != nil {
@@ -309,8 +309,8 @@ func TestArmAsksForOneAtLeast(t *testing.T) {
 	}
 }
 
-// An owner that loses count must not overwrite a slot the peer still uses, nor take
-// what was there before.
+// An owner that loses count must not overwrite a slot that the peer still uses, nor take
+// an old record.
 func TestAnOwnerThatLosesCountPanics(t *testing.T) {
 	f, b, _ := pair(t, ^uint32(0)-100)
 	panics := func(name string, do func()) {
@@ -361,7 +361,7 @@ func TestAttachFollowsAnotherBack(t *testing.T) {
 	}
 	b.Publish()
 	for range 5 {
-		b.Take() // taken, never answered
+		b.Take() // taken, but never answered
 	}
 	next, err := AttachBack[request, response](page, stride)
 	if err != nil {
@@ -397,8 +397,7 @@ func TestAttachNeverWritesTheHeader(t *testing.T) {
 	}
 }
 
-// Two goroutines, each parking whenever its ring says it may: a lost wake-up
-// would stop both for ever.
+// Two goroutines each park whenever the ring allows it: a lost wake-up would stop both.
 func TestNoWakeupIsLost(t *testing.T) {
 	const total = 20000
 	f, b, _ := pair(t, ^uint32(0)-total/2)
@@ -490,9 +489,9 @@ func burst(f *Front[request, response], b *Back[request, response], k int) {
 	}
 }
 
-// FuzzHostileFront lets a front write anything into the page between the calls of
-// a back, which must take at most a ring's worth a poll and never more responses
-// than requests.
+// FuzzHostileFront writes arbitrary words into the page between the calls of a back. The
+// back must take at most a ring of requests per poll, and never put more responses than
+// it took requests.
 func FuzzHostileFront(f *testing.F) {
 	f.Add([]byte{0, 0, 0, 1, 1, 2, 3, 0, 0, 1, 1, 0, 4})
 	f.Add([]byte{255, 255, 255, 255, 1, 2, 3, 5, 0, 0, 1, 0, 0, 1, 2, 3})
@@ -550,7 +549,7 @@ func BenchmarkRing(b *testing.B) {
 	}
 }
 
-// A slot is the front's again once it was shown the response, not once one was put.
+// The front may reuse a slot once its response is published, not once it is put.
 func TestRequestsAreBoundedByTheResponsesShown(t *testing.T) {
 	for _, first := range starts {
 		f, b, page := pair(t, first)
@@ -576,7 +575,7 @@ func TestRequestsAreBoundedByTheResponsesShown(t *testing.T) {
 	}
 }
 
-// What comes between the last look and Arm is seen by Arm.
+// Arm sees a slot that was published after the last Poll.
 func TestArmLooksOnceMore(t *testing.T) {
 	for _, first := range starts {
 		f, b, _ := pair(t, first)
