@@ -1,9 +1,8 @@
-// Package hypercall says what a domain asks of its hypervisor: memory granted to
-// another domain, memory of another domain mapped or copied, and event channels.
+// Package hypercall defines what a domain asks of its hypervisor: grants of its memory to
+// another domain, mapping and copying of another domain's memory, and event channels.
 //
-// It holds types and interfaces only. hypercall/xendev implements them on a real
-// Xen through Linux's device nodes, hypercall/emu on an emulated one. A bare-metal
-// Go runtime would be a third.
+// It holds types and interfaces only. hypercall/xendev implements them on a real Xen
+// through Linux's device nodes, hypercall/emu on an emulated Xen.
 package hypercall
 
 import (
@@ -17,22 +16,22 @@ import (
 	"barevif/arena/shm"
 )
 
-// A DomID names a domain of this host. Domids are reused: a DomID is an address,
-// not an identity.
+// A DomID names a domain of this host. Xen reuses domids: a DomID is an address, not an
+// identity.
 type DomID uint16
 
-// DomSelf is DOMID_SELF of xen/include/public/xen.h: whoever makes the call.
+// DomSelf is DOMID_SELF of xen/include/public/xen.h: the domain that makes the call.
 const DomSelf DomID = 0x7FF0
 
-// A GrantRef names a page one domain lets another reach. Xen keeps refs 0 to 7
-// for itself, so the zero GrantRef is never one of ours.
+// A GrantRef names a page that one domain lets another access. Xen reserves refs 0 to 7,
+// so the zero GrantRef is never one of ours.
 type GrantRef uint32
 
-// A PortID names one end of an event channel within its domain. Ports are small
-// integers and are reused; 0 is never a valid one.
+// A PortID names one end of an event channel within its domain. Ports are small integers
+// that Xen reuses; 0 is never valid.
 type PortID uint32
 
-// Access says what the peer may do with a granted page, or we with a mapped one.
+// Access says what the peer may do with a page we granted, or we with a page we mapped.
 type Access uint8
 
 const (
@@ -47,140 +46,140 @@ func (a Access) String() string {
 	return "read-only"
 }
 
-// A Domain is the domain this program runs in. Its methods may be called from any
-// goroutine. All of them but Copy are for set-up: they may take milliseconds.
+// A Domain is the domain this program runs in. Any goroutine may call its methods. All of
+// them but Copy are for set-up: they may take milliseconds.
 type Domain interface {
-	// ID is the domain's number. It changes when the domain is migrated.
+	// ID returns the domain's number. It changes when the domain is migrated.
 	ID() DomID
 
-	// Memory gives zeroed pages that no other domain reaches. They may be reserved and
-	// no more than that: [Mapping.Populate] has them in memory before they are used.
+	// Memory returns zeroed pages that no other domain can access. They may only be
+	// reserved: [Mapping.Populate] makes the kernel back them with memory before their
+	// first use.
 	Memory(pages int) (*Mapping, error)
 
-	// Share gives zeroed pages and one grant per page, all to the same peer with
-	// the same access. [ErrNoGrants] if the system has no more to give.
+	// Share returns zeroed pages with one grant per page, all for the same peer with the
+	// same access. The error is [ErrNoGrants] if the system has no grants left.
 	Share(peer DomID, pages int, access Access) (*Share, error)
 
-	// Map maps pages the peer granted, in order, as one run of memory: all or
-	// none. A ref that does not allow it fails with a [*GrantError].
+	// Map maps pages that the peer granted, in order, as one run of memory: all or none.
+	// A ref that does not permit it gives a [*GrantError].
 	Map(peer DomID, refs []GrantRef, access Access) (*Mapping, error)
 
-	// Copy runs ops in order and sets the Status of each; one that fails does not
-	// stop the others. The error is for a batch of which nothing ran. It makes
-	// at most one system call and does not allocate.
+	// Copy runs ops in order and sets the Status of each; a failed op does not stop the
+	// others. An error is for a batch of which nothing ran. Copy makes at most one system
+	// call per 256 ops and does not allocate.
 	Copy(ops []CopyOp) error
 
-	// Waiter makes a place to wait, on which event channels are then opened.
+	// Waiter makes a Waiter, on which event channels are then opened.
 	Waiter() (Waiter, error)
 
-	// Store opens a connection to xenstore on which this domain is the client. An
-	// error that is net.ErrClosed is final: the domain has ended.
+	// Store opens a connection to xenstore, with this domain as the client. The error
+	// net.ErrClosed is final: the domain has ended.
 	Store(ctx context.Context) (io.ReadWriteCloser, error)
 }
 
-// An EndNotifier is a Domain whose kernel can tell a peer that this process is
-// gone, however it went.
+// An EndNotifier is a Domain whose kernel can notify a peer when this process ends, even
+// if it is killed.
 type EndNotifier interface {
-	// NotifyOnEnd has p fired when the grants of s end. A nil p takes the wish
-	// back: do that before p is closed.
+	// NotifyOnEnd makes the kernel fire p when the grants of s end. A nil p cancels that:
+	// do so before p is closed.
 	NotifyOnEnd(s *Share, p Port) error
 }
 
-// A ThreadDomain is a Domain that has Waiters for goroutines that are locked to their
-// threads (runtime.LockOSThread).
+// A ThreadDomain is a Domain that also has Waiters for goroutines that are locked to
+// their threads (runtime.LockOSThread).
 type ThreadDomain interface {
 	Domain
 
-	// ThreadWaiter is Waiter, but Wait blocks the thread that calls it in the kernel.
-	// Parking a goroutine that is locked to its thread, and waking it, takes several
-	// switches between threads otherwise. A goroutine that is not takes a thread of its
-	// own for as long as it waits.
+	// ThreadWaiter is Waiter, but its Wait blocks the calling thread in the kernel.
+	// Otherwise parking and waking a locked goroutine takes several thread switches. A
+	// goroutine that is not locked occupies a thread while it waits.
 	ThreadWaiter() (Waiter, error)
 }
 
-// A Waiter is where one goroutine at a time waits for the event channels opened
-// on it. Wake may be called from any goroutine, at any time.
+// A Waiter is where one goroutine at a time waits for the event channels opened on it.
+// Any goroutine may call Wake at any time.
 //
-// An event carries nothing but "look": several may have merged into one, and one
-// may be left from a port that is closed by now.
+// An event only says that there may be work. Several events may merge into one, and one
+// may remain from a port that has been closed.
 type Waiter interface {
 	// Unbound opens a port to which peer may bind (EVTCHNOP_alloc_unbound).
 	Unbound(peer DomID) (Port, error)
 
-	// Bind opens a port joined to the peer's (EVTCHNOP_bind_interdomain). It
+	// Bind opens a port that is connected to the peer's (EVTCHNOP_bind_interdomain). It
 	// fires at once, so the first Wait returns.
 	Bind(peer DomID, remote PortID) (Port, error)
 
-	// Wait parks until an event comes, Wake is called, or the deadline passes
-	// (the zero Time: never). Events and Wakes from before the call count.
+	// Wait blocks until an event comes, Wake is called, or the deadline passes (the zero
+	// Time: never). Events and Wakes from before the call count.
 	//
-	// A port that fired stays masked until the next Wait. worked says whether
-	// the last wake-up brought any work: if several in a row did not, unmasking
-	// is put off by 1 ms, doubling up to 1 s, so that a storm costs its sender.
-	// Wake and the deadline are never put off.
+	// A port that fired stays masked until the next Wait. worked says whether the last
+	// wake-up brought any work. After several in a row without work, unmasking is delayed
+	// by 1 ms, doubling up to 1 s, so that a peer's event storm costs the peer. Wake and
+	// the deadline are never delayed.
 	//
-	// Errors: os.ErrDeadlineExceeded, net.ErrClosed.
+	// The error is os.ErrDeadlineExceeded or net.ErrClosed.
 	Wait(deadline time.Time, worked bool) error
 
-	// Wake makes the current Wait, or else the next, return nil.
+	// Wake makes the current Wait, or else the next one, return nil.
 	Wake()
 
-	// Close closes the ports still open and ends Wait. It is idempotent.
+	// Close closes the open ports and ends Wait. It is idempotent.
 	Close() error
 }
 
 // A Port is our end of an event channel. Its methods may be called from any
 // goroutine.
 type Port interface {
-	// ID is what the peer needs to bind to it.
+	// ID returns the number with which the peer binds to the port.
 	ID() PortID
 
-	// Notify fires the other end (EVTCHNOP_send). A peer that has gone is not an
-	// error: liveness comes from xenstore.
+	// Notify fires the other end (EVTCHNOP_send). A peer that is gone is no error:
+	// xenstore tells whether it lives.
 	Notify() error
 
-	// Close is idempotent. The peer does not notice.
+	// Close closes the port. It is idempotent, and the peer does not notice it.
 	Close() error
 }
 
-// A JoinedPort is a Port of which the domain may know whether another is bound to it
-// (EVTCHNOP_status). Linux's evtchn device does not say.
+// A JoinedPort is a Port that knows whether another port is bound to it
+// (EVTCHNOP_status). Linux's evtchn device does not tell.
 type JoinedPort interface {
 	Port
 
-	// Joined reports whether there is a port at the other end.
+	// Joined reports whether a port is bound to this one.
 	Joined() bool
 }
 
-// A Mapping is memory this domain may use until Release: private pages, or pages
-// of another domain.
+// A Mapping is memory that this domain may use until Release: private pages, or pages of
+// another domain.
 type Mapping struct {
 	shm.Memory
 	release  func() error
-	populate func([]byte) // nil: nothing is to be done
+	populate func([]byte) // nil: there is nothing to do
 }
 
-// NewMapping is for implementations of [Domain]; release runs at most once.
+// NewMapping is for implementations of [Domain]. release runs at most once.
 func NewMapping(m shm.Memory, release func() error) *Mapping {
 	return &Mapping{Memory: m, release: release}
 }
 
-// NewReserved is NewMapping of private memory that is only reserved: populate has part
-// of it in memory before it is used.
+// NewReserved is NewMapping for private memory that is only reserved. populate makes the
+// kernel back part of it with memory before its first use.
 func NewReserved(m shm.Memory, populate func([]byte), release func() error) *Mapping {
 	return &Mapping{Memory: m, release: release, populate: populate}
 }
 
-// Populate has n pages from page first on in memory, which nobody uses yet: so their
-// first use costs no page faults. It is a hint.
+// Populate makes the kernel back n pages from page first on with memory, so that their
+// first use causes no page faults. No goroutine may use them meanwhile. It is a hint.
 func (m *Mapping) Populate(first, n int) {
 	if m.populate != nil {
 		m.populate(m.Slice(first, n).Bytes())
 	}
 }
 
-// Release gives the memory back. It must not be used afterwards. Release is
-// idempotent, but not safe for concurrent use.
+// Release gives the memory back; it must not be used afterwards. Release is idempotent,
+// but not safe for concurrent use.
 func (m *Mapping) Release() error {
 	f := m.release
 	m.release, m.Memory = nil, shm.Memory{}
@@ -190,7 +189,7 @@ func (m *Mapping) Release() error {
 	return f()
 }
 
-// A Share is memory of ours that Peer may reach through Refs, one per page.
+// A Share is memory of ours that Peer may access through Refs, one per page.
 type Share struct {
 	shm.Memory
 	Peer   DomID
@@ -199,14 +198,14 @@ type Share struct {
 	end    func() error
 }
 
-// NewShare is for implementations of [Domain]; end runs at most once.
+// NewShare is for implementations of [Domain]. end runs at most once.
 func NewShare(m shm.Memory, peer DomID, access Access, refs []GrantRef, end func() error) *Share {
 	return &Share{Memory: m, Peer: peer, Access: access, Refs: slices.Clip(refs), end: end}
 }
 
-// End ends the grants and frees the pages. A page the peer still has mapped is not
-// freed: it is set aside, for ever if need be, and End says so with [ErrInUse].
-// End is idempotent, but not safe for concurrent use.
+// End ends the grants and frees the pages. It does not free a page that the peer still
+// has mapped: it sets the page aside, possibly for ever, and returns [ErrInUse]. End is
+// idempotent, but not safe for concurrent use.
 func (s *Share) End() error {
 	f := s.end
 	s.end, s.Memory = nil, shm.Memory{}
@@ -216,8 +215,8 @@ func (s *Share) End() error {
 	return f()
 }
 
-// An Area is one end of a copy: Local memory of ours, or, when Local is nil, the
-// page that Dom granted as Ref, from byte Offset on.
+// An Area is one end of a copy: our own memory in Local, or, if Local is nil, the page
+// that Dom granted as Ref, from byte Offset on.
 type Area struct {
 	Local  []byte
 	Ref    GrantRef
@@ -225,16 +224,16 @@ type Area struct {
 	Offset uint16
 }
 
-// A CopyOp copies Len bytes from Src to Dst. At least one of the two is a grant,
-// neither leaves its page, and a Local one holds at least Len bytes.
+// A CopyOp copies Len bytes from Src to Dst. At least one of them is a grant. A grant's
+// bytes do not leave its page, and Local has at least Len bytes.
 type CopyOp struct {
 	Src, Dst Area
 	Len      uint32
 	Status   Status // set by Copy
 }
 
-// Status is the outcome of one grant operation: 0, or one of the negative
-// GNTST_ codes of xen/include/public/grant_table.h.
+// Status is the result of one grant operation: 0, or one of the negative GNTST_ codes of
+// xen/include/public/grant_table.h.
 type Status int16
 
 const (
@@ -268,10 +267,10 @@ func (s Status) String() string {
 	return statusNames[-s]
 }
 
-// A GrantError is a grant that could not be used as asked.
+// A GrantError is a grant that did not permit an operation.
 type GrantError struct {
 	Op     string // "map" or "copy"
-	Dom    DomID  // who granted, or was said to have
+	Dom    DomID  // the domain that granted, or was said to have granted
 	Ref    GrantRef
 	Status Status
 }
@@ -287,7 +286,7 @@ var (
 	// ErrInUse is returned by Share.End while the peer still maps a page.
 	ErrInUse = errors.New("the peer still uses a granted page")
 
-	// ErrNoPort is returned by Bind when there is no such port for us.
+	// ErrNoPort is returned by Bind when this domain may not bind to such a port.
 	ErrNoPort = errors.New("no such event channel for this domain")
 
 	// ErrNoPorts is returned when the domain has no event channel left.

@@ -2,18 +2,18 @@ package emu
 
 import "time"
 
-// A bell wakes the goroutine parked on it, in this process or another. A ring from
-// before park counts; park may also return for nothing.
+// A bell wakes the goroutine that is parked on it, in this process or another. A ring
+// from before park counts. park may also return without a reason.
 type bell interface {
 	ring()
-	// park returns when the bell rings or until is reached; zero: never.
+	// park returns when the bell rings or at until; the zero Time: never.
 	park(until time.Time)
 	close()
 }
 
 type chanBell struct {
 	rung  chan struct{} // holds one: rings merge
-	timer *time.Timer   // of the parked goroutine only
+	timer *time.Timer   // used by the parked goroutine only
 }
 
 func newChanBell() (bell, error) {

@@ -13,13 +13,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// fdBell is an eventfd, which rings in another process, too. Parking waits in the
-// runtime's poller.
+// An fdBell is an eventfd, which works across processes too. park waits in the runtime's
+// poller.
 type fdBell struct {
 	file  *os.File
 	one   [8]byte
-	count [8]byte   // of the parked goroutine only
-	until time.Time // of the parked goroutine only: the deadline of file
+	count [8]byte   // used by the parked goroutine only
+	until time.Time // used by the parked goroutine only: the deadline of file
 }
 
 func newFDBell() (bell, error) {
@@ -37,31 +37,31 @@ func openFDBell(fd int) *fdBell {
 	return b
 }
 
-// ring may fail when the bell is closed: then nobody listens.
+// ring may fail when the bell is closed: then nobody waits.
 func (b *fdBell) ring() { _, _ = b.file.Write(b.one[:]) }
 
 func (b *fdBell) park(until time.Time) {
 	if until != b.until {
 		if b.file.SetReadDeadline(until) != nil {
-			return // closed: the caller looks before it parks again
+			return // closed: the caller checks before it parks again
 		}
 		b.until = until
 	}
-	_, _ = b.file.Read(b.count[:]) // rung, past the deadline or closed: the caller looks
+	_, _ = b.file.Read(b.count[:]) // rung, past the deadline or closed: the caller checks
 }
 
-// close waits for who is inside park, in a threadBell: ring first.
+// close waits for a goroutine in the park of a threadBell: call ring first.
 func (b *fdBell) close() { _ = b.file.Close() }
 
-// A threadBell is an fdBell whose park blocks the thread. Nobody reads the eventfd:
-// each ring is an edge of its own, which saves a system call a park.
+// A threadBell is an fdBell whose park blocks the thread. The eventfd is never read: each
+// ring is a new edge for epoll, which saves a system call per park.
 type threadBell struct {
 	*fdBell
-	conn  syscall.RawConn // of the eventfd, which is open for as long as somebody parks
+	conn  syscall.RawConn // of the eventfd, which stays open while a goroutine parks
 	epoll int
 	once  sync.Once // closes epoll
 
-	// Of the parked goroutine only.
+	// Used by the parked goroutine only.
 	block  func(uintptr)
 	events [1]unix.EpollEvent
 	millis int
@@ -84,7 +84,7 @@ func newThreadBell(b bell) (bell, error) {
 		unix.Close(t.epoll)
 		return nil, fmt.Errorf("emu: epoll: %w", err)
 	}
-	t.block = func(uintptr) { _, _ = unix.EpollWait(t.epoll, t.events[:], t.millis) } // whatever ended it, the caller looks
+	t.block = func(uintptr) { _, _ = unix.EpollWait(t.epoll, t.events[:], t.millis) } // whatever ended it, the caller checks
 	return t, nil
 }
 
@@ -94,7 +94,7 @@ func (t *threadBell) park(until time.Time) {
 		left := max(time.Until(until), 0)
 		t.millis = int(min((left+time.Millisecond-1)/time.Millisecond, math.MaxInt32))
 	}
-	_ = t.conn.Control(t.block) // closed: the caller looks before it parks again
+	_ = t.conn.Control(t.block) // closed: the caller checks before it parks again
 }
 
 func (t *threadBell) close() {

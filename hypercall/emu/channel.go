@@ -6,18 +6,18 @@ import (
 	"barevif/hypercall"
 )
 
-// An event word is flags below a generation that changes each time the port is
+// An event word holds flags below a generation, which changes each time the port is
 // opened. Both ends of a channel change it by compare-and-swap.
 const (
 	portOpen    = 1 << 0
-	portBound   = 1 << 1 // the far end is there
+	portBound   = 1 << 1 // the far end is bound
 	portPending = 1 << 2
 	portMasked  = 1 << 3
 	portGen     = 8 // shift
 )
 
-// fire makes the port pending, as evtchn_set_pending does, and reports whether its
-// waiter must be woken: not if it is pending or masked already.
+// fire makes the port pending, as evtchn_set_pending does. wake reports that its waiter
+// must be woken: not if the port was pending already or is masked.
 func fire(w *atomic.Uint32, gen uint32) (wake, stale bool) {
 	for {
 		v := w.Load()
@@ -33,7 +33,7 @@ func fire(w *atomic.Uint32, gen uint32) (wake, stale bool) {
 	}
 }
 
-// take takes a pending event off an unmasked port, and masks it.
+// take takes a pending event from an unmasked port, and masks the port.
 func take(w *atomic.Uint32, gen uint32) bool {
 	for {
 		v := w.Load()
@@ -46,7 +46,7 @@ func take(w *atomic.Uint32, gen uint32) bool {
 	}
 }
 
-// flag sets and clears flags of a port that is still open.
+// flag sets and clears flags of a port that is still open in generation gen.
 func flag(w *atomic.Uint32, gen, set, reset uint32) {
 	for {
 		v := w.Load()
@@ -60,7 +60,7 @@ func flag(w *atomic.Uint32, gen, set, reset uint32) {
 type channel struct {
 	open    bool
 	gen     uint32
-	peer    hypercall.DomID // who may bind, or has
+	peer    hypercall.DomID // the domain that may bind, or has bound
 	far     *guest          // nil: not bound
 	farPort hypercall.PortID
 	waiter  uint64
@@ -72,7 +72,7 @@ type channelEnd struct {
 	Gen uint32
 }
 
-// A farEnd is what it takes to notify.
+// A farEnd holds what a notify needs to know of the other end.
 type farEnd struct {
 	word *atomic.Uint32
 	gen  uint32
@@ -80,7 +80,7 @@ type farEnd struct {
 	free func()
 }
 
-// openPortLocked takes a free port. Numbers are reused at once, as Xen does.
+// openPortLocked opens a free port. It reuses numbers at once, as Xen does.
 func (g *guest) openPortLocked(waiter uint64, peer hypercall.DomID) (hypercall.PortID, error) {
 	if g.waiters[waiter] == nil {
 		return 0, errNoWaiter
@@ -147,9 +147,9 @@ func (g *guest) closePort(id hypercall.PortID, gen uint32) {
 	}
 }
 
-// closePortLocked closes a port if it is open. The far end is unbound again: its
-// domain could be bound to anew (evtchn_close). It hears nothing, unless it is the
-// end of a process that was killed.
+// closePortLocked closes a port if it is open. The far end is unbound again, so that its
+// domain could be bound to anew (evtchn_close). It gets no event, except from a process
+// that was killed.
 func (g *guest) closePortLocked(id hypercall.PortID) {
 	c := &g.channels[id]
 	if !c.open {

@@ -7,13 +7,13 @@ import (
 	"barevif/hypercall"
 )
 
-// A view is what this domain knows of another: its grant table, to be looked at
-// anew for every operation, and the pages it has touched so far.
+// A view is what this domain knows of another: its grant table, which each operation
+// reads again, and the pages that Copy has used so far.
 type view struct {
 	dom         hypercall.DomID
 	incarnation uint64
 	grants      []atomic.Uint64
-	pages       []atomic.Pointer[page] // by ref; a page is good for its serial only
+	pages       []atomic.Pointer[page] // by ref; a page is valid for its serial only
 	attached    map[uint64]attached    // by serial; guarded by Domain.mu
 }
 
@@ -22,17 +22,17 @@ type page struct {
 	b      []byte
 }
 
-// attached is a whole share in our address space for Copy. It does not count as
-// mapped: it is out of use as soon as the grant has ended.
+// An attached is a whole share that is mapped in our address space for Copy. It does not
+// count as mapped: Copy stops using it when the grant ends.
 type attached struct {
 	refs []hypercall.GrantRef
 	free func() error
 }
 
-// alive reports whether the domain is the one it was when the view was made.
+// alive reports whether the domain has not changed since the view was made.
 func (v *view) alive() bool { return v.grants[0].Load() == v.incarnation }
 
-// free gives back all that is attached, when no Copy can reach the view.
+// free unmaps all attached shares. No Copy may still reach the view.
 func (v *view) free() {
 	for serial, a := range v.attached {
 		delete(v.attached, serial)
@@ -40,9 +40,9 @@ func (v *view) free() {
 	}
 }
 
-// Copy runs ops. The first use of a share of another process asks the host for it;
-// after that a Copy is a look at the grant table and a copy of bytes. A grant that
-// is asked for no bytes is not looked at, as in Linux's gntdev.
+// Copy runs ops. For its first use of a share in another process it asks the host for the
+// share. After that it only reads the grant table and copies bytes. It does not check the
+// grants of an operation with Len 0, as Linux's gntdev does not.
 func (d *Domain) Copy(ops []hypercall.CopyOp) error {
 	d.calls.copies.Add(1)
 	d.calls.copyOps.Add(uint64(len(ops)))
@@ -67,7 +67,7 @@ func (d *Domain) Copy(ops []hypercall.CopyOp) error {
 		}
 		try++
 		if st := d.fetch(miss); st != hypercall.OK || try > maxFetches {
-			if st == hypercall.OK { // it was granted, ended and granted again, over and over
+			if st == hypercall.OK { // the grant was ended and made again, over and over
 				st = hypercall.TryAgain
 			}
 			ops[0].Status = st
@@ -77,11 +77,11 @@ func (d *Domain) Copy(ops []hypercall.CopyOp) error {
 	return nil
 }
 
-// maxFetches bounds the attempts for one operation: both its ends may be new, and
-// both views too.
+// maxFetches bounds the attempts for one operation: the pages of both its ends, and both
+// views, may be new.
 const maxFetches = 8
 
-// copySome runs ops until one needs a page that was never touched.
+// copySome runs ops until one needs a page that was never used.
 func (d *Domain) copySome(ops []hypercall.CopyOp) (n int, miss *hypercall.Area, err error) {
 	d.gate.RLock()
 	defer d.gate.RUnlock()
@@ -125,11 +125,11 @@ func (d *Domain) copySome(ops []hypercall.CopyOp) (n int, miss *hypercall.Area, 
 	return len(ops), nil, nil
 }
 
-// untouched is a page that was never used before: no status of Xen's.
+// untouched stands for a page that was never used before. It is no status of Xen's.
 const untouched hypercall.Status = 1
 
-// reach gives the n bytes of a grant, if they may be had. Every use looks at the
-// grant table, so that a page does not outlive its grant.
+// reach returns the n bytes of a grant, if the grant permits it. It reads the grant table
+// each time, so that a page is not used after its grant has ended.
 func (d *Domain) reach(a *hypercall.Area, n uint32, access hypercall.Access) ([]byte, hypercall.Status) {
 	end := uint64(a.Offset) + uint64(n)
 	if end > shm.PageSize {
@@ -162,7 +162,7 @@ func (d *Domain) peer(id hypercall.DomID) hypercall.DomID {
 	return id
 }
 
-// fetch makes what a needs reachable. [hypercall.OK] means: try again.
+// fetch makes the page of a reachable. [hypercall.OK] means: try again.
 func (d *Domain) fetch(a *hypercall.Area) hypercall.Status {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -176,7 +176,7 @@ func (d *Domain) fetch(a *hypercall.Area) hypercall.Status {
 	}
 	s, b, err := d.hv.attach(dom, a.Ref)
 	if err != nil {
-		return hypercall.OK // ended since: the next look at the table says how
+		return hypercall.OK // the grant ended meanwhile: the retry reads its status from the table
 	}
 	defer b.close()
 	d.sweepLocked(v)
@@ -194,7 +194,7 @@ func (d *Domain) fetch(a *hypercall.Area) hypercall.Status {
 	return hypercall.OK
 }
 
-// lookupLocked replaces the view of dom, which may be gone for good.
+// lookupLocked replaces the view of dom, and removes it if dom does not exist.
 func (d *Domain) lookupLocked(dom hypercall.DomID) hypercall.Status {
 	views := make(map[hypercall.DomID]*view)
 	var stale []*view
@@ -226,7 +226,7 @@ func (d *Domain) lookupLocked(dom hypercall.DomID) hypercall.Status {
 	return hypercall.OK
 }
 
-// sweepLocked lets go of the shares of v that have ended.
+// sweepLocked unmaps the shares of v that have ended.
 func (d *Domain) sweepLocked(v *view) {
 	var stale []attached
 	for serial, a := range v.attached {

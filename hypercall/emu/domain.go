@@ -16,9 +16,8 @@ var (
 	errNoWaiter = errors.New("emu: no such waiter")
 )
 
-// A Domain is one domain of a [Machine] or [Host]. Its methods may be called from
-// any goroutine. Once the domain is destroyed they fail with an error that is
-// net.ErrClosed.
+// A Domain is one domain of a [Machine] or [Host]. Any goroutine may call its methods.
+// Once the domain is destroyed they fail with net.ErrClosed.
 type Domain struct {
 	id     hypercall.DomID
 	hv     hypervisor
@@ -26,14 +25,14 @@ type Domain struct {
 	calls  callCounters
 	faults atomic.Pointer[[]*armedFault] // replaced under mu
 
-	// gate is held shared while memory is touched that is not the caller's:
-	// tables, event words, pages of other domains. Taking it waits for that.
+	// gate is held for reading during access to memory that is not the caller's: tables,
+	// event words and pages of other domains. Locking it waits for these accesses.
 	gate sync.RWMutex
-	dead atomic.Bool // set once; tables are gone when the gate was taken after it
+	dead atomic.Bool // set once; the tables go after gate was locked once more
 	done chan struct{}
 
 	views atomic.Pointer[map[hypercall.DomID]*view] // replaced under mu
-	last  atomic.Pointer[view]                      // one of views that Copy used; nil once gate was taken
+	last  atomic.Pointer[view]                      // the view that Copy used last; nil after gate was locked
 
 	mu      sync.Mutex
 	waiters map[*waiter]struct{} // guarded by mu
@@ -51,7 +50,7 @@ func newDomain(id hypercall.DomID, hv hypervisor, mem memory) *Domain {
 	return d
 }
 
-// ID is the domain's number.
+// ID returns the domain's number.
 func (d *Domain) ID() hypercall.DomID { return d.id }
 
 // Destroy ends the domain, as [Machine.Destroy] does. It is idempotent.
@@ -60,10 +59,10 @@ func (d *Domain) Destroy() {
 	<-d.done
 }
 
-// Done is closed when the domain has ended, for whatever reason.
+// Done returns a channel that is closed when the domain has ended, for whatever reason.
 func (d *Domain) Done() <-chan struct{} { return d.done }
 
-// die is what the domain notices of its end. It is called once.
+// die handles the end of the domain. It is called once.
 func (d *Domain) die() {
 	d.dead.Store(true)
 	d.mu.Lock()
@@ -81,14 +80,14 @@ func (d *Domain) die() {
 	close(d.done)
 }
 
-// quiesce returns when nobody uses what was reachable before the call.
+// quiesce returns when no goroutine uses what it reached before the call.
 func (d *Domain) quiesce() {
-	d.gate.Lock() // whoever was inside has left
+	d.gate.Lock() // goroutines that were inside have left
 	d.last.Store(nil)
 	d.gate.Unlock()
 }
 
-// Memory gives private pages.
+// Memory returns private pages.
 func (d *Domain) Memory(pages int) (*hypercall.Mapping, error) {
 	d.calls.memory.Add(1)
 	if err := d.failed(OpMemory); err != nil {
@@ -112,7 +111,7 @@ func (d *Domain) Memory(pages int) (*hypercall.Mapping, error) {
 	}), nil
 }
 
-// Share grants pages.
+// Share returns pages that are granted to peer.
 func (d *Domain) Share(peer hypercall.DomID, pages int, access hypercall.Access) (*hypercall.Share, error) {
 	d.calls.share.Add(1)
 	if err := d.failed(OpShare); err != nil {
@@ -142,7 +141,7 @@ func (d *Domain) Share(peer hypercall.DomID, pages int, access hypercall.Access)
 	}), nil
 }
 
-// Map maps pages of another domain.
+// Map maps pages that peer granted.
 func (d *Domain) Map(peer hypercall.DomID, refs []hypercall.GrantRef, access hypercall.Access) (*hypercall.Mapping, error) {
 	d.calls.mapped.Add(1)
 	if len(refs) == 0 {
@@ -172,8 +171,8 @@ func (d *Domain) Map(peer hypercall.DomID, refs []hypercall.GrantRef, access hyp
 	}), nil
 }
 
-// assemble makes one region of runs that are mapped already, so that their grants
-// stay what they are.
+// assemble makes one region of runs. The machine has mapped them already, so their grants
+// cannot end.
 func (d *Domain) assemble(peer hypercall.DomID, runs []run, access hypercall.Access) (region, error) {
 	held := make(map[uint64]backing)
 	defer func() {
@@ -195,12 +194,12 @@ func (d *Domain) assemble(peer hypercall.DomID, runs []run, access hypercall.Acc
 	return d.memory.join(parts, access)
 }
 
-// Waiter makes a place to wait.
+// Waiter makes a Waiter.
 func (d *Domain) Waiter() (hypercall.Waiter, error) {
 	return d.waiter(func() (uint64, bell, error) { return d.hv.newWaiter(false) })
 }
 
-// ThreadWaiter makes a place to wait for who is locked to a thread; see
+// ThreadWaiter makes a Waiter for a goroutine that is locked to its thread; see
 // [hypercall.ThreadDomain]. It needs Linux.
 func (d *Domain) ThreadWaiter() (hypercall.Waiter, error) {
 	return d.waiter(func() (uint64, bell, error) {
@@ -230,7 +229,7 @@ func (d *Domain) waiter(make func() (uint64, bell, error)) (hypercall.Waiter, er
 	w := newWaiter(d, id, b)
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.waiters != nil { // else dead, and every call on w says so
+	if d.waiters != nil { // else the domain is dead, and every call on w says so
 		d.waiters[w] = struct{}{}
 	}
 	return w, nil
@@ -252,15 +251,15 @@ func (d *Domain) Store(ctx context.Context) (io.ReadWriteCloser, error) {
 	return &storeConn{ReadWriteCloser: conn, closed: func() { d.hv.closeStore(id) }}, nil
 }
 
-// storeConn tells the machine when its domain has closed it.
+// A storeConn tells the machine when its domain has closed it.
 type storeConn struct {
 	io.ReadWriteCloser
 	once   sync.Once
 	closed func()
 }
 
-// Pipeline makes it a [barevif/xenbus.Pipeliner]: few enough for xenstored to go on
-// reading.
+// Pipeline implements [barevif/xenbus.Pipeliner]. It is small enough for xenstored to go
+// on reading.
 func (c *storeConn) Pipeline() int { return 16 }
 
 func (c *storeConn) Close() error {

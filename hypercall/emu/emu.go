@@ -12,29 +12,29 @@ import (
 	"barevif/hypercall"
 )
 
-// Config says what machine to make. The zero Config is a useful one.
+// Config describes a machine. The zero Config works.
 type Config struct {
 	// Mapped puts memory into sealed memfds instead of the Go heap. Linux only.
 	Mapped bool
 
-	// Grants is how many pages one domain may have granted at once; 0 means 1024,
-	// the default limit of /dev/xen/gntalloc. (Here it is per domain, there per
-	// system.) Pages set aside because a peer still maps them do not count, but
-	// of granted and set aside together there are never more than twice as many.
+	// Grants is how many pages one domain may have granted at once; 0 means 1024, the
+	// default limit of /dev/xen/gntalloc, which is per system. Pages set aside because a
+	// peer still maps them do not count, but granted and set-aside pages together never
+	// exceed twice this number.
 	Grants int
 
-	// Ports is how many event channels one domain may have open; 0 means 4095,
-	// all but the first of the two-level ABI.
+	// Ports is how many event channels one domain may have open; 0 means 4095, all but
+	// the first of the two-level ABI.
 	Ports int
 
-	// Store serves a xenstore connection of dom, on a goroutine of its own. When
-	// the domain closes the connection, or dies, reading gives io.EOF. nil: there
-	// is no xenstore, and Domain.Store fails with errors.ErrUnsupported.
+	// Store serves a xenstore connection of dom, on a separate goroutine. When the domain
+	// closes the connection or dies, reads return io.EOF. nil: there is no xenstore, and
+	// Domain.Store fails with errors.ErrUnsupported.
 	Store func(dom hypercall.DomID, conn io.ReadWriteCloser)
 
-	// Admit may refuse a connection to xenstore before there is one: its error is
-	// what the domain gets. Otherwise Store is called next. It must not call the
-	// machine. nil: none is refused.
+	// Admit may refuse a connection to xenstore before it is made: the domain gets its
+	// error. If it returns nil, Store is called next. It must not call the machine. nil:
+	// every connection is admitted.
 	Admit func(dom hypercall.DomID) error
 }
 
@@ -47,10 +47,10 @@ const (
 )
 
 var (
-	// ErrDomainExists is returned when a domain of that number lives already.
+	// ErrDomainExists is returned when a domain of that number lives.
 	ErrDomainExists = errors.New("emu: the domain exists already")
 
-	// ErrLocalCopy is what Copy answers to an operation with two local ends.
+	// ErrLocalCopy is returned by Copy for an operation with two local ends.
 	ErrLocalCopy = errors.New("emu: a copy from local memory to local memory")
 
 	errDead    = fmt.Errorf("emu: the domain is gone: %w", net.ErrClosed)
@@ -65,7 +65,7 @@ type Machine struct {
 	tables tables
 	bells  func() (bell, error)
 
-	serial atomic.Uint64 // the last number given to a share, mapping, waiter, ...
+	serial atomic.Uint64 // the last number given to a share, mapping, waiter or other object
 	stores sync.WaitGroup
 
 	mu      sync.Mutex
@@ -106,14 +106,14 @@ func newMachine(cfg Config) (*Machine, error) {
 	return &Machine{cfg: cfg, guests: make(map[hypercall.DomID]*guest)}, nil
 }
 
-// tableSize is the number of refs of a domain, reserved ones included.
+// tableSize returns the number of refs of a domain, including reserved ones.
 func (m *Machine) tableSize() int { return reservedRefs + 2*m.cfg.Grants }
 
-// next gives a number that was never given before, and fits a grant entry.
+// next returns a number that was never used before and fits a grant entry.
 func (m *Machine) next() uint64 { return m.serial.Add(1) & entrySerial }
 
-// NewDomain starts a domain in this process. [ErrDomainExists] if one of that
-// number lives; net.ErrClosed after Close.
+// NewDomain starts a domain in this process. The error is [ErrDomainExists] if a domain
+// of that number lives, and net.ErrClosed after Close.
 func (m *Machine) NewDomain(id hypercall.DomID) (*Domain, error) {
 	g, err := m.newGuest(id)
 	if err != nil {
@@ -124,13 +124,13 @@ func (m *Machine) NewDomain(id hypercall.DomID) (*Domain, error) {
 	g.domain = d
 	dead := g.dead
 	m.mu.Unlock()
-	if dead { // destroyed before anyone could have known it
+	if dead { // destroyed before this call returned
 		return nil, errDead
 	}
 	return d, nil
 }
 
-// Domain is the living domain of that number in this process, or
+// Domain returns the living domain of that number in this process, or
 // hypercall.ErrNoDomain.
 func (m *Machine) Domain(id hypercall.DomID) (*Domain, error) {
 	m.mu.Lock()
@@ -141,12 +141,12 @@ func (m *Machine) Domain(id hypercall.DomID) (*Domain, error) {
 	return nil, hypercall.ErrNoDomain
 }
 
-// Destroy ends the domain of that number, wherever it runs, as if it had crashed:
-// its ports close without a sound, its mappings go, and what it granted can no
-// longer be mapped or copied. Whoever maps its pages keeps them. In this process
-// the memory it had in its own hands stays readable until released, for its
-// goroutines live on. Destroy returns when the machine has forgotten the domain
-// and every OnDeath function has returned.
+// Destroy ends the domain of that number, wherever it runs, as if it had crashed. Its
+// ports close without an event, its mappings are unmapped, and its grants can no longer
+// be mapped or copied. A domain that maps its pages keeps them. In this process the
+// memory that the domain holds stays readable until it is released, because its
+// goroutines live on. Destroy returns when the machine has dropped the domain and every
+// OnDeath function has returned.
 func (m *Machine) Destroy(id hypercall.DomID) error {
 	m.mu.Lock()
 	g := m.guests[id]
@@ -158,22 +158,22 @@ func (m *Machine) Destroy(id hypercall.DomID) error {
 	return nil
 }
 
-// OnDeath has f called after each death of a domain, without a lock held. Destroy
-// waits for f: it must not wait for the death in its turn.
+// OnDeath registers f, which is called after each death of a domain, without a lock held.
+// Destroy waits for f, so f must not wait for the death.
 func (m *Machine) OnDeath(f func(hypercall.DomID)) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.onDeath = append(m.onDeath, f)
 }
 
-// Close destroys all domains and returns when every Config.Store function has. It
-// is idempotent.
+// Close destroys all domains and returns when every Config.Store function has returned.
+// It is idempotent.
 func (m *Machine) Close() error {
 	m.shut()
 	return m.tables.close()
 }
 
-// shut ends everything but the tables.
+// shut ends everything except the tables.
 func (m *Machine) shut() {
 	m.mu.Lock()
 	m.closed = true
@@ -188,11 +188,11 @@ func (m *Machine) shut() {
 	m.stores.Wait()
 }
 
-// A Ledger counts what the domains of a machine hold now.
+// A Ledger counts the resources that the domains of a machine hold now.
 type Ledger struct {
 	Domains     int
 	Grants      int // pages granted
-	Pages       int // pages granted, and private ones
+	Pages       int // pages granted, and private pages
 	Mappings    int // pages of other domains mapped; a page mapped twice counts twice
 	Quarantined int // pages given up while a peer still maps them
 	Ports       int
@@ -200,7 +200,7 @@ type Ledger struct {
 	Connections int // to xenstore
 }
 
-// Ledger counts.
+// Ledger returns the current counts.
 func (m *Machine) Ledger() Ledger {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -217,8 +217,8 @@ func (m *Machine) Ledger() Ledger {
 	return l
 }
 
-// CheckClean is an error that names everything a domain still holds. Domains that
-// hold nothing may live.
+// CheckClean returns an error that names everything that a domain still holds. A living
+// domain that holds nothing is no error.
 func (m *Machine) CheckClean() error {
 	l := m.Ledger()
 	var left []string

@@ -7,7 +7,7 @@ import (
 	"barevif/hypercall"
 )
 
-// An Op is a call that a [Fault] can hit.
+// An Op is a call that a [Fault] can make fail.
 type Op uint8
 
 const (
@@ -15,17 +15,17 @@ const (
 	OpShare
 	OpMap
 	OpCopy      // a batch
-	OpCopyGrant // one operation of a batch, counted over all batches
+	OpCopyGrant // one operation of a batch; K and Times count these over all batches
 	OpWaiter
 	OpUnbound
 	OpBind
 	OpNotify
 	OpStore
-	OpEnd     // Share.End: the grants are refused an end, and the pages set aside
-	OpRelease // Mapping.Release of pages of another domain: they stay mapped
+	OpEnd     // Share.End: the grants do not end, and the pages are set aside
+	OpRelease // Mapping.Release of another domain's pages: they stay mapped
 )
 
-// An EventFault is something that happens to an event on its way.
+// An EventFault is a fault of an event on its way.
 type EventFault uint8
 
 const (
@@ -35,23 +35,23 @@ const (
 	EventDuplicated // comes again after Fault.Delay
 )
 
-// A Fault makes calls of one domain go wrong.
+// A Fault makes calls of one domain fail.
 type Fault struct {
 	Dom   hypercall.DomID // for Machine.Fail
 	Op    Op
-	K     int // the first call to fail, counted from Fail on; 0 and 1 mean the next
+	K     int // the first call to fail, counted from the call of Fail on; 0 and 1 mean the next
 	Times int // how many calls fail; 0 means one, negative means all from K on
 
-	// Err is what the call returns. A failed call has done nothing; but OpEnd
-	// and OpRelease have lost the memory, and leave it to the ledger. OpEnd with
-	// no Err returns hypercall.ErrInUse.
+	// Err is the error of the call. A failed call has done nothing, except for OpEnd and
+	// OpRelease: these have lost the memory, and the ledger still counts it. OpEnd
+	// without Err returns hypercall.ErrInUse.
 	Err error
 
-	// Status is the outcome of an OpCopyGrant, or of the first ref of an OpMap
-	// that has no Err.
+	// Status is the result of an OpCopyGrant, or of the first ref of an OpMap without
+	// Err.
 	Status hypercall.Status
 
-	Event EventFault // for an OpNotify that has no Err
+	Event EventFault // for an OpNotify without Err
 	Delay time.Duration
 }
 
@@ -60,8 +60,8 @@ type armedFault struct {
 	calls atomic.Int64
 }
 
-// Fail arms f in the domain f.Dom of this process. Faults add up; of several that
-// hit one call the first armed counts. lift disarms f.
+// Fail arms f in the domain f.Dom, which must be in this process. Several faults may be
+// armed; if more than one hits a call, the first armed counts. lift disarms f.
 func (m *Machine) Fail(f Fault) (lift func(), err error) {
 	d, err := m.Domain(f.Dom)
 	if err != nil {
@@ -70,7 +70,7 @@ func (m *Machine) Fail(f Fault) (lift func(), err error) {
 	return d.Fail(f), nil
 }
 
-// Fail arms f in this domain, whatever f.Dom says.
+// Fail arms f in this domain; it ignores f.Dom.
 func (d *Domain) Fail(f Fault) (lift func()) {
 	a := &armedFault{Fault: f}
 	d.mu.Lock()
@@ -104,7 +104,7 @@ func (d *Domain) setFaultsLocked(s []*armedFault) {
 	d.faults.Store(&s)
 }
 
-// fault counts a call and gives the fault that hits it, or nil.
+// fault counts a call of op and returns the fault that hits it, or nil.
 func (d *Domain) fault(op Op) *Fault {
 	p := d.faults.Load()
 	if p == nil {
@@ -115,7 +115,7 @@ func (d *Domain) fault(op Op) *Fault {
 		if a.Op != op {
 			continue
 		}
-		n := a.calls.Add(1) - int64(max(a.K, 1)) // 0: the first to fail
+		n := a.calls.Add(1) - int64(max(a.K, 1)) // 0: the first call to fail
 		if n >= 0 && (a.Times < 0 || n < int64(max(a.Times, 1))) && hit == nil {
 			hit = &a.Fault
 		}
@@ -123,7 +123,7 @@ func (d *Domain) fault(op Op) *Fault {
 	return hit
 }
 
-// failed is the error of the fault that hits this call of op, if one does.
+// failed returns the error of the fault that hits this call of op, or nil.
 func (d *Domain) failed(op Op) error {
 	if f := d.fault(op); f != nil {
 		return f.Err
@@ -131,7 +131,7 @@ func (d *Domain) failed(op Op) error {
 	return nil
 }
 
-// Calls counts what a domain asked for since it started.
+// Calls counts the calls of a domain since it started.
 type Calls struct {
 	Memory, Share, Map            uint64
 	Copy, CopyOps                 uint64 // batches, and operations in them
@@ -146,7 +146,7 @@ type callCounters struct {
 	wait, store, endShare, release atomic.Uint64
 }
 
-// Calls is a snapshot of the counters.
+// Calls returns a snapshot of the counters.
 func (d *Domain) Calls() Calls {
 	c := &d.calls
 	return Calls{

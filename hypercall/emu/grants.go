@@ -61,7 +61,7 @@ func (g *guest) endShare(id uint64, refuse bool) error {
 	return nil
 }
 
-// giveUpLocked ends every grant of s that is not in use and sets the rest aside.
+// giveUpLocked ends every grant of s that is not in use and sets the other pages aside.
 func (s *share) giveUpLocked() (inUse bool) {
 	g := s.owner
 	if !s.given {
@@ -75,8 +75,8 @@ func (s *share) giveUpLocked() (inUse bool) {
 	return g.shares[s.Serial] != nil
 }
 
-// endPageLocked frees page i of a share that was given up, unless it is mapped. The
-// grant of a page in use stays as it was: Xen cannot take it back.
+// endPageLocked frees page i of a share that was given up, unless the page is mapped. The
+// grant of a page in use stays as it was: Xen cannot revoke it.
 func (s *share) endPageLocked(i int) {
 	g := s.owner
 	if !s.given || s.ended[i] || s.stuck || s.mapped[i] > 0 {
@@ -84,7 +84,7 @@ func (s *share) endPageLocked(i int) {
 	}
 	s.ended[i] = true
 	*s.aside--
-	if ref := s.Refs[i]; !g.dead { // else the table may be another domain's by now
+	if ref := s.Refs[i]; !g.dead { // else the table may belong to another domain now
 		g.grants[ref].Store(0)
 		g.granter[ref] = granter{}
 		g.free = append(g.free, ref)

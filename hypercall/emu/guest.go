@@ -7,8 +7,8 @@ import (
 	"barevif/hypercall"
 )
 
-// A hypervisor is what a Domain asks when something is set up or given up: a guest
-// of a machine in this process, or a connection to the host that has one.
+// A hypervisor is what a Domain calls to set something up or to give it up: a guest of a
+// machine in this process, or a connection to the host.
 type hypervisor interface {
 	keepPages(n int) (uint64, error) // accounts for private pages
 	dropPages(id uint64)
@@ -19,91 +19,91 @@ type hypervisor interface {
 	mapGrants(peer hypercall.DomID, refs []hypercall.GrantRef, access hypercall.Access) (mapped, error)
 	unmapGrants(id uint64) error
 
-	// attach gives the share that ref belongs to, if ref is granted to us.
+	// attach returns the share that ref belongs to, if ref is granted to us.
 	attach(peer hypercall.DomID, ref hypercall.GrantRef) (grants, backing, error)
-	// lookup gives the tables of a living domain.
+	// lookup returns the tables of a living domain.
 	lookup(peer hypercall.DomID) (guestTables, error)
 
-	newWaiter(shared bool) (uint64, bell, error) // shared: an fdBell
+	newWaiter(shared bool) (uint64, bell, error) // shared: make an fdBell
 	closeWaiter(id uint64)
 	unbound(waiter uint64, peer hypercall.DomID) (channelEnd, error)
 	bind(waiter uint64, peer hypercall.DomID, remote hypercall.PortID) (channelEnd, error)
 	closePort(id hypercall.PortID, gen uint32)
-	// farEnd is nil when the port is not bound.
+	// farEnd returns nil if the port is not bound.
 	farEnd(id hypercall.PortID, gen uint32) (*farEnd, error)
 
 	store() (uint64, io.ReadWriteCloser, error)
 	closeStore(id uint64)
 
-	// tables are our own.
+	// own returns our own tables.
 	own() guestTables
 	// leave ends the domain.
 	leave()
 }
 
-// grants is a share as others see it.
+// grants describes a share to other domains.
 type grants struct {
 	Serial uint64
 	Access hypercall.Access
 	Refs   []hypercall.GrantRef
 }
 
-// mapped is what was asked to be mapped, as runs of consecutive pages.
+// mapped describes a mapping as runs of consecutive pages.
 type mapped struct {
 	ID   uint64
 	Runs []run
 }
 
-// A run is n consecutive pages of one share, the first of which is granted as Ref.
+// A run is n consecutive pages of one share; the first is granted as Ref.
 type run struct {
 	Serial   uint64
 	Ref      hypercall.GrantRef
 	First, N uint32
 }
 
-// A share belongs to the machine; Machine.mu guards it.
+// A share belongs to the machine. Machine.mu guards it.
 type share struct {
 	grants
 	owner  *guest
 	peer   hypercall.DomID
 	pages  backing
-	aside  *int   // where its pages count once they are given up
-	mapped []int  // by page: how often
+	aside  *int   // the count to which its pages are added once they are given up
+	mapped []int  // by page: number of mappings
 	ended  []bool // by page
-	given  bool   // the owner gave it up; what is not ended is quarantined
-	stuck  bool   // pretend that every page is mapped, for ever
+	given  bool   // the owner gave it up; pages that are not ended are quarantined
+	stuck  bool   // injected fault: treat every page as mapped
 }
 
-// guest is the machine's record of a domain, and its way in when the domain is in
-// this process. Machine.mu guards every field that is not immutable.
+// A guest is the machine's record of a domain, and the hypervisor of a domain in this
+// process. Machine.mu guards every field that is not immutable.
 type guest struct {
 	m  *Machine
 	id hypercall.DomID
 	guestTables
 	dead    bool
-	crashed bool          // its process was killed: Linux's UNMAP_NOTIFY_SEND_EVENT
+	crashed bool          // its process was killed: as Linux's UNMAP_NOTIFY_SEND_EVENT, its ports notify
 	died    chan struct{} // closed when destroy is done
 	domain  *Domain       // nil if it is in another process
-	gone    func()        // hangs up on that process
+	gone    func()        // closes the connection to that process
 
 	shares      map[uint64]*share
 	granter     []granter             // by ref
-	free        []hypercall.GrantRef  // the last is the next: Linux, too, reuses at once
-	granted     int                   // pages
-	quarantined int                   // pages
-	pages       map[uint64]int        // private ones
-	private     int                   // their sum
+	free        []hypercall.GrantRef  // the last is used next: Linux, too, reuses refs at once
+	granted     int                   // pages granted
+	quarantined int                   // pages set aside
+	pages       map[uint64]int        // by id: numbers of private pages
+	private     int                   // sum of pages
 	maps        map[uint64][]mappedBy // by mapping
-	mapped      int                   // pages of others
+	mapped      int                   // pages of other domains
 
 	channels []channel
 	freePort []hypercall.PortID
 	open     int
 	waiters  map[uint64]bell
-	conns    map[uint64]func() // ends the domain's end
+	conns    map[uint64]func() // by id: closes the domain's end of a connection
 }
 
-// granter says which page a ref stands for.
+// A granter is the page that a ref names.
 type granter struct {
 	*share
 	page int
@@ -146,7 +146,7 @@ func (m *Machine) newGuest(id hypercall.DomID) (*guest, error) {
 	return g, nil
 }
 
-// peerID resolves DOMID_SELF.
+// peerID replaces DOMID_SELF by our own id.
 func (g *guest) peerID(id hypercall.DomID) hypercall.DomID {
 	if id == hypercall.DomSelf {
 		return g.id
@@ -154,7 +154,7 @@ func (g *guest) peerID(id hypercall.DomID) hypercall.DomID {
 	return id
 }
 
-// peerLocked is a living domain.
+// peerLocked returns a living domain.
 func (g *guest) peerLocked(id hypercall.DomID) (*guest, error) {
 	if g.dead {
 		return nil, errDead
@@ -198,8 +198,8 @@ func (g *guest) dropPages(id uint64) {
 
 func (g *guest) leave() { g.destroy() }
 
-// crash is destroy for a domain whose process ended without a word. The kernel of a
-// domain tells the other ends of its event channels.
+// crash is destroy for a domain whose process ended without leaving. As a kernel would,
+// it notifies the other ends of the domain's event channels.
 func (g *guest) crash() {
 	g.m.mu.Lock()
 	g.crashed = true
@@ -207,7 +207,7 @@ func (g *guest) crash() {
 	g.destroy()
 }
 
-// destroy ends the domain, once, and returns when it has ended.
+// destroy ends the domain once, and returns when it has ended.
 func (g *guest) destroy() {
 	m := g.m
 	m.mu.Lock()
@@ -224,7 +224,7 @@ func (g *guest) destroy() {
 		g.unmapLocked(id)
 	}
 	for _, s := range g.shares {
-		s.stuck = false // injected into a domain that is no more
+		s.stuck = false // the fault was injected into a domain that is gone
 		s.giveUpLocked()
 		s.aside = &m.orphans
 	}
@@ -254,7 +254,7 @@ func (g *guest) destroy() {
 	for _, f := range onDeath {
 		f(g.id)
 	}
-	if gone != nil { // last: this is how a domain elsewhere learns that all is done
+	if gone != nil { // last: a domain in another process learns by this that all is done
 		gone()
 	}
 	close(g.died)
@@ -269,8 +269,8 @@ func (g *guest) store() (uint64, io.ReadWriteCloser, error) {
 	return id, near, nil
 }
 
-// serve hands the machine's end of a xenstore connection to Config.Store. hangUp
-// makes it read io.EOF.
+// serve passes the machine's end of a xenstore connection to Config.Store. hangUp makes
+// that end read io.EOF.
 func (g *guest) serve(conn io.ReadWriteCloser, hangUp func()) (uint64, error) {
 	m := g.m
 	m.mu.Lock()
@@ -295,8 +295,8 @@ func (g *guest) serve(conn io.ReadWriteCloser, hangUp func()) (uint64, error) {
 	return id, nil
 }
 
-// closeStore forgets a connection that its domain has closed. The machine's end
-// lives on until what was sent has been read.
+// closeStore drops a connection that its domain has closed. The machine's end lives until
+// it has read everything that was sent.
 func (g *guest) closeStore(id uint64) {
 	g.m.mu.Lock()
 	defer g.m.mu.Unlock()

@@ -15,18 +15,18 @@ import (
 	"barevif/hypercall"
 )
 
-// hostDomains is how many domains a host can have: their tables share two memfds,
-// which take no memory until they are used.
+// hostDomains is how many domains a host can have. Their tables share two memfds, which
+// take no memory until they are used.
 const hostDomains = 256
 
-// acceptRetry is how long a host that cannot accept waits.
+// acceptRetry is how long a host waits after accept has failed.
 const acceptRetry = 10 * time.Millisecond
 
 // ErrTooManyDomains is returned by a host that has no table left.
 var ErrTooManyDomains = errors.New("emu: the host has no room for another domain")
 
-// A Host is a [Machine] whose domains may live in processes of their own. A process
-// that dies, however it dies, takes its domain with it.
+// A Host is a [Machine] whose domains may live in separate processes. When such a process
+// dies, in whatever way, its domain ends.
 type Host struct {
 	*Machine
 	listener *privateListener
@@ -36,9 +36,9 @@ type Host struct {
 	conns  map[*net.UnixConn]struct{} // guarded by connMu; nil once closed
 }
 
-// Listen makes a host that processes [Join] at path, a unix socket, which must not
-// exist. Only processes of the same user, and root's, may join: see
-// [ListenPrivate]. Config.Mapped is implied; Config.Grants is at most 4096.
+// Listen makes a host that processes [Join] at path, a unix socket, which must not exist
+// yet. Only processes of the same user and root's may join: see [ListenPrivate].
+// Config.Mapped is implied; Config.Grants is at most 4096.
 func Listen(path string, cfg Config) (*Host, error) {
 	cfg.Mapped = true
 	m, err := newMachine(cfg)
@@ -64,7 +64,7 @@ func Listen(path string, cfg Config) (*Host, error) {
 	return h, nil
 }
 
-// Close ends every domain, removes the socket, and returns when nothing of the host
+// Close ends every domain and removes the socket. It returns when nothing of the host
 // runs any more. It is idempotent.
 func (h *Host) Close() error {
 	h.listener.Close()
@@ -73,7 +73,7 @@ func (h *Host) Close() error {
 	conns := h.conns
 	h.conns = nil
 	h.connMu.Unlock()
-	for c := range conns { // of those who never said which domain they are
+	for c := range conns { // connections that have not joined as a domain
 		c.Close()
 	}
 	h.serving.Wait()
@@ -87,14 +87,14 @@ func (h *Host) accept(t *fileTables) {
 			return
 		}
 		if err != nil {
-			time.Sleep(acceptRetry) // out of descriptors: others will close theirs
+			time.Sleep(acceptRetry) // out of descriptors: some will be closed
 			continue
 		}
 		h.serving.Go(func() { h.serve(c, t) })
 	}
 }
 
-// serve is the life of one domain of another process.
+// serve serves one domain of another process until it ends.
 func (h *Host) serve(c *net.UnixConn, t *fileTables) {
 	defer c.Close()
 	if !h.keep(c) {
@@ -130,16 +130,16 @@ func (h *Host) forget(c *net.UnixConn) {
 	delete(h.conns, c)
 }
 
-// server answers the requests of one domain, on one goroutine.
+// A server answers the requests of one domain, on one goroutine.
 type server struct {
 	conn   *net.UnixConn
 	tables *fileTables
 	g      *guest
-	left   bool // of its own accord
+	left   bool // the domain sent opLeave
 	buf    []byte
 }
 
-// answer is what a request leads to. fds are closed once they are sent.
+// An answer is the result of a request. fds are closed once they are sent.
 type answer struct {
 	reply
 	refs []hypercall.GrantRef
@@ -160,7 +160,7 @@ func (s *server) receive() (r request, refs []hypercall.GrantRef, ok bool) {
 	if err != nil {
 		return r, nil, false
 	}
-	p.closeFDs() // a domain has none to give
+	p.closeFDs() // a domain never sends descriptors
 	rest, err := decode(p.data, &r)
 	if err != nil || len(rest)%4 != 0 {
 		return r, nil, false
@@ -222,7 +222,8 @@ func (a *answer) setTables(t guestTables) {
 	a.Grants, a.Ports = uint32(len(t.grants)), uint32(len(t.ports))
 }
 
-// next answers one request.
+// next answers one request. It reports false when the domain has left or the connection
+// has ended.
 func (s *server) next() bool {
 	r, refs, ok := s.receive()
 	if s.left = ok && r.Op == opLeave; !ok || s.left {
@@ -355,8 +356,8 @@ func readOnly(f *os.File) (int, error) {
 	return ro, nil
 }
 
-// fileTables are the tables of all domains of a host, in two memfds. The event words
-// keep their generations from one domain to the next.
+// fileTables are the tables of all domains of a host, in two memfds. The event words keep
+// their generations from one domain to the next.
 type fileTables struct {
 	nGrants, nPorts int
 	grants, ports   *fileBacking
@@ -392,17 +393,17 @@ func newFileTables(nGrants, nPorts int) (_ *fileTables, err error) {
 	return t, nil
 }
 
-// tableBytes is the size of the tables of all domains, of n words each.
+// tableBytes returns the size of the tables of all domains, of n words each.
 func tableBytes(n, word int) int {
 	return (hostDomains*n*word + shm.PageSize - 1) / shm.PageSize * shm.PageSize
 }
 
-// mapTable maps without touching: most of it is never used.
+// mapTable maps the tables without populating them: most of them are never used.
 func mapTable(f *os.File, n, word int, access hypercall.Access) (region, error) {
 	return newRegion(unix.Mmap(int(f.Fd()), 0, tableBytes(n, word), protection(access), unix.MAP_SHARED))
 }
 
-// slice is the tables of one domain.
+// sliceTables returns the tables of one domain.
 func sliceTables(grants []atomic.Uint64, ports []atomic.Uint32, nGrants, nPorts, slot int) guestTables {
 	return guestTables{
 		slot:   slot,

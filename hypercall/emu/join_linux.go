@@ -17,11 +17,11 @@ import (
 	"barevif/hypercall"
 )
 
-// Join makes this process the domain of that number, of the host that listens at
-// path. The host must be a process of this user, of root, or of one of users, by
-// their uids: it sees everything the domain sends. ctx bounds joining, nothing
-// else. The domain lives until Destroy, the end of the process, or the end of the
-// host. [ErrDomainExists], [ErrTooManyDomains], [*ForeignHostError].
+// Join makes this process domain id of the host that listens at path. The host must be a
+// process of this user, of root, or of one of users, given by uid: it sees everything
+// that the domain sends. ctx bounds only the joining. The domain lives until Destroy, the
+// end of the process, or the end of the host. The error may be [ErrDomainExists],
+// [ErrTooManyDomains] or a [*ForeignHostError].
 func Join(ctx context.Context, path string, id hypercall.DomID, users ...int) (*Domain, error) {
 	c, err := new(net.Dialer).DialContext(ctx, "unixpacket", path)
 	if err != nil {
@@ -52,14 +52,14 @@ func Join(ctx context.Context, path string, id hypercall.DomID, users ...int) (*
 	return d, nil
 }
 
-// remote is a domain's way to its machine when that is another process.
+// A remote is a domain's connection to a machine in another process.
 type remote struct {
 	conn *net.UnixConn
-	dead chan struct{} // closed when the host is gone, or has destroyed us
+	dead chan struct{} // closed when the host is gone or has destroyed us
 
-	mu      sync.Mutex  // one request at a time
-	replies chan packet // the answer to it
-	buf     []byte      // of listen only, once joined
+	mu      sync.Mutex  // held for one request and its reply
+	replies chan packet // the reply to it
+	buf     []byte      // used by listen only, once joined
 
 	tables  guestTables // our own
 	grants  []atomic.Uint64
@@ -109,8 +109,8 @@ func (r *remote) join(id hypercall.DomID) error {
 	return err
 }
 
-// takeMemory takes a descriptor over as memory of that many bytes, if it is
-// nothing else: a file that can shrink would fault us.
+// takeMemory takes a descriptor over as memory of size bytes, after checking that it is a
+// sealed memfd of that size: access to a shrunk file would fault.
 func (p *packet) takeMemory(size int) (*fileBacking, error) {
 	fd, err := p.takeFD()
 	if err != nil {
@@ -139,7 +139,7 @@ func checkMemory(fd, size int) error {
 	return nil
 }
 
-// table is the tables that the host told us of.
+// table returns the tables that the host's reply names.
 func (r *remote) table(rep *reply) (guestTables, error) {
 	if rep.Slot >= hostDomains || rep.Grants == 0 || rep.Ports == 0 ||
 		tableBytes(int(rep.Grants), 8) != len(r.grants)*8 || tableBytes(int(rep.Ports), 4) != len(r.ports)*4 {
@@ -150,20 +150,20 @@ func (r *remote) table(rep *reply) (guestTables, error) {
 	return t, nil
 }
 
-// listen hands replies over until the connection ends, which is the end of d.
+// listen passes replies on until the connection ends; then it ends d.
 func (r *remote) listen(d *Domain) {
 	for {
 		p, err := readPacket(r.conn, r.buf)
 		if err != nil {
 			break
 		}
-		p.data = slices.Clone(p.data) // call looks at it while we read on
-		r.replies <- p                // somebody waits: the host only answers
+		p.data = slices.Clone(p.data) // call uses it while we read on
+		r.replies <- p                // a call waits: the host only sends replies
 	}
 	r.conn.Close()
 	close(r.dead)
 	d.die()
-	r.unmap() // nobody is left inside: die waited for them
+	r.unmap() // no goroutine is inside: die waited for them
 }
 
 func (r *remote) unmap() {
@@ -172,7 +172,7 @@ func (r *remote) unmap() {
 	}
 }
 
-// result is a reply taken apart.
+// A result is a decoded reply.
 type result struct {
 	reply
 	packet
@@ -180,7 +180,7 @@ type result struct {
 	runs []run
 }
 
-// call asks the host. The result's descriptors are the caller's to close.
+// call sends a request to the host. The caller closes the descriptors of the result.
 func (r *remote) call(q *request, refs []hypercall.GrantRef) (*result, error) {
 	if len(refs) > maxWireRefs {
 		return nil, fmt.Errorf("emu: %d refs in one call, the limit is %d", len(refs), maxWireRefs)
@@ -229,7 +229,7 @@ func parse(p packet) (_ *result, err error) {
 	return res, nil
 }
 
-// tell is a call that cannot fail but by the end of the domain.
+// tell is a call that fails only if the domain has ended.
 func (r *remote) tell(q request) {
 	if res, err := r.call(&q, nil); err == nil {
 		res.closeFDs()
@@ -239,7 +239,7 @@ func (r *remote) tell(q request) {
 func (r *remote) own() guestTables { return r.tables }
 
 func (r *remote) leave() {
-	r.tell(request{Op: opLeave}) // the answer is the end of the connection
+	r.tell(request{Op: opLeave}) // the connection ends instead of a reply
 	<-r.dead
 }
 
@@ -264,7 +264,7 @@ func (r *remote) share(peer hypercall.DomID, pages int, access hypercall.Access)
 	return r.memory(&request{Op: opShare, Peer: peer, N: uint32(pages), Access: access})
 }
 
-// memory is a call whose answer is a share.
+// memory is a call whose result is a share.
 func (r *remote) memory(q *request) (grants, backing, error) {
 	res, err := r.call(q, nil)
 	if err != nil {
@@ -283,7 +283,8 @@ func (r *remote) endShare(id uint64, refuse bool) error {
 	return r.done(res, err)
 }
 
-// done is the outcome of giving something up: a domain that is gone has nothing.
+// done returns the error of a call that gives something up: nil if the domain has ended,
+// since it holds nothing.
 func (r *remote) done(res *result, err error) error {
 	switch {
 	case errors.Is(err, errDead):

@@ -9,31 +9,32 @@ import (
 	"barevif/hypercall"
 )
 
-// memory is where pages come from: the heap or memfds.
+// memory makes pages, on the heap or in memfds.
 type memory interface {
 	// private reserves zeroed pages. populate is that of [hypercall.NewReserved].
 	private(pages int) (region, error)
 	populate([]byte)
 
-	// shared gives the pages of a share, not yet in anyone's address space.
+	// shared makes the pages of a share, not mapped in any address space yet.
 	shared(pages int) (backing, error)
 
-	// join puts parts of several shares into one run of addresses.
+	// join maps parts of several shares into one run of addresses.
 	join(parts []part, access hypercall.Access) (region, error)
 }
 
-// backing is the pages of one share.
+// A backing is the pages of one share.
 type backing interface {
-	// view makes n pages from first on addressable. They stay so after close.
+	// view maps n pages from first on. The mapping survives close.
 	view(first, n int, access hypercall.Access) (region, error)
-	// reserve is view of all n pages, writable, each in memory from its first use on.
+	// reserve is a writable view of all n pages, each backed by memory from its first use
+	// on.
 	reserve(n int) (region, error)
-	// dup gives another hold on the same pages.
+	// dup returns another hold on the same pages.
 	dup() (backing, error)
 	close() error
 }
 
-// A region is memory in our address space until free.
+// A region is memory mapped in our address space until free.
 type region struct {
 	shm.Memory
 	free func() error
@@ -45,25 +46,25 @@ type part struct {
 	first, n int
 }
 
-// tables is where the grant tables and event words of domains live.
+// tables makes the grant tables and event words of domains.
 type tables interface {
-	// open gives zeroed tables for one more domain, and close takes them back.
+	// open returns zeroed tables for one more domain; release takes them back.
 	open() (guestTables, error)
 	release(guestTables)
 	close() error
 }
 
-// guestTables are the words of one domain that other domains look at.
+// guestTables are the words of one domain that other domains read or write.
 type guestTables struct {
-	slot        int             // which of the shared tables, if they are shared
-	incarnation uint64          // of the domain; not 0
-	grants      []atomic.Uint64 // by ref; written by the machine only. 0: incarnation
-	ports       []atomic.Uint32 // by port; written by everyone who may notify
+	slot        int             // index of the tables, if those of all domains share memory
+	incarnation uint64          // number of this life of the domain; not 0
+	grants      []atomic.Uint64 // by ref; written by the machine only. Entry 0 holds the incarnation
+	ports       []atomic.Uint32 // by port; written by every domain that may notify
 }
 
-// A grant entry is valid, writable, the peer's domid, and the serial number of the
-// share. A ref is one and the same page for as long as its share lives, so that
-// the serial number and the ref name a page for ever.
+// A grant entry holds the valid bit, the writable bit, the peer's domid and the serial
+// number of the share. A ref names the same page as long as its share lives, so serial
+// number and ref together name a page for ever.
 const (
 	entryValid    = 1 << 63
 	entryWritable = 1 << 62
@@ -79,14 +80,16 @@ func newEntry(peer hypercall.DomID, access hypercall.Access, serial uint64) uint
 	return e
 }
 
-// check is what Xen answers (acquire_grant_for_copy and _set_status_v1 of
-// xen/common/grant_table.c): a ref beyond the table is bad, and whatever else is
-// wrong, never granted, ended, another domain's, read-only, is a general error.
+// check returns Xen's answer (acquire_grant_for_copy and _set_status_v1 of
+// xen/common/grant_table.c). A ref beyond the table is a bad grant reference. Any other
+// mismatch is a general error: never granted, ended, granted to another domain, or
+// read-only.
 func check(table []atomic.Uint64, ref hypercall.GrantRef, dom hypercall.DomID, access hypercall.Access) (serial uint64, _ hypercall.Status) {
 	if uint64(ref) >= uint64(len(table)) {
 		return 0, hypercall.BadGntref
 	}
-	// A reserved ref is not valid either: entry 0 is a small number, the rest are 0.
+	// A reserved ref is not valid either: entry 0 is a small number, the other entries
+	// are 0.
 	e := table[ref].Load()
 	if e&entryValid == 0 || hypercall.DomID(e>>entryPeer) != dom ||
 		access == hypercall.ReadWrite && e&entryWritable == 0 {
@@ -128,7 +131,7 @@ func (heapBacking) close() error            { return nil }
 
 func noFree() error { return nil }
 
-// heapTables are of one process.
+// heapTables are tables for the domains of one process.
 type heapTables struct{ grants, ports int }
 
 func (t heapTables) open() (guestTables, error) {

@@ -11,7 +11,7 @@ import (
 	"barevif/hypercall/anon"
 )
 
-// seals keep a memfd the size it is: a shrunk one would fault whoever maps it. Only
+// seals keep the size of a memfd: access to a mapping of a shrunk one would fault. Only
 // the machine makes memfds, and only sealed ones are mapped.
 const seals = unix.F_SEAL_SHRINK | unix.F_SEAL_GROW | unix.F_SEAL_SEAL
 

@@ -15,7 +15,7 @@ import (
 // A ForeignHostError is returned by [Join] for a host that another user runs.
 type ForeignHostError struct {
 	Path string
-	UID  int // of the host; -1: a user that this user namespace does not know
+	UID  int // user of the host; -1: a user that this user namespace does not know
 }
 
 func (e *ForeignHostError) Error() string {
@@ -25,15 +25,15 @@ func (e *ForeignHostError) Error() string {
 	return fmt.Sprintf("emu: the host at %s runs as uid %d", e.Path, e.UID)
 }
 
-// trusted reports whether a process of uid may be the other end of a connection:
-// one of this user, of root, or of one of also.
+// trusted reports whether a process of uid may be the other end of a connection: one of
+// this user, of root, or of one of also.
 func trusted(uid int, also ...int) bool {
 	return uid >= 0 && (uid == 0 || uid == os.Geteuid() || slices.Contains(also, uid))
 }
 
-// peerUID is the user of the process at the other end of c, or -1 if this user
-// namespace does not know it. The kernel took it down when that process called
-// connect or listen: it does not matter where the path leads by now.
+// peerUID returns the user of the process at the other end of c, or -1 if this user
+// namespace does not know it. The kernel recorded the user when that process called
+// connect or listen, so it does not matter who owns the path now.
 func peerUID(c syscall.Conn) (int, error) {
 	rc, err := c.SyscallConn()
 	if err != nil {
@@ -54,7 +54,8 @@ func peerUID(c syscall.Conn) (int, error) {
 	return int(cred.Uid), nil
 }
 
-// overflowUID stands for all users that a user namespace does not know (user_namespaces(7)).
+// overflowUID stands for all users that a user namespace does not know
+// (user_namespaces(7)).
 func overflowUID() uint32 {
 	uid := uint32(65534)
 	if b, err := os.ReadFile("/proc/sys/kernel/overflowuid"); err == nil {
@@ -63,8 +64,8 @@ func overflowUID() uint32 {
 	return uid
 }
 
-// knowsEveryUser reports whether this user namespace maps every uid, as the first
-// one does: then the overflow uid is an ordinary user.
+// knowsEveryUser reports whether this user namespace maps every uid, as the initial one
+// does: then the overflow uid is an ordinary user.
 func knowsEveryUser() bool {
 	f, err := os.Open("/proc/self/uid_map")
 	if err != nil {
@@ -89,10 +90,10 @@ func mapsEveryUser(lines *bufio.Scanner) bool {
 // A privateListener accepts connections of this user and of root.
 type privateListener struct{ *net.UnixListener }
 
-// ListenPrivate listens at path, a unix socket of network "unix" or "unixpacket",
-// for processes of this user, and of root. The socket's mode is 0600, whatever the
-// umask is, from the moment it exists; a connection of another user, who may have
-// got by that, is closed before it is accepted.
+// ListenPrivate listens at path, a unix socket of network "unix" or "unixpacket", for
+// processes of this user and of root. The socket has mode 0600 from the moment it exists,
+// whatever the umask is. If another user's connection comes nevertheless, it is closed
+// and Accept does not return it.
 func ListenPrivate(network, path string) (net.Listener, error) {
 	l, err := listenPrivate(network, path)
 	if err != nil {
@@ -108,8 +109,8 @@ func listenPrivate(network, path string) (*privateListener, error) {
 		return nil, net.UnknownNetworkError(network)
 	}
 	cfg := net.ListenConfig{Control: func(_, _ string, rc syscall.RawConn) (err error) {
-		// bind gives the file the mode of the socket, less the umask. To change it
-		// afterwards would leave others a moment.
+		// bind gives the file the mode of the socket, less the umask. Changing the mode
+		// after bind would leave other users a moment to connect.
 		if e := rc.Control(func(fd uintptr) { err = unix.Fchmod(int(fd), 0o600) }); e != nil {
 			return e
 		}

@@ -5,12 +5,11 @@ import (
 	"sync"
 )
 
-// pipeSize is what one direction of a pipe holds: several of the largest xenstore
-// messages, so that an end can answer without the other reading.
+// pipeSize is the buffer of one direction, in bytes: several of the largest xenstore
+// messages, so that an end can answer while the other does not read.
 const pipeSize = 64 << 10
 
-// newPipe makes a buffered connection within the process. Its ends may be used
-// from any goroutine.
+// newPipe makes a buffered connection within the process. Any goroutine may use its ends.
 func newPipe() (near, far *pipeEnd) {
 	a, b := newHalf(), newHalf()
 	return &pipeEnd{in: a, out: b}, &pipeEnd{in: b, out: a}
@@ -18,21 +17,21 @@ func newPipe() (near, far *pipeEnd) {
 
 type pipeEnd struct{ in, out *half }
 
-// Read waits for data or for either end to close.
+// Read blocks until there is data or either end is closed.
 func (e *pipeEnd) Read(p []byte) (int, error) { return e.in.read(p) }
 
-// Write waits until all is in the buffer or either end closes.
+// Write blocks until all of p is in the buffer or either end is closed.
 func (e *pipeEnd) Write(p []byte) (int, error) { return e.out.write(p) }
 
-// Close ends both directions at once for this end; the other end can still read
-// what it was sent.
+// Close ends both directions for this end. The other end can still read what was sent to
+// it.
 func (e *pipeEnd) Close() error {
 	e.in.close(true)
 	e.out.close(false)
 	return nil
 }
 
-// half is one direction.
+// A half is one direction.
 type half struct {
 	mu      sync.Mutex
 	changed *sync.Cond
@@ -40,7 +39,7 @@ type half struct {
 	start   int    // guarded by mu
 	n       int    // guarded by mu
 	closed  bool   // guarded by mu
-	aborted bool   // guarded by mu: the reader itself closed
+	aborted bool   // guarded by mu: the reader itself closed it
 }
 
 func newHalf() *half {

@@ -13,8 +13,8 @@ import (
 	"barevif/hypercall"
 )
 
-// An event that brought no work is free once; from the second in a row on, ports
-// are unmasked late (xen_irq_lateeoi of drivers/xen/events/events_base.c).
+// One event without work costs nothing. From the second in a row on, ports are unmasked
+// late (xen_irq_lateeoi of drivers/xen/events/events_base.c).
 const (
 	freeUseless  = 1
 	firstBackoff = time.Millisecond
@@ -27,9 +27,9 @@ type waiter struct {
 	bell  bell
 	woken atomic.Bool
 
-	waiting atomic.Bool // Wait is for one goroutine at a time, who has these four:
-	fired   bool        // the last Wait ended by an event
-	useless int         // events in a row that brought nothing
+	waiting atomic.Bool // one goroutine at a time is in Wait and uses the next four fields
+	fired   bool        // the last Wait ended with an event
+	useless int         // events in a row that brought no work
 	masked  []*port     // ports that fired
 	late    time.Time   // when to unmask them; zero: now
 
@@ -76,7 +76,7 @@ func (w *waiter) open(ask func() (channelEnd, error)) (hypercall.Port, error) {
 	p := &port{w: w, id: end.ID, gen: end.Gen, word: &w.d.hv.own().ports[end.ID]}
 	ports := append(slices.Clone(*w.ports.Load()), p)
 	w.ports.Store(&ports)
-	w.bell.ring() // who waits already does not know the port, and it may be pending
+	w.bell.ring() // a goroutine in Wait does not know the port yet, which may be pending
 	return p, nil
 }
 
@@ -135,8 +135,8 @@ func (w *waiter) Wait(deadline time.Time, worked bool) error {
 	}
 }
 
-// settle decides when the ports that fired may fire again. A Wait that ended by
-// Wake or its deadline says nothing about them.
+// settle decides when the ports that fired are unmasked. A Wait that ended by Wake or the
+// deadline changes nothing.
 func (w *waiter) settle(worked bool) {
 	fired := w.fired
 	w.fired = false
@@ -153,8 +153,8 @@ func (w *waiter) settle(worked bool) {
 	}
 }
 
-// collect unmasks what may be unmasked, takes the events of all ports, and reports
-// whether there were any.
+// collect unmasks the masked ports unless that is delayed, takes the events of all ports,
+// and reports whether there were any.
 func (w *waiter) collect() bool {
 	w.d.gate.RLock()
 	defer w.d.gate.RUnlock()
@@ -182,10 +182,10 @@ type port struct {
 	id   hypercall.PortID
 	gen  uint32
 	word *atomic.Uint32
-	far  atomic.Pointer[farEnd] // whom the last Notify reached
+	far  atomic.Pointer[farEnd] // the end that the last Notify reached
 
 	mu     sync.Mutex
-	closed atomic.Bool // set under mu, under which far is replaced
+	closed atomic.Bool // set under mu, which also guards the replacement of far
 }
 
 func (p *port) ID() hypercall.PortID { return p.id }
@@ -204,7 +204,7 @@ func (p *port) Close() error {
 	return nil
 }
 
-// shut makes the port unusable on this side. Only once: p.closed was not set.
+// shut makes the port unusable on this side. It is called once.
 func (p *port) shut() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -235,7 +235,8 @@ func (p *port) Notify() error {
 	return p.notify()
 }
 
-// notify asks nobody but for the first time, and after the peer has changed.
+// notify asks the hypervisor for the far end only the first time and after the peer has
+// changed.
 func (p *port) notify() error {
 	for try := 0; ; try++ {
 		sent, err := p.send()
@@ -248,7 +249,7 @@ func (p *port) notify() error {
 	}
 }
 
-// send fires the far end, if it is known; nothing happens if there is none.
+// send fires the far end if it is known. It does nothing if the port is not bound.
 func (p *port) send() (sent bool, err error) {
 	d := p.w.d
 	d.gate.RLock()
@@ -273,7 +274,7 @@ func (p *port) send() (sent bool, err error) {
 	return !stale, nil
 }
 
-// findFar asks who is at the other end now.
+// findFar asks the hypervisor for the present far end.
 func (p *port) findFar() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -14,15 +14,15 @@ import (
 	"barevif/hypercall"
 )
 
-// Host and domain speak over a SOCK_SEQPACKET socket: one packet is one request or
-// its reply, descriptors travel beside the reply, and there is one request at a
-// time. Both ends are one build of this package.
+// Host and domain communicate over a SOCK_SEQPACKET socket. One packet is one request or
+// its reply; descriptors accompany the reply, and there is one request at a time. Both
+// ends are the same build of this package.
 
 const (
 	wireVersion = 1
 	maxPacket   = 192 << 10 // below the default SO_SNDBUF of 208 KiB
 	maxFDs      = 2
-	maxWireRefs = 8192 // in one request or reply: a run of each is 20 bytes
+	maxWireRefs = 8192 // in one request or reply: the run of each takes 20 bytes
 )
 
 type opcode uint8
@@ -59,8 +59,8 @@ type request struct {
 	ID     uint64
 }
 
-// A reply is followed by NRefs refs, NRuns runs and, for an error that has no code,
-// its text.
+// A reply is followed by NRefs refs, NRuns runs and, for an error without a code, its
+// text.
 type reply struct {
 	Code         wireCode
 	Access       hypercall.Access
@@ -73,7 +73,7 @@ type reply struct {
 	NRefs, NRuns uint32
 }
 
-// grantError is a hypercall.GrantError, of fixed size.
+// A grantError is a hypercall.GrantError of fixed size.
 type grantError struct {
 	Copy   bool // else map
 	Dom    hypercall.DomID
@@ -87,10 +87,10 @@ const (
 	wireOK wireCode = iota
 	wireText
 	wireGrant
-	wireFirst // of the errors below
+	wireFirst // code of the first error in wireErrors
 )
 
-// wireErrors are the errors that keep their identity.
+// wireErrors returns the errors that keep their identity.
 func wireErrors() []error {
 	return []error{
 		hypercall.ErrNoGrants, hypercall.ErrInUse, hypercall.ErrNoPort, hypercall.ErrNoPorts,
@@ -131,13 +131,13 @@ func (r *reply) error(text []byte) error {
 	return fmt.Errorf("emu: the host: %s", text)
 }
 
-// packet is what one read gave.
+// A packet is the result of one read.
 type packet struct {
 	data []byte
 	fds  []int
 }
 
-// closeFDs closes the descriptors nobody took over.
+// closeFDs closes the descriptors that nobody took.
 func (p *packet) closeFDs() {
 	for _, fd := range p.fds {
 		unix.Close(fd)
@@ -155,8 +155,8 @@ func (p *packet) takeFD() (int, error) {
 	return fd, nil
 }
 
-// readPacket reads into buf, which must have room for the largest. net sets
-// MSG_CMSG_CLOEXEC.
+// readPacket reads into buf, which must have room for the largest packet. Package net
+// sets MSG_CMSG_CLOEXEC.
 func readPacket(c *net.UnixConn, buf []byte) (packet, error) {
 	oob := make([]byte, unix.CmsgSpace(maxFDs*4))
 	n, oobn, flags, _, err := c.ReadMsgUnix(buf, oob)
@@ -216,7 +216,7 @@ func encode(parts ...any) ([]byte, error) {
 	return b, nil
 }
 
-// decode fills v and gives the bytes after it.
+// decode fills v and returns the bytes after it.
 func decode(b []byte, v any) ([]byte, error) {
 	n, err := binary.Decode(b, binary.NativeEndian, v)
 	if err != nil {
@@ -225,8 +225,8 @@ func decode(b []byte, v any) ([]byte, error) {
 	return b[n:], nil
 }
 
-// fdOf gives a descriptor of our own for the file. File.Fd would make an eventfd,
-// which we share with the others, blocking.
+// fdOf returns a duplicate descriptor of the file. File.Fd would make the file blocking,
+// and an eventfd shares that state with the other processes.
 func fdOf(f *os.File) (int, error) {
 	rc, err := f.SyscallConn()
 	if err != nil {

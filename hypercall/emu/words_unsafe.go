@@ -16,8 +16,8 @@ func words32(m shm.Memory) []atomic.Uint32 {
 	return unsafe.Slice((*atomic.Uint32)(unsafe.Pointer(unsafe.SliceData(b))), len(b)/4)
 }
 
-// words64 is the same for 64 bits. The memory may be mapped read-only: then the
-// words must only be loaded.
+// words64 is words32 for 64-bit words. If the memory is mapped read-only, the words must
+// only be loaded.
 func words64(m shm.Memory) []atomic.Uint64 {
 	b := m.Bytes()
 	return unsafe.Slice((*atomic.Uint64)(unsafe.Pointer(unsafe.SliceData(b))), len(b)/8)

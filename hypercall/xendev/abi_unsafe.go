@@ -41,7 +41,8 @@ type evtchnPort struct {
 	Value uint32
 }
 
-// allocGref is struct ioctl_gntalloc_alloc_gref, whose last member goes on.
+// allocGref is struct ioctl_gntalloc_alloc_gref; its last member is a variable-length
+// array.
 type allocGref struct {
 	_     structs.HostLayout
 	Domid uint16
@@ -72,7 +73,8 @@ type unmapNotify struct {
 
 const notifySendEvent = 2 // UNMAP_NOTIFY_SEND_EVENT
 
-// mapGrantRef is struct ioctl_gntdev_map_grant_ref, whose last member goes on.
+// mapGrantRef is struct ioctl_gntdev_map_grant_ref; its last member is a variable-length
+// array.
 type mapGrantRef struct {
 	_     structs.HostLayout
 	Count uint32
@@ -104,8 +106,8 @@ type grantCopy struct {
 	Segments *copySegment
 }
 
-// copySegment is struct gntdev_grant_copy_segment. An end is an address, or
-// {ref u32, offset u16, domid u16} in the order of a little-endian word.
+// copySegment is struct gntdev_grant_copy_segment. Source and Dest are each an address,
+// or {ref u32, offset u16, domid u16} in the order of a little-endian word.
 type copySegment struct {
 	_      structs.HostLayout
 	Source uint64
@@ -138,21 +140,21 @@ var (
 	_ [20]byte = [unsafe.Offsetof(copySegment{}.Status)]byte{}
 )
 
-// bindPeer is EVTCHN_BIND_INTERDOMAIN. Its struct is only read, during the call.
+// bindPeer is EVTCHN_BIND_INTERDOMAIN. The driver only reads the struct, during the call.
 func bindPeer(fd int, peer hypercall.DomID, remote hypercall.PortID) (hypercall.PortID, error) {
 	arg := bindInterdomain{Domain: uint32(peer), Port: uint32(remote)}
 	p, err := ioctl(fd, evtchnBindInterdomain, unsafe.Pointer(&arg))
 	return hypercall.PortID(p), err
 }
 
-// bindUnbound is EVTCHN_BIND_UNBOUND_PORT. Its struct is only read.
+// bindUnbound is EVTCHN_BIND_UNBOUND_PORT. The driver only reads the struct.
 func bindUnbound(fd int, peer hypercall.DomID) (hypercall.PortID, error) {
 	arg := evtchnPort{Value: uint32(peer)}
 	p, err := ioctl(fd, evtchnBindUnbound, unsafe.Pointer(&arg))
 	return hypercall.PortID(p), err
 }
 
-// portCall is EVTCHN_UNBIND or EVTCHN_NOTIFY. Their struct is only read.
+// portCall is EVTCHN_UNBIND or EVTCHN_NOTIFY. The driver only reads the struct.
 func portCall(fd int, request uintptr, p hypercall.PortID) error {
 	arg := evtchnPort{Value: uint32(p)}
 	_, err := ioctl(fd, request, unsafe.Pointer(&arg))
@@ -165,8 +167,8 @@ func resetEvents(fd int) error {
 	return err
 }
 
-// allocGrefs is GNTALLOC_ALLOC_GREF. The driver writes count refs from Refs on,
-// which buf was made to hold.
+// allocGrefs is GNTALLOC_ALLOC_GREF. The driver writes count refs from Refs on; buf has
+// room for them.
 func allocGrefs(fd int, peer hypercall.DomID, flags uint16, count int) (uint64, []hypercall.GrantRef, error) {
 	buf := make([]uint64, 3+count/2)
 	arg := (*allocGref)(unsafe.Pointer(&buf[0]))
@@ -181,22 +183,22 @@ func allocGrefs(fd int, peer hypercall.DomID, flags uint16, count int) (uint64, 
 	return arg.Index, refs, nil
 }
 
-// deallocGrefs is GNTALLOC_DEALLOC_GREF. Its struct is only read.
+// deallocGrefs is GNTALLOC_DEALLOC_GREF. The driver only reads the struct.
 func deallocGrefs(fd int, index uint64, count int) error {
 	arg := deallocGref{Index: index, Count: uint32(count)}
 	_, err := ioctl(fd, gntallocDealloc, unsafe.Pointer(&arg))
 	return err
 }
 
-// setUnmapNotify is GNTALLOC_SET_UNMAP_NOTIFY. Its struct is only read.
+// setUnmapNotify is GNTALLOC_SET_UNMAP_NOTIFY. The driver only reads the struct.
 func setUnmapNotify(fd int, index uint64, action uint32, p hypercall.PortID) error {
 	arg := unmapNotify{Index: index, Action: action, Port: uint32(p)}
 	_, err := ioctl(fd, gntallocUnmapNotify, unsafe.Pointer(&arg))
 	return err
 }
 
-// addMap is GNTDEV_MAP_GRANT_REF. The driver reads len(refs) entries from Refs
-// on, which buf was made to hold, and writes the struct's head.
+// addMap is GNTDEV_MAP_GRANT_REF. The driver reads len(refs) entries from Refs on, for
+// which buf has room, and writes the head of the struct.
 func addMap(fd int, peer hypercall.DomID, refs []hypercall.GrantRef) (uint64, error) {
 	buf := make([]uint64, 2+len(refs))
 	arg := (*mapGrantRef)(unsafe.Pointer(&buf[0]))
@@ -208,24 +210,24 @@ func addMap(fd int, peer hypercall.DomID, refs []hypercall.GrantRef) (uint64, er
 	return arg.Index, err
 }
 
-// removeMap is GNTDEV_UNMAP_GRANT_REF. Its struct is only read.
+// removeMap is GNTDEV_UNMAP_GRANT_REF. The driver only reads the struct.
 func removeMap(fd int, index uint64, count int) error {
 	arg := unmapGrantRef{Index: index, Count: uint32(count)}
 	_, err := ioctl(fd, gntdevUnmap, unsafe.Pointer(&arg))
 	return err
 }
 
-// copyGrants is GNTDEV_GRANT_COPY. The driver writes segs' statuses, and memory
-// at the addresses in them: [Domain.Copy] has seen that it holds Len bytes and
-// that it is not on a stack.
+// copyGrants is GNTDEV_GRANT_COPY. The driver writes the statuses in segs, and memory at
+// the addresses in them: [Domain.Copy] has made sure that the memory holds Len bytes and
+// is not on a stack.
 func copyGrants(fd int, segs []copySegment) error {
 	arg := grantCopy{Count: uint32(len(segs)), Segments: &segs[0]}
 	_, err := ioctl(fd, gntdevCopy, unsafe.Pointer(&arg))
 	return err
 }
 
-// localEnd is where b begins. It is only ever given to the kernel, while the
-// caller of [Domain.Copy] holds b.
+// localEnd returns the address of b. It is passed only to the kernel, while the caller of
+// [Domain.Copy] holds b.
 func localEnd(b []byte) uint64 {
 	return uint64(uintptr(unsafe.Pointer(unsafe.SliceData(b))))
 }

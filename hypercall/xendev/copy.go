@@ -10,26 +10,25 @@ import (
 	"barevif/hypercall"
 )
 
-// copyBatch is how many operations go into one system call: the slots of a ring.
-// The kernel makes one hypercall of 16 of them.
+// copyBatch is how many operations go into one system call: the slots of a ring. The
+// kernel makes one hypercall for each 16 of them.
 const copyBatch = 256
 
-// fewCopies is a batch whose segments need no more stack than a small call.
+// fewCopies is the size of a batch whose segments need little stack.
 const fewCopies = 16
 
 var errLocalCopy = errors.New("xendev: copy with no grant at either end")
 
-// Copy runs ops in order, 256 to a system call. An operation that would leave the
-// page of a grant, or its local memory, has [hypercall.BadCopyArg]; with one that
-// has no grant at all nothing is run, and the error says so.
+// Copy runs ops in order, 256 per system call. An operation that would leave the page of
+// a grant, or its local memory, gets [hypercall.BadCopyArg]. If an operation has no grant
+// at either end, none is run and Copy returns an error.
 //
-// If the driver refuses a whole call, which only unmapped local memory can make
-// it do, how much of it was done is not known: the operations of this call and
-// those after it have [hypercall.GeneralError], and the error is returned if it
-// was the first call.
+// Only unmapped local memory can make the driver refuse a whole call. It is then unknown
+// how much of the call was done: its operations and all later ones get
+// [hypercall.GeneralError], and Copy returns the error if it was the first call.
 func (d *Domain) Copy(ops []hypercall.CopyOp) error {
 	if d.never {
-		d.sink = ops // see never
+		d.sink = ops // see Domain.never
 	}
 	for i := range ops {
 		if ops[i].Src.Local != nil && ops[i].Dst.Local != nil {
@@ -67,8 +66,8 @@ func copyOps(fd int, ops []hypercall.CopyOp) error {
 	return nil
 }
 
-// The segments are on the caller's stack, so that Copy shares nothing between
-// goroutines and leaves no garbage.
+// The segments are on the caller's stack, so that Copy shares nothing between goroutines
+// and does not allocate.
 
 func copyFew(fd int, ops []hypercall.CopyOp) error {
 	var segs [fewCopies]copySegment
@@ -86,7 +85,7 @@ func copyWith(fd int, segs []copySegment, ops []hypercall.CopyOp) error {
 		op, seg := &ops[i], &segs[i]
 		op.Status = hypercall.OK
 		if !holds(&op.Src, op.Len) || !holds(&op.Dst, op.Len) {
-			// The driver would refuse the whole call: give it a copy of nothing.
+			// The driver would refuse the whole call: pass it a copy of no bytes instead.
 			op.Status = hypercall.BadCopyArg
 			seg.Flags = copySourceGref
 			continue
@@ -110,7 +109,7 @@ func copyWith(fd int, segs []copySegment, ops []hypercall.CopyOp) error {
 	return nil
 }
 
-// holds reports whether n bytes of a are there.
+// holds reports whether a has n bytes.
 func holds(a *hypercall.Area, n uint32) bool {
 	if a.Local != nil {
 		return uint64(n) <= uint64(len(a.Local))
@@ -118,7 +117,7 @@ func holds(a *hypercall.Area, n uint32) bool {
 	return uint64(a.Offset)+uint64(n) <= shm.PageSize
 }
 
-// end is one end of a segment.
+// end returns one end of a segment.
 func end(a *hypercall.Area) uint64 {
 	if a.Local != nil {
 		return localEnd(a.Local)

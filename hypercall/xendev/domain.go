@@ -1,20 +1,20 @@
 //go:build linux
 
-// Package xendev is a [hypercall.Domain] on a real Xen, through the device nodes
-// of Linux: /dev/xen/gntalloc gives memory to another domain, /dev/xen/gntdev
-// maps and copies another domain's, /dev/xen/evtchn is the doorbell, and
-// /dev/xen/xenbus the way to xenstore.
+// Package xendev is a [hypercall.Domain] on a real Xen, through the device nodes of
+// Linux: /dev/xen/gntalloc grants memory to another domain, /dev/xen/gntdev maps and
+// copies another domain's memory, /dev/xen/evtchn handles event channels, and
+// /dev/xen/xenbus leads to xenstore.
 //
-// It needs no cgo and no library of Xen, and no raw hypercalls: those are in the
-// privcmd package, for what the nodes cannot do, where the kernel allows them.
+// It needs no cgo, no library of Xen, and no raw hypercalls. Those are in the privcmd
+// package, for what the nodes cannot do, and where the kernel permits them.
 //
-// Nodes are opened when first needed, close-on-exec: a grant lives until the last
-// descriptor and mapping of it is gone, so a child must not inherit one. One that
-// is missing or forbidden is a [*NodeError], which says what to load or to allow.
+// It opens the nodes when they are first needed, close-on-exec: a grant lives until its
+// last descriptor and mapping is gone, so a child must not inherit one. For a missing or
+// forbidden node the error is a [*NodeError], which says what to load or to permit.
 //
-// A [Domain] and its Waiters, Shares and Mappings belong to whoever opened it.
-// When the process dies, however it dies, the kernel ends all of them; a page
-// the peer still has mapped stays set aside in the kernel until it is not.
+// A [Domain] and its Waiters, Shares and Mappings belong to the caller that opened it.
+// When the process dies, in whatever way, the kernel ends all of them. The kernel keeps a
+// page that the peer still has mapped until it is unmapped.
 package xendev
 
 import (
@@ -32,21 +32,21 @@ import (
 	"barevif/hypercall/xendev/privcmd"
 )
 
-// A Config says how to use the nodes. Its zero value works.
+// A Config says how to use the nodes. The zero Config works.
 type Config struct {
-	// Root is where dev, proc and sys are; "" means "/".
+	// Root is the directory that contains dev, proc and sys; "" means "/".
 	Root string
 
-	// GrantLimit is what gntalloc's limit, which is the whole system's, is
-	// raised to if it is lower, in pages. It needs root. 0 leaves the limit (1024
-	// unless somebody changed it) alone.
+	// GrantLimit, in pages, is the value to which gntalloc's limit is raised if it is
+	// lower. The limit is for the whole system, and raising it needs root. 0 leaves it
+	// alone; it is 1024 unless somebody changed it.
 	GrantLimit int
 
-	// LockMemory locks what Memory gives (mlock(2)), so that none of it is ever
-	// swapped out. Shared and mapped pages are the kernel's and never are.
+	// LockMemory locks the pages of Memory (mlock(2)), so that they are never swapped
+	// out. Shared and mapped pages are the kernel's and never are.
 	LockMemory bool
 
-	// Doorbell is how Notify reaches Xen.
+	// Doorbell selects how Notify reaches Xen.
 	Doorbell Doorbell
 }
 
@@ -54,14 +54,13 @@ type Config struct {
 type Doorbell uint8
 
 const (
-	// DoorbellIoctl asks evtchn, which makes the hypercall for us. It works in
-	// every domain.
+	// DoorbellIoctl uses evtchn, which makes the hypercall for us. It works in every
+	// domain.
 	DoorbellIoctl Doorbell = iota
 
-	// DoorbellHypercall makes the hypercall (EVTCHNOP_send) through privcmd. The
-	// kernel does not check then that the port is ours. In a domU it needs
-	// xen-privcmd loaded with unrestricted=1; without, no port can be opened
-	// ([privcmd.ErrRestricted]).
+	// DoorbellHypercall makes the hypercall (EVTCHNOP_send) through privcmd. The kernel
+	// then does not check that the port is ours. In a domU it needs xen-privcmd loaded
+	// with unrestricted=1; without that, opening a port fails ([privcmd.ErrRestricted]).
 	DoorbellHypercall
 )
 
@@ -72,7 +71,7 @@ func (d Doorbell) String() string {
 	return "ioctl"
 }
 
-// path is the file of that name below the root.
+// path returns the path of a file below the root.
 func (c Config) path(elem ...string) string {
 	root := c.Root
 	if root == "" {
@@ -87,28 +86,27 @@ type Domain struct {
 	id       atomic.Uint32
 	gntalloc node
 	gntdev   node
-	held     atomic.Int64 // pages shared now
+	held     atomic.Int64 // pages that are shared now
 
 	raiseOnce sync.Once
-	raiseErr  error // why GrantLimit could not be had
+	raiseErr  error // why GrantLimit could not be set
 
 	mu      sync.Mutex
 	calls   *privcmd.Conn                 // guarded by mu; opened for the first DoorbellHypercall
-	indices map[hypercall.GrantRef]uint64 // guarded by mu; first ref of a Share → its place in the gntalloc file
+	indices map[hypercall.GrantRef]uint64 // guarded by mu; first ref of a Share → its index in the gntalloc file
 	closed  bool                          // guarded by mu
 
-	// never is false and nobody sets it. The compiler cannot know, so what
-	// Copy would store in sink if it were true is never on a stack that may
-	// move while only its address is kept.
+	// never is always false, but the compiler cannot know that. So it must assume that
+	// Copy stores ops in sink, and keeps them off the stack, which may move while the
+	// kernel has only an address.
 	never bool
 	sink  []hypercall.CopyOp
 }
 
 var _ hypercall.Domain = (*Domain)(nil)
 
-// Open finds out which domain this is, which takes one question to xenstore. It
-// fails with a [*NodeError] where there is no xenstore to ask, above all on a
-// machine that is no Xen domain ([ErrNotXen]).
+// Open asks xenstore which domain this is. It fails with a [*NodeError] if there is no
+// xenstore, above all on a machine that is no Xen domain ([ErrNotXen]).
 func Open(cfg Config) (*Domain, error) {
 	if n := os.Getpagesize(); n != shm.PageSize {
 		return nil, fmt.Errorf("xendev: this kernel's pages have %d bytes, those of the ring protocol %d", n, shm.PageSize)
@@ -134,11 +132,11 @@ func newDomain(cfg Config, id hypercall.DomID) *Domain {
 	return d
 }
 
-// ID is the domain's number: as of Open, or of the last [Domain.Store], which a
-// migrated domain opens anew.
+// ID returns the domain's number as of Open or of the last [Domain.Store]; a migrated
+// domain opens its connection to xenstore again.
 func (d *Domain) ID() hypercall.DomID { return hypercall.DomID(d.id.Load()) }
 
-// other is the number other domains, and grant entries, know peer by.
+// other returns the number by which other domains and grant entries know peer.
 func (d *Domain) other(peer hypercall.DomID) hypercall.DomID {
 	if peer == hypercall.DomSelf {
 		return d.ID()
@@ -146,9 +144,9 @@ func (d *Domain) other(peer hypercall.DomID) hypercall.DomID {
 	return peer
 }
 
-// Close closes the nodes; what was not ended before is ended by it, except memory
-// that is still mapped here: its grants end with its End or Release. Waiters and
-// connections to xenstore are closed on their own. Close is idempotent.
+// Close closes the nodes and thereby ends what was not ended before. Memory that is still
+// mapped in this process is the exception: its grants end with its End or Release.
+// Waiters and connections to xenstore are closed separately. Close is idempotent.
 func (d *Domain) Close() error {
 	d.mu.Lock()
 	calls, closed := d.calls, d.closed
@@ -164,7 +162,7 @@ func (d *Domain) Close() error {
 	return errors.Join(errs...)
 }
 
-// hypercalls is the connection to privcmd, which all doorbells share.
+// hypercalls returns the connection to privcmd, which all doorbells share.
 func (d *Domain) hypercalls() (*privcmd.Conn, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -178,7 +176,7 @@ func (d *Domain) hypercalls() (*privcmd.Conn, error) {
 	if err != nil {
 		return nil, d.cfg.explain(d.cfg.path("dev/xen/privcmd"), "xen-privcmd", err)
 	}
-	if _, _, err := c.Version(); err != nil { // rather now than with every Notify
+	if _, _, err := c.Version(); err != nil { // report a restriction now, not with each Notify
 		return nil, errors.Join(err, c.Close())
 	}
 	d.calls = c

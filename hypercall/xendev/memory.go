@@ -13,7 +13,7 @@ import (
 	"barevif/hypercall/anon"
 )
 
-// maxPages bounds one Share or Map: gntdev's own bound (its parameter limit).
+// maxPages bounds one Share or Map. It is gntdev's own bound (its parameter limit).
 const maxPages = 64 << 10
 
 func checkPages(op string, n int) error {
@@ -23,8 +23,8 @@ func checkPages(op string, n int) error {
 	return nil
 }
 
-// Memory reserves zeroed pages that no other domain reaches. If the Config says so
-// they are locked, and in memory at once; that may need CAP_IPC_LOCK or a higher
+// Memory reserves zeroed pages that no other domain can access. With Config.LockMemory
+// they are locked and backed by memory at once, which may need CAP_IPC_LOCK or a higher
 // RLIMIT_MEMLOCK.
 func (d *Domain) Memory(pages int) (*hypercall.Mapping, error) {
 	if err := checkPages("memory", pages); err != nil {
@@ -51,11 +51,11 @@ func (d *Domain) Memory(pages int) (*hypercall.Mapping, error) {
 	return hypercall.NewReserved(m, anon.Populate, release), nil
 }
 
-// Map maps pages the peer granted, as one run: all or none. A failure that is one
-// ref's is a [*hypercall.GrantError] with that ref; finding it takes up to one
-// more map per ref.
+// Map maps pages that the peer granted, as one run: all or none. If one ref is the cause
+// of a failure, the error is a [*hypercall.GrantError] with that ref; finding it takes up
+// to one more map per ref.
 //
-// A domain that maps its own grants sees them only if it is a PV one.
+// A domain that maps its own grants sees their pages only if it is a PV domain.
 func (d *Domain) Map(peer hypercall.DomID, refs []hypercall.GrantRef, access hypercall.Access) (*hypercall.Mapping, error) {
 	if err := checkPages("map", len(refs)); err != nil {
 		return nil, err
@@ -83,7 +83,7 @@ func (d *Domain) Map(peer hypercall.DomID, refs []hypercall.GrantRef, access hyp
 	return hypercall.NewMapping(m, release), nil
 }
 
-// mapRefs maps all of refs or none.
+// mapRefs maps all of refs or none of them.
 func mapRefs(fd int, peer hypercall.DomID, refs []hypercall.GrantRef, access hypercall.Access) ([]byte, uint64, error) {
 	index, err := addMap(fd, peer, refs)
 	if err != nil {
@@ -100,15 +100,15 @@ func mapRefs(fd int, peer hypercall.DomID, refs []hypercall.GrantRef, access hyp
 	return b, index, nil
 }
 
-// release unmaps in both senses: munmap alone leaves the grants in use in a
-// domain that is not PV.
+// release unmaps the pages and removes the map from gntdev: in a domain that is not PV,
+// munmap alone leaves the grants in use.
 func (d *Domain) release(b []byte, index uint64, count int) error {
 	if err := unix.Munmap(b); err != nil {
 		return fmt.Errorf("xendev: unmap %d grants: %w", count, err)
 	}
 	fd, err := d.gntdev.enter(&d.cfg)
 	if err != nil {
-		return nil // closed, which did it
+		return nil // Close of the node has removed the map
 	}
 	defer d.gntdev.leave()
 	if err := removeMap(fd, index, count); err != nil {
@@ -117,9 +117,9 @@ func (d *Domain) release(b []byte, index uint64, count int) error {
 	return nil
 }
 
-// findBad finds the first ref that cannot be mapped, and by a copy of one byte
-// why, since the driver says EINVAL to everything. A ref that can be read but not
-// mapped was refused for writing, to which Xen says general error.
+// findBad returns the error for the first ref that cannot be mapped, because the driver
+// answers EINVAL to everything. A copy of one byte tells why. A ref that can be read but
+// not mapped was refused for writing, for which Xen's status is general error.
 func (d *Domain) findBad(fd int, peer hypercall.DomID, refs []hypercall.GrantRef, access hypercall.Access) error {
 	for i, ref := range refs {
 		b, index, err := mapRefs(fd, peer, refs[i:i+1], access)
@@ -130,7 +130,7 @@ func (d *Domain) findBad(fd int, peer hypercall.DomID, refs []hypercall.GrantRef
 			continue
 		}
 		if !errors.Is(err, unix.EINVAL) {
-			continue // not the ref's fault
+			continue // the ref is not the cause
 		}
 		e := &hypercall.GrantError{Op: "map", Dom: peer, Ref: ref, Status: hypercall.GeneralError}
 		op := [1]hypercall.CopyOp{{

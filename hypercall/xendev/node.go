@@ -15,16 +15,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ErrNotXen is wrapped by errors that come from there being no Xen below this
-// kernel.
+// ErrNotXen is wrapped by errors that occur because this kernel does not run on Xen.
 var ErrNotXen = errors.New("this machine is not a Xen domain")
 
-// A NodeError is a device node that cannot be opened. Its text says what to do
-// about it.
+// A NodeError is a device node that cannot be opened. Its text says how to fix that.
 type NodeError struct {
 	Node   string // "/dev/xen/gntalloc"
 	Module string // the kernel module that makes it
-	Err    error  // what open said; [ErrNotXen] is wrapped where it applies
+	Err    error  // the error of open; wraps [ErrNotXen] where that is the cause
 }
 
 func (e *NodeError) Unwrap() error { return e.Err }
@@ -47,14 +45,14 @@ func (e *NodeError) Error() string {
 	return s
 }
 
-// rule is what lets a group use the node. In udev's eyes the device of
-// /dev/xen/evtchn is called xen/evtchn.
+// rule returns the udev rule that lets a group use the node. udev calls the device of
+// /dev/xen/evtchn xen/evtchn.
 func (e *NodeError) rule() string {
 	name := e.Node[strings.LastIndexByte(e.Node, '/')+1:]
 	return fmt.Sprintf(`SUBSYSTEM=="misc", KERNEL=="xen/%s", GROUP="barevif", MODE="0660"`, name)
 }
 
-// explain makes a NodeError of what opening path said.
+// explain makes a NodeError from the error of opening path.
 func (c Config) explain(path, module string, err error) error {
 	var p *fs.PathError
 	if errors.As(err, &p) {
@@ -66,25 +64,25 @@ func (c Config) explain(path, module string, err error) error {
 	return &NodeError{Node: path, Module: module, Err: err}
 }
 
-// onXen asks the kernel what it runs on (drivers/xen/sys-hypervisor.c).
+// onXen asks the kernel whether it runs on Xen (drivers/xen/sys-hypervisor.c).
 func (c Config) onXen() bool {
 	b, err := os.ReadFile(c.path("sys/hypervisor/type"))
 	return err == nil && strings.TrimSpace(string(b)) == "xen"
 }
 
-// A node is a device node without a poll operation, opened when first entered.
-// Whoever is inside has it open: close waits, so that no call reaches another
-// file that got the descriptor's number.
+// A node is a device node without a poll operation. It is opened by the first enter.
+// Between enter and leave it stays open: close waits, so that no call reaches another
+// file that got the same descriptor number.
 type node struct {
 	path, module string
 
-	mu     sync.RWMutex // held for reading while inside
+	mu     sync.RWMutex // held for reading between enter and leave
 	file   *os.File     // guarded by mu
-	fd     int          // of file
+	fd     int          // descriptor of file
 	closed bool         // guarded by mu
 }
 
-// enter gives the descriptor until leave.
+// enter returns the descriptor, which is valid until leave.
 func (n *node) enter(cfg *Config) (fd int, err error) {
 	n.mu.RLock()
 	if n.file != nil {
@@ -143,7 +141,7 @@ func (n *node) close() error {
 	return f.Close()
 }
 
-// openFile opens a node for reading and writing. os.OpenFile adds O_CLOEXEC.
+// openFile opens a node for reading and writing.
 func openFile(path string, flags int) (*os.File, error) {
 	return os.OpenFile(path, os.O_RDWR|syscall.O_CLOEXEC|flags, 0)
 }

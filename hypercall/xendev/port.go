@@ -27,8 +27,8 @@ type port struct {
 	due     time.Time // when to unmask it, if late
 
 	mu     sync.Mutex       // held for a whole Notify; the driver would serialise them too
-	ring   func(fd uintptr) // EVTCHN_NOTIFY; made once, as a closure for each Notify were garbage
-	err    error            // guarded by mu; what ring found
+	ring   func(fd uintptr) // EVTCHN_NOTIFY; made once, because a closure for each Notify would be garbage
+	err    error            // guarded by mu; the error of ring
 	bell   *privcmd.Doorbell
 	closed bool // guarded by mu
 }
@@ -51,7 +51,7 @@ func newPort(w *waiter, id hypercall.PortID) (*port, error) {
 // ID implements [hypercall.Port].
 func (p *port) ID() hypercall.PortID { return p.id }
 
-// Notify implements [hypercall.Port]. After Close it says net.ErrClosed.
+// Notify implements [hypercall.Port]. After Close it returns net.ErrClosed.
 func (p *port) Notify() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -17,7 +17,7 @@ import (
 	"barevif/hypercall/xendev/privcmd"
 )
 
-// A Found is one thing a Report says, or why it could not be found out.
+// A Found is one fact of a Report, or the error that hid it.
 type Found[T any] struct {
 	Value T
 	Err   error
@@ -34,31 +34,31 @@ func (f Found[T]) String() string {
 
 func (f Found[T]) restricted() bool { return errors.Is(f.Err, privcmd.ErrRestricted) }
 
-// A Report says where this program runs and what it may use there.
+// A Report says where this program runs and what it may use.
 type Report struct {
-	Xen          Found[string]          // its version: "4.17.7"
-	Kernel       Found[string]          // of Linux
-	Domain       Found[hypercall.DomID] // ours
+	Xen          Found[string]          // Xen's version: "4.17.7"
+	Kernel       Found[string]          // release of Linux
+	Domain       Found[hypercall.DomID] // our id
 	Guest        Found[string]          // "PV", "PVH" or "HVM"; /sys/hypervisor/guest_type
 	Control      Found[bool]            // this is the control domain
 	Capabilities Found[string]          // the kinds of guest this Xen can run
 	Nodes        []Node
-	GrantLimit   Found[int]                // pages gntalloc gives out in the whole system
-	MapLimit     Found[int]                // grants gntdev maps in one go
+	GrantLimit   Found[int]                // pages that gntalloc grants in the whole system
+	MapLimit     Found[int]                // grants that gntdev maps in one call
 	GrantTable   Found[privcmd.GrantTable] // of this domain
 	Ports        Found[Ports]              // of this domain
 	Vifs         Found[[]Vif]
 }
 
-// A Node is a device node and the module that makes it.
+// A Node is a device node and the kernel module that makes it.
 type Node struct {
 	Path   string
 	Module string
-	Loaded bool  // the module is, or is part of the kernel
-	Err    error // from opening the node; nil: it can be used
+	Loaded bool  // the module is loaded or built into the kernel
+	Err    error // error of opening the node; nil: the node is usable
 }
 
-// Ports counts event channels by what they are bound to.
+// Ports counts event channels by the kind of their other end.
 type Ports struct {
 	Total, Unbound, Interdomain, Other int
 }
@@ -68,9 +68,8 @@ func (p Ports) String() string {
 		p.Total, p.Interdomain, p.Unbound, p.Other)
 }
 
-// Inspect finds out what a Report says. What needs a hypercall is unknown where
-// the kernel allows none, as in most domUs. Questions not asked when ctx ends have
-// its error.
+// Inspect makes a Report. Facts that need a hypercall are unknown where the kernel
+// permits none, as in most domUs. Facts not asked for when ctx ends have its error.
 func Inspect(ctx context.Context, cfg Config) Report {
 	var r Report
 	r.Xen = found(cfg.xenVersion())
@@ -97,11 +96,11 @@ func reportCalls(ctx context.Context, cfg Config) (Found[privcmd.GrantTable], Fo
 	return found(c.GrantTable(hypercall.DomSelf)), found(countPorts(ctx, c))
 }
 
-// maxPorts is how many event channels a domain can have (the FIFO interface's
-// EVTCHN_FIFO_NR_CHANNELS).
+// maxPorts is how many event channels a domain can have (EVTCHN_FIFO_NR_CHANNELS of the
+// FIFO interface).
 const maxPorts = 1 << 17
 
-// countPorts asks for each port until Xen says there are no more.
+// countPorts asks Xen for each port until Xen says that there are no more.
 func countPorts(ctx context.Context, c *privcmd.Conn) (n Ports, err error) {
 	for p := range hypercall.PortID(maxPorts) {
 		if p == 0 {
@@ -140,8 +139,7 @@ func (c Config) text(name string) (string, error) {
 	return strings.TrimSpace(string(b)), err
 }
 
-// xenVersion puts the parts together that sysfs has apart; extra begins with its
-// own dot.
+// xenVersion joins the three parts of the version in sysfs. extra begins with a dot.
 func (c Config) xenVersion() (string, error) {
 	var part [3]string
 	for i, name := range []string{"major", "minor", "extra"} {
@@ -167,7 +165,7 @@ func (c Config) isControl() (bool, error) {
 	return strings.Contains(s, "control_d"), err
 }
 
-// nodes tries each node of the ones a Domain may use.
+// nodes tries to open each node that a Domain may use.
 func (c Config) nodes() []Node {
 	var all []Node
 	for _, n := range []struct{ name, module string }{
@@ -194,12 +192,12 @@ func (c Config) nodes() []Node {
 	return all
 }
 
-// String is the report as text, a line for each thing.
+// String returns the report as text, one line per fact.
 func (r Report) String() string {
 	var b strings.Builder
 	told := false
 	line := func(name string, value any) {
-		// One explanation of what hypercalls need is enough.
+		// Explain only once what hypercalls need.
 		if f, ok := value.(interface{ restricted() bool }); ok && f.restricted() && told {
 			value = "unknown: no hypercalls"
 		} else if ok && f.restricted() {

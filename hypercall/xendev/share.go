@@ -15,13 +15,13 @@ import (
 	"barevif/hypercall"
 )
 
-// Share gives zeroed pages, each granted to peer until End. Xen does not say
-// whether peer exists. The pages count against gntalloc's limit, which is the
-// whole system's: past it the error wraps [hypercall.ErrNoGrants] and says how
-// many there may be and where to raise it.
+// Share returns zeroed pages, each granted to peer until End. Xen does not say whether
+// peer exists. The pages count towards gntalloc's limit, which is for the whole system.
+// At the limit the error wraps [hypercall.ErrNoGrants] and says what the limit is and
+// where to raise it.
 //
-// End never says [hypercall.ErrInUse]: a page that the peer still maps is kept by
-// the kernel, out of our sight and of the limit, and freed when it no longer is.
+// End never returns [hypercall.ErrInUse]: the kernel keeps a page that the peer still
+// maps, without counting it towards the limit, and frees it when it is unmapped.
 func (d *Domain) Share(peer hypercall.DomID, pages int, access hypercall.Access) (*hypercall.Share, error) {
 	if err := checkPages("share", pages); err != nil {
 		return nil, err
@@ -55,7 +55,7 @@ func (d *Domain) Share(peer hypercall.DomID, pages int, access hypercall.Access)
 		return nil, errors.Join(err, unix.Munmap(b), deallocGrefs(fd, index, pages))
 	}
 
-	first := refs[0] // the caller may change what Refs holds
+	first := refs[0] // saved, because the caller may change Refs
 	d.held.Add(int64(pages))
 	d.mu.Lock()
 	d.indices[first] = index
@@ -64,8 +64,8 @@ func (d *Domain) Share(peer hypercall.DomID, pages int, access hypercall.Access)
 	return hypercall.NewShare(m, d.other(peer), access, refs, end), nil
 }
 
-// endShare gives up both holds on the pages, ours and the file's: with one of
-// them left the grants go on.
+// endShare gives up both holds on the pages, our mapping and the file's entry: either one
+// keeps the grants alive.
 func (d *Domain) endShare(b []byte, first hypercall.GrantRef, index uint64, pages int) error {
 	d.mu.Lock()
 	delete(d.indices, first)
@@ -76,7 +76,7 @@ func (d *Domain) endShare(b []byte, first hypercall.GrantRef, index uint64, page
 	d.held.Add(-int64(pages))
 	fd, err := d.gntalloc.enter(&d.cfg)
 	if err != nil {
-		return nil // closed, which did it
+		return nil // Close of the node has ended the grants
 	}
 	defer d.gntalloc.leave()
 	if err := deallocGrefs(fd, index, pages); err != nil {
@@ -85,11 +85,10 @@ func (d *Domain) endShare(b []byte, first hypercall.GrantRef, index uint64, page
 	return nil
 }
 
-// NotifyOnEnd has the kernel fire p when the grants of s end: with its End, and,
-// which is what it is for, when this process dies without one (SET_UNMAP_NOTIFY of
-// gntalloc.h). The peer then looks, and finds nobody. p must be a port of a
-// Waiter of this Domain, and stays allocated in the kernel as long as s lives; a
-// nil p takes the wish back.
+// NotifyOnEnd makes the kernel fire p when the grants of s end: at End and, its purpose,
+// when this process dies without End (SET_UNMAP_NOTIFY of gntalloc.h). The peer then
+// looks and finds that we are gone. p must be a port of a Waiter of this Domain; the
+// kernel keeps it allocated as long as s lives. A nil p cancels the notification.
 func (d *Domain) NotifyOnEnd(s *hypercall.Share, p hypercall.Port) error {
 	d.mu.Lock()
 	index, ok := uint64(0), false
@@ -116,13 +115,13 @@ func (d *Domain) NotifyOnEnd(s *hypercall.Share, p hypercall.Port) error {
 	return nil
 }
 
-// limitFile is the knob of drivers/xen/gntalloc.c.
+// limitFile holds the limit of drivers/xen/gntalloc.c.
 const limitFile = "sys/module/xen_gntalloc/parameters/limit"
 
-// GrantLimit reads how many pages gntalloc gives out in the whole system.
+// GrantLimit returns how many pages gntalloc grants in the whole system.
 func GrantLimit(cfg Config) (int, error) { return readInt(cfg.path(limitFile)) }
 
-// raiseLimit does what Config.GrantLimit asks for.
+// raiseLimit raises the limit to Config.GrantLimit if it is lower.
 func (c Config) raiseLimit() error {
 	if c.GrantLimit == 0 {
 		return nil
@@ -158,7 +157,7 @@ func readInt(path string) (int, error) {
 	return strconv.Atoi(strings.TrimSpace(string(b)))
 }
 
-// writeFile writes an existing file of sysfs, which takes a value by one write.
+// writeFile writes an existing file of sysfs, which accepts a value in one write only.
 func writeFile(path, value string) error {
 	f, err := os.OpenFile(path, os.O_WRONLY, 0)
 	if err != nil {

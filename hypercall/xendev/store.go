@@ -23,24 +23,24 @@ import (
 	"barevif/xenbus/xenstore/wire"
 )
 
-// idTimeout bounds the question for our own domid; a xenstore that runs answers
-// in milliseconds.
+// idTimeout bounds the request for our own domid. A running xenstore answers in
+// milliseconds.
 const idTimeout = 5 * time.Second
 
 // maxRequest is the largest payload of a request to the device: the driver's
 // buffer has 4096 bytes with the header (drivers/xen/xenbus/xenbus_dev_frontend.c).
 const maxRequest = wire.MaxPayload - wire.HeaderSize
 
-// Store opens a connection to xenstore: a file of its own on the kernel's. It also
-// asks anew which domain this is, for a domain that was migrated.
+// Store opens a connection to xenstore: a new open file of the kernel's device. It also
+// asks again for this domain's id, which changes when the domain is migrated.
 //
-// A client must have one request in flight at a time, because the driver keeps
-// only one per file, and must write each in one call. Unlike the driver, which
-// fails the write of a request it cannot pass on, the connection answers such a
-// request with an error message, so that the stream stays in step: E2BIG to a
-// payload over 4080 bytes, and what the driver said otherwise.
+// A client must have only one request in flight, because the driver keeps one per file,
+// and must write each request in one call. For a request that the driver cannot pass on,
+// its write fails. The connection instead answers such a request with an error message,
+// so that the stream stays in step: E2BIG for a payload over 4080 bytes, else the
+// driver's errno.
 //
-// ctx is for opening only.
+// ctx bounds the opening only.
 func (d *Domain) Store(ctx context.Context) (io.ReadWriteCloser, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
@@ -64,7 +64,7 @@ func openStore(cfg Config) (*os.File, error) {
 	path := cfg.path("dev/xen/xenbus")
 	f, err := openFile(path, unix.O_NONBLOCK)
 	if errors.Is(err, fs.ErrNotExist) {
-		// Where the module is older than the node, or nothing fills /dev.
+		// The module is older than the node, or nothing populates /dev.
 		if g, gerr := openFile(cfg.path("proc/xen/xenbus"), unix.O_NONBLOCK); gerr == nil {
 			return g, nil
 		}
@@ -75,7 +75,7 @@ func openStore(cfg Config) (*os.File, error) {
 	return f, nil
 }
 
-// askID is readID on a file of its own.
+// askID is readID on a file that it opens.
 func askID(ctx context.Context, cfg Config) (hypercall.DomID, error) {
 	f, err := openStore(cfg)
 	if err != nil {
@@ -85,9 +85,8 @@ func askID(ctx context.Context, cfg Config) (hypercall.DomID, error) {
 	return readID(ctx, cfg, f)
 }
 
-// readID asks xenstore for this domain's own node domid, which the toolstack
-// writes. A control domain that xenstore has no such node for, or in which
-// xenstore does not run yet, is domain 0.
+// readID reads this domain's node domid, which the toolstack writes. A control domain is
+// domain 0 if there is no such node or if xenstore does not run yet.
 func readID(ctx context.Context, cfg Config, f *os.File) (hypercall.DomID, error) {
 	if err := f.SetReadDeadline(time.Now().Add(idTimeout)); err != nil {
 		return 0, err
@@ -110,7 +109,7 @@ func readID(ctx context.Context, cfg Config, f *os.File) (hypercall.DomID, error
 	return hypercall.DomID(n), nil
 }
 
-// readNode is one READ, on a file that has no watch.
+// readNode makes one READ request, on a file without a watch.
 func readNode(f *os.File, path string) (string, error) {
 	b, err := wire.Append(nil, wire.Header{Op: wire.Read}, path, "\x00")
 	if err != nil {
@@ -131,19 +130,19 @@ func readNode(f *os.File, path string) (string, error) {
 	return string(p), nil
 }
 
-// A store is the device seen as a xenstore connection. Messages are read whole,
-// so that an answer of our own goes between two of them.
+// A store is a connection to xenstore over the device. It reads whole messages, so that
+// an answer of our own can go between two of them.
 type store struct {
 	file *os.File
 
 	mu      sync.Mutex
-	refused []byte // guarded by mu; answers of ours not read yet
+	refused []byte // guarded by mu; our own answers that were not read yet
 	closed  bool   // guarded by mu
 
-	// Of the goroutine in Read only.
+	// Used by the goroutine in Read only.
 	buf  [wire.HeaderSize + wire.MaxPayload]byte
 	have int    // bytes of buf read so far
-	rest []byte // of a whole message, not given to the caller yet
+	rest []byte // the part of a whole message that the caller has not read yet
 }
 
 // Write sends one whole message.
@@ -167,11 +166,11 @@ func (s *store) Write(b []byte) (int, error) {
 	return 0, err
 }
 
-// maxRefused bounds the answers that wait for Read: a client with one request in
-// flight has one.
+// maxRefused bounds the bytes of our own answers that wait for Read. A client with one
+// request in flight has one of them.
 const maxRefused = 4096
 
-// refuse answers the message b as xenstore would.
+// refuse answers the message b as xenstore would, with the error no.
 func (s *store) refuse(b []byte, no unix.Errno) (int, error) {
 	h := wire.Header{
 		Op:    wire.Error,
@@ -193,12 +192,12 @@ func (s *store) refuse(b []byte, no unix.Errno) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	// Wakes a Read; it can only fail once the file is closed.
+	// This wakes a Read. It can fail only if the file is closed.
 	_ = s.file.SetReadDeadline(past)
 	return len(b), nil
 }
 
-// Read gives bytes of the stream; it waits until there are some, or Close.
+// Read returns bytes of the stream. It blocks until there are some, or until Close.
 func (s *store) Read(b []byte) (int, error) {
 	for len(s.rest) == 0 {
 		if err := s.next(); err != nil {
@@ -210,7 +209,7 @@ func (s *store) Read(b []byte) (int, error) {
 	return n, nil
 }
 
-// next waits for a whole message, or for part of one until it is woken.
+// next waits for a whole message, or until refuse wakes it between two messages.
 func (s *store) next() error {
 	if s.have == 0 && s.takeRefused() {
 		return nil
@@ -233,8 +232,8 @@ func (s *store) next() error {
 		switch {
 		case err == nil:
 		case errors.Is(err, os.ErrDeadlineExceeded):
-			// refuse does this, after it left an answer: take back the deadline
-			// first and look then, so that none is missed.
+			// refuse has queued an answer and set a deadline in the past. Clear the
+			// deadline before looking for the answer, so that no later one is missed.
 			if err := s.file.SetReadDeadline(time.Time{}); err != nil {
 				return net.ErrClosed
 			}
@@ -259,8 +258,8 @@ func (s *store) takeRefused() bool {
 	return true
 }
 
-// Close ends the connection, its watches and its open transactions, and a Read
-// that waits. It is idempotent.
+// Close ends the connection with its watches and open transactions, and unblocks Read. It
+// is idempotent.
 func (s *store) Close() error {
 	s.mu.Lock()
 	closed := s.closed

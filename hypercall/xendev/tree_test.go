@@ -19,8 +19,8 @@ import (
 	"barevif/hypercall"
 )
 
-// tree makes a root in which each name is a file with that content; "-> x" makes a
-// link to x.
+// tree makes a root directory. Each name in files becomes a file with that content; "->
+// x" makes a link to x.
 func tree(t testing.TB, files map[string]string) Config {
 	t.Helper()
 	root := t.TempDir()
@@ -131,8 +131,8 @@ func TestOpenChecksItsConfig(t *testing.T) {
 	}
 }
 
-// TestOpenRefusesAForeignAnswer has a FIFO for a xenstore, which answers with the
-// question.
+// TestOpenRefusesAForeignAnswer replaces xenstore by a FIFO, which answers each request
+// with itself.
 func TestOpenRefusesAForeignAnswer(t *testing.T) {
 	checkFiles(t)
 	cfg := tree(t, map[string]string{"dev/xen/other": ""})

@@ -13,17 +13,18 @@ import (
 	"strings"
 )
 
-// A Vif is a network device as the kernel's device tree has it, whether a driver
-// of the kernel owns it or not.
+// A Vif is a network device in the kernel's device tree, whether or not a kernel driver
+// owns it.
 type Vif struct {
 	Name      string // "vif-0" of a frontend, "vif-3-0" of a backend
 	Backend   bool
-	Node      string // its folder in xenstore: "device/vif/0"
-	Driver    string // the kernel driver that owns it; "" is none: it is free
-	Interface string // the network interface the driver made of it, if any
+	Node      string // its directory in xenstore: "device/vif/0"
+	Driver    string // the kernel driver that owns it; "": none, the device is free
+	Interface string // the network interface that the driver made for it, if any
 }
 
-// module is the kernel module of the driver, which has the same name at both ends.
+// module returns the kernel module of the driver; the driver has the same name at both
+// ends.
 func (v Vif) module() string {
 	if v.Driver != "vif" {
 		return v.Driver
@@ -34,7 +35,7 @@ func (v Vif) module() string {
 	return "xen-netfront"
 }
 
-// bus is the vif's bus below sys.
+// bus returns the directory of the vif's bus.
 func (v Vif) bus() string {
 	if v.Backend {
 		return "sys/bus/xen-backend"
@@ -42,8 +43,8 @@ func (v Vif) bus() string {
 	return "sys/bus/xen"
 }
 
-// An OwnedError is a vif that we cannot have, because a driver of the kernel has
-// it. Its text says how to release it.
+// An OwnedError is a vif that we cannot use, because a kernel driver owns it. Its text
+// says how to release the vif.
 type OwnedError struct {
 	Vif Vif
 }
@@ -58,8 +59,8 @@ func (e *OwnedError) Error() string {
 		v.Name, v.module(), as, v.Name, v.bus(), v.Driver)
 }
 
-// Vifs lists the network devices the kernel knows, frontends first. The control
-// domain knows backends only of vifs whose backend it is.
+// Vifs lists the network devices that the kernel knows, frontends first. The control
+// domain knows only backends of vifs that it serves.
 func Vifs(cfg Config) ([]Vif, error) {
 	var all []Vif
 	for _, v := range []Vif{{}, {Backend: true}} {
@@ -108,8 +109,8 @@ func (v *Vif) read(dir string) error {
 	return nil
 }
 
-// Frontend finds the frontend of the vif with that number ("0"). The error says
-// which there are.
+// Frontend returns the frontend of vif number id ("0"). The error lists the vifs that
+// exist.
 func Frontend(cfg Config, id string) (Vif, error) {
 	all, err := Vifs(cfg)
 	if err != nil {
@@ -132,8 +133,8 @@ func Frontend(cfg Config, id string) (Vif, error) {
 	return Vif{}, fmt.Errorf("xendev: no vif %s: this domain has %s", strconv.Quote(id), strings.Join(known, ", "))
 }
 
-// CheckFree says with an [*OwnedError] if a driver of the kernel owns the frontend
-// of that number. Two owners of one vif both fail: ask before connecting.
+// CheckFree returns an [*OwnedError] if a kernel driver owns the frontend of vif number
+// id. If a vif has two owners both fail: call CheckFree before connecting.
 func CheckFree(cfg Config, id string) error {
 	v, err := Frontend(cfg, id)
 	if err != nil {
@@ -145,10 +146,9 @@ func CheckFree(cfg Config, id string) error {
 	return nil
 }
 
-// Take unbinds the frontend of that number from its kernel driver, if it has one:
-// the interface made of it is gone then, and its connections with it. It needs
-// root. The driver closes the device first, for which it waits for the backend:
-// up to some seconds.
+// Take unbinds the frontend of vif number id from its kernel driver, if it has one. The
+// driver's network interface vanishes, and its connections with it. Take needs root. The
+// driver first closes the device, for which it waits up to some seconds for the backend.
 func Take(cfg Config, id string) error {
 	v, err := Frontend(cfg, id)
 	if err != nil || v.Driver == "" {
@@ -160,8 +160,8 @@ func Take(cfg Config, id string) error {
 	return nil
 }
 
-// Release gives the frontend of that number to the kernel's xen-netfront, which
-// must be loaded. It needs root. The device must be closed.
+// Release binds the frontend of vif number id to the kernel's xen-netfront, which must be
+// loaded. It needs root. The device must be closed.
 func Release(cfg Config, id string) error {
 	v, err := Frontend(cfg, id)
 	if err != nil || v.Driver != "" {

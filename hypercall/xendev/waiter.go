@@ -22,18 +22,18 @@ import (
 )
 
 const (
-	// freeWakeups is how many wake-ups in a row a port may cause for nothing
-	// before unmasking it is put off. Races of an honest peer need a few.
+	// freeWakeups is how many wake-ups in a row a port may cause without work before its
+	// unmasking is delayed. Races with an honest peer cause a few.
 	freeWakeups = 4
 
-	// Putting off starts with minDelay and doubles up to maxDelay, as Linux's
-	// late end of interrupt does (drivers/xen/events/events_base.c), which does
-	// nothing for ports of user space.
+	// The delay starts at minDelay and doubles up to maxDelay, as that of Linux's late
+	// EOI (drivers/xen/events/events_base.c), which does not apply to ports of user
+	// space.
 	minDelay = time.Millisecond
 	maxDelay = time.Second
 )
 
-// delayAfter is for how long a port stays masked after n wake-ups for nothing.
+// delayAfter returns how long a port stays masked after n wake-ups without work.
 func delayAfter(n uint8) time.Duration {
 	if n <= freeWakeups {
 		return 0
@@ -41,47 +41,47 @@ func delayAfter(n uint8) time.Duration {
 	return min(minDelay<<min(n-freeWakeups-1, 10), maxDelay)
 }
 
-// past is a deadline that has passed. SetReadDeadline(past) wakes who reads.
+// past is a deadline that has passed. SetReadDeadline(past) unblocks a pending Read.
 var past = time.Unix(1, 0)
 
 // portBytes is the size of a port number in evtchn's read and write.
 const portBytes = 4
 
-// A waiter is one open file of evtchn. What comes from it are the numbers of
-// ports that fired, each masked by the driver until its number is written back.
+// A waiter is one open file of evtchn. Reading it gives the numbers of ports that fired;
+// the driver keeps each masked until its number is written back.
 type waiter struct {
 	d    *Domain
-	file *os.File // in the runtime's poller; never its Fd, which would take it out
+	file *os.File // in the runtime's poller; never call its Fd, which would take it out
 	raw  syscall.RawConn
 
-	woken atomic.Bool // a Wake nobody has seen yet
+	woken atomic.Bool // a Wake that Wait has not seen yet
 	poked atomic.Bool // a Wake may have moved the file's read deadline
 
 	mu     sync.Mutex                 // never held while parked
 	ports  map[hypercall.PortID]*port // guarded by mu
 	closed bool                       // guarded by mu
-	fired  []*port                    // guarded by mu; came with the last wake-up, masked
+	fired  []*port                    // guarded by mu; fired by the last wake-up, masked
 	late   []*port                    // guarded by mu; masked until due
 	out    []byte                     // guarded by mu; numbers to write back
 
-	// Of the goroutine in Wait only.
+	// Used by the goroutine in Wait only.
 	in    [64 * portBytes]byte
 	n     int   // bytes of in
-	err   error // of the read that filled in
-	got   bool  // look found something
+	err   error // error of the read that filled in
+	got   bool  // look read something
 	armed time.Time
-	try   func(fd uintptr) (done bool) // reads into in; made once, as a closure for each Wait were garbage
+	try   func(fd uintptr) (done bool) // reads into in; made once, because a closure for each Wait would be garbage
 	look  func(fd uintptr)
 
-	// Of a waiter that blocks its thread.
-	doorstop *os.File // an eventfd, which Wake writes; nil: the goroutine waits in the runtime's poller
+	// Used by a waiter that blocks its thread.
+	doorstop *os.File // an eventfd that Wake writes; nil: the goroutine waits in the runtime's poller
 	polled   [2]unix.PollFd
-	millis   int // of the next poll
+	millis   int // timeout of the next poll
 	block    func(fd uintptr)
 }
 
-// Waiter opens a place to wait: one open file of /dev/xen/evtchn, which its ports
-// live and die with.
+// Waiter opens a Waiter: an open file of /dev/xen/evtchn, whose ports exist as long as it
+// is open.
 func (d *Domain) Waiter() (hypercall.Waiter, error) {
 	path := d.cfg.path("dev/xen/evtchn")
 	f, err := openFile(path, unix.O_NONBLOCK)
@@ -95,7 +95,7 @@ func (d *Domain) Waiter() (hypercall.Waiter, error) {
 	return w, nil
 }
 
-// ThreadWaiter is [Domain.Waiter] for who is locked to a thread; see
+// ThreadWaiter is [Domain.Waiter] for a goroutine that is locked to its thread; see
 // [hypercall.ThreadDomain].
 func (d *Domain) ThreadWaiter() (hypercall.Waiter, error) {
 	w, err := d.Waiter()
@@ -108,7 +108,7 @@ func (d *Domain) ThreadWaiter() (hypercall.Waiter, error) {
 	return w, nil
 }
 
-// onThread has Wait block the thread.
+// onThread makes Wait block the thread.
 func (w *waiter) onThread() error {
 	fd, err := unix.Eventfd(0, unix.EFD_NONBLOCK|unix.EFD_CLOEXEC)
 	if err != nil {
@@ -120,12 +120,12 @@ func (w *waiter) onThread() error {
 	return nil
 }
 
-// pollAndRead waits for the driver or a Wake, and takes what there is of both. Neither
-// descriptor is closed meanwhile: Close of a file waits for who uses it.
+// pollAndRead waits for the driver or a Wake, and reads from both. Neither descriptor is
+// closed meanwhile: Close of a file waits for its users.
 func (w *waiter) pollAndRead(fd uintptr) {
 	w.polled[0] = unix.PollFd{Fd: int32(fd), Events: unix.POLLIN}
 	w.polled[1].Revents = 0
-	_, _ = unix.Poll(w.polled[:], w.millis) // whatever ended it, both are looked at
+	_, _ = unix.Poll(w.polled[:], w.millis) // whatever ended the poll, both are checked
 	if w.polled[1].Revents != 0 {
 		_, _ = unix.Read(int(w.polled[1].Fd), w.in[:8])
 	}
@@ -137,7 +137,7 @@ func newWaiter(d *Domain, f *os.File) (*waiter, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := f.SetReadDeadline(time.Time{}); err != nil { // not in the poller
+	if err := f.SetReadDeadline(time.Time{}); err != nil { // fails if the file is not in the poller
 		return nil, fmt.Errorf("xendev: wait on %s: %w", f.Name(), err)
 	}
 	w := &waiter{d: d, file: f, raw: raw, ports: make(map[hypercall.PortID]*port)}
@@ -162,9 +162,9 @@ func (w *waiter) tryRead(fd uintptr) (done bool) {
 	}
 }
 
-// Wait implements [hypercall.Waiter]. Wake-ups for nothing are counted per port: a
-// port that caused more than four in a row stays masked for 1 ms, then 2, up to
-// 1 s, or until some wake-up brings work; the others of this Waiter do not.
+// Wait implements [hypercall.Waiter]. It counts wake-ups without work per port. A port
+// that caused more than four in a row stays masked for 1 ms, then 2, up to 1 s, or until
+// some wake-up brings work. The other ports of this Waiter are not delayed.
 func (w *waiter) Wait(deadline time.Time, worked bool) error {
 	if err := w.settle(worked); err != nil {
 		return err
@@ -176,8 +176,8 @@ func (w *waiter) Wait(deadline time.Time, worked bool) error {
 		if err := w.arm(deadline); err != nil {
 			return err
 		}
-		// After arm: a Wake before it has moved the deadline in vain, and one
-		// after it ends the read.
+		// Check after arm: the deadline of an earlier Wake is overwritten by arm, and a
+		// later Wake ends the read.
 		if w.woken.Swap(false) {
 			return nil
 		}
@@ -192,12 +192,11 @@ func (w *waiter) Wait(deadline time.Time, worked bool) error {
 			return net.ErrClosed
 		}
 
-		w.armed = past // spent: the next arm sets it anew
+		w.armed = past // used up: the next arm sets the deadline again
 		if w.woken.Swap(false) {
 			return nil
 		}
-		// The poller does not read at all past the deadline, but what came
-		// before it counts.
+		// The poller does not read past the deadline, but events from before it count.
 		w.got = false
 		if w.raw.Control(w.look) != nil {
 			return net.ErrClosed
@@ -224,7 +223,7 @@ func (w *waiter) waitOnThread(deadline time.Time) error {
 			left := max(time.Until(until), 0)
 			w.millis = int(min((left+time.Millisecond-1)/time.Millisecond, math.MaxInt32))
 		}
-		// A Wake after this has written the eventfd when the poll begins.
+		// A later Wake writes the eventfd, which ends the poll at once.
 		if w.woken.Swap(false) {
 			return nil
 		}
@@ -246,7 +245,8 @@ func (w *waiter) waitOnThread(deadline time.Time) error {
 	}
 }
 
-// next is when to look up: at the caller's deadline, or when the next late port is due.
+// next returns when Wait has to look up: at the caller's deadline, or when the next late
+// port is due.
 func (w *waiter) next(deadline time.Time) time.Time {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -258,7 +258,7 @@ func (w *waiter) next(deadline time.Time) time.Time {
 	return deadline
 }
 
-// arm sets the read deadline to the next, unless it is that already.
+// arm sets the read deadline to the result of next, unless it is set already.
 func (w *waiter) arm(deadline time.Time) error {
 	deadline = w.next(deadline)
 	if !w.poked.Swap(false) && deadline.Equal(w.armed) {
@@ -271,7 +271,7 @@ func (w *waiter) arm(deadline time.Time) error {
 	return nil
 }
 
-// settle unmasks the ports of the last wake-up, or puts that off.
+// settle unmasks the ports of the last wake-up, or delays that.
 func (w *waiter) settle(worked bool) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -308,8 +308,8 @@ func (w *waiter) unmaskDue(now time.Time) error {
 	return w.flushLocked()
 }
 
-// dueLocked unmasks the late ports that are due. Work ends the wait of all, but
-// not their count: a port is forgiven only for work it brought itself.
+// dueLocked unmasks the late ports that are due. Work unmasks all of them, but does not
+// reset their count: a port's count is reset only by work that the port itself brought.
 func (w *waiter) dueLocked(now time.Time, worked bool) {
 	kept := w.late[:0]
 	for _, p := range w.late {
@@ -325,16 +325,16 @@ func (w *waiter) dueLocked(now time.Time, worked bool) {
 	w.late = kept
 }
 
-// unmaskLocked puts p among the numbers to write back.
+// unmaskLocked adds p to the numbers to write back.
 func (w *waiter) unmaskLocked(p *port) {
 	if p.gone {
-		return // the number may be another port's by now
+		return // another port may have the number now
 	}
 	p.masked = false
 	w.out = binary.NativeEndian.AppendUint32(w.out, uint32(p.id))
 }
 
-// maxWrite is what the driver takes in one write.
+// maxWrite is how many bytes the driver accepts in one write.
 const maxWrite = 4096
 
 func (w *waiter) flushLocked() error {
@@ -352,7 +352,7 @@ func (w *waiter) flushLocked() error {
 	return nil
 }
 
-// note takes what try read: ports of ours that were not masked have fired.
+// note handles the result of try: it collects our ports that fired and were not masked.
 func (w *waiter) note() (fired bool, err error) {
 	if w.err == unix.EFBIG {
 		return true, w.overflow()
@@ -365,7 +365,7 @@ func (w *waiter) note() (fired bool, err error) {
 	for b := w.in[:w.n]; len(b) >= portBytes; b = b[portBytes:] {
 		p := w.ports[hypercall.PortID(binary.NativeEndian.Uint32(b))]
 		if p == nil || p.masked {
-			continue // left from a port that is closed by now
+			continue // left from a port that has been closed
 		}
 		p.masked = true
 		w.fired = append(w.fired, p)
@@ -374,8 +374,8 @@ func (w *waiter) note() (fired bool, err error) {
 	return fired, nil
 }
 
-// overflow starts afresh after the driver lost numbers: any port may have been
-// among them, so each is taken to have fired, and is written back.
+// overflow resets evtchn after the driver lost numbers. Any port may be among the lost
+// ones, so all are taken to have fired, and are written back.
 func (w *waiter) overflow() error {
 	var err error
 	if w.raw.Control(func(fd uintptr) { err = resetEvents(int(fd)) }) != nil {
@@ -399,20 +399,20 @@ func (w *waiter) allFired() {
 	}
 }
 
-// one is what is added to an eventfd.
+// one is the increment that is written to an eventfd.
 var one = binary.NativeEndian.AppendUint64(nil, 1)
 
 // Wake implements [hypercall.Waiter].
 func (w *waiter) Wake() {
 	if w.woken.Swap(true) {
-		return // the one before has done or will do the rest
+		return // an earlier Wake does the rest
 	}
 	if w.doorstop != nil {
-		_, _ = w.doorstop.Write(one[:]) // it can only fail once nobody waits
+		_, _ = w.doorstop.Write(one[:]) // fails only if nobody waits
 		return
 	}
 	w.poked.Store(true)
-	// It can only fail once the file is closed, and then nobody waits.
+	// It fails only if the file is closed, and then nobody waits.
 	_ = w.file.SetReadDeadline(past)
 }
 
@@ -431,7 +431,7 @@ func (w *waiter) Close() error {
 	w.ports = nil
 	w.mu.Unlock()
 	for _, p := range ports {
-		p.Close() // its doorbell has to go; the driver would unbind it by itself
+		p.Close() // gives its doorbell back; the driver would unbind the port by itself
 	}
 	err := w.file.Close()
 	if w.doorstop != nil {
@@ -440,7 +440,7 @@ func (w *waiter) Close() error {
 	return err
 }
 
-// errNoPorts names the setting of xl.cfg(5) that bounds a domain's event channels.
+// errNoPorts names the setting of xl.cfg(5) that limits a domain's event channels.
 var errNoPorts = fmt.Errorf("%w: raise max_event_channels in the domain's configuration", hypercall.ErrNoPorts)
 
 // Unbound implements [hypercall.Waiter]. Xen does not say whether peer exists.
@@ -472,8 +472,8 @@ func (w *waiter) Bind(peer hypercall.DomID, remote hypercall.PortID) (hypercall.
 	return p, nil
 }
 
-// open opens a port by bind and enters it, under one lock, since a port bound to
-// its peer may fire before bind returns.
+// open opens a port with bind and enters it in the map, under one lock, because a port
+// that is bound to its peer may fire before bind returns.
 func (w *waiter) open(bind func(fd int) (hypercall.PortID, error)) (*port, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -497,7 +497,7 @@ func (w *waiter) open(bind func(fd int) (hypercall.PortID, error)) (*port, error
 	return p, nil
 }
 
-// enterLocked adds p, and room for it wherever Wait may put it.
+// enterLocked adds p, and grows the slices to which Wait may append it.
 func (w *waiter) enterLocked(p *port) {
 	w.ports[p.id] = p
 	n := len(w.ports)
@@ -506,7 +506,7 @@ func (w *waiter) enterLocked(p *port) {
 	w.out = slices.Grow(w.out, 2*n*portBytes)
 }
 
-// remove takes p out, unless Close did.
+// remove removes p, unless Close of the waiter did.
 func (w *waiter) remove(p *port) {
 	w.mu.Lock()
 	defer w.mu.Unlock()

@@ -1,4 +1,4 @@
-// Package emutest helps with tests that put an emulated machine behind a socket.
+// Package emutest helps tests that put an emulated machine behind a socket.
 package emutest
 
 import (
@@ -6,12 +6,12 @@ import (
 	"testing"
 )
 
-// longest is how long a directory may be in which a test puts a socket. The path of
-// one has at most 107 bytes (sun_path of unix(7)), and the names below it some.
+// longest is the greatest length of a directory for sockets. The path of a socket has at
+// most 107 bytes (sun_path of unix(7)), and the name in the directory takes some of them.
 const longest = 60
 
-// SocketDir makes a directory whose path is short, whatever the test's name is and
-// wherever TMPDIR points, and removes it when the test ends.
+// SocketDir makes a directory with a short path, whatever the name of the test and TMPDIR
+// are, and removes it when the test ends.
 func SocketDir(t testing.TB) string {
 	t.Helper()
 	parent := os.TempDir()

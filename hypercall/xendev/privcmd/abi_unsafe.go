@@ -48,8 +48,8 @@ type querySize struct {
 	_         uint16
 }
 
-// gnttabCopy is struct gnttab_copy of the same header. With a grant at an end,
-// its union is the ref in the low half.
+// gnttabCopy is struct gnttab_copy of the same header. For a grant, the ref is the low
+// half of its union.
 type gnttabCopy struct {
 	_         structs.HostLayout
 	Source    uint64
@@ -80,9 +80,9 @@ type evtchnStatus struct {
 	Port   uint32
 	Status uint32 // out
 	VCPU   uint32 // out
-	Peer   uint16 // out, of an unbound or interdomain port
+	Peer   uint16 // out, for an unbound or interdomain port
 	_      uint16
-	Remote uint32 // out, of an interdomain port
+	Remote uint32 // out, for an interdomain port
 }
 
 var (
@@ -99,8 +99,8 @@ var (
 	_ [20]byte       = [unsafe.Offsetof(evtchnStatus{}.Remote)]byte{}
 )
 
-// issue makes the hypercall. h is read during the call only; what h.Arg points to
-// is argument memory, which Close unmaps and nothing else does.
+// issue makes the hypercall. h is read only during the call. h.Arg points to argument
+// memory, which nothing but Close unmaps.
 func issue(fd uintptr, h *hypercallArg) (int, error) {
 	for {
 		r, _, e := unix.Syscall(unix.SYS_IOCTL, fd, privcmdHypercall, uintptr(unsafe.Pointer(h)))
@@ -114,12 +114,12 @@ func issue(fd uintptr, h *hypercallArg) (int, error) {
 	}
 }
 
-// address is where b, argument memory, begins.
+// address returns the address of b, which is argument memory.
 func address(b []byte) uint64 { return uint64(uintptr(unsafe.Pointer(unsafe.SliceData(b)))) }
 
-// view is the struct at byte off of argument memory, which is a page and aligned
-// as one; the index panics if T does not begin in it, and every T is small and its
-// offset a multiple of its size.
+// view returns the struct at byte off of argument memory, which is one aligned page. The
+// index panics if T does not begin in the page. Every T is small and its offset a
+// multiple of its size.
 func view[T any](b []byte, off int) *T { return (*T)(unsafe.Pointer(&b[off])) }
 
 func featureInfo(arg []byte) *feature     { return view[feature](arg, 0) }
@@ -128,7 +128,7 @@ func portStatus(arg []byte) *evtchnStatus { return view[evtchnStatus](arg, 0) }
 func domid(arg []byte) *uint16            { return view[uint16](arg, 0) }
 func port(b []byte, word int) *uint32     { return view[uint32](b, 4*word) }
 
-// copies is all of argument memory as an array, of which MaxCopies fit.
+// copies returns argument memory as an array of MaxCopies elements.
 func copies(arg []byte) []gnttabCopy {
 	return unsafe.Slice(view[gnttabCopy](arg, 0), MaxCopies)
 }

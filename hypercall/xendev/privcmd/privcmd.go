@@ -1,17 +1,17 @@
 //go:build linux
 
 // Package privcmd makes hypercalls from a Linux program: a typed layer over
-// /dev/xen/privcmd, with arguments in memory from /dev/xen/hypercall, which the
-// kernel promises not to move.
+// /dev/xen/privcmd. Arguments are in memory from /dev/xen/hypercall, which the kernel
+// promises not to move.
 //
-// The kernel allows them to whoever may open the node, in the control domain. In
-// any other, kernels of 2026 and later refuse every one of them ([ErrRestricted])
-// unless the module was loaded with unrestricted=1. So nothing that has to work
-// in a domU may need this package.
+// In the control domain every process that may open the node may make hypercalls. In
+// other domains kernels of 2026 and later refuse all of them ([ErrRestricted]) unless the
+// module was loaded with unrestricted=1. So nothing that has to work in a domU may need
+// this package.
 //
-// Xen checks a hypercall as it would one of the kernel's own: it can do to this
-// domain whatever the kernel could. Only calls that ask, that fire an event
-// channel, or that copy between grants are here.
+// Xen checks a hypercall like one of the kernel's own: it can do to this domain whatever
+// the kernel could. The package makes only calls that query, that fire an event channel,
+// or that copy between grants.
 package privcmd
 
 import (
@@ -29,28 +29,28 @@ import (
 	"barevif/hypercall"
 )
 
-// ErrRestricted is wrapped by the error of a hypercall that was refused with
-// EPERM, by the kernel or by Xen. os.ErrPermission is wrapped as well.
+// ErrRestricted is wrapped by the error of a hypercall that the kernel or Xen refused
+// with EPERM. That error also wraps os.ErrPermission.
 var ErrRestricted = errors.New("hypercall not permitted: outside the control domain the kernel allows one" +
 	" only if the module was loaded as: modprobe xen-privcmd unrestricted=1")
 
-// pageSize is how much memory a call has for its arguments.
+// pageSize is the size of a call's argument memory, in bytes.
 const pageSize = 4096
 
 // A Conn makes hypercalls. It is safe for concurrent use.
 type Conn struct {
 	file *os.File
 	raw  syscall.RawConn
-	hyp  *os.File // of the argument memory
+	hyp  *os.File // the file behind the argument memory
 
-	mu     sync.Mutex // held for a whole call: there is one page of arguments
+	mu     sync.Mutex // held for a whole call, because there is one page of arguments
 	arg    []byte     // guarded by mu; nil once closed
 	bells  []byte     // one word per doorbell
-	free   []int      // guarded by mu; words of bells
+	free   []int      // guarded by mu; free words of bells
 	closed bool       // guarded by mu
 }
 
-// Open opens the nodes privcmd and hypercall in the folder dev ("/dev/xen").
+// Open opens the nodes privcmd and hypercall in the directory dev ("/dev/xen").
 func Open(dev string) (*Conn, error) {
 	c := &Conn{}
 	var err error
@@ -88,8 +88,7 @@ func (c *Conn) mapArgs() error {
 	return nil
 }
 
-// Close ends the connection. Doorbells must not be rung any more. It is
-// idempotent.
+// Close ends the connection. No doorbell may be rung afterwards. It is idempotent.
 func (c *Conn) Close() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -107,7 +106,7 @@ func (c *Conn) Close() error {
 	return errors.Join(append(errs, c.hyp.Close(), c.file.Close())...)
 }
 
-// explain adds what may be done about a refused call.
+// explain adds how to permit a refused call.
 func explain(call string, err error) error {
 	if errors.Is(err, os.ErrPermission) {
 		return fmt.Errorf("%s: %w (%w)", call, ErrRestricted, err)
@@ -115,8 +114,8 @@ func explain(call string, err error) error {
 	return fmt.Errorf("%s: %w", call, err)
 }
 
-// call makes hypercall op with command cmd and, unless it takes none, the
-// argument memory, which fill writes and read reads.
+// call makes hypercall op with command cmd. If the call has arguments, fill writes them
+// to the argument memory, and read reads the results there.
 func (c *Conn) call(name string, op, cmd uint64, fill, read func(arg []byte)) (int, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -137,7 +136,7 @@ func (c *Conn) call(name string, op, cmd uint64, fill, read func(arg []byte)) (i
 	return c.do(name, &h, read)
 }
 
-// do is the last step of call; mu is held.
+// do makes the hypercall and reads its results. The caller holds mu.
 func (c *Conn) do(name string, h *hypercallArg, read func(arg []byte)) (int, error) {
 	var n int
 	var err error
@@ -153,16 +152,17 @@ func (c *Conn) do(name string, h *hypercallArg, read func(arg []byte)) (int, err
 	return n, nil
 }
 
-// Version is XENVER_version: the major and the minor number.
+// Version is XENVER_version: it returns the major and the minor number.
 func (c *Conn) Version() (major, minor int, err error) {
 	n, err := c.call("XENVER_version", xenVersion, 0, nil, nil)
 	return n >> 16, n & 0xffff, err
 }
 
-// Extra is XENVER_extraversion: what follows the minor number, as in ".7".
+// Extra is XENVER_extraversion: it returns the text after the minor number, such as ".7".
 func (c *Conn) Extra() (string, error) { return c.text("XENVER_extraversion", 1, 16) }
 
-// Capabilities is XENVER_capabilities: the kinds of guest this Xen can run.
+// Capabilities is XENVER_capabilities: it returns the kinds of guest that this Xen can
+// run.
 func (c *Conn) Capabilities() (string, error) { return c.text("XENVER_capabilities", 3, 1024) }
 
 // Changeset is XENVER_changeset.
@@ -176,7 +176,7 @@ func (c *Conn) text(name string, cmd uint64, size int) (s string, err error) {
 	return s, err
 }
 
-// Features is submap i of XENVER_get_features (xen/include/public/features.h).
+// Features returns submap i of XENVER_get_features (xen/include/public/features.h).
 func (c *Conn) Features(i uint32) (bits uint32, err error) {
 	_, err = c.call("XENVER_get_features", xenVersion, 6,
 		func(arg []byte) { featureInfo(arg).Index = i },
@@ -184,9 +184,8 @@ func (c *Conn) Features(i uint32) (bits uint32, err error) {
 	return bits, err
 }
 
-// Pages is how many pages dom has now (XENMEM_current_reservation) and may have
-// (XENMEM_maximum_reservation). dom is [hypercall.DomSelf] except for a
-// privileged caller.
+// Pages returns how many pages dom has now (XENMEM_current_reservation) and may have
+// (XENMEM_maximum_reservation). An unprivileged caller passes [hypercall.DomSelf].
 func (c *Conn) Pages(dom hypercall.DomID) (now, most int, err error) {
 	fill := func(arg []byte) { *domid(arg) = uint16(dom) }
 	if now, err = c.call("XENMEM_current_reservation", memoryOp, 3, fill, nil); err != nil {
@@ -196,20 +195,19 @@ func (c *Conn) Pages(dom hypercall.DomID) (now, most int, err error) {
 	return now, most, err
 }
 
-// Yield is SCHEDOP_yield: the virtual CPU this thread is on gives way to others.
+// Yield is SCHEDOP_yield: the virtual CPU of this thread yields to others.
 func (c *Conn) Yield() error {
 	_, err := c.call("SCHEDOP_yield", schedOp, 0, nil, nil)
 	return err
 }
 
-// A GrantTable is the size of a domain's grant table, in frames of 512 entries
-// (of version 1).
+// A GrantTable is the size of a domain's grant table, in frames of 512 entries of version
+// 1.
 type GrantTable struct {
 	Frames, MaxFrames int
 }
 
-// GrantTable is GNTTABOP_query_size. dom is [hypercall.DomSelf] except for a
-// privileged caller.
+// GrantTable is GNTTABOP_query_size. An unprivileged caller passes [hypercall.DomSelf].
 func (c *Conn) GrantTable(dom hypercall.DomID) (t GrantTable, err error) {
 	var status hypercall.Status
 	_, err = c.call("GNTTABOP_query_size", grantTableOp, 6,
@@ -230,9 +228,9 @@ const MaxCopies = pageSize / copySize
 
 var errCopies = fmt.Errorf("privcmd: CopyGrants takes 1 to %d copies between grants", MaxCopies)
 
-// CopyGrants is GNTTABOP_copy between grants, 1 to [MaxCopies] of them. A program
-// does not know the frames of its own memory, so neither end may be local. Each
-// operation gets a Status.
+// CopyGrants is GNTTABOP_copy for 1 to [MaxCopies] copies between grants. Neither end may
+// be local, because a program does not know the frames of its own memory. It sets the
+// Status of each operation.
 func (c *Conn) CopyGrants(ops []hypercall.CopyOp) error {
 	if len(ops) == 0 || len(ops) > MaxCopies {
 		return errCopies
@@ -260,7 +258,7 @@ func (c *Conn) CopyGrants(ops []hypercall.CopyOp) error {
 	return err
 }
 
-// PortKind is what a port is bound to (EVTCHNSTAT_ of
+// PortKind is the kind of a port's other end (EVTCHNSTAT_ of
 // xen/include/public/event_channel.h).
 type PortKind uint32
 
@@ -290,8 +288,8 @@ type Port struct {
 	Remote hypercall.PortID // of an interdomain port
 }
 
-// Port is EVTCHNOP_status of port p of dom. A port beyond the last one the domain
-// ever had is EINVAL.
+// Port is EVTCHNOP_status for port p of dom. The error is EINVAL for a port beyond the
+// last one that the domain ever had.
 func (c *Conn) Port(dom hypercall.DomID, p hypercall.PortID) (port Port, err error) {
 	_, err = c.call("EVTCHNOP_status", eventChannelOp, 5,
 		func(arg []byte) {
@@ -311,15 +309,15 @@ func (c *Conn) Port(dom hypercall.DomID, p hypercall.PortID) (port Port, err err
 	return port, err
 }
 
-// Send is EVTCHNOP_send. The kernel does not check whose port p is.
+// Send is EVTCHNOP_send. The kernel does not check that p is a port of this process.
 func (c *Conn) Send(p hypercall.PortID) error {
 	_, err := c.call("EVTCHNOP_send", eventChannelOp, 4,
 		func(arg []byte) { *port(arg, 0) = uint32(p) }, nil)
 	return err
 }
 
-// A Doorbell is EVTCHNOP_send on one port, prepared so that [Doorbell.Ring]
-// allocates nothing and shares no lock with other calls.
+// A Doorbell is EVTCHNOP_send on one port, prepared so that [Doorbell.Ring] allocates
+// nothing and shares no lock with other calls.
 type Doorbell struct {
 	c    *Conn
 	word int
@@ -327,10 +325,10 @@ type Doorbell struct {
 	mu   sync.Mutex // held while it rings
 	h    hypercallArg
 	ring func(fd uintptr)
-	err  error // guarded by mu; what ring found
+	err  error // guarded by mu; the error of ring
 }
 
-// Doorbell prepares to ring p. A Conn has 1024 doorbells.
+// Doorbell prepares a doorbell for p. A Conn has 1024 doorbells.
 func (c *Conn) Doorbell(p hypercall.PortID) (*Doorbell, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -349,7 +347,7 @@ func (c *Conn) Doorbell(p hypercall.PortID) (*Doorbell, error) {
 	return b, nil
 }
 
-// Ring fires the port. It may be called from any goroutine.
+// Ring fires the port. Any goroutine may call it.
 func (b *Doorbell) Ring() error {
 	b.mu.Lock()
 	err := b.c.raw.Control(b.ring)
@@ -365,7 +363,7 @@ func (b *Doorbell) Ring() error {
 	return err
 }
 
-// Close gives the doorbell back; it must not be rung any more. Close it once.
+// Close gives the doorbell back. It must be called once, and Ring not afterwards.
 func (b *Doorbell) Close() {
 	b.c.mu.Lock()
 	b.c.free = append(b.c.free, b.word)
