@@ -29,7 +29,7 @@ func TestReservedMemoryIsThereOnceItIsUsed(t *testing.T) {
 			t.Errorf("%s: %d pages are in memory, want %d", when, n, want)
 		}
 	}
-	per := unix.Getpagesize() / shm.PageSize // 1 where pages are as large as ours
+	per := unix.Getpagesize() / shm.PageSize // 1 if pages are as large as the protocol's
 	if per != 1 {
 		t.Skipf("the system's pages are %d of ours", per)
 	}
@@ -41,7 +41,7 @@ func TestReservedMemoryIsThereOnceItIsUsed(t *testing.T) {
 	check("used", 4)
 }
 
-// there is how many pages of b are in memory, or have been and are swapped out: bits 63
+// there returns how many pages of b are in memory, or were and are swapped out: bits 63
 // and 62 of Documentation/admin-guide/mm/pagemap.rst.
 func there(b []byte) (n int, err error) {
 	address, err := strconv.ParseUint(fmt.Sprintf("%p", b), 0, 64)

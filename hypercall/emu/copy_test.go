@@ -7,7 +7,7 @@ import (
 	"barevif/hypercall"
 )
 
-// What Copy may be looking at is not unmapped, though its grant has ended.
+// Pages that Copy may be reading are not unmapped, even if their grant has ended.
 func TestSweepWaitsForCopies(t *testing.T) {
 	m, err := New(Config{})
 	if err != nil {
@@ -52,7 +52,7 @@ func TestSweepWaitsForCopies(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	b.gate.RLock() // a Copy that takes its time
+	b.gate.RLock() // stands for a slow Copy
 	fetched := make(chan hypercall.Status, 1)
 	go func() { fetched <- b.fetch(&hypercall.Area{Dom: 1, Ref: next.Refs[0]}) }()
 	select {

@@ -112,7 +112,7 @@ func TestDeathTakesEverythingButWhatOthersMap(t *testing.T) {
 		}) {
 			t.Errorf("%+v", l)
 		}
-		end(t, bs) // the dead domain maps it no more
+		end(t, bs) // the dead domain no longer maps it
 		release(t, kept)
 		if l := m.Ledger(); l.Quarantined != 0 {
 			t.Errorf("%+v", l)
@@ -121,7 +121,7 @@ func TestDeathTakesEverythingButWhatOthersMap(t *testing.T) {
 			t.Error(err)
 		}
 
-		// The dead: what it still holds may be let go of, and nothing be had.
+		// The dead domain may release what it still holds, but gets nothing new.
 		copy(am.Bytes(), "no fault")
 		release(t, am)
 		end(t, s)
@@ -145,7 +145,7 @@ func TestDeathTakesEverythingButWhatOthersMap(t *testing.T) {
 	})
 }
 
-// A domain that takes over a number has nothing of its predecessor's.
+// A domain that takes over a number has none of its predecessor's resources.
 func TestReusedNumberIsAnotherDomain(t *testing.T) {
 	machines(t, func(t *testing.T, m *emu.Machine) {
 		a, b := domain(t, m, 1), domain(t, m, 2)
@@ -158,7 +158,7 @@ func TestReusedNumberIsAnotherDomain(t *testing.T) {
 			t.Fatal(st)
 		}
 		wa, wb, pa, pb := channel(t, a, b)
-		if err := pb.Notify(); err != nil { // b knows where the old end was
+		if err := pb.Notify(); err != nil { // b has cached the old end
 			t.Fatal(err)
 		}
 		a.Destroy()
@@ -198,7 +198,7 @@ func TestReusedNumberIsAnotherDomain(t *testing.T) {
 		if string(old.Bytes()[:3]) != "old" {
 			t.Error("the old page changed")
 		}
-		release(t, old) // takes nothing from the new ref
+		release(t, old) // must not take anything from the new ref
 		if st := copyFrom(t, b, 1, ref, 0, buf); st != hypercall.OK {
 			t.Error(st)
 		}
@@ -212,8 +212,8 @@ func TestReusedNumberIsAnotherDomain(t *testing.T) {
 	})
 }
 
-// Xen knows a domain by its number: what was granted to the number, the next
-// domain of that number may use. Whoever loses a peer must end its grants.
+// Xen knows a domain by its number: the next domain with the number may use what was
+// granted to it. So a domain that loses a peer must end its grants.
 func TestGrantsToANumberOutliveItsDomain(t *testing.T) {
 	m := machine(t, emu.Config{})
 	a, b := domain(t, m, 1), domain(t, m, 2)
@@ -283,8 +283,8 @@ func TestDestroyWhileEverythingRuns(t *testing.T) {
 	})
 }
 
-// A domain ends while it copies: its view of other domains' pages goes only when
-// nobody looks.
+// A domain ends during a Copy: its view of other domains' pages goes only when no Copy
+// reads it.
 func TestDestroyWhileCopying(t *testing.T) {
 	machines(t, func(t *testing.T, m *emu.Machine) {
 		const pages = 64
@@ -337,7 +337,7 @@ func TestMachineCloseEndsDomains(t *testing.T) {
 	}
 }
 
-// echoStore answers every byte, says when it is done, and why.
+// echoStore answers every byte, and reports when and why it ended.
 func echoStore(ends chan<- error) func(hypercall.DomID, io.ReadWriteCloser) {
 	return func(_ hypercall.DomID, conn io.ReadWriteCloser) {
 		_, err := io.Copy(conn, conn)
@@ -354,7 +354,7 @@ func testStore(t *testing.T, m *emu.Machine, d *emu.Domain, ends <-chan error) {
 	if l := m.Ledger(); l.Connections != 1 {
 		t.Errorf("%+v", l)
 	}
-	big := make([]byte, 300<<10) // more than any buffer on the way
+	big := make([]byte, 300<<10) // more than the buffers in between hold
 	for i := range big {
 		big[i] = byte(i * 31 >> 3)
 	}
@@ -380,7 +380,7 @@ func testStore(t *testing.T, m *emu.Machine, d *emu.Domain, ends <-chan error) {
 		t.Errorf("%+v", l)
 	}
 
-	// Death ends a connection at both ends.
+	// The death of a domain ends a connection at both ends.
 	if c, err = d.Store(t.Context()); err != nil {
 		t.Fatal(err)
 	}

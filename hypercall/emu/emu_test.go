@@ -8,7 +8,7 @@ import (
 	"barevif/hypercall/emu"
 )
 
-// machine makes a machine that must be clean at the end of the test.
+// machine makes a machine that must hold nothing at the end of the test.
 func machine(t testing.TB, cfg emu.Config) *emu.Machine {
 	t.Helper()
 	m, err := emu.New(cfg)
@@ -33,10 +33,10 @@ func domain(t testing.TB, m *emu.Machine, id hypercall.DomID) *emu.Domain {
 	return d
 }
 
-// canMap says whether there are machines with mapped memory here.
+// canMap reports whether machines with mapped memory work here.
 const canMap = runtime.GOOS == "linux"
 
-// machines runs f on every kind of machine this system can have, with its domains in
+// machines runs f on every kind of machine that works on this system, with its domains in
 // this process.
 func machines(t *testing.T, f func(t *testing.T, m *emu.Machine)) {
 	t.Run("heap", func(t *testing.T) { f(t, machine(t, emu.Config{})) })

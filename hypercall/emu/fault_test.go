@@ -14,7 +14,8 @@ import (
 
 var errInjected = errors.New("injected")
 
-// TestEveryCallCanFail makes the third call of each kind fail, and no other.
+// TestEveryCallCanFail makes the third call of each kind fail, and checks that no other
+// fails.
 func TestEveryCallCanFail(t *testing.T) {
 	m := machine(t, emu.Config{Store: func(_ hypercall.DomID, c io.ReadWriteCloser) { _, _ = io.Copy(io.Discard, c) }})
 	a, b := domain(t, m, 1), domain(t, m, 2)
@@ -203,7 +204,7 @@ func TestShareCanRefuseToEnd(t *testing.T) {
 	if m.CheckClean() == nil {
 		t.Error("quarantined pages are clean")
 	}
-	a.Destroy() // ends them all
+	a.Destroy() // ends all its shares and mappings
 }
 
 func TestReleaseCanFailAndLeaveThePagesMapped(t *testing.T) {
@@ -263,7 +264,7 @@ func TestEventsGetLostDelayedDuplicated(t *testing.T) {
 	})
 }
 
-// A delayed event may come when its port, its domain and its machine are gone.
+// A delayed event may come after its port, its domain and its machine have gone.
 func TestDelayedEventsAreHarmless(t *testing.T) {
 	machines(t, func(t *testing.T, m *emu.Machine) {
 		for range 10 {

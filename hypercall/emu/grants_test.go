@@ -44,7 +44,7 @@ func release(t testing.TB, m *hypercall.Mapping) {
 	}
 }
 
-// copyFrom is the outcome of copying len(to) bytes from a grant.
+// copyFrom returns the status of copying len(to) bytes from a grant.
 func copyFrom(t testing.TB, d hypercall.Domain, dom hypercall.DomID, ref hypercall.GrantRef, off uint16, to []byte) hypercall.Status {
 	t.Helper()
 	ops := []hypercall.CopyOp{{
@@ -78,7 +78,7 @@ func TestConfigIsChecked(t *testing.T) {
 
 func TestDomainNumbersAreChecked(t *testing.T) {
 	m := machine(t, emu.Config{})
-	d := domain(t, m, 0) // dom0 is a domain
+	d := domain(t, m, 0) // dom0 is a domain like others
 	if _, err := m.NewDomain(0); !errors.Is(err, emu.ErrDomainExists) {
 		t.Errorf("a second domain 0: %v", err)
 	}
@@ -104,7 +104,7 @@ func TestGrantLimitIsThatOfTheDomain(t *testing.T) {
 		t.Fatalf("11 pages of 10: %v", err)
 	}
 	rest := share(t, a, 2, 4, hypercall.ReadWrite)
-	other := share(t, b, 1, 10, hypercall.ReadWrite) // b has a limit of its own
+	other := share(t, b, 1, 10, hypercall.ReadWrite) // b has its own limit
 	end(t, s)
 	again := share(t, a, 2, 6, hypercall.ReadWrite)
 	for _, s := range []*hypercall.Share{rest, other, again} {
@@ -115,7 +115,7 @@ func TestGrantLimitIsThatOfTheDomain(t *testing.T) {
 	}
 }
 
-// What is set aside does not count as granted, but the table ends somewhere.
+// Pages set aside do not count as granted, but the size of the table bounds them.
 func TestQuarantineIsBounded(t *testing.T) {
 	m := machine(t, emu.Config{Grants: 4})
 	a, b := domain(t, m, 1), domain(t, m, 2)
@@ -148,7 +148,7 @@ func TestQuarantineIsBounded(t *testing.T) {
 
 func TestStatusesAreThoseOfXen(t *testing.T) {
 	machines(t, func(t *testing.T, m *emu.Machine) {
-		// Domain 0 is the one that an empty entry could be taken to name.
+		// An empty entry could be read as a grant to domain 0.
 		a, b := domain(t, m, 1), domain(t, m, 0)
 		rw, ro := share(t, a, 0, 1, hypercall.ReadWrite), share(t, a, 0, 1, hypercall.ReadOnly)
 		other := share(t, a, 3, 1, hypercall.ReadWrite)
@@ -220,8 +220,8 @@ func TestDomainMayUseGrantsToItself(t *testing.T) {
 	})
 }
 
-// A page that is set aside stays granted, as on Xen, and its ref is not given to
-// another page, until the last mapping goes.
+// A page that is set aside stays granted, as on Xen, and no other page gets its ref until
+// the last mapping is gone.
 func TestQuarantinedPageIsReclaimedByTheLastUnmap(t *testing.T) {
 	machines(t, func(t *testing.T, m *emu.Machine) {
 		a, b := domain(t, m, 1), domain(t, m, 2)
@@ -277,7 +277,7 @@ func TestHeapPagesMapOnlyAsTheyLie(t *testing.T) {
 		}
 	}
 	end(t, s)
-	end(t, o) // nothing of the refused mappings is left
+	end(t, o) // the refused mappings hold nothing
 }
 
 func TestMappedPagesMapInAnyOrder(t *testing.T) {
@@ -311,8 +311,8 @@ func TestMappedPagesMapInAnyOrder(t *testing.T) {
 	end(t, o)
 }
 
-// Copy may run against a share that ends, and another that takes over its refs.
-// What it copies is of one of them.
+// Copy may run while a share ends and another takes over its refs. It copies the bytes of
+// one of the two.
 func TestCopyRacesEnd(t *testing.T) {
 	machines(t, func(t *testing.T, m *emu.Machine) {
 		a, b := domain(t, m, 1), domain(t, m, 2)

@@ -37,7 +37,7 @@ func join(t testing.TB, path string, id hypercall.DomID) *emu.Domain {
 	return d
 }
 
-// hostMachine is the machine of a host.
+// hostMachine returns the machine of a host.
 func hostMachine(t testing.TB) *emu.Machine {
 	h, _ := host(t, emu.Config{})
 	return h.Machine

@@ -192,7 +192,7 @@ func TestWritingAReadOnlyMappingFaults(t *testing.T) {
 	}
 }
 
-// A page that a domain copied from and that has ended is not kept for ever.
+// Pages that a domain has copied from are unmapped some time after their grant has ended.
 func TestEndedSharesAreLetGoOf(t *testing.T) {
 	m, err := New(Config{Mapped: true})
 	if err != nil {

@@ -21,10 +21,10 @@ import (
 	"barevif/hypercall/emu/emutest"
 )
 
-// stranger is a user other than the one that tests.
+// stranger is a user other than the one who runs the test.
 const stranger = 65534
 
-// asStranger has a child run as another user.
+// asStranger runs a child as another user.
 func asStranger(t testing.TB) *syscall.SysProcAttr {
 	t.Helper()
 	if os.Geteuid() != 0 {
@@ -33,7 +33,7 @@ func asStranger(t testing.TB) *syscall.SysProcAttr {
 	return &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: stranger, Gid: stranger}}
 }
 
-// openDir is a directory in which every user may make sockets.
+// openDir makes a directory in which every user may make sockets.
 func openDir(t testing.TB) string {
 	t.Helper()
 	dir := emutest.SocketDir(t)
@@ -43,7 +43,7 @@ func openDir(t testing.TB) string {
 	return dir
 }
 
-// childPrivate is a host and a private listener of one umask, and prints the modes
+// childPrivate makes a host and a private listener under one umask, and prints the modes
 // of both sockets.
 func childPrivate(dir, umask string) error {
 	mask, err := strconv.ParseUint(umask, 8, 16)
@@ -70,7 +70,7 @@ func childPrivate(dir, umask string) error {
 	return errors.Join(l.Close(), h.Close())
 }
 
-// childVisit joins the host at path, or returns the error that refuses it.
+// childVisit joins the host at path, and returns the error if the host or Join refuses.
 func childVisit(path string) error {
 	d, err := emu.Join(context.Background(), path, 1)
 	if err != nil {
@@ -82,7 +82,7 @@ func childVisit(path string) error {
 	return nil
 }
 
-// childKnock connects to the socket at path and returns the first read's outcome.
+// childKnock connects to the socket at path and returns the result of the first read.
 func childKnock(path string) error {
 	c, err := net.Dial("unix", path)
 	if err != nil {
@@ -112,7 +112,7 @@ func TestSocketsArePrivateWhateverTheUmask(t *testing.T) {
 	}
 }
 
-// A socket's place says nothing about who listens there.
+// The path of a socket does not tell who listens there.
 func TestJoinAsksWhoTheHostIs(t *testing.T) {
 	attr := asStranger(t)
 	dir := openDir(t)
@@ -142,7 +142,7 @@ func TestJoinAsksWhoTheHostIs(t *testing.T) {
 	}
 }
 
-// A user whom the mode of a socket lets in is disconnected by the check of credentials.
+// The check of credentials disconnects a user whom the socket's mode lets in.
 func TestListenersAskWhoConnects(t *testing.T) {
 	attr := asStranger(t)
 	dir := openDir(t)
@@ -211,8 +211,8 @@ func TestListenersAskWhoConnects(t *testing.T) {
 	}
 }
 
-// The uid of a user namespace that maps nothing is that of every user it does not
-// know.
+// A user namespace that maps nothing shows its own uid as the overflow uid, as it does
+// every unknown user's.
 func TestUserNamespacesDoNotMixUsersUp(t *testing.T) {
 	probe := exec.Command("/proc/self/exe", "-test.list=^$")
 	probe.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWUSER}

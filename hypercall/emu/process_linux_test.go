@@ -41,7 +41,7 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// process is a child and what it says.
+// A process is a child and its output.
 type process struct {
 	*exec.Cmd
 	in  io.WriteCloser
@@ -53,10 +53,10 @@ func spawn(t testing.TB, role string, args ...string) *process {
 	return spawnWith(t, nil, role, args...)
 }
 
-// spawnWith is spawn with the child's user or namespaces.
+// spawnWith is spawn with another user or other namespaces.
 func spawnWith(t testing.TB, attr *syscall.SysProcAttr, role string, args ...string) *process {
 	t.Helper()
-	// Another user cannot reach the directory of the program, but its file.
+	// Another user may not enter the directory of the program, but /proc/self/exe works.
 	p := &process{Cmd: exec.Command("/proc/self/exe", args...)}
 	p.Env = append(os.Environ(), childEnv+"="+role)
 	p.Stderr = os.Stderr
@@ -86,7 +86,7 @@ func (p *process) says(t testing.TB) string {
 	return p.out.Text()
 }
 
-// kill ends the child at once, and returns when it has ended.
+// kill kills the child and waits for its end.
 func (p *process) kill() {
 	_ = p.Process.Kill()
 	_ = p.Wait()
@@ -110,7 +110,8 @@ func child(role string, args []string) error {
 	return fmt.Errorf("no role %q", role)
 }
 
-// childHost is a host until its stdin ends; every line is answered by the ledger.
+// childHost is a host until its standard input ends. It answers every line with the
+// ledger.
 func childHost(path string) error {
 	h, err := emu.Listen(path, emu.Config{Store: func(_ hypercall.DomID, c io.ReadWriteCloser) { _, _ = io.Copy(c, c) }})
 	if err != nil {
@@ -146,18 +147,19 @@ func (p *process) ledger(t testing.TB) (l emu.Ledger) {
 	return l
 }
 
-// echoPages of a front are: a word to count in, a page to read, a page to answer in.
+// The pages of a front end's share: a word to count in, a page to read, a page to answer
+// in.
 const echoPages = 3
 
-// echoOffer is what a front tells the child, one line of JSON.
+// echoOffer is the offer of a front end to the child, one line of JSON.
 type echoOffer struct {
 	Front hypercall.DomID
 	Refs  []hypercall.GrantRef
 	Port  hypercall.PortID
 }
 
-// childEcho is a domain that copies a page back for every event. It grants a page
-// of its own, and says which.
+// childEcho is a domain that copies a page back for every event. It also grants a page,
+// and prints its ref.
 func childEcho(path, id string) error {
 	n, err := strconv.Atoi(id)
 	if err != nil {
@@ -221,7 +223,7 @@ func childEcho(path, id string) error {
 	}
 }
 
-// echoFront is our end towards a child.
+// echoFront is our front end for a child.
 type echoFront struct {
 	d      hypercall.Domain
 	s      *hypercall.Share
@@ -297,7 +299,7 @@ func TestDomainsInThreeProcesses(t *testing.T) {
 		t.Errorf("%+v", l)
 	}
 	p.kill()
-	for until := time.Now().Add(soon); hp.ledger(t).Domains != 1; { // the host hears of it soon
+	for until := time.Now().Add(soon); hp.ledger(t).Domains != 1; { // the host notices the end soon
 		if time.Now().After(until) {
 			t.Fatal("the host did not notice")
 		}
@@ -306,12 +308,12 @@ func TestDomainsInThreeProcesses(t *testing.T) {
 	_ = f.w.Close()
 }
 
-// The host is stopped while frames go on: nothing on the way asks it.
+// The host is stopped while echoes go on, because they do not involve it.
 func TestFramesNeedNoHost(t *testing.T) {
 	hp, path := hostProcess(t)
 	d := join(t, path, 1)
 	f, _ := startEcho(t, path, d, 2)
-	if !f.echo(soon) { // the first use of a grant and of a port asks
+	if !f.echo(soon) { // the first use of a grant and of a port involves the host
 		t.Fatal("no echo")
 	}
 	_, w, alone, gone := channel(t, d, d)
@@ -332,7 +334,7 @@ func TestFramesNeedNoHost(t *testing.T) {
 		}
 	}
 	notified := make(chan error, 1)
-	go func() { notified <- alone.Notify() }() // into the void
+	go func() { notified <- alone.Notify() }() // no port is bound to this one
 	select {
 	case err := <-notified:
 		if err != nil {
@@ -347,8 +349,8 @@ func TestFramesNeedNoHost(t *testing.T) {
 	_ = f.w.Close()
 }
 
-// A domain is killed over and over, in the middle of what it does. The others
-// keep what they map, hear of it, and meet its successor.
+// A domain is killed again and again, in the middle of its work. The others keep what
+// they map, get an event, and work with its successor.
 func TestKilledDomainIsGone(t *testing.T) {
 	h, path := host(t, emu.Config{})
 	died := make(chan hypercall.DomID, 1)
@@ -367,7 +369,7 @@ func TestKilledDomainIsGone(t *testing.T) {
 		killed := make(chan struct{})
 		go func() {
 			defer close(killed)
-			time.Sleep(time.Duration(round) * 3 * time.Millisecond) // anywhere in the traffic
+			time.Sleep(time.Duration(round) * 3 * time.Millisecond) // at any point of the traffic
 			p.kill()
 		}()
 		for n := 0; f.echo(200 * time.Millisecond); n++ {
@@ -390,7 +392,7 @@ func TestKilledDomainIsGone(t *testing.T) {
 		if err := f.port.Notify(); err != nil {
 			t.Error(err)
 		}
-		end(t, f.s) // the dead domain does not map it
+		end(t, f.s) // the dead domain no longer maps it
 		_ = f.w.Close()
 		release(t, kept)
 		if err := h.CheckClean(); err != nil {
@@ -497,7 +499,7 @@ func TestJoinIsRefused(t *testing.T) {
 	}
 }
 
-// Whoever connects and talks nonsense is hung up on, and nobody else notices.
+// The host closes a connection that sends nonsense, and no domain is affected.
 func TestHostSurvivesNonsense(t *testing.T) {
 	h, path := host(t, emu.Config{})
 	d := join(t, path, 1)
@@ -523,7 +525,7 @@ func TestHostSurvivesNonsense(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer silent.Close() // the host's Close, at the end of the test, does not wait for it
+	defer silent.Close() // closed late: the host's Close must not wait for it
 	end(t, share(t, d, 2, 1, hypercall.ReadOnly))
 	if l := h.Ledger(); l.Domains != 1 {
 		t.Errorf("%+v", l)
@@ -531,7 +533,7 @@ func TestHostSurvivesNonsense(t *testing.T) {
 }
 
 func TestManyPagesInAnyOrderThroughAHost(t *testing.T) {
-	const pages = 4096 // the largest share, backwards, twice: the largest request and reply
+	const pages = 4096 // the largest share, backwards and twice: the largest request and reply
 	_, path := host(t, emu.Config{Grants: pages})
 	a, b := join(t, path, 1), join(t, path, 2)
 	s := share(t, a, 2, pages, hypercall.ReadWrite)
@@ -554,7 +556,7 @@ func TestManyPagesInAnyOrderThroughAHost(t *testing.T) {
 	end(t, s)
 }
 
-// descriptors lists this process's open descriptors.
+// descriptors lists the open descriptors of this process.
 func descriptors(t testing.TB) []string {
 	t.Helper()
 	names, err := os.ReadDir("/proc/self/fd")
@@ -563,7 +565,7 @@ func descriptors(t testing.TB) []string {
 	}
 	var all []string
 	for _, n := range names {
-		if to, err := os.Readlink("/proc/self/fd/" + n.Name()); err == nil { // not that of ReadDir itself
+		if to, err := os.Readlink("/proc/self/fd/" + n.Name()); err == nil { // skips the descriptor of ReadDir itself
 			all = append(all, n.Name()+" "+to)
 		}
 	}
@@ -619,7 +621,7 @@ func TestNothingLeaks(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	use() // the runtime's poller opens its own
+	use() // the runtime's poller opens its own descriptors
 	fds, routines := descriptors(t), runtime.NumGoroutine()
 	for range 3 {
 		use()
@@ -649,7 +651,7 @@ func TestMachineOfOneProcessHasNoGoroutines(t *testing.T) {
 	_ = wb.Close()
 }
 
-// childFDs says what it inherited beyond the standard three.
+// childFDs prints the descriptors that it inherited besides the standard three.
 func childFDs() error {
 	names, err := os.ReadDir("/proc/self/fd")
 	if err != nil {

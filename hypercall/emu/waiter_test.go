@@ -19,7 +19,7 @@ func TestUselessEventsAreUnmaskedLater(t *testing.T) {
 		a, b := domain(t, m, 1), domain(t, m, 2)
 		wa, wb, pa, _ := channel(t, a, b)
 		worked := true
-		delay := func() time.Duration { // how long an event takes that comes at once
+		delay := func() time.Duration { // how long an event takes that is sent at once
 			if err := pa.Notify(); err != nil {
 				t.Fatal(err)
 			}
@@ -30,7 +30,7 @@ func TestUselessEventsAreUnmaskedLater(t *testing.T) {
 			worked = false
 			return time.Since(start)
 		}
-		for round := range 2 { // work starts it all over
+		for round := range 2 { // work resets the count
 			delay()
 			for i, want := range []time.Duration{0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000, 1000, 1000} {
 				if got := delay(); got != want*time.Millisecond {
@@ -71,7 +71,7 @@ func TestWakeAndDeadlineAreNeverPutOff(t *testing.T) {
 		if err := wb.Wait(start.Add(time.Minute), false); err != nil || time.Since(start) != 3*time.Millisecond {
 			t.Errorf("Wake took %v, %v", time.Since(start), err)
 		}
-		// A port that did not fire is not put off by one that did.
+		// A port that did not fire is not delayed by one that did.
 		pa2, err := wa.Unbound(2)
 		if err != nil {
 			t.Fatal(err)
@@ -83,7 +83,7 @@ func TestWakeAndDeadlineAreNeverPutOff(t *testing.T) {
 		if err := wb.Wait(time.Time{}, false); err != nil || time.Since(start) != 0 {
 			t.Errorf("another port took %v, %v", time.Since(start), err)
 		}
-		// Wakes that find no work are not the peer's doing.
+		// Wakes without work are not the peer's fault.
 		_ = wb.Wait(time.Time{}, true)
 		for range 5 {
 			wb.Wake()
@@ -142,7 +142,7 @@ func TestPortsRunOut(t *testing.T) {
 	if err != nil || p.ID() != ports[1].ID() {
 		t.Errorf("%v, port %v instead of %v", err, p.ID(), ports[1].ID())
 	}
-	_ = ports[1].Close() // of the old one: must not close the new one
+	_ = ports[1].Close() // a port of the old waiter: must not close the new one
 	if l := m.Ledger(); l.Ports != 3 {
 		t.Errorf("%+v", l)
 	}
@@ -154,7 +154,7 @@ func TestPortsRunOut(t *testing.T) {
 	}
 }
 
-// A port whose far end has gone can be bound to again, as on Xen.
+// A port whose far end is gone can be bound to again, as on Xen.
 func TestPeerMayBindAgain(t *testing.T) {
 	m := machine(t, emu.Config{})
 	a, b := domain(t, m, 1), domain(t, m, 2)
@@ -181,13 +181,13 @@ func TestPeerMayBindAgain(t *testing.T) {
 	_ = wb.Close()
 }
 
-// The far end binds anew under another number, and what had its number is someone
-// else's: Notify finds the right one.
+// The far end binds again under another number, and another port gets its old number:
+// Notify finds the right one.
 func TestNotifyFollowsThePeer(t *testing.T) {
 	machines(t, func(t *testing.T, m *emu.Machine) {
 		a, b := domain(t, m, 1), domain(t, m, 2)
 		wa, wb, pa, pb := channel(t, a, b)
-		if err := pa.Notify(); err != nil { // pa knows where pb is
+		if err := pa.Notify(); err != nil { // pa has cached pb's word
 			t.Fatal(err)
 		}
 		fires(t, wb)
@@ -217,8 +217,8 @@ func TestNotifyFollowsThePeer(t *testing.T) {
 	})
 }
 
-// testNoWakeupIsLost has the peer notify at any moment of a Wait, many times: each
-// notification must end a Wait that starts before it or after it.
+// testNoWakeupIsLost notifies at any moment of a Wait, many times: each notification must
+// end a Wait that starts before or after it.
 func testNoWakeupIsLost(t *testing.T, a, b hypercall.Domain, rounds int) {
 	wa, wb, pa, _ := channel(t, a, b)
 	rng := rand.New(rand.NewPCG(1, 2))

@@ -40,9 +40,9 @@ func TestErrorsKeepTheirIdentityOnTheWire(t *testing.T) {
 	}
 }
 
-// FuzzHost has two domains ask for whatever the input says, one request of 28 bytes
-// after the other: a byte that says who asks, the request, a ref. Nothing they ask
-// for may hurt the host, or outlive them.
+// FuzzHost makes two domains send the requests of the input. Each takes 28 bytes: one
+// that selects the domain, the request, a ref. No request may harm the host or leave
+// anything behind.
 func FuzzHost(f *testing.F) {
 	seed := func(reqs ...request) {
 		var in []byte
@@ -70,7 +70,7 @@ func FuzzHost(f *testing.F) {
 	f.Cleanup(func() { h.Close() })
 	size := 1 + binary.Size(request{}) + 4
 	f.Fuzz(func(t *testing.T, in []byte) {
-		h.serial.Store(2) // so that ids are the same each time
+		h.serial.Store(2) // so that ids are the same in each run
 		var servers [2]*server
 		for i := range servers {
 			g, err := h.newGuest(hypercall.DomID(i + 1))

@@ -7,8 +7,8 @@ import (
 	"unsafe"
 )
 
-// TestRequestsMatchTheKernel holds the ioctl numbers to those that a C program
-// prints with include/uapi/xen/{evtchn,gntalloc,gntdev}.h on x86-64.
+// TestRequestsMatchTheKernel compares the ioctl numbers with the output of a C program
+// that uses include/uapi/xen/{evtchn,gntalloc,gntdev}.h on x86-64.
 func TestRequestsMatchTheKernel(t *testing.T) {
 	for name, c := range map[string][2]uintptr{
 		"EVTCHN_BIND_INTERDOMAIN":   {evtchnBindInterdomain, 0x00084501},

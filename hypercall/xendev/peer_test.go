@@ -2,8 +2,8 @@
 
 package xendev
 
-// What needs a second domain: one runs the test program with childEnv=peer, the
-// control domain runs TestXenPeer with peerEnv saying which it is.
+// Tests that need a second domain. It runs the test program with childEnv=peer; the
+// control domain runs TestXenPeer, with the other's number in peerEnv.
 
 import (
 	"errors"
@@ -22,12 +22,12 @@ import (
 const (
 	peerEnv  = "XENDEV_TEST_PEER"
 	peerNode = "data/xendev"
-	vifEnv   = "XENDEV_TEST_VIF" // the number of a vif nobody uses
-	peerDie  = 0xdead            // written to the shared page: SIGKILL yourself
+	vifEnv   = "XENDEV_TEST_VIF" // the number of an unused vif
+	peerDie  = 0xdead            // written to the shared page: kill yourself with SIGKILL
 )
 
-// peer is the far side: it shares pages with domain 0 and with a domain that is
-// not there, opens a port for each, and answers events until told to die.
+// peer is the far side. It shares pages with domain 0 and with a domain that does not
+// exist, opens a port for each, and answers events until told to die.
 func peer() error {
 	d, err := Open(Config{})
 	if err != nil {
@@ -87,7 +87,7 @@ func peer() error {
 	}
 }
 
-// readPeer waits for what the peer says.
+// readPeer waits for a line of the peer.
 func readPeer(t *testing.T, d *Domain, domid string) string {
 	t.Helper()
 	c, err := talk(d)
@@ -190,7 +190,7 @@ func TestXenPeer(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	wait() // the binder's own
+	wait() // the event of the binding
 	in, out := m.In(4), m.Out(0)
 	start := time.Now()
 	const rounds = 200
@@ -210,7 +210,7 @@ func TestXenPeer(t *testing.T) {
 	if err := port.Notify(); err != nil {
 		t.Fatal(err)
 	}
-	wait() // SET_UNMAP_NOTIFY
+	wait() // the event of SET_UNMAP_NOTIFY
 	if v := in.Load(); v != (rounds-1)*7+1 {
 		t.Errorf("the page of the dead changed: %d", v)
 	}

@@ -17,7 +17,7 @@ import (
 	"barevif/xenbus/xenstore/wire"
 )
 
-// newStore is a store on one end of a stream; the other stands for the kernel.
+// newStore makes a store on one end of a stream; the other end stands for the kernel.
 func newStore(t testing.TB) (*store, *os.File) {
 	t.Helper()
 	checkFiles(t)
@@ -68,7 +68,7 @@ func TestStorePassesMessagesThrough(t *testing.T) {
 	send(t, s, message(t, wire.Header{Op: wire.Read, ReqID: 7}, "a\x00"))
 	receive(t, far, wire.Read, 7, "a\x00")
 
-	// In pieces, two in one, and one without a payload.
+	// One message in pieces, two in one write, and one without a payload.
 	b := message(t, wire.Header{Op: wire.Read, ReqID: 7}, strings.Repeat("v", wire.MaxPayload))
 	done := make(chan struct{})
 	go func() {
@@ -91,7 +91,7 @@ func TestStoreAnswersWhatTheDeviceWouldRefuse(t *testing.T) {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		receive(t, s, wire.Error, 9, "E2BIG\x00") // waits, and is woken
+		receive(t, s, wire.Error, 9, "E2BIG\x00") // the Read waits and is woken
 	}()
 	send(t, s, tooLong)
 	<-done
@@ -99,14 +99,14 @@ func TestStoreAnswersWhatTheDeviceWouldRefuse(t *testing.T) {
 	send(t, s, message(t, wire.Header{Op: wire.Write, ReqID: 10}, strings.Repeat("x", maxRequest)))
 	receive(t, far, wire.Write, 10, strings.Repeat("x", maxRequest))
 
-	// Between two messages, not within one.
+	// The answer comes between two messages, not inside one.
 	reply := message(t, wire.Header{Op: wire.Read, ReqID: 10}, "payload")
 	send(t, far, reply[:20])
-	if err := s.file.SetReadDeadline(time.Time{}); err != nil { // refusing has moved it
+	if err := s.file.SetReadDeadline(time.Time{}); err != nil { // refuse has moved the deadline
 		t.Fatal(err)
 	}
 	var head [1]byte
-	if n, err := s.file.Read(head[:]); n != 1 || err != nil { // some of it has been read
+	if n, err := s.file.Read(head[:]); n != 1 || err != nil { // part of the message has been read
 		t.Fatal(n, err)
 	}
 	s.buf[0], s.have = head[0], 1

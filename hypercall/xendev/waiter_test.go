@@ -16,7 +16,7 @@ import (
 	"barevif/hypercall"
 )
 
-// blockThreads has newDriver make waiters that block their threads.
+// blockThreads makes newDriver return waiters that block their threads.
 var blockThreads bool
 
 func TestWaiterThatBlocksItsThread(t *testing.T) {
@@ -47,8 +47,8 @@ func TestWaiterThatBlocksItsThread(t *testing.T) {
 	}
 }
 
-// A driver stands for evtchn: a socket whose packets are what read(2) gives, and
-// what write(2) took.
+// A driver stands for evtchn: a socket whose packets are the results of read(2) and the
+// data of write(2).
 type driver struct {
 	t  testing.TB
 	fd int
@@ -94,7 +94,7 @@ func enter(t testing.TB, w *waiter, id hypercall.PortID) *port {
 	return p
 }
 
-// fire makes the ports readable, as one read's worth.
+// fire makes the ports readable, in one read.
 func (d driver) fire(ports ...hypercall.PortID) {
 	d.t.Helper()
 	var b []byte
@@ -106,7 +106,7 @@ func (d driver) fire(ports ...hypercall.PortID) {
 	}
 }
 
-// unmasked is what was written back since the last call.
+// unmasked returns the ports that were written back since the last call.
 func (d driver) unmasked() (ports []hypercall.PortID) {
 	d.t.Helper()
 	buf := make([]byte, maxWrite)
@@ -191,7 +191,7 @@ func TestPortClosedWhileMaskedIsNotUnmasked(t *testing.T) {
 	d.fire(5, 6)
 	event(t, w, true)
 	w.remove(p)
-	enter(t, w, 5) // the number is used again, by a port that is not masked
+	enter(t, w, 5) // the number again, for a port that is not masked
 	noEvent(t, w, true)
 	d.wantUnmasked(6)
 	d.fire(5)
@@ -200,7 +200,7 @@ func TestPortClosedWhileMaskedIsNotUnmasked(t *testing.T) {
 
 func TestMaskedPortCannotFireTwice(t *testing.T) {
 	w, d := newDriver(t, 5)
-	d.fire(5, 5) // no driver does that
+	d.fire(5, 5) // no real driver sends a port twice
 	event(t, w, true)
 	noEvent(t, w, true)
 	d.wantUnmasked(5)
@@ -215,7 +215,7 @@ func TestUselessWakeupsPutOffUnmasking(t *testing.T) {
 	noEvent(t, w, false)
 	d.wantUnmasked(5, 5, 5, 5)
 
-	// From now on late, twice as late each time, and nobody else with it.
+	// From now on the port is late, each time twice as long, and no other port is.
 	for n := range 4 {
 		d.fire(5)
 		event(t, w, true)
@@ -227,7 +227,7 @@ func TestUselessWakeupsPutOffUnmasking(t *testing.T) {
 		if due := w.late[0].due; due.Before(before.Add(delay)) || due.After(after.Add(delay)) {
 			t.Errorf("wake-up %d puts off for %v to %v, not %v", n, due.Sub(after), due.Sub(before), delay)
 		}
-		w.late[0].due = after.Add(aDay) // or it is due in time for the next Wait, on a slow machine
+		w.late[0].due = after.Add(aDay) // else it may be due for the next Wait already, on a slow machine
 		d.fire(6)
 		event(t, w, false)
 		d.wantUnmasked()
@@ -236,7 +236,7 @@ func TestUselessWakeupsPutOffUnmasking(t *testing.T) {
 	}
 }
 
-// settleAt does the first half of a Wait.
+// settleAt runs the first half of a Wait.
 func (w *waiter) settleAt(t testing.TB, worked bool) {
 	t.Helper()
 	if err := w.settle(worked); err != nil {
@@ -258,7 +258,7 @@ func TestDelayIsBounded(t *testing.T) {
 	}
 }
 
-// storm puts port 5 off for a long time.
+// storm makes port 5 late for a long time.
 func storm(t testing.TB, w *waiter, d driver) {
 	t.Helper()
 	w.ports[5].useless = 200
@@ -294,7 +294,7 @@ func TestWorkEndsTheDelay(t *testing.T) {
 	storm(t, w, d)
 	noEvent(t, w, true)
 	d.wantUnmasked(5)
-	// It was not the port's own work: one more for nothing, and it is late again.
+	// The work was not the port's own: one more event without work, and it is late again.
 	d.fire(5)
 	event(t, w, true)
 	w.settleAt(t, false)
@@ -303,7 +303,7 @@ func TestWorkEndsTheDelay(t *testing.T) {
 	}
 	noEvent(t, w, true)
 	d.wantUnmasked(5)
-	// Its own does.
+	// Its own work resets the count.
 	d.fire(5)
 	event(t, w, true)
 	w.settleAt(t, true)
@@ -345,7 +345,7 @@ func TestWakeIsNeverLost(t *testing.T) {
 			t.Fatalf("round %d: Wake did not end Wait", i)
 		}
 	}
-	// Many Wakes are one.
+	// Many Wakes count as one.
 	w.Wake()
 	w.Wake()
 	if err := w.Wait(time.Time{}, true); err != nil {
@@ -366,7 +366,7 @@ func TestWakesOfOtherGoroutinesEndEveryWait(t *testing.T) {
 		}
 	}()
 	for range rounds {
-		// A Wake has begun before each turn, and its poke may still be to come.
+		// A Wake has begun before each turn, and may still move the deadline.
 		if err := w.Wait(time.Now().Add(soon), true); err != nil {
 			t.Fatal(err)
 		}
@@ -413,7 +413,7 @@ func (d driver) wantNoReader() {
 	}
 }
 
-// TestLostNumbersWakeEveryPort is what EFBIG ends in.
+// TestLostNumbersWakeEveryPort tests what Wait does after EFBIG.
 func TestLostNumbersWakeEveryPort(t *testing.T) {
 	w, d := newDriver(t, 5, 6, 7)
 	d.fire(6)

@@ -2,9 +2,9 @@
 
 package xendev
 
-// What needs a real Xen. A domain can grant to itself, and map that if it is a PV
-// one, so one domain is enough; that another domain is refused what it may not do
-// is for the lab to show.
+// Tests that need a real Xen. A domain can grant to itself, and a PV domain can also map
+// its own grants, so one domain is enough. That Xen refuses another domain is a test for
+// the lab.
 
 import (
 	"bufio"
@@ -34,8 +34,8 @@ import (
 	"barevif/xenbus/xenstore/wire"
 )
 
-// childEnv makes the test program something to test against: a child of this
-// domain that shares and waits to be killed, or the peer of another domain.
+// childEnv makes the test program play a part in another test: a child of this domain
+// that shares memory and waits to be killed, or the peer of another domain.
 const childEnv = "XENDEV_TEST_CHILD"
 
 func TestMain(m *testing.M) {
@@ -51,8 +51,8 @@ func TestMain(m *testing.M) {
 
 const soon = 2 * time.Minute
 
-// onXen opens this domain, or skips where there is none. At the end of the test
-// as many files must be open as before.
+// onXen opens this domain, or skips the test if this is no Xen domain. At the end of the
+// test as many files must be open as before.
 func onXen(t testing.TB, cfg Config) *Domain {
 	t.Helper()
 	if !(Config{}).onXen() {
@@ -71,7 +71,7 @@ func onXen(t testing.TB, cfg Config) *Domain {
 	return d
 }
 
-// onPV skips where a domain cannot map its own grants.
+// onPV skips the test if the domain cannot map its own grants.
 func onPV(t testing.TB, cfg Config) *Domain {
 	t.Helper()
 	d := onXen(t, cfg)
@@ -232,7 +232,7 @@ func TestXenCopyTakesEveryKindOfMemory(t *testing.T) {
 	}
 	for name, local := range map[string][]byte{
 		"the heap":        make([]byte, 1000),
-		"private pages":   private.Bytes()[shm.PageSize-500 : shm.PageSize+500], // across a page
+		"private pages":   private.Bytes()[shm.PageSize-500 : shm.PageSize+500], // across a page boundary
 		"a share of ours": other.Page(0)[96:1096],
 		"a mapped grant":  mapped.Page(0)[:1000],
 	} {
@@ -341,7 +341,7 @@ func TestXenLimitOfSharedPages(t *testing.T) {
 	if err := writeFile("/"+limitFile, fmt.Sprint(limit)); err != nil {
 		t.Error(err)
 	}
-	// Never lowered, and what was ended counts no more.
+	// The limit is never lowered, and ended grants no longer count.
 	lower := onXen(t, Config{GrantLimit: 1})
 	for range 3 {
 		s, err := lower.Share(hypercall.DomSelf, limit, hypercall.ReadOnly)
@@ -354,8 +354,8 @@ func TestXenLimitOfSharedPages(t *testing.T) {
 	}
 }
 
-// TestXenEndWhileMapped shows what the kernel does where an emulator would answer
-// ErrInUse: the page stays the peer's, and nobody else's.
+// TestXenEndWhileMapped shows what the kernel does where an emulator returns ErrInUse:
+// the page stays mapped for the peer, and nobody else gets it.
 func TestXenEndWhileMapped(t *testing.T) {
 	d := onPV(t, Config{})
 	s, err := d.Share(hypercall.DomSelf, 2, hypercall.ReadWrite)
@@ -398,7 +398,7 @@ func TestXenCloseBeforeEnd(t *testing.T) {
 	if err := d.Close(); err != nil {
 		t.Fatal(err)
 	}
-	s.Out(0).Store(3) // still ours
+	s.Out(0).Store(3) // we still have the page
 	if err := errors.Join(m.Release(), s.End()); err != nil {
 		t.Error(err)
 	}
@@ -497,7 +497,7 @@ func TestXenManyPortsOfOneWaiter(t *testing.T) {
 		far = append(far, a)
 	}
 	w := wb.(*waiter)
-	for w.Wait(time.Now().Add(50*time.Millisecond), true) == nil { // those of binding
+	for w.Wait(time.Now().Add(50*time.Millisecond), true) == nil { // events of the bindings
 	}
 	for range 3 {
 		for _, a := range far {
@@ -542,8 +542,8 @@ func TestXenPortsRunOut(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer w.Close()
-	// A domain has at most 131072, one of the toolstack's making 1023 unless it
-	// was told otherwise: not worth running out of the former.
+	// A domain has at most 131072 ports, and one that the toolstack makes has 1023 by
+	// default: too many to use up here.
 	for range 1100 {
 		if _, err := w.Unbound(hypercall.DomSelf); errors.Is(err, hypercall.ErrNoPorts) {
 			return
@@ -554,7 +554,7 @@ func TestXenPortsRunOut(t *testing.T) {
 	t.Log("more than 1100 ports to be had")
 }
 
-// child shares a page and opens a port for the parent, and says so.
+// child shares a page and opens a port for the parent, and prints their numbers.
 func child() error {
 	d, err := Open(Config{})
 	if err != nil {
@@ -615,7 +615,7 @@ func TestXenKilledProcessTellsItsPeer(t *testing.T) {
 	if _, err := w.Bind(hypercall.DomSelf, port); err != nil {
 		t.Fatal(err)
 	}
-	if err := w.Wait(time.Now().Add(soon), true); err != nil { // its own
+	if err := w.Wait(time.Now().Add(soon), true); err != nil { // the event of its own binding
 		t.Fatal(err)
 	}
 	if err := w.Wait(time.Now().Add(50*time.Millisecond), true); !errors.Is(err, os.ErrDeadlineExceeded) {
@@ -669,7 +669,7 @@ func TestXenNotifyOnEnd(t *testing.T) {
 	}
 }
 
-// A talker has one request in flight.
+// A talker is a xenstore client with one request in flight.
 type talker struct {
 	io.ReadWriteCloser
 	id  uint32
@@ -695,7 +695,7 @@ func (c *talker) ask(op wire.Op, parts ...string) (wire.Header, string, error) {
 		switch {
 		case err != nil:
 			return h, "", err
-		case h.Op == wire.WatchEvent: // a hint; there is another for each change
+		case h.Op == wire.WatchEvent: // a hint; each change sends another one
 		case h.ReqID != c.id:
 			return h, "", fmt.Errorf("answer to request %d", h.ReqID)
 		default:

@@ -7,8 +7,8 @@ import (
 	"unsafe"
 )
 
-// TestLayoutsMatchXen holds the request and the fields that compile-time asserts
-// leave out to what a C program prints with Xen's public headers.
+// TestLayoutsMatchXen compares the ioctl request, and the fields that the compile-time
+// asserts omit, with the output of a C program that uses Xen's public headers.
 func TestLayoutsMatchXen(t *testing.T) {
 	for name, c := range map[string][2]uintptr{
 		"IOCTL_PRIVCMD_HYPERCALL":         {privcmdHypercall, 0x00305000},

@@ -38,8 +38,8 @@ func TestOpenLeavesNothingOpenWhenItFails(t *testing.T) {
 			}
 		}
 	}
-	// These files are nodes of no driver: an empty one can be mapped, and a
-	// hypercall on it is no ioctl.
+	// No driver is behind these files: an empty one can be mapped, and a hypercall on it
+	// is an unknown ioctl.
 	c, err := Open(dir)
 	if err != nil {
 		t.Fatal(err)
