@@ -19,7 +19,7 @@ import (
 	"barevif/xenbus/xenstore"
 )
 
-// descriptors is how many files the process has open.
+// descriptors returns how many files the process has open.
 func descriptors(t testing.TB) int {
 	t.Helper()
 	all, err := os.ReadDir("/proc/self/fd")
@@ -29,8 +29,8 @@ func descriptors(t testing.TB) int {
 	return len(all)
 }
 
-// settled is how many goroutines there are once that changes no more: those that
-// begin with the machine have begun.
+// settled returns the number of goroutines once it no longer changes: those that start
+// with the machine have started.
 func settled() (n int) {
 	for same := 0; same < 20; same++ {
 		if now := runtime.NumGoroutine(); now != n {
@@ -41,8 +41,8 @@ func settled() (n int) {
 	return n
 }
 
-// nothingMore waits until as many goroutines, and as many open files, are left as
-// there were before.
+// nothingMore waits until the numbers of goroutines and of open files are back at their
+// earlier values.
 func nothingMore(t testing.TB, goroutines, files int) {
 	t.Helper()
 	end := time.Now().Add(patience)
@@ -57,8 +57,8 @@ func nothingMore(t testing.TB, goroutines, files int) {
 	}
 }
 
-// T30: from whichever call on they fail, the first connect leaves no descriptor and no goroutine
-// of those it had by then.
+// T30: from the kth call on all calls of the first connect fail, for each k. The failed
+// connect leaves no descriptor and no goroutine behind.
 func TestT30FailedConnectsLeaveNoDescriptors(t *testing.T) {
 	l := newLab(t, emu.Config{Mapped: true})
 	try := func(op emu.Op, k int) (called bool) {
@@ -76,7 +76,7 @@ func TestT30FailedConnectsLeaveNoDescriptors(t *testing.T) {
 			done <- err
 		}()
 		if s := l.awaitOr(v.FrontDir()+"/state", done, "4"); s == "4" {
-			cancel() // there is no k-th call
+			cancel() // there is no kth call
 			l.write(l.dc, v.BackDir(), nil, "6")
 		}
 		err := wait(t, done)
@@ -101,19 +101,19 @@ func TestT30FailedConnectsLeaveNoDescriptors(t *testing.T) {
 		}
 		calls += k - 1
 	}
-	// At the first attempt the second queue has no room for its receive pages. At the
-	// second both are smaller.
+	// The first attempt has no room for the receive pages of the second queue. In the
+	// second attempt both queues are smaller.
 	if calls != 1+(3+2+3+3)+(1+2)+(2+4)+(2+4) {
 		t.Errorf("%d calls failed", calls)
 	}
 	nothingMore(t, goroutines, files)
 }
 
-// A frail domain's way to xenstore breaks once.
+// A frail domain loses its connection to xenstore once.
 type frail struct {
 	*emu.Domain
-	breaks int64        // 1: it does
-	left   atomic.Int64 // messages until then
+	breaks int64        // 1: it breaks
+	left   atomic.Int64 // messages until it breaks
 }
 
 func (d *frail) Store(ctx context.Context) (io.ReadWriteCloser, error) {
@@ -137,9 +137,9 @@ func (c *frailConn) Write(b []byte) (int, error) {
 	return c.ReadWriteCloser.Write(b)
 }
 
-// breaksAt connects our two ends, of which one loses its way to xenstore at the kth
-// request, and demands that they move frames or hold nothing. It reports whether
-// there was a kth request.
+// breaksAt connects our two ends. One of them loses its connection to xenstore at the kth
+// request. It requires that they move frames or hold nothing, and reports whether there
+// was a kth request.
 func (l *lab) breaksAt(k int64, front, back *frail) bool {
 	t := l.t
 	t.Helper()
@@ -177,8 +177,8 @@ func (l *lab) breaksAt(k int64, front, back *frail) bool {
 	return front.left.Load()*front.breaks+back.left.Load()*back.breaks <= 0
 }
 
-// T32: a connect that loses its way to xenstore, at whatever request, comes up or
-// fails, and then holds nothing.
+// T32: a device that loses its connection to xenstore while it connects, at any request,
+// comes up, or fails and then holds nothing.
 func TestT32XenstoreBreaksAtEveryRequestOfAConnect(t *testing.T) {
 	for _, end := range []string{"front", "back"} {
 		t.Run(end, func(t *testing.T) {
@@ -203,8 +203,8 @@ func TestT32XenstoreBreaksAtEveryRequestOfAConnect(t *testing.T) {
 	}
 }
 
-// T41: however often a device is opened and closed, nothing is left of it: neither
-// goroutines nor threads nor descriptors, at either end.
+// T41: however often a device is opened and closed, neither end keeps goroutines, threads
+// or descriptors.
 func TestT41OpenAndCloseBothEnds(t *testing.T) {
 	l := newLab(t, emu.Config{Mapped: true})
 	l.serve(pvnet.ServeConfig{Config: pvnet.Config{Buffers: 17}})
@@ -236,7 +236,7 @@ func TestT41OpenAndCloseBothEnds(t *testing.T) {
 	}
 	t.Logf("%d times", n)
 	nothingMore(t, goroutines, files)
-	if now := threads(); now > before+4 { // the runtime keeps those it once needed
+	if now := threads(); now > before+4 { // the runtime keeps threads that it once needed
 		t.Errorf("%d threads, %d before", now, before)
 	}
 }

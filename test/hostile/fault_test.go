@@ -20,7 +20,7 @@ import (
 	"barevif/xenbus/xenstore"
 )
 
-// MSA02, XSA-396: a page whose grant could not be ended is nobody's any more.
+// MSA02, XSA-396: a page whose grant could not be ended is never used again.
 func TestT18BackendKeepsRingsMapped(t *testing.T) {
 	l := newLab(t, emu.Config{})
 	h := l.lure(pvnet.Config{})
@@ -29,7 +29,7 @@ func TestT18BackendKeepsRingsMapped(t *testing.T) {
 		kept := h.Back
 		h.state("5")
 		l.await(h.v.FrontDir()+"/state", "6")
-		h.state("6") // a lie: the rings stay mapped
+		h.state("6") // a lie: the backend keeps the rings mapped
 		l.await(h.v.FrontDir()+"/state", "1")
 		if q := l.Ledger().Quarantined; q != 2 {
 			t.Errorf("%d pages in quarantine, want 2", q)
@@ -40,7 +40,7 @@ func TestT18BackendKeepsRingsMapped(t *testing.T) {
 		h.refs = nil
 		h.offer()
 		eventually(t, "the link", func() bool { return h.dev.Budget() != (pvnet.Budget{}) })
-		for i := range kept.Tx.Bytes() { // what it can still write is of no use
+		for i := range kept.Tx.Bytes() { // the peer can still write the page, which must have no effect
 			kept.Tx.Bytes()[i], kept.Rx.Bytes()[i] = 0xff, 0xff
 		}
 		kept.TxPort.Notify()
@@ -78,11 +78,11 @@ func TestT18GrantsThatNeverEnd(t *testing.T) {
 	eventually(t, "the link", func() bool { return h.dev.Budget() != (pvnet.Budget{}) })
 	h.works()
 	h.base.Quarantined = shared
-	h.base.Pages += l.Ledger().Pages - h.dev.Budget().SharedPages - 512 // the emulator's way to count them
+	h.base.Pages += l.Ledger().Pages - h.dev.Budget().SharedPages - 512 // the emulator counts these pages so
 	h.leave()
 }
 
-// The ledger of what failed to open is that of what was never tried.
+// After a failed open the ledger is the same as without the attempt.
 func TestT30EveryCallFailsOnceDuringConnect(t *testing.T) {
 	l := newLab(t, emu.Config{})
 	failures := []error{syscall.ENOMEM, syscall.EAGAIN, syscall.EPERM, hypercall.ErrNoGrants}
@@ -106,7 +106,7 @@ func TestT30EveryCallFailsOnceDuringConnect(t *testing.T) {
 					done <- err
 				}()
 				if s := l.awaitOr(v.FrontDir()+"/state", done, "4"); s == "4" {
-					l.write(l.dc, v.BackDir(), nil, "4") // it got as far as that
+					l.write(l.dc, v.BackDir(), nil, "4") // it got as far as Connected
 				}
 				err := wait(t, done)
 				lift()
@@ -128,8 +128,8 @@ func TestT30EveryCallFailsOnceDuringConnect(t *testing.T) {
 	}
 }
 
-// awaitOr is await that ends with "" when done has something, which it leaves
-// there.
+// awaitOr is await, but it returns "" when done has a value, which it leaves in the
+// channel.
 func (l *lab) awaitOr(path string, done chan error, value string) (s string) {
 	l.t.Helper()
 	eventually(l.t, path, func() bool {
@@ -163,7 +163,7 @@ func TestT30EveryCallFailsOnceDuringServe(t *testing.T) {
 				l.write(l.gc, g.v.FrontDir(), g.Keys(), "4")
 				s := l.await(g.v.BackDir()+"/state", "4", "5")
 				lift()
-				if s == "4" { // there is no k-th call
+				if s == "4" { // there is no kth call
 					up(t, g.dev)
 					g.sink = listen(g.dev)
 					g.works()
@@ -181,7 +181,7 @@ func TestT30EveryCallFailsOnceDuringServe(t *testing.T) {
 	honest.leave()
 }
 
-// A copy that fails costs its frame.
+// A failed grant copy costs its frame.
 func TestT30CopiesThatFail(t *testing.T) {
 	l := newLab(t, emu.Config{})
 	l.serve(pvnet.ServeConfig{})
@@ -201,14 +201,14 @@ func TestT30CopiesThatFail(t *testing.T) {
 	}
 	lift()
 	g.send(reqs, nil, pass, 0, want)
-	// Refs that are none, or not for this.
+	// Refs that are not granted, or do not permit the operation.
 	for _, ref := range []uint32{0, 7, 4095, 1 << 20, ^uint32(0)} {
 		bad := g.Req(0, 0, 60, 0)
 		bad.Ref = ref
 		g.send([]raw.TxReq{bad}, nil, refuse, telemetry.DropBadGref, nil)
 	}
-	// Towards the guest: the response says so, the next frame goes on.
-	g.Rx.Put(g.RxProd, g.RxProd%raw.Size, uint32(g.Pages.Refs[0])) // read-only for the backend
+	// Towards the guest: the response has an error status, and the next frame passes.
+	g.Rx.Put(g.RxProd, g.RxProd%raw.Size, uint32(g.Pages.Refs[0])) // the backend may only read this page
 	g.RxProd++
 	g.Rx.Put(g.RxProd, g.RxProd%raw.Size, 1<<30)
 	g.RxProd++
@@ -229,7 +229,7 @@ func TestT30CopiesThatFail(t *testing.T) {
 	}
 }
 
-// What an end fails to tell the other is found out by the tick.
+// The tick finds work for which a notification failed.
 func TestT30NotifiesThatFail(t *testing.T) {
 	l := newLab(t, emu.Config{})
 	l.serve(pvnet.ServeConfig{})
@@ -289,7 +289,7 @@ func testT33LostEventIsFoundByTheTick(t *testing.T) {
 		st := g.dev.Stats()
 		return st.RX.Get(telemetry.Parks) >= 2 && g.Tx.Load(raw.ReqEvent) == g.TxProd+1
 	})
-	time.Sleep(20 * time.Millisecond) // armed, and about to wait: let it
+	time.Sleep(20 * time.Millisecond) // give the armed owner time to wait
 	lift := l.guest.Fail(emu.Fault{Op: emu.OpNotify, Times: -1, Event: emu.EventLost})
 	start := time.Now()
 	g.Put(g.Req(0, 0, 60, 0).Words())
@@ -328,7 +328,7 @@ func TestT27DomainDiesAndItsNumberComesAgain(t *testing.T) {
 		wait(t, g.dev.Done())
 		wait(t, g.sink.ended)
 		g.Front.Close()
-		if n := l.Ledger(); n.Mappings != 0 || n.Grants != 0 || n.Ports != 1 { // the backend's presence
+		if n := l.Ledger(); n.Mappings != 0 || n.Grants != 0 || n.Ports != 1 { // the port is the backend's presence
 			t.Errorf("%+v", n)
 		}
 	}
@@ -337,7 +337,7 @@ func TestT27DomainDiesAndItsNumberComesAgain(t *testing.T) {
 	g.leave()
 }
 
-// The backend's domain dies at any moment, and another comes in its place.
+// The backend's domain dies at any moment, and another takes its place.
 func TestT29BackendDomainDiesAtAnyMoment(t *testing.T) {
 	l := newLab(t, emu.Config{})
 	rng := rand.New(rand.NewPCG(5, 6))
@@ -347,7 +347,8 @@ func TestT29BackendDomainDiesAtAnyMoment(t *testing.T) {
 	}
 	h := l.lure(pvnet.Config{})
 	for i := range rounds {
-		// How far it gets: connected, with traffic, and less and less of the handshake.
+		// The connection gets less far each round: with traffic, then through less of the
+		// handshake.
 		if i > 0 {
 			l.ids = 0
 			h.v, h.refs = l.vif(), nil
@@ -403,8 +404,8 @@ func TestT29BackendDomainDiesAtAnyMoment(t *testing.T) {
 	h.leave()
 }
 
-// What a connect has made it gives back, whichever step fails: with the rx pages
-// posted, with one queue whole and the next not, with nothing published.
+// A connect gives everything back, whichever step fails: with the rx pages posted, with
+// one queue complete and the next not, with nothing published.
 func TestT30ConnectFailsAfterPagesWerePosted(t *testing.T) {
 	l := newLab(t, emu.Config{})
 	try := func(what string, queues string, prepare func(v toolstack.Vif) (undo func())) {
@@ -443,7 +444,7 @@ func TestT30ConnectFailsAfterPagesWerePosted(t *testing.T) {
 				continue // there is no such call
 			}
 			try(fmt.Sprint("call ", k, " of ", op), "2", func(toolstack.Vif) func() {
-				return l.guest.Fail(emu.Fault{Op: op, K: k, Times: -1, Err: syscall.ENOMEM}) // one failure costs a queue
+				return l.guest.Fail(emu.Fault{Op: op, K: k, Times: -1, Err: syscall.ENOMEM}) // a single failure only costs a queue
 			})
 		}
 	}

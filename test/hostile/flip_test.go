@@ -21,11 +21,11 @@ import (
 	"barevif/test/hostile/raw"
 )
 
-// What a peer can read of pages we share with it is what was sent to it and zeros.
+// A peer that reads the pages we share with it finds only what was sent to it, and zeros.
 func TestT19OnlyWhatWasSentIsThere(t *testing.T) {
 	l := newLab(t, emu.Config{})
 	h := l.lure(pvnet.Config{})
-	const ours, theirs = 0xa5, 0x5a // every byte of a frame from us, and to us
+	const ours, theirs = 0xa5, 0x5a // every byte of a frame from us, and of one to us
 	for round := range 2 {
 		rng := rand.New(rand.NewPCG(7, uint64(round)))
 		for i := range 300 {
@@ -82,12 +82,12 @@ func TestT19OnlyWhatWasSentIsThere(t *testing.T) {
 				t.Errorf("byte %d behind the slots is %#x", at, h.Tx.Bytes()[at])
 			}
 		}
-		for i := range uint32(raw.Size) { // requests are defined whole, padding too
+		for i := range uint32(raw.Size) { // whole requests are defined, including padding
 			if w := h.Rx.Get(h.RxCons + i); w[0]>>16 != 0 && h.Rx.Load(raw.ReqProd)-h.RxCons > i {
 				t.Errorf("rx request %d has padding %#x", i, w[0]>>16)
 			}
 		}
-		if round == 0 { // the next connection's pages know nothing of this one's
+		if round == 0 { // the next connection's pages hold nothing of this one
 			h.state("5")
 			l.await(h.v.FrontDir()+"/state", "6")
 			if err := h.Close(); err != nil {
@@ -103,8 +103,8 @@ func TestT19OnlyWhatWasSentIsThere(t *testing.T) {
 	h.leave()
 }
 
-// XSA-216: responses are defined whole, and a page the guest posted gets the
-// frame's bytes and no others.
+// XSA-216: whole responses are defined, and a page that the guest posted gets the frame's
+// bytes and no others.
 func TestT19ResponsesAndPostedPages(t *testing.T) {
 	l := newLab(t, emu.Config{})
 	l.serve(pvnet.ServeConfig{})
@@ -152,8 +152,8 @@ func TestT19ResponsesAndPostedPages(t *testing.T) {
 	g.leave()
 }
 
-// flip rewrites words of r until stop is closed: slots, and own indices with rate
-// one in so many; 0 means never.
+// flip rewrites words of r until stop is closed: slots, and own indices once in rate
+// times; 0 means never.
 func flip(r raw.Ring, pages []byte, prod, rate int, seed uint64, stop chan struct{}, wg *sync.WaitGroup) {
 	wg.Go(func() {
 		rng := rand.New(rand.NewPCG(seed, 9))
@@ -178,7 +178,7 @@ func flip(r raw.Ring, pages []byte, prod, rate int, seed uint64, stop chan struc
 			if rate > 0 && n%rate == rate-1 {
 				r.Store(prod, r.Load(prod)+rng.Uint32N(300))
 			}
-			r.Store(raw.ReqEvent, rng.Uint32()) // whose word it is does not stop it
+			r.Store(raw.ReqEvent, rng.Uint32()) // the guest can write the backend's words too
 			r.Store(raw.RspEvent, rng.Uint32())
 			runtime.Gosched()
 		}
@@ -192,8 +192,8 @@ func spell(t *testing.T) time.Duration {
 	return 2 * time.Second
 }
 
-// Everything the guest can write changes while the backend looks at it. On mapped
-// memory: the race detector must not see what is meant.
+// Everything that the guest can write changes while the backend reads it. The memory is
+// mapped, because the race detector must not report this.
 func TestT20FrontendRewritesEverything(t *testing.T) {
 	l := newLab(t, emu.Config{Mapped: true})
 	l.serve(pvnet.ServeConfig{})
@@ -277,7 +277,7 @@ func TestT20BackendRewritesEverything(t *testing.T) {
 	}
 }
 
-// T26, T36: both ends ours, traffic both ways, and readers of the counters who
+// T26, T36: both ends are ours, with traffic both ways and readers of the counters that
 // never stop.
 func TestT26DisconnectUnderLoad(t *testing.T) {
 	l := newLab(t, emu.Config{})
@@ -350,7 +350,7 @@ func TestT26DisconnectUnderLoad(t *testing.T) {
 	}
 }
 
-// T38: the worst a guest can do while others work.
+// T38: the worst behaviour of a guest while others work.
 func TestT38OneHostileOfMany(t *testing.T) { virtually(t, testT38OneHostileOfMany) }
 
 func testT38OneHostileOfMany(t *testing.T) {
@@ -370,7 +370,7 @@ func testT38OneHostileOfMany(t *testing.T) {
 				return
 			default:
 			}
-			var sizes [20]int // refused, and in the end with bad refs
+			var sizes [20]int // first refused, at the end with bad refs
 			sizes[0] = 20
 			reqs, _ := g.chain(0, sizes[:19+n%2]...)
 			for i := range reqs {
@@ -428,12 +428,12 @@ func (l *lab) closeAll(all []*guest) {
 			l.t.Error(err)
 		}
 	}
-	if now := l.Ledger(); now.Grants+now.Mappings+now.Pages != 0 || now.Ports != 1 { // the backend's presence
+	if now := l.Ledger(); now.Grants+now.Mappings+now.Pages != 0 || now.Ports != 1 { // the port is the backend's presence
 		l.t.Errorf("left behind: %+v", now)
 	}
 }
 
-// T37: a line per change of state, whatever the peer does.
+// T37: each change of state gives one log line, whatever the peer does.
 func TestT37LogLinesAreBounded(t *testing.T) {
 	l := newLab(t, emu.Config{})
 	l.serve(pvnet.ServeConfig{})

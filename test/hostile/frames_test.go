@@ -16,7 +16,7 @@ import (
 	"barevif/test/hostile/raw"
 )
 
-// sum is the Internet checksum's sum, a byte at a time.
+// sum is the sum of the internet checksum, byte by byte.
 func sum(parts ...[]byte) uint16 {
 	n := uint32(0)
 	for _, p := range parts {
@@ -34,9 +34,9 @@ func sum(parts ...[]byte) uint16 {
 	return uint16(n)
 }
 
-// packet is an Ethernet frame with tags VLAN tags, IPv4 or IPv6, and TCP or UDP
-// with size bytes of payload. blank has the sum of the pseudo-header where the
-// checksum goes; whole has the checksum.
+// packet returns an Ethernet frame with tags VLAN tags, IPv4 or IPv6, and TCP or UDP with
+// size bytes of payload. The checksum field of blank holds the pseudo-header's sum, that
+// of whole the checksum.
 func packet(tags int, v6, udp bool, size, seed int) (blank, whole []byte) {
 	b := []byte{2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2}
 	for range tags {
@@ -86,8 +86,8 @@ func packet(tags int, v6, udp bool, size, seed int) (blank, whole []byte) {
 	return blank, whole
 }
 
-// cut is a packet of the guest's that has frame in pieces of the given sizes, the
-// rest in the last.
+// cut returns a packet of the guest that has frame in pieces of the given sizes, and the
+// rest in the last piece.
 func (g *guest) cut(frame []byte, flags uint16, sizes ...int) []raw.TxReq {
 	var reqs []raw.TxReq
 	rest := frame
@@ -110,7 +110,7 @@ func (g *guest) cut(frame []byte, flags uint16, sizes ...int) []raw.TxReq {
 	return reqs
 }
 
-// XSA-423: netback copied only what the first slots held of the headers.
+// XSA-423: netback copied only the part of the headers in the first slots.
 func TestT08HeadersSplitAtEveryByte(t *testing.T) {
 	l := newLab(t, emu.Config{})
 	l.serve(pvnet.ServeConfig{})
@@ -127,7 +127,7 @@ func TestT08HeadersSplitAtEveryByte(t *testing.T) {
 				g.send(reqs, nil, pass, 0, whole)
 			}
 		}
-		// Every piece of one byte, as far as slots go.
+		// Pieces of one byte, as many as there may be slots.
 		sizes := []int{14}
 		for len(sizes) < 18 {
 			sizes = append(sizes, 1)
@@ -176,8 +176,8 @@ func TestT09OffsetsAndSizes(t *testing.T) {
 	for _, off := range offsets {
 		for _, n := range sizes {
 			try([]raw.TxReq{g.Req(0, off, n, 0)}, part(0, off, n))
-			// As the second of two slots, of a packet of 60 bytes more and of one
-			// that is shorter than the slot.
+			// As the second of two slots: in a packet of 60 bytes more, and in one
+			// shorter than the slot.
 			first := g.Req(0, 0, n+60, raw.TxMore)
 			if n <= 0xffff-60 {
 				want := append(append([]byte(nil), part(0, 0, 60)...), part(1, off, n)...)
@@ -187,7 +187,7 @@ func TestT09OffsetsAndSizes(t *testing.T) {
 				first.Size = n - 1
 				try([]raw.TxReq{first, g.Req(1, off, n, 0)}, nil)
 			}
-			// The first slot's own bytes, once the rest is subtracted, cross its page.
+			// The first slot's own part, after subtracting the rest, crosses its page.
 			if n >= 14 && n <= 4096 {
 				first = g.Req(0, off, n+20, raw.TxMore)
 				want := append(append([]byte(nil), part(0, off, n)...), part(1, 5, 20)...)
@@ -202,8 +202,8 @@ func TestT09OffsetsAndSizes(t *testing.T) {
 	}
 }
 
-// What a packet's extras may be: xenvif_get_extras and xenvif_set_skb_gso. GSO is
-// fatal where it is malformed; that it was not offered costs the packet.
+// Extras of a packet: xenvif_get_extras and xenvif_set_skb_gso. A malformed GSO extra is
+// fatal; one that was not offered costs the packet.
 func TestT10Extras(t *testing.T) {
 	l := newLab(t, emu.Config{})
 	l.serve(pvnet.ServeConfig{})
@@ -249,7 +249,7 @@ func TestT10Extras(t *testing.T) {
 				return
 			}
 			if c.want == final && (c.extras == nil || c.extras[len(c.extras)-1].Flags == 1) {
-				reqs = reqs[:1] // nothing comes behind
+				reqs = reqs[:1] // nothing follows
 			}
 			g.send(reqs, c.extras, c.want, c.reason, nil)
 			if c.want == final {
@@ -258,8 +258,9 @@ func TestT10Extras(t *testing.T) {
 		})
 	}
 	l.t = t
-	// A dummy request that joins or leaves a group carries no packet, whatever its
-	// flags say: the next slot begins a new one. The filter is not offered: ERROR.
+	// A dummy request that joins or leaves a group carries no packet, whatever its flags
+	// are: the next slot begins a new packet. The backend does not offer the filter:
+	// ERROR.
 	for _, kind := range []uint8{2, 3} {
 		for _, flags := range []uint16{raw.TxExtra, raw.TxExtra | raw.TxMore, raw.TxExtra | raw.TxBlank} {
 			g.send([]raw.TxReq{g.Req(0, 0, 0, flags)}, []raw.Extra{mcast(kind)}, refuse, noReason, nil)
@@ -280,15 +281,16 @@ func TestT10ChecksumLeftBlank(t *testing.T) {
 					for seed, sizes := range [][]int{nil, {14}, {31, 17}, {61, 1, 1}} {
 						blank, whole := packet(tags, v6, udp, size, seed)
 						g.send(g.cut(blank, raw.TxBlank|raw.TxValidated, sizes...), nil, pass, 0, whole)
-						// One that is not blank is not touched.
+						// A checksum that is not partial is left alone.
 						g.send(g.cut(blank, 0, sizes...), nil, pass, 0, blank)
 					}
 				}
 			}
 		}
 	}
-	// What has no checksum to complete is answered OKAY and dropped, as Linux does
-	// (checksum_setup). The headers lie about every length there is.
+	// A partial checksum that cannot be completed: the packet is answered OKAY and
+	// dropped, as by Linux (checksum_setup). The headers give every possible wrong
+	// length.
 	blank, _ := packet(1, false, false, 100, 1)
 	six, _ := packet(0, true, true, 100, 1)
 	garbage := [][]byte{pattern(14, 0), pattern(60, 1), blank[:18], blank[:19], blank[:37], blank[:38], six[:14], six[:53], six[:54], six[:61]}
@@ -305,7 +307,7 @@ func TestT10ChecksumLeftBlank(t *testing.T) {
 		before := g.dev.Stats()
 		reqs := g.cut(b, raw.TxBlank, 20)
 		g.send(reqs, nil, pass, 0, nil)
-		eventually(t, "the frame", func() bool { // comes, with the same length, or is counted
+		eventually(t, "the frame", func() bool { // it arrives with the same length, or is counted as lost
 			st := g.dev.Stats()
 			if len(g.sink.frames) > 0 {
 				if got := <-g.sink.frames; len(got) != len(b) {
@@ -323,8 +325,8 @@ func TestT10ChecksumLeftBlank(t *testing.T) {
 	g.leave()
 }
 
-// A frontend that posts nothing, or never looks, gets nothing more, and costs
-// nothing more.
+// A frontend that posts no pages, or never reads the ring, gets no more frames and costs
+// no more.
 func TestT12RingNeverConsumed(t *testing.T) {
 	l := newLab(t, emu.Config{})
 	l.serve(pvnet.ServeConfig{})
@@ -376,8 +378,8 @@ func TestT12RingNeverConsumed(t *testing.T) {
 	g.leave()
 }
 
-// stalls reports whether d has recorded one event of kind k, about a peer that is so
-// many slots short.
+// stalls reports whether d has recorded one event of kind k, for a sender short of so
+// many slots.
 func stalls(d *pvnet.Device, k telemetry.EventKind, short uint64) bool {
 	n := 0
 	for _, e := range d.Counters().Events() {
@@ -388,9 +390,9 @@ func stalls(d *pvnet.Device, k telemetry.EventKind, short uint64) bool {
 	return n == 1
 }
 
-// XSA-392: a guest took nothing for a minute while gigabytes piled up for it. Here
-// the sender is told, and nothing is kept that is not sent: the first frame after a
-// stall is one that was made after it.
+// XSA-392: a guest took nothing for a minute while gigabytes piled up for it. Here the
+// sender gets an error, and no unsent frame is kept: the first frame after a stall was
+// made after the stall.
 func TestT16FrontendStopsTakingInAFlood(t *testing.T) {
 	l := newLab(t, emu.Config{})
 	l.serve(pvnet.ServeConfig{})
@@ -402,7 +404,7 @@ func TestT16FrontendStopsTakingInAFlood(t *testing.T) {
 	g.Post(3)
 	pages, budget := l.Ledger(), g.dev.Budget()
 	var made atomic.Uint64
-	taken := make(chan uint64, 16) // made before each frame that was taken
+	taken := make(chan uint64, 16) // made before each accepted frame
 	stop, ended := make(chan struct{}), make(chan error, 1)
 	go func() {
 		var f [1]pvnet.Frame
@@ -423,7 +425,7 @@ func TestT16FrontendStopsTakingInAFlood(t *testing.T) {
 			switch _, err := tx.Send(f[:]); err {
 			case nil:
 				taken <- n
-			case pvnet.ErrFull: // what a bridge does
+			case pvnet.ErrFull: // as a bridge does
 				f[0].Release()
 				runtime.Gosched()
 			default:
@@ -460,7 +462,7 @@ func TestT16FrontendStopsTakingInAFlood(t *testing.T) {
 	g.leave()
 }
 
-// XSA-392: one slot was free, the packet needed two, and nothing was amiss.
+// XSA-392: one slot was free, the packet needed two, and no stall was reported.
 func TestT17OneSlotForAFrameThatNeedsTwo(t *testing.T) {
 	l := newLab(t, emu.Config{})
 	l.serve(pvnet.ServeConfig{})
@@ -498,7 +500,7 @@ func TestT17OneSlotForAFrameThatNeedsTwo(t *testing.T) {
 	g.leave()
 }
 
-// XSA-332, 391: events without work cost their sender, not the neighbours.
+// XSA-332, XSA-391: events without work cost their sender, not the neighbours.
 func TestT14EventStorm(t *testing.T) {
 	l := newLab(t, emu.Config{})
 	l.serve(pvnet.ServeConfig{})
@@ -522,13 +524,14 @@ func TestT14EventStorm(t *testing.T) {
 			}
 		}
 	}()
-	// Long enough for the pauses to have grown, however many events that is here.
+	// Long enough for the delays to grow, however many events that takes.
 	for frames := 0; frames < 100 || events.Load() < 10000 || time.Since(start) < 1200*time.Millisecond; frames++ {
 		honest.works()
 	}
 	close(stop)
 	wait(t, ended)
-	// 1, 2, 4 ... 512 ms: the tenth is more than a second off. Then it is one a second.
+	// 1, 2, 4 ... 512 ms: the tenth comes after more than a second. Then one comes per
+	// second.
 	spent := time.Since(start)
 	if n := parks() - before; n > 16+uint64(spent/time.Second) {
 		t.Errorf("%d wake-ups in %v", n, spent)
@@ -551,7 +554,7 @@ func TestT15EventsOnClosedPorts(t *testing.T) {
 			rx.Notify()
 		}
 		g.gone()
-		next := l.attack() // the numbers come again
+		next := l.attack() // the port numbers are used again
 		for range 100 {
 			tx.Notify()
 			rx.Notify()

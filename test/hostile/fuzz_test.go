@@ -12,8 +12,8 @@ import (
 	"barevif/test/hostile/raw"
 )
 
-// A script is a hostile peer: operations of 8 bytes each. Byte 0 says what, the
-// others with what.
+// A script is a hostile peer: operations of 8 bytes each. Byte 0 selects the operation,
+// the other bytes are its arguments.
 //
 //	0-99    put a slot: 2 low bytes of a word, flags, size or status
 //	100-139 put an extra: type, flags, body
@@ -73,8 +73,8 @@ func seeds(f *testing.F) {
 	}
 }
 
-// FuzzTxParse: a frontend's script against our backend's parser. The device lives
-// or ends with a PeerError, and either way everything comes back.
+// FuzzTxParse runs a frontend's script against our backend's parser. The device lives or
+// ends with a PeerError, and all resources come back.
 func FuzzTxParse(f *testing.F) {
 	seeds(f)
 	f.Fuzz(func(t *testing.T, in []byte) {
@@ -116,7 +116,7 @@ func FuzzTxParse(f *testing.F) {
 	})
 }
 
-// ends closes a guest in whatever state its script has left the backend.
+// ends closes a guest, whatever state its script has left the backend in.
 func (g *guest) ends(t *testing.T) {
 	g.state("5")
 	g.l.await(g.v.BackDir()+"/state", "5", "6")
@@ -128,7 +128,7 @@ func (g *guest) ends(t *testing.T) {
 	}
 }
 
-// FuzzRxParse: a backend's script against our frontend's parsers of both rings.
+// FuzzRxParse runs a backend's script against our frontend's parsers of both rings.
 func FuzzRxParse(f *testing.F) {
 	seeds(f)
 	f.Fuzz(func(t *testing.T, in []byte) {
@@ -162,7 +162,7 @@ func FuzzRxParse(f *testing.F) {
 				}
 				r.Store(int(op[1])%1024*4, binary.LittleEndian.Uint32(op[3:]))
 			case c < 240:
-				// A frame of the frontend's, answered well or not.
+				// A frame of the frontend, answered correctly or not.
 				h.dev.SetWriteDeadline(time.Now().Add(200 * time.Microsecond))
 				_, err := h.dev.Write(pattern(14+int(a)%9000, 0))
 				if errors.Is(err, pvnet.ErrDisconnected) {

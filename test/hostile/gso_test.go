@@ -17,7 +17,7 @@ import (
 	"barevif/xenbus/xenstore"
 )
 
-// everything is what a peer says that takes frames to be cut and partial checksums.
+// everything is what a peer publishes that takes long frames and partial checksums.
 func everything() xenstore.Values {
 	return xenstore.Values{
 		"feature-no-csum-offload": "0", "feature-ipv6-csum-offload": "1",
@@ -25,7 +25,7 @@ func everything() xenstore.Values {
 	}
 }
 
-// An arrival is a frame and what is said of it.
+// An arrival is a received frame with its metadata.
 type arrival struct {
 	b    []byte
 	gso  pvnet.GSO
@@ -48,14 +48,14 @@ func arrivalOf(f *pvnet.Frame) arrival {
 	return arrival{b, f.GSO(), f.Checksum()}
 }
 
-// hear is listen that also keeps what is said of the frames.
+// hear is listen that also keeps the metadata of the frames.
 func hear(d *pvnet.Device) (*sink, chan arrival) {
 	s := &sink{dev: d, frames: make(chan []byte, 4096), ended: make(chan error, 1)}
 	all := make(chan arrival, 4096)
 	go func() {
 		s.ended <- d.Listen(context.Background(), func(f pvnet.Frame) {
 			a := arrivalOf(&f)
-			if binary.BigEndian.Uint16(a.b[12:]) == 0x88b5 { // of works
+			if binary.BigEndian.Uint16(a.b[12:]) == 0x88b5 { // a frame of works
 				s.frames <- a.b
 			} else {
 				all <- a
@@ -65,7 +65,7 @@ func hear(d *pvnet.Device) (*sink, chan arrival) {
 	return s, all
 }
 
-// attackWith is attack by a frontend that publishes keys too.
+// attackWith is attack by a frontend that publishes more keys.
 func (l *lab) attackWith(keys xenstore.Values) (*guest, chan arrival) {
 	l.t.Helper()
 	g := l.knock()
@@ -79,7 +79,7 @@ func (l *lab) attackWith(keys xenstore.Values) (*guest, chan arrival) {
 	return g, got
 }
 
-// baitWith is bait by a backend that publishes keys too.
+// baitWith is bait by a backend that publishes more keys.
 func (l *lab) baitWith(cfg pvnet.Config, keys xenstore.Values) *host {
 	l.t.Helper()
 	h := &host{l: l, base: l.Ledger(), lines: l.log.count(slog.LevelError)}
@@ -93,7 +93,7 @@ func (l *lab) baitWith(cfg pvnet.Config, keys xenstore.Values) *host {
 	}()
 	offer := raw.BackKeys()
 	maps.Copy(offer, keys)
-	l.write(l.tools, h.v.BackDir(), offer, "") // some are longer than a domain may write
+	l.write(l.tools, h.v.BackDir(), offer, "") // some values are longer than a domain may write
 	h.offerWith(nil)
 	if err := wait(l.t, connected); err != nil {
 		l.t.Fatal(err)
@@ -102,16 +102,15 @@ func (l *lab) baitWith(cfg pvnet.Config, keys xenstore.Values) *host {
 	return h
 }
 
-// An attempt is a frame with extra infos, and what must become of it where long frames
-// are taken.
+// An attempt is a frame with extras, and its fate at an end that takes long frames.
 type attempt struct {
 	name   string
 	frame  []byte
-	flags  uint16 // of the tx ring
+	flags  uint16 // flags of the tx ring
 	extras []raw.Extra
-	sizes  []int // of the slots; the rest is in as few as it takes
+	sizes  []int // sizes of the slots; the rest is in as few as possible
 	fate   fate
-	want   arrival // if it arrives
+	want   arrival // the arrival if it passes
 	fixed  bool    // its checksum was not partial
 }
 
@@ -125,8 +124,8 @@ const (
 
 const partial = raw.TxBlank | raw.TxValidated
 
-// ipOf is where the IP header of a frame without tags begins, and l4Of the TCP header
-// behind one without options.
+// ipOf is the offset of the IP header in a frame without tags; l4Of that of the TCP
+// header after an IP header without options.
 const ipOf = 14
 
 func l4Of(v6 bool) int {
@@ -143,7 +142,7 @@ func typeOf(v6 bool) pvnet.GSOType {
 	return pvnet.GSOTCPv4
 }
 
-// changed is b with v at i.
+// changed returns b with v at offset i.
 func changed(b []byte, i int, v ...byte) []byte {
 	b = bytes.Clone(b)
 	copy(b[i:], v)
@@ -152,7 +151,7 @@ func changed(b []byte, i int, v ...byte) []byte {
 
 func be(v int) []byte { return binary.BigEndian.AppendUint16(nil, uint16(v)) }
 
-// more is extras, each but the last followed by another.
+// more returns extras with the more flag on all but the last.
 func more(extras ...raw.Extra) []raw.Extra {
 	for i := range extras[:len(extras)-1] {
 		extras[i].Flags = 1
@@ -160,7 +159,7 @@ func more(extras ...raw.Extra) []raw.Extra {
 	return extras
 }
 
-// attempts are long frames of every kind, good and bad (xenvif_get_extras,
+// attempts are long frames of every kind, correct and malformed (xenvif_get_extras,
 // xenvif_set_skb_gso, checksum_setup; xennet_get_extras, xennet_set_skb_gso).
 func attempts() (all []attempt) {
 	add := func(name string, frame []byte, size int, kind uint8, f fate, keeps bool) *attempt {
@@ -198,7 +197,7 @@ func attempts() (all []attempt) {
 			b, _ := packet(0, v6, false, c.payload, 2)
 			add(name(fmt.Sprintf("%d bytes in pieces of %d", c.payload, c.size)), b, c.size, kind, arrives, c.keeps)
 		}
-		// At most packet.MostCuts pieces.
+		// At most packet.MostCuts segments.
 		for _, c := range [][2]int{{129, 1}, {64001, 500}, {64000, 499}, {64000, 8}, {8192 * 7, 7}} {
 			b, _ := packet(0, v6, false, c[0], 2)
 			add(name(fmt.Sprintf("%d bytes in pieces of %d", c[0], c[1])), b, c[1], kind, arrives, true)
@@ -208,16 +207,16 @@ func attempts() (all []attempt) {
 			add(name(fmt.Sprintf("%d bytes in pieces of %d", c[0], c[1])), b, c[1], kind, lost, false)
 		}
 
-		// A checksum that is not partial is made so (rx_gso_checksum_fixup).
+		// A checksum that is not partial is made partial (rx_gso_checksum_fixup).
 		for _, flags := range []uint16{0, raw.TxValidated} {
 			a := add(name(fmt.Sprint("flags ", flags)), whole, 1448, kind, arrives, true)
 			a.flags, a.want.b, a.fixed = flags, blank, true
 		}
 		add(name("blank only"), blank, 1448, kind, arrives, true).flags = raw.TxBlank
-		// What is said to be partial is not looked at.
+		// A checksum marked partial is not verified.
 		add(name("partial garbage"), changed(blank, l4+16, 0xde, 0xad), 1448, kind, arrives, true)
 
-		// Not what it says it is.
+		// The packet differs from its GSO type.
 		proto := 23
 		if v6 {
 			proto = 20
@@ -231,7 +230,7 @@ func attempts() (all []attempt) {
 		add(name("of the other type"), blank, 1448, other, lost, false)
 		add(name("of another version"), changed(blank, ipOf, 0x55), 1448, kind, lost, false)
 		add(name("garbage"), changed(pattern(3000, 4), 12, blank[12:14]...), 1448, kind, lost, false)
-		lengthAt, own := 16, 0 // of what it counts in front of the segment
+		lengthAt, own := 16, 0 // own: bytes before the segment that the length includes
 		if v6 {
 			lengthAt = 18
 		} else {
@@ -248,7 +247,7 @@ func attempts() (all []attempt) {
 			}
 		}
 		for _, c := range []struct {
-			length int // of the segment, as the IP header has it
+			length int // of the segment, by the IP header
 			f      fate
 			keeps  bool
 		}{
@@ -269,7 +268,7 @@ func attempts() (all []attempt) {
 			} else {
 				add(name(fmt.Sprint("TCP header of words, of which there are 8: ", words)), few, 1, kind, arrives, words < 8)
 			}
-			if words > 8 { // nor are they behind the packet
+			if words > 8 { // nor does the packet have that many behind the header
 				add(name(fmt.Sprint("TCP header of words, and what is behind: ", words)), append(few, make([]byte, 40)...), 1, kind, lost, false)
 			}
 		}
@@ -277,7 +276,7 @@ func attempts() (all []attempt) {
 			add(name(fmt.Sprint("cut short at ", n)), blank[:n], 1448, kind, lost, false)
 		}
 
-		// Several extra infos: of each type the last counts.
+		// Several extras: of each type the last one counts.
 		good := raw.GSO(1448, kind)
 		say := func(s string, f fate, extras ...raw.Extra) {
 			add(name(s), blank, 1448, kind, f, f == arrives).extras = more(extras...)
@@ -300,8 +299,7 @@ func attempts() (all []attempt) {
 	return all
 }
 
-// T10, as a frontend's attacks on a backend that takes long frames, and on one that
-// does not.
+// T10: a frontend attacks a backend that takes long frames, and one that does not.
 func TestT10LongFramesToTheBackend(t *testing.T) {
 	for _, offload := range []bool{true, false} {
 		l := newLab(t, emu.Config{})
@@ -326,7 +324,7 @@ func TestT10LongFramesToTheBackend(t *testing.T) {
 				g.send(reqs, a.extras, refuse, telemetry.DropBadGSO, nil)
 			case a.fate == lost:
 				before := lostTo(g.dev, telemetry.DropBadGSO)
-				g.send(reqs, a.extras, pass, 0, nil) // answered OKAY, as Linux does
+				g.send(reqs, a.extras, pass, 0, nil) // answered OKAY, as by Linux
 				eventually(t, a.name, func() bool { return lostTo(g.dev, telemetry.DropBadGSO) == before+1 })
 			default:
 				g.send(reqs, a.extras, pass, 0, nil)
@@ -355,7 +353,7 @@ func TestT10LongFramesToTheBackend(t *testing.T) {
 	}
 }
 
-// rx is a counter of the receiving half, lostTo what it dropped for a reason.
+// rx returns a counter of the receiving half, lostTo the frames it lost for a reason.
 func rx(d *pvnet.Device, c telemetry.Counter) uint64 { st := d.Stats(); return st.RX.Get(c) }
 func lostTo(d *pvnet.Device, r telemetry.Reason) uint64 {
 	st := d.Stats()
@@ -392,7 +390,7 @@ func TestT08LongFramesSplitAtEveryByte(t *testing.T) {
 				t.Fatal(err)
 			}
 			n++
-			// One slot too many, and the extra does not make it fewer.
+			// One slot too many; the extra does not count.
 			sizes = append(sizes, 1)
 			g.send(g.cut(blank, partial|raw.TxExtra, sizes...), extra, refuse, telemetry.DropBadChain, nil)
 		}
@@ -404,10 +402,10 @@ func TestT08LongFramesSplitAtEveryByte(t *testing.T) {
 	g.leave()
 }
 
-// rxFlags says on the rx ring what flags say on the tx ring.
+// rxFlags returns the flags of the rx ring for those of the tx ring.
 func rxFlags(flags uint16) uint16 { return flags&^3 | flags&1<<1 | flags&2>>1 }
 
-// long is a frame with extra infos as it lies on the rx ring.
+// long returns a frame with extras as slots of the rx ring.
 func (h *host) long(frame []byte, flags uint16, extras []raw.Extra, sizes ...int) (slots [][2]uint32) {
 	h.l.t.Helper()
 	for i := 0; len(frame) > 0 || i < len(sizes); i++ {
@@ -433,8 +431,7 @@ func (h *host) long(frame []byte, flags uint16, extras []raw.Extra, sizes ...int
 	return slots
 }
 
-// T06 and T10, as a backend's attacks on a frontend: all that is wrong with a frame
-// costs that frame.
+// T06 and T10: a backend attacks a frontend. An error in a frame costs only that frame.
 func TestT10LongFramesToTheFrontend(t *testing.T) {
 	for _, cfg := range []pvnet.Config{{Offload: true}, {Offload: true, LendRx: true}, {}, {LendRx: true}} {
 		l := newLab(t, emu.Config{})
@@ -476,7 +473,8 @@ func TestT10LongFramesToTheFrontend(t *testing.T) {
 	}
 }
 
-// T20: what was lent could still be written. A frame whose headers we look at is not.
+// T20: the peer can still write a lent page, so a frame whose headers we read is copied
+// instead of lent.
 func TestT20LongFramesAreNotLent(t *testing.T) {
 	l := newLab(t, emu.Config{})
 	h := l.baitWith(pvnet.Config{Offload: true, LendRx: true}, nil)
@@ -521,8 +519,8 @@ func TestT20LongFramesAreNotLent(t *testing.T) {
 	h.leave()
 }
 
-// T30: a copy that fails costs a long frame like any other; the extra's response stays
-// what it is.
+// T30: a failed copy costs a long frame, as any other; the response of its extra does not
+// change.
 func TestT30CopiesOfALongFrameThatFail(t *testing.T) {
 	l := newLab(t, emu.Config{})
 	l.serve(pvnet.ServeConfig{Config: pvnet.Config{Offload: true}})

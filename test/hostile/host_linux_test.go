@@ -24,8 +24,8 @@ import (
 	"barevif/xenbus/xenstore/server/labtest"
 )
 
-// A middle is a host process that is not what it should be: it answers as the host
-// does, but with other descriptors.
+// A middle is a faulty host process: it answers as the host does, but with other
+// descriptors.
 type middle struct {
 	t      testing.TB
 	path   string
@@ -33,13 +33,13 @@ type middle struct {
 	wg     sync.WaitGroup
 
 	mu    sync.Mutex
-	swap  func(nth int, fd int) int // guarded by mu: what goes out instead of the nth descriptor; nil: itself
-	n     int                       // guarded by mu: descriptors that went out
-	kept  []*os.File                // guarded by mu: copies of those that are memory
+	swap  func(nth int, fd int) int // guarded by mu: the descriptor to send instead of the nth; nil: the nth itself
+	n     int                       // guarded by mu: descriptors sent
+	kept  []*os.File                // guarded by mu: copies of the descriptors of memory
 	conns []*net.UnixConn           // guarded by mu
 }
 
-// between makes a middle before the host at path.
+// between makes a middle in front of the host at path.
 func between(t testing.TB, path string) *middle {
 	t.Helper()
 	m := &middle{t: t, path: path + "-middle"}
@@ -124,7 +124,7 @@ func (m *middle) pass(to, from *net.UnixConn, fromHost bool) {
 	}
 }
 
-// change keeps a copy of fd and says what goes out in its place.
+// change keeps a copy of fd and returns the descriptor to send in its place.
 func (m *middle) change(fd int) int {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -140,22 +140,22 @@ func (m *middle) change(fd int) int {
 	return m.swap(m.n, fd)
 }
 
-// set begins to count anew.
+// set starts a new count.
 func (m *middle) set(swap func(nth, fd int) int) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.n, m.swap = 0, swap
 }
 
-// A street is a host with two guests, one of which it treats badly, and their
-// backend.
+// A street is a host with two guests and their backend. The host treats one of the guests
+// badly.
 type street struct {
 	t      testing.TB
 	host   *emu.Host
 	tools  *xenstore.Client
 	middle *middle
 	devs   chan *pvnet.Device
-	next   *pvnet.Device // the honest guest's
+	next   *pvnet.Device // the honest guest's device
 }
 
 func newStreet(t testing.TB) *street {
@@ -235,7 +235,7 @@ func (s *street) add(v toolstack.Vif) toolstack.Vif {
 	return v
 }
 
-// honest demands that the neighbour's frames go there and back.
+// honest requires that the neighbour's frames pass both ways.
 func (s *street) honest() {
 	s.t.Helper()
 	c, stop := context.WithCancel(ctx(s.t))
@@ -260,8 +260,8 @@ func (s *street) honest() {
 	wait(s.t, ended)
 }
 
-// T34: a descriptor that is not memory of the right size, and sealed, is refused; one
-// that should be an event or the way to xenstore harms none but its own vif.
+// T34: a descriptor that is not sealed memory of the right size is refused. One in place
+// of an event or of the connection to xenstore harms only its own vif.
 func TestT34DescriptorsThatAreNotWhatTheyShouldBe(t *testing.T) {
 	s := newStreet(t)
 	memfd := func(size int64, seals int) int {
@@ -292,7 +292,7 @@ func TestT34DescriptorsThatAreNotWhatTheyShouldBe(t *testing.T) {
 	}
 	tricks := []struct {
 		name string
-		like func(size int64) int // a descriptor instead of one of so many bytes
+		like func(size int64) int // the descriptor to send instead of one of size bytes
 	}{
 		{"a pipe", func(int64) int { return pipe[0] }},
 		{"an ordinary file", func(int64) int { return int(file.Fd()) }},
@@ -302,8 +302,8 @@ func TestT34DescriptorsThatAreNotWhatTheyShouldBe(t *testing.T) {
 		{"no memory", func(int64) int { return memfd(0, all) }},
 	}
 	id := uint32(0)
-	// try reports whether it was refused for what the descriptor is, and whether there
-	// was an nth descriptor.
+	// try reports whether the descriptor was refused, and whether there was an nth
+	// descriptor.
 	try := func(nth int, like func(int64) int) (refused, there bool) {
 		defer s.middle.forget()
 		opened := -1
@@ -350,7 +350,7 @@ func TestT34DescriptorsThatAreNotWhatTheyShouldBe(t *testing.T) {
 			break
 		}
 		if !first {
-			continue // an event: the vif is deaf, or up by other means
+			continue // an event: the vif hears nothing, or is up by other means
 		}
 		memory++
 		for _, trick := range tricks[1:] {
@@ -359,15 +359,15 @@ func TestT34DescriptorsThatAreNotWhatTheyShouldBe(t *testing.T) {
 			}
 		}
 	}
-	if memory < 5 { // two tables, and three shares
+	if memory < 5 { // two tables and three shares
 		t.Errorf("only %d descriptors were refused", memory)
 	}
 	unix.Close(pipe[0])
 	unix.Close(pipe[1])
 }
 
-// T34: seals do not keep anyone from punching holes: what was there is zeros. The vif
-// whose rings those were ends, at both ends, and nothing else does.
+// T34: seals do not prevent hole punching, which makes memory zeros. The vif with these
+// rings ends, at both ends, and nothing else does.
 func TestT34MemoryThatIsPunched(t *testing.T) {
 	s := newStreet(t)
 	v := s.add(toolstack.Vif{Front: frontID, Back: backID})
@@ -407,7 +407,7 @@ func TestT34MemoryThatIsPunched(t *testing.T) {
 		t.Fatalf("%d shares punched", punched)
 	}
 	front.SetWriteDeadline(soon())
-	for err == nil { // until it looks at an index again
+	for err == nil { // until it reads an index again
 		_, err = front.Write(pattern(100, 0))
 	}
 	var pe *pvnet.PeerError

@@ -1,10 +1,10 @@
-// Package hostile attacks both ends of a vif with peers that speak the wire by
-// hand. What each attack must end in is one of four verdicts: the frame is dropped
-// and counted, its slots are answered with ERROR, the device ends and nothing else
-// does, or the connection is refused; afterwards nothing is left of it.
+// Package hostile attacks both ends of a vif with peers that write the wire format by
+// hand. Each attack must end in one of four verdicts: the frame is dropped and counted,
+// its slots are answered with ERROR, the device ends and nothing else does, or the
+// connection is refused. Afterwards nothing of the attacker is left.
 //
-// Where a verdict is Linux's it cites the function of
-// drivers/net/xen-netback/netback.c or drivers/net/xen-netfront.c.
+// For a verdict of Linux the test cites the function of drivers/net/xen-netback/netback.c
+// or drivers/net/xen-netfront.c.
 package hostile
 
 import (
@@ -45,7 +45,7 @@ type lab struct {
 	store      *server.Store
 	guest, drv *emu.Domain
 	tools      *xenstore.Client
-	gc, dc     *xenstore.Client // of the guest and the driver domain, for raw peers
+	gc, dc     *xenstore.Client // clients of the guest and the driver domain, for raw peers
 	log        *journal
 	ids        uint32
 	devs       <-chan *pvnet.Device
@@ -66,8 +66,8 @@ func newLab(t testing.TB, cfg emu.Config) *lab {
 	return l
 }
 
-// virtually runs a test where time passes only while everybody waits: what it measures
-// are delays that were meant, however busy this machine is. Its limits are exact.
+// virtually runs a test in a bubble where time passes only while all goroutines wait. It
+// measures intended delays, however busy the machine is, so its limits are exact.
 func virtually(t *testing.T, test func(t *testing.T)) { synctest.Test(t, test) }
 
 func stacks() []byte {
@@ -81,7 +81,7 @@ func ctx(t testing.TB) context.Context {
 	return c
 }
 
-// patience bounds what a test waits for; none comes near it. This machine may be busy.
+// patience bounds every wait of a test; no test comes near it. The machine may be busy.
 const patience = 2 * time.Minute
 
 func soon() time.Time { return time.Now().Add(patience) }
@@ -118,7 +118,7 @@ func (l *lab) remove(v toolstack.Vif) {
 	}
 }
 
-// await waits until path has one of values.
+// await waits until the node at path has one of values.
 func (l *lab) await(path string, values ...string) string {
 	l.t.Helper()
 	w, err := l.tools.Watch(ctx(l.t), path)
@@ -143,7 +143,7 @@ func (l *lab) await(path string, values ...string) string {
 	}
 }
 
-// write sets keys below dir in one transaction of c's, state last.
+// write sets keys below dir in one transaction of c, the state last.
 func (l *lab) write(c *xenstore.Client, dir string, keys xenstore.Values, state string) {
 	l.t.Helper()
 	err := c.Transact(ctx(l.t), func(tx xenstore.Tx) error {
@@ -162,7 +162,7 @@ func (l *lab) write(c *xenstore.Client, dir string, keys xenstore.Values, state 
 	}
 }
 
-// serve begins to serve the vifs of the driver domain.
+// serve starts to serve the vifs of the driver domain.
 func (l *lab) serve(cfg pvnet.ServeConfig) {
 	l.t.Helper()
 	cfg.Hotplug = true
@@ -187,12 +187,12 @@ func (l *lab) unserve() {
 	}
 }
 
-// A sink keeps what a device receives.
+// A sink keeps the frames that a device receives.
 type sink struct {
 	dev    *pvnet.Device
 	frames chan []byte
 	ended  chan error
-	seen   atomic.Uint64 // frames so far
+	seen   atomic.Uint64 // frames seen so far
 }
 
 func listen(d *pvnet.Device) *sink {
@@ -211,7 +211,7 @@ func listen(d *pvnet.Device) *sink {
 	return s
 }
 
-// drain throws away what was received, once all of it has come.
+// drain discards the received frames once all of them have come.
 func (s *sink) drain(t testing.TB) {
 	t.Helper()
 	for end := soon(); ; runtime.Gosched() {
@@ -229,7 +229,7 @@ func (s *sink) drain(t testing.TB) {
 	}
 }
 
-// A guest is a raw frontend before our backend.
+// A guest is a raw frontend of our backend.
 type guest struct {
 	*raw.Front
 	l     *lab
@@ -240,7 +240,7 @@ type guest struct {
 	lines int
 }
 
-// knock adds a vif and waits until our backend offers it.
+// knock adds a vif and waits until our backend is in InitWait for it.
 func (l *lab) knock() *guest {
 	l.t.Helper()
 	g := &guest{l: l, lines: l.log.count(slog.LevelError)}
@@ -258,7 +258,7 @@ func (l *lab) knock() *guest {
 	return g
 }
 
-// attack is a guest that is connected and heard.
+// attack returns a connected guest with a sink.
 func (l *lab) attack() *guest {
 	l.t.Helper()
 	g := l.knock()
@@ -276,7 +276,7 @@ func (g *guest) connect() {
 
 func (g *guest) state(s string) { g.l.write(g.l.gc, g.v.FrontDir(), nil, s) }
 
-// leave closes in good order, and demands everything back.
+// leave closes the connection as a correct frontend does, and requires everything back.
 func (g *guest) leave() {
 	g.l.t.Helper()
 	g.state("5")
@@ -286,7 +286,7 @@ func (g *guest) leave() {
 	g.gone()
 }
 
-// gone ends the vif of a backend that has closed.
+// gone removes the vif of a backend that has closed, and requires everything back.
 func (g *guest) gone() {
 	g.l.t.Helper()
 	g.l.remove(g.v)
@@ -305,8 +305,8 @@ func (g *guest) gone() {
 	}
 }
 
-// fatal demands that the device ends because of what was done to it: with a
-// PeerError that says want, one line in the log, and nothing left.
+// fatal requires that the attack ends the device: with a PeerError that says want, one
+// line in the log, and nothing left.
 func (g *guest) fatal(ring, want string) {
 	g.l.t.Helper()
 	g.l.await(g.v.BackDir()+"/state", "5", "6")
@@ -331,7 +331,7 @@ func (g *guest) fatal(ring, want string) {
 	g.gone()
 }
 
-// works demands that a frame of the guest's arrives, and one to it.
+// works requires that a frame of the guest arrives, and a frame to it.
 func (g *guest) works() {
 	g.l.t.Helper()
 	for len(g.sink.frames) > 0 {
@@ -383,7 +383,7 @@ func wait[T any](t testing.TB, c <-chan T) T {
 	}
 }
 
-// eventually asks until ok, for what no event tells of.
+// eventually asks until ok holds, for conditions that no event announces.
 func eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
 	for end := time.Now().Add(patience); !ok(); time.Sleep(50 * time.Microsecond) {
@@ -393,8 +393,8 @@ func eventually(t testing.TB, what string, ok func() bool) {
 	}
 }
 
-// pattern is n bytes that depend on where they are and on seed, in a frame of no
-// protocol.
+// pattern returns a frame of n bytes and of no known protocol; its bytes depend on their
+// position and on seed.
 func pattern(n, seed int) []byte {
 	b := make([]byte, n)
 	for i := range b {

@@ -18,7 +18,7 @@ import (
 	"barevif/xenbus/xenstore"
 )
 
-// A host is a raw backend before our frontend.
+// A host is a raw backend of our frontend.
 type host struct {
 	*raw.Back
 	l     *lab
@@ -27,14 +27,14 @@ type host struct {
 	sink  *sink
 	base  emu.Ledger
 	lines int
-	refs  []hypercall.GrantRef // posted and not used, oldest first
+	refs  []hypercall.GrantRef // pages posted and not used, oldest first
 }
 
 var frontKeys = []string{
 	"tx-ring-ref", "rx-ring-ref", "event-channel", "event-channel-tx", "event-channel-rx",
 }
 
-// lure adds a vif whose backend is raw, and connects our frontend to it.
+// lure adds a vif with a raw backend, and connects our frontend to it.
 func (l *lab) lure(cfg pvnet.Config) *host {
 	l.t.Helper()
 	h := l.bait(cfg)
@@ -61,7 +61,7 @@ func (l *lab) bait(cfg pvnet.Config) *host {
 	return h
 }
 
-// offer goes through the handshake as a correct backend does.
+// offer performs the handshake of a correct backend.
 func (h *host) offer() { h.offerWith(raw.BackKeys()) }
 
 func (h *host) offerWith(offer xenstore.Values) {
@@ -84,7 +84,7 @@ func (h *host) offerWith(offer xenstore.Values) {
 
 func (h *host) state(s string) { h.l.write(h.l.dc, h.v.BackDir(), nil, s) }
 
-// leave ends it in good order, from our side.
+// leave disconnects our frontend and requires everything back.
 func (h *host) leave() {
 	h.l.t.Helper()
 	go h.dev.Disconnect()
@@ -92,7 +92,7 @@ func (h *host) leave() {
 	h.gone()
 }
 
-// gone answers a frontend that closes, and demands everything back.
+// gone answers a frontend that closes, and requires everything back.
 func (h *host) gone() {
 	h.l.t.Helper()
 	h.state("5")
@@ -109,7 +109,7 @@ func (h *host) gone() {
 	eventually(h.l.t, "everything back", func() bool { return h.l.Ledger() == h.base })
 }
 
-// fatal demands that the frontend's device ends because of what was done to it.
+// fatal requires that the attack ends the frontend's device.
 func (h *host) fatal(ring, want string) {
 	h.l.t.Helper()
 	h.l.await(h.v.FrontDir()+"/state", "5")
@@ -124,7 +124,7 @@ func (h *host) fatal(ring, want string) {
 	}
 }
 
-// take makes sure that n posted pages are at hand.
+// take waits until refs has n posted pages.
 func (h *host) take(n int) {
 	h.l.t.Helper()
 	if n -= len(h.refs); n > 0 {
@@ -136,7 +136,7 @@ func (h *host) take(n int) {
 	}
 }
 
-// slot is a response for the next posted page, which gets p at off.
+// slot returns a response for the next posted page, after copying p there at off.
 func (h *host) slot(off uint16, flags uint16, p []byte) [2]uint32 {
 	h.l.t.Helper()
 	r := h.raw(raw.RxRsp{Offset: off, Flags: flags, Status: int16(len(p))})
@@ -144,24 +144,24 @@ func (h *host) slot(off uint16, flags uint16, p []byte) [2]uint32 {
 		h.l.t.Fatal(err)
 	}
 	h.refs = h.refs[1:]
-	h.RxProd++ // of the slot it will be
+	h.RxProd++ // counts the slot that the response will take
 	return r
 }
 
-// raw is a response with the id of its slot.
+// raw returns a response with the id of its slot.
 func (h *host) raw(r raw.RxRsp) [2]uint32 {
 	h.take(1)
 	r.ID = uint16(h.RxProd % raw.Size)
 	return r.Words()
 }
 
-// deliver puts slots into the ring whose turn has been counted already.
+// deliver puts slots that RxProd has counted already into the ring.
 func (h *host) deliver(slots ...[2]uint32) {
 	h.RxProd -= uint32(len(slots))
 	h.Deliver(slots...)
 }
 
-// bad is a response whose page is not filled.
+// bad returns a response whose page is not filled.
 func (h *host) bad(r raw.RxRsp) [2]uint32 {
 	w := h.raw(r)
 	h.refs = h.refs[1:]
@@ -169,7 +169,7 @@ func (h *host) bad(r raw.RxRsp) [2]uint32 {
 	return w
 }
 
-// extra takes a slot and the page posted for it.
+// extra returns an extra, which takes a slot and the page posted for it.
 func (h *host) extra(x raw.Extra) [2]uint32 {
 	h.take(1)
 	h.refs = h.refs[1:]
@@ -178,7 +178,7 @@ func (h *host) extra(x raw.Extra) [2]uint32 {
 	return [2]uint32{w[0], w[1]}
 }
 
-// works demands that a frame arrives at our frontend, and one from it at us.
+// works requires that a frame arrives at our frontend, and one from it at the host.
 func (h *host) works() {
 	h.l.t.Helper()
 	for len(h.sink.frames) > 0 {
@@ -213,13 +213,13 @@ func TestT01ProducerJumpsOnTheFrontend(t *testing.T) {
 				h := l.lure(pvnet.Config{})
 				h.works()
 				if ring == "rx" {
-					if ahead == 1 { // 256 are posted: this is one
+					if ahead == 1 { // 256 are posted, so this is one of them
 						ahead = 257
 					}
 					h.Rx.Store(raw.RspProd, h.RxProd+ahead)
 					h.RxPort.Notify()
 				} else {
-					// Responses are looked at when there is need of room.
+					// The frontend reads the responses when it needs room.
 					if ahead == ^uint32(0) {
 						// Backwards: of that it can know once it has taken responses,
 						// and for the 257th frame it has.
@@ -246,7 +246,7 @@ func TestT01ProducerJumpsOnTheFrontend(t *testing.T) {
 				}
 				want := "impossible"
 				if ring == "tx" && ahead == 1 {
-					want = "" // or the id of a response nobody wrote
+					want = "" // or the id of a response that was never written
 				}
 				h.fatal(ring, want)
 			})
@@ -264,7 +264,7 @@ func TestT05ResponseIDs(t *testing.T) {
 	for _, c := range []struct {
 		name string
 		ids  func(own []uint16) []raw.TxRsp
-		want string // "": legal
+		want string // "": a legal response
 	}{
 		{"out of range", func([]uint16) []raw.TxRsp { return []raw.TxRsp{{ID: 256}} }, "not outstanding"},
 		{"0x8000", func([]uint16) []raw.TxRsp { return []raw.TxRsp{{ID: 0x8000}} }, "not outstanding"},
@@ -301,7 +301,7 @@ func TestT05ResponseIDs(t *testing.T) {
 			}
 			rsp := c.ids([]uint16{reqs[0].ID, reqs[1].ID})
 			h.Answer(rsp...)
-			// They are looked at when there is need of room.
+			// The frontend reads the responses when it needs room.
 			err = nil
 			for n := 0; err == nil && n < 600; n++ {
 				h.dev.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
@@ -309,8 +309,8 @@ func TestT05ResponseIDs(t *testing.T) {
 			}
 			if c.want != "" {
 				h.fatal("tx", c.want)
-				// Each frame is lost for one reason: one of them for the response
-				// with the wrong id, the others with the connection.
+				// Each frame is lost for one reason: one for the response with the wrong
+				// id, the others for the end of the connection.
 				st := h.dev.Stats()
 				sent, lost := st.TX.Get(telemetry.Packets), st.TX.Dropped()+st.TX.Errors()
 				arrived, wrong := uint64(0), uint64(1)
@@ -348,8 +348,8 @@ func TestT05ResponseIDs(t *testing.T) {
 	}
 }
 
-// What a backend may say on the rx ring (xennet_get_responses,
-// xennet_get_extras): all that is wrong with one frame costs that frame.
+// Responses on the rx ring (xennet_get_responses, xennet_get_extras): an error in one
+// frame costs only that frame.
 func TestT06ReceivedChains(t *testing.T) {
 	l := newLab(t, emu.Config{})
 	for _, lend := range []bool{false, true} {
@@ -388,7 +388,7 @@ func TestT06ReceivedChains(t *testing.T) {
 				st := h.dev.Stats()
 				return st.RX.Lost(reason) == before.RX.Lost(reason)+1
 			})
-			h.works() // and nothing else came
+			h.works() // and no other frame came
 		}
 		for n := 1; n <= 24; n++ {
 			for _, size := range []int{0, 1, 14, 900, 4096} {
@@ -407,16 +407,16 @@ func TestT06ReceivedChains(t *testing.T) {
 				}
 			}
 		}
-		// One that never ends takes all that is there, and no more.
+		// A chain without an end takes all the responses there are, and no more.
 		slots, _ := chain(same(200, 60)...)
 		for i := range slots {
 			slots[i][1] |= raw.RxMore
 		}
 		lost("an endless chain", telemetry.DropBadChain, slots...)
-		// A chain comes whole: what is missing is not waited for.
+		// A chain must be complete: the frontend does not wait for missing slots.
 		slots, _ = chain(100, 100)
 		lost("more_data at the end", telemetry.DropBadChain, slots[0], func() [2]uint32 { slots[1][1] |= raw.RxMore; return slots[1] }())
-		// Slots that lie.
+		// Slots with wrong values.
 		for _, r := range []raw.RxRsp{
 			{Status: 4097}, {Status: 0x7fff}, {Offset: 1, Status: 4096}, {Offset: 4096, Status: 1},
 			{Offset: 0xffff, Status: 1}, {Offset: 0xfff0, Status: 0x7fff}, {Offset: 4097, Status: 0},
@@ -426,7 +426,7 @@ func TestT06ReceivedChains(t *testing.T) {
 		for _, status := range []int16{-1, -2, -3, -13, -32768} {
 			lost(fmt.Sprint("status ", status), telemetry.DropBackendError, h.bad(raw.RxRsp{Status: status}))
 		}
-		// Extras. GSO was not asked for; a hash is a hint.
+		// Extras. The frontend did not ask for GSO; a hash is a hint.
 		gso := func(x raw.Extra) (slots [][2]uint32, want []byte) {
 			want = pattern(100, 9)
 			slots = append(slots, h.slot(0, raw.RxExtra|raw.RxValidated, want), h.extra(x))
@@ -451,19 +451,19 @@ func TestT06ReceivedChains(t *testing.T) {
 			slots = append(slots, h.extra(raw.Extra{Type: 4, Flags: 1}))
 		}
 		lost("endless MORE", telemetry.DropBadExtra, slots...)
-		// Checksums are completed on this side too.
+		// The frontend completes checksums too.
 		for _, v6 := range []bool{false, true} {
 			blank, whole := packet(1, v6, true, 333, 7)
 			h.deliver(h.slot(0, raw.RxBlank|raw.RxValidated|raw.RxMore, blank[:40]), h.slot(9, 0, blank[40:]))
 			arrives(whole)
 		}
 		lost("blank garbage", telemetry.DropBadCsum, h.slot(0, raw.RxBlank, pattern(60, 0)))
-		// The id is the slot's business: whatever it says is not looked at.
+		// The frontend ignores the id: the slot identifies the request.
 		r := h.slot(0, 0, want)
 		r[0] |= 0xffff
 		h.deliver(r)
 		arrives(want)
-		// After all of it every slot is posted again.
+		// Afterwards every slot is posted again.
 		eventually(t, "256 pages posted", func() bool { return h.Rx.Load(raw.ReqProd)-h.RxProd == 256 })
 		h.leave()
 	}

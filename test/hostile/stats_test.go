@@ -12,7 +12,7 @@ import (
 	"barevif/test/hostile/raw"
 )
 
-// shelf is a Store on the heap, where the race detector sees it.
+// A shelf is a Store on the heap, where the race detector watches it.
 type shelf struct {
 	t   testing.TB
 	mu  sync.Mutex
@@ -45,7 +45,7 @@ func (m *shelved) used() {
 	}
 }
 
-// Close overwrites the words: from here on they are nobody's.
+// Close overwrites the words: no device may write or read them afterwards.
 func (m *shelved) Close() error {
 	m.used()
 	m.gone.Store(true)
@@ -57,7 +57,7 @@ func (m *shelved) Close() error {
 	return nil
 }
 
-// check demands that all mirrors are closed and as they were then.
+// check requires that all mirrors are closed, and unchanged since.
 func (s *shelf) check() {
 	s.t.Helper()
 	s.mu.Lock()
@@ -76,8 +76,8 @@ func (s *shelf) check() {
 	}
 }
 
-// watchers read all there is to read of d as fast as they can, until stop. All
-// frames have 200 bytes.
+// watchers call every method of d that reads statistics, as fast as they can, until stop.
+// All frames have 200 bytes.
 func watchers(t testing.TB, d *pvnet.Device) (stop func() (reads uint64)) {
 	end := make(chan struct{})
 	var n atomic.Uint64
@@ -119,8 +119,8 @@ func watchers(t testing.TB, d *pvnet.Device) (stop func() (reads uint64)) {
 	return func() uint64 { close(end); wg.Wait(); return n.Load() }
 }
 
-// T36, XSA-526, XSA-528: who reads the statistics of a device that connects, fails
-// to, connects again, is attacked, or goes, reads what was or what is.
+// T36, XSA-526, XSA-528: a reader of the statistics gets a past or the present value
+// while the device connects, fails to connect, reconnects, is attacked, or ends.
 func TestT36StatisticsAreReadThroughoutALife(t *testing.T) {
 	l := newLab(t, emu.Config{})
 	s := &shelf{t: t}
@@ -156,7 +156,7 @@ func TestT36StatisticsAreReadThroughoutALife(t *testing.T) {
 			g.state("6")
 			g.gone()
 		}
-		for range 100 { // and of what has ended
+		for range 100 { // and the statistics of an ended device
 			g.dev.Stats()
 		}
 		reads += stop()

@@ -16,11 +16,11 @@ import (
 	"barevif/xenbus/xenstore"
 )
 
-// connections is how many connections a peer that never rests gets in d: five at
-// once, five between shorter pauses, then one a second. One may be under way.
+// connections returns how many connections d allows a peer that never rests: five at
+// once, five after shorter delays, then one per second. One more may be under way.
 func connections(d time.Duration) uint64 { return uint64(12 + d/time.Second) }
 
-// cpu is what the process has used so far.
+// cpu returns the processor time that the process has used.
 func cpu(t testing.TB) time.Duration {
 	t.Helper()
 	var u syscall.Rusage
@@ -38,15 +38,15 @@ func heap() uint64 {
 	return m.HeapAlloc
 }
 
-// set writes a state as fast as can be.
+// set writes a state as fast as possible.
 func (l *lab) set(c *xenstore.Client, dir, state string) {
 	if err := c.Write(context.Background(), dir+"/state", state); err != nil {
 		l.t.Fatal(err)
 	}
 }
 
-// T25, T37: connections, pages, grants and log lines come at our pace, not at that
-// of a frontend that does nothing but come and go.
+// T25, T37: we set the pace of connections, pages, grants and log lines, not a frontend
+// that does nothing but connect and close.
 func TestT25FrontendThatTogglesForEver(t *testing.T) { virtually(t, testT25FrontendThatTogglesForEver) }
 
 func testT25FrontendThatTogglesForEver(t *testing.T) {
@@ -71,12 +71,12 @@ func testT25FrontendThatTogglesForEver(t *testing.T) {
 	if n, most := l.drv.Calls().Map-calls.Map, 2*connections(time.Since(start)); n > most {
 		t.Errorf("%d pages mapped, want at most %d", n, most)
 	}
-	// What comes while we look at the last, or in a pause, is looked at once.
+	// Changes during a read, or during a delay, cause one further read.
 	if n := int(l.store.Stats().Requests-stats.Requests) - 4*toggles; n > 2*4*toggles {
 		t.Errorf("%d requests of ours for %d of the guest's writes", n, 4*toggles)
 	}
 
-	// Every step as soon as ours is there: the most that can be had.
+	// Each step follows as soon as our state allows it: the fastest possible peer.
 	calls, start = l.drv.Calls(), time.Now()
 	used := cpu(t)
 	for time.Since(start) < 3*time.Second {
@@ -102,12 +102,12 @@ func testT25FrontendThatTogglesForEver(t *testing.T) {
 		t.Errorf("%d bytes on the heap, %d before", now, before)
 	}
 
-	// Whoever is there next is served.
+	// The next frontend is served.
 	g.state("5")
 	l.await(g.v.BackDir()+"/state", "5", "6")
 	g.state("6")
 	l.await(g.v.BackDir()+"/state", "6")
-	eventually(t, "rings let go", func() bool { return l.Ledger().Mappings == 2 }) // the neighbour's
+	eventually(t, "rings let go", func() bool { return l.Ledger().Mappings == 2 }) // the neighbour's mappings remain
 	g.state("1")
 	l.await(g.v.BackDir()+"/state", "2")
 	g.reset()
@@ -134,7 +134,7 @@ func testT25BackendThatTogglesForEver(t *testing.T) {
 	l := newLab(t, emu.Config{})
 	h := l.lure(pvnet.Config{})
 	h.works()
-	if err := h.Close(); err != nil { // it keeps nothing mapped
+	if err := h.Close(); err != nil { // the backend has nothing mapped
 		t.Fatal(err)
 	}
 	before, bytes := heap(), l.log.bytes()
@@ -145,14 +145,14 @@ func testT25BackendThatTogglesForEver(t *testing.T) {
 	}
 	for n := range toggles {
 		states := []string{"5", "6", "2", "4"}
-		if n%2 == 0 { // the link goes up and down with nothing written by us
+		if n%2 == 0 { // the link goes up and down without a write of ours
 			states = []string{"3", "4", "3", "4"}
 		}
 		for _, s := range states {
 			l.set(l.dc, h.v.BackDir(), s)
 		}
 	}
-	// A connection of ours has three shares.
+	// Each of our connections has three shares.
 	if n, most := l.guest.Calls().Share-calls.Share, 3*connections(time.Since(start)); n > most {
 		t.Errorf("pages granted %d times, want at most %d", n, most)
 	}
@@ -191,7 +191,7 @@ func testT25BackendThatTogglesForEver(t *testing.T) {
 	h.leave()
 }
 
-// An orderly peer that reconnects a few times is back at once.
+// A correct peer that reconnects a few times is connected again at once.
 func TestT25OrderlyReconnectsAreNotSlowedDown(t *testing.T) {
 	virtually(t, testT25OrderlyReconnectsAreNotSlowedDown)
 }
@@ -232,7 +232,7 @@ func (j *journal) bytes() (n int) {
 	return n
 }
 
-// forbid lets dom do no more than read path, until allow is called.
+// forbid lets dom only read path, until allow is called.
 func (l *lab) forbid(path string, dom hypercall.DomID) (allow func()) {
 	l.t.Helper()
 	if _, err := l.store.Read(path); err != nil {
@@ -254,8 +254,8 @@ func (l *lab) forbid(path string, dom hypercall.DomID) (allow func()) {
 	}
 }
 
-// refused counts what is done in a while for a step that does not succeed: it is
-// tried at once, after a second, and after two more.
+// refused counts the attempts at a step that keeps failing: it is tried at once, after
+// one second, and after two more.
 func (l *lab) refused(line string) {
 	l.t.Helper()
 	eventually(l.t, "a refusal", func() bool { return strings.Contains(l.log.String(), line) })
@@ -269,7 +269,7 @@ func (l *lab) refused(line string) {
 	}
 }
 
-// T24: what xenstore refuses is tried again, less and less often.
+// T24: a write that xenstore refuses is repeated, at growing intervals.
 func TestT24StatesThatXenstoreRefuses(t *testing.T) { virtually(t, testT24StatesThatXenstoreRefuses) }
 
 func testT24StatesThatXenstoreRefuses(t *testing.T) {
@@ -305,14 +305,14 @@ func testT24FeaturesThatXenstoreRefuses(t *testing.T) {
 	dev := wait(t, l.devs)
 	l.refused("cannot publish features")
 	warnings := l.log.count(slog.LevelWarn)
-	for range 10 { // nor by a frontend that writes the state it is in
+	for range 10 { // nor if the frontend writes the state that it is in
 		l.set(l.gc, v.FrontDir(), "1")
 		time.Sleep(10 * time.Millisecond)
 	}
 	if n := l.log.count(slog.LevelWarn) - warnings; n > 1 {
 		t.Errorf("%d warnings for a state written again\n%s", n, l.log)
 	}
-	for range 1000 { // nor is it hurried by the frontend
+	for range 1000 { // the frontend cannot speed it up
 		for _, s := range []string{"4", "1"} {
 			l.set(l.gc, v.FrontDir(), s)
 		}
@@ -321,7 +321,7 @@ func testT24FeaturesThatXenstoreRefuses(t *testing.T) {
 		t.Errorf("%d warnings\n%s", n, l.log)
 	}
 	allow()
-	l.set(l.gc, v.FrontDir(), "6") // something new
+	l.set(l.gc, v.FrontDir(), "6") // a new state
 	l.await(v.BackDir()+"/state", "6")
 	l.set(l.gc, v.FrontDir(), "1")
 	l.await(v.BackDir()+"/state", "2")

@@ -28,7 +28,7 @@ func TestT01ProducerJumps(t *testing.T) {
 					g.Tx.Store(raw.ReqProd, g.TxProd+ahead)
 					g.TxPort.Notify()
 				} else {
-					// The backend looks at the rx ring when it has something to send.
+					// The backend reads the rx ring when it has something to send.
 					g.Rx.Store(raw.ReqProd, g.RxProd+ahead)
 					if _, err := g.dev.Write(pattern(60, 0)); err == nil {
 						t.Error("a frame was sent")
@@ -52,7 +52,7 @@ func TestT02ProducerBackwardsOrStandingStill(t *testing.T) {
 	for range 3 {
 		g.works()
 	}
-	for range 1000 { // nothing new: nothing happens
+	for range 1000 { // no further change: nothing happens
 		g.Tx.Store(raw.ReqProd, g.TxProd)
 		g.TxPort.Notify()
 		g.RxPort.Notify()
@@ -67,7 +67,7 @@ func TestT02ProducerBackwardsOrStandingStill(t *testing.T) {
 	g.works()
 	g.Rx.Store(raw.ReqProd, g.RxCons-1)
 	if _, err := g.dev.Write(pattern(60, 0)); err == nil {
-		// The requests it had counted before are still good; not one more.
+		// The backend still handles the requests that it had counted, and no others.
 		for range 2 {
 			if _, err = g.dev.Write(pattern(60, 0)); err != nil {
 				break
@@ -80,10 +80,10 @@ func TestT02ProducerBackwardsOrStandingStill(t *testing.T) {
 	g.fatal("rx", "impossible")
 }
 
-// A verdict is what xenvif_tx_build_gops and what it calls make of one packet.
+// A verdict is what xenvif_tx_build_gops and its callees decide about one packet.
 type verdict int
 
-// noReason is for what is refused although no frame is lost.
+// noReason is the reason of a refusal by which no frame is lost.
 const noReason telemetry.Reason = 0
 
 const (
@@ -93,8 +93,8 @@ const (
 )
 
 // judge is netback's arithmetic (xenvif_count_requests, then the size tests of
-// xenvif_tx_build_gops), read from the requests themselves. fatal_skb_slots is 20
-// and XEN_NETBK_LEGACY_SLOTS_MAX 18, both counted after the first request.
+// xenvif_tx_build_gops), computed from the requests themselves. fatal_skb_slots is 20 and
+// XEN_NETBK_LEGACY_SLOTS_MAX 18; both are counted after the first request.
 func judge(reqs []raw.TxReq) verdict {
 	first := reqs[0].Size
 	dropped := false
@@ -119,7 +119,7 @@ func judge(reqs []raw.TxReq) verdict {
 	return pass
 }
 
-// chain is a packet of the guest's: the first request says the total.
+// chain is a packet of the guest: its first request holds the total size.
 func (g *guest) chain(flags uint16, sizes ...int) (reqs []raw.TxReq, want []byte) {
 	total := 0
 	for _, n := range sizes {
@@ -143,8 +143,8 @@ func (g *guest) chain(flags uint16, sizes ...int) (reqs []raw.TxReq, want []byte
 	return reqs, want
 }
 
-// send puts a packet with its extras, and demands the verdict. want is what has to
-// arrive of one that passes. The guest is spent if the verdict is final.
+// send puts a packet with its extras and requires the verdict. want is the frame that
+// must arrive if it passes. After a final verdict the guest cannot be used again.
 func (g *guest) send(reqs []raw.TxReq, extras []raw.Extra, v verdict, reason telemetry.Reason, want []byte) {
 	g.l.t.Helper()
 	before := g.dev.Stats()
@@ -185,7 +185,7 @@ func (g *guest) send(reqs []raw.TxReq, extras []raw.Extra, v verdict, reason tel
 			g.l.t.Fatalf("%d bytes arrived as %d others", len(want), len(got))
 		}
 	}
-	if v == refuse && reason != noReason { // counted before the answer, shown when the device rests
+	if v == refuse && reason != noReason { // counted before the answer, visible when the device rests
 		eventually(g.l.t, fmt.Sprint("a frame counted as lost for reason ", reason), func() bool {
 			st := g.dev.Stats()
 			return st.RX.Lost(reason) == before.RX.Lost(reason)+1
@@ -220,7 +220,7 @@ func TestT07SlotsAndSizes(t *testing.T) {
 						total += sizes[i]
 					}
 					if total > 0xffff {
-						continue // cannot be said in a request
+						continue // does not fit a request
 					}
 					reqs, want := g.chain(0, sizes...)
 					v := judge(reqs)
@@ -255,8 +255,8 @@ func TestT07SlotsAndSizes(t *testing.T) {
 	}
 }
 
-// An event that brought only frames that were refused had a reason: it must not
-// make the next one late, up to a second (late EOI), as a spurious one does.
+// An event that brought only refused frames was not spurious: it must not delay the next
+// event by up to a second (late EOI).
 func TestFramesThatAreRefusedDelayNobody(t *testing.T) {
 	virtually(t, testFramesThatAreRefusedDelayNobody)
 }

@@ -9,8 +9,8 @@ import (
 	"barevif/xenbus/xenstore"
 )
 
-// A Back is a backend's half of a vif: the frontend's rings mapped, its ports
-// bound. It writes nothing to xenstore.
+// A Back is the backend's half of a vif: it maps the frontend's rings and binds to its
+// ports. It writes nothing to xenstore.
 type Back struct {
 	Tx, Rx         Ring
 	dom            hypercall.Domain
@@ -22,7 +22,7 @@ type Back struct {
 	RxProd, RxCons uint32
 }
 
-// BackKeys is what a correct backend publishes.
+// BackKeys returns the keys that a correct backend publishes.
 func BackKeys() xenstore.Values {
 	return xenstore.Values{
 		"feature-rx-copy": "1", "feature-sg": "1", "feature-split-event-channels": "1",
@@ -30,7 +30,7 @@ func BackKeys() xenstore.Values {
 	}
 }
 
-// NewBack maps and binds what the frontend published.
+// NewBack maps the rings and binds to the ports that the frontend published.
 func NewBack(dom hypercall.Domain, peer hypercall.DomID, keys xenstore.Values) (b *Back, err error) {
 	b = &Back{dom: dom, peer: peer}
 	defer func() {
@@ -69,7 +69,7 @@ func NewBack(dom hypercall.Domain, peer hypercall.DomID, keys xenstore.Values) (
 	return b, err
 }
 
-// await waits until n more requests are in r than were taken.
+// await waits until r has n requests that were not taken yet.
 func (b *Back) await(r Ring, cons uint32, n int, deadline time.Time) error {
 	for {
 		r.Store(ReqEvent, cons+uint32(n))
@@ -96,7 +96,7 @@ func (b *Back) Requests(n int, deadline time.Time) (reqs []TxReq, err error) {
 	return reqs, nil
 }
 
-// Answer puts responses on the tx ring and shows them.
+// Answer puts responses on the tx ring and publishes them.
 func (b *Back) Answer(rsp ...TxRsp) {
 	for _, r := range rsp {
 		b.Tx.Put(b.TxProd, r.Word())
@@ -106,7 +106,7 @@ func (b *Back) Answer(rsp ...TxRsp) {
 	b.TxPort.Notify()
 }
 
-// Posted waits for n requests on the rx ring and gives the refs of their pages.
+// Posted waits for n requests on the rx ring and returns the refs of their pages.
 func (b *Back) Posted(n int, deadline time.Time) (refs []hypercall.GrantRef, err error) {
 	if err = b.await(b.Rx, b.RxCons, n, deadline); err != nil {
 		return nil, err
@@ -118,13 +118,13 @@ func (b *Back) Posted(n int, deadline time.Time) (refs []hypercall.GrantRef, err
 	return refs, nil
 }
 
-// Deliver puts slots on the rx ring and shows them.
+// Deliver puts slots on the rx ring and publishes them.
 func (b *Back) Deliver(slots ...[2]uint32) {
 	b.PutRx(slots...)
 	b.PushRx()
 }
 
-// PutRx writes slots of the rx ring, which the frontend does not see yet.
+// PutRx writes slots of the rx ring. The frontend does not see them before PushRx.
 func (b *Back) PutRx(slots ...[2]uint32) {
 	for _, s := range slots {
 		b.Rx.Put(b.RxProd, s[0], s[1])
@@ -132,13 +132,13 @@ func (b *Back) PutRx(slots ...[2]uint32) {
 	}
 }
 
-// PushRx shows what was put.
+// PushRx publishes the slots and notifies the frontend.
 func (b *Back) PushRx() {
 	b.Rx.Store(RspProd, b.RxProd)
 	b.RxPort.Notify()
 }
 
-// Fill copies p to a page the frontend posted.
+// Fill copies p to a page that the frontend posted.
 func (b *Back) Fill(ref hypercall.GrantRef, offset uint16, p []byte) error {
 	op := []hypercall.CopyOp{{
 		Src: hypercall.Area{Local: p},
@@ -148,7 +148,7 @@ func (b *Back) Fill(ref hypercall.GrantRef, offset uint16, p []byte) error {
 	return b.copy(op)
 }
 
-// Read copies a page of the frontend's, or part of it.
+// Read copies a page of the frontend, or part of it.
 func (b *Back) Read(ref hypercall.GrantRef, offset uint16, p []byte) error {
 	op := []hypercall.CopyOp{{
 		Src: hypercall.Area{Dom: b.peer, Ref: ref, Offset: offset},

@@ -10,21 +10,21 @@ import (
 	"barevif/xenbus/xenstore"
 )
 
-// A Front is a frontend's half of a vif: rings and frame pages it has granted, and
-// ports the backend may bind to. It writes nothing to xenstore.
+// A Front is the frontend's half of a vif: rings and frame pages that it has granted, and
+// ports to which the backend may bind. It writes nothing to xenstore.
 type Front struct {
 	Tx, Rx         Ring
 	Rings          *hypercall.Share // tx, rx
-	Pages          *hypercall.Share // to transmit from: granted read-only
-	Posted         *hypercall.Share // to receive into
+	Pages          *hypercall.Share // pages to transmit from: granted read-only
+	Posted         *hypercall.Share // pages to receive into
 	Waiter         hypercall.Waiter
 	TxPort, RxPort hypercall.Port
 	TxProd, TxCons uint32 // requests put, responses taken
 	RxProd, RxCons uint32
 }
 
-// NewFront makes a frontend of dom for peer with n pages each way. With split each
-// ring has an event channel of its own.
+// NewFront makes a frontend in dom for peer, with n pages in each direction. With split
+// each ring has its own event channel.
 func NewFront(dom hypercall.Domain, peer hypercall.DomID, n int, split bool) (f *Front, err error) {
 	f = new(Front)
 	defer func() {
@@ -59,7 +59,7 @@ func NewFront(dom hypercall.Domain, peer hypercall.DomID, n int, split bool) (f 
 	return f, err
 }
 
-// Keys is what a correct frontend publishes.
+// Keys returns the keys that a correct frontend publishes.
 func (f *Front) Keys() xenstore.Values {
 	v := xenstore.Values{
 		"tx-ring-ref":       strconv.Itoa(int(f.Rings.Refs[0])),
@@ -77,13 +77,13 @@ func (f *Front) Keys() xenstore.Values {
 	return v
 }
 
-// Req is a request for size bytes of transmit page i.
+// Req returns a request for size bytes of transmit page i.
 func (f *Front) Req(i int, offset, size, flags uint16) TxReq {
 	n := len(f.Pages.Refs)
 	return TxReq{Ref: uint32(f.Pages.Refs[i%n]), Offset: offset, Size: size, Flags: flags, ID: uint16(i)}
 }
 
-// Put writes slots of the tx ring, which the backend does not see yet.
+// Put writes slots of the tx ring. The backend does not see them before Push.
 func (f *Front) Put(slots ...[3]uint32) {
 	for _, s := range slots {
 		f.Tx.Put(f.TxProd, s[:]...)
@@ -91,7 +91,7 @@ func (f *Front) Put(slots ...[3]uint32) {
 	}
 }
 
-// Push shows what was put, and notifies whether it was asked to or not.
+// Push publishes the slots and notifies, whether or not the backend asked for it.
 func (f *Front) Push() {
 	f.Tx.Store(ReqProd, f.TxProd)
 	f.TxPort.Notify()
@@ -122,7 +122,7 @@ func (f *Front) Answers(n int, deadline time.Time) (rsp []TxRsp, err error) {
 	return rsp, nil
 }
 
-// Post gives n receive pages to the backend, each in the slot of its turn.
+// Post posts n receive pages, each in the next slot of the rx ring.
 func (f *Front) Post(n int) {
 	for range n {
 		i := f.RxProd % Size
@@ -157,8 +157,8 @@ func (f *Front) Received(n int, deadline time.Time) (rsp []RxRsp, err error) {
 	return rsp, nil
 }
 
-// Close ends grants and ports. [hypercall.ErrInUse] if the backend still maps a
-// page.
+// Close ends the grants and closes the ports. The error is [hypercall.ErrInUse] if the
+// backend still maps a page.
 func (f *Front) Close() (err error) {
 	for _, s := range []*hypercall.Share{f.Rings, f.Pages, f.Posted} {
 		if s != nil {

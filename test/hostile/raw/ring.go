@@ -1,21 +1,21 @@
-// Package raw is a frontend and a backend spoken by hand: ring pages, grants, event
-// channels and xenstore keys as a peer has them, with no engine that could stop it
-// from writing what no correct peer writes.
+// Package raw is a hand-written frontend and backend: ring pages, grants, event channels
+// and xenstore keys, without an engine that would prevent them from writing what no
+// correct peer writes.
 //
-// It shares no code with pvnet, pvnet/ring or pvnet/netif: the layouts are those of
-// xen/include/public/io/ring.h and netif.h, written down a second time. It refuses
-// nothing. Whoever opens a [Front] or [Back] owns it and closes it; neither is safe
-// for concurrent use, except that a [Ring] may be written from any goroutine.
+// It shares no code with pvnet, pvnet/ring or pvnet/netif: it repeats the layouts of
+// xen/include/public/io/ring.h and netif.h. It refuses nothing. The caller that opens a
+// [Front] or [Back] owns and closes it. Neither is safe for concurrent use, except that
+// any goroutine may write a [Ring].
 package raw
 
-// Offsets of the words of a ring page, and where its slots begin.
+// Offsets of the indices of a ring page, and of its first slot.
 const (
 	ReqProd  = 0
 	ReqEvent = 4
 	RspProd  = 8
 	RspEvent = 12
 	Slots    = 64
-	Size     = 256 // slots of either ring
+	Size     = 256 // slots of each ring
 )
 
 // A Ring is a ring page.
@@ -28,11 +28,11 @@ type Ring struct {
 func TxRing(page []byte) Ring { return Ring{page, 12} }
 func RxRing(page []byte) Ring { return Ring{page, 8} }
 
-// Load and Store are the word at byte off of the page.
+// Load returns the word at byte off of the page; Store sets it.
 func (r Ring) Load(off int) uint32     { return word(r.page, off).Load() }
 func (r Ring) Store(off int, v uint32) { word(r.page, off).Store(v) }
 
-// Bytes is the page itself.
+// Bytes returns the page.
 func (r Ring) Bytes() []byte { return r.page }
 
 func (r Ring) at(i uint32) int { return Slots + int(i%Size)*r.stride }
@@ -44,7 +44,7 @@ func (r Ring) Put(i uint32, words ...uint32) {
 	}
 }
 
-// Get reads slot i; of an rx slot the third word is 0.
+// Get returns the words of slot i; for an rx slot the third word is 0.
 func (r Ring) Get(i uint32) (w [3]uint32) {
 	for k := range r.stride / 4 {
 		w[k] = r.Load(r.at(i) + 4*k)
@@ -52,7 +52,7 @@ func (r Ring) Get(i uint32) (w [3]uint32) {
 	return w
 }
 
-// Flags. Bits 0 and 1 have changed places between the rings.
+// Flags. Bits 0 and 1 are swapped between the rings.
 const (
 	TxBlank, TxValidated, TxMore, TxExtra = 1, 2, 4, 8
 	RxValidated, RxBlank, RxMore, RxExtra = 1, 2, 4, 8
@@ -72,12 +72,12 @@ type TxReq struct {
 	Offset, Flags, ID, Size uint16
 }
 
-// Words is the request as it lies in its slot.
+// Words returns the request as it is in its slot.
 func (r TxReq) Words() [3]uint32 {
 	return [3]uint32{r.Ref, pair(r.Offset, r.Flags), pair(r.ID, r.Size)}
 }
 
-// TxReqOf reads the words of a slot.
+// TxReqOf returns the request in the words of a slot.
 func TxReqOf(w [3]uint32) TxReq {
 	return TxReq{w[0], uint16(w[1]), uint16(w[1] >> 16), uint16(w[2]), uint16(w[2] >> 16)}
 }
@@ -88,7 +88,7 @@ type TxRsp struct {
 	Status int16
 }
 
-// Word is the response as it lies in its slot.
+// Word returns the response as it is in its slot.
 func (r TxRsp) Word() uint32 { return pair(r.ID, uint16(r.Status)) }
 
 // An RxRsp is a response on the rx ring.
@@ -97,23 +97,23 @@ type RxRsp struct {
 	Status            int16
 }
 
-// Words is the response as it lies in its slot.
+// Words returns the response as it is in its slot.
 func (r RxRsp) Words() [2]uint32 {
 	return [2]uint32{pair(r.ID, r.Offset), pair(r.Flags, uint16(r.Status))}
 }
 
-// RxRspOf reads the words of a slot.
+// RxRspOf returns the response in the words of a slot.
 func RxRspOf(w [3]uint32) RxRsp {
 	return RxRsp{uint16(w[0]), uint16(w[0] >> 16), uint16(w[1]), int16(w[1] >> 16)}
 }
 
-// An Extra is an extra info record: it takes a slot of either ring.
+// An Extra is an extra info record, which takes a slot of either ring.
 type Extra struct {
 	Type, Flags uint8 // flag 1: another one follows
 	Body        [6]byte
 }
 
-// Words is the record as it lies in its slot.
+// Words returns the record as it is in its slot.
 func (x Extra) Words() [3]uint32 {
 	b := x.Body
 	return [3]uint32{
@@ -123,7 +123,7 @@ func (x Extra) Words() [3]uint32 {
 	}
 }
 
-// GSO is the extra that asks for segments of size bytes; kind 1 is TCPv4.
+// GSO returns the extra that asks for segments of size bytes; kind 1 is TCPv4.
 func GSO(size uint16, kind uint8) Extra {
 	return Extra{Type: 1, Body: [6]byte{byte(size), byte(size >> 8), kind}}
 }

@@ -5,8 +5,8 @@ import (
 	"unsafe"
 )
 
-// word is the word at byte off of b, which the bounds check has seen to lie in b;
-// shared pages are aligned, so that a multiple of 4 is an aligned word.
+// word returns the word at byte off of b. The bounds check makes sure that it lies in b.
+// Shared pages are aligned, so a multiple of 4 is an aligned word.
 func word(b []byte, off int) *atomic.Uint32 {
 	w := b[off : off+4]
 	if off%4 != 0 {
