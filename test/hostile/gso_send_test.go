@@ -18,7 +18,7 @@ import (
 	"barevif/xenbus/xenstore"
 )
 
-// A pitcher sends frames with what is said of them.
+// A pitcher sends frames with metadata: checksum and GSO.
 type pitcher struct {
 	t testing.TB
 	*pvnet.TX
@@ -34,7 +34,8 @@ func pitch(t testing.TB, d *pvnet.Device) pitcher {
 	return pitcher{t, tx}
 }
 
-// make is a frame of the pitcher's own pages; size 0 is not to be cut.
+// make returns a frame in the pitcher's own pages. size 0 means that the frame is not to
+// be segmented.
 func (p pitcher) make(b []byte, csum pvnet.Checksum, kind pvnet.GSOType, size int) (f [1]pvnet.Frame) {
 	p.t.Helper()
 	if n, err := p.AllocWait(f[:], len(b)); n != 1 || err != nil {
@@ -62,7 +63,7 @@ func (p pitcher) send(f [1]pvnet.Frame) {
 	}
 }
 
-// frame joins what the requests of one frame point at.
+// frame joins the bytes that the requests of one frame point at.
 func (h *host) frame(reqs []raw.TxReq) (b []byte) {
 	h.l.t.Helper()
 	first := int(reqs[0].Size)
@@ -83,8 +84,8 @@ func (h *host) frame(reqs []raw.TxReq) (b []byte) {
 	return b
 }
 
-// The worked example of the tx ring: three data slots, of which the first says the
-// total, and the extra in the second, padded with zeros over whatever lay there.
+// The worked example of the tx ring: three data slots, the first with the total size, and
+// an extra in the second slot, padded with zeros whatever the slot held before.
 func TestWireOfALongFrameFromTheFrontend(t *testing.T) {
 	l := newLab(t, emu.Config{})
 	h := l.baitWith(pvnet.Config{}, everything())
@@ -132,7 +133,7 @@ func TestWireOfALongFrameFromTheFrontend(t *testing.T) {
 		}
 		h.Answer(raw.TxRsp{ID: reqs[0].ID})
 	}
-	// A partial checksum alone has no extra.
+	// A frame with only a partial checksum has no extra.
 	blank, _ := packet(0, false, true, 900, 2)
 	p.send(p.make(blank, pvnet.ChecksumPartial, 0, 0))
 	reqs, err := h.Requests(1, soon())
@@ -146,7 +147,7 @@ func TestWireOfALongFrameFromTheFrontend(t *testing.T) {
 }
 
 // The worked example of the rx ring, without a hash: the extra takes the second slot and
-// the request that was in it.
+// the request in it.
 func TestWireOfALongFrameFromTheBackend(t *testing.T) {
 	l := newLab(t, emu.Config{})
 	l.serve(pvnet.ServeConfig{})
@@ -228,8 +229,8 @@ func TestWireOfALongFrameFromTheBackend(t *testing.T) {
 	g.leave()
 }
 
-// T05 and T35: the response of an extra has no id. Whatever a backend makes of that,
-// the pages balance.
+// T05 and T35: the response of an extra has no id. Whatever responses a backend gives, no
+// page is lost.
 func TestT05ResponsesOfExtras(t *testing.T) {
 	l := newLab(t, emu.Config{})
 	null := raw.TxRsp{ID: 0xffff, Status: raw.Null}
@@ -238,10 +239,11 @@ func TestT05ResponsesOfExtras(t *testing.T) {
 	const few = "not outstanding"
 	for _, c := range []struct {
 		name string
-		// of two frames, the first with ids a[0], a[1] and an extra, the second likewise
+		// a and b are the ids of two frames of two data slots each, with an extra in
+		// between
 		answer func(a, b []uint16) []raw.TxRsp
 		want   string // "": legal
-		lost   uint64 // frames, if it is legal
+		lost   uint64 // frames lost, if legal
 	}{
 		{"as Linux does", func(a, b []uint16) []raw.TxRsp {
 			return []raw.TxRsp{ok(a[0]), null, ok(a[1]), ok(b[0]), null, ok(b[1])}
@@ -295,8 +297,8 @@ func TestT05ResponsesOfExtras(t *testing.T) {
 			}
 			rsp := c.answer(ids[0], ids[1])
 			h.Answer(rsp...)
-			// They are looked at when there is need of room: 256 slots, of which this
-			// leaves those that were not answered.
+			// The frontend reads the responses when it needs room: there are 256 slots,
+			// less those without a response.
 			room, n := 256-6+len(rsp), 0
 			var err error
 			for ; err == nil && n <= 256; n++ {
@@ -358,8 +360,7 @@ func TestT05ResponsesOfExtras(t *testing.T) {
 	l.t = t
 }
 
-// An extra that is never answered costs its slot, and no more: neither pages nor, on
-// the next connection, anything.
+// An extra without a response costs its slot until the connection ends, and no page.
 func TestExtrasThatAreNeverAnswered(t *testing.T) {
 	l := newLab(t, emu.Config{})
 	h := l.baitWith(pvnet.Config{}, everything())
@@ -389,7 +390,7 @@ func TestExtrasThatAreNeverAnswered(t *testing.T) {
 		if frames != 85 {
 			t.Fatalf("%d frames of 3 slots", frames)
 		}
-		h.Answer(all...) // 170 of 255: the extras stay
+		h.Answer(all...) // responses to 170 of 255: the extras have none
 		for range 171 {
 			p.send(p.make(pattern(60, 0), pvnet.ChecksumUnknown, 0, 0))
 		}
@@ -422,8 +423,8 @@ func TestExtrasThatAreNeverAnswered(t *testing.T) {
 	h.leave()
 }
 
-// T17: a long frame takes its extra's slot too, and waits for all of its slots. One that
-// is cut goes as far as there are slots, and on from there when it is offered again.
+// T17: a long frame waits for all of its slots, including that of its extra. A frame that
+// we segment is sent as far as there are slots, and continued when it is offered again.
 func TestT17LongFramesToANearlyFullRing(t *testing.T) {
 	l := newLab(t, emu.Config{})
 	blank, _ := packet(0, false, false, 20000-54, 1)
@@ -433,7 +434,7 @@ func TestT17LongFramesToANearlyFullRing(t *testing.T) {
 		if cuts {
 			keys, need = nil, pieces
 		}
-		// Our backend, whose frontend posts too few.
+		// Our backend; its frontend posts too few pages.
 		l.serve(pvnet.ServeConfig{})
 		g, _ := l.attackWith(keys)
 		p := pitch(t, g.dev)
@@ -487,7 +488,7 @@ func TestT17LongFramesToANearlyFullRing(t *testing.T) {
 		g.leave()
 		l.unserve()
 
-		// Our frontend, whose backend answers too few.
+		// Our frontend; its backend answers too few requests.
 		h := l.baitWith(pvnet.Config{}, keys)
 		p = pitch(t, h.dev)
 		f = p.make(blank, pvnet.ChecksumPartial, pvnet.GSOTCPv4, size)
@@ -506,7 +507,7 @@ func TestT17LongFramesToANearlyFullRing(t *testing.T) {
 		}
 		part := 0
 		if cuts {
-			part = need - 1 - 5 // no more pages are free, since the frame holds 5
+			part = need - 1 - 5 // no further pages are free: the frame holds 5
 		}
 		if n := h.Tx.Load(raw.ReqProd); int(n-before) != part {
 			t.Fatalf("%d requests with %d slots, want %d", n-before, need-1, part)
@@ -526,7 +527,8 @@ func TestT17LongFramesToANearlyFullRing(t *testing.T) {
 	}
 }
 
-// segment demands that pieces are what whole becomes, cut in pieces of size bytes.
+// segment requires that pieces are the segments of whole, with size bytes of payload
+// each.
 func segment(t testing.TB, whole []byte, v6 bool, size int, pieces [][]byte) {
 	t.Helper()
 	head := l4Of(v6) + 20
@@ -556,8 +558,8 @@ func segment(t testing.TB, whole []byte, v6 bool, size int, pieces [][]byte) {
 	}
 }
 
-// Both ends ours, each with offloads or without: frames arrive as each takes them, and
-// all are accounted for.
+// Both ends are ours, each with or without offloads: frames arrive in the form that the
+// receiver takes, and all are accounted for.
 func TestLongFramesBetweenOurOwnEnds(t *testing.T) {
 	for _, offload := range [][2]bool{{true, true}, {true, false}, {false, true}, {false, false}} {
 		l := newLab(t, emu.Config{})
@@ -599,7 +601,7 @@ func TestLongFramesBetweenOurOwnEnds(t *testing.T) {
 					continue
 				}
 				f := p.make(blank, pvnet.ChecksumPartial, typeOf(v6), size)
-				if size > 0 && rng.IntN(3) == 0 { // somebody else holds it too
+				if size > 0 && rng.IntN(3) == 0 { // the frame has another holder
 					f[0].Retain()
 					held, original = append(held, f[0]), append(original, blank)
 				}
@@ -671,13 +673,13 @@ func TestLongFramesBetweenOurOwnEnds(t *testing.T) {
 	}
 }
 
-// T21: each end says what it takes and takes back what an earlier one said.
+// T21: each end publishes its offloads, and removes the keys of an earlier process.
 func TestT21OffloadKeys(t *testing.T) {
 	l := newLab(t, emu.Config{})
 	keys := []string{"feature-no-csum-offload", "feature-ipv6-csum-offload", "feature-gso-tcpv4", "feature-gso-tcpv6"}
 	for _, offload := range []bool{true, false, true} {
 		v := l.vif()
-		for _, k := range keys { // of whoever was here before
+		for _, k := range keys { // left by earlier processes
 			l.write(l.gc, v.FrontDir(), xenstore.Values{k: "1"}, "")
 			l.write(l.dc, v.BackDir(), xenstore.Values{k: "1"}, "")
 		}
@@ -694,7 +696,7 @@ func TestT21OffloadKeys(t *testing.T) {
 				if !offload {
 					want, there = "1", k == "feature-no-csum-offload"
 				} else if want == "0" && dir == v.BackDir() {
-					want, there = "", false // says as much, and is a node less
+					want, there = "", false // means the same, and takes no node
 				}
 				if got, err := l.store.Read(dir + "/" + k); (err == nil) != there || there && got != want {
 					t.Errorf("offload %v: %s/%s is %q, %v", offload, dir, k, got, err)
@@ -708,8 +710,8 @@ func TestT21OffloadKeys(t *testing.T) {
 	}
 }
 
-// T21: what is offered in other words than "1" is not offered, and what is said in
-// words nobody knows of checksums is that they are not taken.
+// T21: only "1" offers a feature. An unknown value of a checksum key means that partial
+// checksums are not accepted.
 func TestT21GarbageInsteadOfOffers(t *testing.T) {
 	l := newLab(t, emu.Config{})
 	blank, _ := packet(0, false, false, 3000, 1)
@@ -756,7 +758,7 @@ func TestT21GarbageInsteadOfOffers(t *testing.T) {
 	try(with("feature-sg", "0"), false, false)
 	for i, v := range append([]string{"0", "2", strings.Repeat("1", 4000)}, garbage...) {
 		if strings.Contains(v, "\x00") || testing.Short() && i > 4 {
-			continue // no store takes it
+			continue // xenstored does not take such a value
 		}
 		try(with("feature-gso-tcpv4", v), false, true)
 		try(with("feature-gso-tcpv6", v), true, false)
@@ -768,8 +770,8 @@ func TestT21GarbageInsteadOfOffers(t *testing.T) {
 	}
 }
 
-// A sender that waits when its peer goes sends to the one that comes, as that one
-// takes it.
+// A sender that waits when its peer goes sends to the next peer, in the form that this
+// one takes.
 func TestALongFrameWaitsForAnotherPeer(t *testing.T) {
 	l := newLab(t, emu.Config{})
 	h := l.baitWith(pvnet.Config{}, everything())
@@ -818,7 +820,7 @@ func TestALongFrameWaitsForAnotherPeer(t *testing.T) {
 		pieces = append(pieces, h.frame(reqs))
 	}
 	segment(t, blank, false, 1000, pieces)
-	// Over IPv4 a partial checksum may be sent to whoever does not say otherwise.
+	// Over IPv4 any peer accepts partial checksums unless it says otherwise.
 	reqs, err := h.Requests(1, soon())
 	if err != nil || reqs[0].Flags != partial || !bytes.Equal(h.frame(reqs), other) {
 		t.Fatal(reqs, err)

@@ -17,7 +17,7 @@ import (
 	"barevif/xenbus/xenstore"
 )
 
-// What nobody who keeps to the rules writes where a number goes.
+// Values that no correct peer writes for a number.
 var garbage = []string{
 	"", "-1", "+1", " 1", "1 ", "01", "0x10", "1e3", "1.0", "one", "18446744073709551616",
 	"18446744073709551615", "4294967296", "99999999999999999999999999", "\x00", "1\x00", "1\n",
@@ -26,7 +26,7 @@ var garbage = []string{
 
 const missing = "\x00missing"
 
-// retry closes as a frontend that was refused does, and connects the right way.
+// retry closes as a frontend that was refused does, and then connects correctly.
 func (g *guest) retry() {
 	g.l.t.Helper()
 	g.l.await(g.v.BackDir()+"/state", "5", "6")
@@ -40,7 +40,7 @@ func (g *guest) retry() {
 	g.leave()
 }
 
-// reset makes new rings, and leaves nothing of the old keys.
+// reset makes new rings and removes all the old keys.
 func (g *guest) reset() {
 	g.l.t.Helper()
 	if err := g.Close(); err != nil {
@@ -57,8 +57,8 @@ func (g *guest) reset() {
 	}
 }
 
-// refused publishes keys, of which some are not what they should be, and demands
-// that the backend holds nothing afterwards and serves the next who comes.
+// refused publishes keys, some of them wrong, and requires that the backend then holds
+// nothing and serves the next frontend.
 func (g *guest) refused(keys xenstore.Values) {
 	g.l.t.Helper()
 	before := g.l.Ledger()
@@ -129,7 +129,7 @@ func TestT21GrantsAndPortsThatAreNot(t *testing.T) {
 	ended, _ := l.guest.Share(backID, 1, hypercall.ReadWrite)
 	gone := ended.Refs[0]
 	ended.End()
-	theirs, _ := third.Share(backID, 1, hypercall.ReadWrite) // another domain's number
+	theirs, _ := third.Share(backID, 1, hypercall.ReadWrite) // granted by another domain
 	defer theirs.End()
 	w, _ := l.guest.Waiter()
 	defer w.Close()
@@ -196,7 +196,7 @@ func TestT21GrantsAndPortsThatAreNot(t *testing.T) {
 	l.t = t
 }
 
-// What may be garbage without harm: then it is not offered.
+// Keys whose value may be anything without harm: the feature is then not offered.
 func TestT21KeysThatMayBeAnything(t *testing.T) {
 	l := newLab(t, emu.Config{})
 	l.serve(pvnet.ServeConfig{})
@@ -248,7 +248,7 @@ func TestT21BackendKeys(t *testing.T) {
 		l.write(l.tools, h.v.BackDir(), nil, "6")
 		l.remove(h.v)
 	}
-	// What is not offered well is not offered; who we are is made up if need be.
+	// A feature with a bad value is not offered; a bad MAC is replaced by a random one.
 	for i, v := range append([]string{missing, "0"}, garbage...) {
 		if testing.Short() && i%5 != 0 {
 			continue
@@ -286,7 +286,7 @@ func TestT21BackendKeys(t *testing.T) {
 	}
 }
 
-// A directory that names a backend which is not its own is no device.
+// A directory that names another's backend is no device.
 func TestT21PathsThatAreNotOurs(t *testing.T) {
 	l := newLab(t, emu.Config{})
 	for _, dir := range []string{
@@ -312,8 +312,8 @@ func TestT21PathsThatAreNotOurs(t *testing.T) {
 	}
 }
 
-// A Windows frontend closes before it connects for the first time, and spins until
-// it is answered.
+// A Windows frontend closes before its first connection, and spins until the backend
+// answers.
 func TestT25WindowsClosesFirst(t *testing.T) {
 	l := newLab(t, emu.Config{})
 	l.serve(pvnet.ServeConfig{})
@@ -331,8 +331,8 @@ func TestT25WindowsClosesFirst(t *testing.T) {
 	}
 }
 
-// A frontend closes, makes new rings and connects again between two looks of the
-// backend, which sees Connected both times: it leaves the old rings for the new ones.
+// A frontend closes, makes new rings and connects again between two reads of the backend.
+// The backend sees Connected both times, and must leave the old rings for the new ones.
 func TestT25RingsReplacedBetweenTwoLooks(t *testing.T) {
 	l := newLab(t, emu.Config{})
 	l.serve(pvnet.ServeConfig{})
@@ -355,11 +355,12 @@ func TestT25RingsReplacedBetweenTwoLooks(t *testing.T) {
 			t.Errorf("the backend kept something of the old rings: %v", err)
 		}
 
-		// The same keys once more are the same rings.
+		// The same keys again mean the same rings.
 		maps = l.drv.Calls().Map
 		asked := l.store.Stats().Requests
 		l.write(l.gc, g.v.FrontDir(), next.Keys(), "4")
-		// The guest's own are three more than its keys; the backend reads all of them.
+		// The guest itself sends three requests more than it has keys; the backend reads
+		// each key.
 		eventually(t, "the keys read again", func() bool {
 			return l.store.Stats().Requests > asked+uint64(2*len(next.Keys())+3)
 		})
@@ -401,12 +402,12 @@ func testT25StateJumpsOfTheFrontend(t *testing.T) {
 			honest.works()
 		}
 	}
-	// From wherever it is now: the close cycle, and a connection.
+	// From any state: the close cycle, and then a connection.
 	g.state("5")
 	g.l.await(g.v.BackDir()+"/state", "5", "6")
 	g.state("6")
 	g.l.await(g.v.BackDir()+"/state", "6")
-	eventually(t, "rings let go", func() bool { return l.Ledger().Mappings == 2 }) // the neighbour's
+	eventually(t, "rings let go", func() bool { return l.Ledger().Mappings == 2 }) // the neighbour's mappings remain
 	g.state("1")
 	g.l.await(g.v.BackDir()+"/state", "2")
 	g.reset()
@@ -425,7 +426,7 @@ func testT25StateJumpsOfTheBackend(t *testing.T) {
 	l := newLab(t, emu.Config{})
 	honest := l.lure(pvnet.Config{})
 	h := l.lure(pvnet.Config{})
-	if err := h.Close(); err != nil { // it keeps nothing mapped
+	if err := h.Close(); err != nil { // the backend has nothing mapped
 		t.Fatal(err)
 	}
 	rng := rand.New(rand.NewPCG(3, 4))

@@ -15,11 +15,11 @@ import (
 	"barevif/test/hostile/raw"
 )
 
-// notOffered are the fields that cannot move, since what they count is not offered
-// to any peer.
+// notOffered are the counters that cannot change, because we offer their feature to no
+// peer.
 var notOffered = []string{"gso_packets", "gso_checksum_fixup"}
 
-// A mirror keeps words where a test can write to them.
+// A mirror keeps words that a test can write.
 type mirror struct {
 	mu    sync.Mutex
 	words map[string]*[2][telemetry.BlockWords]uint64 // guarded by mu: by the device's name
@@ -36,7 +36,7 @@ func (m *mirror) Open(i telemetry.Info) (telemetry.Mirror, error) {
 	return &page{w}, nil
 }
 
-// forge writes to one word of all there are.
+// forge changes one word of every mirror.
 func (m *mirror) forge() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -56,14 +56,14 @@ func (p *page) Update(telemetry.Status, telemetry.Reset)            {}
 func (p *page) Record(telemetry.Event)                              {}
 func (p *page) Close() error                                        { return nil }
 
-// count gives a counter of d as it is now.
+// count returns the present value of a counter of d.
 func count(d *pvnet.Device, c telemetry.Counter) uint64 {
 	st := d.Stats()
 	return st.RX.Get(c) + st.TX.Get(c)
 }
 
-// Every counter of the table moves, and every event is recorded: one that only
-// ever stays where it is tells nobody anything.
+// Every counter of the table changes and every event is recorded, because one that never
+// changes tells nothing.
 func TestEveryFieldOfTheTableMoves(t *testing.T) {
 	l := newLab(t, emu.Config{})
 	store := new(mirror)
@@ -71,7 +71,7 @@ func TestEveryFieldOfTheTableMoves(t *testing.T) {
 	l.serve(pvnet.ServeConfig{Config: cfg})
 	var devices []*pvnet.Device
 
-	// What a frontend sends, right and wrong.
+	// Frames from a frontend, correct and wrong.
 	g := l.attack()
 	devices = append(devices, g.dev)
 	g.works()
@@ -86,7 +86,7 @@ func TestEveryFieldOfTheTableMoves(t *testing.T) {
 	reqs, want := g.chain(raw.TxExtra, 100, 200)
 	g.send(reqs, []raw.Extra{{Type: 4}}, pass, noReason, want)
 	g.send(reqs, []raw.Extra{raw.GSO(1448, 1)}, refuse, telemetry.DropBadGSO, nil)
-	g.send(g.cut(pattern(60, 0), raw.TxBlank), nil, pass, noReason, nil) // nothing to complete
+	g.send(g.cut(pattern(60, 0), raw.TxBlank), nil, pass, noReason, nil) // no checksum to complete
 	eventually(t, "no checksum to complete", func() bool {
 		st := g.dev.Stats()
 		return st.RX.Lost(telemetry.DropBadCsum) == 1
@@ -99,7 +99,7 @@ func TestEveryFieldOfTheTableMoves(t *testing.T) {
 	bad.Ref = 1 << 30
 	g.send([]raw.TxReq{bad}, nil, refuse, telemetry.DropBadGref, nil)
 
-	// What it is sent: more than it asked to be told of, then more than it takes.
+	// Frames to it: more than it asked to be notified of, then more than it takes.
 	g.Post(2)
 	for range 2 {
 		if _, err := g.dev.Write(pattern(60, 0)); err != nil {
@@ -117,7 +117,7 @@ func TestEveryFieldOfTheTableMoves(t *testing.T) {
 		t.Fatal(err)
 	}
 	store.forge()
-	g.TxPort.Notify() // for nothing
+	g.TxPort.Notify() // an event without work
 	eventually(t, "the tick and what it wants", func() bool {
 		return count(g.dev, telemetry.MirrorHealed) > 0 && count(g.dev, telemetry.EventsSpurious) > 0
 	})
@@ -139,7 +139,7 @@ func TestEveryFieldOfTheTableMoves(t *testing.T) {
 	g.fatal("tx", "impossible")
 	l.unserve()
 
-	// What a backend sends, and does.
+	// Frames from a backend, and its faults.
 	h := l.bait(pvnet.Config{Counters: store, LendRx: true})
 	devices = append(devices, h.dev)
 	rx, err := h.dev.OwnRX(0)
@@ -176,8 +176,8 @@ func TestEveryFieldOfTheTableMoves(t *testing.T) {
 	if !os.IsTimeout(err) {
 		t.Fatal(err)
 	}
-	// Pages that are all held by the caller, then by the backend; and a backend
-	// that keeps the rings, with what was sent.
+	// The caller holds all pages, then the backend does; and a backend that keeps the
+	// rings, with sent frames in them.
 	held := make([]pvnet.Frame, 257)
 	n := tx.AllocSize(held, 60)
 	if tx.AllocSize(f[:], 60) != 0 {
@@ -197,14 +197,15 @@ func TestEveryFieldOfTheTableMoves(t *testing.T) {
 	if err := kept.Close(); err != nil {
 		t.Error(err)
 	}
-	// And one that answers what it was not asked, of three.
+	// Then a backend that answers a request that was not made, with three frames in
+	// flight.
 	n = tx.AllocSize(held[:3], 60)
 	if k, err := tx.Send(held[:n]); k != 3 || err != nil {
 		t.Fatal(k, err)
 	}
 	h.Answer(raw.TxRsp{ID: 256})
 	for err = nil; err == nil; {
-		if n = tx.AllocSize(f[:], 60); n == 0 { // the look
+		if n = tx.AllocSize(f[:], 60); n == 0 { // the poll
 			_, err = tx.Send(nil)
 			continue
 		}
@@ -240,7 +241,7 @@ func TestEveryFieldOfTheTableMoves(t *testing.T) {
 	}
 }
 
-// kindsOf is what events d has recorded.
+// kindsOf returns the kinds of the events that d has recorded.
 func kindsOf(d *pvnet.Device) map[telemetry.EventKind]bool {
 	kinds := map[telemetry.EventKind]bool{}
 	for _, e := range d.Counters().Events() {

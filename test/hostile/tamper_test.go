@@ -15,8 +15,8 @@ import (
 	"barevif/test/hostile/raw"
 )
 
-// tampered runs f while one in so many loads of shared memory gives something
-// else than is there. A second load of a slot's word panics in this build.
+// tampered runs f while one in so many loads of shared memory returns another value. In
+// this build a second load of a slot's word panics.
 func tampered(rate uint64, f func()) {
 	var n atomic.Uint64
 	restore := shm.Tamper(func(w uint32) uint32 {
@@ -37,7 +37,7 @@ func tampered(rate uint64, f func()) {
 	f()
 }
 
-// T03 made certain: no two loads agree, and nothing is loaded twice.
+// T03 made certain: no two loads agree, and no word is loaded twice.
 func TestT03EveryLoadDiffersForTheBackend(t *testing.T) {
 	l := newLab(t, emu.Config{})
 	l.serve(pvnet.ServeConfig{Config: pvnet.Config{Offload: true}})

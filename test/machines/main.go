@@ -1,7 +1,7 @@
 //go:build linux
 
-// Machines runs the tests of this project on every kind of machine that a user may
-// have, made on this one out of namespaces, users and mounts of their own:
+// Machines runs the tests of this project on every kind of machine that a user may have.
+// It makes these machines on this one from namespaces, users and mounts:
 //
 //	go run ./test/machines                       # every row, the whole suite
 //	go run ./test/machines user offline          # two rows
@@ -10,9 +10,9 @@
 //	go run ./test/machines -n 20 busy            # 20 runs with two busy loops beside them
 //	go run ./test/machines -busy 2               # every row, with two busy loops beside each
 //
-// It needs root. It prints what failed and what was skipped on each, for want of
-// what, keeps the output of go test in a directory, and ends with status 1 if
-// anything failed. Nothing is run twice to make it pass.
+// It needs root. For each machine it prints the failures, and the skipped tests with the
+// reason. It keeps the output of go test in a directory, and exits with status 1 if
+// anything failed. It never runs a failed test again.
 package main
 
 import (
@@ -31,7 +31,7 @@ import (
 	"time"
 )
 
-// A row is a machine.
+// A row describes a machine.
 type row struct {
 	Name, About string
 
@@ -40,8 +40,8 @@ type row struct {
 	NoUsers bool     // forbid user namespaces
 	Offline bool     // a network namespace with nothing but lo, and an empty cache
 	Tmp     string   // TMPDIR: "tmpfs", "disk", or "" for this machine's
-	Busy    int      // loops beside it
-	Env     []string // more of the environment
+	Busy    int      // busy loops beside it
+	Env     []string // added to the environment
 }
 
 var rows = []row{
@@ -63,7 +63,7 @@ var rows = []row{
 
 func main() {
 	if text := os.Getenv(stageEnv); text != "" {
-		fmt.Fprintln(os.Stderr, "machines:", inside(text)) // it only returns if it failed
+		fmt.Fprintln(os.Stderr, "machines:", inside(text)) // inside returns only with an error
 		os.Exit(insideFailed)
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -83,7 +83,7 @@ type options struct {
 	count    int
 	dir      string
 	limit    time.Duration
-	busy     int // loops beside each machine, at least
+	busy     int // minimum of busy loops beside each machine
 	more     []string
 }
 
@@ -148,7 +148,7 @@ func run(ctx context.Context) (failed bool, err error) {
 	return slices.ContainsFunc(results, result.failed), err
 }
 
-// choose gives the rows of these names, all of them without names.
+// choose returns the rows of these names, or all rows if there are no names.
 func choose(all []row, names []string) (chosen []row, err error) {
 	if len(names) == 0 {
 		return all, nil
@@ -198,11 +198,11 @@ func (s *site) run(ctx context.Context, r row, name string, o options) (result, 
 	return res, err
 }
 
-// spin keeps n processors busy until it is undone.
+// spin keeps n processors busy until quiet is called.
 func spin(n int) (quiet func()) {
 	var loops []*exec.Cmd
 	for range n {
-		// Processes, which compete as another program would.
+		// Separate processes compete as another program would.
 		cmd := exec.Command("/bin/sh", "-c", "while :; do :; done")
 		cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 		if cmd.Start() == nil {
@@ -220,7 +220,7 @@ func spin(n int) (quiet func()) {
 func encode(v any) string {
 	b, err := json.Marshal(v)
 	if err != nil {
-		panic(err) // of strings and booleans
+		panic(err) // a value of strings and booleans has no error
 	}
 	return string(b)
 }

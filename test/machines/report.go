@@ -20,24 +20,24 @@ import (
 type result struct {
 	name, about string
 	took        time.Duration
-	status      error // of go test
+	status      error // exit status of go test
 	passed      int
 	failures    []failure
-	skips       map[string][]string // tests by what was missing
+	skips       map[string][]string // skipped tests, by the reason
 }
 
-// A failure is a test that failed, or a package without one that did.
+// A failure is a failed test, or a failed package without a failed test.
 type failure struct{ test, said string }
 
 func (r result) failed() bool { return r.status != nil || len(r.failures) > 0 }
 
-// An event is a line of what "go test -json" prints.
+// An event is a line of the output of "go test -json".
 type event struct {
 	Action, Package, Test, Output string
-	ImportPath                    string // of a package that does not build
+	ImportPath                    string // of a package that does not compile
 }
 
-// summarize reads what "go test -json" printed.
+// summarize reads the output of "go test -json".
 func summarize(r io.Reader) (res result, err error) {
 	res.skips = map[string][]string{}
 	said := map[string]*strings.Builder{}
@@ -54,7 +54,7 @@ func summarize(r io.Reader) (res result, err error) {
 		}
 		var e event
 		if json.Unmarshal(line, &e) != nil {
-			e = event{Action: "output", Output: string(line)} // of the go command itself
+			e = event{Action: "output", Output: string(line)} // output of the go command itself
 		}
 		pkg := e.Package
 		if pkg == "" {
@@ -86,7 +86,7 @@ func summarize(r io.Reader) (res result, err error) {
 			}
 		}
 	}
-	slices.Sort(failed) // one that does not build is named twice
+	slices.Sort(failed) // a package that does not compile is named twice
 	for _, name := range slices.Compact(failed) {
 		if !parents[name] {
 			res.failures = append(res.failures, failure{name, text(said[name])})
@@ -102,7 +102,7 @@ func text(b *strings.Builder) string {
 	return b.String()
 }
 
-// reason is what a test said when it skipped: its last line but the verdict.
+// reason returns why a test was skipped: its last line of output except the verdict.
 func reason(said string) (why string) {
 	for line := range strings.Lines(said) {
 		line = strings.TrimSpace(line)
@@ -111,7 +111,7 @@ func reason(said string) (why string) {
 		}
 		why = line
 	}
-	// Where it stands in the source tells nothing.
+	// Omit the position in the source.
 	if at, rest, ok := strings.Cut(why, ": "); ok && strings.Contains(at, ".go:") {
 		why = rest
 	}
@@ -121,10 +121,10 @@ func reason(said string) (why string) {
 	return why
 }
 
-// keptLines of a failure are shown; all are in the file.
+// keptLines is how many lines of a failure the report shows; the file has all of them.
 const keptLines = 25
 
-// table is the report.
+// table returns the report.
 func table(results []result) string {
 	var b strings.Builder
 	b.WriteString("| machine | is | result | s | passed | failed | skipped |\n|---|---|---|---|---|---|---|\n")
@@ -182,7 +182,7 @@ func tally(results []result) map[string]int {
 	return counts
 }
 
-// shorten names one of many.
+// shorten names the first of several tests.
 func shorten(tests []string) string {
 	if len(tests) == 1 {
 		return tests[0]

@@ -33,8 +33,8 @@ const printed = `go: downloading something
 {"Action":"skip","Package":"barevif/none"}
 `
 
-// A failure is the test that failed, not those around it; a package fails by itself
-// if none of its tests did.
+// A failure is the failed test, not its parents. A package fails by itself if none of its
+// tests failed.
 func TestSummaryNamesWhatFailedAndWhatWasMissing(t *testing.T) {
 	r, err := summarize(strings.NewReader(printed))
 	if err != nil {

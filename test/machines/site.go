@@ -26,23 +26,23 @@ const (
 	// stageEnv holds the plan for a process in the namespaces of a machine.
 	stageEnv = "BAREVIF_MACHINE"
 
-	// insideFailed is the status of one that could not make the machine.
+	// insideFailed is the exit status of a process that could not make the machine.
 	insideFailed = 125
 
-	// user is the ordinary user's number. Its name is userName.
+	// user is the ordinary user's uid and gid.
 	user     = 47110
 	userName = "machines"
 )
 
-// A site is where machines find what they need: the ordinary user's clone and caches.
-// All rows have it at one path, so that they share what is built.
+// A site is the directory with the ordinary user's clone and caches. It is at the same
+// path for all rows, so that they share their builds.
 type site struct {
 	dir, tree, goroot, modules string
 }
 
-// newSite makes one. Only rows of an ordinary user need more than a directory.
+// newSite makes a site. Only rows of an ordinary user need more than the directory.
 func newSite(ctx context.Context, chosen []row) (*site, error) {
-	s := &site{dir: "/var/tmp/bvm"} // short: sockets lie below, in paths of at most 107 bytes
+	s := &site{dir: "/var/tmp/bvm"} // short: it contains sockets, whose paths have at most 107 bytes
 	for _, v := range []struct {
 		name string
 		to   *string
@@ -68,7 +68,7 @@ func newSite(ctx context.Context, chosen []row) (*site, error) {
 	if !slices.ContainsFunc(chosen, func(r row) bool { return r.User }) {
 		return s, nil
 	}
-	// All modules are there before the network is not.
+	// Download all modules while there is a network.
 	for _, step := range [][]string{
 		{"go", "mod", "download"},
 		{"sh", "-c", `git ls-files -z --cached --others --exclude-standard | xargs -0 sh -c 'for f; do [ ! -e "$f" ] || printf "%s\0" "$f"; done' - |
@@ -85,26 +85,26 @@ func newSite(ctx context.Context, chosen []row) (*site, error) {
 
 func (s *site) path(name string) string { return filepath.Join(s.dir, name) }
 
-// remove takes the site away. Mounts were never made but in namespaces that are gone.
+// remove removes the site. All mounts below it were in namespaces that are gone.
 func (s *site) remove() error { return os.RemoveAll(s.dir) }
 
-// A plan is what a process does in the namespaces of a machine before it is go.
+// A plan says what a process does in the namespaces of a machine before it executes go.
 type plan struct {
 	Row    row
 	Binds  [][2]string // from, to; read-only
-	Tmpfs  string      // a directory to have one
-	Passwd string      // a file for /etc/passwd, and Group for /etc/group
+	Tmpfs  string      // directory on which to mount a tmpfs
+	Passwd string      // file to mount as /etc/passwd; Group as /etc/group
 	Group  string
-	Locked bool // in the user namespace already
+	Locked bool // the process is in the user namespace already
 
-	Path string // of the program
+	Path string // path of the program
 	Args []string
 	Env  []string
 	Dir  string
 }
 
-// command makes go with these arguments run on a machine. done gives back what that
-// took.
+// command returns a command that runs go with these arguments on a machine. done frees
+// its resources.
 func (s *site) command(ctx context.Context, r row, args []string) (cmd *exec.Cmd, done func(), err error) {
 	goTool, err := exec.LookPath("go")
 	if err != nil {
@@ -116,7 +116,7 @@ func (s *site) command(ctx context.Context, r row, args []string) (cmd *exec.Cmd
 		return name == "BAREVIF_XENLAB" || r.User && (strings.HasPrefix(name, "XDG_") || strings.HasPrefix(name, "SUDO_"))
 	})
 	env = append(env, "GOFLAGS="+strings.TrimSpace(os.Getenv("GOFLAGS")+" -buildvcs=false"))
-	// Short, since sockets have their paths in it.
+	// A short path, since it becomes part of the paths of sockets.
 	tmp, err := os.MkdirTemp(s.path("tmp"), "")
 	if err != nil {
 		return nil, nil, err
@@ -153,7 +153,7 @@ func (s *site) command(ctx context.Context, r row, args []string) (cmd *exec.Cmd
 		p.Binds = [][2]string{{s.goroot, s.path("go")}, {s.modules, s.path("mod")}}
 		goroot := s.path("go")
 		if open(s.goroot) {
-			// At another path all of Go's own packages were to be built again.
+			// At another path all of Go's own packages would have to be built again.
 			p.Binds, goroot = p.Binds[1:], s.goroot
 		}
 		p.Path, p.Dir = goroot+"/bin/go", s.path("tree")
@@ -178,7 +178,7 @@ func (s *site) command(ctx context.Context, r row, args []string) (cmd *exec.Cmd
 	return cmd, done, nil
 }
 
-// unique keeps the last of each variable: of two, a program may see the first.
+// unique keeps the last setting of each variable; some programs read the first.
 func unique(env []string) (kept []string) {
 	seen := map[string]bool{}
 	for _, v := range slices.Backward(env) {
@@ -191,7 +191,7 @@ func unique(env []string) (kept []string) {
 	return kept
 }
 
-// open says whether every user may enter a directory.
+// open reports whether every user may enter the directory.
 func open(dir string) bool {
 	for ; ; dir = filepath.Dir(dir) {
 		info, err := os.Stat(dir)
@@ -204,7 +204,7 @@ func open(dir string) bool {
 	}
 }
 
-// account writes what a file of accounts is with one more line.
+// account writes a copy of an account file with one more line.
 func (s *site) account(dir, file, line string) (path string, err error) {
 	text, err := os.ReadFile(file)
 	if err != nil {
@@ -214,8 +214,8 @@ func (s *site) account(dir, file, line string) (path string, err error) {
 	return path, os.WriteFile(path, append(text, line...), 0o644)
 }
 
-// inside makes the machine of a plan around this process, which then becomes the
-// program. It returns what went wrong.
+// inside makes the machine of a plan around this process, and then executes the program.
+// It returns only with an error.
 func inside(text string) error {
 	runtime.LockOSThread()
 	var p plan
@@ -241,7 +241,7 @@ func inside(text string) error {
 		return p.lock()
 	}
 	if p.Locked {
-		// The limit is of this user namespace, in which nobody is another user.
+		// The limit holds for each user of this user namespace, and so for root in it.
 		if err := os.WriteFile("/proc/sys/user/max_user_namespaces", []byte("0\n"), 0); err != nil {
 			return err
 		}
@@ -278,7 +278,7 @@ func (p plan) lock() error {
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
 	go func() {
 		for s := range signals {
-			cmd.Process.Signal(s) // go ends its tests before itself
+			cmd.Process.Signal(s) // go ends its tests and then itself
 		}
 	}()
 	err := cmd.Wait()
@@ -291,7 +291,7 @@ func (p plan) lock() error {
 	return err
 }
 
-// mounts are private to the machine.
+// mounts makes the machine's mounts, in its own mount namespace.
 func (p plan) mounts() error {
 	bind := func(from, to string, flags uintptr) error {
 		if err := unix.Mount(from, to, "", unix.MS_BIND, ""); err != nil {

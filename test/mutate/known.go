@@ -9,20 +9,20 @@ import (
 	"strings"
 )
 
-// equivalent lists mutants that change nothing anyone could see, each with the
-// reason. Three lines an entry, and an empty one between two:
+// equivalent lists mutants without an effect, each with the reason. An entry has three
+// lines, with an empty line between entries:
 //
 //	file function kind [#nth]
 //	what is mutated -> what it becomes
 //	the reason
 //
-// The first two are as the report shows a survivor. Lines that begin with # are
+// The first two lines are those of a survivor in the report. Lines that begin with # are
 // comments.
 //
 //go:embed equivalent.txt
 var equivalent string
 
-// parseKnown reads the list: reasons by mutant.
+// parseKnown parses the list. It returns the reasons by mutant.
 func parseKnown(text string) (map[key]string, error) {
 	known := make(map[key]string)
 	var entry []string
@@ -71,7 +71,7 @@ func parseKnown(text string) (map[key]string, error) {
 	return known, flush(n)
 }
 
-// stale are the entries that name no mutant.
+// stale returns the entries that name no existing mutant.
 func stale(known map[key]string, all []*mutant) []key {
 	there := make(map[key]bool, len(all))
 	for _, m := range all {

@@ -1,19 +1,19 @@
 //go:build linux
 
-// Mutate takes checks out of the code, one at a time, and sees whether a test
-// notices: an if that refuses never does, a bound is off by one, one side of && is
-// left out, an error is not returned. Each mutant is laid over the tree with
-// go test -overlay; nothing in the tree is written.
+// Mutate breaks checks in the code, one at a time, and runs the tests to see whether one
+// notices: a refusing if never holds, a bound is off by one, one side of && is omitted,
+// an error is not returned. It lays each mutant over the tree with go test -overlay, and
+// writes nothing in the tree.
 //
-//	go run ./test/mutate -packages arena,pvnet/ring      # of two packages, all
+//	go run ./test/mutate -packages arena,pvnet/ring      # all mutants of two packages
 //	go run ./test/mutate -n 300 -results nightly.jsonl   # a sample of all packages
 //	go run ./test/mutate -results nightly.jsonl          # go on to the rest
-//	go run ./test/mutate -list -packages xenbus/xenstore/server    # only say which there are
+//	go run ./test/mutate -list -packages xenbus/xenstore/server    # only list the mutants
 //
-// A mutant that survives is a check without a test, one that nothing needs, or one
-// that changes nothing: those are in equivalent.txt, with the reason. The exit status
-// is 1 if one survives that is not listed, or if the list names one that is not there
-// any more.
+// A surviving mutant shows a check without a test, an unnecessary check, or a change
+// without effect. The last kind is listed in equivalent.txt with the reason. The exit
+// status is 1 if a mutant survives that is not listed, or if a listed mutant no longer
+// exists.
 package main
 
 import (
@@ -135,7 +135,7 @@ func run(ctx context.Context, args []string, out, errs io.Writer) error {
 	if err != nil {
 		return err
 	}
-	// All packages, so that the list of equivalents is held to what there is.
+	// All packages, so that the whole list of equivalents is checked.
 	var all, chosen []*mutant
 	for _, p := range plans {
 		found, err := mutantsOf(o.root, p.dir)
@@ -172,7 +172,7 @@ func run(ctx context.Context, args []string, out, errs io.Writer) error {
 	return runAll(ctx, o, chosen, known, out, errs)
 }
 
-// runAll runs the mutants, as far as no earlier run has, and reports.
+// runAll runs the mutants without a result of an earlier run, and reports.
 func runAll(ctx context.Context, o options, chosen []*mutant, known map[key]string, out, errs io.Writer) error {
 	book, err := openLedger(o.results)
 	if err != nil {
@@ -190,7 +190,7 @@ func runAll(ctx context.Context, o options, chosen []*mutant, known map[key]stri
 	}
 	r := &runner{root: root, tmp: tmp, limits: make(map[suite]time.Duration), failed: make(map[suite]error)}
 	began := time.Now()
-	untried := make(map[string]error) // packages whose tests fail anyway
+	untried := make(map[string]error) // packages whose tests fail without a mutant
 	var results []result
 	var ended error
 	for i, m := range chosen {
@@ -248,7 +248,7 @@ func suitesOf(dir string) []suite {
 	return plans[slices.IndexFunc(plans, func(p plan) bool { return p.dir == dir })].suites
 }
 
-// report writes the table, then what survived.
+// report writes the table, then the survivors.
 func report(out io.Writer, results []result, asJSON bool) (survivors int, err error) {
 	type row struct{ total, killed, hung, listed, broken, survived int }
 	rows := make(map[string]*row)
@@ -306,7 +306,7 @@ func report(out io.Writer, results []result, asJSON bool) (survivors int, err er
 			if res.Nth > 0 {
 				nth = fmt.Sprintf(" #%d", res.Nth+1)
 			}
-			// As equivalent.txt wants it, after the line number.
+			// The form of equivalent.txt, after the line number.
 			if _, err := fmt.Fprintf(out, "\nsurvived, line %d:\n%s %s %s%s\n%s -> %s\n",
 				res.Line, res.File, res.Func, res.Kind, nth, res.From, res.To); err != nil {
 				return 0, err

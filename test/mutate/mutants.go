@@ -20,25 +20,25 @@ import (
 
 // Kinds of mutants.
 const (
-	kindCheck    = "check"    // a condition that refuses never holds
+	kindCheck    = "check"    // a refusing condition never holds
 	kindBound    = "bound"    // < for <=, > for >=, and back
-	kindOperand  = "operand"  // one side of && or || is left out
-	kindConstant = "constant" // what is compared with is one more or one less
+	kindOperand  = "operand"  // one side of && or || is omitted
+	kindConstant = "constant" // a compared constant is one more or one less
 	kindNil      = "nil"      // an error is not returned
-	kindMinMax   = "minmax"   // min or max is one of its arguments
+	kindMinMax   = "minmax"   // min or max is replaced by one of its arguments
 )
 
 var kinds = []string{kindCheck, kindBound, kindOperand, kindConstant, kindNil, kindMinMax}
 
-// A key names a mutant by what it changes, without line numbers, so that it outlives
-// changes elsewhere in the file.
+// A key names a mutant by its change, without line numbers, so that it survives changes
+// elsewhere in the file.
 type key struct {
-	File string `json:"file"` // slashes, from the root
+	File string `json:"file"` // relative to the root, with slashes
 	Func string `json:"func"` // "name" or "Type.name"
 	Kind string `json:"kind"`
-	From string `json:"from"`          // the expression, white space collapsed
-	To   string `json:"to"`            // and what it becomes
-	Nth  int    `json:"nth,omitempty"` // of those that are alike in the function, from 0
+	From string `json:"from"`          // the expression, with white space collapsed
+	To   string `json:"to"`            // the replacement
+	Nth  int    `json:"nth,omitempty"` // index among equal changes in the function, from 0
 }
 
 func (k key) String() string {
@@ -53,25 +53,24 @@ func (k key) String() string {
 type mutant struct {
 	key
 	Line int    `json:"line"`
-	dir  string // of the package
-	src  []byte // the file
-	at   [2]int // the bytes of src to replace
+	dir  string // directory of the package
+	src  []byte // content of the file
+	at   [2]int // range of bytes of src to replace
 	with string
-	sum  string // of the file's text
+	sum  string // hash of src
 }
 
-// line is how it is listed.
+// line returns the mutant's line in a list.
 func (m *mutant) line() string {
 	return fmt.Sprintf("%s:%d: %s %s: %s -> %s", m.File, m.Line, m.Func, m.Kind, m.From, m.To)
 }
 
-// text is the whole file with the change in it.
+// text returns the whole file with the change in it.
 func (m *mutant) text() []byte {
 	return slices.Concat(m.src[:m.at[0]], []byte(m.with), m.src[m.at[1]:])
 }
 
-// rank orders mutants for a sample: by chance, but one that others come and go
-// beside keeps its place.
+// rank orders mutants for a sample: randomly, but independently of the other mutants.
 func (m *mutant) rank(seed uint64) uint64 {
 	h := sha256.New()
 	binary.Write(h, binary.LittleEndian, seed)
@@ -79,7 +78,7 @@ func (m *mutant) rank(seed uint64) uint64 {
 	return binary.LittleEndian.Uint64(h.Sum(nil))
 }
 
-// sample is n of all, in the order of all; all of them if n is 0.
+// sample returns n of all, in the order of all; all of them if n is 0.
 func sample(all []*mutant, n int, seed uint64) []*mutant {
 	if n <= 0 || n >= len(all) {
 		return all
@@ -98,7 +97,7 @@ func sample(all []*mutant, n int, seed uint64) []*mutant {
 	return slices.DeleteFunc(slices.Clone(all), func(m *mutant) bool { return !chosen[m] })
 }
 
-// mutantsOf are those of the package in dir below root, in the order of the source.
+// mutantsOf returns the mutants of the package in dir below root, in source order.
 func mutantsOf(root, dir string) ([]*mutant, error) {
 	entries, err := os.ReadDir(filepath.Join(root, filepath.FromSlash(dir)))
 	if err != nil {
@@ -132,15 +131,15 @@ type generator struct {
 	fset      *token.FileSet
 	consts    map[string]map[string]bool // by directory
 
-	// Of the file.
+	// State for one file.
 	name    string
 	src     []byte
 	sum     string
 	base    int
-	imports map[string]string // directory by name of the package
+	imports map[string]string // directory, by the package's name
 	out     []*mutant
 
-	// Of the function.
+	// State for one function.
 	fn string
 }
 
@@ -203,10 +202,10 @@ func funcName(fn *ast.FuncDecl) string {
 	}
 }
 
-// body finds the mutants of one function; those of functions within it have a
-// result list of their own.
+// body finds the mutants of one function. It handles function literals separately,
+// because they have their own results.
 func (g *generator) body(body *ast.BlockStmt, sig *ast.FuncType) {
-	loops := make(map[ast.Expr]bool) // conditions of for
+	loops := make(map[ast.Expr]bool) // conditions of for statements
 	ast.Inspect(body, func(n ast.Node) bool {
 		switch n := n.(type) {
 		case *ast.FuncLit:
@@ -239,7 +238,7 @@ func (g *generator) body(body *ast.BlockStmt, sig *ast.FuncType) {
 			case token.LAND, token.LOR:
 				g.operand(n)
 			case token.LSS, token.LEQ, token.GTR, token.GEQ, token.EQL, token.NEQ:
-				if !loops[n] { // its body would run once too often, or endlessly
+				if !loops[n] { // the loop's body would run once too often, or endlessly
 					g.comparison(n)
 				}
 			}
@@ -254,7 +253,7 @@ func (g *generator) of(n ast.Node) string {
 	return string(g.src[g.offset(n.Pos()):g.offset(n.End())])
 }
 
-// add makes a mutant that replaces n by with. from and to are how it is shown.
+// add adds a mutant that replaces n by with. from and to are its display form.
 func (g *generator) add(kind string, n ast.Node, with, from, to string) {
 	g.out = append(g.out, &mutant{
 		key:  key{File: g.name, Func: g.fn, Kind: kind, From: oneLine(from), To: oneLine(to)},
@@ -269,12 +268,12 @@ func (g *generator) add(kind string, n ast.Node, with, from, to string) {
 
 func oneLine(s string) string { return strings.Join(strings.Fields(s), " ") }
 
-// blames are names of functions that refuse what they are called for.
+// blames matches names of functions that report or handle a failure.
 var blames = regexp.MustCompile(`(?i)fail|fatal|violat|refus|drop|corrupt|bad|err|reject|ignore|abort|panic|discard|kill`)
 
-// refuses reports whether statements end what comes next because something is
-// wrong: they return an error or false, leave the round of a loop, panic, or tell
-// by a call.
+// refuses reports whether statements end the normal flow because something is wrong: they
+// return an error or false, leave the loop iteration, panic, or call a function with such
+// a name.
 func refuses(list []ast.Stmt, sig *ast.FuncType) bool {
 	if len(list) == 0 {
 		return false
@@ -312,7 +311,7 @@ func (g *generator) check(cond ast.Expr) {
 }
 
 func (g *generator) operand(n *ast.BinaryExpr) {
-	rest := "true || (" // what is left of the other side of &&
+	rest := "true || (" // in place of the omitted side of &&
 	if n.Op == token.LOR {
 		rest = "false && ("
 	}
@@ -321,8 +320,8 @@ func (g *generator) operand(n *ast.BinaryExpr) {
 	g.add(kindOperand, n.Y, "("+rest+y+"))", g.of(n), x)
 }
 
-// boundaries maps a comparison to its neighbour, and to the change of a constant at
-// its right that is not the same as that.
+// boundaries maps a comparison to its neighbour, and to the step of a constant on its
+// right that differs from that change.
 var boundaries = map[token.Token]struct {
 	op   token.Token
 	step string
@@ -360,7 +359,7 @@ func (g *generator) comparison(n *ast.BinaryExpr) {
 		}
 		return
 	}
-	// Of equality, counts only: one flag more, or one name of a list, is no bound.
+	// For == and != only counts are bounds: a flag or a name with one more is not.
 	if lit, ok := n.Y.(*ast.BasicLit); ok && lit.Kind == token.INT && lit.Value != "0" && !masks(n.X) {
 		step(n.Y, "+")
 		step(n.Y, "-")
@@ -377,7 +376,7 @@ func masks(e ast.Expr) bool {
 	return ok && b.Op == token.AND
 }
 
-// constant reports whether e is a number, or the name of a constant of this module.
+// constant reports whether e is a number or the name of a constant of this module.
 func (g *generator) constant(e ast.Expr) bool {
 	switch e := e.(type) {
 	case *ast.BasicLit:
@@ -392,7 +391,7 @@ func (g *generator) constant(e ast.Expr) bool {
 	return false
 }
 
-// constsOf are the names of a package's constants.
+// constsOf returns the names of a package's constants.
 func (g *generator) constsOf(dir string) map[string]bool {
 	if names, ok := g.consts[dir]; ok {
 		return names
@@ -403,7 +402,7 @@ func (g *generator) constsOf(dir string) map[string]bool {
 	for _, file := range files {
 		f, err := parser.ParseFile(token.NewFileSet(), file, nil, parser.SkipObjectResolution)
 		if err != nil || strings.HasSuffix(file, "_test.go") {
-			continue // the compiler says so better
+			continue // the compiler reports the error better
 		}
 		for _, decl := range f.Decls {
 			d, ok := decl.(*ast.GenDecl)
@@ -420,7 +419,8 @@ func (g *generator) constsOf(dir string) map[string]bool {
 	return names
 }
 
-// result has an error not returned; the expression that makes it still runs.
+// result makes a return statement return no error; the error's expression is still
+// evaluated.
 func (g *generator) result(n *ast.ReturnStmt, sig *ast.FuncType) {
 	if len(n.Results) == 0 || sig.Results == nil {
 		return

@@ -14,7 +14,7 @@ import (
 	"testing"
 )
 
-// tree writes files to a folder of their own and returns it.
+// tree writes files to a new directory and returns it.
 func tree(t *testing.T, files map[string]string) (root string) {
 	t.Helper()
 	root = t.TempDir()
@@ -27,7 +27,7 @@ func tree(t *testing.T, files map[string]string) (root string) {
 	return root
 }
 
-// instead has the program use other plans and another list of equivalents.
+// instead makes the program use other plans and another list of equivalents.
 func instead(t *testing.T, with []plan, known string) {
 	t.Helper()
 	oldPlans, oldKnown := plans, equivalent
@@ -260,7 +260,7 @@ func TestTheLedgerGoesOnFromACutLine(t *testing.T) {
 	}
 }
 
-// module is one whose tests notice some mutants.
+// module is a module whose tests notice some mutants.
 var moduleFiles = map[string]string{
 	"go.mod": "module barevif\n\ngo 1.26\n",
 	"p/p.go": `package p
@@ -328,7 +328,7 @@ func TestARunOfAModule(t *testing.T) {
 		t.Error("the tree was written to: ", err)
 	}
 
-	// Survivors on the list are not survivors, and nothing is run twice.
+	// Listed survivors do not count, and nothing is run twice.
 	instead(t, plans, `p/p.go Check bound
 n > 3 -> n >= 3
 for the test
@@ -347,7 +347,7 @@ for the test
 		t.Errorf("%v\n%s%s", err, &out, &errs)
 	}
 
-	// Tests that fail anyway notice nothing.
+	// Tests that fail without a mutant tell nothing.
 	failing := strings.Replace(moduleFiles["p/p_test.go"], "Check(1) != nil", "true", 1)
 	if err := os.WriteFile(filepath.Join(root, "p/p_test.go"), []byte(failing), 0o644); err != nil {
 		t.Fatal(err)
@@ -357,7 +357,7 @@ for the test
 		t.Error(err)
 	}
 
-	// A mutant on the list has to be there.
+	// A listed mutant must exist.
 	instead(t, plans, "p/p.go Check bound\nn > 4 -> n >= 4\nit was\n")
 	if err := run(t.Context(), args, io.Discard, io.Discard); !errors.Is(err, errStale) {
 		t.Error(err)

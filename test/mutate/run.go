@@ -21,35 +21,35 @@ import (
 // Outcomes of a mutant.
 const (
 	killed   = "killed"
-	hung     = "hung" // killed, by the limit of time
+	hung     = "hung" // killed by the time limit
 	survived = "survived"
 	broken   = "broken" // it does not compile
-	listed   = "listed" // in equivalent.txt, and not run
+	listed   = "listed" // in equivalent.txt, so not run
 )
 
-// A result is what became of a mutant, a line of the file of results.
+// A result is the outcome of a mutant: a line of the file of results.
 type result struct {
 	key
 	Line    int     `json:"line"`
-	Sum     string  `json:"sum"` // of the file that was mutated
+	Sum     string  `json:"sum"` // hash of the mutated file
 	Status  string  `json:"status"`
-	By      string  `json:"by,omitempty"` // the suite that noticed
+	By      string  `json:"by,omitempty"` // the suite that noticed the mutant
 	Seconds float64 `json:"seconds"`
 }
 
 // A runner runs go test with mutants laid over the tree.
 type runner struct {
 	root   string
-	tmp    string                  // for overlays and the files that tests leave
-	limits map[suite]time.Duration // after which tests count as hung, by what they took without a mutant
-	failed map[suite]error         // those that do not pass without one
+	tmp    string                  // directory for overlays and for files that tests leave
+	limits map[suite]time.Duration // time after which tests count as hung, from their time without a mutant
+	failed map[suite]error         // suites that fail without a mutant
 }
 
-// compileLimit bounds what is around the tests of a suite.
+// compileLimit bounds the time that go test takes besides the tests.
 const compileLimit = 10 * time.Minute
 
-// test runs one suite; overlay may be "". It says whether all went well, or what
-// did not.
+// test runs one suite, with an overlay unless it is "". status is survived if all tests
+// passed.
 func (r *runner) test(ctx context.Context, s suite, overlay string) (status, output string, err error) {
 	limit, ok := r.limits[s]
 	if !ok {
@@ -77,7 +77,7 @@ func (r *runner) test(ctx context.Context, s suite, overlay string) (status, out
 	cmd.Env = append(os.Environ(), "TMPDIR="+tmp)
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
-	// Processes that tests started end with it.
+	// Processes that tests started are killed with go test.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
 	cmd.WaitDelay = 10 * time.Second
@@ -101,7 +101,7 @@ func (r *runner) test(ctx context.Context, s suite, overlay string) (status, out
 	return killed, out.String(), nil
 }
 
-// mutate tries one mutant on the suites until one notices.
+// mutate tries one mutant on the suites until one notices it.
 func (r *runner) mutate(ctx context.Context, m *mutant, suites []suite) (res result, err error) {
 	began := time.Now()
 	res = result{key: m.key, Line: m.Line, Sum: m.sum, Status: survived}
@@ -135,8 +135,8 @@ func (r *runner) mutate(ctx context.Context, m *mutant, suites []suite) (res res
 	return res, nil
 }
 
-// baseline makes sure that a suite passes when nothing is changed: with a test that
-// fails anyway every mutant would count as killed.
+// baseline checks that a suite passes without a mutant: with a test that fails anyway,
+// every mutant would count as killed.
 func (r *runner) baseline(ctx context.Context, s suite) error {
 	if _, ok := r.limits[s]; ok {
 		return r.failed[s]
@@ -153,7 +153,7 @@ func (r *runner) baseline(ctx context.Context, s suite) error {
 	return r.failed[s]
 }
 
-// hangLimit is the least time after which tests count as hung.
+// hangLimit is the minimum time after which tests count as hung.
 const hangLimit = 30 * time.Second
 
 func tail(s string, lines int) string {
@@ -161,11 +161,11 @@ func tail(s string, lines int) string {
 	return strings.Join(all[max(0, len(all)-lines):], "\n")
 }
 
-// A ledger is the file of results: what an earlier run found is not run again while
-// the mutated file is the same.
+// A ledger is the file of results. A mutant with a result is not run again as long as its
+// file is the same.
 type ledger struct {
 	had map[key]result
-	f   *os.File // nil: nothing is kept
+	f   *os.File // nil: results are not stored
 }
 
 func openLedger(name string) (*ledger, error) {
@@ -179,12 +179,12 @@ func openLedger(name string) (*ledger, error) {
 	}
 	lines := bufio.NewScanner(bytes.NewReader(text))
 	lines.Buffer(nil, 1<<20)
-	whole := 0 // bytes of lines that could be read
+	whole := 0 // bytes of complete lines
 	for n := 1; lines.Scan(); n++ {
 		var res result
 		if err := json.Unmarshal(lines.Bytes(), &res); err != nil {
 			if whole+len(lines.Bytes()) == len(text) {
-				break // the line at which an earlier run was ended
+				break // an earlier run was killed while it wrote this line
 			}
 			return nil, fmt.Errorf("%s:%d: not a result of this program (give -results another file): %w", name, n, err)
 		}
@@ -210,7 +210,7 @@ func openLedger(name string) (*ledger, error) {
 	return l, err
 }
 
-// lookup is the result of an earlier run, if it still holds.
+// lookup returns the result of an earlier run, if it is still valid.
 func (l *ledger) lookup(m *mutant, retry bool) (result, bool) {
 	res, ok := l.had[m.key]
 	if !ok || res.Sum != m.sum || retry && res.Status == survived {

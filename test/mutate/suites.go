@@ -6,12 +6,12 @@ import "time"
 
 const module = "barevif"
 
-// A suite is what go test runs against a mutant.
+// A suite is the arguments of go test for a mutant.
 type suite struct {
 	pkg   string        // "./arena"
 	run   string        // -run, empty for all
 	tags  string        // -tags
-	limit time.Duration // after which its tests count as hung; 0 for two minutes
+	limit time.Duration // time after which its tests count as hung; 0 means two minutes
 }
 
 func (s suite) String() string {
@@ -33,8 +33,8 @@ func (s suite) timeout() time.Duration {
 }
 
 // A plan is a package whose checks are mutated, and the suites that have to notice,
-// cheapest first. Suites that need another program (Debian's xenstored, bpftool) are
-// not among them: a check has to be noticed wherever go test runs.
+// cheapest first. Suites that need another program (Debian's xenstored, bpftool) are not
+// among them: a check has to be tested wherever go test runs.
 type plan struct {
 	dir    string
 	suites []suite
@@ -45,7 +45,7 @@ var (
 	engines = suite{pkg: "./pvnet"}
 )
 
-// plans, cheapest first. A package of the table may be missing.
+// plans lists the packages, cheapest first. A package may be missing from the tree.
 var plans = []plan{
 	{"arena/shm", []suite{{pkg: "./arena/shm"}, {pkg: "./arena/shm", tags: "shmdebug"}}},
 	{"arena", []suite{{pkg: "./arena"}}},

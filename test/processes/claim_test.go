@@ -13,7 +13,7 @@ import (
 	"barevif/xenbus/xenstore/server/labtest"
 )
 
-// A claimant is what a backend's process has of a claim.
+// A claimant is a backend's process, as far as claims go.
 type claimant struct {
 	t        *testing.T
 	client   *xenstore.Client
@@ -38,21 +38,22 @@ func newClaimant(t *testing.T, dom *emu.Domain) *claimant {
 	return &claimant{t, c, d, p}
 }
 
-// claim says how long that took.
+// claim claims the device and returns how long that took.
 func (c *claimant) claim() (time.Duration, error) {
 	begun := time.Now()
 	err := c.device.ClaimAs(c.t.Context(), c.presence, time.Hour)
 	return time.Since(begun), err
 }
 
-// die is the end of the process: xenstore keeps the claim.
+// die ends the process: xenstore keeps its claim.
 func (c *claimant) die() {
 	c.client.Close()
 	c.presence.Close()
 }
 
-// A claim whose holder's event channel is gone is taken over at once, one whose
-// holder lives is not, and one whose port has become another's is waited for.
+// A claim is taken over at once if its holder's event channel is gone, and not if the
+// holder lives. If another process has got the holder's port number, the claimant has to
+// wait.
 func TestTheHolderOfAClaimIsKnownByItsPresence(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := labtest.New(t, emu.Config{})
@@ -76,7 +77,7 @@ func TestTheHolderOfAClaimIsKnownByItsPresence(t *testing.T) {
 		}
 
 		second.die()
-		third := newClaimant(t, dom) // has the number of second's port, or of first's
+		third := newClaimant(t, dom) // has the port number of second or of first
 		fourth := newClaimant(t, dom)
 		if took, err := fourth.claim(); err != nil || took < time.Hour {
 			t.Errorf("a claim whose port is another's, after %v: %v", took, err)

@@ -21,10 +21,10 @@ import (
 	"barevif/xenbus/toolstack"
 )
 
-// echoed is how many frames come back between two lines of the frontend's.
+// echoed is how many frames come back between two lines of the frontend.
 const echoed = 20
 
-// numbered is a frame that says which it is, and from whom.
+// numbered returns a frame that holds its number and its sender.
 func numbered(n uint64) []byte {
 	b := make([]byte, 60+n%1400)
 	for i := range b {
@@ -36,8 +36,8 @@ func numbered(n uint64) []byte {
 	return b
 }
 
-// ping sends frames, of which each comes back before the next goes, or is lost, and
-// says so with every few. It ends when its standard input does.
+// ping sends frames one at a time: each comes back, or is lost, before the next. It
+// prints a line for every few. It ends when its standard input does.
 func ping(dev *pvnet.Device) error {
 	back := make(chan uint64, 256)
 	heard := make(chan error, 1)
@@ -46,7 +46,7 @@ func ping(dev *pvnet.Device) error {
 			b := make([]byte, f.Len())
 			f.CopyTo(b)
 			if len(b) < 26 || binary.BigEndian.Uint32(b[14:]) != uint32(os.Getpid()) {
-				return // of a process before this one
+				return // of an earlier process
 			}
 			n := binary.BigEndian.Uint64(b[18:])
 			if !bytes.Equal(b, numbered(n)) {
@@ -81,8 +81,7 @@ func ping(dev *pvnet.Device) error {
 	}
 }
 
-// childServe is a backend that sends back what it receives, until its standard
-// input ends.
+// childServe is a backend that echoes frames until its standard input ends.
 func childServe(ctx context.Context) error {
 	dom, err := emu.Join(ctx, os.Getenv("BAREVIF_TEST_SOCKET"), 2)
 	if err != nil {
@@ -114,7 +113,7 @@ type kid struct {
 	name  string
 	cmd   *exec.Cmd
 	in    io.Closer
-	lines chan string // what it said; closed at its end
+	lines chan string // its output; closed at its end
 	gone  chan error
 }
 
@@ -147,7 +146,7 @@ func (m *machine) kid(mode string) *kid {
 	return k
 }
 
-// kill is SIGKILL.
+// kill sends SIGKILL and waits.
 func (k *kid) kill() {
 	k.t.Helper()
 	k.cmd.Process.Kill()
@@ -156,7 +155,7 @@ func (k *kid) kill() {
 	}
 }
 
-// stop has it end by itself.
+// stop asks it to end, and waits.
 func (k *kid) stop() {
 	k.t.Helper()
 	k.in.Close()
@@ -170,13 +169,13 @@ func (k *kid) stop() {
 	}
 }
 
-// dump ends it with the stacks of its goroutines.
+// dump ends it with a dump of its goroutines' stacks.
 func (k *kid) dump() {
 	k.cmd.Process.Signal(syscall.SIGQUIT)
 	k.t.Fatalf("%s: %v", k.name, <-k.gone)
 }
 
-// moves waits until frames go there and back. What was said before does not count.
+// moves waits until frames pass both ways. It ignores earlier output.
 func (k *kid) moves(other *kid) {
 	k.t.Helper()
 	for len(k.lines) > 0 {
@@ -202,8 +201,8 @@ func (k *kid) said(line string) {
 	}
 }
 
-// T29: either process, or both, end at any moment. Who is left goes on, who comes
-// again connects and moves frames, and nothing is left of the dead.
+// T29: either process, or both, end at any moment. The survivor goes on, a new process
+// connects and moves frames, and nothing of the dead is left.
 func TestT29ProcessesAreKilledAtAnyMoment(t *testing.T) {
 	m := empty(t)
 	seed := uint64(time.Now().UnixNano())
@@ -217,10 +216,10 @@ func TestT29ProcessesAreKilledAtAnyMoment(t *testing.T) {
 	}
 	begun := time.Now()
 	for round := 1; time.Since(begun) < long; round++ {
-		if round%4 == 0 { // a new vif, for which nobody is made to wait
+		if round%4 == 0 { // a new vif, without an old state
 			m.replug()
 		}
-		if rng.IntN(3) > 0 { // else in the midst of the handshake
+		if rng.IntN(3) > 0 { // else in the middle of the handshake
 			start := time.Now()
 			front.moves(back)
 			worst = max(worst, time.Since(start))
@@ -234,7 +233,7 @@ func TestT29ProcessesAreKilledAtAnyMoment(t *testing.T) {
 		if which != 0 {
 			back.kill()
 		}
-		if which == 2 { // nobody is left to hold anything
+		if which == 2 { // no process is left to hold anything
 			kills++
 			m.nothing()
 		}
@@ -255,12 +254,12 @@ func TestT29ProcessesAreKilledAtAnyMoment(t *testing.T) {
 	m.nothing()
 }
 
-// nothing waits until no domain but the toolstack's holds anything.
+// nothing waits until only the toolstack's domain holds anything.
 func (m *machine) nothing() {
 	m.t.Helper()
 	for end := time.Now().Add(2 * time.Minute); ; time.Sleep(time.Millisecond) {
 		l := m.host.Ledger()
-		l.Domains, l.Connections = l.Domains-1, 0 // but for the toolstack
+		l.Domains, l.Connections = l.Domains-1, 0 // the toolstack's
 		if l == (emu.Ledger{}) {
 			return
 		}
@@ -282,7 +281,7 @@ func (m *machine) replug() {
 	}
 }
 
-// links follows a device's link.
+// links reports the changes of a device's link.
 func links(t *testing.T, d *pvnet.Device) (next func(up bool) (string, time.Duration)) {
 	events := make(chan pvnet.LinkEvent, 64)
 	ctx, cancel := context.WithCancel(context.Background())
@@ -308,8 +307,8 @@ func links(t *testing.T, d *pvnet.Device) (next func(up bool) (string, time.Dura
 	}
 }
 
-// A backend's process is killed while nothing moves: the frontend's link goes down,
-// and comes up with the next one.
+// A backend's process is killed while no frames move: the frontend's link goes down, and
+// comes up with the next backend.
 func TestTheLinkGoesDownWithTheBackendsProcess(t *testing.T) {
 	m := empty(t)
 	back := m.kid("serve")
@@ -340,7 +339,7 @@ func TestTheLinkGoesDownWithTheBackendsProcess(t *testing.T) {
 	back.stop()
 }
 
-// The same of a frontend's.
+// The same for a frontend.
 func TestTheLinkGoesDownWithTheFrontendsProcess(t *testing.T) {
 	m := start(t)
 	front := m.kid("ping")

@@ -1,5 +1,5 @@
-// Package processes tests and measures a frontend and a backend in two processes,
-// as they are on a real machine.
+// Package processes tests and measures a frontend and a backend in two processes, as on a
+// real machine.
 package processes
 
 import (
@@ -40,7 +40,7 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// child is one end in a process of its own.
+// A child is one end in a separate process.
 func child() error {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
@@ -50,9 +50,8 @@ func child() error {
 	return childFront(ctx)
 }
 
-// childFront is the frontend: it sends frames of a size for ever, or sends back what
-// it receives, or takes it in, or wants back what it sends. It ends when its standard
-// input does.
+// childFront is the frontend. It sends frames of one size without end, or echoes frames,
+// or receives them, or wants its own frames back. It ends when its standard input does.
 func childFront(ctx context.Context) error {
 	dom, err := emu.Join(ctx, os.Getenv("BAREVIF_TEST_SOCKET"), 1)
 	if err != nil {
@@ -60,7 +59,7 @@ func childFront(ctx context.Context) error {
 	}
 	defer dom.Destroy()
 	dev, err := pvnet.Connect(ctx, dom, "0", pvnet.Config{})
-	for errors.Is(err, xenstore.ErrNotFound) && ctx.Err() == nil { // between two vifs of one number
+	for errors.Is(err, xenstore.ErrNotFound) && ctx.Err() == nil { // between two vifs of the same number
 		time.Sleep(time.Millisecond)
 		dev, err = pvnet.Connect(ctx, dom, "0", pvnet.Config{})
 	}
@@ -108,8 +107,7 @@ func childFront(ctx context.Context) error {
 	return err
 }
 
-// A machine has a host, a vif, and room for children: maybe a backend in this
-// process.
+// A machine has a host, a vif and children. The backend may be in this process.
 type machine struct {
 	t      testing.TB
 	host   *emu.Host
@@ -154,7 +152,7 @@ func empty(t testing.TB) *machine {
 		t.Fatal(err)
 	}
 	m.host = h
-	// The store is not told of deaths: on Xen a domain outlives a process of its.
+	// The store does not learn of deaths: on Xen a domain outlives one of its processes.
 	dom0, err := h.NewDomain(0)
 	if err != nil {
 		t.Fatal(err)
@@ -216,7 +214,7 @@ func (m *machine) frontend(mode string, size int) (cmd *exec.Cmd, stop func()) {
 	}
 }
 
-// device is the backend's, up.
+// device returns the backend's device, with its link up.
 func (m *machine) device() *pvnet.Device {
 	m.t.Helper()
 	select {
@@ -278,7 +276,7 @@ func TestFramesCrossProcesses(t *testing.T) {
 	}
 }
 
-// A frontend that is killed leaves its state as it was. The next one connects.
+// A killed frontend leaves its state in xenstore. The next one connects nevertheless.
 func TestAKilledFrontendComesBack(t *testing.T) {
 	m := start(t)
 	var dev *pvnet.Device
@@ -354,7 +352,7 @@ func BenchmarkProcesses(b *testing.B) {
 	}
 }
 
-// A connection to xenstore over the quota is refused by its name.
+// A connection to xenstore over the quota is refused with the name of the quota.
 func TestTheQuotaOfConnectionsIsNamed(t *testing.T) {
 	m := empty(t)
 	dom, err := emu.Join(t.Context(), m.socket, 1)
