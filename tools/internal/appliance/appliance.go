@@ -1,10 +1,10 @@
-// Package appliance is the web server that the command's appliances run: a page
-// that says what served it, files of any size to measure with, a checksum of what is
-// sent to it, counters, and a directory of the user's; and UDP datagrams that are
-// compared byte by byte, at both ends.
+// Package appliance is the web server of the command's appliances. It serves a page that
+// says what serves it, files of any size for measurements, a checksum of an uploaded
+// body, counters, and a directory of the user's. It also sends and answers UDP datagrams,
+// which both ends compare byte by byte.
 //
-// It reads nothing outside that directory, knows no network, and keeps no state
-// between requests.
+// It reads nothing outside that directory, does not know how it is connected, and keeps
+// no state between requests.
 package appliance
 
 import (
@@ -21,11 +21,10 @@ import (
 	"barevif/telemetry/openmetrics"
 )
 
-// MaxBlob is the largest file /bytes/ gives, in bytes.
+// MaxBlob is the size of the largest file under /bytes/, in bytes.
 const MaxBlob = 1 << 40
 
-// maxSum bounds the work one request for a checksum causes, and what one may bring,
-// in bytes.
+// maxSum bounds the bytes of which one request may ask a checksum, or that it may upload.
 const maxSum = 16 << 30
 
 // A Row is a line of the page's table.
@@ -33,12 +32,12 @@ type Row struct{ Name, Value string }
 
 // Config describes the server. Files may be nil.
 type Config struct {
-	Files fs.FS // served under /; nil: the page is
+	Files fs.FS // served under /; nil: the page is served there
 	About func() []Row
 	Vifs  func() []openmetrics.Device
 }
 
-// New makes a handler of
+// New returns a handler of
 //
 //	/                 the page, or the files
 //	/bytes/N          N pseudo-random bytes, the same every time
@@ -49,7 +48,7 @@ func New(cfg Config) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /bytes/{name}", blob)
 	mux.HandleFunc("POST /sum", sum)
-	mux.HandleFunc("PUT /sum", sum) // what curl -T makes
+	mux.HandleFunc("PUT /sum", sum) // the method of curl -T
 	mux.Handle("GET /metrics", openmetrics.Handler(cfg.Vifs))
 	if cfg.Files != nil {
 		mux.Handle("/", http.FileServerFS(cfg.Files))
@@ -57,7 +56,7 @@ func New(cfg Config) http.Handler {
 	}
 	mux.HandleFunc("GET /{$}", func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "text/html; charset=utf-8")
-		// An error is the client's going away, of which nobody is to be told.
+		// An error means that the client went away.
 		_ = page.Execute(w, cfg.About())
 	})
 	return mux
@@ -93,7 +92,7 @@ func blob(w http.ResponseWriter, r *http.Request) {
 		fmt.Fprintf(w, "%s  -\n", s)
 	default:
 		w.Header().Set("Content-Type", "application/octet-stream")
-		w.Header().Set("ETag", fmt.Sprintf(`"%d"`, size)) // parts may be asked for again
+		w.Header().Set("ETag", fmt.Sprintf(`"%d"`, size)) // a client may ask for parts
 		http.ServeContent(w, r, "", time.Time{}, NewBlob(size))
 	}
 }
@@ -101,7 +100,7 @@ func blob(w http.ResponseWriter, r *http.Request) {
 func sum(w http.ResponseWriter, r *http.Request) {
 	h := sha256.New()
 	if _, err := io.Copy(h, http.MaxBytesReader(w, r.Body, maxSum)); err != nil {
-		http.Error(w, err.Error(), http.StatusBadRequest) // too much, or it broke off
+		http.Error(w, err.Error(), http.StatusBadRequest) // too long, or the connection broke
 		return
 	}
 	w.Header().Set("Content-Type", "text/plain; charset=utf-8")

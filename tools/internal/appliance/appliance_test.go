@@ -72,8 +72,8 @@ func TestABlobIsTheSameFromAnyOffset(t *testing.T) {
 	}
 }
 
-// The key is zeros, so the first block is AES's answer to a block of zeros, which
-// FIPS test vectors print.
+// The key is zeros, so the first block is the encryption of a block of zeros, which is in
+// the FIPS test vectors.
 func TestABlobIsAESInCounterMode(t *testing.T) {
 	first := make([]byte, 16)
 	if _, err := io.ReadFull(NewBlob(16), first); err != nil {

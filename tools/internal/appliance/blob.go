@@ -12,14 +12,14 @@ import (
 	"io/fs"
 )
 
-// A Blob is a file of pseudo-random bytes that is nowhere kept: byte i is the same
-// in every Blob that has one. It is an io.ReadSeeker for one goroutine.
+// A Blob is a file of pseudo-random bytes that is computed, not stored. Byte i is the
+// same in every Blob that has one. It is an io.ReadSeeker for one goroutine.
 type Blob struct {
 	size, at int64
 	stream   cipher.Stream // positioned at at; nil after a Seek
 }
 
-// NewBlob makes a Blob of size bytes, which is not negative.
+// NewBlob returns a Blob of size bytes, which must not be negative.
 func NewBlob(size int64) *Blob { return &Blob{size: size} }
 
 func (b *Blob) Read(p []byte) (int, error) {
@@ -40,7 +40,7 @@ func (b *Blob) Read(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// Seek is that of io.Seeker.
+// Seek implements io.Seeker.
 func (b *Blob) Seek(offset int64, whence int) (int64, error) {
 	switch whence {
 	case io.SeekCurrent:
@@ -57,8 +57,9 @@ func (b *Blob) Seek(offset int64, whence int) (int64, error) {
 	return offset, nil
 }
 
-// keystream is AES-128 in counter mode under a key of zeros, from byte at on: fast,
-// the same everywhere, and found at any offset without what is before it.
+// keystream returns AES-128 in counter mode with a key of zeros, from byte at on. It is
+// fast, the same everywhere, and starts at any offset without computing the bytes before
+// it.
 func keystream(at int64) (cipher.Stream, error) {
 	block, err := aes.NewCipher(make([]byte, 16))
 	if err != nil {
@@ -74,7 +75,7 @@ func keystream(at int64) (cipher.Stream, error) {
 	return s, nil
 }
 
-// Sum is the SHA-256 of a Blob of size bytes, in hexadecimal. Its error is ctx's
+// Sum returns the SHA-256 of a Blob of size bytes, in hexadecimal. The error is ctx's
 // cause.
 func Sum(ctx context.Context, size int64) (string, error) {
 	h := sha256.New()

@@ -14,21 +14,21 @@ import (
 // MaxDatagram is the largest payload of UDP over IPv4, in bytes.
 const MaxDatagram = 65535 - 20 - 8
 
-// Which way a datagram goes. An answer is no question, so that two ends that answer
-// do not keep each other busy.
+// The way of a datagram. Answers and questions differ, so that two ends that run Answer
+// do not answer each other without end.
 const (
 	asks    = 'q'
 	answers = 'a'
 )
 
-// numbered is the size from which a datagram says which one it is: a way in 4
-// bytes, its number, and the CRC-32C of all that is not the CRC.
+// numbered is the size from which a datagram carries its number: the way in 4 bytes, the
+// number, and the CRC-32C of all the other bytes.
 const numbered = 12
 
-// datagram makes the datagram of a way, a number and a size: every byte follows
-// from them. One shorter than numbered is the same whatever its number.
+// datagram makes the datagram of a way, a number and a size, which determine every byte.
+// One shorter than numbered does not depend on the number.
 func datagram(way byte, number uint32, size int) ([]byte, error) {
-	at := int64(number) << 16 // no two have bytes of the Blob in common
+	at := int64(number) << 16 // datagrams of different numbers share no bytes of the keystream
 	if size < numbered {
 		at = int64(size)
 	}
@@ -46,13 +46,14 @@ func datagram(way byte, number uint32, size int) ([]byte, error) {
 	}
 	copy(b, []byte{'b', 'v', 'f', way})
 	binary.BigEndian.PutUint32(b[4:], number)
-	table := crc32.MakeTable(crc32.Castagnoli) // the package's own, made once
+	table := crc32.MakeTable(crc32.Castagnoli) // crc32 caches this table
 	sum := crc32.Update(crc32.Checksum(b[:8], table), table, b[numbered:])
 	binary.BigEndian.PutUint32(b[8:], sum)
 	return b, nil
 }
 
-// check says which datagram of a way b is, or what is wrong with it.
+// check returns the number of b, a datagram of the given way, or an error that says where
+// b is wrong.
 func check(b []byte, way byte) (number uint32, err error) {
 	if len(b) >= numbered {
 		number = binary.BigEndian.Uint32(b[4:])
@@ -69,8 +70,8 @@ func check(b []byte, way byte) (number uint32, err error) {
 	return number, nil
 }
 
-// Answer answers the datagrams of [Ask] until c fails or is closed, and gives that
-// error. A datagram gets an answer of its size, or none if it is not whole.
+// Answer answers the datagrams of [Ask] until c fails or is closed, and returns that
+// error. An answer has the size of its question. A datagram that is not whole gets none.
 func Answer(c net.PacketConn) error {
 	buf := make([]byte, MaxDatagram)
 	for {
@@ -86,37 +87,37 @@ func Answer(c net.PacketConn) error {
 		if err != nil {
 			return err
 		}
-		// One that cannot be sent is lost, as any datagram may be.
+		// An answer that cannot be sent is lost, as any datagram may be.
 		if _, err := c.WriteTo(b, from); errors.Is(err, net.ErrClosed) {
 			return err
 		}
 	}
 }
 
-// A Tally is what became of datagrams.
+// A Tally counts the datagrams of an Ask.
 type Tally struct {
 	Asked    int
 	Answered int
-	Bytes    int   // of payload in the answers
-	Wrong    int   // neither a whole answer nor one that was waited for
-	What     error // about the first of those
+	Bytes    int   // payload bytes of the answers
+	Wrong    int   // datagrams that were no whole answer, or an answer to no open question
+	What     error // what was wrong with the first of those
 }
 
-// Lost is how many were not answered.
+// Lost returns how many questions had no answer.
 func (t *Tally) Lost() int { return t.Asked - t.Answered }
 
-// How much is on its way at once: at most window datagrams, and room bytes, which
-// the buffer of a socket holds.
+// Limits of the questions in flight: window datagrams, and room bytes, which fit the
+// buffer of a socket.
 const (
 	window = 16
 	room   = 64 << 10
 )
 
-// Ask sends a datagram of each of the sizes through c, a UDP socket connected to one
-// that has [Answer], and compares what comes back byte by byte. It sends some, waits
-// until each is answered or none has been for as long as patience, and goes on.
+// Ask sends a datagram of each size through c, a UDP socket connected to one that runs
+// [Answer], and compares the answers byte by byte. It sends a group, waits until each is
+// answered or no good answer has come for patience, and goes on.
 //
-// Its error is ctx's cause, within patience of its end, or c's.
+// The error is ctx's cause, at most patience after the end of ctx, or an error of c.
 func Ask(ctx context.Context, c net.Conn, sizes []int, patience time.Duration) (Tally, error) {
 	a := asker{c: c, open: map[question]int{}, patience: patience}
 	for rest := sizes; len(rest) > 0; {
@@ -135,8 +136,8 @@ func Ask(ctx context.Context, c net.Conn, sizes []int, patience time.Duration) (
 	return a.Tally, nil
 }
 
-// A question is a datagram that wants an answer. The number is 0 in those that do
-// not say it.
+// A question identifies a datagram that waits for an answer. The number is 0 for
+// datagrams that do not carry one.
 type question struct {
 	number uint32
 	size   int
@@ -145,13 +146,13 @@ type question struct {
 type asker struct {
 	Tally
 	c        net.Conn
-	open     map[question]int // how many such wait; those given up too, which may be late
-	waiting  int              // how many were just sent
+	open     map[question]int // number of open questions; those given up stay, since an answer may come late
+	waiting  int              // open questions of the last group
 	patience time.Duration
 	buf      [MaxDatagram]byte
 }
 
-// send asks some of sizes, and says how many.
+// send sends the questions of the first n sizes.
 func (a *asker) send(sizes []int) (n int, err error) {
 	for bytes := 0; n < len(sizes) && n < window && (n == 0 || bytes+sizes[n] <= room); n++ {
 		b, err := datagram(asks, uint32(a.Asked), sizes[n])
@@ -173,7 +174,8 @@ func (a *asker) send(sizes []int) (n int, err error) {
 	return n, nil
 }
 
-// receive waits for as many answers as questions were sent, as long as some come.
+// receive waits for as many answers as questions were sent, until none comes for
+// patience.
 func (a *asker) receive() error {
 	good := true
 	for a.waiting > 0 {

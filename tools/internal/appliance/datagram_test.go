@@ -10,8 +10,8 @@ import (
 	"time"
 )
 
-// between gives a socket for Ask whose datagrams are handed to answer, with the
-// address to answer to.
+// between returns a socket for Ask. Its datagrams are passed to answer, with the address
+// for the answer.
 func between(t *testing.T, answer func(c net.PacketConn, b []byte, from net.Addr)) net.Conn {
 	t.Helper()
 	server, err := net.ListenPacket("udp", "127.0.0.1:0")
@@ -44,7 +44,7 @@ func dial(t *testing.T, to net.Addr) net.Conn {
 	return c
 }
 
-// reply is what Answer would send.
+// reply returns the datagram that Answer would send.
 func reply(t *testing.T, b []byte) []byte {
 	number, err := check(b, asks)
 	if err != nil {
@@ -125,7 +125,7 @@ func TestAnswersAreTallied(t *testing.T) {
 			r := reply(t, b)
 			c.WriteTo(r, from)
 			c.WriteTo(r, from)
-		}, answered: 3, wrong: 2, what: "not waited for"}, // the last one's twin comes too late to be seen
+		}, answered: 3, wrong: 2, what: "not waited for"}, // the second answer to the last one comes too late to count
 		"spoilt": {answer: func(c net.PacketConn, b []byte, from net.Addr) {
 			r := reply(t, b)
 			r[len(r)-1]++
@@ -139,7 +139,7 @@ func TestAnswersAreTallied(t *testing.T) {
 			held = reply(t, b)
 		}, answered: 2, lost: 1},
 	} {
-		// Too large for two to be on their way at once.
+		// Too large for two of them to be in flight together.
 		got, err := Ask(t.Context(), between(t, c.answer), []int{50000, 50001, 50002}, patience)
 		if err != nil || got.Asked != 3 || got.Answered != c.answered || got.Lost() != c.lost || got.Wrong != c.wrong {
 			t.Errorf("%s: %+v, %v", name, got, err)
@@ -163,8 +163,8 @@ func TestAskEnds(t *testing.T) {
 	}
 }
 
-// What is no question gets no answer: whoever answers cannot be made to answer
-// himself, or more than he was sent.
+// Only questions get an answer: a server cannot be made to answer itself, or to send more
+// than it received.
 func TestOnlyQuestionsAreAnswered(t *testing.T) {
 	server, err := net.ListenPacket("udp", "127.0.0.1:0")
 	if err != nil {

@@ -18,22 +18,22 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// childName is argv[0] of the child, which has its end of the control socket as
-// descriptor 3.
+// childName is argv[0] of the child. Its end of the control socket is descriptor
+// controlFD.
 const (
 	childName = "barevif-netns"
 	controlFD = 3
 )
 
-// Main is the first call of the main function of every program that uses
-// [Start], and of the TestMain of its tests:
+// Main must be called first in the main function of every program that uses [Start], and
+// in the TestMain of its tests:
 //
 //	if netns.Main() {
 //		return
 //	}
 //
-// It returns false at once, except in the child: there it serves until the program
-// ends or closes the Sandbox, and returns true.
+// It returns false at once, except in the child. There it serves requests until the
+// program ends or closes the Sandbox, and then returns true.
 func Main() bool {
 	if len(os.Args) != 1 || os.Args[0] != childName {
 		return false
@@ -49,7 +49,7 @@ func Main() bool {
 	for {
 		var r request
 		if _, err := readMessage(ctl, &r); err != nil {
-			return true // the program is gone, or has no more use for us
+			return true // the program has ended or closed the Sandbox
 		}
 		if err := serve(ctl, r); err != nil {
 			return true
@@ -93,7 +93,7 @@ func makeSocket(r socketRequest) (*os.File, error) {
 	return os.NewFile(uintptr(fd), "socket"), nil
 }
 
-// makeCard makes the card and opens its outside.
+// makeCard makes the card and opens its outside end.
 func makeCard(cfg Config) (answer, *os.File, error) {
 	if err := setUp("lo"); err != nil {
 		return answer{}, nil, err
@@ -114,8 +114,8 @@ func makeCard(cfg Config) (answer, *os.File, error) {
 	return a, f, err
 }
 
-// noTAPs says whether err is about the device node: EPERM from an ioctl on it is
-// about our rights, and no reason to try a veth pair, which needs the same.
+// noTAPs reports whether err is about opening the device node. EPERM from an ioctl on it
+// is about our capabilities, and a veth pair would need the same ones.
 func noTAPs(err error) bool {
 	var oe *link.OpenError
 	return errors.As(err, &oe) && oe.Step == "open /dev/net/tun"
@@ -147,8 +147,8 @@ func makeVeth(cfg Config) (answer, *os.File, error) {
 	if err := netlink.LinkAdd(pair); err != nil {
 		return answer{}, nil, fmt.Errorf("make a veth pair: %w", err)
 	}
-	// A veth card leaves checksums undone and segments uncut, for a card that may
-	// never come; ours must send frames that are complete.
+	// The kernel leaves frames of a veth unfinished, with partial checksums and
+	// unsegmented, for a device that would finish them. Ours must send complete frames.
 	if err := offloadsOff(cfg.Name); err != nil {
 		return answer{}, nil, fmt.Errorf("turn the offloads of %s off: %w", cfg.Name, err)
 	}
@@ -182,8 +182,8 @@ func makeVeth(cfg Config) (answer, *os.File, error) {
 	return answer{Kind: kindVeth, Info: link.Info{Name: cfg.Name, MTU: p.MTU(), MAC: p.MAC()}}, f, err
 }
 
-// address gives the card its address. Nobody else is on the wire yet, so an IPv6
-// address is not probed for duplicates, which takes a second.
+// address gives the card its address. No other host is on the wire yet, so the kernel
+// need not probe an IPv6 address for duplicates, which takes a second.
 func address(name string, prefix netip.Prefix) error {
 	l, err := netlink.LinkByName(name)
 	if err != nil {
@@ -205,8 +205,8 @@ func address(name string, prefix netip.Prefix) error {
 	return nil
 }
 
-// noIPv6 keeps the kernel from speaking unasked. Where /proc/sys is read-only it
-// does speak, which disturbs nothing but the reader of a capture.
+// noIPv6 prevents the kernel from sending IPv6 packets on its own. If /proc/sys is
+// read-only it does send them, which only clutters a capture.
 func noIPv6(name string) {
 	_ = os.WriteFile("/proc/sys/net/ipv6/conf/"+name+"/disable_ipv6", []byte("1"), 0)
 }
@@ -233,8 +233,8 @@ func setUp(name string) error {
 	return nil
 }
 
-// running waits for the kernel to notice that the other end of a veth pair is up,
-// which it does at most once a second: until then it drops what is sent.
+// running waits until the kernel has noticed that the other end of a veth pair is up. It
+// checks once a second, and drops frames until then.
 func running(name string) error {
 	return poll("wait for "+name+" to run", func() (bool, error) {
 		l, err := netlink.LinkByName(name)
@@ -242,8 +242,8 @@ func running(name string) error {
 	})
 }
 
-// local waits for the kernel to take the address for its own. An IPv6 address is
-// given at once, but its route comes from a worker.
+// local waits until the kernel accepts the address as its own. An IPv6 address is set at
+// once, but a worker adds its route.
 func local(prefix netip.Prefix) error {
 	return poll("wait for the address "+prefix.Addr().String(), func() (bool, error) {
 		routes, err := netlink.RouteGet(prefix.Addr().AsSlice())
@@ -254,7 +254,8 @@ func local(prefix netip.Prefix) error {
 	})
 }
 
-// poll asks for what the kernel does not announce in a way worth listening to.
+// poll repeats ready until it holds, for conditions that the kernel does not announce
+// conveniently.
 func poll(what string, ready func() (bool, error)) error {
 	for end := time.Now().Add(patience / 2); ; time.Sleep(time.Millisecond) {
 		ok, err := ready()

@@ -15,8 +15,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Socket opens a socket inside the namespace, with the rights of its root: it may
-// be raw. It is non-blocking. The caller owns it.
+// Socket opens a socket inside the namespace, with the rights of its root: it may be a
+// raw socket. It is non-blocking. The caller owns it.
 func (s *Sandbox) Socket(domain, typ, protocol int) (*os.File, error) {
 	_, f, err := s.ask(request{Socket: &socketRequest{domain, typ, protocol}})
 	if err == nil && f == nil {
@@ -26,8 +26,8 @@ func (s *Sandbox) Socket(domain, typ, protocol int) (*os.File, error) {
 }
 
 // DialContext connects from inside the namespace, through its TCP/IP. It has the
-// shape of http.Transport's field. network is "tcp" or "udp", with or without a
-// 4 or 6; address is an IP address and a port, names are not looked up.
+// signature of http.Transport's field. network is "tcp" or "udp", optionally with a 4 or
+// 6. address is an IP address and a port; names are not looked up.
 func (s *Sandbox) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
 	fail := func(err error) (net.Conn, error) {
 		return nil, &net.OpError{Op: "dial", Net: network, Err: err}
@@ -36,7 +36,7 @@ func (s *Sandbox) DialContext(ctx context.Context, network, address string) (net
 	if err != nil {
 		return fail(err)
 	}
-	defer f.Close() // the net.Conn is on a duplicate
+	defer f.Close() // the net.Conn uses a duplicate
 	if err := connect(ctx, f, sa); err != nil {
 		return fail(err)
 	}
@@ -47,8 +47,8 @@ func (s *Sandbox) DialContext(ctx context.Context, network, address string) (net
 	return c, nil
 }
 
-// Listen listens for TCP connections inside the namespace. network and address
-// are as for DialContext; port 0 has the kernel choose one.
+// Listen listens for TCP connections inside the namespace. network and address are as for
+// DialContext; with port 0 the kernel chooses a port.
 func (s *Sandbox) Listen(network, address string) (net.Listener, error) {
 	fail := func(err error) (net.Listener, error) {
 		return nil, &net.OpError{Op: "listen", Net: network, Err: err}
@@ -107,7 +107,7 @@ func (s *Sandbox) open(network, address string) (*os.File, unix.Sockaddr, error)
 	return f, sa, err
 }
 
-// connect waits until f is connected, or ctx is done.
+// connect waits until f is connected or ctx ends.
 func connect(ctx context.Context, f *os.File, sa unix.Sockaddr) error {
 	if err := context.Cause(ctx); err != nil {
 		return err
@@ -139,7 +139,8 @@ func connect(ctx context.Context, f *os.File, sa unix.Sockaddr) error {
 	return os.NewSyscallError("connect", result)
 }
 
-// connected asks how a connect that was begun went. Writability alone does not say.
+// connected returns the result of a started connect, once it is done. A writable socket
+// may still be connecting.
 func connected(fd int) (err error, done bool) {
 	errno, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ERROR)
 	if err != nil {

@@ -20,9 +20,9 @@ type ifreqData struct {
 // ethtoolValue is struct ethtool_value of linux/ethtool.h.
 type ethtoolValue struct{ cmd, data uint32 }
 
-// offloadsOff has the card compute checksums, gather and segment in software. The
-// kernel reads v, and the ifreq that points at it, only during the call; both are
-// on our stack or heap, kept by KeepAlive.
+// offloadsOff makes the card compute checksums, gather and segment in software. The
+// kernel reads v, and the ifreq that points at it, only during the call; KeepAlive keeps
+// both until then.
 func offloadsOff(name string) error {
 	s, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {

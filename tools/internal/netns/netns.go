@@ -1,17 +1,17 @@
 //go:build linux
 
-// Package netns gives a program a piece of kernel network of its own, without
-// asking for root: a user and network namespace with one card in it, whose other
-// end is a [link.Link] in the program's hands.
+// Package netns gives a program a separate piece of kernel network, without root: a user
+// and network namespace with one card in it. The card's other end is a [link.Link] of the
+// program.
 //
-// A child process, the program itself started again, holds the namespace; see
-// [Main]. It opens sockets there on request and passes them back, so that an
-// http.Client of the program talks through the namespace's TCP/IP to whatever the
-// program has behind the link. The child ends with the program, however that ends;
-// if it ends alone, the link still works, but nothing can be dialled any more.
+// A child process, this program started again, holds the namespace; see [Main]. It opens
+// sockets there on request and passes them back, so that an http.Client of the program
+// talks through the namespace's TCP/IP to the program's end of the link. The child ends
+// with the program, however that ends. If the child ends alone, the link still works, but
+// nothing can be dialled any more.
 //
-// The card is a TAP where /dev/net/tun can be opened. Elsewhere it is one end of a
-// veth pair, with a packet socket on the other.
+// The card is a TAP if /dev/net/tun can be opened. Else it is one end of a veth pair,
+// with a packet socket on the other end.
 package netns
 
 import (
@@ -37,29 +37,28 @@ import (
 type Config struct {
 	Addr netip.Prefix // the kernel's address and its network: required
 	MTU  int          // bytes of payload, 68 to 65521; 0 means 1500
-	Name string       // of the card; empty means "eth0"
+	Name string       // name of the card; empty means "eth0"
 
-	// NoTAP takes a veth pair and a packet socket also where there are TAPs.
+	// NoTAP selects a veth pair and a packet socket even if a TAP is possible.
 	NoTAP bool
 }
 
-// A Sandbox is a namespace and the card in it. Its methods may be called from any
-// goroutine.
+// A Sandbox is a namespace with the card in it. Any goroutine may call its methods.
 type Sandbox struct {
 	link     link.Link
 	describe string
 	child    *exec.Cmd
 
-	askMu sync.Mutex // one request at a time
+	askMu sync.Mutex // held for one request and its answer
 	ctl   *net.UnixConn
 
 	closeOnce sync.Once
 	closeErr  error
 }
 
-// A RefusedError says that the system does not let this user have a namespace.
+// A RefusedError says that the system does not let this user make a namespace.
 type RefusedError struct {
-	Knob string // what decides it and how it is set: "user.max_user_namespaces = 0"; empty if unknown
+	Knob string // the setting that forbids it, with its value: "user.max_user_namespaces = 0"; empty if unknown
 	Err  error
 }
 
@@ -73,14 +72,14 @@ func (e *RefusedError) Error() string {
 
 func (e *RefusedError) Unwrap() error { return e.Err }
 
-// patience bounds what the child is asked for: it makes system calls that do not
-// wait, apart from the kernel bringing a card up, which takes a second at most.
+// patience bounds a request to the child. The child's system calls do not block, but the
+// kernel may take up to a second to bring a card up.
 const patience = 30 * time.Second
 
-// Start makes a namespace with a card in it. ctx bounds the start only. The
-// program must call [Main] first thing.
+// Start makes a namespace with a card in it. ctx bounds only the start. The program must
+// call [Main] first of all.
 //
-// The error is a [*RefusedError] where there are no namespaces to be had.
+// The error is a [*RefusedError] if the system allows no namespaces.
 func Start(ctx context.Context, cfg Config) (*Sandbox, error) {
 	if !cfg.Addr.IsValid() {
 		return nil, errors.New("netns: Config.Addr is required")
@@ -107,7 +106,7 @@ func Start(ctx context.Context, cfg Config) (*Sandbox, error) {
 	if err != nil {
 		s.Close()
 		if errors.Is(err, unix.EPERM) || errors.Is(err, unix.EACCES) {
-			// The namespace came without the rights that belong to it.
+			// The kernel made the namespace, but without the capabilities in it.
 			return nil, &RefusedError{Knob: knob(), Err: err}
 		}
 		return nil, fmt.Errorf("netns: set up the card: %w", err)
@@ -139,21 +138,20 @@ func asLink[L link.Link](l L, err error) (link.Link, error) {
 	return l, nil
 }
 
-// Link is the outside of the card. The Sandbox owns it and closes it.
+// Link returns the outside end of the card. The Sandbox owns it and closes it.
 func (s *Sandbox) Link() link.Link { return s.link }
 
-// Describe says in one line what was set up.
+// Describe describes the namespace and the card in one line.
 func (s *Sandbox) Describe() string { return s.describe }
 
-// Close removes the card and the namespace, and waits for the child to end.
-// Connections that DialContext gave stay open, but nothing answers them any more.
-// Close is idempotent.
+// Close removes the card and the namespace, and waits for the child to end. Connections
+// of DialContext stay open, but are cut off. Close is idempotent.
 func (s *Sandbox) Close() error {
 	s.closeOnce.Do(func() {
 		if s.link != nil {
 			s.link.Close()
 		}
-		s.ctl.Close() // the child's cue
+		s.ctl.Close() // makes the child end
 		kill := time.AfterFunc(patience, func() { s.child.Process.Kill() })
 		s.closeErr = s.child.Wait()
 		kill.Stop()
@@ -161,7 +159,7 @@ func (s *Sandbox) Close() error {
 	return s.closeErr
 }
 
-// startChild starts this program again inside new namespaces. How says inside what.
+// startChild starts this program again in new namespaces; how names them.
 func startChild() (child *exec.Cmd, ctl *net.UnixConn, how string, err error) {
 	ids := func(id int) []syscall.SysProcIDMap {
 		return []syscall.SysProcIDMap{{ContainerID: 0, HostID: id, Size: 1}}
@@ -175,7 +173,7 @@ func startChild() (child *exec.Cmd, ctl *net.UnixConn, how string, err error) {
 		return child, ctl, "user and network namespace", nil
 	}
 	if os.Geteuid() == 0 {
-		// Root may do without a user namespace.
+		// Root can make a network namespace without a user namespace.
 		if child, ctl, err := spawn(&syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET}); err == nil {
 			return child, ctl, "network namespace", nil
 		}
@@ -195,7 +193,7 @@ func spawn(attr *syscall.SysProcAttr) (*exec.Cmd, *net.UnixConn, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	attr.Setpgid = true // an interrupt from the terminal is for the program, which then ends the child
+	attr.Setpgid = true // an interrupt from the terminal must reach only the program, which then ends the child
 	child := &exec.Cmd{
 		Path:        "/proc/self/exe",
 		Args:        []string{childName},
@@ -210,7 +208,7 @@ func spawn(attr *syscall.SysProcAttr) (*exec.Cmd, *net.UnixConn, error) {
 	return child, ctl, nil
 }
 
-// unixConn is a net.UnixConn on a duplicate of f.
+// unixConn returns a net.UnixConn for a duplicate of f.
 func unixConn(f *os.File) (*net.UnixConn, error) {
 	c, err := net.FileConn(f)
 	if err != nil {
@@ -224,7 +222,7 @@ func unixConn(f *os.File) (*net.UnixConn, error) {
 	return u, nil
 }
 
-// knob finds the setting that most likely forbids namespaces.
+// knob returns the setting that most likely forbids namespaces.
 func knob() string {
 	for _, k := range []struct{ name, forbids string }{
 		{"kernel.unprivileged_userns_clone", "0"}, // Debian's
@@ -240,8 +238,8 @@ func knob() string {
 	return ""
 }
 
-// ask sends the child a request, and returns its answer and the descriptor that
-// came with it, if any.
+// ask sends the child a request, and returns its answer with the descriptor that
+// accompanies it, if any.
 func (s *Sandbox) ask(r request) (a answer, f *os.File, err error) {
 	s.askMu.Lock()
 	defer s.askMu.Unlock()
@@ -249,7 +247,7 @@ func (s *Sandbox) ask(r request) (a answer, f *os.File, err error) {
 	if err != nil {
 		return a, nil, err
 	}
-	if r.Card == nil { // a card is bounded by Start's context
+	if r.Card == nil { // Start's context bounds the request for a card
 		s.ctl.SetDeadline(time.Now().Add(patience))
 	}
 	if _, err := s.ctl.Write(b); err != nil {
@@ -266,7 +264,7 @@ func (s *Sandbox) ask(r request) (a answer, f *os.File, err error) {
 	return a, f, err
 }
 
-// childError is an error of the child, with the errno it was about, if any.
+// A childError is an error of the child, with its errno, if any.
 type childError struct {
 	text  string
 	errno syscall.Errno

@@ -28,7 +28,7 @@ import (
 
 const wait = 2 * time.Minute
 
-// role has the test binary do something else than run tests; see TestMain.
+// role makes the test binary do something else than run tests; see TestMain.
 const role = "BAREVIF_NETNS_TEST_ROLE"
 
 func TestMain(m *testing.M) {
@@ -38,7 +38,7 @@ func TestMain(m *testing.M) {
 	var err error
 	switch os.Getenv(role) {
 	case "":
-		// Each child would end a second late under the race detector.
+		// Under the race detector each child would end a second late.
 		os.Setenv("GORACE", "atexit_sleep_ms=0")
 		os.Exit(m.Run())
 	case "orphan":
@@ -57,7 +57,8 @@ var (
 	there = netip.MustParseAddr("192.0.2.2")
 )
 
-// start skips where the system refuses namespaces, and names what refused.
+// start starts a sandbox. It skips the test if the system refuses namespaces, with the
+// reason.
 func start(t testing.TB, cfg Config) *Sandbox {
 	t.Helper()
 	s, err := Start(context.Background(), cfg)
@@ -81,7 +82,7 @@ func both(t *testing.T, f func(t *testing.T, cfg Config)) {
 	t.Run("veth", func(t *testing.T) { f(t, Config{Addr: card, NoTAP: true}) })
 }
 
-// echo answers ARP requests and UDP datagrams for there, until the link closes.
+// echo answers ARP requests and UDP datagrams for there, until the link is closed.
 func echo(t testing.TB, l link.Link) (done chan struct{}) {
 	done = make(chan struct{})
 	mac := [6]byte{2, 0, 0, 0, 0, 2}
@@ -184,7 +185,7 @@ func TestHTTPClientRunsInsideTheNamespace(t *testing.T) {
 	if err != nil || !strings.HasPrefix(string(body), "from 192.0.2.1:") {
 		t.Fatalf("%q, %v", body, err)
 	}
-	// The same address outside is another machine's, or nobody's.
+	// Outside, the address belongs to another machine or to none.
 	if c, err := net.DialTimeout("tcp", l.Addr().String(), 50*time.Millisecond); err == nil {
 		c.Close()
 		t.Fatal("the listener is reachable from outside")
@@ -213,7 +214,7 @@ func TestDialErrors(t *testing.T) {
 	if _, err := s.DialContext(bg, "tcp", "192.0.2.1:9"); !errors.Is(err, unix.ECONNREFUSED) {
 		t.Errorf("refused: %v", err)
 	}
-	// Nobody answers ARP for this one.
+	// No host answers ARP for this address.
 	ctx, cancel := context.WithCancel(bg)
 	time.AfterFunc(20*time.Millisecond, cancel)
 	if _, err := s.DialContext(ctx, "tcp", "192.0.2.9:9"); !errors.Is(err, context.Canceled) {
@@ -291,7 +292,7 @@ func TestConfigIsChecked(t *testing.T) {
 	if _, err := Start(context.Background(), Config{}); err == nil || !strings.Contains(err.Error(), "Addr") {
 		t.Error(err)
 	}
-	start(t, Config{Addr: card}) // skips where nothing can be
+	start(t, Config{Addr: card}) // skips where there are no namespaces
 	for _, cfg := range []Config{
 		{Addr: card, MTU: 1 << 20},
 		{Addr: card, MTU: 1 << 20, NoTAP: true},
@@ -307,7 +308,7 @@ func TestConfigIsChecked(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
 	if s, err := Start(ctx, Config{Addr: card}); err == nil {
-		s.Close() // it was quicker
+		s.Close() // Start was faster than the check of ctx
 	} else if !errors.Is(err, context.Canceled) {
 		t.Error(err)
 	}
@@ -377,8 +378,8 @@ func TestNothingIsLeft(t *testing.T) {
 	})
 }
 
-// orphan starts a sandbox, says who its child is, and ends without closing it when
-// it is told to.
+// orphan starts a sandbox, prints the pid of its child, and ends without closing it when
+// it gets a line.
 func orphan() error {
 	s, err := Start(context.Background(), Config{Addr: card})
 	if err != nil {
@@ -440,7 +441,7 @@ func TestChildEndsWithTheProgram(t *testing.T) {
 	}
 }
 
-// refused runs as root of a user namespace in which it forbids further ones.
+// refused runs as root of a user namespace, and forbids further namespaces in it.
 func refused() error {
 	if err := os.WriteFile("/proc/sys/user/max_user_namespaces", []byte("0"), 0); err != nil {
 		return fmt.Errorf("no such knob here: %w", err)
@@ -454,7 +455,8 @@ func refused() error {
 		return errors.New(s.Describe())
 	}
 	s.Close()
-	// Nobody else does without. The rights are this thread's, and those of what it starts.
+	// Without root's capabilities Start needs one. Dropping them affects this thread and
+	// the processes it starts.
 	runtime.LockOSThread()
 	hdr := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 	var none [2]unix.CapUserData
@@ -488,7 +490,7 @@ func TestRefusalNamesTheKnob(t *testing.T) {
 	}
 }
 
-// TestOrdinaryUser runs the other tests again as nobody.
+// TestOrdinaryUser runs the other tests again as user nobody.
 func TestOrdinaryUser(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("this is the test as an ordinary user")

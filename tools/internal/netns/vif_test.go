@@ -21,15 +21,15 @@ import (
 	"barevif/xenbus/toolstack"
 )
 
-// vif makes an emulated machine with one vif and gives both its ends.
+// vif makes an emulated machine with one vif and returns both ends.
 func vif(t *testing.T, mtu int) (front, back *pvnet.Device) {
 	t.Helper()
 	w := pvnettest.New(t, toolstack.Vif{MAC: [6]byte{0, 0x16, 0x3e, 0, 0, 1}, MTU: mtu}, pvnet.Config{}, pvnet.Config{})
 	return w.Front, w.Back
 }
 
-// The whole way: the kernel's TCP, its card, the joint, both ends of the rings, and
-// the stack of a guest that is this program.
+// The complete path: the kernel's TCP, its card, the joint, both ends of the rings, and
+// the stack of a guest in this process.
 func TestKernelBrowsesAGuest(t *testing.T) {
 	const size = 8 << 20
 	seed := [32]byte{1, 2, 3}
@@ -79,7 +79,7 @@ func TestKernelBrowsesAGuest(t *testing.T) {
 				t.Errorf("MTU %d: %+v", mtu, st)
 			}
 
-			// And the guest browses what the kernel serves.
+			// And the guest is a client of a server in the kernel's namespace.
 			kl, err := sb.Listen("tcp", "192.0.2.1:8080")
 			if err != nil {
 				t.Fatal(err)

@@ -22,11 +22,11 @@ type request struct {
 
 type socketRequest struct{ Domain, Type, Protocol int }
 
-// An answer is one message from the child. A descriptor comes with it unless it failed.
+// An answer is one message from the child. A descriptor accompanies it unless it failed.
 type answer struct {
-	Kind   string // of card
+	Kind   string // kind of the card
 	Info   link.Info
-	Note   string // why the card is not what it could be
+	Note   string // why the card is not of a better kind
 	Failed string // the error, empty if there was none
 	Errno  uint
 }
@@ -36,7 +36,7 @@ const (
 	kindVeth = "veth pair"
 )
 
-// maxMessage is more than any message of this protocol takes.
+// maxMessage is larger than any message of this protocol.
 const maxMessage = 8192
 
 // readMessage reads one message into v, with at most one descriptor.
@@ -72,7 +72,7 @@ func descriptor(oob []byte) (*os.File, error) {
 	if err != nil || len(fds) == 0 {
 		return nil, err
 	}
-	// The poller takes what is non-blocking already.
+	// The runtime's poller accepts only non-blocking descriptors.
 	if err := unix.SetNonblock(fds[0], true); err != nil {
 		unix.Close(fds[0])
 		return nil, err
@@ -80,7 +80,7 @@ func descriptor(oob []byte) (*os.File, error) {
 	return os.NewFile(uintptr(fds[0]), "netns"), nil
 }
 
-// writeMessage sends v, and f unless it is nil.
+// writeMessage sends v, with the descriptor fd unless it is negative.
 func writeMessage(c *net.UnixConn, v any, fd int) error {
 	b, err := json.Marshal(v)
 	if err != nil {

@@ -17,10 +17,10 @@ import (
 	"barevif/telemetry/bpf"
 )
 
-// stranger is a user other than the one that tests.
+// stranger is a user other than the one who runs the test.
 const stranger = 65534
 
-// asStranger runs do on a thread of another user, which ends with it.
+// asStranger runs do on a thread of another user; the thread ends with it.
 func asStranger(t *testing.T, do func() error) {
 	t.Helper()
 	if os.Geteuid() != 0 {
@@ -28,7 +28,7 @@ func asStranger(t *testing.T, do func() error) {
 	}
 	done := make(chan error)
 	go func() {
-		runtime.LockOSThread() // and never unlocks: nothing else runs on this thread
+		runtime.LockOSThread() // never unlocked, so that nothing else runs on this thread
 		if _, _, errno := unix.RawSyscall(unix.SYS_SETRESUID, ^uintptr(0), stranger, ^uintptr(0)); errno != 0 {
 			done <- errno
 			return
@@ -40,7 +40,7 @@ func asStranger(t *testing.T, do func() error) {
 	}
 }
 
-// shown are the counters of a device that another process can see.
+// shown makes a device whose counters other processes can read.
 func shown(t *testing.T, root string, info telemetry.Info, tx uint64) *telemetry.Set {
 	set := telemetry.NewSet(1)
 	set.Open(&bpf.Store{Root: root}, info)
@@ -60,7 +60,7 @@ func watch(t *testing.T, root string, set func(*Watcher)) *Look {
 	return w.Look()
 }
 
-// Whatever another user calls a memfd of his, root's overview stays root's.
+// Root's overview stays correct whatever another user calls a memfd.
 func TestDevicesOfOtherUsersAreLeftOutUnlessAskedFor(t *testing.T) {
 	t.Setenv("SUDO_UID", "")
 	root := filepath.Join(t.TempDir(), "none")
@@ -151,7 +151,7 @@ func TestOneUserCannotFloodTheOthers(t *testing.T) {
 	}
 }
 
-// foreign is a device of another user.
+// foreign returns d as a device of another user.
 func foreign(d Device) Device {
 	d.Foreign, d.Source.UID, d.Source.Kind = true, stranger, bpf.KindMemfd
 	return d

@@ -6,8 +6,8 @@ import (
 	"barevif/telemetry"
 )
 
-// A Sample is what plots show of one queue, or of All, at one time. What is per
-// second is the mean since the sample before.
+// A Sample holds the values that plots show of one queue, or of All, at one time. Values
+// per second are means since the sample before.
 type Sample struct {
 	Time     time.Time `json:"time"`
 	RxFrames float64   `json:"rx_frames"` // per second
@@ -16,18 +16,18 @@ type Sample struct {
 	TxBits   float64   `json:"tx_bits"`
 	RxLost   float64   `json:"rx_lost"`
 	TxLost   float64   `json:"tx_lost"`
-	RxUsed   float64   `json:"rx_used"` // slots in use, the mean of what the owner saw
+	RxUsed   float64   `json:"rx_used"` // slots in use: mean over the owner's polls
 	TxUsed   float64   `json:"tx_used"`
 }
 
 // A Series is the samples of a queue, oldest first.
 type Series struct {
 	Vif     string   `json:"vif"`
-	Source  string   `json:"source"` // kind and place: two sources may have one name
+	Source  string   `json:"source"` // kind and path: two sources may have the same name
 	Queue   int      `json:"queue"`  // or All
 	RxSize  uint64   `json:"rx_size"`
 	TxSize  uint64   `json:"tx_size"` // slots of the ring
-	Ring    bool     `json:"ring"`    // the owner has measured what is in use of one
+	Ring    bool     `json:"ring"`    // the owner has measured the slots in use of a ring
 	Samples []Sample `json:"samples"`
 }
 
@@ -37,14 +37,14 @@ type History struct {
 	series []Series
 }
 
-// NewHistory keeps limit samples of each queue.
+// NewHistory returns a History of limit samples per queue.
 func NewHistory(limit int) *History { return &History{limit: limit} }
 
-// Series gives what is kept, in the order of the latest look. It is the caller's
-// until the next Add; samples are never changed.
+// Series returns the stored series, in the order of the latest look. It is valid until
+// the next Add; samples are never changed.
 func (h *History) Series() []Series { return h.series }
 
-// Add takes the rates of a look in. Devices that are gone are forgotten.
+// Add adds the rates of a look. It drops devices that are gone.
 func (h *History) Add(l *Look) {
 	var next []Series
 	for i := range l.Devices {

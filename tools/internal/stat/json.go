@@ -8,29 +8,29 @@ import (
 	"barevif/telemetry/bpf"
 )
 
-// Version is raised when a name below changes its meaning or goes. New names may
-// come at any time.
+// Version is increased when a name below changes its meaning or is removed. New names may
+// be added without that.
 const Version = 2
 
-// JSON is the shape of one look, as "barevif stat --json" and the page's endpoint
-// give it. Names are those of COUNTERS.md, with their direction: "rx_packets".
+// JSON is the form of a look, as "barevif stat --json" and the page's endpoint return it.
+// Names are those of COUNTERS.md with their direction: "rx_packets".
 type JSON struct {
 	Version int          `json:"version"`
 	Time    time.Time    `json:"time"`
 	Devices []JSONDevice `json:"devices"`
 	Pairs   []JSONPair   `json:"pairs"`
 	Errors  []string     `json:"errors"`
-	Hidden  int          `json:"hidden"` // devices of other users, left out
+	Hidden  int          `json:"hidden"` // devices of other users that were left out
 }
 
-// JSONDevice is one source. A source with an error has no counters; one of kind
-// "metrics" has none of what begins with Status.
+// JSONDevice is one source. A source with an error has no counters. One of kind "metrics"
+// has no fields that need the info record.
 type JSONDevice struct {
 	Vif    string     `json:"vif"`
 	Error  string     `json:"error,omitempty"`
 	Source JSONSource `json:"source"`
 
-	// Foreign: neither of root nor of a user that was named, so that it may be made
+	// Foreign: the device is neither root's nor that of a named user, so it may be made
 	// up. Its label in flows and metrics is "NAME@UID".
 	Foreign bool `json:"foreign"`
 
@@ -45,7 +45,7 @@ type JSONDevice struct {
 	Totals *JSONCounters `json:"totals,omitempty"` // over all queues
 	Queues []JSONQueue   `json:"queues,omitempty"`
 
-	// Rates are per second over the last Seconds; not in a first look.
+	// Rates are per second, over the last Seconds; absent in a first look.
 	Rates *JSONRates `json:"rates,omitempty"`
 
 	Events []JSONEvent `json:"events,omitempty"` // oldest first
@@ -56,13 +56,13 @@ type JSONSource struct {
 	Kind string `json:"kind"` // "bpf+pins", "bpf", "memfd", "metrics"
 	Path string `json:"path,omitempty"`
 	ID   uint32 `json:"map_id,omitempty"`
-	UID  *int   `json:"uid,omitempty"` // of who made it, where that is known
+	UID  *int   `json:"uid,omitempty"` // the user who made it, if known
 }
 
-// JSONStatus is what the owner says beside its counters.
+// JSONStatus is the owner's status beside its counters.
 type JSONStatus struct {
-	Mirror       string    `json:"mirror"`                  // "bpf+pins+iterator" for instance
-	MirrorReason string    `json:"mirror_reason,omitempty"` // why not a better one
+	Mirror       string    `json:"mirror"`                  // such as "bpf+pins+iterator"
+	MirrorReason string    `json:"mirror_reason,omitempty"` // why it is not a better one
 	State        string    `json:"state"`                   // enum xenbus_state
 	Up           bool      `json:"up"`
 	MAC          string    `json:"mac"`
@@ -78,7 +78,7 @@ type JSONStatus struct {
 	Reset        JSONReset `json:"reset"`
 }
 
-// JSONReset is the baseline of the device's own get and reset.
+// JSONReset is the baseline that the device itself reset to.
 type JSONReset struct {
 	Count     Uint       `json:"count"`
 	Time      *time.Time `json:"time,omitempty"`
@@ -95,7 +95,7 @@ type JSONCounters struct {
 	Histograms map[string]JSONHistogram `json:"histograms"`
 }
 
-// JSONHistogram has what fell into each bucket, not cumulated.
+// JSONHistogram has the count of each bucket, not cumulated.
 type JSONHistogram struct {
 	Buckets map[string]Uint `json:"buckets"` // "le_64", ..., "inf"
 	Sum     Uint            `json:"sum"`
@@ -108,30 +108,30 @@ type JSONQueue struct {
 	Rates map[string]float64 `json:"rates,omitempty"`
 }
 
-// JSONRates are how fast every counter grew.
+// JSONRates are the growth rates of all counters.
 type JSONRates struct {
 	Seconds  float64            `json:"seconds"`
 	Counters map[string]float64 `json:"counters"`
 }
 
-// JSONEvent is one event of the recorder.
+// JSONEvent is one event of the device's log.
 type JSONEvent struct {
 	Seq   Uint      `json:"seq"`
 	Time  time.Time `json:"time"`
 	Kind  string    `json:"kind"`
-	Queue int       `json:"queue"` // -1: of the whole device
+	Queue int       `json:"queue"` // -1: the whole device
 	A     Uint      `json:"a"`
 	B     Uint      `json:"b"`
 }
 
-// JSONPair is a vif of which both ends are here.
+// JSONPair is a vif with both ends here.
 type JSONPair struct {
 	Front string     `json:"frontend"`
 	Back  string     `json:"backend"`
 	Flows []JSONFlow `json:"flows"`
 }
 
-// JSONFlow is one direction: frames, and what is to be thought of it.
+// JSONFlow is one direction of a vif: counts of frames and the verdict.
 type JSONFlow struct {
 	From     string `json:"from"`
 	To       string `json:"to"`
@@ -139,20 +139,20 @@ type JSONFlow struct {
 	Received Uint   `json:"received"`
 	Dropped  Uint   `json:"dropped"`
 
-	// Frames move while they are read: Difference is what the numbers above give,
-	// Least and Most are bounds of what it was at one time.
+	// Frames move during the reads. Difference is sent less received less dropped; Least
+	// and Most are bounds of it at one time.
 	Difference int64   `json:"difference"`
 	Least      int64   `json:"difference_least"`
 	Most       int64   `json:"difference_most"`
 	Verdict    Verdict `json:"verdict"`
-	By         int64   `json:"verdict_frames"` // that it speaks of
+	By         int64   `json:"verdict_frames"` // the number of frames in the verdict
 }
 
-// A Uint is a JSON number up to 2^53, which every reader of JSON can hold, and a
-// string of digits above.
+// A Uint is a JSON number up to 2^53, which every JSON parser can represent, and a string
+// of digits above.
 type Uint uint64
 
-// MarshalJSON never fails.
+// MarshalJSON writes one of the two forms. It never fails.
 func (u Uint) MarshalJSON() ([]byte, error) {
 	b := strconv.AppendUint(nil, uint64(u), 10)
 	if u > 1<<53 {
@@ -161,7 +161,7 @@ func (u Uint) MarshalJSON() ([]byte, error) {
 	return b, nil
 }
 
-// UnmarshalJSON takes both forms. The error is a *strconv.NumError.
+// UnmarshalJSON accepts both forms. The error is a *strconv.NumError.
 func (u *Uint) UnmarshalJSON(b []byte) error {
 	if len(b) > 2 && b[0] == '"' && b[len(b)-1] == '"' {
 		b = b[1 : len(b)-1]
@@ -171,7 +171,7 @@ func (u *Uint) UnmarshalJSON(b []byte) error {
 	return err
 }
 
-// JSON gives the look in its documented shape.
+// JSON returns the look in its documented form.
 func (l *Look) JSON() *JSON {
 	j := &JSON{Version: Version, Time: l.Time, Devices: []JSONDevice{}, Pairs: []JSONPair{}, Errors: []string{}, Hidden: l.Hidden}
 	for i := range l.Devices {

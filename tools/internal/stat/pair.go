@@ -7,43 +7,43 @@ import (
 	"barevif/telemetry/bpf"
 )
 
-// A Pair is a vif whose two ends are both here, so that what one end sent can be
-// compared with what became of it at the other.
+// A Pair is a vif with both ends here, so that the frames one end sent can be compared
+// with those that the other end received or lost.
 type Pair struct {
-	Front, Back int // in Look.Devices
+	Front, Back int // indices in Look.Devices
 	Flows       [2]Flow
 }
 
-// A Flow is one direction of a vif. The frontend is read, then the backend, then
-// the frontend again: at the time the backend was read the frontend's numbers lay
-// between its two.
+// A Flow is one direction of a vif. The frontend is read, then the backend, then the
+// frontend again: when the backend was read, the frontend's numbers were between its two
+// readings.
 type Flow struct {
 	From, To                string // names of devices
-	Sent, Received, Dropped uint64 // frames, at the first read; dropped by whichever end accounts for them
-	Least, Most             int64  // bounds of the frames sent and not arrived, at one time
-	Room                    uint64 // frames that can be between the two, or counted and not yet shown
+	Sent, Received, Dropped uint64 // frames, at the first read; dropped is counted by either end
+	Least, Most             int64  // bounds of the frames sent and not yet accounted for, at one time
+	Room                    uint64 // frames that can be in the ring, or counted and not yet published
 }
 
-// unshown is how many frames an owner counts before it shows them.
+// unshown is how many frames an owner counts before it publishes them.
 const unshown = 32
 
-// Balanced says that what was read can be of one time at which every frame sent
-// was received or dropped.
+// Balanced reports whether there may have been a time at which every sent frame was
+// received or dropped.
 func (f *Flow) Balanced() bool { return f.Least <= 0 && f.Most >= 0 }
 
-// A Verdict is what is to be thought of a flow.
+// A Verdict is the judgement of a flow.
 type Verdict string
 
 const (
-	Balanced Verdict = "balanced"      // to the frame
-	Moving   Verdict = "moving"        // balanced but for what moved while it was read
-	Flight   Verdict = "in flight"     // in the ring, or received and not yet shown
-	Unshown  Verdict = "not shown yet" // by the sender
-	Unequal  Verdict = "unequal"       // one end has counted for longer, or lost count
+	Balanced Verdict = "balanced"      // every frame is accounted for
+	Moving   Verdict = "moving"        // balanced except for frames that moved during the reads
+	Flight   Verdict = "in flight"     // frames in the ring, or received and not yet published
+	Unshown  Verdict = "not shown yet" // frames that the sender has not yet published
+	Unequal  Verdict = "unequal"       // one end has counted for longer, or has lost count
 )
 
-// Verdict judges the flow. by is the number of frames it speaks of: those that are
-// missing, negative if there are too many; for Moving those that moved.
+// Verdict judges the flow. by is the number of frames concerned: the missing ones,
+// negative if there are too many; for Moving those that moved.
 func (f *Flow) Verdict() (v Verdict, by int64) {
 	switch room := int64(f.Room); {
 	case f.Least == 0 && f.Most == 0:
@@ -60,9 +60,9 @@ func (f *Flow) Verdict() (v Verdict, by int64) {
 	return Unequal, f.Least
 }
 
-// pairs finds ends that belong together. A device of two sources is nobody's end:
-// it is not known which of them counts. A foreign one is an end only where there is
-// no other: any user can make one.
+// pairs finds the two ends of each vif. An end with two sources is left out, since it is
+// unknown which of them counts. A foreign device is an end only if there is no other,
+// because any user can make one up.
 func pairs(devices []Device) []Pair {
 	type vif struct {
 		front, back uint16
@@ -70,7 +70,7 @@ func pairs(devices []Device) []Pair {
 	}
 	type ends struct {
 		at   [2]int
-		firm [2]bool // one that is not foreign was found
+		firm [2]bool // an end that is not foreign was found
 	}
 	const none, many = -1, -2
 	found := map[vif]*ends{}
@@ -109,7 +109,8 @@ func pairs(devices []Device) []Pair {
 	return out
 }
 
-// compare fills in the flows of p from what f, b and f again were read to be.
+// compare sets the flows of p from three readings: of the frontend, the backend, and the
+// frontend again.
 func (p *Pair) compare(devices []Device, f, b, f2 *telemetry.Stats) {
 	front, back := devices[p.Front].Label(), devices[p.Back].Label()
 	p.Flows = [2]Flow{flow(front, back, f, b), flow(back, front, b, f)}
@@ -129,8 +130,8 @@ func flow(from, to string, a, b *telemetry.Stats) Flow {
 	return f
 }
 
-// measure reads the two ends of p once more, in the order that Flow tells of, and
-// nothing between them.
+// measure reads the two ends of p again, in the order that Flow describes, with nothing
+// in between.
 func (p *Pair) measure(devices []Device) (err error) {
 	ends := [2]*bpf.Reader{}
 	for i, at := range [2]int{p.Front, p.Back} {

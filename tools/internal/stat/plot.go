@@ -8,9 +8,9 @@ import (
 	"github.com/guptarohit/asciigraph"
 )
 
-// Plot draws the rates and the ring occupancy of every device, width columns wide
-// and each plot height lines high. Without colours, which would be rubbish in a
-// file, the lines are made of letters.
+// Plot draws the rates and the ring occupancy of every device, width columns wide and
+// each plot height lines high. Without colours, which a file must not contain, letters
+// draw the lines.
 func Plot(h *History, width, height int, colour bool) string {
 	var b strings.Builder
 	for i := range h.series {
@@ -47,7 +47,7 @@ func Plot(h *History, width, height int, colour bool) string {
 				opts = append(opts, asciigraph.SeriesColors(asciigraph.DodgerBlue, asciigraph.Orange),
 					asciigraph.SeriesLegends("rx", "tx"))
 			} else {
-				// Without colours the lines differ by their strokes.
+				// Without colours the lines differ by their letters.
 				opts = append(opts, asciigraph.SeriesChars(asciigraph.CreateCharSet("r"), asciigraph.CreateCharSet("t")))
 			}
 			b.WriteString(asciigraph.PlotMany(data, opts...))
@@ -64,7 +64,7 @@ func Plot(h *History, width, height int, colour bool) string {
 	return b.String()
 }
 
-// round gives the next step of an axis that reads well.
+// round returns the next readable step for an axis.
 func round(step float64) float64 {
 	if step <= 1 {
 		return 1

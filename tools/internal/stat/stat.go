@@ -1,9 +1,9 @@
-// Package stat looks at the counters of every vif of this machine from outside
-// the processes that own them, and shows them as text, JSON and plots.
+// Package stat reads the counters of every vif of this machine from outside the processes
+// that own them, and shows them as text, JSON and plots.
 //
-// It needs no right but that of reading: pins, their text or a memfd. What it
-// reads was written by other processes; it is shown, never believed: a name is
-// cleaned before it reaches a terminal, and a count that went down gives no rate.
+// It needs only read access: to pins, their text or a memfd. Other processes wrote this
+// data. It is shown but not trusted: a name is cleaned before it reaches a terminal, and
+// a count that went down gives no rate.
 //
 // A [Watcher] has one owner. A [Look] is immutable once made.
 package stat
@@ -27,51 +27,51 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// StaleAge is how old the heartbeat of a device may be that gives one a second.
+// StaleAge is the greatest age of a heartbeat that comes once a second.
 const StaleAge = 3 * time.Second
 
 // All is the queue that stands for the sum of all queues.
 const All = -1
 
-// A Look is what was found at one time.
+// A Look holds the devices found at one time.
 type Look struct {
 	Time    time.Time
 	Devices []Device // by name
-	Pairs   []Pair   // vifs both ends of which are among Devices
-	Errors  []error  // of what could not be searched
-	Hidden  int      // devices of other users, which were asked for and left out
+	Pairs   []Pair   // vifs with both ends among Devices
+	Errors  []error  // errors of searching for devices
+	Hidden  int      // matching devices of other users that were left out
 }
 
-// A Device is one source of counters and what it said.
+// A Device is one source of counters and its report.
 type Device struct {
-	Name   string // cleaned: letters, digits and what else prints
+	Name   string // cleaned: printable characters only
 	Source bpf.Source
-	Report *bpf.Report // nil if Err is not
-	Err    error       // it could not be read
-	Stale  bool        // its owner has not shown for StaleAge that it lives
+	Report *bpf.Report // nil if Err is set
+	Err    error       // why it could not be read
+	Stale  bool        // no heartbeat of its owner for StaleAge
 	Span   time.Duration
 
-	// Foreign says that any user of the machine may have made it up. One that is
-	// not is this user's own, root's, or of a user that was named.
+	// Foreign says that any user of the machine may have made the data up. A device of
+	// this user, of root or of a named user is not foreign.
 	Foreign bool
-	owned   bool // devices of several users are shown
+	owned   bool // devices of several users are shown, so name the owner
 
-	before *telemetry.Stats // Span ago, of the same owner; nil: not seen before
-	base   *telemetry.Stats // where Count starts; nil: at zero
+	before *telemetry.Stats // counters of the same owner, Span ago; nil: not seen before
+	base   *telemetry.Stats // baseline of Count; nil: zero
 }
 
-// A Get picks one number out of a block.
+// A Get selects one number of a block.
 type Get func(*telemetry.Values) uint64
 
-// Lost is the number of frames lost, for whatever reason.
+// Lost returns the number of frames lost, for whatever reason.
 func Lost(v *telemetry.Values) uint64 { return v.Dropped() + v.Errors() }
 
-// Packets, Bytes and their kin are the numbers tables and plots show.
+// Packets, Bytes and Sent are the numbers that tables and plots show.
 func Packets(v *telemetry.Values) uint64 { return v.Get(telemetry.Packets) }
 func Bytes(v *telemetry.Values) uint64   { return v.Get(telemetry.Bytes) }
 func Sent(v *telemetry.Values) uint64    { return v.Get(telemetry.NotifiesSent) }
 
-// Values is the block of a direction of a queue, or of All.
+// Values returns the block of one direction of a queue, or of All.
 func Values(s *telemetry.Stats, queue int, d telemetry.Dir) *telemetry.Values {
 	switch {
 	case queue == All && d == telemetry.RX:
@@ -84,7 +84,7 @@ func Values(s *telemetry.Stats, queue int, d telemetry.Dir) *telemetry.Values {
 	return &s.Queues[queue].TX
 }
 
-// Count is the number since the device's first day, or since [Watcher.Reset].
+// Count returns the number since the device was made, or since [Watcher.Reset].
 func (d *Device) Count(queue int, dir telemetry.Dir, get Get) uint64 {
 	n := get(Values(&d.Report.Stats, queue, dir))
 	if d.base == nil {
@@ -93,8 +93,8 @@ func (d *Device) Count(queue int, dir telemetry.Dir, get Get) uint64 {
 	return n - min(n, get(Values(d.base, queue, dir)))
 }
 
-// Rate is how fast the number grows, per second. It is not known at the first
-// look, nor when a count went down: then its owner is another one.
+// Rate returns the growth of the number per second. It is unknown at the first look, and
+// when the count went down, which means that the owner is another process.
 func (d *Device) Rate(queue int, dir telemetry.Dir, get Get) (perSecond float64, known bool) {
 	if d.before == nil || d.Span <= 0 {
 		return 0, false
@@ -106,15 +106,15 @@ func (d *Device) Rate(queue int, dir telemetry.Dir, get Get) (perSecond float64,
 	return float64(now-then) / d.Span.Seconds(), true
 }
 
-// Batch is how many frames were moved at a time, on average: since the look
-// before if there was one, and if anything moved.
+// Batch returns the mean number of frames moved at a time: since the look before, or ever
+// at the first look. It is unknown if none moved.
 func (d *Device) Batch(queue int, dir telemetry.Dir) (mean float64, known bool) {
 	return d.mean("batch_size", queue, dir)
 }
 
-// Occupancy is how many slots of the ring were in use, on average over the looks
-// its owner took at it since the look before. Where it took none it is what the
-// last one found. It is not known of an owner that has never found one in use.
+// Occupancy returns the number of slots in use, as the mean over the owner's polls since
+// the look before. Without a poll since then it is the number at the last poll. It is
+// unknown if the owner has never polled and found no slot in use.
 func (d *Device) Occupancy(queue int, dir telemetry.Dir) (slots float64, known bool) {
 	if mean, ok := d.mean("ring_occupancy", queue, dir); ok && d.before != nil {
 		return mean, true
@@ -125,7 +125,7 @@ func (d *Device) Occupancy(queue int, dir telemetry.Dir) (slots float64, known b
 	return float64(used), looks > 0 || max(used, v.Gauge(telemetry.RingUsedMax)) > 0
 }
 
-// mean is that of what a histogram was given since the look before, or ever.
+// mean returns the mean of a histogram's values since the look before, or ever.
 func (d *Device) mean(name string, queue int, dir telemetry.Dir) (mean float64, known bool) {
 	n, sum := observed(name, Values(&d.Report.Stats, queue, dir))
 	if d.before != nil {
@@ -155,7 +155,7 @@ func observed(name string, v *telemetry.Values) (n, sum uint64) {
 	return n, sum
 }
 
-// Role is the end of the vif in a word.
+// Role returns the name of the end.
 func Role(r telemetry.Role) string {
 	if r == telemetry.Backend {
 		return "backend"
@@ -163,8 +163,8 @@ func Role(r telemetry.Role) string {
 	return "frontend"
 }
 
-// Info says which end of which vif the device is. A source that shows nothing but
-// counters says it by its name.
+// Info returns which end of which vif the device is. A source with only counters tells
+// this by its name.
 func (d *Device) Info() (telemetry.Info, bool) {
 	if d.Report != nil && d.Report.Source.Kind != bpf.KindMetrics {
 		return d.Report.Info, true
@@ -172,7 +172,7 @@ func (d *Device) Info() (telemetry.Info, bool) {
 	return parseName(d.Source.Name)
 }
 
-// parseName reads what telemetry.Info.Name wrote.
+// parseName parses the result of telemetry.Info.Name.
 func parseName(name string) (telemetry.Info, bool) {
 	part := strings.Split(name, "-")
 	if len(part) != 4 {
@@ -192,7 +192,7 @@ func parseName(name string) (telemetry.Info, bool) {
 	return info, info.Name() == name
 }
 
-// Queues is how many queues are worth a line: those in use, and those that were.
+// Queues returns the queues to show: those in use and those that have counted frames.
 func (d *Device) Queues() []int {
 	var out []int
 	for q := range d.Report.Stats.Queues {
@@ -205,11 +205,11 @@ func (d *Device) Queues() []int {
 	return out
 }
 
-// A Watcher looks at devices again and again.
+// A Watcher reads devices repeatedly.
 type Watcher struct {
-	// AllUsers shows what every user has made, Users what these have, by their
-	// uids, beside this user's own and root's. They are to be set before the first
-	// Look.
+	// AllUsers shows the devices of every user. Users are further users, by uid, whose
+	// devices are shown and trusted like this user's own and root's. Set them before the
+	// first Look.
 	AllUsers bool
 	Users    []int
 
@@ -217,14 +217,14 @@ type Watcher struct {
 	patterns []string
 
 	sources  []bpf.Source
-	believed []int // see believe
+	believed []int // uids that trusts accepts; see believe
 	hidden   int
 	listed   time.Time
 	listErr  error
 	last     map[key]seen
 }
 
-// key is one life of one device.
+// A key identifies one life of one device.
 type key struct {
 	source bpf.Source
 	pid    int
@@ -236,10 +236,10 @@ type seen struct {
 	stats, base *telemetry.Stats
 }
 
-// NewWatcher watches the devices below root, as [bpf.List] has it, whose names are
-// one of patterns, or match it as a file name matches a shell's: "front-*". A
-// pattern may be what people call the device, too: see called. No
-// pattern means all. The error is path.ErrBadPattern.
+// NewWatcher watches the devices below root (see [bpf.List]) whose name is one of
+// patterns, or matches one as in a shell: "front-*". A pattern may also be a name that
+// people use for the device: see called. Without patterns it watches all. The error is
+// path.ErrBadPattern.
 func NewWatcher(root string, patterns ...string) (*Watcher, error) {
 	for _, p := range patterns {
 		if _, err := path.Match(p, ""); err != nil {
@@ -249,7 +249,7 @@ func NewWatcher(root string, patterns ...string) (*Watcher, error) {
 	return &Watcher{root: root, patterns: patterns, last: map[key]seen{}}, nil
 }
 
-// listEvery is how often the machine is searched: that reads all of /proc.
+// listEvery is the interval between searches of the machine, which read all of /proc.
 const listEvery = time.Second
 
 // Look reads every device once.
@@ -278,7 +278,7 @@ func (w *Watcher) Look() *Look {
 	}
 	w.last = now
 	for _, p := range pairs(l.Devices) {
-		// An end that has gone since is none any more.
+		// Skip a pair with an end that has gone since.
 		if p.measure(l.Devices) == nil {
 			l.Pairs = append(l.Pairs, p)
 		}
@@ -286,8 +286,7 @@ func (w *Watcher) Look() *Look {
 	return l
 }
 
-// read opens the source each time: the pins of a device that was started again
-// lead to other maps.
+// read opens the source anew, because the pins of a restarted device lead to other maps.
 func (w *Watcher) read(src bpf.Source) (Device, key, *seen) {
 	d := Device{Name: Clean(src.Name), Source: src, Foreign: !w.trusts(src.UID), owned: w.AllUsers || len(w.Users) > 0}
 	r, err := bpf.Open(src)
@@ -313,11 +312,11 @@ func (w *Watcher) read(src bpf.Source) (Device, key, *seen) {
 	return d, k, next
 }
 
-// mostForeign is how many devices of one user are read that this user did not name.
+// mostForeign is how many devices of one untrusted user are read.
 const mostForeign = 64
 
-// leaveOut takes the sources of other users away, as far as they were not asked
-// for. What one user makes up must not cost the others their overview.
+// leaveOut removes the sources of untrusted users that were not asked for. A user with
+// many made-up devices must not spoil the others' overview.
 func (w *Watcher) leaveOut() {
 	w.hidden = 0
 	of := map[int]int{}
@@ -334,9 +333,8 @@ func (w *Watcher) leaveOut() {
 	})
 }
 
-// believe takes down of which users devices are what they say: of this user, of
-// root, of those that were named, and of the one to whom root gave the directory of
-// the pins.
+// believe records the users whose devices are trusted: this user, root, the named ones,
+// and the one to whom root gave the directory of the pins.
 func (w *Watcher) believe() {
 	w.believed = append(append(users.Own(), 0), w.Users...)
 	if uid, ok := keeper(w.root); ok {
@@ -346,8 +344,7 @@ func (w *Watcher) believe() {
 
 func (w *Watcher) trusts(uid int) bool { return uid >= 0 && slices.Contains(w.believed, uid) }
 
-// keeper is the owner of the directory of the pins, where root alone can have made
-// it.
+// keeper returns the owner of the directory of the pins, if only root can have made it.
 func keeper(root string) (uid int, ok bool) {
 	if root == "" {
 		root = bpf.DefaultRoot
@@ -360,7 +357,7 @@ func keeper(root string) (uid int, ok bool) {
 	return int(dir.Uid), ok
 }
 
-// Reset makes Count start from zero, here alone: nothing of the devices changes.
+// Reset makes Count start from zero, in this Watcher only: the devices do not change.
 func (w *Watcher) Reset() {
 	for k, s := range w.last {
 		s.base = s.stats
@@ -378,10 +375,10 @@ func (w *Watcher) wants(name string) bool {
 	})
 }
 
-// called reports whether people call the device of that name alias: "vif1.0" is the
+// called reports whether people use alias for the device with this name. "vif1.0" is the
 // interface of the backend of domain 1's vif 0, as Linux's netback and "barevif back"
-// name it, "1.0" the vif with both ends, and "xvif0" the interface of "barevif
-// attach", whose vif 0 it is.
+// name it. "1.0" is the vif, that is both ends. "xvif0" is the interface of "barevif
+// attach" for the frontend of vif 0.
 func called(alias, name string) bool {
 	info, ok := parseName(name)
 	if !ok {
@@ -411,8 +408,8 @@ func compareNames(a, b string) int {
 		cmp.Compare(ia.Peer, ib.Peer), cmp.Compare(ia.Handle, ib.Handle))
 }
 
-// Label is the device's name where one name must stand for one device: two users
-// can have one of the same name, and that of a foreign one says whose it is.
+// Label returns a name that identifies the device: since two users can have devices of
+// the same name, the label of a foreign one names its user.
 func (d *Device) Label() string {
 	if !d.Foreign {
 		return d.Name
@@ -423,9 +420,9 @@ func (d *Device) Label() string {
 	return d.Name + "@" + strconv.Itoa(d.Source.UID)
 }
 
-// Labelled are the devices that can be read, one for each label: of several the one
-// whose place is hardest to come by, pins before maps, text and memfds, and root's
-// before others'.
+// Labelled returns the readable devices, one for each label. Of several it takes the one
+// in the place that is hardest to write: pins before maps, text and memfds, and root's
+// before other users'.
 func (l *Look) Labelled() []*Device {
 	rank := map[string]int{bpf.KindPins: 0, bpf.KindMaps: 1, bpf.KindMetrics: 2, bpf.KindMemfd: 3}
 	best := map[string]*Device{}
@@ -448,8 +445,8 @@ func (l *Look) Labelled() []*Device {
 	return out
 }
 
-// Clean makes a string of another process fit for a terminal: one line, no
-// control codes, not long.
+// Clean makes another process's string safe for a terminal: one line of limited length,
+// without control codes.
 func Clean(s string) string {
 	const most = 120
 	var b strings.Builder

@@ -13,7 +13,7 @@ import (
 	"barevif/telemetry/bpf"
 )
 
-// device makes one that sent tx frames of 100 bytes on queue 0, and received rx,
+// device returns a device that sent tx frames of 100 bytes and received rx on queue 0,
 // and lost some.
 func device(name string, tx, rx, lost uint64) Device {
 	set := telemetry.NewSet(2)
@@ -37,7 +37,7 @@ func device(name string, tx, rx, lost uint64) Device {
 	}}
 }
 
-// look is one at which nothing moved.
+// look returns a look during which no frames moved.
 func look(devices ...Device) *Look {
 	l := &Look{Time: time.Unix(1000, 0).UTC(), Devices: devices, Pairs: pairs(devices)}
 	for i := range l.Pairs {
@@ -75,8 +75,8 @@ func TestVerdictOfAFlow(t *testing.T) {
 	}
 }
 
-// What moves between the reads of the two ends widens the bounds, and never makes
-// a vif that loses nothing look as if it did.
+// Frames that move between the reads of the two ends widen the bounds. They never make a
+// vif that loses nothing look as if it did.
 func TestFlowsAreJudgedByWhatCanHaveBeen(t *testing.T) {
 	at := func(name string, tx, rx, lost uint64) Device { return device(name, tx, rx, lost) }
 	f1, b, f2 := at("front-1-2-0", 1000, 500, 1), at("back-2-1-0", 520, 1009, 3), at("front-1-2-0", 1020, 530, 1)
@@ -124,10 +124,10 @@ func TestNamesAreReadAsTheyWereWritten(t *testing.T) {
 	}
 }
 
-// plain is a sheet without end.
+// plain is a sheet of unlimited width.
 var plain = Sheet{Paint: NoPaint}
 
-// Every string of another process could hold what moves a cursor.
+// Every string of another process may hold terminal control codes.
 func TestForeignStringsDoNotReachTheTerminal(t *testing.T) {
 	evil := "x\x1b[2J\n\u202e\xffy"
 	d := device("front-1-2-0", 1, 1, 1)
@@ -249,7 +249,7 @@ func TestColumnsLineUp(t *testing.T) {
 	}
 }
 
-// A narrow terminal cuts nothing that matters: columns go, and lines fold.
+// A narrow terminal cuts off nothing important: columns are dropped, and lines fold.
 func TestNarrowSheetsKeepWhatMatters(t *testing.T) {
 	d, before := device("front-65535-65535-4294967295", 1<<44, 1<<44, 3), device("front-65535-65535-4294967295", 0, 0, 0)
 	d.before, d.Span = &before.Report.Stats, time.Second
@@ -331,7 +331,7 @@ func TestHistoryIsBoundedAndForgets(t *testing.T) {
 	}
 }
 
-// Watcher reads what a Store of this process shows, whatever kind that is here.
+// The Watcher reads the mirror of a Store in this process, of whatever kind it is here.
 func TestWatcherSeesRatesAndResets(t *testing.T) {
 	info := telemetry.Info{Role: telemetry.Frontend, Own: 61011, Peer: 61012, Handle: 3}
 	root := path.Join(t.TempDir(), "none")
@@ -363,7 +363,7 @@ func TestWatcherSeesRatesAndResets(t *testing.T) {
 		t.Errorf("second look: %v frames/s, %v", r, known)
 	}
 	w.Reset()
-	for range 2 { // the baseline stays
+	for range 2 { // the baseline does not move
 		d = count(2)
 	}
 	if got := d.Count(All, telemetry.TX, Packets); got != 4 {
@@ -377,7 +377,7 @@ func TestWatcherSeesRatesAndResets(t *testing.T) {
 	}
 }
 
-// A zero nobody measured must not look like an empty ring.
+// A number that was never measured must not look like an empty ring.
 func TestRingThatWasNotMeasuredIsNotShownEmpty(t *testing.T) {
 	set := telemetry.NewSet(1)
 	set.TX(0).Add(telemetry.Packets, 1)
@@ -403,8 +403,8 @@ func TestRingThatWasNotMeasuredIsNotShownEmpty(t *testing.T) {
 	}
 }
 
-// A frontend's full receive ring is at rest; a full ring of any other kind is
-// saturated, and has a bar that says so.
+// A frontend's receive ring is full at rest. Any other full ring is saturated, and its
+// bar shows that.
 func TestBuffersPostedAreNoLoad(t *testing.T) {
 	for name, bars := range map[string]int{"front-1-2-0": 1, "back-2-1-0": 2} {
 		d := device(name, 5, 5, 0)

@@ -15,7 +15,7 @@ import (
 	"barevif/tools/internal/users"
 )
 
-// A Tone is what a piece of text is, for whoever paints it.
+// A Tone is the role of a piece of text, which determines its colour.
 type Tone uint8
 
 const (
@@ -28,20 +28,20 @@ const (
 	Bad
 )
 
-// A Paint gives text in the colours of a tone. It must not change its width.
+// A Paint colours text by its tone. It must not change the width.
 type Paint func(Tone, string) string
 
-// NoPaint leaves text as it is.
+// NoPaint returns text as it is.
 func NoPaint(_ Tone, s string) string { return s }
 
-// A Sheet is what text is written on: its width in columns, 0 for no end, and who
-// paints it.
+// A Sheet describes the output: its width in columns, 0 for unlimited, and how to colour
+// it.
 type Sheet struct {
 	Width int
 	Paint Paint
 }
 
-// Write writes the look for a reader. The error is w's.
+// Write writes the look as text for people. The error is w's.
 func Write(w io.Writer, l *Look, on Sheet) error {
 	var b strings.Builder
 	for i := range l.Devices {
@@ -92,8 +92,8 @@ func writeDevice(b *strings.Builder, d *Device, now time.Time, on Sheet) {
 	}
 }
 
-// Line writes text as a line, indented by two columns, or as several if it is too
-// long for one.
+// Line writes text as a line indented by two columns, or as several lines if it is too
+// long.
 func (on Sheet) Line(b *strings.Builder, tone Tone, text string) {
 	indent, line := "  ", ""
 	for i, word := range strings.Split(text, " ") {
@@ -110,7 +110,7 @@ func (on Sheet) Line(b *strings.Builder, tone Tone, text string) {
 	b.WriteString(indent + on.Paint(tone, line) + "\n")
 }
 
-// Owner says whose device it is.
+// Owner names the user of the device.
 func (d *Device) Owner() string { return "of user " + users.Name(d.Source.UID) }
 
 func (d *Device) ownerTone() Tone {
@@ -120,7 +120,7 @@ func (d *Device) ownerTone() Tone {
 	return Plain
 }
 
-// Condition is how the device is, in a few words.
+// Condition describes the state of the device in a few words.
 func (d *Device) Condition() (string, Tone) {
 	if d.Err != nil {
 		return "cannot be read", Bad
@@ -136,12 +136,12 @@ func (d *Device) Condition() (string, Tone) {
 		state, tone = state+", up", Good
 	}
 	if d.Report.Torn {
-		state += ", torn" // its owner died in the middle of a write
+		state += ", torn" // its owner was killed during a publish
 	}
 	return state, tone
 }
 
-// Place says where the counters live, and why there.
+// Place says where the counters are, and why there.
 func (d *Device) Place() string {
 	r := d.Report
 	if d.Source.Kind == bpf.KindMetrics {
@@ -158,8 +158,8 @@ func (d *Device) Place() string {
 	return s
 }
 
-// Life says whose counters they are and when that process was last heard of. It
-// says nothing where it is not known.
+// Life names the owner's process and the age of its heartbeat. It is empty if they are
+// not known.
 func (d *Device) Life() string {
 	if d.Source.Kind == bpf.KindMetrics {
 		return ""
@@ -167,7 +167,7 @@ func (d *Device) Life() string {
 	return fmt.Sprintf("process %d, heartbeat %s ago", d.Report.PID, Age(d.Report.Age))
 }
 
-// Losses are the drops by reason, a line for each direction that has any.
+// Losses returns the lost frames by reason, a line for each direction that has any.
 func (d *Device) Losses() []string {
 	var out []string
 	for _, dir := range [...]telemetry.Dir{telemetry.RX, telemetry.TX} {
@@ -187,7 +187,7 @@ func (d *Device) Losses() []string {
 	return out
 }
 
-// Event is one line about e.
+// Event describes e in one line.
 func Event(e telemetry.Event, now time.Time) string {
 	where := ""
 	if e.Queue != telemetry.NoQueue {
@@ -217,7 +217,7 @@ func shortState(n uint64) string {
 	return strings.TrimPrefix(telemetry.State(min(n, 255)).String(), "XenbusState")
 }
 
-// WritePairs writes what became of the frames of vifs that have both ends here.
+// WritePairs writes the flows of vifs with both ends here.
 func WritePairs(b *strings.Builder, l *Look, on Sheet) {
 	if len(l.Pairs) == 0 {
 		return
@@ -235,7 +235,7 @@ func WritePairs(b *strings.Builder, l *Look, on Sheet) {
 	g.write(b, "", on)
 }
 
-// words are the verdict for a reader.
+// words describes the verdict for people.
 func (f *Flow) words() (string, Tone) {
 	switch verdict, by := f.Verdict(); verdict {
 	case Balanced:
@@ -249,9 +249,9 @@ func (f *Flow) words() (string, Tone) {
 	}
 }
 
-// WriteTable writes a table of devices: with queues, a line for each direction of
-// each queue; without, one for each direction. Columns that a narrow sheet has no
-// room for are left out.
+// WriteTable writes a table of devices. With queues it has a line for each direction of
+// each queue, else one for each direction. It omits columns that do not fit a narrow
+// sheet.
 func WriteTable(b *strings.Builder, indent string, devices []*Device, queues bool, on Sheet) {
 	single, rates := len(devices) == 1, false
 	for _, d := range devices {
@@ -327,9 +327,8 @@ func (d *Device) line(q int, dir telemetry.Dir, rates bool) []cell {
 		cell{ring, Plain})
 }
 
-// posted reports whether the slots in use are buffers that wait for frames, as they
-// are in the ring a frontend receives through. That ring is full when it is at rest,
-// and is not to look like a saturated one.
+// posted reports whether the slots in use hold posted buffers, as in the receive ring of
+// a frontend. That ring is full at rest, and must not look saturated.
 func (d *Device) posted(dir telemetry.Dir) bool {
 	info, ok := d.Info()
 	return ok && info.Role == telemetry.Frontend && dir == telemetry.RX
@@ -343,7 +342,7 @@ func (d *Device) rateText(q int, dir telemetry.Dir, get Get, scale float64) stri
 	return SI(r * scale)
 }
 
-// Bar draws how full a ring is, eight cells wide, and says it: "██▌····· 80/256".
+// Bar draws how full a ring is, eight cells wide, with the numbers: "██▌····· 80/256".
 func Bar(used float64, size uint64) string {
 	if size == 0 {
 		return "-"
@@ -367,7 +366,7 @@ func Bar(used float64, size uint64) string {
 	return b.String()
 }
 
-// Grouped is n with its thousands apart.
+// Grouped returns n with spaces between thousands.
 func Grouped(n uint64) string {
 	s := strconv.FormatUint(n, 10)
 	for i := len(s) - 3; i > 0; i -= 3 {
@@ -376,7 +375,7 @@ func Grouped(n uint64) string {
 	return s
 }
 
-// SI is f to three digits with a prefix of a thousand: "1.25M".
+// SI returns f in three digits with an SI prefix: "1.25M".
 func SI(f float64) string {
 	const units = "kMGTPE"
 	if f < 1000 {
@@ -400,7 +399,7 @@ func SI(f float64) string {
 	return strconv.FormatFloat(f, 'f', digits, 64) + units[i:i+1]
 }
 
-// Age is a length of time to a tenth, in one unit.
+// Age returns a duration to a tenth, in one unit.
 func Age(d time.Duration) string {
 	switch {
 	case d < 0:
@@ -422,18 +421,18 @@ type cell struct {
 	tone Tone
 }
 
-// A grid is rows of cells in columns. A row of fewer cells is a line of its own.
+// A grid is rows of cells in columns. A row with fewer cells is a line without columns.
 type grid struct {
 	head  []string
-	left  int      // columns aligned to the left
-	last  bool     // so is the last one
-	spare []string // columns to do without, the first first
+	left  int      // number of columns aligned to the left
+	last  bool     // the last column is, too
+	spare []string // columns that may be omitted, in this order
 	rows  [][]cell
 }
 
 func (g *grid) add(row []cell) { g.rows = append(g.rows, row) }
 
-// widths are those of the columns, and what a line of all takes.
+// widths returns the widths of the columns and of a whole line.
 func (g *grid) widths() (width []int, line int) {
 	width = make([]int, len(g.head))
 	for i, h := range g.head {
@@ -453,7 +452,7 @@ func (g *grid) widths() (width []int, line int) {
 	return width, line - 2
 }
 
-// narrow leaves columns out until a line takes at most columns.
+// narrow omits columns until a line takes at most columns.
 func (g *grid) narrow(columns int) {
 	for _, name := range g.spare {
 		if _, line := g.widths(); line <= columns {
@@ -501,7 +500,7 @@ func (g *grid) write(b *strings.Builder, indent string, on Sheet) {
 	}
 }
 
-// Left says how many devices of other users are not shown, or nothing.
+// Left says how many devices of other users are not shown; "" if none.
 func (l *Look) Left() string {
 	switch l.Hidden {
 	case 0:
@@ -512,7 +511,7 @@ func (l *Look) Left() string {
 	return fmt.Sprintf("%d devices of other users are not shown", l.Hidden)
 }
 
-// Line is the device in one line of words and name=number, for other programs.
+// Line returns the device as one line of words and name=number, for other programs.
 func (d *Device) Line() string {
 	if d.Err != nil {
 		return d.Name + " uid=" + strconv.Itoa(d.Source.UID) + " error=" + strconv.Quote(Clean(d.Err.Error()))

@@ -1,16 +1,16 @@
 // Package statweb shows the counters of this machine's vifs as a web page with live
 // plots, as JSON and as OpenMetrics text.
 //
-// The page is in this package: it asks nothing of any other server. It answers GET
-// and HEAD only, and, so that no other site's page can read it through a browser,
-// only requests that name this server by an address, or by the host name
-// "localhost".
+// The package contains the whole page, which requests nothing from another server. It
+// answers GET and HEAD only. It answers only requests that name this server by an address
+// or by the host name "localhost", so that no other site's page can read it through a
+// browser.
 //
-// This process may read counters that other users of the machine may not. Unless
-// there is no token, JSON and metrics are for those who know it: a client sends it
-// as "Authorization: Bearer TOKEN". The page takes it out of the fragment of its
-// address, "#token=TOKEN", which a browser sends to nobody, and keeps it for its
-// tab. A cookie would do less: a browser shows it to every port of the host.
+// This process may read counters that other users of the machine may not. Unless there is
+// no token, a client gets JSON and metrics only with the token, sent as "Authorization:
+// Bearer TOKEN". The page takes the token from the fragment of its address,
+// "#token=TOKEN", which a browser sends to no server, and keeps it for its tab. A cookie
+// would be weaker: a browser sends it to every port of the host.
 package statweb
 
 import (
@@ -38,12 +38,12 @@ import (
 //go:embed page
 var pageFiles embed.FS
 
-// kept is how many looks the plots go back.
+// kept is how many looks the plots show.
 const kept = 300
 
-// Serve takes l over and serves until ctx ends, looking every interval. Who does not
-// know token gets no counters; "" lets everybody read them who reaches l. The error
-// is ctx's, or that of the listener.
+// Serve takes l over and serves until ctx ends, with a look every interval. A client
+// without token gets no counters; with the token "" every client gets them. The error is
+// ctx's, or that of the listener.
 func Serve(ctx context.Context, l net.Listener, w *stat.Watcher, interval time.Duration, token string) error {
 	p := &page{history: stat.NewHistory(kept), interval: interval, token: token}
 	p.add(w.Look())
@@ -69,7 +69,7 @@ func Serve(ctx context.Context, l net.Listener, w *stat.Watcher, interval time.D
 			defer cancel()
 			err := srv.Shutdown(grace)
 			if err != nil {
-				err = srv.Close() // a client that does not read
+				err = srv.Close() // a client does not read
 			}
 			<-ended
 			return errors.Join(ctx.Err(), err)
@@ -77,10 +77,10 @@ func Serve(ctx context.Context, l net.Listener, w *stat.Watcher, interval time.D
 	}
 }
 
-// A page is what requests are answered from.
+// A page holds the data for the answers.
 type page struct {
 	interval time.Duration
-	token    string // or ""
+	token    string // "": no token is needed
 
 	mu      sync.Mutex
 	look    *stat.Look    // guarded by mu
@@ -103,7 +103,7 @@ func (p *page) latest() *stat.Look {
 func (p *page) handler() http.Handler {
 	files, err := fs.Sub(pageFiles, "page")
 	if err != nil {
-		panic(err) // the name above is wrong
+		panic(err) // impossible: the name above is right
 	}
 	mux := http.NewServeMux()
 	mux.Handle("GET /", http.FileServerFS(files))
@@ -115,7 +115,7 @@ func (p *page) handler() http.Handler {
 	return guard(mux)
 }
 
-// known answers those who know the token. How long it compares says nothing of it.
+// known answers only requests with the token. It compares in constant time.
 func (p *page) known(next http.HandlerFunc) http.HandlerFunc {
 	want := sha256.Sum256([]byte(p.token))
 	return func(w http.ResponseWriter, r *http.Request) {
@@ -130,7 +130,7 @@ func (p *page) known(next http.HandlerFunc) http.HandlerFunc {
 	}
 }
 
-// A gauge is what only a reader from outside can tell of a device.
+// A gauge is a value of a device that only an outside reader can tell.
 type gauge struct {
 	name, unit, help string
 	value            func(*stat.Device) float64
@@ -148,7 +148,7 @@ var gauges = [...]gauge{
 	}},
 }
 
-// Metrics names the metrics of the page that are not of the table of fields.
+// Metrics returns the names of the page's metrics that are not in the table of fields.
 func Metrics() []string {
 	var out []string
 	for _, g := range gauges {
@@ -171,7 +171,7 @@ func (p *page) serveMetrics(w http.ResponseWriter, _ *http.Request) {
 		}
 		fmt.Fprintf(&b, "# HELP %s %s\n", g.name, g.help)
 		for _, d := range devices {
-			if d.Source.Kind != bpf.KindMetrics { // which shows no more than counters
+			if d.Source.Kind != bpf.KindMetrics { // which has only counters
 				fmt.Fprintf(&b, "%s{vif=\"%s\"} %v\n", g.name, escape.Replace(d.Label()), g.value(d))
 			}
 		}
@@ -181,13 +181,13 @@ func (p *page) serveMetrics(w http.ResponseWriter, _ *http.Request) {
 		return
 	}
 	w.Header().Set("Content-Type", openmetrics.ContentType)
-	// A failure here is a client that went away.
+	// An error means that the client went away.
 	_, _ = w.Write(b.Bytes())
 }
 
 var escape = strings.NewReplacer(`\`, `\\`, `"`, `\"`)
 
-// serveHistory gives the samples after the time ?since=, or all.
+// serveHistory returns the samples after the time ?since=, or all.
 func (p *page) serveHistory(w http.ResponseWriter, r *http.Request) {
 	since, err := time.Parse(time.RFC3339Nano, r.URL.Query().Get("since"))
 	if err != nil {
@@ -219,12 +219,12 @@ func reply(w http.ResponseWriter, v any) {
 		return
 	}
 	w.Header().Set("Content-Type", "application/json")
-	// A failure here is a client that went away.
+	// An error means that the client went away.
 	_, _ = w.Write(append(b, '\n'))
 }
 
-// guard refuses requests that a foreign page could have had a browser make, and
-// tells browsers what the page may do.
+// guard refuses requests that another site's page can have made a browser send, and tells
+// browsers what the page may do.
 func guard(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if !ownName(r.Host) {
@@ -240,8 +240,8 @@ func guard(next http.Handler) http.Handler {
 	})
 }
 
-// ownName reports whether host, as a request has it, with a port or without, is an
-// address or "localhost": no other server can have a browser take these for its own.
+// ownName reports whether the host of a request, with or without a port, is an address or
+// "localhost": no other site can have such a name in a browser.
 func ownName(host string) bool {
 	name, port := host, ""
 	if at := strings.LastIndexByte(host, ':'); at > strings.LastIndexByte(host, ']') {

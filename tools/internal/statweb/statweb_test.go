@@ -29,7 +29,7 @@ const (
 	token = "a-token-of-the-test"
 )
 
-// A site is a running server, and two ends of a vif that it shows.
+// A site is a running server and two ends of a vif that it shows.
 type site struct {
 	url         string
 	front, back *telemetry.Set
@@ -80,7 +80,7 @@ func newSite(t *testing.T) *site {
 	return s
 }
 
-// live gives both ends a heartbeat, however long a browser takes to start.
+// live keeps the heartbeat of both ends going, however long a browser takes to start.
 func (s *site) live(t *testing.T) {
 	stop, stopped := make(chan struct{}), make(chan struct{})
 	go func() {
@@ -103,8 +103,8 @@ func (s *site) live(t *testing.T) {
 	})
 }
 
-// count has the frontend send n frames on queue 0; the backend receives all but
-// one, ever.
+// count makes the frontend send n frames on queue 0. The backend receives all of them but
+// the first one ever.
 func (s *site) count(n uint64) {
 	tx, rx := s.front.TX(0), s.back.RX(0)
 	tx.Add(telemetry.Packets, n)
@@ -114,7 +114,7 @@ func (s *site) count(n uint64) {
 	tx.Flush()
 	posted := s.front.RX(0)
 	posted.Set(telemetry.RingSize, 256)
-	posted.Set(telemetry.RingUsed, 256) // at rest
+	posted.Set(telemetry.RingUsed, 256) // the state at rest
 	posted.Observe(telemetry.RingOccupancy, 256)
 	posted.Flush()
 	if totals := s.back.Totals(); totals.RX.Get(telemetry.Packets) == 0 {
@@ -310,8 +310,7 @@ func eventually(t *testing.T, what string, ok func() bool) {
 	}
 }
 
-// TestPageDrawsInABrowser has a real browser show the page, and looks at what it
-// made of it.
+// TestPageDrawsInABrowser shows the page in a real browser and checks the result.
 func TestPageDrawsInABrowser(t *testing.T) {
 	bin, err := exec.LookPath("chromium")
 	if err != nil {
@@ -336,7 +335,7 @@ func TestPageDrawsInABrowser(t *testing.T) {
 		say := func(s string) {
 			select {
 			case complaints <- s:
-			default: // enough of them
+			default: // there are enough of them
 			}
 		}
 		switch ev := ev.(type) {
@@ -384,7 +383,7 @@ func TestPageDrawsInABrowser(t *testing.T) {
 			t.Errorf("%s is %q, want %q", c.js, got, c.want)
 		}
 	}
-	// What is counted from now on appears without the page being loaded again.
+	// Later counts appear without reloading the page.
 	s.count(1000)
 	await("the new count is shown", `document.querySelector("#flows td.n").textContent.replace(/\D/g, "") === "1100"`)
 	await("the plot shows it came", `cards.values().next().value.series.get(-1).samples.some(s => s.tx_frames > 0)`)

@@ -1,9 +1,9 @@
-// Package storetrace listens in on a connection to an embedded xenstore and tells
-// what its client changes there, in order and completely, which a watch cannot: it
-// says "look", and by then the value may be another.
+// Package storetrace listens in on a connection to an embedded xenstore and reports its
+// client's changes, completely and in order. A watch cannot do that: its event carries no
+// value, and a later read may find another one.
 //
-// It is for showing a handshake to people. What it cannot make sense of it passes
-// on and does not report: the store decides what is valid.
+// It serves to show a handshake to people. It passes on messages that it cannot parse,
+// and does not report them: the store decides which messages are valid.
 package storetrace
 
 import (
@@ -18,7 +18,7 @@ import (
 	"barevif/xenbus/xenstore/wire"
 )
 
-// A Change is a node a domain wrote, made or removed.
+// A Change is a node that a domain wrote, made or removed.
 type Change struct {
 	By      hypercall.DomID
 	Path    string // absolute
@@ -26,9 +26,10 @@ type Change struct {
 	Removed bool
 }
 
-// Tap is conn, of which the store is the server and dom the client. It calls tell
-// with what one request changed, a transaction counting as one, once the store has
-// said yes. tell is called by whoever reads or writes conn and must not wait.
+// Tap returns conn, of which the store is the server and dom the client. It calls tell
+// with the changes of each request once the store has accepted it; a transaction counts
+// as one request. The goroutines that read and write conn call tell, so it must not
+// block.
 func Tap(conn io.ReadWriteCloser, dom hypercall.DomID, tell func([]Change)) io.ReadWriteCloser {
 	return &tap{ReadWriteCloser: conn, dom: dom, tell: tell, open: make(map[uint32][]Change)}
 }
@@ -38,15 +39,15 @@ type tap struct {
 	dom  hypercall.DomID
 	tell func([]Change)
 
-	in, out stream // in: read and out: written by one goroutine each
+	in, out stream // in: bytes read, out: bytes written; each used by one goroutine
 
 	mu      sync.Mutex
-	waiting []request           // guarded by mu: unanswered, oldest first
-	lost    bool                // guarded by mu: more than maxWaiting were, so nothing is known
-	open    map[uint32][]Change // guarded by mu: of transactions
+	waiting []request           // guarded by mu: unanswered requests, oldest first
+	lost    bool                // guarded by mu: there were more than maxWaiting, so replies cannot be matched
+	open    map[uint32][]Change // guarded by mu: changes of open transactions
 }
 
-// A request is what its answer decides about.
+// A request is what has to be known when its reply comes.
 type request struct {
 	op     wire.Op
 	tx     uint32
@@ -60,8 +61,8 @@ func (t *tap) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// Write looks at answers before the client sees them: what a client does because
-// of another's change is told after it.
+// Write parses replies before the client gets them, so that what another client does
+// because of a change is reported after the change.
 func (t *tap) Write(p []byte) (int, error) {
 	t.out.feed(p, t.answered)
 	return t.ReadWriteCloser.Write(p)
@@ -95,8 +96,8 @@ func (t *tap) answered(h wire.Header, _ []byte) {
 	}
 }
 
-// settle takes the oldest request, which is the one answered: a connection's
-// requests are answered in order.
+// settle takes the oldest request, to which the reply belongs: the requests of a
+// connection are answered in order.
 func (t *tap) settle(ok bool) (done []Change) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -131,7 +132,7 @@ func (t *tap) absolute(path string) string {
 type stream struct {
 	buf  []byte
 	one  [wire.HeaderSize + wire.MaxPayload]byte
-	dead bool // no message came where one should
+	dead bool // a message with an impossible length
 }
 
 func (s *stream) feed(p []byte, each func(wire.Header, []byte)) {

@@ -42,7 +42,7 @@ func (r *rig) client(dom hypercall.DomID) *xenstore.Client {
 	return c
 }
 
-// want checks what was told since the last call.
+// want checks the changes since the last call.
 func (r *rig) want(all ...[]Change) {
 	r.t.Helper()
 	r.mu.Lock()

@@ -1,5 +1,5 @@
-// Package users knows the users of this machine by their names, and which of them
-// this process may take for itself.
+// Package users names the users of this machine, and tells which of them own things that
+// this process may use as its own.
 package users
 
 import (
@@ -10,7 +10,8 @@ import (
 	"strconv"
 )
 
-// Name is a user for a reader: "nobody (65534)", or "uid 4321" without a name.
+// Name returns a user's name and uid, "nobody (65534)", or "uid 4321" for a user without
+// a name.
 func Name(uid int) string {
 	if uid < 0 {
 		return "unknown"
@@ -21,7 +22,7 @@ func Name(uid int) string {
 	return fmt.Sprintf("uid %d", uid)
 }
 
-// Lookup is the uid of a user given by name or number.
+// Lookup returns the uid of a user given by name or number.
 func Lookup(s string) (int, error) {
 	if n, err := strconv.ParseUint(s, 10, 32); err == nil && n < 1<<32-1 {
 		return int(n), nil
@@ -33,7 +34,7 @@ func Lookup(s string) (int, error) {
 	return strconv.Atoi(u.Uid)
 }
 
-// Sudo is the user who became root by sudo, if this process is root.
+// Sudo returns the user who became root by sudo, if this process is root.
 func Sudo() (uid int, ok bool) {
 	if os.Geteuid() != 0 {
 		return 0, false
@@ -45,8 +46,8 @@ func Sudo() (uid int, ok bool) {
 	return int(n), true
 }
 
-// Own are the users whose things are this process's own: its user, and who became
-// root by sudo.
+// Own returns the users whose things count as this process's own: its user, and the user
+// who became root by sudo.
 func Own() []int {
 	own := []int{os.Geteuid()}
 	if uid, ok := Sudo(); ok {
