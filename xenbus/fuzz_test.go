@@ -15,21 +15,21 @@ import (
 	"barevif/xenbus/xenstore/wire/wiretest"
 )
 
-// What a hostile server does about one request: a byte that says how, a byte n,
-// then n bytes.
+// A script says how a hostile server answers each request: a byte that selects the
+// answer, a byte n, then n bytes.
 const (
-	replyWell  = iota // to the request
+	replyWell  = iota // a correct reply
 	replyError        // an ERROR
-	replyEvent        // a WATCH_EVENT first, then well
-	replyID           // well, under another id
-	replyType         // another type
-	replyRaw          // the bytes, as they are
-	replyHang         // hang up
+	replyEvent        // a WATCH_EVENT, then a correct reply
+	replyID           // a correct reply with another id
+	replyType         // a reply of another type
+	replyRaw          // the bytes as they are
+	replyHang         // close the connection
 	replies
 )
 
-// FuzzReplies lets a hostile server answer. No answer may make the client panic,
-// hang beyond its context, or keep a goroutine.
+// FuzzReplies makes a hostile server answer. No answer may make the client panic, block
+// beyond its context, or leave a goroutine.
 func FuzzReplies(f *testing.F) {
 	for _, script := range []string{
 		"\x00\x05value\x00\x00\x00\x031\x002",
@@ -42,7 +42,7 @@ func FuzzReplies(f *testing.F) {
 		f.Add([]byte(script))
 	}
 	f.Fuzz(func(t *testing.T, script []byte) {
-		synctest.Test(t, func(t *testing.T) { answer(t, script) }) // waits cost nothing
+		synctest.Test(t, func(t *testing.T) { answer(t, script) }) // waits cost no real time
 	})
 }
 
@@ -58,7 +58,7 @@ func answer(t *testing.T, script []byte) {
 		b := script[:n]
 		script = script[n:]
 		if len(script) == 0 {
-			cancel() // the server falls silent for ever
+			cancel() // the server never answers again
 		}
 		return b
 	}

@@ -8,7 +8,7 @@ import (
 	"barevif/xenbus"
 )
 
-const lastState = xenbus.Reconfigured + 1 // one that does not exist
+const lastState = xenbus.Reconfigured + 1 // a state that does not exist
 
 // everyFact calls f with every combination of facts.
 func everyFact(f func(xenbus.Role, xenbus.Facts)) {
@@ -33,7 +33,7 @@ func everyFact(f func(xenbus.Role, xenbus.Facts)) {
 	}
 }
 
-// apply is what a driver does with a step.
+// apply does what a driver does with a step.
 func apply(f *xenbus.Facts, s xenbus.Step) {
 	switch s.Do {
 	case xenbus.Connect:
@@ -146,15 +146,14 @@ func TestLeavingEndsOnceThePeerHasClosed(t *testing.T) {
 	})
 }
 
-// A driver is a peer to hold Next against: what it writes next, given its own
-// state and ours.
+// A driver is a peer of Next: it returns its next state, given its own and ours.
 type driver interface {
 	step(other xenbus.State)
 	state() xenbus.State
 	connected() bool
 }
 
-// ours is either end driven by Next.
+// ours is either end, driven by Next.
 type ours struct {
 	role xenbus.Role
 	f    xenbus.Facts
@@ -177,8 +176,8 @@ func (o *ours) step(other xenbus.State) {
 	apply(&o.f, o.last)
 }
 
-// linuxBack is drivers/net/xen-netback/xenbus.c: it acts on changes of the
-// frontend's state, along the shortest path.
+// linuxBack is drivers/net/xen-netback/xenbus.c: it reacts to changes of the frontend's
+// state, along the shortest path.
 type linuxBack struct {
 	own, saw xenbus.State
 	started  bool
@@ -215,7 +214,7 @@ func (b *linuxBack) step(front xenbus.State) {
 	}
 }
 
-// linuxFront is drivers/net/xen-netfront.c: bound once, and no more after Closed.
+// linuxFront is drivers/net/xen-netfront.c: bound once, and at its end when Closed.
 type linuxFront struct{ own, saw xenbus.State }
 
 func (l *linuxFront) state() xenbus.State { return l.own }
@@ -235,8 +234,8 @@ func (l *linuxFront) step(back xenbus.State) {
 	}
 }
 
-// windowsFront is the close cycle of FrontendPrepare in win-xenvif, run before the
-// first connect; it spins until the backend answers.
+// windowsFront is the close cycle of FrontendPrepare in win-xenvif, which runs before the
+// first connect and spins until the backend answers.
 type windowsFront struct {
 	own, back xenbus.State
 	prepared  bool
@@ -263,8 +262,8 @@ func (w *windowsFront) step(back xenbus.State) {
 	}
 }
 
-// meet lets both ends act in random turns, seeing each other's state only then, so
-// that states in between may be missed.
+// meet makes both ends act in random turns. Each reads the other's state only in its
+// turn, so that it may miss states in between.
 func meet(t *testing.T, rng *rand.Rand, front, back driver) {
 	t.Helper()
 	trace := ""
@@ -324,7 +323,7 @@ func TestBackendMeetsLinuxNetfront(t *testing.T) {
 func TestBackendThatAdoptsKeepsLinuxNetfrontConnected(t *testing.T) {
 	for seed := range uint64(40) {
 		front := &linuxFront{own: xenbus.Connected, saw: xenbus.Connected}
-		back := newOurs(xenbus.Backend, xenbus.Connected) // left by one that was killed
+		back := newOurs(xenbus.Backend, xenbus.Connected) // left by a process that was killed
 		back.f.Adopt = true
 		meet(t, rand.New(rand.NewPCG(seed, 1)), front, back)
 	}
@@ -335,7 +334,7 @@ func TestBackendAnswersTheWindowsCloseCycle(t *testing.T) {
 		for seed := range uint64(40) {
 			rng := rand.New(rand.NewPCG(seed, uint64(peer)))
 			meet(t, rng, &windowsFront{own: xenbus.Initialising}, newOurs(xenbus.Backend, peer))
-			// the guest rebooted: its predecessor's connection is still up
+			// the guest rebooted: the old connection is still up
 			back := newOurs(xenbus.Backend, xenbus.Connected)
 			back.f.Attached = 1
 			meet(t, rng, &windowsFront{own: xenbus.Connected}, back)
@@ -390,7 +389,7 @@ func TestReconfiguredCountsAsConnected(t *testing.T) {
 }
 
 func TestUnplugThroughTheBackendsStateEndsBothEnds(t *testing.T) {
-	// libxl sets online to 0 and writes Closing in the backend's place.
+	// libxl sets online to 0 and writes Closing for the backend.
 	for seed := range uint64(40) {
 		rng := rand.New(rand.NewPCG(seed, 2))
 		front, back := newOurs(xenbus.Frontend, xenbus.Initialising), newOurs(xenbus.Backend, xenbus.Initialising)

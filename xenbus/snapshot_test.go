@@ -2,8 +2,8 @@ package xenbus
 
 import "testing"
 
-// What a device shows follows from what it showed, what we wrote and what was read, and
-// from nothing else.
+// The Change of a device depends only on the one before, on our writes and on the
+// snapshot.
 func TestMerge(t *testing.T) {
 	mine := written{last: Connected, mark: "ring-ref"}
 	old := Change{Own: Connected, Peer: Connected, Generation: 3, Online: true, Hotplug: true, SawClosing: true, PeerWrites: 7}

@@ -22,7 +22,7 @@ import (
 	"barevif/xenbus/xenstore/wire/wiretest"
 )
 
-// bubble runs a test with a clock of its own. It fails if a goroutine is left.
+// bubble runs a test with a synthetic clock. The test fails if a goroutine is left.
 func bubble(t *testing.T, f func(t *testing.T, s *scripted)) {
 	synctest.Test(t, func(t *testing.T) { f(t, newScripted(t)) })
 }
@@ -120,7 +120,7 @@ func TestRequestNobodyWaitsForKeepsItsPlace(t *testing.T) {
 			}
 			ended <- err
 		}()
-		synctest.Wait() // the second must not be sent before the first is answered
+		synctest.Wait() // the second must not be sent before the reply to the first
 		p.Reply(late, "1")
 		p.Reply(p.Expect(wire.Read), "2")
 		if err := <-ended; err != nil {
@@ -160,7 +160,7 @@ func TestServerThatBreaksTheProtocolIsLeft(t *testing.T) {
 						p.Serve(func(m wiretest.Message) { p.Reply(m, "good") })
 					}
 				}()
-				for range 2 { // the first may have had its answer
+				for range 2 { // the first may have had its reply
 					if v, err := c.Read(t.Context(), "/a"); err != nil || v != "good" && v != "1" {
 						t.Errorf("%q, %v", v, err)
 					}
@@ -203,7 +203,7 @@ func TestWhatWasNotSentSurvivesTheConnection(t *testing.T) {
 		ended := make(chan error, 2)
 		go func() { _, err := c.Read(t.Context(), "/a"); ended <- err }()
 		p.Expect(wire.Read)
-		go func() { ended <- c.Write(t.Context(), "/b", "1") }() // waits behind it
+		go func() { ended <- c.Write(t.Context(), "/b", "1") }() // queued behind the other
 		synctest.Wait()
 		p.Close()
 		p = s.accept()
@@ -235,7 +235,7 @@ func TestRequestIsNotRepeatedForEver(t *testing.T) {
 		if !errors.Is(err, xenstore.ErrLost) || !errors.As(err, &violation) || sent != 8 {
 			t.Errorf("sent %d times: %v", sent, err)
 		}
-		// The pause between connections has grown: nothing was answered.
+		// The delay between connections has grown, because none answered anything.
 		if took := time.Since(start); took < 300*time.Millisecond || took > 3*time.Second {
 			t.Errorf("eight connections in %v", took)
 		}
@@ -304,7 +304,7 @@ func TestEventMayComeBeforeTheReply(t *testing.T) {
 			p := s.accept()
 			m := p.Expect(wire.Watch)
 			path, token, _ := strings.Cut(strings.TrimSuffix(m.Payload, "\x00"), "\x00")
-			p.Send(wire.WatchEvent, m.ReqID, 7, path+"\x00"+token+"\x00") // ids mean nothing
+			p.Send(wire.WatchEvent, m.ReqID, 7, path+"\x00"+token+"\x00") // the ids of an event are undefined
 			p.Reply(m, "OK\x00")
 		}()
 		w, err := c.Watch(t.Context(), "/a")
@@ -340,7 +340,7 @@ func TestFloodOfEventsIsMerged(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := c.Read(t.Context(), "/a"); err != nil { // answered although nobody looks at w
+		if _, err := c.Read(t.Context(), "/a"); err != nil { // answered although nobody receives from w
 			t.Fatal(err)
 		}
 		<-w.C()
@@ -399,7 +399,7 @@ func TestWatchThatIsNotWaitedForIsTakenBack(t *testing.T) {
 		if c.Tokens() != 0 {
 			t.Error("its token is kept")
 		}
-		// Neither is one that was never sent.
+		// Nor does a request that was never sent.
 		go func() { _, err := c.Read(t.Context(), "/slow"); ended <- err }()
 		slow := p.Expect(wire.Read)
 		ctx, cancel = context.WithCancel(t.Context())
@@ -453,7 +453,7 @@ func TestWatchThatCannotBeSetAgainEnds(t *testing.T) {
 	})
 }
 
-// A node answers a WATCH as /dev/xen/xenbus may: by the error of the write.
+// The server answers a WATCH as /dev/xen/xenbus may: with an error of the write.
 type node struct {
 	net.Conn
 	refuse error
@@ -545,7 +545,7 @@ func TestTransactionInConflictForEverIsGivenUp(t *testing.T) {
 				}
 			})
 		}()
-		// Others are not held up.
+		// Other callers are not delayed.
 		other := make(chan error)
 		go func() {
 			time.Sleep(time.Second)
@@ -853,8 +853,8 @@ func TestPermsOfGarbageAreRefused(t *testing.T) {
 	})
 }
 
-// A domain that has ended says so when it is asked for another connection. Nothing is
-// asked of it again: what waits fails at once, and so do later requests.
+// When open reports that the domain has ended, the client never calls it again: waiting
+// requests fail at once, and so do later ones.
 func TestAClientEndsWithItsDomain(t *testing.T) {
 	bubble(t, func(t *testing.T, s *scripted) {
 		opened := 0
@@ -889,7 +889,7 @@ func TestAClientEndsWithItsDomain(t *testing.T) {
 	})
 }
 
-// A wide transport takes several requests at once, and says so.
+// A wide transport is a Pipeliner for several requests.
 type wide struct {
 	io.ReadWriteCloser
 	pipeline int
@@ -897,8 +897,8 @@ type wide struct {
 
 func (w wide) Pipeline() int { return w.pipeline }
 
-// What a transport takes at once is asked at once, where no answer is waited for: keys
-// of a directory in one round trip, and none for a transaction that one key needs not.
+// Independent requests are sent together if the transport allows it: the keys of a
+// directory take one round trip, and a single key takes no transaction.
 func TestKeysAreAskedForTogetherWhereTheTransportTakesThem(t *testing.T) {
 	for _, pipeline := range []int{1, 3, 16} {
 		bubble(t, func(t *testing.T, s *scripted) {

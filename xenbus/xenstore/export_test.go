@@ -7,7 +7,7 @@ func (c *Client) StartIDs(id uint32) {
 	c.lastID = id
 }
 
-// Tokens is how many watches the Client still knows of.
+// Tokens returns how many watches the Client still knows.
 func (c *Client) Tokens() int {
 	c.mu.Lock()
 	defer c.mu.Unlock()

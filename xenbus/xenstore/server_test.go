@@ -14,7 +14,7 @@ import (
 // A scripted server is a test that plays xenstored, message by message.
 type scripted struct {
 	t     testing.TB
-	conns chan net.Conn // those the client has opened
+	conns chan net.Conn // connections that the client has opened
 }
 
 func newScripted(t testing.TB) *scripted {
@@ -31,7 +31,7 @@ func (s *scripted) open(ctx context.Context) (io.ReadWriteCloser, error) {
 	}
 }
 
-// client dials; the test closes it.
+// client dials the server; the test closes the client.
 func (s *scripted) client(cfg xenstore.Config) *xenstore.Client {
 	s.t.Helper()
 	c, err := xenstore.Dial(context.Background(), s.open, cfg)
@@ -41,5 +41,5 @@ func (s *scripted) client(cfg xenstore.Config) *xenstore.Client {
 	return c
 }
 
-// accept is the next connection the client opened.
+// accept returns the next connection that the client opened.
 func (s *scripted) accept() *wiretest.Peer { return wiretest.NewPeer(s.t, <-s.conns) }

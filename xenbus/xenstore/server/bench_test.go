@@ -8,7 +8,7 @@ import (
 	"barevif/xenbus/xenstore/wire"
 )
 
-// BenchmarkWrite is a change of a node among watches that are about others.
+// BenchmarkWrite changes a node while there are watches on other nodes.
 func BenchmarkWrite(b *testing.B) {
 	for _, watches := range []int{0, 1000} {
 		b.Run(fmt.Sprint("watches=", watches), func(b *testing.B) {
@@ -26,7 +26,7 @@ func BenchmarkWrite(b *testing.B) {
 	}
 }
 
-// BenchmarkRoundTrip is a request and its reply over a unix socket.
+// BenchmarkRoundTrip measures a request and its reply over a unix socket.
 func BenchmarkRoundTrip(b *testing.B) {
 	c := newEmbedded(b, server.Config{}).dom0()
 	for b.Loop() {

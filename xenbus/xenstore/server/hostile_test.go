@@ -23,7 +23,7 @@ import (
 	"barevif/xenbus/xenstore/wire/wiretest"
 )
 
-// noLeak fails the test if goroutines outlive it.
+// noLeak fails the test if it leaves goroutines behind.
 func noLeak(t *testing.T) {
 	before := runtime.NumGoroutine()
 	t.Cleanup(func() {
@@ -46,8 +46,8 @@ func heap() int64 {
 	return int64(m.HeapAlloc)
 }
 
-// pipe connects without any buffer between, so that nothing but the store itself
-// can hold what is not read. The result of ServeConn comes on the channel.
+// pipe connects without a buffer in between, so that only the store can hold unread
+// bytes. The channel gets the result of ServeConn.
 func (e embedded) pipe(dom hypercall.DomID) (*raw, <-chan error) {
 	ours, theirs := net.Pipe()
 	ended := make(chan error, 1)
@@ -71,7 +71,7 @@ func TestFloodOfOnePathMerges(t *testing.T) {
 	if grown := heap() - before; grown > 1<<20 {
 		t.Errorf("heap grew by %d bytes", grown)
 	}
-	// One can be on its way, one waits.
+	// One message may be in the writer, one waits.
 	if n := len(g.Heard()); n < 1 || n > 2 {
 		t.Errorf("%d events", n)
 	}
@@ -108,11 +108,11 @@ func TestFloodOfPathsEndsWhoDoesNotRead(t *testing.T) {
 	}
 }
 
-// flood has the client write n nodes, all different.
+// flood makes the client write n different nodes.
 func flood(c *raw, n int) {
 	for i := range n {
 		c.Want(wire.Write, 0, fmt.Sprintf("shared/%d\x00", i), ok)
-		if i%200 == 199 { // the names of more would not fit into a directory
+		if i%200 == 199 { // a directory has no room for the names of more
 			c.Want(wire.Rm, 0, z("shared"), ok)
 			c.Want(wire.Mkdir, 0, z("shared"), ok)
 			c.Want(wire.SetPerms, 0, z("shared", "r4"), ok)
@@ -120,8 +120,8 @@ func flood(c *raw, n int) {
 	}
 }
 
-// shared has a directory of domain 4 that domain 3 may read, and both connected.
-// Domain 3 watches it.
+// shared makes a directory of domain 4 that domain 3 may read, and connects both. Domain
+// 3 watches it.
 func shared(t *testing.T, cfg server.Config) (e embedded, watcher *raw, watcherEnded <-chan error, flooder *raw, flooderEnded <-chan error) {
 	e = newEmbedded(t, cfg)
 	e.Introduce(3)
@@ -138,7 +138,7 @@ func shared(t *testing.T, cfg server.Config) (e embedded, watcher *raw, watcherE
 }
 
 func TestFlooderWaitsForWhoReads(t *testing.T) {
-	for _, backlog := range []int{8 << 10, 128 << 10} { // less than is written at once, and more
+	for _, backlog := range []int{8 << 10, 128 << 10} { // less than a writer takes at once, and more
 		synctest.Test(t, func(t *testing.T) {
 			e, watcher, ended, flooder, _ := shared(t, server.Config{Backlog: backlog})
 			heard := make(chan int)
@@ -195,7 +195,7 @@ func TestFlooderGoesOnOnceThereIsRoom(t *testing.T) {
 		}()
 		synctest.Wait()
 		before := written.Load()
-		// This frees the writer, which takes all that waits.
+		// This unblocks the writer, which then takes everything that waits.
 		if _, _, err := wire.ReadMessage(watcher.Conn, watcher.Buf[:]); err != nil {
 			t.Fatal(err)
 		}
@@ -203,7 +203,7 @@ func TestFlooderGoesOnOnceThereIsRoom(t *testing.T) {
 		if after := written.Load(); before == 0 || after <= before {
 			t.Errorf("%d writes, then %d", before, after)
 		}
-		// Without nodes its death makes no event that would wake it by chance.
+		// Without nodes its death makes no event that could wake it by chance.
 		if err := e.Remove("/local/domain/4"); err != nil {
 			t.Fatal(err)
 		}
@@ -221,7 +221,7 @@ func TestWhoStopsReadingHoldsNobodyUp(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			cfg := server.Config{Backlog: 8 << 10}
 			if privileged {
-				cfg = server.Config{Backlog: 128, Privileged: []hypercall.DomID{3}} // times 64
+				cfg = server.Config{Backlog: 128, Privileged: []hypercall.DomID{3}} // privileged: times 64
 			}
 			_, _, ended, flooder, _ := shared(t, cfg)
 			start := time.Now()
@@ -236,7 +236,7 @@ func TestWhoStopsReadingHoldsNobodyUp(t *testing.T) {
 	}
 }
 
-// slowToClose is a connection whose Close takes its time.
+// slowToClose is a connection whose Close takes time.
 type slowToClose struct {
 	net.Conn
 	closed *atomic.Bool
@@ -262,7 +262,7 @@ func TestCloseWaitsForConnections(t *testing.T) {
 	})
 }
 
-// TestBacklogIsShortForWhoStandsStill has domain 0 fill a backlog: it is never made
+// TestBacklogIsShortForWhoStandsStill makes domain 0 fill a backlog: domain 0 never has
 // to wait.
 func TestBacklogIsShortForWhoStandsStill(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -287,7 +287,7 @@ func TestBacklogIsShortForWhoStandsStill(t *testing.T) {
 			return ended
 		}
 		ended := watch()
-		for range 4 { // one to be on its way, others to wait
+		for range 4 { // one for the writer, others to wait
 			if err := e.Write("/d/x", ""); err != nil {
 				t.Fatal(err)
 			}
@@ -301,7 +301,7 @@ func TestBacklogIsShortForWhoStandsStill(t *testing.T) {
 		if still > 64<<10/128 {
 			t.Errorf("took %d events for one that stands still", still)
 		}
-		// One that had nothing to read is given twice as much.
+		// A client that had nothing to read is allowed twice as much.
 		e = newEmbedded(t, server.Config{Backlog: 64 << 10})
 		e.Introduce(3)
 		if err := errors.Join(e.Mkdir("/d"), e.SetPerms("/d", "r0")); err != nil {
@@ -338,7 +338,7 @@ func TestUnreadRepliesStopRequests(t *testing.T) {
 		}
 		other, _ := e.pipe(3)
 		other.Want(wire.GetDomainPath, 0, z("3"), z("/local/domain/3"))
-		for range 100 { // it goes on once they are read
+		for range 100 { // it continues once they are read
 			c.Receive()
 		}
 		c.Conn.Close()
@@ -348,8 +348,8 @@ func TestUnreadRepliesStopRequests(t *testing.T) {
 	})
 }
 
-// TestWriterBesideTransactionsIsSlowed is XSA-206: without a limit, whoever writes
-// fast enough makes every commit of others fail.
+// TestWriterBesideTransactionsIsSlowed is XSA-206: without a limit, a fast writer makes
+// every commit of other domains fail.
 func TestWriterBesideTransactionsIsSlowed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		e := newEmbedded(t, server.Config{})
@@ -482,7 +482,7 @@ func TestEndOfConnectionIsExplained(t *testing.T) {
 	}
 }
 
-// lastWords is a connection whose client has sent all it will, and may still read.
+// lastWords is a connection whose client has sent its last request, and may still read.
 type lastWords struct {
 	net.Conn
 	sent *strings.Reader
@@ -546,7 +546,7 @@ func TestReusedDomidInheritsNothing(t *testing.T) {
 	if err := <-ended; err != hypercall.ErrNoDomain {
 		t.Errorf("its connection ended with %v", err)
 	}
-	e.DomainDied(3) // a second time is no harm
+	e.DomainDied(3) // a second call is harmless
 	e.DomainDied(0)
 	e.DomainDied(77)
 	if got := e.Dump(); strings.Contains(got, "/local/domain/3") {
@@ -565,7 +565,7 @@ func TestReusedDomidInheritsNothing(t *testing.T) {
 	e.dom0().Want(wire.GetPerms, 0, z("/"), z("n0"))
 }
 
-// TestMemoryQuota fills everything a guest can fill.
+// TestMemoryQuota fills everything that a guest can fill.
 func TestMemoryQuota(t *testing.T) {
 	noLeak(t)
 	e := newEmbedded(t, server.Config{})
@@ -604,7 +604,7 @@ func TestMemoryQuota(t *testing.T) {
 	}
 }
 
-// TestMostAGuestCanLeaveUnread has all its connections on the brink of their backlog.
+// TestMostAGuestCanLeaveUnread fills the backlog of each of a guest's connections.
 func TestMostAGuestCanLeaveUnread(t *testing.T) {
 	noLeak(t)
 	e := newEmbedded(t, server.Config{})
@@ -747,7 +747,7 @@ func TestIntroduceOnTheWire(t *testing.T) {
 	g := e.connect(3)
 	g.Want(wire.Watch, 0, z("x", "t"), ok)
 	tx := g.Start()
-	c.Want(wire.Introduce, 0, z("3", "1", "5"), ok) // the domain has started anew
+	c.Want(wire.Introduce, 0, z("3", "1", "5"), ok) // the domain has restarted
 	c.WantEvents()
 	g.Want(wire.Unwatch, 0, z("x", "t"), "ENOENT")
 	g.Want(wire.TransactionEnd, tx, z("T"), "ENOENT")
@@ -768,7 +768,7 @@ func TestIntroduceOnTheWire(t *testing.T) {
 	c.Want(wire.SetTarget, 0, z("3", "0"), ok)
 	g.Want(wire.Read, 0, z("/tool"), "")
 
-	// A privileged domain can release itself, in a transaction even.
+	// A privileged domain can release itself, even in a transaction.
 	e.Introduce(9)
 	conn, ended := e.dial(9)
 	p := wiretest.New(t, conn)
@@ -778,9 +778,8 @@ func TestIntroduceOnTheWire(t *testing.T) {
 	}
 }
 
-// TestOwnerThatDiedInATransaction is a node given to a domain in a transaction
-// that is committed after the domain's death: a later domain of that number must
-// not get it.
+// TestOwnerThatDiedInATransaction gives a node to a domain in a transaction that commits
+// after the domain's death. A later domain of that number must not own it.
 func TestOwnerThatDiedInATransaction(t *testing.T) {
 	e := newEmbedded(t, server.Config{})
 	e.Introduce(3)
@@ -804,15 +803,15 @@ func TestNodeQuotaHoldsAtTheCommit(t *testing.T) {
 	g.Want(wire.TransactionEnd, tx, z("T"), "ENOSPC")
 	g.Want(wire.Directory, 0, z("/local/domain/3"), "")
 	tx = g.Start()
-	for i := range 8 { // and its home; C xenstored wants one place left
+	for i := range 8 { // and its home; C xenstored requires one place to stay free
 		g.Want(wire.Mkdir, tx, z(fmt.Sprint("n", i)), ok)
 	}
 	g.Want(wire.TransactionEnd, tx, z("T"), ok)
 }
 
-// TestListsOfChildrenAreNotShared has a transaction and others add to one directory.
+// TestListsOfChildrenAreNotShared adds to one directory in a transaction and outside it.
 func TestListsOfChildrenAreNotShared(t *testing.T) {
-	for n := range 10 { // the list has room to grow in place after some of these
+	for n := range 10 { // after some of these the list can grow in place
 		e := newEmbedded(t, server.Config{})
 		c, d := e.dom0(), e.dom0()
 		var names []string
@@ -830,8 +829,8 @@ func TestListsOfChildrenAreNotShared(t *testing.T) {
 	}
 }
 
-// TestTransactionThatSawHalfADeletion has a parent and its child from different
-// times, both ways round.
+// TestTransactionThatSawHalfADeletion reads a parent and its child at different times, in
+// both orders.
 func TestTransactionThatSawHalfADeletion(t *testing.T) {
 	e := newEmbedded(t, server.Config{})
 	c, d := e.dom0(), e.dom0()
@@ -901,7 +900,7 @@ func TestManyClientsWhileDomainsDie(t *testing.T) {
 	}
 }
 
-// A brokenListener fails a few times before it works, and then until it is closed.
+// A brokenListener fails a few times before it works, and again until it is closed.
 type brokenListener struct {
 	net.Listener
 	failures int

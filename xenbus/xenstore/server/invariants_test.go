@@ -8,8 +8,7 @@ import (
 	"barevif/hypercall"
 )
 
-// Check recomputes what the store keeps account of, and reports the first
-// difference.
+// Check recomputes the store's accounts and reports the first difference.
 func (s *Store) Check() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -101,14 +100,14 @@ func (s *Store) Check() error {
 	return nil
 }
 
-// MemoryOf is what the store holds for a domain, in bytes.
+// MemoryOf returns how many bytes the store holds for a domain.
 func (s *Store) MemoryOf(dom hypercall.DomID) int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.domains[dom].memory
 }
 
-// Dump lists all nodes and their values, for comparison.
+// Dump returns all nodes with their values, for comparison.
 func (s *Store) Dump() string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -120,7 +119,7 @@ func (s *Store) Dump() string {
 	return strings.Join(lines, "\n")
 }
 
-// SkipTransactions has every connection go on after transaction id.
+// SkipTransactions makes every connection continue after transaction id.
 func (s *Store) SkipTransactions(id uint32) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -11,7 +11,7 @@ import (
 	"barevif/xenbus/xenstore/wire"
 )
 
-// TestMemoryQuotaToTheByte fills the quota exactly, then asks for a byte more.
+// TestMemoryQuotaToTheByte fills the quota exactly, and then asks for one more byte.
 func TestMemoryQuotaToTheByte(t *testing.T) {
 	const quota = 3300
 	for _, inTx := range []bool{false, true} {
@@ -35,7 +35,7 @@ func TestMemoryQuotaToTheByte(t *testing.T) {
 		}
 		g.Want(wire.Write, tx, "b\x00"+strings.Repeat("v", room+1), "ENOMEM")
 		if inTx {
-			g.Want(wire.Read, tx, z("never/looked/for"), "ENOMEM") // to remember a node costs too
+			g.Want(wire.Read, tx, z("never/looked/for"), "ENOMEM") // the record of a touched node costs too
 			g.Want(wire.TransactionEnd, tx, z("T"), "ENOMEM")
 			g.Want(wire.Read, 0, z("b"), "")
 			continue
@@ -55,7 +55,7 @@ func TestMemoryOfWhatATransactionLookedFor(t *testing.T) {
 	g.Want(wire.Write, 0, "b\x00", ok)
 	tx := g.Start()
 	g.Want(wire.Write, tx, "b\x00", ok)
-	g.Want(wire.Read, tx, z("none"), "ENOENT") // and its home, which is above it
+	g.Want(wire.Read, tx, z("none"), "ENOENT") // touches its home too, which is above the node
 	before := e.MemoryOf(3)
 	g.Want(wire.Read, tx, z("none0"), "ENOENT")
 	cost := e.MemoryOf(3) - before
@@ -90,13 +90,13 @@ func TestPermissionsCountForTheQuotas(t *testing.T) {
 	g.Want(wire.GetPerms, 0, z("c"), z("n3", "r0"))
 }
 
-// A node's path counts when it is made, not when it is written again.
+// The path of a node counts when the node is made, not when it is written again.
 func TestMemoryOfANewNode(t *testing.T) {
 	e := newEmbedded(t, server.Config{})
 	g := e.guest(3)
 	before := e.MemoryOf(3)
 	g.Want(wire.Write, 0, "name\x00value", ok)
-	// 24 + 8 for the node and its permission, and its parent lists "name" and a NUL.
+	// 24 + 8 for the node and its permission; its parent lists "name" and a NUL.
 	const path = "/local/domain/3/name"
 	if got, want := e.MemoryOf(3)-before, 24+8+len("value")+len(path)+len("name")+1; got != want {
 		t.Errorf("a new node takes %d bytes, want %d", got, want)
@@ -105,20 +105,20 @@ func TestMemoryOfANewNode(t *testing.T) {
 	if got := e.MemoryOf(3); got != before {
 		t.Errorf("%d bytes once it is removed, want %d", got, before)
 	}
-	// The quota is looked at with the same figure.
+	// The quota is compared with the same number.
 	e = newEmbedded(t, server.Config{Quota: server.Quota{Memory: before + 24 + 8 + len(path) + len("name") + 1}})
 	g = e.guest(3)
 	g.Want(wire.Write, 0, "name\x00v", "ENOMEM")
 	g.Want(wire.Write, 0, "name\x00", ok)
 }
 
-// The owner of a node pays for what others write there.
+// The owner of a node pays for the bytes that other domains write there.
 func TestTheOwnerPays(t *testing.T) {
 	const quota = 6000
 	e := newEmbedded(t, server.Config{Quota: server.Quota{Memory: quota}})
 	c, g, h := e.dom0(), e.guest(3), e.guest(4)
 
-	// Domain 4 writes what is domain 3's, and fills it.
+	// Domain 4 writes a node of domain 3, and fills domain 3's quota.
 	g.Want(wire.Mkdir, 0, z("shared"), ok)
 	g.Want(wire.SetPerms, 0, z("shared", "b3"), ok)
 	before := e.MemoryOf(4)
@@ -133,10 +133,10 @@ func TestTheOwnerPays(t *testing.T) {
 	room := quota - e.MemoryOf(3)
 	h.Want(wire.Write, 0, shared+"\x00"+strings.Repeat("v", 1000+room+1), "ENOMEM")
 	h.Want(wire.Write, 0, shared+"\x00"+strings.Repeat("v", 1000+room), ok)
-	h.Want(wire.Write, 0, shared+"/by4\x00", "ENOMEM") // the list of children grows: domain 3's
-	h.Want(wire.Write, 0, "own\x00v", ok)              // its own is its own
+	h.Want(wire.Write, 0, shared+"/by4\x00", "ENOMEM") // the list of children grows, for which domain 3 pays
+	h.Want(wire.Write, 0, "own\x00v", ok)              // domain 4 pays for its own node
 
-	// Domain 0 pays nothing: a guest may write what is its, however much that is.
+	// Domain 0 pays nothing: a guest may write a node of domain 0 of any size.
 	for i := range 10 {
 		c.Want(wire.Write, 0, fmt.Sprintf("/dom0/%d\x00%s", i, strings.Repeat("v", 1900)), ok)
 	}
@@ -146,7 +146,7 @@ func TestTheOwnerPays(t *testing.T) {
 	h.Want(wire.Rm, 0, z("/dom0/by4"), ok)
 }
 
-// A domain that was given more than its quota may still write less.
+// A domain with nodes over its quota may still make them smaller.
 func TestOverTheQuotaLessIsAllowed(t *testing.T) {
 	e := newEmbedded(t, server.Config{Quota: server.Quota{Memory: 2500, Nodes: 4}})
 	c, g := e.dom0(), e.guest(3)
@@ -170,8 +170,8 @@ func TestOverTheQuotaLessIsAllowed(t *testing.T) {
 	g.Want(wire.Mkdir, g.Start(), z("more"), "ENOSPC")
 }
 
-// The owner of what a transaction takes away has one node less, and of what it makes
-// one more; domain 0 may have as many as it likes.
+// A commit counts one node less for the owner of each removed node, and one more for the
+// owner of each new node. Domain 0 has no limit.
 func TestNodesAreCountedForTheirOwnersAtTheCommit(t *testing.T) {
 	e := newEmbedded(t, server.Config{Quota: server.Quota{Nodes: 10}})
 	c, g, h := e.dom0(), e.guest(3), e.guest(4)
@@ -198,19 +198,20 @@ func TestNodesAreCountedForTheirOwnersAtTheCommit(t *testing.T) {
 	g.Want(wire.TransactionEnd, fill("a", "b", "c", "d", "e", "f", "g"), z("T"), ok)
 	g.Want(wire.TransactionEnd, fill("h"), z("T"), "ENOSPC")
 
-	// One away and one new are none more.
+	// One removed and one new node do not change the number.
 	tx = g.Start()
 	g.Want(wire.Rm, tx, z("a"), ok)
 	g.Want(wire.Mkdir, tx, z("h"), ok)
 	g.Want(wire.TransactionEnd, tx, z("T"), ok)
 
-	// A node that is made and removed again counts as none.
+	// A node that is made and removed again does not count.
 	tx = g.Start()
 	g.Want(wire.Mkdir, tx, z("i"), ok)
 	g.Want(wire.Rm, tx, z("i"), ok)
 	g.Want(wire.TransactionEnd, tx, z("T"), ok)
 
-	// Domain 4 may take a place that domain 3 leaves, and each counts its own.
+	// Domain 4 may use the path of a node that domain 3 removed; each domain counts its
+	// own nodes.
 	g.Want(wire.SetPerms, 0, z("/dom0/mine", "b3"), ok)
 	tx = h.Start()
 	h.Want(wire.Rm, tx, z("/dom0/mine"), ok)
@@ -220,7 +221,7 @@ func TestNodesAreCountedForTheirOwnersAtTheCommit(t *testing.T) {
 	g.Want(wire.TransactionEnd, fill("i"), z("T"), ok)
 }
 
-// A transaction may be begun and written in with all nodes there, not with one more.
+// With the quota of nodes used up a transaction may start and write, but not add a node.
 func TestNodeQuotaToTheNode(t *testing.T) {
 	e := newEmbedded(t, server.Config{Quota: server.Quota{Nodes: 4}})
 	g := e.guest(3)
@@ -257,7 +258,8 @@ func TestConnectionQuota(t *testing.T) {
 	}
 }
 
-// SET_TARGET gives a device model the rights of the domain it serves, until that dies.
+// SET_TARGET gives a device model the rights of the domain that it serves, until that
+// domain dies.
 func TestRightsOfATarget(t *testing.T) {
 	e := newEmbedded(t, server.Config{})
 	c, g, h := e.dom0(), e.guest(3), e.guest(4)
@@ -272,7 +274,7 @@ func TestRightsOfATarget(t *testing.T) {
 	h.Want(wire.Write, 0, "/of-dom0\x003", "EACCES")
 	h.Want(wire.SetPerms, 0, z("/local/domain/3/x", "n3", "r4"), ok)
 	h.Want(wire.SetPerms, 0, z("/local/domain/3/x", "n4"), "EPERM") // its owner stays
-	g.Want(wire.Read, 0, z("/local/domain/4/none"), "EACCES")       // one way only
+	g.Want(wire.Read, 0, z("/local/domain/4/none"), "EACCES")       // in one direction only
 	c.Want(wire.SetPerms, 0, z("/of-dom0", "n0", "r3"), ok)
 	e.DomainDied(3)
 	h.Want(wire.Read, 0, z("/of-dom0"), "EACCES")
@@ -280,7 +282,7 @@ func TestRightsOfATarget(t *testing.T) {
 	h.Want(wire.Read, 0, z("/local/domain/3/none"), "EACCES") // another domain 3
 }
 
-// 65539 is 3 in 16 bits, and no domain.
+// 65539 is 3 in 16 bits, and names no domain.
 func TestPermissionsForNoDomain(t *testing.T) {
 	e := newEmbedded(t, server.Config{})
 	c, g := e.dom0(), e.guest(3)
@@ -294,7 +296,7 @@ func TestPermissionsForNoDomain(t *testing.T) {
 	}
 }
 
-// Id 0 stands for no transaction, and an id that is in use for that one.
+// Id 0 means no transaction, and an id is not reused while its transaction is open.
 func TestTransactionIDsStartAgain(t *testing.T) {
 	e := newEmbedded(t, server.Config{})
 	c := e.dom0()

@@ -15,7 +15,7 @@ import (
 	"barevif/xenbus/xenstore/wire"
 )
 
-// model is the store at its simplest: paths and values, one request after another.
+// model is the simplest possible store: paths and values, one request after another.
 type model map[string]string
 
 func (m model) apply(op wire.Op, payload string) string {
@@ -59,9 +59,9 @@ func (m model) apply(op wire.Op, payload string) string {
 	return ok
 }
 
-// TestTransactionsAreSerialisable has clients work in turns, in transactions and
-// out of them. A transaction that commits must have seen and done what it would
-// have, had it all happened at the commit.
+// TestTransactionsAreSerialisable makes clients work in turns, in transactions and
+// outside. A committed transaction must have read and written the same as if all of it
+// had happened at the commit.
 func TestTransactionsAreSerialisable(t *testing.T) {
 	committed, refused := 0, 0
 	for seed := range uint64(30) {
@@ -143,7 +143,7 @@ func TestTransactionsAreSerialisable(t *testing.T) {
 	}
 }
 
-// TestConcurrentTransfersKeepTheSum is the same for clients that do run at once.
+// TestConcurrentTransfersKeepTheSum is the same for clients that run concurrently.
 func TestConcurrentTransfersKeepTheSum(t *testing.T) {
 	e := newEmbedded(t, server.Config{})
 	for i := range 4 {
@@ -192,14 +192,14 @@ func TestConcurrentTransfersKeepTheSum(t *testing.T) {
 	}
 }
 
-// stream is a connection whose client has sent all it will, and reads nothing.
+// stream is a connection whose client has sent all its requests and reads nothing.
 type stream struct{ *strings.Reader }
 
 func (stream) Write(p []byte) (int, error) { return len(p), nil }
 func (stream) Close() error                { return nil }
 
-// turns is a connection whose client sends when told to. Read hands the turn back
-// once all that was sent has been dealt with.
+// turns is a connection whose client sends when told to. Read gives the turn back once
+// everything sent has been handled.
 type turns struct {
 	stream
 	next chan []byte
@@ -219,7 +219,7 @@ func (c *turns) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-// aftermath checks what must hold whatever a guest sends.
+// aftermath checks the invariants, whatever a guest has sent.
 func aftermath(t *testing.T, s *server.Store) {
 	t.Helper()
 	if err := s.Check(); err != nil {
@@ -238,7 +238,7 @@ func aftermath(t *testing.T, s *server.Store) {
 	}
 }
 
-// withGuest is a store with a domain 3 that has something to attack.
+// withGuest makes a store with a domain 3, and nodes to attack.
 func withGuest(t testing.TB) *server.Store {
 	s := server.New(server.Config{})
 	for _, err := range []error{
@@ -262,7 +262,7 @@ func withGuest(t testing.TB) *server.Store {
 	return s
 }
 
-// FuzzBytes feeds a connection of a guest with anything.
+// FuzzBytes feeds arbitrary bytes to a guest's connection.
 func FuzzBytes(f *testing.F) {
 	for _, m := range []struct {
 		op      wire.Op
@@ -287,8 +287,8 @@ func FuzzBytes(f *testing.F) {
 	})
 }
 
-// FuzzRequests feeds it with requests: an operation, a transaction, a length, and
-// so many bytes. Every other request comes from a second connection.
+// FuzzRequests feeds requests to it: an operation, a transaction, a length, and as many
+// bytes. Every other request comes from a second connection.
 func FuzzRequests(f *testing.F) {
 	f.Add("\x0b\x00\x05a/b\x00v" + "\x06\x00\x01\x00" + "\x0d\x01\x02a\x00" + "\x07\x01\x02T\x00")
 	f.Add("\x04\x00\x04a\x00t\x00" + "\x0c\x00\x04a/b\x00" + "\x0d\x00\x02a\x00" + "\x15\x00\x00")

@@ -12,7 +12,7 @@ import (
 	"barevif/xenbus/xenstore/wire/wiretest"
 )
 
-// raw is a client that tests drive by hand.
+// raw is a client that tests control message by message.
 type raw = wiretest.Client
 
 const (
@@ -20,10 +20,10 @@ const (
 	patience = wiretest.Patience
 )
 
-// z joins arguments, each with a NUL.
+// z ends each argument with a NUL and joins them.
 func z(args ...string) string { return wiretest.Z(args...) }
 
-// embedded is a store under test, whose accounts are checked at the end.
+// embedded makes a store, and checks its accounts at the end of the test.
 type embedded struct {
 	t testing.TB
 	*server.Store
@@ -48,7 +48,7 @@ func (e embedded) connect(dom hypercall.DomID) *raw {
 	return wiretest.New(e.t, conn)
 }
 
-// dial gives the client's end, and the result of ServeConn.
+// dial returns the client's end, and the result of ServeConn.
 func (e embedded) dial(dom hypercall.DomID) (net.Conn, <-chan error) {
 	ours, theirs := socketPair(e.t)
 	ended := make(chan error, 1)
@@ -70,7 +70,7 @@ func (e embedded) guest(id hypercall.DomID) *raw {
 	return e.connect(id)
 }
 
-// socketPair is two ends of a unix socket, which buffers, unlike net.Pipe.
+// socketPair returns two ends of a unix socket, which buffers, unlike net.Pipe.
 func socketPair(t testing.TB) (net.Conn, net.Conn) {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "xs") // short: a socket's path is at most 108 bytes

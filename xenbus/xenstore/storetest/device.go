@@ -35,8 +35,8 @@ func (v vif) backDir() string {
 	return fmt.Sprintf("/local/domain/%d/backend/vif/%d/%s", v.back, v.front, v.id)
 }
 
-// plug writes both directories in one transaction, with the permissions of libxl
-// (tools/libs/light/libxl_device.c). skip leaves keys out, by full path.
+// plug writes both directories in one transaction, with libxl's permissions
+// (tools/libs/light/libxl_device.c). skip lists keys to omit, by full path.
 func (v vif) plug(skip ...string) {
 	v.r.Helper()
 	front, back := v.frontDir(), v.backDir()
@@ -87,7 +87,8 @@ func (v vif) unplug() {
 	}))
 }
 
-// vif plugs device id of domain 7, served by back, and introduces both.
+// vif plugs device id of domain 7 with its backend in domain back, and connects both
+// domains.
 func (r *rig) vif(back hypercall.DomID, id string) (v vif, front, backend *xenstore.Client) {
 	r.Helper()
 	tools := r.client(0)
@@ -124,7 +125,7 @@ func (r *rig) backend(c *xenstore.Client, front hypercall.DomID, id string) *xen
 	return d
 }
 
-// await waits for a change that ok accepts.
+// await waits for a Change that ok accepts.
 func (r *rig) await(d *xenbus.Device, ok func(xenbus.Change) bool) xenbus.Change {
 	r.Helper()
 	if ch := d.Current(); ok(ch) {
@@ -135,7 +136,8 @@ func (r *rig) await(d *xenbus.Device, ok func(xenbus.Change) bool) xenbus.Change
 	return ch
 }
 
-// drive runs a device as its owner would, until stop says so or it has finished.
+// drive runs a device as its owner would, until stop accepts a step or the device has
+// finished.
 func (r *rig) drive(d *xenbus.Device, f *xenbus.Facts, stop func(xenbus.Step) bool) error {
 	for {
 		ch, err := d.Await(r.ctx, func(xenbus.Change) bool { return true })
@@ -301,7 +303,8 @@ func directoriesThatContradictAreRefused(t *testing.T, r *rig) {
 	r.backend(back, 7, "0")
 }
 
-// A directory of another depth than a vif's is no vif's, whatever is in it.
+// A path of another depth than that of a vif's directory is refused, whatever the
+// directory holds.
 func pathsOfAnotherDepthAreRefused(t *testing.T, r *rig) {
 	v, front, back := r.vif(3, "0")
 	tools := v.tools
@@ -334,7 +337,8 @@ func pathsOfAnotherDepthAreRefused(t *testing.T, r *rig) {
 func bothEndsConnectAndClose(t *testing.T, r *rig)        { connectAndClose(t, r, 0) }
 func driverDomainServesAnotherGuest(t *testing.T, r *rig) { connectAndClose(t, r, 3) }
 
-// connectAndClose takes a vif up, down from either side, and up again.
+// connectAndClose connects a vif, closes it from one side, and does the same from the
+// other side.
 func connectAndClose(t *testing.T, r *rig, backDom hypercall.DomID) {
 	v, fc, bc := r.vif(backDom, "0")
 	for _, frontLeaves := range []bool{true, false} {
@@ -342,7 +346,7 @@ func connectAndClose(t *testing.T, r *rig, backDom hypercall.DomID) {
 		var ff, bf xenbus.Facts
 		ended := make(chan error, 1)
 		go func() { ended <- r.drive(back, &bf, running) }()
-		if frontLeaves { // the script may be slow
+		if frontLeaves { // the hotplug script may be slow
 			r.must(v.tools.Write(r.ctx, v.backDir()+"/hotplug-status", "connected"))
 		}
 		r.must(r.drive(front, &ff, running))
@@ -366,7 +370,7 @@ func connectAndClose(t *testing.T, r *rig, backDom hypercall.DomID) {
 	}
 }
 
-// leave runs a device that is up, until it has finished.
+// leave drives a device that is up until it has finished.
 func leave(r *rig, d *xenbus.Device, f *xenbus.Facts) error {
 	for {
 		step := xenbus.Next(d.Role(), *f)
@@ -387,8 +391,8 @@ func leave(r *rig, d *xenbus.Device, f *xenbus.Facts) error {
 }
 
 func frontendThatMayNotReadBack(t *testing.T, r *rig) {
-	// Qubes does not let a guest read frontend-id; another toolstack may hide all
-	// but the state.
+	// Qubes OS does not let a guest read frontend-id; another toolstack may hide all
+	// nodes but the state.
 	v, fc, _ := r.vif(0, "0")
 	hidden := xenstore.Perm{Dom: 0, Access: xenstore.None}
 	for _, key := range []string{"/frontend-id", "/frontend"} {
@@ -445,17 +449,17 @@ func setStateDoesNotBringBackADirectory(t *testing.T, r *rig) {
 	}
 }
 
-// A lateConn can hold the answers to commits back, while all else passes.
+// A lateConn can hold back the replies to commits; all other messages pass.
 type lateConn struct {
 	io.ReadWriteCloser
 	from   *io.PipeReader
 	hold   atomic.Bool
-	held   chan struct{} // one for each answer that was held back
-	let    chan struct{} // one for each that may pass
+	held   chan struct{} // one for each reply held back
+	let    chan struct{} // one for each reply that may pass
 	unwrap sync.WaitGroup
 }
 
-// late is a client whose commits are answered late, once hold is set.
+// late returns a client whose commits are answered late once hold is set.
 func (r *rig) late(dom hypercall.DomID) (*xenstore.Client, *lateConn) {
 	r.Helper()
 	inner, err := r.dial(r.ctx, dom)
@@ -482,7 +486,7 @@ func (r *rig) late(dom hypercall.DomID) (*xenstore.Client, *lateConn) {
 				})
 				continue
 			}
-			to.Write(msg) // whole messages take turns
+			to.Write(msg) // whole messages, so that the writers do not interleave
 		}
 	})
 	r.Cleanup(l.unwrap.Wait)
@@ -495,7 +499,7 @@ func (r *rig) late(dom hypercall.DomID) (*xenstore.Client, *lateConn) {
 func (l *lateConn) Read(b []byte) (int, error) { return l.from.Read(b) }
 func (l *lateConn) Close() error               { l.from.Close(); return l.ReadWriteCloser.Close() }
 
-// lateDevices is each end of a vif in turn, its answers late.
+// lateDevices calls f with each end of a vif in turn, on a connection with late replies.
 func lateDevices(r *rig, f func(name string, v vif, d *xenbus.Device, l *lateConn)) {
 	r.client(3)
 	for _, role := range []xenbus.Role{xenbus.Frontend, xenbus.Backend} {
@@ -514,15 +518,16 @@ func lateDevices(r *rig, f func(name string, v vif, d *xenbus.Device, l *lateCon
 			v.plug()
 			d, l = r.backend(c, 7, v.id), late
 		}
-		// What it looks at first takes a transaction, which has to be over.
+		// The first refresh takes a transaction, which has to end before f holds replies
+		// back.
 		r.must(v.tools.Write(r.ctx, dir+"/state", "2"))
 		r.await(d, func(ch xenbus.Change) bool { return ch.Own == xenbus.InitWait })
 		f(role.String(), v, d, l)
 	}
 }
 
-// The toolstack takes the vif away after our state was written and before we know
-// that it was.
+// The toolstack takes the vif away after our state was written and before we get the
+// reply.
 func removalDuringAWriteIsNotLost(t *testing.T, r *rig) {
 	lateDevices(r, func(name string, v vif, d *xenbus.Device, l *lateConn) {
 		l.hold.Store(true)
@@ -544,7 +549,7 @@ func removalDuringAWriteIsNotLost(t *testing.T, r *rig) {
 	})
 }
 
-// A write that finds the directory gone says so to all, also where nothing else does.
+// A write that finds the directory gone sets Gone, even if no event tells of the removal.
 func removalMetByAWriteIsSeen(t *testing.T, r *rig) {
 	v, fc, bc := r.vif(3, "0")
 	for _, d := range []*xenbus.Device{r.frontend(fc, "0"), r.backend(bc, 7, "0")} {
@@ -565,7 +570,7 @@ func stateOverwrittenDuringAWriteIsSeen(t *testing.T, r *rig) {
 	r.client(7)
 	v.plug()
 	d := r.backend(c, 7, "0")
-	for i := range 30 { // in some the event of the last write comes in time, in others late
+	for i := range 30 { // the event of the last write comes before the reply in some rounds, after it in others
 		r.must(d.SetState(r.ctx, xenbus.InitWait))
 		l.hold.Store(true)
 		wrote := make(chan error, 1)
@@ -575,15 +580,15 @@ func stateOverwrittenDuringAWriteIsSeen(t *testing.T, r *rig) {
 		r.must(v.tools.Write(r.ctx, v.backDir()+"/state", "6"))
 		status := []string{"connected", "again"}[i%2]
 		r.must(v.tools.Write(r.ctx, v.backDir()+"/hotplug-status", status))
-		r.await(d, func(ch xenbus.Change) bool { return ch.Hotplug == (status == "connected") }) // the state was read before it
+		r.await(d, func(ch xenbus.Change) bool { return ch.Hotplug == (status == "connected") }) // the state was read before hotplug-status
 		l.let <- struct{}{}
 		r.must(<-wrote)
 		r.await(d, func(ch xenbus.Change) bool { return ch.Own == xenbus.Connected && ch.Overwritten == `"6"` })
 	}
 }
 
-// Our state stays ours whatever is written over it, but for a directory that was made
-// anew and a toolstack that takes the vif away.
+// Own keeps the state we wrote when another domain overwrites it. The exceptions are a
+// directory that was made again, and a toolstack that takes the vif away.
 func stateOverwrittenByOthersIsKnownAndPutRight(t *testing.T, r *rig) {
 	v, fc, bc := r.vif(3, "0")
 	front, back := r.frontend(fc, "0"), r.backend(bc, 7, "0")
@@ -618,8 +623,8 @@ func stateOverwrittenByOthersIsKnownAndPutRight(t *testing.T, r *rig) {
 	}
 }
 
-// An answer that does not come says nothing of whether the state was written. It is
-// not taken for another's then.
+// Without a reply it is unknown whether the state was written. A state that SetState
+// tried to write must then not count as overwritten.
 func writeWithoutAnAnswerIsOurs(t *testing.T, r *rig) {
 	lateDevices(r, func(name string, v vif, d *xenbus.Device, l *lateConn) {
 		r.must(d.SetState(r.ctx, xenbus.Closing))
@@ -683,7 +688,7 @@ func unplugIsSeenByBothEnds(t *testing.T, r *rig) {
 	r.must(back.SetState(r.ctx, xenbus.InitWait))
 	r.await(front, func(ch xenbus.Change) bool { return ch.Peer == xenbus.InitWait && ch.Online })
 
-	// libxl asks for it in the backend's place.
+	// libxl writes the state for the backend.
 	r.must(v.tools.Transact(r.ctx, func(tx xenstore.Tx) error {
 		if err := tx.Write(v.backDir()+"/online", "0"); err != nil {
 			return err
@@ -730,7 +735,7 @@ func frontendFollowsANewBackend(t *testing.T, r *rig) {
 	r.must(front.SetState(r.ctx, xenbus.Connected))
 	r.await(front, func(ch xenbus.Change) bool { return ch.Own == xenbus.Connected && ch.Generation == 1 })
 
-	// Its driver domain was started again, under another number.
+	// The driver domain was restarted under another number.
 	r.client(4)
 	r.must(v.tools.Remove(r.ctx, v.backDir()))
 	r.await(front, func(ch xenbus.Change) bool { return ch.Vanished })
@@ -789,11 +794,11 @@ func claimKeepsOthersOut(t *testing.T, r *rig) {
 	v, _, _ := r.vif(0, "0")
 	first, second := r.backend(r.client(0), 7, "0"), r.backend(r.client(0), 7, "0")
 	r.must(first.Claim(r.ctx, 0))
-	for range 3 { // it goes on answering
+	for range 3 { // the holder answers each time
 		r.want(second.Claim(r.ctx, time.Minute), xenbus.ErrClaimed)
 	}
 	r.must(first.SetState(r.ctx, xenbus.InitWait))
-	r.must(first.Close(r.ctx)) // gives it back
+	r.must(first.Close(r.ctx)) // gives the claim back
 	if _, err := v.tools.Read(r.ctx, v.backDir()+"/claim"); !errors.Is(err, xenstore.ErrNotFound) {
 		t.Errorf("claim is left: %v", err)
 	}
@@ -810,7 +815,7 @@ func claimOfTheDeadIsTakenOver(t *testing.T, r *rig) {
 	r.must(second.Claim(r.ctx, soon))
 	r.must(second.SetState(r.ctx, xenbus.InitWait))
 
-	// One that was stopped for long finds that it has lost.
+	// A holder that was stopped for long finds that it has lost its claim.
 	r.must(r.usurp(third))
 	ch := r.await(second, func(ch xenbus.Change) bool { return ch.Lost })
 	r.want(second.SetState(r.ctx, xenbus.Connected), xenbus.ErrClaimed)
@@ -819,14 +824,14 @@ func claimOfTheDeadIsTakenOver(t *testing.T, r *rig) {
 		t.Errorf("%v after the claim is lost", s)
 	}
 	r.must(second.Close(r.ctx))
-	r.must(third.SetState(r.ctx, xenbus.Closing)) // its claim was not given back by another
+	r.must(third.SetState(r.ctx, xenbus.Closing)) // Close of second has not removed its claim
 }
 
-// usurp takes a claim as if its holder had been silent.
+// usurp takes a claim over as if its holder had been silent.
 func (r *rig) usurp(d *xenbus.Device) error {
 	r.must(r.client(0).Remove(r.ctx, "/local/domain/0/"+d.Dir()+"/claim"))
 	err := d.Claim(r.ctx, soon)
-	if errors.Is(err, xenbus.ErrClaimed) { // the holder was quicker to take it again
+	if errors.Is(err, xenbus.ErrClaimed) { // the holder took it again first
 		return r.usurp(d)
 	}
 	return err
@@ -901,17 +906,17 @@ func backendsAppearAndVanish(t *testing.T, r *rig) {
 	b.Forget(xenbus.BackendID{Front: 7, ID: "1"})
 	next(7, "1", false)
 	d := r.backend(bc, 7, "1")
-	r.must(d.Publish(r.ctx, xenstore.Values{"feature-sg": "1"})) // no event of its own
+	r.must(d.Publish(r.ctx, xenstore.Values{"feature-sg": "1"})) // makes no event of Backends
 	r.must(v.tools.Remove(r.ctx, v.backDir()))
 	next(7, "1", true)
 	r.client(8)
 	v.front, v.id = 8, "0"
 	v.plug()
 	next(8, "0", false)
-	// Of a domain at once.
+	// All devices of a domain at once.
 	r.must(v.tools.Remove(r.ctx, "/local/domain/3/backend/vif/7"))
 	next(7, "0", true)
-	// What is no device is none of ours.
+	// Directories that are no device are ignored.
 	r.must(v.tools.Write(r.ctx, "/local/domain/3/backend/vif/garbage/0/state", "1"))
 	r.must(v.tools.Write(r.ctx, "/local/domain/3/backend/vif/8/garbage/state", "1"))
 	r.must(v.tools.Remove(r.ctx, "/local/domain/3/backend"))

@@ -17,9 +17,9 @@ import (
 	"barevif/xenbus/xenstore/server"
 )
 
-// FuzzKeys writes whatever it likes, in any order, where a device's two ends look,
-// while both of them open, connect and close. A script is lines of a letter, which
-// names a node, and its value; "!" removes the node.
+// FuzzKeys writes arbitrary values, in any order, to nodes that a device's two ends read,
+// while both ends open, connect and close. A script consists of lines: a letter, which
+// selects a node, and its value; "!" removes the node.
 func FuzzKeys(f *testing.F) {
 	const frontDir, backDir = "/local/domain/7/device/vif/0", "/local/domain/0/backend/vif/7/0"
 	nodes := map[byte]string{
@@ -94,7 +94,7 @@ func FuzzKeys(f *testing.F) {
 			} else {
 				s.Write(nodes[line[0]], line[1:])
 			}
-			time.Sleep(2 * time.Millisecond) // on the bubble's clock: until all are idle
+			time.Sleep(2 * time.Millisecond) // on the bubble's clock: until all goroutines are idle
 		}
 		cancel()
 		ends.Wait()

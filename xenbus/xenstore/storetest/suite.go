@@ -1,8 +1,8 @@
-// Package storetest checks that package xenbus and an implementation of xenstore
-// understand each other: the client's requests, transactions and watches, and
-// devices whose two ends are in different domains.
+// Package storetest checks that package xenbus and an implementation of xenstore work
+// together: the client's requests, transactions and watches, and devices whose ends are
+// in different domains.
 //
-// It demands what Debian's C xenstored 4.17 does, and is run against that daemon
+// It requires the behaviour of Debian's C xenstored 4.17, and runs against that daemon
 // and against every other implementation.
 package storetest
 
@@ -22,13 +22,13 @@ import (
 	"barevif/xenbus/xenstore"
 )
 
-// A Dialer connects to one xenstore as a domain. Domain 0 is privileged and may
-// have several connections at once. Another is introduced and given its home,
-// /local/domain/<n>, when it first connects.
+// A Dialer connects to one xenstore as a domain. Domain 0 is privileged and may have
+// several connections at once. Any other domain is introduced, and its home
+// /local/domain/<n> made, when it first connects.
 type Dialer func(ctx context.Context, dom hypercall.DomID) (io.ReadWriteCloser, error)
 
-// Run runs the suite. start gives a Dialer to a fresh, empty xenstore that lives
-// as long as the test it is started for.
+// Run runs the suite. start returns a Dialer to a new, empty xenstore that lives as long
+// as its test.
 func Run(t *testing.T, start func(testing.TB) Dialer) {
 	for _, c := range []struct {
 		name string
@@ -90,7 +90,7 @@ func Run(t *testing.T, start func(testing.TB) Dialer) {
 	}
 }
 
-// A rig is what one test has.
+// A rig is the state of one test.
 type rig struct {
 	*testing.T
 	ctx  context.Context
@@ -105,7 +105,7 @@ func (r *rig) must(err error) {
 	}
 }
 
-// want ends the test unless err is one.
+// want ends the test unless err matches target.
 func (r *rig) want(err, target error) {
 	r.Helper()
 	if !errors.Is(err, target) {
@@ -113,14 +113,14 @@ func (r *rig) want(err, target error) {
 	}
 }
 
-// client connects as a domain, with all a socket or ring can take.
+// client connects as a domain, with the limits of a socket or ring.
 func (r *rig) client(dom hypercall.DomID) *xenstore.Client {
 	r.Helper()
 	c, _ := r.breakable(dom, xenstore.Config{MaxPayload: 4096, Pipeline: 8})
 	return c
 }
 
-// breakable is a client whose connection can be cut.
+// breakable returns a client, and a function that cuts its connection.
 func (r *rig) breakable(dom hypercall.DomID, cfg xenstore.Config) (c *xenstore.Client, cut func()) {
 	r.Helper()
 	var (
@@ -143,7 +143,7 @@ func (r *rig) breakable(dom hypercall.DomID, cfg xenstore.Config) (c *xenstore.C
 	}
 }
 
-// read is the value of a node, which has to be there.
+// read returns the value of a node, which must exist.
 func (r *rig) read(c *xenstore.Client, path string) string {
 	r.Helper()
 	v, err := c.Read(r.ctx, path)
@@ -158,7 +158,7 @@ func (r *rig) watch(c *xenstore.Client, path string) *xenstore.Watch {
 	return w
 }
 
-// event waits until w fires and gives what it named.
+// event waits until w fires and returns the paths.
 func (r *rig) event(w *xenstore.Watch) (paths []string, all bool) {
 	r.Helper()
 	select {
@@ -172,8 +172,8 @@ func (r *rig) event(w *xenstore.Watch) (paths []string, all bool) {
 	return w.Paths()
 }
 
-// quiet checks that w has not fired, after everything sent so far was answered.
-// An event precedes the answer to a later request.
+// quiet checks that w has not fired for any request answered so far. The reply to a later
+// request comes after the events.
 func (r *rig) quiet(c *xenstore.Client, w *xenstore.Watch) {
 	r.Helper()
 	if _, err := c.GetDomainPath(r.ctx, 0); err != nil {
@@ -327,7 +327,7 @@ func permsGoRoundAndHold(t *testing.T, r *rig) {
 	r.want(eight.Write(r.ctx, "/shared", "3"), xenstore.ErrAccess)
 	r.want(eight.Write(r.ctx, "/local/domain/7/x", "3"), xenstore.ErrAccess)
 	_, err := eight.Read(r.ctx, "/local/domain/7/none")
-	r.want(err, xenstore.ErrAccess) // not ErrNotFound: whether it is there is none of its business
+	r.want(err, xenstore.ErrAccess) // not ErrNotFound: domain 8 may not learn whether the node exists
 	r.must(eight.Write(r.ctx, "mine", "3"))
 	if got := r.read(zero, "/local/domain/8/mine"); got != "3" {
 		t.Errorf("home of domain 8 has %q", got)
@@ -384,7 +384,7 @@ func transactionInConflictRunsAgain(t *testing.T, r *rig) {
 }
 
 func transactionsOfOneClientTakeTurns(t *testing.T, r *rig) {
-	c := r.client(7) // may have ten open
+	c := r.client(7) // an unprivileged domain may have ten transactions open
 	var wg sync.WaitGroup
 	for i := range 24 {
 		wg.Go(func() {
@@ -405,7 +405,7 @@ func transactionsOfOneClientTakeTurns(t *testing.T, r *rig) {
 
 func abandonedTransactionIsEnded(t *testing.T, r *rig) {
 	c := r.client(7)
-	for i := range 30 { // thrice what it may have open
+	for i := range 30 { // three times the quota
 		ctx, cancel := context.WithCancel(r.ctx)
 		err := c.Transact(ctx, func(tx xenstore.Tx) error {
 			r.must(tx.Write("x", fmt.Sprint(i)))
@@ -432,7 +432,7 @@ func watchHearsChangesBelow(t *testing.T, r *rig) {
 			t.Errorf("event: %q, all %v", paths, all)
 		}
 	}
-	r.must(other.Write(r.ctx, "/local/domain/7/dirt", "1")) // shares only the prefix
+	r.must(other.Write(r.ctx, "/local/domain/7/dirt", "1")) // only shares the prefix
 	r.quiet(c, w)
 	r.must(other.Remove(r.ctx, "/local/domain/7/dir"))
 	if paths, _ := r.event(w); !slices.Contains(paths, "dir") {
@@ -448,7 +448,7 @@ func watchHearsChangesBelow(t *testing.T, r *rig) {
 
 func watchIsSilentAfterClose(t *testing.T, r *rig) {
 	c := r.client(0)
-	for i := range 200 { // more than any quota, if they stayed
+	for i := range 200 { // more than any quota, if the watches stayed
 		w := r.watch(c, "/node")
 		w.Close()
 		w.Close()
@@ -471,7 +471,7 @@ func watchThatIsNotReadForgetsPathsNotChanges(t *testing.T, r *rig) {
 	for i := range 100 {
 		r.must(other.Write(r.ctx, fmt.Sprintf("/busy/%d", i), ""))
 	}
-	_, err := c.Read(r.ctx, "/busy/99") // its answer follows the events
+	_, err := c.Read(r.ctx, "/busy/99") // the reply comes after the events
 	r.must(err)
 	if paths, all := r.event(w); !all || paths != nil {
 		t.Errorf("after 100 events: %d paths, all %v", len(paths), all)
@@ -491,7 +491,7 @@ func resetWatchesKeepsOurs(t *testing.T, r *rig) {
 	if _, all := r.event(w); !all {
 		t.Error("set again without saying that anything may have changed")
 	}
-	// Setting it again makes an event of its own, maybe after that.
+	// Setting the watch again causes an event too, perhaps after the one above.
 	r.must(c.Write(r.ctx, "node", "1"))
 	for !slices.Contains(first(r.event(w)), "node") {
 	}
@@ -531,7 +531,7 @@ func domainsAreKnown(t *testing.T, r *rig) {
 	r.want(seven.Introduce(r.ctx, 9, 1, 9), xenstore.ErrAccess)
 	r.want(seven.Release(r.ctx, 7), xenstore.ErrAccess)
 	r.want(seven.SetTarget(r.ctx, 7, 0), xenstore.ErrAccess)
-	// 4.17 does not know these requests yet.
+	// xenstored 4.17 does not know these requests.
 	if _, err := zero.Features(r.ctx, xenstore.AllDomains); err != nil && !errors.Is(err, errors.ErrUnsupported) {
 		t.Error(err)
 	}
