@@ -13,9 +13,9 @@ import (
 )
 
 // A Presence shows the other processes of our domain that we live. It is an event channel
-// from the domain to itself; another process probes it by binding to its port. The kernel
-// closes it with the process. A process that finds a claim whose port refuses to bind
-// waits only briefly for an answer to its challenge.
+// from the domain to itself; another process probes it by binding to its port. It closes
+// with the process. A process that finds a claim whose port refuses to bind waits only
+// briefly for an answer to its challenge.
 type Presence struct {
 	dom  hypercall.Domain
 	w    hypercall.Waiter // nobody waits at it

@@ -42,7 +42,7 @@ func TestHeadersOfEveryKind(t *testing.T) {
 				if h, ok := Parse(b, len(b)); !ok || h != want {
 					t.Errorf("IPv6 %v, %d tags, UDP %v:\n%+v, want\n%+v", v6, tags, udp, h, want)
 				}
-				// Padding is no part of it, and less than its length is none.
+				// Padding is not part of the packet; a frame shorter than its length is no packet.
 				if h, ok := Parse(b, len(b)+9); !ok || h.End != len(b) {
 					t.Errorf("padded: %+v", h)
 				}
@@ -351,7 +351,7 @@ func TestTheChecksumOfSCTPIsACRC(t *testing.T) {
 			}
 		}
 	}
-	// In a tunnel likewise.
+	// The same in a tunnel.
 	inner, at := sctp(false, 50)
 	outer := &spec{out: &ipSpec{}, tunnel: "vxlan"}
 	b := join(make([]byte, 12), u16(IPv4), outer.around(inner[14:], IPv4, -1))
@@ -465,7 +465,7 @@ func TestACompleteChecksumIsMadeAgain(t *testing.T) {
 	}
 }
 
-// A cut goes on where it was, and one may be cut again.
+// A new Cutter with Skip continues a cut that was begun elsewhere.
 func TestACutGoesOn(t *testing.T) {
 	for i := range uint64(300) {
 		s := anySpec(rand.New(rand.NewPCG(i, 4)))
@@ -484,6 +484,7 @@ func TestACutGoesOn(t *testing.T) {
 	}
 }
 
+// Cutting in two stages gives the same pieces as cutting at once.
 func TestACutIntoSuchAsAreCutAgain(t *testing.T) {
 	for i := range uint64(300) {
 		s := anySpec(rand.New(rand.NewPCG(i, 5)))
@@ -587,7 +588,7 @@ func TestWhatCannotBeCut(t *testing.T) {
 	}
 }
 
-// Of a tunnel in fragments not all is there.
+// A fragment of a tunnel does not hold the whole inner packet.
 func TestAFragmentIsNoTunnel(t *testing.T) {
 	s := simple(false, false, 100)
 	inTunnel(s, "vxlan")
@@ -656,7 +657,7 @@ func FuzzParse(f *testing.F) {
 		head := b[:min(max(known, 0), len(b), total)]
 		h, ok := Parse(head, total)
 		want, wantOK := refParse(head, total)
-		if !wantOK { // of what is no packet only the Ethernet header counts
+		if !wantOK { // without a packet only the Ethernet header counts
 			want = Headers{Kind: want.Kind, VLAN: want.VLAN, Tags: want.Tags}
 			h.Extensions = 0
 		}

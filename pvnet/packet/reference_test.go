@@ -252,11 +252,11 @@ func refPayload(r *refReader, h *Headers) {
 // the packets that it is cut into.
 type spec struct {
 	tags    int
-	out     *ipSpec // of a tunnel
+	out     *ipSpec // the tunnel's IP header
 	tunnel  string  // "vxlan", "geneve", "gre", "gretap", "ip", "udp"
-	key     bool    // GRE has one
+	key     bool    // GRE has a key
 	sum     bool    // the tunnel has a checksum
-	options int     // bytes of Geneve's
+	options int     // bytes of Geneve options
 	in      ipSpec
 	udp     bool // datagrams, not TCP
 	tcp     int  // bytes of TCP options
@@ -365,10 +365,10 @@ func (p *ipSpec) ip(proto int, seed uint64, cutInto int, body func(pseudo func(n
 	return join([]byte{0x60, 1, 2, 3}, u16(length), []byte{byte(next), 64}, src, dst, chain, behind)
 }
 
-// whole is the packet that is to be cut; its innermost checksum is partial.
+// whole returns the packet to cut; its innermost checksum is partial.
 func (s *spec) whole() []byte { return s.build(s.payload, -1, 0, true) }
 
-// pieces is what becomes of it.
+// pieces returns the packets it is to be cut into.
 func (s *spec) pieces() (all [][]byte) {
 	for at := 0; at < len(s.payload); at += s.size {
 		end := min(at+s.size, len(s.payload))
@@ -377,7 +377,7 @@ func (s *spec) pieces() (all [][]byte) {
 	return all
 }
 
-// build is the packet with this payload: number n of those it is cut into, or the whole.
+// build returns the packet with this payload: piece n, or the whole if n is negative.
 func (s *spec) build(payload []byte, n, at int, last bool) []byte {
 	number := max(n, 0)
 	transport := func(pseudo func(int) uint16) []byte {

@@ -57,6 +57,7 @@ func (v *Vif) FrontDir() string {
 	return fmt.Sprintf("/local/domain/%d/device/vif/%d", v.Front, v.ID)
 }
 
+// BackDir returns the absolute path of the backend's directory.
 func (v *Vif) BackDir() string {
 	return fmt.Sprintf("/local/domain/%d/backend/%s/%d/%d", v.Back, v.backType(), v.Front, v.ID)
 }
