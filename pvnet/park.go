@@ -1,6 +1,7 @@
 package pvnet
 
 import (
+	"net"
 	"sync"
 	"time"
 
@@ -172,11 +173,15 @@ func markAll(members [2]*member) {
 }
 
 // poll has m's Poller wait for events from now on. While the other half waits here by
-// itself, what ends that wait is an event of m's, too.
+// itself, what ends that wait is an event of m's, too. net.ErrClosed if m was removed: who
+// does so says it first, and calls unpoll then.
 func (p *parker) poll(m *member, worked bool) error {
 	d := m.h.dir
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if m.out.Load() {
+		return net.ErrClosed
+	}
 	p.polled[d], p.vain[d] = m, !worked
 	if p.leading {
 		return nil

@@ -199,8 +199,9 @@ func (p *Poller) addLocked(m *member) error {
 	return nil
 }
 
-// Remove takes a member out. Its calls may wait again, once a Wait has returned that is
-// under way. It is no error if the half is no member.
+// Remove takes a member out: its calls may wait again, and it may be added elsewhere. If
+// another goroutine is in Wait, the half is still the owner's until that Wait has returned.
+// It is no error if the half is no member.
 func (p *Poller) Remove(half Half) {
 	h := half.base()
 	m := h.member.Load()
@@ -286,10 +287,13 @@ func (p *Poller) Close() error {
 
 // Wait waits until members may have work, and lends them until the next Wait: each once, so
 // that a caller who gives each a batch of its time is fair to all. A member may turn out to
-// have nothing. What is left over in it is reported again by the next Wait, without waiting.
+// have nothing. What is left over in it is reported again by the next Wait, without waiting;
+// so is a member whose buffers the caller holds all ([ErrNoBuffers]).
 //
 // Errors: os.ErrDeadlineExceeded, net.ErrClosed after Close, [ErrBusy] if another goroutine
-// is in Wait, [*UnknownError]. After [Poller.Wake] there may be none ready.
+// is in Wait, [*UnknownError] once the domain itself is gone. After [Poller.Wake] there may be
+// none ready. It does not allocate, and takes locks and makes system calls only to put
+// members to sleep, to sleep, and every few turns to hear of those that do.
 func (p *Poller) Wait() ([]Ready, error) {
 	if !p.inside.CompareAndSwap(false, true) {
 		return nil, ErrBusy
@@ -552,6 +556,9 @@ func (m *member) doze() (slept bool, err error) {
 	m.asleep.Store(true)
 	if err = m.park.poll(m, worked); err != nil {
 		m.rouse()
+		if m.out.Load() {
+			return true, nil
+		}
 		return false, &UnknownError{"wait for the events of queue " + fmt.Sprint(h.queue), err}
 	}
 	return true, nil

@@ -883,3 +883,73 @@ func TestPollerPutsOffAStorm(t *testing.T) {
 	send(t, q.tx[0], 1)
 	q.until(t, got, 1, 1)
 }
+
+// A member that is removed by somebody else while its owner is about to put it to sleep has
+// left for good: another Poller may have it at once.
+func TestPollerMemberMovesToAnother(t *testing.T) {
+	const n = 2
+	q := poll(t, n, PollerConfig{}, plain)
+	pollers := [2]*Poller{q.Poller, newPoller(t, q.pairs[0].bdom, PollerConfig{})}
+	var arrived [2][n]atomic.Int64
+	errs := make(chan error, 2)
+	for i, p := range pollers {
+		go func() {
+			var frames [32]Frame
+			for {
+				ready, err := p.Wait()
+				if err != nil {
+					errs <- err
+					return
+				}
+				for _, r := range ready {
+					if r.Err != nil {
+						errs <- r.Err
+						return
+					}
+					k, err := r.RX.Poll(frames[:])
+					if err != nil && err != ErrBusy {
+						errs <- err
+						return
+					}
+					r.RX.Release(frames[:k])
+					arrived[i][r.Value.(int)].Add(int64(k))
+				}
+			}
+		}()
+	}
+	total := func() (n int64) {
+		for i := range arrived {
+			n += arrived[i][0].Load()
+		}
+		return n
+	}
+	for round := range 300 {
+		from, to := pollers[round%2], pollers[1-round%2]
+		send(t, q.tx[0], 1)
+		for end := time.Now().Add(labtest.Limit); total() <= int64(round); runtime.Gosched() {
+			if time.Now().After(end) {
+				t.Fatalf("round %d: frame %d has not arrived", round, total())
+			}
+			select {
+			case err := <-errs:
+				t.Fatal(err)
+			default:
+			}
+		}
+		from.Remove(q.rx[0])
+		for from.told.Load() { // the Wait that is under way has seen it
+			runtime.Gosched()
+		}
+		if err := to.Add(q.rx[0], 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, p := range pollers {
+		p.Close()
+	}
+	for range pollers {
+		if err := <-errs; !errors.Is(err, net.ErrClosed) {
+			t.Error(err)
+		}
+	}
+}

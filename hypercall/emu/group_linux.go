@@ -104,6 +104,11 @@ func (g *group) Add(hw hypercall.Waiter, tag int) error {
 	}
 	w.seat.Store(s)
 	s.chunk.waiters[tag%64] = w
+	if !w.fired && len(w.masked) > 0 { // put off by whoever waited for it before
+		g.late = append(g.late, w)
+		g.isLate.Store(true)
+		g.set.Wake()
+	}
 	s.ring() // what fired before counts
 	return nil
 }

@@ -66,6 +66,11 @@ func (g *group) Add(hw hypercall.Waiter, tag int) error {
 		return fmt.Errorf("xendev: wait for event channels: %w", err)
 	}
 	w.tag, g.waiters[tag] = tag, w
+	if !w.next(time.Time{}).IsZero() { // put off by whoever waited for it before
+		g.late = append(g.late, w)
+		g.isLate.Store(true)
+		g.set.Wake()
+	}
 	return nil
 }
 

@@ -155,3 +155,27 @@ func TestGroupSaysWhatIsWrongWithTheDriver(t *testing.T) {
 		}
 	})
 }
+
+func TestGroupUnmasksWhatAnotherPutOff(t *testing.T) {
+	grouped(t, func(t *testing.T, g hypercall.Group) {
+		w, d := newDriver(t, 5)
+		add(t, g, w, 0)
+		for range freeWakeups + 1 {
+			d.fire(5)
+			tells(t, g, 0)
+			if err := g.Rearm(w, false); err != nil {
+				t.Fatal(err)
+			}
+			d.unmasked()
+		}
+		g.Remove(w)
+		other, err := new(Domain).Group(false)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer other.Close()
+		add(t, other, w, 7)
+		tells(t, other, -1) // for longer than it is put off
+		d.wantUnmasked(5)
+	})
+}

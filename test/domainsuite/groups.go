@@ -26,6 +26,7 @@ var groupCases = []struct {
 	{"KeepsDeadlineAndWake", groupKeepsDeadlineAndWake},
 	{"CloseEndsWait", closeEndsGroupWait},
 	{"PutsOffUselessEventsOfOneWaiterOnly", groupPutsOffUselessEventsOfOneWaiterOnly},
+	{"WhatWasPutOffComesInAnotherGroup", whatWasPutOffComesInAnotherGroup},
 	{"ManyEventsComeInParts", manyEventsComeInParts},
 	{"DoesNotAllocate", groupDoesNotAllocate},
 	{"LosesNoEvent", groupLosesNoEvent},
@@ -352,6 +353,27 @@ func groupPutsOffUselessEventsOfOneWaiterOnly(t *testing.T, p pair, onThread boo
 		if n, err = g.Wait(tags[:], time.Now().Add(soon)); err != nil {
 			t.Fatal(err)
 		}
+	}
+}
+
+func whatWasPutOffComesInAnotherGroup(t *testing.T, p pair, onThread bool) {
+	g, ws, far := members(t, p, 1, onThread)
+	var tags [1]int
+	for range 8 { // until it is put off for milliseconds
+		notify(t, far[0])
+		if n, err := g.Wait(tags[:], time.Now().Add(soon)); n != 1 || err != nil {
+			t.Fatal(n, err)
+		}
+		rearm(t, g, ws[0], false)
+	}
+	g.Remove(ws[0])
+	other := group(t, p.back, onThread)
+	if err := other.Add(ws[0], 5); err != nil {
+		t.Fatal(err)
+	}
+	notify(t, far[0])
+	if n, err := other.Wait(tags[:], time.Now().Add(soon)); n != 1 || tags[0] != 5 || err != nil {
+		t.Fatal(n, err)
 	}
 }
 
