@@ -19,13 +19,15 @@ import (
 )
 
 // A world is what the examples run in, where a program has a real Xen: an emulated one with
-// a xenstore, a driver domain (1) and a guest (2) that has one vif.
+// a xenstore, a driver domain (1) and guests (from 2 on) that have a vif each. On Xen each
+// program has one domain, its own, by xendev.Open.
 type world struct {
-	driver, guest hypercall.Domain // on Xen each program has its own, by xendev.Open
-	undo          []func()
+	driver hypercall.Domain
+	guests []hypercall.Domain
+	undo   []func()
 }
 
-func newWorld(ctx context.Context) *world {
+func newWorld(ctx context.Context, guests int) *world {
 	w := new(world)
 	store := server.New(server.Config{})
 	w.undo = append(w.undo, func() { store.Close() })
@@ -43,10 +45,14 @@ func newWorld(ctx context.Context) *world {
 	tools, err := xenstore.Dial(ctx, domain(0).Store, xenstore.Config{})
 	check(err)
 	w.undo = append(w.undo, func() { tools.Close() })
-	w.driver, w.guest = domain(1), domain(2)
+	w.driver = domain(1)
 	check(toolstack.Home(ctx, tools, 1))
-	check(toolstack.Home(ctx, tools, 2))
-	check(toolstack.Add(ctx, tools, toolstack.Vif{Front: 2, Back: 1, MAC: [6]byte{2, 0, 0, 0, 0, 2}}))
+	for i := range guests {
+		id := hypercall.DomID(2 + i)
+		w.guests = append(w.guests, domain(id))
+		check(toolstack.Home(ctx, tools, id))
+		check(toolstack.Add(ctx, tools, toolstack.Vif{Front: id, Back: 1, MAC: [6]byte{2, 0, 0, 0, 0, byte(id)}}))
+	}
 	return w
 }
 
@@ -58,7 +64,7 @@ func (w *world) close() {
 	}
 }
 
-// serve serves the guest's vif and gives the device to f.
+// serve serves the guests' vifs and gives each device to f.
 func (w *world) serve(ctx context.Context, f func(*pvnet.Device)) {
 	ctx, stop := context.WithCancel(ctx)
 	ended := make(chan error)
@@ -76,7 +82,7 @@ func check(err error) {
 // returns.
 func ExampleDevice_Listen() {
 	ctx := context.Background()
-	w := newWorld(ctx)
+	w := newWorld(ctx, 1)
 	defer w.close()
 	heard := make(chan string)
 	w.serve(ctx, func(back *pvnet.Device) {
@@ -88,7 +94,7 @@ func ExampleDevice_Listen() {
 		}
 	})
 
-	card, err := pvnet.Connect(ctx, w.guest, "0", pvnet.Config{})
+	card, err := pvnet.Connect(ctx, w.guests[0], "0", pvnet.Config{})
 	check(err)
 	defer card.Disconnect()
 	frame := make([]byte, 60)
@@ -104,7 +110,7 @@ func ExampleDevice_Listen() {
 // receives into are those that it sends.
 func ExampleRX_ReceiveInto() {
 	ctx := context.Background()
-	w := newWorld(ctx)
+	w := newWorld(ctx, 1)
 	defer w.close()
 	w.serve(ctx, func(back *pvnet.Device) {
 		rx, err := back.OwnRX(0)
@@ -132,7 +138,7 @@ func ExampleRX_ReceiveInto() {
 		}
 	})
 
-	card, err := pvnet.Connect(ctx, w.guest, "0", pvnet.Config{})
+	card, err := pvnet.Connect(ctx, w.guests[0], "0", pvnet.Config{})
 	check(err)
 	defer card.Disconnect()
 	back := make(chan net.HardwareAddr)
@@ -150,7 +156,7 @@ func ExampleRX_ReceiveInto() {
 // its own on Ethernet.
 func ExampleDevice_Write() {
 	ctx := context.Background()
-	w := newWorld(ctx)
+	w := newWorld(ctx, 1)
 	defer w.close()
 	ours := [4]byte{192, 0, 2, 1}
 
@@ -166,7 +172,7 @@ func ExampleDevice_Write() {
 		}
 	})
 
-	card, err := pvnet.Connect(ctx, w.guest, "0", pvnet.Config{})
+	card, err := pvnet.Connect(ctx, w.guests[0], "0", pvnet.Config{})
 	check(err)
 	defer card.Disconnect()
 	mac := card.MAC()
@@ -194,10 +200,10 @@ func ExampleDevice_Write() {
 // The counters of a device say what it moved, and why it lost what it lost.
 func ExampleDevice_Stats() {
 	ctx := context.Background()
-	w := newWorld(ctx)
+	w := newWorld(ctx, 1)
 	defer w.close()
 	w.serve(ctx, func(*pvnet.Device) {})
-	card, err := pvnet.Connect(ctx, w.guest, "0", pvnet.Config{})
+	card, err := pvnet.Connect(ctx, w.guests[0], "0", pvnet.Config{})
 	check(err)
 	for range 3 {
 		_, err := card.Write(make([]byte, 100))
@@ -210,4 +216,56 @@ func ExampleDevice_Stats() {
 	// Output:
 	// sent: 3 packets, 300 bytes
 	// 3 of 3 were lost with the connection
+}
+
+// One goroutine serves the vifs of three guests. While none has sent anything it sleeps, and
+// it never looks at those that have not.
+func ExamplePoller() {
+	ctx := context.Background()
+	w := newWorld(ctx, 3)
+	defer w.close()
+
+	poller, err := pvnet.NewPoller(w.driver, pvnet.PollerConfig{Wait: pvnet.Adaptive})
+	check(err)
+	defer poller.Close()
+
+	// Every vif that the toolstack makes gets its receiving half into the Poller. It may
+	// be added before the guest has connected.
+	w.serve(ctx, func(d *pvnet.Device) {
+		rx, err := d.OwnRX(0)
+		check(err)
+		check(poller.Add(rx, d))
+	})
+	for i, guest := range w.guests {
+		card, err := pvnet.Connect(ctx, guest, "0", pvnet.Config{})
+		check(err)
+		defer card.Disconnect()
+		if i == 1 {
+			continue // says nothing
+		}
+		frame := make([]byte, 60)
+		frame[14] = byte(i)
+		_, err = card.Write(frame)
+		check(err)
+	}
+
+	var frames [32]pvnet.Frame
+	from := map[byte]int{}
+	for len(from) < 2 {
+		ready, err := poller.Wait()
+		check(err)
+		for _, r := range ready { // a batch of each
+			if r.Err != nil {
+				log.Printf("vif of domain %d: %v", r.Value.(*pvnet.Device).Peer(), r.Err)
+				continue
+			}
+			n, _ := r.RX.Poll(frames[:])
+			for i := range frames[:n] {
+				from[frames[i].Bytes()[14]]++
+			}
+			r.RX.Release(frames[:n])
+		}
+	}
+	fmt.Println(from)
+	// Output: map[0:1 2:1]
 }

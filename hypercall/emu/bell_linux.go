@@ -53,6 +53,25 @@ func (b *fdBell) park(until time.Time) {
 // close waits for who is inside park, in a threadBell: ring first.
 func (b *fdBell) close() { _ = b.file.Close() }
 
+// tell has the kernel keep the eventfd among those of the group. Nobody reads it there:
+// each ring is an edge of its own.
+func (b *fdBell) tell(s *seat) error {
+	return b.control(func(fd int) error { return s.g.set.Add(fd, s.tag, true) })
+}
+
+// untell may find the bell closed: then the kernel has forgotten it.
+func (b *fdBell) untell(s *seat) {
+	_ = b.control(func(fd int) error { return s.g.set.Remove(fd) })
+}
+
+func (b *fdBell) control(f func(fd int) error) error {
+	conn, err := b.file.SyscallConn()
+	if err != nil {
+		return err
+	}
+	return errors.Join(conn.Control(func(fd uintptr) { err = f(int(fd)) }), err)
+}
+
 // A threadBell is an fdBell whose park blocks the thread. Nobody reads the eventfd:
 // each ring is an edge of its own, which saves a system call a park.
 type threadBell struct {
