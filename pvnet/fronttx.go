@@ -34,15 +34,7 @@ const (
 	idMore  // a later one
 )
 
-// alloc takes the responses that send has seen first, so that it hands out pages again that
-// were used a moment ago: a sender that is not held up touches as many as are on their way,
-// and not all it has, one after the other.
 func (e *frontTX) alloc(frames []Frame, size int) (n int, err error) {
-	if e.ring.Seen() > 0 {
-		if err = e.take(e.ring.Seen()); err != nil {
-			return 0, err
-		}
-	}
 	n = buildAll(e.bufs, size, frames)
 	if n == len(frames) {
 		return n, nil
@@ -90,7 +82,6 @@ func (e *frontTX) send(frames []Frame) (n int, err error) {
 	} else if n > 0 {
 		e.count.Add(telemetry.NotifiesSpared, 1)
 	}
-	_, _ = e.ring.Reload() // for alloc: the line is here. What is wrong with it reap says.
 	t.count(e.ring.Size()-e.ring.Free(), e.bufs.Free())
 	if err == ErrFull {
 		e.count.Add(telemetry.RingFull, 1)
@@ -234,15 +225,10 @@ func (e *frontTX) putCopy(f *Frame, t *tally) error {
 
 // reap takes the responses that are there and frees their buffers.
 func (e *frontTX) reap() error {
-	n, err := e.ring.Reload()
+	n, err := e.ring.Poll()
 	if err != nil {
 		return e.violation(err.Error())
 	}
-	return e.take(n)
-}
-
-// take takes n responses.
-func (e *frontTX) take(n uint32) error {
 	for ; n > 0; n-- {
 		r := e.ring.Take()
 		if r.Status == netif.Null {

@@ -11,7 +11,6 @@ import (
 	"testing"
 	"time"
 
-	"barevif/arena"
 	"barevif/hypercall"
 	"barevif/hypercall/emu"
 	"barevif/telemetry"
@@ -1175,28 +1174,5 @@ func TestAnIdleRingIsNotShownAsFull(t *testing.T) {
 	}
 	if n := used(); n != 0 {
 		t.Errorf("%d slots in use once all are answered", n)
-	}
-}
-
-// The pages that are used last are used next: a sender whose peer keeps up touches few.
-func TestASenderThatIsNotHeldUpUsesFewPages(t *testing.T) {
-	p := join(t, emu.Config{}, plain, Config{})
-	tx, _ := own(t, p.front)
-	_, rx := own(t, p.back)
-	var out, in [8]Frame
-	for range 200 {
-		if n := tx.AllocSize(out[:], 60); n != len(out) {
-			t.Fatal(n)
-		}
-		if n, err := tx.Send(out[:]); n != len(out) || err != nil {
-			t.Fatal(n, err)
-		}
-		if n, err := rx.Receive(in[:]); n != len(in) || err != nil {
-			t.Fatal(n, err)
-		}
-		rx.Release(in[:])
-	}
-	if n := tx.eng.(*frontTX).bufs.Touched(); n > arena.Step {
-		t.Errorf("%d pages for 8 frames at a time", n)
 	}
 }

@@ -180,13 +180,6 @@ func (f *Front[Req, Rsp]) Publish() (notify bool) { return f.req.publish() }
 // or what one load of the peer's index shows. [ErrCorrupt].
 func (f *Front[Req, Rsp]) Poll() (uint32, error) { return f.rsp.poll(f.InFlight()) }
 
-// Seen is how many responses can be taken without a look at the peer's index.
-func (f *Front[Req, Rsp]) Seen() uint32 { return f.rsp.seen - f.rsp.cons }
-
-// Reload is Poll that looks at the peer's index even if responses are left. Just after
-// Publish that costs little, since it is on the line that Publish wrote. [ErrCorrupt].
-func (f *Front[Req, Rsp]) Reload() (uint32, error) { return f.rsp.load(f.InFlight()) }
-
 // Consumed is the free-running index of the slot that Take reads.
 func (f *Front[Req, Rsp]) Consumed() uint32 { return f.rsp.cons }
 
