@@ -47,7 +47,7 @@ type backRX struct {
 	nops   int
 	rsp    [256]netif.TxResponse
 	nrsp   int
-	placed [64]placedFrame
+	placed [128]placedFrame
 
 	stopwatch
 }
