@@ -97,6 +97,57 @@ type ThreadDomain interface {
 	ThreadWaiter() (Waiter, error)
 }
 
+// A GroupDomain is a Domain of whose Waiters one goroutine may wait for many at once.
+type GroupDomain interface {
+	Domain
+
+	// Group makes a place to wait for many Waiters. onThread is for who is locked to a
+	// thread, as in [ThreadDomain].
+	Group(onThread bool) (Group, error)
+}
+
+// A Group is where one goroutine at a time waits for the events of many Waiters, at a
+// cost that does not depend on how many have none. That goroutine alone calls Wait, Poll
+// and Rearm; the other methods may be called from any goroutine, at any time.
+type Group interface {
+	// Add has Wait tell by tag, which is from 0 to [MaxTag] and no other's, when a port
+	// of w has fired. What fired before counts. Until Remove nobody may call w's own
+	// Wait, and its Wake wakes nobody. A Waiter is in one Group at a time. Closing it
+	// takes it out.
+	Add(w Waiter, tag int) error
+
+	// Remove takes w out, if it is in. After it a tag may come once more that was on its
+	// way. Ports that fired stay masked until w's own Wait, or Rearm in another Group.
+	Remove(w Waiter)
+
+	// Wait parks until Waiters have events, Wake is called, or the deadline passes (the
+	// zero Time: never), and fills tags with those of Waiters that have, each once: n is
+	// 0 after a Wake. What there is no room for comes with the next call.
+	//
+	// The ports that fired stay masked, and their Waiter is not told of again, until
+	// Rearm.
+	//
+	// Errors: os.ErrDeadlineExceeded, net.ErrClosed.
+	Wait(tags []int, deadline time.Time) (n int, err error)
+
+	// Poll is Wait that does not wait: n is 0 if there is nothing.
+	Poll(tags []int) (n int, err error)
+
+	// Rearm lets the ports of w fire again that did; what came meanwhile counts. worked
+	// says whether they brought any work, with what follows from it in [Waiter].Wait.
+	// It does nothing if none fired, or w is not in the Group.
+	Rearm(w Waiter, worked bool) error
+
+	// Wake makes the current Wait, or else the next, return.
+	Wake()
+
+	// Close takes every Waiter out and ends Wait. It is idempotent.
+	Close() error
+}
+
+// MaxTag is the largest tag of a Waiter in a Group.
+const MaxTag = 1<<16 - 1
+
 // A Waiter is where one goroutine at a time waits for the event channels opened on it.
 // Any goroutine may call Wake at any time.
 //
@@ -291,6 +342,9 @@ var (
 
 	// ErrNoPorts is returned when the domain has no event channel left.
 	ErrNoPorts = errors.New("no event channels left")
+
+	// ErrGrouped is returned by Group.Add for a Waiter, or a tag, that is in a Group.
+	ErrGrouped = errors.New("the waiter, or its tag, is in a group already")
 
 	// ErrNoDomain is returned when the peer does not exist.
 	ErrNoDomain = errors.New("no such domain")

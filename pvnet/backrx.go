@@ -47,7 +47,7 @@ type backRX struct {
 	nops   int
 	rsp    [256]netif.TxResponse
 	nrsp   int
-	placed [64]placedFrame
+	placed [128]placedFrame
 
 	stopwatch
 }
@@ -479,7 +479,7 @@ func (e *backRX) arm() (bool, error) {
 
 func (e *backRX) ready(int) bool {
 	n, err := e.ring.Poll()
-	return n > 0 || err != nil
+	return n > 0 || e.have || err != nil
 }
 
 func (e *backRX) consumed() uint32 { return e.ring.Consumed() }

@@ -25,7 +25,7 @@ type backTX struct {
 	nops   int
 	rsp    [256]netif.RxResponse
 	nrsp   int
-	placed [64]placedFrame
+	placed [128]placedFrame
 
 	stopwatch
 	shortage

@@ -787,6 +787,10 @@ func (d *Device) up(c *conn, peer hypercall.DomID, own xenbus.State) {
 	d.mu.Unlock()
 	d.setStatus(own, true) // before anybody hears of it, and may look there
 	d.announce(linkUp, LinkEvent{Up: true})
+	for i := range c.queues {
+		d.tx[i].marked()
+		d.rx[i].marked()
+	}
 }
 
 // down keeps callers out and waits until they have left. The connection's memory
@@ -846,6 +850,10 @@ func (d *Device) gone(cause error) {
 	d.cause = cause
 	d.mu.Unlock()
 	d.announce(linkGone, LinkEvent{Reason: cause.Error()})
+	for i := range d.tx {
+		d.tx[i].marked()
+		d.rx[i].marked()
+	}
 }
 
 // patience bounds the wait for a caller to leave: it has nothing to wait for but

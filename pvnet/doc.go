@@ -64,4 +64,15 @@
 // arms the event of its ring, looks once more, and parks: in Go's scheduler or, with
 // [Config].LockedThreads, in the kernel. Only then is it asleep, and only then does its
 // peer notify it.
+//
+// # Many vifs and one goroutine
+//
+// A [Poller] does the same for all halves that one goroutine owns. Each of its members is
+// looked at, or asleep. One that had work is looked at in every turn, and is asleep once it
+// was empty for some turns, or once nobody has work and the looks of [PollerConfig].Wait
+// have found none: its event is armed, it is looked at once more, and then only its event
+// channel wakes it. All channels are waited for at once ([hypercall.Group]), and the wait
+// gives those that fired. So a wake-up is lost neither between the last look and the sleep,
+// since the peer that publishes after the arming notifies, nor between the notification and
+// the wait, since a channel that fired stays pending until it is read.
 package pvnet

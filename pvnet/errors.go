@@ -67,6 +67,10 @@ var (
 	// by OwnTX and OwnRX for a half that has one.
 	ErrOwned = errors.New("pvnet: this half of the queue has an owner")
 
+	// ErrPolled is returned by calls that would have to wait for a half that is in a
+	// [Poller], which waits for it.
+	ErrPolled = errors.New("pvnet: this half of the queue is in a Poller")
+
 	// ErrBusy is returned when two goroutines use one half at the same time.
 	ErrBusy = errors.New("pvnet: this half of the queue is in use by another goroutine")
 )

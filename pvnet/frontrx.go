@@ -373,7 +373,7 @@ func (e *frontRX) arm() (bool, error) {
 
 func (e *frontRX) ready(int) bool {
 	n, err := e.ring.Poll()
-	return n > 0 || err != nil
+	return n > 0 || e.have || err != nil
 }
 
 func (e *frontRX) consumed() uint32 { return e.ring.Consumed() }

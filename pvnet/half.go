@@ -113,6 +113,7 @@ type half struct {
 	resting atomic.Uint32             // whose the counters are while the owner waits
 	sampled uint32                    // of the slow tick only: the wait in which it timed a wake-up last
 	spin    spinner                   // of the connection; inside the gate
+	member  atomic.Pointer[member]    // in a Poller; nil: in none
 }
 
 func (h *half) init(d *Device, queue int, dir direction, block *telemetry.Block) {
@@ -218,10 +219,11 @@ func (h *half) reclaim() {
 }
 
 // heal has the counters compared with their mirror. A half whose owner waits not
-// for the first time since then is woken for it, which is timed.
+// for the first time since then is woken for it, which is timed. One in a Poller is not:
+// its owner waits for others too.
 func (h *half) heal(p *parker) {
 	seq := h.parked.Load()
-	if seq%2 == 0 || seq == h.sampled {
+	if seq%2 == 0 || seq == h.sampled || h.member.Load() != nil {
 		h.remind(dueHeal)
 		return
 	}
@@ -292,8 +294,16 @@ func (h *half) expired() bool {
 	return !t.IsZero() && !time.Now().Before(t)
 }
 
+// leaving reports whether a caller who looks inside the gate is to leave, or to give up.
+func (h *half) leaving() bool {
+	return h.gate.state.Load() != gateBusy || h.ending.Load() || h.expired()
+}
+
 // rest parks inside the gate until there may be something to do.
 func (h *half) rest() error {
+	if h.member.Load() != nil {
+		return ErrPolled
+	}
 	p := h.park.Load()
 	if p.answer(h.dir, h.worked) {
 		h.count.Add(telemetry.EventsSpurious, 1)

@@ -63,8 +63,8 @@ func (p *pair) connect(t testing.TB, f features) {
 	t.Helper()
 	fc, bc := new(conn), new(conn)
 	p.conns = [2]*conn{fc, bc}
-	fm := &pageMaker{dom: p.fdom, peer: 2, log: p.front.log, lost: &p.front.lost, c: fc, lockedThreads: p.front.cfg.LockedThreads}
-	bm := &pageMaker{dom: p.bdom, peer: 1, log: p.back.log, lost: &p.back.lost, c: bc, lockedThreads: p.back.cfg.LockedThreads}
+	fm := &pageMaker{dom: p.fdom, peer: p.bdom.ID(), log: p.front.log, lost: &p.front.lost, c: fc, lockedThreads: p.front.cfg.LockedThreads}
+	bm := &pageMaker{dom: p.bdom, peer: p.fdom.ID(), log: p.back.log, lost: &p.back.lost, c: bc, lockedThreads: p.back.cfg.LockedThreads}
 	var err error
 	fc.queues, err = fm.frontQueues(f, &p.front.cfg, 0, func(i int) (rx, tx *telemetry.Block) { return p.front.rx[i].count, p.front.tx[i].count })
 	if err != nil {
@@ -77,8 +77,8 @@ func (p *pair) connect(t testing.TB, f features) {
 		}
 		bc.queues = append(bc.queues, bq)
 	}
-	p.front.up(fc, 2, xenbus.Connected)
-	p.back.up(bc, 1, xenbus.Connected)
+	p.front.up(fc, p.bdom.ID(), xenbus.Connected)
+	p.back.up(bc, p.fdom.ID(), xenbus.Connected)
 }
 
 func (p *pair) disconnect() {

@@ -1,6 +1,7 @@
 package pvnet
 
 import (
+	"net"
 	"sync"
 	"time"
 
@@ -34,6 +35,10 @@ type parker struct {
 	useful    bool    // guarded by mu: one of those asked had work
 	worked    bool    // guarded by mu: the answer of all who were asked, once they gave it
 	doubted   bool    // guarded by mu: the last Wait began with the answer no
+
+	group  hypercall.Group // guarded by mu: of the Poller that waits for w; nil: none does
+	polled [2]*member      // guarded by mu: the halves that slept there last
+	vain   [2]bool         // guarded by mu: those of them that had no work before that
 }
 
 func newParker(w hypercall.Waiter) *parker {
@@ -57,6 +62,10 @@ func (p *parker) wait(d direction, deadline time.Time) (event bool, err error) {
 		return false, p.waitBehindLocked(d, deadline)
 	}
 	p.leading = true
+	if p.group != nil { // this half is not in the Poller that the other one is in
+		p.group.Remove(p.w)
+		p.group = nil
+	}
 	worked := p.worked
 	p.doubted = !worked
 	p.mu.Unlock()
@@ -76,7 +85,9 @@ func (p *parker) wait(d direction, deadline time.Time) (event bool, err error) {
 	p.woken[1-d] = true
 	p.asked[d], p.asked[1-d], p.useful = true, p.following, false
 	p.passLocked()
+	polled := p.polled
 	p.mu.Unlock()
+	markAll(polled)
 	return event, err
 }
 
@@ -146,6 +157,87 @@ func (p *parker) wake() {
 	p.woken = [2]bool{true, true}
 	p.nudged = true
 	p.passLocked()
+	polled := p.polled
 	p.mu.Unlock()
 	p.w.Wake()
+	markAll(polled)
+}
+
+// markAll has the owners of members look at them.
+func markAll(members [2]*member) {
+	for _, m := range members {
+		if m != nil {
+			m.mark()
+		}
+	}
+}
+
+// poll has m's Poller wait for events from now on. While the other half waits here by
+// itself, what ends that wait is an event of m's, too. net.ErrClosed if m was removed: who
+// does so says it first, and calls unpoll then.
+func (p *parker) poll(m *member, worked bool) error {
+	d := m.h.dir
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if m.out.Load() {
+		return net.ErrClosed
+	}
+	p.polled[d], p.vain[d] = m, !worked
+	if p.leading {
+		return nil
+	}
+	g := m.p.group
+	if p.group == nil {
+		if err := g.Add(p.w, m.slot); err != nil {
+			p.polled[d] = nil
+			return err
+		}
+		p.group = g
+	}
+	if p.group != g {
+		p.polled[d] = nil
+		return hypercall.ErrGrouped
+	}
+	// An event does not say for whom it was: it was for nothing if both say so.
+	worked = worked || p.polled[1-d] != nil && !p.vain[1-d]
+	p.doubted = !worked
+	return g.Rearm(p.w, worked)
+}
+
+// unpoll takes m out of where its Poller waits.
+func (p *parker) unpoll(m *member) {
+	p.mu.Lock()
+	other := p.polled[1-m.h.dir]
+	if p.polled[m.h.dir] != m {
+		p.mu.Unlock()
+		return
+	}
+	p.polled[m.h.dir] = nil
+	if p.group == m.p.group && p.group != nil {
+		p.group.Remove(p.w) // by m's tag, maybe
+		p.group = nil
+	}
+	p.mu.Unlock()
+	if other != nil {
+		other.mark()
+	}
+}
+
+// inPoller gives the halves that sleep in a Poller for events of this channel.
+func (p *parker) inPoller(q *Poller) (in [2]*member) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for d, m := range p.polled {
+		if m != nil && m.p == q {
+			in[d] = m
+		}
+	}
+	return in
+}
+
+// spare says that an event was not for m, which waits for none.
+func (p *parker) spare(m *member) {
+	p.mu.Lock()
+	p.vain[m.h.dir] = true
+	p.mu.Unlock()
 }

@@ -62,7 +62,13 @@ const (
 	looking
 )
 
-// A spinner looks at the ring before its half parks. It counts looks, and knows what
+// A looker is what a spinner looks at: is there a frame, or room for need slots?
+type looker interface{ ready(need int) bool }
+
+// A waiting is who a spinner looks for. It is asked now and then whether it is to leave.
+type waiting interface{ leaving() bool }
+
+// A spinner looks at the ring before its half parks, or at those of a Poller's members. It counts looks, and knows what
 // one takes: the clock is read when the connection comes up, around a yield and, by
 // Adaptive, around a park, but not while frames are found.
 type spinner struct {
@@ -81,7 +87,7 @@ type spinner struct {
 }
 
 // calibrate finds how many looks at e the mode stands for.
-func (s *spinner) calibrate(m WaitMode, e engine) {
+func (s *spinner) calibrate(m WaitMode, e looker) {
 	*s = spinner{}
 	if m == Park {
 		return
@@ -109,7 +115,7 @@ func (s *spinner) begin(cost time.Duration) {
 
 // found reports whether the ring is ready for a wait of h, after looks for as long
 // as the mode says.
-func (s *spinner) found(h *half, e engine, need int) bool {
+func (s *spinner) found(h waiting, e looker, need int) bool {
 	switch {
 	case s.most == 0:
 		return false
@@ -178,14 +184,14 @@ func (s *spinner) ended(parked time.Duration) {
 	s.left = trialEvery * int(min(max(rarer, 1), mostTrials))
 }
 
-func (s *spinner) look(h *half, e engine, need, most int) (ready bool, looks int) {
+func (s *spinner) look(h waiting, e looker, need, most int) (ready bool, looks int) {
 	next := s.yieldEvery()
 	for i := 0; most < 0 || i < most; i++ {
 		if e.ready(need) {
 			return true, i
 		}
 		if i == next {
-			if h.gate.state.Load() != gateBusy || h.ending.Load() || h.expired() {
+			if h.leaving() {
 				return false, i
 			}
 			start := time.Now()

@@ -103,6 +103,7 @@ func (tx *TX) AllocSize(frames []Frame, size int) int {
 	n, err := tx.eng.alloc(frames, size)
 	if n == 0 {
 		tx.refresh()
+		tx.lacks(func() need { return need{bufs: buffersFor(size)} })
 	}
 	tx.leaveWith(err)
 	return n
@@ -150,8 +151,16 @@ func (tx *TX) Send(frames []Frame) (n int, err error) {
 	tx.counted(n)
 	if err == ErrFull {
 		tx.refresh()
+		tx.lacks(func() need { return tx.wants(&frames[n]) })
 	}
 	return n, tx.leaveWith(err)
+}
+
+// lacks has the Poller that the half is in, if it is, say when there is what n says.
+func (tx *TX) lacks(n func() need) {
+	if m := tx.member.Load(); m != nil {
+		m.want(n())
+	}
 }
 
 // put sends what there is room for, and cuts what the peer does not.

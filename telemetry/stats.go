@@ -1,10 +1,15 @@
 package telemetry
 
+import "fmt"
+
 // Stats are the counters of a device: the sums over its queues, and those of each queue.
 type Stats struct {
 	RX, TX Values
 	Queues []Queue
 }
+
+// String says what most readers want to know of both directions.
+func (s Stats) String() string { return fmt.Sprintf("rx: %v; tx: %v", s.RX, s.TX) }
 
 // Queue is the counters of one queue.
 type Queue struct{ RX, TX Values }
@@ -52,27 +57,45 @@ func (v *Values) add(o *Values) {
 	}
 }
 
+// Packets returns the number of frames that were moved.
+func (v Values) Packets() uint64 { return v.words[Packets] }
+
+// Bytes returns the number of bytes in the moved frames, Ethernet headers included.
+func (v Values) Bytes() uint64 { return v.words[Bytes] }
+
+// String prints packets, bytes and, unless they are 0, dropped frames and errors.
+func (v Values) String() string {
+	s := fmt.Sprintf("%d packets, %d bytes", v.Packets(), v.Bytes())
+	if n := v.Dropped(); n > 0 {
+		s += fmt.Sprintf(", %d dropped", n)
+	}
+	if n := v.Errors(); n > 0 {
+		s += fmt.Sprintf(", %d errors", n)
+	}
+	return s
+}
+
 // Get returns the value of c.
-func (v *Values) Get(c Counter) uint64 { return v.words[c] }
+func (v Values) Get(c Counter) uint64 { return v.words[c] }
 
 // Errors returns the number of frames lost because something was wrong with them.
-func (v *Values) Errors() uint64 { return v.words[errorsSum] }
+func (v Values) Errors() uint64 { return v.words[errorsSum] }
 
 // Dropped returns the number of correct frames that were lost.
-func (v *Values) Dropped() uint64 { return v.words[droppedSum] }
+func (v Values) Dropped() uint64 { return v.words[droppedSum] }
 
 // Lost returns the number of frames lost for reason r.
-func (v *Values) Lost(r Reason) uint64 { return v.words[r] }
+func (v Values) Lost(r Reason) uint64 { return v.words[r] }
 
 // Gauge returns the value of g.
-func (v *Values) Gauge(g Gauge) uint64 { return v.words[g] }
+func (v Values) Gauge(g Gauge) uint64 { return v.words[g] }
 
 // Field returns the value of f, which must not be a histogram.
-func (v *Values) Field(f Field) uint64 { return v.words[f.Word] }
+func (v Values) Field(f Field) uint64 { return v.words[f.Word] }
 
 // Histogram returns the counts of f's buckets, not cumulated, and the sum of the observed
 // values. The slice is the caller's.
-func (v *Values) Histogram(f Field) (buckets []uint64, sum uint64) {
+func (v Values) Histogram(f Field) (buckets []uint64, sum uint64) {
 	n := len(f.Bounds) + 1
 	return append([]uint64(nil), v.words[f.Word:f.Word+n]...), v.words[f.Word+n]
 }

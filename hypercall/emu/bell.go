@@ -1,6 +1,9 @@
 package emu
 
-import "time"
+import (
+	"sync/atomic"
+	"time"
+)
 
 // A bell wakes the goroutine that is parked on it, in this process or another. A ring
 // from before park counts. park may also return without a reason.
@@ -9,9 +12,15 @@ type bell interface {
 	// park returns when the bell rings or at until; the zero Time: never.
 	park(until time.Time)
 	close()
+
+	// tell has s told of each ring, and of one that nobody has heard yet, until untell.
+	// Nobody parks meanwhile.
+	tell(s *seat) error
+	untell(s *seat)
 }
 
 type chanBell struct {
+	told  atomic.Pointer[seat]
 	rung  chan struct{} // holds one: rings merge
 	timer *time.Timer   // used by the parked goroutine only
 }
@@ -23,6 +32,10 @@ func newChanBell() (bell, error) {
 }
 
 func (b *chanBell) ring() {
+	if s := b.told.Load(); s != nil {
+		s.ring()
+		return
+	}
 	select {
 	case b.rung <- struct{}{}:
 	default:
@@ -43,3 +56,14 @@ func (b *chanBell) park(until time.Time) {
 }
 
 func (b *chanBell) close() { b.ring() }
+
+func (b *chanBell) tell(s *seat) error {
+	b.told.Store(s)
+	return nil
+}
+
+// untell rings: who read told before may have told a seat that nobody listens to.
+func (b *chanBell) untell(*seat) {
+	b.told.Store(nil)
+	b.ring()
+}

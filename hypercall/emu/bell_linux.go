@@ -53,6 +53,25 @@ func (b *fdBell) park(until time.Time) {
 // close waits for a goroutine in the park of a threadBell: call ring first.
 func (b *fdBell) close() { _ = b.file.Close() }
 
+// tell adds the eventfd to the epoll set of the group. The group never reads the eventfd:
+// each ring is a new edge for epoll.
+func (b *fdBell) tell(s *seat) error {
+	return b.control(func(fd int) error { return s.g.set.Add(fd, s.tag, true) })
+}
+
+// untell may find the bell closed: then the kernel has forgotten it.
+func (b *fdBell) untell(s *seat) {
+	_ = b.control(func(fd int) error { return s.g.set.Remove(fd) })
+}
+
+func (b *fdBell) control(f func(fd int) error) error {
+	conn, err := b.file.SyscallConn()
+	if err != nil {
+		return err
+	}
+	return errors.Join(conn.Control(func(fd uintptr) { err = f(int(fd)) }), err)
+}
+
 // A threadBell is an fdBell whose park blocks the thread. The eventfd is never read: each
 // ring is a new edge for epoll, which saves a system call per park.
 type threadBell struct {

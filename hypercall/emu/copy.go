@@ -188,8 +188,10 @@ func (d *Domain) fetch(a *hypercall.Area) hypercall.Status {
 		return hypercall.NoSpace
 	}
 	v.attached[s.Serial] = attached{s.Refs, r.free}
+	pages := make([]page, len(s.Refs)) // at once: they are used and let go of together
 	for i, ref := range s.Refs {
-		v.pages[ref].Store(&page{s.Serial, r.Page(i)})
+		pages[i] = page{s.Serial, r.Page(i)}
+		v.pages[ref].Store(&pages[i])
 	}
 	return hypercall.OK
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"sync"
 	"sync/atomic"
 
@@ -36,6 +37,7 @@ type Domain struct {
 
 	mu      sync.Mutex
 	waiters map[*waiter]struct{} // guarded by mu
+	groups  map[*group]struct{}  // guarded by mu
 }
 
 var _ hypercall.Domain = (*Domain)(nil)
@@ -45,6 +47,7 @@ func newDomain(id hypercall.DomID, hv hypervisor, mem memory) *Domain {
 		id: id, hv: hv, memory: mem,
 		done:    make(chan struct{}),
 		waiters: make(map[*waiter]struct{}),
+		groups:  make(map[*group]struct{}),
 	}
 	d.views.Store(&map[hypercall.DomID]*view{})
 	return d
@@ -66,12 +69,15 @@ func (d *Domain) Done() <-chan struct{} { return d.done }
 func (d *Domain) die() {
 	d.dead.Store(true)
 	d.mu.Lock()
-	waiters := d.waiters
+	waiters, groups := d.waiters, maps.Clone(d.groups)
 	d.waiters = nil
 	views := *d.views.Swap(&map[hypercall.DomID]*view{})
 	d.mu.Unlock()
 	for w := range waiters {
 		w.bell.ring()
+	}
+	for g := range groups {
+		g.Wake()
 	}
 	d.quiesce()
 	for _, v := range views {

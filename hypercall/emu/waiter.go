@@ -26,8 +26,9 @@ type waiter struct {
 	id    uint64
 	bell  bell
 	woken atomic.Bool
+	seat  atomic.Pointer[seat] // in a group; changed under the group's mu
 
-	waiting atomic.Bool // one goroutine at a time is in Wait and uses the next four fields
+	waiting atomic.Bool // one goroutine at a time is in Wait and uses the next four fields; in a group its mu guards them
 	fired   bool        // the last Wait ended with an event
 	useless int         // events in a row that brought no work
 	masked  []*port     // ports that fired
@@ -90,6 +91,9 @@ func (w *waiter) Close() error {
 	defer w.mu.Unlock()
 	if w.closed.Swap(true) {
 		return nil
+	}
+	if s := w.seat.Load(); s != nil {
+		s.g.remove(w)
 	}
 	for _, p := range *w.ports.Load() {
 		p.shut()

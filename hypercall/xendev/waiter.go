@@ -54,6 +54,8 @@ type waiter struct {
 	file *os.File // in the runtime's poller; never call its Fd, which would take it out
 	raw  syscall.RawConn
 
+	group atomic.Pointer[group] // that waits for us, if one does; changed under its mu
+
 	woken atomic.Bool // a Wake that Wait has not seen yet
 	poked atomic.Bool // a Wake may have moved the file's read deadline
 
@@ -64,7 +66,11 @@ type waiter struct {
 	late   []*port                    // guarded by mu; masked until due
 	out    []byte                     // guarded by mu; numbers to write back
 
-	// Used by the goroutine in Wait only.
+	// Guarded by the group's mu.
+	tag    int
+	raised bool // the group has told of an event, and waits for Rearm
+
+	// Used by the goroutine in Wait only, or guarded by the group's mu.
 	in    [64 * portBytes]byte
 	n     int   // bytes of in
 	err   error // error of the read that filled in
@@ -418,6 +424,9 @@ func (w *waiter) Wake() {
 
 // Close implements [hypercall.Waiter].
 func (w *waiter) Close() error {
+	if g := w.group.Load(); g != nil {
+		g.Remove(w)
+	}
 	w.mu.Lock()
 	if w.closed {
 		w.mu.Unlock()

@@ -382,7 +382,7 @@ func sortOut(t *testing.T, backwards bool) {
 	r.frames()
 	arrive()
 	// It asks for twice as many as long as all are there, up to the frames that it has. Into
-	// the last of those it reads alone.
+	// the last of those it reads alone. Behind them it takes as many as it asks for.
 	full(2)
 	full(4)
 	full(8)
@@ -391,6 +391,10 @@ func sortOut(t *testing.T, backwards bool) {
 	send(t, p, Offload{}, testFrame(61))
 	want = append(want, testFrame(61))
 	arrive()
+	for n := fewEmpty; n < batch; n *= 2 {
+		full(n)
+		arrive()
+	}
 	asks(batch)
 	// As few as there were, and one to see that there are no more.
 	r.frames(none, none, plain(), none, plain(), none)
@@ -610,7 +614,7 @@ func TestBurstsMakeNoGarbage(t *testing.T) {
 		tx.SetDeadline(limit)
 		p.SetReadDeadline(limit)
 		in, out := [][]byte{testFrame(64)}, [][]byte{make([]byte, 2000)}
-		var frames [64]pvnet.Frame
+		var frames [batch]pvnet.Frame
 		round := func() {
 			for range batch {
 				if _, err := p.WriteFrame(Offload{}, in); err != nil {

@@ -76,7 +76,7 @@ func (j *Joint) Stats() JointStats {
 // other end does not take. With pvnet.Config.Offload the vif leaves the same to the
 // kernel. What else a packet socket leaves is done here, in software.
 //
-// Frames go to a TAP, and come from it, up to 32 in one system call where the kernel has
+// Frames go to a TAP, and come from it, up to 128 in one system call where the kernel has
 // an io_uring for us, which takes two descriptors more for each link. Before Linux 6.4 a
 // burst that ends early takes three. Where it cannot be done, which a line of level
 // debug says, each frame takes a system call.
@@ -189,8 +189,13 @@ func setOffloads(l Link, on bool) {
 	}
 }
 
-// batch is how many frames are moved between two notifications at most.
-const batch = 32
+// batch is how many frames are moved between two notifications at most: half a ring, so
+// that the other end has the rest of it to go on with. On a paravirtual Linux a system call
+// or a notification is dear: with 32 small frames were an eighth to a third fewer.
+const batch = 128
+
+// fewEmpty is how many empty frames a feeder holds whose link has no more to read at once.
+const fewEmpty = 32
 
 // vifPieces is how many pieces a frame of a vif has at most.
 const vifPieces = 19
@@ -405,7 +410,7 @@ func (f *feeder) fill() error {
 			if !wait {
 				return nil
 			}
-			n, err := f.tx.AllocWait(f.frames[:], f.size)
+			n, err := f.tx.AllocWait(f.frames[:max(f.want, fewEmpty)], f.size)
 			if err != nil {
 				return err
 			}

@@ -3,7 +3,6 @@ package link
 import (
 	"errors"
 	"fmt"
-	"math/bits"
 	"os"
 	"structs"
 	"sync/atomic"
@@ -101,13 +100,14 @@ type uring struct {
 	nowait         uint32 // of reads and writes: see dontWait
 	mayWait        bool   // it is no error if some wait
 
-	answered uint32       // bit i: res[i] is set
+	answered uint32       // requests of the last run that have answers
+	has      [batch]bool  // those whose answer is in res
 	res      [batch]int32 // of the last run: a count, or an error negated
 	order    [batch]uint8 // of the last run: the requests as they were answered
 	calls    uint64       // of io_uring_enter
 }
 
-var _ [32]struct{} = [batch]struct{}{} // answered has as many bits
+var _ [256 - batch]struct{} // order can hold them
 
 // errLate is what run returns if the kernel had not answered all requests when it was
 // done with submitting them. It has by then, but may have run them out of order.
@@ -221,7 +221,7 @@ func (r *uring) slot(i uint32, s sqe) { r.sqes[(r.sqTail.Load()+i)%batch] = s }
 // requests that the kernel never saw are answered EAGAIN.
 func (r *uring) run() error {
 	n := r.n
-	r.n, r.answered = 0, 0
+	r.n, r.answered, r.has = 0, 0, [batch]bool{}
 	for i := range n { // of those that the kernel never sees
 		r.order[i] = uint8(i)
 	}
@@ -232,9 +232,8 @@ func (r *uring) run() error {
 		}
 		n -= r.takeBack() // the last ones
 	}
-	all := uint32(1<<n - 1)
-	for r.reap(); r.answered != all; r.reap() {
-		r.cancel(all)
+	for r.reap(); r.answered < n; r.reap() {
+		r.cancel(n)
 		if !r.mayWait {
 			err = errLate
 		}
@@ -279,9 +278,10 @@ func (r *uring) takeBack() uint32 {
 func (r *uring) reap() {
 	head := r.cqHead.Load()
 	for tail := r.cqTail.Load(); head != tail; head++ {
-		if c := r.cqes[head%(2*batch)]; c.userData < batch && r.answered&(1<<c.userData) == 0 {
-			r.order[bits.OnesCount32(r.answered)] = uint8(c.userData)
-			r.answered |= 1 << c.userData
+		if c := r.cqes[head%(2*batch)]; c.userData < batch && !r.has[c.userData] {
+			r.order[r.answered] = uint8(c.userData)
+			r.has[c.userData] = true
+			r.answered++
 			r.res[c.userData] = c.res
 		}
 	}
@@ -291,13 +291,13 @@ func (r *uring) reap() {
 // cancelled marks the answer to a request to cancel.
 const cancelled = 1 << 32
 
-// cancel waits until the requests of all have answers. Someone who shares the descriptor made it a
+// cancel waits until all of the last run's requests have answers. Someone who shares the descriptor made it a
 // blocking one: the kernel waits for a frame, or for room, and would write to
 // memory that is used otherwise by then.
 func (r *uring) cancel(all uint32) {
 	n := uint32(0)
-	for i := range uint32(batch) {
-		if all&^r.answered&(1<<i) != 0 {
+	for i := range all {
+		if !r.has[i] {
 			r.slot(n, sqe{opcode: opCancel, fd: -1, addr: uint64(i), userData: cancelled})
 			n++
 		}

@@ -23,12 +23,16 @@ import (
 func Run(t *testing.T, mk func(testing.TB) (front, back hypercall.Domain)) {
 	run(t, mk, memoryCases)
 	run(t, mk, eventCases)
+	t.Run("Group", func(t *testing.T) { runGroups(t, mk, false) })
+	t.Run("GroupOnThread", func(t *testing.T) { runGroups(t, mk, true) })
 	run(t, mk, []suiteCase{{"StormIsPutOffButNotWakeNorDeadline", stormIsPutOffButNotWakeNorDeadline}})
 	t.Run("Threads", func(t *testing.T) {
-		run(t, func(t testing.TB) (front, back hypercall.Domain) {
+		onThreads := func(t testing.TB) (front, back hypercall.Domain) {
 			front, back = mk(t)
 			return blocking(t, front), blocking(t, back)
-		}, eventCases)
+		}
+		run(t, onThreads, eventCases)
+		t.Run("GroupOnThread", func(t *testing.T) { runGroups(t, onThreads, true) })
 	})
 }
 

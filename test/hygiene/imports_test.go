@@ -16,7 +16,7 @@ var rows = [...][]string{
 	{"arena/shm"},
 	{"arena"},
 	{"hypercall"},
-	{"hypercall/anon"},
+	{"hypercall/anon", "hypercall/epoll"},
 	{"telemetry"},
 	{"pvnet/ring", "pvnet/netif", "pvnet/packet"},
 	{"xenbus/internal/pause"},

@@ -5,6 +5,7 @@ import (
 	"os"
 	"sync"
 
+	"barevif/hypercall"
 	"barevif/pvnet"
 )
 
@@ -23,10 +24,12 @@ type vifOptions struct {
 	Two     bool           // the receiver in a process of its own
 	Vifs    int            // 0 means 1
 	Queues  int            // of each; 0 means 1
+	Poller  bool           // one goroutine for all vifs of a party, and a pvnet.Poller that waits as Wait says
+	Idle    int            // vifs that nothing is sent on
 }
 
 func (o vifOptions) config(j *job) pvnet.Config {
-	each := o.Vifs > 1 || o.Queues > 1 // half has a goroutine of its own, which is not pinned
+	each := !o.Poller && (o.Vifs > 1 || o.Queues > 1) // half has a goroutine of its own, which is not pinned
 	return pvnet.Config{Wait: o.Wait, Queues: o.Queues, LendRx: o.Lend, LockedThreads: !j.free && !each}
 }
 
@@ -43,7 +46,7 @@ func (o vifOptions) setup(j *job) (link, error) {
 		lab.close()
 		return nil, err
 	}
-	j.warm *= uint64(max(o.Vifs, 1) * max(o.Queues, 1))
+	j.warm *= uint64((max(o.Vifs, 1) - o.Idle) * max(o.Queues, 1))
 	from, to := fronts, backs
 	if o.Back {
 		from, to = backs, fronts
@@ -52,8 +55,12 @@ func (o vifOptions) setup(j *job) (link, error) {
 		return newCopyLink(lab, from[0], to[0], o.Batch), nil
 	}
 	l := &vifLink{end: lab.close, o: o}
-	if err := errors.Join(l.from.own(from, o), l.to.own(to, o)); err != nil {
-		lab.close()
+	err = errors.Join(l.from.own(from, o), l.to.own(to, o))
+	if err == nil && o.Poller {
+		err = errors.Join(l.from.gather(lab.driver, o, j, true), l.to.gather(lab.driver, o, j, false))
+	}
+	if err != nil {
+		l.close()
 		return nil, err
 	}
 	return l, nil
@@ -64,6 +71,22 @@ type halves struct {
 	devices []*pvnet.Device
 	tx      []*pvnet.TX
 	rx      []*pvnet.RX
+	poller  *pvnet.Poller // of those that send, or those that receive; nil: they have none
+}
+
+// gather puts the halves that are used into a Poller. The frontends' are of many domains,
+// which the emulator does not mind.
+func (h *halves) gather(d hypercall.Domain, o vifOptions, j *job, sends bool) (err error) {
+	h.poller, err = pvnet.NewPoller(d, pvnet.PollerConfig{Wait: o.Wait, LockedThread: !j.free})
+	for i := 0; i < len(h.tx) && err == nil; i++ {
+		switch {
+		case !sends:
+			err = h.poller.Add(h.rx[i], i)
+		case i < len(h.tx)-o.Idle:
+			err = h.poller.Add(h.tx[i], i)
+		}
+	}
+	return err
 }
 
 func (h *halves) own(devices []*pvnet.Device, o vifOptions) error {
@@ -88,6 +111,9 @@ func (h *halves) own(devices []*pvnet.Device, o vifOptions) error {
 }
 
 func (h *halves) interrupt() {
+	if h.poller != nil {
+		h.poller.SetDeadline(past)
+	}
 	for i := range h.tx {
 		h.tx[i].SetDeadline(past)
 		h.rx[i].SetDeadline(past)
@@ -235,6 +261,11 @@ type vifLink struct {
 }
 
 func (l *vifLink) close() error {
+	for _, p := range []*pvnet.Poller{l.from.poller, l.to.poller} {
+		if p != nil {
+			p.Close()
+		}
+	}
 	l.end()
 	return nil
 }
@@ -259,6 +290,9 @@ func (h *halves) send(j *job, o vifOptions) error {
 		defer outlets[i].release()
 	}
 	sent := tally{to: &j.sent}
+	if o.Poller {
+		return h.sendPolled(j, outlets, sent)
+	}
 	if o.Poll {
 		for !j.stopped() {
 			idle := true
@@ -303,6 +337,9 @@ func (h *halves) receive(j *job, o vifOptions) error {
 		defer inlets[i].release()
 	}
 	rcvd := tally{to: &j.rcvd}
+	if o.Poller {
+		return h.receivePolled(j, inlets, rcvd)
+	}
 	if o.Poll {
 		for !j.stopped() {
 			idle := true
@@ -335,6 +372,63 @@ func (h *halves) receive(j *job, o vifOptions) error {
 		}
 		return nil
 	})
+}
+
+// sendPolled sends a batch on each half in turn that has room, and waits once none has.
+func (h *halves) sendPolled(j *job, outlets []*outlet, sent tally) error {
+	var open []*outlet
+	for !j.stopped() {
+		left := 0
+		for _, out := range open {
+			n, err := out.poll()
+			if err != nil {
+				return err
+			}
+			if sent.add(n); n > 0 {
+				open[left] = out
+				left++
+			}
+		}
+		if open = open[:left]; left > 0 {
+			continue
+		}
+		ready, err := h.poller.Wait()
+		if over(j, err) {
+			return nil
+		} else if err != nil {
+			return err
+		}
+		for _, r := range ready {
+			if r.Err != nil {
+				return r.Err
+			}
+			open = append(open, outlets[r.Value.(int)])
+		}
+	}
+	return nil
+}
+
+// receivePolled takes a batch of each half that is ready.
+func (h *halves) receivePolled(j *job, inlets []*inlet, rcvd tally) error {
+	for !j.stopped() {
+		ready, err := h.poller.Wait()
+		if over(j, err) {
+			return nil
+		} else if err != nil {
+			return err
+		}
+		for _, r := range ready {
+			if r.Err != nil {
+				return r.Err
+			}
+			n, err := inlets[r.Value.(int)].poll()
+			if err != nil {
+				return err
+			}
+			rcvd.add(n)
+		}
+	}
+	return nil
 }
 
 // each calls f with all of v, at once if there are several.

@@ -81,6 +81,12 @@ func (o vifOptions) name() string {
 	if o.Vifs > 1 {
 		s += fmt.Sprintf(", %d vifs", o.Vifs)
 	}
+	if o.Poller {
+		s += ", poller"
+	}
+	if o.Idle > 0 {
+		s += fmt.Sprintf(", %d idle", o.Idle)
+	}
 	if o.Queues > 1 {
 		s += fmt.Sprintf(", %d queues", o.Queues)
 	}
@@ -186,6 +192,13 @@ func ourRows() []*row {
 	for _, more := range []vifOptions{{Queues: 2}, {Queues: 4}, {Queues: 8}, {Vifs: 8}, {Vifs: 64}} {
 		for _, o := range []vifOptions{{Poll: true}, {Poll: true, Back: true}, {Wait: pvnet.Park}} {
 			o.Batch, o.Queues, o.Vifs = 32, more.Queues, more.Vifs
+			add(o, smallSize)
+		}
+	}
+	for _, o := range []vifOptions{{Wait: pvnet.Busy}, {Wait: pvnet.Busy, Back: true}, {Wait: pvnet.Park}} {
+		o.Batch, o.Poller = 32, true
+		for _, many := range []vifOptions{{Vifs: 1}, {Vifs: 64, Idle: 63}, {Vifs: 64}} {
+			o.Vifs, o.Idle = many.Vifs, many.Idle
 			add(o, smallSize)
 		}
 	}

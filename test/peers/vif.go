@@ -33,6 +33,7 @@ type lab struct {
 	path    string    // of the host's socket
 	store   *server.Store
 	tools   *xenstore.Client
+	driver  *emu.Domain // of the backends that vifs made
 	undo    []func()
 }
 
@@ -158,11 +159,10 @@ func connect(d hypercall.Domain, id string, cfg pvnet.Config) (*pvnet.Device, er
 // vifs connects n vifs whose backends are in one domain and whose frontends are in
 // one each.
 func (l *lab) vifs(n int, cfg pvnet.Config) (fronts, backs []*pvnet.Device, err error) {
-	driver, err := l.domain(backDomain)
-	if err != nil {
+	if l.driver, err = l.domain(backDomain); err != nil {
 		return nil, nil, err
 	}
-	served := serve(driver, cfg)
+	served := serve(l.driver, cfg)
 	l.later(served.close)
 	for i := range n {
 		id := frontDomain + hypercall.DomID(i)

@@ -1,0 +1,318 @@
+package emu
+
+import (
+	"errors"
+	"fmt"
+	"math/bits"
+	"net"
+	"os"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"barevif/hypercall"
+	"barevif/hypercall/epoll"
+)
+
+// A group is where one goroutine waits for many waiters. Each has a bit, which says that
+// its bell was rung: a bell of this process sets it, one that rings from another is an
+// eventfd, of which the kernel keeps the list of those rung. So who waits never looks at
+// those that were not.
+type group struct {
+	d      *Domain
+	set    *epoll.Set
+	asleep atomic.Bool // who waits may be in the kernel: who sets a bit has to wake it
+	woken  atomic.Bool
+	closed atomic.Bool
+
+	mu     sync.Mutex               // never held while parked
+	chunks atomic.Pointer[[]*chunk] // grown under mu
+	late   []*waiter                // guarded by mu; those whose ports are unmasked late
+	isLate atomic.Bool              // set under mu; there are such
+	rung   [64]int                  // of who waits
+}
+
+// A chunk is the waiters of 64 tags.
+type chunk struct {
+	bits    atomic.Uint64
+	waiters [64]*waiter // guarded by the group's mu
+}
+
+// A seat is a waiter's place in a group.
+type seat struct {
+	g     *group
+	chunk *chunk
+	tag   int
+}
+
+// ring says that there may be an event.
+func (s *seat) ring() {
+	bit := uint64(1) << (s.tag % 64)
+	if s.chunk.bits.Load()&bit != 0 {
+		return // who set it does the rest
+	}
+	s.chunk.bits.Or(bit)
+	if s.g.asleep.Load() && s.g.asleep.CompareAndSwap(true, false) {
+		s.g.set.Wake()
+	}
+}
+
+// Group makes a place to wait for many waiters; see [hypercall.GroupDomain]. It needs
+// Linux.
+func (d *Domain) Group(onThread bool) (hypercall.Group, error) {
+	set, err := epoll.New(onThread)
+	if err != nil {
+		return nil, fmt.Errorf("emu: %w", err)
+	}
+	g := &group{d: d, set: set}
+	g.chunks.Store(new([]*chunk))
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.waiters != nil { // else dead, and every call on g says so
+		d.groups[g] = struct{}{}
+	}
+	return g, nil
+}
+
+func (g *group) Add(hw hypercall.Waiter, tag int) error {
+	w, ok := hw.(*waiter)
+	if !ok || tag < 0 || tag > hypercall.MaxTag {
+		return fmt.Errorf("emu: a group takes no %T as number %d", hw, tag)
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.closed.Load() {
+		return net.ErrClosed
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.closed.Load() {
+		return net.ErrClosed
+	}
+	chunks := *g.chunks.Load()
+	for len(chunks) <= tag/64 {
+		chunks = append(slices.Clip(chunks), new(chunk))
+	}
+	g.chunks.Store(&chunks)
+	s := &seat{g, chunks[tag/64], tag}
+	if s.chunk.waiters[tag%64] != nil || w.seat.Load() != nil {
+		return hypercall.ErrGrouped
+	}
+	if err := w.bell.tell(s); err != nil {
+		return err
+	}
+	w.seat.Store(s)
+	s.chunk.waiters[tag%64] = w
+	if !w.fired && len(w.masked) > 0 { // put off by whoever waited for it before
+		g.late = append(g.late, w)
+		g.isLate.Store(true)
+		g.set.Wake()
+	}
+	s.ring() // what fired before counts
+	return nil
+}
+
+func (g *group) Remove(hw hypercall.Waiter) {
+	if w, ok := hw.(*waiter); ok {
+		g.remove(w)
+	}
+}
+
+func (g *group) remove(w *waiter) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.removeLocked(w)
+}
+
+func (g *group) removeLocked(w *waiter) {
+	s := w.seat.Load()
+	if s == nil || s.g != g {
+		return
+	}
+	w.bell.untell(s)
+	s.chunk.waiters[s.tag%64] = nil
+	g.late = slices.DeleteFunc(g.late, func(l *waiter) bool { return l == w })
+	w.seat.Store(nil)
+}
+
+func (g *group) Wait(tags []int, deadline time.Time) (int, error) {
+	for {
+		n, err := g.gather(tags)
+		if n > 0 || err != nil {
+			return n, err
+		}
+		if g.woken.Swap(false) {
+			return 0, nil
+		}
+		g.asleep.Store(true)
+		if g.any() { // set before who set it knew that we sleep
+			g.asleep.Store(false)
+			continue
+		}
+		until := g.next(deadline)
+		n, err = g.set.Wait(g.rung[:], until)
+		g.asleep.Store(false)
+		g.note(n)
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			g.unmaskDue()
+			if n, err := g.gather(tags); n > 0 || err != nil {
+				return n, err
+			}
+			if !deadline.IsZero() && !time.Now().Before(deadline) && !g.woken.Load() {
+				return 0, os.ErrDeadlineExceeded
+			}
+		} else if err != nil {
+			return 0, err
+		}
+	}
+}
+
+func (g *group) Poll(tags []int) (int, error) {
+	n, err := g.set.Poll(g.rung[:])
+	if err != nil {
+		return 0, err
+	}
+	g.note(n)
+	if g.isLate.Load() {
+		g.unmaskDue()
+	}
+	return g.gather(tags)
+}
+
+// note sets the bits of n waiters that were rung from elsewhere.
+func (g *group) note(n int) {
+	chunks := *g.chunks.Load()
+	for _, tag := range g.rung[:n] {
+		chunks[tag/64].bits.Or(1 << (tag % 64))
+	}
+}
+
+// any reports whether a bit is set.
+func (g *group) any() bool {
+	for _, c := range *g.chunks.Load() {
+		if c.bits.Load() != 0 {
+			return true
+		}
+	}
+	return false
+}
+
+// gather takes the events of waiters that were rung.
+func (g *group) gather(tags []int) (n int, err error) {
+	if g.closed.Load() || g.d.dead.Load() {
+		return 0, net.ErrClosed
+	}
+	for i, c := range *g.chunks.Load() {
+		if c.bits.Load() == 0 {
+			continue
+		}
+		g.mu.Lock()
+		for b := c.bits.Swap(0); b != 0; b &= b - 1 {
+			if n == len(tags) {
+				c.bits.Or(b) // the rest comes with the next call
+				break
+			}
+			at := bits.TrailingZeros64(b)
+			if w := c.waiters[at]; w != nil && !w.fired && w.collect() {
+				tags[n] = i*64 + at
+				n++
+			}
+		}
+		g.mu.Unlock()
+	}
+	return n, nil
+}
+
+func (g *group) Rearm(hw hypercall.Waiter, worked bool) error {
+	w, ok := hw.(*waiter)
+	if !ok {
+		return nil
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	s := w.seat.Load()
+	if s == nil || s.g != g || !w.fired {
+		return nil
+	}
+	w.settle(worked)
+	if w.late.IsZero() {
+		w.unmask(s)
+	} else {
+		g.late = append(g.late, w)
+		g.isLate.Store(true)
+	}
+	return nil
+}
+
+// unmask lets the ports of w fire again. What came meanwhile has rung no bell.
+func (w *waiter) unmask(s *seat) {
+	w.d.gate.RLock()
+	defer w.d.gate.RUnlock()
+	if w.d.dead.Load() {
+		return
+	}
+	for _, p := range w.masked {
+		flag(p.word, p.gen, 0, portMasked)
+	}
+	clear(w.masked)
+	w.masked = w.masked[:0]
+	for _, p := range *w.ports.Load() {
+		if p.word.Load()&portPending != 0 {
+			s.ring()
+			return
+		}
+	}
+}
+
+// next is when to look up: at the caller's deadline, or when ports are to be unmasked.
+func (g *group) next(deadline time.Time) time.Time {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for _, w := range g.late {
+		if deadline.IsZero() || w.late.Before(deadline) {
+			deadline = w.late
+		}
+	}
+	return deadline
+}
+
+func (g *group) unmaskDue() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	now := time.Now()
+	g.late = slices.DeleteFunc(g.late, func(w *waiter) bool {
+		if now.Before(w.late) {
+			return false
+		}
+		w.late = time.Time{}
+		w.unmask(w.seat.Load())
+		return true
+	})
+	g.isLate.Store(len(g.late) > 0)
+}
+
+func (g *group) Wake() {
+	g.woken.Store(true)
+	g.set.Wake()
+}
+
+func (g *group) Close() error {
+	g.mu.Lock()
+	if g.closed.Swap(true) {
+		g.mu.Unlock()
+		return nil
+	}
+	for _, c := range *g.chunks.Load() {
+		for _, w := range c.waiters {
+			if w != nil {
+				g.removeLocked(w)
+			}
+		}
+	}
+	g.mu.Unlock()
+	g.d.mu.Lock()
+	delete(g.d.groups, g)
+	g.d.mu.Unlock()
+	return g.set.Close()
+}

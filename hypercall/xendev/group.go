@@ -1,0 +1,235 @@
+//go:build linux
+
+package xendev
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"barevif/hypercall"
+	"barevif/hypercall/epoll"
+)
+
+// A group is where one goroutine waits for many waiters: for their files, of which the
+// kernel keeps the list of those with numbers to read. Each read gives all ports of a
+// file that fired, and masks them.
+type group struct {
+	set    *epoll.Set
+	woken  atomic.Bool
+	closed atomic.Bool
+
+	mu      sync.Mutex // never held while parked; taken before a waiter's
+	waiters []*waiter  // guarded by mu; by tag
+	late    []*waiter  // guarded by mu; those some of whose ports stay masked until due
+	isLate  atomic.Bool
+	raised  [64]int // of who waits
+}
+
+// Group implements [hypercall.GroupDomain].
+func (d *Domain) Group(onThread bool) (hypercall.Group, error) {
+	set, err := epoll.New(onThread)
+	if err != nil {
+		return nil, fmt.Errorf("xendev: %w", err)
+	}
+	return &group{set: set}, nil
+}
+
+func (g *group) Add(hw hypercall.Waiter, tag int) error {
+	w, ok := hw.(*waiter)
+	if !ok || tag < 0 || tag > hypercall.MaxTag {
+		return fmt.Errorf("xendev: a group takes no %T as number %d", hw, tag)
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.closed.Load() {
+		return net.ErrClosed
+	}
+	for len(g.waiters) <= tag {
+		g.waiters = append(g.waiters, nil)
+	}
+	if g.waiters[tag] != nil || !w.group.CompareAndSwap(nil, g) {
+		return hypercall.ErrGrouped
+	}
+	// For as long as there are numbers, since one read may not take them all.
+	var err error
+	if w.raw.Control(func(fd uintptr) { err = g.set.Add(int(fd), tag, false) }) != nil {
+		err = net.ErrClosed
+	}
+	if err != nil {
+		w.group.Store(nil)
+		return fmt.Errorf("xendev: wait for event channels: %w", err)
+	}
+	w.tag, g.waiters[tag] = tag, w
+	if !w.next(time.Time{}).IsZero() { // put off by whoever waited for it before
+		g.late = append(g.late, w)
+		g.isLate.Store(true)
+		g.set.Wake()
+	}
+	return nil
+}
+
+func (g *group) Remove(hw hypercall.Waiter) {
+	w, ok := hw.(*waiter)
+	if !ok {
+		return
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.removeLocked(w)
+}
+
+func (g *group) removeLocked(w *waiter) {
+	if w.group.Load() != g {
+		return
+	}
+	// A file that is closed has left by itself.
+	_ = w.raw.Control(func(fd uintptr) { _ = g.set.Remove(int(fd)) })
+	g.waiters[w.tag] = nil
+	g.late = slices.DeleteFunc(g.late, func(l *waiter) bool { return l == w })
+	w.group.Store(nil)
+}
+
+func (g *group) Wait(tags []int, deadline time.Time) (int, error) {
+	for {
+		if g.woken.Swap(false) {
+			return 0, nil
+		}
+		n, err := g.set.Wait(g.raised[:min(len(tags), len(g.raised))], g.next(deadline))
+		timedOut := errors.Is(err, os.ErrDeadlineExceeded)
+		if err != nil && !timedOut {
+			return 0, err
+		}
+		if n, err = g.read(tags, n); n > 0 || err != nil {
+			return n, err
+		}
+		if timedOut {
+			if err := g.unmaskDue(); err != nil {
+				return 0, err
+			}
+			if !deadline.IsZero() && !time.Now().Before(deadline) && !g.woken.Load() {
+				return 0, os.ErrDeadlineExceeded
+			}
+		}
+	}
+}
+
+func (g *group) Poll(tags []int) (int, error) {
+	if g.isLate.Load() {
+		if err := g.unmaskDue(); err != nil {
+			return 0, err
+		}
+	}
+	n, err := g.set.Poll(g.raised[:min(len(tags), len(g.raised))])
+	if err != nil {
+		return 0, err
+	}
+	return g.read(tags, n)
+}
+
+// read takes the numbers of n waiters that have some, and gives the tags of those whose
+// ports fired.
+func (g *group) read(tags []int, n int) (fired int, err error) {
+	if n == 0 {
+		return 0, nil
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for _, tag := range g.raised[:n] {
+		w := g.waiters[tag]
+		if w == nil {
+			continue // it was taken out meanwhile
+		}
+		w.got = false
+		if w.raw.Control(w.look) != nil || !w.got {
+			continue // closed, or read since
+		}
+		was := w.raised
+		event, err := w.note()
+		if err != nil {
+			return 0, err
+		}
+		if event && !was {
+			w.raised = true
+			tags[fired] = tag
+			fired++
+		}
+	}
+	return fired, nil
+}
+
+func (g *group) Rearm(hw hypercall.Waiter, worked bool) error {
+	w, ok := hw.(*waiter)
+	if !ok {
+		return nil
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if w.group.Load() != g || !w.raised {
+		return nil
+	}
+	w.raised = false
+	if err := w.settle(worked); err != nil {
+		if errors.Is(err, net.ErrClosed) {
+			return nil // it is on its way out
+		}
+		return err
+	}
+	if !w.next(time.Time{}).IsZero() && !slices.Contains(g.late, w) {
+		g.late = append(g.late, w)
+		g.isLate.Store(true)
+	}
+	return nil
+}
+
+// next is when to look up: at the caller's deadline, or when a late port is due.
+func (g *group) next(deadline time.Time) time.Time {
+	if !g.isLate.Load() {
+		return deadline
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for _, w := range g.late {
+		deadline = w.next(deadline)
+	}
+	return deadline
+}
+
+func (g *group) unmaskDue() (err error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	now := time.Now()
+	g.late = slices.DeleteFunc(g.late, func(w *waiter) bool {
+		if e := w.unmaskDue(now); e != nil && !errors.Is(e, net.ErrClosed) {
+			err = e
+		}
+		return w.next(time.Time{}).IsZero()
+	})
+	g.isLate.Store(len(g.late) > 0)
+	return err
+}
+
+func (g *group) Wake() {
+	g.woken.Store(true)
+	g.set.Wake()
+}
+
+func (g *group) Close() error {
+	g.mu.Lock()
+	if g.closed.Swap(true) {
+		g.mu.Unlock()
+		return nil
+	}
+	for _, w := range g.waiters {
+		if w != nil {
+			g.removeLocked(w)
+		}
+	}
+	g.mu.Unlock()
+	return g.set.Close()
+}

@@ -1,0 +1,271 @@
+package pvnet_test
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"log"
+	"net"
+	"time"
+
+	"barevif/hypercall"
+	"barevif/hypercall/emu"
+	"barevif/pvnet"
+	"barevif/telemetry"
+	"barevif/xenbus/toolstack"
+	"barevif/xenbus/xenstore"
+	"barevif/xenbus/xenstore/server"
+)
+
+// A world is what the examples run in, where a program has a real Xen: an emulated one with
+// a xenstore, a driver domain (1) and guests (from 2 on) that have a vif each. On Xen each
+// program has one domain, its own, by xendev.Open.
+type world struct {
+	driver hypercall.Domain
+	guests []hypercall.Domain
+	undo   []func()
+}
+
+func newWorld(ctx context.Context, guests int) *world {
+	w := new(world)
+	store := server.New(server.Config{})
+	w.undo = append(w.undo, func() { store.Close() })
+	machine, err := emu.New(emu.Config{
+		Store: func(dom hypercall.DomID, c io.ReadWriteCloser) { store.ServeConn(c, dom) },
+	})
+	check(err)
+	w.undo = append(w.undo, func() { machine.Close() })
+	domain := func(id hypercall.DomID) *emu.Domain {
+		store.Introduce(id)
+		d, err := machine.NewDomain(id)
+		check(err)
+		return d
+	}
+	tools, err := xenstore.Dial(ctx, domain(0).Store, xenstore.Config{})
+	check(err)
+	w.undo = append(w.undo, func() { tools.Close() })
+	w.driver = domain(1)
+	check(toolstack.Home(ctx, tools, 1))
+	for i := range guests {
+		id := hypercall.DomID(2 + i)
+		w.guests = append(w.guests, domain(id))
+		check(toolstack.Home(ctx, tools, id))
+		check(toolstack.Add(ctx, tools, toolstack.Vif{Front: id, Back: 1, MAC: [6]byte{2, 0, 0, 0, 0, byte(id)}}))
+	}
+	return w
+}
+
+func (w *world) close() {
+	for len(w.undo) > 0 {
+		last := len(w.undo) - 1
+		w.undo[last]()
+		w.undo = w.undo[:last]
+	}
+}
+
+// serve serves the guests' vifs and gives each device to f.
+func (w *world) serve(ctx context.Context, f func(*pvnet.Device)) {
+	ctx, stop := context.WithCancel(ctx)
+	ended := make(chan error)
+	go func() { ended <- pvnet.Serve(ctx, w.driver, pvnet.ServeConfig{Hotplug: true}, f) }()
+	w.undo = append(w.undo, func() { stop(); <-ended })
+}
+
+func check(err error) {
+	if err != nil {
+		log.Fatal(err)
+	}
+}
+
+// A driver domain prints what its guest sends. Listen lends each frame until the function
+// returns.
+func ExampleDevice_Listen() {
+	ctx := context.Background()
+	w := newWorld(ctx, 1)
+	defer w.close()
+	heard := make(chan string)
+	w.serve(ctx, func(back *pvnet.Device) {
+		err := back.Listen(ctx, func(f pvnet.Frame) {
+			heard <- fmt.Sprintf("domain %d sent %d bytes: %s", back.Peer(), f.Len(), bytes.TrimRight(f.Bytes()[14:], "\x00"))
+		})
+		if err != nil {
+			log.Print(err)
+		}
+	})
+
+	card, err := pvnet.Connect(ctx, w.guests[0], "0", pvnet.Config{})
+	check(err)
+	defer card.Disconnect()
+	frame := make([]byte, 60)
+	copy(frame[14:], "hello")
+	_, err = card.Write(frame)
+	check(err)
+	fmt.Println(<-heard)
+	// Output: domain 2 sent 60 bytes: hello
+}
+
+// One goroutine owns both directions of a queue and sends every frame back to whoever it
+// came from, without a copy of its own and without an allocation: the frames that it
+// receives into are those that it sends.
+func ExampleRX_ReceiveInto() {
+	ctx := context.Background()
+	w := newWorld(ctx, 1)
+	defer w.close()
+	w.serve(ctx, func(back *pvnet.Device) {
+		rx, err := back.OwnRX(0)
+		check(err)
+		tx, err := back.OwnTX(0)
+		check(err)
+		var frames [32]pvnet.Frame
+		held := 0 // frames[:held] are ours
+		for {
+			held += tx.AllocSize(frames[held:], 2048)
+			n, err := rx.ReceiveInto(frames[:held])
+			if err != nil {
+				break // the vif is gone
+			}
+			for i := range frames[:n] {
+				b := frames[i].Bytes()
+				copy(b[:6], b[6:12]) // to where it came from
+			}
+			sent, _ := tx.SendWait(frames[:n])
+			copy(frames[:], frames[sent:held])
+			held -= sent
+		}
+		for i := range frames[:held] {
+			frames[i].Release()
+		}
+	})
+
+	card, err := pvnet.Connect(ctx, w.guests[0], "0", pvnet.Config{})
+	check(err)
+	defer card.Disconnect()
+	back := make(chan net.HardwareAddr)
+	go card.Listen(ctx, func(f pvnet.Frame) { back <- append(net.HardwareAddr(nil), f.Bytes()[:6]...) })
+	mac := card.MAC()
+	frame := make([]byte, 60)
+	copy(frame[6:], mac[:])
+	_, err = card.Write(frame)
+	check(err)
+	fmt.Println("returned to", <-back)
+	// Output: returned to 02:00:00:00:00:02
+}
+
+// A guest answers ARP requests for an address, as any program may that speaks a protocol of
+// its own on Ethernet.
+func ExampleDevice_Write() {
+	ctx := context.Background()
+	w := newWorld(ctx, 1)
+	defer w.close()
+	ours := [4]byte{192, 0, 2, 1}
+
+	answers := make(chan pvnet.MAC)
+	w.serve(ctx, func(back *pvnet.Device) {
+		go back.Listen(ctx, func(f pvnet.Frame) { answers <- pvnet.MAC(f.Bytes()[22:28]) })
+		ask := make([]byte, 60) // who has 192.0.2.1?
+		copy(ask, "\xff\xff\xff\xff\xff\xff\x02\x00\x00\x00\x00\x01\x08\x06\x00\x01\x08\x00\x06\x04\x00\x01")
+		copy(ask[38:], ours[:])
+		back.SetWriteDeadline(time.Now().Add(time.Minute)) // while the guest connects
+		if _, err := back.Write(ask); err != nil {
+			log.Print(err)
+		}
+	})
+
+	card, err := pvnet.Connect(ctx, w.guests[0], "0", pvnet.Config{})
+	check(err)
+	defer card.Disconnect()
+	mac := card.MAC()
+	go card.Listen(ctx, func(f pvnet.Frame) {
+		ask := f.Bytes()
+		if f.Len() < 42 || !bytes.Equal(ask[12:14], []byte{8, 6}) || ask[21] != 1 || [4]byte(ask[38:42]) != ours {
+			return
+		}
+		answer := make([]byte, 60)
+		copy(answer, ask[6:12])       // to whoever asked
+		copy(answer[6:], mac[:])      // from us
+		copy(answer[12:], ask[12:20]) // ARP for IPv4 on Ethernet
+		answer[21] = 2                // a reply
+		copy(answer[22:], mac[:])
+		copy(answer[28:], ours[:])
+		copy(answer[32:], ask[22:32])
+		if _, err := card.Write(answer); err != nil {
+			log.Print(err)
+		}
+	})
+	fmt.Println("192.0.2.1 is at", <-answers)
+	// Output: 192.0.2.1 is at 02:00:00:00:00:02
+}
+
+// The counters of a device say what it moved, and why it lost what it lost.
+func ExampleDevice_Stats() {
+	ctx := context.Background()
+	w := newWorld(ctx, 1)
+	defer w.close()
+	w.serve(ctx, func(*pvnet.Device) {})
+	card, err := pvnet.Connect(ctx, w.guests[0], "0", pvnet.Config{})
+	check(err)
+	for range 3 {
+		_, err := card.Write(make([]byte, 100))
+		check(err)
+	}
+	fmt.Println("sent:", card.Stats().TX)
+	card.Disconnect() // nobody has taken them
+	tx := card.Stats().TX
+	fmt.Println(tx.Lost(telemetry.DropDisconnected), "of", tx.Packets(), "were lost with the connection")
+	// Output:
+	// sent: 3 packets, 300 bytes
+	// 3 of 3 were lost with the connection
+}
+
+// One goroutine serves the vifs of three guests. While none has sent anything it sleeps, and
+// it never looks at those that have not.
+func ExamplePoller() {
+	ctx := context.Background()
+	w := newWorld(ctx, 3)
+	defer w.close()
+
+	poller, err := pvnet.NewPoller(w.driver, pvnet.PollerConfig{Wait: pvnet.Adaptive})
+	check(err)
+	defer poller.Close()
+
+	// Every vif that the toolstack makes gets its receiving half into the Poller. It may
+	// be added before the guest has connected.
+	w.serve(ctx, func(d *pvnet.Device) {
+		rx, err := d.OwnRX(0)
+		check(err)
+		check(poller.Add(rx, d))
+	})
+	for i, guest := range w.guests {
+		card, err := pvnet.Connect(ctx, guest, "0", pvnet.Config{})
+		check(err)
+		defer card.Disconnect()
+		if i == 1 {
+			continue // says nothing
+		}
+		frame := make([]byte, 60)
+		frame[14] = byte(i)
+		_, err = card.Write(frame)
+		check(err)
+	}
+
+	var frames [32]pvnet.Frame
+	from := map[byte]int{}
+	for len(from) < 2 {
+		ready, err := poller.Wait()
+		check(err)
+		for _, r := range ready { // a batch of each
+			if r.Err != nil {
+				log.Printf("vif of domain %d: %v", r.Value.(*pvnet.Device).Peer(), r.Err)
+				continue
+			}
+			n, _ := r.RX.Poll(frames[:])
+			for i := range frames[:n] {
+				from[frames[i].Bytes()[14]]++
+			}
+			r.RX.Release(frames[:n])
+		}
+	}
+	fmt.Println(from)
+	// Output: map[0:1 2:1]
+}

@@ -1,0 +1,468 @@
+package domainsuite
+
+import (
+	"errors"
+	"net"
+	"os"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"barevif/hypercall"
+)
+
+// groupCases are checked on groups of either kind.
+var groupCases = []struct {
+	name string
+	f    func(*testing.T, pair, bool)
+}{
+	{"TellsWhoseEventItIs", groupTellsWhoseEventItIs},
+	{"EventsFromBeforeAddCount", eventsFromBeforeAddCount},
+	{"FiredWaiterIsToldOfOnceUntilRearm", firedWaiterIsToldOfOnceUntilRearm},
+	{"RemovedWaiterIsWaitedForByItself", removedWaiterIsWaitedForByItself},
+	{"ClosedWaiterLeavesItsGroup", closedWaiterLeavesItsGroup},
+	{"OneTagAndOneGroupEach", oneTagAndOneGroupEach},
+	{"KeepsDeadlineAndWake", groupKeepsDeadlineAndWake},
+	{"CloseEndsWait", closeEndsGroupWait},
+	{"PutsOffUselessEventsOfOneWaiterOnly", groupPutsOffUselessEventsOfOneWaiterOnly},
+	{"WhatWasPutOffComesInAnotherGroup", whatWasPutOffComesInAnotherGroup},
+	{"ManyEventsComeInParts", manyEventsComeInParts},
+	{"DoesNotAllocate", groupDoesNotAllocate},
+	{"LosesNoEvent", groupLosesNoEvent},
+}
+
+func runGroups(t *testing.T, mk func(testing.TB) (front, back hypercall.Domain), onThread bool) {
+	for _, c := range groupCases {
+		t.Run(c.name, func(t *testing.T) {
+			front, back := mk(t)
+			c.f(t, pair{front, back}, onThread)
+		})
+	}
+}
+
+// group makes one of d's.
+func group(t testing.TB, d hypercall.Domain, onThread bool) hypercall.Group {
+	t.Helper()
+	if o, ok := d.(overThread); ok {
+		d = o.ThreadDomain
+	}
+	gd, ok := d.(hypercall.GroupDomain)
+	if !ok {
+		t.Skipf("a %T has no groups", d)
+	}
+	g, err := gd.Group(onThread)
+	if errors.Is(err, errors.ErrUnsupported) {
+		t.Skip(err)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := g.Close(); err != nil {
+			t.Error("Close:", err)
+		}
+	})
+	return g
+}
+
+// overThread is what [blocking] gives.
+type overThread = onThread
+
+// members is a group of the back's waiters, each with one port, and the far ends of those.
+func members(t testing.TB, p pair, n int, onThread bool) (g hypercall.Group, ws []hypercall.Waiter, far []hypercall.Port) {
+	t.Helper()
+	g = group(t, p.back, onThread)
+	for i := range n {
+		_, w, a, _ := channel(t, p)
+		// As a wait does: what the channel's first event masked is unmasked.
+		quiet(t, w, time.Millisecond)
+		if err := g.Add(w, i*3); err != nil {
+			t.Fatal("Add:", err)
+		}
+		ws, far = append(ws, w), append(far, a)
+	}
+	return g, ws, far
+}
+
+// told fails unless the group tells of these tags, and of no others for a moment.
+func told(t testing.TB, g hypercall.Group, want ...int) {
+	t.Helper()
+	var got []int
+	var tags [8]int
+	for end := time.Now().Add(soon); len(got) < len(want); {
+		n, err := g.Wait(tags[:], end)
+		if err != nil {
+			t.Fatalf("Wait: %v; told of %v, want %v", err, got, want)
+		}
+		got = append(got, tags[:n]...)
+	}
+	slices.Sort(got)
+	if !slices.Equal(got, want) {
+		t.Fatalf("told of %v, want %v", got, want)
+	}
+	calm(t, g)
+}
+
+// calm fails if the group tells of anything.
+func calm(t testing.TB, g hypercall.Group) {
+	t.Helper()
+	var tags [8]int
+	for end := time.Now().Add(10 * time.Millisecond); ; {
+		n, err := g.Wait(tags[:], end)
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			return
+		}
+		if n > 0 || err != nil {
+			t.Fatalf("Wait without an event: %v, %v", tags[:n], err)
+		}
+	}
+}
+
+func rearm(t testing.TB, g hypercall.Group, w hypercall.Waiter, worked bool) {
+	t.Helper()
+	if err := g.Rearm(w, worked); err != nil {
+		t.Fatal("Rearm:", err)
+	}
+}
+
+func groupTellsWhoseEventItIs(t *testing.T, p pair, onThread bool) {
+	g, ws, far := members(t, p, 5, onThread)
+	calm(t, g)
+	notify(t, far[3])
+	told(t, g, 9)
+	rearm(t, g, ws[3], true)
+	calm(t, g)
+	notify(t, far[1])
+	notify(t, far[4])
+	notify(t, far[4])
+	told(t, g, 3, 12)
+	var tags [8]int
+	if n, err := g.Poll(tags[:]); n != 0 || err != nil {
+		t.Fatalf("Poll without an event: %d, %v", n, err)
+	}
+	notify(t, far[0])
+	for end := time.Now().Add(soon); ; {
+		n, err := g.Poll(tags[:])
+		if n == 1 && tags[0] == 0 && err == nil {
+			break
+		}
+		if n > 0 || err != nil || time.Now().After(end) {
+			t.Fatalf("Poll: %v, %v", tags[:n], err)
+		}
+	}
+}
+
+func eventsFromBeforeAddCount(t *testing.T, p pair, onThread bool) {
+	_, w, a, _ := channel(t, p)
+	quiet(t, w, time.Millisecond)
+	notify(t, a)
+	g := group(t, p.back, onThread)
+	if err := g.Add(w, hypercall.MaxTag); err != nil {
+		t.Fatal(err)
+	}
+	told(t, g, hypercall.MaxTag)
+}
+
+func firedWaiterIsToldOfOnceUntilRearm(t *testing.T, p pair, onThread bool) {
+	g, ws, far := members(t, p, 2, onThread)
+	notify(t, far[0])
+	told(t, g, 0)
+	notify(t, far[0])
+	notify(t, far[1])
+	told(t, g, 3)
+	rearm(t, g, ws[0], true) // what came meanwhile counts
+	told(t, g, 0)
+	rearm(t, g, ws[0], true)
+	rearm(t, g, ws[0], true)
+	calm(t, g)
+}
+
+func removedWaiterIsWaitedForByItself(t *testing.T, p pair, onThread bool) {
+	g, ws, far := members(t, p, 2, onThread)
+	g.Remove(ws[0])
+	g.Remove(ws[0])
+	notify(t, far[0])
+	calm(t, g)
+	wait(t, ws[0])
+	rearm(t, g, ws[0], true) // it is not there
+	// One that fired and was not rearmed.
+	notify(t, far[1])
+	told(t, g, 3)
+	g.Remove(ws[1])
+	notify(t, far[1])
+	wait(t, ws[1])
+	// And back, under the other's tag.
+	if err := g.Add(ws[1], 0); err != nil {
+		t.Fatal(err)
+	}
+	rearm(t, g, ws[1], true)
+	notify(t, far[1])
+	told(t, g, 0)
+}
+
+func closedWaiterLeavesItsGroup(t *testing.T, p pair, onThread bool) {
+	g, ws, far := members(t, p, 2, onThread)
+	notify(t, far[0])
+	if err := ws[0].Close(); err != nil {
+		t.Fatal(err)
+	}
+	notify(t, far[0])
+	calm(t, g)
+	_, w, a, _ := channel(t, p)
+	quiet(t, w, time.Millisecond)
+	if err := g.Add(w, 0); err != nil {
+		t.Fatal("its tag is not free:", err)
+	}
+	notify(t, a)
+	told(t, g, 0)
+	if err := g.Add(ws[0], 1); !errors.Is(err, net.ErrClosed) {
+		t.Fatalf("a closed waiter: %v", err)
+	}
+}
+
+func oneTagAndOneGroupEach(t *testing.T, p pair, onThread bool) {
+	g, ws, _ := members(t, p, 1, onThread)
+	other := group(t, p.back, onThread)
+	free := waiter(t, p.back)
+	for _, err := range []error{g.Add(ws[0], 1), other.Add(ws[0], 1), g.Add(free, 0)} {
+		if !errors.Is(err, hypercall.ErrGrouped) {
+			t.Errorf("%v, want %v", err, hypercall.ErrGrouped)
+		}
+	}
+	for _, tag := range []int{-1, hypercall.MaxTag + 1} {
+		if g.Add(free, tag) == nil {
+			t.Errorf("tag %d was taken", tag)
+		}
+	}
+	if err := other.Add(free, 1); err != nil {
+		t.Error(err)
+	}
+	other.Remove(ws[0]) // not its own
+	if err := other.Add(ws[0], 2); !errors.Is(err, hypercall.ErrGrouped) {
+		t.Errorf("after another group's Remove: %v", err)
+	}
+}
+
+func groupKeepsDeadlineAndWake(t *testing.T, p pair, onThread bool) {
+	g, _, far := members(t, p, 1, onThread)
+	var tags [1]int
+	start := time.Now()
+	if _, err := g.Wait(tags[:], start.Add(30*time.Millisecond)); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Fatal(err)
+	}
+	if d := time.Since(start); d < 30*time.Millisecond {
+		t.Fatalf("returned after %v", d)
+	}
+	if _, err := g.Wait(tags[:], start); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Fatalf("a deadline that has passed: %v", err)
+	}
+	g.Wake()
+	if n, err := g.Wait(tags[:], time.Now().Add(soon)); n != 0 || err != nil {
+		t.Fatalf("after Wake: %d, %v", n, err)
+	}
+	calm(t, g)
+	done := make(chan error, 1)
+	go func() {
+		n, err := g.Wait(tags[:], time.Time{})
+		if err == nil && n != 0 {
+			err = errors.New("told of an event")
+		}
+		done <- err
+	}()
+	time.Sleep(5 * time.Millisecond)
+	g.Wake()
+	select {
+	case err := <-done:
+		if err != nil {
+			t.Fatal(err)
+		}
+	case <-time.After(soon):
+		t.Fatal("Wake did not end Wait")
+	}
+	notify(t, far[0])
+	told(t, g, 0)
+}
+
+func closeEndsGroupWait(t *testing.T, p pair, onThread bool) {
+	g, ws, far := members(t, p, 1, onThread)
+	done := make(chan error, 1)
+	go func() {
+		_, err := g.Wait(make([]int, 1), time.Time{})
+		done <- err
+	}()
+	time.Sleep(5 * time.Millisecond)
+	if err := g.Close(); err != nil {
+		t.Fatal(err)
+	}
+	closes(t, done)
+	if _, err := g.Poll(make([]int, 1)); !errors.Is(err, net.ErrClosed) {
+		t.Fatalf("Poll: %v", err)
+	}
+	if err := g.Add(ws[0], 0); !errors.Is(err, net.ErrClosed) {
+		t.Fatalf("Add: %v", err)
+	}
+	g.Wake()
+	notify(t, far[0])
+	wait(t, ws[0]) // it is its own again
+}
+
+func groupPutsOffUselessEventsOfOneWaiterOnly(t *testing.T, p pair, onThread bool) {
+	g, ws, far := members(t, p, 2, onThread)
+	var tags [2]int
+	useless := 0
+	for end := time.Now().Add(300 * time.Millisecond); time.Now().Before(end); {
+		notify(t, far[0])
+		n, err := g.Wait(tags[:], time.Now().Add(time.Millisecond))
+		if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Fatal(err)
+		}
+		for range tags[:n] {
+			useless++
+			rearm(t, g, ws[0], false)
+		}
+	}
+	if useless < 2 || useless > 20 {
+		t.Errorf("a storm of 300 ms was told of %d times", useless)
+	}
+	// The other's events are not held up, and neither are Wake and deadlines. The quickest
+	// of some counts: a busy machine is late now and then.
+	best := soon
+	for range 5 {
+		start := time.Now()
+		notify(t, far[1])
+		for n := 0; n == 0 || tags[0] != 3; {
+			var err error
+			if n, err = g.Wait(tags[:1], start.Add(soon)); err != nil {
+				t.Fatal(err)
+			}
+			if n > 0 && tags[0] == 0 {
+				rearm(t, g, ws[0], false)
+			}
+		}
+		rearm(t, g, ws[1], true)
+		best = min(best, time.Since(start))
+	}
+	if best > 100*time.Millisecond {
+		t.Errorf("another's event took %v", best)
+	}
+	// What was put off comes in the end.
+	notify(t, far[0])
+	for n := 0; n == 0; {
+		var err error
+		if n, err = g.Wait(tags[:], time.Now().Add(soon)); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func whatWasPutOffComesInAnotherGroup(t *testing.T, p pair, onThread bool) {
+	g, ws, far := members(t, p, 1, onThread)
+	var tags [1]int
+	for range 8 { // until it is put off for milliseconds
+		notify(t, far[0])
+		if n, err := g.Wait(tags[:], time.Now().Add(soon)); n != 1 || err != nil {
+			t.Fatal(n, err)
+		}
+		rearm(t, g, ws[0], false)
+	}
+	g.Remove(ws[0])
+	other := group(t, p.back, onThread)
+	if err := other.Add(ws[0], 5); err != nil {
+		t.Fatal(err)
+	}
+	notify(t, far[0])
+	if n, err := other.Wait(tags[:], time.Now().Add(soon)); n != 1 || tags[0] != 5 || err != nil {
+		t.Fatal(n, err)
+	}
+}
+
+func manyEventsComeInParts(t *testing.T, p pair, onThread bool) {
+	g, ws, far := members(t, p, 10, onThread)
+	for _, a := range far {
+		notify(t, a)
+	}
+	seen := map[int]int{}
+	var tags [3]int
+	for len(seen) < len(ws) {
+		n, err := g.Wait(tags[:], time.Now().Add(soon))
+		if err != nil {
+			t.Fatalf("%v, after %v", err, seen)
+		}
+		for _, tag := range tags[:n] {
+			if seen[tag]++; seen[tag] > 1 {
+				t.Fatalf("told of %d again", tag)
+			}
+		}
+	}
+}
+
+func groupDoesNotAllocate(t *testing.T, p pair, onThread bool) {
+	g, ws, far := members(t, p, 2, onThread)
+	var tags [2]int
+	deadline := time.Now().Add(soon)
+	round := func() {
+		notify(t, far[1])
+		if n, err := g.Wait(tags[:], deadline); n != 1 || err != nil {
+			t.Fatal("no event:", n, err)
+		}
+		if _, err := g.Poll(tags[:]); err != nil {
+			t.Fatal(err)
+		}
+		rearm(t, g, ws[1], true)
+	}
+	round()
+	if n := testing.AllocsPerRun(100, round); n != 0 {
+		t.Errorf("%v allocations", n)
+	}
+}
+
+// groupLosesNoEvent hangs if an event is lost: each far end waits for the answer to its
+// event before it sends the next.
+func groupLosesNoEvent(t *testing.T, p pair, onThread bool) {
+	const n, rounds = 4, 1000
+	g := group(t, p.back, onThread)
+	var near []hypercall.Port
+	var ws []hypercall.Waiter
+	var senders sync.WaitGroup
+	stop := time.Now().Add(soon)
+	errs := make(chan error, n)
+	for i := range n {
+		wa, wb, a, b := channel(t, p)
+		quiet(t, wb, time.Millisecond)
+		if err := g.Add(wb, i); err != nil {
+			t.Fatal(err)
+		}
+		ws, near = append(ws, wb), append(near, b)
+		senders.Go(func() {
+			for range rounds {
+				err := a.Notify()
+				if err == nil {
+					err = wa.Wait(stop, true)
+				}
+				if err != nil {
+					errs <- err
+					return
+				}
+			}
+		})
+	}
+	var tags [n]int
+	for answered := 0; answered < n*rounds; {
+		k, err := g.Wait(tags[:], stop)
+		if err != nil {
+			t.Fatalf("after %d answers: %v", answered, err)
+		}
+		for _, tag := range tags[:k] {
+			rearm(t, g, ws[tag], true)
+			notify(t, near[tag])
+			answered++
+		}
+	}
+	senders.Wait()
+	select {
+	case err := <-errs:
+		t.Fatal(err)
+	default:
+	}
+}
