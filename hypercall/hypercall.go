@@ -97,51 +97,55 @@ type ThreadDomain interface {
 	ThreadWaiter() (Waiter, error)
 }
 
-// A GroupDomain is a Domain of whose Waiters one goroutine may wait for many at once.
+// A GroupDomain is a Domain in which one goroutine can wait for many Waiters at once.
 type GroupDomain interface {
 	Domain
 
-	// Group makes a place to wait for many Waiters. onThread is for who is locked to a
+	// Group makes an empty Group. onThread is for a goroutine that is locked to its
 	// thread, as in [ThreadDomain].
 	Group(onThread bool) (Group, error)
 }
 
-// A Group is where one goroutine at a time waits for the events of many Waiters, at a
-// cost that does not depend on how many have none. That goroutine alone calls Wait, Poll
-// and Rearm; the other methods may be called from any goroutine, at any time.
+// A Group is where one goroutine at a time waits for the events of many Waiters, at a cost
+// that does not depend on the number of Waiters without events. Only that goroutine calls
+// Wait, Poll and Rearm; any goroutine may call the other methods at any time.
 type Group interface {
-	// Add has Wait tell by tag, which is from 0 to [MaxTag] and no other's, when a port
-	// of w has fired. What fired before counts. Until Remove nobody may call w's own
-	// Wait, and its Wake wakes nobody. A Waiter is in one Group at a time. Closing it
-	// takes it out.
+	// Add makes Wait return tag when a port of w has fired, also if it fired before. A tag
+	// is from 0 to [MaxTag] and belongs to one Waiter of the Group. Until Remove nobody
+	// may call w's own Wait, and its Wake does not end the Group's Wait. A Waiter is in
+	// one Group at a time; closing the Waiter removes it.
+	//
+	// Errors: ErrGrouped, net.ErrClosed, and those of the operating system.
 	Add(w Waiter, tag int) error
 
-	// Remove takes w out, if it is in. After it a tag may come once more that was on its
-	// way. Ports that fired stay masked until w's own Wait, or Rearm in another Group.
+	// Remove takes w out of the Group if it is in it. A Wait that is running may still
+	// return its tag. Ports that fired stay masked until w's own Wait, or Rearm in another
+	// Group.
 	Remove(w Waiter)
 
-	// Wait parks until Waiters have events, Wake is called, or the deadline passes (the
-	// zero Time: never), and fills tags with those of Waiters that have, each once: n is
-	// 0 after a Wake. What there is no room for comes with the next call.
+	// Wait parks until a Waiter has an event, Wake is called, or the deadline passes (the
+	// zero Time: never). It fills tags with the tags of the Waiters that have events, each
+	// once, and returns their number: 0 after a Wake. If tags is too short, the next call
+	// returns the rest.
 	//
-	// The ports that fired stay masked, and their Waiter is not told of again, until
-	// Rearm.
+	// The ports that fired stay masked, and Wait does not return their Waiter's tag
+	// again, until Rearm.
 	//
 	// Errors: os.ErrDeadlineExceeded, net.ErrClosed.
 	Wait(tags []int, deadline time.Time) (n int, err error)
 
-	// Poll is Wait that does not wait: n is 0 if there is nothing.
+	// Poll is a Wait that does not block: n is 0 if no Waiter has an event.
 	Poll(tags []int) (n int, err error)
 
-	// Rearm lets the ports of w fire again that did; what came meanwhile counts. worked
-	// says whether they brought any work, with what follows from it in [Waiter].Wait.
-	// It does nothing if none fired, or w is not in the Group.
+	// Rearm unmasks the ports of w that fired; events that came meanwhile count. worked
+	// says whether the events brought any work; without work the unmasking is delayed as in
+	// [Waiter].Wait. Rearm does nothing if no port fired or w is not in the Group.
 	Rearm(w Waiter, worked bool) error
 
 	// Wake makes the current Wait, or else the next, return.
 	Wake()
 
-	// Close takes every Waiter out and ends Wait. It is idempotent.
+	// Close removes every Waiter and ends Wait with net.ErrClosed. It is idempotent.
 	Close() error
 }
 
@@ -343,7 +347,8 @@ var (
 	// ErrNoPorts is returned when the domain has no event channel left.
 	ErrNoPorts = errors.New("no event channels left")
 
-	// ErrGrouped is returned by Group.Add for a Waiter, or a tag, that is in a Group.
+	// ErrGrouped is returned by Group.Add for a Waiter that is in a Group already, or a tag
+	// that another Waiter of the Group has.
 	ErrGrouped = errors.New("the waiter, or its tag, is in a group already")
 
 	// ErrNoDomain is returned when the peer does not exist.

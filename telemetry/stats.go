@@ -8,7 +8,7 @@ type Stats struct {
 	Queues []Queue
 }
 
-// String says what most readers want to know of both directions.
+// String prints both directions, as [Values.String] does.
 func (s Stats) String() string { return fmt.Sprintf("rx: %v; tx: %v", s.RX, s.TX) }
 
 // Queue is the counters of one queue.

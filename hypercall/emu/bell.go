@@ -13,8 +13,8 @@ type bell interface {
 	park(until time.Time)
 	close()
 
-	// tell has s told of each ring, and of one that nobody has heard yet, until untell.
-	// Nobody parks meanwhile.
+	// tell makes each later ring reach s, until untell. Nobody parks meanwhile. The group
+	// rings s itself for earlier rings.
 	tell(s *seat) error
 	untell(s *seat)
 }
@@ -62,7 +62,8 @@ func (b *chanBell) tell(s *seat) error {
 	return nil
 }
 
-// untell rings: who read told before may have told a seat that nobody listens to.
+// untell rings the bell once, for the next park: a ring that still saw the seat may have
+// gone to it after the group stopped listening.
 func (b *chanBell) untell(*seat) {
 	b.told.Store(nil)
 	b.ring()

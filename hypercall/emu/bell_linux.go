@@ -59,7 +59,7 @@ func (b *fdBell) tell(s *seat) error {
 	return b.control(func(fd int) error { return s.g.set.Add(fd, s.tag, true) })
 }
 
-// untell may find the bell closed: then the kernel has forgotten it.
+// untell takes the eventfd out of the group's epoll set. A closed one has left it already.
 func (b *fdBell) untell(s *seat) {
 	_ = b.control(func(fd int) error { return s.g.set.Remove(fd) })
 }

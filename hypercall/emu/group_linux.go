@@ -15,22 +15,22 @@ import (
 	"barevif/hypercall/epoll"
 )
 
-// A group is where one goroutine waits for many waiters. Each has a bit, which says that
-// its bell was rung: a bell of this process sets it, one that rings from another is an
-// eventfd, of which the kernel keeps the list of those rung. So who waits never looks at
-// those that were not.
+// A group is where one goroutine waits for many waiters. Each waiter has a bit that says
+// its bell was rung. A chanBell sets the bit itself; an eventfd, which another process may
+// ring, is in the epoll set, and the kernel lists those that were rung. So the goroutine
+// that waits never looks at the ports of the other waiters.
 type group struct {
 	d      *Domain
 	set    *epoll.Set
-	asleep atomic.Bool // who waits may be in the kernel: who sets a bit has to wake it
+	asleep atomic.Bool // Wait may be in the kernel: a ring that sets a bit must wake it
 	woken  atomic.Bool
 	closed atomic.Bool
 
 	mu     sync.Mutex               // never held while parked
 	chunks atomic.Pointer[[]*chunk] // grown under mu
-	late   []*waiter                // guarded by mu; those whose ports are unmasked late
-	isLate atomic.Bool              // set under mu; there are such
-	rung   [64]int                  // of who waits
+	late   []*waiter                // guarded by mu; waiters whose ports are unmasked late
+	isLate atomic.Bool              // set under mu; late is not empty
+	rung   [64]int                  // tags from set; used by the goroutine in Wait or Poll only
 }
 
 // A chunk is the waiters of 64 tags.
@@ -50,7 +50,7 @@ type seat struct {
 func (s *seat) ring() {
 	bit := uint64(1) << (s.tag % 64)
 	if s.chunk.bits.Load()&bit != 0 {
-		return // who set it does the rest
+		return // the goroutine that set the bit wakes the group
 	}
 	s.chunk.bits.Or(bit)
 	if s.g.asleep.Load() && s.g.asleep.CompareAndSwap(true, false) {
@@ -58,8 +58,7 @@ func (s *seat) ring() {
 	}
 }
 
-// Group makes a place to wait for many waiters; see [hypercall.GroupDomain]. It needs
-// Linux.
+// Group implements [hypercall.GroupDomain]. It exists on Linux only.
 func (d *Domain) Group(onThread bool) (hypercall.Group, error) {
 	set, err := epoll.New(onThread)
 	if err != nil {
@@ -69,7 +68,7 @@ func (d *Domain) Group(onThread bool) (hypercall.Group, error) {
 	g.chunks.Store(new([]*chunk))
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.waiters != nil { // else dead, and every call on g says so
+	if d.waiters != nil { // else the domain is dead: Wait and Poll of g return net.ErrClosed
 		d.groups[g] = struct{}{}
 	}
 	return g, nil
@@ -104,12 +103,12 @@ func (g *group) Add(hw hypercall.Waiter, tag int) error {
 	}
 	w.seat.Store(s)
 	s.chunk.waiters[tag%64] = w
-	if !w.fired && len(w.masked) > 0 { // put off by whoever waited for it before
+	if !w.fired && len(w.masked) > 0 { // its last Wait or group delayed the unmasking
 		g.late = append(g.late, w)
 		g.isLate.Store(true)
 		g.set.Wake()
 	}
-	s.ring() // what fired before counts
+	s.ring() // events from before Add count
 	return nil
 }
 
@@ -146,7 +145,7 @@ func (g *group) Wait(tags []int, deadline time.Time) (int, error) {
 			return 0, nil
 		}
 		g.asleep.Store(true)
-		if g.any() { // set before who set it knew that we sleep
+		if g.any() { // the bit was set by a ring that did not see asleep
 			g.asleep.Store(false)
 			continue
 		}
@@ -180,7 +179,7 @@ func (g *group) Poll(tags []int) (int, error) {
 	return g.gather(tags)
 }
 
-// note sets the bits of n waiters that were rung from elsewhere.
+// note sets the bits of the n waiters whose eventfds the epoll set reported in rung.
 func (g *group) note(n int) {
 	chunks := *g.chunks.Load()
 	for _, tag := range g.rung[:n] {
@@ -198,7 +197,8 @@ func (g *group) any() bool {
 	return false
 }
 
-// gather takes the events of waiters that were rung.
+// gather takes the events of the waiters whose bits are set, and fills tags with the tags
+// of those that have some.
 func (g *group) gather(tags []int) (n int, err error) {
 	if g.closed.Load() || g.d.dead.Load() {
 		return 0, net.ErrClosed
@@ -210,7 +210,7 @@ func (g *group) gather(tags []int) (n int, err error) {
 		g.mu.Lock()
 		for b := c.bits.Swap(0); b != 0; b &= b - 1 {
 			if n == len(tags) {
-				c.bits.Or(b) // the rest comes with the next call
+				c.bits.Or(b) // the next call returns the rest
 				break
 			}
 			at := bits.TrailingZeros64(b)
@@ -245,7 +245,8 @@ func (g *group) Rearm(hw hypercall.Waiter, worked bool) error {
 	return nil
 }
 
-// unmask lets the ports of w fire again. What came meanwhile has rung no bell.
+// unmask lets the ports of w fire again. An event at a masked port rings no bell, so unmask
+// rings the seat for events that came meanwhile.
 func (w *waiter) unmask(s *seat) {
 	w.d.gate.RLock()
 	defer w.d.gate.RUnlock()
@@ -265,7 +266,8 @@ func (w *waiter) unmask(s *seat) {
 	}
 }
 
-// next is when to look up: at the caller's deadline, or when ports are to be unmasked.
+// next returns when Wait must stop parking: at the caller's deadline, or earlier if ports
+// are to be unmasked.
 func (g *group) next(deadline time.Time) time.Time {
 	g.mu.Lock()
 	defer g.mu.Unlock()

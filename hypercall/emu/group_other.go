@@ -2,7 +2,7 @@
 
 package emu
 
-// A group is what many waiters are waited for in. It needs Linux's epoll.
+// A group needs Linux's epoll: elsewhere a Domain has no Group method.
 type group struct{}
 
 func (g *group) Wake()          {}

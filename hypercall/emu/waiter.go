@@ -26,13 +26,15 @@ type waiter struct {
 	id    uint64
 	bell  bell
 	woken atomic.Bool
-	seat  atomic.Pointer[seat] // in a group; changed under the group's mu
+	seat  atomic.Pointer[seat] // place in a group, or nil; changed under the group's mu
 
-	waiting atomic.Bool // one goroutine at a time is in Wait and uses the next four fields; in a group its mu guards them
-	fired   bool        // the last Wait ended with an event
-	useless int         // events in a row that brought no work
-	masked  []*port     // ports that fired
-	late    time.Time   // when to unmask them; zero: now
+	// One goroutine at a time is in Wait and uses the four fields after waiting. While the
+	// waiter is in a group, the group's mu guards them.
+	waiting atomic.Bool
+	fired   bool      // the last Wait ended with an event
+	useless int       // events in a row that brought no work
+	masked  []*port   // ports that fired
+	late    time.Time // when to unmask them; zero: now
 
 	mu     sync.Mutex
 	closed atomic.Bool             // set under mu

@@ -1,5 +1,6 @@
-// Package epoll waits for many file descriptors of Linux at once, in the runtime's poller
-// or in the kernel, for domains that run on it.
+// Package epoll waits for many of Linux's file descriptors at once, parked in the runtime's
+// poller or blocking the thread. The domains of hypercall/emu and hypercall/xendev make
+// their groups with it.
 package epoll
 
 import (
@@ -17,34 +18,35 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A Set is file descriptors that one goroutine waits for, which alone calls Wait and Poll.
-// The other methods may be called from any goroutine.
+// A Set is a set of file descriptors that one goroutine waits for. Only that goroutine calls
+// Wait and Poll; any goroutine may call the other methods.
 type Set struct {
 	fd, bell int
 	file     *os.File // of fd, in the runtime's poller; nil: Wait blocks its thread
 	raw      syscall.RawConn
-	woken    atomic.Bool // the bell was rung, and nobody has seen it yet
+	woken    atomic.Bool // the bell was rung, and Wait or Poll has not seen it yet
 
 	use    sync.RWMutex // held shared while fd or bell is used, in Wait too
 	closed atomic.Bool
 
-	// Of the goroutine in Wait only.
+	// Used by the goroutine in Wait or Poll only.
 	events [64]unix.EpollEvent
-	most   int // of events
+	most   int // events that one epoll_wait may return
 	n      int
 	err    error
-	rung   bool      // Poll has seen the bell, of which Wait is to know
+	rung   bool      // the bell was seen, by Poll too, and Wait is to return
 	armed  time.Time // the file's read deadline
 	try    func(fd uintptr) (done bool)
 }
 
-// bellTag is what the kernel says of the set's own eventfd.
+// bellTag is the tag of the set's own eventfd.
 const bellTag = -1
 
-// one is what is added to an eventfd.
+// one is the number that ring adds to the eventfd.
 var one = binary.NativeEndian.AppendUint64(nil, 1)
 
-// New makes an empty set. onThread has Wait block the thread that calls it.
+// New makes an empty Set. With onThread, Wait blocks the thread that calls it; else it parks
+// in the runtime's poller.
 func New(onThread bool) (*Set, error) {
 	s := &Set{bell: -1}
 	var err error
@@ -64,7 +66,7 @@ func (s *Set) init(onThread bool) (err error) {
 	if err = s.Add(s.bell, bellTag, true); err != nil || onThread {
 		return err
 	}
-	if err = unix.SetNonblock(s.fd, true); err != nil { // else os.NewFile keeps it out of the poller
+	if err = unix.SetNonblock(s.fd, true); err != nil { // else os.NewFile does not put fd into the poller
 		return err
 	}
 	s.file = os.NewFile(uintptr(s.fd), "epoll")
@@ -75,8 +77,8 @@ func (s *Set) init(onThread bool) (err error) {
 	return s.file.SetReadDeadline(time.Time{}) // fails if it is not in the poller
 }
 
-// Add has Wait tell by tag, which is not negative, that fd can be read: each time that
-// more comes if edge is set, else for as long as there is something.
+// Add makes Wait return tag, which must not be negative, when fd can be read: with edge each
+// time that more arrives (EPOLLET), else for as long as there is something to read.
 func (s *Set) Add(fd, tag int, edge bool) error {
 	ev := unix.EpollEvent{Events: unix.EPOLLIN, Fd: int32(tag)}
 	if edge {
@@ -85,8 +87,8 @@ func (s *Set) Add(fd, tag int, edge bool) error {
 	return s.control(unix.EPOLL_CTL_ADD, fd, &ev)
 }
 
-// Remove takes fd out. A descriptor that is closed leaves by itself only if it is the last
-// one of its file, in any process.
+// Remove takes fd out of the set. Closing fd does so only if it is the last descriptor of its
+// open file, in any process.
 func (s *Set) Remove(fd int) error { return s.control(unix.EPOLL_CTL_DEL, fd, nil) }
 
 func (s *Set) control(op, fd int, ev *unix.EpollEvent) error {
@@ -98,7 +100,7 @@ func (s *Set) control(op, fd int, ev *unix.EpollEvent) error {
 	return unix.EpollCtl(s.fd, op, fd, ev)
 }
 
-// look asks the kernel once.
+// look calls epoll_wait once.
 func (s *Set) look(millis int) {
 	s.n, s.err = unix.EpollWait(s.fd, s.events[:s.most], millis)
 	if s.err == unix.EINTR {
@@ -106,7 +108,7 @@ func (s *Set) look(millis int) {
 	}
 }
 
-// take gives the tags of what look found.
+// take fills tags with those of the events that look found, and notes a ring of the bell.
 func (s *Set) take(tags []int) (n int) {
 	for i := range s.events[:max(s.n, 0)] {
 		if tag := int(s.events[i].Fd); tag != bellTag {
@@ -115,14 +117,14 @@ func (s *Set) take(tags []int) (n int) {
 			continue
 		}
 		s.rung = true
-		s.woken.Store(false) // who rings from now on rings anew
+		s.woken.Store(false) // a Wake from now on rings again
 	}
 	return n
 }
 
 // Wait waits until a descriptor can be read, Wake is called, or the deadline passes (the
-// zero Time: never), and fills tags, none after a Wake. Errors: os.ErrDeadlineExceeded,
-// net.ErrClosed.
+// zero Time: never). It fills tags and returns their number, 0 after a Wake. Errors:
+// os.ErrDeadlineExceeded, net.ErrClosed.
 func (s *Set) Wait(tags []int, deadline time.Time) (n int, err error) {
 	s.use.RLock()
 	defer s.use.RUnlock()
@@ -164,7 +166,7 @@ func (s *Set) inPoller(deadline time.Time) (late bool, err error) {
 	s.n, s.err = 0, nil
 	err = s.raw.Read(s.try)
 	if errors.Is(err, os.ErrDeadlineExceeded) {
-		s.look(0) // what came before the deadline counts, and the poller has not looked
+		s.look(0) // events from before the deadline count, and Read returned without calling try
 		return true, nil
 	}
 	if err != nil {
@@ -173,7 +175,7 @@ func (s *Set) inPoller(deadline time.Time) (late bool, err error) {
 	return false, nil
 }
 
-// millis is how long epoll_wait may take.
+// millis returns how long epoll_wait may block; -1: without limit.
 func millis(deadline time.Time) int {
 	if deadline.IsZero() {
 		return -1
@@ -182,7 +184,7 @@ func millis(deadline time.Time) int {
 	return int(min((left+time.Millisecond-1)/time.Millisecond, math.MaxInt32))
 }
 
-// Poll is Wait that does not wait.
+// Poll is a Wait that does not block.
 func (s *Set) Poll(tags []int) (n int, err error) {
 	s.use.RLock()
 	defer s.use.RUnlock()
@@ -199,7 +201,7 @@ func (s *Set) Poll(tags []int) (n int, err error) {
 // Wake makes the current Wait, or else the next, return.
 func (s *Set) Wake() {
 	if s.woken.Swap(true) {
-		return // who waits has yet to see the one before
+		return // Wait has not seen the previous ring yet
 	}
 	s.use.RLock()
 	defer s.use.RUnlock()
@@ -208,11 +210,11 @@ func (s *Set) Wake() {
 	}
 }
 
-// ring rings the bell. Nobody reads it: each write is an edge of its own.
+// ring rings the bell. The eventfd is never read: each write is a new edge.
 func (s *Set) ring() { _, _ = unix.Write(s.bell, one) }
 
-// Close ends Wait, and waits for who is inside. It is idempotent. The descriptors in the
-// set stay open.
+// Close ends Wait, and returns when the calls in progress have ended. It is idempotent. The
+// descriptors in the set stay open.
 func (s *Set) Close() (err error) {
 	if s.closed.Swap(true) {
 		return nil

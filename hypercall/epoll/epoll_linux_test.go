@@ -69,7 +69,7 @@ func TestWaitTellsWhichCanBeRead(t *testing.T) {
 		want()
 		ring(t, a)
 		want(3)
-		want() // an edge is told once
+		want() // an edge is reported once
 		ring(t, b)
 		want(5)
 		want(5)

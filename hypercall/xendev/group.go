@@ -16,19 +16,19 @@ import (
 	"barevif/hypercall/epoll"
 )
 
-// A group is where one goroutine waits for many waiters: for their files, of which the
-// kernel keeps the list of those with numbers to read. Each read gives all ports of a
-// file that fired, and masks them.
+// A group is where one goroutine waits for many waiters. The kernel's epoll set lists the
+// files that have port numbers to read. A read gives the ports of one file that fired;
+// each stays masked until its number is written back.
 type group struct {
 	set    *epoll.Set
 	woken  atomic.Bool
 	closed atomic.Bool
 
-	mu      sync.Mutex // never held while parked; taken before a waiter's
-	waiters []*waiter  // guarded by mu; by tag
-	late    []*waiter  // guarded by mu; those some of whose ports stay masked until due
-	isLate  atomic.Bool
-	raised  [64]int // of who waits
+	mu      sync.Mutex  // never held while parked; taken before a waiter's
+	waiters []*waiter   // guarded by mu; by tag
+	late    []*waiter   // guarded by mu; waiters with ports that stay masked until due
+	isLate  atomic.Bool // set under mu; late is not empty
+	raised  [64]int     // tags from set; used by the goroutine in Wait or Poll only
 }
 
 // Group implements [hypercall.GroupDomain].
@@ -56,7 +56,7 @@ func (g *group) Add(hw hypercall.Waiter, tag int) error {
 	if g.waiters[tag] != nil || !w.group.CompareAndSwap(nil, g) {
 		return hypercall.ErrGrouped
 	}
-	// For as long as there are numbers, since one read may not take them all.
+	// Level-triggered, because one read may leave numbers in the file.
 	var err error
 	if w.raw.Control(func(fd uintptr) { err = g.set.Add(int(fd), tag, false) }) != nil {
 		err = net.ErrClosed
@@ -66,7 +66,7 @@ func (g *group) Add(hw hypercall.Waiter, tag int) error {
 		return fmt.Errorf("xendev: wait for event channels: %w", err)
 	}
 	w.tag, g.waiters[tag] = tag, w
-	if !w.next(time.Time{}).IsZero() { // put off by whoever waited for it before
+	if !w.next(time.Time{}).IsZero() { // its last Wait or group delayed the unmasking
 		g.late = append(g.late, w)
 		g.isLate.Store(true)
 		g.set.Wake()
@@ -88,7 +88,7 @@ func (g *group) removeLocked(w *waiter) {
 	if w.group.Load() != g {
 		return
 	}
-	// A file that is closed has left by itself.
+	// A closed file has left the epoll set by itself.
 	_ = w.raw.Control(func(fd uintptr) { _ = g.set.Remove(int(fd)) })
 	g.waiters[w.tag] = nil
 	g.late = slices.DeleteFunc(g.late, func(l *waiter) bool { return l == w })
@@ -132,8 +132,8 @@ func (g *group) Poll(tags []int) (int, error) {
 	return g.read(tags, n)
 }
 
-// read takes the numbers of n waiters that have some, and gives the tags of those whose
-// ports fired.
+// read reads the port numbers of the n waiters whose tags are in raised, and fills tags
+// with the tags of those whose ports fired.
 func (g *group) read(tags []int, n int) (fired int, err error) {
 	if n == 0 {
 		return 0, nil
@@ -143,7 +143,7 @@ func (g *group) read(tags []int, n int) (fired int, err error) {
 	for _, tag := range g.raised[:n] {
 		w := g.waiters[tag]
 		if w == nil {
-			continue // it was taken out meanwhile
+			continue // removed meanwhile
 		}
 		w.got = false
 		if w.raw.Control(w.look) != nil || !w.got {
@@ -176,7 +176,7 @@ func (g *group) Rearm(hw hypercall.Waiter, worked bool) error {
 	w.raised = false
 	if err := w.settle(worked); err != nil {
 		if errors.Is(err, net.ErrClosed) {
-			return nil // it is on its way out
+			return nil // w is being closed, which removes it
 		}
 		return err
 	}
@@ -187,7 +187,8 @@ func (g *group) Rearm(hw hypercall.Waiter, worked bool) error {
 	return nil
 }
 
-// next is when to look up: at the caller's deadline, or when a late port is due.
+// next returns when Wait must stop parking: at the caller's deadline, or earlier if a late
+// port is due.
 func (g *group) next(deadline time.Time) time.Time {
 	if !g.isLate.Load() {
 		return deadline

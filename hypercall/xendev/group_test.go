@@ -38,7 +38,7 @@ func add(t *testing.T, g hypercall.Group, w *waiter, tag int) {
 	}
 }
 
-// tells fails unless the group tells of one tag, or of none if it is negative.
+// tells fails unless Wait returns the tag want, or none if want is negative.
 func tells(t *testing.T, g hypercall.Group, want int) {
 	t.Helper()
 	var tags [4]int
@@ -72,8 +72,8 @@ func TestGroupReadsEachFileAndUnmasksOnRearm(t *testing.T) {
 		d.wantUnmasked()
 		e.fire(5)
 		tells(t, g, 2)
-		// Another port of a file that was told of is not told of until Rearm, which
-		// unmasks both.
+		// When another port of the same file fires before Rearm, Wait does not return the
+		// tag again. Rearm unmasks both ports.
 		d.fire(5)
 		tells(t, g, 1)
 		d.fire(6)
@@ -110,7 +110,7 @@ func TestGroupPutsOffUselessPorts(t *testing.T) {
 			}
 		}
 		d.wantUnmasked()
-		tells(t, g, -1) // for longer than it is put off
+		tells(t, g, -1) // for longer than the unmasking is delayed
 		d.wantUnmasked(5)
 		// Poll unmasks as well.
 		d.fire(5)
@@ -175,7 +175,7 @@ func TestGroupUnmasksWhatAnotherPutOff(t *testing.T) {
 		}
 		defer other.Close()
 		add(t, other, w, 7)
-		tells(t, other, -1) // for longer than it is put off
+		tells(t, other, -1) // for longer than the unmasking is delayed
 		d.wantUnmasked(5)
 	})
 }

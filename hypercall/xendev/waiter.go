@@ -54,7 +54,7 @@ type waiter struct {
 	file *os.File // in the runtime's poller; never call its Fd, which would take it out
 	raw  syscall.RawConn
 
-	group atomic.Pointer[group] // that waits for us, if one does; changed under its mu
+	group atomic.Pointer[group] // the group the waiter is in, or nil; changed under the group's mu
 
 	woken atomic.Bool // a Wake that Wait has not seen yet
 	poked atomic.Bool // a Wake may have moved the file's read deadline
@@ -68,7 +68,7 @@ type waiter struct {
 
 	// Guarded by the group's mu.
 	tag    int
-	raised bool // the group has told of an event, and waits for Rearm
+	raised bool // the group has returned the tag, and Rearm is to follow
 
 	// Used by the goroutine in Wait only, or guarded by the group's mu.
 	in    [64 * portBytes]byte
