@@ -354,6 +354,9 @@ func (w *waiter) flushLocked() error {
 		}
 		switch w.outErr {
 		case nil:
+			if w.sent == 0 {
+				return fmt.Errorf("xendev: unmask event channels: %w", io.ErrShortWrite)
+			}
 			w.out = w.out[:copy(w.out, w.out[w.sent:])]
 		case unix.EINTR:
 		default:
