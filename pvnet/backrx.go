@@ -48,6 +48,7 @@ type backRX struct {
 	rsp    [256]netif.TxResponse
 	nrsp   int
 	placed [128]placedFrame
+	pages  [128]uint32 // private pages for the next frames; not on the stack, where each call would clear them
 
 	stopwatch
 }
@@ -128,10 +129,9 @@ func (e *backRX) receivePlain(frames []Frame, into bool) (n int, err error) {
 		return 0, e.violation(err.Error())
 	}
 	limit := min(len(frames), len(e.placed))
-	var bufs [len(e.placed)]uint32
 	got := min(int(avail), limit)
 	if !into {
-		got = e.pool.Get(bufs[:got])
+		got = e.pool.Get(e.pages[:got])
 	}
 	var r netif.TxRequest
 	for n < got {
@@ -148,8 +148,8 @@ func (e *backRX) receivePlain(frames []Frame, into bool) (n int, err error) {
 		}
 		if !into {
 			off := min(headroom, shm.PageSize-r.Size)
-			f.single(e.pool.Buffer(bufs[n]), off, r.Size)
-			dst = e.pool.Bytes(bufs[n])[off : off+r.Size]
+			f.single(e.pool.Buffer(e.pages[n]), off, r.Size)
+			dst = e.pool.Bytes(e.pages[n])[off : off+r.Size]
 		}
 		if r.Flags&netif.TxDataValidated != 0 {
 			f.csum = ChecksumVerified
@@ -163,7 +163,7 @@ func (e *backRX) receivePlain(frames []Frame, into bool) (n int, err error) {
 		e.nrsp = n
 	}
 	if !into {
-		e.pool.Put(bufs[n:got]...)
+		e.pool.Put(e.pages[n:got]...)
 	}
 	if n == 0 && err == nil {
 		return 0, nil

@@ -26,6 +26,7 @@ type backTX struct {
 	rsp    [256]netif.RxResponse
 	nrsp   int
 	placed [128]placedFrame
+	own    [128]bool // of the frames of sendPlain: it lies in bufs, and was taken
 
 	stopwatch
 	shortage
@@ -87,7 +88,6 @@ func (e *backTX) sendPlain(frames []Frame) (n int, err error) {
 		return 0, e.violation(err)
 	}
 	frames = frames[:min(len(frames), int(avail))]
-	var own [len(e.placed)]bool
 	var r netif.RxRequest
 	for n < len(frames) {
 		f := &frames[n]
@@ -95,8 +95,9 @@ func (e *backTX) sendPlain(frames []Frame) (n int, err error) {
 			break
 		}
 		var src []byte
-		if i, ok := e.bufs.TakeOne(f.buf); ok {
-			own[n], src = true, e.bufs.Bytes(i)[f.off:f.off+f.n]
+		i, ok := e.bufs.TakeOne(f.buf)
+		if e.own[n] = ok; ok {
+			src = e.bufs.Bytes(i)[f.off : f.off+f.n]
 		} else if f.buf.Valid() {
 			src = f.Bytes()
 		} else {
@@ -133,7 +134,7 @@ func (e *backTX) sendPlain(frames []Frame) (n int, err error) {
 			e.rsp[i].Status = int16(netif.Error)
 		}
 		e.ring.Put(e.rsp[i])
-		if own[i] {
+		if e.own[i] {
 			e.bufs.PutTaken(frames[i].buf)
 		} else {
 			frames[i].buf.Release()

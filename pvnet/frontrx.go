@@ -23,6 +23,7 @@ type frontRX struct {
 	refs  []hypercall.GrantRef // by page
 	where [256]uint32          // by slot: the page posted there
 	pool  *arena.Arena         // private buffers
+	got   [64]uint32           // some of them, for the next frames; not on the stack, where each call would clear them
 	lend  bool
 	port  hypercall.Port
 	count *telemetry.Block
@@ -133,10 +134,9 @@ func (e *frontRX) receivePlain(frames []Frame, into bool, t *tally) (n int, err 
 	if err != nil {
 		return 0, nil // the general way says so
 	}
-	var bufs [64]uint32
-	got := min(int(avail), len(frames), len(bufs))
+	got := min(int(avail), len(frames), len(e.got))
 	if !into {
-		got = e.pool.Get(bufs[:got])
+		got = e.pool.Get(e.got[:got])
 	}
 	var r netif.RxResponse
 	for n < got {
@@ -154,8 +154,8 @@ func (e *frontRX) receivePlain(frames []Frame, into bool, t *tally) (n int, err 
 		}
 		if !into {
 			off := min(headroom, shm.PageSize-size)
-			f.single(e.pool.Buffer(bufs[n]), off, size)
-			dst = e.pool.Bytes(bufs[n])[off : off+size]
+			f.single(e.pool.Buffer(e.got[n]), off, size)
+			dst = e.pool.Bytes(e.got[n])[off : off+size]
 		}
 		page := e.where[slot%uint32(len(e.where))]
 		copy(dst, e.pages.Bytes(page)[r.Offset:])
@@ -168,7 +168,7 @@ func (e *frontRX) receivePlain(frames []Frame, into bool, t *tally) (n int, err 
 		n++
 	}
 	if !into {
-		e.pool.Put(bufs[n:got]...)
+		e.pool.Put(e.got[n:got]...)
 	}
 	t.settle()
 	e.count.Add(telemetry.CopiedBytes, t.bytes)

@@ -154,11 +154,17 @@ func bindUnbound(fd int, peer hypercall.DomID) (hypercall.PortID, error) {
 	return hypercall.PortID(p), err
 }
 
-// portCall is EVTCHN_UNBIND or EVTCHN_NOTIFY. The driver only reads the struct.
-func portCall(fd int, request uintptr, p hypercall.PortID) error {
+// unbind is EVTCHN_UNBIND. The driver only reads the struct.
+func unbind(fd int, p hypercall.PortID) error {
 	arg := evtchnPort{Value: uint32(p)}
-	_, err := ioctl(fd, request, unsafe.Pointer(&arg))
+	_, err := ioctl(fd, evtchnUnbind, unsafe.Pointer(&arg))
 	return err
+}
+
+// notify is EVTCHN_NOTIFY, which is a hypercall that does not wait.
+func notify(fd int, p hypercall.PortID) error {
+	arg := evtchnPort{Value: uint32(p)}
+	return ioctlNow(fd, evtchnNotify, unsafe.Pointer(&arg))
 }
 
 // resetEvents is EVTCHN_RESET, which has no struct.

@@ -35,7 +35,7 @@ type port struct {
 
 func newPort(w *waiter, id hypercall.PortID) (*port, error) {
 	p := &port{w: w, id: id}
-	p.ring = func(fd uintptr) { p.err = portCall(int(fd), evtchnNotify, id) }
+	p.ring = func(fd uintptr) { p.err = notify(int(fd), id) }
 	if w.d.cfg.Doorbell == DoorbellHypercall {
 		c, err := w.d.hypercalls()
 		if err != nil {
@@ -83,7 +83,7 @@ func (p *port) Close() error {
 		p.bell.Close()
 	}
 	var err error
-	if p.w.raw.Control(func(fd uintptr) { err = portCall(int(fd), evtchnUnbind, p.id) }) != nil {
+	if p.w.raw.Control(func(fd uintptr) { err = unbind(int(fd), p.id) }) != nil {
 		return nil // the Waiter is closed, and its ports with it
 	}
 	if err != nil && !errors.Is(err, unix.ENOTCONN) {

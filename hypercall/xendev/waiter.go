@@ -65,6 +65,9 @@ type waiter struct {
 	fired  []*port                    // guarded by mu; fired by the last wake-up, masked
 	late   []*port                    // guarded by mu; masked until due
 	out    []byte                     // guarded by mu; numbers to write back
+	sent   int                        // guarded by mu; bytes of out that write wrote
+	outErr error                      // guarded by mu; error of write
+	write  func(fd uintptr)           // writes the first bytes of out; made once, like try
 
 	// Guarded by the group's mu.
 	tag    int
@@ -149,12 +152,13 @@ func newWaiter(d *Domain, f *os.File) (*waiter, error) {
 	w := &waiter{d: d, file: f, raw: raw, ports: make(map[hypercall.PortID]*port)}
 	w.try = w.tryRead
 	w.look = func(fd uintptr) { w.got = w.tryRead(fd) }
+	w.write = func(fd uintptr) { w.sent, w.outErr = writeNow(fd, w.out[:min(len(w.out), maxWrite)]) }
 	return w, nil
 }
 
 func (w *waiter) tryRead(fd uintptr) (done bool) {
 	for {
-		w.n, w.err = unix.Read(int(fd), w.in[:])
+		w.n, w.err = readNow(fd, w.in[:])
 		switch w.err {
 		case unix.EINTR:
 		case unix.EAGAIN:
@@ -344,17 +348,21 @@ func (w *waiter) unmaskLocked(p *port) {
 const maxWrite = 4096
 
 func (w *waiter) flushLocked() error {
-	for b := w.out; len(b) > 0; {
-		n, err := w.file.Write(b[:min(len(b), maxWrite)])
-		if err != nil {
-			if errors.Is(err, os.ErrClosed) {
-				return net.ErrClosed
-			}
-			return fmt.Errorf("xendev: unmask event channels: %w", err)
+	for len(w.out) > 0 {
+		if w.raw.Control(w.write) != nil {
+			return net.ErrClosed
 		}
-		b = b[n:]
+		switch w.outErr {
+		case nil:
+			if w.sent == 0 {
+				return fmt.Errorf("xendev: unmask event channels: %w", io.ErrShortWrite)
+			}
+			w.out = w.out[:copy(w.out, w.out[w.sent:])]
+		case unix.EINTR:
+		default:
+			return fmt.Errorf("xendev: unmask event channels: %w", w.outErr)
+		}
 	}
-	w.out = w.out[:0]
 	return nil
 }
 
@@ -499,7 +507,7 @@ func (w *waiter) open(bind func(fd int) (hypercall.PortID, error)) (*port, error
 	}
 	p, err := newPort(w, id)
 	if err != nil {
-		cerr := w.raw.Control(func(fd uintptr) { err = errors.Join(err, portCall(int(fd), evtchnUnbind, id)) })
+		cerr := w.raw.Control(func(fd uintptr) { err = errors.Join(err, unbind(int(fd), id)) })
 		return nil, errors.Join(err, cerr)
 	}
 	w.enterLocked(p)

@@ -29,6 +29,9 @@ type burstReader interface {
 	// close.
 	room(i int) []byte
 
+	// least is how many frames are worth a call of read; fewer are read one by one.
+	least() int
+
 	// broken says why it is of no use any more. What it has read before is good.
 	broken() error
 

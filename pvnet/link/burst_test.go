@@ -277,6 +277,7 @@ type scriptedReader struct {
 	closed atomic.Bool
 
 	backwards bool // fills the frames from the last one on
+	costly    int  // frames that are worth a burst; 0: 2
 }
 
 func newScriptedReader(t testing.TB) *scriptedReader {
@@ -289,6 +290,7 @@ func newScriptedReader(t testing.TB) *scriptedReader {
 
 func (r *scriptedReader) add(bufs [][]byte)         { r.bufs = append(r.bufs, slices.Clone(bufs)) }
 func (r *scriptedReader) room(i int) []byte         { return r.rooms[i] }
+func (r *scriptedReader) least() int                { return max(r.costly, 2) }
 func (r *scriptedReader) broken() error             { return r.why }
 func (r *scriptedReader) close()                    { r.closed.Store(true) }
 func (s *scriptedReader) frames(f ...scriptedFrame) { s.script <- step{frames: f} }
@@ -451,6 +453,92 @@ func sortOut(t *testing.T, backwards bool) {
 	tap.Close()
 	if err := next(t, ended); err != net.ErrClosed {
 		t.Error(err)
+	}
+}
+
+// rowsTAP is a TAP whose frames, when they are read one by one, come from a test: rows of
+// frames that are there at once.
+type rowsTAP struct {
+	scriptedBursts
+	rows chan [][]byte
+	row  [][]byte // the rest of one
+}
+
+func (l *rowsTAP) read(bufs [][]byte, wait bool) (n int, off Offload, err error) {
+	if len(l.row) == 0 {
+		if !wait {
+			return 0, off, errNone
+		}
+		select {
+		case l.row = <-l.rows:
+		case <-l.r.t.Context().Done():
+			return 0, off, net.ErrClosed
+		}
+	}
+	b := l.row[0]
+	l.row = l.row[1:]
+	for rest := b; len(rest) > 0; bufs = bufs[1:] {
+		rest = rest[copy(bufs[0], rest):]
+	}
+	return len(b), off, nil
+}
+
+// Where a burst costs more than a few frames do, a few frames take none: those that answer
+// a TCP stream come by twos and threes. Many take bursts there too.
+func TestFewFramesAreReadOneByOne(t *testing.T) {
+	const worth = 8
+	r := newScriptedReader(t)
+	r.costly = worth
+	h := newHost(t, 1500, pvnet.Config{})
+	got := h.listen()
+	l := &rowsTAP{scriptedBursts: scriptedBursts{TAP: openTAP(t, TAPConfig{}), r: r}, rows: make(chan [][]byte)}
+	h.join(context.Background(), h.Back, l)
+	number := 0
+	row := func(n int) (row [][]byte) {
+		for range n {
+			row = append(row, numbered(number, 60))
+			number++
+		}
+		return row
+	}
+	arrive := func(want [][]byte) {
+		t.Helper()
+		for i := range want {
+			if b := next(t, got); !bytes.Equal(b, want[i]) {
+				t.Fatalf("frame %d: % x", i, b[:16])
+			}
+		}
+	}
+	for _, n := range [...]int{1, 2, 3, 4, 5, 6, 5, 6} { // a batch: the next one has room for a burst
+		few := row(n)
+		l.rows <- few
+		arrive(few)
+	}
+	if n := len(r.asked); n != 0 {
+		t.Fatalf("%d bursts for rows of less than %d frames", n, worth)
+	}
+	many := row(worth - 1)
+	l.rows <- many
+	if n := next(t, r.asked); n != worth {
+		t.Fatalf("behind %d frames in a row a burst asked for %d", len(many), n)
+	}
+	more := row(worth)
+	var s step
+	for _, b := range more {
+		s.frames = append(s.frames, scriptedFrame{b: b})
+	}
+	r.script <- s
+	if n := next(t, r.asked); n != 2*worth {
+		t.Fatalf("behind a burst that was full one asked for %d", n)
+	}
+	r.frames()
+	arrive(append(many, more...))
+
+	few := row(3) // again
+	l.rows <- few
+	arrive(few)
+	if n := len(r.asked); n != 0 {
+		t.Fatalf("%d bursts for a row of 3 frames", n)
 	}
 }
 

@@ -37,13 +37,23 @@ func (v *vector) clear() {
 }
 
 // readv and writev pass the array itself; the kernel reads v.n entries of it, all
-// set by add.
-func (v *vector) readv(fd uintptr) (int, syscall.Errno) { return v.call(unix.SYS_READV, fd) }
+// set by add. mayWait says that the descriptor may not be a non-blocking one; see port.
+func (v *vector) readv(fd uintptr, mayWait bool) (int, syscall.Errno) {
+	return v.call(unix.SYS_READV, fd, mayWait)
+}
 
-func (v *vector) writev(fd uintptr) (int, syscall.Errno) { return v.call(unix.SYS_WRITEV, fd) }
+func (v *vector) writev(fd uintptr, mayWait bool) (int, syscall.Errno) {
+	return v.call(unix.SYS_WRITEV, fd, mayWait)
+}
 
-func (v *vector) call(trap, fd uintptr) (int, syscall.Errno) {
-	n, _, errno := unix.Syscall(trap, fd, uintptr(unsafe.Pointer(&v.iov)), uintptr(v.n))
+func (v *vector) call(trap, fd uintptr, mayWait bool) (int, syscall.Errno) {
+	var n uintptr
+	var errno syscall.Errno
+	if mayWait {
+		n, _, errno = unix.Syscall(trap, fd, uintptr(unsafe.Pointer(&v.iov)), uintptr(v.n))
+	} else {
+		n, _, errno = unix.RawSyscall(trap, fd, uintptr(unsafe.Pointer(&v.iov)), uintptr(v.n))
+	}
 	return int(n), errno
 }
 

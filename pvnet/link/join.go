@@ -418,7 +418,7 @@ func (f *feeder) fill() error {
 		}
 		more := f.quick != nil
 		var err error
-		if k := min(f.want, f.n-f.ready); f.burst != nil && k > 1 {
+		if k := min(f.want, f.n-f.ready); f.burst != nil && k >= f.burst.least() {
 			more, err = f.readBurst(k, wait)
 		} else {
 			err = f.read(wait)
@@ -449,7 +449,7 @@ func (f *feeder) read(wait bool) error {
 		return f.failed(err)
 	}
 	f.errs, f.odd = 0, 0
-	f.want = max(f.want, 2)
+	f.want = max(f.want, min(f.ready+2, batch)) // as many as there were, and one that sees that there are no more
 	switch {
 	case n < MinFrame:
 		f.drop(tooShort, &f.j.uncut)

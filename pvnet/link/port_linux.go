@@ -14,13 +14,20 @@ import (
 
 // port is a descriptor that carries a frame, behind a struct virtio_net_hdr, per
 // system call.
+//
+// Calls that cannot wait are made without telling Go's runtime. It would take the
+// processor (the P) away from one that lasts for more than some 20 us, as many frames at
+// once do, or one after which the kernel first runs whoever the frame was for, and hand it
+// to another thread. Where there is one processor the frames then go from thread to
+// thread, which costs more than they do.
 type port struct {
 	info   Info
 	file   *os.File
 	conn   syscall.RawConn
 	closed atomic.Bool
-	mute   error // what it means that the poller reports an error and the kernel none
-	fault  error // the meaning of EFAULT from a read
+	shared atomic.Bool // others have the descriptor too, and may have made it a blocking one
+	mute   error       // what it means that the poller reports an error and the kernel none
+	fault  error       // the meaning of EFAULT from a read
 	rd, wr half
 }
 
@@ -57,16 +64,16 @@ func (p *port) init(fd int, info Info, mute, fault error) error {
 	p.rd.once = func(fd uintptr) { p.rd.try(fd) }
 	p.wr.once = func(fd uintptr) { p.wr.try(fd) }
 	p.wr.try = func(fd uintptr) bool {
-		p.wr.n, p.wr.errno = again(fd, p.wr.vec.writev)
+		p.wr.n, p.wr.errno = again(fd, &p.shared, p.wr.vec.writev)
 		return p.wr.errno != unix.EAGAIN
 	}
 	return nil
 }
 
 // again repeats a call that a signal cut short; Go's own preemption sends them.
-func again(fd uintptr, call func(uintptr) (int, syscall.Errno)) (n int, errno syscall.Errno) {
+func again(fd uintptr, mayWait *atomic.Bool, call func(uintptr, bool) (int, syscall.Errno)) (n int, errno syscall.Errno) {
 	for {
-		if n, errno = call(fd); errno != unix.EINTR {
+		if n, errno = call(fd, mayWait.Load()); errno != unix.EINTR {
 			return n, errno
 		}
 	}
@@ -101,6 +108,7 @@ func (p *port) Close() error {
 // File is a second descriptor of the link, to be passed to another process. The
 // caller owns it. It is non-blocking, and shares its frames with the link.
 func (p *port) File() (*os.File, error) {
+	p.shared.Store(true)
 	fd, dupErr := -1, error(nil)
 	err := p.conn.Control(func(own uintptr) {
 		fd, dupErr = unix.FcntlInt(own, unix.F_DUPFD_CLOEXEC, 3)

@@ -256,6 +256,7 @@ func NewTAP(f *os.File, info Info) (*TAP, error) {
 		return nil, err
 	}
 	t := new(TAP)
+	t.shared.Store(true)
 	if err := t.init(fd, info); err != nil {
 		return nil, tapError(info.Name, "make pollable", err)
 	}
@@ -284,7 +285,7 @@ func (t *TAP) init(fd int, info Info) error {
 	}
 	r := &t.rd
 	r.try = func(fd uintptr) bool {
-		r.n, r.errno = again(fd, r.vec.readv)
+		r.n, r.errno = again(fd, &t.shared, r.vec.readv)
 		return r.errno != unix.EAGAIN
 	}
 	return nil

@@ -262,7 +262,13 @@ func (r *uring) submit(n, flags uint32) error {
 
 func (r *uring) enter(submit, complete, flags uint32) (uint32, syscall.Errno) {
 	r.calls++
-	k, _, errno := unix.Syscall6(unix.SYS_IO_URING_ENTER, uintptr(r.fd), uintptr(submit), uintptr(complete), uintptr(flags), 0, 0)
+	var k uintptr
+	var errno syscall.Errno
+	if complete > 0 { // it waits
+		k, _, errno = unix.Syscall6(unix.SYS_IO_URING_ENTER, uintptr(r.fd), uintptr(submit), uintptr(complete), uintptr(flags), 0, 0)
+	} else { // see port
+		k, _, errno = unix.RawSyscall6(unix.SYS_IO_URING_ENTER, uintptr(r.fd), uintptr(submit), uintptr(complete), uintptr(flags), 0, 0)
+	}
 	return uint32(k), errno
 }
 

@@ -27,6 +27,7 @@ type card struct {
 	tx  []*sender
 	rx  []*pvnet.RX
 
+	clock   *clock // the stack's; nil: the usual one
 	known   atomic.Pointer[address]
 	stack   atomic.Pointer[stack.NetworkDispatcher]
 	workers sync.WaitGroup
@@ -42,7 +43,7 @@ var (
 )
 
 func newCard(dev *pvnet.Device, mtu int) (*card, error) {
-	c := &card{dev: dev, mtu: mtu}
+	c := &card{dev: dev, mtu: mtu, clock: newClock()}
 	for i := range dev.Queues() {
 		rx, err := dev.OwnRX(i)
 		if err != nil {
@@ -109,6 +110,7 @@ func (c *card) receive(rx *pvnet.RX) {
 		}
 		_ = rx.Release(frames[:n]) // they came from rx: none is stale
 		up := c.stack.Load()
+		c.clock.expire()
 		for i, p := range packets[:count] {
 			if up != nil {
 				(*up).DeliverNetworkPacket(p.NetworkProtocolNumber, p)

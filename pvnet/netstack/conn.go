@@ -112,6 +112,7 @@ func (s *Stack) dialTCP(ctx context.Context, remote tcpip.FullAddress) (net.Conn
 	entry, ready := waiter.NewChannelEntry(waiter.WritableEvents)
 	queue.EventRegister(&entry)
 	defer queue.EventUnregister(&entry)
+	s.card.clock.expire()
 	refused = ep.Connect(remote)
 	if _, started := refused.(*tcpip.ErrConnectStarted); started {
 		select {
@@ -300,6 +301,7 @@ type conn struct {
 }
 
 func (c *conn) Read(b []byte) (int, error) {
+	c.stack.card.clock.expire()
 	n, err := c.TCPConn.Read(b)
 	if err == io.EOF && (c.closed.Load() || c.stack.ending.Err() != nil) {
 		return n, &net.OpError{Op: "read", Net: "tcp", Err: net.ErrClosed}
@@ -308,6 +310,7 @@ func (c *conn) Read(b []byte) (int, error) {
 }
 
 func (c *conn) Write(b []byte) (int, error) {
+	c.stack.card.clock.expire()
 	n, err := c.TCPConn.Write(b)
 	return n, c.fix(err)
 }
@@ -326,11 +329,13 @@ type packetConn struct {
 }
 
 func (c *packetConn) Read(b []byte) (int, error) {
+	c.stack.card.clock.expire()
 	n, err := c.UDPConn.Read(b)
 	return n, c.fixRead(err)
 }
 
 func (c *packetConn) ReadFrom(b []byte) (int, net.Addr, error) {
+	c.stack.card.clock.expire()
 	n, from, err := c.UDPConn.ReadFrom(b)
 	return n, from, c.fixRead(err)
 }
@@ -344,6 +349,7 @@ func (c *packetConn) fixRead(err error) error {
 }
 
 func (c *packetConn) Write(b []byte) (int, error) {
+	c.stack.card.clock.expire()
 	n, err := c.UDPConn.Write(b)
 	return n, c.fix(err)
 }
@@ -361,6 +367,7 @@ func (c *packetConn) WriteTo(b []byte, to net.Addr) (int, error) {
 	if !ip.IsValid() || ip.Is4() != c.stack.addr.Is4() {
 		return fail(&net.AddrError{Err: "the stack has no address of this family", Addr: to.String()})
 	}
+	c.stack.card.clock.expire()
 	n, err := c.UDPConn.WriteTo(b, &net.UDPAddr{IP: ip.AsSlice(), Port: udp.Port})
 	return n, c.fix(err)
 }

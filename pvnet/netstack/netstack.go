@@ -65,7 +65,7 @@ func New(dev *pvnet.Device, cfg Config) (*Stack, error) {
 	if err != nil {
 		return nil, fmt.Errorf("netstack: %w", err)
 	}
-	s := &Stack{card: c, addr: cfg.Addr.Addr(), net: stack.New(stack.Options{
+	opts := stack.Options{
 		// The address is given, not chosen: nobody else is asked whether it is
 		// taken, and it works at once.
 		NetworkProtocols: []stack.NetworkProtocolFactory{ipv4.NewProtocol, arp.NewProtocol,
@@ -73,7 +73,11 @@ func New(dev *pvnet.Device, cfg Config) (*Stack, error) {
 		TransportProtocols: []stack.TransportProtocolFactory{tcp.NewProtocol, udp.NewProtocol,
 			icmp.NewProtocol4, icmp.NewProtocol6},
 		HandleLocal: true,
-	})}
+	}
+	if c.clock != nil {
+		opts.Clock = c.clock
+	}
+	s := &Stack{card: c, addr: cfg.Addr.Addr(), net: stack.New(opts)}
 	if err := s.configure(cfg); err != nil {
 		s.net.Destroy()
 		return nil, fmt.Errorf("netstack: %w", err)
