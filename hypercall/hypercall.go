@@ -66,8 +66,9 @@ type Domain interface {
 	Map(peer DomID, refs []GrantRef, access Access) (*Mapping, error)
 
 	// Copy runs ops in order and sets the Status of each; a failed op does not stop the
-	// others. An error is for a batch of which nothing ran. Copy makes at most one system
-	// call per 256 ops and does not allocate.
+	// others. With an error no Status means anything: the caller takes every op for failed,
+	// although some may have run. Copy makes at most one system call per 256 ops and does
+	// not allocate.
 	Copy(ops []CopyOp) error
 
 	// Waiter makes a Waiter, on which event channels are then opened.
@@ -106,8 +107,8 @@ type GroupDomain interface {
 	Group(onThread bool) (Group, error)
 }
 
-// A Group is where one goroutine at a time waits for the events of many Waiters, at a cost
-// that does not depend on the number of Waiters without events. Only that goroutine calls
+// A Group is where one goroutine at a time waits for the events of many Waiters. Waiters
+// without events cost nothing, or a bit each that is looked at 64 at a time. Only that goroutine calls
 // Wait, Poll and Rearm; any goroutine may call the other methods at any time.
 type Group interface {
 	// Add makes Wait return tag when a port of w has fired, also if it fired before. A tag
