@@ -859,7 +859,7 @@ func (w *tapWriter) generate(b *testing.B, f [][]byte, n int) {
 }
 
 // queued is how many frames wait in a TAP at most: its queue holds 500 or 1000.
-const queued = 8 * batch
+const queued = 3 * batch
 
 func benchRead(b *testing.B, tap *counted) {
 	gen, f := generator(b, openPacket(b, tap.Name())), [][]byte{testFrame(64)}
