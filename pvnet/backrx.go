@@ -18,24 +18,18 @@ const (
 	fatalTxSlots = 22
 )
 
-// batchOps bounds one grant copy batch. The largest frame takes two operations a
-// slot, since its slots and our buffers are cut at different places.
-const (
-	batchOps    = 256
-	maxFrameOps = 2*maxTxSlots + maxPieces
-)
+// maxFrameOps is how many copies the largest frame takes: two a slot, since its slots and
+// our buffers are cut at different places.
+const maxFrameOps = 2*maxTxSlots + maxPieces
 
 // A backRX receives what the frontend transmits: requests on the tx ring name
 // pages of the peer's, which are copied to private buffers in one batch. Every
 // request is answered, in order and a whole frame at a time, so that another
 // backend could go on where this one stops.
 type backRX struct {
-	ring  *ring.Back[netif.TxRequest, netif.TxResponse]
-	pool  *arena.Arena
-	dom   hypercall.Domain
-	peer  hypercall.DomID
-	port  hypercall.Port
-	count *telemetry.Block
+	ring *ring.Back[netif.TxRequest, netif.TxResponse]
+	pool *arena.Arena
+	port hypercall.Port
 
 	offload bool // frames to be cut and partial checksums were offered
 
@@ -43,8 +37,7 @@ type backRX struct {
 	have bool // next is parsed and not copied
 
 	// One batch: copies, responses in ring order, and which belong to which frame.
-	ops    [batchOps]hypercall.CopyOp
-	nops   int
+	copyBatch
 	rsp    [256]netif.TxResponse
 	nrsp   int
 	placed [128]placedFrame
@@ -157,7 +150,7 @@ func (e *backRX) receivePlain(frames []Frame, into bool) (n int, err error) {
 		if n == 0 {
 			e.begin()
 		}
-		e.op(dst, r.Ref, r.Offset)
+		e.from(r.Ref, r.Offset, dst)
 		e.rsp[n] = netif.TxResponse{ID: r.ID}
 		n++
 		e.nrsp = n
@@ -214,7 +207,7 @@ func (e *backRX) place(f *Frame, p *placedFrame) {
 	f.csum = e.next.csum
 	if e.next.n == 1 && f.pieces <= 1 {
 		r := &e.next.seg[0]
-		e.op(f.Bytes(), r.Ref, r.Offset)
+		e.from(r.Ref, r.Offset, f.Bytes())
 	} else {
 		i, done := 0, uint16(0)
 		for dst := range f.Pieces() {
@@ -222,7 +215,7 @@ func (e *backRX) place(f *Frame, p *placedFrame) {
 				r := &e.next.seg[i]
 				k := min(len(dst), int(r.Size-done))
 				if k > 0 {
-					e.op(dst[:k], r.Ref, r.Offset+done)
+					e.from(r.Ref, r.Offset+done, dst[:k])
 					dst, done = dst[k:], done+uint16(k)
 				}
 				if done == r.Size {
@@ -235,15 +228,6 @@ func (e *backRX) place(f *Frame, p *placedFrame) {
 	p.ops, p.rsps = e.nops-p.op, e.nrsp-p.rsp
 }
 
-func (e *backRX) op(dst []byte, ref hypercall.GrantRef, off uint16) {
-	o := &e.ops[e.nops]
-	o.Dst.Local = dst
-	o.Src = hypercall.Area{Dom: e.peer, Ref: ref, Offset: off}
-	o.Len = uint32(len(dst))
-	o.Status = hypercall.GeneralError // until Copy says otherwise
-	e.nops++
-}
-
 // copy runs the batch and returns how many of the n frames hold their bytes:
 // those that do not are dropped, and answered with ERROR.
 func (e *backRX) copy(frames []Frame, n int, into bool) int {
@@ -252,16 +236,9 @@ func (e *backRX) copy(frames []Frame, n int, into bool) int {
 	good := 0
 	for i := range n {
 		f, p := &frames[i], &e.placed[i]
-		failed := uint64(0)
-		for j := range e.ops[p.op : p.op+p.ops] {
-			if e.ops[p.op+j].Status != hypercall.OK {
-				failed++
-			}
-		}
 		reason := telemetry.DropBadGref
-		ok := failed == 0
+		ok := e.failed(p.op, p.ops) == 0
 		if !ok {
-			e.count.Add(telemetry.GrantErrors, failed)
 			e.refuse(p)
 		} else if f.csum != ChecksumUnknown || p.gso.Size != 0 {
 			if r := f.arrived(p.gso, e.offload, e.count); r != 0 {
@@ -283,20 +260,6 @@ func (e *backRX) copy(frames []Frame, n int, into bool) int {
 	e.count.Add(telemetry.CopiedBytes, t.bytes)
 	t.count(e.ring.Unanswered(), e.pool.Free())
 	return good
-}
-
-// grantCopy runs the batch: each operation has its status, or all have failed.
-func (e *backRX) grantCopy() {
-	if e.nops == 0 {
-		return
-	}
-	e.count.Add(telemetry.GrantBatches, 1)
-	e.count.Add(telemetry.GrantOps, uint64(e.nops))
-	if err := e.dom.Copy(e.ops[:e.nops]); err != nil {
-		for i := range e.ops[:e.nops] {
-			e.ops[i].Status = hypercall.GeneralError
-		}
-	}
 }
 
 // refuse turns the responses of a placed frame into ERROR.

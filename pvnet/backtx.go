@@ -14,15 +14,11 @@ import (
 type backTX struct {
 	ring    *ring.Back[netif.RxRequest, netif.RxResponse]
 	bufs    *arena.Arena // private buffers for Alloc
-	dom     hypercall.Domain
-	domid   hypercall.DomID
 	port    hypercall.Port
 	scatter bool   // the peer takes frames of several slots
 	peer    offers // what else it takes
-	count   *telemetry.Block
 
-	ops    [batchOps]hypercall.CopyOp
-	nops   int
+	copyBatch
 	rsp    [256]netif.RxResponse
 	nrsp   int
 	placed [128]placedFrame
@@ -88,6 +84,7 @@ func (e *backTX) sendPlain(frames []Frame) (n int, err error) {
 		return 0, e.violation(err)
 	}
 	frames = frames[:min(len(frames), int(avail))]
+	e.nops = 0
 	var r netif.RxRequest
 	for n < len(frames) {
 		f := &frames[n]
@@ -107,10 +104,7 @@ func (e *backTX) sendPlain(frames []Frame) (n int, err error) {
 			e.begin()
 		}
 		e.ring.TakeTo(&r)
-		o := &e.ops[n]
-		o.Src.Local = src
-		o.Dst.Dom, o.Dst.Ref, o.Dst.Offset = e.domid, r.Ref, 0
-		o.Len, o.Status = uint32(f.n), hypercall.GeneralError // until Copy says otherwise
+		e.to(r.Ref, 0, src)
 		e.rsp[n] = netif.RxResponse{ID: r.ID, Status: int16(f.n)}
 		if f.csum == ChecksumVerified {
 			e.rsp[n].Flags = netif.RxDataValidated
@@ -120,7 +114,7 @@ func (e *backTX) sendPlain(frames []Frame) (n int, err error) {
 	if n == 0 {
 		return 0, nil
 	}
-	e.nops, e.nrsp = n, n
+	e.nrsp = n
 	e.grantCopy()
 	t := tally{block: e.count}
 	uncopied := uint64(0)
@@ -144,17 +138,6 @@ func (e *backTX) sendPlain(frames []Frame) (n int, err error) {
 	e.count.Add(telemetry.CopiedBytes, t.bytes-uncopied)
 	t.count(e.ring.Unanswered(), e.bufs.Free())
 	return n, nil
-}
-
-// grantCopy runs the batch: each operation has its status, or all have failed.
-func (e *backTX) grantCopy() {
-	e.count.Add(telemetry.GrantBatches, 1)
-	e.count.Add(telemetry.GrantOps, uint64(e.nops))
-	if err := e.dom.Copy(e.ops[:e.nops]); err != nil {
-		for i := range e.ops[:e.nops] {
-			e.ops[i].Status = hypercall.GeneralError
-		}
-	}
 }
 
 // put takes the requests one frame needs and queues its copies.
@@ -214,12 +197,7 @@ func (e *backTX) put(f *Frame, p *placedFrame) error {
 				room = 4096
 			}
 			k := min(len(src), room)
-			o := &e.ops[e.nops]
-			o.Src.Local = src[:k]
-			o.Dst = hypercall.Area{Dom: e.domid, Ref: r.Ref, Offset: uint16(4096 - room)}
-			o.Len = uint32(k)
-			o.Status = hypercall.GeneralError // until Copy says otherwise
-			e.nops++
+			e.to(r.Ref, uint16(4096-room), src[:k])
 			src, room = src[k:], room-k
 		}
 	}
@@ -271,14 +249,7 @@ func (e *backTX) copy(frames []Frame) {
 	uncopied := uint64(0)
 	for i := range frames {
 		f, p := &frames[i], &e.placed[i]
-		failed := uint64(0)
-		for j := range e.ops[p.op : p.op+p.ops] {
-			if e.ops[p.op+j].Status != hypercall.OK {
-				failed++
-			}
-		}
-		if failed > 0 {
-			e.count.Add(telemetry.GrantErrors, failed)
+		if e.failed(p.op, p.ops) > 0 {
 			e.count.Drop(telemetry.DropBadGref, 1)
 			uncopied += uint64(f.total)
 			for j := range e.rsp[p.rsp : p.rsp+p.rsps] {

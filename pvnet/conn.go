@@ -440,8 +440,10 @@ func (m *pageMaker) backQueue(f features, k queueKeys, cfg *Config, rx, tx *tele
 		}
 	}
 	q.keys = k
-	q.rx = &backRX{ring: txRing, pool: pool, dom: m.dom, peer: m.peer, port: txPort, count: rx, offload: f.takes}
-	q.tx = &backTX{ring: rxRing, bufs: bufs, dom: m.dom, domid: m.peer, port: rxPort, scatter: f.frontSG, peer: f.peer, count: tx}
+	q.rx = &backRX{ring: txRing, pool: pool, port: txPort, offload: f.takes,
+		copyBatch: copyBatch{dom: m.dom, domid: m.peer, count: rx}}
+	q.tx = &backTX{ring: rxRing, bufs: bufs, port: rxPort, scatter: f.frontSG, peer: f.peer,
+		copyBatch: copyBatch{dom: m.dom, domid: m.peer, count: tx}}
 	rx.Set(telemetry.RingSize, uint64(txRing.Size()))
 	tx.Set(telemetry.RingSize, uint64(rxRing.Size()))
 	return q, nil
