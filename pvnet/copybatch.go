@@ -22,7 +22,7 @@ type copyBatch struct {
 func (b *copyBatch) from(ref hypercall.GrantRef, off uint16, dst []byte) {
 	o := &b.ops[b.nops]
 	o.Dst.Local = dst
-	o.Src.Dom, o.Src.Ref, o.Src.Offset = b.domid, ref, off // Local is nil: a batch goes one way
+	o.Src.Dom, o.Src.Ref, o.Src.Offset = b.domid, ref, off     // Local is nil: a batch goes one way
 	o.Len, o.Status = uint32(len(dst)), hypercall.GeneralError // until Copy says otherwise
 	b.nops++
 }
@@ -31,7 +31,7 @@ func (b *copyBatch) from(ref hypercall.GrantRef, off uint16, dst []byte) {
 func (b *copyBatch) to(ref hypercall.GrantRef, off uint16, src []byte) {
 	o := &b.ops[b.nops]
 	o.Src.Local = src
-	o.Dst.Dom, o.Dst.Ref, o.Dst.Offset = b.domid, ref, off // as in from
+	o.Dst.Dom, o.Dst.Ref, o.Dst.Offset = b.domid, ref, off     // as in from
 	o.Len, o.Status = uint32(len(src)), hypercall.GeneralError // until Copy says otherwise
 	b.nops++
 }
