@@ -8,8 +8,8 @@ import (
 // batchOps bounds the grant copies of one batch.
 const batchOps = 256
 
-// A copyBatch holds the grant copies between a backend's pages and those of its frontend,
-// for a batch of frames: one call of the hypervisor runs them all.
+// A copyBatch holds the grant copies of a batch of frames, between a backend's pages and
+// those of its frontend. One call of the hypervisor runs them all.
 type copyBatch struct {
 	dom   hypercall.Domain
 	domid hypercall.DomID // the frontend's
@@ -18,25 +18,26 @@ type copyBatch struct {
 	nops  int
 }
 
-// from adds a copy to dst from the frontend's page, from byte off on.
+// from adds a copy from byte off of the frontend's page to dst.
 func (b *copyBatch) from(ref hypercall.GrantRef, off uint16, dst []byte) {
 	o := &b.ops[b.nops]
 	o.Dst.Local = dst
-	o.Src.Dom, o.Src.Ref, o.Src.Offset = b.domid, ref, off     // Local is nil: a batch goes one way
+	o.Src.Dom, o.Src.Ref, o.Src.Offset = b.domid, ref, off     // Src.Local is nil: all copies of a batch have the same direction
 	o.Len, o.Status = uint32(len(dst)), hypercall.GeneralError // until Copy says otherwise
 	b.nops++
 }
 
-// to adds a copy of src into the frontend's page, from byte off on.
+// to adds a copy of src to byte off of the frontend's page.
 func (b *copyBatch) to(ref hypercall.GrantRef, off uint16, src []byte) {
 	o := &b.ops[b.nops]
 	o.Src.Local = src
-	o.Dst.Dom, o.Dst.Ref, o.Dst.Offset = b.domid, ref, off     // as in from
+	o.Dst.Dom, o.Dst.Ref, o.Dst.Offset = b.domid, ref, off     // Dst.Local is nil, as in from
 	o.Len, o.Status = uint32(len(src)), hypercall.GeneralError // until Copy says otherwise
 	b.nops++
 }
 
-// grantCopy runs the batch: then each copy has its status, or all have failed.
+// grantCopy runs the batch. Afterwards each copy has its status; if the call fails, all
+// have failed.
 func (b *copyBatch) grantCopy() {
 	if b.nops == 0 {
 		return
@@ -50,8 +51,8 @@ func (b *copyBatch) grantCopy() {
 	}
 }
 
-// failed counts those of n copies, from the first on, that did not succeed, and adds them to
-// the counter of the device.
+// failed returns how many of n copies, beginning with first, have failed, and counts
+// them.
 func (b *copyBatch) failed(first, n int) (failed uint64) {
 	for i := range b.ops[first : first+n] {
 		if b.ops[first+i].Status != hypercall.OK {
