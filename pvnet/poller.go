@@ -64,7 +64,7 @@ type Poller struct {
 	members []*member // guarded by mu; by slot; removed by forget, when the owner has dropped it too
 	news    []*member // guarded by mu; members that were added, removed or marked since the last catchUp
 
-	// The owner's alone.
+	// Used by the owner only.
 	slots   []*member // members that the owner knows, by slot
 	list    []*member // members that the owner looks at
 	lent    []Ready   // the last result of Wait, the caller's until the next Wait
@@ -112,7 +112,7 @@ type member struct {
 	out    atomic.Bool // it was removed
 	asleep atomic.Bool // its event is armed, and the Poller does not look at it
 
-	// The owner's alone.
+	// Used by the owner only.
 	known  bool
 	listed bool
 	fresh  bool    // it slept, and has not been looked at since
