@@ -51,7 +51,7 @@ type backRX struct {
 // checked.
 type txPacket struct {
 	n     int // data slots
-	all   int // slots with extra infos: how many responses are due
+	all   int // all slots, extra infos included: how many responses are due
 	total uint32
 	csum  Checksum
 	seg   [maxTxSlots]netif.TxRequest
@@ -369,7 +369,7 @@ func (e *backRX) parseOne(first netif.TxRequest, avail uint32) (reason telemetry
 		return 0, false, nil
 	}
 
-	size := uint32(first.Size) // bytes of the first slot: its Size is the frame's total
+	size := uint32(first.Size) // becomes the bytes of the first slot, whose Size is the frame's total
 	slots := 1
 	p.n = 1
 	for more := first.Flags&netif.TxMoreData != 0; more; slots++ {

@@ -48,7 +48,7 @@ type connQueue struct {
 
 // offered returns the offloads that the other end offers in its xenstore values. An
 // unreadable value counts as no offer. GSO frames have several slots and a partial
-// checksum, so they count as offered only together with both, as in Linux's
+// checksum, so GSO counts as offered only if the other end takes both, as in Linux's
 // netdev_fix_features.
 func offered(v xenstore.Values, scatter bool) (o offers) {
 	says := func(key string) bool {

@@ -518,7 +518,7 @@ func (d *Device) pick(at int) (*TX, error) {
 }
 
 // Listen calls fn with every frame that arrives, until Disconnect, when it
-// returns nil, or until ctx ends, when it returns its cause. It blocks. fn runs
+// returns nil, or until ctx ends, when it returns the cause of ctx. It blocks. fn runs
 // concurrently for different queues, in order within one; the frame is lent
 // until fn returns. Frames that arrive before Listen wait in the ring, and so do
 // frames for which there is no buffer because fn retained them all.

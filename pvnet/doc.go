@@ -47,8 +47,8 @@
 //     backend wrote, and posts that page again in the next slot.
 //  7. Its responses, or the pages posted again, are shown by one store, as in 4.
 //  8. The receiver's user gives the frames back: one compare-and-swap each.
-//  9. The sender takes responses when it lacks slots or pages, all that are there, and
-//     has its pages back.
+//  9. When the sender lacks slots or pages, it takes all responses that are in the ring,
+//     and has the pages of their requests back.
 //
 // The cache lines that travel are the payload's, the slot's, and the one line of the
 // four indexes, which both ends write: the frontend its requests' producer and its

@@ -37,7 +37,7 @@ type frontRX struct {
 // and checked.
 type rxPacket struct {
 	n     int // data slots
-	all   int // slots with extra infos
+	all   int // all slots, extra infos included
 	total uint32
 	csum  Checksum
 	gso   netif.GSO // Size 0: none

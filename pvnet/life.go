@@ -19,7 +19,7 @@ import (
 // How long the life goroutine waits for the peer and for xenstore.
 const (
 	closePatience   = 4 * time.Second // for the peer to answer Closing, on Disconnect
-	endPatience     = 6 * time.Second // for the whole end of a device, both of these included
+	endPatience     = 6 * time.Second // for the whole end of a device, closePatience and storePatience included
 	storePatience   = 5 * time.Second // for one xenstore operation
 	connectPatience = time.Minute     // for the whole set-up of a connection, unless the device is to end
 	retryFirst      = time.Second     // pause after a failed connect; doubles

@@ -31,7 +31,7 @@ type parker struct {
 	woken     [2]bool // guarded by mu: by direction; the next wait returns at once
 	nudged    bool    // guarded by mu: wake was called, and no Wait has returned for it yet
 	fired     bool    // guarded by mu: an event ended the last Wait
-	asked     [2]bool // guarded by mu: by direction; answer has not been called since the last event
+	asked     [2]bool // guarded by mu: by direction; the half was woken, and has not called answer yet
 	useful    bool    // guarded by mu: one of the halves asked had work
 	worked    bool    // guarded by mu: the last complete verdict: the event before brought work
 	doubted   bool    // guarded by mu: the last Wait began with worked false

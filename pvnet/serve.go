@@ -381,7 +381,7 @@ func (b *back) attach(ctx context.Context, xd *xenbus.Device, c *conn) error {
 		return errors.Join(errors.New("the frontend does not ask for rx-copy, the only way to send to it"), err)
 	}
 	var feat features
-	feat.frontSG, _ = v.Bool(netif.KeyFeatureSG, false) // what is garbage is not offered
+	feat.frontSG, _ = v.Bool(netif.KeyFeatureSG, false) // an unreadable value counts as no offer
 	feat.takes, feat.peer = b.cfg.Offload, offered(v, feat.frontSG)
 	n, err := v.Uint(netif.KeyNumQueues, uint64(b.cfg.queues()), 1)
 	if err != nil {
