@@ -58,7 +58,7 @@ func (e *entry) failed() bool {
 // A second Connect with the same domain and id returns the same device, and needs the
 // same Config. One Disconnect ends the device for every caller.
 //
-// If there is no vif id, the error lists the existing ones ([xenbus.NoDeviceError]). A
+// If id is no vif of the domain, the error lists its vifs ([xenbus.NoDeviceError]). A
 // device that does not connect is closed before Connect returns. After ctx has ended,
 // Connect waits at most one more second for that. If xenstore or the peer does not
 // answer, the closing continues in the background, and a Connect that comes meanwhile

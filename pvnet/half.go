@@ -219,9 +219,9 @@ func (h *half) reclaim() {
 	}
 }
 
-// heal gets the counters compared with their mirror. If the owner waits, it is woken for
-// that and the wake-up is timed, but not in its first wait after such a wake-up. A half
-// in a Poller is not woken: its owner waits for other halves too.
+// heal arranges that the counters are compared with their mirror. If the owner waits, it
+// is woken for that and the wake-up is timed, but not in its first wait after such a
+// wake-up. A half in a Poller is not woken: its owner waits for other halves too.
 func (h *half) heal(p *parker) {
 	seq := h.parked.Load()
 	if seq%2 == 0 || seq == h.sampled || h.member.Load() != nil {

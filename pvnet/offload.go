@@ -37,7 +37,7 @@ func (f *Frame) GSO() GSO { return f.gso }
 // checksum field must hold the sum of the pseudo-header. A frame that would be one piece
 // only is not to be cut: its GSO is then zero. [ErrOffload] if the frame is no TCP
 // segment of that type with its headers in the first piece, or if it would be cut into
-// more than 8192 pieces.
+// more than 8192 pieces. The zero GSO leaves the checksum state as it is.
 func (f *Frame) SetGSO(g GSO) error {
 	if g == (GSO{}) {
 		f.gso = g
