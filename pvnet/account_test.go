@@ -9,8 +9,8 @@ import (
 	"barevif/xenbus"
 )
 
-// wantAccount asserts that of sent frames so many were received, and the others lost
-// because their connection ended, each of them counted once.
+// wantAccount asserts that of the sent frames, received frames were received and the
+// others were lost with their connection, each counted once.
 func wantAccount(t *testing.T, from, to *Device, sent, received uint64) {
 	t.Helper()
 	s, r := from.Stats().TX, to.Stats().RX
@@ -60,7 +60,7 @@ func TestFramesLeftInTheRingsAreInOneAccount(t *testing.T) {
 	for name, c := range map[string]struct {
 		sizes    []int
 		received int
-		parsed   bool // and one more has been looked at
+		parsed   bool // the receiver has parsed one more frame
 	}{
 		"none was received":                 {sizes: []int{60, 60, 1500}},
 		"some were":                         {sizes: []int{60, 60, 1500, 60, 4096}, received: 2},
@@ -103,7 +103,7 @@ func minimal(n int) []int {
 	return s
 }
 
-// Frames that were received are the user's, released or not.
+// Frames that the user holds when the connection ends count as received.
 func TestFramesInTheUsersHandsAreReceived(t *testing.T) {
 	each(t, func(t *testing.T, p *pair, from, to *Device) {
 		tx, _ := own(t, from)
@@ -120,7 +120,7 @@ func TestFramesInTheUsersHandsAreReceived(t *testing.T) {
 	})
 }
 
-// An extra info takes a slot, and is no frame.
+// An extra info takes a slot, but does not count as a frame.
 func TestFramesWithExtrasAreInOneAccount(t *testing.T) {
 	f := plain
 	f.takes, f.peer = true, takesCsum4|takesGSO4
@@ -157,7 +157,7 @@ func TestFramesWithExtrasAreInOneAccount(t *testing.T) {
 	}
 }
 
-// A copy to the frontend that fails is one frame lost, though both ends tell of it.
+// A failed copy to the frontend loses one frame, although both ends know of it.
 func TestAFailedCopyIsLostOnce(t *testing.T) {
 	p := join(t, emu.Config{}, plain, Config{})
 	tx, _ := own(t, p.back)
@@ -181,7 +181,7 @@ func TestAFailedCopyIsLostOnce(t *testing.T) {
 	}
 }
 
-// failing is a domain whose copies fail.
+// failing is a domain in which every grant copy fails.
 type failing struct{ hypercall.Domain }
 
 func (f failing) Copy(ops []hypercall.CopyOp) error {
@@ -191,8 +191,8 @@ func (f failing) Copy(ops []hypercall.CopyOp) error {
 	return nil
 }
 
-// A backend that adopts live rings receives what the one before it had not answered,
-// which is no frame lost.
+// A backend that adopts live rings receives the requests that its predecessor did not
+// answer. No frame is lost.
 func TestABackendThatFollowsTakesWhatTheOtherLeft(t *testing.T) {
 	p := join(t, emu.Config{}, plain, Config{})
 	tx, frx := own(t, p.front)

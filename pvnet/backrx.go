@@ -9,54 +9,49 @@ import (
 	"barevif/telemetry"
 )
 
-// How many data slots a frame from the frontend may have. The protocol's minimum
-// is 18; Linux's netback passes 19, answers ERROR to 20 and 21, and takes 22 for
-// an attack (drivers/net/xen-netback/netback.c: XEN_NETBK_LEGACY_SLOTS_MAX,
-// fatal_skb_slots, both counted after the first).
+// How many data slots a frame from the frontend may have. The protocol requires at least
+// 18; Linux's netback accepts 19, answers 20 and 21 with ERROR, and treats 22 as an
+// attack (drivers/net/xen-netback/netback.c: XEN_NETBK_LEGACY_SLOTS_MAX, fatal_skb_slots,
+// both counted after the first).
 const (
 	maxTxSlots   = 19
 	fatalTxSlots = 22
 )
 
-// batchOps bounds one grant copy batch. The largest frame takes two operations a
-// slot, since its slots and our buffers are cut at different places.
-const (
-	batchOps    = 256
-	maxFrameOps = 2*maxTxSlots + maxPieces
-)
+// maxFrameOps bounds the copies of one frame: its slots and our buffers have different
+// boundaries, and each boundary starts a new copy.
+const maxFrameOps = 2*maxTxSlots + maxPieces
 
-// A backRX receives what the frontend transmits: requests on the tx ring name
-// pages of the peer's, which are copied to private buffers in one batch. Every
-// request is answered, in order and a whole frame at a time, so that another
-// backend could go on where this one stops.
+// A backRX receives what the frontend transmits. Requests on the tx ring name pages of
+// the peer, which it copies to private buffers, many frames in one batch. It answers
+// every request, in order and a whole frame at a time, so that another backend could
+// continue where it stops.
 type backRX struct {
-	ring  *ring.Back[netif.TxRequest, netif.TxResponse]
-	pool  *arena.Arena
-	dom   hypercall.Domain
-	peer  hypercall.DomID
-	port  hypercall.Port
-	count *telemetry.Block
+	ring *ring.Back[netif.TxRequest, netif.TxResponse]
+	pool *arena.Arena
+	port hypercall.Port
 
-	offload bool // frames to be cut and partial checksums were offered
+	offload bool // this end offered to take GSO frames and partial checksums
 
 	next txPacket
-	have bool // next is parsed and not copied
+	have bool // next has been parsed, and not copied
 
-	// One batch: copies, responses in ring order, and which belong to which frame.
-	ops    [batchOps]hypercall.CopyOp
-	nops   int
+	// One batch: its copies, its responses in ring order, and which of them belong to
+	// which frame.
+	copyBatch
 	rsp    [256]netif.TxResponse
 	nrsp   int
 	placed [128]placedFrame
-	pages  [128]uint32 // private pages for the next frames; not on the stack, where each call would clear them
+	pages  [128]uint32 // private pages for the next frames; a stack array would be cleared on each call
 
 	stopwatch
 }
 
-// A txPacket is a frame as its requests describe it, all taken and checked.
+// A txPacket is the description of a frame by its requests, all of them taken and
+// checked.
 type txPacket struct {
 	n     int // data slots
-	all   int // slots with extras: the responses due
+	all   int // all slots, extra infos included: how many responses are due
 	total uint32
 	csum  Checksum
 	seg   [maxTxSlots]netif.TxRequest
@@ -64,15 +59,15 @@ type txPacket struct {
 	rsp   [fatalTxSlots + maxExtras]netif.TxResponse
 }
 
-// maxExtras is more than a frame can need; Linux keeps one of each type.
+// maxExtras is more extra infos than a frame can need; Linux keeps one of each type.
 const maxExtras = 8
 
 // A placedFrame says which copies and responses of a batch belong to a frame.
 type placedFrame struct {
 	op, ops, rsp, rsps int
-	head               [6]byte   // of a frame that is sent: where it goes
-	extra              bool      // of a frame that is sent: its second slot is no data
-	gso                netif.GSO // of a frame that was received
+	head               [6]byte   // of a frame to send: its destination address
+	extra              bool      // of a frame to send: its second slot is an extra info
+	gso                netif.GSO // of a received frame
 }
 
 func (e *backRX) receive(frames []Frame, into bool) (n int, err error) {
@@ -120,9 +115,10 @@ func (e *backRX) receive(frames []Frame, into bool) (n int, err error) {
 	return n, err
 }
 
-// receivePlain is receive for frames of one slot without offloads, in one pass and a
-// batch of copies: all that are there, up to the first that is something else or does not
-// fit the caller's frame, which is parsed as it was taken and left to the general way.
+// receivePlain is receive for frames of one slot without offloads, in one pass and one
+// batch of copies. It stops at the first frame that is something else or does not fit the
+// caller's frame: it parses that frame from the request already taken, and leaves it in
+// next for the general path.
 func (e *backRX) receivePlain(frames []Frame, into bool) (n int, err error) {
 	avail, err := e.ring.Poll()
 	if err != nil {
@@ -157,7 +153,7 @@ func (e *backRX) receivePlain(frames []Frame, into bool) (n int, err error) {
 		if n == 0 {
 			e.begin()
 		}
-		e.op(dst, r.Ref, r.Offset)
+		e.from(r.Ref, r.Offset, dst)
 		e.rsp[n] = netif.TxResponse{ID: r.ID}
 		n++
 		e.nrsp = n
@@ -176,9 +172,8 @@ func (e *backRX) receivePlain(frames []Frame, into bool) (n int, err error) {
 	return n, err
 }
 
-// copyPlain runs the batch, an operation and a response a frame, and returns how
-// many of the frames hold their bytes. The others are dropped, and answered with
-// ERROR.
+// copyPlain runs the batch, with one copy and one response per frame, and returns how
+// many frames hold their bytes. It drops the others and answers them with ERROR.
 func (e *backRX) copyPlain(frames []Frame, into bool) (good int) {
 	e.grantCopy()
 	t := tally{block: e.count}
@@ -208,13 +203,13 @@ func (e *backRX) copyPlain(frames []Frame, into bool) (good int) {
 	return good
 }
 
-// place queues the copies of the next packet into f, and its responses.
+// place adds the copies of the next packet into f to the batch, and its responses.
 func (e *backRX) place(f *Frame, p *placedFrame) {
 	p.op, p.rsp, p.gso = e.nops, e.nrsp, e.next.gso
 	f.csum = e.next.csum
 	if e.next.n == 1 && f.pieces <= 1 {
 		r := &e.next.seg[0]
-		e.op(f.Bytes(), r.Ref, r.Offset)
+		e.from(r.Ref, r.Offset, f.Bytes())
 	} else {
 		i, done := 0, uint16(0)
 		for dst := range f.Pieces() {
@@ -222,7 +217,7 @@ func (e *backRX) place(f *Frame, p *placedFrame) {
 				r := &e.next.seg[i]
 				k := min(len(dst), int(r.Size-done))
 				if k > 0 {
-					e.op(dst[:k], r.Ref, r.Offset+done)
+					e.from(r.Ref, r.Offset+done, dst[:k])
 					dst, done = dst[k:], done+uint16(k)
 				}
 				if done == r.Size {
@@ -235,37 +230,21 @@ func (e *backRX) place(f *Frame, p *placedFrame) {
 	p.ops, p.rsps = e.nops-p.op, e.nrsp-p.rsp
 }
 
-func (e *backRX) op(dst []byte, ref hypercall.GrantRef, off uint16) {
-	o := &e.ops[e.nops]
-	o.Dst.Local = dst
-	o.Src = hypercall.Area{Dom: e.peer, Ref: ref, Offset: off}
-	o.Len = uint32(len(dst))
-	o.Status = hypercall.GeneralError // until Copy says otherwise
-	e.nops++
-}
-
-// copy runs the batch and returns how many of the n frames hold their bytes:
-// those that do not are dropped, and answered with ERROR.
+// copy runs the batch and returns how many of the n frames hold their bytes. It drops the
+// others, and answers those whose copies failed with ERROR.
 func (e *backRX) copy(frames []Frame, n int, into bool) int {
 	e.grantCopy()
 	t := tally{block: e.count}
 	good := 0
 	for i := range n {
 		f, p := &frames[i], &e.placed[i]
-		failed := uint64(0)
-		for j := range e.ops[p.op : p.op+p.ops] {
-			if e.ops[p.op+j].Status != hypercall.OK {
-				failed++
-			}
-		}
 		reason := telemetry.DropBadGref
-		ok := failed == 0
+		ok := e.failed(p.op, p.ops) == 0
 		if !ok {
-			e.count.Add(telemetry.GrantErrors, failed)
 			e.refuse(p)
 		} else if f.csum != ChecksumUnknown || p.gso.Size != 0 {
 			if r := f.arrived(p.gso, e.offload, e.count); r != 0 {
-				ok, reason = false, r // answered OKAY, as Linux does
+				ok, reason = false, r // Linux answers such a frame with OKAY, too
 			}
 		}
 		if !ok {
@@ -285,21 +264,7 @@ func (e *backRX) copy(frames []Frame, n int, into bool) int {
 	return good
 }
 
-// grantCopy runs the batch: each operation has its status, or all have failed.
-func (e *backRX) grantCopy() {
-	if e.nops == 0 {
-		return
-	}
-	e.count.Add(telemetry.GrantBatches, 1)
-	e.count.Add(telemetry.GrantOps, uint64(e.nops))
-	if err := e.dom.Copy(e.ops[:e.nops]); err != nil {
-		for i := range e.ops[:e.nops] {
-			e.ops[i].Status = hypercall.GeneralError
-		}
-	}
-}
-
-// refuse turns the responses of a placed frame into ERROR.
+// refuse changes the responses of a placed frame to ERROR.
 func (e *backRX) refuse(p *placedFrame) {
 	for i := range e.rsp[p.rsp : p.rsp+p.rsps] {
 		if r := &e.rsp[p.rsp+i]; r.Status == netif.Okay {
@@ -308,7 +273,7 @@ func (e *backRX) refuse(p *placedFrame) {
 	}
 }
 
-// show publishes the batch's responses.
+// show publishes the responses of the batch.
 func (e *backRX) show() {
 	e.count.Add(telemetry.Polls, 1)
 	for i := range e.rsp[:e.nrsp] {
@@ -326,8 +291,8 @@ func (e *backRX) show() {
 	}
 }
 
-// parse takes the next frame's requests. What is wrong with one frame is answered
-// and the next one is tried; an error is final.
+// parse takes the requests of the next frame. It answers and skips a frame that is wrong;
+// an error is final for the device.
 func (e *backRX) parse() (bool, error) {
 	for {
 		avail, err := e.ring.Poll()
@@ -338,7 +303,7 @@ func (e *backRX) parse() (bool, error) {
 			return false, nil
 		}
 		if e.nrsp+fatalTxSlots+maxExtras > len(e.rsp) {
-			return false, nil // the batch's responses first
+			return false, nil // rsp is nearly full: show must publish first
 		}
 		if ok, err := e.parseFrom(e.ring.Take(), avail-1); ok || err != nil {
 			return ok, err
@@ -346,8 +311,8 @@ func (e *backRX) parse() (bool, error) {
 	}
 }
 
-// parseFrom takes the frame that first begins, which was taken, and of which at most
-// avail slots are left. It reports false for one that is wrong, which is answered.
+// parseFrom parses the frame that begins with the request first, already taken. At most
+// avail slots follow. It reports false for a frame that is wrong, which it has answered.
 func (e *backRX) parseFrom(first netif.TxRequest, avail uint32) (ok bool, err error) {
 	reason, ok, err := e.parseOne(first, avail)
 	if reason != 0 && err == nil {
@@ -356,9 +321,9 @@ func (e *backRX) parseFrom(first netif.TxRequest, avail uint32) (ok bool, err er
 	return ok, err
 }
 
-// parseOne takes the rest of one frame, at most avail slots. If it is not ok its responses
-// are in the batch; a reason of 0 says that no frame was lost. The verdicts are
-// those of Linux's xenvif_tx_build_gops.
+// parseOne takes the other slots of the frame, at most avail. If ok is false, the frame's
+// responses are in the batch, and a reason of 0 means that no frame was lost. It judges
+// as Linux's xenvif_tx_build_gops does.
 func (e *backRX) parseOne(first netif.TxRequest, avail uint32) (reason telemetry.Reason, ok bool, err error) {
 	p := &e.next
 	p.n, p.all, p.csum, p.gso = 0, 0, ChecksumUnknown, netif.GSO{}
@@ -397,13 +362,14 @@ func (e *backRX) parseOne(first netif.TxRequest, avail uint32) (reason telemetry
 		more = x.More()
 	}
 	if multicast {
-		// A dummy request that carries no frame. The filter is not offered.
+		// Such a request carries no frame. We do not offer the multicast filter, so it
+		// fails.
 		p.fail()
 		e.nrsp += copy(e.rsp[e.nrsp:], p.rsp[:p.all])
 		return 0, false, nil
 	}
 
-	size := uint32(first.Size) // of the first slot: the total less the others
+	size := uint32(first.Size) // becomes the bytes of the first slot, whose Size is the frame's total
 	slots := 1
 	p.n = 1
 	for more := first.Flags&netif.TxMoreData != 0; more; slots++ {
@@ -453,7 +419,7 @@ func (p *txPacket) answer(id uint16, s netif.Status) {
 	p.all++
 }
 
-// fail makes every response that is not an extra's an ERROR.
+// fail makes every response ERROR, except those to extra infos.
 func (p *txPacket) fail() {
 	for i := range p.rsp[:p.all] {
 		if p.rsp[i].Status == netif.Okay {
@@ -486,6 +452,6 @@ func (e *backRX) consumed() uint32 { return e.ring.Consumed() }
 
 func (e *backRX) overdue() bool { return e.ring.Overdue() }
 
-// drain counts nothing: a frame that was parsed and not delivered has no response,
-// so the frontend counts it, and a backend that follows takes it again.
+// drain counts nothing: a frame that was parsed and not delivered has no response, so the
+// frontend counts it, or the next backend takes it again.
 func (e *backRX) drain() { e.have = false }

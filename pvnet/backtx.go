@@ -8,25 +8,21 @@ import (
 	"barevif/telemetry"
 )
 
-// A backTX sends to the frontend: requests on the rx ring give pages of the
-// peer's, into which frames are copied in one batch. Responses go into the slots
-// of the requests they answer.
+// A backTX sends to the frontend. Requests on the rx ring name pages of the peer, into
+// which it copies the frames, many in one batch. Each response goes into the slot of its
+// request.
 type backTX struct {
 	ring    *ring.Back[netif.RxRequest, netif.RxResponse]
 	bufs    *arena.Arena // private buffers for Alloc
-	dom     hypercall.Domain
-	domid   hypercall.DomID
 	port    hypercall.Port
 	scatter bool   // the peer takes frames of several slots
-	peer    offers // what else it takes
-	count   *telemetry.Block
+	peer    offers // the offloads that the peer takes
 
-	ops    [batchOps]hypercall.CopyOp
-	nops   int
+	copyBatch
 	rsp    [256]netif.RxResponse
 	nrsp   int
 	placed [128]placedFrame
-	own    [128]bool // of the frames of sendPlain: it lies in bufs, and was taken
+	own    [128]bool // by frame of sendPlain: its buffer is one of bufs, and was taken
 
 	stopwatch
 	shortage
@@ -75,9 +71,9 @@ func (e *backTX) send(frames []Frame) (n int, err error) {
 	return n, err
 }
 
-// sendPlain sends frames of one slot without offloads, in one pass and a batch of
-// copies: up to the first that is something else, or for which there is no slot, of
-// which the general way says more.
+// sendPlain sends frames of one slot without offloads, in one pass and one batch of
+// copies. It stops at the first frame that is something else, is stale, or has no slot;
+// put then handles that frame or returns its error.
 func (e *backTX) sendPlain(frames []Frame) (n int, err error) {
 	frames = frames[:min(len(frames), len(e.placed))]
 	avail, err := e.ring.Poll()
@@ -88,6 +84,7 @@ func (e *backTX) sendPlain(frames []Frame) (n int, err error) {
 		return 0, e.violation(err)
 	}
 	frames = frames[:min(len(frames), int(avail))]
+	e.nops = 0
 	var r netif.RxRequest
 	for n < len(frames) {
 		f := &frames[n]
@@ -107,10 +104,7 @@ func (e *backTX) sendPlain(frames []Frame) (n int, err error) {
 			e.begin()
 		}
 		e.ring.TakeTo(&r)
-		o := &e.ops[n]
-		o.Src.Local = src
-		o.Dst.Dom, o.Dst.Ref, o.Dst.Offset = e.domid, r.Ref, 0
-		o.Len, o.Status = uint32(f.n), hypercall.GeneralError // until Copy says otherwise
+		e.to(r.Ref, 0, src)
 		e.rsp[n] = netif.RxResponse{ID: r.ID, Status: int16(f.n)}
 		if f.csum == ChecksumVerified {
 			e.rsp[n].Flags = netif.RxDataValidated
@@ -120,13 +114,13 @@ func (e *backTX) sendPlain(frames []Frame) (n int, err error) {
 	if n == 0 {
 		return 0, nil
 	}
-	e.nops, e.nrsp = n, n
+	e.nrsp = n
 	e.grantCopy()
 	t := tally{block: e.count}
 	uncopied := uint64(0)
 	for i := range frames[:n] {
 		o := &e.ops[i]
-		t.plain(int(o.Len), o.Src.Local) // like a frontend, which learns of a failure later
+		t.plain(int(o.Len), o.Src.Local) // counted as sent, like in a frontend, which learns of a failure later
 		if o.Status != hypercall.OK {
 			e.count.Add(telemetry.GrantErrors, 1)
 			e.count.Drop(telemetry.DropBadGref, 1)
@@ -146,18 +140,7 @@ func (e *backTX) sendPlain(frames []Frame) (n int, err error) {
 	return n, nil
 }
 
-// grantCopy runs the batch: each operation has its status, or all have failed.
-func (e *backTX) grantCopy() {
-	e.count.Add(telemetry.GrantBatches, 1)
-	e.count.Add(telemetry.GrantOps, uint64(e.nops))
-	if err := e.dom.Copy(e.ops[:e.nops]); err != nil {
-		for i := range e.ops[:e.nops] {
-			e.ops[i].Status = hypercall.GeneralError
-		}
-	}
-}
-
-// put takes the requests one frame needs and queues its copies.
+// put takes the requests that one frame needs and adds its copies to the batch.
 func (e *backTX) put(f *Frame, p *placedFrame) error {
 	if !f.buf.Valid() {
 		return ErrStale
@@ -192,7 +175,7 @@ func (e *backTX) put(f *Frame, p *placedFrame) error {
 	p.op, p.rsp, p.extra = e.nops, e.nrsp, f.gso.Size != 0
 	f.CopyTo(p.head[:])
 	var r netif.RxRequest
-	room, left := 0, f.total // in the page of r; of the frame
+	room, left := 0, f.total // bytes left in the page of r, and of the frame
 	for src := range f.Pieces() {
 		for len(src) > 0 {
 			if room == 0 {
@@ -214,12 +197,7 @@ func (e *backTX) put(f *Frame, p *placedFrame) error {
 				room = 4096
 			}
 			k := min(len(src), room)
-			o := &e.ops[e.nops]
-			o.Src.Local = src[:k]
-			o.Dst = hypercall.Area{Dom: e.domid, Ref: r.Ref, Offset: uint16(4096 - room)}
-			o.Len = uint32(k)
-			o.Status = hypercall.GeneralError // until Copy says otherwise
-			e.nops++
+			e.to(r.Ref, uint16(4096-room), src[:k])
 			src, room = src[k:], room-k
 		}
 	}
@@ -232,8 +210,8 @@ func (e *backTX) respond(r netif.RxResponse) {
 	e.nrsp++
 }
 
-// complete makes the checksum of f complete, in a copy if others hold f too. It
-// reports false if there is no room for one.
+// complete completes the checksum of f, in a copy if f has other holders. It reports
+// false if there is no buffer for the copy.
 func (e *backTX) complete(f *Frame) bool {
 	if !f.buf.Exclusive() {
 		var g Frame
@@ -247,7 +225,7 @@ func (e *backTX) complete(f *Frame) bool {
 	return f.completeChecksum()
 }
 
-// rxFlags is what a response says of the frame's checksum and extra infos.
+// rxFlags returns the flags of the frame's first response: checksum and extra infos.
 func rxFlags(f *Frame) (flags netif.RxFlags) {
 	switch f.csum {
 	case ChecksumPartial:
@@ -261,7 +239,7 @@ func rxFlags(f *Frame) (flags netif.RxFlags) {
 	return flags
 }
 
-// copy runs the batch, puts its responses, and lets the frames go.
+// copy runs the batch, puts its responses, and releases the frames.
 func (e *backTX) copy(frames []Frame) {
 	if e.nops == 0 {
 		return
@@ -271,14 +249,7 @@ func (e *backTX) copy(frames []Frame) {
 	uncopied := uint64(0)
 	for i := range frames {
 		f, p := &frames[i], &e.placed[i]
-		failed := uint64(0)
-		for j := range e.ops[p.op : p.op+p.ops] {
-			if e.ops[p.op+j].Status != hypercall.OK {
-				failed++
-			}
-		}
-		if failed > 0 {
-			e.count.Add(telemetry.GrantErrors, failed)
+		if e.failed(p.op, p.ops) > 0 {
 			e.count.Drop(telemetry.DropBadGref, 1)
 			uncopied += uint64(f.total)
 			for j := range e.rsp[p.rsp : p.rsp+p.rsps] {
@@ -287,7 +258,7 @@ func (e *backTX) copy(frames []Frame) {
 				}
 			}
 		}
-		t.sent(f, p.rsps, p.head[:]) // like a frontend, which learns of a failure later
+		t.sent(f, p.rsps, p.head[:]) // counted as sent, like in a frontend, which learns of a failure later
 		if f.buf.Of(e.bufs) {
 			e.bufs.Release(f.buf)
 		} else {
@@ -315,7 +286,7 @@ func (e *backTX) wants(f *Frame) need {
 	return n
 }
 
-// pages is how many of the peer's pages the frame fills.
+// pages returns how many pages of the peer the frame fills.
 func (f *Frame) pages() int { return int(f.total+4095) / 4096 }
 
 func (e *backTX) offers() offers { return e.peer }
@@ -348,7 +319,7 @@ func (e *backTX) stuck(n need) error {
 }
 
 func (e *backTX) arm(n need) (bool, error) {
-	if n.slots == 0 { // buffers, of which there are enough: see stuck
+	if n.slots == 0 { // the call waits only for buffers, and stuck found enough
 		return true, nil
 	}
 	more, err := e.ring.Arm(uint32(n.slots))
@@ -360,7 +331,7 @@ func (e *backTX) arm(n need) (bool, error) {
 
 func (e *backTX) rested() error { return nil }
 
-func (e *backTX) settle() error { return nil } // each send leaves nothing unanswered
+func (e *backTX) settle() error { return nil } // send puts all responses itself
 
 func (e *backTX) answered() bool { return e.ring.Overdue() }
 

@@ -9,15 +9,14 @@ import (
 	"barevif/hypercall/emu"
 )
 
-// BenchmarkDevice moves frames from one owner to the other: alone in one
-// goroutine, where the cost of the code shows, and between two, where the cost
-// of cache lines and wake-ups is in it.
+// BenchmarkDevice moves frames from one owner to the other: in one goroutine, which shows
+// the cost of the code, and between two, which adds the cost of cache lines and wake-ups.
 func BenchmarkDevice(b *testing.B) {
 	for _, dir := range []string{"front-to-back", "back-to-front"} {
 		for _, size := range []int{64, 1500, 65535} {
 			for _, batch := range []int{1, 32} {
 				if size > 4096 && batch > 8 {
-					batch = 8 // 8 times 17 slots
+					batch = 8 // 8 frames of 17 slots
 				}
 				b.Run(fmt.Sprintf("%s/size=%d/batch=%d/one", dir, size, batch), func(b *testing.B) {
 					tx, rx := benchPair(b, dir)
@@ -42,7 +41,7 @@ func BenchmarkDevice(b *testing.B) {
 				b.Run(fmt.Sprintf("%s/size=%d/batch=%d/two", dir, size, batch), func(b *testing.B) {
 					tx, rx := benchPair(b, dir)
 					b.ReportAllocs()
-					var total atomic.Int64 // frames to come; -1 while the sender goes on
+					var total atomic.Int64 // how many frames the receiver gets; -1 while the sender still runs
 					total.Store(-1)
 					done := make(chan struct{})
 					go func() {

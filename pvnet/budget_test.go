@@ -22,7 +22,7 @@ import (
 	"barevif/xenbus/xenstore/wire"
 )
 
-// fillQuota has a guest use up its quota of nodes.
+// fillQuota makes a guest use up its quota of nodes.
 func fillQuota(t testing.TB, dom *emu.Domain) {
 	t.Helper()
 	c, err := xenstore.Dial(ctx(t), dom.Store, xenstore.Config{})
@@ -31,10 +31,10 @@ func fillQuota(t testing.TB, dom *emu.Domain) {
 	}
 	defer c.Close()
 	full := 0
-	for i := 0; full < 2; i++ { // the first may have been for a directory and a node
+	for i := 0; full < 2; i++ { // the first refusal may be for two nodes, a directory and a node in it
 		if err := c.Write(ctx(t), fmt.Sprintf("data/%d/%d-%d", i/100, i%100, full), "x"); errors.Is(err, xenstore.ErrQuota) {
 			full++
-			i -= i%100 + 100 // in the last that was made
+			i -= i%100 + 100 // continue in the last directory that exists
 		} else if err != nil {
 			t.Fatal(err)
 		}
@@ -57,7 +57,7 @@ type refusingConn struct {
 	io.ReadWriteCloser
 	d    refusingDomain
 	mu   sync.Mutex
-	ids  map[uint32]bool // guarded by mu: requests to be refused
+	ids  map[uint32]bool // guarded by mu: ids of requests to refuse
 	rest []byte
 }
 
@@ -90,8 +90,8 @@ func (c *refusingConn) Read(b []byte) (int, error) {
 	return n, nil
 }
 
-// A start that the quota does not allow names the request that found it used up, be it
-// one that makes a node, one that only changes the state, or a watch.
+// If a quota stops Connect, the error names the request that met it: one that makes a
+// node, one that only changes the state, or a watch.
 func TestConnectNamesTheRequestThatFoundTheQuotaUsedUp(t *testing.T) {
 	for name, c := range map[string]struct {
 		dom  func(testing.TB, *emu.Domain) hypercall.Domain
@@ -136,7 +136,7 @@ func TestConnectNamesTheRequestThatFoundTheQuotaUsedUp(t *testing.T) {
 	}
 }
 
-// A muteDomain has a xenstore whose answers are lost after the first left.
+// A muteDomain has a xenstore that answers left requests; later answers are lost.
 type muteDomain struct {
 	*emu.Domain
 	left *atomic.Int64
@@ -174,10 +174,10 @@ func (c *muteConn) Read(b []byte) (int, error) {
 	return n, nil
 }
 
-// However many waits there are in a row, all together take what one may.
+// Several waits in a row together may take no longer than one.
 const (
-	connectGrace = time.Second     // beyond the context
-	endPatience  = 6 * time.Second // of a device that ends
+	connectGrace = time.Second     // after the context has ended
+	endPatience  = 6 * time.Second // for the end of a device
 )
 
 func TestConnectEndsInTimeWhereverXenstoreFallsSilent(t *testing.T) {
@@ -186,7 +186,7 @@ func TestConnectEndsInTimeWhereverXenstoreFallsSilent(t *testing.T) {
 		for after := int64(0); !connected; after++ {
 			func() {
 				l := newLab(t)
-				l.Dirty = true // xenstore's connection ends later
+				l.Dirty = true // the connection to xenstore ends later
 				fdom, bdom := l.domain(1), l.domain(2)
 				l.add(toolstack.Vif{Front: 1, Back: 2})
 				_, stop := l.serve(bdom, pvnet.ServeConfig{Hotplug: true})
@@ -204,7 +204,8 @@ func TestConnectEndsInTimeWhereverXenstoreFallsSilent(t *testing.T) {
 				} else if !errors.Is(err, context.DeadlineExceeded) {
 					t.Errorf("silent after %d messages: %v", after, err)
 				}
-				// The rest goes on behind it, and a second Connect waits for that.
+				// The device closes in the background, and a second Connect waits for
+				// that.
 				c, cancel = context.WithTimeout(context.Background(), time.Minute)
 				defer cancel()
 				if d, err = pvnet.Connect(c, fdom, "0", pvnet.Config{}); err != nil {
@@ -217,7 +218,7 @@ func TestConnectEndsInTimeWhereverXenstoreFallsSilent(t *testing.T) {
 	})
 }
 
-// The end of a device has one time for all it does, too.
+// The end of a device has one limit for all of its steps, too.
 func TestDisconnectEndsInTimeWithASilentXenstore(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		for after := range int64(24) {

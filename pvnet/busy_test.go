@@ -12,7 +12,7 @@ import (
 	"barevif/xenbus/toolstack"
 )
 
-// A busyDomain has a xenstore that takes its time for each request.
+// A busyDomain has a xenstore that is slow to answer each request.
 type busyDomain struct {
 	*emu.Domain
 	each time.Duration
@@ -33,9 +33,9 @@ func (c busyConn) Write(b []byte) (int, error) {
 	return c.ReadWriteCloser.Write(b)
 }
 
-// On a machine that is busy with other things each answer of xenstore may take long.
-// Both ends connect nevertheless, within the time Connect was given, and neither has
-// the other close, from which Linux's netfront does not come back.
+// On a busy machine each answer of xenstore may take long. Both ends still connect within
+// the context of Connect, and neither makes the other close: Linux's netfront does not
+// come back from that.
 func TestASlowXenstoreOnlyTakesTime(t *testing.T) {
 	for _, each := range []time.Duration{200 * time.Millisecond, 500 * time.Millisecond} {
 		t.Run(each.String(), func(t *testing.T) {
@@ -75,7 +75,7 @@ func TestASlowXenstoreOnlyTakesTime(t *testing.T) {
 	}
 }
 
-// One who has no time is not kept by a xenstore that has.
+// A slow xenstore does not keep Connect beyond its context.
 func TestConnectEndsInTimeWithASlowXenstore(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := newLab(t)
@@ -91,6 +91,6 @@ func TestConnectEndsInTimeWithASlowXenstore(t *testing.T) {
 		if d := time.Since(began); d > 10*time.Second+connectGrace {
 			t.Errorf("ended after %v", d)
 		}
-		time.Sleep(endPatience) // it still has to close, request by request
+		time.Sleep(endPatience) // the device still closes, with several slow requests
 	})
 }

@@ -7,9 +7,9 @@ import (
 	"time"
 )
 
-// A clock is the slow tick of all devices of a domain, so that a process that has
-// nothing to do wakes up once a second, however many devices it has. It does the
-// beat of a device that runs on its own goroutine and leaves the device's asleep.
+// A clock is the slow tick of all devices of a domain: an idle process wakes up once a
+// second, however many devices it has. It does the beat of a device on its own goroutine
+// and lets the device's goroutine sleep.
 type clock struct {
 	stop chan struct{}
 
@@ -17,11 +17,11 @@ type clock struct {
 	lives map[*life]struct{} // guarded by mu
 }
 
-// tick enrols l until the function it gives is called.
+// tick adds l to the clock of its domain. The function it returns removes l.
 func (l *life) tick() (untick func()) {
 	var dom any = l.d.domain
 	if !reflect.ValueOf(dom).Comparable() {
-		dom = l // then this device has one to itself
+		dom = l // this device gets a clock of its own
 	}
 	global.mu.Lock()
 	defer global.mu.Unlock()
@@ -47,7 +47,7 @@ func (l *life) tick() (untick func()) {
 }
 
 func (c *clock) run() {
-	debug.SetPanicOnFault(true) // a beat looks at rings
+	debug.SetPanicOnFault(true) // a beat reads shared rings
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
 	var all []*life
@@ -70,9 +70,9 @@ func (c *clock) run() {
 	}
 }
 
-// ticked does the beat of a device whose goroutine sleeps, and wakes that one only
-// if it has to look itself: because it is not running, or has to come back to
-// halves that seem to have missed an event.
+// ticked does the beat of a device whose goroutine sleeps. It wakes that goroutine only
+// if the goroutine has to look itself: because the link is down, or to check suspects
+// again.
 func (l *life) ticked() {
 	if !l.mu.TryLock() {
 		l.owed.Store(true)

@@ -30,8 +30,8 @@ func (p *pulse) Update(telemetry.Status, telemetry.Reset) { p.beats.Add(1) }
 func (p *pulse) Record(telemetry.Event)                   {}
 func (p *pulse) Close() error                             { return nil }
 
-// Devices whose owners wait have heartbeats, and counters that are put right, while
-// neither their goroutines nor the owners wake up, and one goroutine sees to all.
+// While their owners wait, devices have heartbeats and get damaged counters repaired. One
+// goroutine does that for all; neither the devices' goroutines nor the owners wake up.
 func TestAnIdleDeviceSleepsThroughTheTick(t *testing.T) {
 	mirror := newPulse()
 	virtually(t, plain, Config{Counters: mirror}, func(t *testing.T, p *pair) {
@@ -48,14 +48,14 @@ func TestAnIdleDeviceSleepsThroughTheTick(t *testing.T) {
 		before := runtime.NumGoroutine()
 		l := &life{d: p.back, conn: p.conns[1], running: true}
 		unticks := []func(){l.tick()}
-		for range 99 { // devices of the same domain, of which none wants anything
+		for range 99 { // idle devices of the same domain
 			other := &life{d: newDevice("1", telemetry.Backend, p.bdom, Config{}), running: true, conn: new(conn)}
 			unticks = append(unticks, other.tick())
 		}
 		if n := runtime.NumGoroutine() - before; n != 1 {
 			t.Errorf("%d goroutines tick for 100 devices", n)
 		}
-		time.Sleep(2500 * time.Millisecond) // one wake-up is timed
+		time.Sleep(2500 * time.Millisecond) // the tick ends one wait, to time the wake-up
 		parks, beats := rx.parked.Load(), mirror.beats.Load()
 		word := int(telemetry.Parks)
 		at := &mirror.words[telemetry.RX][word]
@@ -88,7 +88,7 @@ func TestAnIdleDeviceSleepsThroughTheTick(t *testing.T) {
 	})
 }
 
-// A device that is not running, or whose goroutine is at work, does its beat itself.
+// A device whose link is down, or whose goroutine is at work, does its beat itself.
 func TestTheTickWakesADeviceThatIsNotIdle(t *testing.T) {
 	virtually(t, plain, Config{}, func(t *testing.T, p *pair) {
 		l := &life{d: p.back}

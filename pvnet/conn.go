@@ -15,20 +15,20 @@ import (
 	"barevif/xenbus/xenstore"
 )
 
-// A conn is what one connection holds: rings, pages, ports. The Device outlives
+// A conn holds what belongs to one connection: rings, pages, ports. The Device outlives
 // it.
 type conn struct {
 	queues []connQueue
 	undo   undo
 	feat   features
-	made   xenstore.Values // backend: the frontend's keys it was made from
+	made   xenstore.Values // backend: the frontend's keys that it was made from
 	shared int             // pages granted to the peer
 	own    int             // private pages
-	arenas []*arena.Arena  // of those; the rest are rings
+	arenas []*arena.Arena  // the arenas of the private pages; the other private pages are rings
 }
 
-// joined reports whether the peer has its end of every event channel, as far as
-// that can be known.
+// joined reports whether the peer has its end of every event channel, as far as that can
+// be known.
 func (c *conn) joined() bool {
 	for _, q := range c.queues {
 		if q.txPark.deserted() || q.rxPark.deserted() {
@@ -42,13 +42,14 @@ func (c *conn) joined() bool {
 type connQueue struct {
 	tx             sender
 	rx             receiver
-	txPark, rxPark *parker // one for both if they share a channel
+	txPark, rxPark *parker // the same one if both halves share an event channel
 	keys           queueKeys
 }
 
-// offered is what the other end's values say it takes. What is garbage is not
-// offered, and long frames, whose checksum is partial, are only where chains and
-// such checksums are: so Linux's netdev_fix_features has it.
+// offered returns the offloads that the other end offers in its xenstore values. An
+// unreadable value counts as no offer. GSO frames have several slots and a partial
+// checksum, so GSO counts as offered only if the other end takes both, as in Linux's
+// netdev_fix_features.
 func offered(v xenstore.Values, scatter bool) (o offers) {
 	says := func(key string) bool {
 		on, err := v.Bool(key, false)
@@ -69,7 +70,7 @@ func offered(v xenstore.Values, scatter bool) (o offers) {
 	return o
 }
 
-// offloadValues is how this end says what it takes.
+// offloadValues returns the xenstore values with which this end offers its offloads.
 func offloadValues(takes bool) xenstore.Values {
 	if !takes {
 		return xenstore.Values{netif.KeyFeatureNoCsumOffload: "1"}
@@ -82,23 +83,23 @@ func offloadValues(takes bool) xenstore.Values {
 	}
 }
 
-// queueKeys is what the frontend publishes of a queue.
+// queueKeys are the grefs and ports that the frontend publishes for one queue.
 type queueKeys struct {
 	txRing, rxRing hypercall.GrantRef
-	txPort, rxPort hypercall.PortID // equal: one channel for both
+	txPort, rxPort hypercall.PortID // equal: both directions share an event channel
 }
 
-// features is what both ends agreed on for a connection.
+// features are what both ends agreed on for a connection.
 type features struct {
 	queues  int
 	split   bool // an event channel for each direction
 	frontSG bool // the frontend takes frames of several slots
-	backSG  bool // the backend does
+	backSG  bool // the backend takes frames of several slots
 	takes   bool // this end takes frames with offloads: Config.Offload
 	peer    offers
 }
 
-// agreed is what counters show of the features.
+// agreed returns the features as the counters show them.
 func (c *conn) agreed(lend, trusted bool) telemetry.Feature {
 	f := telemetry.FeatureRxCopy
 	for _, has := range []struct {
@@ -121,8 +122,8 @@ func (c *conn) agreed(lend, trusted bool) telemetry.Feature {
 	return f
 }
 
-// An undo is a list of steps that give back what was taken. It runs backwards,
-// once, from whatever point was reached.
+// An undo is a list of steps, each of which gives back one resource. It runs backwards,
+// once, from whatever point the set-up reached.
 type undo []func()
 
 func (u *undo) add(f func()) { *u = append(*u, f) }
@@ -134,26 +135,26 @@ func (u *undo) run() {
 	*u = nil
 }
 
-// Pages a frontend's queue shares in each direction: one for every slot, or, where
-// the system grants no more, fewer, and as few in every queue.
+// How many pages a frontend's queue shares in each direction: one for every slot, or
+// fewer where the system limits the grants. All queues get the same number.
 const (
 	pagesPerHalf    = 256
 	pagesPerHalfMin = 32
 )
 
-// privatePages is how many private pages a queue has to receive into by default:
-// a ring's worth in the user's hands and another on the way.
+// privatePages is how many private pages a queue receives into by default: one ring's
+// worth in the user's hands and another in flight.
 const privatePages = 512
 
-// A pageMaker is the part of a connection's set-up both ends need.
+// A pageMaker does the part of a connection's set-up that both ends need.
 type pageMaker struct {
 	dom  hypercall.Domain
 	peer hypercall.DomID
 	log  *slog.Logger
-	lost *atomic.Uint64 // pages that did not come back
+	lost *atomic.Uint64 // pages that the peer did not give back
 	c    *conn
 
-	lockedThreads bool // of who waits
+	lockedThreads bool // Config.LockedThreads: waiters block a thread
 }
 
 func (m *pageMaker) private(pages int) (*arena.Arena, error) {
@@ -168,14 +169,14 @@ func (m *pageMaker) private(pages int) (*arena.Arena, error) {
 	return a, nil
 }
 
-// share grants pages that are divided into buffers.
+// share grants pages to the peer and makes an arena of them.
 func (m *pageMaker) share(pages int, access hypercall.Access) (*arena.Arena, []hypercall.GrantRef, error) {
 	s, err := m.dom.Share(m.peer, pages, access)
 	if err != nil {
 		return nil, nil, err
 	}
 	a := arena.New(s.Memory, 4096)
-	if access == hypercall.ReadOnly { // the peer reads what was sent in them, and nothing before
+	if access == hypercall.ReadOnly { // the peer reads no page before a frame was sent in it, so memory can come late
 		a = arena.NewReserved(s.Memory, 4096, func(first, n int) {
 			for i := range n {
 				s.Page(first + i)[0] = 0
@@ -187,7 +188,8 @@ func (m *pageMaker) share(pages int, access hypercall.Access) (*arena.Arena, []h
 	return a, s.Refs, nil
 }
 
-// end ends a share. What the peer keeps mapped is never used again.
+// end ends a share. Pages that the peer keeps mapped are quarantined: they are never used
+// again.
 func (m *pageMaker) end(s *hypercall.Share) {
 	pages := s.Pages()
 	if err := s.End(); err != nil {
@@ -203,7 +205,7 @@ func (m *pageMaker) waiter() (hypercall.Waiter, error) {
 	return m.dom.Waiter()
 }
 
-// port opens an event channel on a waiter of its own, at which p waits.
+// port opens an event channel on a waiter of its own and makes the parker p for it.
 func (m *pageMaker) port(p **parker, open func(hypercall.Waiter) (hypercall.Port, error)) (hypercall.Port, error) {
 	w, err := m.waiter()
 	if err != nil {
@@ -216,13 +218,14 @@ func (m *pageMaker) port(p **parker, open func(hypercall.Waiter) (hypercall.Port
 	return port, err
 }
 
-// A plan is how the pages a frontend shares are divided: each queue gets as many.
+// A plan divides the pages that a frontend shares: each queue gets the same number.
 type plan struct {
 	queues int
 	pages  int // for frames, in each direction
 }
 
-// perQueue is what a queue takes of the system's limit: pages for frames, and rings.
+// perQueue is how many pages of the system's limit a queue takes: pages for frames, and
+// rings.
 func (p plan) perQueue() int { return 2*p.pages + 2 }
 func (p plan) total() int    { return p.queues * p.perQueue() }
 
@@ -233,7 +236,7 @@ func (p plan) String() string {
 	return fmt.Sprintf("%d queues of %d pages", p.queues, p.perQueue())
 }
 
-// next is what to try where p does not fit: smaller queues, then fewer.
+// next returns the plan to try when p does not fit: smaller queues first, then fewer.
 func (p plan) next() (next plan, more bool) {
 	if p.pages/2 >= pagesPerHalfMin {
 		return plan{p.queues, p.pages / 2}, true
@@ -241,17 +244,17 @@ func (p plan) next() (next plan, more bool) {
 	return plan{p.queues - 1, pagesPerHalf}, p.queues > 1
 }
 
-// leastPlan is the smallest there is.
+// leastPlan is the smallest plan.
 var leastPlan = plan{1, pagesPerHalfMin}
 
 // frontQueues makes the frontend's side of up to f.queues queues, all of one size. It
-// leaves room for the least plan of so many other vifs, unless it finds no more than
-// that itself. What it takes of a limit that is too low for all, it gives back before
-// it asks for less: so queues do not depend on which of them came first.
+// leaves room for the least plan of each of the other vifs, unless it can get only the
+// least plan itself. When a plan does not fit, it gives back all that the plan took
+// before it tries a smaller one: so every queue gets the same, whichever was made first.
 func (m *pageMaker) frontQueues(f features, cfg *Config, others int, blocks func(i int) (rx, tx *telemetry.Block)) ([]connQueue, error) {
 	asked := plan{f.queues, pagesPerHalf}
 	var first, last error
-	full := math.MaxInt // the smallest total there was no room for
+	full := math.MaxInt // the smallest total that did not fit
 	for p, more := asked, true; more; p, more = p.next() {
 		if p.total() >= full {
 			continue
@@ -269,7 +272,7 @@ func (m *pageMaker) frontQueues(f features, cfg *Config, others int, blocks func
 		last = err
 		if errors.Is(err, hypercall.ErrNoGrants) {
 			full = p.total()
-		} else { // smaller queues would not help
+		} else { // pages were not the problem: try fewer queues
 			p = plan{min(p.queues, max(made, 1)+1), pagesPerHalfMin}
 		}
 	}
@@ -284,8 +287,8 @@ func (m *pageMaker) frontQueues(f features, cfg *Config, others int, blocks func
 	return nil, fmt.Errorf("%v asked for, and not even %v is to be had: %w", asked, leastPlan, last)
 }
 
-// tryPlan makes all queues of p, if spare pages could be shared beyond them, or none:
-// then it says how many it had made.
+// tryPlan makes all queues of p, provided that spare more pages could be shared after
+// them. Otherwise it makes none and returns how many queues it had made before it failed.
 func (m *pageMaker) tryPlan(p plan, f features, cfg *Config, spare int, blocks func(i int) (rx, tx *telemetry.Block)) (queues []connQueue, made int, err error) {
 	mark, shared, own, arenas := len(m.c.undo), m.c.shared, m.c.own, len(m.c.arenas)
 	for i := range p.queues {
@@ -300,7 +303,7 @@ func (m *pageMaker) tryPlan(p plan, f features, cfg *Config, spare int, blocks f
 		} else {
 			err = fmt.Errorf("queue %d: %w", i, err)
 		}
-		for _, q := range queues { // their pages are posted
+		for _, q := range queues { // else the arenas wait for the posted pages
 			q.tx.drain()
 			q.rx.drain()
 		}
@@ -312,7 +315,7 @@ func (m *pageMaker) tryPlan(p plan, f features, cfg *Config, spare int, blocks f
 	return queues, p.queues, nil
 }
 
-// sparable reports whether so many more pages could be shared.
+// sparable reports whether that many more pages could be shared now.
 func (m *pageMaker) sparable(pages int) bool {
 	if pages == 0 {
 		return true
@@ -385,7 +388,8 @@ func (m *pageMaker) frontQueue(pages int, f features, cfg *Config, rx, tx *telem
 	return q, nil
 }
 
-// backQueue makes the backend's side of a queue whose frontend published k.
+// backQueue makes the backend's side of a queue from the keys k that its frontend
+// published.
 func (m *pageMaker) backQueue(f features, k queueKeys, cfg *Config, rx, tx *telemetry.Block) (q connQueue, err error) {
 	if k.txRing == k.rxRing {
 		return q, fmt.Errorf("both rings are grant %d", k.txRing)
@@ -440,8 +444,10 @@ func (m *pageMaker) backQueue(f features, k queueKeys, cfg *Config, rx, tx *tele
 		}
 	}
 	q.keys = k
-	q.rx = &backRX{ring: txRing, pool: pool, dom: m.dom, peer: m.peer, port: txPort, count: rx, offload: f.takes}
-	q.tx = &backTX{ring: rxRing, bufs: bufs, dom: m.dom, domid: m.peer, port: rxPort, scatter: f.frontSG, peer: f.peer, count: tx}
+	q.rx = &backRX{ring: txRing, pool: pool, port: txPort, offload: f.takes,
+		copyBatch: copyBatch{dom: m.dom, domid: m.peer, count: rx}}
+	q.tx = &backTX{ring: rxRing, bufs: bufs, port: rxPort, scatter: f.frontSG, peer: f.peer,
+		copyBatch: copyBatch{dom: m.dom, domid: m.peer, count: tx}}
 	rx.Set(telemetry.RingSize, uint64(txRing.Size()))
 	tx.Set(telemetry.RingSize, uint64(rxRing.Size()))
 	return q, nil

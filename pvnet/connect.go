@@ -19,12 +19,12 @@ import (
 	"barevif/xenbus/xenstore"
 )
 
-// global is the only state the package has: every frontend of the process, so that a
+// global is the only state of the package: every frontend of the process, so that a
 // second Connect finds the first, and the slow tick that the devices of a domain share.
 var global = struct {
 	mu      sync.Mutex
 	devices map[deviceKey]*entry // guarded by mu
-	clocks  map[any]*clock       // guarded by mu; by hypercall.Domain, those that have devices
+	clocks  map[any]*clock       // guarded by mu; by hypercall.Domain, for domains with devices
 }{devices: make(map[deviceKey]*entry), clocks: make(map[any]*clock)}
 
 type deviceKey struct {
@@ -32,16 +32,16 @@ type deviceKey struct {
 	id     string
 }
 
-// An entry is a device from the first call of Connect on, until nothing of it is left.
+// An entry is a device from the first call of Connect until all of it is freed.
 type entry struct {
 	cfg   Config
 	ready chan struct{} // closed when dev or err is set
-	gone  chan struct{} // closed when the entry is no longer among the devices
+	gone  chan struct{} // closed when the entry has been removed from devices
 	dev   *Device
 	err   error
 }
 
-// failed reports whether the attempt is over, and was in vain.
+// failed reports whether the attempt is over and has failed.
 func (e *entry) failed() bool {
 	select {
 	case <-e.ready:
@@ -51,18 +51,18 @@ func (e *entry) failed() bool {
 	}
 }
 
-// Connect gives the frontend of this domain's vif id ("0"), connected. It waits
-// for the toolstack to finish the vif and for the backend to answer, until ctx
-// ends: the error then says which states were seen, or what xenstore refused last.
+// Connect returns the frontend of this domain's vif id ("0") once it is connected. It
+// waits for the toolstack to finish the vif and for the backend to answer, until ctx
+// ends. The error then names the states that it saw, or what xenstore refused last.
 //
-// A second Connect of one domain and id gives the same device, which one
-// Disconnect ends for all. It must agree in its Config.
+// A second Connect with the same domain and id returns the same device, and needs the
+// same Config. One Disconnect ends the device for every caller.
 //
-// For an id that is no vif the error names those there are
-// ([xenbus.NoDeviceError]). A device that does not connect is closed before Connect
-// returns. Once ctx has ended that is given a second more; what then is left, with a
-// xenstore or a peer that does not answer, goes on behind it, and a Connect that
-// comes meanwhile waits for it.
+// If id is no vif of the domain, the error lists its vifs ([xenbus.NoDeviceError]). A
+// device that does not connect is closed before Connect returns. After ctx has ended,
+// Connect waits at most one more second for that. If xenstore or the peer does not
+// answer, the closing continues in the background, and a Connect that comes meanwhile
+// waits for it.
 func Connect(ctx context.Context, domain hypercall.Domain, id string, cfg Config) (*Device, error) {
 	if err := cfg.check(domain); err != nil {
 		return nil, fmt.Errorf("pvnet: connect vif %s: %w", id, err)
@@ -86,7 +86,7 @@ func Connect(ctx context.Context, domain hypercall.Domain, id string, cfg Config
 			close(e.ready)
 			return e.dev, e.err
 		}
-		failed := e.failed() // before we came
+		failed := e.failed() // before this call began
 		if !failed && !e.cfg.equal(cfg) {
 			return nil, fmt.Errorf("pvnet: vif %s is connected with another Config", id)
 		}
@@ -97,7 +97,8 @@ func Connect(ctx context.Context, domain hypercall.Domain, id string, cfg Config
 		}
 		switch {
 		case failed || errors.Is(e.err, context.Canceled) || errors.Is(e.err, context.DeadlineExceeded):
-			// The other caller's patience is not ours.
+			// The other caller's context ended, or its attempt failed before this one
+			// began: try again.
 		case e.err != nil:
 			return nil, e.err
 		case !e.dev.leaving.Load() && e.dev.word.Load() != linkGone:
@@ -111,7 +112,7 @@ func Connect(ctx context.Context, domain hypercall.Domain, id string, cfg Config
 	}
 }
 
-// connect makes the device. forget runs once nothing of it is left.
+// connect makes the device and connects it. forget runs once all of it is freed.
 func connect(ctx context.Context, domain hypercall.Domain, id string, cfg Config, forget func()) (d *Device, err error) {
 	begun := false
 	defer func() {
@@ -168,7 +169,7 @@ func connect(ctx context.Context, domain hypercall.Domain, id string, cfg Config
 // that did not connect to be closed.
 const connectGrace = time.Second
 
-// late is why a device is not connected by the time its Connect gives up.
+// late returns the error of a Connect that gives up: why the device is not connected yet.
 func (d *Device) late(xd *xenbus.Device, cause error) error {
 	trouble := xd.Trouble()
 	if step := d.trouble.Load(); step != nil {
@@ -181,7 +182,7 @@ func (d *Device) late(xd *xenbus.Device, cause error) error {
 	return &xenbus.WaitError{Dir: xd.Dir(), Own: ch.Own, Seen: xd.Seen(), Err: cause}
 }
 
-// start begins the device's life. after runs at its very end.
+// start starts the life goroutine. after runs at the very end of the device.
 func (d *Device) start(xd *xenbus.Device, kind xenbus.Role, r role, first chan error, after func()) {
 	ctx, stop := context.WithCancelCause(context.Background())
 	d.stop = stop
@@ -199,8 +200,8 @@ func (d *Device) start(xd *xenbus.Device, kind xenbus.Role, r role, first chan e
 	go l.run(ctx)
 }
 
-// mirror shows the counters under the name of the vif, which is another one once its
-// peer is in another domain.
+// mirror shows the counters under the name of the vif, which changes if the peer is in
+// another domain now.
 func (d *Device) mirror(peer hypercall.DomID) {
 	info := telemetry.Info{
 		Role: d.role, Own: uint16(d.domain.ID()), Peer: uint16(peer), Queues: d.cfg.queues(),
@@ -221,11 +222,11 @@ func (d *Device) mirror(peer hypercall.DomID) {
 // A front is the frontend's part of a life.
 type front struct {
 	d    *Device
-	made MAC // the address of a vif that has none, once it was needed
+	made MAC // the address made for a vif that has none; zero until it is needed
 }
 
-// identify reads who the card is: what the toolstack wrote before us. A vif that was
-// unplugged and plugged again may be another card.
+// identify reads MAC, MTU and "trusted", which the toolstack wrote before us. A vif that
+// was unplugged and plugged again may be another card.
 func (f *front) identify(ctx context.Context, xd *xenbus.Device) error {
 	own, err := xd.OwnValues(ctx, netif.KeyMAC, netif.KeyMTU, netif.KeyTrusted)
 	if err != nil {
@@ -233,11 +234,12 @@ func (f *front) identify(ctx context.Context, xd *xenbus.Device) error {
 	}
 	mac, err := f.address(own, xd.Dir())
 	if err != nil {
-		// As FreeBSD's netfront: some toolstacks leave it to the backend.
+		// As in FreeBSD's netfront: some toolstacks write the address only to the
+		// backend's directory.
 		dir, _ := xd.Peer()
 		peer, e := xd.PeerValues(ctx, netif.KeyMAC)
 		switch {
-		case errors.Is(e, xenstore.ErrAccess): // it may not be ours to read
+		case errors.Is(e, xenstore.ErrAccess): // the frontend may have no permission to read it
 		case e != nil:
 			return e
 		default:
@@ -257,8 +259,9 @@ func (f *front) identify(ctx context.Context, xd *xenbus.Device) error {
 	return nil
 }
 
-// address is the card's, as one of the two directories has it. What Linux's
-// is_valid_ether_addr refuses no card can have, and no network would deliver to.
+// address returns the MAC in the values v of directory dir. It refuses what Linux's
+// is_valid_ether_addr refuses: no card can have such an address, and no network would
+// deliver to it.
 func (f *front) address(v xenstore.Values, dir string) (MAC, error) {
 	mac, err := v.MAC(netif.KeyMAC)
 	if err == nil && !MAC(mac).station() {
@@ -270,17 +273,18 @@ func (f *front) address(v xenstore.Values, dir string) (MAC, error) {
 	return mac, err
 }
 
-// mtuOf is the MTU of a vif, by its directory.
+// mtuOf returns the MTU in the values of the vif's directory; 1500 if there is no usable
+// one.
 func (d *Device) mtuOf(own xenstore.Values) int {
 	mtu, err := own.Uint(netif.KeyMTU, MaxFrame, 1500)
-	if err != nil || mtu < 68 { // RFC 791: what every link must carry
+	if err != nil || mtu < 68 { // RFC 791: every link must carry 68 bytes
 		d.log.Warn("no usable MTU in xenstore", "vif", d.id, "value", own[netif.KeyMTU], "err", err)
 		return 1500
 	}
 	return int(mtu)
 }
 
-// because adds what the backend says of why it does not connect.
+// because adds to a WaitError why the backend does not connect, as far as xenstore tells.
 func (f *front) because(ctx context.Context, err error, xd *xenbus.Device) error {
 	if _, waited := errors.AsType[*xenbus.WaitError](err); !waited {
 		return err
@@ -299,10 +303,10 @@ func (f *front) because(ctx context.Context, err error, xd *xenbus.Device) error
 func (f *front) prepare(context.Context, *xenbus.Device) error  { return nil }
 func (f *front) finished(context.Context, *xenbus.Device, bool) { f.d.finish() }
 
-// same: the rings are the frontend's own, and no backend replaces them.
+// same reports true: the rings are the frontend's own, and no backend replaces them.
 func (f *front) same(context.Context, *xenbus.Device, *conn) (bool, error) { return true, nil }
 
-// attach makes rings and pages for what the backend offers, and publishes them.
+// attach makes rings and pages to match the backend's offer, and publishes them.
 func (f *front) attach(ctx context.Context, xd *xenbus.Device, c *conn) error {
 	d := f.d
 	if err := f.identify(ctx, xd); err != nil {
@@ -318,7 +322,7 @@ func (f *front) attach(ctx context.Context, xd *xenbus.Device, c *conn) error {
 		return errors.Join(errors.New("the backend does not offer feature-rx-copy, the only way to receive"), err)
 	}
 	var feat features
-	feat.backSG, _ = back.Bool(netif.KeyFeatureSG, false) // what is garbage is not offered
+	feat.backSG, _ = back.Bool(netif.KeyFeatureSG, false) // an unreadable value counts as no offer
 	feat.split, _ = back.Bool(netif.KeyFeatureSplitChannels, false)
 	most, err := back.Uint(netif.KeyMaxQueues, 1<<16, 1)
 	if err != nil || most < 1 {
@@ -345,9 +349,9 @@ func (f *front) attach(ctx context.Context, xd *xenbus.Device, c *conn) error {
 	if err != nil {
 		return err
 	}
-	// What is not there is not asked to be removed, each of which is a round trip.
+	// Only existing keys are removed, since each removal is a round trip.
 	stale = slices.DeleteFunc(stale, func(key string) bool { return !slices.Contains(there, key) })
-	for _, key := range there { // of a program before us too, which may have had more
+	for _, key := range there { // an earlier program may have published more queues
 		if strings.HasPrefix(key, netif.KeyQueuePrefix) {
 			stale = append(stale, key)
 		}
@@ -374,7 +378,7 @@ func (f *front) attach(ctx context.Context, xd *xenbus.Device, c *conn) error {
 	return xd.Publish(ctx, keys, stale...)
 }
 
-// others is how many more frontends this domain may become: their pages come from the
+// others returns how many more vifs of this domain may connect: their pages come from the
 // same limit.
 func (f *front) others(ctx context.Context, xd *xenbus.Device) int {
 	n, err := xd.Unconnected(ctx)
@@ -384,8 +388,8 @@ func (f *front) others(ctx context.Context, xd *xenbus.Device) int {
 	return n
 }
 
-// holders names the other vifs of this program that hold pages of the same limit, as
-// the end of an error.
+// holders names the other vifs of this program that hold pages under the same limit, as
+// the end of an error message.
 func (d *Device) holders() string {
 	var held []string
 	global.mu.Lock()
@@ -409,7 +413,7 @@ func (d *Device) holders() string {
 	return "; of this program, " + strings.Join(held, ", ") + ": fewer Config.Queues there leave more here"
 }
 
-// values is how a queue's keys are written below prefix.
+// values returns the queue's xenstore keys, with prefix before each.
 func (k queueKeys) values(prefix string) xenstore.Values {
 	number := func(n uint32) string { return strconv.FormatUint(uint64(n), 10) }
 	v := xenstore.Values{

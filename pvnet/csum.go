@@ -2,11 +2,12 @@ package pvnet
 
 import "barevif/pvnet/packet"
 
-// Headers finds the frame's headers in its first piece, where a frame that was received or
-// allocated has all of them. It reports whether it carries an IP packet.
+// Headers parses the headers in the frame's first piece, which has all headers of a
+// received or allocated frame. It reports whether the frame carries an IP packet.
 func (f *Frame) Headers() (packet.Headers, bool) { return packet.Parse(f.Bytes(), int(f.total)) }
 
-// partial is the frame's TCP or UDP checksum, whose field must be in the first piece.
+// partial locates the frame's TCP or UDP checksum. ok is false if the first piece has no
+// such field.
 func (f *Frame) partial() (h packet.Headers, p packet.Partial, ok bool) {
 	if h, ok = f.Headers(); ok {
 		p, ok = h.Partial(f.Bytes())
@@ -22,9 +23,9 @@ func (f *Frame) gather(bufs [][]byte) [][]byte {
 	return bufs
 }
 
-// completeChecksum finishes a TCP or UDP checksum whose field holds the sum of
-// the pseudo-header, as XEN_NETTXF_csum_blank says. The frame must be private
-// and have one holder. It reports false for what has no such checksum.
+// completeChecksum completes a TCP or UDP checksum whose field holds the sum of the
+// pseudo-header, as XEN_NETTXF_csum_blank says. The frame must be private and have one
+// holder. It reports false if there is no such field.
 func (f *Frame) completeChecksum() bool {
 	_, p, ok := f.partial()
 	if !ok {
@@ -38,8 +39,9 @@ func (f *Frame) completeChecksum() bool {
 	return true
 }
 
-// flow is a hash of the frame's addresses and ports: equal for all frames of a
-// flow, in one direction. Of a packet in fragments only the first has ports, so none counts.
+// flow returns a hash of the frame's addresses and ports, equal for all frames of one
+// direction of a flow. Only the first fragment of a packet has ports, so those of
+// fragments are left out.
 func flow(head []byte) uint32 {
 	h, ok := packet.Parse(head, MaxFrame)
 	if !ok {

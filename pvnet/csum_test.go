@@ -13,7 +13,7 @@ import (
 	"barevif/telemetry"
 )
 
-// udp4 is a correct UDP datagram over IPv4 in a frame of n payload bytes.
+// udp4 returns a correct UDP datagram over IPv4, in a frame of n payload bytes.
 func udp4(t testing.TB, n int) []byte {
 	t.Helper()
 	b := make([]byte, 14+20+8+n)
@@ -35,7 +35,7 @@ func udp4(t testing.TB, n int) []byte {
 	return b
 }
 
-// blank leaves the pseudo-header's sum in the checksum field, as a sender with
+// blank leaves only the sum of the pseudo-header in the checksum field, as a sender with
 // checksum offload does.
 func blank(b []byte) {
 	ip := b[14:]
@@ -43,7 +43,7 @@ func blank(b []byte) {
 	binary.BigEndian.PutUint16(ip[26:], naive(pseudo))
 }
 
-// naive is the Internet checksum the slow way (RFC 1071).
+// naive computes the Internet checksum in the slow way (RFC 1071).
 func naive(b []byte) uint16 {
 	sum := uint32(0)
 	for i := 0; i+1 < len(b); i += 2 {
@@ -69,8 +69,8 @@ func TestAFlowHasOneHash(t *testing.T) {
 	}
 }
 
-// extended is a TCP segment behind IPv6 extension headers, by their numbers, with the sum of
-// the pseudo-header where its checksum goes.
+// extended returns a TCP segment behind IPv6 extension headers, given by their numbers.
+// Its checksum field holds the sum of the pseudo-header.
 func extended(payload int, exts ...byte) (b []byte, l4 int) {
 	s := stream{v6: true, payload: payload, size: 1400}
 	whole := s.frame()
@@ -80,7 +80,7 @@ func extended(payload int, exts ...byte) (b []byte, l4 int) {
 		b[next] = number
 		next = len(b)
 		e := make([]byte, 24)
-		e[1] = 2 // 24 bytes, but for those of 8 and in units of 4
+		e[1] = 2 // 24 bytes; cases below: 8 bytes, or in units of 4
 		switch number {
 		case 44:
 			e = e[:8]
@@ -96,7 +96,7 @@ func extended(payload int, exts ...byte) (b []byte, l4 int) {
 	return b, l4
 }
 
-// Linux's guests leave the checksum of such packets to their card, and the segmentation.
+// Linux guests leave the checksum and the segmentation of such packets to their card.
 func TestExtensionHeadersArrive(t *testing.T) {
 	count := telemetry.NewSet(1).RX(0)
 	for _, exts := range [][]byte{nil, {0}, {60}, {43}, {44}, {51}, {0, 43, 60}, {0, 60, 43, 44, 60}} {
@@ -121,7 +121,7 @@ func TestExtensionHeadersArrive(t *testing.T) {
 		f.csum = ChecksumPartial
 		reason := f.arrived(netif.GSO{Size: 1400, Type: netif.GSOTCPv6}, true, count)
 		if slices.Contains(exts, 51) {
-			if reason != telemetry.DropBadGSO { // whose bytes would be wrong in each piece
+			if reason != telemetry.DropBadGSO { // the authentication header would be wrong in each piece
 				t.Errorf("%v: %v", exts, reason)
 			}
 			continue
@@ -130,7 +130,7 @@ func TestExtensionHeadersArrive(t *testing.T) {
 			t.Errorf("%v: to be cut: dropped as %v, %+v", exts, reason, f.GSO())
 			continue
 		}
-		// Not every card takes it: it is cut for all.
+		// Not every card takes such a frame, so it is cut for every peer.
 		if w := (takesCsum6 | takesGSO6).fit(&f); (w == fits) != (exts == nil) || (w == uncut) != (exts != nil) {
 			t.Errorf("%v: %d for who takes everything", exts, w)
 		}
@@ -146,8 +146,8 @@ func TestExtensionHeadersArrive(t *testing.T) {
 	}
 }
 
-// With segments left the address in the IPv6 header is not the pseudo-header's. A complete
-// checksum is not made partial then.
+// With segments left in a routing header, the pseudo-header does not have the address of
+// the IPv6 header. So a complete checksum is not made partial.
 func TestARoutedFrameToBeCutNeedsAPartialChecksum(t *testing.T) {
 	count := telemetry.NewSet(1).RX(0)
 	for _, csum := range []Checksum{ChecksumPartial, ChecksumVerified, ChecksumUnknown} {
@@ -163,7 +163,7 @@ func TestARoutedFrameToBeCutNeedsAPartialChecksum(t *testing.T) {
 	}
 }
 
-// Neither netif.h nor Linux bounds how many segments a frame makes.
+// Neither netif.h nor Linux bounds how many segments a GSO frame is cut into.
 func TestFramesOfManySegmentsArrive(t *testing.T) {
 	count := telemetry.NewSet(1).RX(0)
 	for _, size := range []int{8, 48, 88, 500, 536} {
@@ -179,7 +179,7 @@ func TestFramesOfManySegmentsArrive(t *testing.T) {
 			s.cut(t, chewed(t, &f))
 		}
 	}
-	// But one page of a peer's makes no more frames than Linux ever would.
+	// But a peer's page may not make more frames than Linux ever would.
 	s := stream{payload: 65000, size: 7}
 	f := chop(t, arena.New(shm.Heap(17), 4096), s.frame(), 0)
 	if err := f.SetGSO(s.gso()); err != ErrOffload {
@@ -187,13 +187,13 @@ func TestFramesOfManySegmentsArrive(t *testing.T) {
 	}
 }
 
-// All fragments of a packet are of one flow, and so are packets of one flow behind
+// All fragments of a packet have the same flow hash, and so do packets of one flow behind
 // extension headers.
 func TestAFlowOfFragmentsAndExtensions(t *testing.T) {
 	first, later, other := udp4(t, 10), udp4(t, 10), udp4(t, 10)
 	first[20], later[21], other[20] = 0x20, 5, 0x20
-	later[34] ^= 1 // not a port
-	other[26] ^= 1 // another source
+	later[34] ^= 1 // no port, since it is a later fragment
+	other[26] ^= 1 // another source address
 	if flow(first) != flow(later) {
 		t.Error("two fragments differ")
 	}

@@ -22,21 +22,21 @@ import (
 	"barevif/xenbus/xenstore/server/labtest"
 )
 
-// A stream is a TCP segment that is to be cut.
+// A stream describes a TCP segment that is to be cut.
 type stream struct {
 	v6      bool
 	tags    int  // VLAN tags
 	ip      int  // bytes of IPv4 options
 	options int  // bytes of TCP options
 	payload int  // bytes
-	size    int  // of a piece's payload
-	flags   byte // of TCP
+	size    int  // bytes of TCP payload in a piece
+	flags   byte // TCP flags
 	id      uint16
 	seq     uint32
-	behind  int // bytes behind the IP packet
+	behind  int // bytes after the IP packet
 }
 
-// headers is how long they are.
+// headers returns the length of all headers in bytes.
 func (s stream) headers() int {
 	if s.v6 {
 		return 14 + 4*s.tags + 40 + 20 + s.options
@@ -53,7 +53,7 @@ func (s stream) gso() GSO {
 
 func (s stream) pieces() int { return (s.payload + s.size - 1) / s.size }
 
-// frame is the segment, with the sum of the pseudo-header where its checksum goes.
+// frame returns the frame, with the sum of the pseudo-header in the checksum field.
 func (s stream) frame() []byte {
 	b := make([]byte, s.headers()+s.payload+s.behind)
 	for i := range b {
@@ -94,7 +94,7 @@ func (s stream) frame() []byte {
 	return b
 }
 
-// cut demands that pieces are what tcp_gso_segment of net/ipv4/tcp_offload.c and
+// cut asserts that pieces are what tcp_gso_segment of net/ipv4/tcp_offload.c and
 // inet_gso_segment of net/ipv4/af_inet.c, or its IPv6 counterpart, make of s.
 func (s stream) cut(t testing.TB, pieces [][]byte) {
 	t.Helper()
@@ -102,7 +102,7 @@ func (s stream) cut(t testing.TB, pieces [][]byte) {
 	if len(pieces) != s.pieces() {
 		t.Fatalf("%+v: %d pieces, want %d", s, len(pieces), s.pieces())
 	}
-	at := 14 + 4*s.tags // of the IP header
+	at := 14 + 4*s.tags // offset of the IP header
 	for i, p := range pieces {
 		n := min(s.size, s.payload-i*s.size)
 		if len(p) != s.headers()+n {
@@ -147,8 +147,9 @@ func (s stream) cut(t testing.TB, pieces [][]byte) {
 	}
 }
 
-// chop is a frame of b in buffers of a, as many bytes in each as sizes say, the rest
-// in buffers that are full. The first begins at off, the others anywhere.
+// chop returns a frame of the bytes of b in buffers of a. The first buffers hold as many
+// bytes as sizes say, the others are full. The bytes begin at off in the first buffer and
+// anywhere in the others.
 func chop(t testing.TB, a *arena.Arena, b []byte, off int, sizes ...int) Frame {
 	t.Helper()
 	var f Frame
@@ -181,7 +182,7 @@ func chop(t testing.TB, a *arena.Arena, b []byte, off int, sizes ...int) Frame {
 	return f
 }
 
-// chewed is what a TX makes of a frame that is to be cut.
+// chewed returns the pieces into which a TX cuts f.
 func chewed(t testing.TB, f *Frame) (pieces [][]byte) {
 	t.Helper()
 	var c cutting
@@ -205,7 +206,7 @@ func chewed(t testing.TB, f *Frame) (pieces [][]byte) {
 	return pieces
 }
 
-// streams are of every kind.
+// streams returns a random stream of any kind.
 func streams(rng *rand.Rand) stream {
 	s := stream{
 		v6: rng.IntN(2) == 0, tags: rng.IntN(3), options: 4 * rng.IntN(11), flags: byte(rng.Uint32()),
@@ -215,7 +216,7 @@ func streams(rng *rand.Rand) stream {
 		s.ip = 4 * rng.IntN(11)
 	}
 	if rng.IntN(4) == 0 {
-		s.seq = -uint32(rng.IntN(20000)) // it wraps
+		s.seq = -uint32(rng.IntN(20000)) // the sequence number wraps
 	}
 	s.size = []int{1 + rng.IntN(100), 536, 1448, 1 + rng.IntN(9000), 1 + rng.IntN(40000)}[rng.IntN(5)]
 	most := min(MaxFrame-s.headers(), packet.MostCuts*s.size)
@@ -223,7 +224,7 @@ func streams(rng *rand.Rand) stream {
 	if rng.IntN(8) == 0 {
 		s.payload = most
 	}
-	if s.payload <= s.size { // it would not be cut
+	if s.payload <= s.size { // the frame would not be cut
 		s.payload, s.size = s.size, max(1, s.size/2)
 	}
 	if rng.IntN(4) == 0 {
@@ -290,7 +291,7 @@ func ways(t testing.TB, p *pair) []way {
 	return []way{{ftx, brx}, {btx, frx}}
 }
 
-// load allocates a frame of s.
+// load allocates a frame with the bytes of s.
 func (s stream) load(t testing.TB, tx *TX) (f [1]Frame) {
 	t.Helper()
 	b := s.frame()
@@ -306,8 +307,8 @@ func (s stream) load(t testing.TB, tx *TX) (f [1]Frame) {
 
 var typical = stream{options: 12, payload: 64000, size: 1448, flags: 0x99, id: 0xfff0, seq: 1 << 31}
 
-// Linux takes neither a long frame nor a partial checksum behind a VLAN tag, whatever
-// it offers.
+// Linux takes neither a GSO frame nor a partial checksum behind a VLAN tag, whatever it
+// offers.
 func TestWhatIsTaggedIsMadeWholeForEverybody(t *testing.T) {
 	const all = takesCsum4 | takesCsum6 | takesGSO4 | takesGSO6
 	p := join(t, emu.Config{}, plain, Config{})
@@ -328,7 +329,7 @@ func TestWhatIsTaggedIsMadeWholeForEverybody(t *testing.T) {
 	}
 }
 
-// A peer that takes no chains takes no long frames, but pieces it takes.
+// A peer that takes no chains takes no GSO frames, but it takes their pieces.
 func TestAFrameIsCutForAPeerWithoutScatterGather(t *testing.T) {
 	none := plain
 	none.frontSG, none.backSG = false, false
@@ -344,7 +345,7 @@ func TestAFrameIsCutForAPeerWithoutScatterGather(t *testing.T) {
 			}
 			s.cut(t, gather(t, rx, s.pieces()))
 		}
-		// Pieces that are chains again are not sent, not even one.
+		// If the pieces would be chains themselves, none is sent.
 		s := typical
 		s.size = 9000
 		f := s.load(t, tx)
@@ -400,10 +401,11 @@ func TestCuttingAllocatesNothing(t *testing.T) {
 	}
 }
 
-// A frame that is to be cut stalls like any other, once what there is room for is sent.
+// A GSO frame stalls like any other, after the pieces that there is room for have been
+// sent.
 func TestAStallOfAFrameToBeCut(t *testing.T) {
 	both(t, plain, func(t *testing.T, s *stalled) {
-		f := typical.load(t, s.p.back.tx[0]) // a frontend's own pages would be short too
+		f := typical.load(t, s.p.back.tx[0]) // in the backend's pages: the frontend's pages would run out, too
 		k := typical.pieces()
 		s.fill(k - 2)
 		for range 2 {
@@ -435,7 +437,7 @@ func TestAStallOfAFrameToBeCut(t *testing.T) {
 	})
 }
 
-// A frame that was sent in part goes on where it stopped, but only as it was.
+// A frame that was sent in part continues where it stopped, but only if it is unchanged.
 func TestACutThatWasInterrupted(t *testing.T) {
 	p := join(t, emu.Config{}, plain, Config{})
 	for _, way := range ways(t, p) {
@@ -448,7 +450,7 @@ func TestACutThatWasInterrupted(t *testing.T) {
 			}
 			gather(t, way.rx, left)
 			got := gather(t, way.rx, 10)
-			if !again { // the same page, another packet
+			if !again { // another packet in the same page
 				s.seq, s.id = s.seq+1000, s.id+1
 				f[0].CopyFrom(s.frame())
 				got = nil
@@ -461,7 +463,7 @@ func TestACutThatWasInterrupted(t *testing.T) {
 	}
 }
 
-// other is the device at the other end.
+// other returns the device at the other end.
 func (d *Device) other(p *pair) *Device {
 	if d == p.front {
 		return p.back
@@ -469,7 +471,7 @@ func (d *Device) other(p *pair) *Device {
 	return p.front
 }
 
-// fillUp sends frames until there are so many slots left, and says how many.
+// fillUp sends frames until only free slots are left, and returns how many it sent.
 func fillUp(t *testing.T, tx *TX, free int) (n int) {
 	t.Helper()
 	for {
@@ -483,7 +485,7 @@ func fillUp(t *testing.T, tx *TX, free int) (n int) {
 	}
 }
 
-// Pieces of a few bytes are many times what a ring holds.
+// With pieces of a few bytes, a frame needs many times the slots of a ring.
 func TestMorePiecesThanSlots(t *testing.T) {
 	p := join(t, emu.Config{}, plain, Config{})
 	for _, way := range ways(t, p) {
@@ -504,7 +506,7 @@ func TestMorePiecesThanSlots(t *testing.T) {
 	}
 }
 
-// The slot of the extra info is one more that has to be there.
+// The extra info needs one more slot.
 func TestAStallIsTheSlotOfTheExtraInfo(t *testing.T) {
 	f := plain
 	f.takes, f.peer = true, takesCsum4|takesGSO4
@@ -531,8 +533,8 @@ func TestAStallIsTheSlotOfTheExtraInfo(t *testing.T) {
 	})
 }
 
-// A frame that others hold too is completed in a copy: a sender that has no buffer for
-// it says so, rather than asking for ever.
+// The checksum of a frame with several holders is completed in a copy. A sender without a
+// buffer for the copy returns an error instead of waiting for ever.
 func TestACopyToCompleteNeedsABuffer(t *testing.T) {
 	p := join(t, emu.Config{}, plain, Config{})
 	for _, way := range ways(t, p) {
@@ -569,8 +571,8 @@ func TestACopyToCompleteNeedsABuffer(t *testing.T) {
 	}
 }
 
-// What is received into a frame that has little room in its first page either comes
-// with all of its headers there, or stays in the ring.
+// A frame that is received into one with little room in its first page either has all of
+// its headers there, or stays in the ring.
 func TestHeadersAreReceivedIntoOnePiece(t *testing.T) {
 	f := plain
 	f.takes, f.peer = true, takesCsum4|takesCsum6|takesGSO4|takesGSO6
@@ -606,8 +608,7 @@ func TestHeadersAreReceivedIntoOnePiece(t *testing.T) {
 	}
 }
 
-// A frame that was changed after SetGSO is not what it says it is, and no peer hears
-// of it, whatever it takes.
+// A frame whose headers were changed after SetGSO is refused, whatever the peer takes.
 func TestWhatIsNoLongerToBeCutIsRefused(t *testing.T) {
 	for _, peer := range []offers{0, takesCsum4 | takesCsum6, takesCsum4 | takesCsum6 | takesGSO4 | takesGSO6} {
 		f := plain
@@ -660,8 +661,8 @@ func TestWhatIsOffered(t *testing.T) {
 		{xenstore.Values{csum6: "0", gso4: "0", gso6: "0"}, true, takesCsum4},
 		{xenstore.Values{gso4: "1"}, true, takesCsum4 | takesGSO4},
 		{xenstore.Values{gso4: "1"}, false, takesCsum4},
-		{xenstore.Values{gso6: "1"}, true, takesCsum4},                                                 // and no checksums
-		{xenstore.Values{nocsum: "1", csum6: "1", gso4: "1", gso6: "1"}, true, takesCsum6 | takesGSO6}, // likewise
+		{xenstore.Values{gso6: "1"}, true, takesCsum4},                                                 // no IPv6 checksums, so no GSO over IPv6
+		{xenstore.Values{nocsum: "1", csum6: "1", gso4: "1", gso6: "1"}, true, takesCsum6 | takesGSO6}, // no IPv4 checksums, so no GSO over IPv4
 		{xenstore.Values{csum6: "1", gso6: "1"}, true, takesCsum4 | takesCsum6 | takesGSO6},
 	} {
 		if got := offered(c.keys, c.scatter); got != c.want {
@@ -683,9 +684,9 @@ func TestWhatIsOffered(t *testing.T) {
 	}
 }
 
-// A chain that was cut and made longer again has empty pieces in its middle: they take
-// no slots. With extra infos there are more buffers than slots, so that a slot too many
-// is one that is not there.
+// A chain that was truncated and extended again has empty pieces in its middle, which
+// take no slots. The extra info takes a slot without a buffer, so counting an empty piece
+// would exceed the free slots.
 func TestEmptyPiecesTakeNoSlots(t *testing.T) {
 	f := plain
 	f.takes, f.peer = true, takesCsum4|takesGSO4
@@ -738,7 +739,7 @@ func TestEmptyPiecesTakeNoSlots(t *testing.T) {
 	}
 }
 
-// A frame that was lent may have as many pieces as a peer may send, all of them short.
+// A lent frame may have as many pieces as a peer may send, all of them short.
 func TestAFrameOfManyPiecesIsCut(t *testing.T) {
 	for _, size := range []int{100, 1448, 3000, 30000} {
 		s := typical
@@ -759,7 +760,8 @@ func TestAFrameOfManyPiecesIsCut(t *testing.T) {
 	}
 }
 
-// Both ends count the same slots, extra infos too, and the same of everything else.
+// Both ends count the same number of slots, with extra infos, and agree in all other
+// counters.
 func TestBothEndsCountTheSame(t *testing.T) {
 	f := plain
 	f.takes, f.peer = true, takesCsum4|takesCsum6|takesGSO4|takesGSO6
@@ -808,7 +810,7 @@ func TestBothEndsCountTheSame(t *testing.T) {
 	}
 }
 
-// Where the system grants few pages, a frame is cut all the same.
+// A frame is cut even if the system grants so few pages that not all of its pieces fit.
 func TestMorePiecesThanPages(t *testing.T) {
 	p := join(t, emu.Config{Grants: 80}, plain, Config{})
 	tx, _ := own(t, p.front)
@@ -816,7 +818,7 @@ func TestMorePiecesThanPages(t *testing.T) {
 	if n := tx.eng.(*frontTX).bufs.Len(); n != pagesPerHalfMin {
 		t.Fatalf("%d pages", n)
 	}
-	for _, from := range []*TX{other, tx} { // a frame of its own pages leaves less of them
+	for _, from := range []*TX{other, tx} { // a frame in the sender's own pages leaves fewer for the pieces
 		f := typical.load(t, from)
 		sent := make(chan error, 1)
 		go func() {
@@ -830,8 +832,9 @@ func TestMorePiecesThanPages(t *testing.T) {
 	}
 }
 
-// Batches of whole frames and such as are cut, from a full ring: none overtakes
-// another, none is lost or sent twice, and what Send did not take is the caller's.
+// Batches mix whole frames and frames that are cut, and meet a full ring. No frame
+// overtakes another, is lost or sent twice, and the caller keeps those that Send did not
+// take.
 func TestCutFramesKeepTheirOrder(t *testing.T) {
 	each(t, func(t *testing.T, p *pair, from, to *Device) {
 		tx, _ := own(t, from)
@@ -896,7 +899,7 @@ func TestCutFramesKeepTheirOrder(t *testing.T) {
 			t.Fatal(err)
 		}
 		for i, s := range all {
-			if s.payload <= s.size { // whole, and completed
+			if s.payload <= s.size { // sent whole, with a completed checksum
 				want := s.frame()
 				l4 := s.headers() - 20 - s.options
 				header.TCP(want[l4:]).SetChecksum(header.TCP(got[0][l4:]).Checksum())

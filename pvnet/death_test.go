@@ -11,8 +11,7 @@ import (
 	"barevif/xenbus/xenstore/server/labtest"
 )
 
-// Without its domain there is nothing to wait for: calls that wait end, instead of
-// trying again for ever.
+// When their own domain is gone, waiting calls return instead of retrying for ever.
 func TestCallsEndWithTheirOwnDomain(t *testing.T) {
 	p := join(t, emu.Config{}, plain, Config{})
 	tx, rx := own(t, p.back)
@@ -23,7 +22,7 @@ func TestCallsEndWithTheirOwnDomain(t *testing.T) {
 	}()
 	go func() {
 		var f [1]Frame
-		for { // until the ring is full, and on
+		for { // until the ring is full, and beyond
 			if _, err := tx.AllocWait(f[:], 60); err != nil {
 				done <- err
 				return

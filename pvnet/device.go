@@ -26,60 +26,62 @@ type MAC [6]byte
 
 func (m MAC) String() string { return net.HardwareAddr(m[:]).String() }
 
-// station reports whether m is the address of one station: neither zero nor of a
-// group, as Linux's is_valid_ether_addr has it.
+// station reports whether m can be the address of one station, as Linux's
+// is_valid_ether_addr does: not zero, and not a group address.
 func (m MAC) station() bool { return m[0]&1 == 0 && m != MAC{} }
 
-// Config is what a device may be told. The zero Config suits most programs.
+// Config holds the options of a device. The zero Config suits most programs.
 type Config struct {
-	// Queues is how many queues to ask the peer for. 0 means 1. The peer may
-	// offer fewer.
+	// Queues is how many queues to ask the peer for. 0 means 1. The connection has fewer
+	// if the peer offers fewer; see [Device.Active].
 	Queues int
 
-	// LendRx hands received frames out in the shared pages themselves, at most
-	// half the ring at a time, instead of copying them. The peer can still write
-	// such a frame: set it for consumers that copy, or that trust the peer. It
-	// is for frontends; a backend always copies.
+	// LendRx lends received frames in the shared pages themselves, at most half the ring
+	// at a time, instead of copying them. The peer can still write such a frame, so set
+	// it only for consumers that copy the frame or that trust the peer. It applies to
+	// frontends; a backend always copies.
 	LendRx bool
 
-	// Offload takes frames from the peer that are longer than the MTU
-	// ([Frame.GSO]) or whose checksum is partial ([ChecksumPartial]), for owners
-	// that deal with both: a TCP/IP stack, or a forwarder to where they may be
-	// sent on. Otherwise such frames are not asked for, and what comes has a
-	// complete checksum. Sending them needs no Config.
+	// Offload accepts frames from the peer that are longer than the MTU ([Frame.GSO]) or
+	// whose checksum is partial ([ChecksumPartial]). It is for owners that handle both: a
+	// TCP/IP stack, or a forwarder to a card that takes such frames. Otherwise the device
+	// does not offer to take them, and every received frame has a complete checksum.
+	// Sending them needs no Config.
 	Offload bool
 
-	// Buffers is the number of private pages per queue to receive into, at least
-	// 17. 0 means 512. A receiver that holds this many frames gets no more.
+	// Buffers is the number of private pages per queue for received frames, at least 17.
+	// 0 means 512. A receiver that holds all of them gets no more frames.
 	Buffers int
 
-	// Wait is what a call does that has to wait.
+	// Wait is how a blocking call waits.
 	Wait WaitMode
 
 	// LockedThreads says that the goroutines that wait are locked to their threads
-	// (runtime.LockOSThread), as those of a program are that gives each queue a CPU.
-	// They then block in the kernel, which saves Go's scheduler several switches
-	// between threads a wake-up. Other goroutines each take a thread for as long as they
-	// wait. Of two halves that share an event channel ("feature-split-event-channels" is
-	// 0) it holds for the one that waits first.
+	// (runtime.LockOSThread), as in a program that gives each queue a CPU. They then
+	// block in the kernel, which saves Go's scheduler several thread switches per
+	// wake-up. A goroutine that is not locked occupies a thread while it waits. Where two
+	// halves share an event channel ("feature-split-event-channels" is 0), it applies to
+	// the half that waits first.
 	LockedThreads bool
 
-	// Counters says where the counters are shown beside the heap. nil: nowhere.
+	// Counters is a store that mirrors the counters for other processes. nil: they are on
+	// the heap only.
 	Counters telemetry.Store
 
-	// Logger hears of state changes, never of frames. Of a peer that changes its
-	// state for ever it hears every half minute, and how many lines that stands
-	// for. nil: silent.
+	// Logger gets the state changes, never a line per frame. If a peer changes its state
+	// without end, it gets one line every half minute, with the number of lines
+	// suppressed. nil: silent.
 	Logger *slog.Logger
 }
 
-// equal reports whether a second Connect agrees with the first.
+// equal reports whether o, of a second Connect, agrees with c. The Logger may differ.
 func (c Config) equal(o Config) bool {
 	return c.Queues == o.Queues && c.LendRx == o.LendRx && c.Offload == o.Offload && c.Buffers == o.Buffers &&
 		c.Wait == o.Wait && c.LockedThreads == o.LockedThreads && c.Counters == o.Counters
 }
 
-// check refuses what cannot work. One frame of MaxFrame bytes takes maxPieces.
+// check refuses a Config that cannot work in dom. A frame of MaxFrame bytes takes
+// maxPieces buffers.
 func (c *Config) check(dom hypercall.Domain) error {
 	if _, ok := dom.(hypercall.ThreadDomain); c.LockedThreads && !ok {
 		return fmt.Errorf("Config.LockedThreads is set: a %T cannot block a thread", dom)
@@ -98,9 +100,9 @@ func (c *Config) queues() int { return max(c.Queues, 1) }
 // A LinkEvent says that the link came up or went down.
 type LinkEvent struct {
 	Up     bool
-	Reason string // why it is down: "the backend closed", "Disconnect", ...
-	MAC    MAC    // of this connection, or of the last one; zero before the first
-	MTU    int    // in bytes, as [Device.MTU] has it; likewise
+	Reason string // why the link is down: "the backend closed", "Disconnect", ...
+	MAC    MAC    // of the connection, or of the last one; zero before the first
+	MTU    int    // in bytes, as [Device.MTU]; of the same connection as MAC
 }
 
 // A Device is one end of a vif. Its methods may be called from any goroutine.
@@ -110,41 +112,41 @@ type Device struct {
 	domain hypercall.Domain
 	cfg    Config
 	log    *slog.Logger
-	hush   *hush // of log
+	hush   *hush // the rate limit of log
 	set    *telemetry.Set
 	tx     []*TX
 	rx     []*RX
 
 	word    atomic.Uint32 // linkDown, linkUp, linkGone; written by the life goroutine only
-	active  atomic.Int32  // queues of the connection
+	active  atomic.Int32  // how many queues the connection has
 	mtu     atomic.Int32
-	offers  atomic.Uint32             // of the peer, as far as known
+	offers  atomic.Uint32             // the peer's offers, of the last connection
 	epoch   atomic.Uint64             // number of the connection, from 1
-	lost    atomic.Uint64             // pages the peer did not give back, not counted yet
+	lost    atomic.Uint64             // pages that the peer did not give back, not yet in the counters
 	leaving atomic.Bool               // Disconnect was called
-	broken  atomic.Pointer[PeerError] // the violation that ended, or ends, the device
-	trouble atomic.Pointer[error]     // why the last step of the life failed; nil: it did not
-	mac     atomic.Uint64             // in the lower 48 bits, the first byte the highest
-	named   telemetry.Info            // what the counters are shown as; of the life goroutine
+	broken  atomic.Pointer[PeerError] // the violation that ended or will end the device
+	trouble atomic.Pointer[error]     // error of the last step of the life; nil: it succeeded
+	mac     atomic.Uint64             // in the lower 48 bits, big-endian
+	named   telemetry.Info            // the name that the counters have now; life goroutine only
 
 	stop     context.CancelCauseFunc // asks the life goroutine to end
-	finish   func()                  // closes what the life goroutine used
-	patience time.Duration           // with callers that are to leave
-	done     chan struct{}           // closed once it has
-	fault    chan *PeerError         // violations halves met
-	look     chan struct{}           // holds one: the life goroutine is to look
+	finish   func()                  // closes what the life goroutine used: counters, xenbus device, client
+	patience time.Duration           // how long down waits for callers to leave
+	done     chan struct{}           // closed once the life goroutine has ended
+	fault    chan *PeerError         // violations that halves met, for the life goroutine
+	look     chan struct{}           // capacity 1: a token makes the life goroutine look at the device
 
 	mu      sync.Mutex
 	trusted bool              // guarded by mu
-	changed chan struct{}     // guarded by mu: closed when word or a deadline changes
-	cause   error             // guarded by mu: what calls return once gone
-	last    LinkEvent         // guarded by mu
+	changed chan struct{}     // guarded by mu: closed and replaced when word or a deadline changes
+	cause   error             // guarded by mu: what calls return once word is linkGone
+	last    LinkEvent         // guarded by mu: the last event that subs got
 	subs    []chan LinkEvent  // guarded by mu
-	listens bool              // guarded by mu
+	listens bool              // guarded by mu: Listen runs
 	budget  Budget            // guarded by mu
-	arenas  []*arena.Arena    // guarded by mu: those of the budget's private pages
+	arenas  []*arena.Arena    // guarded by mu: the arenas of the budget's private pages
 	peer    hypercall.DomID   // guarded by mu
-	agreed  telemetry.Feature // guarded by mu: what the connection has
+	agreed  telemetry.Feature // guarded by mu: the features of the connection
 }
 
 const (
@@ -179,7 +181,7 @@ func newDevice(id string, role telemetry.Role, domain hypercall.Domain, cfg Conf
 	return d
 }
 
-// wakeLife has the life goroutine look at the device.
+// wakeLife makes the life goroutine look at the device. It never blocks.
 func (d *Device) wakeLife() {
 	select {
 	case d.look <- struct{}{}:
@@ -187,22 +189,22 @@ func (d *Device) wakeLife() {
 	}
 }
 
-// ID is the vif's handle, as given to Connect.
+// ID returns the vif's handle, as given to Connect.
 func (d *Device) ID() string { return d.id }
 
-// MAC is the card's address. It is read anew for each connection: a vif that is
-// unplugged and plugged again may have another one. The [LinkEvent] says so.
+// MAC returns the card's address. Each connection reads it again: a vif that is unplugged
+// and plugged again may have another one. The [LinkEvent] has it too.
 func (d *Device) MAC() MAC {
 	var b [8]byte
 	binary.BigEndian.PutUint64(b[:], d.mac.Load())
 	return MAC(b[2:])
 }
 
-// MTU is the largest payload in bytes, without the Ethernet header, that the
-// network behind the vif takes. Like the MAC it is of a connection.
+// MTU returns the largest payload in bytes, without the Ethernet header, that the network
+// behind the vif takes. Each connection reads it again.
 func (d *Device) MTU() int { return int(d.mtu.Load()) }
 
-// identify says who the card is from now on.
+// identify stores the card's properties for the connection to come.
 func (d *Device) identify(mac MAC, mtu int, trusted bool) {
 	var b [8]byte
 	copy(b[2:], mac[:])
@@ -213,39 +215,40 @@ func (d *Device) identify(mac MAC, mtu int, trusted bool) {
 	d.mu.Unlock()
 }
 
-// Queues is how many queues the device can have, Active how many the connection
-// has.
+// Queues returns how many queues the device can have, Active how many the connection has.
 func (d *Device) Queues() int { return len(d.tx) }
 func (d *Device) Active() int { return int(d.active.Load()) }
 
-// Peer is the domain of the other end.
+// Peer returns the domain of the other end.
 func (d *Device) Peer() hypercall.DomID {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return d.peer
 }
 
-// Trusted is what the toolstack says of the backend. It changes nothing: pages
-// are private and copied either way.
+// Trusted returns what the toolstack's "trusted" key says of the backend. It changes
+// nothing: pages are private and copied either way.
 func (d *Device) Trusted() bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return d.trusted
 }
 
-// PeerTakes reports whether the peer takes frames to be cut of type t, and their
-// partial checksums. To another peer they may be sent too, but are cut before. While
-// the link is down it is what was so last.
+// PeerTakes reports whether the peer takes GSO frames of type t and the partial checksums
+// that they have. Such frames may be sent to any peer; for one that does not take them,
+// the device cuts them first. While the link is down it is the answer of the last
+// connection.
 func (d *Device) PeerTakes(t GSOType) bool {
 	o := offers(d.offers.Load())
 	return t == GSOTCPv4 && o&takesGSO4 != 0 || t == GSOTCPv6 && o&takesGSO6 != 0
 }
 
-// A Budget is the most memory a connection ever holds, fixed when it was made. Pages
-// that are shared are there from the beginning; of the private ones [Device.Touched] are.
+// A Budget is the most memory that a connection ever holds, fixed when the connection is
+// made. Shared pages are in memory from the beginning; of the private pages,
+// [Device.Touched] are.
 type Budget struct {
 	SharedPages  int // granted to the peer
-	PrivatePages int // and mapped ring pages
+	PrivatePages int // not granted, and mapped ring pages of the peer
 }
 
 func (b Budget) String() string {
@@ -253,15 +256,15 @@ func (b Budget) String() string {
 		b.SharedPages, b.SharedPages*4, b.PrivatePages, b.PrivatePages*4)
 }
 
-// Budget is that of the present connection; zero while the link is down.
+// Budget returns the budget of the present connection; zero while the link is down.
 func (d *Device) Budget() Budget {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return d.budget
 }
 
-// Touched is how many of the Budget's private pages are in memory: the rest are only
-// reserved, until as many frames are on their way or in the user's hands at once. It is
+// Touched returns how many of the Budget's private pages are in memory. The rest is only
+// reserved, until that many frames are in flight or in the user's hands at once. It is
 // zero while the link is down.
 func (d *Device) Touched() int {
 	d.mu.Lock()
@@ -273,8 +276,8 @@ func (d *Device) Touched() int {
 	return n
 }
 
-// Stats gives the counters since the last ResetStats. Of a half that is being
-// used just now up to 32 frames may be missing.
+// Stats returns the counters since the last ResetStats. For a half that is in use at this
+// moment, the last 32 frames may be missing.
 func (d *Device) Stats() telemetry.Stats {
 	d.flush()
 	return d.set.Snapshot()
@@ -286,10 +289,10 @@ func (d *Device) ResetStats() {
 	d.set.Reset()
 }
 
-// Counters is all the device counts, for export.
+// Counters returns all counters of the device, for export.
 func (d *Device) Counters() *telemetry.Set { return d.set }
 
-// flush publishes the counters of the halves that nobody is inside.
+// flush publishes the counters of each half that no caller is inside.
 func (d *Device) flush() {
 	for i := range d.tx {
 		d.tx[i].flush()
@@ -297,13 +300,13 @@ func (d *Device) flush() {
 	}
 }
 
-// SetDeadline is SetReadDeadline and SetWriteDeadline.
+// SetDeadline sets the read deadline and the write deadline.
 func (d *Device) SetDeadline(t time.Time) error {
 	return errors.Join(d.SetReadDeadline(t), d.SetWriteDeadline(t))
 }
 
-// SetReadDeadline is when Listen ends with os.ErrDeadlineExceeded if no frame
-// comes. It returns nil, or ErrDisconnected.
+// SetReadDeadline sets when Listen returns os.ErrDeadlineExceeded if no frame comes. It
+// returns nil, or ErrDisconnected.
 func (d *Device) SetReadDeadline(t time.Time) error {
 	for _, rx := range d.rx {
 		if !rx.owned.Load() {
@@ -313,7 +316,7 @@ func (d *Device) SetReadDeadline(t time.Time) error {
 	return d.over()
 }
 
-// SetWriteDeadline is when Write, Writev and WriteBatch give up waiting for room. It
+// SetWriteDeadline sets when Write, Writev and WriteBatch stop waiting for room. It
 // returns nil, or ErrDisconnected.
 func (d *Device) SetWriteDeadline(t time.Time) error {
 	for _, tx := range d.tx {
@@ -324,9 +327,9 @@ func (d *Device) SetWriteDeadline(t time.Time) error {
 	return d.over()
 }
 
-// Links gives the present state of the link and then its changes, until ctx ends
-// or the device does: the last event says why. A reader that falls 16 events
-// behind loses the oldest.
+// Links yields the present state of the link and then its changes, until ctx ends or the
+// device does; the last event then says why. A reader that falls 16 events behind loses
+// the oldest.
 func (d *Device) Links(ctx context.Context) iter.Seq[LinkEvent] {
 	return func(yield func(LinkEvent) bool) {
 		c := d.subscribe()
@@ -362,8 +365,8 @@ func (d *Device) unsubscribe(c chan LinkEvent) {
 	d.subs = slices.DeleteFunc(d.subs, func(s chan LinkEvent) bool { return s == c })
 }
 
-// OwnTX takes the sending half of queue i out of the Device's hands: from now on
-// Write and Writev leave it alone. ErrOwned if it has an owner, ErrDisconnected.
+// OwnTX hands the sending half of queue i to the caller: from now on Write, Writev and
+// WriteBatch do not use it. ErrOwned if it has an owner; ErrDisconnected.
 func (d *Device) OwnTX(i int) (*TX, error) {
 	if err := d.over(); err != nil {
 		return nil, err
@@ -372,7 +375,7 @@ func (d *Device) OwnTX(i int) (*TX, error) {
 		return nil, fmt.Errorf("pvnet: no queue %d: vif %s has queues 0 to %d", i, d.id, len(d.tx)-1)
 	}
 	tx := d.tx[i]
-	tx.mu.Lock() // a Write under way ends first
+	tx.mu.Lock() // waits for a Write under way
 	defer tx.mu.Unlock()
 	if tx.owned.Swap(true) {
 		return nil, ErrOwned
@@ -380,8 +383,8 @@ func (d *Device) OwnTX(i int) (*TX, error) {
 	return tx, nil
 }
 
-// OwnRX takes the receiving half of queue i out of the Device's hands. ErrOwned
-// if it has an owner, or if Listen runs; ErrDisconnected.
+// OwnRX hands the receiving half of queue i to the caller. ErrOwned if it has an owner,
+// or if Listen runs; ErrDisconnected.
 func (d *Device) OwnRX(i int) (*RX, error) {
 	if err := d.over(); err != nil {
 		return nil, err
@@ -397,13 +400,13 @@ func (d *Device) OwnRX(i int) (*RX, error) {
 	return d.rx[i], nil
 }
 
-// Write sends one frame, which is copied, and returns its length. It waits for
-// room until the write deadline.
+// Write sends a copy of one frame and returns its length. It waits for room, and while
+// the link is down, until the write deadline.
 func (d *Device) Write(frame []byte) (int, error) { return d.Writev(frame) }
 
 // Writev is Write of one frame whose bytes are in several slices.
 func (d *Device) Writev(bufs ...[]byte) (int, error) {
-	if err := d.over(); err != nil { // whatever else is wrong
+	if err := d.over(); err != nil { // before any other error
 		return 0, err
 	}
 	size := 0
@@ -431,9 +434,9 @@ func (d *Device) Writev(bufs ...[]byte) (int, error) {
 	return size, nil
 }
 
-// WriteBatch is Write of several frames, in order within a flow, for less than as many
-// calls: they are published together, and the peer is notified once for up to 32 of
-// them. It returns how many were sent; the error is about the next.
+// WriteBatch is Write of several frames, in order within a flow. It costs less than one
+// Write each: up to 32 frames are published together, with one notification. It returns
+// how many frames were sent; the error is about frames[n].
 func (d *Device) WriteBatch(frames [][]byte) (n int, err error) {
 	if err := d.over(); err != nil {
 		return 0, err
@@ -445,7 +448,7 @@ func (d *Device) WriteBatch(frames [][]byte) (n int, err error) {
 		}
 		at := d.place(frames[n])
 		run := 1
-		for size <= 4096 && run < min(len(frames)-n, batch) { // each in one page, and so of any size
+		for size <= 4096 && run < min(len(frames)-n, batch) { // each fits one page, so they may differ in size
 			next := frames[n+run]
 			if len(next) < MinFrame || len(next) > 4096 || d.place(next) != at {
 				break
@@ -469,8 +472,8 @@ func (d *Device) WriteBatch(frames [][]byte) (n int, err error) {
 // batch is how many frames the Device's own calls move at once.
 const batch = 32
 
-// write sends frames, none longer than size bytes, as many as there were buffers for. The
-// caller holds mu.
+// write sends as many of frames as there are buffers for. No frame is longer than size
+// bytes. The caller holds mu.
 func (tx *TX) write(frames [][]byte, size int) (n int, err error) {
 	mine := tx.mine[:len(frames)]
 	k, err := tx.AllocWait(mine, size)
@@ -487,7 +490,8 @@ func (tx *TX) write(frames [][]byte, size int) (n int, err error) {
 	return n, err
 }
 
-// place is the queue that the frames of a flow are sent on, by the beginning of one.
+// place returns the queue for a frame that begins with head: the same one for all frames
+// of a flow.
 func (d *Device) place(head []byte) int {
 	if n := d.active.Load(); n > 1 {
 		return int(flow(head) % uint32(n))
@@ -495,7 +499,8 @@ func (d *Device) place(head []byte) int {
 	return 0
 }
 
-// pick locks the sending half of queue at, or another if it has an owner.
+// pick returns the sending half of queue at with its mu locked, or that of another queue
+// if this one has an owner.
 func (d *Device) pick(at int) (*TX, error) {
 	n := max(1, int(d.active.Load()))
 	for i := range n {
@@ -513,7 +518,7 @@ func (d *Device) pick(at int) (*TX, error) {
 }
 
 // Listen calls fn with every frame that arrives, until Disconnect, when it
-// returns nil, or until ctx ends, when it returns its cause. It blocks. fn runs
+// returns nil, or until ctx ends, when it returns the cause of ctx. It blocks. fn runs
 // concurrently for different queues, in order within one; the frame is lent
 // until fn returns. Frames that arrive before Listen wait in the ring, and so do
 // frames for which there is no buffer because fn retained them all.
@@ -528,8 +533,8 @@ func (d *Device) Listen(ctx context.Context, fn func(Frame)) error {
 	})
 }
 
-// ListenBatch is Listen with the frames that came together, up to 32, in one call of fn.
-// The slice is lent until fn returns, as the frames are.
+// ListenBatch is Listen with up to 32 frames that arrived together in one call of fn. The
+// slice and the frames are lent until fn returns.
 func (d *Device) ListenBatch(ctx context.Context, fn func([]Frame)) error {
 	if err := d.over(); err != nil {
 		return err
@@ -569,7 +574,7 @@ func (d *Device) ListenBatch(ctx context.Context, fn func([]Frame)) error {
 	})
 	defer func() {
 		if !stop() {
-			<-stopped // or it would end the next receive
+			<-stopped // else its interrupt could end the receive of a later Listen
 		}
 	}()
 	var wg sync.WaitGroup
@@ -586,7 +591,7 @@ func (d *Device) ListenBatch(ctx context.Context, fn func([]Frame)) error {
 	}
 	for _, err := range errs {
 		if v, ok := errors.AsType[*PeerError](err); ok {
-			return v // the device's cause says so too, but maybe not yet
+			return v // d.cause will be v too, but may not be set yet
 		}
 		if err != nil && err != errInterrupted && !errors.Is(err, ErrDisconnected) {
 			return err
@@ -598,7 +603,7 @@ func (d *Device) ListenBatch(ctx context.Context, fn func([]Frame)) error {
 	return context.Cause(ctx)
 }
 
-// fatal is the violation that ended the device, if one did.
+// fatal returns the violation that ended the device, or nil.
 func (d *Device) fatal() error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -619,7 +624,7 @@ func (rx *RX) listen(fn func([]Frame)) (err error) {
 	var frames [batch]Frame
 	for {
 		n, err := rx.Receive(frames[:])
-		if err == ErrNoBuffers { // fn retains them all; the frames wait in the ring
+		if err == ErrNoBuffers { // fn retains every buffer; new frames wait in the ring
 			time.Sleep(time.Millisecond)
 			continue
 		}
@@ -635,8 +640,8 @@ func (rx *RX) listen(fn func([]Frame)) (err error) {
 	}
 }
 
-// faulted is the verdict on a panic: nil if there was none, a violation if shared
-// memory was taken away under us. Any other panic goes on.
+// faulted judges the value of a recover: nil for nil, a violation for a fault on shared
+// memory that was taken away. It panics again with any other value.
 func faulted(r any) *PeerError {
 	if r == nil {
 		return nil
@@ -647,20 +652,20 @@ func faulted(r any) *PeerError {
 	panic(r)
 }
 
-// trapped runs f, which touches shared memory, on a goroutine of ours, and gives
-// the verdict if that is gone.
+// trapped runs f, which touches shared memory, and returns a violation if that memory is
+// gone. The goroutine must have set debug.SetPanicOnFault.
 func trapped(f func()) (v *PeerError) {
 	defer func() { v = faulted(recover()) }()
 	f()
 	return nil
 }
 
-// Disconnect ends the device: the other end sees Closing, then Closed, every call
-// that waits returns [ErrDisconnected], as do all that come later, and Listen returns
-// nil. It never fails. It may take time: up to 4 s with a peer that does not answer, up
-// to 6 s in all with a xenstore that does not, and 10 s more for a caller that is stuck
-// ([Device.Done]). It is idempotent, ends the device for all who share it, and does not
-// wait for frames that are still held: those stay readable until they are released.
+// Disconnect ends the device and waits until it has ended. The other end sees Closing,
+// then Closed; waiting and later calls return [ErrDisconnected], and Listen returns nil.
+// It never fails. It takes up to 4 s if the peer does not answer, up to 6 s in all if
+// xenstore does not, and 10 s more if a caller is stuck ([Device.Done]). It is idempotent
+// and ends the device for every user of it. It does not wait for frames that are still
+// held: they stay readable until they are released.
 func (d *Device) Disconnect() {
 	d.leaving.Store(true)
 	d.stop(ErrDisconnected)
@@ -673,13 +678,13 @@ func (d *Device) Close() error {
 	return nil
 }
 
-// Done is closed once the device has ended: by Disconnect, by its peer's violation,
-// or, when the link went down, by a call that did not return within 10 s. The
-// memory that call may still use is then left to it, and later ones return an
-// [*UnknownError].
+// Done returns a channel that is closed once the device has ended: by Disconnect, by a
+// violation of the peer, or by a call that did not return within 10 s after the link went
+// down. The memory that the stuck call may still use is then never freed, and later calls
+// return an [*UnknownError].
 func (d *Device) Done() <-chan struct{} { return d.done }
 
-// state is what a call returns that finds its gate shut.
+// state returns the error of a call that finds its gate shut; nil if the link is up.
 func (d *Device) state() error {
 	switch d.word.Load() {
 	case linkUp:
@@ -692,7 +697,7 @@ func (d *Device) state() error {
 	return d.cause
 }
 
-// over is what every call returns once the device has ended; nil: it has not.
+// over returns the error of every call once the device has ended; nil before.
 func (d *Device) over() error {
 	if d.word.Load() != linkGone {
 		return nil
@@ -700,7 +705,8 @@ func (d *Device) over() error {
 	return d.state()
 }
 
-// stateOf is state for one half: a queue the connection does not have is down.
+// stateOf is state for one half: the link of a queue that the connection does not have is
+// down.
 func (d *Device) stateOf(h *half) error {
 	err := d.state()
 	if err == nil && h.queue >= int(d.active.Load()) {
@@ -709,7 +715,8 @@ func (d *Device) stateOf(h *half) error {
 	return err
 }
 
-// awaitUp waits until h's link is up, the device gone, or h's deadline passed.
+// awaitUp waits until the link of h is up, the device has ended, or the deadline of h has
+// passed.
 func (d *Device) awaitUp(h *half) error {
 	for {
 		d.mu.Lock()
@@ -735,7 +742,7 @@ func (d *Device) awaitUp(h *half) error {
 	}
 }
 
-// nudge makes those who wait for the link look at their deadlines.
+// nudge makes the callers in awaitUp look at their deadlines again.
 func (d *Device) nudge() {
 	d.mu.Lock()
 	close(d.changed)
@@ -743,7 +750,8 @@ func (d *Device) nudge() {
 	d.mu.Unlock()
 }
 
-// judge passes on what a half met; a violation ends the device.
+// judge turns the error of a half into the error of its call. A violation ends the
+// device; the first one is the error of all later calls.
 func (d *Device) judge(err error) error {
 	if err == nil || err == ErrFull {
 		return err
@@ -757,14 +765,14 @@ func (d *Device) judge(err error) error {
 	if errors.Is(err, ring.ErrCorrupt) {
 		return d.judge(&PeerError{Reason: err.Error()})
 	}
-	if err == net.ErrClosed { // the connection's waiter: the gate says what comes next
+	if err == net.ErrClosed { // the connection's waiter was closed: the next enter says why
 		return nil
 	}
 	return err
 }
 
-// up puts a connection under the halves, if it is not there yet, and lets callers
-// in.
+// up gives the halves the engines of connection c, opens the gates and announces the
+// link.
 func (d *Device) up(c *conn, peer hypercall.DomID, own xenbus.State) {
 	for i, q := range c.queues {
 		tx, rx := d.tx[i], d.rx[i]
@@ -785,7 +793,7 @@ func (d *Device) up(c *conn, peer hypercall.DomID, own xenbus.State) {
 	d.budget, d.arenas = Budget{c.shared, c.own}, c.arenas
 	d.peer, d.agreed = peer, c.agreed(d.cfg.LendRx, d.trusted)
 	d.mu.Unlock()
-	d.setStatus(own, true) // before anybody hears of it, and may look there
+	d.setStatus(own, true) // before the event: a subscriber may look at the status
 	d.announce(linkUp, LinkEvent{Up: true})
 	for i := range c.queues {
 		d.tx[i].marked()
@@ -793,11 +801,11 @@ func (d *Device) up(c *conn, peer hypercall.DomID, own xenbus.State) {
 	}
 }
 
-// down keeps callers out and waits until they have left. The connection's memory
-// stays; if somebody does not leave in time it stays for ever.
+// down shuts the gates and waits until callers have left. The connection keeps its
+// memory. If a caller does not leave in time, it is never freed, and down reports false.
 func (d *Device) down(c *conn, reason string) (ok bool) {
 	d.announce(linkDown, LinkEvent{Reason: reason})
-	for i, q := range c.queues { // all are asked to leave, before one is waited for
+	for i, q := range c.queues { // all callers are asked to leave before the wait for one
 		d.tx[i].gate.shut(q.txPark.wake)
 		d.rx[i].gate.shut(q.rxPark.wake)
 	}
@@ -813,7 +821,7 @@ func (d *Device) down(c *conn, reason string) (ok bool) {
 	return ok
 }
 
-// drop gives back what the connection holds. The gates are shut.
+// drop frees what the connection holds. The gates are shut.
 func (d *Device) drop(c *conn) {
 	if c.undo != nil {
 		for i, q := range c.queues {
@@ -832,7 +840,7 @@ func (d *Device) drop(c *conn) {
 	d.mu.Unlock()
 }
 
-// setStatus shows our state beside the counters, and whether the link is up.
+// setStatus publishes our xenbus state beside the counters, and whether the link is up.
 func (d *Device) setStatus(s xenbus.State, up bool) {
 	d.mu.Lock()
 	agreed := d.agreed
@@ -856,11 +864,11 @@ func (d *Device) gone(cause error) {
 	}
 }
 
-// patience bounds the wait for a caller to leave: it has nothing to wait for but
-// the processor.
+// patience bounds the wait for a caller to leave. A caller inside the gate that was asked
+// to leave waits for nothing but a CPU.
 const patience = 10 * time.Second
 
-// announce changes the link's state and tells everybody.
+// announce changes the link's state and tells waiting callers and subscribers.
 func (d *Device) announce(word uint32, ev LinkEvent) {
 	d.mu.Lock()
 	defer d.mu.Unlock()

@@ -64,8 +64,8 @@ func (l *lab) read(path string) string {
 	return s
 }
 
-// serve runs a backend until the test ends or stop is called, and gives its
-// devices.
+// serve runs a backend until the test ends or stop is called, and returns a channel of
+// its devices.
 func (l *lab) serve(dom hypercall.Domain, cfg pvnet.ServeConfig) (devs <-chan *pvnet.Device, stop func()) {
 	l.t.Helper()
 	c, cancel := context.WithCancel(context.Background())
@@ -134,7 +134,8 @@ func TestConnectAndEveryCallOfTheSeed(t *testing.T) {
 			if front.MAC() != pvnet.MAC(v.MAC) || front.MTU() != 9000 || front.ID() != "0" || front.Active() != queues {
 				t.Errorf("MAC %v, MTU %d, id %q, %d queues", front.MAC(), front.MTU(), front.ID(), front.Active())
 			}
-			// Three queues do not fit the default limit of 1024: they get smaller.
+			// Three full queues exceed the default limit of 1024 pages, so they are made
+			// smaller.
 			if b := front.Budget(); b.SharedPages != l.Ledger().Grants || b.SharedPages > 1024 || b.PrivatePages != queues*512 {
 				t.Errorf("budget: %v, %d granted", b, l.Ledger().Grants)
 			}
@@ -297,8 +298,8 @@ func TestConnectSaysWhichStatesItSaw(t *testing.T) {
 	}
 }
 
-// A toolstack that keeps the nodes for itself: Connect says so at once, and works
-// when they are the frontend's again.
+// The toolstack gives the frontend no permission for its nodes: Connect returns that
+// error at once, and works once the permissions are right.
 func TestConnectSaysWhatXenstoreDoesNotPermit(t *testing.T) {
 	synctest.Test(t, testConnectSaysWhatXenstoreDoesNotPermit)
 }
@@ -323,7 +324,7 @@ func testConnectSaysWhatXenstoreDoesNotPermit(t *testing.T) {
 	if !errors.Is(err, xenstore.ErrAccess) || !errors.Is(err, fs.ErrPermission) || !strings.Contains(err.Error(), "state") {
 		t.Fatal(err)
 	}
-	if d := time.Since(start); d > 3*time.Second { // less than it waits for a peer
+	if d := time.Since(start); d > 3*time.Second { // it must not wait for a peer
 		t.Errorf("after %v", d)
 	}
 	ownedBy(1)
@@ -372,7 +373,7 @@ func TestTheDeviceSurvivesItsBackend(t *testing.T) {
 			t.Error("a frame of the connection that ended is not readable")
 		}
 		got := make(chan int, 1)
-		go func() { // waits over the gap
+		go func() { // waits until the link is back
 			n, err := tx.SendWait(old[:])
 			if err != nil {
 				t.Errorf("SendWait over the gap: %v", err)
@@ -390,8 +391,8 @@ func TestTheDeviceSurvivesItsBackend(t *testing.T) {
 	stop()
 }
 
-// Frames sent while one backend hands over to another are late, not lost, and
-// none comes twice.
+// Frames that are sent during a handover from one backend to another arrive late, but
+// none is lost or comes twice.
 func TestHandoverLosesNothing(t *testing.T) {
 	l := newLab(t)
 	fdom, bdom := l.domain(1), l.domain(2)

@@ -1,35 +1,35 @@
 // Package pvnet is a Xen paravirtual network card for Go programs: the frontend,
 // which a guest owns, and the backend, which serves one.
 //
-// A [Device] moves Ethernet frames. Its simple calls copy: Write and Writev send
-// one frame and WriteBatch several, Listen and ListenBatch give every frame that
-// arrives to a function. Its owning calls do not: [Device.OwnTX] and [Device.OwnRX] take one direction of one queue
-// out of the Device's hands, and from then on only that owner uses it, without
-// locks, allocations or system calls of its own.
+// A [Device] moves Ethernet frames. Its simple calls copy: Write and Writev send one
+// frame and WriteBatch several, Listen and ListenBatch give every frame that arrives to a
+// function. Its owning calls do not copy: [Device.OwnTX] and [Device.OwnRX] hand one
+// direction of one queue to an owner. From then on only the owner uses it, without locks,
+// allocations or system calls of its own.
 //
-// The device survives its peer. When the other end goes away the link is down:
-// calls that wait wait, those that do not return [ErrLinkDown], and the device
-// connects again when a peer comes back. Only a peer that breaks the protocol
-// ends it ([PeerError]), and only for this device.
+// The device survives its peer. When the other end goes away the link goes down: blocking
+// calls wait, the others return [ErrLinkDown], and the device connects again when a peer
+// comes back. A peer that breaks the protocol ends the device ([PeerError]), and no other
+// device.
 //
-// Each frame is in one account, at one end. The end that receives counts a frame as
-// received, or as lost by its reason. When a connection ends, requests without a
-// response are the sender's, and responses that were not taken the receiver's: both
-// are the frontend's, which counts them as [telemetry.DropDisconnected] after the
-// backend has let go of the rings, and the backend counts nothing. So over any number
-// of connections that end with Closing and Closed, or go on with another backend,
-// [telemetry.Unaccounted] is 0 once they have. An end that is killed, or does not
-// answer Closing within 4 s, or finds its directory removed while it is connected,
-// may leave frames in no account, or in two: at most as many as the rings have slots,
-// 256 for each queue and direction.
+// Each frame is counted once, at one end. The receiving end counts a frame as received,
+// or as lost with a reason. When a connection ends, the sender counts the requests
+// without a response, and the receiver the responses that it has not taken. In both cases
+// that is the frontend, which counts them as [telemetry.DropDisconnected] after the
+// backend has let go of the rings; the backend counts nothing. So [telemetry.Unaccounted]
+// is 0 after any number of connections that ended with Closing and Closed, or that
+// another backend continued. An end that is killed, that does not answer Closing within 4
+// s, or whose directory is removed while it is connected, may leave frames uncounted or
+// counted twice: at most as many as the rings have slots, 256 for each queue and
+// direction.
 //
 // Everything a peer can write is copied once, checked, and then used. The package
 // knows no operating system; the program chooses the [hypercall.Domain].
 //
 // # The way of a frame
 //
-// Most frames take one slot of a ring and carry no offloads. They go through each end
-// in one pass over the batch; the numbers are those of the code:
+// Most frames take one slot of a ring and carry no offloads. Each end handles them in one
+// pass over the batch:
 //
 //  1. The sender takes the frame over from its user: one compare-and-swap of the
 //     buffer's state, which makes every copy of the [Frame] stale.
@@ -47,18 +47,18 @@
 //     backend wrote, and posts that page again in the next slot.
 //  7. Its responses, or the pages posted again, are shown by one store, as in 4.
 //  8. The receiver's user gives the frames back: one compare-and-swap each.
-//  9. The sender takes responses when it lacks slots or pages, all that are there, and
-//     has its pages back.
+//  9. When the sender lacks slots or pages, it takes all responses that are in the ring,
+//     and has the pages of their requests back.
 //
 // The cache lines that travel are the payload's, the slot's, and the one line of the
 // four indexes, which both ends write: the frontend its requests' producer and its
 // responses' event, the backend the other two. Everything else, the stacks of pages,
 // the cached indexes and the counters, is private to one end.
 //
-// Frames of several slots, with extra infos, with partial checksums or to be cut take
-// the general way behind it: parsed into one description, then copied and
-// answered. A request that leaves the fast way is handed on as the private copy and is
-// never loaded again.
+// Frames with several slots, extra infos, a partial checksum or GSO take the general
+// path: the engine parses their slots into one description, then copies and answers them.
+// A request that leaves the fast path is handed on as the private copy; its slot is never
+// loaded again.
 //
 // A half that finds nothing to do looks at the ring for as long as [WaitMode] says,
 // arms the event of its ring, looks once more, and parks: in Go's scheduler or, with
@@ -67,12 +67,13 @@
 //
 // # Many vifs and one goroutine
 //
-// A [Poller] does the same for all halves that one goroutine owns. Each of its members is
-// looked at, or asleep. One that had work is looked at in every turn, and is asleep once it
-// was empty for some turns, or once nobody has work and the looks of [PollerConfig].Wait
-// have found none: its event is armed, it is looked at once more, and then only its event
-// channel wakes it. All channels are waited for at once ([hypercall.Group]), and the wait
-// gives those that fired. So a wake-up is lost neither between the last look and the sleep,
-// since the peer that publishes after the arming notifies, nor between the notification and
-// the wait, since a channel that fired stays pending until it is read.
+// A [Poller] does the same for all halves that one goroutine owns. Each member is either
+// polled or asleep. A member that had work is polled in every turn. It falls asleep after
+// some turns without work, or once no member has work and the looks of
+// [PollerConfig].Wait have found none: the Poller arms its event, polls it once more, and
+// then only its event channel wakes it. One wait covers all event channels
+// ([hypercall.Group]) and returns those that fired. No wake-up is lost between the last
+// look and the sleep, since a peer that publishes after the arming notifies; nor between
+// the notification and the wait, since a channel that fired stays pending until it is
+// read.
 package pvnet

@@ -11,8 +11,8 @@ import (
 	"barevif/xenbus/xenstore/server/labtest"
 )
 
-// A driver domain is destroyed under a frontend, which keeps nothing that the dead
-// one was granted, and goes on with the next: another domain, and a vif made anew.
+// A driver domain is destroyed under a frontend. The frontend keeps none of its grants to
+// the dead domain and continues with the next one: another domain, and a vif made anew.
 func TestADriverDomainIsReplacedByAnother(t *testing.T) {
 	l := newLab(t)
 	fdom, old := l.domain(1), l.domain(2)
@@ -29,7 +29,7 @@ func TestADriverDomainIsReplacedByAnother(t *testing.T) {
 	}
 	defer front.Disconnect()
 
-	stop(pvnet.ErrHandover) // as a process that is killed, it writes nothing more
+	stop(pvnet.ErrHandover) // like a killed process, it writes nothing more to xenstore
 	<-ended
 	old.Destroy()
 	if err := l.tools.Remove(ctx(t), "/local/domain/2"); err != nil {

@@ -13,20 +13,20 @@ import (
 	"barevif/xenbus/toolstack"
 )
 
-// Whatever is called after Disconnect says so, whoever owns the halves, and whatever
-// else is wrong with the call.
+// Every call after Disconnect returns ErrDisconnected, no matter who owns the halves and
+// what else is wrong with the call.
 func TestEveryCallAfterDisconnectSaysSo(t *testing.T) {
 	type call struct {
 		name string
 		do   func() error
 	}
-	// Those that have no error to give.
+	// Calls that return no error.
 	silent := map[string]bool{
 		"ID": true, "MAC": true, "MTU": true, "Queues": true, "Active": true, "Peer": true, "Trusted": true,
 		"PeerTakes": true, "Budget": true, "Touched": true, "Stats": true, "ResetStats": true, "Counters": true, "Links": true,
 		"Disconnect": true, "Close": true, "Done": true, "Logger": true, "SetPatience": true, "Parked": true,
 		"TX.Alloc": true, "TX.AllocSize": true, "TX.SetDeadline": true, "RX.SetDeadline": true,
-		"RX.Release": true, // gives frames back
+		"RX.Release": true, // releases frames, which is still allowed
 	}
 	for _, owned := range []bool{false, true} {
 		for _, deadline := range []time.Time{{}, time.Unix(1, 0), time.Now().Add(time.Hour)} {
@@ -127,7 +127,7 @@ func TestEveryCallAfterDisconnectSaysSo(t *testing.T) {
 	}
 }
 
-// A loop that listens again whenever Listen ends does not spin.
+// A loop that calls Listen again whenever it returns must not spin.
 func TestListenThatRanEndsWithNilAndTheNextSaysWhy(t *testing.T) {
 	for _, role := range []string{"frontend", "backend"} {
 		l := newLab(t)
@@ -156,7 +156,7 @@ func TestListenThatRanEndsWithNilAndTheNextSaysWhy(t *testing.T) {
 		if _, err := peer.Write(frame(60, 0)); err != nil {
 			t.Fatal(err)
 		}
-		wait(t, heard) // the first runs
+		wait(t, heard) // the first Listen runs
 		end()
 		if errs := wait(t, ended); errs[0] != nil || !errors.Is(errs[1], pvnet.ErrDisconnected) {
 			t.Errorf("%s: Listen ended with %v", role, errs)

@@ -8,7 +8,7 @@ import (
 	"barevif/arena"
 )
 
-// An errorOf is a sentinel that is also another, wider one.
+// An errorOf is a sentinel error that matches a wider sentinel too.
 type errorOf struct {
 	text string
 	is   error
@@ -18,65 +18,65 @@ func (e *errorOf) Error() string        { return e.text }
 func (e *errorOf) Is(target error) bool { return target == e.is }
 
 var (
-	// ErrDisconnected is returned by every call after Disconnect, but by those that
-	// give a frame back. It is [net.ErrClosed].
+	// ErrDisconnected is returned by every call after Disconnect, except calls that
+	// release frames. It is [net.ErrClosed].
 	ErrDisconnected error = &errorOf{"pvnet: the device is disconnected", net.ErrClosed}
 
-	// ErrUnimplemented is returned for what the peer or this end does not do. It
-	// is [errors.ErrUnsupported].
+	// ErrUnimplemented is returned for what the peer or this end does not support. It is
+	// [errors.ErrUnsupported].
 	ErrUnimplemented error = &errorOf{"pvnet: not supported by both ends", errors.ErrUnsupported}
 
-	// ErrHandover, as the cause that ends the context given to [Serve], has the
-	// backend stop between two frames and leave state and rings as they are, for
-	// another process to go on with. Linux's netfront does not come back from an
-	// orderly close, and does not notice this.
+	// ErrHandover, as the cause that ends the context of [Serve], makes the backend stop
+	// between two frames and leave its state and rings as they are, so that another
+	// process can continue. Linux's netfront does not come back after an orderly close; a
+	// handover it does not notice.
 	ErrHandover error = &errorOf{"pvnet: handed over to another backend", net.ErrClosed}
 
-	// ErrLinkDown is returned by calls that do not wait while the other end is
-	// not connected. It passes.
+	// ErrLinkDown is returned by calls that do not wait, while the other end is not
+	// connected. It is temporary.
 	ErrLinkDown = errors.New("pvnet: the other end is not connected")
 
-	// ErrFull is returned by Send with the count of frames there was room for.
+	// ErrFull is returned by Send, with the number of frames that it had room for.
 	ErrFull = errors.New("pvnet: no room for more frames now")
 
-	// ErrNoBuffers is returned by Receive, AllocWait and SendWait when they wait
-	// for buffers that only the caller, or those it gave frames to, can release.
+	// ErrNoBuffers is returned by Receive, AllocWait and SendWait instead of waiting,
+	// when only the caller, or those it gave frames to, can release the buffers they
+	// need.
 	ErrNoBuffers = errors.New("pvnet: no free buffer; release frames first")
 
-	// ErrFrameSize is a frame of fewer than MinFrame or more than MaxFrame bytes,
-	// one longer than a page to a peer that does not take chains, or one that would
-	// be cut into more pieces than the half has pages.
+	// ErrFrameSize is returned for a frame of fewer than MinFrame or more than MaxFrame
+	// bytes, for a frame longer than a page to a peer that does not take chains, and for
+	// a frame that would be cut into more pieces than the half has pages.
 	ErrFrameSize = errors.New("pvnet: frame size not allowed")
 
-	// ErrOffload is a frame whose headers do not fit what its Checksum or GSO say
-	// of it.
+	// ErrOffload is returned for a frame whose headers do not match its Checksum or GSO.
 	ErrOffload = errors.New("pvnet: the frame's headers do not fit its offloads")
 
-	// ErrShortFrame is returned by ReceiveInto when the next frame does not fit
-	// the one it was given. The frame stays at the head of the queue.
+	// ErrShortFrame is returned by ReceiveInto when the next frame is longer than the
+	// caller's frame. It stays at the head of the queue.
 	ErrShortFrame = errors.New("pvnet: the next frame is longer than the one given")
 
-	// ErrStale is a frame that was released or sent before.
+	// ErrStale is returned for a frame that was released or sent before.
 	ErrStale = arena.ErrStale
 
-	// ErrShared is a frame with more than one holder, where its bytes are to be
-	// overwritten.
+	// ErrShared is returned when a frame is to be overwritten that has more than one
+	// holder.
 	ErrShared = arena.ErrShared
 
-	// ErrOwned is returned by Device methods for what was handed to an owner, and
-	// by OwnTX and OwnRX for a half that has one.
+	// ErrOwned is returned by Device methods for a half that has an owner, and by OwnTX
+	// and OwnRX for a half that has one already.
 	ErrOwned = errors.New("pvnet: this half of the queue has an owner")
 
-	// ErrPolled is returned by calls that would have to wait for a half that is in a
-	// [Poller], which waits for it.
+	// ErrPolled is returned by calls that would have to wait on a half in a [Poller]: the
+	// Poller waits for it. [Poller.Add] returns it for a half that is in a Poller.
 	ErrPolled = errors.New("pvnet: this half of the queue is in a Poller")
 
 	// ErrBusy is returned when two goroutines use one half at the same time.
 	ErrBusy = errors.New("pvnet: this half of the queue is in use by another goroutine")
 )
 
-// An UnknownError is a failure that has no error of its own: what was being done,
-// and what the layer below said.
+// An UnknownError is a failure without a sentinel of its own. Op is the operation, Err
+// the error of the layer below.
 type UnknownError struct {
 	Op  string
 	Err error
@@ -85,8 +85,8 @@ type UnknownError struct {
 func (e *UnknownError) Error() string { return "pvnet: " + e.Op + ": " + e.Err.Error() }
 func (e *UnknownError) Unwrap() error { return e.Err }
 
-// An endedError is why a device ended that was not disconnected by its user. It is
-// [ErrDisconnected].
+// An endedError is the cause of a device that ended although its user did not disconnect
+// it. It is [ErrDisconnected].
 type endedError struct{ cause error }
 
 func (e *endedError) Error() string { return e.cause.Error() }
@@ -95,8 +95,8 @@ func (e *endedError) Is(target error) bool {
 	return target == ErrDisconnected || target == net.ErrClosed
 }
 
-// A PeerError is something no correct peer could have done. It is final for the
-// device: every later call returns it, and it is [ErrDisconnected].
+// A PeerError reports what no correct peer could have done. It is final for the device:
+// every later call returns it. It is [ErrDisconnected].
 type PeerError struct {
 	Ring   string // "tx" or "rx", seen from the frontend
 	Slot   uint32 // free-running index

@@ -18,9 +18,9 @@ import (
 	"barevif/xenbus/xenstore/server"
 )
 
-// A world is what the examples run in, where a program has a real Xen: an emulated one with
-// a xenstore, a driver domain (1) and guests (from 2 on) that have a vif each. On Xen each
-// program has one domain, its own, by xendev.Open.
+// A world is an emulated Xen machine for the examples, with a xenstore, a driver domain
+// (1) and guests (from 2 on) that have a vif each. On real Xen each program has one
+// domain, its own, from xendev.Open.
 type world struct {
 	driver hypercall.Domain
 	guests []hypercall.Domain
@@ -105,9 +105,9 @@ func ExampleDevice_Listen() {
 	// Output: domain 2 sent 60 bytes: hello
 }
 
-// One goroutine owns both directions of a queue and sends every frame back to whoever it
-// came from, without a copy of its own and without an allocation: the frames that it
-// receives into are those that it sends.
+// One goroutine owns both directions of a queue and sends every frame back to its sender,
+// without a copy of its own and without an allocation: it sends the same frames that it
+// receives into.
 func ExampleRX_ReceiveInto() {
 	ctx := context.Background()
 	w := newWorld(ctx, 1)
@@ -118,7 +118,7 @@ func ExampleRX_ReceiveInto() {
 		tx, err := back.OwnTX(0)
 		check(err)
 		var frames [32]pvnet.Frame
-		held := 0 // frames[:held] are ours
+		held := 0 // we hold frames[:held]
 		for {
 			held += tx.AllocSize(frames[held:], 2048)
 			n, err := rx.ReceiveInto(frames[:held])
@@ -127,7 +127,7 @@ func ExampleRX_ReceiveInto() {
 			}
 			for i := range frames[:n] {
 				b := frames[i].Bytes()
-				copy(b[:6], b[6:12]) // to where it came from
+				copy(b[:6], b[6:12]) // back to the sender
 			}
 			sent, _ := tx.SendWait(frames[:n])
 			copy(frames[:], frames[sent:held])
@@ -152,8 +152,8 @@ func ExampleRX_ReceiveInto() {
 	// Output: returned to 02:00:00:00:00:02
 }
 
-// A guest answers ARP requests for an address, as any program may that speaks a protocol of
-// its own on Ethernet.
+// A guest answers ARP requests for an address. Any program can speak its own protocol on
+// Ethernet in this way.
 func ExampleDevice_Write() {
 	ctx := context.Background()
 	w := newWorld(ctx, 1)
@@ -182,7 +182,7 @@ func ExampleDevice_Write() {
 			return
 		}
 		answer := make([]byte, 60)
-		copy(answer, ask[6:12])       // to whoever asked
+		copy(answer, ask[6:12])       // to the asking station
 		copy(answer[6:], mac[:])      // from us
 		copy(answer[12:], ask[12:20]) // ARP for IPv4 on Ethernet
 		answer[21] = 2                // a reply
@@ -197,7 +197,7 @@ func ExampleDevice_Write() {
 	// Output: 192.0.2.1 is at 02:00:00:00:00:02
 }
 
-// The counters of a device say what it moved, and why it lost what it lost.
+// The counters of a device show how many frames it moved and lost, and why.
 func ExampleDevice_Stats() {
 	ctx := context.Background()
 	w := newWorld(ctx, 1)
@@ -210,7 +210,7 @@ func ExampleDevice_Stats() {
 		check(err)
 	}
 	fmt.Println("sent:", card.Stats().TX)
-	card.Disconnect() // nobody has taken them
+	card.Disconnect() // the backend has not taken the frames
 	tx := card.Stats().TX
 	fmt.Println(tx.Lost(telemetry.DropDisconnected), "of", tx.Packets(), "were lost with the connection")
 	// Output:
@@ -218,8 +218,8 @@ func ExampleDevice_Stats() {
 	// 3 of 3 were lost with the connection
 }
 
-// One goroutine serves the vifs of three guests. While none has sent anything it sleeps, and
-// it never looks at those that have not.
+// One goroutine serves the vifs of three guests. It sleeps while no guest sends, and
+// never looks at the vifs of silent guests.
 func ExamplePoller() {
 	ctx := context.Background()
 	w := newWorld(ctx, 3)
@@ -229,8 +229,8 @@ func ExamplePoller() {
 	check(err)
 	defer poller.Close()
 
-	// Every vif that the toolstack makes gets its receiving half into the Poller. It may
-	// be added before the guest has connected.
+	// The receiving half of every vif that the toolstack makes goes into the Poller. It
+	// may be added before the guest has connected.
 	w.serve(ctx, func(d *pvnet.Device) {
 		rx, err := d.OwnRX(0)
 		check(err)
@@ -241,7 +241,7 @@ func ExamplePoller() {
 		check(err)
 		defer card.Disconnect()
 		if i == 1 {
-			continue // says nothing
+			continue // this guest is silent
 		}
 		frame := make([]byte, 60)
 		frame[14] = byte(i)
@@ -254,7 +254,7 @@ func ExamplePoller() {
 	for len(from) < 2 {
 		ready, err := poller.Wait()
 		check(err)
-		for _, r := range ready { // a batch of each
+		for _, r := range ready { // one batch of each member
 			if r.Err != nil {
 				log.Printf("vif of domain %d: %v", r.Value.(*pvnet.Device).Peer(), r.Err)
 				continue

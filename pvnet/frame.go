@@ -9,17 +9,17 @@ import (
 
 // Limits of a frame in bytes, Ethernet header included, FCS not.
 const (
-	MinFrame = 14    // an Ethernet header: shorter frames are refused by every peer
+	MinFrame = 14    // an Ethernet header; every peer refuses shorter frames
 	MaxFrame = 65535 // XEN_NETIF_MAX_TX_SIZE of xen/include/public/io/netif.h
 )
 
-// A Frame is one Ethernet frame in pages of a device: a value, of which one copy
-// at a time may be used. Its bytes are one piece in the common case, a chain of
-// up to 19 otherwise.
+// A Frame is one Ethernet frame in pages of a device. It is a value, of which only one
+// copy may be used at a time. Its bytes are one piece in the common case, otherwise a
+// chain of up to 19.
 //
-// Whoever holds a Frame may read it, and if nobody else retained it, write it.
-// A call that takes a frame over makes every copy of the value stale: batch calls
-// refuse stale frames with [ErrStale], and Bytes panics.
+// The holder of a Frame may read it, and may write it if nobody else retained it. A call
+// that takes a frame over makes every copy of the value stale: batch calls refuse stale
+// frames with [ErrStale], and Bytes panics.
 type Frame struct {
 	buf    arena.Buffer
 	total  uint32 // bytes of all pieces
@@ -29,40 +29,40 @@ type Frame struct {
 	gso    GSO
 }
 
-// Checksum is what is known of a frame's TCP or UDP checksum.
+// Checksum is the state of a frame's TCP or UDP checksum.
 type Checksum uint8
 
 const (
-	// ChecksumUnknown is a complete checksum nobody has looked at.
+	// ChecksumUnknown is a complete checksum that nobody has verified.
 	ChecksumUnknown Checksum = iota
-	// ChecksumVerified is a complete checksum the peer says it verified.
+	// ChecksumVerified is a complete checksum that the peer says it verified.
 	ChecksumVerified
-	// ChecksumPartial is a checksum field that holds the pseudo-header's sum
-	// only; the frame must not leave the host like that. It is received only where
-	// Config.Offload is set.
+	// ChecksumPartial is a checksum field that holds only the sum of the pseudo-header.
+	// The checksum must be completed before the frame leaves the host. It is received
+	// only with Config.Offload.
 	ChecksumPartial
 )
 
-// Len is the number of bytes in the frame.
+// Len returns the number of bytes in the frame.
 func (f *Frame) Len() int { return int(f.total) }
 
 // Single reports whether all bytes are in one piece.
 func (f *Frame) Single() bool { return f.pieces <= 1 }
 
-// Checksum is the state of the L4 checksum.
+// Checksum returns the state of the L4 checksum.
 func (f *Frame) Checksum() Checksum { return f.csum }
 
 // Valid reports whether the frame is still held.
 func (f *Frame) Valid() bool { return f.buf.Valid() }
 
-// Bytes is the first piece: the whole frame if it is [Frame.Single]. It panics if
+// Bytes returns the first piece: the whole frame if it is [Frame.Single]. It panics if
 // the frame is stale.
 func (f *Frame) Bytes() []byte {
 	return f.buf.Bytes()[f.off : f.off+f.n : f.off+f.n]
 }
 
-// Pieces gives the frame's bytes in order. It does not allocate. It panics if the
-// frame is stale.
+// Pieces yields the frame's bytes in order, piece by piece. It does not allocate. It
+// panics if the frame is stale.
 func (f *Frame) Pieces() iter.Seq[[]byte] {
 	return func(yield func([]byte) bool) {
 		if !yield(f.Bytes()) || f.pieces <= 1 {
@@ -76,7 +76,7 @@ func (f *Frame) Pieces() iter.Seq[[]byte] {
 	}
 }
 
-// CopyTo copies the frame to dst and returns the bytes copied: the shorter of the
+// CopyTo copies the frame to dst and returns how many bytes it copied: the shorter of the
 // two lengths.
 func (f *Frame) CopyTo(dst []byte) int {
 	if f.pieces <= 1 {
@@ -89,8 +89,9 @@ func (f *Frame) CopyTo(dst []byte) int {
 	return n
 }
 
-// CopyFrom overwrites the frame from its first byte on with srcs, one after the
-// other, and returns the bytes copied. The length does not change.
+// CopyFrom overwrites the frame from its first byte with the bytes of srcs, one slice
+// after the other, and returns how many bytes it copied. The length of the frame does not
+// change.
 func (f *Frame) CopyFrom(srcs ...[]byte) int {
 	n := 0
 	var src []byte
@@ -109,8 +110,8 @@ func (f *Frame) CopyFrom(srcs ...[]byte) int {
 	return n
 }
 
-// reset gives the frame total bytes, from where it begins, and no checksum state.
-// All headers must lie in the first piece. ErrStale, ErrShared, ErrShortFrame.
+// reset makes the frame total bytes long, from where it begins, without a checksum state.
+// All headers must fit its first piece. ErrStale, ErrShared, ErrShortFrame.
 func (f *Frame) reset(total uint32) error {
 	if !f.buf.Exclusive() {
 		if f.buf.Valid() {
@@ -141,9 +142,9 @@ func (f *Frame) reset(total uint32) error {
 	return nil
 }
 
-// refill is reset for the fast ways: it makes the frame n bytes long and returns them, if
-// they fit its one buffer, which the caller alone holds. Otherwise it changes nothing, and
-// reset says why.
+// refill is reset for the fast paths: if n bytes fit the frame's one buffer, and the
+// caller alone holds it, it makes the frame n bytes long and returns the bytes. Otherwise
+// it returns nil and changes nothing; reset then says why.
 func (f *Frame) refill(n uint16) []byte {
 	if f.pieces != 1 || !f.buf.Exclusive() || int(f.off)+int(n) > f.buf.Size() {
 		return nil
@@ -153,8 +154,8 @@ func (f *Frame) refill(n uint16) []byte {
 	return f.Bytes()
 }
 
-// copyFrame overwrites f with the bytes and the offload state of g, which is no
-// longer.
+// copyFrame overwrites f with the bytes and the offload state of g, which is not longer
+// than f.
 func (f *Frame) copyFrame(g *Frame) {
 	f.csum, f.gso = g.csum, g.gso
 	if g.pieces <= 1 {
@@ -165,11 +166,11 @@ func (f *Frame) copyFrame(g *Frame) {
 	f.CopyFrom(g.gather(srcs[:0])...)
 }
 
-// Headroom is how many bytes can be prepended.
+// Headroom returns how many bytes Prepend can add.
 func (f *Frame) Headroom() int { return int(f.off) }
 
-// Prepend makes the frame n bytes longer at the front and returns the new bytes,
-// which are not cleared; nil if there is not that much headroom.
+// Prepend makes the frame n bytes longer at the front and returns the new bytes, which
+// are not cleared. It returns nil if the headroom is less than n.
 func (f *Frame) Prepend(n int) []byte {
 	if n < 0 || n > int(f.off) || int(f.total)+n > MaxFrame {
 		return nil
@@ -180,8 +181,8 @@ func (f *Frame) Prepend(n int) []byte {
 	return f.Bytes()[:n:n]
 }
 
-// TrimFront takes n bytes off the front, which must lie in the first piece. It
-// reports whether they did.
+// TrimFront removes n bytes from the front. They must lie in the first piece, else it
+// reports false and changes nothing.
 func (f *Frame) TrimFront(n int) bool {
 	if n < 0 || n > int(f.n) {
 		return false
@@ -192,7 +193,7 @@ func (f *Frame) TrimFront(n int) bool {
 	return true
 }
 
-// Tailroom is how many bytes can be appended behind the last piece.
+// Tailroom returns how many bytes Append can add after the last piece.
 func (f *Frame) Tailroom() int {
 	if f.pieces <= 1 {
 		return min(f.buf.Size()-int(f.off)-int(f.n), MaxFrame-int(f.total))
@@ -201,13 +202,13 @@ func (f *Frame) Tailroom() int {
 	return min(f.buf.Size()-int(last.Off)-int(last.Len), MaxFrame-int(f.total))
 }
 
-// Append makes the frame longer by as much of b as there is tailroom for and
-// returns the bytes copied.
+// Append adds as much of b to the end of the frame as there is tailroom for and returns
+// how many bytes it copied.
 func (f *Frame) Append(b []byte) int { return copy(f.Extend(min(len(b), f.Tailroom())), b) }
 
-// Extend makes the frame n bytes longer at the end and returns the new bytes,
-// which are not cleared; nil if there is not that much tailroom, or for a chain
-// with more than one holder.
+// Extend makes the frame n bytes longer at the end and returns the new bytes, which are
+// not cleared. It returns nil if the tailroom is less than n, or for a chain with more
+// than one holder.
 func (f *Frame) Extend(n int) []byte {
 	if n < 0 || n > f.Tailroom() || f.pieces > 1 && f.buf.Valid() && !f.buf.Exclusive() {
 		return nil
@@ -223,8 +224,8 @@ func (f *Frame) Extend(n int) []byte {
 	return f.buf.PieceBytes(last)[end : end+n : end+n]
 }
 
-// Truncate cuts the frame to its first n bytes. It reports whether it had that
-// many. A chain with more than one holder cannot be cut.
+// Truncate cuts the frame to its first n bytes. It reports false, and changes nothing, if
+// the frame is shorter or a chain with more than one holder.
 func (f *Frame) Truncate(n int) bool {
 	if n < 0 || n > int(f.total) || f.pieces > 1 && !f.buf.Exclusive() {
 		return false
@@ -252,24 +253,24 @@ func (f *Frame) last() arena.Piece {
 	return last
 }
 
-// Retain adds a holder: the frame must be released, or sent, once more. With more
-// than one holder the bytes must not be written. [ErrStale].
+// Retain adds a holder: the frame must be released, or sent, once more. With more than
+// one holder, nobody may write the bytes. [ErrStale].
 func (f *Frame) Retain() error { return f.buf.Retain() }
 
-// Release gives the frame back to the device it came from. It may be called from
-// any goroutine; [RX.Release] is the faster way for the owner. [ErrStale].
+// Release gives the frame back to its device. It may be called from any goroutine; for
+// the owner, [RX.Release] is faster. [ErrStale].
 func (f *Frame) Release() error { return f.buf.Release() }
 
-// headroom is what Alloc and Receive leave free before a frame, or less if the
-// frame then fits one piece: room for a tunnel's headers (an outer IPv6 and UDP,
-// and 80 bytes more), a multiple of a cache line.
+// headroom is how many bytes Alloc and Receive leave free before a frame, or less where
+// the frame then fits one piece: room for a tunnel's headers (an outer IPv6 and UDP, and
+// 80 bytes more), a multiple of a cache line.
 const headroom = 128
 
-// build makes a frame of total bytes from buffers of a, behind the headroom, or
-// reports that there are too few.
+// build makes a frame of total bytes behind the headroom, from buffers of a. It reports
+// false, and takes none, if there are too few.
 func build(a *arena.Arena, total int, f *Frame) bool {
 	size := a.Size()
-	if total <= size { // with as much headroom as there is
+	if total <= size { // one piece, with as much of the headroom as fits
 		var one [1]uint32
 		if a.Get(one[:]) == 0 {
 			return false
@@ -299,8 +300,8 @@ func build(a *arena.Arena, total int, f *Frame) bool {
 	return true
 }
 
-// buildAll is build of as many frames as there are buffers for. Frames of one
-// buffer, the usual ones, come off the arena's stack many at a time.
+// buildAll builds as many frames as there are buffers for and returns how many. Frames of
+// one buffer, the usual ones, come off the arena's stack many at a time.
 func buildAll(a *arena.Arena, total int, frames []Frame) (n int) {
 	if total > a.Size() {
 		for n < len(frames) && build(a, total, &frames[n]) {
@@ -330,15 +331,16 @@ func (f *Frame) single(buf arena.Buffer, off, n uint16) {
 	f.csum, f.pieces, f.gso = ChecksumUnknown, 1, GSO{}
 }
 
-// plain reports whether the frame takes one slot and nothing but that: the fast
-// ways of all four engines are for such frames. Whether it is held is not said.
+// plain reports whether the frame takes exactly one slot and no extra info, as the fast
+// paths of all four engines require. It does not check whether the frame is stale.
 func (f *Frame) plain() bool {
 	return f.pieces == 1 && f.csum != ChecksumPartial && f.gso.Size == 0 &&
 		f.total == uint32(f.n) && f.total >= MinFrame
 }
 
-// maxPieces is what MaxFrame bytes behind the headroom take in buffers of 4096.
+// maxPieces is how many buffers of 4096 bytes MaxFrame bytes behind the headroom take.
 const maxPieces = (headroom + MaxFrame + 4095) / 4096
 
-// mostPieces is what any frame has: a lent one is as the peer cut it.
+// mostPieces bounds the pieces of any frame. A lent frame has the pieces that the peer
+// made.
 const mostPieces = max(maxPieces, maxRxSlots)

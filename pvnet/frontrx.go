@@ -9,36 +9,35 @@ import (
 	"barevif/telemetry"
 )
 
-// maxRxSlots is how many data slots a frame from the backend may have. Linux's
-// netfront allows MAX_SKB_FRAGS + 1 = 18, and one more if the first is short
-// enough to be copied (drivers/net/xen-netfront.c); nothing is gained by less.
+// maxRxSlots is how many data slots a frame from the backend may have. Linux's netfront
+// allows MAX_SKB_FRAGS + 1 = 18, and one more if the first is short enough to be copied
+// (drivers/net/xen-netfront.c). A lower limit would gain nothing.
 const maxRxSlots = 19
 
-// A frontRX receives on the rx ring: it keeps every slot posted with a page the
-// peer may write, copies what arrives to private buffers and posts the page
-// again at once.
+// A frontRX receives on the rx ring. It keeps every slot posted with a page that the peer
+// may write, copies arriving frames to private buffers and posts the pages again at once.
 type frontRX struct {
 	ring  *ring.Front[netif.RxRequest, netif.RxResponse]
 	pages *arena.Arena         // the shared pages
 	refs  []hypercall.GrantRef // by page
-	where [256]uint32          // by slot: the page posted there
+	where [256]uint32          // by slot: the page that is posted there
 	pool  *arena.Arena         // private buffers
-	got   [64]uint32           // some of them, for the next frames; not on the stack, where each call would clear them
+	got   [64]uint32           // private buffers for the next frames; a stack array would be cleared on each call
 	lend  bool
 	port  hypercall.Port
 	count *telemetry.Block
 
-	offload bool // frames to be cut and partial checksums were offered
+	offload bool // this end offered to take GSO frames and partial checksums
 
 	next rxPacket
-	have bool // next is parsed and not delivered
+	have bool // next has been parsed, and not delivered
 }
 
-// An rxPacket is a frame as it lies in shared pages, all of its responses taken
+// An rxPacket describes a frame in shared pages, after all of its responses were taken
 // and checked.
 type rxPacket struct {
 	n     int // data slots
-	all   int // slots with extras
+	all   int // all slots, extra infos included
 	total uint32
 	csum  Checksum
 	gso   netif.GSO // Size 0: none
@@ -50,15 +49,15 @@ type rxSegment struct {
 	off, n uint16
 }
 
-// post gives a page to the peer in the next slot. The id is the slot's number:
-// Linux's netback and Windows take it for that.
+// post gives a page to the peer in the next slot. The id is the slot's number, as Linux's
+// netback and the Windows drivers expect.
 func (e *frontRX) post(page uint32) {
 	slot := e.ring.Next() % e.ring.Size()
 	e.where[slot] = page
 	e.ring.Put(netif.RxRequest{ID: uint16(slot), Ref: e.refs[page]})
 }
 
-// fill posts every free page there is a slot for.
+// fill posts free pages until the ring is full.
 func (e *frontRX) fill() {
 	var page [1]uint32
 	for e.ring.Free() > 0 && e.pages.Get(page[:]) == 1 {
@@ -126,13 +125,13 @@ func (e *frontRX) receive(frames []Frame, into bool) (n int, err error) {
 	return n, err
 }
 
-// receivePlain receives frames of one slot without offloads, in one pass: all that are
-// there, up to the first that is something else or does not fit the caller's frame, which
-// is parsed as it was taken.
+// receivePlain receives frames of one slot without offloads, in one pass. It stops at the
+// first frame that is something else or does not fit the caller's frame, and parses that
+// frame from the response already taken.
 func (e *frontRX) receivePlain(frames []Frame, into bool, t *tally) (n int, err error) {
 	avail, err := e.ring.Poll()
 	if err != nil {
-		return 0, nil // the general way says so
+		return 0, nil // the general path meets the error again and returns it
 	}
 	got := min(int(avail), len(frames), len(e.got))
 	if !into {
@@ -183,8 +182,8 @@ func (e *frontRX) show() {
 	}
 }
 
-// parse takes the next frame's responses. A frame that cannot be right is
-// dropped, its pages are posted again, and the next one is tried.
+// parse takes the responses of the next frame. It drops a frame that is wrong, posts its
+// pages again, and tries the next one.
 func (e *frontRX) parse() (bool, error) {
 	for {
 		avail, err := e.ring.Poll()
@@ -202,9 +201,8 @@ func (e *frontRX) parse() (bool, error) {
 	}
 }
 
-// parseFrom takes the frame that first begins, which was taken from slot, and of which
-// at most avail slots are left. It reports false for one that is wrong, which is
-// dropped.
+// parseFrom parses the frame that begins with the response first, already taken from
+// slot. At most avail slots follow. It drops a frame that is wrong and reports false.
 func (e *frontRX) parseFrom(first netif.RxResponse, slot, avail uint32) (bool, error) {
 	reason, ok := e.parseOne(first, slot, avail)
 	if !ok {
@@ -214,8 +212,8 @@ func (e *frontRX) parseFrom(first netif.RxResponse, slot, avail uint32) (bool, e
 	return ok, nil
 }
 
-// parseOne takes the rest of one frame, at most avail slots. If it is not ok, the pages it
-// had been counted in next so far are still to be posted.
+// parseOne takes the other slots of the frame, at most avail. If ok is false, the caller
+// has to post the pages in next again.
 func (e *frontRX) parseOne(r netif.RxResponse, slot, avail uint32) (reason telemetry.Reason, ok bool) {
 	p := &e.next
 	p.n, p.all, p.total, p.csum, p.gso = 0, 0, 0, ChecksumUnknown, netif.GSO{}
@@ -261,13 +259,13 @@ func (e *frontRX) parseOne(r netif.RxResponse, slot, avail uint32) (reason telem
 				x := netif.ExtraOfRx(e.ring.Take())
 				avail--
 				p.all++
-				e.post(e.where[slot]) // its page was not written
+				e.post(e.where[slot]) // an extra info uses no page
 				e.count.Add(telemetry.ExtraInfos, 1)
 				if x.Check() != nil {
 					fail(telemetry.DropBadExtra)
 				} else if x.Type == netif.ExtraGSO {
 					if p.gso = x.GSO(); !e.offload {
-						fail(telemetry.DropBadGSO) // nobody asked for it
+						fail(telemetry.DropBadGSO) // this end did not offer GSO
 					}
 				}
 				more = x.More()
@@ -296,8 +294,8 @@ func (p *rxPacket) hold(page uint32, off, n uint16) {
 	p.total += uint32(n)
 }
 
-// copyTo copies the next packet to f, which has its length, and posts its pages
-// again.
+// copyTo copies the next packet to f, which has the same length, and posts the packet's
+// pages again.
 func (e *frontRX) copyTo(f *Frame) {
 	f.csum = e.next.csum
 	if e.next.n == 1 && f.pieces <= 1 {
@@ -315,24 +313,23 @@ func (e *frontRX) copyTo(f *Frame) {
 	e.count.Add(telemetry.CopiedBytes, uint64(e.next.total))
 }
 
-// repost posts the next packet's pages again.
+// repost posts the pages of the next packet again.
 func (e *frontRX) repost() {
 	for _, s := range e.next.seg[:e.next.n] {
 		e.post(s.page)
 	}
 }
 
-// mayLend reports whether half the ring stays posted if the next packet's pages
-// are lent. What has offloads is copied, since its headers are looked at and the
-// peer could still write a lent page, and what has no whole header in its first
-// piece.
+// mayLend reports whether half the ring stays posted if the next packet's pages are lent.
+// A packet with offloads is copied, since we parse its headers and the peer could still
+// write a lent page; so is one whose first piece is shorter than an Ethernet header.
 func (e *frontRX) mayLend() bool {
 	home := int(e.ring.Size()-e.ring.Free()) + e.pages.Free()
 	return home >= e.pages.Len()/2 && e.next.csum != ChecksumPartial && e.next.gso.Size == 0 &&
 		e.next.seg[0].n >= MinFrame
 }
 
-// lendTo makes f of the shared pages themselves.
+// lendTo makes f a frame in the shared pages themselves.
 func (e *frontRX) lendTo(f *Frame) {
 	p := &e.next
 	for i := 1; i < p.n; i++ {
@@ -380,12 +377,12 @@ func (e *frontRX) consumed() uint32 { return e.ring.Consumed() }
 
 func (e *frontRX) overdue() bool { return e.ring.Overdue() }
 
-// sample does nothing: a posted page is answered when a frame comes, so the time
-// that takes is how idle the link was.
+// sample does nothing: a posted page gets its response when a frame arrives, so the time
+// would only show how idle the link was.
 func (e *frontRX) sample() {}
 
-// dropRest counts the frames that the backend sent and nobody received. A response
-// in the ring is the receiver's to account for.
+// dropRest counts the frames that the backend sent and nobody received. The receiving end
+// accounts for every response in the ring.
 func (e *frontRX) dropRest() {
 	for {
 		if !e.have {
@@ -400,7 +397,7 @@ func (e *frontRX) dropRest() {
 }
 
 func (e *frontRX) drain() {
-	trapped(e.dropRest) // that the ring is gone no longer matters
+	trapped(e.dropRest) // the connection is over: a fault on the ring no longer matters
 	for i := e.ring.Consumed(); i != e.ring.Next(); i++ {
 		e.pages.Put(e.where[i%e.ring.Size()])
 	}

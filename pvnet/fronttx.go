@@ -8,30 +8,30 @@ import (
 	"barevif/telemetry"
 )
 
-// A frontTX sends on the tx ring: requests name pages that stay granted, read-only,
-// for the whole connection. A request's id is its buffer's number.
+// A frontTX sends on the tx ring. Its requests name pages that stay granted, read-only,
+// for the whole connection. The id of a request is the number of its buffer.
 type frontTX struct {
 	ring    *ring.Front[netif.TxRequest, netif.TxResponse]
 	bufs    *arena.Arena
 	refs    []hypercall.GrantRef // by buffer
 	port    hypercall.Port
 	scatter bool    // the peer takes frames of several slots
-	peer    offers  // what else it takes
-	state   []uint8 // by buffer, which is by id
-	extras  int     // extra infos without a response
+	peer    offers  // the offloads that the peer takes
+	state   []uint8 // by buffer, which is also the request id
+	extras  int     // extra infos that have no response yet
 	count   *telemetry.Block
 
 	stopwatch
 	shortage
-	last  uint32 // buffer of the last request put
+	last  uint32 // buffer of the last request that was put
 	timed uint32 // buffer of the request that is timed
 }
 
-// What a buffer is in the ring as.
+// What the request of a buffer is.
 const (
 	idFree  = iota
 	idFirst // the first slot of a frame
-	idMore  // a later one
+	idMore  // a later slot
 )
 
 func (e *frontTX) alloc(frames []Frame, size int) (n int, err error) {
@@ -90,13 +90,14 @@ func (e *frontTX) send(frames []Frame) (n int, err error) {
 	return n, err
 }
 
-// short says what there has to be for n.
+// short tells the slow tick how far the peer's index must move before there is room for
+// n.
 func (e *frontTX) short(n need) {
 	missing := max(n.slots-int(e.ring.Free()), n.bufs-e.bufs.Free(), 0)
 	e.lack(e.ring.Consumed() + min(uint32(missing), e.ring.InFlight()))
 }
 
-// put fills the slots of one frame, and takes it over.
+// put fills the slots of one frame and takes the frame over.
 func (e *frontTX) put(f *Frame, t *tally) error {
 	if !f.buf.Valid() {
 		return ErrStale
@@ -166,8 +167,8 @@ func (e *frontTX) put(f *Frame, t *tally) error {
 	}
 }
 
-// behind cuts the chain behind buffer i and returns what followed it, if ok. Empty
-// pieces, which Truncate leaves, are put back: they have no slot.
+// behind unlinks the chain after buffer i and returns the next piece, if there is one. It
+// frees empty pieces, which Truncate leaves: they take no slot.
 func (e *frontTX) behind(i uint32) (next uint32, off, n uint16, ok bool) {
 	next, off, n, ok = e.bufs.Unlink(i)
 	for ok && n == 0 {
@@ -178,7 +179,7 @@ func (e *frontTX) behind(i uint32) (next uint32, off, n uint16, ok bool) {
 	return next, off, n, ok
 }
 
-// txFlags is what a request says of the frame's checksum and extra infos.
+// txFlags returns the flags of the frame's first request: checksum and extra infos.
 func txFlags(f *Frame) (flags netif.TxFlags) {
 	switch f.csum {
 	case ChecksumPartial:
@@ -192,13 +193,14 @@ func txFlags(f *Frame) (flags netif.TxFlags) {
 	return flags
 }
 
-// copies reports whether f, of so many slots, cannot be sent where it lies.
+// copies reports whether f, which has that many slots, must be copied before it can be
+// sent.
 func (e *frontTX) copies(f *Frame, slots uint32) bool {
 	return !f.buf.Of(e.bufs) || f.n < MinFrame || slots > 1 && !e.scatter
 }
 
-// putCopy sends a frame whose pages the peer has no grant for, or which somebody
-// else may still write.
+// putCopy sends a copy of a frame whose pages the peer has no grant for, or which another
+// holder may still read or write.
 func (e *frontTX) putCopy(f *Frame, t *tally) error {
 	var g Frame
 	if !build(e.bufs, int(f.total), &g) {
@@ -209,7 +211,7 @@ func (e *frontTX) putCopy(f *Frame, t *tally) error {
 			return ErrFull
 		}
 	}
-	if e.ring.Free() < uint32(g.pieces)+f.gso.slots() { // behind the headroom it may take one more
+	if e.ring.Free() < uint32(g.pieces)+f.gso.slots() { // the copy has headroom, so it may have one more piece than f
 		e.bufs.Release(g.buf)
 		return ErrFull
 	}
@@ -223,7 +225,7 @@ func (e *frontTX) putCopy(f *Frame, t *tally) error {
 	return nil
 }
 
-// reap takes the responses that are there and frees their buffers.
+// reap takes the responses that are in the ring and frees their buffers.
 func (e *frontTX) reap() error {
 	n, err := e.ring.Poll()
 	if err != nil {
@@ -235,7 +237,7 @@ func (e *frontTX) reap() error {
 			if e.extras == 0 {
 				return e.violation("response to an extra that was not sent")
 			}
-			e.extras-- // its id is whatever lay there
+			e.extras-- // the id of a response to an extra info is undefined
 			continue
 		}
 		id := uint32(r.ID)
@@ -255,8 +257,9 @@ func (e *frontTX) reap() error {
 	return nil
 }
 
-// misanswered counts a frame that a response with a wrong id was for. Which one it
-// was nobody knows; the others in flight are lost with the connection.
+// misanswered counts one frame as lost to a response with a wrong id. Nobody knows which
+// frame it was for, so it takes any; the others in flight are counted as lost with the
+// connection.
 func (e *frontTX) misanswered() {
 	for id, s := range e.state {
 		if s == idFirst {
@@ -310,9 +313,9 @@ func (e *frontTX) arm(n need) (bool, error) {
 	if slots <= 0 && bufs <= 0 {
 		return true, nil
 	}
-	// Half of what is out: few wake-ups, and as much is left to keep the peer busy
-	// meanwhile. If it keeps the rest, as one that frees late does, the slow tick
-	// looks.
+	// Wake up after half of the requests in flight: that means few wake-ups, and the
+	// other half keeps the peer busy meanwhile. If the peer holds responses back, the
+	// slow tick wakes us.
 	after := max(int(e.ring.InFlight()/2), slots, bufs, 1)
 	more, err := e.ring.Arm(uint32(after))
 	if err != nil {
@@ -355,7 +358,7 @@ func (e *frontTX) ready(int) bool {
 func (e *frontTX) overdue() bool { return e.ring.Overdue() }
 
 func (e *frontTX) drain() {
-	trapped(func() { e.reap() }) // a violation no longer matters, nor that the ring is gone
+	trapped(func() { e.reap() }) // the connection is over: neither a violation nor a fault on the ring matters
 	for id, s := range e.state {
 		if s == idFree {
 			continue

@@ -15,7 +15,7 @@ import (
 	"barevif/xenbus/toolstack"
 )
 
-// A keeper remembers what its domain shares.
+// A keeper remembers the shares of its domain.
 type keeper struct {
 	*emu.Domain
 	shares []*hypercall.Share
@@ -30,8 +30,8 @@ func (k *keeper) Share(peer hypercall.DomID, pages int, access hypercall.Access)
 	return s, err
 }
 
-// Memory that is taken away under a device, as no correct hypervisor does, ends
-// that device, and neither the process nor a neighbour.
+// If shared memory is taken away, which no correct hypervisor does, that ends the device,
+// but neither the process nor another device.
 func TestMemoryThatIsTakenAwayEndsTheDevice(t *testing.T) {
 	l := newLabOn(t, emu.Config{Mapped: true, Grants: 2048})
 	fdom, bdom := &keeper{Domain: l.domain(1)}, l.domain(2)
@@ -56,7 +56,7 @@ func TestMemoryThatIsTakenAwayEndsTheDevice(t *testing.T) {
 
 	ended, got := make(chan error, 1), make(chan int, 1)
 	go func() { ended <- front.Listen(context.Background(), func(f pvnet.Frame) { got <- f.Len() }) }()
-	if _, err := front.Write(frame(100, 0)); err != nil { // one that is out, at the end
+	if _, err := front.Write(frame(100, 0)); err != nil { // a frame in flight, at the end
 		t.Fatal(err)
 	}
 	if _, err := back.Write(frame(100, 0)); err != nil {
@@ -89,8 +89,8 @@ func TestMemoryThatIsTakenAwayEndsTheDevice(t *testing.T) {
 	}
 }
 
-// The owner of a half that waits does not look at the rings again: the slow tick
-// finds out.
+// A waiting owner does not look at the rings again: the slow tick finds that they are
+// gone.
 func TestMemoryThatIsTakenAwayWhileAnOwnerWaits(t *testing.T) {
 	l := newLabOn(t, emu.Config{Mapped: true})
 	fdom, bdom := &keeper{Domain: l.domain(1)}, l.domain(2)
@@ -112,7 +112,7 @@ func TestMemoryThatIsTakenAwayWhileAnOwnerWaits(t *testing.T) {
 		waiting <- err
 	}()
 	for last := -1; front.Parked(0) == 0 || front.Parked(0) != last; time.Sleep(20 * time.Millisecond) {
-		last = front.Parked(0) // what came with the connection has come
+		last = front.Parked(0) // the events of the new connection have come
 	}
 	if err := unix.Mprotect(fdom.pages[len(fdom.pages)-1], unix.PROT_NONE); err != nil {
 		t.Fatal(err)

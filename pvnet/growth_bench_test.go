@@ -16,8 +16,8 @@ import (
 
 const backDomain = hypercall.DomID(1)
 
-// A fleet is a machine with memory as processes have it, and many vifs whose backends
-// are in one domain and whose frontends are in one each.
+// A fleet is a machine with mmapped memory, as between processes, and many vifs: their
+// backends are in one domain, their frontends in a domain each.
 type fleet struct {
 	machine *emu.Machine
 	store   *server.Store
@@ -81,7 +81,7 @@ func newFleet(b testing.TB, n int) *fleet {
 	return f
 }
 
-// connect brings every link up: in turn, or all at once.
+// connect brings every link up, one after another or all at once.
 func (f *fleet) connect(b testing.TB, atOnce bool) {
 	b.Helper()
 	f.front = make([]*pvnet.Device, len(f.fronts))
@@ -128,9 +128,8 @@ func (f *fleet) close(b testing.TB) {
 	f.store.Close()
 }
 
-// BenchmarkConnect64 brings 64 vifs up, whose directories the toolstack has made: in
-// turn, as a program does that starts one after another, and all at once, as a host
-// does that boots.
+// BenchmarkConnect64 connects 64 vifs whose directories exist: one after another, as a
+// program that starts guests in turn does, and all at once, as on a booting host.
 func BenchmarkConnect64(b *testing.B) {
 	for name, atOnce := range map[string]bool{"in-turn": false, "at-once": true} {
 		b.Run(name, func(b *testing.B) {

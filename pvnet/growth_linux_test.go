@@ -1,4 +1,4 @@
-// The race detector takes memory of its own for what it sees.
+// The race detector needs memory of its own, which would be measured too.
 //go:build !race
 
 package pvnet_test
@@ -29,8 +29,8 @@ import (
 	"barevif/xenbus/xenstore/server"
 )
 
-// backendOf has the test's program be a backend and nothing else, at the emulated host
-// whose socket it names.
+// backendOf is an environment variable that makes the test's program only a backend, at
+// the emulated host whose socket it names.
 const backendOf = "BAREVIF_PVNET_BACKEND_OF"
 
 func TestMain(m *testing.M) {
@@ -44,7 +44,7 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// serveIn serves until in ends. To each line it answers with what it holds.
+// serveIn serves until in ends. It answers each line with a held of this process.
 func serveIn(path string, in io.Reader, out io.Writer) error {
 	dom, err := emu.Join(context.Background(), path, backDomain)
 	if err != nil {
@@ -85,22 +85,22 @@ func serveIn(path string, in io.Reader, out io.Writer) error {
 	return nil
 }
 
-// A held is what a process that serves holds, in KiB but for the goroutines.
+// A held is what a serving process holds: KiB, and the number of goroutines.
 type held struct{ anon, shared, heap, stacks, goroutines int }
 
-// less is what each of n vifs holds of it, where before there was none.
+// less returns how much each of n vifs added to before.
 func (h held) less(before held, n int) held {
 	return held{(h.anon - before.anon) / n, (h.shared - before.shared) / n, (h.heap - before.heap) / n,
 		(h.stacks - before.stacks) / n, (h.goroutines - before.goroutines) / n}
 }
 
-// A hostedBackend is an emulated host whose backends are in a process of their own.
+// A hostedBackend is an emulated host whose backends run in another process.
 type hostedBackend struct {
 	host  *emu.Host
 	store *server.Store
 	tools *xenstore.Client
 	ask   func() held
-	vifs  int // that were added
+	vifs  int // how many were added
 	front []*pvnet.Device
 }
 
@@ -177,7 +177,7 @@ func (p *hostedBackend) domain(t testing.TB, id hypercall.DomID) *emu.Domain {
 	return d
 }
 
-// add makes n vifs, and waits until the backend waits for their frontends.
+// add makes n vifs and waits until the backend waits for their frontends.
 func (p *hostedBackend) add(t testing.TB, n int) (guests []*emu.Domain) {
 	t.Helper()
 	for range n {
@@ -198,7 +198,7 @@ func (p *hostedBackend) add(t testing.TB, n int) (guests []*emu.Domain) {
 	return guests
 }
 
-// connect brings the vifs of guests up, all at once.
+// connect connects the vifs of guests, all at once.
 func (p *hostedBackend) connect(t testing.TB, guests []*emu.Domain) {
 	t.Helper()
 	front, errs := make([]*pvnet.Device, len(guests)), make([]error, len(guests))
@@ -213,10 +213,10 @@ func (p *hostedBackend) connect(t testing.TB, guests []*emu.Domain) {
 	p.front = append(p.front, front...)
 }
 
-// An idle backend holds little: what its traffic needs at once is touched then.
+// An idle backend holds little memory: it touches pages only when traffic needs them.
 func TestAnIdleBackendHoldsLessThanAMiB(t *testing.T) {
 	p := newHostedBackend(t)
-	p.connect(t, p.add(t, 1)) // and what the first one takes of the process
+	p.connect(t, p.add(t, 1)) // once, so that its one-time costs do not count
 	before := p.ask()
 	const n = 8
 	p.connect(t, p.add(t, n))
@@ -227,7 +227,8 @@ func TestAnIdleBackendHoldsLessThanAMiB(t *testing.T) {
 	}
 }
 
-// BenchmarkIdleVif is what a process that serves many idle vifs holds for each.
+// BenchmarkIdleVif measures how much a process that serves many idle vifs holds for each
+// of them.
 func BenchmarkIdleVif(b *testing.B) {
 	p := newHostedBackend(b)
 	before := p.ask()
@@ -236,7 +237,7 @@ func BenchmarkIdleVif(b *testing.B) {
 	for b.Loop() {
 		if p.front == nil {
 			p.connect(b, p.add(b, n))
-			time.Sleep(100 * time.Millisecond) // the last one's end
+			time.Sleep(100 * time.Millisecond) // until the last one has ended
 		}
 		each = p.ask().less(before, n)
 	}
@@ -248,8 +249,8 @@ func BenchmarkIdleVif(b *testing.B) {
 	b.ReportMetric(0, "ns/op")
 }
 
-// BenchmarkConnect64Processes brings 64 vifs up at once, whose backends are in a
-// process of their own and wait for their frontends.
+// BenchmarkConnect64Processes connects 64 vifs at once, whose backends run in another
+// process and wait for their frontends.
 func BenchmarkConnect64Processes(b *testing.B) {
 	p := newHostedBackend(b)
 	p.connect(b, p.add(b, 1))

@@ -8,8 +8,8 @@ import (
 	"barevif/xenbus/toolstack"
 )
 
-// Most of the time that a connection takes is that of requests to xenstore. Both ends
-// together make some 75, from when the backend waits for the frontend on.
+// A connection spends most of its set-up time on requests to xenstore. Both ends together
+// make about 75, counted from when the backend waits for the frontend.
 func TestAConnectionTakesFewRequests(t *testing.T) {
 	const most = 90
 	l := newLab(t)

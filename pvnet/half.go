@@ -14,21 +14,21 @@ import (
 
 var errTimeout error = os.ErrDeadlineExceeded
 
-// A gate lets one caller at a time into a half, and lets the life goroutine keep
-// callers out and wait until the last one has left. It is not a lock: a caller
-// never waits at it.
+// A gate lets one caller at a time into a half. With it the life goroutine keeps callers
+// out and waits until the last one has left. It is not a lock: a caller never waits at
+// it.
 type gate struct {
 	state  atomic.Uint32
-	quiet  chan struct{} // one token: the caller that was inside has left
-	inside bool          // of the life goroutine only: somebody was, when it was shut
+	quiet  chan struct{} // one token: the caller that was inside when the gate was shut has left
+	inside bool          // life goroutine only: a caller was inside when the gate was shut
 }
 
 const (
 	gateOpen = iota
 	gateBusy
-	gateClosing // busy, and the caller is asked to leave
+	gateClosing // busy, and the caller has been asked to leave
 	gateShut
-	gateReading // a reader publishes the counters, for a moment
+	gateReading // a reader publishes the counters, for less than a microsecond
 )
 
 func (g *gate) init() {
@@ -36,7 +36,7 @@ func (g *gate) init() {
 	g.state.Store(gateShut)
 }
 
-// enter reports whether the caller is inside.
+// enter reports whether the caller is now inside.
 func (g *gate) enter() bool { return g.state.CompareAndSwap(gateOpen, gateBusy) }
 
 func (g *gate) leave() {
@@ -46,16 +46,16 @@ func (g *gate) leave() {
 	}
 }
 
-// abandon is leave for a caller that does not know whether it was inside, if
-// nobody else could be.
+// abandon is leave for a caller that does not know whether it was inside, when no other
+// caller could be.
 func (g *gate) abandon() {
 	if s := g.state.Load(); s == gateBusy || s == gateClosing {
 		g.leave()
 	}
 }
 
-// shut keeps callers out from now on, and calls nudge to make one that is inside
-// and parked look up.
+// shut keeps callers out from now on. It calls nudge to wake a caller that is parked
+// inside.
 func (g *gate) shut(nudge func()) {
 	for !g.inside {
 		if g.state.CompareAndSwap(gateOpen, gateShut) || g.state.Load() == gateShut {
@@ -67,8 +67,8 @@ func (g *gate) shut(nudge func()) {
 	nudge()
 }
 
-// empty waits until nobody is inside any more, after shut. It reports false if that
-// is not so by end: the caller inside may never leave.
+// empty waits, after shut, until no caller is inside. It reports false if one still is at
+// end: that caller may never leave.
 func (g *gate) empty(end time.Time) bool {
 	if !g.inside {
 		return true
@@ -88,32 +88,32 @@ func (g *gate) empty(end time.Time) bool {
 	return !g.inside
 }
 
-// open lets callers in again. Only once it is empty.
+// open lets callers in again. The gate must be empty.
 func (g *gate) open() { g.state.Store(gateOpen) }
 
-// A half is one direction of one queue, without its rings: it lives as long as
-// the Device, while rings come and go with connections.
+// A half is one direction of one queue, without its ring: it lives as long as the Device,
+// while rings come and go with connections.
 type half struct {
 	dev     *Device
 	queue   int
 	dir     direction
 	gate    gate
-	park    atomic.Pointer[parker]    // of the connection; stored by the life goroutine
-	until   atomic.Pointer[time.Time] // deadline for whatever waits
-	owned   atomic.Bool               // taken out of the Device's hands
-	ending  atomic.Bool               // Listen is to end
+	park    atomic.Pointer[parker]    // of the connection; stored by the life goroutine only
+	until   atomic.Pointer[time.Time] // deadline of waiting calls
+	owned   atomic.Bool               // handed to an owner by OwnTX or OwnRX
+	ending  atomic.Bool               // Listen has been asked to end
 	mu      sync.Mutex                // serialises the Device's own calls
-	count   *telemetry.Block          // written by whoever is inside the gate
+	count   *telemetry.Block          // written by the caller inside the gate
 	recent  int                       // frames counted since the last publish; inside the gate
-	worked  bool                      // anything moved since the last rest; inside the gate
-	parked  atomic.Uint32             // odd while the owner waits, and never the same twice
-	rescue  atomic.Uint32             // the wait, by its number, that the watchdog ended
+	worked  bool                      // a frame or a slot moved since the last rest; inside the gate
+	parked  atomic.Uint32             // number of the wait: odd while the owner waits, and never the same twice
+	rescue  atomic.Uint32             // number of the wait that the watchdog ended
 	roused  atomic.Pointer[rousing]   // the latest wait that the slow tick ended
-	due     atomic.Uint32             // what the slow tick wants done inside the gate: dueHeal, ...
-	resting atomic.Uint32             // whose the counters are while the owner waits
-	sampled uint32                    // of the slow tick only: the wait in which it timed a wake-up last
+	due     atomic.Uint32             // what the slow tick asks the caller inside the gate to do: dueHeal, ...
+	resting atomic.Uint32             // who may use the counters while the owner waits: lentOut, ...
+	sampled uint32                    // slow tick only: number of the wait in which it last timed a wake-up
 	spin    spinner                   // of the connection; inside the gate
-	member  atomic.Pointer[member]    // in a Poller; nil: in none
+	member  atomic.Pointer[member]    // its membership in a Poller; nil: none
 }
 
 func (h *half) init(d *Device, queue int, dir direction, block *telemetry.Block) {
@@ -121,7 +121,7 @@ func (h *half) init(d *Device, queue int, dir direction, block *telemetry.Block)
 	h.gate.init()
 }
 
-// enter is nil once the caller is inside the gate.
+// enter returns nil once the caller is inside the gate.
 func (h *half) enter() error {
 	if v := h.dev.broken.Load(); v != nil {
 		return v
@@ -130,7 +130,7 @@ func (h *half) enter() error {
 		switch h.gate.state.Load() {
 		case gateBusy, gateClosing:
 			return ErrBusy
-		case gateReading: // for less than a microsecond
+		case gateReading: // lasts less than a microsecond
 		default:
 			if err := h.dev.stateOf(h); err != nil {
 				return err
@@ -141,8 +141,8 @@ func (h *half) enter() error {
 	return nil
 }
 
-// flush publishes the counters if nobody is inside the gate. Whoever comes
-// meanwhile does not get ErrBusy.
+// flush publishes the counters if no caller is inside the gate. A caller that comes
+// meanwhile spins instead of getting ErrBusy.
 func (h *half) flush() {
 	if h.gate.state.CompareAndSwap(gateOpen, gateReading) {
 		h.count.Flush()
@@ -150,7 +150,8 @@ func (h *half) flush() {
 	}
 }
 
-// counted shows the counters every 32 frames. The caller is inside the gate.
+// counted takes note of frames that moved and publishes the counters every 32 frames. The
+// caller is inside the gate.
 func (h *half) counted(frames int) {
 	if frames == 0 {
 		return
@@ -164,13 +165,13 @@ func (h *half) counted(frames int) {
 	}
 }
 
-// What the slow tick wants done inside the gate.
+// What the slow tick asks the caller inside the gate to do.
 const (
 	dueHeal  = 1 << iota // compare the counters with their mirror
 	dueStall             // count a stall
 )
 
-// refresh does what is due. The caller is inside the gate.
+// refresh does what the slow tick has asked for. The caller is inside the gate.
 func (h *half) refresh() {
 	if h.due.Load() != 0 {
 		h.attend(h.due.Swap(0))
@@ -187,15 +188,15 @@ func (h *half) attend(due uint32) {
 	}
 }
 
-// Whose the counters of a half are.
+// Who may use the counters of a half.
 const (
-	ownersOwn = iota // they are the owner's, or open to who enters the gate
-	lentOut          // the owner waits: the slow tick may take them
-	taken            // the slow tick has them
+	ownersOwn = iota // the owner, or the caller inside the gate
+	lentOut          // the owner waits, and the slow tick may use them
+	taken            // the slow tick uses them
 )
 
-// remind has something done: at once if nobody is inside the gate or who is waits,
-// else by who is. It wakes nobody.
+// remind does what due says at once if no caller is inside the gate, or if the caller
+// inside waits. Otherwise the caller inside does it. It wakes nobody.
 func (h *half) remind(due uint32) {
 	if h.gate.state.CompareAndSwap(gateOpen, gateReading) {
 		h.attend(due)
@@ -203,24 +204,24 @@ func (h *half) remind(due uint32) {
 		return
 	}
 	h.due.Or(due)
-	if h.resting.CompareAndSwap(lentOut, taken) { // else the owner looks before it lends them
+	if h.resting.CompareAndSwap(lentOut, taken) { // else the owner lends them later, and then looks at due
 		h.refresh()
 		h.resting.Store(lentOut)
 	}
 }
 
-// lend lets the slow tick at the counters until reclaim.
+// lend lets the slow tick use the counters until reclaim.
 func (h *half) lend() { h.resting.Store(lentOut) }
 
 func (h *half) reclaim() {
 	for !h.resting.CompareAndSwap(lentOut, ownersOwn) {
-		runtime.Gosched() // for a microsecond
+		runtime.Gosched() // the slow tick has them for a microsecond
 	}
 }
 
-// heal has the counters compared with their mirror. A half whose owner waits not
-// for the first time since then is woken for it, which is timed. One in a Poller is not:
-// its owner waits for others too.
+// heal arranges that the counters are compared with their mirror. If the owner waits, it
+// is woken for that and the wake-up is timed, but not in its first wait after such a
+// wake-up. A half in a Poller is not woken: its owner waits for other halves too.
 func (h *half) heal(p *parker) {
 	seq := h.parked.Load()
 	if seq%2 == 0 || seq == h.sampled || h.member.Load() != nil {
@@ -229,16 +230,17 @@ func (h *half) heal(p *parker) {
 	}
 	h.due.Or(dueHeal)
 	h.rouse(p)
-	h.sampled = seq + 2 // the one after this, unless there are events
+	h.sampled = seq + 2 // the owner's next wait, unless events come
 }
 
-// A rousing is when the slow tick ended a wait.
+// A rousing records when the slow tick ended a wait.
 type rousing struct {
-	wait uint32 // by its number
+	wait uint32 // number of the wait
 	at   time.Time
 }
 
-// rouse wakes the owner if it waits at p, and has it say how long that took.
+// rouse wakes the owner if it waits at p, and stores the time so that awake can measure
+// the wake-up.
 func (h *half) rouse(p *parker) {
 	if seq := h.parked.Load(); seq%2 == 1 {
 		h.roused.Store(&rousing{seq, time.Now()})
@@ -246,7 +248,7 @@ func (h *half) rouse(p *parker) {
 	p.wake()
 }
 
-// awake counts what it took to wake up, if the slow tick ended the wait.
+// awake counts how long the wake-up took, if the slow tick ended this wait.
 func (h *half) awake(wait uint32) {
 	r := h.roused.Load()
 	if r == nil {
@@ -265,7 +267,8 @@ func (h *half) deadline() time.Time {
 	return time.Time{}
 }
 
-// setDeadline wakes whoever waits, so that it waits for the new one.
+// setDeadline sets the deadline and wakes a waiting call, which then waits for the new
+// one.
 func (h *half) setDeadline(t time.Time) {
 	h.until.Store(&t)
 	if p := h.park.Load(); p != nil {
@@ -274,8 +277,7 @@ func (h *half) setDeadline(t time.Time) {
 	h.dev.nudge()
 }
 
-// interrupt ends the receive under way, and any that follows, until ending is
-// cleared.
+// interrupt ends the receive under way and every later one, until ending is cleared.
 func (h *half) interrupt() {
 	h.ending.Store(true)
 	if p := h.park.Load(); p != nil {
@@ -284,7 +286,7 @@ func (h *half) interrupt() {
 	h.dev.nudge()
 }
 
-// errInterrupted is what a receive returns that was interrupted.
+// errInterrupted is the error of a receive that interrupt ended.
 var errInterrupted = errors.New("pvnet: interrupted")
 
 // expired reports whether the deadline has passed. It reads the clock only if
@@ -294,7 +296,7 @@ func (h *half) expired() bool {
 	return !t.IsZero() && !time.Now().Before(t)
 }
 
-// leaving reports whether a caller who looks inside the gate is to leave, or to give up.
+// leaving reports whether a caller that spins inside the gate must leave, or give up.
 func (h *half) leaving() bool {
 	return h.gate.state.Load() != gateBusy || h.ending.Load() || h.expired()
 }
@@ -319,7 +321,7 @@ func (h *half) rest() error {
 		start = time.Now()
 	}
 	h.lend()
-	if h.due.Load() == 0 { // or remind finds them lent
+	if h.due.Load() == 0 { // from here on remind finds the counters lent
 		event, err = p.wait(h.dir, h.deadline())
 	}
 	h.reclaim()
@@ -335,8 +337,8 @@ func (h *half) rest() error {
 		}
 	}
 	if err == net.ErrClosed && h.gate.state.Load() == gateBusy {
-		// Our own teardown shuts the gate before it closes the waiter. So the
-		// domain itself is gone, and waiting again would never end.
+		// Our own teardown shuts the gate before it closes the waiter. The gate is not
+		// shut, so the domain itself is gone, and a retry would loop for ever.
 		err = &UnknownError{"wait for an event", err}
 	}
 	h.refresh()
@@ -346,26 +348,27 @@ func (h *half) rest() error {
 	return err
 }
 
-// An engine is what a half's two kinds of engine have in common.
+// An engine is what senders and receivers have in common.
 type engine interface {
-	// ready looks at the ring once: is there a frame, or room for need slots?
+	// ready looks at the ring once and reports whether there is a frame, or room for need
+	// slots.
 	ready(need int) bool
 
-	// overdue reports whether what arm asked for is there. The watchdog calls it
-	// while the owner waits.
+	// overdue reports whether the ring has reached the event that arm asked for. The
+	// watchdog calls it while the owner waits.
 	overdue() bool
 
-	// sample has a request timed, where that says something of the peer or of us.
-	// The slow tick calls it.
+	// sample asks for the timing of one request, in engines where the time says something
+	// about the peer or us. The slow tick calls it.
 	sample()
 
-	// drain counts what the end of the connection loses, and takes every page
-	// home. The gate is shut.
+	// drain counts the frames that are lost with the connection and puts every page back
+	// into its arena. The gate is shut.
 	drain()
 }
 
-// retry says what a call that found the gate shut does: nil if the link is back
-// and it may try again, an error if not.
+// retry decides what a call does that found the gate shut with err. It waits while the
+// link is down, and returns nil once the call may try again.
 func (h *half) retry(err error) error {
 	if err != ErrLinkDown {
 		return err

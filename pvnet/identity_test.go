@@ -16,10 +16,10 @@ import (
 	"barevif/xenbus/toolstack"
 )
 
-// names is a store that only remembers what it was asked for.
+// names is a telemetry store that only remembers the names of its mirrors.
 type names struct {
 	mu   sync.Mutex
-	open []string         // guarded by mu: mirrors that are open
+	open []string         // guarded by mu: names of the open mirrors
 	ever []string         // guarded by mu
 	last telemetry.Status // guarded by mu
 }
@@ -38,7 +38,7 @@ func (n *names) now() (open []string, ever int, last telemetry.Status) {
 	return append([]string(nil), n.open...), len(n.ever), n.last
 }
 
-// nameless is the mirror of a device, which keeps nothing but its status.
+// nameless is the mirror of a device. It keeps only the status.
 type nameless struct{ n *names }
 
 func (m *nameless) Words(int, telemetry.Dir) (words, base []uint64) {
@@ -48,8 +48,7 @@ func (m *nameless) Kind() string           { return "names" }
 func (m *nameless) Reason() string         { return "" }
 func (m *nameless) Record(telemetry.Event) {}
 
-// Update is slow, so that a listener who hears of the link before the mirror has the new
-// status finds the old one there.
+// Update is slow, so that a test fails if the link event comes before the new status.
 func (m *nameless) Update(s telemetry.Status, _ telemetry.Reset) {
 	time.Sleep(time.Millisecond)
 	m.n.mu.Lock()
@@ -63,8 +62,8 @@ func (m *nameless) Close() error {
 	return nil
 }
 
-// A vif that is unplugged and plugged again is another card if the toolstack says so,
-// and may be served by another domain.
+// A vif that is unplugged and plugged again may have another MAC and MTU, and another
+// backend domain.
 func TestAVifThatIsPluggedAgainIsAnotherCard(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := newLab(t)
@@ -133,7 +132,7 @@ func TestAVifThatIsPluggedAgainIsAnotherCard(t *testing.T) {
 			if err := toolstack.Remove(ctx(t), l.tools, v); err != nil {
 				t.Fatal(err)
 			}
-			if ev := next(false); ev.MAC != was { // of the connection that ended
+			if ev := next(false); ev.MAC != was { // the MAC of the connection that ended
 				t.Errorf("%+v", ev)
 			}
 			if _, _, status := fronts.now(); status.Up {
@@ -142,7 +141,7 @@ func TestAVifThatIsPluggedAgainIsAnotherCard(t *testing.T) {
 			v = l.add(w)
 			check(v)
 		}
-		if _, ever, _ := fronts.now(); ever != 3 { // each time the backend's domain changed
+		if _, ever, _ := fronts.now(); ever != 3 { // once more each time the backend's domain changed
 			t.Errorf("the counters were opened %d times", ever)
 		}
 		front.Disconnect()
@@ -155,8 +154,8 @@ func TestAVifThatIsPluggedAgainIsAnotherCard(t *testing.T) {
 	})
 }
 
-// An address no station can have is not taken. The backend's directory is asked then,
-// and if that has none either, one is made, for as long as the device lives.
+// A MAC that no station can have is refused. The frontend then reads the backend's
+// directory, and if that has no usable MAC either, it makes one, which the device keeps.
 func TestAddressesThatNoStationHasAreNotTaken(t *testing.T) {
 	good := pvnet.MAC{0, 0x16, 0x3e, 9, 9, 9}
 	for _, bad := range []string{"ff:ff:ff:ff:ff:ff", "00:00:00:00:00:00", "01:00:5e:00:00:01", "33:33:00:00:00:01", "03:16:3e:00:00:01", "nonsense", ""} {
@@ -198,8 +197,8 @@ func TestAddressesThatNoStationHasAreNotTaken(t *testing.T) {
 	}
 }
 
-// A program that had more queues left their keys. A backend that reads them would map
-// rings that are nobody's.
+// An earlier program left the keys of more queues. A backend that read them would map
+// rings that no longer exist.
 func TestQueuesOfAProgramBeforeUsAreRemoved(t *testing.T) {
 	for _, queues := range []int{1, 2} {
 		l := newLab(t)

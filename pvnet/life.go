@@ -16,81 +16,82 @@ import (
 	"barevif/xenbus/xenstore"
 )
 
-// How long the life goroutine waits for what it cannot control.
+// How long the life goroutine waits for the peer and for xenstore.
 const (
 	closePatience   = 4 * time.Second // for the peer to answer Closing, on Disconnect
-	endPatience     = 6 * time.Second // for all that the end of a device takes, those included
+	endPatience     = 6 * time.Second // for the whole end of a device, closePatience and storePatience included
 	storePatience   = 5 * time.Second // for one xenstore operation
-	connectPatience = time.Minute     // for all a connection takes, unless the device is to end
-	retryFirst      = time.Second     // after a connect that failed; doubles
+	connectPatience = time.Minute     // for the whole set-up of a connection, unless the device is to end
+	retryFirst      = time.Second     // pause after a failed connect; doubles
 	retryMost       = 30 * time.Second
 )
 
-// A role is what the two ends do differently in their lives.
+// A role is the part of a life in which frontend and backend differ.
 type role interface {
 	// prepare publishes the features (backend).
 	prepare(ctx context.Context, xd *xenbus.Device) error
 
-	// attach reads what the peer published, checks it, and makes the connection.
-	// On an error the connection's undo list is run by the caller.
+	// attach reads and checks the keys that the peer published, and makes the connection.
+	// On an error the caller runs the connection's undo list.
 	attach(ctx context.Context, xd *xenbus.Device, c *conn) error
 
-	// same reports whether the peer publishes the same rings and event channels now as
-	// when connection c was made.
+	// same reports whether the peer still publishes the rings and event channels that
+	// connection c was made from.
 	same(ctx context.Context, xd *xenbus.Device, c *conn) (bool, error)
 
-	// finished runs after the device has ended, of its own accord or because the
-	// toolstack took it away. anew: there is another one by now.
+	// finished runs after the device has ended, whether we or the toolstack ended it.
+	// anew: there is a new directory in its place.
 	finished(ctx context.Context, xd *xenbus.Device, anew bool)
 }
 
-// A life is the one goroutine that moves a device through its states. It alone
-// writes our state and touches what connections hold; halves learn of it through
-// the link word and their gates, and tell it of violations through a channel.
+// A life is the one goroutine that moves a device through its states. Only it writes our
+// xenbus state and touches what connections hold. Halves see the connection through the
+// link word and their gates, and report violations through a channel.
 type life struct {
 	d    *Device
-	owed atomic.Bool // the slow tick wants the goroutine to do its beat
+	owed atomic.Bool // the slow tick asks the goroutine to do the beat
 
-	// mu is held by the goroutine while it does not wait, so that the slow tick
-	// can do a beat in its place while it does. It guards all that follows.
+	// mu is held by the goroutine except while it waits, so that the slow tick can do the
+	// beat in its place. It guards all fields below.
 	mu   sync.Mutex
 	xd   *xenbus.Device
 	role role
 	kind xenbus.Role
 
 	stop     context.Context // ends when the device is to end
-	whole    context.Context // of every xenstore operation; ends when the end has taken too long
+	whole    context.Context // context of every xenstore operation; ends endPatience after the device is to end
 	giveUp   context.CancelFunc
 	haste    sync.Once
 	end      time.Time // when whole ends at the latest; set in haste
 	conn     *conn
 	attached uint32 // generation of conn, 0: none
-	running  bool   // gates are open
-	joined   bool   // the peer had its ends of the event channels since it said Connected
-	alone    bool   // and has them no more, but has not said so in xenstore
+	running  bool   // the gates are open
+	joined   bool   // the peer has had its ends of all event channels at some time since resume
+	alone    bool   // the peer has lost them since, but xenstore does not show it
 	aloneAt  xenbus.State
-	replaced bool   // the peer has made new rings
-	heard    uint64 // the peer's writes of its state for which conn is known to be the current one
+	replaced bool   // the peer has made new rings: the reason for a suspend
+	heard    uint64 // Change.PeerWrites for which conn was last verified
 
-	leaving error     // why we end; nil: we do not
-	force   time.Time // leaving: when to stop being polite
+	leaving error     // why the device ends; nil: it does not
+	force   time.Time // when to end without waiting for the peer any longer; set by leave
 
-	refused *xenbus.Change // what the last step that failed was tried on
+	refused *xenbus.Change // the change on which the last step failed
 	retryAt time.Time
 	pause   time.Duration
 	pace    pace
-	mending pace         // of our state being written over
-	of      uint32       // generation that pace is of; 0: none yet
-	beats   int          // ticks since the link came up
+	mending pace         // of repairs of our state after others wrote it
+	of      uint32       // generation of the directory that pace is for; 0: none yet
+	beats   int          // slow ticks since the link came up
 	state   xenbus.State // last written, for the event log
-	first   chan error   // told once: up, or why not; nil after
-	noted   string       // why there is no connection, as it was left in xenstore
+	first   chan error   // gets the result of the first connect, once; then nil
+	noted   string       // the reason, as in xenstore, why there is no connection
 
-	suspects []suspect        // halves that seem to have missed an event
-	recheck  <-chan time.Time // when to look at them again
+	suspects []suspect        // halves that may have missed an event
+	recheck  <-chan time.Time // when to look at the suspects again
 }
 
-// run is the goroutine. stop ends it; it closes d.done.
+// run is the body of the goroutine. The end of stop makes it end the device. It closes
+// d.done.
 func (l *life) run(stop context.Context) {
 	debug.SetPanicOnFault(true)
 	l.stop = stop
@@ -156,13 +157,13 @@ func (l *life) run(stop context.Context) {
 	l.tell(l.leaving)
 }
 
-// patiently is for one xenstore operation.
+// patiently returns the context for one xenstore operation.
 func (l *life) patiently() (context.Context, context.CancelFunc) {
 	return context.WithTimeout(l.whole, storePatience)
 }
 
-// hurry sets a time for the end of the device. All operations share it, those under
-// way included, however many there are and whichever of them waits in vain.
+// hurry limits the time for the end of the device to endPatience. All xenstore operations
+// share it, those under way included.
 func (l *life) hurry() {
 	l.haste.Do(func() {
 		l.end = time.Now().Add(endPatience)
@@ -171,8 +172,8 @@ func (l *life) hurry() {
 	})
 }
 
-// atLength is for all that a connection takes, if the device is not to end before. A
-// handover waits: it leaves nothing half done.
+// atLength returns the context for the whole set-up of a connection. It ends when the
+// device is to end, except on a handover, which waits so that nothing is left half done.
 func (l *life) atLength() (context.Context, context.CancelFunc) {
 	ctx, cancel := context.WithTimeout(l.whole, connectPatience)
 	unhook := context.AfterFunc(l.stop, func() {
@@ -186,7 +187,7 @@ func (l *life) atLength() (context.Context, context.CancelFunc) {
 	}
 }
 
-// tell reports the outcome of the first connect, once.
+// tell reports the result of the first connect to Connect, once.
 func (l *life) tell(err error) {
 	if l.first != nil {
 		l.first <- err
@@ -194,7 +195,7 @@ func (l *life) tell(err error) {
 	}
 }
 
-// leave begins the end.
+// leave starts the end of the device.
 func (l *life) leave(cause error) {
 	if l.leaving != nil {
 		return
@@ -218,9 +219,9 @@ func (l *life) violated(v *PeerError) {
 	l.leave(v)
 }
 
-// beat is what the slow tick does with a device: the heartbeat, and a look at
-// halves that wait although what they wait for is there. A half that waits goes on
-// waiting unless it has to do something itself.
+// beat is the device's work on a slow tick: the heartbeat of the counters, and a search
+// for halves that still wait although their event is due. A half that waits keeps waiting
+// unless it must do something itself.
 func (l *life) beat() {
 	defer func() {
 		if v := faulted(recover()); v != nil {
@@ -235,20 +236,20 @@ func (l *life) beat() {
 		return
 	}
 	if l.beats++; l.beats > 5 {
-		l.pause, l.pace = 0, pace{} // it was worth connecting
+		l.pause, l.pace = 0, pace{} // the connection has held: later failures start with short pauses
 	}
 	mirrored := l.d.cfg.Counters != nil
 	for i, q := range l.conn.queues {
 		for _, s := range []suspect{{half: &l.d.tx[i].half, eng: q.tx, park: q.txPark}, {half: &l.d.rx[i].half, eng: q.rx, park: q.rxPark}} {
 			s.eng.sample()
 			if s.seq = s.half.parked.Load(); s.seq%2 == 1 && s.eng.overdue() {
-				l.suspects = append(l.suspects, s.since(known)) // a reminder would hide what it missed
+				l.suspects = append(l.suspects, s.since(known)) // no heal: its wake-up would hide the missed event
 			} else if mirrored {
 				s.half.heal(s.park)
 			}
 		}
 		if l.d.tx[i].parked.Load()%2 == 1 && q.tx.answered() {
-			l.d.tx[i].rouse(q.txPark) // fewer answers than it waits for may be all there are
+			l.d.tx[i].rouse(q.txPark) // the peer may never give as many responses as the half waits for
 		}
 		l.d.tx[i].watch(q.tx, time.Now())
 		l.d.judge(l.d.tx[i].settle(q.tx))
@@ -258,25 +259,26 @@ func (l *life) beat() {
 	}
 }
 
-// graceOfEvents is how long an event may be under way: the peer publishes first
-// and notifies then, and may be stopped in between. longestHold is for how long a
-// [hypercall.Waiter] holds back the events of a peer whose last ones were for
-// nothing: those are late because of us, and not lost.
+// graceOfEvents is how long an event may be under way: the peer publishes first and then
+// notifies, and may be descheduled in between. longestHold is how long a
+// [hypercall.Waiter] delays the events of a peer whose last events brought no work: such
+// an event is late because of us, not lost.
 const (
 	graceOfEvents = 20 * time.Millisecond
 	longestHold   = time.Second
 )
 
-// A suspect is a half that seems to have missed an event.
+// A suspect is a half that may have missed an event.
 type suspect struct {
 	half *half
 	eng  engine
 	park *parker
-	seq  uint32    // of its wait
-	seen time.Time // first
+	seq  uint32    // number of its wait
+	seen time.Time // when it was first suspected in this wait
 }
 
-// since is s as it is known from the beat before, if that was in the same wait.
+// since returns s with the time seen of the beat before, if s was suspected then in the
+// same wait.
 func (s suspect) since(known []suspect) suspect {
 	for _, k := range known {
 		if k.half == s.half && k.seq == s.seq {
@@ -287,7 +289,7 @@ func (s suspect) since(known []suspect) suspect {
 	return s
 }
 
-// patience is how long the event may still come from when s was first seen.
+// patience is how long after s.seen the event may still come.
 func (s suspect) patience() time.Duration {
 	if s.park.mayHold() {
 		return longestHold + graceOfEvents
@@ -320,7 +322,7 @@ func (l *life) rescue() {
 	}
 }
 
-// again is when to look at the device though nothing has changed; zero: never.
+// again returns when to look at the device even if nothing has changed; zero: never.
 func (l *life) again() time.Time {
 	if !l.force.IsZero() {
 		return l.force
@@ -335,9 +337,9 @@ func (l *life) again() time.Time {
 	return at
 }
 
-// held reports whether nothing is to be done now: the step that failed is not
-// tried again so soon, or the peer changes its mind too fast. What the toolstack
-// does, and our own leaving, is not held up by the peer.
+// held reports whether nothing may be done now: a failed step is not tried again so soon,
+// or the peer changes its state too fast. A peer cannot delay what the toolstack does,
+// nor our own leaving.
 func (l *life) held(ch xenbus.Change) bool {
 	if l.leaving != nil {
 		return false
@@ -357,21 +359,21 @@ func (l *life) held(ch xenbus.Change) bool {
 	return l.refused != nil && *l.refused == ch || paced
 }
 
-// anew reports whether the directory is not the one this backend served.
+// anew reports whether the directory is no longer the one that this backend served.
 func (l *life) anew() bool {
 	return l.kind == xenbus.Backend && l.of != 0 && l.of != l.xd.Current().Generation
 }
 
 func (l *life) move() { l.pace.move(time.Now()) }
 
-// step does what the handshake says until there is nothing to do but wait. It
-// reports true when the life is over.
+// step follows the handshake until it has to wait for a change. It reports true when the
+// life is over.
 func (l *life) step() (over bool) {
-	for range 32 { // the handshake comes to rest after a few
+	for range 32 { // the handshake comes to rest after a few steps
 		ch := l.xd.Current()
-		if l.of != ch.Generation { // made anew, which no peer can do
+		if l.of != ch.Generation { // the toolstack made the directory anew; a peer cannot
 			if l.anew() {
-				return true // this vif is gone, though another is in its place
+				return true // our vif is gone; another is in its place
 			}
 			l.of, l.pace, l.pause, l.refused = ch.Generation, pace{}, 0, nil
 		}
@@ -397,7 +399,7 @@ func (l *life) step() (over bool) {
 			l.alone, l.joined = false, false
 		}
 		if s.Do == xenbus.Run && l.alone {
-			s.Do = xenbus.Wait // for the state of whoever comes next, or for its ports
+			s.Do = xenbus.Wait // until the next peer writes its state, or opens its ports
 		}
 		switch s.Do {
 		case xenbus.Run:
@@ -410,13 +412,13 @@ func (l *life) step() (over bool) {
 			if !l.try("publish features", l.role.prepare) {
 				return false
 			}
-			l.noted = "" // it took that back
+			l.noted = "" // prepare removed the reason
 		case xenbus.Connect:
 			if !l.connect(ch) {
 				return false
 			}
 			if l.conn == nil {
-				continue // refused, and leaving
+				continue // the connect failed, and the device leaves
 			}
 		default: // Wait, Drain
 			l.suspend(ch)
@@ -438,7 +440,7 @@ func (l *life) step() (over bool) {
 	return false
 }
 
-// cut ends a device whose peer does not answer, or whose xenstore does not.
+// cut ends a device whose peer or xenstore does not answer in time.
 func (l *life) cut(ch xenbus.Change) bool {
 	l.release()
 	if !ch.Gone && !ch.Lost && ch.Own != xenbus.Closed {
@@ -457,7 +459,7 @@ func (l *life) write(s xenbus.State) bool {
 		switch {
 		case errors.Is(err, xenbus.ErrGone), errors.Is(err, xenbus.ErrClaimed):
 		case l.first != nil && l.kind == xenbus.Frontend && final:
-			l.leave(err) // whoever called Connect has to see to it; there is nothing to close
+			l.leave(err) // Connect returns the error; there is nothing to close
 			l.force = time.Now()
 			return false
 		case final && l.unconnected():
@@ -474,13 +476,13 @@ func (l *life) write(s xenbus.State) bool {
 	return true
 }
 
-// unconnected reports whether the device ends before it was ever connected.
+// unconnected reports whether the device ends without ever having been connected.
 func (l *life) unconnected() bool { return l.leaving != nil && l.d.epoch.Load() == 0 }
 
-// restore puts our state back where another domain wrote over it. Nothing of ours has
-// changed with it: frames move on, unless the peer has answered what it saw. One who
-// writes it in a loop is followed at the pace of a peer that never rests, but does not
-// hold the peer up.
+// restore writes our state again after another domain overwrote it. Nothing else of ours
+// has changed: frames keep moving, unless the peer has reacted to the wrong state. If
+// someone overwrites it in a loop, restore is slowed down like a peer that never rests,
+// but the peer's own changes are not.
 func (l *life) restore(ch xenbus.Change) bool {
 	now := time.Now()
 	if now.Before(l.mending.until) {
@@ -501,21 +503,21 @@ func (l *life) restore(ch xenbus.Change) bool {
 	return true
 }
 
-// try runs a step that talks to xenstore, and puts it off if it fails.
+// try runs a step that uses xenstore, and postpones it if it fails.
 func (l *life) try(what string, f func(context.Context, *xenbus.Device) error) bool {
 	l.move()
 	ctx, cancel := l.atLength()
 	defer cancel()
 	if err := f(ctx, l.xd); err != nil {
 		if l.stop.Err() != nil {
-			return false // to end, which says more
+			return false // the device ends: the cause of stop says more
 		}
 		l.d.trouble.Store(&err)
 		l.d.log.Warn("cannot "+what, "vif", l.d.id, "err", err)
 		if l.kind == xenbus.Backend && !errors.Is(err, context.DeadlineExceeded) {
 			l.note(err)
 			if own := l.xd.Current().Own; own == xenbus.Initialising || own == xenbus.Unknown {
-				l.write(xenbus.Closed) // a state tells the frontend even where no node can
+				l.write(xenbus.Closed) // the frontend sees the state even if there is no room for a reason
 			}
 		}
 		l.postpone(l.xd.Current())
@@ -525,7 +527,8 @@ func (l *life) try(what string, f func(context.Context, *xenbus.Device) error) b
 	return true
 }
 
-// connect attaches to the peer.
+// connect makes the connection. It reports true if the step continues: connected, or
+// leaving.
 func (l *life) connect(ch xenbus.Change) bool {
 	if l.conn != nil {
 		return true
@@ -542,33 +545,33 @@ func (l *life) connect(ch xenbus.Change) bool {
 		l.note(nil)
 		return true
 	}
-	for _, q := range c.queues { // takes home what was posted, without which no page goes back
+	for _, q := range c.queues { // the arenas wait for the posted pages
 		q.tx.drain()
 		q.rx.drain()
 	}
 	c.undo.run()
 	if l.stop.Err() != nil {
-		return false // to end, which says more
+		return false // the device ends: the cause of stop says more
 	}
 	l.d.trouble.Store(&err)
 	l.d.log.Warn("cannot connect", "vif", l.d.id, "err", err)
 	l.note(err)
-	if !errors.Is(err, context.DeadlineExceeded) { // then nobody is to blame but xenstore
+	if !errors.Is(err, context.DeadlineExceeded) { // on a timeout of xenstore neither end is to blame
 		if l.first != nil && l.kind == xenbus.Frontend {
 			l.leave(err)
 			return true // and the next step closes
 		}
 		if l.kind == xenbus.Backend {
-			l.write(xenbus.Closing) // the frontend's turn
+			l.write(xenbus.Closing) // the frontend has to act next
 		}
 	}
 	l.postpone(l.xd.Current())
 	return false
 }
 
-// verify gives up a connection that the peer has replaced by another: between two looks
-// at its state it may have closed, made new rings and connected again. It reports false
-// if xenstore does not tell.
+// verify releases a connection that the peer has replaced: between two looks at its state
+// the peer may have closed, made new rings and connected again. It reports false if
+// xenstore does not answer.
 func (l *life) verify(ch xenbus.Change) bool {
 	l.move()
 	ctx, cancel := l.patiently()
@@ -588,8 +591,8 @@ func (l *life) verify(ch xenbus.Change) bool {
 	return true
 }
 
-// note leaves why there is no connection for the administrator, and a backend for
-// the frontend's user; nil: there is one.
+// note writes to xenstore why there is no connection: for the administrator, and as a
+// backend for the frontend's user. nil removes the reason.
 func (l *life) note(why error) {
 	text := ""
 	if why != nil {
@@ -601,7 +604,7 @@ func (l *life) note(why error) {
 	l.noted = text
 	ctx, cancel := l.patiently()
 	defer cancel()
-	if why != nil && l.kind == xenbus.Backend { // first: there may be room for one node
+	if why != nil && l.kind == xenbus.Backend { // Tell comes first: the quota may leave room for one node only
 		l.xd.Tell(ctx, why)
 	}
 	l.xd.Fail(ctx, why)
@@ -616,14 +619,14 @@ func (l *life) attach(ctx context.Context, c *conn) (err error) {
 	return l.role.attach(ctx, l.xd, c)
 }
 
-// postpone tries again when something changed, or after a pause that grows.
+// postpone makes the life try again when something changes, or after a pause that grows.
 func (l *life) postpone(ch xenbus.Change) {
 	l.pause = max(retryFirst, min(2*l.pause, retryMost))
-	ch.PeerWrites = 0 // that it says the same once more is nothing new
+	ch.PeerWrites = 0 // the same state written again is no reason to try again
 	l.refused, l.retryAt = &ch, time.Now().Add(l.pause)
 }
 
-// resume opens the gates.
+// resume gives the connection to the halves and opens the gates, if they are shut.
 func (l *life) resume() {
 	if l.running {
 		return
@@ -643,7 +646,7 @@ func (l *life) resume() {
 	l.tell(nil)
 }
 
-// suspend shuts the gates; the rings stay.
+// suspend shuts the gates and keeps the rings.
 func (l *life) suspend(ch xenbus.Change) {
 	if !l.running {
 		return
@@ -668,9 +671,9 @@ func (l *life) suspend(ch xenbus.Change) {
 	}
 }
 
-// deserted reports whether the peer's program is gone from a link that is up. On the
-// emulated machine its ports are seen to close. On Xen only xenstore tells, so there
-// it never is.
+// deserted reports whether the peer's program has ended while the link is up. The
+// emulated machine shows that its ports are closed. On Xen only xenstore tells, so there
+// it always reports false.
 func (l *life) deserted() bool {
 	if !l.running || l.conn == nil {
 		return false
@@ -682,7 +685,7 @@ func (l *life) deserted() bool {
 	return l.joined
 }
 
-// release gives back what the connection holds.
+// release suspends, and then frees what the connection holds.
 func (l *life) release() {
 	if l.conn == nil {
 		return
@@ -692,7 +695,7 @@ func (l *life) release() {
 	l.conn, l.attached = nil, 0
 }
 
-// dom is the peer's domain.
+// dom returns the peer's domain.
 func dom(xd *xenbus.Device) hypercall.DomID {
 	_, dom := xd.Peer()
 	return dom

@@ -18,12 +18,12 @@ import (
 	"barevif/xenbus/xenstore/server/labtest"
 )
 
-// A slowDomain is one in which a copy may take for ever.
+// A slowDomain is a domain in which one copy may block until the test ends it.
 type slowDomain struct {
 	*emu.Domain
-	slow  atomic.Bool   // the next one will
-	begun chan struct{} // it has begun
-	end   chan struct{} // closed: it may end
+	slow  atomic.Bool   // the next copy will block
+	begun chan struct{} // the slow copy has begun
+	end   chan struct{} // closed when the slow copy may end
 }
 
 func (d *slowDomain) Copy(ops []hypercall.CopyOp) error {
@@ -35,8 +35,8 @@ func (d *slowDomain) Copy(ops []hypercall.CopyOp) error {
 	return err
 }
 
-// The pages under a caller that does not leave are not taken away, however long it
-// stays. Here they are mapped: touching one that is not there is the end.
+// The pages that a stuck caller uses are never unmapped, no matter how long it stays.
+// Here they are mmapped: touching an unmapped one would crash.
 func TestACallerThatIsStuckKeepsItsMemory(t *testing.T) {
 	l := newLabOn(t, emu.Config{Mapped: true})
 	fdom := l.domain(1)
@@ -86,7 +86,7 @@ func TestACallerThatIsStuckKeepsItsMemory(t *testing.T) {
 		t.Errorf("the last word of the link is %+v", last)
 	}
 
-	// Other vifs of the backend go on.
+	// Other vifs of the backend keep working.
 	other := l.domain(3)
 	l.add(toolstack.Vif{Front: 3, Back: 2})
 	near, err := pvnet.Connect(ctx(t), other, "0", pvnet.Config{})
@@ -104,7 +104,7 @@ func TestACallerThatIsStuckKeepsItsMemory(t *testing.T) {
 	}
 	near.Disconnect()
 
-	// And the one that was stuck goes on, too, as far as there is anything to do.
+	// The stuck caller continues, too, and finishes its call.
 	close(bdom.end)
 	if b := wait(t, got); !bytes.Equal(b, sent) {
 		t.Errorf("%d bytes came as %d others", len(sent), len(b))
@@ -113,11 +113,11 @@ func TestACallerThatIsStuckKeepsItsMemory(t *testing.T) {
 		t.Errorf("Listen ended with %v", err)
 	}
 	stop()
-	bdom.Destroy() // what was abandoned goes with the domain
+	bdom.Destroy() // frees the abandoned memory
 }
 
-// A vif that is taken away and made again at once may look, to whoever watches for
-// vifs, as if nothing had happened.
+// If the toolstack removes a vif and makes it again at once, a watch may show no
+// difference.
 func TestAVifMadeAnewAtOnceIsServed(t *testing.T) {
 	l := newLab(t)
 	fdom, bdom := l.domain(1), l.domain(2)
@@ -134,7 +134,7 @@ func TestAVifMadeAnewAtOnceIsServed(t *testing.T) {
 		case 0:
 			await(t, back, true)
 			await(t, front, true)
-		case 1: // it ends before
+		case 1: // the device ends before the vif is removed
 			back.Disconnect()
 		}
 		if err := toolstack.Remove(ctx(t), l.tools, v); err != nil {
@@ -147,7 +147,7 @@ func TestAVifMadeAnewAtOnceIsServed(t *testing.T) {
 	await(t, front, true)
 }
 
-// What another process serves is served once that one has ended.
+// A vif that another process serves is claimed once that process has ended.
 func TestAVifOfABackendThatEndedIsTakenOver(t *testing.T) {
 	l := newLab(t)
 	fdom, bdom := l.domain(1), l.domain(2)
@@ -161,7 +161,7 @@ func TestAVifOfABackendThatEndedIsTakenOver(t *testing.T) {
 	await(t, wait(t, first), true)
 	log := new(count)
 	second, _ := l.serve(bdom, pvnet.ServeConfig{Hotplug: true, Config: pvnet.Config{Logger: slog.New(log)}})
-	for log.n.Load() == 0 { // it was refused
+	for log.n.Load() == 0 { // wait until the claim was refused
 		time.Sleep(time.Millisecond)
 	}
 	stop()
@@ -170,7 +170,7 @@ func TestAVifOfABackendThatEndedIsTakenOver(t *testing.T) {
 	for end := time.Now().Add(labtest.Limit); log.n.Load() < 2 && time.Now().Before(end); {
 		time.Sleep(time.Millisecond)
 	}
-	if n := log.n.Load(); n != 2 { // that, and that the link is up
+	if n := log.n.Load(); n != 2 { // the refusal, and the link being up
 		t.Errorf("%d lines of log", n)
 	}
 }
@@ -186,7 +186,7 @@ func (c *count) Handle(context.Context, slog.Record) error { c.n.Add(1); return 
 func (c *count) WithAttrs([]slog.Attr) slog.Handler        { return c }
 func (c *count) WithGroup(string) slog.Handler             { return c }
 
-// Vifs of one backend come and go beside each other, by new numbers and by old ones,
+// Many vifs of one backend come and go at the same time, with new ids and with old ones,
 // and each connects.
 func TestManyVifsComeAndGoAtOnce(t *testing.T) {
 	for name, anew := range map[string]bool{"new numbers": false, "the same number": true} {

@@ -33,10 +33,10 @@ func (b *lockedBuffer) String() string {
 	return b.b.String()
 }
 
-// Queues get the same, however many there are, and there are as many as can be.
+// All queues get the same number of pages, and there are as many queues as fit.
 func TestQueuesShareALimitEvenly(t *testing.T) {
 	for _, c := range []struct {
-		grants, asked, queues, pages int // pages: of a queue
+		grants, asked, queues, pages int // pages: for one queue
 	}{
 		{1024, 1, 1, 514},
 		{1024, 2, 2, 258},
@@ -112,7 +112,7 @@ func TestALimitThatIsTooLowIsNamed(t *testing.T) {
 					t.Errorf("%q does not say %q", err, want)
 				}
 			}
-			if led := l.Ledger(); led.Grants != 0 || led.Ports > 1 { // the backend's presence has one
+			if led := l.Ledger(); led.Grants != 0 || led.Ports > 1 { // one is the backend's presence
 				t.Errorf("left behind: %+v", led)
 			}
 		})
@@ -141,8 +141,8 @@ func TestFewerQueuesThanTheEventChannelsAllow(t *testing.T) {
 	}
 }
 
-// The first of two vifs leaves room for the second, if it can. If it cannot, the second
-// is told of it.
+// The first of two vifs leaves room for the second, if it can. If it cannot, the error of
+// the second names the first.
 func TestVifsShareALimit(t *testing.T) {
 	for _, c := range []struct{ grants, first, second int }{
 		{1024, 4 * 130, 258},

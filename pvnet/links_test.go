@@ -15,12 +15,12 @@ func (d *Device) subscribers() int {
 	return len(d.subs)
 }
 
-// Whoever asks for the link's state with every request leaves nothing behind.
+// A loop over Links that ends early leaves no subscription behind.
 func TestALoopOverLinksThatEndsIsForgotten(t *testing.T) {
 	p := join(t, emu.Config{}, plain, Config{})
 	d := p.front
 	links := d.Links(context.Background())
-	for range 100 { // the same one again starts with the present state
+	for range 100 { // a second loop over the same iterator starts with the present state
 		for ev := range links {
 			if !ev.Up {
 				t.Fatalf("%+v", ev)
@@ -71,7 +71,7 @@ func TestASlowLoopOverLinksLosesTheOldest(t *testing.T) {
 	for last = range d.Links(context.Background()) {
 		switch n++; n {
 		case 1:
-			for i := range 100 { // while this one is looked at
+			for i := range 100 { // while the reader still handles this event
 				d.announce(linkDown, LinkEvent{Reason: fmt.Sprint("reason ", i)})
 			}
 			p.disconnect()
@@ -79,7 +79,8 @@ func TestASlowLoopOverLinksLosesTheOldest(t *testing.T) {
 			first = last.Reason
 		}
 	}
-	// Of 100 and the two of the end the last 16.
+	// The event that was being handled, and the last 16 of the 100 here and the two of
+	// the end.
 	if n != 17 || first != "reason 86" || last.Reason != ErrDisconnected.Error() {
 		t.Errorf("%d events, after the first %q, in the end %+v", n, first, last)
 	}

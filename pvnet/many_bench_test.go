@@ -10,9 +10,9 @@ import (
 	"barevif/telemetry"
 )
 
-// BenchmarkManyVifs moves frames of 64 bytes through one ring after another, of one vif or
-// of many, in one goroutine: the sender's turn and the receiver's. ns/frame are compared
-// with those of one vif.
+// BenchmarkManyVifs moves frames of 64 bytes through one ring after another, of one vif
+// or of many, in one goroutine that alternates between sender and receiver. Compare
+// ns/frame with one vif.
 func BenchmarkManyVifs(b *testing.B) {
 	for _, dir := range []string{"front→back", "back→front"} {
 		for _, batch := range []int{32, 8} {
@@ -23,7 +23,7 @@ func BenchmarkManyVifs(b *testing.B) {
 			}
 		}
 	}
-	for _, n := range []int{1, 64} { // into frames that are the same for all
+	for _, n := range []int{1, 64} { // into the same frames for all vifs
 		b.Run(fmt.Sprintf("front→back/into/b32/vifs=%d", n), func(b *testing.B) { benchVifs(b, n, 32, false, false, true) })
 	}
 	b.Run("poller/idle=63", func(b *testing.B) { benchVifs(b, 64, 32, false, true, false) })
@@ -151,7 +151,7 @@ func benchVifs(b *testing.B, n, batch int, back, poller, into bool) {
 			moved += got
 		}
 	}
-	for range 50 { // all memory of every link is used once
+	for range 50 { // touches all memory of every link
 		round()
 	}
 	moved = 0

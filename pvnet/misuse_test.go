@@ -94,7 +94,7 @@ func TestSizesThatNoFrameHas(t *testing.T) {
 			t.Errorf("%d bytes: %v", size, err)
 		}
 	}
-	dom := struct{ hypercall.Domain }{p.fdom} // which blocks no threads
+	dom := struct{ hypercall.Domain }{p.fdom} // a domain that cannot block threads
 	for _, c := range []Config{{Queues: -1}, {Buffers: -1}, {Buffers: maxPieces - 1}, {LockedThreads: true}} {
 		if c.check(dom) == nil {
 			t.Errorf("%+v was accepted", c)
@@ -102,7 +102,7 @@ func TestSizesThatNoFrameHas(t *testing.T) {
 	}
 }
 
-// A peer may offer fewer queues than the Config asks for: the others are down.
+// A peer may offer fewer queues than the Config asks for: the link of the others is down.
 func TestAQueueThatWasNotOfferedIsDown(t *testing.T) {
 	p := join(t, emu.Config{}, plain, Config{})
 	d := p.front
@@ -136,7 +136,7 @@ func TestAnInterruptDoesNotOutliveItsListen(t *testing.T) {
 	}
 }
 
-// A listener whose function keeps every frame gets the next one once it lets go.
+// A listener whose function keeps every frame gets the next frame once it releases one.
 func TestListenOutlastsAFullPool(t *testing.T) {
 	p := join(t, emu.Config{}, plain, Config{Buffers: 32})
 	tx, _ := own(t, p.front)

@@ -9,18 +9,18 @@ import (
 	"barevif/telemetry"
 )
 
-// A GSO says how a frame that is longer than the link takes is cut, by the last one
-// to whom that matters: generic segmentation offload. The zero GSO is a frame that
-// is not to be cut.
+// A GSO says how to cut a frame that is longer than the link's MTU (generic segmentation
+// offload). The frame stays whole until it reaches a receiver that cannot take it, and is
+// cut before that. The zero GSO means that the frame is not to be cut.
 //
-// Such a frame is a TCP segment with one set of headers, a partial checksum
+// A GSO frame is a TCP segment with one set of headers, a partial checksum
 // ([ChecksumPartial]) and up to [MaxFrame] bytes.
 type GSO struct {
 	Type GSOType
 	Size uint16 // bytes of TCP payload in each piece but the last
 }
 
-// GSOType is the protocol of a frame to be cut: XEN_NETIF_GSO_TYPE_* of
+// GSOType is the protocol of a GSO frame: XEN_NETIF_GSO_TYPE_* of
 // xen/include/public/io/netif.h.
 type GSOType uint8
 
@@ -30,13 +30,14 @@ const (
 	GSOTCPv6 = GSOType(netif.GSOTCPv6)
 )
 
-// GSO is how the frame is to be cut.
+// GSO returns how the frame is to be cut.
 func (f *Frame) GSO() GSO { return f.gso }
 
-// SetGSO says how the frame is to be cut, and that its checksum is partial: the TCP
-// checksum field must hold the sum of the pseudo-header. A frame that is one piece
-// anyway stays whole. [ErrOffload] if the frame is no TCP segment of that type with
-// its headers in the first piece, or would make more than 8192 pieces.
+// SetGSO sets how the frame is to be cut, and sets its checksum state to partial: the TCP
+// checksum field must hold the sum of the pseudo-header. A frame that would be one piece
+// only is not to be cut: its GSO is then zero. [ErrOffload] if the frame is no TCP
+// segment of that type with its headers in the first piece, or if it would be cut into
+// more than 8192 pieces. The zero GSO leaves the checksum state as it is.
 func (f *Frame) SetGSO(g GSO) error {
 	if g == (GSO{}) {
 		f.gso = g
@@ -57,7 +58,7 @@ func (f *Frame) SetGSO(g GSO) error {
 	return nil
 }
 
-// cut is g in other words; ok is false for a type there is not.
+// cut converts g for package packet; ok is false for an unknown type.
 func (g GSO) cut() (cut packet.Cut, ok bool) {
 	cut = packet.Cut{Proto: packet.TCP, Size: int(g.Size), Partial: true}
 	switch g.Type {
@@ -69,7 +70,7 @@ func (g GSO) cut() (cut packet.Cut, ok bool) {
 	return cut, cut.Version != 0
 }
 
-// gsoType is how a TCP segment of this version of IP is cut.
+// gsoType returns the GSO type of a TCP segment with the IP version of h.
 func gsoType(h *packet.Headers) GSOType {
 	if h.Version == 4 {
 		return GSOTCPv4
@@ -77,15 +78,14 @@ func gsoType(h *packet.Headers) GSOType {
 	return GSOTCPv6
 }
 
-// SetChecksum says what is known of the TCP or UDP checksum. With ChecksumPartial
-// the field must hold the sum of the pseudo-header; whoever sends the frame to a peer
-// that does not take it like that completes it.
+// SetChecksum sets the state of the TCP or UDP checksum. With ChecksumPartial the field
+// must hold the sum of the pseudo-header; Send completes the checksum for a peer that
+// does not take partial ones.
 func (f *Frame) SetChecksum(c Checksum) { f.csum = c }
 
-// CompleteChecksum finishes a partial checksum, of a frame that is to be cut as of one
-// long packet, which it then is. The frame must have one holder. [ErrOffload] if there
-// is no checksum field where the headers say; nothing happens to a frame whose
-// checksum is not partial.
+// CompleteChecksum completes a partial checksum and clears the GSO: a GSO frame becomes
+// one long packet. The frame must have one holder. [ErrOffload] if the headers show no
+// checksum field. A checksum that is not partial stays as it is.
 func (f *Frame) CompleteChecksum() error {
 	if f.csum == ChecksumPartial && !f.completeChecksum() {
 		return ErrOffload
@@ -94,35 +94,35 @@ func (f *Frame) CompleteChecksum() error {
 	return nil
 }
 
-// PartialAt is where the L4 segment of a frame with a partial checksum starts and,
-// from there, where its checksum field is, in bytes. ok is false for a frame that has
-// no such field in its first piece.
+// PartialAt returns the offset of the L4 segment in the frame, and the offset of the
+// checksum field in that segment, in bytes. ok is false if the first piece has no such
+// field.
 func (f *Frame) PartialAt() (start, field int, ok bool) {
 	_, p, ok := f.partial()
 	return p.Start, p.Field - p.Start, ok
 }
 
-// offers is what a peer takes beyond whole frames with complete checksums.
+// offers are the offloads that a peer takes.
 type offers uint8
 
 const (
 	takesCsum4 offers = 1 << iota // partial TCP and UDP checksums over IPv4
 	takesCsum6
-	takesGSO4 // frames to be cut
+	takesGSO4 // GSO frames of type GSOTCPv4
 	takesGSO6
 )
 
-// A fitting is what has to be done to a frame before a peer can be sent it.
+// A fitting is what a frame needs before it can be sent to a peer.
 type fitting uint8
 
 const (
 	fits       fitting = iota
-	incomplete         // the checksum has to be completed
-	uncut              // it has to be cut
-	unfit              // its headers are not what it says they are
+	incomplete         // the checksum must be completed
+	uncut              // it must be cut
+	unfit              // its headers do not match its offloads
 )
 
-// fit says what f needs for a peer with these offers.
+// fit returns what f needs before it can be sent to a peer with these offers.
 func (o offers) fit(f *Frame) fitting {
 	if f.csum != ChecksumPartial && f.gso.Size == 0 {
 		return fits
@@ -132,15 +132,16 @@ func (o offers) fit(f *Frame) fitting {
 		return unfit
 	}
 	if f.gso.Size != 0 && (f.csum != ChecksumPartial || h.Proto != packet.TCP || gsoType(&h) != f.gso.Type) {
-		return unfit // somebody has changed it since SetGSO
+		return unfit // the frame has been changed since SetGSO
 	}
 	csum, gso := takesCsum4, takesGSO4
 	if h.Version == 6 {
 		csum, gso = takesCsum6, takesGSO6
 	}
 	if h.Tags != 0 || h.Extensions != 0 {
-		// Linux drops such a frame behind a tag (skb_checksum_setup), and no longer leaves
-		// anything of one with extension headers to a card: not all cards can do that.
+		// Linux drops a frame with a VLAN tag and offloads (skb_checksum_setup). It no
+		// longer leaves offloads of frames with extension headers to a card, since not
+		// all cards can do them.
 		o = 0
 	}
 	switch {
@@ -162,7 +163,8 @@ func (w fitting) err() error {
 	return ErrOffload
 }
 
-// slots is how many slots of a ring the frame takes for it.
+// slots returns how many slots the frame's GSO takes in a ring: one for the extra info,
+// or none.
 func (g GSO) slots() uint32 {
 	if g.Size != 0 {
 		return 1
@@ -170,14 +172,14 @@ func (g GSO) slots() uint32 {
 	return 0
 }
 
-// extra is the extra info that goes with a frame to be cut.
+// extra returns the extra info for a GSO frame.
 func (g GSO) extra() netif.Extra {
 	return netif.GSOExtra(netif.GSO{Size: g.Size, Type: netif.GSOType(g.Type)})
 }
 
-// arrived judges the offloads of a frame that came from a peer, which is private by
-// now. keep says that they were offered; otherwise the frame is made whole. The
-// reason is 0, or why the frame must be dropped.
+// arrived checks the offloads of a received frame, which is private by now. keep says
+// that this end offered to take them; otherwise arrived completes the checksum. It
+// returns 0, or why the frame must be dropped.
 func (f *Frame) arrived(g netif.GSO, keep bool, count *telemetry.Block) telemetry.Reason {
 	if g.Size == 0 {
 		if f.csum == ChecksumVerified {

@@ -14,8 +14,8 @@ import (
 	"barevif/telemetry"
 )
 
-// layout makes where a frame's pieces begin of a number: up to as many as a peer may
-// send, the first of at least MinFrame bytes.
+// layout derives the sizes of a frame's pieces, and the offset of the first, from seed:
+// as many pieces as a peer may send, the first of at least MinFrame bytes.
 func layout(seed uint64, total int) (off int, sizes []int) {
 	rng := rand.New(rand.NewPCG(seed, 1))
 	first := 4096 - rng.IntN(200)
@@ -24,7 +24,7 @@ func layout(seed uint64, total int) (off int, sizes []int) {
 	}
 	sizes = []int{first}
 	for left := total - first; left > 0 && len(sizes) < mostPieces; left -= sizes[len(sizes)-1] {
-		rest := mostPieces - len(sizes) - 1 // pieces behind this one
+		rest := mostPieces - len(sizes) - 1 // pieces after this one
 		least := max(left-4096*rest, 0)
 		n := least + rng.IntN(4097-min(least, 4096))
 		sizes = append(sizes, min(n, 4096, left))
@@ -32,7 +32,7 @@ func layout(seed uint64, total int) (off int, sizes []int) {
 	return rng.IntN(4097 - min(first, total)), sizes
 }
 
-// bytesOf is what is in a frame.
+// bytesOf returns the bytes of a frame.
 func bytesOf(f *Frame) []byte {
 	b := make([]byte, f.Len())
 	if f.CopyTo(b) != len(b) {
@@ -41,7 +41,7 @@ func bytesOf(f *Frame) []byte {
 	return b
 }
 
-// completed reports whether the checksum of the segment in b is right, added up the
+// completed reports whether the checksum of the segment in b is right, computed in the
 // slow way.
 func completed(b []byte, h packet.Headers) bool {
 	length := h.End - h.L4
@@ -49,8 +49,9 @@ func completed(b []byte, h packet.Headers) bool {
 	return naive(append(pseudo, b[h.L4:h.End]...)) == 0xffff
 }
 
-// FuzzArrived has any bytes come from a peer as a frame in pieces of any length, with
-// any offloads: it is dropped, or it is what it says and can be sent to everybody.
+// FuzzArrived receives arbitrary bytes from a peer, in pieces of any length and with any
+// offloads. The frame must be dropped, or match its offloads and be sendable to every
+// peer.
 func FuzzArrived(f *testing.F) {
 	rng := rand.New(rand.NewPCG(1, 1))
 	for range 30 {
@@ -90,7 +91,7 @@ func FuzzArrived(f *testing.F) {
 		}
 		out := bytesOf(&frame)
 		want := bytes.Clone(in)
-		if has { // this may be written
+		if has { // arrived may write the checksum field
 			copy(want[start+field:], out[start+field:start+field+2])
 		}
 		if !bytes.Equal(out, want) {
@@ -113,8 +114,8 @@ func FuzzArrived(f *testing.F) {
 	})
 }
 
-// goesOn demands that a frame which arrived can be sent to a peer that takes all of
-// it, and to one that takes nothing.
+// goesOn asserts that a received frame can be sent to a peer that takes all of its
+// offloads, and to one that takes none.
 func goesOn(t *testing.T, f *Frame) {
 	t.Helper()
 	const all = takesCsum4 | takesCsum6 | takesGSO4 | takesGSO6
@@ -137,7 +138,7 @@ func goesOn(t *testing.T, f *Frame) {
 	}
 }
 
-// chew cuts f and demands that the pieces are few, not long, and all there is.
+// chew cuts f and asserts that the pieces are few, short enough, and complete.
 func chew(t *testing.T, f *Frame) {
 	t.Helper()
 	whole := bytesOf(f)
@@ -166,7 +167,7 @@ func chew(t *testing.T, f *Frame) {
 	}
 }
 
-// FuzzSetGSO has a caller say anything of any bytes.
+// FuzzSetGSO sets an arbitrary GSO on a frame of arbitrary bytes.
 func FuzzSetGSO(f *testing.F) {
 	rng := rand.New(rand.NewPCG(2, 2))
 	for range 30 {
@@ -191,8 +192,8 @@ func FuzzSetGSO(f *testing.F) {
 				t.Fatal("the frame has changed")
 			}
 		}
-		// The headers become something else afterwards: it is refused or cut, and
-		// that is all.
+		// The headers change afterwards: the frame must be refused, or cut without a
+		// panic.
 		for len(changes) >= 2 {
 			if i := int(changes[0]); i < len(frame.Bytes()) {
 				frame.Bytes()[i] = changes[1]
@@ -203,13 +204,13 @@ func FuzzSetGSO(f *testing.F) {
 			var c cutting
 			if o.fit(&frame) == uncut && c.begin(&frame) && c.Left() > 1 {
 				chew(t, &frame)
-				break // the pieces are the same for all
+				break // the pieces are the same for all peers
 			}
 		}
 	})
 }
 
-// FuzzCut cuts long frames of every kind in pages of every kind.
+// FuzzCut cuts long frames of every kind, in pieces of every layout.
 func FuzzCut(f *testing.F) {
 	for i := range uint64(20) {
 		f.Add(i, i, uint16(1+100*i), uint16(3000*i))

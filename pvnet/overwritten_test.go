@@ -41,8 +41,8 @@ func (j *journal) lines(with string) (n int) {
 
 func (j *journal) logger() *slog.Logger { return slog.New(slog.NewTextHandler(j, nil)) }
 
-// crossed sends a frame each way, again and again until one has come, for a link that
-// may be about to go down.
+// crossed sends frames each way until one has arrived, since the link may be about to go
+// down.
 func crossed(t testing.TB, name string, front, back *pvnet.Device) {
 	t.Helper()
 	heard := func(to *pvnet.Device) uint64 {
@@ -61,8 +61,8 @@ func crossed(t testing.TB, name string, front, back *pvnet.Device) {
 	}
 }
 
-// An operator writes over the state of one end. It is put right, which is said once,
-// and frames pass again, whatever the other end made of it meanwhile.
+// An operator overwrites the state of one end. That end writes its state again and logs
+// it once, and frames move again, however the other end reacted meanwhile.
 func TestAStateWrittenByAnotherIsPutRight(t *testing.T) {
 	for _, role := range []string{"frontend", "backend"} {
 		for _, found := range []string{"0", "1", "2", "3", "5", "6", "7", "8", "9", "", "Connected"} {
@@ -112,8 +112,8 @@ func TestAStateWrittenByAnotherIsPutRight(t *testing.T) {
 	}
 }
 
-// One who writes over it again and again is followed at a pace that costs little, and
-// the vif works once that has ended.
+// If someone overwrites the state in a loop, the device repairs it at a slow pace, and
+// the vif works once the loop has ended.
 func TestAStateWrittenInALoopIsFollowedSlowly(t *testing.T) {
 	for _, role := range []string{"frontend", "backend"} {
 		t.Run(role, func(t *testing.T) {
@@ -145,7 +145,7 @@ func TestAStateWrittenInALoopIsFollowedSlowly(t *testing.T) {
 						restored++
 					}
 				}
-				// 40 at once, then 8 for each pause of up to a second.
+				// 40 repairs at once, then 8 for each pause of up to a second.
 				if restored > 40+8*70 {
 					t.Errorf("written %d times in a minute", restored)
 				}

@@ -7,19 +7,19 @@ import (
 	"time"
 )
 
-// How fast a life follows a peer that never rests.
+// How fast a life follows a peer that keeps changing its state.
 const (
-	movesAtOnce  = 40               // five connections, made and ended
-	movesBetween = 8                // pauses: one connection more
+	movesAtOnce  = 40               // enough for five connections and their ends
+	movesBetween = 8                // moves between two pauses: one more connection
 	firstPause   = time.Second / 16 // doubles
 	longestPause = time.Second
 	forgetAfter  = time.Minute
 )
 
-// A pace bounds what a peer that comes and goes for ever costs: a move is whatever
-// takes pages, talks to xenstore or tells the user. The first are made at once, so
-// that an orderly peer is back soon; then pauses come between them. What the peer
-// wrote meanwhile counts for nothing but the last.
+// A pace bounds the cost of a peer that comes and goes without end. A move is a step that
+// takes pages, uses xenstore or tells the user. The first moves are made at once, so that
+// an orderly peer is connected quickly; later ones have pauses between them. After a
+// pause only the peer's latest state counts.
 type pace struct {
 	moves int
 	pause time.Duration
@@ -39,28 +39,29 @@ func (p *pace) move(now time.Time) {
 	}
 }
 
-// What a device says at most: so many lines at once, and one in a while.
+// How many lines a device logs at most: linesAtOnce, and then one every lineEvery.
 const (
 	linesAtOnce = 20
 	lineEvery   = 30 * time.Second
 )
 
-// A quiet handler lets a device say only so much of what its peer does. The last
-// line of those suppressed comes later, and whichever comes next says how many
-// there were. Errors are final for a device, and are never suppressed.
+// A quiet handler limits how much a device logs about its peer. The last suppressed line
+// is logged later, and the next line that is logged has the number of suppressed ones.
+// Errors are final for a device and are never suppressed.
 type quiet struct {
 	slog.Handler
 	*hush
 }
 
-// hush is of a device, however many handlers With makes of the one it began with.
+// A hush is the rate limit of a device, shared by all handlers that With derives from the
+// first.
 type hush struct {
 	mu     sync.Mutex
 	left   int          // guarded by mu: lines that may come at once
-	filled time.Time    // guarded by mu: left is as of then
-	kept   slog.Record  // guarded by mu: the last that was suppressed
-	to     slog.Handler // guarded by mu: where it was to go; nil: there is none
-	unsaid int          // guarded by mu
+	filled time.Time    // guarded by mu: when left was last increased
+	kept   slog.Record  // guarded by mu: the last suppressed line
+	to     slog.Handler // guarded by mu: the handler of kept; nil: no line is kept
+	unsaid int          // guarded by mu: how many lines were suppressed
 }
 
 func newQuiet(h slog.Handler) quiet {
@@ -83,8 +84,8 @@ func (q quiet) Handle(ctx context.Context, r slog.Record) error {
 	return q.Handler.Handle(ctx, r)
 }
 
-// catchUp says what was kept, if it is time, or whatever the time if this is the
-// end.
+// catchUp logs the suppressed line that was kept, if the rate allows it or this is the
+// end of the device.
 func (h *hush) catchUp(end bool) {
 	h.mu.Lock()
 	to, r := h.to, h.kept
@@ -105,7 +106,7 @@ func (h *hush) mayLocked() bool {
 	return h.left > 0
 }
 
-// takeLocked spends a line on r.
+// takeLocked uses up one line for r, and adds the number of suppressed ones.
 func (h *hush) takeLocked(r slog.Record, others int) slog.Record {
 	h.left = max(h.left-1, 0)
 	if others > 0 {

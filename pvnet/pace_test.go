@@ -10,8 +10,7 @@ import (
 	"time"
 )
 
-// toggles lets a peer that never rests go on for d and returns how many moves were
-// made.
+// toggles simulates a peer that never rests, for d, and returns how many moves were made.
 func toggles(p *pace, d time.Duration) (moves int) {
 	for end := time.Now().Add(d); time.Now().Before(end); moves++ {
 		p.move(time.Now())
@@ -59,12 +58,12 @@ func TestLogLinesOfAPeerThatNeverRestsAreFewAndCounted(t *testing.T) {
 		if len(got) != linesAtOnce || !strings.Contains(got[linesAtOnce-1], fmt.Sprintf(`"line %d"`, linesAtOnce-1)) {
 			t.Fatalf("%d lines of 1000: %q", len(got), got)
 		}
-		// What is final is said at once, and with how many were not.
+		// An error is logged at once, with the number of suppressed lines.
 		log.Error("the end")
 		if got = take(); len(got) != 1 || !strings.Contains(got[0], `"the end" suppressed=980`) {
 			t.Fatalf("%q", got)
 		}
-		// The last state of things is not kept from the user.
+		// The last suppressed line is logged later.
 		log.Info("down")
 		log.Info("up")
 		q.catchUp(false)
@@ -80,7 +79,7 @@ func TestLogLinesOfAPeerThatNeverRestsAreFewAndCounted(t *testing.T) {
 		if got = take(); got[0] != "" {
 			t.Fatalf("said twice: %q", got)
 		}
-		// At the end of the device too.
+		// So it is at the end of the device.
 		log.Info("gone")
 		q.catchUp(true)
 		if got = take(); len(got) != 1 || strings.Contains(got[0], "suppressed") || !strings.Contains(got[0], "msg=gone") {

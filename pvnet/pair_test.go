@@ -12,8 +12,8 @@ import (
 	"barevif/xenbus/xenstore/server/labtest"
 )
 
-// A pair is a frontend and a backend joined without xenstore, for tests of what
-// goes through the rings.
+// A pair is a frontend and a backend that are connected without xenstore, for tests of
+// the rings.
 type pair struct {
 	m           *emu.Machine
 	front, back *Device
@@ -112,7 +112,7 @@ func own(t testing.TB, d *Device) (*TX, *RX) {
 	return tx, rx
 }
 
-// pattern fills b so that every byte depends on where it is and on seed.
+// pattern fills b so that every byte depends on its position and on seed.
 func pattern(b []byte, seed int) {
 	for i := range b {
 		b[i] = byte(i*7 + i>>8 + seed)

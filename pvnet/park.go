@@ -16,41 +16,41 @@ const (
 	transmit
 )
 
-// A parker is where a half waits. With an event channel for each direction each
-// half has its own. With one channel for both they share one: the first to come
-// leads and waits for both, and whatever ends its wait ends the other's too, since
-// an event does not say whom it is for.
+// A parker is where a half waits. With an event channel per direction each half has its
+// own parker. With one channel for both directions they share one: the first half to wait
+// leads and waits for both. The end of its wait ends the other's too, since an event does
+// not tell which half it is for.
 type parker struct {
 	w      hypercall.Waiter
-	port   hypercall.JoinedPort // nil: nobody can say whether the peer's end is there
+	port   hypercall.JoinedPort // nil: the system cannot tell whether the peer's end is open
 	follow chan struct{}        // wakes the half that does not lead
 
 	mu        sync.Mutex
 	leading   bool    // guarded by mu
 	following bool    // guarded by mu
-	woken     [2]bool // guarded by mu: look before waiting
-	nudged    bool    // guarded by mu: a Wake has been asked for that no Wait has returned for
+	woken     [2]bool // guarded by mu: by direction; the next wait returns at once
+	nudged    bool    // guarded by mu: wake was called, and no Wait has returned for it yet
 	fired     bool    // guarded by mu: an event ended the last Wait
-	asked     [2]bool // guarded by mu: has yet to say whether the last event was for it
-	useful    bool    // guarded by mu: one of those asked had work
-	worked    bool    // guarded by mu: the answer of all who were asked, once they gave it
-	doubted   bool    // guarded by mu: the last Wait began with the answer no
+	asked     [2]bool // guarded by mu: by direction; the half was woken, and has not called answer yet
+	useful    bool    // guarded by mu: one of the halves asked had work
+	worked    bool    // guarded by mu: the last complete verdict: the event before brought work
+	doubted   bool    // guarded by mu: the last Wait began with worked false
 
-	group  hypercall.Group // guarded by mu: of the Poller that waits for w; nil: none does
-	polled [2]*member      // guarded by mu: the halves that slept there last
-	vain   [2]bool         // guarded by mu: those of them that had no work before that
+	group  hypercall.Group // guarded by mu: the Group of the Poller that waits for w; nil: none
+	polled [2]*member      // guarded by mu: by direction; the member that slept here last
+	vain   [2]bool         // guarded by mu: by direction; the member had no work before its sleep
 }
 
 func newParker(w hypercall.Waiter) *parker {
 	return &parker{w: w, follow: make(chan struct{}, 1)}
 }
 
-// deserted reports whether the peer's end of the channel is known not to be there.
+// deserted reports whether the peer's end of the channel is known to be closed.
 func (p *parker) deserted() bool { return p.port != nil && !p.port.Joined() }
 
-// wait parks half d until an event, a wake, or the deadline, and reports whether
-// it was an event, to one half if they share a channel. Errors are those of
-// [hypercall.Waiter].Wait.
+// wait parks half d until an event, a wake, or the deadline, and reports whether an event
+// ended it. If the halves share a channel, only the leading half reports it. Errors are
+// those of [hypercall.Waiter].Wait.
 func (p *parker) wait(d direction, deadline time.Time) (event bool, err error) {
 	p.mu.Lock()
 	if p.woken[d] {
@@ -62,7 +62,7 @@ func (p *parker) wait(d direction, deadline time.Time) (event bool, err error) {
 		return false, p.waitBehindLocked(d, deadline)
 	}
 	p.leading = true
-	if p.group != nil { // this half is not in the Poller that the other one is in
+	if p.group != nil { // the other half is in a Poller, and this one is not
 		p.group.Remove(p.w)
 		p.group = nil
 	}
@@ -73,8 +73,8 @@ func (p *parker) wait(d direction, deadline time.Time) (event bool, err error) {
 	err = p.w.Wait(deadline, worked)
 
 	p.mu.Lock()
-	// With both an event and a wake the Wait after this one returns at once, and
-	// is taken for the event's.
+	// After both an event and a wake, the next Wait returns at once, and counts as the
+	// event's.
 	event = err == nil && !p.nudged
 	if err == nil {
 		p.nudged = false
@@ -91,17 +91,17 @@ func (p *parker) wait(d direction, deadline time.Time) (event bool, err error) {
 	return event, err
 }
 
-// mayHold reports whether the wait under way may be one in which the waiter holds
-// events back, because those before brought nothing.
+// mayHold reports whether the waiter may be holding back events in the present wait,
+// because earlier ones brought no work.
 func (p *parker) mayHold() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.doubted
 }
 
-// answer takes in whether half d had work since it was woken. Until all that were
-// woken have said so the verdict on the event before stands. It reports whether
-// it is now known that an event was for nothing.
+// answer records whether half d had work since it was woken. The earlier verdict holds
+// until every woken half has answered. It reports whether the last event is now known to
+// have been spurious.
 func (p *parker) answer(d direction, worked bool) (spurious bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -140,7 +140,7 @@ func (p *parker) waitBehindLocked(d direction, deadline time.Time) error {
 	return err
 }
 
-// passLocked wakes the half that follows, which may then lead.
+// passLocked wakes the half that follows. It may lead in its next wait.
 func (p *parker) passLocked() {
 	if !p.following {
 		return
@@ -151,7 +151,7 @@ func (p *parker) passLocked() {
 	}
 }
 
-// wake ends the current or next wait of both halves.
+// wake ends the present or else the next wait of both halves.
 func (p *parker) wake() {
 	p.mu.Lock()
 	p.woken = [2]bool{true, true}
@@ -163,7 +163,7 @@ func (p *parker) wake() {
 	markAll(polled)
 }
 
-// markAll has the owners of members look at them.
+// markAll makes the owners look at the members.
 func markAll(members [2]*member) {
 	for _, m := range members {
 		if m != nil {
@@ -172,9 +172,9 @@ func markAll(members [2]*member) {
 	}
 }
 
-// poll has m's Poller wait for events from now on. While the other half waits here by
-// itself, what ends that wait is an event of m's, too. net.ErrClosed if m was removed: who
-// does so says it first, and calls unpoll then.
+// poll makes m's Poller wait for the channel's events. If the other half waits here
+// outside of a Poller, the end of its wait marks m. net.ErrClosed if m was removed:
+// Remove sets out before it calls unpoll.
 func (p *parker) poll(m *member, worked bool) error {
 	d := m.h.dir
 	p.mu.Lock()
@@ -198,13 +198,13 @@ func (p *parker) poll(m *member, worked bool) error {
 		p.polled[d] = nil
 		return hypercall.ErrGrouped
 	}
-	// An event does not say for whom it was: it was for nothing if both say so.
+	// An event does not tell which half it is for: it was spurious if neither had work.
 	worked = worked || p.polled[1-d] != nil && !p.vain[1-d]
 	p.doubted = !worked
 	return g.Rearm(p.w, worked)
 }
 
-// unpoll takes m out of where its Poller waits.
+// unpoll undoes poll. The other half's owner looks again, and polls anew.
 func (p *parker) unpoll(m *member) {
 	p.mu.Lock()
 	other := p.polled[1-m.h.dir]
@@ -214,7 +214,7 @@ func (p *parker) unpoll(m *member) {
 	}
 	p.polled[m.h.dir] = nil
 	if p.group == m.p.group && p.group != nil {
-		p.group.Remove(p.w) // by m's tag, maybe
+		p.group.Remove(p.w) // perhaps under the tag of m
 		p.group = nil
 	}
 	p.mu.Unlock()
@@ -223,7 +223,7 @@ func (p *parker) unpoll(m *member) {
 	}
 }
 
-// inPoller gives the halves that sleep in a Poller for events of this channel.
+// inPoller returns the halves that sleep in q for events of this channel.
 func (p *parker) inPoller(q *Poller) (in [2]*member) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -235,7 +235,7 @@ func (p *parker) inPoller(q *Poller) (in [2]*member) {
 	return in
 }
 
-// spare says that an event was not for m, which waits for none.
+// spare records that an event brought no work for m, which waits for none.
 func (p *parker) spare(m *member) {
 	p.mu.Lock()
 	p.vain[m.h.dir] = true

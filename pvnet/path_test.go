@@ -145,8 +145,8 @@ func TestBatchesKeepOrderUnderPressure(t *testing.T) {
 	})
 }
 
-// Two owners forward what they receive to each other, from full rings: neither
-// may wait for the other for ever.
+// Two owners forward received frames to each other, starting with full rings: neither may
+// wait for the other for ever.
 func TestForwardersNeverDeadlock(t *testing.T) {
 	p := join(t, emu.Config{}, plain, Config{})
 	const hops = 20000
@@ -546,9 +546,9 @@ func TestWriteAllocatesNothing(t *testing.T) {
 	})
 }
 
-// Frames of every size that are written together arrive whole and in order, however
-// many there are and however few buffers, and the peer is notified less often than a
-// frame. One that no vif takes ends the batch before it.
+// Frames of every size that are written together arrive whole and in order, however many
+// frames and however few buffers there are, and with fewer notifications than frames. A
+// frame of a size that no vif takes ends the batch before it.
 func TestWriteBatch(t *testing.T) {
 	each(t, func(t *testing.T, p *pair, from, to *Device) {
 		sizes := []int{14, 60, 1514, 4096, 4097, 60, 20000, 64, MaxFrame, 61}
@@ -621,7 +621,7 @@ func TestWriteBatch(t *testing.T) {
 	})
 }
 
-// A flow that is written in batches keeps its queue, beside others of the same batch.
+// A flow keeps its queue even if a batch holds frames of other flows.
 func TestWriteBatchSpreadsFlows(t *testing.T) {
 	p := join(t, emu.Config{}, features{queues: 4, frontSG: true, backSG: true, split: true}, Config{Queues: 4})
 	type seen struct {
@@ -682,7 +682,7 @@ func TestWriteBatchSpreadsFlows(t *testing.T) {
 // returns 0.
 func TestPollInto(t *testing.T) {
 	each(t, func(t *testing.T, p *pair, from, to *Device) {
-		tx, rx := own(t, to) // frames of tx to receive into
+		tx, rx := own(t, to) // the frames to receive into come from tx
 		mine := make([]Frame, 4)
 		if n := tx.AllocSize(mine, 2000); n != len(mine) {
 			t.Fatal(n)
@@ -718,8 +718,9 @@ func TestPollInto(t *testing.T) {
 	})
 }
 
-// Frames of one slot arrive in frames of every kind that a caller may hold, in their order:
-// the fast way hands those it cannot fill to the general one, which says what is wrong.
+// Frames of one slot arrive in frames of every kind that a caller may hold, in their
+// order: the fast path hands those it cannot fill to the general path, which returns the
+// error.
 func TestPollIntoFramesOfEveryKind(t *testing.T) {
 	each(t, func(t *testing.T, p *pair, from, to *Device) {
 		tx, rx := own(t, to)
@@ -757,12 +758,12 @@ func TestPollIntoFramesOfEveryKind(t *testing.T) {
 		if n := tx.AllocSize(mine[:1], size) + tx.AllocSize(mine[1:2], 5000) + tx.AllocSize(mine[2:], 60); n != len(mine) {
 			t.Fatal(n)
 		}
-		leave := func(f *Frame, room int) { // of its page
+		leave := func(f *Frame, room int) { // leaves the frame room bytes of its page
 			f.Extend(f.Tailroom())
 			f.TrimFront(f.Len() - room)
 		}
 		leave(&mine[3], size)
-		mine[0].csum, mine[2].csum = ChecksumVerified, ChecksumPartial // of what was in them before
+		mine[0].csum, mine[2].csum = ChecksumVerified, ChecksumPartial // left by earlier contents
 		mine[0].gso, mine[2].gso = GSO{Size: 100}, GSO{Size: 100}
 		for n := 0; n < 4; {
 			k := poll(mine[n:4], nil)
@@ -771,7 +772,8 @@ func TestPollIntoFramesOfEveryKind(t *testing.T) {
 			}
 			n += k
 		}
-		// Each of these meets a frame that is not parsed yet, and leaves it at the head.
+		// Each failing call here meets a frame that is not parsed yet, and leaves it at
+		// the head.
 		leave(&mine[2], size-1)
 		poll(mine[2:3], ErrShortFrame)
 		poll(mine[3:4], nil)
@@ -793,8 +795,7 @@ func TestPollIntoFramesOfEveryKind(t *testing.T) {
 	})
 }
 
-// A copy that fails costs the peer's frame, and none of the frames that the caller would
-// have had it in.
+// A failed copy loses the peer's frame, but none of the caller's frames.
 func TestPollIntoKeepsTheFramesOfCopiesThatFail(t *testing.T) {
 	p := join(t, emu.Config{}, plain, Config{})
 	tx, rx := own(t, p.back)
@@ -827,9 +828,9 @@ func TestPollIntoKeepsTheFramesOfCopiesThatFail(t *testing.T) {
 	}
 }
 
-// A batch in which frames of one slot, chains and frames with offloads follow each
-// other in every order arrives in that order, with its offloads, and counts as what
-// it is: the fast way of each engine hands over to the general one and back.
+// A batch in which frames of one slot, chains and frames with offloads follow each other
+// in every order arrives in that order, with the right offloads and counters: the fast
+// path of each engine hands over to the general path and back.
 func TestFramesOfEveryKindKeepTheirOrder(t *testing.T) {
 	kinds := []int{60, 5000, -1500, 200, 4096, 4097, -300, 64}
 	run := func(t *testing.T, lend bool, pick func(p *pair) (from, to *Device)) {
@@ -898,8 +899,8 @@ func TestFramesOfEveryKindKeepTheirOrder(t *testing.T) {
 	})
 }
 
-// Per batch and direction: one copy batch at the backend, at most one notify a
-// side, and no other call of the domain.
+// Each batch, in each direction, takes one copy batch at the backend, at most one
+// notification per side, and no other call of the domain.
 func TestTheOwningPathCallsTheDomainOncePerBatch(t *testing.T) {
 	p := join(t, emu.Config{}, plain, Config{})
 	ftx, frx := own(t, p.front)
@@ -1014,8 +1015,8 @@ func TestEveryWayToWaitMovesFrames(t *testing.T) {
 	}
 }
 
-// An event that is lost, which no correct machine does, costs at most a second,
-// and is counted.
+// A lost event, which a correct machine never has, delays a frame by at most a second and
+// is counted.
 func TestALostEventIsRescued(t *testing.T) {
 	p := join(t, emu.Config{}, plain, Config{})
 	tx, _ := own(t, p.front)
@@ -1047,7 +1048,7 @@ func TestALostEventIsRescued(t *testing.T) {
 	if len(l.suspects) != 1 {
 		t.Fatalf("%d halves are suspected", len(l.suspects))
 	}
-	for l.recheck != nil { // longer than the waiter might have held it back
+	for l.recheck != nil { // until the waiter could no longer hold the event back
 		<-l.recheck
 		l.rescue()
 	}
@@ -1100,7 +1101,7 @@ func TestStatsNeverDisturbAnOwner(t *testing.T) {
 	checkBalance(t, p.front, p.back, 12000, 12000*60)
 }
 
-// A frame that was released is somebody else's memory: no method may touch it.
+// The memory of a released frame belongs to somebody else: no method may touch it.
 func TestAStaleFrameIsRefusedByEveryMethod(t *testing.T) {
 	p := join(t, emu.Config{}, plain, Config{})
 	tx, _ := own(t, p.front)
@@ -1141,8 +1142,8 @@ func TestAStaleFrameIsRefusedByEveryMethod(t *testing.T) {
 	}
 }
 
-// A sender that stops with a ring full of requests finds out only with its next call
-// that they were answered. The slow tick does so for it: an idle ring is not full.
+// A sender that stops with a full ring would see the responses only in its next call. The
+// slow tick takes them, so that an idle ring is not shown as full.
 func TestAnIdleRingIsNotShownAsFull(t *testing.T) {
 	p := join(t, emu.Config{}, plain, Config{})
 	tx, _ := own(t, p.front)

@@ -15,12 +15,12 @@ import (
 	"barevif/telemetry"
 )
 
-// A PollerConfig is what a [Poller] may be told. The zero PollerConfig suits most
+// A PollerConfig holds the options of a [Poller]. The zero PollerConfig suits most
 // programs.
 type PollerConfig struct {
-	// Wait is what [Poller.Wait] does while nothing is ready, as [Config].Wait is for the
-	// calls of one half: Adaptive and Busy look at the members that had work last. The
-	// members' own Config.Wait does not matter.
+	// Wait is how [Poller.Wait] waits while nothing is ready, as [Config].Wait is for the
+	// calls of one half: Adaptive and Busy look at the members that are not asleep. The
+	// Config.Wait of the members has no effect.
 	Wait WaitMode
 
 	// LockedThread says that the goroutine that calls Wait is locked to its thread; see
@@ -28,8 +28,8 @@ type PollerConfig struct {
 	LockedThread bool
 }
 
-// A Poller says which of many halves have work, of any number of devices and queues, for
-// one goroutine that owns them all:
+// A Poller tells one goroutine, which owns many halves of any number of devices and
+// queues, which of them have work:
 //
 //	for {
 //		ready, err := p.Wait()
@@ -42,47 +42,47 @@ type PollerConfig struct {
 //		}
 //	}
 //
-// A half that has nothing to do costs nothing: nobody looks at it until its event comes. One
-// that had work is looked at in turn, until it was found empty for some turns or there is
-// nothing else to do; then its peer is asked for an event.
+// A half without work costs nothing: the Poller does not look at it until its event
+// comes. A half that had work is looked at in every turn, until it was empty for some
+// turns or no half has work; then the Poller arms its event.
 //
-// Add, Remove, Wake, SetDeadline and Close may be called from any goroutine. Wait has one
-// caller at a time, the owner, and only the owner may use a member, by the calls that do
-// not wait: Poll, PollInto, Release, Alloc, AllocSize and Send. A call that would have to
-// wait returns [ErrPolled]. What a member's peer does ends nothing but its device.
+// Any goroutine may call Add, Remove, Wake, SetDeadline and Close. Wait has one caller at
+// a time, the owner. Only the owner may use a member, with the calls that do not wait:
+// Poll, PollInto, Release, Alloc, AllocSize and Send. A call that would have to wait
+// returns [ErrPolled]. A violation by a member's peer ends only that member's device.
 type Poller struct {
 	group hypercall.Group
 	mode  WaitMode
 
-	until  atomic.Pointer[time.Time] // when Wait gives up
-	woken  atomic.Bool               // Wait is to return
+	until  atomic.Pointer[time.Time] // deadline of Wait
+	woken  atomic.Bool               // Wake asked Wait to return
 	closed atomic.Bool               // set under mu
-	told   atomic.Bool               // set under mu: there are news
-	inside atomic.Bool               // somebody is in Wait
+	told   atomic.Bool               // set under mu: news is not empty
+	inside atomic.Bool               // a goroutine is in Wait
 
 	mu      sync.Mutex
-	members []*member // guarded by mu; by slot, until the owner has forgotten it too
-	news    []*member // guarded by mu; those the owner has to see to
+	members []*member // guarded by mu; by slot; removed by forget, when the owner has dropped it too
+	news    []*member // guarded by mu; members that were added, removed or marked since the last catchUp
 
-	// The owner's alone.
-	slots   []*member // those it knows, by slot
-	list    []*member // those it looks at
-	lent    []Ready   // what is ready, the caller's until the next Wait
-	turns   uint      // in which there was work
-	busy    bool      // there was in the last one
-	at      int       // of list: who is looked at next while nothing is ready
-	stirred bool      // while nothing was ready, something came up but for frames
+	// Used by the owner only.
+	slots   []*member // members that the owner knows, by slot
+	list    []*member // members that the owner looks at
+	lent    []Ready   // the last result of Wait, the caller's until the next Wait
+	turns   uint      // how many turns found work
+	busy    bool      // the last turn found work
+	at      int       // index in list of the last look while nothing is ready
+	stirred bool      // leaving found a reason to end the looks, other than frames
 	tags    [64]int
 	spin    spinner
 }
 
 const (
-	// emptyTurns is for how many turns a half that has nothing to do is looked at while
-	// others have: a look is a load of one line, an event system calls at both ends.
+	// emptyTurns is for how many turns the Poller looks at an empty half while others
+	// have work: a look loads one cache line, an event takes system calls at both ends.
 	emptyTurns = 16
 
-	// eventTurns is after how many turns in which there was work the events of halves that
-	// nobody looks at are asked for, which takes a system call.
+	// eventTurns is how many turns with work there are between two checks for events of
+	// sleeping halves. A check takes a system call.
 	eventTurns = 8
 )
 
@@ -90,8 +90,8 @@ const (
 type Ready struct {
 	RX    *RX   // nil: it is a sending half
 	TX    *TX   // nil: it is a receiving half
-	Value any   // what Add was given
-	Err   error // why it is no member any more; nil: it is
+	Value any   // the value given to Add
+	Err   error // why it is no longer a member; nil: it is
 }
 
 // A Half is an [*RX] or a [*TX].
@@ -103,31 +103,31 @@ func (h *half) base() *half { return h }
 type member struct {
 	p     *Poller
 	h     *half
-	rx    *RX // one of these two
+	rx    *RX // one of rx and tx is nil
 	tx    *TX
 	value any
 	slot  int
 
-	queued bool        // guarded by p.mu: among the news
+	queued bool        // guarded by p.mu: it is in p.news
 	out    atomic.Bool // it was removed
-	asleep atomic.Bool // its ring's event is asked for, and nobody looks at it
+	asleep atomic.Bool // its event is armed, and the Poller does not look at it
 
-	// The owner's alone.
+	// Used by the owner only.
 	known  bool
 	listed bool
-	fresh  bool    // it was asleep, and has not been looked at since
-	event  bool    // an event ended that
-	worked bool    // it had work since it was asleep
-	wants  bool    // of a sending half: it lacks what need says
-	empty  uint8   // turns in which it had nothing
-	seq    uint32  // of its sleep
-	taken  uint32  // the ring's index when it fell asleep
-	need   need    // of a sending half
-	park   *parker // where it last fell asleep
+	fresh  bool    // it slept, and has not been looked at since
+	event  bool    // an event ended its sleep
+	worked bool    // it had work since its last sleep
+	wants  bool    // of a sending half: it waits for need
+	empty  uint8   // consecutive turns without work
+	seq    uint32  // number of its sleep, as in half.parked
+	taken  uint32  // of a receiving half: the ring's index when it fell asleep
+	need   need    // of a sending half: what it lacks
+	park   *parker // the parker at which it last slept
 }
 
-// NewPoller makes a Poller for halves of devices in domain. [ErrUnimplemented] if the
-// domain cannot wait for many event channels at once.
+// NewPoller makes a Poller for halves of devices of domain. [ErrUnimplemented] if the
+// domain cannot wait for many event channels at once; other errors are the system's.
 func NewPoller(domain hypercall.Domain, cfg PollerConfig) (*Poller, error) {
 	d, ok := domain.(hypercall.GroupDomain)
 	if !ok {
@@ -140,23 +140,24 @@ func NewPoller(domain hypercall.Domain, cfg PollerConfig) (*Poller, error) {
 	return &Poller{group: g, mode: cfg.Wait}, nil
 }
 
-// Add makes a half a member that was taken by [Device.OwnRX] or [Device.OwnTX]. Wait gives
-// value with it. Whether the link is up does not matter.
+// Add makes half, which came from [Device.OwnRX] or [Device.OwnTX], a member. Wait
+// reports it with value. The link may be up or down.
 //
-// A receiving half is reported when frames have come. A sending half is reported when it
+// Wait reports a receiving half when frames have come. It reports a sending half when it
 // is added, when its link comes up, and once there is room after a Send that returned
-// [ErrFull] or an Alloc that gave none; not if that room has to come from frames that the
-// caller holds itself.
+// [ErrFull] or an Alloc that returned 0, but not if only the caller can make that room by
+// releasing frames.
 //
-// A member stays one while its link is down, and while the device connects again: it is
-// not reported then, and [Device.Links] tells. When its device has ended it is reported
-// once more, with the reason as Err, and is no member any more.
+// While its link is down a half stays a member, but is not reported; [Device.Links] tells
+// when the link changes. When its device has ended, Wait reports the half once more, with
+// the reason as Err; then it is no longer a member.
 //
-// Both halves of a queue whose peer has one event channel for both
-// ("feature-split-event-channels" is 0) must be in the same Poller, if they are in any: one
-// that cannot be waited for is reported with an Err, too.
+// If the two halves of a queue share an event channel ("feature-split-event-channels" is
+// 0), they cannot be in different Pollers: Wait reports the second one with an Err, and
+// it is no longer a member.
 //
-// Errors: net.ErrClosed, [ErrPolled] if it is in a Poller, [ErrDisconnected].
+// Errors: net.ErrClosed after Close, [ErrPolled] if half is in a Poller,
+// [ErrDisconnected].
 func (p *Poller) Add(half Half, value any) error {
 	h := half.base()
 	if err := h.dev.over(); err != nil {
@@ -199,9 +200,9 @@ func (p *Poller) addLocked(m *member) error {
 	return nil
 }
 
-// Remove takes a member out: its calls may wait again, and it may be added elsewhere. If
-// another goroutine is in Wait, the half is still the owner's until that Wait has returned.
-// It is no error if the half is no member.
+// Remove ends the membership of half: its calls may wait again, and it may be added to
+// another Poller. If another goroutine is in Wait, half is still in use by the owner
+// until that Wait has returned. If half is no member, Remove does nothing.
 func (p *Poller) Remove(half Half) {
 	h := half.base()
 	m := h.member.Load()
@@ -210,10 +211,10 @@ func (p *Poller) Remove(half Half) {
 	}
 	m.out.Store(true)
 	m.leave()
-	m.mark() // the owner may have it in its list
+	m.mark() // the owner may still have it in its list
 }
 
-// leave takes m out of where it waits. Its slot is not free yet.
+// leave takes m out of its parker and ends its sleep. It does not free its slot.
 func (m *member) leave() {
 	if k := m.h.park.Load(); k != nil {
 		k.unpoll(m)
@@ -221,7 +222,7 @@ func (m *member) leave() {
 	m.rouse()
 }
 
-// mark has the owner see to m.
+// mark puts m among the news and wakes the owner.
 func (m *member) mark() {
 	p := m.p
 	p.mu.Lock()
@@ -234,21 +235,20 @@ func (m *member) mark() {
 	p.group.Wake()
 }
 
-// marked has the owner see to h, if it is in a Poller.
+// marked marks the member of h, if it is in a Poller.
 func (h *half) marked() {
 	if m := h.member.Load(); m != nil {
 		m.mark()
 	}
 }
 
-// Wake makes the present Wait, or else the next, return, with whatever is ready.
+// Wake makes the present or else the next Wait return, even if nothing is ready.
 func (p *Poller) Wake() {
 	p.woken.Store(true)
 	p.group.Wake()
 }
 
-// SetDeadline is when Wait gives up; the zero Time is never. It holds for a Wait under way
-// too.
+// SetDeadline sets when Wait gives up, also one under way; the zero Time means never.
 func (p *Poller) SetDeadline(t time.Time) {
 	p.until.Store(&t)
 	p.group.Wake()
@@ -267,7 +267,8 @@ func (p *Poller) expired() bool {
 	return !t.IsZero() && !time.Now().Before(t)
 }
 
-// Close removes every member and ends Wait. It is idempotent. The devices stay.
+// Close removes every member and ends Wait. It is idempotent and leaves the devices as
+// they are.
 func (p *Poller) Close() error {
 	p.mu.Lock()
 	if p.closed.Swap(true) {
@@ -285,15 +286,17 @@ func (p *Poller) Close() error {
 	return p.group.Close()
 }
 
-// Wait waits until members may have work, and lends them until the next Wait: each once, so
-// that a caller who gives each a batch of its time is fair to all. A member may turn out to
-// have nothing. What is left over in it is reported again by the next Wait, without waiting;
-// so is a member whose buffers the caller holds all ([ErrNoBuffers]).
+// Wait waits until members may have work, and lends the list of them until the next Wait.
+// Each is listed once, so a caller that handles one batch of each is fair to all. A
+// listed member may turn out to have no work. If the caller leaves frames in a member,
+// the next Wait lists it again without waiting; so it does if the caller holds all of its
+// buffers ([ErrNoBuffers]).
 //
-// Errors: os.ErrDeadlineExceeded, net.ErrClosed after Close, [ErrBusy] if another goroutine
-// is in Wait, [*UnknownError] once the domain itself is gone. After [Poller.Wake] there may be
-// none ready. It does not allocate, and takes locks and makes system calls only to put
-// members to sleep, to sleep, and every few turns to hear of those that do.
+// Errors: os.ErrDeadlineExceeded, net.ErrClosed after Close, [ErrBusy] if another
+// goroutine is in Wait, [*UnknownError] once the domain itself is gone. After
+// [Poller.Wake] the list may be empty. Wait does not allocate. It takes locks and makes
+// system calls only to put members to sleep, to sleep itself, and every few turns to
+// check for events of sleeping members.
 func (p *Poller) Wait() ([]Ready, error) {
 	if !p.inside.CompareAndSwap(false, true) {
 		return nil, ErrBusy
@@ -339,7 +342,8 @@ func (p *Poller) Wait() ([]Ready, error) {
 	}
 }
 
-// catchUp sees to the news.
+// catchUp handles the news: it lists members that were marked and forgets those that
+// left.
 func (p *Poller) catchUp() {
 	p.mu.Lock()
 	p.told.Store(false)
@@ -372,9 +376,9 @@ func (p *Poller) catchUp() {
 	}
 }
 
-// forget frees the slot of a member that is out.
+// forget frees the slot of a member that has left.
 func (p *Poller) forget(m *member) {
-	m.leave() // anew, since it may have fallen asleep meanwhile
+	m.leave() // again: it may have fallen asleep since Remove
 	if m.listed {
 		m.listed = false
 		p.list = slices.DeleteFunc(p.list, func(l *member) bool { return l == m })
@@ -389,7 +393,7 @@ func (p *Poller) forget(m *member) {
 	p.mu.Unlock()
 }
 
-// enlist has m looked at from now on.
+// enlist ends the sleep of m and puts it into the list.
 func (p *Poller) enlist(m *member) {
 	if m.rouse() {
 		m.fresh = true
@@ -410,7 +414,7 @@ func (m *member) rouse() bool {
 	return true
 }
 
-// turn looks at the members in the list from a place on, and reports those with work.
+// turn looks at the members of the list from index from on, and reports those with work.
 func (p *Poller) turn(from int) {
 	kept := from
 	for _, m := range p.list[from:] {
@@ -425,7 +429,7 @@ func (p *Poller) turn(from int) {
 	p.list = p.list[:kept]
 }
 
-// see looks at m and reports whether it stays in the list.
+// see looks at m, reports it if it has work, and returns whether it stays in the list.
 func (p *Poller) see(m *member) bool {
 	if m.out.Load() {
 		return false
@@ -437,9 +441,9 @@ func (p *Poller) see(m *member) bool {
 	}
 	ready, err := m.look()
 	switch {
-	case err == ErrBusy: // somebody uses it who should not, and who finds out
+	case err == ErrBusy: // another goroutine uses the half, which it must not
 		return true
-	case err == ErrLinkDown: // who brings it up marks m
+	case err == ErrLinkDown: // up marks m
 		return false
 	case err != nil:
 		p.expel(m, err)
@@ -452,7 +456,7 @@ func (p *Poller) see(m *member) bool {
 	}
 	if m.empty < emptyTurns || !p.busy {
 		m.empty = min(m.empty+1, emptyTurns)
-		return true // while nobody has work, Wait says what happens
+		return true // while no member has work, Wait decides: look or sleep
 	}
 	slept, err := m.doze()
 	if err != nil && err != ErrLinkDown {
@@ -465,16 +469,16 @@ func (p *Poller) report(m *member, err error) {
 	p.lent = append(p.lent, Ready{RX: m.rx, TX: m.tx, Value: m.value, Err: err})
 }
 
-// expel reports why m is no member any more.
+// expel ends the membership of m and reports why.
 func (p *Poller) expel(m *member, err error) {
 	if m.h.member.CompareAndSwap(m, nil) {
 		m.out.Store(true)
 		p.report(m, err)
-		m.mark() // its slot is freed in the next turn
+		m.mark() // the next catchUp frees its slot
 	}
 }
 
-// look reports whether m has work. Errors are those of a call of its half.
+// look reports whether m has work. It returns the errors of a call of its half.
 func (m *member) look() (ready bool, err error) {
 	h := m.h
 	if err = h.enter(); err != nil {
@@ -494,7 +498,7 @@ func (m *member) look() (ready bool, err error) {
 	return ready, h.dev.judge(err)
 }
 
-// awake takes in what there is to know of a sleep that ended. m is inside the gate.
+// awake does the accounts of a sleep that ended. m is inside the gate.
 func (m *member) awake() error {
 	h := m.h
 	m.fresh = false
@@ -515,8 +519,7 @@ func (m *member) awake() error {
 	return nil
 }
 
-// doze asks m's peer for an event, and reports whether m may be left alone: not if there is
-// work by now.
+// doze arms m's event and puts m to sleep. It reports false if m has work by now.
 func (m *member) doze() (slept bool, err error) {
 	h := m.h
 	if err = h.enter(); err != nil {
@@ -537,14 +540,14 @@ func (m *member) doze() (slept bool, err error) {
 		}
 	} else {
 		if !m.wants || m.tx.eng.stuck(m.need) != nil {
-			return true, nil // nobody but the owner can change that
+			return true, nil // only a call of the owner can give it work
 		}
 		more, err = m.tx.eng.arm(m.need)
 	}
 	if more || err != nil {
 		return false, h.dev.judge(err)
 	}
-	worked := m.worked || m.park != h.park.Load() || taken != m.taken // frames that were dropped are work
+	worked := m.worked || m.park != h.park.Load() || taken != m.taken // dropped frames count as work
 	if m.event && !worked {
 		h.count.Add(telemetry.EventsSpurious, 1)
 	}
@@ -564,8 +567,7 @@ func (m *member) doze() (slept bool, err error) {
 	return true, nil
 }
 
-// doze asks the peers of all members in the list for events, and reports whether none has
-// work by now.
+// doze puts the members of the list to sleep, and reports whether all sleep now.
 func (p *Poller) doze() bool {
 	all := true
 	kept := 0
@@ -591,7 +593,7 @@ func (p *Poller) doze() bool {
 	return all
 }
 
-// sleep waits for events.
+// sleep waits for the events of sleeping members, for news, a wake, or the deadline.
 func (p *Poller) sleep() error {
 	var start time.Time
 	if p.spin.measures() {
@@ -608,7 +610,7 @@ func (p *Poller) sleep() error {
 	return p.judge(err)
 }
 
-// judge is what Wait returns when the Group does not wait any more.
+// judge returns the error of Wait after an error of the Group; nil if Wait goes on.
 func (p *Poller) judge(err error) error {
 	if err == nil || p.closed.Load() {
 		return nil // the caller looks
@@ -616,14 +618,15 @@ func (p *Poller) judge(err error) error {
 	return &UnknownError{"wait for events", err} // the domain itself is gone, or its driver
 }
 
-// events lists the members whose events have come, without waiting, and says how many.
+// events puts the members whose events have come into the list, without waiting, and
+// returns how many events there were.
 func (p *Poller) events() (int, error) {
 	n, err := p.group.Poll(p.tags[:])
 	p.fired(n)
 	return n, p.judge(err)
 }
 
-// fired lists the members that the first n tags tell of.
+// fired puts the members into the list that the first n tags stand for.
 func (p *Poller) fired(n int) {
 	for _, tag := range p.tags[:n] {
 		m := p.slots[tag]
@@ -634,7 +637,7 @@ func (p *Poller) fired(n int) {
 			if m == nil || m.out.Load() {
 				continue
 			}
-			if m.tx != nil && !m.wants { // it sleeps for good
+			if m.tx != nil && !m.wants { // it waits for nothing: only a call of the owner can end its sleep
 				m.park.spare(m)
 				continue
 			}
@@ -644,8 +647,8 @@ func (p *Poller) fired(n int) {
 	}
 }
 
-// found looks at the members in the list for as long as the mode says, and reports whether
-// there is anything to do.
+// found looks at the members of the list for as long as the mode says, and reports
+// whether there is something to do.
 func (p *Poller) found() bool {
 	if p.mode == Park {
 		return false
@@ -664,7 +667,8 @@ func (p *Poller) found() bool {
 	return p.spin.found(p, p, 1) || p.stirred || p.mode == Busy
 }
 
-// ready looks at the next member in the list, and reports whether there is something to do.
+// ready looks at one member of the list, the next each time, and reports whether it has
+// work.
 func (p *Poller) ready(int) bool {
 	if p.at++; p.at >= len(p.list) {
 		p.at = 0
@@ -673,14 +677,15 @@ func (p *Poller) ready(int) bool {
 	return ready || err != nil
 }
 
-// leaving looks for what ends a look but frames of those in the list.
+// leaving reports whether anything but frames of listed members ends the looks: an event,
+// news, Wake, Close or the deadline.
 func (p *Poller) leaving() bool {
 	n, err := p.events()
 	p.stirred = n > 0 || err != nil || p.told.Load() || p.woken.Load() || p.closed.Load() || p.expired()
 	return p.stirred
 }
 
-// want says what a sending half lacks. The owner is inside the gate.
+// want stores what a sending half lacks, and lists it. The owner is inside the gate.
 func (m *member) want(n need) {
 	m.wants, m.need = true, n
 	m.p.enlist(m)

@@ -20,12 +20,12 @@ import (
 
 var waitModes = map[string]WaitMode{"Park": Park, "Adaptive": Adaptive, "Busy": Busy}
 
-// A polled is many vifs whose backends one Poller serves.
+// A polled is a set of vifs whose backends one Poller serves.
 type polled struct {
 	*Poller
 	pairs []*pair
 	tx    []*TX // of the frontends
-	rx    []*RX // of the backends: members, whose value is their place
+	rx    []*RX // of the backends: members, whose value is their index
 }
 
 func newPoller(t testing.TB, dom hypercall.Domain, cfg PollerConfig) *Poller {
@@ -88,8 +88,8 @@ func sendAll(tx *TX, n int) error {
 	return nil
 }
 
-// receive takes what is there of each that is ready, and counts it by place. It gives the
-// errors of those that have left.
+// receive takes the frames of each ready member and counts them by index. It returns the
+// errors of members that have left.
 func (q *polled) receive(t testing.TB, got []int) (left []error) {
 	t.Helper()
 	ready, err := q.Wait()
@@ -114,7 +114,7 @@ func (q *polled) receive(t testing.TB, got []int) (left []error) {
 	return left
 }
 
-// until receives until every place has so many.
+// until receives until every member has received as many frames as want says.
 func (q *polled) until(t testing.TB, got []int, want ...int) {
 	t.Helper()
 	for i := 0; i < len(want); {
@@ -131,7 +131,7 @@ func (q *polled) until(t testing.TB, got []int, want ...int) {
 	}
 }
 
-// quiet fails if anything comes for a moment. It leaves every member asleep, unless the
+// quiet fails if a frame comes within a moment. It leaves every member asleep, unless the
 // Poller is Busy.
 func (q *polled) quiet(t testing.TB, got []int) {
 	t.Helper()
@@ -198,7 +198,7 @@ func TestPollerSaysWhoHasFrames(t *testing.T) {
 	})
 }
 
-// A countingRX counts looks at a ring.
+// A countingRX counts the looks at its ring.
 type countingRX struct {
 	receiver
 	looks atomic.Int64
@@ -226,7 +226,7 @@ func TestPollerNeverLooksAtIdleMembers(t *testing.T) {
 			}
 			got := make([]int, n)
 			sent := 0
-			flow := func(n int) { // some of which are always on their way
+			flow := func(n int) { // some frames are always in flight
 				for end := got[7] + n; got[7] < end; q.receive(t, got) {
 					if sent < got[7]+40 {
 						send(t, q.tx[7], 8)
@@ -249,7 +249,7 @@ func TestPollerNeverLooksAtIdleMembers(t *testing.T) {
 					t.Error("looks are not counted")
 				}
 			}
-			// They are still heard of.
+			// The idle members are still reported.
 			for i := range n {
 				send(t, q.tx[i], 1)
 			}
@@ -262,8 +262,8 @@ func TestPollerNeverLooksAtIdleMembers(t *testing.T) {
 	}
 }
 
-// Peers send now and then, and stop: a wake-up that is lost would never be made up for,
-// since the next frame of a vif is sent once the one before has arrived.
+// Peers send now and then, and stop. Nothing would make up for a lost wake-up, since each
+// vif sends its next frame only once the last one has arrived.
 func TestPollerLosesNoWakeup(t *testing.T) {
 	for _, split := range []bool{true, false} {
 		f := plain
@@ -329,7 +329,7 @@ func TestPollerIsFair(t *testing.T) {
 	q.quiet(t, got)
 	stop := make(chan struct{})
 	var flood sync.WaitGroup
-	flood.Go(func() { // as fast as it can
+	flood.Go(func() { // floods as fast as it can
 		for {
 			select {
 			case <-stop:
@@ -397,7 +397,7 @@ func TestPollerMembersComeAndGo(t *testing.T) {
 			for round := range 200 {
 				i := round % n
 				q.Remove(q.rx[i])
-				q.Remove(q.rx[i]) // no harm
+				q.Remove(q.rx[i]) // a second Remove does nothing
 				send(t, q.tx[i], 1)
 				send(t, q.tx[(i+1)%n], 1)
 				if err := q.Add(q.rx[i], i); err != nil {
@@ -418,7 +418,7 @@ func TestPollerMembersComeAndGo(t *testing.T) {
 			if err := <-stopped; !errors.Is(err, net.ErrClosed) {
 				t.Fatal(err)
 			}
-			if len(q.members) > n+1 { // of one that the owner had yet to forget
+			if len(q.members) > n+1 { // one slot for a member that the owner has not forgotten yet
 				t.Errorf("%d slots for %d members", len(q.members), n)
 			}
 		})
@@ -434,7 +434,7 @@ func TestPollerTakesAHalfOnce(t *testing.T) {
 	if err := p.Add(q.rx[0], nil); err != ErrPolled {
 		t.Errorf("in another: %v", err)
 	}
-	p.Remove(q.rx[0]) // not its own
+	p.Remove(q.rx[0]) // not a member of p
 	if err := p.Add(q.pairs[0].back.tx[0], nil); err != nil {
 		t.Errorf("the other half is not bound: %v", err)
 	}
@@ -465,7 +465,7 @@ func TestPolledHalfDoesNotWait(t *testing.T) {
 		t.Errorf("Receive after Remove: %d, %v", n, err)
 	}
 	q.rx[0].Release(frames[:1])
-	// What was asked for before Remove wakes nobody.
+	// An event that was armed before Remove wakes nobody.
 	q.quiet(t, make([]int, 1))
 }
 
@@ -517,7 +517,7 @@ func TestPollerEndsByDeadlineWakeAndClose(t *testing.T) {
 		if err := q.Add(q.rx[0], nil); !errors.Is(err, net.ErrClosed) {
 			t.Errorf("Add: %v", err)
 		}
-		// Its members are free again.
+		// Its members may wait again.
 		var frames [4]Frame
 		go sendAll(q.tx[0], 1)
 		if n, err := q.rx[0].Receive(frames[:]); n != 1 || err != nil {
@@ -546,11 +546,11 @@ func TestPollerMembersStayWhileTheyReconnect(t *testing.T) {
 		want := make([]int, n)
 		for round := range 12 {
 			if round%2 == 0 {
-				q.quiet(t, got) // asleep when the link goes
+				q.quiet(t, got) // members are asleep when the link goes down
 			}
 			i := round % n
 			done := make(chan struct{})
-			go func() { // as the life does, while the owner waits
+			go func() { // reconnect as the life goroutine does, while the owner waits
 				f := plain
 				f.split = round%4 < 2
 				q.pairs[i].reconnect(t, f)
@@ -605,7 +605,7 @@ func TestPollerReportsAPeerThatBreaksTheProtocol(t *testing.T) {
 			v := &PeerError{Ring: "tx", Reason: "test"}
 			broken := q.pairs[0].back
 			broken.judge(v)
-			q.rx[0].marked() // as its life does in the end
+			q.rx[0].marked() // as gone does at the end of a device
 			var left []error
 			for left == nil {
 				left = q.receive(t, got)
@@ -620,7 +620,7 @@ func TestPollerReportsAPeerThatBreaksTheProtocol(t *testing.T) {
 	}
 }
 
-// A sending half is reported when there is room, and neither before nor again.
+// A sending half is reported once when there is room, and not before.
 func TestPollerSaysWhenThereIsRoom(t *testing.T) {
 	for _, split := range []bool{true, false} {
 		for name, mode := range waitModes {
@@ -693,7 +693,7 @@ func TestPollerSaysWhenThereIsRoom(t *testing.T) {
 						calm()
 					}
 					drained := make(chan struct{})
-					go func() { // while it sleeps, or not
+					go func() { // while the Poller sleeps, or before
 						defer close(drained)
 						time.Sleep(time.Duration(rand.IntN(300)) * time.Microsecond)
 						drain()
@@ -701,7 +701,7 @@ func TestPollerSaysWhenThereIsRoom(t *testing.T) {
 					if v := next(); v != "tx" {
 						t.Fatalf("%s was reported", v)
 					}
-					send(t, btx, 1) // the other half's events are its own
+					send(t, btx, 1) // an event for the other half reports only that half
 					if v := next(); v != "rx" {
 						t.Fatalf("%s was reported", v)
 					}
@@ -714,7 +714,7 @@ func TestPollerSaysWhenThereIsRoom(t *testing.T) {
 }
 
 // With one event channel for both halves, one may wait by itself while the other is in a
-// Poller: each hears of its own.
+// Poller: each gets its own events.
 func TestPollerSharesAChannelWithAHalfThatWaits(t *testing.T) {
 	f := plain
 	f.split = false
@@ -728,7 +728,7 @@ func TestPollerSharesAChannelWithAHalfThatWaits(t *testing.T) {
 	const n = 3000
 	errs := make(chan error, 3)
 	go func() { errs <- sendAll(tx, n) }() // waits for room
-	go func() {                            // gives it room, and sends to the Poller
+	go func() {                            // makes room for the sender
 		var frames [32]Frame
 		for got := 0; got < n; {
 			k, err := rx.Receive(frames[:])
@@ -845,7 +845,8 @@ func TestPollerDoesNotAllocate(t *testing.T) {
 	}
 }
 
-// The events of one peer that has nothing to say are put off, and only its.
+// The Poller delays the events of a peer whose events bring no work, and only that
+// peer's.
 func TestPollerPutsOffAStorm(t *testing.T) {
 	q := poll(t, 2, PollerConfig{}, plain)
 	got := make([]int, 2)
@@ -884,8 +885,8 @@ func TestPollerPutsOffAStorm(t *testing.T) {
 	q.until(t, got, 1, 1)
 }
 
-// A member that is removed by somebody else while its owner is about to put it to sleep has
-// left for good: another Poller may have it at once.
+// If another goroutine removes a member while the owner is about to put it to sleep, the
+// member has left for good: another Poller may take it at once.
 func TestPollerMemberMovesToAnother(t *testing.T) {
 	const n = 2
 	q := poll(t, n, PollerConfig{}, plain)
@@ -937,7 +938,7 @@ func TestPollerMemberMovesToAnother(t *testing.T) {
 			}
 		}
 		from.Remove(q.rx[0])
-		for from.told.Load() { // the Wait that is under way has seen it
+		for from.told.Load() { // until the Wait under way has seen the removal
 			runtime.Gosched()
 		}
 		if err := to.Add(q.rx[0], 0); err != nil {

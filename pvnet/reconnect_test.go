@@ -19,19 +19,20 @@ import (
 	"barevif/xenbus/xenstore/server/labtest"
 )
 
-// A ledger is the account of the devices that were one end of a vif.
+// A ledger collects the devices that have been one end of a vif, and what their owners
+// received.
 type ledger struct {
-	received atomic.Int64 // by the owners, as they see it
+	received atomic.Int64 // frames that the owners received
 	traffic  sync.WaitGroup
-	mark     int64         // frames received: then
-	marked   chan struct{} // is closed; nil: never
+	mark     int64         // when this many frames were received,
+	marked   chan struct{} // marked is closed; nil: never
 
 	mu   sync.Mutex
 	devs []*pvnet.Device // guarded by mu
 }
 
-// carry has d send and receive on all queues but the last, on which nobody receives,
-// until it ends.
+// carry sends and receives on the queues of d until d ends. On the last queue nobody
+// receives.
 func (l *ledger) carry(t *testing.T, d *pvnet.Device, seed uint64) {
 	l.mu.Lock()
 	l.devs = append(l.devs, d)
@@ -86,7 +87,7 @@ func (l *ledger) carry(t *testing.T, d *pvnet.Device, seed uint64) {
 	}
 }
 
-// An account is what the devices of a ledger count.
+// An account sums up the counters of the devices of a ledger.
 type account struct {
 	tx, rx               int64  // frames, as telemetry.Unaccounted adds them
 	sent, received, gone uint64 // gone: lost with a connection
@@ -108,8 +109,9 @@ func (l *ledger) account() (a account) {
 }
 
 // Frames move both ways on several queues, while either end leaves and comes back, both
-// do at once, the vif is replugged, and one backend follows another on live rings. In
-// the end each frame sent was received or is lost, at one end, for a reason.
+// do so at once, the vif is replugged, and one backend follows another on live rings. In
+// the end each frame sent was received, or is counted as lost, at one end and with a
+// reason.
 func TestFramesAreInOneAccountOverReconnects(t *testing.T) {
 	l := newLabOn(t, emu.Config{Grants: 4096})
 	fdom, bdom := l.domain(1), l.domain(2)
@@ -210,9 +212,9 @@ func TestFramesAreInOneAccountOverReconnects(t *testing.T) {
 	}
 }
 
-// A domain that is destroyed in mid flow takes frames with it that neither account may
-// have: at most as many as the rings of its queues hold, in each direction. On virtual
-// time, for it takes long until a backend believes that its xenstore is gone.
+// A domain that is destroyed under traffic may leave frames that neither end counts: at
+// most as many as the rings of its queues hold, in each direction. The test runs on
+// virtual time, since a backend takes long to give up its xenstore.
 func TestADestroyedDomainLeavesAtMostARingUnaccounted(t *testing.T) {
 	for _, dies := range []hypercall.DomID{1, 2} {
 		for range 5 {
@@ -246,8 +248,8 @@ func destroyInFlow(t *testing.T, dies hypercall.DomID) {
 	}
 	dead := map[hypercall.DomID]*ledger{1: &fronts, 2: &backs}[dies]
 	dead.traffic.Wait()
-	counted := dead.account() // what a process that is killed could have shown
-	stop(pvnet.ErrHandover)   // as such a process, it writes nothing more
+	counted := dead.account() // the last counters that a killed process could have published
+	stop(pvnet.ErrHandover)   // like a killed process, it writes nothing more to xenstore
 	front.Disconnect()
 	<-served
 	fronts.traffic.Wait()

@@ -6,44 +6,44 @@ import (
 	"barevif/arena"
 )
 
-// An RX is the receiving half of a queue. It has one owner at a time: its methods,
-// but SetDeadline, must not be called by two goroutines at once.
+// An RX is the receiving half of a queue. It has one owner at a time: no two goroutines
+// may call its methods at once, except SetDeadline.
 type RX struct {
 	half
-	eng receiver // of the connection; written by the life goroutine behind the shut gate
+	eng receiver // of the connection; written by the life goroutine while the gate is shut
 }
 
 // A receiver moves frames out of one connection's ring.
 type receiver interface {
-	// receive fills frames and returns how many it did. With into, they are
-	// frames of the caller's to copy into.
+	// receive fills frames and returns how many it filled. With into, it copies into
+	// frames that the caller holds already.
 	receive(frames []Frame, into bool) (int, error)
 
-	// release takes frames back that the caller holds, and goes on after one that
-	// is stale.
+	// release takes frames back from the caller. It skips stale ones and returns ErrStale
+	// in the end.
 	release(frames []Frame) error
 
-	// arm asks for a wake-up when the next frame comes, and reports whether one
+	// arm asks the peer for an event when the next frame comes, and reports whether one
 	// is there already.
 	arm() (more bool, err error)
 
-	// consumed is the free-running index of the next slot. It moves for frames
-	// that are dropped too.
+	// consumed is the free-running index of the next slot. Frames that are dropped move
+	// it too.
 	consumed() uint32
 
 	engine
 }
 
 // Receive waits for at least one frame, the deadline (os.ErrDeadlineExceeded) or
-// Disconnect ([ErrDisconnected]), and gives the caller frames[:n] until Release.
-// While the link is down it waits. With every buffer in the caller's hands it
-// does not wait: [ErrNoBuffers].
+// Disconnect ([ErrDisconnected]), and gives the caller frames[:n] until Release. While
+// the link is down it waits. It returns [ErrNoBuffers] at once if the caller holds every
+// buffer.
 func (rx *RX) Receive(frames []Frame) (n int, err error) { return rx.receive(frames, false) }
 
-// ReceiveInto is Receive into frames of the caller's, which may come from another
-// device: they are overwritten from where they begin, and get the length and the
-// metadata of what arrived. frames[:n] stay the caller's. A frame that does not
-// fit frames[n] stays at the head of the queue: [ErrShortFrame].
+// ReceiveInto is Receive into frames that the caller holds, also of another device. It
+// overwrites them from where they begin, and sets length, checksum state and GSO. The
+// caller keeps them. If the next frame does not fit, it stays at the head of the queue:
+// [ErrShortFrame].
 func (rx *RX) ReceiveInto(frames []Frame) (n int, err error) { return rx.receive(frames, true) }
 
 func (rx *RX) receive(frames []Frame, into bool) (int, error) {
@@ -60,12 +60,12 @@ func (rx *RX) receive(frames []Frame, into bool) (int, error) {
 		at := rx.eng.consumed()
 		n, err := rx.eng.receive(frames, into)
 		garbage := n == 0 && rx.eng.consumed() != at
-		rx.worked = rx.worked || garbage // its event had a reason
+		rx.worked = rx.worked || garbage // a frame that was dropped: the event was not spurious
 		if n > 0 || err != nil {
 			rx.counted(n)
 			rx.gate.leave()
 			if n > 0 && err != nil {
-				// The frames count; what stopped the batch is met again.
+				// The caller gets the frames now, and the error with its next call.
 				rx.dev.judge(err)
 				err = nil
 			}
@@ -79,7 +79,7 @@ func (rx *RX) receive(frames []Frame, into bool) (int, error) {
 		case err != nil:
 		case !more:
 			err = rx.rest()
-		case garbage && rx.expired(): // a peer that sends nothing else
+		case garbage && rx.expired(): // the peer sends only garbage, so rest is never reached
 			err = errTimeout
 		}
 		rx.gate.leave()
@@ -90,11 +90,12 @@ func (rx *RX) receive(frames []Frame, into bool) (int, error) {
 	return 0, rx.dev.over()
 }
 
-// Poll is Receive that does not wait: n is 0 if there is nothing. Errors are
-// those of Receive, and [ErrLinkDown].
+// Poll is Receive that does not wait: n is 0 if no frame is there. It returns the errors
+// of Receive, and [ErrLinkDown].
 func (rx *RX) Poll(frames []Frame) (n int, err error) { return rx.poll(frames, false) }
 
-// PollInto is ReceiveInto that does not wait, as Poll is Receive.
+// PollInto is ReceiveInto that does not wait. It returns the errors of ReceiveInto, and
+// [ErrLinkDown].
 func (rx *RX) PollInto(frames []Frame) (n int, err error) { return rx.poll(frames, true) }
 
 func (rx *RX) poll(frames []Frame, into bool) (n int, err error) {
@@ -110,8 +111,8 @@ func (rx *RX) poll(frames []Frame, into bool) (n int, err error) {
 	return n, err
 }
 
-// Release gives frames back. It goes on after a frame that is stale and returns
-// [ErrStale] in the end.
+// Release gives frames back to their device. It skips stale frames and returns [ErrStale]
+// in the end.
 func (rx *RX) Release(frames []Frame) (err error) {
 	if rx.enter() != nil {
 		return releaseAll(frames)
@@ -131,7 +132,7 @@ func releaseAll(frames []Frame) (err error) {
 	return err
 }
 
-// releaseTo gives frames back, those of a by the owner's shorter way.
+// releaseTo gives frames back, and those of a by the shorter path for its owner.
 func releaseTo(a *arena.Arena, frames []Frame) (err error) {
 	for i := range frames {
 		f := &frames[i]
@@ -148,6 +149,6 @@ func releaseTo(a *arena.Arena, frames []Frame) (err error) {
 	return err
 }
 
-// SetDeadline is when waiting calls give up; the zero Time is never. It holds for
-// calls under way too, and may be called from any goroutine.
+// SetDeadline sets when waiting calls give up, those under way included; the zero Time
+// means never. Any goroutine may call it.
 func (rx *RX) SetDeadline(t time.Time) { rx.setDeadline(t) }

@@ -18,38 +18,38 @@ import (
 	"barevif/xenbus/xenstore"
 )
 
-// A ServeConfig says how a backend serves. The zero ServeConfig suits a driver
+// A ServeConfig holds the options of a backend. The zero ServeConfig suits a driver
 // domain whose toolstack runs hotplug scripts.
 type ServeConfig struct {
-	Config // of every device; LendRx does not apply
+	Config // for every device; LendRx has no effect
 
-	// Type is the backend type: the directories served are backend/<Type>/... .
-	// "" means "vif". A type of one's own keeps the kernel's netback away.
+	// Type is the backend type: the directories served are backend/<Type>/... . "" means
+	// "vif". Linux's netback does not bind to vifs of any other type.
 	Type string
 
-	// Hotplug writes hotplug-status itself, where no script does. Otherwise
-	// Connected is withheld until somebody has written "connected".
+	// Hotplug makes the backend write hotplug-status itself, for a toolstack without a
+	// hotplug script. Otherwise the backend does not go to Connected before somebody has
+	// written "connected".
 	Hotplug bool
 
-	// Remove removes a vif's directory once it is gone for good, as the toolstack
-	// does in dom0 and nobody does in a driver domain.
+	// Remove makes the backend remove a vif's directory once the vif is gone for good.
+	// The toolstack does that in dom0; in a driver domain nobody else does.
 	Remove bool
 }
 
-// Serve is the backend of every vif whose directory the toolstack makes under our
-// type, those that are there already included. For each it makes a Device and
-// calls accept with it, on a goroutine of its own. The device comes up when the
-// frontend connects, and again when it comes back; it ends when the toolstack
-// takes the vif away.
+// Serve runs the backend of every vif whose directory is under our type, now or later.
+// For each vif it makes a Device and calls accept with it, on a goroutine of its own. The
+// link comes up when the frontend connects, and again when the frontend comes back. The
+// device ends when the toolstack removes the vif.
 //
-// A directory another process serves is left alone, and asked for again, in the end
-// twice a minute. A vif whose device has ended before it was taken away is served
-// again once the toolstack has made it anew. Serve returns when ctx ends, with its
-// cause, after every device has disconnected, all at once and each as
-// [Device.Disconnect] does, and every accept has returned.
+// Serve does not touch a vif that another process serves, and tries to claim it again, at
+// first often, in the end twice a minute. If a device ended before its vif was removed,
+// the vif is served again once the toolstack has made it anew. Serve returns when ctx
+// ends, with the cause of ctx, after every device has disconnected, all at the same time
+// and each as [Device.Disconnect] does, and after every accept has returned.
 func Serve(ctx context.Context, domain hypercall.Domain, cfg ServeConfig, accept func(*Device)) error {
 	err := serve(ctx, domain, cfg, accept)
-	if ctx.Err() != nil { // whatever it was doing then
+	if ctx.Err() != nil { // the cause matters more than what it interrupted
 		err = context.Cause(ctx)
 	}
 	return fmt.Errorf("pvnet: serve: %w", err)
@@ -63,7 +63,7 @@ func serve(ctx context.Context, domain hypercall.Domain, cfg ServeConfig, accept
 		return err
 	}
 	store := xenstore.Config{Logger: cfg.Logger}
-	if domain.ID() != 0 { // which alone has no quota, and may read everything
+	if domain.ID() != 0 { // only domain 0 has no quota and may read everything
 		store.Watches = watchesEach
 	}
 	client, err := xenstore.Dial(ctx, domain.Store, store)
@@ -78,10 +78,10 @@ func serve(ctx context.Context, domain hypercall.Domain, cfg ServeConfig, accept
 	defer backs.Close()
 
 	presence, err := xenbus.NewPresence(domain)
-	if err != nil && cfg.Logger != nil { // then a backend after us waits longer
+	if err != nil && cfg.Logger != nil { // without a presence, the next backend waits longer for our claim
 		cfg.Logger.Warn("no event channel to show that this backend lives", "err", err)
 	}
-	defer presence.Close() // once every claim is given back
+	defer presence.Close() // after every claim has been given back
 
 	var wg sync.WaitGroup
 	defer wg.Wait()
@@ -94,7 +94,7 @@ func serve(ctx context.Context, domain hypercall.Domain, cfg ServeConfig, accept
 			return err
 		}
 		id := ev.BackendID
-		if ev.Vanished || s.busy[id] { // its goroutine sees that too
+		if ev.Vanished || s.busy[id] { // the vif's goroutine sees the event too
 			continue
 		}
 		s.busy[id] = true
@@ -105,27 +105,28 @@ func serve(ctx context.Context, domain hypercall.Domain, cfg ServeConfig, accept
 	}
 }
 
-// watchesEach is how many frontends a backend watches one by one: a quarter of what
-// xenstored allows its domain, of which there are other users.
+// watchesEach is how many frontends a backend watches with a watch each: a quarter of the
+// watches that xenstored allows its domain, which has other users of them too.
 const watchesEach = 32
 
-// A server serves directories, each on a goroutine of its own. What goes wrong with
-// one is nobody else's problem.
+// A server serves directories, each on a goroutine of its own. A failure of one vif does
+// not affect the others.
 type server struct {
 	client   *xenstore.Client
 	presence *xenbus.Presence // nil: none
 	domain   hypercall.Domain
 	cfg      ServeConfig
 	accept   func(*Device)
-	busy     map[xenbus.BackendID]bool // a goroutine looks after it, or has left it
+	busy     map[xenbus.BackendID]bool // a goroutine serves it, or has left it
 
 	mu   sync.Mutex
-	left []xenbus.BackendID // guarded by mu: no goroutine looks after them any more
-	wake func()             // guarded by mu: ends the wait for the next
+	left []xenbus.BackendID // guarded by mu: vifs that their goroutines have left
+	wake func()             // guarded by mu: ends the backs.Next under way
 }
 
-// next waits for a directory that came or went. One that is left is looked for
-// anew: it may have gone and come back in between, of which nobody is told.
+// next waits for a directory that came or went. When a goroutine has left its vif, next
+// makes backs report that vif again: it may have gone and come back meanwhile, and no
+// event says so.
 func (s *server) next(ctx context.Context, backs *xenbus.Backends) (xenbus.BackendEvent, error) {
 	for {
 		c, stop := context.WithCancel(ctx)
@@ -154,7 +155,7 @@ func (s *server) leave(id xenbus.BackendID) {
 	wake()
 }
 
-// keep serves one directory until it has gone or was made anew, or ctx ends.
+// keep serves one directory until it is removed or made anew, or ctx ends.
 func (s *server) keep(ctx context.Context, id xenbus.BackendID) {
 	log := slog.New(slog.DiscardHandler)
 	if s.cfg.Logger != nil {
@@ -181,7 +182,7 @@ func (s *server) keep(ctx context.Context, id xenbus.BackendID) {
 	}
 }
 
-// claim opens a directory that nobody else serves.
+// claim opens a directory and claims it. It fails if another process serves it.
 func (s *server) claim(ctx context.Context, id xenbus.BackendID) (*xenbus.Device, error) {
 	xd, err := xenbus.OpenBackend(ctx, s.client, s.cfg.Type, id.Front, id.ID)
 	if err != nil {
@@ -191,8 +192,9 @@ func (s *server) claim(ctx context.Context, id xenbus.BackendID) (*xenbus.Device
 		closing, cancel := context.WithTimeout(context.Background(), storePatience)
 		defer cancel()
 		if own := xd.Current().Own; errors.Is(err, xenstore.ErrQuota) && (own == xenbus.Initialising || own == xenbus.Unknown) {
-			// Nobody else serves it: there is no claim. A state tells the frontend
-			// that it waits in vain even where no node can.
+			// Nobody else serves the vif: there was no claim, and the quota has no room
+			// for ours. The state tells the frontend that it waits in vain, even if the
+			// quota leaves no room for a reason.
 			xd.Tell(closing, err)
 			xd.SetState(closing, xenbus.Closed)
 		}
@@ -202,13 +204,13 @@ func (s *server) claim(ctx context.Context, id xenbus.BackendID) (*xenbus.Device
 	return xd, nil
 }
 
-// serve is the life of one device.
+// serve runs one device until it ends, and accept with it.
 func (s *server) serve(ctx context.Context, id xenbus.BackendID, xd *xenbus.Device) *back {
 	d := newDevice(id.ID, telemetry.Backend, s.domain, s.cfg.Config)
 	d.log = d.log.With("frontend", id.String())
 	b := &back{d: d, cfg: &s.cfg}
 	d.mu.Lock()
-	d.peer = dom(xd) // for accept, before there is a connection
+	d.peer = dom(xd) // accept may ask before there is a connection
 	d.mu.Unlock()
 	if err := b.identify(ctx, xd); err != nil { // attach tries again
 		d.identify(backMAC, d.MTU(), true)
@@ -227,9 +229,9 @@ func (s *server) serve(ctx context.Context, id xenbus.BackendID, xd *xenbus.Devi
 	return b
 }
 
-// outlast waits until the directory of a device that has ended is no more the one
-// it was. What the device left there is Closed; away says that the toolstack had
-// said it takes the vif away.
+// outlast waits, after a device has ended, until the toolstack has removed or remade its
+// directory. The device left the state Closed there; away reports that the toolstack had
+// already asked for the removal.
 func (s *server) outlast(ctx context.Context, dir string, away bool) {
 	w, err := s.client.Watch(ctx, dir)
 	if err != nil {
@@ -272,8 +274,8 @@ func rest(ctx context.Context, d time.Duration) {
 	}
 }
 
-// claimPatience is how long another backend of this domain has to say that it
-// lives. It is asked for nothing but that.
+// claimPatience is how long another backend of this domain may take to answer that it
+// lives. The challenge asks for nothing else.
 const claimPatience = time.Second
 
 // A back is the backend's part of a life.
@@ -282,15 +284,15 @@ type back struct {
 	cfg *ServeConfig
 
 	// Set at the end of the life.
-	again bool // the directory is there, and not the one we served
-	away  bool // the toolstack took the vif away
+	again bool // the toolstack has made another directory in its place
+	away  bool // the toolstack removed the vif, or asked for it
 }
 
-// backMAC is the address Linux's netback gives its interfaces: one that no bridge
-// takes for its own.
+// backMAC is the address that Linux's netback gives its interfaces: no bridge takes it
+// for its own address.
 var backMAC = MAC{0xfe, 0xff, 0xff, 0xff, 0xff, 0xff}
 
-// identify reads who the card is, for each connection.
+// identify reads the vif's MTU, for each connection.
 func (b *back) identify(ctx context.Context, xd *xenbus.Device) error {
 	own, err := xd.OwnValues(ctx, netif.KeyMTU)
 	if err != nil {
@@ -300,15 +302,15 @@ func (b *back) identify(ctx context.Context, xd *xenbus.Device) error {
 	return nil
 }
 
-// prepare publishes what we can do.
+// prepare publishes our features.
 func (b *back) prepare(ctx context.Context, xd *xenbus.Device) error {
 	keys := xenstore.Values{
 		netif.KeyFeatureRxCopy:        "1",
 		netif.KeyFeatureSG:            "1",
 		netif.KeyFeatureSplitChannels: "1",
 	}
-	// Each key is a node, and xenstored allows the domain 1000. What is said by a key
-	// that is missing is not said by another.
+	// Each key is a node, and xenstored allows the domain 1000 of them. So a feature that
+	// we do not have is a missing key, not a key with the value 0.
 	gone := []string{xenbus.KeyReason, netif.KeyFeatureRxFlip, netif.KeyFeatureMulticastControl, netif.KeyFeatureCtrlRing}
 	if n := b.cfg.queues(); n > 1 {
 		keys[netif.KeyMaxQueues] = strconv.Itoa(n)
@@ -330,8 +332,8 @@ func (b *back) prepare(ctx context.Context, xd *xenbus.Device) error {
 	return xd.Publish(ctx, keys, gone...)
 }
 
-// published reads all that a connection is made from: the rings of the queues that are
-// asked for, and no others, since each key is a round trip.
+// published reads all keys that a connection is made from. It reads the rings of the
+// requested queues only, since each key is a round trip.
 func (b *back) published(ctx context.Context, xd *xenbus.Device) (xenstore.Values, error) {
 	keys := []string{netif.KeyFeatureNoCsumOffload, netif.KeyFeatureIPv6CsumOffload,
 		netif.KeyFeatureGSOTCPv4, netif.KeyFeatureGSOTCPv6, netif.KeyRequestRxCopy, netif.KeyFeatureSG, netif.KeyNumQueues}
@@ -355,16 +357,17 @@ func (b *back) published(ctx context.Context, xd *xenbus.Device) (xenstore.Value
 
 func (b *back) same(ctx context.Context, xd *xenbus.Device, c *conn) (bool, error) {
 	v, err := b.published(ctx, xd)
-	if errors.Is(err, xenstore.ErrAccess) { // the frontend it was made for is another's
+	if errors.Is(err, xenstore.ErrAccess) { // the frontend's directory is no longer ours to read
 		return false, nil
 	}
 	return maps.Equal(v, c.made), err
 }
 
-// queuePrefix is the directory of the xenstore keys of queue i, for a vif with several.
+// queuePrefix returns the directory of queue i's xenstore keys, for a vif with several
+// queues.
 func queuePrefix(i int) string { return netif.KeyQueuePrefix + strconv.Itoa(i) + "/" }
 
-// attach maps what the frontend published, every word of which is checked first.
+// attach maps the rings that the frontend published, after it has checked every value.
 func (b *back) attach(ctx context.Context, xd *xenbus.Device, c *conn) error {
 	if err := b.identify(ctx, xd); err != nil {
 		return err
@@ -378,7 +381,7 @@ func (b *back) attach(ctx context.Context, xd *xenbus.Device, c *conn) error {
 		return errors.Join(errors.New("the frontend does not ask for rx-copy, the only way to send to it"), err)
 	}
 	var feat features
-	feat.frontSG, _ = v.Bool(netif.KeyFeatureSG, false) // what is garbage is not offered
+	feat.frontSG, _ = v.Bool(netif.KeyFeatureSG, false) // an unreadable value counts as no offer
 	feat.takes, feat.peer = b.cfg.Offload, offered(v, feat.frontSG)
 	n, err := v.Uint(netif.KeyNumQueues, uint64(b.cfg.queues()), 1)
 	if err != nil {
@@ -427,11 +430,11 @@ func (b *back) attach(ctx context.Context, xd *xenbus.Device, c *conn) error {
 	return nil
 }
 
-// parseKeys reads one queue's keys: the pair of event channels, or one for both.
+// parseKeys reads the keys of one queue: two event channels, or one for both directions.
 func parseKeys(v xenstore.Values, prefix string) (k queueKeys, err error) {
 	number := func(key string) uint32 {
 		n, e := v.Uint(prefix+key, 1<<32-1, 0)
-		if e == nil && n == 0 { // no ref and no port is ever 0
+		if e == nil && n == 0 { // no gref and no port is ever 0
 			e = fmt.Errorf("%s%s is missing", prefix, key)
 		}
 		if e != nil && err == nil {
@@ -451,7 +454,7 @@ func parseKeys(v xenstore.Values, prefix string) (k queueKeys, err error) {
 	return k, err
 }
 
-// finished removes a directory that is gone for good.
+// finished removes the directory of a vif that is gone for good, if the config says so.
 func (b *back) finished(ctx context.Context, xd *xenbus.Device, anew bool) {
 	ch := xd.Current()
 	b.again, b.away = anew || ch.Lost, ch.Gone || !ch.Online
@@ -461,7 +464,7 @@ func (b *back) finished(ctx context.Context, xd *xenbus.Device, anew bool) {
 				b.d.log.Warn("cannot remove the vif's directory", "err", err)
 			}
 		}
-		xd.Fail(ctx, nil) // no reason is left why it does not connect
+		xd.Fail(ctx, nil) // removes the error node: the vif no longer fails to connect
 	}
 	b.d.finish()
 }

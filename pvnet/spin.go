@@ -5,88 +5,93 @@ import (
 	"time"
 )
 
-// WaitMode is what a call does that has to wait.
+// WaitMode is how a call waits.
 type WaitMode uint8
 
 const (
-	// Park waits for an event at once: an idle device costs nothing.
+	// Park waits for an event without looking first: an idle device costs no CPU time.
 	Park WaitMode = iota
-	// Adaptive looks at the ring before it parks, up to some 100 us, as long as that
-	// makes its waits shorter than parking at once does. It tries the other way now
-	// and then. Where looking does not pay, because frames come later than that or
-	// because whoever makes them needs the CPU, it parks at once nearly always.
+	// Adaptive looks at the ring for up to some 100 us before it parks, as long as its
+	// waits are shorter that way than with parking at once. It tries the other way now
+	// and then. If looking does not pay, because frames come later or because the sender
+	// needs this CPU, it nearly always parks at once.
 	Adaptive
-	// Busy never parks. It keeps a CPU for itself.
+	// Busy never parks: it looks at the ring until there is work, and occupies a CPU.
 	Busy
 )
 
 const (
-	// lookTime is how long Adaptive looks: for longer than a peer takes to wake up
-	// that has parked, since the first of two ends to look does not shorten the
-	// other's wake-up.
+	// lookTime is how long Adaptive looks. It is longer than the wake-up of a parked
+	// peer: if only this end looks, each wait still contains the wake-up of the other
+	// end.
 	lookTime = 100 * time.Microsecond
 
-	// wakeTime is what waking an idle CPU costs. Looking for less is cheaper than
-	// parking even if the frame comes no sooner.
+	// wakeTime is how long an idle CPU takes to wake up. Looking for a shorter time is
+	// cheaper than parking, even if the frame comes no sooner.
 	wakeTime = 20 * time.Microsecond
 
-	// longWait is the longest wait that says anything; beyond it is a pause.
+	// longWait is the longest wait that counts; a longer one is a pause of the traffic,
+	// and counts as this.
 	longWait = time.Millisecond
 
-	// trialEvery is how many waits there are at least between two that go the
-	// other way than the others.
+	// trialEvery is the least number of waits between two trials, which are waits in the
+	// way that is not the usual one.
 	trialEvery = 64
 
-	// firstWaits is how many waits there are of either way before one is chosen. The
-	// shortest counts: a start has pauses.
+	// firstWaits is how many waits each way gets before one is chosen. The shortest of
+	// them counts, since traffic starts with pauses.
 	firstWaits = 4
 
-	// mostTrials bounds how much rarer the trials of a far slower way become.
+	// mostTrials bounds how much rarer trials become if the other way is far slower.
 	mostTrials = 1024
 )
 
-// A look that lasts lets other goroutines run now and then, and asks whether the caller
-// is to leave: so often that the yields take an eighth of the time, between these
-// numbers of looks, some 0.2 and 10 us. Yielding costs a goroutine that is locked to its
-// thread several microseconds, and another one a tenth of that; and of two goroutines
-// on one processor the other cannot answer before this one yields.
+// A long series of looks yields to other goroutines now and then, and checks whether the
+// caller must leave. Yields take about an eighth of the time, but there are at least
+// leastYield and at most mostYield looks between two of them: some 0.2 and 10 us. A yield
+// costs several microseconds in a goroutine that is locked to its thread, and a tenth of
+// that in others. If both ends run on one processor, the other end cannot answer before
+// this one yields.
 const (
 	leastYield = 64
 	mostYield  = 4096
 	yieldShare = 8
 )
 
-// The ways to wait, between which Adaptive chooses.
+// The two ways to wait: Adaptive chooses one for each wait.
 const (
 	parking = iota
 	looking
 )
 
-// A looker is what a spinner looks at: is there a frame, or room for need slots?
+// A looker is what a spinner looks at: ready reports whether there is a frame, or room
+// for need slots.
 type looker interface{ ready(need int) bool }
 
-// A waiting is who a spinner looks for. It is asked now and then whether it is to leave.
+// A waiting is the caller on whose behalf a spinner looks. leaving reports whether it
+// must stop.
 type waiting interface{ leaving() bool }
 
-// A spinner looks at the ring before its half parks, or at those of a Poller's members. It counts looks, and knows what
-// one takes: the clock is read when the connection comes up, around a yield and, by
-// Adaptive, around a park, but not while frames are found.
+// A spinner looks at the ring before its half parks, or at the rings of a Poller's
+// members. It measures time in looks, whose cost it knows, so it does not read the clock
+// while it finds frames. It reads the clock when the connection comes up, around a yield
+// and, in Adaptive, around a park.
 type spinner struct {
-	most  int           // looks before parking; negative: no end
+	most  int           // looks before parking; negative: no limit; 0: Park
 	cost  time.Duration // of 1024 looks
-	yield time.Duration // what a yield costs at least
+	yield time.Duration // the least cost of a yield
 
-	// Of Adaptive only.
-	usual   int              // the way of most waits
-	way     int              // the way of this one
+	// For Adaptive only.
+	usual   int              // the way that most waits go
+	way     int              // the way of the present wait
 	left    int              // waits until the other way is tried
-	seen    [2]uint8         // waits of either way, up to firstWaits
-	typical [2]time.Duration // what a wait takes in either way, about the median
-	looked  time.Duration    // of this wait
-	open    bool             // this wait has not ended, as far as is known
+	seen    [2]uint8         // by way: how many waits there were, up to firstWaits
+	typical [2]time.Duration // by way: roughly the median time of a wait
+	looked  time.Duration    // time spent on looks in the present wait
+	open    bool             // the end of the present wait has not been seen
 }
 
-// calibrate finds how many looks at e the mode stands for.
+// calibrate measures what looks at e cost and sets how many of them the mode allows.
 func (s *spinner) calibrate(m WaitMode, e looker) {
 	*s = spinner{}
 	if m == Park {
@@ -94,7 +99,7 @@ func (s *spinner) calibrate(m WaitMode, e looker) {
 	}
 	const looks = 256
 	best := time.Duration(1 << 62)
-	for range 8 { // one that is not interrupted
+	for range 8 { // the fastest of these was not interrupted
 		start := time.Now()
 		for range looks {
 			e.ready(maxPieces)
@@ -107,14 +112,14 @@ func (s *spinner) calibrate(m WaitMode, e looker) {
 	}
 }
 
-// begin makes s adaptive, with looks of which 1024 take cost.
+// begin makes s adaptive. cost is the time of 1024 looks.
 func (s *spinner) begin(cost time.Duration) {
-	cost = max(cost, 1) // a clock may not see so little
+	cost = max(cost, 1) // a coarse clock may have measured 0
 	*s = spinner{most: int(lookTime * 1024 / cost), cost: cost, left: 1}
 }
 
-// found reports whether the ring is ready for a wait of h, after looks for as long
-// as the mode says.
+// found looks for a wait of h, for as long as the mode says, and reports whether e is
+// ready.
 func (s *spinner) found(h waiting, e looker, need int) bool {
 	switch {
 	case s.most == 0:
@@ -142,11 +147,11 @@ func (s *spinner) found(h waiting, e looker, need int) bool {
 	return ready
 }
 
-// measures reports whether the time of a park matters.
+// measures reports whether the caller has to measure parks for ended.
 func (s *spinner) measures() bool { return s.most > 0 }
 
-// ended takes in that the wait is over, of which parked was spent in a park, and
-// chooses the way of those that follow.
+// ended records that the present wait is over, of which parked was spent in a park, and
+// chooses the way of the next waits.
 func (s *spinner) ended(parked time.Duration) {
 	s.open = false
 	d := min(s.looked+parked, longWait)
@@ -155,7 +160,7 @@ func (s *spinner) ended(parked time.Duration) {
 		if s.seen[s.way]++; s.seen[s.way] == 1 || d < *t {
 			*t = d + 1
 		}
-	case d > *t: // pauses, which are long, count as one more, as in a median
+	case d > *t: // a longer wait moves it by one step only, however long it was, as in a median
 		*t += *t/8 + 1
 	case d < *t:
 		*t -= max(*t/8, (*t-d)/4)
@@ -203,13 +208,14 @@ func (s *spinner) look(h waiting, e looker, need, most int) (ready bool, looks i
 	return false, most
 }
 
-// yieldEvery is how many looks there are between two yields.
+// yieldEvery returns how many looks there are between two yields.
 func (s *spinner) yieldEvery() int {
 	return min(max(int(s.yield*yieldShare*1024/s.cost), leastYield), mostYield)
 }
 
-// yielded takes in how long a yield took. Those longer than the shortest were other
-// goroutines at work, but for a goroutine that has been locked to its thread since.
+// yielded records the time of one yield. The least time is the cost; a longer yield ran
+// other goroutines. It raises the cost a little, since the goroutine may have been locked
+// to its thread meanwhile.
 func (s *spinner) yielded(d time.Duration) {
 	if s.yield == 0 || d < s.yield {
 		s.yield = max(d, 1)

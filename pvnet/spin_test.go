@@ -5,7 +5,7 @@ import (
 	"time"
 )
 
-// A lateRing is ready after so many looks.
+// A lateRing is ready after a given number of looks.
 type lateRing struct {
 	engine
 	after, looks int
@@ -16,7 +16,7 @@ func (r *lateRing) ready(int) bool {
 	return r.looks > r.after
 }
 
-// testLook is what a look takes in these tests.
+// testLook is the cost of one look in these tests.
 const testLook = 10 * time.Nanosecond
 
 func adaptive() *spinner {
@@ -25,8 +25,8 @@ func adaptive() *spinner {
 	return s
 }
 
-// wait has s wait for a frame that takes so long to come in either way, and reports
-// whether a look found it. A wake-up's time is in parked.
+// wait makes s wait for a frame that comes after looked if s looks, and after parked if
+// it parks at once. It reports whether a look found the frame.
 func wait(t *testing.T, s *spinner, looked, parked time.Duration) (found bool) {
 	t.Helper()
 	h := &half{}
@@ -36,7 +36,7 @@ func wait(t *testing.T, s *spinner, looked, parked time.Duration) (found bool) {
 		return true
 	}
 	if r.looks > 0 {
-		parked = looked - lookTime // the rest
+		parked = looked - lookTime // the wait after the looks
 	}
 	if parked > 0 {
 		s.ended(parked)
@@ -44,7 +44,7 @@ func wait(t *testing.T, s *spinner, looked, parked time.Duration) (found bool) {
 	return false
 }
 
-// share is how many of n waits a look ended, in percent.
+// share returns how many of n waits ended with a look, in percent.
 func share(t *testing.T, s *spinner, n int, looked, parked time.Duration) int {
 	t.Helper()
 	found := 0
@@ -62,7 +62,7 @@ func TestAdaptiveTakesTheFasterWay(t *testing.T) {
 	for _, tt := range []struct {
 		name           string
 		looked, parked time.Duration
-		least, most    int // percent of the waits that a look ends
+		least, most    int // percent of the waits that end with a look
 	}{
 		{"frames come at once", 1 * us, 25 * us, 95, 100},
 		{"the peer wakes up first", 30 * us, 55 * us, 95, 100},
@@ -88,7 +88,7 @@ func TestAdaptiveFollowsWhatChanges(t *testing.T) {
 		r := &lateRing{after: 1 << 30}
 		h := &half{}
 		h.gate.state.Store(gateBusy)
-		for range 1000 { // frames are seldom
+		for range 1000 { // frames come rarely
 			if s.found(h, r, 1) {
 				t.Fatal("found what was not there")
 			}
@@ -97,7 +97,7 @@ func TestAdaptiveFollowsWhatChanges(t *testing.T) {
 		if most := 1000 * int(lookTime/testLook) / 30; r.looks > most {
 			t.Errorf("%d looks in 1000 waits for what comes late, at most %d", r.looks, most)
 		}
-		// They come one after the other again. Every 64th wait looks at least.
+		// Frames come quickly again. At least every 64th wait looks.
 		if i := waitsUntil(t, s, 2*us, 50*us); i > 400 {
 			t.Errorf("%d waits until looking was seen to pay", i)
 		}
@@ -107,7 +107,7 @@ func TestAdaptiveFollowsWhatChanges(t *testing.T) {
 	}
 }
 
-// waitsUntil is how many waits it takes until three in a row are ended by a look.
+// waitsUntil returns how many waits there are until three in a row end with a look.
 func waitsUntil(t *testing.T, s *spinner, looked, parked time.Duration) (n int) {
 	t.Helper()
 	for row := 0; row < 3 && n < 1_000_000; n++ {
@@ -129,8 +129,8 @@ func TestAdaptiveForgetsPauses(t *testing.T) {
 	}
 }
 
-// Two ends that both park would each see the other's wake-up, for ever, if looking did
-// not last longer than that.
+// Two ends that both park would see each other's wake-ups for ever if the looks did not
+// last longer than a wake-up.
 func TestAdaptivePingPongGetsGoing(t *testing.T) {
 	const wakeUp, turn = 40 * us, us
 	for _, start := range [][2]int{{0, 0}, {1, 0}, {500, 0}} {
@@ -138,14 +138,15 @@ func TestAdaptivePingPongGetsGoing(t *testing.T) {
 		for i, s := range ends {
 			share(t, s, start[i], 300*us, 300*us)
 		}
-		// Each begins to wait, and each wait is over once the other's before it is.
+		// The two ends wait in turn, and each wait ends after the wait of the other end
+		// before it.
 		h := &half{}
 		h.gate.state.Store(gateBusy)
-		asleep := false // the end that waits
+		asleep := false // the waiting end is parked
 		trips, quick := 0, 0
 		for ; quick < 100 && trips < 20000; trips++ {
 			s := ends[trips%2]
-			took := turn // until the frame is there
+			took := turn // until the frame comes
 			if asleep {
 				took += wakeUp
 			}
@@ -206,7 +207,8 @@ func TestYieldsTakeASmallShare(t *testing.T) {
 			t.Errorf("yields of %v: every %d looks, want %d", tt.yield, got, tt.want)
 		}
 	}
-	// Others at work do not make yields seem dear, a lock to a thread does at last.
+	// Yields to busy goroutines do not raise the estimated cost; a lock to a thread does
+	// in the end.
 	s := adaptive()
 	s.yielded(200 * time.Nanosecond)
 	for range 20 {
@@ -225,7 +227,7 @@ func TestYieldsTakeASmallShare(t *testing.T) {
 
 func TestALookOfNoTimeIsShort(t *testing.T) {
 	s := new(spinner)
-	s.begin(0) // as a coarse clock has it
+	s.begin(0) // a coarse clock measured 0
 	if s.most <= 0 || s.yieldEvery() != leastYield {
 		t.Errorf("%d looks, a yield every %d", s.most, s.yieldEvery())
 	}

@@ -11,7 +11,7 @@ import (
 	"barevif/xenbus/xenstore/server/labtest"
 )
 
-// storm notifies p until stop is called.
+// storm notifies p in a loop until stop is called.
 func storm(p hypercall.Port) (stop func()) {
 	end := make(chan struct{})
 	var wg sync.WaitGroup
@@ -28,7 +28,7 @@ func storm(p hypercall.Port) (stop func()) {
 	return func() { close(end); wg.Wait() }
 }
 
-// parkedAfter waits until h waits for the nth time.
+// parkedAfter waits until h is in its nth wait.
 func parkedAfter(t testing.TB, h *half, n uint32) {
 	t.Helper()
 	for end := time.Now().Add(labtest.Limit); h.parked.Load() < 2*n-1 || h.parked.Load()%2 == 0; time.Sleep(100 * time.Microsecond) {
@@ -38,8 +38,8 @@ func parkedAfter(t testing.TB, h *half, n uint32) {
 	}
 }
 
-// A frame that comes while a storm is being paid for is late, and was not missed:
-// the watchdog leaves it to the waiter.
+// While the waiter holds events back after a storm, the event of a frame is late, not
+// missed: the watchdog does not rescue the half.
 func TestAnEventHeldBackIsNotRescued(t *testing.T) {
 	for name, f := range map[string]features{
 		"two channels": plain,
@@ -65,13 +65,13 @@ func TestAnEventHeldBackIsNotRescued(t *testing.T) {
 				}
 				waits := (rx.parked.Load() + 1) / 2
 				go receive()
-				parkedAfter(t, &rx.half, waits+13) // one or two are free, then 1, 2 ... 1000 ms
+				parkedAfter(t, &rx.half, waits+13) // the first one or two have no delay, then 1, 2 ... 1000 ms
 				var f [1]Frame
 				tx.AllocSize(f[:], 60)
 				if n, err := tx.Send(f[:]); n != 1 || err != nil {
 					t.Fatal(n, err)
 				}
-				if l.beat(); len(l.suspects) == 0 { // this machine is slow
+				if l.beat(); len(l.suspects) == 0 { // the machine was slow: the frame has come already
 					if err := <-got; err != nil {
 						t.Fatal(err)
 					}
@@ -96,8 +96,8 @@ func TestAnEventHeldBackIsNotRescued(t *testing.T) {
 	}
 }
 
-// fill has tx send until it waits for room that its peer does not give, and go on
-// until the test ends.
+// fill makes tx send until it waits for room that its peer does not make. The sending
+// ends with the test.
 func fill(t testing.TB, tx *TX) {
 	t.Helper()
 	var sending sync.WaitGroup
@@ -124,9 +124,9 @@ func fill(t testing.TB, tx *TX) {
 	}
 }
 
-// With one channel for both directions an event may be for the half that has
-// nothing to do, or that nobody uses. A storm is braked all the same, and ends with
-// the first frame.
+// With one channel for both directions an event may be for a half that has no work, or
+// that nobody uses. The waiter delays a storm all the same, and stops that with the first
+// frame.
 func TestAStormOnOneChannelForBothHalves(t *testing.T) {
 	for name, waits := range map[string]bool{"nobody sends": false, "a sender waits": true} {
 		t.Run(name, func(t *testing.T) {
@@ -151,12 +151,13 @@ func TestAStormOnOneChannelForBothHalves(t *testing.T) {
 			before := parks()
 			stop := storm(p.front.tx[0].eng.(*frontTX).port)
 			time.Sleep(1200 * time.Millisecond)
-			// 1, 2, 4 ... 512 ms: the tenth is more than a second off. Both wake up for each.
+			// 1, 2, 4 ... 512 ms: the tenth comes after more than a second. Both halves
+			// wake up for each.
 			if n := parks() - before; n > 2*16 {
 				t.Errorf("%d wake-ups in 1.2 s", n)
 			}
 			var f [1]Frame
-			if waits { // the other half is for the same events
+			if waits { // the other half waits for the same events
 				if n, err := fromBack.Receive(f[:]); n != 1 || err != nil {
 					t.Fatal(n, err)
 				}
@@ -174,8 +175,8 @@ func TestAStormOnOneChannelForBothHalves(t *testing.T) {
 	}
 }
 
-// Events that are for one half are not held against it because the other had
-// nothing to do: that would take a second a frame, and the deadline comes before.
+// Events for one half do not count as spurious because the other half has no work: else
+// each frame would take a second, and the deadline would pass.
 func TestAnIdleHalfDoesNotBrakeTheOther(t *testing.T) {
 	p := join(t, emu.Config{}, features{queues: 1, frontSG: true, backSG: true}, Config{})
 	tx, _ := own(t, p.front)
@@ -202,7 +203,7 @@ func TestAnIdleHalfDoesNotBrakeTheOther(t *testing.T) {
 		if err := <-got; err != nil {
 			t.Fatal(i, err)
 		}
-		for rx.parked.Load()%2 == 0 { // so that each comes as an event
+		for rx.parked.Load()%2 == 0 { // so that each frame causes an event
 			time.Sleep(10 * time.Microsecond)
 		}
 	}

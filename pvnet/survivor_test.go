@@ -12,8 +12,8 @@ import (
 	"barevif/telemetry"
 )
 
-// A chain and a list of extra infos that go on behind what was published are
-// violations, whatever lies in the slots there.
+// A chain or a list of extra infos that continues beyond the published slots is a
+// violation, whatever the unpublished slots hold.
 func TestARequestThatGoesOnBehindTheRingsEndIsAViolation(t *testing.T) {
 	for name, flags := range map[string]netif.TxFlags{
 		"more data":  netif.TxMoreData,
@@ -34,8 +34,8 @@ func TestARequestThatGoesOnBehindTheRingsEndIsAViolation(t *testing.T) {
 	}
 }
 
-// A request index that becomes impossible while some are left is seen when a frame
-// needs more than those.
+// A request index that becomes impossible while requests are left is noticed when a frame
+// needs more requests than that.
 func TestAnImpossibleIndexIsSeenByASenderThatNeedsMore(t *testing.T) {
 	p := join(t, emu.Config{}, plain, Config{})
 	tx, _ := own(t, p.back)
@@ -67,12 +67,12 @@ func TestAnImpossibleIndexIsSeenByASenderThatNeedsMore(t *testing.T) {
 	f[0].Release()
 }
 
-// lazy is a domain that leaves operations undone, and their status as it was.
+// lazy is a domain whose Copy does nothing and leaves every status as it was.
 type lazy struct{ hypercall.Domain }
 
 func (lazy) Copy([]hypercall.CopyOp) error { return nil }
 
-// An operation whose status nobody set was not done.
+// A copy whose status Copy did not set counts as failed.
 func TestACopyThatSetsNoStatusHasFailed(t *testing.T) {
 	p := join(t, emu.Config{}, plain, Config{})
 	ftx, frx := own(t, p.front)
@@ -83,7 +83,7 @@ func TestACopyThatSetsNoStatusHasFailed(t *testing.T) {
 		sendSizes(t, btx, 60)
 		receiveN(t, frx, 1)
 	}
-	round() // so that what is left in the batches says OK
+	round() // leaves the status OK in the operations of both batches
 	p.back.tx[0].eng.(*backTX).dom, p.back.rx[0].eng.(*backRX).dom = lazy{p.bdom}, lazy{p.bdom}
 	sendSizes(t, ftx, 60)
 	sendSizes(t, btx, 60)

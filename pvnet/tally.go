@@ -2,17 +2,16 @@ package pvnet
 
 import "barevif/telemetry"
 
-// A tally sums the frames of a batch, to be counted once. Most batches are runs of
-// frames of one size, which are one addition each until the size changes.
+// A tally sums up the frames of a batch, so that they are counted once. Frames of equal
+// size in a row are a run, which is added when the size changes.
 type tally struct {
 	block                                       *telemetry.Block
-	size, run                                   uint64 // bytes of the run's frames, and how many they are
+	size, run                                   uint64 // bytes of each frame of the run, and the number of frames
 	frames, bytes, slots, multi, broad, chained uint64
 	partial, gso, verified                      uint64
 }
 
-// plain counts a frame of one slot, of which head is the beginning: at least its
-// first 6 bytes.
+// plain counts a frame of one slot. head has at least its first 6 bytes.
 func (t *tally) plain(size int, head []byte) {
 	if uint64(size) != t.size {
 		t.settle()
@@ -24,7 +23,7 @@ func (t *tally) plain(size int, head []byte) {
 	}
 }
 
-// settle ends the run of frames of one size.
+// settle adds the present run and ends it.
 func (t *tally) settle() {
 	if t.run == 0 {
 		return
@@ -36,7 +35,7 @@ func (t *tally) settle() {
 	t.run = 0
 }
 
-// group counts a frame to a group address.
+// group counts a frame to a multicast or broadcast address.
 func (t *tally) group(head []byte) {
 	if [6]byte(head[:6]) == ([6]byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}) {
 		t.broad++
@@ -45,7 +44,7 @@ func (t *tally) group(head []byte) {
 	}
 }
 
-// sent is add for a frame that leaves with its offloads.
+// sent is add for a frame that is sent: it counts its offloads too.
 func (t *tally) sent(f *Frame, slots int, head []byte) {
 	if f.csum == ChecksumPartial {
 		t.partial++
@@ -56,7 +55,7 @@ func (t *tally) sent(f *Frame, slots int, head []byte) {
 	t.add(f, slots, head)
 }
 
-// add counts f, which takes so many slots and begins with head.
+// add counts f, which takes that many slots and begins with head.
 func (t *tally) add(f *Frame, slots int, head []byte) {
 	if slots == 1 {
 		t.plain(int(f.total), head)
@@ -72,8 +71,8 @@ func (t *tally) add(f *Frame, slots int, head []byte) {
 	}
 }
 
-// count adds the batch to the block, with how many slots of the ring are in use
-// after it and how many buffers are left.
+// count adds the batch to the block. used is how many slots of the ring are in use now,
+// buffers how many buffers are free.
 func (t *tally) count(used uint32, buffers int) {
 	t.settle()
 	b := t.block

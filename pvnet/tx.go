@@ -9,26 +9,26 @@ import (
 	"barevif/telemetry"
 )
 
-// A TX is the sending half of a queue. It has one owner at a time: its methods,
-// but SetDeadline, must not be called by two goroutines at once.
+// A TX is the sending half of a queue. It has one owner at a time: no two goroutines may
+// call its methods at once, except SetDeadline.
 type TX struct {
 	half
-	eng   sender       // of the connection; written by the life goroutine behind the shut gate
-	stall stall        // the life goroutine's alone
+	eng   sender       // of the connection; written by the life goroutine while the gate is shut
+	stall stall        // life goroutine and slow tick only
 	cuts  cutting      // inside the gate
-	mine  [batch]Frame // of Write; guarded by mu
+	mine  [batch]Frame // the frames of Write; guarded by mu
 }
 
-// A cutting is the frame that is being cut.
+// A cutting is the state of a GSO frame that is being cut.
 type cutting struct {
 	packet.Cutter
-	pieces [32]Frame // some of what it becomes
+	pieces [32]Frame // some of the frames that it is cut into
 
-	// One that was sent in part, for lack of room: it goes on where it stopped if it is
-	// sent again as it was.
+	// A frame that was sent in part, for lack of room. If the caller sends it again
+	// unchanged, the cutting continues where it stopped.
 	frame   arena.Buffer
-	headers uint32 // a hash of them
-	done    int    // bytes of payload sent; 0: no such frame
+	headers uint32 // a hash of the frame's headers
+	done    int    // bytes of its payload already sent; 0: no such frame
 }
 
 // A sender moves frames into one connection's ring.
@@ -36,51 +36,49 @@ type sender interface {
 	// alloc makes frames of size bytes and returns how many there was room for.
 	alloc(frames []Frame, size int) (int, error)
 
-	// send takes over the frames it returns the count of.
+	// send takes over frames[:n], where n is the result.
 	send(frames []Frame) (int, error)
 
-	// wants is what sending f takes.
+	// wants returns what it takes to send f.
 	wants(f *Frame) need
 
-	// offers is what the peer takes beyond whole frames.
+	// offers returns the offloads that the peer takes.
 	offers() offers
 
-	// avail is how many slots of the ring there are room for.
+	// avail returns how many slots of the ring are free.
 	avail() (int, error)
 
-	// room reports whether there is what is needed.
+	// room reports whether n is there.
 	room(n need) (bool, error)
 
-	// stuck is ErrNoBuffers if what is needed can only come from the caller.
+	// stuck returns ErrNoBuffers if only the caller can free the buffers of n.
 	stuck(n need) error
 
-	// arm asks for a wake-up when there is what is needed, and reports whether
-	// there already is.
+	// arm asks the peer for an event when n is there, and reports whether it already is.
 	arm(n need) (more bool, err error)
 
-	// rested takes in what there is after a wait.
+	// rested is called after a wait; it may take responses, to time one.
 	rested() error
 
-	// answered reports whether anything came back since arm. The watchdog calls
+	// answered reports whether any slot came from the peer since arm. The watchdog calls
 	// it while the owner waits.
 	answered() bool
 
-	// settle takes the responses that came back and updates the gauges of the ring. The
-	// slow tick calls it for a half that no caller is inside.
+	// settle takes the responses that are in the ring and updates the ring's gauges. The
+	// slow tick calls it while no caller is inside the gate.
 	settle() error
 
-	// standing is where the peer's index stands, where it has to get for the call
-	// that last found no room, and how many calls found none. The slow tick calls
-	// it.
+	// standing returns the peer's index, the index it must reach for the call that last
+	// found no room, and how many calls found no room. The slow tick calls it.
 	standing() (index, goal, tries uint32)
 
 	engine
 }
 
-// A need is what a call waits for.
+// A need is what a call to the sending half lacks or waits for.
 type need struct{ slots, bufs int }
 
-// buffersFor is how many buffers build takes.
+// buffersFor returns how many buffers build takes for size bytes.
 func buffersFor(size int) int {
 	if size <= 4096 {
 		return 1
@@ -88,14 +86,14 @@ func buffersFor(size int) int {
 	return (headroom + size + 4095) / 4096
 }
 
-// Alloc makes empty frames with headroom, in pages the peer already has a grant
-// for, and returns how many: fewer than asked if the pages are all in use, none
-// while the link is down. Frames that are not sent must be released.
+// Alloc makes empty frames with headroom, which a frontend makes in pages that are
+// granted already. It returns how many: fewer than len(frames) if all pages are in use,
+// none while the link is down. The caller must send or release them.
 func (tx *TX) Alloc(frames []Frame) int { return tx.AllocSize(frames, 0) }
 
-// AllocSize is Alloc for frames that already have size bytes, at most MaxFrame.
-// They are not cleared; what the peer may see of them is what an earlier frame to
-// the same peer left there.
+// AllocSize is Alloc for frames that already have size bytes, at most MaxFrame. The bytes
+// are not cleared: until the caller writes them, they are those of an earlier frame to
+// the same peer.
 func (tx *TX) AllocSize(frames []Frame, size int) int {
 	if size < 0 || size > MaxFrame || tx.enter() != nil {
 		return 0
@@ -109,7 +107,7 @@ func (tx *TX) AllocSize(frames []Frame, size int) int {
 	return n
 }
 
-// AllocWait is AllocSize that waits for at least one frame. Errors are those of
+// AllocWait is AllocSize, but it waits for at least one frame. It returns the errors of
 // SendWait.
 func (tx *TX) AllocWait(frames []Frame, size int) (int, error) {
 	if size < 0 || size > MaxFrame {
@@ -138,11 +136,12 @@ func (tx *TX) AllocWait(frames []Frame, size int) (int, error) {
 // [ErrLinkDown], [ErrDisconnected], a [*PeerError], [ErrStale], [ErrFrameSize] or
 // [ErrOffload], the last three about frames[n].
 //
-// A frame of this half is sent where it lies. Any other is copied first, one that
-// is held more than once too. A checksum that is partial is completed, and a frame
-// that is to be cut is cut, if the peer does not do so itself. Of the latter there may be
-// room for a part: with ErrFull that part is sent and the frame is the caller's still. Sent
-// again as it was, it goes on from there.
+// A frame that this half allocated is sent without a copy. A frame from elsewhere, or
+// with another holder, is copied first. If the peer does not take partial checksums or
+// GSO frames, Send completes the checksum or cuts the frame. There may be room for some
+// of the pieces of a cut frame only: then ErrFull comes after these were sent, and the
+// caller still holds the frame. If it sends the frame again unchanged, Send continues
+// with the next piece.
 func (tx *TX) Send(frames []Frame) (n int, err error) {
 	if err := tx.enter(); err != nil {
 		return 0, err
@@ -156,14 +155,15 @@ func (tx *TX) Send(frames []Frame) (n int, err error) {
 	return n, tx.leaveWith(err)
 }
 
-// lacks has the Poller that the half is in, if it is, say when there is what n says.
+// lacks tells the half's Poller, if it is in one, to report the half once n is there.
 func (tx *TX) lacks(n func() need) {
 	if m := tx.member.Load(); m != nil {
 		m.want(n())
 	}
 }
 
-// put sends what there is room for, and cuts what the peer does not.
+// put sends as many frames as there is room for, and cuts those whose GSO the peer does
+// not take.
 func (tx *TX) put(frames []Frame) (n int, err error) {
 	n, err = tx.eng.send(frames)
 	for err == errUncut {
@@ -177,8 +177,8 @@ func (tx *TX) put(frames []Frame) (n int, err error) {
 	return n, err
 }
 
-// cut sends a frame in pieces, as many as there is room for, and takes it over with the
-// last one.
+// cut sends a frame in as many pieces as there is room for, and takes it over with the
+// last piece.
 func (tx *TX) cut(f *Frame) error {
 	c := &tx.cuts
 	if !c.begin(f) {
@@ -198,7 +198,7 @@ func (tx *TX) cut(f *Frame) error {
 	return f.Release()
 }
 
-// begin makes c cut f, or go on.
+// begin prepares c to cut f, from the start or from where it stopped.
 func (c *cutting) begin(f *Frame) bool {
 	cut, ok := f.gso.cut()
 	if !ok || !c.Init(f.Bytes(), int(f.total), cut) {
@@ -213,7 +213,7 @@ func (c *cutting) begin(f *Frame) bool {
 	return true
 }
 
-// cutSome sends as many pieces as there is room for, and a few at the most.
+// cutSome sends the next pieces: as many as there is room for, but at most len(c.pieces).
 func (tx *TX) cutSome(f *Frame) error {
 	c := &tx.cuts
 	bufs := buffersFor(c.Len())
@@ -252,11 +252,11 @@ func (tx *TX) cutSome(f *Frame) error {
 		c.Skip(n * int(f.gso.Size))
 	}
 	c.done = c.Done()
-	tx.counted(n) // or an event that brought room for a part would seem to have brought none
+	tx.counted(n) // else an event that made room for a part would count as spurious
 	return err
 }
 
-// wants is what sending f takes: whole, or its next piece.
+// wants returns what it takes to send f, or its next piece if it has to be cut.
 func (tx *TX) wants(f *Frame) need {
 	if tx.eng.offers().fit(f) == uncut && tx.cuts.begin(f) {
 		bufs := buffersFor(tx.cuts.Len())
@@ -265,10 +265,10 @@ func (tx *TX) wants(f *Frame) need {
 	return tx.eng.wants(f)
 }
 
-// SendWait is Send that waits until every frame is taken, the deadline passes
-// (os.ErrDeadlineExceeded), or the device is disconnected. While the link is down
-// it waits for it to come back. [ErrNoBuffers] if a frame has to be copied or cut and
-// the caller holds what that takes.
+// SendWait is Send, but it waits until it has taken every frame, the deadline passes
+// (os.ErrDeadlineExceeded), or the device is disconnected. While the link is down it
+// waits for the link. [ErrNoBuffers] if a frame must be copied or cut and the caller
+// holds the buffers for that.
 func (tx *TX) SendWait(frames []Frame) (n int, err error) {
 	for n < len(frames) {
 		if err := tx.enter(); err != nil {
@@ -293,7 +293,7 @@ func (tx *TX) SendWait(frames []Frame) (n int, err error) {
 	return n, nil
 }
 
-// wait leaves the gate after there may be what is needed.
+// wait waits inside the gate until n may be there, and leaves the gate.
 func (tx *TX) wait(n need) error {
 	err := tx.eng.stuck(n)
 	if err != nil {
@@ -316,8 +316,8 @@ func (tx *TX) wait(n need) error {
 	return tx.leaveWith(err)
 }
 
-// settle takes the responses of a half that no caller uses just now. The slow tick does
-// so, lest a ring whose last requests are all answered be shown as full.
+// settle takes the responses of a half that no caller uses now. Without it, a ring whose
+// last requests are all answered would be shown as full. The slow tick calls it.
 func (tx *TX) settle(eng sender) error {
 	if !tx.gate.state.CompareAndSwap(gateOpen, gateReading) {
 		return nil
@@ -328,19 +328,20 @@ func (tx *TX) settle(eng sender) error {
 	return err
 }
 
-// leaveWith leaves the gate; a violation of the peer's ends the device.
+// leaveWith leaves the gate and returns the error of the call; a violation ends the
+// device.
 func (tx *TX) leaveWith(err error) error {
 	tx.gate.leave()
 	return tx.dev.judge(err)
 }
 
-// SetDeadline is when waiting calls give up; the zero Time is never. It holds for
-// calls under way too, and may be called from any goroutine.
+// SetDeadline sets when waiting calls give up, those under way included; the zero Time
+// means never. Any goroutine may call it.
 func (tx *TX) SetDeadline(t time.Time) { tx.setDeadline(t) }
 
-// slots is how many pieces of the frame hold bytes: what it takes in a ring when
-// it is sent where it lies. It is 0 if the pieces do not add up to the frame:
-// another copy of the value was cut.
+// slots returns how many pieces of the frame hold bytes, which is how many slots it takes
+// if it is sent without a copy. It is 0 if the pieces do not add up to the length: then
+// another copy of the Frame was cut.
 func (f *Frame) slots() int {
 	if f.pieces <= 1 {
 		if f.total != uint32(f.n) {

@@ -7,21 +7,21 @@ import (
 	"barevif/telemetry"
 )
 
-// A stopwatch times a request once in a while. The slow tick asks for one; the
-// rest is done by whoever is inside the gate. So the clock is read a few times a
-// second, however many frames there are.
+// A stopwatch times a request once in a while. The slow tick asks for a sample; the
+// caller inside the gate takes it. So the clock is read a few times a second, however
+// many frames there are.
 type stopwatch struct {
 	asked atomic.Bool
 
 	// Inside the gate.
 	runs   bool
-	waited bool      // the owner has waited for its peer since the response was missing
-	looks  uint      // that found it missing
-	start  time.Time // when the request was shown, or taken
-	missed time.Time // when the response was still missing, as far as the clock was read
+	waited bool      // the owner has waited for the peer since it saw the response missing
+	looks  uint      // how many looks found the response missing
+	start  time.Time // when the request was published, or taken
+	missed time.Time // the last time read at which the response was missing
 }
 
-// sample has the next request timed, unless one is being timed.
+// sample asks for the timing of the next request, unless one is being timed.
 func (w *stopwatch) sample() { w.asked.Store(true) }
 
 // begin starts the watch if a sample is wanted.
@@ -43,11 +43,11 @@ func (w *stopwatch) end(b *telemetry.Block) {
 	}
 }
 
-// look is told whether the response of the request that is timed is there. How
-// long it has been there the clock does not say, and an owner may have been
-// elsewhere. So the time counts only if it is mostly the peer's: the owner waited
-// for it, or saw the response missing in the latter half. The 1st, 2nd, 4th and so
-// on of such looks reads the clock, which is enough for that.
+// look records whether the timed request has its response. It cannot tell since when the
+// response is there: the owner may have been busy elsewhere. So the time counts only if
+// it is mostly the peer's: the owner waited for the response, or saw it missing in the
+// latter half of the time. Only the 1st, 2nd, 4th, 8th... look reads the clock, which is
+// enough for that.
 func (w *stopwatch) look(b *telemetry.Block, there bool) {
 	if !there {
 		if w.looks++; w.looks&(w.looks-1) == 0 {
@@ -62,11 +62,12 @@ func (w *stopwatch) look(b *telemetry.Block, there bool) {
 	}
 }
 
-// A shortage is what a sender lacks that only its peer can give. The owner says so
-// where it finds no room, which is off the fast path; the slow tick reads it.
+// A shortage is how far the peer's index must move before a sender has room again. The
+// owner stores it when it finds no room, which is off the fast path; the slow tick reads
+// it.
 type shortage struct {
-	goal  atomic.Uint32 // what the peer's index has to reach
-	tries atomic.Uint32 // how often it had not
+	goal  atomic.Uint32 // the index that the peer has to reach
+	tries atomic.Uint32 // how many calls found no room
 }
 
 func (s *shortage) lack(goal uint32) {
@@ -74,25 +75,25 @@ func (s *shortage) lack(goal uint32) {
 	s.tries.Add(1)
 }
 
-// stallAfter is how long a peer makes no progress before that is a stall: a beat
-// of the slow tick, which may come a little early.
+// stallAfter is how long a peer may make no progress before it counts as a stall: one
+// beat of the slow tick, less some for a tick that comes early.
 const stallAfter = 900 * time.Millisecond
 
-// A stall is what the slow tick knows of one sender. Linux's netback stops queueing
-// to a frontend that gave no slots for 10 s, and takes it for dead after 60 s
-// (drivers/net/xen-netback: rx_drain_timeout_msecs, rx_stall_timeout_msecs). Here
-// nothing queues, so a stall is only counted.
+// A stall is what the slow tick has seen of one sender. Linux's netback stops queueing to
+// a frontend that gave no slots for 10 s, and treats it as dead after 60 s
+// (drivers/net/xen-netback: rx_drain_timeout_msecs, rx_stall_timeout_msecs). We have no
+// such queue, so a stall is only counted.
 type stall struct {
 	eng   sender
-	tries uint32    // as of the beat before
-	index uint32    // the peer's, as of the beat before
-	since time.Time // when a sender was first seen to wait at this index; zero: none does
+	tries uint32    // shortage.tries at the last beat
+	index uint32    // the peer's index at the last beat
+	since time.Time // since when a sender waits at this index; zero: none waits
 	lasts bool
 }
 
-// watch compares what a sender waits for with the beat before. It has stalled if a
-// call waits, or calls keep coming, that need more slots than are free, while the
-// peer's index stays where it was.
+// watch compares the sender with the last beat. It has stalled if the peer's index does
+// not move while a call waits for more slots than are free, or calls for them keep
+// coming.
 func (tx *TX) watch(eng sender, now time.Time) {
 	s := &tx.stall
 	if s.eng != eng {

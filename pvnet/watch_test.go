@@ -12,18 +12,18 @@ import (
 	"barevif/telemetry"
 )
 
-// virtually runs f where time passes only while everybody waits, and joined gives
-// it a pair. So every delay is exactly what the test makes it.
+// virtually runs test with a pair on virtual time, which passes only while every
+// goroutine waits. So each delay is exactly what the test makes it.
 func virtually(t *testing.T, f features, cfg Config, test func(t *testing.T, p *pair)) {
 	synctest.Test(t, func(t *testing.T) { test(t, join(t, emu.Config{}, f, cfg)) })
 }
 
-// delays are at the edges of buckets, and within them.
+// delays are at the edges of the histogram's buckets, and within them.
 var delays = []time.Duration{
 	0, 100, 1024, 1025, 3000, 1 << 15, 1<<15 + 1, 400 * time.Microsecond, 3 * time.Millisecond, 1 << 22, 1<<22 + 1, 3 * time.Second,
 }
 
-// latencies gives what is in a histogram.
+// latencies returns the samples, buckets and sum of a histogram.
 func latencies(v *telemetry.Values, name string) (samples uint64, buckets []uint64, sum time.Duration) {
 	for _, f := range telemetry.Fields() {
 		if f.Name == name {
@@ -37,7 +37,7 @@ func latencies(v *telemetry.Values, name string) (samples uint64, buckets []uint
 	panic("no field " + name)
 }
 
-// want demands that all that was observed is one value of each of delays.
+// want asserts that the histogram holds exactly one sample of each of delays.
 func want(t *testing.T, v *telemetry.Values, name string, delays ...time.Duration) {
 	t.Helper()
 	set := telemetry.NewSet(1)
@@ -56,7 +56,7 @@ func want(t *testing.T, v *telemetry.Values, name string, delays ...time.Duratio
 	}
 }
 
-// put sends n frames of size bytes and does not wait.
+// put sends n frames of size bytes without waiting.
 func put(t *testing.T, tx *TX, n, size int) {
 	t.Helper()
 	var f [1]Frame
@@ -84,7 +84,7 @@ func take(t *testing.T, rx *RX, n int) {
 	}
 }
 
-// A peer that answers after a while, and an owner who looks while it waits.
+// The peer answers after a while, and the owner looks for the response meanwhile.
 func TestRequestLatencyIsWhatThePeerTook(t *testing.T) {
 	for _, d := range delays {
 		virtually(t, plain, Config{}, func(t *testing.T, p *pair) {
@@ -95,14 +95,14 @@ func TestRequestLatencyIsWhatThePeerTook(t *testing.T) {
 			step := d / 20
 			for range 20 {
 				time.Sleep(step)
-				put(t, tx, 1, 60) // each a look
+				put(t, tx, 1, 60) // each send is a look
 			}
 			time.Sleep(d - 20*step)
 			take(t, rx, 21)
 			put(t, tx, 1, 60)
 			st := p.front.Stats()
 			want(t, &st.TX, "request_latency", d)
-			put(t, tx, 5, 60) // nobody asked for another
+			put(t, tx, 5, 60) // no further sample was asked for
 			take(t, rx, 6)
 			st = p.front.Stats()
 			want(t, &st.TX, "request_latency", d)
@@ -110,7 +110,7 @@ func TestRequestLatencyIsWhatThePeerTook(t *testing.T) {
 	}
 }
 
-// A sender that waits for room sees the answer when it comes.
+// A sender that waits for room sees the response as soon as it comes.
 func TestRequestLatencyOfASenderThatWaits(t *testing.T) {
 	for _, d := range delays {
 		virtually(t, plain, Config{}, func(t *testing.T, p *pair) {
@@ -130,13 +130,13 @@ func TestRequestLatencyOfASenderThatWaits(t *testing.T) {
 			if err := <-sent; err != nil {
 				t.Fatal(err)
 			}
-			st := p.front.Stats() // the first frame was the one timed
+			st := p.front.Stats() // the request of the first frame was timed
 			want(t, &st.TX, "request_latency", d)
 		})
 	}
 }
 
-// What an owner spends elsewhere is not taken for the peer's time.
+// Time that the owner spends elsewhere does not count as the peer's.
 func TestRequestLatencyIsNotIdleness(t *testing.T) {
 	virtually(t, plain, Config{}, func(t *testing.T, p *pair) {
 		tx, _ := own(t, p.front)
@@ -149,7 +149,7 @@ func TestRequestLatencyIsNotIdleness(t *testing.T) {
 		st := p.front.Stats()
 		want(t, &st.TX, "request_latency")
 
-		// Nor by one whose wait ended before the answer came.
+		// Nor does it after a wait that ended before the response came.
 		put(t, tx, 254, 60)
 		take(t, rx, 200)
 		tx.eng.sample()
@@ -165,7 +165,7 @@ func TestRequestLatencyIsNotIdleness(t *testing.T) {
 		st = p.front.Stats()
 		want(t, &st.TX, "request_latency")
 
-		// The next one asked for is.
+		// The next sample counts.
 		tx.eng.sample()
 		put(t, tx, 1, 60)
 		time.Sleep(time.Millisecond)
@@ -177,7 +177,7 @@ func TestRequestLatencyIsNotIdleness(t *testing.T) {
 	})
 }
 
-// A slowDomain takes its time over copies.
+// A slowDomain takes some time for each batch of copies.
 type slowDomain struct {
 	hypercall.Domain
 	d time.Duration
@@ -188,7 +188,7 @@ func (s *slowDomain) Copy(ops []hypercall.CopyOp) error {
 	return s.Domain.Copy(ops)
 }
 
-// A backend's latency is its own: how long it keeps the requests of a batch.
+// A backend's request latency is its own time: how long it holds the requests of a batch.
 func TestRequestLatencyOfABackendIsItsOwn(t *testing.T) {
 	for _, d := range delays {
 		virtually(t, plain, Config{}, func(t *testing.T, p *pair) {
@@ -198,7 +198,7 @@ func TestRequestLatencyOfABackendIsItsOwn(t *testing.T) {
 			btx.eng.(*backTX).dom, brx.eng.(*backRX).dom = slow, slow
 			p.back.tx[0].eng.sample()
 			p.back.rx[0].eng.sample()
-			time.Sleep(time.Second) // nothing to take yet
+			time.Sleep(time.Second) // no request has come yet
 			if n, err := brx.Poll(make([]Frame, 1)); n != 0 || err != nil {
 				t.Fatal(n, err)
 			}
@@ -210,7 +210,7 @@ func TestRequestLatencyOfABackendIsItsOwn(t *testing.T) {
 			want(t, &st.RX, "request_latency", d)
 			want(t, &st.TX, "request_latency", d)
 			st = p.front.Stats()
-			want(t, &st.RX, "request_latency") // would be how long nobody sent
+			want(t, &st.RX, "request_latency") // a sample would show how long nobody sent
 		})
 	}
 }
@@ -227,13 +227,13 @@ func TestWakeupLatencyIsFromTheTickToTheLook(t *testing.T) {
 				rx.Release(f[:])
 				got <- err
 			}()
-			synctest.Wait() // it has spent the event of the bind
-			// Ended by the tick, d ago.
+			synctest.Wait() // the half has consumed the event of the bind
+			// This wait is ended by the tick, d before the owner runs.
 			rx.roused.Store(&rousing{rx.parked.Load(), time.Now()})
 			time.Sleep(d)
 			rx.park.Load().wake()
 			synctest.Wait()
-			// Then by an event, as the tick had ended the wait before.
+			// The next wait is ended by an event, and is not timed.
 			put(t, tx, 1, 60)
 			if err := <-got; err != nil {
 				t.Fatal(err)
@@ -250,7 +250,7 @@ func (nowhere) Open(telemetry.Info) (telemetry.Mirror, error) {
 	return nil, errors.New("nowhere to mirror")
 }
 
-// The tick ends one wait to time it, and no other until there were events.
+// The tick ends one wait to time the wake-up, and no other wait until events have come.
 func TestWakeupsAreSampledAfterEvents(t *testing.T) {
 	for _, mirrored := range []bool{false, true} {
 		cfg := Config{}
@@ -287,8 +287,8 @@ func TestWakeupsAreSampledAfterEvents(t *testing.T) {
 	}
 }
 
-// The rule that makes the others cheap: without a tick nothing is timed, and with
-// one each half times one request for it.
+// The rule that makes timing cheap: without a tick nothing is timed, and each half times
+// one request per tick.
 func TestAMillionFramesAreNotTimed(t *testing.T) {
 	const frames, batch, ticks = 1_000_000, 32, 5
 	p := join(t, emu.Config{}, plain, Config{})
@@ -321,7 +321,7 @@ func TestAMillionFramesAreNotTimed(t *testing.T) {
 			t.Errorf("%d wake-ups timed", n)
 		}
 	}
-	// Here the sender looks after each batch is answered, so its times do not
+	// Here the sender looks only after each batch is answered, so its samples do not
 	// count; the backend's always do.
 	if n, _, _ := latencies(&sent.TX, "request_latency"); n > ticks {
 		t.Errorf("%d requests timed of %d asked for", n, ticks)
@@ -331,7 +331,7 @@ func TestAMillionFramesAreNotTimed(t *testing.T) {
 	}
 }
 
-// The clock is read a few times for a sample, and not at every look.
+// A sample reads the clock a few times, not at every look.
 func TestASampleReadsTheClockAFewTimes(t *testing.T) {
 	virtually(t, plain, Config{}, func(t *testing.T, p *pair) {
 		set := telemetry.NewSet(1)
@@ -383,7 +383,7 @@ func newStalled(t *testing.T, p *pair, from, to *Device) *stalled {
 	return s
 }
 
-// fill leaves free slots of the ring.
+// fill sends until only free slots of the ring are left.
 func (s *stalled) fill(free int) {
 	for s.room() > uint32(free) {
 		put(s.t, s.tx, 1, 60)
@@ -404,7 +404,7 @@ func (s *stalled) room() uint32 {
 	panic("another engine")
 }
 
-// wait has a call wait until a frame of size bytes is sent.
+// wait starts a call that waits until a frame of size bytes is sent.
 func (s *stalled) wait(size int) {
 	go func() {
 		var f [1]Frame
@@ -417,8 +417,8 @@ func (s *stalled) wait(size int) {
 	synctest.Wait()
 }
 
-// beat lets a second pass, and demands so many stalls, begun and ended, as the
-// counters and the events say.
+// beat lets a second pass and asserts how many stalls have begun and ended by now, in the
+// counters and in the events.
 func (s *stalled) beat(begun, ended int) {
 	s.t.Helper()
 	time.Sleep(time.Second)
@@ -447,7 +447,7 @@ func (s *stalled) last() telemetry.Event {
 	return ev[len(ev)-1]
 }
 
-// both runs test with either end sending.
+// both runs test with each end as the sender.
 func both(t *testing.T, f features, test func(t *testing.T, s *stalled)) {
 	t.Run("front to back", func(t *testing.T) {
 		virtually(t, f, Config{}, func(t *testing.T, p *pair) { test(t, newStalled(t, p, p.front, p.back)) })
@@ -462,12 +462,12 @@ func TestAStallIsCountedOnceAndItsEndSeen(t *testing.T) {
 		both(t, f, func(t *testing.T, s *stalled) {
 			s.beat(0, 0)
 			s.fill(0)
-			s.beat(0, 0) // a full ring that nobody waits for
+			s.beat(0, 0) // the ring is full, but no call waits for room
 			s.beat(0, 0)
 			for n := 1; n <= 3; n++ {
 				s.wait(60)
 				s.beat(n-1, n-1)
-				for range 5 { // within two seconds, and once
+				for range 5 { // a stall is seen within two seconds, and counted once
 					s.beat(n, n-1)
 				}
 				if e := s.last(); e.Queue != 0 || e.A != 1 || time.Duration(e.B) != time.Second {
@@ -489,10 +489,10 @@ func TestAStallIsCountedOnceAndItsEndSeen(t *testing.T) {
 	}
 }
 
-// XSA-392: one slot was free, the packet needed two, and nothing was amiss.
+// XSA-392: one slot was free, the packet needed two, and no stall was noticed.
 func TestAStallIsFewerSlotsThanTheFrameNeeds(t *testing.T) {
 	both(t, plain, func(t *testing.T, s *stalled) {
-		var f [1]Frame // of the backend's own pages; a frontend copies it
+		var f [1]Frame // in the backend's pages; a frontend has to copy it
 		if _, err := s.p.back.tx[0].AllocWait(f[:], 5000); err != nil {
 			t.Fatal(err)
 		}
@@ -519,8 +519,8 @@ func TestAStallIsFewerSlotsThanTheFrameNeeds(t *testing.T) {
 	})
 }
 
-// A caller that does not wait but comes again has stalled as well; one that has
-// given up has not.
+// A caller that keeps calling without waiting has stalled, too; one that has given up has
+// not.
 func TestAStallOfACallerThatKeepsTrying(t *testing.T) {
 	both(t, plain, func(t *testing.T, s *stalled) {
 		s.fill(0)
@@ -536,7 +536,7 @@ func TestAStallOfACallerThatKeepsTrying(t *testing.T) {
 		}
 		try()
 		s.beat(0, 0)
-		s.beat(0, 0) // it gave up
+		s.beat(0, 0) // the caller gave up
 		try()
 		s.beat(0, 0)
 		try()
@@ -551,18 +551,18 @@ func TestAStallOfACallerThatKeepsTrying(t *testing.T) {
 	})
 }
 
-// A peer that is slow is not one that stands still.
+// A slow peer has not stalled.
 func TestASlowPeerHasNotStalled(t *testing.T) {
 	both(t, plain, func(t *testing.T, s *stalled) {
 		s.fill(0)
 		s.wait(40000)
 		for range 4 {
-			take(t, s.rx, 1) // one slot of ten or so
+			take(t, s.rx, 1) // one slot, of about ten
 			s.beat(0, 0)
 		}
 		s.beat(1, 0)
 		take(t, s.rx, 1)
-		s.beat(1, 1) // it moved, be it too little
+		s.beat(1, 1) // the index moved, though not far enough
 		s.beat(2, 1)
 		if e := s.last(); e.A != 5 {
 			t.Errorf("short of %d slots", e.A)
@@ -575,7 +575,7 @@ func TestASlowPeerHasNotStalled(t *testing.T) {
 	})
 }
 
-// A standing is a sender of which only that is known.
+// A standing is a sender that implements only the method standing.
 type standing struct {
 	sender
 	index, goal, tries uint32
@@ -583,8 +583,8 @@ type standing struct {
 
 func (s *standing) standing() (index, goal, tries uint32) { return s.index, s.goal, s.tries }
 
-// Indices are free-running, what is there already is not waited for, and two beats
-// that come late together are not a second.
+// No stall: indices wrap, a goal behind the index needs no wait, and two beats right
+// after each other are less than a second apart.
 func TestWhatIsNoStall(t *testing.T) {
 	for _, c := range []struct {
 		goal   uint32 // ahead of the index
@@ -612,7 +612,8 @@ func TestWhatIsNoStall(t *testing.T) {
 	}
 }
 
-// What the tick wants of an owner that is just about to wait is done before that.
+// If the tick asks for something just before the owner waits, the owner does it before it
+// waits.
 func TestWhatIsDueDoesNotWaitForAnEvent(t *testing.T) {
 	virtually(t, plain, Config{}, func(t *testing.T, p *pair) {
 		_, rx := own(t, p.back)
@@ -622,12 +623,12 @@ func TestWhatIsDueDoesNotWaitForAnEvent(t *testing.T) {
 			_, err := rx.Receive(make([]Frame, 1))
 			got <- err
 		}
-		go receive() // it spends the event of the bind
+		go receive() // consumes the event of the bind
 		synctest.Wait()
 		rx.interrupt()
 		<-got
 		rx.ending.Store(false)
-		rx.park.Load().wait(rx.dir, time.Now()) // and the nudge
+		rx.park.Load().wait(rx.dir, time.Now()) // consumes the wake of the interrupt
 		rx.due.Or(dueStall)
 		go receive()
 		synctest.Wait()
@@ -658,7 +659,7 @@ func TestANewConnectionBeginsWithoutAStall(t *testing.T) {
 		if s.dev == s.p.back {
 			s.l.conn = s.p.conns[1]
 		}
-		if err := <-s.sent; err != nil && err != ErrStale { // its page went with the connection
+		if err := <-s.sent; err != nil && err != ErrStale { // its page was freed with the connection
 			t.Fatal(err)
 		}
 		s.beat(1, 0)
@@ -671,8 +672,8 @@ func TestANewConnectionBeginsWithoutAStall(t *testing.T) {
 	})
 }
 
-// With one channel for both directions an event is one event, and for nothing only
-// if it was for neither.
+// With one channel for both directions an event counts once, and as spurious only if
+// neither half had work.
 func TestEventsAreCountedAndThoseForNothing(t *testing.T) {
 	for _, f := range []features{plain, {queues: 1, frontSG: true, backSG: true}} {
 		virtually(t, f, Config{}, func(t *testing.T, p *pair) {
@@ -702,7 +703,7 @@ func TestEventsAreCountedAndThoseForNothing(t *testing.T) {
 					received <- true
 				}
 			}()
-			// The sender waits too, for room.
+			// The sender waits, too: for room.
 			put(t, btx, 256, 60)
 			go func() {
 				var f [1]Frame
@@ -720,20 +721,20 @@ func TestEventsAreCountedAndThoseForNothing(t *testing.T) {
 				<-received
 				synctest.Wait()
 			}
-			if a, s := events(); a-all != 10 || s-spurious > 1 { // one of before may be known only now
+			if a, s := events(); a-all != 10 || s-spurious > 1 { // an earlier event may only now turn out to be spurious
 				t.Errorf("split %v: 10 events with work count as %d, %d of them for nothing", f.split, a-all, s-spurious)
 			}
 			all, spurious = events()
 			for range 10 {
 				p.front.tx[0].eng.(*frontTX).port.Notify()
-				time.Sleep(2 * time.Second) // longer than any brake
+				time.Sleep(2 * time.Second) // longer than the waiter holds events back
 				synctest.Wait()
 			}
 			if a, s := events(); a-all != 10 || s-spurious != 10 {
 				t.Errorf("split %v: 10 events for nothing count as %d, %d of them for nothing", f.split, a-all, s-spurious)
 			}
 			all, spurious = events()
-			for range 10 { // no event at all
+			for range 10 { // wakes are no events
 				brx.park.Load().wake()
 				synctest.Wait()
 			}
