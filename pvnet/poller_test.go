@@ -418,7 +418,9 @@ func TestPollerMembersComeAndGo(t *testing.T) {
 			if err := <-stopped; !errors.Is(err, net.ErrClosed) {
 				t.Fatal(err)
 			}
-			if len(q.members) > n+1 { // one slot for a member that the owner has not forgotten yet
+			// The slot of a removed member is free once the owner has seen to it, which may be
+			// a round or two later. Slots that nobody frees would be 200 more.
+			if len(q.members) > 2*n {
 				t.Errorf("%d slots for %d members", len(q.members), n)
 			}
 		})
