@@ -41,7 +41,7 @@ func runGroups(t *testing.T, mk func(testing.TB) (front, back hypercall.Domain),
 	}
 }
 
-// group makes a Group of d, for a thread if onThread.
+// group makes a Group of d, for a goroutine that is locked to its thread if onThread.
 func group(t testing.TB, d hypercall.Domain, onThread bool) hypercall.Group {
 	t.Helper()
 	if o, ok := d.(overThread); ok {
