@@ -20,8 +20,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// scriptedJoint joins a link that reads what the test says to the backend, and gives what
-// the guest hears.
+// scriptedJoint joins a scripted link to the backend. The channel got has the frames that
+// the guest receives.
 func scriptedJoint(t *testing.T, back, front pvnet.Config) (l *bare, j *Joint, got <-chan []byte) {
 	t.Helper()
 	h := newHostOf(t, 1500, back, front)
@@ -32,8 +32,8 @@ func scriptedJoint(t *testing.T, back, front pvnet.Config) (l *bare, j *Joint, g
 	return l, j, got
 }
 
-// bigFrames are TCP segments of more than 64 KiB, as Linux leaves them: without a length, or
-// with that of a jumbogram.
+// bigFrames returns TCP segments of more than 64 KiB, as Linux leaves them: with an IP
+// length of 0, or with the length of a jumbogram.
 func bigFrames(payload int) []uncut {
 	tcp4, off4 := partialTCP(payload)
 	binary.BigEndian.PutUint16(tcp4[16:], 0)
@@ -107,7 +107,8 @@ func TestBigTCPReachesTheGuest(t *testing.T) {
 	}
 }
 
-// A packet socket has the CRC32c of SCTP left to do, where a sum of 16 bits was taken for it.
+// SCTP from a packet socket has its CRC32c left to do. It must not be completed as a 16-bit
+// sum.
 func TestSCTPReachesTheGuestWithItsCRC(t *testing.T) {
 	l, j, got := scriptedJoint(t, pvnet.Config{}, pvnet.Config{Offload: true})
 	for n := range 50 {
@@ -122,7 +123,7 @@ func TestSCTPReachesTheGuestWithItsCRC(t *testing.T) {
 		if b := next(t, got); !bytes.Equal(b, want) {
 			t.Fatalf("% x, want % x", b, want)
 		}
-		// At another place it is nothing that is known.
+		// No protocol has its checksum at this offset.
 		off.SumOffset = 16
 		l.frame(b, off)
 		l.frame(testFrame(60), Offload{})
@@ -133,8 +134,8 @@ func TestSCTPReachesTheGuestWithItsCRC(t *testing.T) {
 	}
 }
 
-// ethernetIn connects a kernel to a guest's: the near one's TCP goes through its end of a veth
-// pair, at whose other a packet socket reads.
+// ethernetIn connects the TCP of this kernel to that of a guest. The near kernel uses one end
+// of a veth pair; a packet socket at the other end is joined to the vif.
 func ethernetIn(t *testing.T, v6, offload bool) (c *cable, card, farCard string) {
 	t.Helper()
 	c = &cable{far: newSpace(t)}
@@ -154,7 +155,7 @@ func ethernetIn(t *testing.T, v6, offload bool) (c *cable, card, farCard string)
 	return c, card, farTAP.Name()
 }
 
-// The kernel's own TCP in VXLAN, which it leaves whole, goes both ways.
+// TCP in VXLAN, which the kernel leaves whole, works in both directions.
 func TestTCPInATunnelReachesTheGuest(t *testing.T) {
 	for _, offload := range []bool{true, false} {
 		t.Run(fmt.Sprintf("offload=%t", offload), func(t *testing.T) {
@@ -203,7 +204,7 @@ func TestTCPInATunnelReachesTheGuest(t *testing.T) {
 	}
 }
 
-// With BIG TCP the kernel's frames are several times a vif's longest.
+// With BIG TCP the kernel's frames are several times as long as a vif's longest frame.
 func TestTheKernelsBigTCPReachesTheGuest(t *testing.T) {
 	for i := range 4 {
 		v6, offload := i&1 != 0, i&2 != 0

@@ -6,8 +6,8 @@ import (
 	"barevif/pvnet"
 )
 
-// bursts is what a link can do that moves several frames in one system call. An error
-// says why it cannot, here.
+// bursts is a link that can move several frames in one system call. An error says why it
+// cannot do so on this system.
 type bursts interface {
 	readBursts() (burstReader, error)
 	writeBursts() (burstWriter, error)
@@ -15,32 +15,34 @@ type bursts interface {
 
 // A burstReader reads up to batch frames at once. It belongs to one goroutine.
 type burstReader interface {
-	// add has the next read fill bufs with a frame, as [Link].ReadFrame does. bufs is
-	// vifPieces+1 long at most.
+	// add makes the next read fill bufs with a frame, as [Link].ReadFrame does. bufs has
+	// at most vifPieces+1 elements.
 	add(bufs [][]byte)
 
-	// read reads frames into what was added, as long as there are any. The readings, one
-	// for each, are in the order of the frames.
-	// With wait it waits for one; without, errNone says that there is none. Other errors
-	// are those of ReadFrame. The readings are good until add.
+	// read reads the frames that are there into the added buffers. It returns a reading
+	// for each add, in the order in which the link received the frames. If wait is true
+	// it waits for a first frame, otherwise it returns errNone if there is none. Other
+	// errors are those of ReadFrame. The readings are valid until the next add.
 	read(wait bool) ([]reading, error)
 
-	// room is memory for what of frame i has no room elsewhere, MaxFrame bytes, until
-	// close.
+	// room returns MaxFrame bytes of memory, for the part of the frame of add i that does
+	// not fit elsewhere. It is valid until close.
 	room(i int) []byte
 
-	// least is how many frames are worth a call of read; fewer are read one by one.
+	// least returns from how many frames on a call of read is cheaper than single reads.
 	least() int
 
-	// broken says why it is of no use any more. What it has read before is good.
+	// broken returns why the reader can no longer be used, or nil. The readings so far
+	// are valid.
 	broken() error
 
 	close()
 }
 
-// A reading is what ReadFrame returns. The error is errNone where no frame was read.
+// A reading is the result of one ReadFrame in a burst. The error is errNone if there was no
+// frame.
 type reading struct {
-	slot int // the frame, by when it was added; they may come in another order
+	slot int // number of the add whose buffers hold the frame; readings may be in another order
 	n    int
 	off  Offload
 	err  error
@@ -48,24 +50,24 @@ type reading struct {
 
 // A burstWriter writes up to batch frames at once. It belongs to one goroutine.
 type burstWriter interface {
-	// add has the next write write a frame, as [Link].WriteFrame does, unless it returns
-	// an error of that. bufs is vifPieces long at most.
+	// add makes the next write send a frame, as [Link].WriteFrame does, or returns an
+	// error of WriteFrame. bufs has at most vifPieces elements.
 	add(off Offload, bufs [][]byte) error
 
-	// write writes what was added, in that order, and returns WriteFrame's error for
-	// each, or errWait. The errors are good until add.
+	// write sends the added frames in order and returns for each the error of WriteFrame,
+	// or errWait. The errors are valid until the next add.
 	write() []error
 
-	// broken says why it is of no use any more.
+	// broken returns why the writer can no longer be used, or nil.
 	broken() error
 
 	close()
 }
 
-// errWait is the error of a frame that was not written and has to wait for room.
+// errWait is the error of a frame that was not written because the link had no room.
 var errWait = errors.New("link: no room for the frame")
 
-// tellSingle says once that frames of a link are moved one by one.
+// tellSingle logs once that each frame of a link takes a system call.
 func (j *Joint) tellSingle(dev *pvnet.Device, l Link, why error) {
 	if !j.single.Swap(true) {
 		dev.Logger().Debug("each frame of the interface takes a system call", "vif", dev.ID(), "peer", dev.Peer(),
@@ -78,7 +80,7 @@ type sink struct {
 	j     *Joint
 	dev   *pvnet.Device
 	l     Link
-	burst burstWriter // nil: one by one
+	burst burstWriter // nil: each frame takes a call of WriteFrame
 
 	bufs [vifPieces][]byte
 	errs [batch]error
@@ -105,8 +107,8 @@ func (s *sink) close() {
 	}
 }
 
-// write writes frames in order and returns the error of each. Behind one that is final
-// frames may not have been tried, and have none.
+// write writes frames in order and returns the error of each. It may stop at a final error;
+// the errors then end with it.
 func (s *sink) write(frames []pvnet.Frame) []error {
 	if s.burst == nil || len(frames) == 1 {
 		for i := range frames {
@@ -141,7 +143,7 @@ func (s *sink) write(frames []pvnet.Frame) []error {
 	return s.errs[:len(frames)]
 }
 
-// one writes a frame. One whose headers contradict it is as good as refused.
+// one writes one frame. A frame whose headers contradict its offload gets ErrOffload.
 func (s *sink) one(f *pvnet.Frame) error {
 	off, ok := leftOf(f)
 	if !ok {
@@ -151,14 +153,15 @@ func (s *sink) one(f *pvnet.Frame) error {
 	return err
 }
 
-// An arrival is a frame that a burst has read. Beyond the feeder's size it lies in whole.
+// An arrival is a frame of a burst. Its first bytes, up to the feeder's size, are in a frame
+// of the vif; the rest is in whole at the same offset.
 type arrival struct {
 	n     int
 	off   Offload
 	whole []byte
 }
 
-// readBurst reads up to k frames of the link at once. full says that there were as many.
+// readBurst reads up to k frames of the link at once. full means that there were k.
 func (f *feeder) readBurst(k int, wait bool) (full bool, err error) {
 	for i := range k {
 		f.burst.add(append(pieces(&f.frames[f.ready+i], f.bufs[:0]), f.burst.room(i)[f.size:]))
@@ -177,7 +180,7 @@ func (f *feeder) readBurst(k int, wait bool) (full bool, err error) {
 		filled++
 		if r.err != nil {
 			if e := f.failed(r.err); e != nil {
-				err = e // that of the last frame, as they would be read one by one
+				err = e // the last error wins, as with single reads
 			}
 			continue
 		}
@@ -188,10 +191,10 @@ func (f *feeder) readBurst(k int, wait bool) (full bool, err error) {
 		in = append(in, arrival{r.n, r.off, f.burst.room(r.slot)})
 	}
 	switch {
-	case long: // such a frame is worth a call of its own, and one place in the cache
+	case long: // a long frame is worth a call of its own, with one buffer that stays in the cache
 		f.want = 1
 	case filled < k:
-		f.want = max(filled+1, 2) // the last one sees that there are no more
+		f.want = max(filled+1, 2) // one more, to see that there are no further frames
 	case k == f.want:
 		f.want = min(2*k, batch)
 	}
@@ -205,7 +208,7 @@ func (f *feeder) readBurst(k int, wait bool) (full bool, err error) {
 	return filled == k, err
 }
 
-// arrange brings the frames into the order of the readings.
+// arrange puts frames[ready:] into the order of the readings.
 func (f *feeder) arrange(got []reading) {
 	for i := range got {
 		if got[i].slot != i {
@@ -220,13 +223,14 @@ func (f *feeder) arrange(got []reading) {
 	}
 }
 
-// take makes what arrived ready. The frames are frames[ready:], in their order.
+// take makes the arrived frames ready. They are in frames[ready:], in order.
 func (f *feeder) take(in []arrival) error {
-	moved := false // what is left of them lies in whole
+	moved := false // the remaining arrivals are complete in whole
 	for i := range in {
 		a := &in[i]
 		if (a.off.GSO != GSONone || a.n > f.size) && !moved {
-			// It takes other frames, for which those behind it may have to make room.
+			// A long or large frame needs other frames of the vif. To get them, the
+			// feeder may have to release the frames behind it, so copy them first.
 			moved = true
 			for k := range in[i:] {
 				b := &in[i+k]
@@ -254,7 +258,7 @@ func (f *feeder) takeOne(a *arrival, moved bool) error {
 		if err := f.long(whole, a.off); err != nil {
 			return err
 		}
-		return f.flush() // as fill has it done behind a long one
+		return f.flush() // as fill does behind a long frame
 	case a.n > f.size:
 		return f.large(whole, a.off)
 	case moved:
@@ -276,7 +280,7 @@ func (f *feeder) takeOne(a *arrival, moved bool) error {
 	return nil
 }
 
-// close gives the burst back: from here on frames are read one by one.
+// close closes the burst reader, if any. From then on each frame takes a read.
 func (f *feeder) close() {
 	if f.burst != nil {
 		f.burst.close()

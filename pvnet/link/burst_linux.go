@@ -10,27 +10,27 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// burstVector is how many entries of an iovec array a frame takes: the header, its
-// pieces, the room behind them and the spare byte.
+// burstVector is how many iovec entries a frame takes at most: the header, the pieces, the
+// room behind them and the spare byte.
 const burstVector = vifPieces + 3
 
-// A burst is up to batch frames that a TAP reads or writes in one system call.
+// A burst reads or writes up to batch frames of a TAP in one system call.
 type burst struct {
 	p    *port
 	ring *uring
 	op   uint8
-	bad  error // the ring is of no use any more
+	bad  error // why the ring can no longer be used, or nil
 
-	// iov holds the buffers by pointers that the garbage collector sees. The array itself
-	// is pinned: of the ring's pointers to it the collector knows nothing.
+	// iov refers to the buffers by pointers that the garbage collector sees. The array
+	// itself is pinned, because the collector does not see the ring's pointers to it.
 	iov     *[batch * burstVector]unix.Iovec
 	headers *[batch][headerSize]byte
 	pin     runtime.Pinner
-	used    int            // of iov
+	used    int            // entries of iov in use
 	begin   [batch + 1]int // frame i is iov[begin[i]:begin[i+1]]
-	size    [batch]int     // of frame i: the bytes of its buffers
-	n       int            // frames
-	done    bool           // the last run's answers are not those of frames added since
+	size    [batch]int     // size[i] is the total size of frame i's buffers
+	n       int            // number of frames
+	done    bool           // the added frames have run; the next add starts anew
 
 	try  func(fd uintptr) (done bool)
 	once func(fd uintptr)
@@ -43,7 +43,7 @@ func (b *burst) open(p *port, op uint8) (err error) {
 	ctlErr := p.conn.Control(func(fd uintptr) { err = b.ring.dontWait(fd) })
 	if ctlErr == nil && b.ring.res[0] == -int32(unix.EOPNOTSUPP) {
 		err = nil
-		b.ring.mayWait = op == opReadv // no write waits without a send buffer
+		b.ring.mayWait = op == opReadv // writes never wait: see writeBursts
 	}
 	if err = errors.Join(ctlErr, err); err != nil {
 		b.ring.close()
@@ -64,7 +64,7 @@ func (b *burst) close() {
 
 func (b *burst) broken() error { return b.bad }
 
-// add adds a frame: its header, then bufs.
+// addFrame begins a frame: its header, then bufs.
 func (b *burst) addFrame(bufs [][]byte) {
 	if b.done {
 		b.done, b.n, b.used = false, 0, 0
@@ -90,7 +90,7 @@ func (b *burst) endFrame() {
 	b.begin[b.n] = b.used
 }
 
-// run has the kernel do what was added.
+// run makes the kernel read or write the added frames.
 func (b *burst) run(fd uintptr) {
 	for i := range b.n {
 		b.ring.put(b.op, fd, &b.iov[b.begin[i]], b.begin[i+1]-b.begin[i])
@@ -98,23 +98,23 @@ func (b *burst) run(fd uintptr) {
 	b.bad = b.ring.run()
 }
 
-// end lets go of the buffers.
+// end drops the references to the buffers.
 func (b *burst) end() {
 	clear(b.iov[:b.used])
 	b.done = true
 }
 
-// answer is the kernel's for frame i.
+// answer returns the kernel's result for frame i.
 func (b *burst) answer(i int) (n int, errno syscall.Errno) {
 	if res := int(b.ring.res[i]); res >= 0 {
 		return res, 0
 	} else if errno = syscall.Errno(-res); errno == unix.EINTR || errno == unix.ECANCELED {
-		errno = unix.EAGAIN // by cancel, of what had to wait
+		errno = unix.EAGAIN // the frame had to wait, and cancel ended that
 	}
 	return 0, errno
 }
 
-// any reports whether there is an answer but EAGAIN.
+// any reports whether any frame has an answer other than EAGAIN.
 func (b *burst) any() bool {
 	for i := range b.n {
 		if _, errno := b.answer(i); errno != unix.EAGAIN {
@@ -128,7 +128,7 @@ type tapReader struct {
 	burst
 	spare [1]byte // see TAP
 	got   [batch]reading
-	rooms []byte // mapped: a page of it is there once it was needed
+	rooms []byte // mapped, so that a page takes memory only once it was used
 }
 
 // roomSize is MaxFrame in whole pages.
@@ -156,9 +156,9 @@ func (r *tapReader) close() {
 	_ = unix.Munmap(r.rooms)
 }
 
-// Where reads wait in the ring, those that found no frame have to be cancelled, which
-// takes two system calls more. The acknowledgements of a TCP stream come by twos and
-// threes.
+// If reads wait in the ring, those that find no frame have to be cancelled, which takes
+// two more system calls. The acknowledgements of a TCP stream come two or three at a time,
+// too few for that.
 func (r *tapReader) least() int {
 	if r.ring.mayWait {
 		return 8
@@ -219,8 +219,8 @@ type tapWriter struct {
 	errs [batch]error
 }
 
-// errSendBuffer is why frames of a TAP with a send buffer are written one by one: each may
-// have to wait for room, and those behind it with it.
+// errSendBuffer is why frames of a TAP with a limited send buffer are written one by one:
+// each may have to wait for room, and the frames behind it must not pass it.
 var errSendBuffer = errors.New("link: the TAP has a send buffer of limited size")
 
 func (t *TAP) writeBursts() (burstWriter, error) {
@@ -231,7 +231,7 @@ func (t *TAP) writeBursts() (burstWriter, error) {
 	if err != nil {
 		return nil, os.NewSyscallError("TUNGETSNDBUF", err)
 	}
-	if size != math.MaxInt32 { // INT_MAX, unless it was set
+	if size != math.MaxInt32 { // the kernel's default is INT_MAX, which never fills
 		return nil, errSendBuffer
 	}
 	w := new(tapWriter)

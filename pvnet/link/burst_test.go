@@ -22,8 +22,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A counted TAP counts the bursts a joint moves through it, and the frames in them. One
-// that is single can do none.
+// A counted TAP counts the bursts that a joint moves through it, and their frames. A single
+// TAP refuses bursts.
 type counted struct {
 	*TAP
 	single                       bool
@@ -88,14 +88,14 @@ func both(t *testing.T, f func(t *testing.T, tap *counted)) {
 	}
 }
 
-// numbered is a frame that says which one it is.
+// numbered returns a frame that carries its number.
 func numbered(n, size int) []byte {
 	f := testFrame(size)
 	f[14], f[15] = byte(n>>8), byte(n)
 	return f
 }
 
-// What a joint moves is the same, in the same order, with bursts and without.
+// A joint moves the same frames in the same order with bursts and without.
 func TestJointMovesBurstsInOrder(t *testing.T) {
 	both(t, func(t *testing.T, tap *counted) {
 		p := openPacket(t, tap.Name())
@@ -104,7 +104,7 @@ func TestJointMovesBurstsInOrder(t *testing.T) {
 		j, ended := h.join(context.Background(), h.Back, tap)
 		long := uncuts()[0]
 		segments := cut(t, long)
-		bad := Offload{Checksum: ChecksumPartial, SumStart: 34, SumOffset: 4} // in the middle of what is no IP
+		bad := Offload{Checksum: ChecksumPartial, SumStart: 34, SumOffset: 4} // in a frame that is not IP
 		const frames = 2000
 		var want [][]byte
 		var offs []Offload
@@ -139,7 +139,7 @@ func TestJointMovesBurstsInOrder(t *testing.T) {
 				}
 			}
 			b := next(t, got)
-			if i%100 == 60 && len(b) == 1516 { // its checksum could be made
+			if i%100 == 60 && len(b) == 1516 { // a bad frame whose checksum the joint could complete
 				b = next(t, got)
 			}
 			if !bytes.Equal(b, want[i]) {
@@ -202,7 +202,7 @@ func TestJointMovesBurstsInOrder(t *testing.T) {
 	})
 }
 
-// A joint that moves frames one by one says so once, to who asks for details.
+// A joint that moves frames one by one logs so once, at level debug.
 func TestWhyThereAreNoBurstsIsSaidOnce(t *testing.T) {
 	both(t, func(t *testing.T, tap *counted) {
 		cfg, log := logged(pvnet.Config{})
@@ -234,7 +234,7 @@ func settleLog(t *testing.T, log *lines, want int) {
 	}
 }
 
-// scriptedBursts is a TAP whose bursts are what a test says.
+// scriptedBursts is a TAP whose bursts come from a test's script.
 type scriptedBursts struct {
 	*TAP
 	r *scriptedReader
@@ -255,7 +255,8 @@ func (s *scriptedBursts) writeBursts() (burstWriter, error) {
 	return s.w, nil
 }
 
-// A step is what one burst reads, with errNone for a hole, and whether that was its last.
+// A step is what one burst reads, with errNone for a missing frame, and the error that
+// breaks the reader after it.
 type step struct {
 	frames []scriptedFrame
 	broken error
@@ -276,8 +277,8 @@ type scriptedReader struct {
 	why    error
 	closed atomic.Bool
 
-	backwards bool // fills the frames from the last one on
-	costly    int  // frames that are worth a burst; 0: 2
+	backwards bool // fills the buffers from the last one to the first
+	costly    int  // result of least; 0 means 2
 }
 
 func newScriptedReader(t testing.TB) *scriptedReader {
@@ -328,8 +329,8 @@ func (r *scriptedReader) read(wait bool) ([]reading, error) {
 	return got, nil
 }
 
-// With holes, errors, and frames that take others of the vif in between, all that can
-// arrive does, in order, and the rest is counted.
+// Bursts with missing frames, errors and frames that need longer buffers: every good frame
+// arrives, in order, and the others are counted.
 func TestWhatABurstBringsIsSortedOut(t *testing.T) {
 	t.Run("in order", func(t *testing.T) { sortOut(t, false) })
 	t.Run("backwards", func(t *testing.T) { sortOut(t, true) })
@@ -377,14 +378,15 @@ func sortOut(t *testing.T, backwards bool) {
 		}
 		r.script <- s
 	}
-	// The first is read alone, then it looks for more.
+	// The feeder reads the first frame alone, then looks for more.
 	send(t, p, Offload{}, testFrame(60))
 	want = append(want, testFrame(60))
 	asks(2)
 	r.frames()
 	arrive()
-	// It asks for twice as many as long as all are there, up to the frames that it has. Into
-	// the last of those it reads alone. Behind them it takes as many as it asks for.
+	// While a burst is full, the next one asks for twice as many, up to the empty frames
+	// that the feeder has. A last empty frame is read alone. After that the feeder
+	// allocates as many as it asks for.
 	full(2)
 	full(4)
 	full(8)
@@ -398,7 +400,7 @@ func sortOut(t *testing.T, backwards bool) {
 		arrive()
 	}
 	asks(batch)
-	// As few as there were, and one to see that there are no more.
+	// The next burst asks for as many as there were, and one more.
 	r.frames(none, none, plain(), none, plain(), none)
 	arrive()
 	full(3)
@@ -434,14 +436,14 @@ func sortOut(t *testing.T, backwards bool) {
 		return st.Uncut == 4 && st.Oversize == 1 && st.Unfed == 0 && st.FromLinkGSO == 1
 	})
 
-	// Behind a long one it reads alone, until the next.
+	// After a long frame the feeder reads one frame alone.
 	send(t, p, Offload{}, testFrame(61))
 	want = append(want, testFrame(61))
 	asks(2)
 	r.frames()
 	arrive()
 	asks(2)
-	// A ring that breaks is given back, and what it has read is not lost.
+	// A ring that breaks is closed, and the frames it has read are not lost.
 	r.script <- step{frames: []scriptedFrame{plain(), plain()}, broken: errLate}
 	arrive()
 	send(t, p, Offload{}, testFrame(62))
@@ -456,12 +458,12 @@ func sortOut(t *testing.T, backwards bool) {
 	}
 }
 
-// rowsTAP is a TAP whose frames, when they are read one by one, come from a test: rows of
-// frames that are there at once.
+// rowsTAP is a TAP whose single reads return frames of a test: rows of frames that are
+// available at once.
 type rowsTAP struct {
 	scriptedBursts
 	rows chan [][]byte
-	row  [][]byte // the rest of one
+	row  [][]byte // the rest of the current row
 }
 
 func (l *rowsTAP) read(bufs [][]byte, wait bool) (n int, off Offload, err error) {
@@ -483,8 +485,8 @@ func (l *rowsTAP) read(bufs [][]byte, wait bool) (n int, off Offload, err error)
 	return len(b), off, nil
 }
 
-// Where a burst costs more than a few frames do, a few frames take none: those that answer
-// a TCP stream come by twos and threes. Many take bursts there too.
+// If a burst costs more than a few single reads, a few frames take single reads, such as the
+// two or three acknowledgements of a TCP stream. Many frames still take bursts.
 func TestFewFramesAreReadOneByOne(t *testing.T) {
 	const worth = 8
 	r := newScriptedReader(t)
@@ -509,7 +511,7 @@ func TestFewFramesAreReadOneByOne(t *testing.T) {
 			}
 		}
 	}
-	for _, n := range [...]int{1, 2, 3, 4, 5, 6, 5, 6} { // a batch: the next one has room for a burst
+	for _, n := range [...]int{1, 2, 3, 4, 5, 6, 5, 6} { // sum to a batch, so that the next read has room for a burst
 		few := row(n)
 		l.rows <- few
 		arrive(few)
@@ -542,7 +544,7 @@ func TestFewFramesAreReadOneByOne(t *testing.T) {
 	}
 }
 
-// An error that is the link's end ends the joint, behind the frames read before it.
+// A final error of the link ends the joint, after the frames that were read before it.
 func TestBurstThatEndsTheLink(t *testing.T) {
 	tap := openTAP(t, TAPConfig{})
 	p := openPacket(t, tap.Name())
@@ -565,7 +567,7 @@ func TestBurstThatEndsTheLink(t *testing.T) {
 	}
 }
 
-// Frames that a burst has read when the device ends are counted.
+// Frames that a burst has read, but that are unsent when the device ends, are counted.
 func TestBurstThatIsNotSentIsCounted(t *testing.T) {
 	tap := openTAP(t, TAPConfig{})
 	p := openPacket(t, tap.Name())
@@ -646,7 +648,7 @@ func TestWritesOfABurstThatFailLoseOneFrameEach(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	// A frame alone is written alone.
+	// A single frame takes no burst.
 	burst(1)
 	receive(t, p)
 	burst(6)
@@ -658,7 +660,7 @@ func TestWritesOfABurstThatFailLoseOneFrameEach(t *testing.T) {
 		}
 	}
 	settle(t, j, func(st JointStats) bool { return st.Unsent == 4 && st.ToLink == 3 })
-	// Those that have to wait are written one by one, as all are from there on.
+	// Frames that have to wait are written one by one, and so are all later frames.
 	burst(4)
 	for _, err := range []error{nil, errWait, ErrOffload, errWait} {
 		w.answers <- err
@@ -771,7 +773,7 @@ func TestJointsLeaveNothing(t *testing.T) {
 	}
 }
 
-// BenchmarkTAP64 moves frames of 64 bytes: by themselves, and through a joint.
+// BenchmarkTAP64 moves frames of 64 bytes, directly and through a joint.
 func BenchmarkTAP64(b *testing.B) {
 	for _, dir := range []string{"write", "read", "vif-to-tap", "tap-to-vif"} {
 		for _, single := range []bool{true, false} {
@@ -831,8 +833,8 @@ func benchWrite(b *testing.B, tap *counted) {
 	perFrame(b, batch, 0)
 }
 
-// generator writes bursts to a packet socket: the kernel's way to a TAP is its cost, not
-// that of the calls.
+// generator writes bursts to a packet socket, so that the cost is the kernel's path to a
+// TAP, not the system calls.
 func generator(b *testing.B, p *Packet) *tapWriter {
 	w := new(tapWriter)
 	if err := w.open(&p.port, opWritev); err != nil {

@@ -17,8 +17,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// anyUncut is TCP or UDP that is to be cut, over IPv4 or IPv6, with options, extension
-// headers and tags, of so many bytes of payload; its checksum is partial.
+// anyUncut returns a TCP or UDP packet to be cut, over IPv4 or IPv6, with random options,
+// extension headers and tags, and so many bytes of payload. Its checksum is partial.
 func anyUncut(seed uint64, size, payload int) (u uncut) {
 	rng := rand.New(rand.NewPCG(seed, 1))
 	some := func(n int) []byte {
@@ -51,8 +51,8 @@ func anyUncut(seed uint64, size, payload int) (u uncut) {
 		}
 		var exts []byte
 		next := proto
-		for _, number := range []byte{60, 43, 60, 0} { // the last first
-			if rng.IntN(4) != 0 || udp { // Linux cuts no datagrams behind them
+		for _, number := range []byte{60, 43, 60, 0} { // from the innermost header outwards
+			if rng.IntN(4) != 0 || udp { // Linux cuts no datagrams behind extension headers
 				continue
 			}
 			e := make([]byte, 8*(1+rng.IntN(4)))
@@ -86,14 +86,15 @@ func anyUncut(seed uint64, size, payload int) (u uncut) {
 	return u
 }
 
-// bounded makes sizes that a kernel takes, of frames that a TAP's queue holds.
+// bounded limits a segment size and a payload so that the kernel accepts the frame and a
+// TAP's queue holds its segments.
 func bounded(size, payload uint16) (int, int) {
 	s := 8 + int(size)%9000
 	return s, min(int(payload)%60000+1, 120*s) // UDP_MAX_SEGMENTS of linux/udp.h
 }
 
-// FuzzKernelCuts has the kernel cut what a packet socket leaves whole for a TAP, and
-// compares. What is one packet anyway it completes.
+// FuzzKernelCuts sends a frame to be cut through a packet socket to a TAP, and compares the
+// kernel's segments with ours. A frame of one segment is only completed.
 func FuzzKernelCuts(f *testing.F) {
 	tap := openTAP(f, TAPConfig{MTU: 65521})
 	p := openPacket(f, tap.Name())
@@ -117,7 +118,7 @@ func FuzzKernelCuts(f *testing.F) {
 		send(t, p, u.off, u.frame)
 		for i := range want {
 			got, left := receive(t, tap)
-			if n <= s && u.off.SumOffset == 16 { // Linux writes 0xffff for TCP's 0 here, and 0 when it cuts
+			if n <= s && u.off.SumOffset == 16 { // Linux completes a TCP checksum of 0 as 0xffff, but writes 0 when it cuts
 				at := int(u.off.SumStart) + 16
 				if got[at] == 0xff && got[at+1] == 0xff {
 					got[at], got[at+1] = 0, 0
@@ -130,15 +131,15 @@ func FuzzKernelCuts(f *testing.F) {
 	})
 }
 
-// A tunnels is a VXLAN device of the kernel whose frames are bridged to a TAP, and read from a
-// packet socket on their way. The TAP takes no frame that is to be cut.
+// A tunnels is a VXLAN device of the kernel whose frames are bridged to a TAP. A packet
+// socket reads them on their way. The TAP takes no frame that has yet to be cut.
 type tunnels struct {
-	vxlan string // what it is sent through
+	vxlan string // the device's name
 	whole *Packet
 	cut   *TAP
 }
 
-// underlay is the two ends of a network that no other test uses.
+// underlay returns both addresses of a network that no other test uses.
 func underlay(v6 bool) (a, b net.IP, number int) {
 	n := rand.Uint32N(1 << 16)
 	if v6 {
@@ -199,7 +200,7 @@ func newTunnels(t testing.TB, v6, sum bool) *tunnels {
 	return &tunnels{vx.Name, openPacket(t, far), tap}
 }
 
-// FuzzKernelCutsTunnels is FuzzKernelCuts for what is in VXLAN.
+// FuzzKernelCutsTunnels is FuzzKernelCuts for frames in VXLAN.
 func FuzzKernelCutsTunnels(f *testing.F) {
 	var all []*tunnels
 	var in []*Packet
@@ -215,11 +216,11 @@ func FuzzKernelCutsTunnels(f *testing.F) {
 		s, n := bounded(size, payload)
 		u := anyUncut(seed, min(s, 8500), n)
 		if u.off.GSO == GSOUDP || n <= s {
-			return // those come in pieces, or complete
+			return // the kernel cuts or completes these before the packet socket
 		}
 		send(t, in[which%4], u.off, u.frame)
 		whole, off := receive(t, w.whole)
-		for !bytes.HasSuffix(whole, u.frame[u.off.HeaderLen:]) { // the kernel's own
+		for !bytes.HasSuffix(whole, u.frame[u.off.HeaderLen:]) { // skip frames that the kernel sends by itself
 			whole, off = receive(t, w.whole)
 		}
 		if off.GSO != u.off.GSO || int(off.SumStart) != len(whole)-len(u.frame)+int(u.off.SumStart) {

@@ -8,7 +8,7 @@ import (
 	"barevif/pvnet/packet"
 )
 
-// A whole packet that is still to be cut: its frame and what the kernel says of it.
+// An uncut is a packet that has yet to be cut: its frame and its offload.
 type uncut struct {
 	name  string
 	frame []byte

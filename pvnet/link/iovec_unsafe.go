@@ -9,17 +9,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// vector is the iovec array of one direction. It is part of a struct on the heap
-// and holds the buffers by pointers the garbage collector sees, so both stay
-// where they are while the kernel uses them. Each Len is the length of the slice
-// Base came from.
+// vector is the iovec array of one direction. It is part of a struct on the heap and
+// refers to the buffers by pointers that the garbage collector sees, so array and buffers
+// stay in place while the kernel uses them. Each Len is the length of the slice of Base.
 type vector struct {
-	iov  [MaxPieces + 2]unix.Iovec // before the pieces the header, after them a spare byte
+	iov  [MaxPieces + 2]unix.Iovec // the header, the pieces, a spare byte
 	n    int
-	size int // bytes in all
+	size int // total bytes
 }
 
-// add appends b. The caller keeps the number of calls within the array.
+// add appends b. The caller ensures that the array has room.
 func (v *vector) add(b []byte) {
 	if len(b) == 0 {
 		return
@@ -30,14 +29,14 @@ func (v *vector) add(b []byte) {
 	v.size += len(b)
 }
 
-// clear lets go of the buffers.
+// clear drops the references to the buffers.
 func (v *vector) clear() {
 	clear(v.iov[:v.n])
 	v.n, v.size = 0, 0
 }
 
-// readv and writev pass the array itself; the kernel reads v.n entries of it, all
-// set by add. mayWait says that the descriptor may not be a non-blocking one; see port.
+// readv and writev pass the array itself. The kernel reads its first v.n entries, which
+// add has set. mayWait means that the descriptor may be a blocking one; see port.
 func (v *vector) readv(fd uintptr, mayWait bool) (int, syscall.Errno) {
 	return v.call(unix.SYS_READV, fd, mayWait)
 }
@@ -57,16 +56,16 @@ func (v *vector) call(trap, fd uintptr, mayWait bool) (int, syscall.Errno) {
 	return int(n), errno
 }
 
-// message is what recvmsg fills beside the buffers. It is part of the same struct
-// as its vector, so the pointers between them stay good.
+// message holds what recvmsg fills beside the buffers. It and its vector are part of one
+// struct on the heap, so the pointers between them stay valid.
 type message struct {
 	hdr     unix.Msghdr
 	control [64]byte
 }
 
-// recvmsg receives into v. It returns the bytes received, the control bytes and
-// the message's flags. The kernel never writes more control bytes than the
-// array has; its answer is checked against it all the same.
+// recvmsg receives into v. It returns the number of bytes received, the control bytes and
+// the message's flags. The kernel never writes more control bytes than the array holds,
+// but the length it returns is limited to the array all the same.
 func (m *message) recvmsg(fd uintptr, v *vector) (n int, control []byte, flags int32, errno syscall.Errno) {
 	m.hdr = unix.Msghdr{Iov: &v.iov[0], Control: &m.control[0]}
 	m.hdr.SetIovlen(v.n)

@@ -21,7 +21,7 @@ import (
 // ended the device. It blocks.
 //
 // Join becomes the owner of the device's halves, for good, and of the link's
-// deadlines until it returns. It closes neither. To see what it drops, use a
+// deadlines until it returns. It closes neither. To count the frames it drops, use a
 // [Joint].
 func Join(ctx context.Context, dev *pvnet.Device, l Link) error {
 	return new(Joint).Run(ctx, dev, l)
@@ -34,30 +34,31 @@ type Joint struct {
 	unsent, unread, oversize, uncut, refused atomic.Uint64
 	unfed                                    atomic.Uint64
 
-	told   [kinds]atomic.Bool // by kind: the line was logged
-	single atomic.Bool        // so was that frames are moved one by one
+	told   [kinds]atomic.Bool // by kind: whether tell has logged it
+	single atomic.Bool        // whether tellSingle has logged
 }
 
 // JointStats counts frames.
 type JointStats struct {
 	ToLink      uint64 // written to a link
-	ToLinkGSO   uint64 // of ToLink, those the kernel is to cut
+	ToLinkGSO   uint64 // of ToLink, frames that the kernel has to cut
 	FromLink    uint64 // sent through the vif
-	FromLinkGSO uint64 // of FromLink, those the vif or its other end cuts
-	Segments    uint64 // of FromLink, what frames the kernel left whole were cut into here
+	FromLinkGSO uint64 // of FromLink, frames that the vif or its other end cuts
+	Segments    uint64 // of FromLink, segments that the Joint cut from longer frames
 
-	Unsent   uint64 // to a link, dropped: it was down or out of buffers, or refused the frame; or its headers contradict it
-	Unread   uint64 // from a link, lost: the kernel could not hand it over
+	Unsent   uint64 // to a link, dropped: the link was down, out of buffers or refused the frame, or the frame contradicts its headers
+	Unread   uint64 // from a link, lost: the kernel could not pass it on
 	Oversize uint64 // from a link, dropped: beyond the vif's MTU
-	Uncut    uint64 // from a link, dropped: cannot be cut or completed here, or is not what its header says
-	Refused  uint64 // from a link, dropped: the vif or its other end does not take one of that size
-	Unfed    uint64 // from a link, dropped: read, and not yet sent, when Run ended
+	Uncut    uint64 // from a link, dropped: the Joint cannot cut or complete it, or it contradicts its headers
+	Refused  uint64 // from a link, dropped: the vif or its other end takes no frame of that size
+	Unfed    uint64 // from a link, dropped: read, but not yet sent, when Run ended
 }
 
-// Dropped is how many frames from links did not reach the vif.
+// Dropped returns how many frames from links did not reach the vif while Run ran. It leaves
+// out Unfed.
 func (s *JointStats) Dropped() uint64 { return s.Unread + s.Oversize + s.Uncut + s.Refused }
 
-// Stats may be called at any time.
+// Stats returns the counters. It may be called at any time, from any goroutine.
 func (j *Joint) Stats() JointStats {
 	return JointStats{
 		ToLink: j.toLink.Load(), ToLinkGSO: j.toLinkGSO.Load(),
@@ -68,28 +69,28 @@ func (j *Joint) Stats() JointStats {
 	}
 }
 
-// Run is [Join] with a link per queue, such as [OpenTAPQueues] gives. Link i feeds
-// queue i; a queue without a link of its own is written to one of the others.
+// Run is [Join] with a link per queue, such as [OpenTAPQueues] returns. Link i feeds
+// queue i; frames of a queue without a link of its own go to one of the other links.
 //
-// Run has the kernel behind a TAP leave TCP to be segmented, and TCP and UDP
-// checksums, until it returns: they are passed on to the vif, which does what its
-// other end does not take. With pvnet.Config.Offload the vif leaves the same to the
-// kernel. What else a packet socket leaves is done here, in software.
+// Until it returns, Run lets the kernel behind a TAP leave TCP segmentation, and TCP and
+// UDP checksums, to the vif. The vif does the part that its other end does not take. With
+// pvnet.Config.Offload the vif leaves the same work to the kernel. A packet socket may read
+// frames with other work left; Run does that in software.
 //
-// Frames go to a TAP, and come from it, up to 128 in one system call where the kernel has
-// an io_uring for us, which takes two descriptors more for each link. Before Linux 6.4 a
-// burst that ends early takes three. Where it cannot be done, which a line of level
-// debug says, each frame takes a system call.
+// Where the process may use io_uring, up to 128 frames of a TAP move in one system call,
+// which takes two more descriptors per link. Before Linux 6.4 a burst of reads that ends
+// early takes three calls. Where io_uring cannot be used, each frame takes a system call,
+// and Run logs that at level debug.
 //
-// A frame longer than the vif's MTU and a tagged header, or one that would be cut
-// into such, is dropped, unless the MTU of the link was raised while they are joined:
-// then frames up to that pass, as far as the vif's other end takes them. While the vif
-// is down the links' frames wait in the kernel, which drops what it cannot hold.
+// Run drops a frame longer than the vif's MTU and a tagged header, and a frame whose
+// segments would be longer. But if the MTU of the link is raised while they are joined,
+// frames up to that MTU pass, as far as the vif's other end takes them. While the vif is
+// down the links' frames wait in the kernel, which drops those it has no room for.
 //
-// Dropped frames are counted here and in the device's counters, by reason. Sizes that
-// do not fit are logged too, once of each kind, to the device's Logger.
+// Dropped frames are counted in the Joint and in the device's counters, by reason. Sizes
+// that do not fit are also logged to the device's Logger, once per kind.
 //
-// An error of a link that is about one frame loses that frame only.
+// An error of a link that concerns one frame loses that frame only.
 func (j *Joint) Run(ctx context.Context, dev *pvnet.Device, links ...Link) error {
 	if len(links) == 0 || len(links) > dev.Queues() {
 		return fmt.Errorf("link: %d links for the %d queues of vif %s", len(links), dev.Queues(), dev.ID())
@@ -151,29 +152,30 @@ func (j *Joint) Run(ctx context.Context, dev *pvnet.Device, links ...Link) error
 	return err
 }
 
-// errNone is what reading without waiting returns if there is nothing to read.
+// errNone is the error of a read without waiting if there is no frame.
 var errNone = errors.New("link: no frame")
 
 // past is a deadline that has passed.
 var past = time.Unix(1, 0)
 
-// quick is what the links of this package can do beyond [Link].
+// quick has the methods that the links of this package have beyond [Link].
 type quick interface {
 	read(bufs [][]byte, wait bool) (n int, off Offload, err error)
 	setWriteDeadline(t time.Time) error
 
-	// setOffloads has the kernel leave work that the vif can be left, or none.
+	// setOffloads lets the kernel leave the work that a vif can take over, or none.
 	setOffloads(on bool) error
 
-	// mtuNow is the MTU the interface has now. It is 0 where that cannot be asked
-	// for, if no frame beyond it is read: then a frame shows it.
+	// mtuNow returns the interface's current MTU. It returns 0 if the process cannot
+	// read the MTU; the link then reads no frame beyond it, so that the size of a frame
+	// gives a lower bound.
 	mtuNow() int
 
-	// most is how long a frame that is read can be.
+	// most returns the size of the longest frame that the link reads.
 	most() int
 }
 
-// setDeadlines cannot fail but on a closed link, where nobody waits.
+// setDeadlines ignores errors: they come only from a closed link, where nobody waits.
 func setDeadlines(l Link, t time.Time) {
 	_ = l.SetReadDeadline(t)
 	if q, ok := l.(quick); ok {
@@ -181,8 +183,8 @@ func setDeadlines(l Link, t time.Time) {
 	}
 }
 
-// setOffloads ignores an error: a kernel that leaves no work does it itself, and the
-// frames say what was left.
+// setOffloads ignores errors: a kernel that does not accept the setting does the work
+// itself, and each frame says which work is left.
 func setOffloads(l Link, on bool) {
 	if q, ok := l.(quick); ok {
 		_ = q.setOffloads(on)
@@ -190,11 +192,13 @@ func setOffloads(l Link, on bool) {
 }
 
 // batch is how many frames are moved between two notifications at most: half a ring, so
-// that the other end has the rest of it to go on with. On a paravirtual Linux a system call
-// or a notification is dear: with 32 small frames were an eighth to a third fewer.
+// that the other end can work on the other half. System calls and notifications are
+// expensive on a paravirtual Linux: a batch of 32 moved an eighth to a third fewer small
+// frames.
 const batch = 128
 
-// fewEmpty is how many empty frames a feeder holds whose link has no more to read at once.
+// fewEmpty is how many empty frames a feeder allocates if it expects fewer frames than
+// that at once.
 const fewEmpty = 32
 
 // vifPieces is how many pieces a frame of a vif has at most.
@@ -206,10 +210,10 @@ func (j *Joint) toLinkFrom(dev *pvnet.Device, rx *pvnet.RX, l Link) error {
 	s := j.newSink(dev, l)
 	defer s.close()
 	down := false
-	lost := uint64(0) // and not yet counted
+	lost := uint64(0) // frames lost but not yet counted by the device
 	defer func() {
 		if lost > 0 {
-			_ = rx.CountUndelivered(lost) // of a vif that has ended nothing is counted
+			_ = rx.CountUndelivered(lost) // a device that has ended counts nothing
 		}
 	}()
 	for {
@@ -228,8 +232,8 @@ func (j *Joint) toLinkFrom(dev *pvnet.Device, rx *pvnet.RX, l Link) error {
 				}
 				down = false
 			case err == ErrDown && !down:
-				// The kernel tells whoever asks first, and once: have the
-				// reader ask too.
+				// The kernel reports this once, to the first that asks. Wake the
+				// reader so that it learns of it, too.
 				down = true
 				_ = l.SetReadDeadline(past)
 			case err == ErrSize:
@@ -259,7 +263,7 @@ func (j *Joint) wrote(sent, long uint64) {
 	}
 }
 
-// pieces gathers the pieces of f in bufs.
+// pieces appends the pieces of f to bufs.
 func pieces(f *pvnet.Frame, bufs [][]byte) [][]byte {
 	for p := range f.Pieces() {
 		bufs = append(bufs, p)
@@ -275,22 +279,23 @@ type feeder struct {
 	l     Link
 	quick quick // nil if l only reads one frame at a time
 
-	// frames[:ready] are to be sent, frames[ready:n] empty, each of size bytes.
+	// frames[:ready] are filled and wait to be sent; frames[ready:n] are empty, each of
+	// size bytes.
 	frames   [batch]pvnet.Frame
 	ready, n int
 	size     int
 
-	raised int // the link's MTU, once it is larger than when the link was opened; else 0
+	raised int // the link's MTU if it is larger than when the link was opened, else 0
 	errs   int // reads that failed since the last frame, or the last pause
-	odd    int // of those since the last frame, the ones with an error no link is known to have
+	odd    int // reads since the last frame that failed with an unknown error
 	lost   [endLosses]uint64
 
-	whole []byte // behind what a frame has room for; or all of a long one
+	whole []byte // holds the bytes of a read beyond f.size at their offset, or all of a long frame
 	bufs  [vifPieces + 1][]byte
 	cut   packet.Cutter
 
 	burst burstReader // nil: frames are read one by one
-	want  int         // as many as are likely to be there
+	want  int         // how many frames the next burst asks for
 	in    [batch]arrival
 }
 
@@ -300,7 +305,7 @@ func (j *Joint) fromLinkTo(ctx context.Context, l Link, dev *pvnet.Device, tx *p
 	if f.quick, _ = l.(quick); f.quick != nil {
 		most = f.quick.most()
 	}
-	f.whole = make([]byte, most) // no page of it is there before it is read into
+	f.whole = make([]byte, most) // takes memory only for the pages that are used
 	if b, ok := l.(bursts); ok {
 		var err error
 		if f.burst, err = b.readBursts(); err != nil {
@@ -342,28 +347,28 @@ func (j *Joint) fromLinkTo(ctx context.Context, l Link, dev *pvnet.Device, tx *p
 	}
 }
 
-// downPause is how long a link that is down is left alone. Only a packet socket
-// has to be asked.
+// downPause is the time between two reads of a link that is down. Only a packet socket
+// needs it; a TAP waits.
 const downPause = 100 * time.Millisecond
 
-// failPause is how long a link is left alone after failLimit reads in a row lost a
-// frame. Without it a kernel out of memory, or a neighbour that sends such frames, could
-// take all of a CPU.
+// failPause is the pause after failLimit reads in a row that lost a frame. Without it, a
+// kernel out of memory or a neighbour that sends frames the kernel cannot pass on could
+// keep a CPU busy.
 const (
 	failPause = time.Millisecond
 	failLimit = 64
 )
 
-// errFailing has fromLinkTo pause for failPause.
+// errFailing makes fromLinkTo pause for failPause.
 var errFailing = errors.New("link: reads fail")
 
-// final reports whether a link that answers err has no more frames to come.
+// final reports whether a link that returned err moves no more frames.
 func final(err error) bool {
 	return err == ErrGone || errors.Is(err, net.ErrClosed) || errors.Is(err, os.ErrDeadlineExceeded)
 }
 
-// failed counts the frame that a failed read lost, or returns the error if it is about
-// the link. An unknown error is taken to be about a frame, but is final after failLimit
+// failed counts the frame that a failed read lost, or returns err if it concerns the link.
+// An unknown error counts as the loss of a frame, but is returned after more than failLimit
 // of them without a frame in between.
 func (f *feeder) failed(err error) error {
 	switch {
@@ -389,17 +394,17 @@ func (f *feeder) failed(err error) error {
 	return nil
 }
 
-// release gives back the frames from i on, and counts those that were to be sent.
+// release gives back the frames from i on, and counts the filled ones as Unfed.
 func (f *feeder) release(i int) {
 	f.j.unfed.Add(uint64(max(f.ready-i, 0)))
 	for k := i; k < f.n; k++ {
-		_ = f.frames[k].Release() // it is stale if it was sent: nothing to give back
+		_ = f.frames[k].Release() // fails for a frame that was sent, which is no longer ours
 	}
 	f.n = i
 	f.ready = min(f.ready, i)
 }
 
-// fill waits for a frame of the link, and takes those that are there behind it.
+// fill waits for a frame of the link, and reads the frames that follow without a wait.
 func (f *feeder) fill() error {
 	if size := f.dev.MTU() + 18; size != f.size {
 		f.release(0)
@@ -427,13 +432,13 @@ func (f *feeder) fill() error {
 			return nil
 		}
 		if err != nil || f.ready > 0 && f.frames[f.ready-1].GSO().Size != 0 {
-			return err // a long one is sent at once, and holds no pages the next one needs
+			return err // send a long frame at once, so that it holds no pages that the next one needs
 		}
 	}
 }
 
-// read reads one frame of the link into frames[ready], and counts it as ready if
-// it is to be sent.
+// read reads one frame of the link into frames[ready], and makes it ready unless it drops
+// it.
 func (f *feeder) read(wait bool) error {
 	frame := &f.frames[f.ready]
 	bufs := append(pieces(frame, f.bufs[:0]), f.whole[f.size:])
@@ -449,7 +454,7 @@ func (f *feeder) read(wait bool) error {
 		return f.failed(err)
 	}
 	f.errs, f.odd = 0, 0
-	f.want = max(f.want, min(f.ready+2, batch)) // as many as there were, and one that sees that there are no more
+	f.want = max(f.want, min(f.ready+2, batch)) // one more than there were, to see that there are no further frames
 	switch {
 	case n < MinFrame:
 		f.drop(tooShort, &f.j.uncut)
@@ -467,7 +472,7 @@ func (f *feeder) read(wait bool) error {
 	return nil
 }
 
-// finish counts frames[ready], of n bytes in bufs, as ready. It drops the frame if its
+// finish makes frames[ready] ready; it has n bytes, in bufs. finish drops the frame if its
 // checksum can neither be left to the vif nor completed.
 func (f *feeder) finish(off Offload, n int, bufs [][]byte) {
 	if !leave(&f.frames[f.ready], off) && off.Complete(n, bufs) != nil {
@@ -478,7 +483,7 @@ func (f *feeder) finish(off Offload, n int, bufs [][]byte) {
 	f.ready++
 }
 
-// large takes a frame of more than f.size bytes.
+// large makes a frame of more than f.size bytes ready, or drops it.
 func (f *feeder) large(whole []byte, off Offload) error {
 	if !f.fits(whole, len(whole), true) {
 		f.drop(tooLong, &f.j.oversize)
@@ -496,20 +501,20 @@ func (f *feeder) large(whole []byte, off Offload) error {
 	return nil
 }
 
-// discard gives back frames[ready], which was cut to what was read. The order of those
-// behind it stays.
+// discard releases frames[ready], which no longer has f.size bytes. The frames behind it
+// keep their order.
 func (f *feeder) discard() {
 	_ = f.frames[f.ready].Release()
 	f.n = f.ready + copy(f.frames[f.ready:], f.frames[f.ready+1:f.n])
 }
 
-// long takes a frame that is still to be cut, if possible as it is.
+// long takes a frame that has yet to be cut. It leaves the cutting to the vif if it can.
 func (f *feeder) long(whole []byte, off Offload) error {
 	h, ok := packet.Parse(whole, len(whole))
 	switch {
-	case !ok, off.GSO == GSOUDP, off.ECN, off.Checksum != ChecksumPartial, h.L4 != int(off.SumStart): // in a tunnel, or so
+	case !ok, off.GSO == GSOUDP, off.ECN, off.Checksum != ChecksumPartial, h.L4 != int(off.SumStart): // for example in a tunnel
 		return f.segment(whole, off, 0)
-	case len(whole) > pvnet.MaxFrame: // several of a vif's longest
+	case len(whole) > pvnet.MaxFrame: // cut into frames that the vif cuts again
 		return f.segment(whole, off, pvnet.MaxFrame-h.L5)
 	}
 	if n := h.L5 + min(int(off.GSOSize), h.End-h.L5); n > f.size && !f.fits(whole, n, false) {
@@ -531,8 +536,8 @@ func (f *feeder) long(whole []byte, off Offload) error {
 	return nil
 }
 
-// enlarge makes frames[ready] another one, of size bytes. It may send those before
-// it. ErrNoBuffers: the vif has no such frame, whatever is sent.
+// enlarge replaces frames[ready] by a frame of size bytes. It may send the frames before
+// it. ErrNoBuffers: the vif can never supply a frame of that size.
 func (f *feeder) enlarge(size int) error {
 	at := f.frames[f.ready : f.ready+1]
 	_ = at[0].Release()
@@ -549,8 +554,8 @@ func (f *feeder) enlarge(size int) error {
 	return err
 }
 
-// segment cuts a frame into such as the vif takes, or into such as it cuts again, with as
-// many bytes of payload as most says.
+// segment cuts a frame into segments, or, if most is not 0, into frames of up to most
+// bytes of payload that the vif cuts again.
 func (f *feeder) segment(whole []byte, off Offload, most int) error {
 	if !off.begin(&f.cut, whole, most) {
 		f.drop(badGSO, &f.j.uncut)
@@ -564,8 +569,8 @@ func (f *feeder) segment(whole []byte, off Offload, most int) error {
 	if size <= f.size {
 		return f.cutAll(whole, off, f.size)
 	}
-	// None of the empty frames has room for a segment, and the next frame is read into
-	// those of f.size again.
+	// The empty frames are too small for a segment: replace them by frames of size bytes.
+	// The next read needs frames of f.size bytes again, so release these at the end.
 	err := f.flush()
 	f.release(0)
 	if err == nil {
@@ -578,7 +583,8 @@ func (f *feeder) segment(whole []byte, off Offload, most int) error {
 	return err
 }
 
-// cutAll makes the frames, those that are not cut again of size bytes.
+// cutAll cuts and makes the pieces ready. A piece that is not cut again goes into a frame of
+// size bytes.
 func (f *feeder) cutAll(whole []byte, off Offload, size int) error {
 	src, room := [1][]byte{whole}, [2][]byte{}
 	for f.cut.Left() > 0 {
@@ -641,7 +647,7 @@ func (f *feeder) flush() error {
 		case err == pvnet.ErrNoBuffers && f.n > f.ready:
 			f.release(f.ready)
 			continue
-		case err == pvnet.ErrFrameSize, err == pvnet.ErrNoBuffers && long: // nor are there ever pages for one piece
+		case err == pvnet.ErrFrameSize, err == pvnet.ErrNoBuffers && long: // ErrNoBuffers: the vif cannot supply pages even for one segment
 			f.refuse(f.frames[done].Len())
 		case err == pvnet.ErrOffload:
 			f.drop(badSum, &f.j.uncut)
@@ -656,7 +662,7 @@ func (f *feeder) flush() error {
 	return nil
 }
 
-// keep drops the first done frames, which are no longer ours.
+// keep removes the first done frames, which are no longer ours.
 func (f *feeder) keep(done int) {
 	f.n = copy(f.frames[:], f.frames[done:f.n])
 	f.ready -= done

@@ -40,8 +40,7 @@ func newHostOf(t testing.TB, mtu int, back, front pvnet.Config) *host {
 	return &host{pvnettest.New(t, toolstack.Vif{MAC: ourMAC, MTU: mtu}, front, back), t}
 }
 
-// join runs a Joint of the device until the test ends; ended gives what Run
-// returned.
+// join runs a Joint of the device until the test ends; ended gets the result of Run.
 func (h *host) join(ctx context.Context, dev *pvnet.Device, links ...Link) (j *Joint, ended <-chan error) {
 	h.t.Helper()
 	ctx, cancel := context.WithCancel(ctx)
@@ -56,7 +55,8 @@ func (h *host) join(ctx context.Context, dev *pvnet.Device, links ...Link) (j *J
 	return j, c
 }
 
-// listen copies what the guest receives, of the type the tests send or of IP.
+// listen returns copies of the frames that the guest receives, if their EtherType is
+// testType or IP.
 func (h *host) listen() <-chan []byte {
 	c := make(chan []byte, 1024)
 	done := make(chan struct{})
@@ -84,7 +84,7 @@ func next[T any](t testing.TB, c <-chan T) T {
 	}
 }
 
-// settle waits until the joint has counted what the test has seen already.
+// settle waits until ok accepts the joint's counters, which lag behind the frames.
 func settle(t testing.TB, j *Joint, ok func(JointStats) bool) {
 	t.Helper()
 	for end := time.Now().Add(wait); !ok(j.Stats()); runtime.Gosched() {
@@ -165,7 +165,7 @@ func TestKernelPingsAGuest(t *testing.T) {
 	}
 }
 
-// What virtual cards leave undone is done before the guest sees it.
+// A guest without offloads gets complete frames, whatever work a virtual card leaves.
 func TestGuestGetsCompleteFrames(t *testing.T) {
 	card, far := veth(t, 1500)
 	p := openPacket(t, card)
@@ -184,7 +184,7 @@ func TestGuestGetsCompleteFrames(t *testing.T) {
 		if u.off.GSO == GSOUDP || u.off.ECN {
 			segments += len(want)
 		} else {
-			whole++ // pvnet cuts these
+			whole++ // the vif cuts these
 		}
 		send(t, p, u.off, u.frame)
 		for i := range want {
@@ -193,7 +193,7 @@ func TestGuestGetsCompleteFrames(t *testing.T) {
 			}
 		}
 	}
-	// One with segments too long for the vif.
+	// A frame whose segments are too long for the vif.
 	u := uncuts()[0]
 	u.off.GSOSize = 1900
 	send(t, p, u.off, u.frame)
@@ -207,8 +207,8 @@ func TestGuestGetsCompleteFrames(t *testing.T) {
 	})
 }
 
-// The kernel leaves the frames of a VLAN whole too. Not every frontend takes them like
-// that, so none is given them.
+// The kernel leaves tagged frames whole, too. Not every frontend takes tagged GSO frames, so
+// the vif always cuts them.
 func TestGuestGetsTaggedFramesComplete(t *testing.T) {
 	tap := openTAP(t, TAPConfig{})
 	p := openPacket(t, tap.Name())
@@ -220,7 +220,7 @@ func TestGuestGetsTaggedFramesComplete(t *testing.T) {
 	tag := func(b []byte) []byte { return append(append(bytes.Clone(b[:12]), 0x81, 0, 0x20, 7), b[12:]...) }
 	whole := uint64(0)
 	for _, u := range uncuts() {
-		if u.off.GSO != GSOUDP && !u.off.ECN { // a TAP's kernel does not leave those
+		if u.off.GSO != GSOUDP && !u.off.ECN { // the kernel cuts those before a TAP
 			whole++
 		}
 		u.frame = tag(u.frame)
@@ -242,7 +242,7 @@ func TestGuestGetsTaggedFramesComplete(t *testing.T) {
 	settle(t, j, func(st JointStats) bool { return st.FromLinkGSO == whole && st.Segments == 0 })
 }
 
-// Where the system grants few pages a vif cuts a long frame little by little.
+// A vif with few grants cuts a long frame in several steps.
 func TestLongFramesAreCutByAPoorVif(t *testing.T) {
 	for _, mtu := range []int{1500, 9000} {
 		lab := labtest.New(t, emu.Config{Grants: 80})
@@ -340,7 +340,7 @@ func TestFramesOfAGuestReachTheLinkWhole(t *testing.T) {
 	}
 }
 
-// What a guest leaves to be done is left to the kernel behind the link.
+// Work that a guest leaves is passed on to the kernel behind the link.
 func TestWorkOfAGuestIsPassedOn(t *testing.T) {
 	try := func(t *testing.T, l Link, far Link) {
 		h := newHost(t, 1500, pvnet.Config{Offload: true})
@@ -441,13 +441,13 @@ func TestJointEndsWithWhatEndedIt(t *testing.T) {
 			_, ended := h.join(ctx, h.Back, tap)
 			p := openPacket(t, tap.Name())
 			send(t, p, Offload{}, testFrame(60))
-			next(t, got) // both directions are parked now, or about to
+			next(t, got) // both directions are parked, or about to park
 			c.end(t, h, tap, cancel)
 			if err := next(t, ended); err != c.want {
 				t.Fatalf("%v, want %v", err, c.want)
 			}
 			if c.name == "cancel" {
-				// The link is as it was.
+				// The link still works.
 				send(t, p, Offload{}, testFrame(61))
 				if b, _ := receive(t, tap); len(b) != 61 {
 					t.Fatalf("%d bytes", len(b))
@@ -476,7 +476,8 @@ func TestJointOutlivesAGuestThatComesBack(t *testing.T) {
 			h.Connect()
 		}
 		got := h.listen()
-		// While the vif is down the joint may hold frames, but it loses none it took.
+		// While the vif is down the joint may hold frames, but it loses none that it has
+		// read.
 		want := testFrame(100 + round)
 		send(t, p, Offload{}, want)
 		for b := next(t, got); !bytes.Equal(b, want); b = next(t, got) {
@@ -501,7 +502,7 @@ func TestPacketJointSeesItsInterfaceGo(t *testing.T) {
 	got := h.listen()
 	j, ended := h.join(context.Background(), h.Back, l)
 	setUpDown(t, far, false)
-	// The writer may be the one who hears of it.
+	// The kernel may report ErrDown to the writer.
 	for j.Stats().Unsent == 0 {
 		if _, err := h.Front.Write(testFrame(60)); err != nil {
 			t.Fatal(err)
@@ -576,7 +577,7 @@ func TestDeviceWithAnOwnerIsNotJoined(t *testing.T) {
 	}
 }
 
-// A scripted link reads what it is told, as a kernel would have to be broken to.
+// A scripted link reads frames of a test, also frames that only a broken kernel would send.
 type scripted struct {
 	Link
 	script chan func(bufs [][]byte) (int, Offload, error)
@@ -590,7 +591,7 @@ func (l *scripted) ReadFrame(bufs [][]byte) (int, Offload, error) {
 	return f(bufs)
 }
 
-// frame has the link read b, of which it says off.
+// frame makes the link read b with the offload off.
 func (l *scripted) frame(b []byte, off Offload) {
 	l.script <- func(bufs [][]byte) (int, Offload, error) {
 		for rest := b; len(rest) > 0; bufs = bufs[1:] {
@@ -600,7 +601,7 @@ func (l *scripted) frame(b []byte, off Offload) {
 	}
 }
 
-// What a header says is done only to a frame that is what it says.
+// An offload applies only to a frame whose headers agree with it.
 func TestHeadersThatLieAreNotBelieved(t *testing.T) {
 	tcp, tcp6, udp := uncuts()[0], uncuts()[3], uncuts()[4]
 	small, partial := partialTCP(300)
@@ -647,7 +648,7 @@ func TestHeadersThatLieAreNotBelieved(t *testing.T) {
 		settle(t, j, func(st JointStats) bool { return st.Uncut == dropped })
 	}
 
-	// Where it is right but for the place of the checksum, the frame is what it should be.
+	// If only the checksum's offset is wrong, the frame is still cut correctly.
 	for name, u := range map[string]uncut{
 		"checksum elsewhere":        change(tcp, func(u *uncut) { u.off.SumStart-- }),
 		"field elsewhere":           change(tcp, func(u *uncut) { u.off.SumOffset = 6 }),
@@ -665,7 +666,7 @@ func TestHeadersThatLieAreNotBelieved(t *testing.T) {
 		}
 	}
 
-	// A checksum where neither TCP nor UDP has theirs is completed all the same.
+	// A checksum at an offset that is neither TCP's nor UDP's is completed all the same.
 	other := bytes.Clone(small)
 	other[23] = 47 // GRE
 	want := bytes.Clone(other)
@@ -715,7 +716,7 @@ func TestFramesThatCannotBeHandledAreDroppedAlone(t *testing.T) {
 	settle(t, j, func(st JointStats) bool { return st.Uncut == 3 && st.Oversize == 1 && st.FromLink == 1 })
 }
 
-// A plainLink is a link that reads one frame at a time only.
+// A plainLink hides all methods of a link beyond Link.
 type plainLink struct{ Link }
 
 func TestOtherLinksAreJoinedToo(t *testing.T) {

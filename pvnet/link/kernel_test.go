@@ -33,8 +33,7 @@ func addAddress(t testing.TB, name string) {
 	}
 }
 
-// reply turns an ARP request for ourIP, or an ICMP echo request to it, into its
-// answer.
+// reply turns an ARP request for ourIP, or an ICMP echo request to it, into the reply.
 func reply(f []byte) bool {
 	switch {
 	case len(f) >= 42 && binary.BigEndian.Uint16(f[12:]) == 0x0806 && f[21] == 1 && [4]byte(f[38:]) == ourIP:
@@ -58,7 +57,8 @@ func reply(f []byte) bool {
 	return false
 }
 
-// recvFrom receives a packet. A ring that was closed interrupts the threads that have used it.
+// recvFrom receives a packet and repeats a call that fails with EINTR: closing an io_uring
+// interrupts the threads that have used it.
 func recvFrom(s int, b []byte) (n int, from unix.Sockaddr, err error) {
 	for err = unix.EINTR; err == unix.EINTR; {
 		n, from, err = unix.Recvfrom(s, b, 0)
@@ -126,7 +126,7 @@ func TestKernelPingsThroughTheLink(t *testing.T) {
 	})
 }
 
-// With no offload agreed on, the kernel does the work itself.
+// Without offloads the kernel completes frames before a TAP reads them.
 func TestTAPGetsCompleteFrames(t *testing.T) {
 	tap := openTAP(t, TAPConfig{})
 	p := openPacket(t, tap.Name())
@@ -153,8 +153,8 @@ func TestTAPGetsCompleteFrames(t *testing.T) {
 	}
 }
 
-// A TAP whose offloads someone else turned on hands over frames with work left;
-// they must not be lost nor taken for complete.
+// If another process turns a TAP's offloads on, frames have work left. They must be neither
+// lost nor taken for complete.
 func TestTAPReportsWorkLeftToDo(t *testing.T) {
 	tap := openTAP(t, TAPConfig{})
 	f, err := tap.File()
@@ -205,7 +205,7 @@ func TestTAPPassesWorkOnToTheKernel(t *testing.T) {
 	}
 }
 
-// Virtual cards leave checksums undone between each other.
+// Virtual cards leave checksums to each other.
 func TestPacketReportsWorkLeftToDo(t *testing.T) {
 	card, far := veth(t, 1500)
 	a, b := openPacket(t, card), openPacket(t, far)
@@ -234,7 +234,7 @@ func TestTagStaysInItsPlace(t *testing.T) {
 				if got, _ := receive(t, way[1]); !bytes.Equal(got, want) {
 					t.Fatalf("%d bytes from %T: % x", size, way[0], got[:min(len(got), 20)])
 				}
-				// Scattered so that the tag falls across buffers.
+				// Buffers whose boundary splits the tag.
 				send(t, way[0], Offload{}, want)
 				got := make([]byte, 2000)
 				n, _, err := way[1].ReadFrame([][]byte{got[:3], got[3:13], got[13:14], got[14:16], got[16:17], got[17:]})
@@ -300,7 +300,8 @@ func BenchmarkTAP(b *testing.B) {
 	}
 }
 
-// The kernel segments what a packet socket leaves whole, for a TAP that wants none of it.
+// The kernel cuts a frame from a packet socket for a TAP without offloads. Our cutter must
+// make the same segments.
 func TestSegmentsAreThoseOfTheKernel(t *testing.T) {
 	tap := openTAP(t, TAPConfig{})
 	p := openPacket(t, tap.Name())

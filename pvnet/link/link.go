@@ -3,16 +3,15 @@
 // other end is an interface that exists already.
 //
 // A link carries whole Ethernet frames, without the frame check sequence, one per
-// call; a [Joint] moves those of a TAP in bursts. It copies nothing in Go: a frame is
-// scattered into, and gathered from, the caller's buffers by the kernel. Beside its
-// bytes a frame has an [Offload],
-// the kernel's struct virtio_net_hdr: work the sender left to whoever passes the
-// frame on. Links that are not joined to a vif ask the kernel to leave none, but do
-// not lose it when it does.
+// call; a [Joint] moves the frames of a TAP in bursts. The link copies nothing in Go:
+// the kernel scatters a frame into the caller's buffers, and gathers it from them.
+// Beside its bytes a frame has an [Offload], the kernel's struct virtio_net_hdr: the
+// work that the sender left undone. A TAP that is not joined to a vif asks the kernel
+// to leave no work, but reports any that the kernel leaves all the same.
 //
-// The kernel is trusted here, what the frames hold is not: no length, offset or
-// type inside a frame is used without a check. The package creates no bridges,
-// routes or addresses; that is the caller's.
+// The package trusts the kernel, but not the content of the frames: it checks every
+// length, offset and type inside a frame before it uses them. It creates no bridges,
+// routes or addresses; those are up to the caller.
 package link
 
 import (
@@ -28,9 +27,9 @@ const (
 	MaxFrame = 14 + 4 + 65535
 )
 
-// MaxRead is the size of the largest frame that a packet socket reads, in bytes: what another
-// interface of this machine made may be that long (BIG TCP: GSO_MAX_SIZE of Linux's
-// linux/netdevice.h). No link can be written one beyond MaxFrame.
+// MaxRead is the size of the largest frame that a packet socket reads, in bytes. A frame
+// from another interface of this machine may be that long (BIG TCP: GSO_MAX_SIZE of
+// Linux's linux/netdevice.h). WriteFrame takes no frame beyond MaxFrame.
 const MaxRead = 14 + 4 + 8*65535
 
 // MaxPieces is how many buffers one frame may lie in.
@@ -46,10 +45,10 @@ type Link interface {
 	// with a frame, Close or the read deadline. bufs is lent until it returns.
 	//
 	// [ErrTruncated]: the frame did not fit; its beginning is in bufs, the rest
-	// is lost. [ErrOffload], [ErrNoBuffers], [ErrSize]: the kernel lost one frame, of
-	// a kind it cannot pass on or for want of memory; the next may be read.
-	// [ErrDown]: the interface is down; a packet socket says so at once until it is
-	// up again, a TAP waits. [ErrGone]: it was removed, which is final.
+	// is lost. [ErrOffload], [ErrNoBuffers], [ErrSize]: the kernel lost one frame, which
+	// it could not pass on or had no memory for; the next may be read.
+	// [ErrDown]: the interface is down; a packet socket returns it at once until the
+	// interface is up again, a TAP waits. [ErrGone]: the interface was removed, for good.
 	// [ErrTooManyPieces]: nothing was read. os.ErrDeadlineExceeded, net.ErrClosed.
 	ReadFrame(bufs [][]byte) (n int, off Offload, err error)
 
@@ -70,19 +69,19 @@ type Link interface {
 	// first call it returns net.ErrClosed to everything but Close.
 	Close() error
 
-	// Name is the interface's name when the link was opened.
+	// Name returns the interface's name when the link was opened.
 	Name() string
 
-	// MTU is the largest payload of a frame in bytes, the 14 of the Ethernet
-	// header not counted, as it was when the link was opened.
+	// MTU returns the interface's MTU when the link was opened: the largest payload
+	// of a frame in bytes, without the 14 bytes of the Ethernet header.
 	MTU() int
 
-	// MAC is the address of the interface: the kernel's end of a TAP, the card
+	// MAC returns the address of the interface: the kernel's end of a TAP, the card
 	// itself for a packet socket.
 	MAC() [6]byte
 }
 
-// Info says what a link is joined to.
+// Info describes the interface at the other end of a link.
 type Info struct {
 	Name string  // of the interface
 	MTU  int     // bytes of payload
@@ -102,8 +101,8 @@ var (
 // An OpenError says why a link could not be opened.
 type OpenError struct {
 	Link string // "tap vif1.0"
-	Step string // what was being done
-	Next string // what would help, empty if nothing is known to
+	Step string // the step that failed
+	Next string // advice for the user; empty if there is none
 	Err  error  // the kernel's answer
 }
 

@@ -20,7 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// wait bounds what every test waits for; none comes near it.
+// wait bounds every wait of a test; no working test comes near it.
 const wait = 2 * time.Minute
 
 func openTAP(t testing.TB, cfg TAPConfig) *TAP {
@@ -62,8 +62,8 @@ func veth(t testing.TB, mtu int) (a, b string) {
 	return a, b
 }
 
-// carrier waits for the kernel to let frames out of an interface whose other end
-// came up: it notices at most once a second, and drops them until then.
+// carrier waits until the kernel sends frames through an interface whose other end came
+// up. The kernel checks for that at most once a second, and drops frames until then.
 func carrier(t testing.TB, name string) {
 	t.Helper()
 	for end := time.Now().Add(wait); ; time.Sleep(time.Millisecond) {
@@ -132,8 +132,7 @@ func receive(t testing.TB, l Link) ([]byte, Offload) {
 	return b[:n], off
 }
 
-// pair gives, for each way there is, two links of which one reads what the other
-// writes.
+// pairs runs f with each kind of link: b reads the frames that a writes, and the reverse.
 func pairs(t *testing.T, mtu int, f func(t *testing.T, a, b Link)) {
 	t.Run("tap-packet", func(t *testing.T) {
 		tap := openTAP(t, TAPConfig{MTU: mtu})
@@ -171,7 +170,7 @@ func TestJumboMTU(t *testing.T) {
 		if got, _ := receive(t, b); !bytes.Equal(got, want) {
 			t.Fatal("not what was sent")
 		}
-		// A packet socket is held to the MTU, a TAP only by its reader.
+		// A packet socket refuses frames beyond the MTU, a TAP does not.
 		if p, ok := b.(*Packet); ok {
 			if _, err := p.WriteFrame(Offload{}, [][]byte{testFrame(9015 + 4)}); !errors.Is(err, ErrSize) {
 				t.Fatalf("a frame beyond the MTU: %v", err)
@@ -235,7 +234,7 @@ func TestRefusedFramesAreNotSent(t *testing.T) {
 				t.Errorf("%T: %v", l, err)
 			}
 		}
-		// The link still works, and nothing of the above arrives before this.
+		// The link still works, and none of the frames above arrives first.
 		want := testFrame(77)
 		send(t, a, Offload{}, want)
 		if got, _ := receive(t, b); !bytes.Equal(got, want) {
@@ -246,7 +245,7 @@ func TestRefusedFramesAreNotSent(t *testing.T) {
 
 func TestCloseWakesReader(t *testing.T) {
 	pairs(t, 1500, func(t *testing.T, a, b Link) {
-		for _, l := range []Link{b, a} { // a TAP takes its interface with it
+		for _, l := range []Link{b, a} { // b first: closing a TAP removes its interface
 			started, done := make(chan struct{}), make(chan error)
 			go func() {
 				close(started)
@@ -319,7 +318,7 @@ func TestRemovedInterfaceIsGone(t *testing.T) {
 		go func() {
 			for {
 				_, _, err := l.ReadFrame([][]byte{make([]byte, 2000)})
-				if err != ErrDown { // on the way to being removed
+				if err != ErrDown { // the interface goes down before it is removed
 					done <- err
 					return
 				}
@@ -455,7 +454,7 @@ func TestFramesMakeNoGarbage(t *testing.T) {
 	})
 }
 
-// A reader that really parks must not make garbage either.
+// A reader that parks must not allocate either.
 func TestParkedReaderMakesNoGarbage(t *testing.T) {
 	pairs(t, 1500, func(t *testing.T, a, b Link) {
 		f, buf := [][]byte{testFrame(60)}, [][]byte{make([]byte, 2000)}
@@ -520,7 +519,7 @@ func TestNoDescriptorIsLeft(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if l == Link(tap) { // of the wrong kind
+			if l == Link(tap) { // a descriptor of the wrong kind
 				_, err = NewPacket(f, Info{})
 			} else {
 				_, err = NewTAP(f, Info{})
@@ -536,7 +535,7 @@ func TestNoDescriptorIsLeft(t *testing.T) {
 			}
 		}
 	}
-	round() // the first use of the poller opens some for good
+	round() // the first use of the poller opens descriptors that stay open
 	before := descriptors(t)
 	for range 20 {
 		round()

@@ -26,7 +26,7 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(m.Run())
 	}
-	runtime.LockOSThread() // Pdeathsig is about this thread
+	runtime.LockOSThread() // Pdeathsig fires when this thread ends
 	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
 	cmd.Args[0] = os.Args[0]
 	cmd.Env = append(os.Environ(), inside+"=1")
@@ -43,13 +43,13 @@ func TestMain(m *testing.M) {
 	case errors.As(err, &exit):
 		os.Exit(exit.ExitCode())
 	case err != nil:
-		// Nothing but the portable tests can run here; the others say so.
+		// Only the portable tests can run here; the others skip.
 		fmt.Fprintln(os.Stderr, "link tests: no user and network namespace:", err)
 		os.Exit(m.Run())
 	}
 }
 
-// quiet keeps the kernel from sending frames no test asked for.
+// quiet keeps the kernel from sending frames by itself.
 func quiet() error {
 	for _, which := range []string{"all", "default"} {
 		err := os.WriteFile("/proc/sys/net/ipv6/conf/"+which+"/disable_ipv6", []byte("1"), 0)

@@ -19,7 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// An error of the kernel is about one frame, or about the interface.
+// An errno of the kernel concerns either one frame or the interface.
 func TestErrorsOfTheKernelAreSorted(t *testing.T) {
 	tap, p := openTAP(t, TAPConfig{}), openPacket(t, "lo")
 	for _, c := range []struct {
@@ -68,8 +68,8 @@ func TestErrorsOfTheKernelAreSorted(t *testing.T) {
 	}
 }
 
-// unsayable are frames whose segmentation struct virtio_net_hdr has no words for on the
-// way to a reader, though a writer may ask for it.
+// unsayable returns frames whose segmentation a writer can request, but which the kernel
+// cannot express in the struct virtio_net_hdr of a reader.
 func unsayable() []uncut {
 	datagram := uncuts()[4]
 	datagram.name, datagram.off.GSO = "a datagram to be cut into fragments", GSOUFO
@@ -135,7 +135,7 @@ func TestReadsThatFailLoseOneFrameEach(t *testing.T) {
 		}
 	}
 	odd := os.NewSyscallError("read", unix.ECOMM)
-	// More of them in a row than the joint takes without a pause.
+	// More failed reads in a row than the joint takes without a pause.
 	fail(3*failLimit, ErrOffload)
 	fail(2, ErrSize)
 	fail(3, ErrTruncated)
@@ -158,14 +158,14 @@ func TestReadsThatFailLoseOneFrameEach(t *testing.T) {
 		t.Errorf("%d dropped", n)
 	}
 
-	// An error no link is known to have, and that does not go away, is the link's end.
+	// An unknown error that does not go away ends the joint.
 	fail(failLimit+1, odd)
 	if err := next(t, ended); !errors.Is(err, unix.ECOMM) {
 		t.Error(err)
 	}
 }
 
-// A frame too short or with a checksum that cannot be is counted as what it is.
+// A frame that is too short, or has an impossible checksum offset, is counted by its reason.
 func TestLossesAreCountedByReason(t *testing.T) {
 	h := newHost(t, 1500, pvnet.Config{})
 	got := h.listen()
@@ -227,13 +227,13 @@ func TestWritesThatFailLoseOneFrameEach(t *testing.T) {
 	if _, err := h.Front.Write(testFrame(60)); err != nil {
 		t.Fatal(err)
 	}
-	l.script <- func([][]byte) (int, Offload, error) { return 0, Offload{}, errNone } // so that the reader looks up
+	l.script <- func([][]byte) (int, Offload, error) { return 0, Offload{}, errNone } // lets the reader run
 	l.answers <- ErrGone
 	l.script <- func([][]byte) (int, Offload, error) { return 0, Offload{}, ErrGone }
 	if err := next(t, ended); err != ErrGone {
 		t.Error(err)
 	}
-	// The one that ended it is in the same account.
+	// The frame whose error ended the joint is counted, too.
 	settle(t, j, func(st JointStats) bool {
 		now := h.Back.Stats()
 		return st.Unsent == want+1 && now.RX.Get(telemetry.Undelivered) == want+1

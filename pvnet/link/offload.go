@@ -6,7 +6,7 @@ import (
 	"barevif/pvnet/packet"
 )
 
-// Checksum says how far the transport checksum of a frame can be believed.
+// Checksum is what is known of the transport checksum of a frame.
 type Checksum uint8
 
 const (
@@ -15,7 +15,7 @@ const (
 	ChecksumVerified                 // found correct by the kernel
 )
 
-// GSO is the kind of segments a frame is still to be cut into: gso_type of struct
+// GSO is the kind of segments into which a frame has yet to be cut: gso_type of struct
 // virtio_net_hdr (linux/virtio_net.h).
 type GSO uint8
 
@@ -27,7 +27,7 @@ const (
 	GSOUDP  GSO = 5 // datagrams of GSOSize bytes each
 )
 
-// Offload is what is left to do to a frame. The zero Offload: nothing.
+// Offload is the work that is left to do to a frame. The zero Offload means none.
 type Offload struct {
 	Checksum  Checksum
 	GSO       GSO
@@ -49,8 +49,8 @@ const (
 	gsoECN        = 0x80
 )
 
-// decode reads a header in the machine's byte order, in which both TAPs and packet
-// sockets write it unless they are asked for another.
+// decode reads a header in the machine's byte order, the default of both TAPs and packet
+// sockets.
 func (o *Offload) decode(h *[headerSize]byte) {
 	*o = Offload{
 		GSO:       GSO(h[1] &^ gsoECN),
@@ -68,8 +68,8 @@ func (o *Offload) decode(h *[headerSize]byte) {
 	}
 }
 
-// encode is the reverse of decode. ChecksumVerified is not passed on: on the way
-// into a kernel the flag is not part of the interface.
+// encode is the reverse of decode. It leaves out ChecksumVerified: the interface has that
+// flag only on the way out of a kernel.
 func (o *Offload) encode(h *[headerSize]byte) {
 	*h = [headerSize]byte{}
 	if o.Checksum == ChecksumPartial {
@@ -88,7 +88,7 @@ func (o *Offload) encode(h *[headerSize]byte) {
 	binary.NativeEndian.PutUint16(h[4:], o.GSOSize)
 }
 
-// shift moves everything that counts from the frame's beginning n bytes back.
+// shift adds n to all offsets, after n bytes were inserted in the Ethernet header.
 func (o *Offload) shift(n uint16) {
 	if o.Checksum == ChecksumPartial {
 		o.SumStart += n
@@ -98,10 +98,10 @@ func (o *Offload) shift(n uint16) {
 	}
 }
 
-// Complete does the work of a partial checksum in the first n bytes of bufs, and
-// turns o into ChecksumNone: an internet checksum, or SCTP's CRC32c. It is for passing a
-// frame on to something that does not take partial checksums. ErrOffload: the field is not
-// inside the frame, or not where the protocol has one; the frame must be dropped.
+// Complete computes a partial checksum of the frame in the first n bytes of bufs, and
+// sets o.Checksum to ChecksumNone. It handles Internet checksums and SCTP's CRC32c. Call it
+// before a frame goes to a receiver that takes no partial checksums. ErrOffload: the field
+// is not inside the frame, or not where the protocol has one; the frame must be dropped.
 func (o *Offload) Complete(n int, bufs [][]byte) error {
 	if o.Checksum != ChecksumPartial {
 		return nil
@@ -115,8 +115,8 @@ func (o *Offload) Complete(n int, bufs [][]byte) error {
 	return nil
 }
 
-// headOf is the beginning of a frame of n bytes, with all headers: in bufs, or a copy in
-// room.
+// headOf returns the beginning of a frame of n bytes, with all headers. It is bufs[0], or a
+// copy in room if bufs[0] is too short.
 func headOf(n int, bufs [][]byte, room *[packet.MaxCutHeaders]byte) []byte {
 	if len(bufs) > 0 && len(bufs[0]) >= min(n, len(room)) {
 		return bufs[0][:min(n, len(bufs[0]))]
@@ -128,8 +128,9 @@ func headOf(n int, bufs [][]byte, room *[packet.MaxCutHeaders]byte) []byte {
 	return room[:k]
 }
 
-// cut is how a frame is to be cut, by what the sender said of its checksum: that is
-// where the header is, which may be in a tunnel. ok is false for what cannot be cut here.
+// cut returns how to cut the frame. The transport header begins where the sender says that
+// the partial checksum begins, which may be inside a tunnel. ok is false for a GSO type
+// that this package does not cut.
 func (o *Offload) cut() (c packet.Cut, ok bool) {
 	c = packet.Cut{Proto: packet.TCP, Size: int(o.GSOSize)}
 	field := 16
@@ -149,7 +150,8 @@ func (o *Offload) cut() (c packet.Cut, ok bool) {
 	return c, true
 }
 
-// begin makes c cut a frame, or reports that it cannot be cut.
+// begin prepares c to cut a frame, into pieces that are cut again of up to whole bytes of
+// payload if whole is not 0. It reports whether c can cut the frame.
 func (o *Offload) begin(c *packet.Cutter, frame []byte, whole int) bool {
 	cut, ok := o.cut()
 	if !ok {
@@ -157,7 +159,7 @@ func (o *Offload) begin(c *packet.Cutter, frame []byte, whole int) bool {
 	}
 	cut.Whole = whole
 	ok = c.Init(frame, len(frame), cut)
-	if !ok && cut.Proto == packet.TCP { // of the checksum's place not all is true
+	if !ok && cut.Proto == packet.TCP { // the checksum's offsets are wrong: let c find the header
 		cut.L4, cut.Partial = 0, false
 		ok = c.Init(frame, len(frame), cut)
 	}

@@ -23,8 +23,7 @@ func sum16(b []byte) uint16 {
 	return uint16(sum)
 }
 
-// partialTCP is an IPv4/TCP frame whose checksum holds the sum of the pseudo
-// header only, and the Offload that says so.
+// partialTCP returns an IPv4/TCP frame with a partial checksum, and its Offload.
 func partialTCP(payload int) ([]byte, Offload) {
 	f := make([]byte, 14+20+20+payload)
 	copy(f, []byte{2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 8, 0})
@@ -47,7 +46,7 @@ func pseudoSum(f []byte) uint16 {
 	return sum16(binary.BigEndian.AppendUint16(pseudo, uint16(len(ip)-20)))
 }
 
-// tcpGood says whether the TCP checksum of an IPv4 frame is right.
+// tcpGood reports whether the TCP checksum of an IPv4 frame is correct.
 func tcpGood(f []byte) bool {
 	ip := f[14:]
 	total := int(binary.BigEndian.Uint16(ip[2:]))
@@ -62,7 +61,7 @@ func TestCompleteMakesTheChecksumRight(t *testing.T) {
 		if tcpGood(whole) {
 			t.Fatal("right before it was made so")
 		}
-		// Cut anywhere, also into empty and one-byte pieces, with room to spare.
+		// Split at random, also into empty and one-byte pieces, with bytes to spare.
 		b := append(bytes.Clone(whole), 1, 2, 3)
 		var bufs [][]byte
 		for rest := b; len(rest) > 0; {
@@ -136,7 +135,7 @@ func TestHeaderSurvivesEncoding(t *testing.T) {
 			t.Errorf("%+v became %+v", want, got)
 		}
 	}
-	// What the kernel found correct is no work for the next kernel.
+	// A verified checksum needs no flag on the way into a kernel.
 	var h [headerSize]byte
 	verified := Offload{Checksum: ChecksumVerified, SumStart: 9}
 	verified.encode(&h)

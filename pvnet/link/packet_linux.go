@@ -12,25 +12,25 @@ import (
 )
 
 // A Packet is a packet socket on an interface that exists already. It reads every
-// frame the interface receives, whomever it is for, and not those this machine
-// sends through it; it writes as if the interface's own driver were asked to.
+// frame that the interface receives, whatever its destination, but no frame that this
+// machine sends through the interface. It writes frames to the interface's driver.
 //
-// The kernel goes on to handle what it receives: an interface given to a Packet
-// should have no addresses of its own. Frames may come with work left to do, also
-// from another interface of this machine; see [Offload]. A VLAN tag the kernel
-// took off is put back where it was.
+// The kernel still handles the frames that a Packet reads, so the interface should have
+// no addresses of its own. Frames may have work left to do, also those from another
+// interface of this machine; see [Offload]. If the kernel took a VLAN tag off a frame,
+// ReadFrame puts the tag back.
 type Packet struct {
 	port
 	msg     message
 	control []byte // of the last recvmsg, inside msg
 	flags   int32
-	down    atomic.Bool // the kernel said so, once, to a reader or a writer
+	down    atomic.Bool // the kernel reported ENETDOWN, which it does once, to a reader or a writer
 }
 
 var _ Link = (*Packet)(nil)
 
-// receiveBuffer is the socket's, in bytes, as far as net.core.rmem_max lets us. The
-// default holds some 250 small frames.
+// receiveBuffer is the wanted size of the socket's receive buffer, in bytes;
+// net.core.rmem_max may limit it. The default holds some 250 small frames.
 const receiveBuffer = 4 << 20
 
 // OpenPacket opens a packet socket on the interface, which it makes promiscuous
@@ -45,8 +45,7 @@ func OpenPacket(ifname string) (*Packet, error) {
 	}
 	info := Info{Name: iface.Name, MTU: iface.MTU}
 	copy(info.MAC[:], iface.HardwareAddr)
-	// Protocol 0 until it is bound: the socket must not begin with frames of
-	// other interfaces.
+	// Protocol 0 until bind, so that the socket queues no frames of other interfaces.
 	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return nil, packetError(ifname, "open a packet socket", err)
@@ -58,9 +57,9 @@ func OpenPacket(ifname string) (*Packet, error) {
 	return newPacket(fd, info)
 }
 
-// NewPacket takes over f, a packet socket that another process opened: what [Packet.File] gave
-// there. Its interface may be in a network namespace this process cannot see, so
-// info is the caller's word. f is closed also if NewPacket fails.
+// NewPacket takes over f, a packet socket that another process got from [Packet.File]. The
+// socket's interface may be in a network namespace that this process cannot see, so
+// NewPacket trusts info. It closes f, also if it fails.
 func NewPacket(f *os.File, info Info) (*Packet, error) {
 	defer f.Close()
 	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 3)
@@ -106,7 +105,7 @@ func newPacket(fd int, info Info) (*Packet, error) {
 	return p, nil
 }
 
-// bindPacket sets the options first: frames come from bind on.
+// bindPacket sets the options before it binds, because frames arrive from bind on.
 func bindPacket(fd int, info Info, index int) error {
 	for _, opt := range []struct {
 		number int
@@ -120,7 +119,7 @@ func bindPacket(fd int, info Info, index int) error {
 			return packetError(info.Name, "set "+opt.name, err)
 		}
 	}
-	// As much as the system allows; a smaller buffer only drops sooner.
+	// The system may allow less; with a smaller buffer the kernel only drops sooner.
 	if unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, receiveBuffer) != nil {
 		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, receiveBuffer)
 	}
@@ -180,10 +179,12 @@ func (p *Packet) read(bufs [][]byte, wait bool) (n int, off Offload, err error) 
 
 func (p *Packet) most() int { return MaxRead }
 
-// setOffloads changes nothing: a packet socket sees what others made, as they left it.
+// setOffloads changes nothing: a packet socket reads frames with the work that their
+// senders left, and cannot ask for another.
 func (p *Packet) setOffloads(bool) error { return nil }
 
-// mtuNow is the MTU the interface has now; the one it was opened with, if it is gone.
+// mtuNow returns the interface's current MTU, or the MTU at opening if the interface is
+// gone.
 func (p *Packet) mtuNow() (mtu int) {
 	mtu = p.info.MTU
 	_ = p.conn.Control(func(fd uintptr) {
@@ -207,8 +208,8 @@ func (p *Packet) noteDown(err error) {
 	}
 }
 
-// state asks for the interface. The kernel tells a packet socket once that it went
-// down, and never that it was then removed.
+// state reads the interface's flags. The kernel reports to a packet socket only once that
+// its interface went down, and never that it was removed after that.
 func (p *Packet) state() (err error) {
 	ctlErr := p.conn.Control(func(fd uintptr) { err = interfaceState(int(fd)) })
 	if ctlErr != nil {
@@ -217,14 +218,14 @@ func (p *Packet) state() (err error) {
 	return err
 }
 
-// boundTo names the interface the socket is bound to, by the name it has now.
+// boundTo returns the current name of the interface to which the socket is bound.
 func boundTo(fd int) (*unix.Ifreq, error) {
 	sa, err := unix.Getsockname(fd)
 	if err != nil {
 		return nil, os.NewSyscallError("getsockname", err)
 	}
 	ll, ok := sa.(*unix.SockaddrLinklayer)
-	if !ok || ll.Ifindex <= 0 { // -1 from the removal on
+	if !ok || ll.Ifindex <= 0 { // the index is -1 once the interface was removed
 		return nil, ErrGone
 	}
 	ifr, err := unix.NewIfreq("")
@@ -259,7 +260,7 @@ const (
 	auxTPID = 18
 )
 
-// strippedTag is the VLAN tag the kernel took out of the frame, in wire order.
+// strippedTag returns the VLAN tag that the kernel took out of the frame, in wire order.
 func strippedTag(control []byte) (tag [4]byte, ok bool) {
 	const data = (unix.SizeofCmsghdr + 7) &^ 7
 	if len(control) < data+auxSize {
@@ -284,8 +285,8 @@ func strippedTag(control []byte) (tag [4]byte, ok bool) {
 	return tag, true
 }
 
-// insertTag puts the tag behind the two addresses of the frame of n bytes, moving
-// the rest on. lost says that there was no room for all of it.
+// insertTag inserts the tag behind the two addresses of a frame of n bytes and returns
+// the new size. lost means that bufs had no room for the end of the frame.
 func insertTag(bufs [][]byte, n int, tag [4]byte) (size int, lost bool) {
 	carry := tag
 	at := 0
@@ -319,7 +320,7 @@ func insertTag(bufs [][]byte, n int, tag [4]byte) (size int, lost bool) {
 func packetError(name, step string, err error) error {
 	e := &OpenError{Link: "packet socket on " + name, Step: step, Err: err}
 	if step == "find the interface" {
-		// The net package keeps its sentinel to itself.
+		// The net package does not export its error for an unknown interface.
 		if !errors.Is(err, syscall.EPERM) {
 			e.Err = unix.ENODEV
 		}

@@ -12,37 +12,37 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// port is a descriptor that carries a frame, behind a struct virtio_net_hdr, per
+// port is a descriptor that carries one frame, behind a struct virtio_net_hdr, per
 // system call.
 //
-// Calls that cannot wait are made without telling Go's runtime. It would take the
-// processor (the P) away from one that lasts for more than some 20 us, as many frames at
-// once do, or one after which the kernel first runs whoever the frame was for, and hand it
-// to another thread. Where there is one processor the frames then go from thread to
-// thread, which costs more than they do.
+// System calls that cannot wait bypass Go's runtime (RawSyscall). The runtime hands the P
+// of a call that lasts more than some 20 us to another thread. Calls with many frames last
+// that long, and so do calls after which the kernel first runs the receiver of the frame.
+// On a machine with one processor the frames would then move from thread to thread, which
+// costs more than the calls themselves.
 type port struct {
 	info   Info
 	file   *os.File
 	conn   syscall.RawConn
 	closed atomic.Bool
-	shared atomic.Bool // others have the descriptor too, and may have made it a blocking one
-	mute   error       // what it means that the poller reports an error and the kernel none
+	shared atomic.Bool // another process has the descriptor too, and may have made it blocking
+	mute   error       // for an error of the poller that the next system call does not confirm
 	fault  error       // the meaning of EFAULT from a read
 	rd, wr half
 }
 
-// half is one direction. try is built once: a closure per frame would be garbage.
+// half is one direction. try is built once, because a closure per frame would allocate.
 type half struct {
 	mu     sync.Mutex // guards the rest
 	vec    vector
 	header [headerSize]byte
 	try    func(fd uintptr) (done bool)
-	once   func(fd uintptr) // try, whatever it says
-	n      int              // what the last try returned
+	once   func(fd uintptr) // calls try and ignores its result
+	n      int              // result of the last try
 	errno  syscall.Errno
 }
 
-// init takes over fd, also when it fails.
+// init takes over fd, also if it fails.
 func (p *port) init(fd int, info Info, mute, fault error) error {
 	if err := unix.SetNonblock(fd, true); err != nil {
 		unix.Close(fd)
@@ -50,7 +50,7 @@ func (p *port) init(fd int, info Info, mute, fault error) error {
 	}
 	p.info, p.mute, p.fault = info, mute, fault
 	p.file = os.NewFile(uintptr(fd), info.Name)
-	// The poller refuses to set a deadline on what it cannot wait for.
+	// SetReadDeadline fails on a descriptor for which the poller cannot wait.
 	if err := p.file.SetReadDeadline(time.Time{}); err != nil {
 		p.file.Close()
 		return err
@@ -70,7 +70,7 @@ func (p *port) init(fd int, info Info, mute, fault error) error {
 	return nil
 }
 
-// again repeats a call that a signal cut short; Go's own preemption sends them.
+// again repeats a call while a signal interrupts it; Go's preemption sends such signals.
 func again(fd uintptr, mayWait *atomic.Bool, call func(uintptr, bool) (int, syscall.Errno)) (n int, errno syscall.Errno) {
 	for {
 		if n, errno = call(fd, mayWait.Load()); errno != unix.EINTR {
@@ -83,7 +83,7 @@ func (p *port) Name() string { return p.info.Name }
 func (p *port) MTU() int     { return p.info.MTU }
 func (p *port) MAC() [6]byte { return p.info.MAC }
 
-// Info says what the link is joined to.
+// Info describes the link's interface.
 func (p *port) Info() Info { return p.info }
 
 func (p *port) SetReadDeadline(t time.Time) error {
@@ -95,7 +95,7 @@ func (p *port) SetReadDeadline(t time.Time) error {
 
 func (p *port) most() int { return MaxFrame }
 
-// setWriteDeadline ends WriteFrame's wait.
+// setWriteDeadline ends a wait of WriteFrame at t.
 func (p *port) setWriteDeadline(t time.Time) error { return p.file.SetWriteDeadline(t) }
 
 func (p *port) Close() error {
@@ -105,8 +105,8 @@ func (p *port) Close() error {
 	return p.file.Close()
 }
 
-// File is a second descriptor of the link, to be passed to another process. The
-// caller owns it. It is non-blocking, and shares its frames with the link.
+// File returns a second descriptor of the link, to be passed to another process. The
+// caller owns it. It is non-blocking. A frame reaches one reader, of File or of the link.
 func (p *port) File() (*os.File, error) {
 	p.shared.Store(true)
 	fd, dupErr := -1, error(nil)
@@ -153,8 +153,8 @@ func (p *port) WriteFrame(off Offload, bufs [][]byte) (int, error) {
 	return size, nil
 }
 
-// receive waits for one call of rd.try to be done, or makes just one. The caller
-// holds rd.mu.
+// receive calls rd.try until it is done, or just once if wait is false; then errNone means
+// that there was no frame. The caller holds rd.mu.
 func (p *port) receive(wait bool) error {
 	if !wait {
 		if err := p.conn.Control(p.rd.once); err != nil {
@@ -172,8 +172,8 @@ func (p *port) receive(wait bool) error {
 	return nil
 }
 
-// stuck says why the poller would not wait. It reports a descriptor in error
-// without saying which; one more try does.
+// stuck finds out why the poller does not wait. The poller reports that the descriptor is
+// in error, but not the error; one more try gets it from the kernel.
 func (p *port) stuck(err error, h *half) error {
 	if p.ended(err) {
 		return p.failure(err)
@@ -190,12 +190,12 @@ func (p *port) stuck(err error, h *half) error {
 	return p.failed(h)
 }
 
-// ended reports whether err of the poller is Close or a deadline.
+// ended reports whether the poller returned err because of Close or a deadline.
 func (p *port) ended(err error) bool {
 	return p.closed.Load() || errors.Is(err, os.ErrDeadlineExceeded)
 }
 
-// failure is an error of the os package in the words of this one.
+// failure maps an error of the os package to one of this package.
 func (p *port) failure(err error) error {
 	if p.closed.Load() {
 		return net.ErrClosed
@@ -203,12 +203,12 @@ func (p *port) failure(err error) error {
 	return err
 }
 
-// failed is the meaning of the error of the last call of h.
+// failed returns the error for the errno of the last try of h.
 func (p *port) failed(h *half) error { return p.meaning(h.errno, h == &p.rd) }
 
 // meaning maps the errors of drivers/net/tun.c and net/packet/af_packet.c for a read or a
-// write. Most are about one frame. A frame to be segmented in a way struct virtio_net_hdr
-// cannot express, for example, gives its reader EINVAL; the next read gives the next frame.
+// write. Most concern one frame. For example, a read returns EINVAL for a frame whose
+// segmentation struct virtio_net_hdr cannot express; the next read returns the next frame.
 func (p *port) meaning(errno syscall.Errno, reading bool) error {
 	switch errno {
 	case unix.ENETDOWN, unix.EIO: // EIO: a TAP that is down does not take this frame
@@ -225,7 +225,7 @@ func (p *port) meaning(errno syscall.Errno, reading bool) error {
 		if reading {
 			return p.fault
 		}
-		return ErrOffload // the pages of this frame
+		return ErrOffload // the kernel could not use this frame's pages
 	}
 	if reading {
 		return os.NewSyscallError("read", errno)

@@ -10,8 +10,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// without runs f on a thread on which a system call fails with errno, and which dies with
-// f. The filter keeps prog alive until it is in place.
+// without runs f on a thread on which the system call fails with errno. The thread ends
+// with f, because its seccomp filter cannot be removed. prog refers to the filter, and is
+// itself alive until the system call that installs it returns.
 func without(call uint32, errno syscall.Errno, f func()) (err error) {
 	done := make(chan struct{})
 	go func() {

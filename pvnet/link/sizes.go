@@ -8,8 +8,8 @@ import (
 	"barevif/telemetry"
 )
 
-// A loss is why a frame of a link does not reach the vif, in the words of the device's
-// counters.
+// A loss is a reason why a frame of a link does not reach the vif; each has a counter of
+// the device.
 type loss int
 
 const (
@@ -26,14 +26,15 @@ var reasons = [endLosses]telemetry.Reason{
 	badGSO: telemetry.DropBadGSO, badSum: telemetry.DropBadCsum,
 }
 
-// drop counts a frame that is lost, in the joint's counter, and with count in the
-// device's.
+// drop counts a lost frame in the joint's counter at once, and keeps it for count, which
+// adds it to the device's.
 func (f *feeder) drop(why loss, counter *atomic.Uint64) {
 	counter.Add(1)
 	f.lost[why]++
 }
 
-// count adds the losses to the device's counters; while the vif is down it keeps them.
+// count adds the losses to the device's counters. While the vif is down it keeps them for
+// a later call.
 func (f *feeder) count() {
 	for why, n := range f.lost {
 		if n == 0 {
@@ -52,17 +53,18 @@ func (f *feeder) count() {
 	}
 }
 
-// headers is the size of the Ethernet header of a frame and its VLAN tags, of which
-// the MTU of an interface does not speak.
+// headers returns the size of a frame's Ethernet header and VLAN tags, in bytes. The MTU
+// of an interface does not count them.
 func headers(frame []byte) int {
 	h, _ := packet.Parse(frame, len(frame))
 	return MinFrame + 4*int(h.Tags)
 }
 
-// fits reports whether the vif carries n bytes behind the headers whole begins with:
-// up to its MTU, or up to the MTU of the link, if it was raised while they are joined.
-// The other end of a vif is not told of that, but takes every frame its ring can carry.
-// read says that n is the size of a frame the link has read.
+// fits reports whether the vif carries a frame of n bytes that begins with the headers of
+// whole: up to the vif's MTU, or up to the link's MTU if that was raised since the link
+// was opened. Nothing announces the raised MTU to the vif's other end, which takes every
+// frame that fits in a ring. read means that the link has read a frame of n bytes; n is
+// otherwise the size of a segment.
 func (f *feeder) fits(whole []byte, n int, read bool) bool {
 	payload, mtu := n-headers(whole), f.dev.MTU()
 	if n <= pvnet.MaxFrame && payload <= max(mtu, f.raised) {
@@ -92,7 +94,7 @@ func (f *feeder) refuse(n int) {
 	f.j.tell(beyondPeer, f.dev, f.l, n, f.l.MTU())
 }
 
-// tellUntaken says that a link does not take a frame of n bytes.
+// tellUntaken logs once that a link does not take a frame of n bytes.
 func (j *Joint) tellUntaken(dev *pvnet.Device, l Link, n int) {
 	if j.told[beyondLink].Load() {
 		return
@@ -104,8 +106,8 @@ func (j *Joint) tellUntaken(dev *pvnet.Device, l Link, n int) {
 	j.tell(beyondLink, dev, l, n, mtu)
 }
 
-// Kinds of sizes that do not fit. Each is said once: a line for each frame would be
-// the sender's to write.
+// Kinds of sizes that do not fit. Each is logged once; with a line per frame, a sender
+// could flood the log.
 const (
 	raisedLink = iota
 	beyondVif
@@ -125,7 +127,7 @@ var words = [kinds]struct{ what, next string }{
 		"raise the interface's MTU (ip link set ... mtu ...), or lower that of the guest's card"},
 }
 
-// tell says once that a frame of n bytes does not fit. mtu is the interface's.
+// tell logs once per kind that a frame of n bytes does not fit. mtu is the interface's.
 func (j *Joint) tell(kind int, dev *pvnet.Device, l Link, n, mtu int) {
 	if j.told[kind].Swap(true) {
 		return

@@ -21,7 +21,7 @@ import (
 	"github.com/vishvananda/netlink"
 )
 
-// lines is a log that a test reads.
+// lines collects a log for a test.
 type lines struct {
 	mu sync.Mutex
 	b  bytes.Buffer // guarded by mu
@@ -33,7 +33,7 @@ func (l *lines) Write(b []byte) (int, error) {
 	return l.b.Write(b)
 }
 
-// of are the lines that contain text.
+// of returns the lines that contain text.
 func (l *lines) of(text string) (found []string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -45,7 +45,7 @@ func (l *lines) of(text string) (found []string) {
 	return found
 }
 
-// told fails unless there is one line of the kind, and it holds all of parts.
+// told fails unless the log has exactly one line of the kind, and it contains all parts.
 func told(t *testing.T, l *lines, kind int, parts ...string) {
 	t.Helper()
 	got := l.of(words[kind].what)
@@ -76,7 +76,7 @@ func setMTU(t testing.TB, name string, mtu int) {
 	}
 }
 
-// arrives sends frames of the sizes through a, and fails unless b reads each of them.
+// arrives writes frames of the given sizes to a, and fails unless b reads each of them.
 func arrives(t *testing.T, a, b Link, sizes ...int) {
 	t.Helper()
 	for _, size := range sizes {
@@ -88,7 +88,7 @@ func arrives(t *testing.T, a, b Link, sizes ...int) {
 	}
 }
 
-// sizesTo are sizes around everything that matters up to an MTU.
+// sizesTo returns frame sizes around all limits up to an MTU.
 func sizesTo(mtu int) (sizes []int) {
 	for _, n := range []int{60, 1513, 1514, 1515, 1518, 1519, 2000, 3000, 4095, 4096, 4097, 8191, 8193, 9013, 9014,
 		9015, 20000, 32768, 40000, 65013, 65014, 65535} {
@@ -126,7 +126,7 @@ func TestMTURaisedAtBothEndsIsFollowed(t *testing.T) {
 				both(mtu)
 			}
 			both(9000)
-			// Segments of TCP are as long as the MTU allows.
+			// TCP segments may be as long as the MTU.
 			b, off := partialTCP(60000)
 			off.GSO, off.GSOSize, off.HeaderLen = GSOTCP4, 9000-40, 54
 			for _, way := range [][2]Link{{pg, pd}, {pd, pg}} {
@@ -157,7 +157,8 @@ func TestMTURaisedAtBothEndsIsFollowed(t *testing.T) {
 	}
 }
 
-// A TAP of another process's network namespace cannot be asked: the frames show it.
+// The MTU of a TAP from another process's network namespace cannot be read. The joint
+// infers it from the frames.
 func TestRaisedMTUOfATAPFromElsewhereIsFollowed(t *testing.T) {
 	first := openTAP(t, TAPConfig{})
 	f, err := first.File()
@@ -179,10 +180,10 @@ func TestRaisedMTUOfATAPFromElsewhereIsFollowed(t *testing.T) {
 	got := h.listen()
 	h.join(context.Background(), w.Back, tap)
 	send(t, p, Offload{}, testFrame(60))
-	next(t, got) // the joint runs, and is left segmentation
+	next(t, got) // the joint runs, and has turned segmentation offload on
 	setMTU(t, tap.Name(), 9000)
-	// Segments may be longer than the interface's MTU, if they came over a bridge: they
-	// show nothing.
+	// Segments that come over a bridge may be longer than the interface's MTU, so the
+	// joint infers nothing from them.
 	b, off := partialTCP(20000)
 	off.GSO, off.GSOSize, off.HeaderLen = GSOTCP4, 4000, 54
 	send(t, p, off, b)
@@ -211,7 +212,7 @@ func TestRaisedMTUOfAPacketSocketIsFollowed(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	// The guest's MTU is raised first: the interface does not take that.
+	// The guest's MTU is raised first: the interface does not take its frames.
 	guest(9014)
 	guest(60)
 	if b, _ := receive(t, p); len(b) != 60 {
@@ -235,7 +236,7 @@ func TestRaisedMTUOfAPacketSocketIsFollowed(t *testing.T) {
 	}
 	told(t, log, raisedLink, "interface="+far, "interface_mtu=9000")
 
-	// Segments that are cut here are as long, and the frames behind them are whole.
+	// Segments that the joint cuts may be as long, and the frames behind them arrive.
 	u := uncut{}
 	u.frame, u.off = partialTCP(60000)
 	u.off.GSO, u.off.GSOSize, u.off.HeaderLen, u.off.ECN = GSOTCP4, 9000-40, 54, true
@@ -254,7 +255,7 @@ func TestRaisedMTUOfAPacketSocketIsFollowed(t *testing.T) {
 			}
 		}
 	}
-	// But no longer.
+	// Longer segments are dropped.
 	u.off.GSOSize = 9001
 	send(t, p, u.off, u.frame)
 	settle(t, j, func(st JointStats) bool { return st.Oversize == 1 && st.Refused+st.Uncut == 0 })
@@ -263,7 +264,7 @@ func TestRaisedMTUOfAPacketSocketIsFollowed(t *testing.T) {
 	}
 }
 
-// An interface that had a larger MTU before it was joined says nothing about the vif.
+// An interface's MTU that was larger before the joint ran does not raise the vif's.
 func TestFramesBeyondTheVifAreSaidOnceAndCounted(t *testing.T) {
 	tap := openTAP(t, TAPConfig{MTU: 9000})
 	p := openPacket(t, tap.Name())
@@ -282,7 +283,7 @@ func TestFramesBeyondTheVifAreSaidOnceAndCounted(t *testing.T) {
 	settle(t, j, func(st JointStats) bool { return st.Oversize == 3 })
 	settle(t, j, func(JointStats) bool { return lostOf(w.Back, telemetry.DropTooLong) == 3 })
 
-	// Raised further it does.
+	// If the MTU is raised further, longer frames pass.
 	setMTU(t, tap.Name(), 9100)
 	for _, size := range []int{5000, 9114} {
 		want := testFrame(size)
@@ -309,7 +310,7 @@ func lostOf(dev *pvnet.Device, r telemetry.Reason) uint64 {
 	return st.TX.Lost(r)
 }
 
-// The MTU of an interface does not speak of tags, of which a provider's frames have two.
+// The MTU of an interface does not count VLAN tags; 802.1ad frames have two.
 func TestFramesWithTwoTagsPass(t *testing.T) {
 	tap := openTAP(t, TAPConfig{})
 	cfg, log := logged(pvnet.Config{})
@@ -330,7 +331,8 @@ func TestFramesWithTwoTagsPass(t *testing.T) {
 	told(t, log, beyondVif, "frame=1523")
 }
 
-// A vif whose other end takes frames of one page only says so, and has the others.
+// If the other end takes only frames of one page, the joint logs that once for longer
+// frames, and passes the others on.
 func TestPeerThatTakesNoLongFramesIsSaidOnce(t *testing.T) {
 	lab := labtest.New(t, emu.Config{})
 	lab.Domain(1)

@@ -11,36 +11,36 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TAPConfig describes a TAP. The zero TAPConfig is a new one under a name the
-// kernel picks, with an MTU of 1500.
+// TAPConfig describes a TAP. The zero TAPConfig describes a new TAP with a name that the
+// kernel picks and an MTU of 1500.
 type TAPConfig struct {
 	Name string // at most 15 bytes; "tap%d" has the kernel put in a number
 	MTU  int    // 68 to 65521; 0 leaves it as it is
 
-	// Attach joins a TAP that exists and that nobody holds, as "ip tuntap add
-	// mode tap user NAME" makes them, which takes no privilege. Without it a name
-	// in use is an error.
+	// Attach joins an existing TAP that no process holds, such as one made by "ip tuntap
+	// add mode tap user NAME"; NAME then needs no privilege. Without Attach a name in
+	// use is an error.
 	Attach bool
 }
 
-// A TAP is the outside of a virtual Ethernet card of this kernel: what the kernel
-// sends through the card is read here, what is written here the card receives.
+// A TAP is the outside of a virtual Ethernet card of this kernel: ReadFrame reads the
+// frames that the kernel sends through the card, and the card receives the frames of
+// WriteFrame.
 //
-// The card has no offloads: the kernel is told that this end takes complete,
-// unsegmented frames only, but while a [Joint] runs. In the other direction WriteFrame
-// passes any Offload.
-// A TAP that OpenTAP made goes when its last descriptor is closed.
+// Except while a [Joint] runs, the kernel sends only complete, unsegmented frames through
+// the card. In the other direction WriteFrame takes any Offload. A TAP that OpenTAP made
+// disappears when its last descriptor is closed.
 type TAP struct {
 	port
-	spare [1]byte  // beyond the caller's buffers: written only by a frame too large for them
+	spare [1]byte  // behind the caller's buffers: only a frame too large for them reaches it
 	asks  *os.File // a socket of the interface's network namespace; nil if it was opened elsewhere
 }
 
 var _ Link = (*TAP)(nil)
 
 // OpenTAP makes or joins a TAP, and brings its interface up. It needs CAP_NET_ADMIN in the
-// network namespace, or a TAP made for this user. Only this user may hold
-// further queues of it.
+// network namespace, or an existing TAP that belongs to this user. No other user may open
+// further queues of the TAP.
 //
 // The error is an [*OpenError]: EPERM or EACCES (no permission), EBUSY (the name is in
 // use), ENOENT or ENODEV (the kernel has no TAPs), EINVAL (a name or an MTU no
@@ -53,8 +53,8 @@ func OpenTAP(cfg TAPConfig) (*TAP, error) {
 	return taps[0], nil
 }
 
-// OpenTAPQueues is OpenTAP for a card with n queues, 1 to 256: n links of one name. The
-// kernel spreads the flows it sends over those that are open.
+// OpenTAPQueues is OpenTAP for a card with n queues, 1 to 256. It returns one link per
+// queue, all with the same name. The kernel spreads its flows over the open queues.
 func OpenTAPQueues(cfg TAPConfig, n int) ([]*TAP, error) {
 	if n < 1 || n > 256 { // MAX_TAP_QUEUES of drivers/net/tun.c
 		return nil, &OpenError{Link: tapCalled(cfg.Name), Step: fmt.Sprintf("open %d queues", n), Err: unix.EINVAL}
@@ -131,15 +131,15 @@ func attachQueue(fd int, name string, flags uint16) (string, error) {
 		return "", tapError(name, "TUNSETIFF", err)
 	}
 	name = ifr.Name()
-	// Without an owner anyone could open a further queue, and read there what was
-	// meant for this one.
+	// Without an owner any user could open a further queue, and read frames of this
+	// card there.
 	if err := unix.IoctlSetInt(fd, unix.TUNSETOWNER, os.Geteuid()); err != nil {
 		return "", tapError(name, "TUNSETOWNER", err)
 	}
 	return name, configureQueue(fd, name)
 }
 
-// configureQueue says how long the header is and that this end does no offload.
+// configureQueue sets the size of the virtio_net_hdr and turns all offloads off.
 func configureQueue(fd int, name string) error {
 	if err := unix.IoctlSetPointerInt(fd, unix.TUNSETVNETHDRSZ, headerSize); err != nil {
 		return tapError(name, "TUNSETVNETHDRSZ", err)
@@ -153,12 +153,12 @@ func configureQueue(fd int, name string) error {
 // Close: see [Link].
 func (t *TAP) Close() error {
 	if t.asks != nil {
-		_ = t.asks.Close() // again, if this is not the first call
+		_ = t.asks.Close() // fails from the second call on
 	}
 	return t.port.Close()
 }
 
-// mtuNow is the MTU the card has now; 0 if this process cannot see it.
+// mtuNow returns the card's current MTU, or 0 if this process cannot read it.
 func (t *TAP) mtuNow() (mtu int) {
 	if t.asks == nil {
 		return 0
@@ -186,7 +186,8 @@ func (t *TAP) mtuNow() (mtu int) {
 	return mtu
 }
 
-// setOffloads holds for all queues of the card.
+// setOffloads turns TCP segmentation and checksum offload on or off for all queues of the
+// card.
 func (t *TAP) setOffloads(on bool) (err error) {
 	left := 0
 	if on {
@@ -196,8 +197,8 @@ func (t *TAP) setOffloads(on bool) (err error) {
 	return errors.Join(ctlErr, err)
 }
 
-// setUp gives the interface its MTU, if any, brings it up, and fills in info. s is a
-// socket of its network namespace.
+// setUp sets the interface's MTU unless mtu is 0, brings the interface up, and fills in
+// info. s is a socket of the interface's network namespace.
 func setUp(s int, info *Info, mtu int) error {
 	name := info.Name
 	ifr, err := unix.NewIfreq(name)
@@ -241,10 +242,10 @@ func interfaceInfo(name string) (Info, error) {
 	return info, nil
 }
 
-// NewTAP takes over f, a TAP that another process opened: what [TAP.File] gave there, or any
-// opened with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR. Its interface may be in a network
-// namespace this process cannot see, so info is the caller's word. f is closed
-// also if NewTAP fails.
+// NewTAP takes over f, a TAP that another process opened: it comes from [TAP.File], or was
+// opened with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR. The interface may be in a network
+// namespace that this process cannot see, so NewTAP trusts info. It closes f, also if it
+// fails.
 func NewTAP(f *os.File, info Info) (*TAP, error) {
 	defer f.Close()
 	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 3)
@@ -279,7 +280,7 @@ func checkQueue(fd int, name string) error {
 }
 
 func (t *TAP) init(fd int, info Info) error {
-	// A reader that the removal of the interface wakes is answered EFAULT.
+	// When the removal of the interface wakes a reader, the kernel returns EFAULT.
 	if err := t.port.init(fd, info, ErrGone, ErrGone); err != nil {
 		return err
 	}
@@ -306,8 +307,8 @@ func (t *TAP) read(bufs [][]byte, wait bool) (n int, off Offload, err error) {
 		r.vec.add(b)
 	}
 	room := r.vec.size
-	// A TAP does not say that it cut a frame short. A byte more than the caller
-	// has room for shows it.
+	// A TAP does not report that it cut a frame short. A frame that fills the spare
+	// byte, too, was larger than the caller's buffers.
 	r.vec.add(t.spare[:])
 	err = t.receive(wait)
 	r.vec.clear()
@@ -321,8 +322,8 @@ func (t *TAP) read(bufs [][]byte, wait bool) (n int, off Offload, err error) {
 	return max(r.n-headerSize, 0), off, nil
 }
 
-// tapCalled is how an error names a TAP, which has no name before the kernel has put a
-// number in.
+// tapCalled returns the name of a TAP for an error. A TAP has no name of its own until the
+// kernel has picked the number.
 func tapCalled(name string) string {
 	if name == "" || strings.Contains(name, "%") {
 		return "new tap"

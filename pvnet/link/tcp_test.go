@@ -28,8 +28,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A space is a network namespace beside the one the tests run in, held by a
-// thread.
+// A space is a further network namespace, in which one thread runs.
 type space struct {
 	calls chan func()
 	ended chan struct{}
@@ -60,7 +59,7 @@ func newSpace(t testing.TB) *space {
 	return s
 }
 
-// do runs f in the namespace; nil is the one the tests run in.
+// do runs f in the namespace. A nil space is the namespace of the tests.
 func (s *space) do(f func()) {
 	if s == nil {
 		f()
@@ -109,7 +108,7 @@ func enableIPv6(name string) error {
 	return os.WriteFile("/proc/sys/net/ipv6/conf/"+name+"/disable_ipv6", []byte("0"), 0)
 }
 
-// counter reads a counter of the namespace's TCP.
+// counter reads a TCP counter of the namespace.
 func (s *space) counter(t testing.TB, name string) (n uint64) {
 	t.Helper()
 	s.do(func() {
@@ -141,10 +140,11 @@ func (s *space) counter(t testing.TB, name string) (n uint64) {
 	return n
 }
 
-// A cable is two kernels' TCP/IP, each behind a TAP and a vif's end.
+// A cable connects the TCP/IP of two network namespaces through a vif, with a TAP at each
+// end of it.
 type cable struct {
 	*host
-	far                 *space // at the frontend's end; the tests' own is at the backend's
+	far                 *space // at the frontend's end; the tests' namespace is at the backend's
 	nearAddr, farAddr   netip.Addr
 	nearJoint, farJoint *Joint
 }
@@ -167,7 +167,7 @@ func newCable(t testing.TB, mtu int, v6 bool, back, front pvnet.Config) *cable {
 // dial connects the two kernels; the far one listens.
 func (c *cable) dial() (near, far *net.TCPConn) { return c.dialMSS(0) }
 
-// dialMSS is dial with segments of so many bytes.
+// dialMSS is dial with a maximum segment size of mss bytes; 0 leaves the default.
 func (c *cable) dialMSS(mss int) (near, far *net.TCPConn) {
 	c.t.Helper()
 	limit := func(_, _ string, conn syscall.RawConn) (err error) {
@@ -219,8 +219,8 @@ func transfer(from, to *net.TCPConn, size int, seed byte) error {
 	return nil
 }
 
-// both moves size bytes each way, one after the other, and fails unless they arrive
-// and both kernels find every checksum right.
+// both moves size bytes in each direction, one after the other. It fails unless they arrive
+// and both kernels find every checksum correct.
 func (c *cable) both(size int, dial func() (near, far *net.TCPConn)) {
 	c.t.Helper()
 	const wrong = "InCsumErrors"
@@ -270,7 +270,7 @@ func TestKernelsTalkThroughAVif(t *testing.T) {
 					} {
 						st := end.dev.Stats()
 						in := st.RX.Get(telemetry.GSOPackets)
-						// An acknowledgement may be quicker than the count.
+						// An acknowledgement may arrive before the joint counts.
 						settle(t, end.joint, func(js JointStats) bool { return js.ToLinkGSO == in })
 						js := end.joint.Stats()
 						if js.FromLinkGSO == 0 || js.Segments != 0 {
@@ -292,8 +292,8 @@ func TestKernelsTalkThroughAVif(t *testing.T) {
 	}
 }
 
-// A peer that speaks of small segments has its frames left whole too: whoever takes them
-// cuts them, be the pieces as many as they are.
+// Frames for a peer with a small MSS are left whole, too. The end that cuts them makes as
+// many segments as it takes.
 func TestSmallSegmentsAreCut(t *testing.T) {
 	for _, offload := range []bool{true, false} {
 		t.Run(fmt.Sprintf("offload=%t", offload), func(t *testing.T) {
@@ -309,7 +309,7 @@ func TestSmallSegmentsAreCut(t *testing.T) {
 	}
 }
 
-// Each queue of a card with several leaves its work to a queue of the vif.
+// Every queue of a multi-queue TAP leaves its work to a queue of the vif.
 func TestQueuesOfACardLeaveTheirWork(t *testing.T) {
 	far := newSpace(t)
 	near, there := netip.MustParsePrefix("198.51.100.1/24"), netip.MustParsePrefix("198.51.100.2/24")
@@ -346,8 +346,8 @@ func TestQueuesOfACardLeaveTheirWork(t *testing.T) {
 	}
 }
 
-// BenchmarkTCP moves a stream from one kernel's TCP/IP to the other's. Where long frames
-// are not taken the sender cuts them.
+// BenchmarkTCP moves a stream from one namespace's TCP/IP to the other's. Without offloads
+// the sender cuts long frames.
 func BenchmarkTCP(b *testing.B) {
 	for _, mtu := range []int{1500, 9000} {
 		for _, long := range []bool{true, false} {

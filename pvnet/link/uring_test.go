@@ -18,7 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// needURing skips where the kernel gives no io_uring, and says why.
+// needURing skips the test if io_uring cannot be used, and says why.
 func needURing(t testing.TB) {
 	t.Helper()
 	r, err := openURing()
@@ -31,7 +31,7 @@ func needURing(t testing.TB) {
 	r.close()
 }
 
-// needNoWait skips where a TAP cannot be read in bursts.
+// needNoWait skips the test if a TAP has no reads without waiting.
 func needNoWait(t testing.TB) {
 	t.Helper()
 	needURing(t)
@@ -68,14 +68,15 @@ func writers(t testing.TB, tap *TAP) *tapWriter {
 	return w.(*tapWriter)
 }
 
-// rooms adds n frames that are read into the reader's own memory.
+// rooms adds n reads into the reader's own memory.
 func rooms(r *tapReader, n int) {
 	for i := range n {
 		r.add([][]byte{r.room(i)})
 	}
 }
 
-// workers are the threads the kernel has added to this process for requests that wait.
+// workers returns the threads that the kernel has added to this process for requests that
+// wait.
 func workers(t testing.TB) (found []string) {
 	t.Helper()
 	names, err := filepath.Glob("/proc/self/task/*/comm")
@@ -150,7 +151,7 @@ func TestABurstIsOneCallAndKeepsTheOrder(t *testing.T) {
 	}
 }
 
-// Each frame has the verdict it would have alone.
+// Each frame of a burst gets the same error as alone.
 func TestFramesOfABurstFailAlone(t *testing.T) {
 	tap := openTAP(t, TAPConfig{})
 	p := openPacket(t, tap.Name())
@@ -255,7 +256,7 @@ func TestReadingsOfABurstAreThoseOfReadFrame(t *testing.T) {
 	}
 	p.Close()
 
-	// What ends or interrupts a wait.
+	// A wait ends with a frame, a deadline or Close.
 	wait1 := func() error {
 		rooms(r, 2)
 		got, err := r.read(true)
@@ -330,8 +331,8 @@ func TestCloseEndsABurst(t *testing.T) {
 	}
 }
 
-// Where the kernel waits all the same, a ring takes back what does. A frame that comes
-// later is not lost in it.
+// If requests wait in the kernel, the ring cancels them. A frame that comes later is not
+// lost.
 func TestRequestsThatWaitAreTakenBack(t *testing.T) {
 	tap := openTAP(t, TAPConfig{})
 	p := openPacket(t, tap.Name())
@@ -405,7 +406,7 @@ func TestAKernelThatMayWaitReadsBursts(t *testing.T) {
 	}
 }
 
-// A frame that comes just when a request is cancelled is read by one of them, and in turn.
+// Frames that come while requests are being cancelled are read in order.
 func TestFramesThatComeMeanwhileKeepTheirOrder(t *testing.T) {
 	tap := openTAP(t, TAPConfig{})
 	p := openPacket(t, tap.Name())
@@ -460,7 +461,7 @@ func TestRequestsThatTheKernelRefuses(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer r.close()
-	// It stops submitting at one that is malformed, and is asked to go on.
+	// The kernel stops submitting at a malformed request; the ring submits the rest.
 	const odd = 7
 	for i := range batch {
 		op := uint8(opNop)
@@ -482,7 +483,7 @@ func TestRequestsThatTheKernelRefuses(t *testing.T) {
 		t.Errorf("%d calls", r.calls)
 	}
 
-	// What it never saw is as if it had not been put.
+	// Requests that the kernel never saw must not run later.
 	fd := r.fd
 	for range 3 {
 		r.put(opNop, 0, nil, 0)
@@ -503,7 +504,7 @@ func TestRequestsThatTheKernelRefuses(t *testing.T) {
 	}
 }
 
-// A ring has room for its indexes to wrap, and for more answers than requests.
+// The indexes of a ring wrap, and a ring holds more answers than requests.
 func TestRingGoesRound(t *testing.T) {
 	needURing(t)
 	r, err := openURing()
@@ -564,7 +565,7 @@ func TestNoRingIsLeft(t *testing.T) {
 				}
 			}
 		}
-		runtime.GC() // has a pin that is left panic
+		runtime.GC() // panics if a pin was leaked
 	}
 	round()
 	before, mapped := descriptors(t), mappings()
@@ -576,7 +577,7 @@ func TestNoRingIsLeft(t *testing.T) {
 	}
 }
 
-// A frame of a TAP whose send buffer has an end may have to wait, and none may pass it.
+// With a limited send buffer a frame may have to wait, and later frames must not pass it.
 func TestTAPWithASendBufferIsWrittenOneByOne(t *testing.T) {
 	tap := openTAP(t, TAPConfig{})
 	needURing(t)
@@ -590,7 +591,7 @@ func TestTAPWithASendBufferIsWrittenOneByOne(t *testing.T) {
 	}
 }
 
-// Nothing is mapped of a ring that is not laid out as ours has to be.
+// A ring whose layout is not the expected one is refused before anything is mapped.
 func TestRingOfAnotherLayoutIsRefused(t *testing.T) {
 	good := uringParams{features: featWanted, sqEntries: batch, cqEntries: 2 * batch}
 	good.sq.array, good.cq.cqes = 1024, 64

@@ -61,7 +61,7 @@ var (
 	_ [80]byte  = [unsafe.Offsetof(uringParams{}.cq)]byte{}
 )
 
-// Of linux/io_uring.h. The features are all there from Linux 5.6 on.
+// Constants of linux/io_uring.h. Linux has all these features from 5.6 on.
 const (
 	opNop    = 0
 	opReadv  = 1
@@ -82,39 +82,39 @@ const (
 
 // A uring runs up to batch requests in one system call. It belongs to one goroutine.
 //
-// It is for requests the kernel answers at once: see dontWait. They run one after the
-// other, in order, in the thread that submits them, none by a thread of the kernel's own,
-// and when run returns the kernel is done with all memory they named. Where it cannot be
-// told not to wait (mayWait), those that do are cancelled, and may have run in another
-// order.
+// It is for requests that the kernel answers at once: see dontWait. Such requests run in
+// order in the thread that submits them, never in a worker thread of the kernel, and when
+// run returns the kernel no longer uses the memory they name. If the kernel cannot be told
+// not to wait (mayWait), run cancels the requests that wait; then requests may have run in
+// another order.
 type uring struct {
 	fd    int
-	rings []byte // both mapped
-	slots []byte
+	rings []byte // mapped: the indexes and the completion queue
+	slots []byte // mapped: the submission queue entries
 
 	sqHead, sqTail *atomic.Uint32 // in rings; the kernel writes head, we tail
 	cqHead, cqTail *atomic.Uint32 // in rings; we write head, the kernel tail
 	sqes           *[batch]sqe
 	cqes           *[2 * batch]cqe
 	n              uint32 // requests put since the last run
-	nowait         uint32 // of reads and writes: see dontWait
-	mayWait        bool   // it is no error if some wait
+	nowait         uint32 // rw_flags of reads and writes: see dontWait
+	mayWait        bool   // requests may wait; run cancels them without an error
 
-	answered uint32       // requests of the last run that have answers
-	has      [batch]bool  // those whose answer is in res
-	res      [batch]int32 // of the last run: a count, or an error negated
-	order    [batch]uint8 // of the last run: the requests as they were answered
-	calls    uint64       // of io_uring_enter
+	answered uint32       // number of requests of the last run that have answers
+	has      [batch]bool  // has[i]: the answer to request i is in res[i]
+	res      [batch]int32 // of the last run: a count, or a negated errno
+	order    [batch]uint8 // of the last run: the requests in the order of their answers
+	calls    uint64       // number of calls of io_uring_enter
 }
 
 var _ [256 - batch]struct{} // order can hold them
 
-// errLate is what run returns if the kernel had not answered all requests when it was
-// done with submitting them. It has by then, but may have run them out of order.
+// errLate is the error of run if some requests had no answer after run had submitted them
+// all. All have one by the time run returns, but the kernel may have run them out of order.
 var errLate = errors.New("link: io_uring did not complete requests at once")
 
-// openURing makes a ring and tries it. The error is the kernel's: ENOSYS (none in this
-// kernel), EPERM (kernel.io_uring_disabled, or a filter of system calls), ENOMEM.
+// openURing makes a ring and tries it. The error is the kernel's: ENOSYS (no io_uring in
+// this kernel), EPERM (kernel.io_uring_disabled, or a system call filter), ENOMEM.
 func openURing() (*uring, error) {
 	var p uringParams
 	fd, _, errno := unix.Syscall(unix.SYS_IO_URING_SETUP, batch, uintptr(unsafe.Pointer(&p)), 0)
@@ -133,8 +133,8 @@ func openURing() (*uring, error) {
 	return r, nil
 }
 
-// mmap maps the rings. All offsets are checked against the mappings here, and all
-// indexes are masked by the sizes of the arrays.
+// mmap maps the rings. It checks all offsets against the mappings; every index is reduced
+// modulo the size of its array.
 func (r *uring) mmap(p *uringParams) (err error) {
 	if p.features&featWanted != featWanted || p.sqEntries != batch || p.cqEntries != 2*batch {
 		return fmt.Errorf("io_uring of features %#x with %d and %d entries: %w", p.features, p.sqEntries, p.cqEntries, errors.ErrUnsupported)
@@ -164,7 +164,7 @@ func (r *uring) mmap(p *uringParams) (err error) {
 	return nil
 }
 
-// try finds out whether requests may be submitted, too.
+// try submits a request: a system call filter may allow io_uring_setup only.
 func (r *uring) try() error {
 	r.put(opNop, 0, nil, 0)
 	if err := r.run(); err != nil {
@@ -176,7 +176,7 @@ func (r *uring) try() error {
 	return nil
 }
 
-// close frees the ring. No request is under way but in run.
+// close frees the ring. Requests are in flight only inside run, so there are none.
 func (r *uring) close() {
 	for _, m := range [][]byte{r.rings, r.slots} {
 		if m != nil {
@@ -187,8 +187,8 @@ func (r *uring) close() {
 	*r = uring{fd: -1}
 }
 
-// put adds a request to those of the next run, at most batch. The caller keeps iov, of
-// len entries, and the buffers they name reachable, and pinned, until run returns.
+// put adds a request to the next run, which takes at most batch. iov has len entries. The
+// caller keeps them and their buffers reachable, and pinned, until run returns.
 func (r *uring) put(op uint8, fd uintptr, iov *unix.Iovec, len int) {
 	s := sqe{opcode: op, fd: int32(fd), addr: uint64(uintptr(unsafe.Pointer(iov))), len: uint32(len), userData: uint64(r.n)}
 	if op != opNop {
@@ -198,10 +198,10 @@ func (r *uring) put(op uint8, fd uintptr, iov *unix.Iovec, len int) {
 	r.n++
 }
 
-// dontWait has the kernel answer EAGAIN where a read or write of fd would wait. That fd is
-// non-blocking is not enough: the request would stay in the ring until there is a frame.
-// If the file has no FMODE_NOWAIT, as TAPs before Linux 6.4, it fails with EOPNOTSUPP. The
-// read has no room, and takes no frame.
+// dontWait makes the kernel answer EAGAIN if a read or write of fd would wait. A
+// non-blocking fd is not enough: the request would stay in the ring until there is a frame.
+// dontWait fails with EOPNOTSUPP if the file has no FMODE_NOWAIT, like TAPs before Linux
+// 6.4. It tries a read without buffers, which takes no frame.
 func (r *uring) dontWait(fd uintptr) error {
 	r.nowait = unix.RWF_NOWAIT
 	r.put(opReadv, fd, nil, 0)
@@ -217,12 +217,12 @@ func (r *uring) dontWait(fd uintptr) error {
 
 func (r *uring) slot(i uint32, s sqe) { r.sqes[(r.sqTail.Load()+i)%batch] = s }
 
-// run submits what was put and waits for the answers, which are in res. If it fails,
-// requests that the kernel never saw are answered EAGAIN.
+// run submits the requests and collects their answers in res. If it fails, a request that
+// the kernel never saw has the answer EAGAIN.
 func (r *uring) run() error {
 	n := r.n
 	r.n, r.answered, r.has = 0, 0, [batch]bool{}
-	for i := range n { // of those that the kernel never sees
+	for i := range n { // stays so for requests that the kernel never sees
 		r.order[i] = uint8(i)
 	}
 	err := r.submit(n, enterGetEvents)
@@ -241,8 +241,8 @@ func (r *uring) run() error {
 	return err
 }
 
-// submit passes n requests on. With enterGetEvents the kernel also runs what
-// it has put off until this thread next asks, without waiting.
+// submit passes n requests to the kernel. With enterGetEvents the kernel also completes
+// work that it deferred to this thread, without waiting.
 func (r *uring) submit(n, flags uint32) error {
 	r.sqTail.Add(n)
 	for n > 0 {
@@ -254,7 +254,7 @@ func (r *uring) submit(n, flags uint32) error {
 		case k == 0:
 			return fmt.Errorf("io_uring_enter took none of %d requests: %w", n, unix.EAGAIN)
 		default:
-			n -= min(k, n) // short after one that is malformed
+			n -= min(k, n) // k < n: the kernel stopped at a malformed request
 		}
 	}
 	return nil
@@ -272,15 +272,15 @@ func (r *uring) enter(submit, complete, flags uint32) (uint32, syscall.Errno) {
 	return uint32(k), errno
 }
 
-// takeBack takes back the requests that the kernel did not take, and returns how many:
-// it looks at the tail only when asked to submit.
+// takeBack takes back the requests that the kernel did not take, and returns how many. It
+// may move the tail back because the kernel reads the tail only in io_uring_enter.
 func (r *uring) takeBack() uint32 {
 	left := r.sqTail.Load() - r.sqHead.Load()
 	r.sqTail.Add(-left)
 	return left
 }
 
-// reap takes the answers that are there, in whatever order.
+// reap collects the answers that are there. Each is taken once, in the order of arrival.
 func (r *uring) reap() {
 	head := r.cqHead.Load()
 	for tail := r.cqTail.Load(); head != tail; head++ {
@@ -294,12 +294,13 @@ func (r *uring) reap() {
 	r.cqHead.Store(head)
 }
 
-// cancelled marks the answer to a request to cancel.
+// cancelled is the userData of requests to cancel; reap ignores their answers.
 const cancelled = 1 << 32
 
-// cancel waits until all of the last run's requests have answers. Someone who shares the descriptor made it a
-// blocking one: the kernel waits for a frame, or for room, and would write to
-// memory that is used otherwise by then.
+// cancel cancels the requests of the last run that have no answers, and waits for an
+// answer. Such requests wait in the kernel for a frame or for room: because of mayWait, or
+// because another holder of the descriptor made it a blocking one. They must not outlive
+// run, because the kernel would write to memory that has another use by then.
 func (r *uring) cancel(all uint32) {
 	n := uint32(0)
 	for i := range all {

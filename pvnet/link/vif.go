@@ -5,8 +5,8 @@ import (
 	"barevif/pvnet/packet"
 )
 
-// leftOf is what a frame of a vif still needs, in the words of a link. It reports
-// false for a frame whose headers are not what it says they are.
+// leftOf returns the work that is left to do to a frame of a vif, as an Offload. It
+// reports false for a frame whose headers contradict its checksum state or its GSO.
 func leftOf(f *pvnet.Frame) (off Offload, ok bool) {
 	if f.Checksum() != pvnet.ChecksumPartial {
 		return off, true
@@ -33,14 +33,14 @@ func leftOf(f *pvnet.Frame) (off Offload, ok bool) {
 	return off, h.L5 != 0
 }
 
-// repeats reports whether a card that cuts a TCP segment would repeat its CWR bit in each
-// piece: of a vif there is no word for ECN.
+// repeats reports whether a card without ECN support would repeat the CWR bit of a TCP
+// segment in each piece. The vif protocol has no flag for ECN, so the header decides.
 func repeats(head []byte, h *packet.Headers) bool {
 	return h.Proto == packet.TCP && h.L5 != 0 && head[h.L4+13]&0x80 != 0
 }
 
-// leave has the vif, or its other end, do what off says is left to do to f. It
-// reports false, and f is as it was, if they do not do that.
+// leave marks f so that the vif, or its other end, does the work that off describes. It
+// reports false, and leaves f unchanged, if the vif protocol cannot express that work.
 func leave(f *pvnet.Frame, off Offload) bool {
 	switch {
 	case off.GSO == GSONone && off.Checksum == ChecksumNone:
@@ -59,10 +59,10 @@ func leave(f *pvnet.Frame, off Offload) bool {
 		return true
 	}
 	g, ok := off.vif()
-	return ok && !off.ECN && f.SetGSO(g) == nil // of ECN see repeats
+	return ok && !off.ECN && f.SetGSO(g) == nil // see repeats for ECN
 }
 
-// vif is how the frame is to be cut in the words of a vif, which has them for TCP only.
+// vif returns the GSO of o for a frame of a vif. The vif protocol has types for TCP only.
 func (o *Offload) vif() (g pvnet.GSO, ok bool) {
 	g.Size = o.GSOSize
 	switch o.GSO {

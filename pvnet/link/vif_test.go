@@ -18,17 +18,18 @@ import (
 	"barevif/xenbus/toolstack"
 )
 
-// A bare link is nothing but its script.
+// A bare link is a scripted link without a link behind it.
 type bare struct{ scripted }
 
 func (*bare) SetReadDeadline(time.Time) error { return nil }
 func (*bare) MTU() int                        { return 1500 }
 func (*bare) Name() string                    { return "bare" }
 
-// FuzzFrameAndHeader has a kernel say anything of any frame, and looks at what the
-// guest gets of it: whole frames, which differ from it where the header says so.
+// FuzzFrameAndHeader reads any frame with any offload. The guest must get whole frames that
+// differ from the input only as the offload demands.
 func FuzzFrameAndHeader(f *testing.F) {
-	// The fuzzing engine will, which the count of goroutines must not blame us for.
+	// The fuzzing engine calls Notify, which starts a goroutine. Start it now, so that it
+	// does not count as a leak of the test.
 	c := make(chan os.Signal, 1)
 	signal.Notify(c, os.Interrupt)
 	signal.Stop(c)
@@ -100,7 +101,7 @@ func FuzzFrameAndHeader(f *testing.F) {
 		}
 		h, ok := packet.Parse(frame, len(frame))
 		if !ok || h.End != len(frame) {
-			return // what lies behind the packet is nobody's
+			return // the bytes behind the packet have no defined fate
 		}
 		if h.L5 != 0 && len(frame)-h.L5 <= int(off.GSOSize) {
 			if len(out) != 1 {
@@ -120,14 +121,14 @@ func FuzzFrameAndHeader(f *testing.F) {
 	})
 }
 
-// sameBut fails if b is not the frame, but for the checksum that was left.
+// sameBut fails unless b equals the frame except for the checksum field of off.
 func sameBut(t *testing.T, b, frame []byte, off Offload) {
 	t.Helper()
 	if len(b) == len(frame) && off.Checksum == ChecksumPartial {
 		at := int(off.SumStart) + int(off.SumOffset)
 		b = bytes.Clone(b)
 		copy(b[at:at+2], frame[at:])
-		if off.SumOffset == 8 { // of SCTP there are four bytes
+		if off.SumOffset == 8 { // SCTP's checksum has four bytes
 			copy(b[at:at+4], frame[at:])
 		}
 	}

@@ -17,17 +17,17 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 )
 
-// batch is how many frames are moved at a time at most.
+// batch is the largest number of frames that move in one call.
 const batch = 32
 
-// A card is the stack's link endpoint on a device, and its queueing discipline too.
+// A card is the stack's link endpoint on a device, and also its queueing discipline.
 type card struct {
 	dev *pvnet.Device
-	mtu int // 0: the device's
+	mtu int // 0 means the device's
 	tx  []*sender
 	rx  []*pvnet.RX
 
-	clock   *clock // the stack's; nil: the usual one
+	clock   *clock // the stack's clock; nil for gVisor's standard clock
 	known   atomic.Pointer[address]
 	stack   atomic.Pointer[stack.NetworkDispatcher]
 	workers sync.WaitGroup
@@ -68,7 +68,7 @@ func (c *card) start() {
 	}
 }
 
-// drain waits until the senders have nothing left, but not for long.
+// drain waits until the senders' queues are empty, but not longer than patience.
 func (c *card) drain(patience time.Duration) {
 	end := time.Now().Add(patience)
 	for _, tx := range c.tx {
@@ -76,7 +76,7 @@ func (c *card) drain(patience time.Duration) {
 	}
 }
 
-// stop ends the goroutines and waits for them.
+// stop ends the card's goroutines and waits for them.
 func (c *card) stop() {
 	for _, rx := range c.rx {
 		rx.SetDeadline(past)
@@ -90,9 +90,9 @@ func (c *card) stop() {
 // past is a deadline that has passed.
 var past = time.Unix(1, 0)
 
-// receive gives the stack what rx receives, until the device ends or the deadline
-// passes. It gives the frames back before the stack has a look at the copies. The
-// stack's own merging of segments (GRO) costs more here than it saves.
+// receive delivers the frames of rx to the stack, until the device ends or the deadline
+// passes. It releases the frames before the stack processes the copies. It does not use
+// the stack's merging of segments (GRO), which costs more here than it saves.
 func (c *card) receive(rx *pvnet.RX) {
 	var frames [batch]pvnet.Frame
 	var packets [batch]*stack.PacketBuffer
@@ -108,7 +108,7 @@ func (c *card) receive(rx *pvnet.RX) {
 				count++
 			}
 		}
-		_ = rx.Release(frames[:n]) // they came from rx: none is stale
+		_ = rx.Release(frames[:n]) // cannot fail: the frames came from rx and are not stale
 		up := c.stack.Load()
 		c.clock.expire()
 		for i, p := range packets[:count] {
@@ -121,8 +121,8 @@ func (c *card) receive(rx *pvnet.RX) {
 	}
 }
 
-// packet copies a frame, or counts why it is dropped. The stack checks every
-// checksum, so that one the peer left blank is completed.
+// packet copies a frame into a packet, or counts why it drops the frame. It completes a
+// checksum that the peer left to us, because the stack checks every checksum.
 func (c *card) packet(f *pvnet.Frame) *stack.PacketBuffer {
 	if f.Len() < header.EthernetMinimumSize || f.CompleteChecksum() != nil {
 		c.malformed.Add(1)
@@ -130,11 +130,11 @@ func (c *card) packet(f *pvnet.Frame) *stack.PacketBuffer {
 	}
 	view := buffer.NewViewSize(f.Len())
 	f.CopyTo(view.AsSlice())
-	// Only the copy is looked at: a lent page can still change.
+	// Look only at the copy: the peer can still change a lent page.
 	eth := header.Ethernet(view.AsSlice())
 	own := c.LinkAddress()
 	kind := tcpip.PacketHost
-	var lost *atomic.Uint64 // where the frame is counted, if it is dropped
+	var lost *atomic.Uint64 // the counter for a frame that is dropped
 	switch dst := eth.DestinationAddress(); {
 	case dst == own:
 	case dst == header.EthernetBroadcastAddress:
@@ -165,10 +165,10 @@ func (c *card) packet(f *pvnet.Frame) *stack.PacketBuffer {
 	return p
 }
 
-// untag takes the VLAN tags off that name no VLAN: IEEE 802.1Q gives VLAN 0 to frames
-// of the untagged network that carry a priority. It moves the addresses behind the
-// tags and returns how many bytes are to be cut from the front. A frame of another
-// VLAN is not for the stack; lost is where to count it.
+// untag takes off VLAN tags of VLAN 0, which IEEE 802.1Q gives to frames that carry a
+// priority but belong to no VLAN. It moves the addresses to behind the tags and returns
+// how many bytes the caller must cut from the front. lost is not nil if the frame must be
+// dropped, because it belongs to a VLAN or is malformed; it is the counter for that.
 func (c *card) untag(eth header.Ethernet) (tags int, lost *atomic.Uint64) {
 	const addresses, tag = 12, 4
 	for isTag(eth[tags:].Type()) {
@@ -218,7 +218,8 @@ func (c *card) WritePackets(list stack.PacketBufferList) (int, tcpip.Error) {
 	return len(packets), nil
 }
 
-// sender picks the same queue for all packets of a flow.
+// sender picks a queue by the packet's hash, so that a flow keeps to one queue and its
+// order.
 func (c *card) sender(p *stack.PacketBuffer) *sender {
 	n := c.dev.Active()
 	if n <= 1 {
@@ -227,14 +228,14 @@ func (c *card) sender(p *stack.PacketBuffer) *sender {
 	return c.tx[p.Hash%uint32(n)]
 }
 
-// An address is the card's, in the words of the device and of the stack.
+// An address is the card's MAC address in the types of the device and of the stack.
 type address struct {
 	mac  pvnet.MAC
 	link tcpip.LinkAddress
 }
 
-// LinkAddress implements stack.LinkEndpoint. It is the device's, which may be another
-// one with each connection.
+// LinkAddress implements stack.LinkEndpoint. It returns the device's address, which can
+// change when the device reconnects.
 func (c *card) LinkAddress() tcpip.LinkAddress {
 	mac := c.dev.MAC()
 	a := c.known.Load()
@@ -245,8 +246,8 @@ func (c *card) LinkAddress() tcpip.LinkAddress {
 	return a.link
 }
 
-// MTU implements stack.LinkEndpoint. The device's may be another one with each
-// connection.
+// MTU implements stack.LinkEndpoint. The device's MTU can change when the device
+// reconnects.
 func (c *card) MTU() uint32 {
 	mtu := c.dev.MTU()
 	if c.mtu != 0 {
@@ -282,15 +283,15 @@ func (c *card) Attach(d stack.NetworkDispatcher) {
 // IsAttached implements stack.LinkEndpoint.
 func (c *card) IsAttached() bool { return c.stack.Load() != nil }
 
-// Capabilities implements stack.LinkEndpoint. Of checksums only those of TCP are left
-// to the peer, by way of HostGSOSupported.
+// Capabilities implements stack.LinkEndpoint. The stack leaves only TCP checksums to the
+// peer, which HostGSOSupported implies.
 func (c *card) Capabilities() stack.LinkEndpointCapabilities {
 	return stack.CapabilityResolutionRequired
 }
 
-// SupportedGSO implements stack.GSOEndpoint: large segments of TCP go down whole if
-// the peer takes them, and otherwise the stack cuts them at the last moment. A
-// connection asks once.
+// SupportedGSO implements stack.GSOEndpoint. If the peer takes large TCP segments, the stack
+// passes them to the card whole; otherwise it cuts them just before the card. A connection
+// asks once.
 func (c *card) SupportedGSO() stack.SupportedGSO {
 	if c.dev.PeerTakes(pvnet.GSOTCPv4) && c.dev.PeerTakes(pvnet.GSOTCPv6) {
 		return stack.HostGSOSupported
@@ -306,11 +307,12 @@ func (c *card) GSOMaxSize() uint32 {
 	return gsoSize
 }
 
-// gsoSize is in bytes; larger segments that the stack cuts bring no more.
+// gsoSize is the size in bytes of the large segments that the stack later cuts itself. Larger
+// ones are no faster.
 const gsoSize = 1 << 15
 
-// The rest of stack.LinkEndpoint and of stack.QueueingDiscipline. The card's
-// goroutines are ended by the Stack, which knows what comes before.
+// The rest of stack.LinkEndpoint and of stack.QueueingDiscipline. Close and Wait do nothing:
+// the Stack ends the card's goroutines, after the senders' queues have drained.
 func (c *card) MaxHeaderLength() uint16                 { return header.EthernetMinimumSize }
 func (c *card) ARPHardwareType() header.ARPHardwareType { return header.ARPHardwareEther }
 func (c *card) SetMTU(uint32)                           {}

@@ -11,7 +11,7 @@ import (
 	"barevif/pvnet"
 )
 
-// stationMAC and stationIP are a neighbour of the stack that is played by a test.
+// stationMAC and stationIP are the addresses of a neighbour, which the test plays.
 var (
 	stationMAC = pvnet.MAC{2, 0, 0, 0, 0, 9}
 	stationIP  = []byte{192, 0, 2, 9}
@@ -29,7 +29,7 @@ func sum16(b []byte) uint16 {
 	return ^uint16(s)
 }
 
-// request is an echo request of the station to the stack, behind tags.
+// request returns an echo request from the station to the stack, with VLAN tags.
 func request(seq byte, tags ...byte) []byte {
 	b := append(append(append([]byte{}, frontMAC[:]...), stationMAC[:]...), tags...)
 	b = append(b, 8, 0)
@@ -64,7 +64,7 @@ func TestPriorityTagsAreTakenOffAndOtherVLANsAreForeign(t *testing.T) {
 		nil,
 		{0x81, 0, 0, 0},
 		{0x81, 0, 0x20, 0},
-		{0x81, 0, 0xf0, 0}, // priority 7, may be dropped
+		{0x81, 0, 0xf0, 0}, // priority 7, drop eligible
 		{0x88, 0xa8, 0, 0},
 		{0x88, 0xa8, 0x60, 0, 0x81, 0, 0xa0, 0},
 	} {
@@ -84,7 +84,7 @@ func TestPriorityTagsAreTakenOffAndOtherVLANsAreForeign(t *testing.T) {
 		t.Fatalf("%+v", st)
 	}
 
-	// These are not for the stack, and counted.
+	// These frames are not for the stack. They are dropped and counted.
 	for _, c := range []struct {
 		name string
 		b    []byte

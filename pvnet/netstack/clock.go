@@ -7,30 +7,31 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip"
 )
 
-// A clock is the stack's. TCP asks for the time some six times for each segment, and
-// where the machine cannot tell it without a system call, as in a paravirtual guest of an
-// older Xen, that takes a fifth of the processor. So one reading answers several times:
-// as TCP of Linux has it, which reads the clock once for each segment.
+// A clock is the stack's clock. gVisor's TCP asks for the time some six times per segment.
+// On a machine where that takes a system call, such as a paravirtual guest of an older
+// Xen, it uses a fifth of the processor. So the clock answers several times with one
+// reading. Linux's TCP, too, reads the clock once per segment.
 //
-// Whatever sets the stack to work, a frame, a caller, a timer, has the next answer read
-// anew. So a reading is never older than what is done about one of them.
+// Every event that makes the stack run, a frame, a call or a timer, expires the reading.
+// So a reading is never older than the event that the stack is handling.
 type clock struct {
 	tcpip.Clock
-	reading atomic.Int64 // the latest, in nanoseconds
-	left    atomic.Int32 // answers that reading may still give
+	reading atomic.Int64 // the latest reading, in nanoseconds
+	left    atomic.Int32 // how often reading may still be returned
 }
 
-// answers is how often one reading answers.
+// answers is how often NowMonotonic repeats one reading.
 const answers = 8
 
-// fastReading is how long a reading may take to be of no concern.
+// fastReading is the duration below which a reading of the machine's clock counts as cheap.
 const fastReading = 300 * time.Nanosecond
 
-// newClock makes a clock for this machine: nil, the stack's own, where readings cost little.
+// newClock measures the machine's clock. If its readings are cheap it returns nil, which
+// means the standard clock.
 func newClock() *clock {
 	const readings = 64
 	best := time.Duration(1 << 62)
-	for range 4 { // one that is not interrupted
+	for range 4 { // the best of 4 was not interrupted
 		start := time.Now()
 		for range readings {
 			_ = time.Since(start)
@@ -43,7 +44,7 @@ func newClock() *clock {
 	return &clock{Clock: tcpip.NewStdClock()}
 }
 
-// expire has the next answer read anew.
+// expire makes the next NowMonotonic read the machine's clock. A nil clock ignores it.
 func (c *clock) expire() {
 	if c != nil && c.left.Load() > 0 {
 		c.left.Store(0)
@@ -56,7 +57,7 @@ func (c *clock) NowMonotonic() tcpip.MonotonicTime {
 		return tcpip.MonotonicTime{}.Add(time.Duration(c.reading.Load()))
 	}
 	now := int64(c.Clock.NowMonotonic().Sub(tcpip.MonotonicTime{}))
-	for { // another goroutine may have a later one
+	for { // another goroutine may have stored a later reading
 		was := c.reading.Load()
 		if was >= now {
 			now = was

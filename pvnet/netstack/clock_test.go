@@ -7,7 +7,7 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip"
 )
 
-// ticking is a clock that goes on by a second with each reading.
+// ticking is a clock that advances by one second with each reading.
 type ticking struct {
 	tcpip.Clock
 	readings int
@@ -46,7 +46,7 @@ func TestOneReadingAnswersSeveralTimes(t *testing.T) {
 	if fired != 4 {
 		t.Fatalf("a timer is told of reading %d", fired)
 	}
-	(*clock)(nil).expire() // of a stack with the usual clock
+	(*clock)(nil).expire() // as in a stack with the standard clock
 }
 
 // A reading that another goroutine has overtaken must not turn the clock back.

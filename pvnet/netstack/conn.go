@@ -19,8 +19,8 @@ import (
 )
 
 // Listen listens for TCP connections. network is "tcp", "tcp4" or "tcp6"; address
-// is an IP address and a port, such as "192.0.2.1:80", or ":80" for the stack's
-// own. Port 0 has the stack choose one.
+// is an IP address and a port, such as "192.0.2.1:80", or ":80" for any address of the
+// stack. For port 0 the stack chooses one.
 //
 // Errors are *net.OpError: EADDRINUSE, EADDRNOTAVAIL, net.ErrClosed after the stack
 // has ended.
@@ -47,10 +47,10 @@ func (s *Stack) Listen(network, address string) (net.Listener, error) {
 	return &listener{TCPListener: gonet.NewTCPListener(s.net, &queue, ep), shared: shared{stack: s}}, nil
 }
 
-// backlog is how many connections may wait for Accept: net.core.somaxconn.
+// backlog is how many connections may wait for Accept: Linux's net.core.somaxconn.
 const backlog = 4096
 
-// ListenPacket opens a UDP socket that receives from everyone. network is "udp",
+// ListenPacket opens a UDP socket that receives from any sender. network is "udp",
 // "udp4" or "udp6"; address and errors are as for Listen.
 func (s *Stack) ListenPacket(network, address string) (net.PacketConn, error) {
 	local, err := s.resolve(network, "udp", address)
@@ -68,8 +68,8 @@ func (s *Stack) Dial(network, address string) (net.Conn, error) {
 	return s.DialContext(context.Background(), network, address)
 }
 
-// DialContext connects to an IP address and a port, over TCP or UDP; it has the
-// shape of http.Transport's field. Names are not looked up.
+// DialContext connects to an IP address and a port, over TCP or UDP. It looks up no names.
+// It fits the field DialContext of http.Transport.
 //
 // Errors are *net.OpError: ECONNREFUSED, EHOSTUNREACH, ENETUNREACH, ETIMEDOUT, the
 // context's cause, net.ErrClosed after the stack has ended.
@@ -149,8 +149,8 @@ func (s *Stack) openUDP(local tcpip.FullAddress, remote *tcpip.FullAddress) (net
 	return &packetConn{UDPConn: gonet.NewUDPConn(&queue, ep), shared: shared{stack: s}}, nil
 }
 
-// resolve turns an address into what the stack takes. An address without a host is
-// any of ours.
+// resolve converts an address for the stack. An address without a host means any address
+// of the stack.
 func (s *Stack) resolve(network, kind, address string) (a tcpip.FullAddress, err error) {
 	family, ok := strings.CutPrefix(network, kind)
 	if !ok || family != "" && family != "4" && family != "6" {
@@ -184,7 +184,7 @@ func (s *Stack) resolve(network, kind, address string) (a tcpip.FullAddress, err
 	return a, nil
 }
 
-// errorOf is a refusal of the stack in the words of the system.
+// errorOf maps an error of gVisor's stack to an errno of the system.
 func (s *Stack) errorOf(refused tcpip.Error) error {
 	if s.ending.Err() != nil {
 		return net.ErrClosed
@@ -210,8 +210,8 @@ func (s *Stack) errorOf(refused tcpip.Error) error {
 	return errors.New(refused.String())
 }
 
-// shared is what the wrappers of gonet's types have in common: they say net.ErrClosed
-// and os.ErrDeadlineExceeded as the net package does, where gonet has words of its own.
+// shared is the common part of the wrappers of gonet's types. It replaces gonet's own errors
+// by net.ErrClosed and os.ErrDeadlineExceeded, which the net package returns.
 type shared struct {
 	stack  *Stack
 	closed atomic.Bool
@@ -245,7 +245,7 @@ func (c *shared) fix(err error) error {
 	return &fixed
 }
 
-// known finds the error that gonet passed on as text.
+// known returns the errno for an error that gonet passed on as text, or nil.
 func known(text string) error {
 	switch text {
 	case (&tcpip.ErrConnectionReset{}).String():
@@ -340,7 +340,7 @@ func (c *packetConn) ReadFrom(b []byte) (int, net.Addr, error) {
 	return n, from, c.fixRead(err)
 }
 
-// fixRead turns the end of a datagram socket, which has none but Close, into that.
+// fixRead turns io.EOF into net.ErrClosed: a datagram socket ends only with Close.
 func (c *packetConn) fixRead(err error) error {
 	if err == io.EOF {
 		return &net.OpError{Op: "read", Net: "udp", Err: net.ErrClosed}

@@ -3,15 +3,14 @@
 // on it. net/http serves straight off the vif.
 //
 // A frame is copied once each way: between the vif's page and the stack's buffer.
-// The stack computes and checks every checksum itself. What the peer sends is the
-// stack's to judge; frames for other stations, of other VLANs and of protocols it
-// does not have are dropped before it sees them. VLAN 0 is no VLAN: its tag, which
-// holds a priority, is taken off.
+// The stack checks the checksum of every packet it receives. The card drops frames for
+// other stations, of other VLANs and of unknown protocols before the stack sees them.
+// VLAN 0 means no VLAN: the card takes its tag, which holds a priority, off.
 //
-// The stack follows its device: when that comes back as another card, with another
-// MAC or MTU, both are the stack's from then on.
+// The stack follows its device: when the device reconnects with another MAC or MTU, the
+// stack uses these from then on.
 //
-// A Stack has one address. It asks no DHCP server and looks up no names.
+// A Stack has one address. It has no DHCP client and looks up no names.
 package netstack
 
 import (
@@ -33,11 +32,11 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/transport/udp"
 )
 
-// Config is what a stack needs to know. Addr is required.
+// Config configures a Stack. Addr is required.
 type Config struct {
 	Addr    netip.Prefix // our address and the network it is in
-	Gateway netip.Addr   // where the rest of the world is; none if zero
-	MTU     int          // most bytes of IP packet, 68 (IPv6: 1280) to the device's; 0 means the device's
+	Gateway netip.Addr   // router to all other networks; zero for none
+	MTU     int          // size of the largest IP packet in bytes, 68 (IPv6: 1280) to the device's MTU; 0 means the device's
 }
 
 // A Stack is TCP/IP on one vif. Its methods may be called from any goroutine.
@@ -47,16 +46,19 @@ type Stack struct {
 	addr netip.Addr
 
 	closeOnce sync.Once
-	ending    context.Context // done from Close or the device's end on
+	ending    context.Context // done once Close is called or the device has ended
 	end       context.CancelFunc
 	watcher   sync.WaitGroup
 }
 
-// nic is the card's number in the stack, which has no other.
+// nic is the number of the card in the stack, its only one.
 const nic tcpip.NICID = 1
 
-// New makes a stack on dev and becomes the owner of all its halves, for good. The
-// device stays the caller's to disconnect; when it ends, the stack does.
+// New makes a stack on dev and becomes the owner of all halves of dev, for good. The
+// caller still disconnects the device; when the device ends, the stack ends, too.
+//
+// Errors: a field of cfg is invalid, or a half of dev has another owner
+// ([pvnet.ErrOwned]).
 func New(dev *pvnet.Device, cfg Config) (*Stack, error) {
 	if err := cfg.check(dev.MTU()); err != nil {
 		return nil, fmt.Errorf("netstack: %w", err)
@@ -66,8 +68,8 @@ func New(dev *pvnet.Device, cfg Config) (*Stack, error) {
 		return nil, fmt.Errorf("netstack: %w", err)
 	}
 	opts := stack.Options{
-		// The address is given, not chosen: nobody else is asked whether it is
-		// taken, and it works at once.
+		// No duplicate address detection: the caller has assigned the address, and
+		// it works at once.
 		NetworkProtocols: []stack.NetworkProtocolFactory{ipv4.NewProtocol, arp.NewProtocol,
 			ipv6.NewProtocolWithOptions(ipv6.Options{MLD: ipv6.MLDOptions{Enabled: true}})},
 		TransportProtocols: []stack.TransportProtocolFactory{tcp.NewProtocol, udp.NewProtocol,
@@ -90,7 +92,7 @@ func New(dev *pvnet.Device, cfg Config) (*Stack, error) {
 		case <-dev.Done():
 			s.end()
 		}
-		s.net.Close() // wakes everyone who uses the stack
+		s.net.Close() // wakes every blocked caller
 	})
 	return s, nil
 }
@@ -114,8 +116,8 @@ func (cfg *Config) check(mtu int) error {
 
 func (s *Stack) configure(cfg Config) error {
 	sack, moderate := tcpip.TCPSACKEnabled(true), tcpip.TCPModerateReceiveBufferOption(true)
-	// Measured: with the stack's RACK, connections that lost packets stand still
-	// for good; with its CUBIC a window may fall to 0 without any loss, and stay.
+	// Measured: with gVisor's RACK, a connection that lost packets can stall for good;
+	// with its CUBIC, a window can fall to 0 without any loss, and stay there.
 	recovery, control := tcpip.TCPRecovery(0), tcpip.CongestionControlOption("reno")
 	for _, opt := range []tcpip.SettableTransportProtocolOption{&sack, &moderate, &recovery, &control,
 		&tcpip.TCPReceiveBufferSizeRangeOption{Min: tcp.MinBufferSize, Default: bufferSize, Max: bufferMost},
@@ -148,8 +150,8 @@ func (s *Stack) configure(cfg Config) error {
 	return nil
 }
 
-// Sizes of a connection's buffers in bytes. The stack lets them grow with the
-// connection's speed.
+// Initial and largest size of a connection's buffers, in bytes. The stack enlarges the
+// buffers with the connection's speed.
 const (
 	bufferSize = 1 << 20
 	bufferMost = 8 << 20
@@ -162,19 +164,19 @@ func protocol(ip netip.Addr) tcpip.NetworkProtocolNumber {
 	return ipv4.ProtocolNumber
 }
 
-// Addr is the stack's own address.
+// Addr returns the stack's own address.
 func (s *Stack) Addr() netip.Addr { return s.addr }
 
-// Stats counts the frames the stack drops; the rest is in the Device's counters.
+// Stats counts the frames that the stack drops. The Device counts the others.
 type Stats struct {
-	Foreign   uint64 // received, for another station or another VLAN
-	Unknown   uint64 // received, of an EtherType that is none of IPv4, IPv6 and ARP
-	Malformed uint64 // received, cut short, with impossible headers or a wrong checksum
-	Overflow  uint64 // to be sent, but more waited than the card holds
-	Unsent    uint64 // to be sent, but the device has ended or does not take their size
+	Foreign   uint64 // received: for another station or another VLAN
+	Unknown   uint64 // received: the EtherType is not IPv4, IPv6 or ARP
+	Malformed uint64 // received: too short, impossible headers or a wrong checksum
+	Overflow  uint64 // to be sent: the card's queue was full
+	Unsent    uint64 // to be sent: the device has ended or does not take their size
 }
 
-// Stats may be called at any time.
+// Stats returns the counters. It may be called at any time.
 func (s *Stack) Stats() Stats {
 	c, n := s.card, s.net.Stats()
 	st := Stats{
@@ -192,9 +194,9 @@ func (s *Stack) Stats() Stats {
 	return st
 }
 
-// Close ends the stack: its connections are reset, everyone who uses it is woken
-// with net.ErrClosed, and its goroutines have ended when Close returns. It is
-// idempotent and returns nil. The device stays connected.
+// Close ends the stack: it resets all connections, blocked callers return net.ErrClosed,
+// and the stack's goroutines have ended when Close returns. It waits up to 100 ms for a
+// peer with a full ring. It is idempotent and returns nil. The device stays connected.
 func (s *Stack) Close() error {
 	s.closeOnce.Do(func() {
 		s.end()
@@ -206,6 +208,6 @@ func (s *Stack) Close() error {
 	return nil
 }
 
-// closePatience is how long Close waits for a peer with a full ring to take what
-// the stack says last.
+// closePatience is how long Close waits for a peer with a full ring to take the stack's
+// last packets.
 const closePatience = 100 * time.Millisecond

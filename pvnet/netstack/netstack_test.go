@@ -34,7 +34,7 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 )
 
-// limit bounds what every test waits for; none comes near it.
+// limit bounds every wait of a test; no working test comes near it.
 const limit = 2 * time.Minute
 
 var (
@@ -59,7 +59,7 @@ func newStack(t testing.TB, dev *pvnet.Device, cfg Config) *Stack {
 	return s
 }
 
-// two gives a stack at either end of a vif.
+// two returns a stack at each end of a vif.
 func two(t testing.TB, mtu int, cfg pvnet.Config) (front, back *Stack) {
 	t.Helper()
 	w := newWire(t, mtu, cfg)
@@ -76,7 +76,7 @@ func listen(t testing.TB, s *Stack, address string) net.Listener {
 	return l
 }
 
-// connect gives both ends of a connection from a to b.
+// connect returns both ends of a connection from a to b.
 func connect(t testing.TB, a, b *Stack) (client, server net.Conn) {
 	t.Helper()
 	l := listen(t, b, ":0")
@@ -130,7 +130,7 @@ func TestHTTPOverAVif(t *testing.T) {
 	}
 }
 
-// The net package's own tests of what a net.Conn must do.
+// nettest's requirements for a net.Conn.
 func TestConnIsANetConn(t *testing.T) {
 	front, back := two(t, 1500, pvnet.Config{})
 	nettest.TestConn(t, func() (c1, c2 net.Conn, stop func(), err error) {
@@ -196,7 +196,7 @@ func TestBulkIsWhole(t *testing.T) {
 	}
 }
 
-// Neither end sends a packet longer than it was told.
+// Neither end sends a packet longer than its MTU.
 func TestMTUIsHonoured(t *testing.T) {
 	w := newWire(t, 9000, pvnet.Config{})
 	front := newStack(t, w.Front, Config{Addr: frontIP, MTU: 1000})
@@ -242,7 +242,7 @@ func TestUDP(t *testing.T) {
 	}
 	defer c.Close()
 	c.SetDeadline(time.Now().Add(limit))
-	for _, size := range []int{0, 1, 512, 1472, 1473, 20000} { // the last two in fragments
+	for _, size := range []int{0, 1, 512, 1472, 1473, 20000} { // the last two need fragments
 		want := bytes.Repeat([]byte{byte(size)}, size)
 		if _, err := c.Write(want); err != nil {
 			t.Fatal(err)
@@ -358,7 +358,7 @@ func TestConfigIsChecked(t *testing.T) {
 			t.Errorf("%+v was taken", cfg)
 		}
 	}
-	// Nothing of the above took the device.
+	// None of the refused configurations took the device's halves.
 	newStack(t, w.Front, Config{Addr: frontIP})
 	if _, err := New(w.Front, Config{Addr: frontIP}); !errors.Is(err, pvnet.ErrOwned) {
 		t.Errorf("a second stack on one device: %v", err)
@@ -390,7 +390,7 @@ func TestCloseWakesEveryone(t *testing.T) {
 				"Accept":   func() error { _, err := l.Accept(); return err },
 				"Read":     func() error { _, err := a.Read(make([]byte, 1)); return err },
 				"ReadFrom": func() error { _, _, err := u.ReadFrom(make([]byte, 1)); return err },
-				"Write": func() error { // until nobody takes it
+				"Write": func() error { // blocks once all buffers are full
 					_, err := full.Write(make([]byte, 64<<20))
 					return err
 				},
@@ -428,7 +428,7 @@ func TestCloseWakesEveryone(t *testing.T) {
 			if _, err := front.Dial("udp", "192.0.2.2:1"); !errors.Is(err, net.ErrClosed) {
 				t.Errorf("Dial afterwards: %v", err)
 			}
-			if c.name == "stack" { // the peer is told
+			if c.name == "stack" { // the peer gets a reset
 				if _, err := b.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
 					t.Errorf("the other end: %v", err)
 				}
@@ -447,7 +447,7 @@ func TestConnectionsOutliveAReconnect(t *testing.T) {
 	back := newStack(t, w.Back, Config{Addr: backIP})
 	front := newStack(t, w.Front, Config{Addr: frontIP})
 	a, _ := connect(t, front, back)
-	// The guest's device ends and takes its stack along; the backend's carries on.
+	// The guest's device ends, and its stack with it; the backend's stack goes on.
 	w.Front.Disconnect()
 	if _, err := a.Read(make([]byte, 1)); !errors.Is(err, net.ErrClosed) {
 		t.Errorf("%v", err)
@@ -463,8 +463,8 @@ func TestConnectionsOutliveAReconnect(t *testing.T) {
 	}
 }
 
-// The vif is plugged again as another card: what the stack says on the wire is that
-// card's, for old connections and new.
+// The vif is plugged again with another MAC and MTU. The stack uses these for old
+// connections and new ones.
 func TestTheStackFollowsItsCard(t *testing.T) {
 	for _, offload := range []bool{false, true} {
 		t.Run(fmt.Sprint("offload=", offload), func(t *testing.T) {
@@ -477,8 +477,8 @@ func TestTheStackFollowsItsCard(t *testing.T) {
 				t.Fatal(err)
 			}
 
-			// The backend's end of the old connection is gone with its device; on the
-			// other side of a bridge it would not be. So the wire is looked at.
+			// The backend's end of the old connection has ended with its device, which
+			// it would not behind a bridge. So the test inspects the frames.
 			other := pvnet.MAC{0, 0x16, 0x3e, 7, 7, 7}
 			w.Plug(other, 1400)
 			if front.card.MTU() != 1400 || front.card.LinkAddress() != tcpip.LinkAddress(other[:]) {
@@ -498,7 +498,7 @@ func TestTheStackFollowsItsCard(t *testing.T) {
 					b := make([]byte, f.Len())
 					f.CopyTo(b)
 					if f.Checksum() == pvnet.ChecksumPartial {
-						b = b[:14] // it has no sum yet, and may be longer than its pieces
+						b = b[:14] // a GSO frame has no checksum yet, and may be longer than the MTU
 					}
 					select {
 					case frames <- b:
@@ -548,8 +548,8 @@ func TestTheStackFollowsItsCard(t *testing.T) {
 	}
 }
 
-// What the stack cut to a size that is too long by now has a checksum, and leaves with
-// one that whoever cuts it completes.
+// The stack has cut and summed a segment, and then the MTU shrinks. The card must send the
+// segment with GSO and a partial checksum.
 func TestASegmentToBeCutAgainHasAPartialChecksum(t *testing.T) {
 	w := newWire(t, 1400, pvnet.Config{})
 	front := newStack(t, w.Front, Config{Addr: frontIP})
@@ -599,7 +599,7 @@ func TestASegmentToBeCutAgainHasAPartialChecksum(t *testing.T) {
 	}
 }
 
-// A peer sends what it likes; frames that are not ours are not looked at further.
+// A peer sends random frames. The stack drops those that are not for it, and still works.
 func TestForeignFramesAreDropped(t *testing.T) {
 	w := newWire(t, 1500, pvnet.Config{})
 	front := newStack(t, w.Front, Config{Addr: frontIP})
@@ -612,7 +612,7 @@ func TestForeignFramesAreDropped(t *testing.T) {
 			f[i] = byte(r.Uint32())
 		}
 		switch r.IntN(3) {
-		case 0: // IPv4 or IPv6 for us, all else noise
+		case 0: // IPv4 or IPv6 for us, the rest random
 			copy(f, frontMAC[:])
 			copy(f[12:], []byte{8, 0, 0x45})
 			if r.IntN(2) == 0 {
@@ -644,7 +644,8 @@ func TestForeignFramesAreDropped(t *testing.T) {
 	}
 }
 
-// What the ring has no room for waits, is bounded, and never blocks the stack.
+// Packets for which the ring has no room wait in a bounded queue, and never block the
+// stack.
 func TestSenderNeverBlocks(t *testing.T) {
 	w := newWire(t, 1500, pvnet.Config{})
 	front := newStack(t, w.Front, Config{Addr: frontIP})
@@ -662,7 +663,7 @@ func TestSenderNeverBlocks(t *testing.T) {
 		binary.BigEndian.PutUint32(b[14:], uint32(n))
 		return stack.NewPacketBuffer(stack.PacketBufferOptions{Payload: buffer.MakeWithData(b)})
 	}
-	// A packet that is too long for any vif is lost alone.
+	// A packet that is too long for any vif is lost, but no other.
 	long := stack.NewPacketBuffer(stack.PacketBufferOptions{Payload: buffer.MakeWithData(make([]byte, pvnet.MaxFrame+1))})
 	defer long.DecRef()
 	around := []*stack.PacketBuffer{packet(0), long, packet(1)}
@@ -688,7 +689,7 @@ func TestSenderNeverBlocks(t *testing.T) {
 	if accepted < most || accepted > 2*most || front.Stats().Overflow == 0 {
 		t.Fatalf("%d taken, %+v", accepted, front.Stats())
 	}
-	// Once the other end receives, all that waited arrives, in order.
+	// Once the other end receives, all waiting packets arrive in order.
 	var frames [32]pvnet.Frame
 	for n := 0; n < accepted; {
 		k, err := rx.Receive(frames[:])
@@ -710,7 +711,7 @@ func TestSenderNeverBlocks(t *testing.T) {
 	if st := front.Stats(); st.Unsent != 2 {
 		t.Errorf("%+v", st)
 	}
-	// What cannot be sent any more is given back.
+	// Packets that can no longer be sent are released.
 	for range 2 * most {
 		p := packet(0)
 		tx.write([]*stack.PacketBuffer{p})
@@ -801,8 +802,8 @@ func BenchmarkTCP(b *testing.B) {
 	}
 }
 
-// BenchmarkRoundTrip shows that Adaptive, which looks where the stack may want the CPU,
-// is no worse than Park.
+// BenchmarkRoundTrip shows that Adaptive, which spins while the stack may need the CPU, is
+// no worse than Park.
 func BenchmarkRoundTrip(b *testing.B) {
 	for _, mode := range []pvnet.WaitMode{pvnet.Park, pvnet.Adaptive} {
 		b.Run([]string{pvnet.Park: "Park", pvnet.Adaptive: "Adaptive"}[mode], func(b *testing.B) { roundTrips(b, mode) })

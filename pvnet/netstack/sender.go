@@ -11,29 +11,29 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 )
 
-// maxWaiting is how many bytes wait for room in the ring: what one connection may
-// have under way, headers included. The stack has nothing like Linux's small
-// queues, which keep a connection from filling the queue of its own card, and
-// recovers slowly from what is lost there.
+// maxWaiting is how many bytes may wait for room in the ring: as many as one connection
+// may have in flight, headers included. gVisor has no TCP small queues like Linux, which
+// keep a connection from filling the queue of its own card, and recovers slowly from
+// packets lost there.
 const maxWaiting = bufferMost + bufferMost/8
 
-// A sender moves packets into one transmit half. The stack's own goroutines send,
-// and never wait: the one that receives may be among them, and two ends that wait
-// for each other would wait for ever. What the ring has no room for waits here,
-// and work sends it in their stead until there is no more.
+// A sender moves packets into one transmit half. The stack's goroutines call write, which
+// never blocks: one of them may be the goroutine that receives, and two ends that wait for
+// each other's ring would deadlock. Packets for which the ring has no room wait in the
+// sender, and the goroutine of work sends them.
 type sender struct {
 	card *card
 
 	mu      sync.Mutex
-	tx      *pvnet.TX             // used by whoever holds mu, or by work while busy
-	busy    bool                  // guarded by mu: packets wait, and work has the half
+	tx      *pvnet.TX             // used under mu, or by work without it while busy
+	busy    bool                  // guarded by mu: packets wait, and only work may use tx
 	ended   bool                  // guarded by mu
 	waiting []*stack.PacketBuffer // guarded by mu; oldest first
-	bytes   int                   // guarded by mu; of waiting
-	changed *sync.Cond            // busy or ended did
+	bytes   int                   // guarded by mu; total size of waiting
+	changed *sync.Cond            // signals changes of busy and ended
 
-	frames [batch]pvnet.Frame // goes with tx
-	pieces [][]byte           // goes with tx
+	frames [batch]pvnet.Frame // used by the user of tx
+	pieces [][]byte           // used by the user of tx
 }
 
 func newSender(c *card, tx *pvnet.TX) *sender {
@@ -42,8 +42,8 @@ func newSender(c *card, tx *pvnet.TX) *sender {
 	return s
 }
 
-// write sends packets in order, or has them wait, and returns how many of them:
-// the others are lost. It does not wait, and does not keep the slice.
+// write sends or queues packets in order and returns how many it took; the others are
+// lost. It does not block, and does not keep the slice.
 func (s *sender) write(packets []*stack.PacketBuffer) int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -72,7 +72,7 @@ func (s *sender) write(packets []*stack.PacketBuffer) int {
 	return n
 }
 
-// send sends what there is room for. The caller has tx.
+// send sends as many packets as the ring has room for. The caller may use tx.
 func (s *sender) send(packets []*stack.PacketBuffer) (done int) {
 	for done < len(packets) {
 		next, size := s.next(packets[done:])
@@ -97,20 +97,22 @@ func (s *sender) send(packets []*stack.PacketBuffer) (done int) {
 	return done
 }
 
-// after cleans up behind a send of n frames of which sent were taken. lost counts
-// those that never will be. ok says that the next may be tried at once.
+// after releases the frames that a send of n frames did not take. lost is 1 if the device
+// will never take the packet of frames[sent]. ok means that the caller may go on with the
+// next packet at once.
 func (s *sender) after(sent, n int, err error) (lost int, ok bool) {
 	for i := sent; i < n; i++ {
-		_ = s.frames[i].Release() // the sender did not take it over
+		_ = s.frames[i].Release() // still ours
 	}
-	if err == pvnet.ErrFrameSize || err == pvnet.ErrOffload { // about frames[sent]; it will not change
+	if err == pvnet.ErrFrameSize || err == pvnet.ErrOffload { // frames[sent] will fail again
 		s.card.unsent.Add(1)
 		return 1, true
 	}
 	return 0, err == nil
 }
 
-// work sends what waits, and waits for room to do so.
+// work sends the waiting packets, and waits for room in the ring for them. It returns after
+// stop.
 func (s *sender) work() {
 	var packets [batch]*stack.PacketBuffer
 	s.mu.Lock()
@@ -143,8 +145,8 @@ func (s *sender) work() {
 	}
 }
 
-// sendAll waits for room for each packet. It returns how many it sent before the
-// device ended.
+// sendAll sends packets and waits for room. It returns how many it dealt with before the
+// device ended or stop.
 func (s *sender) sendAll(packets []*stack.PacketBuffer) (done int) {
 	most := len(packets)
 	for done < len(packets) {
@@ -167,7 +169,7 @@ func (s *sender) sendAll(packets []*stack.PacketBuffer) (done int) {
 		switch {
 		case ok:
 		case err == pvnet.ErrNoBuffers && most > 1:
-			most = 1 // a new peer does not take long frames: they are cut into what the others held
+			most = 1 // a new peer takes no long frames, so this one is cut: release the other frames for its pages
 		default:
 			return done
 		}
@@ -175,7 +177,7 @@ func (s *sender) sendAll(packets []*stack.PacketBuffer) (done int) {
 	return done
 }
 
-// release lets go of packets, which were counted already.
+// release drops the references to packets. The caller has counted them.
 func release(packets []*stack.PacketBuffer) {
 	for i, p := range packets {
 		p.DecRef()
@@ -183,8 +185,9 @@ func release(packets []*stack.PacketBuffer) {
 	}
 }
 
-// next is the packets to send at once, which take as many pages each, and the size of
-// the largest; none if the first is too long for any vif, which is counted as lost.
+// next returns the packets to send in one batch, all with the same number of pages, and
+// the size of the largest in bytes. It returns none if the first packet is too long for
+// any vif, and counts that packet as unsent.
 func (s *sender) next(packets []*stack.PacketBuffer) (run []*stack.PacketBuffer, size int) {
 	for i, p := range packets[:min(batch, len(packets))] {
 		n := p.Size()
@@ -202,10 +205,10 @@ func (s *sender) next(packets []*stack.PacketBuffer) (run []*stack.PacketBuffer,
 	return packets[:min(batch, len(packets))], size
 }
 
-// pageSize is in bytes: what one buffer of a frame holds.
+// pageSize is the size of one buffer of a frame, in bytes.
 const pageSize = 4096
 
-// fill copies a packet into a frame that is as long or longer, with its offloads.
+// fill copies a packet and its offloads into a frame that has room for it.
 func (s *sender) fill(f *pvnet.Frame, p *stack.PacketBuffer) {
 	list, skip := p.AsViewList()
 	s.pieces = s.pieces[:0]
@@ -220,8 +223,8 @@ func (s *sender) fill(f *pvnet.Frame, p *stack.PacketBuffer) {
 	f.Truncate(f.CopyFrom(s.pieces...))
 	clear(s.pieces)
 	gso := pvnet.GSO{Size: p.GSOOptions.MSS}
-	// A connection keeps the size it began with, and the card may have got a smaller
-	// MTU since.
+	// A connection keeps its initial segment size, but the card's MTU may have become
+	// smaller since.
 	room := int(s.card.MTU()) - len(p.NetworkHeader().Slice()) - len(p.TransportHeader().Slice())
 	gso.Size = uint16(min(int(gso.Size), max(room, 1)))
 	switch p.GSOOptions.Type {
@@ -229,7 +232,7 @@ func (s *sender) fill(f *pvnet.Frame, p *stack.PacketBuffer) {
 		gso.Type = pvnet.GSOTCPv4
 	case stack.GSOTCPv6:
 		gso.Type = pvnet.GSOTCPv6
-	case stack.GSOGvisor: // cut by the stack, and not made into fragments
+	case stack.GSOGvisor: // a segment that the stack has cut, and does not fragment
 		if p.Data().Size() <= room {
 			return
 		}
@@ -237,13 +240,14 @@ func (s *sender) fill(f *pvnet.Frame, p *stack.PacketBuffer) {
 	default:
 		return
 	}
-	// What the stack made cannot be refused, but for one with over 8192 pieces.
+	// SetGSO refuses a packet of the stack only if it has more than 8192 segments.
 	if f.SetGSO(gso) != nil {
 		f.SetChecksum(pvnet.ChecksumPartial)
 	}
 }
 
-// unsummed makes the checksum of a TCP segment one that whoever cuts it completes.
+// unsummed turns the checksum of a TCP segment into a partial one, which the end that cuts
+// the segment completes. It returns the segment's GSO type.
 func unsummed(f *pvnet.Frame, p *stack.PacketBuffer) pvnet.GSOType {
 	var network header.Network
 	typ := pvnet.GSOTCPv4
@@ -255,7 +259,7 @@ func unsummed(f *pvnet.Frame, p *stack.PacketBuffer) pvnet.GSOType {
 	tcp := p.TransportHeader().Slice()
 	sum := header.PseudoHeaderChecksum(header.TCPProtocolNumber, network.SourceAddress(),
 		network.DestinationAddress(), uint16(len(tcp)+p.Data().Size()))
-	for head := range f.Pieces() { // all headers are in the first
+	for head := range f.Pieces() { // all headers are in the first piece
 		at := len(p.LinkHeader().Slice()) + len(p.NetworkHeader().Slice())
 		header.TCP(head[at:]).SetChecksum(sum)
 		break
@@ -263,7 +267,7 @@ func unsummed(f *pvnet.Frame, p *stack.PacketBuffer) pvnet.GSOType {
 	return typ
 }
 
-// drain waits until nothing waits, or for end.
+// drain waits until no packet waits, but not beyond end.
 func (s *sender) drain(end time.Time) {
 	timer := time.AfterFunc(time.Until(end), func() {
 		s.mu.Lock()
@@ -278,7 +282,7 @@ func (s *sender) drain(end time.Time) {
 	}
 }
 
-// stop ends work.
+// stop makes work return.
 func (s *sender) stop() {
 	s.mu.Lock()
 	s.ended = true

@@ -12,7 +12,7 @@ import (
 	"github.com/vishvananda/netlink"
 )
 
-// benchLine is what a line of "barevif bench" says.
+// benchLine is a result line of "barevif bench".
 type benchLine struct {
 	What, Way     string
 	Seconds       float64
@@ -20,7 +20,7 @@ type benchLine struct {
 	Median        float64 `json:"median_us"`
 }
 
-// benchSays gives the one line in what a piece printed.
+// benchSays returns the one result line in the output of a bench command.
 func benchSays(t *testing.T, out string) (line benchLine) {
 	t.Helper()
 	_, text, ok := strings.Cut("\n"+out, "\n{")
@@ -36,7 +36,7 @@ func benchSays(t *testing.T, out string) (line benchLine) {
 	return line
 }
 
-// TestBenchBothEnds measures between two processes, each way.
+// TestBenchBothEnds measures between two processes, in both directions.
 func TestBenchBothEnds(t *testing.T) {
 	s := newSite(t)
 	back := func(args ...string) *process {
@@ -61,7 +61,7 @@ func TestBenchBothEnds(t *testing.T) {
 	}
 }
 
-// TestBenchKernel runs the pieces that need no card on the loopback.
+// TestBenchKernel runs the bench commands that need no card, on the loopback interface.
 func TestBenchKernel(t *testing.T) {
 	if !namespace(t) {
 		return

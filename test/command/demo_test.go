@@ -20,7 +20,7 @@ const (
 	smallSum = "190f79471dfa4ac8c1224beff4633e6b3a6dae24fce75c5c2b5ec26de21ea781"
 )
 
-// shown is what every demonstration shows.
+// shown are the texts that every demonstration prints.
 var shown = []string{
 	"state=1 (Initialising)", "state=2 (InitWait)", "state=4 (Connected)", "tx-ring-ref=", "feature-rx-copy=1",
 	"514 pages shared", "200 OK", "SHA-256 " + smallSum + ", as it should be", "Gbit/s", "100 %",
@@ -49,10 +49,10 @@ func TestDemoOnEachNetwork(t *testing.T) {
 	}
 }
 
-// nobody is a user without rights, if this test may become one.
+// nobody returns the attributes of an unprivileged user, or nil if the test runs as one.
 func nobody(t *testing.T) *syscall.SysProcAttr {
 	if os.Geteuid() != 0 {
-		return nil // we are one
+		return nil // we are unprivileged already
 	}
 	return &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
 }
@@ -62,8 +62,8 @@ func TestDemoAsNobody(t *testing.T) {
 	wants(t, out, shown...)
 }
 
-// refusing runs the command on a machine that refuses what script takes away: as
-// root of a user namespace, which is a user without rights elsewhere.
+// refusing runs the command as root of a user namespace, after script has taken something
+// away there. Outside the namespace that root is an unprivileged user.
 func refusing(t *testing.T, script string, args ...string) *process {
 	t.Helper()
 	bin := barevif(t)
@@ -71,7 +71,7 @@ func refusing(t *testing.T, script string, args ...string) *process {
 	return start(t, ownNamespaces(unix.CLONE_NEWNS), "/bin/sh", words...)
 }
 
-// What a machine may refuse.
+// Scripts that take something away from the machine.
 const (
 	noTAPs       = "mount -t tmpfs none /dev/net"
 	noNamespaces = "echo 0 >/proc/sys/user/max_user_namespaces; echo 0 >/proc/sys/user/max_net_namespaces"
@@ -109,7 +109,7 @@ func TestDemoInterrupted(t *testing.T) {
 }
 
 func TestDemoRunsFromTheSource(t *testing.T) {
-	barevif(t) // its sources are noted, and the cache is warm
+	barevif(t) // notes the sources and warms the build cache
 	goTool := lookGo(t)
 	p := startIn(t, root, nil, goTool, "run", raceFlag, "./tools/barevif", "demo", small)
 	wants(t, p.exit(0), shown...)

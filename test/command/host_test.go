@@ -27,7 +27,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A site is a host with the processes that joined it.
+// A site is a "barevif host" with the processes that join it.
 type site struct {
 	t      *testing.T
 	bin    string
@@ -64,12 +64,12 @@ func needTAP(t *testing.T) {
 	f.Close()
 }
 
-// client is a client without a memory: each request opens a connection.
+// client returns a client that opens a new connection for each request.
 func client() *http.Client {
 	return &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: limit}
 }
 
-// fetch asks until the appliance answers: ARP and routes take their time after a
+// fetch repeats a request until the appliance answers: ARP and routes need some time after a
 // restart.
 func fetch(t *testing.T, url string) []byte {
 	t.Helper()
@@ -110,7 +110,7 @@ func check(t *testing.T, server string) {
 	}
 }
 
-// ping is an ICMP echo, answered.
+// ping sends an ICMP echo request and fails unless a reply arrives.
 func ping(t *testing.T, address string) {
 	t.Helper()
 	c, err := net.Dial("ip4:icmp", address)
@@ -130,7 +130,7 @@ func ping(t *testing.T, address string) {
 		if err != nil {
 			t.Fatal("ping: ", err)
 		}
-		// The header comes too.
+		// The read includes the IP header.
 		if got := buf[:n]; n == 28 && got[20] == 0 && bytes.Equal(got[24:], reply[4:]) {
 			return
 		}
@@ -150,7 +150,7 @@ func TestHostBackServe(t *testing.T) {
 	b := back()
 	g := serve()
 	g.await("serving http://10.9.0.2/", 1)
-	b.await("connected to domain 1", 1) // and its TAP has the address
+	b.await("connected to domain 1", 1) // its TAP has the address by then
 	ping(t, server)
 	check(t, server)
 
@@ -175,7 +175,7 @@ func TestHostBackServe(t *testing.T) {
 	b = back()
 	b.await("connected to domain 1", 1)
 	check(t, server)
-	// The machine's TCP and the appliance's outlive the backend between them.
+	// A TCP connection between the machine and the appliance outlives the backend.
 	if _, err := io.CopyN(io.Discard, resp.Body, 1<<20); err != nil {
 		t.Errorf("a download did not go on: %v", err)
 	}
@@ -213,8 +213,8 @@ func TestHostBackServe(t *testing.T) {
 	}
 }
 
-// A machine that knows its gateway's address goes on reaching it when the backend is
-// replaced.
+// When the backend is replaced, the bridge keeps its MAC address, so that a guest that knows
+// it still reaches its gateway.
 func TestTheBridgeKeepsItsAddressWhenTheBackendIsReplaced(t *testing.T) {
 	if !namespace(t) {
 		return
@@ -260,8 +260,8 @@ func TestTheBridgeKeepsItsAddressWhenTheBackendIsReplaced(t *testing.T) {
 	b.exit(0)
 }
 
-// Datagrams are compared on their way to the appliance and back, and between two
-// kernels: one has the vif by attach, in a network namespace of its own.
+// "barevif check" compares datagrams to the appliance and back, and between two kernels. One
+// kernel gets the vif from attach, in a network namespace of its own.
 func TestAttachAndCheck(t *testing.T) {
 	if !namespace(t) {
 		return
@@ -327,23 +327,23 @@ func TestADomainEndsWithItsHost(t *testing.T) {
 		wants(t, p.exit(1), "the emulated host has ended", "next: ")
 	}
 	wants(t, b.text(), "vif 1.0: gone; ")
-	// What a killed host leaves behind is not in the way of the next.
+	// Files that a killed host leaves behind do not prevent the next host from starting.
 	s.host = start(t, nil, s.bin, "host", "--socket", s.socket)
 	s.host.await("look inside:", 1)
 	s.host.signal(syscall.SIGTERM)
 	s.host.exit(0)
 }
 
-// Whichever way a program ends in good order, and also when its host ends, no pins of
-// its counters stay. Those of one that was killed are removed by "barevif stat
-// --prune", which leaves a live one's.
+// A program that ends in order, or because its host ends, leaves no pins of its counters.
+// "barevif stat --prune" removes the pins of a program that was killed, but not those of a
+// live one.
 func TestPinsEndWithTheirProgram(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("only root mounts a BPF file system")
 	}
 	needTAP(t)
 	s := newSite(t)
-	// A BPF file system and a network of the two programs alone.
+	// A BPF file system and a network for these two programs only.
 	const missing, dir = 77, "/sys/fs/bpf/barevif"
 	script := fmt.Sprintf(`mount -t bpf bpf /sys/fs/bpf || exit %d
 		left() { echo "$1: $(ls -A %[2]s | tr '\n' ' ')left"; }
@@ -372,7 +372,7 @@ func TestPinsEndWithTheirProgram(t *testing.T) {
 		"removed "+dir+"/back-2-1-0\n", "removed "+dir+"/front-1-2-0\n", "beside: back-2-1-0 left\n", "without a host: left\n")
 }
 
-// said is closed when the process has printed s.
+// said returns a channel that is closed once the process has printed s.
 func said(p *process, s string) <-chan struct{} {
 	c := make(chan struct{})
 	go func() {
@@ -440,7 +440,7 @@ func TestGuestOnAnInterface(t *testing.T) {
 	b.exit(0)
 }
 
-// The program README.md shows is the guest.
+// The program in README.md works as the guest.
 func TestReadmeProgramServes(t *testing.T) {
 	if !namespace(t) {
 		return
@@ -471,7 +471,7 @@ func TestReadmeProgramSaysHowItIsUsed(t *testing.T) {
 	}
 }
 
-// Debian's own clients look inside the host's xenstore.
+// Debian's xenstore tools can read the host's xenstore.
 func TestXenstoreToolsSeeTheHost(t *testing.T) {
 	s := newSite(t, "--vif", "front=7,back=9,id=4,mac=00:16:3e:aa:bb:cc,mtu=9000")
 	socket := filepath.Join(filepath.Dir(s.socket), "xenstored.sock")

@@ -29,22 +29,22 @@ import (
 const (
 	root = "../.."
 
-	// limit bounds what a process is waited for. The machine may be busy.
+	// limit bounds every wait for a process. The machine may be busy.
 	limit = 60 * time.Second
 
-	// inside is set where a test runs inside a namespace; it holds the directory
-	// of built programs.
+	// inside is set if a test runs inside a namespace. It holds the directory of the
+	// built programs.
 	inside = "BAREVIF_COMMAND_TEST_INSIDE"
 )
 
-// programs is the directory of what build makes.
+// programs is the directory of the programs that build makes.
 var programs string
 
 func TestMain(m *testing.M) {
 	if programs = os.Getenv(inside); programs != "" {
 		os.Exit(m.Run())
 	}
-	// Not t.TempDir, which nobody else may enter.
+	// Not t.TempDir, which other users may not enter.
 	dir, err := os.MkdirTemp("", "barevif-command")
 	if err == nil {
 		err = os.Chmod(dir, 0o755)
@@ -68,7 +68,7 @@ func lookGo(t testing.TB) string {
 	return path
 }
 
-// build gives the path of the program of package pkg, built once.
+// build returns the path of the program of package pkg. It builds the program once.
 func build(t testing.TB, name, pkg string, flags ...string) string {
 	t.Helper()
 	path := filepath.Join(programs, name)
@@ -86,8 +86,8 @@ func build(t testing.TB, name, pkg string, flags ...string) string {
 	return path
 }
 
-// noteSources looks at every source file, which the go command sees: it runs the
-// tests again when one has changed.
+// noteSources stats every source file. The go command records that, and runs the tests again
+// when a file has changed.
 func noteSources(t testing.TB) {
 	t.Helper()
 	err := filepath.WalkDir(root, func(name string, d fs.DirEntry, err error) error {
@@ -115,8 +115,8 @@ func barevif(t testing.TB) string {
 	return build(t, "barevif", "./tools/barevif")
 }
 
-// namespace runs the test that calls it again inside a user and network namespace,
-// and reports true there. Outside it reports false when that has passed.
+// namespace runs the calling test again inside a user and network namespace, where namespace
+// returns true. Outside it returns false once the inner test has passed.
 func namespace(t *testing.T) bool {
 	t.Helper()
 	if os.Getenv(inside) != "" {
@@ -142,8 +142,8 @@ func namespace(t *testing.T) bool {
 	return false
 }
 
-// ownNamespaces has a process start as root of a user namespace of its own, and of
-// more.
+// ownNamespaces makes a process start as root of a new user namespace, and in the further new
+// namespaces of the flags more.
 func ownNamespaces(more uintptr) *syscall.SysProcAttr {
 	return &syscall.SysProcAttr{
 		Cloneflags:  unix.CLONE_NEWUSER | more,
@@ -156,8 +156,8 @@ func ownNamespaces(more uintptr) *syscall.SysProcAttr {
 type process struct {
 	t    *testing.T
 	cmd  *exec.Cmd
-	done chan struct{} // closed when it has ended
-	err  error         // of Wait; read after done
+	done chan struct{} // closed when the process has ended
+	err  error         // result of Wait; valid once done is closed
 
 	mu   sync.Mutex
 	cond sync.Cond
@@ -165,7 +165,7 @@ type process struct {
 	over bool         // guarded by mu
 }
 
-// Write takes what the process prints.
+// Write collects the output of the process.
 func (p *process) Write(b []byte) (int, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -190,7 +190,7 @@ func startIn(t *testing.T, dir string, attr *syscall.SysProcAttr, name string, a
 	p := &process{t: t, cmd: exec.Command(name, args...), done: make(chan struct{})}
 	p.cond.L = &p.mu
 	p.cmd.Stdout, p.cmd.Stderr = p, p
-	// Whoever inherits the streams is a child that was left behind.
+	// Only a child that was left behind still holds the streams then.
 	p.cmd.WaitDelay = 10 * time.Second
 	p.cmd.Env = append(os.Environ(), "GORACE=atexit_sleep_ms=0")
 	p.cmd.Dir = dir
@@ -201,7 +201,7 @@ func startIn(t *testing.T, dir string, attr *syscall.SysProcAttr, name string, a
 	p.cmd.SysProcAttr = attr
 	started := make(chan error)
 	go func() {
-		runtime.LockOSThread() // Pdeathsig is about the thread that forked
+		runtime.LockOSThread() // Pdeathsig fires when the thread that forked ends
 		defer runtime.UnlockOSThread()
 		err := p.cmd.Start()
 		started <- err
@@ -251,7 +251,7 @@ func (p *process) await(s string, n int) {
 	}
 }
 
-// exit waits for the end and checks the status.
+// exit waits until the process ends, checks its status, and returns its output.
 func (p *process) exit(code int) string {
 	p.t.Helper()
 	select {
@@ -275,7 +275,7 @@ func (p *process) signal(s syscall.Signal) {
 	}
 }
 
-// wants checks that text says each of parts.
+// wants checks that text contains each of parts.
 func wants(t *testing.T, text string, parts ...string) {
 	t.Helper()
 	for _, part := range parts {

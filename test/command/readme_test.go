@@ -10,7 +10,7 @@ import (
 	"testing"
 )
 
-// readmeProgram is the program that README.md shows, built.
+// readmeProgram builds the program in README.md and returns its path.
 func readmeProgram(t testing.TB) string {
 	t.Helper()
 	text, err := os.ReadFile(filepath.Join(root, "README.md"))
@@ -22,7 +22,8 @@ func readmeProgram(t testing.TB) string {
 	if !ok || !end {
 		t.Fatal("README.md shows no program")
 	}
-	// It may import the module's packages because it is laid over a folder of it.
+	// An overlay puts the program into a folder of the module, so that it may import the
+	// module's packages.
 	file := filepath.Join(programs, "readme.go")
 	if err := os.WriteFile(file, []byte("package main\n"+source+"\n"), 0o600); err != nil {
 		t.Fatal(err)

@@ -18,7 +18,7 @@ import (
 	"barevif/hypercall/emu/emutest"
 )
 
-// Each mistake ends with a status, a cause, and what to do next.
+// Each mistake ends with an exit status, a cause, and advice.
 func TestMistakesAreExplained(t *testing.T) {
 	bin := barevif(t)
 	s := newSite(t)
@@ -115,7 +115,7 @@ func TestMistakesAreExplained(t *testing.T) {
 			}
 		})
 	}
-	// The host bore all of them.
+	// None of the mistakes has ended the host.
 	wants(t, s.host.text(), "look inside:")
 	s.host.signal(syscall.SIGTERM)
 	s.host.exit(0)
@@ -136,15 +136,15 @@ func TestARealXenThatIsNotThere(t *testing.T) {
 	}
 }
 
-// A user without rights gets no TAP on the machine, and hears what would help. The
-// node's mode decides which of the two rights is missed first.
+// An unprivileged user gets no TAP on the machine, but gets advice. The mode of the node
+// decides which of the two missing rights the error names.
 func TestBackWithoutRights(t *testing.T) {
 	const help = `"barevif demo"`
 	packet := start(t, nobody(t), barevif(t), "back", "--packet", "lo").exit(3)
 	wants(t, packet, "not permitted", "cap_net_raw", help)
 
 	if os.Geteuid() != 0 {
-		// The machine's own node; this user cannot make another.
+		// Use the machine's node, since this user cannot make one.
 		out := start(t, nil, barevif(t), "back").exit(3)
 		wants(t, out, "link: new tap: ", "cap_net_admin", help)
 		return
@@ -174,14 +174,14 @@ func TestBackWithoutRights(t *testing.T) {
 	}
 }
 
-// Without a network of its own there is nothing a back could do.
+// Without TAPs "barevif back" can do nothing, and says so.
 func TestBackWithoutTAPs(t *testing.T) {
 	out := refusing(t, noTAPs, "back").exit(3)
 	wants(t, out, "/dev/net/tun", `"barevif demo"`, "next: ")
 }
 
-// An address without a vif is that of the first vif that is connected, and stays
-// its own; a vif whose TAP cannot be had is closed, and the others go on.
+// An address without a vif goes to the first vif that connects, and stays with it. A vif whose
+// TAP cannot be opened is closed; the others go on.
 func TestVifsDoNotDisturbEachOther(t *testing.T) {
 	if !namespace(t) {
 		return
@@ -209,7 +209,7 @@ func TestVifsDoNotDisturbEachOther(t *testing.T) {
 	wants(t, b.text(), "vif5.0")
 }
 
-// Nobody reads what a host prints any more: it ends in good order all the same.
+// A host whose output is no longer read still ends in order.
 func TestAClosedPipeIsNoReasonToDie(t *testing.T) {
 	dir := emutest.SocketDir(t)
 	r, w, err := os.Pipe()

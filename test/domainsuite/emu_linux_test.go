@@ -15,7 +15,7 @@ import (
 	"barevif/test/domainsuite"
 )
 
-// hostEnv names the socket at which the test binary is a host instead.
+// hostEnv makes the test binary run as a host. Its value is the path of the host's socket.
 const hostEnv = "BAREVIF_DOMAINSUITE_HOST"
 
 func TestMain(m *testing.M) {
@@ -29,7 +29,7 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// serve is a host until its stdin ends, that must be clean then.
+// serve runs a host until its stdin ends. The host must then be clean.
 func serve(path string) error {
 	h, err := emu.Listen(path, emu.Config{})
 	if err != nil {
@@ -88,7 +88,7 @@ func TestEmulatorWithHostInAnotherProcess(t *testing.T) {
 	}
 }
 
-// A domain of the host's own process and one of another meet, in either role.
+// One domain is in the host's process, the other in another process, in both roles.
 func TestEmulatorBetweenHostAndDomain(t *testing.T) {
 	for _, hostIsFront := range []bool{true, false} {
 		t.Run(fmt.Sprintf("front=%v", hostIsFront), func(t *testing.T) {

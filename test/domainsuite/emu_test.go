@@ -9,13 +9,13 @@ import (
 	"barevif/test/domainsuite"
 )
 
-// frontID and backID are not what a forgetful implementation would guess.
+// frontID and backID are numbers that an implementation does not use by accident.
 const (
 	frontID = 7
 	backID  = 300
 )
 
-// ours closes the machine after the test, which must have left nothing.
+// ours closes the machine after the test, and fails if the test left anything in it.
 func ours(t testing.TB, m interface {
 	CheckClean() error
 	Close() error
@@ -59,7 +59,7 @@ func TestEmulatorOnMappedMemory(t *testing.T) {
 	domainsuite.Run(t, onMachine(emu.Config{Mapped: true}))
 }
 
-// What a lone domain on a real Xen can check is checked here, too.
+// The suite runs with one domain as its own peer, as in a single domain on a real Xen.
 func TestEmulatorAsItsOwnPeer(t *testing.T) {
 	domainsuite.Run(t, func(t testing.TB) (front, back hypercall.Domain) {
 		m, err := emu.New(emu.Config{})

@@ -19,7 +19,7 @@ func bindFiresTheBinder(t *testing.T, p pair) {
 	if a.ID() == 0 {
 		t.Fatal("port 0")
 	}
-	notify(t, a) // nobody is there: not an error
+	notify(t, a) // the port is not bound yet: not an error
 	b, err := wb.Bind(p.front.ID(), a.ID())
 	if err != nil {
 		t.Fatal(err)
@@ -40,7 +40,7 @@ func bindFiresWhoWaitsAlready(t *testing.T, p pair) {
 	}
 	done := make(chan error, 1)
 	go func() { done <- wb.Wait(time.Time{}, true) }()
-	time.Sleep(10 * time.Millisecond) // most likely it is parked by now; right either way
+	time.Sleep(10 * time.Millisecond) // the waiter is probably parked by now; the test is valid either way
 	if _, err := wb.Bind(p.front.ID(), a.ID()); err != nil {
 		t.Fatal(err)
 	}
@@ -78,7 +78,7 @@ func onlyOnePeerBindsOnce(t *testing.T, p pair) {
 	if _, err := wb.Bind(p.front.ID(), a.ID()); !errors.Is(err, hypercall.ErrNoPort) {
 		t.Errorf("a second bind: %v", err)
 	}
-	// The binder's own port is joined to us, not open to us.
+	// The port of the binding end is connected to us already, so we cannot bind to it.
 	if _, err := wa.Bind(p.back.ID(), b.ID()); !errors.Is(err, hypercall.ErrNoPort) {
 		t.Errorf("a bind to the bound end: %v", err)
 	}
@@ -107,7 +107,7 @@ func eventsFromBeforeWaitCount(t *testing.T, p pair) {
 		notify(t, a)
 	}
 	wait(t, wb)
-	// While the port is masked events merge into one, seen by the next Wait.
+	// While the port is masked, events merge into one, which the next Wait returns.
 	notify(t, a)
 	notify(t, a)
 	wait(t, wb)
@@ -183,7 +183,7 @@ func closeEndsWait(t *testing.T, p pair) {
 	if _, err := wb.Bind(p.front.ID(), a.ID()); !errors.Is(err, net.ErrClosed) {
 		t.Fatalf("Bind after Close: %v", err)
 	}
-	notify(t, a) // nobody is there any more: not an error
+	notify(t, a) // the other end is closed: not an error
 }
 
 func peerMayGoSilently(t *testing.T, p pair) {
@@ -199,13 +199,13 @@ func peerMayGoSilently(t *testing.T, p pair) {
 	}
 	quiet(t, wa, 20*time.Millisecond)
 	notify(t, a)
-	// The event left on b may still be seen, but is the last.
+	// The event pending on b may still arrive, but no other.
 	_ = wb.Wait(time.Now().Add(20*time.Millisecond), true)
 	quiet(t, wb, 20*time.Millisecond)
 }
 
-// reusedPortHearsNothingOld closes one end and opens ports until its number is in
-// use again: the old far end must not reach the new port.
+// reusedPortHearsNothingOld closes one end and opens ports until its number is in use again.
+// The old far end must not reach the new port.
 func reusedPortHearsNothingOld(t *testing.T, p pair) {
 	_, _, a, b := channel(t, p)
 	notify(t, a)
@@ -223,7 +223,7 @@ func reusedPortHearsNothingOld(t *testing.T, p pair) {
 			break
 		}
 	}
-	_ = w.Wait(time.Now(), true) // an event may be left from before
+	_ = w.Wait(time.Now(), true) // an earlier event may be pending
 	notify(t, a)
 	quiet(t, w, 20*time.Millisecond)
 }
@@ -260,8 +260,8 @@ func twoPortsShareAWaiter(t *testing.T, p pair) {
 	wait(t, wb)
 }
 
-// stormIsPutOffButNotWakeNorDeadline notifies as fast as it can, and Waits as one
-// that finds nothing to do.
+// stormIsPutOffButNotWakeNorDeadline notifies as fast as it can, and calls Wait like a caller
+// that finds no work.
 func stormIsPutOffButNotWakeNorDeadline(t *testing.T, p pair) {
 	_, wb, a, _ := channel(t, p)
 	stop, stopped := make(chan struct{}), make(chan struct{})
@@ -292,14 +292,14 @@ func stormIsPutOffButNotWakeNorDeadline(t *testing.T, p pair) {
 		}
 		return woken
 	}
-	// 1 ms, doubling: nine delays are over after half a second.
+	// The delays begin at 1 ms and double: nine of them end within half a second.
 	if woken := useless(); woken == 0 || woken > 20 {
 		t.Errorf("a storm of 600 ms woke us %d times", woken)
 	}
 
-	// The tenth lasts until a second has passed. Nothing of what ends a wait is held up by
-	// it: each is tried some times and the quickest counts, since a busy machine is late now
-	// and then, and a delay would be there every time.
+	// The tenth delay lasts until a second has passed. It must not delay a deadline, a Wake
+	// or an event after useful work. Each is tried several times and the quickest counts: a
+	// busy machine is late now and then, but the delay would occur every time.
 	const much = 300 * time.Millisecond
 	quickest := func(what string, wait func(start time.Time) error) {
 		t.Helper()
@@ -319,7 +319,7 @@ func stormIsPutOffButNotWakeNorDeadline(t *testing.T, p pair) {
 		}
 	}
 	quickest("a deadline of 10 ms", func(start time.Time) error {
-		for { // an event that was due comes first
+		for { // a pending event comes first
 			if err := wb.Wait(start.Add(10*time.Millisecond), false); err != nil {
 				if errors.Is(err, os.ErrDeadlineExceeded) {
 					return nil
@@ -332,14 +332,14 @@ func stormIsPutOffButNotWakeNorDeadline(t *testing.T, p pair) {
 		wb.Wake()
 		return wb.Wait(start.Add(soon), false)
 	})
-	// Work ends it.
+	// Useful work ends the delay.
 	quickest("an event after useful work", func(start time.Time) error { return wb.Wait(start.Add(soon), true) })
 }
 
 func notifyDoesNotAllocate(t *testing.T, p pair) {
 	wa, wb, a, b := channel(t, p)
 	deadline := time.Now().Add(soon)
-	notify(t, b) // the first may ask who is there
+	notify(t, b) // the first notification may look up the other end
 	wait(t, wa)
 	n := testing.AllocsPerRun(100, func() {
 		deadline = deadline.Add(time.Millisecond)
@@ -353,7 +353,7 @@ func notifyDoesNotAllocate(t *testing.T, p pair) {
 	}
 }
 
-// pingPong finds a lost wake-up by hanging: each side parks for the other's event.
+// pingPong hangs if a wake-up is lost: each side parks until the other's event.
 func pingPong(t *testing.T, p pair) {
 	wa, wb, a, b := channel(t, p)
 	const rounds = 5000

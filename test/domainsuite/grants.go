@@ -85,13 +85,13 @@ func mapIsAllOrNone(t *testing.T, p pair) {
 			t.Fatalf("%+v", ge)
 		}
 	}
-	// What was mapped on the way was unmapped: End says so.
+	// The failed Map has unmapped the pages that it had mapped, so End succeeds.
 	if err := s.End(); err != nil {
 		t.Fatal(err)
 	}
 }
 
-// unknownRef is beyond every grant table.
+// unknownRef is beyond the end of every grant table.
 const unknownRef hypercall.GrantRef = 1<<31 - 1
 
 func mapOfReadOnlyGrantCannotBeWritable(t *testing.T, p pair) {
@@ -119,7 +119,7 @@ func endWhileMappedSaysInUse(t *testing.T, p pair) {
 	if v := m.In(0).Load(); v != 5 {
 		t.Fatalf("the mapped page says %d", v)
 	}
-	// Whoever gets memory from now on does not get that page.
+	// A new share does not get that page.
 	fresh := share(t, p.front, p.back.ID(), 3, hypercall.ReadWrite)
 	clear(fresh.Bytes())
 	if v := m.In(0).Load(); v != 5 {
@@ -147,8 +147,8 @@ func endedGrantCannotBeUsed(t *testing.T, p pair) {
 	}
 }
 
-// reusedRefsAreNewPages grants and ends over and over: the refs come back, the
-// pages behind them must not.
+// reusedRefsAreNewPages shares and ends repeatedly: the grefs are used again, but must not
+// refer to the old pages.
 func reusedRefsAreNewPages(t *testing.T, p pair) {
 	buf := make([]byte, 16)
 	for i := range 8 {
@@ -261,7 +261,7 @@ func copyChecksEveryOperation(t *testing.T, p pair) {
 	copy(ro.Page(0), "readable")
 	buf, last := make([]byte, 8), make([]byte, 8)
 	other := unknownRef + 1
-	if !p.loopback() { // a grant that is not for back
+	if !p.loopback() { // a grant for another domain than back
 		other = share(t, p.front, p.front.ID(), 1, hypercall.ReadWrite).Refs[0]
 	}
 	ops := []hypercall.CopyOp{

@@ -41,7 +41,7 @@ func runGroups(t *testing.T, mk func(testing.TB) (front, back hypercall.Domain),
 	}
 }
 
-// group makes one of d's.
+// group makes a Group of d, for a goroutine that is locked to its thread if onThread.
 func group(t testing.TB, d hypercall.Domain, onThread bool) hypercall.Group {
 	t.Helper()
 	if o, ok := d.(overThread); ok {
@@ -66,16 +66,18 @@ func group(t testing.TB, d hypercall.Domain, onThread bool) hypercall.Group {
 	return g
 }
 
-// overThread is what [blocking] gives.
+// overThread is the type of a domain from [blocking], without the clash with parameters named
+// onThread.
 type overThread = onThread
 
-// members is a group of the back's waiters, each with one port, and the far ends of those.
+// members makes a group of n waiters of back, each with one port. far are the far ends of
+// these ports.
 func members(t testing.TB, p pair, n int, onThread bool) (g hypercall.Group, ws []hypercall.Waiter, far []hypercall.Port) {
 	t.Helper()
 	g = group(t, p.back, onThread)
 	for i := range n {
 		_, w, a, _ := channel(t, p)
-		// As a wait does: what the channel's first event masked is unmasked.
+		// A Wait unmasks the port, which the channel's first event has masked.
 		quiet(t, w, time.Millisecond)
 		if err := g.Add(w, i*3); err != nil {
 			t.Fatal("Add:", err)
@@ -85,7 +87,7 @@ func members(t testing.TB, p pair, n int, onThread bool) (g hypercall.Group, ws 
 	return g, ws, far
 }
 
-// told fails unless the group tells of these tags, and of no others for a moment.
+// told fails unless the group's Wait returns these tags, and no others for a moment.
 func told(t testing.TB, g hypercall.Group, want ...int) {
 	t.Helper()
 	var got []int
@@ -104,7 +106,7 @@ func told(t testing.TB, g hypercall.Group, want ...int) {
 	calm(t, g)
 }
 
-// calm fails if the group tells of anything.
+// calm fails if the group's Wait returns any tag.
 func calm(t testing.TB, g hypercall.Group) {
 	t.Helper()
 	var tags [8]int
@@ -171,7 +173,7 @@ func firedWaiterIsToldOfOnceUntilRearm(t *testing.T, p pair, onThread bool) {
 	notify(t, far[0])
 	notify(t, far[1])
 	told(t, g, 3)
-	rearm(t, g, ws[0], true) // what came meanwhile counts
+	rearm(t, g, ws[0], true) // the event that came before Rearm counts
 	told(t, g, 0)
 	rearm(t, g, ws[0], true)
 	rearm(t, g, ws[0], true)
@@ -185,14 +187,14 @@ func removedWaiterIsWaitedForByItself(t *testing.T, p pair, onThread bool) {
 	notify(t, far[0])
 	calm(t, g)
 	wait(t, ws[0])
-	rearm(t, g, ws[0], true) // it is not there
-	// One that fired and was not rearmed.
+	rearm(t, g, ws[0], true) // no effect: the waiter was removed
+	// Remove a waiter that fired and was not rearmed.
 	notify(t, far[1])
 	told(t, g, 3)
 	g.Remove(ws[1])
 	notify(t, far[1])
 	wait(t, ws[1])
-	// And back, under the other's tag.
+	// Add it again, with the first waiter's tag.
 	if err := g.Add(ws[1], 0); err != nil {
 		t.Fatal(err)
 	}
@@ -238,7 +240,7 @@ func oneTagAndOneGroupEach(t *testing.T, p pair, onThread bool) {
 	if err := other.Add(free, 1); err != nil {
 		t.Error(err)
 	}
-	other.Remove(ws[0]) // not its own
+	other.Remove(ws[0]) // no effect: the waiter is in the first group
 	if err := other.Add(ws[0], 2); !errors.Is(err, hypercall.ErrGrouped) {
 		t.Errorf("after another group's Remove: %v", err)
 	}
@@ -304,7 +306,7 @@ func closeEndsGroupWait(t *testing.T, p pair, onThread bool) {
 	}
 	g.Wake()
 	notify(t, far[0])
-	wait(t, ws[0]) // it is its own again
+	wait(t, ws[0]) // the waiter has left the group
 }
 
 func groupPutsOffUselessEventsOfOneWaiterOnly(t *testing.T, p pair, onThread bool) {
@@ -325,8 +327,8 @@ func groupPutsOffUselessEventsOfOneWaiterOnly(t *testing.T, p pair, onThread boo
 	if useless < 2 || useless > 20 {
 		t.Errorf("a storm of 300 ms was told of %d times", useless)
 	}
-	// The other's events are not held up, and neither are Wake and deadlines. The quickest
-	// of some counts: a busy machine is late now and then.
+	// The delay of one waiter does not delay events of the other. The quickest of several
+	// tries counts: a busy machine is late now and then.
 	best := soon
 	for range 5 {
 		start := time.Now()
@@ -346,7 +348,7 @@ func groupPutsOffUselessEventsOfOneWaiterOnly(t *testing.T, p pair, onThread boo
 	if best > 100*time.Millisecond {
 		t.Errorf("another's event took %v", best)
 	}
-	// What was put off comes in the end.
+	// The delayed event arrives in the end.
 	notify(t, far[0])
 	for n := 0; n == 0; {
 		var err error
@@ -359,7 +361,7 @@ func groupPutsOffUselessEventsOfOneWaiterOnly(t *testing.T, p pair, onThread boo
 func whatWasPutOffComesInAnotherGroup(t *testing.T, p pair, onThread bool) {
 	g, ws, far := members(t, p, 1, onThread)
 	var tags [1]int
-	for range 8 { // until it is put off for milliseconds
+	for range 8 { // until the delay is some milliseconds
 		notify(t, far[0])
 		if n, err := g.Wait(tags[:], time.Now().Add(soon)); n != 1 || err != nil {
 			t.Fatal(n, err)
@@ -417,8 +419,8 @@ func groupDoesNotAllocate(t *testing.T, p pair, onThread bool) {
 	}
 }
 
-// groupLosesNoEvent hangs if an event is lost: each far end waits for the answer to its
-// event before it sends the next.
+// groupLosesNoEvent hangs if an event is lost: each far end waits for an answer to its event
+// before it sends the next one.
 func groupLosesNoEvent(t *testing.T, p pair, onThread bool) {
 	const n, rounds = 4, 1000
 	g := group(t, p.back, onThread)

@@ -1,9 +1,9 @@
 // Package domainsuite checks that an implementation of hypercall.Domain grants,
 // maps, copies and notifies as Xen does.
 //
-// It knows the interfaces of package hypercall only, and demands no more than
-// every implementation can keep: an operation that /dev/xen/gntdev refuses for a
-// whole batch may as well be refused by its status.
+// It uses only the interfaces of package hypercall, and demands only what every
+// implementation can do: where /dev/xen/gntdev refuses a whole batch, another implementation
+// may refuse the single operation by its status.
 package domainsuite
 
 import (
@@ -16,10 +16,11 @@ import (
 	"barevif/hypercall"
 )
 
-// Run runs the suite, and what waits once more on a [hypercall.ThreadDomain]'s other
-// Waiters, but for the storm, which takes seconds and is put off above them. mk gives two domains that live at least as long as the test
-// they were made for; it may give the same two again. They may be one and the same
-// domain, which then is its own peer: what needs a stranger is left out.
+// Run runs the suite. If the domains are [hypercall.ThreadDomain]s, it runs the event tests
+// once more on their ThreadWaiters, except the storm, which takes seconds and is delayed in a
+// layer above the Waiters. mk returns two domains that live at least as long as the test for
+// which it was called; it may return the same two again. Both may be the same domain, which is
+// then its own peer; tests that need a foreign domain are skipped.
 func Run(t *testing.T, mk func(testing.TB) (front, back hypercall.Domain)) {
 	run(t, mk, memoryCases)
 	run(t, mk, eventCases)
@@ -36,7 +37,7 @@ func Run(t *testing.T, mk func(testing.TB) (front, back hypercall.Domain)) {
 	})
 }
 
-// An onThread is a domain all of whose Waiters block threads.
+// An onThread is a domain whose Waiters all block threads.
 type onThread struct{ hypercall.ThreadDomain }
 
 func (d onThread) Waiter() (hypercall.Waiter, error) { return d.ThreadWaiter() }
@@ -102,7 +103,7 @@ type pair struct{ front, back hypercall.Domain }
 
 func (p pair) loopback() bool { return p.front.ID() == p.back.ID() }
 
-// soon bounds what should happen at once.
+// soon bounds the wait for an event that should come at once.
 const soon = 2 * time.Minute
 
 func share(t testing.TB, d hypercall.Domain, peer hypercall.DomID, pages int, access hypercall.Access) *hypercall.Share {
@@ -161,8 +162,8 @@ func waiter(t testing.TB, d hypercall.Domain) hypercall.Waiter {
 	return w
 }
 
-// channel is two waiters and a channel between them. The event that binding leaves
-// on b is taken.
+// channel makes two waiters and a channel between them. It consumes the event that binding
+// leaves pending on b.
 func channel(t testing.TB, p pair) (wa, wb hypercall.Waiter, a, b hypercall.Port) {
 	t.Helper()
 	wa, wb = waiter(t, p.front), waiter(t, p.back)
@@ -178,7 +179,7 @@ func channel(t testing.TB, p pair) (wa, wb hypercall.Waiter, a, b hypercall.Port
 	return wa, wb, a, b
 }
 
-// wait takes one event, as one that brought work.
+// wait waits for one event, and says that the last one brought work.
 func wait(t testing.TB, w hypercall.Waiter) {
 	t.Helper()
 	if err := w.Wait(time.Now().Add(soon), true); err != nil {
@@ -201,7 +202,7 @@ func notify(t testing.TB, p hypercall.Port) {
 	}
 }
 
-// closes fails unless done soon gives net.ErrClosed.
+// closes fails unless done soon receives net.ErrClosed.
 func closes(t testing.TB, done <-chan error) {
 	t.Helper()
 	select {

@@ -7,11 +7,11 @@ import (
 	"slices"
 )
 
-// worth is how much larger a ratio has to be, beyond all noise, to be called worse.
+// worth is the factor by which a ratio must have grown, beyond the noise, to count as worse.
 const worth = 1.05
 
-// worse reports whether a ratio grew beyond the noise of both results: what the
-// quartiles leave open of the two does not overlap.
+// worse reports whether a ratio grew beyond the noise of both results: the ranges between
+// their quartiles do not overlap.
 func worse(before, now ratio) bool {
 	return min(before.runs, now.runs) >= enough && now.lo > before.hi && now.mid > worth*before.mid
 }
@@ -22,10 +22,11 @@ type change struct {
 	before, now ratio
 }
 
-// compare finds what got worse since before. A row of ours did if most of its ratios
-// did: against one floor or peer alone it is that one which changed.
+// compare finds the rows of ours that got worse since before. A row counts as worse if most
+// of its ratios did. If only the ratio against one floor or peer did, that floor or peer has
+// changed.
 func compare(before, now *Result) (changes []change, compared int) {
-	// One boundary for both, so that near and far are the same in both.
+	// One boundary, so that near and far mean the same in both results.
 	b := boundary(append(lines(before.Runs), lines(now.Runs)...))
 	old, new := newTable(before.Runs, b), newTable(now.Runs, b)
 	classes := map[key]string{}

@@ -7,8 +7,8 @@ import (
 	"barevif/pvnet"
 )
 
-// A copyLink uses the calls of a Device that copy: Write and Listen, or WriteBatch
-// and ListenBatch.
+// A copyLink uses the copying calls of a Device: Write and Listen, or WriteBatch and
+// ListenBatch.
 type copyLink struct {
 	lab      *lab
 	from, to *pvnet.Device
@@ -55,7 +55,7 @@ func (l *copyLink) send(j *job) error {
 	return nil
 }
 
-// receive pins the goroutine on which Listen calls back, which is not the caller's.
+// receive pins the goroutine on which Listen calls back; it is not the caller's.
 func (l *copyLink) receive(j *job) error {
 	s, rcvd := j.sink(), tally{to: &j.rcvd}
 	var wrong error

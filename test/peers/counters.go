@@ -10,13 +10,13 @@ import (
 	"barevif/telemetry/bpf"
 )
 
-// counters moves frames over three vifs in turn, in one goroutine and in windows too
-// short for the machine to change meanwhile: the counters of one are mirrored into a
-// map or a memfd, those of the others are not. It gives how many times as long a
-// frame takes where they are, and, as the noise, how far the others are apart.
+// counters moves frames over three vifs in turn, in one goroutine and in windows too short
+// for the machine to change. The counters of the first vif are mirrored into a map or a
+// memfd, those of the other two are not. ratio is the time of a frame with mirrored
+// counters, in multiples of the time without. noise is the ratio between the other two vifs.
 func (b *bench) counters(size int) (ratio, noise float64, err error) {
-	// A directory that is no BPF file system has the store do without pins, which
-	// other programs would see.
+	// In a directory outside a BPF file system the store makes no pins, which other
+	// programs would see.
 	store := &bpf.Store{Root: filepath.Join(b.tmp, "pins")}
 	var paths [3]*path
 	for i, s := range []telemetry.Store{store, nil, nil} {
@@ -32,7 +32,7 @@ func (b *bench) counters(size int) (ratio, noise float64, err error) {
 		for round, end := 0, time.Now().Add(warmUp+b.window); time.Now().Before(end) || round < 9; round++ {
 			var ns [3]float64
 			for i := range paths {
-				at := (i + round) % len(paths) // whoever is last must not always be the same
+				at := (i + round) % len(paths) // a different vif is last each round
 				if ns[at], err = paths[at].window(); err != nil {
 					done <- err
 					return
@@ -83,7 +83,7 @@ func newPath(cfg pvnet.Config, size int) (*path, error) {
 	return p, nil
 }
 
-// window moves some thousand frames and gives the nanoseconds for each.
+// window moves some thousand frames and returns the nanoseconds per frame.
 func (p *path) window() (float64, error) {
 	const batches = 64
 	start := nano()

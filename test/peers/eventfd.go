@@ -11,14 +11,14 @@ const (
 	nameNetpoller = "eventfd, netpoller, free goroutines"
 )
 
-// An eventfdLink wakes the other end and is woken: what any round trip costs whose
-// parties block in the kernel, or park at the runtime's poller.
+// An eventfdLink only wakes the other end and is woken by it. That is the minimal cost of a
+// round trip whose parties block in the kernel, or park in the runtime's poller.
 type eventfdLink struct{ there, back *os.File }
 
 func eventfdPeer(poller bool) setupFunc {
 	flags := unix.EFD_CLOEXEC
 	if poller {
-		flags |= unix.EFD_NONBLOCK // which has os.NewFile use the poller
+		flags |= unix.EFD_NONBLOCK // makes os.NewFile use the poller
 	}
 	return func(*job) (link, error) {
 		l := new(eventfdLink)
@@ -35,7 +35,7 @@ func eventfdPeer(poller bool) setupFunc {
 }
 
 func (l *eventfdLink) close() error {
-	l.there.Close() // nil is an error, and nothing else
+	l.there.Close() // a nil *os.File returns an error, without a panic
 	l.back.Close()
 	return nil
 }

@@ -9,8 +9,8 @@ import (
 	"barevif/pvnet"
 )
 
-// A forwardLink has three parties in two goroutines. One goroutine is the source of
-// frames and where they end, and polls; the other owns two vifs and moves frames
+// A forwardLink has three parties in two goroutines. One goroutine is the source and the
+// drain of the frames, and polls. The other, the forwarder, owns two vifs and moves frames
 // from one to the other. A frame makes two hops.
 type forwardLink struct {
 	lab     *lab
@@ -22,8 +22,8 @@ type forwardLink struct {
 	drain   *pvnet.RX // out of the second vif
 }
 
-// forwardPeer has a forwarder with two backends, or with two frontends, whose calls
-// wait as mode says.
+// forwardPeer is a forwarder with two backends, or with two frontends. mode says how its
+// calls wait.
 func forwardPeer(frontends bool, mode pvnet.WaitMode, batch int) peer {
 	return setupFunc(func(j *job) (link, error) {
 		lab, err := newLab("")
@@ -39,7 +39,7 @@ func forwardPeer(frontends bool, mode pvnet.WaitMode, batch int) peer {
 	})
 }
 
-// connect makes vifs between the forwarder's domain, 2, and those of both others.
+// connect makes vifs between the forwarder's domain, 2, and the domains 1 and 3.
 func (l *forwardLink) connect(frontends bool, cfg pvnet.Config) error {
 	var domains [4]*emu.Domain
 	for i := 1; i < len(domains); i++ {
@@ -49,7 +49,7 @@ func (l *forwardLink) connect(frontends bool, cfg pvnet.Config) error {
 		}
 	}
 	served := map[int]*backend{}
-	var ours, theirs [2]*pvnet.Device // the forwarder's, and those at the other ends
+	var ours, theirs [2]*pvnet.Device // the forwarder's devices, and their other ends
 	for i, other := range []int{1, 3} {
 		front, back := other, 2
 		frontConfig, backConfig := pvnet.Config{}, cfg
@@ -98,7 +98,7 @@ func (l *forwardLink) interrupt() {
 
 func (l *forwardLink) notifies() uint64 { return notified(l.devices) }
 
-// send is the source and the drain.
+// send runs the source and the drain.
 func (l *forwardLink) send(j *job) error {
 	out, in := newOutlet(j, l.source, vifOptions{Batch: l.batch}), newInlet(j, l.drain, vifOptions{Batch: l.batch})
 	defer out.release()
@@ -121,7 +121,7 @@ func (l *forwardLink) send(j *job) error {
 	return nil
 }
 
-// receive is the forwarder: it receives into frames of the vif that it sends on.
+// receive runs the forwarder: it receives into frames of the vif on which it sends them.
 func (l *forwardLink) receive(j *job) error {
 	frames := make([]pvnet.Frame, l.batch)
 	held := 0

@@ -7,11 +7,11 @@ import (
 	"barevif/pvnet"
 )
 
-// A goal is what a run has to show. Its figure is computed from the table.
+// A goal is a bound that a run must meet. Its figure is computed from the table.
 type goal struct {
 	about  string
 	want   float64
-	least  bool // else at most
+	least  bool // want is the least value, not the largest
 	figure func(t *table) (value float64, how string, err error)
 }
 
@@ -20,12 +20,13 @@ var ends = []struct {
 	name string
 }{{false, "front→back"}, {true, "back→front"}}
 
-// polled is the row of an owner who polls, which is compared with peers that poll.
+// polled is the row of an owner that polls, to compare with peers that poll.
 func polled(back bool, batch, size int) key {
 	return key{vifOptions{Back: back, Batch: batch, Poll: true}.name(), stream, size}
 }
 
-// goals are those of the project, for both directions where there are two.
+// goals returns the project's goals, for both directions of a vif if there are rows for
+// both.
 func goals(rows []*row) []goal {
 	var all []goal
 	for _, end := range ends {
@@ -57,7 +58,7 @@ func goals(rows []*row) []goal {
 	}{{false, nameEventfd, 1.3}, {true, nameNetpoller, 1.1}} {
 		for _, two := range []bool{false, true} {
 			if g.free && two {
-				continue // that floor is within one process, whose poller wakes no other
+				continue // this floor has one process, and its poller wakes no other process
 			}
 			k := key{namePing(vifOptions{Wait: pvnet.Park, Two: two}, g.free), pingpong, sizeSmall}
 			all = append(all, goal{"ping-pong, " + k.row + ", against " + g.floor, g.want, false,
@@ -75,7 +76,7 @@ func goals(rows []*row) []goal {
 	all = append(all, goal{"allocations/frame, the most of all streams in one process", 0, false,
 		worst(owners, "%.3f", func(r Run) float64 { return r.Allocs })})
 	for _, end := range ends {
-		for _, o := range []vifOptions{{Wait: pvnet.Adaptive}, {Wait: pvnet.Park}} { // those that sleep
+		for _, o := range []vifOptions{{Wait: pvnet.Adaptive}, {Wait: pvnet.Park}} { // the modes that park
 			o.Back, o.Batch = end.back, 32
 			all = append(all, goal{o.name() + ", 64 B, notifies/frame while frames move", 0.02, false,
 				worst([]key{{o.name(), stream, sizeSmall}}, "%.4f", func(r Run) float64 { return r.Notifies })})
@@ -94,7 +95,7 @@ func ofClass(rows []*row, class, kind string, size int) (keys []key) {
 	return keys
 }
 
-// timesAsLong is how many times as long a takes as b.
+// timesAsLong computes the time of a, in multiples of the time of b.
 func timesAsLong(a, b key) func(*table) (float64, string, error) {
 	return func(t *table) (float64, string, error) {
 		for _, k := range []key{a, b} {
@@ -110,7 +111,7 @@ func timesAsLong(a, b key) func(*table) (float64, string, error) {
 	}
 }
 
-// timesAsFast is how many times as fast a is as the fastest of peers.
+// timesAsFast computes the speed of a, in multiples of the speed of the fastest peer.
 func timesAsFast(a key, peers ...key) func(*table) (float64, string, error) {
 	return func(t *table) (value float64, how string, err error) {
 		err = fmt.Errorf("%s was not measured", a.row)
@@ -129,7 +130,7 @@ func timesAsFast(a key, peers ...key) func(*table) (float64, string, error) {
 	}
 }
 
-// worst is the largest median of what there is of some cells.
+// worst computes the largest median of those cells that were measured.
 func worst(keys []key, format string, of func(Run) float64) func(*table) (float64, string, error) {
 	return func(t *table) (value float64, how string, err error) {
 		err = fmt.Errorf("%s was not measured", keys[0].row)
@@ -144,7 +145,8 @@ func worst(keys []key, format string, of func(Run) float64) func(*table) (float6
 	}
 }
 
-// An allocation now and then, of the runtime's or the harness's, is none of a frame.
+// noAllocs is the number of allocations per frame that counts as none: the runtime and the
+// harness allocate now and then.
 const noAllocs = 0.001
 
 func (g goal) met(value float64) bool {

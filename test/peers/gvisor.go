@@ -14,9 +14,9 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 )
 
-// An endpointLink is both link endpoints of gVisor's package sharedmem: packets go
-// in by WritePackets, and come out of a goroutine of the library's, which blocks on
-// an eventfd while there are none.
+// An endpointLink has both link endpoints of gVisor's package sharedmem. WritePackets takes
+// the packets; a goroutine of the library delivers them, and blocks on an eventfd while there
+// are none.
 type endpointLink struct {
 	client, server stack.LinkEndpoint
 	end            func()
@@ -24,7 +24,7 @@ type endpointLink struct {
 	first, second  dispatcher // of the client and of the server
 }
 
-// A dispatcher is called with what arrives at an endpoint.
+// A dispatcher gets the packets that arrive at an endpoint.
 type dispatcher struct {
 	j     *job
 	party int
@@ -73,7 +73,7 @@ func endpointPeer(batch int) peer {
 		server.Attach(&l.second)
 		client.Attach(&l.first)
 		l.end = func() {
-			// A server that waits looks whether it is to end only after a packet.
+			// A server that waits sees that it was closed only after another packet.
 			server.Close()
 			l.write(client, ipPacket(j.source()).frame)
 			server.Wait()
@@ -92,8 +92,8 @@ func (l *endpointLink) close() error {
 	return nil
 }
 
-// ipPacket makes the source's frame one that an endpoint delivers: it looks for the
-// version of IP in the first byte, and nowhere else.
+// ipPacket makes the source's frame one that an endpoint delivers. The endpoint checks only
+// the IP version in the first byte.
 func ipPacket(s *source) *source {
 	s.frame[0] = 4<<4 | 5
 	return s
@@ -193,8 +193,8 @@ func (l *endpointLink) echo(j *job) error {
 	return nil
 }
 
-// A queueLink is what the endpoints are built on, polled and without their packet
-// buffers: queue.Tx at the sender, pipe.Rx and pipe.Tx at the receiver.
+// A queueLink uses the queues below the endpoints, polled and without packet buffers:
+// queue.Tx at the sender, pipe.Rx and pipe.Tx at the receiver.
 type queueLink struct {
 	mem  *memory
 	slot int // bytes of a buffer

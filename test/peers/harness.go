@@ -15,13 +15,13 @@ import (
 
 // The kinds of measurement.
 const (
-	stream   = "stream"    // frames one way, as fast as they go
-	pingpong = "ping-pong" // one frame there and one back
+	stream   = "stream"    // frames in one direction, as fast as possible
+	pingpong = "ping-pong" // one frame in each direction
 	counters = "counters"  // frames with mirrored counters against frames without
 )
 
-// Sizes of frames in bytes. The largest is what a TAP device (MTU 65521) and a
-// request of netif.h (16 bits) both take.
+// Sizes of frames in bytes. The largest is the limit of a TAP device (MTU 65521) and of a
+// request of netif.h (16 bits).
 const (
 	sizeSmall = 64
 	sizeMTU   = 1500
@@ -30,8 +30,8 @@ const (
 
 // A peer is one way to move frames between two parties on one machine.
 type peer interface {
-	// setup joins two parties for frames of job.size bytes. Its error says what
-	// the machine lacks for that.
+	// setup joins two parties for frames of j.size bytes. Its error says what the machine
+	// lacks for that.
 	setup(j *job) (link, error)
 }
 
@@ -40,29 +40,29 @@ type setupFunc func(*job) (link, error)
 
 func (f setupFunc) setup(j *job) (link, error) { return f(j) }
 
-// A link is two parties that are joined. It is a streamer, a pinger, or both.
+// A link joins two parties. It is a streamer, a pinger, or both.
 type link interface {
 	close() error
 }
 
-// A streamer sends and receives in two goroutines at once, until the job is
-// stopped. Both count what they moved.
+// A streamer sends in one goroutine and receives in another, until the job is stopped. Both
+// count their frames in the job.
 type streamer interface {
 	link
 	send(j *job) error
 	receive(j *job) error
 }
 
-// A pinger makes round trips in one goroutine, len(rtt) of them, and answers in
-// another until the job is stopped.
+// A pinger makes len(rtt) round trips in one goroutine, and answers in another until the job
+// is stopped.
 type pinger interface {
 	link
 	ping(j *job, rtt []int64) error
 	echo(j *job) error
 }
 
-// An interrupter has calls that block. interrupt ends those under way; it is called
-// from another goroutine, as often as it takes.
+// An interrupter has calls that block. interrupt makes the pending calls return. It is called
+// from another goroutine, repeatedly until the parties have ended.
 type interrupter interface {
 	interrupt()
 }
@@ -77,8 +77,8 @@ type notifier interface {
 	notifies() uint64
 }
 
-// A board is what the parties of a job share. It is in a page of its own, which a
-// child process maps too, and its counters are on cache lines of their own.
+// A board is the memory that the parties of a job share. It is in a page of its own, which a
+// child process maps, too. Each counter has a cache line of its own.
 type board struct {
 	stop  atomic.Uint32
 	ready atomic.Uint32 // the child is connected
@@ -95,10 +95,10 @@ type job struct {
 	*board
 	size   int
 	ping   bool
-	verify bool   // every frame is different, and is compared when it arrives
+	verify bool   // every frame is different, and the receiver compares it
 	free   bool   // neither party is pinned
 	cpus   [2]int // of the two parties
-	warm   uint64 // frames until all memory of the link has been used once
+	warm   uint64 // number of frames after which all memory of the link was used
 	tmp    string // for sockets
 	mem    *memory
 }
@@ -112,16 +112,16 @@ func (b *bench) newJob(r *row, size int) (*job, error) {
 		free: r.free, cpus: b.cpus, warm: buffers, tmp: b.tmp, mem: mem}, nil
 }
 
-// buffers is how many private pages a receiving half of a vif has by default; no other
-// link has more buffers. The first use of each is a page fault.
+// buffers is how many private pages a receiving half of a vif has by default. No other link
+// has more buffers. The first use of each page is a page fault.
 const buffers = 512
 
 func (j *job) stopped() bool { return j.stop.Load() != 0 }
 
 func (j *job) close() { j.mem.close() }
 
-// fit is the batch that is used for frames of the job's size: a ring of 256 slots
-// holds 15 of the longest.
+// fit limits a batch for frames of the job's size: a ring of 256 slots holds 15 of the
+// longest.
 func (j *job) fit(batch int) int {
 	if j.size > 4096 {
 		return min(batch, 8)
@@ -129,7 +129,7 @@ func (j *job) fit(batch int) int {
 	return batch
 }
 
-// A tally adds to a shared counter, but not for every frame.
+// A tally counts frames and adds to a shared counter only now and then.
 type tally struct {
 	to *atomic.Uint64
 	n  uint64
@@ -146,11 +146,11 @@ func (t *tally) flush() {
 	t.n = 0
 }
 
-// header is where a frame's own number is, behind the addresses and the type.
+// header is the offset of a frame's number in bytes, behind the addresses and the type.
 const header = 14
 
-// A source gives the frames that are sent: always the same one, or, where the job
-// verifies, one after the other with its number in it.
+// A source makes the frames to send: always the same frame, or, if the job verifies, numbered
+// frames.
 type source struct {
 	frame  []byte
 	verify bool
@@ -168,7 +168,7 @@ func (j *job) source() *source {
 	return s
 }
 
-// next is the frame to send. It is overwritten by the call after it.
+// next returns the next frame to send. The following call overwrites it.
 func (s *source) next() []byte {
 	if s.verify {
 		binary.NativeEndian.PutUint64(s.frame[header:], s.seq)
@@ -177,8 +177,8 @@ func (s *source) next() []byte {
 	return s.frame
 }
 
-// A batchSource gives as many frames as one call sends. They are all the same one
-// unless the job verifies.
+// A batchSource makes the frames of one call. They are all the same frame unless the job
+// verifies.
 type batchSource struct {
 	sources []*source
 	frames  [][]byte
@@ -205,9 +205,9 @@ func (b *batchSource) next() [][]byte {
 	return b.frames
 }
 
-// A sink takes the frames that arrive, and compares them where the job verifies.
+// A sink takes the frames that arrive, and compares them if the job verifies.
 type sink struct {
-	frame []byte // for those who copy what arrived
+	frame []byte // buffer for receivers that copy
 	want  source
 }
 
@@ -215,7 +215,7 @@ func (j *job) sink() *sink {
 	return &sink{frame: make([]byte, j.size), want: *j.source()}
 }
 
-// took is told of each frame that arrived, in order.
+// took is called with each frame that arrives, in order.
 func (s *sink) took(frame []byte) error {
 	if !s.want.verify {
 		return nil
@@ -227,29 +227,29 @@ func (s *sink) took(frame []byte) error {
 	return nil
 }
 
-// pin has the calling goroutine, which works for the first party (0) or the second
-// (1), on a CPU of its own, unless the row leaves goroutines free.
+// pin pins the calling goroutine, of the first party (0) or the second (1), to that party's
+// CPU, unless the row leaves goroutines free.
 func (j *job) pin(party int) {
 	if !j.free {
 		pin(j.cpus[party])
 	}
 }
 
-// pin gives the calling goroutine a thread of its own on one CPU. The thread ends
-// with the goroutine.
+// pin locks the calling goroutine to a thread on one CPU. The thread ends with the
+// goroutine.
 func pin(cpu int) {
 	runtime.LockOSThread()
 	var set unix.CPUSet
 	set.Set(cpu)
-	// The CPU is one of this process, so this fails only if it was taken away since;
-	// then the line round trip of the run shows it.
+	// The process may use this CPU, so the call fails only if that has changed since. The
+	// line round trip of the run then shows it.
 	_ = unix.SchedSetaffinity(0, &set)
 }
 
 var private atomic.Uint32
 
-// relax is for loops that look at a shared word until it changes. It leaves the word
-// alone for some 10 ns, so that the other side can write it.
+// relax is for loops that poll a shared word. It does not touch the word for some 10 ns, so
+// that the other side can write it.
 func relax() {
 	for range 16 {
 		private.Load()
@@ -261,8 +261,8 @@ const (
 	hang   = 10 * time.Second
 )
 
-// errHung is a party that did not end. It spins or blocks on, so nothing that is
-// measured after it would be right.
+// errHung is the error for a party that did not end. The party still spins or blocks, so all
+// later measurements would be wrong.
 var errHung = errors.New("does not end")
 
 // A bench measures rows.
@@ -270,10 +270,10 @@ type bench struct {
 	cpus   [2]int // of the sender and the receiver
 	window time.Duration
 	tmp    string
-	verify bool // the parties compare what arrives with what was sent
+	verify bool // the receivers compare the frames that arrive
 }
 
-// run measures one row once. The second result says why it could not be measured.
+// run measures one row once. The error says why it could not be measured.
 func (b *bench) run(r *row, size int) (run Run, err error) {
 	run = Run{Row: r.name, Bytes: size, Kind: r.kind}
 	if run.Line, err = lineRoundTrip(b.cpus, 3000); err != nil {
@@ -298,7 +298,7 @@ func (b *bench) run(r *row, size int) (run Run, err error) {
 		err = b.pingpong(j, l.(pinger), &run)
 	}
 	if errors.Is(err, errHung) {
-		return run, err // what still runs needs the link and the board
+		return run, err // do not close: the hung party still uses the link and the board
 	}
 	defer j.close()
 	var notifies uint64
@@ -306,15 +306,15 @@ func (b *bench) run(r *row, size int) (run Run, err error) {
 		notifies = n.notifies()
 	}
 	err = errors.Join(err, l.close())
-	notifies += j.told.Load() // of a child, which has ended now
+	notifies += j.told.Load() // the child's count; the child has ended
 	if run.Kind == stream {
 		run.Notifies = float64(notifies) / float64(max(j.sent.Load(), 1))
 	}
 	return run, err
 }
 
-// parties runs two functions in goroutines of their own. wait returns the errors of
-// both once they have ended; with stop it has them end.
+// parties runs two functions, each in a goroutine. wait waits until both have ended and
+// returns their errors. If stop is true it makes them end.
 func parties(j *job, l link, first, second func() error) (wait func(stop bool) error) {
 	errs := make(chan error, 2)
 	for i, f := range []func() error{first, second} {
@@ -338,7 +338,7 @@ func parties(j *job, l link, first, second func() error) (wait func(stop bool) e
 			case err := <-errs:
 				ended++
 				all = errors.Join(all, err)
-				stop = true // neither goes on without the other
+				stop = true // one party has ended, so end the other
 			case <-time.After(20 * time.Millisecond):
 			case <-limit:
 				return errors.Join(all, errHung)
@@ -381,8 +381,8 @@ func (b *bench) stream(j *job, l streamer, run *Run) error {
 	return nil
 }
 
-// trips is how many round trips one measurement makes: enough for a 99th percentile,
-// and few enough that those of two wake-ups of 100 us take a third of a second.
+// trips is how many round trips one measurement makes: enough for a 99th percentile, and few
+// enough that round trips with two wake-ups of 100 us take a third of a second in total.
 const trips = 1500
 
 func (b *bench) pingpong(j *job, l pinger, run *Run) error {
@@ -413,5 +413,5 @@ func (b *bench) pingpong(j *job, l pinger, run *Run) error {
 
 var epoch = time.Now()
 
-// nano is a monotonic clock in nanoseconds.
+// nano returns the time of a monotonic clock in nanoseconds.
 func nano() int64 { return int64(time.Since(epoch)) }

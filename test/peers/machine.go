@@ -15,7 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A Machine is where figures were taken.
+// A Machine describes the machine on which a result was measured.
 type Machine struct {
 	CPU    string `json:"cpu"`
 	CPUs   int    `json:"cpus"`
@@ -41,7 +41,7 @@ func thisMachine() Machine {
 	return m
 }
 
-// commit is what is measured, with a "+" if the tree holds changes.
+// commit returns the commit that is measured, with a "+" if the tree has changes.
 func commit() string {
 	id, err := exec.Command("git", "rev-parse", "--short=12", "HEAD").Output()
 	if err != nil {
@@ -54,7 +54,7 @@ func commit() string {
 	return name
 }
 
-// twoCPUs are the first two this process may use.
+// twoCPUs returns the first two CPUs that this process may use.
 func twoCPUs() (cpus [2]int, err error) {
 	var set unix.CPUSet
 	if err := unix.SchedGetaffinity(0, &set); err != nil {
@@ -74,9 +74,9 @@ func twoCPUs() (cpus [2]int, err error) {
 	return cpus, nil
 }
 
-// lineRoundTrip is the median time in nanoseconds for a cache line to go from one
-// CPU to the other and back, now. Where the host of a virtual machine places the two
-// decides over every figure for shared memory, and changes while they are taken.
+// lineRoundTrip measures the median time in nanoseconds for a cache line to go from one CPU
+// to the other and back. In a virtual machine this depends on where the host places the two
+// CPUs, which changes during a run and affects every figure for shared memory.
 func lineRoundTrip(cpus [2]int, n int) (float64, error) {
 	mem, err := newMemory("peers-line", os.Getpagesize())
 	if err != nil {
@@ -125,7 +125,7 @@ func lineRoundTrip(cpus [2]int, n int) (float64, error) {
 	return float64(rtt[n/2]), nil
 }
 
-// cpuTime is what this process and the other one of l have used.
+// cpuTime returns the processor time of this process and of the child process of l.
 func cpuTime(l link) time.Duration {
 	used := clock(unix.CLOCK_PROCESS_CPUTIME_ID)
 	if f, ok := l.(forked); ok {
@@ -142,7 +142,7 @@ func clock(id int32) time.Duration {
 	return time.Duration(t.Nano())
 }
 
-// A glance is what the machine had done at a moment.
+// A glance holds the processor times of the machine at one moment.
 type glance struct {
 	at         time.Time
 	busy, ours time.Duration
@@ -150,8 +150,8 @@ type glance struct {
 
 func look(l link) glance { return glance{time.Now(), busyTime(), cpuTime(l)} }
 
-// since says how many CPUs this process and the other one of l have used, and which
-// share of all CPUs other work has.
+// since returns how many CPUs this process and the child process of l have used since g, and
+// the share of all CPUs that other work has used.
 func (g glance) since(l link) (cpus, others float64) {
 	now := look(l)
 	took, ours := float64(now.at.Sub(g.at)), now.ours-g.ours
@@ -159,8 +159,8 @@ func (g glance) since(l link) (cpus, others float64) {
 	return float64(ours) / took, max(0, others)
 }
 
-// busyTime is the time all CPUs have not been idle. What was stolen by the host
-// counts as busy.
+// busyTime returns the time for which the CPUs were not idle, summed over all. Time that the
+// host has stolen counts as busy.
 func busyTime() time.Duration {
 	text, _ := os.ReadFile("/proc/stat")
 	var user, nice, system, idle, iowait, irq, softirq, steal int64
@@ -169,7 +169,7 @@ func busyTime() time.Duration {
 	return time.Duration(user+nice+system+irq+softirq+steal) * tick
 }
 
-// A missing is what this machine does not have for a peer.
+// A missing is the error for something that a peer needs and this machine lacks.
 type missing struct {
 	what, next string
 	err        error
@@ -185,7 +185,7 @@ func (m *missing) Error() string {
 
 func (m *missing) Unwrap() error { return m.err }
 
-// socketPath is a path for a socket that no other link of this run uses.
+// socketPath returns a path for a socket that no other link of this run uses.
 func (j *job) socketPath(name string) string {
 	return filepath.Join(j.tmp, fmt.Sprintf("%s-%d", name, sockets.Add(1)))
 }

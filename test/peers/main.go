@@ -59,7 +59,7 @@ func main() {
 	os.Exit(status)
 }
 
-// flags are what the program is told.
+// flags holds the program's command-line flags.
 type flags struct {
 	reps                int
 	window              time.Duration
@@ -105,8 +105,8 @@ func start() (status int, err error) {
 	return status, nil
 }
 
-// measure runs everything and prints it. An interrupt ends it after the row under
-// way, and what there is by then is printed.
+// measure measures all rows and prints the result. An interrupt ends it after the current
+// row, and it prints the rows so far.
 func measure(f flags, n *network, tmp string) (status int, err error) {
 	var before *Result
 	if f.compare != "" {
@@ -118,7 +118,7 @@ func measure(f flags, n *network, tmp string) (status int, err error) {
 	if err != nil {
 		return 0, err
 	}
-	// Two threads spin on two CPUs. Whoever stops them has to run as well.
+	// Two threads spin on two CPUs. The goroutine that stops them must run, too.
 	runtime.GOMAXPROCS(max(4, runtime.GOMAXPROCS(0)))
 	// AF_XDP locks its memory on kernels before 5.11.
 	_ = unix.Setrlimit(unix.RLIMIT_MEMLOCK, &unix.Rlimit{Cur: unix.RLIM_INFINITY, Max: unix.RLIM_INFINITY})
@@ -149,11 +149,11 @@ func measure(f flags, n *network, tmp string) (status int, err error) {
 	return status, err
 }
 
-// tries is how often a run is made that other work disturbs.
+// tries is how often a run is made at most if other work disturbs it.
 const tries = 3
 
-// all measures every row, one after the other, and that f.reps times. Its error is a
-// row of ours that failed, or one that did not end.
+// all measures every row, one after the other, f.reps times. Its error is that of a row of
+// ours that failed, or of any row that did not end.
 func (b *bench) all(ctx context.Context, rows []*row, f flags, r *Result) error {
 	failed := map[key]bool{}
 	var broken error

@@ -10,14 +10,14 @@ import (
 	"go.fd.io/govpp/extras/gomemif/memif"
 )
 
-// A memifLink is the memif of VPP as go.fd.io/govpp/extras has it, polled, with rings
-// of 256 packets. Single packets go from the slave to the master. Bursts go the other
-// way: Refill of a master overwrites the lengths of packets that are being sent to it.
+// A memifLink is VPP's memif as implemented in go.fd.io/govpp/extras, polled, with rings of
+// 256 packets. Single packets go from the slave to the master. Bursts go from the master to
+// the slave, because a master's Refill overwrites the lengths of packets in flight to it.
 type memifLink struct {
 	path          string
 	master, slave *memifEnd
 	burst         bool
-	taken         atomic.Uint64 // by the receiver of bursts
+	taken         atomic.Uint64 // packets that the receiver of bursts has taken
 }
 
 func memifPeer(burst bool) peer {
@@ -46,7 +46,7 @@ func newMemif(j *job, burst bool) (l *memifLink, err error) {
 		return nil, errors.Join(err, l.close())
 	}
 	if burst {
-		l.slave.rx.Refill(0) // all slots: the count bounds nothing
+		l.slave.rx.Refill(0) // refills all slots: the library ignores the count
 	}
 	return l, nil
 }
@@ -76,7 +76,7 @@ func openMemif(path string, master bool, size int) (*memifEnd, error) {
 	e := &memifEnd{socket: socket, up: make(chan struct{}, 1)}
 	e.card, err = socket.NewInterface(&memif.Arguments{
 		IsMaster: master, Name: "peers",
-		// A length is 16 bits in a descriptor, a buffer's too.
+		// A descriptor has 16 bits for a length, also for that of a buffer.
 		MemoryConfig:     memif.MemoryConfig{NumQueuePairs: 1, Log2RingSize: 8, PacketBufferSize: uint32(max(pageSize, size))},
 		ConnectedFunc:    func(*memif.Interface) error { e.up <- struct{}{}; return nil },
 		DisconnectedFunc: func(*memif.Interface) error { return nil },
@@ -131,8 +131,8 @@ func (l *memifLink) send(j *job) error {
 	return nil
 }
 
-// sendBursts keeps count of what the receiver took: Tx_burst looks for one free slot
-// only, and overwrites what is in the others.
+// sendBursts tracks how many packets the receiver has taken: Tx_burst checks for only one
+// free slot, and overwrites packets in the others.
 func (l *memifLink) sendBursts(j *job) error {
 	const burst = 32
 	src := j.batchSource(burst)

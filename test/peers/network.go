@@ -12,8 +12,8 @@ import (
 	"github.com/vishvananda/netlink"
 )
 
-// netVar says that this process is in the network namespace that the program made
-// for itself, and holds the directory for its sockets.
+// netVar is set in the process that runs in the program's own network namespace. It holds the
+// directory for the sockets.
 const netVar = "BAREVIF_PEERS_NAMESPACE"
 
 // The addresses and the type of the frames that go through the kernel.
@@ -24,8 +24,8 @@ var (
 
 const etherType = 0x88b5 // IEEE 802: local experimental
 
-// again runs this program once more, in a network namespace of its own, and waits
-// for it. The error says why there is no such namespace; then nothing ran.
+// again runs this program once more, in a network namespace of its own, and waits for it. The
+// error says why that namespace could not be made; then nothing ran.
 func again(tmp string) (status int, err error) {
 	how := &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL}
 	if os.Getuid() != 0 {
@@ -37,7 +37,7 @@ func again(tmp string) (status int, err error) {
 	cmd.Env = append(os.Environ(), netVar+"="+tmp)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
 	cmd.SysProcAttr = how
-	runtime.LockOSThread() // Pdeathsig is about the thread that starts it
+	runtime.LockOSThread() // Pdeathsig fires when the thread that started the child ends
 	if err := cmd.Start(); err != nil {
 		return 0, err
 	}
@@ -56,8 +56,8 @@ func again(tmp string) (status int, err error) {
 	return cmd.ProcessState.ExitCode(), nil
 }
 
-// A network is the devices of the kernel's peers, in the namespace of this process.
-// err says why there is none.
+// A network holds the devices for the peers that go through the kernel, in the namespace of
+// this process. err says why there is none.
 type network struct {
 	err error
 	tap [2]*os.File
@@ -70,18 +70,18 @@ const (
 	bridgeName   = "peers-br"
 )
 
-// newNetwork makes what needs no device node: two pairs of veth. They vanish with
-// the namespace.
+// newNetwork makes the devices that need no device node: two veth pairs. They vanish with the
+// namespace.
 func newNetwork() *network {
-	// Without IPv6 the kernel sends nothing of its own. Where there is none to begin
-	// with there is nothing to write.
+	// Without IPv6 the kernel sends no frames by itself. A kernel without IPv6 does not
+	// have these files.
 	for _, which := range []string{"all", "default"} {
 		_ = os.WriteFile("/proc/sys/net/ipv6/conf/"+which+"/disable_ipv6", []byte("1"), 0)
 	}
 	return &network{err: errors.Join(newVeth(vethA, vethB, 65535), newVeth(xdpA, xdpB, 1500))}
 }
 
-// noNetwork is that of a process that could not have a namespace.
+// noNetwork returns the network of a process that could not make a namespace.
 func noNetwork(err error) *network {
 	return &network{err: &missing{"a network namespace of its own",
 		"run as root, or see that sysctl user.max_user_namespaces and user.max_net_namespaces are not 0", err}}

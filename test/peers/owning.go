@@ -11,25 +11,25 @@ import (
 
 var errDeadline = os.ErrDeadlineExceeded
 
-// vifOptions are a way to use vifs.
+// vifOptions describe one way to use vifs.
 type vifOptions struct {
 	Back    bool           // the backend sends
-	Batch   int            // frames a call
-	Wait    pvnet.WaitMode // of calls that wait
-	Poll    bool           // calls that do not wait, one after the other
-	Into    bool           // PollInto frames of the receiver's own
-	Lend    bool           // a frontend that receives is lent the backend's pages
-	InPlace bool           // neither party copies: the sender sends what lies there, the receiver reads it there
+	Batch   int            // frames per call
+	Wait    pvnet.WaitMode // how calls wait
+	Poll    bool           // use calls that do not wait, in a loop
+	Into    bool           // receive with PollInto, into frames of the receiver
+	Lend    bool           // lend the backend's pages to a frontend that receives
+	InPlace bool           // neither party copies: the sender leaves the pages' content, the receiver reads it in place
 	Copying bool           // Device.Write and Listen, or WriteBatch and ListenBatch
-	Two     bool           // the receiver in a process of its own
+	Two     bool           // the receiver is in a process of its own
 	Vifs    int            // 0 means 1
-	Queues  int            // of each; 0 means 1
-	Poller  bool           // one goroutine for all vifs of a party, and a pvnet.Poller that waits as Wait says
-	Idle    int            // vifs that nothing is sent on
+	Queues  int            // per vif; 0 means 1
+	Poller  bool           // one goroutine for all vifs of a party, with a pvnet.Poller that waits as Wait says
+	Idle    int            // number of vifs without traffic
 }
 
 func (o vifOptions) config(j *job) pvnet.Config {
-	each := !o.Poller && (o.Vifs > 1 || o.Queues > 1) // half has a goroutine of its own, which is not pinned
+	each := !o.Poller && (o.Vifs > 1 || o.Queues > 1) // each half has a goroutine of its own, which is not pinned
 	return pvnet.Config{Wait: o.Wait, Queues: o.Queues, LendRx: o.Lend, LockedThreads: !j.free && !each}
 }
 
@@ -66,16 +66,16 @@ func (o vifOptions) setup(j *job) (link, error) {
 	return l, nil
 }
 
-// halves are both directions of devices that one party owns.
+// halves holds the halves of the devices that one party owns.
 type halves struct {
 	devices []*pvnet.Device
 	tx      []*pvnet.TX
 	rx      []*pvnet.RX
-	poller  *pvnet.Poller // of those that send, or those that receive; nil: they have none
+	poller  *pvnet.Poller // for the sending or the receiving halves; may be nil
 }
 
-// gather puts the halves that are used into a Poller. The frontends' are of many domains,
-// which the emulator does not mind.
+// gather adds the sending or the receiving halves to a Poller. The frontends belong to many
+// domains; the emulator allows one Poller for them.
 func (h *halves) gather(d hypercall.Domain, o vifOptions, j *job, sends bool) (err error) {
 	h.poller, err = pvnet.NewPoller(d, pvnet.PollerConfig{Wait: o.Wait, LockedThread: !j.free})
 	for i := 0; i < len(h.tx) && err == nil; i++ {
@@ -126,7 +126,7 @@ type outlet struct {
 	frames  []pvnet.Frame
 	n, done int // frames[done:n] are filled
 	src     *source
-	inPlace bool // frames are sent with what lies in their pages
+	inPlace bool // send frames with the old content of their pages
 }
 
 func newOutlet(j *job, tx *pvnet.TX, o vifOptions) *outlet {
@@ -150,7 +150,7 @@ func (o *outlet) fill(n int) {
 	}
 }
 
-// poll sends what can be sent now, and reports how many frames that were.
+// poll sends the frames that it can send without waiting, and returns how many.
 func (o *outlet) poll() (int, error) {
 	if o.done == o.n {
 		o.fill(o.tx.AllocSize(o.frames, len(o.src.frame)))
@@ -166,7 +166,7 @@ func (o *outlet) poll() (int, error) {
 	return n, err
 }
 
-// wait sends a batch.
+// wait sends a batch, and waits for room.
 func (o *outlet) wait() (int, error) {
 	n, err := o.tx.AllocWait(o.frames, len(o.src.frame))
 	if err != nil {
@@ -183,13 +183,13 @@ func (o *outlet) release() {
 	}
 }
 
-// An inlet is a receiving half. What arrives is copied out, or read where it lies.
+// An inlet is a receiving half. It copies frames out, or reads their headers in place.
 type inlet struct {
 	rx      *pvnet.RX
 	frames  []pvnet.Frame
 	into    bool // frames are the receiver's own
 	inPlace bool
-	headers int // bytes of what was read in place, added up
+	headers int // sum of the header bytes that were read in place
 	sink    *sink
 }
 
@@ -199,7 +199,7 @@ func newInlet(j *job, rx *pvnet.RX, o vifOptions) *inlet {
 	return in
 }
 
-// own has the inlet receive into frames of tx, of the same device.
+// own makes the inlet receive into frames of tx, a half of the same device.
 func (i *inlet) own(tx *pvnet.TX, size int) {
 	i.into = true
 	i.frames = i.frames[:tx.AllocSize(i.frames, size)]
@@ -227,7 +227,7 @@ func (i *inlet) wait() (int, error) {
 
 func (i *inlet) take(n int) error {
 	for k := range i.frames[:n] {
-		if i.inPlace { // as a router does: the headers
+		if i.inPlace { // read only the headers, like a router
 			for _, b := range i.frames[k].Bytes()[:34] {
 				i.headers += int(b)
 			}
@@ -252,8 +252,8 @@ func (i *inlet) release() {
 	}
 }
 
-// A vifLink is one or more vifs whose halves have owners. A party that polls goes
-// round all its halves; one that waits has a goroutine for each.
+// A vifLink is one or more vifs whose halves have owners. A party that polls loops over its
+// halves; a party that waits has a goroutine per half.
 type vifLink struct {
 	o        vifOptions
 	from, to halves
@@ -374,7 +374,7 @@ func (h *halves) receive(j *job, o vifOptions) error {
 	})
 }
 
-// sendPolled sends a batch on each half in turn that has room, and waits once none has.
+// sendPolled sends a batch on each half that has room, in turn, and waits once none has.
 func (h *halves) sendPolled(j *job, outlets []*outlet, sent tally) error {
 	var open []*outlet
 	for !j.stopped() {
@@ -408,7 +408,7 @@ func (h *halves) sendPolled(j *job, outlets []*outlet, sent tally) error {
 	return nil
 }
 
-// receivePolled takes a batch of each half that is ready.
+// receivePolled receives a batch from each half that is ready.
 func (h *halves) receivePolled(j *job, inlets []*inlet, rcvd tally) error {
 	for !j.stopped() {
 		ready, err := h.poller.Wait()
@@ -431,7 +431,7 @@ func (h *halves) receivePolled(j *job, inlets []*inlet, rcvd tally) error {
 	return nil
 }
 
-// each calls f with all of v, at once if there are several.
+// each calls f for each of v, concurrently if there are several.
 func each[T any](v []T, f func(T) error) error {
 	if len(v) == 1 {
 		return f(v[0])
@@ -460,7 +460,7 @@ func (h *halves) ping(j *job, o vifOptions, rtt []int64) error {
 	return nil
 }
 
-// echo sends back what arrives. The other end compares it.
+// echo sends back each frame that arrives. The other end compares it.
 func (h *halves) echo(j *job, o vifOptions) error {
 	out, in := newOutlet(j, h.tx[0], o), newInlet(j, h.rx[0], o)
 	out.src = &source{frame: in.sink.frame}
@@ -476,7 +476,7 @@ func (h *halves) echo(j *job, o vifOptions) error {
 	return nil
 }
 
-// turn has one frame sent or received.
+// turn sends or receives one frame, with poll or wait as o says.
 func (h *halves) turn(j *job, o vifOptions, poll, wait func() (int, error)) error {
 	if !o.Poll {
 		_, err := wait()

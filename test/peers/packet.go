@@ -50,8 +50,8 @@ func packetSocket(device string) (fd int, err error) {
 	if err := unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: protocol, Ifindex: index}); err != nil {
 		return -1, fmt.Errorf("bind to %s: %w", device, err)
 	}
-	// These make it faster or lose less; an older kernel, or a user who may not
-	// force buffers, does without.
+	// These options make the socket faster or lose less. They fail on an older kernel, or
+	// for a user who may not force buffers, and the socket works all the same.
 	_ = unix.SetsockoptInt(fd, unix.SOL_PACKET, unix.PACKET_QDISC_BYPASS, 1)
 	_ = unix.SetsockoptInt(fd, unix.SOL_PACKET, unix.PACKET_IGNORE_OUTGOING, 1)
 	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 8<<20)
@@ -59,17 +59,17 @@ func packetSocket(device string) (fd int, err error) {
 	return fd, impatient(fd)
 }
 
-// A ringLink are packet sockets with rings that the kernel maps: TPACKET_V2 to send,
-// 32 frames a call, and TPACKET_V3 to receive, in blocks.
+// A ringLink has packet sockets with mapped rings: TPACKET_V2 to send, 32 frames per call,
+// and TPACKET_V3 to receive, in blocks.
 type ringLink struct {
 	a, b     int
 	out, in  []byte
-	outFrame int // bytes of a frame of out
+	outFrame int // size of a frame of out, in bytes
 }
 
-// The head of a frame of out is struct tpacket2_hdr, whose first words are the
-// status and the length; the data is behind it. A block of in begins with struct
-// tpacket_block_desc, whose header is 8 bytes in.
+// A frame of out begins with struct tpacket2_hdr, whose first words are the status and the
+// length. The data follows. A block of in begins with struct tpacket_block_desc, whose header
+// is at offset 8.
 const (
 	frameLength   = 4
 	frameData     = 32 // TPACKET2_HDRLEN - sizeof(struct sockaddr_ll)
@@ -77,7 +77,7 @@ const (
 	blockBytes    = 1 << 19
 	blocks        = 16
 	retireMillis  = 2
-	outFrameBytes = 1 << 20 // of all frames of out
+	outFrameBytes = 1 << 20 // total size of the frames of out
 )
 
 func (n *network) ringPeer(j *job) (link, error) {

@@ -14,13 +14,13 @@ import (
 	"time"
 )
 
-// mainVar has the test's binary be the program.
+// mainVar makes the test binary run as the program.
 const mainVar = "BAREVIF_PEERS_MAIN"
 
 func TestMain(m *testing.M) {
 	if os.Getenv(mainVar) != "" || os.Getenv(childVar) != "" {
 		main()
-		os.Exit(0) // or every child would run the tests, and have children
+		os.Exit(0) // otherwise every child would run the tests, and start children
 	}
 	os.Exit(m.Run())
 }
@@ -54,7 +54,7 @@ func TestBoundaryPartsTwoRegimes(t *testing.T) {
 	}
 }
 
-// runs are some of one row, with these times.
+// runs makes runs of one row, with the times ns.
 func runs(name, class string, line float64, ns ...float64) (all []Run) {
 	for i, x := range ns {
 		all = append(all, Run{Row: name, Class: class, Kind: stream, Bytes: 64, Rep: i, Line: line, Ns: x})
@@ -186,8 +186,8 @@ func TestRowsHaveNamesOfTheirOwn(t *testing.T) {
 	}
 }
 
-// Every row of the device, and of what it is compared with that loses nothing, moves
-// the frames it says: each is different and is compared when it arrives.
+// Every row of the device, and of every peer that loses no frames, moves the right frames:
+// each is different, and the receiver compares it.
 func TestEveryRowMovesWhatItSays(t *testing.T) {
 	cpus, err := twoCPUs()
 	if err != nil {
@@ -198,7 +198,7 @@ func TestEveryRowMovesWhatItSays(t *testing.T) {
 	for _, r := range allRows(without) {
 		for _, size := range r.sizes {
 			if r.kind == counters || size == sizeMTU {
-				continue // moves nothing between parties; is one piece, as the small one
+				continue // counters moves nothing between parties; a frame of sizeMTU has one piece, like a small one
 			}
 			if err := b.verifies(r, size); errors.Is(err, without.err) {
 				if m := new(missing); !errors.As(err, &m) || !strings.Contains(err.Error(), "run as root") {
@@ -249,7 +249,7 @@ func TestWrongFramesAreFound(t *testing.T) {
 	if err := s.took(src.next()); err != nil {
 		t.Fatal(err)
 	}
-	src.next() // is lost
+	src.next() // this frame is lost
 	if err := s.took(src.next()); err == nil {
 		t.Error("a lost frame was not noticed")
 	}
@@ -258,8 +258,8 @@ func TestWrongFramesAreFound(t *testing.T) {
 	}
 }
 
-// The whole program, with what this machine has: it prints each row or why it is not
-// there, and writes what it then compares with.
+// The whole program prints each row, or why this machine cannot measure it. It writes a result
+// and then compares with that.
 func TestProgram(t *testing.T) {
 	if _, err := twoCPUs(); err != nil {
 		t.Skip(err)

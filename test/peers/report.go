@@ -35,7 +35,8 @@ func (r *Result) report(w io.Writer, t *table) {
 	fmt.Fprintln(w)
 }
 
-// line is the row of one cell. What is not its regime's is the median of all runs.
+// line formats the row of one cell: the times per regime, and other figures as medians of all
+// runs.
 func (t *table) line(k key) string {
 	c := t.cells[k]
 	all := func(of func(Run) float64) float64 { return median(values(c.runs, of)) }

@@ -14,15 +14,15 @@ type Run struct {
 	Kind     string  `json:"kind"`
 	Bytes    int     `json:"bytes"`
 	Rep      int     `json:"rep"`
-	Line     float64 `json:"line"`               // round trip of a cache line before it, ns
-	Ns       float64 `json:"ns"`                 // stream: for each frame received; ping-pong: median; counters: the ratio
-	P99      float64 `json:"p99,omitempty"`      // ping-pong, ns
-	CPU      float64 `json:"cpu,omitempty"`      // ns of all threads and processes for each frame
-	Allocs   float64 `json:"allocs,omitempty"`   // for each frame, of this process
-	Notifies float64 `json:"notifies,omitempty"` // sent by both parties for each frame
+	Line     float64 `json:"line"`               // round trip of a cache line before the run, ns
+	Ns       float64 `json:"ns"`                 // stream: per received frame; ping-pong: median; counters: the ratio
+	P99      float64 `json:"p99,omitempty"`      // ping-pong: 99th percentile, ns
+	CPU      float64 `json:"cpu,omitempty"`      // ns of all threads and processes, per frame
+	Allocs   float64 `json:"allocs,omitempty"`   // allocations of this process, per frame
+	Notifies float64 `json:"notifies,omitempty"` // notifications of both parties, per frame
 	Lost     float64 `json:"lost,omitempty"`     // share of the frames sent
-	Noise    float64 `json:"noise,omitempty"`    // counters: the ratio of two vifs that do not differ
-	Others   float64 `json:"others,omitempty"`   // share of all CPUs that other work took
+	Noise    float64 `json:"noise,omitempty"`    // counters: the ratio of two equal vifs
+	Others   float64 `json:"others,omitempty"`   // share of all CPUs that other work used
 }
 
 func (r Run) key() key { return key{r.Row, r.Kind, r.Bytes} }
@@ -53,8 +53,8 @@ func (r *Result) write(name string) error {
 	if err != nil {
 		return err
 	}
-	// One line for each run: a quote within a string is escaped, so this is found
-	// between two of them only.
+	// Put each run on a line of its own. A quote inside a string is escaped, so this text
+	// occurs only at the beginning of a run.
 	b = bytes.ReplaceAll(b, []byte(`{"row":`), []byte("\n{\"row\":"))
 	return os.WriteFile(name, append(b, '\n'), 0o644)
 }

@@ -19,18 +19,17 @@ type indexes struct {
 	_                                    [48]byte
 }
 
-// A txAnswer is a response in the 12 bytes of the request that it answers.
+// A txAnswer is a response in a slot of 12 bytes, the size of a request.
 type txAnswer struct {
 	netif.TxResponse
 	_ [8]byte
 }
 
-// A rawRing moves frames through the indexes, the slots and the pages of one Xen
-// ring, and does nothing else that a device does: no grants, checks, buffers to give
-// out, counters, events. On the tx ring the sender produces requests and gets its
-// pages back with the responses. On the rx ring the receiver produces requests for
-// pages to fill, and the sender responses. A frame takes a slot for each of its
-// pages, and as many copies as one of a vif:
+// A rawRing moves frames through the indexes, the slots and the pages of one Xen ring. It has
+// nothing else of a device: no grants, checks, buffer management, counters or events. On the
+// tx ring the sender produces requests and gets its pages back with the responses. On the rx
+// ring the receiver produces requests for pages to fill, and the sender produces responses. A
+// frame takes one slot per page, and the same copies as a frame of a vif:
 //
 //	tx: into the page, into a private page, out of that
 //	rx: into a private page, into the page, into a private page, out of that
@@ -41,26 +40,26 @@ type rawRing struct {
 	rx     bool
 	out    *atomic.Uint32 // index that the sender writes
 	back   *atomic.Uint32 // index that the receiver writes
-	event  *atomic.Uint32 // that the sender has to look at when it publishes
+	event  *atomic.Uint32 // event index that the sender reads when it publishes
 	pages  []byte
 	tx     *[ringSlots]netif.TxRequest
 	txRsp  *[ringSlots]txAnswer
 	rxReq  *[ringSlots]netif.RxRequest
 	rxRsp  *[ringSlots]netif.RxResponse
-	slots  uint32 // a frame takes
+	slots  uint32 // slots per frame
 	credit uint32 // the sender may fill slots up to back+credit
 
 	_    [128]byte
-	prod uint32 // of the sender
-	seen uint32 // back, when the sender looked last
+	prod uint32 // the sender's private index
+	seen uint32 // the sender's last reading of back
 	from pool
 
 	_    [128]byte
-	cons uint32 // of the receiver
+	cons uint32 // the receiver's private index
 	to   pool
 }
 
-// A pool are the private pages of one end, used in turn.
+// A pool holds the private pages of one end, which are used in turn.
 type pool struct {
 	pages []byte
 	next  int
@@ -108,7 +107,7 @@ func (r *rawRing) page(ref uint32) []byte {
 	return r.pages[off : off+pageSize]
 }
 
-// room reports whether a batch can be put.
+// room reports whether the ring has room for a batch.
 func (r *rawRing) room() bool {
 	need := uint32(r.batch) * r.slots
 	if r.seen+r.credit-r.prod >= need {
@@ -118,7 +117,7 @@ func (r *rawRing) room() bool {
 	return r.seen+r.credit-r.prod >= need
 }
 
-// put fills the slots of one frame. Nothing of it is visible before publish.
+// put fills the slots of one frame. The receiver sees them only after publish.
 func (r *rawRing) put(frame []byte) {
 	if r.rx {
 		private := r.from.get(len(frame))
@@ -151,8 +150,8 @@ func (r *rawRing) put(frame []byte) {
 	}
 }
 
-// publish shows the receiver what was put, and looks whether it asked to be woken,
-// which costs what it costs; the receiver polls.
+// publish makes the new slots visible to the receiver. It reads the event index, as a vif
+// must, but ignores it, because the receiver polls.
 func (r *rawRing) publish() {
 	r.out.Store(r.prod)
 	_ = r.event.Load()
@@ -161,8 +160,8 @@ func (r *rawRing) publish() {
 // ready reports whether a frame can be taken.
 func (r *rawRing) ready() bool { return r.out.Load() != r.cons }
 
-// take copies up to a batch of frames, one after the other, into the sink's frame,
-// and gives their pages back.
+// take copies up to a batch of frames, one after the other, into the sink's frame, and
+// returns their pages to the sender.
 func (r *rawRing) take(s *sink) (n int, err error) {
 	for prod := r.out.Load(); r.cons != prod && n < r.batch; n++ {
 		private := r.to.get(r.size)
@@ -190,7 +189,7 @@ func (r *rawRing) take(s *sink) (n int, err error) {
 	return n, err
 }
 
-// A rawLink is a raw ring for each direction. Both ends poll.
+// A rawLink has a raw ring per direction. Both ends poll.
 type rawLink struct {
 	stream, answers *rawRing
 }

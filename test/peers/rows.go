@@ -12,19 +12,19 @@ import (
 // The classes of rows.
 const (
 	ours   = "barevif"
-	floor  = "floor"  // what the machine takes for it
-	user   = "user"   // in user space, through shared memory
-	kernel = "kernel" // through the kernel
+	floor  = "floor"  // the least that the machine can take
+	user   = "user"   // peers in user space, through shared memory
+	kernel = "kernel" // peers through the kernel
 )
 
-// A row is one way to move frames, measured in one kind. Its name is what results
-// are compared by.
+// A row is one way to move frames, in one kind of measurement. Results are compared by the
+// names of rows.
 type row struct {
 	name  string
 	class string
 	kind  string
 	sizes []int
-	free  bool // the goroutines are the scheduler's to place
+	free  bool // the goroutines are not pinned
 	peer  peer
 }
 
@@ -36,7 +36,7 @@ var (
 	smallSize  = []int{sizeSmall}
 )
 
-// The names of rows that goals are about.
+// Names of rows that goals refer to.
 const (
 	nameCounters = "barevif counters mirrored / not"
 	nameMemif    = "gomemif poll"
@@ -52,7 +52,7 @@ func nameRaw(rx bool, batch int) string {
 
 func nameEndpoint(batch int) string { return fmt.Sprintf("gVisor sharedmem endpoint b%d", batch) }
 
-// name says everything about the options.
+// name returns the name of a row with these options; it mentions every option.
 func (o vifOptions) name() string {
 	s := "barevif front→back"
 	if o.Back {
@@ -105,7 +105,7 @@ func namePing(o vifOptions, free bool) string {
 	return s
 }
 
-// allRows are all there is to measure, the rows that goals compare near each other.
+// allRows returns all rows. Rows that goals compare are near each other in the order.
 func allRows(n *network) []*row {
 	var rows []*row
 	add := func(class, kind, name string, sizes []int, p peer) {
@@ -144,7 +144,7 @@ func allRows(n *network) []*row {
 	add(kernel, stream, "AF_PACKET sendmmsg/recvmmsg 32", allSizes, n.packetPeer(32))
 	add(kernel, stream, "AF_PACKET TPACKET_V3", allSizes, setupFunc(n.ringPeer))
 	add(kernel, pingpong, "AF_PACKET", frameSizes, n.packetPeer(1))
-	// A frame of AF_XDP is part of one page.
+	// A frame of AF_XDP must fit in one page.
 	for _, spin := range []bool{true, false} {
 		how := map[bool]string{true: "spin", false: "poll(2)"}[spin]
 		add(kernel, stream, "AF_XDP copy mode b32, "+how, frameSizes, n.xdpPeer(spin))
@@ -153,7 +153,7 @@ func allRows(n *network) []*row {
 	return rows
 }
 
-// ourRows are those of the device.
+// ourRows returns the rows of the device.
 func ourRows() []*row {
 	var rows []*row
 	add := func(o vifOptions, sizes []int) {
@@ -180,8 +180,8 @@ func ourRows() []*row {
 			}
 		}
 	}
-	// What a frame costs whose bytes nobody but the device copies, and what is left of it
-	// where a page is lent instead of copied.
+	// The cost of a frame that only the device copies, and the cost if the device lends the
+	// page instead.
 	for _, o := range []vifOptions{{InPlace: true}, {InPlace: true, Back: true}, {Lend: true, Back: true}, {Lend: true, InPlace: true, Back: true}} {
 		o.Poll = true
 		o.Batch = 32

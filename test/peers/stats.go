@@ -5,8 +5,8 @@ import (
 	"slices"
 )
 
-// quantile is the value below which the share q of v lies, between the two nearest
-// if there is none. v is not empty.
+// quantile returns the value below which the share q of v lies, interpolated between the two
+// nearest values. v is not empty.
 func quantile(v []float64, q float64) float64 {
 	s := slices.Sorted(slices.Values(v))
 	at := q * float64(len(s)-1)
@@ -19,12 +19,12 @@ func quantile(v []float64, q float64) float64 {
 
 func median(v []float64) float64 { return quantile(v, 0.5) }
 
-// spread is how far apart the quartiles are, as a share of the median.
+// spread returns the distance between the quartiles, as a share of the median.
 func spread(v []float64) float64 {
 	return (quantile(v, 0.75) - quantile(v, 0.25)) / median(v)
 }
 
-// A regime is where the two CPUs were to each other.
+// A regime says how close the two CPUs were: near or far.
 type regime int
 
 const (
@@ -34,9 +34,9 @@ const (
 
 func (r regime) String() string { return [...]string{"near", "far"}[r] }
 
-// boundary is the line round trip that parts near runs from far ones: where two
-// groups of line round trips are most unlike each other. It is infinite if their
-// medians are less than 1.3 times apart: then there is one regime, near.
+// boundary returns the line round trip that separates near runs from far ones: the one that
+// divides the line round trips into the two most different groups. It is infinite if their
+// medians differ by less than a factor of 1.3; then all runs are near.
 func boundary(lines []float64) float64 {
 	s := slices.Sorted(slices.Values(lines))
 	var sum, left float64
@@ -60,14 +60,14 @@ func boundary(lines []float64) float64 {
 // A run is clean if other work took less than this share of the CPUs.
 const clean = 0.12
 
-// enough is how many runs a figure takes, to be compared with another.
+// enough is how many runs a figure needs to be compared with another.
 const enough = 3
 
 // A cell is all runs of a row at one size.
 type cell struct {
 	runs      []Run // clean, or all if fewer than enough are
 	made      int
-	disturbed bool // some are not clean
+	disturbed bool // some runs are not clean
 }
 
 // A key names a cell.
@@ -77,7 +77,7 @@ type key struct {
 	bytes int
 }
 
-// A table is what was measured, by cells.
+// A table holds all runs, by cell.
 type table struct {
 	cells    map[key]*cell
 	boundary float64
@@ -131,7 +131,7 @@ func (t *table) regime(r Run) regime {
 	return far
 }
 
-// in are the runs of a cell in one regime; none if there is no such cell.
+// in returns the runs of a cell in one regime; none if there is no such cell.
 func (t *table) in(k key, where regime) (runs []Run) {
 	if c := t.cells[k]; c != nil {
 		for _, r := range c.runs {
@@ -143,16 +143,16 @@ func (t *table) in(k key, where regime) (runs []Run) {
 	return runs
 }
 
-// A ratio is how many times as long a frame, or a round trip, takes in one row as in
-// another, in one regime. lo and hi are what the quartiles of both leave open.
+// A ratio is the time of a frame, or of a round trip, in one row, in multiples of that in
+// another row, in one regime. lo and hi are its bounds by the quartiles of both rows.
 type ratio struct {
 	mid, lo, hi float64
 	runs        int // of the row with fewer
 	where       regime
 }
 
-// ratio compares in the regime where there are more runs of both. ok is false if
-// they have no regime in common.
+// ratio compares two rows in the regime in which both have more runs. ok is false if they
+// have no regime in common.
 func (t *table) ratio(a, b key) (best ratio, ok bool) {
 	for _, where := range []regime{near, far} {
 		if r := t.ratioIn(a, b, where); r.runs > best.runs {

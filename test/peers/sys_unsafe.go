@@ -7,19 +7,19 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// at gives the T that begins off bytes into b, which must hold all of it. T has no
-// pointers, and b is mapped memory, whose pages and all offsets used are aligned.
+// at returns the T at offset off of b, which must hold all of it. T has no pointers, and b is
+// mapped memory: it is page-aligned, and all offsets in use are aligned.
 func at[T any](b []byte, off int) *T {
 	var t T
 	return (*T)(unsafe.Pointer(unsafe.SliceData(b[off : off+int(unsafe.Sizeof(t))])))
 }
 
-// asBytes is the memory of v, which has no pointers.
+// asBytes returns the memory of v, which has no pointers.
 func asBytes[T any](v *T) []byte {
 	return unsafe.Slice((*byte)(unsafe.Pointer(v)), unsafe.Sizeof(*v))
 }
 
-// address is where b is, for the kernel. b is mapped memory, which does not move.
+// address returns the address of b for the kernel. b is mapped memory, which does not move.
 func address(b []byte) uint64 { return uint64(uintptr(unsafe.Pointer(unsafe.SliceData(b)))) }
 
 // getsockopt fills v, which has no pointers.
@@ -42,7 +42,7 @@ type mmsg struct {
 
 var _ [64]byte = [unsafe.Sizeof(mmsg{})]byte{}
 
-// newMmsgs gives one message for each of bufs, which it keeps alive.
+// newMmsgs returns one message per buffer. The messages keep the buffers alive.
 func newMmsgs(bufs [][]byte) []mmsg {
 	iovs := make([]unix.Iovec, len(bufs))
 	msgs := make([]mmsg, len(bufs))
@@ -55,7 +55,7 @@ func newMmsgs(bufs [][]byte) []mmsg {
 	return msgs
 }
 
-// mmsgCall is sendmmsg(2) or recvmmsg(2): how many messages were moved.
+// mmsgCall calls sendmmsg(2) or recvmmsg(2) and returns how many messages were moved.
 func mmsgCall(trap uintptr, fd int, msgs []mmsg, flags int) (int, error) {
 	n, _, e := unix.Syscall6(trap, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(msgs))), uintptr(len(msgs)), uintptr(flags), 0, 0)
 	if e != 0 {
@@ -64,7 +64,7 @@ func mmsgCall(trap uintptr, fd int, msgs []mmsg, flags int) (int, error) {
 	return int(n), nil
 }
 
-// A memory is a memfd that is mapped, once or, with another process, twice.
+// A memory is a mapped memfd. With a child process both processes map it.
 type memory struct {
 	fd int
 	b  []byte

@@ -9,8 +9,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// tapPeer is two TAP devices that a bridge joins: write(2) on one, read(2) on the
-// other. The bridge takes a second to forward, so that all measurements use one.
+// tapPeer is two TAP devices on a bridge: write(2) on one, read(2) on the other. The bridge
+// needs a second until it forwards, so all measurements share one bridge.
 func (n *network) tapPeer(j *job) (link, error) {
 	if n.err != nil {
 		return nil, n.err
@@ -69,8 +69,8 @@ func (n *network) newTaps(j *job) error {
 	if err := netlink.LinkSetUp(bridge); err != nil {
 		return fmt.Errorf("bridge: %w", err)
 	}
-	// Ports forward once the link watcher has run, within a second or so. Then each
-	// sends a frame, from which the bridge learns where its address is.
+	// Ports forward once the link watcher has run, within a second or so. Then each port
+	// sends a frame, from which the bridge learns the port's address.
 	time.Sleep(1500 * time.Millisecond)
 	for i, from := range [][6]byte{macA, macB} {
 		frame := j.source().frame[:60]
@@ -99,7 +99,7 @@ func openTap(name string) (*os.File, error) {
 	return os.NewFile(uintptr(fd), name), nil
 }
 
-// drain reads what is left of the measurement before.
+// drain reads the frames that are left from the previous measurement.
 func drain(fd int) error {
 	if err := unix.SetNonblock(fd, true); err != nil {
 		return err

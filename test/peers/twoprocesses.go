@@ -16,11 +16,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// childVar holds the errand of a process that this program starts of itself.
+// childVar holds the errand of a child process, which runs this program.
 const childVar = "BAREVIF_PEERS_CHILD"
 
-// An errand is what the process of a receiver has to know. The board is its
-// descriptor 3.
+// An errand holds the parameters of the receiver's process. The board is its descriptor 3.
 type errand struct {
 	Options vifOptions
 	Size    int
@@ -37,9 +36,9 @@ type processLink struct {
 	lab   *lab
 	from  halves
 	child *exec.Cmd
-	words strings.Builder // what the child said on stderr
+	words strings.Builder // the child's stderr
 	ended chan struct{}   // closed when the child has ended
-	err   error           // of the child, then
+	err   error           // the child's error; valid once ended is closed
 }
 
 func newTwoProcesses(o vifOptions, j *job) (l *processLink, err error) {
@@ -88,7 +87,7 @@ func newTwoProcesses(o vifOptions, j *job) (l *processLink, err error) {
 	return l, nil
 }
 
-// end is one end of the vif, in whichever process: the backend's or the frontend's.
+// end opens one end of the vif in either process: the backend or the frontend.
 func end(d hypercall.Domain, back bool, cfg pvnet.Config) (device *pvnet.Device, done func(), err error) {
 	if !back {
 		device, err = connect(d, "0", cfg)
@@ -159,16 +158,16 @@ func (l *processLink) notifies() uint64 { return notified(l.from.devices) }
 
 func (l *processLink) send(j *job) error { return l.from.send(j, l.o) }
 
-// receive waits for the process that does.
+// receive waits for the process that receives.
 func (l *processLink) receive(*job) error {
 	<-l.ended
-	return nil // close says how
+	return nil // close returns the child's error
 }
 
 func (l *processLink) ping(j *job, rtt []int64) error { return l.from.ping(j, l.o, rtt) }
 func (l *processLink) echo(*job) error                { return l.receive(nil) }
 
-// runErrand is the receiver's process.
+// runErrand runs the receiver in its own process.
 func runErrand(text string) error {
 	var e errand
 	if err := json.Unmarshal([]byte(text), &e); err != nil {
@@ -201,7 +200,7 @@ func runErrand(text string) error {
 	j.ready.Store(1)
 	go func() {
 		for {
-			time.Sleep(20 * time.Millisecond) // rarely: a wake-up of another thread disturbs
+			time.Sleep(20 * time.Millisecond) // not often: the wake-up of another thread disturbs the measurement
 			if j.stopped() {
 				to.interrupt()
 			}

@@ -7,12 +7,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A fdLink is two descriptors that keep frames apart: sockets, or TAP devices.
-// Frames may be lost between them, by the kernel.
+// A fdLink has two descriptors that keep frame boundaries: sockets, or TAP devices. The kernel
+// may lose frames between them.
 type fdLink struct {
 	a, b  int
 	batch int  // more than 1: sendmmsg(2) and recvmmsg(2)
-	lossy bool // what arrives is not compared: frames are missing
+	lossy bool // do not compare frames, because some are lost
 	end   func()
 	wake  func()
 }
@@ -46,7 +46,7 @@ func unixPeer(socketType, batch int) peer {
 	})
 }
 
-// impatient has calls that block return after a while, to see whether to stop.
+// impatient makes blocking calls return after 20 ms, to check whether the job was stopped.
 func impatient(fd int) error {
 	t := unix.Timeval{Usec: 20_000}
 	return errors.Join(
@@ -54,8 +54,8 @@ func impatient(fd int) error {
 		unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &t))
 }
 
-// passing reports whether err is one after which the call is made again: nothing
-// came in time, there was no room, or a signal.
+// passing reports whether the call should be repeated after err: no frame came in time, there
+// was no room, or a signal interrupted it.
 func passing(err error) bool {
 	return err == unix.EAGAIN || err == unix.EINTR || err == unix.ENOBUFS
 }
@@ -97,7 +97,7 @@ func (l *fdLink) receive(j *job) error {
 		if l.batch == 1 {
 			var k int
 			if k, err = unix.Read(l.b, bufs[0]); err == nil && k < j.size {
-				continue // not one of ours
+				continue // not a frame of ours
 			}
 		} else {
 			n, err = mmsgCall(unix.SYS_RECVMMSG, l.b, msgs, unix.MSG_WAITFORONE)
@@ -149,7 +149,7 @@ func (l *fdLink) echo(j *job) error {
 	return nil
 }
 
-// turn has one frame read or written, and no shorter one.
+// turn reads or writes one whole frame, and skips shorter ones.
 func (l *fdLink) turn(j *job, call func(int, []byte) (int, error), fd int, b []byte) error {
 	for !j.stopped() {
 		n, err := call(fd, b)

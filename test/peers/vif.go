@@ -16,11 +16,11 @@ import (
 	"barevif/xenbus/xenstore/server"
 )
 
-// setupLimit bounds what a vif takes to connect.
+// setupLimit bounds the time in which a vif connects.
 const setupLimit = 10 * time.Second
 
-// backDomain is the domain of the backends. A frontend is in a domain of its own,
-// from frontDomain on.
+// backDomain is the domain of the backends. Each frontend has a domain of its own, from
+// frontDomain on.
 const (
 	backDomain  hypercall.DomID = 1
 	frontDomain hypercall.DomID = 2
@@ -33,12 +33,12 @@ type lab struct {
 	path    string    // of the host's socket
 	store   *server.Store
 	tools   *xenstore.Client
-	driver  *emu.Domain // of the backends that vifs made
+	driver  *emu.Domain // the domain of the backends that vifs has made
 	undo    []func()
 }
 
-// newLab makes a machine whose domains are all in this process, or, with a path,
-// a host that other processes join.
+// newLab makes a machine whose domains are all in this process, or, if path is not empty, a
+// host that other processes join.
 func newLab(path string) (l *lab, err error) {
 	// The backend's domain is privileged: the usual quota of 1000 nodes is enough
 	// for 58 vifs.
@@ -109,7 +109,7 @@ func (l *lab) plug(front, back hypercall.DomID, id uint32) error {
 		MAC: [6]byte{2, 0, 0, byte(back), byte(front), byte(id)}})
 }
 
-// A backend is what serves the vifs of a domain.
+// A backend serves the vifs of a domain.
 type backend struct {
 	devices chan *pvnet.Device
 	ended   chan error
@@ -143,7 +143,7 @@ func (b *backend) next() (*pvnet.Device, error) {
 		}
 		return nil, fmt.Errorf("the backend of domain %d's vif did not come up in %v", d.Peer(), setupLimit)
 	case err := <-b.ended:
-		b.ended <- err // for close
+		b.ended <- err // put it back for close
 		return nil, fmt.Errorf("pvnet.Serve ended: %w", err)
 	case <-time.After(setupLimit):
 		return nil, fmt.Errorf("no backend appeared in %v", setupLimit)
@@ -156,8 +156,7 @@ func connect(d hypercall.Domain, id string, cfg pvnet.Config) (*pvnet.Device, er
 	return pvnet.Connect(ctx, d, id, cfg)
 }
 
-// vifs connects n vifs whose backends are in one domain and whose frontends are in
-// one each.
+// vifs connects n vifs. Their backends share one domain; each frontend has its own.
 func (l *lab) vifs(n int, cfg pvnet.Config) (fronts, backs []*pvnet.Device, err error) {
 	if l.driver, err = l.domain(backDomain); err != nil {
 		return nil, nil, err
@@ -187,7 +186,7 @@ func (l *lab) vifs(n int, cfg pvnet.Config) (fronts, backs []*pvnet.Device, err 
 	return fronts, backs, nil
 }
 
-// notified is how many notifications devices have sent.
+// notified returns how many notifications the devices have sent.
 func notified(devices []*pvnet.Device) (n uint64) {
 	for _, d := range devices {
 		s := d.Stats()
@@ -196,10 +195,11 @@ func notified(devices []*pvnet.Device) (n uint64) {
 	return n
 }
 
-// past is a deadline for what has to end now.
+// past is a deadline that has passed; it ends waits at once.
 var past = time.Unix(1, 0)
 
-// over reports whether err is how a call ends that was interrupted.
+// over reports whether err is the error of a call that was interrupted because the job was
+// stopped.
 func over(j *job, err error) bool {
 	return j.stopped() && (errors.Is(err, errDeadline) || errors.Is(err, context.Canceled))
 }

@@ -13,11 +13,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// An xdpLink is an AF_XDP socket at each end of a veth pair, which has no zero-copy
-// mode: the kernel copies.
+// An xdpLink has an AF_XDP socket at each end of a veth pair. veth has no zero-copy mode, so
+// the kernel copies.
 type xdpLink struct {
 	a, b *xdpSocket
-	spin bool // else poll(2)
+	spin bool // spin instead of poll(2)
 }
 
 const (
@@ -25,8 +25,8 @@ const (
 	xdpFrame = 4096 // bytes
 )
 
-// An xdpSocket has one area of frames: the first half is filled by the kernel, the
-// second holds what is sent.
+// An xdpSocket has one area of frames: the kernel fills the first half, the socket sends from
+// the second.
 type xdpSocket struct {
 	fd                        int
 	area                      []byte
@@ -40,7 +40,7 @@ type xdpSocket struct {
 	attached                  bpflink.Link
 }
 
-// xdpIndexes are the words of a ring, and this side's own index into it.
+// xdpIndexes are the shared indexes of a ring, and this side's private index.
 type xdpIndexes struct {
 	prod, cons *atomic.Uint32
 	own        uint32
@@ -136,13 +136,14 @@ func (x *xdpSocket) mapRings() error {
 	return nil
 }
 
-// attach binds the socket to the device, and has a program there hand it all frames.
+// attach binds the socket to the device, and attaches a program that redirects all frames to
+// the socket.
 func (x *xdpSocket) attach(device string) (err error) {
 	index, err := ifIndex(device)
 	if err != nil {
 		return err
 	}
-	// The socket before lets go of the queue some time after it was closed.
+	// A previous socket releases the queue some time after it was closed.
 	for range 100 {
 		if err = unix.Bind(x.fd, &unix.SockaddrXDP{Flags: unix.XDP_COPY, Ifindex: uint32(index)}); err != unix.EBUSY {
 			break
@@ -190,7 +191,7 @@ func (x *xdpSocket) close() {
 	}
 }
 
-// send queues up to n frames and has the kernel take them; it returns how many.
+// send queues up to n frames, makes the kernel take them, and returns how many.
 func (x *xdpSocket) send(src *source, n int) (int, error) {
 	done := x.completions.prod.Load()
 	for ; x.completions.own != done; x.completions.own++ {
@@ -213,7 +214,7 @@ func (x *xdpSocket) send(src *source, n int) (int, error) {
 	return n, nil
 }
 
-// receive copies out what is there and gives the frames back to the kernel.
+// receive copies out the frames that are there and returns their buffers to the kernel.
 func (x *xdpSocket) receive(s *sink) (n int) {
 	prod := x.rx.prod.Load()
 	if prod == x.rx.own {

@@ -30,12 +30,12 @@ import (
 const (
 	limit   = time.Minute
 	backend = hypercall.DomID(7)
-	guests  = 50 // frontend domains: the stand-in for Xen knows no more
+	guests  = 50 // frontend domains: the stand-in for Xen supports no more
 	many    = 250
 )
 
-// A host has a xenstore with the quotas Xen comes with, and a toolstack. There are
-// no frontends: the toolstack writes their states.
+// A host has a xenstore with Xen's default quotas, and a toolstack. There are no frontends:
+// the toolstack writes their states.
 type host struct {
 	t     *testing.T
 	ctx   context.Context
@@ -46,7 +46,7 @@ type host struct {
 	log   buffer
 }
 
-// A domain is an emulated one, at whatever xenstore.
+// A domain is an emulated domain that uses the xenstore of dial.
 type domain struct {
 	*emu.Domain
 	dial func(context.Context, hypercall.DomID) (io.ReadWriteCloser, error)
@@ -71,7 +71,7 @@ func (b *buffer) String() string {
 	return b.b.String()
 }
 
-// stores runs a test at the embedded xenstore and at Debian's.
+// stores runs a test with the embedded xenstore and with Debian's.
 func stores(t *testing.T, test func(*testing.T, *host)) {
 	for _, name := range []string{"embedded", "Debian"} {
 		t.Run(name, func(t *testing.T) {
@@ -102,7 +102,7 @@ func stores(t *testing.T, test func(*testing.T, *host)) {
 			h.tools = h.client(0)
 			for id := hypercall.DomID(0); id <= backend+guests; id++ {
 				if id != 0 {
-					h.client(id).Close() // makes it known
+					h.client(id).Close() // the connection makes the domain known to xenstore
 				}
 				h.must(toolstack.Home(h.ctx, h.tools, id))
 			}
@@ -137,7 +137,7 @@ func (h *host) client(dom hypercall.DomID) *xenstore.Client {
 	return c
 }
 
-// vif is the i-th one: each domain has the first few.
+// vif returns the i-th vif. The vifs are dealt out to the guests in turn.
 func vif(i int) toolstack.Vif {
 	return toolstack.Vif{Front: backend + 1 + hypercall.DomID(i%guests), ID: uint32(i / guests), Back: backend, MAC: [6]byte{0, 0x16, 0x3e, 0, byte(i >> 8), byte(i)}}
 }
@@ -159,7 +159,7 @@ func (h *host) serve() {
 	})
 }
 
-// await waits until the backend is in a state with each of the vifs.
+// await waits until the backend has reached the state for each of the vifs.
 func (h *host) await(state xenbus.State, vifs ...toolstack.Vif) {
 	h.t.Helper()
 	for _, v := range vifs {
@@ -201,8 +201,8 @@ func (h *host) front(v toolstack.Vif, s xenbus.State) {
 	h.must(h.tools.Write(h.ctx, v.FrontDir()+"/state", fmt.Sprint(uint8(s))))
 }
 
-// A backend serves 250 vifs in a domain with the quotas xenstored comes with, where
-// the toolstack makes room for what it writes, and hears of each frontend.
+// A backend serves 250 vifs in a domain with xenstored's default quotas, if the toolstack
+// makes room for the nodes that it writes itself. The backend notices each frontend.
 func TestOneDomainServesManyVifs(t *testing.T) {
 	stores(t, func(t *testing.T, h *host) {
 		vifs := make([]toolstack.Vif, many)
@@ -221,7 +221,7 @@ func TestOneDomainServesManyVifs(t *testing.T) {
 			}
 			h.await(step.back, vifs...)
 		}
-		// A vif that is taken away is no longer served, while there are others.
+		// A vif that is removed and added again is served anew; the others stay.
 		h.must(toolstack.Remove(h.ctx, h.tools, vifs[17]))
 		h.must(toolstack.Add(h.ctx, h.tools, vifs[17]))
 		h.await(xenbus.InitWait, vifs[17])
@@ -231,8 +231,8 @@ func TestOneDomainServesManyVifs(t *testing.T) {
 	})
 }
 
-// Without that room the nodes are the limit, most of them the toolstack's. Who meets
-// it hears its name.
+// Without that room the quota of nodes is the limit; the toolstack has made most of them. The
+// backend's log names the quota.
 func TestTheQuotaOfNodesIsNamed(t *testing.T) {
 	stores(t, func(t *testing.T, h *host) {
 		h.serve()
@@ -258,9 +258,9 @@ func TestTheQuotaOfNodesIsNamed(t *testing.T) {
 	})
 }
 
-// The frontend's user does not hear less than the backend's.
+// The error of Connect names the quota that the backend has met.
 func TestConnectNamesTheQuotaTheBackendMet(t *testing.T) {
-	for room, want := range map[int]string{ // nodes the backend may still make: one is its claim, and a transaction is refused the last
+	for room, want := range map[int]string{ // nodes that the backend may still make: one is its claim, and a transaction may not use the last one
 		0: "quota of xenstore", 3: "--entry-nb",
 	} {
 		stores(t, func(t *testing.T, h *host) {
@@ -293,8 +293,8 @@ func TestConnectNamesTheQuotaTheBackendMet(t *testing.T) {
 	}
 }
 
-// Watches on other domains' nodes become one where xenstored allows no more, and go
-// on hearing of what they are on.
+// When xenstored's quota of watches is full, a client merges its watches on other domains'
+// nodes into one. Each of them still gets its events.
 func TestWatchesBecomeOneAtTheQuota(t *testing.T) {
 	stores(t, func(t *testing.T, h *host) {
 		var paths []string
@@ -311,7 +311,7 @@ func TestWatchesBecomeOneAtTheQuota(t *testing.T) {
 			watches = append(watches, w)
 		}
 		for i, w := range watches {
-			for hears := false; !hears; { // past what was left of before
+			for hears := false; !hears; { // skip earlier events
 				h.must(h.tools.Write(h.ctx, paths[i], fmt.Sprint(i%7)))
 				select {
 				case <-w.C():
@@ -331,7 +331,7 @@ func TestWatchesBecomeOneAtTheQuota(t *testing.T) {
 		h.must(h.tools.Write(h.ctx, paths[0], "0"))
 		<-watches[0].C()
 
-		// There is room for many others now, and in the end the error says what is full.
+		// That frees room for many other watches. In the end the error names the quota.
 		n := 0
 		for {
 			_, err := c.Watch(h.ctx, fmt.Sprint("data/", n))

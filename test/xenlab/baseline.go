@@ -11,8 +11,8 @@ import (
 	"time"
 )
 
-// Numbers of the baseline scenario. Rates on an emulated CPU vary by half, so only
-// ratios within it mean anything, and only those with a wide margin are asserted.
+// Numbers of the baseline scenario. Rates on an emulated CPU vary by half, so only ratios
+// within the scenario mean anything, and only those with a wide margin are asserted.
 const (
 	baselineRounds = 2
 	baselineSecs   = 3
@@ -23,25 +23,24 @@ const (
 const (
 	baselineDom0  = "10.90.0.1"
 	baselineGuest = "10.90.0.2"
-	baselineNone  = "10.90.0.9" // frames to it are dropped by whichever kernel gets them
+	baselineNone  = "10.90.0.9" // either kernel drops frames to this address
 )
 
-// A bench is the baseline scenario's guest and what was measured in it: lines of
-// JSON as "barevif bench" prints them.
+// A bench is the baseline scenario's guest and its results, the JSON lines of "barevif bench".
 type bench struct {
 	*T
 	guest *Domain
-	vif   string // dom0's interface
+	vif   string // name of dom0's interface
 	lines []string
 }
 
-// baseline runs the same traffic through one vif: by the kernel's netfront and by
-// ours, in turns.
+// baseline runs the same traffic through one vif with the kernel's netfront and with ours, in
+// turns.
 func baseline(t *T) {
 	t.netback(true)
 	b := &bench{T: t, guest: t.Create(Guest{
 		Name: "domU", Type: PV, VIFs: []VIF{{}},
-		Linux: []string{"xen_privcmd.unrestricted=1"}, // for the doorbell by hypercall
+		Linux: []string{"xen_privcmd.unrestricted=1"}, // for notifications by hypercall
 	})}
 	b.vif = b.guest.VIF(0)
 	t.Dom0().Sh("ip addr add %s/24 dev %s; modprobe pktgen", baselineDom0, b.vif)
@@ -64,7 +63,7 @@ func baseline(t *T) {
 	}
 }
 
-// kernel is a round of the kernel's netfront.
+// kernel measures one round of the kernel's netfront.
 func (b *bench) kernel() {
 	b.guest.Await("a network interface", "ip link set eth0 up")
 	b.guest.Sh("ip addr add %s/24 dev eth0; ip neigh replace %s lladdr fe:ff:ff:ff:ff:ff dev eth0 nud permanent", baselineGuest, baselineNone)
@@ -84,8 +83,8 @@ func (b *bench) kernel() {
 	b.streams("kernel netfront, Go TCP socket", []string{"tcp-send", "--to", baselineDom0}, []string{"tcp-recv"})
 }
 
-// streams has the guest send to a socket of dom0's kernel, and receive from one. The
-// receiver's line counts.
+// streams measures TCP from the guest to a socket of dom0's kernel, and back. The receiver's
+// line counts.
 func (b *bench) streams(way string, send, recv []string) {
 	line := func(what string) []string { return []string{"--what", what, "--way", way, secs()} }
 	piece := func(d *Domain, args ...string) *Process {
@@ -104,7 +103,7 @@ func (b *bench) streams(way string, send, recv []string) {
 	b.add(sink.Succeed())
 }
 
-// ours is a round of our frontend.
+// ours measures one round of our frontend.
 func (b *bench) ours() {
 	frame := []string{"send", "--xen", "--from", baselineGuest, "--to", baselineNone}
 	b.send("ours, batch 32", frame...)
@@ -136,30 +135,30 @@ func (b *bench) carrier() {
 	b.Dom0().Await("carrier", `[ "$(cat /sys/class/net/%s/carrier)" = 1 ]`, b.vif)
 }
 
-// send has the guest send until dom0 has counted at its interface.
+// send makes the guest send while dom0 counts at its interface.
 func (b *bench) send(way string, argv ...string) {
 	p := b.guest.Start(append(append([]string{barevif, "bench"}, argv...), "--secs", "50")...)
 	p.Await("bench: sending")
 	r := b.Dom0().Run(barevif, "bench", "count", "--if", b.vif, "--dir", "rx", "--way", way, secs())
 	b.end(p)
-	// The queue of an interface holds a second's frames of a slow sender.
+	// An interface's queue may hold the frames of a whole second of a slow sender.
 	b.Dom0().Await("the last frame", `cd /sys/class/net/%s/statistics; a=$(cat rx_packets); sleep 0.3; [ "$(cat rx_packets)" = $a ]`, b.vif)
 	line := b.add(r)
-	// Frames of 106 bytes, which the interface counts without the Ethernet header. A
-	// kernel also sends a few of its own.
+	// Frames have 106 bytes, which the interface counts without the Ethernet header. The
+	// kernel also sends a few frames by itself.
 	if size := float64(line.Bytes) / max(1, float64(line.Frames)); size < 87 || size > 97 {
 		b.Fatalf("%s: dom0 counted %d frames and %d bytes", way, line.Frames, line.Bytes)
 	}
 }
 
-// flood has dom0's generator send to the guest.
+// flood makes dom0's packet generator send to the guest.
 func (b *bench) flood() *Process {
 	p := b.Dom0().Start(barevif, "bench", "pktgen", "--if", b.vif, "--from", baselineDom0, "--to", baselineNone, "--dst-mac", MAC(0), "--secs", "50")
 	p.Await("bench: sending")
 	return p
 }
 
-// end interrupts a piece that would go on.
+// end interrupts a bench command that would go on.
 func (b *bench) end(p *Process) {
 	p.Signal(syscall.SIGTERM)
 	if r := p.Wait(); r.Exit != 130 {
@@ -167,7 +166,7 @@ func (b *bench) end(p *Process) {
 	}
 }
 
-// A benchLine is what is used here of a line of "barevif bench".
+// A benchLine has the fields of a line of "barevif bench" that are used here.
 type benchLine struct {
 	What, Way     string
 	Seconds       float64
@@ -187,15 +186,15 @@ func (b *bench) stream(what, way string, rate float64) {
 	b.lines = append(b.lines, fmt.Sprintf(`{"what":%q,"way":%q,"bytes":%.0f,"seconds":1}`, what, way, rate*1e6/8))
 }
 
-// report keeps the table and asserts the ratios.
+// report saves the table and asserts the ratios.
 func (b *bench) report() {
 	all := []byte(strings.Join(b.lines, "\n") + "\n")
 	b.Save("baseline.jsonl", all)
 	b.Dom0().Put("/tmp/baseline.jsonl", all, 0o644)
 	table := b.Dom0().Run(barevif, "bench", "table", "/tmp/baseline.jsonl")
 	b.Save("baseline.txt", table.Stdout)
-	// The generator makes each frame anew, as ours does, and never sleeps, as ours does
-	// not if it is busy. With frames used again it shows how much the backend takes.
+	// The kernel's generator makes each frame anew, like ours, and never sleeps, like ours
+	// in mode busy. If it reuses frames, it shows the backend's capacity.
 	sent, busy := b.rate("send", "ours, batch 32"), b.rate("send", "ours, batch 32, busy")
 	pktgen, reused := b.rate("send", "kernel pktgen"), b.rate("send", "kernel pktgen, frames reused")
 	received, kernel := b.rate("receive", "ours"), b.rate("receive", "kernel netfront")
@@ -209,10 +208,10 @@ func (b *bench) report() {
 	}
 }
 
-// rate is the median of the rounds, in frames a second.
+// rate returns the median of the rounds, in frames per second.
 func (b *bench) rate(what, way string) float64 { return b.rateOf(what, way, false) }
 
-// rateOf is that of frames, or of bytes.
+// rateOf returns the median rate of frames, or of bytes, per second.
 func (b *bench) rateOf(what, way string, bytes bool) float64 {
 	var rates []float64
 	for _, text := range b.lines {

@@ -8,12 +8,12 @@ import (
 	"syscall"
 )
 
-// backRounds is how often each backend has its turn.
+// backRounds is how often each backend is measured.
 const backRounds = 3
 
-// baselineBack runs the same traffic of a guest's netfront through both backends, in
-// turns: the kernel's netback, and ours with a TAP. It notes ratios and asserts none:
-// what they should be is a goal, and rates on an emulated CPU vary.
+// baselineBack runs the same traffic of a guest's netfront through two backends, in turns: the
+// kernel's netback, and ours with a TAP. It notes the ratios and asserts none, because rates
+// on an emulated CPU vary.
 func baselineBack(t *T) {
 	t.netback(true)
 	b := &bench{T: t, guest: t.Create(Guest{Name: "domU", Type: PV, VIFs: []VIF{{}}})}
@@ -78,7 +78,7 @@ func (b *bench) throughBack(way string) {
 	b.counted(b.guest, "eth0", "to the guest", way)
 	b.end(p)
 
-	b.Dom0().Await("rest", "ping -c 1 -W 1 %s", baselineGuest) // behind what is queued
+	b.Dom0().Await("rest", "ping -c 1 -W 1 %s", baselineGuest) // the reply comes after all queued frames
 	b.tcp("TCP from the guest", way, b.guest, b.Dom0(), baselineDom0)
 	b.tcp("TCP to the guest", way, b.Dom0(), b.guest, baselineGuest)
 }
@@ -99,7 +99,7 @@ func (b *bench) counted(d *Domain, name, what, way string) {
 	})
 }
 
-// working notes how much of dom0's processor time moving so many frames, or bytes, took.
+// working notes dom0's processor time per unit, frame or byte, that move has moved.
 func (b *bench) working(what string, move func() (moved float64)) {
 	busy := func() (ticks int) {
 		out := b.Dom0().Sh("awk '/^cpu / {print $2 + $3 + $4 + $7 + $8}' /proc/stat")
@@ -113,5 +113,5 @@ func (b *bench) working(what string, move func() (moved float64)) {
 	b.Note("%s: %.0f moved, %.0f ns of dom0's processor each", what, moved, float64(busy()-before)*1e7/moved)
 }
 
-// mbits is the median of the rounds.
+// mbits returns the median of the rounds, in Mbit/s.
 func (b *bench) mbits(what, way string) float64 { return b.rateOf(what, way, true) * 8 / 1e6 }

@@ -13,12 +13,12 @@ import (
 	"barevif/test/counters"
 )
 
-// A flow is what somebody has counted at a vif: from the guest and towards it.
+// A flow is what one end has counted at a vif: from the guest (out) and to the guest (in).
 type flow struct{ out, in load }
 
 type load struct{ frames, bytes uint64 }
 
-// frontName and backName are the names under which our ends count a guest's vif 0.
+// frontName and backName return the names of the counters of our ends for a guest's vif 0.
 func frontName(guest *Domain, backend int) string {
 	return fmt.Sprintf("front-%d-%d-0", guest.ID, backend)
 }
@@ -26,7 +26,7 @@ func backName(guest *Domain, backend int) string {
 	return fmt.Sprintf("back-%d-%d-0", backend, guest.ID)
 }
 
-// dump is what bpftool shows of the counters that a domain has under a name.
+// dump returns bpftool's dump of the counters with that name in a domain.
 func (t *T) dump(d *Domain, name string) counters.Dump {
 	dump, err := counters.ParseDump(d.Run("bpftool", "-j", "map", "dump", "pinned", bpf.DefaultRoot+"/"+name+"/counters").Stdout)
 	if err != nil {
@@ -43,7 +43,7 @@ func (t *T) number(d counters.Dump, name string) uint64 {
 	return n
 }
 
-// ours is what one of our ends has counted. It must have lost nothing.
+// ours returns the counters of one of our ends, which must have lost no frames.
 func (t *T) ours(d *Domain, name string) flow {
 	dump := t.dump(d, name)
 	for _, lost := range [...]string{"rx_errors", "rx_dropped", "tx_errors", "tx_dropped"} {
@@ -59,7 +59,7 @@ func (t *T) ours(d *Domain, name string) flow {
 	return flow{out: tx, in: rx}
 }
 
-// linkStats is what the kernel has counted at an interface.
+// linkStats returns the kernel's counters of an interface.
 func (t *T) linkStats(d *Domain, name string) (rx, tx load) {
 	var links []struct {
 		Stats struct {
@@ -76,28 +76,27 @@ func (t *T) linkStats(d *Domain, name string) (rx, tx load) {
 
 const etherHeader = 14 // bytes
 
-// netbackCounted is what Linux's netback has counted at a guest's vif 0. It counts
-// frames that it received without their header (xenvif_tx_submit counts after
-// eth_type_trans), and from nothing whenever a frontend connects.
+// netbackCounted returns the counters of Linux's netback for a guest's vif 0. netback counts
+// received frames without their Ethernet header (xenvif_tx_submit counts after
+// eth_type_trans), and starts from 0 whenever a frontend connects.
 func (t *T) netbackCounted(guest *Domain) flow {
 	rx, tx := t.linkStats(t.Dom0(), guest.VIF(0))
 	rx.bytes += etherHeader * rx.frames
 	return flow{out: rx, in: tx}
 }
 
-// netfrontCounted is the same of a guest's netfront.
+// netfrontCounted returns the counters of a guest's netfront.
 func (t *T) netfrontCounted(guest *Domain) flow {
 	rx, tx := t.linkStats(guest, "eth0")
 	rx.bytes += etherHeader * rx.frames
 	return flow{out: tx, in: rx}
 }
 
-// restLimit is how long a vif may take to come to rest: the kernel sends some frames
-// on its own when a link comes up, and counters are shown once a second.
+// restLimit is how long a vif may take to come to rest: the kernel sends some frames by itself
+// when a link comes up, and counters are published once a second.
 const restLimit = 20 * time.Second
 
-// agree has both ends of a vif count the same, frame by frame and byte by byte, at
-// rest.
+// agree fails unless both ends of a vif at rest have counted the same frames and bytes.
 func (t *T) agree(who string, ours, theirs func() flow) {
 	for limit := t.machine.Limit(restLimit); ; {
 		before := theirs()
@@ -111,9 +110,9 @@ func (t *T) agree(who string, ours, theirs func() flow) {
 	}
 }
 
-// everyField fails unless bpftool shows every counter by its name, and the file
-// metrics the same number of it as OpenMetrics text. A device at rest still looks at
-// its rings once a second: of what moved between two dumps only the name is compared.
+// everyField fails unless bpftool shows every counter by name, and the file metrics has the
+// same number in OpenMetrics text. A device at rest still looks at its rings once a second, so
+// of counters that changed between two dumps only the names are compared.
 func (t *T) everyField(d *Domain, name string) {
 	file := bpf.DefaultRoot + "/" + name + "/metrics"
 	var wrong string
@@ -129,8 +128,8 @@ func (t *T) everyField(d *Domain, name string) {
 	}
 }
 
-// missing says what is not in two dumps, or otherwise in the text that was read
-// between them; "" if nothing is.
+// missing names a counter that is not in both dumps, or has another value in the text that was
+// read between them; "" if there is none.
 func missing(dump, after counters.Dump, text, name string) string {
 	if len(dump) != len(after) {
 		return "bpftool shows queues that come or go"
@@ -168,7 +167,7 @@ func missing(dump, after counters.Dump, text, name string) string {
 	return ""
 }
 
-// unpinned fails unless the counters of that name have gone with their owner.
+// unpinned fails if there are still pins of the counters with that name.
 func (t *T) unpinned(d *Domain, name string) {
 	d.Sh("[ ! -e %s/%s ]", bpf.DefaultRoot, name)
 }

@@ -15,7 +15,7 @@ import (
 
 const grantLimit = "/sys/module/xen_gntalloc/parameters/limit"
 
-// refusal runs our appliance, which must not come up, and gives what it said.
+// refusal runs our appliance, which must not come up, and returns its output.
 func (t *T) refusal(guest *Domain, args ...string) string {
 	args = append([]string{barevif, "serve", "--xen"}, args...)
 	r := guest.Try(args...)
@@ -25,9 +25,9 @@ func (t *T) refusal(guest *Domain, args ...string) string {
 	return string(r.Stderr)
 }
 
-// unanswered is refusal by a backend that does not come up, with the time it was
-// given among the words to be found. A loaded machine needs more of it to get as far
-// as what the other words are about.
+// unanswered runs our appliance against a backend that does not come up. Its output must have
+// the words, and the time for which it waited. On a loaded machine the appliance may not get
+// as far as the words say, so unanswered retries with more time.
 func (t *T) unanswered(guest *Domain, words ...string) {
 	for wait := 2 * time.Second; ; wait *= 2 {
 		said := t.refusal(guest, "--wait", wait.String())
@@ -51,18 +51,19 @@ func (t *T) says(text string, words ...string) {
 	}
 }
 
-// frontMisled: xenstore tells our appliance what is not so, or not enough. Each time
-// it says what it saw; with the truth back it connects.
+// frontMisled gives our appliance wrong or incomplete data in xenstore. Each time the appliance
+// must say what it saw. With correct data it must connect.
 func frontMisled(t *T) {
 	t.netback(true)
 	dom0 := t.Dom0()
 	guest := t.Create(Guest{Name: "domU", Type: PV, VIFs: []VIF{{}}})
-	guest.Sh("echo 514 >%s", grantLimit) // as many as one queue takes: one left behind is missed
+	guest.Sh("echo 514 >%s", grantLimit) // as many as one queue needs, so that a single leaked grant is noticed
 	held := t.held(guest)
 	front, back := guest.Frontend(0), guest.Backend(dom0, 0)
 	truth := dom0.Run("xenstore-read", front+"/backend").Text()
 
-	// A backend domain that does not fit, that there is not, and that is not it.
+	// A backend domain that does not match the path, that does not exist, or that is the
+	// wrong one.
 	dom0.Run("xenstore-write", front+"/backend-id", "77")
 	t.says(t.refusal(guest), truth, "a backend directory of domain 77")
 	for other, want := range map[int]string{
@@ -75,7 +76,7 @@ func frontMisled(t *T) {
 	}
 	dom0.Run("xenstore-write", front+"/backend-id", "0", front+"/backend", truth)
 
-	// Nodes it may not read, or not write.
+	// Nodes that the appliance may not read, or not write.
 	dom0.Run("xenstore-chmod", back+"/state", "n0")
 	t.unanswered(guest, "showed no state we may read")
 	dom0.Run("xenstore-chmod", back+"/state", "n0", fmt.Sprintf("r%d", guest.ID))
@@ -86,16 +87,16 @@ func frontMisled(t *T) {
 	t.says(t.refusal(guest), "device/vif/0/state: EACCES")
 	perms(guest.ID, 0)
 
-	// A backend that never comes up. The same process then sees the vif taken away
-	// half-way, and serves the next one.
+	// A backend that never comes up. Then the vif is detached during the handshake, and the
+	// same process serves the next vif.
 	dom0.Sh("echo vif-%d-0 >/sys/bus/xen-backend/drivers/vif/unbind; xenstore-write %s/state 2", guest.ID, back)
 	t.unanswered(guest, "own state Connected", "other end showed InitWait")
 	t.holds(guest, held)
 	p := guest.Start(barevif, "serve", "-v", "--xen", "--addr", "10.88.0.2/24", "--wait", "0")
 	dom0.Await("the frontend", `[ "$(xenstore-read %s/state)" = 4 ]`, front)
-	// What xl does when its wait for the backend to close ends, ten seconds later.
+	// Do what xl does ten seconds later, when it gives up its wait for the backend to close.
 	dom0.Run("xenstore-rm", front, back, fmt.Sprintf("/libxl/%d/device/vif/0", guest.ID))
-	t.Attach(guest, VIF{More: "devid=0"}) // xl counts the one it did not take away itself
+	t.Attach(guest, VIF{More: "devid=0"}) // xl still counts the vif that it did not remove itself
 	p.Await(`514 pages shared(?s).*serving http`)
 	reachable := func() {
 		dom0.Sh("ip addr add 10.88.0.1/24 dev %s", guest.VIF(0))
@@ -104,8 +105,8 @@ func frontMisled(t *T) {
 	}
 	reachable()
 
-	// Too few grants for a reconnect: it says where there are more, and connects
-	// once there are.
+	// Too few grants for a reconnect: the appliance names the setting, and connects once
+	// there are enough.
 	guest.Sh("echo 16 >%s", grantLimit)
 	dom0.Run("xl", "network-detach", guest.Name, "0")
 	p.Await("vif 0: down")
@@ -120,15 +121,14 @@ func frontMisled(t *T) {
 	p.Succeed()
 }
 
-// A lie is what a frontend publishes, and what our backend says of it.
+// A lie holds the data that a frontend publishes, and the expected words of our backend.
 type lie struct {
 	tx, rx, port string
 	want         string
 }
 
-// backMisled: a frontend that publishes pages and event channels which are not what
-// it says. Our backend refuses it, says why, serves the other vif of that guest, and
-// this one too once it is honest.
+// backMisled has a frontend that publishes wrong grefs and ports. Our backend must refuse it,
+// say why, serve the guest's other vif, and serve this vif once its data is correct.
 func backMisled(t *T) {
 	t.netback(false)
 	dom0 := t.Dom0()
@@ -142,7 +142,7 @@ func backMisled(t *T) {
 	witness := serve("1", "10.89.1.2")
 	t.Ping(dom0, "10.89.1.2", 56, 10)
 
-	// Granted to us, and to another domain.
+	// Pages granted to our backend, and pages granted to another domain.
 	ours, granter := t.granter(guest, 0)
 	others, otherGranter := t.granter(guest, guest.ID)
 	front, back := guest.Frontend(0), guest.Backend(dom0, 0)
@@ -177,7 +177,7 @@ func backMisled(t *T) {
 	}
 	t.Ping(dom0, "10.89.1.2", 56, 10)
 
-	// The truth; and then the frontend is gone without a word.
+	// Correct data; then the frontend disappears without closing.
 	publish(lie{ours["tx"], ours["rx"], ours["port"], ""})
 	dom0.Await("Connected", `[ "$(xenstore-read %s/state)" = 4 ]`, back)
 	dom0.Sh("! xenstore-read %s", note)
@@ -195,7 +195,7 @@ func backMisled(t *T) {
 	honest.Signal(syscall.SIGTERM)
 	honest.Succeed()
 
-	// Taken away half-way, and after it was refused: with it goes what was said of it.
+	// The vif is removed after a refusal: the note about it goes with it.
 	publish(lies[0])
 	dom0.Await("the note", "xenstore-exists %s", note)
 	dom0.Run("xenstore-write", front+"/state", "6")
@@ -209,8 +209,8 @@ func backMisled(t *T) {
 	p.Succeed()
 }
 
-// granter has a program of the guest grant pages and an event channel to a domain.
-// It gives their numbers by name.
+// granter makes a program in the guest grant pages to a domain and open an event channel for
+// it. It returns their numbers by name.
 func (t *T) granter(guest *Domain, to int) (numbers map[string]string, p *Process) {
 	p = guest.Start(image.ProgramDir+"/granter", fmt.Sprint(to))
 	numbers = map[string]string{}

@@ -14,10 +14,10 @@ import (
 	"barevif/test/xenlab/proto"
 )
 
-// stateScript prints what a scenario may use but must give back, one thing a line:
-// domains, among them the dead ones whose pages something still maps; dom0's event
-// channels without their numbers; its interrupts of vifs; its devices and network
-// interfaces; xenstore's nodes and what is in them.
+// stateScript prints the resources that a scenario must give back, one per line: domains,
+// including dead ones whose pages are still mapped; dom0's event channels without their
+// numbers; its interrupts of vifs; its devices and network interfaces; the nodes of xenstore
+// and their values.
 const stateScript = `
 xl list | sed 1d | while read -r name id rest; do echo "domain $name $id"; done
 lsevtchn 0 | sed 's/^ *[0-9]*: VCPU [0-9]*: /port /'
@@ -26,10 +26,10 @@ for f in /sys/class/net/* /sys/bus/xen/devices/* /sys/bus/xen-backend/devices/*;
 xenstore-ls -f | sed '/^\/\(libxl\|vm\) = /d; s/^/xenstore /'
 `
 
-// settleLimit is how long the toolstack may take to clean up behind a domain.
+// settleLimit is how long the toolstack may take to clean up after a domain.
 const settleLimit = 30 * time.Second
 
-// state is what is in use now, sorted.
+// state returns the resources that are in use now, sorted.
 func (t *T) state() []string {
 	r := t.dom0.try(proto.Call{Op: proto.Run, Argv: []string{"sh", "-c", stateScript}})
 	if err := r.problem(); err != nil {
@@ -40,15 +40,15 @@ func (t *T) state() []string {
 	return lines
 }
 
-// granted is which pages of a domain are granted, mapped or not. Of dom0's own Xen
-// does not tell dom0, but of those that are mapped: see grants.
+// granted returns the granted pages of a domain other than dom0, mapped or not. Of dom0's own
+// grants Xen shows only the mapped ones: see grants.
 func (t *T) granted(d *Domain) []string {
 	lines := strings.Split(t.Dom0().Run(image.ProgramDir+"/grants", fmt.Sprint(d.ID)).Text(), "\n")
 	slices.Sort(lines)
 	return lines
 }
 
-// held is what a domain that goes on has in use: granted pages, and event channels
+// held returns the resources of a domain that goes on: granted pages, and event channels
 // without their numbers.
 func (t *T) held(d *Domain) []string {
 	ports := t.Dom0().Sh("lsevtchn %d | sed 's/^ *[0-9]*: VCPU [0-9]*: /port /; s/, Port [0-9]*$//'", d.ID)
@@ -57,12 +57,12 @@ func (t *T) held(d *Domain) []string {
 	return lines
 }
 
-// holds waits until a domain has in use what it had before.
+// holds waits until a domain holds the same resources as before.
 func (t *T) holds(d *Domain, before []string) {
 	t.settled(before, func() []string { return t.held(d) })
 }
 
-// settled waits until everything in use is what was in use before.
+// settled waits until state returns the same resources as before.
 func (t *T) settled(before []string, state func() []string) {
 	for limit := t.machine.Limit(settleLimit); ; time.Sleep(200 * time.Millisecond) {
 		now := state()
@@ -75,7 +75,7 @@ func (t *T) settled(before []string, state func() []string) {
 	}
 }
 
-// difference of two sorted lists, as + and - lines.
+// difference returns the difference of two sorted lists, as + and - lines.
 func difference(before, now []string) string {
 	var out []string
 	for len(before) > 0 || len(now) > 0 {
@@ -91,8 +91,8 @@ func difference(before, now []string) string {
 	return strings.Join(out, "; ")
 }
 
-// grants gives the grants, of all domains, that some domain has mapped. Xen prints
-// them to its log, so this moves that to the scenario's.
+// grants returns the grants of all domains that some domain has mapped. Xen prints them to its
+// log, so grants moves the whole log of Xen to the scenario's.
 func (t *T) grants() []string {
 	t.dom0.Run("xl", "debug-keys", "g")
 	log := t.dom0.Run("xl", "dmesg", "-c").Text()
@@ -111,13 +111,13 @@ func grantEntries(xenLog string) (entries []string) {
 	return entries
 }
 
-// complaint is what a kernel or Xen says when someone behaved badly.
+// complaint matches words with which a kernel or Xen reports a fault.
 var complaint = regexp.MustCompile(`(?i)\b(warning|error|errors|fail|failed|failure|invalid|illegal|bad|fatal|broken|corrupt\w*|stall\w*|hung|leak\w*|disabled|deferring|unmap\w* failed|still in use|still pending|call trace|segfault|unable|cannot|timed out|bogus|spurious|BUG)\b`)
 
-// subject is whom it speaks of when it is about us.
+// subject matches the subjects of complaints that concern the lab.
 var subject = regexp.MustCompile(`(?i)\(XEN\)|xen|vif|gnt|grant|evtchn|netfront|netback|\bnet eth|call trace|segfault|hung|stall|\bBUG\b|barevif|\.test\b`)
 
-// complaints gives the lines of a kernel's or Xen's log that look like one.
+// complaints returns the lines of a kernel's or Xen's log that look like a complaint.
 func complaints(log string, expected []*regexp.Regexp) (bad []string) {
 	for line := range strings.Lines(log) {
 		line = strings.TrimSpace(line)
@@ -130,7 +130,7 @@ func complaints(log string, expected []*regexp.Regexp) (bad []string) {
 	return bad
 }
 
-// quiet fails the scenario if a log complains.
+// quiet fails the scenario if the log of dom0's kernel, a guest's or Xen's has a complaint.
 func (t *T) quiet(expected []*regexp.Regexp) {
 	dmesg := t.dom0.Run("dmesg", "-c").Text()
 	t.Save("dom0.dmesg", []byte(dmesg))

@@ -9,15 +9,14 @@ import (
 	"time"
 )
 
-// reserve is what is left of go test's own limit to stop the machine and print.
+// reserve is the part of go test's time limit that is kept to stop the machine and print.
 const reserve = 30 * time.Second
 
 func TestLab(t *testing.T) {
 	if os.Getenv("BAREVIF_XENLAB") != "1" {
 		t.Skip("boots a real Xen: asked for by BAREVIF_XENLAB=1")
 	}
-	// A second run tells a fault that is always there from one that comes and goes. It
-	// acquits nothing.
+	// A second run tells a permanent fault from an intermittent one. Both are failures.
 	opts := Options{Logger: slog.New(slog.NewTextHandler(os.Stdout, nil)), Again: true}
 	if deadline, ok := t.Deadline(); ok {
 		opts.Limit = min(overallLimit, time.Until(deadline)-reserve)

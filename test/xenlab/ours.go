@@ -12,7 +12,7 @@ import (
 
 const barevif = image.ProgramDir + "/barevif"
 
-// netback loads Linux's backend, or takes it out of the way: it binds every vif.
+// netback loads Linux's backend, or unloads it, because it would bind every vif.
 func (t *T) netback(wanted bool) {
 	if wanted {
 		t.Dom0().Run("modprobe", "xen-netback")
@@ -28,7 +28,8 @@ func (t *T) serve(guest *Domain, addr string) *Process {
 	return p
 }
 
-// fetchServed fetches bytes of the appliance; it also tells their digest.
+// fetchServed fetches size bytes from the appliance, and compares them with the digest that
+// the appliance serves.
 func (t *T) fetchServed(client *Domain, addr string, size int) {
 	url := fmt.Sprintf("http://%s/bytes/%d", addr, size)
 	want := client.Sh("curl -sSf --max-time 50 %s.sha256 | cut -c1-64", url)
@@ -39,8 +40,9 @@ func (t *T) fetchServed(client *Domain, addr string, size int) {
 	t.Note("curl %d bytes", size)
 }
 
-// ourFront: our appliance on Linux netback; ended well, killed, and back each time.
-// Both ends count the same, and what it had of Xen's is given back.
+// ourFront runs our appliance on Linux netback. The appliance is ended, and killed, and
+// started again each time. Both ends count the same frames, and the appliance gives back its
+// grants and event channels.
 func ourFront(kind GuestType) func(*T) {
 	return func(t *T) {
 		t.netback(true)
@@ -50,7 +52,7 @@ func ourFront(kind GuestType) func(*T) {
 		held := t.held(guest)
 		state := guest.Backend(t.Dom0(), 0) + "/state"
 
-		// Two pages are those of the guest's console and of xenstore.
+		// Two of the granted pages belong to the guest's console and xenstore.
 		granted := func() []string { return t.granted(guest) }
 		serve := func() *Process {
 			p := t.serve(guest, "10.88.0.2")
@@ -82,8 +84,8 @@ func ourFront(kind GuestType) func(*T) {
 		p = serve()
 		t.Ping(t.Dom0(), "10.88.0.2", 1472, 20)
 		p.Kill()
-		t.everyField(guest, name)                                    // though nobody owns them now
-		t.settled([]string{"4 pages granted to 0, mapped"}, granted) // both rings, until netback leaves them
+		t.everyField(guest, name)                                    // the pins outlive their owner
+		t.settled([]string{"4 pages granted to 0, mapped"}, granted) // both rings, until netback unmaps them
 		p = serve()
 		t.Ping(t.Dom0(), "10.88.0.2", 1472, 20)
 		t.fetchServed(t.Dom0(), "10.88.0.2", 1<<20)
@@ -91,12 +93,12 @@ func ourFront(kind GuestType) func(*T) {
 	}
 }
 
-// idle notes what a program with nothing to do costs, over half a minute: how often one of
-// its threads was switched to, and processor time. What the program is woken for there is
-// its own tick, once a second, what is left of the traffic before, and the other kernel's
-// neighbour discovery. For each such wake-up Go's runtime switches between threads of its
-// own some six times: its monitor goes back to sleep in four steps, and a second thread
-// looks for work. A loop or a short timer that goes on for nothing is above the limit.
+// idle notes the cost of a program without work over half a minute: context switches to its
+// threads, and processor time. The program is woken by its own tick once a second, by the
+// rest of the traffic before, and by the neighbour discovery of the other kernel. For each
+// wake-up Go's runtime switches between its own threads some six times: its monitor goes back
+// to sleep in four steps, and a second thread looks for work. A busy loop or a short timer
+// exceeds the limit.
 func (t *T) idle(d *Domain, program string) {
 	const seconds = 30
 	count := func() (switches, ticks int) {
@@ -135,8 +137,8 @@ func ourFrontJumbo(t *T) {
 	p.Succeed()
 }
 
-// ourFrontKernel gives the vif to the guest's kernel by our frontend: what needs a
-// socket of the kernel, on both sides, runs through it.
+// ourFrontKernel attaches the guest's kernel to the vif through our frontend and a TAP.
+// Programs that need sockets of the kernel then run through the vif on both sides.
 func ourFrontKernel(t *T) {
 	t.netback(true)
 	guest := t.Create(Guest{Name: "domU", Type: PV, VIFs: []VIF{{}}})
@@ -158,8 +160,8 @@ func ourFrontKernel(t *T) {
 	t.holds(guest, held)
 }
 
-// ourFrontUnplugged takes the vif away under our appliance and gives it back: the
-// same process serves on, and has as much of Xen's in use each time.
+// ourFrontUnplugged detaches the vif under our appliance and attaches it again. The same
+// process goes on serving, and uses as many grants and event channels each time.
 func ourFrontUnplugged(t *T) {
 	t.netback(true)
 	guest := t.Create(Guest{Name: "domU", Type: PV, VIFs: []VIF{{}}})
@@ -180,10 +182,10 @@ func ourFrontUnplugged(t *T) {
 	p.Succeed()
 }
 
-// netbackAnew takes Linux's driver away from the vif under our appliance, and its
-// module out of the kernel, which an interface would hold. With a new one the
-// appliance must be reachable again, whether it saw the states change or the backend
-// took up the same rings.
+// netbackAnew unbinds Linux's driver from the vif under our appliance, and removes its
+// module, which is impossible while the interface exists. With the module loaded again the
+// appliance must be reachable, whether it has seen the states change or the backend has
+// mapped the same rings again.
 func netbackAnew(t *T) {
 	t.netback(true)
 	guest := t.Create(Guest{Name: "domU", Type: PV, VIFs: []VIF{{}}})
@@ -195,7 +197,7 @@ func netbackAnew(t *T) {
 	t.Dom0().Sh("! rmmod xen_netback")
 	t.Dom0().Sh("echo vif-%d-0 >/sys/bus/xen-backend/drivers/vif/unbind; rmmod xen_netback; modprobe xen-netback", guest.ID)
 	t.Dom0().Await("the new interface", "[ -e /sys/class/net/%s ]", vif)
-	// The toolstack runs its script only for a new device.
+	// The toolstack runs its hotplug script only for a new device, so run it here.
 	t.Dom0().Sh("XENBUS_PATH=%s vif=%s /etc/xen/scripts/%s online; ip addr add 10.88.0.1/24 dev %s",
 		strings.TrimPrefix(dir, "/local/domain/0/"), vif, image.VifScript, vif)
 	t.Dom0().Await("carrier", `[ "$(cat /sys/class/net/%s/carrier)" = 1 ]`, vif)
@@ -206,7 +208,7 @@ func netbackAnew(t *T) {
 	p.Succeed()
 }
 
-// ourFrontRefused: each time an error that names what is wrong and what to do.
+// ourFrontRefused checks that each refusal names the cause and the remedy.
 func ourFrontRefused(t *T) {
 	t.netback(true)
 	guest := t.Create(Guest{Name: "domU", Type: PV, VIFs: []VIF{{}}})
@@ -234,12 +236,12 @@ func ourFrontRefused(t *T) {
 	p.Succeed()
 }
 
-// back starts our backend in a domain; its TAPs get addr.
+// back starts our backend in a domain, with addr for its TAP.
 func (t *T) back(d *Domain, addr string) *Process {
 	d.Run("modprobe", "tun")
 	args := []string{barevif, "back", "-v", "--xen", "--addr", addr + "/24"}
 	if d.ID != 0 {
-		args = append(args, "--remove") // xl waits ten seconds for whoever does
+		args = append(args, "--remove") // xl waits ten seconds for the backend's directory to be removed
 	}
 	p := d.Start(args...)
 	p.Await(`serves vifs`)
@@ -253,8 +255,8 @@ func (t *T) kernelFront(guest *Domain, addr string) {
 	guest.Await("carrier", `[ "$(cat /sys/class/net/eth0/carrier)" = 1 ]`)
 }
 
-// ourBackDom0: Linux netfront on our backend, which is killed and started again
-// under the connected frontend.
+// ourBackDom0 runs Linux netfront on our backend, which is killed and started again while the
+// frontend is connected.
 func ourBackDom0(t *T) {
 	t.netback(false)
 	p := t.back(t.Dom0(), "10.89.0.1")
@@ -275,8 +277,8 @@ func ourBackDom0(t *T) {
 	t.unpinned(t.Dom0(), name)
 }
 
-// ourBackUnplugged takes the vif away under our backend, which goes on; the next one
-// is for jumbo frames.
+// ourBackUnplugged detaches the vif under our backend, which goes on. The next vif is for
+// jumbo frames.
 func ourBackUnplugged(t *T) {
 	t.netback(false)
 	p := t.back(t.Dom0(), "10.89.0.1")
@@ -284,7 +286,7 @@ func ourBackUnplugged(t *T) {
 	for round := range 2 {
 		t.kernelFront(guest, "10.89.0.2")
 		t.Ping(guest, "10.89.0.1", 1472, 20)
-		if round == 0 { // raised at both ends while they are joined, which neither is told
+		if round == 0 { // raise the MTU at both ends while they are connected; neither end is notified
 			guest.Sh("ip link set eth0 mtu 9000")
 			t.Dom0().Sh("ip link set %s mtu 9000", guest.VIF(0))
 			t.Ping(guest, "10.89.0.1", 8972, 20)

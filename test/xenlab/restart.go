@@ -11,16 +11,16 @@ import (
 	"syscall"
 )
 
-// bothRestarted kills and starts again each of our ends, both, and the driver domain
-// with the backend in it. Whoever stays goes on as the same process, with the same
-// number of pages.
+// bothRestarted kills and restarts each of our ends, both, and the driver domain with the
+// backend in it. The end that is not killed goes on as the same process, with the same number
+// of pages.
 func bothRestarted(t *T) {
 	const addr, backAddr = "10.89.2.2", "10.89.2.1"
 	t.netback(false)
 	dom0 := t.Dom0()
 	driver, back := t.driver(backAddr)
 	guest := t.Create(Guest{Name: "domU", Type: PV, VIFs: []VIF{{Backend: "driver"}}})
-	guest.Sh("echo 514 >%s", grantLimit) // as many as one queue takes: one left behind is missed
+	guest.Sh("echo 514 >%s", grantLimit) // as many as one queue needs, so that a single leaked grant is noticed
 	front := t.serve(guest, addr)
 	works := func() {
 		driver.Await("the guest", "ping -c 1 -W 1 %s", addr)
@@ -43,7 +43,7 @@ func bothRestarted(t *T) {
 	front = t.serve(guest, addr)
 	works()
 
-	// A backend that may not write its state says so, and goes on when it may.
+	// A backend that may not write its state says so, and goes on once it may.
 	state := guest.Backend(driver, 0) + "/state"
 	dom0.Run("xenstore-chmod", state, "n0", fmt.Sprintf("r%d", driver.ID), fmt.Sprintf("r%d", guest.ID))
 	front.Kill()
@@ -54,8 +54,8 @@ func bothRestarted(t *T) {
 	works()
 	t.holds(guest, held)
 
-	// xl leaves the frontend alone when the backend's domain ends; what names the
-	// next one is a new vif.
+	// xl does not change the frontend when the backend's domain ends. A new vif names the
+	// next backend domain.
 	t.Destroy(driver)
 	front.Await("vif 0: down: the other end is gone")
 	driver, back = t.driver(backAddr)
@@ -76,8 +76,8 @@ func bothRestarted(t *T) {
 
 const handoverBridge = "xenlabbr0"
 
-// handedOver replaces our backend by SIGUSR1 under a Linux netfront that sends and
-// receives: nothing breaks, and what a pause costs is counted.
+// handedOver replaces our backend by SIGUSR1 under a Linux netfront that sends and receives. No
+// connection may break; the frames lost in the pause are counted.
 func handedOver(t *T) {
 	const bridge, addr, guestAddr = handoverBridge, "10.89.3.1", "10.89.3.2"
 	t.netback(false)
@@ -123,8 +123,8 @@ func handedOver(t *T) {
 			t.Fatalf("fetched %s, want %s", got, want[i])
 		}
 	}
-	// What the guest sends waits in its ring, and what it is sent has no interface to
-	// go to.
+	// Frames from the guest wait in its ring. Frames to the guest are lost, because there is
+	// no interface.
 	for i, ping := range pings {
 		out := ping.Wait().Text()
 		sent, lost, longest, err := pingLoss(out)
@@ -151,8 +151,8 @@ var (
 	pingTimes  = regexp.MustCompile(`rtt min/avg/max/mdev = [\d.]+/[\d.]+/([\d.]+)/`)
 )
 
-// pingLoss reads the end of what ping prints: how many it sent, how many were not
-// answered, and how long the slowest answer took, in ms.
+// pingLoss parses the summary of ping's output: the number of requests, the number without a
+// reply, and the longest round trip in ms.
 func pingLoss(out string) (sent, lost int, longest float64, err error) {
 	for _, bad := range [...]string{"wrong data byte", "DUP!", "truncated"} {
 		if strings.Contains(out, bad) {
@@ -171,8 +171,8 @@ func pingLoss(out string) (sent, lost int, longest float64, err error) {
 	return sent, sent - received, longest, errors.Join(errs[:]...)
 }
 
-// otherStore: each of our ends against Linux's, with oxenstored as the xenstore: one
-// vif, given to netback and our front first and then to our back and netfront.
+// otherStore runs each of our ends against Linux's, with oxenstored as the xenstore. One vif
+// is first for netback and our frontend, then for our backend and netfront.
 func otherStore(t *T) {
 	const addr, guestAddr = "10.89.5.1", "10.89.5.2"
 	dom0 := t.Dom0()

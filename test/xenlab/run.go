@@ -25,26 +25,26 @@ import (
 // Options are for [Run]. The zero value runs everything.
 type Options struct {
 	Select *regexp.Regexp // of scenario names; nil: all
-	Dir    string         // for logs, made if it is not there; "": in the cache folder
-	Limit  time.Duration  // for everything; 0: 50 minutes
-	Again  bool           // run what failed once more, on a machine booted anew, to know more of it
-	Logger *slog.Logger   // progress; nil: silent
+	Dir    string         // directory for logs, made if necessary; "": in the cache folder
+	Limit  time.Duration  // for the whole run; 0: 50 minutes
+	Again  bool           // run failed scenarios once more, on a fresh machine, to learn more about the failure
+	Logger *slog.Logger   // gets the progress; nil: silent
 	// Keep, if not nil, is called with the machine of a boot after its last
 	// scenario, before the machine is stopped.
 	Keep func(context.Context, *machine.Machine)
-	Tee  io.Writer // dom0's console; may be nil
+	Tee  io.Writer // gets a copy of dom0's console; may be nil
 }
 
-// overallLimit is three times what everything takes on a quiet machine.
+// overallLimit is three times the duration of a whole run on a quiet machine.
 const overallLimit = 50 * time.Minute
 
-// A Report is the outcome.
+// A Report is the outcome of a run.
 type Report struct {
-	Dir     string // of the logs
+	Dir     string // directory of the logs
 	Images  image.Set
 	Rows    []Row
 	Elapsed time.Duration
-	// Starved is machine.Machine.Starved of the worst boot.
+	// Starved is the largest result of machine.Machine.Starved of all boots.
 	Starved float64
 }
 
@@ -54,10 +54,10 @@ type Row struct {
 	Elapsed               time.Duration
 	Note                  string
 	Err                   error  // nil: passed
-	Second                string // of a row that failed: what became of it when it was run again
+	Second                string // the outcome of the second run, if the row failed
 }
 
-// Failed counts the rows that did not pass. A second run changes nothing of that.
+// Failed counts the rows that did not pass. The outcome of a second run does not count.
 func (r *Report) Failed() (n int) {
 	for _, row := range r.Rows {
 		if row.Err != nil {
@@ -67,12 +67,11 @@ func (r *Report) Failed() (n int) {
 	return n
 }
 
-// Run builds the images, boots the machine once for each Boot with something
-// selected, and runs its scenarios. A machine that broke, or on which something was
-// left behind, is booted again for the scenarios that follow.
+// Run builds the images, boots the machine once for each Boot with a selected scenario, and
+// runs its scenarios. After a scenario that broke the machine or left resources behind, Run
+// boots the machine again for the following ones.
 //
-// The error is for a lab that could not begin; scenarios that failed are in the
-// Report.
+// The error means that the lab could not begin. Failed scenarios are in the Report.
 func Run(ctx context.Context, plan []Boot, programs []image.Program, opts Options) (*Report, error) {
 	limit := opts.Limit
 	if limit == 0 {
@@ -126,9 +125,9 @@ func Run(ctx context.Context, plan []Boot, programs []image.Program, opts Option
 	return report, os.WriteFile(filepath.Join(dir, "table.md"), []byte(report.Table()), 0o644)
 }
 
-// turn waits until no other lab of this user runs on the machine, and keeps others out
-// until done: two of them share the processors, reach their limits, and measure each
-// other. They share the cache of packages too.
+// turn waits until no other lab of this user runs on this computer, and keeps others out until
+// done is called. Two labs would compete for the processors, exceed their limits, and disturb
+// each other's measurements. They also share the cache of packages.
 func turn(ctx context.Context, log *slog.Logger) (done func(), err error) {
 	dir, err := image.CacheDir()
 	if err != nil {
@@ -161,7 +160,7 @@ func turn(ctx context.Context, log *slog.Logger) (done func(), err error) {
 	}
 }
 
-// failures gives the scenarios that failed, by boot and name.
+// failures returns the scenarios that failed, by boot and name.
 func (r *Report) failures() map[[2]string]bool {
 	failed := make(map[[2]string]bool)
 	for _, row := range r.Rows {
@@ -172,8 +171,8 @@ func (r *Report) failures() map[[2]string]bool {
 	return failed
 }
 
-// second adds what became of the rows that failed when they were run again. They
-// failed all the same: a fault that shows every second time is a fault.
+// second adds the outcome of the second run to the failed rows. They stay failed: a fault that
+// occurs only sometimes is a fault.
 func (r *Report) second(again *Report) {
 	r.Starved = max(r.Starved, again.Starved)
 	for i := range r.Rows {
@@ -195,8 +194,8 @@ func (r *Report) second(again *Report) {
 
 func oneLine(err error) string { return strings.Join(strings.Fields(err.Error()), " ") }
 
-// selected is the scenarios whose name matches; without a pattern, those that run
-// without being asked for.
+// selected returns the scenarios whose name matches re. If re is nil, it returns all that do
+// not have Asked set.
 func selected(all []Scenario, re *regexp.Regexp) (s []Scenario) {
 	for _, sc := range all {
 		if re == nil && !sc.Asked || re != nil && re.MatchString(sc.Name) {
@@ -234,7 +233,7 @@ type runner struct {
 	boots  int
 }
 
-// all runs a boot's scenarios, on as many machines as that takes.
+// all runs a boot's scenarios, on as many machines as necessary.
 func (r *runner) all(b Boot) {
 	for len(b.Scenarios) > 0 || r.opts.Keep != nil {
 		done := r.boot(b)
@@ -244,8 +243,8 @@ func (r *runner) all(b Boot) {
 	}
 }
 
-// boot runs scenarios on one machine until one spoils it, and says how many rows
-// are written. If there is no machine that is all of them.
+// boot runs scenarios on one machine until one spoils it, and returns how many have their rows
+// in the report. If the machine does not start, these are all.
 func (r *runner) boot(b Boot) (done int) {
 	r.boots++
 	dir := filepath.Join(r.report.Dir, fmt.Sprintf("boot%d", r.boots))
@@ -292,7 +291,7 @@ func (r *runner) add(row Row) {
 	r.opts.Logger.Info(verdict, "boot", row.Boot, "scenario", row.Scenario, "seconds", fmt.Sprintf("%.1f", row.Elapsed.Seconds()), "note", row.note())
 }
 
-// scenario runs one and cleans up. clean says that the next may run on the same
+// scenario runs one scenario and cleans up. clean means that the next one may run on the same
 // machine.
 func (r *runner) scenario(m *machine.Machine, s Scenario, dir string) (row Row, clean bool) {
 	row = Row{Scenario: s.Name, Roles: s.Roles}
@@ -347,7 +346,7 @@ func (r *runner) scenario(m *machine.Machine, s Scenario, dir string) (row Row, 
 	return row, err == nil
 }
 
-// attempt runs f, which may end by Fatalf, and gives its error.
+// attempt runs f, which Fatalf may end, and returns its error.
 func (t *T) attempt(ctx context.Context, limit time.Duration, f func()) error {
 	var cancel context.CancelFunc
 	t.ctx, cancel = t.machine.Within(ctx, limit)
@@ -369,7 +368,7 @@ func (t *T) attempt(ctx context.Context, limit time.Duration, f func()) error {
 	return t.err
 }
 
-// lookAround keeps what explains a failure best.
+// lookAround logs the state of dom0 and the guests, to explain a failure.
 func (t *T) lookAround(ctx context.Context) {
 	t.attempt(ctx, time.Minute, func() {
 		t.Logf("a look around:")
@@ -390,7 +389,7 @@ func (t *T) cleanUp() {
 	}
 	for _, g := range t.guests {
 		if !g.destroyed {
-			t.dom0.Try("xl", "destroy", g.Name) // it may have ended itself
+			t.dom0.Try("xl", "destroy", g.Name) // fails if the domain has ended by itself
 			t.collect(g)
 		}
 	}
@@ -430,7 +429,7 @@ func (row Row) note() string {
 	return note
 }
 
-// Table is the report for a reader, in Markdown.
+// Table returns the report as a table in Markdown.
 func (r *Report) Table() string {
 	cells := [][]string{{"boot", "scenario", "roles", "verdict", "s", "note"}}
 	for _, row := range r.Rows {

@@ -21,11 +21,11 @@ import (
 	"barevif/test/xenlab/proto"
 )
 
-// A Boot is one start of the machine and what is run on it, in order.
+// A Boot is one start of the machine, and the scenarios that run on it, in order.
 type Boot struct {
 	Name      string
-	Xen       []string // more arguments for Xen
-	Linux     []string // more arguments for dom0's kernel
+	Xen       []string // additional arguments for Xen
+	Linux     []string // additional arguments for dom0's kernel
 	Scenarios []Scenario
 }
 
@@ -33,10 +33,10 @@ type Boot struct {
 type Scenario struct {
 	Name  string
 	Roles string        // which role runs in which domain
-	Limit time.Duration // for all of its steps, in the machine's time: see machine.Limit; 0: 3 minutes
-	Asked bool          // runs only when its name is asked for: it measures, and wants a quiet machine
-	// Complaints are regular expressions of lines this scenario makes a kernel
-	// or Xen log on purpose. All others that look like a complaint fail it.
+	Limit time.Duration // for all steps together, in the machine's time: see machine.Limit; 0: 3 minutes
+	Asked bool          // runs only if selected by name, because it measures and needs a quiet machine
+	// Complaints are regular expressions for lines that the scenario makes a kernel
+	// or Xen log on purpose. Any other line that looks like a complaint fails it.
 	Complaints []string
 	Run        func(*T)
 }
@@ -46,9 +46,9 @@ const (
 	stepLimit     = 60 * time.Second
 )
 
-// T is a scenario that runs. Like a testing.T it ends the scenario at the first
-// failure; its methods, and those of the domains and processes it gives, are for
-// the goroutine that Run was called on.
+// T is a running scenario. Like a testing.T it ends the scenario at the first failure. Its
+// methods, and those of its domains and processes, may be called only from the goroutine of
+// Scenario.Run.
 type T struct {
 	ctx     context.Context
 	machine *machine.Machine
@@ -59,11 +59,11 @@ type T struct {
 
 	guests []*Domain
 	notes  []string
-	xenLog string // what Xen printed since the scenario began
+	xenLog string // Xen's output since the scenario began
 	err    error
 }
 
-// Dom0 is the domain with the toolstack.
+// Dom0 returns the domain with the toolstack.
 func (t *T) Dom0() *Domain { return t.dom0 }
 
 // Fatalf ends the scenario as failed.
@@ -78,10 +78,10 @@ func (t *T) Logf(format string, args ...any) {
 	fmt.Fprintf(t.log, "%7.2f  %s\n", time.Since(t.start).Seconds(), fmt.Sprintf(format, args...))
 }
 
-// Note adds to the last column of the table.
+// Note adds a note to the last column of the table.
 func (t *T) Note(format string, args ...any) { t.notes = append(t.notes, fmt.Sprintf(format, args...)) }
 
-// Save keeps a file with the scenario's log.
+// Save writes a file beside the scenario's log.
 func (t *T) Save(name string, data []byte) {
 	if err := os.WriteFile(filepath.Join(t.dir, name), data, 0o644); err != nil {
 		t.Fatalf("%v", err)
@@ -103,21 +103,21 @@ type Guest struct {
 	VIFs   []VIF
 	Memory int      // MiB; 0: 256
 	VCPUs  int      // 0: 1
-	Linux  []string // more arguments for its kernel, such as xen_privcmd.unrestricted=1
-	Config []string // more lines for xl, such as driver_domain=1
+	Linux  []string // additional arguments for its kernel, such as xen_privcmd.unrestricted=1
+	Config []string // additional lines for xl, such as driver_domain=1
 }
 
-// A VIF is one network card of a guest. Its zero value has its backend in dom0.
+// A VIF is one network card of a guest. The zero VIF has its backend in dom0.
 type VIF struct {
-	Backend string // the backend's domain by name
+	Backend string // name of the backend's domain; "": dom0
 	MTU     int    // bytes; 0: 1500
-	More    string // added to xl's line as it is
+	More    string // appended to xl's line unchanged
 }
 
-// MAC is the address of a guest's i-th vif, in Xen's own range.
+// MAC returns the address of a guest's i-th vif, in Xen's range.
 func MAC(i int) string { return fmt.Sprintf("00:16:3e:77:00:%02x", i+1) }
 
-// Spec is the vif as xl's vif= wants it; i is its number.
+// Spec returns the i-th vif in the syntax of xl's vif=.
 func (v VIF) Spec(i int) string {
 	spec := "mac=" + MAC(i) + ",script=" + image.VifScript
 	if v.Backend != "" {
@@ -186,25 +186,25 @@ func (t *T) Attach(guest *Domain, v VIF) {
 	t.dom0.Run(append([]string{"xl", "network-attach", guest.Name}, strings.Split(v.Spec(0), ",")...)...)
 }
 
-// Destroy ends a domain before the scenario does, without asking it.
+// Destroy ends a domain before the end of the scenario, without a shutdown.
 func (t *T) Destroy(d *Domain) {
 	t.dom0.Run("xl", "destroy", d.Name)
 	t.collect(d)
 	d.destroyed = true
 }
 
-// collect keeps what the domain printed on its console.
+// collect keeps the output on the domain's console.
 func (t *T) collect(d *Domain) {
 	log := t.dom0.try(proto.Call{Op: proto.Get, Path: "/var/log/xen/console/guest-" + d.Name + ".log"})
 	d.console = log.Stdout
 	if err := os.WriteFile(filepath.Join(t.dir, d.Name+".console.log"), log.Stdout, 0o644); err != nil {
 		t.Logf("%v", err)
 	}
-	// A domain of the same name appends to it.
+	// Truncate the log, because a later domain of the same name appends to it.
 	t.dom0.try(proto.Call{Op: proto.Run, Argv: []string{"truncate", "-s", "0", "/var/log/xen/console/guest-" + d.Name + ".log"}})
 }
 
-// A Domain is where steps run.
+// A Domain runs the steps of a scenario.
 type Domain struct {
 	ID   int
 	Name string
@@ -222,27 +222,27 @@ type procs struct {
 	running []*Process // guarded by Mutex
 }
 
-// Within gives the same domain with another limit for each step; the usual one is
-// a minute. Limits grow where QEMU is kept from its processors.
+// Within returns the same domain with another limit for each step; the default is a minute.
+// Limits grow while other programs keep QEMU from its processors.
 func (d *Domain) Within(limit time.Duration) *Domain {
 	other := *d
 	other.limit = limit
 	return &other
 }
 
-// WithEnv gives the same domain with more in the environment of each program, as
-// KEY=value.
+// WithEnv returns the same domain with additional environment variables, KEY=value, for each
+// program.
 func (d *Domain) WithEnv(env ...string) *Domain {
 	other := *d
 	other.env = append(slices.Clone(d.env), env...)
 	return &other
 }
 
-// VIF is the name of the kernel's backend interface for the domain's i-th vif.
+// VIF returns the name of the kernel's backend interface for the domain's i-th vif.
 func (d *Domain) VIF(i int) string { return fmt.Sprintf("vif%d.%d", d.ID, i) }
 
-// Frontend and Backend are the xenstore directories of the domain's i-th vif;
-// Backend is the one below backend's directory.
+// Frontend and Backend return the xenstore directories of the domain's i-th vif. The one of
+// Backend is below the directory of the domain backend.
 func (d *Domain) Frontend(i int) string {
 	return fmt.Sprintf("/local/domain/%d/device/vif/%d", d.ID, i)
 }
@@ -250,14 +250,14 @@ func (d *Domain) Backend(backend *Domain, i int) string {
 	return fmt.Sprintf("/local/domain/%d/backend/vif/%d/%d", backend.ID, d.ID, i)
 }
 
-// A Result is a program that ended.
+// A Result is the outcome of a program.
 type Result struct {
-	Exit           int // as a shell has it: 128 + signal
+	Exit           int // like a shell's: 128 + signal if a signal ended it
 	Stdout, Stderr []byte
-	Err            error // it could not be run, or not to its end
+	Err            error // why the program could not be run, or not to its end
 }
 
-// Text is what was printed to standard output, without the last newline.
+// Text returns the standard output, without the whitespace around it.
 func (r Result) Text() string { return strings.TrimSpace(string(r.Stdout)) }
 
 func (r Result) problem() error {
@@ -281,7 +281,7 @@ func (r Result) problem() error {
 	return errors.Join(errs...)
 }
 
-// call is one step: bounded, and in the scenario's log.
+// call makes one step, with a time limit, and logs it.
 func (d *Domain) call(c proto.Call) (proto.Reply, error) {
 	c.Domain, c.Timeout = d.ID, d.t.machine.Stretched(d.limit)
 	if len(c.Argv) > 0 && len(d.env) > 0 {
@@ -326,7 +326,7 @@ func (d *Domain) must(c proto.Call, what string) Result {
 	return r
 }
 
-// Try runs a program and gives whatever became of it.
+// Try runs a program and returns its outcome. The program may fail.
 func (d *Domain) Try(argv ...string) Result { return d.try(proto.Call{Op: proto.Run, Argv: argv}) }
 
 // Run runs a program that must succeed.
@@ -334,7 +334,7 @@ func (d *Domain) Run(argv ...string) Result {
 	return d.must(proto.Call{Op: proto.Run, Argv: argv}, strings.Join(argv, " "))
 }
 
-// Sh runs a shell script that must succeed and gives what it printed.
+// Sh runs a shell script that must succeed and returns its standard output.
 func (d *Domain) Sh(format string, args ...any) string {
 	script := fmt.Sprintf(format, args...)
 	return d.must(proto.Call{Op: proto.Run, Argv: []string{"sh", "-ec", script}}, script).Text()
@@ -356,8 +356,7 @@ func (d *Domain) Get(path string) []byte {
 	return d.must(proto.Call{Op: proto.Get, Path: path}, "reading "+path).Stdout
 }
 
-// Test runs one of the image's test binaries in the domain. What it prints is kept
-// as name.log.
+// Test runs one of the image's test binaries in the domain. It saves the output as name.log.
 func (d *Domain) Test(name string, args ...string) {
 	limit := d.t.machine.Stretched(d.limit)
 	argv := append([]string{image.ProgramDir + "/" + name, "-test.v", "-test.timeout=" + limit.String()}, args...)
@@ -373,7 +372,7 @@ func (d *Domain) Test(name string, args ...string) {
 	}
 }
 
-// countTests counts top-level tests in what -test.v prints.
+// countTests counts the top-level tests in the output of -test.v.
 func countTests(out string) (passed, failed, skipped int) {
 	for line := range strings.Lines(out) {
 		switch {
@@ -388,15 +387,15 @@ func countTests(out string) (passed, failed, skipped int) {
 	return
 }
 
-// A Process is a program that runs beside the next steps. Those of dom0 are killed
-// at the end of the scenario; a guest's go with it.
+// A Process is a program that runs beside the following steps. At the end of the scenario,
+// processes in dom0 are killed; those in a guest end with the guest.
 type Process struct {
 	d    *Domain
 	id   int
 	name string
 }
 
-// Start starts a program.
+// Start starts a program and does not wait for it.
 func (d *Domain) Start(argv ...string) *Process {
 	r, err := d.call(proto.Call{Op: proto.Start, Argv: argv})
 	name := strings.Join(argv, " ")
@@ -412,8 +411,8 @@ func (d *Domain) Start(argv ...string) *Process {
 	return p
 }
 
-// Await waits until what the process printed, on either stream, matches a regular
-// expression, and gives it.
+// Await waits until the output of the process, on either stream, matches a regular expression,
+// and returns the output.
 func (p *Process) Await(match string) Result {
 	r, err := p.d.call(proto.Call{Op: proto.Wait, Proc: p.id, Match: match})
 	res := Result{Exit: r.Exit, Stdout: r.Stdout, Stderr: r.Stderr, Err: err}
@@ -426,7 +425,7 @@ func (p *Process) Await(match string) Result {
 	return res
 }
 
-// Wait waits until the process ends, however it does.
+// Wait waits until the process ends, and returns its outcome. The process may fail.
 func (p *Process) Wait() Result {
 	r, err := p.d.call(proto.Call{Op: proto.Wait, Proc: p.id})
 	return Result{Exit: r.Exit, Stdout: r.Stdout, Stderr: r.Stderr, Err: err}
@@ -448,7 +447,7 @@ func (p *Process) Signal(sig syscall.Signal) {
 	}
 }
 
-// Kill ends the process by SIGKILL and waits for that.
+// Kill ends the process with SIGKILL and waits for its end.
 func (p *Process) Kill() Result {
 	p.Signal(syscall.SIGKILL)
 	return p.Wait()

@@ -11,7 +11,7 @@ import (
 	"barevif/test/xenlab/proto"
 )
 
-// Programs go into every domain, at image.ProgramDir.
+// Programs returns the programs that are in every domain, in image.ProgramDir.
 func Programs() []image.Program {
 	return []image.Program{
 		{Name: "barevif", Package: "barevif/tools/barevif"},
@@ -22,7 +22,7 @@ func Programs() []image.Program {
 	}
 }
 
-// Plan is every scenario there is. The package comment shows it as a table.
+// Plan returns all boots with all scenarios. The package comment shows them as a table.
 func Plan() []Boot {
 	return []Boot{{
 		Name: "dom0 with netback",
@@ -64,8 +64,8 @@ func Plan() []Boot {
 	}}
 }
 
-// Roles is a plan as a table in Markdown: which role runs in which domain in which
-// boot. README.md shows that of [Plan].
+// Roles returns a plan as a table in Markdown: which role runs in which domain in which boot.
+// README.md has the table of [Plan].
 func Roles(plan []Boot) string {
 	var b strings.Builder
 	b.WriteString("| boot | scenario | which role runs where |\n| --- | --- | --- |\n")
@@ -73,7 +73,7 @@ func Roles(plan []Boot) string {
 		name := boot.Name
 		for _, s := range boot.Scenarios {
 			fmt.Fprintf(&b, "| %s | %s | %s |\n", name, s.Name, s.Roles)
-			name = "" // said once
+			name = "" // only in the first row
 		}
 	}
 	return b.String()
@@ -103,8 +103,8 @@ func vectors(t *T) {
 	}
 }
 
-// kernelEnds is the ground under everything else: Linux's netfront and netback,
-// with the traffic that ours have to carry.
+// kernelEnds is the reference for all other scenarios: Linux's netfront and netback, with the
+// same traffic as our ends.
 func kernelEnds(kind GuestType) func(*T) {
 	return func(t *T) {
 		t.Dom0().Run("modprobe", "xen-netback")
@@ -125,9 +125,8 @@ func xendevDom0(t *T) {
 	t.Dom0().Within(2*time.Minute).Test("xendev.test", onXen)
 }
 
-// xendevGuest runs the tests in a guest that may make hypercalls, which current
-// kernels allow only when xen-privcmd is loaded so, with a vif that the kernel's
-// netfront owns.
+// xendevGuest runs the tests in a guest with a vif that the kernel's netfront owns. The guest
+// may make hypercalls, which current kernels allow only with a parameter of xen-privcmd.
 func xendevGuest(kind GuestType) func(*T) {
 	return func(t *T) {
 		t.Dom0().Run("modprobe", "xen-netback")
@@ -141,7 +140,7 @@ func xendevGuest(kind GuestType) func(*T) {
 	}
 }
 
-// xendevPeer grants and signals between two domains, of which one is killed.
+// xendevPeer tests grants and event channels between two domains, one of which is killed.
 func xendevPeer(t *T) {
 	guest := t.Create(Guest{Name: "domU", Type: PV})
 	peer := guest.WithEnv("XENDEV_TEST_CHILD=peer").Start(image.ProgramDir + "/xendev.test")

@@ -10,9 +10,9 @@ import (
 	"syscall"
 )
 
-// JoinKernel gives both ends of a guest's i-th vif an address, when both are a
-// kernel's own: dom0's backend interface and the guest's eth<i>. Each vif has a
-// subnet of its own, or replies would take the wrong one. It waits for the link.
+// JoinKernel gives an address to both ends of a guest's i-th vif, if both belong to kernels:
+// dom0's backend interface and the guest's eth<i>. Each vif has a subnet of its own, because
+// replies would otherwise take another vif. It waits for the link.
 func (t *T) JoinKernel(guest *Domain, i int) (dom0Addr, guestAddr string) {
 	net := fmt.Sprintf("10.77.%d", (guest.ID*4+i)%250)
 	dom0Addr, guestAddr = net+".1", net+".2"
@@ -26,10 +26,10 @@ func (t *T) JoinKernel(guest *Domain, i int) (dom0Addr, guestAddr string) {
 	return dom0Addr, guestAddr
 }
 
-// Ping sends echo requests with size bytes of payload and the don't-fragment bit; the
-// first count of them must be answered once. As many more follow, since ping does
-// not wait for a last answer that takes twice as long as the others. It compares the
-// payload that comes back with what it sent.
+// Ping sends echo requests with size bytes of payload and the don't-fragment bit. Each of the
+// first count requests must be answered exactly once. As many more follow, since ping does not
+// wait for a last reply that takes twice as long as the others. ping compares the payload of a
+// reply with that of the request.
 func (t *T) Ping(from *Domain, addr string, size, count int) {
 	r := from.Run("ping", "-c", fmt.Sprint(2*count), "-i", "0.05", "-W", "5", "-M", "do", "-s", fmt.Sprint(size), addr)
 	if err := checkPing(r.Text(), count); err != nil {
@@ -60,7 +60,7 @@ func (t *T) Iperf(from, to *Domain, addr string, seconds int) {
 	t.Note("iperf3 %s→%s %.0f Mbit/s", from.Name, to.Name, t.iperf(from, to, addr, seconds))
 }
 
-// iperf is Iperf that notes nothing and gives Mbit/s.
+// iperf is Iperf without the note. It returns Mbit/s.
 func (t *T) iperf(from, to *Domain, addr string, seconds int) float64 {
 	server := to.Start("iperf3", "-s", "-1", "--forceflush")
 	server.Await("Server listening")
@@ -97,7 +97,7 @@ func (t *T) Fetch(client, server *Domain, addr string, size int) {
 	t.Note("curl %s←%s %d bytes", client.Name, server.Name, size)
 }
 
-// Send uploads random bytes by curl to an appliance, which tells their digest.
+// Send uploads random bytes by curl to an appliance, and compares the digest in its reply.
 func (t *T) Send(from *Domain, addr string, size int) {
 	want := from.Sh("head -c %d /dev/urandom >/tmp/sent; sha256sum </tmp/sent | cut -c1-64", size)
 	got := from.Sh("curl -sSf --max-time 50 -T /tmp/sent http://%s/sum | cut -c1-64; rm /tmp/sent", addr)
@@ -107,18 +107,18 @@ func (t *T) Send(from *Domain, addr string, size int) {
 	t.Note("curl -T %s→ %d bytes", from.Name, size)
 }
 
-// Datagrams sends one of each size, as "barevif check" takes them, to who answers it
-// at addr. Each is compared at both ends; at most one in a hundred may be lost.
+// Datagrams runs "barevif check" against addr, with one datagram of each size; sizes has the
+// syntax of --sizes. Each datagram is compared at both ends. At most 1 % may be lost.
 func (t *T) Datagrams(from *Domain, addr, sizes string) {
 	r := from.Run(barevif, "check", "--lost", "1", "--patience", "5s", "--sizes", sizes, addr)
 	t.Note("UDP %s↔: %s", from.Name, r.Text())
 }
 
-// jumboSizes are datagrams for an MTU of 9000: all sizes around those of one page and of
-// two, some of all others, and some that are fragmented.
+// jumboSizes are the sizes of datagrams for an MTU of 9000: all sizes around one and two
+// pages, a sample of the others, and some that are fragmented.
 const jumboSizes = "1-8972:13,4030-4100,8130-8200,8972,8973,65507"
 
-// answered has a domain's kernel answer datagrams while f runs.
+// answered runs f while "barevif check --answer" answers datagrams through d's kernel.
 func (t *T) answered(d *Domain, f func()) {
 	p := d.Start(barevif, "check", "--answer")
 	p.Await("answering at")
@@ -143,8 +143,8 @@ func (t *T) checksums(f func(), doms ...*Domain) {
 	}
 }
 
-// badChecksums gives the counters of wrong checksums in /proc/net/snmp, which has a
-// line of names and one of numbers for each protocol.
+// badChecksums returns the counters of wrong checksums in /proc/net/snmp, which has a line of
+// names and a line of numbers for each protocol.
 func badChecksums(snmp string) (found string) {
 	var names []string
 	for line := range strings.Lines(snmp) {
@@ -163,8 +163,8 @@ func badChecksums(snmp string) (found string) {
 	return strings.TrimPrefix(found, " ")
 }
 
-// kernelTraffic is what the kernels of two domains exchange. Each byte is compared but
-// those of iperf3.
+// kernelTraffic runs the traffic between the kernels of two domains. Every byte is compared,
+// except those of iperf3.
 func (t *T) kernelTraffic(guest, backend *Domain, guestAddr, backAddr string) {
 	t.checksums(func() {
 		for _, size := range [...]int{56, 1472} {
@@ -179,8 +179,7 @@ func (t *T) kernelTraffic(guest, backend *Domain, guestAddr, backAddr string) {
 	}, guest, backend)
 }
 
-// Capture starts tcpdump on an interface; the function it gives ends it and keeps
-// what was seen as name.pcap.
+// Capture starts tcpdump on an interface. stop ends it and saves the packets as name.pcap.
 func (t *T) Capture(d *Domain, iface, name string) (stop func()) {
 	file := "/tmp/" + name + ".pcap"
 	dump := d.Start("tcpdump", "-U", "-n", "-i", iface, "-w", file)

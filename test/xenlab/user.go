@@ -8,8 +8,8 @@ import (
 	"syscall"
 )
 
-// What tools/barevif/DEPLOYING.md has an administrator do so that our ends need no
-// root; a test compares. The group's user and the names are those of the page.
+// Commands from tools/barevif/DEPLOYING.md, with which an administrator makes our ends work
+// without root. User, group and names are those of the page; a test compares.
 const (
 	openFront = "chgrp barevif /dev/xen/gntalloc /dev/xen/evtchn /dev/xen/xenbus; chmod 0660 /dev/xen/gntalloc /dev/xen/evtchn /dev/xen/xenbus"
 	openBack  = "chgrp barevif /dev/xen/gntdev /dev/xen/evtchn /dev/xen/xenbus; chmod 0660 /dev/xen/gntdev /dev/xen/evtchn /dev/xen/xenbus; chmod 0666 /dev/net/tun"
@@ -22,7 +22,7 @@ const (
 	bpfCaps = "+bpf,+perfmon"
 )
 
-// deployingSays are the lines the page must have.
+// deployingSays returns the lines that the page must have.
 func deployingSays() []string {
 	return []string{
 		openFront, openBack, openPins,
@@ -32,8 +32,7 @@ func deployingSays() []string {
 	}
 }
 
-// withoutRoot runs both our ends as a user, with what the page gives it and nothing
-// more.
+// withoutRoot runs both our ends as a user with only the rights that the page grants.
 func withoutRoot(t *T) {
 	const addr, backAddr = "10.89.4.2", "10.89.4.1"
 	t.netback(false)
@@ -64,7 +63,7 @@ func withoutRoot(t *T) {
 		t.says(string(r.Stderr), want...)
 	}
 
-	// Each refusal names the way out.
+	// Each refusal names the remedy.
 	const rule = `SUBSYSTEM=="misc", KERNEL=="xen/%s", GROUP="barevif", MODE="0660"`
 	refused(driver, as(caps(netCaps), back...), "chmod 0666 /dev/net/tun")
 	driver.Sh(openBack)
@@ -79,8 +78,8 @@ func withoutRoot(t *T) {
 	t.Ping(driver, addr, 1472, 20)
 	t.fetchServed(driver, addr, 3<<20)
 
-	// Restarts take no more than the start did, and pins two capabilities and a
-	// directory: systemd mounts the file system for root alone.
+	// A restart needs no more rights than the start. Pins need two capabilities and a
+	// directory, because systemd mounts the BPF file system for root alone.
 	guest.Sh("chmod 0700 /sys/fs/bpf; %s", openPins)
 	f.Kill()
 	f = start(guest, "serving http", "000000c000000000", as(caps(bpfCaps), serve...))
@@ -89,7 +88,7 @@ func withoutRoot(t *T) {
 	t.fetchServed(driver, addr, 1<<20)
 	b.Signal(syscall.SIGUSR1)
 	b.Succeed()
-	// What the refusal said.
+	// Follow the advice of the refusal.
 	driver.Sh("cp %s /tmp/barevif; setcap cap_net_admin,cap_net_raw+ep /tmp/barevif", barevif)
 	b = driver.Start(append(strings.Fields("setpriv --reuid=barevif --regid=barevif --clear-groups /tmp/barevif"), back...)...)
 	b.Await("connected to domain")

@@ -89,7 +89,7 @@ func TestComplaintsAreFound(t *testing.T) {
 	for line, want := range map[string]bool{
 		"[  9.1] vif vif-1-0 vif1.0: fatal error; disabling device":                                 true,
 		"[  9.1] xen:grant_table: WARNING: g.e. 0x1f still in use!":                                 true,
-		"[  9.1] deferring g.e. 0x1f (pfn 0x1)":                                                     false, // not about us by its words
+		"[  9.1] deferring g.e. 0x1f (pfn 0x1)":                                                     false, // no word of it refers to the lab
 		"[  9.1] xen:grant_table: deferring g.e. 0x1f (pfn 0x1)":                                    true,
 		"(XEN) grant_table.c:803:d0v1 Bad flags (0) or dom (0). (expected dom 0)":                   true,
 		"(XEN) event_channel.c:319:d1v0 EVTCHNOP failure: error -22":                                true,
@@ -180,7 +180,7 @@ Odd: 9
 	}
 }
 
-// shown is a queue's counters as bpftool and as the file metrics show them.
+// shown returns a queue's counters in the formats of bpftool and of the file metrics.
 func shown() (dump counters.Dump, text string) {
 	queue := map[string]json.RawMessage{}
 	var b strings.Builder
@@ -268,7 +268,7 @@ func TestGuestIsDescribedForXL(t *testing.T) {
 	}
 }
 
-// idle is a scenario on no machine.
+// idle returns a scenario without a machine.
 func idle(t *testing.T) *T {
 	t.Helper()
 	log, err := os.Create(filepath.Join(t.TempDir(), "steps.log"))

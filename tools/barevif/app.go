@@ -18,20 +18,20 @@ import (
 	"barevif/tools/internal/appliance"
 )
 
-// applianceConfig says what an appliance serves and where.
+// applianceConfig configures an appliance: what it serves, and at which address.
 type applianceConfig struct {
 	addr    netip.Prefix
 	gateway netip.Addr // zero: none
 	port    uint16     // 0: 80
-	check   uint16     // UDP, for datagrams that are compared; 0: none
-	root    *os.Root   // taken over; nil: the page
+	check   uint16     // UDP port for "barevif check"; 0: none
+	root    *os.Root   // the files to serve, taken over; nil: the status page
 	own     uint16     // the domain's number
 }
 
-// An app is net/http on gVisor's TCP/IP on a vif.
+// An app is a net/http server on gVisor's TCP/IP on a vif.
 type app struct {
-	addr   string     // without the port if it is HTTP's
-	failed chan error // why it ended on its own
+	addr   string     // without the port if that is 80
+	failed chan error // gets the error if the app ends by itself
 
 	stack   *netstack.Stack
 	server  *http.Server
@@ -93,7 +93,7 @@ func startAppliance(dev *pvnet.Device, cfg applianceConfig) (*app, error) {
 	return a, nil
 }
 
-// fail says why the appliance ended on its own, if nothing else said it before.
+// fail reports that the appliance ended by itself. Only the first report counts.
 func (a *app) fail(err error) {
 	select {
 	case a.failed <- err:
@@ -101,7 +101,7 @@ func (a *app) fail(err error) {
 	}
 }
 
-// close ends every connection. It is idempotent; the device stays connected.
+// close ends the server and every connection. It is idempotent; the device stays connected.
 func (a *app) close() (err error) {
 	a.once.Do(func() {
 		err = a.server.Close()
@@ -117,7 +117,7 @@ func (a *app) close() (err error) {
 	return err
 }
 
-// aboutVif is the table of the page.
+// aboutVif returns the table of the status page.
 func aboutVif(dev *pvnet.Device, cfg applianceConfig, up time.Duration) []appliance.Row {
 	st := dev.Stats()
 	return []appliance.Row{
@@ -132,7 +132,7 @@ func aboutVif(dev *pvnet.Device, cfg applianceConfig, up time.Duration) []applia
 	}
 }
 
-// vifName is what the vif is called in metrics.
+// vifName returns the name of the vif in metrics.
 func vifName(dev *pvnet.Device, own uint16) string {
 	info := telemetry.Info{Role: telemetry.Frontend, Own: own, Peer: uint16(dev.Peer())}
 	if n, err := strconv.ParseUint(dev.ID(), 10, 32); err == nil {

@@ -74,7 +74,7 @@ func (a *attach) join(dev *pvnet.Device, addr netip.Prefix) (*use, error) {
 	failed, ended := make(chan error, 1), make(chan struct{})
 	go func() {
 		defer close(ended)
-		// Nothing but the end of the device is to end it.
+		// No context: the joint ends only with the device.
 		if err := joint.Run(context.Background(), dev, tap); err != nil {
 			failed <- fmt.Errorf("vif %s lost its network: %w", a.vif, err)
 		}
@@ -97,7 +97,7 @@ func (a *attach) join(dev *pvnet.Device, addr netip.Prefix) (*use, error) {
 	}, nil
 }
 
-// setMTU gives the interface an MTU, in bytes, if it has another one.
+// setMTU sets the interface's MTU, in bytes, unless it has that MTU already.
 func setMTU(name string, mtu int) error {
 	l, err := netlink.LinkByName(name)
 	if err == nil && l.Attrs().MTU != mtu {

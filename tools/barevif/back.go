@@ -76,7 +76,7 @@ type back struct {
 
 	printMu  sync.Mutex // vifs come and go at any time
 	prefixMu sync.Mutex
-	prefix   map[string]netip.Prefix // guarded by prefixMu: by vif "1.0"; "" is for the first to be connected
+	prefix   map[string]netip.Prefix // guarded by prefixMu: by vif, like "1.0"; "" is for the first vif that connects
 }
 
 func (b *back) run(ctx context.Context) error {
@@ -126,8 +126,8 @@ func (b *back) run(ctx context.Context) error {
 	select {
 	case err = <-done:
 	case <-dom.gone:
-		// There is no xenstore to close the vifs in, but their counters have pins,
-		// which would outlive this process.
+		// The xenstore is gone, so the vifs cannot be closed there. But they must end:
+		// the pins of their counters would outlive this process.
 		cancel(errHostGone)
 		return dom.lost(b.say, done)
 	}
@@ -170,8 +170,7 @@ func isNumber(s string) bool {
 	return err == nil
 }
 
-// probe finds out whether the machine lets us have links, before a vif waits for
-// one.
+// probe checks that this process may open links, before a vif needs one.
 func (b *back) probe() error {
 	if b.packet != "" {
 		l, err := link.OpenPacket(b.packet)
@@ -194,21 +193,21 @@ func (b *back) probe() error {
 	return l.Close()
 }
 
-// linkRefused says what to do about a link that cannot be had.
+// linkRefused adds advice to the error of a link that could not be opened.
 func linkRefused(err error) error {
 	const setcap = `"setcap cap_net_admin,cap_net_raw+ep" on the built program`
 	a := &advice{err: err, next: "-v may say more"}
-	node := false // whether the refusal is about /dev/net/tun, and not about a card
+	node := false // whether the error is about /dev/net/tun, not about an interface
 	if oe, ok := errors.AsType[*link.OpenError](err); ok && oe.Next != "" {
 		bare := *oe
-		bare.Next = "" // said once
+		bare.Next = "" // printed as a.next, not twice
 		a.err, a.next = &bare, oe.Next
 		node = oe.Step == "open /dev/net/tun"
 	}
 	switch {
 	case errors.Is(err, unix.EACCES), node && errors.Is(err, unix.EPERM):
-		// The mode of the node: the capabilities do not open it, and the open node is
-		// of no use without them.
+		// The mode of the node forbids it. The capabilities alone do not open the node,
+		// and without them the opened node makes no TAP.
 		a.refused = true
 		a.next = "run as root, or let this user open it (chmod 0666 /dev/net/tun) and " + setcap + `; "barevif demo" needs neither`
 	case errors.Is(err, unix.EPERM):
@@ -223,8 +222,8 @@ func linkRefused(err error) error {
 	return a
 }
 
-// serve joins one vif to a link until it is taken away or ctx ends. What goes
-// wrong with it is nobody else's problem.
+// serve joins one vif to a link until the vif is removed or ctx ends. An error of this vif
+// does not affect the others.
 func (b *back) serve(ctx context.Context, dev *pvnet.Device) {
 	vif := fmt.Sprintf("%d.%s", dev.Peer(), dev.ID())
 	l, err := b.open(dev, vif)
@@ -248,7 +247,7 @@ func (b *back) serve(ctx context.Context, dev *pvnet.Device) {
 	b.say("vif %s: gone; %s", vif, tally("frontend", &st, j.Stats()))
 }
 
-// follow tells of the vif's link until the device has ended.
+// follow prints the changes of the vif's link state until the device has ended.
 func (b *back) follow(dev *pvnet.Device, vif, name string) {
 	up := false
 	for ev := range dev.Links(context.Background()) {
@@ -270,7 +269,7 @@ func (b *back) follow(dev *pvnet.Device, vif, name string) {
 	}
 }
 
-// mirrored says where the counters of a device can be read from outside.
+// mirrored says where other processes can read the counters of a device.
 func mirrored(dev *pvnet.Device) string {
 	kind, reason := dev.Counters().Backend()
 	if reason != "" {
@@ -279,7 +278,7 @@ func mirrored(dev *pvnet.Device) string {
 	return kind
 }
 
-// open makes the link of a vif.
+// open opens the link of a vif.
 func (b *back) open(dev *pvnet.Device, vif string) (link.Link, error) {
 	if b.packet != "" {
 		return asLink(link.OpenPacket(b.packet))
@@ -289,9 +288,9 @@ func (b *back) open(dev *pvnet.Device, vif string) (link.Link, error) {
 	if err != nil {
 		return nil, linkRefused(err)
 	}
-	// The same as Linux's netback gives each of its interfaces. One made up for each
-	// would become a bridge's own if it is the lowest, and whoever knows the bridge, or
-	// this machine, by the last one would not reach it after a restart.
+	// The address that Linux's netback gives to each of its interfaces. A bridge takes the
+	// lowest address of its ports. If that were a random one, a restart would change the
+	// bridge's address, and neighbours that know the old one could not reach this machine.
 	if err = hardwareAddress(tap.Name(), dev.MAC()); err == nil {
 		err = address(tap.Name(), b.addressOf(vif, false))
 	}
@@ -305,9 +304,9 @@ func (b *back) open(dev *pvnet.Device, vif string) (link.Link, error) {
 	return tap, nil
 }
 
-// addressOf is the address the vif's TAP gets, invalid if none. The one that was
-// given without a vif becomes that of the first one without its own to be connected,
-// for good: two interfaces with one address are of no use.
+// addressOf returns the address for the vif's TAP, invalid if there is none. An address
+// given without a vif goes to the first vif that connects without an address of its own,
+// and stays with it: two interfaces with one address would be of no use.
 func (b *back) addressOf(vif string, connected bool) netip.Prefix {
 	b.prefixMu.Lock()
 	defer b.prefixMu.Unlock()
@@ -320,7 +319,8 @@ func (b *back) addressOf(vif string, connected bool) netip.Prefix {
 	return p
 }
 
-// openTAP opens a TAP whose name a process that was just killed may still hold.
+// openTAP opens a TAP. It retries for 2 s, because a process that was just killed may still
+// hold the name.
 func openTAP(cfg link.TAPConfig) (*link.TAP, error) {
 	for end := time.Now().Add(2 * time.Second); ; time.Sleep(20 * time.Millisecond) {
 		tap, err := link.OpenTAP(cfg)
@@ -337,7 +337,7 @@ func asLink[L link.Link](l L, err error) (link.Link, error) {
 	return l, nil
 }
 
-// address gives the interface an address, if there is one and it has it not.
+// address adds addr to the interface, if addr is valid.
 func address(name string, addr netip.Prefix) error {
 	if !addr.IsValid() {
 		return nil
@@ -349,7 +349,7 @@ func address(name string, addr netip.Prefix) error {
 	a, err := netlink.ParseAddr(addr.String())
 	if err == nil {
 		if addr.Addr().Is6() {
-			a.Flags = unix.IFA_F_NODAD // nobody else is on the wire
+			a.Flags = unix.IFA_F_NODAD // no duplicate address detection: no other station is on the link
 		}
 		err = netlink.AddrReplace(l, a)
 	}

@@ -69,7 +69,7 @@ func benchCommand(p *program) *cobra.Command {
 	return cmd
 }
 
-// A benchResult is a line of JSON: one way to do one thing, measured once.
+// A benchResult is the JSON line of one measurement: What was done, and the Way to do it.
 type benchResult struct {
 	What    string  `json:"what"`
 	Way     string  `json:"way"`
@@ -77,17 +77,18 @@ type benchResult struct {
 	Frames  uint64  `json:"frames,omitempty"`
 	Bytes   uint64  `json:"bytes,omitempty"`
 
-	// Of round trips, in microseconds.
+	// Round trips, in microseconds.
 	Median float64 `json:"median_us,omitempty"`
 	P99    float64 `json:"p99_us,omitempty"`
 	Lost   int     `json:"lost,omitempty"`
 
-	// Of a card of ours: events sent to the other end and received from it.
+	// Cards of ours: events sent to the other end and received from it.
 	Notified uint64 `json:"notified,omitempty"`
 	Woken    uint64 `json:"woken,omitempty"`
 }
 
-// benchRun is what every piece has: names for its line, and a length.
+// benchRun is the common part of all bench commands: the names in the result line, and the
+// duration.
 type benchRun struct {
 	*program
 	what, way string
@@ -100,7 +101,7 @@ func (b *benchRun) registerRun(cmd *cobra.Command, what, way string) {
 	cmd.Flags().Float64Var(&b.secs, "secs", 5, "`seconds` to measure")
 }
 
-// window is how long to measure.
+// window returns how long to measure, from --secs.
 func (b *benchRun) window() (time.Duration, error) {
 	if !(b.secs > 0 && b.secs <= 86400) {
 		return 0, badValue("secs", fmt.Sprint(b.secs), "a number of seconds")
@@ -108,17 +109,17 @@ func (b *benchRun) window() (time.Duration, error) {
 	return time.Duration(b.secs * float64(time.Second)), nil
 }
 
-// print writes the line. r has everything but the names.
+// print writes the result line. r lacks only the names.
 func (b *benchRun) print(r benchResult) error {
 	r.What, r.Way = b.what, b.way
 	return json.NewEncoder(b.stdout).Encode(r)
 }
 
-// begun tells whoever started this that traffic flows, or may.
+// begun tells the script that runs the command that it sends, or is ready to receive.
 func (b *benchRun) begun(what string) { fmt.Fprintf(b.stderr, "bench: %s\n", what) }
 
-// udpFrame is what the pieces that send frames send: IPv4 and UDP to the discard
-// port, with valid checksums.
+// udpFrame is the frame that the bench commands send: IPv4 and UDP to the discard port,
+// with valid checksums.
 type udpFrame struct {
 	size         int
 	from, to     string
@@ -159,11 +160,11 @@ func (f *udpFrame) parse() (err error) {
 	return nil
 }
 
-// payload is the length of what UDP carries.
+// payload returns the size of the UDP payload, in bytes.
 func (f *udpFrame) payload() int { return f.size - headersLen }
 
-// bytes is the frame as src sends it. The UDP checksum is left out, as UDP over IPv4
-// allows: the payload may change.
+// bytes returns the frame with the source MAC src. It has no UDP checksum, which UDP over
+// IPv4 allows, because the payload may change.
 func (f *udpFrame) bytes(src []byte) []byte {
 	b := make([]byte, f.size)
 	copy(b, f.dst)
@@ -186,7 +187,7 @@ func (f *udpFrame) bytes(src []byte) []byte {
 	return b
 }
 
-// stopwatch tells a loop when its time is over without asking the clock each turn.
+// stopwatch tells a loop when its time is over, without a clock reading per iteration.
 type stopwatch struct {
 	began time.Time
 	over  chan struct{}
@@ -204,7 +205,7 @@ func (w *stopwatch) stop() float64 {
 	return time.Since(w.began).Seconds()
 }
 
-// running reports whether there is time left, and why not if it was cut short.
+// running reports whether there is time left. The error is the cause if ctx has ended.
 func (w *stopwatch) running(ctx context.Context) (bool, error) {
 	select {
 	case <-w.over:
@@ -229,5 +230,5 @@ func benchWait(s string) (pvnet.WaitMode, error) {
 	return 0, badValue("wait-mode", s, "park, adaptive or busy")
 }
 
-// errNothing is a measurement that cannot have been one.
+// errNothing is the error of a measurement without any traffic.
 var errNothing = errors.New("nothing was moved")

@@ -19,7 +19,7 @@ import (
 	"github.com/spf13/cobra"
 )
 
-// benchCard is a card of ours for a piece.
+// benchCard is a card of ours for a bench command.
 type benchCard struct {
 	domain                  domainFlags
 	vif, doorbell, waitMode string
@@ -103,7 +103,7 @@ func (c *benchCard) run(ctx context.Context, fn func(context.Context, *pvnet.Dev
 	return c.measured(ctx, dev, fn)
 }
 
-// open is domainFlags.open with the doorbell asked for.
+// open is domainFlags.open with the doorbell of --doorbell.
 func (c *benchCard) open(ctx context.Context) (*domain, error) {
 	if !c.domain.xen {
 		return c.domain.open(ctx)
@@ -115,7 +115,7 @@ func (c *benchCard) open(ctx context.Context) (*domain, error) {
 	return &domain{Domain: d, close: func() { d.Close() }}, nil
 }
 
-// serve is run at the backend's end.
+// serve is run for a backend.
 func (c *benchCard) serve(ctx context.Context, dom *domain, cfg pvnet.Config, fn func(context.Context, *pvnet.Device) error) error {
 	cfg.LendRx = false
 	ctx, cancel := context.WithCancelCause(ctx)
@@ -210,8 +210,8 @@ func (s *benchSend) run(ctx context.Context) error {
 	})
 }
 
-// sendFrames sends for a while, each frame copied into its page. What it counts the
-// peer has taken but for a ring full of frames.
+// sendFrames sends for window and copies each frame into its page. Of the frames it counts,
+// up to a ring full may not have reached the peer.
 func sendFrames(ctx context.Context, dev *pvnet.Device, f *udpFrame, batch int, window time.Duration) (benchResult, error) {
 	tx, err := dev.OwnTX(0)
 	if err != nil {
@@ -222,7 +222,7 @@ func sendFrames(ctx context.Context, dev *pvnet.Device, f *udpFrame, batch int, 
 	frames := make([]pvnet.Frame, batch)
 	before := dev.Stats()
 	w := startWatch(window)
-	tx.SetDeadline(w.began.Add(window)) // or a peer that left would keep us for ever
+	tx.SetDeadline(w.began.Add(window)) // so that a peer that left cannot block us for ever
 	defer context.AfterFunc(ctx, func() { tx.SetDeadline(time.Unix(1, 0)) })()
 	var seq uint64
 	for more := true; more && err == nil; {
@@ -257,7 +257,7 @@ func sendFrames(ctx context.Context, dev *pvnet.Device, f *udpFrame, batch int, 
 	return withEvents(r, before, dev.Stats()), nil
 }
 
-// withEvents adds how often each end woke the other.
+// withEvents adds to r how often each end notified the other.
 func withEvents(r benchResult, before, after telemetry.Stats) benchResult {
 	count := func(st telemetry.Stats, c telemetry.Counter) uint64 { return st.RX.Get(c) + st.TX.Get(c) }
 	r.Notified = count(after, telemetry.NotifiesSent) - count(before, telemetry.NotifiesSent)
@@ -297,7 +297,7 @@ func (s *benchRecv) run(ctx context.Context) error {
 	})
 }
 
-// recvFrames counts what arrives in a window that begins with the first frame.
+// recvFrames counts the frames of a window that begins with the first frame.
 func (s *benchRecv) recvFrames(ctx context.Context, dev *pvnet.Device, window time.Duration) (r benchResult, err error) {
 	rx, err := dev.OwnRX(0)
 	if err != nil {
@@ -403,10 +403,10 @@ func (s *benchPing) run(ctx context.Context) error {
 	})
 }
 
-// echoTimeout is when an echo counts as lost.
+// echoTimeout is the time after which an echo counts as lost.
 const echoTimeout = time.Second
 
-// roundTrips calls ping until there are count times, or the time is over.
+// roundTrips calls ping until it has count round trips, or the window is over.
 func roundTrips(ctx context.Context, count int, window time.Duration, ping func(seq uint16) (time.Duration, error)) (r benchResult, err error) {
 	var times []time.Duration
 	began := time.Now()
@@ -433,7 +433,7 @@ func roundTrips(ctx context.Context, count int, window time.Duration, ping func(
 	return r, nil
 }
 
-// An echo asks a kernel behind a card for ICMP echoes.
+// An echo pings the kernel at the other end of a card.
 type echo struct {
 	tx       *pvnet.TX
 	rx       *pvnet.RX
@@ -461,8 +461,8 @@ func (e *echo) send(b []byte) error {
 	return err
 }
 
-// await receives until match says that a frame is the one. It answers who asks for
-// our address, and drops the rest.
+// await receives until match accepts a frame or the deadline passes. It answers ARP
+// requests for our address, and drops all other frames.
 func (e *echo) await(deadline time.Time, match func([]byte) bool) (found bool, err error) {
 	e.rx.SetDeadline(deadline)
 	for !found && err == nil {
@@ -486,7 +486,8 @@ func (e *echo) await(deadline time.Time, match func([]byte) bool) (found bool, e
 	return found, err
 }
 
-// arp is a message of RFC 826: 1 asks for to, 2 tells that from is at own.
+// arp returns an ARP message (RFC 826). Op 1 asks for the MAC of to, op 2 says that from is
+// at own.
 func (e *echo) arp(op byte, dst, target [6]byte) []byte {
 	b := make([]byte, 60)
 	copy(b, dst[:])
@@ -499,7 +500,8 @@ func (e *echo) arp(op byte, dst, target [6]byte) []byte {
 	return b
 }
 
-// resolve finds the far end's address, which may come up late.
+// resolve finds the far end's MAC address. It repeats the request until the deadline, because
+// the far end may come up late.
 func (e *echo) resolve(until time.Time) error {
 	for {
 		err := e.send(e.arp(1, [6]byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}, [6]byte{}))
@@ -521,7 +523,7 @@ func (e *echo) resolve(until time.Time) error {
 }
 
 func (e *echo) ping(seq uint16) (time.Duration, error) {
-	const size = 98 // as ping's 56 bytes make it
+	const size = 98 // the frame size of ping's default of 56 bytes
 	b := make([]byte, size)
 	copy(b, e.far[:])
 	copy(b[6:], e.own[:])

@@ -19,7 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// benchNet is a piece that goes through the kernel.
+// benchNet is a bench command whose traffic goes through the kernel.
 type benchNet struct {
 	benchRun
 	frame udpFrame
@@ -30,7 +30,7 @@ type benchNet struct {
 	dir   string
 }
 
-// netCommand makes the command of a piece of which run moves traffic.
+// netCommand makes a bench command; run moves the traffic.
 func netCommand(p *program, use, short, what, way string, run func(*benchNet, context.Context, time.Duration) (benchResult, error), flags func(*benchNet, *cobra.Command)) *cobra.Command {
 	b := &benchNet{benchRun: benchRun{program: p}}
 	cmd := &cobra.Command{
@@ -69,7 +69,7 @@ func benchPktgenCommand(p *program) *cobra.Command {
 		})
 }
 
-// pktgenDir is where the generator is told what to do:
+// pktgenDir has the control files of the kernel's packet generator:
 // Documentation/networking/pktgen.rst.
 const pktgenDir = "/proc/net/pktgen"
 
@@ -129,7 +129,8 @@ wait:
 			break wait
 		}
 	}
-	// A start that a signal has just ended may be under way again, and come after a stop.
+	// A start that a signal has interrupted may be repeated after a stop. So stop until the
+	// start has returned.
 	for stopped := false; !stopped; {
 		err = errors.Join(err, tell("pgctrl", "stop"))
 		select {
@@ -164,7 +165,7 @@ func (b *benchNet) udpSend(ctx context.Context, window time.Duration) (r benchRe
 	})
 }
 
-// sendLoop calls send for a while. What a full queue refuses is not counted.
+// sendLoop calls send for window. It does not count packets that a full queue refuses.
 func (b *benchNet) sendLoop(ctx context.Context, window time.Duration, data []byte, send func([]byte) error) (r benchResult, err error) {
 	b.begun("sending")
 	w := startWatch(window)
@@ -211,7 +212,7 @@ func (b *benchNet) udpRecv(ctx context.Context, window time.Duration) (r benchRe
 // firstFrame is how long a receiver waits for its first frame.
 const firstFrame = 30 * time.Second
 
-// recvLoop counts what receive gives in a window that begins with the first.
+// recvLoop counts the packets of receive in a window that begins with the first one.
 func (b *benchNet) recvLoop(ctx context.Context, window time.Duration, deadline func(time.Time) error, receive func([]byte) (int, error)) (r benchResult, err error) {
 	b.begun("receiving")
 	if err := deadline(time.Now().Add(firstFrame)); err != nil {
@@ -266,8 +267,8 @@ func (b *benchNet) openPacket() (*os.File, *net.Interface, error) {
 	return f, ifi, nil
 }
 
-// transient reports whether err is a full queue of the interface, or about an earlier
-// frame that nobody wanted.
+// transient reports whether err means a full queue of the interface, or that nobody listened
+// at the port of an earlier datagram.
 func transient(err error) bool {
 	return errors.Is(err, unix.ENOBUFS) || errors.Is(err, unix.ECONNREFUSED)
 }
@@ -420,10 +421,11 @@ func (b *benchNet) counts(ctx context.Context, window time.Duration) (r benchRes
 	return after.since(before, b.dir, time.Since(began).Seconds()), err
 }
 
-// ifaceCounters are what an interface has received and sent.
+// ifaceCounters counts what an interface has received and sent.
 type ifaceCounters struct{ rxFrames, rxBytes, txFrames, txBytes uint64 }
 
-// readCounters reads them all at once: from files they would be of different times.
+// readCounters reads all counters at once. Read from sysfs files they would be of different
+// times.
 func readCounters(iface string) (c ifaceCounters, err error) {
 	l, err := netlink.LinkByName(iface)
 	if err != nil {

@@ -16,14 +16,14 @@ import (
 	"github.com/spf13/cobra"
 )
 
-// streamPort is the default: iperf3's.
+// streamPort is the default port, that of iperf3.
 const streamPort = 5201
 
-// streamBuffer is what is written and read at a time, in bytes.
+// streamBuffer is the size of each write and read, in bytes.
 const streamBuffer = 128 << 10
 
-// sendStream writes to c for a while, and closes it once the receiver has all of it: a
-// stack of our own ends with the process.
+// sendStream writes to c for window, and waits until the receiver has everything before it
+// closes c: a stack of our own ends with the process.
 func (b *benchRun) sendStream(ctx context.Context, window time.Duration, c net.Conn) (r benchResult, err error) {
 	defer c.Close()
 	defer context.AfterFunc(ctx, func() { c.SetDeadline(time.Unix(1, 0)) })()
@@ -53,8 +53,8 @@ func (b *benchRun) sendStream(ctx context.Context, window time.Duration, c net.C
 	return r, err
 }
 
-// recvStream takes the first stream that comes to l to its end: what is still under
-// way when the sender's time is over counts for both. It closes l.
+// recvStream reads the first stream of l to its end, so that bytes in flight when the
+// sender's time is over count at both ends. It closes l.
 func (b *benchRun) recvStream(ctx context.Context, window time.Duration, l net.Listener) (r benchResult, err error) {
 	defer l.Close()
 	defer context.AfterFunc(ctx, func() { l.Close() })()
@@ -87,7 +87,7 @@ func (b *benchRun) recvStream(ctx context.Context, window time.Duration, l net.L
 	return r, nil
 }
 
-// A benchStream is a stream through a stack of our own on a card of our own.
+// A benchStream is a TCP stream through a gVisor stack on a card of ours.
 type benchStream struct {
 	benchRun
 	card     benchCard
@@ -119,7 +119,7 @@ func benchStreamRecvCommand(p *program) *cobra.Command {
 		})
 }
 
-// streamCommand makes the command of a piece of which run moves traffic.
+// streamCommand makes a stream command; run moves the traffic.
 func streamCommand(p *program, use, short string, flags func(*benchStream, *cobra.Command), run func(*benchStream, context.Context, time.Duration, *netstack.Stack) (benchResult, error)) *cobra.Command {
 	s := &benchStream{benchRun: benchRun{program: p}}
 	cmd := &cobra.Command{

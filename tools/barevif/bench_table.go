@@ -58,7 +58,7 @@ func readResults(r io.Reader) (all []benchResult, err error) {
 	}
 }
 
-// A benchRow is the rounds of one way to do one thing.
+// A benchRow holds all measurements of one way to do one thing.
 type benchRow struct {
 	what, way string
 	values    []float64 // sorted
@@ -66,8 +66,8 @@ type benchRow struct {
 
 func (r *benchRow) median() float64 { return r.values[len(r.values)/2] }
 
-// value is what is compared: frames a second, bits a second of streams, microseconds
-// of a round trip.
+// value returns the number to compare: frames per second, bits per second of a stream, or
+// microseconds of a round trip.
 func (r *benchResult) value() (v float64, unit string) {
 	switch {
 	case r.Median > 0:

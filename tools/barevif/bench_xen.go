@@ -15,7 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// benchXen is what one guest can measure alone.
+// benchXen measures what one guest can measure alone: sending.
 type benchXen struct {
 	benchRun
 	frame  udpFrame
@@ -51,7 +51,7 @@ func (x *benchXen) run(cmd *cobra.Command) (err error) {
 	if err != nil {
 		return err
 	}
-	// Whoever had the vif gets it back.
+	// Give the vif back to the kernel's driver if that had it.
 	defer func() {
 		if vif.Driver != "" {
 			err = errors.Join(err, xendev.Release(xendev.Config{}, x.vif))
@@ -70,7 +70,7 @@ func (x *benchXen) run(cmd *cobra.Command) (err error) {
 	return printBench(x.stdout, all)
 }
 
-// kernel has the kernel's netfront send.
+// kernel measures the kernel's netfront.
 func (x *benchXen) kernel(ctx context.Context, window time.Duration) (all []benchResult, err error) {
 	iface, err := x.bringUp(ctx)
 	if err != nil {
@@ -100,7 +100,8 @@ func (x *benchXen) kernel(ctx context.Context, window time.Duration) (all []benc
 	return all, nil
 }
 
-// bringUp gives the vif to the kernel, and its interface an address and a neighbour.
+// bringUp binds the vif to the kernel's driver, and gives its interface an address and a
+// neighbour.
 func (x *benchXen) bringUp(ctx context.Context) (iface string, err error) {
 	vif, err := xendev.Frontend(xendev.Config{}, x.vif)
 	if err != nil {
@@ -168,7 +169,7 @@ func pause(ctx context.Context) error {
 	}
 }
 
-// ours sends through a card of ours.
+// ours measures a card of ours.
 func (x *benchXen) ours(ctx context.Context, window time.Duration) (all []benchResult, err error) {
 	for _, way := range []struct {
 		name  string

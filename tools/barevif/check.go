@@ -17,7 +17,7 @@ import (
 	"github.com/vishvananda/netlink"
 )
 
-// checkPort is where datagrams are asked for unless something else is said.
+// checkPort is the default UDP port of the answering end.
 const checkPort = 7007
 
 func checkCommand(p *program) *cobra.Command {
@@ -147,7 +147,7 @@ func (c *check) ask(ctx context.Context, addr string, sizes []int) error {
 	return nil
 }
 
-// A hearing is a socket that notes whether something was ever answered.
+// A hearing is a socket that notes the first answer.
 type hearing struct {
 	net.Conn
 	ctx      context.Context
@@ -156,8 +156,8 @@ type hearing struct {
 	waiting  sync.WaitGroup
 }
 
-// hear watches conn: as long as nothing is answered it says so after a second, and
-// calls giveUp after c.silence. stop is to be called.
+// hear watches conn. If there is no answer, it says so after a second, and calls giveUp
+// after c.silence. The caller calls stop.
 func (c *check) hear(ctx context.Context, conn net.Conn, giveUp context.CancelCauseFunc) *hearing {
 	h := &hearing{Conn: conn, ctx: ctx, answered: make(chan struct{})}
 	h.waiting.Go(func() {
@@ -201,7 +201,8 @@ func (h *hearing) Read(b []byte) (int, error) {
 	return n, err
 }
 
-// SetReadDeadline keeps a wait from beginning after the watching gave up.
+// SetReadDeadline leaves the deadline in the past once the context has ended, so that no
+// further read waits.
 func (h *hearing) SetReadDeadline(t time.Time) error {
 	err := h.Conn.SetReadDeadline(t)
 	if err == nil && h.ctx.Err() != nil {
@@ -210,12 +211,12 @@ func (h *hearing) SetReadDeadline(t time.Time) error {
 	return err
 }
 
-// A silentError is that nothing was ever answered.
+// A silentError says that there was no answer at all.
 type silentError struct{ text string }
 
 func (e *silentError) Error() string { return e.text }
 
-// unreachable says what to do about an other end that does not answer.
+// unreachable adds advice to the error of another end that does not answer.
 func (c *check) unreachable(err error, addr string) error {
 	const answers = `"barevif serve --check", or "barevif check --answer"`
 	if _, ok := errors.AsType[*silentError](err); ok {
@@ -241,13 +242,12 @@ func (c *check) unreachable(err error, addr string) error {
 	return &advice{err: fmt.Errorf("ask %s: %w", addr, bare(err)), next: "-v may say more, and so may ping"}
 }
 
-// unknownHost is a name that is no address of a host.
+// unknownHost is the error for a name that resolves to no address.
 func unknownHost(e *net.DNSError) error {
 	return &advice{err: fmt.Errorf("no host %q is known", e.Name), next: "give its address, such as 10.9.0.2", usage: true}
 }
 
-// neighbour says in words what the kernel knows about the next station on the way
-// to an address.
+// neighbour describes what the kernel knows of the next hop to an address.
 func neighbour(addr net.Addr) string {
 	const unknown = "the kernel knows a way to it, and nothing comes back"
 	udp, ok := addr.(*net.UDPAddr)

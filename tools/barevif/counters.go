@@ -18,7 +18,7 @@ type flow struct {
 	received telemetry.Values
 }
 
-// flows are both directions of a vif whose two ends are here.
+// flows returns both directions of a vif from the counters of its two ends.
 func flows(front, back telemetry.Stats) [2]flow {
 	return [2]flow{
 		{"frontend", "backend", front.TX, back.RX},
@@ -28,7 +28,7 @@ func flows(front, back telemetry.Stats) [2]flow {
 
 func lost(v *telemetry.Values) uint64 { return v.Dropped() + v.Errors() }
 
-// balanced says whether every frame that was sent was received or dropped.
+// balanced reports whether every sent frame was received or dropped.
 func (f *flow) balanced() bool {
 	return telemetry.Unaccounted(&f.sent, &f.received) == 0
 }
@@ -48,11 +48,11 @@ func printFlows(w io.Writer, indent string, flows [2]flow) {
 				grouped(side.v.Get(telemetry.NotifiesSent)), grouped(side.v.Get(telemetry.NotifiesSpared)), grouped(lost(side.v)))
 		}
 	}
-	// The writer below reports its own errors.
+	// The underlying writer reports its own errors.
 	_ = t.Flush()
 }
 
-// perBatch is how many frames were moved at a time, on average.
+// perBatch returns the average number of frames per batch.
 func perBatch(v *telemetry.Values) string {
 	for _, f := range telemetry.Fields() {
 		if f.Kind != telemetry.KindHistogram || f.Name != "batch_size" {
@@ -70,7 +70,7 @@ func perBatch(v *telemetry.Values) string {
 	return "-"
 }
 
-// grouped is n with its thousands apart.
+// grouped formats n with spaces between groups of three digits.
 func grouped(n uint64) string {
 	s := strconv.FormatUint(n, 10)
 	for i := len(s) - 3; i > 0; i -= 3 {
@@ -79,7 +79,7 @@ func grouped(n uint64) string {
 	return s
 }
 
-// binarySize is a number of bytes in the unit that suits it.
+// binarySize formats a number of bytes with a suitable unit.
 func binarySize(n uint64) string {
 	units := []string{"bytes", "KiB", "MiB", "GiB", "TiB"}
 	f, i := float64(n), 0
@@ -92,8 +92,8 @@ func binarySize(n uint64) string {
 	return fmt.Sprintf("%.1f %s", f, units[i])
 }
 
-// tally is a vif's life in two sentences that add up: what came in at either side of it
-// went out at the other, or is lost. peer is the other end.
+// tally describes the traffic of a vif, one clause per direction. The numbers add up: a frame
+// that came in on one side went out on the other, or was lost. peer names the other end.
 func tally(peer string, st *telemetry.Stats, js link.JointStats) string {
 	in, out := st.RX.Get(telemetry.Packets)+lost(&st.RX), js.ToLink
 	read := js.FromLink + js.Dropped() + js.Unfed
@@ -125,7 +125,7 @@ type reason struct {
 	why    string
 }
 
-// reasons is " (2 for this, 1 for that)", of those that are not 0.
+// reasons formats the reasons whose count is not 0, like " (2 for this, 1 for that)".
 func reasons(list ...reason) string {
 	var said []string
 	for _, r := range list {

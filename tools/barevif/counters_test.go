@@ -7,7 +7,7 @@ import (
 	"barevif/telemetry"
 )
 
-// What came in at one side of a vif went out at the other or is lost.
+// Each frame that came in on one side of a vif went out on the other, or was lost.
 func TestTallyAddsUp(t *testing.T) {
 	set := telemetry.NewSet(1)
 	set.RX(0).Add(telemetry.Packets, 93)
@@ -26,7 +26,7 @@ func TestTallyAddsUp(t *testing.T) {
 			t.Errorf("%s\nwant %s", got, want)
 		}
 	}
-	js.FromLink, js.Oversize, js.Uncut, js.Refused, js.Unread = 20, 0, 0, 0, 8 // the others are pieces
+	js.FromLink, js.Oversize, js.Uncut, js.Refused, js.Unread = 20, 0, 0, 0, 8 // the other 16 frames are segments
 	if got, want := tally("frontend", &st, js), "95 frames from the frontend, 88 to the network, 7 lost (5 not taken there); 35 from the network, 16 to the frontend, 19 lost (8 not handed over by the kernel), cut into 50"; got != want {
 		t.Errorf("%s\nwant %s", got, want)
 	}

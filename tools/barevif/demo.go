@@ -72,7 +72,7 @@ const (
 	demoFront hypercall.DomID = 1
 	demoBack  hypercall.DomID = 2
 
-	// setupPatience bounds what should take milliseconds.
+	// setupPatience bounds the setup, which should take milliseconds.
 	setupPatience = 20 * time.Second
 )
 
@@ -124,10 +124,10 @@ type stage struct {
 	stopServing func() error // of the backend
 	store       telemetry.Store
 
-	undo []func() error // what strike does, last first
+	undo []func() error // the functions that strike calls, last first
 }
 
-// later has strike call f.
+// later makes strike call f.
 func (s *stage) later(f func() error) { s.undo = append(s.undo, f) }
 
 // strike takes down what is still up.
@@ -139,7 +139,7 @@ func (s *stage) strike() (err error) {
 	return err
 }
 
-// build makes the network and the machine, and puts a vif into it.
+// build makes the network and the machine, and adds a vif to the machine.
 func (s *stage) build(ctx context.Context) (err error) {
 	if s.far, err = s.openFar(ctx); err != nil {
 		return err
@@ -160,7 +160,7 @@ func (s *stage) build(ctx context.Context) (err error) {
 	return s.machine.add(ctx, s.vif)
 }
 
-// connect starts both ends and waits for them to find each other.
+// connect starts both ends and waits until they are connected.
 func (s *stage) connect(ctx context.Context) error {
 	frontDom, err := s.machine.NewDomain(demoFront)
 	if err != nil {
@@ -199,7 +199,7 @@ func (s *stage) connect(ctx context.Context) error {
 	return nil
 }
 
-// serve runs the backend until stopServing, and gives its device.
+// serve runs the backend until stopServing, and sends its device on the channel.
 func (s *stage) serve(dom hypercall.Domain, cfg pvnet.Config) <-chan *pvnet.Device {
 	ctx, stop := context.WithCancel(context.Background())
 	backs, done := make(chan *pvnet.Device, 1), make(chan error, 1)
@@ -223,7 +223,7 @@ func (s *stage) serve(dom hypercall.Domain, cfg pvnet.Config) <-chan *pvnet.Devi
 	return backs
 }
 
-// play uses the vif.
+// play sends traffic through the vif.
 func (s *stage) play(ctx context.Context) error {
 	if err := s.pingAll(ctx, s.far); err != nil {
 		return err
@@ -240,7 +240,7 @@ func (s *stage) play(ctx context.Context) error {
 	return s.counters(ctx, s.front, s.back, s.far)
 }
 
-// takeDown ends everything in good order and looks at what is left.
+// takeDown ends everything in order and checks that nothing is left.
 func (s *stage) takeDown(ctx context.Context) error {
 	if err := s.app.close(); err != nil {
 		return err
@@ -260,7 +260,7 @@ func (s *stage) takeDown(ctx context.Context) error {
 	return nil
 }
 
-// errSetup is why the demonstration gave up waiting.
+// errSetup is the error of a setup that takes longer than setupPatience.
 var errSetup = &advice{err: errors.New("the machine did not get ready in time"), next: "run it again with -vv and see what is last"}
 
 // awaitUp waits until the device is connected.
@@ -300,7 +300,7 @@ func (d *demo) pingAll(ctx context.Context, far *far) error {
 
 func ms(t time.Duration) float64 { return float64(t.Microseconds()) / 1000 }
 
-// get asks the appliance for path.
+// get requests path from the appliance.
 func (d *demo) get(ctx context.Context, c *http.Client, path string) (*http.Response, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+demoNear.String()+path, nil)
 	if err != nil {
@@ -372,7 +372,7 @@ func (d *demo) fetchFile(ctx context.Context, c *http.Client) error {
 	return nil
 }
 
-// counters prints what both ends counted, once nothing moves any more.
+// counters prints the counters of both ends, once no frame is in flight.
 func (d *demo) counters(ctx context.Context, front, back *pvnet.Device, far *far) error {
 	var f [2]flow
 	for end := time.Now().Add(5 * time.Second); ; {

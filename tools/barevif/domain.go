@@ -20,8 +20,8 @@ import (
 	"github.com/spf13/cobra"
 )
 
-// domainFlags say which domain a process is: one of an emulated host, or the one
-// that runs it.
+// domainFlags select the domain that this process is: a domain of an emulated host, or the
+// Xen domain in which it runs.
 type domainFlags struct {
 	socket string
 	user   string
@@ -43,12 +43,11 @@ func (f *domainFlags) register(cmd *cobra.Command, dom hypercall.DomID) {
 // A domain is a hypercall.Domain that this process is.
 type domain struct {
 	hypercall.Domain
-	gone  <-chan struct{} // closed when the domain ends on its own; nil: it does not
+	gone  <-chan struct{} // closed when the domain ends by itself; nil: it never does
 	close func()
 }
 
-// watch has cancel called with errHostGone when the domain ends on its own, until
-// ctx ends.
+// watch calls cancel with errHostGone when the domain ends by itself, until ctx ends.
 func (d *domain) watch(ctx context.Context, cancel context.CancelCauseFunc) {
 	go func() {
 		select {
@@ -59,12 +58,12 @@ func (d *domain) watch(ctx context.Context, cancel context.CancelCauseFunc) {
 	}()
 }
 
-// endPatience bounds how long a process lives on whose host has ended: a device that
+// endPatience bounds how long a process goes on after its host has ended: a device that
 // has lost its xenstore waits about 10 s for it before it gives up.
 const endPatience = 20 * time.Second
 
-// lost says that the host has ended, waits until everything of the domain has
-// ended too, as ended says, and gives the reason.
+// lost says that the host has ended, waits for ended, which reports that everything in the
+// domain has ended, too, and returns the reason.
 func (d *domain) lost(say func(format string, args ...any), ended <-chan error) error {
 	say("domain %d: the emulated host has ended; taking the vifs down, within %v", d.ID(), endPatience)
 	select {
@@ -74,13 +73,13 @@ func (d *domain) lost(say func(format string, args ...any), ended <-chan error) 
 	return errHostGone
 }
 
-// errHostGone is why a domain of an emulated host ends on its own.
+// errHostGone is the reason why a domain of an emulated host ends by itself.
 var errHostGone = &advice{
 	err:  errors.New("the emulated host has ended, and this domain with it"),
 	next: `start it again: "barevif host"`,
 }
 
-// open makes this process the domain.
+// open makes this process the selected domain.
 func (f *domainFlags) open(ctx context.Context) (*domain, error) {
 	if f.xen {
 		d, err := xendev.Open(xendev.Config{})
@@ -101,7 +100,8 @@ func (f *domainFlags) open(ctx context.Context) (*domain, error) {
 		hosts = append(hosts, uid)
 	}
 	if socket, owner := joinPlace(); f.socket == socket && f.user == "" {
-		// A place that others can prepare is not asked who sits there.
+		// Every user can make the default place, so check its owner before anything
+		// is sent to a socket there.
 		if err := checkPlace(filepath.Dir(socket), owner); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return nil, &advice{err: err, next: "remove it, or name the socket of a host with --emu", refused: true}
 		}
@@ -126,7 +126,7 @@ func (f *domainFlags) open(ctx context.Context) (*domain, error) {
 	return nil, &advice{err: err, next: "is " + f.socket + ` the socket "barevif host" printed?`}
 }
 
-// foreignHost says whose host that is.
+// foreignHost is the error for a host of another user, whom it names.
 func foreignHost(e *emu.ForeignHostError) error {
 	next := "name the socket of a host of your own with --emu"
 	if e.UID >= 0 {
@@ -138,8 +138,8 @@ func foreignHost(e *emu.ForeignHostError) error {
 	}
 }
 
-// xenRefused adds what a NodeError, whose text names the cause and the way out,
-// cannot know: that there is another way.
+// xenRefused adds advice that a NodeError, which names the cause, cannot give: an emulated
+// host needs no Xen.
 func xenRefused(err error) error {
 	next := "run as root in a Xen domain"
 	if errors.Is(err, xendev.ErrNotXen) {
@@ -148,15 +148,15 @@ func xenRefused(err error) error {
 	return &advice{err: err, next: next, refused: true}
 }
 
-// hostSocket is where a host of the user with that number listens if it is not told
-// where: in a directory of that user's own.
+// hostSocket returns the default socket of a host of the user uid, in a directory of that
+// user.
 func hostSocket(uid string) string {
 	return filepath.Join(os.TempDir(), "barevif-"+uid, "host.sock")
 }
 
-// joinPlace is where a domain looks for its host, and whose that place has to be:
-// root also finds that of the user who became root, so that a backend run with sudo
-// needs no flag.
+// joinPlace returns the default socket at which a domain joins its host, and the user who
+// must own its directory. A process run with sudo falls back to the socket of the user who
+// ran sudo, so that a backend needs no flag.
 func joinPlace() (socket string, owner int) {
 	me := os.Geteuid()
 	own := hostSocket(strconv.Itoa(me))
@@ -170,7 +170,7 @@ func joinPlace() (socket string, owner int) {
 	return hostSocket(strconv.Itoa(uid)), uid
 }
 
-// checkPlace says what is wrong with dir as a place of sockets of user owner alone.
+// checkPlace returns an error unless dir belongs to user owner and nobody else may use it.
 // Every user can make a directory of that name below /tmp.
 func checkPlace(dir string, owner int) error {
 	if err := checkOwner(dir, owner); err != nil {
@@ -183,7 +183,7 @@ func checkPlace(dir string, owner int) error {
 	return err
 }
 
-// checkOwner says why dir is not a directory that user owner alone writes.
+// checkOwner returns an error unless dir is a directory that only user owner may write.
 func checkOwner(dir string, owner int) error {
 	st, err := os.Lstat(dir)
 	if err != nil {
@@ -202,7 +202,7 @@ func checkOwner(dir string, owner int) error {
 	return nil
 }
 
-// privateDir makes dir for this user alone, or finds that it is.
+// privateDir makes dir for this user alone, or checks that it is private already.
 func privateDir(dir string) error {
 	err := os.Mkdir(dir, 0o700)
 	if err == nil {
@@ -217,11 +217,11 @@ func privateDir(dir string) error {
 	return nil
 }
 
-// maxSocketPath is what sun_path of struct sockaddr_un holds (linux/un.h), without
-// the 0 at its end.
+// maxSocketPath is the length of sun_path of struct sockaddr_un (linux/un.h), in bytes,
+// without the 0 at its end.
 const maxSocketPath = 107
 
-// freePath makes room for a socket: it removes one that a process left behind.
+// freePath makes path free for a socket: it removes a socket that a process left behind.
 func freePath(path string) error {
 	if len(path) > maxSocketPath {
 		return fmt.Errorf("the path of a socket is too long: %d bytes, at most %d: %s", len(path), maxSocketPath, path)
@@ -234,7 +234,7 @@ func freePath(path string) error {
 	if errors.Is(err, syscall.EPROTOTYPE) {
 		return fmt.Errorf("another program's socket is at %s", path)
 	}
-	refused := errors.Is(err, syscall.ECONNREFUSED) // nothing listens, as far as one may know
+	refused := errors.Is(err, syscall.ECONNREFUSED) // nobody listens
 	st, err := os.Lstat(path)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):

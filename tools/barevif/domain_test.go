@@ -21,10 +21,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// stranger is a user other than the one that tests.
+// stranger is the number of a user other than the one that runs the tests.
 const stranger = 65534
 
-// asStranger runs do on a thread of another user, which ends with it.
+// asStranger runs do on a thread of another user. The thread ends with do.
 func asStranger(t *testing.T, do func() error) {
 	t.Helper()
 	if os.Geteuid() != 0 {
@@ -44,7 +44,7 @@ func asStranger(t *testing.T, do func() error) {
 	}
 }
 
-// temporary makes dir the place of all sockets, which every user may write.
+// temporary makes dir the directory for temporary files, which every user may write.
 func temporary(t *testing.T) (dir string) {
 	t.Helper()
 	dir = emutest.SocketDir(t)
@@ -63,8 +63,8 @@ func joins(t *testing.T, args ...string) (code int, stderr string) {
 	return code, errs.String()
 }
 
-// listens has another user listen where a host would. told says whether a domain
-// has said a word to it.
+// listens makes another user listen at path, where a host would. told is set once a domain
+// has sent a byte there.
 func listens(t *testing.T, path string) (told *atomic.Bool) {
 	t.Helper()
 	told = new(atomic.Bool)
@@ -109,7 +109,7 @@ func TestAPlaceThatAStrangerPreparedIsRefused(t *testing.T) {
 		!strings.Contains(stderr, want) || !strings.Contains(stderr, "next: remove it, or") {
 		t.Errorf("exit %d, %s", code, stderr)
 	}
-	// So is the host, by whatever way one gets there.
+	// The host is refused, too, by whatever path.
 	link := filepath.Join(t.TempDir(), "link")
 	if err := os.Symlink(socket, link); err != nil {
 		t.Fatal(err)
@@ -126,14 +126,14 @@ func TestAPlaceThatAStrangerPreparedIsRefused(t *testing.T) {
 	if told.Load() {
 		t.Error("a domain told a stranger's host who it is")
 	}
-	// root's own place is as foreign to somebody who became root as to root.
+	// With sudo, root does not trust its own place either, if a stranger made it.
 	t.Setenv("SUDO_UID", "4321")
 	if socket, owner := joinPlace(); owner != 4321 || socket != hostSocket("4321") {
 		t.Errorf("the place is %s of %d", socket, owner)
 	}
 }
 
-// The place of who became root must be that user's, and so must the host there.
+// With sudo, both the place and its host must belong to the user who ran sudo.
 func TestThePlaceOfSudoIsChecked(t *testing.T) {
 	temporary(t)
 	listens(t, hostSocket("4321"))
@@ -176,7 +176,7 @@ func TestAHostOfANamedUserIsJoined(t *testing.T) {
 	}
 }
 
-// A live socket that one may not use is another user's, and stays.
+// freePath does not remove a live socket that this user may not use.
 func TestASocketOfAnotherUserIsNotTaken(t *testing.T) {
 	dir := temporary(t)
 	path := filepath.Join(dir, "root", "host.sock")
@@ -202,7 +202,7 @@ func TestASocketOfAnotherUserIsNotTaken(t *testing.T) {
 	}
 }
 
-// Who connects to the xenstore's socket is domain 0: it is this user's alone,
+// A client at the xenstore's socket is domain 0. So only this user may use the socket,
 // whatever the umask is.
 func TestHostsSocketsArePrivate(t *testing.T) {
 	for _, mask := range []int{0, 0o077} {

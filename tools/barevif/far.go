@@ -16,8 +16,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A far is what the demonstration's backend is joined to: the network the appliance
-// is fetched from.
+// A far is the network at the backend's side of the demonstration, from which the appliance
+// is fetched.
 type far struct {
 	describe string
 	dial     func(ctx context.Context, network, address string) (net.Conn, error)
@@ -30,7 +30,7 @@ type far struct {
 	close func()
 }
 
-// openFar finds the best far end the machine allows, or the one that was asked for.
+// openFar opens the far end of --network, or the best one that the machine allows.
 func (d *demo) openFar(ctx context.Context) (*far, error) {
 	switch d.network {
 	case "userspace":
@@ -72,8 +72,8 @@ func (d *demo) openFar(ctx context.Context) (*far, error) {
 	return f, nil
 }
 
-// userspaceFar is a second gVisor stack, straight on the backend. why says what
-// better was refused, if that was tried.
+// userspaceFar returns a far end with a second gVisor stack on the backend. why says why a
+// better far end was refused, if one was tried.
 func userspaceFar(why string) *far {
 	stacks := make(chan *netstack.Stack, 1)
 	return &far{

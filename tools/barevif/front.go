@@ -24,7 +24,7 @@ type front struct {
 	wait     time.Duration
 	queues   int
 	take     bool
-	offload  bool // what uses the vif takes long frames and partial checksums
+	offload  bool // the user of the vif takes long frames and partial checksums
 }
 
 func (f *front) register(cmd *cobra.Command) {
@@ -35,16 +35,16 @@ func (f *front) register(cmd *cobra.Command) {
 	cmd.Flags().BoolVar(&f.take, "take", false, "with --xen: unbind the vif from the kernel's driver first")
 }
 
-// A use is what a vif is for, and runs beside the device.
+// A use is the user of a vif, such as a server or a TAP. It runs beside the device.
 type use struct {
-	says   string       // to whom started the command
-	failed <-chan error // why it ended on its own
-	renew  func() error // when the device has connected again, maybe as another card; or nil
-	close  func() error // after the device has ended
+	says   string       // a message for the user of the command
+	failed <-chan error // gets the error if the use ends by itself
+	renew  func() error // called when the device has reconnected, maybe with another MAC or MTU; may be nil
+	close  func() error // called after the device has ended
 }
 
-// own connects to the vif and uses it until a signal, or until something has ended
-// that should not.
+// own connects to the vif and uses it until a signal, or until the device, the use or the
+// host ends by itself.
 func (f *front) own(ctx context.Context, begin func(*domain, *pvnet.Device) (*use, error)) error {
 	if f.wait < 0 {
 		return badValue("wait", f.wait.String(), "a time to wait")
@@ -95,7 +95,7 @@ func (f *front) own(ctx context.Context, begin func(*domain, *pvnet.Device) (*us
 	case ctx.Err() == nil:
 		err = fmt.Errorf("vif %s has ended: %s", f.vif, last.Reason)
 	case errors.Is(cause, errHostGone):
-		// See back: the device is ended for the sake of its pins.
+		// End the device so that the pins of its counters do not outlive this process.
 		ended := make(chan error, 1)
 		go func() {
 			dev.Disconnect()
@@ -109,8 +109,8 @@ func (f *front) own(ctx context.Context, begin func(*domain, *pvnet.Device) (*us
 	return errors.Join(err, u.close())
 }
 
-// follow tells when the backend goes and comes back, until ctx or the device ends, and
-// has what uses the vif follow too.
+// follow prints when the vif goes down and connects again, until ctx or the device ends.
+// After each reconnection it renews the use.
 func (f *front) follow(ctx context.Context, dev *pvnet.Device, u *use) (last pvnet.LinkEvent) {
 	last.Up = true
 	for ev := range dev.Links(ctx) {
@@ -130,7 +130,7 @@ func (f *front) follow(ctx context.Context, dev *pvnet.Device, u *use) (last pvn
 	return last
 }
 
-// free sees to it that the kernel does not own the vif too.
+// free ensures that the kernel does not own the vif, too.
 func (f *front) free() error {
 	if f.take {
 		if err := xendev.Take(xendev.Config{}, f.vif); err != nil {
@@ -169,7 +169,7 @@ func (f *front) connect(ctx context.Context, dom *domain, counters telemetry.Sto
 	if errors.Is(err, xenstore.ErrQuota) {
 		return nil, &advice{err: err, next: "this domain has used up its quota in xenstore: remove what it does not need there, or have dom0 raise the quota"}
 	}
-	// A machine that is slow may not even have asked xenstore when the time is over.
+	// On a slow machine the time may be over before Connect has begun to wait.
 	if _, ok := errors.AsType[*xenbus.WaitError](err); ok || ctx.Err() != nil {
 		return nil, &advice{err: err, next: `is the backend running? "barevif back", or the kernel's in its domain; --wait gives it longer`}
 	}

@@ -15,14 +15,13 @@ import (
 	"barevif/xenbus/toolstack"
 )
 
-// A handshake prints what is written to the two directories of a vif, as it is
-// written.
+// A handshake prints the changes of a vif's two xenstore directories as they happen.
 type handshake struct {
 	vif   toolstack.Vif
 	print func(line string)
 	began time.Time
 	done  chan struct{}
-	have  map[string]bool // used by run only: keys that are there
+	have  map[string]bool // used by run only: the keys that exist
 
 	mu    sync.Mutex
 	cond  sync.Cond
@@ -31,13 +30,13 @@ type handshake struct {
 	ended bool     // guarded by mu
 }
 
-// A moment is what one request changed, and when.
+// A moment holds the changes of one xenstore request, and its time.
 type moment struct {
 	at      time.Duration
 	changes []storetrace.Change
 }
 
-// watchHandshake begins. The caller calls end.
+// watchHandshake starts a handshake. The caller calls end.
 func watchHandshake(vif toolstack.Vif, print func(line string)) *handshake {
 	h := &handshake{vif: vif, print: print, began: time.Now(), done: make(chan struct{}), have: make(map[string]bool)}
 	h.cond.L = &h.mu
@@ -45,7 +44,7 @@ func watchHandshake(vif toolstack.Vif, print func(line string)) *handshake {
 	return h
 }
 
-// tap listens in on a connection to xenstore.
+// tap returns a connection to xenstore that reports its requests to the handshake.
 func (h *handshake) tap(conn io.ReadWriteCloser, dom hypercall.DomID) io.ReadWriteCloser {
 	return storetrace.Tap(conn, dom, h.tell)
 }
@@ -57,7 +56,7 @@ func (h *handshake) tell(changes []storetrace.Change) {
 	h.cond.Broadcast()
 }
 
-// flush returns when all that was told is printed.
+// flush waits until every reported moment is printed.
 func (h *handshake) flush() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -98,10 +97,10 @@ func (h *handshake) run() {
 	}
 }
 
-// lineWidth is where lines of keys are broken.
+// lineWidth is the column at which lines of keys are wrapped.
 const lineWidth = 84
 
-// lines says what a moment changed, for each of the two directories.
+// lines formats the changes of a moment, for each of the two directories.
 func (h *handshake) lines(m moment) (lines []string) {
 	for _, dir := range []struct{ name, path string }{
 		{"frontend", h.vif.FrontDir()}, {"backend", h.vif.BackDir()},
@@ -134,7 +133,7 @@ func (h *handshake) lines(m moment) (lines []string) {
 	return lines
 }
 
-// word is one key with its value.
+// word formats one key with its value.
 func word(key string, c storetrace.Change) string {
 	switch {
 	case c.Removed:
@@ -143,7 +142,7 @@ func word(key string, c storetrace.Change) string {
 		return fmt.Sprintf("state=%s (%v)", c.Value, xenbus.State(c.Value[0]-'0'))
 	}
 	for _, r := range c.Value {
-		if r <= ' ' || r > '~' { // not for a terminal as it is
+		if r <= ' ' || r > '~' { // quote what a terminal could interpret
 			return key + "=" + strconv.Quote(c.Value)
 		}
 	}

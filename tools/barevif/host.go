@@ -114,7 +114,7 @@ func (h *host) run(ctx context.Context) (err error) {
 	return nil
 }
 
-// welcome says what there is and what to run next.
+// welcome describes the host and its vifs, and the commands to run next.
 func (h *host) welcome(vifs []toolstack.Vif) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "emulated Xen   %s\nxenstore       %s\n", h.socket, h.xenstore)
@@ -123,7 +123,7 @@ func (h *host) welcome(vifs []toolstack.Vif) string {
 		emu = " --emu " + h.socket
 	}
 	var backs, fronts []string
-	addrs := make(map[string]string) // of a back, by how its command begins
+	addrs := make(map[string]string) // the --addr flags of each back command, by its beginning
 	for i, v := range vifs {
 		fmt.Fprintf(&b, "vif %-10d frontend domain %d, backend domain %d, MAC %s\n",
 			v.ID, v.Front, v.Back, net.HardwareAddr(v.MAC[:]))
@@ -174,7 +174,7 @@ func (h *host) died(dom hypercall.DomID) {
 	}
 }
 
-// parseVif reads front=1,back=2,... as --vif takes it.
+// parseVif parses the value of --vif, like front=1,back=2.
 func parseVif(s string) (toolstack.Vif, error) {
 	v := toolstack.Vif{Back: 2}
 	mac, seen := false, make(map[string]bool)
@@ -226,13 +226,13 @@ func parseVif(s string) (toolstack.Vif, error) {
 		return v, badValue("vif", s, "between two domains")
 	}
 	if !mac {
-		// Xen's own prefix, then what tells the card from its neighbours.
+		// Xen's prefix, then the domain and the number of the vif.
 		v.MAC = [6]byte{0x00, 0x16, 0x3e, byte(v.Front >> 8), byte(v.Front), byte(v.ID)}
 	}
 	return v, nil
 }
 
-// parseDom reads the number of a domain that a program can be.
+// parseDom parses the number of a domain in which a program can run.
 func parseDom(s string) (hypercall.DomID, error) {
 	n, err := strconv.ParseUint(s, 10, 16)
 	if err == nil && (n == 0 || n >= uint64(hypercall.DomSelf)) {

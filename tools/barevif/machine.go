@@ -20,23 +20,24 @@ type machine struct {
 	store *server.Store
 	tools *xenstore.Client // of domain 0
 
-	undo  []func()      // what shutdown does, last first
-	ready chan struct{} // closed when tools is there, or never will be
+	undo  []func()      // the functions that shutdown calls, last first
+	ready chan struct{} // closed once tools is set, or will never be
 
 	mu    sync.Mutex
-	homes map[hypercall.DomID]bool // guarded by mu: domains xenstore knows
+	homes map[hypercall.DomID]bool // guarded by mu: the domains that xenstore knows
 }
 
-// machineConfig says what to make and who wants to know. Fields may be zero.
+// machineConfig configures a machine. Fields may be zero.
 type machineConfig struct {
-	// listen is a socket at which processes join as domains; "" means that the
-	// domains are all in this process.
+	// listen is the path of a socket at which processes join as domains; "" means that
+	// all domains are in this process.
 	listen string
 
-	// tap is put around each connection of a domain to xenstore.
+	// tap wraps each connection of a domain to xenstore.
 	tap func(io.ReadWriteCloser, hypercall.DomID) io.ReadWriteCloser
 
-	// opened hears of each connection of a domain to xenstore, died of its death.
+	// opened is called for each connection of a domain to xenstore, died when a domain
+	// dies.
 	opened, died func(hypercall.DomID)
 }
 
@@ -67,7 +68,7 @@ func startMachine(ctx context.Context, cfg machineConfig) (_ *machine, err error
 		if cfg.tap != nil {
 			conn = cfg.tap(conn, dom)
 		}
-		// How a connection ended is its domain's to know.
+		// The domain at the other end sees how its connection ended.
 		_ = m.store.ServeConn(conn, dom)
 	}}
 	if cfg.listen == "" {
@@ -98,11 +99,10 @@ func startMachine(ctx context.Context, cfg machineConfig) (_ *machine, err error
 	return m, nil
 }
 
-// introduce makes dom known to xenstore and gives it a home there.
+// introduce makes dom known to xenstore and creates its home directory there.
 //
-// A domain that ends stays known: what ended is the program in it. One that comes
-// back under the number finds its vifs, as a program does that is started again in
-// a driver domain.
+// A domain that ends stays known, because only the program in it has ended. A program that
+// joins again with the same number finds its vifs, as in a driver domain on Xen.
 func (m *machine) introduce(ctx context.Context, dom hypercall.DomID) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -117,7 +117,7 @@ func (m *machine) introduce(ctx context.Context, dom hypercall.DomID) error {
 	return nil
 }
 
-// add makes a vif and whatever it needs.
+// add makes a vif and, if necessary, its domains.
 func (m *machine) add(ctx context.Context, v toolstack.Vif) error {
 	for _, dom := range []hypercall.DomID{v.Front, v.Back} {
 		if err := m.introduce(ctx, dom); err != nil {

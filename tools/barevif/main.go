@@ -23,13 +23,13 @@ func main() {
 	if netns.Main() {
 		return
 	}
-	signal.Ignore(syscall.SIGPIPE) // whoever read our output must not keep us from ending in good order
+	signal.Ignore(syscall.SIGPIPE) // a closed output pipe must not keep us from cleaning up
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	context.AfterFunc(ctx, stop) // a second signal ends the process at once
 	os.Exit(run(ctx, os.Args[1:], os.Stdout, os.Stderr))
 }
 
-// What the command exits with.
+// Exit codes of the command.
 const (
 	exitOK          = 0
 	exitFailed      = 1   // something went wrong while it ran
@@ -66,13 +66,13 @@ Exit status: 0 success, 1 failure, 2 wrong usage, 3 the machine does not allow
 what is needed, 130 interrupted before the work was done.
 `
 
-// program is what subcommands share.
+// program is the common part of all subcommands.
 type program struct {
 	stdout, stderr io.Writer
 	verbose        int
 }
 
-// log gives warnings, with -v what happens, with -vv more.
+// log returns a logger at level warn; -v lowers the level to info, -vv to debug.
 func (p *program) log() *slog.Logger {
 	level := slog.LevelWarn
 	switch {
@@ -84,7 +84,7 @@ func (p *program) log() *slog.Logger {
 	return slog.New(slog.NewTextHandler(p.stderr, &slog.HandlerOptions{Level: level}))
 }
 
-// root is the command line.
+// root builds the root command.
 func (p *program) root() *cobra.Command {
 	root := &cobra.Command{
 		Use:           "barevif",
@@ -106,7 +106,7 @@ func (p *program) root() *cobra.Command {
 	return root
 }
 
-// run is the command. It returns what to exit with.
+// run runs the command line and returns the exit code.
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	p := &program{stdout: stdout, stderr: stderr}
 	root := p.root()
@@ -120,7 +120,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	return p.report(ctx, cmd, err, started)
 }
 
-// noteStart sets *started when the work of a command begins: what fails before is
+// noteStart makes cmd set *started when its work begins. An error before that is an error of
 // the command line.
 func noteStart(cmd *cobra.Command, started *bool) {
 	if do := cmd.RunE; do != nil {
@@ -134,7 +134,7 @@ func noteStart(cmd *cobra.Command, started *bool) {
 	}
 }
 
-// report prints err, with what to do next, and gives what to exit with.
+// report prints err with its advice and returns the exit code.
 func (p *program) report(ctx context.Context, cmd *cobra.Command, err error, started bool) int {
 	if err == nil {
 		return exitOK
@@ -165,11 +165,11 @@ func (p *program) report(ctx context.Context, cmd *cobra.Command, err error, sta
 	return code
 }
 
-// advice is an error with what to do about it.
+// advice is an error with advice on what to do next.
 type advice struct {
 	err     error
-	next    string // "": see the help of the command
-	refused bool   // by the machine
+	next    string // the advice; "" refers to the help of the command
+	refused bool   // the machine does not allow it
 	usage   bool   // a value on the command line is wrong
 }
 

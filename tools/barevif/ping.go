@@ -21,8 +21,8 @@ const (
 	echoHeader  = 8
 )
 
-// ping sends an echo request through a raw ICMP socket, which it takes over, and
-// waits for its reply. It returns the time between.
+// ping sends an echo request through a raw ICMP socket, which it takes over, waits for the
+// reply, and returns the round-trip time.
 func ping(ctx context.Context, socket *os.File, to netip.Addr, seq uint16) (time.Duration, error) {
 	defer socket.Close()
 	c, err := net.FilePacketConn(socket)
@@ -53,7 +53,7 @@ func ping(ctx context.Context, socket *os.File, to netip.Addr, seq uint16) (time
 			}
 			return 0, err
 		}
-		// A raw socket sees every ICMP message of the namespace, our own too.
+		// A raw socket receives every ICMP message of the namespace, our own, too.
 		if got := buf[:n]; n == len(ask) && got[0] == echoReply && bytes.Equal(got[4:], ask[4:]) {
 			return time.Since(began), nil
 		}

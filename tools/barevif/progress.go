@@ -10,8 +10,8 @@ import (
 	"golang.org/x/term"
 )
 
-// A progress shows how much of something was written to it: as a bar on a terminal,
-// else as a line per quarter.
+// A progress shows how many of size bytes were written to it: as a bar on a terminal,
+// otherwise as a line per quarter.
 type progress struct {
 	w          io.Writer
 	size, done int64
@@ -37,7 +37,7 @@ func newProgress(w io.Writer, size int64) *progress {
 	return p
 }
 
-// Write counts. It never fails: a terminal that is gone must not end a transfer.
+// Write counts b. It never fails: a terminal that is gone must not end a transfer.
 func (p *progress) Write(b []byte) (int, error) {
 	p.done += int64(len(b))
 	if p.bar != nil {
@@ -51,7 +51,7 @@ func (p *progress) Write(b []byte) (int, error) {
 	return len(b), nil
 }
 
-// finish leaves the terminal clean.
+// finish ends the bar and leaves the terminal clean.
 func (p *progress) finish() {
 	if p.bar != nil {
 		_ = p.bar.Finish()

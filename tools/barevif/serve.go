@@ -74,7 +74,7 @@ func (s *serve) run(ctx context.Context) error {
 	})
 }
 
-// config reads the flags that are not for cobra to check.
+// config parses the flags that cobra does not check.
 func (s *serve) config() (cfg applianceConfig, err error) {
 	if cfg.addr, err = netip.ParsePrefix(s.addr); err != nil || cfg.addr.Addr().Is4In6() || cfg.addr.Addr().IsMulticast() || cfg.addr.Addr().IsUnspecified() {
 		return cfg, badValue("addr", s.addr, "an address with a prefix, like 10.9.0.2/24")

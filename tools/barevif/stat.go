@@ -176,7 +176,7 @@ func (s *statistics) run(ctx context.Context, counted bool) error {
 	return stat.Write(s.stdout, l, stat.Sheet{Width: s.width(), Paint: s.paint()})
 }
 
-// pruned removes the pins of dead owners and says which they were.
+// pruned removes the pins of dead owners and prints their names.
 func (s *statistics) pruned() error {
 	if len(s.patterns) > 0 {
 		return &advice{err: fmt.Errorf("%q: --prune takes no names, it removes the pins of every dead owner", s.patterns[0]), usage: true}
@@ -197,8 +197,8 @@ func (s *statistics) pruned() error {
 	return nil
 }
 
-// cards are the names of the frontends that have the MAC of an interface of this
-// machine that was asked for.
+// cards returns the names of the frontends whose MAC is that of an interface of this machine
+// that the user has named.
 func (s *statistics) cards() (names []string) {
 	for _, p := range s.patterns {
 		card, err := net.InterfaceByName(p)
@@ -219,7 +219,7 @@ func (s *statistics) cards() (names []string) {
 	return names
 }
 
-// found is an error if something was asked for by name and is not there.
+// found returns an error if the user has named vifs and none of them was found.
 func (s *statistics) found(l *stat.Look) error {
 	if len(l.Devices) > 0 || len(s.patterns) == 0 {
 		return nil
@@ -255,7 +255,7 @@ func (s *statistics) encode(l *stat.Look, indent string) error {
 	return enc.Encode(l.JSON())
 }
 
-// repeat looks again and again, for a file or a pipe.
+// repeat prints a look per interval, for a file or a pipe.
 func (s *statistics) repeat(ctx context.Context, w *stat.Watcher) error {
 	tick := time.NewTicker(s.interval)
 	defer tick.Stop()
@@ -286,7 +286,7 @@ func (s *statistics) repeat(ctx context.Context, w *stat.Watcher) error {
 		select {
 		case <-tick.C:
 			continue
-		case <-ctx.Done(): // a signal ends what would go on for ever
+		case <-ctx.Done(): // a signal
 		}
 		break
 	}
@@ -301,7 +301,7 @@ func (s *statistics) repeat(ctx context.Context, w *stat.Watcher) error {
 	return err
 }
 
-// lines prints a look as lines that name what they are about, for grep and awk.
+// lines prints a look as one line per device, labelled for grep and awk.
 func (s *statistics) lines(l *stat.Look) error {
 	var b strings.Builder
 	for i := range l.Devices {
@@ -366,7 +366,7 @@ func isTerminal(w any) bool {
 	return ok && term.IsTerminal(int(f.Fd()))
 }
 
-// width is that of the terminal, 0 if the output is none.
+// width returns the width of the terminal in columns, or 0 if the output is not a terminal.
 func (s *statistics) width() int {
 	if f, ok := s.stdout.(*os.File); ok {
 		if columns, _, err := term.GetSize(int(f.Fd())); err == nil {
@@ -376,7 +376,8 @@ func (s *statistics) width() int {
 	return 0
 }
 
-// coloured reports whether somebody sees colours, and wants them.
+// coloured reports whether the output is a terminal that shows colours, and the user wants
+// them.
 func (s *statistics) coloured() bool {
 	return isTerminal(s.stdout) && os.Getenv("NO_COLOR") == "" && os.Getenv("TERM") != "dumb"
 }
@@ -388,7 +389,7 @@ func (s *statistics) paint() stat.Paint {
 	return colours()
 }
 
-// colours are of the 16 the user has chosen to be readable.
+// colours uses only the 16 ANSI colours, which a user's terminal theme keeps readable.
 func colours() stat.Paint {
 	style := [...]lipgloss.Style{
 		stat.Plain: lipgloss.NewStyle(),

@@ -38,13 +38,13 @@ func newLive(s *statistics, w *stat.Watcher, first *stat.Look) *liveModel {
 	return m
 }
 
-// sorts are the orders a table can have.
+// sorts are the sort orders of the table.
 var sorts = [...]string{"name", "rate", "lost"}
 
 // A liveModel is the state of the live table.
 type liveModel struct {
 	s       *statistics
-	w       *stat.Watcher // touched by one look at a time, see again
+	w       *stat.Watcher // used only by the one pending command of again
 	history *stat.History
 	look    *stat.Look
 
@@ -54,14 +54,14 @@ type liveModel struct {
 	width, height        int
 	sort, scroll, left   int
 	queues, plot, paused bool
-	reset                bool // with the next look
+	reset                bool // reset the watcher at the next look
 }
 
 type lookMsg struct{ *stat.Look }
 
 func (m *liveModel) Init() tea.Cmd { return m.again() }
 
-// again looks once the interval is over.
+// again returns a command that looks once the interval is over.
 func (m *liveModel) again() tea.Cmd {
 	paused, reset := m.paused, m.reset
 	m.reset = false
@@ -125,7 +125,7 @@ func (m *liveModel) View() tea.View {
 	return v
 }
 
-// text is the screen: a title, what fits of the body, and the keys.
+// text returns the screen: a title, the part of the body that fits, and the keys.
 func (m *liveModel) text() string {
 	state := ""
 	if m.paused {

@@ -8,7 +8,7 @@ import (
 	"github.com/spf13/cobra"
 )
 
-// counterFlag says where the counters of a device can be read from outside.
+// counterFlag is the flag that selects where other processes can read a device's counters.
 type counterFlag struct{ where string }
 
 func (c *counterFlag) register(cmd *cobra.Command) {
@@ -16,8 +16,8 @@ func (c *counterFlag) register(cmd *cobra.Command) {
 		`where counters can be read from outside: "auto", the best `+"`place`"+` allowed; "public", the same and every user may read the metrics; "heap", nowhere`)
 }
 
-// store gives what a device is to be told. A store that can have no place does not
-// keep a device from working.
+// store returns the store for a device's counters. If the store finds no place where others
+// can read them, the device works all the same.
 func (c *counterFlag) store() (telemetry.Store, error) {
 	switch c.where {
 	case "auto":
@@ -30,7 +30,7 @@ func (c *counterFlag) store() (telemetry.Store, error) {
 	return nil, badValue("counters", c.where, `"auto", "public" or "heap"`)
 }
 
-// shown is mirrored, with what to do about it.
+// shown is mirrored, with the command that shows the counters.
 func shown(dev *pvnet.Device) string {
 	where := mirrored(dev)
 	if where == "heap" {

@@ -15,8 +15,8 @@ import (
 	"charm.land/lipgloss/v2"
 )
 
-// counting shows the counters of a device below a root of its own, and gives what
-// stat needs to find it.
+// counting mirrors the counters of a device below a root of its own, and returns the flags
+// with which stat finds them.
 func counting(t *testing.T, own uint16) (set *telemetry.Set, args []string) {
 	t.Helper()
 	root := filepath.Join(t.TempDir(), "none")
@@ -92,7 +92,7 @@ func TestStatSaysWhatIsWrongWithItsArguments(t *testing.T) {
 	}
 }
 
-// A stranger's device is told of, and shown to who asks.
+// stat mentions the device of another user, and shows it on request.
 func TestStatShowsStrangersOnRequest(t *testing.T) {
 	t.Setenv("SUDO_UID", "")
 	root := filepath.Join(t.TempDir(), "none")

@@ -15,14 +15,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Bounds of a token: what is shorter can be guessed, what is longer is another file.
+// Bounds of a token's length in bytes. A shorter one can be guessed; a longer text is not a
+// token file.
 const (
 	leastToken = 16
 	mostToken  = 256
 )
 
-// tokenFrom reads the token of a file, which it makes with a new one if it is not
-// there.
+// tokenFrom reads the token from a file. If the file does not exist, it makes the file with
+// a new token.
 func tokenFrom(path string) (string, error) {
 	token := rand.Text()
 	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
@@ -36,7 +37,7 @@ func tokenFrom(path string) (string, error) {
 	if !errors.Is(err, fs.ErrExist) {
 		return "", &advice{err: fmt.Errorf("make the file of the token: %w", err), next: "name another with --token-file"}
 	}
-	// It may be anything: a FIFO must not block.
+	// O_NONBLOCK, because path may be a FIFO, which must not block.
 	f, err = os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return "", &advice{err: fmt.Errorf("read the token: %w", err), next: "let this user read it, or name another with --token-file"}
@@ -60,8 +61,8 @@ func tokenFrom(path string) (string, error) {
 	return token, nil
 }
 
-// secretFile refuses a file that users may read or write who are not to know what
-// is in it. Its group may read: a scraper has to.
+// secretFile refuses a token file that other users may read or write. Its group may read it,
+// because a scraper has to.
 func secretFile(f *os.File) error {
 	st, err := f.Stat()
 	if err != nil {

@@ -84,7 +84,7 @@ func TestTokenFilesAreMadeAndGuarded(t *testing.T) {
 	}
 }
 
-// web starts stat --http and gives what it prints, by the first word of a line.
+// web starts stat --http and returns the lines it prints, by their first word.
 func web(t *testing.T, args []string) (lines map[string]string, stderr func() string) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())

@@ -18,13 +18,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A terminal is what a program sees of one, and what its user does.
+// A terminal is a pseudo-terminal: tty is the program's end, user the test's.
 type terminal struct {
 	tty, user *os.File
 	gone      chan struct{}
 
 	mu     sync.Mutex
-	screen bytes.Buffer // guarded by mu: all that was ever written to it
+	screen bytes.Buffer // guarded by mu: everything that was written to the terminal
 }
 
 func newTerminal(t *testing.T, columns uint16) *terminal {
@@ -49,7 +49,7 @@ func newTerminal(t *testing.T, columns uint16) *terminal {
 	}
 	go func() {
 		defer close(term.gone)
-		io.Copy(term, user) // until nobody has the terminal any more: EIO
+		io.Copy(term, user) // ends with EIO once no process has the terminal open
 	}()
 	t.Cleanup(func() {
 		term.tty.Close()
@@ -59,7 +59,7 @@ func newTerminal(t *testing.T, columns uint16) *terminal {
 	return term
 }
 
-// Write takes what is written to the screen.
+// Write appends to the screen.
 func (term *terminal) Write(b []byte) (int, error) {
 	term.mu.Lock()
 	defer term.mu.Unlock()
@@ -72,7 +72,7 @@ func (term *terminal) text() string {
 	return strings.ReplaceAll(term.screen.String(), "\r\n", "\n")
 }
 
-// close ends the program's use of it and gives all it wrote.
+// close closes the program's end and returns everything that was written.
 func (term *terminal) close() string {
 	term.tty.Close()
 	<-term.gone
@@ -173,7 +173,7 @@ func TestLiveTableOnATerminalObeysItsUser(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	shows("\x1b[?1049h") // a screen of its own
+	shows("\x1b[?1049h") // the alternate screen
 	shows("1 234")
 	set.TX(0).Add(telemetry.Packets, 4321)
 	set.TX(0).Flush()

@@ -16,19 +16,19 @@ import (
 	"github.com/spf13/pflag"
 )
 
-// badValue is a value on the command line that makes no sense. want completes "not".
+// badValue is the error for an invalid value of a flag. want says what is valid, after "not".
 func badValue(flag, value, want string) error {
 	return &advice{err: fmt.Errorf("--%s %q: not %s", flag, value, want), usage: true}
 }
 
-// allowedBy says what a flag of that name takes, where its type alone says too little.
+// allowedBy describes the values of a flag, by name, if its type alone says too little.
 var allowedBy = map[string]string{
 	"dom":   fmt.Sprintf("the number of a domain from 1 to %d", hypercall.DomSelf-1),
 	"port":  "a port from 1 to 65535",
 	"check": "a port from 1 to 65535, or 0 for none",
 }
 
-// allowed says what the flag takes. cause is why a value was refused.
+// allowed describes the values that the flag takes. cause is why a value was refused.
 func allowed(f *pflag.Flag, cause error) string {
 	if want, ok := allowedBy[f.Name]; ok {
 		return want
@@ -48,7 +48,7 @@ func allowed(f *pflag.Flag, cause error) string {
 	return cause.Error()
 }
 
-// flagError says in words of this program what pflag refused.
+// flagError turns an error of pflag into one in this program's words.
 func flagError(cmd *cobra.Command, err error) error {
 	if e, ok := errors.AsType[*pflag.InvalidValueError](err); ok {
 		return badValue(e.GetFlag().Name, e.GetValue(), allowed(e.GetFlag(), e.Unwrap()))
@@ -80,9 +80,9 @@ func flagsOf(cmd *cobra.Command) string {
 	return fmt.Sprintf("%s --help explains its flags: %s", cmd.CommandPath(), strings.Join(names, " "))
 }
 
-// exclusive has at most one of the flags be given.
+// exclusive makes cmd refuse more than one of the flags.
 func exclusive(cmd *cobra.Command, names ...string) {
-	cmd.MarkFlagsMutuallyExclusive(names...) // which completion heeds
+	cmd.MarkFlagsMutuallyExclusive(names...) // for shell completion
 	before := cmd.PreRunE
 	cmd.PreRunE = func(cmd *cobra.Command, args []string) error {
 		var given []string
@@ -105,7 +105,7 @@ func exclusive(cmd *cobra.Command, names ...string) {
 	}
 }
 
-// arguments allows as many arguments beside flags.
+// arguments allows up to most arguments.
 func arguments(most int) cobra.PositionalArgs {
 	return func(cmd *cobra.Command, args []string) error {
 		switch {
@@ -120,7 +120,7 @@ func arguments(most int) cobra.PositionalArgs {
 	}
 }
 
-// oneArgument wants one argument. next says where it is to be had.
+// oneArgument requires exactly one argument. next says where the user finds it.
 func oneArgument(name, next string) cobra.PositionalArgs {
 	return func(cmd *cobra.Command, args []string) error {
 		if len(args) == 0 {
@@ -130,7 +130,8 @@ func oneArgument(name, next string) cobra.PositionalArgs {
 	}
 }
 
-// unknownCommand says which commands of parent there are, or which is meant.
+// unknownCommand is the error for an unknown command. It suggests similar commands of
+// parent, or lists all.
 func unknownCommand(parent *cobra.Command, name string) error {
 	parent.SuggestionsMinimumDistance = 2
 	like := parent.SuggestionsFor(name)
@@ -151,7 +152,7 @@ func unknownCommand(parent *cobra.Command, name string) error {
 	return &advice{err: fmt.Errorf("%q is no command of %q", name, parent.CommandPath()), next: next, usage: true}
 }
 
-// helpCommand is cobra's with an error for what is no command.
+// helpCommand is cobra's help command with an error for an unknown command.
 func helpCommand() *cobra.Command {
 	return &cobra.Command{
 		Use: "help [COMMAND]", Short: "Explain a command",
@@ -169,7 +170,7 @@ func helpCommand() *cobra.Command {
 	}
 }
 
-// firstWord is the first argument that is no flag.
+// firstWord returns the first argument that is not a flag.
 func firstWord(args []string) string {
 	i := slices.IndexFunc(args, func(a string) bool { return !strings.HasPrefix(a, "-") })
 	if i < 0 {
@@ -178,7 +179,7 @@ func firstWord(args []string) string {
 	return args[i]
 }
 
-// quoted are names in quotation marks, so that none is read as a number of things.
+// quoted puts names in quotation marks, so that none reads like a number.
 func quoted(names []string) (out []string) {
 	for _, n := range names {
 		out = append(out, fmt.Sprintf("%q", n))
@@ -186,8 +187,8 @@ func quoted(names []string) (out []string) {
 	return out
 }
 
-// listenRefused says what to do about an address that cannot be listened at. flag is
-// the one that names it.
+// listenRefused adds advice to the error of listening at addr. flag is the flag for the
+// address.
 func listenRefused(err error, addr, flag string) error {
 	a := &advice{err: fmt.Errorf("listen at %s: %w", addr, bare(err)), next: "name another with --" + flag}
 	switch {
@@ -204,7 +205,7 @@ func listenRefused(err error, addr, flag string) error {
 	return a
 }
 
-// bare is the error of a system call, without what package net says around it.
+// bare returns the error of a system call without the wrapping of package net.
 func bare(err error) error {
 	if e, ok := errors.AsType[*os.SyscallError](err); ok {
 		return e.Err
@@ -212,8 +213,8 @@ func bare(err error) error {
 	return err
 }
 
-// outputGone reports whether err is that the reader of our output has ended, as
-// "head" does once it has enough.
+// outputGone reports whether err means that the reader of our output has ended, as "head"
+// does once it has enough lines.
 func (p *program) outputGone(err error) bool {
 	out, ok := p.stdout.(*os.File)
 	if !ok || !errors.Is(err, syscall.EPIPE) {
@@ -223,8 +224,8 @@ func (p *program) outputGone(err error) bool {
 	return ok && e.Path == out.Name()
 }
 
-// helpOutput is where cobra prints help. It takes no notice of a reader that has
-// ended, which cobra would report.
+// helpOutput is the writer for cobra's help. It ignores that the reader has ended, which
+// cobra would report as an error.
 type helpOutput struct{ p *program }
 
 func (h helpOutput) Write(b []byte) (int, error) {
@@ -235,8 +236,8 @@ func (h helpOutput) Write(b []byte) (int, error) {
 	return n, err
 }
 
-// dialRefused says what to do about a port of another machine that does not answer.
-// other is what has to run there.
+// dialRefused adds advice to the error of a connection to addr. other is the command that
+// must run at the other end.
 func dialRefused(err error, addr, other string) error {
 	if dns, ok := errors.AsType[*net.DNSError](err); ok {
 		return unknownHost(dns)

@@ -20,13 +20,14 @@ import (
 	"github.com/spf13/pflag"
 )
 
-// rawTexts are of the libraries that parse the command line, and of package net.
+// rawTexts are parts of error texts of package net and of the libraries that parse the
+// command line. The command must not print them.
 var rawTexts = []string{
 	"strconv.", "if any flags", "accepts at most", "accepts 1 arg", "unknown shorthand", "unknown flag", "flag needs an argument",
 	"invalid argument", "bad flag syntax", "time: invalid", "time: unknown", "time: missing", "parsing ", "dial udp", "listen tcp", "listen udp", "bind: ", "lookup ", "unknown command",
 }
 
-// allCommands are the words before flags of every subcommand that runs.
+// allCommands returns every subcommand that runs, by its words.
 func allCommands(t *testing.T) map[string]*cobra.Command {
 	t.Helper()
 	all := map[string]*cobra.Command{}
@@ -66,8 +67,8 @@ func wrong(t *testing.T, args []string, says ...string) {
 	}
 }
 
-// Every flag of every command that takes no just any text refuses what it cannot
-// read, by its name, with the value and what would do.
+// Every flag that does not take any text refuses an invalid value. The error names the flag,
+// the value and the valid values.
 func TestEveryFlagSaysWhatItTakes(t *testing.T) {
 	for path, c := range allCommands(t) {
 		words := strings.Fields(path)
@@ -127,7 +128,7 @@ func TestMistakesNameWhatWouldDo(t *testing.T) {
 	}
 }
 
-// Ports that are taken, and addresses of other machines, are said in plain words.
+// The errors for a port in use and for an address of another machine are in plain words.
 func TestAddressesThatCannotBeListenedAt(t *testing.T) {
 	tcp, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -175,7 +176,7 @@ func TestAddressesThatCannotBeListenedAt(t *testing.T) {
 	}
 }
 
-// A reader that has enough, as head has, is no failure.
+// A reader that ends early, such as head, is not a failure.
 func TestAReaderThatHasEnoughIsNoFailure(t *testing.T) {
 	_, args := counting(t, 61031)
 	for _, more := range [][]string{nil, {"--json"}, {"--watch", "--interval", "100ms"}, {"--watch", "--json", "--interval", "100ms"}, {"--plot", "--count", "2", "--interval", "100ms"}} {
@@ -206,7 +207,7 @@ func TestAReaderThatHasEnoughIsNoFailure(t *testing.T) {
 			t.Errorf("%q: exit %d, %q", args, code, &stderr)
 		}
 	}
-	// Output that is lost otherwise is one.
+	// Any other loss of output is a failure.
 	full, err := os.OpenFile("/dev/full", os.O_WRONLY, 0)
 	if err != nil {
 		t.Skip("no /dev/full: ", err)
@@ -217,7 +218,7 @@ func TestAReaderThatHasEnoughIsNoFailure(t *testing.T) {
 	}
 }
 
-// An address at which nothing answers is told of, and given up soon.
+// The check reports an address that does not answer, and gives up soon.
 func TestCheckOfAnAddressThatIsSilent(t *testing.T) {
 	silent, err := net.ListenPacket("udp", "127.0.0.1:0")
 	if err != nil {

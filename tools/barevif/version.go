@@ -12,8 +12,8 @@ import (
 	"github.com/spf13/cobra"
 )
 
-// release is the version of this source, unless the go command knows one: it does
-// of a module that was fetched by its version.
+// release is the version of this source if the go command knows none. It knows the version
+// of a module that it fetched by version.
 const release = "0.1-dev"
 
 func versionCommand(p *program) *cobra.Command {
@@ -34,7 +34,7 @@ versions have to agree on, where they read each other's counters:
 	}
 }
 
-// printVersion writes what info says of this program. info may be nil.
+// printVersion writes the version of this program from info, which may be nil.
 func printVersion(w io.Writer, info *debug.BuildInfo) error {
 	version, commit := release, ""
 	if info != nil {

@@ -18,10 +18,10 @@ import (
 	"barevif/test/xenlab/proto"
 )
 
-// maxOutput is how much of each stream is kept, in bytes: the end of it.
+// maxOutput is how many bytes of each stream are kept, from its end.
 const maxOutput = 4 << 20
 
-// An executor does what calls ask for in its own domain.
+// An executor carries out the calls for its own domain.
 type executor struct {
 	mu    sync.Mutex
 	procs map[int]*process // guarded by mu
@@ -64,7 +64,7 @@ func (s stream) Write(b []byte) (int, error) {
 
 func newExecutor() *executor { return &executor{procs: map[int]*process{}} }
 
-// do answers one call. It returns by the call's timeout.
+// do carries out one call and returns the reply, at the call's timeout at the latest.
 func (e *executor) do(c proto.Call) proto.Reply {
 	ctx := context.Background()
 	if c.Timeout > 0 {
@@ -144,20 +144,20 @@ func start(c proto.Call) (*process, error) {
 	p.cmd.Stdout = stream{p, &p.stdout}
 	p.cmd.Stderr = stream{p, &p.stderr}
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	// A daemon keeps the pipes of the one that started it.
+	// A daemon keeps the pipes of the process that started it open.
 	p.cmd.WaitDelay = time.Second
 	if err := p.cmd.Start(); err != nil {
 		return nil, err
 	}
 	go func() {
-		p.cmd.Wait() // its error is in ProcessState, or the pipes a daemon kept
+		p.cmd.Wait() // the status is in ProcessState; another error means that a daemon kept the pipes
 		close(p.done)
 	}()
 	return p, nil
 }
 
-// wait returns when the process ends or its output matches. A process still
-// running when ctx ends is an error, with what it printed.
+// wait waits until the process ends or its output matches. If the process still runs when ctx
+// ends, wait returns an error and the output so far.
 func (p *process) wait(ctx context.Context, match string) (proto.Reply, error) {
 	var re *regexp.Regexp
 	if match != "" {
@@ -204,7 +204,7 @@ func exitStatus(s *os.ProcessState) int {
 	return s.ExitCode()
 }
 
-// kill signals the whole group. One that has ended is not an error.
+// kill signals the whole process group. It is not an error if the process has ended.
 func (p *process) kill(sig syscall.Signal) error {
 	select {
 	case <-p.done:
@@ -231,7 +231,7 @@ func run(ctx context.Context, c proto.Call) (proto.Reply, error) {
 	return r, err
 }
 
-// pollInterval is slow enough not to disturb what is measured beside it.
+// pollInterval is long enough not to disturb measurements that run at the same time.
 const pollInterval = 100 * time.Millisecond
 
 func until(ctx context.Context, c proto.Call) (proto.Reply, error) {

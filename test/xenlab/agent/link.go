@@ -10,30 +10,30 @@ import (
 	"barevif/test/xenlab/proto"
 )
 
-// chunk and window bound what a link keeps in xenstore: a node of an unprivileged
-// domain takes less than 2048 bytes.
+// chunk (in bytes) and window (in nodes) bound the data of a link in xenstore: a node of an
+// unprivileged domain holds less than 2048 bytes.
 const (
 	chunk  = 1600
 	window = 16
 )
 
-// A link is a byte stream between two domains through xenstore: numbered nodes,
-// which the writer makes and the reader removes. It works before any network
-// does, and leaves vifs, grants and event channels alone.
+// A link is a byte stream between two domains through xenstore. It consists of numbered nodes,
+// which the writer makes and the reader removes. It needs no network, and uses no vifs, grants
+// or event channels.
 //
-// One goroutine reads and one writes.
+// One goroutine may read and one may write.
 type link struct {
 	s       *store
 	in, out string
 	home    string // the other end's directory, if it can vanish
 	nextIn  int
 	nextOut int
-	rest    string // of the chunk read last
+	rest    string // the unread rest of the last chunk
 }
 
 var errDomainGone = errors.New("the domain is gone")
 
-// upLink is a domain's link to dom0, downLink dom0's to the domain.
+// upLink returns a domain's end of its link to dom0, downLink dom0's end.
 func upLink(s *store) (*link, error) {
 	return newLink(s, proto.Store, "down", "up", "")
 }
@@ -74,8 +74,7 @@ func (l *link) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-// Write implements io.Writer. It waits while the other end has a window of
-// chunks to read.
+// Write implements io.Writer. It waits while the other end has a window of unread chunks.
 func (l *link) Write(p []byte) (n int, err error) {
 	for n < len(p) {
 		for l.nextOut >= window {
@@ -92,7 +91,7 @@ func (l *link) Write(p []byte) (n int, err error) {
 			}
 		}
 		part := p[n:min(n+chunk, len(p))]
-		if l.home != "" { // a write would make the directory of a dead domain anew
+		if l.home != "" { // a write would recreate the directory of a dead domain
 			if _, err := l.s.read(l.home); err != nil {
 				return n, errDomainGone
 			}
@@ -106,7 +105,7 @@ func (l *link) Write(p []byte) (n int, err error) {
 	return n, nil
 }
 
-// pause waits for the other end to do something.
+// pause waits until a watched path changes.
 func (l *link) pause(change <-chan struct{}) error {
 	if l.home != "" {
 		if _, err := l.s.read(l.home); isMissing(err) {

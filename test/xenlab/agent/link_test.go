@@ -21,7 +21,7 @@ import (
 
 const guestID = 5
 
-// xenstore gives one with a domain in it, as libxl leaves it.
+// xenstore returns a xenstore with a domain in it, as libxl makes it.
 func xenstore(t *testing.T) *server.Store {
 	t.Helper()
 	s := server.New(server.Config{})
@@ -35,7 +35,7 @@ func xenstore(t *testing.T) *server.Store {
 	return s
 }
 
-// dial connects a client to it.
+// dial connects a client of the domain dom to s.
 func dial(t *testing.T, s *server.Store, dom hypercall.DomID) net.Conn {
 	t.Helper()
 	ours, theirs := net.Pipe()

@@ -58,7 +58,7 @@ func reap() {
 	}
 	fmt.Fprintln(os.Stderr, "xenlab agent:", err)
 	powerOff()
-	os.Exit(1) // not reached: the kernel panics if it were
+	os.Exit(1) // not reached; the kernel would panic
 }
 
 func powerOff() {
@@ -112,7 +112,7 @@ func serveDom0() error {
 	out, e := &replies{w: port}, newExecutor()
 	hello := proto.Reply{}
 	if err := toolstack(); err != nil {
-		hello.Err = err.Error() // the host may still want to look around
+		hello.Err = err.Error() // go on all the same, so that the host can look around
 	}
 	log("ready")
 	if err := out.send(hello); err != nil {
@@ -161,8 +161,8 @@ func hostPort() (io.ReadWriter, error) {
 	return nil, fmt.Errorf("no virtio port named %s", proto.Port)
 }
 
-// toolstack brings up what xl needs: the order is that of Debian's init script. The
-// kernel's command line may name another daemon for xenstore.
+// toolstack starts what xl needs, in the order of Debian's init script. The kernel's command
+// line may name another xenstore daemon.
 func toolstack() error {
 	if err := xenDevices(); err != nil {
 		return err
@@ -175,7 +175,7 @@ func toolstack() error {
 	for _, argv := range [...][]string{
 		{cmp.Or(argument(proto.StoreArgument), "xenstored"), "--pid-file", "/run/xenstored.pid"},
 		{"xen-init-dom0"},
-		{"xenstore-write", "/local/domain/0/error", ""}, // libxl makes it for all others, and whoever needs it here
+		{"xenstore-write", "/local/domain/0/error", ""}, // libxl makes this node for all other domains
 		{"xenconsoled", "--pid-file=/run/xenconsoled.pid", "--log=guest", "--log-dir=/var/log/xen/console"},
 	} {
 		if err := command(argv...); err != nil {
@@ -189,7 +189,7 @@ func toolstack() error {
 	return conn.Close()
 }
 
-// xenDevices loads what makes /dev/xen.
+// xenDevices loads the modules that make /dev/xen.
 func xenDevices() error {
 	for _, module := range [...]string{"xen-evtchn", "xen-gntalloc", "xen-gntdev", "xen-privcmd", "xenfs"} {
 		if err := modprobe(module); err != nil {
@@ -212,7 +212,7 @@ func mounts() error {
 }
 
 func mount(source, dir, kind string) error {
-	if kind != "xenfs" && kind != "bpf" { // those two kernels make themselves
+	if kind != "xenfs" && kind != "bpf" { // the kernel makes the mount points of these two
 		if err := os.MkdirAll(dir, 0o755); err != nil {
 			return err
 		}
@@ -228,7 +228,7 @@ func loopbackUp() error { return command("ip", "link", "set", "lo", "up") }
 func modprobe(module string) error { return command("modprobe", module) }
 
 func command(argv ...string) error {
-	// Its output goes to the console, where a daemon may keep it.
+	// The output goes to the console: a daemon may keep its streams open.
 	cmd := exec.Command(argv[0], argv[1:]...)
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
 	if err := cmd.Run(); err != nil {
@@ -237,7 +237,7 @@ func command(argv ...string) error {
 	return nil
 }
 
-// shell keeps one on the console for the developer.
+// shell keeps a shell on the console for the developer.
 func shell() {
 	for {
 		cmd := exec.Command("/bin/sh", "-i")
@@ -256,7 +256,7 @@ func shell() {
 	}
 }
 
-// argument gives the value of name= on the kernel command line.
+// argument returns the value of name= on the kernel command line.
 func argument(name string) string {
 	b, _ := os.ReadFile("/proc/cmdline")
 	for _, word := range strings.Fields(string(b)) {

@@ -15,7 +15,7 @@ import (
 // maxLine bounds one message of the protocol, in bytes.
 const maxLine = 64 << 20
 
-// replies writes one reply a line, from any goroutine.
+// replies writes one reply per line. It is safe for concurrent use.
 type replies struct {
 	mu sync.Mutex
 	w  io.Writer
@@ -32,7 +32,7 @@ func (r *replies) send(reply proto.Reply) error {
 	return err
 }
 
-// each hands every line of r to f, until r ends.
+// each decodes every line of r and passes it to f, until r ends.
 func each[T any](r io.Reader, f func(T) error) error {
 	s := bufio.NewScanner(r)
 	s.Buffer(make([]byte, 64<<10), maxLine)
@@ -66,17 +66,17 @@ type peer struct {
 	gone    chan struct{} // closed when the link ended
 	mu      sync.Mutex
 	pending map[uint64]bool // guarded by mu; nil once the link ended
-	err     error           // guarded by mu; why
+	err     error           // guarded by mu; why the link ended
 }
 
 var errBusy = errors.New("too many calls wait for this domain")
 
-// call passes c on. Its reply goes to the host when it comes, or an error in its
-// place when the domain goes.
+// call passes c on to its domain. The reply goes to the host later; if the domain ends first,
+// the host gets an error instead.
 func (r *relay) call(c proto.Call) error {
 	r.mu.Lock()
 	p := r.peers[c.Domain]
-	if p == nil || p.ended() { // a domid can come back as another domain
+	if p == nil || p.ended() { // another domain may have the same domid by now
 		var err error
 		if p, err = r.connect(c.Domain); err != nil {
 			r.mu.Unlock()
@@ -149,7 +149,7 @@ func (r *relay) connect(domid int) (*peer, error) {
 	return p, nil
 }
 
-// end answers what nobody else will.
+// end answers all pending calls with err.
 func (p *peer) end(host *replies, err error) {
 	p.mu.Lock()
 	pending := p.pending

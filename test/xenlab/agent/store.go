@@ -12,9 +12,9 @@ import (
 	"barevif/xenbus/xenstore/wire"
 )
 
-// A store is a xenstore client of the fewest lines: one request in flight, and a
-// broadcast that some watched path changed. It stands apart from the project's
-// own client on purpose: the lab must not hang by what it tests.
+// A store is a minimal xenstore client: one request in flight, and a broadcast that some
+// watched path has changed. It does not use the project's client on purpose: the lab must not
+// depend on the code that it tests.
 type store struct {
 	rw      io.ReadWriteCloser
 	replies chan message
@@ -97,7 +97,7 @@ func isMissing(err error) bool {
 	return errors.As(err, &e) && e == "ENOENT"
 }
 
-// change gives a channel that is closed by the next event. Take it before looking.
+// change returns a channel that the next event closes. Call it before you read the node.
 func (s *store) change() <-chan struct{} {
 	s.watchMu.Lock()
 	defer s.watchMu.Unlock()

@@ -18,15 +18,15 @@ import (
 	"barevif/hypercall/xendev/privcmd"
 )
 
-const frameSize = 4096 // of a grant table
+const frameSize = 4096 // of a grant table, in bytes
 
-// struct grant_entry_v1 of xen/include/public/grant_table.h: flags, the domain it is
-// granted to, the frame.
+// struct grant_entry_v1 of xen/include/public/grant_table.h: flags, the domain that may use
+// the grant, the frame.
 const (
 	entrySize = 8
-	typeMask  = 3 // GTF_type_mask; 0 is an entry not in use
+	typeMask  = 3 // GTF_type_mask; 0 is an unused entry
 	readOnly  = 1 << 2
-	reading   = 1 << 3 // it is mapped
+	reading   = 1 << 3 // the grant is mapped
 )
 
 func main() {

@@ -32,8 +32,8 @@ const (
 	grantTableResource  = 1                                              // XENMEM_resource_grant_table of xen/include/public/memory.h
 )
 
-// mapTable maps the frames of a domain's grant table, for the life of the process.
-// Asking for more than there are makes the table grow.
+// mapTable maps the first frames of a domain's grant table, for the life of the process. If
+// the table has fewer frames, Xen makes it grow.
 func mapTable(dom hypercall.DomID, frames int) ([]byte, error) {
 	f, err := os.OpenFile("/dev/xen/privcmd", os.O_RDWR, 0)
 	if err != nil {
@@ -44,7 +44,7 @@ func mapTable(dom hypercall.DomID, frames int) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("mmap: %w", err)
 	}
-	// The kernel only puts pages where b is; nothing points there but b.
+	// The kernel replaces the pages of b, to which only b points.
 	r := mmapResource{
 		Dom: uint16(dom), Type: grantTableResource,
 		Num: uint64(frames), Addr: uint64(uintptr(unsafe.Pointer(unsafe.SliceData(b)))),

@@ -22,29 +22,29 @@ import (
 	"strings"
 )
 
-// A Program is one of ours. It is built without cgo and found at /barevif/Name
-// in every domain.
+// A Program is a program of this project. It is built without cgo and is at /barevif/Name in
+// every domain.
 type Program struct {
 	Name    string
 	Package string // an import path
 	Test    bool   // the package's test binary instead of its command
 }
 
-// Config says what goes into the images beyond the fixed part.
+// Config describes the images.
 type Config struct {
 	Programs []Program
-	Dir      string       // where the archives are written; it must exist
+	Dir      string       // existing directory for the archives
 	Logger   *slog.Logger // nil: silent
 }
 
-// A Set is what a machine boots from.
+// A Set has the files from which a machine boots.
 type Set struct {
 	Xen, Kernel, Dom0 string // files: two ELF images and an archive
 	XenPackage        string // name_version of the packages they came from
 	KernelPackage     string
 }
 
-// Where things are in a domain's root.
+// Paths in a domain's root.
 const (
 	ProgramDir  = "/barevif"
 	GuestKernel = "/lab/vmlinux" // in dom0, for xl create
@@ -52,7 +52,7 @@ const (
 	VifScript   = "vif-xenlab" // in /etc/xen/scripts
 )
 
-// CacheDir is $BAREVIF_CACHE or barevif in the user's cache folder.
+// CacheDir returns the lab's cache folder, in $BAREVIF_CACHE or in the user's cache folder.
 func CacheDir() (string, error) {
 	if dir := os.Getenv("BAREVIF_CACHE"); dir != "" {
 		return filepath.Join(dir, "xenlab"), nil
@@ -61,9 +61,9 @@ func CacheDir() (string, error) {
 	return filepath.Join(dir, "barevif", "xenlab"), err
 }
 
-// Build makes the images. As root it installs the programs it misses on this
-// machine; otherwise it says which. The first call fetches some 90 MB. The caller keeps
-// others out of the cache meanwhile.
+// Build makes the images. As root it installs missing host programs; otherwise its error names
+// them. The first call fetches some 90 MB. The caller must keep other processes out of the
+// cache meanwhile.
 func Build(ctx context.Context, cfg Config) (*Set, error) {
 	if runtime.GOARCH != "amd64" {
 		return nil, errors.New("xenlab: the lab is an amd64 machine, built on one")
@@ -151,7 +151,7 @@ type distribution struct {
 	debs         []deb
 }
 
-// prepare brings the packages of today into the cache.
+// prepare brings the current packages into the cache.
 func prepare(ctx context.Context, cache string, log *slog.Logger) (*distribution, error) {
 	debs, err := resolve(ctx)
 	if err != nil {
@@ -184,8 +184,8 @@ func prepare(ctx context.Context, cache string, log *slog.Logger) (*distribution
 	return d, nil
 }
 
-// populate fills a folder beside dir and renames it, so that dir is whole if it
-// is there.
+// populate fills a folder beside dir and renames it to dir, so that dir is complete if it
+// exists.
 func populate(ctx context.Context, debDir, dir string, debs []deb) error {
 	tmp, err := os.MkdirTemp(filepath.Dir(dir), "new-")
 	if err != nil {
@@ -250,8 +250,8 @@ func (d *distribution) version(prefix string) string {
 	return ""
 }
 
-// moduleNames are loaded by name or by the kernel's own request; every domain has
-// them, since any domain may be a driver domain.
+// moduleNames are the modules that are loaded by name or at the kernel's request. Every domain
+// has all of them, since any domain may be a driver domain.
 var moduleNames = [...]string{
 	"xen-evtchn", "xen-gntalloc", "xen-gntdev", "xen-privcmd", "xenfs",
 	"xen-netback", "xen-netfront", "virtio_pci", "virtio_console",
@@ -266,7 +266,7 @@ var xenTools = [...]string{
 	"xenstore-chmod", "xenstore-exists", "xenstore-watch",
 }
 
-// base is the part of the root that all domains have.
+// base returns the part of the root that all domains have.
 func (d *distribution) base(programs map[string]string) (*tree, error) {
 	t := newTree()
 	for _, dir := range [...]string{"/proc", "/sys", "/dev", "/run", "/tmp", "/root", "/var/log", "/var/lib", "/lab", ProgramDir} {
@@ -287,11 +287,11 @@ func (d *distribution) base(programs map[string]string) (*tree, error) {
 	if err := d.install(t, commonTools[:]...); err != nil {
 		return nil, err
 	}
-	// dlopened by glibc: no binary names it
+	// glibc opens it with dlopen, so no binary names it.
 	if err := d.installLibrary(t, "libgcc_s.so.1"); err != nil {
 		return nil, err
 	}
-	// Not busybox's shell: that one runs its own applets before it looks at PATH.
+	// Not busybox's shell, which prefers its own applets to the programs in PATH.
 	t.link("/bin/sh", "/usr/sbin/dash")
 	if err := d.installBusybox(t); err != nil {
 		return nil, err
@@ -320,8 +320,8 @@ func (d *distribution) addToolstack(t *tree) error {
 	return nil
 }
 
-// vifScript is the least that libxl and netback want of a hotplug script.
-// Addresses are the scenario's business.
+// vifScript is the minimal hotplug script for libxl and netback. The scenarios set addresses
+// themselves.
 const vifScript = `#!/bin/sh
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin
 exec >>/var/log/xen/vif.log 2>&1
@@ -378,14 +378,14 @@ func (d *distribution) installLibrary(t *tree, name string) error {
 		return err
 	}
 	dst := "/lib/x86_64-linux-gnu/" + name
-	if strings.HasPrefix(name, "ld-linux") { // named with its path in every binary
+	if strings.HasPrefix(name, "ld-linux") { // every binary names it with this path
 		dst = "/lib64/" + name
 	}
 	t.file(dst, 0o755, file)
 	return nil
 }
 
-// installBusybox fills in what none of the real tools provides.
+// installBusybox links the applets of busybox that no real tool provides.
 func (d *distribution) installBusybox(t *tree) error {
 	busybox, err := d.program("busybox")
 	if err != nil {
@@ -401,6 +401,6 @@ func (d *distribution) installBusybox(t *tree) error {
 			t.link("/bin/"+name, "/bin/busybox")
 		}
 	}
-	t.link("/sbin/modprobe", "/bin/busybox") // where the kernel's own requests go
+	t.link("/sbin/modprobe", "/bin/busybox") // the path that the kernel uses for its requests
 	return nil
 }

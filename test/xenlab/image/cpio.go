@@ -18,8 +18,8 @@ const (
 	modeLink = 0o120000
 )
 
-// A tree is what becomes the root of an initramfs. Its files stay where they are
-// until the archive is written.
+// A tree holds the files of an initramfs. It reads the files of the host only when it writes
+// the archive.
 type tree struct {
 	entries map[string]entry // by path without a leading slash
 }
@@ -27,7 +27,7 @@ type tree struct {
 type entry struct {
 	mode   uint32
 	source string // a file of the host, if not empty
-	data   []byte // else the contents, or the target of a link
+	data   []byte // otherwise the contents, or the target of a link
 }
 
 func newTree() *tree { return &tree{entries: map[string]entry{}} }
@@ -63,8 +63,7 @@ func (t *tree) file(name string, perm fs.FileMode, source string) {
 	t.add(name, entry{mode: modeFile | uint32(perm), source: source})
 }
 
-// writeFile writes the tree as a cpio archive in the "newc" format, the one the
-// kernel unpacks.
+// writeFile writes the tree as a cpio archive in the "newc" format, which the kernel unpacks.
 func (t *tree) writeFile(dst string) (err error) {
 	f, err := os.Create(dst)
 	if err != nil {
@@ -132,5 +131,5 @@ func writeEntry(w io.Writer, inode int, name string, e entry) error {
 	return err
 }
 
-// padding fills up to a multiple of four.
+// padding returns the NULs that fill n bytes up to a multiple of four.
 func padding(n int64) string { return "\x00\x00\x00"[:-n&3] }

@@ -15,7 +15,7 @@ import (
 	"testing"
 )
 
-// readCPIO is the other side of the format: name, mode and data of each entry.
+// readCPIO parses an archive: name, mode and data of each entry.
 func readCPIO(t *testing.T, b []byte) (list []string) {
 	t.Helper()
 	size := len(b)

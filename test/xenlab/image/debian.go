@@ -16,24 +16,23 @@ import (
 	"strings"
 )
 
-// metaPackages stand for the newest kernel and Xen of the release; the packages
-// wanted are among those they depend on.
+// metaPackages depend on the newest kernel and Xen of the release. The wanted packages are the
+// dependencies with these prefixes.
 var metaPackages = [...]struct{ meta, prefix string }{
 	{"linux-image-amd64", "linux-image-"},
 	{"xen-system-amd64", "xen-hypervisor-"},
 	{"xen-system-amd64", "xen-utils-"},
 }
 
-// toolPackages need no version in their name. Their libraries follow from apt's
-// own dependencies; libgcc-s1 is opened at run time by a cancelled thread, which
-// no dependency shows.
+// toolPackages have no version in their names. apt's dependencies add their libraries, except
+// libgcc-s1: glibc opens it at run time when a thread is cancelled.
 var toolPackages = [...]string{
 	"busybox-static", "dash", "xen-utils-common", "xenstore-utils", "libgcc-s1",
 	"iproute2", "iputils-ping", "iperf3", "tcpdump", "ethtool", "bpftool", "curl",
 	"util-linux", "libcap2-bin",
 }
 
-// A deb is one package as apt would fetch it now.
+// A deb is one package in the version that apt would fetch now.
 type deb struct {
 	file   string // name_version_architecture.deb
 	sha256 string
@@ -86,9 +85,8 @@ func depends(ctx context.Context, names ...string) ([]string, error) {
 	return parseDepends(out), nil
 }
 
-// parseDepends gives the names on the right of what apt-cache prints, and the
-// packages that provide a virtual one: all lines but the headings, which are not
-// indented.
+// parseDepends returns the names in the indented lines of apt-cache's output: the dependencies,
+// and the packages that provide a virtual one. Lines that are not indented are headings.
 func parseDepends(out []byte) []string {
 	var names []string
 	for line := range strings.Lines(string(out)) {
@@ -136,7 +134,7 @@ func key(debs []deb) string {
 	return hex.EncodeToString(h.Sum(nil))[:16]
 }
 
-// verify reports whether dir has the package, whole and unaltered.
+// verify reports whether dir has the package with the right digest.
 func (d deb) verify(dir string) bool {
 	f, err := os.Open(filepath.Join(dir, d.file))
 	if err != nil {
@@ -150,8 +148,8 @@ func (d deb) verify(dir string) bool {
 	return hex.EncodeToString(h.Sum(nil)) == d.sha256
 }
 
-// download fetches what dir does not have yet. apt checks what it fetches against
-// its signed index; what was there is checked here against the same digests.
+// download fetches the packages that dir does not have yet. apt checks them against its signed
+// index; download checks the packages that were there against the same digests.
 func download(ctx context.Context, dir string, debs []deb) error {
 	var missing []string
 	for _, d := range debs {
@@ -174,8 +172,8 @@ func download(ctx context.Context, dir string, debs []deb) error {
 	return nil
 }
 
-// packageOf turns name_version_arch.deb into name=version, so that what is
-// fetched is what was resolved.
+// packageOf turns name_version_arch.deb into name=version, so that apt fetches the resolved
+// version.
 func packageOf(file string) string {
 	f := strings.SplitN(file, "_", 3)
 	return f[0] + "=" + strings.ReplaceAll(f[1], "%3a", ":")
@@ -190,14 +188,13 @@ func unpack(ctx context.Context, debDir, root string, debs []deb) error {
 	return nil
 }
 
-// hostTools are the programs of this machine the lab cannot do without, and the
-// packages they come from.
+// hostTools are the programs that the lab needs on this machine, and their packages.
 var hostTools = [...]struct{ program, pkg string }{
 	{"qemu-system-x86_64", "qemu-system-x86"},
 	{"xz", "xz-utils"},
 }
 
-// installTools installs what is missing, if it may.
+// installTools installs the missing host tools, if it may.
 func installTools(ctx context.Context) error {
 	for _, tool := range [...]string{"apt-get", "apt-cache", "dpkg-deb"} {
 		if _, err := exec.LookPath(tool); err != nil {
@@ -227,14 +224,14 @@ func installTools(ctx context.Context) error {
 	return err
 }
 
-// updateIndex is for a machine that never asked, or asked long ago.
+// updateIndex updates apt's index, which may be missing or old.
 func updateIndex(ctx context.Context) error {
 	_, err := output(ctx, "", "apt-get", "-o", "DPkg::Lock::Timeout=300", "update")
 	return err
 }
 
-// output runs a program and gives what it printed; its error holds the end of
-// what it complained about.
+// output runs a program and returns its standard output. The error holds the end of its
+// standard error.
 func output(ctx context.Context, dir, name string, args ...string) ([]byte, error) {
 	cmd := exec.CommandContext(ctx, name, args...)
 	cmd.Dir = dir

@@ -17,7 +17,7 @@ var libraryDirs = [...]string{
 	"lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu", "lib64", "usr/lib64",
 }
 
-// libraries gives the shared objects file needs, and what those need, by name.
+// libraries adds the shared objects that file needs, directly or indirectly, to found, by name.
 func libraries(root, file string, found map[string]string) error {
 	f, err := elf.Open(file)
 	if err != nil {
@@ -80,8 +80,8 @@ func findModules(root, version string) (*modules, error) {
 
 func moduleName(s string) string { return strings.ReplaceAll(s, "-", "_") }
 
-// install puts the modules named into the tree, uncompressed, with all they
-// depend on and the two indexes modprobe reads: depmod's work without depmod.
+// install puts the named modules into the tree, uncompressed, with their dependencies and the
+// two indexes that modprobe reads. It replaces depmod.
 func (m *modules) install(t *tree, version string, names ...string) error {
 	dst := "/lib/modules/" + version
 	builtin, err := os.ReadFile(filepath.Join(m.dir, "modules.builtin"))
@@ -158,7 +158,7 @@ func (m *modules) load(name string, infos map[string]moduleInfo) error {
 	return nil
 }
 
-// readModinfo reads the section modinfo prints: NUL-terminated key=value.
+// readModinfo reads the section that modinfo prints: NUL-terminated key=value pairs.
 func readModinfo(object []byte) (moduleInfo, error) {
 	f, err := elf.NewFile(bytes.NewReader(object))
 	if err != nil {
@@ -188,8 +188,8 @@ func readModinfo(object []byte) (moduleInfo, error) {
 	return info, nil
 }
 
-// closure lists what name needs, each before what it needs itself: modprobe loads
-// the list from its end.
+// closure lists the modules that name needs, each one before its own dependencies: modprobe
+// loads the list from its end.
 func closure(name string, infos map[string]moduleInfo) []string {
 	var order []string
 	var visit func(string)

@@ -11,14 +11,14 @@ import (
 	"os/exec"
 )
 
-// unpackXen writes the hypervisor as the ELF file it is inside its gzip: QEMU's
-// multiboot loader wants it plain.
+// unpackXen writes the hypervisor as a plain ELF file, without gzip: QEMU's multiboot loader
+// does not decompress it.
 func unpackXen(src, dst string) error {
 	return rewrite(src, dst, func(b []byte) ([]byte, error) { return inflate(b) })
 }
 
-// unpackKernel takes vmlinux out of a bzImage. Xen and xl can both unpack one
-// themselves, but an emulated CPU needs ten seconds for it.
+// unpackKernel extracts vmlinux from a bzImage. Xen and xl can unpack a bzImage themselves, but
+// an emulated CPU needs ten seconds for that.
 func unpackKernel(src, dst string) error {
 	return rewrite(src, dst, func(b []byte) ([]byte, error) {
 		payload, err := bzPayload(b)
@@ -66,9 +66,8 @@ func bzPayload(image []byte) ([]byte, error) {
 	return image[start:end], nil
 }
 
-// inflate knows the formats that Debian builds kernels and modules with.
-// What follows the compressed stream, such as the kernel's own length word, is
-// ignored.
+// inflate decompresses the formats in which Debian ships kernels and modules. It ignores bytes
+// behind the compressed stream, such as the kernel's length word.
 func inflate(b []byte) ([]byte, error) {
 	switch {
 	case bytes.HasPrefix(b, []byte{0x1f, 0x8b}):

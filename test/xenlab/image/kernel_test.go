@@ -28,8 +28,8 @@ func gzipped(t *testing.T, b []byte) []byte {
 	return z.Bytes()
 }
 
-// bzImage is a header of the boot protocol, filler for the setup code, and a
-// payload with the length word that the kernel's build appends.
+// bzImage returns an image with a header of the boot protocol, filler for the setup code, and
+// a payload with the length word that the kernel's build appends.
 func bzImage(payload []byte) []byte {
 	b := make([]byte, 3*512)
 	b[0x1f1] = 2 // setup sectors
@@ -98,7 +98,7 @@ func TestDamagedImageIsRefused(t *testing.T) {
 	}
 }
 
-// module makes the least ELF file with a .modinfo section.
+// module makes a minimal ELF file with a .modinfo section.
 func module(t *testing.T, info string) []byte {
 	t.Helper()
 	const headerSize, sectionSize = 64, 64

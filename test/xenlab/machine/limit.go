@@ -10,11 +10,11 @@ import (
 	"time"
 )
 
-// maxStretch bounds by how much a limit may grow.
+// maxStretch is the largest factor by which a limit may grow.
 const maxStretch = 8
 
-// usage is what QEMU's threads had of this machine's processors, and how long they
-// wanted one and waited, in total.
+// usage is how long QEMU's threads have run on this machine's processors, and how long they
+// have waited for one, in total.
 type usage struct{ ran, waited time.Duration }
 
 func (m *Machine) usage() (u usage) {
@@ -37,8 +37,8 @@ func (m *Machine) usage() (u usage) {
 	return u
 }
 
-// Starved is the part of the time QEMU's threads wanted a processor of this machine
-// and had to wait for it, from 0 to 1. It explains a slow run.
+// Starved returns the share of the time for which QEMU's threads wanted a processor of this
+// machine but had to wait for it, from 0 to 1. It explains a slow run.
 func (m *Machine) Starved() float64 {
 	u := m.usage()
 	if u.ran+u.waited == 0 {
@@ -47,29 +47,29 @@ func (m *Machine) Starved() float64 {
 	return float64(u.waited) / float64(u.ran+u.waited)
 }
 
-// progress is how far the machine got in the time between two looks at its usage: all
-// of the time, less the part for which its threads were kept waiting. Of several
-// threads that want a processor the average counts.
+// progress returns how far the machine got between two readings of its usage: the elapsed
+// time, less the time for which its threads waited for a processor. If several threads want
+// a processor, the average counts.
 func progress(elapsed time.Duration, before, after usage) time.Duration {
-	// The numbers of a thread that ended are gone.
+	// A thread that has ended is no longer counted, so the sums may shrink.
 	ran, waited := max(after.ran-before.ran, 0), max(after.waited-before.waited, 0)
 	wanting := max(1, float64(ran+waited)/float64(max(elapsed, 1)))
 	return elapsed - min(elapsed, time.Duration(float64(waited)/wanting))
 }
 
-// A Limit is a time that the machine has for something. A machine that other programs
-// of this computer keep from its processors has longer, up to eight times.
-// It is for one goroutine.
+// A Limit is the time that the machine has for a task. It grows, up to eightfold, while other
+// programs of this computer keep the machine from its processors. A Limit is not safe for
+// concurrent use.
 type Limit struct {
 	usage func() usage
 	d     time.Duration
-	got   time.Duration // of d, as of last
+	got   time.Duration // the part of d that has passed at last
 	begin time.Time
 	last  time.Time
-	used  usage // as of last
+	used  usage // the usage at last
 }
 
-// Limit begins now.
+// Limit returns a Limit of d that begins now.
 func (m *Machine) Limit(d time.Duration) *Limit { return newLimit(d, m.usage) }
 
 func newLimit(d time.Duration, look func() usage) *Limit {
@@ -77,7 +77,7 @@ func newLimit(d time.Duration, look func() usage) *Limit {
 	return &Limit{usage: look, d: d, begin: now, last: now, used: look()}
 }
 
-// left is how much of the limit there is; it does not pass earlier than that.
+// left returns how much of the limit is left. The limit does not pass earlier than that.
 func (l *Limit) left() time.Duration {
 	now, used := time.Now(), l.usage()
 	l.got += progress(now.Sub(l.last), l.used, used)
@@ -85,10 +85,10 @@ func (l *Limit) left() time.Duration {
 	return min(l.d-l.got, maxStretch*l.d-now.Sub(l.begin))
 }
 
-// Over reports whether it has passed.
+// Over reports whether the limit has passed.
 func (l *Limit) Over() bool { return l.left() <= 0 }
 
-// String says how long the limit is, and how long it was here if it grew.
+// String returns the length of the limit, and its actual length if it grew.
 func (l *Limit) String() string {
 	took := l.last.Sub(l.begin)
 	if l.got == 0 || float64(took) < 1.1*float64(l.got) {
@@ -98,13 +98,13 @@ func (l *Limit) String() string {
 		l.d, took.Round(time.Second), 100*float64(l.got)/float64(took))
 }
 
-// Within gives a context that ends when a limit has passed. Its cause is what the
-// limit's String says.
+// Within returns a context that ends when a Limit of d has passed. Its cause wraps
+// context.DeadlineExceeded and has the text of the Limit.
 func (m *Machine) Within(ctx context.Context, d time.Duration) (context.Context, context.CancelFunc) {
 	return within(ctx, m.Limit(d))
 }
 
-// lookEvery is how often a context looks at what QEMU got.
+// lookEvery is the time between two readings of QEMU's usage for a context.
 const lookEvery = time.Second
 
 func within(ctx context.Context, l *Limit) (context.Context, context.CancelFunc) {
@@ -122,7 +122,7 @@ func within(ctx context.Context, l *Limit) (context.Context, context.CancelFunc)
 	return ctx, func() { cancel(context.Canceled) }
 }
 
-// A pace foretells how long the machine takes, from how long it took lately.
+// A pace predicts by how much the machine will be slowed down, from the last seconds.
 type pace struct {
 	at      time.Time
 	used    usage
@@ -130,15 +130,15 @@ type pace struct {
 }
 
 const (
-	paceOver = 2 * time.Second  // less tells little
-	paceKept = 20 * time.Second // more is long ago
+	paceOver = 2 * time.Second  // a shorter sample means little
+	paceKept = 20 * time.Second // an older sample no longer matters
 )
 
-// look takes a sample into account, and gives by how much limits grow.
+// look adds a sample, and returns the factor by which limits grow.
 func (p *pace) look(now time.Time, used usage) float64 {
 	elapsed := now.Sub(p.at)
 	switch {
-	case p.stretch == 0: // the first time
+	case p.stretch == 0: // the first sample
 		p.at, p.used, p.stretch = now, used, 1
 	case elapsed >= paceOver:
 		got := progress(elapsed, p.used, used)
@@ -150,8 +150,8 @@ func (p *pace) look(now time.Time, used usage) float64 {
 	return p.stretch
 }
 
-// Stretched is the time of a limit by the guests' clocks, which go on while QEMU
-// waits for a processor: a limit that they enforce cannot grow while it runs.
+// Stretched returns d in the time of the guests' clocks, which go on while QEMU waits for a
+// processor. It is for limits that the guests enforce, which cannot grow while they run.
 func (m *Machine) Stretched(d time.Duration) time.Duration {
 	used := m.usage()
 	m.mu.Lock()

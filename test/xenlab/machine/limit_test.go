@@ -11,8 +11,8 @@ import (
 	"time"
 )
 
-// shared is what QEMU uses that wants threads processors all the time and gets a part
-// of each.
+// shared returns the usage of a QEMU that always wants so many processors, for as many
+// threads, and gets the given part of each.
 func shared(threads, part float64) func() usage {
 	begin := time.Now()
 	return func() usage {
@@ -35,7 +35,7 @@ func TestLimitGrowsWithTheShareOfAProcessor(t *testing.T) {
 		{"a quarter of three", 3, 0.25, 4 * limit},
 		{"nearly nothing", 2, 0.01, maxStretch * limit},
 		{"idle", 0, 1, limit},
-		// It wants a processor a tenth of the time: waiting for it costs no more.
+		// It wants a processor for a tenth of the time, so it loses little by waiting.
 		{"nearly idle", 0.1, 0.5, limit * 100 / 95},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -58,7 +58,7 @@ func TestLimitGrowsWithTheShareOfAProcessor(t *testing.T) {
 	}
 }
 
-// The load comes and goes: the limit grows by what the machine lost, and no more.
+// The load comes and goes: the limit grows by the time that the machine lost, and no more.
 func TestLimitCountsWhatWasLost(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var used usage
@@ -81,7 +81,7 @@ func TestLimitCountsWhatWasLost(t *testing.T) {
 }
 
 func TestCancelledLimitLeavesNothing(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) { // which waits for every goroutine
+	synctest.Test(t, func(t *testing.T) { // synctest waits for every goroutine
 		ctx, cancel := within(t.Context(), newLimit(time.Hour, func() usage { return usage{} }))
 		cancel()
 		if err := context.Cause(ctx); !errors.Is(err, context.Canceled) {
@@ -90,7 +90,7 @@ func TestCancelledLimitLeavesNothing(t *testing.T) {
 	})
 }
 
-// A limit that guests enforce grows by what the last seconds were like.
+// A limit that guests enforce grows with the load of the last seconds.
 func TestPaceFollowsTheLoad(t *testing.T) {
 	var p pace
 	now, used := time.Unix(0, 0), usage{}
@@ -124,7 +124,7 @@ func TestPaceFollowsTheLoad(t *testing.T) {
 	}
 }
 
-// The numbers come from the kernel.
+// The usage of a real process can be read from the kernel.
 func TestUsageOfAProcessIsRead(t *testing.T) {
 	m := running(t)
 	for begin := time.Now(); m.usage().ran == 0; time.Sleep(10 * time.Millisecond) {

@@ -35,32 +35,33 @@ import (
 type Config struct {
 	Images *image.Set
 	Dir    string    // for console.log
-	Xen    []string  // more arguments for Xen
-	Linux  []string  // more arguments for dom0's kernel; no commas: QEMU splits there
+	Xen    []string  // additional arguments for Xen
+	Linux  []string  // additional arguments for dom0's kernel; without commas, at which QEMU splits
 	Memory int       // 0: 2048
 	Dom0   int       // 0: 1024
-	Tee    io.Writer // the console, as it is logged; may be nil
+	Tee    io.Writer // gets a copy of the console; may be nil
 }
 
-// bootLimit is for QEMU, Xen, dom0 and its toolstack: 20 s on a quiet machine.
+// bootLimit is for the start of QEMU, Xen, dom0 and its toolstack, which takes 20 s on a
+// quiet machine.
 const bootLimit = 120 * time.Second
 
-// grace is what a call may take longer than it promised before the machine
+// grace is how long after its timeout a call may still be without a reply, before the machine
 // counts as hung.
 const grace = 30 * time.Second
 
-// A Machine is one that runs. Its methods may be called from any goroutine.
+// A Machine is a running machine. Its methods may be called from any goroutine.
 type Machine struct {
 	console net.Conn
 	port    net.Conn
-	ended   chan struct{} // closed when QEMU is gone and the console is read
+	ended   chan struct{} // closed once QEMU has ended and the console is read
 	failed  chan struct{} // closed when err is set
 
 	mu      sync.Mutex
-	err     error                       // guarded by mu; why the machine is of no use any more
+	err     error                       // guarded by mu; why the machine can no longer be used
 	last    uint64                      // guarded by mu
 	pending map[uint64]chan proto.Reply // guarded by mu
-	qemu    *os.Process                 // guarded by mu; nil once it was waited for
+	qemu    *os.Process                 // guarded by mu; nil once the process was waited for
 	pace    pace                        // guarded by mu
 	hello   chan proto.Reply
 }
@@ -72,7 +73,7 @@ func Start(ctx context.Context, cfg Config) (*Machine, error) {
 			return nil, fmt.Errorf("machine: QEMU would split the kernel's arguments at the comma in %q", a)
 		}
 	}
-	// Not cfg.Dir: a socket's path has at most 107 bytes.
+	// Not in cfg.Dir, because the path of a socket has at most 107 bytes.
 	sockets, err := os.MkdirTemp("", "xenlab")
 	if err != nil {
 		return nil, err
@@ -94,7 +95,7 @@ func Start(ctx context.Context, cfg Config) (*Machine, error) {
 			log.Close()
 			return nil, err
 		}
-		defer l.Close() // ends an Accept that QEMU never answered
+		defer l.Close() // ends Accept if QEMU never connects
 		go func() {
 			var err error
 			conns[i], err = l.Accept()
@@ -159,12 +160,11 @@ func errOr(err, other error) error {
 	return other
 }
 
-// qemuArgs: SMAP goes because QEMU 7.2 takes a PV kernel's IRETQ for an access of
-// the supervisor, RDTSCP because its SVM intercept of it confuses Xen (PVH). Xen
-// must switch vector registers eagerly: where it does so on first use, QEMU lets
-// some uses through, and programs see registers of other domains. Without XSAVE
-// there is less to switch; with it a PVH guest finds its sizes inconsistent now and
-// then.
+// qemuArgs returns QEMU's arguments. SMAP is off because QEMU 7.2 treats a PV kernel's IRETQ
+// as a supervisor access, RDTSCP because QEMU's SVM intercept of it confuses Xen (PVH). Xen
+// must switch vector registers eagerly: if it does so at first use, QEMU misses some uses, and
+// programs see the registers of other domains. Without XSAVE there is less to switch; with it
+// a PVH guest sometimes finds its sizes inconsistent.
 func qemuArgs(cfg Config, sockets string) []string {
 	memory, dom0 := cfg.Memory, cfg.Dom0
 	if memory == 0 {
@@ -192,8 +192,8 @@ func qemuArgs(cfg Config, sockets string) []string {
 	}
 }
 
-// startQEMU starts it so that it dies with us, even by SIGKILL. The kernel ties
-// that to the thread, so one waits with it.
+// startQEMU starts QEMU so that it dies with this process, even if that gets SIGKILL. The
+// kernel ties this to the starting thread, so a goroutine keeps that thread until QEMU ends.
 func (m *Machine) startQEMU(args []string, stderr io.Writer) (exited <-chan error, err error) {
 	started, end := make(chan error), make(chan error, 1)
 	go func() {
@@ -225,10 +225,10 @@ func (m *Machine) kill() {
 	}
 }
 
-// fatal is what Xen and Linux print when there is no going on.
+// fatal matches the messages of Xen and Linux after which they cannot go on.
 var fatal = regexp.MustCompile(`Kernel panic|Xen BUG at|Panic on CPU|FATAL (TRAP|PAGE)|\bOops\b|\bBUG: |kernel BUG at|general protection fault|DOUBLE FAULT`)
 
-// Fatal reports whether a line of a kernel's log says that it broke.
+// Fatal reports whether a line of a log says that Xen or the kernel crashed.
 func Fatal(line string) bool { return fatal.MatchString(line) }
 
 // watch logs the console until QEMU closes it.
@@ -242,7 +242,7 @@ func (m *Machine) watch(log *os.File, tee io.Writer) {
 	for s := bufio.NewReaderSize(r, 64<<10); ; {
 		line, err := s.ReadString('\n')
 		if Fatal(line) {
-			// Let the rest of the message reach the log.
+			// Give the rest of the message time to reach the log.
 			time.AfterFunc(2*time.Second, func() {
 				m.fail(fmt.Errorf("on the console: %s", strings.TrimSpace(line)))
 				m.kill()
@@ -262,7 +262,7 @@ func (m *Machine) receive() {
 			err = json.Unmarshal(line, &reply)
 		}
 		if err != nil {
-			select { // the end of QEMU says more
+			select { // prefer the error of QEMU's end
 			case <-m.ended:
 			case <-time.After(5 * time.Second):
 			}
@@ -283,7 +283,7 @@ func (m *Machine) receive() {
 	}
 }
 
-// fail ends all calls. The first reason stays.
+// fail ends all calls with err. Only the first error is kept.
 func (m *Machine) fail(err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -293,16 +293,16 @@ func (m *Machine) fail(err error) {
 	}
 }
 
-// Err says why the machine is of no use any more, or nil.
+// Err returns why the machine can no longer be used, or nil.
 func (m *Machine) Err() error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.err
 }
 
-// Call has an agent do something and waits for its reply, at most somewhat longer
-// than c.Timeout, which must be set. An error means that it could not be asked,
-// or could not do it; a program that ran and failed is in the Reply.
+// Call sends c to an agent and waits for its reply, at most somewhat longer than c.Timeout,
+// which must be set. An error means that the agent could not be reached, or could not make the
+// call. If a program ran and failed, the Reply says so, without an error.
 func (m *Machine) Call(ctx context.Context, c proto.Call) (proto.Reply, error) {
 	answer := make(chan proto.Reply, 1)
 	m.mu.Lock()
@@ -315,7 +315,8 @@ func (m *Machine) Call(ctx context.Context, c proto.Call) (proto.Reply, error) {
 	m.pending[c.ID] = answer
 	line, err := json.Marshal(c)
 	if err == nil {
-		// Under the lock, so that lines stay whole. The agent always reads.
+		// Write under the lock, so that lines stay whole. It does not block for long,
+		// because the agent always reads.
 		_, err = m.port.Write(append(line, '\n'))
 	}
 	m.mu.Unlock()
@@ -340,15 +341,15 @@ func (m *Machine) Call(ctx context.Context, c proto.Call) (proto.Reply, error) {
 	}
 }
 
-// Console is dom0's: what is written to it is typed there.
+// Console returns the input of dom0's console.
 func (m *Machine) Console() io.Writer { return m.console }
 
-// Stop ends the machine and returns when it is gone.
+// Stop ends the machine and waits for its end.
 func (m *Machine) Stop() {
 	m.fail(net.ErrClosed)
 	m.kill()
 	<-m.ended
 }
 
-// Ended is closed when the machine is gone.
+// Ended returns a channel that is closed once the machine has ended.
 func (m *Machine) Ended() <-chan struct{} { return m.ended }

@@ -19,7 +19,7 @@ import (
 	"barevif/test/xenlab/proto"
 )
 
-// modeEnv makes this program a QEMU whose dom0 behaves in a certain way.
+// modeEnv makes the test binary run as a fake QEMU. Its value says how the fake dom0 behaves.
 const modeEnv = "XENLAB_FAKE_QEMU"
 
 func TestMain(m *testing.M) {
@@ -73,7 +73,7 @@ func fakeQEMU(mode string) {
 			fmt.Fprintln(console, "(XEN) Xen BUG at grant_table.c:1234")
 		case proto.Off:
 			return
-		} // others are never answered
+		} // other calls get no reply
 	}
 }
 

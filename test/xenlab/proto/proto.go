@@ -21,25 +21,26 @@ const Port = "org.barevif.xenlab"
 // domain owns data/, so it may write there.
 const Store = "data/xenlab"
 
-// StoreArgument is on dom0's kernel command line, NAME=PROGRAM, if another program
-// than xenstored is to be its xenstore.
+// StoreArgument is an argument on dom0's kernel command line, NAME=PROGRAM, that selects
+// another xenstore daemon than xenstored.
 const StoreArgument = "xenlab.store"
 
-// An Op is what a Call asks for.
+// An Op is the operation of a Call.
 type Op string
 
 const (
 	// Start starts Argv with Stdin. The Reply has Proc and comes at once.
 	Start Op = "start"
-	// Wait waits until Proc ends, or, with Match, until what it printed matches
-	// that regular expression. The Reply has what it printed so far.
+	// Wait waits until Proc ends, or, with Match, until its output matches that regular
+	// expression. The Reply has the output so far.
 	Wait Op = "wait"
 	// Kill sends Signal to Proc and its children.
 	Kill Op = "kill"
 	// Run is Start and Wait in one. With Until it runs Argv again and again
 	// until it succeeds. At the Timeout the process is killed.
 	Run Op = "run"
-	// Put writes Stdin to Path, made with Mode; Get gives its contents as Stdout.
+	// Put writes Stdin to Path, which it makes with Mode. Get returns the contents of
+	// Path as Stdout.
 	Put Op = "put"
 	Get Op = "get"
 	// Shell starts a shell on the console.
@@ -64,20 +65,20 @@ type Call struct {
 	Timeout time.Duration `json:"timeout,omitempty"`
 }
 
-// A Reply answers the Call of the same ID. ID 0 is the agent's own first word:
-// its domain is ready, or why it is not.
+// A Reply answers the Call of the same ID. A Reply with ID 0 is the agent's first message: its
+// domain is ready, or Err says why not.
 type Reply struct {
 	ID      uint64 `json:"id"`
 	Proc    int    `json:"proc,omitempty"`
 	Running bool   `json:"running,omitempty"` // Proc had not ended
-	Exit    int    `json:"exit,omitempty"`    // as a shell gives it: 128 + signal
+	Exit    int    `json:"exit,omitempty"`    // like a shell's: 128 + signal if a signal ended it
 	Stdout  Blob   `json:"stdout,omitempty"`
 	Stderr  Blob   `json:"stderr,omitempty"`
-	Err     string `json:"err,omitempty"` // the call could not be done at all
+	Err     string `json:"err,omitempty"` // why the call could not be done at all
 }
 
-// A Blob is compressed on its way when that pays: a domain's link to dom0 is
-// made of xenstore nodes.
+// A Blob is compressed in transit if that is worthwhile: a domain's link to dom0 consists of
+// small xenstore nodes.
 type Blob []byte
 
 const worthwhile = 256 // bytes

@@ -26,7 +26,7 @@ func main() {
 	got := make([]byte, len(want))
 	rounds, wrong := 0, 0
 	for end := time.Now().Add(duration); time.Now().Before(end); {
-		for range 200 { // far longer than reading the clock
+		for range 200 { // takes far longer than a reading of the clock
 			rounds++
 			clear(got)
 			copy(got, want)

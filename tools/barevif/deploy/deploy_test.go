@@ -24,7 +24,7 @@ import (
 
 var update = flag.Bool("update", false, "write dashboard.json anew")
 
-// samples are the names of all samples there are.
+// samples returns the names of all samples that exist.
 func samples() map[string]bool {
 	out := map[string]bool{}
 	for _, name := range statweb.Metrics() {
@@ -47,7 +47,7 @@ func samples() map[string]bool {
 
 var metric = regexp.MustCompile(`\bbarevif_[a-z0-9_]+`)
 
-// unknown gives the metrics an expression names that do not exist.
+// unknown returns the metrics of an expression that do not exist.
 func unknown(expr string) (out []string) {
 	known := samples()
 	for _, m := range metric.FindAllString(expr, -1) {
@@ -136,7 +136,7 @@ func TestDashboardIsMadeFromTheFields(t *testing.T) {
 	if bad := unknown(b.String()); len(bad) > 0 {
 		t.Errorf("no metrics %v", bad)
 	}
-	// Every reason of a loss is drawn.
+	// The dashboard has every reason for a loss.
 	for _, f := range telemetry.Fields() {
 		for _, d := range [...]telemetry.Dir{telemetry.RX, telemetry.TX} {
 			if f.SumIn != "" && !strings.Contains(b.String(), f.Metric(d)+"_total") {
@@ -146,7 +146,7 @@ func TestDashboardIsMadeFromTheFields(t *testing.T) {
 	}
 }
 
-// Grafana shows nothing, and says nothing, where one of these does not hold.
+// If one of these conditions fails, Grafana shows nothing and reports no error.
 func TestGrafanaCanPlaceTheDashboard(t *testing.T) {
 	type source struct{ Type, UID string }
 	var d struct {
@@ -237,7 +237,7 @@ func TestGrafanaCanPlaceTheDashboard(t *testing.T) {
 	}
 }
 
-// reference is a use of a variable.
+// reference matches the use of a variable.
 var reference = regexp.MustCompile(`\$\{?(\w+)`)
 
 type object = map[string]any
@@ -249,7 +249,7 @@ const of = `{vif=~"$vif",queue=~"$queue"}`
 
 func rate(name string) string { return "rate(" + name + of + "[$__rate_interval])" }
 
-// both is a query for each direction.
+// both returns a query for each direction.
 func both(expr, legend string) []query {
 	return []query{
 		{strings.ReplaceAll(expr, "DIR", "rx"), "{{vif}} rx" + legend},
@@ -257,7 +257,7 @@ func both(expr, legend string) []query {
 	}
 }
 
-// losses is a query for each reason and direction.
+// losses returns a query for each reason and direction.
 func losses() (out []query) {
 	for _, d := range [...]telemetry.Dir{telemetry.RX, telemetry.TX} {
 		for _, f := range telemetry.Fields() {
@@ -270,7 +270,7 @@ func losses() (out []query) {
 	return out
 }
 
-// dashboard is the dashboard, by what Grafana calls things.
+// dashboard returns the dashboard as Grafana's JSON object.
 func dashboard() object {
 	sum := func(name string) string { return "sum by (vif) (" + rate(name) + ")" }
 	quantile := func(name string) string {

@@ -39,7 +39,7 @@ func main() {
 	}
 }
 
-// kept is how long a machine may stay for -keep or -shell.
+// kept is how long a machine may run for -keep or -shell.
 const kept = 24 * time.Hour
 
 func run(ctx context.Context) error {
@@ -101,7 +101,7 @@ func run(ctx context.Context) error {
 	return nil
 }
 
-// A gate passes on what is written while it is open.
+// A gate passes writes on while it is open, and drops them otherwise.
 type gate struct {
 	w    io.Writer
 	open atomic.Bool
@@ -114,7 +114,7 @@ func (g *gate) Write(b []byte) (int, error) {
 	return len(b), nil
 }
 
-// detach is Ctrl-], as telnet has it.
+// detach is Ctrl-], the escape character of telnet.
 const detach = 0x1d
 
 // console joins the terminal to a shell in dom0 until detach, or the machine's end.
@@ -159,8 +159,8 @@ func console(ctx context.Context, m *machine.Machine, tee *gate) error {
 	return err
 }
 
-// raw hands a terminal's keys on as they come. What is not a terminal stays as it
-// is.
+// raw puts a terminal into raw mode, so that each key is passed on at once. It does nothing to
+// a file that is not a terminal.
 func raw(f *os.File) (restore func(), err error) {
 	old, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS)
 	if err == unix.ENOTTY {
