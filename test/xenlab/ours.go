@@ -18,7 +18,8 @@ func (t *T) netback(wanted bool) {
 		t.Dom0().Run("modprobe", "xen-netback")
 		return
 	}
-	t.Dom0().Sh("if grep -q ^xen_netback /proc/modules; then rmmod xen_netback; fi")
+	// A vif that was detached a moment ago may still hold the module.
+	t.Dom0().Await("netback to let go of its vifs", "if grep -q ^xen_netback /proc/modules; then rmmod xen_netback; fi")
 }
 
 // serve starts our appliance on a guest's vif 0 and waits until it is reachable.
