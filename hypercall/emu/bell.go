@@ -13,8 +13,9 @@ type bell interface {
 	park(until time.Time)
 	close()
 
-	// tell makes each later ring reach s, until untell. Nobody parks meanwhile. The group
-	// rings s itself for earlier rings.
+	// tell makes each later ring of the bell set the bit of s in its group, until untell.
+	// No goroutine parks at the bell meanwhile. The group sets the bit itself for events
+	// that came before.
 	tell(s *seat) error
 	untell(s *seat)
 }

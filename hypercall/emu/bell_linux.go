@@ -37,7 +37,7 @@ func openFDBell(fd int) *fdBell {
 	return b
 }
 
-// ring may fail when the bell is closed: then nobody waits.
+// ring ignores the error of a write to a closed eventfd: no goroutine waits for it then.
 func (b *fdBell) ring() { _, _ = b.file.Write(b.one[:]) }
 
 func (b *fdBell) park(until time.Time) {

@@ -72,7 +72,8 @@ type channelEnd struct {
 	Gen uint32
 }
 
-// A farEnd holds what a notify needs to know of the other end.
+// A farEnd is the other end of an event channel, as a notify uses it: the word with its
+// pending bit, and the bell of its waiter.
 type farEnd struct {
 	word *atomic.Uint32
 	gen  uint32
