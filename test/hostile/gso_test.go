@@ -54,6 +54,7 @@ func hear(d *pvnet.Device) (*sink, chan arrival) {
 	all := make(chan arrival, 4096)
 	go func() {
 		s.ended <- d.Listen(context.Background(), func(f pvnet.Frame) {
+			s.seen.Add(1)
 			a := arrivalOf(&f)
 			if binary.BigEndian.Uint16(a.b[12:]) == 0x88b5 { // a frame of works
 				s.frames <- a.b
@@ -308,7 +309,8 @@ func TestT10LongFramesToTheBackend(t *testing.T) {
 		var gso, fixed, total uint64
 		check := func() {
 			t.Helper()
-			if n, f, c := rx(g.dev, telemetry.GSOPackets), rx(g.dev, telemetry.GSOCsumFixup), rx(g.dev, telemetry.CsumPartial); n != gso || f != fixed || c != total {
+			st := g.sink.stats(t).RX
+			if n, f, c := st.Get(telemetry.GSOPackets), st.Get(telemetry.GSOCsumFixup), st.Get(telemetry.CsumPartial); n != gso || f != fixed || c != total {
 				t.Errorf("counted %d, %d fixed, %d partial; want %d, %d, %d", n, f, c, gso, fixed, total)
 			}
 			gso, fixed, total = 0, 0, 0
@@ -395,7 +397,7 @@ func TestT08LongFramesSplitAtEveryByte(t *testing.T) {
 			g.send(g.cut(blank, partial|raw.TxExtra, sizes...), extra, refuse, telemetry.DropBadChain, nil)
 		}
 	}
-	if got := rx(g.dev, telemetry.GSOPackets); got != n || n < 1500 {
+	if got := g.sink.stats(t).RX.Get(telemetry.GSOPackets); got != n || n < 1500 {
 		t.Errorf("%d of %d frames", got, n)
 	}
 	g.works()
@@ -461,7 +463,7 @@ func TestT10LongFramesToTheFrontend(t *testing.T) {
 				return n == 1 && st.RX.Dropped()+st.RX.Errors() == before.RX.Dropped()+before.RX.Errors()+1
 			})
 		}
-		if n := rx(h.dev, telemetry.LentPackets); n != 0 {
+		if n := h.sink.stats(t).RX.Get(telemetry.LentPackets); n != 0 {
 			t.Errorf("%d frames with offloads were lent", n)
 		}
 		h.works()

@@ -192,38 +192,46 @@ type sink struct {
 	dev    *pvnet.Device
 	frames chan []byte
 	ended  chan error
-	seen   atomic.Uint64 // frames seen so far
+	seen   atomic.Uint64 // frames seen so far; counted before the frame is in frames
 }
 
 func listen(d *pvnet.Device) *sink {
 	s := &sink{dev: d, frames: make(chan []byte, 4096), ended: make(chan error, 1)}
 	go func() {
 		s.ended <- d.Listen(context.Background(), func(f pvnet.Frame) {
+			s.seen.Add(1)
 			b := make([]byte, f.Len())
 			f.CopyTo(b)
 			select {
 			case s.frames <- b:
 			default:
 			}
-			s.seen.Add(1)
 		})
 	}()
 	return s
 }
 
-// drain discards the received frames once all of them have come.
-func (s *sink) drain(t testing.TB) {
+// stats returns the counters of the device once they show every frame seen so far. Its
+// listener publishes them every 32 frames and when it waits, so a frame may be here before
+// its count is.
+func (s *sink) stats(t testing.TB) telemetry.Stats {
 	t.Helper()
 	for end := soon(); ; runtime.Gosched() {
 		st := s.dev.Stats()
 		all, seen := st.RX.Get(telemetry.Packets), s.seen.Load()
 		if seen == all {
-			break
+			return st
 		}
 		if time.Now().After(end) {
-			t.Fatalf("%d frames seen of %d", seen, all)
+			t.Fatalf("%d frames seen, %d counted", seen, all)
 		}
 	}
+}
+
+// drain discards the received frames once all of them have come.
+func (s *sink) drain(t testing.TB) {
+	t.Helper()
+	s.stats(t)
 	for len(s.frames) > 0 {
 		<-s.frames
 	}
