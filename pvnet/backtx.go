@@ -286,9 +286,6 @@ func (e *backTX) wants(f *Frame) need {
 	return n
 }
 
-// pages returns how many pages of the peer the frame fills.
-func (f *Frame) pages() int { return int(f.total+4095) / 4096 }
-
 func (e *backTX) offers() offers { return e.peer }
 
 func (e *backTX) avail() (int, error) {

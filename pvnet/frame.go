@@ -4,7 +4,6 @@ import (
 	"iter"
 
 	"barevif/arena"
-	"barevif/pvnet/packet"
 )
 
 // Limits of a frame in bytes, Ethernet header included, FCS not.
@@ -110,62 +109,6 @@ func (f *Frame) CopyFrom(srcs ...[]byte) int {
 	return n
 }
 
-// reset makes the frame total bytes long, from where it begins, without a checksum state.
-// All headers must fit its first piece. ErrStale, ErrShared, ErrShortFrame.
-func (f *Frame) reset(total uint32) error {
-	if !f.buf.Exclusive() {
-		if f.buf.Valid() {
-			return ErrShared
-		}
-		return ErrStale
-	}
-	size := uint32(f.buf.Size())
-	room := size - uint32(f.off)
-	if f.pieces > 1 {
-		for p, ok := f.buf.Next(); ok; p, ok = f.buf.After(p) {
-			room += size - uint32(p.Off)
-		}
-	}
-	if room < total || size-uint32(f.off) < min(total, packet.MaxHeaders) {
-		return ErrShortFrame
-	}
-	*f = Frame{buf: f.buf, off: f.off, pieces: f.pieces, total: total}
-	f.n = uint16(min(total, size-uint32(f.off)))
-	if f.pieces > 1 {
-		left := total - uint32(f.n)
-		for p, ok := f.buf.Next(); ok; p, ok = f.buf.After(p) {
-			k := min(left, size-uint32(p.Off))
-			f.buf.Resize(p, p.Off, uint16(k))
-			left -= k
-		}
-	}
-	return nil
-}
-
-// refill is reset for the fast paths: if n bytes fit the frame's one buffer, and the
-// caller alone holds it, it makes the frame n bytes long and returns the bytes. Otherwise
-// it returns nil and changes nothing; reset then says why.
-func (f *Frame) refill(n uint16) []byte {
-	if f.pieces != 1 || !f.buf.Exclusive() || int(f.off)+int(n) > f.buf.Size() {
-		return nil
-	}
-	f.total, f.n = uint32(n), n
-	f.csum, f.gso = ChecksumUnknown, GSO{}
-	return f.Bytes()
-}
-
-// copyFrame overwrites f with the bytes and the offload state of g, which is not longer
-// than f.
-func (f *Frame) copyFrame(g *Frame) {
-	f.csum, f.gso = g.csum, g.gso
-	if g.pieces <= 1 {
-		f.CopyFrom(g.Bytes())
-		return
-	}
-	var srcs [mostPieces][]byte
-	f.CopyFrom(g.gather(srcs[:0])...)
-}
-
 // Headroom returns how many bytes Prepend can add.
 func (f *Frame) Headroom() int { return int(f.off) }
 
@@ -260,87 +203,3 @@ func (f *Frame) Retain() error { return f.buf.Retain() }
 // Release gives the frame back to its device. It may be called from any goroutine; for
 // the owner, [RX.Release] is faster. [ErrStale].
 func (f *Frame) Release() error { return f.buf.Release() }
-
-// headroom is how many bytes Alloc and Receive leave free before a frame, or less where
-// the frame then fits one piece: room for a tunnel's headers (an outer IPv6 and UDP, and
-// 80 bytes more), a multiple of a cache line.
-const headroom = 128
-
-// build makes a frame of total bytes behind the headroom, from buffers of a. It reports
-// false, and takes none, if there are too few.
-func build(a *arena.Arena, total int, f *Frame) bool {
-	size := a.Size()
-	if total <= size { // one piece, with as much of the headroom as fits
-		var one [1]uint32
-		if a.Get(one[:]) == 0 {
-			return false
-		}
-		f.buf = a.Buffer(one[0])
-		f.total, f.csum, f.gso, f.pieces = uint32(total), ChecksumUnknown, GSO{}, 1
-		f.off, f.n = uint16(min(headroom, size-total)), uint16(total)
-		return true
-	}
-	var bufs [maxPieces]uint32
-	n := (headroom + total + size - 1) / size
-	if n > maxPieces {
-		return false
-	}
-	if got := a.Get(bufs[:n]); got < n {
-		a.Put(bufs[:got]...)
-		return false
-	}
-	first := size - headroom
-	left := total - first
-	for i := 1; i < n; i++ {
-		k := min(left, size)
-		a.Link(bufs[i-1], bufs[i], 0, uint16(k))
-		left -= k
-	}
-	*f = Frame{buf: a.Buffer(bufs[0]), total: uint32(total), off: headroom, n: uint16(first), pieces: uint8(n)}
-	return true
-}
-
-// buildAll builds as many frames as there are buffers for and returns how many. Frames of
-// one buffer, the usual ones, come off the arena's stack many at a time.
-func buildAll(a *arena.Arena, total int, frames []Frame) (n int) {
-	if total > a.Size() {
-		for n < len(frames) && build(a, total, &frames[n]) {
-			n++
-		}
-		return n
-	}
-	off := uint16(min(headroom, a.Size()-total))
-	for n < len(frames) {
-		var bufs [32]uint32
-		k := a.Get(bufs[:min(len(frames)-n, len(bufs))])
-		for i, b := range bufs[:k] {
-			frames[n+i].single(a.Buffer(b), off, uint16(total))
-		}
-		if n += k; k < len(bufs) {
-			break
-		}
-	}
-	return n
-}
-
-// single makes f the n bytes at off of one buffer. It stores field by field: a literal
-// would be built elsewhere first, and be read back before its stores have settled.
-func (f *Frame) single(buf arena.Buffer, off, n uint16) {
-	f.buf = buf
-	f.total, f.off, f.n = uint32(n), off, n
-	f.csum, f.pieces, f.gso = ChecksumUnknown, 1, GSO{}
-}
-
-// plain reports whether the frame takes exactly one slot and no extra info, as the fast
-// paths of all four engines require. It does not check whether the frame is stale.
-func (f *Frame) plain() bool {
-	return f.pieces == 1 && f.csum != ChecksumPartial && f.gso.Size == 0 &&
-		f.total == uint32(f.n) && f.total >= MinFrame
-}
-
-// maxPieces is how many buffers of 4096 bytes MaxFrame bytes behind the headroom take.
-const maxPieces = (headroom + MaxFrame + 4095) / 4096
-
-// mostPieces bounds the pieces of any frame. A lent frame has the pieces that the peer
-// made.
-const mostPieces = max(maxPieces, maxRxSlots)

@@ -152,3 +152,7 @@ func releaseTo(a *arena.Arena, frames []Frame) (err error) {
 // SetDeadline sets when waiting calls give up, those under way included; the zero Time
 // means never. Any goroutine may call it.
 func (rx *RX) SetDeadline(t time.Time) { rx.setDeadline(t) }
+
+// CountUndelivered counts n frames that the owner received and could not pass on. They
+// also stay counted as received. It returns the errors of [TX.CountDropped].
+func (rx *RX) CountUndelivered(n uint64) error { return rx.undelivered(n) }

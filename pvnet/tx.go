@@ -4,8 +4,6 @@ import (
 	"cmp"
 	"time"
 
-	"barevif/arena"
-	"barevif/pvnet/packet"
 	"barevif/telemetry"
 )
 
@@ -17,18 +15,6 @@ type TX struct {
 	stall stall        // life goroutine and slow tick only
 	cuts  cutting      // inside the gate
 	mine  [batch]Frame // the frames of Write; guarded by mu
-}
-
-// A cutting is the state of a GSO frame that is being cut.
-type cutting struct {
-	packet.Cutter
-	pieces [32]Frame // some of the frames that it is cut into
-
-	// A frame that was sent in part, for lack of room. If the caller sends it again
-	// unchanged, the cutting continues where it stopped.
-	frame   arena.Buffer
-	headers uint32 // a hash of the frame's headers
-	done    int    // bytes of its payload already sent; 0: no such frame
 }
 
 // A sender moves frames into one connection's ring.
@@ -77,14 +63,6 @@ type sender interface {
 
 // A need is what a call to the sending half lacks or waits for.
 type need struct{ slots, bufs int }
-
-// buffersFor returns how many buffers build takes for size bytes.
-func buffersFor(size int) int {
-	if size <= 4096 {
-		return 1
-	}
-	return (headroom + size + 4095) / 4096
-}
 
 // Alloc makes empty frames with headroom, which a frontend makes in pages that are
 // granted already. It returns how many: fewer than len(frames) if all pages are in use,
@@ -177,85 +155,6 @@ func (tx *TX) put(frames []Frame) (n int, err error) {
 	return n, err
 }
 
-// cut sends a frame in as many pieces as there is room for, and takes it over with the
-// last piece.
-func (tx *TX) cut(f *Frame) error {
-	c := &tx.cuts
-	if !c.begin(f) {
-		return ErrOffload
-	}
-	for c.Left() > 0 {
-		done := c.Done()
-		err := tx.cutSome(f)
-		if c.Done() == done && err == nil {
-			err = ErrFull
-		}
-		if err != nil {
-			return err
-		}
-	}
-	c.frame, c.done = arena.Buffer{}, 0
-	return f.Release()
-}
-
-// begin prepares c to cut f, from the start or from where it stopped.
-func (c *cutting) begin(f *Frame) bool {
-	cut, ok := f.gso.cut()
-	if !ok || !c.Init(f.Bytes(), int(f.total), cut) {
-		return false
-	}
-	headers := fnv(f.total, f.Bytes()[:c.HeaderLen()])
-	if c.done != 0 && c.frame == f.buf && c.headers == headers {
-		c.Skip(c.done)
-	} else {
-		c.frame, c.headers, c.done = f.buf, headers, 0
-	}
-	return true
-}
-
-// cutSome sends the next pieces: as many as there is room for, but at most len(c.pieces).
-func (tx *TX) cutSome(f *Frame) error {
-	c := &tx.cuts
-	bufs := buffersFor(c.Len())
-	if ok, err := tx.eng.room(need{slots: bufs, bufs: bufs}); err != nil || !ok {
-		if !ok && err == nil {
-			tx.count.Add(telemetry.RingFull, 1)
-			err = ErrFull
-		}
-		return err
-	}
-	slots, err := tx.eng.avail()
-	if err != nil {
-		return err
-	}
-	k, err := tx.eng.alloc(c.pieces[:min(c.Left(), len(c.pieces), slots/bufs)], c.Len())
-	if err != nil {
-		return err
-	}
-	var srcs [mostPieces][]byte
-	var parts [1 + mostPieces][]byte
-	all := f.gather(srcs[:0])
-	for i := range c.pieces[:k] {
-		g := &c.pieces[i]
-		g.Truncate(c.Len())
-		head, payload := c.Next(all, parts[:1])
-		payload[0] = head
-		g.CopyFrom(payload...)
-		g.csum = ChecksumVerified
-	}
-	n, err := tx.eng.send(c.pieces[:k])
-	for i := n; i < k; i++ {
-		c.pieces[i].Release()
-	}
-	if n < k {
-		c.begin(f)
-		c.Skip(n * int(f.gso.Size))
-	}
-	c.done = c.Done()
-	tx.counted(n) // else an event that made room for a part would count as spurious
-	return err
-}
-
 // wants returns what it takes to send f, or its next piece if it has to be cut.
 func (tx *TX) wants(f *Frame) need {
 	if tx.eng.offers().fit(f) == uncut && tx.cuts.begin(f) {
@@ -339,25 +238,13 @@ func (tx *TX) leaveWith(err error) error {
 // means never. Any goroutine may call it.
 func (tx *TX) SetDeadline(t time.Time) { tx.setDeadline(t) }
 
-// slots returns how many pieces of the frame hold bytes, which is how many slots it takes
-// if it is sent without a copy. It is 0 if the pieces do not add up to the length: then
-// another copy of the Frame was cut.
-func (f *Frame) slots() int {
-	if f.pieces <= 1 {
-		if f.total != uint32(f.n) {
-			return 0
-		}
-		return 1
-	}
-	used, sum := 1, uint32(f.n)
-	for p, ok := f.buf.Next(); ok; p, ok = f.buf.After(p) {
-		if p.Len > 0 {
-			used++
-			sum += uint32(p.Len)
-		}
-	}
-	if sum != f.total {
-		return 0
-	}
-	return used
+// CountDropped counts n frames that the owner should have sent and dropped itself, for
+// reason r. While the link is down it counts nothing and returns [ErrLinkDown]; after the
+// end of the device, the error that ended it. [ErrBusy].
+func (tx *TX) CountDropped(r telemetry.Reason, n uint64) error {
+	return tx.note(func(b *telemetry.Block) { b.Drop(r, n) })
 }
+
+// CountUndelivered counts n frames that the owner should have sent but never got, since
+// they were lost on the way to it. It returns the errors of CountDropped.
+func (tx *TX) CountUndelivered(n uint64) error { return tx.undelivered(n) }

@@ -1,0 +1,25 @@
+package pvnet
+
+import (
+	"fmt"
+)
+
+// faulted judges the value of a recover: nil for nil, a violation for a fault on shared
+// memory that was taken away. It panics again with any other value.
+func faulted(r any) *PeerError {
+	if r == nil {
+		return nil
+	}
+	if f, ok := r.(interface{ Addr() uintptr }); ok {
+		return &PeerError{Reason: fmt.Sprintf("shared memory is gone at %#x", f.Addr())}
+	}
+	panic(r)
+}
+
+// trapped runs f, which touches shared memory, and returns a violation if that memory is
+// gone. The goroutine must have set debug.SetPanicOnFault.
+func trapped(f func()) (v *PeerError) {
+	defer func() { v = faulted(recover()) }()
+	f()
+	return nil
+}

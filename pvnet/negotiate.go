@@ -1,0 +1,142 @@
+package pvnet
+
+import (
+	"fmt"
+	"strconv"
+
+	"barevif/hypercall"
+	"barevif/pvnet/netif"
+	"barevif/telemetry"
+	"barevif/xenbus/xenstore"
+)
+
+// mtuOf returns the MTU in the values of the vif's directory; 1500 if there is no usable
+// one.
+func (d *Device) mtuOf(own xenstore.Values) int {
+	mtu, err := own.Uint(netif.KeyMTU, MaxFrame, 1500)
+	if err != nil || mtu < 68 { // RFC 791: every link must carry 68 bytes
+		d.log.Warn("no usable MTU in xenstore", "vif", d.id, "value", own[netif.KeyMTU], "err", err)
+		return 1500
+	}
+	return int(mtu)
+}
+
+// values returns the queue's xenstore keys, with prefix before each.
+func (k queueKeys) values(prefix string) xenstore.Values {
+	number := func(n uint32) string { return strconv.FormatUint(uint64(n), 10) }
+	v := xenstore.Values{
+		prefix + netif.KeyTxRingRef: number(uint32(k.txRing)),
+		prefix + netif.KeyRxRingRef: number(uint32(k.rxRing)),
+	}
+	if k.txPort == k.rxPort {
+		v[prefix+netif.KeyEventChannel] = number(uint32(k.txPort))
+	} else {
+		v[prefix+netif.KeyEventChannelTx] = number(uint32(k.txPort))
+		v[prefix+netif.KeyEventChannelRx] = number(uint32(k.rxPort))
+	}
+	return v
+}
+
+// queuePrefix returns the directory of queue i's xenstore keys, for a vif with several
+// queues.
+func queuePrefix(i int) string { return netif.KeyQueuePrefix + strconv.Itoa(i) + "/" }
+
+// parseKeys reads the keys of one queue: two event channels, or one for both directions.
+func parseKeys(v xenstore.Values, prefix string) (k queueKeys, err error) {
+	number := func(key string) uint32 {
+		n, e := v.Uint(prefix+key, 1<<32-1, 0)
+		if e == nil && n == 0 { // no gref and no port is ever 0
+			e = fmt.Errorf("%s%s is missing", prefix, key)
+		}
+		if e != nil && err == nil {
+			err = e
+		}
+		return uint32(n)
+	}
+	k.txRing = hypercall.GrantRef(number(netif.KeyTxRingRef))
+	k.rxRing = hypercall.GrantRef(number(netif.KeyRxRingRef))
+	if v.Has(prefix + netif.KeyEventChannelTx) {
+		k.txPort = hypercall.PortID(number(netif.KeyEventChannelTx))
+		k.rxPort = hypercall.PortID(number(netif.KeyEventChannelRx))
+	} else {
+		k.txPort = hypercall.PortID(number(netif.KeyEventChannel))
+		k.rxPort = k.txPort
+	}
+	return k, err
+}
+
+// offered returns the offloads that the other end offers in its xenstore values. An
+// unreadable value counts as no offer. GSO frames have several slots and a partial
+// checksum, so GSO counts as offered only if the other end takes both, as in Linux's
+// netdev_fix_features.
+func offered(v xenstore.Values, scatter bool) (o offers) {
+	says := func(key string) bool {
+		on, err := v.Bool(key, false)
+		return on && err == nil
+	}
+	if denied, err := v.Bool(netif.KeyFeatureNoCsumOffload, false); !denied && err == nil {
+		o |= takesCsum4
+	}
+	if says(netif.KeyFeatureIPv6CsumOffload) {
+		o |= takesCsum6
+	}
+	if scatter && o&takesCsum4 != 0 && says(netif.KeyFeatureGSOTCPv4) {
+		o |= takesGSO4
+	}
+	if scatter && o&takesCsum6 != 0 && says(netif.KeyFeatureGSOTCPv6) {
+		o |= takesGSO6
+	}
+	return o
+}
+
+// offloadValues returns the xenstore values with which this end offers its offloads.
+func offloadValues(takes bool) xenstore.Values {
+	if !takes {
+		return xenstore.Values{netif.KeyFeatureNoCsumOffload: "1"}
+	}
+	return xenstore.Values{
+		netif.KeyFeatureNoCsumOffload:   "0",
+		netif.KeyFeatureIPv6CsumOffload: "1",
+		netif.KeyFeatureGSOTCPv4:        "1",
+		netif.KeyFeatureGSOTCPv6:        "1",
+	}
+}
+
+// queueKeys are the grefs and ports that the frontend publishes for one queue.
+type queueKeys struct {
+	txRing, rxRing hypercall.GrantRef
+	txPort, rxPort hypercall.PortID // equal: both directions share an event channel
+}
+
+// features are what both ends agreed on for a connection.
+type features struct {
+	queues  int
+	split   bool // an event channel for each direction
+	frontSG bool // the frontend takes frames of several slots
+	backSG  bool // the backend takes frames of several slots
+	takes   bool // this end takes frames with offloads: Config.Offload
+	peer    offers
+}
+
+// agreed returns the features as the counters show them.
+func (c *conn) agreed(lend, trusted bool) telemetry.Feature {
+	f := telemetry.FeatureRxCopy
+	for _, has := range []struct {
+		it  bool
+		bit telemetry.Feature
+	}{
+		{c.feat.frontSG && c.feat.backSG, telemetry.FeatureScatter},
+		{c.feat.split, telemetry.FeatureSplitEvents},
+		{lend, telemetry.FeatureLendRx},
+		{trusted, telemetry.FeatureTrusted},
+		{c.feat.peer&takesCsum4 != 0, telemetry.FeatureCsum},
+		{c.feat.peer&takesCsum6 != 0, telemetry.FeatureCsum6},
+		{c.feat.peer&takesGSO4 != 0, telemetry.FeatureGSO4},
+		{c.feat.peer&takesGSO6 != 0, telemetry.FeatureGSO6},
+	} {
+		if has.it {
+			f |= has.bit
+		}
+	}
+	return f
+}

@@ -1,0 +1,106 @@
+package pvnet
+
+import (
+	"fmt"
+	"log/slog"
+	"sync/atomic"
+
+	"barevif/arena"
+	"barevif/hypercall"
+)
+
+// An undo is a list of steps, each of which gives back one resource. It runs backwards,
+// once, from whatever point the set-up reached.
+type undo []func()
+
+func (u *undo) add(f func()) { *u = append(*u, f) }
+
+func (u *undo) run() {
+	for i := len(*u) - 1; i >= 0; i-- {
+		(*u)[i]()
+	}
+	*u = nil
+}
+
+// How many pages a frontend's queue shares in each direction: one for every slot, or
+// fewer where the system limits the grants. All queues get the same number.
+const (
+	pagesPerHalf    = 256
+	pagesPerHalfMin = 32
+)
+
+// privatePages is how many private pages a queue receives into by default: one ring's
+// worth in the user's hands and another in flight.
+const privatePages = 512
+
+// A pageMaker does the part of a connection's set-up that both ends need.
+type pageMaker struct {
+	dom  hypercall.Domain
+	peer hypercall.DomID
+	log  *slog.Logger
+	lost *atomic.Uint64 // pages that the peer did not give back
+	c    *conn
+
+	lockedThreads bool // Config.LockedThreads: waiters block a thread
+}
+
+func (m *pageMaker) private(pages int) (*arena.Arena, error) {
+	mem, err := m.dom.Memory(pages)
+	if err != nil {
+		return nil, fmt.Errorf("%d private pages: %w", pages, err)
+	}
+	a := arena.NewReserved(mem.Memory, 4096, mem.Populate)
+	m.c.arenas = append(m.c.arenas, a)
+	m.c.undo.add(func() { a.Retire(func() { mem.Release() }) })
+	m.c.own += pages
+	return a, nil
+}
+
+// share grants pages to the peer and makes an arena of them.
+func (m *pageMaker) share(pages int, access hypercall.Access) (*arena.Arena, []hypercall.GrantRef, error) {
+	s, err := m.dom.Share(m.peer, pages, access)
+	if err != nil {
+		return nil, nil, err
+	}
+	a := arena.New(s.Memory, 4096)
+	if access == hypercall.ReadOnly { // the peer reads no page before a frame was sent in it, so memory can come late
+		a = arena.NewReserved(s.Memory, 4096, func(first, n int) {
+			for i := range n {
+				s.Page(first + i)[0] = 0
+			}
+		})
+	}
+	m.c.undo.add(func() { a.Retire(func() { m.end(s) }) })
+	m.c.shared += pages
+	return a, s.Refs, nil
+}
+
+// end ends a share. Pages that the peer keeps mapped are quarantined: they are never used
+// again.
+func (m *pageMaker) end(s *hypercall.Share) {
+	pages := s.Pages()
+	if err := s.End(); err != nil {
+		m.lost.Add(uint64(pages))
+		m.log.Warn("pages quarantined", "pages", pages, "peer", m.peer, "err", err)
+	}
+}
+
+func (m *pageMaker) waiter() (hypercall.Waiter, error) {
+	if d, ok := m.dom.(hypercall.ThreadDomain); ok && m.lockedThreads {
+		return d.ThreadWaiter()
+	}
+	return m.dom.Waiter()
+}
+
+// port opens an event channel on a waiter of its own and makes the parker p for it.
+func (m *pageMaker) port(p **parker, open func(hypercall.Waiter) (hypercall.Port, error)) (hypercall.Port, error) {
+	w, err := m.waiter()
+	if err != nil {
+		return nil, err
+	}
+	m.c.undo.add(func() { w.Close() })
+	*p = newParker(w)
+	port, err := open(w)
+	(*p).port, _ = port.(hypercall.JoinedPort)
+	return port, err
+}

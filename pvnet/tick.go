@@ -1,0 +1,197 @@
+package pvnet
+
+import (
+	"reflect"
+	"runtime/debug"
+	"sync"
+	"time"
+
+	"barevif/telemetry"
+)
+
+// A clock is the slow tick of all devices of a domain: an idle process wakes up once a
+// second, however many devices it has. It does the beat of a device on its own goroutine
+// and lets the device's goroutine sleep.
+type clock struct {
+	stop chan struct{}
+
+	mu    sync.Mutex
+	lives map[*life]struct{} // guarded by mu
+}
+
+// tick adds l to the clock of its domain. The function it returns removes l.
+func (l *life) tick() (untick func()) {
+	var dom any = l.d.domain
+	if !reflect.ValueOf(dom).Comparable() {
+		dom = l // this device gets a clock of its own
+	}
+	global.mu.Lock()
+	defer global.mu.Unlock()
+	c := global.clocks[dom]
+	if c == nil {
+		c = &clock{stop: make(chan struct{}), lives: make(map[*life]struct{})}
+		global.clocks[dom] = c
+		go c.run()
+	}
+	c.mu.Lock()
+	c.lives[l] = struct{}{}
+	c.mu.Unlock()
+	return func() {
+		global.mu.Lock()
+		defer global.mu.Unlock()
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		if delete(c.lives, l); len(c.lives) == 0 {
+			delete(global.clocks, dom)
+			close(c.stop)
+		}
+	}
+}
+
+func (c *clock) run() {
+	debug.SetPanicOnFault(true) // a beat reads shared rings
+	tick := time.NewTicker(time.Second)
+	defer tick.Stop()
+	var all []*life
+	for {
+		select {
+		case <-tick.C:
+		case <-c.stop:
+			return
+		}
+		c.mu.Lock()
+		for l := range c.lives {
+			all = append(all, l)
+		}
+		c.mu.Unlock()
+		for _, l := range all {
+			l.ticked()
+		}
+		clear(all)
+		all = all[:0]
+	}
+}
+
+// ticked does the beat of a device whose goroutine sleeps. It wakes that goroutine only
+// if the goroutine has to look itself: because the link is down, or to check suspects
+// again.
+func (l *life) ticked() {
+	if !l.mu.TryLock() {
+		l.owed.Store(true)
+	} else {
+		ran := l.running
+		if ran {
+			l.beat()
+		}
+		l.owed.Store(!ran)
+		idle := ran && len(l.suspects) == 0 && !l.deserted()
+		l.mu.Unlock()
+		if idle {
+			return
+		}
+	}
+	l.d.wakeLife()
+}
+
+// beat is the device's work on a slow tick: the heartbeat of the counters, and a search
+// for halves that still wait although their event is due. A half that waits keeps waiting
+// unless it must do something itself.
+func (l *life) beat() {
+	defer func() {
+		if v := faulted(recover()); v != nil {
+			l.d.judge(v)
+		}
+	}()
+	l.d.set.Tick()
+	l.d.hush.catchUp(false)
+	known := l.suspects
+	l.suspects = nil
+	if !l.running {
+		return
+	}
+	if l.beats++; l.beats > 5 {
+		l.pause, l.pace = 0, pace{} // the connection has held: later failures start with short pauses
+	}
+	mirrored := l.d.cfg.Counters != nil
+	for i, q := range l.conn.queues {
+		for _, s := range []suspect{{half: &l.d.tx[i].half, eng: q.tx, park: q.txPark}, {half: &l.d.rx[i].half, eng: q.rx, park: q.rxPark}} {
+			s.eng.sample()
+			if s.seq = s.half.parked.Load(); s.seq%2 == 1 && s.eng.overdue() {
+				l.suspects = append(l.suspects, s.since(known)) // no heal: its wake-up would hide the missed event
+			} else if mirrored {
+				s.half.heal(s.park)
+			}
+		}
+		if l.d.tx[i].parked.Load()%2 == 1 && q.tx.answered() {
+			l.d.tx[i].rouse(q.txPark) // the peer may never give as many responses as the half waits for
+		}
+		l.d.tx[i].watch(q.tx, time.Now())
+		l.d.judge(l.d.tx[i].settle(q.tx))
+	}
+	if len(l.suspects) > 0 {
+		l.recheck = time.After(graceOfEvents)
+	}
+}
+
+// graceOfEvents is how long an event may be under way: the peer publishes first and then
+// notifies, and may be descheduled in between. longestHold is how long a
+// [hypercall.Waiter] delays the events of a peer whose last events brought no work: such
+// an event is late because of us, not lost.
+const (
+	graceOfEvents = 20 * time.Millisecond
+	longestHold   = time.Second
+)
+
+// A suspect is a half that may have missed an event.
+type suspect struct {
+	half *half
+	eng  engine
+	park *parker
+	seq  uint32    // number of its wait
+	seen time.Time // when it was first suspected in this wait
+}
+
+// since returns s with the time seen of the beat before, if s was suspected then in the
+// same wait.
+func (s suspect) since(known []suspect) suspect {
+	for _, k := range known {
+		if k.half == s.half && k.seq == s.seq {
+			return k
+		}
+	}
+	s.seen = time.Now()
+	return s
+}
+
+// patience is how long after s.seen the event may still come.
+func (s suspect) patience() time.Duration {
+	if s.park.mayHold() {
+		return longestHold + graceOfEvents
+	}
+	return graceOfEvents
+}
+
+// rescue wakes the suspects that still wait. On a correct system there are none.
+func (l *life) rescue() {
+	defer func() {
+		if v := faulted(recover()); v != nil {
+			l.d.judge(v)
+		}
+	}()
+	l.recheck = nil
+	suspects := l.suspects
+	l.suspects = nil
+	for _, s := range suspects {
+		if !l.running || s.half.parked.Load() != s.seq || !s.eng.overdue() {
+			continue
+		}
+		if left := s.patience() - time.Since(s.seen); left > 0 {
+			l.suspects = append(l.suspects, s)
+			l.recheck = time.After(left)
+			continue
+		}
+		s.half.rescue.Store(s.seq)
+		l.d.set.Record(telemetry.EventRescued, s.half.queue, 0, 0)
+		s.half.rouse(s.park)
+	}
+}
