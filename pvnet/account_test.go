@@ -123,7 +123,7 @@ func TestFramesInTheUsersHandsAreReceived(t *testing.T) {
 // An extra info takes a slot, but does not count as a frame.
 func TestFramesWithExtrasAreInOneAccount(t *testing.T) {
 	f := plain
-	f.takes, f.peer = true, takesCsum4|takesGSO4
+	f.offload, f.peerTakes = true, takesCsum4|takesGSO4
 	s := stream{payload: 9000, size: 1448}
 	for name, from := range map[string]func(p *pair) (from, to *Device){
 		"front to back": func(p *pair) (*Device, *Device) { return p.front, p.back },
@@ -206,18 +206,18 @@ func TestABackendThatFollowsTakesWhatTheOtherLeft(t *testing.T) {
 		t.Fatal(err)
 	}
 	small[0].Release()
-	p.back.down(p.conns[1], "handed over")
-	p.back.drop(p.conns[1])
+	p.back.quiesce(p.conns[1], "handed over")
+	p.back.detach(p.conns[1])
 
 	c := new(conn)
-	m := &pageMaker{dom: p.bdom, peer: 1, log: p.back.log, lost: &p.back.lost, c: c}
+	m := &setup{dom: p.bdom, peer: 1, log: p.back.log, quarantined: &p.back.quarantined, c: c}
 	q, err := m.backQueue(plain, p.conns[0].queues[0].keys, &p.back.cfg, p.back.rx[0].count, p.back.tx[0].count)
 	if err != nil {
 		t.Fatal(err)
 	}
 	c.queues = append(c.queues, q)
 	p.conns[1] = c
-	p.back.up(c, 1, xenbus.Connected)
+	p.back.connected(c, 1, xenbus.Connected)
 	receiveN(t, rx, 2)
 	receiveN(t, frx, 2)
 	p.disconnect()

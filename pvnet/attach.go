@@ -8,9 +8,9 @@ import (
 	"barevif/xenbus"
 )
 
-// up gives the halves the engines of connection c, opens the gates and announces the
+// connected gives the halves the engines of connection c, opens the gates and announces the
 // link.
-func (d *Device) up(c *conn, peer hypercall.DomID, own xenbus.State) {
+func (d *Device) connected(c *conn, peer hypercall.DomID, own xenbus.State) {
 	for i, q := range c.queues {
 		tx, rx := d.tx[i], d.rx[i]
 		tx.eng, rx.eng = q.tx, q.rx
@@ -20,36 +20,36 @@ func (d *Device) up(c *conn, peer hypercall.DomID, own xenbus.State) {
 		rx.spin.calibrate(d.cfg.Wait, q.rx)
 	}
 	d.active.Store(int32(len(c.queues)))
-	d.offers.Store(uint32(c.feat.peer))
+	d.peerTakes.Store(uint32(c.feat.peerTakes))
 	d.epoch.Add(1)
 	for i := range c.queues {
 		d.tx[i].gate.open()
 		d.rx[i].gate.open()
 	}
 	d.mu.Lock()
-	d.budget, d.arenas = Budget{c.shared, c.own}, c.arenas
-	d.peer, d.agreed = peer, c.agreed(d.cfg.LendRx, d.trusted)
+	d.budget, d.arenas = Budget{c.shared, c.private}, c.arenas
+	d.peer, d.agreed = peer, c.features(d.cfg.LendRx, d.trusted)
 	d.mu.Unlock()
 	d.setStatus(own, true) // before the event: a subscriber may look at the status
 	d.announce(linkUp, LinkEvent{Up: true})
 	for i := range c.queues {
-		d.tx[i].marked()
-		d.rx[i].marked()
+		d.tx[i].markMember()
+		d.rx[i].markMember()
 	}
 }
 
-// down shuts the gates and waits until callers have left. The connection keeps its
+// quiesce shuts the gates and waits until callers have left. The connection keeps its
 // memory. If a caller does not leave in time, it is never freed, and down reports false.
-func (d *Device) down(c *conn, reason string) (ok bool) {
+func (d *Device) quiesce(c *conn, reason string) (ok bool) {
 	d.announce(linkDown, LinkEvent{Reason: reason})
 	for i, q := range c.queues { // all callers are asked to leave before the wait for one
 		d.tx[i].gate.shut(q.txPark.wake)
 		d.rx[i].gate.shut(q.rxPark.wake)
 	}
-	ok, end := true, time.Now().Add(d.patience)
+	ok, end := true, time.Now().Add(d.callerTimeout)
 	for i := range c.queues {
-		ok = d.tx[i].gate.empty(end) && ok
-		ok = d.rx[i].gate.empty(end) && ok
+		ok = d.tx[i].gate.waitEmpty(end) && ok
+		ok = d.rx[i].gate.waitEmpty(end) && ok
 	}
 	if !ok {
 		d.log.Error("a caller is stuck in the device; its memory is abandoned", "vif", d.id)
@@ -58,8 +58,8 @@ func (d *Device) down(c *conn, reason string) (ok bool) {
 	return ok
 }
 
-// drop frees what the connection holds. The gates are shut.
-func (d *Device) drop(c *conn) {
+// detach frees what the connection holds. The gates are shut.
+func (d *Device) detach(c *conn) {
 	if c.undo != nil {
 		for i, q := range c.queues {
 			q.tx.drain()
@@ -69,7 +69,7 @@ func (d *Device) drop(c *conn) {
 			d.tx[i].eng, d.rx[i].eng = nil, nil
 		}
 		c.undo.run()
-		d.rx[0].count.Add(telemetry.PagesQuarantined, d.lost.Swap(0))
+		d.rx[0].count.Add(telemetry.PagesQuarantined, d.quarantined.Swap(0))
 		d.rx[0].count.Flush()
 	}
 	d.mu.Lock()
@@ -77,6 +77,6 @@ func (d *Device) drop(c *conn) {
 	d.mu.Unlock()
 }
 
-// patience bounds the wait for a caller to leave. A caller inside the gate that was asked
+// callerTimeout bounds the wait for a caller to leave. A caller inside the gate that was asked
 // to leave waits for nothing but a CPU.
-const patience = 10 * time.Second
+const callerTimeout = 10 * time.Second

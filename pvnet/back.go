@@ -15,14 +15,14 @@ import (
 	"barevif/xenbus/xenstore"
 )
 
-// A back is the backend's part of a life.
+// A back is the backend's part of a lifecycle.
 type back struct {
 	d   *Device
 	cfg *ServeConfig
 
 	// Set at the end of the life.
-	again bool // the toolstack has made another directory in its place
-	away  bool // the toolstack removed the vif, or asked for it
+	replaced bool // the toolstack has made another directory in its place
+	removed  bool // the toolstack removed the vif, or asked for it
 }
 
 // backMAC is the address that Linux's netback gives its interfaces: no bridge takes it
@@ -92,12 +92,12 @@ func (b *back) published(ctx context.Context, xd *xenbus.Device) (xenstore.Value
 	return xd.PeerValues(ctx, keys...)
 }
 
-func (b *back) same(ctx context.Context, xd *xenbus.Device, c *conn) (bool, error) {
+func (b *back) unchanged(ctx context.Context, xd *xenbus.Device, c *conn) (bool, error) {
 	v, err := b.published(ctx, xd)
 	if errors.Is(err, xenstore.ErrAccess) { // the frontend's directory is no longer ours to read
 		return false, nil
 	}
-	return maps.Equal(v, c.made), err
+	return maps.Equal(v, c.frontKeys), err
 }
 
 // attach maps the rings that the frontend published, after it has checked every value.
@@ -109,13 +109,13 @@ func (b *back) attach(ctx context.Context, xd *xenbus.Device, c *conn) error {
 	if err != nil {
 		return err
 	}
-	c.made = v
+	c.frontKeys = v
 	if ok, err := v.Bool(netif.KeyRequestRxCopy, false); !ok {
 		return errors.Join(errors.New("the frontend does not ask for rx-copy, the only way to send to it"), err)
 	}
 	var feat features
 	feat.frontSG, _ = v.Bool(netif.KeyFeatureSG, false) // an unreadable value counts as no offer
-	feat.takes, feat.peer = b.cfg.Offload, offered(v, feat.frontSG)
+	feat.offload, feat.peerTakes = b.cfg.Offload, offeredOffloads(v, feat.frontSG)
 	n, err := v.Uint(netif.KeyNumQueues, uint64(b.cfg.queues()), 1)
 	if err != nil {
 		return err
@@ -152,7 +152,7 @@ func (b *back) attach(ctx context.Context, xd *xenbus.Device, c *conn) error {
 	}
 	feat.backSG = true
 	c.feat = feat
-	m := &pageMaker{dom: b.d.domain, peer: dom(xd), log: b.d.log, lost: &b.d.lost, c: c, lockedThreads: b.d.cfg.LockedThreads}
+	m := &setup{dom: b.d.domain, peer: dom(xd), log: b.d.log, quarantined: &b.d.quarantined, c: c, lockedThreads: b.d.cfg.LockedThreads}
 	for i, k := range keys {
 		q, err := m.backQueue(feat, k, &b.d.cfg, b.d.rx[i].count, b.d.tx[i].count)
 		if err != nil {
@@ -163,10 +163,10 @@ func (b *back) attach(ctx context.Context, xd *xenbus.Device, c *conn) error {
 	return nil
 }
 
-// finished removes the directory of a vif that is gone for good, if the config says so.
-func (b *back) finished(ctx context.Context, xd *xenbus.Device, anew bool) {
+// ended removes the directory of a vif that is gone for good, if the config says so.
+func (b *back) ended(ctx context.Context, xd *xenbus.Device, anew bool) {
 	ch := xd.Current()
-	b.again, b.away = anew || ch.Lost, ch.Gone || !ch.Online
+	b.replaced, b.removed = anew || ch.Lost, ch.Gone || !ch.Online
 	if away := anew || ch.Gone || ch.Vanished || !ch.Online; away && !ch.Lost {
 		if b.cfg.Remove && !anew && !ch.Gone {
 			if err := xd.Remove(ctx); err != nil {
@@ -180,7 +180,7 @@ func (b *back) finished(ctx context.Context, xd *xenbus.Device, anew bool) {
 
 // backQueue makes the backend's side of a queue from the keys k that its frontend
 // published.
-func (m *pageMaker) backQueue(f features, k queueKeys, cfg *Config, rx, tx *telemetry.Block) (q connQueue, err error) {
+func (m *setup) backQueue(f features, k queueKeys, cfg *Config, rx, tx *telemetry.Block) (q connQueue, err error) {
 	if k.txRing == k.rxRing {
 		return q, fmt.Errorf("both rings are grant %d", k.txRing)
 	}
@@ -234,21 +234,21 @@ func (m *pageMaker) backQueue(f features, k queueKeys, cfg *Config, rx, tx *tele
 		}
 	}
 	q.keys = k
-	q.rx = &backRX{ring: txRing, pool: pool, port: txPort, offload: f.takes,
+	q.rx = &backRX{ring: txRing, pool: pool, port: txPort, offload: f.offload,
 		copyBatch: copyBatch{dom: m.dom, domid: m.peer, count: rx}}
-	q.tx = &backTX{ring: rxRing, bufs: bufs, port: rxPort, scatter: f.frontSG, peer: f.peer,
+	q.tx = &backTX{ring: rxRing, bufs: bufs, port: rxPort, scatter: f.frontSG, peerTakes: f.peerTakes,
 		copyBatch: copyBatch{dom: m.dom, domid: m.peer, count: tx}}
 	rx.Set(telemetry.RingSize, uint64(txRing.Size()))
 	tx.Set(telemetry.RingSize, uint64(rxRing.Size()))
 	return q, nil
 }
 
-func (m *pageMaker) ringPage(name string, ref hypercall.GrantRef) (*hypercall.Mapping, error) {
+func (m *setup) ringPage(name string, ref hypercall.GrantRef) (*hypercall.Mapping, error) {
 	p, err := m.dom.Map(m.peer, []hypercall.GrantRef{ref}, hypercall.ReadWrite)
 	if err != nil {
 		return nil, fmt.Errorf("%s ring: %w", name, err)
 	}
 	m.c.undo.add(func() { p.Release() })
-	m.c.own++
+	m.c.private++
 	return p, nil
 }

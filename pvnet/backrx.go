@@ -39,10 +39,10 @@ type backRX struct {
 	// One batch: its copies, its responses in ring order, and which of them belong to
 	// which frame.
 	copyBatch
-	rsp    [256]netif.TxResponse
-	nrsp   int
-	placed [128]placedFrame
-	pages  [128]uint32 // private pages for the next frames; a stack array would be cleared on each call
+	rsp     [256]netif.TxResponse
+	nrsp    int
+	batched [128]batched
+	pages   [128]uint32 // private pages for the next frames; a stack array would be cleared on each call
 
 	stopwatch
 }
@@ -62,8 +62,8 @@ type txPacket struct {
 // maxExtras is more extra infos than a frame can need; Linux keeps one of each type.
 const maxExtras = 8
 
-// A placedFrame says which copies and responses of a batch belong to a frame.
-type placedFrame struct {
+// A batched says which copies and responses of a batch belong to a frame.
+type batched struct {
 	op, ops, rsp, rsps int
 	head               [6]byte   // of a frame to send: its destination address
 	extra              bool      // of a frame to send: its second slot is an extra info
@@ -77,7 +77,7 @@ func (e *backRX) receive(frames []Frame, into bool) (n int, err error) {
 			return n, err
 		}
 	}
-	limit := min(len(frames), len(e.placed))
+	limit := min(len(frames), len(e.batched))
 	for n < limit {
 		if !e.have {
 			if e.have, err = e.parse(); err != nil || !e.have {
@@ -100,15 +100,15 @@ func (e *backRX) receive(frames []Frame, into bool) (n int, err error) {
 		if n == 0 {
 			e.begin()
 		}
-		e.place(f, &e.placed[n])
+		e.addToBatch(f, &e.batched[n])
 		e.have = false
 		n++
 	}
 	if n > 0 && (n == limit || e.nops+maxFrameOps > batchOps) {
 		e.count.Add(telemetry.PollsFull, 1)
 	}
-	n = e.copy(frames, n, into)
-	e.show()
+	n = e.copyBatched(frames, n, into)
+	e.publish()
 	if n > 0 && (err == ErrNoBuffers || err == ErrShortFrame || err == ErrStale) {
 		err = nil
 	}
@@ -124,7 +124,7 @@ func (e *backRX) receivePlain(frames []Frame, into bool) (n int, err error) {
 	if err != nil {
 		return 0, e.violation(err.Error())
 	}
-	limit := min(len(frames), len(e.placed))
+	limit := min(len(frames), len(e.batched))
 	got := min(int(avail), limit)
 	if !into {
 		got = e.pool.Get(e.pages[:got])
@@ -168,7 +168,7 @@ func (e *backRX) receivePlain(frames []Frame, into bool) (n int, err error) {
 		e.count.Add(telemetry.PollsFull, 1)
 	}
 	n = e.copyPlain(frames[:n], into)
-	e.show()
+	e.publish()
 	return n, err
 }
 
@@ -203,8 +203,8 @@ func (e *backRX) copyPlain(frames []Frame, into bool) (good int) {
 	return good
 }
 
-// place adds the copies of the next packet into f to the batch, and its responses.
-func (e *backRX) place(f *Frame, p *placedFrame) {
+// addToBatch adds the copies of the next packet into f to the batch, and its responses.
+func (e *backRX) addToBatch(f *Frame, p *batched) {
 	p.op, p.rsp, p.gso = e.nops, e.nrsp, e.next.gso
 	f.csum = e.next.csum
 	if e.next.n == 1 && f.pieces <= 1 {
@@ -230,18 +230,18 @@ func (e *backRX) place(f *Frame, p *placedFrame) {
 	p.ops, p.rsps = e.nops-p.op, e.nrsp-p.rsp
 }
 
-// copy runs the batch and returns how many of the n frames hold their bytes. It drops the
+// copyBatched runs the batch and returns how many of the n frames hold their bytes. It drops the
 // others, and answers those whose copies failed with ERROR.
-func (e *backRX) copy(frames []Frame, n int, into bool) int {
+func (e *backRX) copyBatched(frames []Frame, n int, into bool) int {
 	e.grantCopy()
 	t := tally{block: e.count}
 	good := 0
 	for i := range n {
-		f, p := &frames[i], &e.placed[i]
+		f, p := &frames[i], &e.batched[i]
 		reason := telemetry.DropBadGref
 		ok := e.failed(p.op, p.ops) == 0
 		if !ok {
-			e.refuse(p)
+			e.answerError(p)
 		} else if f.csum != ChecksumUnknown || p.gso.Size != 0 {
 			if r := f.arrived(p.gso, e.offload, e.count); r != 0 {
 				ok, reason = false, r // Linux answers such a frame with OKAY, too
@@ -264,8 +264,8 @@ func (e *backRX) copy(frames []Frame, n int, into bool) int {
 	return good
 }
 
-// refuse changes the responses of a placed frame to ERROR.
-func (e *backRX) refuse(p *placedFrame) {
+// answerError changes the responses of a placed frame to ERROR.
+func (e *backRX) answerError(p *batched) {
 	for i := range e.rsp[p.rsp : p.rsp+p.rsps] {
 		if r := &e.rsp[p.rsp+i]; r.Status == netif.Okay {
 			r.Status = netif.Error
@@ -273,8 +273,8 @@ func (e *backRX) refuse(p *placedFrame) {
 	}
 }
 
-// show publishes the responses of the batch.
-func (e *backRX) show() {
+// publish publishes the responses of the batch.
+func (e *backRX) publish() {
 	e.count.Add(telemetry.Polls, 1)
 	for i := range e.rsp[:e.nrsp] {
 		e.ring.Put(e.rsp[i])
@@ -364,7 +364,7 @@ func (e *backRX) parseOne(first netif.TxRequest, avail uint32) (reason telemetry
 	if multicast {
 		// Such a request carries no frame. We do not offer the multicast filter, so it
 		// fails.
-		p.fail()
+		p.answerError()
 		e.nrsp += copy(e.rsp[e.nrsp:], p.rsp[:p.all])
 		return 0, false, nil
 	}
@@ -405,7 +405,7 @@ func (e *backRX) parseOne(first netif.TxRequest, avail uint32) (reason telemetry
 		return 0, false, e.violation("a slot crosses its page")
 	}
 	if reason != 0 {
-		p.fail()
+		p.answerError()
 		e.nrsp += copy(e.rsp[e.nrsp:], p.rsp[:p.all])
 		return reason, false, nil
 	}
@@ -419,8 +419,8 @@ func (p *txPacket) answer(id uint16, s netif.Status) {
 	p.all++
 }
 
-// fail makes every response ERROR, except those to extra infos.
-func (p *txPacket) fail() {
+// answerError makes every response ERROR, except those to extra infos.
+func (p *txPacket) answerError() {
 	for i := range p.rsp[:p.all] {
 		if p.rsp[i].Status == netif.Okay {
 			p.rsp[i].Status = netif.Error

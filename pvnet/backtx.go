@@ -12,17 +12,17 @@ import (
 // which it copies the frames, many in one batch. Each response goes into the slot of its
 // request.
 type backTX struct {
-	ring    *ring.Back[netif.RxRequest, netif.RxResponse]
-	bufs    *arena.Arena // private buffers for Alloc
-	port    hypercall.Port
-	scatter bool   // the peer takes frames of several slots
-	peer    offers // the offloads that the peer takes
+	ring      *ring.Back[netif.RxRequest, netif.RxResponse]
+	bufs      *arena.Arena // private buffers for Alloc
+	port      hypercall.Port
+	scatter   bool     // the peer takes frames of several slots
+	peerTakes offloads // the offloads that the peer takes
 
 	copyBatch
-	rsp    [256]netif.RxResponse
-	nrsp   int
-	placed [128]placedFrame
-	own    [128]bool // by frame of sendPlain: its buffer is one of bufs, and was taken
+	rsp     [256]netif.RxResponse
+	nrsp    int
+	batched [128]batched
+	ours    [128]bool // by frame of sendPlain: its buffer is one of bufs, and was taken
 
 	stopwatch
 	shortage
@@ -44,8 +44,8 @@ func (e *backTX) send(frames []Frame) (n int, err error) {
 			continue
 		}
 		e.nops, e.nrsp = 0, 0
-		for n+k < len(frames) && k < len(e.placed) && e.nops+maxFrameOps <= batchOps {
-			if err = e.put(&frames[n+k], &e.placed[k]); err != nil {
+		for n+k < len(frames) && k < len(e.batched) && e.nops+maxFrameOps <= batchOps {
+			if err = e.put(&frames[n+k], &e.batched[k]); err != nil {
 				break
 			}
 			if k == 0 {
@@ -53,7 +53,7 @@ func (e *backTX) send(frames []Frame) (n int, err error) {
 			}
 			k++
 		}
-		e.copy(frames[n : n+k])
+		e.copyBatched(frames[n : n+k])
 		n += k
 	}
 	notify := e.ring.Publish()
@@ -66,7 +66,7 @@ func (e *backTX) send(frames []Frame) (n int, err error) {
 	}
 	if err == ErrFull {
 		e.count.Add(telemetry.RingFull, 1)
-		e.lack(e.ring.Consumed() + uint32(e.wants(&frames[n]).slots))
+		e.await(e.ring.Consumed() + uint32(e.spaceFor(&frames[n]).slots))
 	}
 	return n, err
 }
@@ -75,7 +75,7 @@ func (e *backTX) send(frames []Frame) (n int, err error) {
 // copies. It stops at the first frame that is something else, is stale, or has no slot;
 // put then handles that frame or returns its error.
 func (e *backTX) sendPlain(frames []Frame) (n int, err error) {
-	frames = frames[:min(len(frames), len(e.placed))]
+	frames = frames[:min(len(frames), len(e.batched))]
 	avail, err := e.ring.Poll()
 	if err == nil && int(avail) < len(frames) {
 		avail, err = e.ring.Reload()
@@ -93,7 +93,7 @@ func (e *backTX) sendPlain(frames []Frame) (n int, err error) {
 		}
 		var src []byte
 		i, ok := e.bufs.TakeOne(f.buf)
-		if e.own[n] = ok; ok {
+		if e.ours[n] = ok; ok {
 			src = e.bufs.Bytes(i)[f.off : f.off+f.n]
 		} else if f.buf.Valid() {
 			src = f.Bytes()
@@ -128,7 +128,7 @@ func (e *backTX) sendPlain(frames []Frame) (n int, err error) {
 			e.rsp[i].Status = int16(netif.Error)
 		}
 		e.ring.Put(e.rsp[i])
-		if e.own[i] {
+		if e.ours[i] {
 			e.bufs.PutTaken(frames[i].buf)
 		} else {
 			frames[i].buf.Release()
@@ -141,7 +141,7 @@ func (e *backTX) sendPlain(frames []Frame) (n int, err error) {
 }
 
 // put takes the requests that one frame needs and adds its copies to the batch.
-func (e *backTX) put(f *Frame, p *placedFrame) error {
+func (e *backTX) put(f *Frame, p *batched) error {
 	if !f.buf.Valid() {
 		return ErrStale
 	}
@@ -152,8 +152,8 @@ func (e *backTX) put(f *Frame, p *placedFrame) error {
 	if f.slots() == 0 {
 		return ErrFrameSize
 	}
-	fit := e.peer.fit(f)
-	if fit > incomplete {
+	fit := e.peerTakes.fit(f)
+	if fit > mustComplete {
 		return fit.err()
 	}
 	if f.total > 4096 && !e.scatter {
@@ -169,7 +169,7 @@ func (e *backTX) put(f *Frame, p *placedFrame) error {
 	if avail < need {
 		return ErrFull
 	}
-	if fit == incomplete && !e.complete(f) {
+	if fit == mustComplete && !e.complete(f) {
 		return ErrFull
 	}
 	p.op, p.rsp, p.extra = e.nops, e.nrsp, f.gso.Size != 0
@@ -239,8 +239,8 @@ func rxFlags(f *Frame) (flags netif.RxFlags) {
 	return flags
 }
 
-// copy runs the batch, puts its responses, and releases the frames.
-func (e *backTX) copy(frames []Frame) {
+// copyBatched runs the batch, puts its responses, and releases the frames.
+func (e *backTX) copyBatched(frames []Frame) {
 	if e.nops == 0 {
 		return
 	}
@@ -248,7 +248,7 @@ func (e *backTX) copy(frames []Frame) {
 	t := tally{block: e.count}
 	uncopied := uint64(0)
 	for i := range frames {
-		f, p := &frames[i], &e.placed[i]
+		f, p := &frames[i], &e.batched[i]
 		if e.failed(p.op, p.ops) > 0 {
 			e.count.Drop(telemetry.DropBadGref, 1)
 			uncopied += uint64(f.total)
@@ -278,17 +278,17 @@ func (e *backTX) violation(err error) error {
 	return &PeerError{Ring: "rx", Slot: e.ring.Consumed(), Reason: err.Error()}
 }
 
-func (e *backTX) wants(f *Frame) need {
-	n := need{slots: f.pages() + int(f.gso.slots())}
-	if !f.buf.Exclusive() && e.peer.fit(f) == incomplete {
+func (e *backTX) spaceFor(f *Frame) space {
+	n := space{slots: f.pages() + int(f.gso.slots())}
+	if !f.buf.Exclusive() && e.peerTakes.fit(f) == mustComplete {
 		n.bufs = buffersFor(int(f.total)) // see complete
 	}
 	return n
 }
 
-func (e *backTX) offers() offers { return e.peer }
+func (e *backTX) peerOffloads() offloads { return e.peerTakes }
 
-func (e *backTX) avail() (int, error) {
+func (e *backTX) freeSlots() (int, error) {
 	n, err := e.ring.Poll()
 	if err != nil {
 		return 0, e.violation(err)
@@ -296,7 +296,7 @@ func (e *backTX) avail() (int, error) {
 	return int(n), nil
 }
 
-func (e *backTX) room(n need) (bool, error) {
+func (e *backTX) hasSpace(n space) (bool, error) {
 	avail, err := e.ring.Reload()
 	if err != nil {
 		return false, e.violation(err)
@@ -304,19 +304,19 @@ func (e *backTX) room(n need) (bool, error) {
 	if int(avail) >= n.slots && e.bufs.Free() >= n.bufs {
 		return true, nil
 	}
-	e.lack(e.ring.Consumed() + uint32(n.slots))
+	e.await(e.ring.Consumed() + uint32(n.slots))
 	return false, nil
 }
 
-func (e *backTX) stuck(n need) error {
+func (e *backTX) starved(n space) error {
 	if e.bufs.Free() < n.bufs {
 		return ErrNoBuffers
 	}
 	return nil
 }
 
-func (e *backTX) arm(n need) (bool, error) {
-	if n.slots == 0 { // the call waits only for buffers, and stuck found enough
+func (e *backTX) arm(n space) (bool, error) {
+	if n.slots == 0 { // the call waits only for buffers, and starved found enough
 		return true, nil
 	}
 	more, err := e.ring.Arm(uint32(n.slots))
@@ -326,13 +326,13 @@ func (e *backTX) arm(n need) (bool, error) {
 	return more, nil
 }
 
-func (e *backTX) rested() error { return nil }
+func (e *backTX) afterWait() error { return nil }
 
 func (e *backTX) settle() error { return nil } // send puts all responses itself
 
-func (e *backTX) answered() bool { return e.ring.Overdue() }
+func (e *backTX) progressed() bool { return e.ring.Overdue() }
 
-func (e *backTX) standing() (index, goal, tries uint32) {
+func (e *backTX) progress() (index, goal, tries uint32) {
 	return e.ring.Peer(), e.goal.Load(), e.tries.Load()
 }
 

@@ -177,7 +177,7 @@ func (c *muteConn) Read(b []byte) (int, error) {
 // Several waits in a row together may take no longer than one.
 const (
 	connectGrace = time.Second     // after the context has ended
-	endPatience  = 6 * time.Second // for the end of a device
+	endTimeout   = 6 * time.Second // for the end of a device
 )
 
 func TestConnectEndsInTimeWhereverXenstoreFallsSilent(t *testing.T) {
@@ -237,7 +237,7 @@ func TestDisconnectEndsInTimeWithASilentXenstore(t *testing.T) {
 			for name, end := range map[string]func(){"Disconnect": d.Disconnect, "Serve": stop} {
 				began := time.Now()
 				end()
-				if took := time.Since(began); took > endPatience {
+				if took := time.Since(began); took > endTimeout {
 					t.Errorf("silent after %d messages: %s took %v", after, name, took)
 				}
 			}

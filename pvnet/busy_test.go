@@ -91,6 +91,6 @@ func TestConnectEndsInTimeWithASlowXenstore(t *testing.T) {
 		if d := time.Since(began); d > 10*time.Second+connectGrace {
 			t.Errorf("ended after %v", d)
 		}
-		time.Sleep(endPatience) // the device still closes, with several slow requests
+		time.Sleep(endTimeout) // the device still closes, with several slow requests
 	})
 }

@@ -95,7 +95,7 @@ func Connect(ctx context.Context, domain hypercall.Domain, id string, cfg Config
 			// began: try again.
 		case e.err != nil:
 			return nil, e.err
-		case !e.dev.leaving.Load() && e.dev.word.Load() != linkGone:
+		case !e.dev.leaving.Load() && e.dev.link.Load() != linkGone:
 			return e.dev, nil
 		}
 		select {
@@ -149,7 +149,7 @@ func connect(ctx context.Context, domain hypercall.Domain, id string, cfg Config
 	grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), connectGrace)
 	defer cancel()
 	if err == nil {
-		err = f.because(grace, d.late(xd, context.Cause(ctx)), xd)
+		err = f.withPeerReason(grace, d.connectError(xd, context.Cause(ctx)), xd)
 		d.stop(err)
 	}
 	select {
@@ -163,10 +163,10 @@ func connect(ctx context.Context, domain hypercall.Domain, id string, cfg Config
 // that did not connect to be closed.
 const connectGrace = time.Second
 
-// late returns the error of a Connect that gives up: why the device is not connected yet.
-func (d *Device) late(xd *xenbus.Device, cause error) error {
+// connectError returns the error of a Connect that gives up: why the device is not connected yet.
+func (d *Device) connectError(xd *xenbus.Device, cause error) error {
 	trouble := xd.Trouble()
-	if step := d.trouble.Load(); step != nil {
+	if step := d.lastError.Load(); step != nil {
 		trouble = *step
 	}
 	if trouble != nil {

@@ -131,7 +131,7 @@ func TestExtensionHeadersArrive(t *testing.T) {
 			continue
 		}
 		// Not every card takes such a frame, so it is cut for every peer.
-		if w := (takesCsum6 | takesGSO6).fit(&f); (w == fits) != (exts == nil) || (w == uncut) != (exts != nil) {
+		if w := (takesCsum6 | takesGSO6).fit(&f); (w == fits) != (exts == nil) || (w == mustCut) != (exts != nil) {
 			t.Errorf("%v: %d for who takes everything", exts, w)
 		}
 		pieces := chewed(t, &f)

@@ -21,8 +21,8 @@ type cutting struct {
 // cut sends a frame in as many pieces as there is room for, and takes it over with the
 // last piece.
 func (tx *TX) cut(f *Frame) error {
-	c := &tx.cuts
-	if !c.begin(f) {
+	c := &tx.cutting
+	if !c.start(f) {
 		return ErrOffload
 	}
 	for c.Left() > 0 {
@@ -39,8 +39,8 @@ func (tx *TX) cut(f *Frame) error {
 	return f.Release()
 }
 
-// begin prepares c to cut f, from the start or from where it stopped.
-func (c *cutting) begin(f *Frame) bool {
+// start prepares c to cut f, from the start or from where it stopped.
+func (c *cutting) start(f *Frame) bool {
 	cut, ok := f.gso.cut()
 	if !ok || !c.Init(f.Bytes(), int(f.total), cut) {
 		return false
@@ -56,16 +56,16 @@ func (c *cutting) begin(f *Frame) bool {
 
 // cutSome sends the next pieces: as many as there is room for, but at most len(c.pieces).
 func (tx *TX) cutSome(f *Frame) error {
-	c := &tx.cuts
+	c := &tx.cutting
 	bufs := buffersFor(c.Len())
-	if ok, err := tx.eng.room(need{slots: bufs, bufs: bufs}); err != nil || !ok {
+	if ok, err := tx.eng.hasSpace(space{slots: bufs, bufs: bufs}); err != nil || !ok {
 		if !ok && err == nil {
 			tx.count.Add(telemetry.RingFull, 1)
 			err = ErrFull
 		}
 		return err
 	}
-	slots, err := tx.eng.avail()
+	slots, err := tx.eng.freeSlots()
 	if err != nil {
 		return err
 	}
@@ -89,10 +89,10 @@ func (tx *TX) cutSome(f *Frame) error {
 		c.pieces[i].Release()
 	}
 	if n < k {
-		c.begin(f)
+		c.start(f)
 		c.Skip(n * int(f.gso.Size))
 	}
 	c.done = c.Done()
-	tx.counted(n) // else an event that made room for a part would count as spurious
+	tx.countMoved(n) // else an event that made room for a part would count as spurious
 	return err
 }

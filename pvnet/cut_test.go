@@ -186,7 +186,7 @@ func chop(t testing.TB, a *arena.Arena, b []byte, off int, sizes ...int) Frame {
 func chewed(t testing.TB, f *Frame) (pieces [][]byte) {
 	t.Helper()
 	var c cutting
-	if !c.begin(f) {
+	if !c.start(f) {
 		t.Fatalf("%+v is not to be cut", f.gso)
 	}
 	var srcs, parts [mostPieces][]byte
@@ -321,7 +321,7 @@ func TestWhatIsTaggedIsMadeWholeForEverybody(t *testing.T) {
 			long := all.fit(&f[0])
 			f[0].SetGSO(GSO{})
 			partial := all.fit(&f[0])
-			if tags == 0 && (long != fits || partial != fits) || tags > 0 && (long != uncut || partial != incomplete) {
+			if tags == 0 && (long != fits || partial != fits) || tags > 0 && (long != mustCut || partial != mustComplete) {
 				t.Errorf("%d tags: %d long, %d with a partial checksum", tags, long, partial)
 			}
 			f[0].Release()
@@ -361,9 +361,9 @@ func TestAFrameIsCutForAPeerWithoutScatterGather(t *testing.T) {
 }
 
 func TestCuttingAllocatesNothing(t *testing.T) {
-	for _, kind := range []offers{0, takesCsum4 | takesGSO4} {
+	for _, kind := range []offloads{0, takesCsum4 | takesGSO4} {
 		f := plain
-		f.takes, f.peer = kind != 0, kind
+		f.offload, f.peerTakes = kind != 0, kind
 		p := join(t, emu.Config{}, f, Config{})
 		for _, way := range ways(t, p) {
 			tx, rx := way.tx, way.rx
@@ -475,7 +475,7 @@ func (d *Device) other(p *pair) *Device {
 func fillUp(t *testing.T, tx *TX, free int) (n int) {
 	t.Helper()
 	for {
-		if ok, err := tx.eng.room(need{slots: free + 1, bufs: 1}); err != nil {
+		if ok, err := tx.eng.hasSpace(space{slots: free + 1, bufs: 1}); err != nil {
 			t.Fatal(err)
 		} else if !ok {
 			return n
@@ -509,7 +509,7 @@ func TestMorePiecesThanSlots(t *testing.T) {
 // The extra info needs one more slot.
 func TestAStallIsTheSlotOfTheExtraInfo(t *testing.T) {
 	f := plain
-	f.takes, f.peer = true, takesCsum4|takesGSO4
+	f.offload, f.peerTakes = true, takesCsum4|takesGSO4
 	both(t, f, func(t *testing.T, s *stalled) {
 		short := typical
 		short.payload, short.size = 1000, 100
@@ -575,7 +575,7 @@ func TestACopyToCompleteNeedsABuffer(t *testing.T) {
 // its headers there, or stays in the ring.
 func TestHeadersAreReceivedIntoOnePiece(t *testing.T) {
 	f := plain
-	f.takes, f.peer = true, takesCsum4|takesCsum6|takesGSO4|takesGSO6
+	f.offload, f.peerTakes = true, takesCsum4|takesCsum6|takesGSO4|takesGSO6
 	p := join(t, emu.Config{}, f, Config{})
 	s := typical
 	s.ip, s.options = 40, 40
@@ -610,9 +610,9 @@ func TestHeadersAreReceivedIntoOnePiece(t *testing.T) {
 
 // A frame whose headers were changed after SetGSO is refused, whatever the peer takes.
 func TestWhatIsNoLongerToBeCutIsRefused(t *testing.T) {
-	for _, peer := range []offers{0, takesCsum4 | takesCsum6, takesCsum4 | takesCsum6 | takesGSO4 | takesGSO6} {
+	for _, peer := range []offloads{0, takesCsum4 | takesCsum6, takesCsum4 | takesCsum6 | takesGSO4 | takesGSO6} {
 		f := plain
-		f.peer = peer
+		f.peerTakes = peer
 		p := join(t, emu.Config{}, f, Config{})
 		for _, way := range ways(t, p) {
 			for what, change := range map[string]func(f *Frame){
@@ -649,7 +649,7 @@ func TestWhatIsOffered(t *testing.T) {
 	for _, c := range []struct {
 		keys    xenstore.Values
 		scatter bool
-		want    offers
+		want    offloads
 	}{
 		{xenstore.Values{}, true, takesCsum4},
 		{xenstore.Values{nocsum: "0"}, true, takesCsum4},
@@ -665,7 +665,7 @@ func TestWhatIsOffered(t *testing.T) {
 		{xenstore.Values{nocsum: "1", csum6: "1", gso4: "1", gso6: "1"}, true, takesCsum6 | takesGSO6}, // no IPv4 checksums, so no GSO over IPv4
 		{xenstore.Values{csum6: "1", gso6: "1"}, true, takesCsum4 | takesCsum6 | takesGSO6},
 	} {
-		if got := offered(c.keys, c.scatter); got != c.want {
+		if got := offeredOffloads(c.keys, c.scatter); got != c.want {
 			t.Errorf("%v, chains %v: %b, want %b", c.keys, c.scatter, got, c.want)
 		}
 	}
@@ -673,11 +673,11 @@ func TestWhatIsOffered(t *testing.T) {
 		for _, key := range []string{nocsum, csum6, gso4, gso6} {
 			keys := offloadValues(true)
 			keys[key] = v
-			want := map[string]offers{
+			want := map[string]offloads{
 				nocsum: all &^ (takesCsum4 | takesGSO4), csum6: all &^ (takesCsum6 | takesGSO6),
 				gso4: all &^ takesGSO4, gso6: all &^ takesGSO6,
 			}[key]
-			if got := offered(keys, true); got != want {
+			if got := offeredOffloads(keys, true); got != want {
 				t.Errorf("%s = %.20q: %b, want %b", key, v, got, want)
 			}
 		}
@@ -689,7 +689,7 @@ func TestWhatIsOffered(t *testing.T) {
 // would exceed the free slots.
 func TestEmptyPiecesTakeNoSlots(t *testing.T) {
 	f := plain
-	f.takes, f.peer = true, takesCsum4|takesGSO4
+	f.offload, f.peerTakes = true, takesCsum4|takesGSO4
 	p := join(t, emu.Config{}, f, Config{})
 	short := typical
 	short.payload, short.size = 1000, 100
@@ -764,7 +764,7 @@ func TestAFrameOfManyPiecesIsCut(t *testing.T) {
 // counters.
 func TestBothEndsCountTheSame(t *testing.T) {
 	f := plain
-	f.takes, f.peer = true, takesCsum4|takesCsum6|takesGSO4|takesGSO6
+	f.offload, f.peerTakes = true, takesCsum4|takesCsum6|takesGSO4|takesGSO6
 	p := join(t, emu.Config{}, f, Config{})
 	for i, way := range ways(t, p) {
 		slots := uint64(0)

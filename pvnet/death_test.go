@@ -34,7 +34,7 @@ func TestCallsEndWithTheirOwnDomain(t *testing.T) {
 			}
 		}
 	}()
-	for rx.parked.Load()%2 == 0 || tx.parked.Load()%2 == 0 {
+	for rx.waitSeq.Load()%2 == 0 || tx.waitSeq.Load()%2 == 0 {
 		time.Sleep(time.Millisecond)
 	}
 	p.bdom.Destroy()

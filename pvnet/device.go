@@ -14,6 +14,7 @@ import (
 
 	"barevif/arena"
 	"barevif/hypercall"
+	"barevif/pvnet/internal/loglimit"
 	"barevif/pvnet/ring"
 	"barevif/telemetry"
 	"barevif/xenbus"
@@ -35,41 +36,41 @@ type Device struct {
 	domain hypercall.Domain
 	cfg    Config
 	log    *slog.Logger
-	hush   *hush // the rate limit of log
+	logs   loglimit.Handler // of log
 	set    *telemetry.Set
 	tx     []*TX
 	rx     []*RX
 
-	word    atomic.Uint32 // linkDown, linkUp, linkGone; written by the life goroutine only
-	active  atomic.Int32  // how many queues the connection has
-	mtu     atomic.Int32
-	offers  atomic.Uint32             // the peer's offers, of the last connection
-	epoch   atomic.Uint64             // number of the connection, from 1
-	lost    atomic.Uint64             // pages that the peer did not give back, not yet in the counters
-	leaving atomic.Bool               // Disconnect was called
-	broken  atomic.Pointer[PeerError] // the violation that ended or will end the device
-	trouble atomic.Pointer[error]     // error of the last step of the life; nil: it succeeded
-	mac     atomic.Uint64             // in the lower 48 bits, big-endian
-	named   telemetry.Info            // the name that the counters have now; life goroutine only
+	link        atomic.Uint32 // linkDown, linkUp, linkGone; written by the lifecycle goroutine only
+	active      atomic.Int32  // how many queues the connection has
+	mtu         atomic.Int32
+	peerTakes   atomic.Uint32             // the peer's offers, of the last connection
+	epoch       atomic.Uint64             // number of the connection, from 1
+	quarantined atomic.Uint64             // pages that the peer did not give back, not yet in the counters
+	leaving     atomic.Bool               // Disconnect was called
+	violation   atomic.Pointer[PeerError] // the violation that ended or will end the device
+	lastError   atomic.Pointer[error]     // error of the last step of the life; nil: it succeeded
+	mac         atomic.Uint64             // in the lower 48 bits, big-endian
+	mirrorInfo  telemetry.Info            // the name that the counters have now; lifecycle goroutine only
 
-	stop     context.CancelCauseFunc // asks the life goroutine to end
-	finish   func()                  // closes what the life goroutine used: counters, xenbus device, client
-	patience time.Duration           // how long down waits for callers to leave
-	done     chan struct{}           // closed once the life goroutine has ended
-	fault    chan *PeerError         // violations that halves met, for the life goroutine
-	look     chan struct{}           // capacity 1: a token makes the life goroutine look at the device
+	stop          context.CancelCauseFunc // asks the lifecycle goroutine to end
+	finish        func()                  // closes what the lifecycle goroutine used: counters, xenbus device, client
+	callerTimeout time.Duration           // how long down waits for callers to leave
+	done          chan struct{}           // closed once the lifecycle goroutine has ended
+	violations    chan *PeerError         // violations that halves met, for the lifecycle goroutine
+	wake          chan struct{}           // capacity 1: a token makes the lifecycle goroutine look at the device
 
-	mu      sync.Mutex
-	trusted bool              // guarded by mu
-	changed chan struct{}     // guarded by mu: closed and replaced when word or a deadline changes
-	cause   error             // guarded by mu: what calls return once word is linkGone
-	last    LinkEvent         // guarded by mu: the last event that subs got
-	subs    []chan LinkEvent  // guarded by mu
-	listens bool              // guarded by mu: Listen runs
-	budget  Budget            // guarded by mu
-	arenas  []*arena.Arena    // guarded by mu: the arenas of the budget's private pages
-	peer    hypercall.DomID   // guarded by mu
-	agreed  telemetry.Feature // guarded by mu: the features of the connection
+	mu        sync.Mutex
+	trusted   bool              // guarded by mu
+	changed   chan struct{}     // guarded by mu: closed and replaced when word or a deadline changes
+	cause     error             // guarded by mu: what calls return once word is linkGone
+	last      LinkEvent         // guarded by mu: the last event that subs got
+	subs      []chan LinkEvent  // guarded by mu
+	listening bool              // guarded by mu: Listen runs
+	budget    Budget            // guarded by mu
+	arenas    []*arena.Arena    // guarded by mu: the arenas of the budget's private pages
+	peer      hypercall.DomID   // guarded by mu
+	agreed    telemetry.Feature // guarded by mu: the features of the connection
 }
 
 const (
@@ -81,19 +82,20 @@ const (
 func newDevice(id string, role telemetry.Role, domain hypercall.Domain, cfg Config) *Device {
 	d := &Device{
 		id: id, role: role, domain: domain, cfg: cfg,
-		set:      telemetry.NewSet(cfg.queues()),
-		done:     make(chan struct{}),
-		patience: patience,
-		fault:    make(chan *PeerError, 1),
-		look:     make(chan struct{}, 1),
-		changed:  make(chan struct{}),
-		last:     LinkEvent{Reason: "not connected yet"},
+		set:           telemetry.NewSet(cfg.queues()),
+		done:          make(chan struct{}),
+		callerTimeout: callerTimeout,
+		violations:    make(chan *PeerError, 1),
+		wake:          make(chan struct{}, 1),
+		changed:       make(chan struct{}),
+		last:          LinkEvent{Reason: "not connected yet"},
 	}
-	q := newQuiet(slog.DiscardHandler)
+	h := slog.DiscardHandler
 	if cfg.Logger != nil {
-		q.Handler = cfg.Logger.Handler()
+		h = cfg.Logger.Handler()
 	}
-	d.log, d.hush = slog.New(q), q.hush
+	d.logs = loglimit.New(h)
+	d.log = slog.New(d.logs)
 	for i := range cfg.queues() {
 		rx, tx := new(RX), new(TX)
 		rx.init(d, i, receive, d.set.RX(i))
@@ -104,10 +106,10 @@ func newDevice(id string, role telemetry.Role, domain hypercall.Domain, cfg Conf
 	return d
 }
 
-// wakeLife makes the life goroutine look at the device. It never blocks.
-func (d *Device) wakeLife() {
+// wakeLifecycle makes the lifecycle goroutine look at the device. It never blocks.
+func (d *Device) wakeLifecycle() {
 	select {
-	case d.look <- struct{}{}:
+	case d.wake <- struct{}{}:
 	default:
 	}
 }
@@ -163,7 +165,7 @@ func (d *Device) Trusted() bool {
 // the device cuts them first. While the link is down it is the answer of the last
 // connection.
 func (d *Device) PeerTakes(t GSOType) bool {
-	o := offers(d.offers.Load())
+	o := offloads(d.peerTakes.Load())
 	return t == GSOTCPv4 && o&takesGSO4 != 0 || t == GSOTCPv6 && o&takesGSO6 != 0
 }
 
@@ -237,7 +239,7 @@ func (d *Device) SetReadDeadline(t time.Time) error {
 			rx.setDeadline(t)
 		}
 	}
-	return d.over()
+	return d.endError()
 }
 
 // SetWriteDeadline sets when Write, Writev and WriteBatch stop waiting for room. It
@@ -248,13 +250,13 @@ func (d *Device) SetWriteDeadline(t time.Time) error {
 			tx.setDeadline(t)
 		}
 	}
-	return d.over()
+	return d.endError()
 }
 
 // OwnTX hands the sending half of queue i to the caller: from now on Write, Writev and
 // WriteBatch do not use it. ErrOwned if it has an owner; ErrDisconnected.
 func (d *Device) OwnTX(i int) (*TX, error) {
-	if err := d.over(); err != nil {
+	if err := d.endError(); err != nil {
 		return nil, err
 	}
 	if i < 0 || i >= len(d.tx) {
@@ -272,7 +274,7 @@ func (d *Device) OwnTX(i int) (*TX, error) {
 // OwnRX hands the receiving half of queue i to the caller. ErrOwned if it has an owner,
 // or if Listen runs; ErrDisconnected.
 func (d *Device) OwnRX(i int) (*RX, error) {
-	if err := d.over(); err != nil {
+	if err := d.endError(); err != nil {
 		return nil, err
 	}
 	if i < 0 || i >= len(d.rx) {
@@ -280,7 +282,7 @@ func (d *Device) OwnRX(i int) (*RX, error) {
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.listens || d.rx[i].owned.Swap(true) {
+	if d.listening || d.rx[i].owned.Swap(true) {
 		return nil, ErrOwned
 	}
 	return d.rx[i], nil
@@ -310,20 +312,20 @@ func (d *Device) Close() error {
 // return an [*UnknownError].
 func (d *Device) Done() <-chan struct{} { return d.done }
 
-// judge turns the error of a half into the error of its call. A violation ends the
+// callError turns the error of a half into the error of its call. A violation ends the
 // device; the first one is the error of all later calls.
-func (d *Device) judge(err error) error {
+func (d *Device) callError(err error) error {
 	if err == nil || err == ErrFull {
 		return err
 	}
 	if v, ok := err.(*PeerError); ok {
-		if d.broken.CompareAndSwap(nil, v) {
-			d.fault <- v
+		if d.violation.CompareAndSwap(nil, v) {
+			d.violations <- v
 		}
-		return d.broken.Load()
+		return d.violation.Load()
 	}
 	if errors.Is(err, ring.ErrCorrupt) {
-		return d.judge(&PeerError{Reason: err.Error()})
+		return d.callError(&PeerError{Reason: err.Error()})
 	}
 	if err == net.ErrClosed { // the connection's waiter was closed: the next enter says why
 		return nil
@@ -343,15 +345,15 @@ func (d *Device) setStatus(s xenbus.State, up bool) {
 	})
 }
 
-// gone ends the device: every call returns cause from now on.
-func (d *Device) gone(cause error) {
+// ended ends the device: every call returns cause from now on.
+func (d *Device) ended(cause error) {
 	d.mu.Lock()
 	d.cause = cause
 	d.mu.Unlock()
 	d.announce(linkGone, LinkEvent{Reason: cause.Error()})
 	for i := range d.tx {
-		d.tx[i].marked()
-		d.rx[i].marked()
+		d.tx[i].markMember()
+		d.rx[i].markMember()
 	}
 }
 
@@ -360,21 +362,21 @@ func (d *Device) gone(cause error) {
 // frames.
 func (d *Device) Logger() *slog.Logger { return d.log }
 
-// mirror shows the counters under the name of the vif, which changes if the peer is in
+// openMirror shows the counters under the name of the vif, which changes if the peer is in
 // another domain now.
-func (d *Device) mirror(peer hypercall.DomID) {
+func (d *Device) openMirror(peer hypercall.DomID) {
 	info := telemetry.Info{
 		Role: d.role, Own: uint16(d.domain.ID()), Peer: uint16(peer), Queues: d.cfg.queues(),
 	}
 	if n, err := strconv.ParseUint(d.id, 10, 32); err == nil {
 		info.Handle = uint32(n)
 	}
-	if d.named == info {
+	if d.mirrorInfo == info {
 		return
 	}
-	if d.named != (telemetry.Info{}) {
+	if d.mirrorInfo != (telemetry.Info{}) {
 		d.set.Close()
 	}
-	d.named = info
+	d.mirrorInfo = info
 	d.set.Open(d.cfg.Counters, info)
 }

@@ -17,7 +17,7 @@ import (
 	"barevif/xenbus/xenstore"
 )
 
-// A front is the frontend's part of a life.
+// A front is the frontend's part of a lifecycle.
 type front struct {
 	d    *Device
 	made MAC // the address made for a vif that has none; zero until it is needed
@@ -71,8 +71,8 @@ func (f *front) address(v xenstore.Values, dir string) (MAC, error) {
 	return mac, err
 }
 
-// because adds to a WaitError why the backend does not connect, as far as xenstore tells.
-func (f *front) because(ctx context.Context, err error, xd *xenbus.Device) error {
+// withPeerReason adds to a WaitError why the backend does not connect, as far as xenstore tells.
+func (f *front) withPeerReason(ctx context.Context, err error, xd *xenbus.Device) error {
 	if _, waited := errors.AsType[*xenbus.WaitError](err); !waited {
 		return err
 	}
@@ -89,10 +89,10 @@ func (f *front) because(ctx context.Context, err error, xd *xenbus.Device) error
 
 func (f *front) prepare(context.Context, *xenbus.Device) error { return nil }
 
-func (f *front) finished(context.Context, *xenbus.Device, bool) { f.d.finish() }
+func (f *front) ended(context.Context, *xenbus.Device, bool) { f.d.finish() }
 
-// same reports true: the rings are the frontend's own, and no backend replaces them.
-func (f *front) same(context.Context, *xenbus.Device, *conn) (bool, error) { return true, nil }
+// unchanged reports true: the rings are the frontend's own, and no backend replaces them.
+func (f *front) unchanged(context.Context, *xenbus.Device, *conn) (bool, error) { return true, nil }
 
 // attach makes rings and pages to match the backend's offer, and publishes them.
 func (f *front) attach(ctx context.Context, xd *xenbus.Device, c *conn) error {
@@ -118,15 +118,15 @@ func (f *front) attach(ctx context.Context, xd *xenbus.Device, c *conn) error {
 	}
 	feat.queues = int(min(most, uint64(d.cfg.queues())))
 
-	feat.frontSG, feat.takes, feat.peer = true, d.cfg.Offload, offered(back, feat.backSG)
+	feat.frontSG, feat.offload, feat.peerTakes = true, d.cfg.Offload, offeredOffloads(back, feat.backSG)
 	c.feat = feat
-	m := &pageMaker{dom: d.domain, peer: dom(xd), log: d.log, lost: &d.lost, c: c, lockedThreads: d.cfg.LockedThreads}
+	m := &setup{dom: d.domain, peer: dom(xd), log: d.log, quarantined: &d.quarantined, c: c, lockedThreads: d.cfg.LockedThreads}
 	keys := xenstore.Values{
 		netif.KeyRequestRxCopy:   "1",
 		netif.KeyFeatureRxNotify: "1",
 		netif.KeyFeatureSG:       "1",
 	}
-	maps.Copy(keys, offloadValues(feat.takes))
+	maps.Copy(keys, offloadValues(feat.offload))
 	stale := []string{
 		netif.KeyTxRingRef, netif.KeyRxRingRef, netif.KeyEventChannel, netif.KeyEventChannelTx,
 		netif.KeyEventChannelRx, netif.KeyNumQueues, netif.KeyFeatureGSOTCPv4, netif.KeyFeatureGSOTCPv6,

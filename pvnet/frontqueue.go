@@ -45,7 +45,7 @@ var leastPlan = plan{1, pagesPerHalfMin}
 // leaves room for the least plan of each of the other vifs, unless it can get only the
 // least plan itself. When a plan does not fit, it gives back all that the plan took
 // before it tries a smaller one: so every queue gets the same, whichever was made first.
-func (m *pageMaker) frontQueues(f features, cfg *Config, others int, blocks func(i int) (rx, tx *telemetry.Block)) ([]connQueue, error) {
+func (m *setup) frontQueues(f features, cfg *Config, others int, blocks func(i int) (rx, tx *telemetry.Block)) ([]connQueue, error) {
 	asked := plan{f.queues, pagesPerHalf}
 	var first, last error
 	full := math.MaxInt // the smallest total that did not fit
@@ -83,14 +83,14 @@ func (m *pageMaker) frontQueues(f features, cfg *Config, others int, blocks func
 
 // tryPlan makes all queues of p, provided that spare more pages could be shared after
 // them. Otherwise it makes none and returns how many queues it had made before it failed.
-func (m *pageMaker) tryPlan(p plan, f features, cfg *Config, spare int, blocks func(i int) (rx, tx *telemetry.Block)) (queues []connQueue, made int, err error) {
-	mark, shared, own, arenas := len(m.c.undo), m.c.shared, m.c.own, len(m.c.arenas)
+func (m *setup) tryPlan(p plan, f features, cfg *Config, spare int, blocks func(i int) (rx, tx *telemetry.Block)) (queues []connQueue, made int, err error) {
+	mark, shared, own, arenas := len(m.c.undo), m.c.shared, m.c.private, len(m.c.arenas)
 	for i := range p.queues {
 		rx, tx := blocks(i)
 		q, err := m.frontQueue(p.pages, f, cfg, rx, tx)
 		if err == nil {
 			queues = append(queues, q)
-			if i < p.queues-1 || m.sparable(spare) {
+			if i < p.queues-1 || m.canSpare(spare) {
 				continue
 			}
 			err = fmt.Errorf("%d more pages for other vifs: %w", spare, hypercall.ErrNoGrants)
@@ -102,15 +102,15 @@ func (m *pageMaker) tryPlan(p plan, f features, cfg *Config, spare int, blocks f
 			q.rx.drain()
 		}
 		part := m.c.undo[mark:]
-		m.c.undo, m.c.shared, m.c.own, m.c.arenas = m.c.undo[:mark], shared, own, m.c.arenas[:arenas]
+		m.c.undo, m.c.shared, m.c.private, m.c.arenas = m.c.undo[:mark], shared, own, m.c.arenas[:arenas]
 		part.run()
 		return nil, i, err
 	}
 	return queues, p.queues, nil
 }
 
-// sparable reports whether that many more pages could be shared now.
-func (m *pageMaker) sparable(pages int) bool {
+// canSpare reports whether that many more pages could be shared now.
+func (m *setup) canSpare(pages int) bool {
 	if pages == 0 {
 		return true
 	}
@@ -122,7 +122,7 @@ func (m *pageMaker) sparable(pages int) bool {
 }
 
 // frontQueue makes the frontend's side of a queue: pages, rings, ports.
-func (m *pageMaker) frontQueue(pages int, f features, cfg *Config, rx, tx *telemetry.Block) (q connQueue, err error) {
+func (m *setup) frontQueue(pages int, f features, cfg *Config, rx, tx *telemetry.Block) (q connQueue, err error) {
 	txPages, txRefs, err := m.share(pages, hypercall.ReadOnly)
 	if err != nil {
 		return q, err
@@ -167,12 +167,12 @@ func (m *pageMaker) frontQueue(pages int, f features, cfg *Config, rx, tx *telem
 	q.keys = queueKeys{rings.Refs[0], rings.Refs[1], txPort.ID(), rxPort.ID()}
 	q.tx = &frontTX{
 		ring: ring.NewFront[netif.TxRequest, netif.TxResponse](rings.Slice(0, 1), netif.TxStride),
-		bufs: txPages, refs: txRefs, port: txPort, scatter: f.backSG, peer: f.peer,
+		bufs: txPages, refs: txRefs, port: txPort, scatter: f.backSG, peerTakes: f.peerTakes,
 		state: make([]uint8, pages), count: tx,
 	}
 	r := &frontRX{
 		ring:  ring.NewFront[netif.RxRequest, netif.RxResponse](rings.Slice(1, 1), netif.RxStride),
-		pages: rxPages, refs: rxRefs, pool: pool, lend: cfg.LendRx, port: rxPort, count: rx, offload: f.takes,
+		pages: rxPages, refs: rxRefs, pool: pool, lend: cfg.LendRx, port: rxPort, count: rx, offload: f.offload,
 	}
 	r.fill()
 	r.ring.Publish() // the peer is notified once it has the port

@@ -17,15 +17,15 @@ const maxRxSlots = 19
 // A frontRX receives on the rx ring. It keeps every slot posted with a page that the peer
 // may write, copies arriving frames to private buffers and posts the pages again at once.
 type frontRX struct {
-	ring  *ring.Front[netif.RxRequest, netif.RxResponse]
-	pages *arena.Arena         // the shared pages
-	refs  []hypercall.GrantRef // by page
-	where [256]uint32          // by slot: the page that is posted there
-	pool  *arena.Arena         // private buffers
-	got   [64]uint32           // private buffers for the next frames; a stack array would be cleared on each call
-	lend  bool
-	port  hypercall.Port
-	count *telemetry.Block
+	ring   *ring.Front[netif.RxRequest, netif.RxResponse]
+	pages  *arena.Arena         // the shared pages
+	refs   []hypercall.GrantRef // by page
+	pageAt [256]uint32          // by slot: the page that is posted there
+	pool   *arena.Arena         // private buffers
+	taken  [64]uint32           // private buffers for the next frames; a stack array would be cleared on each call
+	lend   bool
+	port   hypercall.Port
+	count  *telemetry.Block
 
 	offload bool // this end offered to take GSO frames and partial checksums
 
@@ -53,7 +53,7 @@ type rxSegment struct {
 // netback and the Windows drivers expect.
 func (e *frontRX) post(page uint32) {
 	slot := e.ring.Next() % e.ring.Size()
-	e.where[slot] = page
+	e.pageAt[slot] = page
 	e.ring.Put(netif.RxRequest{ID: uint16(slot), Ref: e.refs[page]})
 }
 
@@ -117,7 +117,7 @@ func (e *frontRX) receive(frames []Frame, into bool) (n int, err error) {
 	if n > 0 && n == len(frames) {
 		e.count.Add(telemetry.PollsFull, 1)
 	}
-	e.show()
+	e.publish()
 	t.count(e.ring.Size()-e.ring.Free(), e.pool.Free())
 	if n > 0 && (err == ErrNoBuffers || err == ErrShortFrame) {
 		err = nil
@@ -133,9 +133,9 @@ func (e *frontRX) receivePlain(frames []Frame, into bool, t *tally) (n int, err 
 	if err != nil {
 		return 0, nil // the general path meets the error again and returns it
 	}
-	got := min(int(avail), len(frames), len(e.got))
+	got := min(int(avail), len(frames), len(e.taken))
 	if !into {
-		got = e.pool.Get(e.got[:got])
+		got = e.pool.Get(e.taken[:got])
 	}
 	var r netif.RxResponse
 	for n < got {
@@ -153,10 +153,10 @@ func (e *frontRX) receivePlain(frames []Frame, into bool, t *tally) (n int, err 
 		}
 		if !into {
 			off := min(headroom, shm.PageSize-size)
-			f.single(e.pool.Buffer(e.got[n]), off, size)
-			dst = e.pool.Bytes(e.got[n])[off : off+size]
+			f.single(e.pool.Buffer(e.taken[n]), off, size)
+			dst = e.pool.Bytes(e.taken[n])[off : off+size]
 		}
-		page := e.where[slot%uint32(len(e.where))]
+		page := e.pageAt[slot%uint32(len(e.pageAt))]
 		copy(dst, e.pages.Bytes(page)[r.Offset:])
 		e.post(page)
 		if r.Flags&netif.RxDataValidated != 0 {
@@ -167,14 +167,14 @@ func (e *frontRX) receivePlain(frames []Frame, into bool, t *tally) (n int, err 
 		n++
 	}
 	if !into {
-		e.pool.Put(e.got[n:got]...)
+		e.pool.Put(e.taken[n:got]...)
 	}
 	t.settle()
 	e.count.Add(telemetry.CopiedBytes, t.bytes)
 	return n, err
 }
 
-func (e *frontRX) show() {
+func (e *frontRX) publish() {
 	e.count.Add(telemetry.Polls, 1)
 	if e.ring.Publish() {
 		e.count.Add(telemetry.NotifiesSent, 1)
@@ -230,7 +230,7 @@ func (e *frontRX) parseOne(r netif.RxResponse, slot, avail uint32) (reason telem
 			avail--
 		}
 		p.all++
-		page := e.where[slot]
+		page := e.pageAt[slot]
 		switch {
 		case p.n >= maxRxSlots:
 			fail(telemetry.DropBadChain)
@@ -259,7 +259,7 @@ func (e *frontRX) parseOne(r netif.RxResponse, slot, avail uint32) (reason telem
 				x := netif.ExtraOfRx(e.ring.Take())
 				avail--
 				p.all++
-				e.post(e.where[slot]) // an extra info uses no page
+				e.post(e.pageAt[slot]) // an extra info uses no page
 				e.count.Add(telemetry.ExtraInfos, 1)
 				if x.Check() != nil {
 					fail(telemetry.DropBadExtra)
@@ -381,9 +381,9 @@ func (e *frontRX) overdue() bool { return e.ring.Overdue() }
 // would only show how idle the link was.
 func (e *frontRX) sample() {}
 
-// dropRest counts the frames that the backend sent and nobody received. The receiving end
+// dropUndelivered counts the frames that the backend sent and nobody received. The receiving end
 // accounts for every response in the ring.
-func (e *frontRX) dropRest() {
+func (e *frontRX) dropUndelivered() {
 	for {
 		if !e.have {
 			if e.have, _ = e.parse(); !e.have { // a violation no longer matters
@@ -397,8 +397,8 @@ func (e *frontRX) dropRest() {
 }
 
 func (e *frontRX) drain() {
-	trapped(e.dropRest) // the connection is over: a fault on the ring no longer matters
+	trapped(e.dropUndelivered) // the connection is over: a fault on the ring no longer matters
 	for i := e.ring.Consumed(); i != e.ring.Next(); i++ {
-		e.pages.Put(e.where[i%e.ring.Size()])
+		e.pages.Put(e.pageAt[i%e.ring.Size()])
 	}
 }

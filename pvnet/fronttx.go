@@ -11,15 +11,15 @@ import (
 // A frontTX sends on the tx ring. Its requests name pages that stay granted, read-only,
 // for the whole connection. The id of a request is the number of its buffer.
 type frontTX struct {
-	ring    *ring.Front[netif.TxRequest, netif.TxResponse]
-	bufs    *arena.Arena
-	refs    []hypercall.GrantRef // by buffer
-	port    hypercall.Port
-	scatter bool    // the peer takes frames of several slots
-	peer    offers  // the offloads that the peer takes
-	state   []uint8 // by buffer, which is also the request id
-	extras  int     // extra infos that have no response yet
-	count   *telemetry.Block
+	ring      *ring.Front[netif.TxRequest, netif.TxResponse]
+	bufs      *arena.Arena
+	refs      []hypercall.GrantRef // by buffer
+	port      hypercall.Port
+	scatter   bool     // the peer takes frames of several slots
+	peerTakes offloads // the offloads that the peer takes
+	state     []uint8  // by buffer, which is also the request id
+	extras    int      // extra infos that have no response yet
+	count     *telemetry.Block
 
 	stopwatch
 	shortage
@@ -45,7 +45,7 @@ func (e *frontTX) alloc(frames []Frame, size int) (n int, err error) {
 	n += buildAll(e.bufs, size, frames[n:])
 	if n == 0 {
 		e.count.Add(telemetry.AllocFailed, 1)
-		e.short(need{bufs: buffersFor(size)})
+		e.noteShortage(space{bufs: buffersFor(size)})
 	}
 	return n, nil
 }
@@ -85,16 +85,16 @@ func (e *frontTX) send(frames []Frame) (n int, err error) {
 	t.count(e.ring.Size()-e.ring.Free(), e.bufs.Free())
 	if err == ErrFull {
 		e.count.Add(telemetry.RingFull, 1)
-		e.short(e.wants(&frames[n]))
+		e.noteShortage(e.spaceFor(&frames[n]))
 	}
 	return n, err
 }
 
-// short tells the slow tick how far the peer's index must move before there is room for
+// noteShortage tells the slow tick how far the peer's index must move before there is room for
 // n.
-func (e *frontTX) short(n need) {
+func (e *frontTX) noteShortage(n space) {
 	missing := max(n.slots-int(e.ring.Free()), n.bufs-e.bufs.Free(), 0)
-	e.lack(e.ring.Consumed() + min(uint32(missing), e.ring.InFlight()))
+	e.await(e.ring.Consumed() + min(uint32(missing), e.ring.InFlight()))
 }
 
 // put fills the slots of one frame and takes the frame over.
@@ -109,8 +109,8 @@ func (e *frontTX) put(f *Frame, t *tally) error {
 	if need == 0 {
 		return ErrFrameSize
 	}
-	fit := e.peer.fit(f)
-	if fit > incomplete {
+	fit := e.peerTakes.fit(f)
+	if fit > mustComplete {
 		return fit.err()
 	}
 	if need > 1 && !e.scatter && f.total > 4096 {
@@ -124,10 +124,10 @@ func (e *frontTX) put(f *Frame, t *tally) error {
 			return ErrFull
 		}
 	}
-	if e.copies(f, need) || fit == incomplete && !f.buf.Exclusive() {
+	if e.mustCopy(f, need) || fit == mustComplete && !f.buf.Exclusive() {
 		return e.putCopy(f, t)
 	}
-	if fit == incomplete {
+	if fit == mustComplete {
 		f.completeChecksum()
 	}
 	i, err := e.bufs.Take(f.buf)
@@ -147,7 +147,7 @@ func (e *frontTX) put(f *Frame, t *tally) error {
 		return nil
 	}
 	for left, extra := f.total-uint32(f.n), f.gso.Size != 0; ; {
-		next, off, n, ok := e.behind(i)
+		next, off, n, ok := e.unlinkNext(i)
 		if left > 0 {
 			r.Flags |= netif.TxMoreData
 		}
@@ -167,9 +167,9 @@ func (e *frontTX) put(f *Frame, t *tally) error {
 	}
 }
 
-// behind unlinks the chain after buffer i and returns the next piece, if there is one. It
+// unlinkNext unlinks the chain after buffer i and returns the next piece, if there is one. It
 // frees empty pieces, which Truncate leaves: they take no slot.
-func (e *frontTX) behind(i uint32) (next uint32, off, n uint16, ok bool) {
+func (e *frontTX) unlinkNext(i uint32) (next uint32, off, n uint16, ok bool) {
 	next, off, n, ok = e.bufs.Unlink(i)
 	for ok && n == 0 {
 		empty := next
@@ -193,9 +193,9 @@ func txFlags(f *Frame) (flags netif.TxFlags) {
 	return flags
 }
 
-// copies reports whether f, which has that many slots, must be copied before it can be
+// mustCopy reports whether f, which has that many slots, must be copied before it can be
 // sent.
-func (e *frontTX) copies(f *Frame, slots uint32) bool {
+func (e *frontTX) mustCopy(f *Frame, slots uint32) bool {
 	return !f.buf.Of(e.bufs) || f.n < MinFrame || slots > 1 && !e.scatter
 }
 
@@ -242,7 +242,7 @@ func (e *frontTX) reap() error {
 		}
 		id := uint32(r.ID)
 		if id >= uint32(len(e.state)) || e.state[id] == idFree {
-			e.misanswered()
+			e.dropWrongID()
 			return e.violation("response id is not outstanding")
 		}
 		if r.Status < 0 && e.state[id] == idFirst {
@@ -257,10 +257,10 @@ func (e *frontTX) reap() error {
 	return nil
 }
 
-// misanswered counts one frame as lost to a response with a wrong id. Nobody knows which
+// dropWrongID counts one frame as lost to a response with a wrong id. Nobody knows which
 // frame it was for, so it takes any; the others in flight are counted as lost with the
 // connection.
-func (e *frontTX) misanswered() {
+func (e *frontTX) dropWrongID() {
 	for id, s := range e.state {
 		if s == idFirst {
 			e.state[id] = idMore
@@ -275,9 +275,9 @@ func (e *frontTX) violation(reason string) error {
 	return &PeerError{Ring: "tx", Slot: e.ring.Consumed(), Reason: reason}
 }
 
-func (e *frontTX) wants(f *Frame) need {
-	n := need{slots: f.slots()}
-	if e.copies(f, uint32(n.slots)) || !f.buf.Exclusive() {
+func (e *frontTX) spaceFor(f *Frame) space {
+	n := space{slots: f.slots()}
+	if e.mustCopy(f, uint32(n.slots)) || !f.buf.Exclusive() {
 		n.bufs = buffersFor(int(f.total))
 		n.slots = max(n.slots, n.bufs)
 	}
@@ -285,7 +285,7 @@ func (e *frontTX) wants(f *Frame) need {
 	return n
 }
 
-func (e *frontTX) room(n need) (bool, error) {
+func (e *frontTX) hasSpace(n space) (bool, error) {
 	if int(e.ring.Free()) < n.slots || e.bufs.Free() < n.bufs {
 		if err := e.reap(); err != nil {
 			return false, err
@@ -294,21 +294,21 @@ func (e *frontTX) room(n need) (bool, error) {
 	if int(e.ring.Free()) >= n.slots && e.bufs.Free() >= n.bufs {
 		return true, nil
 	}
-	e.short(n)
+	e.noteShortage(n)
 	return false, nil
 }
 
-func (e *frontTX) offers() offers      { return e.peer }
-func (e *frontTX) avail() (int, error) { return int(e.ring.Free()), nil }
+func (e *frontTX) peerOffloads() offloads  { return e.peerTakes }
+func (e *frontTX) freeSlots() (int, error) { return int(e.ring.Free()), nil }
 
-func (e *frontTX) stuck(n need) error {
+func (e *frontTX) starved(n space) error {
 	if e.ring.InFlight() == 0 && e.bufs.Free() < n.bufs {
 		return ErrNoBuffers
 	}
 	return nil
 }
 
-func (e *frontTX) arm(n need) (bool, error) {
+func (e *frontTX) arm(n space) (bool, error) {
 	slots, bufs := n.slots-int(e.ring.Free()), n.bufs-e.bufs.Free()
 	if slots <= 0 && bufs <= 0 {
 		return true, nil
@@ -324,7 +324,7 @@ func (e *frontTX) arm(n need) (bool, error) {
 	return more, nil
 }
 
-func (e *frontTX) rested() error {
+func (e *frontTX) afterWait() error {
 	if !e.runs {
 		return nil
 	}
@@ -344,9 +344,9 @@ func (e *frontTX) settle() error {
 	return err
 }
 
-func (e *frontTX) answered() bool { return e.ring.Answered() }
+func (e *frontTX) progressed() bool { return e.ring.Answered() }
 
-func (e *frontTX) standing() (index, goal, tries uint32) {
+func (e *frontTX) progress() (index, goal, tries uint32) {
 	return e.ring.Peer(), e.goal.Load(), e.tries.Load()
 }
 

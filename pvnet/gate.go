@@ -6,13 +6,13 @@ import (
 	"time"
 )
 
-// A gate lets one caller at a time into a half. With it the life goroutine keeps callers
+// A gate lets one caller at a time into a half. With it the lifecycle goroutine keeps callers
 // out and waits until the last one has left. It is not a lock: a caller never waits at
 // it.
 type gate struct {
 	state  atomic.Uint32
-	quiet  chan struct{} // one token: the caller that was inside when the gate was shut has left
-	inside bool          // life goroutine only: a caller was inside when the gate was shut
+	left   chan struct{} // one token: the caller that was inside when the gate was shut has left
+	inside bool          // lifecycle goroutine only: a caller was inside when the gate was shut
 }
 
 const (
@@ -24,7 +24,7 @@ const (
 )
 
 func (g *gate) init() {
-	g.quiet = make(chan struct{}, 1)
+	g.left = make(chan struct{}, 1)
 	g.state.Store(gateShut)
 }
 
@@ -34,7 +34,7 @@ func (g *gate) enter() bool { return g.state.CompareAndSwap(gateOpen, gateBusy) 
 func (g *gate) leave() {
 	if !g.state.CompareAndSwap(gateBusy, gateOpen) {
 		g.state.Store(gateShut)
-		g.quiet <- struct{}{}
+		g.left <- struct{}{}
 	}
 }
 
@@ -46,9 +46,9 @@ func (g *gate) abandon() {
 	}
 }
 
-// shut keeps callers out from now on. It calls nudge to wake a caller that is parked
+// shut keeps callers out from now on. It calls wake for a caller that is parked
 // inside.
-func (g *gate) shut(nudge func()) {
+func (g *gate) shut(wake func()) {
 	for !g.inside {
 		if g.state.CompareAndSwap(gateOpen, gateShut) || g.state.Load() == gateShut {
 			return
@@ -56,23 +56,23 @@ func (g *gate) shut(nudge func()) {
 		g.inside = g.state.CompareAndSwap(gateBusy, gateClosing)
 		runtime.Gosched()
 	}
-	nudge()
+	wake()
 }
 
-// empty waits, after shut, until no caller is inside. It reports false if one still is at
+// waitEmpty waits, after shut, until no caller is inside. It reports false if one still is at
 // end: that caller may never leave.
-func (g *gate) empty(end time.Time) bool {
+func (g *gate) waitEmpty(end time.Time) bool {
 	if !g.inside {
 		return true
 	}
 	t := time.NewTimer(time.Until(end))
 	defer t.Stop()
 	select {
-	case <-g.quiet:
+	case <-g.left:
 		g.inside = false
 	case <-t.C:
 		select {
-		case <-g.quiet:
+		case <-g.left:
 			g.inside = false
 		default:
 		}

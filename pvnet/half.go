@@ -17,26 +17,26 @@ var errTimeout error = os.ErrDeadlineExceeded
 // A half is one direction of one queue, without its ring: it lives as long as the Device,
 // while rings come and go with connections.
 type half struct {
-	dev     *Device
-	queue   int
-	dir     direction
-	gate    gate
-	park    atomic.Pointer[parker]    // of the connection; stored by the life goroutine only
-	until   atomic.Pointer[time.Time] // deadline of waiting calls
-	owned   atomic.Bool               // handed to an owner by OwnTX or OwnRX
-	ending  atomic.Bool               // Listen has been asked to end
-	mu      sync.Mutex                // serialises the Device's own calls
-	count   *telemetry.Block          // written by the caller inside the gate
-	recent  int                       // frames counted since the last publish; inside the gate
-	worked  bool                      // a frame or a slot moved since the last rest; inside the gate
-	parked  atomic.Uint32             // number of the wait: odd while the owner waits, and never the same twice
-	rescue  atomic.Uint32             // number of the wait that the watchdog ended
-	roused  atomic.Pointer[rousing]   // the latest wait that the slow tick ended
-	due     atomic.Uint32             // what the slow tick asks the caller inside the gate to do: dueHeal, ...
-	resting atomic.Uint32             // who may use the counters while the owner waits: lentOut, ...
-	sampled uint32                    // slow tick only: number of the wait in which it last timed a wake-up
-	spin    spinner                   // of the connection; inside the gate
-	member  atomic.Pointer[member]    // its membership in a Poller; nil: none
+	dev         *Device
+	queue       int
+	dir         direction
+	gate        gate
+	park        atomic.Pointer[parker]    // of the connection; stored by the lifecycle goroutine only
+	until       atomic.Pointer[time.Time] // deadline of waiting calls
+	owned       atomic.Bool               // handed to an owner by OwnTX or OwnRX
+	ending      atomic.Bool               // Listen has been asked to end
+	mu          sync.Mutex                // serialises the Device's own calls
+	count       *telemetry.Block          // written by the caller inside the gate
+	unpublished int                       // frames counted since the last publish; inside the gate
+	hadWork     bool                      // a frame or a slot moved since the last rest; inside the gate
+	waitSeq     atomic.Uint32             // number of the wait: odd while the owner waits, and never the same twice
+	rescued     atomic.Uint32             // number of the wait that the watchdog ended
+	roused      atomic.Pointer[rousing]   // the latest wait that the slow tick ended
+	requests    atomic.Uint32             // what the slow tick asks the caller inside the gate to do: requestHeal, ...
+	counterUser atomic.Uint32             // who may use the counters while the owner waits: lentToTick, ...
+	sampled     uint32                    // slow tick only: number of the wait in which it last timed a wake-up
+	spin        spinner                   // of the connection; inside the gate
+	member      atomic.Pointer[member]    // its membership in a Poller; nil: none
 }
 
 func (h *half) init(d *Device, queue int, dir direction, block *telemetry.Block) {
@@ -46,7 +46,7 @@ func (h *half) init(d *Device, queue int, dir direction, block *telemetry.Block)
 
 // enter returns nil once the caller is inside the gate.
 func (h *half) enter() error {
-	if v := h.dev.broken.Load(); v != nil {
+	if v := h.dev.violation.Load(); v != nil {
 		return v
 	}
 	for !h.gate.enter() {
@@ -55,7 +55,7 @@ func (h *half) enter() error {
 			return ErrBusy
 		case gateReading: // lasts less than a microsecond
 		default:
-			if err := h.dev.stateOf(h); err != nil {
+			if err := h.dev.linkErrorOf(h); err != nil {
 				return err
 			}
 		}
@@ -73,71 +73,71 @@ func (h *half) flush() {
 	}
 }
 
-// counted takes note of frames that moved and publishes the counters every 32 frames. The
+// countMoved takes note of frames that moved and publishes the counters every 32 frames. The
 // caller is inside the gate.
-func (h *half) counted(frames int) {
+func (h *half) countMoved(frames int) {
 	if frames == 0 {
 		return
 	}
-	h.worked = true
-	h.recent += frames
-	if h.recent >= 32 {
-		h.recent = 0
+	h.hadWork = true
+	h.unpublished += frames
+	if h.unpublished >= 32 {
+		h.unpublished = 0
 		h.count.Publish()
-		h.refresh()
+		h.serveRequests()
 	}
 }
 
 // What the slow tick asks the caller inside the gate to do.
 const (
-	dueHeal  = 1 << iota // compare the counters with their mirror
-	dueStall             // count a stall
+	requestHeal  = 1 << iota // compare the counters with their mirror
+	requestStall             // count a stall
 )
 
-// refresh does what the slow tick has asked for. The caller is inside the gate.
-func (h *half) refresh() {
-	if h.due.Load() != 0 {
-		h.attend(h.due.Swap(0))
+// serveRequests does what the slow tick has asked for. The caller is inside the gate.
+func (h *half) serveRequests() {
+	if h.requests.Load() != 0 {
+		h.serve(h.requests.Swap(0))
 	}
 }
 
-func (h *half) attend(due uint32) {
-	if due&dueStall != 0 {
+func (h *half) serve(due uint32) {
+	if due&requestStall != 0 {
 		h.count.Add(telemetry.Stalls, 1)
 		h.count.Publish()
 	}
-	if due&dueHeal != 0 {
+	if due&requestHeal != 0 {
 		h.count.Refresh()
 	}
 }
 
 // Who may use the counters of a half.
 const (
-	ownersOwn = iota // the owner, or the caller inside the gate
-	lentOut          // the owner waits, and the slow tick may use them
-	taken            // the slow tick uses them
+	usedByOwner = iota // the owner, or the caller inside the gate
+	lentToTick         // the owner waits, and the slow tick may use them
+	usedByTick         // the slow tick uses them
 )
 
-// remind does what due says at once if no caller is inside the gate, or if the caller
+// request does what due says at once if no caller is inside the gate, or if the caller
 // inside waits. Otherwise the caller inside does it. It wakes nobody.
-func (h *half) remind(due uint32) {
+func (h *half) request(due uint32) {
 	if h.gate.state.CompareAndSwap(gateOpen, gateReading) {
-		h.attend(due)
+		h.serve(due)
 		h.gate.state.Store(gateOpen)
 		return
 	}
-	h.due.Or(due)
-	if h.resting.CompareAndSwap(lentOut, taken) { // else the owner lends them later, and then looks at due
-		h.refresh()
-		h.resting.Store(lentOut)
+	h.requests.Or(due)
+	if h.counterUser.CompareAndSwap(lentToTick, usedByTick) { // else the owner lends them later, and then looks at due
+		h.serveRequests()
+		h.counterUser.Store(lentToTick)
 	}
 }
 
-// lend lets the slow tick use the counters until reclaim.
-func (h *half) lend() { h.resting.Store(lentOut) }
+// lendCounters lets the slow tick use the counters until reclaimCounters.
+func (h *half) lendCounters() { h.counterUser.Store(lentToTick) }
 
-func (h *half) reclaim() {
-	for !h.resting.CompareAndSwap(lentOut, ownersOwn) {
+func (h *half) reclaimCounters() {
+	for !h.counterUser.CompareAndSwap(lentToTick, usedByOwner) {
 		runtime.Gosched() // the slow tick has them for a microsecond
 	}
 }
@@ -146,12 +146,12 @@ func (h *half) reclaim() {
 // is woken for that and the wake-up is timed, but not in its first wait after such a
 // wake-up. A half in a Poller is not woken: its owner waits for other halves too.
 func (h *half) heal(p *parker) {
-	seq := h.parked.Load()
+	seq := h.waitSeq.Load()
 	if seq%2 == 0 || seq == h.sampled || h.member.Load() != nil {
-		h.remind(dueHeal)
+		h.request(requestHeal)
 		return
 	}
-	h.due.Or(dueHeal)
+	h.requests.Or(requestHeal)
 	h.rouse(p)
 	h.sampled = seq + 2 // the owner's next wait, unless events come
 }
@@ -165,7 +165,7 @@ type rousing struct {
 // rouse wakes the owner if it waits at p, and stores the time so that awake can measure
 // the wake-up.
 func (h *half) rouse(p *parker) {
-	if seq := h.parked.Load(); seq%2 == 1 {
+	if seq := h.waitSeq.Load(); seq%2 == 1 {
 		h.roused.Store(&rousing{seq, time.Now()})
 	}
 	p.wake()
@@ -197,7 +197,7 @@ func (h *half) setDeadline(t time.Time) {
 	if p := h.park.Load(); p != nil {
 		p.wake()
 	}
-	h.dev.nudge()
+	h.dev.notifyWaiters()
 }
 
 // interrupt ends the receive under way and every later one, until ending is cleared.
@@ -206,7 +206,7 @@ func (h *half) interrupt() {
 	if p := h.park.Load(); p != nil {
 		p.wake()
 	}
-	h.dev.nudge()
+	h.dev.notifyWaiters()
 }
 
 // errInterrupted is the error of a receive that interrupt ended.
@@ -219,44 +219,44 @@ func (h *half) expired() bool {
 	return !t.IsZero() && !time.Now().Before(t)
 }
 
-// leaving reports whether a caller that spins inside the gate must leave, or give up.
-func (h *half) leaving() bool {
+// mustLeave reports whether a caller that spins inside the gate must leave, or give up.
+func (h *half) mustLeave() bool {
 	return h.gate.state.Load() != gateBusy || h.ending.Load() || h.expired()
 }
 
-// rest parks inside the gate until there may be something to do.
-func (h *half) rest() error {
+// parkUntilEvent parks inside the gate until there may be something to do.
+func (h *half) parkUntilEvent() error {
 	if h.member.Load() != nil {
 		return ErrPolled
 	}
 	p := h.park.Load()
-	if p.answer(h.dir, h.worked) {
+	if p.report(h.dir, h.hadWork) {
 		h.count.Add(telemetry.EventsSpurious, 1)
 	}
-	h.recent, h.worked = 0, false
+	h.unpublished, h.hadWork = 0, false
 	h.count.Add(telemetry.Parks, 1)
 	h.count.Flush()
-	seq := h.parked.Add(1)
+	seq := h.waitSeq.Add(1)
 	var event bool
 	var err error
 	var start time.Time
 	if h.spin.measures() {
 		start = time.Now()
 	}
-	h.lend()
-	if h.due.Load() == 0 { // from here on remind finds the counters lent
+	h.lendCounters()
+	if h.requests.Load() == 0 { // from here on request finds the counters lent
 		event, err = p.wait(h.dir, h.deadline())
 	}
-	h.reclaim()
-	h.parked.Add(1)
+	h.reclaimCounters()
+	h.waitSeq.Add(1)
 	if h.spin.measures() {
 		h.spin.ended(time.Since(start))
 	}
 	h.awake(seq)
 	if event {
 		h.count.Add(telemetry.Events, 1)
-		if p.deserted() {
-			h.dev.wakeLife()
+		if p.peerClosed() {
+			h.dev.wakeLifecycle()
 		}
 	}
 	if err == net.ErrClosed && h.gate.state.Load() == gateBusy {
@@ -264,8 +264,8 @@ func (h *half) rest() error {
 		// shut, so the domain itself is gone, and a retry would loop for ever.
 		err = &UnknownError{"wait for an event", err}
 	}
-	h.refresh()
-	if h.rescue.CompareAndSwap(seq, 0) {
+	h.serveRequests()
+	if h.rescued.CompareAndSwap(seq, 0) {
 		h.count.Add(telemetry.RescuedWakeups, 1)
 	}
 	return err
@@ -290,9 +290,9 @@ type engine interface {
 	drain()
 }
 
-// retry decides what a call does that found the gate shut with err. It waits while the
+// afterShutGate decides what a call does that found the gate shut with err. It waits while the
 // link is down, and returns nil once the call may try again.
-func (h *half) retry(err error) error {
+func (h *half) afterShutGate(err error) error {
 	if err != ErrLinkDown {
 		return err
 	}
@@ -300,11 +300,11 @@ func (h *half) retry(err error) error {
 }
 
 func (h *half) undelivered(n uint64) error {
-	return h.note(func(b *telemetry.Block) { b.Add(telemetry.Undelivered, n) })
+	return h.withCounters(func(b *telemetry.Block) { b.Add(telemetry.Undelivered, n) })
 }
 
-// note runs f on the counters inside the gate. The next publish shows the result.
-func (h *half) note(f func(*telemetry.Block)) error {
+// withCounters runs f on the counters inside the gate. The next publish shows the result.
+func (h *half) withCounters(f func(*telemetry.Block)) error {
 	if err := h.enter(); err != nil {
 		return err
 	}

@@ -13,17 +13,17 @@ import (
 	"barevif/xenbus"
 )
 
-// How long the life goroutine waits for the peer and for xenstore.
+// How long the lifecycle goroutine waits for the peer and for xenstore.
 const (
-	closePatience   = 4 * time.Second // for the peer to answer Closing, on Disconnect
-	endPatience     = 6 * time.Second // for the whole end of a device, closePatience and storePatience included
-	storePatience   = 5 * time.Second // for one xenstore operation
-	connectPatience = time.Minute     // for the whole set-up of a connection, unless the device is to end
-	retryFirst      = time.Second     // pause after a failed connect; doubles
-	retryMost       = 30 * time.Second
+	closeTimeout = 4 * time.Second // for the peer to answer Closing, on Disconnect
+	endTimeout   = 6 * time.Second // for the whole end of a device, closeTimeout and storeTimeout included
+	storeTimeout = 5 * time.Second // for one xenstore operation
+	setupTimeout = time.Minute     // for the whole set-up of a connection, unless the device is to end
+	retryFirst   = time.Second     // pause after a failed connect; doubles
+	retryMost    = 30 * time.Second
 )
 
-// A role is the part of a life in which frontend and backend differ.
+// A role is the part of a lifecycle in which frontend and backend differ.
 type role interface {
 	// prepare publishes the features (backend).
 	prepare(ctx context.Context, xd *xenbus.Device) error
@@ -32,149 +32,149 @@ type role interface {
 	// On an error the caller runs the connection's undo list.
 	attach(ctx context.Context, xd *xenbus.Device, c *conn) error
 
-	// same reports whether the peer still publishes the rings and event channels that
+	// unchanged reports whether the peer still publishes the rings and event channels that
 	// connection c was made from.
-	same(ctx context.Context, xd *xenbus.Device, c *conn) (bool, error)
+	unchanged(ctx context.Context, xd *xenbus.Device, c *conn) (bool, error)
 
-	// finished runs after the device has ended, whether we or the toolstack ended it.
-	// anew: there is a new directory in its place.
-	finished(ctx context.Context, xd *xenbus.Device, anew bool)
+	// ended runs after the device has ended, whether we or the toolstack ended it.
+	// replaced: there is a new directory in its place.
+	ended(ctx context.Context, xd *xenbus.Device, replaced bool)
 }
 
-// A life is the one goroutine that moves a device through its states. Only it writes our
+// A lifecycle is the one goroutine that moves a device through its states. Only it writes our
 // xenbus state and touches what connections hold. Halves see the connection through the
 // link word and their gates, and report violations through a channel.
-type life struct {
-	d    *Device
-	owed atomic.Bool // the slow tick asks the goroutine to do the beat
+type lifecycle struct {
+	d       *Device
+	tickDue atomic.Bool // the slow tick asks the goroutine to do its work of this tick
 
 	// mu is held by the goroutine except while it waits, so that the slow tick can do the
-	// beat in its place. It guards all fields below.
+	// tick's work in its place. It guards all fields below.
 	mu   sync.Mutex
 	xd   *xenbus.Device
 	role role
-	kind xenbus.Role
+	side xenbus.Role
 
-	stop     context.Context // ends when the device is to end
-	whole    context.Context // context of every xenstore operation; ends endPatience after the device is to end
-	giveUp   context.CancelFunc
-	haste    sync.Once
-	end      time.Time // when whole ends at the latest; set in haste
-	conn     *conn
-	attached uint32 // generation of conn, 0: none
-	running  bool   // the gates are open
-	joined   bool   // the peer has had its ends of all event channels at some time since resume
-	alone    bool   // the peer has lost them since, but xenstore does not show it
-	aloneAt  xenbus.State
-	replaced bool   // the peer has made new rings: the reason for a suspend
-	heard    uint64 // Change.PeerWrites for which conn was last verified
+	stopping       context.Context // ends when the device is to end
+	storeCtx       context.Context // context of every xenstore operation; ends endTimeout after the device is to end
+	abandonStore   context.CancelFunc
+	deadlineOnce   sync.Once
+	endBy          time.Time // when storeCtx ends at the latest; set by limitEnd
+	conn           *conn
+	attached       uint32 // generation of conn, 0: none
+	running        bool   // the gates are open
+	peerSeen       bool   // the peer has had its ends of all event channels at some time since resume
+	peerLost       bool   // the peer has lost them since, but xenstore does not show it
+	lostAt         xenbus.State
+	ringsReplaced  bool   // the peer has made new rings: why the link goes down
+	verifiedWrites uint64 // Change.PeerWrites for which conn was last verified
 
-	leaving error     // why the device ends; nil: it does not
-	force   time.Time // when to end without waiting for the peer any longer; set by leave
+	cause   error     // why the device ends; nil: it does not
+	forceAt time.Time // when to end without waiting for the peer any longer; set by beginEnd
 
-	refused *xenbus.Change // the change on which the last step failed
-	retryAt time.Time
-	pause   time.Duration
-	pace    pace
-	mending pace         // of repairs of our state after others wrote it
-	of      uint32       // generation of the directory that pace is for; 0: none yet
-	beats   int          // slow ticks since the link came up
-	state   xenbus.State // last written, for the event log
-	first   chan error   // gets the result of the first connect, once; then nil
-	noted   string       // the reason, as in xenstore, why there is no connection
+	failedOn    *xenbus.Change // the change on which the last step failed
+	retryAt     time.Time
+	pause       time.Duration
+	pace        pace
+	repairs     pace         // of repairs of our state after others wrote it
+	generation  uint32       // generation of the directory that pace is for; 0: none yet
+	ticks       int          // slow ticks since the link came up
+	state       xenbus.State // last written, for the event log
+	firstResult chan error   // gets the result of the first connect, once; then nil
+	published   string       // the reason, as in xenstore, why there is no connection
 
-	suspects []suspect        // halves that may have missed an event
-	recheck  <-chan time.Time // when to look at the suspects again
+	suspects  []suspect        // halves that may have missed an event
+	recheckAt <-chan time.Time // when to look at the suspects again
 }
 
 // run is the body of the goroutine. The end of stop makes it end the device. It closes
 // d.done.
-func (l *life) run(stop context.Context) {
+func (l *lifecycle) run(stop context.Context) {
 	debug.SetPanicOnFault(true)
-	l.stop = stop
+	l.stopping = stop
 	d := l.d
 	defer close(d.done)
-	defer l.giveUp()
+	defer l.abandonStore()
 	context.AfterFunc(stop, func() {
 		if context.Cause(stop) != ErrHandover {
-			l.hurry()
+			l.limitEnd()
 		}
 	})
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	defer l.tick()()
-	for l.leaving != ErrHandover && !l.step() {
+	defer l.register()()
+	for l.cause != ErrHandover && !l.step() {
 		var again <-chan time.Time
-		if at := l.again(); !at.IsZero() {
+		if at := l.retryTime(); !at.IsZero() {
 			again = time.After(time.Until(at))
 		}
 		ended := stop.Done()
-		if l.leaving != nil {
+		if l.cause != nil {
 			ended = nil
 		}
-		recheck := l.recheck
+		recheck := l.recheckAt
 		l.mu.Unlock()
 		select {
 		case _, open := <-l.xd.Changes():
 			l.mu.Lock()
-			if !open && l.leaving == nil {
-				l.leave(&UnknownError{"watch the device", net.ErrClosed})
+			if !open && l.cause == nil {
+				l.beginEnd(&UnknownError{"watch the device", net.ErrClosed})
 			}
 			if !open {
-				l.force = time.Now()
+				l.forceAt = time.Now()
 			}
-		case v := <-d.fault:
+		case v := <-d.violations:
 			l.mu.Lock()
-			l.violated(v)
+			l.peerViolated(v)
 		case <-ended:
 			l.mu.Lock()
-			l.leave(context.Cause(stop))
+			l.beginEnd(context.Cause(stop))
 		case <-again:
 			l.mu.Lock()
-		case <-d.look:
+		case <-d.wake:
 			l.mu.Lock()
-			if l.owed.Swap(false) {
-				l.beat()
+			if l.tickDue.Swap(false) {
+				l.tick()
 			}
 		case <-recheck:
 			l.mu.Lock()
 			l.rescue()
 		}
 	}
-	l.hurry()
-	l.release()
-	l.d.hush.catchUp(true)
-	ctx, cancel := l.patiently()
-	l.role.finished(ctx, l.xd, l.anew())
+	l.limitEnd()
+	l.detach()
+	l.d.logs.CatchUp(true)
+	ctx, cancel := l.storeContext()
+	l.role.ended(ctx, l.xd, l.dirReplaced())
 	cancel()
-	if l.leaving == nil {
-		l.leaving = ErrDisconnected
+	if l.cause == nil {
+		l.cause = ErrDisconnected
 	}
-	d.gone(l.leaving)
-	l.tell(l.leaving)
+	d.ended(l.cause)
+	l.reportFirst(l.cause)
 }
 
-// patiently returns the context for one xenstore operation.
-func (l *life) patiently() (context.Context, context.CancelFunc) {
-	return context.WithTimeout(l.whole, storePatience)
+// storeContext returns the context for one xenstore operation.
+func (l *lifecycle) storeContext() (context.Context, context.CancelFunc) {
+	return context.WithTimeout(l.storeCtx, storeTimeout)
 }
 
-// hurry limits the time for the end of the device to endPatience. All xenstore operations
+// limitEnd limits the time for the end of the device to endTimeout. All xenstore operations
 // share it, those under way included.
-func (l *life) hurry() {
-	l.haste.Do(func() {
-		l.end = time.Now().Add(endPatience)
-		t := time.AfterFunc(endPatience, l.giveUp)
-		context.AfterFunc(l.whole, func() { t.Stop() })
+func (l *lifecycle) limitEnd() {
+	l.deadlineOnce.Do(func() {
+		l.endBy = time.Now().Add(endTimeout)
+		t := time.AfterFunc(endTimeout, l.abandonStore)
+		context.AfterFunc(l.storeCtx, func() { t.Stop() })
 	})
 }
 
-// atLength returns the context for the whole set-up of a connection. It ends when the
+// setupContext returns the context for the whole set-up of a connection. It ends when the
 // device is to end, except on a handover, which waits so that nothing is left half done.
-func (l *life) atLength() (context.Context, context.CancelFunc) {
-	ctx, cancel := context.WithTimeout(l.whole, connectPatience)
-	unhook := context.AfterFunc(l.stop, func() {
-		if context.Cause(l.stop) != ErrHandover {
+func (l *lifecycle) setupContext() (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithTimeout(l.storeCtx, setupTimeout)
+	unhook := context.AfterFunc(l.stopping, func() {
+		if context.Cause(l.stopping) != ErrHandover {
 			cancel()
 		}
 	})
@@ -184,115 +184,115 @@ func (l *life) atLength() (context.Context, context.CancelFunc) {
 	}
 }
 
-// tell reports the result of the first connect to Connect, once.
-func (l *life) tell(err error) {
-	if l.first != nil {
-		l.first <- err
-		l.first = nil
+// reportFirst reports the result of the first connect to Connect, once.
+func (l *lifecycle) reportFirst(err error) {
+	if l.firstResult != nil {
+		l.firstResult <- err
+		l.firstResult = nil
 	}
 }
 
-// leave starts the end of the device.
-func (l *life) leave(cause error) {
-	if l.leaving != nil {
+// beginEnd starts the end of the device.
+func (l *lifecycle) beginEnd(cause error) {
+	if l.cause != nil {
 		return
 	}
 	if cause == nil {
 		cause = ErrDisconnected
 	}
-	l.leaving = cause
-	l.hurry()
-	l.force = l.end.Add(closePatience - endPatience)
-	l.tell(cause)
+	l.cause = cause
+	l.limitEnd()
+	l.forceAt = l.endBy.Add(closeTimeout - endTimeout)
+	l.reportFirst(cause)
 }
 
-func (l *life) violated(v *PeerError) {
-	if l.leaving != nil {
+func (l *lifecycle) peerViolated(v *PeerError) {
+	if l.cause != nil {
 		return
 	}
 	l.d.set.Record(telemetry.EventViolation, telemetry.NoQueue, uint64(v.Slot), 0)
 	l.d.log.Error("the peer broke the protocol; the device is closed",
 		"vif", l.d.id, "peer", l.d.Peer(), "ring", v.Ring, "slot", v.Slot, "reason", v.Reason)
-	l.leave(v)
+	l.beginEnd(v)
 }
 
-// again returns when to look at the device even if nothing has changed; zero: never.
-func (l *life) again() time.Time {
-	if !l.force.IsZero() {
-		return l.force
+// retryTime returns when to look at the device even if nothing has changed; zero: never.
+func (l *lifecycle) retryTime() time.Time {
+	if !l.forceAt.IsZero() {
+		return l.forceAt
 	}
 	at := l.pace.until
-	if l.refused != nil && (at.IsZero() || l.retryAt.Before(at)) {
+	if l.failedOn != nil && (at.IsZero() || l.retryAt.Before(at)) {
 		at = l.retryAt
 	}
-	if t := l.mending.until; !t.IsZero() && (at.IsZero() || t.Before(at)) {
+	if t := l.repairs.until; !t.IsZero() && (at.IsZero() || t.Before(at)) {
 		at = t
 	}
 	return at
 }
 
-// held reports whether nothing may be done now: a failed step is not tried again so soon,
+// onHold reports whether nothing may be done now: a failed step is not tried again so soon,
 // or the peer changes its state too fast. A peer cannot delay what the toolstack does,
-// nor our own leaving.
-func (l *life) held(ch xenbus.Change) bool {
-	if l.leaving != nil {
+// nor the end of the device.
+func (l *lifecycle) onHold(ch xenbus.Change) bool {
+	if l.cause != nil {
 		return false
 	}
 	now := time.Now()
 	if !now.Before(l.pace.until) {
 		l.pace.until = time.Time{}
 	}
-	if !now.Before(l.mending.until) {
-		l.mending.until = time.Time{}
+	if !now.Before(l.repairs.until) {
+		l.repairs.until = time.Time{}
 	}
-	if l.refused != nil && !now.Before(l.retryAt) {
-		l.refused = nil
+	if l.failedOn != nil && !now.Before(l.retryAt) {
+		l.failedOn = nil
 	}
 	paced := !l.pace.until.IsZero() && ch.Online && !ch.Gone && !ch.Lost
 	ch.PeerWrites = 0
-	return l.refused != nil && *l.refused == ch || paced
+	return l.failedOn != nil && *l.failedOn == ch || paced
 }
 
-// anew reports whether the directory is no longer the one that this backend served.
-func (l *life) anew() bool {
-	return l.kind == xenbus.Backend && l.of != 0 && l.of != l.xd.Current().Generation
+// dirReplaced reports whether the directory is no longer the one that this backend served.
+func (l *lifecycle) dirReplaced() bool {
+	return l.side == xenbus.Backend && l.generation != 0 && l.generation != l.xd.Current().Generation
 }
 
-func (l *life) move() { l.pace.move(time.Now()) }
+func (l *lifecycle) countStep() { l.pace.step(time.Now()) }
 
 // step follows the handshake until it has to wait for a change. It reports true when the
 // life is over.
-func (l *life) step() (over bool) {
+func (l *lifecycle) step() (over bool) {
 	for range 32 { // the handshake comes to rest after a few steps
 		ch := l.xd.Current()
-		if l.of != ch.Generation { // the toolstack made the directory anew; a peer cannot
-			if l.anew() {
+		if l.generation != ch.Generation { // the toolstack made a new directory; a peer cannot
+			if l.dirReplaced() {
 				return true // our vif is gone; another is in its place
 			}
-			l.of, l.pace, l.pause, l.refused = ch.Generation, pace{}, 0, nil
+			l.generation, l.pace, l.pause, l.failedOn = ch.Generation, pace{}, 0, nil
 		}
-		if l.held(ch) {
+		if l.onHold(ch) {
 			return false
 		}
-		s := xenbus.Next(l.kind, xenbus.Facts{
-			Change: ch, Attached: l.attached, Leaving: l.leaving != nil,
-			Adopt: l.leaving == nil,
+		s := xenbus.Next(l.side, xenbus.Facts{
+			Change: ch, Attached: l.attached, Leaving: l.cause != nil,
+			Adopt: l.cause == nil,
 		})
-		if l.leaving != nil && !time.Now().Before(l.force) {
-			return l.cut(ch)
+		if l.cause != nil && !time.Now().Before(l.forceAt) {
+			return l.endNow(ch)
 		}
-		if stays := s.Do == xenbus.Run || s.Do == xenbus.Wait; stays && l.conn != nil && l.heard != ch.PeerWrites {
+		if stays := s.Do == xenbus.Run || s.Do == xenbus.Wait; stays && l.conn != nil && l.verifiedWrites != ch.PeerWrites {
 			if !l.verify(ch) {
 				return false
 			}
 			continue
 		}
-		if l.deserted() {
-			l.alone, l.aloneAt = true, ch.Peer
-		} else if l.alone && (l.conn == nil || ch.Peer != l.aloneAt || l.conn.joined()) {
-			l.alone, l.joined = false, false
+		if l.peerEnded() {
+			l.peerLost, l.lostAt = true, ch.Peer
+		} else if l.peerLost && (l.conn == nil || ch.Peer != l.lostAt || l.conn.peerPresent()) {
+			l.peerLost, l.peerSeen = false, false
 		}
-		if s.Do == xenbus.Run && l.alone {
+		if s.Do == xenbus.Run && l.peerLost {
 			s.Do = xenbus.Wait // until the next peer writes its state, or opens its ports
 		}
 		switch s.Do {
@@ -301,12 +301,12 @@ func (l *life) step() (over bool) {
 		case xenbus.Finish:
 			return true
 		case xenbus.Release:
-			l.release()
+			l.detach()
 		case xenbus.Prepare:
-			if !l.try("publish features", l.role.prepare) {
+			if !l.attempt("publish features", l.role.prepare) {
 				return false
 			}
-			l.noted = "" // prepare removed the reason
+			l.published = "" // prepare removed the reason
 		case xenbus.Connect:
 			if !l.connect(ch) {
 				return false
@@ -315,10 +315,10 @@ func (l *life) step() (over bool) {
 				continue // the connect failed, and the device leaves
 			}
 		default: // Wait, Drain
-			l.suspend(ch)
+			l.quiesce(ch)
 		}
 		if s.State != xenbus.Unknown {
-			if !l.write(s.State) {
+			if !l.writeState(s.State) {
 				return false
 			}
 			continue
@@ -334,11 +334,11 @@ func (l *life) step() (over bool) {
 	return false
 }
 
-// cut ends a device whose peer or xenstore does not answer in time.
-func (l *life) cut(ch xenbus.Change) bool {
-	l.release()
+// endNow ends a device whose peer or xenstore does not answer in time.
+func (l *lifecycle) endNow(ch xenbus.Change) bool {
+	l.detach()
 	if !ch.Gone && !ch.Lost && ch.Own != xenbus.Closed {
-		l.write(xenbus.Closed)
+		l.writeState(xenbus.Closed)
 	}
 	return true
 }
@@ -349,17 +349,17 @@ func dom(xd *xenbus.Device) hypercall.DomID {
 	return dom
 }
 
-// start starts the life goroutine. after runs at the very end of the device.
+// start starts the lifecycle goroutine. after runs at the very end of the device.
 func (d *Device) start(xd *xenbus.Device, kind xenbus.Role, r role, first chan error, after func()) {
 	ctx, stop := context.WithCancelCause(context.Background())
 	d.stop = stop
-	d.mirror(dom(xd))
-	l := &life{d: d, xd: xd, role: r, kind: kind, first: first}
-	l.whole, l.giveUp = context.WithCancel(context.Background())
+	d.openMirror(dom(xd))
+	l := &lifecycle{d: d, xd: xd, role: r, side: kind, firstResult: first}
+	l.storeCtx, l.abandonStore = context.WithCancel(context.Background())
 	d.finish = func() {
 		stop(nil)
 		d.set.Close()
-		ctx, cancel := l.patiently()
+		ctx, cancel := l.storeContext()
 		xd.Close(ctx)
 		cancel()
 		after()

@@ -39,7 +39,7 @@ func (d *Device) subscribe() chan LinkEvent {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	c <- d.last
-	if d.word.Load() == linkGone {
+	if d.link.Load() == linkGone {
 		close(c)
 	} else {
 		d.subs = append(d.subs, c)
@@ -53,9 +53,9 @@ func (d *Device) unsubscribe(c chan LinkEvent) {
 	d.subs = slices.DeleteFunc(d.subs, func(s chan LinkEvent) bool { return s == c })
 }
 
-// state returns the error of a call that finds its gate shut; nil if the link is up.
-func (d *Device) state() error {
-	switch d.word.Load() {
+// linkError returns the error of a call that finds its gate shut; nil if the link is up.
+func (d *Device) linkError() error {
+	switch d.link.Load() {
 	case linkUp:
 		return nil
 	case linkDown:
@@ -66,18 +66,18 @@ func (d *Device) state() error {
 	return d.cause
 }
 
-// over returns the error of every call once the device has ended; nil before.
-func (d *Device) over() error {
-	if d.word.Load() != linkGone {
+// endError returns the error of every call once the device has ended; nil before.
+func (d *Device) endError() error {
+	if d.link.Load() != linkGone {
 		return nil
 	}
-	return d.state()
+	return d.linkError()
 }
 
-// stateOf is state for one half: the link of a queue that the connection does not have is
+// linkErrorOf is state for one half: the link of a queue that the connection does not have is
 // down.
-func (d *Device) stateOf(h *half) error {
-	err := d.state()
+func (d *Device) linkErrorOf(h *half) error {
+	err := d.linkError()
 	if err == nil && h.queue >= int(d.active.Load()) {
 		return ErrLinkDown
 	}
@@ -91,7 +91,7 @@ func (d *Device) awaitUp(h *half) error {
 		d.mu.Lock()
 		changed := d.changed
 		d.mu.Unlock()
-		if err := d.stateOf(h); err != ErrLinkDown {
+		if err := d.linkErrorOf(h); err != ErrLinkDown {
 			return err
 		}
 		if h.ending.Load() {
@@ -111,8 +111,8 @@ func (d *Device) awaitUp(h *half) error {
 	}
 }
 
-// nudge makes the callers in awaitUp look at their deadlines again.
-func (d *Device) nudge() {
+// notifyWaiters makes the callers in awaitUp look at their deadlines again.
+func (d *Device) notifyWaiters() {
 	d.mu.Lock()
 	close(d.changed)
 	d.changed = make(chan struct{})
@@ -127,7 +127,7 @@ func (d *Device) announce(word uint32, ev LinkEvent) {
 	if ev.Up {
 		ev.MAC, ev.MTU = d.MAC(), d.MTU()
 	}
-	d.word.Store(word)
+	d.link.Store(word)
 	close(d.changed)
 	d.changed = make(chan struct{})
 	if ev == d.last && word != linkGone {

@@ -27,16 +27,16 @@ func (d *Device) Listen(ctx context.Context, fn func(Frame)) error {
 // ListenBatch is Listen with up to 32 frames that arrived together in one call of fn. The
 // slice and the frames are lent until fn returns.
 func (d *Device) ListenBatch(ctx context.Context, fn func([]Frame)) error {
-	if err := d.over(); err != nil {
+	if err := d.endError(); err != nil {
 		return err
 	}
 	d.mu.Lock()
-	taken := d.listens
+	taken := d.listening
 	for _, rx := range d.rx {
 		taken = taken || rx.owned.Load()
 	}
 	if !taken {
-		d.listens = true
+		d.listening = true
 		for _, rx := range d.rx {
 			rx.ending.Store(false)
 		}
@@ -47,7 +47,7 @@ func (d *Device) ListenBatch(ctx context.Context, fn func([]Frame)) error {
 	}
 	defer func() {
 		d.mu.Lock()
-		d.listens = false
+		d.listening = false
 		for _, rx := range d.rx {
 			rx.ending.Store(false)
 		}
@@ -77,7 +77,7 @@ func (d *Device) ListenBatch(ctx context.Context, fn func([]Frame)) error {
 		})
 	}
 	wg.Wait()
-	if err := d.fatal(); err != nil {
+	if err := d.violationError(); err != nil {
 		return err
 	}
 	for _, err := range errs {
@@ -88,14 +88,14 @@ func (d *Device) ListenBatch(ctx context.Context, fn func([]Frame)) error {
 			return err
 		}
 	}
-	if d.word.Load() == linkGone {
+	if d.link.Load() == linkGone {
 		return nil
 	}
 	return context.Cause(ctx)
 }
 
-// fatal returns the violation that ended the device, or nil.
-func (d *Device) fatal() error {
+// violationError returns the violation that ended the device, or nil.
+func (d *Device) violationError() error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if _, ok := errors.AsType[*PeerError](d.cause); ok {
@@ -109,7 +109,7 @@ func (rx *RX) listen(fn func([]Frame)) (err error) {
 	defer func() {
 		if v := faulted(recover()); v != nil {
 			rx.gate.abandon()
-			err = rx.dev.judge(v)
+			err = rx.dev.callError(v)
 		}
 	}()
 	var frames [batch]Frame

@@ -65,11 +65,11 @@ func parseKeys(v xenstore.Values, prefix string) (k queueKeys, err error) {
 	return k, err
 }
 
-// offered returns the offloads that the other end offers in its xenstore values. An
+// offeredOffloads returns the offloads that the other end offers in its xenstore values. An
 // unreadable value counts as no offer. GSO frames have several slots and a partial
 // checksum, so GSO counts as offered only if the other end takes both, as in Linux's
 // netdev_fix_features.
-func offered(v xenstore.Values, scatter bool) (o offers) {
+func offeredOffloads(v xenstore.Values, scatter bool) (o offloads) {
 	says := func(key string) bool {
 		on, err := v.Bool(key, false)
 		return on && err == nil
@@ -110,16 +110,16 @@ type queueKeys struct {
 
 // features are what both ends agreed on for a connection.
 type features struct {
-	queues  int
-	split   bool // an event channel for each direction
-	frontSG bool // the frontend takes frames of several slots
-	backSG  bool // the backend takes frames of several slots
-	takes   bool // this end takes frames with offloads: Config.Offload
-	peer    offers
+	queues    int
+	split     bool // an event channel for each direction
+	frontSG   bool // the frontend takes frames of several slots
+	backSG    bool // the backend takes frames of several slots
+	offload   bool // this end takes frames with offloads: Config.Offload
+	peerTakes offloads
 }
 
-// agreed returns the features as the counters show them.
-func (c *conn) agreed(lend, trusted bool) telemetry.Feature {
+// features returns the features as the counters show them.
+func (c *conn) features(lend, trusted bool) telemetry.Feature {
 	f := telemetry.FeatureRxCopy
 	for _, has := range []struct {
 		it  bool
@@ -129,10 +129,10 @@ func (c *conn) agreed(lend, trusted bool) telemetry.Feature {
 		{c.feat.split, telemetry.FeatureSplitEvents},
 		{lend, telemetry.FeatureLendRx},
 		{trusted, telemetry.FeatureTrusted},
-		{c.feat.peer&takesCsum4 != 0, telemetry.FeatureCsum},
-		{c.feat.peer&takesCsum6 != 0, telemetry.FeatureCsum6},
-		{c.feat.peer&takesGSO4 != 0, telemetry.FeatureGSO4},
-		{c.feat.peer&takesGSO6 != 0, telemetry.FeatureGSO6},
+		{c.feat.peerTakes&takesCsum4 != 0, telemetry.FeatureCsum},
+		{c.feat.peerTakes&takesCsum6 != 0, telemetry.FeatureCsum6},
+		{c.feat.peerTakes&takesGSO4 != 0, telemetry.FeatureGSO4},
+		{c.feat.peerTakes&takesGSO6 != 0, telemetry.FeatureGSO6},
 	} {
 		if has.it {
 			f |= has.bit

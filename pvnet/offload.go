@@ -102,37 +102,37 @@ func (f *Frame) PartialAt() (start, field int, ok bool) {
 	return p.Start, p.Field - p.Start, ok
 }
 
-// offers are the offloads that a peer takes.
-type offers uint8
+// offloads are the offloads that a peer takes.
+type offloads uint8
 
 const (
-	takesCsum4 offers = 1 << iota // partial TCP and UDP checksums over IPv4
+	takesCsum4 offloads = 1 << iota // partial TCP and UDP checksums over IPv4
 	takesCsum6
 	takesGSO4 // GSO frames of type GSOTCPv4
 	takesGSO6
 )
 
-// A fitting is what a frame needs before it can be sent to a peer.
-type fitting uint8
+// A fit is what a frame needs before it can be sent to a peer.
+type fit uint8
 
 const (
-	fits       fitting = iota
-	incomplete         // the checksum must be completed
-	uncut              // it must be cut
-	unfit              // its headers do not match its offloads
+	fits         fit = iota
+	mustComplete     // the checksum must be completed
+	mustCut          // it must be cut
+	mismatched       // its headers do not match its offloads
 )
 
 // fit returns what f needs before it can be sent to a peer with these offers.
-func (o offers) fit(f *Frame) fitting {
+func (o offloads) fit(f *Frame) fit {
 	if f.csum != ChecksumPartial && f.gso.Size == 0 {
 		return fits
 	}
 	h, _, ok := f.partial()
 	if !ok {
-		return unfit
+		return mismatched
 	}
 	if f.gso.Size != 0 && (f.csum != ChecksumPartial || h.Proto != packet.TCP || gsoType(&h) != f.gso.Type) {
-		return unfit // the frame has been changed since SetGSO
+		return mismatched // the frame has been changed since SetGSO
 	}
 	csum, gso := takesCsum4, takesGSO4
 	if h.Version == 6 {
@@ -146,19 +146,19 @@ func (o offers) fit(f *Frame) fitting {
 	}
 	switch {
 	case f.gso.Size != 0 && o&gso == 0:
-		return uncut
+		return mustCut
 	case f.gso.Size == 0 && o&csum == 0:
-		return incomplete
+		return mustComplete
 	}
 	return fits
 }
 
-// errUncut asks the caller of send to cut the frame.
-var errUncut = errors.New("pvnet: the frame has to be cut")
+// errMustCut asks the caller of send to cut the frame.
+var errMustCut = errors.New("pvnet: the frame has to be cut")
 
-func (w fitting) err() error {
-	if w == uncut {
-		return errUncut
+func (w fit) err() error {
+	if w == mustCut {
+		return errMustCut
 	}
 	return ErrOffload
 }

@@ -120,17 +120,17 @@ func goesOn(t *testing.T, f *Frame) {
 	t.Helper()
 	const all = takesCsum4 | takesCsum6 | takesGSO4 | takesGSO6
 	h, _ := f.Headers()
-	if w := all.fit(f); w != fits && (h.Tags == 0 && h.Extensions == 0 || w == unfit) {
+	if w := all.fit(f); w != fits && (h.Tags == 0 && h.Extensions == 0 || w == mismatched) {
 		t.Fatalf("what came does not fit who takes everything: %d", w)
 	}
-	switch w := offers(0).fit(f); {
+	switch w := offloads(0).fit(f); {
 	case f.GSO() != GSO{}:
-		if w != uncut {
+		if w != mustCut {
 			t.Fatalf("%d, not to be cut", w)
 		}
 		chew(t, f)
 	case f.Checksum() == ChecksumPartial:
-		if w != incomplete || !f.completeChecksum() {
+		if w != mustComplete || !f.completeChecksum() {
 			t.Fatalf("%d, not to be completed", w)
 		}
 	case w != fits:
@@ -202,7 +202,7 @@ func FuzzSetGSO(f *testing.F) {
 		}
 		for o := range takesGSO6 << 1 {
 			var c cutting
-			if o.fit(&frame) == uncut && c.begin(&frame) && c.Left() > 1 {
+			if o.fit(&frame) == mustCut && c.start(&frame) && c.Left() > 1 {
 				chew(t, &frame)
 				break // the pieces are the same for all peers
 			}

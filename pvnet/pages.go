@@ -33,18 +33,18 @@ const (
 // worth in the user's hands and another in flight.
 const privatePages = 512
 
-// A pageMaker does the part of a connection's set-up that both ends need.
-type pageMaker struct {
-	dom  hypercall.Domain
-	peer hypercall.DomID
-	log  *slog.Logger
-	lost *atomic.Uint64 // pages that the peer did not give back
-	c    *conn
+// A setup does the part of a connection's set-up that both ends need.
+type setup struct {
+	dom         hypercall.Domain
+	peer        hypercall.DomID
+	log         *slog.Logger
+	quarantined *atomic.Uint64 // pages that the peer did not give back
+	c           *conn
 
 	lockedThreads bool // Config.LockedThreads: waiters block a thread
 }
 
-func (m *pageMaker) private(pages int) (*arena.Arena, error) {
+func (m *setup) private(pages int) (*arena.Arena, error) {
 	mem, err := m.dom.Memory(pages)
 	if err != nil {
 		return nil, fmt.Errorf("%d private pages: %w", pages, err)
@@ -52,12 +52,12 @@ func (m *pageMaker) private(pages int) (*arena.Arena, error) {
 	a := arena.NewReserved(mem.Memory, 4096, mem.Populate)
 	m.c.arenas = append(m.c.arenas, a)
 	m.c.undo.add(func() { a.Retire(func() { mem.Release() }) })
-	m.c.own += pages
+	m.c.private += pages
 	return a, nil
 }
 
 // share grants pages to the peer and makes an arena of them.
-func (m *pageMaker) share(pages int, access hypercall.Access) (*arena.Arena, []hypercall.GrantRef, error) {
+func (m *setup) share(pages int, access hypercall.Access) (*arena.Arena, []hypercall.GrantRef, error) {
 	s, err := m.dom.Share(m.peer, pages, access)
 	if err != nil {
 		return nil, nil, err
@@ -77,15 +77,15 @@ func (m *pageMaker) share(pages int, access hypercall.Access) (*arena.Arena, []h
 
 // end ends a share. Pages that the peer keeps mapped are quarantined: they are never used
 // again.
-func (m *pageMaker) end(s *hypercall.Share) {
+func (m *setup) end(s *hypercall.Share) {
 	pages := s.Pages()
 	if err := s.End(); err != nil {
-		m.lost.Add(uint64(pages))
+		m.quarantined.Add(uint64(pages))
 		m.log.Warn("pages quarantined", "pages", pages, "peer", m.peer, "err", err)
 	}
 }
 
-func (m *pageMaker) waiter() (hypercall.Waiter, error) {
+func (m *setup) waiter() (hypercall.Waiter, error) {
 	if d, ok := m.dom.(hypercall.ThreadDomain); ok && m.lockedThreads {
 		return d.ThreadWaiter()
 	}
@@ -93,7 +93,7 @@ func (m *pageMaker) waiter() (hypercall.Waiter, error) {
 }
 
 // port opens an event channel on a waiter of its own and makes the parker p for it.
-func (m *pageMaker) port(p **parker, open func(hypercall.Waiter) (hypercall.Port, error)) (hypercall.Port, error) {
+func (m *setup) port(p **parker, open func(hypercall.Waiter) (hypercall.Port, error)) (hypercall.Port, error) {
 	w, err := m.waiter()
 	if err != nil {
 		return nil, err

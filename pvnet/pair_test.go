@@ -63,8 +63,8 @@ func (p *pair) connect(t testing.TB, f features) {
 	t.Helper()
 	fc, bc := new(conn), new(conn)
 	p.conns = [2]*conn{fc, bc}
-	fm := &pageMaker{dom: p.fdom, peer: p.bdom.ID(), log: p.front.log, lost: &p.front.lost, c: fc, lockedThreads: p.front.cfg.LockedThreads}
-	bm := &pageMaker{dom: p.bdom, peer: p.fdom.ID(), log: p.back.log, lost: &p.back.lost, c: bc, lockedThreads: p.back.cfg.LockedThreads}
+	fm := &setup{dom: p.fdom, peer: p.bdom.ID(), log: p.front.log, quarantined: &p.front.quarantined, c: fc, lockedThreads: p.front.cfg.LockedThreads}
+	bm := &setup{dom: p.bdom, peer: p.fdom.ID(), log: p.back.log, quarantined: &p.back.quarantined, c: bc, lockedThreads: p.back.cfg.LockedThreads}
 	var err error
 	fc.queues, err = fm.frontQueues(f, &p.front.cfg, 0, func(i int) (rx, tx *telemetry.Block) { return p.front.rx[i].count, p.front.tx[i].count })
 	if err != nil {
@@ -77,8 +77,8 @@ func (p *pair) connect(t testing.TB, f features) {
 		}
 		bc.queues = append(bc.queues, bq)
 	}
-	p.front.up(fc, p.bdom.ID(), xenbus.Connected)
-	p.back.up(bc, p.fdom.ID(), xenbus.Connected)
+	p.front.connected(fc, p.bdom.ID(), xenbus.Connected)
+	p.back.connected(bc, p.fdom.ID(), xenbus.Connected)
 }
 
 func (p *pair) disconnect() {
@@ -86,12 +86,12 @@ func (p *pair) disconnect() {
 		if p.conns[1-i] == nil {
 			continue
 		}
-		d.down(p.conns[1-i], "test over")
-		d.drop(p.conns[1-i])
+		d.quiesce(p.conns[1-i], "test over")
+		d.detach(p.conns[1-i])
 		p.conns[1-i] = nil
 	}
 	for _, d := range []*Device{p.back, p.front} {
-		d.gone(ErrDisconnected)
+		d.ended(ErrDisconnected)
 	}
 }
 

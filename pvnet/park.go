@@ -29,24 +29,24 @@ type parker struct {
 	leading   bool    // guarded by mu
 	following bool    // guarded by mu
 	woken     [2]bool // guarded by mu: by direction; the next wait returns at once
-	nudged    bool    // guarded by mu: wake was called, and no Wait has returned for it yet
+	wakeSent  bool    // guarded by mu: wake was called, and no Wait has returned for it yet
 	fired     bool    // guarded by mu: an event ended the last Wait
-	asked     [2]bool // guarded by mu: by direction; the half was woken, and has not called answer yet
+	reportDue [2]bool // guarded by mu: by direction; the half was woken, and has not called answer yet
 	useful    bool    // guarded by mu: one of the halves asked had work
 	worked    bool    // guarded by mu: the last complete verdict: the event before brought work
 	doubted   bool    // guarded by mu: the last Wait began with worked false
 
-	group  hypercall.Group // guarded by mu: the Group of the Poller that waits for w; nil: none
-	polled [2]*member      // guarded by mu: by direction; the member that slept here last
-	vain   [2]bool         // guarded by mu: by direction; the member had no work before its sleep
+	group   hypercall.Group // guarded by mu: the Group of the Poller that waits for w; nil: none
+	members [2]*member      // guarded by mu: by direction; the member that slept here last
+	idle    [2]bool         // guarded by mu: by direction; the member had no work before its sleep
 }
 
 func newParker(w hypercall.Waiter) *parker {
 	return &parker{w: w, follow: make(chan struct{}, 1)}
 }
 
-// deserted reports whether the peer's end of the channel is known to be closed.
-func (p *parker) deserted() bool { return p.port != nil && !p.port.Joined() }
+// peerClosed reports whether the peer's end of the channel is known to be closed.
+func (p *parker) peerClosed() bool { return p.port != nil && !p.port.Joined() }
 
 // wait parks half d until an event, a wake, or the deadline, and reports whether an event
 // ended it. If the halves share a channel, only the leading half reports it. Errors are
@@ -75,17 +75,17 @@ func (p *parker) wait(d direction, deadline time.Time) (event bool, err error) {
 	p.mu.Lock()
 	// After both an event and a wake, the next Wait returns at once, and counts as the
 	// event's.
-	event = err == nil && !p.nudged
+	event = err == nil && !p.wakeSent
 	if err == nil {
-		p.nudged = false
+		p.wakeSent = false
 	}
 	p.fired = event
 	p.leading = false
 	p.woken[d] = false
 	p.woken[1-d] = true
-	p.asked[d], p.asked[1-d], p.useful = true, p.following, false
+	p.reportDue[d], p.reportDue[1-d], p.useful = true, p.following, false
 	p.passLocked()
-	polled := p.polled
+	polled := p.members
 	p.mu.Unlock()
 	markAll(polled)
 	return event, err
@@ -99,18 +99,18 @@ func (p *parker) mayHold() bool {
 	return p.doubted
 }
 
-// answer records whether half d had work since it was woken. The earlier verdict holds
+// report records whether half d had work since it was woken. The earlier verdict holds
 // until every woken half has answered. It reports whether the last event is now known to
 // have been spurious.
-func (p *parker) answer(d direction, worked bool) (spurious bool) {
+func (p *parker) report(d direction, worked bool) (spurious bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.useful = p.useful || worked
-	if !p.asked[d] {
+	if !p.reportDue[d] {
 		return false
 	}
-	p.asked[d] = false
-	if p.asked != [2]bool{} {
+	p.reportDue[d] = false
+	if p.reportDue != [2]bool{} {
 		return false
 	}
 	p.worked = p.useful
@@ -155,9 +155,9 @@ func (p *parker) passLocked() {
 func (p *parker) wake() {
 	p.mu.Lock()
 	p.woken = [2]bool{true, true}
-	p.nudged = true
+	p.wakeSent = true
 	p.passLocked()
-	polled := p.polled
+	polled := p.members
 	p.mu.Unlock()
 	p.w.Wake()
 	markAll(polled)
@@ -172,47 +172,47 @@ func markAll(members [2]*member) {
 	}
 }
 
-// poll makes m's Poller wait for the channel's events. If the other half waits here
+// joinPoller makes m's Poller wait for the channel's events. If the other half waits here
 // outside of a Poller, the end of its wait marks m. net.ErrClosed if m was removed:
-// Remove sets out before it calls unpoll.
-func (p *parker) poll(m *member, worked bool) error {
+// Remove sets out before it calls leavePoller.
+func (p *parker) joinPoller(m *member, worked bool) error {
 	d := m.h.dir
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if m.out.Load() {
+	if m.removed.Load() {
 		return net.ErrClosed
 	}
-	p.polled[d], p.vain[d] = m, !worked
+	p.members[d], p.idle[d] = m, !worked
 	if p.leading {
 		return nil
 	}
 	g := m.p.group
 	if p.group == nil {
 		if err := g.Add(p.w, m.slot); err != nil {
-			p.polled[d] = nil
+			p.members[d] = nil
 			return err
 		}
 		p.group = g
 	}
 	if p.group != g {
-		p.polled[d] = nil
+		p.members[d] = nil
 		return hypercall.ErrGrouped
 	}
 	// An event does not tell which half it is for: it was spurious if neither had work.
-	worked = worked || p.polled[1-d] != nil && !p.vain[1-d]
+	worked = worked || p.members[1-d] != nil && !p.idle[1-d]
 	p.doubted = !worked
 	return g.Rearm(p.w, worked)
 }
 
-// unpoll undoes poll. The other half's owner looks again, and polls anew.
-func (p *parker) unpoll(m *member) {
+// leavePoller undoes joinPoller. The other half's owner looks again, and joins again.
+func (p *parker) leavePoller(m *member) {
 	p.mu.Lock()
-	other := p.polled[1-m.h.dir]
-	if p.polled[m.h.dir] != m {
+	other := p.members[1-m.h.dir]
+	if p.members[m.h.dir] != m {
 		p.mu.Unlock()
 		return
 	}
-	p.polled[m.h.dir] = nil
+	p.members[m.h.dir] = nil
 	if p.group == m.p.group && p.group != nil {
 		p.group.Remove(p.w) // perhaps under the tag of m
 		p.group = nil
@@ -223,11 +223,11 @@ func (p *parker) unpoll(m *member) {
 	}
 }
 
-// inPoller returns the halves that sleep in q for events of this channel.
-func (p *parker) inPoller(q *Poller) (in [2]*member) {
+// sleepersOf returns the halves that sleep in q for events of this channel.
+func (p *parker) sleepersOf(q *Poller) (in [2]*member) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for d, m := range p.polled {
+	for d, m := range p.members {
 		if m != nil && m.p == q {
 			in[d] = m
 		}
@@ -235,9 +235,9 @@ func (p *parker) inPoller(q *Poller) (in [2]*member) {
 	return in
 }
 
-// spare records that an event brought no work for m, which waits for none.
-func (p *parker) spare(m *member) {
+// markIdle records that an event brought no work for m, which waits for none.
+func (p *parker) markIdle(m *member) {
 	p.mu.Lock()
-	p.vain[m.h.dir] = true
+	p.idle[m.h.dir] = true
 	p.mu.Unlock()
 }

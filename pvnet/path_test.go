@@ -1029,27 +1029,27 @@ func TestALostEventIsRescued(t *testing.T) {
 		rx.Release(f[:])
 		got <- err
 	}()
-	for rx.parked.Load()%2 == 0 {
+	for rx.waitSeq.Load()%2 == 0 {
 		time.Sleep(time.Millisecond)
 	}
-	for rx.parked.Load() < 3 { // the event of the bind is the first
+	for rx.waitSeq.Load() < 3 { // the event of the bind is the first
 		rx.park.Load().wake()
 		time.Sleep(time.Millisecond)
 	}
-	for rx.parked.Load()%2 == 0 {
+	for rx.waitSeq.Load()%2 == 0 {
 		time.Sleep(time.Millisecond)
 	}
 	var f [1]Frame
 	tx.AllocSize(f[:], 60)
 	tx.Send(f[:])
 	lift()
-	l := &life{d: p.back, conn: p.conns[1], running: true}
-	l.beat()
+	l := &lifecycle{d: p.back, conn: p.conns[1], running: true}
+	l.tick()
 	if len(l.suspects) != 1 {
 		t.Fatalf("%d halves are suspected", len(l.suspects))
 	}
-	for l.recheck != nil { // until the waiter could no longer hold the event back
-		<-l.recheck
+	for l.recheckAt != nil { // until the waiter could no longer hold the event back
+		<-l.recheckAt
 		l.rescue()
 	}
 	if err := <-got; err != nil {

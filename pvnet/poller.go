@@ -54,26 +54,26 @@ type Poller struct {
 	group hypercall.Group
 	mode  WaitMode
 
-	until  atomic.Pointer[time.Time] // deadline of Wait
-	woken  atomic.Bool               // Wake asked Wait to return
-	closed atomic.Bool               // set under mu
-	told   atomic.Bool               // set under mu: news is not empty
-	inside atomic.Bool               // a goroutine is in Wait
+	until   atomic.Pointer[time.Time] // deadline of Wait
+	woken   atomic.Bool               // Wake asked Wait to return
+	closed  atomic.Bool               // set under mu
+	hasNews atomic.Bool               // set under mu: news is not empty
+	inside  atomic.Bool               // a goroutine is in Wait
 
 	mu      sync.Mutex
 	members []*member // guarded by mu; by slot; removed by forget, when the owner has dropped it too
-	news    []*member // guarded by mu; members that were added, removed or marked since the last catchUp
+	news    []*member // guarded by mu; members that were added, removed or marked since the last takeNews
 
 	// Used by the owner only.
-	slots   []*member // members that the owner knows, by slot
-	list    []*member // members that the owner looks at
-	lent    []Ready   // the last result of Wait, the caller's until the next Wait
-	turns   uint      // how many turns found work
-	busy    bool      // the last turn found work
-	at      int       // index in list of the last look while nothing is ready
-	stirred bool      // leaving found a reason to end the looks, other than frames
-	tags    [64]int
-	spin    spinner
+	slots       []*member // members that the owner knows, by slot
+	polled      []*member // members that the owner looks at
+	result      []Ready   // the last result of Wait, the caller's until the next Wait
+	turns       uint      // how many turns found work
+	busy        bool      // the last turn found work
+	next        int       // index in list of the last look while nothing is ready
+	interrupted bool      // mustLeave found a reason to end the looks, other than frames
+	tags        [64]int
+	spin        spinner
 }
 
 const (
@@ -108,21 +108,21 @@ type member struct {
 	value any
 	slot  int
 
-	queued bool        // guarded by p.mu: it is in p.news
-	out    atomic.Bool // it was removed
-	asleep atomic.Bool // its event is armed, and the Poller does not look at it
+	queued  bool        // guarded by p.mu: it is in p.news
+	removed atomic.Bool // it was removed
+	asleep  atomic.Bool // its event is armed, and the Poller does not look at it
 
 	// Used by the owner only.
 	known  bool
-	listed bool
-	fresh  bool    // it slept, and has not been looked at since
+	polled bool
+	slept  bool    // it slept, and has not been looked at since
 	event  bool    // an event ended its sleep
 	worked bool    // it had work since its last sleep
-	wants  bool    // of a sending half: it waits for need
+	waits  bool    // of a sending half: it waits for need
 	empty  uint8   // consecutive turns without work
 	seq    uint32  // number of its sleep, as in half.parked
 	taken  uint32  // of a receiving half: the ring's index when it fell asleep
-	need   need    // of a sending half: what it lacks
+	space  space   // of a sending half: what it lacks
 	park   *parker // the parker at which it last slept
 }
 
@@ -160,7 +160,7 @@ func NewPoller(domain hypercall.Domain, cfg PollerConfig) (*Poller, error) {
 // [ErrDisconnected].
 func (p *Poller) Add(half Half, value any) error {
 	h := half.base()
-	if err := h.dev.over(); err != nil {
+	if err := h.dev.endError(); err != nil {
 		return err
 	}
 	if !h.owned.Load() {
@@ -209,7 +209,7 @@ func (p *Poller) Remove(half Half) {
 	if m == nil || m.p != p || !h.member.CompareAndSwap(m, nil) {
 		return
 	}
-	m.out.Store(true)
+	m.removed.Store(true)
 	m.leave()
 	m.mark() // the owner may still have it in its list
 }
@@ -217,9 +217,9 @@ func (p *Poller) Remove(half Half) {
 // leave takes m out of its parker and ends its sleep. It does not free its slot.
 func (m *member) leave() {
 	if k := m.h.park.Load(); k != nil {
-		k.unpoll(m)
+		k.leavePoller(m)
 	}
-	m.rouse()
+	m.wake()
 }
 
 // mark puts m among the news and wakes the owner.
@@ -230,13 +230,13 @@ func (m *member) mark() {
 		m.queued = true
 		p.news = append(p.news, m)
 	}
-	p.told.Store(true)
+	p.hasNews.Store(true)
 	p.mu.Unlock()
 	p.group.Wake()
 }
 
-// marked marks the member of h, if it is in a Poller.
-func (h *half) marked() {
+// markMember marks the member of h, if it is in a Poller.
+func (h *half) markMember() {
 	if m := h.member.Load(); m != nil {
 		m.mark()
 	}
@@ -279,7 +279,7 @@ func (p *Poller) Close() error {
 	p.mu.Unlock()
 	for _, m := range members {
 		if m != nil && m.h.member.CompareAndSwap(m, nil) {
-			m.out.Store(true)
+			m.removed.Store(true)
 			m.leave()
 		}
 	}
@@ -302,19 +302,19 @@ func (p *Poller) Wait() ([]Ready, error) {
 		return nil, ErrBusy
 	}
 	defer p.inside.Store(false)
-	clear(p.lent)
-	p.lent = p.lent[:0]
+	clear(p.result)
+	p.result = p.result[:0]
 	for {
 		if p.closed.Load() {
 			return nil, net.ErrClosed
 		}
-		if p.told.Load() {
-			p.catchUp()
+		if p.hasNews.Load() {
+			p.takeNews()
 		}
 		p.turn(0)
-		if len(p.lent) > 0 {
+		if len(p.result) > 0 {
 			if p.turns++; p.turns%eventTurns == 0 {
-				was := len(p.list)
+				was := len(p.polled)
 				if _, err := p.events(); err != nil {
 					return nil, err
 				}
@@ -322,11 +322,11 @@ func (p *Poller) Wait() ([]Ready, error) {
 			}
 			p.busy = true
 			p.woken.Store(false)
-			return p.lent, nil
+			return p.result, nil
 		}
 		p.busy = false
 		if p.woken.Swap(false) {
-			return p.lent, nil
+			return p.result, nil
 		}
 		if p.expired() {
 			return nil, os.ErrDeadlineExceeded
@@ -334,7 +334,7 @@ func (p *Poller) Wait() ([]Ready, error) {
 		if p.found() {
 			continue
 		}
-		if p.doze() {
+		if p.sleepAll() {
 			if err := p.sleep(); err != nil {
 				return nil, err
 			}
@@ -342,15 +342,15 @@ func (p *Poller) Wait() ([]Ready, error) {
 	}
 }
 
-// catchUp handles the news: it lists members that were marked and forgets those that
+// takeNews handles the news: it lists members that were marked and forgets those that
 // left.
-func (p *Poller) catchUp() {
+func (p *Poller) takeNews() {
 	p.mu.Lock()
-	p.told.Store(false)
+	p.hasNews.Store(false)
 	left := 0
 	for _, m := range p.news {
 		m.queued = false
-		if m.out.Load() {
+		if m.removed.Load() {
 			p.news[left] = m
 			left++
 			continue
@@ -359,13 +359,13 @@ func (p *Poller) catchUp() {
 			m.known = true
 			p.slots = slices.Grow(p.slots, len(p.members)-len(p.slots))[:len(p.members)]
 			p.slots[m.slot] = m
-			p.list = slices.Grow(p.list, len(p.members)-len(p.list))
-			p.lent = slices.Grow(p.lent, len(p.members))
+			p.polled = slices.Grow(p.polled, len(p.members)-len(p.polled))
+			p.result = slices.Grow(p.result, len(p.members))
 		}
-		if m.tx != nil && !m.wants {
-			m.wants, m.need = true, need{slots: 1}
+		if m.tx != nil && !m.waits {
+			m.waits, m.space = true, space{slots: 1}
 		}
-		p.enlist(m)
+		p.startPolling(m)
 	}
 	gone := slices.Clone(p.news[:left])
 	clear(p.news)
@@ -379,9 +379,9 @@ func (p *Poller) catchUp() {
 // forget frees the slot of a member that has left.
 func (p *Poller) forget(m *member) {
 	m.leave() // again: it may have fallen asleep since Remove
-	if m.listed {
-		m.listed = false
-		p.list = slices.DeleteFunc(p.list, func(l *member) bool { return l == m })
+	if m.polled {
+		m.polled = false
+		p.polled = slices.DeleteFunc(p.polled, func(l *member) bool { return l == m })
 	}
 	if m.known && p.slots[m.slot] == m {
 		p.slots[m.slot] = nil
@@ -393,49 +393,49 @@ func (p *Poller) forget(m *member) {
 	p.mu.Unlock()
 }
 
-// enlist ends the sleep of m and puts it into the list.
-func (p *Poller) enlist(m *member) {
-	if m.rouse() {
-		m.fresh = true
+// startPolling ends the sleep of m and puts it into the list.
+func (p *Poller) startPolling(m *member) {
+	if m.wake() {
+		m.slept = true
 	}
 	m.empty = 0
-	if !m.listed {
-		m.listed = true
-		p.list = append(p.list, m)
+	if !m.polled {
+		m.polled = true
+		p.polled = append(p.polled, m)
 	}
 }
 
-// rouse ends the sleep of m, and reports whether it slept.
-func (m *member) rouse() bool {
+// wake ends the sleep of m, and reports whether it slept.
+func (m *member) wake() bool {
 	if !m.asleep.CompareAndSwap(true, false) {
 		return false
 	}
-	m.h.parked.Add(1)
+	m.h.waitSeq.Add(1)
 	return true
 }
 
 // turn looks at the members of the list from index from on, and reports those with work.
 func (p *Poller) turn(from int) {
 	kept := from
-	for _, m := range p.list[from:] {
-		if !p.see(m) {
-			m.listed = false
+	for _, m := range p.polled[from:] {
+		if !p.visit(m) {
+			m.polled = false
 			continue
 		}
-		p.list[kept] = m
+		p.polled[kept] = m
 		kept++
 	}
-	clear(p.list[kept:])
-	p.list = p.list[:kept]
+	clear(p.polled[kept:])
+	p.polled = p.polled[:kept]
 }
 
-// see looks at m, reports it if it has work, and returns whether it stays in the list.
-func (p *Poller) see(m *member) bool {
-	if m.out.Load() {
+// visit looks at m, reports it if it has work, and returns whether it stays in the list.
+func (p *Poller) visit(m *member) bool {
+	if m.removed.Load() {
 		return false
 	}
-	if m.rx != nil && m.h.worked { // the last turn found frames: there is no need to look
-		m.h.worked, m.worked, m.empty = false, true, 0
+	if m.rx != nil && m.h.hadWork { // the last turn found frames: there is no need to look
+		m.h.hadWork, m.worked, m.empty = false, true, 0
 		p.report(m, nil)
 		return true
 	}
@@ -446,35 +446,35 @@ func (p *Poller) see(m *member) bool {
 	case err == ErrLinkDown: // up marks m
 		return false
 	case err != nil:
-		p.expel(m, err)
+		p.removeWith(m, err)
 		return false
 	case ready:
 		m.worked, m.empty = true, 0
 		p.report(m, nil)
-		m.wants = false
+		m.waits = false
 		return m.rx != nil
 	}
 	if m.empty < emptyTurns || !p.busy {
 		m.empty = min(m.empty+1, emptyTurns)
 		return true // while no member has work, Wait decides: look or sleep
 	}
-	slept, err := m.doze()
+	slept, err := m.sleep()
 	if err != nil && err != ErrLinkDown {
-		p.expel(m, err)
+		p.removeWith(m, err)
 	}
 	return !slept && err == nil
 }
 
 func (p *Poller) report(m *member, err error) {
-	p.lent = append(p.lent, Ready{RX: m.rx, TX: m.tx, Value: m.value, Err: err})
+	p.result = append(p.result, Ready{RX: m.rx, TX: m.tx, Value: m.value, Err: err})
 }
 
-// expel ends the membership of m and reports why.
-func (p *Poller) expel(m *member, err error) {
+// removeWith ends the membership of m and reports why.
+func (p *Poller) removeWith(m *member, err error) {
 	if m.h.member.CompareAndSwap(m, nil) {
-		m.out.Store(true)
+		m.removed.Store(true)
 		p.report(m, err)
-		m.mark() // the next catchUp frees its slot
+		m.mark() // the next takeNews frees its slot
 	}
 }
 
@@ -484,51 +484,51 @@ func (m *member) look() (ready bool, err error) {
 	if err = h.enter(); err != nil {
 		return false, err
 	}
-	if m.fresh {
-		err = m.awake()
+	if m.slept {
+		err = m.afterSleep()
 	}
 	if err == nil {
 		if m.rx != nil {
 			ready = m.rx.eng.ready(1)
-		} else if m.wants {
-			ready, err = m.tx.eng.room(m.need)
+		} else if m.waits {
+			ready, err = m.tx.eng.hasSpace(m.space)
 		}
 	}
 	h.gate.leave()
-	return ready, h.dev.judge(err)
+	return ready, h.dev.callError(err)
 }
 
-// awake does the accounts of a sleep that ended. m is inside the gate.
-func (m *member) awake() error {
+// afterSleep does the accounts of a sleep that ended. m is inside the gate.
+func (m *member) afterSleep() error {
 	h := m.h
-	m.fresh = false
+	m.slept = false
 	h.awake(m.seq)
 	if m.event {
 		h.count.Add(telemetry.Events, 1)
-		if m.park.deserted() {
-			h.dev.wakeLife()
+		if m.park.peerClosed() {
+			h.dev.wakeLifecycle()
 		}
 	}
-	h.refresh()
-	if h.rescue.CompareAndSwap(m.seq, 0) {
+	h.serveRequests()
+	if h.rescued.CompareAndSwap(m.seq, 0) {
 		h.count.Add(telemetry.RescuedWakeups, 1)
 	}
 	if m.tx != nil {
-		return m.tx.eng.rested()
+		return m.tx.eng.afterWait()
 	}
 	return nil
 }
 
-// doze arms m's event and puts m to sleep. It reports false if m has work by now.
-func (m *member) doze() (slept bool, err error) {
+// sleep arms m's event and puts m to sleep. It reports false if m has work by now.
+func (m *member) sleep() (slept bool, err error) {
 	h := m.h
 	if err = h.enter(); err != nil {
 		return false, err
 	}
 	defer h.gate.leave()
-	if m.fresh {
-		if err = m.awake(); err != nil {
-			return false, h.dev.judge(err)
+	if m.slept {
+		if err = m.afterSleep(); err != nil {
+			return false, h.dev.callError(err)
 		}
 	}
 	var more bool
@@ -539,27 +539,27 @@ func (m *member) doze() (slept bool, err error) {
 			more, err = m.rx.eng.arm()
 		}
 	} else {
-		if !m.wants || m.tx.eng.stuck(m.need) != nil {
+		if !m.waits || m.tx.eng.starved(m.space) != nil {
 			return true, nil // only a call of the owner can give it work
 		}
-		more, err = m.tx.eng.arm(m.need)
+		more, err = m.tx.eng.arm(m.space)
 	}
 	if more || err != nil {
-		return false, h.dev.judge(err)
+		return false, h.dev.callError(err)
 	}
 	worked := m.worked || m.park != h.park.Load() || taken != m.taken // dropped frames count as work
 	if m.event && !worked {
 		h.count.Add(telemetry.EventsSpurious, 1)
 	}
 	m.event, m.worked, m.taken, m.park = false, false, taken, h.park.Load()
-	h.recent, h.worked = 0, false
+	h.unpublished, h.hadWork = 0, false
 	h.count.Add(telemetry.Parks, 1)
 	h.count.Flush()
-	m.seq = h.parked.Add(1)
+	m.seq = h.waitSeq.Add(1)
 	m.asleep.Store(true)
-	if err = m.park.poll(m, worked); err != nil {
-		m.rouse()
-		if m.out.Load() {
+	if err = m.park.joinPoller(m, worked); err != nil {
+		m.wake()
+		if m.removed.Load() {
 			return true, nil
 		}
 		return false, &UnknownError{"wait for the events of queue " + fmt.Sprint(h.queue), err}
@@ -567,29 +567,29 @@ func (m *member) doze() (slept bool, err error) {
 	return true, nil
 }
 
-// doze puts the members of the list to sleep, and reports whether all sleep now.
-func (p *Poller) doze() bool {
+// sleepAll puts the members of the list to sleep, and reports whether all sleep now.
+func (p *Poller) sleepAll() bool {
 	all := true
 	kept := 0
-	for _, m := range p.list {
-		slept, err := m.doze()
+	for _, m := range p.polled {
+		slept, err := m.sleep()
 		if err != nil && err != ErrLinkDown && err != ErrBusy {
-			p.expel(m, err)
+			p.removeWith(m, err)
 			all = false
 		}
 		if err == ErrBusy {
 			all = false
 		}
 		if slept || err != nil && err != ErrBusy {
-			m.listed = false
+			m.polled = false
 			continue
 		}
 		all = false
-		p.list[kept] = m
+		p.polled[kept] = m
 		kept++
 	}
-	clear(p.list[kept:])
-	p.list = p.list[:kept]
+	clear(p.polled[kept:])
+	p.polled = p.polled[:kept]
 	return all
 }
 
@@ -607,11 +607,11 @@ func (p *Poller) sleep() error {
 	if errors.Is(err, os.ErrDeadlineExceeded) {
 		return nil // the caller looks
 	}
-	return p.judge(err)
+	return p.waitError(err)
 }
 
-// judge returns the error of Wait after an error of the Group; nil if Wait goes on.
-func (p *Poller) judge(err error) error {
+// waitError returns the error of Wait after an error of the Group; nil if Wait goes on.
+func (p *Poller) waitError(err error) error {
 	if err == nil || p.closed.Load() {
 		return nil // the caller looks
 	}
@@ -623,7 +623,7 @@ func (p *Poller) judge(err error) error {
 func (p *Poller) events() (int, error) {
 	n, err := p.group.Poll(p.tags[:])
 	p.fired(n)
-	return n, p.judge(err)
+	return n, p.waitError(err)
 }
 
 // fired puts the members into the list that the first n tags stand for.
@@ -633,16 +633,16 @@ func (p *Poller) fired(n int) {
 		if m == nil || m.park == nil {
 			continue // it has left
 		}
-		for _, m := range m.park.inPoller(p) {
-			if m == nil || m.out.Load() {
+		for _, m := range m.park.sleepersOf(p) {
+			if m == nil || m.removed.Load() {
 				continue
 			}
-			if m.tx != nil && !m.wants { // it waits for nothing: only a call of the owner can end its sleep
-				m.park.spare(m)
+			if m.tx != nil && !m.waits { // it waits for nothing: only a call of the owner can end its sleep
+				m.park.markIdle(m)
 				continue
 			}
 			m.event = true
-			p.enlist(m)
+			p.startPolling(m)
 		}
 	}
 }
@@ -653,10 +653,10 @@ func (p *Poller) found() bool {
 	if p.mode == Park {
 		return false
 	}
-	p.stirred = false
-	if len(p.list) == 0 {
+	p.interrupted = false
+	if len(p.polled) == 0 {
 		if p.mode == Busy {
-			p.leaving()
+			p.mustLeave()
 			runtime.Gosched()
 		}
 		return p.mode == Busy
@@ -664,29 +664,29 @@ func (p *Poller) found() bool {
 	if p.spin.cost == 0 {
 		p.spin.calibrate(p.mode, p)
 	}
-	return p.spin.found(p, p, 1) || p.stirred || p.mode == Busy
+	return p.spin.found(p, p, 1) || p.interrupted || p.mode == Busy
 }
 
 // ready looks at one member of the list, the next each time, and reports whether it has
 // work.
 func (p *Poller) ready(int) bool {
-	if p.at++; p.at >= len(p.list) {
-		p.at = 0
+	if p.next++; p.next >= len(p.polled) {
+		p.next = 0
 	}
-	ready, err := p.list[p.at].look()
+	ready, err := p.polled[p.next].look()
 	return ready || err != nil
 }
 
-// leaving reports whether anything but frames of listed members ends the looks: an event,
+// mustLeave reports whether anything but frames of listed members ends the looks: an event,
 // news, Wake, Close or the deadline.
-func (p *Poller) leaving() bool {
+func (p *Poller) mustLeave() bool {
 	n, err := p.events()
-	p.stirred = n > 0 || err != nil || p.told.Load() || p.woken.Load() || p.closed.Load() || p.expired()
-	return p.stirred
+	p.interrupted = n > 0 || err != nil || p.hasNews.Load() || p.woken.Load() || p.closed.Load() || p.expired()
+	return p.interrupted
 }
 
-// want stores what a sending half lacks, and lists it. The owner is inside the gate.
-func (m *member) want(n need) {
-	m.wants, m.need = true, n
-	m.p.enlist(m)
+// waitFor stores what a sending half lacks, and lists it. The owner is inside the gate.
+func (m *member) waitFor(n space) {
+	m.waits, m.space = true, n
+	m.p.startPolling(m)
 }

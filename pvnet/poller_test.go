@@ -533,8 +533,8 @@ func TestPollerEndsByDeadlineWakeAndClose(t *testing.T) {
 func (p *pair) reconnect(t testing.TB, f features) {
 	t.Helper()
 	for i, d := range []*Device{p.back, p.front} {
-		d.down(p.conns[1-i], "reconnects")
-		d.drop(p.conns[1-i])
+		d.quiesce(p.conns[1-i], "reconnects")
+		d.detach(p.conns[1-i])
 		p.conns[1-i] = nil
 	}
 	p.connect(t, f)
@@ -552,7 +552,7 @@ func TestPollerMembersStayWhileTheyReconnect(t *testing.T) {
 			}
 			i := round % n
 			done := make(chan struct{})
-			go func() { // reconnect as the life goroutine does, while the owner waits
+			go func() { // reconnect as the lifecycle goroutine does, while the owner waits
 				f := plain
 				f.split = round%4 < 2
 				q.pairs[i].reconnect(t, f)
@@ -576,8 +576,8 @@ func TestPollerReportsAnEndedDeviceOnce(t *testing.T) {
 		q.quiet(t, got)
 		why := errors.New("it is over")
 		go func() {
-			q.pairs[1].back.down(q.pairs[1].conns[1], "ends")
-			q.pairs[1].back.gone(why)
+			q.pairs[1].back.quiesce(q.pairs[1].conns[1], "ends")
+			q.pairs[1].back.ended(why)
 		}()
 		var left []error
 		for left == nil {
@@ -606,8 +606,8 @@ func TestPollerReportsAPeerThatBreaksTheProtocol(t *testing.T) {
 			q.quiet(t, got)
 			v := &PeerError{Ring: "tx", Reason: "test"}
 			broken := q.pairs[0].back
-			broken.judge(v)
-			q.rx[0].marked() // as gone does at the end of a device
+			broken.callError(v)
+			q.rx[0].markMember() // as gone does at the end of a device
 			var left []error
 			for left == nil {
 				left = q.receive(t, got)
@@ -615,7 +615,7 @@ func TestPollerReportsAPeerThatBreaksTheProtocol(t *testing.T) {
 			if len(left) != 1 || left[0] != v {
 				t.Errorf("%v, want %v", left, v)
 			}
-			<-broken.fault
+			<-broken.violations
 			send(t, q.tx[1], 1)
 			q.until(t, got, 0, 1)
 		})
@@ -940,7 +940,7 @@ func TestPollerMemberMovesToAnother(t *testing.T) {
 			}
 		}
 		from.Remove(q.rx[0])
-		for from.told.Load() { // until the Wait under way has seen the removal
+		for from.hasNews.Load() { // until the Wait under way has seen the removal
 			runtime.Gosched()
 		}
 		if err := to.Add(q.rx[0], 0); err != nil {

@@ -10,7 +10,7 @@ import (
 // may call its methods at once, except SetDeadline.
 type RX struct {
 	half
-	eng receiver // of the connection; written by the life goroutine while the gate is shut
+	eng receiver // of the connection; written by the lifecycle goroutine while the gate is shut
 }
 
 // A receiver moves frames out of one connection's ring.
@@ -52,7 +52,7 @@ func (rx *RX) receive(frames []Frame, into bool) (int, error) {
 			return 0, errInterrupted
 		}
 		if err := rx.enter(); err != nil {
-			if err = rx.retry(err); err != nil {
+			if err = rx.afterShutGate(err); err != nil {
 				return 0, err
 			}
 			continue
@@ -60,16 +60,16 @@ func (rx *RX) receive(frames []Frame, into bool) (int, error) {
 		at := rx.eng.consumed()
 		n, err := rx.eng.receive(frames, into)
 		garbage := n == 0 && rx.eng.consumed() != at
-		rx.worked = rx.worked || garbage // a frame that was dropped: the event was not spurious
+		rx.hadWork = rx.hadWork || garbage // a frame that was dropped: the event was not spurious
 		if n > 0 || err != nil {
-			rx.counted(n)
+			rx.countMoved(n)
 			rx.gate.leave()
 			if n > 0 && err != nil {
 				// The caller gets the frames now, and the error with its next call.
-				rx.dev.judge(err)
+				rx.dev.callError(err)
 				err = nil
 			}
-			return n, rx.dev.judge(err)
+			return n, rx.dev.callError(err)
 		}
 		more := rx.spin.found(&rx.half, rx.eng, 1)
 		if !more {
@@ -78,16 +78,16 @@ func (rx *RX) receive(frames []Frame, into bool) (int, error) {
 		switch {
 		case err != nil:
 		case !more:
-			err = rx.rest()
+			err = rx.parkUntilEvent()
 		case garbage && rx.expired(): // the peer sends only garbage, so rest is never reached
 			err = errTimeout
 		}
 		rx.gate.leave()
-		if err = rx.dev.judge(err); err != nil {
+		if err = rx.dev.callError(err); err != nil {
 			return 0, err
 		}
 	}
-	return 0, rx.dev.over()
+	return 0, rx.dev.endError()
 }
 
 // Poll is Receive that does not wait: n is 0 if no frame is there. It returns the errors
@@ -103,9 +103,9 @@ func (rx *RX) poll(frames []Frame, into bool) (n int, err error) {
 		return 0, err
 	}
 	n, err = rx.eng.receive(frames, into)
-	rx.counted(n)
+	rx.countMoved(n)
 	rx.gate.leave()
-	if err = rx.dev.judge(err); n > 0 {
+	if err = rx.dev.callError(err); n > 0 {
 		err = nil
 	}
 	return n, err

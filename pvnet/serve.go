@@ -43,7 +43,7 @@ type ServeConfig struct {
 //
 // Serve does not touch a vif that another process serves, and tries to claim it again, at
 // first often, in the end twice a minute. If a device ended before its vif was removed,
-// the vif is served again once the toolstack has made it anew. Serve returns when ctx
+// the vif is served again once the toolstack has made its directory again. Serve returns when ctx
 // ends, with the cause of ctx, after every device has disconnected, all at the same time
 // and each as [Device.Disconnect] does, and after every accept has returned.
 func Serve(ctx context.Context, domain hypercall.Domain, cfg ServeConfig, accept func(*Device)) error {
@@ -86,20 +86,20 @@ func serve(ctx context.Context, domain hypercall.Domain, cfg ServeConfig, accept
 	defer wg.Wait()
 	inner, cancel := context.WithCancelCause(ctx)
 	defer cancel(ErrDisconnected)
-	s := &server{presence: presence, client: client, domain: domain, cfg: cfg, accept: accept, busy: make(map[xenbus.BackendID]bool)}
+	s := &server{presence: presence, client: client, domain: domain, cfg: cfg, accept: accept, serving: make(map[xenbus.BackendID]bool)}
 	for {
 		ev, err := s.next(ctx, backs)
 		if err != nil {
 			return err
 		}
 		id := ev.BackendID
-		if ev.Vanished || s.busy[id] { // the vif's goroutine sees the event too
+		if ev.Vanished || s.serving[id] { // the vif's goroutine sees the event too
 			continue
 		}
-		s.busy[id] = true
+		s.serving[id] = true
 		wg.Go(func() {
-			s.keep(inner, id)
-			s.leave(id)
+			s.serveDir(inner, id)
+			s.release(id)
 		})
 	}
 }
@@ -116,11 +116,11 @@ type server struct {
 	domain   hypercall.Domain
 	cfg      ServeConfig
 	accept   func(*Device)
-	busy     map[xenbus.BackendID]bool // a goroutine serves it, or has left it
+	serving  map[xenbus.BackendID]bool // a goroutine serves it, or has left it
 
-	mu   sync.Mutex
-	left []xenbus.BackendID // guarded by mu: vifs that their goroutines have left
-	wake func()             // guarded by mu: ends the backs.Next under way
+	mu       sync.Mutex
+	released []xenbus.BackendID // guarded by mu: vifs that their goroutines have left
+	wake     func()             // guarded by mu: ends the backs.Next under way
 }
 
 // next waits for a directory that came or went. When a goroutine has left its vif, next
@@ -130,11 +130,11 @@ func (s *server) next(ctx context.Context, backs *xenbus.Backends) (xenbus.Backe
 	for {
 		c, stop := context.WithCancel(ctx)
 		s.mu.Lock()
-		left := s.left
-		s.left, s.wake = nil, stop
+		left := s.released
+		s.released, s.wake = nil, stop
 		s.mu.Unlock()
 		for _, id := range left {
-			delete(s.busy, id)
+			delete(s.serving, id)
 			backs.Forget(id)
 		}
 		ev, err := backs.Next(c)
@@ -146,16 +146,16 @@ func (s *server) next(ctx context.Context, backs *xenbus.Backends) (xenbus.Backe
 	}
 }
 
-func (s *server) leave(id xenbus.BackendID) {
+func (s *server) release(id xenbus.BackendID) {
 	s.mu.Lock()
-	s.left = append(s.left, id)
+	s.released = append(s.released, id)
 	wake := s.wake
 	s.mu.Unlock()
 	wake()
 }
 
-// keep serves one directory until it is removed or made anew, or ctx ends.
-func (s *server) keep(ctx context.Context, id xenbus.BackendID) {
+// serveDir serves one directory until it is removed or replaced, or ctx ends.
+func (s *server) serveDir(ctx context.Context, id xenbus.BackendID) {
 	log := slog.New(slog.DiscardHandler)
 	if s.cfg.Logger != nil {
 		log = s.cfg.Logger.With("frontend", id.String())
@@ -164,8 +164,8 @@ func (s *server) keep(ctx context.Context, id xenbus.BackendID) {
 	for pause := retryFirst; ctx.Err() == nil; pause = min(2*pause, retryMost) {
 		xd, err := s.claim(ctx, id)
 		if err == nil {
-			if b := s.serve(ctx, id, xd); !b.again {
-				s.outlast(ctx, xd.Dir(), b.away)
+			if b := s.serve(ctx, id, xd); !b.replaced {
+				s.awaitRemoval(ctx, xd.Dir(), b.removed)
 			}
 			return
 		}
@@ -177,7 +177,7 @@ func (s *server) keep(ctx context.Context, id xenbus.BackendID) {
 			said = err.Error()
 			log.Warn("cannot serve a vif", "err", err)
 		}
-		rest(ctx, pause)
+		sleep(ctx, pause)
 	}
 }
 
@@ -187,8 +187,8 @@ func (s *server) claim(ctx context.Context, id xenbus.BackendID) (*xenbus.Device
 	if err != nil {
 		return nil, err
 	}
-	if err := xd.ClaimAs(ctx, s.presence, claimPatience); err != nil {
-		closing, cancel := context.WithTimeout(context.Background(), storePatience)
+	if err := xd.ClaimAs(ctx, s.presence, claimTimeout); err != nil {
+		closing, cancel := context.WithTimeout(context.Background(), storeTimeout)
 		defer cancel()
 		if own := xd.Current().Own; errors.Is(err, xenstore.ErrQuota) && (own == xenbus.Initialising || own == xenbus.Unknown) {
 			// Nobody else serves the vif: there was no claim, and the quota has no room
@@ -228,10 +228,10 @@ func (s *server) serve(ctx context.Context, id xenbus.BackendID, xd *xenbus.Devi
 	return b
 }
 
-// outlast waits, after a device has ended, until the toolstack has removed or remade its
+// awaitRemoval waits, after a device has ended, until the toolstack has removed or remade its
 // directory. The device left the state Closed there; away reports that the toolstack had
 // already asked for the removal.
-func (s *server) outlast(ctx context.Context, dir string, away bool) {
+func (s *server) awaitRemoval(ctx context.Context, dir string, away bool) {
 	w, err := s.client.Watch(ctx, dir)
 	if err != nil {
 		return
@@ -249,7 +249,7 @@ func (s *server) outlast(ctx context.Context, dir string, away bool) {
 		case err == nil && (state == strconv.Itoa(int(xenbus.Initialising)) || online != "0"):
 			return
 		case err != nil && ctx.Err() == nil:
-			rest(ctx, retryFirst)
+			sleep(ctx, retryFirst)
 			continue
 		}
 		select {
@@ -263,8 +263,8 @@ func (s *server) outlast(ctx context.Context, dir string, away bool) {
 	}
 }
 
-// rest waits for a while, or until ctx ends.
-func rest(ctx context.Context, d time.Duration) {
+// sleep waits for a while, or until ctx ends.
+func sleep(ctx context.Context, d time.Duration) {
 	t := time.NewTimer(d)
 	defer t.Stop()
 	select {
@@ -273,6 +273,6 @@ func rest(ctx context.Context, d time.Duration) {
 	}
 }
 
-// claimPatience is how long another backend of this domain may take to answer that it
+// claimTimeout is how long another backend of this domain may take to answer that it
 // lives. The challenge asks for nothing else.
-const claimPatience = time.Second
+const claimTimeout = time.Second

@@ -64,13 +64,13 @@ const (
 	looking
 )
 
-// A looker is what a spinner looks at: ready reports whether there is a frame, or room
+// A spinTarget is what a spinner looks at: ready reports whether there is a frame, or room
 // for need slots.
-type looker interface{ ready(need int) bool }
+type spinTarget interface{ ready(need int) bool }
 
-// A waiting is the caller on whose behalf a spinner looks. leaving reports whether it
+// A spinCaller is the caller on whose behalf a spinner looks. mustLeave reports whether it
 // must stop.
-type waiting interface{ leaving() bool }
+type spinCaller interface{ mustLeave() bool }
 
 // A spinner looks at the ring before its half parks, or at the rings of a Poller's
 // members. It measures time in looks, whose cost it knows, so it does not read the clock
@@ -92,7 +92,7 @@ type spinner struct {
 }
 
 // calibrate measures what looks at e cost and sets how many of them the mode allows.
-func (s *spinner) calibrate(m WaitMode, e looker) {
+func (s *spinner) calibrate(m WaitMode, e spinTarget) {
 	*s = spinner{}
 	if m == Park {
 		return
@@ -120,7 +120,7 @@ func (s *spinner) begin(cost time.Duration) {
 
 // found looks for a wait of h, for as long as the mode says, and reports whether e is
 // ready.
-func (s *spinner) found(h waiting, e looker, need int) bool {
+func (s *spinner) found(h spinCaller, e spinTarget, need int) bool {
 	switch {
 	case s.most == 0:
 		return false
@@ -189,14 +189,14 @@ func (s *spinner) ended(parked time.Duration) {
 	s.left = trialEvery * int(min(max(rarer, 1), mostTrials))
 }
 
-func (s *spinner) look(h waiting, e looker, need, most int) (ready bool, looks int) {
+func (s *spinner) look(h spinCaller, e spinTarget, need, most int) (ready bool, looks int) {
 	next := s.yieldEvery()
 	for i := 0; most < 0 || i < most; i++ {
 		if e.ready(need) {
 			return true, i
 		}
 		if i == next {
-			if h.leaving() {
+			if h.mustLeave() {
 				return false, i
 			}
 			start := time.Now()

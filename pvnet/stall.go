@@ -15,13 +15,13 @@ type shortage struct {
 	tries atomic.Uint32 // how many calls found no room
 }
 
-func (s *shortage) lack(goal uint32) {
+func (s *shortage) await(goal uint32) {
 	s.goal.Store(goal)
 	s.tries.Add(1)
 }
 
 // stallAfter is how long a peer may make no progress before it counts as a stall: one
-// beat of the slow tick, less some for a tick that comes early.
+// interval of the slow tick, less some for a tick that comes early.
 const stallAfter = 900 * time.Millisecond
 
 // A stall is what the slow tick has seen of one sender. Linux's netback stops queueing to
@@ -29,41 +29,41 @@ const stallAfter = 900 * time.Millisecond
 // (drivers/net/xen-netback: rx_drain_timeout_msecs, rx_stall_timeout_msecs). We have no
 // such queue, so a stall is only counted.
 type stall struct {
-	eng   sender
-	tries uint32    // shortage.tries at the last beat
-	index uint32    // the peer's index at the last beat
-	since time.Time // since when a sender waits at this index; zero: none waits
-	lasts bool
+	eng     sender
+	tries   uint32    // shortage.tries at the last tick
+	index   uint32    // the peer's index at the last tick
+	since   time.Time // since when a sender waits at this index; zero: none waits
+	stalled bool
 }
 
-// watch compares the sender with the last beat. It has stalled if the peer's index does
+// checkStall compares the sender with the last tick. It has stalled if the peer's index does
 // not move while a call waits for more slots than are free, or calls for them keep
 // coming.
-func (tx *TX) watch(eng sender, now time.Time) {
+func (tx *TX) checkStall(eng sender, now time.Time) {
 	s := &tx.stall
 	if s.eng != eng {
 		*s = stall{eng: eng}
 	}
-	index, goal, tries := eng.standing()
+	index, goal, tries := eng.progress()
 	short := int32(goal - index)
-	waits := short > 0 && (tries != s.tries || tx.parked.Load()%2 == 1)
+	waits := short > 0 && (tries != s.tries || tx.waitSeq.Load()%2 == 1)
 	moved := index != s.index
 	s.index, s.tries = index, tries
 	if moved {
-		if s.lasts {
+		if s.stalled {
 			tx.dev.set.Record(telemetry.EventStallOver, tx.queue, uint64(max(short, 0)), uint64(now.Sub(s.since)))
 		}
-		s.lasts, s.since = false, time.Time{}
+		s.stalled, s.since = false, time.Time{}
 	}
 	switch {
-	case s.lasts:
+	case s.stalled:
 	case !waits:
 		s.since = time.Time{}
 	case s.since.IsZero():
 		s.since = now
 	case now.Sub(s.since) >= stallAfter:
-		s.lasts = true
+		s.stalled = true
 		tx.dev.set.Record(telemetry.EventStall, tx.queue, uint64(short), uint64(now.Sub(s.since)))
-		tx.remind(dueStall)
+		tx.request(requestStall)
 	}
 }

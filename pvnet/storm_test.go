@@ -31,9 +31,9 @@ func storm(p hypercall.Port) (stop func()) {
 // parkedAfter waits until h is in its nth wait.
 func parkedAfter(t testing.TB, h *half, n uint32) {
 	t.Helper()
-	for end := time.Now().Add(labtest.Limit); h.parked.Load() < 2*n-1 || h.parked.Load()%2 == 0; time.Sleep(100 * time.Microsecond) {
+	for end := time.Now().Add(labtest.Limit); h.waitSeq.Load() < 2*n-1 || h.waitSeq.Load()%2 == 0; time.Sleep(100 * time.Microsecond) {
 		if time.Now().After(end) {
-			t.Fatalf("%d waits, not %d", (h.parked.Load()+1)/2, n)
+			t.Fatalf("%d waits, not %d", (h.waitSeq.Load()+1)/2, n)
 		}
 	}
 }
@@ -57,13 +57,13 @@ func TestAnEventHeldBackIsNotRescued(t *testing.T) {
 				got <- err
 			}
 			stop := storm(p.front.tx[0].eng.(*frontTX).port)
-			l := &life{d: p.back, conn: p.conns[1], running: true}
+			l := &lifecycle{d: p.back, conn: p.conns[1], running: true}
 			frames := uint64(0)
 			for len(l.suspects) == 0 {
 				if frames++; frames > 5 {
 					t.Fatal("no frame was held back")
 				}
-				waits := (rx.parked.Load() + 1) / 2
+				waits := (rx.waitSeq.Load() + 1) / 2
 				go receive()
 				parkedAfter(t, &rx.half, waits+13) // the first one or two have no delay, then 1, 2 ... 1000 ms
 				var f [1]Frame
@@ -71,14 +71,14 @@ func TestAnEventHeldBackIsNotRescued(t *testing.T) {
 				if n, err := tx.Send(f[:]); n != 1 || err != nil {
 					t.Fatal(n, err)
 				}
-				if l.beat(); len(l.suspects) == 0 { // the machine was slow: the frame has come already
+				if l.tick(); len(l.suspects) == 0 { // the machine was slow: the frame has come already
 					if err := <-got; err != nil {
 						t.Fatal(err)
 					}
 				}
 			}
-			for l.recheck != nil {
-				<-l.recheck
+			for l.recheckAt != nil {
+				<-l.recheckAt
 				l.rescue()
 			}
 			if err := <-got; err != nil {
@@ -117,7 +117,7 @@ func fill(t testing.TB, tx *TX) {
 			}
 		}
 	})
-	for end := time.Now().Add(labtest.Limit); tx.parked.Load()%2 == 0 || tx.eng.ready(1); time.Sleep(100 * time.Microsecond) {
+	for end := time.Now().Add(labtest.Limit); tx.waitSeq.Load()%2 == 0 || tx.eng.ready(1); time.Sleep(100 * time.Microsecond) {
 		if time.Now().After(end) {
 			t.Fatal("the sender does not wait")
 		}
@@ -203,7 +203,7 @@ func TestAnIdleHalfDoesNotBrakeTheOther(t *testing.T) {
 		if err := <-got; err != nil {
 			t.Fatal(i, err)
 		}
-		for rx.parked.Load()%2 == 0 { // so that each frame causes an event
+		for rx.waitSeq.Load()%2 == 0 { // so that each frame causes an event
 			time.Sleep(10 * time.Microsecond)
 		}
 	}

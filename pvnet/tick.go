@@ -10,17 +10,17 @@ import (
 )
 
 // A clock is the slow tick of all devices of a domain: an idle process wakes up once a
-// second, however many devices it has. It does the beat of a device on its own goroutine
+// second, however many devices it has. It does a device's work on its own goroutine
 // and lets the device's goroutine sleep.
 type clock struct {
 	stop chan struct{}
 
 	mu    sync.Mutex
-	lives map[*life]struct{} // guarded by mu
+	lives map[*lifecycle]struct{} // guarded by mu
 }
 
-// tick adds l to the clock of its domain. The function it returns removes l.
-func (l *life) tick() (untick func()) {
+// register adds l to the clock of its domain. The function it returns removes l.
+func (l *lifecycle) register() (untick func()) {
 	var dom any = l.d.domain
 	if !reflect.ValueOf(dom).Comparable() {
 		dom = l // this device gets a clock of its own
@@ -29,7 +29,7 @@ func (l *life) tick() (untick func()) {
 	defer global.mu.Unlock()
 	c := global.clocks[dom]
 	if c == nil {
-		c = &clock{stop: make(chan struct{}), lives: make(map[*life]struct{})}
+		c = &clock{stop: make(chan struct{}), lives: make(map[*lifecycle]struct{})}
 		global.clocks[dom] = c
 		go c.run()
 	}
@@ -49,10 +49,10 @@ func (l *life) tick() (untick func()) {
 }
 
 func (c *clock) run() {
-	debug.SetPanicOnFault(true) // a beat reads shared rings
+	debug.SetPanicOnFault(true) // the work of a tick reads shared rings
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
-	var all []*life
+	var all []*lifecycle
 	for {
 		select {
 		case <-tick.C:
@@ -65,81 +65,81 @@ func (c *clock) run() {
 		}
 		c.mu.Unlock()
 		for _, l := range all {
-			l.ticked()
+			l.tickFor()
 		}
 		clear(all)
 		all = all[:0]
 	}
 }
 
-// ticked does the beat of a device whose goroutine sleeps. It wakes that goroutine only
+// tickFor does the beat of a device whose goroutine sleeps. It wakes that goroutine only
 // if the goroutine has to look itself: because the link is down, or to check suspects
 // again.
-func (l *life) ticked() {
+func (l *lifecycle) tickFor() {
 	if !l.mu.TryLock() {
-		l.owed.Store(true)
+		l.tickDue.Store(true)
 	} else {
 		ran := l.running
 		if ran {
-			l.beat()
+			l.tick()
 		}
-		l.owed.Store(!ran)
-		idle := ran && len(l.suspects) == 0 && !l.deserted()
+		l.tickDue.Store(!ran)
+		idle := ran && len(l.suspects) == 0 && !l.peerEnded()
 		l.mu.Unlock()
 		if idle {
 			return
 		}
 	}
-	l.d.wakeLife()
+	l.d.wakeLifecycle()
 }
 
-// beat is the device's work on a slow tick: the heartbeat of the counters, and a search
+// tick is the device's work on a slow tick: the heartbeat of the counters, and a search
 // for halves that still wait although their event is due. A half that waits keeps waiting
 // unless it must do something itself.
-func (l *life) beat() {
+func (l *lifecycle) tick() {
 	defer func() {
 		if v := faulted(recover()); v != nil {
-			l.d.judge(v)
+			l.d.callError(v)
 		}
 	}()
 	l.d.set.Tick()
-	l.d.hush.catchUp(false)
+	l.d.logs.CatchUp(false)
 	known := l.suspects
 	l.suspects = nil
 	if !l.running {
 		return
 	}
-	if l.beats++; l.beats > 5 {
+	if l.ticks++; l.ticks > 5 {
 		l.pause, l.pace = 0, pace{} // the connection has held: later failures start with short pauses
 	}
 	mirrored := l.d.cfg.Counters != nil
 	for i, q := range l.conn.queues {
 		for _, s := range []suspect{{half: &l.d.tx[i].half, eng: q.tx, park: q.txPark}, {half: &l.d.rx[i].half, eng: q.rx, park: q.rxPark}} {
 			s.eng.sample()
-			if s.seq = s.half.parked.Load(); s.seq%2 == 1 && s.eng.overdue() {
+			if s.seq = s.half.waitSeq.Load(); s.seq%2 == 1 && s.eng.overdue() {
 				l.suspects = append(l.suspects, s.since(known)) // no heal: its wake-up would hide the missed event
 			} else if mirrored {
 				s.half.heal(s.park)
 			}
 		}
-		if l.d.tx[i].parked.Load()%2 == 1 && q.tx.answered() {
+		if l.d.tx[i].waitSeq.Load()%2 == 1 && q.tx.progressed() {
 			l.d.tx[i].rouse(q.txPark) // the peer may never give as many responses as the half waits for
 		}
-		l.d.tx[i].watch(q.tx, time.Now())
-		l.d.judge(l.d.tx[i].settle(q.tx))
+		l.d.tx[i].checkStall(q.tx, time.Now())
+		l.d.callError(l.d.tx[i].settle(q.tx))
 	}
 	if len(l.suspects) > 0 {
-		l.recheck = time.After(graceOfEvents)
+		l.recheckAt = time.After(eventGrace)
 	}
 }
 
-// graceOfEvents is how long an event may be under way: the peer publishes first and then
-// notifies, and may be descheduled in between. longestHold is how long a
+// eventGrace is how long an event may be under way: the peer publishes first and then
+// notifies, and may be descheduled in between. longestBackOff is how long a
 // [hypercall.Waiter] delays the events of a peer whose last events brought no work: such
 // an event is late because of us, not lost.
 const (
-	graceOfEvents = 20 * time.Millisecond
-	longestHold   = time.Second
+	eventGrace     = 20 * time.Millisecond
+	longestBackOff = time.Second
 )
 
 // A suspect is a half that may have missed an event.
@@ -163,34 +163,34 @@ func (s suspect) since(known []suspect) suspect {
 	return s
 }
 
-// patience is how long after s.seen the event may still come.
-func (s suspect) patience() time.Duration {
+// grace is how long after s.seen the event may still come.
+func (s suspect) grace() time.Duration {
 	if s.park.mayHold() {
-		return longestHold + graceOfEvents
+		return longestBackOff + eventGrace
 	}
-	return graceOfEvents
+	return eventGrace
 }
 
 // rescue wakes the suspects that still wait. On a correct system there are none.
-func (l *life) rescue() {
+func (l *lifecycle) rescue() {
 	defer func() {
 		if v := faulted(recover()); v != nil {
-			l.d.judge(v)
+			l.d.callError(v)
 		}
 	}()
-	l.recheck = nil
+	l.recheckAt = nil
 	suspects := l.suspects
 	l.suspects = nil
 	for _, s := range suspects {
-		if !l.running || s.half.parked.Load() != s.seq || !s.eng.overdue() {
+		if !l.running || s.half.waitSeq.Load() != s.seq || !s.eng.overdue() {
 			continue
 		}
-		if left := s.patience() - time.Since(s.seen); left > 0 {
+		if left := s.grace() - time.Since(s.seen); left > 0 {
 			l.suspects = append(l.suspects, s)
-			l.recheck = time.After(left)
+			l.recheckAt = time.After(left)
 			continue
 		}
-		s.half.rescue.Store(s.seq)
+		s.half.rescued.Store(s.seq)
 		l.d.set.Record(telemetry.EventRescued, s.half.queue, 0, 0)
 		s.half.rouse(s.park)
 	}

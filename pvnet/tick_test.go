@@ -46,17 +46,17 @@ func TestAnIdleDeviceSleepsThroughTheTick(t *testing.T) {
 		synctest.Wait()
 
 		before := runtime.NumGoroutine()
-		l := &life{d: p.back, conn: p.conns[1], running: true}
-		unticks := []func(){l.tick()}
+		l := &lifecycle{d: p.back, conn: p.conns[1], running: true}
+		unticks := []func(){l.register()}
 		for range 99 { // idle devices of the same domain
-			other := &life{d: newDevice("1", telemetry.Backend, p.bdom, Config{}), running: true, conn: new(conn)}
-			unticks = append(unticks, other.tick())
+			other := &lifecycle{d: newDevice("1", telemetry.Backend, p.bdom, Config{}), running: true, conn: new(conn)}
+			unticks = append(unticks, other.register())
 		}
 		if n := runtime.NumGoroutine() - before; n != 1 {
 			t.Errorf("%d goroutines tick for 100 devices", n)
 		}
 		time.Sleep(2500 * time.Millisecond) // the tick ends one wait, to time the wake-up
-		parks, beats := rx.parked.Load(), mirror.beats.Load()
+		parks, beats := rx.waitSeq.Load(), mirror.beats.Load()
 		word := int(telemetry.Parks)
 		at := &mirror.words[telemetry.RX][word]
 		was := atomic.LoadUint64(at)
@@ -67,13 +67,13 @@ func TestAnIdleDeviceSleepsThroughTheTick(t *testing.T) {
 				t.Fatalf("the mirror says %d, and said %d", now, was)
 			}
 		}
-		if n := rx.parked.Load() - parks; n != 0 {
+		if n := rx.waitSeq.Load() - parks; n != 0 {
 			t.Errorf("the owner woke up %d times", n/2)
 		}
 		if n := mirror.beats.Load() - beats; n != 20 {
 			t.Errorf("%d heartbeats in 20 s", n)
 		}
-		if len(p.back.look) != 0 {
+		if len(p.back.wake) != 0 {
 			t.Error("the device's goroutine was woken")
 		}
 		for _, untick := range unticks {
@@ -91,8 +91,8 @@ func TestAnIdleDeviceSleepsThroughTheTick(t *testing.T) {
 // A device whose link is down, or whose goroutine is at work, does its beat itself.
 func TestTheTickWakesADeviceThatIsNotIdle(t *testing.T) {
 	virtually(t, plain, Config{}, func(t *testing.T, p *pair) {
-		l := &life{d: p.back}
-		defer l.tick()()
+		l := &lifecycle{d: p.back}
+		defer l.register()()
 		for _, busy := range []bool{false, true} {
 			l.mu.Lock()
 			if l.running = busy; !busy {
@@ -100,10 +100,10 @@ func TestTheTickWakesADeviceThatIsNotIdle(t *testing.T) {
 			}
 			time.Sleep(time.Second)
 			synctest.Wait()
-			if len(p.back.look) != 1 || !l.owed.Swap(false) {
+			if len(p.back.wake) != 1 || !l.tickDue.Swap(false) {
 				t.Errorf("at work %v: no beat is asked for", busy)
 			}
-			<-p.back.look
+			<-p.back.wake
 		}
 		l.mu.Unlock()
 	})

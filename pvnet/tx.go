@@ -11,10 +11,10 @@ import (
 // call its methods at once, except SetDeadline.
 type TX struct {
 	half
-	eng   sender       // of the connection; written by the life goroutine while the gate is shut
-	stall stall        // life goroutine and slow tick only
-	cuts  cutting      // inside the gate
-	mine  [batch]Frame // the frames of Write; guarded by mu
+	eng     sender       // of the connection; written by the lifecycle goroutine while the gate is shut
+	stall   stall        // lifecycle goroutine and slow tick only
+	cutting cutting      // inside the gate
+	frames  [batch]Frame // the frames of Write; guarded by mu
 }
 
 // A sender moves frames into one connection's ring.
@@ -25,44 +25,44 @@ type sender interface {
 	// send takes over frames[:n], where n is the result.
 	send(frames []Frame) (int, error)
 
-	// wants returns what it takes to send f.
-	wants(f *Frame) need
+	// spaceFor returns what it takes to send f.
+	spaceFor(f *Frame) space
 
-	// offers returns the offloads that the peer takes.
-	offers() offers
+	// peerOffloads returns the offloads that the peer takes.
+	peerOffloads() offloads
 
-	// avail returns how many slots of the ring are free.
-	avail() (int, error)
+	// freeSlots returns how many slots of the ring are free.
+	freeSlots() (int, error)
 
-	// room reports whether n is there.
-	room(n need) (bool, error)
+	// hasSpace reports whether n is there.
+	hasSpace(n space) (bool, error)
 
-	// stuck returns ErrNoBuffers if only the caller can free the buffers of n.
-	stuck(n need) error
+	// starved returns ErrNoBuffers if only the caller can free the buffers of n.
+	starved(n space) error
 
 	// arm asks the peer for an event when n is there, and reports whether it already is.
-	arm(n need) (more bool, err error)
+	arm(n space) (more bool, err error)
 
-	// rested is called after a wait; it may take responses, to time one.
-	rested() error
+	// afterWait is called after a wait; it may take responses, to time one.
+	afterWait() error
 
-	// answered reports whether any slot came from the peer since arm. The watchdog calls
+	// progressed reports whether any slot came from the peer since arm. The watchdog calls
 	// it while the owner waits.
-	answered() bool
+	progressed() bool
 
 	// settle takes the responses that are in the ring and updates the ring's gauges. The
 	// slow tick calls it while no caller is inside the gate.
 	settle() error
 
-	// standing returns the peer's index, the index it must reach for the call that last
+	// progress returns the peer's index, the index it must reach for the call that last
 	// found no room, and how many calls found no room. The slow tick calls it.
-	standing() (index, goal, tries uint32)
+	progress() (index, goal, tries uint32)
 
 	engine
 }
 
-// A need is what a call to the sending half lacks or waits for.
-type need struct{ slots, bufs int }
+// A space is what a call to the sending half lacks or waits for.
+type space struct{ slots, bufs int }
 
 // Alloc makes empty frames with headroom, which a frontend makes in pages that are
 // granted already. It returns how many: fewer than len(frames) if all pages are in use,
@@ -78,10 +78,10 @@ func (tx *TX) AllocSize(frames []Frame, size int) int {
 	}
 	n, err := tx.eng.alloc(frames, size)
 	if n == 0 {
-		tx.refresh()
-		tx.lacks(func() need { return need{bufs: buffersFor(size)} })
+		tx.serveRequests()
+		tx.reportSpace(func() space { return space{bufs: buffersFor(size)} })
 	}
-	tx.leaveWith(err)
+	tx.leave(err)
 	return n
 }
 
@@ -89,24 +89,24 @@ func (tx *TX) AllocSize(frames []Frame, size int) int {
 // SendWait.
 func (tx *TX) AllocWait(frames []Frame, size int) (int, error) {
 	if size < 0 || size > MaxFrame {
-		return 0, cmp.Or(tx.dev.over(), ErrFrameSize)
+		return 0, cmp.Or(tx.dev.endError(), ErrFrameSize)
 	}
 	for len(frames) > 0 {
 		if err := tx.enter(); err != nil {
-			if err = tx.retry(err); err != nil {
+			if err = tx.afterShutGate(err); err != nil {
 				return 0, err
 			}
 			continue
 		}
 		n, err := tx.eng.alloc(frames, size)
 		if n > 0 || err != nil {
-			return n, tx.leaveWith(err)
+			return n, tx.leave(err)
 		}
-		if err = tx.wait(need{bufs: buffersFor(size)}); err != nil {
+		if err = tx.wait(space{bufs: buffersFor(size)}); err != nil {
 			return 0, err
 		}
 	}
-	return 0, tx.dev.over()
+	return 0, tx.dev.endError()
 }
 
 // Send queues frames in order and takes over those it accepted, frames[:n]; the
@@ -124,27 +124,27 @@ func (tx *TX) Send(frames []Frame) (n int, err error) {
 	if err := tx.enter(); err != nil {
 		return 0, err
 	}
-	n, err = tx.put(frames)
-	tx.counted(n)
+	n, err = tx.sendOrCut(frames)
+	tx.countMoved(n)
 	if err == ErrFull {
-		tx.refresh()
-		tx.lacks(func() need { return tx.wants(&frames[n]) })
+		tx.serveRequests()
+		tx.reportSpace(func() space { return tx.spaceFor(&frames[n]) })
 	}
-	return n, tx.leaveWith(err)
+	return n, tx.leave(err)
 }
 
-// lacks tells the half's Poller, if it is in one, to report the half once n is there.
-func (tx *TX) lacks(n func() need) {
+// reportSpace tells the half's Poller, if it is in one, to report the half once n is there.
+func (tx *TX) reportSpace(n func() space) {
 	if m := tx.member.Load(); m != nil {
-		m.want(n())
+		m.waitFor(n())
 	}
 }
 
-// put sends as many frames as there is room for, and cuts those whose GSO the peer does
+// sendOrCut sends as many frames as there is room for, and cuts those whose GSO the peer does
 // not take.
-func (tx *TX) put(frames []Frame) (n int, err error) {
+func (tx *TX) sendOrCut(frames []Frame) (n int, err error) {
 	n, err = tx.eng.send(frames)
-	for err == errUncut {
+	for err == errMustCut {
 		if err = tx.cut(&frames[n]); err != nil {
 			break
 		}
@@ -155,13 +155,13 @@ func (tx *TX) put(frames []Frame) (n int, err error) {
 	return n, err
 }
 
-// wants returns what it takes to send f, or its next piece if it has to be cut.
-func (tx *TX) wants(f *Frame) need {
-	if tx.eng.offers().fit(f) == uncut && tx.cuts.begin(f) {
-		bufs := buffersFor(tx.cuts.Len())
-		return need{slots: bufs, bufs: bufs}
+// spaceFor returns what it takes to send f, or its next piece if it has to be cut.
+func (tx *TX) spaceFor(f *Frame) space {
+	if tx.eng.peerOffloads().fit(f) == mustCut && tx.cutting.start(f) {
+		bufs := buffersFor(tx.cutting.Len())
+		return space{slots: bufs, bufs: bufs}
 	}
-	return tx.eng.wants(f)
+	return tx.eng.spaceFor(f)
 }
 
 // SendWait is Send, but it waits until it has taken every frame, the deadline passes
@@ -171,32 +171,32 @@ func (tx *TX) wants(f *Frame) need {
 func (tx *TX) SendWait(frames []Frame) (n int, err error) {
 	for n < len(frames) {
 		if err := tx.enter(); err != nil {
-			if err = tx.retry(err); err != nil {
+			if err = tx.afterShutGate(err); err != nil {
 				return n, err
 			}
 			continue
 		}
-		k, err := tx.put(frames[n:])
+		k, err := tx.sendOrCut(frames[n:])
 		n += k
-		tx.counted(k)
+		tx.countMoved(k)
 		if err != ErrFull {
-			return n, tx.leaveWith(err)
+			return n, tx.leave(err)
 		}
-		if err = tx.wait(tx.wants(&frames[n])); err != nil {
+		if err = tx.wait(tx.spaceFor(&frames[n])); err != nil {
 			return n, err
 		}
 	}
 	if n == 0 {
-		return 0, tx.dev.over()
+		return 0, tx.dev.endError()
 	}
 	return n, nil
 }
 
 // wait waits inside the gate until n may be there, and leaves the gate.
-func (tx *TX) wait(n need) error {
-	err := tx.eng.stuck(n)
+func (tx *TX) wait(n space) error {
+	err := tx.eng.starved(n)
 	if err != nil {
-		return tx.leaveWith(err)
+		return tx.leave(err)
 	}
 	more := tx.spin.found(&tx.half, tx.eng, n.slots)
 	if !more {
@@ -205,14 +205,14 @@ func (tx *TX) wait(n need) error {
 	switch {
 	case err != nil:
 	case !more:
-		err = tx.rest()
+		err = tx.parkUntilEvent()
 	case tx.expired():
 		err = errTimeout
 	}
-	if v := tx.eng.rested(); v != nil {
+	if v := tx.eng.afterWait(); v != nil {
 		err = v
 	}
-	return tx.leaveWith(err)
+	return tx.leave(err)
 }
 
 // settle takes the responses of a half that no caller uses now. Without it, a ring whose
@@ -227,11 +227,11 @@ func (tx *TX) settle(eng sender) error {
 	return err
 }
 
-// leaveWith leaves the gate and returns the error of the call; a violation ends the
+// leave leaves the gate and returns the error of the call; a violation ends the
 // device.
-func (tx *TX) leaveWith(err error) error {
+func (tx *TX) leave(err error) error {
 	tx.gate.leave()
-	return tx.dev.judge(err)
+	return tx.dev.callError(err)
 }
 
 // SetDeadline sets when waiting calls give up, those under way included; the zero Time
@@ -242,7 +242,7 @@ func (tx *TX) SetDeadline(t time.Time) { tx.setDeadline(t) }
 // reason r. While the link is down it counts nothing and returns [ErrLinkDown]; after the
 // end of the device, the error that ended it. [ErrBusy].
 func (tx *TX) CountDropped(r telemetry.Reason, n uint64) error {
-	return tx.note(func(b *telemetry.Block) { b.Drop(r, n) })
+	return tx.withCounters(func(b *telemetry.Block) { b.Drop(r, n) })
 }
 
 // CountUndelivered counts n frames that the owner should have sent but never got, since

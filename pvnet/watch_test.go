@@ -229,7 +229,7 @@ func TestWakeupLatencyIsFromTheTickToTheLook(t *testing.T) {
 			}()
 			synctest.Wait() // the half has consumed the event of the bind
 			// This wait is ended by the tick, d before the owner runs.
-			rx.roused.Store(&rousing{rx.parked.Load(), time.Now()})
+			rx.roused.Store(&rousing{rx.waitSeq.Load(), time.Now()})
 			time.Sleep(d)
 			rx.park.Load().wake()
 			synctest.Wait()
@@ -266,14 +266,14 @@ func TestWakeupsAreSampledAfterEvents(t *testing.T) {
 				got <- err
 			}()
 			synctest.Wait()
-			parks := rx.parked.Load()
-			l := &life{d: p.back, conn: p.conns[1], running: true}
+			parks := rx.waitSeq.Load()
+			l := &lifecycle{d: p.back, conn: p.conns[1], running: true}
 			for range 10 {
 				time.Sleep(time.Second)
-				l.beat()
+				l.tick()
 				synctest.Wait()
 			}
-			if n := rx.parked.Load() - parks; mirrored && n != 2 || !mirrored && n != 0 {
+			if n := rx.waitSeq.Load() - parks; mirrored && n != 2 || !mirrored && n != 0 {
 				t.Errorf("mirrored %v: the tick ended %d waits", mirrored, n/2)
 			}
 			rx.interrupt()
@@ -363,7 +363,7 @@ func TestASampleReadsTheClockAFewTimes(t *testing.T) {
 type stalled struct {
 	t    *testing.T
 	p    *pair
-	l    *life
+	l    *lifecycle
 	dev  *Device // the sender's
 	rx   *RX     // its peer's
 	tx   *TX
@@ -376,7 +376,7 @@ func newStalled(t *testing.T, p *pair, from, to *Device) *stalled {
 	if from == p.back {
 		c = p.conns[1]
 	}
-	s.l = &life{d: from, conn: c, running: true}
+	s.l = &lifecycle{d: from, conn: c, running: true}
 	s.tx, _ = own(t, from)
 	_, s.rx = own(t, to)
 	s.tx.SetDeadline(time.Time{})
@@ -422,7 +422,7 @@ func (s *stalled) wait(size int) {
 func (s *stalled) beat(begun, ended int) {
 	s.t.Helper()
 	time.Sleep(time.Second)
-	s.l.beat()
+	s.l.tick()
 	synctest.Wait()
 	st := s.dev.Stats()
 	if n := st.TX.Get(telemetry.Stalls); n != uint64(begun) {
@@ -496,7 +496,7 @@ func TestAStallIsFewerSlotsThanTheFrameNeeds(t *testing.T) {
 		if _, err := s.p.back.tx[0].AllocWait(f[:], 5000); err != nil {
 			t.Fatal(err)
 		}
-		if n := s.tx.eng.wants(&f[0]).slots; n != 2 {
+		if n := s.tx.eng.spaceFor(&f[0]).slots; n != 2 {
 			t.Fatalf("it takes %d slots", n)
 		}
 		s.fill(1)
@@ -575,13 +575,13 @@ func TestASlowPeerHasNotStalled(t *testing.T) {
 	})
 }
 
-// A standing is a sender that implements only the method standing.
-type standing struct {
+// A scriptedProgress is a sender that implements only the method progress.
+type scriptedProgress struct {
 	sender
 	index, goal, tries uint32
 }
 
-func (s *standing) standing() (index, goal, tries uint32) { return s.index, s.goal, s.tries }
+func (s *scriptedProgress) progress() (index, goal, tries uint32) { return s.index, s.goal, s.tries }
 
 // No stall: indices wrap, a goal behind the index needs no wait, and two beats right
 // after each other are less than a second apart.
@@ -597,14 +597,14 @@ func TestWhatIsNoStall(t *testing.T) {
 		for _, index := range []uint32{0, 100, ^uint32(0), 1 << 31} {
 			d := newDevice("0", telemetry.Frontend, nil, Config{})
 			tx, now := d.tx[0], time.Now()
-			eng := &standing{index: index, goal: index + c.goal}
+			eng := &scriptedProgress{index: index, goal: index + c.goal}
 			for range 3 {
 				eng.tries++
-				tx.watch(eng, now)
+				tx.checkStall(eng, now)
 			}
 			now = now.Add(c.pause)
 			eng.tries++
-			tx.watch(eng, now)
+			tx.checkStall(eng, now)
 			if n := len(d.set.Events()); n != c.stalls {
 				t.Errorf("goal %d ahead of %#x for %v: %d stalls", int32(c.goal), index, c.pause, n)
 			}
@@ -629,7 +629,7 @@ func TestWhatIsDueDoesNotWaitForAnEvent(t *testing.T) {
 		<-got
 		rx.ending.Store(false)
 		rx.park.Load().wait(rx.dir, time.Now()) // consumes the wake of the interrupt
-		rx.due.Or(dueStall)
+		rx.requests.Or(requestStall)
 		go receive()
 		synctest.Wait()
 		st := p.back.Stats()
@@ -649,10 +649,10 @@ func TestANewConnectionBeginsWithoutAStall(t *testing.T) {
 		s.beat(0, 0)
 		s.beat(1, 0)
 		for i, d := range []*Device{s.p.front, s.p.back} {
-			d.down(s.p.conns[i], "again")
+			d.quiesce(s.p.conns[i], "again")
 		}
 		for i, d := range []*Device{s.p.back, s.p.front} {
-			d.drop(s.p.conns[1-i])
+			d.detach(s.p.conns[1-i])
 		}
 		s.p.connect(t, plain)
 		s.l.conn = s.p.conns[0]

@@ -8,7 +8,7 @@ func (d *Device) Write(frame []byte) (int, error) { return d.Writev(frame) }
 
 // Writev is Write of one frame whose bytes are in several slices.
 func (d *Device) Writev(bufs ...[]byte) (int, error) {
-	if err := d.over(); err != nil { // before any other error
+	if err := d.endError(); err != nil { // before any other error
 		return 0, err
 	}
 	size := 0
@@ -18,12 +18,12 @@ func (d *Device) Writev(bufs ...[]byte) (int, error) {
 	if size < MinFrame || size > MaxFrame {
 		return 0, ErrFrameSize
 	}
-	tx, err := d.pick(d.place(bufs[0]))
+	tx, err := d.lockTX(d.queueFor(bufs[0]))
 	if err != nil {
 		return 0, err
 	}
 	defer tx.mu.Unlock()
-	frames := tx.mine[:1] // an array here would escape through the engine's interface
+	frames := tx.frames[:1] // an array here would escape through the engine's interface
 	if _, err := tx.AllocWait(frames, size); err != nil {
 		return 0, err
 	}
@@ -40,7 +40,7 @@ func (d *Device) Writev(bufs ...[]byte) (int, error) {
 // Write each: up to 32 frames are published together, with one notification. It returns
 // how many frames were sent; the error is about frames[n].
 func (d *Device) WriteBatch(frames [][]byte) (n int, err error) {
-	if err := d.over(); err != nil {
+	if err := d.endError(); err != nil {
 		return 0, err
 	}
 	for n < len(frames) {
@@ -48,17 +48,17 @@ func (d *Device) WriteBatch(frames [][]byte) (n int, err error) {
 		if size < MinFrame || size > MaxFrame {
 			return n, ErrFrameSize
 		}
-		at := d.place(frames[n])
+		at := d.queueFor(frames[n])
 		run := 1
 		for size <= 4096 && run < min(len(frames)-n, batch) { // each fits one page, so they may differ in size
 			next := frames[n+run]
-			if len(next) < MinFrame || len(next) > 4096 || d.place(next) != at {
+			if len(next) < MinFrame || len(next) > 4096 || d.queueFor(next) != at {
 				break
 			}
 			size = max(size, len(next))
 			run++
 		}
-		tx, err := d.pick(at)
+		tx, err := d.lockTX(at)
 		if err != nil {
 			return n, err
 		}
@@ -77,7 +77,7 @@ const batch = 32
 // write sends as many of frames as there are buffers for. No frame is longer than size
 // bytes. The caller holds mu.
 func (tx *TX) write(frames [][]byte, size int) (n int, err error) {
-	mine := tx.mine[:len(frames)]
+	mine := tx.frames[:len(frames)]
 	k, err := tx.AllocWait(mine, size)
 	if err != nil {
 		return 0, err
@@ -92,18 +92,18 @@ func (tx *TX) write(frames [][]byte, size int) (n int, err error) {
 	return n, err
 }
 
-// place returns the queue for a frame that begins with head: the same one for all frames
+// queueFor returns the queue for a frame that begins with head: the same one for all frames
 // of a flow.
-func (d *Device) place(head []byte) int {
+func (d *Device) queueFor(head []byte) int {
 	if n := d.active.Load(); n > 1 {
 		return int(flow(head) % uint32(n))
 	}
 	return 0
 }
 
-// pick returns the sending half of queue at with its mu locked, or that of another queue
+// lockTX returns the sending half of queue at with its mu locked, or that of another queue
 // if this one has an owner.
-func (d *Device) pick(at int) (*TX, error) {
+func (d *Device) lockTX(at int) (*TX, error) {
 	n := max(1, int(d.active.Load()))
 	for i := range n {
 		tx := d.tx[(at+i)%n]

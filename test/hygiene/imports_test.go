@@ -18,7 +18,7 @@ var rows = [...][]string{
 	{"hypercall"},
 	{"hypercall/anon", "hypercall/epoll"},
 	{"telemetry"},
-	{"pvnet/ring", "pvnet/netif", "pvnet/packet"},
+	{"pvnet/ring", "pvnet/netif", "pvnet/packet", "pvnet/internal/loglimit"},
 	{"xenbus/internal/pause"},
 	{"xenbus/xenstore/wire"},
 	{"xenbus/xenstore/wire/wiretest"},
@@ -47,7 +47,7 @@ var rows = [...][]string{
 // library and each other.
 var portable = [...]string{
 	"arena/shm", "arena", "hypercall", "telemetry", "pvnet/ring", "pvnet/netif",
-	"pvnet/packet", "xenbus/internal/pause", "xenbus/xenstore/wire", "xenbus/xenstore", "xenbus", "pvnet",
+	"pvnet/packet", "pvnet/internal/loglimit", "xenbus/internal/pause", "xenbus/xenstore/wire", "xenbus/xenstore", "xenbus", "pvnet",
 }
 
 // row is where dir stands, or -1. open says that its row is of the "/..." kind.
