@@ -192,11 +192,7 @@ func (m *setup) backQueue(f features, k queueKeys, cfg *Config, rx, tx *telemetr
 	if err != nil {
 		return q, err
 	}
-	private := cfg.Buffers
-	if private == 0 {
-		private = privatePages
-	}
-	pool, err := m.private(private)
+	pool, err := m.private(cfg.buffers())
 	if err != nil {
 		return q, err
 	}
@@ -234,10 +230,10 @@ func (m *setup) backQueue(f features, k queueKeys, cfg *Config, rx, tx *telemetr
 		}
 	}
 	q.keys = k
-	q.rx = &backRX{ring: txRing, pool: pool, port: txPort, offload: f.offload,
-		copyBatch: copyBatch{dom: m.dom, domid: m.peer, count: rx}}
-	q.tx = &backTX{ring: rxRing, bufs: bufs, port: rxPort, scatter: f.frontSG, peerTakes: f.peerTakes,
-		copyBatch: copyBatch{dom: m.dom, domid: m.peer, count: tx}}
+	q.rx = &backRX{ring: txRing, pool: pool, offload: f.offload,
+		peerLink: peerLink{"tx", txPort, rx}, copyBatch: copyBatch{dom: m.dom, domid: m.peer}}
+	q.tx = &backTX{ring: rxRing, bufs: bufs, scatter: f.frontSG, peerTakes: f.peerTakes,
+		peerLink: peerLink{"rx", rxPort, tx}, copyBatch: copyBatch{dom: m.dom, domid: m.peer}}
 	rx.Set(telemetry.RingSize, uint64(txRing.Size()))
 	tx.Set(telemetry.RingSize, uint64(rxRing.Size()))
 	return q, nil

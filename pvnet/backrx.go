@@ -29,7 +29,6 @@ const maxFrameOps = 2*maxTxSlots + maxPieces
 type backRX struct {
 	ring *ring.Back[netif.TxRequest, netif.TxResponse]
 	pool *arena.Arena
-	port hypercall.Port
 
 	offload bool // this end offered to take GSO frames and partial checksums
 
@@ -38,6 +37,7 @@ type backRX struct {
 
 	// One batch: its copies, its responses in ring order, and which of them belong to
 	// which frame.
+	peerLink
 	copyBatch
 	rsp     [256]netif.TxResponse
 	nrsp    int
@@ -50,13 +50,13 @@ type backRX struct {
 // A txPacket is the description of a frame by its requests, all of them taken and
 // checked.
 type txPacket struct {
-	n     int // data slots
-	all   int // all slots, extra infos included: how many responses are due
-	total uint32
-	csum  Checksum
-	seg   [maxTxSlots]netif.TxRequest
-	gso   netif.GSO // Size 0: none
-	rsp   [fatalTxSlots + maxExtras]netif.TxResponse
+	n      int // data slots
+	all    int // all slots, extra infos included: how many responses are due
+	total  uint32
+	csum   Checksum
+	seg    [maxTxSlots]netif.TxRequest
+	extras netif.Extras
+	rsp    [fatalTxSlots + maxExtras]netif.TxResponse
 }
 
 // maxExtras is more extra infos than a frame can need; Linux keeps one of each type.
@@ -65,9 +65,8 @@ const maxExtras = 8
 // A batched says which copies and responses of a batch belong to a frame.
 type batched struct {
 	op, ops, rsp, rsps int
-	head               [6]byte   // of a frame to send: its destination address
-	extra              bool      // of a frame to send: its second slot is an extra info
-	gso                netif.GSO // of a received frame
+	head               [6]byte // of a frame to send: its destination address
+	extras             netif.Extras
 }
 
 func (e *backRX) receive(frames []Frame, into bool) (n int, err error) {
@@ -175,7 +174,7 @@ func (e *backRX) receivePlain(frames []Frame, into bool) (n int, err error) {
 // copyPlain runs the batch, with one copy and one response per frame, and returns how
 // many frames hold their bytes. It drops the others and answers them with ERROR.
 func (e *backRX) copyPlain(frames []Frame, into bool) (good int) {
-	e.grantCopy()
+	e.grantCopy(e.count)
 	t := tally{block: e.count}
 	for i := range frames {
 		o := &e.ops[i]
@@ -197,15 +196,13 @@ func (e *backRX) copyPlain(frames []Frame, into bool) (good int) {
 		}
 		good++
 	}
-	t.settle()
-	e.count.Add(telemetry.CopiedBytes, t.bytes)
-	t.count(e.ring.Unanswered(), e.pool.Free())
+	t.countCopied(0, e.ring.Unanswered(), e.pool.Free())
 	return good
 }
 
 // addToBatch adds the copies of the next packet into f to the batch, and its responses.
 func (e *backRX) addToBatch(f *Frame, p *batched) {
-	p.op, p.rsp, p.gso = e.nops, e.nrsp, e.next.gso
+	p.op, p.rsp, p.extras = e.nops, e.nrsp, e.next.extras
 	f.csum = e.next.csum
 	if e.next.n == 1 && f.pieces <= 1 {
 		r := &e.next.seg[0]
@@ -233,17 +230,17 @@ func (e *backRX) addToBatch(f *Frame, p *batched) {
 // copyBatched runs the batch and returns how many of the n frames hold their bytes. It drops the
 // others, and answers those whose copies failed with ERROR.
 func (e *backRX) copyBatched(frames []Frame, n int, into bool) int {
-	e.grantCopy()
+	e.grantCopy(e.count)
 	t := tally{block: e.count}
 	good := 0
 	for i := range n {
 		f, p := &frames[i], &e.batched[i]
 		reason := telemetry.DropBadGref
-		ok := e.failed(p.op, p.ops) == 0
+		ok := e.failed(p.op, p.ops, e.count) == 0
 		if !ok {
 			e.answerError(p)
-		} else if f.csum != ChecksumUnknown || p.gso.Size != 0 {
-			if r := f.arrived(p.gso, e.offload, e.count); r != 0 {
+		} else if f.csum != ChecksumUnknown || p.extras.Len() > 0 {
+			if r := f.arrived(&p.extras, e.offload, e.count); r != 0 {
 				ok, reason = false, r // Linux answers such a frame with OKAY, too
 			}
 		}
@@ -258,9 +255,7 @@ func (e *backRX) copyBatched(frames []Frame, n int, into bool) int {
 		frames[good], frames[i] = frames[i], frames[good]
 		good++
 	}
-	t.settle()
-	e.count.Add(telemetry.CopiedBytes, t.bytes)
-	t.count(e.ring.Unanswered(), e.pool.Free())
+	t.countCopied(0, e.ring.Unanswered(), e.pool.Free())
 	return good
 }
 
@@ -281,14 +276,9 @@ func (e *backRX) publish() {
 	}
 	n := e.nrsp
 	e.nrsp = 0
-	notify := e.ring.Publish()
+	asked := e.ring.Publish()
 	e.end(e.count)
-	if notify {
-		e.count.Add(telemetry.NotifiesSent, 1)
-		e.port.Notify()
-	} else if n > 0 {
-		e.count.Add(telemetry.NotifiesSpared, 1)
-	}
+	e.notify(asked, n)
 }
 
 // parse takes the requests of the next frame. It answers and skips a frame that is wrong;
@@ -326,7 +316,7 @@ func (e *backRX) parseFrom(first netif.TxRequest, avail uint32) (ok bool, err er
 // as Linux's xenvif_tx_build_gops does.
 func (e *backRX) parseOne(first netif.TxRequest, avail uint32) (reason telemetry.Reason, ok bool, err error) {
 	p := &e.next
-	p.n, p.all, p.csum, p.gso = 0, 0, ChecksumUnknown, netif.GSO{}
+	p.n, p.all, p.csum, p.extras = 0, 0, ChecksumUnknown, netif.Extras{}
 
 	p.answer(first.ID, netif.Okay)
 	p.total = uint32(first.Size)
@@ -336,7 +326,6 @@ func (e *backRX) parseOne(first netif.TxRequest, avail uint32) (reason telemetry
 		p.csum = ChecksumVerified
 	}
 
-	multicast := false
 	for more := first.Flags&netif.TxExtraInfo != 0; more; {
 		if avail == 0 {
 			return 0, false, e.violation("extra info is missing")
@@ -344,24 +333,19 @@ func (e *backRX) parseOne(first netif.TxRequest, avail uint32) (reason telemetry
 		x := netif.ExtraOfTx(e.ring.Take())
 		avail--
 		e.count.Add(telemetry.ExtraInfos, 1)
-		if x.Check() != nil {
+		if p.extras.Add(x) != nil {
 			return 0, false, e.violation("malformed extra info")
 		}
 		if p.all > maxExtras {
 			return 0, false, e.violation("endless extra info")
 		}
 		p.answer(0, netif.Null)
-		switch x.Type {
-		case netif.ExtraGSO:
-			if p.gso = x.GSO(); !e.offload {
-				reason = telemetry.DropBadGSO
-			}
-		case netif.ExtraMcastAdd, netif.ExtraMcastDel:
-			multicast = true
-		}
 		more = x.More()
 	}
-	if multicast {
+	if p.extras.Has(netif.ExtraGSO) && !e.offload {
+		reason = telemetry.DropBadGSO
+	}
+	if p.extras.Has(netif.ExtraMcastAdd) || p.extras.Has(netif.ExtraMcastDel) {
 		// Such a request carries no frame. We do not offer the multicast filter, so it
 		// fails.
 		p.answerError()
@@ -428,10 +412,7 @@ func (p *txPacket) answerError() {
 	}
 }
 
-func (e *backRX) violation(reason string) error {
-	e.count.Add(telemetry.Violations, 1)
-	return &PeerError{Ring: "tx", Slot: e.ring.Consumed(), Reason: reason}
-}
+func (e *backRX) violation(reason string) error { return e.fail(e.ring.Consumed(), reason) }
 
 func (e *backRX) release(frames []Frame) error { return releaseTo(e.pool, frames) }
 

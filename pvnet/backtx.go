@@ -14,10 +14,10 @@ import (
 type backTX struct {
 	ring      *ring.Back[netif.RxRequest, netif.RxResponse]
 	bufs      *arena.Arena // private buffers for Alloc
-	port      hypercall.Port
-	scatter   bool     // the peer takes frames of several slots
-	peerTakes offloads // the offloads that the peer takes
+	scatter   bool         // the peer takes frames of several slots
+	peerTakes offloads     // the offloads that the peer takes
 
+	peerLink
 	copyBatch
 	rsp     [256]netif.RxResponse
 	nrsp    int
@@ -56,14 +56,9 @@ func (e *backTX) send(frames []Frame) (n int, err error) {
 		e.copyBatched(frames[n : n+k])
 		n += k
 	}
-	notify := e.ring.Publish()
+	asked := e.ring.Publish()
 	e.end(e.count)
-	if notify {
-		e.count.Add(telemetry.NotifiesSent, 1)
-		e.port.Notify()
-	} else if n > 0 {
-		e.count.Add(telemetry.NotifiesSpared, 1)
-	}
+	e.notify(asked, n)
 	if err == ErrFull {
 		e.count.Add(telemetry.RingFull, 1)
 		e.await(e.ring.Consumed() + uint32(e.spaceFor(&frames[n]).slots))
@@ -81,7 +76,7 @@ func (e *backTX) sendPlain(frames []Frame) (n int, err error) {
 		avail, err = e.ring.Reload()
 	}
 	if err != nil {
-		return 0, e.violation(err)
+		return 0, e.violation(err.Error())
 	}
 	frames = frames[:min(len(frames), int(avail))]
 	e.nops = 0
@@ -115,7 +110,7 @@ func (e *backTX) sendPlain(frames []Frame) (n int, err error) {
 		return 0, nil
 	}
 	e.nrsp = n
-	e.grantCopy()
+	e.grantCopy(e.count)
 	t := tally{block: e.count}
 	uncopied := uint64(0)
 	for i := range frames[:n] {
@@ -134,9 +129,7 @@ func (e *backTX) sendPlain(frames []Frame) (n int, err error) {
 			frames[i].buf.Release()
 		}
 	}
-	t.settle()
-	e.count.Add(telemetry.CopiedBytes, t.bytes-uncopied)
-	t.count(e.ring.Unanswered(), e.bufs.Free())
+	t.countCopied(uncopied, e.ring.Unanswered(), e.bufs.Free())
 	return n, nil
 }
 
@@ -148,7 +141,8 @@ func (e *backTX) put(f *Frame, p *batched) error {
 	if f.total < MinFrame || f.total > MaxFrame {
 		return ErrFrameSize
 	}
-	need := uint32(f.pages()) + f.gso.slots()
+	extras := f.extras()
+	need := uint32(f.pages() + extras.Len())
 	if f.slots() == 0 {
 		return ErrFrameSize
 	}
@@ -164,7 +158,7 @@ func (e *backTX) put(f *Frame, p *batched) error {
 		avail, err = e.ring.Reload()
 	}
 	if err != nil {
-		return e.violation(err)
+		return e.violation(err.Error())
 	}
 	if avail < need {
 		return ErrFull
@@ -172,7 +166,7 @@ func (e *backTX) put(f *Frame, p *batched) error {
 	if fit == mustComplete && !e.complete(f) {
 		return ErrFull
 	}
-	p.op, p.rsp, p.extra = e.nops, e.nrsp, f.gso.Size != 0
+	p.op, p.rsp, p.extras = e.nops, e.nrsp, extras
 	f.CopyTo(p.head[:])
 	var r netif.RxRequest
 	room, left := 0, f.total // bytes left in the page of r, and of the frame
@@ -189,9 +183,11 @@ func (e *backTX) put(f *Frame, p *batched) error {
 					out.Flags |= netif.RxMoreData
 				}
 				e.respond(out)
-				if first && p.extra {
-					e.ring.Take() // its page is not used
-					e.respond(f.gso.extra().RxResponse())
+				if first {
+					for i := range extras.Len() {
+						e.ring.Take() // its page is not used
+						e.respond(extras.At(i).RxResponse())
+					}
 				}
 				left -= min(left, 4096)
 				room = 4096
@@ -244,16 +240,16 @@ func (e *backTX) copyBatched(frames []Frame) {
 	if e.nops == 0 {
 		return
 	}
-	e.grantCopy()
+	e.grantCopy(e.count)
 	t := tally{block: e.count}
 	uncopied := uint64(0)
 	for i := range frames {
 		f, p := &frames[i], &e.batched[i]
-		if e.failed(p.op, p.ops) > 0 {
+		if e.failed(p.op, p.ops, e.count) > 0 {
 			e.count.Drop(telemetry.DropBadGref, 1)
 			uncopied += uint64(f.total)
 			for j := range e.rsp[p.rsp : p.rsp+p.rsps] {
-				if j != 1 || !p.extra {
+				if j == 0 || j > p.extras.Len() {
 					e.rsp[p.rsp+j].Status = int16(netif.Error)
 				}
 			}
@@ -268,18 +264,13 @@ func (e *backTX) copyBatched(frames []Frame) {
 	for i := range e.rsp[:e.nrsp] {
 		e.ring.Put(e.rsp[i])
 	}
-	t.settle()
-	e.count.Add(telemetry.CopiedBytes, t.bytes-uncopied)
-	t.count(e.ring.Unanswered(), e.bufs.Free())
+	t.countCopied(uncopied, e.ring.Unanswered(), e.bufs.Free())
 }
 
-func (e *backTX) violation(err error) error {
-	e.count.Add(telemetry.Violations, 1)
-	return &PeerError{Ring: "rx", Slot: e.ring.Consumed(), Reason: err.Error()}
-}
+func (e *backTX) violation(reason string) error { return e.fail(e.ring.Consumed(), reason) }
 
 func (e *backTX) spaceFor(f *Frame) space {
-	n := space{slots: f.pages() + int(f.gso.slots())}
+	n := space{slots: f.pages() + int(f.extraSlots())}
 	if !f.buf.Exclusive() && e.peerTakes.fit(f) == mustComplete {
 		n.bufs = buffersFor(int(f.total)) // see complete
 	}
@@ -291,7 +282,7 @@ func (e *backTX) peerOffloads() offloads { return e.peerTakes }
 func (e *backTX) freeSlots() (int, error) {
 	n, err := e.ring.Poll()
 	if err != nil {
-		return 0, e.violation(err)
+		return 0, e.violation(err.Error())
 	}
 	return int(n), nil
 }
@@ -299,7 +290,7 @@ func (e *backTX) freeSlots() (int, error) {
 func (e *backTX) hasSpace(n space) (bool, error) {
 	avail, err := e.ring.Reload()
 	if err != nil {
-		return false, e.violation(err)
+		return false, e.violation(err.Error())
 	}
 	if int(avail) >= n.slots && e.bufs.Free() >= n.bufs {
 		return true, nil
@@ -321,7 +312,7 @@ func (e *backTX) arm(n space) (bool, error) {
 	}
 	more, err := e.ring.Arm(uint32(n.slots))
 	if err != nil {
-		return false, e.violation(err)
+		return false, e.violation(err.Error())
 	}
 	return more, nil
 }

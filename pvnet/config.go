@@ -74,3 +74,10 @@ func (c *Config) check(dom hypercall.Domain) error {
 }
 
 func (c *Config) queues() int { return max(c.Queues, 1) }
+
+func (c *Config) buffers() int {
+	if c.Buffers == 0 {
+		return privatePages
+	}
+	return c.Buffers
+}

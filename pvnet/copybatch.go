@@ -13,7 +13,6 @@ const batchOps = 256
 type copyBatch struct {
 	dom   hypercall.Domain
 	domid hypercall.DomID // the frontend's
-	count *telemetry.Block
 	ops   [batchOps]hypercall.CopyOp
 	nops  int
 }
@@ -36,14 +35,14 @@ func (b *copyBatch) to(ref hypercall.GrantRef, off uint16, src []byte) {
 	b.nops++
 }
 
-// grantCopy runs the batch. Afterwards each copy has its status; if the call fails, all
-// have failed.
-func (b *copyBatch) grantCopy() {
+// grantCopy runs the batch and counts it. Afterwards each copy has its status; if the call
+// fails, all have failed.
+func (b *copyBatch) grantCopy(count *telemetry.Block) {
 	if b.nops == 0 {
 		return
 	}
-	b.count.Add(telemetry.GrantBatches, 1)
-	b.count.Add(telemetry.GrantOps, uint64(b.nops))
+	count.Add(telemetry.GrantBatches, 1)
+	count.Add(telemetry.GrantOps, uint64(b.nops))
 	if err := b.dom.Copy(b.ops[:b.nops]); err != nil {
 		for i := range b.ops[:b.nops] {
 			b.ops[i].Status = hypercall.GeneralError
@@ -53,14 +52,14 @@ func (b *copyBatch) grantCopy() {
 
 // failed returns how many of n copies, beginning with first, have failed, and counts
 // them.
-func (b *copyBatch) failed(first, n int) (failed uint64) {
+func (b *copyBatch) failed(first, n int, count *telemetry.Block) (failed uint64) {
 	for i := range b.ops[first : first+n] {
 		if b.ops[first+i].Status != hypercall.OK {
 			failed++
 		}
 	}
 	if failed > 0 {
-		b.count.Add(telemetry.GrantErrors, failed)
+		count.Add(telemetry.GrantErrors, failed)
 	}
 	return failed
 }

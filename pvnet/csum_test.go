@@ -104,7 +104,7 @@ func TestExtensionHeadersArrive(t *testing.T) {
 			b, l4 := extended(100, exts...)
 			f := chop(t, arena.New(shm.Heap(8), 4096), b, 0)
 			f.csum = ChecksumPartial
-			if reason := f.arrived(netif.GSO{}, keep, count); reason != 0 {
+			if reason := f.arrived(&netif.Extras{}, keep, count); reason != 0 {
 				t.Errorf("%v: dropped as %v", exts, reason)
 				continue
 			}
@@ -119,7 +119,7 @@ func TestExtensionHeadersArrive(t *testing.T) {
 		b, l4 := extended(20000, exts...)
 		f := chop(t, arena.New(shm.Heap(8), 4096), b, 0)
 		f.csum = ChecksumPartial
-		reason := f.arrived(netif.GSO{Size: 1400, Type: netif.GSOTCPv6}, true, count)
+		reason := f.arrived(extrasOf(netif.GSO{Size: 1400, Type: netif.GSOTCPv6}), true, count)
 		if slices.Contains(exts, 51) {
 			if reason != telemetry.DropBadGSO { // the authentication header would be wrong in each piece
 				t.Errorf("%v: %v", exts, reason)
@@ -156,7 +156,7 @@ func TestARoutedFrameToBeCutNeedsAPartialChecksum(t *testing.T) {
 		before := append([]byte(nil), b...)
 		f := chop(t, arena.New(shm.Heap(8), 4096), b, 0)
 		f.csum = csum
-		reason := f.arrived(netif.GSO{Size: 1400, Type: netif.GSOTCPv6}, true, count)
+		reason := f.arrived(extrasOf(netif.GSO{Size: 1400, Type: netif.GSOTCPv6}), true, count)
 		if (reason == 0) != (csum == ChecksumPartial) || !bytes.Equal(bytesOf(&f), before) {
 			t.Errorf("%v: %v", csum, reason)
 		}
@@ -171,7 +171,7 @@ func TestFramesOfManySegmentsArrive(t *testing.T) {
 			s := stream{v6: v6, payload: 65000, size: size}
 			f := chop(t, arena.New(shm.Heap(17), 4096), s.frame(), 0)
 			f.csum = ChecksumPartial
-			reason := f.arrived(netif.GSO{Size: uint16(size), Type: netif.GSOType(s.gso().Type)}, true, count)
+			reason := f.arrived(extrasOf(netif.GSO{Size: uint16(size), Type: netif.GSOType(s.gso().Type)}), true, count)
 			if reason != 0 || f.GSO() != s.gso() {
 				t.Errorf("%d: %v, %+v", size, reason, f.GSO())
 				continue
@@ -209,4 +209,14 @@ func TestAFlowOfFragmentsAndExtensions(t *testing.T) {
 	if flow(a) == flow(b) {
 		t.Error("two flows agree")
 	}
+}
+
+// extrasOf returns the extra infos of a frame that is to be cut as g says; the zero GSO
+// stands for none.
+func extrasOf(g netif.GSO) *netif.Extras {
+	x := new(netif.Extras)
+	if g.Size != 0 {
+		x.Add(netif.GSOExtra(g))
+	}
+	return x
 }

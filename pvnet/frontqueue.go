@@ -138,11 +138,7 @@ func (m *setup) frontQueue(pages int, f features, cfg *Config, rx, tx *telemetry
 	m.c.undo.add(func() { m.end(rings) })
 	m.c.shared += 2
 
-	private := cfg.Buffers
-	if private == 0 {
-		private = privatePages
-	}
-	pool, err := m.private(private)
+	pool, err := m.private(cfg.buffers())
 	if err != nil {
 		return q, err
 	}
@@ -167,12 +163,13 @@ func (m *setup) frontQueue(pages int, f features, cfg *Config, rx, tx *telemetry
 	q.keys = queueKeys{rings.Refs[0], rings.Refs[1], txPort.ID(), rxPort.ID()}
 	q.tx = &frontTX{
 		ring: ring.NewFront[netif.TxRequest, netif.TxResponse](rings.Slice(0, 1), netif.TxStride),
-		bufs: txPages, refs: txRefs, port: txPort, scatter: f.backSG, peerTakes: f.peerTakes,
-		state: make([]uint8, pages), count: tx,
+		bufs: txPages, refs: txRefs, scatter: f.backSG, peerTakes: f.peerTakes,
+		state: make([]uint8, pages), peerLink: peerLink{"tx", txPort, tx},
 	}
 	r := &frontRX{
 		ring:  ring.NewFront[netif.RxRequest, netif.RxResponse](rings.Slice(1, 1), netif.RxStride),
-		pages: rxPages, refs: rxRefs, pool: pool, lend: cfg.LendRx, port: rxPort, count: rx, offload: f.offload,
+		pages: rxPages, refs: rxRefs, pool: pool, lend: cfg.LendRx, offload: f.offload,
+		peerLink: peerLink{"rx", rxPort, rx},
 	}
 	r.fill()
 	r.ring.Publish() // the peer is notified once it has the port

@@ -24,8 +24,8 @@ type frontRX struct {
 	pool   *arena.Arena         // private buffers
 	taken  [64]uint32           // private buffers for the next frames; a stack array would be cleared on each call
 	lend   bool
-	port   hypercall.Port
-	count  *telemetry.Block
+
+	peerLink
 
 	offload bool // this end offered to take GSO frames and partial checksums
 
@@ -36,12 +36,12 @@ type frontRX struct {
 // An rxPacket describes a frame in shared pages, after all of its responses were taken
 // and checked.
 type rxPacket struct {
-	n     int // data slots
-	all   int // all slots, extra infos included
-	total uint32
-	csum  Checksum
-	gso   netif.GSO // Size 0: none
-	seg   [maxRxSlots]rxSegment
+	n      int // data slots
+	all    int // all slots, extra infos included
+	total  uint32
+	csum   Checksum
+	extras netif.Extras
+	seg    [maxRxSlots]rxSegment
 }
 
 type rxSegment struct {
@@ -102,8 +102,8 @@ func (e *frontRX) receive(frames []Frame, into bool) (n int, err error) {
 		}
 		e.copyTo(f)
 		e.have = false
-		if f.csum != ChecksumUnknown || e.next.gso.Size != 0 {
-			if reason := f.arrived(e.next.gso, e.offload, e.count); reason != 0 {
+		if f.csum != ChecksumUnknown || e.next.extras.Len() > 0 {
+			if reason := f.arrived(&e.next.extras, e.offload, e.count); reason != 0 {
 				e.count.Drop(reason, 1)
 				if !into {
 					e.pool.Release(f.buf)
@@ -176,10 +176,7 @@ func (e *frontRX) receivePlain(frames []Frame, into bool, t *tally) (n int, err 
 
 func (e *frontRX) publish() {
 	e.count.Add(telemetry.Polls, 1)
-	if e.ring.Publish() {
-		e.count.Add(telemetry.NotifiesSent, 1)
-		e.port.Notify()
-	}
+	e.notify(e.ring.Publish(), 0) // posting pages spares no notification worth counting
 }
 
 // parse takes the responses of the next frame. It drops a frame that is wrong, posts its
@@ -188,8 +185,7 @@ func (e *frontRX) parse() (bool, error) {
 	for {
 		avail, err := e.ring.Poll()
 		if err != nil {
-			e.count.Add(telemetry.Violations, 1)
-			return false, &PeerError{Ring: "rx", Slot: e.ring.Consumed(), Reason: err.Error()}
+			return false, e.violation(err.Error())
 		}
 		if avail == 0 {
 			return false, nil
@@ -216,7 +212,7 @@ func (e *frontRX) parseFrom(first netif.RxResponse, slot, avail uint32) (bool, e
 // has to post the pages in next again.
 func (e *frontRX) parseOne(r netif.RxResponse, slot, avail uint32) (reason telemetry.Reason, ok bool) {
 	p := &e.next
-	p.n, p.all, p.total, p.csum, p.gso = 0, 0, 0, ChecksumUnknown, netif.GSO{}
+	p.n, p.all, p.total, p.csum, p.extras = 0, 0, 0, ChecksumUnknown, netif.Extras{}
 	ok = true
 	fail := func(r telemetry.Reason) {
 		if ok {
@@ -261,12 +257,10 @@ func (e *frontRX) parseOne(r netif.RxResponse, slot, avail uint32) (reason telem
 				p.all++
 				e.post(e.pageAt[slot]) // an extra info uses no page
 				e.count.Add(telemetry.ExtraInfos, 1)
-				if x.Check() != nil {
+				if p.extras.Add(x) != nil {
 					fail(telemetry.DropBadExtra)
-				} else if x.Type == netif.ExtraGSO {
-					if p.gso = x.GSO(); !e.offload {
-						fail(telemetry.DropBadGSO) // this end did not offer GSO
-					}
+				} else if x.Type == netif.ExtraGSO && !e.offload {
+					fail(telemetry.DropBadGSO) // this end did not offer GSO
 				}
 				more = x.More()
 			}
@@ -325,7 +319,7 @@ func (e *frontRX) repost() {
 // write a lent page; so is one whose first piece is shorter than an Ethernet header.
 func (e *frontRX) mayLend() bool {
 	home := int(e.ring.Size()-e.ring.Free()) + e.pages.Free()
-	return home >= e.pages.Len()/2 && e.next.csum != ChecksumPartial && e.next.gso.Size == 0 &&
+	return home >= e.pages.Len()/2 && e.next.csum != ChecksumPartial && !e.next.extras.Has(netif.ExtraGSO) &&
 		e.next.seg[0].n >= MinFrame
 }
 
@@ -342,6 +336,8 @@ func (e *frontRX) lendTo(f *Frame) {
 	}
 	e.count.Add(telemetry.LentPackets, 1)
 }
+
+func (e *frontRX) violation(reason string) error { return e.fail(e.ring.Consumed(), reason) }
 
 func (e *frontRX) release(frames []Frame) (err error) {
 	if !e.lend {
@@ -362,8 +358,7 @@ func (e *frontRX) release(frames []Frame) (err error) {
 func (e *frontRX) arm() (bool, error) {
 	more, err := e.ring.Arm(1)
 	if err != nil {
-		e.count.Add(telemetry.Violations, 1)
-		return false, &PeerError{Ring: "rx", Slot: e.ring.Consumed(), Reason: err.Error()}
+		return false, e.violation(err.Error())
 	}
 	return more, nil
 }

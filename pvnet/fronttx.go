@@ -14,13 +14,12 @@ type frontTX struct {
 	ring      *ring.Front[netif.TxRequest, netif.TxResponse]
 	bufs      *arena.Arena
 	refs      []hypercall.GrantRef // by buffer
-	port      hypercall.Port
-	scatter   bool     // the peer takes frames of several slots
-	peerTakes offloads // the offloads that the peer takes
-	state     []uint8  // by buffer, which is also the request id
-	extras    int      // extra infos that have no response yet
-	count     *telemetry.Block
+	scatter   bool                 // the peer takes frames of several slots
+	peerTakes offloads             // the offloads that the peer takes
+	state     []uint8              // by buffer, which is also the request id
+	extras    int                  // extra infos that have no response yet
 
+	peerLink
 	stopwatch
 	shortage
 	last  uint32 // buffer of the last request that was put
@@ -76,12 +75,7 @@ func (e *frontTX) send(frames []Frame) (n int, err error) {
 	if n > 0 && e.begin() {
 		e.timed = e.last
 	}
-	if e.ring.Publish() {
-		e.count.Add(telemetry.NotifiesSent, 1)
-		e.port.Notify()
-	} else if n > 0 {
-		e.count.Add(telemetry.NotifiesSpared, 1)
-	}
+	e.notify(e.ring.Publish(), n)
 	t.count(e.ring.Size()-e.ring.Free(), e.bufs.Free())
 	if err == ErrFull {
 		e.count.Add(telemetry.RingFull, 1)
@@ -105,7 +99,7 @@ func (e *frontTX) put(f *Frame, t *tally) error {
 	if f.total < MinFrame || f.total > MaxFrame {
 		return ErrFrameSize
 	}
-	need := uint32(f.slots())
+	need := uint32(f.slots()) // without extra infos
 	if need == 0 {
 		return ErrFrameSize
 	}
@@ -116,7 +110,8 @@ func (e *frontTX) put(f *Frame, t *tally) error {
 	if need > 1 && !e.scatter && f.total > 4096 {
 		return ErrFrameSize
 	}
-	if free := need + f.gso.slots(); e.ring.Free() < free {
+	extras := f.extras()
+	if free := need + uint32(extras.Len()); e.ring.Free() < free {
 		if err := e.reap(); err != nil {
 			return err
 		}
@@ -137,7 +132,7 @@ func (e *frontTX) put(f *Frame, t *tally) error {
 		}
 		return err
 	}
-	need += f.gso.slots()
+	need += uint32(extras.Len())
 	t.sent(f, int(need), e.bufs.Bytes(i)[f.off:f.off+f.n])
 	r := netif.TxRequest{Ref: e.refs[i], Offset: f.off, ID: uint16(i), Size: uint16(f.total), Flags: txFlags(f)}
 	e.last = i
@@ -146,16 +141,17 @@ func (e *frontTX) put(f *Frame, t *tally) error {
 		e.ring.Put(r)
 		return nil
 	}
-	for left, extra := f.total-uint32(f.n), f.gso.Size != 0; ; {
+	for left, first := f.total-uint32(f.n), true; ; first = false {
 		next, off, n, ok := e.unlinkNext(i)
 		if left > 0 {
 			r.Flags |= netif.TxMoreData
 		}
 		e.ring.Put(r)
-		if extra {
-			e.ring.Put(f.gso.extra().TxRequest())
-			e.extras++
-			extra = false
+		if first {
+			for i := range extras.Len() {
+				e.ring.Put(extras.At(i).TxRequest())
+			}
+			e.extras += extras.Len()
 		}
 		if !ok {
 			return nil
@@ -211,7 +207,7 @@ func (e *frontTX) putCopy(f *Frame, t *tally) error {
 			return ErrFull
 		}
 	}
-	if e.ring.Free() < uint32(g.pieces)+f.gso.slots() { // the copy has headroom, so it may have one more piece than f
+	if e.ring.Free() < uint32(g.pieces)+f.extraSlots() { // the copy has headroom, so it may have one more piece than f
 		e.bufs.Release(g.buf)
 		return ErrFull
 	}
@@ -270,10 +266,7 @@ func (e *frontTX) dropWrongID() {
 	}
 }
 
-func (e *frontTX) violation(reason string) error {
-	e.count.Add(telemetry.Violations, 1)
-	return &PeerError{Ring: "tx", Slot: e.ring.Consumed(), Reason: reason}
-}
+func (e *frontTX) violation(reason string) error { return e.fail(e.ring.Consumed(), reason) }
 
 func (e *frontTX) spaceFor(f *Frame) space {
 	n := space{slots: f.slots()}
@@ -281,7 +274,7 @@ func (e *frontTX) spaceFor(f *Frame) space {
 		n.bufs = buffersFor(int(f.total))
 		n.slots = max(n.slots, n.bufs)
 	}
-	n.slots += int(f.gso.slots())
+	n.slots += int(f.extraSlots())
 	return n
 }
 

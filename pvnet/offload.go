@@ -163,24 +163,27 @@ func (w fit) err() error {
 	return ErrOffload
 }
 
-// slots returns how many slots the frame's GSO takes in a ring: one for the extra info,
-// or none.
-func (g GSO) slots() uint32 {
-	if g.Size != 0 {
-		return 1
+// extras returns the extra infos with which the frame is sent. This is the only place that
+// makes them.
+func (f *Frame) extras() (x netif.Extras) {
+	if g := f.gso; g.Size != 0 {
+		x.Add(netif.GSOExtra(netif.GSO{Size: g.Size, Type: netif.GSOType(g.Type)}))
 	}
-	return 0
+	return x
 }
 
-// extra returns the extra info for a GSO frame.
-func (g GSO) extra() netif.Extra {
-	return netif.GSOExtra(netif.GSO{Size: g.Size, Type: netif.GSOType(g.Type)})
+// extraSlots returns how many slots the extra infos take in a ring.
+func (f *Frame) extraSlots() uint32 {
+	x := f.extras()
+	return uint32(x.Len())
 }
 
-// arrived checks the offloads of a received frame, which is private by now. keep says
+// arrived checks the offloads of a received frame, which is private by now, and takes over
+// what its extra infos say. It is the only place that reads them. keep says
 // that this end offered to take them; otherwise arrived completes the checksum. It
 // returns 0, or why the frame must be dropped.
-func (f *Frame) arrived(g netif.GSO, keep bool, count *telemetry.Block) telemetry.Reason {
+func (f *Frame) arrived(x *netif.Extras, keep bool, count *telemetry.Block) telemetry.Reason {
+	g := x.Of(netif.ExtraGSO).GSO()
 	if g.Size == 0 {
 		if f.csum == ChecksumVerified {
 			count.Add(telemetry.CsumVerified, 1)

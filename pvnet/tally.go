@@ -71,6 +71,13 @@ func (t *tally) add(f *Frame, slots int, head []byte) {
 	}
 }
 
+// countCopied is count for a batch of which all bytes but uncopied were copied.
+func (t *tally) countCopied(uncopied uint64, used uint32, buffers int) {
+	t.settle()
+	t.block.Add(telemetry.CopiedBytes, t.bytes-uncopied)
+	t.count(used, buffers)
+}
+
 // count adds the batch to the block. used is how many slots of the ring are in use now,
 // buffers how many buffers are free.
 func (t *tally) count(used uint32, buffers int) {
