@@ -238,7 +238,7 @@ func (e *backRX) copyBatched(frames []Frame, n int, into bool) int {
 		reason := telemetry.DropBadGref
 		ok := e.failed(p.op, p.ops, e.count) == 0
 		if !ok {
-			e.answerError(p)
+			markError(e.rsp[p.rsp : p.rsp+p.rsps])
 		} else if f.csum != ChecksumUnknown || p.extras.Len() > 0 {
 			if r := f.arrived(&p.extras, e.offload, e.count); r != 0 {
 				ok, reason = false, r // Linux answers such a frame with OKAY, too
@@ -257,15 +257,6 @@ func (e *backRX) copyBatched(frames []Frame, n int, into bool) int {
 	}
 	t.countCopied(0, e.ring.Unanswered(), e.pool.Free())
 	return good
-}
-
-// answerError changes the responses of a placed frame to ERROR.
-func (e *backRX) answerError(p *batched) {
-	for i := range e.rsp[p.rsp : p.rsp+p.rsps] {
-		if r := &e.rsp[p.rsp+i]; r.Status == netif.Okay {
-			r.Status = netif.Error
-		}
-	}
 }
 
 // publish publishes the responses of the batch.
@@ -312,7 +303,7 @@ func (e *backRX) parseFrom(first netif.TxRequest, avail uint32) (ok bool, err er
 }
 
 // parseOne takes the other slots of the frame, at most avail. If ok is false, the frame's
-// responses are in the batch, and a reason of 0 means that no frame was lost. It judges
+// responses are in the batch, and a reason of 0 means that no frame was lost. It decides
 // as Linux's xenvif_tx_build_gops does.
 func (e *backRX) parseOne(first netif.TxRequest, avail uint32) (reason telemetry.Reason, ok bool, err error) {
 	p := &e.next
@@ -325,37 +316,69 @@ func (e *backRX) parseOne(first netif.TxRequest, avail uint32) (reason telemetry
 	} else if first.Flags&netif.TxDataValidated != 0 {
 		p.csum = ChecksumVerified
 	}
-
-	for more := first.Flags&netif.TxExtraInfo != 0; more; {
-		if avail == 0 {
-			return 0, false, e.violation("extra info is missing")
+	if first.Flags&netif.TxExtraInfo != 0 {
+		if avail, err = e.parseExtras(avail); err != nil {
+			return 0, false, err
 		}
-		x := netif.ExtraOfTx(e.ring.Take())
-		avail--
-		e.count.Add(telemetry.ExtraInfos, 1)
-		if p.extras.Add(x) != nil {
-			return 0, false, e.violation("malformed extra info")
-		}
-		if p.all > maxExtras {
-			return 0, false, e.violation("endless extra info")
-		}
-		p.answer(0, netif.Null)
-		more = x.More()
-	}
-	if p.extras.Has(netif.ExtraGSO) && !e.offload {
-		reason = telemetry.DropBadGSO
 	}
 	if p.extras.Has(netif.ExtraMcastAdd) || p.extras.Has(netif.ExtraMcastDel) {
 		// Such a request carries no frame. We do not offer the multicast filter, so it
 		// fails.
-		p.answerError()
-		e.nrsp += copy(e.rsp[e.nrsp:], p.rsp[:p.all])
+		e.answerError()
 		return 0, false, nil
 	}
+	size, long, err := e.parseSlots(first, avail)
+	switch {
+	case err != nil:
+		return 0, false, err
+	case long:
+		reason = telemetry.DropBadChain
+	case p.extras.Has(netif.ExtraGSO) && !e.offload:
+		reason = telemetry.DropBadGSO
+	case size < MinFrame:
+		reason = telemetry.DropTooShort
+	case uint32(first.Offset)+size > 4096:
+		return 0, false, e.violation("a slot crosses its page")
+	}
+	if reason != 0 {
+		e.answerError()
+		return reason, false, nil
+	}
+	first.Size = uint16(size)
+	p.seg[0] = first
+	return 0, true, nil
+}
 
-	size := uint32(first.Size) // becomes the bytes of the first slot, whose Size is the frame's total
-	slots := 1
+// parseExtras takes the extra infos behind the first request and returns how many of the
+// avail slots are left.
+func (e *backRX) parseExtras(avail uint32) (left uint32, err error) {
+	p := &e.next
+	for more := true; more; avail-- {
+		if avail == 0 {
+			return 0, e.violation("extra info is missing")
+		}
+		x := netif.ExtraOfTx(e.ring.Take())
+		e.count.Add(telemetry.ExtraInfos, 1)
+		if p.extras.Add(x) != nil {
+			return 0, e.violation("malformed extra info")
+		}
+		if p.all > maxExtras {
+			return 0, e.violation("endless extra info")
+		}
+		p.answer(0, netif.Null)
+		more = x.More()
+	}
+	return avail, nil
+}
+
+// parseSlots takes the further data slots of the frame, at most avail. It returns how many
+// of the frame's bytes the first slot has, and whether the frame has too many slots or
+// slots with more bytes than it.
+func (e *backRX) parseSlots(first netif.TxRequest, avail uint32) (size uint32, wrong bool, err error) {
+	p := &e.next
+	size = uint32(first.Size) // the frame's total
 	p.n = 1
+	slots := 1
 	for more := first.Flags&netif.TxMoreData != 0; more; slots++ {
 		if avail == 0 {
 			return 0, false, e.violation("the frame's slots are incomplete")
@@ -370,46 +393,41 @@ func (e *backRX) parseOne(first netif.TxRequest, avail uint32) (reason telemetry
 		}
 		p.answer(r.ID, netif.Okay)
 		if slots+1 > maxTxSlots {
-			reason = telemetry.DropBadChain
+			wrong = true
 		} else {
 			p.seg[p.n] = r
 			p.n++
 		}
 		if uint32(r.Size) > size {
-			reason = telemetry.DropBadChain
+			wrong = true
 		} else {
 			size -= uint32(r.Size)
 		}
 		more = r.Flags&netif.TxMoreData != 0
 	}
-	if reason == 0 && size < MinFrame {
-		reason = telemetry.DropTooShort
+	return size, wrong, nil
+}
+
+// answerError adds the responses of the next packet to the batch, all of them ERROR but
+// those to extra infos.
+func (e *backRX) answerError() {
+	p := &e.next
+	markError(p.rsp[:p.all])
+	e.nrsp += copy(e.rsp[e.nrsp:], p.rsp[:p.all])
+}
+
+// markError changes responses to ERROR, except those to extra infos.
+func markError(rsp []netif.TxResponse) {
+	for i := range rsp {
+		if rsp[i].Status == netif.Okay {
+			rsp[i].Status = netif.Error
+		}
 	}
-	if reason == 0 && uint32(first.Offset)+size > 4096 {
-		return 0, false, e.violation("a slot crosses its page")
-	}
-	if reason != 0 {
-		p.answerError()
-		e.nrsp += copy(e.rsp[e.nrsp:], p.rsp[:p.all])
-		return reason, false, nil
-	}
-	first.Size = uint16(size)
-	p.seg[0] = first
-	return 0, true, nil
 }
 
 func (p *txPacket) answer(id uint16, s netif.Status) {
 	p.rsp[p.all] = netif.TxResponse{ID: id, Status: s}
 	p.all++
-}
-
-// answerError makes every response ERROR, except those to extra infos.
-func (p *txPacket) answerError() {
-	for i := range p.rsp[:p.all] {
-		if p.rsp[i].Status == netif.Okay {
-			p.rsp[i].Status = netif.Error
-		}
-	}
 }
 
 func (e *backRX) violation(reason string) error { return e.fail(e.ring.Consumed(), reason) }

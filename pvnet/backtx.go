@@ -135,24 +135,15 @@ func (e *backTX) sendPlain(frames []Frame) (n int, err error) {
 
 // put takes the requests that one frame needs and adds its copies to the batch.
 func (e *backTX) put(f *Frame, p *batched) error {
-	if !f.buf.Valid() {
-		return ErrStale
-	}
-	if f.total < MinFrame || f.total > MaxFrame {
-		return ErrFrameSize
-	}
-	extras := f.extras()
-	need := uint32(f.pages() + extras.Len())
-	if f.slots() == 0 {
-		return ErrFrameSize
-	}
-	fit := e.peerTakes.fit(f)
-	if fit > mustComplete {
-		return fit.err()
+	fit, err := e.peerTakes.admit(f)
+	if err != nil {
+		return err
 	}
 	if f.total > 4096 && !e.scatter {
 		return ErrFrameSize
 	}
+	p.extras = f.extras()
+	need := uint32(f.pages() + p.extras.Len())
 	avail, err := e.ring.Poll()
 	if err == nil && avail < need {
 		avail, err = e.ring.Reload()
@@ -160,22 +151,27 @@ func (e *backTX) put(f *Frame, p *batched) error {
 	if err != nil {
 		return e.violation(err.Error())
 	}
-	if avail < need {
+	if avail < need || fit == mustComplete && !e.complete(f) {
 		return ErrFull
 	}
-	if fit == mustComplete && !e.complete(f) {
-		return ErrFull
-	}
-	p.op, p.rsp, p.extras = e.nops, e.nrsp, extras
+	p.op, p.rsp = e.nops, e.nrsp
 	f.CopyTo(p.head[:])
+	e.addToBatch(f, &p.extras)
+	p.ops, p.rsps = e.nops-p.op, e.nrsp-p.rsp
+	return nil
+}
+
+// addToBatch takes a request for each page that f fills and for each extra info, and adds
+// the copies and the responses to the batch.
+func (e *backTX) addToBatch(f *Frame, extras *netif.Extras) {
 	var r netif.RxRequest
 	room, left := 0, f.total // bytes left in the page of r, and of the frame
 	for src := range f.Pieces() {
 		for len(src) > 0 {
 			if room == 0 {
-				first := left == f.total
 				r = e.ring.Take()
 				out := netif.RxResponse{ID: r.ID, Status: int16(min(left, 4096))}
+				first := left == f.total
 				if first {
 					out.Flags = rxFlags(f)
 				}
@@ -197,8 +193,6 @@ func (e *backTX) put(f *Frame, p *batched) error {
 			src, room = src[k:], room-k
 		}
 	}
-	p.ops, p.rsps = e.nops-p.op, e.nrsp-p.rsp
-	return nil
 }
 
 func (e *backTX) respond(r netif.RxResponse) {

@@ -1,6 +1,8 @@
 package pvnet
 
 import (
+	"cmp"
+
 	"barevif/arena"
 	"barevif/arena/shm"
 	"barevif/hypercall"
@@ -79,40 +81,10 @@ func (e *frontRX) receive(frames []Frame, into bool) (n int, err error) {
 				break
 			}
 		}
-		f := &frames[n]
-		ok := false
-		switch {
-		case into:
-			err = f.reset(e.next.total)
-			ok = err == nil
-		case e.lend && e.mayLend():
-			e.lendTo(f)
-			t.add(f, e.next.all, f.Bytes())
-			e.have = false
+		good := false
+		if good, err = e.deliver(&frames[n], into, &t); good {
 			n++
-			continue
-		default:
-			if ok = build(e.pool, int(e.next.total), f); !ok {
-				e.count.Add(telemetry.AllocFailed, 1)
-				err = ErrNoBuffers
-			}
 		}
-		if !ok {
-			break
-		}
-		e.copyTo(f)
-		e.have = false
-		if f.csum != ChecksumUnknown || e.next.extras.Len() > 0 {
-			if reason := f.arrived(&e.next.extras, e.offload, e.count); reason != 0 {
-				e.count.Drop(reason, 1)
-				if !into {
-					e.pool.Release(f.buf)
-				}
-				continue
-			}
-		}
-		t.add(f, e.next.all, f.Bytes())
-		n++
 	}
 	if n > 0 && n == len(frames) {
 		e.count.Add(telemetry.PollsFull, 1)
@@ -123,6 +95,39 @@ func (e *frontRX) receive(frames []Frame, into bool) (n int, err error) {
 		err = nil
 	}
 	return n, err
+}
+
+// deliver makes f the next packet. It reports false for a packet that it drops, and
+// returns an error, with the packet still to come, if f has no room for it or there is no
+// buffer.
+func (e *frontRX) deliver(f *Frame, into bool, t *tally) (good bool, err error) {
+	switch {
+	case into:
+		if err := f.reset(e.next.total); err != nil {
+			return false, err
+		}
+	case e.lend && e.mayLend():
+		e.lendTo(f)
+		t.add(f, e.next.all, f.Bytes())
+		e.have = false
+		return true, nil
+	case !build(e.pool, int(e.next.total), f):
+		e.count.Add(telemetry.AllocFailed, 1)
+		return false, ErrNoBuffers
+	}
+	e.copyTo(f)
+	e.have = false
+	if f.csum != ChecksumUnknown || e.next.extras.Len() > 0 {
+		if reason := f.arrived(&e.next.extras, e.offload, e.count); reason != 0 {
+			e.count.Drop(reason, 1)
+			if !into {
+				e.pool.Release(f.buf)
+			}
+			return false, nil
+		}
+	}
+	t.add(f, e.next.all, f.Bytes())
+	return true, nil
 }
 
 // receivePlain receives frames of one slot without offloads, in one pass. It stops at the
@@ -209,83 +214,87 @@ func (e *frontRX) parseFrom(first netif.RxResponse, slot, avail uint32) (bool, e
 }
 
 // parseOne takes the other slots of the frame, at most avail. If ok is false, the caller
-// has to post the pages in next again.
+// has to post the pages in next again. A frame that is wrong in several ways counts for
+// the first.
 func (e *frontRX) parseOne(r netif.RxResponse, slot, avail uint32) (reason telemetry.Reason, ok bool) {
 	p := &e.next
 	p.n, p.all, p.total, p.csum, p.extras = 0, 0, 0, ChecksumUnknown, netif.Extras{}
-	ok = true
-	fail := func(r telemetry.Reason) {
-		if ok {
-			reason, ok = r, false
-		}
+	if r.Flags&netif.RxCsumBlank != 0 {
+		p.csum = ChecksumPartial
+	} else if r.Flags&netif.RxDataValidated != 0 {
+		p.csum = ChecksumVerified
 	}
-	for first := true; ; first = false {
-		if !first {
-			slot = e.ring.Consumed() % e.ring.Size()
-			r = e.ring.Take()
-			avail--
-		}
-		p.all++
-		page := e.pageAt[slot]
-		switch {
-		case p.n >= maxRxSlots:
-			fail(telemetry.DropBadChain)
-			e.post(page)
-		case r.Status < 0:
-			fail(telemetry.DropBackendError)
-			p.hold(page, 0, 0)
-		case uint32(r.Offset)+uint32(r.Status) > 4096:
-			fail(telemetry.DropBadOffset)
-			p.hold(page, 0, 0)
-		default:
-			p.hold(page, r.Offset, uint16(r.Status))
-		}
-		if first {
-			if r.Flags&netif.RxCsumBlank != 0 {
-				p.csum = ChecksumPartial
-			} else if r.Flags&netif.RxDataValidated != 0 {
-				p.csum = ChecksumVerified
-			}
-			for more := r.Flags&netif.RxExtraInfo != 0; more; {
-				if avail == 0 {
-					fail(telemetry.DropBadExtra)
-					break
-				}
-				slot := e.ring.Consumed() % e.ring.Size()
-				x := netif.ExtraOfRx(e.ring.Take())
-				avail--
-				p.all++
-				e.post(e.pageAt[slot]) // an extra info uses no page
-				e.count.Add(telemetry.ExtraInfos, 1)
-				if p.extras.Add(x) != nil {
-					fail(telemetry.DropBadExtra)
-				} else if x.Type == netif.ExtraGSO && !e.offload {
-					fail(telemetry.DropBadGSO) // this end did not offer GSO
-				}
-				more = x.More()
-			}
-		}
-		if r.Flags&netif.RxMoreData == 0 {
-			break
-		}
+	reason = e.hold(r, slot)
+	if r.Flags&netif.RxExtraInfo != 0 {
+		var why telemetry.Reason
+		why, avail = e.parseExtras(avail)
+		reason = cmp.Or(reason, why)
+	}
+	for r.Flags&netif.RxMoreData != 0 {
 		if avail == 0 {
-			fail(telemetry.DropBadChain)
+			reason = cmp.Or(reason, telemetry.DropBadChain)
 			break
 		}
+		slot = e.ring.Consumed() % e.ring.Size()
+		r = e.ring.Take()
+		avail--
+		reason = cmp.Or(reason, e.hold(r, slot))
 	}
-	if p.total < MinFrame {
-		fail(telemetry.DropTooShort)
+	switch {
+	case reason != 0:
+	case p.total < MinFrame:
+		reason = telemetry.DropTooShort
+	case p.total > MaxFrame:
+		reason = telemetry.DropTooLong
 	}
-	if p.total > MaxFrame {
-		fail(telemetry.DropTooLong)
-	}
-	return reason, ok
+	return reason, reason == 0
 }
 
-func (p *rxPacket) hold(page uint32, off, n uint16) {
-	p.seg[p.n] = rxSegment{page, off, n}
+// parseExtras takes the extra infos behind the first response, at most avail, and posts
+// their pages again. It returns how many slots are left, and why the frame must be
+// dropped, or 0.
+func (e *frontRX) parseExtras(avail uint32) (reason telemetry.Reason, left uint32) {
+	for more := true; more; avail-- {
+		if avail == 0 {
+			return cmp.Or(reason, telemetry.DropBadExtra), 0
+		}
+		slot := e.ring.Consumed() % e.ring.Size()
+		x := netif.ExtraOfRx(e.ring.Take())
+		e.next.all++
+		e.post(e.pageAt[slot]) // an extra info uses no page
+		e.count.Add(telemetry.ExtraInfos, 1)
+		if e.next.extras.Add(x) != nil {
+			reason = cmp.Or(reason, telemetry.DropBadExtra)
+		} else if x.Type == netif.ExtraGSO && !e.offload {
+			reason = cmp.Or(reason, telemetry.DropBadGSO) // this end did not offer GSO
+		}
+		more = x.More()
+	}
+	return reason, avail
+}
+
+// hold adds a response, taken from slot, to the next packet, with the part of its page
+// that has bytes of the frame. It returns why the frame must be dropped, or 0.
+func (e *frontRX) hold(r netif.RxResponse, slot uint32) (reason telemetry.Reason) {
+	p, page := &e.next, e.pageAt[slot]
+	p.all++
+	if p.n >= maxRxSlots {
+		e.post(page)
+		return telemetry.DropBadChain
+	}
+	s := rxSegment{page: page}
+	switch {
+	case r.Status < 0:
+		reason = telemetry.DropBackendError
+	case uint32(r.Offset)+uint32(r.Status) > 4096:
+		reason = telemetry.DropBadOffset
+	default:
+		s.off, s.n = r.Offset, uint16(r.Status)
+	}
+	p.seg[p.n] = s
 	p.n++
-	p.total += uint32(n)
+	p.total += uint32(s.n)
+	return reason
 }
 
 // copyTo copies the next packet to f, which has the same length, and posts the packet's

@@ -91,75 +91,66 @@ func (e *frontTX) noteShortage(n space) {
 	e.await(e.ring.Consumed() + min(uint32(missing), e.ring.InFlight()))
 }
 
-// put fills the slots of one frame and takes the frame over.
+// put sends one frame and takes it over.
 func (e *frontTX) put(f *Frame, t *tally) error {
-	if !f.buf.Valid() {
-		return ErrStale
+	fit, err := e.peerTakes.admit(f)
+	if err != nil {
+		return err
 	}
-	if f.total < MinFrame || f.total > MaxFrame {
+	slots, extras := uint32(f.slots()), f.extras()
+	if slots > 1 && !e.scatter && f.total > 4096 {
 		return ErrFrameSize
 	}
-	need := uint32(f.slots()) // without extra infos
-	if need == 0 {
-		return ErrFrameSize
-	}
-	fit := e.peerTakes.fit(f)
-	if fit > mustComplete {
-		return fit.err()
-	}
-	if need > 1 && !e.scatter && f.total > 4096 {
-		return ErrFrameSize
-	}
-	extras := f.extras()
-	if free := need + uint32(extras.Len()); e.ring.Free() < free {
+	need := slots + uint32(extras.Len())
+	if e.ring.Free() < need {
 		if err := e.reap(); err != nil {
 			return err
 		}
-		if e.ring.Free() < free {
+		if e.ring.Free() < need {
 			return ErrFull
 		}
 	}
-	if e.mustCopy(f, need) || fit == mustComplete && !f.buf.Exclusive() {
+	if e.mustCopy(f, slots) || fit == mustComplete && !f.buf.Exclusive() {
 		return e.putCopy(f, t)
 	}
 	if fit == mustComplete {
 		f.completeChecksum()
 	}
 	i, err := e.bufs.Take(f.buf)
+	if err == arena.ErrShared {
+		return e.putCopy(f, t)
+	}
 	if err != nil {
-		if err == arena.ErrShared {
-			return e.putCopy(f, t)
-		}
 		return err
 	}
-	need += uint32(extras.Len())
 	t.sent(f, int(need), e.bufs.Bytes(i)[f.off:f.off+f.n])
+	e.putSlots(f, i, &extras)
+	return nil
+}
+
+// putSlots fills the slots of a frame that begins in buffer i: the first request, the
+// extra infos, and a request for each further piece.
+func (e *frontTX) putSlots(f *Frame, i uint32, extras *netif.Extras) {
 	r := netif.TxRequest{Ref: e.refs[i], Offset: f.off, ID: uint16(i), Size: uint16(f.total), Flags: txFlags(f)}
-	e.last = i
-	e.state[i] = idFirst
-	if f.pieces <= 1 && need == 1 {
-		e.ring.Put(r)
-		return nil
+	e.last, e.state[i] = i, idFirst
+	left := f.total - uint32(f.n)
+	next, off, n, more := e.unlinkNext(i)
+	if left > 0 {
+		r.Flags |= netif.TxMoreData
 	}
-	for left, first := f.total-uint32(f.n), true; ; first = false {
-		next, off, n, ok := e.unlinkNext(i)
-		if left > 0 {
-			r.Flags |= netif.TxMoreData
-		}
-		e.ring.Put(r)
-		if first {
-			for i := range extras.Len() {
-				e.ring.Put(extras.At(i).TxRequest())
-			}
-			e.extras += extras.Len()
-		}
-		if !ok {
-			return nil
-		}
-		left -= uint32(n)
-		e.state[next] = idMore
+	e.ring.Put(r)
+	for x := range extras.Len() {
+		e.ring.Put(extras.At(x).TxRequest())
+	}
+	e.extras += extras.Len()
+	for more {
 		r = netif.TxRequest{Ref: e.refs[next], Offset: off, ID: uint16(next), Size: n}
-		i = next
+		e.state[next] = idMore
+		if left -= uint32(n); left > 0 {
+			r.Flags = netif.TxMoreData
+		}
+		next, off, n, more = e.unlinkNext(next)
+		e.ring.Put(r)
 	}
 }
 

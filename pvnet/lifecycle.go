@@ -260,9 +260,18 @@ func (l *lifecycle) dirReplaced() bool {
 
 func (l *lifecycle) countStep() { l.pace.step(time.Now()) }
 
+// An outcome says how a lifecycle goes on after a step.
+type outcome uint8
+
+const (
+	proceed   outcome = iota // look at the state again
+	awaitNews                // until something changes, or retryTime
+	over
+)
+
 // step follows the handshake until it has to wait for a change. It reports true when the
-// life is over.
-func (l *lifecycle) step() (over bool) {
+// lifecycle is over.
+func (l *lifecycle) step() bool {
 	for range 32 { // the handshake comes to rest after a few steps
 		ch := l.xd.Current()
 		if l.generation != ch.Generation { // the toolstack made a new directory; a peer cannot
@@ -274,73 +283,88 @@ func (l *lifecycle) step() (over bool) {
 		if l.onHold(ch) {
 			return false
 		}
+		if l.cause != nil && !time.Now().Before(l.forceAt) {
+			l.endNow(ch)
+			return true
+		}
 		s := xenbus.Next(l.side, xenbus.Facts{
 			Change: ch, Attached: l.attached, Leaving: l.cause != nil,
 			Adopt: l.cause == nil,
 		})
-		if l.cause != nil && !time.Now().Before(l.forceAt) {
-			return l.endNow(ch)
-		}
+		next := proceed
 		if stays := s.Do == xenbus.Run || s.Do == xenbus.Wait; stays && l.conn != nil && l.verifiedWrites != ch.PeerWrites {
 			if !l.verify(ch) {
-				return false
+				next = awaitNews
 			}
-			continue
+		} else {
+			next = l.do(s, ch)
 		}
-		if l.peerEnded() {
-			l.peerLost, l.lostAt = true, ch.Peer
-		} else if l.peerLost && (l.conn == nil || ch.Peer != l.lostAt || l.conn.peerPresent()) {
-			l.peerLost, l.peerSeen = false, false
+		if next != proceed {
+			return next == over
 		}
-		if s.Do == xenbus.Run && l.peerLost {
-			s.Do = xenbus.Wait // until the next peer writes its state, or opens its ports
-		}
-		switch s.Do {
-		case xenbus.Run:
-			l.resume()
-		case xenbus.Finish:
-			return true
-		case xenbus.Release:
-			l.detach()
-		case xenbus.Prepare:
-			if !l.attempt("publish features", l.role.prepare) {
-				return false
-			}
-			l.published = "" // prepare removed the reason
-		case xenbus.Connect:
-			if !l.connect(ch) {
-				return false
-			}
-			if l.conn == nil {
-				continue // the connect failed, and the device leaves
-			}
-		default: // Wait, Drain
-			l.quiesce(ch)
-		}
-		if s.State != xenbus.Unknown {
-			if !l.writeState(s.State) {
-				return false
-			}
-			continue
-		}
-		if s.Do == xenbus.Release || s.Do == xenbus.Prepare {
-			continue
-		}
-		if ch.Overwritten != "" && !ch.Lost && l.restore(ch) {
-			continue
-		}
-		return false
 	}
 	return false
 }
 
+// do does one step of the handshake and writes its state.
+func (l *lifecycle) do(s xenbus.Step, ch xenbus.Change) outcome {
+	l.watchPeer(ch)
+	if s.Do == xenbus.Run && l.peerLost {
+		s.Do = xenbus.Wait // until the next peer writes its state, or opens its ports
+	}
+	then := awaitNews
+	switch s.Do {
+	case xenbus.Run:
+		l.resume()
+	case xenbus.Finish:
+		return over
+	case xenbus.Release:
+		l.detach()
+		then = proceed
+	case xenbus.Prepare:
+		if !l.attempt("publish features", l.role.prepare) {
+			return awaitNews
+		}
+		l.published = "" // prepare removed the reason
+		then = proceed
+	case xenbus.Connect:
+		if !l.connect(ch) {
+			return awaitNews
+		}
+		if l.conn == nil {
+			return proceed // the connect failed, and the device ends
+		}
+	default: // Wait, Drain
+		l.quiesce(ch)
+	}
+	switch {
+	case s.State != xenbus.Unknown:
+		if !l.writeState(s.State) {
+			return awaitNews
+		}
+		return proceed
+	case then == awaitNews && ch.Overwritten != "" && !ch.Lost && l.restore(ch):
+		return proceed
+	}
+	return then
+}
+
+// watchPeer notices that the peer's program has ended without closing, and that another
+// has taken its place.
+func (l *lifecycle) watchPeer(ch xenbus.Change) {
+	if l.peerEnded() {
+		l.peerLost, l.lostAt = true, ch.Peer
+	} else if l.peerLost && (l.conn == nil || ch.Peer != l.lostAt || l.conn.peerPresent()) {
+		l.peerLost, l.peerSeen = false, false
+	}
+}
+
 // endNow ends a device whose peer or xenstore does not answer in time.
-func (l *lifecycle) endNow(ch xenbus.Change) bool {
+func (l *lifecycle) endNow(ch xenbus.Change) {
 	l.detach()
 	if !ch.Gone && !ch.Lost && ch.Own != xenbus.Closed {
 		l.writeState(xenbus.Closed)
 	}
-	return true
 }
 
 // dom returns the peer's domain.

@@ -153,15 +153,26 @@ func (o offloads) fit(f *Frame) fit {
 	return fits
 }
 
+// admit returns what f needs before it can be sent, or the error of Send.
+func (o offloads) admit(f *Frame) (fit, error) {
+	if !f.buf.Valid() {
+		return 0, ErrStale
+	}
+	if f.total < MinFrame || f.total > MaxFrame || f.slots() == 0 {
+		return 0, ErrFrameSize
+	}
+	w := o.fit(f)
+	switch w {
+	case mustCut:
+		return w, errMustCut
+	case mismatched:
+		return w, ErrOffload
+	}
+	return w, nil
+}
+
 // errMustCut asks the caller of send to cut the frame.
 var errMustCut = errors.New("pvnet: the frame has to be cut")
-
-func (w fit) err() error {
-	if w == mustCut {
-		return errMustCut
-	}
-	return ErrOffload
-}
 
 // extras returns the extra infos with which the frame is sent. This is the only place that
 // makes them.
