@@ -243,13 +243,14 @@ func (l *life) beat() {
 		for _, s := range []suspect{{half: &l.d.tx[i].half, eng: q.tx, park: q.txPark}, {half: &l.d.rx[i].half, eng: q.rx, park: q.rxPark}} {
 			s.eng.sample()
 			if s.seq = s.half.parked.Load(); s.seq%2 == 1 && s.eng.overdue() {
-				l.suspects = append(l.suspects, s.since(known)) // no heal: its wake-up would hide the missed event
-			} else if mirrored {
-				s.half.heal(s.park)
+				l.suspects = append(l.suspects, s.since(known))
+			}
+			if mirrored {
+				s.half.remind(dueHeal)
 			}
 		}
 		if l.d.tx[i].parked.Load()%2 == 1 && q.tx.answered() {
-			l.d.tx[i].rouse(q.txPark) // the peer may never give as many responses as the half waits for
+			q.txPark.wake() // the peer may never give as many responses as the half waits for
 		}
 		l.d.tx[i].watch(q.tx, time.Now())
 		l.d.judge(l.d.tx[i].settle(q.tx))
@@ -318,7 +319,7 @@ func (l *life) rescue() {
 		}
 		s.half.rescue.Store(s.seq)
 		l.d.set.Record(telemetry.EventRescued, s.half.queue, 0, 0)
-		s.half.rouse(s.park)
+		s.park.wake()
 	}
 }
 

@@ -502,7 +502,6 @@ func (m *member) look() (ready bool, err error) {
 func (m *member) awake() error {
 	h := m.h
 	m.fresh = false
-	h.awake(m.seq)
 	if m.event {
 		h.count.Add(telemetry.Events, 1)
 		if m.park.deserted() {
