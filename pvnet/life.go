@@ -255,19 +255,14 @@ func (l *life) beat() {
 		l.d.tx[i].watch(q.tx, time.Now())
 		l.d.judge(l.d.tx[i].settle(q.tx))
 	}
-	if len(l.suspects) > 0 {
-		l.recheck = time.After(graceOfEvents)
-	}
+	l.rescue()
 }
 
-// graceOfEvents is how long an event may be under way: the peer publishes first and then
-// notifies, and may be descheduled in between. longestHold is how long a
-// [hypercall.Waiter] delays the events of a peer whose last events brought no work: such
-// an event is late because of us, not lost.
-const (
-	graceOfEvents = 20 * time.Millisecond
-	longestHold   = time.Second
-)
+// eventPatience is how long an event may be under way. A [hypercall.Waiter] delays the
+// events of a peer whose last events brought no work, by up to a second: such an event is
+// late because of us, not lost. And the peer publishes first and then notifies, and may
+// be descheduled in between.
+const eventPatience = time.Second + 20*time.Millisecond
 
 // A suspect is a half that may have missed an event.
 type suspect struct {
@@ -290,15 +285,8 @@ func (s suspect) since(known []suspect) suspect {
 	return s
 }
 
-// patience is how long after s.seen the event may still come.
-func (s suspect) patience() time.Duration {
-	if s.park.mayHold() {
-		return longestHold + graceOfEvents
-	}
-	return graceOfEvents
-}
-
-// rescue wakes the suspects that still wait. On a correct system there are none.
+// rescue wakes the suspects that have waited longer than eventPatience. On a correct
+// system there are none.
 func (l *life) rescue() {
 	defer func() {
 		if v := faulted(recover()); v != nil {
@@ -312,7 +300,7 @@ func (l *life) rescue() {
 		if !l.running || s.half.parked.Load() != s.seq || !s.eng.overdue() {
 			continue
 		}
-		if left := s.patience() - time.Since(s.seen); left > 0 {
+		if left := eventPatience - time.Since(s.seen); left > 0 {
 			l.suspects = append(l.suspects, s)
 			l.recheck = time.After(left)
 			continue

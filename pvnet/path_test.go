@@ -1015,8 +1015,8 @@ func TestEveryWayToWaitMovesFrames(t *testing.T) {
 	}
 }
 
-// A lost event, which a correct machine never has, delays a frame by at most a second and
-// is counted.
+// A lost event, which a correct machine never has, delays a frame by two seconds or little
+// more, and is counted.
 func TestALostEventIsRescued(t *testing.T) {
 	p := join(t, emu.Config{}, plain, Config{})
 	tx, _ := own(t, p.front)
