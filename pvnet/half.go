@@ -31,10 +31,8 @@ type half struct {
 	hadWork     bool                      // a frame or a slot moved since the last rest; inside the gate
 	waitSeq     atomic.Uint32             // number of the wait: odd while the owner waits, and never the same twice
 	rescued     atomic.Uint32             // number of the wait that the watchdog ended
-	roused      atomic.Pointer[rousing]   // the latest wait that the slow tick ended
 	requests    atomic.Uint32             // what the slow tick asks the caller inside the gate to do: requestHeal, ...
 	counterUser atomic.Uint32             // who may use the counters while the owner waits: lentToTick, ...
-	sampled     uint32                    // slow tick only: number of the wait in which it last timed a wake-up
 	spin        spinner                   // of the connection; inside the gate
 	member      atomic.Pointer[member]    // its membership in a Poller; nil: none
 }
@@ -142,47 +140,6 @@ func (h *half) reclaimCounters() {
 	}
 }
 
-// heal arranges that the counters are compared with their mirror. If the owner waits, it
-// is woken for that and the wake-up is timed, but not in its first wait after such a
-// wake-up. A half in a Poller is not woken: its owner waits for other halves too.
-func (h *half) heal(p *parker) {
-	seq := h.waitSeq.Load()
-	if seq%2 == 0 || seq == h.sampled || h.member.Load() != nil {
-		h.request(requestHeal)
-		return
-	}
-	h.requests.Or(requestHeal)
-	h.rouse(p)
-	h.sampled = seq + 2 // the owner's next wait, unless events come
-}
-
-// A rousing records when the slow tick ended a wait.
-type rousing struct {
-	wait uint32 // number of the wait
-	at   time.Time
-}
-
-// rouse wakes the owner if it waits at p, and stores the time so that awake can measure
-// the wake-up.
-func (h *half) rouse(p *parker) {
-	if seq := h.waitSeq.Load(); seq%2 == 1 {
-		h.roused.Store(&rousing{seq, time.Now()})
-	}
-	p.wake()
-}
-
-// awake counts how long the wake-up took, if the slow tick ended this wait.
-func (h *half) awake(wait uint32) {
-	r := h.roused.Load()
-	if r == nil {
-		return
-	}
-	h.roused.CompareAndSwap(r, nil)
-	if r.wait == wait {
-		h.count.Observe(telemetry.WakeupLatency, uint64(time.Since(r.at)))
-	}
-}
-
 func (h *half) deadline() time.Time {
 	if t := h.until.Load(); t != nil {
 		return *t
@@ -252,7 +209,6 @@ func (h *half) parkUntilEvent() error {
 	if h.spin.measures() {
 		h.spin.ended(time.Since(start))
 	}
-	h.awake(seq)
 	if event {
 		h.count.Add(telemetry.Events, 1)
 		if p.peerClosed() {

@@ -34,7 +34,6 @@ type parker struct {
 	reportDue [2]bool // guarded by mu: by direction; the half was woken, and has not called answer yet
 	useful    bool    // guarded by mu: one of the halves asked had work
 	worked    bool    // guarded by mu: the last complete verdict: the event before brought work
-	doubted   bool    // guarded by mu: the last Wait began with worked false
 
 	group   hypercall.Group // guarded by mu: the Group of the Poller that waits for w; nil: none
 	members [2]*member      // guarded by mu: by direction; the member that slept here last
@@ -67,7 +66,6 @@ func (p *parker) wait(d direction, deadline time.Time) (event bool, err error) {
 		p.group = nil
 	}
 	worked := p.worked
-	p.doubted = !worked
 	p.mu.Unlock()
 
 	err = p.w.Wait(deadline, worked)
@@ -89,14 +87,6 @@ func (p *parker) wait(d direction, deadline time.Time) (event bool, err error) {
 	p.mu.Unlock()
 	markAll(polled)
 	return event, err
-}
-
-// mayHold reports whether the waiter may be holding back events in the present wait,
-// because earlier ones brought no work.
-func (p *parker) mayHold() bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.doubted
 }
 
 // report records whether half d had work since it was woken. The earlier verdict holds
@@ -199,9 +189,7 @@ func (p *parker) joinPoller(m *member, worked bool) error {
 		return hypercall.ErrGrouped
 	}
 	// An event does not tell which half it is for: it was spurious if neither had work.
-	worked = worked || p.members[1-d] != nil && !p.idle[1-d]
-	p.doubted = !worked
-	return g.Rearm(p.w, worked)
+	return g.Rearm(p.w, worked || p.members[1-d] != nil && !p.idle[1-d])
 }
 
 // leavePoller undoes joinPoller. The other half's owner looks again, and joins again.

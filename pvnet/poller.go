@@ -502,7 +502,6 @@ func (m *member) look() (ready bool, err error) {
 func (m *member) afterSleep() error {
 	h := m.h
 	m.slept = false
-	h.awake(m.seq)
 	if m.event {
 		h.count.Add(telemetry.Events, 1)
 		if m.park.peerClosed() {

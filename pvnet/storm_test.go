@@ -38,9 +38,9 @@ func parkedAfter(t testing.TB, h *half, n uint32) {
 	}
 }
 
-// While the waiter holds events back after a storm, the event of a frame is late, not
-// missed: the watchdog does not rescue the half.
-func TestAnEventHeldBackIsNotRescued(t *testing.T) {
+// While the waiter holds events back after a storm, the event of a frame is late by up to
+// a second. The watchdog cannot tell it from a lost one, and ends the wait.
+func TestTheTickFindsAnEventThatIsHeldBack(t *testing.T) {
 	for name, f := range map[string]features{
 		"two channels": plain,
 		"one channel":  {queues: 1, frontSG: true, backSG: true},
@@ -77,16 +77,14 @@ func TestAnEventHeldBackIsNotRescued(t *testing.T) {
 					}
 				}
 			}
-			for l.recheckAt != nil {
-				<-l.recheckAt
-				l.rescue()
-			}
+			<-l.recheckAt
+			l.rescue()
 			if err := <-got; err != nil {
 				t.Fatal(err)
 			}
 			stop()
 			st := p.back.Stats()
-			if n := st.RX.Get(telemetry.RescuedWakeups); n != 0 {
+			if n := st.RX.Get(telemetry.RescuedWakeups); n > 1 { // 0: the event came during the grace
 				t.Errorf("%d rescues counted", n)
 			}
 			if n := st.RX.Get(telemetry.Packets); n != frames {

@@ -104,7 +104,6 @@ func (l *lifecycle) tick() {
 	}()
 	l.d.set.Tick()
 	l.d.logs.CatchUp(false)
-	known := l.suspects
 	l.suspects = nil
 	if !l.running {
 		return
@@ -117,13 +116,14 @@ func (l *lifecycle) tick() {
 		for _, s := range []suspect{{half: &l.d.tx[i].half, eng: q.tx, park: q.txPark}, {half: &l.d.rx[i].half, eng: q.rx, park: q.rxPark}} {
 			s.eng.sample()
 			if s.seq = s.half.waitSeq.Load(); s.seq%2 == 1 && s.eng.overdue() {
-				l.suspects = append(l.suspects, s.since(known)) // no heal: its wake-up would hide the missed event
-			} else if mirrored {
-				s.half.heal(s.park)
+				l.suspects = append(l.suspects, s)
+			}
+			if mirrored {
+				s.half.request(requestHeal)
 			}
 		}
 		if l.d.tx[i].waitSeq.Load()%2 == 1 && q.tx.progressed() {
-			l.d.tx[i].rouse(q.txPark) // the peer may never give as many responses as the half waits for
+			q.txPark.wake() // the peer may never give as many responses as the half waits for
 		}
 		l.d.tx[i].checkStall(q.tx, time.Now())
 		l.d.callError(l.d.tx[i].settle(q.tx))
@@ -134,41 +134,17 @@ func (l *lifecycle) tick() {
 }
 
 // eventGrace is how long an event may be under way: the peer publishes first and then
-// notifies, and may be descheduled in between. longestBackOff is how long a
-// [hypercall.Waiter] delays the events of a peer whose last events brought no work: such
-// an event is late because of us, not lost.
-const (
-	eventGrace     = 20 * time.Millisecond
-	longestBackOff = time.Second
-)
+// notifies, and may be descheduled in between. A [hypercall.Waiter] delays the events of a
+// peer that sent several without work; the watchdog does not know of that, and may count
+// such an event as lost.
+const eventGrace = 20 * time.Millisecond
 
 // A suspect is a half that may have missed an event.
 type suspect struct {
 	half *half
 	eng  engine
 	park *parker
-	seq  uint32    // number of its wait
-	seen time.Time // when it was first suspected in this wait
-}
-
-// since returns s with the time seen of the beat before, if s was suspected then in the
-// same wait.
-func (s suspect) since(known []suspect) suspect {
-	for _, k := range known {
-		if k.half == s.half && k.seq == s.seq {
-			return k
-		}
-	}
-	s.seen = time.Now()
-	return s
-}
-
-// grace is how long after s.seen the event may still come.
-func (s suspect) grace() time.Duration {
-	if s.park.mayHold() {
-		return longestBackOff + eventGrace
-	}
-	return eventGrace
+	seq  uint32 // number of its wait
 }
 
 // rescue wakes the suspects that still wait. On a correct system there are none.
@@ -185,13 +161,8 @@ func (l *lifecycle) rescue() {
 		if !l.running || s.half.waitSeq.Load() != s.seq || !s.eng.overdue() {
 			continue
 		}
-		if left := s.grace() - time.Since(s.seen); left > 0 {
-			l.suspects = append(l.suspects, s)
-			l.recheckAt = time.After(left)
-			continue
-		}
 		s.half.rescued.Store(s.seq)
 		l.d.set.Record(telemetry.EventRescued, s.half.queue, 0, 0)
-		s.half.rouse(s.park)
+		s.park.wake()
 	}
 }

@@ -55,7 +55,7 @@ func TestAnIdleDeviceSleepsThroughTheTick(t *testing.T) {
 		if n := runtime.NumGoroutine() - before; n != 1 {
 			t.Errorf("%d goroutines tick for 100 devices", n)
 		}
-		time.Sleep(2500 * time.Millisecond) // the tick ends one wait, to time the wake-up
+		time.Sleep(500 * time.Millisecond) // to look between two ticks
 		parks, beats := rx.waitSeq.Load(), mirror.beats.Load()
 		word := int(telemetry.Parks)
 		at := &mirror.words[telemetry.RX][word]

@@ -23,10 +23,10 @@ var delays = []time.Duration{
 	0, 100, 1024, 1025, 3000, 1 << 15, 1<<15 + 1, 400 * time.Microsecond, 3 * time.Millisecond, 1 << 22, 1<<22 + 1, 3 * time.Second,
 }
 
-// latencies returns the samples, buckets and sum of a histogram.
-func latencies(v *telemetry.Values, name string) (samples uint64, buckets []uint64, sum time.Duration) {
+// latencies returns the samples, buckets and sum of request_latency.
+func latencies(v *telemetry.Values) (samples uint64, buckets []uint64, sum time.Duration) {
 	for _, f := range telemetry.Fields() {
-		if f.Name == name {
+		if f.Name == "request_latency" {
 			b, s := v.Histogram(f)
 			for _, n := range b {
 				samples += n
@@ -34,25 +34,23 @@ func latencies(v *telemetry.Values, name string) (samples uint64, buckets []uint
 			return samples, b, time.Duration(s)
 		}
 	}
-	panic("no field " + name)
+	panic("no field request_latency")
 }
 
-// want asserts that the histogram holds exactly one sample of each of delays.
-func want(t *testing.T, v *telemetry.Values, name string, delays ...time.Duration) {
+// want asserts that request_latency holds exactly one sample of each of delays.
+func want(t *testing.T, v *telemetry.Values, delays ...time.Duration) {
 	t.Helper()
 	set := telemetry.NewSet(1)
 	var sum time.Duration
 	for _, d := range delays {
-		set.RX(0).Observe(map[string]telemetry.Hist{
-			"wakeup_latency": telemetry.WakeupLatency, "request_latency": telemetry.RequestLatency,
-		}[name], uint64(d))
+		set.RX(0).Observe(telemetry.RequestLatency, uint64(d))
 		sum += d
 	}
 	set.RX(0).Flush()
 	st := set.Snapshot()
-	_, should, _ := latencies(&st.RX, name)
-	if _, have, total := latencies(v, name); !slices.Equal(have, should) || total != sum {
-		t.Errorf("%s of %v: %v in all %v, want %v", name, delays, have, total, should)
+	_, should, _ := latencies(&st.RX)
+	if _, have, total := latencies(v); !slices.Equal(have, should) || total != sum {
+		t.Errorf("latencies of %v: %v in all %v, want %v", delays, have, total, should)
 	}
 }
 
@@ -101,11 +99,11 @@ func TestRequestLatencyIsWhatThePeerTook(t *testing.T) {
 			take(t, rx, 21)
 			put(t, tx, 1, 60)
 			st := p.front.Stats()
-			want(t, &st.TX, "request_latency", d)
+			want(t, &st.TX, d)
 			put(t, tx, 5, 60) // no further sample was asked for
 			take(t, rx, 6)
 			st = p.front.Stats()
-			want(t, &st.TX, "request_latency", d)
+			want(t, &st.TX, d)
 		})
 	}
 }
@@ -131,7 +129,7 @@ func TestRequestLatencyOfASenderThatWaits(t *testing.T) {
 				t.Fatal(err)
 			}
 			st := p.front.Stats() // the request of the first frame was timed
-			want(t, &st.TX, "request_latency", d)
+			want(t, &st.TX, d)
 		})
 	}
 }
@@ -147,7 +145,7 @@ func TestRequestLatencyIsNotIdleness(t *testing.T) {
 		time.Sleep(time.Second)
 		put(t, tx, 1, 60)
 		st := p.front.Stats()
-		want(t, &st.TX, "request_latency")
+		want(t, &st.TX)
 
 		// Nor does it after a wait that ended before the response came.
 		put(t, tx, 254, 60)
@@ -163,7 +161,7 @@ func TestRequestLatencyIsNotIdleness(t *testing.T) {
 		time.Sleep(time.Minute)
 		put(t, tx, 1, 60)
 		st = p.front.Stats()
-		want(t, &st.TX, "request_latency")
+		want(t, &st.TX)
 
 		// The next sample counts.
 		tx.eng.sample()
@@ -173,7 +171,7 @@ func TestRequestLatencyIsNotIdleness(t *testing.T) {
 		take(t, rx, 2)
 		put(t, tx, 1, 60)
 		st = p.front.Stats()
-		want(t, &st.TX, "request_latency", time.Millisecond)
+		want(t, &st.TX, time.Millisecond)
 	})
 }
 
@@ -207,39 +205,10 @@ func TestRequestLatencyOfABackendIsItsOwn(t *testing.T) {
 			put(t, btx, 32, 60)
 			take(t, frx, 32)
 			st := p.back.Stats()
-			want(t, &st.RX, "request_latency", d)
-			want(t, &st.TX, "request_latency", d)
+			want(t, &st.RX, d)
+			want(t, &st.TX, d)
 			st = p.front.Stats()
-			want(t, &st.RX, "request_latency") // a sample would show how long nobody sent
-		})
-	}
-}
-
-func TestWakeupLatencyIsFromTheTickToTheLook(t *testing.T) {
-	for _, d := range delays {
-		virtually(t, plain, Config{}, func(t *testing.T, p *pair) {
-			_, rx := own(t, p.back)
-			tx, _ := own(t, p.front)
-			got := make(chan error, 1)
-			go func() {
-				var f [1]Frame
-				_, err := rx.Receive(f[:])
-				rx.Release(f[:])
-				got <- err
-			}()
-			synctest.Wait() // the half has consumed the event of the bind
-			// This wait is ended by the tick, d before the owner runs.
-			rx.roused.Store(&rousing{rx.waitSeq.Load(), time.Now()})
-			time.Sleep(d)
-			rx.park.Load().wake()
-			synctest.Wait()
-			// The next wait is ended by an event, and is not timed.
-			put(t, tx, 1, 60)
-			if err := <-got; err != nil {
-				t.Fatal(err)
-			}
-			st := p.back.Stats()
-			want(t, &st.RX, "wakeup_latency", d)
+			want(t, &st.RX) // a sample would show how long nobody sent
 		})
 	}
 }
@@ -250,8 +219,8 @@ func (nowhere) Open(telemetry.Info) (telemetry.Mirror, error) {
 	return nil, errors.New("nowhere to mirror")
 }
 
-// The tick ends one wait to time the wake-up, and no other wait until events have come.
-func TestWakeupsAreSampledAfterEvents(t *testing.T) {
+// The tick of an idle device ends no wait, whether the counters are mirrored or not.
+func TestTheTickWakesNoOwner(t *testing.T) {
 	for _, mirrored := range []bool{false, true} {
 		cfg := Config{}
 		if mirrored {
@@ -273,16 +242,11 @@ func TestWakeupsAreSampledAfterEvents(t *testing.T) {
 				l.tick()
 				synctest.Wait()
 			}
-			if n := rx.waitSeq.Load() - parks; mirrored && n != 2 || !mirrored && n != 0 {
+			if n := rx.waitSeq.Load() - parks; n != 0 {
 				t.Errorf("mirrored %v: the tick ended %d waits", mirrored, n/2)
 			}
 			rx.interrupt()
 			<-got
-			st := p.back.Stats()
-			n, _, sum := latencies(&st.RX, "wakeup_latency")
-			if mirrored && n != 1 || !mirrored && n != 0 || sum != 0 {
-				t.Errorf("mirrored %v: %d wake-ups that took %v", mirrored, n, sum)
-			}
 		})
 	}
 }
@@ -317,16 +281,13 @@ func TestAMillionFramesAreNotTimed(t *testing.T) {
 		if n := v.Get(telemetry.Parks); n > 1 {
 			t.Fatalf("%d parks", n)
 		}
-		if n, _, _ := latencies(v, "wakeup_latency"); n != 0 {
-			t.Errorf("%d wake-ups timed", n)
-		}
 	}
 	// Here the sender looks only after each batch is answered, so its samples do not
 	// count; the backend's always do.
-	if n, _, _ := latencies(&sent.TX, "request_latency"); n > ticks {
+	if n, _, _ := latencies(&sent.TX); n > ticks {
 		t.Errorf("%d requests timed of %d asked for", n, ticks)
 	}
-	if n, _, _ := latencies(&received.RX, "request_latency"); n != ticks {
+	if n, _, _ := latencies(&received.RX); n != ticks {
 		t.Errorf("%d batches timed of %d asked for", n, ticks)
 	}
 }
@@ -355,7 +316,7 @@ func TestASampleReadsTheClockAFewTimes(t *testing.T) {
 		w.look(set.TX(0), true)
 		set.TX(0).Flush()
 		st := set.Snapshot()
-		want(t, &st.TX, "request_latency", 1<<20)
+		want(t, &st.TX, 1<<20)
 	})
 }
 

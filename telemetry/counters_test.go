@@ -45,12 +45,10 @@ A stall is seen by the slow tick, which comes once a second: one to two seconds 
 moved last, if calls waited or kept coming meanwhile that need more slots than are free. It is counted
 once, with an event at its begin and one at its end, and has no consequence: no frame is kept for a peer.
 
-The two latencies are sampled, so that the clock is not read for frames. wakeup_latency times the wakes of
-the slow tick, since nobody knows when a peer signalled: where the counters are mirrored, at most once a
-second, and only if the owner has begun to wait again since, so that an idle device sleeps. request_latency times about one request a second: at a frontend, for what it sends, from
-the publish of the request until the sender sees the response, if at least half of that time is known to
-be the peer's; at a backend, both ways, from taking the requests of a batch to the publish of their
-responses. A frontend's rx_request_latency stays empty.
+The times in request_latency are sampled, so that the clock is not read for frames. About one request a second is timed:
+at a frontend, for what it sends, from the publish of the request until the sender sees the response, if at
+least half of that time is known to be the peer's; at a backend, both ways, from taking the requests of a
+batch to the publish of their responses. A frontend's rx_request_latency stays empty.
 `)
 	p.WriteString("\nWord 0 of a block is gen_done, its last word gen_start; see the package documentation.\n")
 	return p.Bytes()

@@ -145,12 +145,6 @@ const (
 	BatchSize                 // frames a poll or Send moved
 	RingOccupancy             // slots in use, observed once per poll
 
-	// WakeupLatency is the time in nanoseconds from waking a waiting owner until it runs:
-	// the scheduler's share. We do not know when the peer notified, so only the slow
-	// tick's wakes are timed. With a mirror the tick wakes waiting owners once a second;
-	// without one it wakes them only to end a wait that lasted too long.
-	WakeupLatency
-
 	// RequestLatency is the time in nanoseconds from a request to its response, for at
 	// most one request a second. A sending frontend measures from the publish of the
 	// request until it sees the response. It counts a time only if at least half of it is
@@ -181,8 +175,7 @@ var shapes = [endHists]shape{
 	FrameSize:      {word: wordHists, shift: 6, last: 11, sum: wordHists + 12},       // 64 to 65536
 	BatchSize:      {word: wordHists + 13, shift: 0, last: 9, sum: wordHists + 23},   // 1 to 256
 	RingOccupancy:  {word: wordHists + 24, shift: 0, last: 9, sum: wordHists + 34},   // 1 to 256
-	WakeupLatency:  {word: wordHists + 35, shift: 10, last: 13, sum: wordHists + 49}, // 1 us to 4 ms
-	RequestLatency: {word: wordHists + 50, shift: 10, last: 13, sum: wordHists + 64}, // 1 us to 4 ms
+	RequestLatency: {word: wordHists + 35, shift: 10, last: 13, sum: wordHists + 49}, // 1 us to 4 ms
 }
 
 // A Field describes one field of a block. The table of all fields is the single source of
@@ -270,7 +263,7 @@ var texts = [wordHists]text{
 	EventsSpurious: {"events_spurious", "events", "signals after which there was nothing to do"},
 	NotifiesSent:   {"notifies_sent", "notifies", "signals sent to the peer"},
 	NotifiesSpared: {"notifies_spared", "notifies", "publishes after which the peer asked for no signal"},
-	RescuedWakeups: {"rescued_wakeups", "wakeups", "times the watchdog found work nobody signalled; 0 on a correct system"},
+	RescuedWakeups: {"rescued_wakeups", "wakeups", "times the watchdog found work nobody signalled; 0 unless the peer floods us with events"},
 	Stalls:         {"stalls", "stalls", "times a sender needed more slots than were free and the peer gave none for a second"},
 	Violations:     {"violations", "violations", "things no correct peer could have done"},
 	GrantOps:       {"grant_ops", "operations", "grant copy operations"},
@@ -303,12 +296,11 @@ var histTexts = [endHists]text{
 	FrameSize:      {"frame_size", "bytes", "frames by size"},
 	BatchSize:      {"batch_size", "frames", "polls and sends by the frames they moved"},
 	RingOccupancy:  {"ring_occupancy", "slots", "polls by the slots in use"},
-	WakeupLatency:  {"wakeup_latency", "nanoseconds", "time from the slow tick's wake of an owner that waits to its look"},
 	RequestLatency: {"request_latency", "nanoseconds", "time to a response, sampled: of the peer to a frontend, of a backend to a batch"},
 }
 
 // LayoutVersion is increased when a change of Fields changes the meaning of a word.
-const LayoutVersion = 3
+const LayoutVersion = 4
 
 // Layout returns a hash of the meaning of every word of a block. A process that reads
 // another's words compares it first.

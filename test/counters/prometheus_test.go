@@ -395,11 +395,6 @@ var ills = []struct {
 	{"an interface that gives no frames", func(_, tx *telemetry.Block) { tx.Add(telemetry.Undelivered, 10) }, []string{"BarevifUndelivered"}},
 	{"copies that fail", func(rx, _ *telemetry.Block) { rx.Add(telemetry.GrantErrors, 1) }, []string{"BarevifGrantErrors"}},
 	{"pages that are kept", func(_, tx *telemetry.Block) { tx.Add(telemetry.PagesQuarantined, 1) }, []string{"BarevifPagesQuarantined"}},
-	{"a slow machine", func(rx, _ *telemetry.Block) {
-		for range 100 {
-			rx.Observe(telemetry.WakeupLatency, 5_000_000)
-		}
-	}, []string{"BarevifSlowWakeups"}},
 	{"every reason there is", func(rx, tx *telemetry.Block) {
 		for _, b := range []*telemetry.Block{rx, tx} {
 			for r := telemetry.DropDisconnected; r <= telemetry.DropBackendError; r++ {
@@ -579,7 +574,7 @@ func TestPrometheusDrawsAndAlerts(t *testing.T) {
 		}
 	}
 	for vif, raised := range p.firing() {
-		if raised = slices.DeleteFunc(raised, machines); vif != dead && len(raised) > 0 {
+		if vif != dead && len(raised) > 0 {
 			t.Errorf("%s: %v", vif, raised)
 		}
 	}
@@ -626,8 +621,7 @@ func TestPrometheusDrawsAndAlerts(t *testing.T) {
 	raised := func() (complaints []string) {
 		have := p.firing()
 		for vif, alerts := range want {
-			own := func(a string) bool { return machines(a) && !slices.Contains(alerts, a) }
-			if got := slices.DeleteFunc(have[vif], own); !slices.Equal(got, alerts) {
+			if got := have[vif]; !slices.Equal(got, alerts) {
 				complaints = append(complaints, fmt.Sprintf("%s: %v, want %v", vif, got, alerts))
 			}
 		}
@@ -676,9 +670,6 @@ func TestPrometheusDrawsAndAlerts(t *testing.T) {
 		}
 	}
 }
-
-// machines are alerts that a busy machine may raise of a healthy device.
-func machines(alert string) bool { return alert == "BarevifSlowWakeups" }
 
 // judged complains of rules Prometheus has not evaluated, or not without an error.
 func (p *prometheus) judged(alerts []rule) (complaints []string) {

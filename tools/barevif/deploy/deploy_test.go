@@ -294,7 +294,6 @@ func dashboard() object {
 			both("sum by (vif) ("+rate("barevif_DIR_batch_size_frames_sum")+") / sum by (vif) ("+rate("barevif_DIR_batch_size_frames_count")+")", "")),
 		panel("Signals", "ops", "Sent to the peer, and spared because it was awake.",
 			append(both(sum("barevif_DIR_notifies_sent_total"), " sent"), both(sum("barevif_DIR_notifies_spared_total"), " spared")...)),
-		panel("Wake-up, 99th percentile", "s", "From signal to poll, sampled.", both(quantile("barevif_DIR_wakeup_latency_nanoseconds_bucket"), "")),
 		panel("Request to response, 99th percentile", "s", "Sampled.", both(quantile("barevif_DIR_request_latency_nanoseconds_bucket"), "")),
 		panel("What should not happen", "short", "All 0 on a correct system with a correct peer.", events),
 		panel("Free buffers", "short", "At 0 the program holds them all and frames are lost.", both("sum by (vif) (barevif_DIR_buffers_free"+of+")", "")),

@@ -10,7 +10,7 @@ import (
 
 // Version is increased when a name below changes its meaning or is removed. New names may
 // be added without that.
-const Version = 2
+const Version = 3
 
 // JSON is the form of a look, as "barevif stat --json" and the page's endpoint return it.
 // Names are those of COUNTERS.md with their direction: "rx_packets".
