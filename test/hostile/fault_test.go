@@ -23,28 +23,26 @@ import (
 // MSA02, XSA-396: a page whose grant could not be ended is never used again.
 func TestT18BackendKeepsRingsMapped(t *testing.T) {
 	l := newLab(t, emu.Config{})
-	h := l.lure(pvnet.Config{})
-	h.works()
+	drv := l.attackFrontend(pvnet.Config{})
+	drv.requireTraffic()
 	for round := range 3 {
-		kept := h.Back
-		h.state("5")
-		l.await(h.v.FrontDir()+"/state", "6")
-		h.state("6") // a lie: the backend keeps the rings mapped
-		l.await(h.v.FrontDir()+"/state", "1")
+		kept := drv.Back
+		drv.setState("5")
+		drv.awaitFrontend("6")
+		drv.setState("6") // a lie: the backend keeps the rings mapped
+		drv.awaitFrontend("1")
 		if q := l.Ledger().Quarantined; q != 2 {
 			t.Errorf("%d pages in quarantine, want 2", q)
 		}
 		if n := l.log.count(slog.LevelWarn); n != round+1 || !strings.Contains(l.log.String(), "quarantined") {
 			t.Errorf("%d warnings\n%s", n, l.log)
 		}
-		h.refs = nil
-		h.offer()
-		eventually(t, "the link", func() bool { return h.dev.Budget() != (pvnet.Budget{}) })
+		drv.reconnect()
 		for i := range kept.Tx.Bytes() { // the peer can still write the page, which must have no effect
 			kept.Tx.Bytes()[i], kept.Rx.Bytes()[i] = 0xff, 0xff
 		}
 		kept.TxPort.Notify()
-		h.works()
+		drv.requireTraffic()
 		if err := kept.Close(); err != nil {
 			t.Error(err)
 		}
@@ -52,34 +50,26 @@ func TestT18BackendKeepsRingsMapped(t *testing.T) {
 			t.Errorf("%d pages in quarantine after they were let go", q)
 		}
 	}
-	h.leave()
+	drv.disconnect()
 }
 
 func TestT18GrantsThatNeverEnd(t *testing.T) {
 	l := newLab(t, emu.Config{})
 	l.Dirty = true
-	h := l.lure(pvnet.Config{})
-	h.works()
-	shared := h.dev.Budget().SharedPages
+	drv := l.attackFrontend(pvnet.Config{})
+	drv.requireTraffic()
+	shared := drv.dev.Budget().SharedPages
 	lift := l.guest.Fail(emu.Fault{Op: emu.OpEnd, Times: -1})
-	h.state("5")
-	l.await(h.v.FrontDir()+"/state", "6")
-	if err := h.Close(); err != nil {
-		t.Error(err)
-	}
-	h.state("6")
-	l.await(h.v.FrontDir()+"/state", "1")
+	drv.closeHandshake()
 	if q := l.Ledger().Quarantined; q != shared {
 		t.Errorf("%d pages in quarantine, want %d", q, shared)
 	}
 	lift()
-	h.refs = nil
-	h.offer()
-	eventually(t, "the link", func() bool { return h.dev.Budget() != (pvnet.Budget{}) })
-	h.works()
-	h.base.Quarantined = shared
-	h.base.Pages += l.Ledger().Pages - h.dev.Budget().SharedPages - 512 // the emulator counts these pages so
-	h.leave()
+	drv.reconnect()
+	drv.requireTraffic()
+	drv.before.Quarantined = shared
+	drv.before.Pages += l.Ledger().Pages - drv.dev.Budget().SharedPages - 512 // the emulator counts these pages so
+	drv.disconnect()
 }
 
 // After a failed open the ledger is the same as without the attempt.
@@ -93,36 +83,30 @@ func TestT30EveryCallFailsOnceDuringConnect(t *testing.T) {
 	for name, op := range ops {
 		for k := 1; k <= 4; k++ {
 			for _, failure := range failures {
-				v := l.vif()
+				v := l.addVif()
 				base := l.Ledger()
 				lift := l.guest.Fail(emu.Fault{Op: op, K: k, Err: failure})
-				l.write(l.dc, v.BackDir(), raw.BackKeys(), "2")
+				l.write(l.drvStore, v.BackDir(), raw.BackKeys(), "2")
 				c, cancel := context.WithTimeout(context.Background(), 5*time.Second)
-				done := make(chan error, 1)
-				var d *pvnet.Device
-				go func() {
-					var err error
-					d, err = pvnet.Connect(c, l.guest, fmt.Sprint(v.ID), pvnet.Config{})
-					done <- err
-				}()
-				if s := l.awaitOr(v.FrontDir()+"/state", done, "4"); s == "4" {
-					l.write(l.dc, v.BackDir(), nil, "4") // it got as far as Connected
+				front := l.startConnect(c, v, pvnet.Config{})
+				if s := l.awaitOr(v.FrontDir()+"/state", front.done, "4"); s == "4" {
+					l.write(l.drvStore, v.BackDir(), nil, "4") // it got as far as Connected
 				}
-				err := wait(t, done)
+				err := wait(t, front.done)
 				lift()
 				cancel()
 				if err == nil {
-					l.write(l.dc, v.BackDir(), nil, "5")
-					go d.Disconnect()
+					l.write(l.drvStore, v.BackDir(), nil, "5")
+					go front.dev.Disconnect()
 					l.await(v.FrontDir()+"/state", "6")
-					l.write(l.dc, v.BackDir(), nil, "6")
-					wait(t, d.Done())
+					l.write(l.drvStore, v.BackDir(), nil, "6")
+					wait(t, front.dev.Done())
 				} else if !errors.Is(err, failure) {
 					t.Errorf("%s %d, %v: %v", name, k, failure, err)
 				}
-				l.write(l.dc, v.BackDir(), nil, "6")
+				l.write(l.drvStore, v.BackDir(), nil, "6")
 				eventually(t, "everything back", func() bool { return l.Ledger() == base })
-				l.remove(v)
+				l.removeVif(v)
 			}
 		}
 	}
@@ -143,9 +127,8 @@ func (l *lab) awaitOr(path string, done chan error, value string) (s string) {
 }
 
 func TestT30EveryCallFailsOnceDuringServe(t *testing.T) {
-	l := newLab(t, emu.Config{})
-	l.serve(pvnet.ServeConfig{})
-	honest := l.attack()
+	l := newServingLab(t)
+	honest := l.attackBackend()
 	for name, op := range map[string]emu.Op{
 		"Memory": emu.OpMemory, "Map": emu.OpMap, "Waiter": emu.OpWaiter, "Bind": emu.OpBind,
 	} {
@@ -156,36 +139,35 @@ func TestT30EveryCallFailsOnceDuringServe(t *testing.T) {
 				if f.Err == nil && op != emu.OpMap {
 					continue
 				}
-				g := l.knock()
+				g := l.newGuest()
 				before := l.Ledger()
 				f.Op, f.K = op, k
 				lift := l.drv.Fail(f)
-				l.write(l.gc, g.v.FrontDir(), g.Keys(), "4")
-				s := l.await(g.v.BackDir()+"/state", "4", "5")
+				l.write(l.guestStore, g.v.FrontDir(), g.Keys(), "4")
+				s := g.awaitBackend("4", "5")
 				lift()
 				if s == "4" { // there is no kth call
-					up(t, g.dev)
+					waitLinkUp(t, g.dev)
 					g.sink = listen(g.dev)
-					g.works()
-					g.leave()
+					g.requireTraffic()
+					g.disconnect()
 					continue
 				}
 				if now := l.Ledger(); now != before {
 					t.Errorf("%s %d: it holds %+v, before: %+v", name, k, now, before)
 				}
-				g.retry()
+				g.retryAfterRefusal()
 			}
 		}
 	}
-	honest.works()
-	honest.leave()
+	honest.requireTraffic()
+	honest.disconnect()
 }
 
 // A failed grant copy costs its frame.
 func TestT30CopiesThatFail(t *testing.T) {
-	l := newLab(t, emu.Config{})
-	l.serve(pvnet.ServeConfig{})
-	g := l.attack()
+	l := newServingLab(t)
+	g := l.attackBackend()
 	reqs, want := g.chain(0, 100, 200, 300)
 	for k := 1; k <= 3; k++ {
 		for _, st := range []hypercall.Status{hypercall.GeneralError, hypercall.BadGntref, hypercall.TryAgain, hypercall.BadCopyArg} {
@@ -218,12 +200,12 @@ func TestT30CopiesThatFail(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	rsp, err := g.Received(3, soon())
+	rsp, err := g.Received(3, deadline())
 	if err != nil || rsp[0].Status != raw.Error || rsp[1].Status != raw.Error || rsp[2].Status != 77 {
 		t.Errorf("%+v, %v", rsp, err)
 	}
-	g.works()
-	g.leave()
+	g.requireTraffic()
+	g.disconnect()
 	if l.log.count(slog.LevelError)+l.log.count(slog.LevelWarn) != 0 {
 		t.Error(l.log)
 	}
@@ -231,9 +213,8 @@ func TestT30CopiesThatFail(t *testing.T) {
 
 // The tick finds work for which a notification failed.
 func TestT30NotifiesThatFail(t *testing.T) {
-	l := newLab(t, emu.Config{})
-	l.serve(pvnet.ServeConfig{})
-	g := l.attack()
+	l := newServingLab(t)
+	g := l.attackBackend()
 	lift := l.drv.Fail(emu.Fault{Op: emu.OpNotify, Times: -1, Err: syscall.EBADF})
 	g.Post(1)
 	if _, err := g.dev.Write(pattern(60, 0)); err != nil {
@@ -241,50 +222,45 @@ func TestT30NotifiesThatFail(t *testing.T) {
 	}
 	lift()
 	g.Received(1, time.Now())
-	g.leave()
+	g.disconnect()
 }
 
 func TestT31NoGrants(t *testing.T) {
 	for _, grants := range []int{1, 2, 63, 64, 65, 66} {
 		l := newLab(t, emu.Config{Grants: grants})
-		v := l.vif()
-		l.write(l.dc, v.BackDir(), raw.BackKeys(), "2")
+		v := l.addVif()
+		l.write(l.drvStore, v.BackDir(), raw.BackKeys(), "2")
 		base := l.Ledger()
 		c, cancel := context.WithTimeout(context.Background(), time.Second)
-		done := make(chan error, 1)
-		var d *pvnet.Device
-		go func() {
-			var err error
-			d, err = pvnet.Connect(c, l.guest, "0", pvnet.Config{})
-			done <- err
-		}()
-		if s := l.awaitOr(v.FrontDir()+"/state", done, "4"); s == "4" {
+		front := l.startConnect(c, v, pvnet.Config{})
+		if s := l.awaitOr(v.FrontDir()+"/state", front.done, "4"); s == "4" {
 			if grants < 66 {
 				t.Errorf("%d grants: Connected was written, with nothing attached", grants)
 			}
-			l.write(l.dc, v.BackDir(), nil, "4")
+			l.write(l.drvStore, v.BackDir(), nil, "4")
 		}
-		err := wait(t, done)
+		err := wait(t, front.done)
 		cancel()
 		if (err == nil) != (grants >= 66) || err != nil && !errors.Is(err, hypercall.ErrNoGrants) {
 			t.Errorf("%d grants: %v", grants, err)
 		}
-		l.write(l.dc, v.BackDir(), nil, "6")
+		l.write(l.drvStore, v.BackDir(), nil, "6")
 		if err == nil {
-			d.Disconnect()
+			front.dev.Disconnect()
 		}
 		eventually(t, "everything back", func() bool { return l.Ledger() == base })
-		l.remove(v)
+		l.removeVif(v)
 	}
 }
 
-func TestT33LostEventIsFoundByTheTick(t *testing.T) { virtually(t, testT33LostEventIsFoundByTheTick) }
+func TestT33LostEventIsFoundByTheTick(t *testing.T) {
+	inVirtualTime(t, testT33LostEventIsFoundByTheTick)
+}
 
 func testT33LostEventIsFoundByTheTick(t *testing.T) {
-	l := newLab(t, emu.Config{})
-	l.serve(pvnet.ServeConfig{})
-	g := l.attack()
-	g.works()
+	l := newServingLab(t)
+	g := l.attackBackend()
+	g.requireTraffic()
 	eventually(t, "the device rests", func() bool {
 		st := g.dev.Stats()
 		return st.RX.Get(telemetry.Parks) >= 2 && g.Tx.Load(raw.ReqEvent) == g.TxProd+1
@@ -294,9 +270,7 @@ func testT33LostEventIsFoundByTheTick(t *testing.T) {
 	start := time.Now()
 	g.Put(g.Req(0, 0, 60, 0).Words())
 	g.Push()
-	if _, err := g.Answers(1, soon()); err != nil {
-		t.Fatal(err)
-	}
+	g.awaitAnswers(1)
 	lift()
 	if d := time.Since(start); d > 2500*time.Millisecond {
 		t.Errorf("found after %v", d)
@@ -305,26 +279,25 @@ func testT33LostEventIsFoundByTheTick(t *testing.T) {
 		st := g.dev.Stats()
 		return st.RX.Get(telemetry.RescuedWakeups) == 1
 	})
-	g.works()
-	g.leave()
+	g.requireTraffic()
+	g.disconnect()
 }
 
 // XSA-322: a domid is not an identity.
 func TestT27DomainDiesAndItsNumberComesAgain(t *testing.T) {
-	l := newLab(t, emu.Config{})
-	l.serve(pvnet.ServeConfig{})
+	l := newServingLab(t)
 	for range 4 {
-		g := l.attack()
-		g.works()
+		g := l.attackBackend()
+		g.requireTraffic()
 		g.Put(g.Req(1, 0, 60, 0).Words(), g.Req(2, 0, 60, 0).Words())
 		g.Push()
-		l.gc.Close()
+		l.guestStore.Close()
 		if err := l.Destroy(frontID); err != nil {
 			t.Fatal(err)
 		}
 		l.guest = l.domain(frontID)
-		l.gc = l.client(l.guest)
-		l.remove(g.v)
+		l.guestStore = l.client(l.guest)
+		l.removeVif(g.v)
 		wait(t, g.dev.Done())
 		wait(t, g.sink.ended)
 		g.Front.Close()
@@ -332,9 +305,9 @@ func TestT27DomainDiesAndItsNumberComesAgain(t *testing.T) {
 			t.Errorf("%+v", n)
 		}
 	}
-	g := l.attack()
-	g.works()
-	g.leave()
+	g := l.attackBackend()
+	g.requireTraffic()
+	g.disconnect()
 }
 
 // The backend's domain dies at any moment, and another takes its place.
@@ -345,24 +318,23 @@ func TestT29BackendDomainDiesAtAnyMoment(t *testing.T) {
 	if testing.Short() {
 		rounds = 10
 	}
-	h := l.lure(pvnet.Config{})
+	drv := l.attackFrontend(pvnet.Config{})
 	for i := range rounds {
 		// The connection gets less far each round: with traffic, then through less of the
 		// handshake.
 		if i > 0 {
-			l.ids = 0
-			h.v, h.refs = l.vif(), nil
+			l.nextVif = 0
+			drv.v = l.addVif()
 			at := i % 4
 			if at > 0 {
-				l.write(l.dc, h.v.BackDir(), raw.BackKeys(), "2")
+				l.write(l.drvStore, drv.v.BackDir(), raw.BackKeys(), "2")
 			}
 			if at > 1 {
-				l.await(h.v.FrontDir()+"/state", "4")
+				drv.awaitFrontend("4")
 			}
 			if at > 2 {
-				h.offer()
-				eventually(t, "the link", func() bool { return h.dev.Budget() != (pvnet.Budget{}) })
-				h.works()
+				drv.reconnect()
+				drv.requireTraffic()
 			}
 		}
 		stop, moved := make(chan struct{}), make(chan struct{})
@@ -374,20 +346,20 @@ func TestT29BackendDomainDiesAtAnyMoment(t *testing.T) {
 					return
 				default:
 				}
-				h.dev.SetWriteDeadline(time.Now().Add(5 * time.Millisecond))
-				h.dev.Write(pattern(60, 0))
+				drv.dev.SetWriteDeadline(time.Now().Add(5 * time.Millisecond))
+				drv.dev.Write(pattern(60, 0))
 			}
 		}()
 		time.Sleep(time.Duration(rng.IntN(4000)) * time.Microsecond)
-		l.dc.Close()
+		l.drvStore.Close()
 		if err := l.Destroy(backID); err != nil {
 			t.Fatal(err)
 		}
-		h.Close()
+		drv.Close()
 		l.drv = l.domain(backID)
-		l.dc = l.client(l.drv)
-		l.write(l.tools, h.v.BackDir(), nil, "6") // its toolstack cleans up
-		l.remove(h.v)
+		l.drvStore = l.client(l.drv)
+		l.write(l.tools, drv.v.BackDir(), nil, "6") // its toolstack cleans up
+		l.removeVif(drv.v)
 		close(stop)
 		wait(t, moved)
 		eventually(t, "everything back", func() bool {
@@ -395,13 +367,12 @@ func TestT29BackendDomainDiesAtAnyMoment(t *testing.T) {
 			return now.Grants == 0 && now.Ports == 0 && now.Quarantined == 0
 		})
 	}
-	l.ids = 0
-	h.v, h.refs = l.vif(), nil
-	h.offer()
-	eventually(t, "the link", func() bool { return h.dev.Budget() != (pvnet.Budget{}) })
-	h.dev.SetWriteDeadline(time.Time{})
-	h.works()
-	h.leave()
+	l.nextVif = 0
+	drv.v = l.addVif()
+	drv.reconnect()
+	drv.dev.SetWriteDeadline(time.Time{})
+	drv.requireTraffic()
+	drv.disconnect()
 }
 
 // A connect gives everything back, whichever step fails: with the rx pages posted, with
@@ -410,10 +381,10 @@ func TestT30ConnectFailsAfterPagesWerePosted(t *testing.T) {
 	l := newLab(t, emu.Config{})
 	try := func(what string, queues string, prepare func(v toolstack.Vif) (undo func())) {
 		t.Helper()
-		v := l.vif()
+		v := l.addVif()
 		keys := raw.BackKeys()
 		keys["multi-queue-max-queues"] = queues
-		l.write(l.dc, v.BackDir(), keys, "2")
+		l.write(l.drvStore, v.BackDir(), keys, "2")
 		base := l.Ledger()
 		undo := prepare(v)
 		d, err := pvnet.Connect(ctx(t), l.guest, fmt.Sprint(v.ID), pvnet.Config{Queues: 2})
@@ -425,8 +396,8 @@ func TestT30ConnectFailsAfterPagesWerePosted(t *testing.T) {
 		if now := l.Ledger(); now != base {
 			t.Errorf("%s: it holds %+v, before: %+v (%v)", what, now, base, err)
 		}
-		l.write(l.dc, v.BackDir(), nil, "6")
-		l.remove(v)
+		l.write(l.drvStore, v.BackDir(), nil, "6")
+		l.removeVif(v)
 	}
 	try("publish", "1", func(v toolstack.Vif) func() {
 		path := v.FrontDir() + "/request-rx-copy"

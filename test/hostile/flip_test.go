@@ -24,38 +24,32 @@ import (
 // A peer that reads the pages we share with it finds only what was sent to it, and zeros.
 func TestT19OnlyWhatWasSentIsThere(t *testing.T) {
 	l := newLab(t, emu.Config{})
-	h := l.lure(pvnet.Config{})
+	drv := l.attackFrontend(pvnet.Config{})
 	const ours, theirs = 0xa5, 0x5a // every byte of a frame from us, and of one to us
 	for round := range 2 {
 		rng := rand.New(rand.NewPCG(7, uint64(round)))
 		for i := range 300 {
 			n := 14 + rng.IntN(9000)
-			if _, err := h.dev.Write(bytes.Repeat([]byte{ours}, n)); err != nil {
+			if _, err := drv.dev.Write(bytes.Repeat([]byte{ours}, n)); err != nil {
 				t.Fatal(err)
 			}
 			for left := n; left > 0; {
-				reqs, err := h.Requests(1, soon())
-				if err != nil {
-					t.Fatal(err)
-				}
+				reqs := drv.awaitRequests(1)
 				r := reqs[0]
 				size := int(r.Size)
 				if left == n {
 					rest := 0
 					for more := r.Flags&raw.TxMore != 0; more; {
-						next, err := h.Requests(1, soon())
-						if err != nil {
-							t.Fatal(err)
-						}
+						next := drv.awaitRequests(1)
 						rest += int(next[0].Size)
 						more = next[0].Flags&raw.TxMore != 0
-						h.Answer(raw.TxRsp{ID: next[0].ID})
+						drv.Answer(raw.TxRsp{ID: next[0].ID})
 					}
 					size -= rest
 					left -= rest
 				}
 				page := make([]byte, 4096)
-				if err := h.Read(hypercall.GrantRef(r.Ref), 0, page); err != nil {
+				if err := drv.Read(hypercall.GrantRef(r.Ref), 0, page); err != nil {
 					t.Fatal(err)
 				}
 				for at, c := range page {
@@ -65,63 +59,52 @@ func TestT19OnlyWhatWasSentIsThere(t *testing.T) {
 					}
 				}
 				left -= size
-				h.Answer(raw.TxRsp{ID: r.ID})
+				drv.Answer(raw.TxRsp{ID: r.ID})
 			}
-			h.take(3)
+			drv.awaitPosted(3)
 			k := 14 + rng.IntN(4000)
-			h.deliver(h.slot(uint16(rng.IntN(4096-k)), 0, bytes.Repeat([]byte{theirs}, k)))
-			wait(t, h.sink.frames)
+			drv.deliverSlots(drv.fillSlot(uint16(rng.IntN(4096-k)), 0, bytes.Repeat([]byte{theirs}, k)))
+			wait(t, drv.sink.frames)
 		}
-		for at, c := range h.Tx.Bytes()[16:raw.Slots] {
-			if c != 0 || h.Rx.Bytes()[16+at] != 0 {
+		for at, c := range drv.Tx.Bytes()[16:raw.Slots] {
+			if c != 0 || drv.Rx.Bytes()[16+at] != 0 {
 				t.Errorf("byte %d of a ring page is %#x", 16+at, c)
 			}
 		}
 		for at := raw.Slots + raw.Size*12; at < 4096; at++ {
-			if h.Tx.Bytes()[at] != 0 {
-				t.Errorf("byte %d behind the slots is %#x", at, h.Tx.Bytes()[at])
+			if drv.Tx.Bytes()[at] != 0 {
+				t.Errorf("byte %d behind the slots is %#x", at, drv.Tx.Bytes()[at])
 			}
 		}
 		for i := range uint32(raw.Size) { // whole requests are defined, including padding
-			if w := h.Rx.Get(h.RxCons + i); w[0]>>16 != 0 && h.Rx.Load(raw.ReqProd)-h.RxCons > i {
+			if w := drv.Rx.Get(drv.RxCons + i); w[0]>>16 != 0 && drv.Rx.Load(raw.ReqProd)-drv.RxCons > i {
 				t.Errorf("rx request %d has padding %#x", i, w[0]>>16)
 			}
 		}
 		if round == 0 { // the next connection's pages hold nothing of this one
-			h.state("5")
-			l.await(h.v.FrontDir()+"/state", "6")
-			if err := h.Close(); err != nil {
-				t.Fatal(err)
-			}
-			h.state("6")
-			l.await(h.v.FrontDir()+"/state", "1")
-			h.refs = nil
-			h.offer()
-			eventually(t, "the link", func() bool { return h.dev.Budget() != (pvnet.Budget{}) })
+			drv.closeHandshake()
+			drv.reconnect()
 		}
 	}
-	h.leave()
+	drv.disconnect()
 }
 
 // XSA-216: whole responses are defined, and a page that the guest posted gets the frame's
 // bytes and no others.
 func TestT19ResponsesAndPostedPages(t *testing.T) {
-	l := newLab(t, emu.Config{})
-	l.serve(pvnet.ServeConfig{})
-	g := l.attack()
+	l := newServingLab(t)
+	g := l.attackBackend()
 	for i := range g.Rx.Bytes()[raw.Slots:] {
 		g.Rx.Bytes()[raw.Slots+i], g.Tx.Bytes()[raw.Slots+i] = 0xee, 0xee
 	}
 	reqs, want := g.chain(raw.TxExtra, 100, 100)
 	g.Put(reqs[0].Words(), raw.Extra{Type: 4, Flags: 0, Body: [6]byte{1, 2, 3, 4, 5, 6}}.Words(), reqs[1].Words())
 	g.Push()
-	rsp, err := g.Answers(3, soon())
+	rsp, err := g.Answers(3, deadline())
 	if err != nil || rsp[1] != (raw.TxRsp{ID: 0, Status: raw.Null}) {
 		t.Errorf("%v, %v", rsp, err)
 	}
-	if got := wait(t, g.sink.frames); !bytes.Equal(got, want) {
-		t.Error("other bytes")
-	}
+	g.sink.requireFrame(t, want)
 	for _, n := range []int{14, 15, 60, 1514, 4095, 4096, 4097, 5000, 9000} {
 		slots := (n + 4095) / 4096
 		for i := range 32 {
@@ -133,10 +116,7 @@ func TestT19ResponsesAndPostedPages(t *testing.T) {
 		if _, err := g.dev.Write(frame); err != nil {
 			t.Fatal(err)
 		}
-		in, err := g.Received(slots, soon())
-		if err != nil {
-			t.Fatal(err)
-		}
+		in := g.awaitReceived(slots)
 		for i, r := range in {
 			k := min(n-i*4096, 4096)
 			want := raw.RxRsp{ID: uint16(g.RxProd-uint32(slots)+uint32(i)) % raw.Size, Status: int16(k)}
@@ -149,12 +129,12 @@ func TestT19ResponsesAndPostedPages(t *testing.T) {
 			}
 		}
 	}
-	g.leave()
+	g.disconnect()
 }
 
-// flip rewrites words of r until stop is closed: slots, and own indices once in rate
+// corruptRing rewrites words of r until stop is closed: slots, and own indices once in rate
 // times; 0 means never.
-func flip(r raw.Ring, pages []byte, prod, rate int, seed uint64, stop chan struct{}, wg *sync.WaitGroup) {
+func corruptRing(r raw.Ring, pages []byte, prod, rate int, seed uint64, stop chan struct{}, wg *sync.WaitGroup) {
 	wg.Go(func() {
 		rng := rand.New(rand.NewPCG(seed, 9))
 		for n := 0; ; n++ {
@@ -185,7 +165,7 @@ func flip(r raw.Ring, pages []byte, prod, rate int, seed uint64, stop chan struc
 	})
 }
 
-func spell(t *testing.T) time.Duration {
+func attackTime(t *testing.T) time.Duration {
 	if testing.Short() {
 		return 300 * time.Millisecond
 	}
@@ -197,14 +177,14 @@ func spell(t *testing.T) time.Duration {
 func TestT20FrontendRewritesEverything(t *testing.T) {
 	l := newLab(t, emu.Config{Mapped: true})
 	l.serve(pvnet.ServeConfig{})
-	honest := l.attack()
-	deaths := 0
-	for end, seed := time.Now().Add(spell(t)), uint64(1); time.Now().Before(end); seed++ {
-		g := l.attack()
+	honest := l.attackBackend()
+	violations := 0
+	for end, seed := time.Now().Add(attackTime(t)), uint64(1); time.Now().Before(end); seed++ {
+		g := l.attackBackend()
 		stop := make(chan struct{})
 		var wg sync.WaitGroup
-		flip(g.Tx, g.Pages.Bytes(), raw.ReqProd, int(seed%3)*500, seed, stop, &wg)
-		flip(g.Rx, g.Posted.Bytes(), raw.ReqProd, int(seed%2)*900, seed+1000, stop, &wg)
+		corruptRing(g.Tx, g.Pages.Bytes(), raw.ReqProd, int(seed%3)*500, seed, stop, &wg)
+		corruptRing(g.Rx, g.Posted.Bytes(), raw.ReqProd, int(seed%2)*900, seed+1000, stop, &wg)
 		for i := 0; i < 300; i++ {
 			select {
 			case <-g.dev.Done():
@@ -225,26 +205,23 @@ func TestT20FrontendRewritesEverything(t *testing.T) {
 		}
 		close(stop)
 		wg.Wait()
-		honest.works()
-		g.state("5")
-		l.await(g.v.BackDir()+"/state", "5", "6")
-		g.state("6")
-		l.await(g.v.BackDir()+"/state", "6")
-		if n := l.log.count(slog.LevelError); n > deaths {
-			deaths = n
+		honest.requireTraffic()
+		g.closeHandshake()
+		if n := l.log.count(slog.LevelError); n > violations {
+			violations = n
 		}
-		g.gone()
+		g.removeVif()
 	}
-	honest.works()
-	honest.leave()
-	t.Logf("%d devices ended", deaths)
+	honest.requireTraffic()
+	honest.disconnect()
+	t.Logf("%d devices ended", violations)
 }
 
 func TestT20BackendRewritesEverything(t *testing.T) {
 	l := newLab(t, emu.Config{Mapped: true})
-	for end, seed := time.Now().Add(spell(t)), uint64(1); time.Now().Before(end); seed++ {
-		h := l.lure(pvnet.Config{LendRx: seed%2 == 0})
-		refs, err := h.Posted(raw.Size, soon())
+	for end, seed := time.Now().Add(attackTime(t)), uint64(1); time.Now().Before(end); seed++ {
+		drv := l.attackFrontend(pvnet.Config{LendRx: seed%2 == 0})
+		refs, err := drv.Posted(raw.Size, deadline())
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -254,15 +231,15 @@ func TestT20BackendRewritesEverything(t *testing.T) {
 		}
 		stop := make(chan struct{})
 		var wg sync.WaitGroup
-		flip(h.Tx, pages.Bytes(), raw.RspProd, int(seed%3)*500, seed, stop, &wg)
-		flip(h.Rx, pages.Bytes(), raw.RspProd, int(seed%2)*900, seed+1000, stop, &wg)
+		corruptRing(drv.Tx, pages.Bytes(), raw.RspProd, int(seed%3)*500, seed, stop, &wg)
+		corruptRing(drv.Rx, pages.Bytes(), raw.RspProd, int(seed%2)*900, seed+1000, stop, &wg)
 		for i := range 300 {
 			for range 3 {
-				h.PutRx(raw.RxRsp{ID: uint16(h.RxProd), Offset: 4, Status: 200}.Words())
+				drv.PutRx(raw.RxRsp{ID: uint16(drv.RxProd), Offset: 4, Status: 200}.Words())
 			}
-			h.PushRx()
-			h.dev.SetWriteDeadline(time.Now().Add(time.Millisecond))
-			if _, err := h.dev.Write(pattern(5000, i)); err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+			drv.PushRx()
+			drv.dev.SetWriteDeadline(time.Now().Add(time.Millisecond))
+			if _, err := drv.dev.Write(pattern(5000, i)); err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
 				break
 			}
 		}
@@ -271,9 +248,9 @@ func TestT20BackendRewritesEverything(t *testing.T) {
 		if err := pages.Release(); err != nil {
 			t.Error(err)
 		}
-		go h.dev.Disconnect()
-		l.await(h.v.FrontDir()+"/state", "5")
-		h.gone()
+		go drv.dev.Disconnect()
+		drv.awaitFrontend("5")
+		drv.finishClose()
 	}
 }
 
@@ -288,13 +265,13 @@ func TestT26DisconnectUnderLoad(t *testing.T) {
 	l.serve(pvnet.ServeConfig{})
 	for i := range cycles {
 		base := l.Ledger()
-		v := l.vif()
+		v := l.addVif()
 		front, err := pvnet.Connect(ctx(t), l.guest, fmt.Sprint(v.ID), pvnet.Config{})
 		if err != nil {
 			t.Fatal(err)
 		}
 		back := wait(t, l.devs)
-		up(t, back)
+		waitLinkUp(t, back)
 		stop := make(chan struct{})
 		var wg sync.WaitGroup
 		for _, d := range []*pvnet.Device{front, back} {
@@ -346,21 +323,21 @@ func TestT26DisconnectUnderLoad(t *testing.T) {
 		now := l.Ledger() // Serve has a connection by now, and its presence
 		base.Connections, base.Ports, base.Waiters = now.Connections, 1, 1
 		eventually(t, "everything back", func() bool { return l.Ledger() == base })
-		l.remove(v)
+		l.removeVif(v)
 	}
 }
 
 // T38: the worst behaviour of a guest while others work.
-func TestT38OneHostileOfMany(t *testing.T) { virtually(t, testT38OneHostileOfMany) }
+func TestT38OneHostileOfMany(t *testing.T) { inVirtualTime(t, testT38OneHostileOfMany) }
 
 func testT38OneHostileOfMany(t *testing.T) {
 	l := newLab(t, emu.Config{Grants: 2048})
 	l.serve(pvnet.ServeConfig{Config: pvnet.Config{Buffers: 64}})
 	var honest []*guest
 	for range 8 {
-		honest = append(honest, l.attack())
+		honest = append(honest, l.attackBackend())
 	}
-	g := l.attack()
+	g := l.attackBackend()
 	stop, ended := make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(ended)
@@ -380,7 +357,7 @@ func testT38OneHostileOfMany(t *testing.T) {
 				g.Put(reqs[i].Words())
 			}
 			g.Push()
-			if _, err := g.Answers(len(reqs), soon()); err != nil {
+			if _, err := g.Answers(len(reqs), deadline()); err != nil {
 				t.Error(err)
 				return
 			}
@@ -394,7 +371,7 @@ func testT38OneHostileOfMany(t *testing.T) {
 	for range 50 {
 		for _, h := range honest {
 			start := time.Now()
-			h.works()
+			h.requireTraffic()
 			worst = max(worst, time.Since(start))
 		}
 	}
@@ -404,11 +381,11 @@ func testT38OneHostileOfMany(t *testing.T) {
 		t.Errorf("a neighbour waited %v", worst)
 	}
 	g.sink.drain(t)
-	g.base.Grants, g.base.Pages = l.Ledger().Grants, 0
-	g.works()
+	g.before.Grants, g.before.Pages = l.Ledger().Grants, 0
+	g.requireTraffic()
 	for i := range honest {
 		h := honest[len(honest)-1-i]
-		h.base = emu.Ledger{}
+		h.before = emu.Ledger{}
 	}
 	l.closeAll(append(honest, g))
 }
@@ -417,11 +394,8 @@ func testT38OneHostileOfMany(t *testing.T) {
 func (l *lab) closeAll(all []*guest) {
 	l.t.Helper()
 	for _, g := range all {
-		g.state("5")
-		l.await(g.v.BackDir()+"/state", "5", "6")
-		g.state("6")
-		l.await(g.v.BackDir()+"/state", "6")
-		l.remove(g.v)
+		g.closeHandshake()
+		l.removeVif(g.v)
 		wait(l.t, g.dev.Done())
 		wait(l.t, g.sink.ended)
 		if err := g.Close(); err != nil {
@@ -435,9 +409,8 @@ func (l *lab) closeAll(all []*guest) {
 
 // T37: each change of state gives one log line, whatever the peer does.
 func TestT37LogLinesAreBounded(t *testing.T) {
-	l := newLab(t, emu.Config{})
-	l.serve(pvnet.ServeConfig{})
-	g := l.attack()
+	l := newServingLab(t)
+	g := l.attackBackend()
 	eventually(t, "the link is up", func() bool { return strings.Contains(l.log.String(), "link up") })
 	lines := l.log.total()
 	for n := range 2000 {
@@ -449,24 +422,23 @@ func TestT37LogLinesAreBounded(t *testing.T) {
 	}
 	changes := 500
 	for n := range changes {
-		g.state([]string{"4", "6", "5", "1"}[n%4])
+		g.setState([]string{"4", "6", "5", "1"}[n%4])
 	}
-	l.await(g.v.BackDir()+"/state", "2")
+	g.awaitBackend("2")
 	if n := l.log.total() - lines; n > 2*changes {
 		t.Errorf("%d lines for %d changes of state", n, changes)
 	}
-	g.state("5")
-	l.await(g.v.BackDir()+"/state", "5")
-	g.state("6")
-	l.await(g.v.BackDir()+"/state", "6")
-	g.gone()
+	g.setState("5")
+	g.awaitBackend("5")
+	g.setState("6")
+	g.awaitBackend("6")
+	g.removeVif()
 }
 
 // T40: a vif has one backend.
 func TestT40SecondServeIsRefused(t *testing.T) {
-	l := newLab(t, emu.Config{})
-	l.serve(pvnet.ServeConfig{})
-	g := l.attack()
+	l := newServingLab(t)
+	g := l.attackBackend()
 	c, cancel := context.WithCancel(context.Background())
 	second := new(journal)
 	done := make(chan error, 1)
@@ -478,14 +450,14 @@ func TestT40SecondServeIsRefused(t *testing.T) {
 	if len(got) > 0 {
 		t.Error("two backends serve one vif")
 	}
-	g.works()
+	g.requireTraffic()
 	cancel()
 	if err := wait(t, done); !errors.Is(err, context.Canceled) {
 		t.Error(err)
 	}
-	g.works()
-	g.base.Connections = l.Ledger().Connections
-	g.leave()
+	g.requireTraffic()
+	g.before.Connections = l.Ledger().Connections
+	g.disconnect()
 }
 
 func TestT41OpenAndClose(t *testing.T) {
@@ -499,7 +471,7 @@ func TestT41OpenAndClose(t *testing.T) {
 		return len(all)
 	}
 	for range 3 {
-		l.attack().leave()
+		l.attackBackend().disconnect()
 	}
 	goroutines, fds := runtime.NumGoroutine(), open()
 	cycles := 200
@@ -507,7 +479,7 @@ func TestT41OpenAndClose(t *testing.T) {
 		cycles = 20
 	}
 	for range cycles {
-		l.attack().leave()
+		l.attackBackend().disconnect()
 	}
 	eventually(t, "goroutines gone", func() bool { return runtime.NumGoroutine() <= goroutines })
 	if n := open(); n > fds {

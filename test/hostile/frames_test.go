@@ -10,14 +10,13 @@ import (
 	"testing"
 	"time"
 
-	"barevif/hypercall/emu"
 	"barevif/pvnet"
 	"barevif/telemetry"
 	"barevif/test/hostile/raw"
 )
 
-// sum is the sum of the internet checksum, byte by byte.
-func sum(parts ...[]byte) uint16 {
+// checksum is the sum of the internet checksum, byte by byte.
+func checksum(parts ...[]byte) uint16 {
 	n := uint32(0)
 	for _, p := range parts {
 		for i, b := range p {
@@ -62,7 +61,7 @@ func packet(tags int, v6, udp bool, size, seed int) (blank, whole []byte) {
 		ip[0], ip[8], ip[9] = 0x45, 64, proto
 		binary.BigEndian.PutUint16(ip[2:], uint16(20+length))
 		copy(ip[12:], pattern(8, seed))
-		binary.BigEndian.PutUint16(ip[10:], ^sum(ip))
+		binary.BigEndian.PutUint16(ip[10:], ^checksum(ip))
 		b = append(b, ip...)
 		pseudo = append(pseudo, ip[12:20]...)
 	}
@@ -77,18 +76,18 @@ func packet(tags int, v6, udp bool, size, seed int) (blank, whole []byte) {
 	l4[field], l4[field+1] = 0, 0
 	blank = append(b, l4...)
 	whole = append([]byte(nil), blank...)
-	c := ^sum(pseudo, l4)
+	c := ^checksum(pseudo, l4)
 	if c == 0 && udp {
 		c = 0xffff
 	}
 	binary.BigEndian.PutUint16(whole[at+field:], c)
-	binary.BigEndian.PutUint16(blank[at+field:], sum(pseudo))
+	binary.BigEndian.PutUint16(blank[at+field:], checksum(pseudo))
 	return blank, whole
 }
 
-// cut returns a packet of the guest that has frame in pieces of the given sizes, and the
+// split returns a packet of the guest that has frame in pieces of the given sizes, and the
 // rest in the last piece.
-func (g *guest) cut(frame []byte, flags uint16, sizes ...int) []raw.TxReq {
+func (g *guest) split(frame []byte, flags uint16, sizes ...int) []raw.TxReq {
 	var reqs []raw.TxReq
 	rest := frame
 	for i := 0; len(rest) > 0 || i < len(sizes); i++ {
@@ -112,14 +111,13 @@ func (g *guest) cut(frame []byte, flags uint16, sizes ...int) []raw.TxReq {
 
 // XSA-423: netback copied only the part of the headers in the first slots.
 func TestT08HeadersSplitAtEveryByte(t *testing.T) {
-	l := newLab(t, emu.Config{})
-	l.serve(pvnet.ServeConfig{})
-	g := l.attack()
+	l := newServingLab(t)
+	g := l.attackBackend()
 	for _, tags := range []int{0, 2} {
 		blank, whole := packet(tags, true, false, 150, 3)
 		for k := 1; k <= 128; k++ {
 			for _, sizes := range [][]int{{k}, {k, 1}, {k, 0, 2}, {k, k}} {
-				reqs := g.cut(blank, raw.TxBlank|raw.TxValidated, sizes...)
+				reqs := g.split(blank, raw.TxBlank|raw.TxValidated, sizes...)
 				if k < 14 {
 					g.send(reqs, nil, refuse, telemetry.DropTooShort, nil)
 					continue
@@ -132,21 +130,20 @@ func TestT08HeadersSplitAtEveryByte(t *testing.T) {
 		for len(sizes) < 18 {
 			sizes = append(sizes, 1)
 		}
-		g.send(g.cut(blank, raw.TxBlank, sizes...), nil, pass, 0, whole)
+		g.send(g.split(blank, raw.TxBlank, sizes...), nil, pass, 0, whole)
 	}
-	g.works()
-	g.leave()
+	g.requireTraffic()
+	g.disconnect()
 }
 
 func TestT09OffsetsAndSizes(t *testing.T) {
-	l := newLab(t, emu.Config{})
-	l.serve(pvnet.ServeConfig{})
-	g := l.attack()
+	l := newServingLab(t)
+	g := l.attackBackend()
 	offsets := []uint16{0, 1, 14, 2048, 4081, 4082, 4083, 4095, 4096, 4097, 32768, 65522, 65535}
 	sizes := []uint16{0, 1, 13, 14, 15, 2048, 4095, 4096, 4097, 32767, 32768, 65535}
 	seen := map[verdict]int{}
 	try := func(reqs []raw.TxReq, want []byte) {
-		v := judge(reqs)
+		v := netbackVerdict(reqs)
 		seen[v]++
 		reason := telemetry.DropTooShort
 		if len(reqs) > 1 && reqs[1].Size > reqs[0].Size {
@@ -159,8 +156,8 @@ func TestT09OffsetsAndSizes(t *testing.T) {
 		if t.Failed() {
 			t.Fatalf("%+v", reqs)
 		}
-		if v == final {
-			g = l.attack()
+		if v == fatal {
+			g = l.attackBackend()
 		}
 	}
 	for i := range 2 {
@@ -195,9 +192,9 @@ func TestT09OffsetsAndSizes(t *testing.T) {
 			}
 		}
 	}
-	g.works()
-	g.leave()
-	if seen[pass] < 50 || seen[refuse] < 50 || seen[final] < 50 {
+	g.requireTraffic()
+	g.disconnect()
+	if seen[pass] < 50 || seen[refuse] < 50 || seen[fatal] < 50 {
 		t.Errorf("verdicts are not balanced: %v", seen)
 	}
 }
@@ -205,9 +202,8 @@ func TestT09OffsetsAndSizes(t *testing.T) {
 // Extras of a packet: xenvif_get_extras and xenvif_set_skb_gso. A malformed GSO extra is
 // fatal; one that was not offered costs the packet.
 func TestT10Extras(t *testing.T) {
-	l := newLab(t, emu.Config{})
-	l.serve(pvnet.ServeConfig{})
-	g := l.attack()
+	l := newServingLab(t)
+	g := l.attackBackend()
 	many := func(n int) []raw.Extra {
 		var x []raw.Extra
 		for range n {
@@ -223,17 +219,17 @@ func TestT10Extras(t *testing.T) {
 		want   verdict
 		reason telemetry.Reason
 	}{
-		{"type 0", []raw.Extra{{}}, final, 0},
-		{"type MAX", []raw.Extra{{Type: 6}}, final, 0},
-		{"type 255", []raw.Extra{{Type: 255, Flags: 255}}, final, 0},
-		{"a good one, then a bad one", []raw.Extra{{Type: 4, Flags: 1}, {Type: 7}}, final, 0},
-		{"missing", nil, final, 0},
-		{"one of two missing", many(1), final, 0},
-		{"endless MORE", many(255), final, 0},
-		{"GSO of size 0", []raw.Extra{raw.GSO(0, 1)}, final, 0},
-		{"GSO of no type", []raw.Extra{raw.GSO(1448, 0)}, final, 0},
-		{"GSO of unknown type", []raw.Extra{raw.GSO(1448, 3)}, final, 0},
-		{"GSO of type 255", []raw.Extra{raw.GSO(1448, 255)}, final, 0},
+		{"type 0", []raw.Extra{{}}, fatal, 0},
+		{"type MAX", []raw.Extra{{Type: 6}}, fatal, 0},
+		{"type 255", []raw.Extra{{Type: 255, Flags: 255}}, fatal, 0},
+		{"a good one, then a bad one", []raw.Extra{{Type: 4, Flags: 1}, {Type: 7}}, fatal, 0},
+		{"missing", nil, fatal, 0},
+		{"one of two missing", many(1), fatal, 0},
+		{"endless MORE", many(255), fatal, 0},
+		{"GSO of size 0", []raw.Extra{raw.GSO(0, 1)}, fatal, 0},
+		{"GSO of no type", []raw.Extra{raw.GSO(1448, 0)}, fatal, 0},
+		{"GSO of unknown type", []raw.Extra{raw.GSO(1448, 3)}, fatal, 0},
+		{"GSO of type 255", []raw.Extra{raw.GSO(1448, 255)}, fatal, 0},
 		{"GSO of size 1", []raw.Extra{raw.GSO(1, 1)}, refuse, telemetry.DropBadGSO},
 		{"GSO of size 65535", []raw.Extra{raw.GSO(65535, 2)}, refuse, telemetry.DropBadGSO},
 		{"GSO twice", []raw.Extra{{Type: 1, Flags: 1, Body: [6]byte{1, 0, 1}}, raw.GSO(9, 2)}, refuse, telemetry.DropBadGSO},
@@ -248,12 +244,12 @@ func TestT10Extras(t *testing.T) {
 				g.send(reqs, c.extras, pass, 0, want)
 				return
 			}
-			if c.want == final && (c.extras == nil || c.extras[len(c.extras)-1].Flags == 1) {
+			if c.want == fatal && (c.extras == nil || c.extras[len(c.extras)-1].Flags == 1) {
 				reqs = reqs[:1] // nothing follows
 			}
 			g.send(reqs, c.extras, c.want, c.reason, nil)
-			if c.want == final {
-				g = l.attack()
+			if c.want == fatal {
+				g = l.attackBackend()
 			}
 		})
 	}
@@ -264,25 +260,24 @@ func TestT10Extras(t *testing.T) {
 	for _, kind := range []uint8{2, 3} {
 		for _, flags := range []uint16{raw.TxExtra, raw.TxExtra | raw.TxMore, raw.TxExtra | raw.TxBlank} {
 			g.send([]raw.TxReq{g.Req(0, 0, 0, flags)}, []raw.Extra{mcast(kind)}, refuse, noReason, nil)
-			g.works()
+			g.requireTraffic()
 		}
 	}
-	g.leave()
+	g.disconnect()
 }
 
 func TestT10ChecksumLeftBlank(t *testing.T) {
-	l := newLab(t, emu.Config{})
-	l.serve(pvnet.ServeConfig{})
-	g := l.attack()
+	l := newServingLab(t)
+	g := l.attackBackend()
 	for tags := range 3 {
 		for _, v6 := range []bool{false, true} {
 			for _, udp := range []bool{false, true} {
 				for _, size := range []int{0, 1, 2, 7, 64, 1401, 4000, 9001} {
 					for seed, sizes := range [][]int{nil, {14}, {31, 17}, {61, 1, 1}} {
 						blank, whole := packet(tags, v6, udp, size, seed)
-						g.send(g.cut(blank, raw.TxBlank|raw.TxValidated, sizes...), nil, pass, 0, whole)
+						g.send(g.split(blank, raw.TxBlank|raw.TxValidated, sizes...), nil, pass, 0, whole)
 						// A checksum that is not partial is left alone.
-						g.send(g.cut(blank, 0, sizes...), nil, pass, 0, blank)
+						g.send(g.split(blank, 0, sizes...), nil, pass, 0, blank)
 					}
 				}
 			}
@@ -305,7 +300,7 @@ func TestT10ChecksumLeftBlank(t *testing.T) {
 	}
 	for _, b := range garbage {
 		before := g.dev.Stats()
-		reqs := g.cut(b, raw.TxBlank, 20)
+		reqs := g.split(b, raw.TxBlank, 20)
 		g.send(reqs, nil, pass, 0, nil)
 		eventually(t, "the frame", func() bool { // it arrives with the same length, or is counted as lost
 			st := g.dev.Stats()
@@ -321,16 +316,15 @@ func TestT10ChecksumLeftBlank(t *testing.T) {
 	if st := g.dev.Stats(); st.RX.Lost(telemetry.DropBadCsum) < 50 {
 		t.Errorf("%d of %d were dropped", st.RX.Lost(telemetry.DropBadCsum), len(garbage))
 	}
-	g.works()
-	g.leave()
+	g.requireTraffic()
+	g.disconnect()
 }
 
 // A frontend that posts no pages, or never reads the ring, gets no more frames and costs
 // no more.
 func TestT12RingNeverConsumed(t *testing.T) {
-	l := newLab(t, emu.Config{})
-	l.serve(pvnet.ServeConfig{})
-	g := l.attack()
+	l := newServingLab(t)
+	g := l.attackBackend()
 	tx, err := g.dev.OwnTX(0)
 	if err != nil {
 		t.Fatal(err)
@@ -368,14 +362,14 @@ func TestT12RingNeverConsumed(t *testing.T) {
 		t.Errorf("%+v, before: %+v", now, pages)
 	}
 	tx.SetDeadline(time.Time{})
-	if _, err := g.Received(256, soon()); err != nil {
+	if _, err := g.Received(256, deadline()); err != nil {
 		t.Error(err)
 	}
 	g.Post(256)
 	if n, err := send(256); n != 256 || err != nil {
 		t.Error(n, err)
 	}
-	g.leave()
+	g.disconnect()
 }
 
 // stalls reports whether d has recorded one event of kind k, for a sender short of so
@@ -394,9 +388,8 @@ func stalls(d *pvnet.Device, k telemetry.EventKind, short uint64) bool {
 // sender gets an error, and no unsent frame is kept: the first frame after a stall was
 // made after the stall.
 func TestT16FrontendStopsTakingInAFlood(t *testing.T) {
-	l := newLab(t, emu.Config{})
-	l.serve(pvnet.ServeConfig{})
-	g := l.attack()
+	l := newServingLab(t)
+	g := l.attackBackend()
 	tx, err := g.dev.OwnTX(0)
 	if err != nil {
 		t.Fatal(err)
@@ -450,7 +443,7 @@ func TestT16FrontendStopsTakingInAFlood(t *testing.T) {
 	if n := wait(t, taken); n < before {
 		t.Errorf("frame %d was sent after frame %d was made", n, before)
 	}
-	eventually(t, "its end", func() bool { return count(g.dev, telemetry.Stalls) == 1 && kindsOf(g.dev)[telemetry.EventStallOver] })
+	eventually(t, "its end", func() bool { return count(g.dev, telemetry.Stalls) == 1 && eventKinds(g.dev)[telemetry.EventStallOver] })
 	close(stop)
 	if err := wait(t, ended); err != nil {
 		t.Error(err)
@@ -459,14 +452,13 @@ func TestT16FrontendStopsTakingInAFlood(t *testing.T) {
 	if n, lost := st.TX.Get(telemetry.Packets), st.TX.Dropped()+st.TX.Errors(); n != 4 || lost != 0 {
 		t.Errorf("sent %d, lost %d", n, lost)
 	}
-	g.leave()
+	g.disconnect()
 }
 
 // XSA-392: one slot was free, the packet needed two, and no stall was reported.
 func TestT17OneSlotForAFrameThatNeedsTwo(t *testing.T) {
-	l := newLab(t, emu.Config{})
-	l.serve(pvnet.ServeConfig{})
-	g := l.attack()
+	l := newServingLab(t)
+	g := l.attackBackend()
 	tx, _ := g.dev.OwnTX(0)
 	g.Post(1)
 	var f [1]pvnet.Frame
@@ -490,21 +482,20 @@ func TestT17OneSlotForAFrameThatNeedsTwo(t *testing.T) {
 	if n := count(g.dev, telemetry.Stalls); n != 1 {
 		t.Errorf("%d stalls counted", n)
 	}
-	rsp, err := g.Received(2, soon())
+	rsp, err := g.Received(2, deadline())
 	if err != nil || rsp[0] != (raw.RxRsp{ID: 0, Flags: raw.RxMore, Status: 4096}) || rsp[1] != (raw.RxRsp{ID: 1, Status: 904}) {
 		t.Fatal(rsp, err)
 	}
 	if got := append(append([]byte(nil), g.Posted.Page(0)...), g.Posted.Page(1)[:904]...); !bytes.Equal(got, want) {
 		t.Error("other bytes")
 	}
-	g.leave()
+	g.disconnect()
 }
 
 // XSA-332, XSA-391: events without work cost their sender, not the neighbours.
 func TestT14EventStorm(t *testing.T) {
-	l := newLab(t, emu.Config{})
-	l.serve(pvnet.ServeConfig{})
-	honest, g := l.attack(), l.attack()
+	l := newServingLab(t)
+	honest, g := l.attackBackend(), l.attackBackend()
 	parks := func() uint64 { st := g.dev.Stats(); return st.RX.Get(telemetry.Parks) }
 	before := parks()
 	stop := make(chan struct{})
@@ -526,7 +517,7 @@ func TestT14EventStorm(t *testing.T) {
 	}()
 	// Long enough for the delays to grow, however many events that takes.
 	for frames := 0; frames < 100 || events.Load() < 10000 || time.Since(start) < 1200*time.Millisecond; frames++ {
-		honest.works()
+		honest.requireTraffic()
 	}
 	close(stop)
 	wait(t, ended)
@@ -536,31 +527,30 @@ func TestT14EventStorm(t *testing.T) {
 	if n := parks() - before; n > 16+uint64(spent/time.Second) {
 		t.Errorf("%d wake-ups in %v", n, spent)
 	}
-	g.works()
-	g.leave()
-	honest.leave()
+	g.requireTraffic()
+	g.disconnect()
+	honest.disconnect()
 }
 
 func TestT15EventsOnClosedPorts(t *testing.T) {
-	l := newLab(t, emu.Config{})
-	l.serve(pvnet.ServeConfig{})
+	l := newServingLab(t)
 	for range 5 {
-		g := l.attack()
+		g := l.attackBackend()
 		tx, rx := g.TxPort, g.RxPort
-		g.state("6") // at once, as some guests do
-		l.await(g.v.BackDir()+"/state", "6")
+		g.setState("6") // at once, as some guests do
+		g.awaitBackend("6")
 		for range 100 {
 			tx.Notify()
 			rx.Notify()
 		}
-		g.gone()
-		next := l.attack() // the port numbers are used again
+		g.removeVif()
+		next := l.attackBackend() // the port numbers are used again
 		for range 100 {
 			tx.Notify()
 			rx.Notify()
 		}
-		next.works()
-		next.leave()
+		next.requireTraffic()
+		next.disconnect()
 	}
 	if n := l.log.count(8); n != 0 {
 		t.Error(l.log)

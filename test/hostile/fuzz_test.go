@@ -17,23 +17,23 @@ import (
 //
 //	0-99    put a slot: 2 low bytes of a word, flags, size or status
 //	100-139 put an extra: type, flags, body
-//	140-179 show what was put
-//	180-199 show more or less than was put
+//	140-179 publish what was put
+//	180-199 publish more or less than was put
 //	200-219 write any word of the ring page
 //	220-239 take answers, as a correct peer does
 //	240-255 rewrite a slot that was put before
 type script []byte
 
-func (s *script) next() (op [8]byte, ok bool) {
-	if len(*s) < 8 {
-		return op, false
+// ops yields the operations; an incomplete one at the end does not count.
+func (s script) ops(yield func(op [8]byte) bool) {
+	for ; len(s) >= 8; s = s[8:] {
+		if !yield([8]byte(s)) {
+			return
+		}
 	}
-	copy(op[:], *s)
-	*s = (*s)[8:]
-	return op, true
 }
 
-func line(ops ...[]byte) (s []byte) {
+func encodeScript(ops ...[]byte) (s []byte) {
 	for _, op := range ops {
 		var b [8]byte
 		copy(b[:], op)
@@ -42,12 +42,12 @@ func line(ops ...[]byte) (s []byte) {
 	return s
 }
 
-// seeds are one script per row of attacks.
-func seeds(f *testing.F) {
+// addSeeds are one script per row of attacks.
+func addSeeds(f *testing.F) {
 	put := func(flags byte, size uint16, offset uint16) []byte {
 		return []byte{0, 1, flags, byte(size), byte(size >> 8), byte(offset), byte(offset >> 8)}
 	}
-	show := []byte{140}
+	publish := []byte{140}
 	chain := func(n int, size uint16) (ops [][]byte) {
 		for i := range n {
 			flags := byte(raw.TxMore)
@@ -56,40 +56,35 @@ func seeds(f *testing.F) {
 			}
 			ops = append(ops, put(flags, size, 0))
 		}
-		return append(ops, show)
+		return append(ops, publish)
 	}
 	for _, s := range [][][]byte{
-		{put(0, 60, 0), show, {220}}, // a correct frame
-		{{180, 1, 1}},                // T01
-		{put(0, 60, 0), show, {180, 255, 255}, {180, 255, 0}},                       // T02
-		{put(0, 60, 0), {240, 0, 7}, show},                                          // T03
+		{put(0, 60, 0), publish, {220}}, // a correct frame
+		{{180, 1, 1}},                   // T01
+		{put(0, 60, 0), publish, {180, 255, 255}, {180, 255, 0}},                    // T02
+		{put(0, 60, 0), {240, 0, 7}, publish},                                       // T03
 		{{200, 8, 0, 9}, {200, 0, 0, 0, 1}},                                         // T04
 		chain(2, 60), chain(19, 100), chain(20, 100), chain(22, 0), chain(24, 4096), // T06, T07
-		{put(0, 4096, 1), show}, {put(0, 65535, 0), show}, {put(0, 13, 0), show}, // T09
-		{put(8, 60, 0), {100, 0, 0}, show}, {put(8, 60, 0), {100, 1, 1, 0, 0, 1}, {100, 1, 0, 255, 255, 2}, show}, // T10
-		{put(8, 0, 0), {100, 2, 0, 1, 0, 94}, show}, {put(8, 60, 0), show}, {put(1, 60, 0), show},
+		{put(0, 4096, 1), publish}, {put(0, 65535, 0), publish}, {put(0, 13, 0), publish}, // T09
+		{put(8, 60, 0), {100, 0, 0}, publish}, {put(8, 60, 0), {100, 1, 1, 0, 0, 1}, {100, 1, 0, 255, 255, 2}, publish}, // T10
+		{put(8, 0, 0), {100, 2, 0, 1, 0, 94}, publish}, {put(8, 60, 0), publish}, {put(1, 60, 0), publish},
 	} {
-		f.Add(line(s...))
+		f.Add(encodeScript(s...))
 	}
 }
 
 // FuzzTxParse runs a frontend's script against our backend's parser. The device lives or
 // ends with a PeerError, and all resources come back.
 func FuzzTxParse(f *testing.F) {
-	seeds(f)
+	addSeeds(f)
 	f.Fuzz(func(t *testing.T, in []byte) {
 		if len(in) > 8*600 {
 			return
 		}
 		l := newLab(t, emu.Config{Mapped: true})
 		l.serve(pvnet.ServeConfig{Config: pvnet.Config{Buffers: 64, Offload: len(in)%32 >= 16}})
-		g := l.attack()
-		s := script(in)
-		for {
-			op, ok := s.next()
-			if !ok {
-				break
-			}
+		g := l.attackBackend()
+		for op := range script(in).ops {
 			a, b := binary.LittleEndian.Uint16(op[3:]), binary.LittleEndian.Uint16(op[5:])
 			switch c := op[0]; {
 			case c < 100:
@@ -112,73 +107,59 @@ func FuzzTxParse(f *testing.F) {
 		}
 		g.Push()
 		g.Answers(1, time.Now().Add(200*time.Microsecond))
-		g.ends(t)
+		g.disconnect()
+		if n := l.log.count(slog.LevelError); n > 1 {
+			t.Errorf("%d lines\n%s", n, l.log)
+		}
 	})
-}
-
-// ends closes a guest, whatever state its script has left the backend in.
-func (g *guest) ends(t *testing.T) {
-	g.state("5")
-	g.l.await(g.v.BackDir()+"/state", "5", "6")
-	g.state("6")
-	g.l.await(g.v.BackDir()+"/state", "6")
-	g.gone()
-	if n := g.l.log.count(slog.LevelError); n > 1 {
-		t.Errorf("%d lines\n%s", n, g.l.log)
-	}
 }
 
 // FuzzRxParse runs a backend's script against our frontend's parsers of both rings.
 func FuzzRxParse(f *testing.F) {
-	seeds(f)
+	addSeeds(f)
 	f.Fuzz(func(t *testing.T, in []byte) {
 		if len(in) > 8*600 {
 			return
 		}
 		l := newLab(t, emu.Config{Mapped: true})
-		h := l.lure(pvnet.Config{Buffers: 64, LendRx: len(in)%16 == 8, Offload: len(in)%32 >= 16})
-		s := script(in)
-		for {
-			op, ok := s.next()
-			if !ok {
-				break
-			}
+		drv := l.attackFrontend(pvnet.Config{Buffers: 64, LendRx: len(in)%16 == 8, Offload: len(in)%32 >= 16})
+		for op := range script(in).ops {
 			a, b := binary.LittleEndian.Uint16(op[3:]), binary.LittleEndian.Uint16(op[5:])
 			switch c := op[0]; {
 			case c < 100:
-				h.PutRx(raw.RxRsp{ID: uint16(h.RxProd), Offset: b, Flags: uint16(op[2]), Status: int16(a)}.Words())
+				drv.PutRx(raw.RxRsp{ID: uint16(drv.RxProd), Offset: b, Flags: uint16(op[2]), Status: int16(a)}.Words())
 			case c < 140:
 				w := raw.Extra{Type: op[1], Flags: op[2], Body: [6]byte(append(op[3:8:8], c))}.Words()
-				h.PutRx([2]uint32{w[0], w[1]})
+				drv.PutRx([2]uint32{w[0], w[1]})
 			case c < 180:
-				h.PushRx()
+				drv.PushRx()
 			case c < 200:
-				h.Rx.Store(raw.RspProd, h.RxProd+uint32(int32(int16(binary.LittleEndian.Uint16(op[1:])))))
-				h.RxPort.Notify()
+				drv.Rx.Store(raw.RspProd, drv.RxProd+uint32(int32(int16(binary.LittleEndian.Uint16(op[1:])))))
+				drv.RxPort.Notify()
 			case c < 220:
-				r := h.Rx
+				r := drv.Rx
 				if op[7]&1 != 0 {
-					r = h.Tx
+					r = drv.Tx
 				}
 				r.Store(int(op[1])%1024*4, binary.LittleEndian.Uint32(op[3:]))
 			case c < 240:
 				// A frame of the frontend, answered correctly or not.
-				h.dev.SetWriteDeadline(time.Now().Add(200 * time.Microsecond))
-				_, err := h.dev.Write(pattern(14+int(a)%9000, 0))
+				drv.dev.SetWriteDeadline(time.Now().Add(200 * time.Microsecond))
+				_, err := drv.dev.Write(pattern(14+int(a)%9000, 0))
 				if errors.Is(err, pvnet.ErrDisconnected) {
 					break
 				}
-				h.Answer(raw.TxRsp{ID: b % 512, Status: int16(op[2])})
+				drv.Answer(raw.TxRsp{ID: b % 512, Status: int16(op[2])})
 			default:
-				h.Rx.Put(h.RxProd-uint32(op[1]), binary.LittleEndian.Uint32(op[2:]), uint32(a)<<8|uint32(op[7]))
+				drv.Rx.Put(drv.RxProd-uint32(op[1]), binary.LittleEndian.Uint32(op[2:]), uint32(a)<<8|uint32(op[7]))
 			}
 		}
-		h.PushRx()
-		h.dev.SetWriteDeadline(time.Now().Add(200 * time.Microsecond))
-		h.dev.Write(pattern(60, 0))
-		go h.dev.Disconnect()
-		l.await(h.v.FrontDir()+"/state", "5")
-		h.gone()
+		drv.PushRx()
+		drv.dev.SetWriteDeadline(time.Now().Add(200 * time.Microsecond))
+		drv.dev.Write(pattern(60, 0))
+		go drv.dev.Disconnect()
+		drv.awaitFrontend("5")
+		drv.finishClose()
 		if n := l.log.count(slog.LevelError); n > 1 {
 			t.Errorf("%d lines\n%s", n, l.log)
 		}

@@ -18,35 +18,35 @@ import (
 	"barevif/xenbus/xenstore"
 )
 
-// A pitcher sends frames with metadata: checksum and GSO.
-type pitcher struct {
+// A sender sends frames with metadata: checksum and GSO.
+type sender struct {
 	t testing.TB
 	*pvnet.TX
 }
 
-func pitch(t testing.TB, d *pvnet.Device) pitcher {
+func newSender(t testing.TB, d *pvnet.Device) sender {
 	t.Helper()
 	tx, err := d.OwnTX(0)
 	if err != nil {
 		t.Fatal(err)
 	}
-	tx.SetDeadline(soon())
-	return pitcher{t, tx}
+	tx.SetDeadline(deadline())
+	return sender{t, tx}
 }
 
-// make returns a frame in the pitcher's own pages. size 0 means that the frame is not to
+// newFrame returns a frame in the sender's own pages. size 0 means that the frame is not to
 // be segmented.
-func (p pitcher) make(b []byte, csum pvnet.Checksum, kind pvnet.GSOType, size int) (f [1]pvnet.Frame) {
+func (p sender) newFrame(b []byte, csum pvnet.Checksum, kind pvnet.GSOType, size int) (f [1]pvnet.Frame) {
 	p.t.Helper()
 	if n, err := p.AllocWait(f[:], len(b)); n != 1 || err != nil {
 		p.t.Fatal(n, err)
 	}
 	f[0].CopyFrom(b)
-	p.says(&f[0], csum, kind, size)
+	p.setMetadata(&f[0], csum, kind, size)
 	return f
 }
 
-func (p pitcher) says(f *pvnet.Frame, csum pvnet.Checksum, kind pvnet.GSOType, size int) {
+func (p sender) setMetadata(f *pvnet.Frame, csum pvnet.Checksum, kind pvnet.GSOType, size int) {
 	p.t.Helper()
 	f.SetChecksum(csum)
 	if size > 0 {
@@ -56,16 +56,16 @@ func (p pitcher) says(f *pvnet.Frame, csum pvnet.Checksum, kind pvnet.GSOType, s
 	}
 }
 
-func (p pitcher) send(f [1]pvnet.Frame) {
+func (p sender) send(f [1]pvnet.Frame) {
 	p.t.Helper()
 	if n, err := p.SendWait(f[:]); n != 1 || err != nil {
 		p.t.Fatal(n, err)
 	}
 }
 
-// frame joins the bytes that the requests of one frame point at.
-func (h *host) frame(reqs []raw.TxReq) (b []byte) {
-	h.l.t.Helper()
+// readFrame joins the bytes that the requests of one frame point at.
+func (drv *driver) readFrame(reqs []raw.TxReq) (b []byte) {
+	drv.l.t.Helper()
 	first := int(reqs[0].Size)
 	for _, r := range reqs[1:] {
 		first -= int(r.Size)
@@ -76,8 +76,8 @@ func (h *host) frame(reqs []raw.TxReq) (b []byte) {
 			n = first
 		}
 		part := make([]byte, n)
-		if err := h.Read(hypercall.GrantRef(r.Ref), r.Offset, part); err != nil {
-			h.l.t.Fatal(err)
+		if err := drv.Read(hypercall.GrantRef(r.Ref), r.Offset, part); err != nil {
+			drv.l.t.Fatal(err)
 		}
 		b = append(b, part...)
 	}
@@ -88,33 +88,27 @@ func (h *host) frame(reqs []raw.TxReq) (b []byte) {
 // an extra in the second slot, padded with zeros whatever the slot held before.
 func TestWireOfALongFrameFromTheFrontend(t *testing.T) {
 	l := newLab(t, emu.Config{})
-	h := l.baitWith(pvnet.Config{}, everything())
-	p := pitch(t, h.dev)
+	drv := l.connectFrontendWith(pvnet.Config{}, offloadKeys())
+	p := newSender(t, drv.dev)
 	for range 300 { // every slot has held a request
-		p.send(p.make(pattern(60, 0), pvnet.ChecksumUnknown, 0, 0))
-		reqs, err := h.Requests(1, soon())
-		if err != nil {
-			t.Fatal(err)
-		}
-		h.Answer(raw.TxRsp{ID: reqs[0].ID})
+		p.send(p.newFrame(pattern(60, 0), pvnet.ChecksumUnknown, 0, 0))
+		reqs := drv.awaitRequests(1)
+		drv.Answer(raw.TxRsp{ID: reqs[0].ID})
 	}
 	for _, v6 := range []bool{false, true} {
-		kind := typeOf(v6)
+		kind := gsoTypeOf(v6)
 		blank, _ := packet(0, v6, false, 5000-l4Of(v6)-20, 6)
-		at := h.TxCons % raw.Size
-		f := p.make(make([]byte, 5000+3768), pvnet.ChecksumUnknown, 0, 0)
+		at := drv.TxCons % raw.Size
+		f := p.newFrame(make([]byte, 5000+3768), pvnet.ChecksumUnknown, 0, 0)
 		if !f[0].TrimFront(3768) || f[0].CopyFrom(blank) != 5000 { // 200 + 4096 + 704
 			t.Fatal(f[0].Len())
 		}
-		p.says(&f[0], pvnet.ChecksumPartial, kind, 0x0123)
+		p.setMetadata(&f[0], pvnet.ChecksumPartial, kind, 0x0123)
 		p.send(f)
-		slots, err := h.Requests(4, soon())
-		if err != nil {
-			t.Fatal(err)
-		}
-		lie := h.Tx.Bytes()[raw.Slots+12*int(at+1)%(12*raw.Size):][:12]
-		if want := []byte{1, 0, 0x23, 1, byte(kind), 0, 0, 0, 0, 0, 0, 0}; !bytes.Equal(lie, want) {
-			t.Errorf("the extra is % x, want % x", lie, want)
+		slots := drv.awaitRequests(4)
+		extra := drv.Tx.Bytes()[raw.Slots+12*int(at+1)%(12*raw.Size):][:12]
+		if want := []byte{1, 0, 0x23, 1, byte(kind), 0, 0, 0, 0, 0, 0, 0}; !bytes.Equal(extra, want) {
+			t.Errorf("the extra is % x, want % x", extra, want)
 		}
 		data := []raw.TxReq{slots[0], slots[2], slots[3]}
 		for i, want := range []raw.TxReq{{Flags: 0x0f, Size: 5000}, {Flags: 0x04, Size: 4096}, {Flags: 0, Size: 704}} {
@@ -122,47 +116,41 @@ func TestWireOfALongFrameFromTheFrontend(t *testing.T) {
 				t.Errorf("request %d is %+v, want flags %#x and size %d", i, r, want.Flags, want.Size)
 			}
 		}
-		if !bytes.Equal(h.frame(data), blank) {
+		if !bytes.Equal(drv.readFrame(data), blank) {
 			t.Error("other bytes")
 		}
-		h.Answer(raw.TxRsp{ID: slots[0].ID}, raw.TxRsp{ID: 0x0001, Status: raw.Null}, raw.TxRsp{ID: slots[3].ID}, raw.TxRsp{ID: slots[2].ID})
-		p.send(p.make(pattern(60, 1), pvnet.ChecksumUnknown, 0, 0))
-		reqs, err := h.Requests(1, soon())
-		if err != nil {
-			t.Fatal(err)
-		}
-		h.Answer(raw.TxRsp{ID: reqs[0].ID})
+		drv.Answer(raw.TxRsp{ID: slots[0].ID}, raw.TxRsp{ID: 0x0001, Status: raw.Null}, raw.TxRsp{ID: slots[3].ID}, raw.TxRsp{ID: slots[2].ID})
+		p.send(p.newFrame(pattern(60, 1), pvnet.ChecksumUnknown, 0, 0))
+		reqs := drv.awaitRequests(1)
+		drv.Answer(raw.TxRsp{ID: reqs[0].ID})
 	}
 	// A frame with only a partial checksum has no extra.
 	blank, _ := packet(0, false, true, 900, 2)
-	p.send(p.make(blank, pvnet.ChecksumPartial, 0, 0))
-	reqs, err := h.Requests(1, soon())
-	if err != nil || reqs[0].Flags != raw.TxBlank|raw.TxValidated || int(reqs[0].Size) != len(blank) || !bytes.Equal(h.frame(reqs), blank) {
+	p.send(p.newFrame(blank, pvnet.ChecksumPartial, 0, 0))
+	reqs, err := drv.Requests(1, deadline())
+	if err != nil || reqs[0].Flags != raw.TxBlank|raw.TxValidated || int(reqs[0].Size) != len(blank) || !bytes.Equal(drv.readFrame(reqs), blank) {
 		t.Errorf("%+v, %v", reqs, err)
 	}
-	if n := h.Tx.Load(raw.ReqProd); n != h.TxCons {
-		t.Errorf("%d slots more", n-h.TxCons)
+	if n := drv.Tx.Load(raw.ReqProd); n != drv.TxCons {
+		t.Errorf("%d slots more", n-drv.TxCons)
 	}
-	h.leave()
+	drv.disconnect()
 }
 
 // The worked example of the rx ring, without a hash: the extra takes the second slot and
 // the request in it.
 func TestWireOfALongFrameFromTheBackend(t *testing.T) {
-	l := newLab(t, emu.Config{})
-	l.serve(pvnet.ServeConfig{})
-	g, _ := l.attackWith(everything())
-	p := pitch(t, g.dev)
+	l := newServingLab(t)
+	g, _ := l.attackBackendWith(offloadKeys())
+	p := newSender(t, g.dev)
 	page := func(slot uint32) []byte { return g.Posted.Page(int(slot % 32)) }
 	for range 259 { // the indices have wrapped
 		g.Post(1)
-		p.send(p.make(pattern(60, 0), pvnet.ChecksumUnknown, 0, 0))
-		if _, err := g.Received(1, soon()); err != nil {
-			t.Fatal(err)
-		}
+		p.send(p.newFrame(pattern(60, 0), pvnet.ChecksumUnknown, 0, 0))
+		g.awaitReceived(1)
 	}
 	for _, v6 := range []bool{false, true} {
-		kind := typeOf(v6)
+		kind := gsoTypeOf(v6)
 		blank, _ := packet(0, v6, false, 5000-l4Of(v6)-20, 6)
 		for _, fails := range []int{0, 1, 2, 3} {
 			at := g.RxCons
@@ -174,12 +162,9 @@ func TestWireOfALongFrameFromTheBackend(t *testing.T) {
 			if fails > 0 {
 				lift = l.drv.Fail(emu.Fault{Op: emu.OpCopyGrant, K: fails, Status: hypercall.BadGntref})
 			}
-			p.send(p.make(blank, pvnet.ChecksumPartial, kind, 0x0123))
+			p.send(p.newFrame(blank, pvnet.ChecksumPartial, kind, 0x0123))
 			lift()
-			rsp, err := g.Received(3, soon())
-			if err != nil {
-				t.Fatal(err)
-			}
+			rsp := g.awaitReceived(3)
 			slot := func(i uint32) uint16 { return uint16((at + i) % raw.Size) }
 			want := []raw.RxRsp{
 				{ID: slot(0), Flags: 0x0f, Status: 4096},
@@ -194,9 +179,9 @@ func TestWireOfALongFrameFromTheBackend(t *testing.T) {
 					t.Errorf("copy %d fails: slot %d is %+v, want %+v", fails, i, rsp[i], want[i])
 				}
 			}
-			lie := g.Rx.Bytes()[raw.Slots+8*int((at+1)%raw.Size):][:8]
-			if want := []byte{1, 0, 0x23, 1, byte(kind), 0, 0, 0}; !bytes.Equal(lie, want) {
-				t.Errorf("the extra is % x, want % x", lie, want)
+			extra := g.Rx.Bytes()[raw.Slots+8*int((at+1)%raw.Size):][:8]
+			if want := []byte{1, 0, 0x23, 1, byte(kind), 0, 0, 0}; !bytes.Equal(extra, want) {
+				t.Errorf("the extra is % x, want % x", extra, want)
 			}
 			if fails == 0 && !bytes.Equal(append(bytes.Clone(page(at)), page(at + 2)[:904]...), blank) {
 				t.Error("other bytes")
@@ -211,9 +196,9 @@ func TestWireOfALongFrameFromTheBackend(t *testing.T) {
 		at := g.RxCons
 		g.Post(2)
 		lift := l.drv.Fail(emu.Fault{Op: emu.OpCopyGrant, K: fails, Status: hypercall.BadGntref})
-		p.send(p.make(pattern(5000, 1), pvnet.ChecksumUnknown, 0, 0))
+		p.send(p.newFrame(pattern(5000, 1), pvnet.ChecksumUnknown, 0, 0))
 		lift()
-		rsp, err := g.Received(2, soon())
+		rsp, err := g.Received(2, deadline())
 		want := []raw.RxRsp{
 			{ID: uint16(at % raw.Size), Flags: raw.RxMore, Status: raw.Error},
 			{ID: uint16((at + 1) % raw.Size), Status: raw.Error},
@@ -226,7 +211,7 @@ func TestWireOfALongFrameFromTheBackend(t *testing.T) {
 	if sent, lost, gso := st.TX.Get(telemetry.Packets), st.TX.Lost(telemetry.DropBadGref), st.TX.Get(telemetry.GSOPackets); sent != 270 || lost != 9 || gso != 8 {
 		t.Errorf("sent %d, lost %d, long %d", sent, lost, gso)
 	}
-	g.leave()
+	g.disconnect()
 }
 
 // T05 and T35: the response of an extra has no id. Whatever responses a backend gives, no
@@ -236,7 +221,7 @@ func TestT05ResponsesOfExtras(t *testing.T) {
 	null := raw.TxRsp{ID: 0xffff, Status: raw.Null}
 	ok := func(id uint16) raw.TxRsp { return raw.TxRsp{ID: id} }
 	bad := func(id uint16) raw.TxRsp { return raw.TxRsp{ID: id, Status: raw.Error} }
-	const few = "not outstanding"
+	const notOutstanding = "not outstanding"
 	for _, c := range []struct {
 		name string
 		// a and b are the ids of two frames of two data slots each, with an extra in
@@ -268,35 +253,35 @@ func TestT05ResponsesOfExtras(t *testing.T) {
 		{"NULL for all", func(a, b []uint16) []raw.TxRsp {
 			return []raw.TxRsp{null, null, null, null, null, null}
 		}, "extra that was not sent", 0},
-		{"an id for the extra, twice", func(a, b []uint16) []raw.TxRsp { return []raw.TxRsp{ok(a[0]), ok(a[0])} }, few, 0},
+		{"an id for the extra, twice", func(a, b []uint16) []raw.TxRsp { return []raw.TxRsp{ok(a[0]), ok(a[0])} }, notOutstanding, 0},
 		{"an id for the extra, of another", func(a, b []uint16) []raw.TxRsp {
 			return []raw.TxRsp{ok(a[0]), ok(b[0]), ok(a[1]), ok(b[0])}
-		}, few, 0},
-		{"an id for the extra, of nobody", func(a, b []uint16) []raw.TxRsp { return []raw.TxRsp{ok(a[0]), ok(256)} }, few, 0},
+		}, notOutstanding, 0},
+		{"an id for the extra, of nobody", func(a, b []uint16) []raw.TxRsp { return []raw.TxRsp{ok(a[0]), ok(256)} }, notOutstanding, 0},
 		{"an error for the extra", func(a, b []uint16) []raw.TxRsp {
 			return []raw.TxRsp{bad(a[0]), {ID: 0xffff, Status: raw.Error}}
-		}, few, 0},
+		}, notOutstanding, 0},
 		{"nothing for the extras, twice of all ids", func(a, b []uint16) []raw.TxRsp {
 			return []raw.TxRsp{ok(a[0]), ok(a[1]), ok(b[0]), ok(b[1]), ok(b[1])}
-		}, few, 0},
+		}, notOutstanding, 0},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			l.t = t
-			h := l.baitWith(pvnet.Config{}, everything())
-			h.sink = listen(h.dev)
-			p := pitch(t, h.dev)
+			drv := l.connectFrontendWith(pvnet.Config{}, offloadKeys())
+			drv.sink = listen(drv.dev)
+			p := newSender(t, drv.dev)
 			var ids [2][]uint16
 			blank, _ := packet(0, false, false, 5000, 1)
 			for i := range ids {
-				p.send(p.make(blank, pvnet.ChecksumPartial, pvnet.GSOTCPv4, 1448))
-				slots, err := h.Requests(3, soon())
+				p.send(p.newFrame(blank, pvnet.ChecksumPartial, pvnet.GSOTCPv4, 1448))
+				slots, err := drv.Requests(3, deadline())
 				if err != nil || slots[0].Flags != 0x0f || slots[2].Flags != 0 {
 					t.Fatal(slots, err)
 				}
 				ids[i] = []uint16{slots[0].ID, slots[2].ID}
 			}
 			rsp := c.answer(ids[0], ids[1])
-			h.Answer(rsp...)
+			drv.Answer(rsp...)
 			// The frontend reads the responses when it needs room: there are 256 slots,
 			// less those without a response.
 			room, n := 256-6+len(rsp), 0
@@ -316,14 +301,14 @@ func TestT05ResponsesOfExtras(t *testing.T) {
 				}
 			}
 			if c.want != "" {
-				wait(t, h.sink.ended)
-				h.sink = nil
-				h.l.await(h.v.FrontDir()+"/state", "5")
-				h.gone()
+				wait(t, drv.sink.ended)
+				drv.sink = nil
+				drv.awaitFrontend("5")
+				drv.finishClose()
 				if err == nil || !strings.Contains(err.Error(), c.want) {
 					t.Errorf("ended with %v, want %q", err, c.want)
 				}
-				st := h.dev.Stats()
+				st := drv.dev.Stats()
 				sent, lost := st.TX.Get(telemetry.Packets), st.TX.Dropped()+st.TX.Errors()
 				arrived := uint64(0)
 				for _, r := range rsp[:len(rsp)-1] {
@@ -339,14 +324,11 @@ func TestT05ResponsesOfExtras(t *testing.T) {
 			if n != room {
 				t.Errorf("room for %d frames, want %d: %v", n, room, err)
 			}
-			st := h.dev.Stats()
+			st := drv.dev.Stats()
 			if lost := st.TX.Lost(telemetry.DropBackendError); lost != c.lost {
 				t.Errorf("%d lost, want %d", lost, c.lost)
 			}
-			reqs, err := h.Requests(room, soon())
-			if err != nil {
-				t.Fatal(err)
-			}
+			reqs := drv.awaitRequests(room)
 			seen := map[uint16]bool{}
 			for _, r := range reqs {
 				if seen[r.ID] {
@@ -354,7 +336,7 @@ func TestT05ResponsesOfExtras(t *testing.T) {
 				}
 				seen[r.ID] = true
 			}
-			h.leave()
+			drv.disconnect()
 		})
 	}
 	l.t = t
@@ -363,8 +345,8 @@ func TestT05ResponsesOfExtras(t *testing.T) {
 // An extra without a response costs its slot until the connection ends, and no page.
 func TestExtrasThatAreNeverAnswered(t *testing.T) {
 	l := newLab(t, emu.Config{})
-	h := l.baitWith(pvnet.Config{}, everything())
-	p := pitch(t, h.dev)
+	drv := l.connectFrontendWith(pvnet.Config{}, offloadKeys())
+	p := newSender(t, drv.dev)
 	blank, _ := packet(0, true, false, 5000, 1)
 	for round := range 3 {
 		var all []raw.TxRsp
@@ -375,52 +357,42 @@ func TestExtrasThatAreNeverAnswered(t *testing.T) {
 				break
 			}
 			f[0].CopyFrom(blank)
-			p.says(&f[0], pvnet.ChecksumPartial, pvnet.GSOTCPv6, 1448)
+			p.setMetadata(&f[0], pvnet.ChecksumPartial, pvnet.GSOTCPv6, 1448)
 			if _, err := p.Send(f[:]); err != nil {
 				f[0].Release()
 				break
 			}
-			slots, err := h.Requests(3, soon())
-			if err != nil {
-				t.Fatal(err)
-			}
+			slots := drv.awaitRequests(3)
 			all = append(all, raw.TxRsp{ID: slots[0].ID}, raw.TxRsp{ID: slots[2].ID})
 			frames++
 		}
 		if frames != 85 {
 			t.Fatalf("%d frames of 3 slots", frames)
 		}
-		h.Answer(all...) // responses to 170 of 255: the extras have none
+		drv.Answer(all...) // responses to 170 of 255: the extras have none
 		for range 171 {
-			p.send(p.make(pattern(60, 0), pvnet.ChecksumUnknown, 0, 0))
+			p.send(p.newFrame(pattern(60, 0), pvnet.ChecksumUnknown, 0, 0))
 		}
-		f := p.make(pattern(60, 0), pvnet.ChecksumUnknown, 0, 0)
+		f := p.newFrame(pattern(60, 0), pvnet.ChecksumUnknown, 0, 0)
 		if n, err := p.Send(f[:]); n != 0 || err != pvnet.ErrFull {
 			t.Fatal(n, err)
 		}
 		f[0].Release()
-		st := h.dev.Stats()
+		st := drv.dev.Stats()
 		if sent, lost := st.TX.Get(telemetry.Packets), st.TX.Dropped(); sent != uint64((round+1)*(85+171)) || lost != uint64(round*171) {
 			t.Errorf("round %d: sent %d, lost %d", round, sent, lost)
 		}
 		if round == 2 {
 			break
 		}
-		h.state("5")
-		l.await(h.v.FrontDir()+"/state", "6")
-		if err := h.Close(); err != nil {
-			t.Fatal(err)
-		}
-		h.state("6")
-		l.await(h.v.FrontDir()+"/state", "1")
-		h.refs = nil
+		drv.closeHandshake()
 		offer := raw.BackKeys()
-		maps.Copy(offer, everything())
-		h.offerWith(offer)
-		eventually(t, "the link", func() bool { return h.dev.Budget() != (pvnet.Budget{}) })
-		up(t, h.dev)
+		maps.Copy(offer, offloadKeys())
+		drv.offerWith(offer)
+		drv.awaitPages()
+		waitLinkUp(t, drv.dev)
 	}
-	h.leave()
+	drv.disconnect()
 }
 
 // T17: a long frame waits for all of its slots, including that of its extra. A frame that
@@ -429,16 +401,16 @@ func TestT17LongFramesToANearlyFullRing(t *testing.T) {
 	l := newLab(t, emu.Config{})
 	blank, _ := packet(0, false, false, 20000-54, 1)
 	const size, pieces = 1000, 20
-	for _, cuts := range []bool{false, true} {
-		keys, need := everything(), 5+1
-		if cuts {
+	for _, segmented := range []bool{false, true} {
+		keys, need := offloadKeys(), 5+1
+		if segmented {
 			keys, need = nil, pieces
 		}
 		// Our backend; its frontend posts too few pages.
 		l.serve(pvnet.ServeConfig{})
-		g, _ := l.attackWith(keys)
-		p := pitch(t, g.dev)
-		f := p.make(blank, pvnet.ChecksumPartial, pvnet.GSOTCPv4, size)
+		g, _ := l.attackBackendWith(keys)
+		p := newSender(t, g.dev)
+		f := p.newFrame(blank, pvnet.ChecksumPartial, pvnet.GSOTCPv4, size)
 		for n := range need {
 			if n > 0 {
 				g.Post(1)
@@ -447,7 +419,7 @@ func TestT17LongFramesToANearlyFullRing(t *testing.T) {
 				t.Fatal(k, err)
 			}
 			want := 0
-			if cuts {
+			if segmented {
 				want = n
 			}
 			if got := g.Rx.Load(raw.RspProd); int(got) != want {
@@ -455,81 +427,75 @@ func TestT17LongFramesToANearlyFullRing(t *testing.T) {
 			}
 		}
 		sent := make(chan error, 1)
-		p.SetDeadline(soon())
+		p.SetDeadline(deadline())
 		go func() { _, err := p.SendWait(f[:]); sent <- err }()
 		eventually(t, "a stall", func() bool { return stalls(g.dev, telemetry.EventStall, 1) })
 		g.Post(1)
 		if err := wait(t, sent); err != nil {
 			t.Fatal(err)
 		}
-		rsp, err := g.Received(need, soon())
-		if err != nil {
-			t.Fatal(err)
-		}
+		rsp := g.awaitReceived(need)
 		var got []byte
 		for i, r := range rsp {
-			if cuts {
+			if segmented {
 				got = append(got, g.Posted.Page(i)[54:r.Status]...)
 			} else if i != 1 {
 				got = append(got, g.Posted.Page(i)[:r.Status]...)
 			}
 		}
 		want := blank
-		if cuts {
+		if segmented {
 			want = blank[54:]
 		}
 		if !bytes.Equal(got, want) {
-			t.Errorf("cut %v: %d bytes, want %d", cuts, len(got), len(want))
+			t.Errorf("cut %v: %d bytes, want %d", segmented, len(got), len(want))
 		}
 		eventually(t, "its end", func() bool { return stalls(g.dev, telemetry.EventStallOver, 0) })
 		if n := count(g.dev, telemetry.Stalls); n != 1 {
 			t.Errorf("%d stalls counted", n)
 		}
-		g.leave()
-		l.unserve()
+		g.disconnect()
+		l.stopServing()
 
 		// Our frontend; its backend answers too few requests.
-		h := l.baitWith(pvnet.Config{}, keys)
-		p = pitch(t, h.dev)
-		f = p.make(blank, pvnet.ChecksumPartial, pvnet.GSOTCPv4, size)
+		drv := l.connectFrontendWith(pvnet.Config{}, keys)
+		p = newSender(t, drv.dev)
+		f = p.newFrame(blank, pvnet.ChecksumPartial, pvnet.GSOTCPv4, size)
 		var ids []uint16
 		for range 256 - need + 1 {
-			p.send(p.make(pattern(60, 0), pvnet.ChecksumUnknown, 0, 0))
-			reqs, err := h.Requests(1, soon())
-			if err != nil {
-				t.Fatal(err)
-			}
+			p.send(p.newFrame(pattern(60, 0), pvnet.ChecksumUnknown, 0, 0))
+			reqs := drv.awaitRequests(1)
 			ids = append(ids, reqs[0].ID)
 		}
-		before := h.Tx.Load(raw.ReqProd)
+		before := drv.Tx.Load(raw.ReqProd)
 		if n, err := p.Send(f[:]); n != 0 || err != pvnet.ErrFull {
 			t.Fatal(n, err)
 		}
 		part := 0
-		if cuts {
+		if segmented {
 			part = need - 1 - 5 // no further pages are free: the frame holds 5
 		}
-		if n := h.Tx.Load(raw.ReqProd); int(n-before) != part {
+		if n := drv.Tx.Load(raw.ReqProd); int(n-before) != part {
 			t.Fatalf("%d requests with %d slots, want %d", n-before, need-1, part)
 		}
-		p.SetDeadline(soon())
+		p.SetDeadline(deadline())
 		go func() { _, err := p.SendWait(f[:]); sent <- err }()
 		for _, id := range ids {
-			h.Answer(raw.TxRsp{ID: id})
+			drv.Answer(raw.TxRsp{ID: id})
 		}
 		if err := wait(t, sent); err != nil {
 			t.Fatal(err)
 		}
-		if n := h.Tx.Load(raw.ReqProd); int(n-before) != need {
+		if n := drv.Tx.Load(raw.ReqProd); int(n-before) != need {
 			t.Errorf("%d requests, want %d", n-before, need)
 		}
-		h.leave()
+		drv.disconnect()
 	}
 }
 
-// segment requires that pieces are the segments of whole, with size bytes of payload
+// requireSegments requires that pieces are the segments of whole, with size bytes of payload
 // each.
-func segment(t testing.TB, whole []byte, v6 bool, size int, pieces [][]byte) {
+func requireSegments(t testing.TB, whole []byte, v6 bool, size int, pieces [][]byte) {
 	t.Helper()
 	head := l4Of(v6) + 20
 	left := whole[head:]
@@ -542,10 +508,10 @@ func segment(t testing.TB, whole []byte, v6 bool, size int, pieces [][]byte) {
 		pseudo := append(bytes.Clone(whole[ipOf+12:ipOf+20]), 0, 6)
 		if v6 {
 			pseudo = append(bytes.Clone(whole[ipOf+8:ipOf+40]), 0, 6)
-		} else if sum(p[ipOf:ipOf+20]) != 0xffff {
+		} else if checksum(p[ipOf:ipOf+20]) != 0xffff {
 			t.Errorf("piece %d: wrong IP checksum", i)
 		}
-		if sum(pseudo, be(20+n), p[l4Of(v6):]) != 0xffff {
+		if checksum(pseudo, bigEndian16(20+n), p[l4Of(v6):]) != 0xffff {
 			t.Errorf("piece %d: wrong TCP checksum", i)
 		}
 		seq := binary.BigEndian.Uint32(whole[l4Of(v6)+4:]) + uint32(i*size)
@@ -564,20 +530,20 @@ func TestLongFramesBetweenOurOwnEnds(t *testing.T) {
 	for _, offload := range [][2]bool{{true, true}, {true, false}, {false, true}, {false, false}} {
 		l := newLab(t, emu.Config{})
 		l.serve(pvnet.ServeConfig{Config: pvnet.Config{Offload: offload[1]}})
-		v := l.vif()
+		v := l.addVif()
 		front, err := pvnet.Connect(ctx(t), l.guest, fmt.Sprint(v.ID), pvnet.Config{Offload: offload[0]})
 		if err != nil {
 			t.Fatal(err)
 		}
 		back := wait(t, l.devs)
-		up(t, front)
-		up(t, back)
+		waitLinkUp(t, front)
+		waitLinkUp(t, back)
 		for _, way := range []struct {
 			from, to *pvnet.Device
 			takes    bool
 		}{{front, back, offload[1]}, {back, front, offload[0]}} {
-			heard, got := hear(way.to)
-			p := pitch(t, way.from)
+			sink, got := listenMetadata(way.to)
+			p := newSender(t, way.from)
 			var gso, partials, frames, whole uint64
 			var held []pvnet.Frame
 			var original [][]byte
@@ -593,14 +559,14 @@ func TestLongFramesBetweenOurOwnEnds(t *testing.T) {
 				blank, want := packet(0, v6, udp, n, rng.IntN(100))
 				if rng.IntN(5) == 0 {
 					size = 0
-					p.send(p.make(want, pvnet.ChecksumUnknown, 0, 0))
-					if err := wait(t, got).is(arrival{b: want}); err != nil {
+					p.send(p.newFrame(want, pvnet.ChecksumUnknown, 0, 0))
+					if err := wait(t, got).differs(arrival{b: want}); err != nil {
 						t.Fatal(err)
 					}
 					frames++
 					continue
 				}
-				f := p.make(blank, pvnet.ChecksumPartial, typeOf(v6), size)
+				f := p.newFrame(blank, pvnet.ChecksumPartial, gsoTypeOf(v6), size)
 				if size > 0 && rng.IntN(3) == 0 { // the frame has another holder
 					f[0].Retain()
 					held, original = append(held, f[0]), append(original, blank)
@@ -613,10 +579,10 @@ func TestLongFramesBetweenOurOwnEnds(t *testing.T) {
 					partials++
 					frames++
 					if long {
-						a.gso = pvnet.GSO{Type: typeOf(v6), Size: uint16(size)}
+						a.gso = pvnet.GSO{Type: gsoTypeOf(v6), Size: uint16(size)}
 						gso++
 					}
-					if err := wait(t, got).is(a); err != nil {
+					if err := wait(t, got).differs(a); err != nil {
 						t.Fatal(err)
 					}
 				case long:
@@ -628,18 +594,18 @@ func TestLongFramesBetweenOurOwnEnds(t *testing.T) {
 						}
 						pieces = append(pieces, a.b)
 					}
-					segment(t, blank, v6, size, pieces)
+					requireSegments(t, blank, v6, size, pieces)
 					frames += uint64(len(pieces))
 					whole += uint64(len(pieces))
 				default:
-					if err := wait(t, got).is(arrival{b: want, csum: pvnet.ChecksumVerified}); err != nil {
+					if err := wait(t, got).differs(arrival{b: want, csum: pvnet.ChecksumVerified}); err != nil {
 						t.Fatal(err)
 					}
 					frames++
 					whole++
 				}
 			}
-			sent, received := way.from.Stats().TX, heard.stats(t).RX
+			sent, received := way.from.Stats().TX, sink.stats(t).RX
 			for _, c := range []struct {
 				what telemetry.Counter
 				want uint64
@@ -654,7 +620,7 @@ func TestLongFramesBetweenOurOwnEnds(t *testing.T) {
 				}
 			}
 			for i, f := range held {
-				if err := arrivalOf(&f).is(arrival{original[i], f.GSO(), pvnet.ChecksumPartial}); err != nil {
+				if err := arrivalOf(&f).differs(arrival{original[i], f.GSO(), pvnet.ChecksumPartial}); err != nil {
 					t.Errorf("the other holder's: %v", err)
 				}
 				f.Release()
@@ -667,9 +633,9 @@ func TestLongFramesBetweenOurOwnEnds(t *testing.T) {
 			}
 		}
 		front.Disconnect()
-		l.remove(v)
+		l.removeVif(v)
 		wait(t, back.Done())
-		l.unserve()
+		l.stopServing()
 	}
 }
 
@@ -678,10 +644,10 @@ func TestT21OffloadKeys(t *testing.T) {
 	l := newLab(t, emu.Config{})
 	keys := []string{"feature-no-csum-offload", "feature-ipv6-csum-offload", "feature-gso-tcpv4", "feature-gso-tcpv6"}
 	for _, offload := range []bool{true, false, true} {
-		v := l.vif()
+		v := l.addVif()
 		for _, k := range keys { // left by earlier processes
-			l.write(l.gc, v.FrontDir(), xenstore.Values{k: "1"}, "")
-			l.write(l.dc, v.BackDir(), xenstore.Values{k: "1"}, "")
+			l.write(l.guestStore, v.FrontDir(), xenstore.Values{k: "1"}, "")
+			l.write(l.drvStore, v.BackDir(), xenstore.Values{k: "1"}, "")
 		}
 		l.serve(pvnet.ServeConfig{Config: pvnet.Config{Offload: offload}})
 		front, err := pvnet.Connect(ctx(t), l.guest, fmt.Sprint(v.ID), pvnet.Config{Offload: offload})
@@ -689,10 +655,10 @@ func TestT21OffloadKeys(t *testing.T) {
 			t.Fatal(err)
 		}
 		back := wait(t, l.devs)
-		up(t, front)
+		waitLinkUp(t, front)
 		for _, dir := range []string{v.FrontDir(), v.BackDir()} {
 			for _, k := range keys {
-				want, there := everything()[k], true
+				want, there := offloadKeys()[k], true
 				if !offload {
 					want, there = "1", k == "feature-no-csum-offload"
 				} else if want == "0" && dir == v.BackDir() {
@@ -704,9 +670,9 @@ func TestT21OffloadKeys(t *testing.T) {
 			}
 		}
 		front.Disconnect()
-		l.remove(v)
+		l.removeVif(v)
 		wait(t, back.Done())
-		l.unserve()
+		l.stopServing()
 	}
 }
 
@@ -718,16 +684,16 @@ func TestT21GarbageInsteadOfOffers(t *testing.T) {
 	six, _ := packet(0, true, false, 3000, 1)
 	try := func(keys xenstore.Values, long4, long6 bool) {
 		t.Helper()
-		h := l.baitWith(pvnet.Config{}, keys)
-		p := pitch(t, h.dev)
+		drv := l.connectFrontendWith(pvnet.Config{}, keys)
+		p := newSender(t, drv.dev)
 		for _, v6 := range []bool{false, true} {
 			b, long := blank, long4
 			if v6 {
 				b, long = six, long6
 			}
-			p.send(p.make(b, pvnet.ChecksumPartial, typeOf(v6), 1448))
+			p.send(p.newFrame(b, pvnet.ChecksumPartial, gsoTypeOf(v6), 1448))
 			if long {
-				slots, err := h.Requests(2, soon())
+				slots, err := drv.Requests(2, deadline())
 				if err != nil || slots[0].Flags != 0x0b {
 					t.Fatalf("%.60q: IPv6 %v: %+v, %v", keys, v6, slots, err)
 				}
@@ -735,25 +701,25 @@ func TestT21GarbageInsteadOfOffers(t *testing.T) {
 			}
 			var pieces [][]byte
 			for range 3 {
-				slots, err := h.Requests(1, soon())
+				slots, err := drv.Requests(1, deadline())
 				if err != nil || slots[0].Flags != raw.TxValidated {
 					t.Fatalf("%.60q: IPv6 %v: %+v, %v", keys, v6, slots, err)
 				}
-				pieces = append(pieces, h.frame(slots))
+				pieces = append(pieces, drv.readFrame(slots))
 			}
-			segment(t, b, v6, 1448, pieces)
+			requireSegments(t, b, v6, 1448, pieces)
 		}
-		if n := h.Tx.Load(raw.ReqProd); n != h.TxCons {
-			t.Fatalf("%.60q: %d slots more", keys, n-h.TxCons)
+		if n := drv.Tx.Load(raw.ReqProd); n != drv.TxCons {
+			t.Fatalf("%.60q: %d slots more", keys, n-drv.TxCons)
 		}
-		h.leave()
+		drv.disconnect()
 	}
 	with := func(key, v string) xenstore.Values {
-		k := everything()
+		k := offloadKeys()
 		k[key] = v
 		return k
 	}
-	try(everything(), true, true)
+	try(offloadKeys(), true, true)
 	try(nil, false, false)
 	try(with("feature-sg", "0"), false, false)
 	for i, v := range append([]string{"0", "2", strings.Repeat("1", 4000)}, garbage...) {
@@ -774,16 +740,16 @@ func TestT21GarbageInsteadOfOffers(t *testing.T) {
 // one takes.
 func TestALongFrameWaitsForAnotherPeer(t *testing.T) {
 	l := newLab(t, emu.Config{})
-	h := l.baitWith(pvnet.Config{}, everything())
-	p := pitch(t, h.dev)
+	drv := l.connectFrontendWith(pvnet.Config{}, offloadKeys())
+	p := newSender(t, drv.dev)
 	blank, _ := packet(0, false, false, 9000, 1)
 	other, _ := packet(0, false, true, 900, 1)
-	long := p.make(blank, pvnet.ChecksumPartial, pvnet.GSOTCPv4, 1000)
-	short := p.make(other, pvnet.ChecksumPartial, 0, 0)
+	long := p.newFrame(blank, pvnet.ChecksumPartial, pvnet.GSOTCPv4, 1000)
+	short := p.newFrame(other, pvnet.ChecksumPartial, 0, 0)
 	few, _ := packet(0, false, false, 200, 1)
-	p.send(p.make(few, pvnet.ChecksumPartial, pvnet.GSOTCPv4, 100)) // more slots than pages
+	p.send(p.newFrame(few, pvnet.ChecksumPartial, pvnet.GSOTCPv4, 100)) // more slots than pages
 	for range 251 {
-		p.send(p.make(pattern(60, 0), pvnet.ChecksumUnknown, 0, 0))
+		p.send(p.newFrame(pattern(60, 0), pvnet.ChecksumUnknown, 0, 0))
 	}
 	sent := make(chan error, 1)
 	go func() {
@@ -793,37 +759,30 @@ func TestALongFrameWaitsForAnotherPeer(t *testing.T) {
 		}
 		sent <- err
 	}()
-	eventually(t, "waiting", func() bool { return count(h.dev, telemetry.RingFull) > 0 })
-	h.state("5")
-	l.await(h.v.FrontDir()+"/state", "6")
-	if err := h.Close(); err != nil {
-		t.Fatal(err)
-	}
-	h.state("6")
-	l.await(h.v.FrontDir()+"/state", "1")
-	h.refs = nil
-	for k := range everything() {
-		if err := l.tools.Remove(ctx(t), h.v.BackDir()+"/"+k); err != nil {
+	eventually(t, "waiting", func() bool { return count(drv.dev, telemetry.RingFull) > 0 })
+	drv.closeHandshake()
+	for k := range offloadKeys() {
+		if err := l.tools.Remove(ctx(t), drv.v.BackDir()+"/"+k); err != nil {
 			t.Fatal(err)
 		}
 	}
-	h.offer()
+	drv.offer()
 	if err := wait(t, sent); err != nil {
 		t.Fatal(err)
 	}
 	var pieces [][]byte
 	for range 9 {
-		reqs, err := h.Requests(1, soon())
+		reqs, err := drv.Requests(1, deadline())
 		if err != nil || reqs[0].Flags != raw.TxValidated {
 			t.Fatal(reqs, err)
 		}
-		pieces = append(pieces, h.frame(reqs))
+		pieces = append(pieces, drv.readFrame(reqs))
 	}
-	segment(t, blank, false, 1000, pieces)
+	requireSegments(t, blank, false, 1000, pieces)
 	// Over IPv4 any peer accepts partial checksums unless it says otherwise.
-	reqs, err := h.Requests(1, soon())
-	if err != nil || reqs[0].Flags != partial || !bytes.Equal(h.frame(reqs), other) {
+	reqs, err := drv.Requests(1, deadline())
+	if err != nil || reqs[0].Flags != partial || !bytes.Equal(drv.readFrame(reqs), other) {
 		t.Fatal(reqs, err)
 	}
-	h.leave()
+	drv.disconnect()
 }

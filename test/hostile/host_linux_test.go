@@ -24,9 +24,9 @@ import (
 	"barevif/xenbus/xenstore/server/labtest"
 )
 
-// A middle is a faulty host process: it answers as the host does, but with other
+// A proxy is a faulty host process: it answers as the host does, but with other
 // descriptors.
-type middle struct {
+type proxy struct {
 	t      testing.TB
 	path   string
 	listen *net.UnixListener
@@ -34,22 +34,22 @@ type middle struct {
 
 	mu    sync.Mutex
 	swap  func(nth int, fd int) int // guarded by mu: the descriptor to send instead of the nth; nil: the nth itself
-	n     int                       // guarded by mu: descriptors sent
+	sent  int                       // guarded by mu: descriptors sent
 	kept  []*os.File                // guarded by mu: copies of the descriptors of memory
 	conns []*net.UnixConn           // guarded by mu
 }
 
-// between makes a middle in front of the host at path.
-func between(t testing.TB, path string) *middle {
+// newProxy makes a proxy in front of the host at path.
+func newProxy(t testing.TB, path string) *proxy {
 	t.Helper()
-	m := &middle{t: t, path: path + "-middle"}
+	p := &proxy{t: t, path: path + "-middle"}
 	var err error
-	if m.listen, err = net.ListenUnix("unixpacket", &net.UnixAddr{Name: m.path, Net: "unixpacket"}); err != nil {
+	if p.listen, err = net.ListenUnix("unixpacket", &net.UnixAddr{Name: p.path, Net: "unixpacket"}); err != nil {
 		t.Fatal(err)
 	}
-	m.wg.Go(func() {
+	p.wg.Go(func() {
 		for {
-			c, err := m.listen.AcceptUnix()
+			c, err := p.listen.AcceptUnix()
 			if err != nil {
 				return
 			}
@@ -58,37 +58,37 @@ func between(t testing.TB, path string) *middle {
 				c.Close()
 				return
 			}
-			m.mu.Lock()
-			m.conns = append(m.conns, c, h)
-			m.mu.Unlock()
-			m.wg.Go(func() { m.pass(h, c, false) })
-			m.wg.Go(func() { m.pass(c, h, true) })
+			p.mu.Lock()
+			p.conns = append(p.conns, c, h)
+			p.mu.Unlock()
+			p.wg.Go(func() { p.forward(h, c, false) })
+			p.wg.Go(func() { p.forward(c, h, true) })
 		}
 	})
 	t.Cleanup(func() {
-		m.listen.Close()
-		m.mu.Lock()
-		for _, c := range m.conns {
+		p.listen.Close()
+		p.mu.Lock()
+		for _, c := range p.conns {
 			c.Close()
 		}
-		m.mu.Unlock()
-		m.wg.Wait()
-		m.forget()
+		p.mu.Unlock()
+		p.wg.Wait()
+		p.closeKept()
 	})
-	return m
+	return p
 }
 
-// forget closes the copies.
-func (m *middle) forget() {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	for _, f := range m.kept {
+// closeKept closes the copies.
+func (p *proxy) closeKept() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, f := range p.kept {
 		f.Close()
 	}
-	m.kept = nil
+	p.kept = nil
 }
 
-func (m *middle) pass(to, from *net.UnixConn, fromHost bool) {
+func (p *proxy) forward(to, from *net.UnixConn, fromHost bool) {
 	defer to.Close()
 	buf, oob := make([]byte, 256<<10), make([]byte, 256)
 	for {
@@ -107,7 +107,7 @@ func (m *middle) pass(to, from *net.UnixConn, fromHost bool) {
 		for i, fd := range fds {
 			out[i] = fd
 			if fromHost {
-				out[i] = m.change(fd)
+				out[i] = p.substitute(fd)
 			}
 		}
 		var rights []byte
@@ -124,43 +124,43 @@ func (m *middle) pass(to, from *net.UnixConn, fromHost bool) {
 	}
 }
 
-// change keeps a copy of fd and returns the descriptor to send in its place.
-func (m *middle) change(fd int) int {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.n++
+// substitute keeps a copy of fd and returns the descriptor to send in its place.
+func (p *proxy) substitute(fd int) int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.sent++
 	if _, err := unix.FcntlInt(uintptr(fd), unix.F_GET_SEALS, 0); err == nil {
 		if copied, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0); err == nil {
-			m.kept = append(m.kept, os.NewFile(uintptr(copied), "memory"))
+			p.kept = append(p.kept, os.NewFile(uintptr(copied), "memory"))
 		}
 	}
-	if m.swap == nil {
+	if p.swap == nil {
 		return fd
 	}
-	return m.swap(m.n, fd)
+	return p.swap(p.sent, fd)
 }
 
-// set starts a new count.
-func (m *middle) set(swap func(nth, fd int) int) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.n, m.swap = 0, swap
+// setSwap starts a new count.
+func (p *proxy) setSwap(swap func(nth, fd int) int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.sent, p.swap = 0, swap
 }
 
-// A street is a host with two guests and their backend. The host treats one of the guests
+// A socketLab is a host with two guests and their backend. The host treats one of the guests
 // badly.
-type street struct {
-	t      testing.TB
-	host   *emu.Host
-	tools  *xenstore.Client
-	middle *middle
-	devs   chan *pvnet.Device
-	next   *pvnet.Device // the honest guest's device
+type socketLab struct {
+	t         testing.TB
+	host      *emu.Host
+	tools     *xenstore.Client
+	proxy     *proxy
+	devs      chan *pvnet.Device
+	neighbour *pvnet.Device // the honest guest's device
 }
 
-func newStreet(t testing.TB) *street {
+func newSocketLab(t testing.TB) *socketLab {
 	t.Helper()
-	s := &street{t: t, devs: make(chan *pvnet.Device, 64)}
+	s := &socketLab{t: t, devs: make(chan *pvnet.Device, 64)}
 	st := server.New(server.Config{})
 	path := filepath.Join(emutest.SocketDir(t), "host")
 	var err error
@@ -203,14 +203,14 @@ func newStreet(t testing.TB) *street {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s.add(toolstack.Vif{Front: 3, Back: backID})
-	if s.next, err = pvnet.Connect(ctx(t), neighbour, "0", pvnet.Config{Buffers: 64}); err != nil {
+	s.addVif(toolstack.Vif{Front: 3, Back: backID})
+	if s.neighbour, err = pvnet.Connect(ctx(t), neighbour, "0", pvnet.Config{Buffers: 64}); err != nil {
 		t.Fatal(err)
 	}
 	wait(t, s.devs)
-	s.middle = between(t, path)
+	s.proxy = newProxy(t, path)
 	t.Cleanup(func() {
-		s.next.Disconnect()
+		s.neighbour.Disconnect()
 		cancel()
 		if err := wait(t, served); !errors.Is(err, context.Canceled) {
 			t.Errorf("Serve: %v", err)
@@ -226,7 +226,7 @@ func newStreet(t testing.TB) *street {
 	return s
 }
 
-func (s *street) add(v toolstack.Vif) toolstack.Vif {
+func (s *socketLab) addVif(v toolstack.Vif) toolstack.Vif {
 	s.t.Helper()
 	v.MAC = [6]byte{0, 0x16, 0x3e, 0, byte(v.Front), byte(v.ID)}
 	if err := toolstack.Add(ctx(s.t), s.tools, v); err != nil {
@@ -235,25 +235,25 @@ func (s *street) add(v toolstack.Vif) toolstack.Vif {
 	return v
 }
 
-// honest requires that the neighbour's frames pass both ways.
-func (s *street) honest() {
+// requireNeighbourTraffic requires that the neighbour's frames pass both ways.
+func (s *socketLab) requireNeighbourTraffic() {
 	s.t.Helper()
 	c, stop := context.WithCancel(ctx(s.t))
 	defer stop()
-	heard := make(chan int, 1)
+	lengths := make(chan int, 1)
 	ended := make(chan error, 1)
 	go func() {
-		ended <- s.next.Listen(c, func(f pvnet.Frame) {
+		ended <- s.neighbour.Listen(c, func(f pvnet.Frame) {
 			select {
-			case heard <- f.Len():
+			case lengths <- f.Len():
 			default:
 			}
 		})
 	}()
-	if _, err := s.next.Write(pattern(300, 0)); err != nil {
+	if _, err := s.neighbour.Write(pattern(300, 0)); err != nil {
 		s.t.Fatal(err)
 	}
-	if n := wait(s.t, heard); n != 300 {
+	if n := wait(s.t, lengths); n != 300 {
 		s.t.Errorf("a neighbour's frame came back with %d bytes", n)
 	}
 	stop()
@@ -263,9 +263,9 @@ func (s *street) honest() {
 // T34: a descriptor that is not sealed memory of the right size is refused. One in place
 // of an event or of the connection to xenstore harms only its own vif.
 func TestT34DescriptorsThatAreNotWhatTheyShouldBe(t *testing.T) {
-	s := newStreet(t)
+	s := newSocketLab(t)
 	memfd := func(size int64, seals int) int {
-		fd, err := unix.MemfdCreate("trick", unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
+		fd, err := unix.MemfdCreate("fake", unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -290,7 +290,7 @@ func TestT34DescriptorsThatAreNotWhatTheyShouldBe(t *testing.T) {
 	if err := file.Truncate(1 << 22); err != nil {
 		t.Fatal(err)
 	}
-	tricks := []struct {
+	fakes := []struct {
 		name string
 		like func(size int64) int // the descriptor to send instead of one of size bytes
 	}{
@@ -305,9 +305,9 @@ func TestT34DescriptorsThatAreNotWhatTheyShouldBe(t *testing.T) {
 	// try reports whether the descriptor was refused, and whether there was an nth
 	// descriptor.
 	try := func(nth int, like func(int64) int) (refused, there bool) {
-		defer s.middle.forget()
+		defer s.proxy.closeKept()
 		opened := -1
-		s.middle.set(func(n, fd int) int {
+		s.proxy.setSwap(func(n, fd int) int {
 			if n != nth {
 				return fd
 			}
@@ -317,11 +317,11 @@ func TestT34DescriptorsThatAreNotWhatTheyShouldBe(t *testing.T) {
 			opened = like(st.Size)
 			return opened
 		})
-		v := s.add(toolstack.Vif{Front: frontID, Back: backID, ID: id})
+		v := s.addVif(toolstack.Vif{Front: frontID, Back: backID, ID: id})
 		id++
 		c, cancel := context.WithTimeout(context.Background(), 500*time.Millisecond)
 		defer cancel()
-		d, err := emu.Join(c, s.middle.path, frontID)
+		d, err := emu.Join(c, s.proxy.path, frontID)
 		if err == nil {
 			var dev *pvnet.Device
 			if dev, err = pvnet.Connect(c, d, fmt.Sprint(v.ID), pvnet.Config{Buffers: 64}); err == nil {
@@ -331,9 +331,9 @@ func TestT34DescriptorsThatAreNotWhatTheyShouldBe(t *testing.T) {
 			}
 			d.Destroy()
 		}
-		s.middle.set(nil)
+		s.proxy.setSwap(nil)
 		eventually(t, "the guest gone", func() bool { return s.host.Ledger().Domains == 3 })
-		s.honest()
+		s.requireNeighbourTraffic()
 		if err := toolstack.Remove(ctx(t), s.tools, v); err != nil {
 			t.Fatal(err)
 		}
@@ -345,7 +345,7 @@ func TestT34DescriptorsThatAreNotWhatTheyShouldBe(t *testing.T) {
 	}
 	memory := 0
 	for nth := 1; ; nth++ {
-		first, there := try(nth, tricks[0].like)
+		first, there := try(nth, fakes[0].like)
 		if !there {
 			break
 		}
@@ -353,9 +353,9 @@ func TestT34DescriptorsThatAreNotWhatTheyShouldBe(t *testing.T) {
 			continue // an event: the vif hears nothing, or is up by other means
 		}
 		memory++
-		for _, trick := range tricks[1:] {
-			if refused, _ := try(nth, trick.like); !refused {
-				t.Errorf("descriptor %d: %s was taken", nth, trick.name)
+		for _, fake := range fakes[1:] {
+			if refused, _ := try(nth, fake.like); !refused {
+				t.Errorf("descriptor %d: %s was taken", nth, fake.name)
 			}
 		}
 	}
@@ -369,9 +369,9 @@ func TestT34DescriptorsThatAreNotWhatTheyShouldBe(t *testing.T) {
 // T34: seals do not prevent hole punching, which makes memory zeros. The vif with these
 // rings ends, at both ends, and nothing else does.
 func TestT34MemoryThatIsPunched(t *testing.T) {
-	s := newStreet(t)
-	v := s.add(toolstack.Vif{Front: frontID, Back: backID})
-	d, err := emu.Join(ctx(t), s.middle.path, frontID)
+	s := newSocketLab(t)
+	v := s.addVif(toolstack.Vif{Front: frontID, Back: backID})
+	d, err := emu.Join(ctx(t), s.proxy.path, frontID)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -387,14 +387,12 @@ func TestT34MemoryThatIsPunched(t *testing.T) {
 		if _, err := front.Write(want); err != nil {
 			t.Fatal(err)
 		}
-		if got := wait(t, sink.frames); string(got) != string(want) {
-			t.Fatalf("frame %d came back as %d others", i, len(got))
-		}
+		sink.requireFrame(t, want)
 	}
-	s.honest()
+	s.requireNeighbourTraffic()
 	punched := 0
-	s.middle.mu.Lock()
-	for _, f := range s.middle.kept {
+	s.proxy.mu.Lock()
+	for _, f := range s.proxy.kept {
 		var st unix.Stat_t
 		if unix.Fstat(int(f.Fd()), &st) == nil && st.Size > 0 && st.Size <= 1<<20 { // not the tables
 			if unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, 0, st.Size) == nil {
@@ -402,11 +400,11 @@ func TestT34MemoryThatIsPunched(t *testing.T) {
 			}
 		}
 	}
-	s.middle.mu.Unlock()
+	s.proxy.mu.Unlock()
 	if punched != 3 {
 		t.Fatalf("%d shares punched", punched)
 	}
-	front.SetWriteDeadline(soon())
+	front.SetWriteDeadline(deadline())
 	for err == nil { // until it reads an index again
 		_, err = front.Write(pattern(100, 0))
 	}
@@ -416,10 +414,10 @@ func TestT34MemoryThatIsPunched(t *testing.T) {
 	}
 	wait(t, front.Done())
 	wait(t, sink.ended)
-	s.honest()
+	s.requireNeighbourTraffic()
 	if err := toolstack.Remove(ctx(t), s.tools, v); err != nil {
 		t.Error(err)
 	}
 	wait(t, back.Done())
-	s.honest()
+	s.requireNeighbourTraffic()
 }

@@ -41,15 +41,15 @@ const (
 // A lab is a machine with a guest, a driver domain and a toolstack.
 type lab struct {
 	*labtest.Lab
-	t          testing.TB
-	store      *server.Store
-	guest, drv *emu.Domain
-	tools      *xenstore.Client
-	gc, dc     *xenstore.Client // clients of the guest and the driver domain, for raw peers
-	log        *journal
-	ids        uint32
-	devs       <-chan *pvnet.Device
-	stop       func()
+	t                    testing.TB
+	store                *server.Store
+	guest, drv           *emu.Domain
+	tools                *xenstore.Client
+	guestStore, drvStore *xenstore.Client // clients of the guest and the driver domain, for raw peers
+	log                  *journal
+	nextVif              uint32
+	devs                 <-chan *pvnet.Device
+	stop                 func()
 }
 
 func newLab(t testing.TB, cfg emu.Config) *lab {
@@ -57,18 +57,26 @@ func newLab(t testing.TB, cfg emu.Config) *lab {
 	m := labtest.New(t, cfg)
 	l := &lab{Lab: m, t: t, store: m.Store, tools: m.Tools, log: new(journal)}
 	l.guest, l.drv = l.domain(frontID), l.domain(backID)
-	l.gc, l.dc = l.client(l.guest), l.client(l.drv)
+	l.guestStore, l.drvStore = l.client(l.guest), l.client(l.drv)
 	t.Cleanup(func() {
-		l.unserve()
-		l.gc.Close()
-		l.dc.Close()
+		l.stopServing()
+		l.guestStore.Close()
+		l.drvStore.Close()
 	})
 	return l
 }
 
-// virtually runs a test in a bubble where time passes only while all goroutines wait. It
+// newServingLab is newLab, with our backend served in the driver domain.
+func newServingLab(t testing.TB) *lab {
+	t.Helper()
+	l := newLab(t, emu.Config{})
+	l.serve(pvnet.ServeConfig{})
+	return l
+}
+
+// inVirtualTime runs a test in a bubble where time passes only while all goroutines wait. It
 // measures intended delays, however busy the machine is, so its limits are exact.
-func virtually(t *testing.T, test func(t *testing.T)) { synctest.Test(t, test) }
+func inVirtualTime(t *testing.T, test func(t *testing.T)) { synctest.Test(t, test) }
 
 func stacks() []byte {
 	buf := make([]byte, 1<<17)
@@ -76,15 +84,15 @@ func stacks() []byte {
 }
 
 func ctx(t testing.TB) context.Context {
-	c, cancel := context.WithTimeout(context.Background(), patience)
+	c, cancel := context.WithTimeout(context.Background(), waitLimit)
 	t.Cleanup(cancel)
 	return c
 }
 
-// patience bounds every wait of a test; no test comes near it. The machine may be busy.
-const patience = 2 * time.Minute
+// waitLimit bounds every wait of a test; no test comes near it. The machine may be busy.
+const waitLimit = 2 * time.Minute
 
-func soon() time.Time { return time.Now().Add(patience) }
+func deadline() time.Time { return time.Now().Add(waitLimit) }
 
 func (l *lab) domain(id hypercall.DomID) *emu.Domain {
 	l.t.Helper()
@@ -100,18 +108,18 @@ func (l *lab) client(d *emu.Domain) *xenstore.Client {
 	return c
 }
 
-// vif adds the next vif.
-func (l *lab) vif() toolstack.Vif {
+// addVif adds the next vif.
+func (l *lab) addVif() toolstack.Vif {
 	l.t.Helper()
-	v := toolstack.Vif{Front: frontID, Back: backID, ID: l.ids, MAC: [6]byte{0, 0x16, 0x3e, 0, 0, byte(l.ids)}}
-	l.ids++
+	v := toolstack.Vif{Front: frontID, Back: backID, ID: l.nextVif, MAC: [6]byte{0, 0x16, 0x3e, 0, 0, byte(l.nextVif)}}
+	l.nextVif++
 	if err := toolstack.Add(ctx(l.t), l.tools, v); err != nil {
 		l.t.Fatal(err)
 	}
 	return v
 }
 
-func (l *lab) remove(v toolstack.Vif) {
+func (l *lab) removeVif(v toolstack.Vif) {
 	l.t.Helper()
 	if err := toolstack.Remove(ctx(l.t), l.tools, v); err != nil {
 		l.t.Error(err)
@@ -126,7 +134,7 @@ func (l *lab) await(path string, values ...string) string {
 		l.t.Fatal(err)
 	}
 	defer w.Close()
-	limit := time.After(patience)
+	limit := time.After(waitLimit)
 	last := ""
 	for {
 		select {
@@ -180,7 +188,7 @@ func (l *lab) serve(cfg pvnet.ServeConfig) {
 	l.stop = func() { cancel(); <-done }
 }
 
-func (l *lab) unserve() {
+func (l *lab) stopServing() {
 	if l.stop != nil {
 		l.stop()
 		l.stop = nil
@@ -216,7 +224,7 @@ func listen(d *pvnet.Device) *sink {
 // its count is.
 func (s *sink) stats(t testing.TB) telemetry.Stats {
 	t.Helper()
-	for end := soon(); ; runtime.Gosched() {
+	for end := deadline(); ; runtime.Gosched() {
 		st := s.dev.Stats()
 		all, seen := st.RX.Get(telemetry.Packets), s.seen.Load()
 		if seen == all {
@@ -225,6 +233,14 @@ func (s *sink) stats(t testing.TB) telemetry.Stats {
 		if time.Now().After(end) {
 			t.Fatalf("%d frames seen, %d counted", seen, all)
 		}
+	}
+}
+
+// requireFrame requires that the next frame is want.
+func (s *sink) requireFrame(t testing.TB, want []byte) {
+	t.Helper()
+	if got := wait(t, s.frames); !bytes.Equal(got, want) {
+		t.Fatalf("%d bytes arrived as %d others", len(want), len(got))
 	}
 }
 
@@ -237,28 +253,28 @@ func (s *sink) drain(t testing.TB) {
 	}
 }
 
-// A guest is a raw frontend of our backend.
+// A guest is a raw frontend, in the guest, of our backend.
 type guest struct {
 	*raw.Front
-	l     *lab
-	v     toolstack.Vif
-	dev   *pvnet.Device
-	sink  *sink
-	base  emu.Ledger
-	lines int
+	l          *lab
+	v          toolstack.Vif
+	dev        *pvnet.Device
+	sink       *sink
+	before     emu.Ledger
+	errorLines int
 }
 
-// knock adds a vif and waits until our backend is in InitWait for it.
-func (l *lab) knock() *guest {
+// newGuest adds a vif and waits until our backend is in InitWait for it.
+func (l *lab) newGuest() *guest {
 	l.t.Helper()
-	g := &guest{l: l, lines: l.log.count(slog.LevelError)}
-	g.v = l.vif()
+	g := &guest{l: l, errorLines: l.log.count(slog.LevelError)}
+	g.v = l.addVif()
 	g.dev = wait(l.t, l.devs)
-	g.base = l.Ledger()
+	g.before = l.Ledger()
 	if g.dev.ID() != strconv.Itoa(int(g.v.ID)) {
 		l.t.Fatalf("device %s came for vif %d", g.dev.ID(), g.v.ID)
 	}
-	l.await(g.v.BackDir()+"/state", "2")
+	g.awaitBackend("2")
 	var err error
 	if g.Front, err = raw.NewFront(l.guest, backID, 32, true); err != nil {
 		l.t.Fatal(err)
@@ -266,38 +282,57 @@ func (l *lab) knock() *guest {
 	return g
 }
 
-// attack returns a connected guest with a sink.
-func (l *lab) attack() *guest {
+// attackBackend returns a connected guest with a sink.
+func (l *lab) attackBackend() *guest {
 	l.t.Helper()
-	g := l.knock()
+	g := l.newGuest()
 	g.connect()
 	return g
 }
 
 func (g *guest) connect() {
 	g.l.t.Helper()
-	g.l.write(g.l.gc, g.v.FrontDir(), g.Keys(), "4")
-	g.l.await(g.v.BackDir()+"/state", "4")
-	up(g.l.t, g.dev)
+	g.attach()
 	g.sink = listen(g.dev)
 }
 
-func (g *guest) state(s string) { g.l.write(g.l.gc, g.v.FrontDir(), nil, s) }
-
-// leave closes the connection as a correct frontend does, and requires everything back.
-func (g *guest) leave() {
+// attach publishes the keys of the rings and waits until our backend has mapped them.
+func (g *guest) attach() {
 	g.l.t.Helper()
-	g.state("5")
-	g.l.await(g.v.BackDir()+"/state", "5", "6")
-	g.state("6")
-	g.l.await(g.v.BackDir()+"/state", "6")
-	g.gone()
+	g.l.write(g.l.guestStore, g.v.FrontDir(), g.Keys(), "4")
+	g.awaitBackend("4")
+	waitLinkUp(g.l.t, g.dev)
 }
 
-// gone removes the vif of a backend that has closed, and requires everything back.
-func (g *guest) gone() {
+func (g *guest) setState(s string) { g.l.write(g.l.guestStore, g.v.FrontDir(), nil, s) }
+
+// awaitBackend waits until the state of our backend is one of states.
+func (g *guest) awaitBackend(states ...string) string {
 	g.l.t.Helper()
-	g.l.remove(g.v)
+	return g.l.await(g.v.BackDir()+"/state", states...)
+}
+
+// closeHandshake closes the connection as a correct frontend does. The backend may have
+// closed it already.
+func (g *guest) closeHandshake() {
+	g.l.t.Helper()
+	g.setState("5")
+	g.awaitBackend("5", "6")
+	g.setState("6")
+	g.awaitBackend("6")
+}
+
+// disconnect closes the connection as a correct frontend does, and requires everything back.
+func (g *guest) disconnect() {
+	g.l.t.Helper()
+	g.closeHandshake()
+	g.removeVif()
+}
+
+// removeVif removes the vif of a backend that has closed, and requires everything back.
+func (g *guest) removeVif() {
+	g.l.t.Helper()
+	g.l.removeVif(g.v)
 	wait(g.l.t, g.dev.Done())
 	if g.sink != nil {
 		wait(g.l.t, g.sink.ended)
@@ -308,17 +343,17 @@ func (g *guest) gone() {
 	if err := g.Close(); err != nil {
 		g.l.t.Errorf("the backend kept something of its frontend's: %v", err)
 	}
-	if now := g.l.Ledger(); now != g.base {
-		g.l.t.Errorf("left behind: %+v, before: %+v", now, g.base)
+	if now := g.l.Ledger(); now != g.before {
+		g.l.t.Errorf("left behind: %+v, before: %+v", now, g.before)
 	}
 }
 
-// fatal requires that the attack ends the device: with a PeerError that says want, one
+// requirePeerError requires that the attack ends the device: with a PeerError that says want, one
 // line in the log, and nothing left.
-func (g *guest) fatal(ring, want string) {
+func (g *guest) requirePeerError(ring, want string) {
 	g.l.t.Helper()
-	g.l.await(g.v.BackDir()+"/state", "5", "6")
-	g.state("6")
+	g.awaitBackend("5", "6")
+	g.setState("6")
 	wait(g.l.t, g.dev.Done())
 	err := wait(g.l.t, g.sink.ended)
 	g.sink.ended <- err
@@ -329,18 +364,38 @@ func (g *guest) fatal(ring, want string) {
 	if _, err := g.dev.Write(make([]byte, 60)); !errors.As(err, &pe) {
 		g.l.t.Errorf("Write after it: %v", err)
 	}
-	if n := g.l.log.count(slog.LevelError) - g.lines; n != 1 {
+	if n := g.l.log.count(slog.LevelError) - g.errorLines; n != 1 {
 		g.l.t.Errorf("%d lines of errors, want 1\n%s", n, g.l.log)
 	}
 	st := g.dev.Stats()
 	if n := st.RX.Get(telemetry.Violations) + st.TX.Get(telemetry.Violations); n < 1 || n > 4 {
 		g.l.t.Errorf("%d violations counted", n)
 	}
-	g.gone()
+	g.removeVif()
 }
 
-// works requires that a frame of the guest arrives, and a frame to it.
-func (g *guest) works() {
+// awaitAnswers takes n responses of our backend from the tx ring.
+func (g *guest) awaitAnswers(n int) []raw.TxRsp {
+	g.l.t.Helper()
+	rsp, err := g.Answers(n, deadline())
+	if err != nil {
+		g.l.t.Fatal(err)
+	}
+	return rsp
+}
+
+// awaitReceived takes n responses of our backend from the rx ring.
+func (g *guest) awaitReceived(n int) []raw.RxRsp {
+	g.l.t.Helper()
+	rsp, err := g.Received(n, deadline())
+	if err != nil {
+		g.l.t.Fatal(err)
+	}
+	return rsp
+}
+
+// requireTraffic requires that a frame of the guest arrives, and a frame to it.
+func (g *guest) requireTraffic() {
 	g.l.t.Helper()
 	for len(g.sink.frames) > 0 {
 		<-g.sink.frames
@@ -349,13 +404,11 @@ func (g *guest) works() {
 	copy(g.Pages.Page(31), want)
 	g.Put(g.Req(31, 0, 200, 0).Words())
 	g.Push()
-	rsp, err := g.Answers(1, soon())
+	rsp, err := g.Answers(1, deadline())
 	if err != nil || rsp[0] != (raw.TxRsp{ID: 31, Status: raw.Okay}) {
 		g.l.t.Fatalf("a correct frame was answered %v, %v", rsp, err)
 	}
-	if got := wait(g.l.t, g.sink.frames); !bytes.Equal(got, want) {
-		g.l.t.Fatalf("%d bytes arrived as %d others", len(want), len(got))
-	}
+	g.sink.requireFrame(g.l.t, want)
 	if g.RxProd == g.RxCons {
 		g.Post(1)
 	}
@@ -363,14 +416,14 @@ func (g *guest) works() {
 		g.l.t.Fatal(err)
 	}
 	at := int(g.RxCons % raw.Size)
-	in, err := g.Received(1, soon())
+	in, err := g.Received(1, deadline())
 	if err != nil || in[0].Status != 200 || !bytes.Equal(g.Posted.Page(at % 32)[:200], want) {
 		g.l.t.Fatalf("a frame to the guest came as %v, %v", in, err)
 	}
 }
 
-// up waits until the link is up.
-func up(t testing.TB, d *pvnet.Device) {
+// waitLinkUp waits until the link is up.
+func waitLinkUp(t testing.TB, d *pvnet.Device) {
 	t.Helper()
 	for ev := range d.Links(ctx(t)) {
 		if ev.Up {
@@ -385,7 +438,7 @@ func wait[T any](t testing.TB, c <-chan T) T {
 	select {
 	case v := <-c:
 		return v
-	case <-time.After(patience):
+	case <-time.After(waitLimit):
 		t.Fatalf("nothing came\n%s", stacks())
 		panic("unreachable")
 	}
@@ -394,7 +447,7 @@ func wait[T any](t testing.TB, c <-chan T) T {
 // eventually asks until ok holds, for conditions that no event announces.
 func eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
-	for end := time.Now().Add(patience); !ok(); time.Sleep(50 * time.Microsecond) {
+	for end := time.Now().Add(waitLimit); !ok(); time.Sleep(50 * time.Microsecond) {
 		if time.Now().After(end) {
 			t.Fatalf("%s: never", what)
 		}

@@ -2,6 +2,7 @@ package hostile
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -18,57 +19,77 @@ import (
 	"barevif/xenbus/xenstore"
 )
 
-// A host is a raw backend of our frontend.
-type host struct {
+// A driver is a raw backend, in the driver domain, of our frontend.
+type driver struct {
 	*raw.Back
-	l     *lab
-	v     toolstack.Vif
-	dev   *pvnet.Device
-	sink  *sink
-	base  emu.Ledger
-	lines int
-	refs  []hypercall.GrantRef // pages posted and not used, oldest first
+	l          *lab
+	v          toolstack.Vif
+	dev        *pvnet.Device
+	sink       *sink
+	before     emu.Ledger
+	errorLines int
+	posted     []hypercall.GrantRef // pages posted and not used, oldest first
 }
 
 var frontKeys = []string{
 	"tx-ring-ref", "rx-ring-ref", "event-channel", "event-channel-tx", "event-channel-rx",
 }
 
-// lure adds a vif with a raw backend, and connects our frontend to it.
-func (l *lab) lure(cfg pvnet.Config) *host {
+// attackFrontend adds a vif with a raw backend, and connects our frontend to it.
+func (l *lab) attackFrontend(cfg pvnet.Config) *driver {
 	l.t.Helper()
-	h := l.bait(cfg)
-	h.sink = listen(h.dev)
-	return h
+	drv := l.connectFrontend(cfg)
+	drv.sink = listen(drv.dev)
+	return drv
 }
 
-func (l *lab) bait(cfg pvnet.Config) *host {
+// connectFrontend is attackFrontend without a sink.
+func (l *lab) connectFrontend(cfg pvnet.Config) *driver {
 	l.t.Helper()
-	h := &host{l: l, base: l.Ledger(), lines: l.log.count(slog.LevelError)}
-	h.v = l.vif()
+	return l.connectFrontendBy(cfg, (*driver).offer)
+}
+
+// connectFrontendBy connects our frontend to a raw backend that answers it with offer.
+func (l *lab) connectFrontendBy(cfg pvnet.Config, offer func(*driver)) *driver {
+	l.t.Helper()
+	drv := &driver{l: l, before: l.Ledger(), errorLines: l.log.count(slog.LevelError)}
+	drv.v = l.addVif()
 	cfg.Logger = slog.New(l.log)
-	connected := make(chan error, 1)
-	go func() {
-		var err error
-		h.dev, err = pvnet.Connect(ctx(l.t), l.guest, fmt.Sprint(h.v.ID), cfg)
-		connected <- err
-	}()
-	h.offer()
-	if err := wait(l.t, connected); err != nil {
+	c := l.startConnect(ctx(l.t), drv.v, cfg)
+	offer(drv)
+	if err := wait(l.t, c.done); err != nil {
 		l.t.Fatal(err)
 	}
-	up(l.t, h.dev)
-	return h
+	drv.dev = c.dev
+	waitLinkUp(l.t, drv.dev)
+	return drv
+}
+
+// A connecting frontend is a Connect of our own that runs until done.
+type connecting struct {
+	done chan error    // the error that Connect returned
+	dev  *pvnet.Device // read only after done
+}
+
+// startConnect starts to connect our frontend to the backend of v.
+func (l *lab) startConnect(ctx context.Context, v toolstack.Vif, cfg pvnet.Config) *connecting {
+	c := &connecting{done: make(chan error, 1)}
+	go func() {
+		var err error
+		c.dev, err = pvnet.Connect(ctx, l.guest, fmt.Sprint(v.ID), cfg)
+		c.done <- err
+	}()
+	return c
 }
 
 // offer performs the handshake of a correct backend.
-func (h *host) offer() { h.offerWith(raw.BackKeys()) }
+func (drv *driver) offer() { drv.offerWith(raw.BackKeys()) }
 
-func (h *host) offerWith(offer xenstore.Values) {
-	h.l.t.Helper()
-	l, v := h.l, h.v
-	l.write(l.dc, v.BackDir(), offer, "2")
-	l.await(v.FrontDir()+"/state", "4")
+func (drv *driver) offerWith(offer xenstore.Values) {
+	drv.l.t.Helper()
+	l, v := drv.l, drv.v
+	l.write(l.drvStore, v.BackDir(), offer, "2")
+	drv.awaitFrontend("4")
 	keys := make(xenstore.Values)
 	for _, k := range frontKeys {
 		if s, err := l.store.Read(v.FrontDir() + "/" + k); err == nil {
@@ -76,170 +97,208 @@ func (h *host) offerWith(offer xenstore.Values) {
 		}
 	}
 	var err error
-	if h.Back, err = raw.NewBack(l.drv, frontID, keys); err != nil {
+	if drv.Back, err = raw.NewBack(l.drv, frontID, keys); err != nil {
 		l.t.Fatal(err)
 	}
-	h.state("4")
+	drv.posted = nil
+	drv.setState("4")
 }
 
-func (h *host) state(s string) { h.l.write(h.l.dc, h.v.BackDir(), nil, s) }
-
-// leave disconnects our frontend and requires everything back.
-func (h *host) leave() {
-	h.l.t.Helper()
-	go h.dev.Disconnect()
-	h.l.await(h.v.FrontDir()+"/state", "5")
-	h.gone()
+// reconnect offers the vif again and waits until our frontend is connected to it.
+func (drv *driver) reconnect() {
+	drv.l.t.Helper()
+	drv.offer()
+	drv.awaitPages()
 }
 
-// gone answers a frontend that closes, and requires everything back.
-func (h *host) gone() {
-	h.l.t.Helper()
-	h.state("5")
-	h.l.await(h.v.FrontDir()+"/state", "6")
-	if err := h.Close(); err != nil {
-		h.l.t.Error(err)
+// awaitPages waits until our frontend has the pages of a connection.
+func (drv *driver) awaitPages() {
+	drv.l.t.Helper()
+	eventually(drv.l.t, "the link", func() bool { return drv.dev.Budget() != (pvnet.Budget{}) })
+}
+
+func (drv *driver) setState(s string) { drv.l.write(drv.l.drvStore, drv.v.BackDir(), nil, s) }
+
+// awaitFrontend waits until the state of our frontend is one of states.
+func (drv *driver) awaitFrontend(states ...string) string {
+	drv.l.t.Helper()
+	return drv.l.await(drv.v.FrontDir()+"/state", states...)
+}
+
+// closeHandshake closes the connection as a correct backend does: it unmaps the rings
+// before it is in Closed.
+func (drv *driver) closeHandshake() {
+	drv.l.t.Helper()
+	drv.setState("5")
+	drv.awaitFrontend("6")
+	if err := drv.Close(); err != nil {
+		drv.l.t.Fatal(err)
 	}
-	h.state("6")
-	wait(h.l.t, h.dev.Done())
-	if h.sink != nil {
-		wait(h.l.t, h.sink.ended)
-	}
-	h.l.remove(h.v)
-	eventually(h.l.t, "everything back", func() bool { return h.l.Ledger() == h.base })
+	drv.setState("6")
+	drv.awaitFrontend("1")
 }
 
-// fatal requires that the attack ends the frontend's device.
-func (h *host) fatal(ring, want string) {
-	h.l.t.Helper()
-	h.l.await(h.v.FrontDir()+"/state", "5")
-	h.gone()
-	_, err := h.dev.Write(pattern(60, 0))
+// disconnect disconnects our frontend and requires everything back.
+func (drv *driver) disconnect() {
+	drv.l.t.Helper()
+	go drv.dev.Disconnect()
+	drv.awaitFrontend("5")
+	drv.finishClose()
+}
+
+// finishClose answers a frontend that closes, and requires everything back.
+func (drv *driver) finishClose() {
+	drv.l.t.Helper()
+	drv.setState("5")
+	drv.awaitFrontend("6")
+	if err := drv.Close(); err != nil {
+		drv.l.t.Error(err)
+	}
+	drv.setState("6")
+	wait(drv.l.t, drv.dev.Done())
+	if drv.sink != nil {
+		wait(drv.l.t, drv.sink.ended)
+	}
+	drv.l.removeVif(drv.v)
+	eventually(drv.l.t, "everything back", func() bool { return drv.l.Ledger() == drv.before })
+}
+
+// requirePeerError requires that the attack ends the frontend's device.
+func (drv *driver) requirePeerError(ring, want string) {
+	drv.l.t.Helper()
+	drv.awaitFrontend("5")
+	drv.finishClose()
+	_, err := drv.dev.Write(pattern(60, 0))
 	var pe *pvnet.PeerError
 	if !errors.As(err, &pe) || pe.Ring != ring || !strings.Contains(pe.Reason, want) || !errors.Is(err, pvnet.ErrDisconnected) {
-		h.l.t.Errorf("ended with %v, want a PeerError of the %s ring: %q", err, ring, want)
+		drv.l.t.Errorf("ended with %v, want a PeerError of the %s ring: %q", err, ring, want)
 	}
-	if n := h.l.log.count(slog.LevelError) - h.lines; n != 1 {
-		h.l.t.Errorf("%d lines of errors, want 1\n%s", n, h.l.log)
+	if n := drv.l.log.count(slog.LevelError) - drv.errorLines; n != 1 {
+		drv.l.t.Errorf("%d lines of errors, want 1\n%s", n, drv.l.log)
 	}
 }
 
-// take waits until refs has n posted pages.
-func (h *host) take(n int) {
-	h.l.t.Helper()
-	if n -= len(h.refs); n > 0 {
-		refs, err := h.Posted(n, soon())
+// awaitPosted waits until refs has n posted pages.
+func (drv *driver) awaitPosted(n int) {
+	drv.l.t.Helper()
+	if n -= len(drv.posted); n > 0 {
+		refs, err := drv.Posted(n, deadline())
 		if err != nil {
-			h.l.t.Fatal(err)
+			drv.l.t.Fatal(err)
 		}
-		h.refs = append(h.refs, refs...)
+		drv.posted = append(drv.posted, refs...)
 	}
 }
 
-// slot returns a response for the next posted page, after copying p there at off.
-func (h *host) slot(off uint16, flags uint16, p []byte) [2]uint32 {
-	h.l.t.Helper()
-	r := h.raw(raw.RxRsp{Offset: off, Flags: flags, Status: int16(len(p))})
-	if err := h.Fill(h.refs[0], off, p); err != nil {
-		h.l.t.Fatal(err)
+// fillSlot returns a response for the next posted page, after copying p there at off.
+func (drv *driver) fillSlot(off uint16, flags uint16, p []byte) [2]uint32 {
+	drv.l.t.Helper()
+	r := drv.response(raw.RxRsp{Offset: off, Flags: flags, Status: int16(len(p))})
+	if err := drv.Fill(drv.posted[0], off, p); err != nil {
+		drv.l.t.Fatal(err)
 	}
-	h.refs = h.refs[1:]
-	h.RxProd++ // counts the slot that the response will take
+	drv.posted = drv.posted[1:]
+	drv.RxProd++ // counts the slot that the response will take
 	return r
 }
 
-// raw returns a response with the id of its slot.
-func (h *host) raw(r raw.RxRsp) [2]uint32 {
-	h.take(1)
-	r.ID = uint16(h.RxProd % raw.Size)
+// response returns a response with the id of its slot.
+func (drv *driver) response(r raw.RxRsp) [2]uint32 {
+	drv.awaitPosted(1)
+	r.ID = uint16(drv.RxProd % raw.Size)
 	return r.Words()
 }
 
-// deliver puts slots that RxProd has counted already into the ring.
-func (h *host) deliver(slots ...[2]uint32) {
-	h.RxProd -= uint32(len(slots))
-	h.Deliver(slots...)
+// deliverSlots puts slots that RxProd has counted already into the ring.
+func (drv *driver) deliverSlots(slots ...[2]uint32) {
+	drv.RxProd -= uint32(len(slots))
+	drv.Deliver(slots...)
 }
 
-// bad returns a response whose page is not filled.
-func (h *host) bad(r raw.RxRsp) [2]uint32 {
-	w := h.raw(r)
-	h.refs = h.refs[1:]
-	h.RxProd++
+// unfilledSlot returns a response whose page is not filled.
+func (drv *driver) unfilledSlot(r raw.RxRsp) [2]uint32 {
+	w := drv.response(r)
+	drv.posted = drv.posted[1:]
+	drv.RxProd++
 	return w
 }
 
-// extra returns an extra, which takes a slot and the page posted for it.
-func (h *host) extra(x raw.Extra) [2]uint32 {
-	h.take(1)
-	h.refs = h.refs[1:]
-	h.RxProd++
+// extraSlot returns an extra, which takes a slot and the page posted for it.
+func (drv *driver) extraSlot(x raw.Extra) [2]uint32 {
+	drv.awaitPosted(1)
+	drv.posted = drv.posted[1:]
+	drv.RxProd++
 	w := x.Words()
 	return [2]uint32{w[0], w[1]}
 }
 
-// works requires that a frame arrives at our frontend, and one from it at the host.
-func (h *host) works() {
-	h.l.t.Helper()
-	for len(h.sink.frames) > 0 {
-		<-h.sink.frames
-	}
-	want := pattern(200, int(h.RxProd))
-	h.deliver(h.slot(2, raw.RxValidated, want))
-	if got := wait(h.l.t, h.sink.frames); !bytes.Equal(got, want) {
-		h.l.t.Fatalf("%d bytes arrived as %d others", len(want), len(got))
-	}
-	if _, err := h.dev.Write(want); err != nil {
-		h.l.t.Fatal(err)
-	}
-	reqs, err := h.Requests(1, soon())
+// awaitRequests takes n requests of our frontend from the tx ring.
+func (drv *driver) awaitRequests(n int) []raw.TxReq {
+	drv.l.t.Helper()
+	reqs, err := drv.Requests(n, deadline())
 	if err != nil {
-		h.l.t.Fatal(err)
+		drv.l.t.Fatal(err)
+	}
+	return reqs
+}
+
+// requireTraffic requires that a frame arrives at our frontend, and one from it at the host.
+func (drv *driver) requireTraffic() {
+	drv.l.t.Helper()
+	for len(drv.sink.frames) > 0 {
+		<-drv.sink.frames
+	}
+	want := pattern(200, int(drv.RxProd))
+	drv.deliverSlots(drv.fillSlot(2, raw.RxValidated, want))
+	drv.sink.requireFrame(drv.l.t, want)
+	if _, err := drv.dev.Write(want); err != nil {
+		drv.l.t.Fatal(err)
+	}
+	reqs, err := drv.Requests(1, deadline())
+	if err != nil {
+		drv.l.t.Fatal(err)
 	}
 	got := make([]byte, 200)
-	if err := h.Read(hypercall.GrantRef(reqs[0].Ref), reqs[0].Offset, got); err != nil || !bytes.Equal(got, want) || reqs[0].Size != 200 {
-		h.l.t.Fatalf("a frame of ours came as %+v: %v", reqs[0], err)
+	if err := drv.Read(hypercall.GrantRef(reqs[0].Ref), reqs[0].Offset, got); err != nil || !bytes.Equal(got, want) || reqs[0].Size != 200 {
+		drv.l.t.Fatalf("a frame of ours came as %+v: %v", reqs[0], err)
 	}
-	h.Answer(raw.TxRsp{ID: reqs[0].ID})
+	drv.Answer(raw.TxRsp{ID: reqs[0].ID})
 }
 
 func TestT01ProducerJumpsOnTheFrontend(t *testing.T) {
 	l := newLab(t, emu.Config{})
-	honest := l.lure(pvnet.Config{})
+	honest := l.attackFrontend(pvnet.Config{})
 	for _, ahead := range []uint32{1, 257, 1 << 16, 1<<31 - 1, 1 << 31, 1<<31 + 1, ^uint32(0)} {
 		for _, ring := range []string{"tx", "rx"} {
 			t.Run(fmt.Sprint(ring, "+", ahead), func(t *testing.T) {
 				l.t = t
-				h := l.lure(pvnet.Config{})
-				h.works()
+				drv := l.attackFrontend(pvnet.Config{})
+				drv.requireTraffic()
 				if ring == "rx" {
 					if ahead == 1 { // 256 are posted, so this is one of them
 						ahead = 257
 					}
-					h.Rx.Store(raw.RspProd, h.RxProd+ahead)
-					h.RxPort.Notify()
+					drv.Rx.Store(raw.RspProd, drv.RxProd+ahead)
+					drv.RxPort.Notify()
 				} else {
 					// The frontend reads the responses when it needs room.
 					if ahead == ^uint32(0) {
 						// Backwards: of that it can know once it has taken responses,
 						// and for the 257th frame it has.
 						for range 257 {
-							if _, err := h.dev.Write(pattern(60, 0)); err != nil {
+							if _, err := drv.dev.Write(pattern(60, 0)); err != nil {
 								t.Fatal(err)
 							}
-							reqs, err := h.Requests(1, soon())
-							if err != nil {
-								t.Fatal(err)
-							}
-							h.Answer(raw.TxRsp{ID: reqs[0].ID})
+							reqs := drv.awaitRequests(1)
+							drv.Answer(raw.TxRsp{ID: reqs[0].ID})
 						}
-						ahead = -h.TxProd
+						ahead = -drv.TxProd
 					}
-					h.Tx.Store(raw.RspProd, h.TxProd+ahead)
-					h.TxPort.Notify()
-					h.dev.SetWriteDeadline(soon())
+					drv.Tx.Store(raw.RspProd, drv.TxProd+ahead)
+					drv.TxPort.Notify()
+					drv.dev.SetWriteDeadline(deadline())
 					for range 600 {
-						if _, err := h.dev.Write(pattern(60, 0)); err != nil {
+						if _, err := drv.dev.Write(pattern(60, 0)); err != nil {
 							break
 						}
 					}
@@ -248,13 +307,13 @@ func TestT01ProducerJumpsOnTheFrontend(t *testing.T) {
 				if ring == "tx" && ahead == 1 {
 					want = "" // or the id of a response that was never written
 				}
-				h.fatal(ring, want)
+				drv.requirePeerError(ring, want)
 			})
 		}
 	}
 	l.t = t
-	honest.works()
-	honest.leave()
+	honest.requireTraffic()
+	honest.disconnect()
 }
 
 // xennet_tx_buf_gc: "Illegal number of responses", "id is out of range", "not
@@ -284,34 +343,31 @@ func TestT05ResponseIDs(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			l.t = t
-			h := l.lure(pvnet.Config{})
+			drv := l.attackFrontend(pvnet.Config{})
 			defer func() {
 				if !t.Failed() && c.want == "" {
-					h.leave()
+					drv.disconnect()
 				}
 			}()
 			for range 2 {
-				if _, err := h.dev.Write(pattern(60, 0)); err != nil {
+				if _, err := drv.dev.Write(pattern(60, 0)); err != nil {
 					t.Fatal(err)
 				}
 			}
-			reqs, err := h.Requests(2, soon())
-			if err != nil {
-				t.Fatal(err)
-			}
+			reqs := drv.awaitRequests(2)
 			rsp := c.ids([]uint16{reqs[0].ID, reqs[1].ID})
-			h.Answer(rsp...)
+			drv.Answer(rsp...)
 			// The frontend reads the responses when it needs room.
-			err = nil
+			var err error
 			for n := 0; err == nil && n < 600; n++ {
-				h.dev.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
-				_, err = h.dev.Write(pattern(60, 0))
+				drv.dev.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
+				_, err = drv.dev.Write(pattern(60, 0))
 			}
 			if c.want != "" {
-				h.fatal("tx", c.want)
+				drv.requirePeerError("tx", c.want)
 				// Each frame is lost for one reason: one for the response with the wrong
 				// id, the others for the end of the connection.
-				st := h.dev.Stats()
+				st := drv.dev.Stats()
 				sent, lost := st.TX.Get(telemetry.Packets), st.TX.Dropped()+st.TX.Errors()
 				arrived, wrong := uint64(0), uint64(1)
 				for _, r := range rsp[:len(rsp)-1] {
@@ -332,10 +388,10 @@ func TestT05ResponseIDs(t *testing.T) {
 				t.Fatal(err)
 			}
 			// Room for as many as were answered: 256 in all.
-			reqs, err = h.Requests(256, time.Now().Add(2*time.Second))
+			reqs, err = drv.Requests(256, time.Now().Add(2*time.Second))
 			if err != nil {
-				st := h.dev.Stats()
-				t.Fatal(err, h.Tx.Load(raw.ReqProd), st.TX.Get(telemetry.Packets))
+				st := drv.dev.Stats()
+				t.Fatal(err, drv.Tx.Load(raw.ReqProd), st.TX.Get(telemetry.Packets))
 			}
 			seen := map[uint16]bool{}
 			for _, r := range reqs {
@@ -353,8 +409,8 @@ func TestT05ResponseIDs(t *testing.T) {
 func TestT06ReceivedChains(t *testing.T) {
 	l := newLab(t, emu.Config{})
 	for _, lend := range []bool{false, true} {
-		h := l.lure(pvnet.Config{LendRx: lend})
-		h.works()
+		drv := l.attackFrontend(pvnet.Config{LendRx: lend})
+		drv.requireTraffic()
 		chain := func(sizes ...int) (slots [][2]uint32, want []byte) {
 			for i, n := range sizes {
 				flags := uint16(raw.RxMore)
@@ -362,7 +418,7 @@ func TestT06ReceivedChains(t *testing.T) {
 					flags = 0
 				}
 				p := pattern(n, i)
-				slots = append(slots, h.slot(uint16((4096-n)/2), flags, p))
+				slots = append(slots, drv.fillSlot(uint16((4096-n)/2), flags, p))
 				want = append(want, p...)
 			}
 			return slots, want
@@ -376,19 +432,17 @@ func TestT06ReceivedChains(t *testing.T) {
 		}
 		arrives := func(want []byte) {
 			t.Helper()
-			if got := wait(t, h.sink.frames); !bytes.Equal(got, want) {
-				t.Fatalf("%d bytes arrived as %d others", len(want), len(got))
-			}
+			drv.sink.requireFrame(t, want)
 		}
 		lost := func(what string, reason telemetry.Reason, slots ...[2]uint32) {
 			t.Helper()
-			before := h.dev.Stats()
-			h.deliver(slots...)
+			before := drv.dev.Stats()
+			drv.deliverSlots(slots...)
 			eventually(t, what, func() bool {
-				st := h.dev.Stats()
+				st := drv.dev.Stats()
 				return st.RX.Lost(reason) == before.RX.Lost(reason)+1
 			})
-			h.works() // and no other frame came
+			drv.requireTraffic() // and no other frame came
 		}
 		for n := 1; n <= 24; n++ {
 			for _, size := range []int{0, 1, 14, 900, 4096} {
@@ -402,7 +456,7 @@ func TestT06ReceivedChains(t *testing.T) {
 				case len(want) > 65535:
 					lost(what, telemetry.DropTooLong, slots...)
 				default:
-					h.deliver(slots...)
+					drv.deliverSlots(slots...)
 					arrives(want)
 				}
 			}
@@ -421,15 +475,15 @@ func TestT06ReceivedChains(t *testing.T) {
 			{Status: 4097}, {Status: 0x7fff}, {Offset: 1, Status: 4096}, {Offset: 4096, Status: 1},
 			{Offset: 0xffff, Status: 1}, {Offset: 0xfff0, Status: 0x7fff}, {Offset: 4097, Status: 0},
 		} {
-			lost(fmt.Sprintf("%+v", r), telemetry.DropBadOffset, h.bad(r))
+			lost(fmt.Sprintf("%+v", r), telemetry.DropBadOffset, drv.unfilledSlot(r))
 		}
 		for _, status := range []int16{-1, -2, -3, -13, -32768} {
-			lost(fmt.Sprint("status ", status), telemetry.DropBackendError, h.bad(raw.RxRsp{Status: status}))
+			lost(fmt.Sprint("status ", status), telemetry.DropBackendError, drv.unfilledSlot(raw.RxRsp{Status: status}))
 		}
 		// Extras. The frontend did not ask for GSO; a hash is a hint.
 		gso := func(x raw.Extra) (slots [][2]uint32, want []byte) {
 			want = pattern(100, 9)
-			slots = append(slots, h.slot(0, raw.RxExtra|raw.RxValidated, want), h.extra(x))
+			slots = append(slots, drv.fillSlot(0, raw.RxExtra|raw.RxValidated, want), drv.extraSlot(x))
 			return slots, want
 		}
 		for name, x := range map[string]raw.Extra{
@@ -442,29 +496,29 @@ func TestT06ReceivedChains(t *testing.T) {
 		slots, _ = gso(raw.GSO(1448, 1))
 		lost("GSO", telemetry.DropBadGSO, slots...)
 		slots, want := gso(raw.Extra{Type: 4, Body: [6]byte{1, 1, 2, 3, 4, 5}})
-		h.deliver(slots...)
+		drv.deliverSlots(slots...)
 		arrives(want)
 		slots, _ = gso(raw.Extra{Type: 4, Flags: 1})
 		lost("one of two extras", telemetry.DropBadExtra, slots...)
 		slots, _ = gso(raw.Extra{Type: 4, Flags: 1})
 		for range 150 {
-			slots = append(slots, h.extra(raw.Extra{Type: 4, Flags: 1}))
+			slots = append(slots, drv.extraSlot(raw.Extra{Type: 4, Flags: 1}))
 		}
 		lost("endless MORE", telemetry.DropBadExtra, slots...)
 		// The frontend completes checksums too.
 		for _, v6 := range []bool{false, true} {
 			blank, whole := packet(1, v6, true, 333, 7)
-			h.deliver(h.slot(0, raw.RxBlank|raw.RxValidated|raw.RxMore, blank[:40]), h.slot(9, 0, blank[40:]))
+			drv.deliverSlots(drv.fillSlot(0, raw.RxBlank|raw.RxValidated|raw.RxMore, blank[:40]), drv.fillSlot(9, 0, blank[40:]))
 			arrives(whole)
 		}
-		lost("blank garbage", telemetry.DropBadCsum, h.slot(0, raw.RxBlank, pattern(60, 0)))
+		lost("blank garbage", telemetry.DropBadCsum, drv.fillSlot(0, raw.RxBlank, pattern(60, 0)))
 		// The frontend ignores the id: the slot identifies the request.
-		r := h.slot(0, 0, want)
+		r := drv.fillSlot(0, 0, want)
 		r[0] |= 0xffff
-		h.deliver(r)
+		drv.deliverSlots(r)
 		arrives(want)
 		// Afterwards every slot is posted again.
-		eventually(t, "256 pages posted", func() bool { return h.Rx.Load(raw.ReqProd)-h.RxProd == 256 })
-		h.leave()
+		eventually(t, "256 pages posted", func() bool { return drv.Rx.Load(raw.ReqProd)-drv.RxProd == 256 })
+		drv.disconnect()
 	}
 }

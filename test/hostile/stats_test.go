@@ -12,43 +12,43 @@ import (
 	"barevif/test/hostile/raw"
 )
 
-// A shelf is a Store on the heap, where the race detector watches it.
-type shelf struct {
-	t   testing.TB
-	mu  sync.Mutex
-	all []*shelved // guarded by mu
+// A heapStore is a Store on the heap, where the race detector watches it.
+type heapStore struct {
+	t       testing.TB
+	mu      sync.Mutex
+	mirrors []*heapMirror // guarded by mu
 }
 
-type shelved struct {
-	t     testing.TB
-	words [2][telemetry.BlockWords]uint64
-	gone  atomic.Bool
+type heapMirror struct {
+	t      testing.TB
+	words  [2][telemetry.BlockWords]uint64
+	closed atomic.Bool
 }
 
-func (s *shelf) Open(info telemetry.Info) (telemetry.Mirror, error) {
-	m := &shelved{t: s.t}
+func (s *heapStore) Open(info telemetry.Info) (telemetry.Mirror, error) {
+	m := &heapMirror{t: s.t}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.all = append(s.all, m)
+	s.mirrors = append(s.mirrors, m)
 	return m, nil
 }
 
-func (m *shelved) Words(_ int, d telemetry.Dir) (words, base []uint64) { return m.words[d][:], nil }
-func (m *shelved) Kind() string                                        { return "heap" }
-func (m *shelved) Reason() string                                      { return "a test's" }
-func (m *shelved) Update(telemetry.Status, telemetry.Reset)            { m.used() }
-func (m *shelved) Record(telemetry.Event)                              { m.used() }
+func (m *heapMirror) Words(_ int, d telemetry.Dir) (words, base []uint64) { return m.words[d][:], nil }
+func (m *heapMirror) Kind() string                                        { return "heap" }
+func (m *heapMirror) Reason() string                                      { return "a test's" }
+func (m *heapMirror) Update(telemetry.Status, telemetry.Reset)            { m.checkOpen() }
+func (m *heapMirror) Record(telemetry.Event)                              { m.checkOpen() }
 
-func (m *shelved) used() {
-	if m.gone.Load() {
+func (m *heapMirror) checkOpen() {
+	if m.closed.Load() {
 		m.t.Error("a mirror is used after its Close")
 	}
 }
 
 // Close overwrites the words: no device may write or read them afterwards.
-func (m *shelved) Close() error {
-	m.used()
-	m.gone.Store(true)
+func (m *heapMirror) Close() error {
+	m.checkOpen()
+	m.closed.Store(true)
 	for d := range m.words {
 		for i := range m.words[d] {
 			m.words[d][i] = ^uint64(0)
@@ -57,13 +57,13 @@ func (m *shelved) Close() error {
 	return nil
 }
 
-// check requires that all mirrors are closed, and unchanged since.
-func (s *shelf) check() {
+// requireAllClosed requires that all mirrors are closed, and unchanged since.
+func (s *heapStore) requireAllClosed() {
 	s.t.Helper()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for i, m := range s.all {
-		if !m.gone.Load() {
+	for i, m := range s.mirrors {
+		if !m.closed.Load() {
 			s.t.Errorf("mirror %d is still open", i)
 		}
 		for d := range m.words {
@@ -76,9 +76,9 @@ func (s *shelf) check() {
 	}
 }
 
-// watchers call every method of d that reads statistics, as fast as they can, until stop.
+// startStatsReaders call every method of d that reads statistics, as fast as they can, until stop.
 // All frames have 200 bytes.
-func watchers(t testing.TB, d *pvnet.Device) (stop func() (reads uint64)) {
+func startStatsReaders(t testing.TB, d *pvnet.Device) (stop func() (reads uint64)) {
 	end := make(chan struct{})
 	var n atomic.Uint64
 	var wg sync.WaitGroup
@@ -123,7 +123,7 @@ func watchers(t testing.TB, d *pvnet.Device) (stop func() (reads uint64)) {
 // while the device connects, fails to connect, reconnects, is attacked, or ends.
 func TestT36StatisticsAreReadThroughoutALife(t *testing.T) {
 	l := newLab(t, emu.Config{})
-	s := &shelf{t: t}
+	s := &heapStore{t: t}
 	l.serve(pvnet.ServeConfig{Config: pvnet.Config{Buffers: 64, Counters: s}})
 	rounds := 24
 	if testing.Short() {
@@ -132,29 +132,29 @@ func TestT36StatisticsAreReadThroughoutALife(t *testing.T) {
 	reads := uint64(0)
 	start := time.Now()
 	for i := range rounds {
-		g := l.knock()
-		stop := watchers(t, g.dev)
+		g := l.newGuest()
+		stop := startStatsReaders(t, g.dev)
 		switch i % 4 {
 		case 0:
 			g.connect()
-			g.works()
-			g.leave()
+			g.requireTraffic()
+			g.disconnect()
 		case 1:
 			keys := g.Keys()
 			keys["tx-ring-ref"] = "4000000"
-			g.refused(keys)
-			g.retry()
+			g.requireRefused(keys)
+			g.retryAfterRefusal()
 		case 2:
 			g.connect()
-			g.works()
+			g.requireTraffic()
 			g.Tx.Store(raw.ReqProd, g.TxProd+1000)
 			g.TxPort.Notify()
-			g.fatal("tx", "impossible")
+			g.requirePeerError("tx", "impossible")
 		case 3:
 			g.connect()
-			g.works()
-			g.state("6")
-			g.gone()
+			g.requireTraffic()
+			g.setState("6")
+			g.removeVif()
 		}
 		for range 100 { // and the statistics of an ended device
 			g.dev.Stats()
@@ -162,37 +162,35 @@ func TestT36StatisticsAreReadThroughoutALife(t *testing.T) {
 		reads += stop()
 	}
 	t.Logf("%.0f reads a second", float64(reads)/time.Since(start).Seconds())
-	s.check()
+	s.requireAllClosed()
 }
 
 func TestT36StatisticsOfAFrontendAreReadThroughoutALife(t *testing.T) {
 	l := newLab(t, emu.Config{})
-	s := &shelf{t: t}
+	s := &heapStore{t: t}
 	for i := range 6 {
-		h := l.lure(pvnet.Config{Buffers: 64, Counters: s})
-		stop := watchers(t, h.dev)
-		h.works()
+		drv := l.attackFrontend(pvnet.Config{Buffers: 64, Counters: s})
+		stop := startStatsReaders(t, drv.dev)
+		drv.requireTraffic()
 		if i%2 == 0 {
-			if err := h.Close(); err != nil {
+			if err := drv.Close(); err != nil {
 				t.Fatal(err)
 			}
-			h.state("5")
-			l.await(h.v.FrontDir()+"/state", "6")
-			h.state("6")
-			l.await(h.v.FrontDir()+"/state", "1")
-			h.refs = nil
-			h.offer()
-			eventually(t, "the link", func() bool { return h.dev.Budget() != (pvnet.Budget{}) })
-			h.works()
+			drv.setState("5")
+			drv.awaitFrontend("6")
+			drv.setState("6")
+			drv.awaitFrontend("1")
+			drv.reconnect()
+			drv.requireTraffic()
 		}
 		if i%3 == 0 {
-			h.Rx.Store(raw.RspProd, h.RxProd+1000)
-			h.RxPort.Notify()
-			h.fatal("rx", "impossible")
+			drv.Rx.Store(raw.RspProd, drv.RxProd+1000)
+			drv.RxPort.Notify()
+			drv.requirePeerError("rx", "impossible")
 		} else {
-			h.leave()
+			drv.disconnect()
 		}
 		stop()
 	}
-	s.check()
+	s.requireAllClosed()
 }

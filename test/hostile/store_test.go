@@ -26,23 +26,23 @@ var garbage = []string{
 
 const missing = "\x00missing"
 
-// retry closes as a frontend that was refused does, and then connects correctly.
-func (g *guest) retry() {
+// retryAfterRefusal closes as a frontend that was refused does, and then connects correctly.
+func (g *guest) retryAfterRefusal() {
 	g.l.t.Helper()
-	g.l.await(g.v.BackDir()+"/state", "5", "6")
-	g.state("6")
-	g.l.await(g.v.BackDir()+"/state", "6")
-	g.state("1")
-	g.l.await(g.v.BackDir()+"/state", "2")
-	g.reset()
+	g.awaitBackend("5", "6")
+	g.setState("6")
+	g.awaitBackend("6")
+	g.reopen()
 	g.connect()
-	g.works()
-	g.leave()
+	g.requireTraffic()
+	g.disconnect()
 }
 
-// reset makes new rings and removes all the old keys.
-func (g *guest) reset() {
+// reopen returns to Initialising with new rings, and removes the keys of the old ones.
+func (g *guest) reopen() {
 	g.l.t.Helper()
+	g.setState("1")
+	g.awaitBackend("2")
 	if err := g.Close(); err != nil {
 		g.l.t.Errorf("a connection that was refused keeps something: %v", err)
 	}
@@ -57,9 +57,9 @@ func (g *guest) reset() {
 	}
 }
 
-// refused publishes keys, some of them wrong, and requires that the backend then holds
+// requireRefused publishes keys, some of them wrong, and requires that the backend then holds
 // nothing and serves the next frontend.
-func (g *guest) refused(keys xenstore.Values) {
+func (g *guest) requireRefused(keys xenstore.Values) {
 	g.l.t.Helper()
 	before := g.l.Ledger()
 	lines := g.l.log.count(slog.LevelWarn)
@@ -70,7 +70,7 @@ func (g *guest) refused(keys xenstore.Values) {
 		}
 	}
 	g.l.write(g.l.tools, g.v.FrontDir(), keys, "4")
-	g.l.await(g.v.BackDir()+"/state", "5")
+	g.awaitBackend("5")
 	if now := g.l.Ledger(); now != before {
 		g.l.t.Errorf("refused, and yet it holds %+v, before: %+v", now, before)
 	}
@@ -96,16 +96,16 @@ func TestT21FrontendKeys(t *testing.T) {
 			if n++; testing.Short() && n%5 != 0 {
 				continue
 			}
-			g := l.knock()
+			g := l.newGuest()
 			keys := g.Keys()
 			keys[key] = v
-			g.refused(keys)
+			g.requireRefused(keys)
 			if n%7 == 0 {
-				g.retry()
+				g.retryAfterRefusal()
 			} else {
-				g.state("6")
-				g.l.await(g.v.BackDir()+"/state", "6")
-				g.gone()
+				g.setState("6")
+				g.awaitBackend("6")
+				g.removeVif()
 			}
 			if t.Failed() {
 				t.Fatalf("%s = %.40q", key, v)
@@ -184,13 +184,13 @@ func TestT21GrantsAndPortsThatAreNot(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			l.t = t
-			g := l.knock()
+			g := l.newGuest()
 			k := g.Keys()
 			for key, v := range keys(g) {
 				k[key] = v
 			}
-			g.refused(k)
-			g.retry()
+			g.requireRefused(k)
+			g.retryAfterRefusal()
 		})
 	}
 	l.t = t
@@ -198,73 +198,72 @@ func TestT21GrantsAndPortsThatAreNot(t *testing.T) {
 
 // Keys whose value may be anything without harm: the feature is then not offered.
 func TestT21KeysThatMayBeAnything(t *testing.T) {
-	l := newLab(t, emu.Config{})
-	l.serve(pvnet.ServeConfig{})
+	l := newServingLab(t)
 	for _, v := range []string{"", "-1", "yes", strings.Repeat("1", 3000)} {
-		g := l.knock()
+		g := l.newGuest()
 		keys := g.Keys()
 		keys["feature-sg"], keys["feature-rx-notify"], keys["feature-gso-tcpv4"], keys["ctrl-ring-ref"] = v, v, v, v
 		g.l.write(g.l.tools, g.v.FrontDir(), keys, "4")
-		g.l.await(g.v.BackDir()+"/state", "4")
-		up(t, g.dev)
+		g.awaitBackend("4")
+		waitLinkUp(t, g.dev)
 		g.sink = listen(g.dev)
-		g.works()
+		g.requireTraffic()
 		if _, err := g.dev.Write(pattern(5000, 0)); !errors.Is(err, pvnet.ErrFrameSize) {
 			t.Errorf("a chain to a frontend that takes none: %v", err)
 		}
-		g.leave()
+		g.disconnect()
 	}
 }
 
 func TestT21BackendKeys(t *testing.T) {
 	l := newLab(t, emu.Config{})
-	connect := func(h *host) error {
-		h.lines = l.log.count(slog.LevelError)
+	connect := func(drv *driver) error {
+		drv.errorLines = l.log.count(slog.LevelError)
 		done := make(chan error, 1)
 		go func() {
 			c, cancel := context.WithTimeout(context.Background(), 8*time.Second)
 			defer cancel()
 			var err error
-			h.dev, err = pvnet.Connect(c, l.guest, fmt.Sprint(h.v.ID), pvnet.Config{Queues: 2, Logger: slog.New(l.log)})
+			drv.dev, err = pvnet.Connect(c, l.guest, fmt.Sprint(drv.v.ID), pvnet.Config{Queues: 2, Logger: slog.New(l.log)})
 			done <- err
 		}()
 		return wait(t, done)
 	}
 	for _, v := range append([]string{missing, "0", "2"}, garbage...) {
 		base := l.Ledger()
-		h := &host{l: l, v: l.vif()}
+		drv := &driver{l: l, v: l.addVif()}
 		keys := raw.BackKeys()
 		delete(keys, "feature-rx-copy")
 		if v != missing {
 			keys["feature-rx-copy"] = v
 		}
-		l.write(l.tools, h.v.BackDir(), keys, "2")
-		if err := connect(h); err == nil || !strings.Contains(err.Error(), "rx-copy") {
+		l.write(l.tools, drv.v.BackDir(), keys, "2")
+		if err := connect(drv); err == nil || !strings.Contains(err.Error(), "rx-copy") {
 			t.Fatalf("feature-rx-copy = %.40q: %v", v, err)
 		}
 		if now := l.Ledger(); now != base {
 			t.Fatalf("refused, and yet it holds %+v, before: %+v", now, base)
 		}
-		l.write(l.tools, h.v.BackDir(), nil, "6")
-		l.remove(h.v)
+		l.write(l.tools, drv.v.BackDir(), nil, "6")
+		l.removeVif(drv.v)
 	}
 	// A feature with a bad value is not offered; a bad MAC is replaced by a random one.
 	for i, v := range append([]string{missing, "0"}, garbage...) {
 		if testing.Short() && i%5 != 0 {
 			continue
 		}
-		h := &host{l: l, v: l.vif(), base: l.Ledger()}
+		drv := &driver{l: l, v: l.addVif(), before: l.Ledger()}
 		for _, k := range []string{"mac", "mtu", "trusted"} {
 			if v == missing {
-				l.tools.Remove(ctx(t), h.v.FrontDir()+"/"+k)
-				l.tools.Remove(ctx(t), h.v.BackDir()+"/"+k)
+				l.tools.Remove(ctx(t), drv.v.FrontDir()+"/"+k)
+				l.tools.Remove(ctx(t), drv.v.BackDir()+"/"+k)
 			} else {
-				l.write(l.tools, h.v.FrontDir(), xenstore.Values{k: v}, "")
-				l.write(l.tools, h.v.BackDir(), xenstore.Values{k: v}, "")
+				l.write(l.tools, drv.v.FrontDir(), xenstore.Values{k: v}, "")
+				l.write(l.tools, drv.v.BackDir(), xenstore.Values{k: v}, "")
 			}
 		}
 		done := make(chan error, 1)
-		go func() { done <- connect(h) }()
+		go func() { done <- connect(drv) }()
 		keys := raw.BackKeys()
 		for _, k := range []string{"feature-sg", "feature-split-event-channels", "multi-queue-max-queues"} {
 			delete(keys, k)
@@ -272,17 +271,17 @@ func TestT21BackendKeys(t *testing.T) {
 				keys[k] = v
 			}
 		}
-		l.write(l.tools, h.v.BackDir(), keys, "")
-		h.offerWith(nil)
+		l.write(l.tools, drv.v.BackDir(), keys, "")
+		drv.offerWith(nil)
 		if err := wait(t, done); err != nil {
 			t.Fatalf("%.40q: %v", v, err)
 		}
-		if mac := h.dev.MAC(); h.dev.MTU() != 1500 || h.dev.Active() != 1 || mac[0]&1 != 0 || mac == (pvnet.MAC{}) {
-			t.Errorf("%.40q: MTU %d, %d queues, MAC %v", v, h.dev.MTU(), h.dev.Active(), mac)
+		if mac := drv.dev.MAC(); drv.dev.MTU() != 1500 || drv.dev.Active() != 1 || mac[0]&1 != 0 || mac == (pvnet.MAC{}) {
+			t.Errorf("%.40q: MTU %d, %d queues, MAC %v", v, drv.dev.MTU(), drv.dev.Active(), mac)
 		}
-		h.sink = listen(h.dev)
-		h.works()
-		h.leave()
+		drv.sink = listen(drv.dev)
+		drv.requireTraffic()
+		drv.disconnect()
 	}
 }
 
@@ -294,7 +293,7 @@ func TestT21PathsThatAreNotOurs(t *testing.T) {
 		"/local/domain/3/backend/vif/1/0", "/local/domain/2/backend/vif/1/0/..", "/local/domain/2/device/vif/0",
 		"../../2/backend/vif/1/0", strings.Repeat("/a", 1500), "/local/domain/2/backend/vif/1/0\x00", "@releaseDomain",
 	} {
-		v := l.vif()
+		v := l.addVif()
 		l.write(l.tools, v.FrontDir(), xenstore.Values{"backend": dir}, "")
 		base := l.Ledger()
 		c, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
@@ -308,36 +307,34 @@ func TestT21PathsThatAreNotOurs(t *testing.T) {
 			t.Errorf("%.60q: it holds %+v, before: %+v", dir, now, base)
 		}
 		l.write(l.tools, v.BackDir(), nil, "6")
-		l.remove(v)
+		l.removeVif(v)
 	}
 }
 
 // A Windows frontend closes before its first connection, and spins until the backend
 // answers.
 func TestT25WindowsClosesFirst(t *testing.T) {
-	l := newLab(t, emu.Config{})
-	l.serve(pvnet.ServeConfig{})
+	l := newServingLab(t)
 	for range 3 {
-		g := l.knock()
-		g.state("5")
-		g.l.await(g.v.BackDir()+"/state", "5")
-		g.state("6")
-		g.l.await(g.v.BackDir()+"/state", "6")
-		g.state("1")
-		g.l.await(g.v.BackDir()+"/state", "2")
+		g := l.newGuest()
+		g.setState("5")
+		g.awaitBackend("5")
+		g.setState("6")
+		g.awaitBackend("6")
+		g.setState("1")
+		g.awaitBackend("2")
 		g.connect()
-		g.works()
-		g.leave()
+		g.requireTraffic()
+		g.disconnect()
 	}
 }
 
 // A frontend closes, makes new rings and connects again between two reads of the backend.
 // The backend sees Connected both times, and must leave the old rings for the new ones.
 func TestT25RingsReplacedBetweenTwoLooks(t *testing.T) {
-	l := newLab(t, emu.Config{})
-	l.serve(pvnet.ServeConfig{})
-	g := l.attack()
-	g.works()
+	l := newServingLab(t)
+	g := l.attackBackend()
+	g.requireTraffic()
 	for range 5 {
 		old := g.Front
 		next, err := raw.NewFront(l.guest, backID, 32, true)
@@ -345,12 +342,12 @@ func TestT25RingsReplacedBetweenTwoLooks(t *testing.T) {
 			t.Fatal(err)
 		}
 		maps := l.drv.Calls().Map
-		l.write(l.gc, g.v.FrontDir(), next.Keys(), "4")
+		l.write(l.guestStore, g.v.FrontDir(), next.Keys(), "4")
 		eventually(t, "the new rings mapped", func() bool { return l.drv.Calls().Map >= maps+2 })
-		l.await(g.v.BackDir()+"/state", "4")
+		g.awaitBackend("4")
 		g.Front = next
-		up(t, g.dev)
-		g.works()
+		waitLinkUp(t, g.dev)
+		g.requireTraffic()
 		if err := old.Close(); err != nil {
 			t.Errorf("the backend kept something of the old rings: %v", err)
 		}
@@ -358,100 +355,90 @@ func TestT25RingsReplacedBetweenTwoLooks(t *testing.T) {
 		// The same keys again mean the same rings.
 		maps = l.drv.Calls().Map
 		asked := l.store.Stats().Requests
-		l.write(l.gc, g.v.FrontDir(), next.Keys(), "4")
+		l.write(l.guestStore, g.v.FrontDir(), next.Keys(), "4")
 		// The guest itself sends three requests more than it has keys; the backend reads
 		// each key.
 		eventually(t, "the keys read again", func() bool {
 			return l.store.Stats().Requests > asked+uint64(2*len(next.Keys())+3)
 		})
-		g.works()
+		g.requireTraffic()
 		if n := l.drv.Calls().Map; n != maps {
 			t.Errorf("%d pages mapped for a state written again", n-maps)
 		}
 	}
-	g.leave()
+	g.disconnect()
 }
 
 var states = []string{"0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "-1", "", "4294967300", "x"}
 
-func walk(t *testing.T) int {
+func stateJumps(t *testing.T) int {
 	if testing.Short() {
 		return 300
 	}
 	return 10000
 }
 
-func TestT25StateJumpsOfTheFrontend(t *testing.T) { virtually(t, testT25StateJumpsOfTheFrontend) }
+func TestT25StateJumpsOfTheFrontend(t *testing.T) { inVirtualTime(t, testT25StateJumpsOfTheFrontend) }
 
 func testT25StateJumpsOfTheFrontend(t *testing.T) {
-	l := newLab(t, emu.Config{})
-	l.serve(pvnet.ServeConfig{})
-	honest := l.attack()
-	g := l.attack()
+	l := newServingLab(t)
+	honest := l.attackBackend()
+	g := l.attackBackend()
 	rng := rand.New(rand.NewPCG(1, 2))
-	for i := range walk(t) {
+	for i := range stateJumps(t) {
 		s := states[rng.IntN(len(states))]
 		if i%5 == 0 {
 			s = []string{"4", "6"}[rng.IntN(2)]
 		}
-		l.write(l.gc, g.v.FrontDir(), nil, s)
+		l.write(l.guestStore, g.v.FrontDir(), nil, s)
 		if i%11 == 0 {
-			l.await(g.v.BackDir()+"/state", "2", "4", "5", "6")
+			g.awaitBackend("2", "4", "5", "6")
 		}
 		if i%500 == 0 {
-			honest.works()
+			honest.requireTraffic()
 		}
 	}
 	// From any state: the close cycle, and then a connection.
-	g.state("5")
-	g.l.await(g.v.BackDir()+"/state", "5", "6")
-	g.state("6")
-	g.l.await(g.v.BackDir()+"/state", "6")
+	g.closeHandshake()
 	eventually(t, "rings let go", func() bool { return l.Ledger().Mappings == 2 }) // the neighbour's mappings remain
-	g.state("1")
-	g.l.await(g.v.BackDir()+"/state", "2")
-	g.reset()
-	g.l.write(g.l.gc, g.v.FrontDir(), g.Keys(), "4")
-	g.l.await(g.v.BackDir()+"/state", "4")
-	up(t, g.dev)
-	g.works()
-	g.leave()
-	honest.works()
-	honest.leave()
+	g.reopen()
+	g.attach()
+	g.requireTraffic()
+	g.disconnect()
+	honest.requireTraffic()
+	honest.disconnect()
 }
 
-func TestT25StateJumpsOfTheBackend(t *testing.T) { virtually(t, testT25StateJumpsOfTheBackend) }
+func TestT25StateJumpsOfTheBackend(t *testing.T) { inVirtualTime(t, testT25StateJumpsOfTheBackend) }
 
 func testT25StateJumpsOfTheBackend(t *testing.T) {
 	l := newLab(t, emu.Config{})
-	honest := l.lure(pvnet.Config{})
-	h := l.lure(pvnet.Config{})
-	if err := h.Close(); err != nil { // the backend has nothing mapped
+	honest := l.attackFrontend(pvnet.Config{})
+	drv := l.attackFrontend(pvnet.Config{})
+	if err := drv.Close(); err != nil { // the backend has nothing mapped
 		t.Fatal(err)
 	}
 	rng := rand.New(rand.NewPCG(3, 4))
-	for i := range walk(t) {
+	for i := range stateJumps(t) {
 		s := states[rng.IntN(len(states))]
 		if i%5 == 0 {
 			s = []string{"4", "6", "2"}[rng.IntN(3)]
 		}
-		l.write(l.dc, h.v.BackDir(), nil, s)
+		l.write(l.drvStore, drv.v.BackDir(), nil, s)
 		if i%11 == 0 {
-			l.await(h.v.FrontDir()+"/state", "1", "4", "5", "6")
+			drv.awaitFrontend("1", "4", "5", "6")
 		}
 		if i%500 == 0 {
-			honest.works()
+			honest.requireTraffic()
 		}
 	}
-	h.state("5")
-	h.l.await(h.v.FrontDir()+"/state", "6", "1")
-	h.state("6")
-	h.l.await(h.v.FrontDir()+"/state", "1")
-	h.offer()
-	h.refs = nil
-	eventually(t, "the link", func() bool { return h.dev.Budget() != (pvnet.Budget{}) })
-	h.works()
-	h.leave()
-	honest.works()
-	honest.leave()
+	drv.setState("5")
+	drv.awaitFrontend("6", "1")
+	drv.setState("6")
+	drv.awaitFrontend("1")
+	drv.reconnect()
+	drv.requireTraffic()
+	drv.disconnect()
+	honest.requireTraffic()
+	honest.disconnect()
 }

@@ -19,13 +19,13 @@ import (
 // peer.
 var notOffered = []string{"gso_packets", "gso_checksum_fixup"}
 
-// A mirror keeps words that a test can write.
-type mirror struct {
+// A forgedStore keeps words that a test can write.
+type forgedStore struct {
 	mu    sync.Mutex
 	words map[string]*[2][telemetry.BlockWords]uint64 // guarded by mu: by the device's name
 }
 
-func (m *mirror) Open(i telemetry.Info) (telemetry.Mirror, error) {
+func (m *forgedStore) Open(i telemetry.Info) (telemetry.Mirror, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.words == nil {
@@ -33,11 +33,11 @@ func (m *mirror) Open(i telemetry.Info) (telemetry.Mirror, error) {
 	}
 	w := new([2][telemetry.BlockWords]uint64)
 	m.words[i.Name()] = w
-	return &page{w}, nil
+	return &forgedMirror{w}, nil
 }
 
 // forge changes one word of every mirror.
-func (m *mirror) forge() {
+func (m *forgedStore) forge() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	for _, w := range m.words {
@@ -45,16 +45,18 @@ func (m *mirror) forge() {
 	}
 }
 
-type page struct {
+type forgedMirror struct {
 	words *[2][telemetry.BlockWords]uint64
 }
 
-func (p *page) Words(_ int, d telemetry.Dir) (words, base []uint64) { return p.words[d][:], nil }
-func (p *page) Kind() string                                        { return "test" }
-func (p *page) Reason() string                                      { return "" }
-func (p *page) Update(telemetry.Status, telemetry.Reset)            {}
-func (p *page) Record(telemetry.Event)                              {}
-func (p *page) Close() error                                        { return nil }
+func (p *forgedMirror) Words(_ int, d telemetry.Dir) (words, base []uint64) {
+	return p.words[d][:], nil
+}
+func (p *forgedMirror) Kind() string                             { return "test" }
+func (p *forgedMirror) Reason() string                           { return "" }
+func (p *forgedMirror) Update(telemetry.Status, telemetry.Reset) {}
+func (p *forgedMirror) Record(telemetry.Event)                   {}
+func (p *forgedMirror) Close() error                             { return nil }
 
 // count returns the present value of a counter of d.
 func count(d *pvnet.Device, c telemetry.Counter) uint64 {
@@ -66,27 +68,27 @@ func count(d *pvnet.Device, c telemetry.Counter) uint64 {
 // changes tells nothing.
 func TestEveryFieldOfTheTableMoves(t *testing.T) {
 	l := newLab(t, emu.Config{})
-	store := new(mirror)
+	store := new(forgedStore)
 	cfg := pvnet.Config{Counters: store}
 	l.serve(pvnet.ServeConfig{Config: cfg})
 	var devices []*pvnet.Device
 
 	// Frames from a frontend, correct and wrong.
-	g := l.attack()
+	g := l.attackBackend()
 	devices = append(devices, g.dev)
-	g.works()
+	g.requireTraffic()
 	group, everybody := pattern(100, 1), pattern(100, 2)
 	group[0] |= 1
 	copy(everybody, []byte{255, 255, 255, 255, 255, 255})
 	for _, b := range [][]byte{group, everybody} {
-		g.send(g.cut(b, raw.TxValidated), nil, pass, noReason, b)
+		g.send(g.split(b, raw.TxValidated), nil, pass, noReason, b)
 	}
 	blank, whole := packet(0, false, true, 100, 1)
-	g.send(g.cut(blank, raw.TxBlank, 50), nil, pass, noReason, whole)
+	g.send(g.split(blank, raw.TxBlank, 50), nil, pass, noReason, whole)
 	reqs, want := g.chain(raw.TxExtra, 100, 200)
 	g.send(reqs, []raw.Extra{{Type: 4}}, pass, noReason, want)
 	g.send(reqs, []raw.Extra{raw.GSO(1448, 1)}, refuse, telemetry.DropBadGSO, nil)
-	g.send(g.cut(pattern(60, 0), raw.TxBlank), nil, pass, noReason, nil) // no checksum to complete
+	g.send(g.split(pattern(60, 0), raw.TxBlank), nil, pass, noReason, nil) // no checksum to complete
 	eventually(t, "no checksum to complete", func() bool {
 		st := g.dev.Stats()
 		return st.RX.Lost(telemetry.DropBadCsum) == 1
@@ -113,45 +115,41 @@ func TestEveryFieldOfTheTableMoves(t *testing.T) {
 	if err := wait(t, sent); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := g.Received(3, soon()); err != nil {
-		t.Fatal(err)
-	}
+	g.awaitReceived(3)
 	store.forge()
 	g.TxPort.Notify() // an event without work
 	eventually(t, "the tick and what it wants", func() bool {
 		return count(g.dev, telemetry.MirrorHealed) > 0 && count(g.dev, telemetry.EventsSpurious) > 0
 	})
-	g.works()
+	g.requireTraffic()
 	g.dev.ResetStats()
 	lift := l.guest.Fail(emu.Fault{Op: emu.OpNotify, Times: -1, Event: emu.EventLost})
 	g.Put(g.Req(0, 0, 60, 0).Words())
 	g.Push()
-	if _, err := g.Answers(1, soon()); err != nil {
-		t.Fatal(err)
-	}
+	g.awaitAnswers(1)
 	lift()
 	eventually(t, "events of every kind a backend records", func() bool {
-		kinds := kindsOf(g.dev)
+		kinds := eventKinds(g.dev)
 		return kinds[telemetry.EventTamper] && kinds[telemetry.EventStallOver] && kinds[telemetry.EventRescued]
 	})
 	g.Tx.Store(raw.ReqProd, g.TxProd-1)
 	g.TxPort.Notify()
-	g.fatal("tx", "impossible")
-	l.unserve()
+	g.requirePeerError("tx", "impossible")
+	l.stopServing()
 
 	// Frames from a backend, and its faults.
-	h := l.bait(pvnet.Config{Counters: store, LendRx: true})
-	devices = append(devices, h.dev)
-	rx, err := h.dev.OwnRX(0)
+	drv := l.connectFrontend(pvnet.Config{Counters: store, LendRx: true})
+	devices = append(devices, drv.dev)
+	rx, err := drv.dev.OwnRX(0)
 	if err != nil {
 		t.Fatal(err)
 	}
-	tx, err := h.dev.OwnTX(0)
+	tx, err := drv.dev.OwnTX(0)
 	if err != nil {
 		t.Fatal(err)
 	}
 	var f [1]pvnet.Frame
-	h.deliver(h.slot(0, 0, pattern(60, 0)), h.slot(0, 0, pattern(60, 0)))
+	drv.deliverSlots(drv.fillSlot(0, 0, pattern(60, 0)), drv.fillSlot(0, 0, pattern(60, 0)))
 	if n, err := rx.Receive(f[:]); n != 1 || err != nil {
 		t.Fatal(n, err)
 	}
@@ -161,11 +159,11 @@ func TestEveryFieldOfTheTableMoves(t *testing.T) {
 	}
 	var long [][2]uint32
 	for range 17 {
-		long = append(long, h.slot(0, raw.RxMore, pattern(4096, 0)))
+		long = append(long, drv.fillSlot(0, raw.RxMore, pattern(4096, 0)))
 	}
-	h.deliver(append(long, h.slot(0, 0, pattern(60, 0)))...)
-	h.deliver(h.bad(raw.RxRsp{Offset: 4096, Status: 1}), h.bad(raw.RxRsp{Status: -1}))
-	h.deliver(h.slot(0, raw.RxExtra, pattern(60, 0)), h.extra(raw.Extra{}))
+	drv.deliverSlots(append(long, drv.fillSlot(0, 0, pattern(60, 0)))...)
+	drv.deliverSlots(drv.unfilledSlot(raw.RxRsp{Offset: 4096, Status: 1}), drv.unfilledSlot(raw.RxRsp{Status: -1}))
+	drv.deliverSlots(drv.fillSlot(0, raw.RxExtra, pattern(60, 0)), drv.extraSlot(raw.Extra{}))
 	rx.SetDeadline(time.Now().Add(10 * time.Millisecond))
 	for err = nil; err == nil; {
 		var n int
@@ -186,14 +184,13 @@ func TestEveryFieldOfTheTableMoves(t *testing.T) {
 	if k, err := tx.Send(held[:n]); k != n || err != nil {
 		t.Fatal(k, err)
 	}
-	kept := h.Back
-	h.state("5")
-	l.await(h.v.FrontDir()+"/state", "6")
-	h.state("6")
-	l.await(h.v.FrontDir()+"/state", "1")
-	h.refs = nil
-	h.offer()
-	up(t, h.dev)
+	kept := drv.Back
+	drv.setState("5")
+	drv.awaitFrontend("6")
+	drv.setState("6")
+	drv.awaitFrontend("1")
+	drv.offer()
+	waitLinkUp(t, drv.dev)
 	if err := kept.Close(); err != nil {
 		t.Error(err)
 	}
@@ -203,7 +200,7 @@ func TestEveryFieldOfTheTableMoves(t *testing.T) {
 	if k, err := tx.Send(held[:n]); k != 3 || err != nil {
 		t.Fatal(k, err)
 	}
-	h.Answer(raw.TxRsp{ID: 256})
+	drv.Answer(raw.TxRsp{ID: 256})
 	for err = nil; err == nil; {
 		if n = tx.AllocSize(f[:], 60); n == 0 { // the poll
 			_, err = tx.Send(nil)
@@ -211,8 +208,8 @@ func TestEveryFieldOfTheTableMoves(t *testing.T) {
 		}
 		_, err = tx.Send(f[:])
 	}
-	l.await(h.v.FrontDir()+"/state", "5")
-	h.gone()
+	drv.awaitFrontend("5")
+	drv.finishClose()
 
 	moved, recorded := map[string]bool{}, map[telemetry.EventKind]bool{}
 	for _, d := range devices {
@@ -227,7 +224,7 @@ func TestEveryFieldOfTheTableMoves(t *testing.T) {
 				}
 			}
 		}
-		maps.Copy(recorded, kindsOf(d))
+		maps.Copy(recorded, eventKinds(d))
 	}
 	for _, f := range telemetry.Fields() {
 		if moved[f.Name] == slices.Contains(notOffered, f.Name) {
@@ -241,8 +238,8 @@ func TestEveryFieldOfTheTableMoves(t *testing.T) {
 	}
 }
 
-// kindsOf returns the kinds of the events that d has recorded.
-func kindsOf(d *pvnet.Device) map[telemetry.EventKind]bool {
+// eventKinds returns the kinds of the events that d has recorded.
+func eventKinds(d *pvnet.Device) map[telemetry.EventKind]bool {
 	kinds := map[telemetry.EventKind]bool{}
 	for _, e := range d.Counters().Events() {
 		kinds[e.Kind] = true

@@ -15,9 +15,9 @@ import (
 	"barevif/test/hostile/raw"
 )
 
-// tampered runs f while one in so many loads of shared memory returns another value. In
+// withTamperedLoads runs f while one in so many loads of shared memory returns another value. In
 // this build a second load of a slot's word panics.
-func tampered(rate uint64, f func()) {
+func withTamperedLoads(rate uint64, f func()) {
 	var n atomic.Uint64
 	restore := shm.Tamper(func(w uint32) uint32 {
 		k := n.Add(1)
@@ -42,15 +42,15 @@ func TestT03EveryLoadDiffersForTheBackend(t *testing.T) {
 	l := newLab(t, emu.Config{})
 	l.serve(pvnet.ServeConfig{Config: pvnet.Config{Offload: true}})
 	blank, _ := packet(0, false, false, 3000, 1)
-	for round, end := 0, time.Now().Add(spell(t)); time.Now().Before(end); round++ {
-		g := l.attack()
-		tampered([]uint64{1, 3, 20, 200}[round%4], func() {
+	for round, end := 0, time.Now().Add(attackTime(t)); time.Now().Before(end); round++ {
+		g := l.attackBackend()
+		withTamperedLoads([]uint64{1, 3, 20, 200}[round%4], func() {
 			for i := range 50 {
 				reqs, _ := g.chain(0, 60, 200, 300)
 				for _, r := range reqs {
 					g.Put(r.Words())
 				}
-				for k, r := range g.cut(blank, partial|raw.TxExtra) {
+				for k, r := range g.split(blank, partial|raw.TxExtra) {
 					g.Put(r.Words())
 					if k == 0 {
 						g.Put(raw.GSO(1448, 1).Words())
@@ -62,41 +62,32 @@ func TestT03EveryLoadDiffersForTheBackend(t *testing.T) {
 				g.dev.Write(pattern(100, i))
 			}
 		})
-		g.close()
+		g.disconnect()
 	}
-	honest := l.attack()
-	honest.works()
-	honest.leave()
+	honest := l.attackBackend()
+	honest.requireTraffic()
+	honest.disconnect()
 }
 
 func TestT03EveryLoadDiffersForTheFrontend(t *testing.T) {
 	l := newLab(t, emu.Config{})
-	for round, end := 0, time.Now().Add(spell(t)); time.Now().Before(end); round++ {
-		h := l.lure(pvnet.Config{LendRx: round%2 == 0, Offload: round%4 < 2})
-		tampered([]uint64{1, 3, 20, 200}[round%4], func() {
+	for round, end := 0, time.Now().Add(attackTime(t)); time.Now().Before(end); round++ {
+		drv := l.attackFrontend(pvnet.Config{LendRx: round%2 == 0, Offload: round%4 < 2})
+		withTamperedLoads([]uint64{1, 3, 20, 200}[round%4], func() {
 			for i := range 50 {
-				h.PutRx([2]uint32{h.RxProd % 256, 200 << 16}, [2]uint32{(h.RxProd + 1) % 256, 300 << 16})
+				drv.PutRx([2]uint32{drv.RxProd % 256, 200 << 16}, [2]uint32{(drv.RxProd + 1) % 256, 300 << 16})
 				gso := raw.GSO(100, 1).Words()
-				h.PutRx([2]uint32{h.RxProd % 256, 400<<16 | raw.RxExtra | raw.RxBlank}, [2]uint32{gso[0], gso[1]})
-				h.PushRx()
-				h.dev.SetWriteDeadline(time.Now().Add(200 * time.Microsecond))
-				h.dev.Write(pattern(5000, i))
+				drv.PutRx([2]uint32{drv.RxProd % 256, 400<<16 | raw.RxExtra | raw.RxBlank}, [2]uint32{gso[0], gso[1]})
+				drv.PushRx()
+				drv.dev.SetWriteDeadline(time.Now().Add(200 * time.Microsecond))
+				drv.dev.Write(pattern(5000, i))
 			}
 		})
-		go h.dev.Disconnect()
-		l.await(h.v.FrontDir()+"/state", "5")
-		h.gone()
+		go drv.dev.Disconnect()
+		drv.awaitFrontend("5")
+		drv.finishClose()
 	}
 	if l.log.count(slog.LevelError) == 0 {
 		t.Error("nothing was ever taken for a violation")
 	}
-}
-
-// close closes a guest whose backend may have ended.
-func (g *guest) close() {
-	g.state("5")
-	g.l.await(g.v.BackDir()+"/state", "5", "6")
-	g.state("6")
-	g.l.await(g.v.BackDir()+"/state", "6")
-	g.gone()
 }

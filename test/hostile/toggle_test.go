@@ -16,12 +16,12 @@ import (
 	"barevif/xenbus/xenstore"
 )
 
-// connections returns how many connections d allows a peer that never rests: five at
+// maxConnections returns how many connections d allows a peer that never rests: five at
 // once, five after shorter delays, then one per second. One more may be under way.
-func connections(d time.Duration) uint64 { return uint64(12 + d/time.Second) }
+func maxConnections(d time.Duration) uint64 { return uint64(12 + d/time.Second) }
 
-// cpu returns the processor time that the process has used.
-func cpu(t testing.TB) time.Duration {
+// cpuTime returns the processor time that the process has used.
+func cpuTime(t testing.TB) time.Duration {
 	t.Helper()
 	var u syscall.Rusage
 	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
@@ -30,7 +30,7 @@ func cpu(t testing.TB) time.Duration {
 	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
 
-func heap() uint64 {
+func heapBytes() uint64 {
 	runtime.GC()
 	runtime.GC()
 	var m runtime.MemStats
@@ -39,7 +39,7 @@ func heap() uint64 {
 }
 
 // set writes a state as fast as possible.
-func (l *lab) set(c *xenstore.Client, dir, state string) {
+func (l *lab) setStateNow(c *xenstore.Client, dir, state string) {
 	if err := c.Write(context.Background(), dir+"/state", state); err != nil {
 		l.t.Fatal(err)
 	}
@@ -47,13 +47,14 @@ func (l *lab) set(c *xenstore.Client, dir, state string) {
 
 // T25, T37: we set the pace of connections, pages, grants and log lines, not a frontend
 // that does nothing but connect and close.
-func TestT25FrontendThatTogglesForEver(t *testing.T) { virtually(t, testT25FrontendThatTogglesForEver) }
+func TestT25FrontendThatTogglesForEver(t *testing.T) {
+	inVirtualTime(t, testT25FrontendThatTogglesForEver)
+}
 
 func testT25FrontendThatTogglesForEver(t *testing.T) {
-	l := newLab(t, emu.Config{})
-	l.serve(pvnet.ServeConfig{})
-	honest, g := l.attack(), l.attack()
-	before, bytes := heap(), l.log.bytes()
+	l := newServingLab(t)
+	honest, g := l.attackBackend(), l.attackBackend()
+	before, bytes := heapBytes(), l.log.bytes()
 	calls, stats := l.drv.Calls(), l.store.Stats()
 	start := time.Now()
 	toggles := 10000
@@ -62,13 +63,13 @@ func testT25FrontendThatTogglesForEver(t *testing.T) {
 	}
 	for n := range toggles {
 		for _, s := range []string{"5", "6", "1", "4"} {
-			l.set(l.gc, g.v.FrontDir(), s)
+			l.setStateNow(l.guestStore, g.v.FrontDir(), s)
 		}
 		if n%500 == 0 {
-			honest.works()
+			honest.requireTraffic()
 		}
 	}
-	if n, most := l.drv.Calls().Map-calls.Map, 2*connections(time.Since(start)); n > most {
+	if n, most := l.drv.Calls().Map-calls.Map, 2*maxConnections(time.Since(start)); n > most {
 		t.Errorf("%d pages mapped, want at most %d", n, most)
 	}
 	// Changes during a read, or during a delay, cause one further read.
@@ -78,66 +79,61 @@ func testT25FrontendThatTogglesForEver(t *testing.T) {
 
 	// Each step follows as soon as our state allows it: the fastest possible peer.
 	calls, start = l.drv.Calls(), time.Now()
-	used := cpu(t)
+	used := cpuTime(t)
 	for time.Since(start) < 3*time.Second {
-		g.state("6")
-		l.await(g.v.BackDir()+"/state", "6")
-		g.state("1")
-		l.await(g.v.BackDir()+"/state", "2")
-		g.state("4")
-		l.await(g.v.BackDir()+"/state", "4", "5")
+		g.setState("6")
+		g.awaitBackend("6")
+		g.setState("1")
+		g.awaitBackend("2")
+		g.setState("4")
+		g.awaitBackend("4", "5")
 	}
 	spent := time.Since(start)
-	if n, most := l.drv.Calls().Memory-calls.Memory, 2*connections(spent); n > most {
+	if n, most := l.drv.Calls().Memory-calls.Memory, 2*maxConnections(spent); n > most {
 		t.Errorf("pages made %d times in %v, want at most %d", n, spent, most)
 	}
-	if used = cpu(t) - used; used > spent/4 {
+	if used = cpuTime(t) - used; used > spent/4 {
 		t.Errorf("%v of %v used", used, spent)
 	}
 	if n := l.log.bytes() - bytes; n > 4000 {
 		t.Errorf("%d bytes of log\n%s", n, l.log)
 	}
-	honest.works()
-	if now := heap(); now > before+16<<20 {
+	honest.requireTraffic()
+	if now := heapBytes(); now > before+16<<20 {
 		t.Errorf("%d bytes on the heap, %d before", now, before)
 	}
 
 	// The next frontend is served.
-	g.state("5")
-	l.await(g.v.BackDir()+"/state", "5", "6")
-	g.state("6")
-	l.await(g.v.BackDir()+"/state", "6")
+	g.closeHandshake()
 	eventually(t, "rings let go", func() bool { return l.Ledger().Mappings == 2 }) // the neighbour's mappings remain
-	g.state("1")
-	l.await(g.v.BackDir()+"/state", "2")
-	g.reset()
+	g.reopen()
 	start = time.Now()
-	l.write(l.gc, g.v.FrontDir(), g.Keys(), "4")
-	l.await(g.v.BackDir()+"/state", "4")
-	up(t, g.dev)
+	g.attach()
 	if d := time.Since(start); d > 3*time.Second {
 		t.Errorf("it took %v to connect", d)
 	}
 	for len(g.sink.frames) > 0 {
 		<-g.sink.frames
 	}
-	g.works()
+	g.requireTraffic()
 	if st := honest.dev.Stats(); st.RX.Get(telemetry.RescuedWakeups)+st.TX.Get(telemetry.RescuedWakeups) != 0 {
 		t.Error("a neighbour missed an event")
 	}
 	l.closeAll([]*guest{g, honest})
 }
 
-func TestT25BackendThatTogglesForEver(t *testing.T) { virtually(t, testT25BackendThatTogglesForEver) }
+func TestT25BackendThatTogglesForEver(t *testing.T) {
+	inVirtualTime(t, testT25BackendThatTogglesForEver)
+}
 
 func testT25BackendThatTogglesForEver(t *testing.T) {
 	l := newLab(t, emu.Config{})
-	h := l.lure(pvnet.Config{})
-	h.works()
-	if err := h.Close(); err != nil { // the backend has nothing mapped
+	drv := l.attackFrontend(pvnet.Config{})
+	drv.requireTraffic()
+	if err := drv.Close(); err != nil { // the backend has nothing mapped
 		t.Fatal(err)
 	}
-	before, bytes := heap(), l.log.bytes()
+	before, bytes := heapBytes(), l.log.bytes()
 	calls, start := l.guest.Calls(), time.Now()
 	toggles := 10000
 	if testing.Short() {
@@ -149,78 +145,68 @@ func testT25BackendThatTogglesForEver(t *testing.T) {
 			states = []string{"3", "4", "3", "4"}
 		}
 		for _, s := range states {
-			l.set(l.dc, h.v.BackDir(), s)
+			l.setStateNow(l.drvStore, drv.v.BackDir(), s)
 		}
 	}
 	// Each of our connections has three shares.
-	if n, most := l.guest.Calls().Share-calls.Share, 3*connections(time.Since(start)); n > most {
+	if n, most := l.guest.Calls().Share-calls.Share, 3*maxConnections(time.Since(start)); n > most {
 		t.Errorf("pages granted %d times, want at most %d", n, most)
 	}
 	calls, start = l.guest.Calls(), time.Now()
-	used := cpu(t)
+	used := cpuTime(t)
 	for time.Since(start) < 3*time.Second {
-		h.state("5")
-		l.await(h.v.FrontDir()+"/state", "6", "1")
-		h.state("6")
-		l.await(h.v.FrontDir()+"/state", "1")
-		h.state("2")
-		l.await(h.v.FrontDir()+"/state", "4")
-		h.state("4")
+		drv.setState("5")
+		drv.awaitFrontend("6", "1")
+		drv.setState("6")
+		drv.awaitFrontend("1")
+		drv.setState("2")
+		drv.awaitFrontend("4")
+		drv.setState("4")
 	}
 	spent := time.Since(start)
-	if n, most := l.guest.Calls().Share-calls.Share, 3*connections(spent); n > most {
+	if n, most := l.guest.Calls().Share-calls.Share, 3*maxConnections(spent); n > most {
 		t.Errorf("pages granted %d times in %v, want at most %d", n, spent, most)
 	}
-	if used = cpu(t) - used; used > spent/4 {
+	if used = cpuTime(t) - used; used > spent/4 {
 		t.Errorf("%v of %v used", used, spent)
 	}
 	if n := l.log.bytes() - bytes; n > 4000 {
 		t.Errorf("%d bytes of log\n%s", n, l.log)
 	}
-	if now := heap(); now > before+16<<20 {
+	if now := heapBytes(); now > before+16<<20 {
 		t.Errorf("%d bytes on the heap, %d before", now, before)
 	}
-	h.state("5")
-	l.await(h.v.FrontDir()+"/state", "6", "1")
-	h.state("6")
-	l.await(h.v.FrontDir()+"/state", "1")
-	h.offer()
-	h.refs = nil
-	eventually(t, "the link", func() bool { return h.dev.Budget() != (pvnet.Budget{}) })
-	h.works()
-	h.leave()
+	drv.setState("5")
+	drv.awaitFrontend("6", "1")
+	drv.setState("6")
+	drv.awaitFrontend("1")
+	drv.reconnect()
+	drv.requireTraffic()
+	drv.disconnect()
 }
 
 // A correct peer that reconnects a few times is connected again at once.
 func TestT25OrderlyReconnectsAreNotSlowedDown(t *testing.T) {
-	virtually(t, testT25OrderlyReconnectsAreNotSlowedDown)
+	inVirtualTime(t, testT25OrderlyReconnectsAreNotSlowedDown)
 }
 
 func testT25OrderlyReconnectsAreNotSlowedDown(t *testing.T) {
-	l := newLab(t, emu.Config{})
-	l.serve(pvnet.ServeConfig{})
-	g := l.knock()
+	l := newServingLab(t)
+	g := l.newGuest()
 	start := time.Now()
 	for n := range 5 {
 		if n > 0 {
-			g.state("5")
-			l.await(g.v.BackDir()+"/state", "5", "6")
-			g.state("6")
-			l.await(g.v.BackDir()+"/state", "6")
-			g.state("1")
-			l.await(g.v.BackDir()+"/state", "2")
-			g.reset()
+			g.closeHandshake()
+			g.reopen()
 		}
-		l.write(l.gc, g.v.FrontDir(), g.Keys(), "4")
-		l.await(g.v.BackDir()+"/state", "4")
-		up(t, g.dev)
+		g.attach()
 	}
 	if d := time.Since(start); d > 2*time.Second {
 		t.Errorf("5 connections took %v", d)
 	}
 	g.sink = listen(g.dev)
-	g.works()
-	g.leave()
+	g.requireTraffic()
+	g.disconnect()
 }
 
 func (j *journal) bytes() (n int) {
@@ -232,8 +218,8 @@ func (j *journal) bytes() (n int) {
 	return n
 }
 
-// forbid lets dom only read path, until allow is called.
-func (l *lab) forbid(path string, dom hypercall.DomID) (allow func()) {
+// makeReadOnly lets dom only read path, until allow is called.
+func (l *lab) makeReadOnly(path string, dom hypercall.DomID) (allow func()) {
 	l.t.Helper()
 	if _, err := l.store.Read(path); err != nil {
 		if err := l.tools.Write(ctx(l.t), path, ""); err != nil {
@@ -256,7 +242,7 @@ func (l *lab) forbid(path string, dom hypercall.DomID) (allow func()) {
 
 // refused counts the attempts at a step that keeps failing: it is tried at once, after
 // one second, and after two more.
-func (l *lab) refused(line string) {
+func (l *lab) requireBackoff(line string) {
 	l.t.Helper()
 	eventually(l.t, "a refusal", func() bool { return strings.Contains(l.log.String(), line) })
 	lines, requests := l.log.count(slog.LevelWarn), l.store.Stats().Requests
@@ -270,43 +256,43 @@ func (l *lab) refused(line string) {
 }
 
 // T24: a write that xenstore refuses is repeated, at growing intervals.
-func TestT24StatesThatXenstoreRefuses(t *testing.T) { virtually(t, testT24StatesThatXenstoreRefuses) }
+func TestT24StatesThatXenstoreRefuses(t *testing.T) {
+	inVirtualTime(t, testT24StatesThatXenstoreRefuses)
+}
 
 func testT24StatesThatXenstoreRefuses(t *testing.T) {
 	l := newLab(t, emu.Config{})
-	h := l.lure(pvnet.Config{})
-	h.works()
-	allow := l.forbid(h.v.FrontDir()+"/state", frontID)
-	h.state("5")
-	l.refused("xenstore refused a state")
+	drv := l.attackFrontend(pvnet.Config{})
+	drv.requireTraffic()
+	allow := l.makeReadOnly(drv.v.FrontDir()+"/state", frontID)
+	drv.setState("5")
+	l.requireBackoff("xenstore refused a state")
 	allow()
-	l.await(h.v.FrontDir()+"/state", "6")
-	if err := h.Close(); err != nil {
+	drv.awaitFrontend("6")
+	if err := drv.Close(); err != nil {
 		t.Error(err)
 	}
-	h.state("6")
-	l.await(h.v.FrontDir()+"/state", "1")
-	h.refs = nil
-	h.offer()
-	eventually(t, "the link", func() bool { return h.dev.Budget() != (pvnet.Budget{}) })
-	h.works()
-	h.leave()
+	drv.setState("6")
+	drv.awaitFrontend("1")
+	drv.reconnect()
+	drv.requireTraffic()
+	drv.disconnect()
 }
 
 func TestT24FeaturesThatXenstoreRefuses(t *testing.T) {
-	virtually(t, testT24FeaturesThatXenstoreRefuses)
+	inVirtualTime(t, testT24FeaturesThatXenstoreRefuses)
 }
 
 func testT24FeaturesThatXenstoreRefuses(t *testing.T) {
 	l := newLab(t, emu.Config{})
-	v := l.vif()
-	allow := l.forbid(v.BackDir()+"/feature-sg", backID)
+	v := l.addVif()
+	allow := l.makeReadOnly(v.BackDir()+"/feature-sg", backID)
 	l.serve(pvnet.ServeConfig{})
 	dev := wait(t, l.devs)
-	l.refused("cannot publish features")
+	l.requireBackoff("cannot publish features")
 	warnings := l.log.count(slog.LevelWarn)
 	for range 10 { // nor if the frontend writes the state that it is in
-		l.set(l.gc, v.FrontDir(), "1")
+		l.setStateNow(l.guestStore, v.FrontDir(), "1")
 		time.Sleep(10 * time.Millisecond)
 	}
 	if n := l.log.count(slog.LevelWarn) - warnings; n > 1 {
@@ -314,17 +300,17 @@ func testT24FeaturesThatXenstoreRefuses(t *testing.T) {
 	}
 	for range 1000 { // the frontend cannot speed it up
 		for _, s := range []string{"4", "1"} {
-			l.set(l.gc, v.FrontDir(), s)
+			l.setStateNow(l.guestStore, v.FrontDir(), s)
 		}
 	}
 	if n := l.log.count(slog.LevelWarn); n > 25 {
 		t.Errorf("%d warnings\n%s", n, l.log)
 	}
 	allow()
-	l.set(l.gc, v.FrontDir(), "6") // a new state
+	l.setStateNow(l.guestStore, v.FrontDir(), "6") // a new state
 	l.await(v.BackDir()+"/state", "6")
-	l.set(l.gc, v.FrontDir(), "1")
+	l.setStateNow(l.guestStore, v.FrontDir(), "1")
 	l.await(v.BackDir()+"/state", "2")
-	l.remove(v)
+	l.removeVif(v)
 	wait(t, dev.Done())
 }

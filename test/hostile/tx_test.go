@@ -1,28 +1,24 @@
 package hostile
 
 import (
-	"bytes"
 	"fmt"
 	"math/rand/v2"
 	"testing"
 	"time"
 
-	"barevif/hypercall/emu"
-	"barevif/pvnet"
 	"barevif/telemetry"
 	"barevif/test/hostile/raw"
 )
 
 // XENVIF_TX: "Impossible number of requests" (xenvif_tx_build_gops).
 func TestT01ProducerJumps(t *testing.T) {
-	l := newLab(t, emu.Config{})
-	l.serve(pvnet.ServeConfig{})
-	honest := l.attack()
+	l := newServingLab(t)
+	honest := l.attackBackend()
 	for _, ahead := range []uint32{257, 258, 1 << 16, 1<<31 - 1, 1 << 31, 1<<31 + 1, rand.Uint32() | 1<<20, ^uint32(0)} {
 		for _, ring := range []string{"tx", "rx"} {
 			t.Run(fmt.Sprint(ring, "+", ahead), func(t *testing.T) {
-				g := l.attack()
-				g.works()
+				g := l.attackBackend()
+				g.requireTraffic()
 				copies := l.drv.Calls().CopyOps
 				if ring == "tx" {
 					g.Tx.Store(raw.ReqProd, g.TxProd+ahead)
@@ -34,37 +30,36 @@ func TestT01ProducerJumps(t *testing.T) {
 						t.Error("a frame was sent")
 					}
 				}
-				g.fatal(ring, "impossible")
+				g.requirePeerError(ring, "impossible")
 				if n := l.drv.Calls().CopyOps - copies; n > 256 {
 					t.Errorf("%d copies", n)
 				}
 			})
 		}
 	}
-	honest.works()
-	honest.leave()
+	honest.requireTraffic()
+	honest.disconnect()
 }
 
 func TestT02ProducerBackwardsOrStandingStill(t *testing.T) {
-	l := newLab(t, emu.Config{})
-	l.serve(pvnet.ServeConfig{})
-	g := l.attack()
+	l := newServingLab(t)
+	g := l.attackBackend()
 	for range 3 {
-		g.works()
+		g.requireTraffic()
 	}
 	for range 1000 { // no further change: nothing happens
 		g.Tx.Store(raw.ReqProd, g.TxProd)
 		g.TxPort.Notify()
 		g.RxPort.Notify()
 	}
-	g.works()
+	g.requireTraffic()
 	g.Tx.Store(raw.ReqProd, g.TxProd-1)
 	g.TxPort.Notify()
-	g.fatal("tx", "impossible")
+	g.requirePeerError("tx", "impossible")
 
-	g = l.attack()
+	g = l.attackBackend()
 	g.Post(3)
-	g.works()
+	g.requireTraffic()
 	g.Rx.Store(raw.ReqProd, g.RxCons-1)
 	if _, err := g.dev.Write(pattern(60, 0)); err == nil {
 		// The backend still handles the requests that it had counted, and no others.
@@ -77,7 +72,7 @@ func TestT02ProducerBackwardsOrStandingStill(t *testing.T) {
 	if _, err := g.dev.Write(pattern(60, 0)); err == nil {
 		t.Error("a fourth frame was sent")
 	}
-	g.fatal("rx", "impossible")
+	g.requirePeerError("rx", "impossible")
 }
 
 // A verdict is what xenvif_tx_build_gops and its callees decide about one packet.
@@ -89,32 +84,32 @@ const noReason telemetry.Reason = 0
 const (
 	pass verdict = iota
 	refuse
-	final
+	fatal
 )
 
-// judge is netback's arithmetic (xenvif_count_requests, then the size tests of
+// netbackVerdict is netback's arithmetic (xenvif_count_requests, then the size tests of
 // xenvif_tx_build_gops), computed from the requests themselves. fatal_skb_slots is 20 and
 // XEN_NETBK_LEGACY_SLOTS_MAX 18; both are counted after the first request.
-func judge(reqs []raw.TxReq) verdict {
+func netbackVerdict(reqs []raw.TxReq) verdict {
 	first := reqs[0].Size
 	dropped := false
 	for n, r := range reqs[1:] {
 		if n >= 20 {
-			return final
+			return fatal
 		}
 		dropped = dropped || n >= 18 || r.Size > first
 		if !dropped {
 			first -= r.Size
 		}
 		if int(r.Offset)+int(r.Size) > 4096 {
-			return final
+			return fatal
 		}
 	}
 	if dropped || first < 14 {
 		return refuse
 	}
 	if int(reqs[0].Offset)+int(first) > 4096 {
-		return final
+		return fatal
 	}
 	return pass
 }
@@ -156,11 +151,11 @@ func (g *guest) send(reqs []raw.TxReq, extras []raw.Extra, v verdict, reason tel
 		g.Put(r.Words())
 	}
 	g.Push()
-	if v == final {
-		g.fatal("tx", "")
+	if v == fatal {
+		g.requirePeerError("tx", "")
 		return
 	}
-	rsp, err := g.Answers(len(reqs)+len(extras), soon())
+	rsp, err := g.Answers(len(reqs)+len(extras), deadline())
 	if err != nil {
 		g.l.t.Fatal(err)
 	}
@@ -180,10 +175,7 @@ func (g *guest) send(reqs []raw.TxReq, extras []raw.Extra, v verdict, reason tel
 		}
 	}
 	if want != nil {
-		got := wait(g.l.t, g.sink.frames)
-		if !bytes.Equal(got, want) {
-			g.l.t.Fatalf("%d bytes arrived as %d others", len(want), len(got))
-		}
+		g.sink.requireFrame(g.l.t, want)
 	}
 	if v == refuse && reason != noReason { // counted before the answer, visible when the device rests
 		eventually(g.l.t, fmt.Sprint("a frame counted as lost for reason ", reason), func() bool {
@@ -198,10 +190,9 @@ func (g *guest) send(reqs []raw.TxReq, extras []raw.Extra, v verdict, reason tel
 }
 
 func TestT07SlotsAndSizes(t *testing.T) {
-	l := newLab(t, emu.Config{})
-	l.serve(pvnet.ServeConfig{})
-	g := l.attack()
-	seen := map[verdict]map[int]bool{pass: {}, refuse: {}, final: {}}
+	l := newServingLab(t)
+	g := l.attackBackend()
+	seen := map[verdict]map[int]bool{pass: {}, refuse: {}, fatal: {}}
 	for n := 1; n <= 24; n++ {
 		for _, first := range []int{0, 1, 13, 14, 4096} {
 			for _, mid := range []int{0, 1, 14, 4096} {
@@ -223,8 +214,8 @@ func TestT07SlotsAndSizes(t *testing.T) {
 						continue // does not fit a request
 					}
 					reqs, want := g.chain(0, sizes...)
-					v := judge(reqs)
-					if v == final && (first+mid+last)%3 != 0 && n > 22 {
+					v := netbackVerdict(reqs)
+					if v == fatal && (first+mid+last)%3 != 0 && n > 22 {
 						continue // each costs a device
 					}
 					seen[v][n] = true
@@ -239,18 +230,18 @@ func TestT07SlotsAndSizes(t *testing.T) {
 					if t.Failed() {
 						t.Fatalf("%d slots of %d, %d, %d", n, first, mid, last)
 					}
-					if v == final {
-						g = l.attack()
+					if v == fatal {
+						g = l.attackBackend()
 					}
 				}
 			}
 		}
 	}
-	g.works()
-	g.leave()
+	g.requireTraffic()
+	g.disconnect()
 	for n := 1; n <= 24; n++ {
-		if seen[pass][n] != (n <= 19) || seen[final][n] != (n >= 22) || n >= 20 && n <= 21 && !seen[refuse][n] {
-			t.Errorf("%d slots: passed %v, refused %v, fatal %v", n, seen[pass][n], seen[refuse][n], seen[final][n])
+		if seen[pass][n] != (n <= 19) || seen[fatal][n] != (n >= 22) || n >= 20 && n <= 21 && !seen[refuse][n] {
+			t.Errorf("%d slots: passed %v, refused %v, fatal %v", n, seen[pass][n], seen[refuse][n], seen[fatal][n])
 		}
 	}
 }
@@ -258,13 +249,12 @@ func TestT07SlotsAndSizes(t *testing.T) {
 // An event that brought only refused frames was not spurious: it must not delay the next
 // event by up to a second (late EOI).
 func TestFramesThatAreRefusedDelayNobody(t *testing.T) {
-	virtually(t, testFramesThatAreRefusedDelayNobody)
+	inVirtualTime(t, testFramesThatAreRefusedDelayNobody)
 }
 
 func testFramesThatAreRefusedDelayNobody(t *testing.T) {
-	l := newLab(t, emu.Config{})
-	l.serve(pvnet.ServeConfig{})
-	g := l.attack()
+	l := newServingLab(t)
+	g := l.attackBackend()
 	start := time.Now()
 	for range 40 {
 		reqs, _ := g.chain(0, 10)
@@ -273,6 +263,6 @@ func testFramesThatAreRefusedDelayNobody(t *testing.T) {
 	if d := time.Since(start); d > 5*time.Second {
 		t.Errorf("40 refused frames took %v", d)
 	}
-	g.works()
-	g.leave()
+	g.requireTraffic()
+	g.disconnect()
 }
