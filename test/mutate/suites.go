@@ -63,7 +63,7 @@ var plans = []plan{
 	}},
 	{"xenbus/xenstore", []suite{{pkg: "./xenbus/xenstore"}, {pkg: "./xenbus/xenstore/storetest"}, engines}},
 	{"xenbus", []suite{{pkg: "./xenbus"}, {pkg: "./xenbus/xenstore/storetest"}, engines}},
-	{"hypercall/emu", []suite{{pkg: "./hypercall/emu"}, {pkg: "./test/domainsuite"}, {pkg: "./test/processes"}}},
+	{"hypercall/emu", []suite{{pkg: "./hypercall/emu", limit: 3 * time.Minute}, {pkg: "./test/processes"}}},
 	{"hypercall/xendev/privcmd", []suite{{pkg: "./hypercall/xendev/privcmd"}, {pkg: "./hypercall/xendev"}}},
 	{"hypercall/xendev", []suite{{pkg: "./hypercall/xendev"}}},
 	{"pvnet", []suite{engines, hostile, {pkg: "./test/counters", run: "Balance|Queues"}}},

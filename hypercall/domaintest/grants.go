@@ -1,4 +1,4 @@
-package domainsuite
+package domaintest
 
 import (
 	"bytes"

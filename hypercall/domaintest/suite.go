@@ -1,10 +1,10 @@
-// Package domainsuite checks that an implementation of hypercall.Domain grants,
+// Package domaintest checks that an implementation of hypercall.Domain grants,
 // maps, copies and notifies as Xen does.
 //
 // It uses only the interfaces of package hypercall, and demands only what every
 // implementation can do: where /dev/xen/gntdev refuses a whole batch, another implementation
 // may refuse the single operation by its status.
-package domainsuite
+package domaintest
 
 import (
 	"errors"

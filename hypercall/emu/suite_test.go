@@ -1,0 +1,39 @@
+package emu_test
+
+import (
+	"testing"
+
+	"barevif/hypercall"
+	"barevif/hypercall/domaintest"
+	"barevif/hypercall/emu"
+)
+
+// frontID and backID are numbers that an implementation does not use by accident.
+const (
+	frontID = 7
+	backID  = 300
+)
+
+func TestSuiteOnTheHeap(t *testing.T) { runSuite(t, emu.Config{}) }
+
+func TestSuiteOnMappedMemory(t *testing.T) {
+	if !canMap {
+		t.Skip("memfds are Linux's")
+	}
+	runSuite(t, emu.Config{Mapped: true})
+}
+
+func runSuite(t *testing.T, cfg emu.Config) {
+	domaintest.Run(t, func(t testing.TB) (front, back hypercall.Domain) {
+		m := machine(t, cfg)
+		return domain(t, m, frontID), domain(t, m, backID)
+	})
+}
+
+// The suite runs with one domain as its own peer, as in a single domain on a real Xen.
+func TestSuiteWithOneDomain(t *testing.T) {
+	domaintest.Run(t, func(t testing.TB) (front, back hypercall.Domain) {
+		d := domain(t, machine(t, emu.Config{}), frontID)
+		return d, d
+	})
+}
