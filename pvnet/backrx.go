@@ -381,7 +381,7 @@ func (e *backRX) parseOne(first netif.TxRequest, avail uint32) (reason telemetry
 		}
 		r := e.ring.Take()
 		avail--
-		if uint32(r.Offset)+uint32(r.Size) > 4096 {
+		if uint32(r.Offset)+uint32(r.Size) > shm.PageSize {
 			return 0, false, e.violation("a slot crosses its page")
 		}
 		p.answer(r.ID, netif.Okay)
@@ -401,7 +401,7 @@ func (e *backRX) parseOne(first netif.TxRequest, avail uint32) (reason telemetry
 	if reason == 0 && size < MinFrame {
 		reason = telemetry.DropTooShort
 	}
-	if reason == 0 && uint32(first.Offset)+size > 4096 {
+	if reason == 0 && uint32(first.Offset)+size > shm.PageSize {
 		return 0, false, e.violation("a slot crosses its page")
 	}
 	if reason != 0 {

@@ -2,6 +2,7 @@ package pvnet
 
 import (
 	"barevif/arena"
+	"barevif/arena/shm"
 	"barevif/hypercall"
 	"barevif/pvnet/netif"
 	"barevif/pvnet/ring"
@@ -156,7 +157,7 @@ func (e *backTX) put(f *Frame, p *placedFrame) error {
 	if fit > incomplete {
 		return fit.err()
 	}
-	if f.total > 4096 && !e.scatter {
+	if f.total > shm.PageSize && !e.scatter {
 		return ErrFrameSize
 	}
 	avail, err := e.ring.Poll()
@@ -181,11 +182,11 @@ func (e *backTX) put(f *Frame, p *placedFrame) error {
 			if room == 0 {
 				first := left == f.total
 				r = e.ring.Take()
-				out := netif.RxResponse{ID: r.ID, Status: int16(min(left, 4096))}
+				out := netif.RxResponse{ID: r.ID, Status: int16(min(left, shm.PageSize))}
 				if first {
 					out.Flags = rxFlags(f)
 				}
-				if left > 4096 {
+				if left > shm.PageSize {
 					out.Flags |= netif.RxMoreData
 				}
 				e.respond(out)
@@ -193,11 +194,11 @@ func (e *backTX) put(f *Frame, p *placedFrame) error {
 					e.ring.Take() // its page is not used
 					e.respond(f.gso.extra().RxResponse())
 				}
-				left -= min(left, 4096)
-				room = 4096
+				left -= min(left, shm.PageSize)
+				room = shm.PageSize
 			}
 			k := min(len(src), room)
-			e.to(r.Ref, uint16(4096-room), src[:k])
+			e.to(r.Ref, uint16(shm.PageSize-room), src[:k])
 			src, room = src[k:], room-k
 		}
 	}
@@ -287,7 +288,7 @@ func (e *backTX) wants(f *Frame) need {
 }
 
 // pages returns how many pages of the peer the frame fills.
-func (f *Frame) pages() int { return int(f.total+4095) / 4096 }
+func (f *Frame) pages() int { return int(f.total+shm.PageSize-1) / shm.PageSize }
 
 func (e *backTX) offers() offers { return e.peer }
 

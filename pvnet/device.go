@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"barevif/arena"
+	"barevif/arena/shm"
 	"barevif/hypercall"
 	"barevif/pvnet/ring"
 	"barevif/telemetry"
@@ -448,9 +449,9 @@ func (d *Device) WriteBatch(frames [][]byte) (n int, err error) {
 		}
 		at := d.place(frames[n])
 		run := 1
-		for size <= 4096 && run < min(len(frames)-n, batch) { // each fits one page, so they may differ in size
+		for size <= shm.PageSize && run < min(len(frames)-n, batch) { // each fits one page, so they may differ in size
 			next := frames[n+run]
-			if len(next) < MinFrame || len(next) > 4096 || d.place(next) != at {
+			if len(next) < MinFrame || len(next) > shm.PageSize || d.place(next) != at {
 				break
 			}
 			size = max(size, len(next))

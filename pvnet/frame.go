@@ -4,6 +4,7 @@ import (
 	"iter"
 
 	"barevif/arena"
+	"barevif/arena/shm"
 	"barevif/pvnet/packet"
 )
 
@@ -338,8 +339,8 @@ func (f *Frame) plain() bool {
 		f.total == uint32(f.n) && f.total >= MinFrame
 }
 
-// maxPieces is how many buffers of 4096 bytes MaxFrame bytes behind the headroom take.
-const maxPieces = (headroom + MaxFrame + 4095) / 4096
+// maxPieces is how many page-sized buffers MaxFrame bytes behind the headroom take.
+const maxPieces = (headroom + MaxFrame + shm.PageSize - 1) / shm.PageSize
 
 // mostPieces bounds the pieces of any frame. A lent frame has the pieces that the peer
 // made.

@@ -238,7 +238,7 @@ func (e *frontRX) parseOne(r netif.RxResponse, slot, avail uint32) (reason telem
 		case r.Status < 0:
 			fail(telemetry.DropBackendError)
 			p.hold(page, 0, 0)
-		case uint32(r.Offset)+uint32(r.Status) > 4096:
+		case uint32(r.Offset)+uint32(r.Status) > shm.PageSize:
 			fail(telemetry.DropBadOffset)
 			p.hold(page, 0, 0)
 		default:

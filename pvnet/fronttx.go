@@ -2,6 +2,7 @@ package pvnet
 
 import (
 	"barevif/arena"
+	"barevif/arena/shm"
 	"barevif/hypercall"
 	"barevif/pvnet/netif"
 	"barevif/pvnet/ring"
@@ -113,7 +114,7 @@ func (e *frontTX) put(f *Frame, t *tally) error {
 	if fit > incomplete {
 		return fit.err()
 	}
-	if need > 1 && !e.scatter && f.total > 4096 {
+	if need > 1 && !e.scatter && f.total > shm.PageSize {
 		return ErrFrameSize
 	}
 	if free := need + f.gso.slots(); e.ring.Free() < free {

@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"barevif/arena"
+	"barevif/arena/shm"
 	"barevif/pvnet/packet"
 	"barevif/telemetry"
 )
@@ -80,10 +81,10 @@ type need struct{ slots, bufs int }
 
 // buffersFor returns how many buffers build takes for size bytes.
 func buffersFor(size int) int {
-	if size <= 4096 {
+	if size <= shm.PageSize {
 		return 1
 	}
-	return (headroom + size + 4095) / 4096
+	return (headroom + size + shm.PageSize - 1) / shm.PageSize
 }
 
 // Alloc makes empty frames with headroom, which a frontend makes in pages that are
