@@ -43,18 +43,11 @@ const (
 	CtrlDelGrefMapping     CtrlType = 10 // as CtrlAddGrefMapping; answer: entries removed
 )
 
-var ctrlNames = [...]string{
-	"invalid", "get-hash-flags", "set-hash-flags", "set-hash-key",
-	"get-hash-mapping-size", "set-hash-mapping-size", "set-hash-mapping",
-	"set-hash-algorithm", "get-gref-mapping-size", "add-gref-mapping",
-	"del-gref-mapping",
-}
-
 func (t CtrlType) String() string {
-	if int(t) < len(ctrlNames) {
-		return ctrlNames[t]
-	}
-	return "control type " + itoa(int64(t))
+	return nameOf(t, "control type",
+		"invalid", "get-hash-flags", "set-hash-flags", "set-hash-key", "get-hash-mapping-size",
+		"set-hash-mapping-size", "set-hash-mapping", "set-hash-algorithm",
+		"get-gref-mapping-size", "add-gref-mapping", "del-gref-mapping")
 }
 
 // A CtrlStatus is the result of a request on the control ring: XEN_NETIF_CTRL_STATUS_*.
@@ -68,17 +61,7 @@ const (
 )
 
 func (s CtrlStatus) String() string {
-	switch s {
-	case CtrlSuccess:
-		return "success"
-	case CtrlNotSupported:
-		return "not supported"
-	case CtrlInvalidParameter:
-		return "invalid parameter"
-	case CtrlBufferOverflow:
-		return "buffer overflow"
-	}
-	return "control status " + itoa(int64(s))
+	return nameOf(s, "control status", "success", "not supported", "invalid parameter", "buffer overflow")
 }
 
 // A HashType names the parts of a packet that were hashed: a bit number,
@@ -100,17 +83,7 @@ func (t HashType) Flag() uint32 { return 1 << t }
 const HashFlagsAll uint32 = 1<<HashIPv4 | 1<<HashIPv4TCP | 1<<HashIPv6 | 1<<HashIPv6TCP
 
 func (t HashType) String() string {
-	switch t {
-	case HashIPv4:
-		return "ipv4"
-	case HashIPv4TCP:
-		return "ipv4+tcp"
-	case HashIPv6:
-		return "ipv6"
-	case HashIPv6TCP:
-		return "ipv6+tcp"
-	}
-	return "hash type " + itoa(int64(t))
+	return nameOf(t, "hash type", "ipv4", "ipv4+tcp", "ipv6", "ipv6+tcp")
 }
 
 // A HashAlgorithm is XEN_NETIF_CTRL_HASH_ALGORITHM_*.
@@ -121,15 +94,7 @@ const (
 	HashToeplitz HashAlgorithm = 1
 )
 
-func (a HashAlgorithm) String() string {
-	switch a {
-	case HashNone:
-		return "none"
-	case HashToeplitz:
-		return "toeplitz"
-	}
-	return "hash algorithm " + itoa(int64(a))
-}
+func (a HashAlgorithm) String() string { return nameOf(a, "hash algorithm", "none", "toeplitz") }
 
 // A GrefEntry is struct xen_netif_gref: an entry of the list page of
 // [CtrlAddGrefMapping] and [CtrlDelGrefMapping].

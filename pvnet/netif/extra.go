@@ -34,118 +34,26 @@ const (
 	ExtraXDP ExtraType = 5
 )
 
+// extraTypes says of each type what a log calls it, and which bodies [Extra.Check]
+// refuses. A new type takes a constant, an entry here, and a body with its codec; the list
+// [Extras] then holds it, too.
+var extraTypes = [...]struct {
+	name  string
+	check func(Extra) error // nil: every body is valid
+}{
+	ExtraNone:     {"none", func(Extra) error { return BadExtraType }},
+	ExtraGSO:      {"gso", checkGSO},
+	ExtraMcastAdd: {name: "mcast-add"},
+	ExtraMcastDel: {name: "mcast-del"},
+	ExtraHash:     {name: "hash"},
+	ExtraXDP:      {name: "xdp"},
+}
+
 func (t ExtraType) String() string {
-	switch t {
-	case ExtraNone:
-		return "none"
-	case ExtraGSO:
-		return "gso"
-	case ExtraMcastAdd:
-		return "mcast-add"
-	case ExtraMcastDel:
-		return "mcast-del"
-	case ExtraHash:
-		return "hash"
-	case ExtraXDP:
-		return "xdp"
+	if int(t) < len(extraTypes) {
+		return extraTypes[t].name
 	}
-	return "extra type " + itoa(int64(t))
-}
-
-// A GSOType is the protocol of a packet to be segmented: XEN_NETIF_GSO_TYPE_*.
-type GSOType uint8
-
-const (
-	GSONone  GSOType = 0 // never valid in an Extra
-	GSOTCPv4 GSOType = 1
-	GSOTCPv6 GSOType = 2
-)
-
-func (t GSOType) String() string {
-	switch t {
-	case GSONone:
-		return "none"
-	case GSOTCPv4:
-		return "tcpv4"
-	case GSOTCPv6:
-		return "tcpv6"
-	}
-	return "gso type " + itoa(int64(t))
-}
-
-// A GSO says how to segment a packet that is larger than the link's MTU.
-type GSO struct {
-	Size     uint16 // bytes of payload in each segment
-	Type     GSOType
-	Features uint16 // XEN_NETIF_GSO_FEAT_*: none is defined
-}
-
-// A Mcast is a multicast group that the frontend joins or leaves.
-type Mcast struct {
-	MAC [6]byte
-}
-
-// A Hash is the value that chose a packet's queue.
-type Hash struct {
-	Type      HashType
-	Algorithm HashAlgorithm
-	Value     uint32
-}
-
-// An XDP says how many bytes the backend left free in front of the data (Linux only).
-type XDP struct {
-	Headroom uint16
-}
-
-// GSOExtra returns the Extra that carries g.
-func GSOExtra(g GSO) Extra {
-	return Extra{Type: ExtraGSO, Body: [6]byte{
-		byte(g.Size), byte(g.Size >> 8), byte(g.Type), 0, byte(g.Features), byte(g.Features >> 8)}}
-}
-
-// McastAddExtra returns the Extra that joins a group.
-func McastAddExtra(m Mcast) Extra { return Extra{Type: ExtraMcastAdd, Body: m.MAC} }
-
-// McastDelExtra returns the Extra that leaves a group.
-func McastDelExtra(m Mcast) Extra { return Extra{Type: ExtraMcastDel, Body: m.MAC} }
-
-// HashExtra returns the Extra that carries h.
-func HashExtra(h Hash) Extra {
-	return Extra{Type: ExtraHash, Body: [6]byte{byte(h.Type), byte(h.Algorithm),
-		byte(h.Value), byte(h.Value >> 8), byte(h.Value >> 16), byte(h.Value >> 24)}}
-}
-
-// XDPExtra returns the Extra that carries x.
-func XDPExtra(x XDP) Extra {
-	return Extra{Type: ExtraXDP, Body: [6]byte{byte(x.Headroom), byte(x.Headroom >> 8)}}
-}
-
-// GSO returns the body of an [ExtraGSO]. It is meaningless for another type.
-func (e Extra) GSO() GSO {
-	return GSO{
-		Size:     uint16(e.Body[0]) | uint16(e.Body[1])<<8,
-		Type:     GSOType(e.Body[2]),
-		Features: uint16(e.Body[4]) | uint16(e.Body[5])<<8,
-	}
-}
-
-// Mcast returns the body of an [ExtraMcastAdd] or [ExtraMcastDel]. It is meaningless for
-// another type.
-func (e Extra) Mcast() Mcast { return Mcast{MAC: e.Body} }
-
-// Hash returns the body of an [ExtraHash]. It is meaningless for another type.
-func (e Extra) Hash() Hash {
-	return Hash{
-		Type:      HashType(e.Body[0]),
-		Algorithm: HashAlgorithm(e.Body[1]),
-		Value: uint32(e.Body[2]) | uint32(e.Body[3])<<8 |
-			uint32(e.Body[4])<<16 | uint32(e.Body[5])<<24,
-	}
-}
-
-// XDP returns the body of an [ExtraXDP]. It is meaningless for another type.
-func (e Extra) XDP() XDP {
-	return XDP{Headroom: uint16(e.Body[0]) | uint16(e.Body[1])<<8}
+	return unnamed("extra type", t)
 }
 
 // More reports whether another Extra follows.
@@ -186,18 +94,11 @@ func (e ExtraError) Error() string {
 // type out of range, or a GSO body without a size or with an unknown type. It does not
 // check other bodies: a Hash is a hint and a Mcast an address. It does not allocate.
 func (e Extra) Check() error {
-	if e.Type == ExtraNone || e.Type > ExtraXDP {
+	if int(e.Type) >= len(extraTypes) {
 		return BadExtraType
 	}
-	if e.Type != ExtraGSO {
-		return nil
-	}
-	g := e.GSO()
-	if g.Size == 0 {
-		return BadGSOSize
-	}
-	if g.Type != GSOTCPv4 && g.Type != GSOTCPv6 {
-		return BadGSOType
+	if check := extraTypes[e.Type].check; check != nil {
+		return check(e)
 	}
 	return nil
 }
@@ -247,4 +148,101 @@ func (e Extra) RxResponse() RxResponse {
 		Flags:  RxFlags(b[2]) | RxFlags(b[3])<<8,
 		Status: int16(uint16(b[4]) | uint16(b[5])<<8),
 	}
+}
+
+// A GSOType is the protocol of a packet to be segmented: XEN_NETIF_GSO_TYPE_*.
+type GSOType uint8
+
+const (
+	GSONone  GSOType = 0 // never valid in an Extra
+	GSOTCPv4 GSOType = 1
+	GSOTCPv6 GSOType = 2
+)
+
+func (t GSOType) String() string { return nameOf(t, "gso type", "none", "tcpv4", "tcpv6") }
+
+// A GSO says how to segment a packet that is larger than the link's MTU.
+type GSO struct {
+	Size     uint16 // bytes of payload in each segment
+	Type     GSOType
+	Features uint16 // XEN_NETIF_GSO_FEAT_*: none is defined
+}
+
+// GSOExtra returns the Extra that carries g.
+func GSOExtra(g GSO) Extra {
+	return Extra{Type: ExtraGSO, Body: [6]byte{
+		byte(g.Size), byte(g.Size >> 8), byte(g.Type), 0, byte(g.Features), byte(g.Features >> 8)}}
+}
+
+// GSO returns the body of an [ExtraGSO]. It is meaningless for another type.
+func (e Extra) GSO() GSO {
+	return GSO{
+		Size:     uint16(e.Body[0]) | uint16(e.Body[1])<<8,
+		Type:     GSOType(e.Body[2]),
+		Features: uint16(e.Body[4]) | uint16(e.Body[5])<<8,
+	}
+}
+
+func checkGSO(e Extra) error {
+	g := e.GSO()
+	if g.Size == 0 {
+		return BadGSOSize
+	}
+	if g.Type != GSOTCPv4 && g.Type != GSOTCPv6 {
+		return BadGSOType
+	}
+	return nil
+}
+
+// A Mcast is a multicast group that the frontend joins or leaves.
+type Mcast struct {
+	MAC [6]byte
+}
+
+// McastAddExtra returns the Extra that joins a group.
+func McastAddExtra(m Mcast) Extra { return Extra{Type: ExtraMcastAdd, Body: m.MAC} }
+
+// McastDelExtra returns the Extra that leaves a group.
+func McastDelExtra(m Mcast) Extra { return Extra{Type: ExtraMcastDel, Body: m.MAC} }
+
+// Mcast returns the body of an [ExtraMcastAdd] or [ExtraMcastDel]. It is meaningless for
+// another type.
+func (e Extra) Mcast() Mcast { return Mcast{MAC: e.Body} }
+
+// A Hash is the value that chose a packet's queue.
+type Hash struct {
+	Type      HashType
+	Algorithm HashAlgorithm
+	Value     uint32
+}
+
+// HashExtra returns the Extra that carries h.
+func HashExtra(h Hash) Extra {
+	return Extra{Type: ExtraHash, Body: [6]byte{byte(h.Type), byte(h.Algorithm),
+		byte(h.Value), byte(h.Value >> 8), byte(h.Value >> 16), byte(h.Value >> 24)}}
+}
+
+// Hash returns the body of an [ExtraHash]. It is meaningless for another type.
+func (e Extra) Hash() Hash {
+	return Hash{
+		Type:      HashType(e.Body[0]),
+		Algorithm: HashAlgorithm(e.Body[1]),
+		Value: uint32(e.Body[2]) | uint32(e.Body[3])<<8 |
+			uint32(e.Body[4])<<16 | uint32(e.Body[5])<<24,
+	}
+}
+
+// An XDP says how many bytes the backend left free in front of the data (Linux only).
+type XDP struct {
+	Headroom uint16
+}
+
+// XDPExtra returns the Extra that carries x.
+func XDPExtra(x XDP) Extra {
+	return Extra{Type: ExtraXDP, Body: [6]byte{byte(x.Headroom), byte(x.Headroom >> 8)}}
+}
+
+// XDP returns the body of an [ExtraXDP]. It is meaningless for another type.
+func (e Extra) XDP() XDP {
+	return XDP{Headroom: uint16(e.Body[0]) | uint16(e.Body[1])<<8}
 }

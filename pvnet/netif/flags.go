@@ -71,5 +71,3 @@ func flagString(f uint16, names ...string) string {
 	}
 	return strings.Join(set, "|")
 }
-
-func itoa(v int64) string { return strconv.FormatInt(v, 10) }

@@ -120,5 +120,5 @@ func (s Status) String() string {
 	case Null:
 		return "null"
 	}
-	return "status " + itoa(int64(s))
+	return unnamed("status", s)
 }
