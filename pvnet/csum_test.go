@@ -171,7 +171,7 @@ func TestFramesOfManySegmentsArrive(t *testing.T) {
 			s := stream{v6: v6, payload: 65000, size: size}
 			f := chop(t, arena.New(shm.Heap(17), shm.PageSize), s.frame(), 0)
 			f.csum = ChecksumPartial
-			reason := f.arrived(netif.GSO{Size: uint16(size), Type: netif.GSOType(s.gso().Type)}, true, count)
+			reason := f.arrived(netif.GSO{Size: uint16(size), Type: s.gso().Type}, true, count)
 			if reason != 0 || f.GSO() != s.gso() {
 				t.Errorf("%d: %v, %+v", size, reason, f.GSO())
 				continue

@@ -22,12 +22,12 @@ type GSO struct {
 
 // GSOType is the protocol of a GSO frame: XEN_NETIF_GSO_TYPE_* of
 // xen/include/public/io/netif.h.
-type GSOType uint8
+type GSOType = netif.GSOType
 
 const (
-	GSONone  = GSOType(netif.GSONone)
-	GSOTCPv4 = GSOType(netif.GSOTCPv4)
-	GSOTCPv6 = GSOType(netif.GSOTCPv6)
+	GSONone  = netif.GSONone
+	GSOTCPv4 = netif.GSOTCPv4
+	GSOTCPv6 = netif.GSOTCPv6
 )
 
 // GSO returns how the frame is to be cut.
@@ -174,7 +174,7 @@ func (g GSO) slots() uint32 {
 
 // extra returns the extra info for a GSO frame.
 func (g GSO) extra() netif.Extra {
-	return netif.GSOExtra(netif.GSO{Size: g.Size, Type: netif.GSOType(g.Type)})
+	return netif.GSOExtra(netif.GSO{Size: g.Size, Type: g.Type})
 }
 
 // arrived checks the offloads of a received frame, which is private by now. keep says
@@ -202,7 +202,7 @@ func (f *Frame) arrived(g netif.GSO, keep bool, count *telemetry.Block) telemetr
 		return telemetry.DropBadGSO
 	}
 	whole := f.csum != ChecksumPartial
-	if f.SetGSO(GSO{Type: GSOType(g.Type), Size: g.Size}) != nil {
+	if f.SetGSO(GSO{Type: g.Type, Size: g.Size}) != nil {
 		return telemetry.DropBadGSO
 	}
 	if whole { // as Linux does (rx_gso_checksum_fixup)

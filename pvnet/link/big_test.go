@@ -42,7 +42,7 @@ func bigFrames(payload int) []uncut {
 		return sum16(append(binary.BigEndian.AppendUint32(bytes.Clone(addrs), uint32(length)), 0, 0, 0, 6))
 	}
 	binary.BigEndian.PutUint16(tcp4[50:], pseudo(tcp4[26:34], 20+payload))
-	off4.GSO, off4.GSOSize, off4.HeaderLen = GSOTCP4, 1448, 54
+	off4.GSO, off4.GSOSize, off4.HeaderLen = GSOTCPv4, 1448, 54
 	six := uncuts()[3]
 	tcp6 := append(bytes.Clone(six.frame[:74]), tcp4[54:]...)
 	binary.BigEndian.PutUint16(tcp6[18:], 0)

@@ -248,7 +248,7 @@ func (f *feeder) take(in []arrival) error {
 func (f *feeder) takeOne(a *arrival, moved bool) error {
 	whole := a.whole[:a.n]
 	switch {
-	case a.n < MinFrame:
+	case a.n < pvnet.MinFrame:
 		f.drop(tooShort, &f.j.uncut)
 		if !moved {
 			f.discard()

@@ -8,6 +8,7 @@ import (
 	"syscall"
 
 	"barevif/arena/shm"
+	"barevif/pvnet"
 
 	"golang.org/x/sys/unix"
 )
@@ -252,7 +253,7 @@ func (w *tapWriter) add(off Offload, bufs [][]byte) error {
 	for _, p := range bufs {
 		size += len(p)
 	}
-	if size < MinFrame || size > MaxFrame {
+	if size < pvnet.MinFrame || size > MaxFrame {
 		return ErrSize
 	}
 	w.addFrame(bufs)

@@ -456,7 +456,7 @@ func (f *feeder) read(wait bool) error {
 	f.errs, f.odd = 0, 0
 	f.want = max(f.want, min(f.ready+2, batch)) // one more than there were, to see that there are no further frames
 	switch {
-	case n < MinFrame:
+	case n < pvnet.MinFrame:
 		f.drop(tooShort, &f.j.uncut)
 		return nil
 	case off.GSO != GSONone:

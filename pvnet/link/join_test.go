@@ -286,7 +286,7 @@ func TestLongFramesAreCutByAPoorVif(t *testing.T) {
 		next(t, got) // the joint runs
 		var u uncut
 		u.frame, u.off = partialTCP(65000)
-		u.off.GSO, u.off.GSOSize, u.off.HeaderLen = GSOTCP4, uint16(mtu-52), 54
+		u.off.GSO, u.off.GSOSize, u.off.HeaderLen = GSOTCPv4, uint16(mtu-52), 54
 		want := cut(t, u)
 		for range 10 {
 			send(t, p, u.off, u.frame)
@@ -368,7 +368,7 @@ func TestWorkOfAGuestIsPassedOn(t *testing.T) {
 			switch {
 			case u.off.GSO == GSOUDP, u.name == "tcp6 options":
 				continue
-			case u.off.GSO == GSOTCP6:
+			case u.off.GSO == GSOTCPv6:
 				g.Type = pvnet.GSOTCPv6
 			}
 			guest(u.frame, func(f *pvnet.Frame) {
@@ -619,9 +619,9 @@ func TestHeadersThatLieAreNotBelieved(t *testing.T) {
 	marker := testFrame(60)
 	dropped := uint64(0)
 	for name, u := range map[string]uncut{
-		"IPv6 said, IPv4 is":  change(tcp, func(u *uncut) { u.off.GSO = GSOTCP6 }),
-		"IPv4 said, IPv6 is":  change(tcp6, func(u *uncut) { u.off.GSO = GSOTCP4 }),
-		"TCP said, UDP is":    change(udp, func(u *uncut) { u.off.GSO = GSOTCP4 }),
+		"IPv6 said, IPv4 is":  change(tcp, func(u *uncut) { u.off.GSO = GSOTCPv6 }),
+		"IPv4 said, IPv6 is":  change(tcp6, func(u *uncut) { u.off.GSO = GSOTCPv4 }),
+		"TCP said, UDP is":    change(udp, func(u *uncut) { u.off.GSO = GSOTCPv4 }),
 		"UDP said, TCP is":    change(tcp, func(u *uncut) { u.off.GSO = GSOUDP }),
 		"a datagram to cut":   change(udp, func(u *uncut) { u.off.GSO = GSOUFO }),
 		"no kind there is":    change(tcp, func(u *uncut) { u.off.GSO = 0x42 }),
@@ -736,7 +736,7 @@ func TestOtherLinksAreJoinedToo(t *testing.T) {
 
 func TestJointMakesNoGarbage(t *testing.T) {
 	long, off := partialTCP(60000)
-	off.GSO, off.GSOSize, off.HeaderLen = GSOTCP4, 1448, 54
+	off.GSO, off.GSOSize, off.HeaderLen = GSOTCPv4, 1448, 54
 	for _, c := range []struct {
 		name    string
 		frame   []byte

@@ -182,7 +182,7 @@ func TestLossesAreCountedByReason(t *testing.T) {
 	u = uncuts()[0]
 	u.off.GSOSize = 1900
 	l.frame(u.frame, u.off)
-	u.off.GSO, u.off.ECN = GSOTCP4, true
+	u.off.GSO, u.off.ECN = GSOTCPv4, true
 	l.frame(u.frame, u.off)
 	l.frame(testFrame(60), Offload{})
 	next(t, got)

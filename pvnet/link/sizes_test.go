@@ -128,7 +128,7 @@ func TestMTURaisedAtBothEndsIsFollowed(t *testing.T) {
 			both(9000)
 			// TCP segments may be as long as the MTU.
 			b, off := partialTCP(60000)
-			off.GSO, off.GSOSize, off.HeaderLen = GSOTCP4, 9000-40, 54
+			off.GSO, off.GSOSize, off.HeaderLen = GSOTCPv4, 9000-40, 54
 			for _, way := range [][2]Link{{pg, pd}, {pd, pg}} {
 				send(t, way[0], off, b)
 				for total := 0; total < 60000; {
@@ -185,7 +185,7 @@ func TestRaisedMTUOfATAPFromElsewhereIsFollowed(t *testing.T) {
 	// Segments that come over a bridge may be longer than the interface's MTU, so the
 	// joint infers nothing from them.
 	b, off := partialTCP(20000)
-	off.GSO, off.GSOSize, off.HeaderLen = GSOTCP4, 4000, 54
+	off.GSO, off.GSOSize, off.HeaderLen = GSOTCPv4, 4000, 54
 	send(t, p, off, b)
 	for _, size := range []int{60, 5014, 9014} {
 		want := testFrame(size)
@@ -239,7 +239,7 @@ func TestRaisedMTUOfAPacketSocketIsFollowed(t *testing.T) {
 	// Segments that the joint cuts may be as long, and the frames behind them arrive.
 	u := uncut{}
 	u.frame, u.off = partialTCP(60000)
-	u.off.GSO, u.off.GSOSize, u.off.HeaderLen, u.off.ECN = GSOTCP4, 9000-40, 54, true
+	u.off.GSO, u.off.GSOSize, u.off.HeaderLen, u.off.ECN = GSOTCPv4, 9000-40, 54, true
 	for range 3 {
 		send(t, p, u.off, u.frame)
 		for i, want := range cut(t, u) {
