@@ -10,7 +10,6 @@ import (
 	"hash/crc32"
 	"net"
 	"net/netip"
-	"sync"
 	"testing"
 
 	"barevif/pvnet"
@@ -22,13 +21,11 @@ import (
 
 // scriptedJoint joins a scripted link to the backend. The channel got has the frames that
 // the guest receives.
-func scriptedJoint(t *testing.T, back, front pvnet.Config) (l *bare, j *Joint, got <-chan []byte) {
+func scriptedJoint(t *testing.T, back, front pvnet.Config) (l *scripted, j *Joint, got <-chan []byte) {
 	t.Helper()
 	h := newHostOf(t, 1500, back, front)
 	got = h.listen()
-	l = &bare{scripted{script: make(chan func([][]byte) (int, Offload, error))}}
-	j, _ = h.join(context.Background(), h.Back, l)
-	t.Cleanup(sync.OnceFunc(func() { close(l.script) }))
+	l, j, _ = h.joinScripted(bare{})
 	return l, j, got
 }
 

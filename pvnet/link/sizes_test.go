@@ -65,6 +65,12 @@ func logged(cfg pvnet.Config) (pvnet.Config, *lines) {
 	return cfg, l
 }
 
+// newHostWithLog is newHost with the log of the backend.
+func newHostWithLog(t *testing.T) (*host, *lines) {
+	cfg, log := logged(pvnet.Config{})
+	return &host{pvnettest.New(t, toolstack.Vif{MAC: ourMAC, MTU: 1500}, pvnet.Config{}, cfg), t}, log
+}
+
 func setMTU(t testing.TB, name string, mtu int) {
 	t.Helper()
 	l, err := netlink.LinkByName(name)
@@ -174,11 +180,9 @@ func TestRaisedMTUOfATAPFromElsewhereIsFollowed(t *testing.T) {
 		t.Fatalf("an MTU of %d", n)
 	}
 	p := openPacket(t, tap.Name())
-	cfg, log := logged(pvnet.Config{})
-	w := pvnettest.New(t, toolstack.Vif{MAC: ourMAC, MTU: 1500}, pvnet.Config{}, cfg)
-	h := &host{w, t}
+	h, log := newHostWithLog(t)
 	got := h.listen()
-	h.join(context.Background(), w.Back, tap)
+	h.join(context.Background(), h.Back, tap)
 	send(t, p, Offload{}, testFrame(60))
 	next(t, got) // the joint runs, and has turned segmentation offload on
 	setMTU(t, tap.Name(), 9000)
@@ -200,15 +204,13 @@ func TestRaisedMTUOfATAPFromElsewhereIsFollowed(t *testing.T) {
 
 func TestRaisedMTUOfAPacketSocketIsFollowed(t *testing.T) {
 	card, far := veth(t, 1500)
-	cfg, log := logged(pvnet.Config{})
-	w := pvnettest.New(t, toolstack.Vif{MAC: ourMAC, MTU: 1500}, pvnet.Config{}, cfg)
-	h := &host{w, t}
+	h, log := newHostWithLog(t)
 	got := h.listen()
-	j, _ := h.join(context.Background(), w.Back, openPacket(t, far))
+	j, _ := h.join(context.Background(), h.Back, openPacket(t, far))
 	p := openPacket(t, card)
 	guest := func(size int) {
 		t.Helper()
-		if _, err := w.Front.Write(testFrame(size)); err != nil {
+		if _, err := h.Front.Write(testFrame(size)); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -259,7 +261,7 @@ func TestRaisedMTUOfAPacketSocketIsFollowed(t *testing.T) {
 	u.off.GSOSize = 9001
 	send(t, p, u.off, u.frame)
 	settle(t, j, func(st JointStats) bool { return st.Oversize == 1 && st.Refused+st.Uncut == 0 })
-	if st := w.Back.Stats(); st.RX.Get(telemetry.Undelivered) != 2 {
+	if st := h.Back.Stats(); st.RX.Get(telemetry.Undelivered) != 2 {
 		t.Errorf("%d undelivered", st.RX.Get(telemetry.Undelivered))
 	}
 }
@@ -268,11 +270,9 @@ func TestRaisedMTUOfAPacketSocketIsFollowed(t *testing.T) {
 func TestFramesBeyondTheVifAreSaidOnceAndCounted(t *testing.T) {
 	tap := openTAP(t, TAPConfig{MTU: 9000})
 	p := openPacket(t, tap.Name())
-	cfg, log := logged(pvnet.Config{})
-	w := pvnettest.New(t, toolstack.Vif{MAC: ourMAC, MTU: 1500}, pvnet.Config{}, cfg)
-	h := &host{w, t}
+	h, log := newHostWithLog(t)
 	got := h.listen()
-	j, _ := h.join(context.Background(), w.Back, tap)
+	j, _ := h.join(context.Background(), h.Back, tap)
 	for _, size := range []int{1519, 5000, 9014, 60} {
 		send(t, p, Offload{}, testFrame(size))
 	}
@@ -281,7 +281,7 @@ func TestFramesBeyondTheVifAreSaidOnceAndCounted(t *testing.T) {
 	}
 	told(t, log, beyondVif, "interface="+tap.Name(), "frame=1519", "vif_mtu=1500", "interface_mtu=9000")
 	settle(t, j, func(st JointStats) bool { return st.Oversize == 3 })
-	settle(t, j, func(JointStats) bool { return lostOf(w.Back, telemetry.DropTooLong) == 3 })
+	settle(t, j, func(JointStats) bool { return lostOf(h.Back, telemetry.DropTooLong) == 3 })
 
 	// If the MTU is raised further, longer frames pass.
 	setMTU(t, tap.Name(), 9100)
@@ -313,13 +313,9 @@ func lostOf(dev *pvnet.Device, r telemetry.Reason) uint64 {
 // The MTU of an interface does not count VLAN tags; 802.1ad frames have two.
 func TestFramesWithTwoTagsPass(t *testing.T) {
 	tap := openTAP(t, TAPConfig{})
-	cfg, log := logged(pvnet.Config{})
-	w := pvnettest.New(t, toolstack.Vif{MAC: ourMAC, MTU: 1500}, pvnet.Config{}, cfg)
-	h := &host{w, t}
+	h, log := newHostWithLog(t)
 	got := h.listen()
-	l := &scripted{tap, make(chan func([][]byte) (int, Offload, error))}
-	j, _ := h.join(context.Background(), w.Back, l)
-	defer close(l.script)
+	l, j, _ := h.joinScripted(tap)
 	b := testFrame(1523)
 	copy(b[12:], []byte{0x88, 0xa8, 0, 7, 0x81, 0, 0, 8, testType >> 8, testType & 0xff})
 	l.frame(b, Offload{})
