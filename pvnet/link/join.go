@@ -95,23 +95,10 @@ func (j *Joint) Run(ctx context.Context, dev *pvnet.Device, links ...Link) error
 	if len(links) == 0 || len(links) > dev.Queues() {
 		return fmt.Errorf("link: %d links for the %d queues of vif %s", len(links), dev.Queues(), dev.ID())
 	}
-	var txs []*pvnet.TX
-	var rxs []*pvnet.RX
-	for i := range dev.Queues() {
-		rx, err := dev.OwnRX(i)
-		if err != nil {
-			return fmt.Errorf("link: receive queue %d: %w", i, err)
-		}
-		rxs = append(rxs, rx)
+	rxs, txs, err := own(dev, len(links))
+	if err != nil {
+		return err
 	}
-	for i := range links {
-		tx, err := dev.OwnTX(i)
-		if err != nil {
-			return fmt.Errorf("link: transmit queue %d: %w", i, err)
-		}
-		txs = append(txs, tx)
-	}
-
 	for _, l := range links {
 		setOffloads(l, true)
 	}
@@ -145,11 +132,31 @@ func (j *Joint) Run(ctx context.Context, dev *pvnet.Device, links ...Link) error
 		setDeadlines(l, time.Time{})
 		setOffloads(l, false)
 	}
-	err := context.Cause(ctx)
+	err = context.Cause(ctx)
 	if _, broken := errors.AsType[*pvnet.PeerError](err); !broken && errors.Is(err, pvnet.ErrDisconnected) {
 		return nil
 	}
 	return err
+}
+
+// own owns the receive halves of all queues of dev, and the transmit halves of the first
+// n.
+func own(dev *pvnet.Device, n int) (rxs []*pvnet.RX, txs []*pvnet.TX, err error) {
+	for i := range dev.Queues() {
+		rx, err := dev.OwnRX(i)
+		if err != nil {
+			return nil, nil, fmt.Errorf("link: receive queue %d: %w", i, err)
+		}
+		rxs = append(rxs, rx)
+	}
+	for i := range n {
+		tx, err := dev.OwnTX(i)
+		if err != nil {
+			return nil, nil, fmt.Errorf("link: transmit queue %d: %w", i, err)
+		}
+		txs = append(txs, tx)
+	}
+	return rxs, txs, nil
 }
 
 // errNone is the error of a read without waiting if there is no frame.
