@@ -216,7 +216,6 @@ func (j *Joint) toLinkFrom(dev *pvnet.Device, rx *pvnet.RX, l Link) error {
 	var frames [batch]pvnet.Frame
 	s := j.newSink(dev, l)
 	defer s.close()
-	down := false
 	lost := uint64(0) // frames lost but not yet counted by the device
 	defer func() {
 		if lost > 0 {
@@ -228,27 +227,7 @@ func (j *Joint) toLinkFrom(dev *pvnet.Device, rx *pvnet.RX, l Link) error {
 		if err != nil {
 			return err
 		}
-		var end error
-		sent, long := uint64(0), uint64(0)
-		for i, err := range s.write(frames[:n]) {
-			switch {
-			case err == nil:
-				sent++
-				if frames[i].GSO().Size != 0 {
-					long++
-				}
-				down = false
-			case err == ErrDown && !down:
-				// The kernel reports this once, to the first that asks. Wake the
-				// reader so that it learns of it, too.
-				down = true
-				_ = l.SetReadDeadline(past)
-			case err == ErrSize:
-				j.tellUntaken(dev, l, frames[i].Len())
-			case final(err) && end == nil:
-				end = err
-			}
-		}
+		sent, gso, end := s.deliver(frames[:n])
 		if unsent := uint64(n) - sent; unsent > 0 {
 			j.unsent.Add(unsent)
 			lost += unsent
@@ -256,17 +235,13 @@ func (j *Joint) toLinkFrom(dev *pvnet.Device, rx *pvnet.RX, l Link) error {
 		if end == nil && lost > 0 && rx.CountUndelivered(lost) == nil {
 			lost = 0
 		}
-		j.wrote(sent, long)
+		j.toLink.Add(sent)
+		if gso > 0 {
+			j.toLinkGSO.Add(gso)
+		}
 		if err := rx.Release(frames[:n]); end != nil || err != nil {
 			return cmp.Or(end, err)
 		}
-	}
-}
-
-func (j *Joint) wrote(sent, long uint64) {
-	j.toLink.Add(sent)
-	if long > 0 {
-		j.toLinkGSO.Add(long)
 	}
 }
 
