@@ -337,7 +337,7 @@ func (e *backRX) parseOne(first netif.TxRequest, avail uint32) (reason telemetry
 		reason = telemetry.DropBadGSO
 	case size < MinFrame:
 		reason = telemetry.DropTooShort
-	case uint32(first.Offset)+size > 4096:
+	case uint32(first.Offset)+size > shm.PageSize:
 		return 0, false, e.violation("a slot crosses its page")
 	}
 	if reason != 0 {
@@ -388,7 +388,7 @@ func (e *backRX) parseSlots(first netif.TxRequest, avail uint32) (size uint32, w
 		}
 		r := e.ring.Take()
 		avail--
-		if uint32(r.Offset)+uint32(r.Size) > 4096 {
+		if uint32(r.Offset)+uint32(r.Size) > shm.PageSize {
 			return 0, false, e.violation("a slot crosses its page")
 		}
 		p.answer(r.ID, netif.Okay)

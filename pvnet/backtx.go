@@ -2,6 +2,7 @@ package pvnet
 
 import (
 	"barevif/arena"
+	"barevif/arena/shm"
 	"barevif/hypercall"
 	"barevif/pvnet/netif"
 	"barevif/pvnet/ring"
@@ -139,7 +140,7 @@ func (e *backTX) put(f *Frame, p *batched) error {
 	if err != nil {
 		return err
 	}
-	if f.total > 4096 && !e.scatter {
+	if f.total > shm.PageSize && !e.scatter {
 		return ErrFrameSize
 	}
 	p.extras = f.extras()
@@ -170,12 +171,12 @@ func (e *backTX) addToBatch(f *Frame, extras *netif.Extras) {
 		for len(src) > 0 {
 			if room == 0 {
 				r = e.ring.Take()
-				out := netif.RxResponse{ID: r.ID, Status: int16(min(left, 4096))}
+				out := netif.RxResponse{ID: r.ID, Status: int16(min(left, shm.PageSize))}
 				first := left == f.total
 				if first {
 					out.Flags = rxFlags(f)
 				}
-				if left > 4096 {
+				if left > shm.PageSize {
 					out.Flags |= netif.RxMoreData
 				}
 				e.respond(out)
@@ -185,11 +186,11 @@ func (e *backTX) addToBatch(f *Frame, extras *netif.Extras) {
 						e.respond(extras.At(i).RxResponse())
 					}
 				}
-				left -= min(left, 4096)
-				room = 4096
+				left -= min(left, shm.PageSize)
+				room = shm.PageSize
 			}
 			k := min(len(src), room)
-			e.to(r.Ref, uint16(4096-room), src[:k])
+			e.to(r.Ref, uint16(shm.PageSize-room), src[:k])
 			src, room = src[k:], room-k
 		}
 	}

@@ -6,6 +6,7 @@ import (
 	"testing"
 	"time"
 
+	"barevif/arena/shm"
 	"barevif/hypercall/emu"
 )
 
@@ -15,7 +16,7 @@ func BenchmarkDevice(b *testing.B) {
 	for _, dir := range []string{"front-to-back", "back-to-front"} {
 		for _, size := range []int{64, 1500, 65535} {
 			for _, batch := range []int{1, 32} {
-				if size > 4096 && batch > 8 {
+				if size > shm.PageSize && batch > 8 {
 					batch = 8 // 8 frames of 17 slots
 				}
 				b.Run(fmt.Sprintf("%s/size=%d/batch=%d/one", dir, size, batch), func(b *testing.B) {

@@ -102,7 +102,7 @@ func TestExtensionHeadersArrive(t *testing.T) {
 	for _, exts := range [][]byte{nil, {0}, {60}, {43}, {44}, {51}, {0, 43, 60}, {0, 60, 43, 44, 60}} {
 		for _, keep := range []bool{true, false} {
 			b, l4 := extended(100, exts...)
-			f := chop(t, arena.New(shm.Heap(8), 4096), b, 0)
+			f := chop(t, arena.New(shm.Heap(8), shm.PageSize), b, 0)
 			f.csum = ChecksumPartial
 			if reason := f.arrived(&netif.Extras{}, keep, count); reason != 0 {
 				t.Errorf("%v: dropped as %v", exts, reason)
@@ -117,7 +117,7 @@ func TestExtensionHeadersArrive(t *testing.T) {
 			}
 		}
 		b, l4 := extended(20000, exts...)
-		f := chop(t, arena.New(shm.Heap(8), 4096), b, 0)
+		f := chop(t, arena.New(shm.Heap(8), shm.PageSize), b, 0)
 		f.csum = ChecksumPartial
 		reason := f.arrived(extrasOf(netif.GSO{Size: 1400, Type: netif.GSOTCPv6}), true, count)
 		if slices.Contains(exts, 51) {
@@ -154,7 +154,7 @@ func TestARoutedFrameToBeCutNeedsAPartialChecksum(t *testing.T) {
 		b, _ := extended(20000, 43)
 		b[54+3] = 1
 		before := append([]byte(nil), b...)
-		f := chop(t, arena.New(shm.Heap(8), 4096), b, 0)
+		f := chop(t, arena.New(shm.Heap(8), shm.PageSize), b, 0)
 		f.csum = csum
 		reason := f.arrived(extrasOf(netif.GSO{Size: 1400, Type: netif.GSOTCPv6}), true, count)
 		if (reason == 0) != (csum == ChecksumPartial) || !bytes.Equal(bytesOf(&f), before) {
@@ -169,9 +169,9 @@ func TestFramesOfManySegmentsArrive(t *testing.T) {
 	for _, size := range []int{8, 48, 88, 500, 536} {
 		for _, v6 := range []bool{false, true} {
 			s := stream{v6: v6, payload: 65000, size: size}
-			f := chop(t, arena.New(shm.Heap(17), 4096), s.frame(), 0)
+			f := chop(t, arena.New(shm.Heap(17), shm.PageSize), s.frame(), 0)
 			f.csum = ChecksumPartial
-			reason := f.arrived(extrasOf(netif.GSO{Size: uint16(size), Type: netif.GSOType(s.gso().Type)}), true, count)
+			reason := f.arrived(extrasOf(netif.GSO{Size: uint16(size), Type: s.gso().Type}), true, count)
 			if reason != 0 || f.GSO() != s.gso() {
 				t.Errorf("%d: %v, %+v", size, reason, f.GSO())
 				continue
@@ -181,7 +181,7 @@ func TestFramesOfManySegmentsArrive(t *testing.T) {
 	}
 	// But a peer's page may not make more frames than Linux ever would.
 	s := stream{payload: 65000, size: 7}
-	f := chop(t, arena.New(shm.Heap(17), 4096), s.frame(), 0)
+	f := chop(t, arena.New(shm.Heap(17), shm.PageSize), s.frame(), 0)
 	if err := f.SetGSO(s.gso()); err != ErrOffload {
 		t.Error(err)
 	}

@@ -237,11 +237,11 @@ func TestCutPiecesAreWhatLinuxMakes(t *testing.T) {
 	rng := rand.New(rand.NewPCG(11, 12))
 	for range 1500 {
 		s := streams(rng)
-		a := arena.New(shm.Heap(64), 4096)
+		a := arena.New(shm.Heap(64), shm.PageSize)
 		off := rng.IntN(300)
 		sizes := []int{s.headers() + rng.IntN(200)}
 		for range rng.IntN(12) {
-			sizes = append(sizes, rng.IntN(4097))
+			sizes = append(sizes, rng.IntN(shm.PageSize+1))
 		}
 		if rng.IntN(2) == 0 {
 			sizes = nil
@@ -744,7 +744,7 @@ func TestAFrameOfManyPiecesIsCut(t *testing.T) {
 	for _, size := range []int{100, 1448, 3000, 30000} {
 		s := typical
 		s.payload, s.size = max(4000, size+1), size
-		a := arena.New(shm.Heap(32), 4096)
+		a := arena.New(shm.Heap(32), shm.PageSize)
 		sizes := []int{s.headers()}
 		for len(sizes) < maxRxSlots-1 {
 			sizes = append(sizes, s.payload/maxRxSlots)

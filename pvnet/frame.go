@@ -4,12 +4,13 @@ import (
 	"iter"
 
 	"barevif/arena"
+	"barevif/pvnet/netif"
 )
 
 // Limits of a frame in bytes, Ethernet header included, FCS not.
 const (
-	MinFrame = 14    // an Ethernet header; every peer refuses shorter frames
-	MaxFrame = 65535 // XEN_NETIF_MAX_TX_SIZE of xen/include/public/io/netif.h
+	MinFrame = netif.MinFrame  // an Ethernet header; every peer refuses shorter frames
+	MaxFrame = netif.MaxTxSize // 65535
 )
 
 // A Frame is one Ethernet frame in pages of a device. It is a value, of which only one

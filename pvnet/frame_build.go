@@ -2,6 +2,7 @@ package pvnet
 
 import (
 	"barevif/arena"
+	"barevif/arena/shm"
 	"barevif/pvnet/packet"
 )
 
@@ -147,7 +148,7 @@ func (f *Frame) plain() bool {
 }
 
 // maxPieces is how many buffers of 4096 bytes MaxFrame bytes behind the headroom take.
-const maxPieces = (headroom + MaxFrame + 4095) / 4096
+const maxPieces = (headroom + MaxFrame + shm.PageSize - 1) / shm.PageSize
 
 // mostPieces bounds the pieces of any frame. A lent frame has the pieces that the peer
 // made.
@@ -155,10 +156,10 @@ const mostPieces = max(maxPieces, maxRxSlots)
 
 // buffersFor returns how many buffers build takes for size bytes.
 func buffersFor(size int) int {
-	if size <= 4096 {
+	if size <= shm.PageSize {
 		return 1
 	}
-	return (headroom + size + 4095) / 4096
+	return (headroom + size + shm.PageSize - 1) / shm.PageSize
 }
 
 // slots returns how many pieces of the frame hold bytes, which is how many slots it takes
@@ -185,4 +186,4 @@ func (f *Frame) slots() int {
 }
 
 // pages returns how many pages of the peer the frame fills.
-func (f *Frame) pages() int { return int(f.total+4095) / 4096 }
+func (f *Frame) pages() int { return int(f.total+shm.PageSize-1) / shm.PageSize }

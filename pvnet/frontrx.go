@@ -286,7 +286,7 @@ func (e *frontRX) hold(r netif.RxResponse, slot uint32) (reason telemetry.Reason
 	switch {
 	case r.Status < 0:
 		reason = telemetry.DropBackendError
-	case uint32(r.Offset)+uint32(r.Status) > 4096:
+	case uint32(r.Offset)+uint32(r.Status) > shm.PageSize:
 		reason = telemetry.DropBadOffset
 	default:
 		s.off, s.n = r.Offset, uint16(r.Status)

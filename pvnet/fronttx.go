@@ -2,6 +2,7 @@ package pvnet
 
 import (
 	"barevif/arena"
+	"barevif/arena/shm"
 	"barevif/hypercall"
 	"barevif/pvnet/netif"
 	"barevif/pvnet/ring"
@@ -98,7 +99,7 @@ func (e *frontTX) put(f *Frame, t *tally) error {
 		return err
 	}
 	slots, extras := uint32(f.slots()), f.extras()
-	if slots > 1 && !e.scatter && f.total > 4096 {
+	if slots > 1 && !e.scatter && f.total > shm.PageSize {
 		return ErrFrameSize
 	}
 	need := slots + uint32(extras.Len())

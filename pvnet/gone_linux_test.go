@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"barevif/arena/shm"
 	"barevif/hypercall"
 	"barevif/hypercall/emu"
 	"barevif/pvnet"
@@ -64,7 +65,7 @@ func TestMemoryThatIsTakenAwayEndsTheDevice(t *testing.T) {
 	}
 	wait(t, got)
 	rings := fdom.pages[len(fdom.pages)-1]
-	if len(rings) != 2*4096 {
+	if len(rings) != 2*shm.PageSize {
 		t.Fatalf("the rings have %d bytes", len(rings))
 	}
 	if err := unix.Mprotect(rings, unix.PROT_NONE); err != nil {

@@ -22,12 +22,12 @@ type GSO struct {
 
 // GSOType is the protocol of a GSO frame: XEN_NETIF_GSO_TYPE_* of
 // xen/include/public/io/netif.h.
-type GSOType uint8
+type GSOType = netif.GSOType
 
 const (
-	GSONone  = GSOType(netif.GSONone)
-	GSOTCPv4 = GSOType(netif.GSOTCPv4)
-	GSOTCPv6 = GSOType(netif.GSOTCPv6)
+	GSONone  = netif.GSONone
+	GSOTCPv4 = netif.GSOTCPv4
+	GSOTCPv6 = netif.GSOTCPv6
 )
 
 // GSO returns how the frame is to be cut.

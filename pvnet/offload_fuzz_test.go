@@ -18,18 +18,18 @@ import (
 // as many pieces as a peer may send, the first of at least MinFrame bytes.
 func layout(seed uint64, total int) (off int, sizes []int) {
 	rng := rand.New(rand.NewPCG(seed, 1))
-	first := 4096 - rng.IntN(200)
+	first := shm.PageSize - rng.IntN(200)
 	if rng.IntN(2) == 0 {
 		first = MinFrame + rng.IntN(200)
 	}
 	sizes = []int{first}
 	for left := total - first; left > 0 && len(sizes) < mostPieces; left -= sizes[len(sizes)-1] {
 		rest := mostPieces - len(sizes) - 1 // pieces after this one
-		least := max(left-4096*rest, 0)
-		n := least + rng.IntN(4097-min(least, 4096))
-		sizes = append(sizes, min(n, 4096, left))
+		least := max(left-shm.PageSize*rest, 0)
+		n := least + rng.IntN(shm.PageSize+1-min(least, shm.PageSize))
+		sizes = append(sizes, min(n, shm.PageSize, left))
 	}
-	return rng.IntN(4097 - min(first, total)), sizes
+	return rng.IntN(shm.PageSize + 1 - min(first, total)), sizes
 }
 
 // bytesOf returns the bytes of a frame.
@@ -66,7 +66,7 @@ func FuzzArrived(f *testing.F) {
 		if len(in) < MinFrame || len(in) > MaxFrame {
 			return
 		}
-		a := arena.New(shm.Heap(mostPieces), 4096)
+		a := arena.New(shm.Heap(mostPieces), shm.PageSize)
 		off, sizes := layout(seed, len(in))
 		frame := chop(t, a, in, off, sizes...)
 		if frame.slots() == 0 || !bytes.Equal(bytesOf(&frame), in) {
@@ -183,7 +183,7 @@ func FuzzSetGSO(f *testing.F) {
 		if len(in) < MinFrame || len(in) > MaxFrame {
 			return
 		}
-		a := arena.New(shm.Heap(mostPieces), 4096)
+		a := arena.New(shm.Heap(mostPieces), shm.PageSize)
 		off, sizes := layout(seed, len(in))
 		frame := chop(t, a, in, off, sizes...)
 		err := frame.SetGSO(GSO{GSOType(kind), size})
@@ -224,10 +224,10 @@ func FuzzCut(f *testing.F) {
 		s.behind = 0
 		s.size = max(int(size), 1)
 		s.payload = min(int(payload), MaxFrame-s.headers())
-		a := arena.New(shm.Heap(mostPieces), 4096)
+		a := arena.New(shm.Heap(mostPieces), shm.PageSize)
 		off, sizes := layout(where, s.headers()+s.payload)
 		sizes[0] = max(sizes[0], s.headers())
-		off = min(off, 4096-min(sizes[0], s.headers()+s.payload))
+		off = min(off, shm.PageSize-min(sizes[0], s.headers()+s.payload))
 		frame := chop(t, a, s.frame(), off, sizes...)
 		err := frame.SetGSO(s.gso())
 		if s.payload > packet.MostCuts*s.size {

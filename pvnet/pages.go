@@ -6,6 +6,7 @@ import (
 	"sync/atomic"
 
 	"barevif/arena"
+	"barevif/arena/shm"
 	"barevif/hypercall"
 )
 
@@ -49,7 +50,7 @@ func (m *setup) private(pages int) (*arena.Arena, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%d private pages: %w", pages, err)
 	}
-	a := arena.NewReserved(mem.Memory, 4096, mem.Populate)
+	a := arena.NewReserved(mem.Memory, shm.PageSize, mem.Populate)
 	m.c.arenas = append(m.c.arenas, a)
 	m.c.undo.add(func() { a.Retire(func() { mem.Release() }) })
 	m.c.private += pages
@@ -62,9 +63,9 @@ func (m *setup) share(pages int, access hypercall.Access) (*arena.Arena, []hyper
 	if err != nil {
 		return nil, nil, err
 	}
-	a := arena.New(s.Memory, 4096)
+	a := arena.New(s.Memory, shm.PageSize)
 	if access == hypercall.ReadOnly { // the peer reads no page before a frame was sent in it, so memory can come late
-		a = arena.NewReserved(s.Memory, 4096, func(first, n int) {
+		a = arena.NewReserved(s.Memory, shm.PageSize, func(first, n int) {
 			for i := range n {
 				s.Page(first + i)[0] = 0
 			}

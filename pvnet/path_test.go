@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"barevif/arena/shm"
 	"barevif/hypercall"
 	"barevif/hypercall/emu"
 	"barevif/telemetry"
@@ -492,7 +493,7 @@ func TestTheOwningPathAllocatesNothing(t *testing.T) {
 		var f [32]Frame
 		for _, size := range []int{64, 1500, 20000} {
 			batch := 32
-			if size > 4096 {
+			if size > shm.PageSize {
 				batch = 8
 			}
 			cycle := func() {

@@ -58,7 +58,7 @@ func TestAnImpossibleIndexIsSeenByASenderThatNeedsMore(t *testing.T) {
 	kept := e.ring
 	e.ring = b
 	var f [1]Frame
-	tx.AllocSize(f[:], 3*4096)
+	tx.AllocSize(f[:], 3*shm.PageSize)
 	var broken *PeerError
 	if n, err := tx.Send(f[:]); n != 0 || !errors.As(err, &broken) || broken.Ring != "rx" {
 		t.Errorf("%d frames, %v", n, err)

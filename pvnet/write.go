@@ -1,6 +1,9 @@
 package pvnet
 
-import "barevif/pvnet/packet"
+import (
+	"barevif/arena/shm"
+	"barevif/pvnet/packet"
+)
 
 // Write sends a copy of one frame and returns its length. It waits for room, and while
 // the link is down, until the write deadline.
@@ -50,9 +53,9 @@ func (d *Device) WriteBatch(frames [][]byte) (n int, err error) {
 		}
 		at := d.queueFor(frames[n])
 		run := 1
-		for size <= 4096 && run < min(len(frames)-n, batch) { // each fits one page, so they may differ in size
+		for size <= shm.PageSize && run < min(len(frames)-n, batch) { // each fits one page, so they may differ in size
 			next := frames[n+run]
-			if len(next) < MinFrame || len(next) > 4096 || d.queueFor(next) != at {
+			if len(next) < MinFrame || len(next) > shm.PageSize || d.queueFor(next) != at {
 				break
 			}
 			size = max(size, len(next))

@@ -10,7 +10,6 @@ import (
 	"hash/crc32"
 	"net"
 	"net/netip"
-	"sync"
 	"testing"
 
 	"barevif/pvnet"
@@ -22,13 +21,11 @@ import (
 
 // scriptedJoint joins a scripted link to the backend. The channel got has the frames that
 // the guest receives.
-func scriptedJoint(t *testing.T, back, front pvnet.Config) (l *bare, j *Joint, got <-chan []byte) {
+func scriptedJoint(t *testing.T, back, front pvnet.Config) (l *scripted, j *Joint, got <-chan []byte) {
 	t.Helper()
 	h := newHostOf(t, 1500, back, front)
 	got = h.listen()
-	l = &bare{scripted{script: make(chan func([][]byte) (int, Offload, error))}}
-	j, _ = h.join(context.Background(), h.Back, l)
-	t.Cleanup(sync.OnceFunc(func() { close(l.script) }))
+	l, j, _ = h.joinScripted(bare{})
 	return l, j, got
 }
 
@@ -42,7 +39,7 @@ func bigFrames(payload int) []uncut {
 		return sum16(append(binary.BigEndian.AppendUint32(bytes.Clone(addrs), uint32(length)), 0, 0, 0, 6))
 	}
 	binary.BigEndian.PutUint16(tcp4[50:], pseudo(tcp4[26:34], 20+payload))
-	off4.GSO, off4.GSOSize, off4.HeaderLen = GSOTCP4, 1448, 54
+	off4.GSO, off4.GSOSize, off4.HeaderLen = GSOTCPv4, 1448, 54
 	six := uncuts()[3]
 	tcp6 := append(bytes.Clone(six.frame[:74]), tcp4[54:]...)
 	binary.BigEndian.PutUint16(tcp6[18:], 0)

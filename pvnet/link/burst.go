@@ -81,6 +81,7 @@ type sink struct {
 	dev   *pvnet.Device
 	l     Link
 	burst burstWriter // nil: each frame takes a call of WriteFrame
+	down  bool        // the link said so, and has taken no frame since
 
 	bufs [vifPieces][]byte
 	errs [batch]error
@@ -105,6 +106,31 @@ func (s *sink) close() {
 		s.burst.close()
 		s.burst = nil
 	}
+}
+
+// deliver writes frames. It returns how many the link took and how many of these were GSO
+// frames, and the error after which it takes no more.
+func (s *sink) deliver(frames []pvnet.Frame) (sent, gso uint64, end error) {
+	for i, err := range s.write(frames) {
+		switch {
+		case err == nil:
+			sent++
+			if frames[i].GSO().Size != 0 {
+				gso++
+			}
+			s.down = false
+		case err == ErrDown && !s.down:
+			// The kernel reports this once, to the first that asks. Wake the
+			// reader so that it learns of it, too.
+			s.down = true
+			_ = s.l.SetReadDeadline(past)
+		case err == ErrSize:
+			s.j.tellUntaken(s.dev, s.l, frames[i].Len())
+		case final(err) && end == nil:
+			end = err
+		}
+	}
+	return sent, gso, end
 }
 
 // write writes frames in order and returns the error of each. It may stop at a final error;
@@ -248,7 +274,7 @@ func (f *feeder) take(in []arrival) error {
 func (f *feeder) takeOne(a *arrival, moved bool) error {
 	whole := a.whole[:a.n]
 	switch {
-	case a.n < MinFrame:
+	case a.n < pvnet.MinFrame:
 		f.drop(tooShort, &f.j.uncut)
 		if !moved {
 			f.discard()

@@ -7,6 +7,9 @@ import (
 	"runtime"
 	"syscall"
 
+	"barevif/arena/shm"
+	"barevif/pvnet"
+
 	"golang.org/x/sys/unix"
 )
 
@@ -132,7 +135,7 @@ type tapReader struct {
 }
 
 // roomSize is MaxFrame in whole pages.
-const roomSize = (MaxFrame + 4095) &^ 4095
+const roomSize = (MaxFrame + shm.PageSize - 1) &^ (shm.PageSize - 1)
 
 func (t *TAP) readBursts() (burstReader, error) {
 	rooms, err := unix.Mmap(-1, 0, batch*roomSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_NORESERVE)
@@ -250,7 +253,7 @@ func (w *tapWriter) add(off Offload, bufs [][]byte) error {
 	for _, p := range bufs {
 		size += len(p)
 	}
-	if size < MinFrame || size > MaxFrame {
+	if size < pvnet.MinFrame || size > MaxFrame {
 		return ErrSize
 	}
 	w.addFrame(bufs)

@@ -159,11 +159,7 @@ func TestJointMovesBurstsInOrder(t *testing.T) {
 				read <- b
 			}
 		}()
-		tx, err := h.Front.OwnTX(0)
-		if err != nil {
-			t.Fatal(err)
-		}
-		tx.SetDeadline(time.Now().Add(wait))
+		tx := ownTX(t, h.Front)
 		var out [batch]pvnet.Frame
 		for i := 0; i < frames; {
 			n, err := tx.AllocWait(out[:min(batch, frames-i)], 1514)
@@ -626,11 +622,7 @@ func TestWritesOfABurstThatFailLoseOneFrameEach(t *testing.T) {
 	w := &scriptedWriter{t: t, answers: make(chan error)}
 	h := newHost(t, 1500, pvnet.Config{})
 	j, ended := h.join(context.Background(), h.Back, &scriptedBursts{TAP: tap, w: w})
-	tx, err := h.Front.OwnTX(0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	tx.SetDeadline(time.Now().Add(wait))
+	tx := ownTX(t, h.Front)
 	burst := func(n int) {
 		t.Helper()
 		var f [batch]pvnet.Frame
@@ -691,14 +683,8 @@ func TestBurstsMakeNoGarbage(t *testing.T) {
 		p := openPacket(t, tap.Name())
 		h := newHost(t, 1500, pvnet.Config{})
 		h.join(context.Background(), h.Back, tap)
-		rx, err := h.Front.OwnRX(0)
-		if err != nil {
-			t.Fatal(err)
-		}
-		tx, err := h.Front.OwnTX(0)
-		if err != nil {
-			t.Fatal(err)
-		}
+		rx := ownRX(t, h.Front)
+		tx := ownTX(t, h.Front)
 		limit := time.Now().Add(2 * wait)
 		rx.SetDeadline(limit)
 		tx.SetDeadline(limit)
@@ -903,11 +889,7 @@ func benchRead(b *testing.B, tap *counted) {
 func benchToTAP(b *testing.B, tap *counted) {
 	h := newHost(b, 1500, pvnet.Config{})
 	j, _ := h.join(context.Background(), h.Back, tap)
-	tx, err := h.Front.OwnTX(0)
-	if err != nil {
-		b.Fatal(err)
-	}
-	tx.SetDeadline(time.Now().Add(wait))
+	tx := ownTX(b, h.Front)
 	var frames [batch]pvnet.Frame
 	f := testFrame(64)
 	sent := uint64(0)
@@ -938,11 +920,7 @@ func benchFromTAP(b *testing.B, tap *counted) {
 	gen, f := generator(b, openPacket(b, tap.Name())), [][]byte{testFrame(64)}
 	h := newHost(b, 1500, pvnet.Config{})
 	h.join(context.Background(), h.Back, tap)
-	rx, err := h.Front.OwnRX(0)
-	if err != nil {
-		b.Fatal(err)
-	}
-	rx.SetDeadline(time.Now().Add(wait))
+	rx := ownRX(b, h.Front)
 	var frames [64]pvnet.Frame
 	var wg sync.WaitGroup
 	for b.Loop() {

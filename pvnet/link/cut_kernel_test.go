@@ -34,7 +34,7 @@ func anyUncut(seed uint64, size, payload int) (u uncut) {
 	if udp {
 		binary.BigEndian.PutUint16(l4[4:], uint16(8+payload))
 	} else {
-		proto, field, kind = 6, 16, GSOTCP4
+		proto, field, kind = 6, 16, GSOTCPv4
 		options := 4 * rng.IntN(11)
 		l4 = append(append(l4[:4], some(8)...), byte(5+options/4)<<4, byte(rng.Uint32()))
 		l4 = append(append(append(l4, some(2)...), 0, 0, 0, 0), some(options)...)
@@ -47,7 +47,7 @@ func anyUncut(seed uint64, size, payload int) (u uncut) {
 	var pseudo []byte
 	if v6 {
 		if !udp {
-			kind = GSOTCP6
+			kind = GSOTCPv6
 		}
 		var exts []byte
 		next := proto

@@ -17,7 +17,7 @@ type uncut struct {
 
 func uncuts() []uncut {
 	tcp4, off4 := partialTCP(4001)
-	off4.GSO, off4.GSOSize, off4.HeaderLen = GSOTCP4, 1448, 54
+	off4.GSO, off4.GSOSize, off4.HeaderLen = GSOTCPv4, 1448, 54
 	binary.BigEndian.PutUint16(tcp4[20:], 0) // an unfragmentable packet may not have DF cleared by hand
 	tcp4[20] = 0x40
 	binary.BigEndian.PutUint16(tcp4[18:], 0xfffe) // the identification wraps
@@ -48,7 +48,7 @@ func uncuts() []uncut {
 	}
 	pseudo := append(bytes.Clone(tcp6[22:54]), 0, 0, tcp6[18], tcp6[19], 0, 0, 0, 6)
 	binary.BigEndian.PutUint16(tcp6[70:], sum16(pseudo))
-	off6 := Offload{Checksum: ChecksumPartial, SumStart: 54, SumOffset: 16, GSO: GSOTCP6, GSOSize: 1440, HeaderLen: 74}
+	off6 := Offload{Checksum: ChecksumPartial, SumStart: 54, SumOffset: 16, GSO: GSOTCPv6, GSOSize: 1440, HeaderLen: 74}
 
 	// Hop-by-hop options of 16 bytes, destination options of 8; both are padding.
 	options6 := []byte{60, 1, 1, 12, 16: 6, 18: 1, 19: 4, 23: 0}
@@ -128,7 +128,7 @@ func TestWhatCannotBeCutIsRefused(t *testing.T) {
 		"unknown kind":     func(b []byte, o *Offload) []byte { o.GSO = 9; return b },
 		"TCP said, UDP is": func(b []byte, o *Offload) []byte { b[23] = 17; return b },
 		"UDP said, TCP is": func(b []byte, o *Offload) []byte { o.GSO = GSOUDP; return b },
-		"IPv6 said":        func(b []byte, o *Offload) []byte { o.GSO = GSOTCP6; return b },
+		"IPv6 said":        func(b []byte, o *Offload) []byte { o.GSO = GSOTCPv6; return b },
 		"a fragment":       func(b []byte, o *Offload) []byte { b[20] |= 0x20; return b },
 		"short IP header":  func(b []byte, o *Offload) []byte { b[14] = 0x44; return b },
 		"long IP header":   func(b []byte, o *Offload) []byte { b[14] = 0x4f; return b[:60] },

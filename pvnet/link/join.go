@@ -95,23 +95,10 @@ func (j *Joint) Run(ctx context.Context, dev *pvnet.Device, links ...Link) error
 	if len(links) == 0 || len(links) > dev.Queues() {
 		return fmt.Errorf("link: %d links for the %d queues of vif %s", len(links), dev.Queues(), dev.ID())
 	}
-	var txs []*pvnet.TX
-	var rxs []*pvnet.RX
-	for i := range dev.Queues() {
-		rx, err := dev.OwnRX(i)
-		if err != nil {
-			return fmt.Errorf("link: receive queue %d: %w", i, err)
-		}
-		rxs = append(rxs, rx)
+	rxs, txs, err := own(dev, len(links))
+	if err != nil {
+		return err
 	}
-	for i := range links {
-		tx, err := dev.OwnTX(i)
-		if err != nil {
-			return fmt.Errorf("link: transmit queue %d: %w", i, err)
-		}
-		txs = append(txs, tx)
-	}
-
 	for _, l := range links {
 		setOffloads(l, true)
 	}
@@ -145,11 +132,31 @@ func (j *Joint) Run(ctx context.Context, dev *pvnet.Device, links ...Link) error
 		setDeadlines(l, time.Time{})
 		setOffloads(l, false)
 	}
-	err := context.Cause(ctx)
+	err = context.Cause(ctx)
 	if _, broken := errors.AsType[*pvnet.PeerError](err); !broken && errors.Is(err, pvnet.ErrDisconnected) {
 		return nil
 	}
 	return err
+}
+
+// own owns the receive halves of all queues of dev, and the transmit halves of the first
+// n.
+func own(dev *pvnet.Device, n int) (rxs []*pvnet.RX, txs []*pvnet.TX, err error) {
+	for i := range dev.Queues() {
+		rx, err := dev.OwnRX(i)
+		if err != nil {
+			return nil, nil, fmt.Errorf("link: receive queue %d: %w", i, err)
+		}
+		rxs = append(rxs, rx)
+	}
+	for i := range n {
+		tx, err := dev.OwnTX(i)
+		if err != nil {
+			return nil, nil, fmt.Errorf("link: transmit queue %d: %w", i, err)
+		}
+		txs = append(txs, tx)
+	}
+	return rxs, txs, nil
 }
 
 // errNone is the error of a read without waiting if there is no frame.
@@ -209,7 +216,6 @@ func (j *Joint) toLinkFrom(dev *pvnet.Device, rx *pvnet.RX, l Link) error {
 	var frames [batch]pvnet.Frame
 	s := j.newSink(dev, l)
 	defer s.close()
-	down := false
 	lost := uint64(0) // frames lost but not yet counted by the device
 	defer func() {
 		if lost > 0 {
@@ -221,27 +227,7 @@ func (j *Joint) toLinkFrom(dev *pvnet.Device, rx *pvnet.RX, l Link) error {
 		if err != nil {
 			return err
 		}
-		var end error
-		sent, long := uint64(0), uint64(0)
-		for i, err := range s.write(frames[:n]) {
-			switch {
-			case err == nil:
-				sent++
-				if frames[i].GSO().Size != 0 {
-					long++
-				}
-				down = false
-			case err == ErrDown && !down:
-				// The kernel reports this once, to the first that asks. Wake the
-				// reader so that it learns of it, too.
-				down = true
-				_ = l.SetReadDeadline(past)
-			case err == ErrSize:
-				j.tellUntaken(dev, l, frames[i].Len())
-			case final(err) && end == nil:
-				end = err
-			}
-		}
+		sent, gso, end := s.deliver(frames[:n])
 		if unsent := uint64(n) - sent; unsent > 0 {
 			j.unsent.Add(unsent)
 			lost += unsent
@@ -249,17 +235,13 @@ func (j *Joint) toLinkFrom(dev *pvnet.Device, rx *pvnet.RX, l Link) error {
 		if end == nil && lost > 0 && rx.CountUndelivered(lost) == nil {
 			lost = 0
 		}
-		j.wrote(sent, long)
+		j.toLink.Add(sent)
+		if gso > 0 {
+			j.toLinkGSO.Add(gso)
+		}
 		if err := rx.Release(frames[:n]); end != nil || err != nil {
 			return cmp.Or(end, err)
 		}
-	}
-}
-
-func (j *Joint) wrote(sent, long uint64) {
-	j.toLink.Add(sent)
-	if long > 0 {
-		j.toLinkGSO.Add(long)
 	}
 }
 
@@ -456,7 +438,7 @@ func (f *feeder) read(wait bool) error {
 	f.errs, f.odd = 0, 0
 	f.want = max(f.want, min(f.ready+2, batch)) // one more than there were, to see that there are no further frames
 	switch {
-	case n < MinFrame:
+	case n < pvnet.MinFrame:
 		f.drop(tooShort, &f.j.uncut)
 		return nil
 	case off.GSO != GSONone:

@@ -55,6 +55,28 @@ func (h *host) join(ctx context.Context, dev *pvnet.Device, links ...Link) (j *J
 	return j, c
 }
 
+// ownTX owns the transmit half of queue 0. No wait of it outlasts the limit of a test.
+func ownTX(t testing.TB, dev *pvnet.Device) *pvnet.TX {
+	t.Helper()
+	tx, err := dev.OwnTX(0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tx.SetDeadline(time.Now().Add(wait))
+	return tx
+}
+
+// ownRX is ownTX for the receive half.
+func ownRX(t testing.TB, dev *pvnet.Device) *pvnet.RX {
+	t.Helper()
+	rx, err := dev.OwnRX(0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rx.SetDeadline(time.Now().Add(wait))
+	return rx
+}
+
 // listen returns copies of the frames that the guest receives, if their EtherType is
 // testType or IP.
 func (h *host) listen() <-chan []byte {
@@ -259,11 +281,7 @@ func TestLongFramesAreCutByAPoorVif(t *testing.T) {
 			t.Fatal(err)
 		}
 		t.Cleanup(front.Disconnect)
-		rx, err := next(t, backs).OwnRX(0)
-		if err != nil {
-			t.Fatal(err)
-		}
-		rx.SetDeadline(time.Now().Add(wait))
+		rx := ownRX(t, next(t, backs))
 		got := make(chan []byte, 1024)
 		go func() {
 			defer close(got)
@@ -286,7 +304,7 @@ func TestLongFramesAreCutByAPoorVif(t *testing.T) {
 		next(t, got) // the joint runs
 		var u uncut
 		u.frame, u.off = partialTCP(65000)
-		u.off.GSO, u.off.GSOSize, u.off.HeaderLen = GSOTCP4, uint16(mtu-52), 54
+		u.off.GSO, u.off.GSOSize, u.off.HeaderLen = GSOTCPv4, uint16(mtu-52), 54
 		want := cut(t, u)
 		for range 10 {
 			send(t, p, u.off, u.frame)
@@ -345,11 +363,7 @@ func TestWorkOfAGuestIsPassedOn(t *testing.T) {
 	try := func(t *testing.T, l Link, far Link) {
 		h := newHost(t, 1500, pvnet.Config{Offload: true})
 		j, _ := h.join(context.Background(), h.Back, l)
-		tx, err := h.Front.OwnTX(0)
-		if err != nil {
-			t.Fatal(err)
-		}
-		tx.SetDeadline(time.Now().Add(wait))
+		tx := ownTX(t, h.Front)
 		guest := func(b []byte, says func(*pvnet.Frame)) {
 			t.Helper()
 			var f [1]pvnet.Frame
@@ -368,7 +382,7 @@ func TestWorkOfAGuestIsPassedOn(t *testing.T) {
 			switch {
 			case u.off.GSO == GSOUDP, u.name == "tcp6 options":
 				continue
-			case u.off.GSO == GSOTCP6:
+			case u.off.GSO == GSOTCPv6:
 				g.Type = pvnet.GSOTCPv6
 			}
 			guest(u.frame, func(f *pvnet.Frame) {
@@ -581,6 +595,17 @@ func TestDeviceWithAnOwnerIsNotJoined(t *testing.T) {
 type scripted struct {
 	Link
 	script chan func(bufs [][]byte) (int, Offload, error)
+	end    func() // ends the script: the link is closed; idempotent
+}
+
+// joinScripted joins the backend to a link that reads a script and otherwise is link.
+func (h *host) joinScripted(link Link) (l *scripted, j *Joint, ended <-chan error) {
+	h.t.Helper()
+	l = &scripted{Link: link, script: make(chan func([][]byte) (int, Offload, error))}
+	l.end = sync.OnceFunc(func() { close(l.script) })
+	j, ended = h.join(context.Background(), h.Back, l)
+	h.t.Cleanup(l.end) // before join's, which waits for the reader
+	return l, j, ended
 }
 
 func (l *scripted) ReadFrame(bufs [][]byte) (int, Offload, error) {
@@ -612,16 +637,13 @@ func TestHeadersThatLieAreNotBelieved(t *testing.T) {
 	}
 	h := newHost(t, 1500, pvnet.Config{})
 	got := h.listen()
-	l := &scripted{openTAP(t, TAPConfig{}), make(chan func([][]byte) (int, Offload, error))}
-	j, ended := h.join(context.Background(), h.Back, l)
-	end := sync.OnceFunc(func() { close(l.script) })
-	defer end()
+	l, j, ended := h.joinScripted(openTAP(t, TAPConfig{}))
 	marker := testFrame(60)
 	dropped := uint64(0)
 	for name, u := range map[string]uncut{
-		"IPv6 said, IPv4 is":  change(tcp, func(u *uncut) { u.off.GSO = GSOTCP6 }),
-		"IPv4 said, IPv6 is":  change(tcp6, func(u *uncut) { u.off.GSO = GSOTCP4 }),
-		"TCP said, UDP is":    change(udp, func(u *uncut) { u.off.GSO = GSOTCP4 }),
+		"IPv6 said, IPv4 is":  change(tcp, func(u *uncut) { u.off.GSO = GSOTCPv6 }),
+		"IPv4 said, IPv6 is":  change(tcp6, func(u *uncut) { u.off.GSO = GSOTCPv4 }),
+		"TCP said, UDP is":    change(udp, func(u *uncut) { u.off.GSO = GSOTCPv4 }),
 		"UDP said, TCP is":    change(tcp, func(u *uncut) { u.off.GSO = GSOUDP }),
 		"a datagram to cut":   change(udp, func(u *uncut) { u.off.GSO = GSOUFO }),
 		"no kind there is":    change(tcp, func(u *uncut) { u.off.GSO = 0x42 }),
@@ -679,7 +701,7 @@ func TestHeadersThatLieAreNotBelieved(t *testing.T) {
 	if b := next(t, got); !bytes.Equal(b, want) {
 		t.Errorf("% x, want % x", b[:80], want[:80])
 	}
-	end()
+	l.end()
 	if err := next(t, ended); err != net.ErrClosed {
 		t.Error(err)
 	}
@@ -689,10 +711,7 @@ func TestFramesThatCannotBeHandledAreDroppedAlone(t *testing.T) {
 	tap := openTAP(t, TAPConfig{})
 	h := newHost(t, 1500, pvnet.Config{})
 	got := h.listen()
-	l := &scripted{tap, make(chan func([][]byte) (int, Offload, error))}
-	j, ended := h.join(context.Background(), h.Back, l)
-	end := sync.OnceFunc(func() { close(l.script) })
-	defer end()
+	l, j, ended := h.joinScripted(tap)
 	frame := l.frame
 	fail := func(err error) {
 		l.script <- func([][]byte) (int, Offload, error) { return 9, Offload{}, err }
@@ -709,7 +728,7 @@ func TestFramesThatCannotBeHandledAreDroppedAlone(t *testing.T) {
 	if b := next(t, got); !bytes.Equal(b, testFrame(100)) {
 		t.Fatalf("%d bytes", len(b))
 	}
-	end()
+	l.end()
 	if err := next(t, ended); err != net.ErrClosed {
 		t.Error(err)
 	}
@@ -736,7 +755,7 @@ func TestOtherLinksAreJoinedToo(t *testing.T) {
 
 func TestJointMakesNoGarbage(t *testing.T) {
 	long, off := partialTCP(60000)
-	off.GSO, off.GSOSize, off.HeaderLen = GSOTCP4, 1448, 54
+	off.GSO, off.GSOSize, off.HeaderLen = GSOTCPv4, 1448, 54
 	for _, c := range []struct {
 		name    string
 		frame   []byte
@@ -753,14 +772,8 @@ func TestJointMakesNoGarbage(t *testing.T) {
 			p := openPacket(t, tap.Name())
 			h := newHostOf(t, 1500, pvnet.Config{Offload: true}, pvnet.Config{Offload: c.offload})
 			_, ended := h.join(context.Background(), h.Back, tap)
-			tx, err := h.Front.OwnTX(0)
-			if err != nil {
-				t.Fatal(err)
-			}
-			rx, err := h.Front.OwnRX(0)
-			if err != nil {
-				t.Fatal(err)
-			}
+			tx := ownTX(t, h.Front)
+			rx := ownRX(t, h.Front)
 			limit := time.Now().Add(2 * wait)
 			rx.SetDeadline(limit)
 			tx.SetDeadline(limit)
@@ -817,10 +830,7 @@ func BenchmarkJoint(b *testing.B) {
 	p := openPacket(b, tap.Name())
 	h := newHost(b, 1500, pvnet.Config{})
 	h.join(context.Background(), h.Back, tap)
-	rx, err := h.Front.OwnRX(0)
-	if err != nil {
-		b.Fatal(err)
-	}
+	rx := ownRX(b, h.Front)
 	f := [][]byte{testFrame(1514)}
 	var wg sync.WaitGroup
 	var frames [64]pvnet.Frame

@@ -138,7 +138,7 @@ func TestTAPGetsCompleteFrames(t *testing.T) {
 	}
 
 	f, off = partialTCP(4000)
-	off.GSO, off.GSOSize, off.HeaderLen = GSOTCP4, 1460, 54
+	off.GSO, off.GSOSize, off.HeaderLen = GSOTCPv4, 1460, 54
 	send(t, p, off, f)
 	var payload []byte
 	for len(payload) < 4000 {
@@ -185,10 +185,10 @@ func TestTAPReportsWorkLeftToDo(t *testing.T) {
 	}
 
 	want, off = partialTCP(4000)
-	off.GSO, off.GSOSize, off.HeaderLen = GSOTCP4, 1460, 54
+	off.GSO, off.GSOSize, off.HeaderLen = GSOTCPv4, 1460, 54
 	send(t, p, off, want)
 	got, left = receive(t, tap)
-	if left.GSO != GSOTCP4 || left.GSOSize != 1460 || left.Checksum != ChecksumPartial || !bytes.Equal(got, want) {
+	if left.GSO != GSOTCPv4 || left.GSOSize != 1460 || left.Checksum != ChecksumPartial || !bytes.Equal(got, want) {
 		t.Fatalf("%d bytes, %+v", len(got), left)
 	}
 }
@@ -197,7 +197,7 @@ func TestTAPPassesWorkOnToTheKernel(t *testing.T) {
 	tap := openTAP(t, TAPConfig{})
 	p := openPacket(t, tap.Name())
 	want, off := partialTCP(4000)
-	off.GSO, off.GSOSize, off.HeaderLen, off.ECN = GSOTCP4, 1460, 54, true
+	off.GSO, off.GSOSize, off.HeaderLen, off.ECN = GSOTCPv4, 1460, 54, true
 	send(t, tap, off, want)
 	got, left := receive(t, p)
 	if left != off || !bytes.Equal(got, want) {

@@ -17,20 +17,19 @@ package link
 import (
 	"errors"
 	"time"
+
+	"barevif/pvnet"
 )
 
-// MinFrame and MaxFrame are the sizes of the smallest and the largest frame of a
-// link, in bytes: an Ethernet header alone, and one with a VLAN tag and the largest
-// IP packet. Without offloads a frame has at most the MTU and 18 bytes.
-const (
-	MinFrame = 14
-	MaxFrame = 14 + 4 + 65535
-)
+// MaxFrame is the size of the largest frame of a link, in bytes: an Ethernet header with a
+// VLAN tag and the largest IP packet. Without offloads a frame has at most the MTU and 18
+// bytes. The smallest is [pvnet.MinFrame].
+const MaxFrame = pvnet.MinFrame + 4 + 65535
 
 // MaxRead is the size of the largest frame that a packet socket reads, in bytes. A frame
 // from another interface of this machine may be that long (BIG TCP: GSO_MAX_SIZE of
 // Linux's linux/netdevice.h). WriteFrame takes no frame beyond MaxFrame.
-const MaxRead = 14 + 4 + 8*65535
+const MaxRead = pvnet.MinFrame + 4 + 8*65535
 
 // MaxPieces is how many buffers one frame may lie in.
 const MaxPieces = 64
@@ -56,7 +55,7 @@ type Link interface {
 	// the number of bytes sent: all or none. It waits while the kernel's send
 	// buffer is full; Close ends the wait. bufs is lent until it returns.
 	//
-	// [ErrSize]: shorter than MinFrame or longer than the interface takes.
+	// [ErrSize]: shorter than [pvnet.MinFrame] or longer than the interface takes.
 	// [ErrOffload]: the kernel refused off. [ErrNoBuffers]: the frame was dropped
 	// in the kernel. [ErrDown], [ErrGone], [ErrTooManyPieces], net.ErrClosed.
 	WriteFrame(off Offload, bufs [][]byte) (n int, err error)

@@ -9,7 +9,6 @@ import (
 	"io"
 	"net"
 	"os"
-	"sync"
 	"syscall"
 	"testing"
 
@@ -112,10 +111,7 @@ func TestFrameTheKernelCannotDescribeIsLostAlone(t *testing.T) {
 func TestReadsThatFailLoseOneFrameEach(t *testing.T) {
 	h := newHost(t, 1500, pvnet.Config{})
 	got := h.listen()
-	l := &scripted{openTAP(t, TAPConfig{}), make(chan func([][]byte) (int, Offload, error))}
-	j, ended := h.join(context.Background(), h.Back, l)
-	end := sync.OnceFunc(func() { close(l.script) })
-	defer end()
+	l, j, ended := h.joinScripted(openTAP(t, TAPConfig{}))
 	fail := func(times int, err error) {
 		for range times {
 			l.script <- func([][]byte) (int, Offload, error) { return 0, Offload{}, err }
@@ -169,8 +165,7 @@ func TestReadsThatFailLoseOneFrameEach(t *testing.T) {
 func TestLossesAreCountedByReason(t *testing.T) {
 	h := newHost(t, 1500, pvnet.Config{})
 	got := h.listen()
-	l := &scripted{openTAP(t, TAPConfig{}), make(chan func([][]byte) (int, Offload, error))}
-	j, ended := h.join(context.Background(), h.Back, l)
+	l, j, ended := h.joinScripted(openTAP(t, TAPConfig{}))
 	l.frame(testFrame(100)[:13], Offload{})
 	l.frame(testFrame(100), Offload{Checksum: ChecksumPartial, SumStart: 99})
 	l.frame(testFrame(100), Offload{Checksum: ChecksumPartial, SumStart: 99})
@@ -182,7 +177,7 @@ func TestLossesAreCountedByReason(t *testing.T) {
 	u = uncuts()[0]
 	u.off.GSOSize = 1900
 	l.frame(u.frame, u.off)
-	u.off.GSO, u.off.ECN = GSOTCP4, true
+	u.off.GSO, u.off.ECN = GSOTCPv4, true
 	l.frame(u.frame, u.off)
 	l.frame(testFrame(60), Offload{})
 	next(t, got)
@@ -192,7 +187,7 @@ func TestLossesAreCountedByReason(t *testing.T) {
 		return st.TX.Lost(telemetry.DropTooShort) == 1 && st.TX.Lost(telemetry.DropBadCsum) == 2 &&
 			st.TX.Lost(telemetry.DropBadGSO) == 3 && st.TX.Lost(telemetry.DropTooLong) == 2
 	})
-	close(l.script)
+	l.end()
 	if err := next(t, ended); err != net.ErrClosed {
 		t.Error(err)
 	}
@@ -200,7 +195,7 @@ func TestLossesAreCountedByReason(t *testing.T) {
 
 // A refusing link takes no frame.
 type refusing struct {
-	scripted
+	Link
 	answers chan error
 }
 
@@ -208,15 +203,14 @@ func (l *refusing) WriteFrame(Offload, [][]byte) (int, error) { return 0, <-l.an
 
 func TestWritesThatFailLoseOneFrameEach(t *testing.T) {
 	h := newHost(t, 1500, pvnet.Config{})
-	l := &refusing{scripted{openTAP(t, TAPConfig{}), make(chan func([][]byte) (int, Offload, error))}, make(chan error)}
-	j, ended := h.join(context.Background(), h.Back, l)
-	defer close(l.script)
+	r := &refusing{openTAP(t, TAPConfig{}), make(chan error)}
+	l, j, ended := h.joinScripted(r)
 	answers := []error{ErrOffload, ErrSize, ErrNoBuffers, ErrDown, ErrTooManyPieces, os.NewSyscallError("write", unix.EPERM), io.ErrShortWrite}
 	for _, err := range answers {
 		if _, werr := h.Front.Write(testFrame(60)); werr != nil {
 			t.Fatal(werr)
 		}
-		l.answers <- err
+		r.answers <- err
 	}
 	want := uint64(len(answers))
 	settle(t, j, func(st JointStats) bool { return st.Unsent == want && st.ToLink == 0 })
@@ -228,7 +222,7 @@ func TestWritesThatFailLoseOneFrameEach(t *testing.T) {
 		t.Fatal(err)
 	}
 	l.script <- func([][]byte) (int, Offload, error) { return 0, Offload{}, errNone } // lets the reader run
-	l.answers <- ErrGone
+	r.answers <- ErrGone
 	l.script <- func([][]byte) (int, Offload, error) { return 0, Offload{}, ErrGone }
 	if err := next(t, ended); err != ErrGone {
 		t.Error(err)

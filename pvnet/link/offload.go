@@ -15,22 +15,22 @@ const (
 	ChecksumVerified                 // found correct by the kernel
 )
 
-// GSO is the kind of segments into which a frame has yet to be cut: gso_type of struct
+// GSOType is the kind of segments into which a frame has yet to be cut: gso_type of struct
 // virtio_net_hdr (linux/virtio_net.h).
-type GSO uint8
+type GSOType uint8
 
 const (
-	GSONone GSO = 0
-	GSOTCP4 GSO = 1
-	GSOUFO  GSO = 3 // one datagram, to be cut into IP fragments
-	GSOTCP6 GSO = 4
-	GSOUDP  GSO = 5 // datagrams of GSOSize bytes each
+	GSONone  GSOType = 0
+	GSOTCPv4 GSOType = 1
+	GSOUFO   GSOType = 3 // one datagram, to be cut into IP fragments
+	GSOTCPv6 GSOType = 4
+	GSOUDP   GSOType = 5 // datagrams of GSOSize bytes each
 )
 
 // Offload is the work that is left to do to a frame. The zero Offload means none.
 type Offload struct {
 	Checksum  Checksum
-	GSO       GSO
+	GSO       GSOType
 	ECN       bool   // TCP segments carry CWR in the first only
 	SumStart  uint16 // ChecksumPartial: where to start summing, bytes into the frame
 	SumOffset uint16 // ChecksumPartial: where the field is, bytes after SumStart
@@ -53,7 +53,7 @@ const (
 // sockets.
 func (o *Offload) decode(h *[headerSize]byte) {
 	*o = Offload{
-		GSO:       GSO(h[1] &^ gsoECN),
+		GSO:       GSOType(h[1] &^ gsoECN),
 		ECN:       h[1]&gsoECN != 0,
 		HeaderLen: binary.NativeEndian.Uint16(h[2:]),
 		GSOSize:   binary.NativeEndian.Uint16(h[4:]),
@@ -135,9 +135,9 @@ func (o *Offload) cut() (c packet.Cut, ok bool) {
 	c = packet.Cut{Proto: packet.TCP, Size: int(o.GSOSize)}
 	field := 16
 	switch o.GSO {
-	case GSOTCP4:
+	case GSOTCPv4:
 		c.Version = 4
-	case GSOTCP6:
+	case GSOTCPv6:
 		c.Version = 6
 	case GSOUDP:
 		c.Proto, field = packet.UDP, 6

@@ -124,8 +124,8 @@ func TestHeaderSurvivesEncoding(t *testing.T) {
 	for _, want := range []Offload{
 		{},
 		{Checksum: ChecksumPartial, SumStart: 34, SumOffset: 16},
-		{Checksum: ChecksumPartial, SumStart: 0xfffe, SumOffset: 0xffff, GSO: GSOTCP4, ECN: true, GSOSize: 1448, HeaderLen: 66},
-		{GSO: GSOTCP6, GSOSize: 1}, {GSO: GSOUDP, GSOSize: 0xffff}, {GSO: GSOUFO, GSOSize: 8},
+		{Checksum: ChecksumPartial, SumStart: 0xfffe, SumOffset: 0xffff, GSO: GSOTCPv4, ECN: true, GSOSize: 1448, HeaderLen: 66},
+		{GSO: GSOTCPv6, GSOSize: 1}, {GSO: GSOUDP, GSOSize: 0xffff}, {GSO: GSOUFO, GSOSize: 8},
 	} {
 		var h [headerSize]byte
 		want.encode(&h)

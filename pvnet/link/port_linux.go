@@ -9,6 +9,8 @@ import (
 	"syscall"
 	"time"
 
+	"barevif/pvnet"
+
 	"golang.org/x/sys/unix"
 )
 
@@ -135,7 +137,7 @@ func (p *port) WriteFrame(off Offload, bufs [][]byte) (int, error) {
 		w.vec.add(b)
 	}
 	size := w.vec.size - headerSize
-	if size < MinFrame || size > MaxFrame {
+	if size < pvnet.MinFrame || size > MaxFrame {
 		w.vec.clear()
 		return 0, ErrSize
 	}

@@ -57,7 +57,7 @@ func (f *feeder) count() {
 // of an interface does not count them.
 func headers(frame []byte) int {
 	h, _ := packet.Parse(frame, len(frame))
-	return MinFrame + 4*int(h.Tags)
+	return pvnet.MinFrame + 4*int(h.Tags)
 }
 
 // fits reports whether the vif carries a frame of n bytes that begins with the headers of

@@ -65,6 +65,12 @@ func logged(cfg pvnet.Config) (pvnet.Config, *lines) {
 	return cfg, l
 }
 
+// newHostWithLog is newHost with the log of the backend.
+func newHostWithLog(t *testing.T) (*host, *lines) {
+	cfg, log := logged(pvnet.Config{})
+	return &host{pvnettest.New(t, toolstack.Vif{MAC: ourMAC, MTU: 1500}, pvnet.Config{}, cfg), t}, log
+}
+
 func setMTU(t testing.TB, name string, mtu int) {
 	t.Helper()
 	l, err := netlink.LinkByName(name)
@@ -128,7 +134,7 @@ func TestMTURaisedAtBothEndsIsFollowed(t *testing.T) {
 			both(9000)
 			// TCP segments may be as long as the MTU.
 			b, off := partialTCP(60000)
-			off.GSO, off.GSOSize, off.HeaderLen = GSOTCP4, 9000-40, 54
+			off.GSO, off.GSOSize, off.HeaderLen = GSOTCPv4, 9000-40, 54
 			for _, way := range [][2]Link{{pg, pd}, {pd, pg}} {
 				send(t, way[0], off, b)
 				for total := 0; total < 60000; {
@@ -174,18 +180,16 @@ func TestRaisedMTUOfATAPFromElsewhereIsFollowed(t *testing.T) {
 		t.Fatalf("an MTU of %d", n)
 	}
 	p := openPacket(t, tap.Name())
-	cfg, log := logged(pvnet.Config{})
-	w := pvnettest.New(t, toolstack.Vif{MAC: ourMAC, MTU: 1500}, pvnet.Config{}, cfg)
-	h := &host{w, t}
+	h, log := newHostWithLog(t)
 	got := h.listen()
-	h.join(context.Background(), w.Back, tap)
+	h.join(context.Background(), h.Back, tap)
 	send(t, p, Offload{}, testFrame(60))
 	next(t, got) // the joint runs, and has turned segmentation offload on
 	setMTU(t, tap.Name(), 9000)
 	// Segments that come over a bridge may be longer than the interface's MTU, so the
 	// joint infers nothing from them.
 	b, off := partialTCP(20000)
-	off.GSO, off.GSOSize, off.HeaderLen = GSOTCP4, 4000, 54
+	off.GSO, off.GSOSize, off.HeaderLen = GSOTCPv4, 4000, 54
 	send(t, p, off, b)
 	for _, size := range []int{60, 5014, 9014} {
 		want := testFrame(size)
@@ -200,15 +204,13 @@ func TestRaisedMTUOfATAPFromElsewhereIsFollowed(t *testing.T) {
 
 func TestRaisedMTUOfAPacketSocketIsFollowed(t *testing.T) {
 	card, far := veth(t, 1500)
-	cfg, log := logged(pvnet.Config{})
-	w := pvnettest.New(t, toolstack.Vif{MAC: ourMAC, MTU: 1500}, pvnet.Config{}, cfg)
-	h := &host{w, t}
+	h, log := newHostWithLog(t)
 	got := h.listen()
-	j, _ := h.join(context.Background(), w.Back, openPacket(t, far))
+	j, _ := h.join(context.Background(), h.Back, openPacket(t, far))
 	p := openPacket(t, card)
 	guest := func(size int) {
 		t.Helper()
-		if _, err := w.Front.Write(testFrame(size)); err != nil {
+		if _, err := h.Front.Write(testFrame(size)); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -239,7 +241,7 @@ func TestRaisedMTUOfAPacketSocketIsFollowed(t *testing.T) {
 	// Segments that the joint cuts may be as long, and the frames behind them arrive.
 	u := uncut{}
 	u.frame, u.off = partialTCP(60000)
-	u.off.GSO, u.off.GSOSize, u.off.HeaderLen, u.off.ECN = GSOTCP4, 9000-40, 54, true
+	u.off.GSO, u.off.GSOSize, u.off.HeaderLen, u.off.ECN = GSOTCPv4, 9000-40, 54, true
 	for range 3 {
 		send(t, p, u.off, u.frame)
 		for i, want := range cut(t, u) {
@@ -259,7 +261,7 @@ func TestRaisedMTUOfAPacketSocketIsFollowed(t *testing.T) {
 	u.off.GSOSize = 9001
 	send(t, p, u.off, u.frame)
 	settle(t, j, func(st JointStats) bool { return st.Oversize == 1 && st.Refused+st.Uncut == 0 })
-	if st := w.Back.Stats(); st.RX.Get(telemetry.Undelivered) != 2 {
+	if st := h.Back.Stats(); st.RX.Get(telemetry.Undelivered) != 2 {
 		t.Errorf("%d undelivered", st.RX.Get(telemetry.Undelivered))
 	}
 }
@@ -268,11 +270,9 @@ func TestRaisedMTUOfAPacketSocketIsFollowed(t *testing.T) {
 func TestFramesBeyondTheVifAreSaidOnceAndCounted(t *testing.T) {
 	tap := openTAP(t, TAPConfig{MTU: 9000})
 	p := openPacket(t, tap.Name())
-	cfg, log := logged(pvnet.Config{})
-	w := pvnettest.New(t, toolstack.Vif{MAC: ourMAC, MTU: 1500}, pvnet.Config{}, cfg)
-	h := &host{w, t}
+	h, log := newHostWithLog(t)
 	got := h.listen()
-	j, _ := h.join(context.Background(), w.Back, tap)
+	j, _ := h.join(context.Background(), h.Back, tap)
 	for _, size := range []int{1519, 5000, 9014, 60} {
 		send(t, p, Offload{}, testFrame(size))
 	}
@@ -281,7 +281,7 @@ func TestFramesBeyondTheVifAreSaidOnceAndCounted(t *testing.T) {
 	}
 	told(t, log, beyondVif, "interface="+tap.Name(), "frame=1519", "vif_mtu=1500", "interface_mtu=9000")
 	settle(t, j, func(st JointStats) bool { return st.Oversize == 3 })
-	settle(t, j, func(JointStats) bool { return lostOf(w.Back, telemetry.DropTooLong) == 3 })
+	settle(t, j, func(JointStats) bool { return lostOf(h.Back, telemetry.DropTooLong) == 3 })
 
 	// If the MTU is raised further, longer frames pass.
 	setMTU(t, tap.Name(), 9100)
@@ -313,13 +313,9 @@ func lostOf(dev *pvnet.Device, r telemetry.Reason) uint64 {
 // The MTU of an interface does not count VLAN tags; 802.1ad frames have two.
 func TestFramesWithTwoTagsPass(t *testing.T) {
 	tap := openTAP(t, TAPConfig{})
-	cfg, log := logged(pvnet.Config{})
-	w := pvnettest.New(t, toolstack.Vif{MAC: ourMAC, MTU: 1500}, pvnet.Config{}, cfg)
-	h := &host{w, t}
+	h, log := newHostWithLog(t)
 	got := h.listen()
-	l := &scripted{tap, make(chan func([][]byte) (int, Offload, error))}
-	j, _ := h.join(context.Background(), w.Back, l)
-	defer close(l.script)
+	l, j, _ := h.joinScripted(tap)
 	b := testFrame(1523)
 	copy(b[12:], []byte{0x88, 0xa8, 0, 7, 0x81, 0, 0, 8, testType >> 8, testType & 0xff})
 	l.frame(b, Offload{})

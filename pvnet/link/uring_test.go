@@ -158,7 +158,7 @@ func TestFramesOfABurstFailAlone(t *testing.T) {
 	w := writers(t, tap)
 	good := testFrame(60)
 	whole, off := partialTCP(4000)
-	off.GSO, off.GSOSize, off.HeaderLen = GSOTCP4, 1460, 54
+	off.GSO, off.GSOSize, off.HeaderLen = GSOTCPv4, 1460, 54
 	frames := []struct {
 		off  Offload
 		bufs [][]byte
@@ -220,7 +220,7 @@ func TestReadingsOfABurstAreThoseOfReadFrame(t *testing.T) {
 	p := openPacket(t, tap.Name())
 	r := readers(t, tap)
 	whole, off := partialTCP(4000)
-	off.GSO, off.GSOSize, off.HeaderLen = GSOTCP4, 1460, 54
+	off.GSO, off.GSOSize, off.HeaderLen = GSOTCPv4, 1460, 54
 	part, partOff := partialTCP(146)
 	send(t, p, Offload{}, testFrame(200))
 	send(t, p, Offload{}, testFrame(201))

@@ -25,9 +25,9 @@ func leftOf(f *pvnet.Frame) (off Offload, ok bool) {
 	if g.Size == 0 {
 		return off, true
 	}
-	off.GSO, off.GSOSize = GSOTCP4, g.Size
+	off.GSO, off.GSOSize = GSOTCPv4, g.Size
 	if g.Type == pvnet.GSOTCPv6 {
-		off.GSO = GSOTCP6
+		off.GSO = GSOTCPv6
 	}
 	off.HeaderLen, off.ECN = uint16(h.L5), repeats(head, &h)
 	return off, h.L5 != 0
@@ -66,9 +66,9 @@ func leave(f *pvnet.Frame, off Offload) bool {
 func (o *Offload) vif() (g pvnet.GSO, ok bool) {
 	g.Size = o.GSOSize
 	switch o.GSO {
-	case GSOTCP4:
+	case GSOTCPv4:
 		g.Type = pvnet.GSOTCPv4
-	case GSOTCP6:
+	case GSOTCPv6:
 		g.Type = pvnet.GSOTCPv6
 	}
 	return g, g.Type != pvnet.GSONone

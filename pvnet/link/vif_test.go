@@ -4,11 +4,9 @@ package link
 
 import (
 	"bytes"
-	"context"
 	"log/slog"
 	"os"
 	"os/signal"
-	"sync"
 	"testing"
 	"time"
 
@@ -18,12 +16,12 @@ import (
 	"barevif/xenbus/toolstack"
 )
 
-// A bare link is a scripted link without a link behind it.
-type bare struct{ scripted }
+// A bare link stands for the rest of a scripted link that has no interface.
+type bare struct{ Link }
 
-func (*bare) SetReadDeadline(time.Time) error { return nil }
-func (*bare) MTU() int                        { return 1500 }
-func (*bare) Name() string                    { return "bare" }
+func (bare) SetReadDeadline(time.Time) error { return nil }
+func (bare) MTU() int                        { return 1500 }
+func (bare) Name() string                    { return "bare" }
 
 // FuzzFrameAndHeader reads any frame with any offload. The guest must get whole frames that
 // differ from the input only as the offload demands.
@@ -35,15 +33,9 @@ func FuzzFrameAndHeader(f *testing.F) {
 	signal.Stop(c)
 	quiet := pvnet.Config{Logger: slog.New(slog.DiscardHandler)}
 	w := pvnettest.New(f, toolstack.Vif{MAC: ourMAC, MTU: 1500}, quiet, quiet)
-	l := &bare{scripted{script: make(chan func([][]byte) (int, Offload, error))}}
 	h := &host{w, f}
-	j, _ := h.join(context.Background(), w.Back, l)
-	end := sync.OnceFunc(func() { close(l.script) })
-	f.Cleanup(end)
-	rx, err := w.Front.OwnRX(0)
-	if err != nil {
-		f.Fatal(err)
-	}
+	l, j, _ := h.joinScripted(bare{})
+	rx := ownRX(f, w.Front)
 	var header [headerSize]byte
 	for _, u := range uncuts() {
 		u.off.encode(&header)

@@ -3,6 +3,7 @@ package netif
 import (
 	"structs"
 
+	"barevif/arena/shm"
 	"barevif/hypercall"
 )
 
@@ -112,5 +113,5 @@ const (
 	GrefEntrySize = 8
 
 	// GrefListMax is how many entries a list page holds.
-	GrefListMax = 4096 / GrefEntrySize
+	GrefListMax = shm.PageSize / GrefEntrySize
 )

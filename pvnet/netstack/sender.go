@@ -5,6 +5,7 @@ import (
 	"sync"
 	"time"
 
+	"barevif/arena/shm"
 	"barevif/pvnet"
 
 	"gvisor.dev/gvisor/pkg/tcpip/header"
@@ -197,16 +198,13 @@ func (s *sender) next(packets []*stack.PacketBuffer) (run []*stack.PacketBuffer,
 			}
 			return packets[:i], size
 		}
-		if i > 0 && n/pageSize != size/pageSize {
+		if i > 0 && n/shm.PageSize != size/shm.PageSize {
 			return packets[:i], size
 		}
 		size = max(size, n)
 	}
 	return packets[:min(batch, len(packets))], size
 }
-
-// pageSize is the size of one buffer of a frame, in bytes.
-const pageSize = 4096
 
 // fill copies a packet and its offloads into a frame that has room for it.
 func (s *sender) fill(f *pvnet.Frame, p *stack.PacketBuffer) {

@@ -174,45 +174,19 @@ func (h *Headers) ipv6(head []byte, at, total int) bool {
 	limit := min(len(head), h.End, at+maxChain)
 	p := at + 40
 	for range maxExtensions + 1 {
-		var n int
-		switch h.Proto {
-		default:
+		if !isExtension(h.Proto) {
 			h.L4 = p
 			h.transport(head)
 			return true
-		case hopByHop, routing, destination:
-			n = 1
-		case authHeader:
-			n = 2
-		case fragment:
 		}
 		if p+8 > limit {
 			return true
 		}
 		ext := head[p:]
-		switch h.Proto {
-		case hopByHop, destination:
-			h.Extensions |= HasOptions
-			n = 8 * (n + int(ext[1]))
-		case routing:
-			h.Extensions |= HasRouting
-			if ext[3] != 0 {
-				h.Extensions |= HasRoutingLeft
-			}
-			n = 8 * (n + int(ext[1]))
-		case authHeader:
-			h.Extensions |= HasAuth
-			n = 4 * (n + int(ext[1]))
-		case fragment:
-			h.Extensions |= HasFragmentHeader
-			n = 8
-			switch frag := binary.BigEndian.Uint16(ext[2:]); {
-			case frag&0xfff8 != 0:
-				h.Fragment, h.Proto = Later, ext[0]
-				return true
-			case frag&1 != 0:
-				h.Fragment = First
-			}
+		n := h.extension(ext)
+		if h.Fragment == Later {
+			h.Proto = ext[0]
+			return true
 		}
 		if p+n > limit {
 			return true
@@ -221,6 +195,41 @@ func (h *Headers) ipv6(head []byte, at, total int) bool {
 		p += n
 	}
 	return true
+}
+
+func isExtension(proto uint8) bool {
+	switch proto {
+	case hopByHop, routing, fragment, authHeader, destination:
+		return true
+	}
+	return false
+}
+
+// extension notes what the IPv6 extension header at the beginning of ext, whose number is
+// h.Proto, says of the packet, and returns the header's size. ext has at least 8 bytes.
+func (h *Headers) extension(ext []byte) (size int) {
+	switch h.Proto {
+	case routing:
+		h.Extensions |= HasRouting
+		if ext[3] != 0 {
+			h.Extensions |= HasRoutingLeft
+		}
+	case authHeader:
+		h.Extensions |= HasAuth
+		return 4 * (2 + int(ext[1]))
+	case fragment:
+		h.Extensions |= HasFragmentHeader
+		switch frag := binary.BigEndian.Uint16(ext[2:]); {
+		case frag&0xfff8 != 0:
+			h.Fragment = Later
+		case frag&1 != 0:
+			h.Fragment = First
+		}
+		return 8
+	default:
+		h.Extensions |= HasOptions
+	}
+	return 8 * (1 + int(ext[1]))
 }
 
 // jumbo finds the jumbo payload option of an IPv6 packet. It returns the offset of the

@@ -100,10 +100,25 @@ func (o *observer[T]) load(limit uint32) (uint32, error) {
 	return n, nil
 }
 
+// take returns a copy of the next slot.
 func (o *observer[T]) take() T {
+	o.mustHavePolled()
 	v := o.slots.Load(o.cons)
 	o.cons++
 	return v
+}
+
+// takeTo is take into *v.
+func (o *observer[T]) takeTo(v *T) {
+	o.mustHavePolled()
+	o.slots.Fetch(o.cons, v)
+	o.cons++
+}
+
+func (o *observer[T]) mustHavePolled() {
+	if o.cons == o.seen {
+		panic("ring: slot taken that was not polled")
+	}
 }
 
 func (o *observer[T]) arm(after, limit uint32) (more bool, err error) {
@@ -184,21 +199,10 @@ func (f *Front[Req, Rsp]) Consumed() uint32 { return f.rsp.cons }
 
 // Take returns a copy of the next response. It panics unless Poll has counted that
 // response.
-func (f *Front[Req, Rsp]) Take() Rsp {
-	if f.rsp.cons == f.rsp.seen {
-		panic("ring: response taken that was not polled")
-	}
-	return f.rsp.take()
-}
+func (f *Front[Req, Rsp]) Take() Rsp { return f.rsp.take() }
 
 // TakeTo is Take into *v.
-func (f *Front[Req, Rsp]) TakeTo(v *Rsp) {
-	if f.rsp.cons == f.rsp.seen {
-		panic("ring: response taken that was not polled")
-	}
-	f.rsp.slots.Fetch(f.rsp.cons, v)
-	f.rsp.cons++
-}
+func (f *Front[Req, Rsp]) TakeTo(v *Rsp) { f.rsp.takeTo(v) }
 
 // Arm asks the peer to notify once after further responses have come, at least one and at
 // most as many as are in flight, and reports whether they have come already. The caller
@@ -268,21 +272,10 @@ func (b *Back[Req, Rsp]) Consumed() uint32 { return b.req.cons }
 
 // Take returns a copy of the next request. It panics unless Poll has counted that
 // request.
-func (b *Back[Req, Rsp]) Take() Req {
-	if b.req.cons == b.req.seen {
-		panic("ring: request taken that was not polled")
-	}
-	return b.req.take()
-}
+func (b *Back[Req, Rsp]) Take() Req { return b.req.take() }
 
 // TakeTo is Take into *v.
-func (b *Back[Req, Rsp]) TakeTo(v *Req) {
-	if b.req.cons == b.req.seen {
-		panic("ring: request taken that was not polled")
-	}
-	b.req.slots.Fetch(b.req.cons, v)
-	b.req.cons++
-}
+func (b *Back[Req, Rsp]) TakeTo(v *Req) { b.req.takeTo(v) }
 
 // Put fills the next response slot. It panics if every request has a response.
 func (b *Back[Req, Rsp]) Put(v Rsp) {
