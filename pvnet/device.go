@@ -31,46 +31,57 @@ func (m MAC) station() bool { return m[0]&1 == 0 && m != MAC{} }
 
 // A Device is one end of a vif. Its methods may be called from any goroutine.
 type Device struct {
-	id     string
-	role   telemetry.Role
-	domain hypercall.Domain
-	cfg    Config
-	log    *slog.Logger
-	logs   loglimit.Handler // of log
-	set    *telemetry.Set
-	tx     []*TX
-	rx     []*RX
+	// Immutable after newDevice.
+	id            string
+	role          telemetry.Role
+	domain        hypercall.Domain
+	cfg           Config
+	log           *slog.Logger
+	logs          loglimit.Handler // of log
+	set           *telemetry.Set
+	tx            []*TX
+	rx            []*RX
+	callerTimeout time.Duration // how long quiesce waits for callers to leave
 
-	link        atomic.Uint32 // linkDown, linkUp, linkGone; written by the lifecycle goroutine only
-	active      atomic.Int32  // how many queues the connection has
-	mtu         atomic.Int32
-	peerTakes   atomic.Uint32             // the peer's offers, of the last connection
-	epoch       atomic.Uint64             // number of the connection, from 1
+	// Immutable after start. finish closes what the lifecycle goroutine used: counters,
+	// xenbus device, client.
+	stop   context.CancelCauseFunc // asks the lifecycle goroutine to end
+	finish func()
+
+	// To the lifecycle goroutine, and from it.
+	violations chan *PeerError // violations that halves met
+	wake       chan struct{}   // capacity 1: a token makes the goroutine look at the device
+	done       chan struct{}   // closed once the goroutine has ended
+
+	// Written by the lifecycle goroutine only, read by everybody.
+	link      atomic.Uint32         // linkDown, linkUp, linkGone
+	active    atomic.Int32          // how many queues the connection has
+	mtu       atomic.Int32          // in bytes
+	mac       atomic.Uint64         // in the lower 48 bits, big-endian
+	peerTakes atomic.Uint32         // offloads of the peer of the last connection
+	epoch     atomic.Uint64         // number of the connection, from 1
+	lastError atomic.Pointer[error] // error of its last step; nil: the step succeeded
+
+	// Used by the lifecycle goroutine only.
+	mirrorInfo telemetry.Info // the name that the counters have now
+
+	// Written by any goroutine.
 	quarantined atomic.Uint64             // pages that the peer did not give back, not yet in the counters
 	leaving     atomic.Bool               // Disconnect was called
 	violation   atomic.Pointer[PeerError] // the violation that ended or will end the device
-	lastError   atomic.Pointer[error]     // error of the last step of the life; nil: it succeeded
-	mac         atomic.Uint64             // in the lower 48 bits, big-endian
-	mirrorInfo  telemetry.Info            // the name that the counters have now; lifecycle goroutine only
 
-	stop          context.CancelCauseFunc // asks the lifecycle goroutine to end
-	finish        func()                  // closes what the lifecycle goroutine used: counters, xenbus device, client
-	callerTimeout time.Duration           // how long down waits for callers to leave
-	done          chan struct{}           // closed once the lifecycle goroutine has ended
-	violations    chan *PeerError         // violations that halves met, for the lifecycle goroutine
-	wake          chan struct{}           // capacity 1: a token makes the lifecycle goroutine look at the device
+	mu sync.Mutex // guards what follows
 
-	mu        sync.Mutex
-	trusted   bool              // guarded by mu
-	changed   chan struct{}     // guarded by mu: closed and replaced when word or a deadline changes
-	cause     error             // guarded by mu: what calls return once word is linkGone
-	last      LinkEvent         // guarded by mu: the last event that subs got
-	subs      []chan LinkEvent  // guarded by mu
-	listening bool              // guarded by mu: Listen runs
-	budget    Budget            // guarded by mu
-	arenas    []*arena.Arena    // guarded by mu: the arenas of the budget's private pages
-	peer      hypercall.DomID   // guarded by mu
-	agreed    telemetry.Feature // guarded by mu: the features of the connection
+	changed   chan struct{} // closed and replaced when link or a deadline changes
+	cause     error         // what calls return once link is linkGone
+	last      LinkEvent     // the last event that subs got
+	subs      []chan LinkEvent
+	listening bool // Listen runs
+	budget    Budget
+	arenas    []*arena.Arena // of the budget's private pages
+	peer      hypercall.DomID
+	trusted   bool
+	agreed    telemetry.Feature // the features of the connection
 }
 
 const (

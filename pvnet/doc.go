@@ -26,6 +26,20 @@
 // Everything a peer can write is copied once, checked, and then used. The package
 // knows no operating system; the program chooses the [hypercall.Domain].
 //
+// # Names
+//
+// A vif has queues, and a queue two halves: a [TX], which sends, and an [RX], which
+// receives. netif.h names rings as the frontend sees them, and so do errors and counters
+// of the wire: on the tx ring frames go from the frontend to the backend, on the rx ring
+// from the backend to the frontend.
+//
+//	             tx ring        rx ring
+//	frontend     its TX         its RX
+//	backend      its RX         its TX
+//
+// The engine of a half is the code that moves frames through one connection's ring:
+// frontTX and backRX at the ends of a tx ring, backTX and frontRX at those of an rx ring.
+//
 // # The way of a frame
 //
 // Most frames take one slot of a ring and carry no offloads. Each end handles them in one
@@ -64,6 +78,29 @@
 // arms the event of its ring, looks once more, and parks: in Go's scheduler or, with
 // [Config].LockedThreads, in the kernel. Only then is it asleep, and only then does its
 // peer notify it.
+//
+// # Who runs what
+//
+//	goroutine          runs                  owns, or writes                  wakes
+//	an owner's         its own code          one half while inside its gate   the peer, by its event channel
+//	a caller of Write  its own code          a TX, with TX.mu held            the peer
+//	Listen, per queue  RX.listen             an RX while inside its gate      the peer
+//	lifecycle, per     lifecycle.run         our xenbus state, connections,   callers, through link and gates;
+//	device                                   gates, all links' state          subscribers of Links
+//	slow tick, one     clock.run             nothing; borrows the counters    the lifecycle goroutine; a half
+//	per domain                               of halves at rest                whose event was lost
+//	xenbus, per        xenbus.Device.run     what is known of both ends'      the lifecycle goroutine
+//	device                                   states
+//	xenstore client,   its reader, and one   the connection to xenstore       all who asked or watch
+//	per Connect or     to connect again
+//	Serve
+//	Serve, per vif     server.serveDir       the vif's directory              accept
+//
+// A gate lets one caller at a time into a half. The lifecycle goroutine shuts it and waits
+// for the caller to leave before it takes a connection away, so a caller never finds a
+// ring gone. Data moves without locks: the only atomic operations of a batch are one
+// compare-and-swap at the gate on the way in, one on the way out, those of the frames'
+// buffers, and those of the ring.
 //
 // # Many vifs and one goroutine
 //

@@ -4,72 +4,28 @@ import (
 	"bytes"
 	"context"
 	"fmt"
-	"io"
 	"log"
 	"net"
 	"time"
 
-	"barevif/hypercall"
-	"barevif/hypercall/emu"
 	"barevif/pvnet"
 	"barevif/telemetry"
-	"barevif/xenbus/toolstack"
-	"barevif/xenbus/xenstore"
-	"barevif/xenbus/xenstore/server"
+	"barevif/xenbus/xenstore/server/labtest"
 )
 
-// A world is an emulated Xen machine for the examples, with a xenstore, a driver domain
-// (1) and guests (from 2 on) that have a vif each. On real Xen each program has one
-// domain, its own, from xendev.Open.
-type world struct {
-	driver hypercall.Domain
-	guests []hypercall.Domain
-	undo   []func()
-}
-
-func newWorld(ctx context.Context, guests int) *world {
-	w := new(world)
-	store := server.New(server.Config{})
-	w.undo = append(w.undo, func() { store.Close() })
-	machine, err := emu.New(emu.Config{
-		Store: func(dom hypercall.DomID, c io.ReadWriteCloser) { store.ServeConn(c, dom) },
-	})
+// newWorld makes an emulated machine with a driver domain, guests, and a vif for each.
+func newWorld(ctx context.Context, guests int) *labtest.World {
+	w, err := labtest.NewWorld(ctx, guests)
 	check(err)
-	w.undo = append(w.undo, func() { machine.Close() })
-	domain := func(id hypercall.DomID) *emu.Domain {
-		store.Introduce(id)
-		d, err := machine.NewDomain(id)
-		check(err)
-		return d
-	}
-	tools, err := xenstore.Dial(ctx, domain(0).Store, xenstore.Config{})
-	check(err)
-	w.undo = append(w.undo, func() { tools.Close() })
-	w.driver = domain(1)
-	check(toolstack.Home(ctx, tools, 1))
-	for i := range guests {
-		id := hypercall.DomID(2 + i)
-		w.guests = append(w.guests, domain(id))
-		check(toolstack.Home(ctx, tools, id))
-		check(toolstack.Add(ctx, tools, toolstack.Vif{Front: id, Back: 1, MAC: [6]byte{2, 0, 0, 0, 0, byte(id)}}))
-	}
 	return w
 }
 
-func (w *world) close() {
-	for len(w.undo) > 0 {
-		last := len(w.undo) - 1
-		w.undo[last]()
-		w.undo = w.undo[:last]
-	}
-}
-
 // serve serves the guests' vifs and gives each device to f.
-func (w *world) serve(ctx context.Context, f func(*pvnet.Device)) {
+func serve(ctx context.Context, w *labtest.World, f func(*pvnet.Device)) {
 	ctx, stop := context.WithCancel(ctx)
 	ended := make(chan error)
-	go func() { ended <- pvnet.Serve(ctx, w.driver, pvnet.ServeConfig{Hotplug: true}, f) }()
-	w.undo = append(w.undo, func() { stop(); <-ended })
+	go func() { ended <- pvnet.Serve(ctx, w.Driver, pvnet.ServeConfig{Hotplug: true}, f) }()
+	w.Defer(func() { stop(); <-ended })
 }
 
 func check(err error) {
@@ -83,9 +39,9 @@ func check(err error) {
 func ExampleDevice_Listen() {
 	ctx := context.Background()
 	w := newWorld(ctx, 1)
-	defer w.close()
+	defer w.Close()
 	heard := make(chan string)
-	w.serve(ctx, func(back *pvnet.Device) {
+	serve(ctx, w, func(back *pvnet.Device) {
 		err := back.Listen(ctx, func(f pvnet.Frame) {
 			heard <- fmt.Sprintf("domain %d sent %d bytes: %s", back.Peer(), f.Len(), bytes.TrimRight(f.Bytes()[14:], "\x00"))
 		})
@@ -94,7 +50,7 @@ func ExampleDevice_Listen() {
 		}
 	})
 
-	card, err := pvnet.Connect(ctx, w.guests[0], "0", pvnet.Config{})
+	card, err := pvnet.Connect(ctx, w.Guests[0], "0", pvnet.Config{})
 	check(err)
 	defer card.Disconnect()
 	frame := make([]byte, 60)
@@ -111,8 +67,8 @@ func ExampleDevice_Listen() {
 func ExampleRX_ReceiveInto() {
 	ctx := context.Background()
 	w := newWorld(ctx, 1)
-	defer w.close()
-	w.serve(ctx, func(back *pvnet.Device) {
+	defer w.Close()
+	serve(ctx, w, func(back *pvnet.Device) {
 		rx, err := back.OwnRX(0)
 		check(err)
 		tx, err := back.OwnTX(0)
@@ -138,7 +94,7 @@ func ExampleRX_ReceiveInto() {
 		}
 	})
 
-	card, err := pvnet.Connect(ctx, w.guests[0], "0", pvnet.Config{})
+	card, err := pvnet.Connect(ctx, w.Guests[0], "0", pvnet.Config{})
 	check(err)
 	defer card.Disconnect()
 	back := make(chan net.HardwareAddr)
@@ -157,11 +113,11 @@ func ExampleRX_ReceiveInto() {
 func ExampleDevice_Write() {
 	ctx := context.Background()
 	w := newWorld(ctx, 1)
-	defer w.close()
+	defer w.Close()
 	ours := [4]byte{192, 0, 2, 1}
 
 	answers := make(chan pvnet.MAC)
-	w.serve(ctx, func(back *pvnet.Device) {
+	serve(ctx, w, func(back *pvnet.Device) {
 		go back.Listen(ctx, func(f pvnet.Frame) { answers <- pvnet.MAC(f.Bytes()[22:28]) })
 		ask := make([]byte, 60) // who has 192.0.2.1?
 		copy(ask, "\xff\xff\xff\xff\xff\xff\x02\x00\x00\x00\x00\x01\x08\x06\x00\x01\x08\x00\x06\x04\x00\x01")
@@ -172,7 +128,7 @@ func ExampleDevice_Write() {
 		}
 	})
 
-	card, err := pvnet.Connect(ctx, w.guests[0], "0", pvnet.Config{})
+	card, err := pvnet.Connect(ctx, w.Guests[0], "0", pvnet.Config{})
 	check(err)
 	defer card.Disconnect()
 	mac := card.MAC()
@@ -201,9 +157,9 @@ func ExampleDevice_Write() {
 func ExampleDevice_Stats() {
 	ctx := context.Background()
 	w := newWorld(ctx, 1)
-	defer w.close()
-	w.serve(ctx, func(*pvnet.Device) {})
-	card, err := pvnet.Connect(ctx, w.guests[0], "0", pvnet.Config{})
+	defer w.Close()
+	serve(ctx, w, func(*pvnet.Device) {})
+	card, err := pvnet.Connect(ctx, w.Guests[0], "0", pvnet.Config{})
 	check(err)
 	for range 3 {
 		_, err := card.Write(make([]byte, 100))
@@ -223,20 +179,20 @@ func ExampleDevice_Stats() {
 func ExamplePoller() {
 	ctx := context.Background()
 	w := newWorld(ctx, 3)
-	defer w.close()
+	defer w.Close()
 
-	poller, err := pvnet.NewPoller(w.driver, pvnet.PollerConfig{Wait: pvnet.Adaptive})
+	poller, err := pvnet.NewPoller(w.Driver, pvnet.PollerConfig{Wait: pvnet.Adaptive})
 	check(err)
 	defer poller.Close()
 
 	// The receiving half of every vif that the toolstack makes goes into the Poller. It
 	// may be added before the guest has connected.
-	w.serve(ctx, func(d *pvnet.Device) {
+	serve(ctx, w, func(d *pvnet.Device) {
 		rx, err := d.OwnRX(0)
 		check(err)
 		check(poller.Add(rx, d))
 	})
-	for i, guest := range w.guests {
+	for i, guest := range w.Guests {
 		card, err := pvnet.Connect(ctx, guest, "0", pvnet.Config{})
 		check(err)
 		defer card.Disconnect()
