@@ -22,12 +22,13 @@ func ExampleStack_ListenPacket() {
 	// The driver domain asks over its end of the vif.
 	serving, stop := context.WithCancel(ctx)
 	served := make(chan error)
-	answers := make(chan string)
+	listening, answers := make(chan struct{}), make(chan string)
 	go func() {
 		served <- pvnet.Serve(serving, w.Driver, pvnet.ServeConfig{Hotplug: true}, func(back *pvnet.Device) {
 			stack, err := netstack.New(back, netstack.Config{Addr: netip.MustParsePrefix("10.9.0.1/24")})
 			check(err)
 			defer stack.Close()
+			<-listening
 			conn, err := stack.Dial("udp", "10.9.0.2:7")
 			check(err)
 			defer conn.Close()
@@ -49,6 +50,7 @@ func ExampleStack_ListenPacket() {
 	defer stack.Close()
 	echo, err := stack.ListenPacket("udp", ":7")
 	check(err)
+	close(listening)
 	go func() {
 		b := make([]byte, 1500)
 		for {
