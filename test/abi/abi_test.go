@@ -12,6 +12,7 @@ import (
 	"context"
 	"encoding/hex"
 	"errors"
+	"flag"
 	"fmt"
 	"maps"
 	"os"
@@ -132,6 +133,8 @@ func sameNames[A, B any](t *testing.T, what string, c map[string]A, g map[string
 	}
 }
 
+var update = flag.Bool("update", false, "write the golden file anew, from golden.c and Xen's headers")
+
 func TestGoldenFileIsWhatTheHeadersSay(t *testing.T) {
 	gcc, err := exec.LookPath("gcc")
 	if err != nil {
@@ -154,6 +157,11 @@ func TestGoldenFileIsWhatTheHeadersSay(t *testing.T) {
 	got, err := exec.CommandContext(ctx, bin).Output()
 	if err != nil {
 		t.Fatal(err)
+	}
+	if *update {
+		if err := os.WriteFile(goldenFile, got, 0o644); err != nil {
+			t.Fatal(err)
+		}
 	}
 	want, err := os.ReadFile(goldenFile)
 	if err != nil {
