@@ -102,7 +102,7 @@ func TestJointMovesBurstsInOrder(t *testing.T) {
 		h := newHostOf(t, 1500, pvnet.Config{Offload: true}, pvnet.Config{})
 		got := h.listen()
 		j, ended := h.join(context.Background(), h.Back, tap)
-		long := uncuts()[0]
+		long := gsoFrames()[0]
 		segments := cut(t, long)
 		bad := Offload{Checksum: ChecksumPartial, SumStart: 34, SumOffset: 4} // in a frame that is not IP
 		const frames = 2000
@@ -199,7 +199,7 @@ func TestJointMovesBurstsInOrder(t *testing.T) {
 }
 
 // A joint that moves frames one by one logs so once, at level debug.
-func TestWhyThereAreNoBurstsIsSaidOnce(t *testing.T) {
+func TestWhyThereAreNoBurstsIsLoggedOnce(t *testing.T) {
 	both(t, func(t *testing.T, tap *counted) {
 		cfg, log := logged(pvnet.Config{})
 		cfg.Logger = slog.New(slog.NewTextHandler(log, &slog.HandlerOptions{Level: slog.LevelDebug}))
@@ -274,7 +274,7 @@ type scriptedReader struct {
 	closed atomic.Bool
 
 	backwards bool // fills the buffers from the last one to the first
-	costly    int  // result of least; 0 means 2
+	costly    int  // result of minBurst; 0 means 2
 }
 
 func newScriptedReader(t testing.TB) *scriptedReader {
@@ -287,7 +287,7 @@ func newScriptedReader(t testing.TB) *scriptedReader {
 
 func (r *scriptedReader) add(bufs [][]byte)         { r.bufs = append(r.bufs, slices.Clone(bufs)) }
 func (r *scriptedReader) room(i int) []byte         { return r.rooms[i] }
-func (r *scriptedReader) least() int                { return max(r.costly, 2) }
+func (r *scriptedReader) minBurst() int             { return max(r.costly, 2) }
 func (r *scriptedReader) broken() error             { return r.why }
 func (r *scriptedReader) close()                    { r.closed.Store(true) }
 func (s *scriptedReader) frames(f ...scriptedFrame) { s.script <- step{frames: f} }
@@ -403,8 +403,8 @@ func sortOut(t *testing.T, backwards bool) {
 	full(6)
 	asks(12)
 
-	long := uncuts()[0]
-	dgram := uncuts()[4]
+	long := gsoFrames()[0]
+	dgram := gsoFrames()[4]
 	big := scriptedFrame{b: numbered(1, 3000)}
 	f := []scriptedFrame{
 		plain(),
@@ -575,7 +575,7 @@ func TestBurstThatIsNotSentIsCounted(t *testing.T) {
 	r.frames()
 	next(t, got)
 	h.Back.Disconnect()
-	long := uncuts()[0]
+	long := gsoFrames()[0]
 	r.frames(scriptedFrame{b: long.frame, off: long.off}, scriptedFrame{b: testFrame(70)})
 	if err := next(t, ended); err != nil {
 		t.Error(err)
