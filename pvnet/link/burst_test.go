@@ -151,34 +151,7 @@ func TestJointMovesBurstsInOrder(t *testing.T) {
 			t.Errorf("%+v", st)
 		}
 
-		// The other way.
-		read := make(chan []byte, frames)
-		go func() {
-			for range frames {
-				b, _ := receive(t, p)
-				read <- b
-			}
-		}()
-		tx := ownTX(t, h.Front)
-		var out [batch]pvnet.Frame
-		for i := 0; i < frames; {
-			n, err := tx.AllocWait(out[:min(batch, frames-i)], 1514)
-			if err != nil {
-				t.Fatal(err)
-			}
-			for k := range out[:n] {
-				out[k].Truncate(out[k].CopyFrom(want[i+k]))
-			}
-			if _, err := tx.SendWait(out[:n]); err != nil {
-				t.Fatal(err)
-			}
-			i += n
-		}
-		for i := range frames {
-			if b := next(t, read); !bytes.Equal(b, want[i]) {
-				t.Fatalf("frame %d: %d bytes of %d", i, len(b), len(want[i]))
-			}
-		}
+		sendFromGuest(t, h, p, want)
 		if tap.single {
 			if n := tap.in.Load() + tap.out.Load(); n != 0 {
 				t.Errorf("%d bursts", n)
@@ -196,6 +169,38 @@ func TestJointMovesBurstsInOrder(t *testing.T) {
 			t.Error(err)
 		}
 	})
+}
+
+// sendFromGuest sends frames in batches, and wants each of them at p, in order.
+func sendFromGuest(t *testing.T, h *host, p *Packet, want [][]byte) {
+	t.Helper()
+	read := make(chan []byte, len(want))
+	go func() {
+		for range want {
+			b, _ := receive(t, p)
+			read <- b
+		}
+	}()
+	tx := ownTX(t, h.Front)
+	var out [batch]pvnet.Frame
+	for i := 0; i < len(want); {
+		n, err := tx.AllocWait(out[:min(batch, len(want)-i)], 1514)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for k := range out[:n] {
+			out[k].Truncate(out[k].CopyFrom(want[i+k]))
+		}
+		if _, err := tx.SendWait(out[:n]); err != nil {
+			t.Fatal(err)
+		}
+		i += n
+	}
+	for i := range want {
+		if b := next(t, read); !bytes.Equal(b, want[i]) {
+			t.Fatalf("frame %d: %d bytes of %d", i, len(b), len(want[i]))
+		}
+	}
 }
 
 // A joint that moves frames one by one logs so once, at level debug.
@@ -316,10 +321,7 @@ func (r *scriptedReader) read(wait bool) ([]reading, error) {
 		if i < len(s.frames) {
 			f := &s.frames[i]
 			got[i] = reading{slot, len(f.b), f.off, f.err}
-			bufs := asked[slot]
-			for rest := f.b; len(rest) > 0; bufs = bufs[1:] {
-				rest = rest[copy(bufs[0], rest):]
-			}
+			scatter(asked[slot], f.b)
 		}
 	}
 	return got, nil
@@ -475,9 +477,7 @@ func (l *rowsTAP) read(bufs [][]byte, wait bool) (n int, off Offload, err error)
 	}
 	b := l.row[0]
 	l.row = l.row[1:]
-	for rest := b; len(rest) > 0; bufs = bufs[1:] {
-		rest = rest[copy(bufs[0], rest):]
-	}
+	scatter(bufs, b)
 	return len(b), off, nil
 }
 
@@ -540,17 +540,24 @@ func TestFewFramesAreReadOneByOne(t *testing.T) {
 	}
 }
 
+// joinBursts joins the backend to a TAP whose bursts r scripts, and waits for its first
+// frame, which is read alone.
+func (h *host) joinBursts(r *scriptedReader, got <-chan []byte) (j *Joint, ended <-chan error) {
+	h.t.Helper()
+	tap := openTAP(h.t, TAPConfig{})
+	p := openPacket(h.t, tap.Name())
+	j, ended = h.join(context.Background(), h.Back, &scriptedBursts{TAP: tap, r: r})
+	send(h.t, p, Offload{}, testFrame(60))
+	r.frames()
+	next(h.t, got)
+	return j, ended
+}
+
 // A final error of the link ends the joint, after the frames that were read before it.
 func TestBurstThatEndsTheLink(t *testing.T) {
-	tap := openTAP(t, TAPConfig{})
-	p := openPacket(t, tap.Name())
-	r := newScriptedReader(t)
-	h := newHost(t, 1500, pvnet.Config{})
+	h, r := newHost(t, 1500, pvnet.Config{}), newScriptedReader(t)
 	got := h.listen()
-	_, ended := h.join(context.Background(), h.Back, &scriptedBursts{TAP: tap, r: r})
-	send(t, p, Offload{}, testFrame(60))
-	r.frames()
-	next(t, got)
+	_, ended := h.joinBursts(r, got)
 	r.frames(scriptedFrame{b: testFrame(70)}, scriptedFrame{err: ErrGone})
 	if b := next(t, got); len(b) != 70 {
 		t.Errorf("%d bytes", len(b))
@@ -565,15 +572,8 @@ func TestBurstThatEndsTheLink(t *testing.T) {
 
 // Frames that a burst has read, but that are unsent when the device ends, are counted.
 func TestBurstThatIsNotSentIsCounted(t *testing.T) {
-	tap := openTAP(t, TAPConfig{})
-	p := openPacket(t, tap.Name())
-	r := newScriptedReader(t)
-	h := newHost(t, 1500, pvnet.Config{})
-	got := h.listen()
-	j, ended := h.join(context.Background(), h.Back, &scriptedBursts{TAP: tap, r: r})
-	send(t, p, Offload{}, testFrame(60))
-	r.frames()
-	next(t, got)
+	h, r := newHost(t, 1500, pvnet.Config{}), newScriptedReader(t)
+	j, ended := h.joinBursts(r, h.listen())
 	h.Back.Disconnect()
 	long := gsoFrames()[0]
 	r.frames(scriptedFrame{b: long.frame, off: long.off}, scriptedFrame{b: testFrame(70)})
@@ -697,14 +697,7 @@ func TestBurstsMakeNoGarbage(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			for n := 0; n < batch; {
-				k, err := rx.Receive(frames[:])
-				if err != nil {
-					t.Fatal(err)
-				}
-				rx.Release(frames[:k])
-				n += k
-			}
+			receiveAndRelease(t, rx, frames[:], batch)
 			n, err := tx.AllocWait(frames[:batch], 64)
 			if err != nil {
 				t.Fatal(err)
@@ -925,14 +918,7 @@ func benchFromTAP(b *testing.B, tap *counted) {
 	var wg sync.WaitGroup
 	for b.Loop() {
 		wg.Go(func() { gen.generate(b, f, queued) })
-		for n := 0; n < queued; {
-			k, err := rx.Receive(frames[:])
-			if err != nil {
-				b.Fatal(err)
-			}
-			rx.Release(frames[:k])
-			n += k
-		}
+		receiveAndRelease(b, rx, frames[:], queued)
 		wg.Wait()
 	}
 	perFrame(b, queued, 0)

@@ -77,6 +77,19 @@ func ownRX(t testing.TB, dev *pvnet.Device) *pvnet.RX {
 	return rx
 }
 
+// receiveAndRelease receives n frames, at most len(room) at once.
+func receiveAndRelease(t testing.TB, rx *pvnet.RX, room []pvnet.Frame, n int) {
+	t.Helper()
+	for n > 0 {
+		k, err := rx.Receive(room)
+		if err != nil {
+			t.Fatal(err)
+		}
+		rx.Release(room[:k])
+		n -= k
+	}
+}
+
 // listen returns copies of the frames that the guest receives, if their EtherType is
 // testType or IP.
 func (h *host) listen() <-chan []byte {
@@ -616,12 +629,17 @@ func (l *scripted) ReadFrame(bufs [][]byte) (int, Offload, error) {
 	return f(bufs)
 }
 
+// scatter copies b to bufs, in order, filling each before the next.
+func scatter(bufs [][]byte, b []byte) {
+	for ; len(b) > 0; bufs = bufs[1:] {
+		b = b[copy(bufs[0], b):]
+	}
+}
+
 // frame makes the link read b with the offload off.
 func (l *scripted) frame(b []byte, off Offload) {
 	l.script <- func(bufs [][]byte) (int, Offload, error) {
-		for rest := b; len(rest) > 0; bufs = bufs[1:] {
-			rest = rest[copy(bufs[0], rest):]
-		}
+		scatter(bufs, b)
 		return len(b), off, nil
 	}
 }
@@ -784,14 +802,7 @@ func TestJointMakesNoGarbage(t *testing.T) {
 				if _, err := p.WriteFrame(off, in); err != nil {
 					t.Fatal(err)
 				}
-				for arrive > 0 {
-					n, err := rx.Receive(frames[:])
-					if err != nil {
-						t.Fatal(err)
-					}
-					rx.Release(frames[:n])
-					arrive -= n
-				}
+				receiveAndRelease(t, rx, frames[:], arrive)
 			}
 			there([][]byte{testFrame(60)}, Offload{}, 1) // the joint runs
 			got := testing.AllocsPerRun(300, func() {
@@ -844,14 +855,7 @@ func BenchmarkJoint(b *testing.B) {
 				}
 			}
 		})
-		for n := 0; n < burst; {
-			k, err := rx.Receive(frames[:])
-			if err != nil {
-				b.Fatal(err)
-			}
-			rx.Release(frames[:k])
-			n += k
-		}
+		receiveAndRelease(b, rx, frames[:], burst)
 		wg.Wait()
 	}
 	b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/64, "ns/frame")
