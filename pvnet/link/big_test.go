@@ -31,7 +31,7 @@ func scriptedJoint(t *testing.T, back, front pvnet.Config) (l *scripted, j *Join
 
 // bigFrames returns TCP segments of more than 64 KiB, as Linux leaves them: with an IP
 // length of 0, or with the length of a jumbogram.
-func bigFrames(payload int) []uncut {
+func bigFrames(payload int) []gsoFrame {
 	tcp4, off4 := partialTCP(payload)
 	binary.BigEndian.PutUint16(tcp4[16:], 0)
 	sumIPv4(tcp4[14:])
@@ -40,7 +40,7 @@ func bigFrames(payload int) []uncut {
 	}
 	binary.BigEndian.PutUint16(tcp4[50:], pseudo(tcp4[26:34], 20+payload))
 	off4.GSO, off4.GSOSize, off4.HeaderLen = GSOTCPv4, 1448, 54
-	six := uncuts()[3]
+	six := gsoFrames()[3]
 	tcp6 := append(bytes.Clone(six.frame[:74]), tcp4[54:]...)
 	binary.BigEndian.PutUint16(tcp6[18:], 0)
 	binary.BigEndian.PutUint16(tcp6[70:], pseudo(tcp6[22:54], 20+payload))
@@ -49,7 +49,7 @@ func bigFrames(payload int) []uncut {
 	jumbo[20] = 0
 	offJumbo := off6
 	offJumbo.SumStart, offJumbo.HeaderLen = off6.SumStart+8, off6.HeaderLen+8
-	return []uncut{{"IPv4", tcp4, off4}, {"IPv6", tcp6, off6}, {"jumbogram", jumbo, offJumbo}}
+	return []gsoFrame{{"IPv4", tcp4, off4}, {"IPv6", tcp6, off6}, {"jumbogram", jumbo, offJumbo}}
 }
 
 func TestBigTCPReachesTheGuest(t *testing.T) {

@@ -29,8 +29,8 @@ type burstReader interface {
 	// not fit elsewhere. It is valid until close.
 	room(i int) []byte
 
-	// least returns from how many frames on a call of read is cheaper than single reads.
-	least() int
+	// minBurst returns from how many frames on a call of read is cheaper than single reads.
+	minBurst() int
 
 	// broken returns why the reader can no longer be used, or nil. The readings so far
 	// are valid.
@@ -67,8 +67,8 @@ type burstWriter interface {
 // errWait is the error of a frame that was not written because the link had no room.
 var errWait = errors.New("link: no room for the frame")
 
-// tellSingle logs once that each frame of a link takes a system call.
-func (j *Joint) tellSingle(dev *pvnet.Device, l Link, why error) {
+// logNoBursts logs once that each frame of a link takes a system call.
+func (j *Joint) logNoBursts(dev *pvnet.Device, l Link, why error) {
 	if !j.single.Swap(true) {
 		dev.Logger().Debug("each frame of the interface takes a system call", "vif", dev.ID(), "peer", dev.Peer(),
 			"interface", l.Name(), "error", why)
@@ -96,7 +96,7 @@ func (j *Joint) newSink(dev *pvnet.Device, l Link) *sink {
 	var err error
 	if s.burst, err = b.writeBursts(); err != nil {
 		s.burst = nil
-		j.tellSingle(dev, l, err)
+		j.logNoBursts(dev, l, err)
 	}
 	return s
 }
@@ -125,7 +125,7 @@ func (s *sink) deliver(frames []pvnet.Frame) (sent, gso uint64, end error) {
 			s.down = true
 			_ = s.l.SetReadDeadline(past)
 		case err == ErrSize:
-			s.j.tellUntaken(s.dev, s.l, frames[i].Len())
+			s.j.logBeyondLink(s.dev, s.l, frames[i].Len())
 		case final(err) && end == nil:
 			end = err
 		}
@@ -145,7 +145,7 @@ func (s *sink) write(frames []pvnet.Frame) []error {
 		return s.errs[:len(frames)]
 	}
 	for i := range frames {
-		off, ok := leftOf(&frames[i])
+		off, ok := offloadOf(&frames[i])
 		if !ok {
 			s.errs[i] = ErrOffload
 			continue
@@ -164,14 +164,14 @@ func (s *sink) write(frames []pvnet.Frame) []error {
 	}
 	if why := s.burst.broken(); why != nil {
 		s.close()
-		s.j.tellSingle(s.dev, s.l, why)
+		s.j.logNoBursts(s.dev, s.l, why)
 	}
 	return s.errs[:len(frames)]
 }
 
 // one writes one frame. A frame whose headers contradict its offload gets ErrOffload.
 func (s *sink) one(f *pvnet.Frame) error {
-	off, ok := leftOf(f)
+	off, ok := offloadOf(f)
 	if !ok {
 		return ErrOffload
 	}
@@ -229,7 +229,7 @@ func (f *feeder) readBurst(k int, wait bool) (full bool, err error) {
 	}
 	if why := f.burst.broken(); why != nil {
 		f.close()
-		f.j.tellSingle(f.dev, f.l, why)
+		f.j.logNoBursts(f.dev, f.l, why)
 	}
 	return filled == k, err
 }

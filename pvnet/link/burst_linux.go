@@ -162,7 +162,7 @@ func (r *tapReader) close() {
 // If reads wait in the ring, those that find no frame have to be cancelled, which takes
 // two more system calls. The acknowledgements of a TCP stream come two or three at a time,
 // too few for that.
-func (r *tapReader) least() int {
+func (r *tapReader) minBurst() int {
 	if r.ring.mayWait {
 		return 8
 	}
@@ -206,7 +206,7 @@ func (r *tapReader) read(wait bool) ([]reading, error) {
 			g.err = errNone
 			continue
 		case errno != 0:
-			g.err = r.p.meaning(errno, true)
+			g.err = r.p.errorOf(errno, true)
 			continue
 		case n > room:
 			n, g.err = room, ErrTruncated
@@ -285,7 +285,7 @@ func (w *tapWriter) write() []error {
 				w.bad = errSendBuffer
 			}
 		default:
-			w.errs[i] = w.p.meaning(errno, false)
+			w.errs[i] = w.p.errorOf(errno, false)
 		}
 	}
 	return w.errs[:w.n]

@@ -102,7 +102,7 @@ func TestJointMovesBurstsInOrder(t *testing.T) {
 		h := newHostOf(t, 1500, pvnet.Config{Offload: true}, pvnet.Config{})
 		got := h.listen()
 		j, ended := h.join(context.Background(), h.Back, tap)
-		long := uncuts()[0]
+		long := gsoFrames()[0]
 		segments := cut(t, long)
 		bad := Offload{Checksum: ChecksumPartial, SumStart: 34, SumOffset: 4} // in a frame that is not IP
 		const frames = 2000
@@ -151,34 +151,7 @@ func TestJointMovesBurstsInOrder(t *testing.T) {
 			t.Errorf("%+v", st)
 		}
 
-		// The other way.
-		read := make(chan []byte, frames)
-		go func() {
-			for range frames {
-				b, _ := receive(t, p)
-				read <- b
-			}
-		}()
-		tx := ownTX(t, h.Front)
-		var out [batch]pvnet.Frame
-		for i := 0; i < frames; {
-			n, err := tx.AllocWait(out[:min(batch, frames-i)], 1514)
-			if err != nil {
-				t.Fatal(err)
-			}
-			for k := range out[:n] {
-				out[k].Truncate(out[k].CopyFrom(want[i+k]))
-			}
-			if _, err := tx.SendWait(out[:n]); err != nil {
-				t.Fatal(err)
-			}
-			i += n
-		}
-		for i := range frames {
-			if b := next(t, read); !bytes.Equal(b, want[i]) {
-				t.Fatalf("frame %d: %d bytes of %d", i, len(b), len(want[i]))
-			}
-		}
+		sendFromGuest(t, h, p, want)
 		if tap.single {
 			if n := tap.in.Load() + tap.out.Load(); n != 0 {
 				t.Errorf("%d bursts", n)
@@ -198,8 +171,40 @@ func TestJointMovesBurstsInOrder(t *testing.T) {
 	})
 }
 
+// sendFromGuest sends frames in batches, and wants each of them at p, in order.
+func sendFromGuest(t *testing.T, h *host, p *Packet, want [][]byte) {
+	t.Helper()
+	read := make(chan []byte, len(want))
+	go func() {
+		for range want {
+			b, _ := receive(t, p)
+			read <- b
+		}
+	}()
+	tx := ownTX(t, h.Front)
+	var out [batch]pvnet.Frame
+	for i := 0; i < len(want); {
+		n, err := tx.AllocWait(out[:min(batch, len(want)-i)], 1514)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for k := range out[:n] {
+			out[k].Truncate(out[k].CopyFrom(want[i+k]))
+		}
+		if _, err := tx.SendWait(out[:n]); err != nil {
+			t.Fatal(err)
+		}
+		i += n
+	}
+	for i := range want {
+		if b := next(t, read); !bytes.Equal(b, want[i]) {
+			t.Fatalf("frame %d: %d bytes of %d", i, len(b), len(want[i]))
+		}
+	}
+}
+
 // A joint that moves frames one by one logs so once, at level debug.
-func TestWhyThereAreNoBurstsIsSaidOnce(t *testing.T) {
+func TestWhyThereAreNoBurstsIsLoggedOnce(t *testing.T) {
 	both(t, func(t *testing.T, tap *counted) {
 		cfg, log := logged(pvnet.Config{})
 		cfg.Logger = slog.New(slog.NewTextHandler(log, &slog.HandlerOptions{Level: slog.LevelDebug}))
@@ -274,7 +279,7 @@ type scriptedReader struct {
 	closed atomic.Bool
 
 	backwards bool // fills the buffers from the last one to the first
-	costly    int  // result of least; 0 means 2
+	costly    int  // result of minBurst; 0 means 2
 }
 
 func newScriptedReader(t testing.TB) *scriptedReader {
@@ -287,7 +292,7 @@ func newScriptedReader(t testing.TB) *scriptedReader {
 
 func (r *scriptedReader) add(bufs [][]byte)         { r.bufs = append(r.bufs, slices.Clone(bufs)) }
 func (r *scriptedReader) room(i int) []byte         { return r.rooms[i] }
-func (r *scriptedReader) least() int                { return max(r.costly, 2) }
+func (r *scriptedReader) minBurst() int             { return max(r.costly, 2) }
 func (r *scriptedReader) broken() error             { return r.why }
 func (r *scriptedReader) close()                    { r.closed.Store(true) }
 func (s *scriptedReader) frames(f ...scriptedFrame) { s.script <- step{frames: f} }
@@ -316,10 +321,7 @@ func (r *scriptedReader) read(wait bool) ([]reading, error) {
 		if i < len(s.frames) {
 			f := &s.frames[i]
 			got[i] = reading{slot, len(f.b), f.off, f.err}
-			bufs := asked[slot]
-			for rest := f.b; len(rest) > 0; bufs = bufs[1:] {
-				rest = rest[copy(bufs[0], rest):]
-			}
+			scatter(asked[slot], f.b)
 		}
 	}
 	return got, nil
@@ -403,8 +405,8 @@ func sortOut(t *testing.T, backwards bool) {
 	full(6)
 	asks(12)
 
-	long := uncuts()[0]
-	dgram := uncuts()[4]
+	long := gsoFrames()[0]
+	dgram := gsoFrames()[4]
 	big := scriptedFrame{b: numbered(1, 3000)}
 	f := []scriptedFrame{
 		plain(),
@@ -475,9 +477,7 @@ func (l *rowsTAP) read(bufs [][]byte, wait bool) (n int, off Offload, err error)
 	}
 	b := l.row[0]
 	l.row = l.row[1:]
-	for rest := b; len(rest) > 0; bufs = bufs[1:] {
-		rest = rest[copy(bufs[0], rest):]
-	}
+	scatter(bufs, b)
 	return len(b), off, nil
 }
 
@@ -540,17 +540,24 @@ func TestFewFramesAreReadOneByOne(t *testing.T) {
 	}
 }
 
+// joinBursts joins the backend to a TAP whose bursts r scripts, and waits for its first
+// frame, which is read alone.
+func (h *host) joinBursts(r *scriptedReader, got <-chan []byte) (j *Joint, ended <-chan error) {
+	h.t.Helper()
+	tap := openTAP(h.t, TAPConfig{})
+	p := openPacket(h.t, tap.Name())
+	j, ended = h.join(context.Background(), h.Back, &scriptedBursts{TAP: tap, r: r})
+	send(h.t, p, Offload{}, testFrame(60))
+	r.frames()
+	next(h.t, got)
+	return j, ended
+}
+
 // A final error of the link ends the joint, after the frames that were read before it.
 func TestBurstThatEndsTheLink(t *testing.T) {
-	tap := openTAP(t, TAPConfig{})
-	p := openPacket(t, tap.Name())
-	r := newScriptedReader(t)
-	h := newHost(t, 1500, pvnet.Config{})
+	h, r := newHost(t, 1500, pvnet.Config{}), newScriptedReader(t)
 	got := h.listen()
-	_, ended := h.join(context.Background(), h.Back, &scriptedBursts{TAP: tap, r: r})
-	send(t, p, Offload{}, testFrame(60))
-	r.frames()
-	next(t, got)
+	_, ended := h.joinBursts(r, got)
 	r.frames(scriptedFrame{b: testFrame(70)}, scriptedFrame{err: ErrGone})
 	if b := next(t, got); len(b) != 70 {
 		t.Errorf("%d bytes", len(b))
@@ -565,17 +572,10 @@ func TestBurstThatEndsTheLink(t *testing.T) {
 
 // Frames that a burst has read, but that are unsent when the device ends, are counted.
 func TestBurstThatIsNotSentIsCounted(t *testing.T) {
-	tap := openTAP(t, TAPConfig{})
-	p := openPacket(t, tap.Name())
-	r := newScriptedReader(t)
-	h := newHost(t, 1500, pvnet.Config{})
-	got := h.listen()
-	j, ended := h.join(context.Background(), h.Back, &scriptedBursts{TAP: tap, r: r})
-	send(t, p, Offload{}, testFrame(60))
-	r.frames()
-	next(t, got)
+	h, r := newHost(t, 1500, pvnet.Config{}), newScriptedReader(t)
+	j, ended := h.joinBursts(r, h.listen())
 	h.Back.Disconnect()
-	long := uncuts()[0]
+	long := gsoFrames()[0]
 	r.frames(scriptedFrame{b: long.frame, off: long.off}, scriptedFrame{b: testFrame(70)})
 	if err := next(t, ended); err != nil {
 		t.Error(err)
@@ -697,14 +697,7 @@ func TestBurstsMakeNoGarbage(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			for n := 0; n < batch; {
-				k, err := rx.Receive(frames[:])
-				if err != nil {
-					t.Fatal(err)
-				}
-				rx.Release(frames[:k])
-				n += k
-			}
+			receiveAndRelease(t, rx, frames[:], batch)
 			n, err := tx.AllocWait(frames[:batch], 64)
 			if err != nil {
 				t.Fatal(err)
@@ -925,14 +918,7 @@ func benchFromTAP(b *testing.B, tap *counted) {
 	var wg sync.WaitGroup
 	for b.Loop() {
 		wg.Go(func() { gen.generate(b, f, queued) })
-		for n := 0; n < queued; {
-			k, err := rx.Receive(frames[:])
-			if err != nil {
-				b.Fatal(err)
-			}
-			rx.Release(frames[:k])
-			n += k
-		}
+		receiveAndRelease(b, rx, frames[:], queued)
 		wg.Wait()
 	}
 	perFrame(b, queued, 0)

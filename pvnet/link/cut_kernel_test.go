@@ -17,9 +17,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// anyUncut returns a TCP or UDP packet to be cut, over IPv4 or IPv6, with random options,
+// anyGSOFrame returns a TCP or UDP packet to be cut, over IPv4 or IPv6, with random options,
 // extension headers and tags, and so many bytes of payload. Its checksum is partial.
-func anyUncut(seed uint64, size, payload int) (u uncut) {
+func anyGSOFrame(seed uint64, size, payload int) (u gsoFrame) {
 	rng := rand.New(rand.NewPCG(seed, 1))
 	some := func(n int) []byte {
 		b := make([]byte, n)
@@ -103,7 +103,7 @@ func FuzzKernelCuts(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, seed uint64, size, payload uint16) {
 		s, n := bounded(size, payload)
-		u := anyUncut(seed, s, n)
+		u := anyGSOFrame(seed, s, n)
 		var want [][]byte
 		if n > s {
 			want = cut(t, u)
@@ -214,7 +214,7 @@ func FuzzKernelCutsTunnels(f *testing.F) {
 	f.Fuzz(func(t *testing.T, seed uint64, size, payload uint16, which byte) {
 		w := all[which%4]
 		s, n := bounded(size, payload)
-		u := anyUncut(seed, min(s, 8500), n)
+		u := anyGSOFrame(seed, min(s, 8500), n)
 		if u.off.GSO == GSOUDP || n <= s {
 			return // the kernel cuts or completes these before the packet socket
 		}
@@ -227,7 +227,7 @@ func FuzzKernelCutsTunnels(f *testing.F) {
 			t.Fatalf("%+v of %+v", off, u.off)
 		}
 		var c packet.Cutter
-		if !off.begin(&c, whole, 0) {
+		if !off.startCut(&c, whole, 0) {
 			t.Fatalf("%s: not cut\n% x", u.name, whole[:150])
 		}
 		i := 0

@@ -8,14 +8,14 @@ import (
 	"barevif/pvnet/packet"
 )
 
-// An uncut is a packet that has yet to be cut: its frame and its offload.
-type uncut struct {
+// A gsoFrame is a packet that has yet to be cut: its bytes and its offload.
+type gsoFrame struct {
 	name  string
 	frame []byte
 	off   Offload
 }
 
-func uncuts() []uncut {
+func gsoFrames() []gsoFrame {
 	tcp4, off4 := partialTCP(4001)
 	off4.GSO, off4.GSOSize, off4.HeaderLen = GSOTCPv4, 1448, 54
 	binary.BigEndian.PutUint16(tcp4[20:], 0) // an unfragmentable packet may not have DF cleared by hand
@@ -76,7 +76,7 @@ func uncuts() []uncut {
 	sumIPv4(even[14:])
 	binary.BigEndian.PutUint16(even[50:], pseudoSum(even))
 
-	return []uncut{
+	return []gsoFrame{
 		{"tcp4", tcp4, off4}, {"tcp4 flags", flags, offECN}, {"tcp4 options", options, offOptions},
 		{"tcp6", tcp6, off6}, {"udp4", udp, offUDP}, {"no rest", even, off4}, {"tcp6 options", extended, offExtended},
 	}
@@ -87,10 +87,10 @@ func sumIPv4(ip []byte) {
 	binary.BigEndian.PutUint16(ip[10:], ^sum16(ip[:20]))
 }
 
-func cut(t testing.TB, u uncut) (segments [][]byte) {
+func cut(t testing.TB, u gsoFrame) (segments [][]byte) {
 	t.Helper()
 	var c packet.Cutter
-	if !u.off.begin(&c, u.frame, 0) {
+	if !u.off.startCut(&c, u.frame, 0) {
 		t.Fatalf("%s: not cut", u.name)
 	}
 	for c.Left() > 0 {
@@ -102,7 +102,7 @@ func cut(t testing.TB, u uncut) (segments [][]byte) {
 
 func TestSegmentsBehindATagAreThoseWithout(t *testing.T) {
 	tag := []byte{0x81, 0, 0x20, 7}
-	for _, u := range uncuts() {
+	for _, u := range gsoFrames() {
 		plain := cut(t, u)
 		u.frame = append(append(bytes.Clone(u.frame[:12]), tag...), u.frame[12:]...)
 		u.off.shift(4)
@@ -115,7 +115,7 @@ func TestSegmentsBehindATagAreThoseWithout(t *testing.T) {
 }
 
 func TestWhatCannotBeCutIsRefused(t *testing.T) {
-	tcp, extended := uncuts()[0], uncuts()[6]
+	tcp, extended := gsoFrames()[0], gsoFrames()[6]
 	change := func(f func(b []byte, off *Offload) []byte) (b []byte, off Offload) {
 		off = tcp.off
 		b = f(bytes.Clone(tcp.frame), &off)
@@ -156,7 +156,7 @@ func TestWhatCannotBeCutIsRefused(t *testing.T) {
 		"not IP":           func(b []byte, o *Offload) []byte { b[12] = 0x88; return b },
 	} {
 		var c packet.Cutter
-		if b, off := change(f); off.begin(&c, b, 0) {
+		if b, off := change(f); off.startCut(&c, b, 0) {
 			t.Errorf("%s: was cut", name)
 		}
 	}

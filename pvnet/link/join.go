@@ -34,8 +34,8 @@ type Joint struct {
 	unsent, unread, oversize, uncut, refused atomic.Uint64
 	unfed                                    atomic.Uint64
 
-	told   [kinds]atomic.Bool // by kind: whether tell has logged it
-	single atomic.Bool        // whether tellSingle has logged
+	logged [sizeKinds]atomic.Bool // by kind: whether logOnce has logged it
+	single atomic.Bool            // whether logNoBursts has logged
 }
 
 // JointStats counts frames.
@@ -165,8 +165,8 @@ var errNone = errors.New("link: no frame")
 // past is a deadline that has passed.
 var past = time.Unix(1, 0)
 
-// quick has the methods that the links of this package have beyond [Link].
-type quick interface {
+// native has the methods that the links of this package have beyond [Link].
+type native interface {
 	read(bufs [][]byte, wait bool) (n int, off Offload, err error)
 	setWriteDeadline(t time.Time) error
 
@@ -178,14 +178,14 @@ type quick interface {
 	// gives a lower bound.
 	mtuNow() int
 
-	// most returns the size of the longest frame that the link reads.
-	most() int
+	// maxRead returns the size of the longest frame that the link reads.
+	maxRead() int
 }
 
 // setDeadlines ignores errors: they come only from a closed link, where nobody waits.
 func setDeadlines(l Link, t time.Time) {
 	_ = l.SetReadDeadline(t)
-	if q, ok := l.(quick); ok {
+	if q, ok := l.(native); ok {
 		_ = q.setWriteDeadline(t)
 	}
 }
@@ -193,7 +193,7 @@ func setDeadlines(l Link, t time.Time) {
 // setOffloads ignores errors: a kernel that does not accept the setting does the work
 // itself, and each frame says which work is left.
 func setOffloads(l Link, on bool) {
-	if q, ok := l.(quick); ok {
+	if q, ok := l.(native); ok {
 		_ = q.setOffloads(on)
 	}
 }
@@ -255,11 +255,11 @@ func pieces(f *pvnet.Frame, bufs [][]byte) [][]byte {
 
 // A feeder moves frames from a link to a vif.
 type feeder struct {
-	j     *Joint
-	dev   *pvnet.Device
-	tx    *pvnet.TX
-	l     Link
-	quick quick // nil if l only reads one frame at a time
+	j      *Joint
+	dev    *pvnet.Device
+	tx     *pvnet.TX
+	l      Link
+	native native // nil if l only reads one frame at a time
 
 	// frames[:ready] are filled and wait to be sent; frames[ready:n] are empty, each of
 	// size bytes.
@@ -270,7 +270,7 @@ type feeder struct {
 	raised int // the link's MTU if it is larger than when the link was opened, else 0
 	errs   int // reads that failed since the last frame, or the last pause
 	odd    int // reads since the last frame that failed with an unknown error
-	lost   [endLosses]uint64
+	lost   [losses]uint64
 
 	whole []byte // holds the bytes of a read beyond f.size at their offset, or all of a long frame
 	bufs  [vifPieces + 1][]byte
@@ -284,15 +284,15 @@ type feeder struct {
 func (j *Joint) fromLinkTo(ctx context.Context, l Link, dev *pvnet.Device, tx *pvnet.TX) error {
 	f := &feeder{j: j, dev: dev, tx: tx, l: l, want: 1}
 	most := MaxRead
-	if f.quick, _ = l.(quick); f.quick != nil {
-		most = f.quick.most()
+	if f.native, _ = l.(native); f.native != nil {
+		most = f.native.maxRead()
 	}
 	f.whole = make([]byte, most) // takes memory only for the pages that are used
 	if b, ok := l.(bursts); ok {
 		var err error
 		if f.burst, err = b.readBursts(); err != nil {
 			f.burst = nil
-			j.tellSingle(dev, l, err)
+			j.logNoBursts(dev, l, err)
 		}
 	}
 	defer f.close()
@@ -403,9 +403,9 @@ func (f *feeder) fill() error {
 			}
 			f.ready, f.n = 0, n
 		}
-		more := f.quick != nil
+		more := f.native != nil
 		var err error
-		if k := min(f.want, f.n-f.ready); f.burst != nil && k >= f.burst.least() {
+		if k := min(f.want, f.n-f.ready); f.burst != nil && k >= f.burst.minBurst() {
 			more, err = f.readBurst(k, wait)
 		} else {
 			err = f.read(wait)
@@ -427,8 +427,8 @@ func (f *feeder) read(wait bool) error {
 	var n int
 	var off Offload
 	var err error
-	if f.quick != nil {
-		n, off, err = f.quick.read(bufs, wait)
+	if f.native != nil {
+		n, off, err = f.native.read(bufs, wait)
 	} else {
 		n, off, err = f.l.ReadFrame(bufs)
 	}
@@ -457,7 +457,7 @@ func (f *feeder) read(wait bool) error {
 // finish makes frames[ready] ready; it has n bytes, in bufs. finish drops the frame if its
 // checksum can neither be left to the vif nor completed.
 func (f *feeder) finish(off Offload, n int, bufs [][]byte) {
-	if !leave(&f.frames[f.ready], off) && off.Complete(n, bufs) != nil {
+	if !setOffload(&f.frames[f.ready], off) && off.Complete(n, bufs) != nil {
 		f.drop(badSum, &f.j.uncut)
 		f.discard()
 		return
@@ -510,7 +510,7 @@ func (f *feeder) long(whole []byte, off Offload) error {
 	}
 	frame := &f.frames[f.ready]
 	frame.CopyFrom(whole)
-	if !leave(frame, off) {
+	if !setOffload(frame, off) {
 		f.discard()
 		return f.segment(whole, off, 0)
 	}
@@ -539,7 +539,7 @@ func (f *feeder) enlarge(size int) error {
 // segment cuts a frame into segments, or, if most is not 0, into frames of up to most
 // bytes of payload that the vif cuts again.
 func (f *feeder) segment(whole []byte, off Offload, most int) error {
-	if !off.begin(&f.cut, whole, most) {
+	if !off.startCut(&f.cut, whole, most) {
 		f.drop(badGSO, &f.j.uncut)
 		return nil
 	}
@@ -574,7 +574,7 @@ func (f *feeder) cutAll(whole []byte, off Offload, size int) error {
 		if f.cut.Again() {
 			if err = f.enlarge(f.cut.Len()); err == pvnet.ErrNoBuffers {
 				done := f.cut.Done()
-				off.begin(&f.cut, whole, 0)
+				off.startCut(&f.cut, whole, 0)
 				f.cut.Skip(done)
 				continue
 			}
@@ -600,7 +600,7 @@ func (f *feeder) cutAll(whole []byte, off Offload, size int) error {
 			f.j.segments.Add(1)
 			continue
 		}
-		if g, _ := off.vif(); frame.SetGSO(g) != nil {
+		if g, _ := off.vifGSO(); frame.SetGSO(g) != nil {
 			f.drop(badGSO, &f.j.uncut)
 			f.ready--
 			f.discard()

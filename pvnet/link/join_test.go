@@ -77,6 +77,19 @@ func ownRX(t testing.TB, dev *pvnet.Device) *pvnet.RX {
 	return rx
 }
 
+// receiveAndRelease receives n frames, at most len(room) at once.
+func receiveAndRelease(t testing.TB, rx *pvnet.RX, room []pvnet.Frame, n int) {
+	t.Helper()
+	for n > 0 {
+		k, err := rx.Receive(room)
+		if err != nil {
+			t.Fatal(err)
+		}
+		rx.Release(room[:k])
+		n -= k
+	}
+}
+
 // listen returns copies of the frames that the guest receives, if their EtherType is
 // testType or IP.
 func (h *host) listen() <-chan []byte {
@@ -201,7 +214,7 @@ func TestGuestGetsCompleteFrames(t *testing.T) {
 		t.Fatalf("%d bytes, checksum wrong", len(b))
 	}
 	segments, whole := 0, 0
-	for _, u := range uncuts() {
+	for _, u := range gsoFrames() {
 		want := cut(t, u)
 		if u.off.GSO == GSOUDP || u.off.ECN {
 			segments += len(want)
@@ -216,7 +229,7 @@ func TestGuestGetsCompleteFrames(t *testing.T) {
 		}
 	}
 	// A frame whose segments are too long for the vif.
-	u := uncuts()[0]
+	u := gsoFrames()[0]
 	u.off.GSOSize = 1900
 	send(t, p, u.off, u.frame)
 	f, off = partialTCP(10)
@@ -241,7 +254,7 @@ func TestGuestGetsTaggedFramesComplete(t *testing.T) {
 	next(t, got) // the joint runs
 	tag := func(b []byte) []byte { return append(append(bytes.Clone(b[:12]), 0x81, 0, 0x20, 7), b[12:]...) }
 	whole := uint64(0)
-	for _, u := range uncuts() {
+	for _, u := range gsoFrames() {
 		if u.off.GSO != GSOUDP && !u.off.ECN { // the kernel cuts those before a TAP
 			whole++
 		}
@@ -265,7 +278,7 @@ func TestGuestGetsTaggedFramesComplete(t *testing.T) {
 }
 
 // A vif with few grants cuts a long frame in several steps.
-func TestLongFramesAreCutByAPoorVif(t *testing.T) {
+func TestLongFramesAreCutForAVifWithoutGSO(t *testing.T) {
 	for _, mtu := range []int{1500, 9000} {
 		lab := labtest.New(t, emu.Config{Grants: 80})
 		driver, guest := lab.Domain(1), lab.Domain(2)
@@ -302,7 +315,7 @@ func TestLongFramesAreCutByAPoorVif(t *testing.T) {
 		j, _ := h.join(context.Background(), front, tap)
 		send(t, p, Offload{}, testFrame(60))
 		next(t, got) // the joint runs
-		var u uncut
+		var u gsoFrame
 		u.frame, u.off = partialTCP(65000)
 		u.off.GSO, u.off.GSOSize, u.off.HeaderLen = GSOTCPv4, uint16(mtu-52), 54
 		want := cut(t, u)
@@ -377,7 +390,7 @@ func TestWorkOfAGuestIsPassedOn(t *testing.T) {
 			}
 		}
 		long := uint64(0)
-		for _, u := range uncuts() {
+		for _, u := range gsoFrames() {
 			g := pvnet.GSO{Type: pvnet.GSOTCPv4, Size: u.off.GSOSize}
 			switch {
 			case u.off.GSO == GSOUDP, u.name == "tcp6 options":
@@ -467,7 +480,7 @@ func TestJointEndsWithWhatEndedIt(t *testing.T) {
 					t.Fatalf("%d bytes", len(b))
 				}
 				send(t, tap, Offload{}, testFrame(62))
-				u := uncuts()[0]
+				u := gsoFrames()[0]
 				send(t, p, u.off, u.frame)
 				for i, want := range cut(t, u) {
 					if b, off := receive(t, tap); !bytes.Equal(b, want) || off.GSO != GSONone {
@@ -616,21 +629,26 @@ func (l *scripted) ReadFrame(bufs [][]byte) (int, Offload, error) {
 	return f(bufs)
 }
 
+// scatter copies b to bufs, in order, filling each before the next.
+func scatter(bufs [][]byte, b []byte) {
+	for ; len(b) > 0; bufs = bufs[1:] {
+		b = b[copy(bufs[0], b):]
+	}
+}
+
 // frame makes the link read b with the offload off.
 func (l *scripted) frame(b []byte, off Offload) {
 	l.script <- func(bufs [][]byte) (int, Offload, error) {
-		for rest := b; len(rest) > 0; bufs = bufs[1:] {
-			rest = rest[copy(bufs[0], rest):]
-		}
+		scatter(bufs, b)
 		return len(b), off, nil
 	}
 }
 
 // An offload applies only to a frame whose headers agree with it.
-func TestHeadersThatLieAreNotBelieved(t *testing.T) {
-	tcp, tcp6, udp := uncuts()[0], uncuts()[3], uncuts()[4]
+func TestOffloadsThatContradictTheHeadersAreRefused(t *testing.T) {
+	tcp, tcp6, udp := gsoFrames()[0], gsoFrames()[3], gsoFrames()[4]
 	small, partial := partialTCP(300)
-	change := func(u uncut, f func(*uncut)) uncut {
+	change := func(u gsoFrame, f func(*gsoFrame)) gsoFrame {
 		u.frame = bytes.Clone(u.frame)
 		f(&u)
 		return u
@@ -640,21 +658,21 @@ func TestHeadersThatLieAreNotBelieved(t *testing.T) {
 	l, j, ended := h.joinScripted(openTAP(t, TAPConfig{}))
 	marker := testFrame(60)
 	dropped := uint64(0)
-	for name, u := range map[string]uncut{
-		"IPv6 said, IPv4 is":  change(tcp, func(u *uncut) { u.off.GSO = GSOTCPv6 }),
-		"IPv4 said, IPv6 is":  change(tcp6, func(u *uncut) { u.off.GSO = GSOTCPv4 }),
-		"TCP said, UDP is":    change(udp, func(u *uncut) { u.off.GSO = GSOTCPv4 }),
-		"UDP said, TCP is":    change(tcp, func(u *uncut) { u.off.GSO = GSOUDP }),
-		"a datagram to cut":   change(udp, func(u *uncut) { u.off.GSO = GSOUFO }),
-		"no kind there is":    change(tcp, func(u *uncut) { u.off.GSO = 0x42 }),
-		"segments of nothing": change(tcp, func(u *uncut) { u.off.GSOSize = 0 }),
-		"headers only":        change(tcp, func(u *uncut) { u.frame = u.frame[:54] }),
-		"half a header":       change(tcp, func(u *uncut) { u.frame = u.frame[:40] }),
-		"no header":           change(tcp, func(u *uncut) { u.frame = u.frame[:14] }),
-		"a TCP header of 60":  change(tcp, func(u *uncut) { u.frame = u.frame[:94]; u.frame[46] = 0xf0 }),
-		"a TCP header of 8":   change(tcp, func(u *uncut) { u.frame[46] = 0x20 }),
-		"a fragment":          change(tcp, func(u *uncut) { u.frame[20] |= 0x20 }),
-		"not IP":              change(tcp, func(u *uncut) { u.frame[12] = 0x88 }),
+	for name, u := range map[string]gsoFrame{
+		"IPv6 said, IPv4 is":  change(tcp, func(u *gsoFrame) { u.off.GSO = GSOTCPv6 }),
+		"IPv4 said, IPv6 is":  change(tcp6, func(u *gsoFrame) { u.off.GSO = GSOTCPv4 }),
+		"TCP said, UDP is":    change(udp, func(u *gsoFrame) { u.off.GSO = GSOTCPv4 }),
+		"UDP said, TCP is":    change(tcp, func(u *gsoFrame) { u.off.GSO = GSOUDP }),
+		"a datagram to cut":   change(udp, func(u *gsoFrame) { u.off.GSO = GSOUFO }),
+		"no kind there is":    change(tcp, func(u *gsoFrame) { u.off.GSO = 0x42 }),
+		"segments of nothing": change(tcp, func(u *gsoFrame) { u.off.GSOSize = 0 }),
+		"headers only":        change(tcp, func(u *gsoFrame) { u.frame = u.frame[:54] }),
+		"half a header":       change(tcp, func(u *gsoFrame) { u.frame = u.frame[:40] }),
+		"no header":           change(tcp, func(u *gsoFrame) { u.frame = u.frame[:14] }),
+		"a TCP header of 60":  change(tcp, func(u *gsoFrame) { u.frame = u.frame[:94]; u.frame[46] = 0xf0 }),
+		"a TCP header of 8":   change(tcp, func(u *gsoFrame) { u.frame[46] = 0x20 }),
+		"a fragment":          change(tcp, func(u *gsoFrame) { u.frame[20] |= 0x20 }),
+		"not IP":              change(tcp, func(u *gsoFrame) { u.frame[12] = 0x88 }),
 		"a field outside":     {frame: small, off: Offload{Checksum: ChecksumPartial, SumStart: 34, SumOffset: uint16(len(small)) - 35}},
 		"a field far outside": {frame: small, off: Offload{Checksum: ChecksumPartial, SumStart: 0xffff, SumOffset: 0xffff}},
 		"less than a header":  {frame: small[:13], off: partial},
@@ -671,13 +689,13 @@ func TestHeadersThatLieAreNotBelieved(t *testing.T) {
 	}
 
 	// If only the checksum's offset is wrong, the frame is still cut correctly.
-	for name, u := range map[string]uncut{
-		"checksum elsewhere":        change(tcp, func(u *uncut) { u.off.SumStart-- }),
-		"field elsewhere":           change(tcp, func(u *uncut) { u.off.SumOffset = 6 }),
-		"checksum outside":          change(tcp, func(u *uncut) { u.off.SumStart = 0xffff }),
-		"no checksum left":          change(tcp, func(u *uncut) { u.off.Checksum = ChecksumNone }),
-		"verified, still to be cut": change(tcp6, func(u *uncut) { u.off.Checksum = ChecksumVerified }),
-		"headers elsewhere":         change(tcp, func(u *uncut) { u.off.HeaderLen = 9999 }),
+	for name, u := range map[string]gsoFrame{
+		"checksum elsewhere":        change(tcp, func(u *gsoFrame) { u.off.SumStart-- }),
+		"field elsewhere":           change(tcp, func(u *gsoFrame) { u.off.SumOffset = 6 }),
+		"checksum outside":          change(tcp, func(u *gsoFrame) { u.off.SumStart = 0xffff }),
+		"no checksum left":          change(tcp, func(u *gsoFrame) { u.off.Checksum = ChecksumNone }),
+		"verified, still to be cut": change(tcp6, func(u *gsoFrame) { u.off.Checksum = ChecksumVerified }),
+		"headers elsewhere":         change(tcp, func(u *gsoFrame) { u.off.HeaderLen = 9999 }),
 	} {
 		want := cut(t, u)
 		l.frame(u.frame, u.off)
@@ -716,7 +734,7 @@ func TestFramesThatCannotBeHandledAreDroppedAlone(t *testing.T) {
 	fail := func(err error) {
 		l.script <- func([][]byte) (int, Offload, error) { return 9, Offload{}, err }
 	}
-	whole := uncuts()[0]
+	whole := gsoFrames()[0]
 	whole.off.GSO = GSOUFO
 	frame(whole.frame, whole.off)
 	frame(testFrame(100), Offload{Checksum: ChecksumPartial, SumStart: 99})
@@ -784,14 +802,7 @@ func TestJointMakesNoGarbage(t *testing.T) {
 				if _, err := p.WriteFrame(off, in); err != nil {
 					t.Fatal(err)
 				}
-				for arrive > 0 {
-					n, err := rx.Receive(frames[:])
-					if err != nil {
-						t.Fatal(err)
-					}
-					rx.Release(frames[:n])
-					arrive -= n
-				}
+				receiveAndRelease(t, rx, frames[:], arrive)
 			}
 			there([][]byte{testFrame(60)}, Offload{}, 1) // the joint runs
 			got := testing.AllocsPerRun(300, func() {
@@ -844,14 +855,7 @@ func BenchmarkJoint(b *testing.B) {
 				}
 			}
 		})
-		for n := 0; n < burst; {
-			k, err := rx.Receive(frames[:])
-			if err != nil {
-				b.Fatal(err)
-			}
-			rx.Release(frames[:k])
-			n += k
-		}
+		receiveAndRelease(b, rx, frames[:], burst)
 		wg.Wait()
 	}
 	b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/64, "ns/frame")

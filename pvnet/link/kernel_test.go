@@ -305,7 +305,7 @@ func BenchmarkTAP(b *testing.B) {
 func TestSegmentsAreThoseOfTheKernel(t *testing.T) {
 	tap := openTAP(t, TAPConfig{})
 	p := openPacket(t, tap.Name())
-	for _, u := range uncuts() {
+	for _, u := range gsoFrames() {
 		want := cut(t, u)
 		send(t, p, u.off, u.frame)
 		for i := range want {

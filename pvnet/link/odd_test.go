@@ -67,12 +67,12 @@ func TestErrorsOfTheKernelAreSorted(t *testing.T) {
 	}
 }
 
-// unsayable returns frames whose segmentation a writer can request, but which the kernel
+// indescribable returns frames whose segmentation a writer can request, but which the kernel
 // cannot express in the struct virtio_net_hdr of a reader.
-func unsayable() []uncut {
-	datagram := uncuts()[4]
+func indescribable() []gsoFrame {
+	datagram := gsoFrames()[4]
 	datagram.name, datagram.off.GSO = "a datagram to be cut into fragments", GSOUFO
-	return []uncut{datagram}
+	return []gsoFrame{datagram}
 }
 
 // Any neighbour on a bridge can send a frame that the kernel cannot describe to its reader.
@@ -83,7 +83,7 @@ func TestFrameTheKernelCannotDescribeIsLostAlone(t *testing.T) {
 	got := h.listen()
 	j, ended := h.join(context.Background(), h.Back, l)
 	for round := range 200 {
-		for _, u := range unsayable() {
+		for _, u := range indescribable() {
 			if _, err := card.WriteFrame(u.off, [][]byte{u.frame}); errors.Is(err, ErrOffload) {
 				t.Skip("this kernel takes no such frame:", u.name)
 			} else if err != nil {
@@ -98,7 +98,7 @@ func TestFrameTheKernelCannotDescribeIsLostAlone(t *testing.T) {
 			}
 		}
 	}
-	lost := uint64(200 * len(unsayable()))
+	lost := uint64(200 * len(indescribable()))
 	settle(t, j, func(st JointStats) bool { return st.Uncut == lost })
 	settle(t, j, func(JointStats) bool { return lostOf(h.Back, telemetry.DropBadGSO) == lost })
 	select {
@@ -169,12 +169,12 @@ func TestLossesAreCountedByReason(t *testing.T) {
 	l.frame(testFrame(100)[:13], Offload{})
 	l.frame(testFrame(100), Offload{Checksum: ChecksumPartial, SumStart: 99})
 	l.frame(testFrame(100), Offload{Checksum: ChecksumPartial, SumStart: 99})
-	u := uncuts()[0]
+	u := gsoFrames()[0]
 	u.off.GSO = GSOUFO
 	l.frame(u.frame, u.off)
 	l.frame(u.frame, u.off)
 	l.frame(u.frame, u.off)
-	u = uncuts()[0]
+	u = gsoFrames()[0]
 	u.off.GSOSize = 1900
 	l.frame(u.frame, u.off)
 	u.off.GSO, u.off.ECN = GSOTCPv4, true
@@ -234,7 +234,7 @@ func TestWritesThatFailLoseOneFrameEach(t *testing.T) {
 	})
 }
 
-func TestTAPThatWasDownIsGoneOnWith(t *testing.T) {
+func TestTAPThatWasDownContinues(t *testing.T) {
 	tap := openTAP(t, TAPConfig{})
 	h := newHost(t, 1500, pvnet.Config{})
 	got := h.listen()

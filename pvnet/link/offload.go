@@ -150,9 +150,9 @@ func (o *Offload) cut() (c packet.Cut, ok bool) {
 	return c, true
 }
 
-// begin prepares c to cut a frame, into pieces that are cut again of up to whole bytes of
+// startCut prepares c to cut a frame, into pieces that are cut again of up to whole bytes of
 // payload if whole is not 0. It reports whether c can cut the frame.
-func (o *Offload) begin(c *packet.Cutter, frame []byte, whole int) bool {
+func (o *Offload) startCut(c *packet.Cutter, frame []byte, whole int) bool {
 	cut, ok := o.cut()
 	if !ok {
 		return false

@@ -177,7 +177,7 @@ func (p *Packet) read(bufs [][]byte, wait bool) (n int, off Offload, err error) 
 	return n, off, err
 }
 
-func (p *Packet) most() int { return MaxRead }
+func (p *Packet) maxRead() int { return MaxRead }
 
 // setOffloads changes nothing: a packet socket reads frames with the work that their
 // senders left, and cannot ask for another.

@@ -95,7 +95,7 @@ func (p *port) SetReadDeadline(t time.Time) error {
 	return nil
 }
 
-func (p *port) most() int { return MaxFrame }
+func (p *port) maxRead() int { return MaxFrame }
 
 // setWriteDeadline ends a wait of WriteFrame at t.
 func (p *port) setWriteDeadline(t time.Time) error { return p.file.SetWriteDeadline(t) }
@@ -206,12 +206,12 @@ func (p *port) failure(err error) error {
 }
 
 // failed returns the error for the errno of the last try of h.
-func (p *port) failed(h *half) error { return p.meaning(h.errno, h == &p.rd) }
+func (p *port) failed(h *half) error { return p.errorOf(h.errno, h == &p.rd) }
 
-// meaning maps the errors of drivers/net/tun.c and net/packet/af_packet.c for a read or a
+// errorOf maps the errors of drivers/net/tun.c and net/packet/af_packet.c for a read or a
 // write. Most concern one frame. For example, a read returns EINVAL for a frame whose
 // segmentation struct virtio_net_hdr cannot express; the next read returns the next frame.
-func (p *port) meaning(errno syscall.Errno, reading bool) error {
+func (p *port) errorOf(errno syscall.Errno, reading bool) error {
 	switch errno {
 	case unix.ENETDOWN, unix.EIO: // EIO: a TAP that is down does not take this frame
 		return ErrDown

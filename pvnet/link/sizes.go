@@ -18,10 +18,10 @@ const (
 	badGSO
 	badSum
 	undelivered // by the kernel
-	endLosses
+	losses
 )
 
-var reasons = [endLosses]telemetry.Reason{
+var reasons = [losses]telemetry.Reason{
 	tooLong: telemetry.DropTooLong, tooShort: telemetry.DropTooShort,
 	badGSO: telemetry.DropBadGSO, badSum: telemetry.DropBadCsum,
 }
@@ -72,8 +72,8 @@ func (f *feeder) fits(whole []byte, n int, read bool) bool {
 	}
 	opened := f.l.MTU()
 	now := opened
-	if f.quick != nil {
-		if now = f.quick.mtuNow(); now == 0 && read {
+	if f.native != nil {
+		if now = f.native.mtuNow(); now == 0 && read {
 			now = payload
 		}
 	}
@@ -81,29 +81,29 @@ func (f *feeder) fits(whole []byte, n int, read bool) bool {
 		f.raised = now
 	}
 	if n > pvnet.MaxFrame || payload > f.raised {
-		f.j.tell(beyondVif, f.dev, f.l, n, max(now, opened))
+		f.j.logOnce(beyondVif, f.dev, f.l, n, max(now, opened))
 		return false
 	}
-	f.j.tell(raisedLink, f.dev, f.l, n, f.raised)
+	f.j.logOnce(raisedLink, f.dev, f.l, n, f.raised)
 	return true
 }
 
 // refuse drops a frame of n bytes that the vif or its other end does not take.
 func (f *feeder) refuse(n int) {
 	f.drop(tooLong, &f.j.refused)
-	f.j.tell(beyondPeer, f.dev, f.l, n, f.l.MTU())
+	f.j.logOnce(beyondPeer, f.dev, f.l, n, f.l.MTU())
 }
 
-// tellUntaken logs once that a link does not take a frame of n bytes.
-func (j *Joint) tellUntaken(dev *pvnet.Device, l Link, n int) {
-	if j.told[beyondLink].Load() {
+// logBeyondLink logs once that a link does not take a frame of n bytes.
+func (j *Joint) logBeyondLink(dev *pvnet.Device, l Link, n int) {
+	if j.logged[beyondLink].Load() {
 		return
 	}
 	mtu := l.MTU()
-	if q, ok := l.(quick); ok {
+	if q, ok := l.(native); ok {
 		mtu = q.mtuNow()
 	}
-	j.tell(beyondLink, dev, l, n, mtu)
+	j.logOnce(beyondLink, dev, l, n, mtu)
 }
 
 // Kinds of sizes that do not fit. Each is logged once; with a line per frame, a sender
@@ -113,10 +113,10 @@ const (
 	beyondVif
 	beyondPeer
 	beyondLink
-	kinds
+	sizeKinds
 )
 
-var words = [kinds]struct{ what, next string }{
+var messages = [sizeKinds]struct{ what, next string }{
 	raisedLink: {"the MTU of a vif's interface was raised; frames up to it are passed on to the vif",
 		"to have it stay so after a restart, give the vif that MTU (mtu=... in the domain's configuration)"},
 	beyondVif: {"frames for a vif are longer than its MTU, and dropped",
@@ -127,16 +127,16 @@ var words = [kinds]struct{ what, next string }{
 		"raise the interface's MTU (ip link set ... mtu ...), or lower that of the guest's card"},
 }
 
-// tell logs once per kind that a frame of n bytes does not fit. mtu is the interface's.
-func (j *Joint) tell(kind int, dev *pvnet.Device, l Link, n, mtu int) {
-	if j.told[kind].Swap(true) {
+// logOnce logs once per kind that a frame of n bytes does not fit. mtu is the interface's.
+func (j *Joint) logOnce(kind int, dev *pvnet.Device, l Link, n, mtu int) {
+	if j.logged[kind].Swap(true) {
 		return
 	}
 	log := dev.Logger().Warn
 	if kind == raisedLink {
 		log = dev.Logger().Info
 	}
-	w := &words[kind]
+	w := &messages[kind]
 	log(w.what, "vif", dev.ID(), "peer", dev.Peer(), "interface", l.Name(), "frame", n,
 		"vif_mtu", dev.MTU(), "interface_mtu", mtu, "next", w.next)
 }

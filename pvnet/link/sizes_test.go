@@ -46,9 +46,9 @@ func (l *lines) of(text string) (found []string) {
 }
 
 // told fails unless the log has exactly one line of the kind, and it contains all parts.
-func told(t *testing.T, l *lines, kind int, parts ...string) {
+func wantLogged(t *testing.T, l *lines, kind int, parts ...string) {
 	t.Helper()
-	got := l.of(words[kind].what)
+	got := l.of(messages[kind].what)
 	if len(got) != 1 {
 		t.Fatalf("%d lines: %q", len(got), got)
 	}
@@ -145,8 +145,8 @@ func TestMTURaisedAtBothEndsIsFollowed(t *testing.T) {
 					total += len(got) - 54
 				}
 			}
-			told(t, frontLog, raisedLink, "interface="+guest.Name(), "vif_mtu=1500", "interface_mtu=9000", "vif=0")
-			told(t, backLog, raisedLink, "interface="+driver.Name(), "vif_mtu=1500", "interface_mtu=9000", "vif=0", "peer=2")
+			wantLogged(t, frontLog, raisedLink, "interface="+guest.Name(), "vif_mtu=1500", "interface_mtu=9000", "vif=0")
+			wantLogged(t, backLog, raisedLink, "interface="+driver.Name(), "vif_mtu=1500", "interface_mtu=9000", "vif=0", "peer=2")
 			for _, j := range []*Joint{jf, jb} {
 				if st := j.Stats(); st.Dropped()+st.Unsent != 0 {
 					t.Errorf("%+v", st)
@@ -198,8 +198,8 @@ func TestRaisedMTUOfATAPFromElsewhereIsFollowed(t *testing.T) {
 			t.Fatalf("%d bytes of %d", len(b), size)
 		}
 	}
-	told(t, log, raisedLink, "interface_mtu=5000")
-	told(t, log, beyondVif)
+	wantLogged(t, log, raisedLink, "interface_mtu=5000")
+	wantLogged(t, log, beyondVif)
 }
 
 func TestRaisedMTUOfAPacketSocketIsFollowed(t *testing.T) {
@@ -224,7 +224,7 @@ func TestRaisedMTUOfAPacketSocketIsFollowed(t *testing.T) {
 	settle(t, j, func(st JointStats) bool { return st.Unsent == 2 })
 	setMTU(t, card, 9000)
 	setMTU(t, far, 9000)
-	told(t, log, beyondLink, "interface="+far, "frame=9014", "interface_mtu=1500")
+	wantLogged(t, log, beyondLink, "interface="+far, "frame=9014", "interface_mtu=1500")
 	for _, size := range sizesTo(9000) {
 		want := testFrame(size)
 		guest(size)
@@ -236,10 +236,10 @@ func TestRaisedMTUOfAPacketSocketIsFollowed(t *testing.T) {
 			t.Fatalf("%d bytes of %d", len(b), size)
 		}
 	}
-	told(t, log, raisedLink, "interface="+far, "interface_mtu=9000")
+	wantLogged(t, log, raisedLink, "interface="+far, "interface_mtu=9000")
 
 	// Segments that the joint cuts may be as long, and the frames behind them arrive.
-	u := uncut{}
+	u := gsoFrame{}
 	u.frame, u.off = partialTCP(60000)
 	u.off.GSO, u.off.GSOSize, u.off.HeaderLen, u.off.ECN = GSOTCPv4, 9000-40, 54, true
 	for range 3 {
@@ -267,7 +267,7 @@ func TestRaisedMTUOfAPacketSocketIsFollowed(t *testing.T) {
 }
 
 // An interface's MTU that was larger before the joint ran does not raise the vif's.
-func TestFramesBeyondTheVifAreSaidOnceAndCounted(t *testing.T) {
+func TestFramesBeyondTheVifAreLoggedOnceAndCounted(t *testing.T) {
 	tap := openTAP(t, TAPConfig{MTU: 9000})
 	p := openPacket(t, tap.Name())
 	h, log := newHostWithLog(t)
@@ -279,7 +279,7 @@ func TestFramesBeyondTheVifAreSaidOnceAndCounted(t *testing.T) {
 	if b := next(t, got); len(b) != 60 {
 		t.Fatalf("%d bytes", len(b))
 	}
-	told(t, log, beyondVif, "interface="+tap.Name(), "frame=1519", "vif_mtu=1500", "interface_mtu=9000")
+	wantLogged(t, log, beyondVif, "interface="+tap.Name(), "frame=1519", "vif_mtu=1500", "interface_mtu=9000")
 	settle(t, j, func(st JointStats) bool { return st.Oversize == 3 })
 	settle(t, j, func(JointStats) bool { return lostOf(h.Back, telemetry.DropTooLong) == 3 })
 
@@ -324,12 +324,12 @@ func TestFramesWithTwoTagsPass(t *testing.T) {
 		t.Fatalf("%d bytes", len(b2))
 	}
 	settle(t, j, func(st JointStats) bool { return st.Oversize == 1 && st.FromLink == 1 })
-	told(t, log, beyondVif, "frame=1523")
+	wantLogged(t, log, beyondVif, "frame=1523")
 }
 
 // If the other end takes only frames of one page, the joint logs that once for longer
 // frames, and passes the others on.
-func TestPeerThatTakesNoLongFramesIsSaidOnce(t *testing.T) {
+func TestPeerThatTakesNoLongFramesIsLoggedOnce(t *testing.T) {
 	lab := labtest.New(t, emu.Config{})
 	lab.Domain(1)
 	guest := lab.Domain(2)
@@ -367,7 +367,7 @@ func TestPeerThatTakesNoLongFramesIsSaidOnce(t *testing.T) {
 		send(t, p, Offload{}, testFrame(size))
 	}
 	settle(t, j, func(st JointStats) bool { return st.Refused == 2 && st.FromLink == 2 })
-	told(t, log, beyondPeer, "interface="+tap.Name(), "frame=5000", "vif_mtu=1500")
+	wantLogged(t, log, beyondPeer, "interface="+tap.Name(), "frame=5000", "vif_mtu=1500")
 	settle(t, j, func(JointStats) bool { return lostOf(front, telemetry.DropTooLong) == 2 })
 	select {
 	case err := <-ended:

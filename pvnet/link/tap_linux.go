@@ -57,7 +57,7 @@ func OpenTAP(cfg TAPConfig) (*TAP, error) {
 // queue, all with the same name. The kernel spreads its flows over the open queues.
 func OpenTAPQueues(cfg TAPConfig, n int) ([]*TAP, error) {
 	if n < 1 || n > 256 { // MAX_TAP_QUEUES of drivers/net/tun.c
-		return nil, &OpenError{Link: tapCalled(cfg.Name), Step: fmt.Sprintf("open %d queues", n), Err: unix.EINVAL}
+		return nil, &OpenError{Link: tapLabel(cfg.Name), Step: fmt.Sprintf("open %d queues", n), Err: unix.EINVAL}
 	}
 	return openTAPs(cfg, n, unix.IFF_MULTI_QUEUE)
 }
@@ -322,9 +322,9 @@ func (t *TAP) read(bufs [][]byte, wait bool) (n int, off Offload, err error) {
 	return max(r.n-headerSize, 0), off, nil
 }
 
-// tapCalled returns the name of a TAP for an error. A TAP has no name of its own until the
+// tapLabel returns the name of a TAP for an error. A TAP has no name of its own until the
 // kernel has picked the number.
-func tapCalled(name string) string {
+func tapLabel(name string) string {
 	if name == "" || strings.Contains(name, "%") {
 		return "new tap"
 	}
@@ -332,7 +332,7 @@ func tapCalled(name string) string {
 }
 
 func openError(name string, err error) error {
-	e := &OpenError{Link: tapCalled(name), Step: "open /dev/net/tun", Err: err}
+	e := &OpenError{Link: tapLabel(name), Step: "open /dev/net/tun", Err: err}
 	switch {
 	case errors.Is(err, unix.EACCES), errors.Is(err, unix.EPERM):
 		e.Next = "run as root, or let this user open it (chmod 0666 /dev/net/tun), or use a packet socket"
@@ -343,7 +343,7 @@ func openError(name string, err error) error {
 }
 
 func tapError(name, step string, err error) error {
-	e := &OpenError{Link: tapCalled(name), Step: step, Err: err}
+	e := &OpenError{Link: tapLabel(name), Step: step, Err: err}
 	switch {
 	case errors.Is(err, unix.EPERM):
 		e.Next = "run with CAP_NET_ADMIN, or in a user and network namespace of its own, or attach to one made for this user (ip tuntap add mode tap user NAME)"

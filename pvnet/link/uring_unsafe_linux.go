@@ -230,7 +230,7 @@ func (r *uring) run() error {
 		for i := range n {
 			r.res[i] = -int32(unix.EAGAIN)
 		}
-		n -= r.takeBack() // the last ones
+		n -= r.withdraw() // the last ones
 	}
 	for r.reap(); r.answered < n; r.reap() {
 		r.cancel(n)
@@ -272,9 +272,9 @@ func (r *uring) enter(submit, complete, flags uint32) (uint32, syscall.Errno) {
 	return uint32(k), errno
 }
 
-// takeBack takes back the requests that the kernel did not take, and returns how many. It
+// withdraw takes back the requests that the kernel did not take, and returns how many. It
 // may move the tail back because the kernel reads the tail only in io_uring_enter.
-func (r *uring) takeBack() uint32 {
+func (r *uring) withdraw() uint32 {
 	left := r.sqTail.Load() - r.sqHead.Load()
 	r.sqTail.Add(-left)
 	return left
@@ -309,7 +309,7 @@ func (r *uring) cancel(all uint32) {
 			n++
 		}
 	}
-	if r.submit(n, 0) != nil && r.takeBack() == n {
+	if r.submit(n, 0) != nil && r.withdraw() == n {
 		time.Sleep(time.Millisecond) // until there is memory for it
 		return
 	}

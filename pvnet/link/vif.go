@@ -5,9 +5,9 @@ import (
 	"barevif/pvnet/packet"
 )
 
-// leftOf returns the work that is left to do to a frame of a vif, as an Offload. It
+// offloadOf returns the work that is left to do to a frame of a vif, as an Offload. It
 // reports false for a frame whose headers contradict its checksum state or its GSO.
-func leftOf(f *pvnet.Frame) (off Offload, ok bool) {
+func offloadOf(f *pvnet.Frame) (off Offload, ok bool) {
 	if f.Checksum() != pvnet.ChecksumPartial {
 		return off, true
 	}
@@ -39,9 +39,9 @@ func repeats(head []byte, h *packet.Headers) bool {
 	return h.Proto == packet.TCP && h.L5 != 0 && head[h.L4+13]&0x80 != 0
 }
 
-// leave marks f so that the vif, or its other end, does the work that off describes. It
+// setOffload marks f so that the vif, or its other end, does the work that off describes. It
 // reports false, and leaves f unchanged, if the vif protocol cannot express that work.
-func leave(f *pvnet.Frame, off Offload) bool {
+func setOffload(f *pvnet.Frame, off Offload) bool {
 	switch {
 	case off.GSO == GSONone && off.Checksum == ChecksumNone:
 		return true
@@ -58,12 +58,12 @@ func leave(f *pvnet.Frame, off Offload) bool {
 		f.SetChecksum(pvnet.ChecksumPartial)
 		return true
 	}
-	g, ok := off.vif()
+	g, ok := off.vifGSO()
 	return ok && !off.ECN && f.SetGSO(g) == nil // see repeats for ECN
 }
 
-// vif returns the GSO of o for a frame of a vif. The vif protocol has types for TCP only.
-func (o *Offload) vif() (g pvnet.GSO, ok bool) {
+// vifGSO returns the GSO of o for a frame of a vif. The vif protocol has types for TCP only.
+func (o *Offload) vifGSO() (g pvnet.GSO, ok bool) {
 	g.Size = o.GSOSize
 	switch o.GSO {
 	case GSOTCPv4:

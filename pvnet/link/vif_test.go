@@ -37,7 +37,7 @@ func FuzzFrameAndHeader(f *testing.F) {
 	l, j, _ := h.joinScripted(bare{})
 	rx := ownRX(f, w.Front)
 	var header [headerSize]byte
-	for _, u := range uncuts() {
+	for _, u := range gsoFrames() {
 		u.off.encode(&header)
 		f.Add(header[:], u.frame)
 	}
@@ -101,7 +101,7 @@ func FuzzFrameAndHeader(f *testing.F) {
 			}
 			return
 		}
-		want := cut(t, uncut{"", frame, off})
+		want := cut(t, gsoFrame{"", frame, off})
 		if len(out) != len(want) {
 			t.Fatalf("%d segments, want %d", len(out), len(want))
 		}

@@ -217,7 +217,7 @@ type shared struct {
 	closed atomic.Bool
 }
 
-func (c *shared) fix(err error) error {
+func (c *shared) fixError(err error) error {
 	if err == nil || err == io.EOF {
 		return err
 	}
@@ -233,7 +233,7 @@ func (c *shared) fix(err error) error {
 	case canTime && timeout.Timeout():
 		why = os.ErrDeadlineExceeded
 	default:
-		if errno := known(why.Error()); errno != nil {
+		if errno := errnoOf(why.Error()); errno != nil {
 			why = errno
 		}
 	}
@@ -245,8 +245,8 @@ func (c *shared) fix(err error) error {
 	return &fixed
 }
 
-// known returns the errno for an error that gonet passed on as text, or nil.
-func known(text string) error {
+// errnoOf returns the errno for an error that gonet passed on as text, or nil.
+func errnoOf(text string) error {
 	switch text {
 	case (&tcpip.ErrConnectionReset{}).String():
 		return syscall.ECONNRESET
@@ -306,13 +306,13 @@ func (c *conn) Read(b []byte) (int, error) {
 	if err == io.EOF && (c.closed.Load() || c.stack.ending.Err() != nil) {
 		return n, &net.OpError{Op: "read", Net: "tcp", Err: net.ErrClosed}
 	}
-	return n, c.fix(err)
+	return n, c.fixError(err)
 }
 
 func (c *conn) Write(b []byte) (int, error) {
 	c.stack.card.clock.expire()
 	n, err := c.TCPConn.Write(b)
-	return n, c.fix(err)
+	return n, c.fixError(err)
 }
 
 // Close is idempotent and wakes readers and writers.
@@ -345,13 +345,13 @@ func (c *packetConn) fixRead(err error) error {
 	if err == io.EOF {
 		return &net.OpError{Op: "read", Net: "udp", Err: net.ErrClosed}
 	}
-	return c.fix(err)
+	return c.fixError(err)
 }
 
 func (c *packetConn) Write(b []byte) (int, error) {
 	c.stack.card.clock.expire()
 	n, err := c.UDPConn.Write(b)
-	return n, c.fix(err)
+	return n, c.fixError(err)
 }
 
 // WriteTo takes a *net.UDPAddr of the stack's family.
@@ -369,7 +369,7 @@ func (c *packetConn) WriteTo(b []byte, to net.Addr) (int, error) {
 	}
 	c.stack.card.clock.expire()
 	n, err := c.UDPConn.WriteTo(b, &net.UDPAddr{IP: ip.AsSlice(), Port: udp.Port})
-	return n, c.fix(err)
+	return n, c.fixError(err)
 }
 
 // Close is idempotent and wakes readers.

@@ -76,7 +76,7 @@ func (s *sender) write(packets []*stack.PacketBuffer) int {
 // send sends as many packets as the ring has room for. The caller may use tx.
 func (s *sender) send(packets []*stack.PacketBuffer) (done int) {
 	for done < len(packets) {
-		next, size := s.next(packets[done:])
+		next, size := s.nextBatch(packets[done:])
 		if len(next) == 0 {
 			done++
 			continue
@@ -89,7 +89,7 @@ func (s *sender) send(packets []*stack.PacketBuffer) (done int) {
 			s.fill(&s.frames[i], next[i])
 		}
 		sent, err := s.tx.Send(s.frames[:n])
-		lost, ok := s.after(sent, n, err)
+		lost, ok := s.afterSend(sent, n, err)
 		done += sent + lost
 		if !ok {
 			return done
@@ -98,10 +98,10 @@ func (s *sender) send(packets []*stack.PacketBuffer) (done int) {
 	return done
 }
 
-// after releases the frames that a send of n frames did not take. lost is 1 if the device
+// afterSend releases the frames that a send of n frames did not take. lost is 1 if the device
 // will never take the packet of frames[sent]. ok means that the caller may go on with the
 // next packet at once.
-func (s *sender) after(sent, n int, err error) (lost int, ok bool) {
+func (s *sender) afterSend(sent, n int, err error) (lost int, ok bool) {
 	for i := sent; i < n; i++ {
 		_ = s.frames[i].Release() // still ours
 	}
@@ -151,7 +151,7 @@ func (s *sender) work() {
 func (s *sender) sendAll(packets []*stack.PacketBuffer) (done int) {
 	most := len(packets)
 	for done < len(packets) {
-		next, size := s.next(packets[done:])
+		next, size := s.nextBatch(packets[done:])
 		if len(next) == 0 {
 			done++
 			continue
@@ -165,7 +165,7 @@ func (s *sender) sendAll(packets []*stack.PacketBuffer) (done int) {
 			s.fill(&s.frames[i], next[i])
 		}
 		sent, err := s.tx.SendWait(s.frames[:n])
-		lost, ok := s.after(sent, n, err)
+		lost, ok := s.afterSend(sent, n, err)
 		done += sent + lost
 		switch {
 		case ok:
@@ -186,10 +186,10 @@ func release(packets []*stack.PacketBuffer) {
 	}
 }
 
-// next returns the packets to send in one batch, all with the same number of pages, and
+// nextBatch returns the packets to send in one batch, all with the same number of pages, and
 // the size of the largest in bytes. It returns none if the first packet is too long for
 // any vif, and counts that packet as unsent.
-func (s *sender) next(packets []*stack.PacketBuffer) (run []*stack.PacketBuffer, size int) {
+func (s *sender) nextBatch(packets []*stack.PacketBuffer) (run []*stack.PacketBuffer, size int) {
 	for i, p := range packets[:min(batch, len(packets))] {
 		n := p.Size()
 		if n > pvnet.MaxFrame {
@@ -234,7 +234,7 @@ func (s *sender) fill(f *pvnet.Frame, p *stack.PacketBuffer) {
 		if p.Data().Size() <= room {
 			return
 		}
-		gso.Type = unsummed(f, p)
+		gso.Type = setPartialSum(f, p)
 	default:
 		return
 	}
@@ -244,9 +244,9 @@ func (s *sender) fill(f *pvnet.Frame, p *stack.PacketBuffer) {
 	}
 }
 
-// unsummed turns the checksum of a TCP segment into a partial one, which the end that cuts
+// setPartialSum turns the checksum of a TCP segment into a partial one, which the end that cuts
 // the segment completes. It returns the segment's GSO type.
-func unsummed(f *pvnet.Frame, p *stack.PacketBuffer) pvnet.GSOType {
+func setPartialSum(f *pvnet.Frame, p *stack.PacketBuffer) pvnet.GSOType {
 	var network header.Network
 	typ := pvnet.GSOTCPv4
 	if p.NetworkProtocolNumber == header.IPv6ProtocolNumber {

@@ -250,7 +250,7 @@ func (c *Cutter) transport(l4 []byte, n int, sum uint16, again bool) {
 	}
 	l4[field], l4[field+1] = 0, 0
 	// The header has an even length, so the payload begins a 16-bit word.
-	binary.BigEndian.PutUint16(l4[field:], written(Fold(Add(pseudo+uint64(sum), l4)), c.in.Proto))
+	binary.BigEndian.PutUint16(l4[field:], fieldValue(Fold(Add(pseudo+uint64(sum), l4)), c.in.Proto))
 }
 
 // TCP flags that only the first or the last segment keeps.
@@ -275,7 +275,7 @@ func (c *Cutter) envelope(head []byte, n int, sum uint16) {
 		if proto == GRE {
 			proto = TCP // like TCP's, the checksum may be 0
 		}
-		binary.BigEndian.PutUint16(field, written(whole, proto))
+		binary.BigEndian.PutUint16(field, fieldValue(whole, proto))
 	}
 }
 

@@ -335,7 +335,7 @@ func sctp(v6 bool, n int) (b []byte, at int) {
 	return b, at
 }
 
-func TestTheChecksumOfSCTPIsACRC(t *testing.T) {
+func TestSCTPHasACRC(t *testing.T) {
 	for _, v6 := range []bool{false, true} {
 		for n := range 70 {
 			b, at := sctp(v6, n)
@@ -485,7 +485,7 @@ func TestACutGoesOn(t *testing.T) {
 }
 
 // Cutting in two stages gives the same pieces as cutting at once.
-func TestACutIntoSuchAsAreCutAgain(t *testing.T) {
+func TestPiecesThatAreCutAgain(t *testing.T) {
 	for i := range uint64(300) {
 		s := anySpec(rand.New(rand.NewPCG(i, 5)))
 		if s.out != nil || s.udp {

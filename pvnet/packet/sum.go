@@ -177,7 +177,7 @@ func (p *Partial) Complete(pieces [][]byte) bool {
 		return true
 	}
 	var b [2]byte
-	binary.BigEndian.PutUint16(b[:], written(sumPieces(pieces, p.Start, p.End), p.Proto))
+	binary.BigEndian.PutUint16(b[:], fieldValue(sumPieces(pieces, p.Start, p.End), p.Proto))
 	put(pieces, p.Field, b[:])
 	return true
 }
@@ -186,8 +186,8 @@ func (p *Partial) Complete(pieces [][]byte) bool {
 // local variable it would escape and be allocated each time.
 var noCRC = make([]byte, 4)
 
-// written returns the value for a checksum field of the protocol, from a sum.
-func written(sum uint16, proto uint8) uint16 {
+// fieldValue returns the value for a checksum field of the protocol, from a sum.
+func fieldValue(sum uint16, proto uint8) uint16 {
 	if sum == 0xffff && proto != TCP {
 		return 0xffff
 	}

@@ -50,12 +50,12 @@ func New(t testing.TB, vif toolstack.Vif, front, back pvnet.Config) *Wire {
 	})
 	w.backs = backs
 	w.Connect()
-	w.served()
+	w.waitBackend()
 	return w
 }
 
-// served waits for the backend's device.
-func (w *Wire) served() {
+// waitBackend waits for the backend's device.
+func (w *Wire) waitBackend() {
 	w.t.Helper()
 	select {
 	case w.Back = <-w.backs:
@@ -75,7 +75,7 @@ func (w *Wire) Plug(mac [6]byte, mtu int) {
 	}
 	w.vif.MAC, w.vif.MTU = mac, mtu
 	w.lab.Add(w.vif)
-	w.served()
+	w.waitBackend()
 	for ev := range w.Front.Links(ctx) {
 		if ev.Up && ev.MAC == mac {
 			return
