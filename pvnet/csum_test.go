@@ -134,7 +134,7 @@ func TestExtensionHeadersArrive(t *testing.T) {
 		if w := (takesCsum6 | takesGSO6).fit(&f); (w == fits) != (exts == nil) || (w == mustCut) != (exts != nil) {
 			t.Errorf("%v: %d for who takes everything", exts, w)
 		}
-		pieces := chewed(t, &f)
+		pieces := cutAll(t, &f)
 		if len(pieces) != 15 {
 			t.Errorf("%v: %d pieces", exts, len(pieces))
 		}
@@ -176,7 +176,7 @@ func TestFramesOfManySegmentsArrive(t *testing.T) {
 				t.Errorf("%d: %v, %+v", size, reason, f.GSO())
 				continue
 			}
-			s.cut(t, chewed(t, &f))
+			s.cut(t, cutAll(t, &f))
 		}
 	}
 	// But a peer's page may not make more frames than Linux ever would.

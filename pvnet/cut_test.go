@@ -182,8 +182,8 @@ func chop(t testing.TB, a *arena.Arena, b []byte, off int, sizes ...int) Frame {
 	return f
 }
 
-// chewed returns the pieces into which a TX cuts f.
-func chewed(t testing.TB, f *Frame) (pieces [][]byte) {
+// cutAll returns the pieces into which a TX cuts f.
+func cutAll(t testing.TB, f *Frame) (pieces [][]byte) {
 	t.Helper()
 	var c cutting
 	if !c.start(f) {
@@ -250,7 +250,7 @@ func TestCutPiecesAreWhatLinuxMakes(t *testing.T) {
 		if err := f.SetGSO(s.gso()); err != nil {
 			t.Fatalf("%+v: %v", s, err)
 		}
-		s.cut(t, chewed(t, &f))
+		s.cut(t, cutAll(t, &f))
 		if got := make([]byte, f.Len()); f.CopyTo(got) != len(got) || !bytes.Equal(got, s.frame()) {
 			t.Fatalf("%+v: the frame itself has changed", s)
 		}
@@ -292,7 +292,7 @@ func ways(t testing.TB, p *pair) []way {
 }
 
 // load allocates a frame with the bytes of s.
-func (s stream) load(t testing.TB, tx *TX) (f [1]Frame) {
+func (s stream) put(t testing.TB, tx *TX) (f [1]Frame) {
 	t.Helper()
 	b := s.frame()
 	if n, err := tx.AllocWait(f[:], len(b)); n != 1 || err != nil {
@@ -317,7 +317,7 @@ func TestWhatIsTaggedIsMadeWholeForEverybody(t *testing.T) {
 		for _, v6 := range []bool{false, true} {
 			s := typical
 			s.tags, s.v6 = tags, v6
-			f := s.load(t, tx)
+			f := s.put(t, tx)
 			long := all.fit(&f[0])
 			f[0].SetGSO(GSO{})
 			partial := all.fit(&f[0])
@@ -339,7 +339,7 @@ func TestAFrameIsCutForAPeerWithoutScatterGather(t *testing.T) {
 		for _, size := range []int{1448, 4000} {
 			s := typical
 			s.size = size
-			f := s.load(t, tx)
+			f := s.put(t, tx)
 			if n, err := tx.Send(f[:]); n != 1 || err != nil {
 				t.Fatal(n, err)
 			}
@@ -348,7 +348,7 @@ func TestAFrameIsCutForAPeerWithoutScatterGather(t *testing.T) {
 		// If the pieces would be chains themselves, none is sent.
 		s := typical
 		s.size = 9000
-		f := s.load(t, tx)
+		f := s.put(t, tx)
 		if n, err := tx.Send(f[:]); n != 0 || err != ErrFrameSize {
 			t.Fatal(n, err)
 		}
@@ -405,7 +405,7 @@ func TestCuttingAllocatesNothing(t *testing.T) {
 // sent.
 func TestAStallOfAFrameToBeCut(t *testing.T) {
 	both(t, plain, func(t *testing.T, s *stalled) {
-		f := typical.load(t, s.p.back.tx[0]) // in the backend's pages: the frontend's pages would run out, too
+		f := typical.put(t, s.p.back.tx[0]) // in the backend's pages: the frontend's pages would run out, too
 		k := typical.pieces()
 		s.fill(k - 2)
 		for range 2 {
@@ -421,9 +421,9 @@ func TestAStallOfAFrameToBeCut(t *testing.T) {
 			s.sent <- err
 		}()
 		synctest.Wait()
-		s.beat(0, 0)
-		s.beat(1, 0)
-		s.beat(1, 0)
+		s.tick(0, 0)
+		s.tick(1, 0)
+		s.tick(1, 0)
 		if e := s.last(); e.A != 1 {
 			t.Errorf("short of %d slots", e.A)
 		}
@@ -433,7 +433,7 @@ func TestAStallOfAFrameToBeCut(t *testing.T) {
 		if err := <-s.sent; err != nil {
 			t.Fatal(err)
 		}
-		s.beat(1, 1)
+		s.tick(1, 1)
 	})
 }
 
@@ -443,7 +443,7 @@ func TestACutThatWasInterrupted(t *testing.T) {
 	for _, way := range ways(t, p) {
 		for _, again := range []bool{true, false} {
 			s := typical
-			f := s.load(t, way.tx.dev.other(p).tx[0])
+			f := s.put(t, way.tx.dev.otherEnd(p).tx[0])
 			left := fillUp(t, way.tx, 10)
 			if n, err := way.tx.Send(f[:]); n != 0 || err != ErrFull || !f[0].Valid() {
 				t.Fatal(n, err)
@@ -464,7 +464,7 @@ func TestACutThatWasInterrupted(t *testing.T) {
 }
 
 // other returns the device at the other end.
-func (d *Device) other(p *pair) *Device {
+func (d *Device) otherEnd(p *pair) *Device {
 	if d == p.front {
 		return p.back
 	}
@@ -492,7 +492,7 @@ func TestMorePiecesThanSlots(t *testing.T) {
 		for _, size := range []int{8, 48, 100, 500} {
 			s := typical
 			s.size = size
-			f := s.load(t, way.tx)
+			f := s.put(t, way.tx)
 			sent := make(chan error, 1)
 			go func() {
 				_, err := way.tx.SendWait(f[:])
@@ -513,15 +513,15 @@ func TestAStallIsTheSlotOfTheExtraInfo(t *testing.T) {
 	both(t, f, func(t *testing.T, s *stalled) {
 		short := typical
 		short.payload, short.size = 1000, 100
-		f := short.load(t, s.p.back.tx[0])
+		f := short.put(t, s.p.back.tx[0])
 		s.fill(1)
 		go func() {
 			_, err := s.tx.SendWait(f[:])
 			s.sent <- err
 		}()
 		synctest.Wait()
-		s.beat(0, 0)
-		s.beat(1, 0)
+		s.tick(0, 0)
+		s.tick(1, 0)
 		if e := s.last(); e.A != 1 {
 			t.Errorf("short of %d slots", e.A)
 		}
@@ -529,7 +529,7 @@ func TestAStallIsTheSlotOfTheExtraInfo(t *testing.T) {
 		if err := <-s.sent; err != nil {
 			t.Fatal(err)
 		}
-		s.beat(1, 1)
+		s.tick(1, 1)
 	})
 }
 
@@ -581,7 +581,7 @@ func TestHeadersAreReceivedIntoOnePiece(t *testing.T) {
 	s.ip, s.options = 40, 40
 	for _, way := range ways(t, p) {
 		for room := s.headers() - 40; room <= packet.MaxHeaders+1; room++ {
-			f := s.load(t, way.tx)
+			f := s.put(t, way.tx)
 			if _, err := way.tx.Send(f[:]); err != nil {
 				t.Fatal(err)
 			}
@@ -627,7 +627,7 @@ func TestWhatIsNoLongerToBeCutIsRefused(t *testing.T) {
 				"unknown, they say":   func(f *Frame) { f.SetChecksum(ChecksumUnknown) },
 				"longer than it says": func(f *Frame) { binary.BigEndian.PutUint16(f.Bytes()[16:], 65000) },
 			} {
-				f := typical.load(t, way.tx)
+				f := typical.put(t, way.tx)
 				change(&f[0])
 				if n, err := way.tx.Send(f[:]); n != 0 || err != ErrOffload {
 					t.Errorf("%s to a peer that takes %b: %d, %v", what, peer, n, err)
@@ -708,7 +708,7 @@ func TestEmptyPiecesTakeNoSlots(t *testing.T) {
 			f[0].CopyFrom(content)
 			sent := 0
 			for ; sent < 20; sent++ {
-				f := short.load(t, way.tx)
+				f := short.put(t, way.tx)
 				if _, err := way.tx.Send(f[:]); err != nil {
 					t.Fatal(err)
 				}
@@ -756,7 +756,7 @@ func TestAFrameOfManyPiecesIsCut(t *testing.T) {
 		if err := f.SetGSO(s.gso()); err != nil {
 			t.Fatal(err)
 		}
-		s.cut(t, chewed(t, &f))
+		s.cut(t, cutAll(t, &f))
 	}
 }
 
@@ -772,7 +772,7 @@ func TestBothEndsCountTheSame(t *testing.T) {
 			for _, v6 := range []bool{false, true} {
 				s := typical
 				s.payload, s.v6 = payload, v6
-				f := s.load(t, way.tx)
+				f := s.put(t, way.tx)
 				slots += uint64(f[0].slots()) + 1
 				if i == 1 {
 					slots += uint64(f[0].pages()) - uint64(f[0].slots())
@@ -819,7 +819,7 @@ func TestMorePiecesThanPages(t *testing.T) {
 		t.Fatalf("%d pages", n)
 	}
 	for _, from := range []*TX{other, tx} { // a frame in the sender's own pages leaves fewer for the pieces
-		f := typical.load(t, from)
+		f := typical.put(t, from)
 		sent := make(chan error, 1)
 		go func() {
 			_, err := tx.SendWait(f[:])

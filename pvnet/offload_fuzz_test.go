@@ -114,13 +114,13 @@ func FuzzArrived(f *testing.F) {
 		if (frame.GSO() != GSO{}) && (!keep || frame.Checksum() != ChecksumPartial || frame.GSO() != GSO{GSOType(kind), size}) {
 			t.Fatalf("%+v comes as %+v", gso, frame.GSO())
 		}
-		goesOn(t, &frame)
+		checkSendable(t, &frame)
 	})
 }
 
-// goesOn asserts that a received frame can be sent to a peer that takes all of its
+// checkSendable asserts that a received frame can be sent to a peer that takes all of its
 // offloads, and to one that takes none.
-func goesOn(t *testing.T, f *Frame) {
+func checkSendable(t *testing.T, f *Frame) {
 	t.Helper()
 	const all = takesCsum4 | takesCsum6 | takesGSO4 | takesGSO6
 	h, _ := f.Headers()
@@ -132,7 +132,7 @@ func goesOn(t *testing.T, f *Frame) {
 		if w != mustCut {
 			t.Fatalf("%d, not to be cut", w)
 		}
-		chew(t, f)
+		checkCut(t, f)
 	case f.Checksum() == ChecksumPartial:
 		if w != mustComplete || !f.completeChecksum() {
 			t.Fatalf("%d, not to be completed", w)
@@ -142,13 +142,13 @@ func goesOn(t *testing.T, f *Frame) {
 	}
 }
 
-// chew cuts f and asserts that the pieces are few, short enough, and complete.
-func chew(t *testing.T, f *Frame) {
+// checkCut cuts f and asserts that the pieces are few, short enough, and complete.
+func checkCut(t *testing.T, f *Frame) {
 	t.Helper()
 	whole := bytesOf(f)
 	was, ok := f.Headers()
 	good := binary.BigEndian.Uint16(whole[was.L4+16:]) == was.Pseudo(whole, was.End-was.L4)
-	pieces := chewed(t, f)
+	pieces := cutAll(t, f)
 	if !ok || len(pieces) < 2 || len(pieces) > packet.MostCuts {
 		t.Fatalf("%d pieces", len(pieces))
 	}
@@ -191,7 +191,7 @@ func FuzzSetGSO(f *testing.F) {
 			t.Fatalf("%v, %+v, %v", err, frame.GSO(), frame.Checksum())
 		}
 		if err == nil && size != 0 {
-			goesOn(t, &frame)
+			checkSendable(t, &frame)
 			if !bytes.Equal(bytesOf(&frame), in) && (frame.GSO() != GSO{}) {
 				t.Fatal("the frame has changed")
 			}
@@ -207,7 +207,7 @@ func FuzzSetGSO(f *testing.F) {
 		for o := range takesGSO6 << 1 {
 			var c cutting
 			if o.fit(&frame) == mustCut && c.start(&frame) && c.Left() > 1 {
-				chew(t, &frame)
+				checkCut(t, &frame)
 				break // the pieces are the same for all peers
 			}
 		}
@@ -242,6 +242,6 @@ func FuzzCut(f *testing.F) {
 		if (frame.GSO() == GSO{}) {
 			return
 		}
-		s.cut(t, chewed(t, &frame))
+		s.cut(t, cutAll(t, &frame))
 	})
 }

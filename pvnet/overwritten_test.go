@@ -41,9 +41,9 @@ func (j *journal) lines(with string) (n int) {
 
 func (j *journal) logger() *slog.Logger { return slog.New(slog.NewTextHandler(j, nil)) }
 
-// crossed sends frames each way until one has arrived, since the link may be about to go
+// passFrames sends frames each way until one has arrived, since the link may be about to go
 // down.
-func crossed(t testing.TB, name string, front, back *pvnet.Device) {
+func passFrames(t testing.TB, name string, front, back *pvnet.Device) {
 	t.Helper()
 	heard := func(to *pvnet.Device) uint64 {
 		st := to.Stats()
@@ -82,7 +82,7 @@ func TestAStateWrittenByAnotherIsPutRight(t *testing.T) {
 						await(t, back, true)
 						go front.Listen(context.Background(), func(pvnet.Frame) {})
 						go back.Listen(context.Background(), func(pvnet.Frame) {})
-						crossed(t, "before", front, back)
+						passFrames(t, "before", front, back)
 						dir := v.FrontDir()
 						if role == "backend" {
 							dir = v.BackDir()
@@ -92,7 +92,7 @@ func TestAStateWrittenByAnotherIsPutRight(t *testing.T) {
 								t.Fatal(err)
 							}
 							time.Sleep(later)
-							crossed(t, fmt.Sprint("round ", round), front, back)
+							passFrames(t, fmt.Sprint("round ", round), front, back)
 						}
 						time.Sleep(time.Second)
 						for _, dir := range []string{v.FrontDir(), v.BackDir()} {
@@ -130,7 +130,7 @@ func TestAStateWrittenInALoopIsFollowedSlowly(t *testing.T) {
 				back := wait(t, backs)
 				go front.Listen(context.Background(), func(pvnet.Frame) {})
 				go back.Listen(context.Background(), func(pvnet.Frame) {})
-				crossed(t, "before", front, back)
+				passFrames(t, "before", front, back)
 				dir := v.FrontDir()
 				if role == "backend" {
 					dir = v.BackDir()
@@ -152,7 +152,7 @@ func TestAStateWrittenInALoopIsFollowedSlowly(t *testing.T) {
 				if n := log.lines("changed by another"); n > 30 {
 					t.Errorf("%d lines of log", n)
 				}
-				crossed(t, "after", front, back)
+				passFrames(t, "after", front, back)
 				front.Disconnect()
 				stop()
 			})

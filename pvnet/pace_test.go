@@ -6,8 +6,8 @@ import (
 	"time"
 )
 
-// toggles simulates a peer that never rests, for d, and returns how many moves were made.
-func toggles(p *pace, d time.Duration) (moves int) {
+// stepFor simulates a peer that never rests, for d, and returns how many moves were made.
+func stepFor(p *pace, d time.Duration) (moves int) {
 	for end := time.Now().Add(d); time.Now().Before(end); moves++ {
 		p.step(time.Now())
 		time.Sleep(time.Until(p.until))
@@ -25,10 +25,10 @@ func TestAPaceIsForgivingFirstAndAfterAMinute(t *testing.T) {
 					t.Fatalf("move %d is followed by a pause", i)
 				}
 			}
-			if n := toggles(&p, 10*time.Second); n < 9*stepsBetween || n > 14*stepsBetween {
+			if n := stepFor(&p, 10*time.Second); n < 9*stepsBetween || n > 14*stepsBetween {
 				t.Errorf("%d moves in 10 s", n)
 			}
-			if n := toggles(&p, time.Hour); n > 3601*stepsBetween {
+			if n := stepFor(&p, time.Hour); n > 3601*stepsBetween {
 				t.Errorf("%d moves in an hour", n)
 			}
 			time.Sleep(forgetAfter + time.Second)

@@ -131,9 +131,9 @@ func (q *polled) until(t testing.TB, got []int, want ...int) {
 	}
 }
 
-// quiet fails if a frame comes within a moment. It leaves every member asleep, unless the
+// wantQuiet fails if a frame comes within a moment. It leaves every member asleep, unless the
 // Poller is Busy.
-func (q *polled) quiet(t testing.TB, got []int) {
+func (q *polled) wantQuiet(t testing.TB, got []int) {
 	t.Helper()
 	before := fmt.Sprint(got)
 	q.SetDeadline(time.Now().Add(20 * time.Millisecond))
@@ -184,11 +184,11 @@ func TestPollerSaysWhoHasFrames(t *testing.T) {
 		got := make([]int, 4)
 		send(t, q.tx[2], 3)
 		q.until(t, got, 0, 0, 3, 0)
-		q.quiet(t, got)
+		q.wantQuiet(t, got)
 		send(t, q.tx[0], 100)
 		send(t, q.tx[3], 40)
 		q.until(t, got, 100, 0, 3, 40)
-		q.quiet(t, got)
+		q.wantQuiet(t, got)
 		for i := range 20 {
 			send(t, q.tx[i%4], 1)
 			want := append([]int(nil), got...)
@@ -326,7 +326,7 @@ func TestPollerIsFair(t *testing.T) {
 	const n = 5
 	q := poll(t, n, PollerConfig{}, plain)
 	got := make([]int, n)
-	q.quiet(t, got)
+	q.wantQuiet(t, got)
 	stop := make(chan struct{})
 	var flood sync.WaitGroup
 	flood.Go(func() { // floods as fast as it can
@@ -468,14 +468,14 @@ func TestPolledHalfDoesNotWait(t *testing.T) {
 	}
 	q.rx[0].Release(frames[:1])
 	// An event that was armed before Remove wakes nobody.
-	q.quiet(t, make([]int, 1))
+	q.wantQuiet(t, make([]int, 1))
 }
 
 func TestPollerEndsByDeadlineWakeAndClose(t *testing.T) {
 	everyWay(t, func(t *testing.T, cfg PollerConfig) {
 		q := poll(t, 2, cfg, plain)
 		got := make([]int, 2)
-		q.quiet(t, got)
+		q.wantQuiet(t, got)
 		q.Wake()
 		if ready, err := q.Wait(); len(ready) != 0 || err != nil {
 			t.Errorf("after Wake: %v, %v", ready, err)
@@ -548,7 +548,7 @@ func TestPollerMembersStayWhileTheyReconnect(t *testing.T) {
 		want := make([]int, n)
 		for round := range 12 {
 			if round%2 == 0 {
-				q.quiet(t, got) // members are asleep when the link goes down
+				q.wantQuiet(t, got) // members are asleep when the link goes down
 			}
 			i := round % n
 			done := make(chan struct{})
@@ -565,7 +565,7 @@ func TestPollerMembersStayWhileTheyReconnect(t *testing.T) {
 			q.until(t, got, want...)
 			<-done
 		}
-		q.quiet(t, got)
+		q.wantQuiet(t, got)
 	})
 }
 
@@ -573,7 +573,7 @@ func TestPollerReportsAnEndedDeviceOnce(t *testing.T) {
 	everyWay(t, func(t *testing.T, cfg PollerConfig) {
 		q := poll(t, 3, cfg, plain)
 		got := make([]int, 3)
-		q.quiet(t, got)
+		q.wantQuiet(t, got)
 		why := errors.New("it is over")
 		go func() {
 			q.pairs[1].back.quiesce(q.pairs[1].conns[1], "ends")
@@ -586,7 +586,7 @@ func TestPollerReportsAnEndedDeviceOnce(t *testing.T) {
 		if len(left) != 1 || left[0] != why {
 			t.Errorf("%v, want %v", left, why)
 		}
-		q.quiet(t, got)
+		q.wantQuiet(t, got)
 		if q.rx[1].member.Load() != nil {
 			t.Error("it is a member still")
 		}
@@ -603,7 +603,7 @@ func TestPollerReportsAPeerThatBreaksTheProtocol(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			q := poll(t, 2, PollerConfig{Wait: mode}, plain)
 			got := make([]int, 2)
-			q.quiet(t, got)
+			q.wantQuiet(t, got)
 			v := &PeerError{Ring: "tx", Reason: "test"}
 			broken := q.pairs[0].back
 			broken.callError(v)
@@ -838,7 +838,7 @@ func TestPollerDoesNotAllocate(t *testing.T) {
 				}
 			}
 			round()
-			q.quiet(t, got)
+			q.wantQuiet(t, got)
 			round()
 			if n := testing.AllocsPerRun(100, round); n != 0 {
 				t.Errorf("%v allocations", n)
@@ -852,7 +852,7 @@ func TestPollerDoesNotAllocate(t *testing.T) {
 func TestPollerPutsOffAStorm(t *testing.T) {
 	q := poll(t, 2, PollerConfig{}, plain)
 	got := make([]int, 2)
-	q.quiet(t, got)
+	q.wantQuiet(t, got)
 	port := q.tx[0].eng.(*frontTX).port
 	stop := make(chan struct{})
 	var storm sync.WaitGroup

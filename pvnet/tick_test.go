@@ -1,6 +1,7 @@
 package pvnet
 
 import (
+	"errors"
 	"runtime"
 	"sync/atomic"
 	"testing"
@@ -106,5 +107,72 @@ func TestTheTickWakesADeviceThatIsNotIdle(t *testing.T) {
 			<-p.back.wake
 		}
 		l.mu.Unlock()
+	})
+}
+
+type nowhere struct{}
+
+func (nowhere) Open(telemetry.Info) (telemetry.Mirror, error) {
+	return nil, errors.New("nowhere to mirror")
+}
+
+// The tick of an idle device ends no wait, whether the counters are mirrored or not.
+func TestTheTickWakesNoOwner(t *testing.T) {
+	for _, mirrored := range []bool{false, true} {
+		cfg := Config{}
+		if mirrored {
+			cfg.Counters = nowhere{}
+		}
+		virtually(t, plain, cfg, func(t *testing.T, p *pair) {
+			_, rx := own(t, p.back)
+			rx.SetDeadline(time.Time{})
+			got := make(chan error, 1)
+			go func() {
+				_, err := rx.Receive(make([]Frame, 1))
+				got <- err
+			}()
+			synctest.Wait()
+			parks := rx.waitSeq.Load()
+			l := &lifecycle{d: p.back, conn: p.conns[1], running: true}
+			for range 10 {
+				time.Sleep(time.Second)
+				l.tick()
+				synctest.Wait()
+			}
+			if n := rx.waitSeq.Load() - parks; n != 0 {
+				t.Errorf("mirrored %v: the tick ended %d waits", mirrored, n/2)
+			}
+			rx.interrupt()
+			<-got
+		})
+	}
+}
+
+// If the tick asks for something just before the owner waits, the owner does it before it
+// waits.
+func TestWhatIsDueDoesNotWaitForAnEvent(t *testing.T) {
+	virtually(t, plain, Config{}, func(t *testing.T, p *pair) {
+		_, rx := own(t, p.back)
+		rx.SetDeadline(time.Time{})
+		got := make(chan error, 1)
+		receive := func() {
+			_, err := rx.Receive(make([]Frame, 1))
+			got <- err
+		}
+		go receive() // consumes the event of the bind
+		synctest.Wait()
+		rx.interrupt()
+		<-got
+		rx.ending.Store(false)
+		rx.park.Load().wait(rx.dir, time.Now()) // consumes the wake of the interrupt
+		rx.requests.Or(requestStall)
+		go receive()
+		synctest.Wait()
+		st := p.back.Stats()
+		if n := st.RX.Get(telemetry.Stalls); n != 1 {
+			t.Errorf("%d", n)
+		}
+		rx.interrupt()
+		<-got
 	})
 }
