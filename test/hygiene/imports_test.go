@@ -17,7 +17,7 @@ var rows = [...][]string{
 	{"arena"},
 	{"hypercall"},
 	{"hypercall/domaintest"},
-	{"hypercall/anon", "hypercall/epoll"},
+	{"hypercall/anon", "hypercall/epoll", "hypercall/internal/backoff"},
 	{"telemetry"},
 	{"pvnet/ring", "pvnet/netif", "pvnet/packet"},
 	{"xenbus/internal/pause"},
