@@ -170,9 +170,10 @@ type Waiter interface {
 	// Time: never). Events and Wakes from before the call count.
 	//
 	// A port that fired stays masked until the next Wait. worked says whether the last
-	// wake-up brought any work. After several in a row without work, unmasking is delayed
-	// by 1 ms, doubling up to 1 s, so that a peer's event storm costs the peer. Wake and
-	// the deadline are never delayed.
+	// wake-up brought any work. If not, the events were spurious. After each spurious event
+	// from the fifth in a row on, the port stays masked for 1 ms, then 2, doubling up to
+	// 1 s, or until some wake-up brings work, so that a peer's event storm costs the peer.
+	// Other ports, Wake and the deadline are never delayed.
 	//
 	// The error is os.ErrDeadlineExceeded or net.ErrClosed.
 	Wait(deadline time.Time, worked bool) error

@@ -26,6 +26,7 @@ var groupCases = []struct {
 	{"KeepsDeadlineAndWake", groupKeepsDeadlineAndWake},
 	{"CloseEndsWait", closeEndsGroupWait},
 	{"PutsOffUselessEventsOfOneWaiterOnly", groupPutsOffUselessEventsOfOneWaiterOnly},
+	{"SpuriousEventsDelayTheirPort", groupSpuriousEventsDelayTheirPort},
 	{"WhatWasPutOffComesInAnotherGroup", whatWasPutOffComesInAnotherGroup},
 	{"ManyEventsComeInParts", manyEventsComeInParts},
 	{"DoesNotAllocate", groupDoesNotAllocate},
@@ -356,6 +357,24 @@ func groupPutsOffUselessEventsOfOneWaiterOnly(t *testing.T, p pair, onThread boo
 			t.Fatal(err)
 		}
 	}
+}
+
+func groupSpuriousEventsDelayTheirPort(t *testing.T, p pair, onThread bool) {
+	w, far := twoPorts(t, p)
+	g := group(t, p.back, onThread)
+	if err := g.Add(w, 1); err != nil {
+		t.Fatal(err)
+	}
+	var tags [1]int
+	fired := false
+	spuriousEventsDelay(t, far, func(deadline time.Time, worked bool) error {
+		if fired {
+			rearm(t, g, w, worked)
+		}
+		n, err := g.Wait(tags[:], deadline)
+		fired = n > 0
+		return err
+	})
 }
 
 func whatWasPutOffComesInAnotherGroup(t *testing.T, p pair, onThread bool) {

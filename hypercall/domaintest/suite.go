@@ -94,6 +94,7 @@ var (
 		{"PeerMayGoSilently", peerMayGoSilently},
 		{"ReusedPortHearsNothingOld", reusedPortHearsNothingOld},
 		{"TwoPortsShareAWaiter", twoPortsShareAWaiter},
+		{"SpuriousEventsDelayTheirPort", spuriousEventsDelayTheirPort},
 		{"NotifyDoesNotAllocate", notifyDoesNotAllocate},
 		{"PingPong", pingPong},
 	}
