@@ -238,12 +238,8 @@ func (m *Mapping) Populate(first, n int) {
 // Release gives the memory back; it must not be used afterwards. Release is idempotent,
 // but not safe for concurrent use.
 func (m *Mapping) Release() error {
-	f := m.release
-	m.release, m.Memory = nil, shm.Memory{}
-	if f == nil {
-		return nil
-	}
-	return f()
+	m.Memory = shm.Memory{}
+	return runOnce(&m.release)
 }
 
 // A Share is memory of ours that Peer may access through Refs, one per page.
@@ -264,12 +260,18 @@ func NewShare(m shm.Memory, peer DomID, access Access, refs []GrantRef, end func
 // has mapped: it sets the page aside, possibly for ever, and returns [ErrInUse]. End is
 // idempotent, but not safe for concurrent use.
 func (s *Share) End() error {
-	f := s.end
-	s.end, s.Memory = nil, shm.Memory{}
-	if f == nil {
+	s.Memory = shm.Memory{}
+	return runOnce(&s.end)
+}
+
+// runOnce calls *f unless it has been called.
+func runOnce(f *func() error) error {
+	run := *f
+	*f = nil
+	if run == nil {
 		return nil
 	}
-	return f()
+	return run()
 }
 
 // An Area is one end of a copy: our own memory in Local, or, if Local is nil, the page

@@ -267,9 +267,9 @@ func twoPortsShareAWaiter(t *testing.T, p pair) {
 	wait(t, wb)
 }
 
-// stormIsPutOffButNotWakeNorDeadline notifies as fast as it can, and calls Wait like a caller
+// stormIsDelayedButNotWakeNorDeadline notifies as fast as it can, and calls Wait like a caller
 // that finds no work.
-func stormIsPutOffButNotWakeNorDeadline(t *testing.T, p pair) {
+func stormIsDelayedButNotWakeNorDeadline(t *testing.T, p pair) {
 	_, wb, a, _ := channel(t, p)
 	stop, stopped := make(chan struct{}), make(chan struct{})
 	go func() {
@@ -288,7 +288,7 @@ func stormIsPutOffButNotWakeNorDeadline(t *testing.T, p pair) {
 	}()
 	defer func() { close(stop); <-stopped }()
 
-	useless := func() (woken int) {
+	spurious := func() (woken int) {
 		end := time.Now().Add(600 * time.Millisecond)
 		for time.Now().Before(end) {
 			if err := wb.Wait(end, false); err == nil {
@@ -300,7 +300,7 @@ func stormIsPutOffButNotWakeNorDeadline(t *testing.T, p pair) {
 		return woken
 	}
 	// The delays begin at 1 ms and double: nine of them end within half a second.
-	if woken := useless(); woken == 0 || woken > 20 {
+	if woken := spurious(); woken == 0 || woken > 20 {
 		t.Errorf("a storm of 600 ms woke us %d times", woken)
 	}
 
@@ -313,7 +313,7 @@ func stormIsPutOffButNotWakeNorDeadline(t *testing.T, p pair) {
 		best := soon
 		for try := range 5 {
 			if try > 0 {
-				useless() // until the delays are long again
+				spurious() // until the delays are long again
 			}
 			start := time.Now()
 			if err := wait(start); err != nil {

@@ -98,7 +98,7 @@ func (g *group) Add(hw hypercall.Waiter, tag int) error {
 	if s.chunk.waiters[tag%64] != nil || w.seat.Load() != nil {
 		return hypercall.ErrGrouped
 	}
-	if err := w.bell.tell(s); err != nil {
+	if err := w.bell.attach(s); err != nil {
 		return err
 	}
 	w.seat.Store(s)
@@ -127,7 +127,7 @@ func (g *group) removeLocked(w *waiter) {
 	if s == nil || s.g != g {
 		return
 	}
-	w.bell.untell(s)
+	w.bell.detach(s)
 	s.chunk.waiters[s.tag%64] = nil
 	g.late.Remove(w)
 	w.seat.Store(nil)

@@ -44,7 +44,7 @@ func TestSpuriousEventsAreUnmaskedLater(t *testing.T) {
 	})
 }
 
-func TestWakeAndDeadlineAreNeverPutOff(t *testing.T) {
+func TestWakeAndDeadlineAreNeverDelayed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := machine(t, emu.Config{})
 		a, b := domain(t, m, 1), domain(t, m, 2)

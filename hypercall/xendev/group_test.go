@@ -96,7 +96,7 @@ func TestGroupIgnoresEventsOfClosedPorts(t *testing.T) {
 	})
 }
 
-func TestGroupPutsOffUselessPorts(t *testing.T) {
+func TestGroupDelaysSpuriousPorts(t *testing.T) {
 	grouped(t, func(t *testing.T, g hypercall.Group) {
 		w, d := newDriver(t, 5)
 		add(t, g, w, 0)
@@ -157,7 +157,7 @@ func TestGroupSaysWhatIsWrongWithTheDriver(t *testing.T) {
 	})
 }
 
-func TestGroupUnmasksWhatAnotherPutOff(t *testing.T) {
+func TestGroupUnmasksWhatAnotherDelayed(t *testing.T) {
 	grouped(t, func(t *testing.T, g hypercall.Group) {
 		w, d := newDriver(t, 5)
 		add(t, g, w, 0)

@@ -63,7 +63,7 @@ type waiter struct {
 	look  func(fd uintptr)
 
 	// Used by a waiter that blocks its thread.
-	doorstop *os.File // an eventfd that Wake writes; nil: the goroutine waits in the runtime's poller
+	wakeFile *os.File // an eventfd that Wake writes; nil: the goroutine waits in the runtime's poller
 	polled   [2]unix.PollFd
 	millis   int // timeout of the next poll
 	block    func(fd uintptr)
@@ -103,7 +103,7 @@ func (w *waiter) onThread() error {
 	if err != nil {
 		return fmt.Errorf("xendev: eventfd: %w", err)
 	}
-	w.doorstop = os.NewFile(uintptr(fd), "eventfd")
+	w.wakeFile = os.NewFile(uintptr(fd), "eventfd")
 	w.polled[1] = unix.PollFd{Fd: int32(fd), Events: unix.POLLIN}
 	w.block = w.pollAndRead
 	return nil
@@ -157,7 +157,7 @@ func (w *waiter) Wait(deadline time.Time, worked bool) error {
 	if err := w.settle(worked); err != nil {
 		return err
 	}
-	if w.doorstop != nil {
+	if w.wakeFile != nil {
 		return w.waitOnThread(deadline)
 	}
 	for {
@@ -353,8 +353,8 @@ func (w *waiter) Wake() {
 	if w.woken.Swap(true) {
 		return // an earlier Wake does the rest
 	}
-	if w.doorstop != nil {
-		_, _ = w.doorstop.Write(one[:]) // fails only if nobody waits
+	if w.wakeFile != nil {
+		_, _ = w.wakeFile.Write(one[:]) // fails only if nobody waits
 		return
 	}
 	w.poked.Store(true)
@@ -373,8 +373,8 @@ func (w *waiter) Close() error {
 		return nil
 	}
 	w.closed = true
-	if w.doorstop != nil {
-		_, _ = w.doorstop.Write(one[:])
+	if w.wakeFile != nil {
+		_, _ = w.wakeFile.Write(one[:])
 	}
 	ports := w.ports
 	w.ports = nil
@@ -383,8 +383,8 @@ func (w *waiter) Close() error {
 		p.Close() // gives its doorbell back; the driver would unbind the port by itself
 	}
 	err := w.file.Close()
-	if w.doorstop != nil {
-		err = errors.Join(err, w.doorstop.Close())
+	if w.wakeFile != nil {
+		err = errors.Join(err, w.wakeFile.Close())
 	}
 	return err
 }

@@ -32,7 +32,7 @@ func TestWaiterThatBlocksItsThread(t *testing.T) {
 		{"EventOfAClosedPortIsNoEvent", TestEventOfAClosedPortIsNoEvent},
 		{"PortClosedWhileMaskedIsNotUnmasked", TestPortClosedWhileMaskedIsNotUnmasked},
 		{"MaskedPortCannotFireTwice", TestMaskedPortCannotFireTwice},
-		{"UselessWakeupsPutOffUnmasking", TestUselessWakeupsPutOffUnmasking},
+		{"SpuriousEventsDelayUnmasking", TestSpuriousEventsDelayUnmasking},
 		{"StormDelaysNeitherWakeNorDeadlineNorOthers", TestStormDelaysNeitherWakeNorDeadlineNorOthers},
 		{"WorkEndsTheDelay", TestWorkEndsTheDelay},
 		{"LatePortIsUnmaskedWithinWait", TestLatePortIsUnmaskedWithinWait},
@@ -207,7 +207,7 @@ func TestMaskedPortCannotFireTwice(t *testing.T) {
 	d.wantUnmasked(5)
 }
 
-func TestUselessWakeupsPutOffUnmasking(t *testing.T) {
+func TestSpuriousEventsDelayUnmasking(t *testing.T) {
 	w, d := newDriver(t, 5, 6)
 	late := w.ports[5]
 	for range backoff.Free {
@@ -227,7 +227,7 @@ func TestUselessWakeupsPutOffUnmasking(t *testing.T) {
 		d.wantUnmasked()
 		delay := time.Millisecond << n
 		if due := late.Due; due.Before(before.Add(delay)) || due.After(after.Add(delay)) {
-			t.Errorf("wake-up %d puts off for %v to %v, not %v", n, due.Sub(after), due.Sub(before), delay)
+			t.Errorf("wake-up %d delays for %v to %v, not %v", n, due.Sub(after), due.Sub(before), delay)
 		}
 		late.Due = after.Add(aDay) // else it may be due for the next Wait already, on a slow machine
 		d.fire(6)
