@@ -26,6 +26,7 @@ var rows = [...][]string{
 	{"xenbus/xenstore"},
 	{"xenbus"},
 	{"xenbus/toolstack"},
+	{"hypercall/xendev/internal/ioctl"},
 	{"hypercall/xendev/privcmd"},
 	{"hypercall/xendev"},
 	{"hypercall/emu/emutest"},
