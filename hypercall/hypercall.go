@@ -170,9 +170,10 @@ type Waiter interface {
 	// Time: never). Events and Wakes from before the call count.
 	//
 	// A port that fired stays masked until the next Wait. worked says whether the last
-	// wake-up brought any work. After several in a row without work, unmasking is delayed
-	// by 1 ms, doubling up to 1 s, so that a peer's event storm costs the peer. Wake and
-	// the deadline are never delayed.
+	// wake-up brought any work. If not, the events were spurious. After each spurious event
+	// from the fifth in a row on, the port stays masked for 1 ms, then 2, doubling up to
+	// 1 s, or until some wake-up brings work, so that a peer's event storm costs the peer.
+	// Other ports, Wake and the deadline are never delayed.
 	//
 	// The error is os.ErrDeadlineExceeded or net.ErrClosed.
 	Wait(deadline time.Time, worked bool) error
@@ -237,12 +238,8 @@ func (m *Mapping) Populate(first, n int) {
 // Release gives the memory back; it must not be used afterwards. Release is idempotent,
 // but not safe for concurrent use.
 func (m *Mapping) Release() error {
-	f := m.release
-	m.release, m.Memory = nil, shm.Memory{}
-	if f == nil {
-		return nil
-	}
-	return f()
+	m.Memory = shm.Memory{}
+	return runOnce(&m.release)
 }
 
 // A Share is memory of ours that Peer may access through Refs, one per page.
@@ -263,12 +260,18 @@ func NewShare(m shm.Memory, peer DomID, access Access, refs []GrantRef, end func
 // has mapped: it sets the page aside, possibly for ever, and returns [ErrInUse]. End is
 // idempotent, but not safe for concurrent use.
 func (s *Share) End() error {
-	f := s.end
-	s.end, s.Memory = nil, shm.Memory{}
-	if f == nil {
+	s.Memory = shm.Memory{}
+	return runOnce(&s.end)
+}
+
+// runOnce calls *f unless it has been called.
+func runOnce(f *func() error) error {
+	run := *f
+	*f = nil
+	if run == nil {
 		return nil
 	}
-	return f()
+	return run()
 }
 
 // An Area is one end of a copy: our own memory in Local, or, if Local is nil, the page

@@ -26,7 +26,7 @@ func Run(t *testing.T, mk func(testing.TB) (front, back hypercall.Domain)) {
 	run(t, mk, eventCases)
 	t.Run("Group", func(t *testing.T) { runGroups(t, mk, false) })
 	t.Run("GroupOnThread", func(t *testing.T) { runGroups(t, mk, true) })
-	run(t, mk, []suiteCase{{"StormIsPutOffButNotWakeNorDeadline", stormIsPutOffButNotWakeNorDeadline}})
+	run(t, mk, []suiteCase{{"StormIsDelayedButNotWakeNorDeadline", stormIsDelayedButNotWakeNorDeadline}})
 	t.Run("Threads", func(t *testing.T) {
 		onThreads := func(t testing.TB) (front, back hypercall.Domain) {
 			front, back = mk(t)
@@ -37,17 +37,17 @@ func Run(t *testing.T, mk func(testing.TB) (front, back hypercall.Domain)) {
 	})
 }
 
-// An onThread is a domain whose Waiters all block threads.
-type onThread struct{ hypercall.ThreadDomain }
+// A blockingDomain is a domain whose Waiters all block threads.
+type blockingDomain struct{ hypercall.ThreadDomain }
 
-func (d onThread) Waiter() (hypercall.Waiter, error) { return d.ThreadWaiter() }
+func (d blockingDomain) Waiter() (hypercall.Waiter, error) { return d.ThreadWaiter() }
 
 func blocking(t testing.TB, d hypercall.Domain) hypercall.Domain {
 	td, ok := d.(hypercall.ThreadDomain)
 	if !ok {
 		t.Skipf("a %T cannot block a thread", d)
 	}
-	return onThread{td}
+	return blockingDomain{td}
 }
 
 func run(t *testing.T, mk func(testing.TB) (front, back hypercall.Domain), cases []suiteCase) {
@@ -94,6 +94,7 @@ var (
 		{"PeerMayGoSilently", peerMayGoSilently},
 		{"ReusedPortHearsNothingOld", reusedPortHearsNothingOld},
 		{"TwoPortsShareAWaiter", twoPortsShareAWaiter},
+		{"SpuriousEventsDelayTheirPort", spuriousEventsDelayTheirPort},
 		{"NotifyDoesNotAllocate", notifyDoesNotAllocate},
 		{"PingPong", pingPong},
 	}
@@ -106,17 +107,22 @@ func (p pair) loopback() bool { return p.front.ID() == p.back.ID() }
 // soon bounds the wait for an event that should come at once.
 const soon = 2 * time.Minute
 
+// atEnd calls f when the test ends; f must not fail.
+func atEnd(t testing.TB, what string, f func() error) {
+	t.Cleanup(func() {
+		if err := f(); err != nil {
+			t.Errorf("%s: %v", what, err)
+		}
+	})
+}
+
 func share(t testing.TB, d hypercall.Domain, peer hypercall.DomID, pages int, access hypercall.Access) *hypercall.Share {
 	t.Helper()
 	s, err := d.Share(peer, pages, access)
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() {
-		if err := s.End(); err != nil {
-			t.Error("End:", err)
-		}
-	})
+	atEnd(t, "End", s.End)
 	return s
 }
 
@@ -126,11 +132,7 @@ func mapRefs(t testing.TB, d hypercall.Domain, peer hypercall.DomID, refs []hype
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() {
-		if err := m.Release(); err != nil {
-			t.Error("Release:", err)
-		}
-	})
+	atEnd(t, "Release", m.Release)
 	return m
 }
 
@@ -140,11 +142,7 @@ func memory(t testing.TB, d hypercall.Domain, pages int) *hypercall.Mapping {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() {
-		if err := m.Release(); err != nil {
-			t.Error("Release:", err)
-		}
-	})
+	atEnd(t, "Release", m.Release)
 	return m
 }
 
@@ -154,11 +152,7 @@ func waiter(t testing.TB, d hypercall.Domain) hypercall.Waiter {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() {
-		if err := w.Close(); err != nil {
-			t.Error("Close:", err)
-		}
-	})
+	atEnd(t, "Close", w.Close)
 	return w
 }
 

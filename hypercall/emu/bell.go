@@ -13,15 +13,15 @@ type bell interface {
 	park(until time.Time)
 	close()
 
-	// tell makes each later ring of the bell set the bit of s in its group, until untell.
+	// attach makes each later ring of the bell set the bit of s in its group, until detach.
 	// No goroutine parks at the bell meanwhile. The group sets the bit itself for events
 	// that came before.
-	tell(s *seat) error
-	untell(s *seat)
+	attach(s *seat) error
+	detach(s *seat)
 }
 
 type chanBell struct {
-	told  atomic.Pointer[seat]
+	seat  atomic.Pointer[seat]
 	rung  chan struct{} // holds one: rings merge
 	timer *time.Timer   // used by the parked goroutine only
 }
@@ -33,7 +33,7 @@ func newChanBell() (bell, error) {
 }
 
 func (b *chanBell) ring() {
-	if s := b.told.Load(); s != nil {
+	if s := b.seat.Load(); s != nil {
 		s.ring()
 		return
 	}
@@ -58,14 +58,14 @@ func (b *chanBell) park(until time.Time) {
 
 func (b *chanBell) close() { b.ring() }
 
-func (b *chanBell) tell(s *seat) error {
-	b.told.Store(s)
+func (b *chanBell) attach(s *seat) error {
+	b.seat.Store(s)
 	return nil
 }
 
-// untell rings the bell once, for the next park: a ring that still saw the seat may have
+// detach rings the bell once, for the next park: a ring that still saw the seat may have
 // gone to it after the group stopped listening.
-func (b *chanBell) untell(*seat) {
-	b.told.Store(nil)
+func (b *chanBell) detach(*seat) {
+	b.seat.Store(nil)
 	b.ring()
 }

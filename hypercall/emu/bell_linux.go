@@ -53,14 +53,14 @@ func (b *fdBell) park(until time.Time) {
 // close waits for a goroutine in the park of a threadBell: call ring first.
 func (b *fdBell) close() { _ = b.file.Close() }
 
-// tell adds the eventfd to the epoll set of the group. The group never reads the eventfd:
+// attach adds the eventfd to the epoll set of the group. The group never reads the eventfd:
 // each ring is a new edge for epoll.
-func (b *fdBell) tell(s *seat) error {
+func (b *fdBell) attach(s *seat) error {
 	return b.control(func(fd int) error { return s.g.set.Add(fd, s.tag, true) })
 }
 
-// untell takes the eventfd out of the group's epoll set. A closed one has left it already.
-func (b *fdBell) untell(s *seat) {
+// detach takes the eventfd out of the group's epoll set. A closed one has left it already.
+func (b *fdBell) detach(s *seat) {
 	_ = b.control(func(fd int) error { return s.g.set.Remove(fd) })
 }
 

@@ -13,6 +13,7 @@ import (
 
 	"barevif/hypercall"
 	"barevif/hypercall/epoll"
+	"barevif/hypercall/internal/backoff"
 )
 
 // A group is where one goroutine waits for many waiters. Each waiter has a bit that says
@@ -28,8 +29,7 @@ type group struct {
 
 	mu     sync.Mutex               // never held while parked
 	chunks atomic.Pointer[[]*chunk] // grown under mu
-	late   []*waiter                // guarded by mu; waiters whose ports are unmasked late
-	isLate atomic.Bool              // set under mu; late is not empty
+	late   backoff.Waiters[*waiter] // guarded by mu
 	rung   [64]int                  // tags from set; used by the goroutine in Wait or Poll only
 }
 
@@ -98,14 +98,12 @@ func (g *group) Add(hw hypercall.Waiter, tag int) error {
 	if s.chunk.waiters[tag%64] != nil || w.seat.Load() != nil {
 		return hypercall.ErrGrouped
 	}
-	if err := w.bell.tell(s); err != nil {
+	if err := w.bell.attach(s); err != nil {
 		return err
 	}
 	w.seat.Store(s)
 	s.chunk.waiters[tag%64] = w
-	if !w.fired && len(w.masked) > 0 { // its last Wait or group delayed the unmasking
-		g.late = append(g.late, w)
-		g.isLate.Store(true)
+	if g.late.Add(w) { // its last Wait or group delayed the unmasking
 		g.set.Wake()
 	}
 	s.ring() // events from before Add count
@@ -129,9 +127,9 @@ func (g *group) removeLocked(w *waiter) {
 	if s == nil || s.g != g {
 		return
 	}
-	w.bell.untell(s)
+	w.bell.detach(s)
 	s.chunk.waiters[s.tag%64] = nil
-	g.late = slices.DeleteFunc(g.late, func(l *waiter) bool { return l == w })
+	g.late.Remove(w)
 	w.seat.Store(nil)
 }
 
@@ -154,7 +152,9 @@ func (g *group) Wait(tags []int, deadline time.Time) (int, error) {
 		g.asleep.Store(false)
 		g.note(n)
 		if errors.Is(err, os.ErrDeadlineExceeded) {
-			g.unmaskDue()
+			if err := g.unmaskDue(); err != nil {
+				return 0, err
+			}
 			if n, err := g.gather(tags); n > 0 || err != nil {
 				return n, err
 			}
@@ -173,8 +173,10 @@ func (g *group) Poll(tags []int) (int, error) {
 		return 0, err
 	}
 	g.note(n)
-	if g.isLate.Load() {
-		g.unmaskDue()
+	if g.late.Late() {
+		if err := g.unmaskDue(); err != nil {
+			return 0, err
+		}
 	}
 	return g.gather(tags)
 }
@@ -214,7 +216,7 @@ func (g *group) gather(tags []int) (n int, err error) {
 				break
 			}
 			at := bits.TrailingZeros64(b)
-			if w := c.waiters[at]; w != nil && !w.fired && w.collect() {
+			if w := c.waiters[at]; w != nil && len(w.masked.Fired()) == 0 && w.collect() {
 				tags[n] = i*64 + at
 				n++
 			}
@@ -232,66 +234,53 @@ func (g *group) Rearm(hw hypercall.Waiter, worked bool) error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	s := w.seat.Load()
-	if s == nil || s.g != g || !w.fired {
+	if s == nil || s.g != g || len(w.masked.Fired()) == 0 {
 		return nil
 	}
 	w.settle(worked)
-	if w.late.IsZero() {
-		w.unmask(s)
-	} else {
-		g.late = append(g.late, w)
-		g.isLate.Store(true)
-	}
+	s.ringIfPending(w)
+	g.late.Add(w)
 	return nil
 }
 
-// unmask lets the ports of w fire again. An event at a masked port rings no bell, so unmask
-// rings the seat for events that came meanwhile.
-func (w *waiter) unmask(s *seat) {
+// Next returns when the first late port of w is due, if that is before the deadline.
+func (w *waiter) Next(deadline time.Time) time.Time { return w.masked.Next(deadline) }
+
+// UnmaskDue unmasks the late ports of w that are due. w is in a group.
+func (w *waiter) UnmaskDue(now time.Time) error {
+	w.unmaskDue(now)
+	w.seat.Load().ringIfPending(w)
+	return nil
+}
+
+// ringIfPending rings for events that came while the ports of w were masked: such an event
+// rings no bell.
+func (s *seat) ringIfPending(w *waiter) {
 	w.d.gate.RLock()
 	defer w.d.gate.RUnlock()
 	if w.d.dead.Load() {
 		return
 	}
-	for _, p := range w.masked {
-		flag(p.word, p.gen, 0, portMasked)
-	}
-	clear(w.masked)
-	w.masked = w.masked[:0]
 	for _, p := range *w.ports.Load() {
-		if p.word.Load()&portPending != 0 {
+		if p.word.Load()&(portPending|portMasked) == portPending {
 			s.ring()
 			return
 		}
 	}
 }
 
-// next returns when Wait must stop parking: at the caller's deadline, or earlier if ports
-// are to be unmasked.
+// next returns when Wait must stop parking: at the caller's deadline, or earlier if a late
+// port is due.
 func (g *group) next(deadline time.Time) time.Time {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	for _, w := range g.late {
-		if deadline.IsZero() || w.late.Before(deadline) {
-			deadline = w.late
-		}
-	}
-	return deadline
+	return g.late.Next(deadline)
 }
 
-func (g *group) unmaskDue() {
+func (g *group) unmaskDue() error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	now := time.Now()
-	g.late = slices.DeleteFunc(g.late, func(w *waiter) bool {
-		if now.Before(w.late) {
-			return false
-		}
-		w.late = time.Time{}
-		w.unmask(w.seat.Load())
-		return true
-	})
-	g.isLate.Store(len(g.late) > 0)
+	return g.late.UnmaskDue(time.Now())
 }
 
 func (g *group) Wake() {

@@ -229,6 +229,17 @@ func parse(p packet) (_ *result, err error) {
 	return res, nil
 }
 
+// callForFD is a call that returns a descriptor.
+func (r *remote) callForFD(op opcode) (*result, int, error) {
+	res, err := r.call(&request{Op: op}, nil)
+	if err != nil {
+		return nil, -1, err
+	}
+	defer res.closeFDs()
+	fd, err := res.takeFD()
+	return res, fd, err
+}
+
 // tell is a call that fails only if the domain has ended.
 func (r *remote) tell(q request) {
 	if res, err := r.call(&q, nil); err == nil {
@@ -324,12 +335,7 @@ func (r *remote) lookup(peer hypercall.DomID) (guestTables, error) {
 }
 
 func (r *remote) newWaiter(bool) (uint64, bell, error) {
-	res, err := r.call(&request{Op: opWaiter}, nil)
-	if err != nil {
-		return 0, nil, err
-	}
-	defer res.closeFDs()
-	fd, err := res.takeFD()
+	res, fd, err := r.callForFD(opWaiter)
 	if err != nil {
 		return 0, nil, err
 	}
@@ -384,12 +390,7 @@ func (r *remote) farEnd(id hypercall.PortID, gen uint32) (*farEnd, error) {
 }
 
 func (r *remote) store() (uint64, io.ReadWriteCloser, error) {
-	res, err := r.call(&request{Op: opStore}, nil)
-	if err != nil {
-		return 0, nil, err
-	}
-	defer res.closeFDs()
-	fd, err := res.takeFD()
+	res, fd, err := r.callForFD(opStore)
 	if err != nil {
 		return 0, nil, err
 	}

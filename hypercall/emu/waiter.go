@@ -11,14 +11,7 @@ import (
 	"time"
 
 	"barevif/hypercall"
-)
-
-// One event without work costs nothing. From the second in a row on, ports are unmasked
-// late (xen_irq_lateeoi of drivers/xen/events/events_base.c).
-const (
-	freeUseless  = 1
-	firstBackoff = time.Millisecond
-	lastBackoff  = time.Second
+	"barevif/hypercall/internal/backoff"
 )
 
 type waiter struct {
@@ -28,13 +21,10 @@ type waiter struct {
 	woken atomic.Bool
 	seat  atomic.Pointer[seat] // place in a group, or nil; changed under the group's mu
 
-	// One goroutine at a time is in Wait and uses the four fields after waiting. While the
-	// waiter is in a group, the group's mu guards them.
+	// One goroutine at a time is in Wait and uses masked. While the waiter is in a group,
+	// the group's mu guards it.
 	waiting atomic.Bool
-	fired   bool      // the last Wait ended with an event
-	useless int       // events in a row that brought no work
-	masked  []*port   // ports that fired
-	late    time.Time // when to unmask them; zero: now
+	masked  backoff.Masked[*port]
 
 	mu     sync.Mutex
 	closed atomic.Bool             // set under mu
@@ -124,66 +114,63 @@ func (w *waiter) Wait(deadline time.Time, worked bool) error {
 		case w.woken.Swap(false):
 			return nil
 		}
-		if !w.late.IsZero() && !time.Now().Before(w.late) {
-			w.late = time.Time{}
+		if w.masked.Late() {
+			w.unmaskDue(time.Now())
 		}
 		if w.collect() {
 			return nil
 		}
-		until := deadline
-		if !w.late.IsZero() && (deadline.IsZero() || w.late.Before(deadline)) {
-			until = w.late
-		}
 		if !deadline.IsZero() && !time.Now().Before(deadline) {
 			return os.ErrDeadlineExceeded
 		}
-		w.bell.park(until)
+		w.bell.park(w.masked.Next(deadline))
 	}
 }
 
-// settle decides when the ports that fired are unmasked. A Wait that ended by Wake or the
-// deadline changes nothing.
+// settle unmasks the ports of the last wake-up, or delays that.
 func (w *waiter) settle(worked bool) {
-	fired := w.fired
-	w.fired = false
-	switch {
-	case worked:
-		w.useless = 0
-		w.late = time.Time{}
-	case fired:
-		w.useless++
-		w.late = time.Time{}
-		if n := w.useless - freeUseless; n > 0 {
-			w.late = time.Now().Add(min(firstBackoff<<min(n-1, 20), lastBackoff))
-		}
+	if len(w.masked.Fired()) == 0 && !w.masked.Late() {
+		return
+	}
+	var now time.Time
+	if !worked {
+		now = time.Now()
+	}
+	w.d.gate.RLock()
+	defer w.d.gate.RUnlock()
+	if !w.d.dead.Load() {
+		w.masked.Settle(worked, now, (*port).unmask)
 	}
 }
 
-// collect unmasks the masked ports unless that is delayed, takes the events of all ports,
-// and reports whether there were any.
-func (w *waiter) collect() bool {
+// unmaskDue unmasks the late ports that are due.
+func (w *waiter) unmaskDue(now time.Time) {
+	w.d.gate.RLock()
+	defer w.d.gate.RUnlock()
+	if !w.d.dead.Load() {
+		w.masked.UnmaskDue(now, (*port).unmask)
+	}
+}
+
+// collect takes the events of all ports, and reports whether there were any.
+func (w *waiter) collect() (fired bool) {
 	w.d.gate.RLock()
 	defer w.d.gate.RUnlock()
 	if w.d.dead.Load() {
 		return false
 	}
-	if w.late.IsZero() {
-		for _, p := range w.masked {
-			flag(p.word, p.gen, 0, portMasked)
-		}
-		clear(w.masked)
-		w.masked = w.masked[:0]
-	}
 	for _, p := range *w.ports.Load() {
 		if take(p.word, p.gen) {
-			w.masked = append(w.masked, p)
-			w.fired = true
+			w.masked.Fire(p)
+			fired = true
 		}
 	}
-	return w.fired
+	return fired
 }
 
 type port struct {
+	backoff.Port // guarded like the waiter's masked
+
 	w    *waiter
 	id   hypercall.PortID
 	gen  uint32
@@ -195,6 +182,9 @@ type port struct {
 }
 
 func (p *port) ID() hypercall.PortID { return p.id }
+
+// unmask lets the port fire again, unless it has been closed. The caller holds the gate.
+func (p *port) unmask() { flag(p.word, p.gen, 0, portMasked) }
 
 func (p *port) Close() error {
 	p.w.mu.Lock()

@@ -7,6 +7,7 @@ import (
 	"unsafe"
 
 	"barevif/hypercall"
+	"barevif/hypercall/xendev/internal/ioctl"
 )
 
 // The requests of include/uapi/xen/{evtchn,gntalloc,gntdev}.h, all of them
@@ -143,21 +144,21 @@ var (
 // bindPeer is EVTCHN_BIND_INTERDOMAIN. The driver only reads the struct, during the call.
 func bindPeer(fd int, peer hypercall.DomID, remote hypercall.PortID) (hypercall.PortID, error) {
 	arg := bindInterdomain{Domain: uint32(peer), Port: uint32(remote)}
-	p, err := ioctl(fd, evtchnBindInterdomain, unsafe.Pointer(&arg))
+	p, err := ioctl.Call(uintptr(fd), evtchnBindInterdomain, unsafe.Pointer(&arg))
 	return hypercall.PortID(p), err
 }
 
 // bindUnbound is EVTCHN_BIND_UNBOUND_PORT. The driver only reads the struct.
 func bindUnbound(fd int, peer hypercall.DomID) (hypercall.PortID, error) {
 	arg := evtchnPort{Value: uint32(peer)}
-	p, err := ioctl(fd, evtchnBindUnbound, unsafe.Pointer(&arg))
+	p, err := ioctl.Call(uintptr(fd), evtchnBindUnbound, unsafe.Pointer(&arg))
 	return hypercall.PortID(p), err
 }
 
 // unbind is EVTCHN_UNBIND. The driver only reads the struct.
 func unbind(fd int, p hypercall.PortID) error {
 	arg := evtchnPort{Value: uint32(p)}
-	_, err := ioctl(fd, evtchnUnbind, unsafe.Pointer(&arg))
+	_, err := ioctl.Call(uintptr(fd), evtchnUnbind, unsafe.Pointer(&arg))
 	return err
 }
 
@@ -169,7 +170,7 @@ func notify(fd int, p hypercall.PortID) error {
 
 // resetEvents is EVTCHN_RESET, which has no struct.
 func resetEvents(fd int) error {
-	_, err := ioctl(fd, evtchnReset, nil)
+	_, err := ioctl.Call(uintptr(fd), evtchnReset, nil)
 	return err
 }
 
@@ -179,7 +180,7 @@ func allocGrefs(fd int, peer hypercall.DomID, flags uint16, count int) (uint64, 
 	buf := make([]uint64, 3+count/2)
 	arg := (*allocGref)(unsafe.Pointer(&buf[0]))
 	arg.Domid, arg.Flags, arg.Count = uint16(peer), flags, uint32(count)
-	if _, err := ioctl(fd, gntallocAlloc, unsafe.Pointer(arg)); err != nil {
+	if _, err := ioctl.Call(uintptr(fd), gntallocAlloc, unsafe.Pointer(arg)); err != nil {
 		return 0, nil, err
 	}
 	refs := make([]hypercall.GrantRef, count)
@@ -192,14 +193,14 @@ func allocGrefs(fd int, peer hypercall.DomID, flags uint16, count int) (uint64, 
 // deallocGrefs is GNTALLOC_DEALLOC_GREF. The driver only reads the struct.
 func deallocGrefs(fd int, index uint64, count int) error {
 	arg := deallocGref{Index: index, Count: uint32(count)}
-	_, err := ioctl(fd, gntallocDealloc, unsafe.Pointer(&arg))
+	_, err := ioctl.Call(uintptr(fd), gntallocDealloc, unsafe.Pointer(&arg))
 	return err
 }
 
 // setUnmapNotify is GNTALLOC_SET_UNMAP_NOTIFY. The driver only reads the struct.
 func setUnmapNotify(fd int, index uint64, action uint32, p hypercall.PortID) error {
 	arg := unmapNotify{Index: index, Action: action, Port: uint32(p)}
-	_, err := ioctl(fd, gntallocUnmapNotify, unsafe.Pointer(&arg))
+	_, err := ioctl.Call(uintptr(fd), gntallocUnmapNotify, unsafe.Pointer(&arg))
 	return err
 }
 
@@ -212,14 +213,14 @@ func addMap(fd int, peer hypercall.DomID, refs []hypercall.GrantRef) (uint64, er
 	for i, r := range refs {
 		unsafe.Slice(&arg.Refs[0], len(refs))[i] = gntdevRef{Domid: uint32(peer), Ref: uint32(r)}
 	}
-	_, err := ioctl(fd, gntdevMap, unsafe.Pointer(arg))
+	_, err := ioctl.Call(uintptr(fd), gntdevMap, unsafe.Pointer(arg))
 	return arg.Index, err
 }
 
 // removeMap is GNTDEV_UNMAP_GRANT_REF. The driver only reads the struct.
 func removeMap(fd int, index uint64, count int) error {
 	arg := unmapGrantRef{Index: index, Count: uint32(count)}
-	_, err := ioctl(fd, gntdevUnmap, unsafe.Pointer(&arg))
+	_, err := ioctl.Call(uintptr(fd), gntdevUnmap, unsafe.Pointer(&arg))
 	return err
 }
 
@@ -228,7 +229,7 @@ func removeMap(fd int, index uint64, count int) error {
 // is not on a stack.
 func copyGrants(fd int, segs []copySegment) error {
 	arg := grantCopy{Count: uint32(len(segs)), Segments: &segs[0]}
-	_, err := ioctl(fd, gntdevCopy, unsafe.Pointer(&arg))
+	_, err := ioctl.Call(uintptr(fd), gntdevCopy, unsafe.Pointer(&arg))
 	return err
 }
 

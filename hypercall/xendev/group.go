@@ -7,13 +7,13 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"barevif/hypercall"
 	"barevif/hypercall/epoll"
+	"barevif/hypercall/internal/backoff"
 )
 
 // A group is where one goroutine waits for many waiters. The kernel's epoll set lists the
@@ -24,11 +24,10 @@ type group struct {
 	woken  atomic.Bool
 	closed atomic.Bool
 
-	mu      sync.Mutex  // never held while parked; taken before a waiter's
-	waiters []*waiter   // guarded by mu; by tag
-	late    []*waiter   // guarded by mu; waiters with ports that stay masked until due
-	isLate  atomic.Bool // set under mu; late is not empty
-	raised  [64]int     // tags from set; used by the goroutine in Wait or Poll only
+	mu      sync.Mutex               // never held while parked; taken before a waiter's
+	waiters []*waiter                // guarded by mu; by tag
+	late    backoff.Waiters[*waiter] // guarded by mu
+	raised  [64]int                  // tags from set; used by the goroutine in Wait or Poll only
 }
 
 // Group implements [hypercall.GroupDomain].
@@ -66,9 +65,7 @@ func (g *group) Add(hw hypercall.Waiter, tag int) error {
 		return fmt.Errorf("xendev: wait for event channels: %w", err)
 	}
 	w.tag, g.waiters[tag] = tag, w
-	if !w.next(time.Time{}).IsZero() { // its last Wait or group delayed the unmasking
-		g.late = append(g.late, w)
-		g.isLate.Store(true)
+	if g.late.Add(w) { // its last Wait or group delayed the unmasking
 		g.set.Wake()
 	}
 	return nil
@@ -91,7 +88,7 @@ func (g *group) removeLocked(w *waiter) {
 	// A closed file has left the epoll set by itself.
 	_ = w.raw.Control(func(fd uintptr) { _ = g.set.Remove(int(fd)) })
 	g.waiters[w.tag] = nil
-	g.late = slices.DeleteFunc(g.late, func(l *waiter) bool { return l == w })
+	g.late.Remove(w)
 	w.group.Store(nil)
 }
 
@@ -120,7 +117,7 @@ func (g *group) Wait(tags []int, deadline time.Time) (int, error) {
 }
 
 func (g *group) Poll(tags []int) (int, error) {
-	if g.isLate.Load() {
+	if g.late.Late() {
 		if err := g.unmaskDue(); err != nil {
 			return 0, err
 		}
@@ -180,39 +177,25 @@ func (g *group) Rearm(hw hypercall.Waiter, worked bool) error {
 		}
 		return err
 	}
-	if !w.next(time.Time{}).IsZero() && !slices.Contains(g.late, w) {
-		g.late = append(g.late, w)
-		g.isLate.Store(true)
-	}
+	g.late.Add(w)
 	return nil
 }
 
 // next returns when Wait must stop parking: at the caller's deadline, or earlier if a late
 // port is due.
 func (g *group) next(deadline time.Time) time.Time {
-	if !g.isLate.Load() {
+	if !g.late.Late() {
 		return deadline
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	for _, w := range g.late {
-		deadline = w.next(deadline)
-	}
-	return deadline
+	return g.late.Next(deadline)
 }
 
-func (g *group) unmaskDue() (err error) {
+func (g *group) unmaskDue() error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	now := time.Now()
-	g.late = slices.DeleteFunc(g.late, func(w *waiter) bool {
-		if e := w.unmaskDue(now); e != nil && !errors.Is(e, net.ErrClosed) {
-			err = e
-		}
-		return w.next(time.Time{}).IsZero()
-	})
-	g.isLate.Store(len(g.late) > 0)
-	return err
+	return g.late.UnmaskDue(time.Now())
 }
 
 func (g *group) Wake() {

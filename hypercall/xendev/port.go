@@ -7,24 +7,19 @@ import (
 	"fmt"
 	"net"
 	"sync"
-	"time"
 
 	"golang.org/x/sys/unix"
 
 	"barevif/hypercall"
+	"barevif/hypercall/internal/backoff"
 	"barevif/hypercall/xendev/privcmd"
 )
 
 // A port is one end of an event channel.
 type port struct {
-	w  *waiter
-	id hypercall.PortID
-
-	// Guarded by w.mu.
-	masked  bool      // by the driver, until its number is written back
-	gone    bool      // closed
-	useless uint8     // wake-ups in a row that brought no work
-	due     time.Time // when to unmask it, if late
+	backoff.Port // guarded by w.mu
+	w            *waiter
+	id           hypercall.PortID
 
 	mu     sync.Mutex       // held for a whole Notify; the driver would serialise them too
 	ring   func(fd uintptr) // EVTCHN_NOTIFY; made once, because a closure for each Notify would be garbage

@@ -19,27 +19,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"barevif/hypercall"
+	"barevif/hypercall/internal/backoff"
 )
-
-const (
-	// freeWakeups is how many wake-ups in a row a port may cause without work before its
-	// unmasking is delayed. Races with an honest peer cause a few.
-	freeWakeups = 4
-
-	// The delay starts at minDelay and doubles up to maxDelay, as that of Linux's late
-	// EOI (drivers/xen/events/events_base.c), which does not apply to ports of user
-	// space.
-	minDelay = time.Millisecond
-	maxDelay = time.Second
-)
-
-// delayAfter returns how long a port stays masked after n wake-ups without work.
-func delayAfter(n uint8) time.Duration {
-	if n <= freeWakeups {
-		return 0
-	}
-	return min(minDelay<<min(n-freeWakeups-1, 10), maxDelay)
-}
 
 // past is a deadline that has passed. SetReadDeadline(past) unblocks a pending Read.
 var past = time.Unix(1, 0)
@@ -62,8 +43,7 @@ type waiter struct {
 	mu     sync.Mutex                 // never held while parked
 	ports  map[hypercall.PortID]*port // guarded by mu
 	closed bool                       // guarded by mu
-	fired  []*port                    // guarded by mu; fired by the last wake-up, masked
-	late   []*port                    // guarded by mu; masked until due
+	masked backoff.Masked[*port]      // guarded by mu
 	out    []byte                     // guarded by mu; numbers to write back
 	sent   int                        // guarded by mu; bytes of out that write wrote
 	outErr error                      // guarded by mu; error of write
@@ -83,7 +63,7 @@ type waiter struct {
 	look  func(fd uintptr)
 
 	// Used by a waiter that blocks its thread.
-	doorstop *os.File // an eventfd that Wake writes; nil: the goroutine waits in the runtime's poller
+	wakeFile *os.File // an eventfd that Wake writes; nil: the goroutine waits in the runtime's poller
 	polled   [2]unix.PollFd
 	millis   int // timeout of the next poll
 	block    func(fd uintptr)
@@ -123,7 +103,7 @@ func (w *waiter) onThread() error {
 	if err != nil {
 		return fmt.Errorf("xendev: eventfd: %w", err)
 	}
-	w.doorstop = os.NewFile(uintptr(fd), "eventfd")
+	w.wakeFile = os.NewFile(uintptr(fd), "eventfd")
 	w.polled[1] = unix.PollFd{Fd: int32(fd), Events: unix.POLLIN}
 	w.block = w.pollAndRead
 	return nil
@@ -172,14 +152,12 @@ func (w *waiter) tryRead(fd uintptr) (done bool) {
 	}
 }
 
-// Wait implements [hypercall.Waiter]. It counts wake-ups without work per port. A port
-// that caused more than four in a row stays masked for 1 ms, then 2, up to 1 s, or until
-// some wake-up brings work. The other ports of this Waiter are not delayed.
+// Wait implements [hypercall.Waiter].
 func (w *waiter) Wait(deadline time.Time, worked bool) error {
 	if err := w.settle(worked); err != nil {
 		return err
 	}
-	if w.doorstop != nil {
+	if w.wakeFile != nil {
 		return w.waitOnThread(deadline)
 	}
 	for {
@@ -220,7 +198,7 @@ func (w *waiter) Wait(deadline time.Time, worked bool) error {
 		if !deadline.IsZero() && !now.Before(deadline) {
 			return os.ErrDeadlineExceeded
 		}
-		if err := w.unmaskDue(now); err != nil {
+		if err := w.UnmaskDue(now); err != nil {
 			return err
 		}
 	}
@@ -229,7 +207,7 @@ func (w *waiter) Wait(deadline time.Time, worked bool) error {
 func (w *waiter) waitOnThread(deadline time.Time) error {
 	for {
 		w.millis = -1
-		if until := w.next(deadline); !until.IsZero() {
+		if until := w.Next(deadline); !until.IsZero() {
 			left := max(time.Until(until), 0)
 			w.millis = int(min((left+time.Millisecond-1)/time.Millisecond, math.MaxInt32))
 		}
@@ -249,28 +227,23 @@ func (w *waiter) waitOnThread(deadline time.Time) error {
 		if !deadline.IsZero() && !now.Before(deadline) && !w.woken.Load() {
 			return os.ErrDeadlineExceeded
 		}
-		if err := w.unmaskDue(now); err != nil {
+		if err := w.UnmaskDue(now); err != nil {
 			return err
 		}
 	}
 }
 
-// next returns when Wait has to look up: at the caller's deadline, or when the next late
+// Next returns when Wait has to look up: at the caller's deadline, or when the next late
 // port is due.
-func (w *waiter) next(deadline time.Time) time.Time {
+func (w *waiter) Next(deadline time.Time) time.Time {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	for _, p := range w.late {
-		if deadline.IsZero() || p.due.Before(deadline) {
-			deadline = p.due
-		}
-	}
-	return deadline
+	return w.masked.Next(deadline)
 }
 
-// arm sets the read deadline to the result of next, unless it is set already.
+// arm sets the read deadline to the result of Next, unless it is set already.
 func (w *waiter) arm(deadline time.Time) error {
-	deadline = w.next(deadline)
+	deadline = w.Next(deadline)
 	if !w.poked.Swap(false) && deadline.Equal(w.armed) {
 		return nil
 	}
@@ -288,59 +261,24 @@ func (w *waiter) settle(worked bool) error {
 	if w.closed {
 		return net.ErrClosed
 	}
-	var now time.Time
-	if !worked && len(w.fired)+len(w.late) > 0 {
-		now = time.Now()
+	if worked {
+		w.masked.Settle(true, time.Time{}, w.unmaskLocked)
+	} else if len(w.masked.Fired()) > 0 || w.masked.Late() {
+		w.masked.Settle(false, time.Now(), w.unmaskLocked)
 	}
-	for _, p := range w.fired {
-		if worked {
-			p.useless = 0
-		} else if p.useless < 255 {
-			p.useless++
-		}
-		if d := delayAfter(p.useless); d > 0 && !p.gone {
-			p.due = now.Add(d)
-			w.late = append(w.late, p)
-			continue
-		}
-		w.unmaskLocked(p)
-	}
-	clear(w.fired)
-	w.fired = w.fired[:0]
-	w.dueLocked(now, worked)
 	return w.flushLocked()
 }
 
-func (w *waiter) unmaskDue(now time.Time) error {
+// UnmaskDue unmasks the late ports that are due.
+func (w *waiter) UnmaskDue(now time.Time) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.dueLocked(now, false)
+	w.masked.UnmaskDue(now, w.unmaskLocked)
 	return w.flushLocked()
-}
-
-// dueLocked unmasks the late ports that are due. Work unmasks all of them, but does not
-// reset their count: a port's count is reset only by work that the port itself brought.
-func (w *waiter) dueLocked(now time.Time, worked bool) {
-	kept := w.late[:0]
-	for _, p := range w.late {
-		switch {
-		case p.gone:
-		case !worked && now.Before(p.due):
-			kept = append(kept, p)
-		default:
-			w.unmaskLocked(p)
-		}
-	}
-	clear(w.late[len(kept):])
-	w.late = kept
 }
 
 // unmaskLocked adds p to the numbers to write back.
 func (w *waiter) unmaskLocked(p *port) {
-	if p.gone {
-		return // another port may have the number now
-	}
-	p.masked = false
 	w.out = binary.NativeEndian.AppendUint32(w.out, uint32(p.id))
 }
 
@@ -377,13 +315,10 @@ func (w *waiter) note() (fired bool, err error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for b := w.in[:w.n]; len(b) >= portBytes; b = b[portBytes:] {
-		p := w.ports[hypercall.PortID(binary.NativeEndian.Uint32(b))]
-		if p == nil || p.masked {
-			continue // left from a port that has been closed
+		// A number without a port is left from one that has been closed.
+		if p := w.ports[hypercall.PortID(binary.NativeEndian.Uint32(b))]; p != nil && w.masked.Fire(p) {
+			fired = true
 		}
-		p.masked = true
-		w.fired = append(w.fired, p)
-		fired = true
 	}
 	return fired, nil
 }
@@ -406,10 +341,7 @@ func (w *waiter) allFired() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for _, p := range w.ports {
-		if !p.masked {
-			p.masked = true
-			w.fired = append(w.fired, p)
-		}
+		w.masked.Fire(p)
 	}
 }
 
@@ -421,8 +353,8 @@ func (w *waiter) Wake() {
 	if w.woken.Swap(true) {
 		return // an earlier Wake does the rest
 	}
-	if w.doorstop != nil {
-		_, _ = w.doorstop.Write(one[:]) // fails only if nobody waits
+	if w.wakeFile != nil {
+		_, _ = w.wakeFile.Write(one[:]) // fails only if nobody waits
 		return
 	}
 	w.poked.Store(true)
@@ -441,8 +373,8 @@ func (w *waiter) Close() error {
 		return nil
 	}
 	w.closed = true
-	if w.doorstop != nil {
-		_, _ = w.doorstop.Write(one[:])
+	if w.wakeFile != nil {
+		_, _ = w.wakeFile.Write(one[:])
 	}
 	ports := w.ports
 	w.ports = nil
@@ -451,8 +383,8 @@ func (w *waiter) Close() error {
 		p.Close() // gives its doorbell back; the driver would unbind the port by itself
 	}
 	err := w.file.Close()
-	if w.doorstop != nil {
-		err = errors.Join(err, w.doorstop.Close())
+	if w.wakeFile != nil {
+		err = errors.Join(err, w.wakeFile.Close())
 	}
 	return err
 }
@@ -518,8 +450,7 @@ func (w *waiter) open(bind func(fd int) (hypercall.PortID, error)) (*port, error
 func (w *waiter) enterLocked(p *port) {
 	w.ports[p.id] = p
 	n := len(w.ports)
-	w.fired = slices.Grow(w.fired, n)
-	w.late = slices.Grow(w.late, n)
+	w.masked.Grow(n)
 	w.out = slices.Grow(w.out, 2*n*portBytes)
 }
 
@@ -527,7 +458,7 @@ func (w *waiter) enterLocked(p *port) {
 func (w *waiter) remove(p *port) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	p.gone = true
+	w.masked.Remove(p)
 	if w.ports[p.id] == p {
 		delete(w.ports, p.id)
 	}

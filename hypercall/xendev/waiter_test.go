@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"barevif/hypercall"
+	"barevif/hypercall/internal/backoff"
 )
 
 // blockThreads makes newDriver return waiters that block their threads.
@@ -31,7 +32,7 @@ func TestWaiterThatBlocksItsThread(t *testing.T) {
 		{"EventOfAClosedPortIsNoEvent", TestEventOfAClosedPortIsNoEvent},
 		{"PortClosedWhileMaskedIsNotUnmasked", TestPortClosedWhileMaskedIsNotUnmasked},
 		{"MaskedPortCannotFireTwice", TestMaskedPortCannotFireTwice},
-		{"UselessWakeupsPutOffUnmasking", TestUselessWakeupsPutOffUnmasking},
+		{"SpuriousEventsDelayUnmasking", TestSpuriousEventsDelayUnmasking},
 		{"StormDelaysNeitherWakeNorDeadlineNorOthers", TestStormDelaysNeitherWakeNorDeadlineNorOthers},
 		{"WorkEndsTheDelay", TestWorkEndsTheDelay},
 		{"LatePortIsUnmaskedWithinWait", TestLatePortIsUnmaskedWithinWait},
@@ -206,9 +207,10 @@ func TestMaskedPortCannotFireTwice(t *testing.T) {
 	d.wantUnmasked(5)
 }
 
-func TestUselessWakeupsPutOffUnmasking(t *testing.T) {
+func TestSpuriousEventsDelayUnmasking(t *testing.T) {
 	w, d := newDriver(t, 5, 6)
-	for range freeWakeups {
+	late := w.ports[5]
+	for range backoff.Free {
 		d.fire(5)
 		event(t, w, false)
 	}
@@ -223,11 +225,11 @@ func TestUselessWakeupsPutOffUnmasking(t *testing.T) {
 		w.settleAt(t, false)
 		after := time.Now()
 		d.wantUnmasked()
-		delay := minDelay << n
-		if due := w.late[0].due; due.Before(before.Add(delay)) || due.After(after.Add(delay)) {
-			t.Errorf("wake-up %d puts off for %v to %v, not %v", n, due.Sub(after), due.Sub(before), delay)
+		delay := time.Millisecond << n
+		if due := late.Due; due.Before(before.Add(delay)) || due.After(after.Add(delay)) {
+			t.Errorf("wake-up %d delays for %v to %v, not %v", n, due.Sub(after), due.Sub(before), delay)
 		}
-		w.late[0].due = after.Add(aDay) // else it may be due for the next Wait already, on a slow machine
+		late.Due = after.Add(aDay) // else it may be due for the next Wait already, on a slow machine
 		d.fire(6)
 		event(t, w, false)
 		d.wantUnmasked()
@@ -244,31 +246,18 @@ func (w *waiter) settleAt(t testing.TB, worked bool) {
 	}
 }
 
-func TestDelayIsBounded(t *testing.T) {
-	var last time.Duration
-	for n := range 256 {
-		d := delayAfter(uint8(n))
-		if d < last || d > maxDelay || (d > 0) != (n > freeWakeups) {
-			t.Errorf("after %d: %v", n, d)
-		}
-		last = d
-	}
-	if last != maxDelay {
-		t.Errorf("never more than %v", last)
-	}
-}
-
 // storm makes port 5 late for a long time.
 func storm(t testing.TB, w *waiter, d driver) {
 	t.Helper()
-	w.ports[5].useless = 200
+	p := w.ports[5]
+	p.Spurious = 200
 	d.fire(5)
 	event(t, w, true)
 	w.settleAt(t, false)
-	if len(w.late) != 1 || time.Until(w.late[0].due) > maxDelay {
-		t.Fatalf("late %v", w.late)
+	if due := w.Next(time.Time{}); due != p.Due || due.IsZero() || time.Until(due) > time.Second {
+		t.Fatalf("late until %v, %v", due, p.Due)
 	}
-	w.late[0].due = time.Now().Add(aDay)
+	p.Due = time.Now().Add(aDay)
 	d.wantUnmasked()
 }
 
@@ -298,7 +287,7 @@ func TestWorkEndsTheDelay(t *testing.T) {
 	d.fire(5)
 	event(t, w, true)
 	w.settleAt(t, false)
-	if len(w.late) != 1 {
+	if !w.masked.Late() {
 		t.Error("forgiven for the work of another")
 	}
 	noEvent(t, w, true)
@@ -316,7 +305,7 @@ func TestWorkEndsTheDelay(t *testing.T) {
 func TestLatePortIsUnmaskedWithinWait(t *testing.T) {
 	w, d := newDriver(t, 5)
 	storm(t, w, d)
-	w.late[0].due = time.Now().Add(5 * time.Millisecond)
+	w.ports[5].Due = time.Now().Add(5 * time.Millisecond)
 	done := make(chan error, 1)
 	go func() { done <- w.Wait(time.Time{}, false) }()
 	fds := []unix.PollFd{{Fd: int32(d.fd), Events: unix.POLLIN}}

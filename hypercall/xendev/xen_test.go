@@ -510,7 +510,7 @@ func TestXenManyPortsOfOneWaiter(t *testing.T) {
 			if err := w.Wait(time.Now().Add(soon), true); err != nil {
 				t.Fatalf("%d of %d ports fired, then %v", len(seen), ports, err)
 			}
-			for _, p := range w.fired {
+			for _, p := range w.masked.Fired() {
 				seen[p.id]++
 			}
 		}

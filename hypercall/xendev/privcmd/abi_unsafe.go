@@ -6,9 +6,8 @@ import (
 	"structs"
 	"unsafe"
 
-	"golang.org/x/sys/unix"
-
 	"barevif/hypercall"
+	"barevif/hypercall/xendev/internal/ioctl"
 )
 
 // Numbers of hypercalls (__HYPERVISOR_ of xen/include/public/xen.h).
@@ -102,16 +101,7 @@ var (
 // issue makes the hypercall. h is read only during the call. h.Arg points to argument
 // memory, which nothing but Close unmaps.
 func issue(fd uintptr, h *hypercallArg) (int, error) {
-	for {
-		r, _, e := unix.Syscall(unix.SYS_IOCTL, fd, privcmdHypercall, uintptr(unsafe.Pointer(h)))
-		switch e {
-		case 0:
-			return int(r), nil
-		case unix.EINTR:
-		default:
-			return 0, e
-		}
-	}
+	return ioctl.Call(fd, privcmdHypercall, unsafe.Pointer(h))
 }
 
 // address returns the address of b, which is argument memory.
