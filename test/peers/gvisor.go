@@ -128,7 +128,7 @@ func (l *endpointLink) send(j *job) error {
 			}
 			n, err := l.client.WritePackets(list)
 			if done += n; err != nil {
-				relax() // the ring is full
+				spinPause() // the ring is full
 			}
 			sent.add(n)
 		}
@@ -148,7 +148,7 @@ func (l *endpointLink) receive(j *job) error {
 		if !j.verify {
 			return
 		}
-		if err := s.took(p.Data().AsRange().ToSlice()); err != nil {
+		if err := s.check(p.Data().AsRange().ToSlice()); err != nil {
 			select {
 			case wrong <- err:
 			default:
@@ -169,7 +169,7 @@ func (l *endpointLink) ping(j *job, rtt []int64) error {
 	frame := ipPacket(j.source()).frame
 	arrived := make(chan int64, 1)
 	l.first.set(func(*stack.PacketBuffer) { arrived <- nano() })
-	limit := time.NewTimer(hang / 2)
+	limit := time.NewTimer(hangLimit / 2)
 	defer limit.Stop()
 	for i := range rtt {
 		start := nano()
@@ -248,14 +248,14 @@ func (l *queueLink) send(j *job) error {
 			free = append(free, id)
 		}
 		if len(free) == 0 {
-			relax()
+			spinPause()
 			continue
 		}
 		id := free[len(free)-1]
 		b := &buffers[id]
 		copy(data[b.Offset:], src.next())
 		for !l.tx.Enqueue(id, uint32(j.size), 1, b) {
-			if relax(); j.stopped() {
+			if spinPause(); j.stopped() {
 				return nil
 			}
 		}
@@ -271,13 +271,13 @@ func (l *queueLink) receive(j *job) error {
 	for !j.stopped() {
 		m := l.in.Pull()
 		if m == nil {
-			relax()
+			spinPause()
 			continue
 		}
 		info := queue.DecodeTxPacketHeader(m)
 		b := queue.DecodeTxBufferHeader(m, 0)
 		n := copy(s.frame, data[b.Offset:][:info.Size])
-		if err := s.took(s.frame[:n]); err != nil {
+		if err := s.check(s.frame[:n]); err != nil {
 			return err
 		}
 		l.in.Flush()
