@@ -39,6 +39,19 @@ func (d *dispatcher) set(fn func(*stack.PacketBuffer)) {
 	d.fn = fn
 }
 
+// await waits until packets have a receiver: the ones before are dropped.
+func (d *dispatcher) await(j *job) {
+	for !j.stopped() {
+		d.mu.Lock()
+		ready := d.fn != nil
+		d.mu.Unlock()
+		if ready {
+			return
+		}
+		spinPause()
+	}
+}
+
 func (d *dispatcher) DeliverNetworkPacket(_ tcpip.NetworkProtocolNumber, p *stack.PacketBuffer) {
 	d.once.Do(func() { d.j.pin(d.party) })
 	d.mu.Lock()
@@ -117,6 +130,7 @@ func (l *endpointLink) send(j *job) error {
 		ipPacket(s)
 	}
 	packets := make([]*stack.PacketBuffer, l.batch)
+	l.second.await(j)
 	for !j.stopped() {
 		for i, frame := range src.next() {
 			packets[i] = packet(frame)
@@ -169,6 +183,7 @@ func (l *endpointLink) ping(j *job, rtt []int64) error {
 	frame := ipPacket(j.source()).frame
 	arrived := make(chan int64, 1)
 	l.first.set(func(*stack.PacketBuffer) { arrived <- nano() })
+	l.second.await(j)
 	limit := time.NewTimer(hangLimit / 2)
 	defer limit.Stop()
 	for i := range rtt {
