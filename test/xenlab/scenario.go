@@ -101,8 +101,6 @@ type Guest struct {
 	Name   string // unique in the scenario
 	Type   GuestType
 	VIFs   []VIF
-	Memory int      // MiB; 0: 256
-	VCPUs  int      // 0: 1
 	Linux  []string // additional arguments for its kernel, such as xen_privcmd.unrestricted=1
 	Config []string // additional lines for xl, such as driver_domain=1
 }
@@ -145,8 +143,8 @@ func (g Guest) config() string {
 		fmt.Sprintf("type=%q", g.Type),
 		fmt.Sprintf("kernel=%q", image.GuestKernel),
 		fmt.Sprintf("ramdisk=%q", image.GuestImage),
-		fmt.Sprintf("memory=%d", orDefault(g.Memory, 256)),
-		fmt.Sprintf("vcpus=%d", orDefault(g.VCPUs, 1)),
+		"memory=256", // MiB
+		"vcpus=1",
 		fmt.Sprintf("extra=%q", strings.Join(kernel, " ")),
 		fmt.Sprintf("vif=[%s]", strings.Join(vifs, ",")),
 		`on_crash="destroy"`, `on_poweroff="destroy"`, `on_reboot="destroy"`,
@@ -155,13 +153,6 @@ func (g Guest) config() string {
 		lines = append(lines, `tsc_mode="native"`) // RDTSCP is masked, see machine
 	}
 	return strings.Join(lines, "\n") + "\n"
-}
-
-func orDefault(n, other int) int {
-	if n == 0 {
-		return other
-	}
-	return n
 }
 
 // Create starts a domain and waits until its agent answers. The domain is

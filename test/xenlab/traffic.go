@@ -176,15 +176,3 @@ func (t *T) kernelTraffic(guest, backend *Domain, guestAddr, backAddr string) {
 		t.Fetch(guest, backend, backAddr, 3<<20)
 	}, guest, backend)
 }
-
-// Capture starts tcpdump on an interface. stop ends it and saves the packets as name.pcap.
-func (t *T) Capture(d *Domain, iface, name string) (stop func()) {
-	file := "/tmp/" + name + ".pcap"
-	dump := d.Start("tcpdump", "-U", "-n", "-i", iface, "-w", file)
-	dump.Await("listening on")
-	return func() {
-		dump.Signal(2)
-		dump.Wait()
-		t.Save(name+".pcap", d.Get(file))
-	}
-}
