@@ -24,8 +24,8 @@ var (
 
 const etherType = 0x88b5 // IEEE 802: local experimental
 
-// rerunInNamespace runs this program once more, in a network namespace of its own, and waits for it. The
-// error says why that namespace could not be made; then nothing ran.
+// rerunInNamespace runs this program once more, in a network namespace of its own, and waits
+// for it. The error says why that namespace could not be made; then nothing ran.
 func rerunInNamespace(tmp string) (status int, err error) {
 	how := &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL}
 	if os.Getuid() != 0 {

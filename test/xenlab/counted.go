@@ -110,9 +110,9 @@ func (t *T) requireSameCounts(who string, ours, theirs func() flow) {
 	}
 }
 
-// requireEveryCounter fails unless bpftool shows every counter by name, and the file metrics has the
-// same number in OpenMetrics text. A device at rest still looks at its rings once a second, so
-// of counters that changed between two dumps only the names are compared.
+// requireEveryCounter fails unless bpftool shows every counter by name, and the file metrics
+// has the same number in OpenMetrics text. A device at rest still looks at its rings once a
+// second, so of counters that changed between two dumps only the names are compared.
 func (t *T) requireEveryCounter(d *Domain, name string) {
 	file := bpf.DefaultRoot + "/" + name + "/metrics"
 	var wrong string

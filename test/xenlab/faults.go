@@ -24,9 +24,9 @@ func (t *T) serveRefused(guest *Domain, args ...string) string {
 	return string(r.Stderr)
 }
 
-// requireUnanswered runs our appliance against a backend that does not come up. Its output must have
-// the words, and the time for which it waited. On a loaded machine the appliance may not get
-// as far as the words say, so requireUnanswered retries with more time.
+// requireUnanswered runs our appliance against a backend that does not come up. Its output must
+// have the words, and the time for which it waited. On a loaded machine the appliance may not
+// get as far as the words say, so requireUnanswered retries with more time.
 func (t *T) requireUnanswered(guest *Domain, words ...string) {
 	for wait := 2 * time.Second; ; wait *= 2 {
 		said := t.serveRefused(guest, "--wait", wait.String())

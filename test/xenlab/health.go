@@ -91,8 +91,8 @@ func difference(before, now []string) string {
 	return strings.Join(out, "; ")
 }
 
-// mappedGrants returns the grants of all domains that some domain has mapped. Xen prints them to its
-// log, so grants moves the whole log of Xen to the scenario's.
+// mappedGrants returns the grants of all domains that some domain has mapped. Xen prints them
+// to its log, so mappedGrants moves the whole log of Xen to the scenario's.
 func (t *T) mappedGrants() []string {
 	t.dom0.Run("xl", "debug-keys", "g")
 	log := t.dom0.Run("xl", "dmesg", "-c").Text()
@@ -130,7 +130,8 @@ func complaints(log string, expected []*regexp.Regexp) (bad []string) {
 	return bad
 }
 
-// requireNoComplaints fails the scenario if the log of dom0's kernel, a guest's or Xen's has a complaint.
+// requireNoComplaints fails the scenario if the log of dom0's kernel, a guest's or Xen's has a
+// complaint.
 func (t *T) requireNoComplaints(expected []*regexp.Regexp) {
 	dmesg := t.dom0.Run("dmesg", "-c").Text()
 	t.Save("dom0.dmesg", []byte(dmesg))

@@ -171,8 +171,8 @@ func (r *Report) failures() map[[2]string]bool {
 	return failed
 }
 
-// addSecondRun adds the outcome of the second run to the failed rows. They stay failed: a fault that
-// occurs only sometimes is a fault.
+// addSecondRun adds the outcome of the second run to the failed rows. They stay failed: a fault
+// that occurs only sometimes is a fault.
 func (r *Report) addSecondRun(again *Report) {
 	r.Starved = max(r.Starved, again.Starved)
 	for i := range r.Rows {
@@ -243,8 +243,8 @@ func (r *runner) runBoot(b Boot) {
 	}
 }
 
-// runOnMachine runs scenarios on one machine until one spoils it, and returns how many have their rows
-// in the report. If the machine does not start, these are all.
+// runOnMachine runs scenarios on one machine until one spoils it, and returns how many have
+// their rows in the report. If the machine does not start, these are all.
 func (r *runner) runOnMachine(b Boot) (done int) {
 	r.boots++
 	dir := filepath.Join(r.report.Dir, fmt.Sprintf("boot%d", r.boots))
