@@ -150,12 +150,12 @@ func (a *Arena) Get(dst []uint32) int {
 // Free returns how many buffers Get could give now.
 func (a *Arena) Free() int {
 	a.collect()
-	return a.home()
+	return a.available()
 }
 
-// home returns how many buffers are in the arena: on the owner's stack or not touched
+// available returns how many buffers are in the arena: on the owner's stack or not touched
 // yet. It does not count the return list.
-func (a *Arena) home() int { return len(a.free) + len(a.desc) - int(a.touched.Load()) }
+func (a *Arena) available() int { return len(a.free) + len(a.desc) - int(a.touched.Load()) }
 
 // Put gives back buffers that the owner holds by number: got and not handed out, or taken
 // over.
@@ -281,15 +281,15 @@ func (a *Arena) Retire(done func()) {
 	a.done = done
 	a.mu.Unlock()
 	a.retired.Store(true)
-	a.settle()
+	a.finishRetire()
 }
 
-// settle runs done if the arena is retired and every buffer is back.
-func (a *Arena) settle() {
+// finishRetire runs done if the arena is retired and every buffer is back.
+func (a *Arena) finishRetire() {
 	a.mu.Lock()
 	a.collect()
 	var done func()
-	if a.home() == len(a.desc) {
+	if a.available() == len(a.desc) {
 		done, a.done = a.done, nil
 	}
 	a.mu.Unlock()
@@ -363,8 +363,8 @@ func (b Buffer) Release() error {
 			break
 		}
 	}
-	if a.retired.Load() { // either we see retired here, or Retire's settle sees the buffer
-		a.settle()
+	if a.retired.Load() { // either we see retired here, or Retire sees the buffer in finishRetire
+		a.finishRetire()
 	}
 	return nil
 }

@@ -64,7 +64,7 @@ func TestExhaustionIsAShortCount(t *testing.T) {
 	}
 }
 
-func one(t *testing.T, a *Arena) Buffer {
+func getOne(t *testing.T, a *Arena) Buffer {
 	t.Helper()
 	var i [1]uint32
 	if a.Get(i[:]) != 1 {
@@ -75,11 +75,11 @@ func one(t *testing.T, a *Arena) Buffer {
 
 func TestUseAfterReleaseIsRefused(t *testing.T) {
 	a := New(shm.Heap(1), 4096)
-	old := one(t, a)
+	old := getOne(t, a)
 	if err := old.Release(); err != nil {
 		t.Fatal(err)
 	}
-	again := one(t, a) // the same memory with another holder
+	again := getOne(t, a) // the same memory with another holder
 	if old == again || old.Valid() || !again.Valid() {
 		t.Fatal("the stale handle passes for the new one")
 	}
@@ -119,14 +119,14 @@ func TestTheZeroBufferIsRefused(t *testing.T) {
 	if b.Valid() || !errors.Is(b.Release(), ErrStale) || !errors.Is(b.Retain(), ErrStale) {
 		t.Error("the zero Buffer is held")
 	}
-	if b.Size() != 0 || one(t, a).Size() != 4096 {
+	if b.Size() != 0 || getOne(t, a).Size() != 4096 {
 		t.Error("size of the zero Buffer, or of one of 4096 bytes")
 	}
 }
 
 func TestTakeMakesTheHandleStale(t *testing.T) {
 	a, other := New(shm.Heap(1), 4096), New(shm.Heap(1), 4096)
-	b := one(t, a)
+	b := getOne(t, a)
 	if _, err := other.Take(b); !errors.Is(err, ErrForeign) {
 		t.Error(err)
 	}
@@ -145,7 +145,7 @@ func TestTakeMakesTheHandleStale(t *testing.T) {
 
 func TestTheLastHolderReleases(t *testing.T) {
 	a := New(shm.Heap(1), 4096)
-	b := one(t, a)
+	b := getOne(t, a)
 	for range 3 {
 		if err := b.Retain(); err != nil {
 			t.Fatal(err)
@@ -217,7 +217,7 @@ func TestUnlinkCutsAChainUntilItEnds(t *testing.T) {
 // list.
 func TestTheOwnerReleasesAnothersBuffer(t *testing.T) {
 	a, other := New(shm.Heap(1), 4096), New(shm.Heap(1), 4096)
-	b := one(t, other)
+	b := getOne(t, other)
 	if err := a.Release(b); err != nil || b.Valid() || a.Free() != 1 || other.Free() != 1 {
 		t.Error(err, b.Valid(), a.Free(), other.Free())
 	}
@@ -231,7 +231,7 @@ func TestTheOwnerReleasesAnothersBuffer(t *testing.T) {
 
 func TestTheOwnerIsNotTheLastHolder(t *testing.T) {
 	a := New(shm.Heap(1), 4096)
-	b := one(t, a)
+	b := getOne(t, a)
 	b.Retain()
 	if err := a.Release(b); err != nil || !b.Valid() || a.Free() != 0 {
 		t.Error(err, b.Valid(), a.Free())
@@ -244,7 +244,7 @@ func TestTheOwnerIsNotTheLastHolder(t *testing.T) {
 
 func TestOneHolderIsExclusive(t *testing.T) {
 	a := New(shm.Heap(1), 4096)
-	b := one(t, a)
+	b := getOne(t, a)
 	check := func(when string, want bool) {
 		t.Helper()
 		if b.Exclusive() != want {
@@ -334,7 +334,7 @@ func TestReleaseFromAnyGoroutine(t *testing.T) {
 func TestOnlyOneOfTwoReleasersWins(t *testing.T) {
 	a := New(shm.Heap(1), 4096)
 	for range 500 {
-		b := one(t, a)
+		b := getOne(t, a)
 		var errs [2]error
 		var wg sync.WaitGroup
 		for i := range errs {
@@ -353,7 +353,7 @@ func TestOnlyOneOfTwoReleasersWins(t *testing.T) {
 func TestRetireWaitsForTheLastRelease(t *testing.T) {
 	for range 200 {
 		a := New(shm.Heap(4), 4096)
-		x, y := one(t, a), one(t, a)
+		x, y := getOne(t, a), getOne(t, a)
 		done := make(chan struct{})
 		var wg sync.WaitGroup
 		wg.Go(func() { x.Release() })
@@ -415,7 +415,7 @@ func BenchmarkArena(b *testing.B) {
 
 func TestTheOwnerTakesOnlyItsOwn(t *testing.T) {
 	a, b := New(shm.Heap(1), 4096), New(shm.Heap(1), 4096)
-	of, other := one(t, a), one(t, b) // differ only in the arena
+	of, other := getOne(t, a), getOne(t, b) // differ only in the arena
 	if _, ok := a.TakeOne(other); ok || !of.Valid() || !other.Valid() {
 		t.Error("took another's")
 	}

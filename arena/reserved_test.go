@@ -30,7 +30,7 @@ func (r *reserve) populate(first, pages int) {
 	}
 }
 
-func (r *reserve) want(when string, pages, calls int) {
+func (r *reserve) requirePopulated(when string, pages, calls int) {
 	r.t.Helper()
 	n := 0
 	for _, there := range r.there {
@@ -49,7 +49,7 @@ func TestReservedPagesAreTouchedAsDeepAsTheyAreUsed(t *testing.T) {
 			const pages = 3*Step + 5
 			per := shm.PageSize / size
 			a, r := reserved(t, pages, size)
-			r.want("idle", Step, 1)
+			r.requirePopulated("idle", Step, 1)
 			bufs := make([]uint32, a.Len())
 			for range 1000 { // at most a step of buffers in use
 				if n := a.Get(bufs[:Step*per]); n != Step*per {
@@ -57,17 +57,17 @@ func TestReservedPagesAreTouchedAsDeepAsTheyAreUsed(t *testing.T) {
 				}
 				a.Put(bufs[:Step*per]...)
 			}
-			r.want("never more than a step at once", Step, 1)
+			r.requirePopulated("never more than a step at once", Step, 1)
 			if a.Free() != a.Len() || a.Touched() != Step*per {
 				t.Errorf("%d of %d are free, %d touched", a.Free(), a.Len(), a.Touched())
 			}
 			a.Get(bufs[:Step*per])
 			a.Get(bufs[Step*per : Step*per+1])
-			r.want("one more", 2*Step, 2)
+			r.requirePopulated("one more", 2*Step, 2)
 			if n := a.Get(bufs[Step*per+1:]); n != a.Len()-Step*per-1 {
 				t.Fatal(n)
 			}
-			r.want("all", pages, 3)
+			r.requirePopulated("all", pages, 3)
 			if n := a.Get(make([]uint32, 1)); n != 0 || a.Free() != 0 {
 				t.Errorf("%d more, %d free", n, a.Free())
 			}
@@ -78,7 +78,7 @@ func TestReservedPagesAreTouchedAsDeepAsTheyAreUsed(t *testing.T) {
 				}
 			}
 			a.Put(bufs...)
-			r.want("all home", pages, 3)
+			r.requirePopulated("all home", pages, 3)
 			if a.Touched() != a.Len() {
 				t.Errorf("%d of %d touched", a.Touched(), a.Len())
 			}
@@ -100,13 +100,13 @@ func TestWarmBuffersComeFirst(t *testing.T) {
 	if n := a.Get(bufs); n != Step {
 		t.Fatal(n)
 	}
-	r.want("given back by others", Step, 1)
+	r.requirePopulated("given back by others", Step, 1)
 	a.Put(bufs[:3]...)
 	four := make([]uint32, 4)
 	if n := a.Get(four); n != 4 {
 		t.Fatal(n)
 	}
-	r.want("one more than there were", 2*Step, 2)
+	r.requirePopulated("one more than there were", 2*Step, 2)
 	fresh := 0
 	for _, i := range four {
 		if i >= Step {
@@ -120,7 +120,7 @@ func TestWarmBuffersComeFirst(t *testing.T) {
 
 func TestAnArenaThatWasNotUsedUpRetires(t *testing.T) {
 	a, _ := reserved(t, 4*Step, 4096)
-	held := one(t, a)
+	held := getOne(t, a)
 	done := false
 	a.Retire(func() { done = true })
 	if done {

@@ -275,6 +275,9 @@ func testT33LostEventIsFoundByTheTick(t *testing.T) {
 	if d := time.Since(start); d > 2500*time.Millisecond {
 		t.Errorf("found after %v", d)
 	}
+	if frame := wait(t, g.sink.frames); len(frame) != 60 {
+		t.Errorf("60 bytes arrived as %d", len(frame))
+	}
 	eventually(t, "a rescue", func() bool {
 		st := g.dev.Stats()
 		return st.RX.Get(telemetry.RescuedWakeups) == 1

@@ -76,8 +76,8 @@ func (s *heapStore) requireAllClosed() {
 	}
 }
 
-// startStatsReaders call every method of d that reads statistics, as fast as they can, until stop.
-// All frames have 200 bytes.
+// startStatsReaders starts goroutines that call every method of d that reads statistics, as fast
+// as they can, until stop. All frames have 200 bytes.
 func startStatsReaders(t testing.TB, d *pvnet.Device) (stop func() (reads uint64)) {
 	end := make(chan struct{})
 	var n atomic.Uint64

@@ -11,8 +11,8 @@ import (
 	"time"
 )
 
-// golang runs the go command at the root of the tree.
-func golang(t *testing.T, env []string, args ...string) (out string, err error) {
+// runGo runs the go command at the root of the tree.
+func runGo(t *testing.T, env []string, args ...string) (out string, err error) {
 	t.Helper()
 	bin, err := exec.LookPath("go")
 	if err != nil {
@@ -32,8 +32,8 @@ func golang(t *testing.T, env []string, args ...string) (out string, err error) 
 	return string(text), err
 }
 
-// present are the portable packages that exist, as patterns for the go command.
-func present(t *testing.T) []string {
+// portablePackages returns the portable packages that exist, as patterns for the go command.
+func portablePackages(t *testing.T) []string {
 	t.Helper()
 	dirs := map[string]bool{}
 	for _, f := range tree(t) {
@@ -53,9 +53,9 @@ func present(t *testing.T) []string {
 	return all
 }
 
-// strangers are the packages of list, one a line, that a portable package must
+// notPortable are the packages of list, one a line, that a portable package must
 // not reach: device nodes, emulators, eBPF, whatever another module holds.
-func strangers(list string) (complaints []string) {
+func notPortable(list string) (complaints []string) {
 	for _, imported := range strings.Fields(list) {
 		dir, ours := cutModule(imported)
 		if !ours || !slices.Contains(portable[:], dir) {
@@ -66,9 +66,9 @@ func strangers(list string) (complaints []string) {
 }
 
 func TestPortablePackagesReachOnlyEachOther(t *testing.T) {
-	for _, pkg := range present(t) {
+	for _, pkg := range portablePackages(t) {
 		for _, goos := range []string{"linux", "freebsd"} {
-			list, err := golang(t, []string{"CGO_ENABLED=0", "GOOS=" + goos},
+			list, err := runGo(t, []string{"CGO_ENABLED=0", "GOOS=" + goos},
 				"list", "-deps", "-f", "{{if not .Standard}}{{.ImportPath}}{{end}}", pkg)
 			if err != nil {
 				t.Error(err)
@@ -77,21 +77,21 @@ func TestPortablePackagesReachOnlyEachOther(t *testing.T) {
 			if !strings.Contains(list, module+strings.TrimPrefix(pkg, ".")) {
 				t.Errorf("%s is not among what it reaches: %q", pkg, list)
 			}
-			for _, s := range strangers(list) {
+			for _, s := range notPortable(list) {
 				t.Errorf("%s reaches %s on %s", pkg, s, goos)
 			}
 		}
 	}
 }
 
-func TestAStrangerIsFound(t *testing.T) {
-	wantComplaints(t, strangers("barevif/arena\nbarevif/hypercall/xendev\nbarevif/hypercall/emu\n"+
+func TestAnImportThatIsNotPortableIsFound(t *testing.T) {
+	wantComplaints(t, notPortable("barevif/arena\nbarevif/hypercall/xendev\nbarevif/hypercall/emu\n"+
 		"barevif/telemetry/bpf\ngithub.com/cilium/ebpf\nbarevif/pvnet\n"),
 		"hypercall/xendev", "hypercall/emu", "telemetry/bpf", "cilium/ebpf")
 }
 
 func TestNothingLinkedUsesCgo(t *testing.T) {
-	list, err := golang(t, []string{"CGO_ENABLED=1"},
+	list, err := runGo(t, []string{"CGO_ENABLED=1"},
 		"list", "-deps", "-test", "-f", "{{if .CgoFiles}}{{.Standard}} {{.ImportPath}}{{end}}", "./...")
 	if err != nil {
 		t.Fatal(err)
@@ -110,9 +110,9 @@ func TestPortablePackagesBuildElsewhere(t *testing.T) {
 	if testing.Short() {
 		t.Skip("builds the standard library for other systems: not with -short")
 	}
-	pkgs := present(t)
+	pkgs := portablePackages(t)
 	for _, target := range [][2]string{{"freebsd", "arm64"}, {"darwin", "arm64"}} {
-		_, err := golang(t, []string{"CGO_ENABLED=0", "GOOS=" + target[0], "GOARCH=" + target[1]},
+		_, err := runGo(t, []string{"CGO_ENABLED=0", "GOOS=" + target[0], "GOARCH=" + target[1]},
 			append([]string{"build"}, pkgs...)...)
 		if err != nil {
 			t.Errorf("%s/%s: %v", target[0], target[1], err)
@@ -124,7 +124,7 @@ func TestPortablePackagesBuildElsewhere(t *testing.T) {
 // of what is missing where it does not work.
 func TestMachinesThatDoNotWorkAreRefusedByName(t *testing.T) {
 	for _, pkg := range []string{"./arena", "./hypercall/xendev", "./hypercall/emu", "./pvnet/netif", "./pvnet", "./tools/barevif"} {
-		deps, err := golang(t, []string{"CGO_ENABLED=0", "GOOS=linux", "GOARCH=386"}, "list", "-e", "-deps", pkg)
+		deps, err := runGo(t, []string{"CGO_ENABLED=0", "GOOS=linux", "GOARCH=386"}, "list", "-e", "-deps", pkg)
 		if err != nil || !slices.Contains(strings.Fields(deps), module+"/arena/shm") {
 			t.Errorf("%s is not built on arena/shm: %v", pkg, err)
 		}
@@ -133,7 +133,7 @@ func TestMachinesThatDoNotWorkAreRefusedByName(t *testing.T) {
 		t.Skip("builds the standard library for other machines: not with -short")
 	}
 	for _, goarch := range []string{"386", "arm", "s390x"} {
-		_, err := golang(t, []string{"CGO_ENABLED=0", "GOOS=linux", "GOARCH=" + goarch}, "build", "./arena/shm")
+		_, err := runGo(t, []string{"CGO_ENABLED=0", "GOOS=linux", "GOARCH=" + goarch}, "build", "./arena/shm")
 		if err == nil || !strings.Contains(err.Error(), "barevif_needs_a_64_bit_little_endian_GOARCH") {
 			t.Errorf("arena/shm on %s: %v", goarch, err)
 		}

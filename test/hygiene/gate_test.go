@@ -9,9 +9,9 @@ import (
 	"testing"
 )
 
-// gate runs steps of .ci/run with a go command that fails the first time and passes
+// runGate runs steps of .ci/run with a go command that fails the first time and passes
 // from then on. It gives what the gate printed, what it asked of go, and its verdict.
-func gate(t *testing.T, steps ...string) (out string, asked []string, err error) {
+func runGate(t *testing.T, steps ...string) (out string, asked []string, err error) {
 	t.Helper()
 	if _, err := exec.LookPath("bash"); err != nil {
 		t.Skip("bash is not installed: ", err)
@@ -31,9 +31,9 @@ func gate(t *testing.T, steps ...string) (out string, asked []string, err error)
 }
 
 // A fault that shows every second time is a fault.
-func TestGateGivesNoSecondChance(t *testing.T) {
+func TestGateDoesNotRepeatFailedTests(t *testing.T) {
 	for _, command := range []string{"go test ./...", "go test -race ./...", "go test -tags shmdebug ./..."} {
-		out, asked, err := gate(t, command)
+		out, asked, err := runGate(t, command)
 		if err == nil || !strings.Contains(out, "--- FAILED") || !strings.Contains(out, "=== failed") {
 			t.Errorf("%s failed once, the gate says %v:\n%s", command, err, out)
 		}

@@ -9,10 +9,11 @@ import (
 	"testing"
 )
 
-// rows are the layers, lowest first. A package imports from rows above its own
-// only, in its tests too. A name that ends in "/..." stands for all below it, of
-// which the order is left open. A package may be missing, but not from the table.
-var rows = [...][]string{
+// layers lists the packages, the lowest layer first. A package may import only from the rows
+// above its own, in its tests too. A name that ends in "/..." stands for all packages below it,
+// which may import each other. A package in the list may be missing from the tree, but every
+// package of the tree must be in the list.
+var layers = [...][]string{
 	{"arena/shm"},
 	{"arena"},
 	{"hypercall"},
@@ -52,9 +53,10 @@ var portable = [...]string{
 	"pvnet/packet", "pvnet/internal/loglimit", "xenbus/internal/pause", "xenbus/xenstore/wire", "xenbus/xenstore", "xenbus", "pvnet",
 }
 
-// row is where dir stands, or -1. open says that its row is of the "/..." kind.
-func row(dir string) (n int, open bool) {
-	for i, names := range rows {
+// layerOf returns the index of the row with dir, or -1. open reports whether a name with "/..."
+// stands for it.
+func layerOf(dir string) (n int, open bool) {
+	for i, names := range layers {
 		for _, name := range names {
 			if name == dir {
 				return i, false
@@ -81,7 +83,7 @@ func badImports(files []file) (complaints []string) {
 		if !f.isGo() || inTestdata(f.path) {
 			continue
 		}
-		own, open := row(f.dir())
+		own, open := layerOf(f.dir())
 		if own < 0 {
 			if !unknown[f.dir()] {
 				complaints = append(complaints, fmt.Sprintf("%s: the package is in no layer", f.dir()))
@@ -97,7 +99,7 @@ func badImports(files []file) (complaints []string) {
 			if forTests(dir) && !f.isTest() && !forTests(f.dir()) && !strings.HasPrefix(f.path, "test/") {
 				complaints = append(complaints, fmt.Sprintf("%s imports %s, which is for tests", f.path, imported))
 			}
-			if at, _ := row(dir); at < 0 || at > own || at == own && !open {
+			if at, _ := layerOf(dir); at < 0 || at > own || at == own && !open {
 				complaints = append(complaints, fmt.Sprintf("%s imports %s, which is not above it", f.path, imported))
 			}
 		}
@@ -115,7 +117,7 @@ func inTestdata(name string) bool {
 }
 
 func TestImportsPointUpTheLayers(t *testing.T) {
-	report(t, badImports(tree(t)))
+	reportComplaints(t, badImports(tree(t)))
 }
 
 func TestAnImportDownTheLayersIsFound(t *testing.T) {
@@ -170,7 +172,7 @@ func badUnsafe(files []file) (complaints []string) {
 }
 
 func TestUnsafeIsWhereItsNameSays(t *testing.T) {
-	report(t, badUnsafe(tree(t)))
+	reportComplaints(t, badUnsafe(tree(t)))
 }
 
 func TestMisplacedUnsafeAndCgoAreFound(t *testing.T) {

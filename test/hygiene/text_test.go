@@ -12,14 +12,14 @@ import (
 	"testing"
 )
 
-// unsaid is what no file says: work left undone, and paths of one machine. The
+// forbiddenWords is what no file says: work left undone, and paths of one machine. The
 // words are taken apart here so that this file does not say them either.
-var unsaid = regexp.MustCompile(`\b(?:TO` + `DO|FIX` + `ME)\b|(?:^|[^\w.])/(?:wo` + `rk|ro` + `ot|home/\w+|Users/\w+)/`)
+var forbiddenWords = regexp.MustCompile(`\b(?:TO` + `DO|FIX` + `ME)\b|(?:^|[^\w.])/(?:wo` + `rk|ro` + `ot|home/\w+|Users/\w+)/`)
 
 func badWords(files []file) (complaints []string) {
 	for _, f := range files {
 		for i, line := range bytes.Split(f.text, []byte("\n")) {
-			if word := unsaid.Find(line); word != nil {
+			if word := forbiddenWords.Find(line); word != nil {
 				complaints = append(complaints, fmt.Sprintf("%s:%d says %q", f.path, i+1, word))
 			}
 		}
@@ -28,10 +28,10 @@ func badWords(files []file) (complaints []string) {
 }
 
 func TestNoFileIsUnfinishedOrTiedToAMachine(t *testing.T) {
-	report(t, badWords(tree(t)))
+	reportComplaints(t, badWords(tree(t)))
 }
 
-func TestUnsaidWordsAreFound(t *testing.T) {
+func TestForbiddenWordsAreFound(t *testing.T) {
 	wantComplaints(t, badWords(sources(t,
 		"a.go", "package a // TO"+"DO: more\n",
 		"b.sh", "x=1 # FIX"+"ME\n",
@@ -55,7 +55,7 @@ func noPackageComment(files []file) (complaints []string) {
 			s = state{code: true} // a comment in a test does not speak for the package
 		}
 		if f.isTest() != s.code {
-			s.said = s.said || speaks(f.ast)
+			s.said = s.said || hasPackageComment(f.ast)
 		}
 		dirs[f.dir()] = s
 	}
@@ -67,9 +67,9 @@ func noPackageComment(files []file) (complaints []string) {
 	return complaints
 }
 
-// speaks reports whether the file has a package comment in godoc's form. A
+// hasPackageComment reports whether the file has a package comment in godoc's form. A
 // command's names the command, so its form is free.
-func speaks(f *ast.File) bool {
+func hasPackageComment(f *ast.File) bool {
 	if f.Doc == nil {
 		return false
 	}
@@ -77,8 +77,8 @@ func speaks(f *ast.File) bool {
 		strings.HasPrefix(f.Doc.Text(), "Package "+f.Name.Name+" ")
 }
 
-func TestEveryPackageSaysWhatItIs(t *testing.T) {
-	report(t, noPackageComment(tree(t)))
+func TestEveryPackageHasAComment(t *testing.T) {
+	reportComplaints(t, noPackageComment(tree(t)))
 }
 
 func TestAMissingPackageCommentIsFound(t *testing.T) {
@@ -97,9 +97,9 @@ func TestAMissingPackageCommentIsFound(t *testing.T) {
 		"b has", "c has", "d has", "g has")
 }
 
-// foreverSkipped finds calls of Skip, Skipf and SkipNow that no condition known
+// unconditionalSkips finds calls of Skip, Skipf and SkipNow that no condition known
 // at run time guards.
-func foreverSkipped(files []file) (complaints []string) {
+func unconditionalSkips(files []file) (complaints []string) {
 	for _, f := range files {
 		if !f.isGo() {
 			continue
@@ -112,7 +112,7 @@ func foreverSkipped(files []file) (complaints []string) {
 					return true
 				}
 				above = append(above, n)
-				if call, ok := n.(*ast.CallExpr); ok && isSkip(call, above) && !guarded(above) {
+				if call, ok := n.(*ast.CallExpr); ok && isSkip(call, above) && !underCondition(above) {
 					complaints = append(complaints, f.at(call.Pos())+": skips whatever the machine")
 				}
 				return true
@@ -166,9 +166,9 @@ func ofTesting(e ast.Expr) bool {
 	return ok && pkg.Name == "testing"
 }
 
-// guarded reports whether a branch around the innermost node depends on more
+// underCondition reports whether a branch around the innermost node depends on more
 // than literals.
-func guarded(above []ast.Node) bool {
+func underCondition(above []ast.Node) bool {
 	for i, n := range above[:len(above)-1] {
 		switch n := n.(type) {
 		case *ast.IfStmt:
@@ -204,12 +204,12 @@ func literalTrue(e ast.Expr) bool {
 }
 
 func TestEverySkipHasACause(t *testing.T) {
-	report(t, foreverSkipped(tree(t)))
+	reportComplaints(t, unconditionalSkips(tree(t)))
 }
 
 func TestASkipWithoutACauseIsFound(t *testing.T) {
 	const head = "package a\nimport \"testing\"\n"
-	wantComplaints(t, foreverSkipped(sources(t,
+	wantComplaints(t, unconditionalSkips(sources(t,
 		"a_test.go", head+`func TestA(t *testing.T) { t.Skip("later") }`,
 		"b_test.go", head+`func TestB(t *testing.T) { if true { t.SkipNow() } }`,
 		"c_test.go", head+`func BenchmarkC(b *testing.B) { if 1 < 2 || !false { b.Skipf("x") } }`,
@@ -227,18 +227,18 @@ func TestASkipWithoutACauseIsFound(t *testing.T) {
 		"a_test.go:3", "b_test.go:3", "c_test.go:3", "d_test.go:3", "e_test.go:3", "f_test.go:3", "g_test.go:3")
 }
 
-// top is what the root of the tree holds besides files whose name begins with a
+// topLevel is what the root of the tree holds besides files whose name begins with a
 // dot.
-var top = [...]string{
+var topLevel = [...]string{
 	"go.mod", "go.sum", "LICENSE", "README.md",
 	"arena", "pvnet", "xenbus", "hypercall", "telemetry", "tools", "test",
 }
 
-func badTop(names []string) (complaints []string) {
+func badTopLevel(names []string) (complaints []string) {
 	seen := map[string]bool{}
 	for _, name := range names {
 		first, _, _ := strings.Cut(path.Clean(name), "/")
-		if !strings.HasPrefix(first, ".") && !slices.Contains(top[:], first) && !seen[first] {
+		if !strings.HasPrefix(first, ".") && !slices.Contains(topLevel[:], first) && !seen[first] {
 			complaints = append(complaints, first+" does not belong at the top")
 		}
 		seen[first] = true
@@ -247,11 +247,11 @@ func badTop(names []string) (complaints []string) {
 }
 
 func TestTopLevelHoldsWhatItShould(t *testing.T) {
-	report(t, badTop(paths(t)))
+	reportComplaints(t, badTopLevel(paths(t)))
 }
 
 func TestAStrayTopLevelEntryIsFound(t *testing.T) {
-	wantComplaints(t, badTop([]string{
+	wantComplaints(t, badTopLevel([]string{
 		"go.mod", ".ci/check", ".gitignore", "arena/shm/a.go", "testing/a.go", "Makefile", "testing/b.go",
 	}), "testing", "Makefile")
 }

@@ -150,8 +150,8 @@ func sources(t *testing.T, nameAndText ...string) []file {
 	return files
 }
 
-// report fails the test with every complaint.
-func report(t *testing.T, complaints []string) {
+// reportComplaints fails the test with every complaint.
+func reportComplaints(t *testing.T, complaints []string) {
 	t.Helper()
 	for _, c := range complaints {
 		t.Error(c)

@@ -63,7 +63,7 @@ var rows = []row{
 
 func main() {
 	if text := os.Getenv(stageEnv); text != "" {
-		fmt.Fprintln(os.Stderr, "machines:", inside(text)) // inside returns only with an error
+		fmt.Fprintln(os.Stderr, "machines:", runInside(text)) // it returns only with an error
 		os.Exit(insideFailed)
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -177,8 +177,8 @@ func (s *site) run(ctx context.Context, r row, name string, o options) (result, 
 		return result{}, err
 	}
 	defer done()
-	quiet := spin(max(r.Busy, o.busy))
-	defer quiet()
+	stopBusyLoops := startBusyLoops(max(r.Busy, o.busy))
+	defer stopBusyLoops()
 	cmd.Stdout, cmd.Stderr = out, out
 	begin := time.Now()
 	status := cmd.Run()
@@ -198,8 +198,8 @@ func (s *site) run(ctx context.Context, r row, name string, o options) (result, 
 	return res, err
 }
 
-// spin keeps n processors busy until quiet is called.
-func spin(n int) (quiet func()) {
+// startBusyLoops keeps n processors busy until stop is called.
+func startBusyLoops(n int) (stop func()) {
 	var loops []*exec.Cmd
 	for range n {
 		// Separate processes compete as another program would.

@@ -27,7 +27,7 @@ type result struct {
 }
 
 // A failure is a failed test, or a failed package without a failed test.
-type failure struct{ test, said string }
+type failure struct{ test, output string }
 
 func (r result) failed() bool { return r.status != nil || len(r.failures) > 0 }
 
@@ -40,7 +40,7 @@ type event struct {
 // summarize reads the output of "go test -json".
 func summarize(r io.Reader) (res result, err error) {
 	res.skips = map[string][]string{}
-	said := map[string]*strings.Builder{}
+	outputs := map[string]*strings.Builder{}
 	parents := map[string]bool{} // tests and packages with a failure below them
 	var failed []string
 	lines := bufio.NewReader(r)
@@ -63,10 +63,10 @@ func summarize(r io.Reader) (res result, err error) {
 		name := strings.TrimSuffix(pkg+"."+e.Test, ".")
 		switch e.Action {
 		case "output", "build-output":
-			if said[name] == nil {
-				said[name] = &strings.Builder{}
+			if outputs[name] == nil {
+				outputs[name] = &strings.Builder{}
 			}
-			said[name].WriteString(e.Output)
+			outputs[name].WriteString(e.Output)
 		case "pass":
 			if e.Test != "" {
 				res.passed++
@@ -81,7 +81,7 @@ func summarize(r io.Reader) (res result, err error) {
 			}
 		case "skip":
 			if e.Test != "" {
-				why := reason(text(said[name]))
+				why := reason(text(outputs[name]))
 				res.skips[why] = append(res.skips[why], name)
 			}
 		}
@@ -89,7 +89,7 @@ func summarize(r io.Reader) (res result, err error) {
 	slices.Sort(failed) // a package that does not compile is named twice
 	for _, name := range slices.Compact(failed) {
 		if !parents[name] {
-			res.failures = append(res.failures, failure{name, text(said[name])})
+			res.failures = append(res.failures, failure{name, text(outputs[name])})
 		}
 	}
 	return res, nil
@@ -103,8 +103,8 @@ func text(b *strings.Builder) string {
 }
 
 // reason returns why a test was skipped: its last line of output except the verdict.
-func reason(said string) (why string) {
-	for line := range strings.Lines(said) {
+func reason(output string) (why string) {
+	for line := range strings.Lines(output) {
 		line = strings.TrimSpace(line)
 		if line == "" || strings.HasPrefix(line, "=== ") || strings.HasPrefix(line, "--- ") {
 			continue
@@ -145,7 +145,7 @@ func table(results []result) string {
 		fmt.Fprintf(&b, "\n%s:\n", r.name)
 		for _, f := range r.failures {
 			fmt.Fprintf(&b, "  FAIL %s\n", f.test)
-			lines := strings.Split(strings.TrimSpace(f.said), "\n")
+			lines := strings.Split(strings.TrimSpace(f.output), "\n")
 			if len(lines) > keptLines {
 				lines = append([]string{"…"}, lines[len(lines)-keptLines:]...)
 			}
@@ -161,7 +161,7 @@ func table(results []result) string {
 			fmt.Fprintf(&b, "  skip %d (%s): %s\n", len(tests), shorten(tests), why)
 		}
 	}
-	if counts := tally(results); len(results) > 1 && len(counts) > 0 {
+	if counts := countFailures(results); len(results) > 1 && len(counts) > 0 {
 		b.WriteString("\nfailures of all runs:\n")
 		for _, name := range slices.SortedFunc(maps.Keys(counts), func(x, y string) int {
 			return cmp.Or(counts[y]-counts[x], strings.Compare(x, y))
@@ -172,7 +172,7 @@ func table(results []result) string {
 	return b.String()
 }
 
-func tally(results []result) map[string]int {
+func countFailures(results []result) map[string]int {
 	counts := map[string]int{}
 	for _, r := range results {
 		for _, f := range r.failures {

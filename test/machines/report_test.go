@@ -92,7 +92,7 @@ func TestRowsAreChosenByName(t *testing.T) {
 }
 
 func TestLastOfAVariableCounts(t *testing.T) {
-	got := unique([]string{"TMPDIR=/theirs", "A=1", "TMPDIR=/ours", "B="})
+	got := lastSettings([]string{"TMPDIR=/theirs", "A=1", "TMPDIR=/ours", "B="})
 	if want := []string{"A=1", "TMPDIR=/ours", "B="}; !slices.Equal(got, want) {
 		t.Errorf("%q, want %q", got, want)
 	}

@@ -90,12 +90,12 @@ func (s *site) remove() error { return os.RemoveAll(s.dir) }
 
 // A plan says what a process does in the namespaces of a machine before it executes go.
 type plan struct {
-	Row    row
-	Binds  [][2]string // from, to; read-only
-	Tmpfs  string      // directory on which to mount a tmpfs
-	Passwd string      // file to mount as /etc/passwd; Group as /etc/group
-	Group  string
-	Locked bool // the process is in the user namespace already
+	Row             row
+	Binds           [][2]string // from, to; read-only
+	Tmpfs           string      // directory on which to mount a tmpfs
+	Passwd          string      // file to mount as /etc/passwd; Group as /etc/group
+	Group           string
+	InUserNamespace bool // the process is in the user namespace already
 
 	Path string // path of the program
 	Args []string
@@ -152,13 +152,13 @@ func (s *site) command(ctx context.Context, r row, args []string) (cmd *exec.Cmd
 	if r.User {
 		p.Binds = [][2]string{{s.goroot, s.path("go")}, {s.modules, s.path("mod")}}
 		goroot := s.path("go")
-		if open(s.goroot) {
+		if everybodyMayEnter(s.goroot) {
 			// At another path all of Go's own packages would have to be built again.
 			p.Binds, goroot = p.Binds[1:], s.goroot
 		}
 		p.Path, p.Dir = goroot+"/bin/go", s.path("tree")
-		if p.Passwd, err = s.account(tmp, "/etc/passwd", fmt.Sprintf("%s:x:%d:%d::%s:/bin/sh\n", userName, user, user, s.path("home"))); err == nil {
-			p.Group, err = s.account(tmp, "/etc/group", fmt.Sprintf("%s:x:%d:\n", userName, user))
+		if p.Passwd, err = s.appendAccount(tmp, "/etc/passwd", fmt.Sprintf("%s:x:%d:%d::%s:/bin/sh\n", userName, user, user, s.path("home"))); err == nil {
+			p.Group, err = s.appendAccount(tmp, "/etc/group", fmt.Sprintf("%s:x:%d:\n", userName, user))
 		}
 		if err != nil {
 			return nil, nil, err
@@ -166,7 +166,7 @@ func (s *site) command(ctx context.Context, r row, args []string) (cmd *exec.Cmd
 		env = append(env, "HOME="+s.path("home"), "USER="+userName, "LOGNAME="+userName, "PATH="+goroot+"/bin:"+os.Getenv("PATH"),
 			"GOROOT="+goroot, "GOCACHE="+s.path("gocache"), "GOMODCACHE="+s.path("mod"), "GOPATH="+s.path("home/go"), "GOTOOLCHAIN=local")
 	}
-	p.Env = unique(append(env, r.Env...))
+	p.Env = lastSettings(append(env, r.Env...))
 	flags := uintptr(unix.CLONE_NEWNS)
 	if r.Offline {
 		flags |= unix.CLONE_NEWNET
@@ -178,8 +178,8 @@ func (s *site) command(ctx context.Context, r row, args []string) (cmd *exec.Cmd
 	return cmd, done, nil
 }
 
-// unique keeps the last setting of each variable; some programs read the first.
-func unique(env []string) (kept []string) {
+// lastSettings keeps the last setting of each variable; some programs read the first.
+func lastSettings(env []string) (kept []string) {
 	seen := map[string]bool{}
 	for _, v := range slices.Backward(env) {
 		if name, _, _ := strings.Cut(v, "="); !seen[name] {
@@ -191,8 +191,8 @@ func unique(env []string) (kept []string) {
 	return kept
 }
 
-// open reports whether every user may enter the directory.
-func open(dir string) bool {
+// everybodyMayEnter reports whether every user may enter the directory.
+func everybodyMayEnter(dir string) bool {
 	for ; ; dir = filepath.Dir(dir) {
 		info, err := os.Stat(dir)
 		if err != nil || info.Mode()&0o005 != 0o005 {
@@ -204,8 +204,8 @@ func open(dir string) bool {
 	}
 }
 
-// account writes a copy of an account file with one more line.
-func (s *site) account(dir, file, line string) (path string, err error) {
+// appendAccount writes a copy of an account file with one more line.
+func (s *site) appendAccount(dir, file, line string) (path string, err error) {
 	text, err := os.ReadFile(file)
 	if err != nil {
 		return "", err
@@ -214,16 +214,16 @@ func (s *site) account(dir, file, line string) (path string, err error) {
 	return path, os.WriteFile(path, append(text, line...), 0o644)
 }
 
-// inside makes the machine of a plan around this process, and then executes the program.
+// runInside makes the machine of a plan around this process, and then executes the program.
 // It returns only with an error.
-func inside(text string) error {
+func runInside(text string) error {
 	runtime.LockOSThread()
 	var p plan
 	if err := json.Unmarshal([]byte(text), &p); err != nil {
 		return err
 	}
 	os.Unsetenv(stageEnv)
-	if !p.Locked {
+	if !p.InUserNamespace {
 		if err := p.mounts(); err != nil {
 			return err
 		}
@@ -237,10 +237,10 @@ func inside(text string) error {
 			}
 		}
 	}
-	if p.Row.NoUsers && !p.Locked {
-		return p.lock()
+	if p.Row.NoUsers && !p.InUserNamespace {
+		return p.enterUserNamespace()
 	}
-	if p.Locked {
+	if p.InUserNamespace {
 		// The limit holds for each user of this user namespace, and so for root in it.
 		if err := os.WriteFile("/proc/sys/user/max_user_namespaces", []byte("0\n"), 0); err != nil {
 			return err
@@ -257,9 +257,9 @@ func inside(text string) error {
 	return fmt.Errorf("exec %s: %w", p.Path, syscall.Exec(p.Path, p.Args, p.Env))
 }
 
-// lock runs the rest of the plan in a user namespace that maps every user to itself.
-func (p plan) lock() error {
-	p.Locked = true
+// enterUserNamespace runs the rest of the plan in a user namespace that maps every user to itself.
+func (p plan) enterUserNamespace() error {
+	p.InUserNamespace = true
 	cmd := exec.Command("/proc/self/exe")
 	cmd.Env = append(os.Environ(), stageEnv+"="+encode(p))
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr

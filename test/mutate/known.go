@@ -71,8 +71,8 @@ func parseKnown(text string) (map[key]string, error) {
 	return known, flush(n)
 }
 
-// stale returns the entries that name no existing mutant.
-func stale(known map[key]string, all []*mutant) []key {
+// staleEntries returns the entries that name no existing mutant.
+func staleEntries(known map[key]string, all []*mutant) []key {
 	there := make(map[key]bool, len(all))
 	for _, m := range all {
 		there[m.key] = true

@@ -155,11 +155,11 @@ func run(ctx context.Context, args []string, out, errs io.Writer) error {
 			}
 		}
 	}
-	gone := stale(known, all)
-	for _, k := range gone {
+	stales := staleEntries(known, all)
+	for _, k := range stales {
 		fmt.Fprintln(errs, "stale:", k)
 	}
-	if len(gone) > 0 {
+	if len(stales) > 0 {
 		return errStale
 	}
 	chosen = sample(chosen, o.n, o.seed)
@@ -174,11 +174,11 @@ func run(ctx context.Context, args []string, out, errs io.Writer) error {
 
 // runAll runs the mutants without a result of an earlier run, and reports.
 func runAll(ctx context.Context, o options, chosen []*mutant, known map[key]string, out, errs io.Writer) error {
-	book, err := openLedger(o.results)
+	file, err := openResults(o.results)
 	if err != nil {
 		return err
 	}
-	defer book.close()
+	defer file.close()
 	tmp, err := os.MkdirTemp("", "mutate")
 	if err != nil {
 		return err
@@ -194,11 +194,11 @@ func runAll(ctx context.Context, o options, chosen []*mutant, known map[key]stri
 	var results []result
 	var ended error
 	for i, m := range chosen {
-		res, had := book.lookup(m, o.retry)
+		res, found := file.lookup(m, o.retry)
 		switch {
 		case known[m.key] != "":
 			res = result{key: m.key, Line: m.Line, Sum: m.sum, Status: listed}
-		case had:
+		case found:
 		case ended != nil || untried[m.dir] != nil:
 			continue
 		case o.budget > 0 && time.Since(began) > o.budget:
@@ -224,7 +224,7 @@ func runAll(ctx context.Context, o options, chosen []*mutant, known map[key]stri
 				continue
 			}
 			if err == nil {
-				err = book.add(res)
+				err = file.add(res)
 			}
 			if err != nil {
 				return err

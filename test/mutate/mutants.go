@@ -249,7 +249,7 @@ func (g *generator) body(body *ast.BlockStmt, sig *ast.FuncType) {
 
 func (g *generator) offset(p token.Pos) int { return int(p) - g.base }
 
-func (g *generator) of(n ast.Node) string {
+func (g *generator) textOf(n ast.Node) string {
 	return string(g.src[g.offset(n.Pos()):g.offset(n.End())])
 }
 
@@ -306,7 +306,7 @@ func blamed(list []ast.Stmt) (found bool) {
 }
 
 func (g *generator) check(cond ast.Expr) {
-	text := g.of(cond)
+	text := g.textOf(cond)
 	g.add(kindCheck, cond, "false && ("+text+")", text, "false")
 }
 
@@ -315,9 +315,9 @@ func (g *generator) operand(n *ast.BinaryExpr) {
 	if n.Op == token.LOR {
 		rest = "false && ("
 	}
-	x, y := g.of(n.X), g.of(n.Y)
-	g.add(kindOperand, n.X, "("+rest+x+"))", g.of(n), y)
-	g.add(kindOperand, n.Y, "("+rest+y+"))", g.of(n), x)
+	x, y := g.textOf(n.X), g.textOf(n.Y)
+	g.add(kindOperand, n.X, "("+rest+x+"))", g.textOf(n), y)
+	g.add(kindOperand, n.Y, "("+rest+y+"))", g.textOf(n), x)
 }
 
 // boundaries maps a comparison to its neighbour, and to the step of a constant on its
@@ -333,7 +333,7 @@ var boundaries = map[token.Token]struct {
 }
 
 func (g *generator) comparison(n *ast.BinaryExpr) {
-	from, x, y := g.of(n), g.of(n.X), g.of(n.Y)
+	from, x, y := g.textOf(n), g.textOf(n.X), g.textOf(n.Y)
 	b, ordered := boundaries[n.Op]
 	if ordered {
 		to := x + " " + b.op.String() + " " + y
@@ -343,7 +343,7 @@ func (g *generator) comparison(n *ast.BinaryExpr) {
 		if lit, ok := side.(*ast.BasicLit); ok && lit.Value == "0" && sign == "-" {
 			return
 		}
-		changed := "(" + g.of(side) + sign + "1)"
+		changed := "(" + g.textOf(side) + sign + "1)"
 		to := x + " " + n.Op.String() + " " + changed
 		if side == n.X {
 			to = changed + " " + n.Op.String() + " " + y
@@ -437,9 +437,9 @@ func (g *generator) result(n *ast.ReturnStmt, sig *ast.FuncType) {
 	if id, ok := value.(*ast.Ident); ok && id.Name == "nil" {
 		return
 	}
-	from := g.of(n)
-	to := from[:len(from)-len(g.of(value))] + "nil"
-	g.add(kindNil, value, "func() error { _ = "+g.of(value)+"; return nil }()", from, to)
+	from := g.textOf(n)
+	to := from[:len(from)-len(g.textOf(value))] + "nil"
+	g.add(kindNil, value, "func() error { _ = "+g.textOf(value)+"; return nil }()", from, to)
 }
 
 func (g *generator) minmax(n *ast.CallExpr) {
@@ -451,13 +451,13 @@ func (g *generator) minmax(n *ast.CallExpr) {
 		var rest []string
 		for j, arg := range n.Args {
 			if j != i {
-				rest = append(rest, g.of(arg))
+				rest = append(rest, g.textOf(arg))
 			}
 		}
 		to := "(" + rest[0] + ")"
 		if len(rest) > 1 {
 			to = id.Name + "(" + strings.Join(rest, ", ") + ")"
 		}
-		g.add(kindMinMax, n, to, g.of(n), to)
+		g.add(kindMinMax, n, to, g.textOf(n), to)
 	}
 }

@@ -14,8 +14,8 @@ import (
 	"testing"
 )
 
-// tree writes files to a new directory and returns it.
-func tree(t *testing.T, files map[string]string) (root string) {
+// writeTree writes files to a new directory and returns it.
+func writeTree(t *testing.T, files map[string]string) (root string) {
 	t.Helper()
 	root = t.TempDir()
 	for name, text := range files {
@@ -27,8 +27,8 @@ func tree(t *testing.T, files map[string]string) (root string) {
 	return root
 }
 
-// instead makes the program use other plans and another list of equivalents.
-func instead(t *testing.T, with []plan, known string) {
+// replacePlans makes the program use other plans and another list of equivalents.
+func replacePlans(t *testing.T, with []plan, known string) {
 	t.Helper()
 	oldPlans, oldKnown := plans, equivalent
 	plans, equivalent = with, known
@@ -36,7 +36,7 @@ func instead(t *testing.T, with []plan, known string) {
 }
 
 func TestMutantsOfEveryKind(t *testing.T) {
-	root := tree(t, map[string]string{"p/p.go": `package p
+	root := writeTree(t, map[string]string{"p/p.go": `package p
 
 import "barevif/q"
 
@@ -125,7 +125,7 @@ func f(n int) error {
 	return nil
 }
 `
-	root := tree(t, map[string]string{"p/p.go": src})
+	root := writeTree(t, map[string]string{"p/p.go": src})
 	all, err := mutantsOf(root, "p")
 	if err != nil {
 		t.Fatal(err)
@@ -186,7 +186,7 @@ func TestTheListOfEquivalents(t *testing.T) {
 	if len(known) != 2 || known[a] != "never equal" || known[b] != "reason" {
 		t.Error(known)
 	}
-	if gone := stale(known, []*mutant{{key: a}}); len(gone) != 1 || gone[0] != b {
+	if gone := staleEntries(known, []*mutant{{key: a}}); len(gone) != 1 || gone[0] != b {
 		t.Errorf("stale: %v", gone)
 	}
 	for _, bad := range []string{
@@ -208,9 +208,9 @@ func TestTheLedgerGoesOnFromACutLine(t *testing.T) {
 	name := filepath.Join(t.TempDir(), "results")
 	m := &mutant{key: key{File: "p/p.go", Func: "f"}, sum: "1", Line: 4}
 	other := &mutant{key: key{File: "p/p.go", Func: "g"}, sum: "1"}
-	write := func(res ...result) *ledger {
+	write := func(res ...result) *resultFile {
 		t.Helper()
-		l, err := openLedger(name)
+		l, err := openResults(name)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -252,7 +252,7 @@ func TestTheLedgerGoesOnFromACutLine(t *testing.T) {
 	if err := os.WriteFile(name, []byte("no result\n"+string(text)), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := openLedger(name); err == nil || !strings.Contains(err.Error(), ":1:") {
+	if _, err := openResults(name); err == nil || !strings.Contains(err.Error(), ":1:") {
 		t.Errorf("a file of something else: %v", err)
 	}
 	if kept, err := os.ReadFile(name); err != nil || !strings.HasPrefix(string(kept), "no result\n") {
@@ -297,10 +297,10 @@ func TestARunOfAModule(t *testing.T) {
 	if _, err := exec.LookPath("go"); err != nil {
 		t.Skip("the go command is not installed: ", err)
 	}
-	root := tree(t, moduleFiles)
+	root := writeTree(t, moduleFiles)
 	results := filepath.Join(t.TempDir(), "results")
 	limit := suite{pkg: "./p", limit: 1e9}
-	instead(t, []plan{{"p", []suite{limit}}, {"gone", []suite{limit}}}, "")
+	replacePlans(t, []plan{{"p", []suite{limit}}, {"gone", []suite{limit}}}, "")
 
 	var out, errs strings.Builder
 	args := []string{"-root", root, "-results", results}
@@ -329,7 +329,7 @@ func TestARunOfAModule(t *testing.T) {
 	}
 
 	// Listed survivors do not count, and nothing is run twice.
-	instead(t, plans, `p/p.go Check bound
+	replacePlans(t, plans, `p/p.go Check bound
 n > 3 -> n >= 3
 for the test
 
@@ -358,7 +358,7 @@ for the test
 	}
 
 	// A listed mutant must exist.
-	instead(t, plans, "p/p.go Check bound\nn > 4 -> n >= 4\nit was\n")
+	replacePlans(t, plans, "p/p.go Check bound\nn > 4 -> n >= 4\nit was\n")
 	if err := run(t.Context(), args, io.Discard, io.Discard); !errors.Is(err, errStale) {
 		t.Error(err)
 	}
@@ -368,12 +368,12 @@ func TestAMutantThatDoesNotCompileIsNotCounted(t *testing.T) {
 	if _, err := exec.LookPath("go"); err != nil {
 		t.Skip("the go command is not installed: ", err)
 	}
-	root := tree(t, map[string]string{
+	root := writeTree(t, map[string]string{
 		"go.mod":      "module barevif\n\ngo 1.26\n",
 		"p/p.go":      "package p\n\nfunc Few(n uint, least uint) bool { return n == 4 && least == 18446744073709551615 }\n",
 		"p/p_test.go": "package p\n\nimport \"testing\"\n\nfunc TestFew(t *testing.T) {\n\tif !Few(4, 1<<64-1) || Few(5, 1<<64-1) || Few(3, 1<<64-1) || Few(4, 1<<64-2) {\n\t\tt.Error(\"few\")\n\t}\n}\n",
 	})
-	instead(t, []plan{{"p", []suite{{pkg: "./p"}}}}, "")
+	replacePlans(t, []plan{{"p", []suite{{pkg: "./p"}}}}, "")
 	var out strings.Builder
 	if err := run(t.Context(), []string{"-root", root}, &out, io.Discard); err != nil {
 		t.Errorf("%v\n%s", err, &out)

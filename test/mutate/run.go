@@ -161,15 +161,15 @@ func tail(s string, lines int) string {
 	return strings.Join(all[max(0, len(all)-lines):], "\n")
 }
 
-// A ledger is the file of results. A mutant with a result is not run again as long as its
+// A resultFile is the file of results. A mutant with a result is not run again as long as its
 // file is the same.
-type ledger struct {
-	had map[key]result
-	f   *os.File // nil: results are not stored
+type resultFile struct {
+	earlier map[key]result
+	f       *os.File // nil: results are not stored
 }
 
-func openLedger(name string) (*ledger, error) {
-	l := &ledger{had: make(map[key]result)}
+func openResults(name string) (*resultFile, error) {
+	l := &resultFile{earlier: make(map[key]result)}
 	if name == "" {
 		return l, nil
 	}
@@ -189,7 +189,7 @@ func openLedger(name string) (*ledger, error) {
 			return nil, fmt.Errorf("%s:%d: not a result of this program (give -results another file): %w", name, n, err)
 		}
 		whole += len(lines.Bytes()) + 1
-		l.had[res.key] = res
+		l.earlier[res.key] = res
 	}
 	if err := lines.Err(); err != nil {
 		return nil, err
@@ -211,8 +211,8 @@ func openLedger(name string) (*ledger, error) {
 }
 
 // lookup returns the result of an earlier run, if it is still valid.
-func (l *ledger) lookup(m *mutant, retry bool) (result, bool) {
-	res, ok := l.had[m.key]
+func (l *resultFile) lookup(m *mutant, retry bool) (result, bool) {
+	res, ok := l.earlier[m.key]
 	if !ok || res.Sum != m.sum || retry && res.Status == survived {
 		return result{}, false
 	}
@@ -220,7 +220,7 @@ func (l *ledger) lookup(m *mutant, retry bool) (result, bool) {
 	return res, true
 }
 
-func (l *ledger) add(res result) error {
+func (l *resultFile) add(res result) error {
 	if l.f == nil {
 		return nil
 	}
@@ -232,7 +232,7 @@ func (l *ledger) add(res result) error {
 	return err
 }
 
-func (l *ledger) close() error {
+func (l *resultFile) close() error {
 	if l.f == nil {
 		return nil
 	}

@@ -7,13 +7,13 @@ import (
 	"slices"
 )
 
-// worth is the factor by which a ratio must have grown, beyond the noise, to count as worse.
-const worth = 1.05
+// worseFactor is the factor by which a ratio must have grown, beyond the noise, to count as worse.
+const worseFactor = 1.05
 
-// worse reports whether a ratio grew beyond the noise of both results: the ranges between
+// gotWorse reports whether a ratio grew beyond the noise of both results: the ranges between
 // their quartiles do not overlap.
-func worse(before, now ratio) bool {
-	return min(before.runs, now.runs) >= enough && now.lo > before.hi && now.mid > worth*before.mid
+func gotWorse(before, now ratio) bool {
+	return min(before.runs, now.runs) >= minRuns && now.lo > before.hi && now.mid > worseFactor*before.mid
 }
 
 // A change is a row of ours that got worse against a floor or a peer.
@@ -27,7 +27,7 @@ type change struct {
 // changed.
 func compare(before, now *Result) (changes []change, compared int) {
 	// One boundary, so that near and far mean the same in both results.
-	b := boundary(append(lines(before.Runs), lines(now.Runs)...))
+	b := boundary(append(lineTimes(before.Runs), lineTimes(now.Runs)...))
 	old, new := newTable(before.Runs, b), newTable(now.Runs, b)
 	classes := map[key]string{}
 	var keys []key
@@ -49,11 +49,11 @@ func compare(before, now *Result) (changes []change, compared int) {
 			}
 			for _, where := range []regime{near, far} {
 				was, is := old.ratioIn(k, p, where), new.ratioIn(k, p, where)
-				if min(was.runs, is.runs) < enough {
+				if min(was.runs, is.runs) < minRuns {
 					continue
 				}
 				against++
-				if worse(was, is) {
+				if gotWorse(was, is) {
 					bad = append(bad, change{k, p, was, is})
 				}
 			}
@@ -70,7 +70,7 @@ func compare(before, now *Result) (changes []change, compared int) {
 func reportCompare(w io.Writer, name string, before, now *Result) bool {
 	changes, compared := compare(before, now)
 	fmt.Fprintf(w, "Against %s, of commit %s and %s: %d ratios of the same regime with %d runs each.\n",
-		name, before.Commit, before.Date, compared, enough)
+		name, before.Commit, before.Date, compared, minRuns)
 	if before.Machine.CPU != now.Machine.CPU || before.Machine.Arch != now.Machine.Arch {
 		fmt.Fprintf(w, "It is of another machine (%s, %s): ratios of one say little about the other.\n", before.Machine.CPU, before.Machine.Arch)
 	}

@@ -45,7 +45,7 @@ func (l *copyLink) send(j *job) error {
 		} else {
 			n, err = l.from.WriteBatch(batch)
 		}
-		if over(j, err) {
+		if interrupted(j, err) {
 			return nil
 		} else if err != nil {
 			return err
@@ -66,7 +66,7 @@ func (l *copyLink) receive(j *job) error {
 			j.pin(1)
 		}
 		n := f.CopyTo(s.frame)
-		if err := s.took(s.frame[:n]); err != nil && wrong == nil {
+		if err := s.check(s.frame[:n]); err != nil && wrong == nil {
 			wrong = err
 			l.cancel()
 		}

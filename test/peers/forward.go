@@ -30,7 +30,7 @@ func forwardPeer(frontends bool, mode pvnet.WaitMode, batch int) peer {
 		if err != nil {
 			return nil, err
 		}
-		l := &forwardLink{lab: lab, batch: j.fit(batch)}
+		l := &forwardLink{lab: lab, batch: j.limitBatch(batch)}
 		if err := l.connect(frontends, pvnet.Config{Wait: mode}); err != nil {
 			lab.close()
 			return nil, err
@@ -59,17 +59,17 @@ func (l *forwardLink) connect(frontends bool, cfg pvnet.Config) error {
 		}
 		if served[back] == nil {
 			served[back] = serve(domains[back], backConfig)
-			l.lab.later(served[back].close)
+			l.lab.onClose(served[back].close)
 		}
-		if err := l.lab.plug(hypercall.DomID(front), hypercall.DomID(back), uint32(i)); err != nil {
+		if err := l.lab.addVif(hypercall.DomID(front), hypercall.DomID(back), uint32(i)); err != nil {
 			return err
 		}
 		f, err := connect(domains[front], fmt.Sprint(i), frontConfig)
 		if err != nil {
 			return err
 		}
-		l.lab.later(f.Disconnect)
-		b, err := served[back].next()
+		l.lab.onClose(f.Disconnect)
+		b, err := served[back].nextDevice()
 		if err != nil {
 			return err
 		}
@@ -100,7 +100,7 @@ func (l *forwardLink) notifies() uint64 { return notified(l.devices) }
 
 // send runs the source and the drain.
 func (l *forwardLink) send(j *job) error {
-	out, in := newOutlet(j, l.source, vifOptions{Batch: l.batch}), newInlet(j, l.drain, vifOptions{Batch: l.batch})
+	out, in := newBatchSender(j, l.source, vifOptions{Batch: l.batch}), newBatchReceiver(j, l.drain, vifOptions{Batch: l.batch})
 	defer out.release()
 	sent, rcvd := tally{to: &j.sent}, tally{to: &j.rcvd}
 	for !j.stopped() {
@@ -115,7 +115,7 @@ func (l *forwardLink) send(j *job) error {
 		sent.add(n)
 		rcvd.add(m)
 		if n == 0 && m == 0 {
-			relax()
+			spinPause()
 		}
 	}
 	return nil
@@ -145,7 +145,7 @@ func (l *forwardLink) receive(j *job) error {
 			copy(frames, frames[sent:held])
 			held -= sent
 		}
-		if over(j, err) {
+		if interrupted(j, err) {
 			return nil
 		} else if err != nil {
 			return err

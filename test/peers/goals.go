@@ -74,16 +74,16 @@ func goals(rows []*row) []goal {
 		}
 	}
 	all = append(all, goal{"allocations/frame, the most of all streams in one process", 0, false,
-		worst(owners, "%.3f", func(r Run) float64 { return r.Allocs })})
+		largestMedian(owners, "%.3f", func(r Run) float64 { return r.Allocs })})
 	for _, end := range ends {
 		for _, o := range []vifOptions{{Wait: pvnet.Adaptive}, {Wait: pvnet.Park}} { // the modes that park
 			o.Back, o.Batch = end.back, 32
 			all = append(all, goal{o.name() + ", 64 B, notifies/frame while frames move", 0.02, false,
-				worst([]key{{o.name(), stream, sizeSmall}}, "%.4f", func(r Run) float64 { return r.Notifies })})
+				largestMedian([]key{{o.name(), stream, sizeSmall}}, "%.4f", func(r Run) float64 { return r.Notifies })})
 		}
 	}
 	return append(all, goal{"counters on against off, time of a frame", 1.01, false,
-		worst([]key{{nameCounters, counters, sizeSmall}}, "%.4f", ns)})
+		largestMedian([]key{{nameCounters, counters, sizeSmall}}, "%.4f", ns)})
 }
 
 func ofClass(rows []*row, class, kind string, size int) (keys []key) {
@@ -130,8 +130,8 @@ func timesAsFast(a key, peers ...key) func(*table) (float64, string, error) {
 	}
 }
 
-// worst computes the largest median of those cells that were measured.
-func worst(keys []key, format string, of func(Run) float64) func(*table) (float64, string, error) {
+// largestMedian computes the largest median of those cells that were measured.
+func largestMedian(keys []key, format string, of func(Run) float64) func(*table) (float64, string, error) {
 	return func(t *table) (value float64, how string, err error) {
 		err = fmt.Errorf("%s was not measured", keys[0].row)
 		for _, k := range keys {

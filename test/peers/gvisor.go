@@ -39,6 +39,19 @@ func (d *dispatcher) set(fn func(*stack.PacketBuffer)) {
 	d.fn = fn
 }
 
+// await waits until packets have a receiver: the ones before are dropped.
+func (d *dispatcher) await(j *job) {
+	for !j.stopped() {
+		d.mu.Lock()
+		ready := d.fn != nil
+		d.mu.Unlock()
+		if ready {
+			return
+		}
+		spinPause()
+	}
+}
+
 func (d *dispatcher) DeliverNetworkPacket(_ tcpip.NetworkProtocolNumber, p *stack.PacketBuffer) {
 	d.once.Do(func() { d.j.pin(d.party) })
 	d.mu.Lock()
@@ -117,6 +130,7 @@ func (l *endpointLink) send(j *job) error {
 		ipPacket(s)
 	}
 	packets := make([]*stack.PacketBuffer, l.batch)
+	l.second.await(j)
 	for !j.stopped() {
 		for i, frame := range src.next() {
 			packets[i] = packet(frame)
@@ -128,7 +142,7 @@ func (l *endpointLink) send(j *job) error {
 			}
 			n, err := l.client.WritePackets(list)
 			if done += n; err != nil {
-				relax() // the ring is full
+				spinPause() // the ring is full
 			}
 			sent.add(n)
 		}
@@ -148,7 +162,7 @@ func (l *endpointLink) receive(j *job) error {
 		if !j.verify {
 			return
 		}
-		if err := s.took(p.Data().AsRange().ToSlice()); err != nil {
+		if err := s.check(p.Data().AsRange().ToSlice()); err != nil {
 			select {
 			case wrong <- err:
 			default:
@@ -169,7 +183,8 @@ func (l *endpointLink) ping(j *job, rtt []int64) error {
 	frame := ipPacket(j.source()).frame
 	arrived := make(chan int64, 1)
 	l.first.set(func(*stack.PacketBuffer) { arrived <- nano() })
-	limit := time.NewTimer(hang / 2)
+	l.second.await(j)
+	limit := time.NewTimer(hangLimit / 2)
 	defer limit.Stop()
 	for i := range rtt {
 		start := nano()
@@ -248,14 +263,14 @@ func (l *queueLink) send(j *job) error {
 			free = append(free, id)
 		}
 		if len(free) == 0 {
-			relax()
+			spinPause()
 			continue
 		}
 		id := free[len(free)-1]
 		b := &buffers[id]
 		copy(data[b.Offset:], src.next())
 		for !l.tx.Enqueue(id, uint32(j.size), 1, b) {
-			if relax(); j.stopped() {
+			if spinPause(); j.stopped() {
 				return nil
 			}
 		}
@@ -271,13 +286,13 @@ func (l *queueLink) receive(j *job) error {
 	for !j.stopped() {
 		m := l.in.Pull()
 		if m == nil {
-			relax()
+			spinPause()
 			continue
 		}
 		info := queue.DecodeTxPacketHeader(m)
 		b := queue.DecodeTxBufferHeader(m, 0)
 		n := copy(s.frame, data[b.Offset:][:info.Size])
-		if err := s.took(s.frame[:n]); err != nil {
+		if err := s.check(s.frame[:n]); err != nil {
 			return err
 		}
 		l.in.Flush()

@@ -80,14 +80,14 @@ type notifier interface {
 // A board is the memory that the parties of a job share. It is in a page of its own, which a
 // child process maps, too. Each counter has a cache line of its own.
 type board struct {
-	stop  atomic.Uint32
-	ready atomic.Uint32 // the child is connected
-	_     [120]byte
-	sent  atomic.Uint64
-	_     [120]byte
-	rcvd  atomic.Uint64
-	_     [120]byte
-	told  atomic.Uint64 // notifications sent by the child
+	stop          atomic.Uint32
+	ready         atomic.Uint32 // the child is connected
+	_             [120]byte
+	sent          atomic.Uint64
+	_             [120]byte
+	rcvd          atomic.Uint64
+	_             [120]byte
+	childNotifies atomic.Uint64 // notifications sent by the child
 }
 
 // A job is one measurement of one row.
@@ -120,9 +120,9 @@ func (j *job) stopped() bool { return j.stop.Load() != 0 }
 
 func (j *job) close() { j.mem.close() }
 
-// fit limits a batch for frames of the job's size: a ring of 256 slots holds 15 of the
+// limitBatch limits a batch for frames of the job's size: a ring of 256 slots holds 15 of the
 // longest.
-func (j *job) fit(batch int) int {
+func (j *job) limitBatch(batch int) int {
 	if j.size > 4096 {
 		return min(batch, 8)
 	}
@@ -215,8 +215,8 @@ func (j *job) sink() *sink {
 	return &sink{frame: make([]byte, j.size), want: *j.source()}
 }
 
-// took is called with each frame that arrives, in order.
-func (s *sink) took(frame []byte) error {
+// check is called with each frame that arrives, in order.
+func (s *sink) check(frame []byte) error {
 	if !s.want.verify {
 		return nil
 	}
@@ -248,17 +248,17 @@ func pin(cpu int) {
 
 var private atomic.Uint32
 
-// relax is for loops that poll a shared word. It does not touch the word for some 10 ns, so
+// spinPause is for loops that poll a shared word. It does not touch the word for some 10 ns, so
 // that the other side can write it.
-func relax() {
+func spinPause() {
 	for range 16 {
 		private.Load()
 	}
 }
 
 const (
-	warmUp = 25 * time.Millisecond
-	hang   = 10 * time.Second
+	warmUp    = 25 * time.Millisecond
+	hangLimit = 10 * time.Second
 )
 
 // errHung is the error for a party that did not end. The party still spins or blocks, so all
@@ -306,7 +306,7 @@ func (b *bench) run(r *row, size int) (run Run, err error) {
 		notifies = n.notifies()
 	}
 	err = errors.Join(err, l.close())
-	notifies += j.told.Load() // the child's count; the child has ended
+	notifies += j.childNotifies.Load() // the child's count; the child has ended
 	if run.Kind == stream {
 		run.Notifies = float64(notifies) / float64(max(j.sent.Load(), 1))
 	}
@@ -326,7 +326,7 @@ func parties(j *job, l link, first, second func() error) (wait func(stop bool) e
 	ended := 0
 	var all error
 	return func(stop bool) error {
-		limit := time.After(hang)
+		limit := time.After(hangLimit)
 		for ended < 2 {
 			if stop {
 				j.stop.Store(1)
@@ -351,15 +351,15 @@ func parties(j *job, l link, first, second func() error) (wait func(stop bool) e
 func (b *bench) stream(j *job, l streamer, run *Run) error {
 	wait := parties(j, l, func() error { return l.send(j) }, func() error { return l.receive(j) })
 	time.Sleep(warmUp)
-	for start := time.Now(); j.rcvd.Load() < j.warm && time.Since(start) < hang/2; {
+	for start := time.Now(); j.rcvd.Load() < j.warm && time.Since(start) < hangLimit/2; {
 		time.Sleep(time.Millisecond)
 	}
 	var m0, m1 runtime.MemStats
-	start := look(l)
+	start := sampleCPU(l)
 	runtime.ReadMemStats(&m0) // innermost: the rest of this allocates
 	s0, r0, t0 := j.sent.Load(), j.rcvd.Load(), time.Now()
 	var rcvd uint64
-	for rcvd == 0 && time.Since(t0) < hang/2 {
+	for rcvd == 0 && time.Since(t0) < hangLimit/2 {
 		time.Sleep(b.window)
 		rcvd = j.rcvd.Load() - r0
 	}
@@ -381,18 +381,18 @@ func (b *bench) stream(j *job, l streamer, run *Run) error {
 	return nil
 }
 
-// trips is how many round trips one measurement makes: enough for a 99th percentile, and few
+// roundTrips is how many round trips one measurement makes: enough for a 99th percentile, and few
 // enough that round trips with two wake-ups of 100 us take a third of a second in total.
-const trips = 1500
+const roundTrips = 1500
 
 func (b *bench) pingpong(j *job, l pinger, run *Run) error {
-	rtt := make([]int64, trips)
+	rtt := make([]int64, roundTrips)
 	var m0, m1 runtime.MemStats
 	wait := parties(j, l, func() error {
-		if err := l.ping(j, rtt[:trips/10]); err != nil {
+		if err := l.ping(j, rtt[:roundTrips/10]); err != nil {
 			return err
 		}
-		start := look(l)
+		start := sampleCPU(l)
 		runtime.ReadMemStats(&m0)
 		err := l.ping(j, rtt)
 		runtime.ReadMemStats(&m1)
@@ -406,8 +406,8 @@ func (b *bench) pingpong(j *job, l pinger, run *Run) error {
 	if rtt[0] == 0 {
 		return errors.New("not every round trip was made")
 	}
-	run.Ns, run.P99 = float64(rtt[trips/2]), float64(rtt[trips*99/100])
-	run.Allocs = float64(m1.Mallocs-m0.Mallocs) / trips
+	run.Ns, run.P99 = float64(rtt[roundTrips/2]), float64(rtt[roundTrips*99/100])
+	run.Allocs = float64(m1.Mallocs-m0.Mallocs) / roundTrips
 	return nil
 }
 

@@ -84,7 +84,7 @@ func lineRoundTrip(cpus [2]int, n int) (float64, error) {
 	}
 	defer mem.close()
 	there, back := at[atomic.Uint32](mem.b, 0), at[atomic.Uint32](mem.b, 256)
-	limit := time.Now().Add(hang)
+	limit := time.Now().Add(hangLimit)
 	echoed := make(chan struct{})
 	go func() {
 		defer close(echoed)
@@ -119,7 +119,7 @@ func lineRoundTrip(cpus [2]int, n int) (float64, error) {
 	ok := <-pinged
 	<-echoed
 	if !ok {
-		return 0, fmt.Errorf("%d round trips of a cache line between CPU %d and CPU %d did not end in %v", n, cpus[0], cpus[1], hang)
+		return 0, fmt.Errorf("%d round trips of a cache line between CPU %d and CPU %d did not end in %v", n, cpus[0], cpus[1], hangLimit)
 	}
 	slices.Sort(rtt)
 	return float64(rtt[n/2]), nil
@@ -142,18 +142,18 @@ func clock(id int32) time.Duration {
 	return time.Duration(t.Nano())
 }
 
-// A glance holds the processor times of the machine at one moment.
-type glance struct {
+// A cpuSample holds the processor times of the machine at one moment.
+type cpuSample struct {
 	at         time.Time
 	busy, ours time.Duration
 }
 
-func look(l link) glance { return glance{time.Now(), busyTime(), cpuTime(l)} }
+func sampleCPU(l link) cpuSample { return cpuSample{time.Now(), busyTime(), cpuTime(l)} }
 
 // since returns how many CPUs this process and the child process of l have used since g, and
 // the share of all CPUs that other work has used.
-func (g glance) since(l link) (cpus, others float64) {
-	now := look(l)
+func (g cpuSample) since(l link) (cpus, others float64) {
+	now := sampleCPU(l)
 	took, ours := float64(now.at.Sub(g.at)), now.ours-g.ours
 	others = float64(now.busy-g.busy-ours) / took / float64(runtime.NumCPU())
 	return float64(ours) / took, max(0, others)

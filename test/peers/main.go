@@ -1,31 +1,38 @@
-// Peers measures the device of this project beside what a Go program could use
-// instead, and beside what the machine itself takes for it, in one interleaved run:
+// Peers measures how fast a vif moves frames, beside the other ways in which two Go programs
+// on one machine can exchange frames, and beside the least time that the machine itself takes
+// for it:
 //
-//	go run .                              # one table, then the goals
+//	go run .                              # print the table, then the goals
 //	go run . -json new.json -plot new.svg
-//	go run . -json result.json            # the result to compare with, kept in the tree
-//	go run . -compare result.json         # status 1 if a ratio got worse beyond noise
-//	go run . -run 'b32, poll|raw|gomemif' # some of the rows
+//	go run . -json result.json            # replace the result that is kept in the tree
+//	go run . -compare result.json         # exit with status 1 if a ratio got worse
+//	go run . -run 'b32, poll|raw|gomemif' # measure some of the rows
 //
-// The device runs on the emulated Xen: its figures are of its own code and of memory,
-// not of a hypervisor. A figure means something beside the others of its run only, and
-// with the line round trip that was measured before it: where the host of a virtual
-// machine places two CPUs decides over every ring in shared memory. So each run is
-// near or far, and ratios are of one regime.
+// It is a module of its own, so run it in its folder. It needs two CPUs and a machine without
+// other work: the sender has one CPU, the receiver has the other, and both spin. A run is
+// repeated, twice at most, if other work took more than an eighth of the CPUs. As root the
+// program measures everything that the machine supports, as another user what a user
+// namespace allows. The table lists what could not be measured, with the reason. Peers that
+// go through the kernel are in a network namespace which the program makes, and which ends
+// with it.
 //
-// The sender has one CPU and the receiver another; both spin, so that nothing else
-// should run meanwhile. A run during which other work took more than an eighth of the
-// CPUs is made again, twice at most. What goes through the kernel is in a network
-// namespace of the program's own and vanishes with it. As root everything is measured
-// that the machine has; as another user whatever a user namespace allows. What is
-// missing is in the table, with the reason.
+// The vif is on the emulated Xen, so its figures show the cost of this project's code and of
+// memory, not that of a hypervisor. Compare a figure only with others of the same run, because
+// every ring in shared memory depends on where the host of a virtual machine places the two
+// CPUs. The program therefore measures the round trip of a cache line before each run, counts
+// the run as near or far by it, and computes ratios only between runs of one kind.
 //
-// Of the rows: owning calls are AllocSize or AllocWait, Send or SendWait, Receive or
-// Poll, and Release; the sender writes each frame and the receiver copies it out. b1,
-// b8 and b32 are frames for each call; of the longest frames a ring holds 15, and b32
-// is 8. Vifs and queues are used in turn by one
-// goroutine that polls, or have one each that parks. A raw ring has the indexes, slots,
-// pages and copies of a vif and nothing else.
+// The names of the rows mean:
+//
+//   - owning: the sender calls AllocSize or AllocWait, then Send or SendWait, and the receiver
+//     calls Receive or Poll, then Release. The sender writes each frame, and the receiver copies
+//     it out.
+//   - b1, b8, b32: frames for each call. A ring holds only 15 of the longest frames, so b32 is 8
+//     frames for those.
+//   - vifs, queues: if it polls, one goroutine uses them in turn; if it parks, each has a
+//     goroutine of its own.
+//   - raw ring: it has the indexes, the slots, the pages and the copies of a vif, and nothing
+//     else.
 package main
 
 import (
@@ -45,7 +52,7 @@ import (
 
 func main() {
 	if text := os.Getenv(childVar); text != "" {
-		if err := runErrand(text); err != nil {
+		if err := runChild(text); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
 		}
@@ -98,7 +105,7 @@ func start() (status int, err error) {
 		return 0, err
 	}
 	defer os.RemoveAll(tmp)
-	status, err = again(tmp)
+	status, err = rerunInNamespace(tmp)
 	if err != nil {
 		return measure(f, noNetwork(err), tmp)
 	}
@@ -134,7 +141,7 @@ func measure(f flags, n *network, tmp string) (status int, err error) {
 	if len(r.Runs)+len(r.Gaps) == 0 {
 		return 0, errors.Join(err, errors.New("nothing was measured (does -run match a row?)"))
 	}
-	t := newTable(r.Runs, boundary(lines(r.Runs)))
+	t := newTable(r.Runs, boundary(lineTimes(r.Runs)))
 	r.report(os.Stdout, t)
 	reportGoals(os.Stdout, t, goals(rows))
 	if f.json != "" {
@@ -184,7 +191,7 @@ func (b *bench) all(ctx context.Context, rows []*row, f flags, r *Result) error 
 					}
 					run.Class, run.Rep = row.class, rep
 					r.Runs = append(r.Runs, run)
-					if run.Others < clean {
+					if run.Others < cleanShare {
 						break
 					}
 				}

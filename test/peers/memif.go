@@ -122,7 +122,7 @@ func (l *memifLink) send(j *job) error {
 	for !j.stopped() {
 		frame := src.next()
 		for l.slave.tx.WritePacket(frame) == 0 {
-			if relax(); j.stopped() {
+			if spinPause(); j.stopped() {
 				return nil
 			}
 		}
@@ -139,7 +139,7 @@ func (l *memifLink) sendBursts(j *job) error {
 	packets := make([]memif.MemifPacketBuffer, burst)
 	for n := uint64(0); !j.stopped(); {
 		if n-l.taken.Load() > 256-burst {
-			relax()
+			spinPause()
 			continue
 		}
 		for i, frame := range src.next() {
@@ -163,10 +163,10 @@ func (l *memifLink) receive(j *job) error {
 			return err
 		}
 		if n == 0 {
-			relax()
+			spinPause()
 			continue
 		}
-		if err := s.took(s.frame[:n]); err != nil {
+		if err := s.check(s.frame[:n]); err != nil {
 			return err
 		}
 		rcvd.add(1)
@@ -185,11 +185,11 @@ func (l *memifLink) receiveBursts(j *job, s *sink) error {
 			return err
 		}
 		if n == 0 {
-			relax()
+			spinPause()
 			continue
 		}
 		for _, p := range packets[:n] {
-			if err := s.took(p.Buf[:p.Buflen]); err != nil {
+			if err := s.check(p.Buf[:p.Buflen]); err != nil {
 				return err
 			}
 		}
@@ -205,7 +205,7 @@ func (l *memifLink) ping(j *job, rtt []int64) error {
 	for i := range rtt {
 		start := nano()
 		for frame := src.next(); l.slave.tx.WritePacket(frame) == 0; {
-			relax()
+			spinPause()
 		}
 		n := 0
 		for n == 0 {
@@ -214,7 +214,7 @@ func (l *memifLink) ping(j *job, rtt []int64) error {
 				return err
 			}
 		}
-		if err := s.took(s.frame[:n]); err != nil {
+		if err := s.check(s.frame[:n]); err != nil {
 			return err
 		}
 		rtt[i] = nano() - start
@@ -230,7 +230,7 @@ func (l *memifLink) echo(j *job) error {
 			return err
 		}
 		for n > 0 && l.master.tx.WritePacket(b[:n]) == 0 {
-			relax()
+			spinPause()
 		}
 	}
 	return nil

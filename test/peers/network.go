@@ -24,9 +24,9 @@ var (
 
 const etherType = 0x88b5 // IEEE 802: local experimental
 
-// again runs this program once more, in a network namespace of its own, and waits for it. The
-// error says why that namespace could not be made; then nothing ran.
-func again(tmp string) (status int, err error) {
+// rerunInNamespace runs this program once more, in a network namespace of its own, and waits
+// for it. The error says why that namespace could not be made; then nothing ran.
+func rerunInNamespace(tmp string) (status int, err error) {
 	how := &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL}
 	if os.Getuid() != 0 {
 		how.Cloneflags |= syscall.CLONE_NEWUSER

@@ -34,7 +34,7 @@ func (o vifOptions) config(j *job) pvnet.Config {
 }
 
 func (o vifOptions) setup(j *job) (link, error) {
-	if o.Batch = j.fit(o.Batch); o.Two {
+	if o.Batch = j.limitBatch(o.Batch); o.Two {
 		return newTwoProcesses(o, j)
 	}
 	lab, err := newLab("")
@@ -55,9 +55,9 @@ func (o vifOptions) setup(j *job) (link, error) {
 		return newCopyLink(lab, from[0], to[0], o.Batch), nil
 	}
 	l := &vifLink{end: lab.close, o: o}
-	err = errors.Join(l.from.own(from, o), l.to.own(to, o))
+	err = errors.Join(l.from.ownHalves(from, o), l.to.ownHalves(to, o))
 	if err == nil && o.Poller {
-		err = errors.Join(l.from.gather(lab.driver, o, j, true), l.to.gather(lab.driver, o, j, false))
+		err = errors.Join(l.from.addToPoller(lab.driver, o, j, true), l.to.addToPoller(lab.driver, o, j, false))
 	}
 	if err != nil {
 		l.close()
@@ -74,9 +74,9 @@ type halves struct {
 	poller  *pvnet.Poller // for the sending or the receiving halves; may be nil
 }
 
-// gather adds the sending or the receiving halves to a Poller. The frontends belong to many
+// addToPoller adds the sending or the receiving halves to a Poller. The frontends belong to many
 // domains; the emulator allows one Poller for them.
-func (h *halves) gather(d hypercall.Domain, o vifOptions, j *job, sends bool) (err error) {
+func (h *halves) addToPoller(d hypercall.Domain, o vifOptions, j *job, sends bool) (err error) {
 	h.poller, err = pvnet.NewPoller(d, pvnet.PollerConfig{Wait: o.Wait, LockedThread: !j.free})
 	for i := 0; i < len(h.tx) && err == nil; i++ {
 		switch {
@@ -89,7 +89,7 @@ func (h *halves) gather(d hypercall.Domain, o vifOptions, j *job, sends bool) (e
 	return err
 }
 
-func (h *halves) own(devices []*pvnet.Device, o vifOptions) error {
+func (h *halves) ownHalves(devices []*pvnet.Device, o vifOptions) error {
 	h.devices = devices
 	for _, d := range devices {
 		if got, want := d.Active(), max(o.Queues, 1); got != want {
@@ -120,8 +120,8 @@ func (h *halves) interrupt() {
 	}
 }
 
-// An outlet is a sending half and the frames it has yet to send.
-type outlet struct {
+// A batchSender is a sending half and the frames it has yet to send.
+type batchSender struct {
 	tx      *pvnet.TX
 	frames  []pvnet.Frame
 	n, done int // frames[done:n] are filled
@@ -129,13 +129,13 @@ type outlet struct {
 	inPlace bool // send frames with the old content of their pages
 }
 
-func newOutlet(j *job, tx *pvnet.TX, o vifOptions) *outlet {
-	out := &outlet{tx: tx, frames: make([]pvnet.Frame, o.Batch), src: j.source()}
+func newBatchSender(j *job, tx *pvnet.TX, o vifOptions) *batchSender {
+	out := &batchSender{tx: tx, frames: make([]pvnet.Frame, o.Batch), src: j.source()}
 	out.inPlace = o.InPlace && !out.src.verify
 	return out
 }
 
-func (o *outlet) fill(n int) {
+func (o *batchSender) fill(n int) {
 	o.n, o.done = n, 0
 	if o.inPlace {
 		return
@@ -151,7 +151,7 @@ func (o *outlet) fill(n int) {
 }
 
 // poll sends the frames that it can send without waiting, and returns how many.
-func (o *outlet) poll() (int, error) {
+func (o *batchSender) poll() (int, error) {
 	if o.done == o.n {
 		o.fill(o.tx.AllocSize(o.frames, len(o.src.frame)))
 	}
@@ -167,7 +167,7 @@ func (o *outlet) poll() (int, error) {
 }
 
 // wait sends a batch, and waits for room.
-func (o *outlet) wait() (int, error) {
+func (o *batchSender) wait() (int, error) {
 	n, err := o.tx.AllocWait(o.frames, len(o.src.frame))
 	if err != nil {
 		return 0, err
@@ -177,14 +177,14 @@ func (o *outlet) wait() (int, error) {
 	return o.done, err
 }
 
-func (o *outlet) release() {
+func (o *batchSender) release() {
 	for ; o.done < o.n; o.done++ {
 		o.frames[o.done].Release()
 	}
 }
 
-// An inlet is a receiving half. It copies frames out, or reads their headers in place.
-type inlet struct {
+// A batchReceiver is a receiving half. It copies frames out, or reads their headers in place.
+type batchReceiver struct {
 	rx      *pvnet.RX
 	frames  []pvnet.Frame
 	into    bool // frames are the receiver's own
@@ -193,39 +193,39 @@ type inlet struct {
 	sink    *sink
 }
 
-func newInlet(j *job, rx *pvnet.RX, o vifOptions) *inlet {
-	in := &inlet{rx: rx, frames: make([]pvnet.Frame, o.Batch), sink: j.sink()}
+func newBatchReceiver(j *job, rx *pvnet.RX, o vifOptions) *batchReceiver {
+	in := &batchReceiver{rx: rx, frames: make([]pvnet.Frame, o.Batch), sink: j.sink()}
 	in.inPlace = o.InPlace && !in.sink.want.verify
 	return in
 }
 
-// own makes the inlet receive into frames of tx, a half of the same device.
-func (i *inlet) own(tx *pvnet.TX, size int) {
+// own makes it receive into frames of tx, a half of the same device.
+func (i *batchReceiver) receiveInto(tx *pvnet.TX, size int) {
 	i.into = true
 	i.frames = i.frames[:tx.AllocSize(i.frames, size)]
 }
 
-func (i *inlet) poll() (n int, err error) {
+func (i *batchReceiver) poll() (n int, err error) {
 	if i.into {
 		n, err = i.rx.PollInto(i.frames)
 	} else {
 		n, err = i.rx.Poll(i.frames)
 	}
 	if n > 0 {
-		err = i.take(n)
+		err = i.consume(n)
 	}
 	return n, err
 }
 
-func (i *inlet) wait() (int, error) {
+func (i *batchReceiver) wait() (int, error) {
 	n, err := i.rx.Receive(i.frames)
 	if n > 0 {
-		err = i.take(n)
+		err = i.consume(n)
 	}
 	return n, err
 }
 
-func (i *inlet) take(n int) error {
+func (i *batchReceiver) consume(n int) error {
 	for k := range i.frames[:n] {
 		if i.inPlace { // read only the headers, like a router
 			for _, b := range i.frames[k].Bytes()[:34] {
@@ -234,7 +234,7 @@ func (i *inlet) take(n int) error {
 			continue
 		}
 		m := i.frames[k].CopyTo(i.sink.frame)
-		if err := i.sink.took(i.sink.frame[:m]); err != nil {
+		if err := i.sink.check(i.sink.frame[:m]); err != nil {
 			return err
 		}
 	}
@@ -244,7 +244,7 @@ func (i *inlet) take(n int) error {
 	return i.rx.Release(i.frames[:n])
 }
 
-func (i *inlet) release() {
+func (i *batchReceiver) release() {
 	if i.into {
 		for k := range i.frames {
 			i.frames[k].Release()
@@ -284,99 +284,77 @@ func (l *vifLink) ping(j *job, rtt []int64) error { return l.from.ping(j, l.o, r
 func (l *vifLink) echo(j *job) error              { return l.to.echo(j, l.o) }
 
 func (h *halves) send(j *job, o vifOptions) error {
-	outlets := make([]*outlet, len(h.tx))
+	senders := make([]*batchSender, len(h.tx))
 	for i, tx := range h.tx {
-		outlets[i] = newOutlet(j, tx, o)
-		defer outlets[i].release()
+		senders[i] = newBatchSender(j, tx, o)
+		defer senders[i].release()
 	}
 	sent := tally{to: &j.sent}
 	if o.Poller {
-		return h.sendPolled(j, outlets, sent)
+		return h.sendPolled(j, senders, sent)
 	}
-	if o.Poll {
-		for !j.stopped() {
-			idle := true
-			for _, out := range outlets {
-				n, err := out.poll()
-				if err != nil {
-					return err
-				}
-				if n > 0 {
-					sent.add(n)
-					idle = false
-				}
-			}
-			if idle {
-				relax()
-			}
-		}
-		return nil
-	}
-	return each(outlets, func(out *outlet) error {
-		sent := sent
-		for !j.stopped() {
-			n, err := out.wait()
-			sent.add(n)
-			if over(j, err) {
-				return nil
-			} else if err != nil {
-				return err
-			}
-		}
-		return nil
-	})
+	return move(j, o.Poll, senders, sent)
 }
 
 func (h *halves) receive(j *job, o vifOptions) error {
-	inlets := make([]*inlet, len(h.rx))
+	receivers := make([]*batchReceiver, len(h.rx))
 	for i, rx := range h.rx {
-		inlets[i] = newInlet(j, rx, o)
+		receivers[i] = newBatchReceiver(j, rx, o)
 		if o.Into {
-			inlets[i].own(h.tx[i], j.size)
+			receivers[i].receiveInto(h.tx[i], j.size)
 		}
-		defer inlets[i].release()
+		defer receivers[i].release()
 	}
 	rcvd := tally{to: &j.rcvd}
 	if o.Poller {
-		return h.receivePolled(j, inlets, rcvd)
+		return h.receivePolled(j, receivers, rcvd)
 	}
-	if o.Poll {
-		for !j.stopped() {
-			idle := true
-			for _, in := range inlets {
-				n, err := in.poll()
-				if err != nil {
+	return move(j, o.Poll, receivers, rcvd)
+}
+
+// move sends or receives on all halves until the job is stopped, and counts the frames. With
+// poll the caller's goroutine polls them in turn; otherwise each has a goroutine that waits.
+func move[H interface {
+	poll() (int, error)
+	wait() (int, error)
+}](j *job, poll bool, halves []H, count tally) error {
+	if !poll {
+		return concurrently(halves, func(h H) error {
+			count := count
+			for !j.stopped() {
+				n, err := h.wait()
+				count.add(n)
+				if interrupted(j, err) {
+					return nil
+				} else if err != nil {
 					return err
 				}
-				if n > 0 {
-					rcvd.add(n)
-					idle = false
-				}
 			}
-			if idle {
-				relax()
-			}
-		}
-		return nil
+			return nil
+		})
 	}
-	return each(inlets, func(in *inlet) error {
-		rcvd := rcvd
-		for !j.stopped() {
-			n, err := in.wait()
-			rcvd.add(n)
-			if over(j, err) {
-				return nil
-			} else if err != nil {
+	for !j.stopped() {
+		idle := true
+		for _, h := range halves {
+			n, err := h.poll()
+			if err != nil {
 				return err
 			}
+			if n > 0 {
+				count.add(n)
+				idle = false
+			}
 		}
-		return nil
-	})
+		if idle {
+			spinPause()
+		}
+	}
+	return nil
 }
 
 // sendPolled sends a batch on each half that has room, in turn, and waits once none has.
-func (h *halves) sendPolled(j *job, outlets []*outlet, sent tally) error {
-	var open []*outlet
+func (h *halves) sendPolled(j *job, senders []*batchSender, sent tally) error {
+	var open []*batchSender
 	for !j.stopped() {
 		left := 0
 		for _, out := range open {
@@ -393,7 +371,7 @@ func (h *halves) sendPolled(j *job, outlets []*outlet, sent tally) error {
 			continue
 		}
 		ready, err := h.poller.Wait()
-		if over(j, err) {
+		if interrupted(j, err) {
 			return nil
 		} else if err != nil {
 			return err
@@ -402,17 +380,17 @@ func (h *halves) sendPolled(j *job, outlets []*outlet, sent tally) error {
 			if r.Err != nil {
 				return r.Err
 			}
-			open = append(open, outlets[r.Value.(int)])
+			open = append(open, senders[r.Value.(int)])
 		}
 	}
 	return nil
 }
 
 // receivePolled receives a batch from each half that is ready.
-func (h *halves) receivePolled(j *job, inlets []*inlet, rcvd tally) error {
+func (h *halves) receivePolled(j *job, receivers []*batchReceiver, rcvd tally) error {
 	for !j.stopped() {
 		ready, err := h.poller.Wait()
-		if over(j, err) {
+		if interrupted(j, err) {
 			return nil
 		} else if err != nil {
 			return err
@@ -421,7 +399,7 @@ func (h *halves) receivePolled(j *job, inlets []*inlet, rcvd tally) error {
 			if r.Err != nil {
 				return r.Err
 			}
-			n, err := inlets[r.Value.(int)].poll()
+			n, err := receivers[r.Value.(int)].poll()
 			if err != nil {
 				return err
 			}
@@ -431,8 +409,8 @@ func (h *halves) receivePolled(j *job, inlets []*inlet, rcvd tally) error {
 	return nil
 }
 
-// each calls f for each of v, concurrently if there are several.
-func each[T any](v []T, f func(T) error) error {
+// concurrently calls f for each of v, concurrently if there are several.
+func concurrently[T any](v []T, f func(T) error) error {
 	if len(v) == 1 {
 		return f(v[0])
 	}
@@ -446,13 +424,13 @@ func each[T any](v []T, f func(T) error) error {
 }
 
 func (h *halves) ping(j *job, o vifOptions, rtt []int64) error {
-	out, in := newOutlet(j, h.tx[0], o), newInlet(j, h.rx[0], o)
+	out, in := newBatchSender(j, h.tx[0], o), newBatchReceiver(j, h.rx[0], o)
 	for i := range rtt {
 		start := nano()
-		if err := h.turn(j, o, out.poll, out.wait); err != nil || j.stopped() {
+		if err := h.moveOne(j, o, out.poll, out.wait); err != nil || j.stopped() {
 			return err
 		}
-		if err := h.turn(j, o, in.poll, in.wait); err != nil || j.stopped() {
+		if err := h.moveOne(j, o, in.poll, in.wait); err != nil || j.stopped() {
 			return err
 		}
 		rtt[i] = nano() - start
@@ -462,25 +440,25 @@ func (h *halves) ping(j *job, o vifOptions, rtt []int64) error {
 
 // echo sends back each frame that arrives. The other end compares it.
 func (h *halves) echo(j *job, o vifOptions) error {
-	out, in := newOutlet(j, h.tx[0], o), newInlet(j, h.rx[0], o)
+	out, in := newBatchSender(j, h.tx[0], o), newBatchReceiver(j, h.rx[0], o)
 	out.src = &source{frame: in.sink.frame}
 	in.sink.want.verify = false
 	for !j.stopped() {
-		if err := h.turn(j, o, in.poll, in.wait); err != nil || j.stopped() {
+		if err := h.moveOne(j, o, in.poll, in.wait); err != nil || j.stopped() {
 			return err
 		}
-		if err := h.turn(j, o, out.poll, out.wait); err != nil {
+		if err := h.moveOne(j, o, out.poll, out.wait); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// turn sends or receives one frame, with poll or wait as o says.
-func (h *halves) turn(j *job, o vifOptions, poll, wait func() (int, error)) error {
+// moveOne sends or receives one frame, with poll or wait as o says.
+func (h *halves) moveOne(j *job, o vifOptions, poll, wait func() (int, error)) error {
 	if !o.Poll {
 		_, err := wait()
-		if over(j, err) {
+		if interrupted(j, err) {
 			return nil
 		}
 		return err

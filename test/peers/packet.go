@@ -56,7 +56,7 @@ func packetSocket(device string) (fd int, err error) {
 	_ = unix.SetsockoptInt(fd, unix.SOL_PACKET, unix.PACKET_IGNORE_OUTGOING, 1)
 	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 8<<20)
 	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, 2<<20)
-	return fd, impatient(fd)
+	return fd, setTimeouts(fd)
 }
 
 // A ringLink has packet sockets with mapped rings: TPACKET_V2 to send, 32 frames per call,
@@ -140,7 +140,7 @@ func (l *ringLink) send(j *job) error {
 			status.Store(unix.TP_STATUS_SEND_REQUEST)
 			next = (next + l.outFrame) % len(l.out)
 		}
-		if err := unix.Send(l.a, nil, unix.MSG_DONTWAIT); err != nil && !passing(err) {
+		if err := unix.Send(l.a, nil, unix.MSG_DONTWAIT); err != nil && !shouldRetry(err) {
 			return fmt.Errorf("send: %w", err)
 		}
 		sent.add(n)

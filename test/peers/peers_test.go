@@ -83,7 +83,7 @@ func TestRatiosAreOfOneRegime(t *testing.T) {
 	all := slices.Concat(
 		runs("a", ours, 200, 20, 22, 24), runs("a", ours, 500, 90),
 		runs("b", floor, 200, 10, 10, 10), runs("b", floor, 500, 90, 90))
-	tab := newTable(all, boundary(lines(all)))
+	tab := newTable(all, boundary(lineTimes(all)))
 	r, ok := tab.ratio(a, b)
 	if want := (ratio{mid: 2.2, lo: 2.1, hi: 2.3, runs: 3, where: near}); !ok || r != want {
 		t.Errorf("the ratio is %+v, want %+v", r, want)
@@ -233,7 +233,7 @@ func (b *bench) verifies(r *row, size int) error {
 	}
 	s := l.(streamer)
 	wait := parties(j, l, func() error { return s.send(j) }, func() error { return s.receive(j) })
-	for start := time.Now(); j.rcvd.Load() < frames && time.Since(start) < hang; {
+	for start := time.Now(); j.rcvd.Load() < frames && time.Since(start) < hangLimit; {
 		time.Sleep(time.Millisecond)
 	}
 	err = errors.Join(wait(true), l.close())
@@ -246,14 +246,14 @@ func (b *bench) verifies(r *row, size int) error {
 func TestWrongFramesAreFound(t *testing.T) {
 	j := &job{size: 64, verify: true}
 	src, s := j.source(), j.sink()
-	if err := s.took(src.next()); err != nil {
+	if err := s.check(src.next()); err != nil {
 		t.Fatal(err)
 	}
 	src.next() // this frame is lost
-	if err := s.took(src.next()); err == nil {
+	if err := s.check(src.next()); err == nil {
 		t.Error("a lost frame was not noticed")
 	}
-	if err := j.sink().took(j.source().next()[:63]); err == nil {
+	if err := j.sink().check(j.source().next()[:63]); err == nil {
 		t.Error("a short frame was not noticed")
 	}
 }

@@ -49,7 +49,7 @@ func (t *table) line(k key) string {
 	cols := []string{k.row, fmt.Sprint(k.bytes), k.kind}
 	for _, where := range []regime{near, far} {
 		s := ""
-		if runs := t.in(k, where); len(runs) > 0 {
+		if runs := t.runsIn(k, where); len(runs) > 0 {
 			digits := 1
 			if k.kind == counters {
 				digits = 4

@@ -178,7 +178,7 @@ func (r *rawRing) take(s *sink) (n int, err error) {
 			}
 		}
 		if k := copy(s.frame, private); s.want.verify {
-			err = errors.Join(err, s.took(s.frame[:k]))
+			err = errors.Join(err, s.check(s.frame[:k]))
 		}
 	}
 	if r.rx {
@@ -197,7 +197,7 @@ type rawLink struct {
 // rawPeer streams on the tx ring, or on the rx ring if rx. Round trips use both.
 func rawPeer(batch int, rx bool) peer {
 	return setupFunc(func(j *job) (link, error) {
-		there, err := newRawRing(j.size, j.fit(batch), rx)
+		there, err := newRawRing(j.size, j.limitBatch(batch), rx)
 		if err != nil {
 			return nil, err
 		}
@@ -220,7 +220,7 @@ func (l *rawLink) send(j *job) error {
 	r, src, sent := l.stream, j.source(), tally{to: &j.sent}
 	for !j.stopped() {
 		if !r.room() {
-			relax()
+			spinPause()
 			continue
 		}
 		for range r.batch {
@@ -236,7 +236,7 @@ func (l *rawLink) receive(j *job) error {
 	r, s, rcvd := l.stream, j.sink(), tally{to: &j.rcvd}
 	for !j.stopped() {
 		if !r.ready() {
-			relax()
+			spinPause()
 			continue
 		}
 		n, err := r.take(s)
@@ -253,7 +253,7 @@ func (l *rawLink) ping(j *job, rtt []int64) error {
 	for i := range rtt {
 		start := nano()
 		for !l.stream.room() {
-			relax()
+			spinPause()
 		}
 		l.stream.put(src.next())
 		l.stream.publish()
@@ -281,7 +281,7 @@ func (l *rawLink) echo(j *job) error {
 			return err
 		}
 		for !l.answers.room() {
-			relax()
+			spinPause()
 		}
 		l.answers.put(s.frame)
 		l.answers.publish()

@@ -58,10 +58,10 @@ func boundary(lines []float64) float64 {
 }
 
 // A run is clean if other work took less than this share of the CPUs.
-const clean = 0.12
+const cleanShare = 0.12
 
-// enough is how many runs a figure needs to be compared with another.
-const enough = 3
+// minRuns is how many runs a figure needs to be compared with another.
+const minRuns = 3
 
 // A cell is all runs of a row at one size.
 type cell struct {
@@ -97,11 +97,11 @@ func newTable(runs []Run, boundary float64) *table {
 	for _, c := range t.cells {
 		var quiet []Run
 		for _, r := range c.runs {
-			if r.Others < clean {
+			if r.Others < cleanShare {
 				quiet = append(quiet, r)
 			}
 		}
-		if len(quiet) >= min(enough, c.made) {
+		if len(quiet) >= min(minRuns, c.made) {
 			c.runs = quiet
 		} else {
 			c.disturbed = true
@@ -110,7 +110,7 @@ func newTable(runs []Run, boundary float64) *table {
 	return t
 }
 
-func lines(runs []Run) []float64 {
+func lineTimes(runs []Run) []float64 {
 	return values(runs, func(r Run) float64 { return r.Line })
 }
 
@@ -131,8 +131,8 @@ func (t *table) regime(r Run) regime {
 	return far
 }
 
-// in returns the runs of a cell in one regime; none if there is no such cell.
-func (t *table) in(k key, where regime) (runs []Run) {
+// runsIn returns the runs of a cell in one regime; none if there is no such cell.
+func (t *table) runsIn(k key, where regime) (runs []Run) {
 	if c := t.cells[k]; c != nil {
 		for _, r := range c.runs {
 			if t.regime(r) == where {
@@ -163,7 +163,7 @@ func (t *table) ratio(a, b key) (best ratio, ok bool) {
 }
 
 func (t *table) ratioIn(a, b key, where regime) ratio {
-	va, vb := values(t.in(a, where), ns), values(t.in(b, where), ns)
+	va, vb := values(t.runsIn(a, where), ns), values(t.runsIn(b, where), ns)
 	if len(va) == 0 || len(vb) == 0 {
 		return ratio{}
 	}

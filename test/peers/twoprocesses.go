@@ -16,11 +16,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// childVar holds the errand of a child process, which runs this program.
+// childVar holds the task of a child process, which runs this program.
 const childVar = "BAREVIF_PEERS_CHILD"
 
-// An errand holds the parameters of the receiver's process. The board is its descriptor 3.
-type errand struct {
+// An childTask holds the parameters of the receiver's process. The board is its descriptor 3.
+type childTask struct {
 	Options vifOptions
 	Size    int
 	Ping    bool
@@ -32,13 +32,13 @@ type errand struct {
 // A processLink is a vif whose sender is in this process, with the emulated Xen,
 // and whose receiver is in another one.
 type processLink struct {
-	o     vifOptions
-	lab   *lab
-	from  halves
-	child *exec.Cmd
-	words strings.Builder // the child's stderr
-	ended chan struct{}   // closed when the child has ended
-	err   error           // the child's error; valid once ended is closed
+	o      vifOptions
+	lab    *lab
+	from   halves
+	child  *exec.Cmd
+	stderr strings.Builder // the child's stderr
+	ended  chan struct{}   // closed when the child has ended
+	err    error           // the child's error; valid once ended is closed
 }
 
 func newTwoProcesses(o vifOptions, j *job) (l *processLink, err error) {
@@ -53,7 +53,7 @@ func newTwoProcesses(o vifOptions, j *job) (l *processLink, err error) {
 			err = errors.Join(err, l.close())
 		}
 	}()
-	if err := lab.plug(frontDomain, backDomain, 0); err != nil {
+	if err := lab.addVif(frontDomain, backDomain, 0); err != nil {
 		return l, err
 	}
 	if err := l.start(j); err != nil {
@@ -67,12 +67,12 @@ func newTwoProcesses(o vifOptions, j *job) (l *processLink, err error) {
 	if err != nil {
 		return l, err
 	}
-	device, done, err := end(domain, o.Back, o.config(j))
+	device, done, err := openEnd(domain, o.Back, o.config(j))
 	if err != nil {
 		return l, err
 	}
-	lab.later(done)
-	if err := l.from.own([]*pvnet.Device{device}, o); err != nil {
+	lab.onClose(done)
+	if err := l.from.ownHalves([]*pvnet.Device{device}, o); err != nil {
 		return l, err
 	}
 	for limit := time.After(setupLimit); j.ready.Load() == 0; {
@@ -87,8 +87,8 @@ func newTwoProcesses(o vifOptions, j *job) (l *processLink, err error) {
 	return l, nil
 }
 
-// end opens one end of the vif in either process: the backend or the frontend.
-func end(d hypercall.Domain, back bool, cfg pvnet.Config) (device *pvnet.Device, done func(), err error) {
+// openEnd opens one end of the vif in either process: the backend or the frontend.
+func openEnd(d hypercall.Domain, back bool, cfg pvnet.Config) (device *pvnet.Device, done func(), err error) {
 	if !back {
 		device, err = connect(d, "0", cfg)
 		if err != nil {
@@ -97,7 +97,7 @@ func end(d hypercall.Domain, back bool, cfg pvnet.Config) (device *pvnet.Device,
 		return device, device.Disconnect, nil
 	}
 	served := serve(d, cfg)
-	if device, err = served.next(); err != nil {
+	if device, err = served.nextDevice(); err != nil {
 		served.close()
 		return nil, nil, err
 	}
@@ -105,7 +105,7 @@ func end(d hypercall.Domain, back bool, cfg pvnet.Config) (device *pvnet.Device,
 }
 
 func (l *processLink) start(j *job) error {
-	e := errand{Options: l.o, Size: j.size, Ping: j.ping, Verify: j.verify, CPU: j.cpus[1], Host: l.lab.path}
+	e := childTask{Options: l.o, Size: j.size, Ping: j.ping, Verify: j.verify, CPU: j.cpus[1], Host: l.lab.path}
 	if j.free {
 		e.CPU = -1
 	}
@@ -122,7 +122,7 @@ func (l *processLink) start(j *job) error {
 	cmd := exec.Command("/proc/self/exe")
 	cmd.Env = append(os.Environ(), childVar+"="+string(text))
 	cmd.ExtraFiles = []*os.File{board}
-	cmd.Stderr = &l.words
+	cmd.Stderr = &l.stderr
 	if err := cmd.Start(); err != nil {
 		return fmt.Errorf("the receiver's process: %w", err)
 	}
@@ -145,7 +145,7 @@ func (l *processLink) close() error {
 			<-l.ended
 		}
 		if l.err != nil {
-			err = fmt.Errorf("the receiver's process: %w: %s", l.err, strings.TrimSpace(l.words.String()))
+			err = fmt.Errorf("the receiver's process: %w: %s", l.err, strings.TrimSpace(l.stderr.String()))
 		}
 	}
 	l.lab.close()
@@ -167,9 +167,9 @@ func (l *processLink) receive(*job) error {
 func (l *processLink) ping(j *job, rtt []int64) error { return l.from.ping(j, l.o, rtt) }
 func (l *processLink) echo(*job) error                { return l.receive(nil) }
 
-// runErrand runs the receiver in its own process.
-func runErrand(text string) error {
-	var e errand
+// runChild runs the receiver in its own process.
+func runChild(text string) error {
+	var e childTask
 	if err := json.Unmarshal([]byte(text), &e); err != nil {
 		return err
 	}
@@ -188,13 +188,13 @@ func runErrand(text string) error {
 	if err != nil {
 		return err
 	}
-	device, done, err := end(domain, !e.Options.Back, e.Options.config(j))
+	device, done, err := openEnd(domain, !e.Options.Back, e.Options.config(j))
 	if err != nil {
 		return err
 	}
 	defer done()
 	var to halves
-	if err := to.own([]*pvnet.Device{device}, e.Options); err != nil {
+	if err := to.ownHalves([]*pvnet.Device{device}, e.Options); err != nil {
 		return err
 	}
 	j.ready.Store(1)
@@ -212,6 +212,6 @@ func runErrand(text string) error {
 	} else {
 		err = to.receive(j, e.Options)
 	}
-	j.told.Store(notified(to.devices))
+	j.childNotifies.Store(notified(to.devices))
 	return err
 }

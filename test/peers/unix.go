@@ -37,7 +37,7 @@ func unixPeer(socketType, batch int) peer {
 		}
 		l := &fdLink{a: fds[0], b: fds[1], batch: batch, end: func() { unix.Close(fds[0]); unix.Close(fds[1]) }}
 		for _, fd := range fds {
-			if err := errors.Join(impatient(fd), unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, 2<<20)); err != nil {
+			if err := errors.Join(setTimeouts(fd), unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, 2<<20)); err != nil {
 				l.end()
 				return nil, err
 			}
@@ -46,17 +46,17 @@ func unixPeer(socketType, batch int) peer {
 	})
 }
 
-// impatient makes blocking calls return after 20 ms, to check whether the job was stopped.
-func impatient(fd int) error {
+// setTimeouts makes blocking calls return after 20 ms, to check whether the job was stopped.
+func setTimeouts(fd int) error {
 	t := unix.Timeval{Usec: 20_000}
 	return errors.Join(
 		unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &t),
 		unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &t))
 }
 
-// passing reports whether the call should be repeated after err: no frame came in time, there
+// shouldRetry reports whether the call should be repeated after err: no frame came in time, there
 // was no room, or a signal interrupted it.
-func passing(err error) bool {
+func shouldRetry(err error) bool {
 	return err == unix.EAGAIN || err == unix.EINTR || err == unix.ENOBUFS
 }
 
@@ -72,7 +72,7 @@ func (l *fdLink) send(j *job) error {
 			} else {
 				n, err = mmsgCall(unix.SYS_SENDMMSG, l.a, msgs[done:], 0)
 			}
-			if passing(err) {
+			if shouldRetry(err) {
 				continue
 			} else if err != nil {
 				return err
@@ -102,13 +102,13 @@ func (l *fdLink) receive(j *job) error {
 		} else {
 			n, err = mmsgCall(unix.SYS_RECVMMSG, l.b, msgs, unix.MSG_WAITFORONE)
 		}
-		if passing(err) {
+		if shouldRetry(err) {
 			continue
 		} else if err != nil {
 			return err
 		}
 		for _, b := range bufs[:n] {
-			if err := s.took(b); err != nil {
+			if err := s.check(b); err != nil {
 				return err
 			}
 		}
@@ -122,10 +122,10 @@ func (l *fdLink) ping(j *job, rtt []int64) error {
 	b := make([]byte, j.size)
 	for i := range rtt {
 		start := nano()
-		if err := l.turn(j, unix.Write, l.a, frame); err != nil {
+		if err := l.moveOne(j, unix.Write, l.a, frame); err != nil {
 			return err
 		}
-		if err := l.turn(j, unix.Read, l.a, b); err != nil || j.stopped() {
+		if err := l.moveOne(j, unix.Read, l.a, b); err != nil || j.stopped() {
 			return err
 		}
 		rtt[i] = nano() - start
@@ -139,24 +139,24 @@ func (l *fdLink) echo(j *job) error {
 	copy(frame[6:], macB[:])
 	b := make([]byte, j.size)
 	for !j.stopped() {
-		if err := l.turn(j, unix.Read, l.b, b); err != nil || j.stopped() {
+		if err := l.moveOne(j, unix.Read, l.b, b); err != nil || j.stopped() {
 			return err
 		}
-		if err := l.turn(j, unix.Write, l.b, frame); err != nil {
+		if err := l.moveOne(j, unix.Write, l.b, frame); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// turn reads or writes one whole frame, and skips shorter ones.
-func (l *fdLink) turn(j *job, call func(int, []byte) (int, error), fd int, b []byte) error {
+// moveOne reads or writes one whole frame, and skips shorter ones.
+func (l *fdLink) moveOne(j *job, call func(int, []byte) (int, error), fd int, b []byte) error {
 	for !j.stopped() {
 		n, err := call(fd, b)
 		if err == nil && n == len(b) {
 			return nil
 		}
-		if err != nil && !passing(err) {
+		if err != nil && !shouldRetry(err) {
 			return err
 		}
 	}

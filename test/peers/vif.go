@@ -48,7 +48,7 @@ func newLab(path string) (l *lab, err error) {
 			l.close()
 		}
 	}()
-	l.later(func() { l.store.Close() })
+	l.onClose(func() { l.store.Close() })
 	cfg := emu.Config{
 		Mapped: true,
 		Grants: 4096,
@@ -59,13 +59,13 @@ func newLab(path string) (l *lab, err error) {
 			return nil, err
 		}
 		l.machine = l.host.Machine
-		l.later(func() { l.host.Close() })
+		l.onClose(func() { l.host.Close() })
 	} else {
 		if l.machine, err = emu.New(cfg); err != nil {
 			return nil, err
 		}
 		l.machine.OnDeath(l.store.DomainDied)
-		l.later(func() { l.machine.Close() })
+		l.onClose(func() { l.machine.Close() })
 	}
 	dom0, err := l.domain(0)
 	if err != nil {
@@ -76,11 +76,11 @@ func newLab(path string) (l *lab, err error) {
 	if l.tools, err = xenstore.Dial(ctx, dom0.Store, xenstore.Config{Pipeline: 8}); err != nil {
 		return nil, err
 	}
-	l.later(func() { l.tools.Close() })
+	l.onClose(func() { l.tools.Close() })
 	return l, nil
 }
 
-func (l *lab) later(f func()) { l.undo = append(l.undo, f) }
+func (l *lab) onClose(f func()) { l.undo = append(l.undo, f) }
 
 func (l *lab) close() {
 	for len(l.undo) > 0 {
@@ -95,8 +95,8 @@ func (l *lab) domain(id hypercall.DomID) (*emu.Domain, error) {
 	return l.machine.NewDomain(id)
 }
 
-// plug makes a vif between two domains.
-func (l *lab) plug(front, back hypercall.DomID, id uint32) error {
+// addVif makes a vif between two domains.
+func (l *lab) addVif(front, back hypercall.DomID, id uint32) error {
 	ctx, cancel := timeout()
 	defer cancel()
 	for _, dom := range []hypercall.DomID{front, back} {
@@ -130,8 +130,8 @@ func (b *backend) close() {
 	<-b.ended
 }
 
-// next waits for the next device to come up.
-func (b *backend) next() (*pvnet.Device, error) {
+// nextDevice waits for the next device to come up.
+func (b *backend) nextDevice() (*pvnet.Device, error) {
 	select {
 	case d := <-b.devices:
 		ctx, cancel := timeout()
@@ -162,22 +162,22 @@ func (l *lab) vifs(n int, cfg pvnet.Config) (fronts, backs []*pvnet.Device, err 
 		return nil, nil, err
 	}
 	served := serve(l.driver, cfg)
-	l.later(served.close)
+	l.onClose(served.close)
 	for i := range n {
 		id := frontDomain + hypercall.DomID(i)
 		guest, err := l.domain(id)
 		if err != nil {
 			return nil, nil, err
 		}
-		if err := l.plug(id, backDomain, 0); err != nil {
+		if err := l.addVif(id, backDomain, 0); err != nil {
 			return nil, nil, err
 		}
 		front, err := connect(guest, "0", cfg)
 		if err != nil {
 			return nil, nil, err
 		}
-		l.later(front.Disconnect)
-		back, err := served.next()
+		l.onClose(front.Disconnect)
+		back, err := served.nextDevice()
 		if err != nil {
 			return nil, nil, err
 		}
@@ -198,9 +198,9 @@ func notified(devices []*pvnet.Device) (n uint64) {
 // past is a deadline that has passed; it ends waits at once.
 var past = time.Unix(1, 0)
 
-// over reports whether err is the error of a call that was interrupted because the job was
+// interrupted reports whether err is the error of a call that was interrupted because the job was
 // stopped.
-func over(j *job, err error) bool {
+func interrupted(j *job, err error) bool {
 	return j.stopped() && (errors.Is(err, errDeadline) || errors.Is(err, context.Canceled))
 }
 

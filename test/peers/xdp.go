@@ -208,7 +208,7 @@ func (x *xdpSocket) send(src *source, n int) (int, error) {
 		x.tx.own++
 	}
 	x.tx.prod.Store(x.tx.own)
-	if err := unix.Send(x.fd, nil, unix.MSG_DONTWAIT); err != nil && !passing(err) && err != unix.EBUSY {
+	if err := unix.Send(x.fd, nil, unix.MSG_DONTWAIT); err != nil && !shouldRetry(err) && err != unix.EBUSY {
 		return n, fmt.Errorf("send: %w", err)
 	}
 	return n, nil
@@ -234,7 +234,7 @@ func (x *xdpSocket) receive(s *sink) (n int) {
 
 func (l *xdpLink) wait(x *xdpSocket) {
 	if l.spin {
-		relax()
+		spinPause()
 		return
 	}
 	// A signal, or nothing in time: the caller looks again either way.

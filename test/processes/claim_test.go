@@ -45,8 +45,8 @@ func (c *claimant) claim() (time.Duration, error) {
 	return time.Since(begun), err
 }
 
-// die ends the process: xenstore keeps its claim.
-func (c *claimant) die() {
+// crash ends the process: xenstore keeps its claim.
+func (c *claimant) crash() {
 	c.client.Close()
 	c.presence.Close()
 }
@@ -71,18 +71,18 @@ func TestTheHolderOfAClaimIsKnownByItsPresence(t *testing.T) {
 				t.Errorf("a claim that is held, after %v: %v", took, err)
 			}
 		}
-		first.die()
+		first.crash()
 		if took, err := second.claim(); err != nil || took > time.Second {
 			t.Errorf("a claim of the dead, after %v: %v", took, err)
 		}
 
-		second.die()
+		second.crash()
 		third := newClaimant(t, dom) // has the port number of second or of first
 		fourth := newClaimant(t, dom)
 		if took, err := fourth.claim(); err != nil || took < time.Hour {
 			t.Errorf("a claim whose port is another's, after %v: %v", took, err)
 		}
-		third.die()
-		fourth.die()
+		third.crash()
+		fourth.crash()
 	})
 }

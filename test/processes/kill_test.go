@@ -21,11 +21,11 @@ import (
 	"barevif/xenbus/toolstack"
 )
 
-// echoed is how many frames come back between two lines of the frontend.
-const echoed = 20
+// framesPerLine is how many frames come back between two lines of the frontend.
+const framesPerLine = 20
 
-// numbered returns a frame that holds its number and its sender.
-func numbered(n uint64) []byte {
+// numberedFrame returns a frame that holds its number and its sender.
+func numberedFrame(n uint64) []byte {
 	b := make([]byte, 60+n%1400)
 	for i := range b {
 		b[i] = byte(uint64(i)*7 + n)
@@ -40,7 +40,7 @@ func numbered(n uint64) []byte {
 // prints a line for every few. It ends when its standard input does.
 func ping(dev *pvnet.Device) error {
 	back := make(chan uint64, 256)
-	heard := make(chan error, 1)
+	listened := make(chan error, 1)
 	go func() {
 		err := dev.Listen(context.Background(), func(f pvnet.Frame) {
 			b := make([]byte, f.Len())
@@ -49,7 +49,7 @@ func ping(dev *pvnet.Device) error {
 				return // of an earlier process
 			}
 			n := binary.BigEndian.Uint64(b[18:])
-			if !bytes.Equal(b, numbered(n)) {
+			if !bytes.Equal(b, numberedFrame(n)) {
 				fmt.Printf("frame %d came back as something else\n", n)
 			}
 			select {
@@ -57,12 +57,12 @@ func ping(dev *pvnet.Device) error {
 			default:
 			}
 		})
-		heard <- err
+		listened <- err
 	}()
 	for n, came := uint64(0), 0; ; n++ {
-		if _, err := dev.Write(numbered(n)); err != nil {
+		if _, err := dev.Write(numberedFrame(n)); err != nil {
 			if errors.Is(err, pvnet.ErrDisconnected) {
-				return <-heard
+				return <-listened
 			}
 			return err
 		}
@@ -72,7 +72,7 @@ func ping(dev *pvnet.Device) error {
 			if at > n {
 				fmt.Printf("frame %d came back after %d were sent\n", at, n)
 			}
-			if came++; came%echoed == 0 {
+			if came++; came%framesPerLine == 0 {
 				fmt.Println("moved")
 			}
 		case <-lost.C:
@@ -81,8 +81,8 @@ func ping(dev *pvnet.Device) error {
 	}
 }
 
-// childServe is a backend that echoes frames until its standard input ends.
-func childServe(ctx context.Context) error {
+// runBackend is a backend that echoes frames until its standard input ends.
+func runBackend(ctx context.Context) error {
 	dom, err := emu.Join(ctx, os.Getenv("BAREVIF_TEST_SOCKET"), 2)
 	if err != nil {
 		return err
@@ -107,108 +107,109 @@ func childServe(ctx context.Context) error {
 	return err
 }
 
-// A kid is a child that may be killed.
-type kid struct {
-	t     testing.TB
-	name  string
-	cmd   *exec.Cmd
-	in    io.Closer
-	lines chan string // its output; closed at its end
-	gone  chan error
+// A child is a process with one end of the vif.
+type child struct {
+	t      testing.TB
+	name   string
+	cmd    *exec.Cmd
+	in     io.Closer
+	lines  chan string // its output; closed at its end
+	exited chan error
 }
 
-func (m *machine) kid(mode string) *kid {
+// startChild starts a child with additional environment variables.
+func (m *machine) startChild(mode string, env ...string) *child {
 	m.t.Helper()
 	exe, err := os.Executable()
 	if err != nil {
 		m.t.Fatal(err)
 	}
-	k := &kid{t: m.t, name: mode, cmd: exec.Command(exe), lines: make(chan string, 1<<16), gone: make(chan error, 1)}
-	k.cmd.Env = append(os.Environ(), childVar+"="+mode, "BAREVIF_TEST_SOCKET="+m.socket)
-	k.cmd.Stderr = os.Stderr
-	if k.in, err = k.cmd.StdinPipe(); err != nil {
+	c := &child{t: m.t, name: mode, cmd: exec.Command(exe), lines: make(chan string, 1<<16), exited: make(chan error, 1)}
+	c.cmd.Env = append(append(os.Environ(), childVar+"="+mode, "BAREVIF_TEST_SOCKET="+m.socket), env...)
+	c.cmd.Stderr = os.Stderr
+	if c.in, err = c.cmd.StdinPipe(); err != nil {
 		m.t.Fatal(err)
 	}
-	out, err := k.cmd.StdoutPipe()
+	out, err := c.cmd.StdoutPipe()
 	if err != nil {
 		m.t.Fatal(err)
 	}
-	if err := k.cmd.Start(); err != nil {
+	if err := c.cmd.Start(); err != nil {
 		m.t.Fatal(err)
 	}
 	go func() {
 		for s := bufio.NewScanner(out); s.Scan(); {
-			k.lines <- s.Text()
+			c.lines <- s.Text()
 		}
-		close(k.lines)
-		k.gone <- k.cmd.Wait()
+		close(c.lines)
+		c.exited <- c.cmd.Wait()
 	}()
-	return k
+	return c
 }
 
 // kill sends SIGKILL and waits.
-func (k *kid) kill() {
-	k.t.Helper()
-	k.cmd.Process.Kill()
-	if err := <-k.gone; k.cmd.ProcessState.Sys().(syscall.WaitStatus).Signal() != syscall.SIGKILL {
-		k.t.Errorf("%s: had ended before it was killed: %v", k.name, err)
+func (c *child) kill() {
+	c.t.Helper()
+	c.cmd.Process.Kill()
+	if err := <-c.exited; c.cmd.ProcessState.Sys().(syscall.WaitStatus).Signal() != syscall.SIGKILL {
+		c.t.Errorf("%s: had ended before it was killed: %v", c.name, err)
 	}
 }
 
 // stop asks it to end, and waits.
-func (k *kid) stop() {
-	k.t.Helper()
-	k.in.Close()
+func (c *child) stop() {
+	c.t.Helper()
+	c.in.Close()
 	select {
-	case err := <-k.gone:
+	case err := <-c.exited:
 		if err != nil {
-			k.t.Errorf("%s: %v", k.name, err)
+			c.t.Errorf("%s: %v", c.name, err)
 		}
 	case <-time.After(2 * time.Minute):
-		k.dump()
+		c.dump()
 	}
 }
 
 // dump ends it with a dump of its goroutines' stacks.
-func (k *kid) dump() {
-	k.cmd.Process.Signal(syscall.SIGQUIT)
-	k.t.Fatalf("%s: %v", k.name, <-k.gone)
+func (c *child) dump() {
+	c.cmd.Process.Signal(syscall.SIGQUIT)
+	c.t.Fatalf("%s: %v", c.name, <-c.exited)
 }
 
-// moves waits until frames pass both ways. It ignores earlier output.
-func (k *kid) moves(other *kid) {
-	k.t.Helper()
-	for len(k.lines) > 0 {
-		k.said(<-k.lines)
+// waitTraffic waits until frames pass both ways. It ignores earlier output.
+func (c *child) waitTraffic(other *child) {
+	c.t.Helper()
+	for len(c.lines) > 0 {
+		c.checkLine(<-c.lines)
 	}
 	limit := time.After(2 * time.Minute)
 	for range 2 {
 		select {
-		case line := <-k.lines:
-			k.said(line)
+		case line := <-c.lines:
+			c.checkLine(line)
 		case <-limit:
 			other.cmd.Process.Signal(syscall.SIGQUIT)
-			<-other.gone
-			k.dump()
+			<-other.exited
+			c.dump()
 		}
 	}
 }
 
-func (k *kid) said(line string) {
-	k.t.Helper()
+func (c *child) checkLine(line string) {
+	c.t.Helper()
 	if line != "moved" && line != "ready" {
-		k.t.Errorf("%s says %q", k.name, line)
+		c.t.Errorf("%s says %q", c.name, line)
 	}
 }
 
 // T29: either process, or both, end at any moment. The survivor goes on, a new process
 // connects and moves frames, and nothing of the dead is left.
 func TestT29ProcessesAreKilledAtAnyMoment(t *testing.T) {
-	m := empty(t)
+	m := newMachine(t)
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)
 	rng := rand.New(rand.NewPCG(seed, 29))
-	front, back := m.kid("ping"), m.kid("serve")
+	front, back := m.startChild("ping"), m.startChild("serve")
 	kills, worst := 0, time.Duration(0)
 	long := 10 * time.Second
 	if testing.Short() {
@@ -221,7 +222,7 @@ func TestT29ProcessesAreKilledAtAnyMoment(t *testing.T) {
 		}
 		if rng.IntN(3) > 0 { // else in the middle of the handshake
 			start := time.Now()
-			front.moves(back)
+			front.waitTraffic(back)
 			worst = max(worst, time.Since(start))
 		}
 		time.Sleep(time.Duration(rng.IntN(20000)) * time.Microsecond)
@@ -235,27 +236,27 @@ func TestT29ProcessesAreKilledAtAnyMoment(t *testing.T) {
 		}
 		if which == 2 { // no process is left to hold anything
 			kills++
-			m.nothing()
+			m.requireNothingLeft()
 		}
 		if which != 1 {
-			front = m.kid("ping")
+			front = m.startChild("ping")
 		}
 		if which != 0 {
-			back = m.kid("serve")
+			back = m.startChild("serve")
 		}
 	}
-	front.moves(back)
+	front.waitTraffic(back)
 	t.Logf("%d kills; frames moved again after %v at most", kills, worst)
 	if kills < 10 {
 		t.Errorf("only %d kills", kills)
 	}
 	front.stop()
 	back.stop()
-	m.nothing()
+	m.requireNothingLeft()
 }
 
-// nothing waits until only the toolstack's domain holds anything.
-func (m *machine) nothing() {
+// requireNothingLeft waits until only the toolstack's domain holds anything.
+func (m *machine) requireNothingLeft() {
 	m.t.Helper()
 	for end := time.Now().Add(2 * time.Minute); ; time.Sleep(time.Millisecond) {
 		l := m.host.Ledger()
@@ -273,16 +274,16 @@ func (m *machine) replug() {
 	m.t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
-	if err := toolstack.Remove(ctx, m.tools, theVif); err != nil {
+	if err := toolstack.Remove(ctx, m.tools, testVif); err != nil {
 		m.t.Fatal(err)
 	}
-	if err := toolstack.Add(ctx, m.tools, theVif); err != nil {
+	if err := toolstack.Add(ctx, m.tools, testVif); err != nil {
 		m.t.Fatal(err)
 	}
 }
 
-// links reports the changes of a device's link.
-func links(t *testing.T, d *pvnet.Device) (next func(up bool) (string, time.Duration)) {
+// watchLink reports the changes of a device's link.
+func watchLink(t *testing.T, d *pvnet.Device) (next func(up bool) (string, time.Duration)) {
 	events := make(chan pvnet.LinkEvent, 64)
 	ctx, cancel := context.WithCancel(context.Background())
 	t.Cleanup(cancel)
@@ -307,11 +308,28 @@ func links(t *testing.T, d *pvnet.Device) (next func(up bool) (string, time.Dura
 	}
 }
 
+// requireLinkFollows kills the peer of a device and starts another, and requires that the
+// link goes down and up with it. next is of watchLink. It returns the last peer.
+func (m *machine) requireLinkFollows(peer *child, next func(up bool) (string, time.Duration)) *child {
+	m.t.Helper()
+	for range 3 {
+		peer.kill()
+		reason, down := next(false)
+		if !strings.Contains(reason, "program has ended") {
+			m.t.Errorf("the link is down: %s", reason)
+		}
+		peer = m.startChild(peer.name)
+		_, up := next(true)
+		m.t.Logf("down after %v, up %v after the next process was started", down, up)
+	}
+	return peer
+}
+
 // A backend's process is killed while no frames move: the frontend's link goes down, and
 // comes up with the next backend.
 func TestTheLinkGoesDownWithTheBackendsProcess(t *testing.T) {
-	m := empty(t)
-	back := m.kid("serve")
+	m := newMachine(t)
+	back := m.startChild("serve")
 	dom, err := m.host.NewDomain(1)
 	if err != nil {
 		t.Fatal(err)
@@ -324,38 +342,18 @@ func TestTheLinkGoesDownWithTheBackendsProcess(t *testing.T) {
 	}
 	defer front.Disconnect()
 	go front.Listen(context.Background(), func(pvnet.Frame) {})
-	next := links(t, front)
+	next := watchLink(t, front)
 	next(true)
-	for range 3 {
-		back.kill()
-		reason, down := next(false)
-		if !strings.Contains(reason, "program has ended") {
-			t.Errorf("the link is down: %s", reason)
-		}
-		back = m.kid("serve")
-		_, up := next(true)
-		t.Logf("down after %v, up %v after the next backend was started", down, up)
-	}
-	back.stop()
+	m.requireLinkFollows(back, next).stop()
 }
 
 // The same for a frontend.
 func TestTheLinkGoesDownWithTheFrontendsProcess(t *testing.T) {
-	m := start(t)
-	front := m.kid("ping")
-	dev := m.device()
-	next := links(t, dev)
+	m := newServingMachine(t)
+	front := m.startChild("ping")
+	dev := m.awaitDevice()
+	next := watchLink(t, dev)
 	next(true)
 	go dev.Listen(context.Background(), func(pvnet.Frame) {})
-	for range 3 {
-		front.kill()
-		reason, down := next(false)
-		if !strings.Contains(reason, "program has ended") {
-			t.Errorf("the link is down: %s", reason)
-		}
-		front = m.kid("ping")
-		_, up := next(true)
-		t.Logf("down after %v, up %v after the next frontend was started", down, up)
-	}
-	front.stop()
+	m.requireLinkFollows(front, next).stop()
 }

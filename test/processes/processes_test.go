@@ -3,13 +3,11 @@
 package processes
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -31,7 +29,7 @@ const childVar = "BAREVIF_TEST_CHILD"
 
 func TestMain(m *testing.M) {
 	if os.Getenv(childVar) != "" {
-		if err := child(); err != nil {
+		if err := runChild(); err != nil {
 			fmt.Fprintln(os.Stderr, "child:", err)
 			os.Exit(1)
 		}
@@ -40,19 +38,19 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// A child is one end in a separate process.
-func child() error {
+// A runChild is one end in a separate process.
+func runChild() error {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	if os.Getenv(childVar) == "serve" {
-		return childServe(ctx)
+		return runBackend(ctx)
 	}
-	return childFront(ctx)
+	return runFrontend(ctx)
 }
 
-// childFront is the frontend. It sends frames of one size without end, or echoes frames,
+// runFrontend is the frontend. It sends frames of one size without end, or echoes frames,
 // or receives them, or wants its own frames back. It ends when its standard input does.
-func childFront(ctx context.Context) error {
+func runFrontend(ctx context.Context) error {
 	dom, err := emu.Join(ctx, os.Getenv("BAREVIF_TEST_SOCKET"), 1)
 	if err != nil {
 		return err
@@ -116,12 +114,12 @@ type machine struct {
 	backs  chan *pvnet.Device
 }
 
-var theVif = toolstack.Vif{Front: 1, Back: 2, MAC: [6]byte{0, 0x16, 0x3e, 0, 0, 1}}
+var testVif = toolstack.Vif{Front: 1, Back: 2, MAC: [6]byte{0, 0x16, 0x3e, 0, 0, 1}}
 
-// start makes a machine with a backend.
-func start(t testing.TB) *machine {
+// newServingMachine makes a machine with a backend.
+func newServingMachine(t testing.TB) *machine {
 	t.Helper()
-	m := empty(t)
+	m := newMachine(t)
 	bdom, err := m.host.NewDomain(2)
 	if err != nil {
 		t.Fatal(err)
@@ -140,8 +138,8 @@ func start(t testing.TB) *machine {
 	return m
 }
 
-// empty makes a machine without a backend.
-func empty(t testing.TB) *machine {
+// newMachine makes a machine without a backend.
+func newMachine(t testing.TB) *machine {
 	t.Helper()
 	m := &machine{t: t, socket: filepath.Join(emutest.SocketDir(t), "host"), backs: make(chan *pvnet.Device, 4)}
 	st := server.New(server.Config{})
@@ -168,7 +166,7 @@ func empty(t testing.TB) *machine {
 			t.Fatal(err)
 		}
 	}
-	if err := toolstack.Add(ctx, m.tools, theVif); err != nil {
+	if err := toolstack.Add(ctx, m.tools, testVif); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
@@ -182,40 +180,18 @@ func empty(t testing.TB) *machine {
 	return m
 }
 
-// frontend starts the child. stop asks it to end and waits.
-func (m *machine) frontend(mode string, size int) (cmd *exec.Cmd, stop func()) {
+// startFrontend starts a frontend and waits until it is connected.
+func (m *machine) startFrontend(mode string, size int) *child {
 	m.t.Helper()
-	exe, err := os.Executable()
-	if err != nil {
-		m.t.Fatal(err)
+	c := m.startChild(mode, "BAREVIF_TEST_SIZE="+strconv.Itoa(size))
+	if line := <-c.lines; line != "ready" {
+		m.t.Fatalf("the frontend said %q", line)
 	}
-	cmd = exec.Command(exe)
-	cmd.Env = append(os.Environ(), childVar+"="+mode, "BAREVIF_TEST_SOCKET="+m.socket, "BAREVIF_TEST_SIZE="+strconv.Itoa(size))
-	cmd.Stderr = os.Stderr
-	in, err := cmd.StdinPipe()
-	if err != nil {
-		m.t.Fatal(err)
-	}
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		m.t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		m.t.Fatal(err)
-	}
-	if line, err := bufio.NewReader(out).ReadString('\n'); line != "ready\n" {
-		m.t.Fatalf("the frontend said %q, %v", line, err)
-	}
-	return cmd, func() {
-		in.Close()
-		if err := cmd.Wait(); err != nil {
-			m.t.Errorf("the frontend ended with %v", err)
-		}
-	}
+	return c
 }
 
-// device returns the backend's device, with its link up.
-func (m *machine) device() *pvnet.Device {
+// awaitDevice returns the backend's device, with its link up.
+func (m *machine) awaitDevice() *pvnet.Device {
 	m.t.Helper()
 	select {
 	case d := <-m.backs:
@@ -230,7 +206,7 @@ func (m *machine) device() *pvnet.Device {
 	return nil
 }
 
-func own(t testing.TB, d *pvnet.Device) (*pvnet.TX, *pvnet.RX) {
+func ownHalves(t testing.TB, d *pvnet.Device) (*pvnet.TX, *pvnet.RX) {
 	t.Helper()
 	tx, err := d.OwnTX(0)
 	if err != nil {
@@ -244,10 +220,10 @@ func own(t testing.TB, d *pvnet.Device) (*pvnet.TX, *pvnet.RX) {
 }
 
 func TestFramesCrossProcesses(t *testing.T) {
-	m := start(t)
-	_, stop := m.frontend("echo", 0)
-	defer stop()
-	tx, rx := own(t, m.device())
+	m := newServingMachine(t)
+	front := m.startFrontend("echo", 0)
+	defer front.stop()
+	tx, rx := ownHalves(t, m.awaitDevice())
 	limit := time.Now().Add(30 * time.Second)
 	tx.SetDeadline(limit)
 	rx.SetDeadline(limit)
@@ -278,12 +254,12 @@ func TestFramesCrossProcesses(t *testing.T) {
 
 // A killed frontend leaves its state in xenstore. The next one connects nevertheless.
 func TestAKilledFrontendComesBack(t *testing.T) {
-	m := start(t)
+	m := newServingMachine(t)
 	var dev *pvnet.Device
 	for round := range 5 {
-		cmd, stop := m.frontend("send", 500)
+		front := m.startFrontend("send", 500)
 		if dev == nil {
-			dev = m.device()
+			dev = m.awaitDevice()
 			rx, err := dev.OwnRX(0)
 			if err != nil {
 				t.Fatal(err)
@@ -310,11 +286,10 @@ func TestAKilledFrontendComesBack(t *testing.T) {
 			}
 		}
 		if round == 4 {
-			stop()
+			front.stop()
 			break
 		}
-		cmd.Process.Kill()
-		cmd.Wait()
+		front.kill()
 	}
 }
 
@@ -323,10 +298,10 @@ func BenchmarkProcesses(b *testing.B) {
 		for _, mode := range []string{"send", "sink"} {
 			name := map[string]string{"send": "front-to-back", "sink": "back-to-front"}[mode]
 			b.Run(fmt.Sprintf("%s/size=%d/batch=32", name, size), func(b *testing.B) {
-				m := start(b)
-				_, stop := m.frontend(mode, size)
-				defer stop()
-				tx, rx := own(b, m.device())
+				m := newServingMachine(b)
+				front := m.startFrontend(mode, size)
+				defer front.stop()
+				tx, rx := ownHalves(b, m.awaitDevice())
 				frames := make([]pvnet.Frame, 32)
 				moved := 0
 				for b.Loop() {
@@ -354,7 +329,7 @@ func BenchmarkProcesses(b *testing.B) {
 
 // A connection to xenstore over the quota is refused with the name of the quota.
 func TestTheQuotaOfConnectionsIsNamed(t *testing.T) {
-	m := empty(t)
+	m := newMachine(t)
 	dom, err := emu.Join(t.Context(), m.socket, 1)
 	if err != nil {
 		t.Fatal(err)

@@ -28,10 +28,10 @@ import (
 )
 
 const (
-	limit   = time.Minute
-	backend = hypercall.DomID(7)
-	guests  = 50 // frontend domains: the stand-in for Xen supports no more
-	many    = 250
+	limit    = time.Minute
+	backend  = hypercall.DomID(7)
+	guests   = 50 // frontend domains: the stand-in for Xen supports no more
+	vifCount = 250
 )
 
 // A host has a xenstore with Xen's default quotas, and a toolstack. There are no frontends:
@@ -71,8 +71,8 @@ func (b *buffer) String() string {
 	return b.b.String()
 }
 
-// stores runs a test with the embedded xenstore and with Debian's.
-func stores(t *testing.T, test func(*testing.T, *host)) {
+// onEachStore runs a test with the embedded xenstore and with Debian's.
+func onEachStore(t *testing.T, test func(*testing.T, *host)) {
 	for _, name := range []string{"embedded", "Debian"} {
 		t.Run(name, func(t *testing.T) {
 			m, err := emu.New(emu.Config{})
@@ -83,7 +83,7 @@ func stores(t *testing.T, test func(*testing.T, *host)) {
 			if name == "Debian" {
 				h.dial = xenstored.Start(t).Dial
 			} else {
-				h.dial = embedded(t)
+				h.dial = embeddedStore(t)
 			}
 			var cancel context.CancelFunc
 			h.ctx, cancel = context.WithTimeout(context.Background(), limit)
@@ -111,7 +111,7 @@ func stores(t *testing.T, test func(*testing.T, *host)) {
 	}
 }
 
-func embedded(t *testing.T) func(context.Context, hypercall.DomID) (io.ReadWriteCloser, error) {
+func embeddedStore(t *testing.T) func(context.Context, hypercall.DomID) (io.ReadWriteCloser, error) {
 	s := server.New(server.Config{})
 	t.Cleanup(func() { s.Close() })
 	return func(_ context.Context, dom hypercall.DomID) (io.ReadWriteCloser, error) {
@@ -137,8 +137,8 @@ func (h *host) client(dom hypercall.DomID) *xenstore.Client {
 	return c
 }
 
-// vif returns the i-th vif. The vifs are dealt out to the guests in turn.
-func vif(i int) toolstack.Vif {
+// nthVif returns the i-th vif. The vifs are dealt out to the guests in turn.
+func nthVif(i int) toolstack.Vif {
 	return toolstack.Vif{Front: backend + 1 + hypercall.DomID(i%guests), ID: uint32(i / guests), Back: backend, MAC: [6]byte{0, 0x16, 0x3e, 0, byte(i >> 8), byte(i)}}
 }
 
@@ -163,13 +163,13 @@ func (h *host) serve() {
 func (h *host) await(state xenbus.State, vifs ...toolstack.Vif) {
 	h.t.Helper()
 	for _, v := range vifs {
-		if got := h.becomes(v, state); got != state {
+		if got := h.awaitState(v, state); got != state {
 			h.t.Fatalf("%s is %v, want %v\n%s", v.BackDir(), got, state, tail(h.log.String()))
 		}
 	}
 }
 
-func (h *host) becomes(v toolstack.Vif, states ...xenbus.State) xenbus.State {
+func (h *host) awaitState(v toolstack.Vif, states ...xenbus.State) xenbus.State {
 	h.t.Helper()
 	w, err := h.tools.Watch(h.ctx, v.BackDir()+"/state")
 	h.must(err)
@@ -196,7 +196,7 @@ func tail(s string) string {
 	return strings.Join(lines[max(0, len(lines)-5):], "\n")
 }
 
-func (h *host) front(v toolstack.Vif, s xenbus.State) {
+func (h *host) setFrontend(v toolstack.Vif, s xenbus.State) {
 	h.t.Helper()
 	h.must(h.tools.Write(h.ctx, v.FrontDir()+"/state", fmt.Sprint(uint8(s))))
 }
@@ -204,10 +204,10 @@ func (h *host) front(v toolstack.Vif, s xenbus.State) {
 // A backend serves 250 vifs in a domain with xenstored's default quotas, if the toolstack
 // makes room for the nodes that it writes itself. The backend notices each frontend.
 func TestOneDomainServesManyVifs(t *testing.T) {
-	stores(t, func(t *testing.T, h *host) {
-		vifs := make([]toolstack.Vif, many)
+	onEachStore(t, func(t *testing.T, h *host) {
+		vifs := make([]toolstack.Vif, vifCount)
 		for i := range vifs {
-			vifs[i] = vif(i)
+			vifs[i] = nthVif(i)
 			vifs[i].Room = true
 			h.must(toolstack.Add(h.ctx, h.tools, vifs[i]))
 		}
@@ -217,7 +217,7 @@ func TestOneDomainServesManyVifs(t *testing.T) {
 			{xenbus.Closing, xenbus.Closing}, {xenbus.Closed, xenbus.Closed}, {xenbus.Initialising, xenbus.InitWait},
 		} {
 			for _, v := range vifs {
-				h.front(v, step.front)
+				h.setFrontend(v, step.front)
 			}
 			h.await(step.back, vifs...)
 		}
@@ -234,20 +234,20 @@ func TestOneDomainServesManyVifs(t *testing.T) {
 // Without that room the quota of nodes is the limit; the toolstack has made most of them. The
 // backend's log names the quota.
 func TestTheQuotaOfNodesIsNamed(t *testing.T) {
-	stores(t, func(t *testing.T, h *host) {
+	onEachStore(t, func(t *testing.T, h *host) {
 		h.serve()
 		served := 0
 		var last toolstack.Vif
-		for i := range many {
-			last = vif(i)
+		for i := range vifCount {
+			last = nthVif(i)
 			h.must(toolstack.Add(h.ctx, h.tools, last))
-			if h.becomes(last, xenbus.InitWait, xenbus.Closed) != xenbus.InitWait {
+			if h.awaitState(last, xenbus.InitWait, xenbus.Closed) != xenbus.InitWait {
 				break
 			}
 			served++
 		}
 		t.Logf("%d vifs", served)
-		if served < 66 || served == many {
+		if served < 66 || served == vifCount {
 			t.Errorf("%d vifs are served", served)
 		}
 		for end := time.Now().Add(limit); !strings.Contains(h.log.String(), "--entry-nb"); time.Sleep(time.Millisecond) {
@@ -263,9 +263,9 @@ func TestConnectNamesTheQuotaTheBackendMet(t *testing.T) {
 	for room, want := range map[int]string{ // nodes that the backend may still make: one is its claim, and a transaction may not use the last one
 		0: "quota of xenstore", 3: "--entry-nb",
 	} {
-		stores(t, func(t *testing.T, h *host) {
+		onEachStore(t, func(t *testing.T, h *host) {
 			c := h.client(backend)
-			h.must(toolstack.Add(h.ctx, h.tools, vif(0)))
+			h.must(toolstack.Add(h.ctx, h.tools, nthVif(0)))
 			name := func(i int) string { return fmt.Sprintf("data/%d/%d", i/100, i%100) }
 			i := 0
 			for ; ; i++ {
@@ -280,8 +280,8 @@ func TestConnectNamesTheQuotaTheBackendMet(t *testing.T) {
 			}
 			c.Close()
 			h.serve()
-			h.await(xenbus.Closed, vif(0))
-			d, err := h.emu.NewDomain(vif(0).Front)
+			h.await(xenbus.Closed, nthVif(0))
+			d, err := h.emu.NewDomain(nthVif(0).Front)
 			h.must(err)
 			ctx, cancel := context.WithTimeout(h.ctx, time.Second)
 			defer cancel()
@@ -296,10 +296,10 @@ func TestConnectNamesTheQuotaTheBackendMet(t *testing.T) {
 // When xenstored's quota of watches is full, a client merges its watches on other domains'
 // nodes into one. Each of them still gets its events.
 func TestWatchesBecomeOneAtTheQuota(t *testing.T) {
-	stores(t, func(t *testing.T, h *host) {
+	onEachStore(t, func(t *testing.T, h *host) {
 		var paths []string
 		for i := range 200 {
-			v := vif(i)
+			v := nthVif(i)
 			h.must(toolstack.Add(h.ctx, h.tools, v))
 			paths = append(paths, v.FrontDir()+"/state")
 		}

@@ -37,7 +37,7 @@ type bench struct {
 // baseline runs the same traffic through one vif with the kernel's netfront and with ours, in
 // turns.
 func baseline(t *T) {
-	t.netback(true)
+	t.loadNetback(true)
 	b := &bench{T: t, guest: t.Create(Guest{
 		Name: "domU", Type: PV, VIFs: []VIF{{}},
 		Linux: []string{"xen_privcmd.unrestricted=1"}, // for notifications by hypercall

@@ -15,22 +15,22 @@ const backRounds = 3
 // kernel's netback, and ours with a TAP. It notes the ratios and asserts none, because rates
 // on an emulated CPU vary.
 func baselineBack(t *T) {
-	t.netback(true)
+	t.loadNetback(true)
 	b := &bench{T: t, guest: t.Create(Guest{Name: "domU", Type: PV, VIFs: []VIF{{}}})}
 	b.vif = b.guest.VIF(0)
 	t.Dom0().Run("modprobe", "-a", "pktgen", "tun")
 	b.guest.Run("modprobe", "-a", "pktgen", "xen-netfront")
 	for round := range backRounds {
 		if round > 0 {
-			t.netback(true)
+			t.loadNetback(true)
 			t.Attach(b.guest, VIF{})
 		}
 		t.Dom0().Await("netback's interface", "ip addr add %s/24 dev %s", baselineDom0, b.vif)
 		b.throughBack(netbackWay)
 		b.detach()
 
-		t.netback(false)
-		p := t.back(t.Dom0(), baselineDom0)
+		t.loadNetback(false)
+		p := t.startBackend(t.Dom0(), baselineDom0)
 		t.Attach(b.guest, VIF{})
 		b.throughBack(ourBackWay)
 		b.detach()
@@ -64,7 +64,7 @@ func (b *bench) detach() {
 
 // throughBack measures one backend.
 func (b *bench) throughBack(way string) {
-	b.kernelFront(b.guest, baselineGuest)
+	b.startNetfront(b.guest, baselineGuest)
 	b.guest.Sh("ip neigh replace %s lladdr fe:ff:ff:ff:ff:ff dev eth0 nud permanent", baselineNone)
 	b.carrier()
 	b.Dom0().Await("the guest", "ping -c 1 -W 1 %s", baselineGuest)

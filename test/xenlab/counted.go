@@ -26,8 +26,8 @@ func backName(guest *Domain, backend int) string {
 	return fmt.Sprintf("back-%d-%d-0", backend, guest.ID)
 }
 
-// dump returns bpftool's dump of the counters with that name in a domain.
-func (t *T) dump(d *Domain, name string) counters.Dump {
+// dumpCounters returns bpftool's dump of the counters with that name in a domain.
+func (t *T) dumpCounters(d *Domain, name string) counters.Dump {
 	dump, err := counters.ParseDump(d.Run("bpftool", "-j", "map", "dump", "pinned", bpf.DefaultRoot+"/"+name+"/counters").Stdout)
 	if err != nil {
 		t.Fatalf("%s: %s: %w", d.Name, name, err)
@@ -35,7 +35,7 @@ func (t *T) dump(d *Domain, name string) counters.Dump {
 	return dump
 }
 
-func (t *T) number(d counters.Dump, name string) uint64 {
+func (t *T) counterTotal(d counters.Dump, name string) uint64 {
 	n, err := d.Total(name)
 	if err != nil {
 		t.Fatalf("%w", err)
@@ -43,16 +43,16 @@ func (t *T) number(d counters.Dump, name string) uint64 {
 	return n
 }
 
-// ours returns the counters of one of our ends, which must have lost no frames.
-func (t *T) ours(d *Domain, name string) flow {
-	dump := t.dump(d, name)
+// ourCounters returns the counters of one of our ends, which must have lost no frames.
+func (t *T) ourCounters(d *Domain, name string) flow {
+	dump := t.dumpCounters(d, name)
 	for _, lost := range [...]string{"rx_errors", "rx_dropped", "tx_errors", "tx_dropped"} {
-		if n := t.number(dump, lost); n != 0 {
+		if n := t.counterTotal(dump, lost); n != 0 {
 			t.Fatalf("%s: %s: %s is %d", d.Name, name, lost, n)
 		}
 	}
-	rx := load{t.number(dump, "rx_packets"), t.number(dump, "rx_bytes")}
-	tx := load{t.number(dump, "tx_packets"), t.number(dump, "tx_bytes")}
+	rx := load{t.counterTotal(dump, "rx_packets"), t.counterTotal(dump, "rx_bytes")}
+	tx := load{t.counterTotal(dump, "tx_packets"), t.counterTotal(dump, "tx_bytes")}
 	if strings.HasPrefix(name, "back") {
 		return flow{out: rx, in: tx}
 	}
@@ -76,17 +76,17 @@ func (t *T) linkStats(d *Domain, name string) (rx, tx load) {
 
 const etherHeader = 14 // bytes
 
-// netbackCounted returns the counters of Linux's netback for a guest's vif 0. netback counts
+// netbackCounters returns the counters of Linux's netback for a guest's vif 0. netback counts
 // received frames without their Ethernet header (xenvif_tx_submit counts after
 // eth_type_trans), and starts from 0 whenever a frontend connects.
-func (t *T) netbackCounted(guest *Domain) flow {
+func (t *T) netbackCounters(guest *Domain) flow {
 	rx, tx := t.linkStats(t.Dom0(), guest.VIF(0))
 	rx.bytes += etherHeader * rx.frames
 	return flow{out: rx, in: tx}
 }
 
-// netfrontCounted returns the counters of a guest's netfront.
-func (t *T) netfrontCounted(guest *Domain) flow {
+// netfrontCounters returns the counters of a guest's netfront.
+func (t *T) netfrontCounters(guest *Domain) flow {
 	rx, tx := t.linkStats(guest, "eth0")
 	rx.bytes += etherHeader * rx.frames
 	return flow{out: tx, in: rx}
@@ -96,8 +96,8 @@ func (t *T) netfrontCounted(guest *Domain) flow {
 // when a link comes up, and counters are published once a second.
 const restLimit = 20 * time.Second
 
-// agree fails unless both ends of a vif at rest have counted the same frames and bytes.
-func (t *T) agree(who string, ours, theirs func() flow) {
+// requireSameCounts fails unless both ends of a vif at rest have counted the same frames and bytes.
+func (t *T) requireSameCounts(who string, ours, theirs func() flow) {
 	for limit := t.machine.Limit(restLimit); ; {
 		before := theirs()
 		counted := ours()
@@ -110,16 +110,16 @@ func (t *T) agree(who string, ours, theirs func() flow) {
 	}
 }
 
-// everyField fails unless bpftool shows every counter by name, and the file metrics has the
-// same number in OpenMetrics text. A device at rest still looks at its rings once a second, so
-// of counters that changed between two dumps only the names are compared.
-func (t *T) everyField(d *Domain, name string) {
+// requireEveryCounter fails unless bpftool shows every counter by name, and the file metrics
+// has the same number in OpenMetrics text. A device at rest still looks at its rings once a
+// second, so of counters that changed between two dumps only the names are compared.
+func (t *T) requireEveryCounter(d *Domain, name string) {
 	file := bpf.DefaultRoot + "/" + name + "/metrics"
 	var wrong string
 	for limit := t.machine.Limit(restLimit); ; {
-		before := t.dump(d, name)
+		before := t.dumpCounters(d, name)
 		text := string(d.Get(file))
-		if wrong = missing(before, t.dump(d, name), text, name); wrong == "" {
+		if wrong = missing(before, t.dumpCounters(d, name), text, name); wrong == "" {
 			return
 		}
 		if limit.Over() {
@@ -167,7 +167,7 @@ func missing(dump, after counters.Dump, text, name string) string {
 	return ""
 }
 
-// unpinned fails if there are still pins of the counters with that name.
-func (t *T) unpinned(d *Domain, name string) {
+// requireNoPins fails if there are still pins of the counters with that name.
+func (t *T) requireNoPins(d *Domain, name string) {
 	d.Sh("[ ! -e %s/%s ]", bpf.DefaultRoot, name)
 }

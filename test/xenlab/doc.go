@@ -1,22 +1,25 @@
 //go:build linux
 
-// Package xenlab boots a real Xen, with a real Linux as dom0 and in other domains, on
-// an emulated CPU, and runs scenarios inside.
+// Package xenlab tests this project on a real Xen. It boots Xen on a CPU that QEMU emulates,
+// with Linux in dom0 and in the other domains, and runs scenarios there:
 //
 //	BAREVIF_XENLAB=1 go test ./test/xenlab -run TestLab -timeout 55m -v
 //	go run ./test/xenlab/cmd/xenlab -run 'PVH' -shell
 //
-// It needs Debian (or what apt and dpkg-deb make one), about 2.5 GiB of memory and,
-// the first time, the network; as root it installs QEMU itself. Images are built from
-// Debian packages as apt resolves them on the day ([barevif/test/xenlab/image]), the
-// machine is QEMU's ([barevif/test/xenlab/machine]), and an agent in each domain does
-// what a scenario asks. It refuses nothing a peer sends: what runs in it is ours.
+// It needs Debian, or another system with apt and dpkg-deb, about 2.5 GiB of memory, and the
+// network for the first run. If QEMU is not installed, root's run installs it.
+//
+// Package [barevif/test/xenlab/image] builds the images from Debian packages, package
+// [barevif/test/xenlab/machine] runs QEMU, and an agent in each domain runs the programs of a
+// scenario. The lab does not check what the agents send, because all programs in the domains
+// are the project's own.
 //
 // # Scenarios
 //
-// Each row is a function of a [T]. What it leaves behind, in xenstore, event
-// channels, grants, interrupts, devices or domains, fails it, and so does a line in
-// the log of Xen or of a kernel that complains about us.
+// A scenario is a function of a [T], and a row of the table below. It fails if one of its steps
+// fails, if it leaves something behind (nodes of xenstore, event channels, grants, interrupts,
+// devices or domains), or if the log of Xen or of a kernel has a complaint that concerns the
+// lab.
 //
 //	dom0 with netback
 //
@@ -51,12 +54,13 @@
 //
 //	  other xenstore           PV domU: barevif serve, netfront; dom0: netback, barevif back
 //
-// The baselines measure, and want a quiet machine: they run only if -run names them.
+// The baselines measure, so they need a machine without other work. They run only if -run
+// names them.
 //
-// # Adding one
+// # How to add a scenario
 //
-// Write a func(*T), put it into [Plan] with a name and its roles, and into the table
-// above. A step fails the scenario unless it begins with Try:
+// Write a func(*T). Add it to [Plan] with a name and its roles, and to the table above. Every
+// step that fails ends the scenario, except those whose method begins with Try:
 //
 //	func example(t *T) {
 //		t.Dom0().Run("modprobe", "xen-netback")
@@ -70,6 +74,6 @@
 //		t.Note("what the table's last column says")
 //	}
 //
-// A program of ours goes into every domain by a line in [Programs], as a command or
-// as the test binary of a package, which [Domain.Test] runs.
+// To have one of the project's programs in every domain, add a line to [Programs]: a command, or
+// the test binary of a package, which [Domain.Test] runs.
 package xenlab

@@ -7,7 +7,6 @@ import (
 	"regexp"
 	"slices"
 	"strings"
-	"syscall"
 	"time"
 
 	"barevif/test/xenlab/image"
@@ -15,8 +14,8 @@ import (
 
 const grantLimit = "/sys/module/xen_gntalloc/parameters/limit"
 
-// refusal runs our appliance, which must not come up, and returns its output.
-func (t *T) refusal(guest *Domain, args ...string) string {
+// serveRefused runs our appliance, which must not come up, and returns its output.
+func (t *T) serveRefused(guest *Domain, args ...string) string {
 	args = append([]string{barevif, "serve", "--xen"}, args...)
 	r := guest.Try(args...)
 	if r.Err != nil || r.Exit == 0 {
@@ -25,25 +24,25 @@ func (t *T) refusal(guest *Domain, args ...string) string {
 	return string(r.Stderr)
 }
 
-// unanswered runs our appliance against a backend that does not come up. Its output must have
-// the words, and the time for which it waited. On a loaded machine the appliance may not get
-// as far as the words say, so unanswered retries with more time.
-func (t *T) unanswered(guest *Domain, words ...string) {
+// requireUnanswered runs our appliance against a backend that does not come up. Its output must
+// have the words, and the time for which it waited. On a loaded machine the appliance may not
+// get as far as the words say, so requireUnanswered retries with more time.
+func (t *T) requireUnanswered(guest *Domain, words ...string) {
 	for wait := 2 * time.Second; ; wait *= 2 {
-		said := t.refusal(guest, "--wait", wait.String())
-		t.says(said, "waited "+wait.String())
+		said := t.serveRefused(guest, "--wait", wait.String())
+		t.requireWords(said, "waited "+wait.String())
 		missing := func(w string) bool { return !strings.Contains(said, w) }
 		if !slices.ContainsFunc(words, missing) {
 			return
 		}
 		if wait > 10*time.Second {
-			t.says(said, words...)
+			t.requireWords(said, words...)
 		}
 	}
 }
 
-// says fails unless text has each of the words.
-func (t *T) says(text string, words ...string) {
+// requireWords fails unless text has each of the words.
+func (t *T) requireWords(text string, words ...string) {
 	for _, w := range words {
 		if !strings.Contains(text, w) {
 			t.Fatalf("no %q in %q", w, text)
@@ -54,44 +53,44 @@ func (t *T) says(text string, words ...string) {
 // frontMisled gives our appliance wrong or incomplete data in xenstore. Each time the appliance
 // must say what it saw. With correct data it must connect.
 func frontMisled(t *T) {
-	t.netback(true)
+	t.loadNetback(true)
 	dom0 := t.Dom0()
 	guest := t.Create(Guest{Name: "domU", Type: PV, VIFs: []VIF{{}}})
 	guest.Sh("echo 514 >%s", grantLimit) // as many as one queue needs, so that a single leaked grant is noticed
-	held := t.held(guest)
+	held := t.domainResources(guest)
 	front, back := guest.Frontend(0), guest.Backend(dom0, 0)
 	truth := dom0.Run("xenstore-read", front+"/backend").Text()
 
 	// A backend domain that does not match the path, that does not exist, or that is the
 	// wrong one.
 	dom0.Run("xenstore-write", front+"/backend-id", "77")
-	t.says(t.refusal(guest), truth, "a backend directory of domain 77")
+	t.requireWords(t.serveRefused(guest), truth, "a backend directory of domain 77")
 	for other, want := range map[int]string{
 		77:       "own state Initialising, other end showed no state we may read",
 		guest.ID: fmt.Sprintf("still without /local/domain/%[1]d/backend/vif/%[1]d/0/frontend", guest.ID),
 	} {
 		dom0.Run("xenstore-write", front+"/backend-id", fmt.Sprint(other),
 			front+"/backend", strings.Replace(truth, "/domain/0/", fmt.Sprintf("/domain/%d/", other), 1))
-		t.unanswered(guest, want)
+		t.requireUnanswered(guest, want)
 	}
 	dom0.Run("xenstore-write", front+"/backend-id", "0", front+"/backend", truth)
 
 	// Nodes that the appliance may not read, or not write.
 	dom0.Run("xenstore-chmod", back+"/state", "n0")
-	t.unanswered(guest, "showed no state we may read")
+	t.requireUnanswered(guest, "showed no state we may read")
 	dom0.Run("xenstore-chmod", back+"/state", "n0", fmt.Sprintf("r%d", guest.ID))
 	perms := func(owner, other int) {
 		dom0.Run("xenstore-chmod", "-r", front, fmt.Sprintf("n%d", owner), fmt.Sprintf("r%d", other))
 	}
 	perms(0, guest.ID)
-	t.says(t.refusal(guest), "device/vif/0/state: EACCES")
+	t.requireWords(t.serveRefused(guest), "device/vif/0/state: EACCES")
 	perms(guest.ID, 0)
 
 	// A backend that never comes up. Then the vif is detached during the handshake, and the
 	// same process serves the next vif.
 	dom0.Sh("echo vif-%d-0 >/sys/bus/xen-backend/drivers/vif/unbind; xenstore-write %s/state 2", guest.ID, back)
-	t.unanswered(guest, "own state Connected", "other end showed InitWait")
-	t.holds(guest, held)
+	t.requireUnanswered(guest, "own state Connected", "other end showed InitWait")
+	t.requireResources(guest, held)
 	p := guest.Start(barevif, "serve", "-v", "--xen", "--addr", "10.88.0.2/24", "--wait", "0")
 	dom0.Await("the frontend", `[ "$(xenstore-read %s/state)" = 4 ]`, front)
 	// Do what xl does ten seconds later, when it gives up its wait for the backend to close.
@@ -100,7 +99,7 @@ func frontMisled(t *T) {
 	p.Await(`514 pages shared(?s).*serving http`)
 	reachable := func() {
 		dom0.Sh("ip addr add 10.88.0.1/24 dev %s", guest.VIF(0))
-		dom0.Await("carrier", `[ "$(cat /sys/class/net/%s/carrier)" = 1 ]`, guest.VIF(0))
+		dom0.awaitCarrier(guest.VIF(0))
 		t.Ping(dom0, "10.88.0.2", 1472, 10)
 	}
 	reachable()
@@ -117,8 +116,7 @@ func frontMisled(t *T) {
 	p.Await("(?s)(514 pages shared.*){2}")
 	reachable()
 	t.fetchServed(dom0, "10.88.0.2", 1<<20)
-	p.Signal(syscall.SIGTERM)
-	p.Succeed()
+	p.Terminate()
 }
 
 // A lie holds the data that a frontend publishes, and the expected words of our backend.
@@ -130,9 +128,9 @@ type lie struct {
 // backMisled has a frontend that publishes wrong grefs and ports. Our backend must refuse it,
 // say why, serve the guest's other vif, and serve this vif once its data is correct.
 func backMisled(t *T) {
-	t.netback(false)
+	t.loadNetback(false)
 	dom0 := t.Dom0()
-	p := t.back(dom0, "10.89.1.1")
+	p := t.startBackend(dom0, "10.89.1.1")
 	guest := t.Create(Guest{Name: "domU", Type: PV, VIFs: []VIF{{}, {}}})
 	serve := func(vif, addr string) *Process {
 		front := guest.Start(barevif, "serve", "-v", "--xen", "--vif", vif, "--addr", addr+"/24")
@@ -143,8 +141,8 @@ func backMisled(t *T) {
 	t.Ping(dom0, "10.89.1.2", 56, 10)
 
 	// Pages granted to our backend, and pages granted to another domain.
-	ours, granter := t.granter(guest, 0)
-	others, otherGranter := t.granter(guest, guest.ID)
+	ours, granter := t.startGranter(guest, 0)
+	others, otherGranter := t.startGranter(guest, guest.ID)
 	front, back := guest.Frontend(0), guest.Backend(dom0, 0)
 	note := "/local/domain/0/error/" + strings.TrimPrefix(back, "/local/domain/0/") + "/error"
 	publish := func(l lie) {
@@ -167,7 +165,7 @@ func backMisled(t *T) {
 	for _, l := range lies {
 		publish(l)
 		dom0.Await("Closing", `[ "$(xenstore-read %s/state)" = 5 ]`, back)
-		t.says(dom0.Run("xenstore-read", note).Text(), l.want)
+		t.requireWords(dom0.Run("xenstore-read", note).Text(), l.want)
 		dom0.Run("xenstore-write", front+"/state", "6")
 		dom0.Await("Closed", `[ "$(xenstore-read %s/state)" = 6 ]`, back)
 	}
@@ -186,14 +184,12 @@ func backMisled(t *T) {
 	dom0.Run("xenstore-write", front+"/state", "6")
 	dom0.Await("Closed", `[ "$(xenstore-read %s/state)" = 6 ]`, back)
 	t.fetchServed(dom0, "10.89.1.2", 1<<20)
-	witness.Signal(syscall.SIGTERM)
-	witness.Succeed()
+	witness.Terminate()
 
 	honest := serve("0", "10.89.2.2")
 	dom0.Sh("ip addr add 10.89.2.1/24 dev %s", guest.VIF(0))
 	t.fetchServed(dom0, "10.89.2.2", 1<<20)
-	honest.Signal(syscall.SIGTERM)
-	honest.Succeed()
+	honest.Terminate()
 
 	// The vif is removed after a refusal: the note about it goes with it.
 	publish(lies[0])
@@ -205,13 +201,12 @@ func backMisled(t *T) {
 	dom0.Run("xl", "network-detach", guest.Name, "0")
 	p.Await(fmt.Sprintf(`vif %d\.0: gone`, guest.ID))
 	dom0.Await("the note to go", "! xenstore-exists %s", note)
-	p.Signal(syscall.SIGTERM)
-	p.Succeed()
+	p.Terminate()
 }
 
-// granter makes a program in the guest grant pages to a domain and open an event channel for
+// startGranter makes a program in the guest grant pages to a domain and open an event channel for
 // it. It returns their numbers by name.
-func (t *T) granter(guest *Domain, to int) (numbers map[string]string, p *Process) {
+func (t *T) startGranter(guest *Domain, to int) (numbers map[string]string, p *Process) {
 	p = guest.Start(image.ProgramDir+"/granter", fmt.Sprint(to))
 	numbers = map[string]string{}
 	for _, m := range granterNumber.FindAllStringSubmatch(string(p.Await("port=").Stdout), -1) {

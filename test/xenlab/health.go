@@ -29,8 +29,8 @@ xenstore-ls -f | sed '/^\/\(libxl\|vm\) = /d; s/^/xenstore /'
 // settleLimit is how long the toolstack may take to clean up after a domain.
 const settleLimit = 30 * time.Second
 
-// state returns the resources that are in use now, sorted.
-func (t *T) state() []string {
+// dom0Resources returns the resources that are in use now, sorted.
+func (t *T) dom0Resources() []string {
 	r := t.dom0.try(proto.Call{Op: proto.Run, Argv: []string{"sh", "-c", stateScript}})
 	if err := r.problem(); err != nil {
 		t.Fatalf("looking at dom0: %w", err)
@@ -40,30 +40,30 @@ func (t *T) state() []string {
 	return lines
 }
 
-// granted returns the granted pages of a domain other than dom0, mapped or not. Of dom0's own
-// grants Xen shows only the mapped ones: see grants.
-func (t *T) granted(d *Domain) []string {
+// grantedPages returns the granted pages of a domain other than dom0, mapped or not. Of dom0's own
+// grants Xen shows only the mapped ones: see mappedGrants.
+func (t *T) grantedPages(d *Domain) []string {
 	lines := strings.Split(t.Dom0().Run(image.ProgramDir+"/grants", fmt.Sprint(d.ID)).Text(), "\n")
 	slices.Sort(lines)
 	return lines
 }
 
-// held returns the resources of a domain that goes on: granted pages, and event channels
+// domainResources returns the resources of a domain that goes on: granted pages, and event channels
 // without their numbers.
-func (t *T) held(d *Domain) []string {
+func (t *T) domainResources(d *Domain) []string {
 	ports := t.Dom0().Sh("lsevtchn %d | sed 's/^ *[0-9]*: VCPU [0-9]*: /port /; s/, Port [0-9]*$//'", d.ID)
-	lines := append(t.granted(d), strings.Split(ports, "\n")...)
+	lines := append(t.grantedPages(d), strings.Split(ports, "\n")...)
 	slices.Sort(lines)
 	return lines
 }
 
-// holds waits until a domain holds the same resources as before.
-func (t *T) holds(d *Domain, before []string) {
-	t.settled(before, func() []string { return t.held(d) })
+// requireResources waits until a domain holds the same resources as before.
+func (t *T) requireResources(d *Domain, before []string) {
+	t.awaitResources(before, func() []string { return t.domainResources(d) })
 }
 
-// settled waits until state returns the same resources as before.
-func (t *T) settled(before []string, state func() []string) {
+// awaitResources waits until state returns the same resources as before.
+func (t *T) awaitResources(before []string, state func() []string) {
 	for limit := t.machine.Limit(settleLimit); ; time.Sleep(200 * time.Millisecond) {
 		now := state()
 		if slices.Equal(before, now) {
@@ -91,9 +91,9 @@ func difference(before, now []string) string {
 	return strings.Join(out, "; ")
 }
 
-// grants returns the grants of all domains that some domain has mapped. Xen prints them to its
-// log, so grants moves the whole log of Xen to the scenario's.
-func (t *T) grants() []string {
+// mappedGrants returns the grants of all domains that some domain has mapped. Xen prints them
+// to its log, so mappedGrants moves the whole log of Xen to the scenario's.
+func (t *T) mappedGrants() []string {
 	t.dom0.Run("xl", "debug-keys", "g")
 	log := t.dom0.Run("xl", "dmesg", "-c").Text()
 	t.xenLog += log + "\n"
@@ -130,8 +130,9 @@ func complaints(log string, expected []*regexp.Regexp) (bad []string) {
 	return bad
 }
 
-// quiet fails the scenario if the log of dom0's kernel, a guest's or Xen's has a complaint.
-func (t *T) quiet(expected []*regexp.Regexp) {
+// requireNoComplaints fails the scenario if the log of dom0's kernel, a guest's or Xen's has a
+// complaint.
+func (t *T) requireNoComplaints(expected []*regexp.Regexp) {
 	dmesg := t.dom0.Run("dmesg", "-c").Text()
 	t.Save("dom0.dmesg", []byte(dmesg))
 	t.Save("xen.dmesg", []byte(t.xenLog))
@@ -141,12 +142,12 @@ func (t *T) quiet(expected []*regexp.Regexp) {
 	}
 	for _, l := range logs {
 		if bad := complaints(l.text, expected); len(bad) > 0 {
-			t.Fatalf("%s complains: %s%s", l.who, bad[0], more(len(bad)-1))
+			t.Fatalf("%s complains: %s%s", l.who, bad[0], andMore(len(bad)-1))
 		}
 	}
 }
 
-func more(n int) string {
+func andMore(n int) string {
 	if n == 0 {
 		return ""
 	}

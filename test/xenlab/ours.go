@@ -5,15 +5,14 @@ package xenlab
 import (
 	"fmt"
 	"strings"
-	"syscall"
 
 	"barevif/test/xenlab/image"
 )
 
 const barevif = image.ProgramDir + "/barevif"
 
-// netback loads Linux's backend, or unloads it, because it would bind every vif.
-func (t *T) netback(wanted bool) {
+// loadNetback loads Linux's backend, or unloads it, because it would bind every vif.
+func (t *T) loadNetback(wanted bool) {
 	if wanted {
 		t.Dom0().Run("modprobe", "xen-netback")
 		return
@@ -22,8 +21,8 @@ func (t *T) netback(wanted bool) {
 	t.Dom0().Await("netback to let go of its vifs", "if grep -q ^xen_netback /proc/modules; then rmmod xen_netback; fi")
 }
 
-// serve starts our appliance on a guest's vif 0 and waits until it is reachable.
-func (t *T) serve(guest *Domain, addr string) *Process {
+// startAppliance starts our appliance on a guest's vif 0 and waits until it is reachable.
+func (t *T) startAppliance(guest *Domain, addr string) *Process {
 	p := guest.Start(barevif, "serve", "-v", "--xen", "--addr", addr+"/24", "--check", "7007")
 	p.Await(`serving http`)
 	return p
@@ -46,30 +45,29 @@ func (t *T) fetchServed(client *Domain, addr string, size int) {
 // grants and event channels.
 func ourFront(kind GuestType) func(*T) {
 	return func(t *T) {
-		t.netback(true)
+		t.loadNetback(true)
 		guest := t.Create(Guest{Name: "domU", Type: kind, VIFs: []VIF{{}}})
 		vif, name := guest.VIF(0), frontName(guest, 0)
 		t.Dom0().Sh("ip addr add 10.88.0.1/24 dev %s", vif)
-		held := t.held(guest)
+		held := t.domainResources(guest)
 		state := guest.Backend(t.Dom0(), 0) + "/state"
 
 		// Two of the granted pages belong to the guest's console and xenstore.
-		granted := func() []string { return t.granted(guest) }
+		granted := func() []string { return t.grantedPages(guest) }
 		serve := func() *Process {
-			p := t.serve(guest, "10.88.0.2")
-			t.Dom0().Await("carrier", `[ "$(cat /sys/class/net/%s/carrier)" = 1 ]`, vif)
+			p := t.startAppliance(guest, "10.88.0.2")
+			t.Dom0().awaitCarrier(vif)
 			return p
 		}
 		end := func(p *Process) {
-			t.agree("netback", func() flow { return t.ours(guest, name) }, func() flow { return t.netbackCounted(guest) })
-			p.Signal(syscall.SIGTERM)
-			p.Succeed()
+			t.requireSameCounts("netback", func() flow { return t.ourCounters(guest, name) }, func() flow { return t.netbackCounters(guest) })
+			p.Terminate()
 			t.Dom0().Await("the backend to see it close", `[ "$(xenstore-read %s)" = 6 ]`, state)
-			t.unpinned(guest, name)
-			t.holds(guest, held)
+			t.requireNoPins(guest, name)
+			t.requireResources(guest, held)
 		}
 		p := serve()
-		t.checksums(func() {
+		t.requireChecksums(func() {
 			for _, size := range [...]int{56, 1472} {
 				t.Ping(t.Dom0(), "10.88.0.2", size, 20)
 			}
@@ -77,16 +75,16 @@ func ourFront(kind GuestType) func(*T) {
 			t.fetchServed(t.Dom0(), "10.88.0.2", 3<<20)
 			t.Send(t.Dom0(), "10.88.0.2", 3<<20)
 		}, t.Dom0())
-		t.everyField(guest, name)
-		t.idle(guest, "barevif")
-		t.settled([]string{"256 pages granted to 0", "256 pages granted to 0, to read", "4 pages granted to 0, mapped"}, granted)
+		t.requireEveryCounter(guest, name)
+		t.requireIdle(guest, "barevif")
+		t.awaitResources([]string{"256 pages granted to 0", "256 pages granted to 0, to read", "4 pages granted to 0, mapped"}, granted)
 		end(p)
 
 		p = serve()
 		t.Ping(t.Dom0(), "10.88.0.2", 1472, 20)
 		p.Kill()
-		t.everyField(guest, name)                                    // the pins outlive their owner
-		t.settled([]string{"4 pages granted to 0, mapped"}, granted) // both rings, until netback unmaps them
+		t.requireEveryCounter(guest, name)                                  // the pins outlive their owner
+		t.awaitResources([]string{"4 pages granted to 0, mapped"}, granted) // both rings, until netback unmaps them
 		p = serve()
 		t.Ping(t.Dom0(), "10.88.0.2", 1472, 20)
 		t.fetchServed(t.Dom0(), "10.88.0.2", 1<<20)
@@ -94,13 +92,13 @@ func ourFront(kind GuestType) func(*T) {
 	}
 }
 
-// idle notes the cost of a program without work over half a minute: context switches to its
+// requireIdle notes the cost of a program without work over half a minute: context switches to its
 // threads, and processor time. The program is woken by its own tick once a second, by the
 // rest of the traffic before, and by the neighbour discovery of the other kernel. For each
 // wake-up Go's runtime switches between its own threads some six times: its monitor goes back
 // to sleep in four steps, and a second thread looks for work. A busy loop or a short timer
 // exceeds the limit.
-func (t *T) idle(d *Domain, program string) {
+func (t *T) requireIdle(d *Domain, program string) {
 	const seconds = 30
 	count := func() (switches, ticks int) {
 		out := d.Sh("pid=$(pidof %s); cat /proc/$pid/task/*/status | awk '/ctxt_switches/ {n += $2} END {print n}'; awk '{print $14 + $15}' /proc/$pid/stat", program)
@@ -120,12 +118,12 @@ func (t *T) idle(d *Domain, program string) {
 }
 
 func ourFrontJumbo(t *T) {
-	t.netback(true)
+	t.loadNetback(true)
 	guest := t.Create(Guest{Name: "domU", Type: PV, VIFs: []VIF{{MTU: 9000}}})
 	t.Dom0().Sh("ip addr add 10.88.0.1/24 dev %s", guest.VIF(0))
-	p := t.serve(guest, "10.88.0.2")
-	t.Dom0().Await("carrier", `[ "$(cat /sys/class/net/%s/carrier)" = 1 ]`, guest.VIF(0))
-	t.checksums(func() {
+	p := t.startAppliance(guest, "10.88.0.2")
+	t.Dom0().awaitCarrier(guest.VIF(0))
+	t.requireChecksums(func() {
 		for _, size := range [...]int{56, 1473, 4096, 8972} {
 			t.Ping(t.Dom0(), "10.88.0.2", size, 20)
 		}
@@ -133,85 +131,81 @@ func ourFrontJumbo(t *T) {
 		t.fetchServed(t.Dom0(), "10.88.0.2", 3<<20)
 		t.Send(t.Dom0(), "10.88.0.2", 3<<20)
 	}, t.Dom0())
-	t.agree("netback", func() flow { return t.ours(guest, frontName(guest, 0)) }, func() flow { return t.netbackCounted(guest) })
-	p.Signal(syscall.SIGTERM)
-	p.Succeed()
+	t.requireSameCounts("netback", func() flow { return t.ourCounters(guest, frontName(guest, 0)) }, func() flow { return t.netbackCounters(guest) })
+	p.Terminate()
 }
 
 // ourFrontKernel attaches the guest's kernel to the vif through our frontend and a TAP.
 // Programs that need sockets of the kernel then run through the vif on both sides.
 func ourFrontKernel(t *T) {
-	t.netback(true)
+	t.loadNetback(true)
 	guest := t.Create(Guest{Name: "domU", Type: PV, VIFs: []VIF{{}}})
 	vif, name := guest.VIF(0), frontName(guest, 0)
 	t.Dom0().Sh("ip addr add 10.88.0.1/24 dev %s", vif)
-	held := t.held(guest)
+	held := t.domainResources(guest)
 	guest.Run("modprobe", "tun")
 	p := guest.Start(barevif, "attach", "-v", "--xen", "--tap", "card%i", "--addr", "10.88.0.2/24")
 	p.Await("the kernel has it as card0")
-	t.Dom0().Await("carrier", `[ "$(cat /sys/class/net/%s/carrier)" = 1 ]`, vif)
+	t.Dom0().awaitCarrier(vif)
 	if mac := guest.Sh("cat /sys/class/net/card0/address"); mac != MAC(0) {
 		t.Fatalf("the TAP's address is %s, the vif's %s", mac, MAC(0))
 	}
 	t.kernelTraffic(guest, t.Dom0(), "10.88.0.2", "10.88.0.1")
-	t.agree("netback", func() flow { return t.ours(guest, name) }, func() flow { return t.netbackCounted(guest) })
-	p.Signal(syscall.SIGTERM)
-	p.Succeed()
-	t.unpinned(guest, name)
-	t.holds(guest, held)
+	t.requireSameCounts("netback", func() flow { return t.ourCounters(guest, name) }, func() flow { return t.netbackCounters(guest) })
+	p.Terminate()
+	t.requireNoPins(guest, name)
+	t.requireResources(guest, held)
 }
 
 // ourFrontUnplugged detaches the vif under our appliance and attaches it again. The same
 // process goes on serving, and uses as many grants and event channels each time.
 func ourFrontUnplugged(t *T) {
-	t.netback(true)
+	t.loadNetback(true)
 	guest := t.Create(Guest{Name: "domU", Type: PV, VIFs: []VIF{{}}})
 	t.Dom0().Sh("ip addr add 10.88.0.1/24 dev %s", guest.VIF(0))
-	p := t.serve(guest, "10.88.0.2")
+	p := t.startAppliance(guest, "10.88.0.2")
 	t.Ping(t.Dom0(), "10.88.0.2", 56, 20)
-	held := t.held(guest)
+	held := t.domainResources(guest)
 	for round := range 2 {
 		t.Dom0().Run("xl", "network-detach", guest.Name, "0")
 		p.Await(fmt.Sprintf("(?s)(link down.*){%d}", round+1))
 		t.Attach(guest, VIF{})
 		t.Dom0().Sh("ip addr add 10.88.0.1/24 dev %s", guest.VIF(0))
-		t.Dom0().Await("carrier", `[ "$(cat /sys/class/net/%s/carrier)" = 1 ]`, guest.VIF(0))
+		t.Dom0().awaitCarrier(guest.VIF(0))
 		t.Ping(t.Dom0(), "10.88.0.2", 1472, 20)
-		t.holds(guest, held)
+		t.requireResources(guest, held)
 	}
-	p.Signal(syscall.SIGTERM)
-	p.Succeed()
+	p.Terminate()
 }
 
-// netbackAnew unbinds Linux's driver from the vif under our appliance, and removes its
+// netbackReloaded unbinds Linux's driver from the vif under our appliance, and removes its
 // module, which is impossible while the interface exists. With the module loaded again the
 // appliance must be reachable, whether it has seen the states change or the backend has
 // mapped the same rings again.
-func netbackAnew(t *T) {
-	t.netback(true)
+func netbackReloaded(t *T) {
+	t.loadNetback(true)
 	guest := t.Create(Guest{Name: "domU", Type: PV, VIFs: []VIF{{}}})
 	vif, dir := guest.VIF(0), guest.Backend(t.Dom0(), 0)
 	t.Dom0().Sh("ip addr add 10.88.0.1/24 dev %s", vif)
-	p := t.serve(guest, "10.88.0.2")
+	p := t.startAppliance(guest, "10.88.0.2")
 	t.Ping(t.Dom0(), "10.88.0.2", 56, 20)
-	held := t.held(guest)
+	held := t.domainResources(guest)
 	t.Dom0().Sh("! rmmod xen_netback")
 	t.Dom0().Sh("echo vif-%d-0 >/sys/bus/xen-backend/drivers/vif/unbind; rmmod xen_netback; modprobe xen-netback", guest.ID)
 	t.Dom0().Await("the new interface", "[ -e /sys/class/net/%s ]", vif)
 	// The toolstack runs its hotplug script only for a new device, so run it here.
 	t.Dom0().Sh("XENBUS_PATH=%s vif=%s /etc/xen/scripts/%s online; ip addr add 10.88.0.1/24 dev %s",
 		strings.TrimPrefix(dir, "/local/domain/0/"), vif, image.VifScript, vif)
-	t.Dom0().Await("carrier", `[ "$(cat /sys/class/net/%s/carrier)" = 1 ]`, vif)
+	t.Dom0().awaitCarrier(vif)
 	t.Ping(t.Dom0(), "10.88.0.2", 1472, 20)
 	t.fetchServed(t.Dom0(), "10.88.0.2", 1<<20)
-	t.holds(guest, held)
-	p.Signal(syscall.SIGTERM)
-	p.Succeed()
+	t.requireResources(guest, held)
+	p.Terminate()
 }
 
 // ourFrontRefused checks that each refusal names the cause and the remedy.
 func ourFrontRefused(t *T) {
-	t.netback(true)
+	t.loadNetback(true)
 	guest := t.Create(Guest{Name: "domU", Type: PV, VIFs: []VIF{{}}})
 	refused := func(want string, args ...string) {
 		args = append([]string{barevif, "serve", "--xen", "--wait", "5s"}, args...)
@@ -232,13 +226,12 @@ func ourFrontRefused(t *T) {
 	guest.Run("rmmod", "xen_gntalloc")
 	refused("xen-gntalloc")
 	guest.Run("modprobe", "xen-gntalloc")
-	p := t.serve(guest, "10.88.0.2")
-	p.Signal(syscall.SIGTERM)
-	p.Succeed()
+	p := t.startAppliance(guest, "10.88.0.2")
+	p.Terminate()
 }
 
-// back starts our backend in a domain, with addr for its TAP.
-func (t *T) back(d *Domain, addr string) *Process {
+// startBackend starts our backend in a domain, with addr for its TAP.
+func (t *T) startBackend(d *Domain, addr string) *Process {
 	d.Run("modprobe", "tun")
 	args := []string{barevif, "back", "-v", "--xen", "--addr", addr + "/24"}
 	if d.ID != 0 {
@@ -249,43 +242,42 @@ func (t *T) back(d *Domain, addr string) *Process {
 	return p
 }
 
-func (t *T) kernelFront(guest *Domain, addr string) {
+func (t *T) startNetfront(guest *Domain, addr string) {
 	guest.Run("modprobe", "xen-netfront")
 	guest.Await("a network interface", "ip link set eth0 up")
 	guest.Sh("ip addr add %s/24 dev eth0", addr)
-	guest.Await("carrier", `[ "$(cat /sys/class/net/eth0/carrier)" = 1 ]`)
+	guest.awaitCarrier("eth0")
 }
 
 // ourBackDom0 runs Linux netfront on our backend, which is killed and started again while the
 // frontend is connected.
 func ourBackDom0(t *T) {
-	t.netback(false)
-	p := t.back(t.Dom0(), "10.89.0.1")
+	t.loadNetback(false)
+	p := t.startBackend(t.Dom0(), "10.89.0.1")
 	guest := t.Create(Guest{Name: "domU", Type: PV, VIFs: []VIF{{}}})
-	t.kernelFront(guest, "10.89.0.2")
+	t.startNetfront(guest, "10.89.0.2")
 	name := backName(guest, 0)
 	t.kernelTraffic(guest, t.Dom0(), "10.89.0.2", "10.89.0.1")
-	t.everyField(t.Dom0(), name)
-	t.agree("netfront", func() flow { return t.ours(t.Dom0(), name) }, func() flow { return t.netfrontCounted(guest) })
+	t.requireEveryCounter(t.Dom0(), name)
+	t.requireSameCounts("netfront", func() flow { return t.ourCounters(t.Dom0(), name) }, func() flow { return t.netfrontCounters(guest) })
 	p.Kill()
-	p = t.back(t.Dom0(), "10.89.0.1")
+	p = t.startBackend(t.Dom0(), "10.89.0.1")
 	t.Dom0().Await("the guest behind the new backend", "ping -c 1 -W 1 10.89.0.2")
 	t.Ping(guest, "10.89.0.1", 1472, 20)
 	t.Fetch(guest, t.Dom0(), "10.89.0.1", 1<<20)
 	t.Destroy(guest)
-	p.Signal(syscall.SIGTERM)
-	p.Succeed()
-	t.unpinned(t.Dom0(), name)
+	p.Terminate()
+	t.requireNoPins(t.Dom0(), name)
 }
 
 // ourBackUnplugged detaches the vif under our backend, which goes on. The next vif is for
 // jumbo frames.
 func ourBackUnplugged(t *T) {
-	t.netback(false)
-	p := t.back(t.Dom0(), "10.89.0.1")
+	t.loadNetback(false)
+	p := t.startBackend(t.Dom0(), "10.89.0.1")
 	guest := t.Create(Guest{Name: "domU", Type: PV, VIFs: []VIF{{}}})
 	for round := range 2 {
-		t.kernelFront(guest, "10.89.0.2")
+		t.startNetfront(guest, "10.89.0.2")
 		t.Ping(guest, "10.89.0.1", 1472, 20)
 		if round == 0 { // raise the MTU at both ends while they are connected; neither end is notified
 			guest.Sh("ip link set eth0 mtu 9000")
@@ -297,7 +289,7 @@ func ourBackUnplugged(t *T) {
 			guest.Sh("ip link set eth0 mtu 9000")
 			t.Ping(guest, "10.89.0.1", 8972, 20)
 			t.answered(t.Dom0(), func() { t.Datagrams(guest, "10.89.0.1", jumboSizes) })
-			t.agree("netfront", func() flow { return t.ours(t.Dom0(), backName(guest, 0)) }, func() flow { return t.netfrontCounted(guest) })
+			t.requireSameCounts("netfront", func() flow { return t.ourCounters(t.Dom0(), backName(guest, 0)) }, func() flow { return t.netfrontCounters(guest) })
 		}
 		t.Dom0().Run("xl", "network-detach", guest.Name, "0")
 		guest.Await("the interface to go", "[ ! -e /sys/class/net/eth0 ]")
@@ -305,33 +297,31 @@ func ourBackUnplugged(t *T) {
 			t.Attach(guest, VIF{MTU: 9000})
 		}
 	}
-	p.Signal(syscall.SIGTERM)
-	p.Succeed()
+	p.Terminate()
 }
 
-// driver creates a driver domain with our backend in it.
-func (t *T) driver(addr string) (*Domain, *Process) {
+// createDriverDomain creates a driver domain with our backend in it.
+func (t *T) createDriverDomain(addr string) (*Domain, *Process) {
 	d := t.Create(Guest{Name: "driver", Type: PV, Config: []string{"driver_domain=1"}})
-	return d, t.back(d, addr)
+	return d, t.startBackend(d, addr)
 }
 
 func ourBackDriver(t *T) {
-	t.netback(false)
-	driver, p := t.driver("10.89.1.1")
+	t.loadNetback(false)
+	driver, p := t.createDriverDomain("10.89.1.1")
 	guest := t.Create(Guest{Name: "domU", Type: PV, VIFs: []VIF{{Backend: "driver"}}})
-	t.kernelFront(guest, "10.89.1.2")
+	t.startNetfront(guest, "10.89.1.2")
 	t.kernelTraffic(guest, driver, "10.89.1.2", "10.89.1.1")
 	t.Destroy(guest)
-	p.Signal(syscall.SIGTERM)
-	p.Succeed()
+	p.Terminate()
 }
 
 func bothOurs(t *T) {
-	t.netback(false)
-	driver, back := t.driver("10.89.2.1")
+	t.loadNetback(false)
+	driver, back := t.createDriverDomain("10.89.2.1")
 	guest := t.Create(Guest{Name: "domU", Type: PV, VIFs: []VIF{{Backend: "driver"}}})
-	front := t.serve(guest, "10.89.2.2")
-	t.checksums(func() {
+	front := t.startAppliance(guest, "10.89.2.2")
+	t.requireChecksums(func() {
 		for _, size := range [...]int{56, 1472} {
 			t.Ping(driver, "10.89.2.2", size, 20)
 		}
@@ -339,10 +329,8 @@ func bothOurs(t *T) {
 		t.fetchServed(driver, "10.89.2.2", 3<<20)
 		t.Send(driver, "10.89.2.2", 3<<20)
 	}, driver)
-	t.agree("the other end", func() flow { return t.ours(guest, frontName(guest, driver.ID)) }, func() flow { return t.ours(driver, backName(guest, driver.ID)) })
-	front.Signal(syscall.SIGTERM)
-	front.Succeed()
+	t.requireSameCounts("the other end", func() flow { return t.ourCounters(guest, frontName(guest, driver.ID)) }, func() flow { return t.ourCounters(driver, backName(guest, driver.ID)) })
+	front.Terminate()
 	t.Destroy(guest)
-	back.Signal(syscall.SIGTERM)
-	back.Succeed()
+	back.Terminate()
 }

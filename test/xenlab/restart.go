@@ -16,31 +16,31 @@ import (
 // of pages.
 func bothRestarted(t *T) {
 	const addr, backAddr = "10.89.2.2", "10.89.2.1"
-	t.netback(false)
+	t.loadNetback(false)
 	dom0 := t.Dom0()
-	driver, back := t.driver(backAddr)
+	driver, back := t.createDriverDomain(backAddr)
 	guest := t.Create(Guest{Name: "domU", Type: PV, VIFs: []VIF{{Backend: "driver"}}})
 	guest.Sh("echo 514 >%s", grantLimit) // as many as one queue needs, so that a single leaked grant is noticed
-	front := t.serve(guest, addr)
+	front := t.startAppliance(guest, addr)
 	works := func() {
 		driver.Await("the guest", "ping -c 1 -W 1 %s", addr)
 		t.fetchServed(driver, addr, 1<<20)
 	}
 	works()
-	held := t.held(guest)
+	held := t.domainResources(guest)
 
 	front.Kill()
-	front = t.serve(guest, addr)
+	front = t.startAppliance(guest, addr)
 	works()
 
 	back.Kill()
-	back = t.back(driver, backAddr)
+	back = t.startBackend(driver, backAddr)
 	works()
 
 	front.Kill()
 	back.Kill()
-	back = t.back(driver, backAddr)
-	front = t.serve(guest, addr)
+	back = t.startBackend(driver, backAddr)
+	front = t.startAppliance(guest, addr)
 	works()
 
 	// A backend that may not write its state says so, and goes on once it may.
@@ -52,13 +52,13 @@ func bothRestarted(t *T) {
 	dom0.Run("xenstore-chmod", state, fmt.Sprintf("n%d", driver.ID), fmt.Sprintf("r%d", guest.ID))
 	front.Await("serving http")
 	works()
-	t.holds(guest, held)
+	t.requireResources(guest, held)
 
 	// xl does not change the frontend when the backend's domain ends. A new vif names the
 	// next backend domain.
 	t.Destroy(driver)
 	front.Await("vif 0: down: the other end is gone")
-	driver, back = t.driver(backAddr)
+	driver, back = t.createDriverDomain(backAddr)
 	dom0.Run("xl", "network-detach", guest.Name, "0")
 	t.Attach(guest, VIF{Backend: "driver"})
 	front.Await(fmt.Sprintf("connected again, backend in domain %d", driver.ID))
@@ -66,12 +66,10 @@ func bothRestarted(t *T) {
 	if said := string(front.Await(`link up(?s).*link up`).Stderr); strings.Count(said, "514 pages shared") != 2 {
 		t.Fatalf("not the same pages: %s", said)
 	}
-	front.Signal(syscall.SIGTERM)
-	front.Succeed()
+	front.Terminate()
 	t.Destroy(guest)
 	back.Await("gone; ")
-	back.Signal(syscall.SIGTERM)
-	back.Succeed()
+	back.Terminate()
 }
 
 const handoverBridge = "xenlabbr0"
@@ -80,7 +78,7 @@ const handoverBridge = "xenlabbr0"
 // connection may break; the frames lost in the pause are counted.
 func handedOver(t *T) {
 	const bridge, addr, guestAddr = handoverBridge, "10.89.3.1", "10.89.3.2"
-	t.netback(false)
+	t.loadNetback(false)
 	dom0 := t.Dom0()
 	dom0.Run("modprobe", "-a", "tun", "bridge")
 	dom0.Sh("ip link add %s type bridge; ip addr add %s/24 dev %[1]s; ip link set %[1]s up", bridge, addr)
@@ -91,7 +89,7 @@ func handedOver(t *T) {
 	}
 	p := back()
 	guest := t.Create(Guest{Name: "domU", Type: PV, VIFs: []VIF{{}}})
-	t.kernelFront(guest, guestAddr)
+	t.startNetfront(guest, guestAddr)
 	t.Ping(guest, addr, 56, 5)
 	for _, d := range []*Domain{dom0, guest} {
 		d.Sh("mkdir -p /tmp/www; head -c %d /dev/urandom >/tmp/www/file", 6<<20)
@@ -141,8 +139,7 @@ func handedOver(t *T) {
 	}
 	t.Ping(guest, addr, 1472, 10)
 	t.Destroy(guest)
-	p.Signal(syscall.SIGTERM)
-	p.Succeed()
+	p.Terminate()
 	dom0.Run("ip", "link", "del", bridge)
 }
 
@@ -179,31 +176,29 @@ func otherStore(t *T) {
 	if names := dom0.Sh("ps -o comm"); !strings.Contains(names, "oxenstored") {
 		t.Fatalf("no oxenstored among %q", names)
 	}
-	t.netback(true)
+	t.loadNetback(true)
 	guest := t.Create(Guest{Name: "domU", Type: PV, VIFs: []VIF{{}}})
 	dom0.Sh("ip addr add %s/24 dev %s", addr, guest.VIF(0))
-	front := t.serve(guest, guestAddr)
-	dom0.Await("carrier", `[ "$(cat /sys/class/net/%s/carrier)" = 1 ]`, guest.VIF(0))
+	front := t.startAppliance(guest, guestAddr)
+	dom0.awaitCarrier(guest.VIF(0))
 	t.Ping(dom0, guestAddr, 1472, 10)
 	t.fetchServed(dom0, guestAddr, 1<<20)
 	front.Kill()
-	front = t.serve(guest, guestAddr)
+	front = t.startAppliance(guest, guestAddr)
 	t.fetchServed(dom0, guestAddr, 1<<20)
-	front.Signal(syscall.SIGTERM)
-	front.Succeed()
+	front.Terminate()
 	dom0.Run("xl", "network-detach", guest.Name, "0")
 
-	t.netback(false)
-	back := t.back(dom0, addr)
+	t.loadNetback(false)
+	back := t.startBackend(dom0, addr)
 	t.Attach(guest, VIF{})
-	t.kernelFront(guest, guestAddr)
+	t.startNetfront(guest, guestAddr)
 	t.Ping(guest, addr, 1472, 10)
 	back.Kill()
-	back = t.back(dom0, addr)
+	back = t.startBackend(dom0, addr)
 	dom0.Await("the guest behind the new backend", "ping -c 1 -W 1 %s", guestAddr)
 	t.Fetch(guest, dom0, addr, 1<<20)
 	dom0.Run("xl", "network-detach", guest.Name, "0")
 	back.Await("gone; ")
-	back.Signal(syscall.SIGTERM)
-	back.Succeed()
+	back.Terminate()
 }

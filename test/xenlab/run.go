@@ -80,7 +80,7 @@ func Run(ctx context.Context, plan []Boot, programs []image.Program, opts Option
 	if opts.Logger == nil {
 		opts.Logger = slog.New(slog.DiscardHandler)
 	}
-	done, err := turn(ctx, opts.Logger)
+	done, err := lockLab(ctx, opts.Logger)
 	if err != nil {
 		return nil, err
 	}
@@ -104,8 +104,8 @@ func Run(ctx context.Context, plan []Boot, programs []image.Program, opts Option
 	opts.Logger.Info("images built", "seconds", int(time.Since(begin).Seconds()), "xen", set.XenPackage, "kernel", set.KernelPackage)
 	r := &runner{ctx: ctx, opts: opts, images: set, report: &Report{Dir: dir, Images: *set}}
 	for _, boot := range plan {
-		boot.Scenarios = selected(boot.Scenarios, opts.Select)
-		r.all(boot)
+		boot.Scenarios = selectScenarios(boot.Scenarios, opts.Select)
+		r.runBoot(boot)
 	}
 	report := r.report
 	if opts.Again {
@@ -113,22 +113,22 @@ func Run(ctx context.Context, plan []Boot, programs []image.Program, opts Option
 		r.opts.Logger = opts.Logger.With("run", "second")
 		r.report = &Report{Dir: dir, Images: *set}
 		for _, boot := range plan {
-			boot.Scenarios = slices.DeleteFunc(selected(boot.Scenarios, opts.Select),
+			boot.Scenarios = slices.DeleteFunc(selectScenarios(boot.Scenarios, opts.Select),
 				func(s Scenario) bool { return !failed[[2]string{boot.Name, s.Name}] })
 			if len(boot.Scenarios) > 0 {
-				r.all(boot)
+				r.runBoot(boot)
 			}
 		}
-		report.second(r.report)
+		report.addSecondRun(r.report)
 	}
 	report.Elapsed = time.Since(begin)
 	return report, os.WriteFile(filepath.Join(dir, "table.md"), []byte(report.Table()), 0o644)
 }
 
-// turn waits until no other lab of this user runs on this computer, and keeps others out until
+// lockLab waits until no other lab of this user runs on this computer, and keeps others out until
 // done is called. Two labs would compete for the processors, exceed their limits, and disturb
 // each other's measurements. They also share the cache of packages.
-func turn(ctx context.Context, log *slog.Logger) (done func(), err error) {
+func lockLab(ctx context.Context, log *slog.Logger) (done func(), err error) {
 	dir, err := image.CacheDir()
 	if err != nil {
 		return nil, err
@@ -171,9 +171,9 @@ func (r *Report) failures() map[[2]string]bool {
 	return failed
 }
 
-// second adds the outcome of the second run to the failed rows. They stay failed: a fault that
-// occurs only sometimes is a fault.
-func (r *Report) second(again *Report) {
+// addSecondRun adds the outcome of the second run to the failed rows. They stay failed: a fault
+// that occurs only sometimes is a fault.
+func (r *Report) addSecondRun(again *Report) {
 	r.Starved = max(r.Starved, again.Starved)
 	for i := range r.Rows {
 		row := &r.Rows[i]
@@ -194,9 +194,9 @@ func (r *Report) second(again *Report) {
 
 func oneLine(err error) string { return strings.Join(strings.Fields(err.Error()), " ") }
 
-// selected returns the scenarios whose name matches re. If re is nil, it returns all that do
+// selectScenarios returns the scenarios whose name matches re. If re is nil, it returns all that do
 // not have Asked set.
-func selected(all []Scenario, re *regexp.Regexp) (s []Scenario) {
+func selectScenarios(all []Scenario, re *regexp.Regexp) (s []Scenario) {
 	for _, sc := range all {
 		if re == nil && !sc.Asked || re != nil && re.MatchString(sc.Name) {
 			s = append(s, sc)
@@ -233,19 +233,19 @@ type runner struct {
 	boots  int
 }
 
-// all runs a boot's scenarios, on as many machines as necessary.
-func (r *runner) all(b Boot) {
+// runBoot runs a boot's scenarios, on as many machines as necessary.
+func (r *runner) runBoot(b Boot) {
 	for len(b.Scenarios) > 0 || r.opts.Keep != nil {
-		done := r.boot(b)
+		done := r.runOnMachine(b)
 		if b.Scenarios = b.Scenarios[done:]; len(b.Scenarios) == 0 {
 			return
 		}
 	}
 }
 
-// boot runs scenarios on one machine until one spoils it, and returns how many have their rows
-// in the report. If the machine does not start, these are all.
-func (r *runner) boot(b Boot) (done int) {
+// runOnMachine runs scenarios on one machine until one spoils it, and returns how many have
+// their rows in the report. If the machine does not start, these are all.
+func (r *runner) runOnMachine(b Boot) (done int) {
 	r.boots++
 	dir := filepath.Join(r.report.Dir, fmt.Sprintf("boot%d", r.boots))
 	begin := time.Now()
@@ -261,7 +261,7 @@ func (r *runner) boot(b Boot) (done int) {
 	defer m.Stop()
 	defer func() { r.report.Starved = max(r.report.Starved, m.Starved()) }()
 	for i, s := range b.Scenarios {
-		row, clean := r.scenario(m, s, filepath.Join(dir, fmt.Sprintf("%02d-%s", i+1, fileName(s.Name))))
+		row, clean := r.runScenario(m, s, filepath.Join(dir, fmt.Sprintf("%02d-%s", i+1, fileName(s.Name))))
 		row.Boot = b.Name
 		r.add(row)
 		done++
@@ -291,9 +291,9 @@ func (r *runner) add(row Row) {
 	r.opts.Logger.Info(verdict, "boot", row.Boot, "scenario", row.Scenario, "seconds", fmt.Sprintf("%.1f", row.Elapsed.Seconds()), "note", row.note())
 }
 
-// scenario runs one scenario and cleans up. clean means that the next one may run on the same
+// runScenario runs one scenario and cleans up. clean means that the next one may run on the same
 // machine.
-func (r *runner) scenario(m *machine.Machine, s Scenario, dir string) (row Row, clean bool) {
+func (r *runner) runScenario(m *machine.Machine, s Scenario, dir string) (row Row, clean bool) {
 	row = Row{Scenario: s.Name, Roles: s.Roles}
 	t := &T{machine: m, dir: dir, start: time.Now()}
 	defer func() {
@@ -320,8 +320,8 @@ func (r *runner) scenario(m *machine.Machine, s Scenario, dir string) (row Row, 
 	t.dom0 = &Domain{t: t, Name: "dom0", limit: stepLimit, procs: &procs{}}
 	var before, grantsBefore []string
 	row.Err = t.attempt(r.ctx, time.Minute, func() {
-		before = t.state()
-		grantsBefore = t.grants()
+		before = t.dom0Resources()
+		grantsBefore = t.mappedGrants()
 		t.xenLog = ""
 		t.dom0.Run("dmesg", "-c")
 	})
@@ -330,15 +330,15 @@ func (r *runner) scenario(m *machine.Machine, s Scenario, dir string) (row Row, 
 	}
 	row.Err = t.attempt(r.ctx, limit, func() { s.Run(t) })
 	if row.Err != nil {
-		t.lookAround(r.ctx)
+		t.logState(r.ctx)
 	}
 	err = t.attempt(r.ctx, 2*time.Minute, func() {
 		t.cleanUp()
-		t.settled(before, t.state)
-		if d := difference(grantsBefore, t.grants()); d != "" {
+		t.awaitResources(before, t.dom0Resources)
+		if d := difference(grantsBefore, t.mappedGrants()); d != "" {
 			t.Fatalf("grants still mapped: %s", d)
 		}
-		t.quiet(expected)
+		t.requireNoComplaints(expected)
 	})
 	if row.Err == nil {
 		row.Err = err
@@ -368,8 +368,8 @@ func (t *T) attempt(ctx context.Context, limit time.Duration, f func()) error {
 	return t.err
 }
 
-// lookAround logs the state of dom0 and the guests, to explain a failure.
-func (t *T) lookAround(ctx context.Context) {
+// logState logs the state of dom0 and the guests, to explain a failure.
+func (t *T) logState(ctx context.Context) {
 	t.attempt(ctx, time.Minute, func() {
 		t.Logf("a look around:")
 		t.dom0.Try("xl", "list")
@@ -390,7 +390,7 @@ func (t *T) cleanUp() {
 	for _, g := range t.guests {
 		if !g.destroyed {
 			t.dom0.Try("xl", "destroy", g.Name) // fails if the domain has ended by itself
-			t.collect(g)
+			t.saveConsole(g)
 		}
 	}
 }

@@ -101,8 +101,6 @@ type Guest struct {
 	Name   string // unique in the scenario
 	Type   GuestType
 	VIFs   []VIF
-	Memory int      // MiB; 0: 256
-	VCPUs  int      // 0: 1
 	Linux  []string // additional arguments for its kernel, such as xen_privcmd.unrestricted=1
 	Config []string // additional lines for xl, such as driver_domain=1
 }
@@ -145,8 +143,8 @@ func (g Guest) config() string {
 		fmt.Sprintf("type=%q", g.Type),
 		fmt.Sprintf("kernel=%q", image.GuestKernel),
 		fmt.Sprintf("ramdisk=%q", image.GuestImage),
-		fmt.Sprintf("memory=%d", orDefault(g.Memory, 256)),
-		fmt.Sprintf("vcpus=%d", orDefault(g.VCPUs, 1)),
+		"memory=256", // MiB
+		"vcpus=1",
 		fmt.Sprintf("extra=%q", strings.Join(kernel, " ")),
 		fmt.Sprintf("vif=[%s]", strings.Join(vifs, ",")),
 		`on_crash="destroy"`, `on_poweroff="destroy"`, `on_reboot="destroy"`,
@@ -155,13 +153,6 @@ func (g Guest) config() string {
 		lines = append(lines, `tsc_mode="native"`) // RDTSCP is masked, see machine
 	}
 	return strings.Join(lines, "\n") + "\n"
-}
-
-func orDefault(n, other int) int {
-	if n == 0 {
-		return other
-	}
-	return n
 }
 
 // Create starts a domain and waits until its agent answers. The domain is
@@ -189,12 +180,12 @@ func (t *T) Attach(guest *Domain, v VIF) {
 // Destroy ends a domain before the end of the scenario, without a shutdown.
 func (t *T) Destroy(d *Domain) {
 	t.dom0.Run("xl", "destroy", d.Name)
-	t.collect(d)
+	t.saveConsole(d)
 	d.destroyed = true
 }
 
-// collect keeps the output on the domain's console.
-func (t *T) collect(d *Domain) {
+// saveConsole keeps the output on the domain's console.
+func (t *T) saveConsole(d *Domain) {
 	log := t.dom0.try(proto.Call{Op: proto.Get, Path: "/var/log/xen/console/guest-" + d.Name + ".log"})
 	d.console = log.Stdout
 	if err := os.WriteFile(filepath.Join(t.dir, d.Name+".console.log"), log.Stdout, 0o644); err != nil {
@@ -297,7 +288,7 @@ func (d *Domain) call(c proto.Call) (proto.Reply, error) {
 	if c.Proc != 0 {
 		what += fmt.Sprintf("process %d", c.Proc)
 	}
-	d.t.Logf("%s: %s %s: exit %d, %.2f s%s", d.Name, c.Op, what, r.Exit, time.Since(begin).Seconds(), suffix(err))
+	d.t.Logf("%s: %s %s: exit %d, %.2f s%s", d.Name, c.Op, what, r.Exit, time.Since(begin).Seconds(), errorSuffix(err))
 	for _, s := range [...][]byte{r.Stdout, r.Stderr} {
 		if text := strings.TrimSpace(string(s)); text != "" && c.Op != proto.Get {
 			d.t.Logf("    %s", strings.ReplaceAll(text[max(0, len(text)-4000):], "\n", "\n             "))
@@ -306,7 +297,7 @@ func (d *Domain) call(c proto.Call) (proto.Reply, error) {
 	return r, err
 }
 
-func suffix(err error) string {
+func errorSuffix(err error) string {
 	if err == nil {
 		return ""
 	}
@@ -344,6 +335,11 @@ func (d *Domain) Sh(format string, args ...any) string {
 func (d *Domain) Await(what, format string, args ...any) {
 	script := fmt.Sprintf(format, args...)
 	d.must(proto.Call{Op: proto.Run, Argv: []string{"sh", "-ec", script}, Until: true}, "waiting for "+what)
+}
+
+// awaitCarrier waits until a network interface has a carrier.
+func (d *Domain) awaitCarrier(iface string) {
+	d.Await("carrier", `[ "$(cat /sys/class/net/%s/carrier)" = 1 ]`, iface)
 }
 
 // Put writes a file.
@@ -445,6 +441,12 @@ func (p *Process) Signal(sig syscall.Signal) {
 	if _, err := p.d.call(proto.Call{Op: proto.Kill, Proc: p.id, Signal: int(sig)}); err != nil {
 		p.d.t.Fatalf("%s: %s: %w", p.d.Name, p.name, err)
 	}
+}
+
+// Terminate asks the process to end, which it must with status 0.
+func (p *Process) Terminate() Result {
+	p.Signal(syscall.SIGTERM)
+	return p.Succeed()
 }
 
 // Kill ends the process with SIGKILL and waits for its end.

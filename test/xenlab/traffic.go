@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"slices"
 	"strings"
-	"syscall"
 )
 
 // JoinKernel gives an address to both ends of a guest's i-th vif, if both belong to kernels:
@@ -22,7 +21,7 @@ func (t *T) JoinKernel(guest *Domain, i int) (dom0Addr, guestAddr string) {
 	t.Dom0().Await("the backend's interface", "ip link set %s up", vif)
 	t.Dom0().Sh("ip addr add %s/24 dev %s", dom0Addr, vif)
 	guest.Await("carrier", `[ "$(cat /sys/class/net/eth%d/carrier)" = 1 ]`, i)
-	t.Dom0().Await("carrier", `[ "$(cat /sys/class/net/%s/carrier)" = 1 ]`, vif)
+	t.Dom0().awaitCarrier(vif)
 	return dom0Addr, guestAddr
 }
 
@@ -123,13 +122,12 @@ func (t *T) answered(d *Domain, f func()) {
 	p := d.Start(barevif, "check", "--answer")
 	p.Await("answering at")
 	f()
-	p.Signal(syscall.SIGTERM)
-	p.Succeed()
+	p.Terminate()
 }
 
-// checksums fails if the kernels of these domains find a checksum wrong while f
+// requireChecksums fails if the kernels of these domains find a checksum wrong while f
 // runs.
-func (t *T) checksums(f func(), doms ...*Domain) {
+func (t *T) requireChecksums(f func(), doms ...*Domain) {
 	wrong := func() (n []string) {
 		for _, d := range doms {
 			n = append(n, d.Name+": "+badChecksums(string(d.Get("/proc/net/snmp"))))
@@ -166,7 +164,7 @@ func badChecksums(snmp string) (found string) {
 // kernelTraffic runs the traffic between the kernels of two domains. Every byte is compared,
 // except those of iperf3.
 func (t *T) kernelTraffic(guest, backend *Domain, guestAddr, backAddr string) {
-	t.checksums(func() {
+	t.requireChecksums(func() {
 		for _, size := range [...]int{56, 1472} {
 			t.Ping(guest, backAddr, size, 20)
 			t.Ping(backend, guestAddr, size, 20)
@@ -177,16 +175,4 @@ func (t *T) kernelTraffic(guest, backend *Domain, guestAddr, backAddr string) {
 		t.Fetch(backend, guest, guestAddr, 3<<20)
 		t.Fetch(guest, backend, backAddr, 3<<20)
 	}, guest, backend)
-}
-
-// Capture starts tcpdump on an interface. stop ends it and saves the packets as name.pcap.
-func (t *T) Capture(d *Domain, iface, name string) (stop func()) {
-	file := "/tmp/" + name + ".pcap"
-	dump := d.Start("tcpdump", "-U", "-n", "-i", iface, "-w", file)
-	dump.Await("listening on")
-	return func() {
-		dump.Signal(2)
-		dump.Wait()
-		t.Save(name+".pcap", d.Get(file))
-	}
 }

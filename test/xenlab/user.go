@@ -35,7 +35,7 @@ func deployingSays() []string {
 // withoutRoot runs both our ends as a user with only the rights that the page grants.
 func withoutRoot(t *T) {
 	const addr, backAddr = "10.89.4.2", "10.89.4.1"
-	t.netback(false)
+	t.loadNetback(false)
 	driver := t.Create(Guest{Name: "driver", Type: PV, Config: []string{"driver_domain=1"}})
 	driver.Run("modprobe", "tun")
 	as := func(caps string, args ...string) []string {
@@ -60,7 +60,7 @@ func withoutRoot(t *T) {
 		if r.Err != nil || r.Exit != 3 {
 			t.Fatalf("%q: exit status %d, %w", argv, r.Exit, r.Err)
 		}
-		t.says(string(r.Stderr), want...)
+		t.requireWords(string(r.Stderr), want...)
 	}
 
 	// Each refusal names the remedy.
@@ -94,10 +94,8 @@ func withoutRoot(t *T) {
 	b.Await("connected to domain")
 	driver.Await("the guest", "ping -c 1 -W 1 %s", addr)
 	t.fetchServed(driver, addr, 1<<20)
-	f.Signal(syscall.SIGTERM)
-	f.Succeed()
+	f.Terminate()
 	t.Destroy(guest)
 	b.Await("gone; ")
-	b.Signal(syscall.SIGTERM)
-	b.Succeed()
+	b.Terminate()
 }

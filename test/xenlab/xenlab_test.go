@@ -325,13 +325,13 @@ func TestTableShowsFailures(t *testing.T) {
 
 func TestScenariosAreSelectedByName(t *testing.T) {
 	all := []Scenario{{Name: "one, PV"}, {Name: "one, PVH"}, {Name: "two"}, {Name: "slow", Asked: true}}
-	if got := selected(all, regexp.MustCompile("PVH?$")); len(got) != 2 {
+	if got := selectScenarios(all, regexp.MustCompile("PVH?$")); len(got) != 2 {
 		t.Errorf("%d selected", len(got))
 	}
-	if got := selected(all, regexp.MustCompile("slow")); len(got) != 1 {
+	if got := selectScenarios(all, regexp.MustCompile("slow")); len(got) != 1 {
 		t.Errorf("%d selected", len(got))
 	}
-	if got := selected(all, nil); len(got) != 3 {
+	if got := selectScenarios(all, nil); len(got) != 3 {
 		t.Errorf("%d selected", len(got))
 	}
 }
@@ -339,18 +339,18 @@ func TestScenariosAreSelectedByName(t *testing.T) {
 func TestLabsTakeTurns(t *testing.T) {
 	t.Setenv("BAREVIF_CACHE", t.TempDir())
 	log := slog.New(slog.DiscardHandler)
-	done, err := turn(context.Background(), log)
+	done, err := lockLab(context.Background(), log)
 	if err != nil {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancelCause(context.Background())
 	why := errors.New("the second lab gave up")
 	cancel(why)
-	if _, err := turn(ctx, log); err != why {
+	if _, err := lockLab(ctx, log); err != why {
 		t.Fatalf("a second lab beside the first: %v", err)
 	}
 	done()
-	if done, err = turn(ctx, log); err != nil {
+	if done, err = lockLab(ctx, log); err != nil {
 		t.Fatalf("after the first: %v", err)
 	}
 	done()
@@ -389,7 +389,7 @@ func TestASecondRunAcquitsNothing(t *testing.T) {
 	if len(failed) != 3 || !failed[[2]string{"b", "now and then"}] || failed[[2]string{"b", "good"}] {
 		t.Errorf("%v", failed)
 	}
-	r.second(&Report{Starved: 0.5, Rows: []Row{
+	r.addSecondRun(&Report{Starved: 0.5, Rows: []Row{
 		{Boot: "b", Scenario: "(boot)"},
 		{Boot: "b", Scenario: "now and then"},
 		{Boot: "b", Scenario: "always", Err: errors.New("still\nwrong")},

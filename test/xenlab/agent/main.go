@@ -1,11 +1,11 @@
 //go:build linux
 
-// Agent is the init of every domain of the lab. As process 1 it only reaps; its
-// child sets the domain up and does what the host asks: in dom0 over a
-// virtio-serial port, in other domains over a link through xenstore that ends in
-// dom0's agent.
+// Agent is the init process of every domain of the lab. Process 1 only reaps zombies. Its child
+// sets up the domain and executes the calls of the host. In dom0 these come through a
+// virtio-serial port; in another domain they come through nodes of xenstore, from the agent in
+// dom0.
 //
-// It is a tool of the tests and trusts its host.
+// It is part of the tests and trusts the host.
 package main
 
 import (

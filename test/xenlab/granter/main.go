@@ -1,9 +1,12 @@
 //go:build linux
 
-// Granter is the memory of a frontend without the frontend: it grants pages to a
-// domain and opens an event channel for it, prints their numbers, and keeps all of
-// it until a signal ends it. Whoever writes the numbers into xenstore, and which, is
-// the frontend.
+// Granter provides the grants and the event channel of a frontend, for tests that write the
+// rest of a frontend into xenstore themselves:
+//
+//	granter DOMID
+//
+// It grants two ring pages and one read-only page to that domain, opens an event channel for
+// it, and prints the numbers. It keeps them until SIGTERM.
 package main
 
 import (

@@ -1,8 +1,11 @@
 //go:build linux
 
-// Grants prints, in the control domain, which of its pages another domain has granted:
-// how many, to whom, and whether they are mapped. Xen itself tells only of the mapped
-// ones, by its debug key g.
+// Grants prints how many pages a domain has granted, to which domain each, and whether they
+// are mapped. It reads the domain's grant table, so it runs in the control domain:
+//
+//	grants DOMID
+//
+// The debug key g of Xen shows only the grants that are mapped.
 package main
 
 import (

@@ -1,12 +1,13 @@
 //go:build linux
 
-// Package image makes what a lab machine boots: Xen, a Linux kernel, and one
-// initramfs each for dom0 and the other domains.
+// Package image builds the files from which a lab machine boots: Xen, a Linux kernel, an
+// initramfs for dom0, and one for the other domains.
 //
-// Everything but the project's own programs comes from Debian packages. Their
-// names and versions are what apt resolves on the day, never pinned; they are
-// fetched by apt, kept by digest in a cache, unpacked there and never installed.
-// Nothing runs from them on this machine except busybox, to list its applets.
+// Everything but the project's own programs comes from Debian packages, in the versions that
+// apt resolves on that day. apt downloads them, and the package keeps them in a cache by their
+// digest. It unpacks them there and never installs them, and runs no program of them except
+// busybox, to list its applets. It needs apt and dpkg-deb, and the network for packages that
+// are not in the cache.
 package image
 
 import (

@@ -1,11 +1,12 @@
 //go:build linux
 
-// Package machine runs a machine with Xen and a Linux dom0 on an emulated CPU, and
-// talks to the agents in its domains.
+// Package machine runs Xen with a Linux dom0 on a CPU that QEMU emulates, and sends calls to
+// the agents in its domains.
 //
-// The machine has no network card and no disk: it reaches nothing but its console,
-// which is logged and watched for panics, and a virtio-serial port, on which the
-// agent in dom0 takes calls. It ends with the process that started it.
+// The machine has no network card and no disk. It has a console, which the package logs and
+// searches for panics, and a virtio-serial port, through which the agent in dom0 takes calls.
+// The machine ends with the process that started it. It needs QEMU, and the files that package
+// image builds.
 package machine
 
 import (
@@ -132,23 +133,28 @@ func Start(ctx context.Context, cfg Config) (*Machine, error) {
 		close(m.ended)
 	}()
 
+	if err := m.awaitToolstack(ctx); err != nil {
+		m.Stop()
+		return nil, fmt.Errorf("machine: boot: %w (console: %s)", err, log.Name())
+	}
+	return m, nil
+}
+
+// awaitToolstack waits until the agent in dom0 reports that the toolstack is up.
+func (m *Machine) awaitToolstack(ctx context.Context) error {
 	ctx, cancel := m.Within(ctx, bootLimit)
 	defer cancel()
 	select {
 	case hello := <-m.hello:
 		if hello.Err != "" {
-			err = fmt.Errorf("dom0: %s", hello.Err)
+			return fmt.Errorf("dom0: %s", hello.Err)
 		}
+		return nil
 	case <-m.failed:
-		err = m.Err()
+		return m.Err()
 	case <-ctx.Done():
-		err = fmt.Errorf("dom0's agent said nothing: %w", context.Cause(ctx))
+		return fmt.Errorf("dom0's agent said nothing: %w", context.Cause(ctx))
 	}
-	if err != nil {
-		m.Stop()
-		return nil, fmt.Errorf("machine: boot: %w (console: %s)", err, log.Name())
-	}
-	return m, nil
 }
 
 var errPoweredOff = errors.New("powered off")

@@ -1,8 +1,8 @@
-// Package proto is what the lab's host and the agents in its domains say to each
-// other: one JSON object a line, [Call] one way and [Reply] the other.
+// Package proto defines the messages between the lab's host and the agents in its domains.
+// The host sends a [Call], the agent answers with a [Reply], and each is one line of JSON.
 //
-// The host talks to dom0's agent, which passes on what is meant for another
-// domain. Both ends are ours; nothing here is fit for a hostile peer.
+// The host has a connection to the agent in dom0 only, which forwards calls for other domains.
+// Both ends trust each other: nothing here checks what a hostile peer might send.
 package proto
 
 import (

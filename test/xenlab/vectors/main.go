@@ -1,8 +1,9 @@
 //go:build linux
 
-// Vectors copies and clears memory for a while, which Go does in vector registers,
-// and exits with 1 if it ever finds anything else than it wrote. It runs in more
-// domains than there are processors, so that Xen has to switch those registers.
+// Vectors checks that Xen keeps the vector registers of a domain. For a while it copies and
+// clears blocks of memory, for which Go uses these registers, and exits with status 1 if a
+// block has other bytes than it wrote. The lab runs it in more domains than the machine has
+// processors, so that Xen has to save and restore the registers.
 package main
 
 import (

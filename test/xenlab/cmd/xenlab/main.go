@@ -1,12 +1,13 @@
 //go:build linux
 
-// Xenlab runs the lab from a developer's terminal: all scenarios, some of them, or
-// none and a shell in dom0.
+// Xenlab runs scenarios of the lab in a terminal, or opens a shell in dom0, or both:
 //
-//	go run ./test/xenlab/cmd/xenlab               # everything
-//	go run ./test/xenlab/cmd/xenlab -run 'PVH'    # some
-//	go run ./test/xenlab/cmd/xenlab -shell        # only dom0's console
-//	go run ./test/xenlab/cmd/xenlab -run x -shell # scenarios, then the console
+//	go run ./test/xenlab/cmd/xenlab               # run all scenarios
+//	go run ./test/xenlab/cmd/xenlab -run 'PVH'    # run those whose name matches
+//	go run ./test/xenlab/cmd/xenlab -shell        # open only dom0's console
+//	go run ./test/xenlab/cmd/xenlab -run x -shell # run scenarios, then open the console
+//
+// Package [barevif/test/xenlab] says what it needs.
 package main
 
 import (
