@@ -216,7 +216,7 @@ func TestRecorderKeepsTheLatest(t *testing.T) {
 }
 
 func TestNamesCoverTheConstants(t *testing.T) {
-	if State(4).String() != "XenbusStateConnected" || State(200).String() != "unknown" {
+	if State(4).String() != "Connected" || State(4).Symbol() != "XenbusStateConnected" || State(200).Symbol() != "unknown" {
 		t.Error("states")
 	}
 	if EventReconnect.String() != "reconnect" || EventKind(99).String() != "unknown" {

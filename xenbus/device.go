@@ -290,10 +290,10 @@ func (d *Device) SetState(ctx context.Context, s State) error {
 
 	err := d.c.Transact(ctx, func(tx xenstore.Tx) error {
 		was, err := d.guard(tx)
-		if err != nil || was == s.value() {
+		if err != nil || was == formatState(s) {
 			return err
 		}
-		return tx.Write(d.dir+"/state", s.value())
+		return tx.Write(d.dir+"/state", formatState(s))
 	})
 
 	d.mu.Lock()
@@ -389,7 +389,7 @@ func (w written) ours(found string) bool {
 		return true
 	}
 	for _, s := range []State{w.last, w.writing, w.failed} {
-		if s != Unknown && found == s.value() {
+		if s != Unknown && found == formatState(s) {
 			return true
 		}
 	}
@@ -399,7 +399,7 @@ func (w written) ours(found string) bool {
 // restarted reports whether found, which we did not write, is the first state of a
 // directory made again. It is if the mark is missing as well.
 func (w written) restarted(found string) bool {
-	return found == Initialising.value() && w.mark != ""
+	return found == formatState(Initialising) && w.mark != ""
 }
 
 // Publish sets keys of our directory and removes others, with all nodes below them, in
