@@ -9,11 +9,7 @@ import (
 )
 
 func TestResetLosesNothing(t *testing.T) {
-	s := NewSet(2)
-	m := newHeapMirror(2)
-	if err := s.Attach(m); err != nil {
-		t.Fatal(err)
-	}
+	s, m := attached(t, 2)
 	var stop atomic.Bool
 	var wg sync.WaitGroup
 	var truth [2]uint64
@@ -120,11 +116,7 @@ func TestMirrorContinuesEarlierTotals(t *testing.T) {
 
 func TestClosedMirrorIsNotWritten(t *testing.T) {
 	for range 50 {
-		s := NewSet(1)
-		m := newHeapMirror(1)
-		if err := s.Attach(m); err != nil {
-			t.Fatal(err)
-		}
+		s, m := attached(t, 1)
 		var stop atomic.Bool
 		var wg sync.WaitGroup
 		wg.Go(func() {
