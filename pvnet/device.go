@@ -350,7 +350,7 @@ func (d *Device) setStatus(s xenbus.State, up bool) {
 	agreed := d.agreed
 	d.mu.Unlock()
 	d.set.SetStatus(telemetry.Status{
-		State: telemetry.State(s), Up: up, MAC: d.MAC(), MTU: uint32(d.MTU()),
+		State: s, Up: up, MAC: d.MAC(), MTU: uint32(d.MTU()),
 		Queues: uint32(d.active.Load()), Epoch: d.epoch.Load(),
 		Features: agreed,
 	})

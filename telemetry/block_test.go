@@ -181,11 +181,7 @@ func TestCountingIsInlined(t *testing.T) {
 // must see the words of one instant.
 func TestReadersSeeOneInstant(t *testing.T) {
 	const perFrame = 1500
-	s := NewSet(1)
-	m := newHeapMirror(1)
-	if err := s.Attach(m); err != nil {
-		t.Fatal(err)
-	}
+	s, m := attached(t, 1)
 	var stop atomic.Bool
 	var wg sync.WaitGroup
 	wg.Go(func() {
@@ -233,11 +229,7 @@ func TestReadersSeeOneInstant(t *testing.T) {
 }
 
 func TestRefreshHealsTheMirror(t *testing.T) {
-	s := NewSet(1)
-	m := newHeapMirror(1)
-	if err := s.Attach(m); err != nil {
-		t.Fatal(err)
-	}
+	s, m := attached(t, 1)
 	b := s.TX(0)
 	b.Add(Packets, 10)
 	b.Flush()
@@ -264,11 +256,7 @@ func TestRefreshHealsTheMirror(t *testing.T) {
 }
 
 func TestMirrorFollowsEveryWord(t *testing.T) {
-	s := NewSet(1)
-	m := newHeapMirror(1)
-	if err := s.Attach(m); err != nil {
-		t.Fatal(err)
-	}
+	s, m := attached(t, 1)
 	b := s.RX(0)
 	for range 5000 {
 		for range rand.N(4) {

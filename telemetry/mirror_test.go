@@ -3,6 +3,7 @@ package telemetry
 import (
 	"errors"
 	"sync/atomic"
+	"testing"
 )
 
 // heapMirror is a mirror that the race detector can see.
@@ -18,6 +19,16 @@ type heapMirror struct {
 
 func newHeapMirror(queues int) *heapMirror {
 	return &heapMirror{words: make([][BlockWords]uint64, 2*queues), base: make([][]uint64, 2*queues)}
+}
+
+// attached returns a Set that is mirrored to a heapMirror.
+func attached(t *testing.T, queues int) (*Set, *heapMirror) {
+	t.Helper()
+	s, m := NewSet(queues), newHeapMirror(queues)
+	if err := s.Attach(m); err != nil {
+		t.Fatal(err)
+	}
+	return s, m
 }
 
 func (m *heapMirror) Words(q int, d Dir) (words, base []uint64) {

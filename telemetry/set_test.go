@@ -9,11 +9,7 @@ import (
 )
 
 func TestResetLosesNothing(t *testing.T) {
-	s := NewSet(2)
-	m := newHeapMirror(2)
-	if err := s.Attach(m); err != nil {
-		t.Fatal(err)
-	}
+	s, m := attached(t, 2)
 	var stop atomic.Bool
 	var wg sync.WaitGroup
 	var truth [2]uint64
@@ -120,11 +116,7 @@ func TestMirrorContinuesEarlierTotals(t *testing.T) {
 
 func TestClosedMirrorIsNotWritten(t *testing.T) {
 	for range 50 {
-		s := NewSet(1)
-		m := newHeapMirror(1)
-		if err := s.Attach(m); err != nil {
-			t.Fatal(err)
-		}
+		s, m := attached(t, 1)
 		var stop atomic.Bool
 		var wg sync.WaitGroup
 		wg.Go(func() {
@@ -216,7 +208,7 @@ func TestRecorderKeepsTheLatest(t *testing.T) {
 }
 
 func TestNamesCoverTheConstants(t *testing.T) {
-	if State(4).String() != "XenbusStateConnected" || State(200).String() != "unknown" {
+	if State(4).String() != "Connected" || State(4).Symbol() != "XenbusStateConnected" || State(200).Symbol() != "unknown" {
 		t.Error("states")
 	}
 	if EventReconnect.String() != "reconnect" || EventKind(99).String() != "unknown" {

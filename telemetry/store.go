@@ -5,15 +5,18 @@ import (
 	"time"
 )
 
-// Role is the end of the vif that the device is.
+// A Role is the end of a vif that a device is.
 type Role uint8
 
 const (
-	Frontend Role = iota
-	Backend
+	Frontend Role = iota // owns the vif, grants its memory to the backend
+	Backend              // serves the vif
 )
 
-func (r Role) String() string {
+func (r Role) String() string { return r.Short() + "end" }
+
+// Short returns the role as in names of mirrors: "front" or "back".
+func (r Role) Short() string {
 	if r == Backend {
 		return "back"
 	}
@@ -32,20 +35,34 @@ type Info struct {
 // Name returns the name of the device's mirrors: "front-3-0-0" is domain 3's end of its
 // vif 0 with domain 0.
 func (i Info) Name() string {
-	return fmt.Sprintf("%s-%d-%d-%d", i.Role, i.Own, i.Peer, i.Handle)
+	return fmt.Sprintf("%s-%d-%d-%d", i.Role.Short(), i.Own, i.Peer, i.Handle)
 }
 
-// State is enum xenbus_state of xen/include/public/io/xenbus.h.
+// A State is how far one end of a device has come (enum xenbus_state of
+// xen/include/public/io/xenbus.h). Package xenbus has constants for the states.
 type State uint8
 
-// StateNames are the header's names of the states, from 0.
+// StateNames are the names of the states, from 0.
 var StateNames = [...]string{
-	"XenbusStateUnknown", "XenbusStateInitialising", "XenbusStateInitWait", "XenbusStateInitialised",
-	"XenbusStateConnected", "XenbusStateClosing", "XenbusStateClosed", "XenbusStateReconfiguring",
-	"XenbusStateReconfigured",
+	"Unknown", "Initialising", "InitWait", "Initialised", "Connected", "Closing",
+	"Closed", "Reconfiguring", "Reconfigured",
 }
 
-func (s State) String() string { return nameOf(StateNames[:], int(s)) }
+func (s State) String() string {
+	if int(s) >= len(StateNames) {
+		return fmt.Sprintf("State(%d)", uint8(s))
+	}
+	return StateNames[s]
+}
+
+// Symbol returns the header's name of the state, such as "XenbusStateConnected", or
+// "unknown" for a value that is no state.
+func (s State) Symbol() string {
+	if int(s) >= len(StateNames) {
+		return "unknown"
+	}
+	return "XenbusState" + StateNames[s]
+}
 
 // Feature is a set of features negotiated with the peer, one per bit.
 type Feature uint32

@@ -22,7 +22,7 @@ func (d *Device) Unconnected(ctx context.Context) (n int, err error) {
 		if err != nil {
 			continue // being removed, or not readable for us
 		}
-		if !parseState(state).up() {
+		if !isUp(parseState(state)) {
 			n++
 		}
 	}

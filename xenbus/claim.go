@@ -138,7 +138,7 @@ func (d *Device) claimed(me string, err error) error {
 	d.mu.Lock()
 	d.claim = me
 	d.mu.Unlock()
-	d.lookAgain() // read the claim: it may carry a challenge already
+	d.requestRead() // read the claim: it may carry a challenge already
 	return nil
 }
 
@@ -175,7 +175,7 @@ func (d *Device) keepClaim(ctx context.Context) (renewed bool, err error) {
 	defer d.mu.Unlock()
 	ch := d.cur
 	ch.Lost = true
-	d.tellLocked(ch)
+	d.deliverLocked(ch)
 	return false, nil
 }
 

@@ -81,25 +81,25 @@ type Device struct {
 	done    chan struct{}
 	own     *xenstore.Watch // on dir
 	changes chan Change
-	poke    chan struct{} // holds one: a request to read our directory again
+	reread  chan struct{} // holds one: a request to read our directory again
 	setting sync.Mutex    // held by SetState throughout
 	written uint64        // used by run only; counts Change.PeerWrites
 
-	mu      sync.Mutex
-	cur     Change  // guarded by mu
-	told    bool    // guarded by mu; cur has been put in changes
-	spent   bool    // guarded by mu; changes is closed
-	peer    end     // guarded by mu
-	seen    []State // guarded by mu
-	wrote   State   // guarded by mu; last state we wrote, Unknown: none
-	writing State   // guarded by mu; the state that a running SetState writes
-	writes  uint64  // guarded by mu; grows when a SetState begins and when it ends
-	failed  State   // guarded by mu; the state of a failed SetState that may have been committed
-	reads   uint64  // guarded by mu; how often run read our own directory
-	mark    string  // guarded by mu; a key we published, to recognise our directory by; "" if none
-	claim   string  // guarded by mu; the id of our claim, "" if not claimed
-	trouble error   // guarded by mu; why Current may be out of date
-	lasting bool    // guarded by mu; the claim's node existed before we claimed it
+	mu        sync.Mutex
+	cur       Change  // guarded by mu
+	delivered bool    // guarded by mu; cur has been put in changes
+	ended     bool    // guarded by mu; changes is closed
+	peer      end     // guarded by mu
+	seen      []State // guarded by mu
+	wrote     State   // guarded by mu; last state we wrote, Unknown: none
+	writing   State   // guarded by mu; the state that a running SetState writes
+	writes    uint64  // guarded by mu; grows when a SetState begins and when it ends
+	failed    State   // guarded by mu; the state of a failed SetState that may have been committed
+	reads     uint64  // guarded by mu; how often run read our own directory
+	mark      string  // guarded by mu; a key we published, to recognise our directory by; "" if none
+	claim     string  // guarded by mu; the id of our claim, "" if not claimed
+	trouble   error   // guarded by mu; why Current may be out of date
+	lasting   bool    // guarded by mu; the claim's node existed before we claimed it
 }
 
 // An end is the other end: its directory and its domain.
@@ -155,7 +155,7 @@ func openDevice(ctx context.Context, c *xenstore.Client, d *Device, parent strin
 	d.c = c
 	d.done = make(chan struct{})
 	d.changes = make(chan Change, 1)
-	d.poke = make(chan struct{}, 1)
+	d.reread = make(chan struct{}, 1)
 	absent := func() error {
 		have, err := list(ctx, c, parent)
 		if err != nil {
@@ -284,16 +284,16 @@ func (d *Device) SetState(ctx context.Context, s State) error {
 		// Reset before the commit: a quick peer may write Closing before Transact
 		// returns.
 		d.cur.SawClosing = d.cur.Peer == Closing
-		d.told = false
+		d.delivered = false
 	}
 	d.mu.Unlock()
 
 	err := d.c.Transact(ctx, func(tx xenstore.Tx) error {
 		was, err := d.guard(tx)
-		if err != nil || was == s.value() {
+		if err != nil || was == formatState(s) {
 			return err
 		}
-		return tx.Write(d.dir+"/state", s.value())
+		return tx.Write(d.dir+"/state", formatState(s))
 	})
 
 	d.mu.Lock()
@@ -304,7 +304,7 @@ func (d *Device) SetState(ctx context.Context, s State) error {
 	if read || d.cur.Gone {
 		// The read may be older or newer than our write. So our state is read again; if
 		// the read said that the directory is gone, Gone stays set until then.
-		d.lookAgain()
+		d.requestRead()
 	}
 	if err != nil {
 		var refused *xenstore.Error
@@ -313,9 +313,9 @@ func (d *Device) SetState(ctx context.Context, s State) error {
 			if !read {
 				ch := d.cur
 				ch.Gone = true
-				d.tellLocked(ch)
+				d.deliverLocked(ch)
 			}
-			d.lookAgain()
+			d.requestRead()
 		case errors.Is(err, ErrClaimed), errors.As(err, &refused):
 		default: // the answer was lost, or ctx ended first: the write may have happened
 			d.failed = s
@@ -325,14 +325,14 @@ func (d *Device) SetState(ctx context.Context, s State) error {
 	d.wrote, d.failed = s, Unknown
 	ch := d.cur
 	ch.Own, ch.Overwritten = s, ""
-	d.tellLocked(ch)
+	d.deliverLocked(ch)
 	return nil
 }
 
-// lookAgain makes run read our directory again.
-func (d *Device) lookAgain() {
+// requestRead makes run read our directory again.
+func (d *Device) requestRead() {
 	select {
-	case d.poke <- struct{}{}:
+	case d.reread <- struct{}{}:
 	default:
 	}
 }
@@ -389,7 +389,7 @@ func (w written) ours(found string) bool {
 		return true
 	}
 	for _, s := range []State{w.last, w.writing, w.failed} {
-		if s != Unknown && found == s.value() {
+		if s != Unknown && found == formatState(s) {
 			return true
 		}
 	}
@@ -399,7 +399,7 @@ func (w written) ours(found string) bool {
 // restarted reports whether found, which we did not write, is the first state of a
 // directory made again. It is if the mark is missing as well.
 func (w written) restarted(found string) bool {
-	return found == Initialising.value() && w.mark != ""
+	return found == formatState(Initialising) && w.mark != ""
 }
 
 // Publish sets keys of our directory and removes others, with all nodes below them, in
@@ -468,11 +468,6 @@ func removeEmpty(tx xenstore.Tx, dir string) error {
 	return tx.Remove(dir)
 }
 
-// ReadOwn reads a key of our directory.
-func (d *Device) ReadOwn(ctx context.Context, key string) (string, error) {
-	return d.c.Read(ctx, d.dir+"/"+key)
-}
-
 // ReadPeer reads a key of the other end's directory.
 func (d *Device) ReadPeer(ctx context.Context, key string) (string, error) {
 	dir, _ := d.Peer()
@@ -531,12 +526,12 @@ func (d *Device) Close(ctx context.Context) error {
 	return d.unclaim(ctx)
 }
 
-// tellLocked makes ch the current Change, and delivers it if it differs from the last.
-func (d *Device) tellLocked(ch Change) {
-	if d.spent || d.told && ch == d.cur {
+// deliverLocked makes ch the current Change, and delivers it if it differs from the last.
+func (d *Device) deliverLocked(ch Change) {
+	if d.ended || d.delivered && ch == d.cur {
 		return
 	}
-	d.cur, d.told = ch, true
+	d.cur, d.delivered = ch, true
 	select {
 	case <-d.changes: // nobody received the last Change, which is now out of date
 	default:

@@ -231,7 +231,7 @@ func (d *Device) run(ctx context.Context) {
 			other.Paths()
 			d.written++
 			stale.peer = true
-		case <-d.poke:
+		case <-d.reread:
 			stale.claim, stale.state = true, true
 		case <-retry:
 		}
@@ -248,7 +248,7 @@ func (d *Device) other() end {
 func (d *Device) end() {
 	d.own.Close()
 	d.mu.Lock()
-	d.spent = true
+	d.ended = true
 	close(d.changes)
 	d.mu.Unlock()
 	close(d.done)
@@ -256,11 +256,11 @@ func (d *Device) end() {
 
 // parts names the parts of a device that have to be read again.
 type parts struct {
-	state   bool // own state, online, hotplug-status
-	backend bool // frontend: backend, backend-id
-	claim   bool
-	peer    bool
-	anew    bool // our directory was made again
+	state     bool // own state, online, hotplug-status
+	backend   bool // frontend: backend, backend-id
+	claim     bool
+	peer      bool
+	recreated bool // our directory was made again
 }
 
 func everything() parts { return parts{state: true, backend: true, claim: true, peer: true} }
@@ -268,7 +268,7 @@ func everything() parts { return parts{state: true, backend: true, claim: true, 
 func (p parts) any() bool { return p != parts{} }
 
 func (p *parts) add(q parts) {
-	*p = parts{p.state || q.state, p.backend || q.backend, p.claim || q.claim, p.peer || q.peer, p.anew || q.anew}
+	*p = parts{p.state || q.state, p.backend || q.backend, p.claim || q.claim, p.peer || q.peer, p.recreated || q.recreated}
 }
 
 // skip drops the events of our directory that came before its first read.

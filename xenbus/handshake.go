@@ -95,7 +95,7 @@ func (f *Facts) frontAttached() Step {
 		return Step{Do: Drain}
 	case f.Own != Connected || f.Leaving || f.SawClosing:
 		return Step{Drain, Closing}
-	case f.Peer.up():
+	case isUp(f.Peer):
 		return Step{Do: Run}
 	}
 	return Step{Do: Wait} // the backend has not connected yet, or was restarted and is about to adopt our rings

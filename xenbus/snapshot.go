@@ -14,10 +14,10 @@ type snapshot struct {
 	own  *ownNodes  // nil: not read
 	peer *peerNodes // nil: not read
 
-	at    end  // the directory of the other end
-	found bool // at is not the end that the device had before
-	anew  bool // the toolstack removed our directory and made it again
-	gone  bool // our directory is missing, as resolve found
+	at        end  // the directory of the other end
+	found     bool // at is not the end that the device had before
+	recreated bool // the toolstack removed our directory and made it again
+	gone      bool // our directory is missing, as resolve found
 }
 
 // ownNodes holds the nodes of our own directory.
@@ -44,7 +44,7 @@ func (d *Device) refresh(ctx context.Context, stale parts) (left parts, err erro
 		old, peer, writes, mine := d.cur, d.peer, d.writes, d.writtenLocked()
 		d.mu.Unlock()
 		s, err := d.read(ctx, stale, old, peer, mine)
-		stale.anew = s.anew
+		stale.recreated = s.recreated
 		if err != nil {
 			return stale, err
 		}
@@ -56,34 +56,34 @@ func (d *Device) refresh(ctx context.Context, stale parts) (left parts, err erro
 }
 
 // read reads the stale parts, and any others that the result shows to be stale too. The
-// snapshot is valid with an error only in anew: whether our directory was made again.
+// snapshot is valid with an error only in recreated: whether our directory was made again.
 func (d *Device) read(ctx context.Context, stale parts, old Change, peer end, mine written) (s snapshot, err error) {
-	s.at, s.anew = peer, stale.anew
+	s.at, s.recreated = peer, stale.recreated
 	gone := old.Gone
 	if stale.state || stale.backend {
 		if s.own, err = d.readOwn(ctx); err != nil {
 			return s, err
 		}
 		gone = !s.own.there
-		anew, err := d.remade(ctx, s.own, old, mine)
+		recreated, err := d.wasRecreated(ctx, s.own, old, mine)
 		if err != nil {
 			return s, err
 		}
-		s.anew = s.anew || anew
+		s.recreated = s.recreated || recreated
 	}
 	if (stale.state || stale.claim) && !gone {
 		renewed, err := d.keepClaim(ctx)
 		if err != nil {
 			return s, err
 		}
-		s.anew = s.anew || renewed
+		s.recreated = s.recreated || renewed
 	}
-	if d.role == Frontend && (stale.backend || s.anew) && !gone {
+	if d.role == Frontend && (stale.backend || s.recreated) && !gone {
 		if err := d.readBackend(ctx, &s); err != nil {
 			return s, err
 		}
 	}
-	if s.anew && s.own == nil && old.Overwritten != "" { // the value that overwrote our state was in the old directory
+	if s.recreated && s.own == nil && old.Overwritten != "" { // the value that overwrote our state was in the old directory
 		if s.own, err = d.readOwn(ctx); err != nil {
 			return s, err
 		}
@@ -95,7 +95,7 @@ func (d *Device) read(ctx context.Context, stale parts, old Change, peer end, mi
 }
 
 // replaced reports whether the device now has another peer, or its first one.
-func (s *snapshot) replaced(old Change) bool { return s.anew || s.found || old.Generation == 0 }
+func (s *snapshot) replaced(old Change) bool { return s.recreated || s.found || old.Generation == 0 }
 
 // readBackend reads where a frontend's backend directory is.
 func (d *Device) readBackend(ctx context.Context, s *snapshot) error {
@@ -136,10 +136,10 @@ func (d *Device) readOwn(ctx context.Context) (*ownNodes, error) {
 	return own, nil
 }
 
-// remade reports whether the toolstack removed our directory and made it again since we
+// wasRecreated reports whether the toolstack removed our directory and made it again since we
 // wrote there. In a new directory the last key we published is missing, or it is empty if
 // the toolstack made nodes for our keys (toolstack.Vif.Room).
-func (d *Device) remade(ctx context.Context, own *ownNodes, old Change, mine written) (bool, error) {
+func (d *Device) wasRecreated(ctx context.Context, own *ownNodes, old Change, mine written) (bool, error) {
 	switch {
 	case !own.there:
 		return false, nil
@@ -176,7 +176,7 @@ func (d *Device) readPeer(ctx context.Context, peer end) (*peerNodes, error) {
 // says what we wrote to our directory. It is a pure function.
 func merge(old Change, role Role, mine written, s snapshot) Change {
 	ch := old
-	if s.anew {
+	if s.recreated {
 		mine = written{} // we wrote that to the old directory
 	}
 	if s.own != nil {
@@ -226,7 +226,7 @@ func (d *Device) take(s snapshot, ch Change, writes uint64) bool {
 		return false
 	}
 	switch {
-	case s.anew:
+	case s.recreated:
 		d.wrote, d.failed, d.mark = Unknown, Unknown, ""
 	case s.own != nil && d.failed != Unknown && ch.Own == d.failed: // the failed SetState did write it
 		d.wrote, d.failed = d.failed, Unknown
@@ -242,7 +242,7 @@ func (d *Device) take(s snapshot, ch Change, writes uint64) bool {
 		}
 		d.seen = append(d.seen, ch.Peer)
 	}
-	d.tellLocked(ch)
+	d.deliverLocked(ch)
 	return true
 }
 

@@ -40,12 +40,12 @@ func TestMerge(t *testing.T) {
 		"gone, as the search for the backend shows": {Frontend, old, mine, snapshot{gone: true},
 			with(func(ch *Change) { ch.Gone = true })},
 		"back": {Frontend, with(func(ch *Change) { ch.Own, ch.Gone = Unknown, true }), mine,
-			snapshot{anew: true, own: &ownNodes{there: true, state: "1"}, peer: &peerNodes{there: true, state: InitWait, writes: 8, online: true}},
+			snapshot{recreated: true, own: &ownNodes{there: true, state: "1"}, peer: &peerNodes{there: true, state: InitWait, writes: 8, online: true}},
 			with(func(ch *Change) {
 				ch.Own, ch.Peer, ch.Generation, ch.SawClosing, ch.PeerWrites = Initialising, InitWait, 4, false, 8
 			})},
 		"made anew with a state that was never ours": {Frontend, with(func(ch *Change) { ch.Overwritten = `"1"` }), mine,
-			snapshot{anew: true, own: &ownNodes{there: true, state: "1"}},
+			snapshot{recreated: true, own: &ownNodes{there: true, state: "1"}},
 			with(func(ch *Change) { ch.Own, ch.Generation, ch.SawClosing = Initialising, 4, false })},
 		"another backend": {Frontend, old, mine, snapshot{found: true, peer: &peerNodes{there: true, state: Closing, writes: 8, online: true}},
 			with(func(ch *Change) { ch.Peer, ch.Generation, ch.PeerWrites = Closing, 4, 8 })},

@@ -2,13 +2,15 @@ package xenbus
 
 import (
 	"fmt"
+	"strconv"
 
+	"barevif/telemetry"
 	"barevif/xenbus/xenstore"
 )
 
-// A State is how far one end of a device has come (enum xenbus_state of
-// xen/include/public/io/xenbus.h). Each end publishes its own under "state".
-type State uint8
+// A State is how far one end of a device has come. Each end publishes its own under
+// "state".
+type State = telemetry.State
 
 const (
 	Unknown       State = 0 // also stands for a value that is no state
@@ -22,20 +24,8 @@ const (
 	Reconfigured  State = 8 // counts as connected: Linux netback stays in it
 )
 
-var stateNames = [...]string{
-	"Unknown", "Initialising", "InitWait", "Initialised", "Connected", "Closing",
-	"Closed", "Reconfiguring", "Reconfigured",
-}
-
-func (s State) String() string {
-	if int(s) >= len(stateNames) {
-		return fmt.Sprintf("State(%d)", uint8(s))
-	}
-	return stateNames[s]
-}
-
-// up reports whether an end in this state moves frames.
-func (s State) up() bool { return s == Connected || s == Reconfiguring || s == Reconfigured }
+// isUp reports whether an end in state s moves frames.
+func isUp(s State) bool { return s == Connected || s == Reconfiguring || s == Reconfigured }
 
 // parseState parses a state node; a value that is no state gives Unknown.
 func parseState(s string) State {
@@ -46,23 +36,16 @@ func parseState(s string) State {
 	return State(n)
 }
 
-// value returns the state as it is written to the node.
-func (s State) value() string { return fmt.Sprint(uint8(s)) }
+// formatState returns s as it is written to the node.
+func formatState(s State) string { return strconv.Itoa(int(s)) }
 
 // A Role is the end of a device that a process plays.
-type Role uint8
+type Role = telemetry.Role
 
 const (
-	Frontend Role = iota // owns the device, grants its memory to the backend
-	Backend              // serves the device
+	Frontend = telemetry.Frontend
+	Backend  = telemetry.Backend
 )
-
-func (r Role) String() string {
-	if r == Backend {
-		return "backend"
-	}
-	return "frontend"
-}
 
 // An Action is what an end does before it writes its next state. Doing an Action twice
 // must be harmless.

@@ -23,8 +23,8 @@ var (
 
 // enums are the types that show a uint32, by the name in its tag.
 var enums = map[string]*btf.Enum{
-	"role":         enum("barevif_role", 0, telemetry.Frontend.String(), telemetry.Backend.String()),
-	"xenbus_state": enum("xenbus_state", 0, telemetry.StateNames[:]...),
+	"role":         enum("barevif_role", 0, telemetry.Frontend.Short(), telemetry.Backend.Short()),
+	"xenbus_state": enum("xenbus_state", 0, stateSymbols()...),
 	"event_kind":   enum("barevif_event", 0, telemetry.EventNames[:]...),
 	"metric_kind": enum("barevif_metric_kind", 0, telemetry.KindCounter.String(),
 		telemetry.KindGauge.String(), telemetry.KindHistogram.String()),
@@ -37,6 +37,14 @@ func enum(name string, from uint64, values ...string) *btf.Enum {
 		e.Values = append(e.Values, btf.EnumValue{Name: v, Value: from + uint64(i)})
 	}
 	return e
+}
+
+func stateSymbols() []string {
+	var out []string
+	for i := range telemetry.StateNames {
+		out = append(out, telemetry.State(i).Symbol())
+	}
+	return out
 }
 
 // queueType describes an element of the counters map, with the full name of every member.

@@ -178,6 +178,15 @@ func iterProgram(counters, fields, text int, at []uint32) asm.Instructions {
 		)
 	}
 
+	// byKind jumps to a label by the kind of the field, and goes on for a counter.
+	byKind := func(gauge, histogram string) {
+		emit(
+			asm.LoadMem(asm.R1, asm.R8, field["kind"], asm.Word),
+			asm.JEq.Imm(asm.R1, int32(telemetry.KindGauge), gauge),
+			asm.JEq.Imm(asm.R1, int32(telemetry.KindHistogram), histogram),
+		)
+	}
+
 	emit(
 		asm.Mov.Reg(asm.R6, asm.R1),
 		asm.LoadMem(asm.R7, asm.R6, ctxMeta, asm.DWord),
@@ -201,11 +210,7 @@ func iterProgram(counters, fields, text int, at []uint32) asm.Instructions {
 	member(argMetric, field["metric"])
 
 	emit(asm.LoadMem(asm.R1, asm.RFP, varQueue, asm.Word), asm.JNE.Imm(asm.R1, 0, "samples"))
-	emit(asm.LoadMem(asm.R1, asm.R8, field["kind"], asm.Word))
-	emit(
-		asm.JEq.Imm(asm.R1, int32(telemetry.KindGauge), "type_gauge"),
-		asm.JEq.Imm(asm.R1, int32(telemetry.KindHistogram), "type_histogram"),
-	)
+	byKind("type_gauge", "type_histogram")
 	printf(fmtTypeCounter, 1)
 	emit(asm.Ja.Label("unit"))
 	label("type_gauge")
@@ -224,11 +229,7 @@ func iterProgram(counters, fields, text int, at []uint32) asm.Instructions {
 	label("samples")
 	store(argVif, len(formats))
 	emit(asm.LoadMem(asm.R1, asm.R9, 0, asm.DWord), asm.StoreMem(asm.RFP, argValue, asm.R1, asm.DWord))
-	emit(asm.LoadMem(asm.R1, asm.R8, field["kind"], asm.Word))
-	emit(
-		asm.JEq.Imm(asm.R1, int32(telemetry.KindGauge), "gauge"),
-		asm.JEq.Imm(asm.R1, int32(telemetry.KindHistogram), "histogram"),
-	)
+	byKind("gauge", "histogram")
 	printf(fmtCounter, 4)
 	emit(asm.Ja.Label("exit"))
 	label("gauge")

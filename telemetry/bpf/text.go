@@ -4,7 +4,6 @@ package bpf
 
 import (
 	"bufio"
-	"bytes"
 	"fmt"
 	"io"
 	"os"
@@ -48,13 +47,15 @@ func readText(src Source) (*Report, error) {
 	return &Report{Stats: telemetry.Sum(queues)}, nil
 }
 
-// parseText parses the text that openmetrics.Write makes for one device.
-func parseText(r io.Reader) ([]telemetry.Queue, error) {
-	type place struct{ word, words int } // words > 1: a histogram
-	places := map[string]place{}
+// A sample is where the value of a line of text belongs in an element of the counters.
+type sample struct{ word, words int } // words > 1: the buckets and the sum of a histogram
+
+// samples returns the place of each sample by its name.
+func samples() map[string]sample {
+	places := map[string]sample{}
 	for _, d := range [...]telemetry.Dir{telemetry.RX, telemetry.TX} {
 		for _, f := range telemetry.Fields() {
-			at := place{int(d)*telemetry.BlockWords + f.Word, f.Words()}
+			at := sample{int(d)*telemetry.BlockWords + f.Word, f.Words()}
 			name := f.Metric(d)
 			switch f.Kind {
 			case telemetry.KindCounter:
@@ -63,10 +64,30 @@ func parseText(r io.Reader) ([]telemetry.Queue, error) {
 				places[name] = at
 			case telemetry.KindHistogram:
 				places[name+"_bucket"] = at
-				places[name+"_sum"] = place{at.word + at.words - 1, 1}
+				places[name+"_sum"] = sample{at.word + at.words - 1, 1}
 			}
 		}
 	}
+	return places
+}
+
+// parseSample parses a line of text.
+func parseSample(line string) (name string, queue int, value uint64, err error) {
+	name, rest, ok1 := strings.Cut(line, "{")
+	_, rest, ok2 := strings.Cut(rest, `queue="`)
+	q, rest, ok3 := strings.Cut(rest, `"`)
+	_, v, ok4 := strings.Cut(rest, "} ")
+	queue, err1 := strconv.Atoi(q)
+	value, err2 := strconv.ParseUint(v, 10, 64)
+	if !ok1 || !ok2 || !ok3 || !ok4 || err1 != nil || err2 != nil || queue < 0 || queue >= maxQueues {
+		return "", 0, 0, fmt.Errorf("%w: %q", ErrLayout, str([]byte(line)))
+	}
+	return name, queue, value, nil
+}
+
+// parseText parses the text that openmetrics.Write makes for one device.
+func parseText(r io.Reader) ([]telemetry.Queue, error) {
+	places := samples()
 	var queues [][queueWords]uint64
 	var before uint64 // count of the previous bucket, since the text is cumulative
 	var of struct {   // the histogram that the previous bucket belongs to
@@ -77,21 +98,16 @@ func parseText(r io.Reader) ([]telemetry.Queue, error) {
 	ended := false
 	lines := bufio.NewScanner(r)
 	for lines.Scan() {
-		line := lines.Bytes()
-		if ended = bytes.Equal(line, []byte("# EOF")); ended {
+		line := lines.Text()
+		if ended = line == "# EOF"; ended {
 			break
 		}
-		if len(line) == 0 || line[0] == '#' {
+		if line == "" || line[0] == '#' {
 			continue
 		}
-		name, rest, ok1 := strings.Cut(string(line), "{")
-		_, rest, ok2 := strings.Cut(rest, `queue="`)
-		queue, rest, ok3 := strings.Cut(rest, `"`)
-		_, value, ok4 := strings.Cut(rest, "} ")
-		q, err1 := strconv.Atoi(queue)
-		v, err2 := strconv.ParseUint(value, 10, 64)
-		if !ok1 || !ok2 || !ok3 || !ok4 || err1 != nil || err2 != nil || q < 0 || q >= maxQueues {
-			return nil, fmt.Errorf("%w: %q", ErrLayout, str(line))
+		name, q, v, err := parseSample(line)
+		if err != nil {
+			return nil, err
 		}
 		at, ok := places[name]
 		if !ok {

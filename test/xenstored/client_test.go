@@ -9,7 +9,6 @@ import (
 	"io"
 	"os"
 	"slices"
-	"strings"
 	"testing"
 	"time"
 
@@ -81,13 +80,6 @@ func TestClientOutlivesTheDaemon(t *testing.T) {
 	// closes our connection first.
 	if n := c.Stats().Reconnects; n < 3 {
 		t.Errorf("%d reconnects", n)
-	}
-}
-
-func TestDaemonAnswersControl(t *testing.T) {
-	c := dial(t, xenstored.Start(t), 0)
-	if text, err := c.Control(t.Context(), "help"); err != nil || !strings.Contains(text, "memreport") {
-		t.Errorf("%q, %v", text, err)
 	}
 }
 

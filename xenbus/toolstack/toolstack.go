@@ -86,25 +86,23 @@ func Home(ctx context.Context, c *xenstore.Client, dom hypercall.DomID) error {
 	return nil
 }
 
-// Add makes the frontend's and the backend's directory in one transaction, both in state
-// Initialising. It fails with ErrExists if either directory exists.
-func Add(ctx context.Context, c *xenstore.Client, v Vif) error {
-	number := func(n int) string { return strconv.Itoa(n) }
+// keys returns what the toolstack writes into both directories.
+func (v Vif) keys() (front, back xenstore.Values) {
 	mac := fmt.Sprintf("%02x:%02x:%02x:%02x:%02x:%02x", v.MAC[0], v.MAC[1], v.MAC[2], v.MAC[3], v.MAC[4], v.MAC[5])
-	front := xenstore.Values{
+	front = xenstore.Values{
 		netif.KeyBackend:   v.BackDir(),
-		netif.KeyBackendID: number(int(v.Back)),
+		netif.KeyBackendID: strconv.Itoa(int(v.Back)),
 		netif.KeyState:     "1",
-		netif.KeyHandle:    number(int(v.ID)),
+		netif.KeyHandle:    strconv.Itoa(int(v.ID)),
 		netif.KeyMAC:       mac,
 		netif.KeyTrusted:   "1",
 	}
-	back := xenstore.Values{
+	back = xenstore.Values{
 		netif.KeyFrontend:      v.FrontDir(),
-		netif.KeyFrontendID:    number(int(v.Front)),
+		netif.KeyFrontendID:    strconv.Itoa(int(v.Front)),
 		netif.KeyOnline:        "1",
 		netif.KeyState:         "1",
-		netif.KeyHandle:        number(int(v.ID)),
+		netif.KeyHandle:        strconv.Itoa(int(v.ID)),
 		netif.KeyMAC:           mac,
 		netif.KeyType:          "vif",
 		netif.KeyHotplugStatus: "",
@@ -113,7 +111,7 @@ func Add(ctx context.Context, c *xenstore.Client, v Vif) error {
 		front[netif.KeyTrusted] = "0"
 	}
 	if v.MTU != 0 {
-		front[netif.KeyMTU], back[netif.KeyMTU] = number(v.MTU), number(v.MTU)
+		front[netif.KeyMTU], back[netif.KeyMTU] = strconv.Itoa(v.MTU), strconv.Itoa(v.MTU)
 	}
 	if v.Room {
 		for _, key := range room {
@@ -126,41 +124,19 @@ func Add(ctx context.Context, c *xenstore.Client, v Vif) error {
 	if v.Bridge != "" {
 		back[netif.KeyBridge] = v.Bridge
 	}
+	return front, back
+}
+
+// Add makes the frontend's and the backend's directory in one transaction, both in state
+// Initialising. It fails with ErrExists if either directory exists.
+func Add(ctx context.Context, c *xenstore.Client, v Vif) error {
+	front, back := v.keys()
 	err := c.Transact(ctx, func(tx xenstore.Tx) error {
-		for _, dir := range []struct {
-			path        string
-			keys        xenstore.Values
-			owner, peer hypercall.DomID
-		}{
-			{v.FrontDir(), front, v.Front, v.Back},
-			{v.BackDir(), back, v.Back, v.Front},
-		} {
-			if _, err := tx.Read(dir.path); err == nil {
-				return fmt.Errorf("%s is there already: %w", dir.path, xenstore.ErrExists)
-			} else if !errors.Is(err, xenstore.ErrNotFound) {
-				return err
-			}
-			if err := parents(tx, dir.path, dir.owner); err != nil {
-				return err
-			}
-			perms := []xenstore.Perm{{Dom: dir.owner, Access: xenstore.None}, {Dom: dir.peer, Access: xenstore.ReadOnly}}
-			if err := tx.Mkdir(dir.path); err != nil {
-				return err
-			}
-			if err := tx.SetPerms(dir.path, perms...); err != nil {
-				return err
-			}
-			for _, key := range slices.Sorted(maps.Keys(dir.keys)) {
-				if err := tx.Write(dir.path+"/"+key, dir.keys[key]); err != nil {
-					return err
-				}
-				if err := tx.SetPerms(dir.path+"/"+key, perms...); err != nil {
-					return err
-				}
-			}
+		if err := makeDir(tx, v.FrontDir(), front, v.Front, v.Back); err != nil {
+			return err
 		}
-		if v.MTU == 0 {
-			return nil
+		if err := makeDir(tx, v.BackDir(), back, v.Back, v.Front); err != nil || v.MTU == 0 {
+			return err
 		}
 		// The guest may read its mtu but not write it.
 		return tx.SetPerms(v.FrontDir()+"/"+netif.KeyMTU,
@@ -168,6 +144,34 @@ func Add(ctx context.Context, c *xenstore.Client, v Vif) error {
 	})
 	if err != nil {
 		return fmt.Errorf("add vif %d of domain %d: %w", v.ID, v.Front, err)
+	}
+	return nil
+}
+
+// makeDir makes a directory with keys, all of which owner owns and peer may read.
+func makeDir(tx xenstore.Tx, dir string, keys xenstore.Values, owner, peer hypercall.DomID) error {
+	if _, err := tx.Read(dir); err == nil {
+		return fmt.Errorf("%s is there already: %w", dir, xenstore.ErrExists)
+	} else if !errors.Is(err, xenstore.ErrNotFound) {
+		return err
+	}
+	if err := parents(tx, dir, owner); err != nil {
+		return err
+	}
+	perms := []xenstore.Perm{{Dom: owner, Access: xenstore.None}, {Dom: peer, Access: xenstore.ReadOnly}}
+	if err := tx.Mkdir(dir); err != nil {
+		return err
+	}
+	if err := tx.SetPerms(dir, perms...); err != nil {
+		return err
+	}
+	for _, key := range slices.Sorted(maps.Keys(keys)) {
+		if err := tx.Write(dir+"/"+key, keys[key]); err != nil {
+			return err
+		}
+		if err := tx.SetPerms(dir+"/"+key, perms...); err != nil {
+			return err
+		}
 	}
 	return nil
 }

@@ -79,10 +79,6 @@ func (c *Client) ReadKeys(ctx context.Context, dir string, keys ...string) (v Va
 	return v, nil
 }
 
-// AllDomains, in place of a domain, asks for the features or quotas of xenstored itself.
-// It is DOMID_INVALID of xen/include/public/xen.h, an id that no domain has.
-const AllDomains hypercall.DomID = 0x7FF4
-
 // Introduce makes xenstored serve a domain: frame is the frame of its ring page, port the
 // event channel it made for xenstored. Only a privileged domain may call it.
 func (c *Client) Introduce(ctx context.Context, dom hypercall.DomID, frame uint64, port hypercall.PortID) error {
@@ -92,11 +88,6 @@ func (c *Client) Introduce(ctx context.Context, dom hypercall.DomID, frame uint6
 // Release makes xenstored drop a domain.
 func (c *Client) Release(ctx context.Context, dom hypercall.DomID) error {
 	return c.tell(ctx, wire.Release, domArg(dom))
-}
-
-// Resume tells xenstored that a domain runs again after a suspend.
-func (c *Client) Resume(ctx context.Context, dom hypercall.DomID) error {
-	return c.tell(ctx, wire.Resume, domArg(dom))
 }
 
 // SetTarget gives dom the rights of target, as a device model needs.
@@ -148,70 +139,16 @@ func (c *Client) ResetWatches(ctx context.Context) error {
 	return err
 }
 
-// Control sends a command to the daemon itself, as xenstore-control does.
-func (c *Client) Control(ctx context.Context, args ...string) (string, error) {
-	return c.request(ctx, &request{op: wire.Control, path: strings.Join(args, " "), parts: terminated(args)})
-}
-
-// Features returns the feature bits of a domain (docs/misc/xenstore-ring.txt), or of
-// xenstored for AllDomains. ErrNoSys if the daemon does not know the request.
-func (c *Client) Features(ctx context.Context, dom hypercall.DomID) (uint32, error) {
-	n, err := c.number(ctx, wire.GetFeature, 1<<32-1, domArgs(dom)...)
-	return uint32(n), err
-}
-
-// SetFeatures sets the feature bits of a domain that has not been introduced yet.
-func (c *Client) SetFeatures(ctx context.Context, dom hypercall.DomID, bits uint32) error {
-	return c.tell(ctx, wire.SetFeature, domArg(dom), strconv.FormatUint(uint64(bits), 10))
-}
-
-// Quotas lists the names of the quotas that xenstored has.
-func (c *Client) Quotas(ctx context.Context) ([]string, error) {
-	reply, err := c.request(ctx, &request{op: wire.GetQuota, again: true, parts: []string{"\x00"}})
-	return strings.Fields(strings.TrimSuffix(reply, "\x00")), err
-}
-
-// Quota returns a limit of a domain, or for AllDomains the limit of new domains. 0 means
-// no limit.
-func (c *Client) Quota(ctx context.Context, dom hypercall.DomID, name string) (uint64, error) {
-	return c.number(ctx, wire.GetQuota, 1<<64-1, append(domArgs(dom), name)...)
-}
-
-// SetQuota sets the limit that Quota returns.
-func (c *Client) SetQuota(ctx context.Context, dom hypercall.DomID, name string, limit uint64) error {
-	return c.tell(ctx, wire.SetQuota, append(domArgs(dom), name, strconv.FormatUint(limit, 10))...)
-}
-
 // tell sends a request that changes something and that xenstored answers with OK.
 func (c *Client) tell(ctx context.Context, op wire.Op, args ...string) error {
-	_, err := c.request(ctx, &request{op: op, path: strings.Join(args, " "), parts: terminated(args)})
+	_, err := c.do(ctx, &request{op: op, path: strings.Join(args, " "), parts: terminated(args)})
 	return err
 }
 
 // query sends a request that changes nothing.
 func (c *Client) query(ctx context.Context, op wire.Op, args ...string) (string, error) {
-	reply, err := c.request(ctx, &request{op: op, path: strings.Join(args, " "), parts: terminated(args), again: true})
+	reply, err := c.do(ctx, &request{op: op, path: strings.Join(args, " "), parts: terminated(args), again: true})
 	return strings.TrimSuffix(reply, "\x00"), err
-}
-
-func (c *Client) number(ctx context.Context, op wire.Op, limit uint64, args ...string) (uint64, error) {
-	reply, err := c.query(ctx, op, args...)
-	if err != nil {
-		return 0, err
-	}
-	n, err := ParseUint(reply, limit)
-	if err != nil {
-		return 0, &ProtocolError{fmt.Sprintf("%q for a number", Clip(reply))}
-	}
-	return n, nil
-}
-
-// request refuses arguments with a NUL of their own.
-func (c *Client) request(ctx context.Context, r *request) (string, error) {
-	if strings.Contains(r.path, "\x00") {
-		return "", &Error{Op: opName(r.op), Path: Clip(r.path), Code: ErrInvalid}
-	}
-	return c.do(ctx, r)
 }
 
 func terminated(args []string) []string {
@@ -223,11 +160,3 @@ func terminated(args []string) []string {
 }
 
 func domArg(dom hypercall.DomID) string { return strconv.FormatUint(uint64(dom), 10) }
-
-// domArgs omits the domain for AllDomains: the request then is about the daemon itself.
-func domArgs(dom hypercall.DomID) []string {
-	if dom == AllDomains {
-		return nil
-	}
-	return []string{domArg(dom)}
-}

@@ -203,7 +203,7 @@ func (d *Device) json() JSONDevice {
 		j.Source.UID = &d.Source.UID
 	}
 	if info, ok := d.Info(); ok {
-		j.Role, j.Own, j.Peer, j.Handle = Role(info.Role), &info.Own, &info.Peer, &info.Handle
+		j.Role, j.Own, j.Peer, j.Handle = info.Role.String(), &info.Own, &info.Peer, &info.Handle
 	}
 	if d.Err != nil {
 		j.Error = Clean(d.Err.Error())
@@ -233,7 +233,7 @@ func (d *Device) status() *JSONStatus {
 	r := d.Report
 	s := &JSONStatus{
 		Mirror: Clean(r.Kind), MirrorReason: Clean(r.Reason),
-		State: r.Status.State.String(), Up: r.Status.Up, MAC: mac(r.Status.MAC), MTU: r.Status.MTU,
+		State: r.Status.State.Symbol(), Up: r.Status.Up, MAC: mac(r.Status.MAC), MTU: r.Status.MTU,
 		QueuesInUse: r.Status.Queues, Epoch: Uint(r.Status.Epoch), Features: features(r.Status.Features),
 		PID: r.PID, Start: r.Start, Heartbeat: r.Heartbeat, Age: r.Age.Seconds(), Stale: d.Stale,
 		Reset: JSONReset{

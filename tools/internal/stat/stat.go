@@ -155,14 +155,6 @@ func observed(name string, v *telemetry.Values) (n, sum uint64) {
 	return n, sum
 }
 
-// Role returns the name of the end.
-func Role(r telemetry.Role) string {
-	if r == telemetry.Backend {
-		return "backend"
-	}
-	return "frontend"
-}
-
 // Info returns which end of which vif the device is. A source with only counters tells
 // this by its name.
 func (d *Device) Info() (telemetry.Info, bool) {

@@ -61,8 +61,8 @@ func writeDevice(b *strings.Builder, d *Device, now time.Time, on Sheet) {
 		b.WriteString("  " + on.Paint(d.ownerTone(), d.Owner()))
 	}
 	if info, ok := d.Info(); ok {
-		other := Role(1 - info.Role)
-		fmt.Fprintf(b, "  %s in domain %d of vif %d, %s in domain %d", Role(info.Role), info.Own, info.Handle, other, info.Peer)
+		other := 1 - info.Role
+		fmt.Fprintf(b, "  %s in domain %d of vif %d, %s in domain %d", info.Role, info.Own, info.Handle, other, info.Peer)
 	}
 	b.WriteByte('\n')
 	if d.Err != nil {
@@ -128,7 +128,7 @@ func (d *Device) Condition() (string, Tone) {
 	if d.Source.Kind == bpf.KindMetrics {
 		return "counters only", Dim
 	}
-	state, tone := strings.TrimPrefix(d.Report.Status.State.String(), "XenbusState"), Warn
+	state, tone := d.Report.Status.State.String(), Warn
 	switch {
 	case d.Stale:
 		state, tone = "stale: was "+state, Bad
@@ -196,7 +196,7 @@ func Event(e telemetry.Event, now time.Time) string {
 	what := fmt.Sprintf("%s%s: %d, %d", e.Kind, where, e.A, e.B)
 	switch e.Kind {
 	case telemetry.EventState:
-		what = fmt.Sprintf("%s after %s", shortState(e.B), shortState(e.A))
+		what = fmt.Sprintf("%s after %s", telemetry.State(min(e.B, 255)), telemetry.State(min(e.A, 255)))
 	case telemetry.EventTamper:
 		what = fmt.Sprintf("tamper%s: %d words of the mirror were written by somebody else, and healed", where, e.A)
 	case telemetry.EventStall:
@@ -211,10 +211,6 @@ func Event(e telemetry.Event, now time.Time) string {
 		what = fmt.Sprintf("counters reset, %d times so far", e.A)
 	}
 	return fmt.Sprintf("%s ago: %s", Age(now.Sub(e.Time)), what)
-}
-
-func shortState(n uint64) string {
-	return strings.TrimPrefix(telemetry.State(min(n, 255)).String(), "XenbusState")
 }
 
 // WritePairs writes the flows of vifs with both ends here.
@@ -516,8 +512,7 @@ func (d *Device) Line() string {
 	if d.Err != nil {
 		return d.Name + " uid=" + strconv.Itoa(d.Source.UID) + " error=" + strconv.Quote(Clean(d.Err.Error()))
 	}
-	state, _, _ := strings.Cut(strings.TrimPrefix(d.Report.Status.State.String(), "XenbusState"), ",")
-	line := fmt.Sprintf("%s state=%s stale=%t torn=%t uid=%d", d.Name, state, d.Stale, d.Report.Torn, d.Source.UID)
+	line := fmt.Sprintf("%s state=%s stale=%t torn=%t uid=%d", d.Name, d.Report.Status.State, d.Stale, d.Report.Torn, d.Source.UID)
 	for _, dir := range [...]telemetry.Dir{telemetry.RX, telemetry.TX} {
 		for _, n := range []struct {
 			name string

@@ -531,13 +531,6 @@ func domainsAreKnown(t *testing.T, r *rig) {
 	r.want(seven.Introduce(r.ctx, 9, 1, 9), xenstore.ErrAccess)
 	r.want(seven.Release(r.ctx, 7), xenstore.ErrAccess)
 	r.want(seven.SetTarget(r.ctx, 7, 0), xenstore.ErrAccess)
-	// xenstored 4.17 does not know these requests.
-	if _, err := zero.Features(r.ctx, xenstore.AllDomains); err != nil && !errors.Is(err, errors.ErrUnsupported) {
-		t.Error(err)
-	}
-	if _, err := zero.Quota(r.ctx, 7, "nodes"); err != nil && !errors.Is(err, errors.ErrUnsupported) {
-		t.Error(err)
-	}
 }
 
 func manyCallersShareAConnection(t *testing.T, r *rig) {
