@@ -15,7 +15,7 @@ import (
 	"barevif/pvnet/netstack"
 	"barevif/telemetry"
 	"barevif/telemetry/openmetrics"
-	"barevif/tools/internal/appliance"
+	"barevif/tools/appliance"
 )
 
 // applianceConfig configures an appliance: what it serves, and at which address.

@@ -16,14 +16,16 @@ import (
 
 	"barevif/pvnet"
 	"barevif/pvnet/link"
+	"barevif/tools/cli"
+	"barevif/tools/domain"
 
 	"github.com/spf13/cobra"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
-func backCommand(p *program) *cobra.Command {
-	b := back{program: p}
+func backCommand(p *cli.Program) *cobra.Command {
+	b := back{Program: p}
 	cmd := &cobra.Command{
 		Use:   "back",
 		Short: "Be the driver domain: serve vifs, each joined to a TAP or an interface",
@@ -46,10 +48,10 @@ goes on. Started again after it was killed, it finds its vifs and reconnects the
   barevif back --tap card%d --bridge xenbr0
   barevif back --packet eth1
   barevif back --xen --type barevif`,
-		Args: arguments(0),
+		Args: cli.Arguments(0),
 		RunE: func(cmd *cobra.Command, _ []string) error { return b.run(cmd.Context()) },
 	}
-	b.domain.register(cmd, 2)
+	b.domain.Register(cmd, 2)
 	b.counters.register(cmd)
 	cmd.Flags().StringVar(&b.tap, "tap", "vif%d.%i", "`name` of each TAP: %d is the frontend's domain, %i the vif")
 	cmd.Flags().StringArrayVar(&b.addrs, "addr", nil, "`address` of this machine on a vif's TAP: DOM.ID=IP/BITS, or IP/BITS for the first that connects; repeatable")
@@ -58,15 +60,15 @@ goes on. Started again after it was killed, it finds its vifs and reconnects the
 	cmd.Flags().StringVar(&b.typ, "type", "vif", "backend `type` to serve; one of its own keeps the kernel's netback away")
 	cmd.Flags().IntVar(&b.queues, "queues", 1, "`queues` to offer per vif")
 	cmd.Flags().BoolVar(&b.remove, "remove", false, "remove a vif's directory once it was taken away, where no xl devd does")
-	exclusive(cmd, "packet", "addr")
-	exclusive(cmd, "packet", "bridge")
-	exclusive(cmd, "packet", "tap")
+	cli.Exclusive(cmd, "packet", "addr")
+	cli.Exclusive(cmd, "packet", "bridge")
+	cli.Exclusive(cmd, "packet", "tap")
 	return cmd
 }
 
 type back struct {
-	*program
-	domain                   domainFlags
+	*cli.Program
+	domain                   domain.Flags
 	counters                 counterFlag
 	tap, bridge, packet, typ string
 	addrs                    []string
@@ -81,7 +83,7 @@ type back struct {
 
 func (b *back) run(ctx context.Context) error {
 	if b.queues < 1 || b.queues > 64 {
-		return badValue("queues", strconv.Itoa(b.queues), "a number from 1 to 64")
+		return cli.BadValue("queues", strconv.Itoa(b.queues), "a number from 1 to 64")
 	}
 	if err := b.parseAddrs(); err != nil {
 		return err
@@ -93,12 +95,12 @@ func (b *back) run(ctx context.Context) error {
 	if err := b.probe(); err != nil {
 		return err
 	}
-	dom, err := b.domain.open(ctx)
+	dom, err := b.domain.Open(ctx)
 	if err != nil {
 		return err
 	}
-	defer dom.close()
-	b.slog = b.log()
+	defer dom.End()
+	b.slog = b.Log()
 
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -125,11 +127,11 @@ func (b *back) run(ctx context.Context) error {
 	}()
 	select {
 	case err = <-done:
-	case <-dom.gone:
+	case <-dom.Gone:
 		// The xenstore is gone, so the vifs cannot be closed there. But they must end:
 		// the pins of their counters would outlive this process.
-		cancel(errHostGone)
-		return dom.lost(b.say, done)
+		cancel(domain.ErrHostGone)
+		return dom.Lost(b.say, done)
 	}
 	if errors.Is(err, context.Canceled) || errors.Is(err, pvnet.ErrHandover) {
 		return nil // a signal
@@ -140,7 +142,7 @@ func (b *back) run(ctx context.Context) error {
 func (b *back) say(format string, args ...any) {
 	b.printMu.Lock()
 	defer b.printMu.Unlock()
-	fmt.Fprintf(b.stdout, format+"\n", args...)
+	fmt.Fprintf(b.Stdout, format+"\n", args...)
 }
 
 // parseAddrs reads --addr.
@@ -151,14 +153,14 @@ func (b *back) parseAddrs() error {
 		if !ok {
 			vif, addr = "", s
 		} else if dom, id, two := strings.Cut(vif, "."); !two || !isNumber(dom) || !isNumber(id) {
-			return badValue("addr", s, "for a vif DOM.ID")
+			return cli.BadValue("addr", s, "for a vif DOM.ID")
 		}
 		p, err := netip.ParsePrefix(addr)
 		if err != nil || !p.Addr().IsValid() || p.Addr().Is4In6() {
-			return badValue("addr", s, "an address with a prefix, like 10.9.0.1/24")
+			return cli.BadValue("addr", s, "an address with a prefix, like 10.9.0.1/24")
 		}
 		if _, twice := b.prefix[vif]; twice {
-			return badValue("addr", s, "the only address of that vif; name the vif: 1.0="+addr)
+			return cli.BadValue("addr", s, "the only address of that vif; name the vif: 1.0="+addr)
 		}
 		b.prefix[vif] = p
 	}
@@ -181,9 +183,9 @@ func (b *back) probe() error {
 	}
 	if b.bridge != "" {
 		if l, err := netlink.LinkByName(b.bridge); err != nil {
-			return &advice{err: fmt.Errorf("bridge %s: %w", b.bridge, err), next: "make it: ip link add " + b.bridge + " type bridge"}
+			return &cli.Advice{Err: fmt.Errorf("bridge %s: %w", b.bridge, err), Next: "make it: ip link add " + b.bridge + " type bridge"}
 		} else if l.Type() != "bridge" {
-			return &advice{err: fmt.Errorf("%s is a %s, no bridge", b.bridge, l.Type()), next: "name a bridge with --bridge"}
+			return &cli.Advice{Err: fmt.Errorf("%s is a %s, no bridge", b.bridge, l.Type()), Next: "name a bridge with --bridge"}
 		}
 	}
 	l, err := link.OpenTAP(link.TAPConfig{Name: "barevif%d"})
@@ -196,28 +198,28 @@ func (b *back) probe() error {
 // linkRefused adds advice to the error of a link that could not be opened.
 func linkRefused(err error) error {
 	const setcap = `"setcap cap_net_admin,cap_net_raw+ep" on the built program`
-	a := &advice{err: err, next: "-v may say more"}
+	a := &cli.Advice{Err: err, Next: "-v may say more"}
 	node := false // whether the error is about /dev/net/tun, not about an interface
 	if oe, ok := errors.AsType[*link.OpenError](err); ok && oe.Next != "" {
 		bare := *oe
 		bare.Next = "" // printed as a.next, not twice
-		a.err, a.next = &bare, oe.Next
+		a.Err, a.Next = &bare, oe.Next
 		node = oe.Step == "open /dev/net/tun"
 	}
 	switch {
 	case errors.Is(err, unix.EACCES), node && errors.Is(err, unix.EPERM):
 		// The mode of the node forbids it. The capabilities alone do not open the node,
 		// and without them the opened node makes no TAP.
-		a.refused = true
-		a.next = "run as root, or let this user open it (chmod 0666 /dev/net/tun) and " + setcap + `; "barevif demo" needs neither`
+		a.Refused = true
+		a.Next = "run as root, or let this user open it (chmod 0666 /dev/net/tun) and " + setcap + `; "barevif demo" needs neither`
 	case errors.Is(err, unix.EPERM):
-		a.refused = true
-		a.next = "run as root, or " + setcap + `; "barevif demo" needs neither`
+		a.Refused = true
+		a.Next = "run as root, or " + setcap + `; "barevif demo" needs neither`
 	case node:
-		a.refused = true
-		a.next += `; "barevif demo" needs no TAP`
+		a.Refused = true
+		a.Next += `; "barevif demo" needs no TAP`
 	case errors.Is(err, unix.ENODEV):
-		a.next = `name an interface of this machine: "ip -brief link" lists them`
+		a.Next = `name an interface of this machine: "ip -brief link" lists them`
 	}
 	return a
 }

@@ -12,6 +12,7 @@ import (
 
 	"barevif/pvnet"
 	"barevif/pvnet/packet"
+	"barevif/tools/cli"
 
 	"github.com/spf13/cobra"
 )
@@ -36,8 +37,8 @@ a packet socket, takes the vif back, sends by itself, and prints the table. Ther
 counts the frames the backend has taken. Nobody needs to listen to --to. It needs
 root, and everything that uses the vif is cut off from it.`
 
-func benchCommand(p *program) *cobra.Command {
-	x := benchXen{benchRun: benchRun{program: p}}
+func benchCommand(p *cli.Program) *cobra.Command {
+	x := benchXen{benchRun: benchRun{Program: p}}
 	cmd := &cobra.Command{
 		Use:   "bench",
 		Short: "Measure a card against the kernel's own",
@@ -54,11 +55,11 @@ func benchCommand(p *program) *cobra.Command {
   guest$ barevif bench send --xen --secs 8
   dom0$  barevif bench count --if vif1.0 --dir rx --way ours --what send >>lines
   dom0$  barevif bench table <lines`,
-		Args: arguments(0),
+		Args: cli.Arguments(0),
 		RunE: func(cmd *cobra.Command, _ []string) error { return x.run(cmd) },
 	}
 	x.register(cmd)
-	for _, add := range []func(*program) *cobra.Command{
+	for _, add := range []func(*cli.Program) *cobra.Command{
 		benchSendCommand, benchRecvCommand, benchPingCommand, benchStreamSendCommand, benchStreamRecvCommand,
 		benchPktgenCommand, benchUDPSendCommand, benchUDPRecvCommand,
 		benchPacketSendCommand, benchPacketRecvCommand, benchTCPSendCommand, benchTCPRecvCommand,
@@ -90,7 +91,7 @@ type benchResult struct {
 // benchRun is the common part of all bench commands: the names in the result line, and the
 // duration.
 type benchRun struct {
-	*program
+	*cli.Program
 	what, way string
 	secs      float64
 }
@@ -104,7 +105,7 @@ func (b *benchRun) registerRun(cmd *cobra.Command, what, way string) {
 // window returns how long to measure, from --secs.
 func (b *benchRun) window() (time.Duration, error) {
 	if !(b.secs > 0 && b.secs <= 86400) {
-		return 0, badValue("secs", fmt.Sprint(b.secs), "a number of seconds")
+		return 0, cli.BadValue("secs", fmt.Sprint(b.secs), "a number of seconds")
 	}
 	return time.Duration(b.secs * float64(time.Second)), nil
 }
@@ -112,11 +113,11 @@ func (b *benchRun) window() (time.Duration, error) {
 // print writes the result line. r lacks only the names.
 func (b *benchRun) print(r benchResult) error {
 	r.What, r.Way = b.what, b.way
-	return json.NewEncoder(b.stdout).Encode(r)
+	return json.NewEncoder(b.Stdout).Encode(r)
 }
 
 // begun tells the script that runs the command that it sends, or is ready to receive.
-func (b *benchRun) begun(what string) { fmt.Fprintf(b.stderr, "bench: %s\n", what) }
+func (b *benchRun) begun(what string) { fmt.Fprintf(b.Stderr, "bench: %s\n", what) }
 
 // udpFrame is the frame that the bench commands send: IPv4 and UDP to the discard port,
 // with valid checksums.
@@ -146,16 +147,16 @@ const (
 
 func (f *udpFrame) parse() (err error) {
 	if f.fromIP, err = netip.ParseAddr(f.from); err != nil || !f.fromIP.Is4() {
-		return badValue("from", f.from, "an IPv4 address")
+		return cli.BadValue("from", f.from, "an IPv4 address")
 	}
 	if f.toIP, err = netip.ParseAddr(f.to); err != nil || !f.toIP.Is4() {
-		return badValue("to", f.to, "an IPv4 address")
+		return cli.BadValue("to", f.to, "an IPv4 address")
 	}
 	if f.dst, err = net.ParseMAC(f.dstMAC); err != nil || len(f.dst) != 6 {
-		return badValue("dst-mac", f.dstMAC, "an Ethernet address")
+		return cli.BadValue("dst-mac", f.dstMAC, "an Ethernet address")
 	}
 	if f.size < headersLen+16 || f.size > 1514 {
-		return badValue("size", fmt.Sprint(f.size), fmt.Sprintf("from %d to 1514 bytes", headersLen+16))
+		return cli.BadValue("size", fmt.Sprint(f.size), fmt.Sprintf("from %d to 1514 bytes", headersLen+16))
 	}
 	return nil
 }
@@ -227,8 +228,17 @@ func benchWait(s string) (pvnet.WaitMode, error) {
 	case "busy":
 		return pvnet.Busy, nil
 	}
-	return 0, badValue("wait-mode", s, "park, adaptive or busy")
+	return 0, cli.BadValue("wait-mode", s, "park, adaptive or busy")
 }
 
 // errNothing is the error of a measurement without any traffic.
 var errNothing = errors.New("nothing was moved")
+
+// dialRefused adds advice to the error of a connection to addr. other is the command that
+// must run at the other end.
+func dialRefused(err error, addr, other string) error {
+	if dns, ok := errors.AsType[*net.DNSError](err); ok {
+		return cli.UnknownHost(dns)
+	}
+	return &cli.Advice{Err: fmt.Errorf("connect to %s: %w", addr, cli.Bare(err)), Next: fmt.Sprintf("is that its address, and does %q run there?", other)}
+}

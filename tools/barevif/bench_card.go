@@ -15,36 +15,37 @@ import (
 	"barevif/pvnet"
 	"barevif/pvnet/packet"
 	"barevif/telemetry"
+	"barevif/tools/cli"
+	"barevif/tools/domain"
 
 	"github.com/spf13/cobra"
 )
 
 // benchCard is a card of ours for a bench command.
 type benchCard struct {
-	domain                  domainFlags
+	domain                  domain.Flags
 	vif, doorbell, waitMode string
 	take, back, offload     bool
 	profile                 string
 	wait                    time.Duration
-	doorbellKind            xendev.Doorbell
 	mode                    pvnet.WaitMode
 	log                     func() pvnet.Config
 }
 
-func (c *benchCard) register(cmd *cobra.Command, p *program) {
-	c.domain.register(cmd, 1)
+func (c *benchCard) register(cmd *cobra.Command, p *cli.Program) {
+	c.domain.Register(cmd, 1)
 	c.flags(cmd, p)
 	cmd.Flags().BoolVar(&c.back, "back", false, "be the backend: of the first vif that comes; on an emulated host also give --dom 2")
 }
 
-func (c *benchCard) flags(cmd *cobra.Command, p *program) {
+func (c *benchCard) flags(cmd *cobra.Command, p *cli.Program) {
 	cmd.Flags().StringVar(&c.vif, "vif", "0", "`id` of the vif")
 	cmd.Flags().BoolVar(&c.take, "take", false, "with --xen: unbind the vif from the kernel's driver first")
 	cmd.Flags().StringVar(&c.doorbell, "doorbell", "ioctl", "with --xen: `way` to fire an event channel: ioctl or hypercall")
 	cmd.Flags().StringVar(&c.waitMode, "wait-mode", "park", "what a `call` does that has to wait: park, adaptive or busy")
 	cmd.Flags().StringVar(&c.profile, "profile", "", "write a CPU profile of the measurement to this `file`")
 	cmd.Flags().DurationVar(&c.wait, "wait", 30*time.Second, "give up if the other end does not connect within this `time`")
-	c.log = func() pvnet.Config { return pvnet.Config{LendRx: true, Logger: p.log()} }
+	c.log = func() pvnet.Config { return pvnet.Config{LendRx: true, Logger: p.Log()} }
 }
 
 func (c *benchCard) parse() (err error) {
@@ -53,14 +54,14 @@ func (c *benchCard) parse() (err error) {
 	}
 	switch c.doorbell {
 	case "ioctl":
-		c.doorbellKind = xendev.DoorbellIoctl
+		c.domain.Doorbell = xendev.DoorbellIoctl
 	case "hypercall":
-		c.doorbellKind = xendev.DoorbellHypercall
+		c.domain.Doorbell = xendev.DoorbellHypercall
 	default:
-		return badValue("doorbell", c.doorbell, "ioctl or hypercall")
+		return cli.BadValue("doorbell", c.doorbell, "ioctl or hypercall")
 	}
-	if !c.domain.xen && (c.take || c.doorbellKind != xendev.DoorbellIoctl) {
-		return &advice{err: errors.New("--take and --doorbell are for a real Xen"), next: "give --xen too", usage: true}
+	if !c.domain.Xen && (c.take || c.domain.Doorbell != xendev.DoorbellIoctl) {
+		return &cli.Advice{Err: errors.New("--take and --doorbell are for a real Xen"), Next: "give --xen too", Usage: true}
 	}
 	return nil
 }
@@ -70,27 +71,22 @@ func (c *benchCard) run(ctx context.Context, fn func(context.Context, *pvnet.Dev
 	if err := c.parse(); err != nil {
 		return err
 	}
-	dom, err := c.open(ctx)
+	dom, err := c.domain.Open(ctx)
 	if err != nil {
 		return err
 	}
-	defer dom.close()
+	defer dom.End()
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	dom.watch(ctx, cancel)
+	dom.Watch(ctx, cancel)
 	cfg := c.log()
 	cfg.Wait, cfg.Offload = c.mode, c.offload
 	if c.back {
 		return c.serve(ctx, dom, cfg, fn)
 	}
-	if c.domain.xen {
-		if c.take {
-			if err := xendev.Take(xendev.Config{}, c.vif); err != nil {
-				return fmt.Errorf("take vif %s from the kernel: %w", c.vif, err)
-			}
-		}
-		if err := xendev.CheckFree(xendev.Config{}, c.vif); err != nil {
-			return &advice{err: err, next: "--take does that (as root)", refused: true}
+	if c.domain.Xen {
+		if err := c.domain.Free(c.vif, c.take); err != nil {
+			return err
 		}
 	}
 	wait, stop := context.WithTimeoutCause(ctx, c.wait, fmt.Errorf("waited %v", c.wait))
@@ -103,20 +99,8 @@ func (c *benchCard) run(ctx context.Context, fn func(context.Context, *pvnet.Dev
 	return c.measured(ctx, dev, fn)
 }
 
-// open is domainFlags.open with the doorbell of --doorbell.
-func (c *benchCard) open(ctx context.Context) (*domain, error) {
-	if !c.domain.xen {
-		return c.domain.open(ctx)
-	}
-	d, err := xendev.Open(xendev.Config{Doorbell: c.doorbellKind})
-	if err != nil {
-		return nil, xenRefused(err)
-	}
-	return &domain{Domain: d, close: func() { d.Close() }}, nil
-}
-
 // serve is run for a backend.
-func (c *benchCard) serve(ctx context.Context, dom *domain, cfg pvnet.Config, fn func(context.Context, *pvnet.Device) error) error {
+func (c *benchCard) serve(ctx context.Context, dom *domain.Domain, cfg pvnet.Config, fn func(context.Context, *pvnet.Device) error) error {
 	cfg.LendRx = false
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -174,12 +158,12 @@ type benchSend struct {
 	batch int
 }
 
-func benchSendCommand(p *program) *cobra.Command {
-	s := &benchSend{benchRun: benchRun{program: p}}
+func benchSendCommand(p *cli.Program) *cobra.Command {
+	s := &benchSend{benchRun: benchRun{Program: p}}
 	cmd := &cobra.Command{
 		Use:   "send",
 		Short: "Send frames through a card of ours",
-		Args:  arguments(0),
+		Args:  cli.Arguments(0),
 		RunE:  func(cmd *cobra.Command, _ []string) error { return s.run(cmd.Context()) },
 	}
 	s.registerRun(cmd, "send", "ours")
@@ -198,7 +182,7 @@ func (s *benchSend) run(ctx context.Context) error {
 		return err
 	}
 	if s.batch < 1 || s.batch > maxBatch {
-		return badValue("batch", fmt.Sprint(s.batch), fmt.Sprintf("a number from 1 to %d", maxBatch))
+		return cli.BadValue("batch", fmt.Sprint(s.batch), fmt.Sprintf("a number from 1 to %d", maxBatch))
 	}
 	return s.card.run(ctx, func(ctx context.Context, dev *pvnet.Device) error {
 		s.begun("sending")
@@ -270,12 +254,12 @@ type benchRecv struct {
 	card benchCard
 }
 
-func benchRecvCommand(p *program) *cobra.Command {
-	s := &benchRecv{benchRun: benchRun{program: p}}
+func benchRecvCommand(p *cli.Program) *cobra.Command {
+	s := &benchRecv{benchRun: benchRun{Program: p}}
 	cmd := &cobra.Command{
 		Use:   "recv",
 		Short: "Receive frames from a card of ours",
-		Args:  arguments(0),
+		Args:  cli.Arguments(0),
 		RunE:  func(cmd *cobra.Command, _ []string) error { return s.run(cmd.Context()) },
 	}
 	s.registerRun(cmd, "receive", "ours")
@@ -350,12 +334,12 @@ type benchPing struct {
 	count    int
 }
 
-func benchPingCommand(p *program) *cobra.Command {
-	s := &benchPing{benchRun: benchRun{program: p}}
+func benchPingCommand(p *cli.Program) *cobra.Command {
+	s := &benchPing{benchRun: benchRun{Program: p}}
 	cmd := &cobra.Command{
 		Use:   "ping",
 		Short: "Measure round trips through a card of ours to a kernel that answers",
-		Args:  arguments(0),
+		Args:  cli.Arguments(0),
 		RunE:  func(cmd *cobra.Command, _ []string) error { return s.run(cmd.Context()) },
 	}
 	s.registerRun(cmd, "round trip", "ours")
@@ -373,14 +357,14 @@ func (s *benchPing) run(ctx context.Context) error {
 	}
 	from, err := netip.ParseAddr(s.from)
 	if err != nil || !from.Is4() {
-		return badValue("from", s.from, "an IPv4 address")
+		return cli.BadValue("from", s.from, "an IPv4 address")
 	}
 	to, err := netip.ParseAddr(s.to)
 	if err != nil || !to.Is4() {
-		return badValue("to", s.to, "an IPv4 address")
+		return cli.BadValue("to", s.to, "an IPv4 address")
 	}
 	if s.count < 1 {
-		return badValue("count", fmt.Sprint(s.count), "a number from 1 on")
+		return cli.BadValue("count", fmt.Sprint(s.count), "a number from 1 on")
 	}
 	return s.card.run(ctx, func(ctx context.Context, dev *pvnet.Device) error {
 		e, err := newEcho(dev, from.As4(), to.As4())

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"barevif/pvnet/packet"
+	"barevif/tools/cli"
 
 	"github.com/spf13/cobra"
 	"github.com/vishvananda/netlink"
@@ -31,10 +32,10 @@ type benchNet struct {
 }
 
 // netCommand makes a bench command; run moves the traffic.
-func netCommand(p *program, use, short, what, way string, run func(*benchNet, context.Context, time.Duration) (benchResult, error), flags func(*benchNet, *cobra.Command)) *cobra.Command {
-	b := &benchNet{benchRun: benchRun{program: p}}
+func netCommand(p *cli.Program, use, short, what, way string, run func(*benchNet, context.Context, time.Duration) (benchResult, error), flags func(*benchNet, *cobra.Command)) *cobra.Command {
+	b := &benchNet{benchRun: benchRun{Program: p}}
 	cmd := &cobra.Command{
-		Use: use, Short: short, Args: arguments(0),
+		Use: use, Short: short, Args: cli.Arguments(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			window, err := b.window()
 			if err != nil {
@@ -60,7 +61,7 @@ func (b *benchNet) portFlag(cmd *cobra.Command) {
 	cmd.Flags().Uint16Var(&b.port, "port", streamPort, "`port`")
 }
 
-func benchPktgenCommand(p *program) *cobra.Command {
+func benchPktgenCommand(p *cli.Program) *cobra.Command {
 	return netCommand(p, "pktgen", "Send frames by the kernel's own generator (module pktgen; root)",
 		"send", "kernel pktgen", (*benchNet).pktgen, func(b *benchNet, cmd *cobra.Command) {
 			b.ifaceFlag(cmd)
@@ -81,7 +82,7 @@ func (b *benchNet) pktgen(ctx context.Context, window time.Duration) (r benchRes
 		for _, line := range lines {
 			if err := os.WriteFile(filepath.Join(pktgenDir, file), []byte(line+"\n"), 0); err != nil {
 				if errors.Is(err, os.ErrNotExist) && file == "pgctrl" {
-					return &advice{err: fmt.Errorf("there is no generator: %w", err), next: "modprobe pktgen", refused: true}
+					return &cli.Advice{Err: fmt.Errorf("there is no generator: %w", err), Next: "modprobe pktgen", Refused: true}
 				}
 				return fmt.Errorf("pktgen: %q: %w", line, err)
 			}
@@ -145,7 +146,7 @@ wait:
 	return r, errors.Join(err, counted)
 }
 
-func benchUDPSendCommand(p *program) *cobra.Command {
+func benchUDPSendCommand(p *cli.Program) *cobra.Command {
 	return netCommand(p, "udp-send", "Send through a UDP socket of the kernel's", "send", "Go UDP socket", (*benchNet).udpSend,
 		func(b *benchNet, cmd *cobra.Command) { b.frame.register(cmd) })
 }
@@ -189,7 +190,7 @@ func (b *benchNet) sendLoop(ctx context.Context, window time.Duration, data []by
 	return r, nil
 }
 
-func benchUDPRecvCommand(p *program) *cobra.Command {
+func benchUDPRecvCommand(p *cli.Program) *cobra.Command {
 	return netCommand(p, "udp-recv", "Receive from a UDP socket of the kernel's", "receive", "Go UDP socket", (*benchNet).udpRecv,
 		func(b *benchNet, cmd *cobra.Command) {
 			cmd.Flags().Uint16Var(&b.port, "port", discardPort, "`port`")
@@ -199,7 +200,7 @@ func benchUDPRecvCommand(p *program) *cobra.Command {
 func (b *benchNet) udpRecv(ctx context.Context, window time.Duration) (r benchResult, err error) {
 	c, err := net.ListenUDP("udp4", &net.UDPAddr{Port: int(b.port)})
 	if err != nil {
-		return r, listenRefused(err, fmt.Sprintf("UDP port %d", b.port), "port")
+		return r, cli.ListenRefused(err, fmt.Sprintf("UDP port %d", b.port), "port")
 	}
 	defer c.Close()
 	defer context.AfterFunc(ctx, func() { c.SetReadDeadline(time.Unix(1, 0)) })()
@@ -257,7 +258,7 @@ func (b *benchNet) openPacket() (*os.File, *net.Interface, error) {
 	const ipv4 = 0x0008 // ETH_P_IP in network order
 	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, ipv4)
 	if err != nil {
-		return nil, nil, &advice{err: fmt.Errorf("open a packet socket: %w", err), next: "run as root", refused: true}
+		return nil, nil, &cli.Advice{Err: fmt.Errorf("open a packet socket: %w", err), Next: "run as root", Refused: true}
 	}
 	f := os.NewFile(uintptr(fd), "packet socket")
 	if err := unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: ipv4, Ifindex: ifi.Index}); err != nil {
@@ -273,7 +274,7 @@ func transient(err error) bool {
 	return errors.Is(err, unix.ENOBUFS) || errors.Is(err, unix.ECONNREFUSED)
 }
 
-func benchPacketSendCommand(p *program) *cobra.Command {
+func benchPacketSendCommand(p *cli.Program) *cobra.Command {
 	return netCommand(p, "packet-send", "Send through a packet socket of the kernel's (root)", "send", "Go packet socket", (*benchNet).packetSend,
 		func(b *benchNet, cmd *cobra.Command) {
 			b.ifaceFlag(cmd)
@@ -296,7 +297,7 @@ func (b *benchNet) packetSend(ctx context.Context, window time.Duration) (r benc
 	})
 }
 
-func benchPacketRecvCommand(p *program) *cobra.Command {
+func benchPacketRecvCommand(p *cli.Program) *cobra.Command {
 	return netCommand(p, "packet-recv", "Receive from a packet socket of the kernel's (root)", "receive", "Go packet socket", (*benchNet).packetRecv,
 		func(b *benchNet, cmd *cobra.Command) { b.ifaceFlag(cmd) })
 }
@@ -311,7 +312,7 @@ func (b *benchNet) packetRecv(ctx context.Context, window time.Duration) (r benc
 	return b.recvLoop(ctx, window, c.SetReadDeadline, c.Read)
 }
 
-func benchTCPSendCommand(p *program) *cobra.Command {
+func benchTCPSendCommand(p *cli.Program) *cobra.Command {
 	return netCommand(p, "tcp-send", "Send a stream through a TCP socket of the kernel's", "stream", "Go TCP socket", (*benchNet).tcpSend,
 		func(b *benchNet, cmd *cobra.Command) {
 			b.portFlag(cmd)
@@ -332,7 +333,7 @@ func (b *benchNet) tcpSend(ctx context.Context, window time.Duration) (r benchRe
 	return b.sendStream(ctx, window, c)
 }
 
-func benchTCPRecvCommand(p *program) *cobra.Command {
+func benchTCPRecvCommand(p *cli.Program) *cobra.Command {
 	return netCommand(p, "tcp-recv", "Receive one stream from a TCP socket of the kernel's, to its end", "stream", "Go TCP socket", (*benchNet).tcpRecv,
 		func(b *benchNet, cmd *cobra.Command) { b.portFlag(cmd) })
 }
@@ -340,12 +341,12 @@ func benchTCPRecvCommand(p *program) *cobra.Command {
 func (b *benchNet) tcpRecv(ctx context.Context, window time.Duration) (benchResult, error) {
 	l, err := net.ListenTCP("tcp", &net.TCPAddr{Port: int(b.port)})
 	if err != nil {
-		return benchResult{}, listenRefused(err, fmt.Sprintf("TCP port %d", b.port), "port")
+		return benchResult{}, cli.ListenRefused(err, fmt.Sprintf("TCP port %d", b.port), "port")
 	}
 	return b.recvStream(ctx, window, l)
 }
 
-func benchPingSocketCommand(p *program) *cobra.Command {
+func benchPingSocketCommand(p *cli.Program) *cobra.Command {
 	return netCommand(p, "ping-socket", "Measure round trips through a raw ICMP socket of the kernel's (root)", "round trip", "Go ICMP socket", (*benchNet).pingSocket,
 		func(b *benchNet, cmd *cobra.Command) {
 			cmd.Flags().StringVar(&b.frame.to, "to", "10.9.0.1", "`address` that answers, IPv4")
@@ -356,14 +357,14 @@ func benchPingSocketCommand(p *program) *cobra.Command {
 func (b *benchNet) pingSocket(ctx context.Context, window time.Duration) (r benchResult, err error) {
 	to, err := netip.ParseAddr(b.frame.to)
 	if err != nil || !to.Is4() {
-		return r, badValue("to", b.frame.to, "an IPv4 address")
+		return r, cli.BadValue("to", b.frame.to, "an IPv4 address")
 	}
 	if b.count < 1 {
-		return r, badValue("count", strconv.Itoa(b.count), "a number from 1 on")
+		return r, cli.BadValue("count", strconv.Itoa(b.count), "a number from 1 on")
 	}
 	c, err := net.ListenPacket("ip4:icmp", "0.0.0.0")
 	if err != nil {
-		return r, &advice{err: err, next: "run as root", refused: true}
+		return r, &cli.Advice{Err: err, Next: "run as root", Refused: true}
 	}
 	defer c.Close()
 	defer context.AfterFunc(ctx, func() { c.SetDeadline(time.Unix(1, 0)) })()
@@ -395,7 +396,7 @@ func (b *benchNet) pingSocket(ctx context.Context, window time.Duration) (r benc
 	})
 }
 
-func benchCountCommand(p *program) *cobra.Command {
+func benchCountCommand(p *cli.Program) *cobra.Command {
 	return netCommand(p, "count", "Count what an interface of the kernel's sends or receives", "send", "all", (*benchNet).counts,
 		func(b *benchNet, cmd *cobra.Command) {
 			b.ifaceFlag(cmd)
@@ -405,7 +406,7 @@ func benchCountCommand(p *program) *cobra.Command {
 
 func (b *benchNet) counts(ctx context.Context, window time.Duration) (r benchResult, err error) {
 	if b.dir != "rx" && b.dir != "tx" {
-		return r, badValue("dir", b.dir, "rx or tx")
+		return r, cli.BadValue("dir", b.dir, "rx or tx")
 	}
 	before, err := readCounters(b.iface)
 	if err != nil {

@@ -12,6 +12,7 @@ import (
 
 	"barevif/pvnet"
 	"barevif/pvnet/netstack"
+	"barevif/tools/cli"
 
 	"github.com/spf13/cobra"
 )
@@ -95,7 +96,7 @@ type benchStream struct {
 	port     uint16
 }
 
-func benchStreamSendCommand(p *program) *cobra.Command {
+func benchStreamSendCommand(p *cli.Program) *cobra.Command {
 	return streamCommand(p, "stream-send", "Send a stream through a card of ours, with TCP/IP of its own", func(s *benchStream, cmd *cobra.Command) {
 		cmd.Flags().StringVar(&s.to, "to", "10.9.0.1", "`address` to connect to")
 	}, func(s *benchStream, ctx context.Context, window time.Duration, st *netstack.Stack) (benchResult, error) {
@@ -107,7 +108,7 @@ func benchStreamSendCommand(p *program) *cobra.Command {
 	})
 }
 
-func benchStreamRecvCommand(p *program) *cobra.Command {
+func benchStreamRecvCommand(p *cli.Program) *cobra.Command {
 	return streamCommand(p, "stream-recv", "Receive one stream from a card of ours, with TCP/IP of its own, to its end",
 		func(*benchStream, *cobra.Command) {},
 		func(s *benchStream, ctx context.Context, window time.Duration, st *netstack.Stack) (benchResult, error) {
@@ -120,10 +121,10 @@ func benchStreamRecvCommand(p *program) *cobra.Command {
 }
 
 // streamCommand makes a stream command; run moves the traffic.
-func streamCommand(p *program, use, short string, flags func(*benchStream, *cobra.Command), run func(*benchStream, context.Context, time.Duration, *netstack.Stack) (benchResult, error)) *cobra.Command {
-	s := &benchStream{benchRun: benchRun{program: p}}
+func streamCommand(p *cli.Program, use, short string, flags func(*benchStream, *cobra.Command), run func(*benchStream, context.Context, time.Duration, *netstack.Stack) (benchResult, error)) *cobra.Command {
+	s := &benchStream{benchRun: benchRun{Program: p}}
 	cmd := &cobra.Command{
-		Use: use, Short: short, Args: arguments(0),
+		Use: use, Short: short, Args: cli.Arguments(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			window, err := s.window()
 			if err != nil {
@@ -131,7 +132,7 @@ func streamCommand(p *program, use, short string, flags func(*benchStream, *cobr
 			}
 			own, err := netip.ParsePrefix(s.from)
 			if err != nil {
-				return badValue("from", s.from, "an address and a network, such as 10.9.0.2/24")
+				return cli.BadValue("from", s.from, "an address and a network, such as 10.9.0.2/24")
 			}
 			s.card.offload = true
 			return s.card.run(cmd.Context(), func(ctx context.Context, dev *pvnet.Device) error {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"barevif/tools/cli"
 	"bufio"
 	"encoding/json"
 	"errors"
@@ -14,7 +15,7 @@ import (
 	"github.com/spf13/cobra"
 )
 
-func benchTableCommand(p *program) *cobra.Command {
+func benchTableCommand(p *cli.Program) *cobra.Command {
 	return &cobra.Command{
 		Use:   "table [FILE]",
 		Short: "Make a table of lines of JSON, from standard input or a file",
@@ -22,13 +23,13 @@ func benchTableCommand(p *program) *cobra.Command {
 their smallest and largest value, and ratios of medians: to the first row of the
 group, and of each row of ours to the Go socket's. More is better in all of them but
 round trips.`,
-		Args: arguments(1),
+		Args: cli.Arguments(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			in := cmd.InOrStdin()
 			if len(args) == 1 {
 				f, err := os.Open(args[0])
 				if err != nil {
-					return &advice{err: fmt.Errorf("read lines: %w", err), next: "name a file that this user can read, or pipe the lines in"}
+					return &cli.Advice{Err: fmt.Errorf("read lines: %w", err), Next: "name a file that this user can read, or pipe the lines in"}
 				}
 				defer f.Close()
 				in = f
@@ -37,7 +38,7 @@ round trips.`,
 			if err != nil {
 				return err
 			}
-			return printBench(p.stdout, results)
+			return printBench(p.Stdout, results)
 		},
 	}
 }

@@ -9,6 +9,8 @@ import (
 
 	"barevif/hypercall/xendev"
 	"barevif/pvnet"
+	"barevif/tools/cli"
+	"barevif/tools/domain"
 
 	"github.com/spf13/cobra"
 	"github.com/vishvananda/netlink"
@@ -44,7 +46,7 @@ func (x *benchXen) run(cmd *cobra.Command) (err error) {
 		return err
 	}
 	if x.rounds < 1 || x.rounds > 1000 {
-		return badValue("rounds", fmt.Sprint(x.rounds), "a number from 1 to 1000")
+		return cli.BadValue("rounds", fmt.Sprint(x.rounds), "a number from 1 to 1000")
 	}
 	ctx := cmd.Context()
 	vif, err := xendev.Frontend(xendev.Config{}, x.vif)
@@ -67,7 +69,7 @@ func (x *benchXen) run(cmd *cobra.Command) (err error) {
 			all = append(all, results...)
 		}
 	}
-	return printBench(x.stdout, all)
+	return printBench(x.Stdout, all)
 }
 
 // kernel measures the kernel's netfront.
@@ -138,7 +140,7 @@ func (x *benchXen) bringUp(ctx context.Context) (iface string, err error) {
 		return "", fmt.Errorf("give %s the address %s: %w", vif.Interface, x.frame.from, err)
 	}
 	if p := netip.PrefixFrom(x.frame.fromIP, 24); !p.Contains(x.frame.toIP) {
-		return "", badValue("to", x.frame.to, "of the network "+p.Masked().String())
+		return "", cli.BadValue("to", x.frame.to, "of the network "+p.Masked().String())
 	}
 	err = netlink.NeighSet(&netlink.Neigh{
 		LinkIndex: l.Attrs().Index, State: netlink.NUD_PERMANENT, Family: unix.AF_INET,
@@ -177,8 +179,8 @@ func (x *benchXen) ours(ctx context.Context, window time.Duration) (all []benchR
 		wait  string
 	}{{"ours, batch 32", 32, "park"}, {"ours, batch 32, busy", 32, "busy"}, {"ours, batch 1", 1, "park"}} {
 		card := benchCard{
-			domain: domainFlags{xen: true}, vif: x.vif, take: true, doorbell: "ioctl", waitMode: way.wait, wait: firstFrame,
-			log: func() pvnet.Config { return pvnet.Config{Logger: x.program.log()} },
+			domain: domain.Flags{Xen: true}, vif: x.vif, take: true, doorbell: "ioctl", waitMode: way.wait, wait: firstFrame,
+			log: func() pvnet.Config { return pvnet.Config{Logger: x.Program.Log()} },
 		}
 		err := card.run(ctx, func(ctx context.Context, dev *pvnet.Device) error {
 			r, err := sendFrames(ctx, dev, &x.frame, way.batch, window)

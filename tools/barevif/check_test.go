@@ -1,6 +1,7 @@
 package main
 
 import (
+	"barevif/tools/cli"
 	"errors"
 	"slices"
 	"testing"
@@ -20,8 +21,8 @@ func TestSizesAreReadStrictly(t *testing.T) {
 	}
 	for _, s := range []string{"", "0", "1,", "-1", "1-", "2-1", "65508", "1-5:0", "1:2", "1-2-3", "a", "1e3", "1-5:x"} {
 		_, err := parseSizes(s)
-		var a *advice
-		if !errors.As(err, &a) || !a.usage {
+		var a *cli.Advice
+		if !errors.As(err, &a) || !a.Usage {
 			t.Errorf("%q: %v", s, err)
 		}
 	}

@@ -20,14 +20,15 @@ import (
 	"barevif/hypercall"
 	"barevif/pvnet"
 	"barevif/telemetry"
-	"barevif/tools/internal/appliance"
+	"barevif/tools/appliance"
+	"barevif/tools/cli"
 	"barevif/xenbus/toolstack"
 
 	"github.com/spf13/cobra"
 )
 
-func demoCommand(p *program) *cobra.Command {
-	d := demo{program: p, size: 256 << 20}
+func demoCommand(p *cli.Program) *cobra.Command {
+	d := demo{Program: p, size: 256 << 20}
 	cmd := &cobra.Command{
 		Use:   "demo",
 		Short: "Set up everything in one process, fetch pages through it, and show it",
@@ -44,7 +45,7 @@ end is a second gVisor stack. --network asks for one of them.`,
 		Example: `  barevif demo
   barevif demo --size 2GiB
   barevif demo --network userspace -v`,
-		Args: arguments(0),
+		Args: cli.Arguments(0),
 		RunE: func(cmd *cobra.Command, _ []string) error { return d.run(cmd.Context()) },
 	}
 	cmd.Flags().Var(&d.size, "size", "`bytes` of the file to fetch, with KiB, MiB, GiB or TiB")
@@ -54,7 +55,7 @@ end is a second gVisor stack. --network asks for one of them.`,
 }
 
 type demo struct {
-	*program
+	*cli.Program
 	size    byteSize
 	network string
 	where   counterFlag
@@ -80,7 +81,7 @@ const (
 func (d *demo) say(label, format string, args ...any) {
 	d.printMu.Lock()
 	defer d.printMu.Unlock()
-	fmt.Fprintf(d.stdout, "%-10s %s\n", label, fmt.Sprintf(format, args...))
+	fmt.Fprintf(d.Stdout, "%-10s %s\n", label, fmt.Sprintf(format, args...))
 }
 
 func (d *demo) run(ctx context.Context) (err error) {
@@ -170,7 +171,7 @@ func (s *stage) connect(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	cfg := pvnet.Config{Offload: true, Counters: s.store, Logger: s.log()}
+	cfg := pvnet.Config{Offload: true, Counters: s.store, Logger: s.Log()}
 	backs := s.serve(backDom, cfg)
 	cfg.LendRx = true // the stack copies
 	if s.front, err = pvnet.Connect(ctx, frontDom, "0", cfg); err != nil {
@@ -261,7 +262,7 @@ func (s *stage) takeDown(ctx context.Context) error {
 }
 
 // errSetup is the error of a setup that takes longer than setupPatience.
-var errSetup = &advice{err: errors.New("the machine did not get ready in time"), next: "run it again with -vv and see what is last"}
+var errSetup = &cli.Advice{Err: errors.New("the machine did not get ready in time"), Next: "run it again with -vv and see what is last"}
 
 // awaitUp waits until the device is connected.
 func awaitUp(ctx context.Context, dev *pvnet.Device) error {
@@ -348,7 +349,7 @@ func (d *demo) fetchFile(ctx context.Context, c *http.Client) error {
 	}
 	defer resp.Body.Close()
 	hash := sha256.New()
-	bar := newProgress(d.stdout, size)
+	bar := newProgress(d.Stdout, size)
 	n, err := io.Copy(io.MultiWriter(hash, bar), resp.Body)
 	took := time.Since(began)
 	bar.finish()
@@ -382,7 +383,7 @@ func (d *demo) counters(ctx context.Context, front, back *pvnet.Device, far *far
 		}
 		if time.Now().After(end) {
 			d.say("counters", "")
-			printFlows(d.stdout, "", f)
+			printFlows(d.Stdout, "", f)
 			return errors.New("the counters of the two ends disagree: sent is not received + dropped")
 		}
 		select {
@@ -393,7 +394,7 @@ func (d *demo) counters(ctx context.Context, front, back *pvnet.Device, far *far
 	}
 	d.say("counters", "sent = received + dropped, in both directions:")
 	d.printMu.Lock()
-	printFlows(d.stdout, strings.Repeat(" ", 11), f)
+	printFlows(d.Stdout, strings.Repeat(" ", 11), f)
 	d.printMu.Unlock()
 	if far.joint != nil {
 		js := far.joint.Stats()

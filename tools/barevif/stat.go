@@ -16,6 +16,7 @@ import (
 
 	"barevif/telemetry"
 	"barevif/telemetry/bpf"
+	"barevif/tools/cli"
 	"barevif/tools/internal/stat"
 	"barevif/tools/internal/statweb"
 	"barevif/tools/internal/users"
@@ -25,8 +26,8 @@ import (
 	"golang.org/x/term"
 )
 
-func statCommand(p *program) *cobra.Command {
-	s := statistics{program: p}
+func statCommand(p *cli.Program) *cobra.Command {
+	s := statistics{Program: p}
 	cmd := &cobra.Command{
 		Use:   "stat [VIF...]",
 		Short: "Show the counters of vifs: once, live, as JSON, plots or a web page",
@@ -101,17 +102,17 @@ with their direction, rx_packets; a number above 2^53 is a string of its digits.
 	f.StringVar(&s.root, "root", bpf.DefaultRoot, "`directory` of the pins")
 	f.BoolVar(&s.prune, "prune", false, "remove the pins of dead owners, and show nothing")
 	for _, other := range []string{"watch", "json", "plot", "count", "http", "user", "all-users"} {
-		exclusive(cmd, "prune", other)
+		cli.Exclusive(cmd, "prune", other)
 	}
-	exclusive(cmd, "json", "plot", "http")
-	exclusive(cmd, "http", "watch")
-	exclusive(cmd, "http", "count")
-	exclusive(cmd, "token-file", "no-token")
+	cli.Exclusive(cmd, "json", "plot", "http")
+	cli.Exclusive(cmd, "http", "watch")
+	cli.Exclusive(cmd, "http", "count")
+	cli.Exclusive(cmd, "token-file", "no-token")
 	return cmd
 }
 
 type statistics struct {
-	*program
+	*cli.Program
 	patterns          []string
 	watch, json, plot bool
 	interval          time.Duration
@@ -125,23 +126,23 @@ type statistics struct {
 
 func (s *statistics) run(ctx context.Context, counted bool) error {
 	if s.interval < 100*time.Millisecond {
-		return badValue("interval", s.interval.String(), "100ms or more")
+		return cli.BadValue("interval", s.interval.String(), "100ms or more")
 	}
 	if counted && s.count == 0 {
-		return badValue("count", "0", "a number from 1")
+		return cli.BadValue("count", "0", "a number from 1")
 	}
 	if s.prune {
 		return s.pruned()
 	}
 	w, err := stat.NewWatcher(s.root, append(s.patterns, s.cards()...)...)
 	if err != nil {
-		return &advice{err: err, next: `a name as "barevif stat" shows it, or a pattern such as 'front-*'`, usage: true}
+		return &cli.Advice{Err: err, Next: `a name as "barevif stat" shows it, or a pattern such as 'front-*'`, Usage: true}
 	}
 	w.AllUsers = s.allUsers
 	for _, name := range s.users {
 		uid, err := users.Lookup(name)
 		if err != nil {
-			return badValue("user", name, "a user of this machine")
+			return cli.BadValue("user", name, "a user of this machine")
 		}
 		w.Users = append(w.Users, uid)
 	}
@@ -149,13 +150,13 @@ func (s *statistics) run(ctx context.Context, counted bool) error {
 		return s.serve(ctx, w)
 	}
 	if s.tokenFile != "" || s.noToken {
-		return badValue("http", "", "an address, which --token-file and --no-token are about")
+		return cli.BadValue("http", "", "an address, which --token-file and --no-token are about")
 	}
 	many := s.watch || s.count > 1
 	if s.plot && !many {
 		s.count = 30
 	}
-	if s.watch && !s.json && isTerminal(s.stdout) && isTerminal(os.Stdin) {
+	if s.watch && !s.json && isTerminal(s.Stdout) && isTerminal(os.Stdin) {
 		return s.live(ctx, w)
 	}
 	if many || s.plot {
@@ -170,29 +171,29 @@ func (s *statistics) run(ctx context.Context, counted bool) error {
 		return s.encode(l, "  ")
 	}
 	if len(l.Devices) == 0 {
-		_, err := fmt.Fprintln(s.stdout, `no vif counts on this machine where this user may look; "barevif demo" makes two`)
+		_, err := fmt.Fprintln(s.Stdout, `no vif counts on this machine where this user may look; "barevif demo" makes two`)
 		return err
 	}
-	return stat.Write(s.stdout, l, stat.Sheet{Width: s.width(), Paint: s.paint()})
+	return stat.Write(s.Stdout, l, stat.Sheet{Width: s.width(), Paint: s.paint()})
 }
 
 // pruned removes the pins of dead owners and prints their names.
 func (s *statistics) pruned() error {
 	if len(s.patterns) > 0 {
-		return &advice{err: fmt.Errorf("%q: --prune takes no names, it removes the pins of every dead owner", s.patterns[0]), usage: true}
+		return &cli.Advice{Err: fmt.Errorf("%q: --prune takes no names, it removes the pins of every dead owner", s.patterns[0]), Usage: true}
 	}
 	removed, err := bpf.Prune(s.root)
 	for _, dir := range removed {
-		fmt.Fprintf(s.stdout, "removed %s\n", stat.Clean(dir))
+		fmt.Fprintf(s.Stdout, "removed %s\n", stat.Clean(dir))
 	}
 	if errors.Is(err, fs.ErrPermission) {
-		return &advice{err: err, next: "run as root, which removes those of every user", refused: true}
+		return &cli.Advice{Err: err, Next: "run as root, which removes those of every user", Refused: true}
 	}
 	if err != nil {
-		return &advice{err: err, next: "name the directory of the pins with --root"}
+		return &cli.Advice{Err: err, Next: "name the directory of the pins with --root"}
 	}
 	if len(removed) == 0 {
-		fmt.Fprintf(s.stdout, "nothing to remove: no pins of a dead owner in %s that this user may remove\n", s.root)
+		fmt.Fprintf(s.Stdout, "nothing to remove: no pins of a dead owner in %s that this user may remove\n", s.root)
 	}
 	return nil
 }
@@ -234,23 +235,23 @@ func (s *statistics) found(l *stat.Look) error {
 			names = append(names, all.Devices[i].Name)
 		}
 		if len(names) > 0 {
-			next = "the vifs that count here are " + strings.Join(quoted(names), ", ")
+			next = "the vifs that count here are " + strings.Join(cli.Quoted(names), ", ")
 		}
 	}
-	return &advice{err: fmt.Errorf("no counters of %s", strings.Join(quoted(s.patterns), ", ")), next: next}
+	return &cli.Advice{Err: fmt.Errorf("no counters of %s", strings.Join(cli.Quoted(s.patterns), ", ")), Next: next}
 }
 
 func (s *statistics) warn(l *stat.Look) {
 	for _, err := range l.Errors {
-		fmt.Fprintf(s.stderr, "barevif stat: %s\n", stat.Clean(err.Error()))
+		fmt.Fprintf(s.Stderr, "barevif stat: %s\n", stat.Clean(err.Error()))
 	}
 	if left := l.Left(); left != "" {
-		fmt.Fprintf(s.stderr, "barevif stat: %s: see --user and --all-users\n", left)
+		fmt.Fprintf(s.Stderr, "barevif stat: %s: see --user and --all-users\n", left)
 	}
 }
 
 func (s *statistics) encode(l *stat.Look, indent string) error {
-	enc := json.NewEncoder(s.stdout)
+	enc := json.NewEncoder(s.Stdout)
 	enc.SetIndent("", indent)
 	return enc.Encode(l.JSON())
 }
@@ -297,7 +298,7 @@ func (s *statistics) repeat(ctx context.Context, w *stat.Watcher) error {
 	if width == 0 {
 		width = 100
 	}
-	_, err := io.WriteString(s.stdout, stat.Plot(history, width, 8, s.coloured()))
+	_, err := io.WriteString(s.Stdout, stat.Plot(history, width, 8, s.coloured()))
 	return err
 }
 
@@ -308,7 +309,7 @@ func (s *statistics) lines(l *stat.Look) error {
 		d := &l.Devices[i]
 		b.WriteString(l.Time.Format(time.RFC3339) + " " + d.Line() + "\n")
 	}
-	_, err := io.WriteString(s.stdout, b.String())
+	_, err := io.WriteString(s.Stdout, b.String())
 	return err
 }
 
@@ -316,7 +317,7 @@ func (s *statistics) serve(ctx context.Context, w *stat.Watcher) error {
 	host, port, err := net.SplitHostPort(s.http)
 	if err != nil {
 		if _, number := strconv.ParseUint(s.http, 10, 16); number != nil {
-			return badValue("http", s.http, "an address such as localhost:9464, or a port")
+			return cli.BadValue("http", s.http, "an address such as localhost:9464, or a port")
 		}
 		host, port = "", s.http
 	}
@@ -338,21 +339,21 @@ func (s *statistics) serve(ctx context.Context, w *stat.Watcher) error {
 	addr := net.JoinHostPort(host, port)
 	l, err := net.Listen("tcp", addr)
 	if err != nil {
-		return listenRefused(err, addr, "http")
+		return cli.ListenRefused(err, addr, "http")
 	}
-	fmt.Fprintf(s.stdout, "page      http://%s/%s\nJSON      http://%s/stat.json\nmetrics   http://%s/metrics\n", l.Addr(), secret, l.Addr(), l.Addr())
+	fmt.Fprintf(s.Stdout, "page      http://%s/%s\nJSON      http://%s/stat.json\nmetrics   http://%s/metrics\n", l.Addr(), secret, l.Addr(), l.Addr())
 	if token != "" {
-		fmt.Fprintf(s.stdout, "token     %s\n          for JSON and metrics: Authorization: Bearer TOKEN\n", where)
+		fmt.Fprintf(s.Stdout, "token     %s\n          for JSON and metrics: Authorization: Bearer TOKEN\n", where)
 	}
-	fmt.Fprintln(s.stdout, "a signal ends it")
+	fmt.Fprintln(s.Stdout, "a signal ends it")
 	tcp, ok := l.Addr().(*net.TCPAddr)
 	switch remote := ok && !tcp.IP.IsLoopback(); {
 	case remote && s.noToken:
-		fmt.Fprintln(s.stderr, "barevif stat: other machines can read this without a token: how much a vif carries, and when")
+		fmt.Fprintln(s.Stderr, "barevif stat: other machines can read this without a token: how much a vif carries, and when")
 	case remote:
-		fmt.Fprintln(s.stderr, "barevif stat: other machines can reach this; the token and the counters cross the network unencrypted")
+		fmt.Fprintln(s.Stderr, "barevif stat: other machines can reach this; the token and the counters cross the network unencrypted")
 	case s.noToken:
-		fmt.Fprintln(s.stderr, "barevif stat: every user of this machine can read this, whatever pins and memfds keep from them")
+		fmt.Fprintln(s.Stderr, "barevif stat: every user of this machine can read this, whatever pins and memfds keep from them")
 	}
 	err = statweb.Serve(ctx, l, w, s.interval, token)
 	if errors.Is(err, context.Canceled) {
@@ -368,7 +369,7 @@ func isTerminal(w any) bool {
 
 // width returns the width of the terminal in columns, or 0 if the output is not a terminal.
 func (s *statistics) width() int {
-	if f, ok := s.stdout.(*os.File); ok {
+	if f, ok := s.Stdout.(*os.File); ok {
 		if columns, _, err := term.GetSize(int(f.Fd())); err == nil {
 			return columns
 		}
@@ -379,7 +380,7 @@ func (s *statistics) width() int {
 // coloured reports whether the output is a terminal that shows colours, and the user wants
 // them.
 func (s *statistics) coloured() bool {
-	return isTerminal(s.stdout) && os.Getenv("NO_COLOR") == "" && os.Getenv("TERM") != "dumb"
+	return isTerminal(s.Stdout) && os.Getenv("NO_COLOR") == "" && os.Getenv("TERM") != "dumb"
 }
 
 func (s *statistics) paint() stat.Paint {

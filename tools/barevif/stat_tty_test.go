@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"barevif/telemetry"
+	"barevif/tools/cli"
 	"barevif/tools/internal/stat"
 
 	"charm.land/lipgloss/v2"
@@ -108,7 +109,7 @@ func TestStatFitsItsTerminal(t *testing.T) {
 				t.Setenv(c.env[0], c.env[1])
 				term := newTerminal(t, uint16(columns))
 				var stderr bytes.Buffer
-				if code := run(t.Context(), append(args, c.more...), term.tty, &stderr); code != exitOK {
+				if code := cli.Run(t.Context(), rootCommand, append(args, c.more...), term.tty, &stderr); code != cli.ExitOK {
 					t.Errorf("exit %d: %s", code, &stderr)
 				}
 				text := term.close()
@@ -138,7 +139,7 @@ func TestLiveTableWithoutColoursHasNone(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := &statistics{program: &program{stdout: new(bytes.Buffer)}, interval: 1}
+	s := &statistics{Program: &cli.Program{Stdout: new(bytes.Buffer)}, interval: 1}
 	m := newLive(s, w, w.Look())
 	m.plot, m.width, m.height = true, 80, 60
 	for range 3 {
@@ -157,7 +158,7 @@ func TestLiveTableOnATerminalObeysItsUser(t *testing.T) {
 	defer func() { os.Stdin = stdin }()
 	ended := make(chan int, 1)
 	go func() {
-		ended <- run(t.Context(), append(args, "--watch", "--interval", "100ms"), term.tty, term.tty)
+		ended <- cli.Run(t.Context(), rootCommand, append(args, "--watch", "--interval", "100ms"), term.tty, term.tty)
 	}()
 	shows := func(what string) {
 		t.Helper()
@@ -187,7 +188,7 @@ func TestLiveTableOnATerminalObeysItsUser(t *testing.T) {
 	press("q")
 	select {
 	case code := <-ended:
-		if code != exitOK {
+		if code != cli.ExitOK {
 			t.Errorf("exit %d", code)
 		}
 	case <-time.After(2 * time.Minute):
