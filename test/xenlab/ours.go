@@ -10,7 +10,11 @@ import (
 	"barevif/test/xenlab/image"
 )
 
-const barevif = image.ProgramDir + "/barevif"
+const (
+	barevif      = image.ProgramDir + "/barevif"
+	benchProgram = image.ProgramDir + "/bench"
+	checkProgram = image.ProgramDir + "/check"
+)
 
 // netback loads Linux's backend, or unloads it, because it would bind every vif.
 func (t *T) netback(wanted bool) {

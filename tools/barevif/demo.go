@@ -341,7 +341,7 @@ func (d *demo) fetchPage(ctx context.Context, c *http.Client) error {
 func (d *demo) fetchFile(ctx context.Context, c *http.Client) error {
 	size := int64(d.size)
 	path := "/bytes/" + strconv.FormatInt(size, 10)
-	d.say("file", "GET http://%s%s: %s of pseudo-random bytes", demoNear, path, binarySize(uint64(size)))
+	d.say("file", "GET http://%s%s: %s of pseudo-random bytes", demoNear, path, cli.BinarySize(uint64(size)))
 	began := time.Now()
 	resp, err := d.get(ctx, c, path)
 	if err != nil {
@@ -368,7 +368,7 @@ func (d *demo) fetchFile(ctx context.Context, c *http.Client) error {
 		return fmt.Errorf("fetch %s: the bytes are not those that were sent: SHA-256 %s, want %s", path, got, want)
 	}
 	rate := float64(size) / took.Seconds()
-	d.say("", "%.2f s, %s/s, %.2f Gbit/s", took.Seconds(), binarySize(uint64(rate)), rate*8/1e9)
+	d.say("", "%.2f s, %s/s, %.2f Gbit/s", took.Seconds(), cli.BinarySize(uint64(rate)), rate*8/1e9)
 	d.say("", "SHA-256 %s, as it should be", got)
 	return nil
 }
@@ -399,7 +399,7 @@ func (d *demo) counters(ctx context.Context, front, back *pvnet.Device, far *far
 	if far.joint != nil {
 		js := far.joint.Stats()
 		d.say("", "backend to the network: %s frames, %s dropped; from it: %s, %s dropped",
-			grouped(js.ToLink), grouped(js.Unsent), grouped(js.FromLink), grouped(js.Dropped()))
+			cli.Grouped(js.ToLink), cli.Grouped(js.Unsent), cli.Grouped(js.FromLink), cli.Grouped(js.Dropped()))
 	}
 	return nil
 }
@@ -407,7 +407,7 @@ func (d *demo) counters(ctx context.Context, front, back *pvnet.Device, far *far
 // A byteSize is a flag: a number of bytes with an optional unit.
 type byteSize int64
 
-func (s *byteSize) String() string { return strings.ReplaceAll(binarySize(uint64(*s)), " ", "") }
+func (s *byteSize) String() string { return strings.ReplaceAll(cli.BinarySize(uint64(*s)), " ", "") }
 func (s *byteSize) Type() string   { return "bytes" }
 
 func (s *byteSize) Set(v string) error {
@@ -419,7 +419,7 @@ func (s *byteSize) Set(v string) error {
 	}
 	n, err := strconv.ParseInt(number, 10, 64)
 	if err != nil || n < 0 || n > appliance.MaxBlob>>shift {
-		return fmt.Errorf("a number of bytes up to %s, like 64MiB", binarySize(appliance.MaxBlob))
+		return fmt.Errorf("a number of bytes up to %s, like 64MiB", cli.BinarySize(appliance.MaxBlob))
 	}
 	*s = byteSize(n << shift)
 	return nil

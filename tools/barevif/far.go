@@ -68,7 +68,7 @@ func (d *demo) openFar(ctx context.Context) (*far, error) {
 		if err != nil {
 			return 0, err
 		}
-		return ping(ctx, socket, to, seq)
+		return pingFrom(ctx, socket, to, seq)
 	}
 	return f, nil
 }

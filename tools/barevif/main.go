@@ -47,7 +47,7 @@ func rootCommand(p *cli.Program) *cobra.Command {
 		Long:    about,
 		Example: examples,
 	}
-	for _, add := range []func(*cli.Program) *cobra.Command{demoCommand, hostCommand, backCommand, serveCommand, attachCommand, checkCommand, statCommand, xenCommand, benchCommand, versionCommand} {
+	for _, add := range []func(*cli.Program) *cobra.Command{demoCommand, hostCommand, backCommand, serveCommand, attachCommand, statCommand, xenCommand, versionCommand} {
 		root.AddCommand(add(p))
 	}
 	return root

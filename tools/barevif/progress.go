@@ -1,6 +1,7 @@
 package main
 
 import (
+	"barevif/tools/cli"
 	"fmt"
 	"io"
 	"os"
@@ -46,7 +47,7 @@ func (p *progress) Write(b []byte) (int, error) {
 	}
 	for p.quarter < 4 && p.size > 0 && p.done >= p.size*(p.quarter+1)/4 {
 		p.quarter++
-		fmt.Fprintf(p.w, "%-10s %3d %%  %s\n", "", 25*p.quarter, binarySize(uint64(p.size*p.quarter/4)))
+		fmt.Fprintf(p.w, "%-10s %3d %%  %s\n", "", 25*p.quarter, cli.BinarySize(uint64(p.size*p.quarter/4)))
 	}
 	return len(b), nil
 }

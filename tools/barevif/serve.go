@@ -10,6 +10,7 @@ import (
 	"strconv"
 
 	"barevif/pvnet"
+	"barevif/tools/appliance"
 	"barevif/tools/cli"
 	"barevif/tools/domain"
 
@@ -30,8 +31,8 @@ func serveCommand(p *cli.Program) *cobra.Command {
   /sum              the SHA-256 of what is sent there: curl -T FILE
   /metrics          the card's counters as OpenMetrics text
 
-With --check it answers "barevif check" too, which finds out whether what the card
-carries arrives as it was sent.
+With --check it answers datagrams, too: go run ./test/check finds out whether what
+the card carries arrives as it was sent.
 
 The machine's own network has no part in it. When the backend goes, or the toolstack
 takes the vif away, serve says so, waits, and connects again when one comes back. A
@@ -50,7 +51,7 @@ it away from it.`,
 	cmd.Flags().StringVar(&s.gateway, "gateway", "", "`address` of the router to other networks")
 	cmd.Flags().Uint16Var(&s.port, "port", 80, "TCP `port` to serve HTTP on")
 	cmd.Flags().StringVar(&s.root, "root", "", "serve the files of this `directory`")
-	cmd.Flags().Uint16Var(&s.check, "check", 0, fmt.Sprintf("UDP `port` to answer \"barevif check\" at, which asks at %d; 0: none", checkPort))
+	cmd.Flags().Uint16Var(&s.check, "check", 0, fmt.Sprintf("UDP `port` to answer \"go run ./test/check\" at, which asks at %d; 0: none", appliance.DatagramPort))
 	cmd.Flags().IntVar(&s.queues, "queues", 1, "`queues` to ask for")
 	return cmd
 }

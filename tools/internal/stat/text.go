@@ -12,6 +12,7 @@ import (
 
 	"barevif/telemetry"
 	"barevif/telemetry/bpf"
+	"barevif/tools/cli"
 	"barevif/tools/internal/users"
 )
 
@@ -177,7 +178,7 @@ func (d *Device) Losses() []string {
 				continue
 			}
 			if n := d.Count(All, dir, func(v *telemetry.Values) uint64 { return v.Field(f) }); n > 0 {
-				parts = append(parts, strings.TrimPrefix(f.Name, "drop_")+" "+Grouped(n))
+				parts = append(parts, strings.TrimPrefix(f.Name, "drop_")+" "+cli.Grouped(n))
 			}
 		}
 		if len(parts) > 0 {
@@ -227,8 +228,8 @@ func WritePairs(b *strings.Builder, l *Look, on Sheet) {
 		for k := range l.Pairs[i].Flows {
 			f := &l.Pairs[i].Flows[k]
 			verdict, tone := f.words()
-			g.add([]cell{{f.From, Plain}, {f.To, Plain}, {Grouped(f.Sent), Plain}, {Grouped(f.Received), Plain},
-				{Grouped(f.Dropped), Plain}, {verdict, tone}})
+			g.add([]cell{{f.From, Plain}, {f.To, Plain}, {cli.Grouped(f.Sent), Plain}, {cli.Grouped(f.Received), Plain},
+				{cli.Grouped(f.Dropped), Plain}, {verdict, tone}})
 		}
 	}
 	b.WriteByte('\n')
@@ -322,8 +323,8 @@ func (d *Device) line(q int, dir telemetry.Dir, rates bool) []cell {
 		}
 	}
 	return append(row,
-		cell{Grouped(d.Count(q, dir, Packets)), Plain}, cell{Grouped(d.Count(q, dir, Bytes)), Plain}, cell{Grouped(lost), tone},
-		cell{batch, Plain}, cell{Grouped(d.Count(q, dir, Sent)), Plain},
+		cell{cli.Grouped(d.Count(q, dir, Packets)), Plain}, cell{cli.Grouped(d.Count(q, dir, Bytes)), Plain}, cell{cli.Grouped(lost), tone},
+		cell{batch, Plain}, cell{cli.Grouped(d.Count(q, dir, Sent)), Plain},
 		cell{ring, Plain})
 }
 
@@ -364,15 +365,6 @@ func Bar(used float64, size uint64) string {
 	}
 	fmt.Fprintf(&b, " %3.0f/%d", used, size)
 	return b.String()
-}
-
-// Grouped returns n with spaces between thousands.
-func Grouped(n uint64) string {
-	s := strconv.FormatUint(n, 10)
-	for i := len(s) - 3; i > 0; i -= 3 {
-		s = s[:i] + " " + s[i:]
-	}
-	return s
 }
 
 // SI returns f in three digits with an SI prefix: "1.25M".

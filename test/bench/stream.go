@@ -25,7 +25,7 @@ const streamBuffer = 128 << 10
 
 // sendStream writes to c for window, and waits until the receiver has everything before it
 // closes c: a stack of our own ends with the process.
-func (b *benchRun) sendStream(ctx context.Context, window time.Duration, c net.Conn) (r benchResult, err error) {
+func (b *piece) sendStream(ctx context.Context, window time.Duration, c net.Conn) (r result, err error) {
 	defer c.Close()
 	defer context.AfterFunc(ctx, func() { c.SetDeadline(time.Unix(1, 0)) })()
 	b.begun("sending")
@@ -56,7 +56,7 @@ func (b *benchRun) sendStream(ctx context.Context, window time.Duration, c net.C
 
 // recvStream reads the first stream of l to its end, so that bytes in flight when the
 // sender's time is over count at both ends. It closes l.
-func (b *benchRun) recvStream(ctx context.Context, window time.Duration, l net.Listener) (r benchResult, err error) {
+func (b *piece) recvStream(ctx context.Context, window time.Duration, l net.Listener) (r result, err error) {
 	defer l.Close()
 	defer context.AfterFunc(ctx, func() { l.Close() })()
 	late := time.AfterFunc(firstFrame, func() { l.Close() })
@@ -88,41 +88,41 @@ func (b *benchRun) recvStream(ctx context.Context, window time.Duration, l net.L
 	return r, nil
 }
 
-// A benchStream is a TCP stream through a gVisor stack on a card of ours.
-type benchStream struct {
-	benchRun
-	card     benchCard
+// A streamPiece is a TCP stream through a gVisor stack on a card of ours.
+type streamPiece struct {
+	piece
+	card     card
 	from, to string
 	port     uint16
 }
 
-func benchStreamSendCommand(p *cli.Program) *cobra.Command {
-	return streamCommand(p, "stream-send", "Send a stream through a card of ours, with TCP/IP of its own", func(s *benchStream, cmd *cobra.Command) {
+func streamSendCommand(p *cli.Program) *cobra.Command {
+	return streamCommand(p, "stream-send", "Send a stream through a card of ours, with TCP/IP of its own", func(s *streamPiece, cmd *cobra.Command) {
 		cmd.Flags().StringVar(&s.to, "to", "10.9.0.1", "`address` to connect to")
-	}, func(s *benchStream, ctx context.Context, window time.Duration, st *netstack.Stack) (benchResult, error) {
+	}, func(s *streamPiece, ctx context.Context, window time.Duration, st *netstack.Stack) (result, error) {
 		c, err := st.DialContext(ctx, "tcp", net.JoinHostPort(s.to, strconv.Itoa(int(s.port))))
 		if err != nil {
-			return benchResult{}, err
+			return result{}, err
 		}
 		return s.sendStream(ctx, window, c)
 	})
 }
 
-func benchStreamRecvCommand(p *cli.Program) *cobra.Command {
+func streamRecvCommand(p *cli.Program) *cobra.Command {
 	return streamCommand(p, "stream-recv", "Receive one stream from a card of ours, with TCP/IP of its own, to its end",
-		func(*benchStream, *cobra.Command) {},
-		func(s *benchStream, ctx context.Context, window time.Duration, st *netstack.Stack) (benchResult, error) {
+		func(*streamPiece, *cobra.Command) {},
+		func(s *streamPiece, ctx context.Context, window time.Duration, st *netstack.Stack) (result, error) {
 			l, err := st.Listen("tcp", ":"+strconv.Itoa(int(s.port)))
 			if err != nil {
-				return benchResult{}, err
+				return result{}, err
 			}
 			return s.recvStream(ctx, window, l)
 		})
 }
 
 // streamCommand makes a stream command; run moves the traffic.
-func streamCommand(p *cli.Program, use, short string, flags func(*benchStream, *cobra.Command), run func(*benchStream, context.Context, time.Duration, *netstack.Stack) (benchResult, error)) *cobra.Command {
-	s := &benchStream{benchRun: benchRun{Program: p}}
+func streamCommand(p *cli.Program, use, short string, flags func(*streamPiece, *cobra.Command), run func(*streamPiece, context.Context, time.Duration, *netstack.Stack) (result, error)) *cobra.Command {
+	s := &streamPiece{piece: piece{Program: p}}
 	cmd := &cobra.Command{
 		Use: use, Short: short, Args: cli.Arguments(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {

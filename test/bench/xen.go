@@ -17,16 +17,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// benchXen measures what one guest can measure alone: sending.
-type benchXen struct {
-	benchRun
+// guestAlone measures what one guest can measure alone: sending.
+type guestAlone struct {
+	piece
 	frame  udpFrame
 	xen    bool
 	vif    string
 	rounds int
 }
 
-func (x *benchXen) register(cmd *cobra.Command) {
+func (x *guestAlone) register(cmd *cobra.Command) {
 	cmd.Flags().BoolVar(&x.xen, "xen", false, "measure what this Xen guest can measure alone")
 	cmd.Flags().StringVar(&x.vif, "vif", "0", "with --xen: `id` of the vif")
 	cmd.Flags().Float64Var(&x.secs, "secs", 5, "with --xen: `seconds` for each way and round")
@@ -34,7 +34,7 @@ func (x *benchXen) register(cmd *cobra.Command) {
 	x.frame.register(cmd)
 }
 
-func (x *benchXen) run(cmd *cobra.Command) (err error) {
+func (x *guestAlone) run(cmd *cobra.Command) (err error) {
 	if !x.xen {
 		return cmd.Help()
 	}
@@ -59,9 +59,9 @@ func (x *benchXen) run(cmd *cobra.Command) (err error) {
 			err = errors.Join(err, xendev.Release(xendev.Config{}, x.vif))
 		}
 	}()
-	var all []benchResult
+	var all []result
 	for range x.rounds {
-		for _, part := range []func(context.Context, time.Duration) ([]benchResult, error){x.kernel, x.ours} {
+		for _, part := range []func(context.Context, time.Duration) ([]result, error){x.kernel, x.ours} {
 			results, err := part(ctx, window)
 			if err != nil {
 				return err
@@ -69,19 +69,19 @@ func (x *benchXen) run(cmd *cobra.Command) (err error) {
 			all = append(all, results...)
 		}
 	}
-	return printBench(x.Stdout, all)
+	return printTable(x.Stdout, all)
 }
 
 // kernel measures the kernel's netfront.
-func (x *benchXen) kernel(ctx context.Context, window time.Duration) (all []benchResult, err error) {
+func (x *guestAlone) kernel(ctx context.Context, window time.Duration) (all []result, err error) {
 	iface, err := x.bringUp(ctx)
 	if err != nil {
 		return nil, err
 	}
-	n := benchNet{benchRun: x.benchRun, frame: x.frame, iface: iface}
+	n := kernelPiece{piece: x.piece, frame: x.frame, iface: iface}
 	for _, way := range []struct {
 		name string
-		run  func(context.Context, time.Duration) (benchResult, error)
+		run  func(context.Context, time.Duration) (result, error)
 	}{{"kernel pktgen", n.pktgen}, {"Go UDP socket", n.udpSend}, {"Go packet socket", n.packetSend}} {
 		before, err := readCounters(iface)
 		if err != nil {
@@ -104,7 +104,7 @@ func (x *benchXen) kernel(ctx context.Context, window time.Duration) (all []benc
 
 // bringUp binds the vif to the kernel's driver, and gives its interface an address and a
 // neighbour.
-func (x *benchXen) bringUp(ctx context.Context) (iface string, err error) {
+func (x *guestAlone) bringUp(ctx context.Context) (iface string, err error) {
 	vif, err := xendev.Frontend(xendev.Config{}, x.vif)
 	if err != nil {
 		return "", err
@@ -172,13 +172,13 @@ func pause(ctx context.Context) error {
 }
 
 // ours measures a card of ours.
-func (x *benchXen) ours(ctx context.Context, window time.Duration) (all []benchResult, err error) {
+func (x *guestAlone) ours(ctx context.Context, window time.Duration) (all []result, err error) {
 	for _, way := range []struct {
 		name  string
 		batch int
 		wait  string
 	}{{"ours, batch 32", 32, "park"}, {"ours, batch 32, busy", 32, "busy"}, {"ours, batch 1", 1, "park"}} {
-		card := benchCard{
+		card := card{
 			domain: domain.Flags{Xen: true}, vif: x.vif, take: true, doorbell: "ioctl", waitMode: way.wait, wait: firstFrame,
 			log: func() pvnet.Config { return pvnet.Config{Logger: x.Program.Log()} },
 		}

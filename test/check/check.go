@@ -1,3 +1,4 @@
+// Command check finds out whether datagrams arrive as they were sent. See its --help.
 package main
 
 import (
@@ -18,10 +19,9 @@ import (
 	"github.com/vishvananda/netlink"
 )
 
-// checkPort is the default UDP port of the answering end.
-const checkPort = 7007
+func main() { cli.Main(command) }
 
-func checkCommand(p *cli.Program) *cobra.Command {
+func command(p *cli.Program) *cobra.Command {
 	c := check{Program: p}
 	cmd := &cobra.Command{
 		Use:   "check ADDRESS",
@@ -38,15 +38,15 @@ that is wrong, or comes twice, is a failure.
 Where nothing answers it says so after a second, with what the kernel knows about
 the address, and gives up after --silence.`,
 		Example: `  barevif serve --check 7007
-  barevif check 10.9.0.2
+  check 10.9.0.2
 
-  other$ barevif check --answer
-  barevif check --sizes 1-8972:61,8972 --lost 0 10.9.0.1`,
+  other$ check --answer
+  check --sizes 1-8972:61,8972 --lost 0 10.9.0.1`,
 		Args: cli.Arguments(1),
 		RunE: func(cmd *cobra.Command, args []string) error { return c.run(cmd.Context(), args) },
 	}
 	cmd.Flags().BoolVar(&c.answer, "answer", false, "be the other end")
-	cmd.Flags().Uint16Var(&c.port, "port", checkPort, "UDP `port` to ask or to answer at")
+	cmd.Flags().Uint16Var(&c.port, "port", appliance.DatagramPort, "UDP `port` to ask or to answer at")
 	cmd.Flags().StringVar(&c.sizes, "sizes", "1-1472", "`sizes` in bytes: SIZE, FROM-TO or FROM-TO:STEP, and more of them after commas")
 	cmd.Flags().Float64Var(&c.lost, "lost", 1, "`percent` that may be lost")
 	cmd.Flags().DurationVar(&c.patience, "patience", 2*time.Second, "`time` after which what has not come is lost")
@@ -138,7 +138,7 @@ func (c *check) ask(ctx context.Context, addr string, sizes []int) error {
 		return c.unreachable(err, addr)
 	}
 	fmt.Fprintf(c.Stdout, "%d datagrams, %s each way in %s: %d lost, %d wrong\n",
-		t.Asked, binarySize(uint64(t.Bytes)), time.Since(began).Round(time.Millisecond), t.Lost(), t.Wrong)
+		t.Asked, cli.BinarySize(uint64(t.Bytes)), time.Since(began).Round(time.Millisecond), t.Lost(), t.Wrong)
 	switch {
 	case t.What != nil:
 		return t.What
@@ -169,7 +169,7 @@ func (c *check) hear(ctx context.Context, conn net.Conn, giveUp context.CancelCa
 			select {
 			case <-word.C:
 				if c.silence > time.Second {
-					fmt.Fprintf(c.Stderr, "barevif check: no answer yet: %s; giving up after %v\n", neighbour(conn.RemoteAddr()), c.silence)
+					fmt.Fprintf(c.Stderr, "check: no answer yet: %s; giving up after %v\n", neighbour(conn.RemoteAddr()), c.silence)
 				}
 			case <-end.C:
 				giveUp(&silentError{fmt.Sprintf("nothing was answered within %v: %s", c.silence, neighbour(conn.RemoteAddr()))})
@@ -219,7 +219,7 @@ func (e *silentError) Error() string { return e.text }
 
 // unreachable adds advice to the error of another end that does not answer.
 func (c *check) unreachable(err error, addr string) error {
-	const answers = `"barevif serve --check", or "barevif check --answer"`
+	const answers = `"barevif serve --check", or "check --answer"`
 	if _, ok := errors.AsType[*silentError](err); ok {
 		return &cli.Advice{Err: err, Next: "is that its address, and does it answer there? " + answers + "; --silence waits longer"}
 	}

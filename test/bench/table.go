@@ -15,7 +15,7 @@ import (
 	"github.com/spf13/cobra"
 )
 
-func benchTableCommand(p *cli.Program) *cobra.Command {
+func tableCommand(p *cli.Program) *cobra.Command {
 	return &cobra.Command{
 		Use:   "table [FILE]",
 		Short: "Make a table of lines of JSON, from standard input or a file",
@@ -38,12 +38,12 @@ round trips.`,
 			if err != nil {
 				return err
 			}
-			return printBench(p.Stdout, results)
+			return printTable(p.Stdout, results)
 		},
 	}
 }
 
-func readResults(r io.Reader) (all []benchResult, err error) {
+func readResults(r io.Reader) (all []result, err error) {
 	for s := bufio.NewScanner(r); ; {
 		if !s.Scan() {
 			return all, s.Err()
@@ -51,7 +51,7 @@ func readResults(r io.Reader) (all []benchResult, err error) {
 		if strings.TrimSpace(s.Text()) == "" {
 			continue
 		}
-		var one benchResult
+		var one result
 		if err := json.Unmarshal(s.Bytes(), &one); err != nil {
 			return nil, fmt.Errorf("line %d: %w", len(all)+1, err)
 		}
@@ -59,17 +59,17 @@ func readResults(r io.Reader) (all []benchResult, err error) {
 	}
 }
 
-// A benchRow holds all measurements of one way to do one thing.
-type benchRow struct {
+// A row of the table holds all measurements of one way to do one thing.
+type row struct {
 	what, way string
 	values    []float64 // sorted
 }
 
-func (r *benchRow) median() float64 { return r.values[len(r.values)/2] }
+func (r *row) median() float64 { return r.values[len(r.values)/2] }
 
 // value returns the number to compare: frames per second, bits per second of a stream, or
 // microseconds of a round trip.
-func (r *benchResult) value() (v float64, unit string) {
+func (r *result) value() (v float64, unit string) {
 	switch {
 	case r.Median > 0:
 		return r.Median, "us"
@@ -81,52 +81,68 @@ func (r *benchResult) value() (v float64, unit string) {
 	return float64(r.Bytes) * 8 / r.Seconds / 1e6, "Mbit/s"
 }
 
-// printBench writes the table.
-func printBench(w io.Writer, results []benchResult) error {
-	if len(results) == 0 {
-		return errors.New("no lines to make a table of")
-	}
-	var rows []*benchRow
-	units := map[string]string{}
-	for _, r := range results {
-		i := slices.IndexFunc(rows, func(row *benchRow) bool { return row.what == r.What && row.way == r.Way })
-		if i < 0 {
-			i = len(rows)
-			rows = append(rows, &benchRow{what: r.What, way: r.Way})
+// rowsOf groups results, in the order in which each kind of traffic came first.
+func rowsOf(results []result) (rows []*row, units map[string]string, err error) {
+	units = map[string]string{}
+	order := map[string]int{}
+	for i, r := range results {
+		if _, ok := order[r.What]; !ok {
+			order[r.What] = i
 		}
 		v, unit := r.value()
 		if u, ok := units[r.What]; ok && u != unit && v > 0 {
-			return fmt.Errorf("lines of %q are in %s and in %s", r.What, u, unit)
+			return nil, nil, fmt.Errorf("lines of %q are in %s and in %s", r.What, u, unit)
 		}
 		if v > 0 {
 			units[r.What] = unit
 		}
-		rows[i].values = append(rows[i].values, v)
-	}
-	slices.SortStableFunc(rows, func(a, b *benchRow) int {
-		first := func(what string) int {
-			return slices.IndexFunc(results, func(r benchResult) bool { return r.What == what })
+		one := find(rows, r.What, r.Way)
+		if one == nil {
+			one = &row{what: r.What, way: r.Way}
+			rows = append(rows, one)
 		}
-		return first(a.what) - first(b.what)
-	})
-	for _, row := range rows {
-		slices.Sort(row.values)
+		one.values = append(one.values, v)
+	}
+	slices.SortStableFunc(rows, func(a, b *row) int { return order[a.what] - order[b.what] })
+	for _, r := range rows {
+		slices.Sort(r.values)
+	}
+	return rows, units, nil
+}
+
+// find returns the first row of what and way, or nil. way may be "", for any.
+func find(rows []*row, what, way string) *row {
+	for _, r := range rows {
+		if r.what == what && (way == "" || r.way == way) {
+			return r
+		}
+	}
+	return nil
+}
+
+// printTable writes the table.
+func printTable(w io.Writer, results []result) error {
+	if len(results) == 0 {
+		return errors.New("no lines to make a table of")
+	}
+	rows, units, err := rowsOf(results)
+	if err != nil {
+		return err
 	}
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(t, "traffic\tway\tmedian\tunit\tfrom\tto\trounds\tratio\tto Go's socket")
-	for _, row := range rows {
-		reference := rows[slices.IndexFunc(rows, func(r *benchRow) bool { return r.what == row.what })]
+	for _, r := range rows {
 		socket := ""
-		if i := slices.IndexFunc(rows, func(r *benchRow) bool { return r.what == row.what && r.way == "Go UDP socket" }); i >= 0 {
-			socket = ratio(row, rows[i])
+		if s := find(rows, r.what, "Go UDP socket"); s != nil {
+			socket = ratio(r, s)
 		}
-		fmt.Fprintf(t, "%s\t%s\t%.0f\t%s\t%.0f\t%.0f\t%d\t%s\t%s\n", row.what, row.way, row.median(), units[row.what],
-			row.values[0], row.values[len(row.values)-1], len(row.values), ratio(row, reference), socket)
+		fmt.Fprintf(t, "%s\t%s\t%.0f\t%s\t%.0f\t%.0f\t%d\t%s\t%s\n", r.what, r.way, r.median(), units[r.what],
+			r.values[0], r.values[len(r.values)-1], len(r.values), ratio(r, find(rows, r.what, "")), socket)
 	}
 	return t.Flush()
 }
 
-func ratio(a, b *benchRow) string {
+func ratio(a, b *row) string {
 	if b.median() == 0 {
 		return "-"
 	}
