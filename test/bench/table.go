@@ -2,6 +2,7 @@ package main
 
 import (
 	"barevif/tools/cli"
+	"barevif/tools/table"
 	"bufio"
 	"encoding/json"
 	"errors"
@@ -9,8 +10,8 @@ import (
 	"io"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
-	"text/tabwriter"
 
 	"github.com/spf13/cobra"
 )
@@ -129,17 +130,21 @@ func printTable(w io.Writer, results []result) error {
 	if err != nil {
 		return err
 	}
-	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(t, "traffic\tway\tmedian\tunit\tfrom\tto\trounds\tratio\tto Go's socket")
+	t := table.Table{
+		Head: []string{"traffic", "way", "median", "unit", "from", "to", "rounds", "ratio", "to Go's socket"},
+		Left: func(column int) bool { return column < 2 || column == 3 },
+	}
 	for _, r := range rows {
 		socket := ""
 		if s := find(rows, r.what, "Go UDP socket"); s != nil {
 			socket = ratio(r, s)
 		}
-		fmt.Fprintf(t, "%s\t%s\t%.0f\t%s\t%.0f\t%.0f\t%d\t%s\t%s\n", r.what, r.way, r.median(), units[r.what],
-			r.values[0], r.values[len(r.values)-1], len(r.values), ratio(r, find(rows, r.what, "")), socket)
+		whole := func(v float64) string { return strconv.FormatFloat(v, 'f', 0, 64) }
+		t.Rows = append(t.Rows, []string{r.what, r.way, whole(r.median()), units[r.what],
+			whole(r.values[0]), whole(r.values[len(r.values)-1]), strconv.Itoa(len(r.values)), ratio(r, find(rows, r.what, "")), socket})
 	}
-	return t.Flush()
+	_, err = io.WriteString(w, t.String())
+	return err
 }
 
 func ratio(a, b *row) string {

@@ -5,11 +5,11 @@ import (
 	"io"
 	"strconv"
 	"strings"
-	"text/tabwriter"
 
 	"barevif/pvnet/link"
 	"barevif/telemetry"
 	"barevif/tools/cli"
+	"barevif/tools/table"
 )
 
 // A flow is one direction of a vif: what one end sent and the other received.
@@ -36,21 +36,21 @@ func (f *flow) balanced() bool {
 
 // printFlows writes flows as a table, indented.
 func printFlows(w io.Writer, indent string, flows [2]flow) {
-	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', tabwriter.AlignRight)
-	fmt.Fprintf(t, "%s\tframes\tbytes\tframes a batch\tnotified\tnot needed\tdropped\t\n", indent)
+	t := table.Table{Head: []string{"", "frames", "bytes", "frames a batch", "notified", "not needed", "dropped"}}
 	for i := range flows {
 		f := &flows[i]
 		for _, side := range []struct {
 			who string
 			v   *telemetry.Values
 		}{{f.from + " sent", &f.sent}, {f.to + " received", &f.received}} {
-			fmt.Fprintf(t, "%s%s\t%s\t%s\t%s\t%s\t%s\t%s\t\n", indent, side.who,
+			t.Rows = append(t.Rows, []string{side.who,
 				cli.Grouped(side.v.Get(telemetry.Packets)), cli.Grouped(side.v.Get(telemetry.Bytes)), perBatch(side.v),
-				cli.Grouped(side.v.Get(telemetry.NotifiesSent)), cli.Grouped(side.v.Get(telemetry.NotifiesSpared)), cli.Grouped(lost(side.v)))
+				cli.Grouped(side.v.Get(telemetry.NotifiesSent)), cli.Grouped(side.v.Get(telemetry.NotifiesSpared)), cli.Grouped(lost(side.v))})
 		}
 	}
-	// The underlying writer reports its own errors.
-	_ = t.Flush()
+	for _, line := range t.Lines() {
+		fmt.Fprintln(w, indent+line)
+	}
 }
 
 // perBatch returns the average number of frames per batch.

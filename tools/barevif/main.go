@@ -46,6 +46,10 @@ func rootCommand(p *cli.Program) *cobra.Command {
 		Short:   "A Xen paravirtual network card for Go programs",
 		Long:    about,
 		Example: examples,
+		Annotations: map[string]string{
+			"bench": `it is a command of its own: "go run ./test/bench" in a clone`,
+			"check": `it is a command of its own: "go run ./test/check" in a clone`,
+		},
 	}
 	for _, add := range []func(*cli.Program) *cobra.Command{demoCommand, hostCommand, backCommand, serveCommand, attachCommand, statCommand, xenCommand, versionCommand} {
 		root.AddCommand(add(p))

@@ -30,7 +30,7 @@ func statCommand(p *cli.Program) *cobra.Command {
 	s := statistics{Program: p}
 	cmd := &cobra.Command{
 		Use:   "stat [VIF...]",
-		Short: "Show the counters of vifs: once, live, as JSON, plots or a web page",
+		Short: "Show the counters of vifs: as text, live, as JSON or a web page",
 		Long: `stat shows what the vifs of this machine count, whichever process owns them. VIF is a
 name as stat shows it, "front-1-2-0" for domain 1's end of its vif 0 with domain 2,
 or a pattern: "front-*". Without one it shows all. Other names work too:
@@ -66,7 +66,8 @@ lost power: directories of this user, as root of all users, whose owner is dead.
 prints each. What a live process owns stays.
 
 --watch is a live table: q quits, r counts from now on, s sorts, x folds queues,
-p plots, space pauses. Where the output is no terminal it is a line per direction.
+p plots, space pauses. Where the output is no terminal, or with --count, it is the
+text again and again, each with its time.
 
 --http answers on this machine alone, unless it is given an address. Since stat may
 read what others may not, JSON and metrics are for those who send a token, as
@@ -78,10 +79,11 @@ a network unencrypted. --no-token lets everybody read who can reach the address.
 --json prints an object, with --watch one per line. Names are those of COUNTERS.md
 with their direction, rx_packets; a number above 2^53 is a string of its digits.`,
 		Example: `  barevif stat
-  barevif stat --watch --plot
+  barevif stat --watch
   barevif stat --json 'front-*' | jq '.devices[].totals.counters.rx_packets'
   barevif stat --http localhost:9464
   barevif stat --http 9464 --token-file /etc/barevif/token`,
+		Annotations: map[string]string{"--plot": "press p in the live table of --watch, or open the page of --http, which plots"},
 		RunE: func(cmd *cobra.Command, args []string) error {
 			s.count = max(s.count, 0)
 			s.patterns = args
@@ -91,7 +93,6 @@ with their direction, rx_packets; a number above 2^53 is a string of its digits.
 	f := cmd.Flags()
 	f.BoolVarP(&s.watch, "watch", "w", false, "go on until a signal, or --count looks")
 	f.BoolVar(&s.json, "json", false, "print JSON")
-	f.BoolVar(&s.plot, "plot", false, "draw rates and ring occupancy; without --watch over 30 looks, or --count")
 	f.DurationVar(&s.interval, "interval", time.Second, "`time` from one look to the next, 100ms at least")
 	f.IntVar(&s.count, "count", 0, "`number` of looks; more than one is --watch")
 	f.StringVar(&s.http, "http", "", "serve a page with live plots, JSON and OpenMetrics at this `address`: a port alone is for this machine only")
@@ -101,10 +102,10 @@ with their direction, rx_packets; a number above 2^53 is a string of its digits.
 	f.StringArrayVar(&s.users, "user", nil, "show devices of this `user` too, by name or number; repeatable")
 	f.StringVar(&s.root, "root", bpf.DefaultRoot, "`directory` of the pins")
 	f.BoolVar(&s.prune, "prune", false, "remove the pins of dead owners, and show nothing")
-	for _, other := range []string{"watch", "json", "plot", "count", "http", "user", "all-users"} {
+	for _, other := range []string{"watch", "json", "count", "http", "user", "all-users"} {
 		cli.Exclusive(cmd, "prune", other)
 	}
-	cli.Exclusive(cmd, "json", "plot", "http")
+	cli.Exclusive(cmd, "json", "http")
 	cli.Exclusive(cmd, "http", "watch")
 	cli.Exclusive(cmd, "http", "count")
 	cli.Exclusive(cmd, "token-file", "no-token")
@@ -114,7 +115,7 @@ with their direction, rx_packets; a number above 2^53 is a string of its digits.
 type statistics struct {
 	*cli.Program
 	patterns          []string
-	watch, json, plot bool
+	watch, json       bool
 	interval          time.Duration
 	count             int
 	http, root        string
@@ -152,14 +153,10 @@ func (s *statistics) run(ctx context.Context, counted bool) error {
 	if s.tokenFile != "" || s.noToken {
 		return cli.BadValue("http", "", "an address, which --token-file and --no-token are about")
 	}
-	many := s.watch || s.count > 1
-	if s.plot && !many {
-		s.count = 30
-	}
 	if s.watch && !s.json && isTerminal(s.Stdout) && isTerminal(os.Stdin) {
 		return s.live(ctx, w)
 	}
-	if many || s.plot {
+	if s.watch || s.count > 1 {
 		return s.repeat(ctx, w)
 	}
 	l := w.Look()
@@ -260,7 +257,6 @@ func (s *statistics) encode(l *stat.Look, indent string) error {
 func (s *statistics) repeat(ctx context.Context, w *stat.Watcher) error {
 	tick := time.NewTicker(s.interval)
 	defer tick.Stop()
-	history := stat.NewHistory(600)
 	for n := 1; ; n++ {
 		l := w.Look()
 		if n == 1 {
@@ -269,45 +265,29 @@ func (s *statistics) repeat(ctx context.Context, w *stat.Watcher) error {
 			}
 			s.warn(l)
 		}
-		history.Add(l)
-		var err error
-		switch {
-		case s.plot:
-		case s.json:
-			err = s.encode(l, "")
-		default:
-			err = s.lines(l)
-		}
-		if err != nil {
+		if err := s.one(l, n > 1); err != nil || n == s.count {
 			return err
-		}
-		if n == s.count {
-			break
 		}
 		select {
 		case <-tick.C:
-			continue
 		case <-ctx.Done(): // a signal
+			return nil
 		}
-		break
 	}
-	if !s.plot {
-		return nil
-	}
-	width := s.width()
-	if width == 0 {
-		width = 100
-	}
-	_, err := io.WriteString(s.Stdout, stat.Plot(history, width, 8, s.coloured()))
-	return err
 }
 
-// lines prints a look as one line per device, labelled for grep and awk.
-func (s *statistics) lines(l *stat.Look) error {
+// one prints one look of several. again says that it is not the first.
+func (s *statistics) one(l *stat.Look, again bool) error {
+	if s.json {
+		return s.encode(l, "")
+	}
 	var b strings.Builder
-	for i := range l.Devices {
-		d := &l.Devices[i]
-		b.WriteString(l.Time.Format(time.RFC3339) + " " + d.Line() + "\n")
+	if again {
+		b.WriteByte('\n')
+	}
+	b.WriteString(s.paint()(stat.Title, l.Time.Format(time.RFC3339)) + "\n")
+	if err := stat.Write(&b, l, stat.Sheet{Width: s.width(), Paint: s.paint()}); err != nil {
+		return err
 	}
 	_, err := io.WriteString(s.Stdout, b.String())
 	return err

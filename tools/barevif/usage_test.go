@@ -33,7 +33,11 @@ func TestMistakesNameWhatWouldDo(t *testing.T) {
 		{"xen take", []string{"the ID of a vif is missing", "barevif xen"}},
 		{"xen take 0 1", []string{`"1"`, "one argument at most"}},
 		{"serve --emu x --xen", []string{`--emu "x" and --xen "true": only one of them can be given`, "leave out"}},
-		{"stat --json --plot --http 1", []string{`--json "true" and --plot "true" and --http "1"`}},
+		{"stat --json --http 1", []string{`--json "true" and --http "1"`}},
+		{"stat --plot", []string{`"--plot" is no flag of "barevif stat"`, "press p in the live table of --watch", "--http"}},
+		{"stat --watch --plot=true", []string{`"--plot" is no flag of "barevif stat"`, "press p in the live table of --watch", "--http"}},
+		{"bench send", []string{`"bench" is no command of "barevif"`, "go run ./test/bench"}},
+		{"check 10.9.0.2", []string{`"check" is no command of "barevif"`, "go run ./test/check"}},
 		{"stat --prune --watch", []string{`--prune "true" and --watch "true"`}},
 		{"stat --prune front-*", []string{`"front-*": --prune takes no names`}},
 		{"serve --dom 0", []string{`--dom "0": not the number of a domain from 1 to 32751`}},
@@ -68,7 +72,7 @@ func TestAddressesThatCannotBeListenedAt(t *testing.T) {
 // A reader that ends early, such as head, is not a failure.
 func TestAReaderThatHasEnoughIsNoFailure(t *testing.T) {
 	_, args := counting(t, 61031)
-	for _, more := range [][]string{nil, {"--json"}, {"--watch", "--interval", "100ms"}, {"--watch", "--json", "--interval", "100ms"}, {"--plot", "--count", "2", "--interval", "100ms"}} {
+	for _, more := range [][]string{nil, {"--json"}, {"--watch", "--interval", "100ms"}, {"--watch", "--json", "--interval", "100ms"}, {"--count", "2", "--interval", "100ms"}} {
 		r, w, err := os.Pipe()
 		if err != nil {
 			t.Fatal(err)

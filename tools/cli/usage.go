@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -49,7 +50,8 @@ func allowed(f *pflag.Flag, cause error) string {
 	return cause.Error()
 }
 
-// flagError turns an error of pflag into one in this program's words.
+// flagError turns an error of pflag into one in this program's words. For a flag that cmd
+// had once, like "--plot", its Annotations say what to use now.
 func flagError(cmd *cobra.Command, err error) error {
 	if e, ok := errors.AsType[*pflag.InvalidValueError](err); ok {
 		return BadValue(e.GetFlag().Name, e.GetValue(), allowed(e.GetFlag(), e.Unwrap()))
@@ -63,7 +65,7 @@ func flagError(cmd *cobra.Command, err error) error {
 		if len(e.GetSpecifiedShortnames()) > 0 {
 			name = "-" + e.GetSpecifiedName()[:1]
 		}
-		return &Advice{Err: fmt.Errorf("%q is no flag of %q", name, cmd.CommandPath()), Next: flagsOf(cmd), Usage: true}
+		return &Advice{Err: fmt.Errorf("%q is no flag of %q", name, cmd.CommandPath()), Next: cmp.Or(cmd.Annotations[name], flagsOf(cmd)), Usage: true}
 	}
 	if e, ok := errors.AsType[*pflag.InvalidSyntaxError](err); ok {
 		return &Advice{Err: fmt.Errorf("%q is no flag of %q", e.GetSpecifiedFlag(), cmd.CommandPath()), Next: flagsOf(cmd), Usage: true}
@@ -132,8 +134,13 @@ func OneArgument(name, next string) cobra.PositionalArgs {
 }
 
 // unknownCommand is the error for an unknown command. It suggests similar commands of
-// parent, or lists all.
+// parent, or lists all. For a command that parent had once, its Annotations say what to use
+// now.
 func unknownCommand(parent *cobra.Command, name string) error {
+	err := fmt.Errorf("%q is no command of %q", name, parent.CommandPath())
+	if now, ok := parent.Annotations[name]; ok {
+		return &Advice{Err: err, Next: now, Usage: true}
+	}
 	parent.SuggestionsMinimumDistance = 2
 	like := parent.SuggestionsFor(name)
 	next := fmt.Sprintf("%s --help explains its commands:", parent.CommandPath())
@@ -150,7 +157,7 @@ func unknownCommand(parent *cobra.Command, name string) error {
 	if strings.HasPrefix(next, "did") {
 		next += "?"
 	}
-	return &Advice{Err: fmt.Errorf("%q is no command of %q", name, parent.CommandPath()), Next: next, Usage: true}
+	return &Advice{Err: err, Next: next, Usage: true}
 }
 
 // helpCommand is cobra's help command with an error for an unknown command.
