@@ -94,18 +94,43 @@ type result struct {
 	Woken    uint64 `json:"woken,omitempty"`
 }
 
-// piece is the common part of all bench commands: the names in the result line, and the
-// duration.
+// A piece is what one command of bench measures. Each uses some of the fields, which are its
+// flags.
 type piece struct {
 	*cli.Program
-	what, way string
+	what, way string // names in the result line
 	secs      float64
+
+	card                card
+	frame               udpFrame
+	iface, dir          string
+	port                uint16
+	count, clone, batch int
 }
 
-func (b *piece) registerRun(cmd *cobra.Command, what, way string) {
+// newCommand makes the command of a piece; run moves the traffic.
+func newCommand(p *cli.Program, use, short, what, way string, run func(*piece, context.Context, time.Duration) (result, error), flags func(*piece, *cobra.Command)) *cobra.Command {
+	b := &piece{Program: p}
+	cmd := &cobra.Command{
+		Use: use, Short: short, Args: cli.Arguments(0),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			window, err := b.window()
+			if err != nil {
+				return err
+			}
+			r, err := run(b, cmd.Context(), window)
+			if err != nil {
+				return err
+			}
+			r.What, r.Way = b.what, b.way
+			return json.NewEncoder(b.Stdout).Encode(r)
+		},
+	}
 	cmd.Flags().StringVar(&b.what, "what", what, "`name` of the traffic, in the line printed")
 	cmd.Flags().StringVar(&b.way, "way", way, "`name` of how it is moved, in the line printed")
 	cmd.Flags().Float64Var(&b.secs, "secs", 5, "`seconds` to measure")
+	flags(b, cmd)
+	return cmd
 }
 
 // window returns how long to measure, from --secs.
@@ -114,12 +139,6 @@ func (b *piece) window() (time.Duration, error) {
 		return 0, cli.BadValue("secs", fmt.Sprint(b.secs), "a number of seconds")
 	}
 	return time.Duration(b.secs * float64(time.Second)), nil
-}
-
-// print writes the result line. r lacks only the names.
-func (b *piece) print(r result) error {
-	r.What, r.Way = b.what, b.way
-	return json.NewEncoder(b.Stdout).Encode(r)
 }
 
 // begun tells the script that runs the command that it sends, or is ready to receive.
@@ -153,11 +172,11 @@ const (
 )
 
 func (f *udpFrame) parse() (err error) {
-	if f.fromIP, err = netip.ParseAddr(f.from); err != nil || !f.fromIP.Is4() {
-		return cli.BadValue("from", f.from, "an IPv4 address")
+	if f.fromIP, err = parseIPv4("from", f.from); err != nil {
+		return err
 	}
-	if f.toIP, err = netip.ParseAddr(f.to); err != nil || !f.toIP.Is4() {
-		return cli.BadValue("to", f.to, "an IPv4 address")
+	if f.toIP, err = parseIPv4("to", f.to); err != nil {
+		return err
 	}
 	if f.dst, err = net.ParseMAC(f.dstMAC); err != nil || len(f.dst) != 6 {
 		return cli.BadValue("dst-mac", f.dstMAC, "an Ethernet address")
@@ -166,6 +185,15 @@ func (f *udpFrame) parse() (err error) {
 		return cli.BadValue("size", fmt.Sprint(f.size), fmt.Sprintf("from %d to 1514 bytes", headersLen+16))
 	}
 	return nil
+}
+
+// parseIPv4 reads the value of a flag.
+func parseIPv4(flag, value string) (netip.Addr, error) {
+	addr, err := netip.ParseAddr(value)
+	if err != nil || !addr.Is4() {
+		return addr, cli.BadValue(flag, value, "an IPv4 address")
+	}
+	return addr, nil
 }
 
 // payload returns the size of the UDP payload, in bytes.

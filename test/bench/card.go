@@ -94,6 +94,16 @@ func (c *card) run(ctx context.Context, fn func(context.Context, *pvnet.Device) 
 	return c.measured(ctx, dev, fn)
 }
 
+// measure is run for a measurement, whose result it returns.
+func (c *card) measure(ctx context.Context, fn func(context.Context, *pvnet.Device) (result, error)) (r result, err error) {
+	err = c.run(ctx, func(ctx context.Context, dev *pvnet.Device) error {
+		var err error
+		r, err = fn(ctx, dev)
+		return err
+	})
+	return r, err
+}
+
 // serve is run for a backend.
 func (c *card) serve(ctx context.Context, dom *domain.Domain, cfg pvnet.Config, fn func(context.Context, *pvnet.Device) error) error {
 	cfg.LendRx = false

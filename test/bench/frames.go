@@ -1,9 +1,6 @@
 package main
 
 import (
-	"barevif/pvnet"
-	"barevif/telemetry"
-	"barevif/tools/cli"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -11,52 +8,34 @@ import (
 	"os"
 	"time"
 
+	"barevif/pvnet"
+	"barevif/telemetry"
+	"barevif/tools/cli"
+
 	"github.com/spf13/cobra"
 )
 
 // maxBatch is more than a ring has room for.
 const maxBatch = 256
 
-type sender struct {
-	piece
-	card  card
-	frame udpFrame
-	batch int
-}
-
 func sendCommand(p *cli.Program) *cobra.Command {
-	s := &sender{piece: piece{Program: p}}
-	cmd := &cobra.Command{
-		Use:   "send",
-		Short: "Send frames through a card of ours",
-		Args:  cli.Arguments(0),
-		RunE:  func(cmd *cobra.Command, _ []string) error { return s.run(cmd.Context()) },
-	}
-	s.registerRun(cmd, "send", "ours")
-	s.card.register(cmd, p)
-	s.frame.register(cmd)
-	cmd.Flags().IntVar(&s.batch, "batch", 32, "`frames` to send at a time")
-	return cmd
+	return newCommand(p, "send", "Send frames through a card of ours", "send", "ours", (*piece).send, func(b *piece, cmd *cobra.Command) {
+		b.card.register(cmd, p)
+		b.frame.register(cmd)
+		cmd.Flags().IntVar(&b.batch, "batch", 32, "`frames` to send at a time")
+	})
 }
 
-func (s *sender) run(ctx context.Context) error {
-	window, err := s.window()
-	if err != nil {
-		return err
+func (b *piece) send(ctx context.Context, window time.Duration) (result, error) {
+	if err := b.frame.parse(); err != nil {
+		return result{}, err
 	}
-	if err := s.frame.parse(); err != nil {
-		return err
+	if b.batch < 1 || b.batch > maxBatch {
+		return result{}, cli.BadValue("batch", fmt.Sprint(b.batch), fmt.Sprintf("a number from 1 to %d", maxBatch))
 	}
-	if s.batch < 1 || s.batch > maxBatch {
-		return cli.BadValue("batch", fmt.Sprint(s.batch), fmt.Sprintf("a number from 1 to %d", maxBatch))
-	}
-	return s.card.run(ctx, func(ctx context.Context, dev *pvnet.Device) error {
-		s.begun("sending")
-		r, err := sendFrames(ctx, dev, &s.frame, s.batch, window)
-		if err != nil {
-			return err
-		}
-		return s.print(r)
+	return b.card.measure(ctx, func(ctx context.Context, dev *pvnet.Device) (result, error) {
+		b.begun("sending")
+		return sendFrames(ctx, dev, &b.frame, b.batch, window)
 	})
 }
 
@@ -115,48 +94,27 @@ func withEvents(r result, before, after telemetry.Stats) result {
 	return r
 }
 
-type receiver struct {
-	piece
-	card card
-}
-
 func recvCommand(p *cli.Program) *cobra.Command {
-	s := &receiver{piece: piece{Program: p}}
-	cmd := &cobra.Command{
-		Use:   "recv",
-		Short: "Receive frames from a card of ours",
-		Args:  cli.Arguments(0),
-		RunE:  func(cmd *cobra.Command, _ []string) error { return s.run(cmd.Context()) },
-	}
-	s.registerRun(cmd, "receive", "ours")
-	s.card.register(cmd, p)
-	return cmd
+	return newCommand(p, "recv", "Receive frames from a card of ours", "receive", "ours", (*piece).recv,
+		func(b *piece, cmd *cobra.Command) { b.card.register(cmd, p) })
 }
 
-func (s *receiver) run(ctx context.Context) error {
-	window, err := s.window()
-	if err != nil {
-		return err
-	}
-	return s.card.run(ctx, func(ctx context.Context, dev *pvnet.Device) error {
-		r, err := s.recvFrames(ctx, dev, window)
-		if err != nil {
-			return err
-		}
-		return s.print(r)
+func (b *piece) recv(ctx context.Context, window time.Duration) (result, error) {
+	return b.card.measure(ctx, func(ctx context.Context, dev *pvnet.Device) (result, error) {
+		return b.recvFrames(ctx, dev, window)
 	})
 }
 
 // recvFrames counts the frames of a window that begins with the first frame.
-func (s *receiver) recvFrames(ctx context.Context, dev *pvnet.Device, window time.Duration) (r result, err error) {
+func (b *piece) recvFrames(ctx context.Context, dev *pvnet.Device, window time.Duration) (r result, err error) {
 	rx, err := dev.OwnRX(0)
 	if err != nil {
 		return r, err
 	}
 	defer context.AfterFunc(ctx, func() { rx.SetDeadline(time.Unix(1, 0)) })()
 	frames := make([]pvnet.Frame, 64)
-	s.begun("receiving")
-	rx.SetDeadline(time.Now().Add(s.card.wait))
+	b.begun("receiving")
+	rx.SetDeadline(time.Now().Add(b.card.wait))
 	n, err := rx.Receive(frames)
 	if err == nil {
 		err = rx.Release(frames[:n])

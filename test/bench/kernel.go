@@ -20,50 +20,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// kernelPiece is a bench command whose traffic goes through the kernel.
-type kernelPiece struct {
-	piece
-	frame udpFrame
-	iface string
-	port  uint16
-	count int
-	clone int
-	dir   string
-}
-
-// kernelCommand makes a bench command; run moves the traffic.
-func kernelCommand(p *cli.Program, use, short, what, way string, run func(*kernelPiece, context.Context, time.Duration) (result, error), flags func(*kernelPiece, *cobra.Command)) *cobra.Command {
-	b := &kernelPiece{piece: piece{Program: p}}
-	cmd := &cobra.Command{
-		Use: use, Short: short, Args: cli.Arguments(0),
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			window, err := b.window()
-			if err != nil {
-				return err
-			}
-			r, err := run(b, cmd.Context(), window)
-			if err != nil {
-				return err
-			}
-			return b.print(r)
-		},
-	}
-	b.registerRun(cmd, what, way)
-	flags(b, cmd)
-	return cmd
-}
-
-func (b *kernelPiece) ifaceFlag(cmd *cobra.Command) {
+func (b *piece) ifaceFlag(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&b.iface, "if", "eth0", "network `interface`")
 }
 
-func (b *kernelPiece) portFlag(cmd *cobra.Command) {
+func (b *piece) portFlag(cmd *cobra.Command) {
 	cmd.Flags().Uint16Var(&b.port, "port", streamPort, "`port`")
 }
 
 func pktgenCommand(p *cli.Program) *cobra.Command {
-	return kernelCommand(p, "pktgen", "Send frames by the kernel's own generator (module pktgen; root)",
-		"send", "kernel pktgen", (*kernelPiece).pktgen, func(b *kernelPiece, cmd *cobra.Command) {
+	return newCommand(p, "pktgen", "Send frames by the kernel's own generator (module pktgen; root)",
+		"send", "kernel pktgen", (*piece).pktgen, func(b *piece, cmd *cobra.Command) {
 			b.ifaceFlag(cmd)
 			b.frame.register(cmd)
 			cmd.Flags().IntVar(&b.clone, "clone", 0, "`times` to send each frame before making another")
@@ -74,7 +41,7 @@ func pktgenCommand(p *cli.Program) *cobra.Command {
 // Documentation/networking/pktgen.rst.
 const pktgenDir = "/proc/net/pktgen"
 
-func (b *kernelPiece) pktgen(ctx context.Context, window time.Duration) (r result, err error) {
+func (b *piece) pktgen(ctx context.Context, window time.Duration) (r result, err error) {
 	if err := b.frame.parse(); err != nil {
 		return r, err
 	}
@@ -147,11 +114,11 @@ wait:
 }
 
 func udpSendCommand(p *cli.Program) *cobra.Command {
-	return kernelCommand(p, "udp-send", "Send through a UDP socket of the kernel's", "send", "Go UDP socket", (*kernelPiece).udpSend,
-		func(b *kernelPiece, cmd *cobra.Command) { b.frame.register(cmd) })
+	return newCommand(p, "udp-send", "Send through a UDP socket of the kernel's", "send", "Go UDP socket", (*piece).udpSend,
+		func(b *piece, cmd *cobra.Command) { b.frame.register(cmd) })
 }
 
-func (b *kernelPiece) udpSend(ctx context.Context, window time.Duration) (r result, err error) {
+func (b *piece) udpSend(ctx context.Context, window time.Duration) (r result, err error) {
 	if err := b.frame.parse(); err != nil {
 		return r, err
 	}
@@ -167,7 +134,7 @@ func (b *kernelPiece) udpSend(ctx context.Context, window time.Duration) (r resu
 }
 
 // sendLoop calls send for window. It does not count packets that a full queue refuses.
-func (b *kernelPiece) sendLoop(ctx context.Context, window time.Duration, data []byte, send func([]byte) error) (r result, err error) {
+func (b *piece) sendLoop(ctx context.Context, window time.Duration, data []byte, send func([]byte) error) (r result, err error) {
 	b.begun("sending")
 	w := startWatch(window)
 	for {
@@ -191,13 +158,13 @@ func (b *kernelPiece) sendLoop(ctx context.Context, window time.Duration, data [
 }
 
 func udpRecvCommand(p *cli.Program) *cobra.Command {
-	return kernelCommand(p, "udp-recv", "Receive from a UDP socket of the kernel's", "receive", "Go UDP socket", (*kernelPiece).udpRecv,
-		func(b *kernelPiece, cmd *cobra.Command) {
+	return newCommand(p, "udp-recv", "Receive from a UDP socket of the kernel's", "receive", "Go UDP socket", (*piece).udpRecv,
+		func(b *piece, cmd *cobra.Command) {
 			cmd.Flags().Uint16Var(&b.port, "port", discardPort, "`port`")
 		})
 }
 
-func (b *kernelPiece) udpRecv(ctx context.Context, window time.Duration) (r result, err error) {
+func (b *piece) udpRecv(ctx context.Context, window time.Duration) (r result, err error) {
 	c, err := net.ListenUDP("udp4", &net.UDPAddr{Port: int(b.port)})
 	if err != nil {
 		return r, cli.ListenRefused(err, fmt.Sprintf("UDP port %d", b.port), "port")
@@ -214,7 +181,7 @@ func (b *kernelPiece) udpRecv(ctx context.Context, window time.Duration) (r resu
 const firstFrame = 30 * time.Second
 
 // recvLoop counts the packets of receive in a window that begins with the first one.
-func (b *kernelPiece) recvLoop(ctx context.Context, window time.Duration, deadline func(time.Time) error, receive func([]byte) (int, error)) (r result, err error) {
+func (b *piece) recvLoop(ctx context.Context, window time.Duration, deadline func(time.Time) error, receive func([]byte) (int, error)) (r result, err error) {
 	b.begun("receiving")
 	if err := deadline(time.Now().Add(firstFrame)); err != nil {
 		return r, err
@@ -250,7 +217,7 @@ func (b *kernelPiece) recvLoop(ctx context.Context, window time.Duration, deadli
 
 // openPacket opens a packet socket bound to the interface: plain reads and writes,
 // through Go's poller.
-func (b *kernelPiece) openPacket() (*os.File, *net.Interface, error) {
+func (b *piece) openPacket() (*os.File, *net.Interface, error) {
 	ifi, err := net.InterfaceByName(b.iface)
 	if err != nil {
 		return nil, nil, fmt.Errorf("interface %s: %w", b.iface, err)
@@ -275,14 +242,14 @@ func transient(err error) bool {
 }
 
 func packetSendCommand(p *cli.Program) *cobra.Command {
-	return kernelCommand(p, "packet-send", "Send through a packet socket of the kernel's (root)", "send", "Go packet socket", (*kernelPiece).packetSend,
-		func(b *kernelPiece, cmd *cobra.Command) {
+	return newCommand(p, "packet-send", "Send through a packet socket of the kernel's (root)", "send", "Go packet socket", (*piece).packetSend,
+		func(b *piece, cmd *cobra.Command) {
 			b.ifaceFlag(cmd)
 			b.frame.register(cmd)
 		})
 }
 
-func (b *kernelPiece) packetSend(ctx context.Context, window time.Duration) (r result, err error) {
+func (b *piece) packetSend(ctx context.Context, window time.Duration) (r result, err error) {
 	if err := b.frame.parse(); err != nil {
 		return r, err
 	}
@@ -298,11 +265,11 @@ func (b *kernelPiece) packetSend(ctx context.Context, window time.Duration) (r r
 }
 
 func packetRecvCommand(p *cli.Program) *cobra.Command {
-	return kernelCommand(p, "packet-recv", "Receive from a packet socket of the kernel's (root)", "receive", "Go packet socket", (*kernelPiece).packetRecv,
-		func(b *kernelPiece, cmd *cobra.Command) { b.ifaceFlag(cmd) })
+	return newCommand(p, "packet-recv", "Receive from a packet socket of the kernel's (root)", "receive", "Go packet socket", (*piece).packetRecv,
+		func(b *piece, cmd *cobra.Command) { b.ifaceFlag(cmd) })
 }
 
-func (b *kernelPiece) packetRecv(ctx context.Context, window time.Duration) (r result, err error) {
+func (b *piece) packetRecv(ctx context.Context, window time.Duration) (r result, err error) {
 	c, _, err := b.openPacket()
 	if err != nil {
 		return r, err
@@ -313,14 +280,14 @@ func (b *kernelPiece) packetRecv(ctx context.Context, window time.Duration) (r r
 }
 
 func tcpSendCommand(p *cli.Program) *cobra.Command {
-	return kernelCommand(p, "tcp-send", "Send a stream through a TCP socket of the kernel's", "stream", "Go TCP socket", (*kernelPiece).tcpSend,
-		func(b *kernelPiece, cmd *cobra.Command) {
+	return newCommand(p, "tcp-send", "Send a stream through a TCP socket of the kernel's", "stream", "Go TCP socket", (*piece).tcpSend,
+		func(b *piece, cmd *cobra.Command) {
 			b.portFlag(cmd)
 			cmd.Flags().StringVar(&b.frame.to, "to", "10.9.0.1", "`address` to connect to")
 		})
 }
 
-func (b *kernelPiece) tcpSend(ctx context.Context, window time.Duration) (r result, err error) {
+func (b *piece) tcpSend(ctx context.Context, window time.Duration) (r result, err error) {
 	var d net.Dialer
 	addr := net.JoinHostPort(b.frame.to, strconv.Itoa(int(b.port)))
 	c, err := d.DialContext(ctx, "tcp", addr)
@@ -334,11 +301,11 @@ func (b *kernelPiece) tcpSend(ctx context.Context, window time.Duration) (r resu
 }
 
 func tcpRecvCommand(p *cli.Program) *cobra.Command {
-	return kernelCommand(p, "tcp-recv", "Receive one stream from a TCP socket of the kernel's, to its end", "stream", "Go TCP socket", (*kernelPiece).tcpRecv,
-		func(b *kernelPiece, cmd *cobra.Command) { b.portFlag(cmd) })
+	return newCommand(p, "tcp-recv", "Receive one stream from a TCP socket of the kernel's, to its end", "stream", "Go TCP socket", (*piece).tcpRecv,
+		func(b *piece, cmd *cobra.Command) { b.portFlag(cmd) })
 }
 
-func (b *kernelPiece) tcpRecv(ctx context.Context, window time.Duration) (result, error) {
+func (b *piece) tcpRecv(ctx context.Context, window time.Duration) (result, error) {
 	l, err := net.ListenTCP("tcp", &net.TCPAddr{Port: int(b.port)})
 	if err != nil {
 		return result{}, cli.ListenRefused(err, fmt.Sprintf("TCP port %d", b.port), "port")
@@ -347,20 +314,16 @@ func (b *kernelPiece) tcpRecv(ctx context.Context, window time.Duration) (result
 }
 
 func pingSocketCommand(p *cli.Program) *cobra.Command {
-	return kernelCommand(p, "ping-socket", "Measure round trips through a raw ICMP socket of the kernel's (root)", "round trip", "Go ICMP socket", (*kernelPiece).pingSocket,
-		func(b *kernelPiece, cmd *cobra.Command) {
-			cmd.Flags().StringVar(&b.frame.to, "to", "10.9.0.1", "`address` that answers, IPv4")
-			cmd.Flags().IntVar(&b.count, "count", 500, "`echoes` to ask for, within --secs")
+	return newCommand(p, "ping-socket", "Measure round trips through a raw ICMP socket of the kernel's (root)", "round trip", "Go ICMP socket", (*piece).pingSocket,
+		func(b *piece, cmd *cobra.Command) {
+			b.echoFlags(cmd, "`address` that answers, IPv4")
 		})
 }
 
-func (b *kernelPiece) pingSocket(ctx context.Context, window time.Duration) (r result, err error) {
-	to, err := netip.ParseAddr(b.frame.to)
-	if err != nil || !to.Is4() {
-		return r, cli.BadValue("to", b.frame.to, "an IPv4 address")
-	}
-	if b.count < 1 {
-		return r, cli.BadValue("count", strconv.Itoa(b.count), "a number from 1 on")
+func (b *piece) pingSocket(ctx context.Context, window time.Duration) (r result, err error) {
+	to, err := b.echoes()
+	if err != nil {
+		return r, err
 	}
 	c, err := net.ListenPacket("ip4:icmp", "0.0.0.0")
 	if err != nil {
@@ -378,14 +341,14 @@ func (b *kernelPiece) pingSocket(ctx context.Context, window time.Duration) (r r
 }
 
 func countCommand(p *cli.Program) *cobra.Command {
-	return kernelCommand(p, "count", "Count what an interface of the kernel's sends or receives", "send", "all", (*kernelPiece).counts,
-		func(b *kernelPiece, cmd *cobra.Command) {
+	return newCommand(p, "count", "Count what an interface of the kernel's sends or receives", "send", "all", (*piece).counts,
+		func(b *piece, cmd *cobra.Command) {
 			b.ifaceFlag(cmd)
 			cmd.Flags().StringVar(&b.dir, "dir", "rx", "the interface's `direction`: rx or tx")
 		})
 }
 
-func (b *kernelPiece) counts(ctx context.Context, window time.Duration) (r result, err error) {
+func (b *piece) counts(ctx context.Context, window time.Duration) (r result, err error) {
 	if b.dir != "rx" && b.dir != "tx" {
 		return r, cli.BadValue("dir", b.dir, "rx or tx")
 	}

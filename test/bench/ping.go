@@ -1,9 +1,6 @@
 package main
 
 import (
-	"barevif/pvnet"
-	"barevif/tools/cli"
-	"barevif/tools/ping"
 	"context"
 	"errors"
 	"fmt"
@@ -12,67 +9,59 @@ import (
 	"slices"
 	"time"
 
+	"barevif/pvnet"
+	"barevif/tools/cli"
+	"barevif/tools/ping"
+
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 )
 
-type pinger struct {
-	piece
-	card     card
-	from, to string
-	count    int
-}
-
 func pingCommand(p *cli.Program) *cobra.Command {
-	s := &pinger{piece: piece{Program: p}}
-	cmd := &cobra.Command{
-		Use:   "ping",
-		Short: "Measure round trips through a card of ours to a kernel that answers",
-		Args:  cli.Arguments(0),
-		RunE:  func(cmd *cobra.Command, _ []string) error { return s.run(cmd.Context()) },
-	}
-	s.registerRun(cmd, "round trip", "ours")
-	s.card.register(cmd, p)
-	cmd.Flags().StringVar(&s.from, "from", "10.9.0.2", "our `address`, IPv4")
-	cmd.Flags().StringVar(&s.to, "to", "10.9.0.1", "`address` that answers, IPv4, on the same network")
-	cmd.Flags().IntVar(&s.count, "count", 500, "`echoes` to ask for, within --secs")
-	return cmd
+	return newCommand(p, "ping", "Measure round trips through a card of ours to a kernel that answers", "round trip", "ours", (*piece).ping,
+		func(b *piece, cmd *cobra.Command) {
+			b.card.register(cmd, p)
+			cmd.Flags().StringVar(&b.frame.from, "from", "10.9.0.2", "our `address`, IPv4")
+			b.echoFlags(cmd, "`address` that answers, IPv4, on the same network")
+		})
 }
 
-func (s *pinger) run(ctx context.Context) error {
-	window, err := s.window()
+func (b *piece) echoFlags(cmd *cobra.Command, to string) {
+	cmd.Flags().StringVar(&b.frame.to, "to", "10.9.0.1", to)
+	cmd.Flags().IntVar(&b.count, "count", 500, "`echoes` to ask for, within --secs")
+}
+
+// echoes checks the flags of echoFlags, and returns who answers.
+func (b *piece) echoes() (to netip.Addr, err error) {
+	if to, err = parseIPv4("to", b.frame.to); err == nil && b.count < 1 {
+		err = cli.BadValue("count", fmt.Sprint(b.count), "a number from 1 on")
+	}
+	return to, err
+}
+
+func (b *piece) ping(ctx context.Context, window time.Duration) (r result, err error) {
+	from, err := parseIPv4("from", b.frame.from)
 	if err != nil {
-		return err
+		return r, err
 	}
-	from, err := netip.ParseAddr(s.from)
-	if err != nil || !from.Is4() {
-		return cli.BadValue("from", s.from, "an IPv4 address")
+	to, err := b.echoes()
+	if err != nil {
+		return r, err
 	}
-	to, err := netip.ParseAddr(s.to)
-	if err != nil || !to.Is4() {
-		return cli.BadValue("to", s.to, "an IPv4 address")
-	}
-	if s.count < 1 {
-		return cli.BadValue("count", fmt.Sprint(s.count), "a number from 1 on")
-	}
-	return s.card.run(ctx, func(ctx context.Context, dev *pvnet.Device) error {
+	return b.card.measure(ctx, func(ctx context.Context, dev *pvnet.Device) (result, error) {
 		e, err := newEcho(dev, from.As4(), to.As4())
 		if err != nil {
-			return err
+			return result{}, err
 		}
 		defer context.AfterFunc(ctx, func() {
 			e.rx.SetDeadline(time.Unix(1, 0))
 			e.tx.SetDeadline(time.Unix(1, 0))
 		})()
-		if err := e.resolve(time.Now().Add(s.card.wait)); err != nil {
-			return fmt.Errorf("ask for the address of %s: %w", s.to, errors.Join(err, context.Cause(ctx)))
+		if err := e.resolve(time.Now().Add(b.card.wait)); err != nil {
+			return result{}, fmt.Errorf("ask for the address of %s: %w", to, errors.Join(err, context.Cause(ctx)))
 		}
-		s.begun("pinging")
-		r, err := roundTrips(ctx, s.count, window, e.ping)
-		if err != nil {
-			return err
-		}
-		return s.print(r)
+		b.begun("pinging")
+		return roundTrips(ctx, b.count, window, e.ping)
 	})
 }
 

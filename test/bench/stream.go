@@ -88,72 +88,60 @@ func (b *piece) recvStream(ctx context.Context, window time.Duration, l net.List
 	return r, nil
 }
 
-// A streamPiece is a TCP stream through a gVisor stack on a card of ours.
-type streamPiece struct {
-	piece
-	card     card
-	from, to string
-	port     uint16
-}
-
 func streamSendCommand(p *cli.Program) *cobra.Command {
-	return streamCommand(p, "stream-send", "Send a stream through a card of ours, with TCP/IP of its own", func(s *streamPiece, cmd *cobra.Command) {
-		cmd.Flags().StringVar(&s.to, "to", "10.9.0.1", "`address` to connect to")
-	}, func(s *streamPiece, ctx context.Context, window time.Duration, st *netstack.Stack) (result, error) {
-		c, err := st.DialContext(ctx, "tcp", net.JoinHostPort(s.to, strconv.Itoa(int(s.port))))
-		if err != nil {
-			return result{}, err
-		}
-		return s.sendStream(ctx, window, c)
-	})
-}
-
-func streamRecvCommand(p *cli.Program) *cobra.Command {
-	return streamCommand(p, "stream-recv", "Receive one stream from a card of ours, with TCP/IP of its own, to its end",
-		func(*streamPiece, *cobra.Command) {},
-		func(s *streamPiece, ctx context.Context, window time.Duration, st *netstack.Stack) (result, error) {
-			l, err := st.Listen("tcp", ":"+strconv.Itoa(int(s.port)))
-			if err != nil {
-				return result{}, err
-			}
-			return s.recvStream(ctx, window, l)
+	return newCommand(p, "stream-send", "Send a stream through a card of ours, with TCP/IP of its own", "stream", "ours", (*piece).streamSend,
+		func(b *piece, cmd *cobra.Command) {
+			b.streamFlags(cmd)
+			cmd.Flags().StringVar(&b.frame.to, "to", "10.9.0.1", "`address` to connect to")
 		})
 }
 
-// streamCommand makes a stream command; run moves the traffic.
-func streamCommand(p *cli.Program, use, short string, flags func(*streamPiece, *cobra.Command), run func(*streamPiece, context.Context, time.Duration, *netstack.Stack) (result, error)) *cobra.Command {
-	s := &streamPiece{piece: piece{Program: p}}
-	cmd := &cobra.Command{
-		Use: use, Short: short, Args: cli.Arguments(0),
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			window, err := s.window()
-			if err != nil {
-				return err
-			}
-			own, err := netip.ParsePrefix(s.from)
-			if err != nil {
-				return cli.BadValue("from", s.from, "an address and a network, such as 10.9.0.2/24")
-			}
-			s.card.offload = true
-			return s.card.run(cmd.Context(), func(ctx context.Context, dev *pvnet.Device) error {
-				st, err := netstack.New(dev, netstack.Config{Addr: own})
-				if err != nil {
-					return err
-				}
-				defer st.Close()
-				before := dev.Stats()
-				r, err := run(s, ctx, window, st)
-				if err != nil {
-					return err
-				}
-				return s.print(withEvents(r, before, dev.Stats()))
-			})
-		},
+func streamRecvCommand(p *cli.Program) *cobra.Command {
+	return newCommand(p, "stream-recv", "Receive one stream from a card of ours, with TCP/IP of its own, to its end", "stream", "ours", (*piece).streamRecv,
+		(*piece).streamFlags)
+}
+
+func (b *piece) streamFlags(cmd *cobra.Command) {
+	b.card.register(cmd, b.Program)
+	cmd.Flags().StringVar(&b.frame.from, "from", "10.9.0.2/24", "our `address` and its network")
+	b.portFlag(cmd)
+}
+
+func (b *piece) streamSend(ctx context.Context, window time.Duration) (result, error) {
+	return b.onStack(ctx, func(ctx context.Context, st *netstack.Stack) (result, error) {
+		c, err := st.DialContext(ctx, "tcp", net.JoinHostPort(b.frame.to, strconv.Itoa(int(b.port))))
+		if err != nil {
+			return result{}, err
+		}
+		return b.sendStream(ctx, window, c)
+	})
+}
+
+func (b *piece) streamRecv(ctx context.Context, window time.Duration) (result, error) {
+	return b.onStack(ctx, func(ctx context.Context, st *netstack.Stack) (result, error) {
+		l, err := st.Listen("tcp", ":"+strconv.Itoa(int(b.port)))
+		if err != nil {
+			return result{}, err
+		}
+		return b.recvStream(ctx, window, l)
+	})
+}
+
+// onStack calls run with a gVisor stack on a card of ours.
+func (b *piece) onStack(ctx context.Context, run func(context.Context, *netstack.Stack) (result, error)) (result, error) {
+	own, err := netip.ParsePrefix(b.frame.from)
+	if err != nil {
+		return result{}, cli.BadValue("from", b.frame.from, "an address and a network, such as 10.9.0.2/24")
 	}
-	s.registerRun(cmd, "stream", "ours")
-	s.card.register(cmd, p)
-	cmd.Flags().StringVar(&s.from, "from", "10.9.0.2/24", "our `address` and its network")
-	cmd.Flags().Uint16Var(&s.port, "port", streamPort, "`port`")
-	flags(s, cmd)
-	return cmd
+	b.card.offload = true
+	return b.card.measure(ctx, func(ctx context.Context, dev *pvnet.Device) (result, error) {
+		st, err := netstack.New(dev, netstack.Config{Addr: own})
+		if err != nil {
+			return result{}, err
+		}
+		defer st.Close()
+		before := dev.Stats()
+		r, err := run(ctx, st)
+		return withEvents(r, before, dev.Stats()), err
+	})
 }

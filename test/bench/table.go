@@ -1,8 +1,6 @@
 package main
 
 import (
-	"barevif/tools/cli"
-	"barevif/tools/table"
 	"bufio"
 	"encoding/json"
 	"errors"
@@ -12,6 +10,9 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+
+	"barevif/tools/cli"
+	"barevif/tools/table"
 
 	"github.com/spf13/cobra"
 )

@@ -20,7 +20,6 @@ import (
 // guestAlone measures what one guest can measure alone: sending.
 type guestAlone struct {
 	piece
-	frame  udpFrame
 	xen    bool
 	vif    string
 	rounds int
@@ -78,7 +77,8 @@ func (x *guestAlone) kernel(ctx context.Context, window time.Duration) (all []re
 	if err != nil {
 		return nil, err
 	}
-	n := kernelPiece{piece: x.piece, frame: x.frame, iface: iface}
+	n := x.piece
+	n.iface = iface
 	for _, way := range []struct {
 		name string
 		run  func(context.Context, time.Duration) (result, error)

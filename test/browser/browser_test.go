@@ -138,13 +138,10 @@ func (s *site) count(n uint64) {
 	rx.Flush()
 }
 
-// TestPageDrawsInABrowser shows the page in a real browser and checks the result.
-func TestPageDrawsInABrowser(t *testing.T) {
-	bin, err := exec.LookPath("chromium")
-	if err != nil {
-		t.Skip("chromium is not installed")
-	}
-	s := newSite(t)
+// openTab starts the browser bin. complaints is what it says about a page, which may ask for
+// nothing but what is below url.
+func openTab(t *testing.T, bin, url string) (ctx context.Context, complaints <-chan string) {
+	t.Helper()
 	opts := []chromedp.ExecAllocatorOption{
 		chromedp.ExecPath(bin), chromedp.UserDataDir(t.TempDir()), chromedp.NoSandbox, chromedp.Headless, chromedp.DisableGPU,
 		chromedp.NoFirstRun, chromedp.WindowSize(1320, 1100),
@@ -153,16 +150,16 @@ func TestPageDrawsInABrowser(t *testing.T) {
 		opts = append(opts, chromedp.Flag(f, true))
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 3*limit)
-	defer cancel()
+	t.Cleanup(cancel)
 	ctx, cancel = chromedp.NewExecAllocator(ctx, opts...)
-	defer cancel()
+	t.Cleanup(cancel)
 	ctx, cancel = chromedp.NewContext(ctx)
-	defer cancel()
-	complaints := make(chan string, 100)
+	t.Cleanup(cancel)
+	said := make(chan string, 100)
 	if err := chromedp.Listen(ctx, func(ev any) {
 		say := func(s string) {
 			select {
-			case complaints <- s:
+			case said <- s:
 			default: // there are enough of them
 			}
 		}
@@ -172,13 +169,24 @@ func TestPageDrawsInABrowser(t *testing.T) {
 		case *log.EventEntryAdded:
 			say(ev.Entry.Text)
 		case *network.EventRequestWillBeSent:
-			if !strings.HasPrefix(ev.Request.URL, s.url+"/") {
+			if !strings.HasPrefix(ev.Request.URL, url+"/") {
 				say("the page asks " + ev.Request.URL)
 			}
 		}
 	}); err != nil {
 		t.Fatal(err)
 	}
+	return ctx, said
+}
+
+// TestPageDrawsInABrowser shows the page in a real browser and checks the result.
+func TestPageDrawsInABrowser(t *testing.T) {
+	bin, err := exec.LookPath("chromium")
+	if err != nil {
+		t.Skip("chromium is not installed")
+	}
+	s := newSite(t)
+	ctx, complaints := openTab(t, bin, s.url)
 	if err := chromedp.Do(ctx, chromedp.Navigate(s.url+"/#token="+s.token)); err != nil {
 		t.Fatal(err)
 	}

@@ -1,14 +1,15 @@
 package main
 
 import (
-	"barevif/tools/cli"
-	"barevif/tools/cli/clitest"
 	"errors"
 	"net"
 	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"barevif/tools/cli"
+	"barevif/tools/cli/clitest"
 )
 
 func TestSizesAreReadStrictly(t *testing.T) {

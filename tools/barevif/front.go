@@ -6,14 +6,14 @@ import (
 	"fmt"
 	"time"
 
-	"github.com/spf13/cobra"
-
 	"barevif/pvnet"
 	"barevif/telemetry"
 	"barevif/tools/cli"
 	"barevif/tools/domain"
 	"barevif/xenbus"
 	"barevif/xenbus/xenstore"
+
+	"github.com/spf13/cobra"
 )
 
 // A front is a command that owns a vif of its domain.

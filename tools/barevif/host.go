@@ -11,14 +11,14 @@ import (
 	"strings"
 	"sync"
 
-	"github.com/spf13/cobra"
-
 	"barevif/hypercall"
 	"barevif/hypercall/emu"
 	"barevif/tools/cli"
 	"barevif/tools/domain"
 	"barevif/xenbus/toolstack"
 	"barevif/xenbus/xenstore"
+
+	"github.com/spf13/cobra"
 )
 
 func hostCommand(p *cli.Program) *cobra.Command {

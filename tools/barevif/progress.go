@@ -1,11 +1,12 @@
 package main
 
 import (
-	"barevif/tools/cli"
 	"fmt"
 	"io"
 	"os"
 	"time"
+
+	"barevif/tools/cli"
 
 	"github.com/schollz/progressbar/v3"
 	"golang.org/x/term"

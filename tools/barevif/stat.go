@@ -26,12 +26,7 @@ import (
 	"golang.org/x/term"
 )
 
-func statCommand(p *cli.Program) *cobra.Command {
-	s := statistics{Program: p}
-	cmd := &cobra.Command{
-		Use:   "stat [VIF...]",
-		Short: "Show the counters of vifs: as text, live, as JSON or a web page",
-		Long: `stat shows what the vifs of this machine count, whichever process owns them. VIF is a
+const aboutStat = `stat shows what the vifs of this machine count, whichever process owns them. VIF is a
 name as stat shows it, "front-1-2-0" for domain 1's end of its vif 0 with domain 2,
 or a pattern: "front-*". Without one it shows all. Other names work too:
 
@@ -77,7 +72,14 @@ and which a Prometheus can read, too (authorization: credentials_file). It cross
 a network unencrypted. --no-token lets everybody read who can reach the address.
 
 --json prints an object, with --watch one per line. Names are those of COUNTERS.md
-with their direction, rx_packets; a number above 2^53 is a string of its digits.`,
+with their direction, rx_packets; a number above 2^53 is a string of its digits.`
+
+func statCommand(p *cli.Program) *cobra.Command {
+	s := statistics{Program: p}
+	cmd := &cobra.Command{
+		Use:   "stat [VIF...]",
+		Short: "Show the counters of vifs: as text, live, as JSON or a web page",
+		Long:  aboutStat,
 		Example: `  barevif stat
   barevif stat --watch
   barevif stat --json 'front-*' | jq '.devices[].totals.counters.rx_packets'

@@ -1,8 +1,6 @@
 package main
 
 import (
-	"barevif/tools/cli"
-	"barevif/tools/cli/clitest"
 	"bufio"
 	"context"
 	"errors"
@@ -12,6 +10,9 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"barevif/tools/cli"
+	"barevif/tools/cli/clitest"
 
 	"golang.org/x/sys/unix"
 )

@@ -1,8 +1,6 @@
 package domain
 
 import (
-	"barevif/tools/cli"
-	"barevif/tools/internal/users"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -11,6 +9,9 @@ import (
 	"path/filepath"
 	"strconv"
 	"syscall"
+
+	"barevif/tools/cli"
+	"barevif/tools/internal/users"
 )
 
 // HostSocket returns the default socket of a host of the user uid, in a directory of that

@@ -1,13 +1,14 @@
 package domain
 
 import (
-	"barevif/hypercall/emu/emutest"
 	"errors"
 	"net"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"barevif/hypercall/emu/emutest"
 )
 
 func TestASocketLeftBehindIsNoObstacle(t *testing.T) {
