@@ -29,11 +29,7 @@ type card struct {
 
 func (c *card) register(cmd *cobra.Command, p *cli.Program) {
 	c.domain.Register(cmd, 1)
-	c.flags(cmd, p)
 	cmd.Flags().BoolVar(&c.back, "back", false, "be the backend: of the first vif that comes; on an emulated host also give --dom 2")
-}
-
-func (c *card) flags(cmd *cobra.Command, p *cli.Program) {
 	cmd.Flags().StringVar(&c.vif, "vif", "0", "`id` of the vif")
 	cmd.Flags().BoolVar(&c.take, "take", false, "with --xen: unbind the vif from the kernel's driver first")
 	cmd.Flags().StringVar(&c.doorbell, "doorbell", "ioctl", "with --xen: `way` to fire an event channel: ioctl or hypercall")

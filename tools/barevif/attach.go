@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"fmt"
-	"net"
 	"net/netip"
 	"strings"
 
@@ -13,7 +12,6 @@ import (
 	"barevif/tools/domain"
 
 	"github.com/spf13/cobra"
-	"github.com/vishvananda/netlink"
 )
 
 func attachCommand(p *cli.Program) *cobra.Command {
@@ -65,8 +63,8 @@ func (a *attach) join(dev *pvnet.Device, addr netip.Prefix) (*use, error) {
 	if err != nil {
 		return nil, linkRefused(err)
 	}
-	if err = hardwareAddress(tap.Name(), dev.MAC()); err == nil {
-		err = address(tap.Name(), addr)
+	if err = setMAC(tap.Name(), dev.MAC()); err == nil {
+		err = addAddress(tap.Name(), addr)
 	}
 	if err != nil {
 		tap.Close()
@@ -85,7 +83,7 @@ func (a *attach) join(dev *pvnet.Device, addr netip.Prefix) (*use, error) {
 		says:   fmt.Sprintf("the kernel has it as %s", tap.Name()),
 		failed: failed,
 		renew: func() error {
-			if err := hardwareAddress(tap.Name(), dev.MAC()); err != nil {
+			if err := setMAC(tap.Name(), dev.MAC()); err != nil {
 				return err
 			}
 			return setMTU(tap.Name(), dev.MTU())
@@ -97,27 +95,4 @@ func (a *attach) join(dev *pvnet.Device, addr netip.Prefix) (*use, error) {
 			return tap.Close()
 		},
 	}, nil
-}
-
-// setMTU sets the interface's MTU, in bytes, unless it has that MTU already.
-func setMTU(name string, mtu int) error {
-	l, err := netlink.LinkByName(name)
-	if err == nil && l.Attrs().MTU != mtu {
-		err = netlink.LinkSetMTU(l, mtu)
-	}
-	if err != nil {
-		return fmt.Errorf("give %s the MTU %d: %w", name, mtu, err)
-	}
-	return nil
-}
-
-func hardwareAddress(name string, mac pvnet.MAC) error {
-	l, err := netlink.LinkByName(name)
-	if err == nil {
-		err = netlink.LinkSetHardwareAddr(l, net.HardwareAddr(mac[:]))
-	}
-	if err != nil {
-		return fmt.Errorf("give %s the address %s: %w", name, mac, err)
-	}
-	return nil
 }

@@ -12,7 +12,6 @@ import (
 	"strings"
 	"sync"
 	"syscall"
-	"time"
 
 	"barevif/pvnet"
 	"barevif/pvnet/link"
@@ -256,7 +255,7 @@ func (b *back) follow(dev *pvnet.Device, vif, name string) {
 		switch {
 		case ev.Up:
 			if b.packet == "" {
-				if err := address(name, b.addressOf(vif, true)); err != nil {
+				if err := addAddress(name, b.addressOf(vif, true)); err != nil {
 					b.slog.Error("a vif's TAP has no address", "vif", vif, "err", err)
 				}
 				if err := setMTU(name, ev.MTU); err != nil {
@@ -293,11 +292,11 @@ func (b *back) open(dev *pvnet.Device, vif string) (link.Link, error) {
 	// The address that Linux's netback gives to each of its interfaces. A bridge takes the
 	// lowest address of its ports. If that were a random one, a restart would change the
 	// bridge's address, and neighbours that know the old one could not reach this machine.
-	if err = hardwareAddress(tap.Name(), dev.MAC()); err == nil {
-		err = address(tap.Name(), b.addressOf(vif, false))
+	if err = setMAC(tap.Name(), dev.MAC()); err == nil {
+		err = addAddress(tap.Name(), b.addressOf(vif, false))
 	}
 	if err == nil && b.bridge != "" {
-		err = enslave(tap.Name(), b.bridge)
+		err = setBridge(tap.Name(), b.bridge)
 	}
 	if err != nil {
 		tap.Close()
@@ -321,58 +320,9 @@ func (b *back) addressOf(vif string, connected bool) netip.Prefix {
 	return p
 }
 
-// openTAP opens a TAP. It retries for 2 s, because a process that was just killed may still
-// hold the name.
-func openTAP(cfg link.TAPConfig) (*link.TAP, error) {
-	for end := time.Now().Add(2 * time.Second); ; time.Sleep(20 * time.Millisecond) {
-		tap, err := link.OpenTAP(cfg)
-		if !errors.Is(err, unix.EBUSY) || time.Now().After(end) {
-			return tap, err
-		}
-	}
-}
-
 func asLink[L link.Link](l L, err error) (link.Link, error) {
 	if err != nil {
 		return nil, linkRefused(err)
 	}
 	return l, nil
-}
-
-// address adds addr to the interface, if addr is valid.
-func address(name string, addr netip.Prefix) error {
-	if !addr.IsValid() {
-		return nil
-	}
-	l, err := netlink.LinkByName(name)
-	if err != nil {
-		return fmt.Errorf("find %s: %w", name, err)
-	}
-	a, err := netlink.ParseAddr(addr.String())
-	if err == nil {
-		if addr.Addr().Is6() {
-			a.Flags = unix.IFA_F_NODAD // no duplicate address detection: no other station is on the link
-		}
-		err = netlink.AddrReplace(l, a)
-	}
-	if err != nil {
-		return fmt.Errorf("give %s the address %s: %w", name, addr, err)
-	}
-	return nil
-}
-
-// enslave puts the interface on a bridge.
-func enslave(name, bridge string) error {
-	l, err := netlink.LinkByName(name)
-	if err != nil {
-		return fmt.Errorf("find %s: %w", name, err)
-	}
-	br, err := netlink.LinkByName(bridge)
-	if err == nil {
-		err = netlink.LinkSetMaster(l, br)
-	}
-	if err != nil {
-		return fmt.Errorf("put %s on bridge %s: %w", name, bridge, err)
-	}
-	return nil
 }

@@ -90,7 +90,7 @@ func (d *demo) run(ctx context.Context) (err error) {
 	if s.store, err = d.where.store(); err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, s.strike()) }()
+	defer func() { err = errors.Join(err, s.cleanUp()) }()
 	setup, cancel := context.WithTimeoutCause(ctx, setupPatience, errSetup)
 	defer cancel()
 	if err := s.build(setup); err != nil {
@@ -99,7 +99,7 @@ func (d *demo) run(ctx context.Context) (err error) {
 	if err := s.connect(setup); err != nil {
 		return err
 	}
-	if err := s.play(ctx); err != nil {
+	if err := s.traffic(ctx); err != nil {
 		return err
 	}
 	d.say("close", "the appliance leaves; the toolstack takes the vif away:")
@@ -125,14 +125,14 @@ type stage struct {
 	stopServing func() error // of the backend
 	store       telemetry.Store
 
-	undo []func() error // the functions that strike calls, last first
+	undo []func() error // the functions that cleanUp calls, last first
 }
 
-// later makes strike call f.
+// later makes cleanUp call f.
 func (s *stage) later(f func() error) { s.undo = append(s.undo, f) }
 
-// strike takes down what is still up.
-func (s *stage) strike() (err error) {
+// cleanUp takes down what is still up.
+func (s *stage) cleanUp() (err error) {
 	for _, f := range slices.Backward(s.undo) {
 		err = errors.Join(err, f())
 	}
@@ -224,8 +224,8 @@ func (s *stage) serve(dom hypercall.Domain, cfg pvnet.Config) <-chan *pvnet.Devi
 	return backs
 }
 
-// play sends traffic through the vif.
-func (s *stage) play(ctx context.Context) error {
+// traffic sends some through the vif.
+func (s *stage) traffic(ctx context.Context) error {
 	if err := s.pingAll(ctx, s.far); err != nil {
 		return err
 	}
