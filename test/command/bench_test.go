@@ -12,7 +12,7 @@ import (
 	"github.com/vishvananda/netlink"
 )
 
-// benchLine is a result line of "barevif bench".
+// benchLine is a result line of test/bench.
 type benchLine struct {
 	What, Way     string
 	Seconds       float64
@@ -38,12 +38,12 @@ func benchSays(t *testing.T, out string) (line benchLine) {
 
 // TestBenchBothEnds measures between two processes, in both directions.
 func TestBenchBothEnds(t *testing.T) {
-	s := newSite(t)
+	s, bin := newSite(t), benchProgram(t)
 	back := func(args ...string) *process {
-		return start(t, nil, s.bin, append([]string{"bench", args[0], "--emu", s.socket, "--back", "--dom", "2"}, args[1:]...)...)
+		return start(t, nil, bin, append([]string{args[0], "--emu", s.socket, "--back", "--dom", "2"}, args[1:]...)...)
 	}
 	front := func(args ...string) *process {
-		return start(t, nil, s.bin, append([]string{"bench", args[0], "--emu", s.socket}, args[1:]...)...)
+		return start(t, nil, bin, append([]string{args[0], "--emu", s.socket}, args[1:]...)...)
 	}
 	for _, c := range []struct {
 		name       string
@@ -73,8 +73,8 @@ func TestBenchKernel(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	bin := barevif(t)
-	run := func(args ...string) *process { return start(t, nil, bin, append([]string{"bench"}, args...)...) }
+	bin := benchProgram(t)
+	run := func(args ...string) *process { return start(t, nil, bin, args...) }
 	for _, c := range []struct {
 		name       string
 		recv, send []string
@@ -113,8 +113,8 @@ func TestBenchTable(t *testing.T) {
 	if err := os.WriteFile(file, []byte(lines), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	bin := barevif(t)
-	out := start(t, nil, bin, "bench", "table", file).exit(0)
+	bin := benchProgram(t)
+	out := start(t, nil, bin, "table", file).exit(0)
 	for _, row := range []string{
 		"send kernel pktgen 10000 frames/s 10000 10000 1 1.00 10.00",
 		"send ours 21000 frames/s 19000 30000 3 2.10 21.00",
@@ -128,18 +128,18 @@ func TestBenchTable(t *testing.T) {
 		if err := os.WriteFile(file, []byte(wrong), 0o644); err != nil {
 			t.Fatal(err)
 		}
-		start(t, nil, bin, "bench", "table", file).exit(1)
+		start(t, nil, bin, "table", file).exit(1)
 	}
 }
 
 func TestBenchRefuses(t *testing.T) {
-	bin := barevif(t)
+	bin := benchProgram(t)
 	for _, args := range [][]string{
 		{"send", "--size", "3"}, {"send", "--batch", "0"}, {"send", "--secs", "0"}, {"send", "--secs", "NaN"},
 		{"send", "--doorbell", "bell"}, {"send", "--take"}, {"send", "--wait-mode", "nap"}, {"send", "--dst-mac", "1"},
 		{"ping", "--to", "::1"}, {"ping", "--count", "0"}, {"count", "--dir", "up"}, {"udp-send", "--to", "example"},
 	} {
-		start(t, nil, bin, append([]string{"bench"}, args...)...).exit(2)
+		start(t, nil, bin, args...).exit(2)
 	}
-	wants(t, start(t, nil, bin, "bench").exit(0), "one boot of one machine")
+	wants(t, start(t, nil, bin).exit(0), "one boot of one machine")
 }

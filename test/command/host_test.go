@@ -260,7 +260,7 @@ func TestTheBridgeKeepsItsAddressWhenTheBackendIsReplaced(t *testing.T) {
 	b.exit(0)
 }
 
-// "barevif check" compares datagrams to the appliance and back, and between two kernels. One
+// test/check compares datagrams to the appliance and back, and between two kernels. One
 // kernel gets the vif from attach, in a network namespace of its own.
 func TestAttachAndCheck(t *testing.T) {
 	if !namespace(t) {
@@ -273,9 +273,8 @@ func TestAttachAndCheck(t *testing.T) {
 	}
 	s := newSite(t)
 	b := s.back("--addr", "10.9.0.1/24")
-	check := func(args ...string) *process {
-		return start(t, nil, s.bin, append([]string{"check"}, args...)...)
-	}
+	bin := checkProgram(t)
+	check := func(args ...string) *process { return start(t, nil, bin, args...) }
 	g := s.serve("--check", "7007")
 	b.await("connected to domain 1", 1)
 	g.await("serving http://10.9.0.2/", 1)
@@ -290,7 +289,7 @@ func TestAttachAndCheck(t *testing.T) {
 	g = start(t, &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET}, s.bin, "attach", "--emu", s.socket, "--tap", "card%i", "--addr", "10.9.0.2/24")
 	g.await("the kernel has it as card0", 1)
 	net := fmt.Sprintf("--net=/proc/%d/ns/net", g.cmd.Process.Pid)
-	other := start(t, nil, nsenter, net, s.bin, "check", "--answer")
+	other := start(t, nil, nsenter, net, bin, "--answer")
 	other.await("answering at", 1)
 	ping(t, "10.9.0.2")
 	neighbours, err := os.ReadFile("/proc/self/net/arp")

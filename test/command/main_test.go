@@ -115,6 +115,10 @@ func barevif(t testing.TB) string {
 	return build(t, "barevif", "./tools/barevif")
 }
 
+// benchProgram and checkProgram build the instruments of test/.
+func benchProgram(t testing.TB) string { return build(t, "bench", "./test/bench") }
+func checkProgram(t testing.TB) string { return build(t, "check", "./test/check") }
+
 // namespace runs the calling test again inside a user and network namespace, where namespace
 // returns true. Outside it returns false once the inner test has passed.
 func namespace(t *testing.T) bool {
@@ -122,8 +126,9 @@ func namespace(t *testing.T) bool {
 	if os.Getenv(inside) != "" {
 		return true
 	}
-	barevif(t)
-	readmeProgram(t)
+	for _, made := range [...]func(testing.TB) string{barevif, benchProgram, checkProgram, readmeProgram} {
+		made(t)
+	}
 	cmd := exec.Command("/proc/self/exe", "-test.run=^"+t.Name()+"$", "-test.v", "-test.timeout=5m")
 	cmd.Env = append(os.Environ(), inside+"="+programs)
 	cmd.SysProcAttr = ownNamespaces(unix.CLONE_NEWNET)

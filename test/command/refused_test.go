@@ -108,7 +108,11 @@ func TestMistakesAreExplained(t *testing.T) {
 		{"back --bridge lo --emu " + s.socket, failed, []string{"no bridge"}},
 	} {
 		t.Run(row.args, func(t *testing.T) {
-			out := start(t, nil, bin, strings.Split(row.args, " ")...).exit(row.code)
+			bin, args := bin, strings.Split(row.args, " ")
+			if args[0] == "check" {
+				bin, args = checkProgram(t), args[1:]
+			}
+			out := start(t, nil, bin, args...).exit(row.code)
 			wants(t, out, append(row.says, "next: ")...)
 			if strings.Contains(out, "goroutine ") {
 				t.Errorf("it panicked: %s", out)

@@ -26,7 +26,7 @@ const (
 	baselineNone  = "10.90.0.9" // either kernel drops frames to this address
 )
 
-// A bench is the baseline scenario's guest and its results, the JSON lines of "barevif bench".
+// A bench is the baseline scenario's guest and its results, the JSON lines of test/bench.
 type bench struct {
 	*T
 	guest *Domain
@@ -54,7 +54,7 @@ func baseline(t *T) {
 		b.ours()
 	}
 	b.report()
-	alone := b.guest.Within(2*time.Minute).Run(barevif, "bench", "--xen", "--from", baselineGuest, "--to", baselineNone, "--rounds", "2", "--secs", "2").Text()
+	alone := b.guest.Within(2*time.Minute).Run(benchProgram, "--xen", "--from", baselineGuest, "--to", baselineNone, "--rounds", "2", "--secs", "2").Text()
 	b.Save("alone.txt", []byte(alone))
 	for _, way := range [...]string{"kernel pktgen", "Go UDP socket", "ours, batch 32, busy"} {
 		if !strings.Contains(alone, way) {
@@ -75,9 +75,9 @@ func (b *bench) kernel() {
 	b.send("Go UDP socket", append([]string{"udp-send"}, frame...)...)
 	b.send("Go packet socket", append([]string{"packet-send", "--if", "eth0"}, frame...)...)
 	flood := b.flood()
-	b.add(b.guest.Run(barevif, "bench", "count", "--if", "eth0", "--dir", "rx", "--what", "receive", "--way", "kernel netfront", secs()))
+	b.add(b.guest.Run(benchProgram, "count", "--if", "eth0", "--dir", "rx", "--what", "receive", "--way", "kernel netfront", secs()))
 	b.end(flood)
-	b.add(b.guest.Run(barevif, "bench", "ping-socket", "--to", baselineDom0, "--way", "kernel netfront", "--secs", "10"))
+	b.add(b.guest.Run(benchProgram, "ping-socket", "--to", baselineDom0, "--way", "kernel netfront", "--secs", "10"))
 	b.stream("stream out", "kernel netfront, iperf3", b.iperf(b.guest, b.Dom0(), baselineDom0, baselineSecs))
 	b.stream("stream in", "kernel netfront, iperf3", b.iperf(b.Dom0(), b.guest, baselineGuest, baselineSecs))
 	b.streams("kernel netfront, Go TCP socket", []string{"tcp-send", "--to", baselineDom0}, []string{"tcp-recv"})
@@ -88,7 +88,7 @@ func (b *bench) kernel() {
 func (b *bench) streams(way string, send, recv []string) {
 	line := func(what string) []string { return []string{"--what", what, "--way", way, secs()} }
 	piece := func(d *Domain, args ...string) *Process {
-		return d.Start(append([]string{barevif, "bench"}, args...)...)
+		return d.Start(append([]string{benchProgram}, args...)...)
 	}
 
 	sink := piece(b.Dom0(), append([]string{"tcp-recv"}, line("stream out")...)...)
@@ -116,13 +116,13 @@ func (b *bench) ours() {
 		if doorbell != "ioctl" {
 			way += ", " + doorbell
 		}
-		p := b.guest.Start(barevif, "bench", "recv", "--xen", "--way", way, "--doorbell", doorbell, secs())
+		p := b.guest.Start(benchProgram, "recv", "--xen", "--way", way, "--doorbell", doorbell, secs())
 		p.Await("bench: receiving")
 		b.carrier()
 		flood := b.flood()
 		b.add(p.Succeed())
 		b.end(flood)
-		b.add(b.guest.Run(barevif, "bench", "ping", "--xen", "--from", baselineGuest, "--to", baselineDom0, "--way", way, "--doorbell", doorbell, "--secs", "10"))
+		b.add(b.guest.Run(benchProgram, "ping", "--xen", "--from", baselineGuest, "--to", baselineDom0, "--way", way, "--doorbell", doorbell, "--secs", "10"))
 	}
 	b.streams("ours, our own TCP/IP",
 		[]string{"stream-send", "--xen", "--from", baselineGuest + "/24", "--to", baselineDom0},
@@ -137,9 +137,9 @@ func (b *bench) carrier() {
 
 // send makes the guest send while dom0 counts at its interface.
 func (b *bench) send(way string, argv ...string) {
-	p := b.guest.Start(append(append([]string{barevif, "bench"}, argv...), "--secs", "50")...)
+	p := b.guest.Start(append(append([]string{benchProgram}, argv...), "--secs", "50")...)
 	p.Await("bench: sending")
-	r := b.Dom0().Run(barevif, "bench", "count", "--if", b.vif, "--dir", "rx", "--way", way, secs())
+	r := b.Dom0().Run(benchProgram, "count", "--if", b.vif, "--dir", "rx", "--way", way, secs())
 	b.end(p)
 	// An interface's queue may hold the frames of a whole second of a slow sender.
 	b.Dom0().Await("the last frame", `cd /sys/class/net/%s/statistics; a=$(cat rx_packets); sleep 0.3; [ "$(cat rx_packets)" = $a ]`, b.vif)
@@ -153,7 +153,7 @@ func (b *bench) send(way string, argv ...string) {
 
 // flood makes dom0's packet generator send to the guest.
 func (b *bench) flood() *Process {
-	p := b.Dom0().Start(barevif, "bench", "pktgen", "--if", b.vif, "--from", baselineDom0, "--to", baselineNone, "--dst-mac", MAC(0), "--secs", "50")
+	p := b.Dom0().Start(benchProgram, "pktgen", "--if", b.vif, "--from", baselineDom0, "--to", baselineNone, "--dst-mac", MAC(0), "--secs", "50")
 	p.Await("bench: sending")
 	return p
 }
@@ -166,7 +166,7 @@ func (b *bench) end(p *Process) {
 	}
 }
 
-// A benchLine has the fields of a line of "barevif bench" that are used here.
+// A benchLine has the fields of a line of test/bench that are used here.
 type benchLine struct {
 	What, Way     string
 	Seconds       float64
@@ -191,7 +191,7 @@ func (b *bench) report() {
 	all := []byte(strings.Join(b.lines, "\n") + "\n")
 	b.Save("baseline.jsonl", all)
 	b.Dom0().Put("/tmp/baseline.jsonl", all, 0o644)
-	table := b.Dom0().Run(barevif, "bench", "table", "/tmp/baseline.jsonl")
+	table := b.Dom0().Run(benchProgram, "table", "/tmp/baseline.jsonl")
 	b.Save("baseline.txt", table.Stdout)
 	// The kernel's generator makes each frame anew, like ours, and never sleeps, like ours
 	// in mode busy. If it reuses frames, it shows the backend's capacity.

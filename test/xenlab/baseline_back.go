@@ -40,7 +40,7 @@ func baselineBack(t *T) {
 	all := []byte(strings.Join(b.lines, "\n") + "\n")
 	b.Save("baseline-back.jsonl", all)
 	t.Dom0().Put("/tmp/baseline.jsonl", all, 0o644)
-	b.Save("baseline-back.txt", t.Dom0().Run(barevif, "bench", "table", "/tmp/baseline.jsonl").Stdout)
+	b.Save("baseline-back.txt", t.Dom0().Run(benchProgram, "table", "/tmp/baseline.jsonl").Stdout)
 	for _, what := range [...]string{"from the guest", "to the guest"} {
 		ours, theirs := b.rate(what, ourBackWay), b.rate(what, netbackWay)
 		t.Note("small frames %s: %.0f a second, netback %.0f (%.2f)", what, ours, theirs, ours/theirs)
@@ -69,7 +69,7 @@ func (b *bench) throughBack(way string) {
 	b.carrier()
 	b.Dom0().Await("the guest", "ping -c 1 -W 1 %s", baselineGuest)
 
-	p := b.guest.Start(barevif, "bench", "pktgen", "--if", "eth0", "--clone", "1000", "--from", baselineGuest, "--to", baselineNone, "--secs", "50")
+	p := b.guest.Start(benchProgram, "pktgen", "--if", "eth0", "--clone", "1000", "--from", baselineGuest, "--to", baselineNone, "--secs", "50")
 	p.Await("bench: sending")
 	b.counted(b.Dom0(), b.vif, "from the guest", way)
 	b.end(p)
@@ -95,7 +95,7 @@ func (b *bench) tcp(what, way string, from, to *Domain, addr string) {
 // counted counts the frames an interface receives.
 func (b *bench) counted(d *Domain, name, what, way string) {
 	b.working(way+", "+what, func() float64 {
-		return float64(b.add(d.Run(barevif, "bench", "count", "--if", name, "--dir", "rx", "--what", what, "--way", way, secs())).Frames)
+		return float64(b.add(d.Run(benchProgram, "count", "--if", name, "--dir", "rx", "--what", what, "--way", way, secs())).Frames)
 	})
 }
 

@@ -39,7 +39,7 @@
 //	  our front, netback anew  PV domU: barevif serve; dom0: netback, its module taken out and put back
 //	  our front, refused       PV domU: barevif serve without what it needs
 //	  our front, misled        PV domU: barevif serve; dom0: netback, and what xenstore should not say
-//	  baseline                 PV domU: netfront and barevif bench, in turns; dom0: netback
+//	  baseline                 PV domU: netfront and bench, in turns; dom0: netback
 //	  baseline, our back       PV domU: netfront; dom0: netback and barevif back, in turns
 //	  our back, dom0           PV domU: netfront; dom0: barevif back
 //	  our back, unplugged      PV domU: netfront; dom0: barevif back, its vif taken and given back

@@ -9,7 +9,11 @@ import (
 	"barevif/test/xenlab/image"
 )
 
-const barevif = image.ProgramDir + "/barevif"
+const (
+	barevif      = image.ProgramDir + "/barevif"
+	benchProgram = image.ProgramDir + "/bench"
+	checkProgram = image.ProgramDir + "/check"
+)
 
 // loadNetback loads Linux's backend, or unloads it, because it would bind every vif.
 func (t *T) loadNetback(wanted bool) {

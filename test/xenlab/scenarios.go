@@ -15,6 +15,8 @@ import (
 func Programs() []image.Program {
 	return []image.Program{
 		{Name: "barevif", Package: "barevif/tools/barevif"},
+		{Name: "bench", Package: "barevif/test/bench"},
+		{Name: "check", Package: "barevif/test/check"},
 		{Name: "grants", Package: "barevif/test/xenlab/grants"},
 		{Name: "vectors", Package: "barevif/test/xenlab/vectors"},
 		{Name: "granter", Package: "barevif/test/xenlab/granter"},
@@ -43,7 +45,7 @@ func Plan() []Boot {
 			{Name: "our front, netback anew", Roles: "PV domU: barevif serve; dom0: netback, its module taken out and put back", Run: netbackReloaded},
 			{Name: "our front, refused", Roles: "PV domU: barevif serve without what it needs", Run: ourFrontRefused},
 			{Name: "our front, misled", Roles: "PV domU: barevif serve; dom0: netback, and what xenstore should not say", Run: frontMisled},
-			{Name: "baseline", Roles: "PV domU: netfront and barevif bench, in turns; dom0: netback", Limit: 8 * time.Minute, Asked: true, Run: baseline},
+			{Name: "baseline", Roles: "PV domU: netfront and bench, in turns; dom0: netback", Limit: 8 * time.Minute, Asked: true, Run: baseline},
 			{Name: "baseline, our back", Roles: "PV domU: netfront; dom0: netback and barevif back, in turns", Limit: 12 * time.Minute, Asked: true, Run: baselineBack},
 			{Name: "our back, dom0", Roles: "PV domU: netfront; dom0: barevif back", Run: ourBackDom0},
 			{Name: "our back, unplugged", Roles: "PV domU: netfront; dom0: barevif back, its vif taken and given back", Run: ourBackUnplugged},

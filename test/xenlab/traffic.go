@@ -106,10 +106,10 @@ func (t *T) Send(from *Domain, addr string, size int) {
 	t.Note("curl -T %s→ %d bytes", from.Name, size)
 }
 
-// Datagrams runs "barevif check" against addr, with one datagram of each size; sizes has the
+// Datagrams runs test/check against addr, with one datagram of each size; sizes has the
 // syntax of --sizes. Each datagram is compared at both ends. At most 1 % may be lost.
 func (t *T) Datagrams(from *Domain, addr, sizes string) {
-	r := from.Run(barevif, "check", "--lost", "1", "--patience", "5s", "--sizes", sizes, addr)
+	r := from.Run(checkProgram, "--lost", "1", "--patience", "5s", "--sizes", sizes, addr)
 	t.Note("UDP %s↔: %s", from.Name, r.Text())
 }
 
@@ -117,9 +117,9 @@ func (t *T) Datagrams(from *Domain, addr, sizes string) {
 // pages, a sample of the others, and some that are fragmented.
 const jumboSizes = "1-8972:13,4030-4100,8130-8200,8972,8973,65507"
 
-// answered runs f while "barevif check --answer" answers datagrams through d's kernel.
+// answered runs f while "check --answer" answers datagrams through d's kernel.
 func (t *T) answered(d *Domain, f func()) {
-	p := d.Start(barevif, "check", "--answer")
+	p := d.Start(checkProgram, "--answer")
 	p.Await("answering at")
 	f()
 	p.Terminate()

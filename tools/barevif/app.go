@@ -15,7 +15,8 @@ import (
 	"barevif/pvnet/netstack"
 	"barevif/telemetry"
 	"barevif/telemetry/openmetrics"
-	"barevif/tools/internal/appliance"
+	"barevif/tools/appliance"
+	"barevif/tools/cli"
 )
 
 // applianceConfig configures an appliance: what it serves, and at which address.
@@ -23,7 +24,7 @@ type applianceConfig struct {
 	addr    netip.Prefix
 	gateway netip.Addr // zero: none
 	port    uint16     // 0: 80
-	check   uint16     // UDP port for "barevif check"; 0: none
+	check   uint16     // UDP port for test/check; 0: none
 	root    *os.Root   // the files to serve, taken over; nil: the status page
 	own     uint16     // the domain's number
 }
@@ -126,8 +127,8 @@ func aboutVif(dev *pvnet.Device, cfg applianceConfig, up time.Duration) []applia
 		{Name: "Address", Value: cfg.addr.String()},
 		{Name: "MTU", Value: strconv.Itoa(dev.MTU())},
 		{Name: "Memory", Value: dev.Budget().String()},
-		{Name: "Frames received", Value: grouped(st.RX.Get(telemetry.Packets))},
-		{Name: "Frames sent", Value: grouped(st.TX.Get(telemetry.Packets))},
+		{Name: "Frames received", Value: cli.Grouped(st.RX.Get(telemetry.Packets))},
+		{Name: "Frames sent", Value: cli.Grouped(st.TX.Get(telemetry.Packets))},
 		{Name: "Serving for", Value: up.Round(time.Second).String()},
 	}
 }

@@ -3,19 +3,19 @@ package main
 import (
 	"context"
 	"fmt"
-	"net"
 	"net/netip"
 	"strings"
 
 	"barevif/pvnet"
 	"barevif/pvnet/link"
+	"barevif/tools/cli"
+	"barevif/tools/domain"
 
 	"github.com/spf13/cobra"
-	"github.com/vishvananda/netlink"
 )
 
-func attachCommand(p *program) *cobra.Command {
-	a := attach{front: front{program: p, offload: true}}
+func attachCommand(p *cli.Program) *cobra.Command {
+	a := attach{front: front{Program: p, offload: true}}
 	cmd := &cobra.Command{
 		Use:   "attach",
 		Short: "Be a guest: own a vif and give it to the kernel as a TAP",
@@ -31,7 +31,7 @@ On a real Xen (--xen) the kernel's xen-netfront must not own the vif; --take tak
 it away from it.`,
 		Example: `  barevif attach --addr 10.9.0.2/24
   barevif attach --xen --take --vif 1 --tap card1 --addr 192.0.2.7/24`,
-		Args: arguments(0),
+		Args: cli.Arguments(0),
 		RunE: func(cmd *cobra.Command, _ []string) error { return a.run(cmd.Context()) },
 	}
 	a.register(cmd)
@@ -50,10 +50,10 @@ func (a *attach) run(ctx context.Context) error {
 	if a.addr != "" {
 		var err error
 		if addr, err = netip.ParsePrefix(a.addr); err != nil || addr.Addr().Is4In6() {
-			return badValue("addr", a.addr, "an address with a prefix, like 10.9.0.2/24")
+			return cli.BadValue("addr", a.addr, "an address with a prefix, like 10.9.0.2/24")
 		}
 	}
-	return a.own(ctx, func(_ *domain, dev *pvnet.Device) (*use, error) { return a.join(dev, addr) })
+	return a.own(ctx, func(_ *domain.Domain, dev *pvnet.Device) (*use, error) { return a.join(dev, addr) })
 }
 
 // join joins the vif to a new TAP, until the device ends.
@@ -63,8 +63,8 @@ func (a *attach) join(dev *pvnet.Device, addr netip.Prefix) (*use, error) {
 	if err != nil {
 		return nil, linkRefused(err)
 	}
-	if err = hardwareAddress(tap.Name(), dev.MAC()); err == nil {
-		err = address(tap.Name(), addr)
+	if err = setMAC(tap.Name(), dev.MAC()); err == nil {
+		err = addAddress(tap.Name(), addr)
 	}
 	if err != nil {
 		tap.Close()
@@ -83,7 +83,7 @@ func (a *attach) join(dev *pvnet.Device, addr netip.Prefix) (*use, error) {
 		says:   fmt.Sprintf("the kernel has it as %s", tap.Name()),
 		failed: failed,
 		renew: func() error {
-			if err := hardwareAddress(tap.Name(), dev.MAC()); err != nil {
+			if err := setMAC(tap.Name(), dev.MAC()); err != nil {
 				return err
 			}
 			return setMTU(tap.Name(), dev.MTU())
@@ -91,31 +91,8 @@ func (a *attach) join(dev *pvnet.Device, addr netip.Prefix) (*use, error) {
 		close: func() error {
 			<-ended
 			st := dev.Stats()
-			fmt.Fprintf(a.stdout, "vif %s: gone; %s\n", a.vif, tally("backend", &st, joint.Stats()))
+			fmt.Fprintf(a.Stdout, "vif %s: gone; %s\n", a.vif, tally("backend", &st, joint.Stats()))
 			return tap.Close()
 		},
 	}, nil
-}
-
-// setMTU sets the interface's MTU, in bytes, unless it has that MTU already.
-func setMTU(name string, mtu int) error {
-	l, err := netlink.LinkByName(name)
-	if err == nil && l.Attrs().MTU != mtu {
-		err = netlink.LinkSetMTU(l, mtu)
-	}
-	if err != nil {
-		return fmt.Errorf("give %s the MTU %d: %w", name, mtu, err)
-	}
-	return nil
-}
-
-func hardwareAddress(name string, mac pvnet.MAC) error {
-	l, err := netlink.LinkByName(name)
-	if err == nil {
-		err = netlink.LinkSetHardwareAddr(l, net.HardwareAddr(mac[:]))
-	}
-	if err != nil {
-		return fmt.Errorf("give %s the address %s: %w", name, mac, err)
-	}
-	return nil
 }

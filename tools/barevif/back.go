@@ -12,18 +12,19 @@ import (
 	"strings"
 	"sync"
 	"syscall"
-	"time"
 
 	"barevif/pvnet"
 	"barevif/pvnet/link"
+	"barevif/tools/cli"
+	"barevif/tools/domain"
 
 	"github.com/spf13/cobra"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
-func backCommand(p *program) *cobra.Command {
-	b := back{program: p}
+func backCommand(p *cli.Program) *cobra.Command {
+	b := back{Program: p}
 	cmd := &cobra.Command{
 		Use:   "back",
 		Short: "Be the driver domain: serve vifs, each joined to a TAP or an interface",
@@ -46,10 +47,10 @@ goes on. Started again after it was killed, it finds its vifs and reconnects the
   barevif back --tap card%d --bridge xenbr0
   barevif back --packet eth1
   barevif back --xen --type barevif`,
-		Args: arguments(0),
+		Args: cli.Arguments(0),
 		RunE: func(cmd *cobra.Command, _ []string) error { return b.run(cmd.Context()) },
 	}
-	b.domain.register(cmd, 2)
+	b.domain.Register(cmd, 2)
 	b.counters.register(cmd)
 	cmd.Flags().StringVar(&b.tap, "tap", "vif%d.%i", "`name` of each TAP: %d is the frontend's domain, %i the vif")
 	cmd.Flags().StringArrayVar(&b.addrs, "addr", nil, "`address` of this machine on a vif's TAP: DOM.ID=IP/BITS, or IP/BITS for the first that connects; repeatable")
@@ -58,15 +59,15 @@ goes on. Started again after it was killed, it finds its vifs and reconnects the
 	cmd.Flags().StringVar(&b.typ, "type", "vif", "backend `type` to serve; one of its own keeps the kernel's netback away")
 	cmd.Flags().IntVar(&b.queues, "queues", 1, "`queues` to offer per vif")
 	cmd.Flags().BoolVar(&b.remove, "remove", false, "remove a vif's directory once it was taken away, where no xl devd does")
-	exclusive(cmd, "packet", "addr")
-	exclusive(cmd, "packet", "bridge")
-	exclusive(cmd, "packet", "tap")
+	cli.Exclusive(cmd, "packet", "addr")
+	cli.Exclusive(cmd, "packet", "bridge")
+	cli.Exclusive(cmd, "packet", "tap")
 	return cmd
 }
 
 type back struct {
-	*program
-	domain                   domainFlags
+	*cli.Program
+	domain                   domain.Flags
 	counters                 counterFlag
 	tap, bridge, packet, typ string
 	addrs                    []string
@@ -81,7 +82,7 @@ type back struct {
 
 func (b *back) run(ctx context.Context) error {
 	if b.queues < 1 || b.queues > 64 {
-		return badValue("queues", strconv.Itoa(b.queues), "a number from 1 to 64")
+		return cli.BadValue("queues", strconv.Itoa(b.queues), "a number from 1 to 64")
 	}
 	if err := b.parseAddrs(); err != nil {
 		return err
@@ -93,12 +94,12 @@ func (b *back) run(ctx context.Context) error {
 	if err := b.probe(); err != nil {
 		return err
 	}
-	dom, err := b.domain.open(ctx)
+	dom, err := b.domain.Open(ctx)
 	if err != nil {
 		return err
 	}
-	defer dom.close()
-	b.slog = b.log()
+	defer dom.End()
+	b.slog = b.Log()
 
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -125,11 +126,11 @@ func (b *back) run(ctx context.Context) error {
 	}()
 	select {
 	case err = <-done:
-	case <-dom.gone:
+	case <-dom.Gone:
 		// The xenstore is gone, so the vifs cannot be closed there. But they must end:
 		// the pins of their counters would outlive this process.
-		cancel(errHostGone)
-		return dom.lost(b.say, done)
+		cancel(domain.ErrHostGone)
+		return dom.Lost(b.say, done)
 	}
 	if errors.Is(err, context.Canceled) || errors.Is(err, pvnet.ErrHandover) {
 		return nil // a signal
@@ -140,7 +141,7 @@ func (b *back) run(ctx context.Context) error {
 func (b *back) say(format string, args ...any) {
 	b.printMu.Lock()
 	defer b.printMu.Unlock()
-	fmt.Fprintf(b.stdout, format+"\n", args...)
+	fmt.Fprintf(b.Stdout, format+"\n", args...)
 }
 
 // parseAddrs reads --addr.
@@ -151,14 +152,14 @@ func (b *back) parseAddrs() error {
 		if !ok {
 			vif, addr = "", s
 		} else if dom, id, two := strings.Cut(vif, "."); !two || !isNumber(dom) || !isNumber(id) {
-			return badValue("addr", s, "for a vif DOM.ID")
+			return cli.BadValue("addr", s, "for a vif DOM.ID")
 		}
 		p, err := netip.ParsePrefix(addr)
 		if err != nil || !p.Addr().IsValid() || p.Addr().Is4In6() {
-			return badValue("addr", s, "an address with a prefix, like 10.9.0.1/24")
+			return cli.BadValue("addr", s, "an address with a prefix, like 10.9.0.1/24")
 		}
 		if _, twice := b.prefix[vif]; twice {
-			return badValue("addr", s, "the only address of that vif; name the vif: 1.0="+addr)
+			return cli.BadValue("addr", s, "the only address of that vif; name the vif: 1.0="+addr)
 		}
 		b.prefix[vif] = p
 	}
@@ -181,9 +182,9 @@ func (b *back) probe() error {
 	}
 	if b.bridge != "" {
 		if l, err := netlink.LinkByName(b.bridge); err != nil {
-			return &advice{err: fmt.Errorf("bridge %s: %w", b.bridge, err), next: "make it: ip link add " + b.bridge + " type bridge"}
+			return &cli.Advice{Err: fmt.Errorf("bridge %s: %w", b.bridge, err), Next: "make it: ip link add " + b.bridge + " type bridge"}
 		} else if l.Type() != "bridge" {
-			return &advice{err: fmt.Errorf("%s is a %s, no bridge", b.bridge, l.Type()), next: "name a bridge with --bridge"}
+			return &cli.Advice{Err: fmt.Errorf("%s is a %s, no bridge", b.bridge, l.Type()), Next: "name a bridge with --bridge"}
 		}
 	}
 	l, err := link.OpenTAP(link.TAPConfig{Name: "barevif%d"})
@@ -196,28 +197,28 @@ func (b *back) probe() error {
 // linkRefused adds advice to the error of a link that could not be opened.
 func linkRefused(err error) error {
 	const setcap = `"setcap cap_net_admin,cap_net_raw+ep" on the built program`
-	a := &advice{err: err, next: "-v may say more"}
+	a := &cli.Advice{Err: err, Next: "-v may say more"}
 	node := false // whether the error is about /dev/net/tun, not about an interface
 	if oe, ok := errors.AsType[*link.OpenError](err); ok && oe.Next != "" {
 		bare := *oe
 		bare.Next = "" // printed as a.next, not twice
-		a.err, a.next = &bare, oe.Next
+		a.Err, a.Next = &bare, oe.Next
 		node = oe.Step == "open /dev/net/tun"
 	}
 	switch {
 	case errors.Is(err, unix.EACCES), node && errors.Is(err, unix.EPERM):
 		// The mode of the node forbids it. The capabilities alone do not open the node,
 		// and without them the opened node makes no TAP.
-		a.refused = true
-		a.next = "run as root, or let this user open it (chmod 0666 /dev/net/tun) and " + setcap + `; "barevif demo" needs neither`
+		a.Refused = true
+		a.Next = "run as root, or let this user open it (chmod 0666 /dev/net/tun) and " + setcap + `; "barevif demo" needs neither`
 	case errors.Is(err, unix.EPERM):
-		a.refused = true
-		a.next = "run as root, or " + setcap + `; "barevif demo" needs neither`
+		a.Refused = true
+		a.Next = "run as root, or " + setcap + `; "barevif demo" needs neither`
 	case node:
-		a.refused = true
-		a.next += `; "barevif demo" needs no TAP`
+		a.Refused = true
+		a.Next += `; "barevif demo" needs no TAP`
 	case errors.Is(err, unix.ENODEV):
-		a.next = `name an interface of this machine: "ip -brief link" lists them`
+		a.Next = `name an interface of this machine: "ip -brief link" lists them`
 	}
 	return a
 }
@@ -254,7 +255,7 @@ func (b *back) follow(dev *pvnet.Device, vif, name string) {
 		switch {
 		case ev.Up:
 			if b.packet == "" {
-				if err := address(name, b.addressOf(vif, true)); err != nil {
+				if err := addAddress(name, b.addressOf(vif, true)); err != nil {
 					b.slog.Error("a vif's TAP has no address", "vif", vif, "err", err)
 				}
 				if err := setMTU(name, ev.MTU); err != nil {
@@ -291,11 +292,11 @@ func (b *back) open(dev *pvnet.Device, vif string) (link.Link, error) {
 	// The address that Linux's netback gives to each of its interfaces. A bridge takes the
 	// lowest address of its ports. If that were a random one, a restart would change the
 	// bridge's address, and neighbours that know the old one could not reach this machine.
-	if err = hardwareAddress(tap.Name(), dev.MAC()); err == nil {
-		err = address(tap.Name(), b.addressOf(vif, false))
+	if err = setMAC(tap.Name(), dev.MAC()); err == nil {
+		err = addAddress(tap.Name(), b.addressOf(vif, false))
 	}
 	if err == nil && b.bridge != "" {
-		err = enslave(tap.Name(), b.bridge)
+		err = setBridge(tap.Name(), b.bridge)
 	}
 	if err != nil {
 		tap.Close()
@@ -319,58 +320,9 @@ func (b *back) addressOf(vif string, connected bool) netip.Prefix {
 	return p
 }
 
-// openTAP opens a TAP. It retries for 2 s, because a process that was just killed may still
-// hold the name.
-func openTAP(cfg link.TAPConfig) (*link.TAP, error) {
-	for end := time.Now().Add(2 * time.Second); ; time.Sleep(20 * time.Millisecond) {
-		tap, err := link.OpenTAP(cfg)
-		if !errors.Is(err, unix.EBUSY) || time.Now().After(end) {
-			return tap, err
-		}
-	}
-}
-
 func asLink[L link.Link](l L, err error) (link.Link, error) {
 	if err != nil {
 		return nil, linkRefused(err)
 	}
 	return l, nil
-}
-
-// address adds addr to the interface, if addr is valid.
-func address(name string, addr netip.Prefix) error {
-	if !addr.IsValid() {
-		return nil
-	}
-	l, err := netlink.LinkByName(name)
-	if err != nil {
-		return fmt.Errorf("find %s: %w", name, err)
-	}
-	a, err := netlink.ParseAddr(addr.String())
-	if err == nil {
-		if addr.Addr().Is6() {
-			a.Flags = unix.IFA_F_NODAD // no duplicate address detection: no other station is on the link
-		}
-		err = netlink.AddrReplace(l, a)
-	}
-	if err != nil {
-		return fmt.Errorf("give %s the address %s: %w", name, addr, err)
-	}
-	return nil
-}
-
-// enslave puts the interface on a bridge.
-func enslave(name, bridge string) error {
-	l, err := netlink.LinkByName(name)
-	if err != nil {
-		return fmt.Errorf("find %s: %w", name, err)
-	}
-	br, err := netlink.LinkByName(bridge)
-	if err == nil {
-		err = netlink.LinkSetMaster(l, br)
-	}
-	if err != nil {
-		return fmt.Errorf("put %s on bridge %s: %w", name, bridge, err)
-	}
-	return nil
 }

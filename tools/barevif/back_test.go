@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"barevif/pvnet/link"
+	"barevif/tools/cli"
 
 	"golang.org/x/sys/unix"
 )
@@ -28,18 +29,18 @@ func TestALinkRefusedSaysWhatWouldHelp(t *testing.T) {
 		{link.OpenError{Step: node, Err: unix.ENODEV, Next: "modprobe tun"}, []string{"modprobe tun", demo}},
 		{link.OpenError{Step: node, Err: unix.ENXIO, Next: "modprobe tun"}, []string{"modprobe tun", demo}},
 	} {
-		a, ok := errors.AsType[*advice](linkRefused(&c.err))
-		if !ok || !a.refused || a.Error() == c.err.Error() {
+		a, ok := errors.AsType[*cli.Advice](linkRefused(&c.err))
+		if !ok || !a.Refused || a.Error() == c.err.Error() {
 			t.Errorf("%v: %+v", c.err.Err, a)
 			continue
 		}
 		for _, want := range c.want {
-			if !strings.Contains(a.next, want) {
-				t.Errorf("%v at %s: next is %q, without %q", c.err.Err, c.err.Step, a.next, want)
+			if !strings.Contains(a.Next, want) {
+				t.Errorf("%v at %s: next is %q, without %q", c.err.Err, c.err.Step, a.Next, want)
 			}
 		}
 	}
-	if a, _ := errors.AsType[*advice](linkRefused(&link.OpenError{Step: "bind", Err: unix.ENODEV, Next: "none"})); a == nil || a.refused {
+	if a, _ := errors.AsType[*cli.Advice](linkRefused(&link.OpenError{Step: "bind", Err: unix.ENODEV, Next: "none"})); a == nil || a.Refused {
 		t.Errorf("no such card: %+v", a)
 	}
 }

@@ -5,10 +5,11 @@ import (
 	"io"
 	"strconv"
 	"strings"
-	"text/tabwriter"
 
 	"barevif/pvnet/link"
 	"barevif/telemetry"
+	"barevif/tools/cli"
+	"barevif/tools/table"
 )
 
 // A flow is one direction of a vif: what one end sent and the other received.
@@ -35,21 +36,21 @@ func (f *flow) balanced() bool {
 
 // printFlows writes flows as a table, indented.
 func printFlows(w io.Writer, indent string, flows [2]flow) {
-	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', tabwriter.AlignRight)
-	fmt.Fprintf(t, "%s\tframes\tbytes\tframes a batch\tnotified\tnot needed\tdropped\t\n", indent)
+	t := table.Table{Head: []string{"", "frames", "bytes", "frames a batch", "notified", "not needed", "dropped"}}
 	for i := range flows {
 		f := &flows[i]
 		for _, side := range []struct {
 			who string
 			v   *telemetry.Values
 		}{{f.from + " sent", &f.sent}, {f.to + " received", &f.received}} {
-			fmt.Fprintf(t, "%s%s\t%s\t%s\t%s\t%s\t%s\t%s\t\n", indent, side.who,
-				grouped(side.v.Get(telemetry.Packets)), grouped(side.v.Get(telemetry.Bytes)), perBatch(side.v),
-				grouped(side.v.Get(telemetry.NotifiesSent)), grouped(side.v.Get(telemetry.NotifiesSpared)), grouped(lost(side.v)))
+			t.Rows = append(t.Rows, []string{side.who,
+				cli.Grouped(side.v.Get(telemetry.Packets)), cli.Grouped(side.v.Get(telemetry.Bytes)), perBatch(side.v),
+				cli.Grouped(side.v.Get(telemetry.NotifiesSent)), cli.Grouped(side.v.Get(telemetry.NotifiesSpared)), cli.Grouped(lost(side.v))})
 		}
 	}
-	// The underlying writer reports its own errors.
-	_ = t.Flush()
+	for _, line := range t.Lines() {
+		fmt.Fprintln(w, indent+line)
+	}
 }
 
 // perBatch returns the average number of frames per batch.
@@ -70,28 +71,6 @@ func perBatch(v *telemetry.Values) string {
 	return "-"
 }
 
-// grouped formats n with spaces between groups of three digits.
-func grouped(n uint64) string {
-	s := strconv.FormatUint(n, 10)
-	for i := len(s) - 3; i > 0; i -= 3 {
-		s = s[:i] + " " + s[i:]
-	}
-	return s
-}
-
-// binarySize formats a number of bytes with a suitable unit.
-func binarySize(n uint64) string {
-	units := []string{"bytes", "KiB", "MiB", "GiB", "TiB"}
-	f, i := float64(n), 0
-	for ; f >= 1024 && i < len(units)-1; i++ {
-		f /= 1024
-	}
-	if f == float64(uint64(f)) {
-		return fmt.Sprintf("%.0f %s", f, units[i])
-	}
-	return fmt.Sprintf("%.1f %s", f, units[i])
-}
-
 // tally describes the traffic of a vif, one clause per direction. The numbers add up: a frame
 // that came in on one side went out on the other, or was lost. peer names the other end.
 func tally(peer string, st *telemetry.Stats, js link.JointStats) string {
@@ -99,10 +78,10 @@ func tally(peer string, st *telemetry.Stats, js link.JointStats) string {
 	read := js.FromLink + js.Dropped() + js.Unfed
 	gone := min(st.TX.Lost(telemetry.DropDisconnected), js.FromLink)
 	s := fmt.Sprintf("%s frames from the %s, %s to the network, %s lost%s; %s from the network, %s to the %s, %s lost%s",
-		grouped(in), peer, grouped(out), grouped(in-out), toNetworkLost(&js),
-		grouped(read), grouped(js.FromLink-gone), peer, grouped(read-js.FromLink+gone), fromNetworkLost(&js))
+		cli.Grouped(in), peer, cli.Grouped(out), cli.Grouped(in-out), toNetworkLost(&js),
+		cli.Grouped(read), cli.Grouped(js.FromLink-gone), peer, cli.Grouped(read-js.FromLink+gone), fromNetworkLost(&js))
 	if n := st.TX.Get(telemetry.Packets); n > js.FromLink {
-		s += fmt.Sprintf(", cut into %s", grouped(n))
+		s += fmt.Sprintf(", cut into %s", cli.Grouped(n))
 	}
 	return s
 }
@@ -130,7 +109,7 @@ func reasons(list ...reason) string {
 	var said []string
 	for _, r := range list {
 		if r.frames > 0 {
-			said = append(said, grouped(r.frames)+" "+r.why)
+			said = append(said, cli.Grouped(r.frames)+" "+r.why)
 		}
 	}
 	if said == nil {

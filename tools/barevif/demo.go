@@ -20,14 +20,15 @@ import (
 	"barevif/hypercall"
 	"barevif/pvnet"
 	"barevif/telemetry"
-	"barevif/tools/internal/appliance"
+	"barevif/tools/appliance"
+	"barevif/tools/cli"
 	"barevif/xenbus/toolstack"
 
 	"github.com/spf13/cobra"
 )
 
-func demoCommand(p *program) *cobra.Command {
-	d := demo{program: p, size: 256 << 20}
+func demoCommand(p *cli.Program) *cobra.Command {
+	d := demo{Program: p, size: 256 << 20}
 	cmd := &cobra.Command{
 		Use:   "demo",
 		Short: "Set up everything in one process, fetch pages through it, and show it",
@@ -44,7 +45,7 @@ end is a second gVisor stack. --network asks for one of them.`,
 		Example: `  barevif demo
   barevif demo --size 2GiB
   barevif demo --network userspace -v`,
-		Args: arguments(0),
+		Args: cli.Arguments(0),
 		RunE: func(cmd *cobra.Command, _ []string) error { return d.run(cmd.Context()) },
 	}
 	cmd.Flags().Var(&d.size, "size", "`bytes` of the file to fetch, with KiB, MiB, GiB or TiB")
@@ -54,7 +55,7 @@ end is a second gVisor stack. --network asks for one of them.`,
 }
 
 type demo struct {
-	*program
+	*cli.Program
 	size    byteSize
 	network string
 	where   counterFlag
@@ -80,7 +81,7 @@ const (
 func (d *demo) say(label, format string, args ...any) {
 	d.printMu.Lock()
 	defer d.printMu.Unlock()
-	fmt.Fprintf(d.stdout, "%-10s %s\n", label, fmt.Sprintf(format, args...))
+	fmt.Fprintf(d.Stdout, "%-10s %s\n", label, fmt.Sprintf(format, args...))
 }
 
 func (d *demo) run(ctx context.Context) (err error) {
@@ -89,7 +90,7 @@ func (d *demo) run(ctx context.Context) (err error) {
 	if s.store, err = d.where.store(); err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, s.strike()) }()
+	defer func() { err = errors.Join(err, s.cleanUp()) }()
 	setup, cancel := context.WithTimeoutCause(ctx, setupPatience, errSetup)
 	defer cancel()
 	if err := s.build(setup); err != nil {
@@ -98,7 +99,7 @@ func (d *demo) run(ctx context.Context) (err error) {
 	if err := s.connect(setup); err != nil {
 		return err
 	}
-	if err := s.play(ctx); err != nil {
+	if err := s.traffic(ctx); err != nil {
 		return err
 	}
 	d.say("close", "the appliance leaves; the toolstack takes the vif away:")
@@ -124,14 +125,14 @@ type stage struct {
 	stopServing func() error // of the backend
 	store       telemetry.Store
 
-	undo []func() error // the functions that strike calls, last first
+	undo []func() error // the functions that cleanUp calls, last first
 }
 
-// later makes strike call f.
+// later makes cleanUp call f.
 func (s *stage) later(f func() error) { s.undo = append(s.undo, f) }
 
-// strike takes down what is still up.
-func (s *stage) strike() (err error) {
+// cleanUp takes down what is still up.
+func (s *stage) cleanUp() (err error) {
 	for _, f := range slices.Backward(s.undo) {
 		err = errors.Join(err, f())
 	}
@@ -170,7 +171,7 @@ func (s *stage) connect(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	cfg := pvnet.Config{Offload: true, Counters: s.store, Logger: s.log()}
+	cfg := pvnet.Config{Offload: true, Counters: s.store, Logger: s.Log()}
 	backs := s.serve(backDom, cfg)
 	cfg.LendRx = true // the stack copies
 	if s.front, err = pvnet.Connect(ctx, frontDom, "0", cfg); err != nil {
@@ -223,8 +224,8 @@ func (s *stage) serve(dom hypercall.Domain, cfg pvnet.Config) <-chan *pvnet.Devi
 	return backs
 }
 
-// play sends traffic through the vif.
-func (s *stage) play(ctx context.Context) error {
+// traffic sends some through the vif.
+func (s *stage) traffic(ctx context.Context) error {
 	if err := s.pingAll(ctx, s.far); err != nil {
 		return err
 	}
@@ -261,7 +262,7 @@ func (s *stage) takeDown(ctx context.Context) error {
 }
 
 // errSetup is the error of a setup that takes longer than setupPatience.
-var errSetup = &advice{err: errors.New("the machine did not get ready in time"), next: "run it again with -vv and see what is last"}
+var errSetup = &cli.Advice{Err: errors.New("the machine did not get ready in time"), Next: "run it again with -vv and see what is last"}
 
 // awaitUp waits until the device is connected.
 func awaitUp(ctx context.Context, dev *pvnet.Device) error {
@@ -340,7 +341,7 @@ func (d *demo) fetchPage(ctx context.Context, c *http.Client) error {
 func (d *demo) fetchFile(ctx context.Context, c *http.Client) error {
 	size := int64(d.size)
 	path := "/bytes/" + strconv.FormatInt(size, 10)
-	d.say("file", "GET http://%s%s: %s of pseudo-random bytes", demoNear, path, binarySize(uint64(size)))
+	d.say("file", "GET http://%s%s: %s of pseudo-random bytes", demoNear, path, cli.BinarySize(uint64(size)))
 	began := time.Now()
 	resp, err := d.get(ctx, c, path)
 	if err != nil {
@@ -348,7 +349,7 @@ func (d *demo) fetchFile(ctx context.Context, c *http.Client) error {
 	}
 	defer resp.Body.Close()
 	hash := sha256.New()
-	bar := newProgress(d.stdout, size)
+	bar := newProgress(d.Stdout, size)
 	n, err := io.Copy(io.MultiWriter(hash, bar), resp.Body)
 	took := time.Since(began)
 	bar.finish()
@@ -367,7 +368,7 @@ func (d *demo) fetchFile(ctx context.Context, c *http.Client) error {
 		return fmt.Errorf("fetch %s: the bytes are not those that were sent: SHA-256 %s, want %s", path, got, want)
 	}
 	rate := float64(size) / took.Seconds()
-	d.say("", "%.2f s, %s/s, %.2f Gbit/s", took.Seconds(), binarySize(uint64(rate)), rate*8/1e9)
+	d.say("", "%.2f s, %s/s, %.2f Gbit/s", took.Seconds(), cli.BinarySize(uint64(rate)), rate*8/1e9)
 	d.say("", "SHA-256 %s, as it should be", got)
 	return nil
 }
@@ -382,7 +383,7 @@ func (d *demo) counters(ctx context.Context, front, back *pvnet.Device, far *far
 		}
 		if time.Now().After(end) {
 			d.say("counters", "")
-			printFlows(d.stdout, "", f)
+			printFlows(d.Stdout, "", f)
 			return errors.New("the counters of the two ends disagree: sent is not received + dropped")
 		}
 		select {
@@ -393,12 +394,12 @@ func (d *demo) counters(ctx context.Context, front, back *pvnet.Device, far *far
 	}
 	d.say("counters", "sent = received + dropped, in both directions:")
 	d.printMu.Lock()
-	printFlows(d.stdout, strings.Repeat(" ", 11), f)
+	printFlows(d.Stdout, strings.Repeat(" ", 11), f)
 	d.printMu.Unlock()
 	if far.joint != nil {
 		js := far.joint.Stats()
 		d.say("", "backend to the network: %s frames, %s dropped; from it: %s, %s dropped",
-			grouped(js.ToLink), grouped(js.Unsent), grouped(js.FromLink), grouped(js.Dropped()))
+			cli.Grouped(js.ToLink), cli.Grouped(js.Unsent), cli.Grouped(js.FromLink), cli.Grouped(js.Dropped()))
 	}
 	return nil
 }
@@ -406,7 +407,7 @@ func (d *demo) counters(ctx context.Context, front, back *pvnet.Device, far *far
 // A byteSize is a flag: a number of bytes with an optional unit.
 type byteSize int64
 
-func (s *byteSize) String() string { return strings.ReplaceAll(binarySize(uint64(*s)), " ", "") }
+func (s *byteSize) String() string { return strings.ReplaceAll(cli.BinarySize(uint64(*s)), " ", "") }
 func (s *byteSize) Type() string   { return "bytes" }
 
 func (s *byteSize) Set(v string) error {
@@ -418,7 +419,7 @@ func (s *byteSize) Set(v string) error {
 	}
 	n, err := strconv.ParseInt(number, 10, 64)
 	if err != nil || n < 0 || n > appliance.MaxBlob>>shift {
-		return fmt.Errorf("a number of bytes up to %s, like 64MiB", binarySize(appliance.MaxBlob))
+		return fmt.Errorf("a number of bytes up to %s, like 64MiB", cli.BinarySize(appliance.MaxBlob))
 	}
 	*s = byteSize(n << shift)
 	return nil

@@ -11,6 +11,7 @@ import (
 	"barevif/pvnet"
 	"barevif/pvnet/link"
 	"barevif/pvnet/netstack"
+	"barevif/tools/cli"
 	"barevif/tools/internal/netns"
 
 	"golang.org/x/sys/unix"
@@ -37,7 +38,7 @@ func (d *demo) openFar(ctx context.Context) (*far, error) {
 		return userspaceFar(""), nil
 	case "auto", "tap", "veth":
 	default:
-		return nil, badValue("network", d.network, "auto, tap, veth or userspace")
+		return nil, cli.BadValue("network", d.network, "auto, tap, veth or userspace")
 	}
 	s, err := netns.Start(ctx, netns.Config{Addr: demoFar, NoTAP: d.network == "veth"})
 	if err != nil {
@@ -46,14 +47,14 @@ func (d *demo) openFar(ctx context.Context) (*far, error) {
 		case ok && d.network == "auto":
 			return userspaceFar(" (" + refused.Error() + ")"), nil
 		case ok:
-			return nil, &advice{err: err, refused: true, next: "allow it, run as root, or leave --network away: gVisor's TCP/IP takes the kernel's place"}
+			return nil, &cli.Advice{Err: err, Refused: true, Next: "allow it, run as root, or leave --network away: gVisor's TCP/IP takes the kernel's place"}
 		}
 		return nil, fmt.Errorf("make a network of our own: %w", err)
 	}
 	if _, ok := s.Link().(*link.TAP); !ok && d.network == "tap" {
 		err := fmt.Errorf("no TAP: %s", s.Describe())
 		s.Close()
-		return nil, &advice{err: err, refused: true, next: "let this user open /dev/net/tun (chmod 0666, as most systems have it), or leave --network away: a veth pair takes its place"}
+		return nil, &cli.Advice{Err: err, Refused: true, Next: "let this user open /dev/net/tun (chmod 0666, as most systems have it), or leave --network away: a veth pair takes its place"}
 	}
 	f := &far{
 		describe: s.Describe(),
@@ -67,7 +68,7 @@ func (d *demo) openFar(ctx context.Context) (*far, error) {
 		if err != nil {
 			return 0, err
 		}
-		return ping(ctx, socket, to, seq)
+		return pingFrom(ctx, socket, to, seq)
 	}
 	return f, nil
 }

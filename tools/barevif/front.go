@@ -6,19 +6,20 @@ import (
 	"fmt"
 	"time"
 
-	"github.com/spf13/cobra"
-
-	"barevif/hypercall/xendev"
 	"barevif/pvnet"
 	"barevif/telemetry"
+	"barevif/tools/cli"
+	"barevif/tools/domain"
 	"barevif/xenbus"
 	"barevif/xenbus/xenstore"
+
+	"github.com/spf13/cobra"
 )
 
 // A front is a command that owns a vif of its domain.
 type front struct {
-	*program
-	domain   domainFlags
+	*cli.Program
+	domain   domain.Flags
 	counters counterFlag
 	vif      string
 	wait     time.Duration
@@ -28,7 +29,7 @@ type front struct {
 }
 
 func (f *front) register(cmd *cobra.Command) {
-	f.domain.register(cmd, 1)
+	f.domain.Register(cmd, 1)
 	f.counters.register(cmd)
 	cmd.Flags().StringVar(&f.vif, "vif", "0", "`id` of the vif")
 	cmd.Flags().DurationVar(&f.wait, "wait", 30*time.Second, "give up if no backend connects within this `time`; 0: wait for ever")
@@ -45,33 +46,33 @@ type use struct {
 
 // own connects to the vif and uses it until a signal, or until the device, the use or the
 // host ends by itself.
-func (f *front) own(ctx context.Context, begin func(*domain, *pvnet.Device) (*use, error)) error {
+func (f *front) own(ctx context.Context, begin func(*domain.Domain, *pvnet.Device) (*use, error)) error {
 	if f.wait < 0 {
-		return badValue("wait", f.wait.String(), "a time to wait")
+		return cli.BadValue("wait", f.wait.String(), "a time to wait")
 	}
-	if f.take && !f.domain.xen {
-		return &advice{err: errors.New("--take is for a real Xen"), next: "give --xen too", usage: true}
+	if f.take && !f.domain.Xen {
+		return &cli.Advice{Err: errors.New("--take is for a real Xen"), Next: "give --xen too", Usage: true}
 	}
 	counters, err := f.counters.store()
 	if err != nil {
 		return err
 	}
-	dom, err := f.domain.open(ctx)
+	dom, err := f.domain.Open(ctx)
 	if err != nil {
 		return err
 	}
-	defer dom.close()
-	if f.domain.xen {
-		if err := f.free(); err != nil {
+	defer dom.End()
+	if f.domain.Xen {
+		if err := f.domain.Free(f.vif, f.take); err != nil {
 			return err
 		}
 	}
 	signals := ctx
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	dom.watch(ctx, cancel)
+	dom.Watch(ctx, cancel)
 
-	fmt.Fprintf(f.stdout, "domain %d: vif %s waits for its backend\n", dom.ID(), f.vif)
+	fmt.Fprintf(f.Stdout, "domain %d: vif %s waits for its backend\n", dom.ID(), f.vif)
 	dev, err := f.connect(ctx, dom, counters)
 	if err != nil {
 		return err
@@ -81,7 +82,7 @@ func (f *front) own(ctx context.Context, begin func(*domain, *pvnet.Device) (*us
 		dev.Disconnect()
 		return err
 	}
-	fmt.Fprintf(f.stdout, "vif %s: MAC %v, MTU %d, backend in domain %d, %s\ncounters: %s\n%s; a signal ends it\n",
+	fmt.Fprintf(f.Stdout, "vif %s: MAC %v, MTU %d, backend in domain %d, %s\ncounters: %s\n%s; a signal ends it\n",
 		f.vif, dev.MAC(), dev.MTU(), dev.Peer(), dev.Budget(), mirrored(dev), u.says)
 	go func() {
 		select {
@@ -94,14 +95,14 @@ func (f *front) own(ctx context.Context, begin func(*domain, *pvnet.Device) (*us
 	switch cause := context.Cause(ctx); {
 	case ctx.Err() == nil:
 		err = fmt.Errorf("vif %s has ended: %s", f.vif, last.Reason)
-	case errors.Is(cause, errHostGone):
+	case errors.Is(cause, domain.ErrHostGone):
 		// End the device so that the pins of its counters do not outlive this process.
 		ended := make(chan error, 1)
 		go func() {
 			dev.Disconnect()
 			ended <- u.close()
 		}()
-		return dom.lost(func(format string, args ...any) { fmt.Fprintf(f.stdout, format+"\n", args...) }, ended)
+		return dom.Lost(func(format string, args ...any) { fmt.Fprintf(f.Stdout, format+"\n", args...) }, ended)
 	case signals.Err() == nil:
 		err = cause
 	}
@@ -118,45 +119,32 @@ func (f *front) follow(ctx context.Context, dev *pvnet.Device, u *use) (last pvn
 		case ev.Up && !last.Up:
 			if u.renew != nil {
 				if err := u.renew(); err != nil {
-					f.log().Error("a vif is another card, and what uses it does not follow", "vif", f.vif, "err", err)
+					f.Log().Error("a vif is another card, and what uses it does not follow", "vif", f.vif, "err", err)
 				}
 			}
-			fmt.Fprintf(f.stdout, "vif %s: connected again, backend in domain %d, MAC %v, MTU %d\n", f.vif, dev.Peer(), ev.MAC, ev.MTU)
+			fmt.Fprintf(f.Stdout, "vif %s: connected again, backend in domain %d, MAC %v, MTU %d\n", f.vif, dev.Peer(), ev.MAC, ev.MTU)
 		case !ev.Up && last.Up:
-			fmt.Fprintf(f.stdout, "vif %s: down: %s\n", f.vif, ev.Reason)
+			fmt.Fprintf(f.Stdout, "vif %s: down: %s\n", f.vif, ev.Reason)
 		}
 		last = ev
 	}
 	return last
 }
 
-// free ensures that the kernel does not own the vif, too.
-func (f *front) free() error {
-	if f.take {
-		if err := xendev.Take(xendev.Config{}, f.vif); err != nil {
-			return fmt.Errorf("take vif %s from the kernel: %w", f.vif, err)
-		}
-	}
-	if err := xendev.CheckFree(xendev.Config{}, f.vif); err != nil {
-		return &advice{err: err, next: "--take does that (as root)", refused: true}
-	}
-	return nil
-}
-
 // connect waits for the backend.
-func (f *front) connect(ctx context.Context, dom *domain, counters telemetry.Store) (*pvnet.Device, error) {
+func (f *front) connect(ctx context.Context, dom *domain.Domain, counters telemetry.Store) (*pvnet.Device, error) {
 	if f.wait > 0 {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeoutCause(ctx, f.wait, fmt.Errorf("waited %v", f.wait))
 		defer cancel()
 	}
 	dev, err := pvnet.Connect(ctx, dom.Domain, f.vif, pvnet.Config{
-		Queues: f.queues, LendRx: true, Offload: f.offload, Counters: counters, Logger: f.log(),
+		Queues: f.queues, LendRx: true, Offload: f.offload, Counters: counters, Logger: f.Log(),
 	})
 	if err == nil {
 		return dev, nil
 	}
-	if cause := context.Cause(ctx); errors.Is(cause, context.Canceled) || errors.Is(cause, errHostGone) {
+	if cause := context.Cause(ctx); errors.Is(cause, context.Canceled) || errors.Is(cause, domain.ErrHostGone) {
 		return nil, cause
 	}
 	if none, ok := errors.AsType[*xenbus.NoDeviceError](err); ok {
@@ -164,14 +152,14 @@ func (f *front) connect(ctx context.Context, dom *domain, counters telemetry.Sto
 		if len(none.Have) > 0 {
 			next = "choose one of those with --vif"
 		}
-		return nil, &advice{err: err, next: next}
+		return nil, &cli.Advice{Err: err, Next: next}
 	}
 	if errors.Is(err, xenstore.ErrQuota) {
-		return nil, &advice{err: err, next: "this domain has used up its quota in xenstore: remove what it does not need there, or have dom0 raise the quota"}
+		return nil, &cli.Advice{Err: err, Next: "this domain has used up its quota in xenstore: remove what it does not need there, or have dom0 raise the quota"}
 	}
 	// On a slow machine the time may be over before Connect has begun to wait.
 	if _, ok := errors.AsType[*xenbus.WaitError](err); ok || ctx.Err() != nil {
-		return nil, &advice{err: err, next: `is the backend running? "barevif back", or the kernel's in its domain; --wait gives it longer`}
+		return nil, &cli.Advice{Err: err, Next: `is the backend running? "barevif back", or the kernel's in its domain; --wait gives it longer`}
 	}
 	return nil, err
 }

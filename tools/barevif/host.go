@@ -11,16 +11,18 @@ import (
 	"strings"
 	"sync"
 
-	"github.com/spf13/cobra"
-
 	"barevif/hypercall"
 	"barevif/hypercall/emu"
+	"barevif/tools/cli"
+	"barevif/tools/domain"
 	"barevif/xenbus/toolstack"
 	"barevif/xenbus/xenstore"
+
+	"github.com/spf13/cobra"
 )
 
-func hostCommand(p *program) *cobra.Command {
-	h := host{program: p}
+func hostCommand(p *cli.Program) *cobra.Command {
+	h := host{Program: p}
 	cmd := &cobra.Command{
 		Use:   "host",
 		Short: "Run an emulated Xen that other processes join as domains",
@@ -44,10 +46,10 @@ It is a development machine, not a boundary: each of these can be any domain.`,
 		Example: `  barevif host
   barevif host --vif front=1 --vif front=3,back=2,mtu=9000
   barevif host --socket /tmp/xen/host.sock`,
-		Args: arguments(0),
+		Args: cli.Arguments(0),
 		RunE: func(cmd *cobra.Command, _ []string) error { return h.run(cmd.Context()) },
 	}
-	cmd.Flags().StringVar(&h.socket, "socket", hostSocket(strconv.Itoa(os.Geteuid())), "`socket` to listen at")
+	cmd.Flags().StringVar(&h.socket, "socket", domain.HostSocket(strconv.Itoa(os.Geteuid())), "`socket` to listen at")
 	cmd.Flags().StringVar(&h.xenstore, "xenstore", "", "`socket` of the xenstore; default: xenstored.sock beside the other")
 	cmd.Flags().StringArrayVar(&h.vifs, "vif", []string{"front=1,back=2"},
 		"a `vif` to add: front=DOM[,back=DOM][,id=N][,mac=MAC][,mtu=BYTES][,type=NAME]; repeatable")
@@ -55,7 +57,7 @@ It is a development machine, not a boundary: each of these can be any domain.`,
 }
 
 type host struct {
-	*program
+	*cli.Program
 	socket, xenstore string
 	vifs             []string
 
@@ -76,11 +78,11 @@ func (h *host) run(ctx context.Context) (err error) {
 		h.xenstore = filepath.Join(filepath.Dir(h.socket), "xenstored.sock")
 	}
 	for _, path := range []string{h.socket, h.xenstore} {
-		if err := privateDir(filepath.Dir(path)); err != nil {
+		if err := domain.PrivateDir(filepath.Dir(path)); err != nil {
 			return err
 		}
-		if err := freePath(path); err != nil {
-			return &advice{err: err, next: "use the host that runs there, end it, or choose another place with --socket"}
+		if err := domain.FreePath(path); err != nil {
+			return &cli.Advice{Err: err, Next: "use the host that runs there, end it, or choose another place with --socket"}
 		}
 	}
 	h.joined = make(map[hypercall.DomID]bool)
@@ -92,7 +94,7 @@ func (h *host) run(ctx context.Context) (err error) {
 	for _, v := range vifs {
 		if err := m.add(ctx, v); err != nil {
 			if errors.Is(err, xenstore.ErrExists) {
-				return &advice{err: err, next: "give each --vif of one front an id of its own", usage: true}
+				return &cli.Advice{Err: err, Next: "give each --vif of one front an id of its own", Usage: true}
 			}
 			return err
 		}
@@ -119,7 +121,7 @@ func (h *host) welcome(vifs []toolstack.Vif) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "emulated Xen   %s\nxenstore       %s\n", h.socket, h.xenstore)
 	emu := ""
-	if h.socket != hostSocket(strconv.Itoa(os.Geteuid())) {
+	if h.socket != domain.HostSocket(strconv.Itoa(os.Geteuid())) {
 		emu = " --emu " + h.socket
 	}
 	var backs, fronts []string
@@ -153,7 +155,7 @@ func (h *host) welcome(vifs []toolstack.Vif) string {
 func (h *host) print(s string) {
 	h.printMu.Lock()
 	defer h.printMu.Unlock()
-	fmt.Fprint(h.stdout, s)
+	fmt.Fprint(h.Stdout, s)
 }
 
 func (h *host) opened(dom hypercall.DomID) {
@@ -161,7 +163,7 @@ func (h *host) opened(dom hypercall.DomID) {
 	defer h.printMu.Unlock()
 	if dom != 0 && !h.joined[dom] {
 		h.joined[dom] = true
-		fmt.Fprintf(h.stdout, "domain %d: a program runs in it\n", dom)
+		fmt.Fprintf(h.Stdout, "domain %d: a program runs in it\n", dom)
 	}
 }
 
@@ -170,7 +172,7 @@ func (h *host) died(dom hypercall.DomID) {
 	defer h.printMu.Unlock()
 	if h.joined[dom] {
 		delete(h.joined, dom)
-		fmt.Fprintf(h.stdout, "domain %d: its program has ended\n", dom)
+		fmt.Fprintf(h.Stdout, "domain %d: its program has ended\n", dom)
 	}
 }
 
@@ -181,7 +183,7 @@ func parseVif(s string) (toolstack.Vif, error) {
 	for field := range strings.SplitSeq(s, ",") {
 		key, value, ok := strings.Cut(field, "=")
 		if !ok || seen[key] {
-			return v, badValue("vif", s, "a list of KEY=VALUE, each key once")
+			return v, cli.BadValue("vif", s, "a list of KEY=VALUE, each key once")
 		}
 		seen[key] = true
 		var err error
@@ -198,32 +200,32 @@ func parseVif(s string) (toolstack.Vif, error) {
 			v.MAC, err = xenstore.ParseMAC(value)
 			mac = true
 			if v.MAC[0]&1 != 0 {
-				return v, badValue("vif", s, "an address of one card: its first byte is odd")
+				return v, cli.BadValue("vif", s, "an address of one card: its first byte is odd")
 			}
 		case "mtu":
 			var n uint64
 			n, err = strconv.ParseUint(value, 10, 16)
 			v.MTU = int(n)
 			if err == nil && (n < 68 || n > 65521) {
-				return v, badValue("vif", s, "an MTU from 68 to 65521 bytes")
+				return v, cli.BadValue("vif", s, "an MTU from 68 to 65521 bytes")
 			}
 		case "type":
 			v.Type = value
 			if value == "" || strings.Trim(value, "abcdefghijklmnopqrstuvwxyz0123456789_-") != "" {
-				return v, badValue("vif", s, "a backend type of letters, digits, - and _")
+				return v, cli.BadValue("vif", s, "a backend type of letters, digits, - and _")
 			}
 		default:
-			return v, badValue("vif", s, "of the keys front, back, id, mac, mtu, type")
+			return v, cli.BadValue("vif", s, "of the keys front, back, id, mac, mtu, type")
 		}
 		if err != nil {
-			return v, badValue("vif", s, "a valid "+key)
+			return v, cli.BadValue("vif", s, "a valid "+key)
 		}
 	}
 	switch {
 	case !seen["front"]:
-		return v, badValue("vif", s, "complete: front is missing")
+		return v, cli.BadValue("vif", s, "complete: front is missing")
 	case v.Front == v.Back:
-		return v, badValue("vif", s, "between two domains")
+		return v, cli.BadValue("vif", s, "between two domains")
 	}
 	if !mac {
 		// Xen's prefix, then the domain and the number of the vif.

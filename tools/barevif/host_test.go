@@ -1,7 +1,11 @@
 package main
 
 import (
+	"bufio"
+	"context"
 	"errors"
+	"fmt"
+	"io"
 	"net"
 	"os"
 	"path/filepath"
@@ -9,8 +13,11 @@ import (
 	"strings"
 	"testing"
 
-	"barevif/hypercall/emu/emutest"
+	"barevif/tools/cli"
+	"barevif/tools/cli/clitest"
 	"barevif/xenbus/toolstack"
+
+	"golang.org/x/sys/unix"
 )
 
 func TestVifsAreReadStrictly(t *testing.T) {
@@ -48,77 +55,48 @@ func TestVifsAreReadStrictly(t *testing.T) {
 		"front=1,colour=red":            "of the keys",
 	} {
 		_, err := parseVif(s)
-		var a *advice
-		if !errors.As(err, &a) || !a.usage || !strings.Contains(err.Error(), says) {
+		var a *cli.Advice
+		if !errors.As(err, &a) || !a.Usage || !strings.Contains(err.Error(), says) {
 			t.Errorf("%q: %v, want %q", s, err, says)
 		}
 	}
 }
 
-func TestASocketLeftBehindIsNoObstacle(t *testing.T) {
-	dir := emutest.SocketDir(t)
-	path := filepath.Join(dir, "host.sock")
-	if err := freePath(path); err != nil {
-		t.Error("nothing there: ", err)
-	}
-	l, err := net.ListenUnix("unixpacket", &net.UnixAddr{Name: path, Net: "unixpacket"})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := freePath(path); err == nil || !strings.Contains(err.Error(), "listens") {
-		t.Error("somebody listens: ", err)
-	}
-	l.SetUnlinkOnClose(false)
-	l.Close()
-	if err := freePath(path); err != nil {
-		t.Error("left behind: ", err)
-	}
-	if _, err := os.Lstat(path); !errors.Is(err, os.ErrNotExist) {
-		t.Error("it is still there")
-	}
-	s, err := net.Listen("unix", path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer s.Close()
-	if err := freePath(path); err == nil || !strings.Contains(err.Error(), "another program") {
-		t.Error("a stream socket: ", err)
-	}
-	file := filepath.Join(dir, "file")
-	if err := os.WriteFile(file, []byte("precious"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if err := freePath(file); err == nil {
-		t.Error("a file was taken for a socket")
-	}
-	if b, err := os.ReadFile(file); string(b) != "precious" {
-		t.Error("the file is gone: ", err)
-	}
-}
-
-func TestSocketsAreInDirectoriesOfOurOwn(t *testing.T) {
-	dir := filepath.Join(t.TempDir(), "new")
-	for range 2 {
-		if err := privateDir(dir); err != nil {
-			t.Fatal(err)
+// A client at the xenstore's socket is domain 0. So only this user may use the socket,
+// whatever the umask is.
+func TestHostsSocketsArePrivate(t *testing.T) {
+	for _, mask := range []int{0, 0o077} {
+		dir := clitest.TempDir(t)
+		old := unix.Umask(mask)
+		ctx, cancel := context.WithCancel(t.Context())
+		r, w := io.Pipe()
+		ended := make(chan int, 1)
+		go func() {
+			ended <- cli.Run(ctx, rootCommand, []string{"host"}, w, io.Discard)
+			w.Close()
+		}()
+		for lines := bufio.NewScanner(r); lines.Scan() && !strings.HasPrefix(lines.Text(), "look inside"); {
 		}
-	}
-	if st, err := os.Stat(dir); err != nil || st.Mode().Perm() != 0o700 {
-		t.Error(st.Mode(), err)
-	}
-	if err := os.Chmod(dir, 0o777); err != nil {
-		t.Fatal(err)
-	}
-	link := dir + "-link"
-	if err := os.Symlink(t.TempDir(), link); err != nil {
-		t.Fatal(err)
-	}
-	for _, bad := range []string{dir, link} {
-		if err := privateDir(bad); err == nil {
-			t.Errorf("%s was accepted", bad)
+		unix.Umask(old)
+		go io.Copy(io.Discard, r)
+		place := filepath.Join(dir, fmt.Sprintf("barevif-%d", os.Geteuid()))
+		for _, name := range []string{"host.sock", "xenstored.sock"} {
+			if st, err := os.Lstat(filepath.Join(place, name)); err != nil || st.Mode().Perm() != 0o600 {
+				t.Errorf("umask %#o: %s: %v, %v", mask, name, st, err)
+			}
 		}
-	}
-	if err := privateDir(filepath.Join(dir, "a", "b")); !errors.Is(err, os.ErrNotExist) {
-		t.Error(err)
+		c, err := net.Dial("unix", filepath.Join(place, "xenstored.sock"))
+		if err != nil {
+			t.Error(err)
+		} else {
+			c.Close()
+		}
+		cancel()
+		if code := <-ended; code != cli.ExitOK {
+			t.Errorf("exit %d", code)
+		}
+		if err := os.RemoveAll(place); err != nil {
+			t.Error(err)
+		}
 	}
 }

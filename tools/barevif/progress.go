@@ -6,6 +6,8 @@ import (
 	"os"
 	"time"
 
+	"barevif/tools/cli"
+
 	"github.com/schollz/progressbar/v3"
 	"golang.org/x/term"
 )
@@ -46,7 +48,7 @@ func (p *progress) Write(b []byte) (int, error) {
 	}
 	for p.quarter < 4 && p.size > 0 && p.done >= p.size*(p.quarter+1)/4 {
 		p.quarter++
-		fmt.Fprintf(p.w, "%-10s %3d %%  %s\n", "", 25*p.quarter, binarySize(uint64(p.size*p.quarter/4)))
+		fmt.Fprintf(p.w, "%-10s %3d %%  %s\n", "", 25*p.quarter, cli.BinarySize(uint64(p.size*p.quarter/4)))
 	}
 	return len(b), nil
 }

@@ -16,6 +16,7 @@ import (
 
 	"barevif/telemetry"
 	"barevif/telemetry/bpf"
+	"barevif/tools/cli"
 	"barevif/tools/internal/stat"
 	"barevif/tools/internal/statweb"
 	"barevif/tools/internal/users"
@@ -25,12 +26,7 @@ import (
 	"golang.org/x/term"
 )
 
-func statCommand(p *program) *cobra.Command {
-	s := statistics{program: p}
-	cmd := &cobra.Command{
-		Use:   "stat [VIF...]",
-		Short: "Show the counters of vifs: once, live, as JSON, plots or a web page",
-		Long: `stat shows what the vifs of this machine count, whichever process owns them. VIF is a
+const aboutStat = `stat shows what the vifs of this machine count, whichever process owns them. VIF is a
 name as stat shows it, "front-1-2-0" for domain 1's end of its vif 0 with domain 2,
 or a pattern: "front-*". Without one it shows all. Other names work too:
 
@@ -65,7 +61,8 @@ lost power: directories of this user, as root of all users, whose owner is dead.
 prints each. What a live process owns stays.
 
 --watch is a live table: q quits, r counts from now on, s sorts, x folds queues,
-p plots, space pauses. Where the output is no terminal it is a line per direction.
+p plots, space pauses. Where the output is no terminal, or with --count, it is the
+text again and again, each with its time.
 
 --http answers on this machine alone, unless it is given an address. Since stat may
 read what others may not, JSON and metrics are for those who send a token, as
@@ -75,12 +72,20 @@ and which a Prometheus can read, too (authorization: credentials_file). It cross
 a network unencrypted. --no-token lets everybody read who can reach the address.
 
 --json prints an object, with --watch one per line. Names are those of COUNTERS.md
-with their direction, rx_packets; a number above 2^53 is a string of its digits.`,
+with their direction, rx_packets; a number above 2^53 is a string of its digits.`
+
+func statCommand(p *cli.Program) *cobra.Command {
+	s := statistics{Program: p}
+	cmd := &cobra.Command{
+		Use:   "stat [VIF...]",
+		Short: "Show the counters of vifs: as text, live, as JSON or a web page",
+		Long:  aboutStat,
 		Example: `  barevif stat
-  barevif stat --watch --plot
+  barevif stat --watch
   barevif stat --json 'front-*' | jq '.devices[].totals.counters.rx_packets'
   barevif stat --http localhost:9464
   barevif stat --http 9464 --token-file /etc/barevif/token`,
+		Annotations: map[string]string{"--plot": "press p in the live table of --watch, or open the page of --http, which plots"},
 		RunE: func(cmd *cobra.Command, args []string) error {
 			s.count = max(s.count, 0)
 			s.patterns = args
@@ -90,7 +95,6 @@ with their direction, rx_packets; a number above 2^53 is a string of its digits.
 	f := cmd.Flags()
 	f.BoolVarP(&s.watch, "watch", "w", false, "go on until a signal, or --count looks")
 	f.BoolVar(&s.json, "json", false, "print JSON")
-	f.BoolVar(&s.plot, "plot", false, "draw rates and ring occupancy; without --watch over 30 looks, or --count")
 	f.DurationVar(&s.interval, "interval", time.Second, "`time` from one look to the next, 100ms at least")
 	f.IntVar(&s.count, "count", 0, "`number` of looks; more than one is --watch")
 	f.StringVar(&s.http, "http", "", "serve a page with live plots, JSON and OpenMetrics at this `address`: a port alone is for this machine only")
@@ -100,20 +104,20 @@ with their direction, rx_packets; a number above 2^53 is a string of its digits.
 	f.StringArrayVar(&s.users, "user", nil, "show devices of this `user` too, by name or number; repeatable")
 	f.StringVar(&s.root, "root", bpf.DefaultRoot, "`directory` of the pins")
 	f.BoolVar(&s.prune, "prune", false, "remove the pins of dead owners, and show nothing")
-	for _, other := range []string{"watch", "json", "plot", "count", "http", "user", "all-users"} {
-		exclusive(cmd, "prune", other)
+	for _, other := range []string{"watch", "json", "count", "http", "user", "all-users"} {
+		cli.Exclusive(cmd, "prune", other)
 	}
-	exclusive(cmd, "json", "plot", "http")
-	exclusive(cmd, "http", "watch")
-	exclusive(cmd, "http", "count")
-	exclusive(cmd, "token-file", "no-token")
+	cli.Exclusive(cmd, "json", "http")
+	cli.Exclusive(cmd, "http", "watch")
+	cli.Exclusive(cmd, "http", "count")
+	cli.Exclusive(cmd, "token-file", "no-token")
 	return cmd
 }
 
 type statistics struct {
-	*program
+	*cli.Program
 	patterns          []string
-	watch, json, plot bool
+	watch, json       bool
 	interval          time.Duration
 	count             int
 	http, root        string
@@ -125,23 +129,23 @@ type statistics struct {
 
 func (s *statistics) run(ctx context.Context, counted bool) error {
 	if s.interval < 100*time.Millisecond {
-		return badValue("interval", s.interval.String(), "100ms or more")
+		return cli.BadValue("interval", s.interval.String(), "100ms or more")
 	}
 	if counted && s.count == 0 {
-		return badValue("count", "0", "a number from 1")
+		return cli.BadValue("count", "0", "a number from 1")
 	}
 	if s.prune {
 		return s.pruned()
 	}
 	w, err := stat.NewWatcher(s.root, append(s.patterns, s.cards()...)...)
 	if err != nil {
-		return &advice{err: err, next: `a name as "barevif stat" shows it, or a pattern such as 'front-*'`, usage: true}
+		return &cli.Advice{Err: err, Next: `a name as "barevif stat" shows it, or a pattern such as 'front-*'`, Usage: true}
 	}
 	w.AllUsers = s.allUsers
 	for _, name := range s.users {
 		uid, err := users.Lookup(name)
 		if err != nil {
-			return badValue("user", name, "a user of this machine")
+			return cli.BadValue("user", name, "a user of this machine")
 		}
 		w.Users = append(w.Users, uid)
 	}
@@ -149,16 +153,12 @@ func (s *statistics) run(ctx context.Context, counted bool) error {
 		return s.serve(ctx, w)
 	}
 	if s.tokenFile != "" || s.noToken {
-		return badValue("http", "", "an address, which --token-file and --no-token are about")
+		return cli.BadValue("http", "", "an address, which --token-file and --no-token are about")
 	}
-	many := s.watch || s.count > 1
-	if s.plot && !many {
-		s.count = 30
-	}
-	if s.watch && !s.json && isTerminal(s.stdout) && isTerminal(os.Stdin) {
+	if s.watch && !s.json && isTerminal(s.Stdout) && isTerminal(os.Stdin) {
 		return s.live(ctx, w)
 	}
-	if many || s.plot {
+	if s.watch || s.count > 1 {
 		return s.repeat(ctx, w)
 	}
 	l := w.Look()
@@ -170,29 +170,29 @@ func (s *statistics) run(ctx context.Context, counted bool) error {
 		return s.encode(l, "  ")
 	}
 	if len(l.Devices) == 0 {
-		_, err := fmt.Fprintln(s.stdout, `no vif counts on this machine where this user may look; "barevif demo" makes two`)
+		_, err := fmt.Fprintln(s.Stdout, `no vif counts on this machine where this user may look; "barevif demo" makes two`)
 		return err
 	}
-	return stat.Write(s.stdout, l, stat.Sheet{Width: s.width(), Paint: s.paint()})
+	return stat.Write(s.Stdout, l, stat.Sheet{Width: s.width(), Paint: s.paint()})
 }
 
 // pruned removes the pins of dead owners and prints their names.
 func (s *statistics) pruned() error {
 	if len(s.patterns) > 0 {
-		return &advice{err: fmt.Errorf("%q: --prune takes no names, it removes the pins of every dead owner", s.patterns[0]), usage: true}
+		return &cli.Advice{Err: fmt.Errorf("%q: --prune takes no names, it removes the pins of every dead owner", s.patterns[0]), Usage: true}
 	}
 	removed, err := bpf.Prune(s.root)
 	for _, dir := range removed {
-		fmt.Fprintf(s.stdout, "removed %s\n", stat.Clean(dir))
+		fmt.Fprintf(s.Stdout, "removed %s\n", stat.Clean(dir))
 	}
 	if errors.Is(err, fs.ErrPermission) {
-		return &advice{err: err, next: "run as root, which removes those of every user", refused: true}
+		return &cli.Advice{Err: err, Next: "run as root, which removes those of every user", Refused: true}
 	}
 	if err != nil {
-		return &advice{err: err, next: "name the directory of the pins with --root"}
+		return &cli.Advice{Err: err, Next: "name the directory of the pins with --root"}
 	}
 	if len(removed) == 0 {
-		fmt.Fprintf(s.stdout, "nothing to remove: no pins of a dead owner in %s that this user may remove\n", s.root)
+		fmt.Fprintf(s.Stdout, "nothing to remove: no pins of a dead owner in %s that this user may remove\n", s.root)
 	}
 	return nil
 }
@@ -234,23 +234,23 @@ func (s *statistics) found(l *stat.Look) error {
 			names = append(names, all.Devices[i].Name)
 		}
 		if len(names) > 0 {
-			next = "the vifs that count here are " + strings.Join(quoted(names), ", ")
+			next = "the vifs that count here are " + strings.Join(cli.Quoted(names), ", ")
 		}
 	}
-	return &advice{err: fmt.Errorf("no counters of %s", strings.Join(quoted(s.patterns), ", ")), next: next}
+	return &cli.Advice{Err: fmt.Errorf("no counters of %s", strings.Join(cli.Quoted(s.patterns), ", ")), Next: next}
 }
 
 func (s *statistics) warn(l *stat.Look) {
 	for _, err := range l.Errors {
-		fmt.Fprintf(s.stderr, "barevif stat: %s\n", stat.Clean(err.Error()))
+		fmt.Fprintf(s.Stderr, "barevif stat: %s\n", stat.Clean(err.Error()))
 	}
 	if left := l.Left(); left != "" {
-		fmt.Fprintf(s.stderr, "barevif stat: %s: see --user and --all-users\n", left)
+		fmt.Fprintf(s.Stderr, "barevif stat: %s: see --user and --all-users\n", left)
 	}
 }
 
 func (s *statistics) encode(l *stat.Look, indent string) error {
-	enc := json.NewEncoder(s.stdout)
+	enc := json.NewEncoder(s.Stdout)
 	enc.SetIndent("", indent)
 	return enc.Encode(l.JSON())
 }
@@ -259,7 +259,6 @@ func (s *statistics) encode(l *stat.Look, indent string) error {
 func (s *statistics) repeat(ctx context.Context, w *stat.Watcher) error {
 	tick := time.NewTicker(s.interval)
 	defer tick.Stop()
-	history := stat.NewHistory(600)
 	for n := 1; ; n++ {
 		l := w.Look()
 		if n == 1 {
@@ -268,47 +267,31 @@ func (s *statistics) repeat(ctx context.Context, w *stat.Watcher) error {
 			}
 			s.warn(l)
 		}
-		history.Add(l)
-		var err error
-		switch {
-		case s.plot:
-		case s.json:
-			err = s.encode(l, "")
-		default:
-			err = s.lines(l)
-		}
-		if err != nil {
+		if err := s.one(l, n > 1); err != nil || n == s.count {
 			return err
-		}
-		if n == s.count {
-			break
 		}
 		select {
 		case <-tick.C:
-			continue
 		case <-ctx.Done(): // a signal
+			return nil
 		}
-		break
 	}
-	if !s.plot {
-		return nil
-	}
-	width := s.width()
-	if width == 0 {
-		width = 100
-	}
-	_, err := io.WriteString(s.stdout, stat.Plot(history, width, 8, s.coloured()))
-	return err
 }
 
-// lines prints a look as one line per device, labelled for grep and awk.
-func (s *statistics) lines(l *stat.Look) error {
-	var b strings.Builder
-	for i := range l.Devices {
-		d := &l.Devices[i]
-		b.WriteString(l.Time.Format(time.RFC3339) + " " + d.Line() + "\n")
+// one prints one look of several. again says that it is not the first.
+func (s *statistics) one(l *stat.Look, again bool) error {
+	if s.json {
+		return s.encode(l, "")
 	}
-	_, err := io.WriteString(s.stdout, b.String())
+	var b strings.Builder
+	if again {
+		b.WriteByte('\n')
+	}
+	b.WriteString(s.paint()(stat.Title, l.Time.Format(time.RFC3339)) + "\n")
+	if err := stat.Write(&b, l, stat.Sheet{Width: s.width(), Paint: s.paint()}); err != nil {
+		return err
+	}
+	_, err := io.WriteString(s.Stdout, b.String())
 	return err
 }
 
@@ -316,7 +299,7 @@ func (s *statistics) serve(ctx context.Context, w *stat.Watcher) error {
 	host, port, err := net.SplitHostPort(s.http)
 	if err != nil {
 		if _, number := strconv.ParseUint(s.http, 10, 16); number != nil {
-			return badValue("http", s.http, "an address such as localhost:9464, or a port")
+			return cli.BadValue("http", s.http, "an address such as localhost:9464, or a port")
 		}
 		host, port = "", s.http
 	}
@@ -338,21 +321,21 @@ func (s *statistics) serve(ctx context.Context, w *stat.Watcher) error {
 	addr := net.JoinHostPort(host, port)
 	l, err := net.Listen("tcp", addr)
 	if err != nil {
-		return listenRefused(err, addr, "http")
+		return cli.ListenRefused(err, addr, "http")
 	}
-	fmt.Fprintf(s.stdout, "page      http://%s/%s\nJSON      http://%s/stat.json\nmetrics   http://%s/metrics\n", l.Addr(), secret, l.Addr(), l.Addr())
+	fmt.Fprintf(s.Stdout, "page      http://%s/%s\nJSON      http://%s/stat.json\nmetrics   http://%s/metrics\n", l.Addr(), secret, l.Addr(), l.Addr())
 	if token != "" {
-		fmt.Fprintf(s.stdout, "token     %s\n          for JSON and metrics: Authorization: Bearer TOKEN\n", where)
+		fmt.Fprintf(s.Stdout, "token     %s\n          for JSON and metrics: Authorization: Bearer TOKEN\n", where)
 	}
-	fmt.Fprintln(s.stdout, "a signal ends it")
+	fmt.Fprintln(s.Stdout, "a signal ends it")
 	tcp, ok := l.Addr().(*net.TCPAddr)
 	switch remote := ok && !tcp.IP.IsLoopback(); {
 	case remote && s.noToken:
-		fmt.Fprintln(s.stderr, "barevif stat: other machines can read this without a token: how much a vif carries, and when")
+		fmt.Fprintln(s.Stderr, "barevif stat: other machines can read this without a token: how much a vif carries, and when")
 	case remote:
-		fmt.Fprintln(s.stderr, "barevif stat: other machines can reach this; the token and the counters cross the network unencrypted")
+		fmt.Fprintln(s.Stderr, "barevif stat: other machines can reach this; the token and the counters cross the network unencrypted")
 	case s.noToken:
-		fmt.Fprintln(s.stderr, "barevif stat: every user of this machine can read this, whatever pins and memfds keep from them")
+		fmt.Fprintln(s.Stderr, "barevif stat: every user of this machine can read this, whatever pins and memfds keep from them")
 	}
 	err = statweb.Serve(ctx, l, w, s.interval, token)
 	if errors.Is(err, context.Canceled) {
@@ -368,7 +351,7 @@ func isTerminal(w any) bool {
 
 // width returns the width of the terminal in columns, or 0 if the output is not a terminal.
 func (s *statistics) width() int {
-	if f, ok := s.stdout.(*os.File); ok {
+	if f, ok := s.Stdout.(*os.File); ok {
 		if columns, _, err := term.GetSize(int(f.Fd())); err == nil {
 			return columns
 		}
@@ -379,7 +362,7 @@ func (s *statistics) width() int {
 // coloured reports whether the output is a terminal that shows colours, and the user wants
 // them.
 func (s *statistics) coloured() bool {
-	return isTerminal(s.stdout) && os.Getenv("NO_COLOR") == "" && os.Getenv("TERM") != "dumb"
+	return isTerminal(s.Stdout) && os.Getenv("NO_COLOR") == "" && os.Getenv("TERM") != "dumb"
 }
 
 func (s *statistics) paint() stat.Paint {

@@ -22,7 +22,7 @@ func (s *statistics) live(ctx context.Context, w *stat.Watcher) error {
 	if err := s.found(l); err != nil {
 		return err
 	}
-	_, err := tea.NewProgram(newLive(s, w, l), tea.WithContext(ctx), tea.WithOutput(s.stdout), tea.WithoutSignalHandler()).Run()
+	_, err := tea.NewProgram(newLive(s, w, l), tea.WithContext(ctx), tea.WithOutput(s.Stdout), tea.WithoutSignalHandler()).Run()
 	if errors.Is(err, tea.ErrProgramKilled) && ctx.Err() != nil {
 		return nil // a signal
 	}
@@ -32,7 +32,7 @@ func (s *statistics) live(ctx context.Context, w *stat.Watcher) error {
 func newLive(s *statistics, w *stat.Watcher, first *stat.Look) *liveModel {
 	m := &liveModel{
 		s: s, w: w, look: first, left: s.count, history: stat.NewHistory(600),
-		plot: s.plot, queues: true, coloured: s.coloured(), paint: s.paint(),
+		queues: true, coloured: s.coloured(), paint: s.paint(),
 	}
 	m.history.Add(first)
 	return m

@@ -4,6 +4,7 @@ import (
 	"barevif/pvnet"
 	"barevif/telemetry"
 	"barevif/telemetry/bpf"
+	"barevif/tools/cli"
 
 	"github.com/spf13/cobra"
 )
@@ -27,7 +28,7 @@ func (c *counterFlag) store() (telemetry.Store, error) {
 	case "heap":
 		return nil, nil
 	}
-	return nil, badValue("counters", c.where, `"auto", "public" or "heap"`)
+	return nil, cli.BadValue("counters", c.where, `"auto", "public" or "heap"`)
 }
 
 // shown is mirrored, with the command that shows the counters.

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"syscall"
 
+	"barevif/tools/cli"
 	"barevif/tools/internal/users"
 
 	"golang.org/x/sys/unix"
@@ -35,12 +36,12 @@ func tokenFrom(path string) (string, error) {
 		return token, nil
 	}
 	if !errors.Is(err, fs.ErrExist) {
-		return "", &advice{err: fmt.Errorf("make the file of the token: %w", err), next: "name another with --token-file"}
+		return "", &cli.Advice{Err: fmt.Errorf("make the file of the token: %w", err), Next: "name another with --token-file"}
 	}
 	// O_NONBLOCK, because path may be a FIFO, which must not block.
 	f, err = os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
 	if err != nil {
-		return "", &advice{err: fmt.Errorf("read the token: %w", err), next: "let this user read it, or name another with --token-file"}
+		return "", &cli.Advice{Err: fmt.Errorf("read the token: %w", err), Next: "let this user read it, or name another with --token-file"}
 	}
 	defer f.Close()
 	if err := secretFile(f); err != nil {
@@ -53,9 +54,9 @@ func tokenFrom(path string) (string, error) {
 	token = strings.TrimSpace(string(b))
 	bad := strings.ContainsFunc(token, func(c rune) bool { return c <= ' ' || c > '~' })
 	if bad || len(token) < leastToken || len(token) > mostToken {
-		return "", &advice{
-			err:  fmt.Errorf("the token in %s is not one word of %d to %d letters, digits and signs", path, leastToken, mostToken),
-			next: "remove the file: a new one is made",
+		return "", &cli.Advice{
+			Err:  fmt.Errorf("the token in %s is not one word of %d to %d letters, digits and signs", path, leastToken, mostToken),
+			Next: "remove the file: a new one is made",
 		}
 	}
 	return token, nil
@@ -71,13 +72,13 @@ func secretFile(f *os.File) error {
 	mode := st.Mode()
 	switch sys, ok := st.Sys().(*syscall.Stat_t); {
 	case !mode.IsRegular():
-		return &advice{err: fmt.Errorf("%s is not a file", f.Name()), next: "name another with --token-file"}
+		return &cli.Advice{Err: fmt.Errorf("%s is not a file", f.Name()), Next: "name another with --token-file"}
 	case ok && sys.Uid != 0 && int(sys.Uid) != os.Geteuid():
-		return &advice{err: fmt.Errorf("%s belongs to user %s, who would know the token", f.Name(), users.Name(int(sys.Uid))),
-			next: "name a file of your own, or root's, with --token-file"}
+		return &cli.Advice{Err: fmt.Errorf("%s belongs to user %s, who would know the token", f.Name(), users.Name(int(sys.Uid))),
+			Next: "name a file of your own, or root's, with --token-file"}
 	case mode.Perm()&0o027 != 0:
-		return &advice{err: fmt.Errorf("others may read or write %s (mode %#o)", f.Name(), mode.Perm()),
-			next: "chmod 0600, or 0640 for the group of who scrapes, and change the token if it was read"}
+		return &cli.Advice{Err: fmt.Errorf("others may read or write %s (mode %#o)", f.Name(), mode.Perm()),
+			Next: "chmod 0600, or 0640 for the group of who scrapes, and change the token if it was read"}
 	}
 	return nil
 }

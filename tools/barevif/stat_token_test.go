@@ -11,6 +11,9 @@ import (
 	"strings"
 	"testing"
 
+	"barevif/tools/cli"
+	"barevif/tools/cli/clitest"
+
 	"golang.org/x/sys/unix"
 )
 
@@ -60,8 +63,8 @@ func TestTokenFilesAreMadeAndGuarded(t *testing.T) {
 		if err := os.Chmod(path, mode); err != nil {
 			t.Fatal(err)
 		}
-		var a *advice
-		if _, err := tokenFrom(path); (err == nil) != ok || err != nil && (!errors.As(err, &a) || !strings.Contains(a.next, "chmod")) {
+		var a *cli.Advice
+		if _, err := tokenFrom(path); (err == nil) != ok || err != nil && (!errors.As(err, &a) || !strings.Contains(a.Next, "chmod")) {
 			t.Errorf("mode %#o: %v", mode, err)
 		}
 	}
@@ -75,7 +78,7 @@ func TestTokenFilesAreMadeAndGuarded(t *testing.T) {
 		}
 	}
 	if os.Geteuid() == 0 {
-		if err := errors.Join(os.Chmod(path, 0o600), os.Chown(path, stranger, stranger)); err != nil {
+		if err := errors.Join(os.Chmod(path, 0o600), os.Chown(path, clitest.Stranger, clitest.Stranger)); err != nil {
 			t.Fatal(err)
 		}
 		if _, err := tokenFrom(path); err == nil || !strings.Contains(err.Error(), "nobody (65534), who would know the token") {
@@ -92,12 +95,12 @@ func web(t *testing.T, args []string) (lines map[string]string, stderr func() st
 	var errs strings.Builder
 	ended := make(chan int, 1)
 	go func() {
-		ended <- run(ctx, args, w, &errs)
+		ended <- cli.Run(ctx, rootCommand, args, w, &errs)
 		w.Close()
 	}()
 	stop := func() string {
 		cancel()
-		if code, ok := <-ended; ok && code != exitOK {
+		if code, ok := <-ended; ok && code != cli.ExitOK {
 			t.Errorf("exit %d, %s", code, &errs)
 		}
 		close(ended)

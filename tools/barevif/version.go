@@ -7,6 +7,7 @@ import (
 	"runtime/debug"
 
 	"barevif/telemetry"
+	"barevif/tools/cli"
 	"barevif/tools/internal/stat"
 
 	"github.com/spf13/cobra"
@@ -16,7 +17,7 @@ import (
 // of a module that it fetched by version.
 const release = "0.1-dev"
 
-func versionCommand(p *program) *cobra.Command {
+func versionCommand(p *cli.Program) *cobra.Command {
 	return &cobra.Command{
 		Use:   "version",
 		Short: "Say which barevif this is, and which layouts it speaks",
@@ -26,10 +27,10 @@ versions have to agree on, where they read each other's counters:
 
   counters   the blocks in pins, maps and memfds; "barevif stat" reads its own alone
   JSON       "version" of what "barevif stat --json" prints`,
-		Args: arguments(0),
+		Args: cli.Arguments(0),
 		RunE: func(*cobra.Command, []string) error {
 			info, _ := debug.ReadBuildInfo()
-			return printVersion(p.stdout, info)
+			return printVersion(p.Stdout, info)
 		},
 	}
 }

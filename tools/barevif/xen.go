@@ -5,11 +5,12 @@ import (
 	"fmt"
 
 	"barevif/hypercall/xendev"
+	"barevif/tools/cli"
 
 	"github.com/spf13/cobra"
 )
 
-func xenCommand(p *program) *cobra.Command {
+func xenCommand(p *cli.Program) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "xen",
 		Short: "Report on the Xen domain this machine is",
@@ -22,15 +23,15 @@ program may own it, and release it to the kernel again. Both need root.`,
 		Example: `  barevif xen
   barevif xen take 0
   barevif xen release 0`,
-		Args: arguments(0),
+		Args: cli.Arguments(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			r := xendev.Inspect(cmd.Context(), xendev.Config{})
-			fmt.Fprint(p.stdout, r.String())
+			fmt.Fprint(p.Stdout, r.String())
 			if errors.Is(r.Domain.Err, xendev.ErrNotXen) {
-				return &advice{
-					err:     xendev.ErrNotXen,
-					next:    `an emulated one needs nothing: "barevif demo"`,
-					refused: true,
+				return &cli.Advice{
+					Err:     xendev.ErrNotXen,
+					Next:    `an emulated one needs nothing: "barevif demo"`,
+					Refused: true,
 				}
 			}
 			return nil
@@ -44,7 +45,7 @@ program may own it, and release it to the kernel again. Both need root.`,
 		{"release ID", "Give vif ID of this domain to the kernel's driver", xendev.Release},
 	} {
 		cmd.AddCommand(&cobra.Command{
-			Use: c.use, Short: c.short, Args: oneArgument("the ID of a vif", `"barevif xen" lists them`),
+			Use: c.use, Short: c.short, Args: cli.OneArgument("the ID of a vif", `"barevif xen" lists them`),
 			RunE: func(_ *cobra.Command, args []string) error { return c.do(xendev.Config{}, args[0]) },
 		})
 	}

@@ -11,10 +11,10 @@ import (
 	"strings"
 	"testing"
 
-	"golang.org/x/sys/unix"
-
 	"barevif/telemetry"
 	"barevif/telemetry/bpf"
+
+	"golang.org/x/sys/unix"
 )
 
 // stranger is a user other than the one who runs the test.

@@ -11,6 +11,8 @@ import (
 
 	"barevif/telemetry"
 	"barevif/telemetry/bpf"
+
+	"charm.land/lipgloss/v2"
 )
 
 // device returns a device that sent tx frames of 100 bytes and received rx on queue 0,
@@ -139,7 +141,6 @@ func TestForeignStringsDoNotReachTheTerminal(t *testing.T) {
 		t.Fatal(err)
 	}
 	WriteTable(&b, "", []*Device{&d, &broken}, true, plain)
-	b.WriteString(d.Line() + broken.Line())
 	for _, bad := range []string{"\x1b", "\u202e", "\xff"} {
 		if strings.Contains(b.String(), bad) {
 			t.Errorf("%q got through", bad)
@@ -322,8 +323,18 @@ func TestHistoryIsBoundedAndForgets(t *testing.T) {
 	if !s[0].Ring || s[0].Samples[2].TxUsed != 64 {
 		t.Errorf("ring: %v, %v slots", s[0].Ring, s[0].Samples[2].TxUsed)
 	}
-	if p := Plot(h, 60, 5, false); !strings.Contains(p, "front-1-2-0: frames/s") || !strings.Contains(p, "ring slots") || strings.Contains(p, "\x1b") {
-		t.Errorf("plot\n%s", p)
+	for _, width := range []int{80, 140} {
+		for _, colour := range []bool{true, false} {
+			p := Plot(h, width, 5, colour)
+			if !strings.Contains(p, "front-1-2-0: frames/s, last") || !strings.Contains(p, "ring slots in use") || !strings.Contains(p, "256 ┤") || strings.Contains(p, "\x1b") != colour {
+				t.Errorf("plot, colours %v\n%s", colour, p)
+			}
+			for line := range strings.Lines(p) {
+				if n := lipgloss.Width(strings.TrimSuffix(line, "\n")); n > width {
+					t.Errorf("plot, colours %v: %d columns of %d: %q", colour, n, width, line)
+				}
+			}
+		}
 	}
 	h.Add(look())
 	if len(h.Series()) != 0 {

@@ -12,7 +12,9 @@ import (
 
 	"barevif/telemetry"
 	"barevif/telemetry/bpf"
+	"barevif/tools/cli"
 	"barevif/tools/internal/users"
+	"barevif/tools/table"
 )
 
 // A Tone is the role of a piece of text, which determines its colour.
@@ -177,7 +179,7 @@ func (d *Device) Losses() []string {
 				continue
 			}
 			if n := d.Count(All, dir, func(v *telemetry.Values) uint64 { return v.Field(f) }); n > 0 {
-				parts = append(parts, strings.TrimPrefix(f.Name, "drop_")+" "+Grouped(n))
+				parts = append(parts, strings.TrimPrefix(f.Name, "drop_")+" "+cli.Grouped(n))
 			}
 		}
 		if len(parts) > 0 {
@@ -223,8 +225,8 @@ func WritePairs(b *strings.Builder, l *Look, on Sheet) {
 		for k := range l.Pairs[i].Flows {
 			f := &l.Pairs[i].Flows[k]
 			verdict, tone := f.words()
-			g.add([]cell{{f.From, Plain}, {f.To, Plain}, {Grouped(f.Sent), Plain}, {Grouped(f.Received), Plain},
-				{Grouped(f.Dropped), Plain}, {verdict, tone}})
+			g.add([]cell{{f.From, Plain}, {f.To, Plain}, {cli.Grouped(f.Sent), Plain}, {cli.Grouped(f.Received), Plain},
+				{cli.Grouped(f.Dropped), Plain}, {verdict, tone}})
 		}
 	}
 	b.WriteByte('\n')
@@ -318,8 +320,8 @@ func (d *Device) line(q int, dir telemetry.Dir, rates bool) []cell {
 		}
 	}
 	return append(row,
-		cell{Grouped(d.Count(q, dir, Packets)), Plain}, cell{Grouped(d.Count(q, dir, Bytes)), Plain}, cell{Grouped(lost), tone},
-		cell{batch, Plain}, cell{Grouped(d.Count(q, dir, Sent)), Plain},
+		cell{cli.Grouped(d.Count(q, dir, Packets)), Plain}, cell{cli.Grouped(d.Count(q, dir, Bytes)), Plain}, cell{cli.Grouped(lost), tone},
+		cell{batch, Plain}, cell{cli.Grouped(d.Count(q, dir, Sent)), Plain},
 		cell{ring, Plain})
 }
 
@@ -360,15 +362,6 @@ func Bar(used float64, size uint64) string {
 	}
 	fmt.Fprintf(&b, " %3.0f/%d", used, size)
 	return b.String()
-}
-
-// Grouped returns n with spaces between thousands.
-func Grouped(n uint64) string {
-	s := strconv.FormatUint(n, 10)
-	for i := len(s) - 3; i > 0; i -= 3 {
-		s = s[:i] + " " + s[i:]
-	}
-	return s
 }
 
 // SI returns f in three digits with an SI prefix: "1.25M".
@@ -417,82 +410,58 @@ type cell struct {
 	tone Tone
 }
 
-// A grid is rows of cells in columns. A row with fewer cells is a line without columns.
+// A grid is a table that omits columns for which a narrow sheet has no room.
 type grid struct {
 	head  []string
 	left  int      // number of columns aligned to the left
 	last  bool     // the last column is, too
 	spare []string // columns that may be omitted, in this order
-	rows  [][]cell
+	rows  [][]cell // one with fewer cells is a line without columns
 }
 
 func (g *grid) add(row []cell) { g.rows = append(g.rows, row) }
 
-// widths returns the widths of the columns and of a whole line.
-func (g *grid) widths() (width []int, line int) {
-	width = make([]int, len(g.head))
-	for i, h := range g.head {
-		width[i] = utf8.RuneCountInString(h)
+// table returns the grid in colours.
+func (g *grid) table(paint Paint) *table.Table {
+	t := &table.Table{Left: func(column int) bool { return column < g.left || g.last && column == len(g.head)-1 }}
+	for _, name := range g.head {
+		t.Head = append(t.Head, paint(Head, name))
 	}
 	for _, row := range g.rows {
-		if len(row) != len(g.head) {
-			continue
+		var cells []string
+		for _, c := range row {
+			cells = append(cells, paint(c.tone, c.text))
 		}
-		for i, c := range row {
-			width[i] = max(width[i], utf8.RuneCountInString(c.text))
-		}
+		t.Rows = append(t.Rows, cells)
 	}
-	for _, n := range width {
-		line += n + 2
-	}
-	return width, line - 2
+	return t
 }
 
-// narrow omits columns until a line takes at most columns.
-func (g *grid) narrow(columns int) {
-	for _, name := range g.spare {
-		if _, line := g.widths(); line <= columns {
-			return
-		}
-		at := slices.Index(g.head, name)
-		if at < 0 {
-			continue
-		}
-		for i, row := range g.rows {
-			if len(row) == len(g.head) {
-				g.rows[i] = slices.Delete(row, at, at+1)
-			}
-		}
-		g.head = slices.Delete(g.head, at, at+1)
+// omit takes a column out.
+func (g *grid) omit(name string) {
+	at := slices.Index(g.head, name)
+	if at < 0 {
+		return
 	}
+	for i, row := range g.rows {
+		if len(row) == len(g.head) {
+			g.rows[i] = slices.Delete(row, at, at+1)
+		}
+	}
+	g.head = slices.Delete(g.head, at, at+1)
 }
 
 func (g *grid) write(b *strings.Builder, indent string, on Sheet) {
-	if on.Width > 0 {
-		g.narrow(on.Width - len(indent))
-	}
-	head := make([]cell, len(g.head))
-	for i, h := range g.head {
-		head[i] = cell{h, Head}
-	}
-	width, _ := g.widths()
-	for _, row := range append([][]cell{head}, g.rows...) {
-		line := indent
-		for i, c := range row {
-			if i > 0 {
-				line += "  "
-			}
-			pad := ""
-			if len(row) == len(g.head) {
-				pad = strings.Repeat(" ", width[i]-utf8.RuneCountInString(c.text))
-			}
-			if i < g.left || g.last && i == len(row)-1 {
-				line += on.Paint(c.tone, c.text) + pad
-			} else {
-				line += pad + on.Paint(c.tone, c.text)
-			}
+	t := g.table(on.Paint)
+	for _, name := range g.spare {
+		if on.Width == 0 || t.Width() <= on.Width-len(indent) {
+			break
 		}
-		b.WriteString(strings.TrimRight(line, " ") + "\n")
+		g.omit(name)
+		t = g.table(on.Paint)
+	}
+	for _, line := range t.Lines() {
+		b.WriteString(indent + line + "\n")
 	}
 }
 
@@ -505,24 +474,4 @@ func (l *Look) Left() string {
 		return "1 device of another user is not shown"
 	}
 	return fmt.Sprintf("%d devices of other users are not shown", l.Hidden)
-}
-
-// Line returns the device as one line of words and name=number, for other programs.
-func (d *Device) Line() string {
-	if d.Err != nil {
-		return d.Name + " uid=" + strconv.Itoa(d.Source.UID) + " error=" + strconv.Quote(Clean(d.Err.Error()))
-	}
-	line := fmt.Sprintf("%s state=%s stale=%t torn=%t uid=%d", d.Name, d.Report.Status.State, d.Stale, d.Report.Torn, d.Source.UID)
-	for _, dir := range [...]telemetry.Dir{telemetry.RX, telemetry.TX} {
-		for _, n := range []struct {
-			name string
-			get  Get
-		}{{"packets", Packets}, {"bytes", Bytes}, {"lost", Lost}} {
-			line += fmt.Sprintf(" %s_%s=%d", dir, n.name, d.Count(All, dir, n.get))
-			if r, ok := d.Rate(All, dir, n.get); ok {
-				line += fmt.Sprintf(" %s_%s/s=%.1f", dir, n.name, r)
-			}
-		}
-	}
-	return line
 }

@@ -4,12 +4,10 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"net/http/httptest"
-	"os/exec"
 	"strings"
 	"testing"
 	"time"
@@ -17,11 +15,6 @@ import (
 	"barevif/telemetry"
 	"barevif/telemetry/bpf"
 	"barevif/tools/internal/stat"
-
-	"github.com/chromedp/cdproto/log"
-	"github.com/chromedp/cdproto/network"
-	"github.com/chromedp/cdproto/runtime"
-	"github.com/chromedp/chromedp"
 )
 
 const (
@@ -307,110 +300,5 @@ func eventually(t *testing.T, what string, ok func() bool) {
 			t.Fatalf("%s: not within %v", what, limit)
 		case <-time.After(20 * time.Millisecond):
 		}
-	}
-}
-
-// TestPageDrawsInABrowser shows the page in a real browser and checks the result.
-func TestPageDrawsInABrowser(t *testing.T) {
-	bin, err := exec.LookPath("chromium")
-	if err != nil {
-		t.Skip("chromium is not installed")
-	}
-	s := newSite(t)
-	opts := []chromedp.ExecAllocatorOption{
-		chromedp.ExecPath(bin), chromedp.UserDataDir(t.TempDir()), chromedp.NoSandbox, chromedp.Headless, chromedp.DisableGPU,
-		chromedp.NoFirstRun, chromedp.WindowSize(1320, 1100),
-	}
-	for _, f := range []string{"disable-quic", "disable-background-networking", "disable-component-update", "disable-sync"} {
-		opts = append(opts, chromedp.Flag(f, true))
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), 3*limit)
-	defer cancel()
-	ctx, cancel = chromedp.NewExecAllocator(ctx, opts...)
-	defer cancel()
-	ctx, cancel = chromedp.NewContext(ctx)
-	defer cancel()
-	complaints := make(chan string, 100)
-	if err := chromedp.Listen(ctx, func(ev any) {
-		say := func(s string) {
-			select {
-			case complaints <- s:
-			default: // there are enough of them
-			}
-		}
-		switch ev := ev.(type) {
-		case *runtime.EventExceptionThrown:
-			say(ev.ExceptionDetails.Text)
-		case *log.EventEntryAdded:
-			say(ev.Entry.Text)
-		case *network.EventRequestWillBeSent:
-			if !strings.HasPrefix(ev.Request.URL, s.url+"/") {
-				say("the page asks " + ev.Request.URL)
-			}
-		}
-	}); err != nil {
-		t.Fatal(err)
-	}
-	if err := chromedp.Do(ctx, chromedp.Navigate(s.url+"/#token="+token)); err != nil {
-		t.Fatal(err)
-	}
-	await := func(what, js string) {
-		t.Helper()
-		if _, err := chromedp.Run(ctx, chromedp.Poll[bool](js, chromedp.WithPollingTimeout(limit))); err != nil {
-			t.Fatalf("%s: %v", what, err)
-		}
-	}
-	text := func(js string) string {
-		t.Helper()
-		got, err := chromedp.Run(ctx, chromedp.Evaluate[string](js))
-		if err != nil {
-			t.Fatalf("%s: %v", js, err)
-		}
-		return got
-	}
-	await("every plot has a line but one", `document.querySelectorAll("svg .line.tx[d^=M]").length === 7`)
-	for _, c := range []struct{ js, want string }{
-		{`document.querySelector("#summary").textContent.split(" · ")[0]`, "2 devices, 2 up"},
-		{`document.querySelector("#devices section h2").textContent`, frontInfo.Name()},
-		{`document.querySelector("#flows tr .pill").textContent`, "✓ balanced"},
-		{`[...document.querySelectorAll(".losses")].filter(e => !e.hidden).map(e => e.textContent).join()`, "Lost: rx too long 1"},
-		{`[...document.querySelectorAll("svg text")].filter(e => e.textContent === "not measured yet").length + ""`, "1"},
-		{`document.querySelector("#trouble").hidden + ""`, "true"},
-		{`location.href`, s.url + "/"},
-		{`[...document.querySelectorAll("svg text")].map(e => e.textContent).filter(s => /\.0+\D|\d{4}/.test(s)).join()`, ""},
-	} {
-		if got := text(c.js); got != c.want {
-			t.Errorf("%s is %q, want %q", c.js, got, c.want)
-		}
-	}
-	// Later counts appear without reloading the page.
-	s.count(1000)
-	await("the new count is shown", `document.querySelector("#flows td.n").textContent.replace(/\D/g, "") === "1100"`)
-	await("the plot shows it came", `cards.values().next().value.series.get(-1).samples.some(s => s.tx_frames > 0)`)
-	await("the frontend's full receive ring is not drawn as a saturated one", `(() => {
-		const rx = [...document.querySelectorAll(".plot.posted .line.rx")], other = [...document.querySelectorAll(".plot:not(.posted) .line")];
-		const fill = e => getComputedStyle(e.closest("svg").querySelector(".area.rx")).display;
-		return rx.length === 1 && rx[0].closest("section").querySelector("h2").textContent.startsWith("front-")
-			&& rx[0].closest(".plot").querySelector(".now .rx").textContent.startsWith("rx posted")
-			&& getComputedStyle(rx[0]).strokeDasharray !== "none" && fill(rx[0]) === "none"
-			&& other.length === 14 && other.every(e => getComputedStyle(e).strokeDasharray === "none" && fill(e) !== "none");
-	})()`)
-	for _, width := range []int64{400, 360} {
-		if err := chromedp.Do(ctx, chromedp.EmulateViewport(width, 800)); err != nil {
-			t.Fatal(err)
-		}
-		await("a telephone shows all numbers and the verdict beside each other, and nothing beyond its edge", fmt.Sprintf(`(() => {
-			const width = %d, cells = [...document.querySelectorAll("#flows tr:first-child td")], boxes = cells.map(e => e.getBoundingClientRect());
-			const apart = (a, b) => a.right <= b.left || b.right <= a.left || a.bottom <= b.top || b.bottom <= a.top;
-			const seen = e => { const r = e.getBoundingClientRect(), at = document.elementFromPoint(r.left + r.width / 2, r.top + r.height / 2); return e.contains(at); };
-			document.querySelector("#balance").scrollIntoView();
-			return innerWidth === width && cells.length === 6 && document.documentElement.scrollWidth <= width
-				&& boxes.every((b, i) => b.width > 0 && b.left >= 0 && b.right <= width && boxes.slice(0, i).every(o => apart(o, b)))
-				&& cells.every(seen) && seen(document.querySelector("#flows .pill"))
-				&& ["sent", "received", "dropped"].every((w, i) => getComputedStyle(cells[2 + i], "::before").content === JSON.stringify(w));
-		})()`, width))
-	}
-	for len(complaints) > 0 {
-		t.Errorf("the browser says: %s", <-complaints)
 	}
 }

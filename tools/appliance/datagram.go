@@ -11,6 +11,9 @@ import (
 	"time"
 )
 
+// DatagramPort is the default UDP port of the answering end.
+const DatagramPort = 7007
+
 // MaxDatagram is the largest payload of UDP over IPv4, in bytes.
 const MaxDatagram = 65535 - 20 - 8
 

@@ -9,22 +9,23 @@ import (
 
 	"barevif/hypercall/xendev"
 	"barevif/pvnet"
+	"barevif/tools/cli"
+	"barevif/tools/domain"
 
 	"github.com/spf13/cobra"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
-// benchXen measures what one guest can measure alone: sending.
-type benchXen struct {
-	benchRun
-	frame  udpFrame
+// guestAlone measures what one guest can measure alone: sending.
+type guestAlone struct {
+	piece
 	xen    bool
 	vif    string
 	rounds int
 }
 
-func (x *benchXen) register(cmd *cobra.Command) {
+func (x *guestAlone) register(cmd *cobra.Command) {
 	cmd.Flags().BoolVar(&x.xen, "xen", false, "measure what this Xen guest can measure alone")
 	cmd.Flags().StringVar(&x.vif, "vif", "0", "with --xen: `id` of the vif")
 	cmd.Flags().Float64Var(&x.secs, "secs", 5, "with --xen: `seconds` for each way and round")
@@ -32,7 +33,7 @@ func (x *benchXen) register(cmd *cobra.Command) {
 	x.frame.register(cmd)
 }
 
-func (x *benchXen) run(cmd *cobra.Command) (err error) {
+func (x *guestAlone) run(cmd *cobra.Command) (err error) {
 	if !x.xen {
 		return cmd.Help()
 	}
@@ -44,7 +45,7 @@ func (x *benchXen) run(cmd *cobra.Command) (err error) {
 		return err
 	}
 	if x.rounds < 1 || x.rounds > 1000 {
-		return badValue("rounds", fmt.Sprint(x.rounds), "a number from 1 to 1000")
+		return cli.BadValue("rounds", fmt.Sprint(x.rounds), "a number from 1 to 1000")
 	}
 	ctx := cmd.Context()
 	vif, err := xendev.Frontend(xendev.Config{}, x.vif)
@@ -57,9 +58,9 @@ func (x *benchXen) run(cmd *cobra.Command) (err error) {
 			err = errors.Join(err, xendev.Release(xendev.Config{}, x.vif))
 		}
 	}()
-	var all []benchResult
+	var all []result
 	for range x.rounds {
-		for _, part := range []func(context.Context, time.Duration) ([]benchResult, error){x.kernel, x.ours} {
+		for _, part := range []func(context.Context, time.Duration) ([]result, error){x.kernel, x.ours} {
 			results, err := part(ctx, window)
 			if err != nil {
 				return err
@@ -67,19 +68,20 @@ func (x *benchXen) run(cmd *cobra.Command) (err error) {
 			all = append(all, results...)
 		}
 	}
-	return printBench(x.stdout, all)
+	return printTable(x.Stdout, all)
 }
 
 // kernel measures the kernel's netfront.
-func (x *benchXen) kernel(ctx context.Context, window time.Duration) (all []benchResult, err error) {
+func (x *guestAlone) kernel(ctx context.Context, window time.Duration) (all []result, err error) {
 	iface, err := x.bringUp(ctx)
 	if err != nil {
 		return nil, err
 	}
-	n := benchNet{benchRun: x.benchRun, frame: x.frame, iface: iface}
+	n := x.piece
+	n.iface = iface
 	for _, way := range []struct {
 		name string
-		run  func(context.Context, time.Duration) (benchResult, error)
+		run  func(context.Context, time.Duration) (result, error)
 	}{{"kernel pktgen", n.pktgen}, {"Go UDP socket", n.udpSend}, {"Go packet socket", n.packetSend}} {
 		before, err := readCounters(iface)
 		if err != nil {
@@ -102,7 +104,7 @@ func (x *benchXen) kernel(ctx context.Context, window time.Duration) (all []benc
 
 // bringUp binds the vif to the kernel's driver, and gives its interface an address and a
 // neighbour.
-func (x *benchXen) bringUp(ctx context.Context) (iface string, err error) {
+func (x *guestAlone) bringUp(ctx context.Context) (iface string, err error) {
 	vif, err := xendev.Frontend(xendev.Config{}, x.vif)
 	if err != nil {
 		return "", err
@@ -138,7 +140,7 @@ func (x *benchXen) bringUp(ctx context.Context) (iface string, err error) {
 		return "", fmt.Errorf("give %s the address %s: %w", vif.Interface, x.frame.from, err)
 	}
 	if p := netip.PrefixFrom(x.frame.fromIP, 24); !p.Contains(x.frame.toIP) {
-		return "", badValue("to", x.frame.to, "of the network "+p.Masked().String())
+		return "", cli.BadValue("to", x.frame.to, "of the network "+p.Masked().String())
 	}
 	err = netlink.NeighSet(&netlink.Neigh{
 		LinkIndex: l.Attrs().Index, State: netlink.NUD_PERMANENT, Family: unix.AF_INET,
@@ -170,15 +172,15 @@ func pause(ctx context.Context) error {
 }
 
 // ours measures a card of ours.
-func (x *benchXen) ours(ctx context.Context, window time.Duration) (all []benchResult, err error) {
+func (x *guestAlone) ours(ctx context.Context, window time.Duration) (all []result, err error) {
 	for _, way := range []struct {
 		name  string
 		batch int
 		wait  string
 	}{{"ours, batch 32", 32, "park"}, {"ours, batch 32, busy", 32, "busy"}, {"ours, batch 1", 1, "park"}} {
-		card := benchCard{
-			domain: domainFlags{xen: true}, vif: x.vif, take: true, doorbell: "ioctl", waitMode: way.wait, wait: firstFrame,
-			log: func() pvnet.Config { return pvnet.Config{Logger: x.program.log()} },
+		card := card{
+			domain: domain.Flags{Xen: true}, vif: x.vif, take: true, doorbell: "ioctl", waitMode: way.wait, wait: firstFrame,
+			log: func() pvnet.Config { return pvnet.Config{Logger: x.Program.Log()} },
 		}
 		err := card.run(ctx, func(ctx context.Context, dev *pvnet.Device) error {
 			r, err := sendFrames(ctx, dev, &x.frame, way.batch, window)

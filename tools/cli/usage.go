@@ -1,6 +1,7 @@
-package main
+package cli
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -10,20 +11,21 @@ import (
 	"strings"
 	"syscall"
 
-	"barevif/hypercall"
-
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 )
 
-// badValue is the error for an invalid value of a flag. want says what is valid, after "not".
-func badValue(flag, value, want string) error {
-	return &advice{err: fmt.Errorf("--%s %q: not %s", flag, value, want), usage: true}
+// BadValue is the error for an invalid value of a flag. want says what is valid, after "not".
+func BadValue(flag, value, want string) error {
+	return &Advice{Err: fmt.Errorf("--%s %q: not %s", flag, value, want), Usage: true}
 }
+
+// DomainNumber describes the values of --dom. 32752 is hypercall.DomSelf.
+const DomainNumber = "the number of a domain from 1 to 32751"
 
 // allowedBy describes the values of a flag, by name, if its type alone says too little.
 var allowedBy = map[string]string{
-	"dom":   fmt.Sprintf("the number of a domain from 1 to %d", hypercall.DomSelf-1),
+	"dom":   DomainNumber,
 	"port":  "a port from 1 to 65535",
 	"check": "a port from 1 to 65535, or 0 for none",
 }
@@ -48,24 +50,25 @@ func allowed(f *pflag.Flag, cause error) string {
 	return cause.Error()
 }
 
-// flagError turns an error of pflag into one in this program's words.
+// flagError turns an error of pflag into one in this program's words. For a flag that cmd
+// had once, like "--plot", its Annotations say what to use now.
 func flagError(cmd *cobra.Command, err error) error {
 	if e, ok := errors.AsType[*pflag.InvalidValueError](err); ok {
-		return badValue(e.GetFlag().Name, e.GetValue(), allowed(e.GetFlag(), e.Unwrap()))
+		return BadValue(e.GetFlag().Name, e.GetValue(), allowed(e.GetFlag(), e.Unwrap()))
 	}
 	if e, ok := errors.AsType[*pflag.ValueRequiredError](err); ok {
 		_, usage := pflag.UnquoteUsage(e.GetFlag())
-		return &advice{err: fmt.Errorf("--%s needs a value: %s", e.GetFlag().Name, usage), usage: true}
+		return &Advice{Err: fmt.Errorf("--%s needs a value: %s", e.GetFlag().Name, usage), Usage: true}
 	}
 	if e, ok := errors.AsType[*pflag.NotExistError](err); ok {
 		name := "--" + e.GetSpecifiedName()
 		if len(e.GetSpecifiedShortnames()) > 0 {
 			name = "-" + e.GetSpecifiedName()[:1]
 		}
-		return &advice{err: fmt.Errorf("%q is no flag of %q", name, cmd.CommandPath()), next: flagsOf(cmd), usage: true}
+		return &Advice{Err: fmt.Errorf("%q is no flag of %q", name, cmd.CommandPath()), Next: cmp.Or(cmd.Annotations[name], flagsOf(cmd)), Usage: true}
 	}
 	if e, ok := errors.AsType[*pflag.InvalidSyntaxError](err); ok {
-		return &advice{err: fmt.Errorf("%q is no flag of %q", e.GetSpecifiedFlag(), cmd.CommandPath()), next: flagsOf(cmd), usage: true}
+		return &Advice{Err: fmt.Errorf("%q is no flag of %q", e.GetSpecifiedFlag(), cmd.CommandPath()), Next: flagsOf(cmd), Usage: true}
 	}
 	return err
 }
@@ -80,8 +83,8 @@ func flagsOf(cmd *cobra.Command) string {
 	return fmt.Sprintf("%s --help explains its flags: %s", cmd.CommandPath(), strings.Join(names, " "))
 }
 
-// exclusive makes cmd refuse more than one of the flags.
-func exclusive(cmd *cobra.Command, names ...string) {
+// Exclusive makes cmd refuse more than one of the flags.
+func Exclusive(cmd *cobra.Command, names ...string) {
 	cmd.MarkFlagsMutuallyExclusive(names...) // for shell completion
 	before := cmd.PreRunE
 	cmd.PreRunE = func(cmd *cobra.Command, args []string) error {
@@ -92,10 +95,10 @@ func exclusive(cmd *cobra.Command, names ...string) {
 			}
 		}
 		if len(given) > 1 {
-			return &advice{
-				err:   fmt.Errorf("%s: only one of them can be given", strings.Join(given, " and ")),
-				next:  "leave out all of them but one; " + cmd.CommandPath() + " --help explains them",
-				usage: true,
+			return &Advice{
+				Err:   fmt.Errorf("%s: only one of them can be given", strings.Join(given, " and ")),
+				Next:  "leave out all of them but one; " + cmd.CommandPath() + " --help explains them",
+				Usage: true,
 			}
 		}
 		if before != nil {
@@ -105,8 +108,8 @@ func exclusive(cmd *cobra.Command, names ...string) {
 	}
 }
 
-// arguments allows up to most arguments.
-func arguments(most int) cobra.PositionalArgs {
+// Arguments allows up to most arguments.
+func Arguments(most int) cobra.PositionalArgs {
 	return func(cmd *cobra.Command, args []string) error {
 		switch {
 		case len(args) <= most:
@@ -114,25 +117,30 @@ func arguments(most int) cobra.PositionalArgs {
 		case cmd.HasAvailableSubCommands():
 			return unknownCommand(cmd, args[0])
 		case most == 0:
-			return &advice{err: fmt.Errorf("%q: %q takes flags alone", args[0], cmd.CommandPath()), next: flagsOf(cmd), usage: true}
+			return &Advice{Err: fmt.Errorf("%q: %q takes flags alone", args[0], cmd.CommandPath()), Next: flagsOf(cmd), Usage: true}
 		}
-		return &advice{err: fmt.Errorf("%q: %q takes one argument at most", args[most], cmd.CommandPath()), next: cmd.UseLine(), usage: true}
+		return &Advice{Err: fmt.Errorf("%q: %q takes one argument at most", args[most], cmd.CommandPath()), Next: cmd.UseLine(), Usage: true}
 	}
 }
 
-// oneArgument requires exactly one argument. next says where the user finds it.
-func oneArgument(name, next string) cobra.PositionalArgs {
+// OneArgument requires exactly one argument. next says where the user finds it.
+func OneArgument(name, next string) cobra.PositionalArgs {
 	return func(cmd *cobra.Command, args []string) error {
 		if len(args) == 0 {
-			return &advice{err: fmt.Errorf("%s is missing", name), next: next, usage: true}
+			return &Advice{Err: fmt.Errorf("%s is missing", name), Next: next, Usage: true}
 		}
-		return arguments(1)(cmd, args)
+		return Arguments(1)(cmd, args)
 	}
 }
 
 // unknownCommand is the error for an unknown command. It suggests similar commands of
-// parent, or lists all.
+// parent, or lists all. For a command that parent had once, its Annotations say what to use
+// now.
 func unknownCommand(parent *cobra.Command, name string) error {
+	err := fmt.Errorf("%q is no command of %q", name, parent.CommandPath())
+	if now, ok := parent.Annotations[name]; ok {
+		return &Advice{Err: err, Next: now, Usage: true}
+	}
 	parent.SuggestionsMinimumDistance = 2
 	like := parent.SuggestionsFor(name)
 	next := fmt.Sprintf("%s --help explains its commands:", parent.CommandPath())
@@ -145,11 +153,11 @@ func unknownCommand(parent *cobra.Command, name string) error {
 			}
 		}
 	}
-	next += " " + strings.Join(quoted(like), ", ")
+	next += " " + strings.Join(Quoted(like), ", ")
 	if strings.HasPrefix(next, "did") {
 		next += "?"
 	}
-	return &advice{err: fmt.Errorf("%q is no command of %q", name, parent.CommandPath()), next: next, usage: true}
+	return &Advice{Err: err, Next: next, Usage: true}
 }
 
 // helpCommand is cobra's help command with an error for an unknown command.
@@ -179,34 +187,34 @@ func firstWord(args []string) string {
 	return args[i]
 }
 
-// quoted puts names in quotation marks, so that none reads like a number.
-func quoted(names []string) (out []string) {
+// Quoted puts names in quotation marks, so that none reads like a number.
+func Quoted(names []string) (out []string) {
 	for _, n := range names {
 		out = append(out, fmt.Sprintf("%q", n))
 	}
 	return out
 }
 
-// listenRefused adds advice to the error of listening at addr. flag is the flag for the
+// ListenRefused adds advice to the error of listening at addr. flag is the flag for the
 // address.
-func listenRefused(err error, addr, flag string) error {
-	a := &advice{err: fmt.Errorf("listen at %s: %w", addr, bare(err)), next: "name another with --" + flag}
+func ListenRefused(err error, addr, flag string) error {
+	a := &Advice{Err: fmt.Errorf("listen at %s: %w", addr, Bare(err)), Next: "name another with --" + flag}
 	switch {
 	case errors.Is(err, syscall.EADDRINUSE):
-		a.err = fmt.Errorf("another program listens at %s already", addr)
-		a.next = `end it ("ss -lntup" names it), or name another port with --` + flag
+		a.Err = fmt.Errorf("another program listens at %s already", addr)
+		a.Next = `end it ("ss -lntup" names it), or name another port with --` + flag
 	case errors.Is(err, syscall.EADDRNOTAVAIL):
-		a.err = fmt.Errorf("%s is no address of this machine", addr)
-		a.next = `"ip -brief address" lists its addresses`
+		a.Err = fmt.Errorf("%s is no address of this machine", addr)
+		a.Next = `"ip -brief address" lists its addresses`
 	case errors.Is(err, fs.ErrPermission):
-		a.refused = true
-		a.next = "ports below 1024 are for root: name another with --" + flag
+		a.Refused = true
+		a.Next = "ports below 1024 are for root: name another with --" + flag
 	}
 	return a
 }
 
-// bare returns the error of a system call without the wrapping of package net.
-func bare(err error) error {
+// Bare returns the error of a system call without the wrapping of package net.
+func Bare(err error) error {
 	if e, ok := errors.AsType[*os.SyscallError](err); ok {
 		return e.Err
 	}
@@ -215,8 +223,8 @@ func bare(err error) error {
 
 // outputGone reports whether err means that the reader of our output has ended, as "head"
 // does once it has enough lines.
-func (p *program) outputGone(err error) bool {
-	out, ok := p.stdout.(*os.File)
+func (p *Program) outputGone(err error) bool {
+	out, ok := p.Stdout.(*os.File)
 	if !ok || !errors.Is(err, syscall.EPIPE) {
 		return false
 	}
@@ -226,21 +234,17 @@ func (p *program) outputGone(err error) bool {
 
 // helpOutput is the writer for cobra's help. It ignores that the reader has ended, which
 // cobra would report as an error.
-type helpOutput struct{ p *program }
+type helpOutput struct{ p *Program }
 
 func (h helpOutput) Write(b []byte) (int, error) {
-	n, err := h.p.stdout.Write(b)
+	n, err := h.p.Stdout.Write(b)
 	if h.p.outputGone(err) {
 		return len(b), nil
 	}
 	return n, err
 }
 
-// dialRefused adds advice to the error of a connection to addr. other is the command that
-// must run at the other end.
-func dialRefused(err error, addr, other string) error {
-	if dns, ok := errors.AsType[*net.DNSError](err); ok {
-		return unknownHost(dns)
-	}
-	return &advice{err: fmt.Errorf("connect to %s: %w", addr, bare(err)), next: fmt.Sprintf("is that its address, and does %q run there?", other)}
+// UnknownHost is the error for a name that resolves to no address.
+func UnknownHost(e *net.DNSError) error {
+	return &Advice{Err: fmt.Errorf("no host %q is known", e.Name), Next: "give its address, such as 10.9.0.2", Usage: true}
 }

@@ -1,3 +1,4 @@
+// Command check finds out whether datagrams arrive as they were sent. See its --help.
 package main
 
 import (
@@ -11,17 +12,17 @@ import (
 	"syscall"
 	"time"
 
-	"barevif/tools/internal/appliance"
+	"barevif/tools/appliance"
+	"barevif/tools/cli"
 
 	"github.com/spf13/cobra"
 	"github.com/vishvananda/netlink"
 )
 
-// checkPort is the default UDP port of the answering end.
-const checkPort = 7007
+func main() { cli.Main(command) }
 
-func checkCommand(p *program) *cobra.Command {
-	c := check{program: p}
+func command(p *cli.Program) *cobra.Command {
+	c := check{Program: p}
 	cmd := &cobra.Command{
 		Use:   "check ADDRESS",
 		Short: "Find out whether datagrams of every size arrive as they were sent",
@@ -37,28 +38,28 @@ that is wrong, or comes twice, is a failure.
 Where nothing answers it says so after a second, with what the kernel knows about
 the address, and gives up after --silence.`,
 		Example: `  barevif serve --check 7007
-  barevif check 10.9.0.2
+  check 10.9.0.2
 
-  other$ barevif check --answer
-  barevif check --sizes 1-8972:61,8972 --lost 0 10.9.0.1`,
-		Args: arguments(1),
+  other$ check --answer
+  check --sizes 1-8972:61,8972 --lost 0 10.9.0.1`,
+		Args: cli.Arguments(1),
 		RunE: func(cmd *cobra.Command, args []string) error { return c.run(cmd.Context(), args) },
 	}
 	cmd.Flags().BoolVar(&c.answer, "answer", false, "be the other end")
-	cmd.Flags().Uint16Var(&c.port, "port", checkPort, "UDP `port` to ask or to answer at")
+	cmd.Flags().Uint16Var(&c.port, "port", appliance.DatagramPort, "UDP `port` to ask or to answer at")
 	cmd.Flags().StringVar(&c.sizes, "sizes", "1-1472", "`sizes` in bytes: SIZE, FROM-TO or FROM-TO:STEP, and more of them after commas")
 	cmd.Flags().Float64Var(&c.lost, "lost", 1, "`percent` that may be lost")
 	cmd.Flags().DurationVar(&c.patience, "patience", 2*time.Second, "`time` after which what has not come is lost")
 	cmd.Flags().DurationVar(&c.silence, "silence", 5*time.Second, "`time` after which to give up if nothing was answered yet")
-	exclusive(cmd, "answer", "silence")
-	exclusive(cmd, "answer", "sizes")
-	exclusive(cmd, "answer", "lost")
-	exclusive(cmd, "answer", "patience")
+	cli.Exclusive(cmd, "answer", "silence")
+	cli.Exclusive(cmd, "answer", "sizes")
+	cli.Exclusive(cmd, "answer", "lost")
+	cli.Exclusive(cmd, "answer", "patience")
 	return cmd
 }
 
 type check struct {
-	*program
+	*cli.Program
 	answer   bool
 	port     uint16
 	sizes    string
@@ -69,7 +70,7 @@ type check struct {
 
 func (c *check) run(ctx context.Context, args []string) error {
 	if c.port == 0 {
-		return badValue("port", "0", "a port from 1 to 65535")
+		return cli.BadValue("port", "0", "a port from 1 to 65535")
 	}
 	port := strconv.Itoa(int(c.port))
 	if c.answer {
@@ -80,20 +81,20 @@ func (c *check) run(ctx context.Context, args []string) error {
 		return c.answers(ctx, net.JoinHostPort(host, port))
 	}
 	if len(args) == 0 {
-		return &advice{err: errors.New("whom to ask?"), next: `give an address, or --answer to be the other end`, usage: true}
+		return &cli.Advice{Err: errors.New("whom to ask?"), Next: `give an address, or --answer to be the other end`, Usage: true}
 	}
 	sizes, err := parseSizes(c.sizes)
 	if err != nil {
 		return err
 	}
 	if !(c.lost >= 0 && c.lost <= 100) {
-		return badValue("lost", fmt.Sprint(c.lost), "a percentage")
+		return cli.BadValue("lost", fmt.Sprint(c.lost), "a percentage")
 	}
 	if c.patience <= 0 {
-		return badValue("patience", c.patience.String(), "a time to wait")
+		return cli.BadValue("patience", c.patience.String(), "a time to wait")
 	}
 	if c.silence <= 0 {
-		return badValue("silence", c.silence.String(), "a time to wait")
+		return cli.BadValue("silence", c.silence.String(), "a time to wait")
 	}
 	return c.ask(ctx, net.JoinHostPort(args[0], port), sizes)
 }
@@ -101,13 +102,13 @@ func (c *check) run(ctx context.Context, args []string) error {
 func (c *check) answers(ctx context.Context, addr string) error {
 	pc, err := net.ListenPacket("udp", addr)
 	if dns, ok := errors.AsType[*net.DNSError](err); ok {
-		return unknownHost(dns)
+		return cli.UnknownHost(dns)
 	}
 	if err != nil {
-		return listenRefused(err, addr, "port")
+		return cli.ListenRefused(err, addr, "port")
 	}
 	defer context.AfterFunc(ctx, func() { pc.Close() })()
-	fmt.Fprintf(c.stdout, "answering at %s; a signal ends it\n", pc.LocalAddr())
+	fmt.Fprintf(c.Stdout, "answering at %s; a signal ends it\n", pc.LocalAddr())
 	if err := appliance.Answer(pc); ctx.Err() == nil {
 		return err
 	}
@@ -118,7 +119,7 @@ func (c *check) ask(ctx context.Context, addr string, sizes []int) error {
 	var d net.Dialer
 	conn, err := d.DialContext(ctx, "udp", addr)
 	if dns, ok := errors.AsType[*net.DNSError](err); ok {
-		return unknownHost(dns)
+		return cli.UnknownHost(dns)
 	}
 	if err != nil {
 		return c.unreachable(err, addr)
@@ -136,8 +137,8 @@ func (c *check) ask(ctx context.Context, addr string, sizes []int) error {
 	if err != nil {
 		return c.unreachable(err, addr)
 	}
-	fmt.Fprintf(c.stdout, "%d datagrams, %s each way in %s: %d lost, %d wrong\n",
-		t.Asked, binarySize(uint64(t.Bytes)), time.Since(began).Round(time.Millisecond), t.Lost(), t.Wrong)
+	fmt.Fprintf(c.Stdout, "%d datagrams, %s each way in %s: %d lost, %d wrong\n",
+		t.Asked, cli.BinarySize(uint64(t.Bytes)), time.Since(began).Round(time.Millisecond), t.Lost(), t.Wrong)
 	switch {
 	case t.What != nil:
 		return t.What
@@ -168,7 +169,7 @@ func (c *check) hear(ctx context.Context, conn net.Conn, giveUp context.CancelCa
 			select {
 			case <-word.C:
 				if c.silence > time.Second {
-					fmt.Fprintf(c.stderr, "barevif check: no answer yet: %s; giving up after %v\n", neighbour(conn.RemoteAddr()), c.silence)
+					fmt.Fprintf(c.Stderr, "check: no answer yet: %s; giving up after %v\n", neighbour(conn.RemoteAddr()), c.silence)
 				}
 			case <-end.C:
 				giveUp(&silentError{fmt.Sprintf("nothing was answered within %v: %s", c.silence, neighbour(conn.RemoteAddr()))})
@@ -218,33 +219,28 @@ func (e *silentError) Error() string { return e.text }
 
 // unreachable adds advice to the error of another end that does not answer.
 func (c *check) unreachable(err error, addr string) error {
-	const answers = `"barevif serve --check", or "barevif check --answer"`
+	const answers = `"barevif serve --check", or "check --answer"`
 	if _, ok := errors.AsType[*silentError](err); ok {
-		return &advice{err: err, next: "is that its address, and does it answer there? " + answers + "; --silence waits longer"}
+		return &cli.Advice{Err: err, Next: "is that its address, and does it answer there? " + answers + "; --silence waits longer"}
 	}
 	switch {
 	case errors.Is(err, context.Canceled):
 		return err
 	case errors.Is(err, syscall.ECONNREFUSED):
-		return &advice{err: fmt.Errorf("nothing answers at port %d of %s", c.port, strings.TrimSuffix(addr, ":"+strconv.Itoa(int(c.port)))),
-			next: "does it run there, at this --port? " + answers}
+		return &cli.Advice{Err: fmt.Errorf("nothing answers at port %d of %s", c.port, strings.TrimSuffix(addr, ":"+strconv.Itoa(int(c.port)))),
+			Next: "does it run there, at this --port? " + answers}
 	case errors.Is(err, syscall.EHOSTUNREACH):
-		why := bare(err).Error()
+		why := cli.Bare(err).Error()
 		if udp, err := net.ResolveUDPAddr("udp", addr); err == nil {
 			why = neighbour(udp)
 		}
-		return &advice{err: fmt.Errorf("%s cannot be reached: %s", addr, why), next: "is that its address, and does it answer there? " + answers}
+		return &cli.Advice{Err: fmt.Errorf("%s cannot be reached: %s", addr, why), Next: "is that its address, and does it answer there? " + answers}
 	case errors.Is(err, syscall.ENETUNREACH):
-		return &advice{err: fmt.Errorf("there is no way to %s: %w", addr, bare(err)), next: `"ip route get ADDRESS" says which way it would take`}
+		return &cli.Advice{Err: fmt.Errorf("there is no way to %s: %w", addr, cli.Bare(err)), Next: `"ip route get ADDRESS" says which way it would take`}
 	case errors.Is(err, syscall.EMSGSIZE):
-		return &advice{err: fmt.Errorf("a datagram is too long for the way to %s", addr), next: "choose smaller --sizes"}
+		return &cli.Advice{Err: fmt.Errorf("a datagram is too long for the way to %s", addr), Next: "choose smaller --sizes"}
 	}
-	return &advice{err: fmt.Errorf("ask %s: %w", addr, bare(err)), next: "-v may say more, and so may ping"}
-}
-
-// unknownHost is the error for a name that resolves to no address.
-func unknownHost(e *net.DNSError) error {
-	return &advice{err: fmt.Errorf("no host %q is known", e.Name), next: "give its address, such as 10.9.0.2", usage: true}
+	return &cli.Advice{Err: fmt.Errorf("ask %s: %w", addr, cli.Bare(err)), Next: "-v may say more, and so may ping"}
 }
 
 // neighbour describes what the kernel knows of the next hop to an address.
@@ -297,12 +293,12 @@ func parseSizes(s string) (sizes []int, err error) {
 		for i, text := range [...]string{from, to, step} {
 			v, err := strconv.ParseUint(text, 10, 16)
 			if err != nil || v == 0 || v > appliance.MaxDatagram {
-				return nil, badValue("sizes", s, want)
+				return nil, cli.BadValue("sizes", s, want)
 			}
 			n[i] = int(v)
 		}
 		if n[0] > n[1] || stepped && !two || len(sizes) > maxAsked {
-			return nil, badValue("sizes", s, want)
+			return nil, cli.BadValue("sizes", s, want)
 		}
 		for size := n[0]; size <= n[1]; size += n[2] {
 			sizes = append(sizes, size)

@@ -12,57 +12,25 @@ import (
 	"strconv"
 	"time"
 
-	"barevif/pvnet/packet"
+	"barevif/tools/cli"
+	"barevif/tools/ping"
 
 	"github.com/spf13/cobra"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
-// benchNet is a bench command whose traffic goes through the kernel.
-type benchNet struct {
-	benchRun
-	frame udpFrame
-	iface string
-	port  uint16
-	count int
-	clone int
-	dir   string
-}
-
-// netCommand makes a bench command; run moves the traffic.
-func netCommand(p *program, use, short, what, way string, run func(*benchNet, context.Context, time.Duration) (benchResult, error), flags func(*benchNet, *cobra.Command)) *cobra.Command {
-	b := &benchNet{benchRun: benchRun{program: p}}
-	cmd := &cobra.Command{
-		Use: use, Short: short, Args: arguments(0),
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			window, err := b.window()
-			if err != nil {
-				return err
-			}
-			r, err := run(b, cmd.Context(), window)
-			if err != nil {
-				return err
-			}
-			return b.print(r)
-		},
-	}
-	b.registerRun(cmd, what, way)
-	flags(b, cmd)
-	return cmd
-}
-
-func (b *benchNet) ifaceFlag(cmd *cobra.Command) {
+func (b *piece) ifaceFlag(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&b.iface, "if", "eth0", "network `interface`")
 }
 
-func (b *benchNet) portFlag(cmd *cobra.Command) {
+func (b *piece) portFlag(cmd *cobra.Command) {
 	cmd.Flags().Uint16Var(&b.port, "port", streamPort, "`port`")
 }
 
-func benchPktgenCommand(p *program) *cobra.Command {
-	return netCommand(p, "pktgen", "Send frames by the kernel's own generator (module pktgen; root)",
-		"send", "kernel pktgen", (*benchNet).pktgen, func(b *benchNet, cmd *cobra.Command) {
+func pktgenCommand(p *cli.Program) *cobra.Command {
+	return newCommand(p, "pktgen", "Send frames by the kernel's own generator (module pktgen; root)",
+		"send", "kernel pktgen", (*piece).pktgen, func(b *piece, cmd *cobra.Command) {
 			b.ifaceFlag(cmd)
 			b.frame.register(cmd)
 			cmd.Flags().IntVar(&b.clone, "clone", 0, "`times` to send each frame before making another")
@@ -73,7 +41,7 @@ func benchPktgenCommand(p *program) *cobra.Command {
 // Documentation/networking/pktgen.rst.
 const pktgenDir = "/proc/net/pktgen"
 
-func (b *benchNet) pktgen(ctx context.Context, window time.Duration) (r benchResult, err error) {
+func (b *piece) pktgen(ctx context.Context, window time.Duration) (r result, err error) {
 	if err := b.frame.parse(); err != nil {
 		return r, err
 	}
@@ -81,7 +49,7 @@ func (b *benchNet) pktgen(ctx context.Context, window time.Duration) (r benchRes
 		for _, line := range lines {
 			if err := os.WriteFile(filepath.Join(pktgenDir, file), []byte(line+"\n"), 0); err != nil {
 				if errors.Is(err, os.ErrNotExist) && file == "pgctrl" {
-					return &advice{err: fmt.Errorf("there is no generator: %w", err), next: "modprobe pktgen", refused: true}
+					return &cli.Advice{Err: fmt.Errorf("there is no generator: %w", err), Next: "modprobe pktgen", Refused: true}
 				}
 				return fmt.Errorf("pktgen: %q: %w", line, err)
 			}
@@ -145,18 +113,18 @@ wait:
 	return r, errors.Join(err, counted)
 }
 
-func benchUDPSendCommand(p *program) *cobra.Command {
-	return netCommand(p, "udp-send", "Send through a UDP socket of the kernel's", "send", "Go UDP socket", (*benchNet).udpSend,
-		func(b *benchNet, cmd *cobra.Command) { b.frame.register(cmd) })
+func udpSendCommand(p *cli.Program) *cobra.Command {
+	return newCommand(p, "udp-send", "Send through a UDP socket of the kernel's", "send", "Go UDP socket", (*piece).udpSend,
+		func(b *piece, cmd *cobra.Command) { b.frame.register(cmd) })
 }
 
-func (b *benchNet) udpSend(ctx context.Context, window time.Duration) (r benchResult, err error) {
+func (b *piece) udpSend(ctx context.Context, window time.Duration) (r result, err error) {
 	if err := b.frame.parse(); err != nil {
 		return r, err
 	}
 	c, err := net.DialUDP("udp4", nil, net.UDPAddrFromAddrPort(netip.AddrPortFrom(b.frame.toIP, discardPort)))
 	if err != nil {
-		return r, dialRefused(err, b.frame.to, "barevif bench udp-recv")
+		return r, dialRefused(err, b.frame.to, "bench udp-recv")
 	}
 	defer c.Close()
 	return b.sendLoop(ctx, window, make([]byte, b.frame.payload()), func(payload []byte) error {
@@ -166,7 +134,7 @@ func (b *benchNet) udpSend(ctx context.Context, window time.Duration) (r benchRe
 }
 
 // sendLoop calls send for window. It does not count packets that a full queue refuses.
-func (b *benchNet) sendLoop(ctx context.Context, window time.Duration, data []byte, send func([]byte) error) (r benchResult, err error) {
+func (b *piece) sendLoop(ctx context.Context, window time.Duration, data []byte, send func([]byte) error) (r result, err error) {
 	b.begun("sending")
 	w := startWatch(window)
 	for {
@@ -189,17 +157,17 @@ func (b *benchNet) sendLoop(ctx context.Context, window time.Duration, data []by
 	return r, nil
 }
 
-func benchUDPRecvCommand(p *program) *cobra.Command {
-	return netCommand(p, "udp-recv", "Receive from a UDP socket of the kernel's", "receive", "Go UDP socket", (*benchNet).udpRecv,
-		func(b *benchNet, cmd *cobra.Command) {
+func udpRecvCommand(p *cli.Program) *cobra.Command {
+	return newCommand(p, "udp-recv", "Receive from a UDP socket of the kernel's", "receive", "Go UDP socket", (*piece).udpRecv,
+		func(b *piece, cmd *cobra.Command) {
 			cmd.Flags().Uint16Var(&b.port, "port", discardPort, "`port`")
 		})
 }
 
-func (b *benchNet) udpRecv(ctx context.Context, window time.Duration) (r benchResult, err error) {
+func (b *piece) udpRecv(ctx context.Context, window time.Duration) (r result, err error) {
 	c, err := net.ListenUDP("udp4", &net.UDPAddr{Port: int(b.port)})
 	if err != nil {
-		return r, listenRefused(err, fmt.Sprintf("UDP port %d", b.port), "port")
+		return r, cli.ListenRefused(err, fmt.Sprintf("UDP port %d", b.port), "port")
 	}
 	defer c.Close()
 	defer context.AfterFunc(ctx, func() { c.SetReadDeadline(time.Unix(1, 0)) })()
@@ -213,7 +181,7 @@ func (b *benchNet) udpRecv(ctx context.Context, window time.Duration) (r benchRe
 const firstFrame = 30 * time.Second
 
 // recvLoop counts the packets of receive in a window that begins with the first one.
-func (b *benchNet) recvLoop(ctx context.Context, window time.Duration, deadline func(time.Time) error, receive func([]byte) (int, error)) (r benchResult, err error) {
+func (b *piece) recvLoop(ctx context.Context, window time.Duration, deadline func(time.Time) error, receive func([]byte) (int, error)) (r result, err error) {
 	b.begun("receiving")
 	if err := deadline(time.Now().Add(firstFrame)); err != nil {
 		return r, err
@@ -249,7 +217,7 @@ func (b *benchNet) recvLoop(ctx context.Context, window time.Duration, deadline 
 
 // openPacket opens a packet socket bound to the interface: plain reads and writes,
 // through Go's poller.
-func (b *benchNet) openPacket() (*os.File, *net.Interface, error) {
+func (b *piece) openPacket() (*os.File, *net.Interface, error) {
 	ifi, err := net.InterfaceByName(b.iface)
 	if err != nil {
 		return nil, nil, fmt.Errorf("interface %s: %w", b.iface, err)
@@ -257,7 +225,7 @@ func (b *benchNet) openPacket() (*os.File, *net.Interface, error) {
 	const ipv4 = 0x0008 // ETH_P_IP in network order
 	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, ipv4)
 	if err != nil {
-		return nil, nil, &advice{err: fmt.Errorf("open a packet socket: %w", err), next: "run as root", refused: true}
+		return nil, nil, &cli.Advice{Err: fmt.Errorf("open a packet socket: %w", err), Next: "run as root", Refused: true}
 	}
 	f := os.NewFile(uintptr(fd), "packet socket")
 	if err := unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: ipv4, Ifindex: ifi.Index}); err != nil {
@@ -273,15 +241,15 @@ func transient(err error) bool {
 	return errors.Is(err, unix.ENOBUFS) || errors.Is(err, unix.ECONNREFUSED)
 }
 
-func benchPacketSendCommand(p *program) *cobra.Command {
-	return netCommand(p, "packet-send", "Send through a packet socket of the kernel's (root)", "send", "Go packet socket", (*benchNet).packetSend,
-		func(b *benchNet, cmd *cobra.Command) {
+func packetSendCommand(p *cli.Program) *cobra.Command {
+	return newCommand(p, "packet-send", "Send through a packet socket of the kernel's (root)", "send", "Go packet socket", (*piece).packetSend,
+		func(b *piece, cmd *cobra.Command) {
 			b.ifaceFlag(cmd)
 			b.frame.register(cmd)
 		})
 }
 
-func (b *benchNet) packetSend(ctx context.Context, window time.Duration) (r benchResult, err error) {
+func (b *piece) packetSend(ctx context.Context, window time.Duration) (r result, err error) {
 	if err := b.frame.parse(); err != nil {
 		return r, err
 	}
@@ -296,12 +264,12 @@ func (b *benchNet) packetSend(ctx context.Context, window time.Duration) (r benc
 	})
 }
 
-func benchPacketRecvCommand(p *program) *cobra.Command {
-	return netCommand(p, "packet-recv", "Receive from a packet socket of the kernel's (root)", "receive", "Go packet socket", (*benchNet).packetRecv,
-		func(b *benchNet, cmd *cobra.Command) { b.ifaceFlag(cmd) })
+func packetRecvCommand(p *cli.Program) *cobra.Command {
+	return newCommand(p, "packet-recv", "Receive from a packet socket of the kernel's (root)", "receive", "Go packet socket", (*piece).packetRecv,
+		func(b *piece, cmd *cobra.Command) { b.ifaceFlag(cmd) })
 }
 
-func (b *benchNet) packetRecv(ctx context.Context, window time.Duration) (r benchResult, err error) {
+func (b *piece) packetRecv(ctx context.Context, window time.Duration) (r result, err error) {
 	c, _, err := b.openPacket()
 	if err != nil {
 		return r, err
@@ -311,15 +279,15 @@ func (b *benchNet) packetRecv(ctx context.Context, window time.Duration) (r benc
 	return b.recvLoop(ctx, window, c.SetReadDeadline, c.Read)
 }
 
-func benchTCPSendCommand(p *program) *cobra.Command {
-	return netCommand(p, "tcp-send", "Send a stream through a TCP socket of the kernel's", "stream", "Go TCP socket", (*benchNet).tcpSend,
-		func(b *benchNet, cmd *cobra.Command) {
+func tcpSendCommand(p *cli.Program) *cobra.Command {
+	return newCommand(p, "tcp-send", "Send a stream through a TCP socket of the kernel's", "stream", "Go TCP socket", (*piece).tcpSend,
+		func(b *piece, cmd *cobra.Command) {
 			b.portFlag(cmd)
 			cmd.Flags().StringVar(&b.frame.to, "to", "10.9.0.1", "`address` to connect to")
 		})
 }
 
-func (b *benchNet) tcpSend(ctx context.Context, window time.Duration) (r benchResult, err error) {
+func (b *piece) tcpSend(ctx context.Context, window time.Duration) (r result, err error) {
 	var d net.Dialer
 	addr := net.JoinHostPort(b.frame.to, strconv.Itoa(int(b.port)))
 	c, err := d.DialContext(ctx, "tcp", addr)
@@ -327,85 +295,62 @@ func (b *benchNet) tcpSend(ctx context.Context, window time.Duration) (r benchRe
 		return r, context.Cause(ctx)
 	}
 	if err != nil {
-		return r, dialRefused(err, addr, "barevif bench tcp-recv")
+		return r, dialRefused(err, addr, "bench tcp-recv")
 	}
 	return b.sendStream(ctx, window, c)
 }
 
-func benchTCPRecvCommand(p *program) *cobra.Command {
-	return netCommand(p, "tcp-recv", "Receive one stream from a TCP socket of the kernel's, to its end", "stream", "Go TCP socket", (*benchNet).tcpRecv,
-		func(b *benchNet, cmd *cobra.Command) { b.portFlag(cmd) })
+func tcpRecvCommand(p *cli.Program) *cobra.Command {
+	return newCommand(p, "tcp-recv", "Receive one stream from a TCP socket of the kernel's, to its end", "stream", "Go TCP socket", (*piece).tcpRecv,
+		func(b *piece, cmd *cobra.Command) { b.portFlag(cmd) })
 }
 
-func (b *benchNet) tcpRecv(ctx context.Context, window time.Duration) (benchResult, error) {
+func (b *piece) tcpRecv(ctx context.Context, window time.Duration) (result, error) {
 	l, err := net.ListenTCP("tcp", &net.TCPAddr{Port: int(b.port)})
 	if err != nil {
-		return benchResult{}, listenRefused(err, fmt.Sprintf("TCP port %d", b.port), "port")
+		return result{}, cli.ListenRefused(err, fmt.Sprintf("TCP port %d", b.port), "port")
 	}
 	return b.recvStream(ctx, window, l)
 }
 
-func benchPingSocketCommand(p *program) *cobra.Command {
-	return netCommand(p, "ping-socket", "Measure round trips through a raw ICMP socket of the kernel's (root)", "round trip", "Go ICMP socket", (*benchNet).pingSocket,
-		func(b *benchNet, cmd *cobra.Command) {
-			cmd.Flags().StringVar(&b.frame.to, "to", "10.9.0.1", "`address` that answers, IPv4")
-			cmd.Flags().IntVar(&b.count, "count", 500, "`echoes` to ask for, within --secs")
+func pingSocketCommand(p *cli.Program) *cobra.Command {
+	return newCommand(p, "ping-socket", "Measure round trips through a raw ICMP socket of the kernel's (root)", "round trip", "Go ICMP socket", (*piece).pingSocket,
+		func(b *piece, cmd *cobra.Command) {
+			b.echoFlags(cmd, "`address` that answers, IPv4")
 		})
 }
 
-func (b *benchNet) pingSocket(ctx context.Context, window time.Duration) (r benchResult, err error) {
-	to, err := netip.ParseAddr(b.frame.to)
-	if err != nil || !to.Is4() {
-		return r, badValue("to", b.frame.to, "an IPv4 address")
-	}
-	if b.count < 1 {
-		return r, badValue("count", strconv.Itoa(b.count), "a number from 1 on")
+func (b *piece) pingSocket(ctx context.Context, window time.Duration) (r result, err error) {
+	to, err := b.echoes()
+	if err != nil {
+		return r, err
 	}
 	c, err := net.ListenPacket("ip4:icmp", "0.0.0.0")
 	if err != nil {
-		return r, &advice{err: err, next: "run as root", refused: true}
+		return r, &cli.Advice{Err: err, Next: "run as root", Refused: true}
 	}
 	defer c.Close()
 	defer context.AfterFunc(ctx, func() { c.SetDeadline(time.Unix(1, 0)) })()
-	ask, buf := make([]byte, echoHeader+56), make([]byte, 1500)
-	id := uint16(os.Getpid())
 	b.begun("pinging")
 	return roundTrips(ctx, b.count, window, func(seq uint16) (time.Duration, error) {
-		clear(ask[:echoHeader])
-		ask[0] = echoRequest
-		binary.BigEndian.PutUint16(ask[4:], id)
-		binary.BigEndian.PutUint16(ask[6:], seq)
-		binary.BigEndian.PutUint16(ask[2:], packet.Checksum(ask))
-		began := time.Now()
-		if err := c.SetReadDeadline(began.Add(echoTimeout)); err != nil {
+		if err := c.SetReadDeadline(time.Now().Add(echoTimeout)); err != nil {
 			return 0, err
 		}
-		if _, err := c.WriteTo(ask, &net.IPAddr{IP: to.AsSlice()}); err != nil {
-			return 0, err
-		}
-		for {
-			n, _, err := c.ReadFrom(buf)
-			if err != nil {
-				return 0, err
-			}
-			if got := buf[:n]; n == len(ask) && got[0] == echoReply && string(got[4:]) == string(ask[4:]) {
-				return time.Since(began), nil
-			}
-		}
+		return ping.Trip(c, to.AsSlice(), seq)
 	})
 }
 
-func benchCountCommand(p *program) *cobra.Command {
-	return netCommand(p, "count", "Count what an interface of the kernel's sends or receives", "send", "all", (*benchNet).counts,
-		func(b *benchNet, cmd *cobra.Command) {
+func countCommand(p *cli.Program) *cobra.Command {
+	return newCommand(p, "count", "Count what an interface of the kernel's sends or receives", "send", "all", (*piece).counts,
+		func(b *piece, cmd *cobra.Command) {
 			b.ifaceFlag(cmd)
 			cmd.Flags().StringVar(&b.dir, "dir", "rx", "the interface's `direction`: rx or tx")
 		})
 }
 
-func (b *benchNet) counts(ctx context.Context, window time.Duration) (r benchResult, err error) {
+func (b *piece) counts(ctx context.Context, window time.Duration) (r result, err error) {
 	if b.dir != "rx" && b.dir != "tx" {
-		return r, badValue("dir", b.dir, "rx or tx")
+		return r, cli.BadValue("dir", b.dir, "rx or tx")
 	}
 	before, err := readCounters(b.iface)
 	if err != nil {
@@ -438,8 +383,8 @@ func readCounters(iface string) (c ifaceCounters, err error) {
 	return ifaceCounters{st.RxPackets, st.RxBytes, st.TxPackets, st.TxBytes}, nil
 }
 
-func (c ifaceCounters) since(before ifaceCounters, dir string, seconds float64) benchResult {
-	r := benchResult{Seconds: seconds, Frames: c.rxFrames - before.rxFrames, Bytes: c.rxBytes - before.rxBytes}
+func (c ifaceCounters) since(before ifaceCounters, dir string, seconds float64) result {
+	r := result{Seconds: seconds, Frames: c.rxFrames - before.rxFrames, Bytes: c.rxBytes - before.rxBytes}
 	if dir == "tx" {
 		r.Frames, r.Bytes = c.txFrames-before.txFrames, c.txBytes-before.txBytes
 	}
