@@ -312,7 +312,7 @@ func (d *Device) SetState(ctx context.Context, s State) error {
 		case errors.Is(err, ErrGone):
 			if !read {
 				ch := d.cur
-				ch.Gone = true
+				ch.setGone()
 				d.deliverLocked(ch)
 			}
 			d.requestRead()

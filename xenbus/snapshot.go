@@ -183,7 +183,7 @@ func merge(old Change, role Role, mine written, s snapshot) Change {
 		s.own.merge(&ch, role, mine)
 	}
 	if s.gone {
-		ch.Gone = true
+		ch.setGone()
 	}
 	if s.replaced(old) {
 		ch.Generation++
@@ -198,6 +198,9 @@ func merge(old Change, role Role, mine written, s snapshot) Change {
 	}
 	return ch
 }
+
+// setGone says that our directory is missing, and our state with it.
+func (ch *Change) setGone() { ch.Gone, ch.Own, ch.Overwritten = true, Unknown, "" }
 
 // merge sets the fields of ch that depend on our own directory.
 func (o *ownNodes) merge(ch *Change, role Role, mine written) {

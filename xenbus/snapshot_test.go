@@ -38,7 +38,7 @@ func TestMerge(t *testing.T) {
 		"gone": {Frontend, old, mine, snapshot{own: &ownNodes{}},
 			with(func(ch *Change) { ch.Own, ch.Gone = Unknown, true })},
 		"gone, as the search for the backend shows": {Frontend, old, mine, snapshot{gone: true},
-			with(func(ch *Change) { ch.Gone = true })},
+			with(func(ch *Change) { ch.Gone, ch.Own = true, Unknown })},
 		"back": {Frontend, with(func(ch *Change) { ch.Own, ch.Gone = Unknown, true }), mine,
 			snapshot{recreated: true, own: &ownNodes{there: true, state: "1"}, peer: &peerNodes{there: true, state: InitWait, writes: 8, online: true}},
 			with(func(ch *Change) {
