@@ -130,7 +130,7 @@ func connect(ctx context.Context, domain hypercall.Domain, id string, cfg Config
 	first := make(chan error, 1)
 	begun = true
 	f := &front{d: d}
-	d.start(xd, xenbus.Frontend, f, first, func() {
+	d.start(xd, f, first, func() {
 		client.Close()
 		forget()
 	})

@@ -53,7 +53,6 @@ type lifecycle struct {
 	mu   sync.Mutex
 	xd   *xenbus.Device
 	role role
-	side xenbus.Role
 
 	stopping       context.Context // ends when the device is to end
 	storeCtx       context.Context // context of every xenstore operation; ends endTimeout after the device is to end
@@ -255,7 +254,7 @@ func (l *lifecycle) onHold(ch xenbus.Change) bool {
 
 // dirReplaced reports whether the directory is no longer the one that this backend served.
 func (l *lifecycle) dirReplaced() bool {
-	return l.side == xenbus.Backend && l.generation != 0 && l.generation != l.xd.Current().Generation
+	return l.d.role == xenbus.Backend && l.generation != 0 && l.generation != l.xd.Current().Generation
 }
 
 func (l *lifecycle) countStep() { l.pace.step(time.Now()) }
@@ -287,7 +286,7 @@ func (l *lifecycle) step() bool {
 			l.endNow(ch)
 			return true
 		}
-		s := xenbus.Next(l.side, xenbus.Facts{
+		s := xenbus.Next(l.d.role, xenbus.Facts{
 			Change: ch, Attached: l.attached, Leaving: l.cause != nil,
 			Adopt: l.cause == nil,
 		})
@@ -374,11 +373,11 @@ func dom(xd *xenbus.Device) hypercall.DomID {
 }
 
 // start starts the lifecycle goroutine. after runs at the very end of the device.
-func (d *Device) start(xd *xenbus.Device, kind xenbus.Role, r role, first chan error, after func()) {
+func (d *Device) start(xd *xenbus.Device, r role, first chan error, after func()) {
 	ctx, stop := context.WithCancelCause(context.Background())
 	d.stop = stop
 	d.openMirror(dom(xd))
-	l := &lifecycle{d: d, xd: xd, role: r, side: kind, firstResult: first}
+	l := &lifecycle{d: d, xd: xd, role: r, firstResult: first}
 	l.storeCtx, l.abandonStore = context.WithCancel(context.Background())
 	d.finish = func() {
 		stop(nil)

@@ -214,7 +214,7 @@ func (s *server) serve(ctx context.Context, id xenbus.BackendID, xd *xenbus.Devi
 	if err := b.identify(ctx, xd); err != nil { // attach tries again
 		d.identify(backMAC, d.MTU(), true)
 	}
-	d.start(xd, xenbus.Backend, b, nil, func() {})
+	d.start(xd, b, nil, func() {})
 	stop := context.AfterFunc(ctx, func() {
 		cause := context.Cause(ctx)
 		if cause != ErrHandover && cause != ErrDisconnected {

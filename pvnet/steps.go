@@ -20,7 +20,7 @@ func (l *lifecycle) writeState(s xenbus.State) bool {
 		final := errors.Is(err, xenstore.ErrAccess) || errors.Is(err, xenstore.ErrQuota)
 		switch {
 		case errors.Is(err, xenbus.ErrGone), errors.Is(err, xenbus.ErrClaimed):
-		case l.firstResult != nil && l.side == xenbus.Frontend && final:
+		case l.firstResult != nil && l.d.role == xenbus.Frontend && final:
 			l.beginEnd(err) // Connect returns the error; there is nothing to close
 			l.forceAt = time.Now()
 			return false
@@ -76,7 +76,7 @@ func (l *lifecycle) attempt(what string, f func(context.Context, *xenbus.Device)
 		}
 		l.d.lastError.Store(&err)
 		l.d.log.Warn("cannot "+what, "vif", l.d.id, "err", err)
-		if l.side == xenbus.Backend && !errors.Is(err, context.DeadlineExceeded) {
+		if l.d.role == xenbus.Backend && !errors.Is(err, context.DeadlineExceeded) {
 			l.publishReason(err)
 			if own := l.xd.Current().Own; own == xenbus.Initialising || own == xenbus.Unknown {
 				l.writeState(xenbus.Closed) // the frontend sees the state even if there is no room for a reason
@@ -119,11 +119,11 @@ func (l *lifecycle) connect(ch xenbus.Change) bool {
 	l.d.log.Warn("cannot connect", "vif", l.d.id, "err", err)
 	l.publishReason(err)
 	if !errors.Is(err, context.DeadlineExceeded) { // on a timeout of xenstore neither end is to blame
-		if l.firstResult != nil && l.side == xenbus.Frontend {
+		if l.firstResult != nil && l.d.role == xenbus.Frontend {
 			l.beginEnd(err)
 			return true // and the next step closes
 		}
-		if l.side == xenbus.Backend {
+		if l.d.role == xenbus.Backend {
 			l.writeState(xenbus.Closing) // the frontend has to act next
 		}
 	}
@@ -166,7 +166,7 @@ func (l *lifecycle) publishReason(why error) {
 	l.published = text
 	ctx, cancel := l.storeContext()
 	defer cancel()
-	if why != nil && l.side == xenbus.Backend { // Tell comes first: the quota may leave room for one node only
+	if why != nil && l.d.role == xenbus.Backend { // Tell comes first: the quota may leave room for one node only
 		l.xd.Tell(ctx, why)
 	}
 	l.xd.Fail(ctx, why)
