@@ -123,34 +123,12 @@ func (b *back) attach(ctx context.Context, xd *xenbus.Device, c *conn) error {
 	if n == 0 {
 		return errors.New("the frontend asks for 0 queues")
 	}
-	feat.queues = int(n)
-	keys := make([]queueKeys, feat.queues)
-	refs, ports := make(map[hypercall.GrantRef]bool), make(map[hypercall.PortID]int)
-	for i := range keys {
-		prefix := ""
-		if feat.queues > 1 {
-			prefix = queuePrefix(i)
-		}
-		k, err := parseKeys(v, prefix)
-		if err != nil {
-			return err
-		}
-		for _, ref := range []hypercall.GrantRef{k.txRing, k.rxRing} {
-			if refs[ref] {
-				return fmt.Errorf("grant %d is said to be two rings", ref)
-			}
-			refs[ref] = true
-		}
-		for _, port := range []hypercall.PortID{k.txPort, k.rxPort} {
-			if q, used := ports[port]; used && q != i {
-				return fmt.Errorf("event channel %d is said to be of two queues", port)
-			}
-			ports[port] = i
-		}
-		keys[i] = k
-		feat.split = k.txPort != k.rxPort
+	keys, err := parseQueues(v, int(n))
+	if err != nil {
+		return err
 	}
-	feat.backSG = true
+	feat.queues, feat.backSG = len(keys), true
+	feat.split = keys[0].txPort != keys[0].rxPort
 	c.feat = feat
 	m := &setup{dom: b.d.domain, peer: dom(xd), log: b.d.log, quarantined: &b.d.quarantined, c: c, lockedThreads: b.d.cfg.LockedThreads}
 	for i, k := range keys {
@@ -164,11 +142,11 @@ func (b *back) attach(ctx context.Context, xd *xenbus.Device, c *conn) error {
 }
 
 // ended removes the directory of a vif that is gone for good, if the config says so.
-func (b *back) ended(ctx context.Context, xd *xenbus.Device, anew bool) {
+func (b *back) ended(ctx context.Context, xd *xenbus.Device, replaced bool) {
 	ch := xd.Current()
-	b.replaced, b.removed = anew || ch.Lost, ch.Gone || !ch.Online
-	if away := anew || ch.Gone || ch.Vanished || !ch.Online; away && !ch.Lost {
-		if b.cfg.Remove && !anew && !ch.Gone {
+	b.replaced, b.removed = replaced || ch.Lost, ch.Gone || !ch.Online
+	if away := replaced || ch.Gone || ch.Vanished || !ch.Online; away && !ch.Lost {
+		if b.cfg.Remove && !replaced && !ch.Gone {
 			if err := xd.Remove(ctx); err != nil {
 				b.d.log.Warn("cannot remove the vif's directory", "err", err)
 			}
@@ -181,9 +159,6 @@ func (b *back) ended(ctx context.Context, xd *xenbus.Device, anew bool) {
 // backQueue makes the backend's side of a queue from the keys k that its frontend
 // published.
 func (m *setup) backQueue(f features, k queueKeys, cfg *Config, rx, tx *telemetry.Block) (q connQueue, err error) {
-	if k.txRing == k.rxRing {
-		return q, fmt.Errorf("both rings are grant %d", k.txRing)
-	}
 	txPage, err := m.ringPage("tx", k.txRing)
 	if err != nil {
 		return q, err

@@ -106,64 +106,75 @@ func (f *front) attach(ctx context.Context, xd *xenbus.Device, c *conn) error {
 	if err != nil {
 		return err
 	}
-	if ok, err := back.Bool(netif.KeyFeatureRxCopy, false); !ok {
-		return errors.Join(errors.New("the backend does not offer feature-rx-copy, the only way to receive"), err)
-	}
-	var feat features
-	feat.backSG, _ = back.Bool(netif.KeyFeatureSG, false) // an unreadable value counts as no offer
-	feat.split, _ = back.Bool(netif.KeyFeatureSplitChannels, false)
-	most, err := back.Uint(netif.KeyMaxQueues, 1<<16, 1)
-	if err != nil || most < 1 {
-		most = 1
-	}
-	feat.queues = int(min(most, uint64(d.cfg.queues())))
-
-	feat.frontSG, feat.offload, feat.peerTakes = true, d.cfg.Offload, offeredOffloads(back, feat.backSG)
-	c.feat = feat
-	m := &setup{dom: d.domain, peer: dom(xd), log: d.log, quarantined: &d.quarantined, c: c, lockedThreads: d.cfg.LockedThreads}
-	keys := xenstore.Values{
-		netif.KeyRequestRxCopy:   "1",
-		netif.KeyFeatureRxNotify: "1",
-		netif.KeyFeatureSG:       "1",
-	}
-	maps.Copy(keys, offloadValues(feat.offload))
-	stale := []string{
-		netif.KeyTxRingRef, netif.KeyRxRingRef, netif.KeyEventChannel, netif.KeyEventChannelTx,
-		netif.KeyEventChannelRx, netif.KeyNumQueues, netif.KeyFeatureGSOTCPv4, netif.KeyFeatureGSOTCPv6,
-		netif.KeyFeatureIPv6CsumOffload, netif.KeyRequestMulticast, netif.KeyCtrlRingRef,
-		netif.KeyEventChannelCtrl, netif.KeyXDPHeadroom,
+	if c.feat, err = f.agree(back); err != nil {
+		return err
 	}
 	there, err := xd.OwnKeys(ctx)
 	if err != nil {
 		return err
 	}
-	// Only existing keys are removed, since each removal is a round trip.
-	stale = slices.DeleteFunc(stale, func(key string) bool { return !slices.Contains(there, key) })
-	for _, key := range there { // an earlier program may have published more queues
-		if strings.HasPrefix(key, netif.KeyQueuePrefix) {
-			stale = append(stale, key)
-		}
-	}
-	c.queues, err = m.frontQueues(feat, &d.cfg, f.others(ctx, xd), func(i int) (rx, tx *telemetry.Block) { return d.rx[i].count, d.tx[i].count })
+	m := &setup{dom: d.domain, peer: dom(xd), log: d.log, quarantined: &d.quarantined, c: c, lockedThreads: d.cfg.LockedThreads}
+	c.queues, err = m.frontQueues(c.feat, &d.cfg, f.others(ctx, xd), func(i int) (rx, tx *telemetry.Block) { return d.rx[i].count, d.tx[i].count })
 	if err != nil {
 		if errors.Is(err, hypercall.ErrNoGrants) {
 			err = fmt.Errorf("%w%s", err, d.holders())
 		}
 		return err
 	}
-	feat.queues = len(c.queues)
-	c.feat.queues = feat.queues
+	c.feat.queues = len(c.queues)
+	keys := xenstore.Values{
+		netif.KeyRequestRxCopy:   "1",
+		netif.KeyFeatureRxNotify: "1",
+		netif.KeyFeatureSG:       "1",
+	}
+	maps.Copy(keys, offloadValues(c.feat.offload))
 	if back.Has(netif.KeyMaxQueues) {
-		keys[netif.KeyNumQueues] = strconv.Itoa(feat.queues)
+		keys[netif.KeyNumQueues] = strconv.Itoa(c.feat.queues)
 	}
 	for i, q := range c.queues {
 		prefix := ""
-		if feat.queues > 1 {
+		if c.feat.queues > 1 {
 			prefix = queuePrefix(i)
 		}
 		maps.Copy(keys, q.keys.values(prefix))
 	}
-	return xd.Publish(ctx, keys, stale...)
+	return xd.Publish(ctx, keys, staleKeys(there)...)
+}
+
+// agree returns the features of the connection to come, from the values that the backend
+// offers.
+func (f *front) agree(back xenstore.Values) (feat features, err error) {
+	if ok, err := back.Bool(netif.KeyFeatureRxCopy, false); !ok {
+		return feat, errors.Join(errors.New("the backend does not offer feature-rx-copy, the only way to receive"), err)
+	}
+	feat.frontSG = true
+	feat.backSG, _ = back.Bool(netif.KeyFeatureSG, false) // an unreadable value counts as no offer
+	feat.split, _ = back.Bool(netif.KeyFeatureSplitChannels, false)
+	most, err := back.Uint(netif.KeyMaxQueues, 1<<16, 1)
+	if err != nil || most < 1 {
+		most = 1
+	}
+	feat.queues = int(min(most, uint64(f.d.cfg.queues())))
+	feat.offload, feat.peerTakes = f.d.cfg.Offload, offeredOffloads(back, feat.backSG)
+	return feat, nil
+}
+
+// staleKeys returns which of the keys there were left by an earlier program or connection
+// and must go before new ones are published. Each removal is a round trip, so keys that
+// are missing are not among them.
+func staleKeys(there []string) (stale []string) {
+	old := []string{
+		netif.KeyTxRingRef, netif.KeyRxRingRef, netif.KeyEventChannel, netif.KeyEventChannelTx,
+		netif.KeyEventChannelRx, netif.KeyNumQueues, netif.KeyFeatureGSOTCPv4, netif.KeyFeatureGSOTCPv6,
+		netif.KeyFeatureIPv6CsumOffload, netif.KeyRequestMulticast, netif.KeyCtrlRingRef,
+		netif.KeyEventChannelCtrl, netif.KeyXDPHeadroom,
+	}
+	for _, key := range there { // an earlier program may have published more queues
+		if slices.Contains(old, key) || strings.HasPrefix(key, netif.KeyQueuePrefix) {
+			stale = append(stale, key)
+		}
+	}
+	return stale
 }
 
 // others returns how many more vifs of this domain may connect: their pages come from the

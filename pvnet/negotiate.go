@@ -41,6 +41,37 @@ func (k queueKeys) values(prefix string) xenstore.Values {
 // queues.
 func queuePrefix(i int) string { return netif.KeyQueuePrefix + strconv.Itoa(i) + "/" }
 
+// parseQueues reads the keys of n queues. No grant may be two rings, and no event channel
+// of two queues.
+func parseQueues(v xenstore.Values, n int) ([]queueKeys, error) {
+	keys := make([]queueKeys, n)
+	refs, ports := make(map[hypercall.GrantRef]bool), make(map[hypercall.PortID]int)
+	for i := range keys {
+		prefix := ""
+		if n > 1 {
+			prefix = queuePrefix(i)
+		}
+		k, err := parseKeys(v, prefix)
+		if err != nil {
+			return nil, err
+		}
+		for _, ref := range []hypercall.GrantRef{k.txRing, k.rxRing} {
+			if refs[ref] {
+				return nil, fmt.Errorf("grant %d is said to be two rings", ref)
+			}
+			refs[ref] = true
+		}
+		for _, port := range []hypercall.PortID{k.txPort, k.rxPort} {
+			if q, used := ports[port]; used && q != i {
+				return nil, fmt.Errorf("event channel %d is said to be of two queues", port)
+			}
+			ports[port] = i
+		}
+		keys[i] = k
+	}
+	return keys, nil
+}
+
 // parseKeys reads the keys of one queue: two event channels, or one for both directions.
 func parseKeys(v xenstore.Values, prefix string) (k queueKeys, err error) {
 	number := func(key string) uint32 {
