@@ -18,7 +18,6 @@
 package xendev
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -114,7 +113,7 @@ func Open(cfg Config) (*Domain, error) {
 	if cfg.GrantLimit < 0 {
 		return nil, errors.New("xendev: negative Config.GrantLimit")
 	}
-	id, err := askID(context.Background(), cfg)
+	id, err := askID(cfg)
 	if err != nil {
 		return nil, err
 	}

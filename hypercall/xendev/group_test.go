@@ -12,12 +12,13 @@ import (
 
 	"barevif/hypercall"
 	"barevif/hypercall/internal/backoff"
+	"barevif/hypercall/xendev/xendevtest"
 )
 
 func grouped(t *testing.T, f func(t *testing.T, g hypercall.Group)) {
 	for name, onThread := range map[string]bool{"goroutine": false, "thread": true} {
 		t.Run(name, func(t *testing.T) {
-			checkFiles(t)
+			xendevtest.CheckFiles(t)
 			g, err := new(Domain).Group(onThread)
 			if err != nil {
 				t.Fatal(err)

@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"net"
 	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"syscall"
@@ -68,6 +69,41 @@ func (c Config) explain(path, module string, err error) error {
 func (c Config) onXen() bool {
 	b, err := os.ReadFile(c.path("sys/hypervisor/type"))
 	return err == nil && strings.TrimSpace(string(b)) == "xen"
+}
+
+// A Node is a device node and the kernel module that makes it.
+type Node struct {
+	Path   string
+	Module string
+	Loaded bool  // the module is loaded or built into the kernel
+	Err    error // error of opening the node; nil: the node is usable
+}
+
+// Nodes tries to open each node that a [Domain] may use.
+func Nodes(cfg Config) []Node {
+	var all []Node
+	for _, n := range []struct{ name, module string }{
+		{"evtchn", "xen-evtchn"},
+		{"gntalloc", "xen-gntalloc"},
+		{"gntdev", "xen-gntdev"},
+		{"xenbus", "xenfs"},
+		{"privcmd", "xen-privcmd"},
+		{"hypercall", "xen-privcmd"},
+	} {
+		node := Node{Path: cfg.path("dev/xen", n.name), Module: n.module}
+		dir := filepath.Join("sys/module", strings.ReplaceAll(n.module, "-", "_"))
+		if _, err := os.Stat(cfg.path(dir)); err == nil {
+			node.Loaded = true
+		}
+		if f, err := openFile(node.Path, unix.O_NONBLOCK); err != nil {
+			node.Err = cfg.explain(node.Path, n.module, err)
+		} else {
+			node.Loaded = true
+			node.Err = f.Close()
+		}
+		all = append(all, node)
+	}
+	return all
 }
 
 // A node is a device node without a poll operation. It is opened by the first enter.

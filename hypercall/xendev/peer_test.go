@@ -22,8 +22,7 @@ import (
 const (
 	peerEnv  = "XENDEV_TEST_PEER"
 	peerNode = "data/xendev"
-	vifEnv   = "XENDEV_TEST_VIF" // the number of an unused vif
-	peerDie  = 0xdead            // written to the shared page: kill yourself with SIGKILL
+	peerDie  = 0xdead // written to the shared page: kill yourself with SIGKILL
 )
 
 // peer is the far side. It shares pages with domain 0 and with a domain that does not
@@ -219,31 +218,5 @@ func TestXenPeer(t *testing.T) {
 	}
 	if got := m.Page(1)[:shm.PageSize]; string(got[:12]) != "only to read" {
 		t.Errorf("the page of the dead: %q", got[:12])
-	}
-}
-
-// TestXenTakeVif takes a vif from xen-netfront and gives it back.
-func TestXenTakeVif(t *testing.T) {
-	id := os.Getenv(vifEnv)
-	if id == "" {
-		t.Skip(vifEnv + " names no vif that may be taken from the kernel")
-	}
-	onXen(t, Config{})
-	var owned *OwnedError
-	if err := CheckFree(Config{}, id); !errors.As(err, &owned) {
-		t.Fatal("before Take:", err)
-	}
-	t.Log(owned)
-	if err := Take(Config{}, id); err != nil {
-		t.Fatal(err)
-	}
-	if err := errors.Join(CheckFree(Config{}, id), Take(Config{}, id)); err != nil {
-		t.Error("after Take:", err)
-	}
-	if err := Release(Config{}, id); err != nil {
-		t.Fatal(err)
-	}
-	if err := CheckFree(Config{}, id); !errors.As(err, &owned) {
-		t.Error("after Release:", err)
 	}
 }

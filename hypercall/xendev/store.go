@@ -76,13 +76,13 @@ func openStore(cfg Config) (*os.File, error) {
 }
 
 // askID is readID on a file that it opens.
-func askID(ctx context.Context, cfg Config) (hypercall.DomID, error) {
+func askID(cfg Config) (hypercall.DomID, error) {
 	f, err := openStore(cfg)
 	if err != nil {
 		return 0, err
 	}
 	defer f.Close()
-	return readID(ctx, cfg, f)
+	return readID(context.Background(), cfg, f)
 }
 
 // readID reads this domain's node domid, which the toolstack writes. A control domain is

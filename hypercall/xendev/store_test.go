@@ -14,13 +14,14 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"barevif/hypercall/xendev/xendevtest"
 	"barevif/xenbus/xenstore/wire"
 )
 
 // newStore makes a store on one end of a stream; the other end stands for the kernel.
 func newStore(t testing.TB) (*store, *os.File) {
 	t.Helper()
-	checkFiles(t)
+	xendevtest.CheckFiles(t)
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		t.Fatal(err)

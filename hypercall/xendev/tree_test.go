@@ -9,7 +9,6 @@ import (
 	"errors"
 	"io/fs"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -17,52 +16,12 @@ import (
 	"golang.org/x/sys/unix"
 
 	"barevif/hypercall"
+	"barevif/hypercall/xendev/xendevtest"
 )
 
-// tree makes a root directory. Each name in files becomes a file with that content; "->
-// x" makes a link to x.
 func tree(t testing.TB, files map[string]string) Config {
 	t.Helper()
-	root := t.TempDir()
-	for name, content := range files {
-		path := filepath.Join(root, name)
-		err := os.MkdirAll(filepath.Dir(path), 0o755)
-		if to, ok := strings.CutPrefix(content, "-> "); ok && err == nil {
-			err = os.Symlink(to, path)
-		} else if err == nil {
-			err = os.WriteFile(path, []byte(content), 0o600)
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
-	return Config{Root: root}
-}
-
-var xenTree = map[string]string{
-	"sys/hypervisor/type":                           "xen\n",
-	"sys/hypervisor/guest_type":                     "PVH\n",
-	"sys/hypervisor/version/major":                  "4\n",
-	"sys/hypervisor/version/minor":                  "17\n",
-	"sys/hypervisor/version/extra":                  ".7\n",
-	"sys/hypervisor/properties/capabilities":        "xen-3.0-x86_64 hvm-3.0-x86_64\n",
-	"sys/module/xen_gntalloc/parameters/limit":      "1024\n",
-	"sys/module/xen_gntdev/parameters/limit":        "65536\n",
-	"sys/module/xen_evtchn/initstate":               "live\n",
-	"proc/xen/capabilities":                         "",
-	"dev/xen/evtchn":                                "",
-	"dev/xen/gntalloc":                              "",
-	"sys/bus/xen/devices/vif-0/nodename":            "device/vif/0\n",
-	"sys/bus/xen/devices/vif-0/driver":              "-> ../../drivers/vif",
-	"sys/bus/xen/devices/vif-0/net/eth0/mtu":        "1500\n",
-	"sys/bus/xen/devices/vif-12/nodename":           "device/vif/12\n",
-	"sys/bus/xen/devices/console-0/nodename":        "device/console/0\n",
-	"sys/bus/xen/drivers/vif/unbind":                "",
-	"sys/bus/xen/drivers/vif/bind":                  "",
-	"sys/bus/xen-backend/devices/vif-3-1/nodename":  "backend/vif/3/1\n",
-	"sys/bus/xen-backend/devices/vif-3-1/driver":    "-> ../../drivers/vif",
-	"sys/bus/xen-backend/devices/vif-3-1/net/v/mtu": "1500\n",
-	"sys/bus/xen-backend/drivers/vif/unbind":        "",
+	return Config{Root: xendevtest.Tree(t, files)}
 }
 
 func TestMissingNodeNamesItsModule(t *testing.T) {
@@ -104,8 +63,6 @@ func TestNoXenIsSaidSo(t *testing.T) {
 	for name, open := range map[string]func() error{
 		"Open":   func() error { _, err := Open(cfg); return err },
 		"Waiter": func() error { _, err := newDomain(cfg, 0).Waiter(); return err },
-		"Vifs":   func() error { _, err := Vifs(cfg); return err },
-		"Take":   func() error { return Take(cfg, "0") },
 	} {
 		err := open()
 		if !errors.Is(err, ErrNotXen) || strings.Contains(err.Error(), "modprobe") {
@@ -134,7 +91,7 @@ func TestOpenChecksItsConfig(t *testing.T) {
 // TestOpenRefusesAForeignAnswer replaces xenstore by a FIFO, which answers each request
 // with itself.
 func TestOpenRefusesAForeignAnswer(t *testing.T) {
-	checkFiles(t)
+	xendevtest.CheckFiles(t)
 	cfg := tree(t, map[string]string{"dev/xen/other": ""})
 	if err := unix.Mkfifo(cfg.path("dev/xen/xenbus"), 0o600); err != nil {
 		t.Fatal(err)
@@ -150,7 +107,7 @@ func TestOpenRefusesAForeignAnswer(t *testing.T) {
 }
 
 func TestFailedCallsGiveEverythingBack(t *testing.T) {
-	checkFiles(t)
+	xendevtest.CheckFiles(t)
 	cfg := tree(t, map[string]string{"dev/xen/gntalloc": "", "dev/xen/gntdev": "", "dev/xen/evtchn": ""})
 	d := newDomain(cfg, 1)
 	for _, pages := range []int{1, 2, 3, 500} {
@@ -292,7 +249,7 @@ func TestMemoryIsZeroLockedAndReleased(t *testing.T) {
 }
 
 func TestOverTheLimitSaysHowToRaiseIt(t *testing.T) {
-	cfg := tree(t, xenTree)
+	cfg := tree(t, map[string]string{limitFile: "1024\n"})
 	cfg.GrantLimit = 4096
 	d := newDomain(cfg, 1)
 	d.held.Store(1000)
@@ -321,130 +278,5 @@ func TestOverTheLimitSaysHowToRaiseIt(t *testing.T) {
 	}
 	if err := (Config{Root: t.TempDir(), GrantLimit: 1}).raiseLimit(); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("no knob: %v", err)
-	}
-}
-
-func TestVifsAndTheirOwners(t *testing.T) {
-	cfg := tree(t, xenTree)
-	got, err := Vifs(cfg)
-	if err != nil {
-		t.Fatal(err)
-	}
-	want := []Vif{
-		{Name: "vif-0", Node: "device/vif/0", Driver: "vif", Interface: "eth0"},
-		{Name: "vif-12", Node: "device/vif/12"},
-		{Name: "vif-3-1", Backend: true, Node: "backend/vif/3/1", Driver: "vif", Interface: "v"},
-	}
-	if !slices.Equal(got, want) {
-		t.Errorf("%+v", got)
-	}
-
-	var owned *OwnedError
-	if err := CheckFree(cfg, "0"); !errors.As(err, &owned) || owned.Vif != want[0] {
-		t.Errorf("vif 0: %v", err)
-	} else if s := err.Error(); !strings.Contains(s, "xen-netfront as eth0") ||
-		!strings.Contains(s, "echo vif-0 > /sys/bus/xen/drivers/vif/unbind") {
-		t.Error(s)
-	}
-	if err := CheckFree(cfg, "12"); err != nil {
-		t.Error(err)
-	}
-	for _, id := range []string{"3-1", "1", "", "../x", "console-0"} {
-		if err := CheckFree(cfg, id); err == nil || !strings.Contains(err.Error(), "0, 12") {
-			t.Errorf("vif %q: %v", id, err)
-		}
-	}
-	if s := (&OwnedError{want[2]}).Error(); !strings.Contains(s, "xen-netback as v") || !strings.Contains(s, "/sys/bus/xen-backend/drivers/vif/unbind") {
-		t.Error(s)
-	}
-}
-
-func TestTakeAndRelease(t *testing.T) {
-	cfg := tree(t, xenTree)
-	written := func(name string) string {
-		b, err := os.ReadFile(cfg.path("sys/bus/xen/drivers/vif", name))
-		if err != nil {
-			t.Fatal(err)
-		}
-		return string(b)
-	}
-	if err := errors.Join(Take(cfg, "12"), Release(cfg, "0")); err != nil || written("bind")+written("unbind") != "" {
-		t.Errorf("nothing to do, but %v, %q, %q", err, written("bind"), written("unbind"))
-	}
-	if err := Take(cfg, "0"); err != nil || written("unbind") != "vif-0" {
-		t.Errorf("%v, %q", err, written("unbind"))
-	}
-	if err := Release(cfg, "12"); err != nil || written("bind") != "vif-12" {
-		t.Errorf("%v, %q", err, written("bind"))
-	}
-	if err := os.RemoveAll(cfg.path("sys/bus/xen/drivers/vif")); err != nil {
-		t.Fatal(err)
-	}
-	if err := Release(cfg, "12"); !errors.Is(err, fs.ErrNotExist) || !strings.Contains(err.Error(), "not loaded") {
-		t.Error(err)
-	}
-	if err := Take(cfg, "0"); !errors.Is(err, fs.ErrNotExist) {
-		t.Error(err)
-	}
-}
-
-func TestNoVifIsNoError(t *testing.T) {
-	cfg := tree(t, map[string]string{"sys/hypervisor/type": "xen\n", "sys/bus/xen/devices/console-0/nodename": ""})
-	if got, err := Vifs(cfg); err != nil || len(got) != 0 {
-		t.Errorf("%v, %v", got, err)
-	}
-	if err := CheckFree(cfg, "0"); err == nil || !strings.Contains(err.Error(), "has none") {
-		t.Error(err)
-	}
-}
-
-func TestReportOfATree(t *testing.T) {
-	checkFiles(t)
-	cfg := tree(t, xenTree)
-	r := Inspect(context.Background(), cfg)
-	if r.Xen.Value != "4.17.7" || r.Guest.Value != "PVH" || r.Control.Value || r.GrantLimit.Value != 1024 ||
-		r.MapLimit.Value != 65536 || r.Capabilities.Value != "xen-3.0-x86_64 hvm-3.0-x86_64" || len(r.Vifs.Value) != 3 {
-		t.Errorf("%+v", r)
-	}
-	if err := errors.Join(r.Xen.Err, r.Kernel.Err, r.Guest.Err, r.Control.Err, r.Capabilities.Err, r.GrantLimit.Err, r.MapLimit.Err, r.Vifs.Err); err != nil {
-		t.Error(err)
-	}
-	var missing *NodeError
-	if !errors.As(r.Domain.Err, &missing) || !errors.As(r.GrantTable.Err, &missing) || !errors.As(r.Ports.Err, &missing) {
-		t.Errorf("%v, %v, %v", r.Domain.Err, r.GrantTable.Err, r.Ports.Err)
-	}
-	usable := map[string]bool{}
-	for _, n := range r.Nodes {
-		usable[filepath.Base(n.Path)] = n.Err == nil
-		if (n.Err == nil || n.Module == "xen-gntdev") && !n.Loaded {
-			t.Errorf("%s: %s is not loaded", n.Path, n.Module)
-		}
-	}
-	if !usable["evtchn"] || !usable["gntalloc"] || usable["gntdev"] || usable["xenbus"] || len(usable) != 6 {
-		t.Errorf("usable: %v", usable)
-	}
-	text := r.String()
-	for _, part := range []string{"4.17.7", "PVH", "1024 pages", "modprobe xen-gntdev", "vif-0 (device/vif/0) belongs to xen-netfront as eth0",
-		"vif-12 (device/vif/12) free", "belongs to xen-netback as v"} {
-		if !strings.Contains(text, part) {
-			t.Errorf("the report does not say %q:\n%s", part, text)
-		}
-	}
-}
-
-func TestReportWithoutXen(t *testing.T) {
-	r := Inspect(context.Background(), tree(t, nil))
-	for name, err := range map[string]error{
-		"xen": r.Xen.Err, "domain": r.Domain.Err, "guest": r.Guest.Err, "vifs": r.Vifs.Err, "ports": r.Ports.Err,
-	} {
-		if !errors.Is(err, ErrNotXen) {
-			t.Errorf("%s: %v", name, err)
-		}
-	}
-	if r.Kernel.Err != nil || r.Kernel.Value == "" {
-		t.Error(r.Kernel)
-	}
-	if text := r.String(); !strings.Contains(text, "not a Xen domain") {
-		t.Error(text)
 	}
 }

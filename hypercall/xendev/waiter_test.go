@@ -15,6 +15,7 @@ import (
 
 	"barevif/hypercall"
 	"barevif/hypercall/internal/backoff"
+	"barevif/hypercall/xendev/xendevtest"
 )
 
 // blockThreads makes newDriver return waiters that block their threads.
@@ -57,7 +58,7 @@ type driver struct {
 
 func newDriver(t testing.TB, ports ...hypercall.PortID) (*waiter, driver) {
 	t.Helper()
-	checkFiles(t)
+	xendevtest.CheckFiles(t)
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		t.Fatal(err)

@@ -11,6 +11,7 @@ import (
 	"barevif/pvnet"
 	"barevif/tools/cli"
 	"barevif/tools/domain"
+	"barevif/tools/xenhost"
 
 	"github.com/spf13/cobra"
 	"github.com/vishvananda/netlink"
@@ -48,14 +49,14 @@ func (x *guestAlone) run(cmd *cobra.Command) (err error) {
 		return cli.BadValue("rounds", fmt.Sprint(x.rounds), "a number from 1 to 1000")
 	}
 	ctx := cmd.Context()
-	vif, err := xendev.Frontend(xendev.Config{}, x.vif)
+	vif, err := xenhost.Frontend(xendev.Config{}, x.vif)
 	if err != nil {
 		return err
 	}
 	// Give the vif back to the kernel's driver if that had it.
 	defer func() {
 		if vif.Driver != "" {
-			err = errors.Join(err, xendev.Release(xendev.Config{}, x.vif))
+			err = errors.Join(err, xenhost.Release(xendev.Config{}, x.vif))
 		}
 	}()
 	var all []result
@@ -105,19 +106,19 @@ func (x *guestAlone) kernel(ctx context.Context, window time.Duration) (all []re
 // bringUp binds the vif to the kernel's driver, and gives its interface an address and a
 // neighbour.
 func (x *guestAlone) bringUp(ctx context.Context) (iface string, err error) {
-	vif, err := xendev.Frontend(xendev.Config{}, x.vif)
+	vif, err := xenhost.Frontend(xendev.Config{}, x.vif)
 	if err != nil {
 		return "", err
 	}
 	if vif.Driver == "" {
-		if err := xendev.Release(xendev.Config{}, x.vif); err != nil {
+		if err := xenhost.Release(xendev.Config{}, x.vif); err != nil {
 			return "", fmt.Errorf("give vif %s to the kernel: %w", x.vif, err)
 		}
 	}
 	ctx, cancel := context.WithTimeout(ctx, firstFrame)
 	defer cancel()
 	for {
-		if vif, err = xendev.Frontend(xendev.Config{}, x.vif); err != nil {
+		if vif, err = xenhost.Frontend(xendev.Config{}, x.vif); err != nil {
 			return "", err
 		}
 		if vif.Interface != "" {

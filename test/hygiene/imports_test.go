@@ -29,6 +29,7 @@ var layers = [...][]string{
 	{"xenbus/toolstack"},
 	{"hypercall/xendev/internal/ioctl"},
 	{"hypercall/xendev/privcmd"},
+	{"hypercall/xendev/xendevtest"},
 	{"hypercall/xendev"},
 	{"hypercall/emu/emutest"},
 	{"hypercall/emu"},

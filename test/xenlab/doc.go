@@ -27,9 +27,9 @@
 //	  vector registers         dom0, PV domU: Go programs
 //	  kernel ends, PV          PV domU: netfront; dom0: netback
 //	  kernel ends, PVH         PVH domU: netfront; dom0: netback
-//	  device nodes, dom0       dom0: tests of xendev
-//	  device nodes, PV         PV domU: tests of xendev
-//	  device nodes, PVH        PVH domU: tests of xendev
+//	  device nodes, dom0       dom0: tests of xendev, xenhost
+//	  device nodes, PV         PV domU: tests of xendev, xenhost
+//	  device nodes, PVH        PVH domU: tests of xendev, xenhost
 //	  two domains              dom0, PV domU: tests of xendev
 //	  our front, PV            PV domU: barevif serve; dom0: netback
 //	  our front, PVH           PVH domU: barevif serve; dom0: netback

@@ -21,6 +21,7 @@ func Programs() []image.Program {
 		{Name: "vectors", Package: "barevif/test/xenlab/vectors"},
 		{Name: "granter", Package: "barevif/test/xenlab/granter"},
 		{Name: "xendev.test", Package: "barevif/hypercall/xendev", Test: true},
+		{Name: "xenhost.test", Package: "barevif/tools/xenhost", Test: true},
 	}
 }
 
@@ -33,9 +34,9 @@ func Plan() []Boot {
 			{Name: "vector registers", Roles: "dom0, PV domU: Go programs", Run: vectors},
 			{Name: "kernel ends, PV", Roles: "PV domU: netfront; dom0: netback", Run: kernelEnds(PV)},
 			{Name: "kernel ends, PVH", Roles: "PVH domU: netfront; dom0: netback", Run: kernelEnds(PVH)},
-			{Name: "device nodes, dom0", Roles: "dom0: tests of xendev", Run: xendevDom0},
-			{Name: "device nodes, PV", Roles: "PV domU: tests of xendev", Run: xendevGuest(PV)},
-			{Name: "device nodes, PVH", Roles: "PVH domU: tests of xendev", Run: xendevGuest(PVH)},
+			{Name: "device nodes, dom0", Roles: "dom0: tests of xendev, xenhost", Run: xendevDom0},
+			{Name: "device nodes, PV", Roles: "PV domU: tests of xendev, xenhost", Run: xendevGuest(PV)},
+			{Name: "device nodes, PVH", Roles: "PVH domU: tests of xendev, xenhost", Run: xendevGuest(PVH)},
 			{Name: "two domains", Roles: "dom0, PV domU: tests of xendev", Run: xendevPeer},
 			{Name: "our front, PV", Roles: "PV domU: barevif serve; dom0: netback", Run: ourFront(PV)},
 			{Name: "our front, PVH", Roles: "PVH domU: barevif serve; dom0: netback", Run: ourFront(PVH)},
@@ -124,7 +125,9 @@ func kernelEnds(kind GuestType) func(*T) {
 const onXen = "-test.run=^TestXen"
 
 func xendevDom0(t *T) {
-	t.Dom0().Within(2*time.Minute).Test("xendev.test", onXen)
+	dom0 := t.Dom0().Within(2 * time.Minute)
+	dom0.Test("xendev.test", onXen)
+	dom0.Test("xenhost.test", onXen)
 }
 
 // xendevGuest runs the tests in a guest with a vif that the kernel's netfront owns. The guest
@@ -138,7 +141,9 @@ func xendevGuest(kind GuestType) func(*T) {
 		})
 		guest.Run("modprobe", "xen-netfront")
 		guest.Await("a network interface", "ip link set eth0 up")
-		guest.WithEnv("XENDEV_TEST_VIF=0").Within(2*time.Minute).Test("xendev.test", onXen)
+		guest = guest.WithEnv("XENHOST_TEST_VIF=0").Within(2 * time.Minute)
+		guest.Test("xendev.test", onXen)
+		guest.Test("xenhost.test", onXen)
 	}
 }
 

@@ -6,6 +6,7 @@ import (
 
 	"barevif/hypercall/xendev"
 	"barevif/tools/cli"
+	"barevif/tools/xenhost"
 
 	"github.com/spf13/cobra"
 )
@@ -25,7 +26,7 @@ program may own it, and release it to the kernel again. Both need root.`,
   barevif xen release 0`,
 		Args: cli.Arguments(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			r := xendev.Inspect(cmd.Context(), xendev.Config{})
+			r := xenhost.Inspect(cmd.Context(), xendev.Config{})
 			fmt.Fprint(p.Stdout, r.String())
 			if errors.Is(r.Domain.Err, xendev.ErrNotXen) {
 				return &cli.Advice{
@@ -41,8 +42,8 @@ program may own it, and release it to the kernel again. Both need root.`,
 		use, short string
 		do         func(xendev.Config, string) error
 	}{
-		{"take ID", "Take vif ID of this domain from the kernel's driver", xendev.Take},
-		{"release ID", "Give vif ID of this domain to the kernel's driver", xendev.Release},
+		{"take ID", "Take vif ID of this domain from the kernel's driver", xenhost.Take},
+		{"release ID", "Give vif ID of this domain to the kernel's driver", xenhost.Release},
 	} {
 		cmd.AddCommand(&cobra.Command{
 			Use: c.use, Short: c.short, Args: cli.OneArgument("the ID of a vif", `"barevif xen" lists them`),

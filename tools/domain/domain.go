@@ -16,6 +16,7 @@ import (
 	"barevif/hypercall/xendev"
 	"barevif/tools/cli"
 	"barevif/tools/internal/users"
+	"barevif/tools/xenhost"
 
 	"github.com/spf13/cobra"
 )
@@ -155,11 +156,11 @@ func xenRefused(err error) error {
 // takes the vif from the kernel.
 func (f *Flags) Free(vif string, take bool) error {
 	if take {
-		if err := xendev.Take(xendev.Config{}, vif); err != nil {
+		if err := xenhost.Take(xendev.Config{}, vif); err != nil {
 			return fmt.Errorf("take vif %s from the kernel: %w", vif, err)
 		}
 	}
-	if err := xendev.CheckFree(xendev.Config{}, vif); err != nil {
+	if err := xenhost.CheckFree(xendev.Config{}, vif); err != nil {
 		return &cli.Advice{Err: err, Next: "--take does that (as root)", Refused: true}
 	}
 	return nil

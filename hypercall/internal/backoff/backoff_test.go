@@ -226,7 +226,8 @@ func TestWaitersWithLatePorts(t *testing.T) {
 	v.after(time.Millisecond)
 	v.want(t, "b")
 	v.fire(t, false, b) // for 2 ms, from now.Add(time.Millisecond)
-	for _, added := range []*testWaiter{w, w, v} { // adding one twice does no harm
+	// Adding one twice does no harm.
+	for _, added := range []*testWaiter{w, w, v} {
 		if !l.Add(added) || !l.Late() {
 			t.Error("a waiter with a late port was not added")
 		}

@@ -6,16 +6,13 @@ import (
 	"structs"
 	"unsafe"
 
-	"barevif/hypercall"
 	"barevif/hypercall/xendev/internal/ioctl"
 )
 
 // Numbers of hypercalls (__HYPERVISOR_ of xen/include/public/xen.h).
 const (
-	memoryOp       = 12
 	xenVersion     = 17
 	grantTableOp   = 20
-	schedOp        = 29
 	eventChannelOp = 32
 )
 
@@ -29,13 +26,6 @@ type hypercallArg struct {
 	Arg [5]uint64
 }
 
-// feature is struct xen_feature_info of xen/include/public/version.h.
-type feature struct {
-	_     structs.HostLayout
-	Index uint32
-	Bits  uint32 // out
-}
-
 // querySize is struct gnttab_query_size of xen/include/public/grant_table.h.
 type querySize struct {
 	_         structs.HostLayout
@@ -46,30 +36,6 @@ type querySize struct {
 	Status    int16  // out
 	_         uint16
 }
-
-// gnttabCopy is struct gnttab_copy of the same header. For a grant, the ref is the low
-// half of its union.
-type gnttabCopy struct {
-	_         structs.HostLayout
-	Source    uint64
-	SourceDom uint16
-	SourceOff uint16
-	_         uint32
-	Dest      uint64
-	DestDom   uint16
-	DestOff   uint16
-	_         uint32
-	Len       uint16
-	Flags     uint16
-	Status    int16 // out
-	_         uint16
-}
-
-const (
-	copySize       = 40
-	copySourceGref = 1 // GNTCOPY_source_gref
-	copyDestGref   = 2 // GNTCOPY_dest_gref
-)
 
 // evtchnStatus is struct evtchn_status of xen/include/public/event_channel.h.
 type evtchnStatus struct {
@@ -85,17 +51,12 @@ type evtchnStatus struct {
 }
 
 var (
-	_ [48]byte       = [unsafe.Sizeof(hypercallArg{})]byte{}
-	_ [8]byte        = [unsafe.Sizeof(feature{})]byte{}
-	_ [16]byte       = [unsafe.Sizeof(querySize{})]byte{}
-	_ [12]byte       = [unsafe.Offsetof(querySize{}.Status)]byte{}
-	_ [copySize]byte = [unsafe.Sizeof(gnttabCopy{})]byte{}
-	_ [16]byte       = [unsafe.Offsetof(gnttabCopy{}.Dest)]byte{}
-	_ [32]byte       = [unsafe.Offsetof(gnttabCopy{}.Len)]byte{}
-	_ [36]byte       = [unsafe.Offsetof(gnttabCopy{}.Status)]byte{}
-	_ [24]byte       = [unsafe.Sizeof(evtchnStatus{})]byte{}
-	_ [16]byte       = [unsafe.Offsetof(evtchnStatus{}.Peer)]byte{}
-	_ [20]byte       = [unsafe.Offsetof(evtchnStatus{}.Remote)]byte{}
+	_ [48]byte = [unsafe.Sizeof(hypercallArg{})]byte{}
+	_ [16]byte = [unsafe.Sizeof(querySize{})]byte{}
+	_ [12]byte = [unsafe.Offsetof(querySize{}.Status)]byte{}
+	_ [24]byte = [unsafe.Sizeof(evtchnStatus{})]byte{}
+	_ [16]byte = [unsafe.Offsetof(evtchnStatus{}.Peer)]byte{}
+	_ [20]byte = [unsafe.Offsetof(evtchnStatus{}.Remote)]byte{}
 )
 
 // issue makes the hypercall. h is read only during the call. h.Arg points to argument
@@ -112,21 +73,6 @@ func address(b []byte) uint64 { return uint64(uintptr(unsafe.Pointer(unsafe.Slic
 // multiple of its size.
 func view[T any](b []byte, off int) *T { return (*T)(unsafe.Pointer(&b[off])) }
 
-func featureInfo(arg []byte) *feature     { return view[feature](arg, 0) }
 func querySizeArg(arg []byte) *querySize  { return view[querySize](arg, 0) }
 func portStatus(arg []byte) *evtchnStatus { return view[evtchnStatus](arg, 0) }
-func domid(arg []byte) *uint16            { return view[uint16](arg, 0) }
 func port(b []byte, word int) *uint32     { return view[uint32](b, 4*word) }
-
-// copies returns argument memory as an array of MaxCopies elements.
-func copies(arg []byte) []gnttabCopy {
-	return unsafe.Slice(view[gnttabCopy](arg, 0), MaxCopies)
-}
-
-func copyArg(op *hypercall.CopyOp) gnttabCopy {
-	return gnttabCopy{
-		Source: uint64(op.Src.Ref), SourceDom: uint16(op.Src.Dom), SourceOff: op.Src.Offset,
-		Dest: uint64(op.Dst.Ref), DestDom: uint16(op.Dst.Dom), DestOff: op.Dst.Offset,
-		Len: uint16(op.Len), Flags: copySourceGref | copyDestGref,
-	}
-}

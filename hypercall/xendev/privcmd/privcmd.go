@@ -10,12 +10,10 @@
 // this package.
 //
 // Xen checks a hypercall like one of the kernel's own: it can do to this domain whatever
-// the kernel could. The package makes only calls that query, that fire an event channel,
-// or that copy between grants.
+// the kernel could. The package makes only calls that query or that fire an event channel.
 package privcmd
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"net"
@@ -123,24 +121,17 @@ func (c *Conn) call(name string, op, cmd uint64, fill, read func(arg []byte)) (i
 		return 0, net.ErrClosed
 	}
 	h := hypercallArg{Op: op, Arg: [5]uint64{cmd}}
-	if read != nil || fill != nil {
+	if fill != nil {
 		clear(c.arg)
 		h.Arg[1] = address(c.arg)
-	}
-	if fill != nil {
 		fill(c.arg)
 	}
 	if op == grantTableOp {
-		h.Arg[2] = 1 // array form: one element, unless CopyGrants says more
+		h.Arg[2] = 1 // array form: one element
 	}
-	return c.do(name, &h, read)
-}
-
-// do makes the hypercall and reads its results. The caller holds mu.
-func (c *Conn) do(name string, h *hypercallArg, read func(arg []byte)) (int, error) {
 	var n int
 	var err error
-	if cerr := c.raw.Control(func(fd uintptr) { n, err = issue(fd, h) }); cerr != nil {
+	if cerr := c.raw.Control(func(fd uintptr) { n, err = issue(fd, &h) }); cerr != nil {
 		return 0, net.ErrClosed
 	}
 	if err != nil {
@@ -156,49 +147,6 @@ func (c *Conn) do(name string, h *hypercallArg, read func(arg []byte)) (int, err
 func (c *Conn) Version() (major, minor int, err error) {
 	n, err := c.call("XENVER_version", xenVersion, 0, nil, nil)
 	return n >> 16, n & 0xffff, err
-}
-
-// Extra is XENVER_extraversion: it returns the text after the minor number, such as ".7".
-func (c *Conn) Extra() (string, error) { return c.text("XENVER_extraversion", 1, 16) }
-
-// Capabilities is XENVER_capabilities: it returns the kinds of guest that this Xen can
-// run.
-func (c *Conn) Capabilities() (string, error) { return c.text("XENVER_capabilities", 3, 1024) }
-
-// Changeset is XENVER_changeset.
-func (c *Conn) Changeset() (string, error) { return c.text("XENVER_changeset", 4, 64) }
-
-func (c *Conn) text(name string, cmd uint64, size int) (s string, err error) {
-	_, err = c.call(name, xenVersion, cmd, nil, func(arg []byte) {
-		b, _, _ := bytes.Cut(arg[:size], []byte{0})
-		s = string(b)
-	})
-	return s, err
-}
-
-// Features returns submap i of XENVER_get_features (xen/include/public/features.h).
-func (c *Conn) Features(i uint32) (bits uint32, err error) {
-	_, err = c.call("XENVER_get_features", xenVersion, 6,
-		func(arg []byte) { featureInfo(arg).Index = i },
-		func(arg []byte) { bits = featureInfo(arg).Bits })
-	return bits, err
-}
-
-// Pages returns how many pages dom has now (XENMEM_current_reservation) and may have
-// (XENMEM_maximum_reservation). An unprivileged caller passes [hypercall.DomSelf].
-func (c *Conn) Pages(dom hypercall.DomID) (now, most int, err error) {
-	fill := func(arg []byte) { *domid(arg) = uint16(dom) }
-	if now, err = c.call("XENMEM_current_reservation", memoryOp, 3, fill, nil); err != nil {
-		return 0, 0, err
-	}
-	most, err = c.call("XENMEM_maximum_reservation", memoryOp, 4, fill, nil)
-	return now, most, err
-}
-
-// Yield is SCHEDOP_yield: the virtual CPU of this thread yields to others.
-func (c *Conn) Yield() error {
-	_, err := c.call("SCHEDOP_yield", schedOp, 0, nil, nil)
-	return err
 }
 
 // A GrantTable is the size of a domain's grant table, in frames of 512 entries of version
@@ -223,41 +171,6 @@ func (c *Conn) GrantTable(dom hypercall.DomID) (t GrantTable, err error) {
 	return t, err
 }
 
-// MaxCopies is how many copies one CopyGrants takes.
-const MaxCopies = pageSize / copySize
-
-var errCopies = fmt.Errorf("privcmd: CopyGrants takes 1 to %d copies between grants", MaxCopies)
-
-// CopyGrants is GNTTABOP_copy for 1 to [MaxCopies] copies between grants. Neither end may
-// be local, because a program does not know the frames of its own memory. It sets the
-// Status of each operation.
-func (c *Conn) CopyGrants(ops []hypercall.CopyOp) error {
-	if len(ops) == 0 || len(ops) > MaxCopies {
-		return errCopies
-	}
-	for i := range ops {
-		if ops[i].Src.Local != nil || ops[i].Dst.Local != nil || ops[i].Len > pageSize {
-			return errCopies
-		}
-	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.closed {
-		return net.ErrClosed
-	}
-	args := copies(c.arg)
-	for i := range ops {
-		args[i] = copyArg(&ops[i])
-	}
-	h := hypercallArg{Op: grantTableOp, Arg: [5]uint64{5, address(c.arg), uint64(len(ops))}}
-	_, err := c.do("GNTTABOP_copy", &h, func(arg []byte) {
-		for i := range ops {
-			ops[i].Status = hypercall.Status(args[i].Status)
-		}
-	})
-	return err
-}
-
 // PortKind is the kind of a port's other end (EVTCHNSTAT_ of
 // xen/include/public/event_channel.h).
 type PortKind uint32
@@ -270,15 +183,6 @@ const (
 	PortVIRQ
 	PortIPI
 )
-
-var portKinds = [...]string{"closed", "unbound", "interdomain", "physical interrupt", "virtual interrupt", "ipi"}
-
-func (k PortKind) String() string {
-	if int(k) >= len(portKinds) {
-		return fmt.Sprintf("port kind %d", uint32(k))
-	}
-	return portKinds[k]
-}
 
 // A Port is the state of one port.
 type Port struct {
@@ -307,13 +211,6 @@ func (c *Conn) Port(dom hypercall.DomID, p hypercall.PortID) (port Port, err err
 			}
 		})
 	return port, err
-}
-
-// Send is EVTCHNOP_send. The kernel does not check that p is a port of this process.
-func (c *Conn) Send(p hypercall.PortID) error {
-	_, err := c.call("EVTCHNOP_send", eventChannelOp, 4,
-		func(arg []byte) { *port(arg, 0) = uint32(p) }, nil)
-	return err
 }
 
 // A Doorbell is EVTCHNOP_send on one port, prepared so that [Doorbell.Ring] allocates

@@ -1,6 +1,6 @@
 //go:build linux
 
-package xendev
+package xenhost
 
 import (
 	"context"
@@ -8,12 +8,13 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"path/filepath"
+	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
 
 	"barevif/hypercall"
+	"barevif/hypercall/xendev"
 	"barevif/hypercall/xendev/privcmd"
 )
 
@@ -42,20 +43,12 @@ type Report struct {
 	Guest        Found[string]          // "PV", "PVH" or "HVM"; /sys/hypervisor/guest_type
 	Control      Found[bool]            // this is the control domain
 	Capabilities Found[string]          // the kinds of guest this Xen can run
-	Nodes        []Node
+	Nodes        []xendev.Node
 	GrantLimit   Found[int]                // pages that gntalloc grants in the whole system
 	MapLimit     Found[int]                // grants that gntdev maps in one call
 	GrantTable   Found[privcmd.GrantTable] // of this domain
 	Ports        Found[Ports]              // of this domain
 	Vifs         Found[[]Vif]
-}
-
-// A Node is a device node and the kernel module that makes it.
-type Node struct {
-	Path   string
-	Module string
-	Loaded bool  // the module is loaded or built into the kernel
-	Err    error // error of opening the node; nil: the node is usable
 }
 
 // Ports counts event channels by the kind of their other end.
@@ -70,26 +63,45 @@ func (p Ports) String() string {
 
 // Inspect makes a Report. Facts that need a hypercall are unknown where the kernel
 // permits none, as in most domUs. Facts not asked for when ctx ends have its error.
-func Inspect(ctx context.Context, cfg Config) Report {
+func Inspect(ctx context.Context, cfg xendev.Config) Report {
 	var r Report
-	r.Xen = found(cfg.xenVersion())
+	r.Xen = found(xenVersion(cfg))
 	r.Kernel = found(kernelRelease())
-	r.Guest = found(cfg.text("sys/hypervisor/guest_type"))
-	r.Capabilities = found(cfg.text("sys/hypervisor/properties/capabilities"))
-	r.Control = found(cfg.isControl())
-	r.Nodes = cfg.nodes()
-	r.GrantLimit = found(GrantLimit(cfg))
-	r.MapLimit = found(readInt(cfg.path("sys/module/xen_gntdev/parameters/limit")))
+	r.Guest = found(text(cfg, "sys/hypervisor/guest_type"))
+	r.Capabilities = found(text(cfg, "sys/hypervisor/properties/capabilities"))
+	r.Control = found(isControl(cfg))
+	r.Nodes = xendev.Nodes(cfg)
+	r.GrantLimit = found(xendev.GrantLimit(cfg))
+	r.MapLimit = found(mapLimit(cfg))
 	r.Vifs = found(Vifs(cfg))
-	r.Domain = found(askID(ctx, cfg))
-	r.GrantTable, r.Ports = reportCalls(ctx, cfg)
+	r.Domain = found(domainID(ctx, cfg))
+	r.GrantTable, r.Ports = reportCalls(ctx, cfg, r.Nodes)
 	return r
 }
 
-func reportCalls(ctx context.Context, cfg Config) (Found[privcmd.GrantTable], Found[Ports]) {
-	c, err := privcmd.Open(cfg.path("dev/xen"))
+// domainID asks xenstore for our id.
+func domainID(ctx context.Context, cfg xendev.Config) (hypercall.DomID, error) {
+	if err := ctx.Err(); err != nil {
+		return 0, err
+	}
+	d, err := xendev.Open(cfg)
 	if err != nil {
-		err = cfg.explain(cfg.path("dev/xen/privcmd"), "xen-privcmd", err)
+		return 0, err
+	}
+	return d.ID(), d.Close()
+}
+
+// reportCalls reports what only hypercalls tell. If privcmd does not open, the error is
+// that of its node, which says how to fix it.
+func reportCalls(ctx context.Context, cfg xendev.Config, nodes []xendev.Node) (Found[privcmd.GrantTable], Found[Ports]) {
+	c, err := privcmd.Open(path(cfg, "dev/xen"))
+	if err != nil {
+		for _, n := range nodes {
+			if n.Module == "xen-privcmd" && n.Err != nil {
+				err = n.Err
+				break
+			}
+		}
 		return Found[privcmd.GrantTable]{Err: err}, Found[Ports]{Err: err}
 	}
 	defer c.Close()
@@ -131,24 +143,34 @@ func countPorts(ctx context.Context, c *privcmd.Conn) (n Ports, err error) {
 	return n, nil
 }
 
-func (c Config) text(name string) (string, error) {
-	b, err := os.ReadFile(c.path(name))
-	if errors.Is(err, fs.ErrNotExist) && !c.onXen() {
-		return "", ErrNotXen
+// text returns the content of a file without the space around it.
+func text(cfg xendev.Config, name string) (string, error) {
+	b, err := os.ReadFile(path(cfg, name))
+	if errors.Is(err, fs.ErrNotExist) && !onXen(cfg) {
+		return "", xendev.ErrNotXen
 	}
 	return strings.TrimSpace(string(b)), err
 }
 
 // xenVersion joins the three parts of the version in sysfs. extra begins with a dot.
-func (c Config) xenVersion() (string, error) {
+func xenVersion(cfg xendev.Config) (string, error) {
 	var part [3]string
 	for i, name := range []string{"major", "minor", "extra"} {
 		var err error
-		if part[i], err = c.text("sys/hypervisor/version/" + name); err != nil {
+		if part[i], err = text(cfg, "sys/hypervisor/version/"+name); err != nil {
 			return "", err
 		}
 	}
 	return part[0] + "." + part[1] + part[2], nil
+}
+
+// mapLimit reads the limit of drivers/xen/gntdev.c.
+func mapLimit(cfg xendev.Config) (int, error) {
+	b, err := os.ReadFile(path(cfg, "sys/module/xen_gntdev/parameters/limit"))
+	if err != nil {
+		return 0, err
+	}
+	return strconv.Atoi(strings.TrimSpace(string(b)))
 }
 
 func kernelRelease() (string, error) {
@@ -157,39 +179,12 @@ func kernelRelease() (string, error) {
 	return unix.ByteSliceToString(u.Release[:]), err
 }
 
-func (c Config) isControl() (bool, error) {
-	s, err := c.text("proc/xen/capabilities")
+func isControl(cfg xendev.Config) (bool, error) {
+	s, err := text(cfg, "proc/xen/capabilities")
 	if errors.Is(err, fs.ErrNotExist) {
 		return false, fmt.Errorf("%w: mount it: mount -t xenfs xenfs /proc/xen", err)
 	}
 	return strings.Contains(s, "control_d"), err
-}
-
-// nodes tries to open each node that a Domain may use.
-func (c Config) nodes() []Node {
-	var all []Node
-	for _, n := range []struct{ name, module string }{
-		{"evtchn", "xen-evtchn"},
-		{"gntalloc", "xen-gntalloc"},
-		{"gntdev", "xen-gntdev"},
-		{"xenbus", "xenfs"},
-		{"privcmd", "xen-privcmd"},
-		{"hypercall", "xen-privcmd"},
-	} {
-		node := Node{Path: c.path("dev/xen", n.name), Module: n.module}
-		dir := filepath.Join("sys/module", strings.ReplaceAll(n.module, "-", "_"))
-		if _, err := os.Stat(c.path(dir)); err == nil {
-			node.Loaded = true
-		}
-		if f, err := openFile(node.Path, unix.O_NONBLOCK); err != nil {
-			node.Err = c.explain(node.Path, n.module, err)
-		} else {
-			node.Loaded = true
-			node.Err = f.Close()
-		}
-		all = append(all, node)
-	}
-	return all
 }
 
 // String returns the report as text, one line per fact.
@@ -220,7 +215,7 @@ func (r Report) String() string {
 	if l := r.GrantLimit; l.Err != nil {
 		line("grant limit", l)
 	} else {
-		line("grant limit", fmt.Sprintf("%d pages for the whole system (/%s)", l.Value, limitFile))
+		line("grant limit", fmt.Sprintf("%d pages for the whole system (/sys/module/xen_gntalloc/parameters/limit)", l.Value))
 	}
 	line("map limit", r.MapLimit)
 	line("ports", r.Ports)

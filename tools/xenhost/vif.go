@@ -1,6 +1,6 @@
 //go:build linux
 
-package xendev
+package xenhost
 
 import (
 	"errors"
@@ -11,6 +11,8 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+
+	"barevif/hypercall/xendev"
 )
 
 // A Vif is a network device in the kernel's device tree, whether or not a kernel driver
@@ -61,10 +63,10 @@ func (e *OwnedError) Error() string {
 
 // Vifs lists the network devices that the kernel knows, frontends first. The control
 // domain knows only backends of vifs that it serves.
-func Vifs(cfg Config) ([]Vif, error) {
+func Vifs(cfg xendev.Config) ([]Vif, error) {
 	var all []Vif
 	for _, v := range []Vif{{}, {Backend: true}} {
-		names, err := filepath.Glob(cfg.path(v.bus(), "devices", "vif-*"))
+		names, err := filepath.Glob(path(cfg, v.bus(), "devices", "vif-*"))
 		if err != nil {
 			return nil, err
 		}
@@ -80,9 +82,9 @@ func Vifs(cfg Config) ([]Vif, error) {
 		}
 	}
 	if all == nil {
-		if _, err := os.Stat(cfg.path("sys/bus/xen/devices")); err != nil {
-			if !cfg.onXen() {
-				return nil, ErrNotXen
+		if _, err := os.Stat(path(cfg, "sys/bus/xen/devices")); err != nil {
+			if !onXen(cfg) {
+				return nil, xendev.ErrNotXen
 			}
 			return nil, err
 		}
@@ -111,7 +113,7 @@ func (v *Vif) read(dir string) error {
 
 // Frontend returns the frontend of vif number id ("0"). The error lists the vifs that
 // exist.
-func Frontend(cfg Config, id string) (Vif, error) {
+func Frontend(cfg xendev.Config, id string) (Vif, error) {
 	all, err := Vifs(cfg)
 	if err != nil {
 		return Vif{}, err
@@ -135,7 +137,7 @@ func Frontend(cfg Config, id string) (Vif, error) {
 
 // CheckFree returns an [*OwnedError] if a kernel driver owns the frontend of vif number
 // id. If a vif has two owners both fail: call CheckFree before connecting.
-func CheckFree(cfg Config, id string) error {
+func CheckFree(cfg xendev.Config, id string) error {
 	v, err := Frontend(cfg, id)
 	if err != nil {
 		return err
@@ -149,12 +151,12 @@ func CheckFree(cfg Config, id string) error {
 // Take unbinds the frontend of vif number id from its kernel driver, if it has one. The
 // driver's network interface vanishes, and its connections with it. Take needs root. The
 // driver first closes the device, for which it waits up to some seconds for the backend.
-func Take(cfg Config, id string) error {
+func Take(cfg xendev.Config, id string) error {
 	v, err := Frontend(cfg, id)
 	if err != nil || v.Driver == "" {
 		return err
 	}
-	if err := writeFile(cfg.path(v.bus(), "drivers", v.Driver, "unbind"), v.Name); err != nil {
+	if err := v.write(path(cfg, v.bus(), "drivers", v.Driver, "unbind")); err != nil {
 		return fmt.Errorf("xendev: take %s from %s: %w", v.Name, v.module(), err)
 	}
 	return nil
@@ -162,12 +164,12 @@ func Take(cfg Config, id string) error {
 
 // Release binds the frontend of vif number id to the kernel's xen-netfront, which must be
 // loaded. It needs root. The device must be closed.
-func Release(cfg Config, id string) error {
+func Release(cfg xendev.Config, id string) error {
 	v, err := Frontend(cfg, id)
 	if err != nil || v.Driver != "" {
 		return err
 	}
-	err = writeFile(cfg.path(v.bus(), "drivers/vif/bind"), v.Name)
+	err = v.write(path(cfg, v.bus(), "drivers/vif/bind"))
 	if errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("xendev: release %s to xen-netfront, which is not loaded: %w", v.Name, err)
 	}
@@ -175,4 +177,14 @@ func Release(cfg Config, id string) error {
 		return fmt.Errorf("xendev: release %s to xen-netfront: %w", v.Name, err)
 	}
 	return nil
+}
+
+// write writes the vif's name to an existing file of sysfs.
+func (v Vif) write(file string) error {
+	f, err := os.OpenFile(file, os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteString(v.Name)
+	return errors.Join(err, f.Close())
 }
