@@ -129,10 +129,10 @@ func Frontend(cfg xendev.Config, id string) (Vif, error) {
 		known = append(known, strings.TrimPrefix(v.Name, "vif-"))
 	}
 	if len(known) == 0 {
-		return Vif{}, fmt.Errorf("xendev: no vif %s: this domain has none", strconv.Quote(id))
+		return Vif{}, fmt.Errorf("no vif %s: this domain has none", strconv.Quote(id))
 	}
 	slices.Sort(known)
-	return Vif{}, fmt.Errorf("xendev: no vif %s: this domain has %s", strconv.Quote(id), strings.Join(known, ", "))
+	return Vif{}, fmt.Errorf("no vif %s: this domain has %s", strconv.Quote(id), strings.Join(known, ", "))
 }
 
 // CheckFree returns an [*OwnedError] if a kernel driver owns the frontend of vif number
@@ -157,7 +157,7 @@ func Take(cfg xendev.Config, id string) error {
 		return err
 	}
 	if err := v.write(path(cfg, v.bus(), "drivers", v.Driver, "unbind")); err != nil {
-		return fmt.Errorf("xendev: take %s from %s: %w", v.Name, v.module(), err)
+		return fmt.Errorf("take %s from %s: %w", v.Name, v.module(), err)
 	}
 	return nil
 }
@@ -171,10 +171,10 @@ func Release(cfg xendev.Config, id string) error {
 	}
 	err = v.write(path(cfg, v.bus(), "drivers/vif/bind"))
 	if errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("xendev: release %s to xen-netfront, which is not loaded: %w", v.Name, err)
+		return fmt.Errorf("release %s to xen-netfront, which is not loaded: %w", v.Name, err)
 	}
 	if err != nil {
-		return fmt.Errorf("xendev: release %s to xen-netfront: %w", v.Name, err)
+		return fmt.Errorf("release %s to xen-netfront: %w", v.Name, err)
 	}
 	return nil
 }
