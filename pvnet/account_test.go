@@ -217,7 +217,7 @@ func TestABackendThatFollowsTakesWhatTheOtherLeft(t *testing.T) {
 	}
 	c.queues = append(c.queues, q)
 	p.conns[1] = c
-	p.back.connected(c, 1, xenbus.Connected)
+	p.back.bringUp(c, 1, xenbus.Connected)
 	receiveN(t, rx, 2)
 	receiveN(t, frx, 2)
 	p.disconnect()

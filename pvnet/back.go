@@ -55,8 +55,7 @@ func (b *back) prepare(ctx context.Context, xd *xenbus.Device) error {
 		gone = append(gone, netif.KeyMaxQueues)
 	}
 	offload := offloadValues(b.cfg.Offload)
-	for _, key := range []string{netif.KeyFeatureNoCsumOffload, netif.KeyFeatureIPv6CsumOffload,
-		netif.KeyFeatureGSOTCPv4, netif.KeyFeatureGSOTCPv6} {
+	for _, key := range offloadKeys {
 		if offload[key] == "1" {
 			keys[key] = "1"
 		} else {
@@ -69,23 +68,20 @@ func (b *back) prepare(ctx context.Context, xd *xenbus.Device) error {
 	return xd.Publish(ctx, keys, gone...)
 }
 
-// published reads all keys that a connection is made from. It reads the rings of the
+// frontendKeys reads all keys that a connection is made from. It reads the rings of the
 // requested queues only, since each key is a round trip.
-func (b *back) published(ctx context.Context, xd *xenbus.Device) (xenstore.Values, error) {
-	keys := []string{netif.KeyFeatureNoCsumOffload, netif.KeyFeatureIPv6CsumOffload,
-		netif.KeyFeatureGSOTCPv4, netif.KeyFeatureGSOTCPv6, netif.KeyRequestRxCopy, netif.KeyFeatureSG, netif.KeyNumQueues}
-	prefixes := []string{""}
+func (b *back) frontendKeys(ctx context.Context, xd *xenbus.Device) (xenstore.Values, error) {
+	keys := append([]string{netif.KeyRequestRxCopy, netif.KeyFeatureSG, netif.KeyNumQueues}, offloadKeys[:]...)
 	asked, err := xd.PeerValues(ctx, netif.KeyNumQueues)
 	if err != nil {
 		return nil, err
 	}
+	queues := 1
 	if n, err := asked.Uint(netif.KeyNumQueues, uint64(b.cfg.queues()), 1); err == nil && n > 1 {
-		prefixes = nil
-		for i := range int(n) {
-			prefixes = append(prefixes, queuePrefix(i))
-		}
+		queues = int(n)
 	}
-	for _, prefix := range prefixes {
+	for i := range queues {
+		prefix := queuePrefix(i, queues)
 		keys = append(keys, prefix+netif.KeyTxRingRef, prefix+netif.KeyRxRingRef,
 			prefix+netif.KeyEventChannel, prefix+netif.KeyEventChannelTx, prefix+netif.KeyEventChannelRx)
 	}
@@ -93,7 +89,7 @@ func (b *back) published(ctx context.Context, xd *xenbus.Device) (xenstore.Value
 }
 
 func (b *back) unchanged(ctx context.Context, xd *xenbus.Device, c *conn) (bool, error) {
-	v, err := b.published(ctx, xd)
+	v, err := b.frontendKeys(ctx, xd)
 	if errors.Is(err, xenstore.ErrAccess) { // the frontend's directory is no longer ours to read
 		return false, nil
 	}
@@ -105,7 +101,7 @@ func (b *back) attach(ctx context.Context, xd *xenbus.Device, c *conn) error {
 	if err := b.identify(ctx, xd); err != nil {
 		return err
 	}
-	v, err := b.published(ctx, xd)
+	v, err := b.frontendKeys(ctx, xd)
 	if err != nil {
 		return err
 	}
@@ -130,7 +126,7 @@ func (b *back) attach(ctx context.Context, xd *xenbus.Device, c *conn) error {
 	feat.queues, feat.backSG = len(keys), true
 	feat.split = keys[0].txPort != keys[0].rxPort
 	c.feat = feat
-	m := &setup{dom: b.d.domain, peer: dom(xd), log: b.d.log, quarantined: &b.d.quarantined, c: c, lockedThreads: b.d.cfg.LockedThreads}
+	m := newSetup(b.d, xd, c)
 	for i, k := range keys {
 		q, err := m.backQueue(feat, k, &b.d.cfg, b.d.rx[i].count, b.d.tx[i].count)
 		if err != nil {
@@ -205,10 +201,10 @@ func (m *setup) backQueue(f features, k queueKeys, cfg *Config, rx, tx *telemetr
 		}
 	}
 	q.keys = k
-	q.rx = &backRX{ring: txRing, pool: pool, offload: f.offload,
-		peerLink: peerLink{"tx", txPort, rx}, copyBatch: copyBatch{dom: m.dom, domid: m.peer}}
-	q.tx = &backTX{ring: rxRing, bufs: bufs, scatter: f.frontSG, peerTakes: f.peerTakes,
-		peerLink: peerLink{"rx", rxPort, tx}, copyBatch: copyBatch{dom: m.dom, domid: m.peer}}
+	q.rx = &backRX{ring: txRing, private: pool, offload: f.offload,
+		peerLink: peerLink{"tx", txPort, rx}, copyBatch: copyBatch{dom: m.dom, peer: m.peer}}
+	q.tx = &backTX{ring: rxRing, private: bufs, scatter: f.frontSG, peerTakes: f.peerTakes,
+		peerLink: peerLink{"rx", rxPort, tx}, copyBatch: copyBatch{dom: m.dom, peer: m.peer}}
 	rx.Set(telemetry.RingSize, uint64(txRing.Size()))
 	tx.Set(telemetry.RingSize, uint64(rxRing.Size()))
 	return q, nil

@@ -18,22 +18,18 @@ const (
 	fatalTxSlots = 22
 )
 
-// maxFrameOps bounds the copies of one frame: its slots and our buffers have different
-// boundaries, and each boundary starts a new copy.
-const maxFrameOps = 2*maxTxSlots + maxPieces
-
 // A backRX receives what the frontend transmits. Requests on the tx ring name pages of
 // the peer, which it copies to private buffers, many frames in one batch. It answers
 // every request, in order and a whole frame at a time, so that another backend could
 // continue where it stops.
 type backRX struct {
-	ring *ring.Back[netif.TxRequest, netif.TxResponse]
-	pool *arena.Arena
+	ring    *ring.Back[netif.TxRequest, netif.TxResponse]
+	private *arena.Arena
 
 	offload bool // this end offered to take GSO frames and partial checksums
 
-	next txPacket
-	have bool // next has been parsed, and not copied
+	next     txPacket
+	haveNext bool // next has been parsed, and not copied
 
 	// One batch: its copies, its responses in ring order, and which of them belong to
 	// which frame.
@@ -42,7 +38,7 @@ type backRX struct {
 	rsp     [256]netif.TxResponse
 	nrsp    int
 	batched [128]batched
-	pages   [128]uint32 // private pages for the next frames; a stack array would be cleared on each call
+	got     [128]uint32 // private pages for the next frames; a stack array would be cleared on each call
 
 	stopwatch
 }
@@ -50,36 +46,29 @@ type backRX struct {
 // A txPacket is the description of a frame by its requests, all of them taken and
 // checked.
 type txPacket struct {
-	n      int // data slots
-	all    int // all slots, extra infos included: how many responses are due
-	total  uint32
-	csum   Checksum
-	seg    [maxTxSlots]netif.TxRequest
-	extras netif.Extras
-	rsp    [fatalTxSlots + maxExtras]netif.TxResponse
+	dataSlots int // data slots
+	allSlots  int // all slots, extra infos included: how many responses are due
+	total     uint32
+	csum      Checksum
+	seg       [maxTxSlots]netif.TxRequest
+	extras    netif.Extras
+	rsp       [fatalTxSlots + maxExtras]netif.TxResponse
 }
 
 // maxExtras is more extra infos than a frame can need; Linux keeps one of each type.
 const maxExtras = 8
 
-// A batched says which copies and responses of a batch belong to a frame.
-type batched struct {
-	op, ops, rsp, rsps int
-	head               [6]byte // of a frame to send: its destination address
-	extras             netif.Extras
-}
-
 func (e *backRX) receive(frames []Frame, into bool) (n int, err error) {
 	e.nops, e.nrsp = 0, 0
-	if !e.have {
+	if !e.haveNext {
 		if n, err = e.receivePlain(frames, into); n > 0 || err != nil {
 			return n, err
 		}
 	}
 	limit := min(len(frames), len(e.batched))
 	for n < limit {
-		if !e.have {
-			if e.have, err = e.parse(); err != nil || !e.have {
+		if !e.haveNext {
+			if e.haveNext, err = e.parse(); err != nil || !e.haveNext {
 				break
 			}
 		}
@@ -91,7 +80,7 @@ func (e *backRX) receive(frames []Frame, into bool) (n int, err error) {
 			if err = f.reset(e.next.total); err != nil {
 				break
 			}
-		} else if !build(e.pool, int(e.next.total), f) {
+		} else if !build(e.private, int(e.next.total), f) {
 			e.count.Add(telemetry.AllocFailed, 1)
 			err = ErrNoBuffers
 			break
@@ -100,7 +89,7 @@ func (e *backRX) receive(frames []Frame, into bool) (n int, err error) {
 			e.begin()
 		}
 		e.addToBatch(f, &e.batched[n])
-		e.have = false
+		e.haveNext = false
 		n++
 	}
 	if n > 0 && (n == limit || e.nops+maxFrameOps > batchOps) {
@@ -126,7 +115,7 @@ func (e *backRX) receivePlain(frames []Frame, into bool) (n int, err error) {
 	limit := min(len(frames), len(e.batched))
 	got := min(int(avail), limit)
 	if !into {
-		got = e.pool.Get(e.pages[:got])
+		got = e.private.Get(e.got[:got])
 	}
 	var r netif.TxRequest
 	for n < got {
@@ -138,13 +127,13 @@ func (e *backRX) receivePlain(frames []Frame, into bool) (n int, err error) {
 			plain = dst != nil
 		}
 		if !plain {
-			e.have, err = e.parseFrom(r, avail-uint32(n)-1)
+			e.haveNext, err = e.parseFrom(r, avail-uint32(n)-1)
 			break
 		}
 		if !into {
 			off := min(headroom, shm.PageSize-r.Size)
-			f.single(e.pool.Buffer(e.pages[n]), off, r.Size)
-			dst = e.pool.Bytes(e.pages[n])[off : off+r.Size]
+			f.single(e.private.Buffer(e.got[n]), off, r.Size)
+			dst = e.private.Bytes(e.got[n])[off : off+r.Size]
 		}
 		if r.Flags&netif.TxDataValidated != 0 {
 			f.csum = ChecksumVerified
@@ -152,13 +141,13 @@ func (e *backRX) receivePlain(frames []Frame, into bool) (n int, err error) {
 		if n == 0 {
 			e.begin()
 		}
-		e.from(r.Ref, r.Offset, dst)
+		e.addRead(r.Ref, r.Offset, dst)
 		e.rsp[n] = netif.TxResponse{ID: r.ID}
 		n++
 		e.nrsp = n
 	}
 	if !into {
-		e.pool.Put(e.pages[n:got]...)
+		e.private.Put(e.got[n:got]...)
 	}
 	if n == 0 && err == nil {
 		return 0, nil
@@ -183,7 +172,7 @@ func (e *backRX) copyPlain(frames []Frame, into bool) (good int) {
 			e.count.Drop(telemetry.DropBadGref, 1)
 			e.rsp[i].Status = netif.Error
 			if !into {
-				e.pool.Release(frames[i].buf)
+				e.private.Release(frames[i].buf)
 			}
 			continue
 		}
@@ -196,25 +185,25 @@ func (e *backRX) copyPlain(frames []Frame, into bool) (good int) {
 		}
 		good++
 	}
-	t.countCopied(0, e.ring.Unanswered(), e.pool.Free())
+	t.countCopied(0, e.ring.Unanswered(), e.private.Free())
 	return good
 }
 
 // addToBatch adds the copies of the next packet into f to the batch, and its responses.
 func (e *backRX) addToBatch(f *Frame, p *batched) {
-	p.op, p.rsp, p.extras = e.nops, e.nrsp, e.next.extras
+	p.firstOp, p.firstRsp, p.extras = e.nops, e.nrsp, e.next.extras
 	f.csum = e.next.csum
-	if e.next.n == 1 && f.pieces <= 1 {
+	if e.next.dataSlots == 1 && f.pieces <= 1 {
 		r := &e.next.seg[0]
-		e.from(r.Ref, r.Offset, f.Bytes())
+		e.addRead(r.Ref, r.Offset, f.Bytes())
 	} else {
 		i, done := 0, uint16(0)
 		for dst := range f.Pieces() {
-			for len(dst) > 0 && i < e.next.n {
+			for len(dst) > 0 && i < e.next.dataSlots {
 				r := &e.next.seg[i]
 				k := min(len(dst), int(r.Size-done))
 				if k > 0 {
-					e.from(r.Ref, r.Offset+done, dst[:k])
+					e.addRead(r.Ref, r.Offset+done, dst[:k])
 					dst, done = dst[k:], done+uint16(k)
 				}
 				if done == r.Size {
@@ -223,8 +212,8 @@ func (e *backRX) addToBatch(f *Frame, p *batched) {
 			}
 		}
 	}
-	e.nrsp += copy(e.rsp[e.nrsp:], e.next.rsp[:e.next.all])
-	p.ops, p.rsps = e.nops-p.op, e.nrsp-p.rsp
+	e.nrsp += copy(e.rsp[e.nrsp:], e.next.rsp[:e.next.allSlots])
+	p.ops, p.rsps = e.nops-p.firstOp, e.nrsp-p.firstRsp
 }
 
 // copyBatched runs the batch and returns how many of the n frames hold their bytes. It drops the
@@ -236,18 +225,18 @@ func (e *backRX) copyBatched(frames []Frame, n int, into bool) int {
 	for i := range n {
 		f, p := &frames[i], &e.batched[i]
 		reason := telemetry.DropBadGref
-		ok := e.failed(p.op, p.ops, e.count) == 0
+		ok := e.failed(p.firstOp, p.ops, e.count) == 0
 		if !ok {
-			markError(e.rsp[p.rsp : p.rsp+p.rsps])
+			markError(e.rsp[p.firstRsp : p.firstRsp+p.rsps])
 		} else if f.csum != ChecksumUnknown || p.extras.Len() > 0 {
-			if r := f.arrived(&p.extras, e.offload, e.count); r != 0 {
+			if r := f.takeOffloads(&p.extras, e.offload, e.count); r != 0 {
 				ok, reason = false, r // Linux answers such a frame with OKAY, too
 			}
 		}
 		if !ok {
 			e.count.Drop(reason, 1)
 			if !into {
-				e.pool.Release(f.buf)
+				e.private.Release(f.buf)
 			}
 			continue
 		}
@@ -255,7 +244,7 @@ func (e *backRX) copyBatched(frames []Frame, n int, into bool) int {
 		frames[good], frames[i] = frames[i], frames[good]
 		good++
 	}
-	t.countCopied(0, e.ring.Unanswered(), e.pool.Free())
+	t.countCopied(0, e.ring.Unanswered(), e.private.Free())
 	return good
 }
 
@@ -284,7 +273,7 @@ func (e *backRX) parse() (bool, error) {
 			return false, nil
 		}
 		if e.nrsp+fatalTxSlots+maxExtras > len(e.rsp) {
-			return false, nil // rsp is nearly full: show must publish first
+			return false, nil // rsp is nearly full: publish must run first
 		}
 		if ok, err := e.parseFrom(e.ring.Take(), avail-1); ok || err != nil {
 			return ok, err
@@ -307,7 +296,7 @@ func (e *backRX) parseFrom(first netif.TxRequest, avail uint32) (ok bool, err er
 // as Linux's xenvif_tx_build_gops does.
 func (e *backRX) parseOne(first netif.TxRequest, avail uint32) (reason telemetry.Reason, ok bool, err error) {
 	p := &e.next
-	p.n, p.all, p.csum, p.extras = 0, 0, ChecksumUnknown, netif.Extras{}
+	p.dataSlots, p.allSlots, p.csum, p.extras = 0, 0, ChecksumUnknown, netif.Extras{}
 
 	p.answer(first.ID, netif.Okay)
 	p.total = uint32(first.Size)
@@ -362,7 +351,7 @@ func (e *backRX) parseExtras(avail uint32) (left uint32, err error) {
 		if p.extras.Add(x) != nil {
 			return 0, e.violation("malformed extra info")
 		}
-		if p.all > maxExtras {
+		if p.allSlots > maxExtras {
 			return 0, e.violation("endless extra info")
 		}
 		p.answer(0, netif.Null)
@@ -377,7 +366,7 @@ func (e *backRX) parseExtras(avail uint32) (left uint32, err error) {
 func (e *backRX) parseSlots(first netif.TxRequest, avail uint32) (size uint32, wrong bool, err error) {
 	p := &e.next
 	size = uint32(first.Size) // the frame's total
-	p.n = 1
+	p.dataSlots = 1
 	slots := 1
 	for more := first.Flags&netif.TxMoreData != 0; more; slots++ {
 		if avail == 0 {
@@ -395,8 +384,8 @@ func (e *backRX) parseSlots(first netif.TxRequest, avail uint32) (size uint32, w
 		if slots+1 > maxTxSlots {
 			wrong = true
 		} else {
-			p.seg[p.n] = r
-			p.n++
+			p.seg[p.dataSlots] = r
+			p.dataSlots++
 		}
 		if uint32(r.Size) > size {
 			wrong = true
@@ -412,8 +401,8 @@ func (e *backRX) parseSlots(first netif.TxRequest, avail uint32) (size uint32, w
 // those to extra infos.
 func (e *backRX) answerError() {
 	p := &e.next
-	markError(p.rsp[:p.all])
-	e.nrsp += copy(e.rsp[e.nrsp:], p.rsp[:p.all])
+	markError(p.rsp[:p.allSlots])
+	e.nrsp += copy(e.rsp[e.nrsp:], p.rsp[:p.allSlots])
 }
 
 // markError changes responses to ERROR, except those to extra infos.
@@ -426,13 +415,13 @@ func markError(rsp []netif.TxResponse) {
 }
 
 func (p *txPacket) answer(id uint16, s netif.Status) {
-	p.rsp[p.all] = netif.TxResponse{ID: id, Status: s}
-	p.all++
+	p.rsp[p.allSlots] = netif.TxResponse{ID: id, Status: s}
+	p.allSlots++
 }
 
 func (e *backRX) violation(reason string) error { return e.fail(e.ring.Consumed(), reason) }
 
-func (e *backRX) release(frames []Frame) error { return releaseTo(e.pool, frames) }
+func (e *backRX) release(frames []Frame) error { return releaseTo(e.private, frames) }
 
 func (e *backRX) arm() (bool, error) {
 	more, err := e.ring.Arm(1)
@@ -444,7 +433,7 @@ func (e *backRX) arm() (bool, error) {
 
 func (e *backRX) ready(int) bool {
 	n, err := e.ring.Poll()
-	return n > 0 || e.have || err != nil
+	return n > 0 || e.haveNext || err != nil
 }
 
 func (e *backRX) consumed() uint32 { return e.ring.Consumed() }
@@ -453,4 +442,4 @@ func (e *backRX) overdue() bool { return e.ring.Overdue() }
 
 // drain counts nothing: a frame that was parsed and not delivered has no response, so the
 // frontend counts it, or the next backend takes it again.
-func (e *backRX) drain() { e.have = false }
+func (e *backRX) drain() { e.haveNext = false }

@@ -14,7 +14,7 @@ import (
 // request.
 type backTX struct {
 	ring      *ring.Back[netif.RxRequest, netif.RxResponse]
-	bufs      *arena.Arena // private buffers for Alloc
+	private   *arena.Arena // private buffers for Alloc
 	scatter   bool         // the peer takes frames of several slots
 	peerTakes offloads     // the offloads that the peer takes
 
@@ -30,7 +30,7 @@ type backTX struct {
 }
 
 func (e *backTX) alloc(frames []Frame, size int) (n int, err error) {
-	n = buildAll(e.bufs, size, frames)
+	n = buildAll(e.private, size, frames)
 	if n == 0 && len(frames) > 0 {
 		e.count.Add(telemetry.AllocFailed, 1)
 	}
@@ -62,7 +62,7 @@ func (e *backTX) send(frames []Frame) (n int, err error) {
 	e.notify(asked, n)
 	if err == ErrFull {
 		e.count.Add(telemetry.RingFull, 1)
-		e.await(e.ring.Consumed() + uint32(e.spaceFor(&frames[n]).slots))
+		e.set(e.ring.Consumed() + uint32(e.spaceFor(&frames[n]).slots))
 	}
 	return n, err
 }
@@ -88,9 +88,9 @@ func (e *backTX) sendPlain(frames []Frame) (n int, err error) {
 			break
 		}
 		var src []byte
-		i, ok := e.bufs.TakeOne(f.buf)
+		i, ok := e.private.TakeOne(f.buf)
 		if e.ours[n] = ok; ok {
-			src = e.bufs.Bytes(i)[f.off : f.off+f.n]
+			src = e.private.Bytes(i)[f.off : f.off+f.n]
 		} else if f.buf.Valid() {
 			src = f.Bytes()
 		} else {
@@ -100,7 +100,7 @@ func (e *backTX) sendPlain(frames []Frame) (n int, err error) {
 			e.begin()
 		}
 		e.ring.TakeTo(&r)
-		e.to(r.Ref, 0, src)
+		e.addWrite(r.Ref, 0, src)
 		e.rsp[n] = netif.RxResponse{ID: r.ID, Status: int16(f.n)}
 		if f.csum == ChecksumVerified {
 			e.rsp[n].Flags = netif.RxDataValidated
@@ -125,12 +125,12 @@ func (e *backTX) sendPlain(frames []Frame) (n int, err error) {
 		}
 		e.ring.Put(e.rsp[i])
 		if e.ours[i] {
-			e.bufs.PutTaken(frames[i].buf)
+			e.private.PutTaken(frames[i].buf)
 		} else {
 			frames[i].buf.Release()
 		}
 	}
-	t.countCopied(uncopied, e.ring.Unanswered(), e.bufs.Free())
+	t.countCopied(uncopied, e.ring.Unanswered(), e.private.Free())
 	return n, nil
 }
 
@@ -152,13 +152,13 @@ func (e *backTX) put(f *Frame, p *batched) error {
 	if err != nil {
 		return e.violation(err.Error())
 	}
-	if avail < need || fit == mustComplete && !e.complete(f) {
+	if avail < need || fit == needChecksum && !e.complete(f) {
 		return ErrFull
 	}
-	p.op, p.rsp = e.nops, e.nrsp
+	p.firstOp, p.firstRsp = e.nops, e.nrsp
 	f.CopyTo(p.head[:])
 	e.addToBatch(f, &p.extras)
-	p.ops, p.rsps = e.nops-p.op, e.nrsp-p.rsp
+	p.ops, p.rsps = e.nops-p.firstOp, e.nrsp-p.firstRsp
 	return nil
 }
 
@@ -190,7 +190,7 @@ func (e *backTX) addToBatch(f *Frame, extras *netif.Extras) {
 				room = shm.PageSize
 			}
 			k := min(len(src), room)
-			e.to(r.Ref, uint16(shm.PageSize-room), src[:k])
+			e.addWrite(r.Ref, uint16(shm.PageSize-room), src[:k])
 			src, room = src[k:], room-k
 		}
 	}
@@ -206,7 +206,7 @@ func (e *backTX) respond(r netif.RxResponse) {
 func (e *backTX) complete(f *Frame) bool {
 	if !f.buf.Exclusive() {
 		var g Frame
-		if !build(e.bufs, int(f.total), &g) {
+		if !build(e.private, int(f.total), &g) {
 			return false
 		}
 		g.copyFrame(f)
@@ -240,18 +240,18 @@ func (e *backTX) copyBatched(frames []Frame) {
 	uncopied := uint64(0)
 	for i := range frames {
 		f, p := &frames[i], &e.batched[i]
-		if e.failed(p.op, p.ops, e.count) > 0 {
+		if e.failed(p.firstOp, p.ops, e.count) > 0 {
 			e.count.Drop(telemetry.DropBadGref, 1)
 			uncopied += uint64(f.total)
-			for j := range e.rsp[p.rsp : p.rsp+p.rsps] {
+			for j := range e.rsp[p.firstRsp : p.firstRsp+p.rsps] {
 				if j == 0 || j > p.extras.Len() {
-					e.rsp[p.rsp+j].Status = int16(netif.Error)
+					e.rsp[p.firstRsp+j].Status = int16(netif.Error)
 				}
 			}
 		}
 		t.sent(f, p.rsps, p.head[:]) // counted as sent, like in a frontend, which learns of a failure later
-		if f.buf.Of(e.bufs) {
-			e.bufs.Release(f.buf)
+		if f.buf.Of(e.private) {
+			e.private.Release(f.buf)
 		} else {
 			f.buf.Release()
 		}
@@ -259,14 +259,14 @@ func (e *backTX) copyBatched(frames []Frame) {
 	for i := range e.rsp[:e.nrsp] {
 		e.ring.Put(e.rsp[i])
 	}
-	t.countCopied(uncopied, e.ring.Unanswered(), e.bufs.Free())
+	t.countCopied(uncopied, e.ring.Unanswered(), e.private.Free())
 }
 
 func (e *backTX) violation(reason string) error { return e.fail(e.ring.Consumed(), reason) }
 
 func (e *backTX) spaceFor(f *Frame) space {
 	n := space{slots: f.pages() + int(f.extraSlots())}
-	if !f.buf.Exclusive() && e.peerTakes.fit(f) == mustComplete {
+	if !f.buf.Exclusive() && e.peerTakes.needs(f) == needChecksum {
 		n.bufs = buffersFor(int(f.total)) // see complete
 	}
 	return n
@@ -287,15 +287,15 @@ func (e *backTX) hasSpace(n space) (bool, error) {
 	if err != nil {
 		return false, e.violation(err.Error())
 	}
-	if int(avail) >= n.slots && e.bufs.Free() >= n.bufs {
+	if int(avail) >= n.slots && e.private.Free() >= n.bufs {
 		return true, nil
 	}
-	e.await(e.ring.Consumed() + uint32(n.slots))
+	e.set(e.ring.Consumed() + uint32(n.slots))
 	return false, nil
 }
 
 func (e *backTX) starved(n space) error {
-	if e.bufs.Free() < n.bufs {
+	if e.private.Free() < n.bufs {
 		return ErrNoBuffers
 	}
 	return nil
@@ -316,9 +316,9 @@ func (e *backTX) afterWait() error { return nil }
 
 func (e *backTX) settle() error { return nil } // send puts all responses itself
 
-func (e *backTX) progressed() bool { return e.ring.Overdue() }
+func (e *backTX) givesEarly() bool { return e.ring.Overdue() }
 
-func (e *backTX) progress() (index, goal, tries uint32) {
+func (e *backTX) peerProgress() (index, goal, tries uint32) {
 	return e.ring.Peer(), e.goal.Load(), e.tries.Load()
 }
 

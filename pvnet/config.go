@@ -67,8 +67,8 @@ func (c *Config) check(dom hypercall.Domain) error {
 	if c.Queues < 0 {
 		return fmt.Errorf("Config.Queues is %d", c.Queues)
 	}
-	if c.Buffers < 0 || c.Buffers > 0 && c.Buffers < maxPieces {
-		return fmt.Errorf("Config.Buffers is %d: the largest frame takes %d", c.Buffers, maxPieces)
+	if c.Buffers < 0 || c.Buffers > 0 && c.Buffers < maxFrameBuffers {
+		return fmt.Errorf("Config.Buffers is %d: the largest frame takes %d", c.Buffers, maxFrameBuffers)
 	}
 	return nil
 }

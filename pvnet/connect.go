@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -18,8 +20,8 @@ import (
 var global = struct {
 	mu      sync.Mutex
 	devices map[deviceKey]*entry // guarded by mu
-	clocks  map[any]*clock       // guarded by mu; by hypercall.Domain, for domains with devices
-}{devices: make(map[deviceKey]*entry), clocks: make(map[any]*clock)}
+	clocks  map[any]*slowTicker  // guarded by mu; by hypercall.Domain, for domains with devices
+}{devices: make(map[deviceKey]*entry), clocks: make(map[any]*slowTicker)}
 
 type deviceKey struct {
 	domain hypercall.Domain
@@ -174,4 +176,29 @@ func (d *Device) connectError(xd *xenbus.Device, cause error) error {
 	}
 	ch := xd.Current()
 	return &xenbus.WaitError{Dir: xd.Dir(), Own: ch.Own, Seen: xd.Seen(), Err: cause}
+}
+
+// holders names the other vifs of this program that hold pages under the same limit, as
+// the end of an error message.
+func (d *Device) holders() string {
+	var held []string
+	global.mu.Lock()
+	defer global.mu.Unlock()
+	for key, e := range global.devices {
+		if key.domain != d.domain || key.id == d.id {
+			continue
+		}
+		select {
+		case <-e.ready:
+			if e.dev != nil && e.dev.Budget().SharedPages > 0 {
+				held = append(held, fmt.Sprintf("vif %s holds %d pages", key.id, e.dev.Budget().SharedPages))
+			}
+		default:
+		}
+	}
+	if held == nil {
+		return ""
+	}
+	slices.Sort(held)
+	return "; of this program, " + strings.Join(held, ", ") + ": fewer Config.Queues there leave more here"
 }

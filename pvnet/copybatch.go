@@ -2,6 +2,7 @@ package pvnet
 
 import (
 	"barevif/hypercall"
+	"barevif/pvnet/netif"
 	"barevif/telemetry"
 )
 
@@ -11,26 +12,26 @@ const batchOps = 256
 // A copyBatch holds the grant copies of a batch of frames, between a backend's pages and
 // those of its frontend. One call of the hypervisor runs them all.
 type copyBatch struct {
-	dom   hypercall.Domain
-	domid hypercall.DomID // the frontend's
-	ops   [batchOps]hypercall.CopyOp
-	nops  int
+	dom  hypercall.Domain
+	peer hypercall.DomID // the frontend's
+	ops  [batchOps]hypercall.CopyOp
+	nops int
 }
 
-// from adds a copy from byte off of the frontend's page to dst.
-func (b *copyBatch) from(ref hypercall.GrantRef, off uint16, dst []byte) {
+// addRead adds a copy from byte off of the frontend's page to dst.
+func (b *copyBatch) addRead(ref hypercall.GrantRef, off uint16, dst []byte) {
 	o := &b.ops[b.nops]
 	o.Dst.Local = dst
-	o.Src.Dom, o.Src.Ref, o.Src.Offset = b.domid, ref, off     // Src.Local is nil: all copies of a batch have the same direction
+	o.Src.Dom, o.Src.Ref, o.Src.Offset = b.peer, ref, off      // Src.Local is nil: all copies of a batch have the same direction
 	o.Len, o.Status = uint32(len(dst)), hypercall.GeneralError // until Copy says otherwise
 	b.nops++
 }
 
-// to adds a copy of src to byte off of the frontend's page.
-func (b *copyBatch) to(ref hypercall.GrantRef, off uint16, src []byte) {
+// addWrite adds a copy of src to byte off of the frontend's page.
+func (b *copyBatch) addWrite(ref hypercall.GrantRef, off uint16, src []byte) {
 	o := &b.ops[b.nops]
 	o.Src.Local = src
-	o.Dst.Dom, o.Dst.Ref, o.Dst.Offset = b.domid, ref, off     // Dst.Local is nil, as in from
+	o.Dst.Dom, o.Dst.Ref, o.Dst.Offset = b.peer, ref, off      // Dst.Local is nil, as in addRead
 	o.Len, o.Status = uint32(len(src)), hypercall.GeneralError // until Copy says otherwise
 	b.nops++
 }
@@ -62,4 +63,15 @@ func (b *copyBatch) failed(first, n int, count *telemetry.Block) (failed uint64)
 		count.Add(telemetry.GrantErrors, failed)
 	}
 	return failed
+}
+
+// maxFrameOps bounds the copies of one frame: its slots and our buffers have different
+// boundaries, and each boundary starts a new copy.
+const maxFrameOps = 2*maxTxSlots + maxFrameBuffers
+
+// A batched says which copies and responses of a batch belong to a frame.
+type batched struct {
+	firstOp, ops, firstRsp, rsps int
+	head                         [6]byte // of a frame to send: its destination address
+	extras                       netif.Extras
 }

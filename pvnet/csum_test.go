@@ -104,7 +104,7 @@ func TestExtensionHeadersArrive(t *testing.T) {
 			b, l4 := extended(100, exts...)
 			f := chop(t, arena.New(shm.Heap(8), shm.PageSize), b, 0)
 			f.csum = ChecksumPartial
-			if reason := f.arrived(&netif.Extras{}, keep, count); reason != 0 {
+			if reason := f.takeOffloads(&netif.Extras{}, keep, count); reason != 0 {
 				t.Errorf("%v: dropped as %v", exts, reason)
 				continue
 			}
@@ -119,7 +119,7 @@ func TestExtensionHeadersArrive(t *testing.T) {
 		b, l4 := extended(20000, exts...)
 		f := chop(t, arena.New(shm.Heap(8), shm.PageSize), b, 0)
 		f.csum = ChecksumPartial
-		reason := f.arrived(extrasOf(netif.GSO{Size: 1400, Type: netif.GSOTCPv6}), true, count)
+		reason := f.takeOffloads(extrasOf(netif.GSO{Size: 1400, Type: netif.GSOTCPv6}), true, count)
 		if slices.Contains(exts, 51) {
 			if reason != telemetry.DropBadGSO { // the authentication header would be wrong in each piece
 				t.Errorf("%v: %v", exts, reason)
@@ -131,7 +131,7 @@ func TestExtensionHeadersArrive(t *testing.T) {
 			continue
 		}
 		// Not every card takes such a frame, so it is cut for every peer.
-		if w := (takesCsum6 | takesGSO6).fit(&f); (w == fits) != (exts == nil) || (w == mustCut) != (exts != nil) {
+		if w := (takesCsum6 | takesGSO6).needs(&f); (w == needNothing) != (exts == nil) || (w == needCut) != (exts != nil) {
 			t.Errorf("%v: %d for who takes everything", exts, w)
 		}
 		pieces := cutAll(t, &f)
@@ -156,7 +156,7 @@ func TestARoutedFrameToBeCutNeedsAPartialChecksum(t *testing.T) {
 		before := append([]byte(nil), b...)
 		f := chop(t, arena.New(shm.Heap(8), shm.PageSize), b, 0)
 		f.csum = csum
-		reason := f.arrived(extrasOf(netif.GSO{Size: 1400, Type: netif.GSOTCPv6}), true, count)
+		reason := f.takeOffloads(extrasOf(netif.GSO{Size: 1400, Type: netif.GSOTCPv6}), true, count)
 		if (reason == 0) != (csum == ChecksumPartial) || !bytes.Equal(bytesOf(&f), before) {
 			t.Errorf("%v: %v", csum, reason)
 		}
@@ -171,7 +171,7 @@ func TestFramesOfManySegmentsArrive(t *testing.T) {
 			s := stream{v6: v6, payload: 65000, size: size}
 			f := chop(t, arena.New(shm.Heap(17), shm.PageSize), s.frame(), 0)
 			f.csum = ChecksumPartial
-			reason := f.arrived(extrasOf(netif.GSO{Size: uint16(size), Type: s.gso().Type}), true, count)
+			reason := f.takeOffloads(extrasOf(netif.GSO{Size: uint16(size), Type: s.gso().Type}), true, count)
 			if reason != 0 || f.GSO() != s.gso() {
 				t.Errorf("%d: %v, %+v", size, reason, f.GSO())
 				continue

@@ -73,8 +73,8 @@ func (tx *TX) cutSome(f *Frame) error {
 	if err != nil {
 		return err
 	}
-	var srcs [mostPieces][]byte
-	var parts [1 + mostPieces][]byte
+	var srcs [maxPieces][]byte
+	var parts [1 + maxPieces][]byte
 	all := f.gather(srcs[:0])
 	for i := range c.pieces[:k] {
 		g := &c.pieces[i]

@@ -189,7 +189,7 @@ func cutAll(t testing.TB, f *Frame) (pieces [][]byte) {
 	if !c.start(f) {
 		t.Fatalf("%+v is not to be cut", f.gso)
 	}
-	var srcs, parts [mostPieces][]byte
+	var srcs, parts [maxPieces][]byte
 	all := f.gather(srcs[:0])
 	for c.Left() > 0 {
 		n := c.Len()
@@ -318,10 +318,10 @@ func TestWhatIsTaggedIsMadeWholeForEverybody(t *testing.T) {
 			s := typical
 			s.tags, s.v6 = tags, v6
 			f := s.put(t, tx)
-			long := all.fit(&f[0])
+			long := all.needs(&f[0])
 			f[0].SetGSO(GSO{})
-			partial := all.fit(&f[0])
-			if tags == 0 && (long != fits || partial != fits) || tags > 0 && (long != mustCut || partial != mustComplete) {
+			partial := all.needs(&f[0])
+			if tags == 0 && (long != needNothing || partial != needNothing) || tags > 0 && (long != needCut || partial != needChecksum) {
 				t.Errorf("%d tags: %d long, %d with a partial checksum", tags, long, partial)
 			}
 			f[0].Release()
@@ -815,7 +815,7 @@ func TestMorePiecesThanPages(t *testing.T) {
 	p := join(t, emu.Config{Grants: 80}, plain, Config{})
 	tx, _ := own(t, p.front)
 	other, rx := own(t, p.back)
-	if n := tx.eng.(*frontTX).bufs.Len(); n != pagesPerHalfMin {
+	if n := tx.eng.(*frontTX).shared.Len(); n != pagesPerHalfMin {
 		t.Fatalf("%d pages", n)
 	}
 	for _, from := range []*TX{other, tx} { // a frame in the sender's own pages leaves fewer for the pieces

@@ -38,7 +38,7 @@ type Device struct {
 	cfg           Config
 	log           *slog.Logger
 	logs          loglimit.Handler // of log
-	set           *telemetry.Set
+	counters      *telemetry.Set
 	tx            []*TX
 	rx            []*RX
 	callerTimeout time.Duration // how long quiesce waits for callers to leave
@@ -93,7 +93,7 @@ const (
 func newDevice(id string, role telemetry.Role, domain hypercall.Domain, cfg Config) *Device {
 	d := &Device{
 		id: id, role: role, domain: domain, cfg: cfg,
-		set:           telemetry.NewSet(cfg.queues()),
+		counters:      telemetry.NewSet(cfg.queues()),
 		done:          make(chan struct{}),
 		callerTimeout: callerTimeout,
 		violations:    make(chan *PeerError, 1),
@@ -109,8 +109,8 @@ func newDevice(id string, role telemetry.Role, domain hypercall.Domain, cfg Conf
 	d.log = slog.New(d.logs)
 	for i := range cfg.queues() {
 		rx, tx := new(RX), new(TX)
-		rx.init(d, i, receive, d.set.RX(i))
-		tx.init(d, i, transmit, d.set.TX(i))
+		rx.init(d, i, receive, d.counters.RX(i))
+		tx.init(d, i, transmit, d.counters.TX(i))
 		d.rx, d.tx = append(d.rx, rx), append(d.tx, tx)
 	}
 	d.mtu.Store(1500)
@@ -151,8 +151,10 @@ func (d *Device) identify(mac MAC, mtu int, trusted bool) {
 	d.mu.Unlock()
 }
 
-// Queues returns how many queues the device can have, Active how many the connection has.
+// Queues returns how many queues the device can have.
 func (d *Device) Queues() int { return len(d.tx) }
+
+// Active returns how many queues the present or last connection has; 0 before the first.
 
 func (d *Device) Active() int { return int(d.active.Load()) }
 
@@ -193,7 +195,8 @@ func (b Budget) String() string {
 		b.SharedPages, b.SharedPages*4, b.PrivatePages, b.PrivatePages*4)
 }
 
-// Budget returns the budget of the present connection; zero while the link is down.
+// Budget returns the budget of the present connection, which a link that is down may still
+// hold; zero if there is none.
 func (d *Device) Budget() Budget {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -202,7 +205,7 @@ func (d *Device) Budget() Budget {
 
 // Touched returns how many of the Budget's private pages are in memory. The rest is only
 // reserved, until that many frames are in flight or in the user's hands at once. It is
-// zero while the link is down.
+// zero if there is no connection.
 func (d *Device) Touched() int {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -217,17 +220,17 @@ func (d *Device) Touched() int {
 // moment, the last 32 frames may be missing.
 func (d *Device) Stats() telemetry.Stats {
 	d.flush()
-	return d.set.Snapshot()
+	return d.counters.Snapshot()
 }
 
 // ResetStats makes Stats start from zero.
 func (d *Device) ResetStats() {
 	d.flush()
-	d.set.Reset()
+	d.counters.Reset()
 }
 
 // Counters returns all counters of the device, for export.
-func (d *Device) Counters() *telemetry.Set { return d.set }
+func (d *Device) Counters() *telemetry.Set { return d.counters }
 
 // flush publishes the counters of each half that no caller is inside.
 func (d *Device) flush() {
@@ -265,7 +268,9 @@ func (d *Device) SetWriteDeadline(t time.Time) error {
 }
 
 // OwnTX hands the sending half of queue i to the caller: from now on Write, Writev and
-// WriteBatch do not use it. ErrOwned if it has an owner; ErrDisconnected.
+// WriteBatch do not use it. It waits for a Write under way. It returns [ErrOwned] if the
+// half has an owner, [ErrDisconnected] after the end of the device, and another error if
+// there is no queue i.
 func (d *Device) OwnTX(i int) (*TX, error) {
 	if err := d.endError(); err != nil {
 		return nil, err
@@ -282,8 +287,8 @@ func (d *Device) OwnTX(i int) (*TX, error) {
 	return tx, nil
 }
 
-// OwnRX hands the receiving half of queue i to the caller. ErrOwned if it has an owner,
-// or if Listen runs; ErrDisconnected.
+// OwnRX hands the receiving half of queue i to the caller. It returns the errors of OwnTX,
+// and [ErrOwned] also while Listen runs.
 func (d *Device) OwnRX(i int) (*RX, error) {
 	if err := d.endError(); err != nil {
 		return nil, err
@@ -349,15 +354,15 @@ func (d *Device) setStatus(s xenbus.State, up bool) {
 	d.mu.Lock()
 	agreed := d.agreed
 	d.mu.Unlock()
-	d.set.SetStatus(telemetry.Status{
+	d.counters.SetStatus(telemetry.Status{
 		State: s, Up: up, MAC: d.MAC(), MTU: uint32(d.MTU()),
 		Queues: uint32(d.active.Load()), Epoch: d.epoch.Load(),
 		Features: agreed,
 	})
 }
 
-// ended ends the device: every call returns cause from now on.
-func (d *Device) ended(cause error) {
+// finishWith ends the device: every call returns cause from now on.
+func (d *Device) finishWith(cause error) {
 	d.mu.Lock()
 	d.cause = cause
 	d.mu.Unlock()
@@ -386,8 +391,8 @@ func (d *Device) openMirror(peer hypercall.DomID) {
 		return
 	}
 	if d.mirrorInfo != (telemetry.Info{}) {
-		d.set.Close()
+		d.counters.Close()
 	}
 	d.mirrorInfo = info
-	d.set.Open(d.cfg.Counters, info)
+	d.counters.Open(d.cfg.Counters, info)
 }

@@ -49,8 +49,9 @@
 //     buffer's state, which makes every copy of the [Frame] stale.
 //  2. It writes a slot, 12 bytes of the tx ring or, as a backend, the copy operation
 //     for a slot that its frontend has posted. Nothing is visible to the peer yet.
-//  3. A backend runs the batch of copies: one call of [hypercall.Domain].Copy. A
-//     frontend copies nothing, its pages are granted for the whole connection.
+//  3. A backend runs the batch of copies, one call of [hypercall.Domain].Copy, and then
+//     writes a response into the slot of each request. A frontend copies nothing: its
+//     pages are granted for the whole connection.
 //  4. One store of the producer index shows the peer the whole batch. It is the one
 //     fence of the batch, an XCHG on amd64, and the load behind it tells whether the
 //     peer, which may be asleep, asked to be notified.
@@ -61,8 +62,9 @@
 //     backend wrote, and posts that page again in the next slot.
 //  7. Its responses, or the pages posted again, are shown by one store, as in 4.
 //  8. The receiver's user gives the frames back: one compare-and-swap each.
-//  9. When the sender lacks slots or pages, it takes all responses that are in the ring,
-//     and has the pages of their requests back.
+//  9. When a frontend lacks slots or pages, it takes all responses that are in the ring,
+//     and has the pages of their requests back. A backend that lacks slots loads the
+//     producer index again, for pages that were posted meanwhile.
 //
 // The cache lines that travel are the payload's, the slot's, and the one line of the
 // four indexes, which both ends write: the frontend its requests' producer and its
@@ -71,7 +73,7 @@
 //
 // Frames with several slots, extra infos, a partial checksum or GSO take the general
 // path: the engine parses their slots into one description, then copies and answers them.
-// A request that leaves the fast path is handed on as the private copy; its slot is never
+// A record that leaves the fast path is handed on as the private copy; its slot is never
 // loaded again.
 //
 // A half that finds nothing to do looks at the ring for as long as [WaitMode] says,
@@ -83,24 +85,32 @@
 //
 //	goroutine          runs                  owns, or writes                  wakes
 //	an owner's         its own code          one half while inside its gate   the peer, by its event channel
-//	a caller of Write  its own code          a TX, with TX.mu held            the peer
+//	a caller of Write  its own code          a TX, with TX.mu held and        the peer
+//	                                         inside its gate
 //	Listen, per queue  RX.listen             an RX while inside its gate      the peer
 //	lifecycle, per     lifecycle.run         our xenbus state, connections,   callers, through link and gates;
-//	device                                   gates, all links' state          subscribers of Links
-//	slow tick, one     clock.run             nothing; borrows the counters    the lifecycle goroutine; a half
-//	per domain                               of halves at rest                whose event was lost
+//	device                                   gates, the link's state          subscribers of Links; a half
+//	                                                                          whose event was lost
+//	slow tick, one     slowTicker.run        what lifecycle.mu guards, with   the lifecycle goroutine; a TX
+//	per domain                               it held; a TX that nobody is     whose peer has given some of the
+//	                                         inside; counters of halves       slots it waits for
+//	                                         that wait
 //	xenbus, per        xenbus.Device.run     what is known of both ends'      the lifecycle goroutine
 //	device                                   states
 //	xenstore client,   its reader, and one   the connection to xenstore       all who asked or watch
 //	per Connect or     to connect again
 //	Serve
-//	Serve, per vif     server.serveDir       the vif's directory              accept
+//	a caller of Serve  serve                 which directories have a         –
+//	                                         goroutine
+//	Serve, per vif     server.serveDir, and  the vif's directory              Serve, when it has left the vif
+//	                   in it accept
 //
 // A gate lets one caller at a time into a half. The lifecycle goroutine shuts it and waits
 // for the caller to leave before it takes a connection away, so a caller never finds a
-// ring gone. Data moves without locks: the only atomic operations of a batch are one
-// compare-and-swap at the gate on the way in, one on the way out, those of the frames'
-// buffers, and those of the ring.
+// ring gone. Nobody waits for a lock while data moves: the only atomic operations of a
+// batch are one compare-and-swap at the gate on the way in, one on the way out, those of
+// the frames' buffers, those of the ring and, every 32 frames, a TryLock to publish the
+// counters.
 //
 // # Many vifs and one goroutine
 //

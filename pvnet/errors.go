@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
 
 	"barevif/arena"
 )
@@ -22,9 +23,9 @@ var (
 	// release frames. It is [net.ErrClosed].
 	ErrDisconnected error = &errorOf{"pvnet: the device is disconnected", net.ErrClosed}
 
-	// ErrUnimplemented is returned for what the peer or this end does not support. It is
+	// ErrUnimplemented is returned for what the domain cannot do. It is
 	// [errors.ErrUnsupported].
-	ErrUnimplemented error = &errorOf{"pvnet: not supported by both ends", errors.ErrUnsupported}
+	ErrUnimplemented error = &errorOf{"pvnet: the domain does not support it", errors.ErrUnsupported}
 
 	// ErrHandover, as the cause that ends the context of [Serve], makes the backend stop
 	// between two frames and leave its state and rings as they are, so that another
@@ -110,3 +111,11 @@ func (e *PeerError) Error() string {
 func (e *PeerError) Is(target error) bool {
 	return target == ErrDisconnected || target == net.ErrClosed
 }
+
+var errTimeout error = os.ErrDeadlineExceeded
+
+// errInterrupted is the error of a receive that interrupt ended.
+var errInterrupted = errors.New("pvnet: interrupted")
+
+// errMustCut asks the caller of send to cut the frame.
+var errMustCut = errors.New("pvnet: the frame has to be cut")

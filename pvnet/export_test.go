@@ -2,7 +2,7 @@ package pvnet
 
 import "time"
 
-// SetPatience sets how long down waits for a caller to leave a half.
+// SetPatience sets how long quiesce waits for a caller to leave a half.
 func (d *Device) SetPatience(t time.Duration) { d.callerTimeout = t }
 
 // Parked returns how many waits the receiver of queue i has begun, if it waits now.

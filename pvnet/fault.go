@@ -4,9 +4,9 @@ import (
 	"fmt"
 )
 
-// faulted judges the value of a recover: nil for nil, a violation for a fault on shared
+// faultError judges the value of a recover: nil for nil, a violation for a fault on shared
 // memory that was taken away. It panics again with any other value.
-func faulted(r any) *PeerError {
+func faultError(r any) *PeerError {
 	if r == nil {
 		return nil
 	}
@@ -16,10 +16,10 @@ func faulted(r any) *PeerError {
 	panic(r)
 }
 
-// trapped runs f, which touches shared memory, and returns a violation if that memory is
+// catchFault runs f, which touches shared memory, and returns a violation if that memory is
 // gone. The goroutine must have set debug.SetPanicOnFault.
-func trapped(f func()) (v *PeerError) {
-	defer func() { v = faulted(recover()) }()
+func catchFault(f func()) (v *PeerError) {
+	defer func() { v = faultError(recover()) }()
 	f()
 	return nil
 }

@@ -66,7 +66,7 @@ func (f *Frame) copyFrame(g *Frame) {
 		f.CopyFrom(g.Bytes())
 		return
 	}
-	var srcs [mostPieces][]byte
+	var srcs [maxPieces][]byte
 	f.CopyFrom(g.gather(srcs[:0])...)
 }
 
@@ -89,9 +89,9 @@ func build(a *arena.Arena, total int, f *Frame) bool {
 		f.off, f.n = uint16(min(headroom, size-total)), uint16(total)
 		return true
 	}
-	var bufs [maxPieces]uint32
+	var bufs [maxFrameBuffers]uint32
 	n := (headroom + total + size - 1) / size
-	if n > maxPieces {
+	if n > maxFrameBuffers {
 		return false
 	}
 	if got := a.Get(bufs[:n]); got < n {
@@ -147,12 +147,12 @@ func (f *Frame) plain() bool {
 		f.total == uint32(f.n) && f.total >= MinFrame
 }
 
-// maxPieces is how many buffers of 4096 bytes MaxFrame bytes behind the headroom take.
-const maxPieces = (headroom + MaxFrame + shm.PageSize - 1) / shm.PageSize
+// maxFrameBuffers is how many buffers of 4096 bytes MaxFrame bytes behind the headroom take.
+const maxFrameBuffers = (headroom + MaxFrame + shm.PageSize - 1) / shm.PageSize
 
-// mostPieces bounds the pieces of any frame. A lent frame has the pieces that the peer
+// maxPieces bounds the pieces of any frame. A lent frame has the pieces that the peer
 // made.
-const mostPieces = max(maxPieces, maxRxSlots)
+const maxPieces = max(maxFrameBuffers, maxRxSlots)
 
 // buffersFor returns how many buffers build takes for size bytes.
 func buffersFor(size int) int {

@@ -19,8 +19,8 @@ import (
 
 // A front is the frontend's part of a lifecycle.
 type front struct {
-	d    *Device
-	made MAC // the address made for a vif that has none; zero until it is needed
+	d            *Device
+	generatedMAC MAC // the address made for a vif that has none; zero until it is needed
 }
 
 // identify reads MAC, MTU and "trusted", which the toolstack wrote before us. A vif that
@@ -45,11 +45,11 @@ func (f *front) identify(ctx context.Context, xd *xenbus.Device) error {
 		}
 	}
 	if err != nil {
-		if f.made == (MAC{}) {
-			rand.Read(f.made[:])
-			f.made[0] = f.made[0]&^1 | 2 // unicast, locally administered
+		if f.generatedMAC == (MAC{}) {
+			rand.Read(f.generatedMAC[:])
+			f.generatedMAC[0] = f.generatedMAC[0]&^1 | 2 // unicast, locally administered
 		}
-		mac = f.made
+		mac = f.generatedMAC
 		f.d.log.Warn("no MAC in xenstore, made one", "vif", f.d.id, "mac", mac)
 	}
 	trusted, err := own.Bool(netif.KeyTrusted, true)
@@ -100,9 +100,8 @@ func (f *front) attach(ctx context.Context, xd *xenbus.Device, c *conn) error {
 	if err := f.identify(ctx, xd); err != nil {
 		return err
 	}
-	back, err := xd.PeerValues(ctx, netif.KeyFeatureRxCopy, netif.KeyFeatureSG,
-		netif.KeyFeatureSplitChannels, netif.KeyMaxQueues, netif.KeyFeatureNoCsumOffload,
-		netif.KeyFeatureIPv6CsumOffload, netif.KeyFeatureGSOTCPv4, netif.KeyFeatureGSOTCPv6)
+	back, err := xd.PeerValues(ctx, append([]string{netif.KeyFeatureRxCopy, netif.KeyFeatureSG,
+		netif.KeyFeatureSplitChannels, netif.KeyMaxQueues}, offloadKeys[:]...)...)
 	if err != nil {
 		return err
 	}
@@ -113,8 +112,8 @@ func (f *front) attach(ctx context.Context, xd *xenbus.Device, c *conn) error {
 	if err != nil {
 		return err
 	}
-	m := &setup{dom: d.domain, peer: dom(xd), log: d.log, quarantined: &d.quarantined, c: c, lockedThreads: d.cfg.LockedThreads}
-	c.queues, err = m.frontQueues(c.feat, &d.cfg, f.others(ctx, xd), func(i int) (rx, tx *telemetry.Block) { return d.rx[i].count, d.tx[i].count })
+	m := newSetup(d, xd, c)
+	c.queues, err = m.frontQueues(c.feat, &d.cfg, f.otherVifs(ctx, xd), func(i int) (rx, tx *telemetry.Block) { return d.rx[i].count, d.tx[i].count })
 	if err != nil {
 		if errors.Is(err, hypercall.ErrNoGrants) {
 			err = fmt.Errorf("%w%s", err, d.holders())
@@ -132,11 +131,7 @@ func (f *front) attach(ctx context.Context, xd *xenbus.Device, c *conn) error {
 		keys[netif.KeyNumQueues] = strconv.Itoa(c.feat.queues)
 	}
 	for i, q := range c.queues {
-		prefix := ""
-		if c.feat.queues > 1 {
-			prefix = queuePrefix(i)
-		}
-		maps.Copy(keys, q.keys.values(prefix))
+		maps.Copy(keys, q.keys.values(queuePrefix(i, c.feat.queues)))
 	}
 	return xd.Publish(ctx, keys, staleKeys(there)...)
 }
@@ -177,37 +172,12 @@ func staleKeys(there []string) (stale []string) {
 	return stale
 }
 
-// others returns how many more vifs of this domain may connect: their pages come from the
+// otherVifs returns how many more vifs of this domain may connect: their pages come from the
 // same limit.
-func (f *front) others(ctx context.Context, xd *xenbus.Device) int {
+func (f *front) otherVifs(ctx context.Context, xd *xenbus.Device) int {
 	n, err := xd.Unconnected(ctx)
 	if err != nil {
 		f.d.log.Debug("cannot count the domain's other vifs", "vif", f.d.id, "err", err)
 	}
 	return n
-}
-
-// holders names the other vifs of this program that hold pages under the same limit, as
-// the end of an error message.
-func (d *Device) holders() string {
-	var held []string
-	global.mu.Lock()
-	defer global.mu.Unlock()
-	for key, e := range global.devices {
-		if key.domain != d.domain || key.id == d.id {
-			continue
-		}
-		select {
-		case <-e.ready:
-			if e.dev != nil && e.dev.Budget().SharedPages > 0 {
-				held = append(held, fmt.Sprintf("vif %s holds %d pages", key.id, e.dev.Budget().SharedPages))
-			}
-		default:
-		}
-	}
-	if held == nil {
-		return ""
-	}
-	slices.Sort(held)
-	return "; of this program, " + strings.Join(held, ", ") + ": fewer Config.Queues there leave more here"
 }

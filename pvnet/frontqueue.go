@@ -97,10 +97,7 @@ func (m *setup) tryPlan(p plan, f features, cfg *Config, spare int, blocks func(
 		} else {
 			err = fmt.Errorf("queue %d: %w", i, err)
 		}
-		for _, q := range queues { // else the arenas wait for the posted pages
-			q.tx.drain()
-			q.rx.drain()
-		}
+		drainAll(queues)
 		part := m.c.undo[mark:]
 		m.c.undo, m.c.shared, m.c.private, m.c.arenas = m.c.undo[:mark], shared, own, m.c.arenas[:arenas]
 		part.run()
@@ -162,13 +159,13 @@ func (m *setup) frontQueue(pages int, f features, cfg *Config, rx, tx *telemetry
 	}
 	q.keys = queueKeys{rings.Refs[0], rings.Refs[1], txPort.ID(), rxPort.ID()}
 	q.tx = &frontTX{
-		ring: ring.NewFront[netif.TxRequest, netif.TxResponse](rings.Slice(0, 1), netif.TxStride),
-		bufs: txPages, refs: txRefs, scatter: f.backSG, peerTakes: f.peerTakes,
+		ring:   ring.NewFront[netif.TxRequest, netif.TxResponse](rings.Slice(0, 1), netif.TxStride),
+		shared: txPages, refs: txRefs, scatter: f.backSG, peerTakes: f.peerTakes,
 		state: make([]uint8, pages), peerLink: peerLink{"tx", txPort, tx},
 	}
 	r := &frontRX{
-		ring:  ring.NewFront[netif.RxRequest, netif.RxResponse](rings.Slice(1, 1), netif.RxStride),
-		pages: rxPages, refs: rxRefs, pool: pool, lend: cfg.LendRx, offload: f.offload,
+		ring:   ring.NewFront[netif.RxRequest, netif.RxResponse](rings.Slice(1, 1), netif.RxStride),
+		shared: rxPages, refs: rxRefs, private: pool, lend: cfg.LendRx, offload: f.offload,
 		peerLink: peerLink{"rx", rxPort, rx},
 	}
 	r.fill()

@@ -19,31 +19,31 @@ const maxRxSlots = 19
 // A frontRX receives on the rx ring. It keeps every slot posted with a page that the peer
 // may write, copies arriving frames to private buffers and posts the pages again at once.
 type frontRX struct {
-	ring   *ring.Front[netif.RxRequest, netif.RxResponse]
-	pages  *arena.Arena         // the shared pages
-	refs   []hypercall.GrantRef // by page
-	pageAt [256]uint32          // by slot: the page that is posted there
-	pool   *arena.Arena         // private buffers
-	taken  [64]uint32           // private buffers for the next frames; a stack array would be cleared on each call
-	lend   bool
+	ring    *ring.Front[netif.RxRequest, netif.RxResponse]
+	shared  *arena.Arena         // the shared pages
+	refs    []hypercall.GrantRef // by page
+	pageAt  [256]uint32          // by slot: the page that is posted there
+	private *arena.Arena         // private buffers
+	got     [64]uint32           // private buffers for the next frames; a stack array would be cleared on each call
+	lend    bool
 
 	peerLink
 
 	offload bool // this end offered to take GSO frames and partial checksums
 
-	next rxPacket
-	have bool // next has been parsed, and not delivered
+	next     rxPacket
+	haveNext bool // next has been parsed, and not delivered
 }
 
 // An rxPacket describes a frame in shared pages, after all of its responses were taken
 // and checked.
 type rxPacket struct {
-	n      int // data slots
-	all    int // all slots, extra infos included
-	total  uint32
-	csum   Checksum
-	extras netif.Extras
-	seg    [maxRxSlots]rxSegment
+	dataSlots int // data slots
+	allSlots  int // all slots, extra infos included
+	total     uint32
+	csum      Checksum
+	extras    netif.Extras
+	seg       [maxRxSlots]rxSegment
 }
 
 type rxSegment struct {
@@ -62,7 +62,7 @@ func (e *frontRX) post(page uint32) {
 // fill posts free pages until the ring is full.
 func (e *frontRX) fill() {
 	var page [1]uint32
-	for e.ring.Free() > 0 && e.pages.Get(page[:]) == 1 {
+	for e.ring.Free() > 0 && e.shared.Get(page[:]) == 1 {
 		e.post(page[0])
 	}
 }
@@ -72,12 +72,12 @@ func (e *frontRX) receive(frames []Frame, into bool) (n int, err error) {
 	if e.lend {
 		e.fill()
 	}
-	if !e.have && (into || !e.lend) {
+	if !e.haveNext && (into || !e.lend) {
 		n, err = e.receivePlain(frames, into, &t)
 	}
 	for n < len(frames) && err == nil {
-		if !e.have {
-			if e.have, err = e.parse(); err != nil || !e.have {
+		if !e.haveNext {
+			if e.haveNext, err = e.parse(); err != nil || !e.haveNext {
 				break
 			}
 		}
@@ -90,7 +90,7 @@ func (e *frontRX) receive(frames []Frame, into bool) (n int, err error) {
 		e.count.Add(telemetry.PollsFull, 1)
 	}
 	e.publish()
-	t.count(e.ring.Size()-e.ring.Free(), e.pool.Free())
+	t.count(e.ring.Size()-e.ring.Free(), e.private.Free())
 	if n > 0 && (err == ErrNoBuffers || err == ErrShortFrame) {
 		err = nil
 	}
@@ -108,25 +108,25 @@ func (e *frontRX) deliver(f *Frame, into bool, t *tally) (good bool, err error) 
 		}
 	case e.lend && e.mayLend():
 		e.lendTo(f)
-		t.add(f, e.next.all, f.Bytes())
-		e.have = false
+		t.add(f, e.next.allSlots, f.Bytes())
+		e.haveNext = false
 		return true, nil
-	case !build(e.pool, int(e.next.total), f):
+	case !build(e.private, int(e.next.total), f):
 		e.count.Add(telemetry.AllocFailed, 1)
 		return false, ErrNoBuffers
 	}
 	e.copyTo(f)
-	e.have = false
+	e.haveNext = false
 	if f.csum != ChecksumUnknown || e.next.extras.Len() > 0 {
-		if reason := f.arrived(&e.next.extras, e.offload, e.count); reason != 0 {
+		if reason := f.takeOffloads(&e.next.extras, e.offload, e.count); reason != 0 {
 			e.count.Drop(reason, 1)
 			if !into {
-				e.pool.Release(f.buf)
+				e.private.Release(f.buf)
 			}
 			return false, nil
 		}
 	}
-	t.add(f, e.next.all, f.Bytes())
+	t.add(f, e.next.allSlots, f.Bytes())
 	return true, nil
 }
 
@@ -138,9 +138,9 @@ func (e *frontRX) receivePlain(frames []Frame, into bool, t *tally) (n int, err 
 	if err != nil {
 		return 0, nil // the general path meets the error again and returns it
 	}
-	got := min(int(avail), len(frames), len(e.taken))
+	got := min(int(avail), len(frames), len(e.got))
 	if !into {
-		got = e.pool.Get(e.taken[:got])
+		got = e.private.Get(e.got[:got])
 	}
 	var r netif.RxResponse
 	for n < got {
@@ -153,16 +153,16 @@ func (e *frontRX) receivePlain(frames []Frame, into bool, t *tally) (n int, err 
 			plain = dst != nil
 		}
 		if !plain {
-			e.have, err = e.parseFrom(r, slot, avail-uint32(n)-1)
+			e.haveNext, err = e.parseFrom(r, slot, avail-uint32(n)-1)
 			break
 		}
 		if !into {
 			off := min(headroom, shm.PageSize-size)
-			f.single(e.pool.Buffer(e.taken[n]), off, size)
-			dst = e.pool.Bytes(e.taken[n])[off : off+size]
+			f.single(e.private.Buffer(e.got[n]), off, size)
+			dst = e.private.Bytes(e.got[n])[off : off+size]
 		}
 		page := e.pageAt[slot%uint32(len(e.pageAt))]
-		copy(dst, e.pages.Bytes(page)[r.Offset:])
+		copy(dst, e.shared.Bytes(page)[r.Offset:])
 		e.post(page)
 		if r.Flags&netif.RxDataValidated != 0 {
 			f.csum = ChecksumVerified
@@ -172,7 +172,7 @@ func (e *frontRX) receivePlain(frames []Frame, into bool, t *tally) (n int, err 
 		n++
 	}
 	if !into {
-		e.pool.Put(e.taken[n:got]...)
+		e.private.Put(e.got[n:got]...)
 	}
 	t.settle()
 	e.count.Add(telemetry.CopiedBytes, t.bytes)
@@ -218,13 +218,13 @@ func (e *frontRX) parseFrom(first netif.RxResponse, slot, avail uint32) (bool, e
 // the first.
 func (e *frontRX) parseOne(r netif.RxResponse, slot, avail uint32) (reason telemetry.Reason, ok bool) {
 	p := &e.next
-	p.n, p.all, p.total, p.csum, p.extras = 0, 0, 0, ChecksumUnknown, netif.Extras{}
+	p.dataSlots, p.allSlots, p.total, p.csum, p.extras = 0, 0, 0, ChecksumUnknown, netif.Extras{}
 	if r.Flags&netif.RxCsumBlank != 0 {
 		p.csum = ChecksumPartial
 	} else if r.Flags&netif.RxDataValidated != 0 {
 		p.csum = ChecksumVerified
 	}
-	reason = e.hold(r, slot)
+	reason = e.addSlot(r, slot)
 	if r.Flags&netif.RxExtraInfo != 0 {
 		var why telemetry.Reason
 		why, avail = e.parseExtras(avail)
@@ -238,7 +238,7 @@ func (e *frontRX) parseOne(r netif.RxResponse, slot, avail uint32) (reason telem
 		slot = e.ring.Consumed() % e.ring.Size()
 		r = e.ring.Take()
 		avail--
-		reason = cmp.Or(reason, e.hold(r, slot))
+		reason = cmp.Or(reason, e.addSlot(r, slot))
 	}
 	switch {
 	case reason != 0:
@@ -260,7 +260,7 @@ func (e *frontRX) parseExtras(avail uint32) (reason telemetry.Reason, left uint3
 		}
 		slot := e.ring.Consumed() % e.ring.Size()
 		x := netif.ExtraOfRx(e.ring.Take())
-		e.next.all++
+		e.next.allSlots++
 		e.post(e.pageAt[slot]) // an extra info uses no page
 		e.count.Add(telemetry.ExtraInfos, 1)
 		if e.next.extras.Add(x) != nil {
@@ -273,12 +273,12 @@ func (e *frontRX) parseExtras(avail uint32) (reason telemetry.Reason, left uint3
 	return reason, avail
 }
 
-// hold adds a response, taken from slot, to the next packet, with the part of its page
+// addSlot adds a response, taken from slot, to the next packet, with the part of its page
 // that has bytes of the frame. It returns why the frame must be dropped, or 0.
-func (e *frontRX) hold(r netif.RxResponse, slot uint32) (reason telemetry.Reason) {
+func (e *frontRX) addSlot(r netif.RxResponse, slot uint32) (reason telemetry.Reason) {
 	p, page := &e.next, e.pageAt[slot]
-	p.all++
-	if p.n >= maxRxSlots {
+	p.allSlots++
+	if p.dataSlots >= maxRxSlots {
 		e.post(page)
 		return telemetry.DropBadChain
 	}
@@ -291,8 +291,8 @@ func (e *frontRX) hold(r netif.RxResponse, slot uint32) (reason telemetry.Reason
 	default:
 		s.off, s.n = r.Offset, uint16(r.Status)
 	}
-	p.seg[p.n] = s
-	p.n++
+	p.seg[p.dataSlots] = s
+	p.dataSlots++
 	p.total += uint32(s.n)
 	return reason
 }
@@ -301,16 +301,16 @@ func (e *frontRX) hold(r netif.RxResponse, slot uint32) (reason telemetry.Reason
 // pages again.
 func (e *frontRX) copyTo(f *Frame) {
 	f.csum = e.next.csum
-	if e.next.n == 1 && f.pieces <= 1 {
+	if e.next.dataSlots == 1 && f.pieces <= 1 {
 		s := e.next.seg[0]
-		copy(f.Bytes(), e.pages.Bytes(s.page)[s.off:s.off+s.n])
+		copy(f.Bytes(), e.shared.Bytes(s.page)[s.off:s.off+s.n])
 		e.post(s.page)
 	} else {
 		var srcs [maxRxSlots][]byte
-		for i, s := range e.next.seg[:e.next.n] {
-			srcs[i] = e.pages.Bytes(s.page)[s.off : s.off+s.n]
+		for i, s := range e.next.seg[:e.next.dataSlots] {
+			srcs[i] = e.shared.Bytes(s.page)[s.off : s.off+s.n]
 		}
-		f.CopyFrom(srcs[:e.next.n]...)
+		f.CopyFrom(srcs[:e.next.dataSlots]...)
 		e.repost()
 	}
 	e.count.Add(telemetry.CopiedBytes, uint64(e.next.total))
@@ -318,7 +318,7 @@ func (e *frontRX) copyTo(f *Frame) {
 
 // repost posts the pages of the next packet again.
 func (e *frontRX) repost() {
-	for _, s := range e.next.seg[:e.next.n] {
+	for _, s := range e.next.seg[:e.next.dataSlots] {
 		e.post(s.page)
 	}
 }
@@ -327,21 +327,21 @@ func (e *frontRX) repost() {
 // A packet with offloads is copied, since we parse its headers and the peer could still
 // write a lent page; so is one whose first piece is shorter than an Ethernet header.
 func (e *frontRX) mayLend() bool {
-	home := int(e.ring.Size()-e.ring.Free()) + e.pages.Free()
-	return home >= e.pages.Len()/2 && e.next.csum != ChecksumPartial && !e.next.extras.Has(netif.ExtraGSO) &&
+	home := int(e.ring.Size()-e.ring.Free()) + e.shared.Free()
+	return home >= e.shared.Len()/2 && e.next.csum != ChecksumPartial && !e.next.extras.Has(netif.ExtraGSO) &&
 		e.next.seg[0].n >= MinFrame
 }
 
 // lendTo makes f a frame in the shared pages themselves.
 func (e *frontRX) lendTo(f *Frame) {
 	p := &e.next
-	for i := 1; i < p.n; i++ {
-		e.pages.Link(p.seg[i-1].page, p.seg[i].page, p.seg[i].off, p.seg[i].n)
+	for i := 1; i < p.dataSlots; i++ {
+		e.shared.Link(p.seg[i-1].page, p.seg[i].page, p.seg[i].off, p.seg[i].n)
 	}
 	s := p.seg[0]
 	*f = Frame{
-		buf: e.pages.Buffer(s.page), total: p.total, csum: p.csum,
-		off: s.off, n: s.n, pieces: uint8(p.n),
+		buf: e.shared.Buffer(s.page), total: p.total, csum: p.csum,
+		off: s.off, n: s.n, pieces: uint8(p.dataSlots),
 	}
 	e.count.Add(telemetry.LentPackets, 1)
 }
@@ -350,12 +350,12 @@ func (e *frontRX) violation(reason string) error { return e.fail(e.ring.Consumed
 
 func (e *frontRX) release(frames []Frame) (err error) {
 	if !e.lend {
-		return releaseTo(e.pool, frames)
+		return releaseTo(e.private, frames)
 	}
 	for i := range frames { // some are lent pages, some copies
-		a := e.pool
-		if frames[i].buf.Of(e.pages) {
-			a = e.pages
+		a := e.private
+		if frames[i].buf.Of(e.shared) {
+			a = e.shared
 		}
 		if r := releaseTo(a, frames[i:i+1]); r != nil {
 			err = r
@@ -374,7 +374,7 @@ func (e *frontRX) arm() (bool, error) {
 
 func (e *frontRX) ready(int) bool {
 	n, err := e.ring.Poll()
-	return n > 0 || e.have || err != nil
+	return n > 0 || e.haveNext || err != nil
 }
 
 func (e *frontRX) consumed() uint32 { return e.ring.Consumed() }
@@ -389,20 +389,20 @@ func (e *frontRX) sample() {}
 // accounts for every response in the ring.
 func (e *frontRX) dropUndelivered() {
 	for {
-		if !e.have {
-			if e.have, _ = e.parse(); !e.have { // a violation no longer matters
+		if !e.haveNext {
+			if e.haveNext, _ = e.parse(); !e.haveNext { // a violation no longer matters
 				return
 			}
 		}
-		e.have = false
+		e.haveNext = false
 		e.repost()
 		e.count.Drop(telemetry.DropDisconnected, 1)
 	}
 }
 
 func (e *frontRX) drain() {
-	trapped(e.dropUndelivered) // the connection is over: a fault on the ring no longer matters
+	catchFault(e.dropUndelivered) // the connection is over: a fault on the ring no longer matters
 	for i := e.ring.Consumed(); i != e.ring.Next(); i++ {
-		e.pages.Put(e.pageAt[i%e.ring.Size()])
+		e.shared.Put(e.pageAt[i%e.ring.Size()])
 	}
 }

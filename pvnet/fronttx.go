@@ -12,19 +12,19 @@ import (
 // A frontTX sends on the tx ring. Its requests name pages that stay granted, read-only,
 // for the whole connection. The id of a request is the number of its buffer.
 type frontTX struct {
-	ring      *ring.Front[netif.TxRequest, netif.TxResponse]
-	bufs      *arena.Arena
-	refs      []hypercall.GrantRef // by buffer
-	scatter   bool                 // the peer takes frames of several slots
-	peerTakes offloads             // the offloads that the peer takes
-	state     []uint8              // by buffer, which is also the request id
-	extras    int                  // extra infos that have no response yet
+	ring           *ring.Front[netif.TxRequest, netif.TxResponse]
+	shared         *arena.Arena
+	refs           []hypercall.GrantRef // by buffer
+	scatter        bool                 // the peer takes frames of several slots
+	peerTakes      offloads             // the offloads that the peer takes
+	state          []uint8              // by buffer, which is also the request id
+	extrasInFlight int                  // extra infos that have no response yet
 
 	peerLink
 	stopwatch
 	shortage
-	last  uint32 // buffer of the last request that was put
-	timed uint32 // buffer of the request that is timed
+	lastFirst uint32 // buffer of the first request of the last frame
+	timed     uint32 // buffer of the request that is timed
 }
 
 // What the request of a buffer is.
@@ -35,14 +35,14 @@ const (
 )
 
 func (e *frontTX) alloc(frames []Frame, size int) (n int, err error) {
-	n = buildAll(e.bufs, size, frames)
+	n = buildAll(e.shared, size, frames)
 	if n == len(frames) {
 		return n, nil
 	}
 	if err = e.reap(); err != nil {
 		return n, err
 	}
-	n += buildAll(e.bufs, size, frames[n:])
+	n += buildAll(e.shared, size, frames[n:])
 	if n == 0 {
 		e.count.Add(telemetry.AllocFailed, 1)
 		e.noteShortage(space{bufs: buffersFor(size)})
@@ -60,9 +60,9 @@ func (e *frontTX) send(frames []Frame) (n int, err error) {
 	for n < len(frames) {
 		f := &frames[n]
 		if f.plain() && e.ring.Free() > 0 {
-			if i, ok := e.bufs.TakeOne(f.buf); ok {
-				t.plain(int(f.n), e.bufs.Bytes(i)[f.off:])
-				e.state[i], e.last = idFirst, i
+			if i, ok := e.shared.TakeOne(f.buf); ok {
+				t.plain(int(f.n), e.shared.Bytes(i)[f.off:])
+				e.state[i], e.lastFirst = idFirst, i
 				e.ring.Put(netif.TxRequest{Ref: e.refs[i], Offset: f.off, ID: uint16(i), Size: f.n, Flags: txFlags(f)})
 				n++
 				continue
@@ -74,10 +74,10 @@ func (e *frontTX) send(frames []Frame) (n int, err error) {
 		n++
 	}
 	if n > 0 && e.begin() {
-		e.timed = e.last
+		e.timed = e.lastFirst
 	}
 	e.notify(e.ring.Publish(), n)
-	t.count(e.ring.Size()-e.ring.Free(), e.bufs.Free())
+	t.count(e.ring.Size()-e.ring.Free(), e.shared.Free())
 	if err == ErrFull {
 		e.count.Add(telemetry.RingFull, 1)
 		e.noteShortage(e.spaceFor(&frames[n]))
@@ -88,8 +88,8 @@ func (e *frontTX) send(frames []Frame) (n int, err error) {
 // noteShortage tells the slow tick how far the peer's index must move before there is room for
 // n.
 func (e *frontTX) noteShortage(n space) {
-	missing := max(n.slots-int(e.ring.Free()), n.bufs-e.bufs.Free(), 0)
-	e.await(e.ring.Consumed() + min(uint32(missing), e.ring.InFlight()))
+	missing := max(n.slots-int(e.ring.Free()), n.bufs-e.shared.Free(), 0)
+	e.set(e.ring.Consumed() + min(uint32(missing), e.ring.InFlight()))
 }
 
 // put sends one frame and takes it over.
@@ -111,20 +111,20 @@ func (e *frontTX) put(f *Frame, t *tally) error {
 			return ErrFull
 		}
 	}
-	if e.mustCopy(f, slots) || fit == mustComplete && !f.buf.Exclusive() {
+	if e.mustCopy(f, slots) || fit == needChecksum && !f.buf.Exclusive() {
 		return e.putCopy(f, t)
 	}
-	if fit == mustComplete {
+	if fit == needChecksum {
 		f.completeChecksum()
 	}
-	i, err := e.bufs.Take(f.buf)
+	i, err := e.shared.Take(f.buf)
 	if err == arena.ErrShared {
 		return e.putCopy(f, t)
 	}
 	if err != nil {
 		return err
 	}
-	t.sent(f, int(need), e.bufs.Bytes(i)[f.off:f.off+f.n])
+	t.sent(f, int(need), e.shared.Bytes(i)[f.off:f.off+f.n])
 	e.putSlots(f, i, &extras)
 	return nil
 }
@@ -133,7 +133,7 @@ func (e *frontTX) put(f *Frame, t *tally) error {
 // extra infos, and a request for each further piece.
 func (e *frontTX) putSlots(f *Frame, i uint32, extras *netif.Extras) {
 	r := netif.TxRequest{Ref: e.refs[i], Offset: f.off, ID: uint16(i), Size: uint16(f.total), Flags: txFlags(f)}
-	e.last, e.state[i] = i, idFirst
+	e.lastFirst, e.state[i] = i, idFirst
 	left := f.total - uint32(f.n)
 	next, off, n, more := e.unlinkNext(i)
 	if left > 0 {
@@ -143,7 +143,7 @@ func (e *frontTX) putSlots(f *Frame, i uint32, extras *netif.Extras) {
 	for x := range extras.Len() {
 		e.ring.Put(extras.At(x).TxRequest())
 	}
-	e.extras += extras.Len()
+	e.extrasInFlight += extras.Len()
 	for more {
 		r = netif.TxRequest{Ref: e.refs[next], Offset: off, ID: uint16(next), Size: n}
 		e.state[next] = idMore
@@ -158,11 +158,11 @@ func (e *frontTX) putSlots(f *Frame, i uint32, extras *netif.Extras) {
 // unlinkNext unlinks the chain after buffer i and returns the next piece, if there is one. It
 // frees empty pieces, which Truncate leaves: they take no slot.
 func (e *frontTX) unlinkNext(i uint32) (next uint32, off, n uint16, ok bool) {
-	next, off, n, ok = e.bufs.Unlink(i)
+	next, off, n, ok = e.shared.Unlink(i)
 	for ok && n == 0 {
 		empty := next
-		next, off, n, ok = e.bufs.Unlink(empty)
-		e.bufs.Put(empty)
+		next, off, n, ok = e.shared.Unlink(empty)
+		e.shared.Put(empty)
 	}
 	return next, off, n, ok
 }
@@ -184,29 +184,29 @@ func txFlags(f *Frame) (flags netif.TxFlags) {
 // mustCopy reports whether f, which has that many slots, must be copied before it can be
 // sent.
 func (e *frontTX) mustCopy(f *Frame, slots uint32) bool {
-	return !f.buf.Of(e.bufs) || f.n < MinFrame || slots > 1 && !e.scatter
+	return !f.buf.Of(e.shared) || f.n < MinFrame || slots > 1 && !e.scatter
 }
 
 // putCopy sends a copy of a frame whose pages the peer has no grant for, or which another
 // holder may still read or write.
 func (e *frontTX) putCopy(f *Frame, t *tally) error {
 	var g Frame
-	if !build(e.bufs, int(f.total), &g) {
+	if !build(e.shared, int(f.total), &g) {
 		if err := e.reap(); err != nil {
 			return err
 		}
-		if !build(e.bufs, int(f.total), &g) {
+		if !build(e.shared, int(f.total), &g) {
 			return ErrFull
 		}
 	}
 	if e.ring.Free() < uint32(g.pieces)+f.extraSlots() { // the copy has headroom, so it may have one more piece than f
-		e.bufs.Release(g.buf)
+		e.shared.Release(g.buf)
 		return ErrFull
 	}
 	g.copyFrame(f)
 	e.count.Add(telemetry.CopiedBytes, uint64(f.total))
 	if err := e.put(&g, t); err != nil {
-		e.bufs.Release(g.buf)
+		e.shared.Release(g.buf)
 		return err
 	}
 	f.buf.Release()
@@ -222,10 +222,10 @@ func (e *frontTX) reap() error {
 	for ; n > 0; n-- {
 		r := e.ring.Take()
 		if r.Status == netif.Null {
-			if e.extras == 0 {
+			if e.extrasInFlight == 0 {
 				return e.violation("response to an extra that was not sent")
 			}
-			e.extras-- // the id of a response to an extra info is undefined
+			e.extrasInFlight-- // the id of a response to an extra info is undefined
 			continue
 		}
 		id := uint32(r.ID)
@@ -237,7 +237,7 @@ func (e *frontTX) reap() error {
 			e.count.Drop(telemetry.DropBackendError, 1)
 		}
 		e.state[id] = idFree
-		e.bufs.PutOne(id)
+		e.shared.PutOne(id)
 	}
 	if e.runs {
 		e.look(e.count, e.state[e.timed] == idFree)
@@ -271,12 +271,12 @@ func (e *frontTX) spaceFor(f *Frame) space {
 }
 
 func (e *frontTX) hasSpace(n space) (bool, error) {
-	if int(e.ring.Free()) < n.slots || e.bufs.Free() < n.bufs {
+	if int(e.ring.Free()) < n.slots || e.shared.Free() < n.bufs {
 		if err := e.reap(); err != nil {
 			return false, err
 		}
 	}
-	if int(e.ring.Free()) >= n.slots && e.bufs.Free() >= n.bufs {
+	if int(e.ring.Free()) >= n.slots && e.shared.Free() >= n.bufs {
 		return true, nil
 	}
 	e.noteShortage(n)
@@ -287,14 +287,14 @@ func (e *frontTX) peerOffloads() offloads  { return e.peerTakes }
 func (e *frontTX) freeSlots() (int, error) { return int(e.ring.Free()), nil }
 
 func (e *frontTX) starved(n space) error {
-	if e.ring.InFlight() == 0 && e.bufs.Free() < n.bufs {
+	if e.ring.InFlight() == 0 && e.shared.Free() < n.bufs {
 		return ErrNoBuffers
 	}
 	return nil
 }
 
 func (e *frontTX) arm(n space) (bool, error) {
-	slots, bufs := n.slots-int(e.ring.Free()), n.bufs-e.bufs.Free()
+	slots, bufs := n.slots-int(e.ring.Free()), n.bufs-e.shared.Free()
 	if slots <= 0 && bufs <= 0 {
 		return true, nil
 	}
@@ -324,14 +324,14 @@ func (e *frontTX) settle() error {
 	err := e.reap()
 	if e.ring.Consumed() != before {
 		e.count.Set(telemetry.RingUsed, uint64(e.ring.Size()-e.ring.Free()))
-		e.count.Set(telemetry.BuffersFree, uint64(e.bufs.Free()))
+		e.count.Set(telemetry.BuffersFree, uint64(e.shared.Free()))
 	}
 	return err
 }
 
-func (e *frontTX) progressed() bool { return e.ring.Answered() }
+func (e *frontTX) givesEarly() bool { return e.ring.Answered() }
 
-func (e *frontTX) progress() (index, goal, tries uint32) {
+func (e *frontTX) peerProgress() (index, goal, tries uint32) {
 	return e.ring.Peer(), e.goal.Load(), e.tries.Load()
 }
 
@@ -343,7 +343,7 @@ func (e *frontTX) ready(int) bool {
 func (e *frontTX) overdue() bool { return e.ring.Overdue() }
 
 func (e *frontTX) drain() {
-	trapped(func() { e.reap() }) // the connection is over: neither a violation nor a fault on the ring matters
+	catchFault(func() { e.reap() }) // the connection is over: neither a violation nor a fault on the ring matters
 	for id, s := range e.state {
 		if s == idFree {
 			continue
@@ -352,7 +352,7 @@ func (e *frontTX) drain() {
 			e.count.Drop(telemetry.DropDisconnected, 1)
 		}
 		e.state[id] = idFree
-		e.bufs.Put(uint32(id))
+		e.shared.Put(uint32(id))
 	}
-	e.extras = 0
+	e.extrasInFlight = 0
 }

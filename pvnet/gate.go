@@ -20,7 +20,7 @@ const (
 	gateBusy
 	gateClosing // busy, and the caller has been asked to leave
 	gateShut
-	gateReading // a reader publishes the counters, for less than a microsecond
+	gateBorrowed // the slow tick or Stats is inside, briefly: callers spin
 )
 
 func (g *gate) init() {
@@ -38,8 +38,8 @@ func (g *gate) leave() {
 	}
 }
 
-// abandon is leave for a caller that does not know whether it was inside, when no other
-// caller could be.
+// abandon leaves the gate if the caller is inside, for a caller that cannot know. No other
+// caller may be using the half.
 func (g *gate) abandon() {
 	if s := g.state.Load(); s == gateBusy || s == gateClosing {
 		g.leave()

@@ -1,9 +1,7 @@
 package pvnet
 
 import (
-	"errors"
 	"net"
-	"os"
 	"runtime"
 	"sync"
 	"sync/atomic"
@@ -11,8 +9,6 @@ import (
 
 	"barevif/telemetry"
 )
-
-var errTimeout error = os.ErrDeadlineExceeded
 
 // A half is one direction of one queue, without its ring: it lives as long as the Device,
 // while rings come and go with connections.
@@ -28,9 +24,9 @@ type half struct {
 	mu          sync.Mutex                // serialises the Device's own calls
 	count       *telemetry.Block          // written by the caller inside the gate
 	unpublished int                       // frames counted since the last publish; inside the gate
-	hadWork     bool                      // a frame or a slot moved since the last rest; inside the gate
+	hadWork     bool                      // a frame or a slot moved since the last park; inside the gate
 	waitSeq     atomic.Uint32             // number of the wait: odd while the owner waits, and never the same twice
-	rescued     atomic.Uint32             // number of the wait that the watchdog ended
+	rescued     atomic.Uint32             // number of the wait that lifecycle.rescue ended
 	requests    atomic.Uint32             // what the slow tick asks the caller inside the gate to do: requestHeal, ...
 	counterUser atomic.Uint32             // who may use the counters while the owner waits: lentToTick, ...
 	spin        spinner                   // of the connection; inside the gate
@@ -51,13 +47,13 @@ func (h *half) enter() error {
 		switch h.gate.state.Load() {
 		case gateBusy, gateClosing:
 			return ErrBusy
-		case gateReading: // lasts less than a microsecond
+		case gateBorrowed: // briefly
 		default:
 			if err := h.dev.linkErrorOf(h); err != nil {
 				return err
 			}
 		}
-		runtime.Gosched() // the link is coming up
+		runtime.Gosched() // the gate has opened meanwhile, or is borrowed
 	}
 	return nil
 }
@@ -65,7 +61,7 @@ func (h *half) enter() error {
 // flush publishes the counters if no caller is inside the gate. A caller that comes
 // meanwhile spins instead of getting ErrBusy.
 func (h *half) flush() {
-	if h.gate.state.CompareAndSwap(gateOpen, gateReading) {
+	if h.gate.state.CompareAndSwap(gateOpen, gateBorrowed) {
 		h.count.Flush()
 		h.gate.state.Store(gateOpen)
 	}
@@ -119,7 +115,7 @@ const (
 // request does what due says at once if no caller is inside the gate, or if the caller
 // inside waits. Otherwise the caller inside does it. It wakes nobody.
 func (h *half) request(due uint32) {
-	if h.gate.state.CompareAndSwap(gateOpen, gateReading) {
+	if h.gate.state.CompareAndSwap(gateOpen, gateBorrowed) {
 		h.serve(due)
 		h.gate.state.Store(gateOpen)
 		return
@@ -165,9 +161,6 @@ func (h *half) interrupt() {
 	}
 	h.dev.notifyWaiters()
 }
-
-// errInterrupted is the error of a receive that interrupt ended.
-var errInterrupted = errors.New("pvnet: interrupted")
 
 // expired reports whether the deadline has passed. It reads the clock only if
 // there is one.
@@ -268,3 +261,11 @@ func (h *half) withCounters(f func(*telemetry.Block)) error {
 	h.gate.leave()
 	return nil
 }
+
+// direction tells the two halves of a queue apart.
+type direction uint8
+
+const (
+	receive direction = iota
+	transmit
+)

@@ -23,8 +23,8 @@ const (
 	retryMost    = 30 * time.Second
 )
 
-// A role is the part of a lifecycle in which frontend and backend differ.
-type role interface {
+// A end is the part of a lifecycle in which frontend and backend differ.
+type end interface {
 	// prepare publishes the features (backend).
 	prepare(ctx context.Context, xd *xenbus.Device) error
 
@@ -41,18 +41,19 @@ type role interface {
 	ended(ctx context.Context, xd *xenbus.Device, replaced bool)
 }
 
-// A lifecycle is the one goroutine that moves a device through its states. Only it writes our
-// xenbus state and touches what connections hold. Halves see the connection through the
-// link word and their gates, and report violations through a channel.
+// A lifecycle is the one goroutine that moves a device through its states. Only it writes
+// our xenbus state, and makes and frees connections; the slow tick does one tick's work in
+// its place while it sleeps. Halves see the connection through Device.link and their gates,
+// and report violations through a channel.
 type lifecycle struct {
 	d       *Device
 	tickDue atomic.Bool // the slow tick asks the goroutine to do its work of this tick
 
 	// mu is held by the goroutine except while it waits, so that the slow tick can do the
-	// tick's work in its place. It guards all fields below.
-	mu   sync.Mutex
-	xd   *xenbus.Device
-	role role
+	// tick's work in its place. It guards the fields below.
+	mu  sync.Mutex
+	xd  *xenbus.Device
+	end end
 
 	stopping       context.Context // ends when the device is to end
 	storeCtx       context.Context // context of every xenstore operation; ends endTimeout after the device is to end
@@ -60,7 +61,7 @@ type lifecycle struct {
 	deadlineOnce   sync.Once
 	endBy          time.Time // when storeCtx ends at the latest; set by limitEnd
 	conn           *conn
-	attached       uint32 // generation of conn, 0: none
+	connGeneration uint32 // generation of conn, 0: none
 	running        bool   // the gates are open
 	peerSeen       bool   // the peer has had its ends of all event channels at some time since resume
 	peerLost       bool   // the peer has lost them since, but xenstore does not show it
@@ -71,16 +72,16 @@ type lifecycle struct {
 	cause   error     // why the device ends; nil: it does not
 	forceAt time.Time // when to end without waiting for the peer any longer; set by beginEnd
 
-	failedOn    *xenbus.Change // the change on which the last step failed
-	retryAt     time.Time
-	pause       time.Duration
-	pace        pace
-	repairs     pace         // of repairs of our state after others wrote it
-	generation  uint32       // generation of the directory that pace is for; 0: none yet
-	ticks       int          // slow ticks since the link came up
-	state       xenbus.State // last written, for the event log
-	firstResult chan error   // gets the result of the first connect, once; then nil
-	published   string       // the reason, as in xenstore, why there is no connection
+	failedOn        *xenbus.Change // the change on which the last step failed
+	retryAt         time.Time
+	pause           time.Duration
+	pace            pace
+	repairPace      pace         // of repairs of our state after others wrote it
+	generation      uint32       // generation of the directory that pace is for; 0: none yet
+	ticks           int          // slow ticks since the link came up
+	state           xenbus.State // last written, for the event log
+	firstResult     chan error   // gets the result of the first connect, once; then nil
+	publishedReason string       // the reason, as in xenstore, why there is no connection
 
 	suspects  []suspect        // halves that may have missed an event
 	recheckAt <-chan time.Time // when to look at the suspects again
@@ -101,7 +102,7 @@ func (l *lifecycle) run(stop context.Context) {
 	})
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	defer l.register()()
+	defer l.startTicks()()
 	for l.cause != ErrHandover && !l.step() {
 		var again <-chan time.Time
 		if at := l.retryTime(); !at.IsZero() {
@@ -144,12 +145,12 @@ func (l *lifecycle) run(stop context.Context) {
 	l.detach()
 	l.d.logs.CatchUp(true)
 	ctx, cancel := l.storeContext()
-	l.role.ended(ctx, l.xd, l.dirReplaced())
+	l.end.ended(ctx, l.xd, l.dirReplaced())
 	cancel()
 	if l.cause == nil {
 		l.cause = ErrDisconnected
 	}
-	d.ended(l.cause)
+	d.finishWith(l.cause)
 	l.reportFirst(l.cause)
 }
 
@@ -209,7 +210,7 @@ func (l *lifecycle) peerViolated(v *PeerError) {
 	if l.cause != nil {
 		return
 	}
-	l.d.set.Record(telemetry.EventViolation, telemetry.NoQueue, uint64(v.Slot), 0)
+	l.d.counters.Record(telemetry.EventViolation, telemetry.NoQueue, uint64(v.Slot), 0)
 	l.d.log.Error("the peer broke the protocol; the device is closed",
 		"vif", l.d.id, "peer", l.d.Peer(), "ring", v.Ring, "slot", v.Slot, "reason", v.Reason)
 	l.beginEnd(v)
@@ -224,14 +225,15 @@ func (l *lifecycle) retryTime() time.Time {
 	if l.failedOn != nil && (at.IsZero() || l.retryAt.Before(at)) {
 		at = l.retryAt
 	}
-	if t := l.repairs.until; !t.IsZero() && (at.IsZero() || t.Before(at)) {
+	if t := l.repairPace.until; !t.IsZero() && (at.IsZero() || t.Before(at)) {
 		at = t
 	}
 	return at
 }
 
 // onHold reports whether nothing may be done now: a failed step is not tried again so soon,
-// or the peer changes its state too fast. A peer cannot delay what the toolstack does,
+// or the peer changes its state too fast. Without a directory there is nothing to try
+// again, only to let go. A peer cannot delay what the toolstack does,
 // nor the end of the device.
 func (l *lifecycle) onHold(ch xenbus.Change) bool {
 	if l.cause != nil {
@@ -241,15 +243,15 @@ func (l *lifecycle) onHold(ch xenbus.Change) bool {
 	if !now.Before(l.pace.until) {
 		l.pace.until = time.Time{}
 	}
-	if !now.Before(l.repairs.until) {
-		l.repairs.until = time.Time{}
+	if !now.Before(l.repairPace.until) {
+		l.repairPace.until = time.Time{}
 	}
 	if l.failedOn != nil && !now.Before(l.retryAt) {
 		l.failedOn = nil
 	}
 	paced := !l.pace.until.IsZero() && ch.Online && !ch.Gone && !ch.Lost
 	ch.PeerWrites = 0
-	return l.failedOn != nil && *l.failedOn == ch || paced
+	return l.failedOn != nil && *l.failedOn == ch && !ch.Gone || paced
 }
 
 // dirReplaced reports whether the directory is no longer the one that this backend served.
@@ -287,7 +289,7 @@ func (l *lifecycle) step() bool {
 			return true
 		}
 		s := xenbus.Next(l.d.role, xenbus.Facts{
-			Change: ch, Attached: l.attached, Leaving: l.cause != nil,
+			Change: ch, Attached: l.connGeneration, Leaving: l.cause != nil,
 			Adopt: l.cause == nil,
 		})
 		next := proceed
@@ -321,10 +323,10 @@ func (l *lifecycle) do(s xenbus.Step, ch xenbus.Change) outcome {
 		l.detach()
 		then = proceed
 	case xenbus.Prepare:
-		if !l.attempt("publish features", l.role.prepare) {
+		if !l.attempt("publish features", l.end.prepare) {
 			return awaitNews
 		}
-		l.published = "" // prepare removed the reason
+		l.publishedReason = "" // prepare removed the reason
 		then = proceed
 	case xenbus.Connect:
 		if !l.connect(ch) {
@@ -373,15 +375,15 @@ func dom(xd *xenbus.Device) hypercall.DomID {
 }
 
 // start starts the lifecycle goroutine. after runs at the very end of the device.
-func (d *Device) start(xd *xenbus.Device, r role, first chan error, after func()) {
+func (d *Device) start(xd *xenbus.Device, r end, first chan error, after func()) {
 	ctx, stop := context.WithCancelCause(context.Background())
 	d.stop = stop
 	d.openMirror(dom(xd))
-	l := &lifecycle{d: d, xd: xd, role: r, firstResult: first}
+	l := &lifecycle{d: d, xd: xd, end: r, firstResult: first}
 	l.storeCtx, l.abandonStore = context.WithCancel(context.Background())
 	d.finish = func() {
 		stop(nil)
-		d.set.Close()
+		d.counters.Close()
 		ctx, cancel := l.storeContext()
 		xd.Close(ctx)
 		cancel()

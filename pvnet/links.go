@@ -10,7 +10,7 @@ import (
 // A LinkEvent says that the link came up or went down.
 type LinkEvent struct {
 	Up     bool
-	Reason string // why the link is down: "the backend closed", "Disconnect", ...
+	Reason string // why the link is down: "the other end is Closing", or the error that ended the device
 	MAC    MAC    // of the connection, or of the last one; zero before the first
 	MTU    int    // in bytes, as [Device.MTU]; of the same connection as MAC
 }
@@ -74,7 +74,7 @@ func (d *Device) endError() error {
 	return d.linkError()
 }
 
-// linkErrorOf is state for one half: the link of a queue that the connection does not have is
+// linkErrorOf is linkError for one half: the link of a queue that the connection does not have is
 // down.
 func (d *Device) linkErrorOf(h *half) error {
 	err := d.linkError()

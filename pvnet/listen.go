@@ -8,14 +8,15 @@ import (
 	"time"
 )
 
-// Listen calls fn with every frame that arrives, until Disconnect, when it
-// returns nil, or until ctx ends, when it returns the cause of ctx. It blocks. fn runs
-// concurrently for different queues, in order within one; the frame is lent
-// until fn returns. Frames that arrive before Listen wait in the ring, and so do
+// Listen calls fn with every frame that arrives, until Disconnect, when it returns nil, or
+// until ctx ends, when it returns the cause of ctx. It blocks. fn runs concurrently for
+// different queues, and in order within one. The frame is lent until fn returns, or for
+// longer with [Frame.Retain]. Frames that arrive before Listen wait in the ring, and so do
 // frames for which there is no buffer because fn retained them all.
 //
-// A second Listen, or one beside an owner of a receiving half, is [ErrOwned]; one
-// after Disconnect is [ErrDisconnected].
+// A second Listen, or one beside an owner of a receiving half, returns [ErrOwned]; one
+// after Disconnect returns [ErrDisconnected]. It returns os.ErrDeadlineExceeded at the read
+// deadline, and the [*PeerError] that ended the device.
 func (d *Device) Listen(ctx context.Context, fn func(Frame)) error {
 	return d.ListenBatch(ctx, func(frames []Frame) {
 		for i := range frames {
@@ -107,12 +108,12 @@ func (d *Device) violationError() error {
 func (rx *RX) listen(fn func([]Frame)) (err error) {
 	debug.SetPanicOnFault(true)
 	defer func() {
-		if v := faulted(recover()); v != nil {
+		if v := faultError(recover()); v != nil {
 			rx.gate.abandon()
 			err = rx.dev.callError(v)
 		}
 	}()
-	var frames [batch]Frame
+	var frames [callBatch]Frame
 	for {
 		n, err := rx.Receive(frames[:])
 		if err == ErrNoBuffers { // fn retains every buffer; new frames wait in the ring

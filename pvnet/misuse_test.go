@@ -95,7 +95,7 @@ func TestSizesThatNoFrameHas(t *testing.T) {
 		}
 	}
 	dom := struct{ hypercall.Domain }{p.fdom} // a domain that cannot block threads
-	for _, c := range []Config{{Queues: -1}, {Buffers: -1}, {Buffers: maxPieces - 1}, {LockedThreads: true}} {
+	for _, c := range []Config{{Queues: -1}, {Buffers: -1}, {Buffers: maxFrameBuffers - 1}, {LockedThreads: true}} {
 		if c.check(dom) == nil {
 			t.Errorf("%+v was accepted", c)
 		}
@@ -107,8 +107,8 @@ func TestAQueueThatWasNotOfferedIsDown(t *testing.T) {
 	p := join(t, emu.Config{}, plain, Config{})
 	d := p.front
 	rx, tx := new(RX), new(TX)
-	rx.init(d, 1, receive, d.set.RX(0))
-	tx.init(d, 1, transmit, d.set.TX(0))
+	rx.init(d, 1, receive, d.counters.RX(0))
+	tx.init(d, 1, transmit, d.counters.TX(0))
 	d.rx, d.tx = append(d.rx, rx), append(d.tx, tx)
 	if _, err := tx.Send(make([]Frame, 1)); err != ErrLinkDown {
 		t.Error(err)

@@ -6,7 +6,6 @@ import (
 
 	"barevif/hypercall"
 	"barevif/pvnet/netif"
-	"barevif/telemetry"
 	"barevif/xenbus/xenstore"
 )
 
@@ -21,25 +20,14 @@ func (d *Device) mtuOf(own xenstore.Values) int {
 	return int(mtu)
 }
 
-// values returns the queue's xenstore keys, with prefix before each.
-func (k queueKeys) values(prefix string) xenstore.Values {
-	number := func(n uint32) string { return strconv.FormatUint(uint64(n), 10) }
-	v := xenstore.Values{
-		prefix + netif.KeyTxRingRef: number(uint32(k.txRing)),
-		prefix + netif.KeyRxRingRef: number(uint32(k.rxRing)),
+// queuePrefix returns the directory of the xenstore keys of queue i of n. A single queue
+// has its keys beside the others.
+func queuePrefix(i, n int) string {
+	if n == 1 {
+		return ""
 	}
-	if k.txPort == k.rxPort {
-		v[prefix+netif.KeyEventChannel] = number(uint32(k.txPort))
-	} else {
-		v[prefix+netif.KeyEventChannelTx] = number(uint32(k.txPort))
-		v[prefix+netif.KeyEventChannelRx] = number(uint32(k.rxPort))
-	}
-	return v
+	return netif.KeyQueuePrefix + strconv.Itoa(i) + "/"
 }
-
-// queuePrefix returns the directory of queue i's xenstore keys, for a vif with several
-// queues.
-func queuePrefix(i int) string { return netif.KeyQueuePrefix + strconv.Itoa(i) + "/" }
 
 // parseQueues reads the keys of n queues. No grant may be two rings, and no event channel
 // of two queues.
@@ -47,11 +35,7 @@ func parseQueues(v xenstore.Values, n int) ([]queueKeys, error) {
 	keys := make([]queueKeys, n)
 	refs, ports := make(map[hypercall.GrantRef]bool), make(map[hypercall.PortID]int)
 	for i := range keys {
-		prefix := ""
-		if n > 1 {
-			prefix = queuePrefix(i)
-		}
-		k, err := parseKeys(v, prefix)
+		k, err := parseKeys(v, queuePrefix(i, n))
 		if err != nil {
 			return nil, err
 		}
@@ -96,6 +80,11 @@ func parseKeys(v xenstore.Values, prefix string) (k queueKeys, err error) {
 	return k, err
 }
 
+// offloadKeys are the keys with which an end says which offloads it takes.
+var offloadKeys = [...]string{netif.KeyFeatureNoCsumOffload, netif.KeyFeatureIPv6CsumOffload,
+
+	netif.KeyFeatureGSOTCPv4, netif.KeyFeatureGSOTCPv6}
+
 // offeredOffloads returns the offloads that the other end offers in its xenstore values. An
 // unreadable value counts as no offer. GSO frames have several slots and a partial
 // checksum, so GSO counts as offered only if the other end takes both, as in Linux's
@@ -131,43 +120,4 @@ func offloadValues(takes bool) xenstore.Values {
 		netif.KeyFeatureGSOTCPv4:        "1",
 		netif.KeyFeatureGSOTCPv6:        "1",
 	}
-}
-
-// queueKeys are the grefs and ports that the frontend publishes for one queue.
-type queueKeys struct {
-	txRing, rxRing hypercall.GrantRef
-	txPort, rxPort hypercall.PortID // equal: both directions share an event channel
-}
-
-// features are what both ends agreed on for a connection.
-type features struct {
-	queues    int
-	split     bool // an event channel for each direction
-	frontSG   bool // the frontend takes frames of several slots
-	backSG    bool // the backend takes frames of several slots
-	offload   bool // this end takes frames with offloads: Config.Offload
-	peerTakes offloads
-}
-
-// features returns the features as the counters show them.
-func (c *conn) features(lend, trusted bool) telemetry.Feature {
-	f := telemetry.FeatureRxCopy
-	for _, has := range []struct {
-		it  bool
-		bit telemetry.Feature
-	}{
-		{c.feat.frontSG && c.feat.backSG, telemetry.FeatureScatter},
-		{c.feat.split, telemetry.FeatureSplitEvents},
-		{lend, telemetry.FeatureLendRx},
-		{trusted, telemetry.FeatureTrusted},
-		{c.feat.peerTakes&takesCsum4 != 0, telemetry.FeatureCsum},
-		{c.feat.peerTakes&takesCsum6 != 0, telemetry.FeatureCsum6},
-		{c.feat.peerTakes&takesGSO4 != 0, telemetry.FeatureGSO4},
-		{c.feat.peerTakes&takesGSO6 != 0, telemetry.FeatureGSO6},
-	} {
-		if has.it {
-			f |= has.bit
-		}
-	}
-	return f
 }

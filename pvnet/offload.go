@@ -2,7 +2,6 @@ package pvnet
 
 import (
 	"encoding/binary"
-	"errors"
 
 	"barevif/pvnet/netif"
 	"barevif/pvnet/packet"
@@ -112,27 +111,27 @@ const (
 	takesGSO6
 )
 
-// A fit is what a frame needs before it can be sent to a peer.
-type fit uint8
+// A sendNeed is what a frame needs before it can be sent to a peer.
+type sendNeed uint8
 
 const (
-	fits         fit = iota
-	mustComplete     // the checksum must be completed
-	mustCut          // it must be cut
-	mismatched       // its headers do not match its offloads
+	needNothing    sendNeed = iota
+	needChecksum            // the checksum must be completed
+	needCut                 // it must be cut
+	needImpossible          // its headers do not match its offloads
 )
 
-// fit returns what f needs before it can be sent to a peer with these offers.
-func (o offloads) fit(f *Frame) fit {
+// needs returns what f needs before it can be sent to a peer with these offers.
+func (o offloads) needs(f *Frame) sendNeed {
 	if f.csum != ChecksumPartial && f.gso.Size == 0 {
-		return fits
+		return needNothing
 	}
 	h, _, ok := f.partial()
 	if !ok {
-		return mismatched
+		return needImpossible
 	}
 	if f.gso.Size != 0 && (f.csum != ChecksumPartial || h.Proto != packet.TCP || gsoType(&h) != f.gso.Type) {
-		return mismatched // the frame has been changed since SetGSO
+		return needImpossible // the frame has been changed since SetGSO
 	}
 	csum, gso := takesCsum4, takesGSO4
 	if h.Version == 6 {
@@ -146,33 +145,30 @@ func (o offloads) fit(f *Frame) fit {
 	}
 	switch {
 	case f.gso.Size != 0 && o&gso == 0:
-		return mustCut
+		return needCut
 	case f.gso.Size == 0 && o&csum == 0:
-		return mustComplete
+		return needChecksum
 	}
-	return fits
+	return needNothing
 }
 
 // admit returns what f needs before it can be sent, or the error of Send.
-func (o offloads) admit(f *Frame) (fit, error) {
+func (o offloads) admit(f *Frame) (sendNeed, error) {
 	if !f.buf.Valid() {
 		return 0, ErrStale
 	}
 	if f.total < MinFrame || f.total > MaxFrame || f.slots() == 0 {
 		return 0, ErrFrameSize
 	}
-	w := o.fit(f)
+	w := o.needs(f)
 	switch w {
-	case mustCut:
+	case needCut:
 		return w, errMustCut
-	case mismatched:
+	case needImpossible:
 		return w, ErrOffload
 	}
 	return w, nil
 }
-
-// errMustCut asks the caller of send to cut the frame.
-var errMustCut = errors.New("pvnet: the frame has to be cut")
 
 // extras returns the extra infos with which the frame is sent. This is the only place that
 // makes them.
@@ -189,11 +185,11 @@ func (f *Frame) extraSlots() uint32 {
 	return uint32(x.Len())
 }
 
-// arrived checks the offloads of a received frame, which is private by now, and takes over
+// takeOffloads checks the offloads of a received frame, which is private by now, and takes over
 // what its extra infos say. It is the only place that reads them. keep says
 // that this end offered to take them; otherwise arrived completes the checksum. It
 // returns 0, or why the frame must be dropped.
-func (f *Frame) arrived(x *netif.Extras, keep bool, count *telemetry.Block) telemetry.Reason {
+func (f *Frame) takeOffloads(x *netif.Extras, keep bool, count *telemetry.Block) telemetry.Reason {
 	g := x.Of(netif.ExtraGSO).GSO()
 	if g.Size == 0 {
 		if f.csum == ChecksumVerified {
@@ -255,7 +251,7 @@ func (f *Frame) completeChecksum() bool {
 	if !ok {
 		return false
 	}
-	var bufs [mostPieces][]byte
+	var bufs [maxPieces][]byte
 	if !p.Complete(f.gather(bufs[:0])) {
 		return false
 	}

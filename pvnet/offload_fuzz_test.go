@@ -23,8 +23,8 @@ func layout(seed uint64, total int) (off int, sizes []int) {
 		first = MinFrame + rng.IntN(200)
 	}
 	sizes = []int{first}
-	for left := total - first; left > 0 && len(sizes) < mostPieces; left -= sizes[len(sizes)-1] {
-		rest := mostPieces - len(sizes) - 1 // pieces after this one
+	for left := total - first; left > 0 && len(sizes) < maxPieces; left -= sizes[len(sizes)-1] {
+		rest := maxPieces - len(sizes) - 1 // pieces after this one
 		least := max(left-shm.PageSize*rest, 0)
 		n := least + rng.IntN(shm.PageSize+1-min(least, shm.PageSize))
 		sizes = append(sizes, min(n, shm.PageSize, left))
@@ -66,7 +66,7 @@ func FuzzArrived(f *testing.F) {
 		if len(in) < MinFrame || len(in) > MaxFrame {
 			return
 		}
-		a := arena.New(shm.Heap(mostPieces), shm.PageSize)
+		a := arena.New(shm.Heap(maxPieces), shm.PageSize)
 		off, sizes := layout(seed, len(in))
 		frame := chop(t, a, in, off, sizes...)
 		if frame.slots() == 0 || !bytes.Equal(bytesOf(&frame), in) {
@@ -82,7 +82,7 @@ func FuzzArrived(f *testing.F) {
 		if gso.Size != 0 && x.Len() == 0 {
 			return // an engine refuses this extra info
 		}
-		reason := frame.arrived(x, keep, count)
+		reason := frame.takeOffloads(x, keep, count)
 		if !slices.Contains([]telemetry.Reason{0, telemetry.DropBadCsum, telemetry.DropBadGSO}, reason) {
 			t.Fatalf("reason %v", reason)
 		}
@@ -124,20 +124,20 @@ func checkSendable(t *testing.T, f *Frame) {
 	t.Helper()
 	const all = takesCsum4 | takesCsum6 | takesGSO4 | takesGSO6
 	h, _ := f.Headers()
-	if w := all.fit(f); w != fits && (h.Tags == 0 && h.Extensions == 0 || w == mismatched) {
+	if w := all.needs(f); w != needNothing && (h.Tags == 0 && h.Extensions == 0 || w == needImpossible) {
 		t.Fatalf("what came does not fit who takes everything: %d", w)
 	}
-	switch w := offloads(0).fit(f); {
+	switch w := offloads(0).needs(f); {
 	case f.GSO() != GSO{}:
-		if w != mustCut {
+		if w != needCut {
 			t.Fatalf("%d, not to be cut", w)
 		}
 		checkCut(t, f)
 	case f.Checksum() == ChecksumPartial:
-		if w != mustComplete || !f.completeChecksum() {
+		if w != needChecksum || !f.completeChecksum() {
 			t.Fatalf("%d, not to be completed", w)
 		}
-	case w != fits:
+	case w != needNothing:
 		t.Fatalf("%d, for a whole frame", w)
 	}
 }
@@ -183,7 +183,7 @@ func FuzzSetGSO(f *testing.F) {
 		if len(in) < MinFrame || len(in) > MaxFrame {
 			return
 		}
-		a := arena.New(shm.Heap(mostPieces), shm.PageSize)
+		a := arena.New(shm.Heap(maxPieces), shm.PageSize)
 		off, sizes := layout(seed, len(in))
 		frame := chop(t, a, in, off, sizes...)
 		err := frame.SetGSO(GSO{GSOType(kind), size})
@@ -206,7 +206,7 @@ func FuzzSetGSO(f *testing.F) {
 		}
 		for o := range takesGSO6 << 1 {
 			var c cutting
-			if o.fit(&frame) == mustCut && c.start(&frame) && c.Left() > 1 {
+			if o.needs(&frame) == needCut && c.start(&frame) && c.Left() > 1 {
 				checkCut(t, &frame)
 				break // the pieces are the same for all peers
 			}
@@ -224,7 +224,7 @@ func FuzzCut(f *testing.F) {
 		s.behind = 0
 		s.size = max(int(size), 1)
 		s.payload = min(int(payload), MaxFrame-s.headers())
-		a := arena.New(shm.Heap(mostPieces), shm.PageSize)
+		a := arena.New(shm.Heap(maxPieces), shm.PageSize)
 		off, sizes := layout(where, s.headers()+s.payload)
 		sizes[0] = max(sizes[0], s.headers())
 		off = min(off, shm.PageSize-min(sizes[0], s.headers()+s.payload))

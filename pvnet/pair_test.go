@@ -77,8 +77,8 @@ func (p *pair) connect(t testing.TB, f features) {
 		}
 		bc.queues = append(bc.queues, bq)
 	}
-	p.front.connected(fc, p.bdom.ID(), xenbus.Connected)
-	p.back.connected(bc, p.fdom.ID(), xenbus.Connected)
+	p.front.bringUp(fc, p.bdom.ID(), xenbus.Connected)
+	p.back.bringUp(bc, p.fdom.ID(), xenbus.Connected)
 }
 
 func (p *pair) disconnect() {
@@ -91,7 +91,7 @@ func (p *pair) disconnect() {
 		p.conns[1-i] = nil
 	}
 	for _, d := range []*Device{p.back, p.front} {
-		d.ended(ErrDisconnected)
+		d.finishWith(ErrDisconnected)
 	}
 }
 

@@ -8,14 +8,6 @@ import (
 	"barevif/hypercall"
 )
 
-// direction tells the two halves of a queue apart.
-type direction uint8
-
-const (
-	receive direction = iota
-	transmit
-)
-
 // A parker is where a half waits. With an event channel per direction each half has its
 // own parker. With one channel for both directions they share one: the first half to wait
 // leads and waits for both. The end of its wait ends the other's too, since an event does
@@ -31,8 +23,8 @@ type parker struct {
 	woken     [2]bool // guarded by mu: by direction; the next wait returns at once
 	wakeSent  bool    // guarded by mu: wake was called, and no Wait has returned for it yet
 	fired     bool    // guarded by mu: an event ended the last Wait
-	reportDue [2]bool // guarded by mu: by direction; the half was woken, and has not called answer yet
-	useful    bool    // guarded by mu: one of the halves asked had work
+	reportDue [2]bool // guarded by mu: by direction; the half was woken, and has not called report yet
+	useful    bool    // guarded by mu: a half that was woken had work
 	worked    bool    // guarded by mu: the last complete verdict: the event before brought work
 
 	group   hypercall.Group // guarded by mu: the Group of the Poller that waits for w; nil: none
@@ -164,7 +156,7 @@ func markAll(members [2]*member) {
 
 // joinPoller makes m's Poller wait for the channel's events. If the other half waits here
 // outside of a Poller, the end of its wait marks m. net.ErrClosed if m was removed:
-// Remove sets out before it calls leavePoller.
+// Remove sets removed before it calls leavePoller.
 func (p *parker) joinPoller(m *member, worked bool) error {
 	d := m.h.dir
 	p.mu.Lock()
@@ -178,7 +170,7 @@ func (p *parker) joinPoller(m *member, worked bool) error {
 	}
 	g := m.p.group
 	if p.group == nil {
-		if err := g.Add(p.w, m.slot); err != nil {
+		if err := g.Add(p.w, m.tag); err != nil {
 			p.members[d] = nil
 			return err
 		}

@@ -12,7 +12,6 @@ import (
 	"time"
 
 	"barevif/hypercall"
-	"barevif/telemetry"
 )
 
 // A PollerConfig holds the options of a [Poller]. The zero PollerConfig suits most
@@ -65,12 +64,12 @@ type Poller struct {
 	news    []*member // guarded by mu; members that were added, removed or marked since the last takeNews
 
 	// Used by the owner only.
-	slots       []*member // members that the owner knows, by slot
+	byTag       []*member // members that the owner knows, by slot
 	polled      []*member // members that the owner looks at
 	result      []Ready   // the last result of Wait, the caller's until the next Wait
 	turns       uint      // how many turns found work
 	busy        bool      // the last turn found work
-	next        int       // index in list of the last look while nothing is ready
+	next        int       // index in polled of the last look while nothing is ready
 	interrupted bool      // mustLeave found a reason to end the looks, other than frames
 	tags        [64]int
 	spin        spinner
@@ -92,38 +91,6 @@ type Ready struct {
 	TX    *TX   // nil: it is a receiving half
 	Value any   // the value given to Add
 	Err   error // why it is no longer a member; nil: it is
-}
-
-// A Half is an [*RX] or a [*TX].
-type Half interface{ base() *half }
-
-func (h *half) base() *half { return h }
-
-// A member is a half in a Poller.
-type member struct {
-	p     *Poller
-	h     *half
-	rx    *RX // one of rx and tx is nil
-	tx    *TX
-	value any
-	slot  int
-
-	queued  bool        // guarded by p.mu: it is in p.news
-	removed atomic.Bool // it was removed
-	asleep  atomic.Bool // its event is armed, and the Poller does not look at it
-
-	// Used by the owner only.
-	known  bool
-	polled bool
-	slept  bool    // it slept, and has not been looked at since
-	event  bool    // an event ended its sleep
-	worked bool    // it had work since its last sleep
-	waits  bool    // of a sending half: it waits for need
-	empty  uint8   // consecutive turns without work
-	seq    uint32  // number of its sleep, as in half.parked
-	taken  uint32  // of a receiving half: the ring's index when it fell asleep
-	space  space   // of a sending half: what it lacks
-	park   *parker // the parker at which it last slept
 }
 
 // NewPoller makes a Poller for halves of devices of domain. [ErrUnimplemented] if the
@@ -186,9 +153,9 @@ func (p *Poller) addLocked(m *member) error {
 	if p.closed.Load() {
 		return net.ErrClosed
 	}
-	m.slot = slices.Index(p.members, nil)
-	if m.slot < 0 {
-		if m.slot = len(p.members); m.slot > hypercall.MaxTag {
+	m.tag = slices.Index(p.members, nil)
+	if m.tag < 0 {
+		if m.tag = len(p.members); m.tag > hypercall.MaxTag {
 			return fmt.Errorf("pvnet: a Poller has at most %d members", hypercall.MaxTag+1)
 		}
 		p.members = append(p.members, nil)
@@ -196,7 +163,7 @@ func (p *Poller) addLocked(m *member) error {
 	if !m.h.member.CompareAndSwap(nil, m) {
 		return ErrPolled
 	}
-	p.members[m.slot] = m
+	p.members[m.tag] = m
 	return nil
 }
 
@@ -212,34 +179,6 @@ func (p *Poller) Remove(half Half) {
 	m.removed.Store(true)
 	m.leave()
 	m.mark() // the owner may still have it in its list
-}
-
-// leave takes m out of its parker and ends its sleep. It does not free its slot.
-func (m *member) leave() {
-	if k := m.h.park.Load(); k != nil {
-		k.leavePoller(m)
-	}
-	m.wake()
-}
-
-// mark puts m among the news and wakes the owner.
-func (m *member) mark() {
-	p := m.p
-	p.mu.Lock()
-	if !m.queued {
-		m.queued = true
-		p.news = append(p.news, m)
-	}
-	p.hasNews.Store(true)
-	p.mu.Unlock()
-	p.group.Wake()
-}
-
-// markMember marks the member of h, if it is in a Poller.
-func (h *half) markMember() {
-	if m := h.member.Load(); m != nil {
-		m.mark()
-	}
 }
 
 // Wake makes the present or else the next Wait return, even if nothing is ready.
@@ -331,7 +270,7 @@ func (p *Poller) Wait() ([]Ready, error) {
 		if p.expired() {
 			return nil, os.ErrDeadlineExceeded
 		}
-		if p.found() {
+		if p.spinMembers() {
 			continue
 		}
 		if p.sleepAll() {
@@ -349,7 +288,7 @@ func (p *Poller) takeNews() {
 	p.hasNews.Store(false)
 	left := 0
 	for _, m := range p.news {
-		m.queued = false
+		m.inNews = false
 		if m.removed.Load() {
 			p.news[left] = m
 			left++
@@ -357,8 +296,8 @@ func (p *Poller) takeNews() {
 		}
 		if !m.known {
 			m.known = true
-			p.slots = slices.Grow(p.slots, len(p.members)-len(p.slots))[:len(p.members)]
-			p.slots[m.slot] = m
+			p.byTag = slices.Grow(p.byTag, len(p.members)-len(p.byTag))[:len(p.members)]
+			p.byTag[m.tag] = m
 			p.polled = slices.Grow(p.polled, len(p.members)-len(p.polled))
 			p.result = slices.Grow(p.result, len(p.members))
 		}
@@ -383,17 +322,17 @@ func (p *Poller) forget(m *member) {
 		m.polled = false
 		p.polled = slices.DeleteFunc(p.polled, func(l *member) bool { return l == m })
 	}
-	if m.known && p.slots[m.slot] == m {
-		p.slots[m.slot] = nil
+	if m.known && p.byTag[m.tag] == m {
+		p.byTag[m.tag] = nil
 	}
 	p.mu.Lock()
-	if p.members[m.slot] == m {
-		p.members[m.slot] = nil
+	if p.members[m.tag] == m {
+		p.members[m.tag] = nil
 	}
 	p.mu.Unlock()
 }
 
-// startPolling ends the sleep of m and puts it into the list.
+// startPolling ends the sleep of m and has the owner look at it.
 func (p *Poller) startPolling(m *member) {
 	if m.wake() {
 		m.slept = true
@@ -405,16 +344,7 @@ func (p *Poller) startPolling(m *member) {
 	}
 }
 
-// wake ends the sleep of m, and reports whether it slept.
-func (m *member) wake() bool {
-	if !m.asleep.CompareAndSwap(true, false) {
-		return false
-	}
-	m.h.waitSeq.Add(1)
-	return true
-}
-
-// turn looks at the members of the list from index from on, and reports those with work.
+// turn looks at the polled members from index from on, and reports those with work.
 func (p *Poller) turn(from int) {
 	kept := from
 	for _, m := range p.polled[from:] {
@@ -429,7 +359,7 @@ func (p *Poller) turn(from int) {
 	p.polled = p.polled[:kept]
 }
 
-// visit looks at m, reports it if it has work, and returns whether it stays in the list.
+// visit looks at m, reports it if it has work, and returns whether it stays polled.
 func (p *Poller) visit(m *member) bool {
 	if m.removed.Load() {
 		return false
@@ -443,7 +373,7 @@ func (p *Poller) visit(m *member) bool {
 	switch {
 	case err == ErrBusy: // another goroutine uses the half, which it must not
 		return true
-	case err == ErrLinkDown: // up marks m
+	case err == ErrLinkDown: // Device.bringUp marks m
 		return false
 	case err != nil:
 		p.removeWith(m, err)
@@ -478,95 +408,7 @@ func (p *Poller) removeWith(m *member, err error) {
 	}
 }
 
-// look reports whether m has work. It returns the errors of a call of its half.
-func (m *member) look() (ready bool, err error) {
-	h := m.h
-	if err = h.enter(); err != nil {
-		return false, err
-	}
-	if m.slept {
-		err = m.afterSleep()
-	}
-	if err == nil {
-		if m.rx != nil {
-			ready = m.rx.eng.ready(1)
-		} else if m.waits {
-			ready, err = m.tx.eng.hasSpace(m.space)
-		}
-	}
-	h.gate.leave()
-	return ready, h.dev.callError(err)
-}
-
-// afterSleep does the accounts of a sleep that ended. m is inside the gate.
-func (m *member) afterSleep() error {
-	h := m.h
-	m.slept = false
-	if m.event {
-		h.count.Add(telemetry.Events, 1)
-		if m.park.peerClosed() {
-			h.dev.wakeLifecycle()
-		}
-	}
-	h.serveRequests()
-	if h.rescued.CompareAndSwap(m.seq, 0) {
-		h.count.Add(telemetry.RescuedWakeups, 1)
-	}
-	if m.tx != nil {
-		return m.tx.eng.afterWait()
-	}
-	return nil
-}
-
-// sleep arms m's event and puts m to sleep. It reports false if m has work by now.
-func (m *member) sleep() (slept bool, err error) {
-	h := m.h
-	if err = h.enter(); err != nil {
-		return false, err
-	}
-	defer h.gate.leave()
-	if m.slept {
-		if err = m.afterSleep(); err != nil {
-			return false, h.dev.callError(err)
-		}
-	}
-	var more bool
-	var taken uint32
-	if m.rx != nil {
-		taken = m.rx.eng.consumed()
-		if more = m.rx.eng.ready(1); !more {
-			more, err = m.rx.eng.arm()
-		}
-	} else {
-		if !m.waits || m.tx.eng.starved(m.space) != nil {
-			return true, nil // only a call of the owner can give it work
-		}
-		more, err = m.tx.eng.arm(m.space)
-	}
-	if more || err != nil {
-		return false, h.dev.callError(err)
-	}
-	worked := m.worked || m.park != h.park.Load() || taken != m.taken // dropped frames count as work
-	if m.event && !worked {
-		h.count.Add(telemetry.EventsSpurious, 1)
-	}
-	m.event, m.worked, m.taken, m.park = false, false, taken, h.park.Load()
-	h.unpublished, h.hadWork = 0, false
-	h.count.Add(telemetry.Parks, 1)
-	h.count.Flush()
-	m.seq = h.waitSeq.Add(1)
-	m.asleep.Store(true)
-	if err = m.park.joinPoller(m, worked); err != nil {
-		m.wake()
-		if m.removed.Load() {
-			return true, nil
-		}
-		return false, &UnknownError{"wait for the events of queue " + fmt.Sprint(h.queue), err}
-	}
-	return true, nil
-}
-
-// sleepAll puts the members of the list to sleep, and reports whether all sleep now.
+// sleepAll puts all polled members to sleep, and reports whether all sleep now.
 func (p *Poller) sleepAll() bool {
 	all := true
 	kept := 0
@@ -617,7 +459,7 @@ func (p *Poller) waitError(err error) error {
 	return &UnknownError{"wait for events", err} // the domain itself is gone, or its driver
 }
 
-// events puts the members whose events have come into the list, without waiting, and
+// events starts to poll the members whose events have come, without waiting, and
 // returns how many events there were.
 func (p *Poller) events() (int, error) {
 	n, err := p.group.Poll(p.tags[:])
@@ -625,10 +467,10 @@ func (p *Poller) events() (int, error) {
 	return n, p.waitError(err)
 }
 
-// fired puts the members into the list that the first n tags stand for.
+// fired starts to poll the members that the first n tags stand for.
 func (p *Poller) fired(n int) {
 	for _, tag := range p.tags[:n] {
-		m := p.slots[tag]
+		m := p.byTag[tag]
 		if m == nil || m.park == nil {
 			continue // it has left
 		}
@@ -646,9 +488,9 @@ func (p *Poller) fired(n int) {
 	}
 }
 
-// found looks at the members of the list for as long as the mode says, and reports
+// spinMembers looks at the polled members for as long as the mode says, and reports
 // whether there is something to do.
-func (p *Poller) found() bool {
+func (p *Poller) spinMembers() bool {
 	if p.mode == Park {
 		return false
 	}
@@ -663,10 +505,10 @@ func (p *Poller) found() bool {
 	if p.spin.cost == 0 {
 		p.spin.calibrate(p.mode, p)
 	}
-	return p.spin.found(p, p, 1) || p.interrupted || p.mode == Busy
+	return p.spin.spin(p, p, 1) || p.interrupted || p.mode == Busy
 }
 
-// ready looks at one member of the list, the next each time, and reports whether it has
+// ready looks at one polled member, the next each time, and reports whether it has
 // work.
 func (p *Poller) ready(int) bool {
 	if p.next++; p.next >= len(p.polled) {
@@ -682,10 +524,4 @@ func (p *Poller) mustLeave() bool {
 	n, err := p.events()
 	p.interrupted = n > 0 || err != nil || p.hasNews.Load() || p.woken.Load() || p.closed.Load() || p.expired()
 	return p.interrupted
-}
-
-// waitFor stores what a sending half lacks, and lists it. The owner is inside the gate.
-func (m *member) waitFor(n space) {
-	m.waits, m.space = true, n
-	m.p.startPolling(m)
 }

@@ -577,7 +577,7 @@ func TestPollerReportsAnEndedDeviceOnce(t *testing.T) {
 		why := errors.New("it is over")
 		go func() {
 			q.pairs[1].back.quiesce(q.pairs[1].conns[1], "ends")
-			q.pairs[1].back.ended(why)
+			q.pairs[1].back.finishWith(why)
 		}()
 		var left []error
 		for left == nil {

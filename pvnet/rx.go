@@ -37,13 +37,15 @@ type receiver interface {
 // Receive waits for at least one frame, the deadline (os.ErrDeadlineExceeded) or
 // Disconnect ([ErrDisconnected]), and gives the caller frames[:n] until Release. While
 // the link is down it waits. It returns [ErrNoBuffers] at once if the caller holds every
-// buffer.
+// buffer, [ErrPolled] if the half is in a [Poller] and no frame is there, [ErrBusy] if
+// another goroutine is inside the half, and the [*PeerError] that ended the device.
 func (rx *RX) Receive(frames []Frame) (n int, err error) { return rx.receive(frames, false) }
 
 // ReceiveInto is Receive into frames that the caller holds, also of another device. It
 // overwrites them from where they begin, and sets length, checksum state and GSO. The
 // caller keeps them. If the next frame does not fit, it stays at the head of the queue:
-// [ErrShortFrame].
+// [ErrShortFrame]. It also returns the errors of Receive, [ErrStale], and [ErrShared] for a
+// frame with more than one holder.
 func (rx *RX) ReceiveInto(frames []Frame) (n int, err error) { return rx.receive(frames, true) }
 
 func (rx *RX) receive(frames []Frame, into bool) (int, error) {
@@ -71,7 +73,7 @@ func (rx *RX) receive(frames []Frame, into bool) (int, error) {
 			}
 			return n, rx.dev.callError(err)
 		}
-		more := rx.spin.found(&rx.half, rx.eng, 1)
+		more := rx.spin.spin(&rx.half, rx.eng, 1)
 		if !more {
 			more, err = rx.eng.arm()
 		}
@@ -79,7 +81,7 @@ func (rx *RX) receive(frames []Frame, into bool) (int, error) {
 		case err != nil:
 		case !more:
 			err = rx.parkUntilEvent()
-		case garbage && rx.expired(): // the peer sends only garbage, so rest is never reached
+		case garbage && rx.expired(): // the peer sends only garbage, so parkUntilEvent is never reached
 			err = errTimeout
 		}
 		rx.gate.leave()
@@ -111,8 +113,8 @@ func (rx *RX) poll(frames []Frame, into bool) (n int, err error) {
 	return n, err
 }
 
-// Release gives frames back to their device. It skips stale frames and returns [ErrStale]
-// in the end.
+// Release gives frames back to their device, also those of other devices, while the link
+// is down, and after the end. It skips stale frames and returns [ErrStale] in the end.
 func (rx *RX) Release(frames []Frame) (err error) {
 	if rx.enter() != nil {
 		return releaseAll(frames)

@@ -116,7 +116,7 @@ type server struct {
 	domain   hypercall.Domain
 	cfg      ServeConfig
 	accept   func(*Device)
-	serving  map[xenbus.BackendID]bool // a goroutine serves it, or has left it
+	serving  map[xenbus.BackendID]bool // its goroutine runs, or is among released
 
 	mu       sync.Mutex
 	released []xenbus.BackendID // guarded by mu: vifs that their goroutines have left
@@ -164,7 +164,7 @@ func (s *server) serveDir(ctx context.Context, id xenbus.BackendID) {
 	for pause := retryFirst; ctx.Err() == nil; pause = min(2*pause, retryMost) {
 		xd, err := s.claim(ctx, id)
 		if err == nil {
-			if b := s.serve(ctx, id, xd); !b.replaced {
+			if b := s.runDevice(ctx, id, xd); !b.replaced {
 				s.awaitRemoval(ctx, xd.Dir(), b.removed)
 			}
 			return
@@ -203,8 +203,8 @@ func (s *server) claim(ctx context.Context, id xenbus.BackendID) (*xenbus.Device
 	return xd, nil
 }
 
-// serve runs one device until it ends, and accept with it.
-func (s *server) serve(ctx context.Context, id xenbus.BackendID, xd *xenbus.Device) *back {
+// runDevice runs one device until it ends, and accept with it.
+func (s *server) runDevice(ctx context.Context, id xenbus.BackendID, xd *xenbus.Device) *back {
 	d := newDevice(id.ID, telemetry.Backend, s.domain, s.cfg.Config)
 	d.log = d.log.With("frontend", id.String())
 	b := &back{d: d, cfg: &s.cfg}
@@ -273,6 +273,6 @@ func sleep(ctx context.Context, d time.Duration) {
 	}
 }
 
-// claimTimeout is how long another backend of this domain may take to answer that it
-// lives. The challenge asks for nothing else.
+// claimTimeout is how long another backend of this domain has to answer the challenge of
+// its claim ([xenbus.Device.ClaimAs]).
 const claimTimeout = time.Second

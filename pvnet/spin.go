@@ -42,8 +42,8 @@ const (
 	// them counts, since traffic starts with pauses.
 	firstWaits = 4
 
-	// mostTrials bounds how much rarer trials become if the other way is far slower.
-	mostTrials = 1024
+	// maxRarity bounds how much rarer trials become if the other way is far slower.
+	maxRarity = 1024
 )
 
 // A long series of looks yields to other goroutines now and then, and checks whether the
@@ -102,25 +102,25 @@ func (s *spinner) calibrate(m WaitMode, e spinTarget) {
 	for range 8 { // the fastest of these was not interrupted
 		start := time.Now()
 		for range looks {
-			e.ready(maxPieces)
+			e.ready(maxFrameBuffers)
 		}
 		best = min(best, time.Since(start))
 	}
-	s.begin(best * 1024 / looks)
+	s.setCost(best * 1024 / looks)
 	if m == Busy {
 		s.most = -1
 	}
 }
 
-// begin makes s adaptive. cost is the time of 1024 looks.
-func (s *spinner) begin(cost time.Duration) {
+// setCost makes s adaptive. cost is the time of 1024 looks.
+func (s *spinner) setCost(cost time.Duration) {
 	cost = max(cost, 1) // a coarse clock may have measured 0
 	*s = spinner{most: int(lookTime * 1024 / cost), cost: cost, left: 1}
 }
 
-// found looks for a wait of h, for as long as the mode says, and reports whether e is
+// spin looks at e on behalf of h, for as long as the mode says, and reports whether e is
 // ready.
-func (s *spinner) found(h spinCaller, e spinTarget, need int) bool {
+func (s *spinner) spin(h spinCaller, e spinTarget, need int) bool {
 	switch {
 	case s.most == 0:
 		return false
@@ -186,7 +186,7 @@ func (s *spinner) ended(parked time.Duration) {
 		return
 	}
 	rarer := (s.typical[1-best] + 1) / (s.typical[best] + 1)
-	s.left = trialEvery * int(min(max(rarer, 1), mostTrials))
+	s.left = trialEvery * int(min(max(rarer, 1), maxRarity))
 }
 
 func (s *spinner) look(h spinCaller, e spinTarget, need, most int) (ready bool, looks int) {

@@ -21,7 +21,7 @@ const testLook = 10 * time.Nanosecond
 
 func adaptive() *spinner {
 	s := new(spinner)
-	s.begin(1024 * testLook)
+	s.setCost(1024 * testLook)
 	return s
 }
 
@@ -32,7 +32,7 @@ func wait(t *testing.T, s *spinner, looked, parked time.Duration) (found bool) {
 	h := &half{}
 	h.gate.state.Store(gateBusy)
 	r := &lateRing{after: int(looked / testLook)}
-	if s.found(h, r, 1) {
+	if s.spin(h, r, 1) {
 		return true
 	}
 	if r.looks > 0 {
@@ -89,7 +89,7 @@ func TestAdaptiveFollowsWhatChanges(t *testing.T) {
 		h := &half{}
 		h.gate.state.Store(gateBusy)
 		for range 1000 { // frames come rarely
-			if s.found(h, r, 1) {
+			if s.spin(h, r, 1) {
 				t.Fatal("found what was not there")
 			}
 			s.ended(900 * us)
@@ -150,7 +150,7 @@ func TestAdaptivePingPongGetsGoing(t *testing.T) {
 			if asleep {
 				took += wakeUp
 			}
-			asleep = !s.found(h, &lateRing{after: int(took / testLook)}, 1)
+			asleep = !s.spin(h, &lateRing{after: int(took / testLook)}, 1)
 			if asleep {
 				s.ended(took + wakeUp)
 				quick = 0
@@ -167,7 +167,7 @@ func TestAdaptivePingPongGetsGoing(t *testing.T) {
 func TestParkNeverLooks(t *testing.T) {
 	var s spinner
 	r := &lateRing{}
-	if s.found(&half{}, r, 1) || r.looks != 0 || s.measures() {
+	if s.spin(&half{}, r, 1) || r.looks != 0 || s.measures() {
 		t.Errorf("%d looks", r.looks)
 	}
 }
@@ -177,12 +177,12 @@ func TestBusyLooksUntilTheGateCloses(t *testing.T) {
 	h.gate.state.Store(gateBusy)
 	s := spinner{most: -1, cost: 1024 * testLook}
 	r := &lateRing{after: 3 * mostYield}
-	if !s.found(h, r, 1) {
+	if !s.spin(h, r, 1) {
 		t.Error("gave up")
 	}
 	h.gate.state.Store(gateClosing)
 	*r = lateRing{after: 1 << 30}
-	if s.found(h, r, 1) || r.looks > mostYield+1 {
+	if s.spin(h, r, 1) || r.looks > mostYield+1 {
 		t.Errorf("%d looks behind a gate that closes", r.looks)
 	}
 }
@@ -227,7 +227,7 @@ func TestYieldsTakeASmallShare(t *testing.T) {
 
 func TestALookOfNoTimeIsShort(t *testing.T) {
 	s := new(spinner)
-	s.begin(0) // a coarse clock measured 0
+	s.setCost(0) // a coarse clock measured 0
 	if s.most <= 0 || s.yieldEvery() != leastYield {
 		t.Errorf("%d looks, a yield every %d", s.most, s.yieldEvery())
 	}

@@ -15,7 +15,7 @@ type shortage struct {
 	tries atomic.Uint32 // how many calls found no room
 }
 
-func (s *shortage) await(goal uint32) {
+func (s *shortage) set(goal uint32) {
 	s.goal.Store(goal)
 	s.tries.Add(1)
 }
@@ -44,14 +44,14 @@ func (tx *TX) checkStall(eng sender, now time.Time) {
 	if s.eng != eng {
 		*s = stall{eng: eng}
 	}
-	index, goal, tries := eng.progress()
+	index, goal, tries := eng.peerProgress()
 	short := int32(goal - index)
 	waits := short > 0 && (tries != s.tries || tx.waitSeq.Load()%2 == 1)
 	moved := index != s.index
 	s.index, s.tries = index, tries
 	if moved {
 		if s.stalled {
-			tx.dev.set.Record(telemetry.EventStallOver, tx.queue, uint64(max(short, 0)), uint64(now.Sub(s.since)))
+			tx.dev.counters.Record(telemetry.EventStallOver, tx.queue, uint64(max(short, 0)), uint64(now.Sub(s.since)))
 		}
 		s.stalled, s.since = false, time.Time{}
 	}
@@ -63,7 +63,7 @@ func (tx *TX) checkStall(eng sender, now time.Time) {
 		s.since = now
 	case now.Sub(s.since) >= stallAfter:
 		s.stalled = true
-		tx.dev.set.Record(telemetry.EventStall, tx.queue, uint64(short), uint64(now.Sub(s.since)))
+		tx.dev.counters.Record(telemetry.EventStall, tx.queue, uint64(short), uint64(now.Sub(s.since)))
 		tx.request(requestStall)
 	}
 }

@@ -78,7 +78,7 @@ func (s *stalled) tick(begun, ended int) {
 		s.t.Fatalf("%d stalls counted, want %d", n, begun)
 	}
 	var b, e int
-	for _, ev := range s.dev.set.Events() {
+	for _, ev := range s.dev.counters.Events() {
 		switch ev.Kind {
 		case telemetry.EventStall:
 			b++
@@ -92,7 +92,7 @@ func (s *stalled) tick(begun, ended int) {
 }
 
 func (s *stalled) last() telemetry.Event {
-	ev := s.dev.set.Events()
+	ev := s.dev.counters.Events()
 	return ev[len(ev)-1]
 }
 
@@ -230,7 +230,9 @@ type scriptedProgress struct {
 	index, goal, tries uint32
 }
 
-func (s *scriptedProgress) progress() (index, goal, tries uint32) { return s.index, s.goal, s.tries }
+func (s *scriptedProgress) peerProgress() (index, goal, tries uint32) {
+	return s.index, s.goal, s.tries
+}
 
 // No stall: indices wrap, a goal behind the index needs no wait, and two ticks right
 // after each other are less than a second apart.
@@ -254,7 +256,7 @@ func TestWhatIsNoStall(t *testing.T) {
 			now = now.Add(c.pause)
 			eng.tries++
 			tx.checkStall(eng, now)
-			if n := len(d.set.Events()); n != c.stalls {
+			if n := len(d.counters.Events()); n != c.stalls {
 				t.Errorf("goal %d ahead of %#x for %v: %d stalls", int32(c.goal), index, c.pause, n)
 			}
 		}

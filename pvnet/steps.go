@@ -32,7 +32,7 @@ func (l *lifecycle) writeState(s xenbus.State) bool {
 		return false
 	}
 	l.d.lastError.Store(nil)
-	l.d.set.Record(telemetry.EventState, telemetry.NoQueue, uint64(l.state), uint64(s))
+	l.d.counters.Record(telemetry.EventState, telemetry.NoQueue, uint64(l.state), uint64(s))
 	l.state = s
 	l.d.setStatus(s, l.running)
 	return true
@@ -47,10 +47,10 @@ func (l *lifecycle) neverConnected() bool { return l.cause != nil && l.d.epoch.L
 // but the peer's own changes are not.
 func (l *lifecycle) restore(ch xenbus.Change) bool {
 	now := time.Now()
-	if now.Before(l.repairs.until) {
+	if now.Before(l.repairPace.until) {
 		return false
 	}
-	l.repairs.step(now)
+	l.repairPace.step(now)
 	l.d.log.Warn("the state of the vif was changed by another domain or an operator, and is put right",
 		"vif", l.d.id, "node", l.xd.Dir()+"/state", "found", ch.Overwritten, "written", ch.Own)
 	ctx, cancel := l.storeContext()
@@ -101,16 +101,13 @@ func (l *lifecycle) connect(ch xenbus.Change) bool {
 	c := new(conn)
 	err := l.attach(ctx, c)
 	if err == nil {
-		l.conn, l.attached, l.verifiedWrites, l.failedOn = c, ch.Generation, ch.PeerWrites, nil
+		l.conn, l.connGeneration, l.verifiedWrites, l.failedOn = c, ch.Generation, ch.PeerWrites, nil
 		l.d.lastError.Store(nil)
 		l.d.openMirror(dom(l.xd))
 		l.publishReason(nil)
 		return true
 	}
-	for _, q := range c.queues { // the arenas wait for the posted pages
-		q.tx.drain()
-		q.rx.drain()
-	}
+	drainAll(c.queues)
 	c.undo.run()
 	if l.stopping.Err() != nil {
 		return false // the device ends: the cause of stop says more
@@ -138,7 +135,7 @@ func (l *lifecycle) verify(ch xenbus.Change) bool {
 	l.countStep()
 	ctx, cancel := l.storeContext()
 	defer cancel()
-	same, err := l.role.unchanged(ctx, l.xd, l.conn)
+	same, err := l.end.unchanged(ctx, l.xd, l.conn)
 	if err != nil {
 		l.d.log.Warn("cannot read the other end's keys again", "vif", l.d.id, "err", err)
 		l.retryLater(ch)
@@ -160,10 +157,10 @@ func (l *lifecycle) publishReason(why error) {
 	if why != nil {
 		text = why.Error()
 	}
-	if text != "" && text == l.published {
+	if text != "" && text == l.publishedReason {
 		return
 	}
-	l.published = text
+	l.publishedReason = text
 	ctx, cancel := l.storeContext()
 	defer cancel()
 	if why != nil && l.d.role == xenbus.Backend { // Tell comes first: the quota may leave room for one node only
@@ -174,14 +171,14 @@ func (l *lifecycle) publishReason(why error) {
 
 func (l *lifecycle) attach(ctx context.Context, c *conn) (err error) {
 	defer func() {
-		if v := faulted(recover()); v != nil {
+		if v := faultError(recover()); v != nil {
 			err = v
 		}
 	}()
-	return l.role.attach(ctx, l.xd, c)
+	return l.end.attach(ctx, l.xd, c)
 }
 
-// retryLater makes the life try again when something changes, or after a pause that grows.
+// retryLater makes the lifecycle try again when something changes, or after a pause that grows.
 func (l *lifecycle) retryLater(ch xenbus.Change) {
 	l.pause = max(retryFirst, min(2*l.pause, retryMost))
 	ch.PeerWrites = 0 // the same state written again is no reason to try again
@@ -197,12 +194,12 @@ func (l *lifecycle) resume() {
 	l.running, l.failedOn, l.ticks = true, nil, 0
 	l.peerSeen = l.conn.peerPresent()
 	_, dom := l.xd.Peer()
-	if v := trapped(func() { l.d.connected(l.conn, dom, l.xd.Current().Own) }); v != nil {
+	if v := catchFault(func() { l.d.bringUp(l.conn, dom, l.xd.Current().Own) }); v != nil {
 		l.d.callError(v)
 		return
 	}
 	if n := l.d.epoch.Load(); n > 1 {
-		l.d.set.Record(telemetry.EventReconnect, telemetry.NoQueue, n, 0)
+		l.d.counters.Record(telemetry.EventReconnect, telemetry.NoQueue, n, 0)
 	}
 	l.d.log.Info("link up", "vif", l.d.id, "peer", dom, "queues", len(l.conn.queues), "memory", l.d.Budget().String())
 	l.reportFirst(nil)
@@ -247,12 +244,12 @@ func (l *lifecycle) peerEnded() bool {
 	return l.peerSeen
 }
 
-// detach suspends, and then frees what the connection holds.
+// detach quiesces, and then frees what the connection holds.
 func (l *lifecycle) detach() {
 	if l.conn == nil {
 		return
 	}
 	l.quiesce(l.xd.Current())
 	l.d.detach(l.conn)
-	l.conn, l.attached = nil, 0
+	l.conn, l.connGeneration = nil, 0
 }

@@ -21,7 +21,8 @@ type stopwatch struct {
 	missed time.Time // the last time read at which the response was missing
 }
 
-// sample asks for the timing of the next request, unless one is being timed.
+// sample asks for the timing of the next request. One that is being timed is finished
+// first.
 func (w *stopwatch) sample() { w.asked.Store(true) }
 
 // begin starts the watch if a sample is wanted.

@@ -9,18 +9,18 @@ import (
 	"barevif/telemetry"
 )
 
-// A clock is the slow tick of all devices of a domain: an idle process wakes up once a
+// A slowTicker is the slow tick of all devices of a domain: an idle process wakes up once a
 // second, however many devices it has. It does a device's work on its own goroutine
 // and lets the device's goroutine sleep.
-type clock struct {
+type slowTicker struct {
 	stop chan struct{}
 
-	mu    sync.Mutex
-	lives map[*lifecycle]struct{} // guarded by mu
+	mu      sync.Mutex
+	members map[*lifecycle]struct{} // guarded by mu
 }
 
-// register adds l to the clock of its domain. The function it returns removes l.
-func (l *lifecycle) register() (untick func()) {
+// startTicks adds l to the clock of its domain. The function it returns removes l.
+func (l *lifecycle) startTicks() (untick func()) {
 	var dom any = l.d.domain
 	if !reflect.ValueOf(dom).Comparable() {
 		dom = l // this device gets a clock of its own
@@ -29,26 +29,26 @@ func (l *lifecycle) register() (untick func()) {
 	defer global.mu.Unlock()
 	c := global.clocks[dom]
 	if c == nil {
-		c = &clock{stop: make(chan struct{}), lives: make(map[*lifecycle]struct{})}
+		c = &slowTicker{stop: make(chan struct{}), members: make(map[*lifecycle]struct{})}
 		global.clocks[dom] = c
 		go c.run()
 	}
 	c.mu.Lock()
-	c.lives[l] = struct{}{}
+	c.members[l] = struct{}{}
 	c.mu.Unlock()
 	return func() {
 		global.mu.Lock()
 		defer global.mu.Unlock()
 		c.mu.Lock()
 		defer c.mu.Unlock()
-		if delete(c.lives, l); len(c.lives) == 0 {
+		if delete(c.members, l); len(c.members) == 0 {
 			delete(global.clocks, dom)
 			close(c.stop)
 		}
 	}
 }
 
-func (c *clock) run() {
+func (c *slowTicker) run() {
 	debug.SetPanicOnFault(true) // the work of a tick reads shared rings
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
@@ -60,7 +60,7 @@ func (c *clock) run() {
 			return
 		}
 		c.mu.Lock()
-		for l := range c.lives {
+		for l := range c.members {
 			all = append(all, l)
 		}
 		c.mu.Unlock()
@@ -98,11 +98,11 @@ func (l *lifecycle) tickFor() {
 // unless it must do something itself.
 func (l *lifecycle) tick() {
 	defer func() {
-		if v := faulted(recover()); v != nil {
+		if v := faultError(recover()); v != nil {
 			l.d.callError(v)
 		}
 	}()
-	l.d.set.Tick()
+	l.d.counters.Tick()
 	l.d.logs.CatchUp(false)
 	l.suspects = nil
 	if !l.running {
@@ -122,7 +122,7 @@ func (l *lifecycle) tick() {
 				s.half.request(requestHeal)
 			}
 		}
-		if l.d.tx[i].waitSeq.Load()%2 == 1 && q.tx.progressed() {
+		if l.d.tx[i].waitSeq.Load()%2 == 1 && q.tx.givesEarly() {
 			q.txPark.wake() // the peer may never give as many responses as the half waits for
 		}
 		l.d.tx[i].checkStall(q.tx, time.Now())
@@ -135,7 +135,7 @@ func (l *lifecycle) tick() {
 
 // eventGrace is how long an event may be under way: the peer publishes first and then
 // notifies, and may be descheduled in between. A [hypercall.Waiter] delays the events of a
-// peer that sent several without work; the watchdog does not know of that, and may count
+// peer that sent several spurious ones; the slow tick does not know of that, and may count
 // such an event as lost.
 const eventGrace = 20 * time.Millisecond
 
@@ -150,7 +150,7 @@ type suspect struct {
 // rescue wakes the suspects that still wait. On a correct system there are none.
 func (l *lifecycle) rescue() {
 	defer func() {
-		if v := faulted(recover()); v != nil {
+		if v := faultError(recover()); v != nil {
 			l.d.callError(v)
 		}
 	}()
@@ -162,7 +162,7 @@ func (l *lifecycle) rescue() {
 			continue
 		}
 		s.half.rescued.Store(s.seq)
-		l.d.set.Record(telemetry.EventRescued, s.half.queue, 0, 0)
+		l.d.counters.Record(telemetry.EventRescued, s.half.queue, 0, 0)
 		s.park.wake()
 	}
 }

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"barevif/telemetry"
+	"barevif/xenbus"
 )
 
 // A pulse is a mirror that counts heartbeats, and can be written to.
@@ -36,7 +37,7 @@ func (p *pulse) Close() error                             { return nil }
 func TestAnIdleDeviceSleepsThroughTheTick(t *testing.T) {
 	mirror := newPulse()
 	virtually(t, plain, Config{Counters: mirror}, func(t *testing.T, p *pair) {
-		p.back.set.Open(mirror, telemetry.Info{})
+		p.back.counters.Open(mirror, telemetry.Info{})
 		_, rx := own(t, p.back)
 		rx.SetDeadline(time.Time{})
 		got := make(chan error, 1)
@@ -48,10 +49,10 @@ func TestAnIdleDeviceSleepsThroughTheTick(t *testing.T) {
 
 		before := runtime.NumGoroutine()
 		l := &lifecycle{d: p.back, conn: p.conns[1], running: true}
-		unticks := []func(){l.register()}
+		unticks := []func(){l.startTicks()}
 		for range 99 { // idle devices of the same domain
 			other := &lifecycle{d: newDevice("1", telemetry.Backend, p.bdom, Config{}), running: true, conn: new(conn)}
-			unticks = append(unticks, other.register())
+			unticks = append(unticks, other.startTicks())
 		}
 		if n := runtime.NumGoroutine() - before; n != 1 {
 			t.Errorf("%d goroutines tick for 100 devices", n)
@@ -93,7 +94,7 @@ func TestAnIdleDeviceSleepsThroughTheTick(t *testing.T) {
 func TestTheTickWakesADeviceThatIsNotIdle(t *testing.T) {
 	virtually(t, plain, Config{}, func(t *testing.T, p *pair) {
 		l := &lifecycle{d: p.back}
-		defer l.register()()
+		defer l.startTicks()()
 		for _, busy := range []bool{false, true} {
 			l.mu.Lock()
 			if l.running = busy; !busy {
@@ -175,4 +176,18 @@ func TestWhatIsDueDoesNotWaitForAnEvent(t *testing.T) {
 		rx.interrupt()
 		<-got
 	})
+}
+
+// A step that failed is not tried again before its pause is over, unless the directory has
+// gone: then only the rings and pages are to be given back.
+func TestAMissingDirectoryIsNotWaitedFor(t *testing.T) {
+	ch := xenbus.Change{Online: true}
+	l := &lifecycle{d: new(Device), failedOn: &ch, retryAt: time.Now().Add(time.Hour)}
+	if !l.onHold(ch) {
+		t.Error("a failed step is tried again at once")
+	}
+	ch.Gone = true
+	if l.onHold(ch) {
+		t.Error("the end waits for a pause")
+	}
 }

@@ -11,10 +11,10 @@ import (
 // call its methods at once, except SetDeadline.
 type TX struct {
 	half
-	eng     sender       // of the connection; written by the lifecycle goroutine while the gate is shut
-	stall   stall        // lifecycle goroutine and slow tick only
-	cutting cutting      // inside the gate
-	frames  [batch]Frame // the frames of Write; guarded by mu
+	eng     sender           // of the connection; written by the lifecycle goroutine while the gate is shut
+	stall   stall            // lifecycle goroutine and slow tick only
+	cutting cutting          // inside the gate
+	frames  [callBatch]Frame // the frames of Write; guarded by mu
 }
 
 // A sender moves frames into one connection's ring.
@@ -40,23 +40,26 @@ type sender interface {
 	// starved returns ErrNoBuffers if only the caller can free the buffers of n.
 	starved(n space) error
 
-	// arm asks the peer for an event when n is there, and reports whether it already is.
+	// arm asks the peer for an event when n is there, or later: a frontend waits for half
+	// of its requests. It reports whether n is there already.
 	arm(n space) (more bool, err error)
 
 	// afterWait is called after a wait; it may take responses, to time one.
 	afterWait() error
 
-	// progressed reports whether any slot came from the peer since arm. The watchdog calls
+	// givesEarly reports whether the wait for what arm asked for should end early: a
+	// frontend's once any response has come, since the peer may never give as many as the
+	// half waits for; a backend's once all slots asked for are there. The slow tick calls
 	// it while the owner waits.
-	progressed() bool
+	givesEarly() bool
 
 	// settle takes the responses that are in the ring and updates the ring's gauges. The
 	// slow tick calls it while no caller is inside the gate.
 	settle() error
 
-	// progress returns the peer's index, the index it must reach for the call that last
+	// peerProgress returns the peer's index, the index it must reach for the call that last
 	// found no room, and how many calls found no room. The slow tick calls it.
-	progress() (index, goal, tries uint32)
+	peerProgress() (index, goal, tries uint32)
 
 	engine
 }
@@ -111,8 +114,8 @@ func (tx *TX) AllocWait(frames []Frame, size int) (int, error) {
 
 // Send queues frames in order and takes over those it accepted, frames[:n]; the
 // caller keeps the rest. It never blocks: a short count comes with [ErrFull],
-// [ErrLinkDown], [ErrDisconnected], a [*PeerError], [ErrStale], [ErrFrameSize] or
-// [ErrOffload], the last three about frames[n].
+// [ErrLinkDown], [ErrDisconnected], a [*PeerError], [ErrBusy], [ErrStale], [ErrFrameSize]
+// or [ErrOffload], the last three about frames[n].
 //
 // A frame that this half allocated is sent without a copy. A frame from elsewhere, or
 // with another holder, is copied first. If the peer does not take partial checksums or
@@ -157,7 +160,7 @@ func (tx *TX) sendOrCut(frames []Frame) (n int, err error) {
 
 // spaceFor returns what it takes to send f, or its next piece if it has to be cut.
 func (tx *TX) spaceFor(f *Frame) space {
-	if tx.eng.peerOffloads().fit(f) == mustCut && tx.cutting.start(f) {
+	if tx.eng.peerOffloads().needs(f) == needCut && tx.cutting.start(f) {
 		bufs := buffersFor(tx.cutting.Len())
 		return space{slots: bufs, bufs: bufs}
 	}
@@ -167,7 +170,8 @@ func (tx *TX) spaceFor(f *Frame) space {
 // SendWait is Send, but it waits until it has taken every frame, the deadline passes
 // (os.ErrDeadlineExceeded), or the device is disconnected. While the link is down it
 // waits for the link. [ErrNoBuffers] if a frame must be copied or cut and the caller
-// holds the buffers for that.
+// holds the buffers for that. [ErrPolled] if the half is in a [Poller] and there is no
+// room.
 func (tx *TX) SendWait(frames []Frame) (n int, err error) {
 	for n < len(frames) {
 		if err := tx.enter(); err != nil {
@@ -198,7 +202,7 @@ func (tx *TX) wait(n space) error {
 	if err != nil {
 		return tx.leave(err)
 	}
-	more := tx.spin.found(&tx.half, tx.eng, n.slots)
+	more := tx.spin.spin(&tx.half, tx.eng, n.slots)
 	if !more {
 		more, err = tx.eng.arm(n)
 	}
@@ -218,7 +222,7 @@ func (tx *TX) wait(n space) error {
 // settle takes the responses of a half that no caller uses now. Without it, a ring whose
 // last requests are all answered would be shown as full. The slow tick calls it.
 func (tx *TX) settle(eng sender) error {
-	if !tx.gate.state.CompareAndSwap(gateOpen, gateReading) {
+	if !tx.gate.state.CompareAndSwap(gateOpen, gateBorrowed) {
 		return nil
 	}
 	defer tx.gate.state.Store(gateOpen)

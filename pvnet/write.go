@@ -6,10 +6,13 @@ import (
 )
 
 // Write sends a copy of one frame and returns its length. It waits for room, and while
-// the link is down, until the write deadline.
+// the link is down, until the write deadline. It returns [ErrFrameSize], [ErrOwned] if
+// every queue of the connection has an owner, [ErrNoBuffers] if only the caller can free
+// the pages it needs, os.ErrDeadlineExceeded, [ErrDisconnected] or a [*PeerError].
 func (d *Device) Write(frame []byte) (int, error) { return d.Writev(frame) }
 
-// Writev is Write of one frame whose bytes are in several slices.
+// Writev is Write of one frame whose bytes are in several slices. The first should hold
+// the headers: it alone decides which queue the frame takes.
 func (d *Device) Writev(bufs ...[]byte) (int, error) {
 	if err := d.endError(); err != nil { // before any other error
 		return 0, err
@@ -53,7 +56,7 @@ func (d *Device) WriteBatch(frames [][]byte) (n int, err error) {
 		}
 		at := d.queueFor(frames[n])
 		run := 1
-		for size <= shm.PageSize && run < min(len(frames)-n, batch) { // each fits one page, so they may differ in size
+		for size <= shm.PageSize && run < min(len(frames)-n, callBatch) { // each fits one page, so they may differ in size
 			next := frames[n+run]
 			if len(next) < MinFrame || len(next) > shm.PageSize || d.queueFor(next) != at {
 				break
@@ -74,8 +77,8 @@ func (d *Device) WriteBatch(frames [][]byte) (n int, err error) {
 	return n, nil
 }
 
-// batch is how many frames the Device's own calls move at once.
-const batch = 32
+// callBatch is how many frames the Device's own calls move at once.
+const callBatch = 32
 
 // write sends as many of frames as there are buffers for. No frame is longer than size
 // bytes. The caller holds mu.

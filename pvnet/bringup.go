@@ -8,9 +8,9 @@ import (
 	"barevif/xenbus"
 )
 
-// connected gives the halves the engines of connection c, opens the gates and announces the
+// bringUp gives the halves the engines of connection c, opens the gates and announces the
 // link.
-func (d *Device) connected(c *conn, peer hypercall.DomID, own xenbus.State) {
+func (d *Device) bringUp(c *conn, peer hypercall.DomID, own xenbus.State) {
 	for i, q := range c.queues {
 		tx, rx := d.tx[i], d.rx[i]
 		tx.eng, rx.eng = q.tx, q.rx
@@ -39,7 +39,7 @@ func (d *Device) connected(c *conn, peer hypercall.DomID, own xenbus.State) {
 }
 
 // quiesce shuts the gates and waits until callers have left. The connection keeps its
-// memory. If a caller does not leave in time, it is never freed, and down reports false.
+// memory. If a caller does not leave in time, its memory is never freed, and quiesce reports false.
 func (d *Device) quiesce(c *conn, reason string) (ok bool) {
 	d.announce(linkDown, LinkEvent{Reason: reason})
 	for i, q := range c.queues { // all callers are asked to leave before the wait for one
@@ -61,9 +61,8 @@ func (d *Device) quiesce(c *conn, reason string) (ok bool) {
 // detach frees what the connection holds. The gates are shut.
 func (d *Device) detach(c *conn) {
 	if c.undo != nil {
-		for i, q := range c.queues {
-			q.tx.drain()
-			q.rx.drain()
+		drainAll(c.queues)
+		for i := range c.queues {
 			d.tx[i].count.Flush()
 			d.rx[i].count.Flush()
 			d.tx[i].eng, d.rx[i].eng = nil, nil

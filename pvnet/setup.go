@@ -8,6 +8,7 @@ import (
 	"barevif/arena"
 	"barevif/arena/shm"
 	"barevif/hypercall"
+	"barevif/xenbus"
 )
 
 // An undo is a list of steps, each of which gives back one resource. It runs backwards,
@@ -43,6 +44,13 @@ type setup struct {
 	c           *conn
 
 	lockedThreads bool // Config.LockedThreads: waiters block a thread
+}
+
+func newSetup(d *Device, xd *xenbus.Device, c *conn) *setup {
+	return &setup{
+		dom: d.domain, peer: dom(xd), log: d.log, quarantined: &d.quarantined, c: c,
+		lockedThreads: d.cfg.LockedThreads,
+	}
 }
 
 func (m *setup) private(pages int) (*arena.Arena, error) {
