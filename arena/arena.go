@@ -129,8 +129,10 @@ func (a *Arena) touch(n int) {
 // Touched returns how many buffers have been touched. Any goroutine may call it.
 func (a *Arena) Touched() int { return int(a.touched.Load()) }
 
-// Len returns the number of buffers, Size the bytes of each.
-func (a *Arena) Len() int  { return len(a.desc) }
+// Len returns the number of buffers.
+func (a *Arena) Len() int { return len(a.desc) }
+
+// Size returns the bytes of each buffer.
 func (a *Arena) Size() int { return int(a.size) }
 
 // Get moves free buffers to dst and returns how many. A short count means that the arena

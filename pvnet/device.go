@@ -155,8 +155,6 @@ func (d *Device) identify(mac MAC, mtu int, trusted bool) {
 func (d *Device) Queues() int { return len(d.tx) }
 
 // Active returns how many queues the present or last connection has; 0 before the first.
-
-// Active returns how many queues the present or last connection has; 0 before the first.
 func (d *Device) Active() int { return int(d.active.Load()) }
 
 // Peer returns the domain of the other end.
