@@ -2,6 +2,7 @@ package hostile
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"os"
@@ -249,6 +250,14 @@ func TestT10Extras(t *testing.T) {
 			}
 			g.send(reqs, c.extras, c.want, c.reason, nil)
 			if c.want == fatal {
+				why := map[string]string{
+					"missing": "extra info is missing", "one of two missing": "extra info is missing",
+					"endless MORE": "endless extra info",
+				}[c.name]
+				_, err := g.dev.Write(pattern(60, 0))
+				if pe, ok := errors.AsType[*pvnet.PeerError](err); !ok || pe.Reason != cmp.Or(why, "malformed extra info") {
+					t.Errorf("ended with %v", err)
+				}
 				g = l.attackBackend()
 			}
 		})
