@@ -58,7 +58,7 @@ func (d *Device) quiesce(c *conn, reason string) (ok bool) {
 	return ok
 }
 
-// detach frees what the connection holds. The gates are shut.
+// detach frees the rings, pages and ports of the connection. The gates are shut.
 func (d *Device) detach(c *conn) {
 	if c.undo != nil {
 		drainAll(c.queues)

@@ -72,7 +72,7 @@ type queueKeys struct {
 	txPort, rxPort hypercall.PortID // equal: both directions share an event channel
 }
 
-// features are what both ends agreed on for a connection.
+// features are the protocol features that both ends agreed on for a connection.
 type features struct {
 	queues    int
 	split     bool // an event channel for each direction

@@ -1,9 +1,9 @@
 // Package domaintest checks that an implementation of hypercall.Domain grants,
 // maps, copies and notifies as Xen does.
 //
-// It uses only the interfaces of package hypercall, and demands only what every
-// implementation can do: where /dev/xen/gntdev refuses a whole batch, another implementation
-// may refuse the single operation by its status.
+// The suite uses only the interfaces of package hypercall. Where implementations may differ,
+// it accepts each: for a bad reference /dev/xen/gntdev refuses the whole batch of copies,
+// and another implementation may refuse one operation by its status.
 package domaintest
 
 import (

@@ -78,7 +78,7 @@ func onPV(t testing.TB, cfg Config) *Domain {
 	return d
 }
 
-// sysfs returns what the kernel says about its hypervisor.
+// sysfs returns the text of a file in /sys/hypervisor.
 func sysfs(t testing.TB, name string) string {
 	t.Helper()
 	b, err := os.ReadFile("/sys/hypervisor/" + name)

@@ -31,7 +31,8 @@ func delay(n uint8) time.Duration {
 	return min(minDelay<<min(n-Free-1, 10), maxDelay)
 }
 
-// A Port is what the package knows of an event channel. The caller's type embeds it.
+// A Port holds the spurious events of one event channel and the time at which the channel
+// is unmasked. The caller's port type embeds it.
 type Port struct {
 	Spurious uint8     // spurious events in a row
 	Due      time.Time // when it is unmasked, if it is late

@@ -1,7 +1,7 @@
 //go:build linux
 
-// Package xendevtest helps to test what uses the device nodes of Xen: on a real Xen, and
-// on machines made of plain files.
+// Package xendevtest has helpers for tests of code that opens the device nodes of Xen, on
+// a real Xen and on machines made of plain files.
 package xendevtest
 
 import (
