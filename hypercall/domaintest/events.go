@@ -44,14 +44,7 @@ func bindFiresWhoWaitsAlready(t *testing.T, p pair) {
 	if _, err := wb.Bind(p.front.ID(), a.ID()); err != nil {
 		t.Fatal(err)
 	}
-	select {
-	case err := <-done:
-		if err != nil {
-			t.Fatal(err)
-		}
-	case <-time.After(soon):
-		t.Fatal("Wait does not see the new port")
-	}
+	ends(t, done, nil, "Wait does not see the new port")
 }
 
 func onlyOnePeerBindsOnce(t *testing.T, p pair) {
@@ -122,14 +115,7 @@ func wakeFromBeforeWaitCounts(t *testing.T, p pair) {
 	done := make(chan error, 1)
 	go func() { done <- wb.Wait(time.Time{}, true) }()
 	wb.Wake()
-	select {
-	case err := <-done:
-		if err != nil {
-			t.Fatal(err)
-		}
-	case <-time.After(soon):
-		t.Fatal("Wake did not end Wait")
-	}
+	ends(t, done, nil, "Wake did not end Wait")
 }
 
 func waitKeepsItsDeadline(t *testing.T, p pair) {

@@ -267,14 +267,7 @@ func groupKeepsDeadlineAndWake(t *testing.T, p pair, onThread bool) {
 	}()
 	time.Sleep(5 * time.Millisecond)
 	g.Wake()
-	select {
-	case err := <-done:
-		if err != nil {
-			t.Fatal(err)
-		}
-	case <-time.After(soon):
-		t.Fatal("Wake did not end Wait")
-	}
+	ends(t, done, nil, "Wake did not end Wait")
 	notify(t, far[0])
 	told(t, g, 0)
 }

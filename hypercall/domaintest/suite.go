@@ -196,15 +196,22 @@ func notify(t testing.TB, p hypercall.Port) {
 	}
 }
 
-// closes fails unless done soon receives net.ErrClosed.
-func closes(t testing.TB, done <-chan error) {
+// ends requires that the Wait whose result comes in done ends soon, with the error want.
+// late says what is wrong if it does not.
+func ends(t testing.TB, done <-chan error, want error, late string) {
 	t.Helper()
 	select {
 	case err := <-done:
-		if !errors.Is(err, net.ErrClosed) {
+		if !errors.Is(err, want) {
 			t.Fatalf("Wait ended with %v", err)
 		}
 	case <-time.After(soon):
-		t.Fatal("Wait did not end")
+		t.Fatal(late)
 	}
+}
+
+// closes fails unless done soon receives net.ErrClosed.
+func closes(t testing.TB, done <-chan error) {
+	t.Helper()
+	ends(t, done, net.ErrClosed, "Wait did not end")
 }
