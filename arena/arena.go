@@ -47,20 +47,30 @@ type Arena struct {
 
 	touched  atomic.Uint32 // buffers with a lower number have been touched; written by the owner
 	populate func(first, pages int)
+	marked   atomic.Bool // see Buffer.Mark
 
 	_        [64]byte      // the fields below are written by any goroutine
 	returned atomic.Uint32 // head of the list of buffers that others released
 
-	retired atomic.Bool
-	mu      sync.Mutex // guards free and done once retired
-	done    func()
+	due  atomic.Uint32 // what other goroutines have to do after a release: dueRetire, dueWake
+	mu   sync.Mutex    // guards free and done once retired
+	done func()
+
+	readOnly bool
+	wake     func() // see WakeOnReturn
 }
+
+// A goroutine that is not the owner, and releases a buffer, has to do one of these.
+const (
+	dueRetire = 1 << iota // the arena is retired: its last buffer frees it
+	dueWake               // the owner waits for a buffer
+)
 
 // A desc records who holds a buffer. Its plain fields belong to the holder.
 type desc struct {
 	state    atomic.Uint64 // generation in the upper half, holders in the lower
 	next     uint32        // the next buffer of the chain, or of the return list
-	off, len uint16        // bytes in use of a buffer linked behind another
+	off, len uint16        // bytes in use of a buffer linked behind another; of the first one, its note
 }
 
 // New divides mem into buffers of size bytes, a power of two from 64 to [shm.PageSize],
@@ -95,6 +105,17 @@ func NewReserved(mem shm.Memory, size int, populate func(first, pages int)) *Are
 	a.free = a.free[:0]
 	a.touched.Store(0)
 	a.touch(1)
+	return a
+}
+
+// NewReadOnly is [New] for mapped pages of another domain, which no holder of a buffer may
+// write. At first the owner holds every buffer, as if [Arena.Get] had returned them all. It
+// gives buffers away by number, and puts all of them back before [Arena.Retire]. No holder
+// of such a buffer is [Buffer.Exclusive]. [Arena.WakeOnReturn] has wake called.
+func NewReadOnly(mem shm.Memory, size int, wake func()) *Arena {
+	a := New(mem, size)
+	a.readOnly, a.wake = true, wake
+	a.free = a.free[:0]
 	return a
 }
 
@@ -282,9 +303,17 @@ func (a *Arena) Retire(done func()) {
 	a.mu.Lock()
 	a.done = done
 	a.mu.Unlock()
-	a.retired.Store(true)
+	a.due.Or(dueRetire)
 	a.finishRetire()
 }
+
+// WakeOnReturn makes the next release by another goroutine call the wake of [NewReadOnly],
+// once. The owner then looks once more with [Arena.Get], since a buffer that came back
+// before has woken nobody.
+func (a *Arena) WakeOnReturn() { a.due.Or(dueWake) }
+
+// Returned reports whether others have released buffers since the last Get or Free.
+func (a *Arena) Returned() bool { return a.returned.Load() != none }
 
 // finishRetire runs done if the arena is retired and every buffer is back.
 func (a *Arena) finishRetire() {
@@ -324,10 +353,38 @@ func (b Buffer) Bytes() []byte {
 	return b.a.Bytes(b.i)
 }
 
-// Exclusive reports whether b has exactly one holder.
-func (b Buffer) Exclusive() bool {
-	return b.a != nil && b.a.desc[b.i].state.Load() == uint64(b.gen)<<32|1
+// Mark marks the arena of b, for good. It is for a property that few buffers ever have: its
+// owner looks for it only where [Arena.Marked] says so. Any holder may call it.
+func (b Buffer) Mark() {
+	if !b.a.marked.Load() {
+		b.a.marked.Store(true)
+	}
 }
+
+// Marked reports whether any buffer was marked.
+func (a *Arena) Marked() bool { return a.marked.Load() }
+
+// SetNote keeps a number for b, the first buffer of its chain, for as long as b is held. The
+// arena gives it no meaning. Only a holder that may write the buffer's bytes may call it.
+func (b Buffer) SetNote(n uint32) {
+	d := &b.a.desc[b.i]
+	d.off, d.len = uint16(n), uint16(n>>16)
+}
+
+// Note returns the number of SetNote, and any number if there was none.
+func (b Buffer) Note() uint32 {
+	d := &b.a.desc[b.i]
+	return uint32(d.off) | uint32(d.len)<<16
+}
+
+// Exclusive reports whether b has exactly one holder, who may write it: a buffer of
+// [NewReadOnly] never has.
+func (b Buffer) Exclusive() bool {
+	return b.a != nil && b.a.desc[b.i].state.Load() == uint64(b.gen)<<32|1 && !b.a.readOnly
+}
+
+// ReadOnly reports whether b belongs to an arena of [NewReadOnly]: no holder may write it.
+func (b Buffer) ReadOnly() bool { return b.a != nil && b.a.readOnly }
 
 // Retain adds a holder, so that b must be released once more. The error is ErrStale.
 func (b Buffer) Retain() error {
@@ -365,10 +422,20 @@ func (b Buffer) Release() error {
 			break
 		}
 	}
-	if a.retired.Load() { // either we see retired here, or Retire sees the buffer in finishRetire
-		a.finishRetire()
+	if due := a.due.Load(); due != 0 { // either we see the bit, or who set it sees the buffer
+		a.afterReturn(due)
 	}
 	return nil
+}
+
+// afterReturn wakes the owner, or frees the retired arena, after a buffer came back.
+func (a *Arena) afterReturn(due uint32) {
+	if due&dueWake != 0 && a.due.And(^uint32(dueWake))&dueWake != 0 {
+		a.wake()
+	}
+	if due&dueRetire != 0 {
+		a.finishRetire()
+	}
 }
 
 // drop removes one holder and reports whether it was the last. Then the generation

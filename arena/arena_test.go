@@ -423,3 +423,63 @@ func TestTheOwnerTakesOnlyItsOwn(t *testing.T) {
 		t.Error("did not take its own")
 	}
 }
+
+func TestReadOnlyBuffersAreNobodysToWrite(t *testing.T) {
+	a := NewReadOnly(shm.Heap(2), shm.PageSize, nil)
+	if a.Free() != 0 {
+		t.Fatalf("%d buffers free: the owner holds all", a.Free())
+	}
+	b := a.Buffer(1)
+	if !b.Valid() || b.Exclusive() || !b.ReadOnly() {
+		t.Fatalf("valid %v, exclusive %v, read-only %v", b.Valid(), b.Exclusive(), b.ReadOnly())
+	}
+	if err := b.Release(); err != nil {
+		t.Fatal(err)
+	}
+	if err := b.Release(); err != ErrStale {
+		t.Fatalf("second release: %v", err)
+	}
+	var got [2]uint32
+	if n := a.Get(got[:]); n != 1 || got[0] != 1 {
+		t.Fatalf("%d buffers back: %v", n, got)
+	}
+	done := false
+	a.Put(0)
+	a.Retire(func() { done = true })
+	if done {
+		t.Fatal("retired without buffer 1")
+	}
+	if w := New(shm.Heap(1), shm.PageSize).Buffer(0); w.ReadOnly() || (Buffer{}).ReadOnly() {
+		t.Fatal("another arena's buffer is read-only")
+	}
+}
+
+func TestAReturnedBufferWakesItsOwnerOnce(t *testing.T) {
+	woken := 0
+	a := NewReadOnly(shm.Heap(4), shm.PageSize, func() { woken++ })
+	give := func(i uint32) { a.Buffer(i).Release() }
+	give(0)
+	if woken != 0 {
+		t.Fatal("woken without WakeOnReturn")
+	}
+	a.WakeOnReturn()
+	if err := a.Release(a.Buffer(1)); err != nil || woken != 0 {
+		t.Fatalf("the owner's own release woke it: %d, %v", woken, err)
+	}
+	give(2)
+	give(3)
+	if woken != 1 {
+		t.Fatalf("woken %d times", woken)
+	}
+	done := false
+	a.WakeOnReturn()
+	var got [4]uint32
+	a.Get(got[:])
+	b := a.Buffer(got[0])
+	a.Put(got[1:]...)
+	a.Retire(func() { done = true })
+	b.Release()
+	if !done || woken != 2 {
+		t.Fatalf("retired %v, woken %d", done, woken)
+	}
+}

@@ -48,8 +48,15 @@ func (a Access) String() string {
 
 // A Domain is the domain this program runs in. Any goroutine may call its methods. All of
 // them but Copy are for set-up: they may take milliseconds.
+//
+// A domain that is suspended and then resumed, from a file or on another host, is a new
+// domain of Xen, in which the program continues. All ports are closed then and all grants
+// ended. The program learns it from xenstore, where the toolstack has made the domain's
+// directory anew. A Waiter, Port, Share or Mapping of before is dead: Notify does nothing,
+// Wait returns only for Wake, Close and the deadline, and Close, End and Release give back
+// what is left. No call for it reaches another's port or page that has the same number now.
 type Domain interface {
-	// ID returns the domain's number. It changes when the domain is migrated.
+	// ID returns the domain's number. It changes when the domain is resumed.
 	ID() DomID
 
 	// Memory returns zeroed pages that no other domain can access. They may only be
@@ -77,14 +84,6 @@ type Domain interface {
 	// Store opens a connection to xenstore, with this domain as the client. The error
 	// net.ErrClosed is final: the domain has ended.
 	Store(ctx context.Context) (io.ReadWriteCloser, error)
-}
-
-// An EndNotifier is a Domain whose kernel can notify a peer when this process ends, even
-// if it is killed.
-type EndNotifier interface {
-	// NotifyOnEnd makes the kernel fire p when the grants of s end. A nil p cancels that:
-	// do so before p is closed.
-	NotifyOnEnd(s *Share, p Port) error
 }
 
 // A ThreadDomain is a Domain that also has Waiters for goroutines that are locked to
@@ -249,6 +248,7 @@ type Share struct {
 	Access Access
 	Refs   []GrantRef
 	end    func() error
+	owned  any
 }
 
 // NewShare is for implementations of [Domain]. end runs at most once.
@@ -256,11 +256,17 @@ func NewShare(m shm.Memory, peer DomID, access Access, refs []GrantRef, end func
 	return &Share{Memory: m, Peer: peer, Access: access, Refs: slices.Clip(refs), end: end}
 }
 
+// SetOwned keeps what an implementation of [HandoverDomain] knows of the Share.
+func (s *Share) SetOwned(owned any) { s.owned = owned }
+
+// Owned returns what SetOwned was given; nil after End.
+func (s *Share) Owned() any { return s.owned }
+
 // End ends the grants and frees the pages. It does not free a page that the peer still
 // has mapped: it sets the page aside, possibly for ever, and returns [ErrInUse]. End is
 // idempotent, but not safe for concurrent use.
 func (s *Share) End() error {
-	s.Memory = shm.Memory{}
+	s.Memory, s.owned = shm.Memory{}, nil
 	return runOnce(&s.end)
 }
 

@@ -210,8 +210,11 @@ func TestABackendThatFollowsTakesWhatTheOtherLeft(t *testing.T) {
 	p.back.detach(p.conns[1])
 
 	c := new(conn)
-	m := &setup{dom: p.bdom, peer: 1, log: p.back.log, quarantined: &p.back.quarantined, c: c}
-	q, err := m.backQueue(plain, p.conns[0].queues[0].keys, &p.back.cfg, p.back.rx[0].count, p.back.tx[0].count)
+	m := &setup{dom: p.bdom, peer: 1, log: p.back.log, quarantined: &p.back.quarantined, limiter: &p.back.limiter, groups: &p.back.groups, c: c}
+	q, err := m.makeQueue(plain, p.conns[0].queues[0].keys, &p.back.cfg, p.back.rx[0].count, p.back.tx[0].count)
+	if err == nil {
+		err = m.bindQueue(&q)
+	}
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,6 +1,8 @@
 package pvnet
 
 import (
+	"time"
+
 	"barevif/arena"
 	"barevif/arena/shm"
 	"barevif/hypercall"
@@ -30,11 +32,16 @@ type backRX struct {
 
 	next     txPacket
 	haveNext bool // next has been parsed, and not copied
+	account  account
+	lost     int64   // bytes of frames that were skipped, for the account
+	groups   *groups // the frontend's multicast filter
 
 	// One batch: its copies, its responses in ring order, and which of them belong to
 	// which frame.
+	bound
 	peerLink
 	copyBatch
+	lender
 	rsp     [256]netif.TxResponse
 	nrsp    int
 	batched [128]batched
@@ -60,47 +67,107 @@ const maxExtras = 8
 
 func (e *backRX) receive(frames []Frame, into bool) (n int, err error) {
 	e.nops, e.nrsp = 0, 0
+	e.takeUp()
+	e.answerReturned()
+	if e.account.limited() && e.account.adopt() {
+		return e.receiveLimited(frames, into)
+	}
 	if !e.haveNext {
-		if n, err = e.receivePlain(frames, into); n > 0 || err != nil {
+		if n, err = e.receiveFast(frames, into); n > 0 || err != nil {
 			return n, err
 		}
 	}
+	return e.receiveAny(frames, into, false)
+}
+
+// receiveLimited is receive for a vif with a rate limit. What its credit covers in any
+// case takes the shortest path.
+func (e *backRX) receiveLimited(frames []Frame, into bool) (n int, err error) {
+	const worthIt = 16 // frames: what is left over of a credit is one batch more, not one for each frame
+	covered := int(min(e.account.credit/shm.PageSize, int64(len(frames))))
+	e.lost = 0 // what was lost without a limit costs nothing
+	if !e.haveNext && covered >= min(len(frames), worthIt) {
+		n, err = e.receiveFast(frames[:covered], into)
+		for i := range frames[:n] {
+			e.account.credit -= int64(frames[i].total)
+		}
+		e.payLost()
+		if n > 0 || err != nil {
+			return n, err
+		}
+	}
+	return e.receiveAny(frames, into, true)
+}
+
+// payLost makes the frames that were lost since it was last called cost their bytes, as in
+// Linux's netback, which takes the credit before it checks a frame (xenvif_tx_build_gops).
+// The size of a frame is known only with it, so the credit may become negative: the next
+// frame then waits.
+func (e *backRX) payLost() {
+	e.account.credit -= e.lost
+	e.lost = 0
+}
+
+// receiveAny is receive for frames of all kinds. With pay, they need credit: a frame that
+// has to wait for it stays in next.
+func (e *backRX) receiveAny(frames []Frame, into, pay bool) (n int, err error) {
 	limit := min(len(frames), len(e.batched))
 	for n < limit {
 		if !e.haveNext {
-			if e.haveNext, err = e.parse(); err != nil || !e.haveNext {
+			if e.haveNext, err = e.parse(pay); err != nil || !e.haveNext {
 				break
 			}
 		}
-		if e.nops+maxFrameOps > batchOps {
+		if e.nops+maxFrameOps > batchOps || pay && !e.account.covers(int64(e.next.total)) {
 			break
 		}
-		f := &frames[n]
-		if into {
-			if err = f.reset(e.next.total); err != nil {
-				break
-			}
-		} else if !build(e.private, int(e.next.total), f) {
+		f, lent := &frames[n], false
+		switch {
+		case into:
+			err = f.reset(e.next.total)
+		case e.lendNext(f):
+			lent = true
+		case !build(e.private, int(e.next.total), f):
 			e.count.Add(telemetry.AllocFailed, 1)
 			err = ErrNoBuffers
+		}
+		if err != nil {
 			break
 		}
 		if n == 0 {
 			e.begin()
 		}
-		e.addToBatch(f, &e.batched[n])
+		if lent {
+			e.addLent(f, &e.batched[n])
+		} else {
+			e.addToBatch(f, &e.batched[n])
+		}
 		e.haveNext = false
+		if pay {
+			e.account.credit -= int64(e.next.total)
+		}
 		n++
 	}
 	if n > 0 && (n == limit || e.nops+maxFrameOps > batchOps) {
 		e.count.Add(telemetry.PollsFull, 1)
 	}
 	n = e.copyBatched(frames, n, into)
-	e.publish()
+	e.publish(0)
 	if n > 0 && (err == ErrNoBuffers || err == ErrShortFrame || err == ErrStale) {
 		err = nil
 	}
 	return n, err
+}
+
+// receiveFast is receive for frames of one slot without offloads.
+func (e *backRX) receiveFast(frames []Frame, into bool) (n int, err error) {
+	switch {
+	case e.table == nil:
+		return e.receivePlain(frames, into)
+	case e.lends:
+		return e.receiveLending(frames, into)
+	}
+	return e.receiveMapped(frames, into)
 }
 
 // receivePlain is receive for frames of one slot without offloads, in one pass and one
@@ -156,7 +223,7 @@ func (e *backRX) receivePlain(frames []Frame, into bool) (n int, err error) {
 		e.count.Add(telemetry.PollsFull, 1)
 	}
 	n = e.copyPlain(frames[:n], into)
-	e.publish()
+	e.publish(0)
 	return n, err
 }
 
@@ -170,6 +237,7 @@ func (e *backRX) copyPlain(frames []Frame, into bool) (good int) {
 		if o.Status != hypercall.OK {
 			e.count.Add(telemetry.GrantErrors, 1)
 			e.count.Drop(telemetry.DropBadGref, 1)
+			e.lost += int64(o.Len)
 			e.rsp[i].Status = netif.Error
 			if !into {
 				e.private.Release(frames[i].buf)
@@ -195,7 +263,7 @@ func (e *backRX) addToBatch(f *Frame, p *batched) {
 	f.csum = e.next.csum
 	if e.next.dataSlots == 1 && f.pieces <= 1 {
 		r := &e.next.seg[0]
-		e.addRead(r.Ref, r.Offset, f.Bytes())
+		e.read(r.Ref, r.Offset, f.Bytes())
 	} else {
 		i, done := 0, uint16(0)
 		for dst := range f.Pieces() {
@@ -203,7 +271,7 @@ func (e *backRX) addToBatch(f *Frame, p *batched) {
 				r := &e.next.seg[i]
 				k := min(len(dst), int(r.Size-done))
 				if k > 0 {
-					e.addRead(r.Ref, r.Offset+done, dst[:k])
+					e.read(r.Ref, r.Offset+done, dst[:k])
 					dst, done = dst[k:], done+uint16(k)
 				}
 				if done == r.Size {
@@ -231,6 +299,7 @@ func (e *backRX) copyBatched(frames []Frame, n int, into bool) int {
 		} else if f.csum != ChecksumUnknown || p.extras.Len() > 0 {
 			if r := f.takeOffloads(&p.extras, e.offload, e.count); r != 0 {
 				ok, reason = false, r // Linux answers such a frame with OKAY, too
+				e.showDropped(f, r)
 			}
 		}
 		if !ok {
@@ -244,17 +313,23 @@ func (e *backRX) copyBatched(frames []Frame, n int, into bool) int {
 		frames[good], frames[i] = frames[i], frames[good]
 		good++
 	}
-	t.countCopied(0, e.ring.Unanswered(), e.private.Free())
+	t.countCopied(e.lentBytes, e.ring.Unanswered(), e.private.Free())
+	e.lentBytes = 0
 	return good
 }
 
-// publish publishes the responses of the batch.
-func (e *backRX) publish() {
+// publish publishes the responses of the batch, of which the first so many are in the ring
+// already.
+func (e *backRX) publish(put int) {
 	e.count.Add(telemetry.Polls, 1)
-	for i := range e.rsp[:e.nrsp] {
-		e.ring.Put(e.rsp[i])
+	n := put + e.nrsp
+	if e.lends && (e.owed() || e.lentNow > 0) {
+		n = put + e.oweAll()
+	} else {
+		for i := range e.rsp[:e.nrsp] {
+			e.ring.Put(e.rsp[i])
+		}
 	}
-	n := e.nrsp
 	e.nrsp = 0
 	asked := e.ring.Publish()
 	e.end(e.count)
@@ -262,9 +337,15 @@ func (e *backRX) publish() {
 }
 
 // parse takes the requests of the next frame. It answers and skips a frame that is wrong;
-// an error is final for the device.
-func (e *backRX) parse() (bool, error) {
+// an error is final for the device. With pay, skipped frames cost credit, and it takes no more
+// once there is none left.
+func (e *backRX) parse(pay bool) (bool, error) {
 	for {
+		if pay {
+			if e.payLost(); e.account.credit < 0 && !e.account.covers(0) {
+				return false, nil
+			}
+		}
 		avail, err := e.ring.Poll()
 		if err != nil {
 			return false, e.violation(err.Error())
@@ -287,6 +368,9 @@ func (e *backRX) parseFrom(first netif.TxRequest, avail uint32) (ok bool, err er
 	reason, ok, err := e.parseOne(first, avail)
 	if reason != 0 && err == nil {
 		e.count.Drop(reason, 1)
+	}
+	if !ok {
+		e.lost += int64(first.Size) // the whole frame's
 	}
 	return ok, err
 }
@@ -311,9 +395,12 @@ func (e *backRX) parseOne(first netif.TxRequest, avail uint32) (reason telemetry
 		}
 	}
 	if p.extras.Has(netif.ExtraMcastAdd) || p.extras.Has(netif.ExtraMcastDel) {
-		// Such a request carries no frame. We do not offer the multicast filter, so it
-		// fails.
-		e.answerError()
+		// Such a request carries no frame, whatever its flags are.
+		if e.groups.join(&p.extras) {
+			e.nrsp += copy(e.rsp[e.nrsp:], p.rsp[:p.allSlots])
+		} else {
+			e.answerError()
+		}
 		return 0, false, nil
 	}
 	size, long, err := e.parseSlots(first, avail)
@@ -421,9 +508,17 @@ func (p *txPacket) answer(id uint16, s netif.Status) {
 
 func (e *backRX) violation(reason string) error { return e.fail(e.ring.Consumed(), reason) }
 
-func (e *backRX) release(frames []Frame) error { return releaseTo(e.private, frames) }
+func (e *backRX) release(frames []Frame) error {
+	if !e.lends {
+		return releaseTo(e.private, frames)
+	}
+	err := e.releaseLent(frames)
+	e.answerReturned()
+	return err
+}
 
 func (e *backRX) arm() (bool, error) {
+	e.wakeOnReturn()
 	more, err := e.ring.Arm(1)
 	if err != nil {
 		return false, e.violation(err.Error())
@@ -432,14 +527,30 @@ func (e *backRX) arm() (bool, error) {
 }
 
 func (e *backRX) ready(int) bool {
+	if e.account.held.Load() {
+		return e.account.over() || e.lentNow > 0 && e.returned()
+	}
 	n, err := e.ring.Poll()
-	return n > 0 || e.haveNext || err != nil
+	return n > 0 || e.haveNext || err != nil || e.lentNow > 0 && e.returned()
 }
 
 func (e *backRX) consumed() uint32 { return e.ring.Consumed() }
 
-func (e *backRX) overdue() bool { return e.ring.Overdue() }
+func (e *backRX) heldUntil() (until time.Time, held bool) {
+	held = e.account.held.Load()
+	if held {
+		e.wakeOnReturn() // pages that come back are answered meanwhile
+	}
+	return e.account.until, held
+}
+
+// overdue reports false while a frame waits for credit: the owner has armed no event.
+func (e *backRX) overdue() bool { return !e.account.held.Load() && e.ring.Overdue() }
 
 // drain counts nothing: a frame that was parsed and not delivered has no response, so the
 // frontend counts it, or the next backend takes it again.
-func (e *backRX) drain() { e.haveNext = false }
+func (e *backRX) drain(end time.Time) {
+	e.haveNext = false
+	e.awaitLent(end)
+	e.account.leave()
+}

@@ -1,6 +1,9 @@
 package pvnet
 
 import (
+	"sync/atomic"
+	"time"
+
 	"barevif/arena"
 	"barevif/arena/shm"
 	"barevif/hypercall"
@@ -18,11 +21,17 @@ type backTX struct {
 	scatter   bool         // the peer takes frames of several slots
 	peerTakes offloads     // the offloads that the peer takes
 
+	steer *atomic.Pointer[steering] // the device's; nil: the connection has one queue, so that nothing is hashed
+	hash  *steering                 // of the batch; nil: frames are sent without a hash
+
+	bound
 	peerLink
 	copyBatch
 	rsp     [256]netif.RxResponse
 	nrsp    int
 	batched [128]batched
+	groups  *groups   // the frontend's multicast filter
+	dest    [6]byte   // of the frame that filter looks at
 	ours    [128]bool // by frame of sendPlain: its buffer is one of bufs, and was taken
 
 	stopwatch
@@ -38,14 +47,26 @@ func (e *backTX) alloc(frames []Frame, size int) (n int, err error) {
 }
 
 func (e *backTX) send(frames []Frame) (n int, err error) {
+	e.hash = e.hashes()
 	for n < len(frames) && err == nil {
-		k := 0
-		if k, err = e.sendPlain(frames[n:]); k > 0 || err != nil {
-			n += k
-			continue
+		k, end := 0, len(frames)
+		if e.groups.on.Load() {
+			var run []Frame
+			if run, k = e.filter(frames[n:]); k > 0 {
+				n += k
+				continue
+			}
+			end = n + len(run)
+		}
+		if e.hash == nil { // a hash takes a slot of its own
+			if k, err = e.sendPlain(frames[n:end]); k > 0 || err != nil {
+				n += k
+				continue
+			}
 		}
 		e.nops, e.nrsp = 0, 0
-		for n+k < len(frames) && k < len(e.batched) && e.nops+maxFrameOps <= batchOps {
+		e.takeUp()
+		for n+k < end && k < len(e.batched) && e.nops+maxFrameOps <= batchOps {
 			if err = e.put(&frames[n+k], &e.batched[k]); err != nil {
 				break
 			}
@@ -80,20 +101,14 @@ func (e *backTX) sendPlain(frames []Frame) (n int, err error) {
 		return 0, e.violation(err.Error())
 	}
 	frames = frames[:min(len(frames), int(avail))]
+	if e.takeUp() != nil {
+		return e.sendMapped(frames), nil
+	}
 	e.nops = 0
 	var r netif.RxRequest
 	for n < len(frames) {
-		f := &frames[n]
-		if !f.plain() {
-			break
-		}
-		var src []byte
-		i, ok := e.private.TakeOne(f.buf)
-		if e.ours[n] = ok; ok {
-			src = e.private.Bytes(i)[f.off : f.off+f.n]
-		} else if f.buf.Valid() {
-			src = f.Bytes()
-		} else {
+		src := e.takeFrame(&frames[n], &e.ours[n])
+		if src == nil {
 			break
 		}
 		if n == 0 {
@@ -101,10 +116,7 @@ func (e *backTX) sendPlain(frames []Frame) (n int, err error) {
 		}
 		e.ring.TakeTo(&r)
 		e.addWrite(r.Ref, 0, src)
-		e.rsp[n] = netif.RxResponse{ID: r.ID, Status: int16(f.n)}
-		if f.csum == ChecksumVerified {
-			e.rsp[n].Flags = netif.RxDataValidated
-		}
+		e.rsp[n] = plainResponse(r.ID, &frames[n])
 		n++
 	}
 	if n == 0 {
@@ -118,20 +130,56 @@ func (e *backTX) sendPlain(frames []Frame) (n int, err error) {
 		o := &e.ops[i]
 		t.plain(int(o.Len), o.Src.Local) // counted as sent, like in a frontend, which learns of a failure later
 		if o.Status != hypercall.OK {
-			e.count.Add(telemetry.GrantErrors, 1)
-			e.count.Drop(telemetry.DropBadGref, 1)
-			uncopied += uint64(o.Len)
-			e.rsp[i].Status = int16(netif.Error)
+			uncopied += e.countFailed(&frames[i], &e.rsp[i], o.Len)
 		}
 		e.ring.Put(e.rsp[i])
-		if e.ours[i] {
-			e.private.PutTaken(frames[i].buf)
-		} else {
-			frames[i].buf.Release()
-		}
+		e.giveBack(&frames[i], e.ours[i])
 	}
 	t.countCopied(uncopied, e.ring.Unanswered(), e.private.Free())
 	return n, nil
+}
+
+// takeFrame takes over a plain frame and returns its bytes, or nil for a frame that is
+// something else or stale. ours says whether its buffer is one of our own, which is
+// taken; another's is only read.
+func (e *backTX) takeFrame(f *Frame, ours *bool) []byte {
+	if !f.plain() {
+		return nil
+	}
+	i, ok := e.private.TakeOne(f.buf)
+	if *ours = ok; ok {
+		return e.private.Bytes(i)[f.off : f.off+f.n]
+	}
+	if f.buf.Valid() {
+		return f.Bytes()
+	}
+	return nil
+}
+
+// giveBack gives back the buffer of a frame that was sent.
+func (e *backTX) giveBack(f *Frame, ours bool) {
+	if ours {
+		e.private.PutTaken(f.buf)
+	} else {
+		f.buf.Release()
+	}
+}
+
+func plainResponse(id uint16, f *Frame) netif.RxResponse {
+	r := netif.RxResponse{ID: id, Status: int16(f.n)}
+	if f.csum == ChecksumVerified {
+		r.Flags = netif.RxDataValidated
+	}
+	return r
+}
+
+// countFailed makes r the response to f, whose n bytes could not be copied, and returns n.
+func (e *backTX) countFailed(f *Frame, r *netif.RxResponse, n uint32) uint64 {
+	e.count.Add(telemetry.GrantErrors, 1)
+	e.count.Drop(telemetry.DropBadGref, 1)
+	e.lostSent(f, telemetry.DropBadGref)
+	r.Status = int16(netif.Error)
+	return uint64(n)
 }
 
 // put takes the requests that one frame needs and adds its copies to the batch.
@@ -143,7 +191,12 @@ func (e *backTX) put(f *Frame, p *batched) error {
 	if f.total > shm.PageSize && !e.scatter {
 		return ErrFrameSize
 	}
-	p.extras = f.extras()
+	p.hashed = false
+	var hash FlowHash
+	if e.hash != nil {
+		hash, p.hashed = e.hash.hash(f)
+	}
+	p.extras = f.extras(hash, p.hashed)
 	need := uint32(f.pages() + p.extras.Len())
 	avail, err := e.ring.Poll()
 	if err == nil && avail < need {
@@ -175,6 +228,9 @@ func (e *backTX) addToBatch(f *Frame, extras *netif.Extras) {
 				first := left == f.total
 				if first {
 					out.Flags = rxFlags(f)
+					if extras.Len() > 0 {
+						out.Flags |= netif.RxExtraInfo
+					}
 				}
 				if left > shm.PageSize {
 					out.Flags |= netif.RxMoreData
@@ -190,7 +246,7 @@ func (e *backTX) addToBatch(f *Frame, extras *netif.Extras) {
 				room = shm.PageSize
 			}
 			k := min(len(src), room)
-			e.addWrite(r.Ref, uint16(shm.PageSize-room), src[:k])
+			e.write(r.Ref, uint16(shm.PageSize-room), src[:k])
 			src, room = src[k:], room-k
 		}
 	}
@@ -216,7 +272,28 @@ func (e *backTX) complete(f *Frame) bool {
 	return f.completeChecksum()
 }
 
-// rxFlags returns the flags of the frame's first response: checksum and extra infos.
+// hashes returns how frames are hashed now; nil if they are not.
+func (e *backTX) hashes() *steering {
+	if e.steer == nil {
+		return nil
+	}
+	return e.steer.Load()
+}
+
+// mayHash reports whether a frame may be sent with a hash.
+func (e *backTX) mayHash() bool {
+	h := e.hashes()
+	return h != nil && h.flags != 0
+}
+
+func (e *backTX) pieceExtras(*Frame) int {
+	if e.mayHash() {
+		return 1
+	}
+	return 0
+}
+
+// rxFlags returns the flags that the frame's checksum has in its first response.
 func rxFlags(f *Frame) (flags netif.RxFlags) {
 	switch f.csum {
 	case ChecksumPartial:
@@ -224,15 +301,12 @@ func rxFlags(f *Frame) (flags netif.RxFlags) {
 	case ChecksumVerified:
 		flags = netif.RxDataValidated
 	}
-	if f.gso.Size != 0 {
-		flags |= netif.RxExtraInfo
-	}
 	return flags
 }
 
 // copyBatched runs the batch, puts its responses, and releases the frames.
 func (e *backTX) copyBatched(frames []Frame) {
-	if e.nops == 0 {
+	if len(frames) == 0 {
 		return
 	}
 	e.grantCopy(e.count)
@@ -242,12 +316,16 @@ func (e *backTX) copyBatched(frames []Frame) {
 		f, p := &frames[i], &e.batched[i]
 		if e.failed(p.firstOp, p.ops, e.count) > 0 {
 			e.count.Drop(telemetry.DropBadGref, 1)
+			e.lostSent(f, telemetry.DropBadGref)
 			uncopied += uint64(f.total)
 			for j := range e.rsp[p.firstRsp : p.firstRsp+p.rsps] {
 				if j == 0 || j > p.extras.Len() {
 					e.rsp[p.firstRsp+j].Status = int16(netif.Error)
 				}
 			}
+		}
+		if p.hashed {
+			e.count.Add(telemetry.HashedPackets, 1)
 		}
 		t.sent(f, p.rsps, p.head[:]) // counted as sent, like in a frontend, which learns of a failure later
 		if f.buf.Of(e.private) {
@@ -265,7 +343,7 @@ func (e *backTX) copyBatched(frames []Frame) {
 func (e *backTX) violation(reason string) error { return e.fail(e.ring.Consumed(), reason) }
 
 func (e *backTX) spaceFor(f *Frame) space {
-	n := space{slots: f.pages() + int(f.extraSlots())}
+	n := space{slots: f.pages() + int(f.extraSlots(e.mayHash()))}
 	if !f.buf.Exclusive() && e.peerTakes.needs(f) == needChecksum {
 		n.bufs = buffersFor(int(f.total)) // see complete
 	}
@@ -329,4 +407,4 @@ func (e *backTX) ready(slots int) bool {
 
 func (e *backTX) overdue() bool { return e.ring.Overdue() }
 
-func (e *backTX) drain() {}
+func (e *backTX) drain(time.Time) {}

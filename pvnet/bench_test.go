@@ -21,23 +21,7 @@ func BenchmarkDevice(b *testing.B) {
 				}
 				b.Run(fmt.Sprintf("%s/size=%d/batch=%d/one", dir, size, batch), func(b *testing.B) {
 					tx, rx := benchPair(b, dir)
-					frames := make([]Frame, batch)
-					b.ReportAllocs()
-					for b.Loop() {
-						n := tx.AllocSize(frames, size)
-						if k, err := tx.Send(frames[:n]); k != batch {
-							b.Fatal(k, err)
-						}
-						for n > 0 {
-							k, err := rx.Receive(frames[:n])
-							if err != nil {
-								b.Fatal(err)
-							}
-							rx.Release(frames[:k])
-							n -= k
-						}
-					}
-					report(b, b.N*batch, size)
+					moveInOne(b, tx, rx, size, batch)
 				})
 				b.Run(fmt.Sprintf("%s/size=%d/batch=%d/two", dir, size, batch), func(b *testing.B) {
 					tx, rx := benchPair(b, dir)
@@ -79,6 +63,27 @@ func BenchmarkDevice(b *testing.B) {
 	}
 }
 
+// moveInOne moves batches of frames in one goroutine.
+func moveInOne(b *testing.B, tx *TX, rx *RX, size, batch int) {
+	frames := make([]Frame, batch)
+	b.ReportAllocs()
+	for b.Loop() {
+		n := tx.AllocSize(frames, size)
+		if k, err := tx.Send(frames[:n]); k != batch {
+			b.Fatal(k, err)
+		}
+		for n > 0 {
+			k, err := rx.Receive(frames[:n])
+			if err != nil {
+				b.Fatal(err)
+			}
+			rx.Release(frames[:k])
+			n -= k
+		}
+	}
+	report(b, b.N*batch, size)
+}
+
 func benchPair(b *testing.B, dir string) (*TX, *RX) {
 	p := join(b, emu.Config{}, plain, Config{})
 	from, to := p.front, p.back
@@ -101,4 +106,35 @@ func report(b *testing.B, frames, size int) {
 	b.ReportMetric(ns, "ns/frame")
 	b.ReportMetric(1e9/ns, "frames/s")
 	b.ReportMetric(float64(size)*8/ns, "Gbit/s")
+}
+
+// BenchmarkStaticGrants compares three ways for the same frames in one goroutine: grant
+// copies, a mapped page that is copied, and a mapped page that is lent.
+func BenchmarkStaticGrants(b *testing.B) {
+	for _, dir := range []string{"front-to-back", "back-to-front"} {
+		for _, size := range []int{64, 1500, 65535} {
+			for _, way := range []string{"copied", "mapped", "lent"} {
+				if way == "lent" && dir == "back-to-front" {
+					continue // a frontend lends with and without static grants
+				}
+				b.Run(fmt.Sprintf("%s/size=%d/%s", dir, size, way), func(b *testing.B) {
+					p := join(b, emu.Config{}, plain, Config{LendRx: way == "lent"})
+					if way != "copied" {
+						static(b, p)
+					}
+					from, to := p.front, p.back
+					if dir == "back-to-front" {
+						from, to = to, from
+					}
+					tx, _ := from.OwnTX(0)
+					rx, _ := to.OwnRX(0)
+					batch := 32
+					if size > shm.PageSize {
+						batch = 4
+					}
+					moveInOne(b, tx, rx, size, batch)
+				})
+			}
+		}
+	}
 }

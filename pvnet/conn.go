@@ -2,6 +2,7 @@ package pvnet
 
 import (
 	"strconv"
+	"time"
 
 	"barevif/arena"
 	"barevif/hypercall"
@@ -14,12 +15,44 @@ import (
 // it.
 type conn struct {
 	queues    []connQueue
-	undo      undo
+	mapped    []mappedQueue      // backend: what queues are made of
+	undo      undo               // closes waiters, too
+	waiters   []hypercall.Waiter // with the connection's event channels
 	feat      features
-	frontKeys xenstore.Values // backend: the frontend's keys that it was made from
-	shared    int             // pages granted to the peer
-	private   int             // private pages
-	arenas    []*arena.Arena  // the arenas of the private pages; the other private pages are rings
+	noCarrier bool // frontend: the backend has none
+	timeouts  timeouts
+	frontKeys xenstore.Values    // backend: the frontend's keys that it was made from
+	shared    int                // pages granted to the peer
+	private   int                // private pages
+	arenas    []*arena.Arena     // the arenas of the private pages; the other private pages are rings
+	ctrl      ctrlEnd            // nil: there is no control ring
+	given     bool               // frontend: another process has what it shares, and uses the rings
+	ctrlKeys  *ctrlKeys          // backend: where the frontend has its control ring; nil: nowhere
+	ctrlPage  *hypercall.Mapping // backend: the control ring; nil: it is not mapped
+	grants    *grantServer       // backend: nil: there are no static grants
+}
+
+// budget returns the most memory that the connection ever holds.
+func (c *conn) budget() Budget {
+	b := Budget{SharedPages: c.shared, PrivatePages: c.private}
+	if c.grants != nil {
+		b.MappedPages = maxMapped * len(c.grants.queues)
+	}
+	return b
+}
+
+// closes takes over a waiter.
+func (c *conn) closes(w hypercall.Waiter) {
+	c.waiters = append(c.waiters, w)
+	c.undo.add(func() { w.Close() })
+}
+
+// closePorts closes the event channels of a connection that is over: the peer's ends are
+// free for another process.
+func (c *conn) closePorts() {
+	for _, w := range c.waiters {
+		w.Close()
+	}
 }
 
 // peerPresent reports whether the peer has its end of every event channel, as far as that can
@@ -33,12 +66,24 @@ func (c *conn) peerPresent() bool {
 	return true
 }
 
+// settle puts every page back into its arena, before the connection is freed.
+func (c *conn) settle() {
+	if !c.given {
+		drainAll(c.queues)
+		return
+	}
+	for _, q := range c.queues {
+		q.rx.(*frontRX).letGo()
+	}
+}
+
 // drainAll counts the frames that are lost with the queues and puts every page back into
 // its arena, since the arenas wait for the posted pages.
 func drainAll(queues []connQueue) {
+	end := time.Now().Add(lentTimeout)
 	for _, q := range queues {
-		q.tx.drain()
-		q.rx.drain()
+		q.tx.drain(end)
+		q.rx.drain(end)
 	}
 }
 
@@ -48,6 +93,7 @@ type connQueue struct {
 	rx             receiver
 	txPark, rxPark *parker // the same one if both halves share an event channel
 	keys           queueKeys
+	parts          *frontParts // of a frontend
 }
 
 // values returns the queue's xenstore keys, with prefix before each.
@@ -74,12 +120,16 @@ type queueKeys struct {
 
 // features are the protocol features that both ends agreed on for a connection.
 type features struct {
-	queues    int
-	split     bool // an event channel for each direction
-	frontSG   bool // the frontend takes frames of several slots
-	backSG    bool // the backend takes frames of several slots
-	offload   bool // this end takes frames with offloads: Config.Offload
-	peerTakes offloads
+	queues     int
+	split      bool // an event channel for each direction
+	frontSG    bool // the frontend takes frames of several slots
+	backSG     bool // the backend takes frames of several slots
+	offload    bool // this end takes frames with offloads: Config.Offload
+	peerTakes  offloads
+	offered    int  // frontend: the queues that the backend offers
+	manyQueues bool // frontend: the backend knows of queues, and wants to be told their number
+	untrusted  bool // frontend: the toolstack does not trust the backend
+	multicast  bool // the backend filters multicast by the frontend's list
 }
 
 // features returns the features as the counters show them.
@@ -90,9 +140,11 @@ func (c *conn) features(lend, trusted bool) telemetry.Feature {
 		bit telemetry.Feature
 	}{
 		{c.feat.frontSG && c.feat.backSG, telemetry.FeatureScatter},
+		{c.ctrl != nil, telemetry.FeatureControlRing},
 		{c.feat.split, telemetry.FeatureSplitEvents},
-		{lend, telemetry.FeatureLendRx},
+		{lend && !c.feat.untrusted, telemetry.FeatureLendRx},
 		{trusted, telemetry.FeatureTrusted},
+		{c.feat.multicast, telemetry.FeatureMulticastControl},
 		{c.feat.peerTakes&takesCsum4 != 0, telemetry.FeatureCsum},
 		{c.feat.peerTakes&takesCsum6 != 0, telemetry.FeatureCsum6},
 		{c.feat.peerTakes&takesGSO4 != 0, telemetry.FeatureGSO4},

@@ -47,7 +47,8 @@ func (e *entry) failed() bool {
 	}
 }
 
-// Connect returns the frontend of this domain's vif id ("0") once it is connected. It
+// Connect returns the frontend of this domain's vif id ("0") once it is connected, with or
+// without a carrier ([Device.Carrier]). It
 // waits for the toolstack to finish the vif and for the backend to answer, until ctx
 // ends. The error then names the states that it saw, or what xenstore refused last.
 //
@@ -60,6 +61,13 @@ func (e *entry) failed() bool {
 // answer, the closing continues in the background, and a Connect that comes meanwhile
 // waits for it.
 func Connect(ctx context.Context, domain hypercall.Domain, id string, cfg Config) (*Device, error) {
+	return connectWith(ctx, domain, id, cfg, nil)
+}
+
+// An askFunc is that of TakeOver; nil: nobody is asked.
+type askFunc = func(ctx context.Context, back hypercall.DomID, id string) (*TakenVif, error)
+
+func connectWith(ctx context.Context, domain hypercall.Domain, id string, cfg Config, ask askFunc) (*Device, error) {
 	if err := cfg.check(domain); err != nil {
 		return nil, fmt.Errorf("pvnet: connect vif %s: %w", id, err)
 	}
@@ -73,7 +81,7 @@ func Connect(ctx context.Context, domain hypercall.Domain, id string, cfg Config
 		}
 		global.mu.Unlock()
 		if !there {
-			e.dev, e.err = connect(ctx, domain, id, cfg, func() {
+			e.dev, e.err = connect(ctx, domain, id, cfg, ask, func() {
 				global.mu.Lock()
 				delete(global.devices, key)
 				global.mu.Unlock()
@@ -109,7 +117,7 @@ func Connect(ctx context.Context, domain hypercall.Domain, id string, cfg Config
 }
 
 // connect makes the device and connects it. forget runs once all of it is freed.
-func connect(ctx context.Context, domain hypercall.Domain, id string, cfg Config, forget func()) (d *Device, err error) {
+func connect(ctx context.Context, domain hypercall.Domain, id string, cfg Config, ask askFunc, forget func()) (d *Device, err error) {
 	begun := false
 	defer func() {
 		if err != nil {
@@ -128,11 +136,26 @@ func connect(ctx context.Context, domain hypercall.Domain, id string, cfg Config
 		client.Close()
 		return nil, err
 	}
-	d = newDevice(id, telemetry.Frontend, domain, cfg)
+	d = newDevice(id, telemetry.Frontend, domain, cfg.resolve())
+	d.fromBackend = func(ctx context.Context, key string) (value, path string, err error) {
+		dir, _ := xd.Peer()
+		v, err := xd.PeerValues(ctx, key)
+		return v[key], dir + "/" + key, err
+	}
 	first := make(chan error, 1)
-	begun = true
 	f := &front{d: d}
-	d.start(xd, f, first, func() {
+	l := &lifecycle{d: d, xd: xd, end: f, firstResult: first}
+	if ask != nil {
+		if err := l.takeOver(ctx, f, ask); err != nil {
+			closing, cancel := context.WithTimeout(context.Background(), storeTimeout)
+			xd.Close(closing)
+			cancel()
+			client.Close()
+			return nil, err
+		}
+	}
+	begun = true
+	d.startWith(l, func() {
 		client.Close()
 		forget()
 	})

@@ -16,6 +16,17 @@ type copyBatch struct {
 	peer hypercall.DomID // the frontend's
 	ops  [batchOps]hypercall.CopyOp
 	nops int
+	grantUser
+}
+
+// read copies from byte off of the frontend's page to dst: at once if the page is mapped,
+// else with the batch.
+func (b *copyBatch) read(ref hypercall.GrantRef, off uint16, dst []byte) {
+	if src := b.table.bytes(ref, off, len(dst), hypercall.ReadOnly); src != nil {
+		copy(dst, src)
+	} else {
+		b.addRead(ref, off, dst)
+	}
 }
 
 // addRead adds a copy from byte off of the frontend's page to dst.
@@ -25,6 +36,16 @@ func (b *copyBatch) addRead(ref hypercall.GrantRef, off uint16, dst []byte) {
 	o.Src.Dom, o.Src.Ref, o.Src.Offset = b.peer, ref, off      // Src.Local is nil: all copies of a batch have the same direction
 	o.Len, o.Status = uint32(len(dst)), hypercall.GeneralError // until Copy says otherwise
 	b.nops++
+}
+
+// write copies src to byte off of the frontend's page: at once if the page is mapped, else
+// with the batch.
+func (b *copyBatch) write(ref hypercall.GrantRef, off uint16, src []byte) {
+	if dst := b.table.bytes(ref, off, len(src), hypercall.ReadWrite); dst != nil {
+		copy(dst, src)
+	} else {
+		b.addWrite(ref, off, src)
+	}
 }
 
 // addWrite adds a copy of src to byte off of the frontend's page.
@@ -74,4 +95,5 @@ type batched struct {
 	firstOp, ops, firstRsp, rsps int
 	head                         [6]byte // of a frame to send: its destination address
 	extras                       netif.Extras
+	hashed                       bool // of a frame to send: one of the extras is its hash
 }

@@ -58,7 +58,8 @@ func (c *cutting) start(f *Frame) bool {
 func (tx *TX) cutSome(f *Frame) error {
 	c := &tx.cutting
 	bufs := buffersFor(c.Len())
-	if ok, err := tx.eng.hasSpace(space{slots: bufs, bufs: bufs}); err != nil || !ok {
+	each := bufs + tx.eng.pieceExtras(f) // slots
+	if ok, err := tx.eng.hasSpace(space{slots: each, bufs: bufs}); err != nil || !ok {
 		if !ok && err == nil {
 			tx.count.Add(telemetry.RingFull, 1)
 			err = ErrFull
@@ -69,7 +70,7 @@ func (tx *TX) cutSome(f *Frame) error {
 	if err != nil {
 		return err
 	}
-	k, err := tx.eng.alloc(c.pieces[:min(c.Left(), len(c.pieces), slots/bufs)], c.Len())
+	k, err := tx.eng.alloc(c.pieces[:min(c.Left(), len(c.pieces), slots/each)], c.Len())
 	if err != nil {
 		return err
 	}
@@ -83,8 +84,9 @@ func (tx *TX) cutSome(f *Frame) error {
 		payload[0] = head
 		g.CopyFrom(payload...)
 		g.csum = ChecksumVerified
+		g.copyHash(f)
 	}
-	n, err := tx.eng.send(c.pieces[:k])
+	n, err := tx.push(c.pieces[:k])
 	for i := n; i < k; i++ {
 		c.pieces[i].Release()
 	}

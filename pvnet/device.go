@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"os"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -18,6 +19,7 @@ import (
 	"barevif/pvnet/ring"
 	"barevif/telemetry"
 	"barevif/xenbus"
+	"barevif/xenbus/xenstore"
 )
 
 // A MAC is an Ethernet address.
@@ -47,41 +49,67 @@ type Device struct {
 	// xenbus device, client.
 	stop   context.CancelCauseFunc // asks the lifecycle goroutine to end
 	finish func()
+	own    func(context.Context, ...string) (xenstore.Values, error) // backend: reads keys of its directory
+
+	fromBackend func(ctx context.Context, key string) (value, path string, err error) // frontend: reads a key of the backend's directory
 
 	// To the lifecycle goroutine, and from it.
 	violations chan *PeerError // violations that halves met
 	wake       chan struct{}   // capacity 1: a token makes the goroutine look at the device
+	handOvers  chan *handOver  // requests of HandOver
+	renewed    <-chan struct{} // of a backend's vif that was taken over: closed once its claim has an id of ours, or keeps the old one; nil: there was none
 	done       chan struct{}   // closed once the goroutine has ended
 
 	// Written by the lifecycle goroutine only, read by everybody.
 	link      atomic.Uint32         // linkDown, linkUp, linkGone
 	active    atomic.Int32          // how many queues the connection has
 	mtu       atomic.Int32          // in bytes
+	noCarrier atomic.Bool           // what Carrier reports; of a backend, written by SetCarrier
+	limiter   limiter               // backend: the vif's rate limit
+	groups    groups                // backend: the vif's multicast filter
+	joins     joins                 // frontend: what it wants of the backend's
 	mac       atomic.Uint64         // in the lower 48 bits, big-endian
 	peerTakes atomic.Uint32         // offloads of the peer of the last connection
 	epoch     atomic.Uint64         // number of the connection, from 1
+	stalled   atomic.Bool           // the link is up and the carrier off: see checkCarrier. Written with lifecycle.mu held
 	lastError atomic.Pointer[error] // error of its last step; nil: the step succeeded
 
 	// Used by the lifecycle goroutine only.
-	mirrorInfo telemetry.Info // the name that the counters have now
+	mirrorInfo telemetry.Info    // the name that the counters have now
+	hide       func()            // ends the showing by Config.Inspector; nil: it does not show the device
+	complaints map[string]string // by key: the value that complain has logged
 
 	// Written by any goroutine.
 	quarantined atomic.Uint64             // pages that the peer did not give back, not yet in the counters
 	leaving     atomic.Bool               // Disconnect was called
+	askedMTU    atomic.Int32              // SetMTU: not yet published; 0: none
 	violation   atomic.Pointer[PeerError] // the violation that ended or will end the device
+	taps        atomic.Pointer[[]*Tap]    // who copies frames; nil: nobody; written with mu held
+
+	hash  *hashClient                // a frontend's
+	ctrl  atomic.Pointer[ctrlClient] // a frontend's, while its goroutine runs
+	steer atomic.Pointer[steering]   // a backend's: how its frontend wants its frames to be hashed; nil: not at all. Written by setSteering
+
+	ctrlViolations atomic.Uint64           // violations on the control ring, not yet in the counters; by any goroutine
+	verdict        atomic.Pointer[verdict] // backend: of the network behind the vif; nil: not known yet
+
+	statusMu sync.Mutex // held while the status beside the counters changes; before mu
 
 	mu sync.Mutex // guards what follows
 
-	changed   chan struct{} // closed and replaced when link or a deadline changes
-	cause     error         // what calls return once link is linkGone
-	last      LinkEvent     // the last event that subs got
-	subs      []chan LinkEvent
-	listening bool // Listen runs
-	budget    Budget
-	arenas    []*arena.Arena // of the budget's private pages
-	peer      hypercall.DomID
-	trusted   bool
-	agreed    telemetry.Feature // the features of the connection
+	takenFiles []*os.File      // what came with a vif that was taken over, until TakenFiles
+	reclaim    <-chan struct{} // after a hand-over: closed once Serve may try to serve the vif again
+	changed    chan struct{}   // closed and replaced when link or a deadline changes
+	cause      error           // what calls return once link is linkGone
+	last       LinkEvent       // the last event that subs got
+	subs       []chan LinkEvent
+	steered    chan struct{} // closed and replaced when steer changes
+	listening  bool          // Listen runs
+	budget     Budget
+	arenas     []*arena.Arena // of the budget's private pages
+	peer       hypercall.DomID
+	trusted    bool
+	agreed     telemetry.Feature // the features of the connection
 }
 
 const (
@@ -98,7 +126,9 @@ func newDevice(id string, role telemetry.Role, domain hypercall.Domain, cfg Conf
 		callerTimeout: callerTimeout,
 		violations:    make(chan *PeerError, 1),
 		wake:          make(chan struct{}, 1),
+		handOvers:     make(chan *handOver),
 		changed:       make(chan struct{}),
+		steered:       make(chan struct{}),
 		last:          LinkEvent{Reason: "not connected yet"},
 	}
 	h := slog.DiscardHandler
@@ -112,6 +142,9 @@ func newDevice(id string, role telemetry.Role, domain hypercall.Domain, cfg Conf
 		rx.init(d, i, receive, d.counters.RX(i))
 		tx.init(d, i, transmit, d.counters.TX(i))
 		d.rx, d.tx = append(d.rx, rx), append(d.tx, tx)
+	}
+	if role == telemetry.Frontend {
+		d.hash = newHashClient(cfg.Hash)
 	}
 	d.mtu.Store(1500)
 	return d
@@ -137,7 +170,8 @@ func (d *Device) MAC() MAC {
 }
 
 // MTU returns the largest payload in bytes, without the Ethernet header, that the network
-// behind the vif takes. Each connection reads it again.
+// behind the vif takes. It is 1500 if xenstore does not say another. It may change at any
+// time; a [LinkEvent] then says so.
 func (d *Device) MTU() int { return int(d.mtu.Load()) }
 
 // identify stores the card's properties for the connection to come.
@@ -164,8 +198,17 @@ func (d *Device) Peer() hypercall.DomID {
 	return d.peer
 }
 
-// Trusted returns what the toolstack's "trusted" key says of the backend. It changes
-// nothing: pages are private and copied either way.
+// Trusted reports whether the toolstack trusts the backend: the key "trusted" in the
+// frontend's directory is not 0 (libxl's option "trusted", Linux's xen-netfront.trusted).
+// Each connection reads it again. It is true for a backend's device.
+//
+// A backend that is not trusted never sees memory other than frames: Config.LendRx has no
+// effect, and the pages granted to it hold what was written to frames of this vif and
+// zeros. That is so for any backend, except that LendRx lends received frames. Linux's
+// netfront, which grants pages of its network stack, copies for such a backend; here the
+// pages are the vif's own, and no other memory shares them. But a frame of [TX.Alloc] lies
+// in a page that the backend can read from the moment it is written, sent or not: what it
+// must not see must not be written there.
 func (d *Device) Trusted() bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -187,11 +230,22 @@ func (d *Device) PeerTakes(t GSOType) bool {
 type Budget struct {
 	SharedPages  int // granted to the peer
 	PrivatePages int // not granted, and mapped ring pages of the peer
+
+	// MappedPages is how many pages of the peer a backend may have mapped for static grants
+	// ([Config].StaticGrants): the peer decides how many there are, and when. They are
+	// memory of the peer, among its SharedPages. Each queue may have 512, the most that a
+	// list of them names, and twice as many for a moment, while the backend joins mappings or users
+	// hold frames in them. Frames in pages beyond that are copied.
+	MappedPages int
 }
 
 func (b Budget) String() string {
-	return fmt.Sprintf("%d pages shared (%d KiB), %d private (%d KiB)",
+	s := fmt.Sprintf("%d pages shared (%d KiB), %d private (%d KiB)",
 		b.SharedPages, b.SharedPages*4, b.PrivatePages, b.PrivatePages*4)
+	if b.MappedPages > 0 {
+		s += fmt.Sprintf(", %d of the peer's mapped at most", b.MappedPages)
+	}
+	return s
 }
 
 // Budget returns the budget of the present connection, which a link that is down may still
@@ -305,6 +359,8 @@ func (d *Device) OwnRX(i int) (*RX, error) {
 
 // Disconnect ends the device and waits until it has ended. The other end sees Closing,
 // then Closed; waiting and later calls return [ErrDisconnected], and Listen returns nil.
+// The keys that the device published stay, as those of Linux's drivers do, and the next
+// connection removes them.
 // It never fails. It takes up to 4 s if the peer does not answer, up to 6 s in all if
 // xenstore does not, and 10 s more if a caller is stuck ([Device.Done]). It is idempotent
 // and ends the device for every user of it. It does not wait for frames that are still
@@ -350,14 +406,41 @@ func (d *Device) callError(err error) error {
 
 // setStatus publishes our xenbus state beside the counters, and whether the link is up.
 func (d *Device) setStatus(s xenbus.State, up bool) {
-	d.mu.Lock()
-	agreed := d.agreed
-	d.mu.Unlock()
+	d.statusMu.Lock()
+	defer d.statusMu.Unlock()
 	d.counters.SetStatus(telemetry.Status{
 		State: s, Up: up, MAC: d.MAC(), MTU: uint32(d.MTU()),
 		Queues: uint32(d.active.Load()), Epoch: d.epoch.Load(),
-		Features: agreed,
+		Features: d.Features(),
 	})
+}
+
+// Features returns the features that both ends agreed on for the connection, or for the
+// last one while the link is down. Static grants and the hash are agreed on soon after the
+// link is up.
+func (d *Device) Features() telemetry.Feature {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.agreed
+}
+
+// agree adds a feature that the ends agreed on after the link came up. Any goroutine may
+// call it while the link is up.
+func (d *Device) agree(f telemetry.Feature) { d.setFeature(f, true) }
+
+// setFeature shows whether the ends have agreed on a feature after the link came up.
+func (d *Device) setFeature(f telemetry.Feature, on bool) {
+	d.statusMu.Lock()
+	defer d.statusMu.Unlock()
+	d.mu.Lock()
+	d.agreed &^= f
+	if on {
+		d.agreed |= f
+	}
+	d.mu.Unlock()
+	s := d.counters.Status()
+	s.Features = d.Features()
+	d.counters.SetStatus(s)
 }
 
 // finishWith ends the device: every call returns cause from now on.
@@ -377,8 +460,8 @@ func (d *Device) finishWith(cause error) {
 // frames.
 func (d *Device) Logger() *slog.Logger { return d.log }
 
-// openMirror shows the counters under the name of the vif, which changes if the peer is in
-// another domain now.
+// openMirror shows the counters, and the device to the Inspector, under the name of the vif,
+// which changes if the peer is in another domain now.
 func (d *Device) openMirror(peer hypercall.DomID) {
 	info := telemetry.Info{
 		Role: d.role, Own: uint16(d.domain.ID()), Peer: uint16(peer), Queues: d.cfg.queues(),
@@ -390,8 +473,20 @@ func (d *Device) openMirror(peer hypercall.DomID) {
 		return
 	}
 	if d.mirrorInfo != (telemetry.Info{}) {
-		d.counters.Close()
+		d.closeMirror()
 	}
 	d.mirrorInfo = info
 	d.counters.Open(d.cfg.Counters, info)
+	if d.cfg.Inspector != nil {
+		d.hide = d.cfg.Inspector.Open(info, d)
+	}
+}
+
+// closeMirror undoes openMirror.
+func (d *Device) closeMirror() {
+	d.counters.Close()
+	if d.hide != nil {
+		d.hide()
+		d.hide = nil
+	}
 }

@@ -9,8 +9,16 @@
 //
 // The device survives its peer. When the other end goes away the link goes down: blocking
 // calls wait, the others return [ErrLinkDown], and the device connects again when a peer
-// comes back. A peer that breaks the protocol ends the device ([PeerError]), and no other
+// comes back. A frontend's link is also down, for what it sends, while its backend has no
+// carrier. It survives a suspension of its own domain in the same way: a domain that is
+// saved and restored, or migrated, has lost all grants and event channels, and its toolstack
+// has made the vif anew. A peer that breaks the protocol ends the device ([PeerError]), and no other
 // device.
+//
+// Features are agreed upon once for each connection, from the keys of both ends. Only
+// MTU and carrier change while it lasts; other keys that change take a new connection,
+// which either end may begin. A frontend that goes to Reconfiguring, as Linux's does for
+// XDP where a backend offers headroom, is answered with Closing.
 //
 // Each frame is counted once, at one end. The receiving end counts a frame as received,
 // or as lost with a reason. When a connection ends, the sender counts the requests
@@ -25,6 +33,11 @@
 //
 // Everything a peer can write is copied once, checked, and then used. The package
 // knows no operating system; the program chooses the [hypercall.Domain].
+//
+// [Device.HandOver] passes a vif from one process of its domain to another while frames move:
+// none is lost, and the other end notices nothing. [ServeConfig].TakeOver takes a backend's
+// over, [TakeOver] a frontend's. What a frontend has told goes with the vif: its multicast
+// list, how its frames are to be hashed, its static grants, and the place in its control ring.
 //
 // # Names
 //
@@ -76,6 +89,13 @@
 // A record that leaves the fast path is handed on as the private copy; its slot is never
 // loaded again.
 //
+// With static grants ([Config].StaticGrants) a backend has its frontend's pages mapped, and
+// steps 3 and 6 are copies of its own, without the hypervisor. The frontend names the pages
+// on the control ring once the link is up; a page that it did not name takes a grant copy
+// as before, so both kinds may stand in one batch. With [Config].LendRx the backend does
+// not copy long frames at all: its user reads them in the frontend's page, and the
+// response waits, with those behind it, until the user has given the page back.
+//
 // A half that finds nothing to do looks at the ring for as long as [WaitMode] says,
 // arms the event of its ring, looks once more, and parks: in Go's scheduler or, with
 // [Config].LockedThreads, in the kernel. Only then is it asleep, and only then does its
@@ -93,13 +113,24 @@
 //	                                                                          whose event was lost
 //	slow tick, one     slowTicker.run        what lifecycle.mu guards, with   the lifecycle goroutine; a TX
 //	per domain                               it held; a TX that nobody is     whose peer has given some of the
-//	                                         inside; counters of halves       slots it waits for
-//	                                         that wait
+//	                                         inside; counters of halves       slots it waits for, or has
+//	                                         that wait; whether a peer        stopped; subscribers of Links
+//	                                         has stopped
+//	a caller of Rings  half.visit            a half that nobody is inside,    the peer and a half that
+//	or Kick                                  or whose caller waits            waits, for Kick
+//	a reader of a Tap  its own code          its end of the tap's buffers     –
 //	xenbus, per        xenbus.Device.run     what is known of both ends'      the lifecycle goroutine
 //	device                                   states
 //	xenstore client,   its reader, and one   the connection to xenstore       all who asked or watch
 //	per Connect or     to connect again
 //	Serve
+//	control ring, one  ctrlLoop.loop         this end of the control ring,    the peer; callers that wait for
+//	per device whose                         while the link is up             a response
+//	peer has one
+//	a frontend's       ctrlClient.whenUp     –                                the control ring's goroutine
+//	settings, until
+//	the backend has
+//	them
 //	a caller of Serve  serve                 which directories have a         –
 //	                                         goroutine
 //	Serve, per vif     server.serveDir, and  the vif's directory              Serve, when it has left the vif
@@ -111,6 +142,41 @@
 // batch are one compare-and-swap at the gate on the way in, one on the way out, those of
 // the frames' buffers, those of the ring and, every 32 frames, a TryLock to publish the
 // counters.
+//
+// # Frontends that stop
+//
+// A frontend that takes no frames, because its domain is paused or its driver hangs, holds
+// up nobody for long. A backend's call that waits for room drops its frames after
+// [ServeConfig].DrainTimeout, and later calls drop theirs at once until the frontend takes
+// some. After [ServeConfig].StallTimeout the carrier is off ([LinkEvent].Stalled). The slow
+// tick measures both, so that no frame reads the clock. What may wait for one frontend is
+// bounded by the pages of its sending half: 256, a MiB, for each queue. A goroutine that
+// feeds many vifs calls [TX.Send], which never waits.
+//
+// # Looking inside
+//
+// [Device.Rings] describes the rings, as a kernel driver does in debugfs, and [Device.Kick]
+// does what an event would. [Device.Tap] copies frames for a capture. Package pvnet/inspect
+// offers the three to other processes, for "barevif ring" and "barevif dump".
+//
+// # Rate limits
+//
+// A vif may have a rate limit, of what its guest sends (the key "rate"). Without one, a
+// batch costs a backend one look at a word. With one, its RX has credit for some bytes,
+// which it gets from the vif's limiter a window's worth at a time. It reads the clock only
+// when that is used up. A frame that has to wait for credit has left the ring and has no
+// response; the owner arms no event meanwhile, and waits for the time at which the window
+// ends.
+//
+// # Multicast
+//
+// A frontend may ask a backend to leave out multicast ("request-multicast-control"), and then
+// lists the groups that it wants by dummy requests on its tx ring: [Device.SetMulticast].
+// Each takes two slots beside the frames', and the list of a new connection is in the ring
+// before the backend attaches it. The backend keeps up to
+// 64 addresses for a connection, as Linux's netback does, and counts the frames that it
+// leaves out as [telemetry.Filtered]. As long as no frontend asks, a batch costs one look
+// at a flag.
 //
 // # Many vifs and one goroutine
 //

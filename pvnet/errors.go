@@ -30,12 +30,18 @@ var (
 	// ErrHandover, as the cause that ends the context of [Serve], makes the backend stop
 	// between two frames and leave its state and rings as they are, so that another
 	// process can continue. Linux's netfront does not come back after an orderly close; a
-	// handover it does not notice.
-	ErrHandover error = &errorOf{"pvnet: handed over to another backend", net.ErrClosed}
+	// handover it does not notice. A device that [Device.HandOver] has passed on, of
+	// either end, ends with it.
+	ErrHandover error = &errorOf{"pvnet: handed over to another process", net.ErrClosed}
 
 	// ErrLinkDown is returned by calls that do not wait, while the other end is not
-	// connected. It is temporary.
+	// connected, and by those that send, while it has no carrier ([Device.Carrier]). It is
+	// temporary.
 	ErrLinkDown = errors.New("pvnet: the other end is not connected")
+
+	// ErrNotBackend is returned to a frontend by methods with which a backend's device
+	// tells its frontend something. It is [errors.ErrUnsupported].
+	ErrNotBackend error = &errorOf{"pvnet: only a backend's device can say that", errors.ErrUnsupported}
 
 	// ErrFull is returned by Send, with the number of frames that it had room for.
 	ErrFull = errors.New("pvnet: no room for more frames now")
@@ -99,7 +105,7 @@ func (e *endedError) Is(target error) bool {
 // A PeerError reports what no correct peer could have done. It is final for the device:
 // every later call returns it. It is [ErrDisconnected].
 type PeerError struct {
-	Ring   string // "tx" or "rx", seen from the frontend
+	Ring   string // "tx" or "rx", seen from the frontend, or "ctrl"
 	Slot   uint32 // free-running index
 	Reason string
 }

@@ -27,6 +27,7 @@ type Frame struct {
 	csum   Checksum
 	pieces uint8
 	gso    GSO
+	hash   uint8 // see hashType
 }
 
 // Checksum is the state of a frame's TCP or UDP checksum.
@@ -110,13 +111,23 @@ func (f *Frame) CopyFrom(srcs ...[]byte) int {
 	return n
 }
 
-// Headroom returns how many bytes Prepend can add.
-func (f *Frame) Headroom() int { return int(f.off) }
+// ReadOnly reports whether nobody may write the frame's bytes, not even its only holder: a
+// backend lends pages that its frontend granted read-only ([Config].LendRx). A write is a
+// memory fault.
+func (f *Frame) ReadOnly() bool { return f.buf.ReadOnly() }
+
+// Headroom returns how many bytes Prepend can add: none to a frame that is read-only.
+func (f *Frame) Headroom() int {
+	if f.buf.ReadOnly() {
+		return 0
+	}
+	return int(f.off)
+}
 
 // Prepend makes the frame n bytes longer at the front and returns the new bytes, which
 // are not cleared. It returns nil if the headroom is less than n.
 func (f *Frame) Prepend(n int) []byte {
-	if n < 0 || n > int(f.off) || int(f.total)+n > MaxFrame {
+	if n < 0 || n > f.Headroom() || int(f.total)+n > MaxFrame {
 		return nil
 	}
 	f.off -= uint16(n)
@@ -137,8 +148,12 @@ func (f *Frame) TrimFront(n int) bool {
 	return true
 }
 
-// Tailroom returns how many bytes Append can add after the last piece.
+// Tailroom returns how many bytes Append can add after the last piece: none to a frame
+// that is read-only.
 func (f *Frame) Tailroom() int {
+	if f.buf.ReadOnly() {
+		return 0
+	}
 	if f.pieces <= 1 {
 		return min(f.buf.Size()-int(f.off)-int(f.n), MaxFrame-int(f.total))
 	}

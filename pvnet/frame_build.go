@@ -54,7 +54,7 @@ func (f *Frame) refill(n uint16) []byte {
 		return nil
 	}
 	f.total, f.n = uint32(n), n
-	f.csum, f.gso = ChecksumUnknown, GSO{}
+	f.csum, f.gso, f.hash = ChecksumUnknown, GSO{}, 0
 	return f.Bytes()
 }
 
@@ -62,6 +62,7 @@ func (f *Frame) refill(n uint16) []byte {
 // than f.
 func (f *Frame) copyFrame(g *Frame) {
 	f.csum, f.gso = g.csum, g.gso
+	f.copyHash(g)
 	if g.pieces <= 1 {
 		f.CopyFrom(g.Bytes())
 		return
@@ -85,7 +86,7 @@ func build(a *arena.Arena, total int, f *Frame) bool {
 			return false
 		}
 		f.buf = a.Buffer(one[0])
-		f.total, f.csum, f.gso, f.pieces = uint32(total), ChecksumUnknown, GSO{}, 1
+		f.total, f.csum, f.gso, f.hash, f.pieces = uint32(total), ChecksumUnknown, GSO{}, 0, 1
 		f.off, f.n = uint16(min(headroom, size-total)), uint16(total)
 		return true
 	}
@@ -137,7 +138,7 @@ func buildAll(a *arena.Arena, total int, frames []Frame) (n int) {
 func (f *Frame) single(buf arena.Buffer, off, n uint16) {
 	f.buf = buf
 	f.total, f.off, f.n = uint32(n), off, n
-	f.csum, f.pieces, f.gso = ChecksumUnknown, 1, GSO{}
+	f.csum, f.pieces, f.gso, f.hash = ChecksumUnknown, 1, GSO{}, 0
 }
 
 // plain reports whether the frame takes exactly one slot and no extra info, as the fast
@@ -187,3 +188,10 @@ func (f *Frame) slots() int {
 
 // pages returns how many pages of the peer the frame fills.
 func (f *Frame) pages() int { return int(f.total+shm.PageSize-1) / shm.PageSize }
+
+// buffer makes f size bytes in buffer i of a, which it had no frame in, and returns them.
+func (f *Frame) buffer(a *arena.Arena, i uint32, size uint16) []byte {
+	off := min(headroom, shm.PageSize-size)
+	f.single(a.Buffer(i), off, size)
+	return a.Bytes(i)[off : off+size]
+}

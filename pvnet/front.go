@@ -6,9 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"slices"
+	"math"
 	"strconv"
-	"strings"
 
 	"barevif/hypercall"
 	"barevif/pvnet/netif"
@@ -53,7 +52,8 @@ func (f *front) identify(ctx context.Context, xd *xenbus.Device) error {
 		f.d.log.Warn("no MAC in xenstore, made one", "vif", f.d.id, "mac", mac)
 	}
 	trusted, err := own.Bool(netif.KeyTrusted, true)
-	f.d.identify(mac, f.d.mtuOf(own), trusted && err == nil)
+	f.d.complain(xd.Dir(), netif.KeyTrusted, own, err, "the backend is not trusted")
+	f.d.identify(mac, f.d.mtuOf(own, xd.Dir(), 1500), trusted && err == nil)
 	return nil
 }
 
@@ -89,7 +89,22 @@ func (f *front) withPeerReason(ctx context.Context, err error, xd *xenbus.Device
 
 func (f *front) prepare(context.Context, *xenbus.Device) error { return nil }
 
-func (f *front) ended(context.Context, *xenbus.Device, bool) { f.d.finish() }
+// ended leaves no key behind that only some frontends write. Linux's netfront removes none
+// of an earlier driver, and netback would refuse it for a control ring that is gone, or keep
+// groups from it that it never asked to filter.
+func (f *front) ended(ctx context.Context, xd *xenbus.Device, _, passed bool) {
+	defer f.d.finish()
+	if passed {
+		return
+	}
+	there, err := xd.OwnKeys(ctx)
+	if keys := netif.RareKeys(there); err == nil && len(keys) > 0 {
+		err = xd.Publish(ctx, nil, keys...)
+	}
+	if err != nil { // the directory is gone, or somebody else's
+		f.d.log.Debug("cannot remove the keys of the last connection", "vif", f.d.id, "err", err)
+	}
+}
 
 // unchanged reports true: the rings are the frontend's own, and no backend replaces them.
 func (f *front) unchanged(context.Context, *xenbus.Device, *conn) (bool, error) { return true, nil }
@@ -101,75 +116,138 @@ func (f *front) attach(ctx context.Context, xd *xenbus.Device, c *conn) error {
 		return err
 	}
 	back, err := xd.PeerValues(ctx, append([]string{netif.KeyFeatureRxCopy, netif.KeyFeatureSG,
-		netif.KeyFeatureSplitChannels, netif.KeyMaxQueues}, offloadKeys[:]...)...)
+		netif.KeyFeatureSplitChannels, netif.KeyMaxQueues, netif.KeyCarrier, netif.KeyFeatureCtrlRing,
+		netif.KeyFeatureMulticastControl, netif.KeyFeatureDynamicMulticast}, offloadKeys[:]...)...)
 	if err != nil {
 		return err
 	}
-	if c.feat, err = f.agree(back); err != nil {
+	// An empty node offers nothing: some toolstacks make such, so that a backend may write its
+	// keys when its domain is at xenstored's quota (toolstack.Vif.Room).
+	maps.DeleteFunc(back, func(_, value string) bool { return value == "" })
+	if c.feat, err = f.agree(back, xd); err != nil {
 		return err
+	}
+	c.noCarrier = !d.carrierOf(back, xd)
+	if c.feat.untrusted = !d.Trusted(); c.feat.untrusted && d.cfg.LendRx {
+		d.log.Info("the toolstack does not trust the backend: received frames are copied, not lent", "vif", d.id, "key", xd.Dir()+"/"+netif.KeyTrusted)
 	}
 	there, err := xd.OwnKeys(ctx)
 	if err != nil {
 		return err
 	}
 	m := newSetup(d, xd, c)
-	c.queues, err = m.frontQueues(c.feat, &d.cfg, f.otherVifs(ctx, xd), func(i int) (rx, tx *telemetry.Block) { return d.rx[i].count, d.tx[i].count })
+	others := f.otherVifs(ctx, xd)
+	c.queues, err = m.frontQueues(c.feat, &d.cfg, others, func(i int) (rx, tx *telemetry.Block) { return d.rx[i].count, d.tx[i].count })
 	if err != nil {
 		if errors.Is(err, hypercall.ErrNoGrants) {
 			err = fmt.Errorf("%w%s", err, d.holders())
 		}
 		return err
 	}
-	c.feat.queues = len(c.queues)
+	if c.feat.queues = len(c.queues); d.cfg.auto {
+		d.log.Info("queues", "vif", d.id, "queues", c.feat.queues, "processors", d.cfg.queues(), "backend", c.feat.offered,
+			"pages", c.shared, "memory", c.budget().String())
+	}
+	f.attachCtrl(m, back, others)
+	keys := f.connKeys(c)
+	if c.feat.multicast = f.agreeMulticast(back); c.feat.multicast {
+		keys[netif.KeyRequestMulticast] = "1"
+	}
+	c.queues[0].tx.(*frontTX).listFirst(d)
+	return xd.Publish(ctx, keys, netif.StaleKeys(there)...)
+}
+
+// connKeys returns the keys that tell the backend of a connection, but for multicast, which
+// may change while it lasts.
+func (f *front) connKeys(c *conn) xenstore.Values {
 	keys := xenstore.Values{
 		netif.KeyRequestRxCopy:   "1",
 		netif.KeyFeatureRxNotify: "1",
 		netif.KeyFeatureSG:       "1",
 	}
 	maps.Copy(keys, offloadValues(c.feat.offload))
-	if back.Has(netif.KeyMaxQueues) {
+	if c.feat.manyQueues {
 		keys[netif.KeyNumQueues] = strconv.Itoa(c.feat.queues)
+	}
+	if k, ok := c.ctrl.(*ctrlClient); ok {
+		keys[netif.KeyCtrlRingRef] = strconv.FormatUint(uint64(k.keys.ring), 10)
+		keys[netif.KeyEventChannelCtrl] = strconv.FormatUint(uint64(k.keys.port), 10)
 	}
 	for i, q := range c.queues {
 		maps.Copy(keys, q.keys.values(queuePrefix(i, c.feat.queues)))
 	}
-	return xd.Publish(ctx, keys, staleKeys(there)...)
+	return keys
+}
+
+// attachCtrl makes a control ring, if the backend offers one and the connection has a use
+// for it. Frames move without one, so a failure is no error of the
+// connection. As in frontQueues, it leaves room for the other vifs.
+func (f *front) attachCtrl(m *setup, back xenstore.Values, others int) {
+	offered, _ := back.Bool(netif.KeyFeatureCtrlRing, false) // an unreadable value counts as no offer
+	if !offered || m.c.feat.queues < 2 {
+		f.d.noCtrlForHash(offered, m.c.feat.queues)
+	}
+	if !offered || m.c.feat.queues < 2 && !f.d.cfg.StaticGrants {
+		return
+	}
+	mark, shared := len(m.c.undo), m.c.shared
+	c, err := m.askCtrl(f.d)
+	if err == nil && !m.canSpare(others*leastPlan.total()) {
+		err = fmt.Errorf("too little would be left for other vifs: %w", hypercall.ErrNoGrants)
+	}
+	if err != nil {
+		f.d.log.Warn("no control ring", "vif", f.d.id, "err", err)
+		part := m.c.undo[mark:]
+		m.c.undo, m.c.shared = m.c.undo[:mark], shared
+		part.run()
+		return
+	}
+	f.useCtrl(m.c, c, nil)
+}
+
+// useCtrl makes k the control ring of a connection. added says of which queues the pages were
+// added as static grants, in an earlier process; nil: none.
+func (f *front) useCtrl(c *conn, k *ctrlClient, added []bool) {
+	c.ctrl = k
+	k.queues = c.feat.queues
+	if k.queues > 1 {
+		k.whenUp = append(k.whenUp, func(ctx context.Context) { f.d.tellHash(ctx, k) })
+	}
+	for _, q := range c.queues {
+		q.tx.(*frontTX).takesHash = true // its extra info is as old as the control ring
+	}
+	if f.d.cfg.StaticGrants || added != nil {
+		if added == nil {
+			added = make([]bool, len(c.queues))
+		}
+		k.static = &grantClient{d: f.d, c: c, list: k.args, listRef: k.ref, added: added}
+		k.whenUp = append(k.whenUp, func(ctx context.Context) { k.static.tell(ctx, k.callWith) })
+	}
 }
 
 // agree returns the features of the connection to come, from the values that the backend
 // offers.
-func (f *front) agree(back xenstore.Values) (feat features, err error) {
+func (f *front) agree(back xenstore.Values, xd *xenbus.Device) (feat features, err error) {
 	if ok, err := back.Bool(netif.KeyFeatureRxCopy, false); !ok {
 		return feat, errors.Join(errors.New("the backend does not offer feature-rx-copy, the only way to receive"), err)
 	}
 	feat.frontSG = true
 	feat.backSG, _ = back.Bool(netif.KeyFeatureSG, false) // an unreadable value counts as no offer
 	feat.split, _ = back.Bool(netif.KeyFeatureSplitChannels, false)
-	most, err := back.Uint(netif.KeyMaxQueues, 1<<16, 1)
-	if err != nil || most < 1 {
+	most, err := back.Uint(netif.KeyMaxQueues, math.MaxUint32, 1)
+	if err == nil && most == 0 {
+		err = &xenstore.ValueError{Path: netif.KeyMaxQueues, Value: "0", Want: "a number of queues"}
+	}
+	dir, _ := xd.Peer()
+	f.d.complain(dir, netif.KeyMaxQueues, back, err, "one queue")
+	if err != nil {
 		most = 1
 	}
+	feat.manyQueues = err == nil && back.Has(netif.KeyMaxQueues)
 	feat.queues = int(min(most, uint64(f.d.cfg.queues())))
+	feat.offered = int(most)
 	feat.offload, feat.peerTakes = f.d.cfg.Offload, offeredOffloads(back, feat.backSG)
 	return feat, nil
-}
-
-// staleKeys returns which of the keys there were left by an earlier program or connection
-// and must go before new ones are published. Each removal is a round trip, so keys that
-// are missing are not among them.
-func staleKeys(there []string) (stale []string) {
-	old := []string{
-		netif.KeyTxRingRef, netif.KeyRxRingRef, netif.KeyEventChannel, netif.KeyEventChannelTx,
-		netif.KeyEventChannelRx, netif.KeyNumQueues, netif.KeyFeatureGSOTCPv4, netif.KeyFeatureGSOTCPv6,
-		netif.KeyFeatureIPv6CsumOffload, netif.KeyRequestMulticast, netif.KeyCtrlRingRef,
-		netif.KeyEventChannelCtrl, netif.KeyXDPHeadroom,
-	}
-	for _, key := range there { // an earlier program may have published more queues
-		if slices.Contains(old, key) || strings.HasPrefix(key, netif.KeyQueuePrefix) {
-			stale = append(stale, key)
-		}
-	}
-	return stale
 }
 
 // otherVifs returns how many more vifs of this domain may connect: their pages come from the

@@ -2,6 +2,7 @@ package pvnet
 
 import (
 	"cmp"
+	"time"
 
 	"barevif/arena"
 	"barevif/arena/shm"
@@ -27,6 +28,7 @@ type frontRX struct {
 	got     [64]uint32           // private buffers for the next frames; a stack array would be cleared on each call
 	lend    bool
 
+	bound
 	peerLink
 
 	offload bool // this end offered to take GSO frames and partial checksums
@@ -120,6 +122,7 @@ func (e *frontRX) deliver(f *Frame, into bool, t *tally) (good bool, err error) 
 	if f.csum != ChecksumUnknown || e.next.extras.Len() > 0 {
 		if reason := f.takeOffloads(&e.next.extras, e.offload, e.count); reason != 0 {
 			e.count.Drop(reason, 1)
+			e.showDropped(f, reason)
 			if !into {
 				e.private.Release(f.buf)
 			}
@@ -207,6 +210,7 @@ func (e *frontRX) parse() (bool, error) {
 func (e *frontRX) parseFrom(first netif.RxResponse, slot, avail uint32) (bool, error) {
 	reason, ok := e.parseOne(first, slot, avail)
 	if !ok {
+		e.showNext(reason)
 		e.repost()
 		e.count.Drop(reason, 1)
 	}
@@ -343,6 +347,9 @@ func (e *frontRX) lendTo(f *Frame) {
 		buf: e.shared.Buffer(s.page), total: p.total, csum: p.csum,
 		off: s.off, n: s.n, pieces: uint8(p.dataSlots),
 	}
+	if f.takeHash(p.extras.Of(netif.ExtraHash)) {
+		e.count.Add(telemetry.HashedPackets, 1)
+	}
 	e.count.Add(telemetry.LentPackets, 1)
 }
 
@@ -379,6 +386,8 @@ func (e *frontRX) ready(int) bool {
 
 func (e *frontRX) consumed() uint32 { return e.ring.Consumed() }
 
+func (e *frontRX) heldUntil() (until time.Time, held bool) { return until, false }
+
 func (e *frontRX) overdue() bool { return e.ring.Overdue() }
 
 // sample does nothing: a posted page gets its response when a frame arrives, so the time
@@ -395,12 +404,13 @@ func (e *frontRX) dropUndelivered() {
 			}
 		}
 		e.haveNext = false
+		e.showNext(telemetry.DropDisconnected)
 		e.repost()
 		e.count.Drop(telemetry.DropDisconnected, 1)
 	}
 }
 
-func (e *frontRX) drain() {
+func (e *frontRX) drain(time.Time) {
 	catchFault(e.dropUndelivered) // the connection is over: a fault on the ring no longer matters
 	for i := e.ring.Consumed(); i != e.ring.Next(); i++ {
 		e.shared.Put(e.pageAt[i%e.ring.Size()])

@@ -1,6 +1,8 @@
 package pvnet
 
 import (
+	"time"
+
 	"barevif/arena"
 	"barevif/arena/shm"
 	"barevif/hypercall"
@@ -17,9 +19,12 @@ type frontTX struct {
 	refs           []hypercall.GrantRef // by buffer
 	scatter        bool                 // the peer takes frames of several slots
 	peerTakes      offloads             // the offloads that the peer takes
+	takesHash      bool                 // the peer knows the hash's extra info: it offered the control ring
 	state          []uint8              // by buffer, which is also the request id
 	extrasInFlight int                  // extra infos that have no response yet
+	lister
 
+	bound
 	peerLink
 	stopwatch
 	shortage
@@ -57,7 +62,14 @@ func (e *frontTX) send(frames []Frame) (n int, err error) {
 		}
 	}
 	t := tally{block: e.count}
-	for n < len(frames) {
+	if e.takesHash && e.shared.Marked() && anyHashToSend(frames) {
+		for n < len(frames) && err == nil {
+			if err = e.put(&frames[n], &t); err == nil {
+				n++
+			}
+		}
+	}
+	for n < len(frames) && err == nil {
 		f := &frames[n]
 		if f.plain() && e.ring.Free() > 0 {
 			if i, ok := e.shared.TakeOne(f.buf); ok {
@@ -68,10 +80,9 @@ func (e *frontTX) send(frames []Frame) (n int, err error) {
 				continue
 			}
 		}
-		if err = e.put(f, &t); err != nil {
-			break
+		if err = e.put(f, &t); err == nil {
+			n++
 		}
-		n++
 	}
 	if n > 0 && e.begin() {
 		e.timed = e.lastFirst
@@ -98,7 +109,8 @@ func (e *frontTX) put(f *Frame, t *tally) error {
 	if err != nil {
 		return err
 	}
-	slots, extras := uint32(f.slots()), f.extras()
+	hash, _ := f.Hash()
+	slots, extras := uint32(f.slots()), f.extras(hash, e.hashed(f))
 	if slots > 1 && !e.scatter && f.total > shm.PageSize {
 		return ErrFrameSize
 	}
@@ -133,6 +145,9 @@ func (e *frontTX) put(f *Frame, t *tally) error {
 // extra infos, and a request for each further piece.
 func (e *frontTX) putSlots(f *Frame, i uint32, extras *netif.Extras) {
 	r := netif.TxRequest{Ref: e.refs[i], Offset: f.off, ID: uint16(i), Size: uint16(f.total), Flags: txFlags(f)}
+	if extras.Len() > 0 {
+		r.Flags |= netif.TxExtraInfo
+	}
 	e.lastFirst, e.state[i] = i, idFirst
 	left := f.total - uint32(f.n)
 	next, off, n, more := e.unlinkNext(i)
@@ -167,16 +182,34 @@ func (e *frontTX) unlinkNext(i uint32) (next uint32, off, n uint16, ok bool) {
 	return next, off, n, ok
 }
 
-// txFlags returns the flags of the frame's first request: checksum and extra infos.
+// hashed reports whether f is sent with its hash.
+func (e *frontTX) hashed(f *Frame) bool { return e.takesHash && f.hash&hashToSend != 0 }
+
+func (e *frontTX) pieceExtras(f *Frame) int {
+	if e.hashed(f) {
+		return 1
+	}
+	return 0
+}
+
+// anyHashToSend reports whether any of frames is to be sent with its hash. Those of another
+// device are not sent on the short way in any case, so this matters for ours only, and only
+// once SetHash was called for one of them.
+func anyHashToSend(frames []Frame) bool {
+	var h uint8
+	for i := range frames {
+		h |= frames[i].hash
+	}
+	return h&hashToSend != 0
+}
+
+// txFlags returns the flags that the frame's checksum has in its first request.
 func txFlags(f *Frame) (flags netif.TxFlags) {
 	switch f.csum {
 	case ChecksumPartial:
 		flags = netif.TxCsumBlank | netif.TxDataValidated
 	case ChecksumVerified:
 		flags = netif.TxDataValidated
-	}
-	if f.gso.Size != 0 {
-		flags |= netif.TxExtraInfo
 	}
 	return flags
 }
@@ -199,7 +232,7 @@ func (e *frontTX) putCopy(f *Frame, t *tally) error {
 			return ErrFull
 		}
 	}
-	if e.ring.Free() < uint32(g.pieces)+f.extraSlots() { // the copy has headroom, so it may have one more piece than f
+	if e.ring.Free() < uint32(g.pieces)+f.extraSlots(e.hashed(f)) { // the copy has headroom, so it may have one more piece than f
 		e.shared.Release(g.buf)
 		return ErrFull
 	}
@@ -230,6 +263,9 @@ func (e *frontTX) reap() error {
 		}
 		id := uint32(r.ID)
 		if id >= uint32(len(e.state)) || e.state[id] == idFree {
+			if e.answered(r) {
+				continue
+			}
 			e.dropWrongID()
 			return e.violation("response id is not outstanding")
 		}
@@ -266,7 +302,7 @@ func (e *frontTX) spaceFor(f *Frame) space {
 		n.bufs = buffersFor(int(f.total))
 		n.slots = max(n.slots, n.bufs)
 	}
-	n.slots += int(f.extraSlots())
+	n.slots += int(f.extraSlots(e.hashed(f)))
 	return n
 }
 
@@ -342,7 +378,7 @@ func (e *frontTX) ready(int) bool {
 
 func (e *frontTX) overdue() bool { return e.ring.Overdue() }
 
-func (e *frontTX) drain() {
+func (e *frontTX) drain(time.Time) {
 	catchFault(func() { e.reap() }) // the connection is over: neither a violation nor a fault on the ring matters
 	for id, s := range e.state {
 		if s == idFree {
@@ -354,5 +390,5 @@ func (e *frontTX) drain() {
 		e.state[id] = idFree
 		e.shared.Put(uint32(id))
 	}
-	e.extrasInFlight = 0
+	e.extrasInFlight, e.lister = 0, lister{}
 }

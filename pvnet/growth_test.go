@@ -11,7 +11,7 @@ import (
 // A connection spends most of its set-up time on requests to xenstore. Both ends together
 // make about 75, counted from when the backend waits for the frontend.
 func TestAConnectionTakesFewRequests(t *testing.T) {
-	const most = 90
+	const most = 120 // about 80, and more if a look at xenstore comes between two writes of the other end
 	l := newLab(t)
 	bdom, fdom := l.domain(2), l.domain(1)
 	backs, _ := l.serve(bdom, pvnet.ServeConfig{Hotplug: true})

@@ -7,6 +7,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"barevif/hypercall"
 	"barevif/telemetry"
 )
 
@@ -27,10 +28,14 @@ type half struct {
 	hadWork     bool                      // a frame or a slot moved since the last park; inside the gate
 	waitSeq     atomic.Uint32             // number of the wait: odd while the owner waits, and never the same twice
 	rescued     atomic.Uint32             // number of the wait that lifecycle.rescue ended
-	requests    atomic.Uint32             // what the slow tick asks the caller inside the gate to do: requestHeal, ...
+	requests    atomic.Uint32             // what others ask the caller inside the gate to do: requestHeal, ...
 	counterUser atomic.Uint32             // who may use the counters while the owner waits: lentToTick, ...
 	spin        spinner                   // of the connection; inside the gate
 	member      atomic.Pointer[member]    // its membership in a Poller; nil: none
+	drain       drain                     // of a sending half
+	task        atomic.Pointer[task]      // what a visitor asks the caller inside the gate to run; nil: nothing
+	sending     []Frame                   // while a Tap listens, the batch that is being sent; inside the gate
+	ringRef     hypercall.GrantRef        // of the connection's ring; written while the gate is shut
 }
 
 func (h *half) init(d *Device, queue int, dir direction, block *telemetry.Block) {
@@ -82,13 +87,16 @@ func (h *half) countMoved(frames int) {
 	}
 }
 
-// What the slow tick asks the caller inside the gate to do.
+// What the slow tick, or a visitor, asks the caller inside the gate to do.
 const (
-	requestHeal  = 1 << iota // compare the counters with their mirror
-	requestStall             // count a stall
+	requestHeal       = 1 << iota // compare the counters with their mirror
+	requestStall                  // count a stall
+	requestCarrierOff             // count that the carrier went off
+	requestTask                   // run the task
+	requestRate                   // show the rate limit
 )
 
-// serveRequests does what the slow tick has asked for. The caller is inside the gate.
+// serveRequests does what others have asked for. The caller is inside the gate.
 func (h *half) serveRequests() {
 	if h.requests.Load() != 0 {
 		h.serve(h.requests.Swap(0))
@@ -100,16 +108,27 @@ func (h *half) serve(due uint32) {
 		h.count.Add(telemetry.Stalls, 1)
 		h.count.Publish()
 	}
+	if due&requestCarrierOff != 0 {
+		h.count.Add(telemetry.CarrierOff, 1)
+		h.count.Publish()
+	}
+	if due&requestRate != 0 {
+		h.count.Set(telemetry.RateLimit, h.dev.limiter.now().perSecond())
+		h.count.Publish()
+	}
 	if due&requestHeal != 0 {
 		h.count.Refresh()
+	}
+	if due&requestTask != 0 {
+		h.do()
 	}
 }
 
 // Who may use the counters of a half.
 const (
 	usedByOwner = iota // the owner, or the caller inside the gate
-	lentToTick         // the owner waits, and the slow tick may use them
-	usedByTick         // the slow tick uses them
+	lentToTick         // the owner waits, and the slow tick may use them, or a visitor the engine
+	usedByTick         // the slow tick or a visitor uses them
 )
 
 // request does what due says at once if no caller is inside the gate, or if the caller
@@ -169,13 +188,19 @@ func (h *half) expired() bool {
 	return !t.IsZero() && !time.Now().Before(t)
 }
 
-// mustLeave reports whether a caller that spins inside the gate must leave, or give up.
+// mustLeave reports whether a caller that spins inside the gate must leave, or give up. It
+// also does what was asked of the caller meanwhile, which may spin for long.
 func (h *half) mustLeave() bool {
-	return h.gate.state.Load() != gateBusy || h.ending.Load() || h.expired()
+	h.serveRequests()
+	return h.gate.state.Load() != gateBusy || h.ending.Load() || h.expired() || h.drain.hurried()
 }
 
 // parkUntilEvent parks inside the gate until there may be something to do.
-func (h *half) parkUntilEvent() error {
+func (h *half) parkUntilEvent() error { return h.parkUntil(h.deadline(), h.spin.measures()) }
+
+// parkUntil parks inside the gate until something happens, or until end. measure says that
+// the length of the wait tells something about the peer.
+func (h *half) parkUntil(end time.Time, measure bool) error {
 	if h.member.Load() != nil {
 		return ErrPolled
 	}
@@ -190,16 +215,16 @@ func (h *half) parkUntilEvent() error {
 	var event bool
 	var err error
 	var start time.Time
-	if h.spin.measures() {
+	if measure {
 		start = time.Now()
 	}
 	h.lendCounters()
 	if h.requests.Load() == 0 { // from here on request finds the counters lent
-		event, err = p.wait(h.dir, h.deadline())
+		event, err = p.wait(h.dir, h.drain.until(end))
 	}
 	h.reclaimCounters()
 	h.waitSeq.Add(1)
-	if h.spin.measures() {
+	if measure {
 		h.spin.ended(time.Since(start))
 	}
 	if event {
@@ -235,8 +260,16 @@ type engine interface {
 	sample()
 
 	// drain counts the frames that are lost with the connection and puts every page back
-	// into its arena. The gate is shut.
-	drain()
+	// into its arena. It waits until end at most for pages that users hold. The gate is shut.
+	drain(end time.Time)
+
+	// bind tells the engine which half it serves.
+	bind(*half)
+
+	// show describes the ring, and kick notifies the peer; see Device.Rings and
+	// Device.Kick.
+	show(*HalfState)
+	kick()
 }
 
 // afterShutGate decides what a call does that found the gate shut with err. It waits while the

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"barevif/hypercall"
+	"barevif/pvnet/netif"
 	"barevif/telemetry"
 	"barevif/xenbus"
 )
@@ -36,9 +37,25 @@ type end interface {
 	// connection c was made from.
 	unchanged(ctx context.Context, xd *xenbus.Device, c *conn) (bool, error)
 
+	// settings reads the settings of the connection.
+	settings(ctx context.Context, xd *xenbus.Device) (settings, error)
+
+	// publish writes a setting that the device's user has changed (backend). It reports
+	// false if there is none.
+	publish(ctx context.Context, xd *xenbus.Device) (more bool, err error)
+
+	// rest waits, while frames are still received, until nothing that was sent is on its way.
+	// After an error the link is as before.
+	rest(*lifecycle) error
+
+	// pass makes the connection, which is at rest, ready for another process. After an
+	// error it is as before.
+	pass(*lifecycle, handoverTimes) (*passing, error)
+
 	// ended runs after the device has ended, whether we or the toolstack ended it.
-	// replaced: there is a new directory in its place.
-	ended(ctx context.Context, xd *xenbus.Device, replaced bool)
+	// replaced: there is a new directory in its place; passed: another process goes on with
+	// the connection.
+	ended(ctx context.Context, xd *xenbus.Device, replaced, passed bool)
 }
 
 // A lifecycle is the one goroutine that moves a device through its states. Only it writes
@@ -61,13 +78,18 @@ type lifecycle struct {
 	deadlineOnce   sync.Once
 	endBy          time.Time // when storeCtx ends at the latest; set by limitEnd
 	conn           *conn
-	connGeneration uint32 // generation of conn, 0: none
-	running        bool   // the gates are open
-	peerSeen       bool   // the peer has had its ends of all event channels at some time since resume
-	peerLost       bool   // the peer has lost them since, but xenstore does not show it
+	connGeneration uint32      // generation of conn, 0: none
+	handingOver    bool        // another process is about to take the vif over: why the link goes down
+	still          *standstill // the vif was taken over and has not moved a frame yet; nil: neither
+	mirrorLate     bool        // openMirror is due, at the first slow tick of a link that is up
+	running        bool        // the gates are open
+	peerSeen       bool        // the peer has had its ends of all event channels at some time since resume
+	absentSince    time.Time   // since when the peer's ports are closed, as far as we looked; zero: they are not
+	peerLost       bool        // the peer has lost them since, but xenstore does not show it
 	lostAt         xenbus.State
 	ringsReplaced  bool   // the peer has made new rings: why the link goes down
 	verifiedWrites uint64 // Change.PeerWrites for which conn was last verified
+	readSettings   uint64 // Change.Settings for which the settings were last read
 
 	cause   error     // why the device ends; nil: it does not
 	forceAt time.Time // when to end without waiting for the peer any longer; set by beginEnd
@@ -77,11 +99,15 @@ type lifecycle struct {
 	pause           time.Duration
 	pace            pace
 	repairPace      pace         // of repairs of our state after others wrote it
+	settingsPace    pace         // of settings that change
 	generation      uint32       // generation of the directory that pace is for; 0: none yet
 	ticks           int          // slow ticks since the link came up
 	state           xenbus.State // last written, for the event log
 	firstResult     chan error   // gets the result of the first connect, once; then nil
 	publishedReason string       // the reason, as in xenstore, why there is no connection
+	told            *verdict     // backend: the verdict that is in xenstore; nil: none yet
+
+	carrierOffAt time.Time // when the carrier went off; meaningful while Device.stalled
 
 	suspects  []suspect        // halves that may have missed an event
 	recheckAt <-chan time.Time // when to look at the suspects again
@@ -136,16 +162,20 @@ func (l *lifecycle) run(stop context.Context) {
 			if l.tickDue.Swap(false) {
 				l.tick()
 			}
+			l.showLate()
 		case <-recheck:
 			l.mu.Lock()
 			l.rescue()
+		case r := <-d.handOvers:
+			l.mu.Lock()
+			r.err <- l.handOver(r)
 		}
 	}
 	l.limitEnd()
 	l.detach()
 	l.d.logs.CatchUp(true)
 	ctx, cancel := l.storeContext()
-	l.end.ended(ctx, l.xd, l.dirReplaced())
+	l.end.ended(ctx, l.xd, l.dirReplaced(), l.cause == ErrHandover)
 	cancel()
 	if l.cause == nil {
 		l.cause = ErrDisconnected
@@ -225,8 +255,13 @@ func (l *lifecycle) retryTime() time.Time {
 	if l.failedOn != nil && (at.IsZero() || l.retryAt.Before(at)) {
 		at = l.retryAt
 	}
-	if t := l.repairPace.until; !t.IsZero() && (at.IsZero() || t.Before(at)) {
-		at = t
+	for _, t := range []time.Time{l.repairPace.until, l.settingsPace.until} {
+		if !t.IsZero() && (at.IsZero() || t.Before(at)) {
+			at = t
+		}
+	}
+	if t := l.absentSince; !t.IsZero() && (at.IsZero() || t.Add(absentTime).Before(at)) {
+		at = t.Add(absentTime)
 	}
 	return at
 }
@@ -246,11 +281,14 @@ func (l *lifecycle) onHold(ch xenbus.Change) bool {
 	if !now.Before(l.repairPace.until) {
 		l.repairPace.until = time.Time{}
 	}
+	if !now.Before(l.settingsPace.until) {
+		l.settingsPace.until = time.Time{}
+	}
 	if l.failedOn != nil && !now.Before(l.retryAt) {
 		l.failedOn = nil
 	}
 	paced := !l.pace.until.IsZero() && ch.Online && !ch.Gone && !ch.Lost
-	ch.PeerWrites = 0
+	ch.PeerWrites, ch.Settings = 0, 0
 	return l.failedOn != nil && *l.failedOn == ch && !ch.Gone || paced
 }
 
@@ -288,17 +326,32 @@ func (l *lifecycle) step() bool {
 			l.endNow(ch)
 			return true
 		}
+		// A vif that was taken over moves frames before we look at xenstore again.
+		standsStill := l.still != nil && l.conn != nil && l.cause == nil && onlyConnected(ch)
+		if !standsStill && !l.followSettings(ch) {
+			return false
+		}
+		if v := l.d.verdict.Load(); l.told != nil && v != l.told && l.cause == nil && !ch.Gone && !ch.Lost && !l.publishVerdict(v) {
+			return false
+		}
+		facts := ch
+		if v := l.told; v != nil && v.why != "" { // whatever a script says
+			facts.Hotplug = false
+		}
 		s := xenbus.Next(l.d.role, xenbus.Facts{
-			Change: ch, Attached: l.connGeneration, Leaving: l.cause != nil,
+			Change: facts, Attached: l.connGeneration, Leaving: l.cause != nil,
 			Adopt: l.cause == nil,
 		})
 		next := proceed
-		if stays := s.Do == xenbus.Run || s.Do == xenbus.Wait; stays && l.conn != nil && l.verifiedWrites != ch.PeerWrites {
+		if stays := s.Do == xenbus.Run || s.Do == xenbus.Wait; stays && l.conn != nil && l.verifiedWrites != ch.PeerWrites && !standsStill {
 			if !l.verify(ch) {
 				next = awaitNews
 			}
 		} else {
 			next = l.do(s, ch)
+		}
+		if standsStill && l.still == nil && next == awaitNews {
+			next = proceed
 		}
 		if next != proceed {
 			return next == over
@@ -323,9 +376,14 @@ func (l *lifecycle) do(s xenbus.Step, ch xenbus.Change) outcome {
 		l.detach()
 		then = proceed
 	case xenbus.Prepare:
+		v := l.d.verdict.Load()
+		if v == nil && l.d.own != nil { // Offer or Refuse wakes us
+			return awaitNews
+		}
 		if !l.attempt("publish features", l.end.prepare) {
 			return awaitNews
 		}
+		l.told = v
 		l.publishedReason = "" // prepare removed the reason
 		then = proceed
 	case xenbus.Connect:
@@ -368,6 +426,24 @@ func (l *lifecycle) endNow(ch xenbus.Change) {
 	}
 }
 
+// showLate opens the mirror of a vif that was taken over. Meanwhile frames pass: a store may
+// take hundreds of milliseconds for it, as that in package bpf does on a slow processor. And
+// the process that had the vif has closed its mirror by now, which has the same name.
+func (l *lifecycle) showLate() {
+	if l.ticks > 0 {
+		l.showNow()
+	}
+}
+
+// showNow is showLate for a vif that another process is about to take over: the mirror is opened
+// while frames pass, and not while that process waits for the link to come to rest.
+func (l *lifecycle) showNow() {
+	if l.mirrorLate && l.running {
+		l.mirrorLate = false
+		l.d.openMirror(dom(l.xd))
+	}
+}
+
 // dom returns the peer's domain.
 func dom(xd *xenbus.Device) hypercall.DomID {
 	_, dom := xd.Peer()
@@ -376,14 +452,30 @@ func dom(xd *xenbus.Device) hypercall.DomID {
 
 // start starts the lifecycle goroutine. after runs at the very end of the device.
 func (d *Device) start(xd *xenbus.Device, r end, first chan error, after func()) {
+	d.startWith(&lifecycle{d: d, xd: xd, end: r, firstResult: first}, after)
+}
+
+// startWith is start for a lifecycle that may have a connection already.
+func (d *Device) startWith(l *lifecycle, after func()) {
+	xd := l.xd
 	ctx, stop := context.WithCancelCause(context.Background())
 	d.stop = stop
-	d.openMirror(dom(xd))
-	l := &lifecycle{d: d, xd: xd, end: r, firstResult: first}
+	if !l.mirrorLate {
+		d.openMirror(dom(xd))
+	}
+	if d.role == xenbus.Frontend {
+		xd.Follow([]string{netif.KeyMTU}, []string{netif.KeyCarrier})
+	} else {
+		xd.Follow([]string{netif.KeyMTU, netif.KeyRate}, []string{netif.KeyRequestMulticast})
+	}
+	l.readSettings = xd.Current().Settings
+	if l.conn != nil && d.role == xenbus.Frontend { // of another process: they are read again
+		l.readSettings--
+	}
 	l.storeCtx, l.abandonStore = context.WithCancel(context.Background())
 	d.finish = func() {
 		stop(nil)
-		d.counters.Close()
+		d.closeMirror()
 		ctx, cancel := l.storeContext()
 		xd.Close(ctx)
 		cancel()

@@ -7,12 +7,14 @@ import (
 	"time"
 )
 
-// A LinkEvent says that the link came up or went down.
+// A LinkEvent says that the link came up or went down, or, if it was up before, that its
+// MTU has changed, or that its frontend has stopped taking frames or takes them again.
 type LinkEvent struct {
-	Up     bool
-	Reason string // why the link is down: "the other end is Closing", or the error that ended the device
-	MAC    MAC    // of the connection, or of the last one; zero before the first
-	MTU    int    // in bytes, as [Device.MTU]; of the same connection as MAC
+	Up      bool
+	Stalled bool   // of a link that is up, as [Device.Stalled]
+	Reason  string // why the link is down: "the other end is Closing", "the backend has no carrier", or the error that ended the device
+	MAC     MAC    // of the connection, or of the last one; zero before the first
+	MTU     int    // in bytes, as [Device.MTU] when the link came up, or changed its MTU
 }
 
 // Links yields the present state of the link and then its changes, until ctx ends or the
@@ -125,7 +127,7 @@ func (d *Device) announce(word uint32, ev LinkEvent) {
 	defer d.mu.Unlock()
 	ev.MAC, ev.MTU = d.last.MAC, d.last.MTU
 	if ev.Up {
-		ev.MAC, ev.MTU = d.MAC(), d.MTU()
+		ev.MAC, ev.MTU, ev.Stalled = d.MAC(), d.MTU(), d.stalled.Load()
 	}
 	d.link.Store(word)
 	close(d.changed)

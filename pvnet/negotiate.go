@@ -9,15 +9,39 @@ import (
 	"barevif/xenbus/xenstore"
 )
 
-// mtuOf returns the MTU in the values of the vif's directory; 1500 if there is no usable
-// one.
-func (d *Device) mtuOf(own xenstore.Values) int {
+// minMTU is the smallest MTU: every link must carry 68 bytes (RFC 791).
+const minMTU = 68
+
+// mtuOf returns the MTU in the values of the vif's directory dir: 1500 if there is none,
+// and instead if it is unusable.
+func (d *Device) mtuOf(own xenstore.Values, dir string, instead int) int {
 	mtu, err := own.Uint(netif.KeyMTU, MaxFrame, 1500)
-	if err != nil || mtu < 68 { // RFC 791: every link must carry 68 bytes
-		d.log.Warn("no usable MTU in xenstore", "vif", d.id, "value", own[netif.KeyMTU], "err", err)
-		return 1500
+	if err == nil && mtu < minMTU {
+		err = &xenstore.ValueError{Path: netif.KeyMTU, Value: own[netif.KeyMTU], Want: fmt.Sprintf("a number from %d to %d", minMTU, MaxFrame)}
+	}
+	d.complain(dir, netif.KeyMTU, own, err, fmt.Sprintf("it stays %d", instead))
+	if err != nil {
+		return instead
 	}
 	return int(mtu)
+}
+
+// complain logs why the value of a key in directory dir cannot be used, and what counts
+// instead: once for each value, however often it is read. A nil err forgets the last one.
+func (d *Device) complain(dir, key string, v xenstore.Values, err error, instead string) {
+	said, again := d.complaints[key]
+	if err == nil {
+		delete(d.complaints, key)
+		return
+	}
+	if again && said == v[key] {
+		return
+	}
+	if d.complaints == nil {
+		d.complaints = make(map[string]string)
+	}
+	d.complaints[key] = v[key]
+	d.log.Warn("unusable value in xenstore", "vif", d.id, "key", dir+"/"+key, "value", xenstore.Clip(v[key]), "instead", instead, "err", err)
 }
 
 // queuePrefix returns the directory of the xenstore keys of queue i of n. A single queue
@@ -59,14 +83,11 @@ func parseQueues(v xenstore.Values, n int) ([]queueKeys, error) {
 // parseKeys reads the keys of one queue: two event channels, or one for both directions.
 func parseKeys(v xenstore.Values, prefix string) (k queueKeys, err error) {
 	number := func(key string) uint32 {
-		n, e := v.Uint(prefix+key, 1<<32-1, 0)
-		if e == nil && n == 0 { // no gref and no port is ever 0
-			e = fmt.Errorf("%s%s is missing", prefix, key)
-		}
+		n, e := nameIn(v, prefix+key)
 		if e != nil && err == nil {
 			err = e
 		}
-		return uint32(n)
+		return n
 	}
 	k.txRing = hypercall.GrantRef(number(netif.KeyTxRingRef))
 	k.rxRing = hypercall.GrantRef(number(netif.KeyRxRingRef))
@@ -78,6 +99,16 @@ func parseKeys(v xenstore.Values, prefix string) (k queueKeys, err error) {
 		k.rxPort = k.txPort
 	}
 	return k, err
+}
+
+// nameIn returns the number of a grant or an event channel under key. It refuses 0, which
+// names neither.
+func nameIn(v xenstore.Values, key string) (uint32, error) {
+	n, err := v.Uint(key, 1<<32-1, 0)
+	if err == nil && n == 0 {
+		err = fmt.Errorf("%s is missing", key)
+	}
+	return uint32(n), err
 }
 
 // offloadKeys are the keys with which an end says which offloads it takes.

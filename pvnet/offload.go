@@ -84,8 +84,12 @@ func (f *Frame) SetChecksum(c Checksum) { f.csum = c }
 
 // CompleteChecksum completes a partial checksum and clears the GSO: a GSO frame becomes
 // one long packet. The frame must have one holder. [ErrOffload] if the headers show no
-// checksum field. A checksum that is not partial stays as it is.
+// checksum field, [ErrShared] if the frame is read-only. A checksum that is not partial
+// stays as it is.
 func (f *Frame) CompleteChecksum() error {
+	if f.csum == ChecksumPartial && f.buf.ReadOnly() {
+		return ErrShared
+	}
 	if f.csum == ChecksumPartial && !f.completeChecksum() {
 		return ErrOffload
 	}
@@ -170,19 +174,27 @@ func (o offloads) admit(f *Frame) (sendNeed, error) {
 	return w, nil
 }
 
-// extras returns the extra infos with which the frame is sent. This is the only place that
-// makes them.
-func (f *Frame) extras() (x netif.Extras) {
+// extras returns the extra infos with which the frame is sent; hash is its hash, if hashed.
+// This is the only place that makes them.
+func (f *Frame) extras(hash FlowHash, hashed bool) (x netif.Extras) {
 	if g := f.gso; g.Size != 0 {
 		x.Add(netif.GSOExtra(netif.GSO{Size: g.Size, Type: netif.GSOType(g.Type)}))
+	}
+	if hashed {
+		x.Add(hashExtra(hash))
 	}
 	return x
 }
 
 // extraSlots returns how many slots the extra infos take in a ring.
-func (f *Frame) extraSlots() uint32 {
-	x := f.extras()
-	return uint32(x.Len())
+func (f *Frame) extraSlots(hashed bool) (n uint32) {
+	if f.gso.Size != 0 {
+		n++
+	}
+	if hashed {
+		n++
+	}
+	return n
 }
 
 // takeOffloads checks the offloads of a received frame, which is private by now, and takes over
@@ -190,6 +202,9 @@ func (f *Frame) extraSlots() uint32 {
 // that this end offered to take them; otherwise arrived completes the checksum. It
 // returns 0, or why the frame must be dropped.
 func (f *Frame) takeOffloads(x *netif.Extras, keep bool, count *telemetry.Block) telemetry.Reason {
+	if f.takeHash(x.Of(netif.ExtraHash)) {
+		count.Add(telemetry.HashedPackets, 1)
+	}
 	g := x.Of(netif.ExtraGSO).GSO()
 	if g.Size == 0 {
 		if f.csum == ChecksumVerified {

@@ -64,14 +64,17 @@ func (p *pair) connect(t testing.TB, f features) {
 	fc, bc := new(conn), new(conn)
 	p.conns = [2]*conn{fc, bc}
 	fm := &setup{dom: p.fdom, peer: p.bdom.ID(), log: p.front.log, quarantined: &p.front.quarantined, c: fc, lockedThreads: p.front.cfg.LockedThreads}
-	bm := &setup{dom: p.bdom, peer: p.fdom.ID(), log: p.back.log, quarantined: &p.back.quarantined, c: bc, lockedThreads: p.back.cfg.LockedThreads}
+	bm := &setup{dom: p.bdom, peer: p.fdom.ID(), log: p.back.log, quarantined: &p.back.quarantined, limiter: &p.back.limiter, groups: &p.back.groups, c: bc, lockedThreads: p.back.cfg.LockedThreads}
 	var err error
 	fc.queues, err = fm.frontQueues(f, &p.front.cfg, 0, func(i int) (rx, tx *telemetry.Block) { return p.front.rx[i].count, p.front.tx[i].count })
 	if err != nil {
 		t.Fatal(err)
 	}
 	for i, fq := range fc.queues {
-		bq, err := bm.backQueue(f, fq.keys, &p.back.cfg, p.back.rx[i].count, p.back.tx[i].count)
+		bq, err := bm.makeQueue(f, fq.keys, &p.back.cfg, p.back.rx[i].count, p.back.tx[i].count)
+		if err == nil {
+			err = bm.bindQueue(&bq)
+		}
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -135,4 +138,13 @@ func same(f *Frame, seed int) error {
 		}
 	}
 	return nil
+}
+
+// makeQueue maps a queue and makes the backend's side of it.
+func (m *setup) makeQueue(f features, k queueKeys, cfg *Config, rx, tx *telemetry.Block) (connQueue, error) {
+	q, err := m.mapQueue(k, cfg)
+	if err != nil {
+		return connQueue{}, err
+	}
+	return m.backQueue(f, &q, cfg, rx, tx)
 }

@@ -36,6 +36,13 @@ func newParker(w hypercall.Waiter) *parker {
 	return &parker{w: w, follow: make(chan struct{}, 1)}
 }
 
+// open opens the parker's event channel.
+func (p *parker) open(open func(hypercall.Waiter) (hypercall.Port, error)) (hypercall.Port, error) {
+	port, err := open(p.w)
+	p.port, _ = port.(hypercall.JoinedPort)
+	return port, err
+}
+
 // peerClosed reports whether the peer's end of the channel is known to be closed.
 func (p *parker) peerClosed() bool { return p.port != nil && !p.port.Joined() }
 
@@ -182,6 +189,17 @@ func (p *parker) joinPoller(m *member, worked bool) error {
 	}
 	// An event does not tell which half it is for: it was spurious if neither had work.
 	return g.Rearm(p.w, worked || p.members[1-d] != nil && !p.idle[1-d])
+}
+
+// leaveGroup takes the waiter out of a Poller's Group. The members join again when they are
+// marked.
+func (p *parker) leaveGroup() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.group != nil {
+		p.group.Remove(p.w)
+		p.group = nil
+	}
 }
 
 // leavePoller undoes joinPoller. The other half's owner looks again, and joins again.

@@ -66,6 +66,8 @@ type Poller struct {
 	// Used by the owner only.
 	byTag       []*member // members that the owner knows, by slot
 	polled      []*member // members that the owner looks at
+	held        []*member // members whose next frame waits for credit under a rate limit
+	creditAt    time.Time // when the first of them gets some; zero: nobody knows
 	result      []Ready   // the last result of Wait, the caller's until the next Wait
 	turns       uint      // how many turns found work
 	busy        bool      // the last turn found work
@@ -250,6 +252,9 @@ func (p *Poller) Wait() ([]Ready, error) {
 		if p.hasNews.Load() {
 			p.takeNews()
 		}
+		if p.creditDue() {
+			p.releaseHeld(time.Now())
+		}
 		p.turn(0)
 		if len(p.result) > 0 {
 			if p.turns++; p.turns%eventTurns == 0 {
@@ -322,6 +327,10 @@ func (p *Poller) forget(m *member) {
 		m.polled = false
 		p.polled = slices.DeleteFunc(p.polled, func(l *member) bool { return l == m })
 	}
+	if m.held {
+		m.held = false
+		p.held = slices.DeleteFunc(p.held, func(l *member) bool { return l == m })
+	}
 	if m.known && p.byTag[m.tag] == m {
 		p.byTag[m.tag] = nil
 	}
@@ -384,6 +393,9 @@ func (p *Poller) visit(m *member) bool {
 		m.waits = false
 		return m.rx != nil
 	}
+	if p.hold(m) {
+		return false
+	}
 	if m.empty < emptyTurns || !p.busy {
 		m.empty = min(m.empty+1, emptyTurns)
 		return true // while no member has work, Wait decides: look or sleep
@@ -413,6 +425,10 @@ func (p *Poller) sleepAll() bool {
 	all := true
 	kept := 0
 	for _, m := range p.polled {
+		if p.hold(m) {
+			m.polled = false
+			continue
+		}
 		slept, err := m.sleep()
 		if err != nil && err != ErrLinkDown && err != ErrBusy {
 			p.removeWith(m, err)
@@ -437,11 +453,12 @@ func (p *Poller) sleepAll() bool {
 // sleep waits for the events of sleeping members, for news, a wake, or the deadline.
 func (p *Poller) sleep() error {
 	var start time.Time
-	if p.spin.measures() {
+	measure := p.spin.measures() && p.creditAt.IsZero() // a wait for credit tells nothing about the peers
+	if measure {
 		start = time.Now()
 	}
-	n, err := p.group.Wait(p.tags[:], p.deadline())
-	if p.spin.measures() {
+	n, err := p.group.Wait(p.tags[:], sooner(p.deadline(), p.creditAt))
+	if measure {
 		p.spin.ended(time.Since(start))
 	}
 	p.fired(n)
@@ -522,6 +539,6 @@ func (p *Poller) ready(int) bool {
 // news, Wake, Close or the deadline.
 func (p *Poller) mustLeave() bool {
 	n, err := p.events()
-	p.interrupted = n > 0 || err != nil || p.hasNews.Load() || p.woken.Load() || p.closed.Load() || p.expired()
+	p.interrupted = n > 0 || err != nil || p.hasNews.Load() || p.woken.Load() || p.closed.Load() || p.expired() || p.creditDue()
 	return p.interrupted
 }

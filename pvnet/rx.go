@@ -31,6 +31,10 @@ type receiver interface {
 	// it too.
 	consumed() uint32
 
+	// heldUntil reports whether the next frame waits for credit under a rate limit, and
+	// until when; the zero Time: for a change of the limit. No event is armed meanwhile.
+	heldUntil() (until time.Time, held bool)
+
 	engine
 }
 
@@ -61,6 +65,9 @@ func (rx *RX) receive(frames []Frame, into bool) (int, error) {
 		}
 		at := rx.eng.consumed()
 		n, err := rx.eng.receive(frames, into)
+		if taps := rx.dev.taps.Load(); taps != nil {
+			rx.showReceived(*taps, frames[:n])
+		}
 		garbage := n == 0 && rx.eng.consumed() != at
 		rx.hadWork = rx.hadWork || garbage // a frame that was dropped: the event was not spurious
 		if n > 0 || err != nil {
@@ -72,6 +79,14 @@ func (rx *RX) receive(frames []Frame, into bool) (int, error) {
 				err = nil
 			}
 			return n, rx.dev.callError(err)
+		}
+		if until, held := rx.eng.heldUntil(); held {
+			err = rx.waitForCredit(until)
+			rx.gate.leave()
+			if err = rx.dev.callError(err); err != nil {
+				return 0, err
+			}
+			continue
 		}
 		more := rx.spin.spin(&rx.half, rx.eng, 1)
 		if !more {
@@ -92,6 +107,19 @@ func (rx *RX) receive(frames []Frame, into bool) (int, error) {
 	return 0, rx.dev.endError()
 }
 
+// waitForCredit waits inside the gate until there may be credit for the frame that is held
+// back. Only Busy looks: how long the wait is depends on nothing that a look could see.
+func (rx *RX) waitForCredit(until time.Time) error {
+	if rx.spin.always() && rx.spin.spin(&rx.half, rx.eng, 1) {
+		return nil
+	}
+	err := rx.parkUntil(sooner(rx.deadline(), until), false)
+	if err == errTimeout && !rx.expired() {
+		return nil
+	}
+	return err
+}
+
 // Poll is Receive that does not wait: n is 0 if no frame is there. It returns the errors
 // of Receive, and [ErrLinkDown].
 func (rx *RX) Poll(frames []Frame) (n int, err error) { return rx.poll(frames, false) }
@@ -105,6 +133,9 @@ func (rx *RX) poll(frames []Frame, into bool) (n int, err error) {
 		return 0, err
 	}
 	n, err = rx.eng.receive(frames, into)
+	if taps := rx.dev.taps.Load(); taps != nil {
+		rx.showReceived(*taps, frames[:n])
+	}
 	rx.countMoved(n)
 	rx.gate.leave()
 	if err = rx.dev.callError(err); n > 0 {

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"barevif/hypercall"
@@ -20,7 +21,7 @@ import (
 // A ServeConfig holds the options of a backend. The zero ServeConfig suits a driver
 // domain whose toolstack runs hotplug scripts.
 type ServeConfig struct {
-	Config // for every device; LendRx has no effect
+	Config // for every device
 
 	// Type is the backend type: the directories served are backend/<Type>/... . "" means
 	// "vif". Linux's netback does not bind to vifs of any other type.
@@ -31,15 +32,52 @@ type ServeConfig struct {
 	// written "connected".
 	Hotplug bool
 
+	// Hold keeps each vif in state Initialising, so that neither its frontend nor the
+	// toolstack goes on, until accept has called [Device.Offer] or [Device.Refuse]: until
+	// the network behind the vif is there. Offer and Refuse then take the place of Hotplug.
+	Hold bool
+
 	// Remove makes the backend remove a vif's directory once the vif is gone for good.
 	// The toolstack does that in dom0; in a driver domain nobody else does.
 	Remove bool
+
+	// DrainTimeout is how long frames wait for a frontend that takes none, in calls that
+	// wait for room: SendWait, Write, Writev and WriteBatch. Then they are dropped and
+	// counted as [telemetry.DropGuestStalled], and the call returns as if they were sent.
+	// Once the frontend has taken nothing for that long, such calls drop at once what finds
+	// no room, so that a frontend that has stopped delays its sender once. The time is
+	// kept to two seconds. 0 means 10 s, as in Linux's netback; a negative time means that
+	// calls wait for ever. At least 1 ms and at most a day.
+	//
+	// A frontend that does not write feature-rx-notify gets 30 ms at most, as from netback.
+	DrainTimeout time.Duration
+
+	// StallTimeout is how long a frontend may take nothing, although there were frames for
+	// it, before the carrier goes off: [LinkEvent].Stalled. It is on again when the frontend
+	// takes frames. A link.Joint passes the carrier on to its TAP, whose kernel then drops
+	// frames early. 0 means 60 s, as in Linux's netback; a negative time means never. At
+	// least 1 s and at most a day. For a frontend that does not write feature-rx-notify the
+	// carrier stays on, as netback's does.
+	StallTimeout time.Duration
+
+	// TakeOver asks the process that serves vif id of domain front now to hand it over.
+	// It returns nil if no process does. Serve calls it once for each directory, before it
+	// tries to claim the vif, and not again after it failed; package
+	// barevif/pvnet/handover has one. nil: Serve only claims vifs that nobody serves.
+	TakeOver func(ctx context.Context, front hypercall.DomID, id string) (*TakenVif, error)
 }
 
 // Serve runs the backend of every vif whose directory is under our type, now or later.
 // For each vif it makes a Device and calls accept with it, on a goroutine of its own. The
 // link comes up when the frontend connects, and again when the frontend comes back. The
 // device ends when the toolstack removes the vif.
+//
+// A guest sends no faster than the toolstack's key "rate" of its vif says: so many bytes
+// every so many microseconds, as xl's option rate writes it. The limit holds for the vif,
+// over all its queues and connections, and follows the key while the link is up. Frames
+// that have to wait for it stay in the guest's ring. What Linux's netback does with a burst,
+// or with a frame longer than its credit, Serve does too; but netback gives each queue the
+// whole rate. A value that cannot be read is logged, and leaves the limit as it was.
 //
 // Serve does not touch a vif that another process serves, and tries to claim it again, at
 // first often, in the end twice a minute. If a device ended before its vif was removed,
@@ -58,9 +96,10 @@ func serve(ctx context.Context, domain hypercall.Domain, cfg ServeConfig, accept
 	if cfg.Type == "" {
 		cfg.Type = "vif"
 	}
-	if err := cfg.check(domain); err != nil {
+	if err := errors.Join(cfg.check(domain), cfg.checkTimeouts()); err != nil {
 		return err
 	}
+	cfg.Config = cfg.Config.resolve()
 	store := xenstore.Config{Logger: cfg.Logger}
 	if domain.ID() != 0 { // only domain 0 has no quota and may read everything
 		store.Watches = watchesEach
@@ -117,6 +156,7 @@ type server struct {
 	cfg      ServeConfig
 	accept   func(*Device)
 	serving  map[xenbus.BackendID]bool // its goroutine runs, or is among released
+	mappings atomic.Int64              // for static grants: how many mappings all vifs have
 
 	mu       sync.Mutex
 	released []xenbus.BackendID // guarded by mu: vifs that their goroutines have left
@@ -160,13 +200,14 @@ func (s *server) serveDir(ctx context.Context, id xenbus.BackendID) {
 	if s.cfg.Logger != nil {
 		log = s.cfg.Logger.With("frontend", id.String())
 	}
+	if s.takeOver(ctx, id, log) {
+		return
+	}
 	said := ""
 	for pause := retryFirst; ctx.Err() == nil; pause = min(2*pause, retryMost) {
 		xd, err := s.claim(ctx, id)
 		if err == nil {
-			if b := s.runDevice(ctx, id, xd); !b.replaced {
-				s.awaitRemoval(ctx, xd.Dir(), b.removed)
-			}
+			s.afterwards(ctx, xd, s.runDevice(ctx, id, xd))
 			return
 		}
 		none, ok := errors.AsType[*xenbus.NoDeviceError](err)
@@ -178,6 +219,22 @@ func (s *server) serveDir(ctx context.Context, id xenbus.BackendID) {
 			log.Warn("cannot serve a vif", "err", err)
 		}
 		sleep(ctx, pause)
+	}
+}
+
+// afterwards waits, once device b has ended, until its vif may be served again.
+func (s *server) afterwards(ctx context.Context, xd *xenbus.Device, b *back) {
+	b.d.mu.Lock()
+	reclaim := b.d.reclaim
+	b.d.mu.Unlock()
+	switch {
+	case reclaim != nil:
+		select {
+		case <-reclaim:
+		case <-ctx.Done():
+		}
+	case !b.replaced:
+		s.awaitRemoval(ctx, xd.Dir(), b.removed)
 	}
 }
 
@@ -205,16 +262,34 @@ func (s *server) claim(ctx context.Context, id xenbus.BackendID) (*xenbus.Device
 
 // runDevice runs one device until it ends, and accept with it.
 func (s *server) runDevice(ctx context.Context, id xenbus.BackendID, xd *xenbus.Device) *back {
+	b := s.newBack(ctx, id, xd)
+	b.d.start(xd, b, nil, func() {})
+	s.await(ctx, b)
+	return b
+}
+
+// newBack makes a device that has not started.
+func (s *server) newBack(ctx context.Context, id xenbus.BackendID, xd *xenbus.Device) *back {
 	d := newDevice(id.ID, telemetry.Backend, s.domain, s.cfg.Config)
 	d.log = d.log.With("frontend", id.String())
-	b := &back{d: d, cfg: &s.cfg}
+	b := &back{d: d, cfg: &s.cfg, mappings: &s.mappings}
+	d.own = xd.OwnValues
+	if !s.cfg.Hold {
+		d.verdict.Store(&verdict{script: !s.cfg.Hotplug})
+	}
 	d.mu.Lock()
 	d.peer = dom(xd) // accept may ask before there is a connection
 	d.mu.Unlock()
 	if err := b.identify(ctx, xd); err != nil { // attach tries again
 		d.identify(backMAC, d.MTU(), true)
 	}
-	d.start(xd, b, nil, func() {})
+	b.toldMTU = d.MTU() // the toolstack writes it to both directories
+	return b
+}
+
+// await runs accept with a device that has started, until both have ended.
+func (s *server) await(ctx context.Context, b *back) {
+	d := b.d
 	stop := context.AfterFunc(ctx, func() {
 		cause := context.Cause(ctx)
 		if cause != ErrHandover && cause != ErrDisconnected {
@@ -225,7 +300,6 @@ func (s *server) runDevice(ctx context.Context, id xenbus.BackendID, xd *xenbus.
 	s.accept(d)
 	<-d.done
 	stop()
-	return b
 }
 
 // awaitRemoval waits, after a device has ended, until the toolstack has removed or remade its

@@ -42,14 +42,17 @@ type setup struct {
 	log         *slog.Logger
 	quarantined *atomic.Uint64 // pages that the peer did not give back
 	c           *conn
+	steer       *atomic.Pointer[steering] // backend: how frames are hashed; nil: they are not
 
-	lockedThreads bool // Config.LockedThreads: waiters block a thread
+	limiter       *limiter // backend: of the vif
+	groups        *groups  // backend: the vif's multicast filter
+	lockedThreads bool     // Config.LockedThreads: waiters block a thread
 }
 
 func newSetup(d *Device, xd *xenbus.Device, c *conn) *setup {
 	return &setup{
 		dom: d.domain, peer: dom(xd), log: d.log, quarantined: &d.quarantined, c: c,
-		lockedThreads: d.cfg.LockedThreads,
+		limiter: &d.limiter, groups: &d.groups, lockedThreads: d.cfg.LockedThreads,
 	}
 }
 
@@ -66,13 +69,24 @@ func (m *setup) private(pages int) (*arena.Arena, error) {
 }
 
 // share grants pages to the peer and makes an arena of them.
-func (m *setup) share(pages int, access hypercall.Access) (*arena.Arena, []hypercall.GrantRef, error) {
+func (m *setup) share(pages int, access hypercall.Access) (*hypercall.Share, *arena.Arena, error) {
 	s, err := m.dom.Share(m.peer, pages, access)
 	if err != nil {
 		return nil, nil, err
 	}
+	return s, m.arenaOf(s), nil
+}
+
+// own makes the connection end a share of which no arena is made.
+func (m *setup) own(s *hypercall.Share) {
+	m.c.undo.add(func() { m.end(s) })
+	m.c.shared += s.Pages()
+}
+
+// arenaOf makes an arena of a share, which ends once every page is back.
+func (m *setup) arenaOf(s *hypercall.Share) *arena.Arena {
 	a := arena.New(s.Memory, shm.PageSize)
-	if access == hypercall.ReadOnly { // the peer reads no page before a frame was sent in it, so memory can come late
+	if s.Access == hypercall.ReadOnly { // the peer reads no page before a frame was sent in it, so memory can come late
 		a = arena.NewReserved(s.Memory, shm.PageSize, func(first, n int) {
 			for i := range n {
 				s.Page(first + i)[0] = 0
@@ -80,8 +94,8 @@ func (m *setup) share(pages int, access hypercall.Access) (*arena.Arena, []hyper
 		})
 	}
 	m.c.undo.add(func() { a.Retire(func() { m.end(s) }) })
-	m.c.shared += pages
-	return a, s.Refs, nil
+	m.c.shared += s.Pages()
+	return a
 }
 
 // end ends a share. Pages that the peer keeps mapped are quarantined: they are never used
@@ -101,15 +115,20 @@ func (m *setup) waiter() (hypercall.Waiter, error) {
 	return m.dom.Waiter()
 }
 
-// port opens an event channel on a waiter of its own and makes the parker p for it.
-func (m *setup) port(p **parker, open func(hypercall.Waiter) (hypercall.Port, error)) (hypercall.Port, error) {
+// parker makes the parker of an event channel that is opened later.
+func (m *setup) parker() (*parker, error) {
 	w, err := m.waiter()
 	if err != nil {
 		return nil, err
 	}
-	m.c.undo.add(func() { w.Close() })
-	*p = newParker(w)
-	port, err := open(w)
-	(*p).port, _ = port.(hypercall.JoinedPort)
-	return port, err
+	m.c.closes(w)
+	return newParker(w), nil
+}
+
+// port opens an event channel on a waiter of its own and makes the parker p for it.
+func (m *setup) port(p **parker, open func(hypercall.Waiter) (hypercall.Port, error)) (port hypercall.Port, err error) {
+	if *p, err = m.parker(); err != nil {
+		return nil, err
+	}
+	return (*p).open(open)
 }

@@ -147,6 +147,9 @@ func (s *spinner) spin(h spinCaller, e spinTarget, need int) bool {
 	return ready
 }
 
+// always reports whether the caller never parks.
+func (s *spinner) always() bool { return s.most < 0 }
+
 // measures reports whether the caller has to measure parks for ended.
 func (s *spinner) measures() bool { return s.most > 0 }
 

@@ -24,22 +24,21 @@ func (s *shortage) set(goal uint32) {
 // interval of the slow tick, less some for a tick that comes early.
 const stallAfter = 900 * time.Millisecond
 
-// A stall is what the slow tick has seen of one sender. Linux's netback stops queueing to
-// a frontend that gave no slots for 10 s, and treats it as dead after 60 s
-// (drivers/net/xen-netback: rx_drain_timeout_msecs, rx_stall_timeout_msecs). We have no
-// such queue, so a stall is only counted.
+// A stall is what the slow tick has seen of one sender. A stall of a second is only
+// counted; what a backend does about a longer one is in its drainWatch.
 type stall struct {
 	eng     sender
 	tries   uint32    // shortage.tries at the last tick
 	index   uint32    // the peer's index at the last tick
 	since   time.Time // since when a sender waits at this index; zero: none waits
 	stalled bool
+	drainWatch
 }
 
 // checkStall compares the sender with the last tick. It has stalled if the peer's index does
 // not move while a call waits for more slots than are free, or calls for them keep
-// coming.
-func (tx *TX) checkStall(eng sender, now time.Time) {
+// coming. It reports whether the call that waits must be woken, because it waits no longer.
+func (tx *TX) checkStall(eng sender, now time.Time) (wake bool) {
 	s := &tx.stall
 	if s.eng != eng {
 		*s = stall{eng: eng}
@@ -66,4 +65,5 @@ func (tx *TX) checkStall(eng sender, now time.Time) {
 		tx.dev.counters.Record(telemetry.EventStall, tx.queue, uint64(short), uint64(now.Sub(s.since)))
 		tx.request(requestStall)
 	}
+	return tx.checkDrain(index, short, moved, now)
 }

@@ -34,7 +34,7 @@ func (l *lifecycle) writeState(s xenbus.State) bool {
 	l.d.lastError.Store(nil)
 	l.d.counters.Record(telemetry.EventState, telemetry.NoQueue, uint64(l.state), uint64(s))
 	l.state = s
-	l.d.setStatus(s, l.running)
+	l.d.setStatus(s, l.up())
 	return true
 }
 
@@ -101,7 +101,7 @@ func (l *lifecycle) connect(ch xenbus.Change) bool {
 	c := new(conn)
 	err := l.attach(ctx, c)
 	if err == nil {
-		l.conn, l.connGeneration, l.verifiedWrites, l.failedOn = c, ch.Generation, ch.PeerWrites, nil
+		l.conn, l.connGeneration, l.verifiedWrites, l.readSettings, l.failedOn = c, ch.Generation, ch.PeerWrites, ch.Settings, nil
 		l.d.lastError.Store(nil)
 		l.d.openMirror(dom(l.xd))
 		l.publishReason(nil)
@@ -181,7 +181,7 @@ func (l *lifecycle) attach(ctx context.Context, c *conn) (err error) {
 // retryLater makes the lifecycle try again when something changes, or after a pause that grows.
 func (l *lifecycle) retryLater(ch xenbus.Change) {
 	l.pause = max(retryFirst, min(2*l.pause, retryMost))
-	ch.PeerWrites = 0 // the same state written again is no reason to try again
+	ch.PeerWrites, ch.Settings = 0, 0 // the same state written again is no reason to try again
 	l.failedOn, l.retryAt = &ch, time.Now().Add(l.pause)
 }
 
@@ -202,6 +202,10 @@ func (l *lifecycle) resume() {
 		l.d.counters.Record(telemetry.EventReconnect, telemetry.NoQueue, n, 0)
 	}
 	l.d.log.Info("link up", "vif", l.d.id, "peer", dom, "queues", len(l.conn.queues), "memory", l.d.Budget().String())
+	if l.still != nil {
+		l.still.log(l.d)
+		l.still = nil
+	}
 	l.reportFirst(nil)
 }
 
@@ -216,6 +220,8 @@ func (l *lifecycle) quiesce(ch xenbus.Change) {
 	switch {
 	case l.cause != nil:
 		reason = l.cause.Error()
+	case l.handingOver:
+		reason = handoverReason
 	case ch.Vanished:
 		reason = "the other end is gone"
 	case l.ringsReplaced:
@@ -232,17 +238,26 @@ func (l *lifecycle) quiesce(ch xenbus.Change) {
 
 // peerEnded reports whether the peer's program has ended while the link is up. The
 // emulated machine shows that its ports are closed. On Xen only xenstore tells, so there
-// it always reports false.
+// it always reports false. Ports that are closed only for a moment are those of a backend that
+// another takes over from.
 func (l *lifecycle) peerEnded() bool {
-	if !l.running || l.conn == nil {
+	if !l.running || l.conn == nil || l.conn.peerPresent() {
+		l.peerSeen = l.peerSeen || l.running && l.conn != nil
+		l.absentSince = time.Time{}
 		return false
 	}
-	if l.conn.peerPresent() {
-		l.peerSeen = true
+	if !l.peerSeen {
 		return false
 	}
-	return l.peerSeen
+	if l.absentSince.IsZero() {
+		l.absentSince = time.Now()
+	}
+	return time.Since(l.absentSince) >= absentTime
 }
+
+// absentTime is how long the peer's ports are closed before its program counts as ended:
+// a hand-over takes some milliseconds, on a busy machine a few tens.
+const absentTime = 250 * time.Millisecond
 
 // detach quiesces, and then frees what the connection holds.
 func (l *lifecycle) detach() {

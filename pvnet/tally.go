@@ -11,13 +11,21 @@ type tally struct {
 	partial, gso, verified                      uint64
 }
 
-// plain counts a frame of one slot. head has at least its first 6 bytes.
+// plain counts a frame of one slot. head has at least its first 6 bytes. Most frames of a
+// batch are like the one before, and these it counts without a call.
 func (t *tally) plain(size int, head []byte) {
-	if uint64(size) != t.size {
-		t.settle()
-		t.size = uint64(size)
+	if uint64(size) != t.size || head[0]&1 != 0 {
+		t.other(uint64(size), head)
 	}
 	t.run++
+}
+
+// other is the part of plain for a frame of another size than the one before, or to a group.
+func (t *tally) other(size uint64, head []byte) {
+	if size != t.size {
+		t.settle()
+		t.size = size
+	}
 	if head[0]&1 != 0 {
 		t.group(head)
 	}

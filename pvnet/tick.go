@@ -73,8 +73,8 @@ func (c *slowTicker) run() {
 }
 
 // tickFor does the beat of a device whose goroutine sleeps. It wakes that goroutine only
-// if the goroutine has to look itself: because the link is down, or to check suspects
-// again.
+// if the goroutine has to look itself: because the link is down, to check suspects again, or
+// to open the mirror.
 func (l *lifecycle) tickFor() {
 	if !l.mu.TryLock() {
 		l.tickDue.Store(true)
@@ -84,7 +84,7 @@ func (l *lifecycle) tickFor() {
 			l.tick()
 		}
 		l.tickDue.Store(!ran)
-		idle := ran && len(l.suspects) == 0 && !l.peerEnded()
+		idle := ran && !l.mirrorLate && len(l.suspects) == 0 && !l.peerEnded() && l.absentSince.IsZero()
 		l.mu.Unlock()
 		if idle {
 			return
@@ -111,7 +111,7 @@ func (l *lifecycle) tick() {
 	if l.ticks++; l.ticks > 5 {
 		l.pause, l.pace = 0, pace{} // the connection has held: later failures start with short pauses
 	}
-	mirrored := l.d.cfg.Counters != nil
+	mirrored, now := l.d.cfg.Counters != nil, time.Now()
 	for i, q := range l.conn.queues {
 		for _, s := range []suspect{{half: &l.d.tx[i].half, eng: q.tx, park: q.txPark}, {half: &l.d.rx[i].half, eng: q.rx, park: q.rxPark}} {
 			s.eng.sample()
@@ -125,9 +125,15 @@ func (l *lifecycle) tick() {
 		if l.d.tx[i].waitSeq.Load()%2 == 1 && q.tx.givesEarly() {
 			q.txPark.wake() // the peer may never give as many responses as the half waits for
 		}
-		l.d.tx[i].checkStall(q.tx, time.Now())
+		if l.d.tx[i].checkStall(q.tx, now) {
+			q.txPark.wake()
+		}
 		l.d.callError(l.d.tx[i].settle(q.tx))
 	}
+	if l.conn.ctrl != nil {
+		l.conn.ctrl.watch()
+	}
+	l.checkCarrier(now)
 	if len(l.suspects) > 0 {
 		l.recheckAt = time.After(eventGrace)
 	}

@@ -31,6 +31,9 @@ type sender interface {
 	// peerOffloads returns the offloads that the peer takes.
 	peerOffloads() offloads
 
+	// pieceExtras returns how many extra infos each piece may have that f is cut into.
+	pieceExtras(f *Frame) int
+
 	// freeSlots returns how many slots of the ring are free.
 	freeSlots() (int, error)
 
@@ -146,13 +149,13 @@ func (tx *TX) reportSpace(n func() space) {
 // sendOrCut sends as many frames as there is room for, and cuts those whose GSO the peer does
 // not take.
 func (tx *TX) sendOrCut(frames []Frame) (n int, err error) {
-	n, err = tx.eng.send(frames)
+	n, err = tx.push(frames)
 	for err == errMustCut {
 		if err = tx.cut(&frames[n]); err != nil {
 			break
 		}
 		k := 0
-		k, err = tx.eng.send(frames[n+1:])
+		k, err = tx.push(frames[n+1:])
 		n += 1 + k
 	}
 	return n, err
@@ -162,7 +165,7 @@ func (tx *TX) sendOrCut(frames []Frame) (n int, err error) {
 func (tx *TX) spaceFor(f *Frame) space {
 	if tx.eng.peerOffloads().needs(f) == needCut && tx.cutting.start(f) {
 		bufs := buffersFor(tx.cutting.Len())
-		return space{slots: bufs, bufs: bufs}
+		return space{slots: bufs + tx.eng.pieceExtras(f), bufs: bufs}
 	}
 	return tx.eng.spaceFor(f)
 }
@@ -172,7 +175,25 @@ func (tx *TX) spaceFor(f *Frame) space {
 // waits for the link. [ErrNoBuffers] if a frame must be copied or cut and the caller
 // holds the buffers for that. [ErrPolled] if the half is in a [Poller] and there is no
 // room.
+//
+// A backend drops the frames of a call that has waited for [ServeConfig].DrainTimeout: it
+// takes them over, counts them as [telemetry.DropGuestStalled], and returns no error. A
+// goroutine that sends to many vifs should call Send, which never waits, and drop the
+// frames that it returns ([TX.CountDropped]).
 func (tx *TX) SendWait(frames []Frame) (n int, err error) {
+	waits := false
+	n, err = tx.sendWait(frames, &waits)
+	if waits {
+		tx.drain.end()
+	}
+	if n == 0 && err == nil {
+		err = tx.dev.endError()
+	}
+	return n, err
+}
+
+// sendWait sets waits once it has to wait for room.
+func (tx *TX) sendWait(frames []Frame, waits *bool) (n int, err error) {
 	for n < len(frames) {
 		if err := tx.enter(); err != nil {
 			if err = tx.afterShutGate(err); err != nil {
@@ -186,12 +207,17 @@ func (tx *TX) SendWait(frames []Frame) (n int, err error) {
 		if err != ErrFull {
 			return n, tx.leave(err)
 		}
+		if !*waits {
+			*waits = true
+			tx.drain.begin()
+		}
+		if tx.drain.over(tx.eng) {
+			k, err = tx.dropWaiting(frames[n:])
+			return n + k, err
+		}
 		if err = tx.wait(tx.spaceFor(&frames[n])); err != nil {
 			return n, err
 		}
-	}
-	if n == 0 {
-		return 0, tx.dev.endError()
 	}
 	return n, nil
 }
@@ -212,6 +238,9 @@ func (tx *TX) wait(n space) error {
 		err = tx.parkUntilEvent()
 	case tx.expired():
 		err = errTimeout
+	}
+	if err == errTimeout && !tx.expired() {
+		err = nil // the drain time ended the park, or asks for a look
 	}
 	if v := tx.eng.afterWait(); v != nil {
 		err = v

@@ -24,7 +24,7 @@ func (d *Device) Writev(bufs ...[]byte) (int, error) {
 	if size < MinFrame || size > MaxFrame {
 		return 0, ErrFrameSize
 	}
-	tx, err := d.lockTX(d.queueFor(bufs[0]))
+	tx, err := d.lockTX(d.queueFor(bufs[0], size))
 	if err != nil {
 		return 0, err
 	}
@@ -54,11 +54,11 @@ func (d *Device) WriteBatch(frames [][]byte) (n int, err error) {
 		if size < MinFrame || size > MaxFrame {
 			return n, ErrFrameSize
 		}
-		at := d.queueFor(frames[n])
+		at := d.QueueFor(frames[n])
 		run := 1
 		for size <= shm.PageSize && run < min(len(frames)-n, callBatch) { // each fits one page, so they may differ in size
 			next := frames[n+run]
-			if len(next) < MinFrame || len(next) > shm.PageSize || d.queueFor(next) != at {
+			if len(next) < MinFrame || len(next) > shm.PageSize || d.QueueFor(next) != at {
 				break
 			}
 			size = max(size, len(next))
@@ -98,13 +98,27 @@ func (tx *TX) write(frames [][]byte, size int) (n int, err error) {
 	return n, err
 }
 
-// queueFor returns the queue for a frame that begins with head: the same one for all frames
-// of a flow.
-func (d *Device) queueFor(head []byte) int {
-	if n := d.active.Load(); n > 1 {
-		return int(flow(head) % uint32(n))
+// QueueFor returns the queue, less than [Device.Active], on which Write sends a frame: the
+// same one for all frames of a flow. A backend's device uses the hash and the table that
+// its frontend has set. Who owns the sending halves of a backend should ask for each frame
+// and send it there, as the frontend expects; a frame sent on another queue arrives all
+// the same. [Device.Steerings] tells hash and table to those whose kernel chooses the queue.
+// It takes no lock and does not allocate.
+func (d *Device) QueueFor(frame []byte) int { return d.queueFor(frame, len(frame)) }
+
+// QueueOf is QueueFor of a frame of this package, which may have several pieces.
+func (d *Device) QueueOf(f *Frame) int { return d.queueFor(f.Bytes(), f.Len()) }
+
+// queueFor returns the queue for a frame of total bytes that begins with head.
+func (d *Device) queueFor(head []byte, total int) int {
+	n := int(d.active.Load())
+	if n < 2 {
+		return 0
 	}
-	return 0
+	if s := d.steer.Load(); s != nil {
+		return s.queue(head, total, n) % n // the settings may be of a connection with more queues
+	}
+	return int(flow(head) % uint32(n))
 }
 
 // lockTX returns the sending half of queue at with its mu locked, or that of another queue

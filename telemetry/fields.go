@@ -65,6 +65,7 @@ const (
 	CsumVerified
 	CopiedBytes
 	LentPackets
+	HashedPackets
 	AllocFailed
 	RingFull
 
@@ -78,6 +79,7 @@ const (
 	RescuedWakeups
 	Stalls
 	Violations
+	CarrierOff
 
 	GrantOps
 	GrantBatches
@@ -87,17 +89,22 @@ const (
 
 	MirrorHealed // written by Refresh only
 
+	CreditWaits
+	CreditWaited
+	Filtered
+
 	endCounters
 )
 
 // A Reason says why a frame was lost. Every reason is a counter of its own and is also
 // added to dropped (the frame was correct) or to errors. There is no reason for a lack of
-// pages, slots or link: such a frame is not lost but waits, at the sender or in the ring;
-// alloc_failed, ring_full and stalls count that.
+// pages or link, or for a moment's lack of slots: such a frame is not lost but waits, at
+// the sender or in the ring; alloc_failed, ring_full and stalls count that.
 type Reason uint8
 
 const (
 	DropDisconnected = Reason(endCounters) + iota
+	DropGuestStalled
 
 	// Reasons from here on count as errors.
 
@@ -117,6 +124,14 @@ const (
 	firstError = DropTooLong
 )
 
+// String returns the name of the reason's counter, without direction: "drop_bad_gso".
+func (r Reason) String() string {
+	if r < DropDisconnected || r >= endReasons {
+		return "Reason(" + strconv.Itoa(int(r)) + ")"
+	}
+	return texts[r].name
+}
+
 // sum returns the counter that includes r.
 func (r Reason) sum() Counter {
 	if r < firstError {
@@ -133,6 +148,7 @@ const (
 	RingUsed
 	RingUsedMax
 	BuffersFree
+	RateLimit // of queue 0 only
 
 	endGauges
 )
@@ -254,6 +270,7 @@ var texts = [wordHists]text{
 	CsumVerified:   {"csum_verified", "frames", "frames the peer says it has verified"},
 	CopiedBytes:    {"copied_bytes", "bytes", "bytes copied by this end"},
 	LentPackets:    {"lent_packets", "frames", "frames passed in shared pages, without a copy"},
+	HashedPackets:  {"hashed_packets", "frames", "frames that came, or were sent by a backend, with a hash of their flow"},
 	AllocFailed:    {"alloc_failed", "failures", "times no page was free; a frame need not be lost by it"},
 	RingFull:       {"ring_full", "failures", "times the ring had no room"},
 	Polls:          {"polls", "polls", "looks at the ring"},
@@ -266,15 +283,20 @@ var texts = [wordHists]text{
 	RescuedWakeups: {"rescued_wakeups", "wakeups", "times the watchdog found work nobody signalled; 0 unless the peer floods us with events"},
 	Stalls:         {"stalls", "stalls", "times a sender needed more slots than were free and the peer gave none for a second"},
 	Violations:     {"violations", "violations", "things no correct peer could have done"},
+	CarrierOff:     {"carrier_off", "times", "times a frontend took nothing for the stall time, and its backend turned the carrier off"},
 	GrantOps:       {"grant_ops", "operations", "grant copy operations"},
 	GrantBatches:   {"grant_batches", "batches", "batches of grant copies, one hypercall or less each"},
 	GrantErrors:    {"grant_errors", "operations", "grant copy operations that failed"},
 
 	PagesQuarantined: {"pages_quarantined", "pages", "pages the peer would not give back, never used again"},
 	Undelivered:      {"undelivered", "frames", "frames lost between the vif and what it is joined to; in no sum"},
+	CreditWaits:      {"credit_waits", "waits", "times the next frame had to wait for credit under the vif's rate limit"},
+	CreditWaited:     {"credit_waited", "nanoseconds", "how long frames waited for credit; added when the wait is over"},
+	Filtered:         {"filtered", "frames", "not sent, to multicast groups that the frontend has not joined; in no sum"},
 	MirrorHealed:     {"mirror_healed", "words", "words of the mirror found changed by somebody else and written again"},
 
 	DropDisconnected: {"drop_disconnected", "frames", "in flight when the connection ended"},
+	DropGuestStalled: {"drop_guest_stalled", "frames", "waited for the drain time for a frontend that took none"},
 	DropTooLong:      {"drop_too_long", "frames", "longer than allowed"},
 	DropTooShort:     {"drop_too_short", "frames", "shorter than an Ethernet header"},
 	DropBadChain:     {"drop_bad_chain", "frames", "too many slots, or a chain without an end"},
@@ -290,6 +312,7 @@ var texts = [wordHists]text{
 	RingUsed:    {"ring_used", "slots", "slots in use at the last poll"},
 	RingUsedMax: {"ring_used_max", "slots", "most slots ever in use"},
 	BuffersFree: {"buffers_free", "pages", "free pages at the last poll"},
+	RateLimit:   {"rate_limit", "bytes", "bytes per second that the peer may send; 0: no limit. It holds for the vif, and is shown at queue 0"},
 }
 
 var histTexts = [endHists]text{
@@ -300,7 +323,7 @@ var histTexts = [endHists]text{
 }
 
 // LayoutVersion is increased when a change of Fields changes the meaning of a word.
-const LayoutVersion = 4
+const LayoutVersion = 5
 
 // Layout returns a hash of the meaning of every word of a block. A process that reads
 // another's words compares it first.

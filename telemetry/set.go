@@ -137,6 +137,13 @@ func (s *Set) SetStatus(st Status) {
 	}
 }
 
+// Status returns what SetStatus was given last.
+func (s *Set) Status() Status {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.status
+}
+
 // Tick tells the mirror that the device is alive, and records an event for words that
 // owners had to heal. Call it once a second.
 func (s *Set) Tick() {

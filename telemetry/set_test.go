@@ -214,7 +214,7 @@ func TestNamesCoverTheConstants(t *testing.T) {
 	if EventReconnect.String() != "reconnect" || EventKind(99).String() != "unknown" {
 		t.Error("events")
 	}
-	if FeatureTrusted != 1<<(len(FeatureNames)-1) {
+	if FeatureHash != 1<<(len(FeatureNames)-1) {
 		t.Error("features")
 	}
 }

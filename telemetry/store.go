@@ -80,12 +80,13 @@ const (
 	FeatureSplitEvents
 	FeatureLendRx
 	FeatureTrusted
+	FeatureHash // the backend hashes frames for the frontend
 )
 
 // FeatureNames are the names of the bits, from the lowest.
 var FeatureNames = [...]string{
 	"csum", "csum6", "gso4", "gso6", "scatter", "rx_copy", "multicast_control", "control_ring",
-	"static_grants", "split_events", "lend_rx", "trusted",
+	"static_grants", "split_events", "lend_rx", "trusted", "hash",
 }
 
 // Status is the state of a device that a store shows beside its counters.
@@ -103,19 +104,22 @@ type Status struct {
 type EventKind uint8
 
 const (
-	EventState     EventKind = iota + 1 // A: old state, B: new state
-	EventViolation                      // A: slot or index, B: the value found there
-	EventStall                          // A: slots that the sender is short of, B: nanoseconds without progress
-	EventRescued                        // A: slots found waiting
-	EventTamper                         // A: words healed
-	EventReset                          // A: resets so far
-	EventReconnect                      // A: epoch
-	EventStallOver                      // A: slots that the sender is still short of, B: nanoseconds the stall lasted
+	EventState      EventKind = iota + 1 // A: old state, B: new state
+	EventViolation                       // A: slot or index, B: the value found there
+	EventStall                           // A: slots that the sender is short of, B: nanoseconds without progress
+	EventRescued                         // A: slots found waiting
+	EventTamper                          // A: words healed
+	EventReset                           // A: resets so far
+	EventReconnect                       // A: epoch
+	EventStallOver                       // A: slots that the sender is still short of, B: nanoseconds the stall lasted
+	EventCarrierOff                      // B: nanoseconds without progress
+	EventCarrierOn                       // B: nanoseconds that the carrier was off
 )
 
 // EventNames are the names of the kinds, from 0, which stands for no event.
 var EventNames = [...]string{
 	"none", "state", "violation", "stall", "rescued_wakeup", "tamper", "reset", "reconnect", "stall_over",
+	"carrier_off", "carrier_on",
 }
 
 func (k EventKind) String() string { return nameOf(EventNames[:], int(k)) }

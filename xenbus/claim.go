@@ -146,9 +146,9 @@ func (d *Device) claimed(me string, err error) error {
 // when another process has our claim.
 func (d *Device) keepClaim(ctx context.Context) (renewed bool, err error) {
 	d.mu.Lock()
-	me := d.claim
+	me, earlier := d.claim, d.earlier
 	d.mu.Unlock()
-	if me == "" {
+	if me == "" || me == passed {
 		return false, nil
 	}
 	value, there, err := d.lookup(ctx, d.dir+claimKey)
@@ -165,14 +165,17 @@ func (d *Device) keepClaim(ctx context.Context) (renewed bool, err error) {
 		}
 	}
 	_, owner, number, asker := split(value)
-	if owner == me {
+	if owner == me || owner == earlier {
 		if asker == "" {
 			return false, nil
 		}
-		return false, d.answer(ctx, value, me, number)
+		return false, d.answer(ctx, value, owner, number)
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	if owner == d.claim || owner == d.earlier || d.claim == passed { // changed since we looked
+		return false, nil
+	}
 	ch := d.cur
 	ch.Lost = true
 	d.deliverLocked(ch)
@@ -197,9 +200,9 @@ func (d *Device) answer(ctx context.Context, value, me, number string) error {
 // emptied instead.
 func (d *Device) unclaim(ctx context.Context) error {
 	d.mu.Lock()
-	me, lasting := d.claim, d.lasting
+	me, earlier, lasting := d.claim, d.earlier, d.lasting
 	d.mu.Unlock()
-	if me == "" {
+	if me == "" || me == passed {
 		return nil
 	}
 	err := d.c.Transact(ctx, func(tx xenstore.Tx) error {
@@ -207,7 +210,7 @@ func (d *Device) unclaim(ctx context.Context) error {
 		if errors.Is(err, xenstore.ErrNotFound) || errors.Is(err, xenstore.ErrAccess) {
 			return nil
 		}
-		if _, owner, _, _ := split(value); err != nil || owner != me {
+		if _, owner, _, _ := split(value); err != nil || owner != me && owner != earlier {
 			return err
 		}
 		if lasting {

@@ -84,6 +84,7 @@ type Device struct {
 	reread  chan struct{} // holds one: a request to read our directory again
 	setting sync.Mutex    // held by SetState throughout
 	written uint64        // used by run only; counts Change.PeerWrites
+	settled uint64        // used by run only; counts Change.Settings
 
 	mu        sync.Mutex
 	cur       Change  // guarded by mu
@@ -98,8 +99,11 @@ type Device struct {
 	reads     uint64  // guarded by mu; how often run read our own directory
 	mark      string  // guarded by mu; a key we published, to recognise our directory by; "" if none
 	claim     string  // guarded by mu; the id of our claim, "" if not claimed
+	earlier   string  // guarded by mu; an id that Renew replaces, "" if none
 	trouble   error   // guarded by mu; why Current may be out of date
 	lasting   bool    // guarded by mu; the claim's node existed before we claimed it
+
+	followOwn, followPeer []string // guarded by mu; replaced, never changed
 }
 
 // An end is the other end: its directory and its domain.
@@ -227,6 +231,25 @@ func (d *Device) Peer() (dir string, dom hypercall.DomID) {
 // Client is closed. One goroutine should receive from it.
 func (d *Device) Changes() <-chan Change { return d.changes }
 
+// Follow makes each write to one of these keys, of our directory and of the other end's,
+// grow Change.Settings, so that the owner reads them again. It may be called once, at any
+// time; the keys need not exist. Keys of the other end take no watch more than its state.
+func (d *Device) Follow(own, peer []string) {
+	d.mu.Lock()
+	d.followOwn, d.followPeer = own, peer
+	d.mu.Unlock()
+	if len(peer) > 0 {
+		d.requestRead() // makes run watch them
+	}
+}
+
+// follows returns the keys that Follow named.
+func (d *Device) follows() (own, peer []string) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.followOwn, d.followPeer
+}
+
 // Current returns the last Change, whether or not it was received.
 func (d *Device) Current() Change {
 	d.mu.Lock()
@@ -348,7 +371,7 @@ func (d *Device) guard(tx xenstore.Tx) (state string, err error) {
 		return "", err
 	}
 	d.mu.Lock()
-	claim, w := d.claim, d.writtenLocked()
+	claim, earlier, w := d.claim, d.earlier, d.writtenLocked()
 	d.mu.Unlock()
 	if !w.ours(state) && w.restarted(state) {
 		if mark, err := tx.Read(d.dir + "/" + w.mark); errors.Is(err, xenstore.ErrNotFound) || err == nil && mark == "" {
@@ -367,7 +390,7 @@ func (d *Device) guard(tx xenstore.Tx) (state string, err error) {
 	if err != nil {
 		return "", err
 	}
-	if owner, _, _ := strings.Cut(owner, " "); owner != claim {
+	if owner, _, _ := strings.Cut(owner, " "); owner != claim && owner != earlier {
 		return "", ErrClaimed
 	}
 	return state, nil
@@ -426,9 +449,10 @@ func (d *Device) Publish(ctx context.Context, keys xenstore.Values, remove ...st
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	for key := range keys {
-		// The toolstack writes hotplug-status too, so it does not mark a directory as
-		// ours.
-		if !strings.Contains(key, "/") && key != "hotplug-status" && (key < d.mark || !keys.Has(d.mark)) {
+		// The toolstack writes hotplug-status and hotplug-error too, and a reason and
+		// "carrier" go while the directory stays: these do not mark a directory as ours.
+		lasting := key != "hotplug-status" && key != "hotplug-error" && key != KeyReason && key != "carrier"
+		if lasting && !strings.Contains(key, "/") && (key < d.mark || !keys.Has(d.mark)) {
 			d.mark = key
 		}
 	}
@@ -466,6 +490,29 @@ func removeEmpty(tx xenstore.Tx, dir string) error {
 		return err
 	}
 	return tx.Remove(dir)
+}
+
+// WritePeer sets a key in the other end's directory, which the toolstack must have allowed:
+// as libxl allows a backend to set the mtu of its frontend. The error is ErrGone or
+// ErrClaimed as from SetState, ErrNotFound if the other end has no directory, or ErrAccess.
+func (d *Device) WritePeer(ctx context.Context, key, value string) error {
+	dir, _ := d.Peer()
+	err := d.c.Transact(ctx, func(tx xenstore.Tx) error {
+		if _, err := d.guard(tx); err != nil {
+			return err
+		}
+		if _, err := tx.Read(dir); err != nil { // a write would make a directory that the toolstack has removed
+			return err
+		}
+		if was, err := tx.Read(dir + "/" + key); err == nil && was == value {
+			return nil
+		}
+		return tx.Write(dir+"/"+key, value)
+	})
+	if err != nil {
+		return fmt.Errorf("xenbus %s: write the other end's %s: %w", d.dir, key, err)
+	}
+	return nil
 }
 
 // ReadPeer reads a key of the other end's directory.

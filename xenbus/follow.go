@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -171,8 +172,8 @@ func (d *Device) locate(err error) error {
 func (d *Device) run(ctx context.Context) {
 	defer d.end()
 	var (
-		other  *xenstore.Watch // on the peer's state
-		target end             // the end that other watches
+		other  *xenstore.Watch // on the peer's state, or on its directory
+		target target          // what other watches
 		retry  <-chan time.Time
 		stale  parts
 		said   bool // the refused watch was logged
@@ -191,8 +192,8 @@ func (d *Device) run(ctx context.Context) {
 				retry, trouble = time.After(retryPause), err
 			}
 		}
-		if peer := d.other(); peer != target {
-			w, err := d.c.Watch(ctx, peer.dir+"/state")
+		if want := d.target(); want != target {
+			w, err := d.c.Watch(ctx, want.path())
 			if err != nil {
 				retry, trouble = time.After(retryPause), err
 				if errors.Is(err, xenstore.ErrQuota) { // the quota has room again when this domain ends another watch
@@ -206,7 +207,7 @@ func (d *Device) run(ctx context.Context) {
 				if other != nil {
 					other.Close()
 				}
-				other, target = w, peer
+				other, target = w, want
 			}
 		}
 		d.mu.Lock()
@@ -228,9 +229,7 @@ func (d *Device) run(ctx context.Context) {
 			if !open {
 				return
 			}
-			other.Paths()
-			d.written++
-			stale.peer = true
+			stale.add(d.peerTouched(other, target))
 		case <-d.reread:
 			stale.claim, stale.state = true, true
 		case <-retry:
@@ -238,10 +237,40 @@ func (d *Device) run(ctx context.Context) {
 	}
 }
 
-func (d *Device) other() end {
+// A target is what the watch on the other end is set on: its state, or its whole
+// directory, if keys there are to be followed too.
+type target struct {
+	end
+	whole bool
+}
+
+func (t target) path() string {
+	if t.whole {
+		return t.dir
+	}
+	return t.dir + "/state"
+}
+
+func (d *Device) target() target {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return d.peer
+	return target{d.peer, len(d.followPeer) > 0}
+}
+
+// peerTouched takes the pending events of the watch w on the other end as stale parts.
+func (d *Device) peerTouched(w *xenstore.Watch, t target) (p parts) {
+	paths, all := w.Paths()
+	_, follow := d.follows()
+	for _, path := range paths {
+		key, below := strings.CutPrefix(path, t.dir+"/")
+		p.peer = p.peer || !below || key == "state"
+		p.settings = p.settings || !below || slices.Contains(follow, key)
+	}
+	p.peer, p.settings = p.peer || all, t.whole && (p.settings || all)
+	if p.peer {
+		d.written++
+	}
+	return p
 }
 
 // end closes Changes and the watch on our directory.
@@ -261,14 +290,17 @@ type parts struct {
 	claim     bool
 	peer      bool
 	recreated bool // our directory was made again
+	settings  bool // keys of Follow: their owner reads them
 }
 
-func everything() parts { return parts{state: true, backend: true, claim: true, peer: true} }
+func everything() parts {
+	return parts{state: true, backend: true, claim: true, peer: true, settings: true}
+}
 
 func (p parts) any() bool { return p != parts{} }
 
 func (p *parts) add(q parts) {
-	*p = parts{p.state || q.state, p.backend || q.backend, p.claim || q.claim, p.peer || q.peer, p.recreated || q.recreated}
+	*p = parts{p.state || q.state, p.backend || q.backend, p.claim || q.claim, p.peer || q.peer, p.recreated || q.recreated, p.settings || q.settings}
 }
 
 // skip drops the events of our directory that came before its first read.
@@ -287,8 +319,10 @@ func (d *Device) touched() (p parts) {
 	if all {
 		return everything()
 	}
+	follow, _ := d.follows()
 	for _, path := range paths {
 		key, ok := strings.CutPrefix(path, d.dir+"/")
+		p.settings = p.settings || slices.Contains(follow, key)
 		switch {
 		case !ok:
 			return everything()

@@ -14,6 +14,8 @@ type snapshot struct {
 	own  *ownNodes  // nil: not read
 	peer *peerNodes // nil: not read
 
+	settings uint64 // Change.Settings
+
 	at        end  // the directory of the other end
 	found     bool // at is not the end that the device had before
 	recreated bool // the toolstack removed our directory and made it again
@@ -58,7 +60,10 @@ func (d *Device) refresh(ctx context.Context, stale parts) (left parts, err erro
 // read reads the stale parts, and any others that the result shows to be stale too. The
 // snapshot is valid with an error only in recreated: whether our directory was made again.
 func (d *Device) read(ctx context.Context, stale parts, old Change, peer end, mine written) (s snapshot, err error) {
-	s.at, s.recreated = peer, stale.recreated
+	if stale.settings {
+		d.settled++
+	}
+	s.at, s.recreated, s.settings = peer, stale.recreated, d.settled
 	gone := old.Gone
 	if stale.state || stale.backend {
 		if s.own, err = d.readOwn(ctx); err != nil {
@@ -176,6 +181,7 @@ func (d *Device) readPeer(ctx context.Context, peer end) (*peerNodes, error) {
 // says what we wrote to our directory. It is a pure function.
 func merge(old Change, role Role, mine written, s snapshot) Change {
 	ch := old
+	ch.Settings = s.settings
 	if s.recreated {
 		mine = written{} // we wrote that to the old directory
 	}

@@ -122,6 +122,10 @@ type Change struct {
 	// between, may have started another connection.
 	PeerWrites uint64
 
+	// Settings counts what we noticed of writes to the keys of [Device.Follow]: the values
+	// may have changed since it was smaller.
+	Settings uint64
+
 	// Vanished: the peer's state node does not exist or is not readable for us, as after
 	// a hot-unplug.
 	Vanished bool

@@ -197,7 +197,7 @@ func notify(t testing.TB, p hypercall.Port) {
 }
 
 // ends requires that the Wait whose result comes in done ends soon, with the error want.
-// late says what is wrong if it does not.
+// If it does not end, the test fails with the message late.
 func ends(t testing.TB, done <-chan error, want error, late string) {
 	t.Helper()
 	select {

@@ -12,6 +12,8 @@ type bell interface {
 	// park returns when the bell rings or at until; the zero Time: never.
 	park(until time.Time)
 	close()
+	// letGo closes this process's descriptors of the bell. The machine keeps its own, with which it rings the bell for the process that adopted the waiter.
+	letGo()
 
 	// attach makes each later ring of the bell set the bit of s in its group, until detach.
 	// No goroutine parks at the bell meanwhile. The group sets the bit itself for events
@@ -57,6 +59,7 @@ func (b *chanBell) park(until time.Time) {
 }
 
 func (b *chanBell) close() { b.ring() }
+func (b *chanBell) letGo() {}
 
 func (b *chanBell) attach(s *seat) error {
 	b.seat.Store(s)

@@ -52,6 +52,7 @@ func (b *fdBell) park(until time.Time) {
 
 // close waits for a goroutine in the park of a threadBell: call ring first.
 func (b *fdBell) close() { _ = b.file.Close() }
+func (b *fdBell) letGo() {}
 
 // attach adds the eventfd to the epoll set of the group. The group never reads the eventfd:
 // each ring is a new edge for epoll.
@@ -88,7 +89,11 @@ type threadBell struct {
 
 // newThreadBell takes over b, an fdBell, unless it fails.
 func newThreadBell(b bell) (bell, error) {
-	t := &threadBell{fdBell: b.(*fdBell)}
+	fb, ok := b.(*fdBell)
+	if !ok { // of a waiter that was made for a goroutine without a thread
+		return nil, fmt.Errorf("emu: no eventfd to block a thread on: %w", errors.ErrUnsupported)
+	}
+	t := &threadBell{fdBell: fb}
 	var err error
 	if t.conn, err = t.file.SyscallConn(); err != nil {
 		return nil, fmt.Errorf("emu: eventfd: %w", err)
@@ -118,5 +123,7 @@ func (t *threadBell) park(until time.Time) {
 
 func (t *threadBell) close() {
 	t.fdBell.close()
-	t.once.Do(func() { unix.Close(t.epoll) })
+	t.letGo()
 }
+
+func (t *threadBell) letGo() { t.once.Do(func() { unix.Close(t.epoll) }) }

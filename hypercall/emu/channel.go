@@ -206,6 +206,7 @@ func (g *guest) newWaiter(shared bool) (uint64, bell, error) {
 	}
 	g.m.mu.Lock()
 	defer g.m.mu.Unlock()
+	g = g.presentLocked()
 	if g.dead {
 		b.close()
 		return 0, nil, errDead
@@ -217,15 +218,22 @@ func (g *guest) newWaiter(shared bool) (uint64, bell, error) {
 
 func (g *guest) closeWaiter(id uint64) {
 	g.m.mu.Lock()
+	b := g.presentLocked().closeWaiterLocked(id)
+	g.m.mu.Unlock()
+	if b != nil {
+		b.close()
+	}
+}
+
+// closeWaiterLocked closes the waiter's ports. The caller closes its bell, if there is one.
+func (g *guest) closeWaiterLocked(id uint64) bell {
 	b := g.waiters[id]
 	delete(g.waiters, id)
+	delete(g.holders, id)
 	for i := range g.channels {
 		if g.channels[i].open && g.channels[i].waiter == id {
 			g.closePortLocked(hypercall.PortID(i))
 		}
 	}
-	g.m.mu.Unlock()
-	if b != nil {
-		b.close()
-	}
+	return b
 }

@@ -144,7 +144,7 @@ func (d *Domain) reach(a *hypercall.Area, n uint32, access hypercall.Access) ([]
 	if v == nil || !v.alive() {
 		return nil, untouched
 	}
-	serial, st := check(v.grants, a.Ref, d.id, access)
+	serial, st := check(v.grants, a.Ref, d.ID(), access)
 	if st != hypercall.OK {
 		return nil, st
 	}
@@ -157,7 +157,7 @@ func (d *Domain) reach(a *hypercall.Area, n uint32, access hypercall.Access) ([]
 
 func (d *Domain) peer(id hypercall.DomID) hypercall.DomID {
 	if id == hypercall.DomSelf {
-		return d.id
+		return d.ID()
 	}
 	return id
 }
@@ -174,7 +174,7 @@ func (d *Domain) fetch(a *hypercall.Area) hypercall.Status {
 	if v == nil || !v.alive() {
 		return d.lookupLocked(dom)
 	}
-	s, b, err := d.hv.attach(dom, a.Ref)
+	s, b, err := d.hv().attach(dom, a.Ref)
 	if err != nil {
 		return hypercall.OK // the grant ended meanwhile: the retry reads its status from the table
 	}
@@ -207,7 +207,7 @@ func (d *Domain) lookupLocked(dom hypercall.DomID) hypercall.Status {
 			stale = append(stale, v)
 		}
 	}
-	t, err := d.hv.lookup(dom)
+	t, err := d.hv().lookup(dom)
 	if err == nil {
 		views[dom] = &view{
 			dom:         dom,

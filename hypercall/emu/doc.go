@@ -21,6 +21,8 @@
 // The machine of one process starts goroutines only for Config.Store, and waits on
 // channels and timers, so that it works in a bubble of testing/synctest.
 //
-// A Machine owns its domains, and these own their memory, ports and connections.
+// A Machine owns its domains, and a domain owns its memory, ports and connections. A share or
+// waiter that one process of a domain has offered, and another has adopted
+// ([hypercall.HandoverDomain]), ends with the last of the two processes.
 // [Machine.Ledger] counts all of them, and [Domain.Calls] the calls of a domain.
 package emu

@@ -20,8 +20,7 @@ var (
 // A Domain is one domain of a [Machine] or [Host]. Any goroutine may call its methods.
 // Once the domain is destroyed they fail with net.ErrClosed.
 type Domain struct {
-	id     hypercall.DomID
-	hv     hypervisor
+	now    atomic.Pointer[identity] // replaced by Machine.Resume
 	memory memory
 	calls  callCounters
 	faults atomic.Pointer[[]*armedFault] // replaced under mu
@@ -40,25 +39,34 @@ type Domain struct {
 	groups  map[*group]struct{}  // guarded by mu
 }
 
-var _ hypercall.Domain = (*Domain)(nil)
+var _ hypercall.HandoverDomain = (*Domain)(nil)
+
+// An identity is the number of a domain and its record in the machine. [Machine.Resume] replaces it.
+type identity struct {
+	id hypercall.DomID
+	hv hypervisor
+}
+
+func (d *Domain) hv() hypervisor { return d.now.Load().hv }
 
 func newDomain(id hypercall.DomID, hv hypervisor, mem memory) *Domain {
 	d := &Domain{
-		id: id, hv: hv, memory: mem,
+		memory:  mem,
 		done:    make(chan struct{}),
 		waiters: make(map[*waiter]struct{}),
 		groups:  make(map[*group]struct{}),
 	}
+	d.now.Store(&identity{id, hv})
 	d.views.Store(&map[hypercall.DomID]*view{})
 	return d
 }
 
 // ID returns the domain's number.
-func (d *Domain) ID() hypercall.DomID { return d.id }
+func (d *Domain) ID() hypercall.DomID { return d.now.Load().id }
 
 // Destroy ends the domain, as [Machine.Destroy] does. It is idempotent.
 func (d *Domain) Destroy() {
-	d.hv.leave()
+	d.hv().leave()
 	<-d.done
 }
 
@@ -71,7 +79,6 @@ func (d *Domain) die() {
 	d.mu.Lock()
 	waiters, groups := d.waiters, maps.Clone(d.groups)
 	d.waiters = nil
-	views := *d.views.Swap(&map[hypercall.DomID]*view{})
 	d.mu.Unlock()
 	for w := range waiters {
 		w.bell.ring()
@@ -79,11 +86,19 @@ func (d *Domain) die() {
 	for g := range groups {
 		g.Wake()
 	}
+	d.forgetPeers()
+	close(d.done)
+}
+
+// forgetPeers unmaps the pages of other domains that Copy has used, and drops their views.
+func (d *Domain) forgetPeers() {
+	d.mu.Lock()
+	views := *d.views.Swap(&map[hypercall.DomID]*view{})
+	d.mu.Unlock()
 	d.quiesce()
 	for _, v := range views {
 		v.free()
 	}
-	close(d.done)
 }
 
 // quiesce returns when no goroutine uses what it reached before the call.
@@ -102,17 +117,17 @@ func (d *Domain) Memory(pages int) (*hypercall.Mapping, error) {
 	if pages <= 0 {
 		return nil, errNoPages
 	}
-	id, err := d.hv.keepPages(pages)
+	id, err := d.hv().keepPages(pages)
 	if err != nil {
 		return nil, err
 	}
 	r, err := d.memory.private(pages)
 	if err != nil {
-		d.hv.dropPages(id)
+		d.hv().dropPages(id)
 		return nil, err
 	}
 	return hypercall.NewReserved(r.Memory, d.memory.populate, func() error {
-		d.hv.dropPages(id)
+		d.hv().dropPages(id)
 		return r.free()
 	}), nil
 }
@@ -123,10 +138,12 @@ func (d *Domain) Share(peer hypercall.DomID, pages int, access hypercall.Access)
 	if err := d.failed(OpShare); err != nil {
 		return nil, err
 	}
-	s, b, err := d.hv.share(peer, pages, access)
+	var s grants
+	var b backing
+	err := d.again(func(hv hypervisor) (err error) { s, b, err = hv.share(peer, pages, access); return err })
 	if errors.Is(err, hypercall.ErrNoGrants) {
 		return nil, fmt.Errorf("share %d pages: %w: the limit of each domain is %d (emu.Config.Grants)",
-			pages, err, (len(d.hv.own().grants)-reservedRefs)/2)
+			pages, err, (len(d.hv().own().grants)-reservedRefs)/2)
 	}
 	if err != nil {
 		return nil, err
@@ -134,17 +151,28 @@ func (d *Domain) Share(peer hypercall.DomID, pages int, access hypercall.Access)
 	defer b.close()
 	r, err := b.reserve(pages)
 	if err != nil {
-		return nil, errors.Join(err, d.hv.endShare(s.Serial, false))
+		return nil, errors.Join(err, d.hv().endShare(s.Serial, false))
 	}
-	return hypercall.NewShare(r.Memory, peer, access, s.Refs, func() error {
+	return d.newShare(s, peer, r), nil
+}
+
+func (d *Domain) newShare(s grants, peer hypercall.DomID, r region) *hypercall.Share {
+	o := &ownedShare{d: d, id: s.Serial}
+	share := hypercall.NewShare(r.Memory, peer, s.Access, s.Refs, func() error {
+		if o.given.Load() {
+			d.hv().forget(s.Serial)
+			return r.free()
+		}
 		d.calls.endShare.Add(1)
 		f := d.fault(OpEnd)
-		err := d.hv.endShare(s.Serial, f != nil)
+		err := d.hv().endShare(s.Serial, f != nil)
 		if f != nil && f.Err != nil {
 			err = f.Err
 		}
 		return errors.Join(err, r.free())
-	}), nil
+	})
+	share.SetOwned(o)
+	return share
 }
 
 // Map maps pages that peer granted.
@@ -159,19 +187,20 @@ func (d *Domain) Map(peer hypercall.DomID, refs []hypercall.GrantRef, access hyp
 		}
 		return nil, &hypercall.GrantError{Op: "map", Dom: peer, Ref: refs[0], Status: f.Status}
 	}
-	m, err := d.hv.mapGrants(peer, refs, access)
+	var m mapped
+	err := d.again(func(hv hypervisor) (err error) { m, err = hv.mapGrants(peer, refs, access); return err })
 	if err != nil {
 		return nil, err
 	}
 	r, err := d.assemble(peer, m.Runs, access)
 	if err != nil {
-		return nil, errors.Join(err, d.hv.unmapGrants(m.ID))
+		return nil, errors.Join(err, d.hv().unmapGrants(m.ID))
 	}
 	return hypercall.NewMapping(r.Memory, func() error {
 		d.calls.release.Add(1)
 		err := d.failed(OpRelease)
 		if err == nil {
-			err = d.hv.unmapGrants(m.ID)
+			err = d.hv().unmapGrants(m.ID)
 		}
 		return errors.Join(err, r.free())
 	}), nil
@@ -189,7 +218,7 @@ func (d *Domain) assemble(peer hypercall.DomID, runs []run, access hypercall.Acc
 	parts := make([]part, len(runs))
 	for i, r := range runs {
 		if held[r.Serial] == nil {
-			_, b, err := d.hv.attach(peer, r.Ref)
+			_, b, err := d.hv().attach(peer, r.Ref)
 			if err != nil {
 				return region{}, err
 			}
@@ -202,20 +231,20 @@ func (d *Domain) assemble(peer hypercall.DomID, runs []run, access hypercall.Acc
 
 // Waiter makes a Waiter.
 func (d *Domain) Waiter() (hypercall.Waiter, error) {
-	return d.waiter(func() (uint64, bell, error) { return d.hv.newWaiter(false) })
+	return d.waiter(func() (uint64, bell, error) { return d.hv().newWaiter(false) })
 }
 
 // ThreadWaiter makes a Waiter for a goroutine that is locked to its thread; see
 // [hypercall.ThreadDomain]. It needs Linux.
 func (d *Domain) ThreadWaiter() (hypercall.Waiter, error) {
 	return d.waiter(func() (uint64, bell, error) {
-		id, b, err := d.hv.newWaiter(true)
+		id, b, err := d.hv().newWaiter(true)
 		if err != nil {
 			return 0, nil, err
 		}
 		onThread, err := newThreadBell(b)
 		if err != nil {
-			d.hv.closeWaiter(id)
+			d.hv().closeWaiter(id)
 			b.close()
 			return 0, nil, err
 		}
@@ -250,11 +279,13 @@ func (d *Domain) Store(ctx context.Context) (io.ReadWriteCloser, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	id, conn, err := d.hv.store()
+	var id uint64
+	var conn io.ReadWriteCloser
+	err := d.again(func(hv hypervisor) (err error) { id, conn, err = hv.store(); return err })
 	if err != nil {
 		return nil, err
 	}
-	return &storeConn{ReadWriteCloser: conn, closed: func() { d.hv.closeStore(id) }}, nil
+	return &storeConn{ReadWriteCloser: conn, closed: func() { d.hv().closeStore(id) }}, nil
 }
 
 // A storeConn tells the machine when its domain has closed it.

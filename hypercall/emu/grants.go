@@ -54,6 +54,7 @@ func (g *guest) endShare(id uint64, refuse bool) error {
 	if s == nil || s.given {
 		return nil
 	}
+	delete(g.holders, id)
 	s.stuck = refuse
 	if s.giveUpLocked() {
 		return hypercall.ErrInUse

@@ -2,6 +2,7 @@ package emu
 
 import (
 	"io"
+	"maps"
 	"slices"
 
 	"barevif/hypercall"
@@ -26,6 +27,8 @@ type hypervisor interface {
 
 	newWaiter(shared bool) (uint64, bell, error) // shared: make an fdBell
 	closeWaiter(id uint64)
+	// forgetWaiter is forget for a waiter with the bell b.
+	forgetWaiter(id uint64, b bell)
 	unbound(waiter uint64, peer hypercall.DomID) (channelEnd, error)
 	bind(waiter uint64, peer hypercall.DomID, remote hypercall.PortID) (channelEnd, error)
 	closePort(id hypercall.PortID, gen uint32)
@@ -34,6 +37,14 @@ type hypervisor interface {
 
 	store() (uint64, io.ReadWriteCloser, error)
 	closeStore(id uint64)
+
+	// Of [hypercall.HandoverDomain]. by is nil, except inside the machine.
+	offer(by *program, shares, waiters []uint64) (token uint64, err error)
+	withdraw(token uint64)
+	adoptShare(token uint64, i int) (adoptedShare, backing, error)
+	adoptWaiter(token uint64, i int) (adoptedWaiter, error)
+	// forget lets go of a share that another process of the domain may have.
+	forget(id uint64)
 
 	// own returns our own tables.
 	own() guestTables
@@ -84,7 +95,13 @@ type guest struct {
 	crashed bool          // its process was killed: as Linux's UNMAP_NOTIFY_SEND_EVENT, its ports notify
 	died    chan struct{} // closed when destroy is done
 	domain  *Domain       // nil if it is in another process
-	gone    func()        // closes the connection to that process
+
+	// The processes that are the domain, each with what closes its connection; empty if it
+	// is in this process.
+	programs map[*program]func()
+	leaving  bool // the last of them has ended
+
+	resumed *guest // the domain goes on as this one
 
 	shares      map[uint64]*share
 	granter     []granter             // by ref
@@ -101,6 +118,9 @@ type guest struct {
 	open     int
 	waiters  map[uint64]bell
 	conns    map[uint64]func() // by id: closes the domain's end of a connection
+
+	offers  map[uint64]*offer // by token
+	holders map[uint64]int    // by id of a share or waiter: processes that have it, beyond one
 }
 
 // A granter is the page that a ref names.
@@ -137,6 +157,9 @@ func (m *Machine) newGuest(id hypercall.DomID) (*guest, error) {
 		channels: make([]channel, 1),
 		waiters:  make(map[uint64]bell),
 		conns:    make(map[uint64]func()),
+		programs: make(map[*program]func()),
+		offers:   make(map[uint64]*offer),
+		holders:  make(map[uint64]int),
 	}
 	for ref := len(t.grants) - 1; ref >= reservedRefs; ref-- {
 		g.free = append(g.free, hypercall.GrantRef(ref))
@@ -180,6 +203,7 @@ func (g *guest) lookup(peer hypercall.DomID) (guestTables, error) {
 func (g *guest) keepPages(n int) (uint64, error) {
 	g.m.mu.Lock()
 	defer g.m.mu.Unlock()
+	g = g.presentLocked()
 	if g.dead {
 		return 0, errDead
 	}
@@ -192,6 +216,7 @@ func (g *guest) keepPages(n int) (uint64, error) {
 func (g *guest) dropPages(id uint64) {
 	g.m.mu.Lock()
 	defer g.m.mu.Unlock()
+	g = g.presentLocked()
 	g.private -= g.pages[id]
 	delete(g.pages, id)
 }
@@ -238,7 +263,7 @@ func (g *guest) destroy() {
 	waiters := g.waiters
 	g.waiters = nil
 	delete(m.guests, g.id)
-	domain, gone, onDeath := g.domain, g.gone, slices.Clone(m.onDeath)
+	domain, gone, onDeath := g.domain, maps.Clone(g.programs), slices.Clone(m.onDeath) // a program may end meanwhile
 	m.mu.Unlock()
 
 	if domain != nil {
@@ -254,8 +279,8 @@ func (g *guest) destroy() {
 	for _, f := range onDeath {
 		f(g.id)
 	}
-	if gone != nil { // last: a domain in another process learns by this that all is done
-		gone()
+	for _, hangUp := range gone { // last: a domain in another process learns by this that all is done
+		hangUp()
 	}
 	close(g.died)
 }

@@ -107,11 +107,7 @@ func (h *Host) serve(c *net.UnixConn, t *fileTables) {
 	}
 	for s.next() {
 	}
-	if s.left {
-		s.g.destroy()
-	} else {
-		s.g.crash()
-	}
+	s.p.end(!s.left)
 }
 
 func (h *Host) keep(c *net.UnixConn) bool {
@@ -135,6 +131,7 @@ type server struct {
 	conn   *net.UnixConn
 	tables *fileTables
 	g      *guest
+	p      *program
 	left   bool // the domain sent opLeave
 	buf    []byte
 }
@@ -196,22 +193,20 @@ func (s *server) join(m *Machine) bool {
 		s.send(&a, fmt.Errorf("emu: the host speaks version %d, the domain %d", wireVersion, r.N))
 		return false
 	}
-	g, err := m.newGuest(r.Peer)
+	p, err := m.newProgram(r.Peer, r.Beside, func() { s.conn.Close() })
 	if err != nil {
 		s.send(&a, err)
 		return false
 	}
-	m.mu.Lock()
-	g.gone = func() { s.conn.Close() }
-	m.mu.Unlock()
-	s.g = g
+	g := p.g
+	s.g, s.p = g, p
 	a.setTables(g.guestTables)
 	err = a.give(readOnly(s.tables.grants.file))
 	if err == nil {
 		err = a.give(fdOf(s.tables.ports.file))
 	}
 	if !s.send(&a, err) || err != nil {
-		g.destroy()
+		p.end(false)
 		return false
 	}
 	return true
@@ -231,6 +226,9 @@ func (s *server) next() bool {
 	}
 	var a answer
 	err := s.do(&r, refs, &a)
+	if err == nil {
+		s.p.note(&r, &a.reply)
+	}
 	return s.send(&a, err)
 }
 
@@ -294,6 +292,8 @@ func (s *server) do(r *request, refs []hypercall.GrantRef, a *answer) (err error
 		err = s.store(a)
 	case opCloseStore:
 		g.closeStore(r.ID)
+	case opOffer, opWithdraw, opAdoptShare, opAdoptWaiter, opForget:
+		err = s.handOver(r, refs, a)
 	default:
 		err = fmt.Errorf("emu: request %d", r.Op)
 	}

@@ -23,6 +23,18 @@ import (
 // end of the process, or the end of the host. The error may be [ErrDomainExists],
 // [ErrTooManyDomains] or a [*ForeignHostError].
 func Join(ctx context.Context, path string, id hypercall.DomID, users ...int) (*Domain, error) {
+	return join(ctx, path, id, false, users)
+}
+
+// JoinBeside is [Join] for a domain that may live already: this process becomes one more
+// process of it, as programs of one Linux are of a domain of Xen. Each process holds what
+// it opened, and Destroy and the end of the process give that back. The domain ends with
+// the last of its processes.
+func JoinBeside(ctx context.Context, path string, id hypercall.DomID, users ...int) (*Domain, error) {
+	return join(ctx, path, id, true, users)
+}
+
+func join(ctx context.Context, path string, id hypercall.DomID, beside bool, users []int) (*Domain, error) {
 	c, err := new(net.Dialer).DialContext(ctx, "unixpacket", path)
 	if err != nil {
 		return nil, fmt.Errorf("emu: join: %w", err)
@@ -38,7 +50,7 @@ func Join(ctx context.Context, path string, id hypercall.DomID, users ...int) (*
 	}
 	r := &remote{conn: conn, buf: make([]byte, maxPacket), dead: make(chan struct{})}
 	stop := context.AfterFunc(ctx, func() { r.conn.Close() })
-	err = r.join(id)
+	err = r.join(id, beside)
 	if !stop() {
 		err = ctx.Err()
 	}
@@ -67,8 +79,8 @@ type remote struct {
 	regions []region
 }
 
-func (r *remote) join(id hypercall.DomID) error {
-	b, err := encode(&request{Op: opJoin, Peer: id, N: wireVersion})
+func (r *remote) join(id hypercall.DomID, beside bool) error {
+	b, err := encode(&request{Op: opJoin, Peer: id, N: wireVersion, Beside: beside})
 	if err != nil {
 		return err
 	}
@@ -282,11 +294,20 @@ func (r *remote) memory(q *request) (grants, backing, error) {
 		return grants{}, nil, err
 	}
 	defer res.closeFDs()
-	b, err := res.takeMemory(len(res.refs) * shm.PageSize)
+	b, err := r.takeShare(res)
 	if err != nil {
 		return grants{}, nil, err
 	}
 	return grants{res.ID, res.Access, res.refs}, b, nil
+}
+
+// takeShare takes the memory of the share that a result describes.
+func (r *remote) takeShare(res *result) (backing, error) {
+	b, err := res.takeMemory(len(res.refs) * shm.PageSize)
+	if err != nil {
+		return nil, err // not a typed nil
+	}
+	return b, nil
 }
 
 func (r *remote) endShare(id uint64, refuse bool) error {
@@ -358,10 +379,15 @@ func (r *remote) port(q *request) (channelEnd, error) {
 		return channelEnd{}, err
 	}
 	defer res.closeFDs()
-	if uint64(res.Port) >= uint64(len(r.tables.ports)) {
-		return channelEnd{}, fmt.Errorf("emu: the host speaks of port %d", res.Port)
+	return r.end(res.Port, res.Gen)
+}
+
+// end returns a port of ours that the host names.
+func (r *remote) end(port, gen uint32) (channelEnd, error) {
+	if uint64(port) >= uint64(len(r.tables.ports)) {
+		return channelEnd{}, fmt.Errorf("emu: the host speaks of port %d", port)
 	}
-	return channelEnd{hypercall.PortID(res.Port), res.Gen}, nil
+	return channelEnd{hypercall.PortID(port), gen}, nil
 }
 
 func (r *remote) closePort(id hypercall.PortID, gen uint32) {

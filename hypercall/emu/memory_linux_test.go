@@ -135,7 +135,7 @@ func TestHostHandsReadOnlyGrantsOutReadOnly(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		_, b, err := d.hv.attach(1, s.Refs[0])
+		_, b, err := d.hv().attach(1, s.Refs[0])
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -149,7 +149,7 @@ func TestHostHandsReadOnlyGrantsOutReadOnly(t *testing.T) {
 		b.close()
 	}
 	// And its grant table.
-	if err := unix.Mprotect(d.hv.(*remote).regions[0].Bytes(), unix.PROT_READ|unix.PROT_WRITE); !errors.Is(err, unix.EACCES) {
+	if err := unix.Mprotect(d.hv().(*remote).regions[0].Bytes(), unix.PROT_READ|unix.PROT_WRITE); !errors.Is(err, unix.EACCES) {
 		t.Errorf("the grant tables can be made writable: %v", err)
 	}
 }

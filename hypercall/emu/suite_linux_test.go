@@ -39,3 +39,40 @@ func TestSuiteBetweenHostAndDomain(t *testing.T) {
 		})
 	}
 }
+
+// Several processes are the domain: here by connections of their own.
+func TestHandoverBetweenProcesses(t *testing.T) {
+	h, path := host(t, emu.Config{})
+	beside := func(t testing.TB) *emu.Domain {
+		t.Helper()
+		d, err := emu.JoinBeside(t.Context(), path, frontID)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return d
+	}
+	for _, self := range []bool{false, true} {
+		t.Run(fmt.Sprintf("to itself=%v", self), func(t *testing.T) {
+			domaintest.RunHandover(t, func(t testing.TB) domaintest.Trio {
+				d := domaintest.Trio{Peer: domain(t, h.Machine, backID)}
+				old := beside(t)
+				d.Old, d.New = old, old
+				keeper := beside(t) // the domain lives on without the others
+				if !self {
+					next := beside(t)
+					d.New, d.EndOld = next, old.Destroy
+					t.Cleanup(next.Destroy)
+				}
+				t.Cleanup(func() {
+					old.Destroy()
+					if err := h.CheckClean(); err != nil {
+						t.Error(err)
+					}
+					keeper.Destroy()
+					h.Destroy(backID)
+				})
+				return d
+			})
+		})
+	}
+}

@@ -37,3 +37,21 @@ func TestSuiteWithOneDomain(t *testing.T) {
 		return d, d
 	})
 }
+
+// In the machine's process there is one domain, which hands over to itself.
+func TestHandoverInOneProcess(t *testing.T) {
+	machines(t, func(t *testing.T, m *emu.Machine) {
+		domaintest.RunHandover(t, func(t testing.TB) domaintest.Trio {
+			d := domain(t, m, frontID)
+			peer := domain(t, m, backID)
+			t.Cleanup(func() {
+				if err := m.CheckClean(); err != nil {
+					t.Error(err)
+				}
+				d.Destroy()
+				peer.Destroy()
+			})
+			return domaintest.Trio{Old: d, New: d, Peer: peer}
+		})
+	})
+}

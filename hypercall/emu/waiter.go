@@ -16,6 +16,7 @@ import (
 
 type waiter struct {
 	d     *Domain
+	hv    hypervisor // the record that its ports are opened in
 	id    uint64
 	bell  bell
 	woken atomic.Bool
@@ -28,11 +29,12 @@ type waiter struct {
 
 	mu     sync.Mutex
 	closed atomic.Bool             // set under mu
+	given  atomic.Bool             // another process has the waiter now
 	ports  atomic.Pointer[[]*port] // replaced under mu
 }
 
 func newWaiter(d *Domain, id uint64, b bell) *waiter {
-	w := &waiter{d: d, id: id, bell: b}
+	w := &waiter{d: d, hv: d.hv(), id: id, bell: b}
 	w.ports.Store(new([]*port))
 	return w
 }
@@ -42,7 +44,7 @@ func (w *waiter) Unbound(peer hypercall.DomID) (hypercall.Port, error) {
 	if err := w.d.failed(OpUnbound); err != nil {
 		return nil, err
 	}
-	return w.open(func() (channelEnd, error) { return w.d.hv.unbound(w.id, peer) })
+	return w.open(func() (channelEnd, error) { return w.hv.unbound(w.id, peer) })
 }
 
 func (w *waiter) Bind(peer hypercall.DomID, remote hypercall.PortID) (hypercall.Port, error) {
@@ -50,7 +52,7 @@ func (w *waiter) Bind(peer hypercall.DomID, remote hypercall.PortID) (hypercall.
 	if err := w.d.failed(OpBind); err != nil {
 		return nil, err
 	}
-	return w.open(func() (channelEnd, error) { return w.d.hv.bind(w.id, peer, remote) })
+	return w.open(func() (channelEnd, error) { return w.hv.bind(w.id, peer, remote) })
 }
 
 func (w *waiter) open(ask func() (channelEnd, error)) (hypercall.Port, error) {
@@ -61,12 +63,12 @@ func (w *waiter) open(ask func() (channelEnd, error)) (hypercall.Port, error) {
 	}
 	end, err := ask()
 	if errors.Is(err, hypercall.ErrNoPorts) {
-		return nil, fmt.Errorf("%w: the limit of each domain is %d (emu.Config.Ports)", err, len(w.d.hv.own().ports)-1)
+		return nil, fmt.Errorf("%w: the limit of each domain is %d (emu.Config.Ports)", err, len(w.hv.own().ports)-1)
 	}
 	if err != nil {
 		return nil, err
 	}
-	p := &port{w: w, id: end.ID, gen: end.Gen, word: &w.d.hv.own().ports[end.ID]}
+	p := &port{w: w, id: end.ID, gen: end.Gen, word: &w.hv.own().ports[end.ID]}
 	ports := append(slices.Clone(*w.ports.Load()), p)
 	w.ports.Store(&ports)
 	w.bell.ring() // a goroutine in Wait does not know the port yet, which may be pending
@@ -92,8 +94,12 @@ func (w *waiter) Close() error {
 	}
 	w.ports.Store(new([]*port))
 	w.bell.ring()
-	w.d.hv.closeWaiter(w.id)
-	w.bell.close()
+	if w.given.Load() {
+		w.d.hv().forgetWaiter(w.id, w.bell)
+	} else {
+		w.d.hv().closeWaiter(w.id)
+		w.bell.close()
+	}
 	w.d.mu.Lock()
 	delete(w.d.waiters, w)
 	w.d.mu.Unlock()
@@ -196,7 +202,9 @@ func (p *port) Close() error {
 	ports := slices.Clone(*p.w.ports.Load())
 	ports = slices.DeleteFunc(ports, func(q *port) bool { return q == p })
 	p.w.ports.Store(&ports)
-	p.w.d.hv.closePort(p.id, p.gen)
+	if !p.w.given.Load() {
+		p.w.hv.closePort(p.id, p.gen)
+	}
 	return nil
 }
 
@@ -277,7 +285,7 @@ func (p *port) findFar() error {
 	if p.closed.Load() {
 		return net.ErrClosed
 	}
-	far, err := p.w.d.hv.farEnd(p.id, p.gen)
+	far, err := p.w.hv.farEnd(p.id, p.gen)
 	if err != nil {
 		return err
 	}

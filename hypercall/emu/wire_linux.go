@@ -19,7 +19,7 @@ import (
 // ends are the same build of this package.
 
 const (
-	wireVersion = 1
+	wireVersion = 3
 	maxPacket   = 192 << 10 // below the default SO_SNDBUF of 208 KiB
 	maxFDs      = 2
 	maxWireRefs = 8192 // in one request or reply: the run of each takes 20 bytes
@@ -45,6 +45,11 @@ const (
 	opFarEnd
 	opStore
 	opCloseStore
+	opOffer
+	opWithdraw
+	opAdoptShare
+	opAdoptWaiter
+	opForget
 	opLeave
 )
 
@@ -53,8 +58,9 @@ type request struct {
 	Op     opcode
 	Access hypercall.Access
 	Refuse bool
+	Beside bool // of opJoin: also if the domain lives
 	Peer   hypercall.DomID
-	N      uint32 // pages, port, ref or protocol version
+	N      uint32 // pages, port, ref, number of shares, index or protocol version
 	Gen    uint32
 	ID     uint64
 }
@@ -64,6 +70,7 @@ type request struct {
 type reply struct {
 	Code         wireCode
 	Access       hypercall.Access
+	Peer         hypercall.DomID // of an adopted share
 	Grant        grantError
 	Slot         uint32
 	Port, Gen    uint32
@@ -95,7 +102,7 @@ func wireErrors() []error {
 	return []error{
 		hypercall.ErrNoGrants, hypercall.ErrInUse, hypercall.ErrNoPort, hypercall.ErrNoPorts,
 		hypercall.ErrNoDomain, ErrDomainExists, ErrTooManyDomains, errDead, errClosed, errNoStore,
-		errNoPages, errNoWaiter,
+		errNoPages, errNoWaiter, hypercall.ErrNoOffer, errOffered,
 	}
 }
 

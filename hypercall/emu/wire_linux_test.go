@@ -59,6 +59,7 @@ func FuzzHost(f *testing.F) {
 		request{Op: opFarEnd, N: 1, Gen: 1}, request{Op: opClosePort, N: 1, Gen: 1}, request{Op: opCloseWaiter, ID: 5})
 	seed(request{Op: opStore}, request{Op: opCloseStore, ID: 5}, request{Op: opKeepPages, N: 1 << 31}, request{Op: opDropPages, ID: 5},
 		request{Op: opLookup, Peer: 1}, request{Op: opLookup, Peer: 9})
+	seed(request{Op: opOffer}, request{Op: opAdoptShare, ID: 5}, request{Op: opAdoptWaiter, ID: 5}, request{Op: opForget, ID: 5}, request{Op: opWithdraw, ID: 5})
 
 	h, err := Listen(filepath.Join(emutest.SocketDir(f), "xen"), Config{
 		Grants: 16, Ports: 8,
@@ -78,7 +79,8 @@ func FuzzHost(f *testing.F) {
 				t.Fatal(err)
 			}
 			defer g.destroy()
-			servers[i] = &server{tables: h.tables.(*fileTables), g: g}
+			p := &program{g, make(map[uint64]kind), make(map[uint64]int)}
+			servers[i] = &server{tables: h.tables.(*fileTables), g: g, p: p}
 		}
 		for n := 0; len(in) >= size && n < 64; n++ {
 			var r request
@@ -90,6 +92,8 @@ func FuzzHost(f *testing.F) {
 			err := servers[in[0]%2].do(&r, refs, &a)
 			if err != nil {
 				a.setError(err)
+			} else {
+				servers[in[0]%2].p.note(&r, &a.reply)
 			}
 			for _, fd := range a.fds {
 				if unix.Close(fd) != nil {
@@ -108,4 +112,124 @@ func FuzzHost(f *testing.F) {
 			t.Errorf("%d domains", n)
 		}
 	})
+}
+
+// hostOf is a host with the servers of a process of each of doms.
+func hostOf(t *testing.T, doms ...hypercall.DomID) (h *Host, servers []*server) {
+	t.Helper()
+	h, err := Listen(filepath.Join(emutest.SocketDir(t), "xen"), Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { h.Close() })
+	for _, dom := range doms {
+		p, err := h.newProgram(dom, true, func() {})
+		if err != nil {
+			t.Fatal(err)
+		}
+		servers = append(servers, &server{tables: h.tables.(*fileTables), g: p.g, p: p})
+	}
+	return h, servers
+}
+
+// ask does a request and returns the error.
+func (s *server) ask(r request, refs ...hypercall.GrantRef) (a answer, err error) {
+	if err = s.do(&r, refs, &a); err == nil {
+		s.p.note(&r, &a.reply)
+	}
+	for _, fd := range a.fds {
+		unix.Close(fd)
+	}
+	return a, err
+}
+
+// A process offers what it holds, to its own domain, once.
+func TestOnlyAHolderOffersAndOnlyItsDomainAdopts(t *testing.T) {
+	h, s := hostOf(t, 1, 1, 2)
+	old, next, foreign := s[0], s[1], s[2]
+	share, _ := old.ask(request{Op: opShare, Peer: 2, N: 1})
+	w, _ := old.ask(request{Op: opWaiter})
+	both := splitIDs(share.ID, w.ID)
+	for name, f := range map[string]func() error{
+		"another process's":    func() error { _, err := next.ask(request{Op: opOffer, N: 1}, both...); return err },
+		"another domain's":     func() error { _, err := foreign.ask(request{Op: opOffer, N: 1}, both...); return err },
+		"a waiter as a share":  func() error { _, err := old.ask(request{Op: opOffer, N: 2}, both...); return err },
+		"a share as a waiter":  func() error { _, err := old.ask(request{Op: opOffer}, both...); return err },
+		"more shares than ids": func() error { _, err := old.ask(request{Op: opOffer, N: 9}, both...); return err },
+		"nothing":              func() error { _, err := old.ask(request{Op: opOffer}); return err },
+		"too much": func() error {
+			_, err := old.ask(request{Op: opOffer}, make([]hypercall.GrantRef, maxWireRefs)...)
+			return err
+		},
+		"an offer that is none":  func() error { _, err := next.ask(request{Op: opAdoptShare, ID: 1}); return err },
+		"a waiter that is none":  func() error { _, err := next.ask(request{Op: opAdoptWaiter, ID: 1}); return err },
+		"an id of nothing":       func() error { _, err := old.ask(request{Op: opOffer, N: 1}, 77, 0); return err },
+		"half an id and nothing": func() error { _, err := old.ask(request{Op: opOffer, N: 1}, 77); return err },
+	} {
+		if f() == nil {
+			t.Errorf("%s: answered", name)
+		}
+	}
+	o, err := old.ask(request{Op: opOffer, N: 1}, both...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	refused := func(what string, s *server, r request) {
+		t.Helper()
+		if _, err := s.ask(r); err == nil {
+			t.Errorf("%s: answered", what)
+		}
+	}
+	refused("another domain adopts", foreign, request{Op: opAdoptShare, ID: o.ID})
+	refused("another domain adopts a waiter", foreign, request{Op: opAdoptWaiter, ID: o.ID})
+	refused("an index beyond", next, request{Op: opAdoptShare, ID: o.ID, N: 1})
+	refused("an index far beyond", next, request{Op: opAdoptWaiter, ID: o.ID, N: 1<<32 - 1})
+	next.ask(request{Op: opWithdraw, ID: o.ID})      // not its offer
+	foreign.ask(request{Op: opForget, ID: share.ID}) // not its share
+	next.ask(request{Op: opForget, ID: share.ID})    // not yet
+	if a, err := next.ask(request{Op: opAdoptShare, ID: o.ID}); err != nil || a.ID != share.ID || a.Peer != 2 {
+		t.Fatalf("%+v, %v", a, err)
+	}
+	refused("a share twice", next, request{Op: opAdoptShare, ID: o.ID})
+	if _, err := next.ask(request{Op: opAdoptWaiter, ID: o.ID}); err != nil {
+		t.Fatal(err)
+	}
+	for range 3 { // only the first counts
+		old.ask(request{Op: opForget, ID: share.ID})
+		old.ask(request{Op: opForget, ID: w.ID})
+	}
+	if l := h.Ledger(); l.Grants != 1 || l.Waiters != 1 {
+		t.Errorf("%+v", l)
+	}
+	refused("after its end", next, request{Op: opAdoptWaiter, ID: o.ID})
+	next.p.end(true)
+	if l := h.Ledger(); l.Grants != 0 || l.Waiters != 0 {
+		t.Errorf("after the end of the last holder: %+v", l)
+	}
+}
+
+// The offer of a process that has ended is none; what was adopted of it stays.
+func TestTheOfferOfAProcessThatEndsIsNone(t *testing.T) {
+	h, s := hostOf(t, 1, 1, 2)
+	old, next := s[0], s[1]
+	a, _ := old.ask(request{Op: opShare, Peer: 2, N: 1})
+	b, _ := old.ask(request{Op: opShare, Peer: 2, N: 2})
+	o, err := old.ask(request{Op: opOffer, N: 2}, splitIDs(a.ID, b.ID)...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := next.ask(request{Op: opAdoptShare, ID: o.ID}); err != nil {
+		t.Fatal(err)
+	}
+	old.p.end(true)
+	if _, err := next.ask(request{Op: opAdoptShare, ID: o.ID, N: 1}); !errors.Is(err, hypercall.ErrNoOffer) {
+		t.Errorf("adopted from a process that has ended: %v", err)
+	}
+	if l := h.Ledger(); l.Grants != 1 {
+		t.Errorf("%+v", l)
+	}
+	next.ask(request{Op: opEndShare, ID: a.ID})
+	if l := h.Ledger(); l.Grants != 0 {
+		t.Errorf("%+v", l)
+	}
 }

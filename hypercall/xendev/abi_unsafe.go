@@ -19,9 +19,8 @@ const (
 	evtchnNotify          = unsafe.Sizeof(evtchnPort{})<<16 | 'E'<<8 | 4
 	evtchnReset           = 'E'<<8 | 5
 
-	gntallocAlloc       = unsafe.Sizeof(allocGref{})<<16 | 'G'<<8 | 5
-	gntallocDealloc     = unsafe.Sizeof(deallocGref{})<<16 | 'G'<<8 | 6
-	gntallocUnmapNotify = unsafe.Sizeof(unmapNotify{})<<16 | 'G'<<8 | 7
+	gntallocAlloc   = unsafe.Sizeof(allocGref{})<<16 | 'G'<<8 | 5
+	gntallocDealloc = unsafe.Sizeof(deallocGref{})<<16 | 'G'<<8 | 6
 
 	gntdevMap   = unsafe.Sizeof(mapGrantRef{})<<16 | 'G'<<8
 	gntdevUnmap = unsafe.Sizeof(unmapGrantRef{})<<16 | 'G'<<8 | 1
@@ -63,16 +62,6 @@ type deallocGref struct {
 	Count uint32
 	_     uint32
 }
-
-// unmapNotify is struct ioctl_gntalloc_unmap_notify.
-type unmapNotify struct {
-	_      structs.HostLayout
-	Index  uint64
-	Action uint32
-	Port   uint32
-}
-
-const notifySendEvent = 2 // UNMAP_NOTIFY_SEND_EVENT
 
 // mapGrantRef is struct ioctl_gntdev_map_grant_ref; its last member is a variable-length
 // array.
@@ -130,7 +119,6 @@ var (
 	_ [24]byte = [unsafe.Sizeof(allocGref{})]byte{}
 	_ [16]byte = [unsafe.Offsetof(allocGref{}.Refs)]byte{}
 	_ [16]byte = [unsafe.Sizeof(deallocGref{})]byte{}
-	_ [16]byte = [unsafe.Sizeof(unmapNotify{})]byte{}
 	_ [24]byte = [unsafe.Sizeof(mapGrantRef{})]byte{}
 	_ [16]byte = [unsafe.Offsetof(mapGrantRef{}.Refs)]byte{}
 	_ [8]byte  = [unsafe.Sizeof(gntdevRef{})]byte{}
@@ -194,13 +182,6 @@ func allocGrefs(fd int, peer hypercall.DomID, flags uint16, count int) (uint64, 
 func deallocGrefs(fd int, index uint64, count int) error {
 	arg := deallocGref{Index: index, Count: uint32(count)}
 	_, err := ioctl.Call(uintptr(fd), gntallocDealloc, unsafe.Pointer(&arg))
-	return err
-}
-
-// setUnmapNotify is GNTALLOC_SET_UNMAP_NOTIFY. The driver only reads the struct.
-func setUnmapNotify(fd int, index uint64, action uint32, p hypercall.PortID) error {
-	arg := unmapNotify{Index: index, Action: action, Port: uint32(p)}
-	_, err := ioctl.Call(uintptr(fd), gntallocUnmapNotify, unsafe.Pointer(&arg))
 	return err
 }
 

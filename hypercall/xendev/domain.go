@@ -15,6 +15,34 @@
 // A [Domain] and its Waiters, Shares and Mappings belong to the caller that opened it.
 // When the process dies, in whatever way, the kernel ends all of them. The kernel keeps a
 // page that the peer still has mapped until it is unmapped.
+//
+// # Suspend and resume
+//
+// A domain that is saved and restored, or migrated, continues as a new domain of Xen: its
+// domid changes, its event channels are closed and its grants are ended. Linux re-registers
+// the watches of all connections to xenstore, each of which fires, answers the commit of
+// an open transaction with EAGAIN, and tells programs nothing else. After that a Waiter and
+// a Share of before can only be closed and ended, and new ones made.
+//
+// A Domain notices the resume at the next call that opens or closes a port. It deals with
+// all Waiters at once, because Linux's evtchn driver has a fault: it stops with a BUG
+// (drivers/xen/evtchn.c, evtchn_unbind_from_user; see life) in any call that takes a port of before the resume out of its list, and the process can then not be ended.
+// The Domain makes the driver forget those ports. What remains is:
+//
+//   - the driver's files stay open until the process ends, one for each Waiter and one more
+//     for each resume;
+//   - the interrupts of the ports stay in /proc/interrupts until the domain ends, and once the
+//     process has ended, under a name that the kernel has freed, which may be any bytes;
+//   - a process that is killed after the resume but before the Domain has noticed it runs
+//     into the BUG, and so does one where the numbers of all ports of a Waiter were in use
+//     again by then, by another program or the kernel.
+//
+// A handover ([hypercall.HandoverDomain]) passes the open files of gntalloc and evtchn on. A
+// domain that is resumed in the milliseconds between Offer and Adopt leaves the new process
+// with dead ports that it takes for living ones.
+//
+// A mapping of a peer's pages does not survive either. Domains that serve backends are not
+// meant to be suspended.
 package xendev
 
 import (
@@ -83,17 +111,22 @@ func (c Config) path(elem ...string) string {
 type Domain struct {
 	cfg      Config
 	id       atomic.Uint32
-	gntalloc node
+	gntalloc gntalloc
 	gntdev   node
 	held     atomic.Int64 // pages that are shared now
 
 	raiseOnce sync.Once
 	raiseErr  error // why GrantLimit could not be set
 
+	evtchn   evtchn
+	life     life
+	unclosed []*os.File // guarded by life.mu; files that must not be closed, even by the garbage collection
+
 	mu      sync.Mutex
-	calls   *privcmd.Conn                 // guarded by mu; opened for the first DoorbellHypercall
-	indices map[hypercall.GrantRef]uint64 // guarded by mu; first ref of a Share → its index in the gntalloc file
-	closed  bool                          // guarded by mu
+	calls   *privcmd.Conn            // guarded by mu; opened for the first DoorbellHypercall
+	closed  bool                     // guarded by mu
+	shares  map[*ownedShare]struct{} // guarded by mu; those that have not ended
+	offered map[any]bool             // guarded by mu; shares and waiters of which there is an Offer
 
 	// never is always false, but the compiler cannot know that. So it must assume that
 	// Copy stores ops in sink, and keeps them off the stack, which may move while the
@@ -102,7 +135,7 @@ type Domain struct {
 	sink  []hypercall.CopyOp
 }
 
-var _ hypercall.Domain = (*Domain)(nil)
+var _ hypercall.HandoverDomain = (*Domain)(nil)
 
 // Open asks xenstore which domain this is. It fails with a [*NodeError] if there is no
 // xenstore, above all on a machine that is no Xen domain ([ErrNotXen]).
@@ -123,16 +156,17 @@ func Open(cfg Config) (*Domain, error) {
 func newDomain(cfg Config, id hypercall.DomID) *Domain {
 	d := &Domain{
 		cfg:      cfg,
-		gntalloc: node{path: cfg.path("dev/xen/gntalloc"), module: "xen-gntalloc"},
+		gntalloc: linuxGntalloc{},
+		shares:   make(map[*ownedShare]struct{}),
 		gntdev:   node{path: cfg.path("dev/xen/gntdev"), module: "xen-gntdev"},
-		indices:  make(map[hypercall.GrantRef]uint64),
+		evtchn:   linuxEvtchn{},
 	}
 	d.id.Store(uint32(id))
 	return d
 }
 
-// ID returns the domain's number as of Open or of the last [Domain.Store]; a migrated
-// domain opens its connection to xenstore again.
+// ID returns the domain's number as of Open, of the last [Domain.Store], or of the last
+// resume that was noticed.
 func (d *Domain) ID() hypercall.DomID { return hypercall.DomID(d.id.Load()) }
 
 // other returns the number by which other domains and grant entries know peer.
@@ -148,13 +182,16 @@ func (d *Domain) other(peer hypercall.DomID) hypercall.DomID {
 // Waiters and connections to xenstore are closed separately. Close is idempotent.
 func (d *Domain) Close() error {
 	d.mu.Lock()
-	calls, closed := d.calls, d.closed
-	d.calls, d.closed = nil, true
+	calls, closed, shares := d.calls, d.closed, d.shares
+	d.calls, d.closed, d.shares = nil, true, nil
 	d.mu.Unlock()
 	if closed {
 		return nil
 	}
-	errs := []error{d.gntalloc.close(), d.gntdev.close()}
+	errs := []error{d.gntdev.close()}
+	for s := range shares {
+		errs = append(errs, s.file.Close())
+	}
 	if calls != nil {
 		errs = append(errs, calls.Close())
 	}

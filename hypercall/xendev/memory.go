@@ -121,27 +121,38 @@ func (d *Domain) release(b []byte, index uint64, count int) error {
 // answers EINVAL to everything. A copy of one byte tells why. A ref that can be read but
 // not mapped was refused for writing, for which Xen's status is general error.
 func (d *Domain) findBad(fd int, peer hypercall.DomID, refs []hypercall.GrantRef, access hypercall.Access) error {
-	for i, ref := range refs {
-		b, index, err := mapRefs(fd, peer, refs[i:i+1], access)
-		if err == nil {
-			if err := errors.Join(unix.Munmap(b), removeMap(fd, index, 1)); err != nil {
-				return err
-			}
-			continue
+	try := func(refs []hypercall.GrantRef) error {
+		b, index, err := mapRefs(fd, peer, refs, access)
+		if err != nil {
+			return err
 		}
-		if !errors.Is(err, unix.EINVAL) {
-			continue // the ref is not the cause
-		}
-		e := &hypercall.GrantError{Op: "map", Dom: peer, Ref: ref, Status: hypercall.GeneralError}
-		op := [1]hypercall.CopyOp{{
-			Src: hypercall.Area{Ref: ref, Dom: peer},
-			Dst: hypercall.Area{Local: make([]byte, 1)},
-			Len: 1,
-		}}
-		if err := copyOps(fd, op[:]); err == nil && op[0].Status != hypercall.OK {
-			e.Status = op[0].Status
-		}
-		return e
+		return errors.Join(unix.Munmap(b), removeMap(fd, index, len(refs)))
 	}
-	return nil
+	ref := firstBad(refs, func(part []hypercall.GrantRef) bool { return try(part) == nil })
+	if !errors.Is(try([]hypercall.GrantRef{ref}), unix.EINVAL) {
+		return nil // the ref is not the cause
+	}
+	e := &hypercall.GrantError{Op: "map", Dom: peer, Ref: ref, Status: hypercall.GeneralError}
+	op := [1]hypercall.CopyOp{{
+		Src: hypercall.Area{Ref: ref, Dom: peer},
+		Dst: hypercall.Area{Local: make([]byte, 1)},
+		Len: 1,
+	}}
+	if err := copyOps(fd, op[:]); err == nil && op[0].Status != hypercall.OK {
+		e.Status = op[0].Status
+	}
+	return e
+}
+
+// firstBad returns the first of refs without which those before it would be good, where all of
+// them together are not. It tries halves: refs are a peer's, who would have each tried.
+func firstBad(refs []hypercall.GrantRef, good func([]hypercall.GrantRef) bool) hypercall.GrantRef {
+	for len(refs) > 1 {
+		if half := refs[:len(refs)/2]; good(half) {
+			refs = refs[len(half):]
+		} else {
+			refs = half
+		}
+	}
+	return refs[0]
 }

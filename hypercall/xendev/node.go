@@ -181,3 +181,21 @@ func (n *node) close() error {
 func openFile(path string, flags int) (*os.File, error) {
 	return os.OpenFile(path, os.O_RDWR|syscall.O_CLOEXEC|flags, 0)
 }
+
+// sameNode refuses a file that is not an open one of the device node at path.
+func sameNode(path string, f *os.File) error {
+	node, err := os.Stat(path)
+	if err != nil {
+		return err
+	}
+	got, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	want, ok := node.Sys().(*syscall.Stat_t)
+	is, ok2 := got.Sys().(*syscall.Stat_t)
+	if !ok || !ok2 || got.Mode()&fs.ModeCharDevice == 0 || node.Mode()&fs.ModeCharDevice == 0 || is.Rdev != want.Rdev {
+		return fmt.Errorf("xendev: a file that is not one of %s", path)
+	}
+	return nil
+}

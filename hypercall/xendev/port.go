@@ -30,7 +30,7 @@ type port struct {
 
 func newPort(w *waiter, id hypercall.PortID) (*port, error) {
 	p := &port{w: w, id: id}
-	p.ring = func(fd uintptr) { p.err = notify(int(fd), id) }
+	p.ring = func(fd uintptr) { p.err = w.d.evtchn.notify(int(fd), id) }
 	if w.d.cfg.Doorbell == DoorbellHypercall {
 		c, err := w.d.hypercalls()
 		if err != nil {
@@ -53,6 +53,9 @@ func (p *port) Notify() error {
 	if p.closed {
 		return net.ErrClosed
 	}
+	if p.w.dead.Load() {
+		return nil // as for any peer that is gone
+	}
 	if p.bell != nil {
 		return p.bell.Ring()
 	}
@@ -67,18 +70,28 @@ func (p *port) Notify() error {
 
 // Close implements [hypercall.Port].
 func (p *port) Close() error {
-	p.w.remove(p)
+	d := p.w.d
+	d.begin()
+	defer d.end()
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.closed {
 		return nil
 	}
 	p.closed = true
+	p.w.remove(p)
 	if p.bell != nil {
 		p.bell.Close()
 	}
+	if p.w.dead.Load() {
+		return nil
+	}
+	delete(p.w.bound, p.id)
+	if p.w.given.Load() {
+		return nil // the file is another process's too, and the port stays in it
+	}
 	var err error
-	if p.w.raw.Control(func(fd uintptr) { err = unbind(int(fd), p.id) }) != nil {
+	if p.w.raw.Control(func(fd uintptr) { err = d.evtchn.unbind(int(fd), p.id) }) != nil {
 		return nil // the Waiter is closed, and its ports with it
 	}
 	if err != nil && !errors.Is(err, unix.ENOTCONN) {

@@ -35,6 +35,11 @@ type waiter struct {
 	file *os.File // in the runtime's poller; never call its Fd, which would take it out
 	raw  syscall.RawConn
 
+	dead  atomic.Bool                   // the domain was resumed: no call for a port reaches the driver; set with the life's mu held
+	bound map[hypercall.PortID]struct{} // guarded by the life's mu; ports in the driver's list for the file
+
+	given atomic.Bool // another process has the file too, and keeps the ports
+
 	group atomic.Pointer[group] // the group the waiter is in, or nil; changed under the group's mu
 
 	woken atomic.Bool // a Wake that Wait has not seen yet
@@ -72,10 +77,9 @@ type waiter struct {
 // Waiter opens a Waiter: an open file of /dev/xen/evtchn, whose ports exist as long as it
 // is open.
 func (d *Domain) Waiter() (hypercall.Waiter, error) {
-	path := d.cfg.path("dev/xen/evtchn")
-	f, err := openFile(path, unix.O_NONBLOCK)
+	f, err := d.evtchn.open(d.cfg)
 	if err != nil {
-		return nil, d.cfg.explain(path, "xen-evtchn", err)
+		return nil, err
 	}
 	w, err := newWaiter(d, f)
 	if err != nil {
@@ -129,7 +133,7 @@ func newWaiter(d *Domain, f *os.File) (*waiter, error) {
 	if err := f.SetReadDeadline(time.Time{}); err != nil { // fails if the file is not in the poller
 		return nil, fmt.Errorf("xendev: wait on %s: %w", f.Name(), err)
 	}
-	w := &waiter{d: d, file: f, raw: raw, ports: make(map[hypercall.PortID]*port)}
+	w := &waiter{d: d, file: f, raw: raw, ports: make(map[hypercall.PortID]*port), bound: make(map[hypercall.PortID]struct{})}
 	w.try = w.tryRead
 	w.look = func(fd uintptr) { w.got = w.tryRead(fd) }
 	w.write = func(fd uintptr) { w.sent, w.outErr = writeNow(fd, w.out[:min(len(w.out), maxWrite)]) }
@@ -286,6 +290,9 @@ func (w *waiter) unmaskLocked(p *port) {
 const maxWrite = 4096
 
 func (w *waiter) flushLocked() error {
+	if w.dead.Load() {
+		w.out = w.out[:0]
+	}
 	for len(w.out) > 0 {
 		if w.raw.Control(w.write) != nil {
 			return net.ErrClosed
@@ -382,19 +389,28 @@ func (w *waiter) Close() error {
 	for _, p := range ports {
 		p.Close() // gives its doorbell back; the driver would unbind the port by itself
 	}
-	err := w.file.Close()
+	w.d.begin()
+	w.d.leave(w)
+	var err error
+	if !slices.Contains(w.d.unclosed, w.file) {
+		err = w.file.Close()
+	}
+	w.d.end()
 	if w.wakeFile != nil {
 		err = errors.Join(err, w.wakeFile.Close())
 	}
 	return err
 }
 
+// errResumed is the error of opening a port on a Waiter of before a resume.
+var errResumed = errors.New("the domain was resumed since the Waiter was made: make another")
+
 // errNoPorts names the setting of xl.cfg(5) that limits a domain's event channels.
 var errNoPorts = fmt.Errorf("%w: raise max_event_channels in the domain's configuration", hypercall.ErrNoPorts)
 
 // Unbound implements [hypercall.Waiter]. Xen does not say whether peer exists.
 func (w *waiter) Unbound(peer hypercall.DomID) (hypercall.Port, error) {
-	p, err := w.open(func(fd int) (hypercall.PortID, error) { return bindUnbound(fd, w.d.other(peer)) })
+	p, err := w.open(func(fd int) (hypercall.PortID, error) { return w.d.evtchn.bindUnbound(fd, w.d.other(peer)) })
 	if errors.Is(err, unix.ENOSPC) {
 		err = errNoPorts
 	}
@@ -406,7 +422,7 @@ func (w *waiter) Unbound(peer hypercall.DomID) (hypercall.Port, error) {
 
 // Bind implements [hypercall.Waiter].
 func (w *waiter) Bind(peer hypercall.DomID, remote hypercall.PortID) (hypercall.Port, error) {
-	p, err := w.open(func(fd int) (hypercall.PortID, error) { return bindPeer(fd, w.d.other(peer), remote) })
+	p, err := w.open(func(fd int) (hypercall.PortID, error) { return w.d.evtchn.bindPeer(fd, w.d.other(peer), remote) })
 	switch {
 	case errors.Is(err, unix.ENOSPC):
 		err = errNoPorts
@@ -424,11 +440,17 @@ func (w *waiter) Bind(peer hypercall.DomID, remote hypercall.PortID) (hypercall.
 // open opens a port with bind and enters it in the map, under one lock, because a port
 // that is bound to its peer may fire before bind returns.
 func (w *waiter) open(bind func(fd int) (hypercall.PortID, error)) (*port, error) {
+	w.d.begin()
+	defer w.d.end()
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.closed {
 		return nil, net.ErrClosed
 	}
+	if w.dead.Load() {
+		return nil, errResumed
+	}
+	w.d.enter(w)
 	var id hypercall.PortID
 	var err error
 	if w.raw.Control(func(fd uintptr) { id, err = bind(int(fd)) }) != nil {
@@ -439,9 +461,10 @@ func (w *waiter) open(bind func(fd int) (hypercall.PortID, error)) (*port, error
 	}
 	p, err := newPort(w, id)
 	if err != nil {
-		cerr := w.raw.Control(func(fd uintptr) { err = errors.Join(err, unbind(int(fd), id)) })
+		cerr := w.raw.Control(func(fd uintptr) { err = errors.Join(err, w.d.evtchn.unbind(int(fd), id)) })
 		return nil, errors.Join(err, cerr)
 	}
+	w.bound[id] = struct{}{}
 	w.enterLocked(p)
 	return p, nil
 }

@@ -63,7 +63,7 @@ func newDriver(t testing.TB, ports ...hypercall.PortID) (*waiter, driver) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w, err := newWaiter(&Domain{}, os.NewFile(uintptr(fds[0]), "evtchn"))
+	w, err := newWaiter(newDomain(Config{}, 0), os.NewFile(uintptr(fds[0]), "evtchn"))
 	if err != nil {
 		t.Fatal(err)
 	}

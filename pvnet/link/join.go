@@ -36,13 +36,17 @@ type Joint struct {
 
 	logged [sizeKinds]atomic.Bool // by kind: whether logOnce has logged it
 	single atomic.Bool            // whether logNoBursts has logged
+
+	unsteered bool // whether followSteering, which alone uses it, has logged
+
+	holds holds
 }
 
 // JointStats counts frames.
 type JointStats struct {
 	ToLink      uint64 // written to a link
 	ToLinkGSO   uint64 // of ToLink, frames that the kernel has to cut
-	FromLink    uint64 // sent through the vif
+	FromLink    uint64 // given to the vif, which counts those that it drops for a stopped frontend
 	FromLinkGSO uint64 // of FromLink, frames that the vif or its other end cuts
 	Segments    uint64 // of FromLink, segments that the Joint cut from longer frames
 
@@ -70,7 +74,18 @@ func (j *Joint) Stats() JointStats {
 }
 
 // Run is [Join] with a link per queue, such as [OpenTAPQueues] returns. Link i feeds
-// queue i; frames of a queue without a link of its own go to one of the other links.
+// queue i; frames of a queue without a link of its own go to one of the other links. A single
+// link, such as a packet socket, feeds all queues of the vif: each frame takes the one that
+// [pvnet.Device.QueueFor] names, as the frontend asks, and else by its flow. While
+// the vif has fewer queues than links, the kernel sends nothing to the links of the others.
+// The links of a TAP are its queues in the order in which they were opened.
+//
+// The frontend of a vif with several queues may ask that the queue of a frame be chosen by
+// its hash ([pvnet.Device.Steerings]). Then Run gives the TAP an eBPF program by which the
+// kernel does so. It needs CAP_BPF in the first user namespace, and Linux 5.8. Without, and
+// while the frontend asks for no hash, the kernel chooses as it likes; the first is logged
+// once. Of a vif with more queues than links, a queue beyond the last link is fed by link
+// number queue modulo links.
 //
 // Until it returns, Run lets the kernel behind a TAP leave TCP segmentation, and TCP and
 // UDP checksums, to the vif. The vif does the part that its other end does not take. With
@@ -87,6 +102,13 @@ func (j *Joint) Stats() JointStats {
 // frames up to that MTU pass, as far as the vif's other end takes them. While the vif is
 // down the links' frames wait in the kernel, which drops those it has no room for.
 //
+// A vif whose frontend takes no frames does not hold up others. At most 128 frames, of
+// 256 pages, wait for it, and the device drops them as [pvnet.ServeConfig].DrainTimeout
+// says; later ones wait in the kernel's queue. When the device turns the carrier off, Run
+// turns off that of a TAP too: the kernel then drops its frames itself, and a bridge takes
+// the interface for unplugged. It is on again with the device's, and when Run returns. On a
+// packet socket, whose interface belongs to others, it stays as it is. Needs Linux 5.0.
+//
 // Dropped frames are counted in the Joint and in the device's counters, by reason. Sizes
 // that do not fit are also logged to the device's Logger, once per kind.
 //
@@ -95,15 +117,68 @@ func (j *Joint) Run(ctx context.Context, dev *pvnet.Device, links ...Link) error
 	if len(links) == 0 || len(links) > dev.Queues() {
 		return fmt.Errorf("link: %d links for the %d queues of vif %s", len(links), dev.Queues(), dev.ID())
 	}
-	rxs, txs, err := own(dev, len(links))
+	feeds := len(links)
+	if feeds == 1 {
+		feeds = dev.Queues()
+	}
+	rxs, txs, err := own(dev, feeds)
 	if err != nil {
 		return err
 	}
 	for _, l := range links {
 		setOffloads(l, true)
 	}
+	following, enough := context.WithCancel(ctx)
+	var followers sync.WaitGroup
+	followers.Go(func() { j.followCarrier(following, dev, links) })
+	if len(links) > 1 {
+		followers.Go(func() { followQueues(following, dev, links, j.holds.held) })
+		followers.Go(func() { j.followSteering(following, dev, links) })
+	}
+	holding := j.holds.begin()
+	defer j.holds.end()
+	for {
+		err = j.move(ctx, dev, links, rxs, txs, holding)
+		if err != errHeld {
+			break
+		}
+		if err = j.holds.rest(ctx, dev); err != nil {
+			break
+		}
+	}
+	enough()
+	followers.Wait()
+	if !j.holds.held() { // else the links may be in the hands of another process
+		for _, l := range links {
+			setOffloads(l, false)
+		}
+	}
+	if _, broken := errors.AsType[*pvnet.PeerError](err); !broken && errors.Is(err, pvnet.ErrDisconnected) || err == pvnet.ErrHandover {
+		return nil
+	}
+	return err
+}
+
+// move forwards frames until ctx ends, something fails, or holding gives a token: then it
+// returns errHeld once every frame that was read or received has been passed on.
+func (j *Joint) move(ctx context.Context, dev *pvnet.Device, links []Link, rxs []*pvnet.RX, txs []*pvnet.TX, holding <-chan struct{}) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
+	held := make(chan struct{}) // closed with the wait for the frames in flight
+	empty := make([]atomic.Bool, len(links))
+	go func() {
+		defer close(held)
+		select {
+		case <-holding:
+			j.quiesce(ctx, links, rxs, txs, empty)
+		case <-ctx.Done():
+		}
+	}()
+	moved := func(err error) { // a goroutine below has ended
+		if !j.holds.stopping.Load() || !errors.Is(err, os.ErrDeadlineExceeded) {
+			cancel(err)
+		}
+	}
 	stopped := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
 		defer close(stopped)
@@ -119,24 +194,70 @@ func (j *Joint) Run(ctx context.Context, dev *pvnet.Device, links ...Link) error
 	})
 	var wg sync.WaitGroup
 	for i, l := range links {
-		wg.Go(func() { cancel(j.fromLinkTo(ctx, l, dev, txs[i])) })
+		feeds := txs[i : i+1]
+		if len(links) == 1 {
+			feeds = txs
+		}
+		wg.Go(func() { moved(j.fromLinkTo(ctx, l, dev, feeds, &empty[i])) })
 	}
 	for i, rx := range rxs {
-		wg.Go(func() { cancel(j.toLinkFrom(dev, rx, links[i%len(links)])) })
+		wg.Go(func() { moved(j.toLinkFrom(dev, rx, links[i%len(links)])) })
 	}
 	wg.Wait()
 	if !stop() {
 		<-stopped
 	}
+	err := context.Cause(ctx)
+	cancel(errHeld)
+	<-held
+	j.holds.stopping.Store(false)
 	for _, l := range links {
 		setDeadlines(l, time.Time{})
-		setOffloads(l, false)
 	}
-	err = context.Cause(ctx)
-	if _, broken := errors.AsType[*pvnet.PeerError](err); !broken && errors.Is(err, pvnet.ErrDisconnected) {
-		return nil
+	if err != nil {
+		return err
 	}
-	return err
+	for i := range rxs {
+		rxs[i].SetDeadline(time.Time{})
+	}
+	for i := range txs {
+		txs[i].SetDeadline(time.Time{})
+	}
+	return errHeld
+}
+
+// followCarrier turns the carrier of the links off while the vif's frontend takes no frames
+// ([pvnet.Device.Stalled]), until ctx or the device ends. While the links are held their carrier
+// stays as it is: another process may have them already. One that takes a TAP over whose
+// carrier is off turns it on.
+func (j *Joint) followCarrier(ctx context.Context, dev *pvnet.Device, links []Link) {
+	off, known := false, false
+	set := func(stalled, up bool) {
+		if stalled == off && (known || !up) { // once the link is up: another process may have left it off
+			return
+		}
+		off, known = stalled, known || up
+		for _, l := range links {
+			q, ok := l.(native)
+			if !ok {
+				continue
+			}
+			if err := q.setCarrier(!off); err != nil {
+				dev.Logger().Debug("the carrier of the interface stays as it is", "vif", dev.ID(), "peer", dev.Peer(),
+					"interface", l.Name(), "error", err)
+			}
+		}
+	}
+	defer func() {
+		if !j.holds.held() { // else the links have another owner
+			set(false, false)
+		}
+	}()
+	for ev := range dev.Links(ctx) {
+		if !j.holds.unheld(ctx, dev, func() { set(ev.Stalled, ev.Up) }) {
+			break
+		}
+	}
 }
 
 // own owns the receive halves of all queues of dev, and the transmit halves of the first
@@ -172,6 +293,20 @@ type native interface {
 
 	// setOffloads lets the kernel leave the work that a vif can take over, or none.
 	setOffloads(on bool) error
+
+	// setCarrier tells the interface whether frames reach the vif's other end. While they do
+	// not, its kernel sends none.
+	setCarrier(on bool) error
+
+	// attach makes the kernel send frames to this queue of a TAP with several, or no more.
+	attach(on bool) error
+
+	// attached reports whether the kernel sends frames to this queue of a TAP.
+	attached() bool
+
+	// steer makes the kernel spread the frames of a TAP over its queues as s says; nil: as the
+	// kernel likes.
+	steer(s *pvnet.Steering) error
 
 	// mtuNow returns the interface's current MTU. It returns 0 if the process cannot
 	// read the MTU; the link then reads no frame beyond it, so that the size of a frame
@@ -257,9 +392,11 @@ func pieces(f *pvnet.Frame, bufs [][]byte) [][]byte {
 type feeder struct {
 	j      *Joint
 	dev    *pvnet.Device
-	tx     *pvnet.TX
+	tx     *pvnet.TX // makes the frames, and sends those that spread does not
+	spread spread
 	l      Link
-	native native // nil if l only reads one frame at a time
+	native native       // nil if l only reads one frame at a time
+	empty  *atomic.Bool // the feeder has read nothing, and waits for empty frames
 
 	// frames[:ready] are filled and wait to be sent; frames[ready:n] are empty, each of
 	// size bytes.
@@ -276,20 +413,31 @@ type feeder struct {
 	bufs  [vifPieces + 1][]byte
 	cut   packet.Cutter
 
+	ending func() bool // the Run is about to end, or to be held
+
 	burst burstReader // nil: frames are read one by one
 	want  int         // how many frames the next burst asks for
 	in    [batch]arrival
 }
 
-func (j *Joint) fromLinkTo(ctx context.Context, l Link, dev *pvnet.Device, tx *pvnet.TX) error {
-	f := &feeder{j: j, dev: dev, tx: tx, l: l, want: 1}
+// fromLinkTo moves frames from l to the queues of txs, until ctx ends or something fails.
+// empty says meanwhile whether it has read nothing, and waits for empty frames.
+func (j *Joint) fromLinkTo(ctx context.Context, l Link, dev *pvnet.Device, txs []*pvnet.TX, empty *atomic.Bool) error {
+	tx := txs[0]
+	f := &feeder{j: j, dev: dev, tx: tx, spread: spread{txs: txs}, l: l, empty: empty, want: 1, size: frameSize(dev)}
+	f.ending = func() bool { return ctx.Err() != nil || j.holds.stopping.Load() }
+	defer f.release(0)
+	// A queue that the vif never has costs no buffers and no io_uring.
+	var err error
+	if err = f.refill(fewEmpty); err != nil {
+		return err
+	}
 	most := MaxRead
 	if f.native, _ = l.(native); f.native != nil {
 		most = f.native.maxRead()
 	}
 	f.whole = make([]byte, most) // takes memory only for the pages that are used
 	if b, ok := l.(bursts); ok {
-		var err error
 		if f.burst, err = b.readBursts(); err != nil {
 			f.burst = nil
 			j.logNoBursts(dev, l, err)
@@ -297,7 +445,6 @@ func (j *Joint) fromLinkTo(ctx context.Context, l Link, dev *pvnet.Device, tx *p
 	}
 	defer f.close()
 	defer f.count()
-	defer f.release(0)
 	for {
 		err := f.fill()
 		if flushErr := f.flush(); flushErr != nil {
@@ -309,7 +456,7 @@ func (j *Joint) fromLinkTo(ctx context.Context, l Link, dev *pvnet.Device, tx *p
 		case err == nil:
 		case errors.Is(err, os.ErrDeadlineExceeded):
 			_ = l.SetReadDeadline(time.Time{})
-			if ctx.Err() != nil {
+			if f.ending() {
 				return err
 			}
 		case err == ErrDown:
@@ -386,22 +533,35 @@ func (f *feeder) release(i int) {
 	f.ready = min(f.ready, i)
 }
 
+// frameSize is the size in bytes of the empty frames of a feeder.
+func frameSize(dev *pvnet.Device) int { return min(dev.MTU()+18, pvnet.MaxFrame) }
+
+// refill waits for up to n empty frames. No frame waits to be sent.
+func (f *feeder) refill(n int) (err error) {
+	f.empty.Store(true)
+	defer f.empty.Store(false)
+	if f.j.holds.stopping.Load() { // quiesce may have looked before
+		return os.ErrDeadlineExceeded
+	}
+	f.ready = 0
+	f.n, err = f.tx.AllocWait(f.frames[:n], f.size)
+	return err
+}
+
 // fill waits for a frame of the link, and reads the frames that follow without a wait.
 func (f *feeder) fill() error {
-	if size := f.dev.MTU() + 18; size != f.size {
+	if size := frameSize(f.dev); size != f.size {
 		f.release(0)
-		f.size = min(size, pvnet.MaxFrame)
+		f.size = size
 	}
 	for wait := true; ; wait = false {
 		if f.ready == f.n {
 			if !wait {
 				return nil
 			}
-			n, err := f.tx.AllocWait(f.frames[:max(f.want, fewEmpty)], f.size)
-			if err != nil {
+			if err := f.refill(max(f.want, fewEmpty)); err != nil {
 				return err
 			}
-			f.ready, f.n = 0, n
 		}
 		more := f.native != nil
 		var err error
@@ -616,12 +776,13 @@ func (f *feeder) cutAll(whole []byte, off Offload, size int) error {
 func (f *feeder) flush() error {
 	long := f.ready > 0 && f.frames[f.ready-1].GSO().Size != 0
 	done := 0
+	f.sort(!long)
 	for done < f.ready {
-		n, err := f.tx.SendWait(f.frames[done:f.ready])
+		n, err := f.send(done)
 		f.j.fromLink.Add(uint64(n))
 		done += n
 		switch {
-		case err == nil && long:
+		case err == nil && long && done == f.ready:
 			f.j.fromLinkGSO.Add(1)
 			continue
 		case err == nil:

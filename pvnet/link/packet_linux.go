@@ -8,6 +8,8 @@ import (
 	"sync/atomic"
 	"syscall"
 
+	"barevif/pvnet"
+
 	"golang.org/x/sys/unix"
 )
 
@@ -182,6 +184,18 @@ func (p *Packet) maxRead() int { return MaxRead }
 // setOffloads changes nothing: a packet socket reads frames with the work that their
 // senders left, and cannot ask for another.
 func (p *Packet) setOffloads(bool) error { return nil }
+
+// setCarrier changes nothing: the interface carries frames of others too.
+func (p *Packet) setCarrier(bool) error { return nil }
+
+// attach changes nothing: a packet socket gets all frames of its interface.
+func (p *Packet) attach(bool) error { return nil }
+
+// attached reports true: see attach.
+func (p *Packet) attached() bool { return true }
+
+// steer changes nothing: the interface has no queues that end here.
+func (p *Packet) steer(*pvnet.Steering) error { return nil }
 
 // mtuNow returns the interface's current MTU, or the MTU at opening if the interface is
 // gone.

@@ -6,7 +6,10 @@ import (
 	"net"
 	"os"
 	"strings"
+	"sync"
 	"syscall"
+
+	"barevif/pvnet/steer"
 
 	"golang.org/x/sys/unix"
 )
@@ -34,6 +37,9 @@ type TAP struct {
 	port
 	spare [1]byte  // behind the caller's buffers: only a frame too large for them reaches it
 	asks  *os.File // a socket of the interface's network namespace; nil if it was opened elsewhere
+
+	steerMu sync.Mutex
+	program *steer.Program // guarded by steerMu; nil: not loaded yet
 }
 
 var _ Link = (*TAP)(nil)
@@ -155,7 +161,9 @@ func (t *TAP) Close() error {
 	if t.asks != nil {
 		_ = t.asks.Close() // fails from the second call on
 	}
-	return t.port.Close()
+	err := t.port.Close() // before closeSteering: no program is loaded after that
+	t.closeSteering()
+	return err
 }
 
 // mtuNow returns the card's current MTU, or 0 if this process cannot read it.
@@ -195,6 +203,49 @@ func (t *TAP) setOffloads(on bool) (err error) {
 	}
 	ctlErr := t.conn.Control(func(fd uintptr) { err = unix.IoctlSetInt(int(fd), unix.TUNSETOFFLOAD, left) })
 	return errors.Join(ctlErr, err)
+}
+
+// setCarrier is SetCarrier, for a Joint.
+func (t *TAP) setCarrier(on bool) error { return t.SetCarrier(on) }
+
+// attach makes the kernel spread its flows over this queue too, or no more. Frames that
+// wait in a queue that is detached are lost.
+func (t *TAP) attach(on bool) (err error) {
+	ifr, err := unix.NewIfreq("")
+	if err != nil {
+		return err
+	}
+	ifr.SetUint16(unix.IFF_DETACH_QUEUE)
+	if on {
+		ifr.SetUint16(unix.IFF_ATTACH_QUEUE)
+	}
+	ctlErr := t.conn.Control(func(fd uintptr) { err = unix.IoctlIfreq(int(fd), unix.TUNSETQUEUE, ifr) })
+	return errors.Join(ctlErr, err)
+}
+
+// attached reports whether the kernel spreads its flows over this queue.
+func (t *TAP) attached() bool {
+	ifr, err := unix.NewIfreq("")
+	if err != nil {
+		return true
+	}
+	ctlErr := t.conn.Control(func(fd uintptr) { err = unix.IoctlIfreq(int(fd), unix.TUNGETIFF, ifr) })
+	return ctlErr != nil || err != nil || ifr.Uint16()&unix.IFF_DETACH_QUEUE == 0
+}
+
+// SetCarrier says whether the card is connected to something, as a cable would: without a
+// carrier the kernel sends nothing through it, and its routes and a bridge know. A new
+// TAP has a carrier. It needs Linux 5.0.
+func (t *TAP) SetCarrier(on bool) (err error) {
+	carrier := 0
+	if on {
+		carrier = 1
+	}
+	ctlErr := t.conn.Control(func(fd uintptr) { err = unix.IoctlSetPointerInt(int(fd), unix.TUNSETCARRIER, carrier) })
+	if err = errors.Join(ctlErr, err); err != nil {
+		return tapError(t.Name(), "TUNSETCARRIER", err)
+	}
+	return nil
 }
 
 // setUp sets the interface's MTU unless mtu is 0, brings the interface up, and fills in
@@ -261,6 +312,44 @@ func NewTAP(f *os.File, info Info) (*TAP, error) {
 	if err := t.init(fd, info); err != nil {
 		return nil, tapError(info.Name, "make pollable", err)
 	}
+	return t, nil
+}
+
+// AdoptTAP takes over f, a TAP of this network namespace that another process opened, as
+// it is: the queue of the kernel, the addresses and the place on a bridge stay. It learns
+// from the kernel which interface f belongs to. It closes f, also if it fails. The error is
+// an [*OpenError]: EINVAL for a descriptor that is no such TAP, ENODEV for one of another
+// network namespace.
+func AdoptTAP(f *os.File) (*TAP, error) {
+	defer f.Close()
+	ifr, err := unix.NewIfreq("")
+	if err != nil {
+		return nil, tapError("", "name the interface", err)
+	}
+	rc, err := f.SyscallConn()
+	if err != nil {
+		return nil, tapError("", "use the descriptor", err)
+	}
+	if e := rc.Control(func(fd uintptr) { err = unix.IoctlIfreq(int(fd), unix.TUNGETIFF, ifr) }); e != nil {
+		err = e
+	}
+	if err != nil {
+		return nil, &OpenError{Link: "tap", Step: "ask a descriptor for its interface", Err: unix.EINVAL, Next: "it is no TAP: " + err.Error()}
+	}
+	info, err := interfaceInfo(ifr.Name())
+	if err != nil {
+		return nil, &OpenError{Link: tapLabel(ifr.Name()), Step: "find the interface", Err: unix.ENODEV, Next: "it is in another network namespace: " + err.Error()}
+	}
+	asks, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, tapError(info.Name, "open a socket for ioctls", err)
+	}
+	t, err := NewTAP(f, info)
+	if err != nil {
+		unix.Close(asks)
+		return nil, err
+	}
+	t.asks = os.NewFile(uintptr(asks), info.Name)
 	return t, nil
 }
 

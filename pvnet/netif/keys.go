@@ -1,5 +1,10 @@
 package netif
 
+import (
+	"slices"
+	"strings"
+)
+
 // Names of nodes in xenstore, relative to the directory of one end of a vif
 // (xen/include/public/io/netif.h). A flag is "1" or "0".
 
@@ -21,7 +26,8 @@ const (
 	KeyBridge        = "bridge"         // in backend
 	KeyIP            = "ip"             // in backend: addresses, separated by spaces
 	KeyGatewayDev    = "gatewaydev"     // in backend
-	KeyRate          = "rate"           // in backend: "bytes,microseconds"
+	KeyForwardDev    = "forwarddev"     // in backend: of COLO
+	KeyRate          = "rate"           // in backend: "bytes,microseconds", what the frontend may send
 	KeyVLAN          = "vlan"           // in backend
 	KeyType          = "type"           // in backend
 	KeyHotplugStatus = "hotplug-status" // in backend: HotplugConnected once the host's interface is set up
@@ -67,3 +73,34 @@ const (
 	KeyEventChannelCtrl = "event-channel-ctrl"
 	KeyXDPHeadroom      = "xdp-headroom" // Linux only: bytes
 )
+
+// StaleKeys returns which of the keys of a frontend's directory were left by an earlier
+// program or connection, and must go before another one publishes its own. Each removal is
+// a round trip to xenstore, so keys that are missing are not among them.
+func StaleKeys(there []string) (stale []string) {
+	old := []string{
+		KeyTxRingRef, KeyRxRingRef, KeyEventChannel, KeyEventChannelTx,
+		KeyEventChannelRx, KeyNumQueues, KeyFeatureGSOTCPv4, KeyFeatureGSOTCPv6,
+		KeyFeatureIPv6CsumOffload, KeyFeatureGSOTCPv4Prefix, KeyFeatureGSOTCPv6Prefix,
+		KeyXDPHeadroom,
+	}
+	for _, key := range there { // an earlier program may have published more queues
+		if slices.Contains(old, key) || strings.HasPrefix(key, KeyQueuePrefix) {
+			stale = append(stale, key)
+		}
+	}
+	return append(stale, RareKeys(there)...)
+}
+
+// RareKeys returns which of the keys of a frontend's directory change what a backend does
+// for a frontend that does not know them. Most drivers neither write nor remove these, so
+// a frontend removes them when it ends, too.
+func RareKeys(there []string) (rare []string) {
+	for _, key := range there {
+		switch key {
+		case KeyRequestMulticast, KeyCtrlRingRef, KeyEventChannelCtrl:
+			rare = append(rare, key)
+		}
+	}
+	return rare
+}

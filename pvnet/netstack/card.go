@@ -29,6 +29,10 @@ type card struct {
 
 	clock   *clock // the stack's clock; nil for gVisor's standard clock
 	known   atomic.Pointer[address]
+	holds   holds
+	down    atomic.Bool                               // the device's link is
+	limit   atomic.Int32                              // of the lease for mtu; 0: none
+	tap     atomic.Pointer[func(*stack.PacketBuffer)] // sees every packet received; nil: none
 	stack   atomic.Pointer[stack.NetworkDispatcher]
 	workers sync.WaitGroup
 
@@ -78,6 +82,7 @@ func (c *card) drain(patience time.Duration) {
 
 // stop ends the card's goroutines and waits for them.
 func (c *card) stop() {
+	c.holds.close()
 	for _, rx := range c.rx {
 		rx.SetDeadline(past)
 	}
@@ -96,10 +101,13 @@ var past = time.Unix(1, 0)
 func (c *card) receive(rx *pvnet.RX) {
 	var frames [batch]pvnet.Frame
 	var packets [batch]*stack.PacketBuffer
-	for {
+	for c.receives(rx, nil) {
 		n, err := rx.Receive(frames[:])
 		if err != nil {
-			return
+			if !c.receives(rx, err) {
+				return
+			}
+			continue
 		}
 		count := 0
 		for i := range frames[:n] {
@@ -109,9 +117,12 @@ func (c *card) receive(rx *pvnet.RX) {
 			}
 		}
 		_ = rx.Release(frames[:n]) // cannot fail: the frames came from rx and are not stale
-		up := c.stack.Load()
+		up, tap := c.stack.Load(), c.tap.Load()
 		c.clock.expire()
 		for i, p := range packets[:count] {
+			if tap != nil {
+				(*tap)(p)
+			}
 			if up != nil {
 				(*up).DeliverNetworkPacket(p.NetworkProtocolNumber, p)
 			}
@@ -246,12 +257,14 @@ func (c *card) LinkAddress() tcpip.LinkAddress {
 	return a.link
 }
 
-// MTU implements stack.LinkEndpoint. The device's MTU can change when the device
-// reconnects.
+// MTU implements stack.LinkEndpoint. The device's MTU can change at any time.
 func (c *card) MTU() uint32 {
 	mtu := c.dev.MTU()
 	if c.mtu != 0 {
 		mtu = min(mtu, c.mtu)
+	}
+	if limit := c.limit.Load(); limit != 0 {
+		mtu = min(mtu, int(limit))
 	}
 	return uint32(mtu)
 }

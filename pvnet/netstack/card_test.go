@@ -44,6 +44,13 @@ func request(seq byte, tags ...byte) []byte {
 	return append(b, ip...)
 }
 
+// arpAnswer returns the station's answer to a request for its address.
+func arpAnswer(b []byte) []byte {
+	r := append(append(append([]byte{}, b[6:12]...), stationMAC[:]...), b[12:20]...)
+	r = append(append(append(r, 0, 2), stationMAC[:]...), stationIP...)
+	return append(r, b[22:32]...)
+}
+
 func TestPriorityTagsAreTakenOffAndOtherVLANsAreForeign(t *testing.T) {
 	w := newWire(t, 1500, pvnet.Config{})
 	s := newStack(t, w.Front, Config{Addr: frontIP})
@@ -53,9 +60,7 @@ func TestPriorityTagsAreTakenOffAndOtherVLANsAreForeign(t *testing.T) {
 		f.CopyTo(b)
 		switch {
 		case binary.BigEndian.Uint16(b[12:]) == 0x0806 && b[21] == 1 && bytes.Equal(b[38:42], stationIP):
-			r := append(append(append([]byte{}, b[6:12]...), stationMAC[:]...), b[12:20]...)
-			r = append(append(append(r, 0, 2), stationMAC[:]...), stationIP...)
-			w.Back.Write(append(r, b[22:32]...))
+			w.Back.Write(arpAnswer(b))
 		case binary.BigEndian.Uint16(b[12:]) == 0x0800 && b[23] == 1 && b[34] == 0:
 			answers <- b[41]
 		}

@@ -13,6 +13,7 @@ import (
 
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
+	"gvisor.dev/gvisor/pkg/tcpip/network/ipv6"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/udp"
 	"gvisor.dev/gvisor/pkg/waiter"
@@ -20,7 +21,8 @@ import (
 
 // Listen listens for TCP connections. network is "tcp", "tcp4" or "tcp6"; address
 // is an IP address and a port, such as "192.0.2.1:80", or ":80" for any address of the
-// stack. For port 0 the stack chooses one.
+// stack. ":80" and "[::]:80" with "tcp" take IPv4 and IPv6. For port 0 the stack chooses one.
+// The stack needs no address yet for ":80".
 //
 // Errors are *net.OpError: EADDRINUSE, EADDRNOTAVAIL, net.ErrClosed after the stack
 // has ended.
@@ -28,23 +30,23 @@ func (s *Stack) Listen(network, address string) (net.Listener, error) {
 	fail := func(err error) (net.Listener, error) {
 		return nil, &net.OpError{Op: "listen", Net: network, Err: err}
 	}
-	local, err := s.resolve(network, "tcp", address)
+	local, err := s.own(network, "tcp", address)
 	if err != nil {
 		return fail(err)
 	}
 	var queue waiter.Queue
-	ep, refused := s.net.NewEndpoint(tcp.ProtocolNumber, protocol(s.addr), &queue)
+	ep, refused := s.endpoint(tcp.ProtocolNumber, local, &queue)
 	if refused != nil {
 		return fail(s.errorOf(refused))
 	}
-	if refused = ep.Bind(local); refused == nil {
+	if refused = ep.Bind(local.full); refused == nil {
 		refused = ep.Listen(backlog)
 	}
 	if refused != nil {
 		ep.Close()
 		return fail(s.errorOf(refused))
 	}
-	return &listener{TCPListener: gonet.NewTCPListener(s.net, &queue, ep), shared: shared{stack: s}}, nil
+	return &listener{TCPListener: gonet.NewTCPListener(s.network.net, &queue, ep), shared: shared{stack: s}}, nil
 }
 
 // backlog is how many connections may wait for Accept: Linux's net.core.somaxconn.
@@ -53,10 +55,10 @@ const backlog = 4096
 // ListenPacket opens a UDP socket that receives from any sender. network is "udp",
 // "udp4" or "udp6"; address and errors are as for Listen.
 func (s *Stack) ListenPacket(network, address string) (net.PacketConn, error) {
-	local, err := s.resolve(network, "udp", address)
+	local, err := s.own(network, "udp", address)
 	if err == nil {
 		var c net.Conn
-		if c, err = s.openUDP(local, nil); err == nil {
+		if c, err = s.openUDP(local, false); err == nil {
 			return c.(*packetConn), nil
 		}
 	}
@@ -68,24 +70,34 @@ func (s *Stack) Dial(network, address string) (net.Conn, error) {
 	return s.DialContext(context.Background(), network, address)
 }
 
-// DialContext connects to an IP address and a port, over TCP or UDP. It looks up no names.
-// It fits the field DialContext of http.Transport.
+// DialContext connects to a host and a port, over TCP or UDP. A host that is no IP address is
+// looked up with the stack's [Stack.Resolver], and its addresses are tried in turn. It fits the
+// field DialContext of http.Transport.
 //
-// Errors are *net.OpError: ECONNREFUSED, EHOSTUNREACH, ENETUNREACH, ETIMEDOUT, the
-// context's cause, net.ErrClosed after the stack has ended.
+// Errors are *net.OpError: ECONNREFUSED, EHOSTUNREACH, ENETUNREACH, ETIMEDOUT, a
+// *net.DNSError, the context's cause, net.ErrClosed after the stack has ended.
 func (s *Stack) DialContext(ctx context.Context, network, address string) (net.Conn, error) {
-	var c net.Conn
-	var remote tcpip.FullAddress
-	var err error
+	kind := "tcp"
 	if strings.HasPrefix(network, "udp") {
-		if remote, err = s.resolve(network, "udp", address); err == nil {
-			c, err = s.openUDP(tcpip.FullAddress{}, &remote)
+		kind = "udp"
+	}
+	to, err := s.resolve(network, kind, address)
+	var c net.Conn
+	switch {
+	case err == errIsName:
+		host, port, _ := net.SplitHostPort(address)
+		c, err = s.dialName(ctx, network, host, port)
+		if _, wrapped := err.(*net.OpError); wrapped {
+			return nil, err
 		}
-	} else if remote, err = s.resolve(network, "tcp", address); err == nil {
-		c, err = s.dialTCP(ctx, remote)
+	case err != nil:
+	case kind == "udp":
+		c, err = s.openUDP(to, true)
+	default:
+		c, err = s.dialTCP(ctx, to)
 	}
 	if err != nil {
-		return nil, &net.OpError{Op: "dial", Net: network, Addr: name(network, remote), Err: err}
+		return nil, &net.OpError{Op: "dial", Net: network, Addr: name(network, to.full), Err: err}
 	}
 	return c, nil
 }
@@ -100,12 +112,12 @@ func name(network string, a tcpip.FullAddress) net.Addr {
 	return &net.TCPAddr{IP: a.Addr.AsSlice(), Port: int(a.Port)}
 }
 
-func (s *Stack) dialTCP(ctx context.Context, remote tcpip.FullAddress) (net.Conn, error) {
+func (s *Stack) dialTCP(ctx context.Context, remote place) (net.Conn, error) {
 	if err := context.Cause(ctx); err != nil {
 		return nil, err
 	}
 	var queue waiter.Queue
-	ep, refused := s.net.NewEndpoint(tcp.ProtocolNumber, protocol(s.addr), &queue)
+	ep, refused := s.endpoint(tcp.ProtocolNumber, remote, &queue)
 	if refused != nil {
 		return nil, s.errorOf(refused)
 	}
@@ -113,7 +125,7 @@ func (s *Stack) dialTCP(ctx context.Context, remote tcpip.FullAddress) (net.Conn
 	queue.EventRegister(&entry)
 	defer queue.EventUnregister(&entry)
 	s.card.clock.expire()
-	refused = ep.Connect(remote)
+	refused = ep.Connect(remote.full)
 	if _, started := refused.(*tcpip.ErrConnectStarted); started {
 		select {
 		case <-ready:
@@ -133,55 +145,120 @@ func (s *Stack) dialTCP(ctx context.Context, remote tcpip.FullAddress) (net.Conn
 	return &conn{TCPConn: gonet.NewTCPConn(&queue, ep), shared: shared{stack: s}}, nil
 }
 
-func (s *Stack) openUDP(local tcpip.FullAddress, remote *tcpip.FullAddress) (net.Conn, error) {
+// openUDP opens a socket at a place of ours, or for another station.
+func (s *Stack) openUDP(at place, remote bool) (net.Conn, error) {
 	var queue waiter.Queue
-	ep, refused := s.net.NewEndpoint(udp.ProtocolNumber, protocol(s.addr), &queue)
+	ep, refused := s.endpoint(udp.ProtocolNumber, at, &queue)
 	if refused != nil {
 		return nil, s.errorOf(refused)
 	}
-	if refused = ep.Bind(local); refused == nil && remote != nil {
-		refused = ep.Connect(*remote)
+	if remote {
+		if refused = ep.Bind(tcpip.FullAddress{NIC: at.full.NIC}); refused == nil {
+			refused = ep.Connect(at.full)
+		}
+	} else {
+		refused = ep.Bind(at.full)
 	}
 	if refused != nil {
 		ep.Close()
 		return nil, s.errorOf(refused)
 	}
-	return &packetConn{UDPConn: gonet.NewUDPConn(&queue, ep), shared: shared{stack: s}}, nil
+	c := &packetConn{UDPConn: gonet.NewUDPConn(&queue, ep), shared: shared{stack: s}, at: at}
+	c.came = ep.Stats().(*tcpip.TransportEndpointStats)
+	s.sockets.add(c)
+	return c, nil
 }
+
+// A place is an address and a port in the stack's types.
+type place struct {
+	full   tcpip.FullAddress
+	family tcpip.NetworkProtocolNumber
+	both   bool // any address of ours of either family; family is IPv6
+}
+
+// takes reports whether a socket at the place can send to ip.
+func (p *place) takes(ip netip.Addr) bool { return p.both || protocol(ip) == p.family }
+
+// endpoint makes an endpoint for a place.
+func (s *Stack) endpoint(transport tcpip.TransportProtocolNumber, at place, queue *waiter.Queue) (tcpip.Endpoint, tcpip.Error) {
+	ep, refused := s.network.net.NewEndpoint(transport, at.family, queue)
+	if refused == nil && at.family == ipv6.ProtocolNumber {
+		ep.SocketOptions().SetV6Only(!at.both)
+	}
+	return ep, refused
+}
+
+// noFamily says why an address is of no use.
+const noFamily = "the stack has no address of this family"
+
+// errIsName means that an address has a name for its host.
+var errIsName = errors.New("a name")
+
+// has reports whether the stack has, or may get, an address of ip's family.
+func (s *Stack) has(ip netip.Addr) bool { return ip.Is4() && s.has4 || ip.Is6() && s.has6 }
 
 // resolve converts an address for the stack. An address without a host means any address
 // of the stack.
-func (s *Stack) resolve(network, kind, address string) (a tcpip.FullAddress, err error) {
+func (s *Stack) resolve(network, kind, address string) (at place, err error) {
 	family, ok := strings.CutPrefix(network, kind)
 	if !ok || family != "" && family != "4" && family != "6" {
-		return a, net.UnknownNetworkError(network)
+		return at, net.UnknownNetworkError(network)
 	}
 	if s.ending.Err() != nil {
-		return a, net.ErrClosed
+		return at, net.ErrClosed
 	}
-	if (family == "4") != s.addr.Is4() && family != "" {
-		return a, &net.AddrError{Err: "the stack has no address of this family", Addr: address}
+	if family == "4" && !s.has4 || family == "6" && !s.has6 {
+		return at, &net.AddrError{Err: noFamily, Addr: address}
 	}
 	if strings.HasPrefix(address, ":") {
 		any := netip.IPv4Unspecified()
-		if s.addr.Is6() {
+		if s.has6 && family != "4" {
 			any = netip.IPv6Unspecified()
 		}
 		address = net.JoinHostPort(any.String(), address[1:])
 	}
 	ap, err := netip.ParseAddrPort(address)
 	if err != nil {
-		return a, &net.AddrError{Err: "not an IP address and a port", Addr: address}
+		if host, _, split := net.SplitHostPort(address); split == nil && isName(host) {
+			return at, errIsName
+		}
+		return at, &net.AddrError{Err: "not an IP address and a port", Addr: address}
 	}
 	ip := ap.Addr().Unmap()
-	if ip.Is4() != s.addr.Is4() {
-		return a, &net.AddrError{Err: "the stack has no address of this family", Addr: address}
+	if !s.has(ip) || family == "4" && !ip.Is4() || family == "6" && !ip.Is6() {
+		return at, &net.AddrError{Err: noFamily, Addr: address}
 	}
-	a.Port = ap.Port()
+	at = place{full: s.full(ip, ap.Port()), family: protocol(ip)}
+	at.both = ip == netip.IPv6Unspecified() && s.has4 && family == ""
+	return at, nil
+}
+
+// own converts an address of ours.
+func (s *Stack) own(network, kind, address string) (place, error) {
+	at, err := s.resolve(network, kind, address)
+	if err == errIsName {
+		err = &net.AddrError{Err: "not an IP address and a port", Addr: address}
+	}
+	return at, err
+}
+
+// isName reports whether a host may be a name: not an address that was mistyped.
+func isName(host string) bool {
+	_, err := netip.ParseAddr(host)
+	return host != "" && err != nil && !strings.ContainsAny(host, ":%/ ") &&
+		strings.ContainsFunc(host, func(r rune) bool { return r > '9' })
+}
+
+// full converts an address and a port. The zero address is any of ours.
+func (s *Stack) full(ip netip.Addr, port uint16) tcpip.FullAddress {
+	a := tcpip.FullAddress{Port: port}
+	if ip.Is6() && ip.IsLinkLocalUnicast() {
+		a.NIC = nic // the zone: there is only one
+	}
 	if !ip.IsUnspecified() {
-		a.Addr = tcpip.AddrFromSlice(ip.WithZone("").AsSlice())
+		a.Addr = toStack(ip.WithZone(""))
 	}
-	return a, nil
+	return a
 }
 
 // errorOf maps an error of gVisor's stack to an errno of the system.
@@ -326,17 +403,23 @@ func (c *conn) Close() error {
 type packetConn struct {
 	*gonet.UDPConn
 	shared
+	readings
+	at place
 }
 
 func (c *packetConn) Read(b []byte) (int, error) {
 	c.stack.card.clock.expire()
+	c.begins()
 	n, err := c.UDPConn.Read(b)
+	c.ends(err)
 	return n, c.fixRead(err)
 }
 
 func (c *packetConn) ReadFrom(b []byte) (int, net.Addr, error) {
 	c.stack.card.clock.expire()
+	c.begins()
 	n, from, err := c.UDPConn.ReadFrom(b)
+	c.ends(err)
 	return n, from, c.fixRead(err)
 }
 
@@ -354,7 +437,7 @@ func (c *packetConn) Write(b []byte) (int, error) {
 	return n, c.fixError(err)
 }
 
-// WriteTo takes a *net.UDPAddr of the stack's family.
+// WriteTo takes a *net.UDPAddr of the socket's family.
 func (c *packetConn) WriteTo(b []byte, to net.Addr) (int, error) {
 	fail := func(err error) (int, error) {
 		return 0, &net.OpError{Op: "write", Net: "udp", Addr: to, Err: err}
@@ -364,8 +447,8 @@ func (c *packetConn) WriteTo(b []byte, to net.Addr) (int, error) {
 		return fail(&net.AddrError{Err: "not a *net.UDPAddr", Addr: to.String()})
 	}
 	ip := udp.AddrPort().Addr().Unmap()
-	if !ip.IsValid() || ip.Is4() != c.stack.addr.Is4() {
-		return fail(&net.AddrError{Err: "the stack has no address of this family", Addr: to.String()})
+	if !ip.IsValid() || !c.stack.has(ip) || !c.at.takes(ip) {
+		return fail(&net.AddrError{Err: noFamily, Addr: to.String()})
 	}
 	c.stack.card.clock.expire()
 	n, err := c.UDPConn.WriteTo(b, &net.UDPAddr{IP: ip.AsSlice(), Port: udp.Port})
@@ -375,6 +458,7 @@ func (c *packetConn) WriteTo(b []byte, to net.Addr) (int, error) {
 // Close is idempotent and wakes readers.
 func (c *packetConn) Close() error {
 	if !c.closed.Swap(true) {
+		c.stack.sockets.remove(c)
 		return c.UDPConn.Close()
 	}
 	return nil

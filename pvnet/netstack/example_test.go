@@ -3,11 +3,16 @@ package netstack_test
 import (
 	"context"
 	"fmt"
+	"io"
 	"log"
+	"net/http"
 	"net/netip"
+	"strings"
 
+	"barevif/hypercall/anyxen"
 	"barevif/pvnet"
 	"barevif/pvnet/netstack"
+	"barevif/pvnet/pvnettest"
 	"barevif/xenbus/xenstore/server/labtest"
 )
 
@@ -66,6 +71,51 @@ func ExampleStack_ListenPacket() {
 	stop()
 	<-served
 	// Output: hello
+}
+
+// Both ends of a vif in one process, each with a TCP/IP stack: a test of a server has its client at
+// the other end of the wire. In a test, pvnettest.New(t, ...) gives the devices and ends them.
+func Example_bothEnds() {
+	ctx := context.Background()
+	front, back, end, err := pvnettest.Open(ctx, pvnet.Config{}, pvnet.Config{})
+	check(err)
+	defer end()
+	guest, err := netstack.New(front, netstack.Config{Addr: netip.MustParsePrefix("10.9.0.2/24")})
+	check(err)
+	defer guest.Close()
+	client, err := netstack.New(back, netstack.Config{Addr: netip.MustParsePrefix("10.9.0.1/24")})
+	check(err)
+	defer client.Close()
+
+	// The server under test.
+	l, err := guest.Listen("tcp", ":80")
+	check(err)
+	go http.Serve(l, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		fmt.Fprintf(w, "hello %s", r.RemoteAddr[:strings.LastIndex(r.RemoteAddr, ":")])
+	}))
+
+	web := http.Client{Transport: &http.Transport{DialContext: client.DialContext, DisableKeepAlives: true}}
+	resp, err := web.Get("http://10.9.0.2/")
+	check(err)
+	defer resp.Body.Close()
+	text, err := io.ReadAll(resp.Body)
+	check(err)
+	fmt.Println(string(text))
+	// Output: hello 10.9.0.1
+}
+
+// A guest that was told nothing: the toolstack, or DHCP and routers, give its address. On an
+// emulated machine the domain is one of a "barevif host".
+func ExampleConnect() {
+	ctx := context.Background()
+	domain, err := anyxen.Open(ctx, anyxen.Config{})
+	check(err)
+	stack, err := netstack.Connect(ctx, domain, "0", netstack.Config{})
+	check(err)
+	defer stack.Close()
+	l, err := stack.Listen("tcp", ":80")
+	check(err)
+	log.Fatal(http.Serve(l, http.FileServer(http.Dir("."))))
 }
 
 func check(err error) {

@@ -7,22 +7,38 @@
 // other stations, of other VLANs and of unknown protocols before the stack sees them.
 // VLAN 0 means no VLAN: the card takes its tag, which holds a priority, off.
 //
-// The stack follows its device: when the device reconnects with another MAC or MTU, the
-// stack uses these from then on.
+// The stack follows its device: when the device gets another MTU, or reconnects with
+// another MAC, the stack uses these from then on. A connection keeps its segment size, but
+// longer packets are cut. While the link is down, or without a carrier, packets wait.
+// Each time the link comes up, the stack announces its address by a gratuitous ARP request
+// or an unsolicited neighbour advertisement.
 //
-// A Stack has one address. It has no DHCP client and looks up no names.
+// A Stack has addresses of either family, from its Config, by DHCP or by router advertisements,
+// and a resolver. What arrives from servers and routers is checked and bounded: three name
+// servers and sixteen routes of a lease, ten routes and ten prefixes of routers.
+//
+// From nothing to a net.Listener, on the Xen that the program is on or on an emulated one:
+//
+//	domain, err := anyxen.Open(ctx)
+//	stack, err := netstack.Connect(ctx, domain, "0", netstack.Config{})
+//	l, err := stack.Listen("tcp", ":80")
 package netstack
 
 import (
 	"context"
 	"fmt"
 	"net/netip"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"barevif/pvnet"
+	"barevif/pvnet/packet"
 
+	"gvisor.dev/gvisor/pkg/buffer"
 	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/network/arp"
 	"gvisor.dev/gvisor/pkg/tcpip/network/ipv4"
 	"gvisor.dev/gvisor/pkg/tcpip/network/ipv6"
@@ -32,18 +48,19 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/transport/udp"
 )
 
-// Config configures a Stack. Addr is required.
-type Config struct {
-	Addr    netip.Prefix // our address and the network it is in
-	Gateway netip.Addr   // router to all other networks; zero for none
-	MTU     int          // size of the largest IP packet in bytes, 68 (IPv6: 1280) to the device's MTU; 0 means the device's
-}
-
 // A Stack is TCP/IP on one vif. Its methods may be called from any goroutine.
 type Stack struct {
-	net  *stack.Stack
-	card *card
-	addr netip.Addr
+	network *network
+	card    *card
+	has4    bool
+	has6    bool
+	awaited string        // the sources of addresses that may take time
+	silent  atomic.Uint32 // how often a name server did not answer
+	owned   *pvnet.Device // disconnected by Close; nil: the caller's
+
+	due      *dueClock
+	sockets  sockets
+	patience time.Duration // how long Hold waits for the stack, programs and neighbours to answer
 
 	closeOnce sync.Once
 	ending    context.Context // done once Close is called or the device has ended
@@ -51,11 +68,14 @@ type Stack struct {
 	watcher   sync.WaitGroup
 }
 
-// nic is the number of the card in the stack, its only one.
-const nic tcpip.NICID = 1
+// NIC is the number of the card in gVisor's stack, its only one.
+const NIC tcpip.NICID = 1
+
+const nic = NIC
 
 // New makes a stack on dev and becomes the owner of all halves of dev, for good. The
-// caller still disconnects the device; when the device ends, the stack ends, too.
+// caller still disconnects the device; when the device ends, the stack ends, too. It does not
+// wait for addresses that DHCP or routers give: [Stack.Ready] does.
 //
 // Errors: a field of cfg is invalid, or a half of dev has another owner
 // ([pvnet.ErrOwned]).
@@ -67,54 +87,139 @@ func New(dev *pvnet.Device, cfg Config) (*Stack, error) {
 	if err != nil {
 		return nil, fmt.Errorf("netstack: %w", err)
 	}
-	opts := stack.Options{
-		// No duplicate address detection: the caller has assigned the address, and
-		// it works at once.
-		NetworkProtocols: []stack.NetworkProtocolFactory{ipv4.NewProtocol, arp.NewProtocol,
-			ipv6.NewProtocolWithOptions(ipv6.Options{MLD: ipv6.MLDOptions{Enabled: true}})},
-		TransportProtocols: []stack.TransportProtocolFactory{tcp.NewProtocol, udp.NewProtocol,
-			icmp.NewProtocol4, icmp.NewProtocol6},
-		HandleLocal: true,
-	}
+	due := &dueClock{Clock: tcpip.NewStdClock()}
 	if c.clock != nil {
-		opts.Clock = c.clock
+		due.Clock = c.clock
 	}
-	s := &Stack{card: c, addr: cfg.Addr.Addr(), net: stack.New(opts)}
-	if err := s.configure(cfg); err != nil {
-		s.net.Destroy()
+	s := &Stack{card: c, due: due, patience: answerPatience}
+	s.has4, s.has6 = cfg.families()
+	if s.network, err = makeNetwork(&cfg, c, c, due); err != nil {
 		return nil, fmt.Errorf("netstack: %w", err)
+	}
+	var leases *leasing
+	if cfg.DHCP {
+		if leases, err = newLeasing(s); err != nil {
+			s.network.net.Destroy()
+			return nil, fmt.Errorf("netstack: %w", err)
+		}
 	}
 	c.start()
 	s.ending, s.end = context.WithCancel(context.Background())
-	s.watcher.Go(func() {
-		select {
-		case <-s.ending.Done():
-		case <-dev.Done():
-			s.end()
-		}
-		s.net.Close() // wakes every blocked caller
-	})
+	s.run(dev, &cfg, leases)
 	return s, nil
 }
 
-func (cfg *Config) check(mtu int) error {
-	addr := cfg.Addr.Addr()
-	least := 68
-	if addr.Is6() {
-		least = 1280
+// makeNetwork makes gVisor's stack with the addresses of cfg.
+func makeNetwork(cfg *Config, link stack.LinkEndpoint, queue stack.QueueingDiscipline, clock tcpip.Clock) (*network, error) {
+	n := newNetwork(cfg)
+	n.net = stack.New(stack.Options{
+		Clock: clock,
+		// No duplicate address detection: the caller has assigned the address, and
+		// it works at once. startAdverts turns it on for other addresses.
+		NetworkProtocols: []stack.NetworkProtocolFactory{
+			ipv4.NewProtocol, arp.NewProtocolWithOptions(arp.Options{DADConfigs: probes}),
+			ipv6.NewProtocolWithOptions(ipv6.Options{MLD: ipv6.MLDOptions{Enabled: true}, NDPDisp: advertising{n}})},
+		TransportProtocols: []stack.TransportProtocolFactory{tcp.NewProtocol, udp.NewProtocol,
+			icmp.NewProtocol4, icmp.NewProtocol6},
+		HandleLocal: true,
+	})
+	err := configure(n.net)
+	if err == nil {
+		if refused := n.net.CreateNICWithOptions(nic, link, stack.NICOptions{Name: "vif", QDisc: queue}); refused != nil {
+			err = errorText("create the card", refused)
+		}
 	}
-	switch {
-	case !cfg.Addr.IsValid() || addr.Is4In6() || addr.IsUnspecified() || addr.IsMulticast():
-		return fmt.Errorf("Config.Addr %v is no address for a host", cfg.Addr)
-	case cfg.Gateway.IsValid() && (cfg.Gateway.BitLen() != addr.BitLen() || !cfg.Addr.Contains(cfg.Gateway)):
-		return fmt.Errorf("Config.Gateway %v is not in the network %v", cfg.Gateway, cfg.Addr.Masked())
-	case cfg.MTU != 0 && (cfg.MTU < least || cfg.MTU > mtu):
-		return fmt.Errorf("Config.MTU %d is not between %d and the device's %d", cfg.MTU, least, mtu)
+	if err == nil {
+		err = n.addStatic()
 	}
-	return nil
+	if err == nil && cfg.RA {
+		err = n.startAdverts(link.LinkAddress())
+	}
+	if err != nil {
+		n.net.Destroy()
+		return nil, err
+	}
+	return n, nil
 }
 
-func (s *Stack) configure(cfg Config) error {
+// run starts the goroutines that follow the device's link, routers and DHCP servers.
+func (s *Stack) run(dev *pvnet.Device, cfg *Config, leases *leasing) {
+	var waits []string
+	if cfg.RA {
+		waits = append(waits, "router")
+		s.watcher.Go(func() { s.network.follow(s.ending) })
+	}
+	if leases != nil {
+		waits = append(waits, "DHCP server")
+		s.watcher.Go(func() { leases.run(s.ending, cfg.Hostname) })
+	}
+	s.awaited = strings.Join(waits, " and no ")
+	s.watcher.Go(func() {
+		s.watch(dev, leases)
+		s.end()
+		s.network.net.Close() // wakes every blocked caller
+	})
+}
+
+// watch follows the device's link until Close, or the device's end.
+func (s *Stack) watch(dev *pvnet.Device, leases *leasing) {
+	mac, up := s.card.LinkAddress(), false
+	stop := func() {}
+	defer func() { stop() }()
+	for ev := range dev.Links(s.ending) {
+		s.card.down.Store(!ev.Up)
+		if leases != nil {
+			leases.follow(ev.Up, ev.MAC, ev.MTU)
+		}
+		was := up
+		if up = ev.Up; !up {
+			continue
+		}
+		now := tcpip.LinkAddress(ev.MAC[:])
+		if s.network.adverts && (!was || now != mac) {
+			if now != mac {
+				s.network.followMAC(mac, now)
+			}
+			stop()
+			stop = s.solicit(now)
+		}
+		mac = now
+		s.announce(ev.MAC)
+	}
+}
+
+// solicit asks routers to advertise, until one does or stop is called.
+func (s *Stack) solicit(mac tcpip.LinkAddress) (stop func()) {
+	ctx, cancel := context.WithCancel(s.ending)
+	s.watcher.Go(func() { s.network.solicit(ctx, mac) })
+	return cancel
+}
+
+// GVisor returns gVisor's stack, for what this package has no call for. Its card has the number
+// [NIC]. Addresses and routes are this package's; it sets the routes again when they change.
+func (s *Stack) GVisor() *stack.Stack { return s.network.net }
+
+// announce tells the neighbours that the card has the stack's addresses, as Linux does when
+// a card comes back elsewhere (netdev_notify_peers). It does not wait: a frame that finds
+// the card's queue full is lost.
+func (s *Stack) announce(mac pvnet.MAC) {
+	for _, a := range s.Settings().Addrs {
+		s.announceOne(mac, a.Addr())
+	}
+}
+
+func (s *Stack) announceOne(mac pvnet.MAC, ip netip.Addr) {
+	b := packet.AppendAnnouncement(nil, mac, ip)
+	if b == nil {
+		return
+	}
+	eth := header.Ethernet(b)
+	_ = s.network.net.WritePacketToRemote(nic, eth.DestinationAddress(), eth.Type(),
+		buffer.MakeWithData(b[header.EthernetMinimumSize:])) // a failure is in Stats
+}
+
+// configure sets the options of gVisor's TCP.
+func configure(net *stack.Stack) error {
 	sack, moderate := tcpip.TCPSACKEnabled(true), tcpip.TCPModerateReceiveBufferOption(true)
 	// Measured: with gVisor's RACK, a connection that lost packets can stall for good;
 	// with its CUBIC, a window can fall to 0 without any loss, and stay there.
@@ -123,30 +228,10 @@ func (s *Stack) configure(cfg Config) error {
 		&tcpip.TCPReceiveBufferSizeRangeOption{Min: tcp.MinBufferSize, Default: bufferSize, Max: bufferMost},
 		&tcpip.TCPSendBufferSizeRangeOption{Min: tcp.MinBufferSize, Default: bufferSize, Max: bufferMost},
 	} {
-		if err := s.net.SetTransportProtocolOption(tcp.ProtocolNumber, opt); err != nil {
-			return fmt.Errorf("set a TCP option: %s", err)
+		if err := net.SetTransportProtocolOption(tcp.ProtocolNumber, opt); err != nil {
+			return errorText("set a TCP option", err)
 		}
 	}
-	if err := s.net.CreateNICWithOptions(nic, s.card, stack.NICOptions{Name: "vif", QDisc: s.card}); err != nil {
-		return fmt.Errorf("create the card: %s", err)
-	}
-	ip := cfg.Addr.Addr()
-	address := tcpip.ProtocolAddress{
-		Protocol:          protocol(ip),
-		AddressWithPrefix: tcpip.AddressWithPrefix{Address: tcpip.AddrFromSlice(ip.AsSlice()), PrefixLen: cfg.Addr.Bits()},
-	}
-	if err := s.net.AddProtocolAddress(nic, address, stack.AddressProperties{}); err != nil {
-		return fmt.Errorf("add the address %v: %s", cfg.Addr, err)
-	}
-	subnet := address.AddressWithPrefix.Subnet()
-	routes := []tcpip.Route{{Destination: subnet, NIC: nic}}
-	if cfg.Gateway.IsValid() {
-		all := tcpip.AddressWithPrefix{Address: tcpip.AddrFromSlice(make([]byte, len(ip.AsSlice())))}
-		routes = append(routes, tcpip.Route{
-			Destination: all.Subnet(), Gateway: tcpip.AddrFromSlice(cfg.Gateway.AsSlice()), NIC: nic,
-		})
-	}
-	s.net.SetRouteTable(routes)
 	return nil
 }
 
@@ -157,15 +242,14 @@ const (
 	bufferMost = 8 << 20
 )
 
-func protocol(ip netip.Addr) tcpip.NetworkProtocolNumber {
-	if ip.Is6() {
-		return ipv6.ProtocolNumber
+// Addr returns the stack's first address: of several, the first of the Config, else the leased
+// one. It is zero as long as there is none.
+func (s *Stack) Addr() netip.Addr {
+	if now := s.Settings(); len(now.Addrs) > 0 {
+		return now.Addrs[0].Addr()
 	}
-	return ipv4.ProtocolNumber
+	return netip.Addr{}
 }
-
-// Addr returns the stack's own address.
-func (s *Stack) Addr() netip.Addr { return s.addr }
 
 // Stats counts the frames that the stack drops. The Device counts the others.
 type Stats struct {
@@ -178,7 +262,7 @@ type Stats struct {
 
 // Stats returns the counters. It may be called at any time.
 func (s *Stack) Stats() Stats {
-	c, n := s.card, s.net.Stats()
+	c, n := s.card, s.network.net.Stats()
 	st := Stats{
 		Foreign: c.foreign.Load(), Unknown: c.unknown.Load(), Malformed: c.malformed.Load(),
 		Overflow: c.overflow.Load(), Unsent: c.unsent.Load(),
@@ -196,14 +280,18 @@ func (s *Stack) Stats() Stats {
 
 // Close ends the stack: it resets all connections, blocked callers return net.ErrClosed,
 // and the stack's goroutines have ended when Close returns. It waits up to 100 ms for a
-// peer with a full ring. It is idempotent and returns nil. The device stays connected.
+// peer with a full ring. It is idempotent and returns nil. The device stays connected, unless
+// it is [Connect]'s.
 func (s *Stack) Close() error {
 	s.closeOnce.Do(func() {
 		s.end()
 		s.watcher.Wait()
 		s.card.drain(closePatience)
 		s.card.stop()
-		s.net.Wait()
+		s.network.net.Wait()
+		if s.owned != nil {
+			s.owned.Disconnect()
+		}
 	})
 	return nil
 }

@@ -22,6 +22,7 @@ import (
 	"time"
 
 	"barevif/pvnet"
+	"barevif/pvnet/packet"
 	"barevif/pvnet/pvnettest"
 	"barevif/telemetry"
 	"barevif/xenbus/toolstack"
@@ -484,7 +485,7 @@ func TestTheStackFollowsItsCard(t *testing.T) {
 			if front.card.MTU() != 1400 || front.card.LinkAddress() != tcpip.LinkAddress(other[:]) {
 				t.Errorf("MTU %d, address %v", front.card.MTU(), front.card.LinkAddress())
 			}
-			if info := front.net.NICInfo()[nic]; info.MTU != 1400 || info.LinkAddress != tcpip.LinkAddress(other[:]) {
+			if info := front.network.net.NICInfo()[nic]; info.MTU != 1400 || info.LinkAddress != tcpip.LinkAddress(other[:]) {
 				t.Errorf("the stack's card has MTU %d, address %v", info.MTU, info.LinkAddress)
 			}
 			frames := make(chan []byte, 1024)
@@ -545,6 +546,37 @@ func TestTheStackFollowsItsCard(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// requireFrame waits until a frame arrives at dev, among others.
+func requireFrame(t *testing.T, dev *pvnet.Device, frame []byte) {
+	t.Helper()
+	ctx, stop := context.WithTimeout(context.Background(), limit)
+	defer stop()
+	came := false
+	err := dev.Listen(ctx, func(f pvnet.Frame) {
+		b := make([]byte, f.Len())
+		f.CopyTo(b)
+		if bytes.Equal(b, frame) {
+			came = true
+			stop()
+		}
+	})
+	if !came {
+		t.Fatalf("%x did not come: %v", frame, err)
+	}
+}
+
+func TestTheStackAnnouncesItselfAtEachLinkUp(t *testing.T) {
+	other := pvnet.MAC{0, 0x16, 0x3e, 7, 7, 7}
+	for _, addr := range []string{"192.0.2.1/24", "2001:db8::1/64"} {
+		w := newWire(t, 1500, pvnet.Config{})
+		prefix := netip.MustParsePrefix(addr)
+		newStack(t, w.Front, Config{Addr: prefix})
+		requireFrame(t, w.Back, packet.AppendAnnouncement(nil, frontMAC, prefix.Addr()))
+		w.Plug(other, 1500)
+		requireFrame(t, w.Back, packet.AppendAnnouncement(nil, other, prefix.Addr()))
 	}
 }
 
@@ -824,5 +856,55 @@ func roundTrips(b *testing.B, mode pvnet.WaitMode) {
 		if _, err := io.ReadFull(client, buf); err != nil {
 			b.Fatal(err)
 		}
+	}
+}
+
+// The MTU changes while the link is up. Connections that are open go on, with packets of the
+// new size if it is smaller; new connections use the new size.
+func TestTheStackFollowsTheMTU(t *testing.T) {
+	w := newWire(t, 9000, pvnet.Config{})
+	front := newStack(t, w.Front, Config{Addr: frontIP})
+	back := newStack(t, w.Back, Config{Addr: backIP})
+	old, far := connect(t, front, back)
+	move := func(from, to net.Conn) (mean uint64) {
+		t.Helper()
+		before := w.Front.Stats()
+		go from.Write(make([]byte, 1<<20))
+		if _, err := io.ReadFull(to, make([]byte, 1<<20)); err != nil {
+			t.Fatal(err)
+		}
+		after := w.Front.Stats()
+		return (after.TX.Get(telemetry.Bytes) - before.TX.Get(telemetry.Bytes)) / (after.TX.Get(telemetry.Packets) - before.TX.Get(telemetry.Packets))
+	}
+	if mean := move(old, far); mean < 6000 {
+		t.Errorf("%d bytes a packet", mean)
+	}
+	for _, c := range []struct {
+		mtu               int
+		oldLeast, oldMost uint64 // bytes a packet, on the old connection
+	}{{1400, 1200, 1414}, {4000, 3000, 4014}, {9000, 6000, 9014}} {
+		if err := w.Back.SetMTU(c.mtu); err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithTimeout(context.Background(), limit)
+		for ev := range w.Front.Links(ctx) {
+			if ev.MTU == c.mtu {
+				break
+			}
+		}
+		cancel()
+		if info := front.network.net.NICInfo()[nic]; int(info.MTU) != c.mtu {
+			t.Errorf("the stack's card has MTU %d", info.MTU)
+		}
+		if mean := move(old, far); mean < c.oldLeast || mean > c.oldMost {
+			t.Errorf("MTU %d: %d bytes a packet of the old connection", c.mtu, mean)
+		}
+		young, other := connect(t, front, back)
+		if mean := move(young, other); mean < uint64(c.mtu)*3/4 || mean > uint64(c.mtu)+14 {
+			t.Errorf("MTU %d: %d bytes a packet of a new connection", c.mtu, mean)
+		}
+	}
+	if st := front.Stats(); st.Unsent != 0 {
+		t.Errorf("%+v", st)
 	}
 }

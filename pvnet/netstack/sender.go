@@ -29,6 +29,9 @@ type sender struct {
 	tx      *pvnet.TX             // used under mu, or by work without it while busy
 	busy    bool                  // guarded by mu: packets wait, and only work may use tx
 	ended   bool                  // guarded by mu
+	held    bool                  // guarded by mu: nobody uses tx, and packets wait
+	inside  bool                  // guarded by mu: work uses tx
+	writes  uint64                // guarded by mu: calls of write for other packets than TCP's
 	waiting []*stack.PacketBuffer // guarded by mu; oldest first
 	bytes   int                   // guarded by mu; total size of waiting
 	changed *sync.Cond            // signals changes of busy and ended
@@ -53,6 +56,9 @@ func (s *sender) write(packets []*stack.PacketBuffer) int {
 		return 0
 	}
 	n := 0
+	if len(packets) > 0 && packets[0].TransportProtocolNumber != header.TCPProtocolNumber {
+		s.writes++
+	}
 	if !s.busy {
 		if n = s.send(packets); n == len(packets) {
 			return n
@@ -119,7 +125,7 @@ func (s *sender) work() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for {
-		for !s.busy && !s.ended {
+		for (!s.busy || s.held) && !s.ended {
 			s.changed.Wait()
 		}
 		if s.ended {
@@ -129,21 +135,40 @@ func (s *sender) work() {
 			s.changed.Broadcast()
 			return
 		}
-		for len(s.waiting) > 0 && !s.ended {
+		for len(s.waiting) > 0 && !s.ended && !s.held {
 			n := copy(packets[:], s.waiting)
 			s.waiting = slices.Delete(s.waiting, 0, n)
 			for _, p := range packets[:n] {
 				s.bytes -= p.Size()
 			}
+			s.inside = true
 			s.mu.Unlock()
 			done := s.sendAll(packets[:n])
-			s.card.unsent.Add(uint64(n - done))
-			release(packets[:n])
 			s.mu.Lock()
+			s.afterWork(packets[:n], done)
 		}
-		s.busy = s.ended
+		s.busy = s.ended || s.held
 		s.changed.Broadcast()
 	}
+}
+
+// afterWork takes note of what sendAll has done. Packets that it did not send wait on if the sender
+// is held; else they are lost.
+func (s *sender) afterWork(packets []*stack.PacketBuffer, done int) {
+	left := packets[done:]
+	if s.held && !s.ended {
+		s.waiting = slices.Insert(s.waiting, 0, left...)
+		for _, p := range left {
+			s.bytes += p.Size()
+		}
+		clear(left)
+		packets = packets[:done]
+	} else {
+		s.card.unsent.Add(uint64(len(left)))
+	}
+	release(packets)
+	s.inside = false
+	s.changed.Broadcast()
 }
 
 // sendAll sends packets and waits for room. It returns how many it dealt with before the
@@ -266,7 +291,11 @@ func setPartialSum(f *pvnet.Frame, p *stack.PacketBuffer) pvnet.GSOType {
 }
 
 // drain waits until no packet waits, but not beyond end.
-func (s *sender) drain(end time.Time) {
+func (s *sender) drain(end time.Time) { s.await(end, func() bool { return !s.busy }) }
+
+// await waits until done reports true or the sender has ended, but not beyond end. It calls done
+// under mu, and returns its last answer.
+func (s *sender) await(end time.Time, done func() bool) bool {
 	timer := time.AfterFunc(time.Until(end), func() {
 		s.mu.Lock()
 		defer s.mu.Unlock()
@@ -275,9 +304,46 @@ func (s *sender) drain(end time.Time) {
 	defer timer.Stop()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for s.busy && !s.ended && time.Now().Before(end) {
+	for !done() && !s.ended && time.Now().Before(end) {
 		s.changed.Wait()
 	}
+	return done()
+}
+
+// written returns the number of calls of write for other packets than TCP's.
+func (s *sender) written() uint64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.writes
+}
+
+// hold keeps packets waiting, from the next one on, and returns once the others have been sent
+// and nobody uses tx. It reports false, and the sender goes on, if that takes beyond end.
+// Without a link packets cannot be sent, and wait too.
+func (s *sender) hold(end time.Time) bool {
+	s.await(end, func() bool { return !s.busy || s.card.down.Load() })
+	s.mu.Lock()
+	if s.busy && !s.card.down.Load() && !s.ended {
+		s.mu.Unlock()
+		return false
+	}
+	s.held, s.busy = true, true
+	if s.inside {
+		s.tx.SetDeadline(past) // it waits for the link
+	}
+	s.mu.Unlock()
+	return s.await(end.Add(closePatience), func() bool { return !s.inside })
+}
+
+// resume ends hold.
+func (s *sender) resume() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.held && !s.ended {
+		s.tx.SetDeadline(time.Time{})
+	}
+	s.held = false
+	s.changed.Broadcast()
 }
 
 // stop makes work return.

@@ -234,12 +234,12 @@ func (h *Headers) extension(ext []byte) (size int) {
 
 // jumbo finds the jumbo payload option of an IPv6 packet. It returns the offset of the
 // option's type byte from the fixed header, and the length in the option; 0 if there is
-// no such option.
+// no such option within the bound of a chain of headers.
 func jumbo(ip []byte) (at, size int) {
 	if ip[6] != hopByHop || len(ip) < 48 {
 		return 0, 0
 	}
-	for p, end := 42, min(48+8*int(ip[41]), len(ip)); p+2 <= end; {
+	for p, end := 42, min(48+8*int(ip[41]), len(ip), maxChain); p+2 <= end; {
 		switch n := int(ip[p+1]); {
 		case ip[p] == 0: // Pad1
 			p++

@@ -214,7 +214,7 @@ func refJumbo(r *refReader, at int) (length int) {
 		return 0
 	}
 	r.octet(at + 47)
-	end := at + 40 + 8 + 8*r.octet(at+41)
+	end := min(at+40+8+8*r.octet(at+41), at+256)
 	for p := at + 42; p+1 < end; {
 		if r.octet(p) == 0 {
 			p++

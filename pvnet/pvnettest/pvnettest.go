@@ -1,5 +1,14 @@
-// Package pvnettest makes a vif of an emulated machine with both ends in one
-// process. It is for tests alone.
+// Package pvnettest makes a vif of an emulated machine with both ends in one process, for tests of
+// programs that own a vif, or serve vifs. It takes no rights, no Xen and no kernel's network, and
+// the memory of both ends is on the heap, where the race detector sees it.
+//
+// [New] gives a test both devices, a guest's and a backend's. A program's own code runs on one
+// of them, and the test on the other: with frames, or with pvnet/netstack on it as a client of
+// the program's server; see the example of that package. [Wire.Plug] takes the vif away and
+// gives it back as another card. The vif ends with its test, which fails if a page, a grant or a
+// goroutine is left. [Open] is for examples.
+//
+// It is for tests alone: no program imports it.
 package pvnettest
 
 import (
@@ -30,6 +39,12 @@ type Wire struct {
 // Where vif names no domains the backend is in domain 1 and the frontend in 2.
 func New(t testing.TB, vif toolstack.Vif, front, back pvnet.Config) *Wire {
 	t.Helper()
+	return NewServed(t, vif, front, pvnet.ServeConfig{Config: back, Hotplug: true})
+}
+
+// NewServed is New with a backend that is served with cfg.
+func NewServed(t testing.TB, vif toolstack.Vif, front pvnet.Config, cfg pvnet.ServeConfig) *Wire {
+	t.Helper()
 	if vif.Front == 0 && vif.Back == 0 {
 		vif.Front, vif.Back = 2, 1
 	}
@@ -40,7 +55,7 @@ func New(t testing.TB, vif toolstack.Vif, front, back pvnet.Config) *Wire {
 	serving, stop := context.WithCancel(context.Background())
 	backs, served := make(chan *pvnet.Device, 1), make(chan error, 1)
 	go func() {
-		served <- pvnet.Serve(serving, driver, pvnet.ServeConfig{Config: back, Hotplug: true}, func(d *pvnet.Device) { backs <- d })
+		served <- pvnet.Serve(serving, driver, cfg, func(d *pvnet.Device) { backs <- d })
 	}()
 	t.Cleanup(func() {
 		stop()

@@ -134,9 +134,10 @@ func (o *observer[T]) overdue() bool { return int32(o.prod.Load()-o.armed.Load()
 
 // A Front produces requests and takes responses.
 type Front[Req, Rsp any] struct {
-	req publisher[Req]
-	rsp observer[Rsp]
-	n   uint32
+	req    publisher[Req]
+	rsp    observer[Rsp]
+	n      uint32
+	header header // for Inspect
 }
 
 // NewFront initialises page for slots of stride bytes and returns its front end. The page
@@ -149,7 +150,7 @@ func NewFront[Req, Rsp any](page shm.Memory, stride int) *Front[Req, Rsp] {
 // 2^32.
 func newFront[Req, Rsp any](page shm.Memory, stride int, first uint32) *Front[Req, Rsp] {
 	n := Entries(stride)
-	f := &Front[Req, Rsp]{n: uint32(n)}
+	f := &Front[Req, Rsp]{n: uint32(n), header: headerOf(page)}
 	f.req = publisher[Req]{
 		slots: shm.NewSlots[Req](page, slots, n, stride),
 		prod:  page.Out(reqProd), event: page.In(reqEvent),
@@ -163,6 +164,28 @@ func newFront[Req, Rsp any](page shm.Memory, stride int, first uint32) *Front[Re
 	f.rsp.event.Store(first + 1)
 	page.Out(reqEvent).Store(first + 1)
 	return f
+}
+
+// ResumeFront returns the front end of a page on which another front end has stopped, with
+// all requests published: next is the index of the next request to fill, cons that of the
+// next response to take. It never writes the header. The error is [ErrCorrupt] if these
+// indices do not fit each other, or the page.
+func ResumeFront[Req, Rsp any](page shm.Memory, stride int, next, cons uint32) (*Front[Req, Rsp], error) {
+	n := Entries(stride)
+	f := &Front[Req, Rsp]{n: uint32(n), header: headerOf(page)}
+	if next-cons > f.n || page.In(reqProd).Load() != next { // we are its writer from now on and never load it again
+		return nil, ErrCorrupt
+	}
+	f.req = publisher[Req]{
+		slots: shm.NewSlots[Req](page, slots, n, stride),
+		prod:  page.Out(reqProd), event: page.In(reqEvent),
+		next: next, shown: next,
+	}
+	f.rsp.init(shm.NewSlots[Rsp](page, slots, n, stride), page.In(rspProd), page.Out(rspEvent), cons)
+	if _, err := f.rsp.load(f.InFlight()); err != nil {
+		return nil, err
+	}
+	return f, nil
 }
 
 // Size returns the number of slots.
@@ -225,9 +248,10 @@ func (f *Front[Req, Rsp]) Peer() uint32 { return f.rsp.prod.Load() }
 
 // A Back takes requests and produces responses.
 type Back[Req, Rsp any] struct {
-	req observer[Req]
-	rsp publisher[Rsp]
-	n   uint32
+	req    observer[Req]
+	rsp    publisher[Rsp]
+	n      uint32
+	header header // for Inspect
 }
 
 // AttachBack returns the back end of a page that a front end initialised. It starts at
@@ -237,7 +261,7 @@ type Back[Req, Rsp any] struct {
 func AttachBack[Req, Rsp any](page shm.Memory, stride int) (*Back[Req, Rsp], error) {
 	n := Entries(stride)
 	at := page.In(rspProd).Load() // we are its writer from now on and never load it again
-	b := &Back[Req, Rsp]{n: uint32(n)}
+	b := &Back[Req, Rsp]{n: uint32(n), header: headerOf(page)}
 	b.req.init(shm.NewSlots[Req](page, slots, n, stride), page.In(reqProd), page.Out(reqEvent), at)
 	b.rsp = publisher[Rsp]{
 		slots: shm.NewSlots[Rsp](page, slots, n, stride),

@@ -602,3 +602,57 @@ func TestArmLooksOnceMore(t *testing.T) {
 		}
 	}
 }
+
+// A front end goes on where another has stopped, with requests in flight and responses that
+// nobody has taken.
+func TestAFrontEndFollowsAnother(t *testing.T) {
+	for _, first := range []uint32{0, ^uint32(0) - 5} {
+		page := shm.Heap(1)
+		f := newFront[uint64, uint64](page, 8, first)
+		b, err := AttachBack[uint64, uint64](page, 8)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i := range uint64(20) {
+			f.Put(i)
+		}
+		f.Publish()
+		if n, _ := b.Poll(); n != 20 {
+			t.Fatal(n)
+		}
+		for range 12 {
+			b.Put(b.Take() + 100)
+		}
+		b.Publish()
+		f.Poll()
+		f.Take()
+		for name, at := range map[string][2]uint32{
+			"a request more": {f.Next() + 1, f.Consumed()}, "a request less": {f.Next() - 1, f.Consumed()},
+			"more than fit": {f.Next(), f.Next() - f.Size() - 1}, "responses of the future": {f.Next(), f.Next()},
+			"backwards": {f.Next(), f.Next() + 1},
+		} {
+			if _, err := ResumeFront[uint64, uint64](page, 8, at[0], at[1]); err != ErrCorrupt {
+				t.Errorf("%s: %v", name, err)
+			}
+		}
+		next, err := ResumeFront[uint64, uint64](page, 8, f.Next(), f.Consumed())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if n, err := next.Poll(); n != 11 || err != nil {
+			t.Fatalf("%d responses, %v", n, err)
+		}
+		for i := range uint64(11) {
+			if r := next.Take(); r != 101+i {
+				t.Errorf("response %d is %d", i+1, r)
+			}
+		}
+		next.Put(20)
+		if !next.Publish() && next.InFlight() != 9 {
+			t.Errorf("%d in flight", next.InFlight())
+		}
+		if n, err := b.Reload(); n != 9 || err != nil {
+			t.Errorf("%d requests, %v", n, err)
+		}
+	}
+}

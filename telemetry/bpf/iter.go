@@ -3,7 +3,6 @@
 package bpf
 
 import (
-	"errors"
 	"fmt"
 	"reflect"
 	"runtime"
@@ -14,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"barevif/telemetry"
+	"barevif/telemetry/bpf/refused"
 )
 
 // The iterator's formats for bpf_seq_printf. Its output is that of openmetrics.Write.
@@ -114,12 +114,12 @@ func attachIterator(suffix, name string, counters, fields *ebpf.Map, queues int)
 	runtime.KeepAlive(fields)
 	runtime.KeepAlive(text)
 	if err != nil {
-		return nil, fmt.Errorf("load the iterator: %w", lacking("CAP_PERFMON", unix.CAP_PERFMON, err))
+		return nil, fmt.Errorf("load the iterator: %w", refused.Lacking("CAP_PERFMON", unix.CAP_PERFMON, err))
 	}
 	defer prog.Close()
 	it, err := link.AttachIter(link.IterOptions{Program: prog, Map: lines})
 	if err != nil {
-		return nil, fmt.Errorf("attach the iterator: %w", terse(err))
+		return nil, fmt.Errorf("attach the iterator: %w", refused.Terse(err))
 	}
 	return it, nil
 }
@@ -269,38 +269,4 @@ func iterProgram(counters, fields, text int, at []uint32) asm.Instructions {
 	label("exit")
 	emit(asm.Mov.Imm(asm.R0, 0), asm.Return())
 	return p
-}
-
-// lacking adds the probable cause of a refusal: number is that of the capability.
-func lacking(capability string, number int, err error) error {
-	err = terse(err)
-	switch {
-	case !errors.Is(err, unix.EPERM):
-		return err
-	case capable(number):
-		return fmt.Errorf("%w (%s is there; in a user namespace it does not count, elsewhere the kernel, a security module or seccomp forbids it)", err, capability)
-	}
-	return fmt.Errorf("%w (%s is missing, or seccomp forbids it)", err, capability)
-}
-
-// capable reports whether this thread has a capability in its user namespace.
-func capable(number int) bool {
-	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
-	var data [2]unix.CapUserData
-	err := unix.Capget(&header, &data[0])
-	return err == nil && data[number/32].Effective&(1<<(number%32)) != 0
-}
-
-// terse keeps the cause of a refusal. It drops the library's advice on limits, which does
-// not apply to a missing capability, and all of the verifier's log but the complaint.
-func terse(err error) error {
-	var errno unix.Errno
-	var verifier *ebpf.VerifierError
-	switch {
-	case errors.As(err, &verifier) && len(verifier.Log) > 1:
-		return fmt.Errorf("%w: %s", verifier.Cause, verifier.Log[len(verifier.Log)-2])
-	case errors.As(err, &errno):
-		return errno
-	}
-	return err
 }

@@ -51,8 +51,8 @@ type infoRecord struct {
 	Queues   uint32    `btf:"queues"`
 	Epoch    uint64    `btf:"epoch"`
 	Up       uint8     `btf:"up,bool"`
-	Features [12]uint8 `btf:"features,features"`
-	_        [3]byte
+	Features [13]uint8 `btf:"features,features"`
+	_        [2]byte
 	PID      uint32      `btf:"owner_pid"`
 	UID      uint32      `btf:"owner_uid"`
 	Counters uint32      `btf:"counters_map_id"`

@@ -11,6 +11,8 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/btf"
 	"golang.org/x/sys/unix"
+
+	"barevif/telemetry/bpf/refused"
 )
 
 // keyType names the index of an array. The kernel accepts an integer or a typedef of one;
@@ -29,7 +31,7 @@ func array(name string, size, entries int, key, value btf.Type) (*ebpf.Map, erro
 		err = fmt.Errorf("%w, or there is no memory for one", err)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("create map %s: %w", name, lacking("CAP_BPF", unix.CAP_BPF, err))
+		return nil, fmt.Errorf("create map %s: %w", name, refused.Lacking("CAP_BPF", unix.CAP_BPF, err))
 	}
 	return m, nil
 }
@@ -47,11 +49,11 @@ func frozen(name string, size uint32, elems [][]byte, key, value btf.Type) (*ebp
 	}
 	m, err := ebpf.NewMap(spec)
 	if err != nil {
-		return nil, fmt.Errorf("create map %s: %w", name, terse(err))
+		return nil, fmt.Errorf("create map %s: %w", name, refused.Terse(err))
 	}
 	if err := m.Freeze(); err != nil {
 		m.Close()
-		return nil, fmt.Errorf("freeze map %s: %w", name, terse(err))
+		return nil, fmt.Errorf("freeze map %s: %w", name, refused.Terse(err))
 	}
 	return m, nil
 }
@@ -95,7 +97,7 @@ func openPins(dir string) (elements, error) {
 		m, err := ebpf.LoadPinnedMap(filepath.Join(dir, p.name), &ebpf.LoadPinOptions{ReadOnly: true})
 		if err != nil {
 			e.Close()
-			return nil, fmt.Errorf("%s: %w", p.name, terse(err))
+			return nil, fmt.Errorf("%s: %w", p.name, refused.Terse(err))
 		}
 		*p.to = m
 	}
@@ -106,7 +108,7 @@ func openMaps(id uint32) (elements, error) {
 	e := &mapElements{}
 	var err error
 	if e.infos, err = ebpf.NewMapFromID(ebpf.MapID(id)); err != nil {
-		return nil, terse(err)
+		return nil, refused.Terse(err)
 	}
 	rec, err := e.info()
 	if err == nil {
@@ -117,7 +119,7 @@ func openMaps(id uint32) (elements, error) {
 	}
 	if err != nil {
 		e.Close()
-		return nil, terse(err)
+		return nil, refused.Terse(err)
 	}
 	return e.checked()
 }

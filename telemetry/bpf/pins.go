@@ -11,6 +11,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"barevif/telemetry/bpf/refused"
 )
 
 // DefaultRoot is the directory of the pins unless a [Store] sets another.
@@ -182,7 +184,7 @@ func (d *pinDir) put(name string, object interface{ Pin(string) error }, mode fs
 		err = os.Rename(tmp, d.at(name))
 	}
 	if err != nil {
-		return errors.Join(fmt.Errorf("pin %s: %w", d.at(name), terse(err)), remove(tmp))
+		return errors.Join(fmt.Errorf("pin %s: %w", d.at(name), refused.Terse(err)), remove(tmp))
 	}
 	return nil
 }

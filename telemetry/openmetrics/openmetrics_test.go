@@ -91,7 +91,7 @@ func TestStrictParserAcceptsTheText(t *testing.T) {
 	if err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	want := "104 families\nbarevif_rx_packets 2001\n"
+	want := "118 families\nbarevif_rx_packets 2001\n"
 	if string(out) != want {
 		t.Errorf("the parser read %q, want %q", out, want)
 	}

@@ -92,6 +92,9 @@ type result struct {
 	// Cards of ours: events sent to the other end and received from it.
 	Notified uint64 `json:"notified,omitempty"`
 	Woken    uint64 `json:"woken,omitempty"`
+
+	// Backends of ours: grant copies.
+	GrantOps uint64 `json:"grant_ops,omitempty"`
 }
 
 // A piece is what one command of bench measures. Each uses some of the fields, which are its
@@ -142,7 +145,7 @@ func (b *piece) window() (time.Duration, error) {
 }
 
 // begun tells the script that runs the command that it sends, or is ready to receive.
-func (b *piece) begun(what string) { fmt.Fprintf(b.Stderr, "bench: %s\n", what) }
+func (b *piece) begun(what string) { b.Note("bench: %s", what) }
 
 // udpFrame is the frame that the bench commands send: IPv4 and UDP to the discard port,
 // with valid checksums.

@@ -10,6 +10,7 @@ import (
 
 	"barevif/hypercall/xendev"
 	"barevif/pvnet"
+	"barevif/telemetry"
 	"barevif/tools/cli"
 	"barevif/tools/domain"
 
@@ -21,6 +22,7 @@ type card struct {
 	domain                  domain.Flags
 	vif, doorbell, waitMode string
 	take, back, offload     bool
+	static                  bool
 	profile                 string
 	wait                    time.Duration
 	mode                    pvnet.WaitMode
@@ -34,6 +36,7 @@ func (c *card) register(cmd *cobra.Command, p *cli.Program) {
 	cmd.Flags().BoolVar(&c.take, "take", false, "with --xen: unbind the vif from the kernel's driver first")
 	cmd.Flags().StringVar(&c.doorbell, "doorbell", "ioctl", "with --xen: `way` to fire an event channel: ioctl or hypercall")
 	cmd.Flags().StringVar(&c.waitMode, "wait-mode", "park", "what a `call` does that has to wait: park, adaptive or busy")
+	cmd.Flags().BoolVar(&c.static, "static-grants", false, "let the backend keep the frontend's pages mapped, if both ends say so; it then lends them")
 	cmd.Flags().StringVar(&c.profile, "profile", "", "write a CPU profile of the measurement to this `file`")
 	cmd.Flags().DurationVar(&c.wait, "wait", 30*time.Second, "give up if the other end does not connect within this `time`")
 	c.log = func() pvnet.Config { return pvnet.Config{LendRx: true, Logger: p.Log()} }
@@ -71,7 +74,7 @@ func (c *card) run(ctx context.Context, fn func(context.Context, *pvnet.Device) 
 	defer cancel(nil)
 	dom.Watch(ctx, cancel)
 	cfg := c.log()
-	cfg.Wait, cfg.Offload = c.mode, c.offload
+	cfg.Wait, cfg.Offload, cfg.StaticGrants = c.mode, c.offload, c.static
 	if c.back {
 		return c.serve(ctx, dom, cfg, fn)
 	}
@@ -90,6 +93,22 @@ func (c *card) run(ctx context.Context, fn func(context.Context, *pvnet.Device) 
 	return c.measured(ctx, dev, fn)
 }
 
+// awaitStatic waits until the backend has mapped the frontend's pages, which is soon after
+// the link is up.
+func (c *card) awaitStatic(ctx context.Context, dev *pvnet.Device) error {
+	late := time.After(c.wait)
+	for dev.Features()&telemetry.FeatureStaticGrants == 0 {
+		select {
+		case <-time.After(10 * time.Millisecond):
+		case <-late:
+			return &cli.Advice{Err: fmt.Errorf("no static grants within %v", c.wait), Next: "give --static-grants to both ends; Linux's drivers have none"}
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+	return nil
+}
+
 // measure is run for a measurement, whose result it returns.
 func (c *card) measure(ctx context.Context, fn func(context.Context, *pvnet.Device) (result, error)) (r result, err error) {
 	err = c.run(ctx, func(ctx context.Context, dev *pvnet.Device) error {
@@ -102,7 +121,6 @@ func (c *card) measure(ctx context.Context, fn func(context.Context, *pvnet.Devi
 
 // serve is run for a backend.
 func (c *card) serve(ctx context.Context, dom *domain.Domain, cfg pvnet.Config, fn func(context.Context, *pvnet.Device) error) error {
-	cfg.LendRx = false
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	timer := time.AfterFunc(c.wait, func() { cancel(fmt.Errorf("no frontend connected within %v", c.wait)) })
@@ -133,6 +151,11 @@ func (c *card) serve(ctx context.Context, dom *domain.Domain, cfg pvnet.Config, 
 }
 
 func (c *card) measured(ctx context.Context, dev *pvnet.Device, fn func(context.Context, *pvnet.Device) error) error {
+	if c.static {
+		if err := c.awaitStatic(ctx, dev); err != nil {
+			return err
+		}
+	}
 	if c.profile == "" {
 		return fn(ctx, dev)
 	}

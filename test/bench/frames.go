@@ -86,10 +86,11 @@ func sendFrames(ctx context.Context, dev *pvnet.Device, f *udpFrame, batch int, 
 	return withEvents(r, before, dev.Stats()), nil
 }
 
-// withEvents adds to r how often each end notified the other.
+// withEvents adds to r how often each end notified the other, and the grant operations.
 func withEvents(r result, before, after telemetry.Stats) result {
 	count := func(st telemetry.Stats, c telemetry.Counter) uint64 { return st.RX.Get(c) + st.TX.Get(c) }
 	r.Notified = count(after, telemetry.NotifiesSent) - count(before, telemetry.NotifiesSent)
+	r.GrantOps = count(after, telemetry.GrantOps) - count(before, telemetry.GrantOps)
 	r.Woken = count(after, telemetry.Events) - count(before, telemetry.Events)
 	return r
 }

@@ -108,7 +108,7 @@ func (c *check) answers(ctx context.Context, addr string) error {
 		return cli.ListenRefused(err, addr, "port")
 	}
 	defer context.AfterFunc(ctx, func() { pc.Close() })()
-	fmt.Fprintf(c.Stdout, "answering at %s; a signal ends it\n", pc.LocalAddr())
+	c.Say("answering at %s; a signal ends it", pc.LocalAddr())
 	if err := appliance.Answer(pc); ctx.Err() == nil {
 		return err
 	}
@@ -169,7 +169,7 @@ func (c *check) hear(ctx context.Context, conn net.Conn, giveUp context.CancelCa
 			select {
 			case <-word.C:
 				if c.silence > time.Second {
-					fmt.Fprintf(c.Stderr, "check: no answer yet: %s; giving up after %v\n", neighbour(conn.RemoteAddr()), c.silence)
+					c.Note("check: no answer yet: %s; giving up after %v", neighbour(conn.RemoteAddr()), c.silence)
 				}
 			case <-end.C:
 				giveUp(&silentError{fmt.Sprintf("nothing was answered within %v: %s", c.silence, neighbour(conn.RemoteAddr()))})

@@ -23,13 +23,16 @@ const (
 // shown are the texts that every demonstration prints.
 var shown = []string{
 	"state=1 (Initialising)", "state=2 (InitWait)", "state=4 (Connected)", "tx-ring-ref=", "feature-rx-copy=1",
-	"514 pages shared", "200 OK", "SHA-256 " + smallSum + ", as it should be", "Gbit/s", "100 %",
+	"516 pages shared", "200 OK", "SHA-256 " + smallSum + ", as it should be", "Gbit/s", "100 %",
 	"sent = received + dropped", "state=5 (Closing)", "state=6 (Closed)", "nothing is left",
 }
 
 func TestDemo(t *testing.T) {
 	out := start(t, nil, barevif(t), "demo", small).exit(0)
 	wants(t, out, shown...)
+	if strings.Contains(out, "WARN") {
+		t.Error("the two ends complain of each other")
+	}
 }
 
 func TestDemoOnEachNetwork(t *testing.T) {

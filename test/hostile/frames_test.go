@@ -14,6 +14,7 @@ import (
 	"barevif/pvnet"
 	"barevif/telemetry"
 	"barevif/test/hostile/raw"
+	"barevif/xenbus/xenstore"
 )
 
 // checksum is the sum of the internet checksum, byte by byte.
@@ -264,12 +265,77 @@ func TestT10Extras(t *testing.T) {
 	}
 	l.t = t
 	// A dummy request that joins or leaves a group carries no packet, whatever its flags
-	// are: the next slot begins a new packet. The backend does not offer the filter:
-	// ERROR.
-	for _, kind := range []uint8{2, 3} {
-		for _, flags := range []uint16{raw.TxExtra, raw.TxExtra | raw.TxMore, raw.TxExtra | raw.TxBlank} {
-			g.send([]raw.TxReq{g.Req(0, 0, 0, flags)}, []raw.Extra{mcast(kind)}, refuse, noReason, nil)
-			g.requireTraffic()
+	// are: the next slot begins a new packet. The list has 64 places, and an address that is
+	// added twice takes two, as in Linux (xenvif_mcast_add); one that is not there may leave.
+	for i, flags := range []uint16{raw.TxExtra, raw.TxExtra | raw.TxMore, raw.TxExtra | raw.TxBlank} {
+		dummy := func(want verdict, extras ...raw.Extra) {
+			t.Helper()
+			g.send([]raw.TxReq{g.Req(0, 0, 0, flags)}, extras, want, noReason, nil)
+		}
+		dummy(pass, mcast(3))
+		for range 64 {
+			dummy(pass, mcast(2))
+		}
+		dummy(refuse, mcast(2))
+		add, del := mcast(2), mcast(3)
+		add.Flags = 1
+		dummy(refuse, add, del) // the one that adds counts, as in Linux
+		for range 65 + i {
+			dummy(pass, mcast(3))
+		}
+		g.requireTraffic()
+	}
+	g.disconnect()
+}
+
+// A frontend gets the multicast that it has listed, and all other frames, as long as it asks
+// for that; it may change its mind at any time, and say nonsense. A new connection begins
+// with an empty list.
+func TestMulticastIsFilteredForWhoAsks(t *testing.T) {
+	l := newServingLab(t)
+	g := l.attackBackend()
+	ask := func(value string) {
+		l.write(l.guestStore, g.v.FrontDir(), xenstore.Values{"request-multicast-control": value}, "")
+	}
+	frame := func(first, last byte) []byte {
+		b := pattern(100, 0)
+		copy(b, []byte{first, 0, 0x5e, 0, 0, last})
+		return b
+	}
+	// passes reports whether the backend sends a frame to the guest.
+	passes := func(b []byte) bool {
+		t.Helper()
+		g.Post(1)
+		before := g.dev.Stats().TX
+		if _, err := g.dev.Write(b); err != nil {
+			t.Fatal(err)
+		}
+		after := g.dev.Stats().TX
+		sent, filtered := after.Packets()-before.Packets(), after.Get(telemetry.Filtered)-before.Get(telemetry.Filtered)
+		if sent+filtered != 1 {
+			t.Fatalf("%d sent, %d filtered", sent, filtered)
+		}
+		return sent == 1
+	}
+	joined, other, unicast, broadcast := frame(1, 1), frame(1, 2), frame(2, 1), pattern(60, 0)
+	copy(broadcast, []byte{255, 255, 255, 255, 255, 255})
+	join := func(kind uint8) {
+		g.send([]raw.TxReq{g.Req(0, 0, 0, raw.TxExtra)}, []raw.Extra{{Type: kind, Body: [6]byte(joined[:6])}}, pass, noReason, nil)
+	}
+	for _, value := range []string{"0", "x", "-1", "1", "0", "4294967296", "2"} {
+		ask(value)
+		on := value == "1" || value == "2"
+		eventually(t, "the filter as asked with "+value, func() bool { return passes(other) != on })
+		if passes(joined) == on || !passes(unicast) || !passes(broadcast) {
+			t.Errorf("%s: without a list, joined %v, unicast %v, broadcast %v", value, passes(joined), passes(unicast), passes(broadcast))
+		}
+		join(2)
+		if !passes(joined) || passes(other) == on || !passes(unicast) {
+			t.Errorf("%s: with a list, joined %v, other %v, unicast %v", value, passes(joined), passes(other), passes(unicast))
+		}
+		join(3)
+		if passes(joined) == on {
+			t.Errorf("%s: a group that was left", value)
 		}
 	}
 	g.disconnect()

@@ -262,6 +262,7 @@ type guest struct {
 	sink       *sink
 	before     emu.Ledger
 	errorLines int
+	more       []func() error // closes what else it shares with the backend
 }
 
 // newGuest adds a vif and waits until our backend is in InitWait for it.
@@ -340,11 +341,18 @@ func (g *guest) removeVif() {
 	if why, err := g.l.store.Read(fmt.Sprintf("/local/domain/%d/error/backend/vif/%d/%d/error", backID, frontID, g.v.ID)); err == nil {
 		g.l.t.Errorf("the vif is gone, and the reason why it did not connect is still there: %s", why)
 	}
-	if err := g.Close(); err != nil {
-		g.l.t.Errorf("the backend kept something of its frontend's: %v", err)
+	for _, end := range append(g.more, g.Close) {
+		if err := end(); err != nil {
+			g.l.t.Errorf("the backend kept something of its frontend's: %v", err)
+		}
 	}
-	if now := g.l.Ledger(); now != g.before {
-		g.l.t.Errorf("left behind: %+v, before: %+v", now, g.before)
+	if err := labtest.Comes(func() error { // a Write that is about to return still has a buffer
+		if now := g.l.Ledger(); now != g.before {
+			return fmt.Errorf("left behind: %+v, before: %+v", now, g.before)
+		}
+		return nil
+	}); err != nil {
+		g.l.t.Error(err)
 	}
 }
 

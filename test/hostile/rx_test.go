@@ -29,6 +29,7 @@ type driver struct {
 	before     emu.Ledger
 	errorLines int
 	posted     []hypercall.GrantRef // pages posted and not used, oldest first
+	more       []func() error       // closes what else it has of the frontend's
 }
 
 var frontKeys = []string{
@@ -151,8 +152,10 @@ func (drv *driver) finishClose() {
 	drv.l.t.Helper()
 	drv.setState("5")
 	drv.awaitFrontend("6")
-	if err := drv.Close(); err != nil {
-		drv.l.t.Error(err)
+	for _, end := range append(drv.more, drv.Close) {
+		if err := end(); err != nil {
+			drv.l.t.Error(err)
+		}
 	}
 	drv.setState("6")
 	wait(drv.l.t, drv.dev.Done())

@@ -13,6 +13,7 @@ import (
 	"barevif/pvnet"
 	"barevif/telemetry"
 	"barevif/test/hostile/raw"
+	"barevif/xenbus/xenstore"
 )
 
 // notOffered are the counters that cannot change, because we offer their feature to no
@@ -70,7 +71,7 @@ func TestEveryFieldOfTheTableMoves(t *testing.T) {
 	l := newLab(t, emu.Config{})
 	store := new(forgedStore)
 	cfg := pvnet.Config{Counters: store}
-	l.serve(pvnet.ServeConfig{Config: cfg})
+	l.serve(pvnet.ServeConfig{Config: cfg, StallTimeout: time.Second})
 	var devices []*pvnet.Device
 
 	// Frames from a frontend, correct and wrong.
@@ -101,6 +102,16 @@ func TestEveryFieldOfTheTableMoves(t *testing.T) {
 	bad.Ref = 1 << 30
 	g.send([]raw.TxReq{bad}, nil, refuse, telemetry.DropBadGref, nil)
 
+	// A limit that makes frames wait.
+	l.write(l.tools, g.v.BackDir(), xenstore.Values{"rate": "1000,20000"}, "")
+	limited := func() uint64 { return g.dev.Stats().RX.Gauge(telemetry.RateLimit) }
+	eventually(t, "a limit", func() bool { return limited() == 50000 })
+	for range 5 {
+		g.send(g.split(pattern(500, 1), 0), nil, pass, noReason, pattern(500, 1))
+	}
+	l.write(l.tools, g.v.BackDir(), xenstore.Values{"rate": "1000000,1000"}, "")
+	eventually(t, "a limit that holds nothing up", func() bool { return limited() == 1000000000 })
+
 	// Frames to it: more than it asked to be notified of, then more than it takes.
 	g.Post(2)
 	for range 2 {
@@ -110,7 +121,7 @@ func TestEveryFieldOfTheTableMoves(t *testing.T) {
 	}
 	sent := make(chan error, 1)
 	go func() { _, err := g.dev.Write(pattern(60, 0)); sent <- err }()
-	eventually(t, "a stall", func() bool { return count(g.dev, telemetry.Stalls) == 1 })
+	eventually(t, "a stall", func() bool { return count(g.dev, telemetry.Stalls) == 1 && g.dev.Stalled() })
 	g.Post(1)
 	if err := wait(t, sent); err != nil {
 		t.Fatal(err)
@@ -130,11 +141,28 @@ func TestEveryFieldOfTheTableMoves(t *testing.T) {
 	lift()
 	eventually(t, "events of every kind a backend records", func() bool {
 		kinds := eventKinds(g.dev)
-		return kinds[telemetry.EventTamper] && kinds[telemetry.EventStallOver] && kinds[telemetry.EventRescued]
+		return kinds[telemetry.EventTamper] && kinds[telemetry.EventStallOver] && kinds[telemetry.EventRescued] && kinds[telemetry.EventCarrierOn]
+	})
+	// A frame to a group that the frontend has not joined.
+	l.write(l.guestStore, g.v.FrontDir(), xenstore.Values{"request-multicast-control": "1"}, "")
+	g.Post(100)
+	eventually(t, "a frame that is filtered", func() bool {
+		if _, err := g.dev.Write(group); err != nil {
+			t.Fatal(err)
+		}
+		return count(g.dev, telemetry.Filtered) > 0
 	})
 	g.Tx.Store(raw.ReqProd, g.TxProd-1)
 	g.TxPort.Notify()
 	g.requirePeerError("tx", "impossible")
+
+	// Frames to a frontend that takes none, and does not notify.
+	g, _ = l.attackBackendWith(xenstore.Values{"feature-rx-notify": "0"})
+	devices = append(devices, g.dev)
+	if _, err := g.dev.Write(pattern(60, 0)); err != nil {
+		t.Fatal(err)
+	}
+	g.disconnect()
 	l.stopServing()
 
 	// Frames from a backend, and its faults.
@@ -164,6 +192,7 @@ func TestEveryFieldOfTheTableMoves(t *testing.T) {
 	drv.deliverSlots(append(long, drv.fillSlot(0, 0, pattern(60, 0)))...)
 	drv.deliverSlots(drv.unfilledSlot(raw.RxRsp{Offset: 4096, Status: 1}), drv.unfilledSlot(raw.RxRsp{Status: -1}))
 	drv.deliverSlots(drv.fillSlot(0, raw.RxExtra, pattern(60, 0)), drv.extraSlot(raw.Extra{}))
+	drv.deliverSlots(drv.fillSlot(0, raw.RxExtra, pattern(60, 0)), drv.extraSlot(raw.Extra{Type: 4, Body: [6]byte{0, 1}}))
 	rx.SetDeadline(time.Now().Add(10 * time.Millisecond))
 	for err = nil; err == nil; {
 		var n int

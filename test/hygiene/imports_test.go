@@ -21,6 +21,7 @@ var layers = [...][]string{
 	{"hypercall/anon", "hypercall/epoll", "hypercall/internal/backoff"},
 	{"telemetry"},
 	{"pvnet/ring", "pvnet/netif", "pvnet/packet", "pvnet/internal/loglimit"},
+	{"pvnet/ctrl", "pvnet/toeplitz"},
 	{"xenbus/internal/pause"},
 	{"xenbus/xenstore/wire"},
 	{"xenbus/xenstore/wire/wiretest"},
@@ -33,16 +34,20 @@ var layers = [...][]string{
 	{"hypercall/xendev"},
 	{"hypercall/emu/emutest"},
 	{"hypercall/emu"},
+	{"hypercall/anyxen"},
 	{"telemetry/openmetrics"},
-	{"telemetry/bpf/bpftest"},
+	{"telemetry/bpf/bpftest", "telemetry/bpf/refused"},
 	{"telemetry/bpf"},
 	{"xenbus/xenstore/server"},
 	{"xenbus/xenstore/server/labtest"},
 	{"xenbus/xenstore/storetest"},
 	{"pvnet"},
 	{"pvnet/pvnettest"},
-	{"pvnet/link"},
+	{"pvnet/steer"},
+	{"pvnet/link", "pvnet/handover"},
+	{"pvnet/netstack/dhcp"},
 	{"pvnet/netstack"},
+	{"pvnet/inspect"},
 	{"tools/..."},
 	{"test/..."},
 }
@@ -51,7 +56,7 @@ var layers = [...][]string{
 // library and each other.
 var portable = [...]string{
 	"arena/shm", "arena", "hypercall", "telemetry", "pvnet/ring", "pvnet/netif",
-	"pvnet/packet", "pvnet/internal/loglimit", "xenbus/internal/pause", "xenbus/xenstore/wire", "xenbus/xenstore", "xenbus", "pvnet",
+	"pvnet/packet", "pvnet/ctrl", "pvnet/toeplitz", "pvnet/internal/loglimit", "xenbus/internal/pause", "xenbus/xenstore/wire", "xenbus/xenstore", "xenbus", "pvnet",
 }
 
 // layerOf returns the index of the row with dir, or -1. open reports whether a name with "/..."

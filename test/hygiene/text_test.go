@@ -230,7 +230,7 @@ func TestASkipWithoutACauseIsFound(t *testing.T) {
 // topLevel is what the root of the tree holds besides files whose name begins with a
 // dot.
 var topLevel = [...]string{
-	"go.mod", "go.sum", "LICENSE", "README.md",
+	"go.mod", "go.sum", "LICENSE", "README.md", "CHANGELOG.md", "SECURITY.md",
 	"arena", "pvnet", "xenbus", "hypercall", "telemetry", "tools", "test",
 }
 

@@ -69,5 +69,6 @@ var plans = []plan{
 	{"tools/xenhost", []suite{{pkg: "./tools/xenhost"}}},
 	{"pvnet", []suite{engines, hostile, {pkg: "./test/counters", run: "Balance|Queues"}}},
 	{"pvnet/link", []suite{{pkg: "./pvnet/link"}}},
+	{"pvnet/netstack/dhcp", []suite{{pkg: "./pvnet/netstack/dhcp"}}},
 	{"pvnet/netstack", []suite{{pkg: "./pvnet/netstack"}}},
 }

@@ -46,6 +46,18 @@ func goals(rows []*row) []goal {
 			goal{about("1500 B, b32, frames/s against gomemif, polled"), 1.3, true, timesAsFast(polled(end.back, 32, sizeMTU), memif(sizeMTU))},
 			goal{about("64 KiB, b8, bytes/s against gomemif, polled"), 0.8, true, timesAsFast(polled(end.back, 8, sizeGSO), memif(sizeGSO))})
 	}
+	// A copy is not worth a page that has to be lent and taken back if the frame is short.
+	for _, g := range []struct {
+		size int
+		lend bool
+	}{{sizeSmall, false}, {sizeMTU, true}} {
+		copies := polled(false, 32, g.size)
+		if g.lend {
+			copies = key{vifOptions{InPlace: true, Batch: 32, Poll: true}.name(), stream, g.size}
+		}
+		static := key{vifOptions{Static: true, Lend: g.lend, InPlace: g.lend, Batch: 32, Poll: true}.name(), stream, g.size}
+		all = append(all, goal{fmt.Sprintf("static grants, %d B, b32, frames/s against grant copies", g.size), 1.3, true, timesAsFast(static, copies)})
+	}
 	for _, o := range []vifOptions{{Wait: pvnet.Busy}, {Wait: pvnet.Adaptive}} {
 		k := key{namePing(o, false), pingpong, sizeSmall}
 		all = append(all, goal{"ping-pong, " + k.row + ", against the raw ring, polled", 2, false,

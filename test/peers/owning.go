@@ -2,11 +2,14 @@ package main
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"sync"
+	"time"
 
 	"barevif/hypercall"
 	"barevif/pvnet"
+	"barevif/telemetry"
 )
 
 var errDeadline = os.ErrDeadlineExceeded
@@ -18,7 +21,8 @@ type vifOptions struct {
 	Wait    pvnet.WaitMode // how calls wait
 	Poll    bool           // use calls that do not wait, in a loop
 	Into    bool           // receive with PollInto, into frames of the receiver
-	Lend    bool           // lend the backend's pages to a frontend that receives
+	Lend    bool           // lend the peer's pages to the receiver
+	Static  bool           // the backend keeps the frontend's pages mapped
 	InPlace bool           // neither party copies: the sender leaves the pages' content, the receiver reads it in place
 	Copying bool           // Device.Write and Listen, or WriteBatch and ListenBatch
 	Two     bool           // the receiver is in a process of its own
@@ -30,7 +34,7 @@ type vifOptions struct {
 
 func (o vifOptions) config(j *job) pvnet.Config {
 	each := !o.Poller && (o.Vifs > 1 || o.Queues > 1) // each half has a goroutine of its own, which is not pinned
-	return pvnet.Config{Wait: o.Wait, Queues: o.Queues, LendRx: o.Lend, LockedThreads: !j.free && !each}
+	return pvnet.Config{Wait: o.Wait, Queues: o.Queues, LendRx: o.Lend, StaticGrants: o.Static, LockedThreads: !j.free && !each}
 }
 
 func (o vifOptions) setup(j *job) (link, error) {
@@ -45,6 +49,12 @@ func (o vifOptions) setup(j *job) (link, error) {
 	if err != nil {
 		lab.close()
 		return nil, err
+	}
+	if o.Static {
+		if err := awaitStatic(backs); err != nil {
+			lab.close()
+			return nil, err
+		}
 	}
 	j.warm *= uint64((max(o.Vifs, 1) - o.Idle) * max(o.Queues, 1))
 	from, to := fronts, backs
@@ -64,6 +74,24 @@ func (o vifOptions) setup(j *job) (link, error) {
 		return nil, err
 	}
 	return l, nil
+}
+
+// awaitStatic waits until the backends have mapped their frontends' pages.
+func awaitStatic(backs []*pvnet.Device) error {
+	for end := time.Now().Add(setupLimit); ; time.Sleep(time.Millisecond) {
+		mapped := 0
+		for _, d := range backs {
+			if d.Features()&telemetry.FeatureStaticGrants != 0 {
+				mapped++
+			}
+		}
+		if mapped == len(backs) {
+			return nil
+		}
+		if time.Now().After(end) {
+			return fmt.Errorf("%d of %d vifs have static grants", mapped, len(backs))
+		}
+	}
 }
 
 // halves holds the halves of the devices that one party owns.

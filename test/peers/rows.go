@@ -71,6 +71,9 @@ func (o vifOptions) name() string {
 	case o.Into:
 		call = "owning, PollInto"
 	}
+	if o.Static {
+		call += ", static grants"
+	}
 	if o.Lend {
 		call += ", lent"
 	}
@@ -184,6 +187,14 @@ func ourRows() []*row {
 	// page instead.
 	for _, o := range []vifOptions{{InPlace: true}, {InPlace: true, Back: true}, {Lend: true, Back: true}, {Lend: true, InPlace: true, Back: true}} {
 		o.Poll = true
+		o.Batch = 32
+		add(o, frameSizes)
+		o.Batch = 8
+		add(o, []int{sizeGSO})
+	}
+	// The same with pages that stay mapped.
+	for _, o := range []vifOptions{{}, {Back: true}, {Lend: true}, {InPlace: true, Lend: true}} {
+		o.Static, o.Poll = true, true
 		o.Batch = 32
 		add(o, frameSizes)
 		o.Batch = 8

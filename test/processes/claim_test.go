@@ -2,6 +2,7 @@ package processes
 
 import (
 	"errors"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -84,5 +85,60 @@ func TestTheHolderOfAClaimIsKnownByItsPresence(t *testing.T) {
 		}
 		third.crash()
 		fourth.crash()
+	})
+}
+
+// A process whose new id for the claim may or may not have been written passes both ids on.
+// The next one holds the claim with either, and puts an id of its own there.
+func TestAClaimPassesWithBothItsIDs(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := labtest.New(t, emu.Config{})
+		l.Domain(1)
+		dom := l.Domain(2)
+		v := l.Add(toolstack.Vif{Front: 1, Back: 2})
+		claim := func() string {
+			s, err := l.Store.Read(v.BackDir() + "/claim")
+			if err != nil {
+				t.Fatal(err)
+			}
+			return s
+		}
+		first := newClaimant(t, dom)
+		if _, err := first.claim(); err != nil {
+			t.Fatal(err)
+		}
+		if err := first.device.SetState(t.Context(), xenbus.Connected); err != nil {
+			t.Fatal(err)
+		}
+		written := first.device.ClaimState()
+		before := claim()
+		first.device.PassClaim()
+		lost := xenbus.ClaimState{Claim: strings.Repeat("0", 32), Mark: written.Mark}
+		for _, c := range []struct {
+			earlier string
+			want    error
+		}{{"", xenbus.ErrClaimed}, {strings.Repeat("1", 32), xenbus.ErrClaimed}, {written.Claim, nil}} {
+			next := newClaimant(t, dom)
+			lost.Earlier = c.earlier
+			if err := next.device.AdoptClaim(lost); err != nil {
+				t.Fatal(err)
+			}
+			if err := next.device.Renew(t.Context(), next.presence); !errors.Is(err, c.want) {
+				t.Errorf("earlier %q: %v, want %v", c.earlier, err, c.want)
+			}
+			if now := claim(); (now != before) != (c.want == nil) {
+				t.Errorf("earlier %q: the claim %q is now %q", c.earlier, before, now)
+			}
+			if c.want == nil {
+				if err := next.device.SetState(t.Context(), xenbus.Closed); err != nil {
+					t.Errorf("the claim is not ours: %v", err)
+				}
+				if s := next.device.ClaimState(); s.Earlier != "" || !strings.HasPrefix(claim(), s.Claim) {
+					t.Errorf("it passes %+v on, the claim is %q", s, claim())
+				}
+			}
+			next.crash()
+		}
+		first.crash()
 	})
 }

@@ -42,8 +42,13 @@ func TestMain(m *testing.M) {
 func runChild() error {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
-	if os.Getenv(childVar) == "serve" {
+	switch os.Getenv(childVar) {
+	case "serve":
 		return runBackend(ctx)
+	case "hand", "successor":
+		return runHandover(ctx)
+	case "fronthand", "frontsuccessor":
+		return runFrontHandover(ctx)
 	}
 	return runFrontend(ctx)
 }

@@ -148,7 +148,7 @@ func (h *host) serve() {
 	done := make(chan error, 1)
 	go func() {
 		done <- pvnet.Serve(ctx, h.back, pvnet.ServeConfig{Hotplug: true, Config: pvnet.Config{
-			Logger: slog.New(slog.NewTextHandler(&h.log, nil)),
+			Logger: slog.New(slog.NewTextHandler(&h.log, nil)), Queues: 2, StaticGrants: true, // so that every key is written
 		}}, func(*pvnet.Device) {})
 	}()
 	h.t.Cleanup(func() {
@@ -247,7 +247,7 @@ func TestTheQuotaOfNodesIsNamed(t *testing.T) {
 			served++
 		}
 		t.Logf("%d vifs", served)
-		if served < 66 || served == vifCount {
+		if served < 50 || served == vifCount {
 			t.Errorf("%d vifs are served", served)
 		}
 		for end := time.Now().Add(limit); !strings.Contains(h.log.String(), "--entry-nb"); time.Sleep(time.Millisecond) {

@@ -171,6 +171,7 @@ type benchLine struct {
 	What, Way     string
 	Seconds       float64
 	Frames, Bytes uint64
+	GrantOps      uint64 `json:"grant_ops"`
 }
 
 func (b *bench) add(r Result) (line benchLine) {

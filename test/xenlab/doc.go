@@ -6,7 +6,7 @@
 //	BAREVIF_XENLAB=1 go test ./test/xenlab -run TestLab -timeout 55m -v
 //	go run ./test/xenlab/cmd/xenlab -run 'PVH' -shell
 //
-// It needs Debian, or another system with apt and dpkg-deb, about 2.5 GiB of memory, and the
+// It needs Debian, or another system with apt and dpkg-deb, about 3 GiB of memory, and the
 // network for the first run. If QEMU is not installed, root's run installs it.
 //
 // Package [barevif/test/xenlab/image] builds the images from Debian packages, package
@@ -39,15 +39,36 @@
 //	  our front, netback anew  PV domU: barevif serve; dom0: netback, its module taken out and put back
 //	  our front, refused       PV domU: barevif serve without what it needs
 //	  our front, misled        PV domU: barevif serve; dom0: netback, and what xenstore should not say
+//	  our front, taken over    PV domU: barevif attach, then serve, each replaced by --take-over; dom0: netback
+//	  our front, resumed       PV domU: barevif serve, saved and restored; dom0: netback
+//	  our front, resumed, PVH  PVH domU: barevif serve, saved and restored; dom0: netback
+//	  our front, queues        PV domU: barevif serve, 4 queues; dom0: netback, its vif taken and given back
+//	  our front, hashed        PV domU: a frontend of ours, 4 queues; dom0: netback, which hashes for it
+//	  our front, multicast     PV domU: a frontend of ours that joins groups; dom0: netback, on a bridge
+//	  our front, settings      PV domU: barevif attach; dom0: netback, its MTU and carrier changed
+//	  image, PV                PV domU: an image of hello; dom0: netback
+//	  image, PVH               PVH domU: an image of hello; dom0: netback
+//	  image, packed            PVH domU: an image of hello, compressed as it is by default; dom0: netback
 //	  baseline                 PV domU: netfront and bench, in turns; dom0: netback
 //	  baseline, our back       PV domU: netfront; dom0: netback and barevif back, in turns
+//	  baseline, attach         PV domU: netfront and barevif attach, in turns; dom0: netback
+//	  static grants            PV domU: bench; PV driver domain: bench; both ends ours, with and without, in turns
 //	  our back, dom0           PV domU: netfront; dom0: barevif back
 //	  our back, unplugged      PV domU: netfront; dom0: barevif back, its vif taken and given back
+//	  our back, paused         PV domU: netfront, paused by xl; another; dom0: barevif back
 //	  our back, misled         PV domU: barevif serve, and a frontend that lies; dom0: barevif back
+//	  our back, rate           PV domU: netfront; dom0: barevif back, its vif limited
+//	  our back, queues         PV domU: netfront, 4 queues; dom0: barevif back, restarted, its vif taken and given back
+//	  our back, keys           PV domU: netfront; dom0: barevif back, on bridges and routes that xl names
 //	  our back, driver domain  PV domU: netfront; PV driver domain: barevif back
+//	  our back, taken over     PV domU: netfront; dom0: barevif back, another by --take-over
 //	  our back, handed over    PV domU: netfront; dom0: barevif back, another by SIGUSR1
+//	  our back, guest resumed  PV domU: netfront, saved and restored; dom0: barevif back
 //	  both ours                PV domU: barevif serve; PV driver domain: barevif back
 //	  both ours, restarted     PV domU: barevif serve; PV driver domain: barevif back; each killed, both, the domain
+//	  both ours, settings      PV domU: barevif serve; PV driver domain: barevif back, its TAP changed
+//	  both ours, multicast     PV domU: a frontend of ours that joins groups; dom0: barevif back, on a bridge
+//	  both ours, taken over    PV domU: barevif serve; dom0: barevif back, another by --take-over
 //	  both ours, without root  PV domU: barevif serve; PV driver domain: barevif back; both as a user
 //
 //	oxenstored

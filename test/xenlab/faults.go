@@ -56,7 +56,7 @@ func frontMisled(t *T) {
 	t.loadNetback(true)
 	dom0 := t.Dom0()
 	guest := t.Create(Guest{Name: "domU", Type: PV, VIFs: []VIF{{}}})
-	guest.Sh("echo 514 >%s", grantLimit) // as many as one queue needs, so that a single leaked grant is noticed
+	guest.Sh("echo 516 >%s", grantLimit) // as many as one queue needs, so that a single leaked grant is noticed
 	held := t.domainResources(guest)
 	front, back := guest.Frontend(0), guest.Backend(dom0, 0)
 	truth := dom0.Run("xenstore-read", front+"/backend").Text()
@@ -96,7 +96,7 @@ func frontMisled(t *T) {
 	// Do what xl does ten seconds later, when it gives up its wait for the backend to close.
 	dom0.Run("xenstore-rm", front, back, fmt.Sprintf("/libxl/%d/device/vif/0", guest.ID))
 	t.Attach(guest, VIF{More: "devid=0"}) // xl still counts the vif that it did not remove itself
-	p.Await(`514 pages shared(?s).*serving http`)
+	p.Await(`516 pages shared(?s).*serving http`)
 	reachable := func() {
 		dom0.Sh("ip addr add 10.88.0.1/24 dev %s", guest.VIF(0))
 		dom0.awaitCarrier(guest.VIF(0))
@@ -111,9 +111,9 @@ func frontMisled(t *T) {
 	p.Await("vif 0: down")
 	t.Attach(guest, VIF{})
 	p.Await("cannot connect.*limit for the whole system is 16 ." + grantLimit)
-	guest.Sh("echo 514 >%s", grantLimit)
+	guest.Sh("echo 516 >%s", grantLimit)
 	p.Await("connected again")
-	p.Await("(?s)(514 pages shared.*){2}")
+	p.Await("(?s)(516 pages shared.*){2}")
 	reachable()
 	t.fetchServed(dom0, "10.88.0.2", 1<<20)
 	p.Terminate()

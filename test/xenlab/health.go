@@ -51,7 +51,7 @@ func (t *T) grantedPages(d *Domain) []string {
 // domainResources returns the resources of a domain that goes on: granted pages, and event channels
 // without their numbers.
 func (t *T) domainResources(d *Domain) []string {
-	ports := t.Dom0().Sh("lsevtchn %d | sed 's/^ *[0-9]*: VCPU [0-9]*: /port /; s/, Port [0-9]*$//'", d.ID)
+	ports := t.Dom0().Sh("lsevtchn %d | sed 's/^ *[0-9]*: VCPU [0-9]*: /port /; s/, Port [0-9]*$//; s/Remote Domain %[1]d$/Remote Domain itself/'", d.ID)
 	lines := append(t.grantedPages(d), strings.Split(ports, "\n")...)
 	slices.Sort(lines)
 	return lines

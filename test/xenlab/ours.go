@@ -13,6 +13,7 @@ const (
 	barevif      = image.ProgramDir + "/barevif"
 	benchProgram = image.ProgramDir + "/bench"
 	checkProgram = image.ProgramDir + "/check"
+	prober       = image.ProgramDir + "/prober"
 )
 
 // loadNetback loads Linux's backend, or unloads it, because it would bind every vif.
@@ -56,7 +57,7 @@ func ourFront(kind GuestType) func(*T) {
 		held := t.domainResources(guest)
 		state := guest.Backend(t.Dom0(), 0) + "/state"
 
-		// Two of the granted pages belong to the guest's console and xenstore.
+		// Two of the granted pages belong to the guest's console and xenstore, two to the control ring.
 		granted := func() []string { return t.grantedPages(guest) }
 		serve := func() *Process {
 			p := t.startAppliance(guest, "10.88.0.2")
@@ -81,14 +82,14 @@ func ourFront(kind GuestType) func(*T) {
 		}, t.Dom0())
 		t.requireEveryCounter(guest, name)
 		t.requireIdle(guest, "barevif")
-		t.awaitResources([]string{"256 pages granted to 0", "256 pages granted to 0, to read", "4 pages granted to 0, mapped"}, granted)
+		t.awaitResources([]string{"256 pages granted to 0, to read", "257 pages granted to 0", "5 pages granted to 0, mapped"}, granted)
 		end(p)
 
 		p = serve()
 		t.Ping(t.Dom0(), "10.88.0.2", 1472, 20)
 		p.Kill()
 		t.requireEveryCounter(guest, name)                                  // the pins outlive their owner
-		t.awaitResources([]string{"4 pages granted to 0, mapped"}, granted) // both rings, until netback unmaps them
+		t.awaitResources([]string{"5 pages granted to 0, mapped"}, granted) // the rings, until netback unmaps them
 		p = serve()
 		t.Ping(t.Dom0(), "10.88.0.2", 1472, 20)
 		t.fetchServed(t.Dom0(), "10.88.0.2", 1<<20)
@@ -136,6 +137,8 @@ func ourFrontJumbo(t *T) {
 		t.Send(t.Dom0(), "10.88.0.2", 3<<20)
 	}, t.Dom0())
 	t.requireSameCounts("netback", func() flow { return t.ourCounters(guest, frontName(guest, 0)) }, func() flow { return t.netbackCounters(guest) })
+	t.requireCapture(guest, frontName(guest, 0), t.Dom0(), "10.88.0.2")
+	t.requireNetbackRings(guest, frontName(guest, 0), guest.VIF(0))
 	p.Terminate()
 }
 
@@ -159,6 +162,25 @@ func ourFrontKernel(t *T) {
 	p.Terminate()
 	t.requireNoPins(guest, name)
 	t.requireResources(guest, held)
+	t.requireNetfrontAfterUs(guest)
+}
+
+// requireNetfrontAfterUs fails if the guest's netfront cannot have the vif after our
+// frontend, whether that ended by itself or was killed. netfront removes no key that it does
+// not know, and netback refuses a control ring that is gone.
+func (t *T) requireNetfrontAfterUs(guest *Domain) {
+	guest.Sh("! %s xen release 0 2>/tmp/release && grep -q 'not loaded and can be now' /tmp/release", barevif)
+	guest.Run("modprobe", "xen-netfront")
+	dom0Addr, _ := t.JoinKernel(guest, 0)
+	t.Ping(guest, dom0Addr, 56, 5)
+	guest.Run(barevif, "xen", "take", "0")
+	p := guest.Start(barevif, "attach", "--xen", "--tap", "card%i", "--addr", "10.88.0.2/24")
+	p.Await("the kernel has it as card0")
+	t.Dom0().awaitCarrier(guest.VIF(0))
+	p.Kill()
+	guest.Run(barevif, "xen", "release", "0")
+	dom0Addr, _ = t.JoinKernel(guest, 0)
+	t.Ping(guest, dom0Addr, 56, 5)
 }
 
 // ourFrontUnplugged detaches the vif under our appliance and attaches it again. The same
@@ -264,6 +286,7 @@ func ourBackDom0(t *T) {
 	t.kernelTraffic(guest, t.Dom0(), "10.89.0.2", "10.89.0.1")
 	t.requireEveryCounter(t.Dom0(), name)
 	t.requireSameCounts("netfront", func() flow { return t.ourCounters(t.Dom0(), name) }, func() flow { return t.netfrontCounters(guest) })
+	t.requireCapture(t.Dom0(), name, guest, "10.89.0.1")
 	p.Kill()
 	p = t.startBackend(t.Dom0(), "10.89.0.1")
 	t.Dom0().Await("the guest behind the new backend", "ping -c 1 -W 1 10.89.0.2")
@@ -320,11 +343,32 @@ func ourBackDriver(t *T) {
 	p.Terminate()
 }
 
+// settled returns a counter of a program in domain d once it has stayed the same for longer
+// than a half that is idle takes to show its counters.
+func (t *T) settled(d *Domain, counter func() uint64) uint64 {
+	for n := counter(); ; {
+		d.Run("sleep", "2.5")
+		now := counter()
+		if now == n {
+			return n
+		}
+		n = now
+	}
+}
+
+// bothOurs has both ends ours, with static grants: once they are told, no frame takes a grant
+// operation.
 func bothOurs(t *T) {
 	t.loadNetback(false)
 	driver, back := t.createDriverDomain("10.89.2.1")
 	guest := t.Create(Guest{Name: "domU", Type: PV, VIFs: []VIF{{Backend: "driver"}}})
 	front := t.startAppliance(guest, "10.89.2.2")
+	t.Ping(driver, "10.89.2.2", 56, 3)
+	grantOps := func() uint64 {
+		dump := t.dumpCounters(driver, backName(guest, driver.ID))
+		return t.counterTotal(dump, "rx_grant_ops") + t.counterTotal(dump, "tx_grant_ops")
+	}
+	before := t.settled(driver, grantOps)
 	t.requireChecksums(func() {
 		for _, size := range [...]int{56, 1472} {
 			t.Ping(driver, "10.89.2.2", size, 20)
@@ -334,6 +378,9 @@ func bothOurs(t *T) {
 		t.Send(driver, "10.89.2.2", 3<<20)
 	}, driver)
 	t.requireSameCounts("the other end", func() flow { return t.ourCounters(guest, frontName(guest, driver.ID)) }, func() flow { return t.ourCounters(driver, backName(guest, driver.ID)) })
+	if n := grantOps() - before; n != 0 {
+		t.Fatalf("%d grant operations with static grants", n)
+	}
 	front.Terminate()
 	t.Destroy(guest)
 	back.Terminate()

@@ -9,6 +9,7 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+	"time"
 )
 
 // bothRestarted kills and restarts each of our ends, both, and the driver domain with the
@@ -20,7 +21,7 @@ func bothRestarted(t *T) {
 	dom0 := t.Dom0()
 	driver, back := t.createDriverDomain(backAddr)
 	guest := t.Create(Guest{Name: "domU", Type: PV, VIFs: []VIF{{Backend: "driver"}}})
-	guest.Sh("echo 514 >%s", grantLimit) // as many as one queue needs, so that a single leaked grant is noticed
+	guest.Sh("echo 516 >%s", grantLimit) // as many as one queue needs, so that a single leaked grant is noticed
 	front := t.startAppliance(guest, addr)
 	works := func() {
 		driver.Await("the guest", "ping -c 1 -W 1 %s", addr)
@@ -52,6 +53,9 @@ func bothRestarted(t *T) {
 	dom0.Run("xenstore-chmod", state, fmt.Sprintf("n%d", driver.ID), fmt.Sprintf("r%d", guest.ID))
 	front.Await("serving http")
 	works()
+	// The backend had the pages of the killed frontend mapped. Linux frees such pages ten a second
+	// once they are unmapped (gnttab_handle_deferred of drivers/xen/grant-table.c).
+	guest.Within(2*time.Minute).Run("sleep", "75")
 	t.requireResources(guest, held)
 
 	// xl does not change the frontend when the backend's domain ends. A new vif names the
@@ -63,7 +67,7 @@ func bothRestarted(t *T) {
 	t.Attach(guest, VIF{Backend: "driver"})
 	front.Await(fmt.Sprintf("connected again, backend in domain %d", driver.ID))
 	works()
-	if said := string(front.Await(`link up(?s).*link up`).Stderr); strings.Count(said, "514 pages shared") != 2 {
+	if said := string(front.Await(`link up(?s).*link up`).Stderr); strings.Count(said, "516 pages shared") != 2 {
 		t.Fatalf("not the same pages: %s", said)
 	}
 	front.Terminate()
@@ -72,79 +76,26 @@ func bothRestarted(t *T) {
 	back.Terminate()
 }
 
-const handoverBridge = "xenlabbr0"
-
 // handedOver replaces our backend by SIGUSR1 under a Linux netfront that sends and receives. No
 // connection may break; the frames lost in the pause are counted.
 func handedOver(t *T) {
-	const bridge, addr, guestAddr = handoverBridge, "10.89.3.1", "10.89.3.2"
-	t.loadNetback(false)
-	dom0 := t.Dom0()
-	dom0.Run("modprobe", "-a", "tun", "bridge")
-	dom0.Sh("ip link add %s type bridge; ip addr add %s/24 dev %[1]s; ip link set %[1]s up", bridge, addr)
-	back := func() *Process {
-		p := dom0.Start(barevif, "back", "-v", "--xen", "--bridge", bridge)
-		p.Await("serves vifs")
-		return p
-	}
-	p := back()
-	guest := t.Create(Guest{Name: "domU", Type: PV, VIFs: []VIF{{}}})
-	t.startNetfront(guest, guestAddr)
-	t.Ping(guest, addr, 56, 5)
-	for _, d := range []*Domain{dom0, guest} {
-		d.Sh("mkdir -p /tmp/www; head -c %d /dev/urandom >/tmp/www/file", 6<<20)
-	}
-	digest := func(d *Domain) string { return d.Sh("sha256sum </tmp/www/file") }
-	want := [...]string{digest(guest), digest(dom0)}
-	for _, d := range []*Domain{dom0, guest} {
-		d.Start("busybox", "httpd", "-f", "-p", "80", "-h", "/tmp/www")
-		d.Await("httpd", "curl -sI http://127.0.0.1/file >/dev/null")
-	}
-
-	const script = "curl -sSf --limit-rate 1M --max-time 50 http://%s/file | sha256sum"
-	gets := [...]*Process{
-		dom0.Start("sh", "-ec", fmt.Sprintf(script, guestAddr)),
-		guest.Start("sh", "-ec", fmt.Sprintf(script, addr)),
-	}
-	pinging := []string{"ping", "-c", "80", "-i", "0.05", "-w", "45"}
-	pings := [...]*Process{
-		dom0.Start(append(pinging, guestAddr)...),
-		guest.Start(append(pinging, addr)...),
-	}
-	pings[1].Await("icmp_seq=10 ")
+	r := t.startReplacement()
+	p := r.back()
+	r.plug()
+	r.startTraffic(80, "0.05", 10)
 	p.Signal(syscall.SIGUSR1)
 	p.Succeed()
-	p = back()
+	p = r.back()
 	p.Await("connected to domain")
-	for i, get := range gets {
-		if got := get.Succeed().Text(); got != want[i] {
-			t.Fatalf("fetched %s, want %s", got, want[i])
-		}
-	}
 	// Frames from the guest wait in its ring. Frames to the guest are lost, because there is
 	// no interface.
-	for i, ping := range pings {
-		out := ping.Wait().Text()
-		sent, lost, longest, err := pingLoss(out)
-		if err != nil {
-			t.Fatalf("%w: %s", err, out)
-		}
-		t.Note("%s lost %d of %d pings, longest %.0f ms", [...]string{"dom0→domU", "domU→dom0"}[i], lost, sent, longest)
-		if i == 1 && lost > 10 {
-			t.Fatalf("what the guest sent was lost: %s", out)
-		}
-	}
-	if said := guest.Sh("cat /sys/class/net/eth0/carrier_down_count"); said != "0" {
-		t.Fatalf("the guest saw its link go down: %s", said)
-	}
-	t.Ping(guest, addr, 1472, 10)
-	t.Destroy(guest)
-	p.Terminate()
-	dom0.Run("ip", "link", "del", bridge)
+	r.requireTraffic(80, 10)
+	r.end(p)
 }
 
 var (
 	pingCounts = regexp.MustCompile(`(\d+) packets transmitted, (\d+) received`)
+	pingSeq    = regexp.MustCompile(`icmp_seq=(\d+) ttl`)
 	pingTimes  = regexp.MustCompile(`rtt min/avg/max/mdev = [\d.]+/[\d.]+/([\d.]+)/`)
 )
 
@@ -165,6 +116,16 @@ func pingLoss(out string) (sent, lost int, longest float64, err error) {
 	sent, errs[0] = strconv.Atoi(c[1])
 	received, errs[1] = strconv.Atoi(c[2])
 	longest, errs[2] = strconv.ParseFloat(r[1], 64)
+	// With a deadline ping ends once it has as many answers as it was to send, and says that
+	// those are lost which are still on their way. So only a hole in the answers is a loss.
+	if seqs := pingSeq.FindAllStringSubmatch(out, -1); len(seqs) > 0 && sent > received {
+		sent = 0
+		for _, m := range seqs {
+			n, err := strconv.Atoi(m[1])
+			sent = max(sent, n)
+			errs[0] = errors.Join(errs[0], err)
+		}
+	}
 	return sent, sent - received, longest, errors.Join(errs[:]...)
 }
 

@@ -16,10 +16,10 @@ func (t *T) JoinKernel(guest *Domain, i int) (dom0Addr, guestAddr string) {
 	net := fmt.Sprintf("10.77.%d", (guest.ID*4+i)%250)
 	dom0Addr, guestAddr = net+".1", net+".2"
 	guest.Await("a network interface", "ip link set eth%d up", i)
-	guest.Sh("ip addr add %s/24 dev eth%d", guestAddr, i)
+	guest.Sh("ip addr replace %s/24 dev eth%d", guestAddr, i)
 	vif := guest.VIF(i)
 	t.Dom0().Await("the backend's interface", "ip link set %s up", vif)
-	t.Dom0().Sh("ip addr add %s/24 dev %s", dom0Addr, vif)
+	t.Dom0().Sh("ip addr replace %s/24 dev %s", dom0Addr, vif)
 	guest.Await("carrier", `[ "$(cat /sys/class/net/eth%d/carrier)" = 1 ]`, i)
 	t.Dom0().awaitCarrier(vif)
 	return dom0Addr, guestAddr

@@ -236,6 +236,18 @@ func TestLossOfPingsIsRead(t *testing.T) {
 	if sent != 100 || lost != 23 || longest != 4990.44 || err != nil {
 		t.Errorf("%d %d %v %v", sent, lost, longest, err)
 	}
+	const rtt = "rtt min/avg/max/mdev = 1/1/1.0/1 ms\n"
+	answer := func(seq int) string {
+		return fmt.Sprintf("64 bytes from 10.0.0.2: icmp_seq=%d ttl=64 time=1 ms\n", seq)
+	}
+	for said, want := range map[string]int{
+		answer(1) + answer(2) + "4 packets transmitted, 2 received, 50% packet loss\n" + rtt: 0, // two are on their way
+		answer(1) + answer(4) + "4 packets transmitted, 2 received, 50% packet loss\n" + rtt: 2,
+	} {
+		if _, lost, _, err := pingLoss(said); lost != want || err != nil {
+			t.Errorf("%d lost, want %d, %v: %s", lost, want, err, said)
+		}
+	}
 	for _, bad := range [...]string{"", "64 bytes from 10.0.0.2: icmp_seq=2 ttl=64 time=1 ms (DUP!)\n" + end, "5 packets transmitted, 0 received, 100% packet loss\n"} {
 		if _, _, _, err := pingLoss(bad); err == nil {
 			t.Errorf("%q: no error", bad)
@@ -256,7 +268,7 @@ func TestGuestIsDescribedForXL(t *testing.T) {
 		Linux: []string{"a=b"}, Config: []string{"driver_domain=1"},
 	}.config()
 	for _, want := range [...]string{
-		`name="one"`, `type="pvh"`, `memory=320`, ` xenlab=guest a=b"`, "driver_domain=1", `tsc_mode="native"`,
+		`name="one"`, `type="pvh"`, `memory=400`, ` xenlab=guest a=b"`, "driver_domain=1", `tsc_mode="native"`,
 		`vif=["mac=00:16:3e:77:00:01,script=` + image.VifScript + `","mac=00:16:3e:77:00:02,script=` + image.VifScript + `,backend=driver,mtu=9000,rate=1Mb/s"]`,
 	} {
 		if !strings.Contains(got, want) {

@@ -8,6 +8,7 @@ import (
 
 	"barevif/pvnet"
 	"barevif/pvnet/link"
+	"barevif/pvnet/netif"
 	"barevif/tools/cli"
 	"barevif/tools/domain"
 
@@ -18,56 +19,106 @@ func attachCommand(p *cli.Program) *cobra.Command {
 	a := attach{front: front{Program: p, offload: true}}
 	cmd := &cobra.Command{
 		Use:   "attach",
-		Short: "Be a guest: own a vif and give it to the kernel as a TAP",
+		Short: "Be a guest: own vifs and give each to the kernel as a TAP",
 		Long: `attach connects to a vif of its domain and joins it to a TAP, until a signal ends it:
 an interface of this machine's kernel with the vif's MAC and MTU, for whatever uses
 the kernel's TCP/IP. It needs CAP_NET_ADMIN.
 
+With --vif several times it does that for each vif, with a TAP of its own; --addr then
+says whose it is: --addr 1=10.9.1.2/24. ` + severalVifs + `
+
 When the backend goes, attach waits and connects again when one comes back. The TAP
-stays meanwhile. If the vif was plugged again with another MAC or MTU, the TAP gets
-those.
+stays, without a carrier meanwhile, and so it does while the backend says that the
+network behind it is gone; when it comes back the addresses of the TAP are announced
+to the neighbours. If the vif gets another MTU, or is plugged again with another MAC,
+the TAP gets those.
+
+With --addr auto the TAP gets the addresses that the toolstack has for the guest of the
+vif, which are ip= in a domain's configuration. They are read once, when attach begins.
+
+An upgrade loses no frame: attach --take-over takes the vif over from the attach that has
+it now, within milliseconds, and that one ends with status 0. The TAP stays, with its
+addresses and connections; the backend notices nothing. SIGUSR2 makes a running attach
+start itself again in this way: with the file that is at its program's path now, and
+the same arguments. If the new one cannot take a vif, the old one says why and goes
+on.
 
 On a real Xen (--xen) the kernel's xen-netfront must not own the vif; --take takes
 it away from it.`,
 		Example: `  barevif attach --addr 10.9.0.2/24
+  barevif attach --vif 0 --vif 1 --addr 0=10.9.0.2/24 --addr 1=10.9.1.2/24
+  barevif attach --xen --addr auto
+  barevif attach --addr 10.9.0.2/24 --take-over
   barevif attach --xen --take --vif 1 --tap card1 --addr 192.0.2.7/24`,
 		Args: cli.Arguments(0),
 		RunE: func(cmd *cobra.Command, _ []string) error { return a.run(cmd.Context()) },
 	}
 	a.register(cmd)
-	cmd.Flags().StringVar(&a.tap, "tap", "xvif%i", "`name` of the TAP: %i is the vif")
-	cmd.Flags().StringVar(&a.addr, "addr", "", "`address` of this machine on it: IP/BITS")
+	cmd.Flags().StringVar(&a.tap, "tap", "xvif"+vifMark, "`name` of each TAP: "+vifMark+" is the vif")
+	cmd.Flags().StringArrayVar(&a.addrs, "addr", nil, "`address` of this machine on a TAP: IP/BITS; auto: those that the toolstack has for it, auto/BITS: with BITS where it says none; default: no address. Of several vifs: ID=IP/BITS; repeatable")
+	cli.FixedValues(cmd, "addr", autoAddr)
+	completes(cmd, completeNothing, "tap")
 	return cmd
 }
 
 type attach struct {
 	front
-	tap, addr string
+	tap   string
+	addrs []string
+}
+
+// addresses returns the addresses that --addr has, by vif.
+func (a *attach) addresses() (map[string]autoAddress, error) {
+	if len(a.vifs) > 1 && !strings.Contains(a.tap, vifMark) {
+		return nil, &cli.Advice{
+			Err:  fmt.Errorf("--tap %q: one name for %d TAPs", a.tap, len(a.vifs)),
+			Next: "put " + vifMark + " into it, which is the vif: --tap " + a.tap + vifMark, Usage: true,
+		}
+	}
+	values, err := (&vifValues{"addr", a.addrs}).of(a.vifs, isLiteral)
+	if err != nil {
+		return nil, err
+	}
+	addrs := make(map[string]autoAddress)
+	for vif, s := range values {
+		if s == "" { // no address
+			continue
+		}
+		if addrs[vif], err = parseAuto(s); err != nil {
+			return nil, err
+		}
+	}
+	return addrs, nil
 }
 
 func (a *attach) run(ctx context.Context) error {
-	var addr netip.Prefix
-	if a.addr != "" {
-		var err error
-		if addr, err = netip.ParsePrefix(a.addr); err != nil || addr.Addr().Is4In6() {
-			return cli.BadValue("addr", a.addr, "an address with a prefix, like 10.9.0.2/24")
-		}
+	addrs, err := a.addresses()
+	if err != nil {
+		return err
 	}
-	return a.own(ctx, func(_ *domain.Domain, dev *pvnet.Device) (*use, error) { return a.join(dev, addr) })
+	return a.own(ctx, func(_ *domain.Domain, dev *pvnet.Device) (*use, error) {
+		addr := addrs[dev.ID()]
+		if !addr.on {
+			return a.join(dev, addr.addr)
+		}
+		g, err := addr.of(ctx, dev)
+		if err != nil {
+			return nil, err
+		}
+		if len(g.Addrs) == 0 {
+			a.Log().Warn("the TAP gets no address: the toolstack has none for this vif", "vif", dev.ID(), "key", netif.KeyIP)
+		}
+		if g.Gateway.IsValid() {
+			a.Log().Info("the toolstack names a router, to which attach makes no route", "vif", dev.ID(), "router", g.Gateway)
+		}
+		return a.join(dev, g.Addrs...)
+	})
 }
 
 // join joins the vif to a new TAP, until the device ends.
-func (a *attach) join(dev *pvnet.Device, addr netip.Prefix) (*use, error) {
-	name := strings.ReplaceAll(a.tap, "%i", dev.ID())
-	tap, err := openTAP(link.TAPConfig{Name: name, MTU: dev.MTU()})
+func (a *attach) join(dev *pvnet.Device, addrs ...netip.Prefix) (*use, error) {
+	tap, err := a.open(dev, addrs)
 	if err != nil {
-		return nil, linkRefused(err)
-	}
-	if err = setMAC(tap.Name(), dev.MAC()); err == nil {
-		err = addAddress(tap.Name(), addr)
-	}
-	if err != nil {
-		tap.Close()
 		return nil, err
 	}
 	var joint link.Joint
@@ -75,12 +126,12 @@ func (a *attach) join(dev *pvnet.Device, addr netip.Prefix) (*use, error) {
 	go func() {
 		defer close(ended)
 		// No context: the joint ends only with the device.
-		if err := joint.Run(context.Background(), dev, tap); err != nil {
-			failed <- fmt.Errorf("vif %s lost its network: %w", a.vif, err)
+		if err := joint.Run(context.Background(), dev, queuesOfLink(tap)...); err != nil {
+			failed <- fmt.Errorf("vif %s lost its network: %w", dev.ID(), err)
 		}
 	}()
 	return &use{
-		says:   fmt.Sprintf("the kernel has it as %s", tap.Name()),
+		says:   fmt.Sprintf("the kernel has it as %s%s", tap.Name(), addressed(addrs)),
 		failed: failed,
 		renew: func() error {
 			if err := setMAC(tap.Name(), dev.MAC()); err != nil {
@@ -88,11 +139,60 @@ func (a *attach) join(dev *pvnet.Device, addr netip.Prefix) (*use, error) {
 			}
 			return setMTU(tap.Name(), dev.MTU())
 		},
+		link: func(up bool) error {
+			if joint.Held() {
+				return nil // another process is about to have the TAP
+			}
+			err := tap.SetCarrier(up)
+			if up && err == nil {
+				err = announce(tap.Name())
+			}
+			return err
+		},
 		close: func() error {
 			<-ended
-			st := dev.Stats()
-			fmt.Fprintf(a.Stdout, "vif %s: gone; %s\n", a.vif, tally("backend", &st, joint.Stats()))
+			st, end := dev.Stats(), "gone"
+			if joint.Held() {
+				end = "handed over"
+			}
+			a.Say("vif %s: %s; %s", dev.ID(), end, tally("backend", &st, joint.Stats()))
 			return tap.Close()
 		},
+		hold: joined(dev, tap, &joint),
 	}, nil
+}
+
+// addressed says which addresses an interface has, as the end of a line.
+func addressed(addrs []netip.Prefix) string {
+	if len(addrs) == 0 || !addrs[0].IsValid() {
+		return ""
+	}
+	return ", " + join(addrs)
+}
+
+// open returns the TAP that came with a vif which was taken over, or a new one.
+func (a *attach) open(dev *pvnet.Device, addrs []netip.Prefix) (*tap, error) {
+	if files := dev.TakenFiles(); len(files) > 0 {
+		t, err := adoptFor(dev, files)
+		if err == nil {
+			return t, nil
+		}
+		a.Log().Warn("the TAP of a vif that was taken over cannot be used, and is opened anew", "vif", dev.ID(), "err", err)
+	}
+	name := strings.ReplaceAll(a.tap, vifMark, dev.ID())
+	t, err := openTAP(link.TAPConfig{Name: name, MTU: dev.MTU()}, dev.Queues())
+	if err != nil {
+		return nil, linkRefused(err)
+	}
+	err = setMAC(t.Name(), dev.MAC())
+	for _, addr := range addrs {
+		if err == nil {
+			err = addAddress(t.Name(), addr)
+		}
+	}
+	if err != nil {
+		t.Close()
+		return nil, err
+	}
+	return t, nil
 }

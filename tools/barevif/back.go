@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"net/netip"
 	"os"
 	"os/signal"
@@ -12,8 +13,10 @@ import (
 	"strings"
 	"sync"
 	"syscall"
+	"time"
 
 	"barevif/pvnet"
+	"barevif/pvnet/handover"
 	"barevif/pvnet/link"
 	"barevif/tools/cli"
 	"barevif/tools/domain"
@@ -24,7 +27,7 @@ import (
 )
 
 func backCommand(p *cli.Program) *cobra.Command {
-	b := back{Program: p}
+	b := back{Program: p, takeovers: takeovers{command: "back", pause: "send the other back SIGUSR1"}}
 	cmd := &cobra.Command{
 		Use:   "back",
 		Short: "Be the driver domain: serve vifs, each joined to a TAP or an interface",
@@ -35,7 +38,45 @@ joins each to a network of this machine's kernel:
                domain 1. Give it an address with --addr, or put it on a bridge with
                --bridge. It needs CAP_NET_ADMIN.
   --packet IF  the interface IF, which then carries the vif's frames beside its own.
-               It needs CAP_NET_RAW. For one vif; IF should have no address.
+               It needs CAP_NET_RAW. For one vif; IF should have no address. Frames
+               take the vif's queues by their flow, or as the frontend asks.
+
+Frames for a guest that takes none wait for --drain and are then dropped. If it takes
+none for --stall, the carrier of its TAP goes off until it takes frames again. Other
+guests notice nothing of it.
+
+What the toolstack wrote about a vif, as xl's vif= has it, says more, and wins over
+--tap, --bridge, and an --addr that names no vif:
+
+  bridge      the TAP is put on it. While there is none of that name the vif does not
+              connect: hotplug-status is "error", hotplug-error says why, and so does
+              the log. It connects when the bridge is made. xenbr0, which libxl writes
+              where it was told nothing, does not count beside --bridge or --addr.
+  vifname     the TAP's name, if it is free
+  script      vif-bridge, or none: as above. vif-route: the TAP has the address of
+              gatewaydev, and a route to each address of ip. back runs no scripts: a vif
+              with any other is refused, unless --bridge or --addr says what to do.
+  mac         with --lock-mac the bridge takes frames of the guest from this address
+              alone; otherwise it is checked, and a wrong one is a line in the log
+  type        vif. A line in the log if there is an emulated card too
+  ip          without vif-route, and gatewaydev: a line in the log, nothing more
+
+A key that is not honoured is named in the log, once per vif; vlan is refused. --hotplug
+says who sets TAPs up: keys, back as above; script, the script that the toolstack runs,
+for which back waits as netback does; flags, back by its flags alone; auto, in domain 0,
+where libxl runs it, the script if it is not vif-barevif, and elsewhere back.
+
+The frontends learn what happens to that network. While the TAP, or the bridge it is
+on, is set down, or the interface IF has no carrier, their vifs have none: back writes
+the key "carrier". If the MTU of the TAP or of IF is changed, back writes "mtu" to both
+ends' directories; and if the toolstack writes the vif's mtu, the TAP gets it.
+
+An upgrade loses no frame: back --take-over takes the vifs over from the back that
+serves them now, one after another and each within milliseconds, and that one ends
+with status 0. TAPs stay, with their addresses and their places on a bridge. SIGUSR2
+makes a running back start itself again in this way: with the file that is at its
+program's path now, and the same arguments. If the new one cannot take a vif, the old
+one says why and goes on with it until it ends.
 
 SIGUSR1 ends it without closing the vifs: the next back goes on where this one
 stopped, and the frontends see a pause.
@@ -46,22 +87,35 @@ goes on. Started again after it was killed, it finds its vifs and reconnects the
   barevif back --addr 1.0=10.9.0.1/24 --addr 3.0=10.9.1.1/24
   barevif back --tap card%d --bridge xenbr0
   barevif back --packet eth1
-  barevif back --xen --type barevif`,
+  barevif back --xen
+  barevif back --xen --type barevif
+  barevif back --xen --bridge xenbr0 --take-over`,
 		Args: cli.Arguments(0),
 		RunE: func(cmd *cobra.Command, _ []string) error { return b.run(cmd.Context()) },
 	}
 	b.domain.Register(cmd, 2)
 	b.counters.register(cmd)
+	b.inspect.register(cmd)
 	cmd.Flags().StringVar(&b.tap, "tap", "vif%d.%i", "`name` of each TAP: %d is the frontend's domain, %i the vif")
 	cmd.Flags().StringArrayVar(&b.addrs, "addr", nil, "`address` of this machine on a vif's TAP: DOM.ID=IP/BITS, or IP/BITS for the first that connects; repeatable")
 	cmd.Flags().StringVar(&b.bridge, "bridge", "", "put the TAPs on this `bridge`")
 	cmd.Flags().StringVar(&b.packet, "packet", "", "join the vif to this `interface` instead of a TAP")
+	cmd.Flags().StringVar(&b.hotplug, "hotplug", hotplugAuto, "`who` sets TAPs up: keys, script, flags, or auto as above")
+	cmd.Flags().BoolVar(&b.lockMAC, "lock-mac", false, "hold the guest of a vif on a bridge to the vif's mac; Linux 5.18")
 	cmd.Flags().StringVar(&b.typ, "type", "vif", "backend `type` to serve; one of its own keeps the kernel's netback away")
-	cmd.Flags().IntVar(&b.queues, "queues", 1, "`queues` to offer per vif")
+	cmd.Flags().StringVar(&b.queues, "queues", autoQueues, queuesUsage("to offer per vif"))
 	cmd.Flags().BoolVar(&b.remove, "remove", false, "remove a vif's directory once it was taken away, where no xl devd does")
+	cmd.Flags().DurationVar(&b.drain, "drain", 10*time.Second, "`time` that frames wait for a guest that takes none; negative: for ever")
+	cmd.Flags().DurationVar(&b.stall, "stall", 60*time.Second, "`time` without a frame taken after which the carrier goes off; negative: never")
+	b.takeovers.register(cmd, "take the vifs over from the back that serves them now, which then ends")
+	cli.FixedValues(cmd, "hotplug", hotplugAuto, hotplugKeys, hotplugScript, hotplugFlags)
+	cli.FixedValues(cmd, "queues", autoQueues)
+	completes(cmd, completeInterfaces, "packet", "bridge")
+	completes(cmd, completeNothing, "tap", "addr", "type", "drain", "stall")
 	cli.Exclusive(cmd, "packet", "addr")
 	cli.Exclusive(cmd, "packet", "bridge")
 	cli.Exclusive(cmd, "packet", "tap")
+	cli.Exclusive(cmd, "packet", "lock-mac")
 	return cmd
 }
 
@@ -69,20 +123,42 @@ type back struct {
 	*cli.Program
 	domain                   domain.Flags
 	counters                 counterFlag
+	inspect                  inspectFlag
+	takeovers                takeovers
 	tap, bridge, packet, typ string
+	hotplug                  string
+	lockMAC                  bool
+	dom0                     bool // we are the domain in which libxl runs scripts
+	news                     linkNews
 	addrs                    []string
-	queues                   int
+	queues                   string
 	remove                   bool
+	drain, stall             time.Duration
 	slog                     *slog.Logger
+	network                  interfaces
 
-	printMu  sync.Mutex // vifs come and go at any time
 	prefixMu sync.Mutex
 	prefix   map[string]netip.Prefix // guarded by prefixMu: by vif, like "1.0"; "" is for the first vif that connects
 }
 
+// maxTimeout is the longest --drain and --stall.
+const maxTimeout = 24 * time.Hour
+
 func (b *back) run(ctx context.Context) error {
-	if b.queues < 1 || b.queues > 64 {
-		return cli.BadValue("queues", strconv.Itoa(b.queues), "a number from 1 to 64")
+	queues, err := deviceQueues(b.queues)
+	if err != nil {
+		return err
+	}
+	if t := b.drain; t >= 0 && t < time.Millisecond || t > maxTimeout {
+		return cli.BadValue("drain", t.String(), "a time from 1ms to 24h, or negative")
+	}
+	if t := b.stall; t >= 0 && t < time.Second || t > maxTimeout {
+		return cli.BadValue("stall", t.String(), "a time from 1s to 24h, or negative")
+	}
+	switch b.hotplug {
+	case hotplugAuto, hotplugKeys, hotplugScript, hotplugFlags:
+	default:
+		return cli.BadValue("hotplug", b.hotplug, "auto, keys, script or flags")
 	}
 	if err := b.parseAddrs(); err != nil {
 		return err
@@ -94,54 +170,79 @@ func (b *back) run(ctx context.Context) error {
 	if err := b.probe(); err != nil {
 		return err
 	}
+	b.slog = b.Log()
+	b.domain.Beside = b.takeovers.takeOver
 	dom, err := b.domain.Open(ctx)
 	if err != nil {
 		return err
 	}
 	defer dom.End()
-	b.slog = b.Log()
+	inspector, endInspect, err := b.inspect.listen(b.slog)
+	if err != nil {
+		return err
+	}
+	defer endInspect()
+	file := fmt.Sprintf("back-%d-%s.handover", dom.ID(), strings.ReplaceAll(b.typ, "/", "_"))
+	if err := b.takeovers.begin(b.Say, b.slog, &b.domain, file, handover.Identity{Domain: dom.ID(), Type: b.typ}); err != nil {
+		return err
+	}
+	takeOver, err := b.takeovers.dial(ctx, false)
+	if err != nil {
+		return err
+	}
+	defer b.takeovers.close()
 
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	handover := make(chan os.Signal, 1)
-	signal.Notify(handover, syscall.SIGUSR1)
-	defer signal.Stop(handover)
+	defer b.network.follow(ctx, b.slog)()
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, syscall.SIGUSR1, syscall.SIGUSR2)
+	defer signal.Stop(signals)
 	go func() {
-		select {
-		case <-handover:
-			cancel(pvnet.ErrHandover)
-		case <-ctx.Done():
+		for {
+			select {
+			case s := <-signals:
+				if s == syscall.SIGUSR1 {
+					cancel(pvnet.ErrHandover)
+					return
+				}
+				b.takeovers.startSuccessor(b.slog)
+			case <-ctx.Done():
+				return
+			}
 		}
 	}()
 
-	b.say("domain %d serves vifs of type %s; a signal ends it", dom.ID(), b.typ)
+	b.dom0 = dom.ID() == 0
+	go b.news.run(ctx)
+	b.Say("domain %d serves vifs of type %s; a signal ends it", dom.ID(), b.typ)
 	done := make(chan error, 1)
 	go func() {
 		done <- pvnet.Serve(ctx, dom, pvnet.ServeConfig{
-			Config:  pvnet.Config{Queues: b.queues, Offload: true, Counters: counters, Logger: b.slog},
-			Type:    b.typ,
-			Hotplug: true,
-			Remove:  b.remove,
+			Config: pvnet.Config{Queues: queues, LendRx: true, StaticGrants: true, Offload: true, Counters: counters, Inspector: inspector, Logger: b.slog},
+			Type:   b.typ,
+			Hold:   true,
+			Remove: b.remove,
+
+			DrainTimeout: b.drain,
+			StallTimeout: b.stall,
+
+			TakeOver: takeOver,
 		}, func(dev *pvnet.Device) { b.serve(ctx, dev) })
 	}()
+	go b.takeovers.run(ctx, func() { cancel(pvnet.ErrHandover) })
 	select {
 	case err = <-done:
 	case <-dom.Gone:
 		// The xenstore is gone, so the vifs cannot be closed there. But they must end:
 		// the pins of their counters would outlive this process.
 		cancel(domain.ErrHostGone)
-		return dom.Lost(b.say, done)
+		return dom.Lost(b.Say, done)
 	}
 	if errors.Is(err, context.Canceled) || errors.Is(err, pvnet.ErrHandover) {
 		return nil // a signal
 	}
 	return err
-}
-
-func (b *back) say(format string, args ...any) {
-	b.printMu.Lock()
-	defer b.printMu.Unlock()
-	fmt.Fprintf(b.Stdout, format+"\n", args...)
 }
 
 // parseAddrs reads --addr.
@@ -227,46 +328,110 @@ func linkRefused(err error) error {
 // does not affect the others.
 func (b *back) serve(ctx context.Context, dev *pvnet.Device) {
 	vif := fmt.Sprintf("%d.%s", dev.Peer(), dev.ID())
-	l, err := b.open(dev, vif)
-	if err != nil {
-		b.slog.Error("a vif has no network and is closed", "vif", vif, "err", err)
+	var j link.Joint
+	ran := make(chan error, 1)
+	run := func(l link.Link) { ran <- j.Run(ctx, dev, queuesOfLink(l)...) }
+	taken := b.takenOver(dev, vif)
+	if taken != nil { // at once: the vif stands still
+		go run(taken)
+	}
+	l, p := b.attach(ctx, dev, vif, taken)
+	if l == nil {
 		dev.Disconnect()
+		if taken != nil {
+			<-ran
+			taken.Close()
+		}
 		return
 	}
 	defer l.Close()
-	b.say("vif %s: joined to %s, MTU %d; counters: %s", vif, l.Name(), l.MTU(), mirrored(dev))
+	if taken == nil {
+		b.Say("vif %s: joined to %s, MTU %d%s; counters: %s", vif, l.Name(), l.MTU(), p, mirrored(dev))
+	} else { // its counters come later
+		b.Say("vif %s: taken over, joined to %s, MTU %d%s", vif, l.Name(), l.MTU(), p)
+	}
 	var following sync.WaitGroup
-	following.Go(func() { b.follow(dev, vif, l.Name()) })
-	var j link.Joint
-	err = j.Run(ctx, dev, l)
+	inner, cancel := context.WithCancel(ctx)
+	defer cancel()
+	if i, err := net.InterfaceByName(l.Name()); err == nil { // else it is gone already, as Run finds
+		watch := b.network.watch(i.Index, func(s interfaceState) { b.tell(dev, vif, s) })
+		defer watch.end()
+		following.Go(func() { b.follow(inner, dev, vif, watch, p) })
+		if p.bridge != "" {
+			following.Go(func() { b.keepOnBridge(inner, vif, i.Index, p) })
+		}
+	}
+	defer b.takeovers.add(joined(dev, l, &j))()
+	if taken == nil {
+		run(l)
+	}
+	err := <-ran
 	if err != nil && ctx.Err() == nil {
 		b.slog.Error("a vif lost its network and is closed", "vif", vif, "err", err)
 	}
 	dev.Disconnect()
+	cancel()
 	following.Wait()
 	st := dev.Stats()
-	b.say("vif %s: gone; %s", vif, tally("frontend", &st, j.Stats()))
+	end := "gone"
+	if j.Held() {
+		end = "handed over"
+	}
+	b.Say("vif %s: %s; %s", vif, end, tally("frontend", &st, j.Stats()))
+}
+
+// tell tells the frontend what has become of the interface behind its vif.
+func (b *back) tell(dev *pvnet.Device, vif string, s interfaceState) {
+	carrier := s.up
+	if b.packet != "" {
+		carrier = s.carrier
+	}
+	_ = dev.SetCarrier(carrier) // fails for a device that has ended
+	if s.mtu == 0 || s.mtu == dev.MTU() {
+		return
+	}
+	if err := dev.SetMTU(s.mtu); err != nil && !errors.Is(err, pvnet.ErrDisconnected) {
+		b.slog.Error("a vif keeps its MTU", "vif", vif, "err", err)
+	}
 }
 
 // follow prints the changes of the vif's link state until the device has ended.
-func (b *back) follow(dev *pvnet.Device, vif, name string) {
-	up := false
+func (b *back) follow(ctx context.Context, dev *pvnet.Device, vif string, tap *interfaceWatch, p plan) {
+	up, stalled, mtu := false, false, 0
 	for ev := range dev.Links(context.Background()) {
+		if ev.Up && b.packet == "" {
+			if err := tap.setMTU(ev.MTU); err != nil {
+				b.slog.Error("a vif's TAP has another MTU than the vif", "vif", vif, "err", err)
+			}
+		}
 		switch {
+		case ev.Up && ev.Stalled && !stalled:
+			b.Say("vif %s: takes no frames, carrier off", vif)
+		case ev.Up && up && stalled && !ev.Stalled:
+			b.Say("vif %s: takes frames again, carrier on", vif)
+		case ev.Up && up && ev.MTU != mtu:
+			b.Say("vif %s: its MTU is now %d", vif, ev.MTU)
 		case ev.Up:
 			if b.packet == "" {
-				if err := addAddress(name, b.addressOf(vif, true)); err != nil {
-					b.slog.Error("a vif's TAP has no address", "vif", vif, "err", err)
-				}
-				if err := setMTU(name, ev.MTU); err != nil {
-					b.slog.Error("a vif's TAP has another MTU than the vif", "vif", vif, "err", err)
-				}
+				b.adapt(vif, tap.index, p)
+				b.recheck(ctx, dev, vif, p)
 			}
-			b.say("vif %s: connected to domain %d, MTU %d, %s", vif, dev.Peer(), ev.MTU, dev.Budget())
+			b.Say("vif %s: connected to domain %d, MTU %d, %s, %s", vif, dev.Peer(), ev.MTU, queuesOf(dev), dev.Budget())
 		case up:
-			b.say("vif %s: down: %s", vif, ev.Reason)
+			b.Say("vif %s: down: %s", vif, ev.Reason)
 		}
-		up = ev.Up
+		up, stalled, mtu = ev.Up, ev.Stalled, ev.MTU
+	}
+}
+
+// adapt gives a TAP the address that it has only once the vif is connected.
+func (b *back) adapt(vif string, index int, p plan) {
+	name, err := nameOf(index)
+	if err == nil && !p.keyed {
+		err = addAddress(name, b.addressOf(vif, true))
+	}
+	if err != nil {
+		b.slog.Error("a vif's TAP has no address", "vif", vif, "err", err)
 	}
 }
 
@@ -277,32 +442,6 @@ func mirrored(dev *pvnet.Device) string {
 		return fmt.Sprintf("%s (%s)", kind, reason)
 	}
 	return kind
-}
-
-// open opens the link of a vif.
-func (b *back) open(dev *pvnet.Device, vif string) (link.Link, error) {
-	if b.packet != "" {
-		return asLink(link.OpenPacket(b.packet))
-	}
-	name := strings.NewReplacer("%d", strconv.Itoa(int(dev.Peer())), "%i", dev.ID()).Replace(b.tap)
-	tap, err := openTAP(link.TAPConfig{Name: name, MTU: dev.MTU()})
-	if err != nil {
-		return nil, linkRefused(err)
-	}
-	// The address that Linux's netback gives to each of its interfaces. A bridge takes the
-	// lowest address of its ports. If that were a random one, a restart would change the
-	// bridge's address, and neighbours that know the old one could not reach this machine.
-	if err = setMAC(tap.Name(), dev.MAC()); err == nil {
-		err = addAddress(tap.Name(), b.addressOf(vif, false))
-	}
-	if err == nil && b.bridge != "" {
-		err = setBridge(tap.Name(), b.bridge)
-	}
-	if err != nil {
-		tap.Close()
-		return nil, err
-	}
-	return tap, nil
 }
 
 // addressOf returns the address for the vif's TAP, invalid if there is none. An address

@@ -2,7 +2,6 @@ package main
 
 import (
 	"fmt"
-	"io"
 	"strconv"
 	"strings"
 
@@ -34,8 +33,8 @@ func (f *flow) balanced() bool {
 	return telemetry.Unaccounted(&f.sent, &f.received) == 0
 }
 
-// printFlows writes flows as a table, indented.
-func printFlows(w io.Writer, indent string, flows [2]flow) {
+// sprintFlows returns flows as the lines of a table, indented.
+func sprintFlows(indent string, flows [2]flow) string {
 	t := table.Table{Head: []string{"", "frames", "bytes", "frames a batch", "notified", "not needed", "dropped"}}
 	for i := range flows {
 		f := &flows[i]
@@ -48,9 +47,7 @@ func printFlows(w io.Writer, indent string, flows [2]flow) {
 				cli.Grouped(side.v.Get(telemetry.NotifiesSent)), cli.Grouped(side.v.Get(telemetry.NotifiesSpared)), cli.Grouped(lost(side.v))})
 		}
 	}
-	for _, line := range t.Lines() {
-		fmt.Fprintln(w, indent+line)
-	}
+	return indent + strings.Join(t.Lines(), "\n"+indent)
 }
 
 // perBatch returns the average number of frames per batch.
@@ -76,10 +73,11 @@ func perBatch(v *telemetry.Values) string {
 func tally(peer string, st *telemetry.Stats, js link.JointStats) string {
 	in, out := st.RX.Get(telemetry.Packets)+lost(&st.RX), js.ToLink
 	read := js.FromLink + js.Dropped() + js.Unfed
-	gone := min(st.TX.Lost(telemetry.DropDisconnected), js.FromLink)
+	stalled := st.TX.Lost(telemetry.DropGuestStalled)
+	gone := min(st.TX.Lost(telemetry.DropDisconnected)+stalled, js.FromLink)
 	s := fmt.Sprintf("%s frames from the %s, %s to the network, %s lost%s; %s from the network, %s to the %s, %s lost%s",
 		cli.Grouped(in), peer, cli.Grouped(out), cli.Grouped(in-out), toNetworkLost(&js),
-		cli.Grouped(read), cli.Grouped(js.FromLink-gone), peer, cli.Grouped(read-js.FromLink+gone), fromNetworkLost(&js))
+		cli.Grouped(read), cli.Grouped(js.FromLink-gone), peer, cli.Grouped(read-js.FromLink+gone), fromNetworkLost(&js, stalled))
 	if n := st.TX.Get(telemetry.Packets); n > js.FromLink {
 		s += fmt.Sprintf(", cut into %s", cli.Grouped(n))
 	}
@@ -91,8 +89,9 @@ func toNetworkLost(js *link.JointStats) string {
 	return reasons(reason{js.Unsent, "not taken there"})
 }
 
-func fromNetworkLost(js *link.JointStats) string {
+func fromNetworkLost(js *link.JointStats, stalled uint64) string {
 	return reasons(
+		reason{stalled, "not taken by the other end in time"},
 		reason{js.Oversize, "longer than the vif's MTU"},
 		reason{js.Refused, "longer than the other end takes"},
 		reason{js.Uncut, "malformed or not to be segmented"},

@@ -50,7 +50,9 @@ end is a second gVisor stack. --network asks for one of them.`,
 	}
 	cmd.Flags().Var(&d.size, "size", "`bytes` of the file to fetch, with KiB, MiB, GiB or TiB")
 	d.where.register(cmd)
+	d.inspect.register(cmd)
 	cmd.Flags().StringVar(&d.network, "network", "auto", "far `end` of the card: auto, tap, veth or userspace")
+	cli.FixedValues(cmd, "network", "auto", "tap", "veth", "userspace")
 	return cmd
 }
 
@@ -59,8 +61,7 @@ type demo struct {
 	size    byteSize
 	network string
 	where   counterFlag
-
-	printMu sync.Mutex
+	inspect inspectFlag
 }
 
 // The two ends of the demonstration's network and its domains.
@@ -79,9 +80,7 @@ const (
 
 // say prints a line under a label.
 func (d *demo) say(label, format string, args ...any) {
-	d.printMu.Lock()
-	defer d.printMu.Unlock()
-	fmt.Fprintf(d.Stdout, "%-10s %s\n", label, fmt.Sprintf(format, args...))
+	d.Say("%-10s %s", label, fmt.Sprintf(format, args...))
 }
 
 func (d *demo) run(ctx context.Context) (err error) {
@@ -91,6 +90,11 @@ func (d *demo) run(ctx context.Context) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, s.cleanUp()) }()
+	var endInspect func()
+	if s.inspector, endInspect, err = d.inspect.listen(d.Log()); err != nil {
+		return err
+	}
+	s.later(func() error { endInspect(); return nil })
 	setup, cancel := context.WithTimeoutCause(ctx, setupPatience, errSetup)
 	defer cancel()
 	if err := s.build(setup); err != nil {
@@ -124,6 +128,7 @@ type stage struct {
 	app         *app
 	stopServing func() error // of the backend
 	store       telemetry.Store
+	inspector   pvnet.Inspector
 
 	undo []func() error // the functions that cleanUp calls, last first
 }
@@ -171,7 +176,7 @@ func (s *stage) connect(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	cfg := pvnet.Config{Offload: true, Counters: s.store, Logger: s.Log()}
+	cfg := pvnet.Config{StaticGrants: true, Offload: true, Counters: s.store, Inspector: s.inspector, Logger: s.Log()}
 	backs := s.serve(backDom, cfg)
 	cfg.LendRx = true // the stack copies
 	if s.front, err = pvnet.Connect(ctx, frontDom, "0", cfg); err != nil {
@@ -349,7 +354,7 @@ func (d *demo) fetchFile(ctx context.Context, c *http.Client) error {
 	}
 	defer resp.Body.Close()
 	hash := sha256.New()
-	bar := newProgress(d.Stdout, size)
+	bar := newProgress(d.Program, size)
 	n, err := io.Copy(io.MultiWriter(hash, bar), resp.Body)
 	took := time.Since(began)
 	bar.finish()
@@ -383,7 +388,7 @@ func (d *demo) counters(ctx context.Context, front, back *pvnet.Device, far *far
 		}
 		if time.Now().After(end) {
 			d.say("counters", "")
-			printFlows(d.Stdout, "", f)
+			d.Say("%s", sprintFlows("", f))
 			return errors.New("the counters of the two ends disagree: sent is not received + dropped")
 		}
 		select {
@@ -393,9 +398,7 @@ func (d *demo) counters(ctx context.Context, front, back *pvnet.Device, far *far
 		}
 	}
 	d.say("counters", "sent = received + dropped, in both directions:")
-	d.printMu.Lock()
-	printFlows(d.Stdout, strings.Repeat(" ", 11), f)
-	d.printMu.Unlock()
+	d.Say("%s", sprintFlows(strings.Repeat(" ", 11), f))
 	if far.joint != nil {
 		js := far.joint.Stats()
 		d.say("", "backend to the network: %s frames, %s dropped; from it: %s, %s dropped",

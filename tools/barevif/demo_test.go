@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"barevif/telemetry"
+	"barevif/tools/cli"
 	"barevif/tools/internal/storetrace"
 	"barevif/xenbus/toolstack"
 )
@@ -55,7 +56,7 @@ func TestFlowsBalanceWithWhatWasDropped(t *testing.T) {
 		t.Error("1000 are not 997 and 3")
 	}
 	var b bytes.Buffer
-	printFlows(&b, "  ", f)
+	b.WriteString(sprintFlows("  ", f) + "\n")
 	for _, want := range []string{"frontend sent   1 000", "60 000", " 3.0 ", "backend received     997", "  3\n"} {
 		if !strings.Contains(b.String(), want) {
 			t.Errorf("no %q in\n%s", want, &b)
@@ -112,7 +113,7 @@ func TestLongKeysAreBroken(t *testing.T) {
 
 func TestProgressOnNoTerminalIsLines(t *testing.T) {
 	var b bytes.Buffer
-	p := newProgress(&b, 1000)
+	p := newProgress(&cli.Program{Stdout: &b}, 1000)
 	for range 1000 {
 		p.Write(make([]byte, 1))
 	}
@@ -120,5 +121,5 @@ func TestProgressOnNoTerminalIsLines(t *testing.T) {
 	if got := strings.Count(b.String(), "\n"); got != 4 || !strings.Contains(b.String(), " 25 %  250 bytes") {
 		t.Errorf("%d lines:\n%s", got, &b)
 	}
-	newProgress(&b, 0).Write(nil)
+	newProgress(&cli.Program{Stdout: &b}, 0).Write(nil)
 }

@@ -12,6 +12,7 @@ import (
 	"sync"
 
 	"barevif/hypercall"
+	"barevif/hypercall/anyxen"
 	"barevif/hypercall/emu"
 	"barevif/tools/cli"
 	"barevif/tools/domain"
@@ -45,14 +46,16 @@ join a host of their own user, of root, or of the user who became root by sudo.
 It is a development machine, not a boundary: each of these can be any domain.`,
 		Example: `  barevif host
   barevif host --vif front=1 --vif front=3,back=2,mtu=9000
+  barevif host --vif front=1,bridge=xenbr0,vifname=web0
+  barevif host --vif 'front=1,script=vif-route,ip=10.9.0.2 10.9.0.3,gatewaydev=eth0'
   barevif host --socket /tmp/xen/host.sock`,
 		Args: cli.Arguments(0),
 		RunE: func(cmd *cobra.Command, _ []string) error { return h.run(cmd.Context()) },
 	}
-	cmd.Flags().StringVar(&h.socket, "socket", domain.HostSocket(strconv.Itoa(os.Geteuid())), "`socket` to listen at")
+	cmd.Flags().StringVar(&h.socket, "socket", anyxen.Socket(os.Geteuid()), "`socket` to listen at")
 	cmd.Flags().StringVar(&h.xenstore, "xenstore", "", "`socket` of the xenstore; default: xenstored.sock beside the other")
 	cmd.Flags().StringArrayVar(&h.vifs, "vif", []string{"front=1,back=2"},
-		"a `vif` to add: front=DOM[,back=DOM][,id=N][,mac=MAC][,mtu=BYTES][,type=NAME]; repeatable")
+		"a `vif` to add: front=DOM[,back=DOM][,id=N][,mac=MAC][,mtu=BYTES][,rate=BYTES][,type=NAME], where rate is what the guest may send in a second, and as xl has them bridge, vifname, script, ip, gatewaydev; repeatable")
 	return cmd
 }
 
@@ -61,8 +64,8 @@ type host struct {
 	socket, xenstore string
 	vifs             []string
 
-	printMu sync.Mutex // domains come and go at any time
-	joined  map[hypercall.DomID]bool
+	joinedMu sync.Mutex               // domains come and go at any time
+	joined   map[hypercall.DomID]bool // guarded by joinedMu
 }
 
 func (h *host) run(ctx context.Context) (err error) {
@@ -75,7 +78,7 @@ func (h *host) run(ctx context.Context) (err error) {
 		vifs = append(vifs, v)
 	}
 	if h.xenstore == "" {
-		h.xenstore = filepath.Join(filepath.Dir(h.socket), "xenstored.sock")
+		h.xenstore = domain.XenstoreSocket(h.socket)
 	}
 	for _, path := range []string{h.socket, h.xenstore} {
 		if err := domain.PrivateDir(filepath.Dir(path)); err != nil {
@@ -110,9 +113,9 @@ func (h *host) run(ctx context.Context) (err error) {
 		<-served
 	}()
 
-	h.print(h.welcome(vifs))
+	h.Say("%s", h.welcome(vifs))
 	<-ctx.Done()
-	h.print("\nending: every domain dies with the host\n")
+	h.Say("\nending: every domain dies with the host")
 	return nil
 }
 
@@ -121,11 +124,15 @@ func (h *host) welcome(vifs []toolstack.Vif) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "emulated Xen   %s\nxenstore       %s\n", h.socket, h.xenstore)
 	emu := ""
-	if h.socket != domain.HostSocket(strconv.Itoa(os.Geteuid())) {
+	if h.socket != anyxen.Socket(os.Geteuid()) {
 		emu = " --emu " + h.socket
 	}
-	var backs, fronts []string
-	addrs := make(map[string]string) // the --addr flags of each back command, by its beginning
+	var backs, fronts, pages []string
+	addrs := make(map[string]string) // the flags for the vifs of each command, by its beginning
+	count := make(map[hypercall.DomID]int)
+	for _, v := range vifs {
+		count[v.Front]++
+	}
 	for i, v := range vifs {
 		fmt.Fprintf(&b, "vif %-10d frontend domain %d, backend domain %d, MAC %s\n",
 			v.ID, v.Front, v.Back, net.HardwareAddr(v.MAC[:]))
@@ -137,7 +144,15 @@ func (h *host) welcome(vifs []toolstack.Vif) string {
 			backs = append(backs, back)
 		}
 		addrs[back] += fmt.Sprintf(" --addr %d.%d=10.9.%d.1/24", v.Front, v.ID, i)
-		fronts = append(fronts, fmt.Sprintf("barevif serve%s --dom %d --vif %d --addr 10.9.%d.2/24", emu, v.Front, v.ID, i))
+		front, own := fmt.Sprintf("barevif serve%s --dom %d", emu, v.Front), ""
+		if addrs[front] == "" {
+			fronts = append(fronts, front)
+		}
+		if count[v.Front] > 1 {
+			own = fmt.Sprintf("%d=", v.ID)
+		}
+		addrs[front] += fmt.Sprintf(" --vif %d --addr %s10.9.%d.2/24", v.ID, own, i)
+		pages = append(pages, fmt.Sprintf("curl http://10.9.%d.2/", i))
 	}
 	if len(vifs) > 0 {
 		b.WriteString("\nnext, each in a terminal of its own, those with --addr DOM.ID=... as root:\n")
@@ -145,36 +160,36 @@ func (h *host) welcome(vifs []toolstack.Vif) string {
 	for _, back := range backs {
 		fmt.Fprintf(&b, "  %s%s\n", back, addrs[back])
 	}
-	for i, front := range fronts {
-		fmt.Fprintf(&b, "  %s\n  curl http://10.9.%d.2/\n", front, i)
+	for _, front := range fronts {
+		fmt.Fprintf(&b, "  %s%s\n", front, addrs[front])
 	}
-	fmt.Fprintf(&b, "\nlook inside:\n  XENSTORED_PATH=%s xenstore-ls -f\n\n", h.xenstore)
+	for _, page := range pages {
+		fmt.Fprintf(&b, "  %s\n", page)
+	}
+	fmt.Fprintf(&b, "\nlook inside:\n  XENSTORED_PATH=%s xenstore-ls -f\n", h.xenstore)
 	return b.String()
 }
 
-func (h *host) print(s string) {
-	h.printMu.Lock()
-	defer h.printMu.Unlock()
-	fmt.Fprint(h.Stdout, s)
-}
-
 func (h *host) opened(dom hypercall.DomID) {
-	h.printMu.Lock()
-	defer h.printMu.Unlock()
+	h.joinedMu.Lock()
+	defer h.joinedMu.Unlock()
 	if dom != 0 && !h.joined[dom] {
 		h.joined[dom] = true
-		fmt.Fprintf(h.Stdout, "domain %d: a program runs in it\n", dom)
+		h.Say("domain %d: a program runs in it", dom)
 	}
 }
 
 func (h *host) died(dom hypercall.DomID) {
-	h.printMu.Lock()
-	defer h.printMu.Unlock()
+	h.joinedMu.Lock()
+	defer h.joinedMu.Unlock()
 	if h.joined[dom] {
 		delete(h.joined, dom)
-		fmt.Fprintf(h.Stdout, "domain %d: its program has ended\n", dom)
+		h.Say("domain %d: its program has ended", dom)
 	}
 }
+
+// perSecond is how many times in a second a vif with a limit gets credit.
+const perSecond = 20
 
 // parseVif parses the value of --vif, like front=1,back=2.
 func parseVif(s string) (toolstack.Vif, error) {
@@ -209,13 +224,30 @@ func parseVif(s string) (toolstack.Vif, error) {
 			if err == nil && (n < 68 || n > 65521) {
 				return v, cli.BadValue("vif", s, "an MTU from 68 to 65521 bytes")
 			}
+		case "rate":
+			var n uint64
+			n, err = strconv.ParseUint(value, 10, 48)
+			if err == nil && n < perSecond {
+				return v, cli.BadValue("vif", s, fmt.Sprintf("a rate of at least %d bytes/s", perSecond))
+			}
+			v.Rate = fmt.Sprintf("%d,%d", n/perSecond, 1000000/perSecond) // as xl does without an interval
 		case "type":
 			v.Type = value
 			if value == "" || strings.Trim(value, "abcdefghijklmnopqrstuvwxyz0123456789_-") != "" {
 				return v, cli.BadValue("vif", s, "a backend type of letters, digits, - and _")
 			}
+		case "bridge":
+			v.Bridge = value
+		case "vifname":
+			v.Name = value
+		case "script":
+			v.Script = value
+		case "ip":
+			v.IP = value
+		case "gatewaydev":
+			v.Gateway = value
 		default:
-			return v, cli.BadValue("vif", s, "of the keys front, back, id, mac, mtu, type")
+			return v, cli.BadValue("vif", s, "of the keys front, back, id, mac, mtu, rate, type, bridge, vifname, script, ip, gatewaydev")
 		}
 		if err != nil {
 			return v, cli.BadValue("vif", s, "a valid "+key)

@@ -26,6 +26,11 @@ func TestVifsAreReadStrictly(t *testing.T) {
 		"front=300,back=7,id=65535,mtu=9000,type=barevif": {
 			Front: 300, Back: 7, ID: 65535, MTU: 9000, Type: "barevif", MAC: [6]byte{0, 0x16, 0x3e, 1, 44, 255},
 		},
+		"front=1,bridge=br0,vifname=web0,script=vif-route,ip=10.0.0.1 10.0.0.2,gatewaydev=eth0": {
+			Front: 1, Back: 2, MAC: [6]byte{0, 0x16, 0x3e, 0, 1, 0},
+			Bridge: "br0", Name: "web0", Script: "vif-route", IP: "10.0.0.1 10.0.0.2", Gateway: "eth0",
+		},
+		"front=1,rate=1048576":          {Front: 1, Back: 2, Rate: "52428,50000", MAC: [6]byte{0, 0x16, 0x3e, 0, 1, 0}},
 		"mac=02:00:00:00:00:01,front=1": {Front: 1, Back: 2, MAC: [6]byte{2, 0, 0, 0, 0, 1}},
 	} {
 		if got, err := parseVif(s); err != nil || !reflect.DeepEqual(got, want) {
@@ -50,6 +55,8 @@ func TestVifsAreReadStrictly(t *testing.T) {
 		"front=1,mtu=67":                "MTU",
 		"front=1,mtu=65522":             "MTU",
 		"front=1,mtu=x":                 "valid mtu",
+		"front=1,rate=19":               "at least 20",
+		"front=1,rate=1MB":              "valid rate",
 		"front=1,type=":                 "backend type",
 		"front=1,type=a/b":              "backend type",
 		"front=1,colour=red":            "of the keys",

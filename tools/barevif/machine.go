@@ -125,6 +125,9 @@ func (m *machine) add(ctx context.Context, v toolstack.Vif) error {
 		}
 	}
 	v.Room = true
+	if v.MTU == 0 { // the frontend's key belongs to the backend's domain, as libxl makes it: the backend may write another
+		v.MTU = 1500
+	}
 	if err := toolstack.Add(ctx, m.tools, v); err != nil {
 		return fmt.Errorf("add vif %d of domain %d: %w", v.ID, v.Front, err)
 	}

@@ -51,7 +51,7 @@ func rootCommand(p *cli.Program) *cobra.Command {
 			"check": `it is a command of its own: "go run ./test/check" in a clone`,
 		},
 	}
-	for _, add := range []func(*cli.Program) *cobra.Command{demoCommand, hostCommand, backCommand, serveCommand, attachCommand, statCommand, xenCommand, versionCommand} {
+	for _, add := range []func(*cli.Program) *cobra.Command{demoCommand, hostCommand, backCommand, serveCommand, attachCommand, statCommand, ringCommand, dumpCommand, imageCommand, xenCommand, versionCommand} {
 		root.AddCommand(add(p))
 	}
 	return root

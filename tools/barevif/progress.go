@@ -1,29 +1,26 @@
 package main
 
 import (
-	"fmt"
-	"io"
-	"os"
 	"time"
 
 	"barevif/tools/cli"
 
 	"github.com/schollz/progressbar/v3"
-	"golang.org/x/term"
 )
 
 // A progress shows how many of size bytes were written to it: as a bar on a terminal,
-// otherwise as a line per quarter.
+// otherwise as a line, or a record, per quarter.
 type progress struct {
-	w          io.Writer
+	p          *cli.Program
 	size, done int64
 	bar        *progressbar.ProgressBar // nil: lines
 	quarter    int64
 }
 
-func newProgress(w io.Writer, size int64) *progress {
-	p := &progress{w: w, size: size}
-	if f, ok := w.(*os.File); ok && term.IsTerminal(int(f.Fd())) {
+func newProgress(program *cli.Program, size int64) *progress {
+	p := &progress{p: program, size: size}
+	w := program.Stdout
+	if program.Format == cli.LogText && isTerminal(w) {
 		p.bar = progressbar.NewOptions64(size,
 			progressbar.OptionSetWriter(w),
 			progressbar.OptionSetDescription("          "),
@@ -48,7 +45,7 @@ func (p *progress) Write(b []byte) (int, error) {
 	}
 	for p.quarter < 4 && p.size > 0 && p.done >= p.size*(p.quarter+1)/4 {
 		p.quarter++
-		fmt.Fprintf(p.w, "%-10s %3d %%  %s\n", "", 25*p.quarter, cli.BinarySize(uint64(p.size*p.quarter/4)))
+		p.p.Say("%-10s %3d %%  %s", "", 25*p.quarter, cli.BinarySize(uint64(p.size*p.quarter/4)))
 	}
 	return len(b), nil
 }

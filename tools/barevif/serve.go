@@ -7,9 +7,11 @@ import (
 	"io/fs"
 	"net/netip"
 	"os"
-	"strconv"
+	"slices"
+	"strings"
 
 	"barevif/pvnet"
+	"barevif/pvnet/handover"
 	"barevif/tools/appliance"
 	"barevif/tools/cli"
 	"barevif/tools/domain"
@@ -21,7 +23,7 @@ func serveCommand(p *cli.Program) *cobra.Command {
 	s := serve{front: front{Program: p, offload: true}}
 	cmd := &cobra.Command{
 		Use:   "serve",
-		Short: "Be a guest: own a vif and serve web pages through it",
+		Short: "Be a guest: own vifs and serve web pages through them",
 		Long: `serve is an appliance: it connects to a vif of its domain, runs a TCP/IP stack on it
 (gVisor's, in this process) and serves HTTP, until a signal ends it:
 
@@ -34,72 +36,224 @@ func serveCommand(p *cli.Program) *cobra.Command {
 With --check it answers datagrams, too: go run ./test/check finds out whether what
 the card carries arrives as it was sent.
 
+Its address is that of --addr. Without, it is what the toolstack has for the guest
+of the vif, which is ip= in a domain's configuration: "ip=192.0.2.7/24", or as Mini-OS
+and Unikraft read it "ip=192.0.2.7 255.255.255.0 192.0.2.1", with the router. Of several
+addresses it takes all. If there is none, it asks for one on a real Xen, as with
+"--addr dhcp"; on an emulated host, where nobody answers, it is ` + defaultAddr.String() + `.
+
+With "--addr dhcp" it leases an IPv4 address by DHCP, takes IPv6 addresses that routers
+advertise, and says which come and go. It goes on asking until it has one.
+
+With --vif several times it is that many appliances, which have a TCP/IP stack each and
+serve the same; --addr and --gateway then say whose they are: --addr 1=10.9.1.2/24.
+` + severalVifs + `
+
 The machine's own network has no part in it. When the backend goes, or the toolstack
 takes the vif away, serve says so, waits, and connects again when one comes back. A
 signal takes the card down in good order: the backend sees it close.
 
+An upgrade loses no frame: serve --take-over takes the vif over from the serve that has
+it now, within milliseconds, and that one ends with status 0; the backend notices
+nothing. Pings and datagrams go on: the old one answers what it has received before it
+gives the vif away, and what comes later waits for the new one. TCP connections do not go
+on: they are in the process that ends, and the new one answers their next segment with
+a RST. SIGUSR2 makes a running serve start itself again in this way: with the file that is
+at its program's path now, and the same arguments. If the new one cannot take the vif,
+the old one says why and goes on.
+
 On a real Xen (--xen) the kernel's xen-netfront must not own the vif; --take takes
 it away from it.`,
 		Example: `  barevif serve --addr 10.9.0.2/24
+  barevif serve --addr 10.9.0.2/24 --take-over
+  barevif serve --vif 0 --vif 1 --addr 0=10.9.0.2/24 --addr 1=10.9.1.2/24
   barevif serve --addr 10.9.0.2/24 --gateway 10.9.0.1 --root ./public
-  barevif serve --xen --take --vif 1 --addr 192.0.2.7/24 --gateway 192.0.2.1`,
+  barevif serve --xen --take --vif 1 --addr 192.0.2.7/24 --gateway 192.0.2.1
+  barevif serve --xen --addr auto/24
+  barevif serve --xen --take --addr dhcp`,
 		Args: cli.Arguments(0),
 		RunE: func(cmd *cobra.Command, _ []string) error { return s.run(cmd.Context()) },
 	}
 	s.register(cmd)
-	cmd.Flags().StringVar(&s.addr, "addr", "10.9.0.2/24", "`address` of the appliance: IP/BITS")
-	cmd.Flags().StringVar(&s.gateway, "gateway", "", "`address` of the router to other networks")
+	cmd.Flags().StringArrayVar(&s.addrs, "addr", []string{autoAddr}, "`address` of the appliance: IP/BITS; dhcp: what DHCP and routers give; auto: what the toolstack has for it, else dhcp on Xen and "+defaultAddr.String()+" elsewhere; auto/BITS: the same, for a toolstack that says no BITS. Of several vifs: ID=IP/BITS; repeatable")
+	cli.FixedValues(cmd, "addr", autoAddr, dhcpAddr)
+	cmd.Flags().StringArrayVar(&s.gateways, "gateway", nil, "`address` of the router to other networks, of several vifs ID=IP; repeatable; default: the toolstack's, if the address is")
 	cmd.Flags().Uint16Var(&s.port, "port", 80, "TCP `port` to serve HTTP on")
 	cmd.Flags().StringVar(&s.root, "root", "", "serve the files of this `directory`")
 	cmd.Flags().Uint16Var(&s.check, "check", 0, fmt.Sprintf("UDP `port` to answer \"go run ./test/check\" at, which asks at %d; 0: none", appliance.DatagramPort))
-	cmd.Flags().IntVar(&s.queues, "queues", 1, "`queues` to ask for")
+	completes(cmd, completeNothing, "gateway", "port", "check")
 	return cmd
 }
 
 type serve struct {
 	front
-	addr, gateway, root string
-	port, check         uint16
+	addrs, gateways []string
+	root            string
+	port, check     uint16
+}
+
+// A site is what serve has for one vif.
+type site struct {
+	applianceConfig
+	auto     autoAddress // of --addr
+	only     bool        // no other vif could have the default address too
+	routerOf string      // --gateway; "": none
 }
 
 func (s *serve) run(ctx context.Context) error {
-	cfg, err := s.config()
+	sites, err := s.sites()
 	if err != nil {
 		return err
 	}
+	var root *os.Root
+	if s.root != "" {
+		if root, err = os.OpenRoot(s.root); err != nil {
+			return &cli.Advice{Err: fmt.Errorf("--root: %w", err), Next: "name a directory this user can read", Usage: errors.Is(err, fs.ErrNotExist)}
+		}
+		defer root.Close()
+	}
 	return s.own(ctx, func(dom *domain.Domain, dev *pvnet.Device) (*use, error) {
-		cfg.own = uint16(dom.ID())
-		app, err := startAppliance(dev, cfg)
+		site := sites[dev.ID()]
+		site.own, site.root = uint16(dom.ID()), root
+		for _, file := range dev.TakenFiles() { // of an attach, whose TAP ends here
+			file.Close()
+		}
+		site.log = s.Log()
+		site.say = s.Say
+		if !site.only { // the lines of several vifs
+			site.say = func(format string, args ...any) { s.Say("vif %s: "+format, append([]any{dev.ID()}, args...)...) }
+		}
+		from, err := site.address(ctx, dev, s.domain.Xen)
 		if err != nil {
 			return nil, err
 		}
-		return &use{says: fmt.Sprintf("serving http://%s/", app.addr), failed: app.failed, close: app.close}, nil
+		app, err := startAppliance(dev, site.applianceConfig)
+		if err != nil {
+			return nil, err
+		}
+		return &use{
+			says: from, failed: app.failed, close: app.close,
+			hold: &handover.Vif{Device: dev, Resume: app.stack.Resume, Hold: func(ctx context.Context) ([]*os.File, error) {
+				return nil, app.stack.Hold(ctx)
+			}},
+		}, nil
 	})
 }
 
-// config parses the flags that cobra does not check.
-func (s *serve) config() (cfg applianceConfig, err error) {
-	if cfg.addr, err = netip.ParsePrefix(s.addr); err != nil || cfg.addr.Addr().Is4In6() || cfg.addr.Addr().IsMulticast() || cfg.addr.Addr().IsUnspecified() {
-		return cfg, cli.BadValue("addr", s.addr, "an address with a prefix, like 10.9.0.2/24")
-	}
-	if s.gateway != "" {
-		if cfg.gateway, err = netip.ParseAddr(s.gateway); err != nil || !cfg.addr.Contains(cfg.gateway) || cfg.gateway == cfg.addr.Addr() {
-			return cfg, cli.BadValue("gateway", s.gateway, "another address of the network "+cfg.addr.Masked().String())
-		}
-	}
+// sites parses the flags that cobra does not check.
+func (s *serve) sites() (map[string]*site, error) {
 	if s.port == 0 {
-		return cfg, cli.BadValue("port", "0", "a port from 1 to 65535")
+		return nil, cli.BadValue("port", "0", "a port from 1 to 65535")
 	}
-	if s.queues < 1 || s.queues > 64 {
-		return cfg, cli.BadValue("queues", strconv.Itoa(s.queues), "a number from 1 to 64")
+	addrs, err := (&vifValues{"addr", s.addrs}).of(s.vifs, isLiteral)
+	if err != nil {
+		return nil, err
 	}
-	cfg.port, cfg.check = s.port, s.check
-	if s.root != "" {
-		dir, err := os.OpenRoot(s.root)
-		if err != nil {
-			return cfg, &cli.Advice{Err: fmt.Errorf("--root: %w", err), Next: "name a directory this user can read", Usage: errors.Is(err, fs.ErrNotExist)}
+	gateways, err := (&vifValues{"gateway", s.gateways}).of(s.vifs, func(string) bool { return true })
+	if err != nil {
+		return nil, err
+	}
+	sites := make(map[string]*site)
+	for _, vif := range s.vifs {
+		addr, ok := addrs[vif]
+		if !ok { // others have some
+			addr = autoAddr
 		}
-		cfg.root = dir
+		if sites[vif], err = newSite(addr, gateways[vif]); err != nil {
+			return nil, err
+		}
+		sites[vif].port, sites[vif].check, sites[vif].only = s.port, s.check, len(s.vifs) == 1
 	}
-	return cfg, nil
+	return sites, nil
 }
+
+func newSite(addr, gateway string) (s *site, err error) {
+	s = &site{routerOf: gateway}
+	if addr == dhcpAddr {
+		s.auto.dhcp = true
+	} else if s.auto, err = parseAuto(addr); err != nil {
+		return nil, err
+	}
+	if s.auto.dhcp && gateway != "" {
+		return nil, &cli.Advice{Err: errors.New("--gateway is for an address of --addr or of the toolstack"), Next: "leave it away: DHCP and routers say what the routers are", Usage: true}
+	}
+	if gateway != "" {
+		if s.gateway, err = netip.ParseAddr(gateway); err != nil {
+			return nil, cli.BadValue("gateway", gateway, "an address")
+		}
+	}
+	if s.auto.on || s.auto.dhcp {
+		return s, nil
+	}
+	s.addr = s.auto.addr
+	return s, s.checkGateway()
+}
+
+// checkGateway checks --gateway against the appliance's address.
+func (s *site) checkGateway() error {
+	if s.routerOf != "" && (!s.addr.Contains(s.gateway) || s.gateway == s.addr.Addr()) {
+		return cli.BadValue("gateway", s.routerOf, "another address of the network "+s.addr.Masked().String())
+	}
+	return nil
+}
+
+// address finds the appliance's address out, where --addr leaves that to the toolstack. It
+// returns what to say about it.
+func (s *site) address(ctx context.Context, dev *pvnet.Device, xen bool) (from string, err error) {
+	if s.auto.dhcp {
+		s.dynamic = true
+		return asks, nil
+	}
+	serving := func() string { return "serving " + urlOf(s.addr.Addr(), s.port) }
+	if !s.auto.on {
+		return serving(), nil
+	}
+	g, err := s.auto.of(ctx, dev)
+	if err != nil {
+		return "", err
+	}
+	if len(g.Addrs) == 0 && xen && s.routerOf == "" {
+		s.dynamic = true
+		return "the toolstack has no address for it\n" + asks, nil
+	}
+	if len(g.Addrs) == 0 && !s.only {
+		return "", &cli.Advice{
+			Err:  fmt.Errorf("vif %s: the toolstack has no address for it", dev.ID()),
+			Next: fmt.Sprintf("give it one with --addr %s=IP/BITS", dev.ID()),
+		}
+	}
+	if len(g.Addrs) == 0 {
+		s.addr = defaultAddr
+		return fmt.Sprintf("the toolstack has no address for it, so it is %s\n%s", s.addr, serving()), s.checkGateway()
+	}
+	addrs := distinct(g.Addrs)
+	s.addr, s.addrs = addrs[0], addrs[1:]
+	if s.addr.IsSingleIP() {
+		return "", noLength(s.addr.Addr())
+	}
+	from = fmt.Sprintf("address %s, from the toolstack\n", s.addr)
+	if len(s.addrs) > 0 {
+		from = fmt.Sprintf("addresses %s, from the toolstack\n", strings.Trim(fmt.Sprint(addrs), "[]"))
+	}
+	if s.routerOf == "" {
+		s.gateway = g.Gateway
+	}
+	return from + serving(), s.checkGateway()
+}
+
+// distinct leaves out addresses that come twice.
+func distinct(list []netip.Prefix) (out []netip.Prefix) {
+	for _, p := range list {
+		if !slices.ContainsFunc(out, func(q netip.Prefix) bool { return q.Addr() == p.Addr() }) {
+			out = append(out, p)
+		}
+	}
+	return out
+}
+
+// dhcpAddr is the value of --addr of a guest that takes the addresses of DHCP and routers, and asks
+// is what it says then.
+const (
+	dhcpAddr = "dhcp"
+	asks     = "waits for an address: DHCP and router advertisements"
+)

@@ -56,6 +56,10 @@ can hold it; what it cannot is lost, or one end has counted for longer: "unequal
 A device is stale when its owner has given no sign of life for 3 seconds, and torn
 when the owner died in the middle of a write.
 
+-S prints every counter and histogram by its name in COUNTERS.md, one per line as
+"ethtool -S" does: the sums first, then each queue, "queue_0_rx_packets". Order and
+names stay the same from look to look.
+
 --prune removes what owners left in the directory of the pins that were killed, or
 lost power: directories of this user, as root of all users, whose owner is dead. It
 prints each. What a live process owns stays.
@@ -82,10 +86,12 @@ func statCommand(p *cli.Program) *cobra.Command {
 		Long:  aboutStat,
 		Example: `  barevif stat
   barevif stat --watch
+  barevif stat -S vif1.0 | grep drop
   barevif stat --json 'front-*' | jq '.devices[].totals.counters.rx_packets'
   barevif stat --http localhost:9464
   barevif stat --http 9464 --token-file /etc/barevif/token`,
-		Annotations: map[string]string{"--plot": "press p in the live table of --watch, or open the page of --http, which plots"},
+		Annotations:       map[string]string{"--plot": "press p in the live table of --watch, or open the page of --http, which plots"},
+		ValidArgsFunction: s.completeCounting,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			s.count = max(s.count, 0)
 			s.patterns = args
@@ -95,6 +101,7 @@ func statCommand(p *cli.Program) *cobra.Command {
 	f := cmd.Flags()
 	f.BoolVarP(&s.watch, "watch", "w", false, "go on until a signal, or --count looks")
 	f.BoolVar(&s.json, "json", false, "print JSON")
+	f.BoolVarP(&s.names, "statistics", "S", false, "print every counter by name, one per line")
 	f.DurationVar(&s.interval, "interval", time.Second, "`time` from one look to the next, 100ms at least")
 	f.IntVar(&s.count, "count", 0, "`number` of looks; more than one is --watch")
 	f.StringVar(&s.http, "http", "", "serve a page with live plots, JSON and OpenMetrics at this `address`: a port alone is for this machine only")
@@ -104,10 +111,12 @@ func statCommand(p *cli.Program) *cobra.Command {
 	f.StringArrayVar(&s.users, "user", nil, "show devices of this `user` too, by name or number; repeatable")
 	f.StringVar(&s.root, "root", bpf.DefaultRoot, "`directory` of the pins")
 	f.BoolVar(&s.prune, "prune", false, "remove the pins of dead owners, and show nothing")
-	for _, other := range []string{"watch", "json", "count", "http", "user", "all-users"} {
+	for _, other := range []string{"watch", "json", "statistics", "count", "http", "user", "all-users"} {
 		cli.Exclusive(cmd, "prune", other)
 	}
 	cli.Exclusive(cmd, "json", "http")
+	cli.Exclusive(cmd, "statistics", "json")
+	cli.Exclusive(cmd, "statistics", "http")
 	cli.Exclusive(cmd, "http", "watch")
 	cli.Exclusive(cmd, "http", "count")
 	cli.Exclusive(cmd, "token-file", "no-token")
@@ -125,6 +134,7 @@ type statistics struct {
 	noToken, allUsers bool
 	users             []string
 	prune             bool
+	names             bool // every counter by name
 }
 
 func (s *statistics) run(ctx context.Context, counted bool) error {
@@ -155,7 +165,7 @@ func (s *statistics) run(ctx context.Context, counted bool) error {
 	if s.tokenFile != "" || s.noToken {
 		return cli.BadValue("http", "", "an address, which --token-file and --no-token are about")
 	}
-	if s.watch && !s.json && isTerminal(s.Stdout) && isTerminal(os.Stdin) {
+	if s.watch && !s.json && !s.names && isTerminal(s.Stdout) && isTerminal(os.Stdin) {
 		return s.live(ctx, w)
 	}
 	if s.watch || s.count > 1 {
@@ -172,6 +182,9 @@ func (s *statistics) run(ctx context.Context, counted bool) error {
 	if len(l.Devices) == 0 {
 		_, err := fmt.Fprintln(s.Stdout, `no vif counts on this machine where this user may look; "barevif demo" makes two`)
 		return err
+	}
+	if s.names {
+		return stat.WriteNames(s.Stdout, l)
 	}
 	return stat.Write(s.Stdout, l, stat.Sheet{Width: s.width(), Paint: s.paint()})
 }
@@ -242,10 +255,10 @@ func (s *statistics) found(l *stat.Look) error {
 
 func (s *statistics) warn(l *stat.Look) {
 	for _, err := range l.Errors {
-		fmt.Fprintf(s.Stderr, "barevif stat: %s\n", stat.Clean(err.Error()))
+		s.Note("barevif stat: %s", stat.Clean(err.Error()))
 	}
 	if left := l.Left(); left != "" {
-		fmt.Fprintf(s.Stderr, "barevif stat: %s: see --user and --all-users\n", left)
+		s.Note("barevif stat: %s: see --user and --all-users", left)
 	}
 }
 
@@ -288,7 +301,11 @@ func (s *statistics) one(l *stat.Look, again bool) error {
 		b.WriteByte('\n')
 	}
 	b.WriteString(s.paint()(stat.Title, l.Time.Format(time.RFC3339)) + "\n")
-	if err := stat.Write(&b, l, stat.Sheet{Width: s.width(), Paint: s.paint()}); err != nil {
+	write := func() error { return stat.Write(&b, l, stat.Sheet{Width: s.width(), Paint: s.paint()}) }
+	if s.names {
+		write = func() error { return stat.WriteNames(&b, l) }
+	}
+	if err := write(); err != nil {
 		return err
 	}
 	_, err := io.WriteString(s.Stdout, b.String())
@@ -323,19 +340,19 @@ func (s *statistics) serve(ctx context.Context, w *stat.Watcher) error {
 	if err != nil {
 		return cli.ListenRefused(err, addr, "http")
 	}
-	fmt.Fprintf(s.Stdout, "page      http://%s/%s\nJSON      http://%s/stat.json\nmetrics   http://%s/metrics\n", l.Addr(), secret, l.Addr(), l.Addr())
+	s.Say("page      http://%s/%s\nJSON      http://%s/stat.json\nmetrics   http://%s/metrics", l.Addr(), secret, l.Addr(), l.Addr())
 	if token != "" {
-		fmt.Fprintf(s.Stdout, "token     %s\n          for JSON and metrics: Authorization: Bearer TOKEN\n", where)
+		s.Say("token     %s\n          for JSON and metrics: Authorization: Bearer TOKEN", where)
 	}
-	fmt.Fprintln(s.Stdout, "a signal ends it")
+	s.Say("a signal ends it")
 	tcp, ok := l.Addr().(*net.TCPAddr)
 	switch remote := ok && !tcp.IP.IsLoopback(); {
 	case remote && s.noToken:
-		fmt.Fprintln(s.Stderr, "barevif stat: other machines can read this without a token: how much a vif carries, and when")
+		s.Note("barevif stat: other machines can read this without a token: how much a vif carries, and when")
 	case remote:
-		fmt.Fprintln(s.Stderr, "barevif stat: other machines can reach this; the token and the counters cross the network unencrypted")
+		s.Note("barevif stat: other machines can reach this; the token and the counters cross the network unencrypted")
 	case s.noToken:
-		fmt.Fprintln(s.Stderr, "barevif stat: every user of this machine can read this, whatever pins and memfds keep from them")
+		s.Note("barevif stat: every user of this machine can read this, whatever pins and memfds keep from them")
 	}
 	err = statweb.Serve(ctx, l, w, s.interval, token)
 	if errors.Is(err, context.Canceled) {

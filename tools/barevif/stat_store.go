@@ -15,6 +15,7 @@ type counterFlag struct{ where string }
 func (c *counterFlag) register(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&c.where, "counters", "auto",
 		`where counters can be read from outside: "auto", the best `+"`place`"+` allowed; "public", the same and every user may read the metrics; "heap", nowhere`)
+	cli.FixedValues(cmd, "counters", "auto", "public", "heap")
 }
 
 // store returns the store for a device's counters. If the store finds no place where others

@@ -69,6 +69,56 @@ func TestStatShowsADeviceAsTextAndJSON(t *testing.T) {
 	}
 }
 
+// Every field of the table is a line, for the sums and for each queue, in an order that
+// stays.
+func TestStatPrintsEveryCounterByName(t *testing.T) {
+	set, args := counting(t, 61023)
+	set.RX(1).Observe(telemetry.FrameSize, 100)
+	set.RX(1).Flush()
+	code, text, stderr := stats(t, append(args, "-S")...)
+	lines := strings.Split(strings.TrimSuffix(text, "\n"), "\n")
+	want := []string{"NIC statistics of front-61023-61021-9:"}
+	for _, prefix := range []string{"", "queue_0_", "queue_1_"} {
+		for _, dir := range []telemetry.Dir{telemetry.RX, telemetry.TX} {
+			for _, f := range telemetry.Fields() {
+				for i := range f.Words() {
+					name, value := prefix+f.FullName(dir), "0"
+					if f.Kind == telemetry.KindHistogram {
+						name += "_" + f.Bucket(i)
+					}
+					switch strings.TrimPrefix(strings.TrimPrefix(name, "queue_0_"), "queue_1_") {
+					case "tx_packets":
+						if prefix != "queue_1_" {
+							value = "1234"
+						}
+					case "rx_frame_size_le_128":
+						if prefix != "queue_0_" {
+							value = "1"
+						}
+					case "rx_frame_size_sum":
+						if prefix != "queue_0_" {
+							value = "100"
+						}
+					}
+					want = append(want, "     "+name+": "+value)
+				}
+			}
+		}
+	}
+	if code != cli.ExitOK || stderr != "" || len(lines) != len(want) {
+		t.Fatalf("exit %d, %q, %d lines, want %d\n%s", code, stderr, len(lines), len(want), text)
+	}
+	for i := range want {
+		if lines[i] != want[i] {
+			t.Fatalf("line %d is %q, want %q", i, lines[i], want[i])
+		}
+	}
+	code, text, _ = stats(t, append(args, "-S", "--count", "2", "--interval", "100ms")...)
+	if code != cli.ExitOK || strings.Count(text, "     tx_packets: 1234\n") != 2 {
+		t.Errorf("exit %d\n%s", code, text)
+	}
+}
+
 func TestStatSaysWhatIsWrongWithItsArguments(t *testing.T) {
 	for _, c := range []struct {
 		args []string
@@ -81,6 +131,7 @@ func TestStatSaysWhatIsWrongWithItsArguments(t *testing.T) {
 		{[]string{"--count", "0"}, cli.ExitUsage, "a number from 1"},
 		{[]string{"--http", "nowhere"}, cli.ExitUsage, "an address such as"},
 		{[]string{"--json", "--http", "0"}, cli.ExitUsage, "next: "},
+		{[]string{"--json", "-S"}, cli.ExitUsage, "next: "},
 		{[]string{"--user", "no such user"}, cli.ExitUsage, "a user of this machine"},
 		{[]string{"--token-file", "x"}, cli.ExitUsage, "--http"},
 		{[]string{"--prune", "--root", t.TempDir()}, cli.ExitFailed, "not in a BPF file system\n  next: name the directory"},

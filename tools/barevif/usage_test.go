@@ -43,7 +43,24 @@ func TestMistakesNameWhatWouldDo(t *testing.T) {
 		{"serve --dom 0", []string{`--dom "0": not the number of a domain from 1 to 32751`}},
 		{"serve --dom 32752", []string{`--dom "32752": not the number of a domain from 1 to 32751`}},
 		{"serve --dom x", []string{`--dom "x": not the number of a domain from 1 to 32751`}},
+		{"back --drain 0s", []string{`--drain "0s": not a time from 1ms to 24h, or negative`}},
+		{"back --drain 25h", []string{`--drain "25h0m0s": not a time from 1ms to 24h, or negative`}},
+		{"back --stall 999ms", []string{`--stall "999ms": not a time from 1s to 24h, or negative`}},
+		{"back --stall 25h", []string{`--stall "25h0m0s": not a time from 1s to 24h, or negative`}},
 		{"serve --port 65536", []string{`--port "65536": not a port from 1 to 65535`}},
+		{"serve --log yaml", []string{`--log "yaml": not text or json`}},
+		{"serve --vif 0,1", []string{`--vif "0,1": not the id of one vif`, "--vif 0 --vif 1"}},
+		{"attach --vif 3 --vif 3", []string{`--vif "3": not given once only`}},
+		{"serve --vif 0 --vif 1 --handover /x/s.sock", []string{`--handover "/x/s.sock": one socket, and each of 2 vifs`, "--handover /x/vif%i.sock"}},
+		{"attach --vif 0 --vif 1 --tap card", []string{`--tap "card": one name for 2 TAPs`, "--tap card%i"}},
+		{"attach --vif 0 --vif 1 --addr 10.9.0.2/24", []string{`--addr "10.9.0.2/24": one for 2 vifs`, "--addr 0=10.9.0.2/24"}},
+		{"serve --vif 0 --vif 1 --addr 10.9.0.2/24", []string{`--addr "10.9.0.2/24": one for 2 vifs`, "--addr 0=10.9.0.2/24"}},
+		{"serve --vif 0 --vif 1 --gateway 10.9.0.1", []string{`--gateway "10.9.0.1": one for 2 vifs`, "--gateway 0=10.9.0.1"}},
+		{"serve --vif 1 --addr 0=10.9.0.2/24", []string{`--addr "0=10.9.0.2/24": there is no vif "0" here, only "1"`, "--vif 0"}},
+		{"serve --addr 0=10.9.0.2/24 --addr 0=10.9.0.3/24", []string{`--addr "0=10.9.0.3/24": not the only one of that vif`}},
+		{"serve --addr 10.9.0.2/24 --addr 10.9.0.3/24", []string{`--addr "10.9.0.3/24": not the only one`, "0=10.9.0.3/24"}},
+		{"serve --addr 0=moon", []string{`--addr "moon": not an address with a prefix`}},
+		{"serve --addr 10.9.0.2/24 --gateway 0=10.9.1.1", []string{`--gateway "10.9.1.1": not another address of the network 10.9.0.0/24`}},
 		{"demo --size 5 apples", []string{`"apples"`, "takes flags alone"}},
 		{"demo --size apples", []string{`--size "apples": not a number of bytes up to 1 TiB, like 64MiB`}},
 	} {
@@ -147,6 +164,7 @@ func TestVersionSaysWhatItIsBuiltOf(t *testing.T) {
 	}{
 		{nil, []string{"barevif    " + release + "\nGo  "}},
 		{&debug.BuildInfo{Main: debug.Module{Version: "(devel)"}}, []string{"barevif    " + release + "\nGo  "}},
+		{&debug.BuildInfo{Main: debug.Module{Version: "v0.0.0-20261128030642-dce073767a30+dirty"}}, []string{"barevif    " + release + "\nGo  "}},
 		{&debug.BuildInfo{Main: debug.Module{Version: "v1.2.3"}, Settings: []debug.BuildSetting{{Key: "vcs.revision", Value: "abc"}, {Key: "vcs.modified", Value: "true"}}},
 			[]string{"barevif    v1.2.3\ncommit     abc, and changes that were not committed\n", fmt.Sprintf("layout %d, ", telemetry.LayoutVersion)}},
 	} {
@@ -159,6 +177,13 @@ func TestVersionSaysWhatItIsBuiltOf(t *testing.T) {
 				t.Errorf("no %q in %q", want, &b)
 			}
 		}
+	}
+	changes, err := os.ReadFile("../../CHANGELOG.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, first, _ := strings.Cut(string(changes), "\n## "); !strings.HasPrefix(first, release+"\n") {
+		t.Errorf("the first heading of CHANGELOG.md is not %s", release)
 	}
 	if code, text, _ := stats(t, "version"); code != cli.ExitOK || !strings.HasPrefix(text, "barevif ") {
 		t.Errorf("exit %d, %q", code, text)

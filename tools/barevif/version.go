@@ -5,6 +5,7 @@ import (
 	"io"
 	"runtime"
 	"runtime/debug"
+	"strings"
 
 	"barevif/telemetry"
 	"barevif/tools/cli"
@@ -13,8 +14,9 @@ import (
 	"github.com/spf13/cobra"
 )
 
-// release is the version of this source if the go command knows none. It knows the version
-// of a module that it fetched by version.
+// release is the version of this source, and the first heading of CHANGELOG.md. The go command
+// knows another only of a module that it fetched by version: for a clone without tags it makes
+// one up, of v0.0.0 and the commit.
 const release = "0.1-dev"
 
 func versionCommand(p *cli.Program) *cobra.Command {
@@ -39,7 +41,7 @@ versions have to agree on, where they read each other's counters:
 func printVersion(w io.Writer, info *debug.BuildInfo) error {
 	version, commit := release, ""
 	if info != nil {
-		if v := info.Main.Version; v != "" && v != "(devel)" {
+		if v := info.Main.Version; v != "" && v != "(devel)" && !strings.HasPrefix(v, "v0.0.0-") {
 			version = v
 		}
 		var dirty string

@@ -41,13 +41,15 @@ program may own it, and release it to the kernel again. Both need root.`,
 	for _, c := range []struct {
 		use, short string
 		do         func(xendev.Config, string) error
+		owned      bool // it is for vifs of the kernel's driver
 	}{
-		{"take ID", "Take vif ID of this domain from the kernel's driver", xenhost.Take},
-		{"release ID", "Give vif ID of this domain to the kernel's driver", xenhost.Release},
+		{"take ID", "Take vif ID of this domain from the kernel's driver", xenhost.Take, true},
+		{"release ID", "Give vif ID of this domain to the kernel's driver", xenhost.Release, false},
 	} {
 		cmd.AddCommand(&cobra.Command{
 			Use: c.use, Short: c.short, Args: cli.OneArgument("the ID of a vif", `"barevif xen" lists them`),
-			RunE: func(_ *cobra.Command, args []string) error { return c.do(xendev.Config{}, args[0]) },
+			ValidArgsFunction: completeXen(c.owned),
+			RunE:              func(_ *cobra.Command, args []string) error { return c.do(xendev.Config{}, args[0]) },
 		})
 	}
 	return cmd

@@ -6,11 +6,10 @@ import (
 	"cmp"
 	"context"
 	"errors"
-	"fmt"
 	"io"
-	"log/slog"
 	"os"
 	"os/signal"
+	"sync"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -34,18 +33,8 @@ what is needed, 130 interrupted before the work was done.
 type Program struct {
 	Stdout, Stderr io.Writer
 	Verbose        int
-}
-
-// Log returns a logger at level warn; -v lowers the level to info, -vv to debug.
-func (p *Program) Log() *slog.Logger {
-	level := slog.LevelWarn
-	switch {
-	case p.Verbose == 1:
-		level = slog.LevelInfo
-	case p.Verbose > 1:
-		level = slog.LevelDebug
-	}
-	return slog.New(slog.NewTextHandler(p.Stderr, &slog.HandlerOptions{Level: level}))
+	Format         LogFormat
+	sayMu          sync.Mutex // guards Stdout in Say
 }
 
 // Main runs the command that build makes on the arguments of this process, until it
@@ -79,6 +68,7 @@ func (p *Program) Command(build func(*Program) *cobra.Command) *cobra.Command {
 	root.SetOut(helpOutput{p})
 	root.SetErr(p.Stderr)
 	root.PersistentFlags().CountVarP(&p.Verbose, "verbose", "v", "log to stderr what happens; twice: in detail")
+	p.registerFormat(root)
 	root.SetHelpTemplate(root.HelpTemplate() + exitCodes)
 	root.SetFlagErrorFunc(flagError)
 	root.SetHelpCommand(helpCommand())
@@ -114,19 +104,19 @@ func (p *Program) report(ctx context.Context, cmd *cobra.Command, err error, sta
 		a.Usage = true
 	}
 	if ctx.Err() != nil && errors.Is(err, context.Canceled) {
-		fmt.Fprintf(p.Stderr, "%s: interrupted\n", cmd.CommandPath())
+		p.fail(cmd.CommandPath(), "interrupted", "", ExitInterrupted)
 		return ExitInterrupted
 	}
-	fmt.Fprintf(p.Stderr, "%s: %v\n", cmd.CommandPath(), err)
-	code := ExitFailed
+	code, next := ExitFailed, ""
 	if a, ok := errors.AsType[*Advice](err); ok {
-		fmt.Fprintf(p.Stderr, "  next: %s\n", cmp.Or(a.Next, help))
+		next = cmp.Or(a.Next, help)
 		if a.Usage {
 			code = ExitUsage
 		} else if a.Refused {
 			code = ExitRefused
 		}
 	}
+	p.fail(cmd.CommandPath(), err.Error(), next, code)
 	return code
 }
 

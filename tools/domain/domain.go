@@ -30,6 +30,8 @@ type Flags struct {
 	Xen    bool
 
 	Doorbell xendev.Doorbell // on Xen
+
+	Beside bool // the domain may have processes already, as on Xen
 }
 
 // Register adds the flags to cmd. dom is the default of --dom.
@@ -110,7 +112,11 @@ func (f *Flags) Open(ctx context.Context) (*Domain, error) {
 			return nil, &cli.Advice{Err: err, Next: "remove it, or name the socket of a host with --emu", Refused: true}
 		}
 	}
-	d, err := emu.Join(ctx, f.Socket, hypercall.DomID(f.Dom), hosts...)
+	join := emu.Join
+	if f.Beside {
+		join = emu.JoinBeside
+	}
+	d, err := join(ctx, f.Socket, hypercall.DomID(f.Dom), hosts...)
 	var foreign *emu.ForeignHostError
 	switch {
 	case err == nil:

@@ -10,6 +10,7 @@ import (
 	"sync/atomic"
 	"testing"
 
+	"barevif/hypercall/anyxen"
 	"barevif/hypercall/emu"
 	"barevif/tools/cli"
 	"barevif/tools/cli/clitest"
@@ -71,7 +72,7 @@ func listens(t *testing.T, path string) (told *atomic.Bool) {
 
 func TestAPlaceThatAStrangerPreparedIsRefused(t *testing.T) {
 	dir := clitest.TempDir(t)
-	socket := HostSocket(fmt.Sprint(os.Geteuid()))
+	socket := anyxen.Socket(os.Geteuid())
 	if !strings.HasPrefix(socket, dir) {
 		t.Fatal(socket)
 	}
@@ -100,7 +101,7 @@ func TestAPlaceThatAStrangerPreparedIsRefused(t *testing.T) {
 	}
 	// With sudo, root does not trust its own place either, if a stranger made it.
 	t.Setenv("SUDO_UID", "4321")
-	if socket, owner := joinPlace(); owner != 4321 || socket != HostSocket("4321") {
+	if socket, owner := joinPlace(); owner != 4321 || socket != anyxen.Socket(4321) {
 		t.Errorf("the place is %s of %d", socket, owner)
 	}
 }
@@ -108,9 +109,9 @@ func TestAPlaceThatAStrangerPreparedIsRefused(t *testing.T) {
 // With sudo, both the place and its host must belong to the user who ran sudo.
 func TestThePlaceOfSudoIsChecked(t *testing.T) {
 	clitest.TempDir(t)
-	listens(t, HostSocket("4321"))
+	listens(t, anyxen.Socket(4321))
 	t.Setenv("SUDO_UID", "4321")
-	place := filepath.Dir(HostSocket("4321"))
+	place := filepath.Dir(anyxen.Socket(4321))
 	code, stderr := joins(t)
 	if code != cli.ExitRefused || !strings.Contains(stderr, place+" belongs to user nobody (65534), not to uid 4321") {
 		t.Errorf("exit %d, %s", code, stderr)
@@ -119,7 +120,7 @@ func TestThePlaceOfSudoIsChecked(t *testing.T) {
 		t.Fatal(err)
 	}
 	code, stderr = joins(t)
-	if code != cli.ExitRefused || !strings.Contains(stderr, "the host at "+HostSocket("4321")+" belongs to user nobody") {
+	if code != cli.ExitRefused || !strings.Contains(stderr, "the host at "+anyxen.Socket(4321)+" belongs to user nobody") {
 		t.Errorf("a host that is another user's than the place: exit %d, %s", code, stderr)
 	}
 	if err := os.Chmod(place, 0o755); err != nil {

@@ -7,25 +7,19 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"strconv"
 	"syscall"
 
+	"barevif/hypercall/anyxen"
 	"barevif/tools/cli"
 	"barevif/tools/internal/users"
 )
-
-// HostSocket returns the default socket of a host of the user uid, in a directory of that
-// user.
-func HostSocket(uid string) string {
-	return filepath.Join(os.TempDir(), "barevif-"+uid, "host.sock")
-}
 
 // joinPlace returns the default socket at which a domain joins its host, and the user who
 // must own its directory. A process run with sudo falls back to the socket of the user who
 // ran sudo, so that a backend needs no flag.
 func joinPlace() (socket string, owner int) {
 	me := os.Geteuid()
-	own := HostSocket(strconv.Itoa(me))
+	own := anyxen.Socket(me)
 	uid, ok := users.Sudo()
 	if !ok {
 		return own, me
@@ -33,7 +27,7 @@ func joinPlace() (socket string, owner int) {
 	if _, err := os.Lstat(own); err == nil && checkPlace(filepath.Dir(own), me) == nil {
 		return own, me
 	}
-	return HostSocket(strconv.Itoa(uid)), uid
+	return anyxen.Socket(uid), uid
 }
 
 // checkPlace returns an error unless dir belongs to user owner and nobody else may use it.

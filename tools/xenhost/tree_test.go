@@ -93,19 +93,28 @@ func TestTakeAndRelease(t *testing.T) {
 		}
 		return string(b)
 	}
-	if err := errors.Join(Take(cfg, "12"), Release(cfg, "0")); err != nil || written("bind")+written("unbind") != "" {
+	var resets []string // and whether the driver was bound by then
+	reset := func(node string) error {
+		resets = append(resets, node+" "+written("bind"))
+		return nil
+	}
+	refuse := errors.New("xenstore does not answer")
+	if err := release(cfg, "12", func(string) error { return refuse }); !errors.Is(err, refuse) || written("bind") != "" {
+		t.Errorf("%v, %q", err, written("bind"))
+	}
+	if err := errors.Join(Take(cfg, "12"), release(cfg, "0", reset)); err != nil || written("bind")+written("unbind") != "" {
 		t.Errorf("nothing to do, but %v, %q, %q", err, written("bind"), written("unbind"))
 	}
 	if err := Take(cfg, "0"); err != nil || written("unbind") != "vif-0" {
 		t.Errorf("%v, %q", err, written("unbind"))
 	}
-	if err := Release(cfg, "12"); err != nil || written("bind") != "vif-12" {
-		t.Errorf("%v, %q", err, written("bind"))
+	if err := release(cfg, "12", reset); err != nil || written("bind") != "vif-12" || !slices.Equal(resets, []string{"device/vif/12 "}) {
+		t.Errorf("%v, %q, %q", err, written("bind"), resets)
 	}
 	if err := os.RemoveAll(path(cfg, "sys/bus/xen/drivers/vif")); err != nil {
 		t.Fatal(err)
 	}
-	if err := Release(cfg, "12"); !errors.Is(err, fs.ErrNotExist) || !strings.Contains(err.Error(), "not loaded") {
+	if err := release(cfg, "12", func(string) error { return nil }); !errors.Is(err, fs.ErrNotExist) || !strings.Contains(err.Error(), "not loaded") {
 		t.Error(err)
 	}
 	if err := Take(cfg, "0"); !errors.Is(err, fs.ErrNotExist) {

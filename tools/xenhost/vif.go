@@ -3,6 +3,7 @@
 package xenhost
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -11,8 +12,12 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"barevif/hypercall/xendev"
+	"barevif/pvnet/netif"
+	"barevif/xenbus"
+	"barevif/xenbus/xenstore"
 )
 
 // A Vif is a network device in the kernel's device tree, whether or not a kernel driver
@@ -162,22 +167,91 @@ func Take(cfg xendev.Config, id string) error {
 	return nil
 }
 
-// Release binds the frontend of vif number id to the kernel's xen-netfront, which must be
-// loaded. It needs root. The device must be closed.
+// Release binds the frontend of vif number id to the kernel's xen-netfront. It needs root, and
+// no program may have the vif. If the module is not loaded, Release fails after it has made
+// the vif ready for it.
+//
+// What an earlier program left in xenstore goes first. xen-netfront removes no keys: with
+// that of a control ring, netback would refuse the vif. And Linux writes no state that it
+// believes the vif to be in: a module loaded for a vif that it has never had waits for netback
+// without end, which waits for the state to leave Closed.
 func Release(cfg xendev.Config, id string) error {
+	return release(cfg, id, func(node string) error { return resetFrontend(cfg, node) })
+}
+
+func release(cfg xendev.Config, id string, reset func(node string) error) error {
 	v, err := Frontend(cfg, id)
 	if err != nil || v.Driver != "" {
 		return err
 	}
+	if err := reset(v.Node); err != nil {
+		return fmt.Errorf("release %s to xen-netfront: reset what its last program left: %w", v.Name, err)
+	}
 	err = v.write(path(cfg, v.bus(), "drivers/vif/bind"))
 	if errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("release %s to xen-netfront, which is not loaded: %w", v.Name, err)
+		return fmt.Errorf("release %s to xen-netfront, which is not loaded and can be now (modprobe xen-netfront): %w", v.Name, err)
 	}
 	if err != nil {
 		return fmt.Errorf("release %s to xen-netfront: %w", v.Name, err)
 	}
 	return nil
 }
+
+// resetFrontend removes what a frontend left in its directory of xenstore, node, and writes
+// the state that the toolstack made it with.
+func resetFrontend(cfg xendev.Config, node string) error {
+	ctx, cancel := context.WithTimeout(context.Background(), storeTimeout)
+	defer cancel()
+	domain, err := xendev.Open(cfg)
+	if err != nil {
+		return err
+	}
+	defer domain.Close()
+	store, err := xenstore.Dial(ctx, domain.Store, xenstore.Config{})
+	if err != nil {
+		return err
+	}
+	defer store.Close()
+	if err := closeFrontend(ctx, store, node); err != nil {
+		return err
+	}
+	there, err := store.Directory(ctx, node)
+	if err != nil {
+		return err
+	}
+	for _, key := range netif.StaleKeys(there) {
+		if err := store.Remove(ctx, node+"/"+key); err != nil {
+			return err
+		}
+	}
+	return store.Write(ctx, node+"/"+netif.KeyState, strconv.Itoa(int(xenbus.Initialising)))
+}
+
+// closeFrontend closes the vif of a program that was killed, and waits until its backend has
+// closed it, too. netback would else let go of the rings while xen-netfront makes others.
+func closeFrontend(ctx context.Context, store *xenstore.Client, node string) error {
+	keys, err := store.ReadKeys(ctx, node, netif.KeyState, netif.KeyBackend)
+	if err != nil || keys[netif.KeyState] != strconv.Itoa(int(xenbus.Connected)) {
+		return err
+	}
+	if err := store.Write(ctx, node+"/"+netif.KeyState, strconv.Itoa(int(xenbus.Closed))); err != nil {
+		return err
+	}
+	for {
+		state, err := store.Read(ctx, keys[netif.KeyBackend]+"/"+netif.KeyState)
+		if err != nil || state == strconv.Itoa(int(xenbus.Closed)) {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("the backend does not close the vif: %w", ctx.Err())
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+}
+
+// storeTimeout bounds what Release asks of xenstore. A running one answers in milliseconds.
+const storeTimeout = 10 * time.Second
 
 // write writes the vif's name to an existing file of sysfs.
 func (v Vif) write(file string) error {

@@ -49,16 +49,20 @@ func TestXenReport(t *testing.T) {
 	if errors.Is(r.Ports.Err, privcmd.ErrRestricted) {
 		return
 	}
-	before := r.Ports.Value
 	near, far := waiterOf(t, d), waiterOf(t, d)
-	a, err := near.Unbound(hypercall.DomSelf)
-	if err != nil {
-		t.Fatal(err)
+	channel := func() {
+		a, err := near.Unbound(hypercall.DomSelf)
+		if err == nil {
+			_, err = far.Bind(hypercall.DomSelf, a.ID())
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
 	}
-	if _, err := far.Bind(hypercall.DomSelf, a.ID()); err != nil {
-		t.Fatal(err)
-	}
-	if after := Inspect(context.Background(), xendev.Config{}).Ports; after.Value.Interdomain != before.Interdomain+2 {
+	channel() // with the first port comes the channel by which a guest notices that it was resumed
+	before := Inspect(context.Background(), xendev.Config{}).Ports
+	channel()
+	if after := Inspect(context.Background(), xendev.Config{}).Ports; after.Value.Interdomain != before.Value.Interdomain+2 {
 		t.Errorf("before a channel %v, after %v", before, after)
 	}
 }

@@ -28,9 +28,17 @@ type Vif struct {
 	MAC         [6]byte // the frontend's
 	MTU         int     // bytes; 0 means 1500 and writes no key
 	Type        string  // of backend; "" means "vif"
-	Script      string  // hotplug script the backend's kernel driver wants to see
-	Bridge      string
-	Untrusted   bool // tells the frontend not to trust the backend
+	Untrusted   bool    // tells the frontend not to trust the backend
+	Rate        string  // limit of what the guest may send, "bytes,microseconds"; "" writes no key
+
+	// What the backend's network is to be, in the words of xl-network-configuration(5). An
+	// empty one is not written. libxl writes every vif a script and a bridge, vif-bridge and
+	// xenbr0 where it was told none.
+	Script  string // path of the hotplug script; the kernel's netback does not serve a vif without one
+	Bridge  string
+	Name    string // vifname: of the backend's interface
+	IP      string // addresses of the guest, separated by blanks
+	Gateway string // gatewaydev: the interface whose address script vif-route takes
 
 	// Room makes empty nodes for the keys that a barevif backend will write. They count
 	// towards the quota of the backend's domain. But xenstored refuses a domain at its
@@ -42,7 +50,8 @@ type Vif struct {
 var room = [...]string{
 	"claim", xenbus.KeyReason, netif.KeyFeatureRxCopy, netif.KeyFeatureSG, netif.KeyFeatureSplitChannels,
 	netif.KeyMaxQueues, netif.KeyFeatureNoCsumOffload, netif.KeyFeatureIPv6CsumOffload,
-	netif.KeyFeatureGSOTCPv4, netif.KeyFeatureGSOTCPv6,
+	netif.KeyFeatureGSOTCPv4, netif.KeyFeatureGSOTCPv6, netif.KeyFeatureMulticastControl, netif.KeyFeatureDynamicMulticast,
+	netif.KeyFeatureCtrlRing,
 }
 
 func (v *Vif) backType() string {
@@ -118,11 +127,13 @@ func (v Vif) keys() (front, back xenstore.Values) {
 			back[key] = ""
 		}
 	}
-	if v.Script != "" {
-		back[netif.KeyScript] = v.Script
-	}
-	if v.Bridge != "" {
-		back[netif.KeyBridge] = v.Bridge
+	for key, value := range map[string]string{
+		netif.KeyScript: v.Script, netif.KeyBridge: v.Bridge, netif.KeyVifName: v.Name,
+		netif.KeyIP: v.IP, netif.KeyGatewayDev: v.Gateway, netif.KeyRate: v.Rate,
+	} {
+		if value != "" {
+			back[key] = value
+		}
 	}
 	return front, back
 }

@@ -15,7 +15,8 @@ const (
 	RspProd  = 8
 	RspEvent = 12
 	Slots    = 64
-	Size     = 256 // slots of each ring
+	Size     = 256 // slots of a tx or rx ring
+	CtrlSize = 128 // slots of a control ring
 )
 
 // A Ring is a ring page.
@@ -24,9 +25,10 @@ type Ring struct {
 	stride int
 }
 
-// TxRing and RxRing view a page of 4096 bytes.
-func TxRing(page []byte) Ring { return Ring{page, 12} }
-func RxRing(page []byte) Ring { return Ring{page, 8} }
+// TxRing, RxRing and CtrlRing view a page of 4096 bytes.
+func TxRing(page []byte) Ring   { return Ring{page, 12} }
+func RxRing(page []byte) Ring   { return Ring{page, 8} }
+func CtrlRing(page []byte) Ring { return Ring{page, 16} }
 
 // Load returns the word at byte off of the page; Store sets it.
 func (r Ring) Load(off int) uint32     { return word(r.page, off).Load() }
@@ -35,7 +37,12 @@ func (r Ring) Store(off int, v uint32) { word(r.page, off).Store(v) }
 // Bytes returns the page.
 func (r Ring) Bytes() []byte { return r.page }
 
-func (r Ring) at(i uint32) int { return Slots + int(i%Size)*r.stride }
+func (r Ring) at(i uint32) int {
+	if r.stride == 16 {
+		i %= CtrlSize
+	}
+	return Slots + int(i%Size)*r.stride
+}
 
 // Put writes the first words of slot i.
 func (r Ring) Put(i uint32, words ...uint32) {

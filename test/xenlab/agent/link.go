@@ -29,13 +29,36 @@ type link struct {
 	nextIn  int
 	nextOut int
 	rest    string // the unread rest of the last chunk
+
+	// The domid when nextIn and nextOut were last 0; "" at dom0's end. With another domid the
+	// domain was resumed, its nodes are gone, and dom0 begins a link of its own.
+	inAs, outAs string
 }
 
 var errDomainGone = errors.New("the domain is gone")
 
 // upLink returns a domain's end of its link to dom0, downLink dom0's end.
 func upLink(s *store) (*link, error) {
-	return newLink(s, proto.Store, "down", "up", "")
+	l, err := newLink(s, proto.Store, "down", "up", "")
+	if err != nil {
+		return nil, err
+	}
+	l.inAs, err = s.read("domid")
+	l.outAs = l.inAs
+	return l, err
+}
+
+// resumed reports whether the domain was resumed since *as was set, and sets *as.
+func (l *link) resumed(as *string) (bool, error) {
+	if *as == "" {
+		return false, nil
+	}
+	now, err := l.s.read("domid")
+	if err != nil || now == *as {
+		return false, err
+	}
+	*as = now
+	return true, nil
 }
 
 func downLink(s *store, domid int) (*link, error) {
@@ -51,8 +74,13 @@ func newLink(s *store, dir, in, out, home string) (*link, error) {
 // Read implements io.Reader.
 func (l *link) Read(p []byte) (int, error) {
 	for l.rest == "" {
-		node := l.in + strconv.Itoa(l.nextIn)
 		change := l.s.change()
+		if again, err := l.resumed(&l.inAs); err != nil {
+			return 0, err
+		} else if again {
+			l.nextIn = 0
+		}
+		node := l.in + strconv.Itoa(l.nextIn)
 		value, err := l.s.read(node)
 		if isMissing(err) {
 			if err := l.pause(change); err != nil {
@@ -74,9 +102,18 @@ func (l *link) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-// Write implements io.Writer. It waits while the other end has a window of unread chunks.
+// Write implements io.Writer. It waits while the other end has a window of unread chunks. What
+// was written in part before the domain was resumed has no reader any more.
 func (l *link) Write(p []byte) (n int, err error) {
 	for n < len(p) {
+		if again, err := l.resumed(&l.outAs); err != nil {
+			return n, err
+		} else if again {
+			l.nextOut = 0
+			if n > 0 {
+				return len(p), nil
+			}
+		}
 		for l.nextOut >= window {
 			change := l.s.change()
 			_, err := l.s.read(l.out + strconv.Itoa(l.nextOut-window))

@@ -28,7 +28,7 @@ func xenstore(t *testing.T) *server.Store {
 	t.Cleanup(func() { s.Close() })
 	s.Introduce(guestID)
 	home := fmt.Sprintf("/local/domain/%d", guestID)
-	if err := errors.Join(s.Mkdir(home), s.SetPerms(home, "n0", fmt.Sprintf("r%d", guestID)),
+	if err := errors.Join(s.Mkdir(home), s.Write(home+"/domid", fmt.Sprint(guestID)), s.SetPerms(home+"/domid", "n0", fmt.Sprintf("r%d", guestID)), s.SetPerms(home, "n0", fmt.Sprintf("r%d", guestID)),
 		s.Mkdir(home+"/data"), s.SetPerms(home+"/data", fmt.Sprintf("n%d", guestID))); err != nil {
 		t.Fatal(err)
 	}
@@ -97,6 +97,31 @@ func TestLinkLeavesNothingInXenstore(t *testing.T) {
 	node := fmt.Sprintf("/local/domain/%d/%s/down/0", guestID, proto.Store)
 	if v, err := s.Read(node); err == nil {
 		t.Errorf("%s is still %q", node, v)
+	}
+}
+
+// A resume takes the domain's nodes away, and dom0 makes a link of its own to the new domain.
+func TestLinkBeginsAgainAfterAResume(t *testing.T) {
+	dom0, guest, s := pairOfLinks(t)
+	home := fmt.Sprintf("/local/domain/%d", guestID)
+	for i := range 3 {
+		data := bytes.Repeat([]byte{byte('a' + i)}, (3-i)*chunk+5)
+		got := make([]byte, len(data))
+		for _, way := range [...][2]*link{{dom0, guest}, {guest, dom0}} {
+			if _, err := way[0].Write(data); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := io.ReadFull(way[1], got); err != nil || !bytes.Equal(got, data) {
+				t.Fatalf("read other bytes than were written: %v", err)
+			}
+		}
+		if err := errors.Join(s.Remove(home+"/"+proto.Store), s.Write(home+"/domid", fmt.Sprint(guestID+1+i))); err != nil {
+			t.Fatal(err)
+		}
+		var err error
+		if dom0, err = downLink(newStore(dial(t, s, 0)), guestID); err != nil {
+			t.Fatal(err)
+		}
 	}
 }
 

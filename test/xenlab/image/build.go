@@ -21,6 +21,8 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+
+	"barevif/tools/guestimage"
 )
 
 // A Program is a program of this project. It is built without cgo and is at /barevif/Name in
@@ -33,9 +35,10 @@ type Program struct {
 
 // Config describes the images.
 type Config struct {
-	Programs []Program
-	Dir      string       // existing directory for the archives
-	Logger   *slog.Logger // nil: silent
+	Programs  []Program    // "barevif" among them if there is an Appliance
+	Appliance string       // a package of which "barevif image" makes guests, in dom0; "": none
+	Dir       string       // existing directory for the archives
+	Logger    *slog.Logger // nil: silent
 }
 
 // A Set has the files from which a machine boots.
@@ -106,23 +109,29 @@ func Build(ctx context.Context, cfg Config) (*Set, error) {
 		return nil, err
 	}
 	guestImage := filepath.Join(cfg.Dir, "domu.cpio")
-	if err := guest.writeFile(guestImage); err != nil {
+	if err := guest.WriteFile(guestImage); err != nil {
 		return nil, err
 	}
 	dom0, err := d.base(built)
 	if err != nil {
 		return nil, err
 	}
-	if err := d.addToolstack(dom0); err != nil {
+	if err := d.addToolstack(ctx, dom0); err != nil {
 		return nil, err
 	}
-	dom0.file(GuestImage, 0o644, guestImage)
-	dom0.file(GuestKernel, 0o644, d.vmlinux)
+	dom0.File(GuestImage, 0o644, guestImage)
+	dom0.File(GuestKernel, 0o644, d.vmlinux)
+	if cfg.Appliance != "" {
+		log.Info("make images", "package", cfg.Appliance)
+		if err := d.addAppliance(ctx, dom0, built["barevif"], cfg); err != nil {
+			return nil, err
+		}
+	}
 	set := &Set{
 		Xen: d.xen, Kernel: d.vmlinux, Dom0: filepath.Join(cfg.Dir, "dom0.cpio"),
 		XenPackage: d.version("xen-hypervisor-"), KernelPackage: d.version("linux-image-"),
 	}
-	return set, dom0.writeFile(set.Dom0)
+	return set, dom0.WriteFile(set.Dom0)
 }
 
 const agentPackage = "barevif/test/xenlab/agent"
@@ -147,9 +156,10 @@ func (p Program) build(ctx context.Context, file string) error {
 // A distribution is one set of unpacked packages in the cache.
 type distribution struct {
 	root         string // the packages' files
+	debDir       string // the packages
 	xen, vmlinux string
 	kernel       string // its version, as uname -r has it
-	debs         []deb
+	debs         []guestimage.Package
 }
 
 // prepare brings the current packages into the cache.
@@ -158,14 +168,13 @@ func prepare(ctx context.Context, cache string, log *slog.Logger) (*distribution
 	if err != nil {
 		return nil, err
 	}
-	dir := filepath.Join(cache, key(debs))
+	dir, debDir := filepath.Join(cache, key(debs)), filepath.Join(cache, "debs")
 	if _, err := os.Stat(dir); err != nil {
-		debDir := filepath.Join(cache, "debs")
 		if err := os.MkdirAll(debDir, 0o755); err != nil {
 			return nil, err
 		}
 		log.Info("fetch", "packages", len(debs), "to", debDir)
-		if err := download(ctx, debDir, debs); err != nil {
+		if err := guestimage.Download(ctx, debDir, debs); err != nil {
 			return nil, err
 		}
 		log.Info("unpack", "to", dir)
@@ -175,7 +184,7 @@ func prepare(ctx context.Context, cache string, log *slog.Logger) (*distribution
 		prune(cache, filepath.Base(dir), debs)
 	}
 	d := &distribution{
-		root: filepath.Join(dir, "root"), xen: filepath.Join(dir, "xen"), vmlinux: filepath.Join(dir, "vmlinux"), debs: debs,
+		root: filepath.Join(dir, "root"), debDir: debDir, xen: filepath.Join(dir, "xen"), vmlinux: filepath.Join(dir, "vmlinux"), debs: debs,
 	}
 	image, err := one(d.root, "boot/vmlinuz-*")
 	if err != nil {
@@ -187,7 +196,7 @@ func prepare(ctx context.Context, cache string, log *slog.Logger) (*distribution
 
 // populate fills a folder beside dir and renames it to dir, so that dir is complete if it
 // exists.
-func populate(ctx context.Context, debDir, dir string, debs []deb) error {
+func populate(ctx context.Context, debDir, dir string, debs []guestimage.Package) error {
 	tmp, err := os.MkdirTemp(filepath.Dir(dir), "new-")
 	if err != nil {
 		return err
@@ -201,14 +210,14 @@ func populate(ctx context.Context, debDir, dir string, debs []deb) error {
 	if err != nil {
 		return err
 	}
-	if err := unpackXen(xen, filepath.Join(tmp, "xen")); err != nil {
+	if err := guestimage.UnpackXen(xen, filepath.Join(tmp, "xen")); err != nil {
 		return err
 	}
 	kernel, err := one(root, "boot/vmlinuz-*")
 	if err != nil {
 		return err
 	}
-	if err := unpackKernel(kernel, filepath.Join(tmp, "vmlinux")); err != nil {
+	if err := guestimage.UnpackKernel(kernel, filepath.Join(tmp, "vmlinux")); err != nil {
 		return err
 	}
 	return os.Rename(tmp, dir)
@@ -216,7 +225,7 @@ func populate(ctx context.Context, debDir, dir string, debs []deb) error {
 
 // prune leaves one set of packages in the cache. Errors do not matter: the next
 // call tries again.
-func prune(cache, keep string, debs []deb) {
+func prune(cache, keep string, debs []guestimage.Package) {
 	old, _ := filepath.Glob(filepath.Join(cache, "????????????????"))
 	for _, dir := range old {
 		if filepath.Base(dir) != keep {
@@ -225,7 +234,7 @@ func prune(cache, keep string, debs []deb) {
 	}
 	files, _ := os.ReadDir(filepath.Join(cache, "debs"))
 	for _, f := range files {
-		if !slices.ContainsFunc(debs, func(d deb) bool { return d.file == f.Name() }) {
+		if !slices.ContainsFunc(debs, func(d guestimage.Package) bool { return d.File == f.Name() }) {
 			os.Remove(filepath.Join(cache, "debs", f.Name()))
 		}
 	}
@@ -244,8 +253,8 @@ func one(root, pattern string) (string, error) {
 
 func (d *distribution) version(prefix string) string {
 	for _, deb := range d.debs {
-		if strings.HasPrefix(deb.file, prefix) {
-			return strings.TrimSuffix(deb.file, "_amd64.deb")
+		if strings.HasPrefix(deb.File, prefix) {
+			return strings.TrimSuffix(deb.File, "_amd64.deb")
 		}
 	}
 	return ""
@@ -262,28 +271,28 @@ var moduleNames = [...]string{
 var commonTools = [...]string{"dash", "ip", "ping", "iperf3", "tcpdump", "ethtool", "bpftool", "curl", "setpriv", "setcap"}
 
 var xenTools = [...]string{
-	"xl", "xenstored", "oxenstored", "xenconsoled", "xenconsole", "xen-init-dom0", "lsevtchn",
+	"bash", "xl", "libxl-save-helper", "xenstored", "oxenstored", "xenconsoled", "xenconsole", "xen-init-dom0", "lsevtchn",
 	"xenstore-ls", "xenstore-list", "xenstore-read", "xenstore-write", "xenstore-rm",
 	"xenstore-chmod", "xenstore-exists", "xenstore-watch",
 }
 
 // base returns the part of the root that all domains have.
-func (d *distribution) base(programs map[string]string) (*tree, error) {
-	t := newTree()
+func (d *distribution) base(programs map[string]string) (*guestimage.Tree, error) {
+	t := guestimage.NewTree()
 	for _, dir := range [...]string{"/proc", "/sys", "/dev", "/run", "/tmp", "/root", "/var/log", "/var/lib", "/lab", ProgramDir} {
-		t.dir(dir, 0o755)
+		t.Dir(dir, 0o755)
 	}
-	t.link("/var/run", "/run")
-	t.link("/var/lock", "/run/lock")
-	t.data("/etc/passwd", 0o644, []byte("root:x:0:0:root:/root:/bin/sh\nbarevif:x:990:990::/nonexistent:/usr/sbin/nologin\n"))
-	t.data("/etc/group", 0o644, []byte("root:x:0:\ntcpdump:x:100:\nbarevif:x:990:\n"))
-	t.data("/etc/hosts", 0o644, []byte("127.0.0.1 localhost\n"))
+	t.Link("/var/run", "/run")
+	t.Link("/var/lock", "/run/lock")
+	t.Data("/etc/passwd", 0o644, []byte("root:x:0:0:root:/root:/bin/sh\nbarevif:x:990:990::/nonexistent:/usr/sbin/nologin\n"))
+	t.Data("/etc/group", 0o644, []byte("root:x:0:\ntcpdump:x:100:\nbarevif:x:990:\n"))
+	t.Data("/etc/hosts", 0o644, []byte("127.0.0.1 localhost\n"))
 	for name, file := range programs {
 		if name != "agent" {
-			t.file(ProgramDir+"/"+name, 0o755, file)
+			t.File(ProgramDir+"/"+name, 0o755, file)
 		}
 	}
-	t.file("/init", 0o755, programs["agent"])
+	t.File("/init", 0o755, programs["agent"])
 
 	if err := d.install(t, commonTools[:]...); err != nil {
 		return nil, err
@@ -293,31 +302,62 @@ func (d *distribution) base(programs map[string]string) (*tree, error) {
 		return nil, err
 	}
 	// Not busybox's shell, which prefers its own applets to the programs in PATH.
-	t.link("/bin/sh", "/usr/sbin/dash")
+	t.Link("/bin/sh", "/usr/sbin/dash")
 	if err := d.installBusybox(t); err != nil {
 		return nil, err
 	}
-	m, err := findModules(d.root, d.kernel)
+	source, err := guestimage.FindModules(d.root, d.kernel)
 	if err != nil {
 		return nil, err
 	}
-	return t, m.install(t, d.kernel, moduleNames[:]...)
+	modules, err := guestimage.CollectModules(source, moduleNames[:]...)
+	if err != nil {
+		return nil, err
+	}
+	modules.Install(t, "/lib/modules/"+d.kernel)
+	return t, nil
 }
 
 // addToolstack makes the root that of dom0.
-func (d *distribution) addToolstack(t *tree) error {
+func (d *distribution) addToolstack(ctx context.Context, t *guestimage.Tree) error {
 	if err := d.install(t, xenTools[:]...); err != nil {
+		return err
+	}
+	if err := d.addScripts(ctx, t); err != nil {
 		return err
 	}
 	conf, err := one(d.root, "etc/xen/oxenstored.conf")
 	if err != nil {
 		return err
 	}
-	t.file("/etc/xen/oxenstored.conf", 0o644, conf)
-	t.data("/etc/xen/xl.conf", 0o644, []byte("autoballoon=\"off\"\n"))
-	t.data("/etc/xen/scripts/"+VifScript, 0o755, []byte(vifScript))
-	t.dir("/var/lib/xen", 0o755)
-	t.dir("/var/log/xen/console", 0o755)
+	t.File("/etc/xen/oxenstored.conf", 0o644, conf)
+	t.Data("/etc/xen/xl.conf", 0o644, []byte("autoballoon=\"off\"\n"))
+	t.Data("/etc/xen/scripts/"+VifScript, 0o755, []byte(vifScript))
+	t.Dir("/var/lib/xen", 0o755)
+	t.Dir("/var/log/xen/console", 0o755)
+	return nil
+}
+
+// addScripts adds the hotplug scripts of Debian for vifs, and this project's, as an
+// administrator installs them.
+func (d *distribution) addScripts(ctx context.Context, t *guestimage.Tree) error {
+	const dir = "/etc/xen/scripts/"
+	for _, pattern := range [...]string{"vif-*", "*.sh"} {
+		files, err := filepath.Glob(filepath.Join(d.root, dir, pattern))
+		if err != nil {
+			return err
+		}
+		for _, file := range files {
+			t.File(dir+filepath.Base(file), 0o755, file)
+		}
+	}
+	t.Link("/bin/bash", "/usr/sbin/bash") // the path that they begin with
+	out, err := exec.CommandContext(ctx, "go", "list", "-f", "{{.Dir}}", "barevif/tools/barevif/deploy").Output()
+	if err != nil {
+		return fmt.Errorf("go list: %w", err)
+	}
+	t.File(dir+"vif-barevif", 0o755, filepath.Join(strings.TrimSpace(string(out)), "vif-barevif"))
+	t.Link(dir+"vif-barevif-route", "vif-barevif")
 	return nil
 }
 
@@ -340,13 +380,13 @@ exit 0
 `
 
 // install puts programs of the packages into /usr/sbin, with their libraries.
-func (d *distribution) install(t *tree, names ...string) error {
+func (d *distribution) install(t *guestimage.Tree, names ...string) error {
 	for _, name := range names {
 		file, err := d.program(name)
 		if err != nil {
 			return err
 		}
-		t.file("/usr/sbin/"+name, 0o755, file)
+		t.File("/usr/sbin/"+name, 0o755, file)
 		libs := map[string]string{}
 		if err := libraries(d.root, file, libs); err != nil {
 			return err
@@ -373,7 +413,7 @@ func (d *distribution) program(name string) (string, error) {
 	return "", fmt.Errorf("no program %s in the packages", name)
 }
 
-func (d *distribution) installLibrary(t *tree, name string) error {
+func (d *distribution) installLibrary(t *guestimage.Tree, name string) error {
 	file, err := findLibrary(d.root, name)
 	if err != nil {
 		return err
@@ -382,12 +422,12 @@ func (d *distribution) installLibrary(t *tree, name string) error {
 	if strings.HasPrefix(name, "ld-linux") { // every binary names it with this path
 		dst = "/lib64/" + name
 	}
-	t.file(dst, 0o755, file)
+	t.File(dst, 0o755, file)
 	return nil
 }
 
 // installBusybox links the applets of busybox that no real tool provides.
-func (d *distribution) installBusybox(t *tree) error {
+func (d *distribution) installBusybox(t *guestimage.Tree) error {
 	busybox, err := d.program("busybox")
 	if err != nil {
 		return err
@@ -396,12 +436,12 @@ func (d *distribution) installBusybox(t *tree) error {
 	if err != nil {
 		return fmt.Errorf("%s --list: %w", busybox, err)
 	}
-	t.file("/bin/busybox", 0o755, busybox)
+	t.File("/bin/busybox", 0o755, busybox)
 	for _, name := range strings.Fields(string(applets)) {
-		if name != "busybox" && !t.has("/usr/sbin/"+name) && !t.has("/bin/"+name) {
-			t.link("/bin/"+name, "/bin/busybox")
+		if name != "busybox" && !t.Has("/usr/sbin/"+name) && !t.Has("/bin/"+name) {
+			t.Link("/bin/"+name, "/bin/busybox")
 		}
 	}
-	t.link("/sbin/modprobe", "/bin/busybox") // the path that the kernel uses for its requests
+	t.Link("/sbin/modprobe", "/bin/busybox") // the path that the kernel uses for its requests
 	return nil
 }

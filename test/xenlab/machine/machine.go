@@ -38,7 +38,7 @@ type Config struct {
 	Dir    string    // for console.log
 	Xen    []string  // additional arguments for Xen
 	Linux  []string  // additional arguments for dom0's kernel; without commas, at which QEMU splits
-	Memory int       // 0: 2048
+	Memory int       // 0: 2560
 	Dom0   int       // 0: 1024
 	Tee    io.Writer // gets a copy of the console; may be nil
 }
@@ -174,7 +174,7 @@ func errOr(err, other error) error {
 func qemuArgs(cfg Config, sockets string) []string {
 	memory, dom0 := cfg.Memory, cfg.Dom0
 	if memory == 0 {
-		memory = 2048
+		memory = 2560
 	}
 	if dom0 == 0 {
 		dom0 = 1024

@@ -1,5 +1,5 @@
-// Package deploy keeps what operators import: alerts.yml for Prometheus and
-// dashboard.json for Grafana. Its tests make the dashboard out of the table of
+// Package deploy keeps what operators install: alerts.yml for Prometheus,
+// dashboard.json for Grafana, and vif-barevif for xl. Its tests make the dashboard out of the table of
 // fields, and refuse a metric that does not exist.
 package deploy
 

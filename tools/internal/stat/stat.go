@@ -253,7 +253,7 @@ func (w *Watcher) Look() *Look {
 		w.believe()
 		w.leaveOut()
 		slices.SortFunc(w.sources, func(a, b bpf.Source) int {
-			return cmp.Or(compareNames(a.Name, b.Name), cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.Path, b.Path))
+			return cmp.Or(CompareNames(a.Name, b.Name), cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.Path, b.Path))
 		})
 	}
 	l := &Look{Time: time.Now(), Hidden: w.hidden}
@@ -336,6 +336,10 @@ func (w *Watcher) believe() {
 
 func (w *Watcher) trusts(uid int) bool { return uid >= 0 && slices.Contains(w.believed, uid) }
 
+// Keeper returns the user to whom root gave the default directory of the pins: what that
+// user shows is believed like root's.
+func Keeper() (uid int, ok bool) { return keeper("") }
+
 // keeper returns the owner of the directory of the pins, if only root can have made it.
 func keeper(root string) (uid int, ok bool) {
 	if root == "" {
@@ -361,10 +365,14 @@ func (w *Watcher) wants(name string) bool {
 	if len(w.patterns) == 0 {
 		return true
 	}
-	return slices.ContainsFunc(w.patterns, func(p string) bool {
-		ok, _ := path.Match(p, name)
-		return ok || p == name || called(p, name)
-	})
+	return slices.ContainsFunc(w.patterns, func(p string) bool { return Named(p, name) })
+}
+
+// Named reports whether pattern means the device with this name: it is the name, matches it
+// as in a shell, or is a name that people use for it, such as "vif1.0".
+func Named(pattern, name string) bool {
+	ok, _ := path.Match(pattern, name)
+	return ok || pattern == name || called(pattern, name)
 }
 
 // called reports whether people use alias for the device with this name. "vif1.0" is the
@@ -389,8 +397,8 @@ func called(alias, name string) bool {
 	}
 }
 
-// compareNames sorts front-2 before front-10.
-func compareNames(a, b string) int {
+// CompareNames sorts front-2 before front-10.
+func CompareNames(a, b string) int {
 	ia, oka := parseName(a)
 	ib, okb := parseName(b)
 	if !oka || !okb {

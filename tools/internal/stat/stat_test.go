@@ -280,6 +280,28 @@ func TestNarrowSheetsKeepWhatMatters(t *testing.T) {
 	}
 }
 
+// A rate limit has a line, in which is what it costs the guest.
+func TestALimitIsShown(t *testing.T) {
+	set := telemetry.NewSet(2)
+	set.RX(0).Set(telemetry.RateLimit, 26214400)
+	for q := range 2 {
+		set.RX(q).Add(telemetry.CreditWaits, 1000)
+		set.RX(q).Add(telemetry.CreditWaited, uint64(1500*time.Millisecond))
+		set.RX(q).Flush()
+	}
+	limited, free := device("back-2-1-0", 1, 1, 0), device("back-2-3-0", 1, 1, 0)
+	limited.Report.Stats = set.Totals()
+	for d, want := range map[*Device]string{&limited: "  rx limited to 26 214 400 bytes/s: frames waited 2 000 times, 3.0 s in all\n", &free: ""} {
+		var text strings.Builder
+		if err := Write(&text, look(*d), Sheet{Paint: NoPaint}); err != nil {
+			t.Fatal(err)
+		}
+		if got := strings.Contains(text.String(), "limited"); got != (want != "") || !strings.Contains(text.String(), want) {
+			t.Errorf("no %q in\n%s", want, &text)
+		}
+	}
+}
+
 func TestAxesHaveRoundSteps(t *testing.T) {
 	for step, want := range map[float64]float64{0: 1, .3: 1, 1: 1, 1.01: 1.5, 7: 8, 8.1: 10, 8884: 10000, 1234: 1500, 2.2e6: 2.5e6, 9e9: 1e10} {
 		if got := round(step); got != want {

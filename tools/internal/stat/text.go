@@ -88,6 +88,9 @@ func writeDevice(b *strings.Builder, d *Device, now time.Time, on Sheet) {
 	for _, line := range d.Losses() {
 		on.Line(b, Warn, line)
 	}
+	if line := d.Limit(); line != "" {
+		on.Line(b, Plain, line)
+	}
 	const events = 3
 	for _, e := range r.Events[max(0, len(r.Events)-events):] {
 		on.Line(b, Dim, Event(e, now))
@@ -189,6 +192,22 @@ func (d *Device) Losses() []string {
 	return out
 }
 
+// Limit describes the vif's rate limit, and how often and how long frames have waited for
+// it. It is empty if there is none.
+func (d *Device) Limit() string {
+	if len(d.Report.Stats.Queues) == 0 {
+		return ""
+	}
+	rate := Values(&d.Report.Stats, 0, telemetry.RX).Gauge(telemetry.RateLimit)
+	if rate == 0 {
+		return ""
+	}
+	waits := d.Count(All, telemetry.RX, func(v *telemetry.Values) uint64 { return v.Get(telemetry.CreditWaits) })
+	long := d.Count(All, telemetry.RX, func(v *telemetry.Values) uint64 { return v.Get(telemetry.CreditWaited) })
+	return fmt.Sprintf("rx limited to %s bytes/s: frames waited %s times, %s in all",
+		cli.Grouped(rate), cli.Grouped(waits), Age(time.Duration(long)))
+}
+
 // Event describes e in one line.
 func Event(e telemetry.Event, now time.Time) string {
 	where := ""
@@ -205,6 +224,10 @@ func Event(e telemetry.Event, now time.Time) string {
 		what = fmt.Sprintf("stall%s: the peer is %d slots short and made no progress for %s", where, e.A, Age(time.Duration(e.B)))
 	case telemetry.EventStallOver:
 		what = fmt.Sprintf("stall%s over after %s", where, Age(time.Duration(e.B)))
+	case telemetry.EventCarrierOff:
+		what = fmt.Sprintf("carrier off: the peer took nothing%s for %s", where, Age(time.Duration(e.B)))
+	case telemetry.EventCarrierOn:
+		what = fmt.Sprintf("carrier on again after %s", Age(time.Duration(e.B)))
 	case telemetry.EventRescued:
 		what = fmt.Sprintf("rescued wake-up%s: %d slots waited", where, e.A)
 	case telemetry.EventReconnect:

@@ -4,10 +4,12 @@ package users
 
 import (
 	"fmt"
+	"io/fs"
 	"os"
 	"os/user"
 	"slices"
 	"strconv"
+	"syscall"
 )
 
 // Name returns a user's name and uid, "nobody (65534)", or "uid 4321" for a user without
@@ -44,6 +46,15 @@ func Sudo() (uid int, ok bool) {
 		return 0, false
 	}
 	return int(n), true
+}
+
+// Of returns the owner of a file.
+func Of(st fs.FileInfo) (uid int, ok bool) {
+	sys, ok := st.Sys().(*syscall.Stat_t)
+	if !ok {
+		return 0, false
+	}
+	return int(sys.Uid), true
 }
 
 // Own returns the users whose things count as this process's own: its user, and the user

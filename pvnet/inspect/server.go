@@ -1,0 +1,390 @@
+//go:build linux
+
+package inspect
+
+import (
+	"bufio"
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"barevif/pvnet"
+	"barevif/telemetry"
+)
+
+// A Config holds the options of a [Server]. The zero Config suits most programs.
+type Config struct {
+	// Dir is the directory of the socket; "" means the first of [Dirs] that this user may
+	// use. It is made if it is missing, and must belong to this user alone (mode 0700).
+	Dir string
+
+	// Logger gets a line for each client that copies frames. nil: silent.
+	Logger *slog.Logger
+}
+
+// Limits of a server.
+const (
+	maxClients     = 16               // at once
+	requestTimeout = 5 * time.Second  // for the whole request
+	lastWrites     = time.Second      // for the client to take the rest, once the server is closed
+	writeTimeout   = 10 * time.Second // for the client to take some of what it asked for
+	dumpMemory     = 32 << 20         // bytes of frames that one client's copies take, over all queues
+)
+
+// A Server answers the processes that want to look. It is a [pvnet.Inspector]: give it to
+// pvnet.Config. Its methods may be called from any goroutine.
+type Server struct {
+	path string
+	log  *slog.Logger
+	l    *net.UnixListener
+	wg   sync.WaitGroup
+	done chan struct{} // closed by Close
+
+	mu     sync.Mutex
+	closed bool
+	vifs   []*shown               // guarded by mu; in the order of their names
+	conns  map[*net.UnixConn]bool // guarded by mu: the clients
+}
+
+var _ pvnet.Inspector = (*Server)(nil)
+
+type shown struct {
+	name string
+	dev  *pvnet.Device
+}
+
+// Listen opens the socket and serves it until Close.
+func Listen(cfg Config) (*Server, error) {
+	dirs := []string{cfg.Dir}
+	if cfg.Dir == "" {
+		dirs = Dirs(os.Geteuid())
+	}
+	dir, err := place(dirs)
+	if err != nil {
+		return nil, fmt.Errorf("inspect: no place for a socket: %w", err)
+	}
+	removeDead(dir)
+	s := &Server{
+		path: filepath.Join(dir, fmt.Sprintf("%s%d-%s%s", socketPrefix, os.Getpid(), strings.ToLower(rand.Text()[:6]), socketSuffix)),
+		log:  cfg.Logger, done: make(chan struct{}), conns: make(map[*net.UnixConn]bool),
+	}
+	if s.log == nil {
+		s.log = slog.New(slog.DiscardHandler)
+	}
+	lc := net.ListenConfig{Control: func(_, _ string, rc syscall.RawConn) (err error) {
+		// bind gives the file this mode, less the umask: there is no moment in which
+		// another user could connect.
+		if e := rc.Control(func(fd uintptr) { err = unix.Fchmod(int(fd), 0o600) }); e != nil {
+			return e
+		}
+		return os.NewSyscallError("fchmod", err)
+	}}
+	l, err := lc.Listen(context.Background(), "unix", s.path)
+	if err != nil {
+		return nil, fmt.Errorf("inspect: %w", err)
+	}
+	s.l = l.(*net.UnixListener)
+	s.wg.Go(s.accept)
+	return s, nil
+}
+
+// Path returns the path of the socket.
+func (s *Server) Path() string { return s.path }
+
+// Open shows a device; see [pvnet.Inspector].
+func (s *Server) Open(info telemetry.Info, d *pvnet.Device) (hide func()) {
+	v := &shown{name: info.Name(), dev: d}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	at, _ := slices.BinarySearchFunc(s.vifs, v.name, func(v *shown, name string) int { return strings.Compare(v.name, name) })
+	s.vifs = slices.Insert(s.vifs, at, v)
+	return func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.vifs = slices.DeleteFunc(s.vifs, func(o *shown) bool { return o == v })
+	}
+}
+
+// Close removes the socket, and ends what clients do. The devices go on.
+func (s *Server) Close() error {
+	s.mu.Lock()
+	if s.closed {
+		s.mu.Unlock()
+		return nil
+	}
+	s.closed = true
+	close(s.done)
+	err := s.l.Close() // removes the path, too
+	for c := range s.conns {
+		c.SetReadDeadline(time.Unix(1, 0))
+		c.SetWriteDeadline(time.Now().Add(lastWrites))
+	}
+	s.mu.Unlock()
+	s.wg.Wait()
+	return err
+}
+
+func (s *Server) accept() {
+	for {
+		c, err := s.l.AcceptUnix()
+		if errors.Is(err, net.ErrClosed) {
+			return
+		}
+		if err != nil { // no descriptor is free, or memory
+			select {
+			case <-time.After(100 * time.Millisecond):
+			case <-s.done:
+			}
+			continue
+		}
+		if _, uid, err := peerOf(c); err != nil || uid != 0 && uid != os.Geteuid() {
+			c.Close()
+			continue
+		}
+		s.mu.Lock()
+		room := len(s.conns) < maxClients && !s.closed
+		if room {
+			s.conns[c] = true
+		}
+		s.mu.Unlock()
+		if !room {
+			c.SetWriteDeadline(time.Now().Add(10 * time.Millisecond))
+			writeAnswer(c, &answer{Error: fmt.Sprintf("this process has %d clients already", maxClients)})
+			c.Close()
+			continue
+		}
+		s.wg.Go(func() {
+			s.serve(c)
+			s.mu.Lock()
+			delete(s.conns, c)
+			s.mu.Unlock()
+			c.Close()
+		})
+	}
+}
+
+func writeAnswer(c net.Conn, a *answer) error {
+	b, err := json.Marshal(a)
+	if err != nil {
+		return err
+	}
+	_, err = c.Write(append(b, '\n'))
+	return err
+}
+
+// serve answers one client.
+func (s *Server) serve(c *net.UnixConn) {
+	c.SetReadDeadline(time.Now().Add(requestTimeout))
+	r := bufio.NewReader(c)
+	var q request
+	err := readLine(r, maxRequest, &q)
+	c.SetWriteDeadline(time.Now().Add(writeTimeout))
+	if err != nil {
+		writeAnswer(c, &answer{Error: err.Error()})
+		return
+	}
+	if q.Op == opList {
+		writeAnswer(c, &answer{Vifs: s.list()})
+		return
+	}
+	dev := s.find(q.Vif)
+	if dev == nil {
+		writeAnswer(c, &answer{Error: fmt.Sprintf("this process has no vif %.80q", q.Vif)})
+		return
+	}
+	switch q.Op {
+	case opRings:
+		writeAnswer(c, &answer{Rings: dev.Rings()})
+	case opKick:
+		writeAnswer(c, &answer{Halves: dev.Kick(q.Peer)})
+	case opDump:
+		cfg := q.DumpConfig
+		if cfg == nil {
+			cfg = new(DumpConfig)
+		}
+		s.dump(c, q.Vif, dev, cfg)
+	default:
+		writeAnswer(c, &answer{Error: fmt.Sprintf("no request is called %.80q", q.Op)})
+	}
+}
+
+func (s *Server) list() []offered {
+	s.mu.Lock()
+	vifs := slices.Clone(s.vifs)
+	s.mu.Unlock()
+	out := make([]offered, 0, len(vifs))
+	for _, v := range vifs {
+		out = append(out, offered{v.name, v.dev.Counters().Status().Up})
+	}
+	return out
+}
+
+func (s *Server) find(name string) *pvnet.Device {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, v := range s.vifs {
+		if v.name == name {
+			return v.dev
+		}
+	}
+	return nil
+}
+
+// dump sends the frames that dev moves, until the client has had enough or is gone, or the
+// device or the server ends.
+func (s *Server) dump(c *net.UnixConn, name string, dev *pvnet.Device, cfg *DumpConfig) {
+	tap, err := tapOf(dev, cfg)
+	if err != nil {
+		writeAnswer(c, &answer{Error: err.Error()})
+		return
+	}
+	defer tap.Close()
+	if writeAnswer(c, &answer{}) != nil {
+		return
+	}
+	s.log.Info("frames of a vif are copied", "vif", name)
+	defer s.log.Info("frames of a vif are no longer copied", "vif", name)
+	enough := make(chan struct{})
+	c.SetReadDeadline(time.Time{})
+	select {
+	case <-s.done:
+		c.SetReadDeadline(time.Unix(1, 0)) // Close may have set it before us
+	default:
+	}
+	s.wg.Go(func() {
+		defer close(enough)
+		var b [64]byte
+		for { // the client sends nothing more, and shuts its end down in the end
+			if _, err := c.Read(b[:]); err != nil {
+				return
+			}
+		}
+	})
+	w := &recordWriter{w: bufio.NewWriterSize(&patientWriter{c, s.done}, 128<<10)}
+	reason := w.copyAll(tap, enough, dev.Done())
+	tap.Close()
+	w.some(tap)
+	w.stats(tap)
+	w.end(reason)
+	c.CloseRead() // ends the goroutine above if the client has not
+	<-enough
+}
+
+func tapOf(dev *pvnet.Device, cfg *DumpConfig) (*pvnet.Tap, error) {
+	filter, err := filterOf(cfg.Program)
+	if err != nil {
+		return nil, err
+	}
+	lanes := 2 * dev.Queues()
+	if cfg.Queues != nil {
+		lanes = 2 * min(len(cfg.Queues), dev.Queues())
+	}
+	return dev.Tap(pvnet.TapConfig{
+		Queues: cfg.Queues, Sent: cfg.Sent, Received: cfg.Received, Snaplen: cfg.Snaplen, Filter: filter,
+		Buffer: max(128<<10, min(8<<20, dumpMemory/max(lanes, 1))),
+	})
+}
+
+// A patientWriter gives the client some time for each piece that it takes.
+type patientWriter struct {
+	c      *net.UnixConn
+	closed <-chan struct{}
+}
+
+func (p *patientWriter) Write(b []byte) (int, error) {
+	patience := writeTimeout
+	select {
+	case <-p.closed:
+		patience = lastWrites
+	default:
+	}
+	p.c.SetWriteDeadline(time.Now().Add(patience))
+	return p.c.Write(b)
+}
+
+// A recordWriter writes records. After an error it writes nothing more.
+type recordWriter struct {
+	w   *bufio.Writer
+	err error
+	b   []byte
+}
+
+// How long the copying pauses when there was nothing to copy: the shorter pause while
+// frames come, so that they find room.
+const (
+	pauseLeast = time.Millisecond
+	pauseMost  = 20 * time.Millisecond
+	statsEvery = time.Second
+)
+
+// copyAll copies until something ends it, and returns what.
+func (w *recordWriter) copyAll(tap *pvnet.Tap, enough, gone <-chan struct{}) (reason string) {
+	t := time.NewTimer(0)
+	defer t.Stop()
+	next := time.Now().Add(statsEvery)
+	for pause := pauseLeast; ; {
+		if w.some(tap) > 0 {
+			pause = pauseLeast
+		} else {
+			pause = min(2*pause, pauseMost)
+		}
+		if now := time.Now(); now.After(next) {
+			w.stats(tap)
+			next = now.Add(statsEvery)
+		}
+		w.flush()
+		if w.err != nil {
+			return ""
+		}
+		t.Reset(pause)
+		select {
+		case <-t.C:
+		case <-enough: // the client's word, or Close
+			return ""
+		case <-gone:
+			return "the vif has ended"
+		}
+	}
+}
+
+// some writes what the tap has now.
+func (w *recordWriter) some(tap *pvnet.Tap) int {
+	return tap.Read(func(f *pvnet.TapFrame) bool {
+		w.b = appendFrame(w.b[:0], f)
+		w.write(w.b)
+		w.write(f.Data)
+		return w.err == nil
+	})
+}
+
+func (w *recordWriter) stats(tap *pvnet.Tap) { w.write(appendStats(w.b[:0], tap.Stats())) }
+
+func (w *recordWriter) end(reason string) {
+	w.write(appendEnd(w.b[:0], reason))
+	w.flush()
+}
+
+func (w *recordWriter) write(b []byte) {
+	if w.err == nil {
+		_, w.err = w.w.Write(b)
+	}
+}
+
+func (w *recordWriter) flush() {
+	if w.err == nil {
+		w.err = w.w.Flush()
+	}
+}

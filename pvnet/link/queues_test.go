@@ -1,0 +1,113 @@
+//go:build linux
+
+package link
+
+import (
+	"context"
+	"log/slog"
+	"runtime"
+	"strings"
+	"testing"
+	"time"
+
+	"barevif/pvnet"
+	"barevif/pvnet/pvnettest"
+	"barevif/telemetry"
+	"barevif/xenbus/toolstack"
+)
+
+// The vif has fewer queues than the TAP, and more again with the next connection. The kernel
+// spreads its flows only over those that somebody reads: no frame is lost.
+func TestTheKernelUsesTheQueuesThatTheVifHas(t *testing.T) {
+	needTAP(t)
+	for _, queues := range []int{1, 2, 3} {
+		taps, err := OpenTAPQueues(TAPConfig{}, 3)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var links []Link
+		for _, tap := range taps {
+			t.Cleanup(func() { tap.Close() })
+			links = append(links, tap)
+		}
+		p := openPacket(t, taps[0].Name())
+		h := newHostOf(t, 1500, pvnet.Config{Queues: 3}, pvnet.Config{Queues: queues})
+		got := h.listen()
+		ctx, cancel := context.WithCancel(context.Background())
+		_, ended := h.join(ctx, h.Back, links...)
+		const frames = 90
+		// Frames in queues that are about to be detached are lost. So not every batch arrives
+		// whole, but one does; if flows went to queues that nobody reads, none would.
+		whole := false
+		for batch := 0; batch < 50 && !whole; batch++ {
+			for i := range frames {
+				f, _ := partialTCP(100)
+				f[34], f[35] = byte(batch), byte(i) // another source port: another flow
+				send(t, p, Offload{}, f)
+			}
+			for n, silent := 0, false; n < frames && !silent; {
+				select {
+				case f := <-got:
+					if f[34] == byte(batch) {
+						n++
+					}
+					whole = n == frames
+				case <-time.After(300 * time.Millisecond):
+					silent = true
+				}
+			}
+		}
+		if !whole {
+			t.Errorf("%d queues: frames are lost", queues)
+		}
+		st := h.Front.Stats()
+		for q := range queues {
+			if n := st.Queues[q].RX.Packets(); n == 0 {
+				t.Errorf("%d queues: queue %d got no frame", queues, q)
+			}
+		}
+		cancel()
+		next(t, ended)
+	}
+}
+
+// Where the kernel loads no program for this process, as in a user namespace, everything else
+// goes on, and the log says once what is missing.
+func TestAHashWithoutTheRightToLoadAProgram(t *testing.T) {
+	needTAP(t)
+	taps, err := OpenTAPQueues(TAPConfig{}, 2)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var links []Link
+	for _, tap := range taps {
+		t.Cleanup(func() { tap.Close() })
+		links = append(links, tap)
+	}
+	var said lines
+	p := openPacket(t, taps[0].Name())
+	h := &host{pvnettest.New(t, toolstack.Vif{MAC: ourMAC}, pvnet.Config{Queues: 2},
+		pvnet.Config{Queues: 2, Logger: slog.New(slog.NewTextHandler(&said, nil))}), t}
+	got := h.listen()
+	h.join(context.Background(), h.Back, links...)
+	for i := range 4 {
+		if err := h.Front.SetHash(t.Context(), &pvnet.HashConfig{Table: []int{i % 2}}); err != nil {
+			t.Fatal(err)
+		}
+		for end := time.Now().Add(wait); len(said.of("frames by hash")) == 0; runtime.Gosched() {
+			if time.Now().After(end) {
+				t.Fatal("it does not say that the kernel chooses the queues")
+			}
+		}
+		send(t, p, Offload{}, testFrame(60+i))
+		for len(next(t, got)) != 60+i {
+		}
+	}
+	if s := said.of("frames by hash"); len(s) != 1 || !strings.Contains(s[0], "operation not permitted") ||
+		!strings.Contains(s[0], "outside of a user namespace") || !strings.Contains(s[0], taps[0].Name()) {
+		t.Errorf("it says\n%s", s)
+	}
+	if h.Back.Features()&telemetry.FeatureHash == 0 {
+		t.Error("the hash itself is gone")
+	}
+}

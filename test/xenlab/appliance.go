@@ -1,0 +1,136 @@
+//go:build linux
+
+package xenlab
+
+import (
+	"fmt"
+	"regexp"
+	"strconv"
+	"strings"
+	"time"
+
+	"barevif/test/xenlab/image"
+)
+
+// appliancePackage is the program of which "barevif image" makes guests.
+const appliancePackage = "barevif/tools/hello"
+
+// firstPing creates a guest from the configuration $1, with $3 in addition, and prints the machine's time in
+// seconds before that, after it, and when the guest has answered a ping. No ARP comes before the ping: the
+// kernel repeats its requests only once a second.
+const firstPing = `
+now() { cut -d" " -f1 /proc/uptime; }
+begin=$(now)
+xl create "$1" "$3" >/dev/null
+created=$(now)
+vif=vif$(xl domid "$2").0
+ip addr add 10.88.0.1/24 dev $vif
+ip neigh replace "$4" lladdr "$5" dev $vif nud permanent
+until ping -n -q -c 1 -w 20 -i 0.2 "$4" >/dev/null; do :; done
+echo $begin $created $(now)`
+
+// imageBoots boots a guest of what "barevif image" made, fetches its page, and shuts it down. The PV guest has other
+// arguments than those of the image.
+func imageBoots(kind GuestType, dir string) func(*T) {
+	return func(t *T) {
+		t.loadNetback(true)
+		config, more, host := dir+"/xl.cfg", `tsc_mode="native"`, image.ApplianceName // as in Guest.config
+		want := []string{`"-addr" "` + image.ApplianceAddr + `/24" "two words"]`, `"MSG=it's me"]`}
+		if kind == PV {
+			config, host = dir+"/xl-pv.cfg", "renamed"
+			more = fmt.Sprintf(`extra="console=hvc0 %s barevif.hostname=%s barevif.stop=20s -- MSG=changed -addr %s/24 'three more words'"`,
+				strings.Join(image.ApplianceLinux, " "), host, image.ApplianceAddr)
+			want = []string{`"-addr" "` + image.ApplianceAddr + `/24" "three more words"]`, `"MSG=changed"]`}
+		}
+		t.noteImage(dir)
+		said := t.Dom0().Within(3*time.Minute).Run("sh", "-ec", firstPing, "sh", config, image.ApplianceName, more, image.ApplianceAddr, image.ApplianceMAC).Text()
+		guest := &Domain{t: t, ID: t.domid(image.ApplianceName), Name: image.ApplianceName, limit: stepLimit}
+		t.guests = append(t.guests, guest)
+		t.Dom0().Await("the page", "curl -sSf --max-time 5 http://%s/ >/run/page", image.ApplianceAddr)
+		page := string(t.Dom0().Get("/run/page"))
+		for _, w := range append(want, "host "+host+"\n") {
+			if !strings.Contains(page, w) {
+				t.Fatalf("no %q in the page %q", w, page)
+			}
+		}
+		t.noteBoot(said, t.guestConsole())
+		t.noteMemory()
+		t.Ping(t.Dom0(), image.ApplianceAddr, 1472, 20)
+		t.shutDown(guest)
+	}
+}
+
+// noteImage notes the sizes of the files.
+func (t *T) noteImage(dir string) {
+	kernel := t.Dom0().Sh("stat -L -c %%s %s/kernel", dir)
+	t.Note("kernel %s bytes, initramfs %s bytes", kernel, t.Dom0().Sh("stat -c %%s %s/initramfs", dir))
+}
+
+const applianceLog = "/var/log/xen/console/guest-" + image.ApplianceName + ".log"
+
+// started is what process 1 prints first.
+var started = regexp.MustCompile(`barevif: kernel \S+ has started after (\d+\.\d+) s`)
+
+// guestConsole returns what the guest has said on its console, which must not be that anything is missing.
+func (t *T) guestConsole() string {
+	t.Dom0().Await("the program's first line", "grep -q 'hello: serving' %s", applianceLog)
+	text := string(t.Dom0().Get(applianceLog))
+	for _, missing := range [...]string{"is missing", "not mounted", "not loaded", "no vif", "no module", "stays as it is", "does not answer"} {
+		if strings.Contains(text, missing) {
+			t.Fatalf("something %s:\n%s", missing, text)
+		}
+	}
+	for _, module := range [...]string{"xen_evtchn", "xen_gntalloc", "xen_gntdev", "xen_privcmd", "xenfs", "tun"} {
+		if !strings.Contains(text, module) {
+			t.Fatalf("module %s is not loaded:\n%s", module, text)
+		}
+	}
+	return text
+}
+
+// noteBoot notes how long the guest took: said is what firstPing printed.
+func (t *T) noteBoot(said, console string) {
+	var begin, created, answered float64
+	if n, err := fmt.Sscan(said, &begin, &created, &answered); n != 3 {
+		t.Fatalf("%q are no times: %w", said, err)
+	}
+	m := started.FindStringSubmatch(console)
+	if m == nil {
+		t.Fatalf("process 1 did not say when the kernel had started:\n%s", console)
+	}
+	t.Note("from xl create to the first ping %.2f s: xl %.2f s, the kernel %s s of the rest", answered-begin, created-begin, m[1])
+}
+
+// noteMemory notes how much of its memory the guest uses.
+func (t *T) noteMemory() {
+	text := t.Dom0().Sh("curl -sSf --max-time 20 http://%s/memory", image.ApplianceAddr)
+	kib := func(name string) int {
+		for line := range strings.Lines(text) {
+			if f := strings.Fields(line); len(f) > 1 && f[0] == name+":" {
+				n, err := strconv.Atoi(f[1])
+				if err != nil {
+					t.Fatalf("%q: %w", line, err)
+				}
+				return n
+			}
+		}
+		t.Fatalf("no %s in %q", name, text)
+		return 0
+	}
+	total, free := kib("MemTotal"), kib("MemAvailable")
+	t.Note("memory %d of %d MiB in use", (total-free)/1024, total/1024)
+}
+
+// shutDown asks the guest to end, which it must do by itself and in good order.
+func (t *T) shutDown(guest *Domain) {
+	t.Dom0().Run("xl", "shutdown", guest.Name)
+	t.Dom0().Await("the guest to power off", "! xl domid %s 2>/dev/null", guest.Name)
+	t.saveConsole(guest)
+	guest.destroyed = true
+	text := string(guest.console)
+	for _, line := range [...]string{"barevif: asked to power off", "hello: asked to end", "barevif: /app/hello exited with status 0"} {
+		if !strings.Contains(text, line) {
+			t.Fatalf("no %q on the console:\n%s", line, text)
+		}
+	}
+}

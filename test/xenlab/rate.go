@@ -1,0 +1,54 @@
+package xenlab
+
+import (
+	"fmt"
+
+	"barevif/pvnet/netif"
+)
+
+// ourBackRate gives a guest a vif with a limit, which xl writes, and measures what Linux
+// netfront sends: under that limit, under one that is written while it sends, and
+// without any.
+func ourBackRate(t *T) {
+	t.loadNetback(false)
+	p := t.startBackend(t.Dom0(), "10.89.0.1")
+	guest := t.Create(Guest{Name: "domU", Type: PV})
+	t.Attach(guest, VIF{More: "rate=1MB/s@50ms"})
+	t.startNetfront(guest, "10.89.0.2")
+	t.Ping(guest, "10.89.0.1", 1472, 20)
+	key := guest.Backend(t.Dom0(), 0) + "/" + netif.KeyRate
+	t.requireRate(guest, key)
+	t.Dom0().Run("xenstore-write", key, "20000,50000")
+	p.Await(`rate limit.*400000 bytes/s`)
+	t.requireRate(guest, key)
+	t.Dom0().Run("xenstore-write", key, "as much as you like")
+	p.Await(`the limit stays as it was: 400000 bytes/s`)
+	t.Dom0().Run("xenstore-rm", key)
+	p.Await(`rate limit.*limit=none`)
+	if free := t.iperf(guest, t.Dom0(), "10.89.0.1", 3); free < 12 {
+		t.Fatalf("without a limit the guest sends %.1f Mbit/s, with one it sent 8", free)
+	}
+	// The limit is not for what the guest receives.
+	t.Dom0().Run("xenstore-write", key, "20000,50000")
+	p.Await(`rate limit.*400000 bytes/s`)
+	t.Fetch(guest, t.Dom0(), "10.89.0.1", 3<<20)
+	t.Destroy(guest)
+	p.Terminate()
+}
+
+// requireRate requires that a guest sends what the key of its vif allows it. iperf counts
+// the payload of TCP, 1448 of a frame's 1514 bytes; and a tenth may be lost to a guest that
+// is slow to begin.
+func (t *T) requireRate(guest *Domain, key string) {
+	var bytes, usec float64
+	text := t.Dom0().Sh("xenstore-read %s", key)
+	if _, err := fmt.Sscanf(text, "%f,%f", &bytes, &usec); err != nil {
+		t.Fatalf("%s is %q: %w", key, text, err)
+	}
+	limit := bytes / usec * 8
+	got := t.iperf(guest, t.Dom0(), "10.89.0.1", 8) * 1514 / 1448
+	t.Note("limit %.2f Mbit/s, on the wire %.2f", limit, got)
+	if got < 0.9*limit || got > 1.05*limit {
+		t.Fatalf("the guest sends %.2f Mbit/s, its limit is %.2f", got, limit)
+	}
+}

@@ -1,0 +1,81 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"strconv"
+	"strings"
+
+	"barevif/pvnet"
+	"barevif/pvnet/netif"
+	"barevif/tools/cli"
+	"barevif/xenbus/xenstore"
+)
+
+// autoAddr is the value of --addr of a guest that takes the toolstack's addresses.
+const autoAddr = "auto"
+
+// defaultAddr is the address of a guest that was given none.
+var defaultAddr = netip.MustParsePrefix("10.9.0.2/24")
+
+// An autoAddress is a value of --addr of a guest.
+type autoAddress struct {
+	dhcp bool         // the addresses are those of DHCP and routers
+	on   bool         // the addresses are the toolstack's
+	bits int          // the length of those of which it says none; 0: not given
+	addr netip.Prefix // if neither
+}
+
+// parseAuto parses a value of --addr: an address with a prefix, auto or auto/BITS.
+func parseAuto(s string) (a autoAddress, err error) {
+	bits, on := strings.CutPrefix(s, autoAddr)
+	switch {
+	case on && bits == "":
+		return autoAddress{on: true}, nil
+	case on && bits[0] == '/':
+		if n, err := strconv.Atoi(bits[1:]); err == nil && n >= 1 && n <= 128 {
+			return autoAddress{on: true, bits: n}, nil
+		}
+	}
+	p, err := netip.ParsePrefix(s)
+	if err != nil || p.Addr().Is4In6() || p.Addr().IsMulticast() || p.Addr().IsUnspecified() {
+		return a, cli.BadValue("addr", s, "an address with a prefix, like 10.9.0.2/24, or auto, or auto/24")
+	}
+	return autoAddress{addr: p}, nil
+}
+
+// of returns the toolstack's addresses for the guest of a vif.
+func (a *autoAddress) of(ctx context.Context, dev *pvnet.Device) (pvnet.GuestAddresses, error) {
+	g, err := dev.GuestAddresses(ctx)
+	if _, bad := errors.AsType[*xenstore.ValueError](err); bad {
+		return g, &cli.Advice{Err: err, Next: "correct ip=... in the domain's configuration, or give the address with --addr IP/BITS"}
+	}
+	if err != nil {
+		return g, err
+	}
+	for i, p := range g.Addrs {
+		if a.bits == 0 || !p.IsSingleIP() {
+			continue
+		}
+		if a.bits > p.Addr().BitLen() {
+			return g, &cli.Advice{Err: fmt.Errorf("--addr %s/%d: %s=%s has no network of %d bits", autoAddr, a.bits, netif.KeyIP, p.Addr(), a.bits), Usage: true}
+		}
+		g.Addrs[i] = netip.PrefixFrom(p.Addr(), a.bits)
+	}
+	return g, nil
+}
+
+// isLiteral reports whether a value of --addr is one address, which two vifs cannot have.
+func isLiteral(value string) bool {
+	return !strings.HasPrefix(value, autoAddr) && value != dhcpAddr
+}
+
+// noLength is the error for an address of the toolstack's that does not say its network.
+func noLength(a netip.Addr) error {
+	return &cli.Advice{
+		Err:  fmt.Errorf("the toolstack's %s=%s does not say which network the address is in", netif.KeyIP, a),
+		Next: fmt.Sprintf("write %s=%s/24 in the domain's configuration, or give --addr %s/24: with the number of bits of that network", netif.KeyIP, a, autoAddr),
+	}
+}
