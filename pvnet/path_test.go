@@ -1195,6 +1195,28 @@ func TestAnIdleRingIsNotShownAsFull(t *testing.T) {
 	}
 }
 
+// Nobody waits for the slots of a ring whose connection has ended, so a ring that was full is
+// not shown as full while the vif is down.
+func TestNoSlotIsInUseWhileTheLinkIsDown(t *testing.T) {
+	p := join(t, emu.Config{}, plain, Config{})
+	tx, _ := own(t, p.front)
+	sendSizes(t, tx, minimal(200)...)
+	wantUsed := func(when string, want uint64) {
+		t.Helper()
+		st := p.front.Stats().TX
+		if n := st.Gauge(telemetry.RingUsed); n != want {
+			t.Errorf("%s: %d slots in use, want %d", when, n, want)
+		}
+	}
+	wantUsed("sent", 200)
+	if !p.front.quiesce(p.conns[0], "test") {
+		t.Fatal("not quiesced")
+	}
+	wantUsed("quiesced, with its rings", 0)
+	p.disconnect()
+	wantUsed("disconnected", 0)
+}
+
 // The pages that a frontend grants to be read hold frames and zeros: nothing else is ever in
 // them, whichever call sends, and also behind and before the frames.
 func TestGrantedPagesHoldFramesOnly(t *testing.T) {
