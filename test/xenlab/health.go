@@ -62,9 +62,18 @@ func (t *T) requireResources(d *Domain, before []string) {
 	t.awaitResources(before, func() []string { return t.domainResources(d) })
 }
 
+// requireResourcesWithin is requireResources for a domain that may take that long.
+func (t *T) requireResourcesWithin(d *Domain, before []string, patience time.Duration) {
+	t.awaitResourcesWithin(before, func() []string { return t.domainResources(d) }, patience)
+}
+
 // awaitResources waits until state returns the same resources as before.
 func (t *T) awaitResources(before []string, state func() []string) {
-	for limit := t.machine.Limit(settleLimit); ; time.Sleep(200 * time.Millisecond) {
+	t.awaitResourcesWithin(before, state, settleLimit)
+}
+
+func (t *T) awaitResourcesWithin(before []string, state func() []string, patience time.Duration) {
+	for limit := t.machine.Limit(patience); ; time.Sleep(200 * time.Millisecond) {
 		now := state()
 		if slices.Equal(before, now) {
 			return

@@ -78,7 +78,7 @@ func Plan() []Boot {
 			{Name: "our back, guest resumed", Roles: "PV domU: netfront, saved and restored; dom0: barevif back", Limit: 6 * time.Minute, Run: backGuestResumed,
 				Complaints: []string{handoverBridge + `: port \d+\(.*\) entered disabled state`}},
 			{Name: "both ours", Roles: "PV domU: barevif serve; PV driver domain: barevif back", Run: bothOurs},
-			{Name: "both ours, restarted", Roles: "PV domU: barevif serve; PV driver domain: barevif back; each killed, both, the domain", Limit: 6 * time.Minute, Run: bothRestarted},
+			{Name: "both ours, restarted", Roles: "PV domU: barevif serve; PV driver domain: barevif back; each killed, both, the domain", Limit: 8 * time.Minute, Run: bothRestarted},
 			{Name: "both ours, settings", Roles: "PV domU: barevif serve; PV driver domain: barevif back, its TAP changed", Run: settingsOfBoth},
 			{Name: "both ours, multicast", Roles: "PV domU: a frontend of ours that joins groups; dom0: barevif back, on a bridge", Limit: 6 * time.Minute, Run: bothMulticast,
 				Complaints: []string{mcastBridge + `: port \d+\(.*\) entered disabled state`}},
