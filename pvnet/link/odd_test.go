@@ -261,10 +261,10 @@ func TestTAPThatWasDownContinues(t *testing.T) {
 			t.Fatalf("%d bytes", len(b))
 		}
 	}
-	st := h.Back.Stats()
-	if n := st.RX.Get(telemetry.Undelivered); n != 15 {
-		t.Errorf("%d undelivered", n)
-	}
+	until(t, "the counters show what was not delivered", func() bool {
+		st := h.Back.Stats()
+		return st.RX.Get(telemetry.Undelivered) == 15
+	})
 	select {
 	case err := <-ended:
 		t.Fatal(err)

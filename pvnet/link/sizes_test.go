@@ -261,9 +261,10 @@ func TestRaisedMTUOfAPacketSocketIsFollowed(t *testing.T) {
 	u.off.GSOSize = 9001
 	send(t, p, u.off, u.frame)
 	settle(t, j, func(st JointStats) bool { return st.Oversize == 1 && st.Refused+st.Uncut == 0 })
-	if st := h.Back.Stats(); st.RX.Get(telemetry.Undelivered) != 2 {
-		t.Errorf("%d undelivered", st.RX.Get(telemetry.Undelivered))
-	}
+	until(t, "the counters show what was not delivered", func() bool {
+		st := h.Back.Stats()
+		return st.RX.Get(telemetry.Undelivered) == 2
+	})
 }
 
 // An interface's MTU that was larger before the joint ran does not raise the vif's.
