@@ -68,6 +68,20 @@ func count(d *pvnet.Device, c telemetry.Counter) uint64 {
 // Every counter of the table changes and every event is recorded, because one that never
 // changes tells nothing.
 func TestEveryFieldOfTheTableMoves(t *testing.T) {
+	moved := map[string]bool{}
+	look := func(d *pvnet.Device) {
+		st := d.Counters().Totals()
+		for _, v := range []*telemetry.Values{&st.RX, &st.TX} {
+			for _, f := range telemetry.Fields() {
+				if f.Kind == telemetry.KindHistogram {
+					buckets, _ := v.Histogram(f)
+					moved[f.Name] = moved[f.Name] || slices.ContainsFunc(buckets, func(n uint64) bool { return n > 0 })
+				} else if v.Field(f) != 0 {
+					moved[f.Name] = true
+				}
+			}
+		}
+	}
 	l := newLab(t, emu.Config{})
 	store := new(forgedStore)
 	cfg := pvnet.Config{Counters: store}
@@ -213,6 +227,7 @@ func TestEveryFieldOfTheTableMoves(t *testing.T) {
 	if k, err := tx.Send(held[:n]); k != n || err != nil {
 		t.Fatal(k, err)
 	}
+	look(drv.dev) // no slot is in use any more once the link is down
 	kept := drv.Back
 	drv.setState("5")
 	drv.awaitFrontend("6")
@@ -240,19 +255,9 @@ func TestEveryFieldOfTheTableMoves(t *testing.T) {
 	drv.awaitFrontend("5")
 	drv.finishClose()
 
-	moved, recorded := map[string]bool{}, map[telemetry.EventKind]bool{}
+	recorded := map[telemetry.EventKind]bool{}
 	for _, d := range devices {
-		st := d.Counters().Totals()
-		for _, v := range []*telemetry.Values{&st.RX, &st.TX} {
-			for _, f := range telemetry.Fields() {
-				if f.Kind == telemetry.KindHistogram {
-					buckets, _ := v.Histogram(f)
-					moved[f.Name] = moved[f.Name] || slices.ContainsFunc(buckets, func(n uint64) bool { return n > 0 })
-				} else if v.Field(f) != 0 {
-					moved[f.Name] = true
-				}
-			}
-		}
+		look(d)
 		maps.Copy(recorded, eventKinds(d))
 	}
 	for _, f := range telemetry.Fields() {
