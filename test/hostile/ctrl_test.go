@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log/slog"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -768,7 +769,13 @@ func TestT11TableChangedUnderUs(t *testing.T) {
 	g.ask(setAlgorithm, 1)
 	g.ask(setSize, 128)
 	stop := make(chan struct{})
-	go func() {
+	var writing sync.WaitGroup
+	stopWriting := sync.OnceFunc(func() {
+		close(stop)
+		writing.Wait()
+	})
+	t.Cleanup(stopWriting) // before the memory goes
+	writing.Go(func() {
 		ring := raw.CtrlRing(s.Page(0))
 		for v := uint32(0); ; v += 1 << 20 {
 			select {
@@ -780,7 +787,7 @@ func TestT11TableChangedUnderUs(t *testing.T) {
 				ring.Store(4*i, v)
 			}
 		}
-	}()
+	})
 	taken := 0
 	for range 200 {
 		if r := g.ask(setTable, uint32(s.Refs[0]), 128, 0); r.Status == 0 {
@@ -790,6 +797,6 @@ func TestT11TableChangedUnderUs(t *testing.T) {
 			t.Fatal(q)
 		}
 	}
-	close(stop)
+	stopWriting()
 	g.disconnect()
 }
