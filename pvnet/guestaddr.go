@@ -7,6 +7,7 @@ import (
 	"iter"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"barevif/pvnet/netif"
@@ -24,6 +25,11 @@ type GuestAddresses struct {
 	Addrs []netip.Prefix
 
 	Gateway netip.Addr // router to other networks; zero: the key names none
+}
+
+// Equal reports whether g and o are the same addresses, in the same order, with the same router.
+func (g GuestAddresses) Equal(o GuestAddresses) bool {
+	return slices.Equal(g.Addrs, o.Addrs) && g.Gateway == o.Gateway
 }
 
 // wantIPs describes a usable value of the key.
