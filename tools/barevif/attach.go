@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
+	"os"
 	"strings"
 	"sync"
 
@@ -102,9 +103,14 @@ func (a *attach) run(ctx context.Context) error {
 	return a.own(ctx, func(_ *domain.Domain, dev *pvnet.Device) (*use, error) {
 		addr := addrs[dev.ID()]
 		if !addr.on {
-			return a.join(dev, nil, addr.addr)
+			return a.join(dev, dev.TakenFiles(), nil, addr.addr)
 		}
+		taken := dev.TakenFiles()
 		g, err := addr.of(ctx, dev)
+		if err != nil && len(taken) > 0 { // the vif works: an end would lose it
+			a.Log().Error("the TAP of a vif that was taken over keeps its addresses, whatever the toolstack has, until attach is started anew", "vif", dev.ID(), "err", err)
+			return a.join(dev, taken, nil)
+		}
 		if err != nil {
 			return nil, err
 		}
@@ -114,14 +120,15 @@ func (a *attach) run(ctx context.Context) error {
 		if g.Gateway.IsValid() {
 			a.Log().Info("the toolstack names a router, to which attach makes no route", "vif", dev.ID(), "router", g.Gateway)
 		}
-		return a.join(dev, &addr, g.Addrs...)
+		return a.join(dev, taken, &addr, g.Addrs...)
 	})
 }
 
-// join joins the vif to a new TAP, until the device ends. The TAP has the addresses, and if auto
-// is not nil those that the toolstack has later in their place.
-func (a *attach) join(dev *pvnet.Device, auto *autoAddress, addrs ...netip.Prefix) (*use, error) {
-	tap, given, err := a.open(dev, auto != nil, addrs)
+// join joins the vif to a new TAP, or to the one that was taken over with it, until the device
+// ends. The TAP has the addresses, and if auto is not nil those that the toolstack has later in
+// their place.
+func (a *attach) join(dev *pvnet.Device, taken []*os.File, auto *autoAddress, addrs ...netip.Prefix) (*use, error) {
+	tap, given, err := a.open(dev, taken, auto != nil, addrs)
 	if err != nil {
 		return nil, err
 	}
@@ -195,11 +202,11 @@ func (a *attach) followAddresses(dev *pvnet.Device, joint *link.Joint, auto *aut
 	})
 }
 
-// open returns the TAP that came with a vif which was taken over, or a new one, and which
+// open returns the TAP that was taken over with a vif, or a new one, and which
 // addresses this program has given to it. follows says that they are to follow the toolstack.
-func (a *attach) open(dev *pvnet.Device, follows bool, addrs []netip.Prefix) (*tap, *tapAddresses, error) {
-	if files := dev.TakenFiles(); len(files) > 0 {
-		t, err := adoptFor(dev, files)
+func (a *attach) open(dev *pvnet.Device, taken []*os.File, follows bool, addrs []netip.Prefix) (*tap, *tapAddresses, error) {
+	if len(taken) > 0 {
+		t, err := adoptFor(dev, taken)
 		if err == nil && !follows {
 			return t, nil, nil
 		}
