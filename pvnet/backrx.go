@@ -100,9 +100,13 @@ func (e *backRX) receiveLimited(frames []Frame, into bool) (n int, err error) {
 }
 
 // payLost makes the frames that were lost since it was last called cost their bytes, as in
-// Linux's netback, which takes the credit before it checks a frame (xenvif_tx_build_gops).
-// The size of a frame is known only with it, so the credit may become negative: the next
-// frame then waits.
+// Linux's netback. There (drivers/net/xen-netback/netback.c, xenvif_tx_build_gops, read in 5.18)
+// the order is: the size in the first request is held against the credit and taken from it;
+// then the extra infos are taken and a multicast message is answered; then the slots are counted
+// and the size and the page of the first are checked. So a multicast message and a frame that
+// is wrong cost their bytes there too, and may wait for them first. Here what is wrong is
+// answered at once and paid for afterwards: the credit may become negative, and the next frame
+// then waits for as long as the wrong one would have. Over time a guest gets the same.
 func (e *backRX) payLost() {
 	e.account.credit -= e.lost
 	e.lost = 0

@@ -104,6 +104,7 @@ type Device struct {
 	last       LinkEvent       // the last event that subs got
 	subs       []chan LinkEvent
 	steered    chan struct{} // closed and replaced when steer changes
+	addressed  chan struct{} // closed and replaced when the guest's addresses may have changed
 	listening  bool          // Listen runs
 	budget     Budget
 	arenas     []*arena.Arena // of the budget's private pages
@@ -129,6 +130,7 @@ func newDevice(id string, role telemetry.Role, domain hypercall.Domain, cfg Conf
 		handOvers:     make(chan *handOver),
 		changed:       make(chan struct{}),
 		steered:       make(chan struct{}),
+		addressed:     make(chan struct{}),
 		last:          LinkEvent{Reason: "not connected yet"},
 	}
 	h := slog.DiscardHandler

@@ -26,7 +26,7 @@ func TestEveryCallAfterDisconnectSaysSo(t *testing.T) {
 	silent := map[string]bool{
 		"ID": true, "MAC": true, "MTU": true, "Queues": true, "Active": true, "Peer": true, "Trusted": true, "Carrier": true, "Stalled": true, "Features": true, "TakenFiles": true,
 		"PeerTakes": true, "Budget": true, "Touched": true, "Stats": true, "ResetStats": true, "Counters": true, "Links": true,
-		"Disconnect": true, "Close": true, "Done": true, "Logger": true, "Rings": true, "Kick": true, "Offer": true, "Refuse": true, "SetPatience": true, "Join": true, "Parked": true, "QueueFor": true, "QueueOf": true, "Steerings": true,
+		"Disconnect": true, "Close": true, "Done": true, "Logger": true, "Rings": true, "Kick": true, "Offer": true, "Refuse": true, "SetPatience": true, "Join": true, "Parked": true, "QueueFor": true, "QueueOf": true, "Steerings": true, "GuestAddressChanges": true,
 		"Tell": true, "SentPages": true, // of the tests
 		"TX.Alloc": true, "TX.AllocSize": true, "TX.SetDeadline": true, "RX.SetDeadline": true,
 		"RX.Release": true, // releases frames, which is still allowed

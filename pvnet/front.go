@@ -115,6 +115,7 @@ func (f *front) attach(ctx context.Context, xd *xenbus.Device, c *conn) error {
 	if err := f.identify(ctx, xd); err != nil {
 		return err
 	}
+	d.readdress() // this backend's directory may be another one
 	back, err := xd.PeerValues(ctx, append([]string{netif.KeyFeatureRxCopy, netif.KeyFeatureSG,
 		netif.KeyFeatureSplitChannels, netif.KeyMaxQueues, netif.KeyCarrier, netif.KeyFeatureCtrlRing,
 		netif.KeyFeatureMulticastControl, netif.KeyFeatureDynamicMulticast}, offloadKeys[:]...)...)

@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"barevif/pvnet/netif"
@@ -23,6 +25,11 @@ type GuestAddresses struct {
 	Addrs []netip.Prefix
 
 	Gateway netip.Addr // router to other networks; zero: the key names none
+}
+
+// Equal reports whether g and o are the same addresses, in the same order, with the same router.
+func (g GuestAddresses) Equal(o GuestAddresses) bool {
+	return slices.Equal(g.Addrs, o.Addrs) && g.Gateway == o.Gateway
 }
 
 // wantIPs describes a usable value of the key.
@@ -57,6 +64,60 @@ func (d *Device) GuestAddresses(ctx context.Context) (GuestAddresses, error) {
 		return GuestAddresses{}, fmt.Errorf("pvnet: vif %s: %w", d.id, &xenstore.ValueError{Path: path, Value: xenstore.Clip(v), Want: wantIPs})
 	}
 	return g, nil
+}
+
+// GuestAddressChanges yields the addresses that [Device.GuestAddresses] returns now, and then
+// those that replace them, as the toolstack or the backend changes the key, until ctx or the
+// device ends. Changes that follow each other fast may be one.
+//
+// A key that cannot be used yields its error, and the addresses before it are to be kept: a
+// later value that can be used is yielded, even if it is the one from before. While the
+// backend's directory is gone, as between two backends, there is no change either. For the
+// device of a backend it yields [ErrNotFrontend] and ends.
+func (d *Device) GuestAddressChanges(ctx context.Context) iter.Seq2[GuestAddresses, error] {
+	return func(yield func(GuestAddresses, error) bool) {
+		var last string // what was yielded last; of no element: it is empty
+		for {
+			d.mu.Lock()
+			changed := d.addressed // before the key is read: a later change is not missed
+			d.mu.Unlock()
+			g, err := d.GuestAddresses(ctx)
+			if ctx.Err() != nil || d.endError() != nil {
+				return
+			}
+			now := fmt.Sprint(g, err)
+			if now != last && (last == "" || !d.unaddressed(ctx, g, err)) {
+				if last = now; !yield(g, err) || errors.Is(err, ErrNotFrontend) {
+					return
+				}
+			}
+			select {
+			case <-changed:
+			case <-d.done:
+				return
+			case <-ctx.Done():
+				return
+			}
+		}
+	}
+}
+
+// unaddressed reports whether g is empty because the backend's whole directory is gone, or is
+// only being made: the key "frontend" is written with it, and stays.
+func (d *Device) unaddressed(ctx context.Context, g GuestAddresses, err error) bool {
+	if err != nil || len(g.Addrs) > 0 {
+		return false
+	}
+	v, _, err := d.fromBackend(ctx, netif.KeyFrontend)
+	return err != nil || v == ""
+}
+
+// readdress has the readers of GuestAddressChanges look at the key again.
+func (d *Device) readdress() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	close(d.addressed)
+	d.addressed = make(chan struct{})
 }
 
 // parseAddresses parses either form of the key "ip".

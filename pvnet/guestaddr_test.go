@@ -1,11 +1,15 @@
 package pvnet_test
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net/netip"
 	"strings"
+	"sync/atomic"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"barevif/pvnet"
 	"barevif/xenbus/toolstack"
@@ -119,4 +123,120 @@ func TestAddressesThatCannotBeRead(t *testing.T) {
 	if _, err := back.GuestAddresses(ctx(t)); !errors.Is(err, pvnet.ErrNotFrontend) {
 		t.Errorf("of a backend: %v", err)
 	}
+}
+
+// What the toolstack writes while the vif is connected is followed: each usable value once, one
+// that is not with its error, and nothing while the backend's directory is gone.
+func TestAFrontendFollowsItsAddresses(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newLinked(t, toolstack.Vif{IP: "10.0.0.7/24"})
+		key := l.v.BackDir() + "/ip"
+		following, stop := context.WithCancel(context.Background())
+		news := make(chan string, 100)
+		ended := make(chan struct{})
+		go func() {
+			defer close(ended)
+			for g, err := range l.front.GuestAddressChanges(following) {
+				if err != nil {
+					if _, bad := errors.AsType[*xenstore.ValueError](err); !bad {
+						t.Error(err)
+					}
+					news <- "bad"
+					continue
+				}
+				news <- fmt.Sprint(g.Addrs, g.Gateway)
+			}
+		}()
+		want := func(change string) {
+			t.Helper()
+			time.Sleep(time.Minute) // the bubble's clock: whatever is to follow has followed
+			got := ""
+			for len(news) > 0 {
+				got += <-news
+			}
+			if got != change {
+				t.Errorf("%q, want %q", got, change)
+			}
+		}
+		const none = " invalid IP"
+		want("[10.0.0.7/24]" + none)
+		l.write(key, "10.0.0.8/24 fd00::8/64")
+		want("[10.0.0.8/24 fd00::8/64]" + none)
+		l.write(key, "10.0.0.8/24  fd00::8/64 ")
+		want("") // the same addresses
+		l.write(key, "10.0.0.300")
+		want("bad")
+		l.write(key, "10.0.0.300")
+		want("")
+		l.write(key, "10.0.0.8/24 fd00::8/64")
+		want("[10.0.0.8/24 fd00::8/64]" + none)
+		l.write(key, "10.0.0.9 255.255.255.0 10.0.0.1")
+		want("[10.0.0.9/24] 10.0.0.1")
+		if err := l.Tools.Remove(context.Background(), key); err != nil {
+			t.Fatal(err)
+		}
+		want("[]" + none)
+		l.write(key, "10.0.0.9/24")
+		want("[10.0.0.9/24]" + none)
+		// The key "frontend" is one of the directory's first and last.
+		if err := l.Tools.Remove(context.Background(), l.v.BackDir()+"/frontend"); err != nil {
+			t.Fatal(err)
+		}
+		if err := l.Tools.Remove(context.Background(), key); err != nil {
+			t.Fatal(err)
+		}
+		want("")
+		l.write(l.v.BackDir()+"/frontend", l.v.FrontDir())
+		stop()
+		<-ended
+		l.front.Disconnect()
+		for range l.front.GuestAddressChanges(context.Background()) {
+			t.Error("a device that has ended has addresses")
+		}
+		count := 0
+		for _, err := range l.back.GuestAddressChanges(context.Background()) {
+			if count++; !errors.Is(err, pvnet.ErrNotFrontend) {
+				t.Errorf("of a backend: %v", err)
+			}
+		}
+		if count != 1 {
+			t.Errorf("a backend has %d changes", count)
+		}
+		l.stop()
+	})
+}
+
+// A backend that writes the key without end is followed at our pace.
+func TestAddressesThatChangeWithoutEndAreFollowedSlowly(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := newLab(t)
+		fdom, bdom := l.domain(1), l.domain(2)
+		v := l.add(toolstack.Vif{Front: 1, Back: 2, IP: "10.0.0.7/24"})
+		_, stop := l.serve(bdom, pvnet.ServeConfig{Hotplug: true})
+		front, err := pvnet.Connect(ctx(t), fdom, "0", pvnet.Config{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var changes atomic.Int32
+		var last atomic.Value
+		go func() {
+			for g := range front.GuestAddressChanges(context.Background()) {
+				changes.Add(1)
+				last.Store(fmt.Sprint(g.Addrs))
+			}
+		}()
+		for i := range 2000 {
+			l.write(v.BackDir()+"/ip", fmt.Sprintf("10.0.%d.%d/8", i/200, i%200+1))
+			time.Sleep(time.Millisecond)
+		}
+		time.Sleep(time.Minute)
+		if n := changes.Load(); n < 20 || n > 150 {
+			t.Errorf("%d changes were followed within 2 s", n)
+		}
+		if last.Load() != "[10.0.9.200/8]" {
+			t.Errorf("the last are %v", last.Load())
+		}
+		front.Disconnect()
+		stop()
+	})
 }

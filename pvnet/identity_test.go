@@ -227,3 +227,16 @@ func TestQueuesOfAProgramBeforeUsAreRemoved(t *testing.T) {
 		stop()
 	}
 }
+
+// A backend's own address is the one of Linux's netback, whatever the vif's is: no card has a
+// higher one, so that a bridge never takes its address from it.
+func TestABackendHasNetbacksAddress(t *testing.T) {
+	l := newLinked(t, toolstack.Vif{MAC: [6]byte{0, 0x16, 0x3e, 1, 2, 3}})
+	defer l.end()
+	if mac := l.back.MAC(); mac != (pvnet.MAC{0xfe, 0xff, 0xff, 0xff, 0xff, 0xff}) {
+		t.Errorf("the backend's address is %v", mac)
+	}
+	if mac := l.front.MAC(); mac != (pvnet.MAC{0, 0x16, 0x3e, 1, 2, 3}) {
+		t.Errorf("the frontend's address is %v", mac)
+	}
+}

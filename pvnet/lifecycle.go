@@ -464,7 +464,7 @@ func (d *Device) startWith(l *lifecycle, after func()) {
 		d.openMirror(dom(xd))
 	}
 	if d.role == xenbus.Frontend {
-		xd.Follow([]string{netif.KeyMTU}, []string{netif.KeyCarrier})
+		xd.Follow([]string{netif.KeyMTU}, []string{netif.KeyCarrier, netif.KeyIP})
 	} else {
 		xd.Follow([]string{netif.KeyMTU, netif.KeyRate}, []string{netif.KeyRequestMulticast})
 	}

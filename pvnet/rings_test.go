@@ -281,3 +281,31 @@ func TestAKickReachesBothEnds(t *testing.T) {
 		})
 	}
 }
+
+// A receiver that copies posts the pages of a frame again with the frame: however many frames its
+// user holds, the other end has the whole ring, and needs no low-water rule.
+func TestPagesOfReceivedFramesArePostedAtOnce(t *testing.T) {
+	p := join(t, emu.Config{}, plain, Config{})
+	tx, _ := own(t, p.back)
+	_, rx := own(t, p.front)
+	var frames [8]Frame
+	held := 0
+	for _, size := range []int{60, 1500, 9000} {
+		sendSizes(t, tx, size)
+		n, err := rx.Receive(frames[held:])
+		if err != nil {
+			t.Fatal(err)
+		}
+		held += n
+		h := halfOf(t, p.front.Rings(), "rx")
+		if n := h.ReqProd - h.RspProd; n != 256 || h.Size != 256 {
+			t.Errorf("%d of %d pages are posted while %d frames are held", n, h.Size, held)
+		}
+	}
+	if held != 3 {
+		t.Errorf("%d frames", held)
+	}
+	if err := rx.Release(frames[:held]); err != nil {
+		t.Error(err)
+	}
+}

@@ -73,8 +73,10 @@ func (d *Device) backendOnly() error {
 // noCarrierReason is the Reason of a LinkEvent.
 const noCarrierReason = "the backend has no carrier"
 
-// settings reads the frontend's.
+// settings reads the frontend's. The guest's addresses, which concern no connection, are read
+// by whoever follows them.
 func (f *front) settings(ctx context.Context, xd *xenbus.Device) (settings, error) {
+	f.d.readdress()
 	own, err := xd.OwnValues(ctx, netif.KeyMTU)
 	if err != nil {
 		return settings{}, err

@@ -161,6 +161,7 @@ func newDomain(cfg Config, id hypercall.DomID) *Domain {
 		gntdev:   node{path: cfg.path("dev/xen/gntdev"), module: "xen-gntdev"},
 		evtchn:   linuxEvtchn{},
 	}
+	d.life.late, d.life.fresh = probeLate, probeSoon
 	d.id.Store(uint32(id))
 	return d
 }

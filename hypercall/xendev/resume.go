@@ -35,15 +35,44 @@ type life struct {
 	mu      sync.Mutex           // taken before any waiter's; held while a port is opened or closed
 	probe   *probe               // guarded by mu; nil: no waiter has a port, or there is no probe
 	waiters map[*waiter]struct{} // guarded by mu; those that have opened a port in this life
+	late    time.Duration        // probeLate; tests have more patience
+	fresh   time.Duration        // probeSoon: how old an answer may be that is shared; tests have more patience
+	slow    answer               // guarded by mu
+}
+
+// An answer is one that a probe gave late.
+type answer struct {
+	asked time.Time // zero: there was none
+	came  time.Time
+}
+
+// answered reports whether the late answer is as good as that of another probe for a caller of
+// begin that came at that time. The holder of mu calls it.
+func (l *life) answered(caller time.Time) bool {
+	return caller.Before(l.slow.asked) && time.Since(l.slow.came) < l.fresh
 }
 
 // begin locks the life and ends it if the domain was resumed since. With end, nothing
 // but another suspension meanwhile can kill a port between begin and end: a window of
 // microseconds that the kernel leaves no way to close.
+//
+// While a probe is silent nobody can know whether a port is alive, so all callers, of all
+// devices, have to wait. But they wait once: those that came before a probe was sent whose event
+// took long share its answer, instead of sending a probe each, one after the other. The window
+// is then probeSoon at most.
 func (d *Domain) begin() {
+	came := time.Now()
 	d.life.mu.Lock()
-	if p := d.life.probe; p != nil && !d.alive(p) {
+	l := &d.life
+	if l.probe == nil || l.answered(came) {
+		return
+	}
+	asked := time.Now()
+	switch {
+	case !d.alive(l.probe):
 		d.resumed()
+	case time.Since(asked) >= probeSoon:
+		l.slow = answer{asked, time.Now()}
 	}
 }
 
@@ -130,7 +159,7 @@ func (d *Domain) alive(p *probe) bool {
 	if id, err := d.evtchn.ownID(d.cfg); err == nil && id != p.id {
 		return false
 	}
-	return p.fired(probeLate)
+	return p.fired(d.life.late)
 }
 
 // fired waits for the event, and lets the port fire again.
@@ -167,7 +196,7 @@ func (d *Domain) resumed() {
 		}
 		dead = append(dead, &deadFile{fd: fd, ports: slices.Collect(maps.Keys(w.bound))})
 	}
-	l.waiters, l.probe = nil, nil
+	l.waiters, l.probe, l.slow = nil, nil, answer{}
 	d.forget(dead)
 	d.learnID()
 }

@@ -7,8 +7,10 @@ import (
 	"errors"
 	"net"
 	"os"
+	"runtime"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -32,6 +34,27 @@ type fakeKernel struct {
 	ports map[hypercall.PortID]*fakeFile // Xen's; nil: the kernel's own
 	far   map[hypercall.PortID]hypercall.PortID
 	stale []hypercall.PortID // of notifies for dead ports
+
+	silent  bool               // events are withheld until speak
+	asked   int                // how many events were sent
+	pending []hypercall.PortID // withheld
+}
+
+// speak delivers what was withheld.
+func (k *fakeKernel) speak() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.silent = false
+	for _, p := range k.pending {
+		k.fire(p)
+	}
+	k.pending = nil
+}
+
+func (k *fakeKernel) sent() int {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.asked
 }
 
 type fakeFile struct {
@@ -181,6 +204,10 @@ func (k *fakeKernel) notify(fd int, p hypercall.PortID) error {
 	case k.ports[p] != f:
 		k.stale = append(k.stale, p)
 	case k.far[p] != 0:
+		if k.asked++; k.silent {
+			k.pending = append(k.pending, k.far[p])
+			return nil
+		}
 		k.fire(k.far[p])
 	}
 	return nil
@@ -420,4 +447,75 @@ func TestDeadPortIsNotUnmasked(t *testing.T) {
 			t.Errorf("resumed: %v; the port was unmasked: %v", resumed, wrote)
 		}
 	}
+}
+
+// An event that is long under way holds up those who open and close ports, of all devices, once
+// and not one after the other: they share its answer.
+func TestASilentProbeIsWaitedForOnce(t *testing.T) {
+	k, d := newFakeKernel(t)
+	d.life.late, d.life.fresh = time.Minute, time.Minute
+	var ports []hypercall.Port
+	for range 8 {
+		_, p := openWaiter(t, d, 1)
+		ports = append(ports, p...)
+	}
+	k.mu.Lock()
+	k.silent = true
+	before := k.asked
+	k.mu.Unlock()
+	var closing sync.WaitGroup
+	closes := func(p hypercall.Port) {
+		closing.Go(func() {
+			if err := p.Close(); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	// The first probe is nobody else's: these come after it was sent.
+	closes(ports[0])
+	for k.sent() == before {
+		time.Sleep(time.Millisecond)
+	}
+	for _, p := range ports[1:] {
+		closes(p)
+	}
+	for waiting(t) < 7 {
+		time.Sleep(time.Millisecond)
+	}
+	// The second one is silent, too, and answers all of them.
+	k.mu.Lock()
+	for _, p := range k.pending {
+		k.fire(p)
+	}
+	k.pending = nil
+	k.mu.Unlock()
+	for k.sent() == before+1 {
+		time.Sleep(time.Millisecond)
+	}
+	time.Sleep(2 * probeSoon) // an event that comes sooner is not late
+	k.speak()
+	closing.Wait()
+	if n := k.sent() - before; n != 2 {
+		t.Errorf("%d probes for 8 ports that were closed at once", n)
+	}
+	// A caller that comes later asks for itself.
+	openWaiter(t, d, 1)
+	if n := k.sent() - before; n < 3 {
+		t.Error("an answer from before a call was enough for it")
+	}
+	if d.ID() != 3 {
+		t.Error("the domain counts as resumed")
+	}
+}
+
+// waiting counts the goroutines that wait for the life.
+func waiting(t *testing.T) (n int) {
+	t.Helper()
+	all := make([]byte, 1<<20)
+	for g := range strings.SplitSeq(string(all[:runtime.Stack(all, true)]), "\n\n") {
+		if strings.Contains(g, "xendev.(*Domain).begin") && strings.Contains(g, "sync.(*Mutex).Lock") {
+			n++
+		}
+	}
+	return n
 }

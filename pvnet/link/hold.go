@@ -26,7 +26,7 @@ type holds struct {
 	resume  chan struct{} // guarded by mu; closed by Resume; nil: not held
 	over    chan struct{} // guarded by mu; closed when Run ends
 
-	changing sync.Mutex // held while unheld changes a link
+	changing sync.Mutex // held while unheld or unlessHeld changes a link; before mu
 }
 
 func (h *holds) begin() <-chan struct{} {
@@ -97,6 +97,16 @@ func (h *holds) unheld(ctx context.Context, dev *pvnet.Device, change func()) bo
 	}
 }
 
+// unlessHeld calls change at the end of what follows the device, unless the links are held: then
+// they may have another owner, or are about to.
+func (h *holds) unlessHeld(change func()) {
+	h.changing.Lock()
+	defer h.changing.Unlock()
+	if !h.held() {
+		change()
+	}
+}
+
 // Hold stops a Run that is under way, without ending it: every frame that was read from a
 // link is sent, every frame that the vif has received is written, and from then on the Joint
 // uses neither. So the links and the vif can be handed to another process and no frame is
@@ -142,6 +152,14 @@ func (j *Joint) Resume() {
 		close(h.resume)
 		h.resume = nil
 	}
+}
+
+// Change calls change once the Joint is not held, and Hold waits for the end of it: so change
+// may configure the interface behind a link, which is another process's once the vif was
+// handed over. It does not call it, and reports false, if ctx or the device ends first. change
+// must call neither Hold nor Change.
+func (j *Joint) Change(ctx context.Context, dev *pvnet.Device, change func()) bool {
+	return j.holds.unheld(ctx, dev, change)
 }
 
 // Held reports whether the Joint is held, or was when Run ended.

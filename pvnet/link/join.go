@@ -132,7 +132,7 @@ func (j *Joint) Run(ctx context.Context, dev *pvnet.Device, links ...Link) error
 	var followers sync.WaitGroup
 	followers.Go(func() { j.followCarrier(following, dev, links) })
 	if len(links) > 1 {
-		followers.Go(func() { followQueues(following, dev, links, j.holds.held) })
+		followers.Go(func() { j.followQueues(following, dev, links) })
 		followers.Go(func() { j.followSteering(following, dev, links) })
 	}
 	holding := j.holds.begin()
@@ -148,11 +148,11 @@ func (j *Joint) Run(ctx context.Context, dev *pvnet.Device, links ...Link) error
 	}
 	enough()
 	followers.Wait()
-	if !j.holds.held() { // else the links may be in the hands of another process
+	j.holds.unlessHeld(func() {
 		for _, l := range links {
 			setOffloads(l, false)
 		}
-	}
+	})
 	if _, broken := errors.AsType[*pvnet.PeerError](err); !broken && errors.Is(err, pvnet.ErrDisconnected) || err == pvnet.ErrHandover {
 		return nil
 	}
@@ -248,11 +248,7 @@ func (j *Joint) followCarrier(ctx context.Context, dev *pvnet.Device, links []Li
 			}
 		}
 	}
-	defer func() {
-		if !j.holds.held() { // else the links have another owner
-			set(false, false)
-		}
-	}()
+	defer j.holds.unlessHeld(func() { set(false, false) })
 	for ev := range dev.Links(ctx) {
 		if !j.holds.unheld(ctx, dev, func() { set(ev.Stalled, ev.Up) }) {
 			break

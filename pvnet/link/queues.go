@@ -14,7 +14,8 @@ import (
 // that is detached leaves its number to the last (tun_attach and __tun_detach of
 // drivers/net/tun.c). So queue i of the TAP stays link i only if links are attached from the
 // first on, and detached from the last on; and where one step fails, no further step may be
-// taken.
+// taken. A step that the kernel refuses because the queue is as wanted already, by another
+// program's doing, has not failed. After another failure the next connection goes on.
 type tapQueues struct {
 	links    []Link
 	attached int
@@ -37,14 +38,14 @@ func queuesOf(links []Link) *tapQueues {
 func (t *tapQueues) use(n int) error {
 	for ; t.attached > n; t.attached-- {
 		if q, ok := t.links[t.attached-1].(native); ok {
-			if err := q.attach(false); err != nil {
+			if err := q.attach(false); err != nil && q.attached() {
 				return err
 			}
 		}
 	}
 	for ; t.attached < n; t.attached++ {
 		if q, ok := t.links[t.attached].(native); ok {
-			if err := q.attach(true); err != nil {
+			if err := q.attach(true); err != nil && !q.attached() {
 				return err
 			}
 		}
@@ -55,20 +56,25 @@ func (t *tapQueues) use(n int) error {
 // followQueues attaches the queues of a TAP that feed queues of the vif, and detaches the
 // others, until ctx or the device ends: each connection may have another number of queues,
 // and the kernel spreads its flows over all that are attached.
-// The queues stay as they are if held says that the links have another owner then.
-func followQueues(ctx context.Context, dev *pvnet.Device, links []Link, held func() bool) {
+// While the links are held the queues stay as they are: another process may have them already.
+func (j *Joint) followQueues(ctx context.Context, dev *pvnet.Device, links []Link) {
 	t := queuesOf(links)
-	defer func() {
-		if !held() {
-			_ = t.use(len(links)) // fails if the interface is gone
-		}
-	}()
+	defer j.holds.unlessHeld(func() {
+		_ = t.use(len(links)) // fails if the interface is gone
+	})
 	for ev := range dev.Links(ctx) {
-		if n := min(dev.Active(), len(links)); ev.Up && n > 0 {
+		followed := j.holds.unheld(ctx, dev, func() {
+			n := min(dev.Active(), len(links)) // now: a hold may have taken a while
+			if !ev.Up || n == 0 {
+				return
+			}
 			if err := t.use(n); err != nil {
 				dev.Logger().Warn("the queues of an interface do not follow the vif's: frames may be lost", "vif", dev.ID(),
 					"peer", dev.Peer(), "interface", links[0].Name(), "queues", n, "err", err)
 			}
+		})
+		if !followed {
+			break
 		}
 	}
 }
@@ -91,9 +97,9 @@ func (j *Joint) followSteering(ctx context.Context, dev *pvnet.Device, links []L
 			break
 		}
 	}
-	if !j.holds.held() {
+	j.holds.unlessHeld(func() {
 		_ = q.steer(nil) // never fails
-	}
+	})
 }
 
 // logUnsteered logs once that a frontend does not get its frames on the queues that it asks

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"runtime"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -70,6 +71,83 @@ func TestTheKernelUsesTheQueuesThatTheVifHas(t *testing.T) {
 		}
 		cancel()
 		next(t, ended)
+	}
+}
+
+// A switched is a TAP that counts how often its queue was attached or detached.
+type switched struct {
+	*TAP
+	times atomic.Int32
+}
+
+func (l *switched) attach(on bool) error {
+	l.times.Add(1)
+	return l.TAP.attach(on)
+}
+
+// While the links are held they may be another process's: a connection with more queues that comes
+// meanwhile attaches none, until Resume.
+func TestTheQueuesStayWhileTheTAPIsHeld(t *testing.T) {
+	needTAP(t)
+	taps, err := OpenTAPQueues(TAPConfig{}, 2)
+	if err != nil {
+		t.Fatal(err)
+	}
+	links := []*switched{{TAP: taps[0]}, {TAP: taps[1]}}
+	for _, l := range links {
+		t.Cleanup(func() { l.Close() })
+	}
+	h := newHostOf(t, 1500, pvnet.Config{Queues: 2}, pvnet.Config{})
+	j, _ := h.join(context.Background(), h.Back, links[0], links[1])
+	until(t, "the second queue is detached", func() bool { return !taps[1].attached() })
+	if err := j.Hold(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	was := links[1].times.Load()
+	h.Front.Disconnect()
+	front, err := pvnet.Connect(t.Context(), h.Guest, "0", pvnet.Config{Queues: 2})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer front.Disconnect()
+	for ev := range h.Back.Links(t.Context()) {
+		if ev.Up && h.Back.Active() == 2 {
+			break
+		}
+	}
+	for range 20 {
+		if time.Sleep(time.Millisecond); links[1].times.Load() != was || taps[1].attached() {
+			t.Fatal("the queues of a TAP that is held have changed")
+		}
+	}
+	j.Resume()
+	until(t, "the second queue is attached", func() bool { return taps[1].attached() })
+}
+
+// What another program did to a queue of the TAP does not stop the others from following.
+func TestAQueueThatIsAsWantedAlreadyIsNoFailure(t *testing.T) {
+	needTAP(t)
+	taps, err := OpenTAPQueues(TAPConfig{}, 3)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var links []Link
+	for _, tap := range taps {
+		t.Cleanup(func() { tap.Close() })
+		links = append(links, tap)
+	}
+	q := queuesOf(links)
+	if err := taps[2].attach(false); err != nil {
+		t.Fatal(err)
+	}
+	if err := q.use(1); err != nil || taps[1].attached() || !taps[0].attached() {
+		t.Errorf("%v; attached: %v %v", err, taps[0].attached(), taps[1].attached())
+	}
+	if err := taps[1].attach(true); err != nil {
+		t.Fatal(err)
+	}
+	if err := q.use(3); err != nil || !taps[2].attached() {
+		t.Errorf("%v; attached: %v", err, taps[2].attached())
 	}
 }
 

@@ -7,7 +7,7 @@ import (
 	"net/netip"
 )
 
-// Config configures a Stack. It needs a source of addresses: Addr, Addrs, DHCP or RA.
+// Config configures a Stack. It needs a source of addresses: Addr, Addrs, DHCP, RA or Later.
 // [Auto] finds out which.
 type Config struct {
 	Addr    netip.Prefix // our address and the network it is in
@@ -17,6 +17,8 @@ type Config struct {
 	Addrs    []netip.Prefix // further addresses, of any family
 	Gateways []netip.Addr   // further routers; with Gateway, one per family at most
 	DNS      []netip.Addr   // name servers that are asked before those that DHCP and routers name
+
+	Later bool // SetAddresses may give addresses of any family: listeners for any address take them, too
 
 	DHCP bool // lease an IPv4 address
 	RA   bool // follow router advertisements: IPv6 addresses, routes and name servers
@@ -43,7 +45,7 @@ func (cfg *Config) gateways() []netip.Addr {
 
 // families reports for which families the stack has, or may get, addresses.
 func (cfg *Config) families() (has4, has6 bool) {
-	has4, has6 = cfg.DHCP, cfg.RA
+	has4, has6 = cfg.DHCP || cfg.Later, cfg.RA || cfg.Later
 	for _, p := range cfg.addrs() {
 		has4 = has4 || p.Addr().Is4()
 		has6 = has6 || p.Addr().Is6()
@@ -57,23 +59,12 @@ const leastMTU6 = 1280
 func (cfg *Config) check(mtu int) error {
 	has4, has6 := cfg.families()
 	if !has4 && !has6 {
-		return errors.New("no source of addresses: set Config.Addr, Addrs, DHCP or RA")
+		return errors.New("no source of addresses: set Config.Addr, Addrs, DHCP, RA or Later")
 	}
 	if cfg.Addr != (netip.Prefix{}) && !cfg.Addr.IsValid() {
 		return fmt.Errorf("Config.Addr %v is no address for a host", cfg.Addr)
 	}
-	seen := map[netip.Addr]bool{}
-	for _, p := range cfg.addrs() {
-		a := p.Addr()
-		if !p.IsValid() || a.Is4In6() || a.IsUnspecified() || a.IsMulticast() || a == broadcast4 {
-			return fmt.Errorf("Config.Addr %v is no address for a host", p)
-		}
-		if seen[a] {
-			return fmt.Errorf("Config.Addrs has %v twice", a)
-		}
-		seen[a] = true
-	}
-	if err := cfg.checkGateways(); err != nil {
+	if err := cfg.checkStatic(); err != nil {
 		return err
 	}
 	for _, a := range cfg.DNS {
@@ -89,6 +80,22 @@ func (cfg *Config) check(mtu int) error {
 		return fmt.Errorf("Config.MTU %d is not between %d and the device's %d", cfg.MTU, least, mtu)
 	}
 	return nil
+}
+
+// checkStatic checks the addresses and routers that the caller has assigned.
+func (cfg *Config) checkStatic() error {
+	seen := map[netip.Addr]bool{}
+	for _, p := range cfg.addrs() {
+		a := p.Addr()
+		if !p.IsValid() || a.Is4In6() || a.IsUnspecified() || a.IsMulticast() || a == broadcast4 {
+			return fmt.Errorf("Config.Addr %v is no address for a host", p)
+		}
+		if seen[a] {
+			return fmt.Errorf("Config.Addrs has %v twice", a)
+		}
+		seen[a] = true
+	}
+	return cfg.checkGateways()
 }
 
 var broadcast4 = netip.AddrFrom4([4]byte{255, 255, 255, 255})

@@ -56,6 +56,9 @@ func connected(ctx context.Context, dev *pvnet.Device, cfg Config) (*Stack, erro
 // Auto returns the Config of a guest that was told nothing: the addresses that the toolstack
 // has for it ([pvnet.Device.GuestAddresses]), or else DHCP and router advertisements.
 //
+// A program that wants to follow them as they change sets Config.Later, and calls
+// [Stack.SetAddresses] with what [pvnet.Device.GuestAddressChanges] yields.
+//
 // The error is that of GuestAddresses, or says that one of the toolstack's addresses has no
 // network.
 func Auto(ctx context.Context, dev *pvnet.Device) (cfg Config, err error) {

@@ -140,7 +140,8 @@ func TestStackLeasesItsAddress(t *testing.T) {
 		if len(now.Routes) != 1 || now.Routes[0].Via != backIP.Addr() || !slices.Equal(now.DNS, []netip.Addr{backIP.Addr()}) || now.MTU != 1300 {
 			t.Errorf("%+v", now)
 		}
-		eventually(t, "the card has the lease's MTU and no tap", func() bool { return front.card.MTU() == 1300 && front.card.tap.Load() == nil })
+		// The card follows after the change of settings, which no other change follows.
+		eventually(t, "the card of the lease", func() bool { return front.card.MTU() == 1300 && front.card.tap.Load() == nil })
 		c, err := back.DialContext(within(t), "tcp", "192.0.2.77:80")
 		if err != nil {
 			t.Fatal(err)

@@ -24,7 +24,7 @@ import (
 type Origin string
 
 const (
-	Static    Origin = "static" // the Config
+	Static    Origin = "static" // the Config, or SetAddresses
 	Leased    Origin = "DHCP"
 	Announced Origin = "RA" // a router's advertisement
 )
@@ -49,23 +49,23 @@ type Settings struct {
 
 // A network holds the addresses and routes of a gVisor stack, from all their sources.
 type network struct {
-	net      *stack.Stack
-	log      *slog.Logger
-	static   []netip.Prefix // immutable
-	gateways []netip.Addr   // immutable
-	servers  []netip.Addr   // of the Config; immutable
-	adverts  bool           // immutable: router advertisements are followed
+	net     *stack.Stack
+	log     *slog.Logger
+	servers []netip.Addr // of the Config; immutable
+	adverts bool         // immutable: router advertisements are followed
 
 	applying sync.Mutex // taken by whoever changes the stack; before mu
 	lease    *dhcp.Lease
 
 	// gVisor calls our NDP dispatcher with locks of its own held, so nothing calls the
 	// stack while it holds mu.
-	mu      sync.Mutex
-	leased  *dhcp.Lease   // guarded by mu; in use
-	ra      advertised    // guarded by mu
-	changed chan struct{} // guarded by mu; closed at the next change
-	dirty   chan struct{} // has an element if the routes may be old
+	mu       sync.Mutex
+	static   []netip.Prefix // guarded by mu and written by holders of applying; replaced, never changed
+	gateways []netip.Addr   // as static
+	leased   *dhcp.Lease    // guarded by mu; in use
+	ra       advertised     // guarded by mu
+	changed  chan struct{}  // guarded by mu; closed at the next change
+	dirty    chan struct{}  // has an element if the routes may be old
 }
 
 func newNetwork(cfg *Config) *network {
@@ -181,6 +181,64 @@ func (n *network) routesLocked() (routes []tcpip.Route) {
 	return routes
 }
 
+// setStatic makes addrs and gateways the static ones. After an error they are those of before, as
+// far as the stack takes them again.
+func (n *network) setStatic(addrs []netip.Prefix, gateways []netip.Addr) error {
+	n.applying.Lock()
+	defer n.applying.Unlock()
+	n.mu.Lock()
+	was := n.static
+	n.mu.Unlock()
+	err := n.replace(was, addrs)
+	if err != nil {
+		addrs = slices.DeleteFunc(slices.Clone(was), func(p netip.Prefix) bool { return !n.has(p) })
+		n.mu.Lock()
+		gateways = n.gateways
+		n.mu.Unlock()
+	}
+	n.mu.Lock()
+	n.static, n.gateways = addrs, gateways
+	n.mu.Unlock()
+	n.applyLocked()
+	return err
+}
+
+// replace takes the addresses that are not in next from the stack, and gives it the others. After
+// an error it undoes that.
+func (n *network) replace(was, next []netip.Prefix) error {
+	var done []netip.Prefix
+	for _, p := range was { // before others come: one may have the same address and another network
+		if !slices.Contains(next, p) {
+			_ = n.net.RemoveAddress(nic, toStack(p.Addr())) // it fails only if somebody else has removed it
+		}
+	}
+	for _, p := range next {
+		if slices.Contains(was, p) {
+			continue
+		}
+		err := n.add(p)
+		if err == nil {
+			done = append(done, p)
+			continue
+		}
+		for _, p := range done {
+			_ = n.net.RemoveAddress(nic, toStack(p.Addr()))
+		}
+		for _, p := range was {
+			if !slices.Contains(next, p) {
+				_ = n.add(p) // setStatic looks whether it was taken
+			}
+		}
+		return err
+	}
+	return nil
+}
+
+// has reports whether the stack has an address.
+func (n *network) has(p netip.Prefix) bool {
+	return n.net.CheckLocalAddress(0, protocol(p.Addr()), toStack(p.Addr())) == nic // of one card, gVisor does not look at an IPv4 address
+}
+
 // everything is the network of all addresses of a's family.
 func everything(a netip.Addr) netip.Prefix {
 	if a.Is6() {
@@ -240,6 +298,39 @@ func (n *network) settings() (s Settings, changed <-chan struct{}) {
 func (s *Stack) Settings() Settings {
 	now, _ := s.network.settings()
 	return now
+}
+
+// SetAddresses makes addrs and gateways the stack's static addresses and routers, in place of those
+// of the Config and of an earlier call. Those that stay keep their connections; connections of
+// the others get no more packets through. The stack announces the new ones to its neighbours.
+// Addresses of DHCP and of routers stay.
+//
+// After an error the addresses are as before: addrs or gateways are not what a Config takes,
+// an address is one that the stack has from elsewhere, or is of a family that its Config had
+// none of, without [Config].Later. net.ErrClosed after the stack has ended.
+func (s *Stack) SetAddresses(addrs []netip.Prefix, gateways []netip.Addr) error {
+	if s.ending.Err() != nil {
+		return net.ErrClosed
+	}
+	cfg := Config{Addrs: slices.Clone(addrs), Gateways: slices.Clone(gateways)}
+	if err := cfg.checkStatic(); err != nil {
+		return fmt.Errorf("netstack: set addresses: %w", err)
+	}
+	for _, p := range addrs {
+		if !s.has(p.Addr()) {
+			return fmt.Errorf("netstack: set addresses: %v: %s, and its Config not Later", p, noFamily)
+		}
+	}
+	before := s.Settings()
+	if err := s.network.setStatic(cfg.Addrs, cfg.Gateways); err != nil {
+		return fmt.Errorf("netstack: set addresses: %w", err)
+	}
+	for _, p := range addrs {
+		if !slices.Contains(before.Addrs, Address{p, Static}) {
+			s.announceOne(s.card.dev.MAC(), p.Addr())
+		}
+	}
+	return nil
 }
 
 // Changes yields the present settings and then each change, until ctx or the stack ends. Changes

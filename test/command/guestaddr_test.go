@@ -5,10 +5,14 @@ package command_test
 import (
 	"fmt"
 	"net"
+	"slices"
+	"strings"
 	"syscall"
 	"testing"
 
 	"barevif/xenbus/toolstack"
+
+	"github.com/vishvananda/netlink"
 )
 
 // A guest that is told no address takes the one that the toolstack has for it; what cannot be
@@ -97,6 +101,122 @@ func TestATAPTakesTheAddressesOfTheToolstack(t *testing.T) {
 	wants(t, g.exit(2), "--addr", "auto/129")
 	b.signal(syscall.SIGTERM)
 	b.exit(0)
+}
+
+// The toolstack changes the addresses while the vif is connected: the stack of serve follows, and
+// a value of no use is named and changes nothing.
+func TestServeFollowsTheAddressOfTheToolstack(t *testing.T) {
+	if !namespace(t) {
+		return
+	}
+	needTAP(t)
+	s := newSite(t, "--vif", "front=1,ip=10.9.4.7/24")
+	b := s.back("--addr", "10.9.4.1/24")
+	ip := func(value string) {
+		t.Helper()
+		if err := s.tools().Write(t.Context(), dirOf(toolstack.Vif{Front: 1, Back: 2})+"/ip", value); err != nil {
+			t.Fatal(err)
+		}
+	}
+	g := s.serve()
+	g.await("serving http://10.9.4.7/", 1)
+	b.await("connected to domain 1", 1)
+	ping(t, "10.9.4.7")
+	ip("10.9.4.8/24 10.9.4.9/24")
+	g.await("addresses 10.9.4.8/24 10.9.4.9/24, from the toolstack", 1)
+	g.await("serving http://10.9.4.8/", 1)
+	ping(t, "10.9.4.8")
+	ping(t, "10.9.4.9")
+	ip("10.9.4.300")
+	g.await("a vif, which keeps those it has", 1)
+	g.await("10.9.4.300", 1)
+	ping(t, "10.9.4.9")
+	ip("10.9.4.10")
+	g.await("does not say which network", 1)
+	ping(t, "10.9.4.9")
+	ip("10.9.4.7 255.255.255.0 10.9.4.1")
+	g.await("address 10.9.4.7/24, from the toolstack", 2)
+	ping(t, "10.9.4.7")
+	for _, end := range []*process{g, b} {
+		end.signal(syscall.SIGTERM)
+		end.exit(0)
+	}
+}
+
+// The same for attach: its TAP gets the new addresses and loses those that attach gave it.
+// Addresses of the machine's own stay, also if they are in a network of which attach had the
+// first address.
+func TestAttachFollowsTheAddressesOfTheToolstack(t *testing.T) {
+	if !namespace(t) {
+		return
+	}
+	needTAP(t)
+	s := newSite(t, "--vif", "front=1,ip=10.9.4.7/24 fd00::7/64")
+	b := s.back()
+	key := dirOf(toolstack.Vif{Front: 1, Back: 2}) + "/ip"
+	ip := func(value string) {
+		t.Helper()
+		if err := s.tools().Write(t.Context(), key, value); err != nil {
+			t.Fatal(err)
+		}
+	}
+	has := func(want string) {
+		t.Helper()
+		got := strings.Fields(strings.Trim(addressesOf(t, "card0"), "[]"))
+		slices.Sort(got) // the kernel moves those that it promotes
+		if fmt.Sprint(got) != want {
+			t.Errorf("card0 has %s, want %s", got, want)
+		}
+	}
+	run := func(more ...string) *process {
+		return start(t, nil, s.bin, append([]string{"attach", "--emu", s.socket, "--tap", "card%i", "--addr", "auto/16"}, more...)...)
+	}
+	g := run()
+	g.await("the kernel has it as card0, ", 1)
+	has("[10.9.4.7/24 fd00::7/64]")
+	card, err := netlink.LinkByName("card0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, own := range []string{"10.9.4.99/24", "10.9.5.1/24"} {
+		a, err := netlink.ParseAddr(own)
+		if err == nil {
+			err = netlink.AddrAdd(card, a)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	ip("10.9.6.7/24 10.9.5.1/24 fd00::8/64")
+	g.await("card0 has 10.9.6.7/24 fd00::8/64", 1)
+	has("[10.9.4.99/24 10.9.5.1/24 10.9.6.7/24 fd00::8/64]")
+	ip("10.9.6.7/24 10.9.6.300/24")
+	g.await("a vif, which keeps those it has", 1)
+	has("[10.9.4.99/24 10.9.5.1/24 10.9.6.7/24 fd00::8/64]")
+
+	// A successor goes on with a vif whose key is of no use, but not with its addresses.
+	next := run("--take-over")
+	g.exit(0)
+	next.await("keeps its addresses", 1)
+	has("[10.9.4.99/24 10.9.5.1/24 10.9.6.7/24 fd00::8/64]")
+
+	// One that can read it does: it takes away what those before it have given.
+	ip("10.9.6.7/24 fd00::8/64")
+	g = next
+	next = run("--take-over")
+	g.exit(0)
+	ip("10.9.7.7")
+	next.await("card0 has 10.9.7.7/16", 1)
+	has("[10.9.4.99/24 10.9.5.1/24 10.9.7.7/16]")
+	if err := s.tools().Remove(t.Context(), key); err != nil {
+		t.Fatal(err)
+	}
+	next.await("card0 has none of them", 1)
+	has("[10.9.4.99/24 10.9.5.1/24]")
+	for _, end := range []*process{next, b} {
+		end.signal(syscall.SIGTERM)
+		end.exit(0)
+	}
 }
 
 // addressesOf returns the addresses of an interface, without link-local ones.

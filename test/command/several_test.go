@@ -5,6 +5,7 @@ package command_test
 import (
 	"fmt"
 	"net"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -200,6 +201,54 @@ func TestOneAttachHasSeveralVifs(t *testing.T) {
 	b.await("connected to domain 1", 2)
 	g.signal(syscall.SIGTERM)
 	wants(t, g.exit(0), bothHave("gone; ")...)
+}
+
+// An attach with two vifs is replaced by another, which has both TAPs with their addresses; no ping
+// is lost on either.
+func TestSeveralTAPsAreTakenOverWithoutLoss(t *testing.T) {
+	if !namespace(t) {
+		return
+	}
+	needTAP(t)
+	nsenter, err := exec.LookPath("nsenter")
+	if err != nil {
+		t.Skip("nsenter is not installed: ", err)
+	}
+	s := newSite(t, twoVifs...)
+	b := s.back(twoBacks...)
+	args := append([]string{"attach", "-v", "--emu", s.socket, "--tap", "card%i"}, twoServed...)
+	g := start(t, &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET}, s.bin, args...)
+	b.await("connected to domain 1", 2)
+	var pingers []*pinger
+	for i, addr := range eachOfTwo {
+		g.await(fmt.Sprintf("the kernel has it as card%d, %s/24", i, addr), 1)
+		ping(t, addr)
+		pingers = append(pingers, newPinger(t, addr, 10*time.Millisecond))
+	}
+	pause := func() {
+		for _, p := range pingers {
+			p.await(20)
+		}
+	}
+	pause()
+	for range 3 {
+		inside := append([]string{fmt.Sprintf("--net=/proc/%d/ns/net", g.cmd.Process.Pid), s.bin}, args...)
+		next := start(t, nil, nsenter, append(inside, "--take-over")...)
+		next.await("the kernel has it as card", 2)
+		next.await(takenByEach, 2)
+		wants(t, g.exit(0), bothHave("handed over; ")...)
+		g = next
+		pause()
+	}
+	for _, p := range pingers {
+		p.endWithoutLoss(t)
+	}
+	g.signal(syscall.SIGTERM)
+	wants(t, g.exit(0), bothHave("gone; ")...)
+	b.signal(syscall.SIGTERM)
+	if out := b.exit(0); strings.Count(out, "connected to domain 1") != 2 {
+		t.Errorf("the backend has noticed it: %s", out)
+	}
 }
 
 // When the host ends, so do all vifs of a process, which says so once.

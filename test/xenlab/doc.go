@@ -40,6 +40,7 @@
 //	  our front, refused       PV domU: barevif serve without what it needs
 //	  our front, misled        PV domU: barevif serve; dom0: netback, and what xenstore should not say
 //	  our front, taken over    PV domU: barevif attach, then serve, each replaced by --take-over; dom0: netback
+//	  our front, two replaced  PV domU: one barevif serve of two vifs, replaced by --take-over; dom0: netback
 //	  our front, resumed       PV domU: barevif serve, saved and restored; dom0: netback
 //	  our front, resumed, PVH  PVH domU: barevif serve, saved and restored; dom0: netback
 //	  our front, queues        PV domU: barevif serve, 4 queues; dom0: netback, its vif taken and given back

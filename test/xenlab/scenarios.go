@@ -48,6 +48,7 @@ func Plan() []Boot {
 			{Name: "our front, refused", Roles: "PV domU: barevif serve without what it needs", Run: ourFrontRefused},
 			{Name: "our front, misled", Roles: "PV domU: barevif serve; dom0: netback, and what xenstore should not say", Run: frontMisled},
 			{Name: "our front, taken over", Roles: "PV domU: barevif attach, then serve, each replaced by --take-over; dom0: netback", Limit: 4 * time.Minute, Run: frontTakenOver},
+			{Name: "our front, two replaced", Roles: "PV domU: one barevif serve of two vifs, replaced by --take-over; dom0: netback", Limit: 4 * time.Minute, Run: twoFrontsTakenOver},
 			{Name: "our front, resumed", Roles: "PV domU: barevif serve, saved and restored; dom0: netback", Limit: 6 * time.Minute, Run: frontResumed(PV), Complaints: toOneQueue},
 			{Name: "our front, resumed, PVH", Roles: "PVH domU: barevif serve, saved and restored; dom0: netback", Limit: 6 * time.Minute, Run: frontResumed(PVH), Complaints: toOneQueue},
 			{Name: "our front, queues", Roles: "PV domU: barevif serve, 4 queues; dom0: netback, its vif taken and given back", Limit: 8 * time.Minute, Run: ourFrontQueues},

@@ -29,6 +29,7 @@ type applianceConfig struct {
 	gateway netip.Addr                       // zero: none
 	addrs   []netip.Prefix                   // further addresses
 	dynamic bool                             // the addresses come from DHCP and routers; then there is no addr
+	later   bool                             // other addresses may be set
 	say     func(format string, args ...any) // says which addresses come and go; nil: nobody asks
 	log     *slog.Logger
 	port    uint16   // 0: 80
@@ -51,7 +52,7 @@ func startAppliance(dev *pvnet.Device, cfg applianceConfig) (*app, error) {
 	if cfg.port == 0 {
 		cfg.port = 80
 	}
-	s, err := netstack.New(dev, netstack.Config{Addr: cfg.addr, Gateway: cfg.gateway, Addrs: cfg.addrs, DHCP: cfg.dynamic, RA: cfg.dynamic, Logger: cfg.log})
+	s, err := netstack.New(dev, netstack.Config{Addr: cfg.addr, Gateway: cfg.gateway, Addrs: cfg.addrs, DHCP: cfg.dynamic, RA: cfg.dynamic, Later: cfg.later, Logger: cfg.log})
 	if err != nil {
 		return nil, fmt.Errorf("TCP/IP on the vif: %w", err)
 	}

@@ -1,10 +1,13 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"net/netip"
+	"os"
 	"strings"
+	"sync"
 
 	"barevif/pvnet"
 	"barevif/pvnet/link"
@@ -34,7 +37,8 @@ to the neighbours. If the vif gets another MTU, or is plugged again with another
 the TAP gets those.
 
 With --addr auto the TAP gets the addresses that the toolstack has for the guest of the
-vif, which are ip= in a domain's configuration. They are read once, when attach begins.
+vif, which are ip= in a domain's configuration. When the toolstack changes them, the TAP
+gets the new ones and loses those that attach gave it before; addresses of others stay.
 
 An upgrade loses no frame: attach --take-over takes the vif over from the attach that has
 it now, within milliseconds, and that one ends with status 0. The TAP stays, with its
@@ -99,9 +103,14 @@ func (a *attach) run(ctx context.Context) error {
 	return a.own(ctx, func(_ *domain.Domain, dev *pvnet.Device) (*use, error) {
 		addr := addrs[dev.ID()]
 		if !addr.on {
-			return a.join(dev, addr.addr)
+			return a.join(dev, dev.TakenFiles(), nil, addr.addr)
 		}
+		taken := dev.TakenFiles()
 		g, err := addr.of(ctx, dev)
+		if err != nil && len(taken) > 0 { // the vif works: an end would lose it
+			a.Log().Error("the TAP of a vif that was taken over keeps its addresses, whatever the toolstack has, until attach is started anew", "vif", dev.ID(), "err", err)
+			return a.join(dev, taken, nil)
+		}
 		if err != nil {
 			return nil, err
 		}
@@ -111,18 +120,24 @@ func (a *attach) run(ctx context.Context) error {
 		if g.Gateway.IsValid() {
 			a.Log().Info("the toolstack names a router, to which attach makes no route", "vif", dev.ID(), "router", g.Gateway)
 		}
-		return a.join(dev, g.Addrs...)
+		return a.join(dev, taken, &addr, g.Addrs...)
 	})
 }
 
-// join joins the vif to a new TAP, until the device ends.
-func (a *attach) join(dev *pvnet.Device, addrs ...netip.Prefix) (*use, error) {
-	tap, err := a.open(dev, addrs)
+// join joins the vif to a new TAP, or to the one that was taken over with it, until the device
+// ends. The TAP has the addresses, and if auto is not nil those that the toolstack has later in
+// their place.
+func (a *attach) join(dev *pvnet.Device, taken []*os.File, auto *autoAddress, addrs ...netip.Prefix) (*use, error) {
+	tap, given, err := a.open(dev, taken, auto != nil, addrs)
 	if err != nil {
 		return nil, err
 	}
 	var joint link.Joint
 	failed, ended := make(chan error, 1), make(chan struct{})
+	var following sync.WaitGroup
+	if auto != nil {
+		following.Go(func() { a.followAddresses(dev, &joint, auto, given) })
+	}
 	go func() {
 		defer close(ended)
 		// No context: the joint ends only with the device.
@@ -133,24 +148,28 @@ func (a *attach) join(dev *pvnet.Device, addrs ...netip.Prefix) (*use, error) {
 	return &use{
 		says:   fmt.Sprintf("the kernel has it as %s%s", tap.Name(), addressed(addrs)),
 		failed: failed,
-		renew: func() error {
-			if err := setMAC(tap.Name(), dev.MAC()); err != nil {
-				return err
-			}
-			return setMTU(tap.Name(), dev.MTU())
+		// Not while the joint is held: another process is about to have the TAP. If it does not
+		// take it, the changes come then.
+		renew: func() (err error) {
+			joint.Change(context.Background(), dev, func() {
+				if err = setMAC(tap.Name(), dev.MAC()); err == nil {
+					err = setMTU(tap.Name(), dev.MTU())
+				}
+			})
+			return err
 		},
-		link: func(up bool) error {
-			if joint.Held() {
-				return nil // another process is about to have the TAP
-			}
-			err := tap.SetCarrier(up)
-			if up && err == nil {
-				err = announce(tap.Name())
-			}
+		link: func(up bool) (err error) {
+			joint.Change(context.Background(), dev, func() {
+				err = tap.SetCarrier(up)
+				if up && err == nil {
+					err = announce(tap.Name())
+				}
+			})
 			return err
 		},
 		close: func() error {
 			<-ended
+			following.Wait()
 			st, end := dev.Stats(), "gone"
 			if joint.Held() {
 				end = "handed over"
@@ -170,29 +189,49 @@ func addressed(addrs []netip.Prefix) string {
 	return ", " + join(addrs)
 }
 
-// open returns the TAP that came with a vif which was taken over, or a new one.
-func (a *attach) open(dev *pvnet.Device, addrs []netip.Prefix) (*tap, error) {
-	if files := dev.TakenFiles(); len(files) > 0 {
-		t, err := adoptFor(dev, files)
+// followAddresses gives the TAP the addresses that the toolstack has for it later, in place of
+// those that were given to it, until the device ends.
+func (a *attach) followAddresses(dev *pvnet.Device, joint *link.Joint, auto *autoAddress, given *tapAddresses) {
+	auto.follow(context.Background(), dev, a.Log(), func(g pvnet.GuestAddresses) (err error) {
+		changed := false
+		joint.Change(context.Background(), dev, func() { changed, err = given.set(g.Addrs) })
+		if changed {
+			a.Say("vif %s: the toolstack has other addresses for it: %s has %s", dev.ID(), given.tap, cmp.Or(join(given.addrs), "none of them"))
+		}
+		return err
+	})
+}
+
+// open returns the TAP that was taken over with a vif, or a new one, and which
+// addresses this program has given to it. follows says that they are to follow the toolstack.
+func (a *attach) open(dev *pvnet.Device, taken []*os.File, follows bool, addrs []netip.Prefix) (*tap, *tapAddresses, error) {
+	if len(taken) > 0 {
+		t, err := adoptFor(dev, taken)
+		if err == nil && !follows {
+			return t, nil, nil
+		}
 		if err == nil {
-			return t, nil
+			// The other process has given the TAP the addresses: they are ours from now on.
+			given, err := adoptAddresses(t.Name(), addrs)
+			if err != nil {
+				a.Log().Error("a TAP that was taken over does not have the addresses of the toolstack", "vif", dev.ID(), "err", err)
+			}
+			return t, given, nil
 		}
 		a.Log().Warn("the TAP of a vif that was taken over cannot be used, and is opened anew", "vif", dev.ID(), "err", err)
 	}
 	name := strings.ReplaceAll(a.tap, vifMark, dev.ID())
 	t, err := openTAP(link.TAPConfig{Name: name, MTU: dev.MTU()}, dev.Queues())
 	if err != nil {
-		return nil, linkRefused(err)
+		return nil, nil, linkRefused(err)
 	}
-	err = setMAC(t.Name(), dev.MAC())
-	for _, addr := range addrs {
-		if err == nil {
-			err = addAddress(t.Name(), addr)
-		}
+	given := &tapAddresses{tap: t.Name()}
+	if err = setMAC(t.Name(), dev.MAC()); err == nil {
+		_, err = given.set(addrs)
 	}
 	if err != nil {
 		t.Close()
-		return nil, err
+		return nil, nil, err
 	}
-	return t, nil
+	return t, given, nil
 }

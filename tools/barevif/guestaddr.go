@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net/netip"
 	"strconv"
 	"strings"
@@ -48,7 +49,12 @@ func parseAuto(s string) (a autoAddress, err error) {
 
 // of returns the toolstack's addresses for the guest of a vif.
 func (a *autoAddress) of(ctx context.Context, dev *pvnet.Device) (pvnet.GuestAddresses, error) {
-	g, err := dev.GuestAddresses(ctx)
+	return a.complete(dev.GuestAddresses(ctx))
+}
+
+// complete gives addresses of the toolstack the length that --addr has for those without one. An
+// error of theirs it advises on.
+func (a *autoAddress) complete(g pvnet.GuestAddresses, err error) (pvnet.GuestAddresses, error) {
 	if _, bad := errors.AsType[*xenstore.ValueError](err); bad {
 		return g, &cli.Advice{Err: err, Next: "correct ip=... in the domain's configuration, or give the address with --addr IP/BITS"}
 	}
@@ -65,6 +71,25 @@ func (a *autoAddress) of(ctx context.Context, dev *pvnet.Device) (pvnet.GuestAdd
 		g.Addrs[i] = netip.PrefixFrom(p.Addr(), a.bits)
 	}
 	return g, nil
+}
+
+// follow calls set with the toolstack's addresses when they are others than those of before, until
+// ctx or the device ends. What the toolstack writes and cannot be used, or set refuses, is
+// logged, and the addresses stay.
+func (a *autoAddress) follow(ctx context.Context, dev *pvnet.Device, log *slog.Logger, set func(g pvnet.GuestAddresses) error) {
+	for g, err := range dev.GuestAddressChanges(ctx) {
+		if g, err = a.complete(g, err); err == nil {
+			err = set(g)
+		}
+		if err == nil || errors.Is(err, pvnet.ErrDisconnected) {
+			continue
+		}
+		attrs := []any{"vif", dev.ID(), "key", netif.KeyIP, "err", err}
+		if advice, ok := errors.AsType[*cli.Advice](err); ok && advice.Next != "" {
+			attrs = append(attrs, "next", advice.Next)
+		}
+		log.Error("the toolstack has other addresses for a vif, which keeps those it has", attrs...)
+	}
 }
 
 // isLiteral reports whether a value of --addr is one address, which two vifs cannot have.

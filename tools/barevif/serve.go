@@ -8,10 +8,10 @@ import (
 	"net/netip"
 	"os"
 	"slices"
-	"strings"
 
 	"barevif/pvnet"
 	"barevif/pvnet/handover"
+	"barevif/pvnet/netstack"
 	"barevif/tools/appliance"
 	"barevif/tools/cli"
 	"barevif/tools/domain"
@@ -39,7 +39,7 @@ the card carries arrives as it was sent.
 Its address is that of --addr. Without, it is what the toolstack has for the guest
 of the vif, which is ip= in a domain's configuration: "ip=192.0.2.7/24", or as Mini-OS
 and Unikraft read it "ip=192.0.2.7 255.255.255.0 192.0.2.1", with the router. Of several
-addresses it takes all. If there is none, it asks for one on a real Xen, as with
+addresses it takes all, and when the toolstack changes them it follows. If there is none, it asks for one on a real Xen, as with
 "--addr dhcp"; on an emulated host, where nobody answers, it is ` + defaultAddr.String() + `.
 
 With "--addr dhcp" it leases an IPv4 address by DHCP, takes IPv6 addresses that routers
@@ -95,9 +95,10 @@ type serve struct {
 // A site is what serve has for one vif.
 type site struct {
 	applianceConfig
-	auto     autoAddress // of --addr
-	only     bool        // no other vif could have the default address too
-	routerOf string      // --gateway; "": none
+	auto     autoAddress          // of --addr
+	took     pvnet.GuestAddresses // of the toolstack, which are the appliance's; zero: it had none
+	only     bool                 // no other vif could have the default address too
+	routerOf string               // --gateway; "": none
 }
 
 func (s *serve) run(ctx context.Context) error {
@@ -127,9 +128,13 @@ func (s *serve) run(ctx context.Context) error {
 		if err != nil {
 			return nil, err
 		}
+		site.later = site.auto.on
 		app, err := startAppliance(dev, site.applianceConfig)
 		if err != nil {
 			return nil, err
+		}
+		if site.auto.on {
+			app.serving.Go(func() { site.follow(dev, app.stack) })
 		}
 		return &use{
 			says: from, failed: app.failed, close: app.close,
@@ -226,19 +231,70 @@ func (s *site) address(ctx context.Context, dev *pvnet.Device, xen bool) (from s
 		s.addr = defaultAddr
 		return fmt.Sprintf("the toolstack has no address for it, so it is %s\n%s", s.addr, serving()), s.checkGateway()
 	}
+	if err := s.take(g); err != nil {
+		return "", err
+	}
+	return s.fromToolstack() + "\n" + serving(), nil
+}
+
+// take makes the toolstack's addresses, of which there are some, the appliance's.
+func (s *site) take(g pvnet.GuestAddresses) error {
+	s.took = g
 	addrs := distinct(g.Addrs)
 	s.addr, s.addrs = addrs[0], addrs[1:]
 	if s.addr.IsSingleIP() {
-		return "", noLength(s.addr.Addr())
-	}
-	from = fmt.Sprintf("address %s, from the toolstack\n", s.addr)
-	if len(s.addrs) > 0 {
-		from = fmt.Sprintf("addresses %s, from the toolstack\n", strings.Trim(fmt.Sprint(addrs), "[]"))
+		return noLength(s.addr.Addr())
 	}
 	if s.routerOf == "" {
 		s.gateway = g.Gateway
 	}
-	return from + serving(), s.checkGateway()
+	return s.checkGateway()
+}
+
+// fromToolstack says which addresses the toolstack has.
+func (s *site) fromToolstack() string {
+	if len(s.addrs) == 0 {
+		return fmt.Sprintf("address %s, from the toolstack", s.addr)
+	}
+	return fmt.Sprintf("addresses %s, from the toolstack", join(append([]netip.Prefix{s.addr}, s.addrs...)))
+}
+
+// follow gives the stack the addresses that the toolstack has for it later, until the device ends.
+// Those of DHCP and routers, which it asked for because the toolstack had none, stay beside them.
+// It has a copy of the site for its own.
+func (s site) follow(dev *pvnet.Device, stack *netstack.Stack) {
+	s.auto.follow(context.Background(), dev, s.log, func(g pvnet.GuestAddresses) error {
+		next := s
+		next.addr, next.addrs, next.gateway, next.took = netip.Prefix{}, nil, netip.Addr{}, g
+		if next.took.Equal(s.took) {
+			return nil
+		}
+		var addrs []netip.Prefix
+		var gateways []netip.Addr
+		if len(g.Addrs) > 0 {
+			if s.routerOf != "" {
+				next.gateway = netip.MustParseAddr(s.routerOf) // newSite has parsed it
+			}
+			if err := next.take(g); err != nil {
+				return err
+			}
+			addrs = append(addrs, next.addr)
+			addrs = append(addrs, next.addrs...)
+			if next.gateway.IsValid() {
+				gateways = append(gateways, next.gateway)
+			}
+		}
+		if err := stack.SetAddresses(addrs, gateways); err != nil {
+			return err
+		}
+		s = next
+		if len(addrs) == 0 {
+			s.say("the toolstack has no address for it any more")
+		} else {
+			s.say("%s\nserving %s", s.fromToolstack(), urlOf(s.addr.Addr(), s.port))
+		}
+		return nil
+	})
 }
 
 // distinct leaves out addresses that come twice.
