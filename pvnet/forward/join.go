@@ -54,7 +54,12 @@ func receive(ctx context.Context, rxs []*pvnet.RX, fn func(int, []pvnet.Frame) (
 		})
 	}
 	wg.Wait()
-	err := context.Cause(ctx)
+	return unlessOrderly(context.Cause(ctx))
+}
+
+// unlessOrderly returns err, or nil for that of a device which was disconnected, or which another
+// process has now.
+func unlessOrderly(err error) error {
 	if _, broken := errors.AsType[*pvnet.PeerError](err); !broken && (errors.Is(err, pvnet.ErrDisconnected) || err == pvnet.ErrHandover) {
 		return nil
 	}
@@ -153,9 +158,5 @@ func Join(ctx context.Context, a, b *pvnet.Device) error {
 	if !stop() {
 		<-closed
 	}
-	err = context.Cause(ctx)
-	if _, broken := errors.AsType[*pvnet.PeerError](err); !broken && errors.Is(err, pvnet.ErrDisconnected) {
-		return nil
-	}
-	return err
+	return unlessOrderly(context.Cause(ctx))
 }

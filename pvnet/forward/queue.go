@@ -49,21 +49,13 @@ type lane struct {
 	q  *queue
 
 	// The rest is guarded by q.mu.
-	ring    []pvnet.Frame // a power of two
+	ring    []pvnet.Frame // a power of two; made when the first frame waits
 	from, n uint32        // where the first frame is, and how many there are
 	pages   int32         // that they hold
 	credit  int           // bytes that it may still send in this turn
 	inTurn  bool          // it has got its credit for this turn
 	queued  bool          // it is in the FIFO of q
 	next    *lane         // in that FIFO
-}
-
-func newLane(in *Input, q *queue, frames int) *lane {
-	size := 1
-	for size < frames {
-		size *= 2
-	}
-	return &lane{in: in, q: q, ring: make([]pvnet.Frame, size)}
 }
 
 // pageSize is the size of a page of a device in bytes, and room that of what a device leaves
@@ -378,6 +370,9 @@ func (q *queue) enqueue(l *lane) {
 func (l *lane) put(frames []pvnet.Frame) (n int) {
 	src := l.in.src
 	var taken int32
+	if l.ring == nil {
+		l.ring = make([]pvnet.Frame, l.q.s.cfg.Frames)
+	}
 	for n < len(frames) && int(l.n) < len(l.ring) {
 		pages := pagesOf(&frames[n])
 		if l.pages+pages > src.limit-src.held.Load()-taken {

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/bits"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -130,6 +131,7 @@ func NewSender(dev *pvnet.Device, cfg Config) (*Sender, error) {
 	case cfg.Frames == 0:
 		cfg.Frames = standardFrames
 	}
+	cfg.Frames = 1 << bits.Len(uint(cfg.Frames-1))
 	s := &Sender{dev: dev, cfg: cfg, ended: make(chan struct{})}
 	for i := range dev.Queues() {
 		tx, err := dev.OwnTX(i)
@@ -232,7 +234,7 @@ func (s *Sender) Stats() Stats { return s.counts.stats() }
 func (s *Sender) Input(src *Source) (*Input, error) {
 	in := &Input{s: s, src: src}
 	for _, q := range s.queues {
-		in.lanes = append(in.lanes, newLane(in, q, s.cfg.Frames))
+		in.lanes = append(in.lanes, &lane{in: in, q: q})
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
