@@ -642,7 +642,7 @@ func TestPagesComeBackWhenAnEndGoes(t *testing.T) {
 			if err := s.Err(); !errors.Is(err, pvnet.ErrDisconnected) {
 				t.Errorf("the sender ended with %v", err)
 			}
-			until(t, "an empty queue", func() bool { st := in.Stats(); return src.Held() == 0 && st.Waiting == 0 && st.Ended > 0 })
+			until(t, "an empty queue", func() bool { st := in.Stats(); return src.Held() == 0 && st.Waiting == 0 && st.Down+st.Ended > 0 }) // the link goes down first
 			if lost, err := in.Send(r.frames(t, 4, 100, 0)); lost != 4 || !errors.Is(err, pvnet.ErrDisconnected) {
 				t.Errorf("%d frames lost, %v", lost, err)
 			}
