@@ -489,29 +489,51 @@ func TestAStalledGuestHoldsUpNobody(t *testing.T) {
 	until(t, "the last count", func() bool { return in.Stats().Waiting == 0 && src.Held() == 0 })
 }
 
-// Many guests that take nothing cannot use up a source's pages: there is always room for one
-// that does.
-func TestASourceReachesOthersBesideManyStalledGuests(t *testing.T) {
-	const stalled = 6
-	h := newHub(t, stalled+2, pvnet.Config{}, pvnet.ServeConfig{DrainTimeout: -1})
+// Guests that take nothing cannot use up a source's pages: each queue gets fewer than are still
+// free, so there are always some for the next one.
+func TestStalledGuestsLeaveASourcePagesForOthers(t *testing.T) {
+	const stalled, pages = 3, 256
+	h := newHub(t, stalled+1, pvnet.Config{}, pvnet.ServeConfig{DrainTimeout: -1})
 	r := newReceiver(t, h.Fronts[0], h.Backs[0])
-	src := forward.NewSource(100)
+	src := forward.NewSource(pages)
 	for i := range stalled {
-		r.fill(t, newInput(t, newSender(t, h.Backs[1+i], forward.Config{Frames: 4096}), src), 500)
+		in := newInput(t, newSender(t, h.Backs[1+i], forward.Config{Frames: 4096}), src)
+		r.fill(t, in, 500)
+		// 16 are next, those for which the ring had no room, and the others are in the queue.
+		if n := in.Stats().Waiting; n <= 16 || n > 16+pages/2 {
+			t.Errorf("%d frames wait for stalled guest %d", n, i)
+		}
 	}
-	// Each may have one batch beyond its queue, which was not counted when it was begun.
-	if held := src.Held(); held > 100+stalled*forward.Batch {
+	if held := src.Held(); held > pages {
 		t.Errorf("%d pages are held", held)
 	}
-	live := newInput(t, newSender(t, h.Backs[stalled+1], forward.Config{}), src)
-	got := listen(t, h.Fronts[stalled+1])
-	for i := range 50 {
-		if lost, err := live.Send(r.frames(t, 8, 500, i)); lost != 0 || err != nil {
-			t.Fatal(lost, err)
+}
+
+// Frames for a queue that the next connection does not have are dropped, since nobody will ever
+// take them.
+func TestQueuesThatAreGone(t *testing.T) {
+	queues := 4
+	h := pvnettest.NewHub(t, 2, toolstack.Vif{}, func(guest int) pvnet.Config { return pvnet.Config{Queues: []int{1, queues}[guest]} },
+		pvnet.ServeConfig{Config: pvnet.Config{Queues: 4}, DrainTimeout: -1})
+	r := newReceiver(t, h.Fronts[0], h.Backs[0])
+	src := forward.NewSource(0)
+	in := newInput(t, newSender(t, h.Backs[1], forward.Config{Full: forward.Wait}), src)
+	given := 0
+	for in.Stats().Waiting < 80 { // of 16 flows, over 4 queues: each queue has room for more than that
+		frames := r.frames(t, 16, 50, 0)
+		for flow := range frames {
+			frames[flow].CopyFrom(udp(flow, given))
 		}
-		for range 8 {
-			next(t, got)
-		}
+		in.Send(frames)
+		given += 16
+	}
+	h.Disconnect(1)
+	queues = 1
+	h.Connect(1)
+	listen(t, h.Fronts[1])
+	until(t, "an empty queue", func() bool { return in.Stats().Waiting == 0 && src.Held() == 0 })
+	if st := in.Stats(); st.Down == 0 || total(st) != given {
+		t.Errorf("%d given: %+v", given, st)
 	}
 }
 
