@@ -732,6 +732,37 @@ func TestWaitingCallsEnd(t *testing.T) {
 	}
 }
 
+// What waits in an input that is closed is dropped at once, but for the batch that is next. Frames
+// of other inputs stay.
+func TestAClosedInputDropsWhatWaits(t *testing.T) {
+	h := newHub(t, 2, pvnet.Config{}, pvnet.ServeConfig{DrainTimeout: -1})
+	r := newReceiver(t, h.Fronts[0], h.Backs[0])
+	src := forward.NewSource(0)
+	s := newSender(t, h.Backs[1], forward.Config{})
+	first, second := newInput(t, s, src), newInput(t, s, src)
+	given := r.fill(t, first, 100)
+	if lost, err := second.Send(r.frames(t, 16, 100, 1<<20)); lost != 0 || err != nil {
+		t.Fatal(lost, err)
+	}
+	first.Close()
+	st := first.Stats()
+	if st.Waiting > forward.Batch || st.Ended < 64 || total(st) != given || src.Held() != st.Waiting+16 {
+		t.Errorf("%d frames given, %d pages held: %+v", given, src.Held(), st)
+	}
+	if lost, err := first.Send(r.frames(t, 1, 100, 0)); lost != 1 || err != forward.ErrClosed {
+		t.Errorf("%d lost, %v", lost, err)
+	}
+	got := listen(t, h.Fronts[1])
+	for want := 0; want < 16; {
+		if n := numberOf(next(t, got)); n >= 1<<20 {
+			if n != 1<<20+want {
+				t.Errorf("frame %d came, want %d", n-1<<20, want)
+			}
+			want++
+		}
+	}
+}
+
 // A frame that the vif cannot send costs that frame alone, and is counted at the device too.
 func TestBadFramesAreRefusedAlone(t *testing.T) {
 	h := newHub(t, 2, pvnet.Config{}, pvnet.ServeConfig{})

@@ -160,9 +160,8 @@ func (in *Input) Close() error {
 		return nil
 	}
 	for _, l := range in.lanes {
-		l.close()
+		l.close() // which also wakes those that wait for room
 	}
-	in.src.wake()
 	s := in.s
 	s.mu.Lock()
 	defer s.mu.Unlock()
