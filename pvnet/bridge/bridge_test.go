@@ -325,6 +325,10 @@ func TestAGuardKeepsStationsApart(t *testing.T) {
 	if n := len(l.Stations()); n != 3 {
 		t.Errorf("%d guarded stations", n)
 	}
+	l.ports[1].Close()
+	if n := len(l.Stations()); n != 1 {
+		t.Errorf("%d stations after a guarded port is gone", n)
+	}
 }
 
 func TestBadPortsAreRefused(t *testing.T) {
