@@ -68,30 +68,29 @@ var verdictNames = [...]string{"drop", "forward", "local", "neighbour", "reply",
 type Reason uint8
 
 const (
-	ReasonNone           Reason = iota
-	ReasonNoPort                // In is no configured port
-	ReasonMalformed             // headers are inconsistent, incomplete or not in Head
-	ReasonChecksum              // of the IPv4 header, or of neighbour discovery
-	ReasonNotIP                 // neither IP nor ARP
-	ReasonTagged                // a VLAN tag
-	ReasonNotForUs              // for another station, or a unicast packet in a group frame
-	ReasonSourceMAC             // not Port.SourceMAC
-	ReasonSpoofed               // the source may not come in here
-	ReasonMartian               // an address that nobody forwards: loopback, multicast source, link-local…
-	ReasonSourceRoute           // IPv4 source routing, or an IPv6 routing header with segments left
-	ReasonFragment              // the first fragment was not seen, or not accepted
-	ReasonTinyFragment          // a first fragment without its transport header, or one that overwrites it
-	ReasonTTL                   // used up
-	ReasonTooBig                // for the MTU, and not to be fragmented
-	ReasonNoRoute               // to the destination
-	ReasonNoNeighbour           // the neighbour's MAC address is unknown
-	ReasonFiltered              // by a rule, or the default
-	ReasonInvalid               // belongs to no flow and cannot begin one
-	ReasonFlowQuota             // the port has too many flows
-	ReasonFlowTable             // the table is full
-	ReasonTranslation           // no free port number, or no address to translate to
-	ReasonReplyLimit            // dropped without its ICMP error: too many of them, or none is allowed
-	reasons                     // their number
+	ReasonNone         Reason = iota
+	ReasonNoPort              // In is no configured port
+	ReasonMalformed           // headers are inconsistent, incomplete or not in Head
+	ReasonChecksum            // of the IPv4 header, or of neighbour discovery
+	ReasonNotIP               // neither IP nor ARP
+	ReasonTagged              // a VLAN tag
+	ReasonNotForUs            // for another station, or a unicast packet in a group frame
+	ReasonSourceMAC           // not Port.SourceMAC
+	ReasonSpoofed             // the source may not come in here
+	ReasonMartian             // an address that nobody forwards: loopback, multicast source, link-local…
+	ReasonSourceRoute         // IPv4 source routing, or an IPv6 routing header with segments left
+	ReasonFragment            // the first fragment was not seen, or not accepted
+	ReasonTinyFragment        // a first fragment without its transport header, or one that overwrites it
+	ReasonTTL                 // used up
+	ReasonTooBig              // for the MTU, and not to be fragmented
+	ReasonNoRoute             // to the destination
+	ReasonNoNeighbour         // the neighbour's MAC address is unknown
+	ReasonFiltered            // by a rule, or the default
+	ReasonInvalid             // belongs to no flow and cannot begin one
+	ReasonFlowQuota           // the port has too many flows
+	ReasonFlowTable           // the table is full
+	ReasonTranslation         // no free port number, or no address to translate to
+	reasons                   // their number
 )
 
 // Reasons is the number of Reasons, for arrays of counters by Reason.
@@ -100,7 +99,7 @@ const Reasons = int(reasons)
 var reasonNames = [reasons]string{
 	"none", "no_port", "malformed", "checksum", "not_ip", "tagged", "not_for_us", "source_mac", "spoofed", "martian",
 	"source_route", "fragment", "tiny_fragment", "ttl", "too_big", "no_route", "no_neighbour", "filtered", "invalid",
-	"flow_quota", "flow_table", "translation", "reply_limit",
+	"flow_quota", "flow_table", "translation",
 }
 
 // String returns the reason's name in counters, as "flow_quota".
