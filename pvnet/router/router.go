@@ -482,10 +482,10 @@ func (r *Router) count(p *Packet) {
 		c.Waiting++
 	case VerdictReply:
 		c.Replies++
-		if p.Reason != ReasonNone { // an answer to ARP or a solicitation loses nothing
+		fallthrough
+	case VerdictDrop:
+		if p.Reason != ReasonNone { // ARP and discovery have done their work
 			c.Dropped[p.Reason]++
 		}
-	case VerdictDrop:
-		c.Dropped[p.Reason]++
 	}
 }
