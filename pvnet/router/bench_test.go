@@ -196,3 +196,39 @@ func TestGvisorForwardsTheSame(t *testing.T) {
 		}
 	}
 }
+
+// BenchmarkShared has as many receivers as processors share a Router, beside one that has it to
+// itself: what the one lock costs, for batches of 1 and of 32.
+func BenchmarkShared(b *testing.B) {
+	for _, size := range []int{1, benchBatch} {
+		for _, shared := range []bool{false, true} {
+			b.Run(fmt.Sprintf("batch=%d/shared=%v", size, shared), func(b *testing.B) {
+				w := newWorld(b, Limits{}, nil)
+				s := udp(clientA, "10.1.0.5", 4000, server, 53)
+				w.forwarded(s, uplink)
+				frame := s.frame()
+				receive := func(next func() bool) {
+					batch, heads := make([]Packet, size), make([][]byte, size)
+					for i := range heads {
+						heads[i] = make([]byte, len(frame))
+					}
+					for next() {
+						for i := range batch {
+							copy(heads[i], frame)
+							batch[i] = Packet{In: clientA, Head: heads[i], Total: len(frame)}
+						}
+						w.Process(w.at, batch)
+					}
+				}
+				start := time.Now()
+				if shared {
+					b.RunParallel(func(pb *testing.PB) { receive(pb.Next) })
+				} else {
+					left := b.N
+					receive(func() bool { left--; return left >= 0 })
+				}
+				b.ReportMetric(float64(time.Since(start).Nanoseconds())/float64(b.N*size), "ns/packet")
+			})
+		}
+	}
+}

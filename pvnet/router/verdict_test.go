@@ -101,6 +101,18 @@ func TestWhatIsDroppedAndWhy(t *testing.T) {
 	}
 }
 
+func TestAPortWithoutIPv6HasNoAddressOfIt(t *testing.T) {
+	w := newWorld(t, Limits{}, func(c *Config) {
+		c.Ports[2].Addrs, c.Routes = pfx("192.0.2.2/24"), c.Routes[:1]
+		c.Ports[2].AnySource, c.LocalDefault = true, Accept
+	})
+	w.dropped(udp(uplink, "2001:db8::9", 1, "::", 2), ReasonMartian)
+	w.dropped(discoverySpec(uplink, "fe80::9", "ff02::1:ff00:0", 135, "::", nil), ReasonNotForUs)
+	if ask := w.AppendSolicit(nil, uplink, ip("fe80::9")); len(ask) != 0 {
+		t.Fatalf("asks from no address: %x", ask)
+	}
+}
+
 func TestTheTTLRunsOut(t *testing.T) {
 	w := newWorld(t, Limits{}, nil)
 	for _, s := range []spec{udp(clientA, "10.1.0.5", 4000, server, 33434), tcp(clientA, "fd01::5", 4000, "2001:db8:1::9", 80, syn)} {
