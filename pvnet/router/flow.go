@@ -335,10 +335,10 @@ func badFlags(flags uint8) bool {
 	return false
 }
 
-// reopens reports whether a TCP segment begins a new flow in place of this one, which is
-// over.
-func (f *flow) reopens(flags uint8) bool {
-	return flags&(tcpSYN|tcpACK) == tcpSYN && (f.state == closed || f.state == reset)
+// reopens reports whether a TCP segment of direction d begins a new flow in place of this one,
+// which is over. After a RST, which may be forged, the side that began the flow may do so.
+func (f *flow) reopens(d int, flags uint8) bool {
+	return flags&(tcpSYN|tcpACK) == tcpSYN && (f.state == closed || f.state == reset && d == orig)
 }
 
 // follow advances the state of a flow by a packet of direction d that is about to leave.

@@ -98,6 +98,11 @@ func TestARSTEndsAFlowUnlessItsReceiverGoesOn(t *testing.T) {
 	if f.state != reset || f.deadline != int64(w.at+10*time.Second) {
 		t.Fatalf("state %d after a RST", f.state)
 	}
+	serial := f.serial
+	w.forwarded(tcp(uplink, server, 80, "192.0.2.2", port, syn), clientA) // nor is it over for who forged the RST
+	if f.serial != serial || !f.used {
+		t.Fatal("a RST and a SYN from outside ended the flow")
+	}
 	// What was on its way, and what the sender of the RST sends, does not revive it.
 	w.forwarded(tcp(clientA, "10.1.0.5", 4000, server, 80, ack), uplink)
 	w.at += 3 * time.Second

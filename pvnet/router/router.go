@@ -443,7 +443,7 @@ func (r *Router) flowed(w *work) {
 				w.p.Reason = ReasonNotForUs
 			}
 			return
-		case w.t.proto == packet.TCP && f.reopens(w.flags):
+		case w.t.proto == packet.TCP && f.reopens(d, w.flags):
 			r.end(i)
 		case f.gen != r.snap.gen && !r.recheck(i):
 			r.end(i)
