@@ -317,6 +317,24 @@ func (r *Router) sweep(n int) {
 	}
 }
 
+// sweepRound is how long a look at the whole table may take. A faster one would cost a busy
+// router a cache miss for each entry and find nothing.
+const sweepRound = 4 * time.Second
+
+// sweepSome sweeps as much as is due since it last did, at most n entries.
+func (r *Router) sweepSome(n int) {
+	const least = 8 // at once
+	each := max(int64(sweepRound)/int64(len(r.table.flows)), 1)
+	r.swept = max(r.swept, r.now-int64(sweepRound)) // more than all is never due
+	due := (r.now - r.swept) / each
+	if due < least {
+		return
+	}
+	due = min(due, int64(n))
+	r.swept += due * each
+	r.sweep(int(due))
+}
+
 // TCP flags.
 const (
 	tcpFIN = 0x01

@@ -173,6 +173,24 @@ func TestTCPWithoutSYNBeginsNothing(t *testing.T) {
 	}
 }
 
+func TestPacketsOfOthersSweepWhatIsOver(t *testing.T) {
+	w := newWorld(t, Limits{Flows: 1024}, nil)
+	for i := range uint16(200) {
+		w.forwarded(udp(clientA, "10.1.0.5", 1000+i, server, 53), uplink)
+	}
+	for range 200 { // some seconds of traffic, without a Tick
+		w.at += 200 * time.Millisecond
+		w.neighbours()
+		for range 10 {
+			w.forwarded(udp(clientB, "10.2.0.5", 9, server, 53), uplink)
+		}
+	}
+	if n := w.Stats().Flows; n != 1 {
+		t.Fatalf("%d flows", n)
+	}
+	w.idle()
+}
+
 func TestUDPLivesLongerOnceItIsAnswered(t *testing.T) {
 	w := newWorld(t, Limits{}, nil)
 	got := w.forwarded(udp(clientA, "10.1.0.5", 5353, server, 53), uplink)

@@ -20,6 +20,7 @@ type Router struct {
 	now     int64      // of the latest batch; never goes back
 	snap    *snapshot
 	table   table
+	swept   int64        // until when sweepSome has swept what was due
 	states  []*portState // by PortID
 	local   portState    // of LocalPort
 	present int          // ports of snap
@@ -218,7 +219,7 @@ func (r *Router) Process(now time.Duration, batch []Packet) {
 	for i := range batch {
 		r.one(&batch[i])
 	}
-	r.sweep(2*len(batch) + 2)
+	r.sweepSome(2*len(batch) + 2)
 	r.w = work{}
 }
 
