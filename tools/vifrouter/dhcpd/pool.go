@@ -19,23 +19,29 @@ type Pool struct {
 	before      map[string]uint32 // which address a vif had; at most one for each address
 	owner       map[uint32]string // the inverse of before
 	spoiled     map[uint32]time.Time
+	reserved    map[uint32]bool
 	next        uint32 // where the search begins
 }
 
 // ErrExhausted means that all addresses of a pool are in use.
 var ErrExhausted = errors.New("all addresses of the pool are in use")
 
-// NewPool makes a pool of the addresses from first to last. With invalid addresses it has none.
-func NewPool(first, last netip.Addr) *Pool {
+// NewPool makes a pool of the addresses from first to last, without those that are reserved for
+// one vif each. With invalid addresses it has none.
+func NewPool(first, last netip.Addr, reserved ...netip.Addr) *Pool {
 	p := &Pool{used: map[uint32]string{}, before: map[string]uint32{}, owner: map[uint32]string{}, spoiled: map[uint32]time.Time{}}
-	p.Resize(first, last)
+	p.Resize(first, last, reserved...)
 	return p
 }
 
 // Resize changes the addresses of the pool. Addresses in use stay in use.
-func (p *Pool) Resize(first, last netip.Addr) {
+func (p *Pool) Resize(first, last netip.Addr, reserved ...netip.Addr) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	p.reserved = map[uint32]bool{}
+	for _, a := range reserved {
+		p.reserved[toNumber(a)] = true
+	}
 	p.first, p.last = 1, 0
 	if first.Is4() && last.Is4() {
 		p.first, p.last = toNumber(first), toNumber(last)
@@ -96,7 +102,7 @@ func (p *Pool) Take(now time.Time, vif string, want netip.Addr) (netip.Addr, err
 func (p *Pool) freeLocked(n uint32) bool {
 	_, used := p.used[n]
 	_, spoiled := p.spoiled[n]
-	return n >= p.first && n <= p.last && !used && !spoiled
+	return n >= p.first && n <= p.last && !used && !spoiled && !p.reserved[n]
 }
 
 func (p *Pool) useLocked(n uint32, vif string) {
