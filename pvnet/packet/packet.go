@@ -86,6 +86,8 @@ type Headers struct {
 	L4  int // the transport header of any protocol; may equal End
 	L5  int // the payload of TCP or UDP; 0 if their header is incomplete
 	End int // end of the IP packet: bytes behind it are padding
+
+	FragmentAt int // the IPv6 fragment header, all 8 bytes of which are in the head
 }
 
 // Parse finds the headers of a frame of total bytes that begins with head. It reports
@@ -183,6 +185,9 @@ func (h *Headers) ipv6(head []byte, at, total int) bool {
 			return true
 		}
 		ext := head[p:]
+		if h.Proto == fragment {
+			h.FragmentAt = p
+		}
 		n := h.extension(ext)
 		if h.Fragment == Later {
 			h.Proto = ext[0]
@@ -315,4 +320,19 @@ func (h *Headers) Tunnelled(head []byte, l4 int) (in Headers, ok bool) {
 		}
 	}
 	return Headers{}, false
+}
+
+// Quoted finds the headers of the packet that an ICMP error quotes from offset at on. The
+// head must end where the error does. The quotation may be cut short: End may be behind the
+// head, and L5 is 0 if the transport header is not complete.
+func Quoted(head []byte, at int, version uint8) (h Headers, ok bool) {
+	if at < 0 || at > len(head) {
+		return h, false
+	}
+	if version == 4 {
+		h.Kind = IPv4
+		return h, h.ipv4(head, at, at+0xffff)
+	}
+	h.Kind = IPv6
+	return h, h.ipv6(head, at, at+40+0xffff)
 }

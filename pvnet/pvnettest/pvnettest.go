@@ -6,7 +6,8 @@
 // of them, and the test on the other: with frames, or with pvnet/netstack on it as a client of
 // the program's server; see the example of that package. [Wire.Plug] takes the vif away and
 // gives it back as another card. The vif ends with its test, which fails if a page, a grant or a
-// goroutine is left. [Open] is for examples.
+// goroutine is left. [Open] is for examples. A [Hub] is a driver domain with vifs of several
+// guests.
 //
 // It is for tests alone: no program imports it.
 package pvnettest

@@ -44,7 +44,8 @@ var layers = [...][]string{
 	{"pvnet"},
 	{"pvnet/pvnettest"},
 	{"pvnet/steer"},
-	{"pvnet/link", "pvnet/handover"},
+	{"pvnet/link", "pvnet/handover", "pvnet/forward"},
+	{"pvnet/bridge"},
 	{"pvnet/netstack/dhcp"},
 	{"pvnet/netstack"},
 	{"pvnet/inspect"},
@@ -56,7 +57,7 @@ var layers = [...][]string{
 // library and each other.
 var portable = [...]string{
 	"arena/shm", "arena", "hypercall", "telemetry", "pvnet/ring", "pvnet/netif",
-	"pvnet/packet", "pvnet/ctrl", "pvnet/toeplitz", "pvnet/internal/loglimit", "xenbus/internal/pause", "xenbus/xenstore/wire", "xenbus/xenstore", "xenbus", "pvnet",
+	"pvnet/packet", "pvnet/ctrl", "pvnet/toeplitz", "pvnet/internal/loglimit", "xenbus/internal/pause", "xenbus/xenstore/wire", "xenbus/xenstore", "xenbus", "pvnet", "pvnet/forward", "pvnet/bridge",
 }
 
 // layerOf returns the index of the row with dir, or -1. open reports whether a name with "/..."

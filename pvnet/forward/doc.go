@@ -1,0 +1,42 @@
+// Package forward moves frames from one vif to another in the same process, as routers,
+// firewalls and bridges do.
+//
+// [Join] connects two vifs back to back. For other shapes, a [Sender] is the sending side
+// of one vif, shared by as many receivers as there are: each has an [Input], with a queue of
+// its own, so that one who sends more than the vif takes fills only that queue. [Receive] is
+// the receiving side of one vif. Package barevif/pvnet/bridge is made of these.
+//
+// # What happens to a frame
+//
+// A frame is not copied on its way through this package: it stays in the page into which
+// its device received it, until the sending device has copied it into a page of its peer (a
+// backend), or into one that its peer has a grant for (a frontend). Its checksum state and
+// its GSO stay as they are. The sending device completes, or cuts, what its peer does not
+// take, as [pvnet.TX.Send] says.
+//
+// Whoever gives frames to an Input sends them himself while nobody else does: a batch then
+// costs one lock more than [pvnet.TX.Send]. While somebody sends, the frames wait in the
+// input's queue, and go with the next batch. A goroutine for each queue of the vif takes over
+// when the vif has no room, or when one caller has sent for others long enough. Frames of
+// a flow stay in order: those that one goroutine gives to an Input are sent in that order as
+// far as they take the same queue of the vif, and [pvnet.Device.QueueOf] chooses that by the
+// flow.
+//
+// # Fairness
+//
+// Inputs that have frames waiting take turns by bytes (deficit round robin): whatever an
+// input sends, and in frames of whatever size, each of the others gets the same share of the
+// vif. Which input's frames are refused when queues are full depends on that input alone
+// ([Policy]).
+//
+// # What may wait
+//
+// Frames that wait hold pages of the device that received them, so they are bounded twice:
+// in each queue by [Config].Frames, and for each [Source] by its number of pages, over all
+// Senders. As a source's pages get scarce, each queue may hold fewer of them: at most as
+// many as are still free. So a source that sends to vifs which take nothing still reaches
+// the others, and its device still has pages to receive with.
+//
+// Pages come back when a vif ends, whichever it is. Frames of a device that has disconnected
+// stay readable, and are sent.
+package forward

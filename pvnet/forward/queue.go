@@ -1,0 +1,461 @@
+package forward
+
+import (
+	"errors"
+	"os"
+	"sync"
+
+	"barevif/pvnet"
+)
+
+// turns is how many batches one caller sends for others before the queue's goroutine takes
+// over.
+const turns = 4
+
+// A queue is one queue of the vif, with the frames that wait for it: those of batch, which are
+// next, and those in the lanes.
+//
+// Whoever sends has set busy, and is the owner of tx, batch and undelivered until it clears
+// busy. Frames wait only while somebody is busy, or the queue's goroutine was told to be
+// (handed).
+type queue struct {
+	s  *Sender
+	tx *pvnet.TX
+
+	mu     sync.Mutex
+	change sync.Cond // of mu: handed, busy or over has changed
+	busy   bool      // guarded by mu
+	handed bool      // guarded by mu: the goroutine is the one that is busy
+	over   error     // guarded by mu: why nothing is sent any more
+
+	first, last *lane // guarded by mu: a FIFO of the lanes with frames; each takes its turn
+
+	batch  [Batch]pvnet.Frame // written with mu held, by the one who is busy
+	owners [Batch]*Input      // of batch
+	n      int                // frames in batch
+
+	undelivered uint64 // frames lost that the device has not counted yet
+}
+
+func newQueue(s *Sender, tx *pvnet.TX) *queue {
+	q := &queue{s: s, tx: tx}
+	q.change.L = &q.mu
+	return q
+}
+
+// A lane is the queue of one input for one queue of the vif.
+type lane struct {
+	in *Input
+	q  *queue
+
+	// The rest is guarded by q.mu.
+	ring    []pvnet.Frame // a power of two; made when the first frame waits
+	from, n uint32        // where the first frame is, and how many there are
+	pages   int32         // that they hold
+	credit  int           // bytes that it may still send in this turn
+	inTurn  bool          // it has got its credit for this turn
+	queued  bool          // it is in the FIFO of q
+	next    *lane         // in that FIFO
+}
+
+// pageSize is the size of a page of a device in bytes, and room that of what a device leaves
+// free before a frame of several.
+const (
+	pageSize = 4096
+	room     = 128
+)
+
+// pagesOf returns how many pages a frame holds.
+func pagesOf(f *pvnet.Frame) int32 {
+	if f.Len() <= pageSize {
+		return 1
+	}
+	return int32(f.Len()+room+pageSize-1) / pageSize
+}
+
+// costOf returns what a frame costs an input, in bytes: what it takes on a wire, where a short
+// frame is padded, and each has a preamble, a checksum and a gap.
+func costOf(f *pvnet.Frame) int { return max(f.Len(), 60) + 24 }
+
+// share is how many bytes an input may send in a turn.
+const share = 4096
+
+// send gives at most Batch frames to the queue, and returns how many were lost.
+func (l *lane) send(frames []pvnet.Frame) (lost int, err error) {
+	q, in := l.q, l.in
+	for {
+		seen := in.src.freed.Load()
+		q.mu.Lock()
+		switch {
+		case q.over != nil || in.closed.Load():
+			if err = q.over; err == nil {
+				err = ErrClosed
+			}
+			q.mu.Unlock()
+			in.drop(frames, ended)
+			return lost + len(frames), err
+		case !q.busy:
+			q.busy = true
+			q.mu.Unlock()
+			k, err := q.push(frames, in, false)
+			q.mu.Lock()
+			n, err := q.pushed(in, frames[k:], err)
+			return lost + n, err
+		}
+		frames = frames[l.put(frames):]
+		q.mu.Unlock()
+		if len(frames) == 0 {
+			return lost, nil
+		}
+		if q.s.cfg.Full == Drop {
+			in.drop(frames, full)
+			return lost + len(frames), nil
+		}
+		in.src.await(seen)
+	}
+}
+
+// pushed handles the frames that a push of in has left over with err, and sends what has come
+// to the queue meanwhile. It returns how many of the frames were lost. The caller is busy and
+// holds mu; afterwards it is and does neither.
+func (q *queue) pushed(in *Input, rest []pvnet.Frame, err error) (lost int, end error) {
+	switch {
+	case q.over != nil:
+		end = q.over
+	case err == nil:
+		return 0, q.pump()
+	case err == pvnet.ErrFull, err == pvnet.ErrLinkDown && q.s.cfg.Full == Wait:
+		q.pend(in, rest)
+		q.handOverLocked()
+		q.mu.Unlock()
+		return 0, nil
+	case err == pvnet.ErrLinkDown:
+		in.drop(rest, down)
+		return len(rest), q.pump()
+	default:
+		end = err
+	}
+	in.drop(rest, ended)
+	q.finish(end)
+	return len(rest), end
+}
+
+// pump sends what waits, a few batches at most. The caller is busy and holds mu; afterwards
+// it is and does neither. It returns an error if the device has ended.
+func (q *queue) pump() error {
+	for turn := 0; ; turn++ {
+		if q.over != nil {
+			end := q.over
+			q.finish(end)
+			return end
+		}
+		if !q.fill() {
+			q.restLocked()
+			q.mu.Unlock()
+			return nil
+		}
+		if turn == turns {
+			q.handOverLocked()
+			q.mu.Unlock()
+			return nil
+		}
+		q.mu.Unlock()
+		k, err := q.push(q.batch[:q.n], nil, false)
+		q.mu.Lock()
+		q.sent(k)
+		switch {
+		case err == nil, q.over != nil:
+		case err == pvnet.ErrFull, err == pvnet.ErrLinkDown && q.s.cfg.Full == Wait:
+			q.handOverLocked()
+			q.mu.Unlock()
+			return nil
+		case err == pvnet.ErrLinkDown:
+			q.dropBatch(down)
+		default:
+			q.finish(err)
+			return err
+		}
+	}
+}
+
+// work is the queue's goroutine: it sends when it is told to, and waits for room.
+func (q *queue) work() {
+	q.mu.Lock()
+	for {
+		for !q.handed && q.over == nil {
+			q.change.Wait()
+		}
+		if !q.handed { // it is over, and whoever is busy drops what is left
+			q.mu.Unlock()
+			return
+		}
+		if end := q.drainLocked(); end != nil {
+			q.finish(end)
+			return
+		}
+		q.restLocked()
+	}
+}
+
+// drainLocked sends what waits until nothing does, or the device ends.
+func (q *queue) drainLocked() error {
+	for q.over == nil && q.fill() {
+		q.mu.Unlock()
+		k, err := q.push(q.batch[:q.n], nil, true)
+		q.mu.Lock()
+		q.sent(k)
+		switch {
+		case err == nil, q.over != nil:
+		case err == pvnet.ErrLinkDown, errors.Is(err, os.ErrDeadlineExceeded): // the link is down, and nobody waits for it
+			q.dropBatch(down)
+		default:
+			return err
+		}
+	}
+	return q.over
+}
+
+// handOverLocked tells the queue's goroutine to send, and makes it the one that is busy.
+func (q *queue) handOverLocked() {
+	q.handed = true
+	q.change.Broadcast()
+}
+
+// restLocked says that nobody sends now.
+func (q *queue) restLocked() {
+	q.busy, q.handed = false, false
+	if q.over != nil {
+		q.change.Broadcast()
+	}
+}
+
+// finish drops what waits and ends the Sender. The caller is busy and holds mu; afterwards it
+// is and does neither.
+func (q *queue) finish(end error) {
+	if q.over == nil {
+		q.over = end
+	}
+	q.dropBatch(ended)
+	for q.first != nil {
+		l := q.first
+		l.drop()
+		q.first, l.next, l.queued = l.next, nil, false
+	}
+	q.last = nil
+	q.restLocked()
+	q.mu.Unlock()
+	q.s.end(end)
+}
+
+// close ends the queue. Whoever is busy drops what waits.
+func (q *queue) close(why error) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.over == nil {
+		q.over = why
+	}
+	q.change.Broadcast()
+}
+
+// awaitIdle waits until nobody is busy. The queue is closed.
+func (q *queue) awaitIdle() {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	for q.busy {
+		q.change.Wait()
+	}
+}
+
+// push sends frames, of in or else of the owners of batch. It returns how many are no longer
+// ours, and why not all: [pvnet.ErrFull], [pvnet.ErrLinkDown], a deadline, or the end of the
+// device. The caller is busy and does not hold mu.
+func (q *queue) push(frames []pvnet.Frame, in *Input, wait bool) (k int, err error) {
+	for k < len(frames) {
+		var n int
+		if wait {
+			n, err = q.tx.SendWait(frames[k:])
+		} else {
+			n, err = q.tx.Send(frames[k:])
+		}
+		q.count(sent, in, k, n)
+		k += n
+		switch err {
+		case nil:
+			continue
+		case pvnet.ErrStale, pvnet.ErrFrameSize, pvnet.ErrOffload, pvnet.ErrNoBuffers: // about one frame
+			frames[k].Release() // a stale one is released already
+			q.count(refused, in, k, 1)
+			q.undelivered++
+			k++
+			err = nil
+			continue
+		}
+		break
+	}
+	if q.undelivered > 0 && q.tx.CountUndelivered(q.undelivered) == nil {
+		q.undelivered = 0
+	}
+	return k, err
+}
+
+// count counts n frames from number k on, of in or else of the owners of batch.
+func (q *queue) count(what kind, in *Input, k, n int) {
+	if in != nil {
+		in.count(what, n)
+		return
+	}
+	for end := k + n; k < end; {
+		owner, run := q.owners[k], 1
+		for k+run < end && q.owners[k+run] == owner {
+			run++
+		}
+		owner.count(what, run)
+		k += run
+	}
+}
+
+// fill takes the next frames out of the lanes, in turns by bytes, unless batch still has some.
+// It reports whether batch has frames. The caller holds mu.
+func (q *queue) fill() bool {
+	if q.n > 0 {
+		return true
+	}
+	for q.n < Batch && q.first != nil {
+		l := q.first
+		if !l.inTurn {
+			l.credit += share
+			l.inTurn = true
+		}
+		for q.n < Batch && l.n > 0 {
+			f := &l.ring[l.from&uint32(len(l.ring)-1)]
+			cost := costOf(f)
+			if cost > l.credit {
+				break
+			}
+			l.credit -= cost
+			l.pages -= pagesOf(f)
+			q.batch[q.n], q.owners[q.n] = *f, l.in
+			*f = pvnet.Frame{}
+			l.from++
+			l.n--
+			q.n++
+		}
+		if l.n > 0 && q.n == Batch {
+			break // its turn goes on with the next batch
+		}
+		q.first, l.next, l.queued, l.inTurn = l.next, nil, false, false
+		if q.first == nil {
+			q.last = nil
+		}
+		if l.n == 0 {
+			l.credit = 0
+		} else {
+			q.enqueue(l)
+		}
+	}
+	return q.n > 0
+}
+
+// enqueue puts a lane at the end of the FIFO.
+func (q *queue) enqueue(l *lane) {
+	if l.queued = true; q.last == nil {
+		q.first = l
+	} else {
+		q.last.next = l
+	}
+	q.last = l
+}
+
+// put takes over as many frames as the lane has room for. The caller holds q.mu.
+func (l *lane) put(frames []pvnet.Frame) (n int) {
+	src := l.in.src
+	var taken int32
+	if l.ring == nil {
+		l.ring = make([]pvnet.Frame, l.q.s.cfg.Frames)
+	}
+	for n < len(frames) && int(l.n) < len(l.ring) {
+		pages := pagesOf(&frames[n])
+		if l.pages+pages > src.limit-src.held.Load()-taken {
+			break
+		}
+		l.ring[(l.from+l.n)&uint32(len(l.ring)-1)] = frames[n]
+		l.n++
+		l.pages += pages
+		taken += pages
+		n++
+	}
+	if n == 0 {
+		return 0
+	}
+	src.held.Add(taken)
+	l.in.count(waiting, n)
+	if !l.queued {
+		l.q.enqueue(l)
+	}
+	return n
+}
+
+// pend makes the rest of a batch of in the next one to be sent. The caller is busy and holds
+// mu; batch is empty.
+func (q *queue) pend(in *Input, frames []pvnet.Frame) {
+	pages := int32(0)
+	for i := range frames {
+		q.batch[i], q.owners[i] = frames[i], in
+		pages += pagesOf(&frames[i])
+	}
+	q.n = len(frames)
+	in.src.held.Add(pages)
+	in.count(waiting, q.n)
+}
+
+// sent removes the first k frames of batch, which are no longer ours. The caller is busy and
+// holds mu.
+func (q *queue) sent(k int) {
+	for i := 0; i < k; {
+		in, run, pages := q.owners[i], 0, int32(0)
+		for ; i < k && q.owners[i] == in; i++ {
+			pages += pagesOf(&q.batch[i])
+			run++
+		}
+		in.count(waiting, -run)
+		in.src.free(pages)
+	}
+	left := copy(q.batch[:], q.batch[k:q.n])
+	copy(q.owners[:], q.owners[k:q.n])
+	clear(q.batch[left:q.n])
+	clear(q.owners[left:q.n])
+	q.n = left
+}
+
+// dropBatch drops the frames of batch. The caller is busy and holds mu.
+func (q *queue) dropBatch(why kind) {
+	for i := range q.batch[:q.n] {
+		q.batch[i].Release() // it may be stale by a mistake of the one who gave it
+	}
+	q.count(why, nil, 0, q.n)
+	q.undelivered += uint64(q.n)
+	q.sent(q.n)
+}
+
+// drop drops the frames of a lane. The caller holds q.mu.
+func (l *lane) drop() {
+	n, pages := l.n, l.pages
+	for ; l.n > 0; l.n-- {
+		f := &l.ring[l.from&uint32(len(l.ring)-1)]
+		f.Release() // it may be stale by a mistake of the one who gave it
+		*f = pvnet.Frame{}
+		l.from++
+	}
+	l.pages, l.credit = 0, 0
+	l.in.count(ended, int(n))
+	l.in.count(waiting, -int(n))
+	l.in.src.free(pages)
+}
+
+// close drops what waits in the lane, whose input is closed. The lane stays in the FIFO until
+// its turn, and then has nothing.
+func (l *lane) close() {
+	l.q.mu.Lock()
+	defer l.q.mu.Unlock()
+	l.drop()
+}

@@ -1,0 +1,81 @@
+// Package router decides what a router and firewall between vifs does with each packet: it
+// forwards IPv4 and IPv6, translates addresses and ports, tracks flows and filters new ones.
+//
+// It knows no device, ring, goroutine or clock. [Router.Process] gets the first bytes of
+// frames, rewrites them in place, and gives a [Verdict] for each. The caller moves frames.
+//
+//	for i := range frames { // a batch from one receiver
+//		batch[i] = router.Packet{In: client, Head: frames[i].Bytes(), Total: frames[i].Len(), Partial: …, GSO: …}
+//	}
+//	r.Process(now, batch) // now: one clock read for the batch
+//	for i := range batch {
+//		switch p := &batch[i]; p.Verdict {
+//		case router.VerdictForward: // send frame i out of port p.Out
+//		case router.VerdictNeighbour: // keep it, send r.AppendSolicit(nil, p.Out, p.Next), and process it again after the answer
+//		case router.VerdictReply: // send p.AppendReply(nil) out of p.Out, drop frame i
+//		case router.VerdictLocal: // give it to the router's own TCP/IP
+//		case router.VerdictFragment: // send what a Fragmenter makes of it
+//		}
+//	}
+//
+// # A packet's way
+//
+//  1. The Ethernet header: the frame is for the port's address or a group, and comes from
+//     the port's source address if it guards one. Frames with VLAN tags are dropped. ARP and
+//     neighbour discovery are answered, and learnt from.
+//  2. The IP header: checksum, lengths, no source routing, no multicast or loopback source.
+//  3. The flow table. A packet of a known flow goes on at step 7, if it came in where packets
+//     of this direction come in.
+//  4. Anti-spoofing: the source is one of [Port].Sources, and the route to it leads out of
+//     the port ([Port].AnySource switches the second off).
+//  5. Port forwards ([Forward]) change the destination. Is it an address of the router's
+//     own? Otherwise the route is looked up, by longest prefix.
+//  6. The filter, for packets that begin a flow: the first [Rule] that matches decides,
+//     after them [Config].Default. An accepted packet gets a flow, with its translation.
+//  7. TTL, MTU and neighbour of the out port; then the head is rewritten: TTL, addresses,
+//     ports, MSS, MACs, and checksums by RFC 1624.
+//
+// Nothing of the head changes with a verdict other than VerdictForward, VerdictLocal and
+// VerdictFragment. So a reply quotes the packet as its sender sent it, and a packet that
+// waits for a neighbour is processed again from the start.
+//
+// # Flows
+//
+// A flow has two keys, those of its packets as they arrive from either side. What a packet is
+// rewritten to is the inverse of the other side's key. The table is fixed and allocated by
+// [New]; a packet or a flow allocates nothing. TCP is followed by its flags (a table in flow.go),
+// not by its sequence numbers: a RST shortens the life of a flow, which it gets back if the
+// side that received the RST goes on. Echo requests are told apart by their identifiers,
+// protocols without ports by their addresses alone. An ICMP error belongs to the flow of the
+// packet that it quotes, and is translated with it; one that quotes no known packet is dropped.
+//
+// Each flow is charged to the port it began at. A port has at most [Limits].FlowsPerPort.
+// At this bound a new flow takes the place of the port's own oldest flow that is half open;
+// if all are established it is refused. If the whole table is full, a port with less than
+// its even share gets the place of the oldest flow of the port with the most. So nobody's
+// flows, up to an even share, are thrown out by another port.
+//
+// # Translation
+//
+// Masquerading ([Port].Masquerade, and for IPv6 Masquerade6) gives flows that begin elsewhere
+// the address of the port they leave by. The port number is a keyed hash of the source: it
+// cannot be guessed from outside, and is the same for all destinations (endpoint-independent
+// mapping, RFC 4787) as long as it is free; otherwise it is random. Filtering is by
+// address and port: only the destination of a flow can answer. A forward whose target lies
+// behind the port the packet came from also changes the source (hairpin).
+//
+// # Fragments
+//
+// Nothing is reassembled. The first fragment has the transport header and is treated like a
+// whole packet; the others follow it. One that comes before the first is dropped, and so is a
+// first one without its whole transport header, and one that would overwrite part of it.
+// Later fragments keep their identification: two hosts behind one address may collide in it.
+//
+// # Concurrency
+//
+// All methods of a Router may be called at any time, from any goroutine. Process holds
+// the router's one lock for the batch, not for each packet. A packet of a known flow takes some
+// 100 ns under it, while moving the frame through two vifs, outside, takes several times that;
+// so a few processors share a Router before they wait for each other. [Router.Configure] compiles
+// before it takes the lock. [Router.Stats] copies counters under it.
+package router
