@@ -263,7 +263,7 @@ func (g *guest) tellLocked() {
 		g.advert.Over = true
 	}
 	if !sameLink(&over, &g.advert) {
-		signal(g.changed)
+		nudge(g.changed)
 	}
 	if !g.admitted || !g.addr.IsValid() || g.d.cfg.Lease == 0 {
 		g.server = nil
@@ -284,7 +284,7 @@ func sameLink(a, b *radv.Link) bool {
 	return a.Prefix == b.Prefix && a.MTU == b.MTU && a.Over == b.Over && len(a.DNS) == len(b.DNS)
 }
 
-func signal(c chan struct{}) {
+func nudge(c chan struct{}) {
 	select {
 	case c <- struct{}{}:
 	default:
@@ -297,7 +297,7 @@ func (g *guest) follow(ctx context.Context) {
 	for ev := range g.dev.Links(ctx) {
 		if ev.Up && !up {
 			g.d.say("vif %s: connected to domain %d, MTU %d", g.vif, g.dev.Peer(), ev.MTU)
-			signal(g.changed)
+			nudge(g.changed)
 		} else if !ev.Up && up {
 			g.d.say("vif %s: down: %s", g.vif, ev.Reason)
 		}
@@ -361,7 +361,7 @@ func (d *daemon) deliver(p *port, frame []byte, h *packet.Headers) bool {
 		}
 	case h.Proto == protoICMPv6 && h.Version == 6 && h.L4 != 0 && h.End > h.L4:
 		if g, ok := p.owner.(*guest); ok && frame[h.L4] == radv.Solicit && frame[h.L3+7] == 255 {
-			signal(g.solicited)
+			nudge(g.solicited)
 			return true
 		}
 	}
