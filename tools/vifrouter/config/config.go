@@ -8,6 +8,7 @@ package config
 
 import (
 	"fmt"
+	"io"
 	"net/netip"
 	"os"
 	"strings"
@@ -193,19 +194,11 @@ func Load(name string) (*Config, error) {
 		return nil, err
 	}
 	defer f.Close()
-	b := make([]byte, MaxFile+1)
-	n := 0
-	for n < len(b) {
-		m, err := f.Read(b[n:])
-		n += m
-		if err != nil {
-			break
-		}
-		if m == 0 {
-			break
-		}
+	b, err := io.ReadAll(io.LimitReader(f, MaxFile+1))
+	if err != nil {
+		return nil, err
 	}
-	return Parse(name, b[:n])
+	return Parse(name, b)
 }
 
 // NetworkOf returns the network of that name, or nil.
@@ -240,7 +233,7 @@ uplink vif 0
 uplink ipv4 dhcp                        # or: uplink ipv4 192.0.2.2/24 via 192.0.2.1
 uplink ipv6 2001:db8::2/64 via 2001:db8::1
 uplink nat ipv4                         # or: ipv4 ipv6, or: none
-route 192.0.2.128/25 via 192.0.2.9      # a network behind another router at the uplink
+route 2001:db8:5::/48 via 2001:db8::9    # a network behind another router at the uplink
 
 # The networks of the guests. A guest without an address of its own gets one of the pool. In
 # IPv6 each vif gets a /64 of the prefix, which it is told by router advertisements.
