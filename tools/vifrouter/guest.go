@@ -321,14 +321,16 @@ func (g *guest) advertise(ctx context.Context) {
 	next := time.NewTimer(radv.Interval)
 	defer next.Stop()
 	for {
+		least := radv.Least
 		select {
 		case <-ctx.Done():
 			return
 		case <-next.C:
 		case <-g.solicited:
+			least = radv.LeastAnswer
 		case <-g.changed:
 		}
-		if wait := radv.Least - time.Since(last); !last.IsZero() && wait > 0 {
+		if wait := least - time.Since(last); !last.IsZero() && wait > 0 {
 			select {
 			case <-ctx.Done():
 				return

@@ -63,9 +63,13 @@ func newPlane(core *router.Router, local *localStack) *plane {
 // now is the time that the core is told.
 func (pl *plane) now() time.Duration { return time.Since(pl.began) }
 
+// waitingFrames is how many frames of each port may wait for each queue of another: what a TCP
+// sender may have under way at once.
+const waitingFrames = 256
+
 // newPort makes a port of a device, and owns all of its queues.
 func (pl *plane) newPort(id router.PortID, dev *pvnet.Device) (*port, error) {
-	out, err := forward.NewSender(dev, forward.Config{})
+	out, err := forward.NewSender(dev, forward.Config{Frames: waitingFrames})
 	if err != nil {
 		return nil, err
 	}

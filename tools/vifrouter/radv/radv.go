@@ -13,14 +13,15 @@ import (
 // Times of RFC 4861, section 6.2.1, and of RFC 8106. An advertisement is repeated often enough that
 // a guest may miss two of three.
 const (
-	Interval = 200 * time.Second // between unsolicited advertisements
-	Least    = 3 * time.Second   // between two advertisements on a link (MIN_DELAY_BETWEEN_RAS)
-	Lifetime = 3 * Interval      // of the router and of name servers
-	Valid    = 24 * time.Hour    // of the prefix
-	Prefer   = 4 * time.Hour     // of addresses of the prefix, for new connections
-	servers  = 3                 // name servers that are told
-	Solicit  = 133               // ICMPv6 type of a solicitation
-	advert   = 134
+	Interval    = 200 * time.Second      // between unsolicited advertisements
+	LeastAnswer = 500 * time.Millisecond // before an advertisement that a guest asked for: it is alone on its link
+	Least       = 3 * time.Second        // between two advertisements on a link (MIN_DELAY_BETWEEN_RAS)
+	Lifetime    = 3 * Interval           // of the router and of name servers
+	Valid       = 24 * time.Hour         // of the prefix
+	Prefer      = 4 * time.Hour          // of addresses of the prefix, for new connections
+	servers     = 3                      // name servers that are told
+	Solicit     = 133                    // ICMPv6 type of a solicitation
+	advert      = 134
 )
 
 // A Link is what a guest is told on its link.
