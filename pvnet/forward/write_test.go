@@ -28,7 +28,10 @@ func TestWrittenFramesArrive(t *testing.T) {
 	go w.Front.Listen(ctx, func(f pvnet.Frame) {
 		b := make([]byte, f.Len())
 		f.CopyTo(b)
-		got <- b
+		select {
+		case got <- b:
+		case <-ctx.Done():
+		}
 	})
 	frame := func(i int) []byte { return append(make([]byte, 60), byte(i>>8), byte(i)) }
 	if s.Write(make([]byte, pvnet.MinFrame-1)) || s.Write(make([]byte, pvnet.MaxFrame+1)) {
@@ -60,6 +63,7 @@ func TestWrittenFramesArrive(t *testing.T) {
 	if n := s.Stats(); n.Sent == 0 {
 		t.Errorf("%+v", n)
 	}
+	cancel()
 	s.Close()
 	if s.Write(frame(1)) {
 		t.Error("a closed Sender takes a frame")
