@@ -208,7 +208,9 @@ func (s *snapshot) addPort(c *Port, i int, bad *complaints) {
 		s.own[x] = struct{}{} // several ports may have it, each with one client on a /32
 		p.addrs = append(p.addrs, x)
 		p.addrNets = append(p.addrNets, net)
-		p.onLink = append(p.onLink, net)
+		if a.Bits() < a.Addr().BitLen() { // otherwise there is no other host
+			p.onLink = append(p.onLink, net)
+		}
 	}
 	if six && p.linkLocal == (addr{}) {
 		m := c.MAC

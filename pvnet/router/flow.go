@@ -86,7 +86,8 @@ const (
 // believe it. Packets that were on their way when it was sent come earlier.
 const resetDoubt = 2 * time.Second
 
-// Classes of the lists of a port's flows. Those half open are the first to be thrown out.
+// Classes of the lists of a port's flows. Those half open, and those that are over, are the
+// first to be thrown out.
 const (
 	halfOpen = 0
 	full     = 1
@@ -175,6 +176,9 @@ func (r *Router) find(k *tuple) (i uint32, d int, h uint64, ok bool) {
 func (r *Router) take(in PortID, translated bool) (i uint32, why Reason) {
 	t := &r.table
 	own := r.state(in)
+	if old := own.lists[full].first; old != none && t.flows[old].deadline <= r.now {
+		r.end(old)
+	}
 	if own.flows >= r.limits.FlowsPerPort || translated && own.translated >= r.limits.NATPerPort {
 		old := own.lists[halfOpen].first
 		if old == none || translated && own.flows < r.limits.FlowsPerPort && !t.flows[old].translated {
@@ -287,9 +291,9 @@ func (r *Router) remove(i uint32, s *portState) {
 func (r *Router) touch(i uint32, d time.Duration) {
 	f := &r.table.flows[i]
 	f.deadline = r.now + int64(d)
-	class := uint8(full)
-	if f.state == opening || f.state == answered {
-		class = halfOpen
+	class := uint8(halfOpen)
+	if f.state == established || f.state == closing {
+		class = full
 	}
 	if class == f.listed && r.now-f.touched < int64(time.Second) {
 		return

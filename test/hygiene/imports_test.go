@@ -45,7 +45,7 @@ var layers = [...][]string{
 	{"pvnet/pvnettest"},
 	{"pvnet/steer"},
 	{"pvnet/link", "pvnet/handover", "pvnet/forward"},
-	{"pvnet/bridge"},
+	{"pvnet/bridge", "pvnet/router"},
 	{"pvnet/netstack/dhcp"},
 	{"pvnet/netstack"},
 	{"pvnet/inspect"},
@@ -57,7 +57,7 @@ var layers = [...][]string{
 // library and each other.
 var portable = [...]string{
 	"arena/shm", "arena", "hypercall", "telemetry", "pvnet/ring", "pvnet/netif",
-	"pvnet/packet", "pvnet/ctrl", "pvnet/toeplitz", "pvnet/internal/loglimit", "xenbus/internal/pause", "xenbus/xenstore/wire", "xenbus/xenstore", "xenbus", "pvnet", "pvnet/forward", "pvnet/bridge",
+	"pvnet/packet", "pvnet/ctrl", "pvnet/toeplitz", "pvnet/router", "pvnet/internal/loglimit", "xenbus/internal/pause", "xenbus/xenstore/wire", "xenbus/xenstore", "xenbus", "pvnet", "pvnet/forward", "pvnet/bridge",
 }
 
 // layerOf returns the index of the row with dir, or -1. open reports whether a name with "/..."
