@@ -33,18 +33,16 @@ func (p *Port) forward(queue int, frames []pvnet.Frame) (lost int, err error) {
 	s.counts[received] += uint64(len(frames))
 	groups := p.sort(s, frames, outs)
 	p.learn(s)
-	if groups {
-		lost = s.flood(frames, outs)
-	} else {
-		lost = s.sendEach(frames, outs)
-	}
 	for i, n := range s.counts {
 		if n > 0 {
 			p.counts[i].Add(n)
 			s.counts[i] = 0
 		}
 	}
-	return lost, nil
+	if groups {
+		return s.flood(frames, outs), nil
+	}
+	return s.sendEach(frames, outs), nil
 }
 
 // sort decides where the frames go, and releases those that go nowhere. It reports whether

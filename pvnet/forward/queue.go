@@ -3,6 +3,7 @@ package forward
 import (
 	"errors"
 	"os"
+	"runtime"
 	"sync"
 
 	"barevif/pvnet"
@@ -205,6 +206,9 @@ func (q *queue) drainLocked() error {
 	for q.over == nil && q.fill() {
 		q.mu.Unlock()
 		k, err := q.push(q.batch[:q.n], nil, true)
+		if k == Batch {
+			runtime.Gosched() // receivers with few frames are not to wait for all that waits here
+		}
 		q.mu.Lock()
 		q.sent(k)
 		switch {
