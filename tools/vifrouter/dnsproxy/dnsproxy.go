@@ -21,6 +21,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -399,7 +400,7 @@ func (s *Server) pack(q *query, m *dnsmessage.Message, tcp bool) []byte {
 	r := dnsmessage.Message{Header: dnsmessage.Header{
 		ID: q.header.ID, Response: true, OpCode: q.header.OpCode, RecursionDesired: q.header.RecursionDesired, RecursionAvailable: true,
 		AuthenticData: m.Header.AuthenticData, CheckingDisabled: q.header.CheckingDisabled, RCode: m.Header.RCode,
-	}, Answers: m.Answers, Authorities: m.Authorities}
+	}, Answers: slices.Clone(m.Answers), Authorities: slices.Clone(m.Authorities)} // Pack writes to the records, which others read
 	if q.question.Name.Length > 0 {
 		r.Questions = []dnsmessage.Question{q.question}
 	}
