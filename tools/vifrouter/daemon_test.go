@@ -19,6 +19,7 @@ import (
 	"barevif/hypercall/emu"
 	"barevif/pvnet"
 	"barevif/pvnet/netstack"
+	"barevif/pvnet/netstack/dhcp"
 	"barevif/pvnet/router"
 	"barevif/tools/vifrouter/config"
 	"barevif/xenbus/toolstack"
@@ -588,5 +589,69 @@ func TestMetricsAreOneReadablePage(t *testing.T) {
 	}
 	if strings.Contains(text, `vifrouter_forwarded_packets_total{port="3.0"} 0`+"\n") {
 		t.Error("nothing was counted as forwarded")
+	}
+}
+
+// A router whose uplink is a guest of another router: it leases its address there, asks the name
+// server of the lease, and gives both back with its own guests behind it.
+func TestUplinkLeasesItsAddress(t *testing.T) {
+	s := newSite(t, standard)
+	const inner = firstDom + 4
+	own := s.lab.Domain(inner)
+	s.lab.Add(toolstack.Vif{Front: inner, Back: routerDom})
+	log := slog.New(slog.NewTextHandler(s, nil))
+	say := func(format string, args ...any) { fmt.Fprintf(s, "inner: "+format+"\n", args...) }
+	text := `uplink vif 0
+uplink ipv4 dhcp
+network lab ipv4 10.200.0.0/24 router 10.200.0.1 pool 10.200.0.5-10.200.0.9
+guest * in lab
+dns uplink
+allow from lab to uplink
+`
+	d, err := newDaemon(own, parse(t, text), pvnet.Config{Offload: true}, say, log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	running, end := context.WithCancel(context.Background())
+	ran := make(chan error, 1)
+	go func() { ran <- d.run(running) }()
+	defer func() {
+		end()
+		if err := <-ran; err != nil {
+			t.Error(err)
+		}
+	}()
+	s.comes("the uplink has a lease", func() bool { return strings.Contains(s.text(), "inner: uplink: address 10.137.0.100/32 by DHCP") })
+	domain := s.lab.Domain(inner + 1)
+	s.lab.Add(toolstack.Vif{Front: inner + 1, Back: inner})
+	g, err := netstack.Connect(s.ctx, domain, "0", netstack.Config{DHCP: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer g.Close()
+	if _, err := g.Ready(s.ctx); err != nil {
+		t.Fatal(err)
+	}
+	if who, err := ask(s.ctx, g, "web.test:80"); err != nil || who != "192.0.2.2" {
+		t.Errorf("through two routers: %q, %v", who, err)
+	}
+	// A reload to a static address ends the client, and one back starts it again.
+	static := strings.Replace(text, "ipv4 dhcp", "ipv4 10.137.0.100/24 via 10.137.0.1", 1)
+	if err := d.reload(parse(t, strings.Replace(static, "dns uplink", "dns to 10.137.0.1", 1))); err != nil {
+		t.Fatal(err)
+	}
+	if who, err := ask(s.ctx, g, "192.0.2.1:80"); err != nil || who != "192.0.2.2" {
+		t.Errorf("with a static address: %q, %v", who, err)
+	}
+	if err := d.reload(parse(t, text)); err != nil {
+		t.Fatal(err)
+	}
+	s.comes("the uplink has a lease again", func() bool { return strings.Count(s.text(), "inner: uplink: address 10.137.0.100/32 by DHCP") == 2 })
+	if _, err := ask(s.ctx, g, "192.0.2.1:80"); err != nil {
+		t.Error(err)
+	}
+	// A lease in a network of guests is refused.
+	if err := d.leased(s.ctx, &dhcp.Lease{Addr: netip.MustParsePrefix("10.200.0.7/24")}); err == nil || !strings.Contains(err.Error(), "overlaps the network lab") {
+		t.Error(err)
 	}
 }

@@ -33,10 +33,12 @@ type localStack struct {
 }
 
 const (
-	localNIC   tcpip.NICID = 1
-	localQueue             = 512  // packets that may wait to leave
-	localMTU               = 1280 // fits every port
+	localQueue = 512  // packets that may wait to leave
+	localMTU   = 1280 // fits every port
 )
+
+// localNIC is the number of the stack's only card.
+const localNIC tcpip.NICID = 1
 
 func newLocalStack() (*localStack, error) {
 	l := &localStack{ep: channel.New(localQueue, localMTU, ""), addrs: map[netip.Addr]bool{}, held: map[netip.Addr]bool{}}

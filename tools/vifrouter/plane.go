@@ -35,8 +35,6 @@ type plane struct {
 type planeCounters struct {
 	undelivered atomic.Uint64 // frames that a port's Sender had no room for
 	own         atomic.Uint64 // frames for the router itself
-	waited      atomic.Uint64 // frames that waited for a neighbour
-	overflow    atomic.Uint64 // frames that found too many others waiting for a neighbour
 	control     atomic.Uint64 // frames of the router's own that found no room
 	failed      atomic.Uint64 // frames that could not be read or cut
 }

@@ -21,7 +21,17 @@ type uplink struct {
 	port     *port
 	links    chan dhcp.Link // has the latest state at most
 	received chan []byte    // messages for the DHCP client
+	link     dhcp.Link      // guarded by daemon.mu: the latest state
 	stop     func()         // guarded by daemon.mu: ends the DHCP client; nil: none runs
+}
+
+// tellClientLocked makes links hold the latest state.
+func (up *uplink) tellClientLocked() {
+	select {
+	case <-up.links:
+	default:
+	}
+	up.links <- up.link // there is room: whoever sends holds daemon.mu
 }
 
 // An uplinkLease is what the DHCP client of the uplink has.
@@ -117,11 +127,10 @@ func (d *daemon) followUplink(ctx context.Context, up *uplink) {
 		if ev.Up {
 			link.MAC = ev.MAC
 		}
-		select {
-		case <-up.links:
-		default:
-		}
-		up.links <- link
+		d.mu.Lock()
+		up.link = link
+		up.tellClientLocked()
+		d.mu.Unlock()
 		switch {
 		case ev.Up && !was:
 			d.say("uplink vif %s: connected, MAC %v, MTU %d", up.dev.ID(), ev.MAC, ev.MTU)
@@ -160,6 +169,10 @@ func (d *daemon) compileUplinkLocked(c *router.Config) {
 			}
 			route(r.To, r.Via)
 		}
+	case u.DHCP:
+		// The answers of servers come from addresses that are no guest's. Packets of guests find
+		// no address to leave with.
+		route(all4, netip.Addr{})
 	case u.IPv4.IsValid():
 		p.Addrs = append(p.Addrs, u.IPv4)
 		if u.Via4.IsValid() {
@@ -189,9 +202,9 @@ func (d *daemon) clientLocked() {
 		d.endClientLocked(d.up)
 	default:
 		ctx, cancel := context.WithCancel(context.Background())
-		up, done := d.up, make(chan struct{})
+		up := d.up
+		up.tellClientLocked() // a client that ran before may have taken it
 		go func() {
-			defer close(done)
 			dhcp.Run(ctx, dhcp.Config{
 				Broadcast: func(m []byte) error {
 					all := [6]byte{255, 255, 255, 255, 255, 255}
