@@ -143,6 +143,8 @@ func (d *daemon) assignLocked(g *guest) {
 	g.admitted, g.addr, g.prefix = false, netip.Addr{}, netip.Prefix{}
 	g.why = d.tryAssignLocked(g)
 	if g.admitted = g.why == nil; !g.admitted {
+		g.giveLocked() // it may have got an address, and no /64
+		g.addr, g.prefix = netip.Addr{}, netip.Prefix{}
 		g.dev.Refuse(g.why)
 		return
 	}

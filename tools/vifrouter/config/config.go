@@ -247,7 +247,9 @@ guest admin in office domain 3 vif 0 ipv4 10.137.0.10
 guest * in office                       # all others; without it they are refused
 
 # What may begin. Answers pass because their flow was allowed. The first line that matches
-# decides. Places: any, uplink, router, a network, a guest.
+# decides. Places: any (every vif), uplink, router, a network, a guest. To the router itself
+# guests may send DHCP, names and echo requests, unless a line says otherwise; all else takes a
+# line that allows it, whatever the default.
 allow from office to uplink
 allow from office to web proto tcp port 80,443
 allow from admin to router proto tcp port 9100
