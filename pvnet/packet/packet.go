@@ -87,7 +87,7 @@ type Headers struct {
 	L5  int // the payload of TCP or UDP; 0 if their header is incomplete
 	End int // end of the IP packet: bytes behind it are padding
 
-	FragmentAt int // the IPv6 fragment header, all 8 bytes of which are in the head
+	FragmentAt int // the IPv6 fragment header, the last one if there are several
 }
 
 // Parse finds the headers of a frame of total bytes that begins with head. It reports

@@ -761,3 +761,51 @@ func FuzzCut(f *testing.F) {
 		}
 	})
 }
+
+func TestTheFragmentHeaderIsFound(t *testing.T) {
+	head := make([]byte, 14+40+8+8+8)
+	head[12], head[13] = 0x86, 0xdd
+	ip := head[14:]
+	ip[0], ip[5], ip[6] = 0x60, 24, 60 // destination options, then the fragment header, then UDP
+	ip[40], ip[42], ip[43] = 44, 1, 4
+	ip[48], ip[51] = 17, 1
+	h, ok := Parse(head, len(head))
+	if !ok || h.FragmentAt != 14+48 || h.Fragment != First || h.L4 != 14+56 {
+		t.Errorf("%+v, %v", h, ok)
+	}
+	ip[51] = 8 // not the first
+	if h, ok = Parse(head, len(head)); !ok || h.FragmentAt != 14+48 || h.Fragment != Later {
+		t.Errorf("%+v, %v", h, ok)
+	}
+	if h, ok = Parse(head[:14+48+7], len(head)); !ok || h.FragmentAt != 0 {
+		t.Errorf("cut short: %+v, %v", h, ok)
+	}
+}
+
+func TestAQuotedPacketMayBeCutShort(t *testing.T) {
+	head := make([]byte, 50+20+8)
+	ip := head[50:]
+	ip[0], ip[2], ip[9] = 0x45, 4, 17 // 1024 bytes of UDP, 28 of which are here
+	h, ok := Quoted(head, 50, 4)
+	if !ok || h.Kind != IPv4 || h.Version != 4 || h.L3 != 50 || h.L4 != 70 || h.L5 != 78 || h.End != 50+1024 {
+		t.Errorf("%+v, %v", h, ok)
+	}
+	ip[9] = 6
+	if h, ok = Quoted(head, 50, 4); !ok || h.L4 != 70 || h.L5 != 0 {
+		t.Errorf("%+v, %v", h, ok)
+	}
+	six := make([]byte, 50+40+8)
+	six[50], six[54], six[56] = 0x60, 4, 17
+	if h, ok = Quoted(six, 50, 6); !ok || h.Kind != IPv6 || h.Version != 6 || h.L4 != 90 || h.L5 != 98 || h.End != 50+40+1024 {
+		t.Errorf("%+v, %v", h, ok)
+	}
+	for _, c := range []struct {
+		head    []byte
+		at      int
+		version uint8
+	}{{head, -1, 4}, {head, len(head) + 1, 4}, {head, len(head), 4}, {head[:69], 50, 4}, {head, 50, 6}, {six, 50, 4}, {six[:89], 50, 6}} {
+		if h, ok := Quoted(c.head, c.at, c.version); ok {
+			t.Errorf("%d bytes from %d, version %d: %+v", len(c.head), c.at, c.version, h)
+		}
+	}
+}

@@ -185,6 +185,7 @@ func refIPv6(r *refReader, h Headers, at int, done *bool) (out Headers, ok bool)
 			size = (r.octet(next+1) + 2) * 4
 		case 44:
 			out.Extensions |= HasFragmentHeader
+			out.FragmentAt = next
 			size = 8
 			if r.word(next+2)/8 > 0 {
 				out.Fragment, out.Proto = Later, uint8(r.octet(next))

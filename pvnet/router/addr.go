@@ -107,7 +107,8 @@ func maskOf(n int) addr {
 }
 
 func (p *prefix) contains(a addr) bool {
-	return a.hi&p.mask.hi == p.hi && a.lo&p.mask.lo == p.lo
+	// A short prefix is one of IPv6, and has no address of IPv4 in it, though ::/0 looks like it.
+	return a.hi&p.mask.hi == p.hi && a.lo&p.mask.lo == p.lo && (p.bits >= 96 || !a.is4())
 }
 
 // containsAny reports whether one of the prefixes contains a.

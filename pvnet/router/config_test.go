@@ -113,6 +113,7 @@ func TestRulesMatchAllTheyName(t *testing.T) {
 		"no group":    {Rule{Out: Match{Groups: []string{"none"}}}, nil, []spec{base}},
 		"source":      {Rule{Src: pfx("10.9.0.0/16", "10.1.0.5/32")}, []spec{base}, []spec{six, udp(clientA, "10.1.0.6", 1, "10.2.0.5", 2)}},
 		"destination": {Rule{Dst: pfx("fd02::/64")}, []spec{six}, []spec{base}},
+		"all of 6":    {Rule{Dst: pfx("::/0")}, []spec{six}, []spec{base}},
 		"all of 4":    {Rule{Dst: pfx("0.0.0.0/0")}, []spec{base}, []spec{six}},
 		"protocol":    {Rule{Protocols: []uint8{17}}, []spec{base, six}, []spec{ping, tcp(clientA, "10.1.0.5", 1, "10.2.0.5", 2, syn)}},
 		"dport":       {Rule{Protocols: []uint8{17}, DstPorts: []PortRange{{1, 2}, {53, 60}}}, []spec{base}, []spec{udp(clientA, "10.1.0.5", 4000, "10.2.0.5", 61), udp(clientA, "10.1.0.5", 4000, "10.2.0.5", 52)}},

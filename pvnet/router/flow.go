@@ -317,6 +317,24 @@ func (r *Router) sweep(n int) {
 	}
 }
 
+// sweepRound is how long a look at the whole table may take. A faster one would cost a busy
+// router a cache miss for each entry and find nothing.
+const sweepRound = 4 * time.Second
+
+// sweepSome sweeps as much as is due since it last did, at most n entries.
+func (r *Router) sweepSome(n int) {
+	const least = 8 // at once
+	each := max(int64(sweepRound)/int64(len(r.table.flows)), 1)
+	r.swept = max(r.swept, r.now-int64(sweepRound)) // more than all is never due
+	due := (r.now - r.swept) / each
+	if due < least {
+		return
+	}
+	due = min(due, int64(n))
+	r.swept += due * each
+	r.sweep(int(due))
+}
+
 // TCP flags.
 const (
 	tcpFIN = 0x01
@@ -335,10 +353,10 @@ func badFlags(flags uint8) bool {
 	return false
 }
 
-// reopens reports whether a TCP segment begins a new flow in place of this one, which is
-// over.
-func (f *flow) reopens(flags uint8) bool {
-	return flags&(tcpSYN|tcpACK) == tcpSYN && (f.state == closed || f.state == reset)
+// reopens reports whether a TCP segment of direction d begins a new flow in place of this one,
+// which is over. After a RST, which may be forged, the side that began the flow may do so.
+func (f *flow) reopens(d int, flags uint8) bool {
+	return flags&(tcpSYN|tcpACK) == tcpSYN && (f.state == closed || f.state == reset && d == orig)
 }
 
 // follow advances the state of a flow by a packet of direction d that is about to leave.

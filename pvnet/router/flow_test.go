@@ -98,6 +98,11 @@ func TestARSTEndsAFlowUnlessItsReceiverGoesOn(t *testing.T) {
 	if f.state != reset || f.deadline != int64(w.at+10*time.Second) {
 		t.Fatalf("state %d after a RST", f.state)
 	}
+	serial := f.serial
+	w.forwarded(tcp(uplink, server, 80, "192.0.2.2", port, syn), clientA) // nor is it over for who forged the RST
+	if f.serial != serial || !f.used {
+		t.Fatal("a RST and a SYN from outside ended the flow")
+	}
 	// What was on its way, and what the sender of the RST sends, does not revive it.
 	w.forwarded(tcp(clientA, "10.1.0.5", 4000, server, 80, ack), uplink)
 	w.at += 3 * time.Second
@@ -166,6 +171,24 @@ func TestTCPWithoutSYNBeginsNothing(t *testing.T) {
 	if n := w.Stats().Flows; n != 0 {
 		t.Fatalf("%d flows", n)
 	}
+}
+
+func TestPacketsOfOthersSweepWhatIsOver(t *testing.T) {
+	w := newWorld(t, Limits{Flows: 1024}, nil)
+	for i := range uint16(200) {
+		w.forwarded(udp(clientA, "10.1.0.5", 1000+i, server, 53), uplink)
+	}
+	for range 200 { // some seconds of traffic, without a Tick
+		w.at += 200 * time.Millisecond
+		w.neighbours()
+		for range 10 {
+			w.forwarded(udp(clientB, "10.2.0.5", 9, server, 53), uplink)
+		}
+	}
+	if n := w.Stats().Flows; n != 1 {
+		t.Fatalf("%d flows", n)
+	}
+	w.idle()
 }
 
 func TestUDPLivesLongerOnceItIsAnswered(t *testing.T) {

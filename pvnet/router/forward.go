@@ -97,7 +97,7 @@ func (r *Router) isLocal(w *work) bool {
 	if w.port == nil {
 		return false
 	}
-	if dst == broadcast || dst.multicast() || dst == w.port.linkLocal && !dst.is4() {
+	if dst == broadcast || dst.multicast() || dst == w.port.linkLocal && dst != (addr{}) {
 		return true
 	}
 	id, all := r.snap.bcast[dst]

@@ -320,7 +320,9 @@ func TestTheFragmenterMakesWhatAReceiverPutsTogether(t *testing.T) {
 	var f Fragmenter
 	df := udp(clientA, "10.1.0.5", 1, server, 2)
 	df.df = true
-	for name, frame := range map[string][]byte{"DF": df.frame(), "IPv6": udp(clientA, "fd01::5", 1, "2001:db8:1::9", 2).frame(), "nothing": nil, "cut": df.frame()[:20]} {
+	odd := udp(clientA, "10.1.0.5", 1, server, 2)
+	odd.ipOptions = []byte{1, 1, 1, 7}
+	for name, frame := range map[string][]byte{"half an option": odd.frame(), "DF": df.frame(), "IPv6": udp(clientA, "fd01::5", 1, "2001:db8:1::9", 2).frame(), "nothing": nil, "cut": df.frame()[:20]} {
 		if f.Init(frame, len(frame), 1000) {
 			t.Error(name)
 		}

@@ -210,12 +210,8 @@ func (r *Router) query(w *work) {
 		return
 	}
 	icmp := w.head[w.h.L4:min(len(w.head), w.h.End)]
-	if w.ttl() != 255 || icmp[1] != 0 || w.h.Fragment != packet.Whole || w.h.End > len(w.head) {
-		p.Reason = ReasonMalformed // it comes from elsewhere, or is no discovery
-		return
-	}
-	if w.h.Extensions&packet.HasFragmentHeader != 0 { // RFC 6980
-		p.Reason = ReasonMalformed
+	if w.ttl() != 255 || icmp[1] != 0 || w.h.End > len(w.head) || w.h.Extensions&packet.HasFragmentHeader != 0 {
+		p.Reason = ReasonMalformed // it comes from elsewhere, is no discovery, or in fragments (RFC 6980)
 		return
 	}
 	w.h.Proto = icmp6

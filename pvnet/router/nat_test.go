@@ -261,6 +261,7 @@ func TestErrorsThatBelongToNoFlow(t *testing.T) {
 		"to another host":        func(s *spec) { s.dst = "10.1.0.6" },
 		"quotes nothing":         func(s *spec) { s.payload = nil },
 		"quotes half a header":   func(s *spec) { s.payload = s.payload[:20] },
+		"quotes 7 bytes":         func(s *spec) { s.payload = s.payload[:27] },
 		"quotes a later piece":   func(s *spec) { s.payload[7] = 1 },
 		"quotes another version": func(s *spec) { s.payload[0] = 0x65 },
 		"quotes an error": func(s *spec) {
@@ -274,6 +275,12 @@ func TestErrorsThatBelongToNoFlow(t *testing.T) {
 		if got := w.send(s); got.Verdict != VerdictDrop || got.Reason != ReasonInvalid {
 			t.Errorf("%s: %v because of %v", name, got.Verdict, got.Reason)
 		}
+	}
+	short := good.packet() // the head ends before the error
+	short.Head = short.Head[:14+28+28]
+	batch := []Packet{short}
+	if w.Process(w.at, batch); batch[0].Verdict != VerdictForward {
+		t.Errorf("an error of which the end is not in the head: %v because of %v", batch[0].Verdict, batch[0].Reason)
 	}
 	s := good
 	s.fragment = 0x2000

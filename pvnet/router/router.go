@@ -20,6 +20,7 @@ type Router struct {
 	now     int64      // of the latest batch; never goes back
 	snap    *snapshot
 	table   table
+	swept   int64        // until when sweepSome has swept what was due
 	states  []*portState // by PortID
 	local   portState    // of LocalPort
 	present int          // ports of snap
@@ -218,7 +219,7 @@ func (r *Router) Process(now time.Duration, batch []Packet) {
 	for i := range batch {
 		r.one(&batch[i])
 	}
-	r.sweep(2*len(batch) + 2)
+	r.sweepSome(2*len(batch) + 2)
 	r.w = work{}
 }
 
@@ -443,7 +444,7 @@ func (r *Router) flowed(w *work) {
 				w.p.Reason = ReasonNotForUs
 			}
 			return
-		case w.t.proto == packet.TCP && f.reopens(w.flags):
+		case w.t.proto == packet.TCP && f.reopens(d, w.flags):
 			r.end(i)
 		case f.gen != r.snap.gen && !r.recheck(i):
 			r.end(i)
@@ -482,10 +483,10 @@ func (r *Router) count(p *Packet) {
 		c.Waiting++
 	case VerdictReply:
 		c.Replies++
-		if p.Reason != ReasonNone { // an answer to ARP or a solicitation loses nothing
+		fallthrough
+	case VerdictDrop:
+		if p.Reason != ReasonNone { // ARP and discovery have done their work
 			c.Dropped[p.Reason]++
 		}
-	case VerdictDrop:
-		c.Dropped[p.Reason]++
 	}
 }

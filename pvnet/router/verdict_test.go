@@ -75,6 +75,12 @@ func TestWhatIsDroppedAndWhy(t *testing.T) {
 		{"GSO without a partial checksum", tcp(clientA, "10.1.0.5", 1, server, 2, ack), func(p *Packet) { p.GSO = 100 }, ReasonMalformed},
 		{"GSO of UDP", with(func(s *spec) { s.partial = true; s.gso = 100 }), nil, ReasonMalformed},
 		{"half an echo", echo(clientA, "10.1.0.5", server, 1, false), func(p *Packet) { p.Head = p.Head[:14+20+4] }, ReasonMalformed},
+		{"discovery in IPv4", spec{in: clientA, src: "10.1.0.5", dst: "10.1.0.1", proto: 1, icmp: 135, ttl: 255, payload: make([]byte, 16)}, nil, ReasonInvalid},
+		{"discovery in a fragment", func() spec {
+			s := discoverySpec(clientA, "fd01::5", "fd01::1", 135, "fd01::1", nil)
+			return spec{in: clientA, src: s.src, dst: s.dst, proto: 44, ttl: 255, payload: append([]byte{58, 0, 0, 0, 0, 0, 0, 1}, s.frame()[54:]...)}
+		}(), nil, ReasonMalformed},
+		{"discovery of which the end is missing", discoverySpec(clientA, "fd01::5", "fd01::1", 135, "fd01::1", make([]byte, 8)), func(p *Packet) { p.Head = p.Head[:len(p.Head)-4] }, ReasonMalformed},
 		{"timestamp", spec{in: clientA, src: "10.1.0.5", dst: server, proto: 1, icmp: 13, payload: make([]byte, 12)}, nil, ReasonInvalid},
 	} {
 		w := newWorld(t, Limits{}, nil)
@@ -98,6 +104,18 @@ func TestWhatIsDroppedAndWhy(t *testing.T) {
 		if n := w.Stats().Flows; n != 0 {
 			t.Errorf("%s: made a flow", c.name)
 		}
+	}
+}
+
+func TestAPortWithoutIPv6HasNoAddressOfIt(t *testing.T) {
+	w := newWorld(t, Limits{}, func(c *Config) {
+		c.Ports[2].Addrs, c.Routes = pfx("192.0.2.2/24"), c.Routes[:1]
+		c.Ports[2].AnySource, c.LocalDefault = true, Accept
+	})
+	w.dropped(udp(uplink, "2001:db8::9", 1, "::", 2), ReasonMartian)
+	w.dropped(discoverySpec(uplink, "fe80::9", "ff02::1:ff00:0", 135, "::", nil), ReasonNotForUs)
+	if ask := w.AppendSolicit(nil, uplink, ip("fe80::9")); len(ask) != 0 {
+		t.Fatalf("asks from no address: %x", ask)
 	}
 }
 
@@ -315,7 +333,11 @@ func TestAPacketWaitsForItsNeighbour(t *testing.T) {
 	if p := w.send(s); !p.Ask || asks != 1 {
 		t.Fatalf("asked %d times in a second, then %v", asks, p.Ask)
 	}
-	w.at += 58 * time.Second
+	w.at += 56500 * time.Millisecond
+	if p := w.send(s); !p.Ask || p.Verdict != VerdictForward {
+		t.Fatalf("%+v", p)
+	}
+	w.at += 700 * time.Millisecond
 	if p = w.send(s); p.Verdict != VerdictNeighbour {
 		t.Fatalf("%+v", p)
 	}
@@ -527,6 +549,11 @@ func TestTheRoutersOwnPackets(t *testing.T) {
 		t.Fatalf("%v: %+v", p.Verdict, got)
 	}
 	w.forwarded(udp(uplink, server, 99, "192.0.2.2", client.sport), clientA)
+	// It talks to itself without the filter's help, and without a flow.
+	flows := w.Stats().Flows
+	if p = w.send(udp(LocalPort, "192.0.2.2", 1, "10.1.0.1", 2)); p.Verdict != VerdictLocal || w.Stats().Flows != flows {
+		t.Fatalf("%v because of %v", p.Verdict, p.Reason)
+	}
 	// A rule may name it.
 	w.cfg.Rules = append([]Rule{{In: Match{Ports: []PortID{LocalPort}}, Dst: pfx(server + "/32"), Action: Drop}}, w.cfg.Rules...)
 	w.configure()

@@ -95,7 +95,7 @@ func (w *world) neighbours() {
 		{clientB, "10.2.0.5", hostB}, {clientB, "fd02::5", hostB},
 		{uplink, "192.0.2.1", gatewayMAC}, {uplink, "2001:db8::1", gatewayMAC},
 	} {
-		if w.snap.port(n.id) == nil {
+		if p := w.snap.port(n.id); p == nil || p.linkLocal == (addr{}) && ip(n.a).Is6() {
 			continue
 		}
 		if err := w.Learn(w.at, n.id, ip(n.a), n.mac); err != nil {

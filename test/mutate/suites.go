@@ -52,6 +52,7 @@ var plans = []plan{
 	{"pvnet/ring", []suite{{pkg: "./pvnet/ring"}}},
 	{"pvnet/netif", []suite{{pkg: "./pvnet/netif"}, {pkg: "./test/abi"}}},
 	{"pvnet/packet", []suite{{pkg: "./pvnet/packet"}, engines, hostile}},
+	{"pvnet/router", []suite{{pkg: "./pvnet/router"}}},
 	{"xenbus/xenstore/wire", []suite{{pkg: "./xenbus/xenstore/wire"}, {pkg: "./xenbus/xenstore"}, {pkg: "./xenbus/xenstore/server"}}},
 	{"telemetry", []suite{{pkg: "./telemetry"}}},
 	{"telemetry/openmetrics", []suite{{pkg: "./telemetry/openmetrics"}}},
