@@ -74,45 +74,48 @@ func (k *talker) receive(show func([]byte)) int {
 // which has 128 frames under way. ns/frame is the time by all frames of all pairs.
 func BenchmarkBridge(b *testing.B) {
 	for _, guests := range []int{2, 16} {
-		b.Run(fmt.Sprintf("vifs=%d", guests), func(b *testing.B) {
-			deaf := seq(guests)
-			l := newLAN(b, Config{}, pvnet.ServeConfig{}, same(guests, PortConfig{}), deaf...)
-			talkers := make([]*talker, guests)
-			for i := range talkers {
-				talkers[i] = newTalker(b, l.Fronts[i])
-				talkers[i].send(frame(pvnet.MAC{1, 0x80, 0xc2}, mac(i), 0)[:64], 1, true) // a reserved group: the bridge learns the guest
-			}
-			until(b, "all stations", func() bool { return len(l.Stations()) == guests })
-			const window, rounds = 4, 100 // batches
-			moved := 0
-			for b.Loop() {
-				var wg sync.WaitGroup
-				for i := 0; i < guests; i += 2 {
-					from, to := talkers[i], talkers[i+1]
-					sample := frame(mac(i+1), mac(i), 0)[:64]
-					wg.Go(func() {
-						left, under := rounds*32, 0
-						for left > 0 || under > 0 {
-							for left > 0 && under < window*32 {
-								n := from.send(sample, min(32, left), true)
-								left -= n
-								under += n
-							}
-							n := to.receive(nil)
-							if under -= n; n == 0 {
-								b.Error("a frame was lost")
-								return
-							}
-						}
-					})
-				}
-				wg.Wait()
-				moved += guests / 2 * rounds * 32
-			}
-			b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(moved), "ns/frame")
-			b.ReportMetric(0, "ns/op")
-		})
+		for _, pooled := range []bool{false, true} {
+			b.Run(fmt.Sprintf("vifs=%d/pool=%t", guests, pooled), func(b *testing.B) { benchBridge(b, guests, pooled) })
+		}
 	}
+}
+
+func benchBridge(b *testing.B, guests int, pooled bool) {
+	l := newLANOf(b, pooled, Config{}, pvnet.ServeConfig{}, same(guests, PortConfig{}), seq(guests)...)
+	talkers := make([]*talker, guests)
+	for i := range talkers {
+		talkers[i] = newTalker(b, l.Fronts[i])
+		talkers[i].send(frame(pvnet.MAC{1, 0x80, 0xc2}, mac(i), 0)[:64], 1, true) // a reserved group: the bridge learns the guest
+	}
+	until(b, "all stations", func() bool { return len(l.Stations()) == guests })
+	const window, rounds = 4, 100 // batches
+	moved := 0
+	for b.Loop() {
+		var wg sync.WaitGroup
+		for i := 0; i < guests; i += 2 {
+			from, to := talkers[i], talkers[i+1]
+			sample := frame(mac(i+1), mac(i), 0)[:64]
+			wg.Go(func() {
+				left, under := rounds*32, 0
+				for left > 0 || under > 0 {
+					for left > 0 && under < window*32 {
+						n := from.send(sample, min(32, left), true)
+						left -= n
+						under += n
+					}
+					n := to.receive(nil)
+					if under -= n; n == 0 {
+						b.Error("a frame was lost")
+						return
+					}
+				}
+			})
+		}
+		wg.Wait()
+		moved += guests / 2 * rounds * 32
+	}
+	b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(moved), "ns/frame")
+	b.ReportMetric(0, "ns/op")
 }
 
 // BenchmarkFlooder measures what one guest that floods leaves to others, which send to the
@@ -122,9 +125,18 @@ func BenchmarkBridge(b *testing.B) {
 //   - delivered: frames of the paced guests that arrive beside the flooder, in those that do without
 //   - p99-x: the 99th percentile of their time on the way, in that without the flooder
 //   - share: what the guest that gets least has, in an equal part of all that arrives, when all send what they can
+//
+// The guests run on the bridge's processors. With fewer of these than there are busy guests,
+// the figures say how Go and the system share them out.
 func BenchmarkFlooder(b *testing.B) {
+	for _, pooled := range []bool{false, true} {
+		b.Run(fmt.Sprintf("pool=%t", pooled), func(b *testing.B) { benchFlooder(b, pooled) })
+	}
+}
+
+func benchFlooder(b *testing.B, pooled bool) {
 	const others = 14
-	l := newLAN(b, Config{}, pvnet.ServeConfig{}, same(others+2, PortConfig{}), seq(others+2)...)
+	l := newLANOf(b, pooled, Config{}, pvnet.ServeConfig{}, same(others+2, PortConfig{}), seq(others+2)...)
 	talkers := make([]*talker, others+2)
 	for i := range talkers {
 		talkers[i] = newTalker(b, l.Fronts[i])

@@ -29,6 +29,11 @@ type Config struct {
 	// Age is how long the bridge remembers a station that sends nothing, at least 1 s; it
 	// may be an eighth longer. 0 means 5 minutes, as IEEE 802.1D does.
 	Age time.Duration
+
+	// Pool receives for the ports, if it is not nil: it is to be of the domain whose vifs they
+	// are, and outlives the bridge. nil: a goroutine for each queue of each vif. The pool
+	// keeps a guest that floods from delaying what others send: [forward.Pool].
+	Pool *forward.Pool
 }
 
 const (
@@ -280,7 +285,11 @@ func (p *Port) run(ctx context.Context) {
 			}
 		}
 	})
-	err := forward.Receive(ctx, p.dev, p.forward)
+	receive := forward.Receive
+	if pool := p.b.cfg.Pool; pool != nil {
+		receive = pool.Receive
+	}
+	err := receive(ctx, p.dev, p.forward)
 	if err == nil {
 		err = pvnet.ErrDisconnected
 	}

@@ -59,9 +59,24 @@ var everybody = pvnet.MAC{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}
 // newLAN makes a bridge with a port for each config. Guests in deaf receive nothing.
 func newLAN(t testing.TB, cfg Config, serve pvnet.ServeConfig, ports []PortConfig, deaf ...int) *lan {
 	t.Helper()
+	return newLANOf(t, false, cfg, serve, ports, deaf...)
+}
+
+// newLANOf is newLAN; pooled: a pool of one goroutine receives for all ports.
+func newLANOf(t testing.TB, pooled bool, cfg Config, serve pvnet.ServeConfig, ports []PortConfig, deaf ...int) *lan {
+	t.Helper()
 	guest := pvnet.Config{Queues: serve.Queues, Offload: serve.Offload, StaticGrants: serve.StaticGrants}
 	l := &lan{Hub: pvnettest.NewHub(t, len(ports), toolstack.Vif{}, func(int) pvnet.Config { return guest }, serve), t: t}
 	var err error
+	if pooled {
+		if cfg.Pool, err = forward.NewPool(l.Driver, 1); errors.Is(err, errors.ErrUnsupported) {
+			t.Skip("this system cannot wait for many events:", err)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { cfg.Pool.Close() })
+	}
 	if l.Bridge, err = New(cfg); err != nil {
 		t.Fatal(err)
 	}
@@ -171,9 +186,10 @@ func same(n int, p PortConfig) []PortConfig {
 }
 
 func TestTheBridgeLearns(t *testing.T) {
-	for _, lent := range []bool{false, true} {
-		t.Run(fmt.Sprintf("lent=%t", lent), func(t *testing.T) {
-			l := newLAN(t, Config{}, pvnet.ServeConfig{Config: pvnet.Config{StaticGrants: lent, LendRx: lent}}, same(4, PortConfig{}))
+	for _, c := range []struct{ lent, pooled bool }{{false, false}, {true, false}, {false, true}} {
+		t.Run(fmt.Sprintf("%+v", c), func(t *testing.T) {
+			lent := c.lent
+			l := newLANOf(t, c.pooled, Config{}, pvnet.ServeConfig{Config: pvnet.Config{StaticGrants: lent, LendRx: lent}}, same(4, PortConfig{}))
 			unknown := frame(mac(1), mac(0), 1)
 			l.send(0, unknown)
 			l.want("to an unknown station", unknown, 1, 2, 3)
@@ -309,6 +325,10 @@ func TestAGuardKeepsStationsApart(t *testing.T) {
 	if n := len(l.Stations()); n != 3 {
 		t.Errorf("%d guarded stations", n)
 	}
+	l.ports[1].Close()
+	if n := len(l.Stations()); n != 1 {
+		t.Errorf("%d stations after a guarded port is gone", n)
+	}
 }
 
 func TestBadPortsAreRefused(t *testing.T) {
@@ -424,7 +444,13 @@ func TestTheTableIsBounded(t *testing.T) {
 // Ports come and go while frames move. What a port that is gone had is forgotten, and nothing
 // of it is left.
 func TestPortsComeAndGo(t *testing.T) {
-	l := newLAN(t, Config{}, pvnet.ServeConfig{}, same(3, PortConfig{}))
+	for _, pooled := range []bool{false, true} {
+		t.Run(fmt.Sprintf("pool=%t", pooled), func(t *testing.T) { portsComeAndGo(t, pooled) })
+	}
+}
+
+func portsComeAndGo(t *testing.T, pooled bool) {
+	l := newLANOf(t, pooled, Config{}, pvnet.ServeConfig{}, same(3, PortConfig{}))
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	var wg sync.WaitGroup
@@ -531,9 +557,10 @@ func TestADeafGuestHoldsUpNobody(t *testing.T) {
 }
 
 func TestBridgingDoesNotAllocate(t *testing.T) {
-	for _, group := range []bool{false, true} {
-		t.Run(fmt.Sprintf("group=%t", group), func(t *testing.T) {
-			l := newLAN(t, Config{}, pvnet.ServeConfig{}, same(3, PortConfig{}), 0, 1, 2)
+	for _, c := range []struct{ group, pooled bool }{{false, false}, {true, false}, {false, true}} {
+		t.Run(fmt.Sprintf("%+v", c), func(t *testing.T) {
+			group := c.group
+			l := newLANOf(t, c.pooled, Config{}, pvnet.ServeConfig{}, same(3, PortConfig{}), 0, 1, 2)
 			var txs []*pvnet.TX
 			var rxs []*pvnet.RX
 			for i := range 3 {

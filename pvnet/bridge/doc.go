@@ -22,5 +22,10 @@
 // port, and those take turns ([forward.Sender]). What a port does not take is dropped, and
 // nobody waits for it. The table is bounded for each port and in all. What does not fit is not
 // learned, so a port that invents addresses cannot make the bridge forget those of others; it
-// only makes frames for its own addresses go to all ports.
+// only makes frames for its own addresses go to all ports. But without guards a station moves to
+// the port that last sent from its address, as on any bridge.
+//
+// The vifs of tenants should not lend pages ([pvnet.Config].LendRx): a guest that stops would hold
+// those of another, which then has to wait for it. With a [Config].Pool the bridge receives from all
+// ports in turns, a batch of each, however much one of them sends.
 package bridge

@@ -37,6 +37,11 @@
 // many as are still free. So a source that sends to vifs which take nothing still reaches
 // the others, and its device still has pages to receive with.
 //
+// A backend that lends its guest's pages ([pvnet.Config].LendRx) saves a copy, but answers that
+// guest in order: a frame that waits here keeps the guest waiting for the pages of all frames
+// behind it. So lend between vifs of one owner. Where frames go to guests that may stop on
+// purpose, as on a bridge of tenants, leave LendRx off.
+//
 // Pages come back when a vif ends, whichever it is. Frames of a device that has disconnected
 // stay readable, and are sent.
 package forward

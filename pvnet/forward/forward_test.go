@@ -489,29 +489,51 @@ func TestAStalledGuestHoldsUpNobody(t *testing.T) {
 	until(t, "the last count", func() bool { return in.Stats().Waiting == 0 && src.Held() == 0 })
 }
 
-// Many guests that take nothing cannot use up a source's pages: there is always room for one
-// that does.
-func TestASourceReachesOthersBesideManyStalledGuests(t *testing.T) {
-	const stalled = 6
-	h := newHub(t, stalled+2, pvnet.Config{}, pvnet.ServeConfig{DrainTimeout: -1})
+// Guests that take nothing cannot use up a source's pages: each queue gets fewer than are still
+// free, so there are always some for the next one.
+func TestStalledGuestsLeaveASourcePagesForOthers(t *testing.T) {
+	const stalled, pages = 3, 256
+	h := newHub(t, stalled+1, pvnet.Config{}, pvnet.ServeConfig{DrainTimeout: -1})
 	r := newReceiver(t, h.Fronts[0], h.Backs[0])
-	src := forward.NewSource(100)
+	src := forward.NewSource(pages)
 	for i := range stalled {
-		r.fill(t, newInput(t, newSender(t, h.Backs[1+i], forward.Config{Frames: 4096}), src), 500)
+		in := newInput(t, newSender(t, h.Backs[1+i], forward.Config{Frames: 4096}), src)
+		r.fill(t, in, 500)
+		// 16 are next, those for which the ring had no room, and the others are in the queue.
+		if n := in.Stats().Waiting; n <= 16 || n > 16+pages/2 {
+			t.Errorf("%d frames wait for stalled guest %d", n, i)
+		}
 	}
-	// Each may have one batch beyond its queue, which was not counted when it was begun.
-	if held := src.Held(); held > 100+stalled*forward.Batch {
+	if held := src.Held(); held > pages {
 		t.Errorf("%d pages are held", held)
 	}
-	live := newInput(t, newSender(t, h.Backs[stalled+1], forward.Config{}), src)
-	got := listen(t, h.Fronts[stalled+1])
-	for i := range 50 {
-		if lost, err := live.Send(r.frames(t, 8, 500, i)); lost != 0 || err != nil {
-			t.Fatal(lost, err)
+}
+
+// Frames for a queue that the next connection does not have are dropped, since nobody will ever
+// take them.
+func TestQueuesThatAreGone(t *testing.T) {
+	queues := 4
+	h := pvnettest.NewHub(t, 2, toolstack.Vif{}, func(guest int) pvnet.Config { return pvnet.Config{Queues: []int{1, queues}[guest]} },
+		pvnet.ServeConfig{Config: pvnet.Config{Queues: 4}, DrainTimeout: -1})
+	r := newReceiver(t, h.Fronts[0], h.Backs[0])
+	src := forward.NewSource(0)
+	in := newInput(t, newSender(t, h.Backs[1], forward.Config{Full: forward.Wait}), src)
+	given := 0
+	for in.Stats().Waiting < 80 { // of 16 flows, over 4 queues: each queue has room for more than that
+		frames := r.frames(t, 16, 50, 0)
+		for flow := range frames {
+			frames[flow].CopyFrom(udp(flow, given))
 		}
-		for range 8 {
-			next(t, got)
-		}
+		in.Send(frames)
+		given += 16
+	}
+	h.Disconnect(1)
+	queues = 1
+	h.Connect(1)
+	listen(t, h.Fronts[1])
+	until(t, "an empty queue", func() bool { return in.Stats().Waiting == 0 && src.Held() == 0 })
+	if st := in.Stats(); st.Down == 0 || total(st) != given {
+		t.Errorf("%d given: %+v", given, st)
 	}
 }
 
@@ -710,6 +732,37 @@ func TestWaitingCallsEnd(t *testing.T) {
 	}
 }
 
+// What waits in an input that is closed is dropped at once, but for the batch that is next. Frames
+// of other inputs stay.
+func TestAClosedInputDropsWhatWaits(t *testing.T) {
+	h := newHub(t, 2, pvnet.Config{}, pvnet.ServeConfig{DrainTimeout: -1})
+	r := newReceiver(t, h.Fronts[0], h.Backs[0])
+	src := forward.NewSource(0)
+	s := newSender(t, h.Backs[1], forward.Config{})
+	first, second := newInput(t, s, src), newInput(t, s, src)
+	given := r.fill(t, first, 100)
+	if lost, err := second.Send(r.frames(t, 16, 100, 1<<20)); lost != 0 || err != nil {
+		t.Fatal(lost, err)
+	}
+	first.Close()
+	st := first.Stats()
+	if st.Waiting > forward.Batch || st.Ended < 64 || total(st) != given || src.Held() != st.Waiting+16 {
+		t.Errorf("%d frames given, %d pages held: %+v", given, src.Held(), st)
+	}
+	if lost, err := first.Send(r.frames(t, 1, 100, 0)); lost != 1 || err != forward.ErrClosed {
+		t.Errorf("%d lost, %v", lost, err)
+	}
+	got := listen(t, h.Fronts[1])
+	for want := 0; want < 16; {
+		if n := numberOf(next(t, got)); n >= 1<<20 {
+			if n != 1<<20+want {
+				t.Errorf("frame %d came, want %d", n-1<<20, want)
+			}
+			want++
+		}
+	}
+}
+
 // A frame that the vif cannot send costs that frame alone, and is counted at the device too.
 func TestBadFramesAreRefusedAlone(t *testing.T) {
 	h := newHub(t, 2, pvnet.Config{}, pvnet.ServeConfig{})
@@ -826,16 +879,44 @@ func TestSharedFramesReachEveryVif(t *testing.T) {
 	}
 }
 
+// A receive is Receive, or that of a pool.
+type receive func(context.Context, *pvnet.Device, func(int, []pvnet.Frame) (int, error)) error
+
+// eachReceive runs a test with each way to receive from the vifs of a hub.
+func eachReceive(t *testing.T, guests int, serve pvnet.ServeConfig, test func(*testing.T, *pvnettest.Hub, receive)) {
+	t.Run("goroutines", func(t *testing.T) { test(t, newHub(t, guests, pvnet.Config{}, serve), forward.Receive) })
+	t.Run("pool", func(t *testing.T) {
+		h := newHub(t, guests, pvnet.Config{}, serve)
+		test(t, h, newPool(t, h, 1).Receive)
+	})
+}
+
+func newPool(t testing.TB, h *pvnettest.Hub, goroutines int) *forward.Pool {
+	t.Helper()
+	p, err := forward.NewPool(h.Driver, goroutines)
+	if errors.Is(err, errors.ErrUnsupported) {
+		t.Skip("this system cannot wait for many events:", err)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { p.Close() })
+	return p
+}
+
 // Receive goes on when all pages that it receives into have come back.
 func TestReceiveWaitsForPages(t *testing.T) {
-	h := newHub(t, 1, pvnet.Config{}, pvnet.ServeConfig{Config: pvnet.Config{Buffers: 17}})
+	eachReceive(t, 1, pvnet.ServeConfig{Config: pvnet.Config{Buffers: 17}}, receiveWaitsForPages)
+}
+
+func receiveWaitsForPages(t *testing.T, h *pvnettest.Hub, receive receive) {
 	var mu sync.Mutex
 	var held []pvnet.Frame
 	seen := 0
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
 	go func() {
-		ended <- forward.Receive(ctx, h.Backs[0], func(_ int, frames []pvnet.Frame) (int, error) {
+		ended <- receive(ctx, h.Backs[0], func(_ int, frames []pvnet.Frame) (int, error) {
 			mu.Lock()
 			defer mu.Unlock()
 			held = append(held, frames...)
@@ -869,11 +950,14 @@ func TestReceiveWaitsForPages(t *testing.T) {
 
 // What fn loses is counted as undelivered, and its error ends Receive.
 func TestReceiveCountsAndEnds(t *testing.T) {
-	h := newHub(t, 1, pvnet.Config{}, pvnet.ServeConfig{})
+	eachReceive(t, 1, pvnet.ServeConfig{}, receiveCountsAndEnds)
+}
+
+func receiveCountsAndEnds(t *testing.T, h *pvnettest.Hub, receive receive) {
 	why := errors.New("enough")
 	ended := make(chan error, 1)
 	go func() {
-		ended <- forward.Receive(context.Background(), h.Backs[0], func(_ int, frames []pvnet.Frame) (lost int, err error) {
+		ended <- receive(context.Background(), h.Backs[0], func(_ int, frames []pvnet.Frame) (lost int, err error) {
 			for i := range frames {
 				b := frames[i].Bytes()
 				if numberOf(b) == 9 {
@@ -893,8 +977,102 @@ func TestReceiveCountsAndEnds(t *testing.T) {
 		t.Errorf("Receive returned %v", err)
 	}
 	until(t, "the count", func() bool { return h.Backs[0].Stats().RX.Get(telemetry.Undelivered) == 10 })
-	if err := forward.Receive(context.Background(), h.Backs[0], nil); !errors.Is(err, pvnet.ErrOwned) {
+	if err := receive(context.Background(), h.Backs[0], nil); !errors.Is(err, pvnet.ErrOwned) {
 		t.Errorf("a second Receive returned %v", err)
+	}
+}
+
+// A pool receives for many vifs. One that goes, by whatever way, leaves the others as they are.
+func TestAPoolReceivesForMany(t *testing.T) {
+	const guests = 4
+	h := newHub(t, guests, pvnet.Config{}, pvnet.ServeConfig{})
+	p := newPool(t, h, 2)
+	got := make([]chan int, guests)
+	ended := make([]chan error, guests)
+	why := errors.New("enough")
+	ctx, cancel := context.WithCancelCause(context.Background())
+	for i := range guests {
+		got[i], ended[i] = make(chan int, 100), make(chan error, 1)
+		c := context.Background()
+		if i == 1 {
+			c = ctx
+		}
+		go func() {
+			ended[i] <- p.Receive(c, h.Backs[i], func(_ int, frames []pvnet.Frame) (int, error) {
+				for k := range frames {
+					got[i] <- numberOf(frames[k].Bytes())
+					frames[k].Release()
+				}
+				return 0, nil
+			})
+		}()
+	}
+	say := func(number int, guests ...int) {
+		t.Helper()
+		for _, i := range guests {
+			if _, err := h.Fronts[i].Write(packet(100, number)); err != nil {
+				t.Fatal(err)
+			}
+			if n := next(t, got[i]); n != number {
+				t.Errorf("guest %d: frame %d came, want %d", i, n, number)
+			}
+		}
+	}
+	say(1, 0, 1, 2, 3)
+	cancel(why)
+	if err := next(t, ended[1]); err != why {
+		t.Errorf("a cancelled Receive returned %v", err)
+	}
+	say(2, 0, 2, 3)
+	h.Unplug(2)
+	if err := next(t, ended[2]); err != nil {
+		t.Errorf("that of a device which ended returned %v", err)
+	}
+	h.Disconnect(3)
+	h.Connect(3)
+	say(3, 0, 3)
+	p.Close()
+	for _, i := range []int{0, 3} {
+		if err := next(t, ended[i]); err != forward.ErrClosed {
+			t.Errorf("after Close it returned %v", err)
+		}
+	}
+	h.Plug(2)
+	if err := p.Receive(context.Background(), h.Backs[2], nil); err != forward.ErrClosed {
+		t.Errorf("a later Receive returned %v", err)
+	}
+	for _, n := range []int{0, 2000} {
+		if _, err := forward.NewPool(h.Driver, n); err == nil {
+			t.Errorf("a pool of %d goroutines was made", n)
+		}
+	}
+}
+
+// One input whose queue is always full leaves the others their share of what the vif takes.
+func TestAFlooderLeavesOthersTheirShare(t *testing.T) {
+	const others, size, each = 3, 1000, 48
+	h := newHub(t, others+2, pvnet.Config{}, pvnet.ServeConfig{DrainTimeout: -1})
+	s := newSender(t, h.Backs[others+1], forward.Config{Frames: 256})
+	flooding := newReceiver(t, h.Fronts[others], h.Backs[others])
+	flooder := newInput(t, s, forward.NewSource(512))
+	flooding.fill(t, flooder, size)
+	for i := range others {
+		r := newReceiver(t, h.Fronts[i], h.Backs[i])
+		if lost, err := newInput(t, s, forward.NewSource(0)).Send(r.frames(t, each, size, (1+i)<<20)); lost != 0 || err != nil {
+			t.Fatal(lost, err)
+		}
+	}
+	got := listen(t, h.Fronts[others+1])
+	var seen [others + 1]int // 0: the flooder's, from the first frame of another on
+	for seen[1] < each || seen[2] < each || seen[3] < each {
+		from := numberOf(next(t, got)) >> 20
+		if from > 0 || seen[1]+seen[2]+seen[3] > 0 {
+			seen[from]++
+		}
+	}
+	// A turn is four frames of this size at most, so the flooder may be one ahead.
+	if most := each + 4; seen[0] > most {
+		t.Errorf("the flooder got %d frames through while each of the others got %d", seen[0], each)
 	}
 }
 

@@ -33,7 +33,7 @@ const vlanHeader = 18
 //
 // With [Wait] it waits for room, until the Input, the Sender or the vif ends. err says why the
 // Sender has ended: [ErrClosed], or what the vif returned. All later frames are lost too. It
-// does not allocate.
+// does not allocate, but for the Input's queue when the first frame has to wait.
 func (in *Input) Send(frames []pvnet.Frame) (lost int, err error) {
 	for len(frames) > 0 {
 		k := min(len(frames), Batch)
@@ -160,9 +160,8 @@ func (in *Input) Close() error {
 		return nil
 	}
 	for _, l := range in.lanes {
-		l.close()
+		l.close() // which also wakes those that wait for room
 	}
-	in.src.wake()
 	s := in.s
 	s.mu.Lock()
 	defer s.mu.Unlock()

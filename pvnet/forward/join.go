@@ -28,17 +28,10 @@ const relief = time.Millisecond
 // While all pages that a queue receives into are held by fn, or by those it gave frames to,
 // the frames that arrive wait in the ring.
 func Receive(ctx context.Context, dev *pvnet.Device, fn func(queue int, frames []pvnet.Frame) (lost int, err error)) error {
-	rxs := make([]*pvnet.RX, dev.Queues())
-	for i := range rxs {
-		var err error
-		if rxs[i], err = dev.OwnRX(i); err != nil {
-			return fmt.Errorf("forward: receive queue %d of vif %s: %w", i, dev.ID(), err)
-		}
+	rxs, err := ownAll(dev)
+	if err != nil {
+		return err
 	}
-	return receive(ctx, rxs, fn)
-}
-
-func receive(ctx context.Context, rxs []*pvnet.RX, fn func(int, []pvnet.Frame) (int, error)) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	stop := context.AfterFunc(ctx, func() {
@@ -55,6 +48,17 @@ func receive(ctx context.Context, rxs []*pvnet.RX, fn func(int, []pvnet.Frame) (
 	}
 	wg.Wait()
 	return unlessOrderly(context.Cause(ctx))
+}
+
+// ownAll owns the receiving halves of all queues of dev.
+func ownAll(dev *pvnet.Device) (rxs []*pvnet.RX, err error) {
+	rxs = make([]*pvnet.RX, dev.Queues())
+	for i := range rxs {
+		if rxs[i], err = dev.OwnRX(i); err != nil {
+			return nil, fmt.Errorf("forward: receive queue %d of vif %s: %w", i, dev.ID(), err)
+		}
+	}
+	return rxs, nil
 }
 
 // unlessOrderly returns err, or nil for that of a device which was disconnected, or which another

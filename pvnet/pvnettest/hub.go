@@ -18,6 +18,7 @@ import (
 // serve many vifs: routers and bridges. Its calls are for the goroutine of the test.
 type Hub struct {
 	Fronts, Backs []*pvnet.Device // by guest
+	Driver        *emu.Domain     // the backends'
 
 	t     testing.TB
 	cfg   func(guest int) pvnet.Config
@@ -35,12 +36,12 @@ type Hub struct {
 func NewHub(t testing.TB, guests int, vif toolstack.Vif, front func(guest int) pvnet.Config, cfg pvnet.ServeConfig) *Hub {
 	t.Helper()
 	h := &Hub{t: t, cfg: front, lab: labtest.New(t, emu.Config{}), backs: map[hypercall.DomID]chan *pvnet.Device{}}
-	driver := h.lab.Domain(1)
+	h.Driver = h.lab.Domain(1)
 	cfg.Hotplug = true
 	serving, stop := context.WithCancel(context.Background())
 	served := make(chan error, 1)
 	go func() {
-		served <- pvnet.Serve(serving, driver, cfg, func(d *pvnet.Device) { h.backsOf(d.Peer()) <- d })
+		served <- pvnet.Serve(serving, h.Driver, cfg, func(d *pvnet.Device) { h.backsOf(d.Peer()) <- d })
 	}()
 	t.Cleanup(func() {
 		stop()

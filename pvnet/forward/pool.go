@@ -1,0 +1,243 @@
+package forward
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"barevif/hypercall"
+	"barevif/pvnet"
+)
+
+// A Pool receives for many vifs of a domain with few goroutines, each of which polls its
+// share in turns ([pvnet.Poller]), one batch of each. A vif whose frames come all the time does
+// not delay the others' by more than such a turn: Go's scheduler, which [Receive] leaves the
+// turns to, may wait for milliseconds before it looks for events while all processors are busy.
+// A vif that is idle costs nothing.
+//
+// Its methods may be called from any goroutine.
+type Pool struct {
+	workers []*poolWorker
+	next    atomic.Uint32 // of workers: takes the next queue
+	wg      sync.WaitGroup
+}
+
+// A poolWorker is one goroutine of a Pool.
+type poolWorker struct {
+	poller *pvnet.Poller
+
+	mu      sync.Mutex
+	members []*poolMember // guarded by mu
+	leaving []*poolMember // guarded by mu: those that the goroutine is to let go
+	closed  bool          // guarded by mu
+}
+
+// A poolMember is one queue of a vif. Its worker's goroutine uses it, until it closes left.
+type poolMember struct {
+	rx          *pvnet.RX
+	fn          func([]pvnet.Frame) (int, error)
+	undelivered uint64 // frames lost that the device has not counted yet
+	over        bool   // nothing is received any more
+	err         error  // written before left is closed: why
+	left        chan struct{}
+}
+
+// NewPool makes a pool of so many goroutines for vifs of domain. The errors are those of
+// [pvnet.NewPoller]: a domain that cannot wait for many events at once is
+// [pvnet.ErrUnimplemented]; use [Receive] there.
+func NewPool(domain hypercall.Domain, goroutines int) (*Pool, error) {
+	if goroutines < 1 || goroutines > 1024 {
+		return nil, fmt.Errorf("forward: a pool of %d goroutines: it takes 1 to 1024", goroutines)
+	}
+	p := &Pool{}
+	for range goroutines {
+		poller, err := pvnet.NewPoller(domain, pvnet.PollerConfig{})
+		if err != nil {
+			for _, w := range p.workers {
+				w.poller.Close()
+			}
+			return nil, fmt.Errorf("forward: %w", err)
+		}
+		p.workers = append(p.workers, &poolWorker{poller: poller})
+	}
+	for _, w := range p.workers {
+		p.wg.Go(w.run)
+	}
+	return p, nil
+}
+
+// Receive is [Receive] of the package, and calls fn from the pool's goroutines. So fn must not
+// wait: it is for Senders that [Drop]. It also returns [ErrClosed] after [Pool.Close].
+//
+// A queue all of whose pages are held by fn, or by those that it gave frames to, is looked at
+// again after a millisecond.
+func (p *Pool) Receive(ctx context.Context, dev *pvnet.Device, fn func(queue int, frames []pvnet.Frame) (lost int, err error)) error {
+	rxs, err := ownAll(dev)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	var wg sync.WaitGroup
+	for i, rx := range rxs {
+		m := &poolMember{rx: rx, left: make(chan struct{}), fn: func(frames []pvnet.Frame) (int, error) { return fn(i, frames) }}
+		w := p.workers[int(p.next.Add(1))%len(p.workers)]
+		if err := w.add(m); err != nil {
+			cancel(err)
+			break
+		}
+		wg.Go(func() {
+			select {
+			case <-m.left:
+			case <-ctx.Done():
+				w.letGo(m)
+				<-m.left
+			}
+			cancel(m.err)
+		})
+	}
+	wg.Wait()
+	return unlessOrderly(context.Cause(ctx))
+}
+
+// Close ends every Receive of the pool, and returns once its goroutines have ended. It is
+// idempotent and returns nil.
+func (p *Pool) Close() error {
+	for _, w := range p.workers {
+		w.mu.Lock()
+		w.closed = true
+		w.mu.Unlock()
+		w.poller.Wake()
+	}
+	p.wg.Wait()
+	return nil
+}
+
+func (w *poolWorker) add(m *poolMember) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.closed {
+		return ErrClosed
+	}
+	if err := w.poller.Add(m.rx, m); err != nil {
+		return fmt.Errorf("forward: %w", err)
+	}
+	w.members = append(w.members, m)
+	return nil
+}
+
+// letGo has the goroutine close m.left, and not use m afterwards.
+func (w *poolWorker) letGo(m *poolMember) {
+	w.mu.Lock()
+	w.leaving = append(w.leaving, m)
+	w.mu.Unlock()
+	w.poller.Wake()
+}
+
+func (w *poolWorker) run() {
+	var frames [Batch]pvnet.Frame
+	for {
+		ready, err := w.poller.Wait()
+		if err != nil {
+			w.end(err) // the domain itself is gone
+			return
+		}
+		for _, r := range ready {
+			m := r.Value.(*poolMember)
+			switch {
+			case m.over:
+			case r.Err != nil:
+				w.leave(m, r.Err)
+			default:
+				if err := w.receive(m, frames[:]); err != nil {
+					w.leave(m, err)
+				}
+			}
+		}
+		w.mu.Lock()
+		leaving, closed := w.leaving, w.closed
+		w.leaving = nil
+		w.mu.Unlock()
+		for _, m := range leaving {
+			w.leave(m, cmp.Or(deviceError(m), context.Canceled)) // of one that was cancelled, Receive knows the cause
+		}
+		if closed {
+			w.end(ErrClosed)
+			return
+		}
+	}
+}
+
+// deviceError returns the error that has ended the device of m; nil if it has not ended.
+func deviceError(m *poolMember) error {
+	_, err := m.rx.Receive(nil)
+	return err
+}
+
+// receive passes one batch of m on.
+func (w *poolWorker) receive(m *poolMember, frames []pvnet.Frame) error {
+	n, err := m.rx.Poll(frames)
+	switch {
+	case err == pvnet.ErrLinkDown:
+		return nil
+	case err == pvnet.ErrNoBuffers:
+		w.rest(m)
+		return nil
+	case err != nil:
+		return err
+	case n == 0:
+		return nil
+	}
+	lost, err := m.fn(frames[:n])
+	m.undelivered += uint64(lost)
+	if m.undelivered > 0 && m.rx.CountUndelivered(m.undelivered) == nil {
+		m.undelivered = 0
+	}
+	return err
+}
+
+// rest does not look at m for a while: nobody tells when a page has come back.
+func (w *poolWorker) rest(m *poolMember) {
+	w.poller.Remove(m.rx)
+	time.AfterFunc(relief, func() {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		if slices.Contains(w.members, m) && w.poller.Add(m.rx, m) != nil { // the device has ended
+			w.leaving = append(w.leaving, m)
+			w.poller.Wake()
+		}
+	})
+}
+
+// leave lets m go.
+func (w *poolWorker) leave(m *poolMember, err error) {
+	if m.over {
+		return
+	}
+	m.over = true
+	w.mu.Lock()
+	w.members = slices.DeleteFunc(w.members, func(o *poolMember) bool { return o == m })
+	w.mu.Unlock()
+	w.poller.Remove(m.rx)
+	if m.undelivered > 0 {
+		m.rx.CountUndelivered(m.undelivered) // a device that has ended counts nothing
+	}
+	m.err = err
+	close(m.left)
+}
+
+// end lets all members go.
+func (w *poolWorker) end(err error) {
+	w.mu.Lock()
+	w.closed = true
+	members := slices.Clone(w.members)
+	w.mu.Unlock()
+	for _, m := range members {
+		w.leave(m, err)
+	}
+	w.poller.Close()
+}
