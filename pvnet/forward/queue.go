@@ -35,6 +35,9 @@ type queue struct {
 	owners [Batch]*Input      // of batch
 	n      int                // frames in batch
 
+	written      [][]byte // guarded by mu: frames of Sender.Write
+	writtenBytes int      // guarded by mu
+
 	undelivered uint64 // frames lost that the device has not counted yet
 }
 
@@ -246,6 +249,8 @@ func (q *queue) finish(end error) {
 		q.first, l.next, l.queued = l.next, nil, false
 	}
 	q.last = nil
+	q.s.own.count(ended, len(q.written))
+	q.written, q.writtenBytes = nil, 0
 	q.restLocked()
 	q.mu.Unlock()
 	q.s.end(end)
@@ -323,6 +328,9 @@ func (q *queue) count(what kind, in *Input, k, n int) {
 func (q *queue) fill() bool {
 	if q.n > 0 {
 		return true
+	}
+	if len(q.written) > 0 {
+		q.fillWritten()
 	}
 	for q.n < Batch && q.first != nil {
 		l := q.first

@@ -105,6 +105,7 @@ type Sender struct {
 	dev    *pvnet.Device
 	cfg    Config
 	queues []*queue
+	own    *Input // of the frames of Write; it has no lanes
 	stop   context.CancelFunc
 	wg     sync.WaitGroup
 	counts counts // of all inputs
@@ -133,6 +134,7 @@ func NewSender(dev *pvnet.Device, cfg Config) (*Sender, error) {
 	}
 	cfg.Frames = 1 << bits.Len(uint(cfg.Frames-1))
 	s := &Sender{dev: dev, cfg: cfg, ended: make(chan struct{})}
+	s.own = &Input{s: s, src: NewSource(0)}
 	for i := range dev.Queues() {
 		tx, err := dev.OwnTX(i)
 		if err != nil {

@@ -258,6 +258,9 @@ func (s *snapshot) addRoutes(c *Config, bad *complaints) {
 			continue
 		}
 		for _, net := range p.onLink {
+			if net.bits == 128 {
+				continue // the router's own address alone, which several ports may have
+			}
 			add(fmt.Sprintf("port %d (%s)", p.ID, p.Name), net, hop{out: p.ID})
 		}
 	}

@@ -119,6 +119,8 @@ func barevif(t testing.TB) string {
 func benchProgram(t testing.TB) string { return build(t, "bench", "./test/bench") }
 func checkProgram(t testing.TB) string { return build(t, "check", "./test/check") }
 
+func routerProgram(t testing.TB) string { return build(t, "vifrouter", "./tools/vifrouter") }
+
 // namespace runs the calling test again inside a user and network namespace, where namespace
 // returns true. Outside it returns false once the inner test has passed.
 func namespace(t *testing.T) bool {
@@ -126,7 +128,7 @@ func namespace(t *testing.T) bool {
 	if os.Getenv(inside) != "" {
 		return true
 	}
-	for _, made := range [...]func(testing.TB) string{barevif, benchProgram, checkProgram, readmeProgram} {
+	for _, made := range [...]func(testing.TB) string{barevif, benchProgram, checkProgram, routerProgram, readmeProgram} {
 		made(t)
 	}
 	cmd := exec.Command("/proc/self/exe", "-test.run=^"+t.Name()+"$", "-test.v", "-test.timeout=5m")

@@ -15,6 +15,7 @@ import (
 func Programs() []image.Program {
 	return []image.Program{
 		{Name: "barevif", Package: "barevif/tools/barevif"},
+		{Name: "vifrouter", Package: "barevif/tools/vifrouter"},
 		{Name: "bench", Package: "barevif/test/bench"},
 		{Name: "check", Package: "barevif/test/check"},
 		{Name: "grants", Package: "barevif/test/xenlab/grants"},
@@ -86,6 +87,7 @@ func Plan() []Boot {
 			{Name: "both ours, taken over", Roles: "PV domU: barevif serve; dom0: barevif back, another by --take-over", Run: bothTakenOver,
 				Complaints: []string{handoverBridge + `: port \d+\(.*\) entered disabled state`}},
 			{Name: "both ours, without root", Roles: "PV domU: barevif serve; PV driver domain: barevif back; both as a user", Run: withoutRoot},
+			{Name: "router", Roles: "PV domU: netfront; PV driver domain: vifrouter, then Linux's forwarding; dom0: netback", Limit: 8 * time.Minute, Run: routed},
 		},
 	}, {
 		Name:  "oxenstored",

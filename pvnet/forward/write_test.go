@@ -1,0 +1,96 @@
+package forward_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"testing"
+	"time"
+
+	"barevif/pvnet"
+	"barevif/pvnet/forward"
+	"barevif/pvnet/pvnettest"
+	"barevif/xenbus/toolstack"
+)
+
+// Frames of Write arrive in their order, and a frame that nobody can send is refused.
+func TestWrittenFramesArrive(t *testing.T) {
+	w := pvnettest.New(t, toolstack.Vif{}, pvnet.Config{}, pvnet.Config{})
+	s, err := forward.NewSender(w.Back, forward.Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	const frames = 2000
+	got := make(chan []byte, 16)
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	defer cancel()
+	go w.Front.Listen(ctx, func(f pvnet.Frame) {
+		b := make([]byte, f.Len())
+		f.CopyTo(b)
+		select {
+		case got <- b:
+		case <-ctx.Done():
+		}
+	})
+	frame := func(i int) []byte { return append(make([]byte, 60), byte(i>>8), byte(i)) }
+	if s.Write(make([]byte, pvnet.MinFrame-1)) || s.Write(make([]byte, pvnet.MaxFrame+1)) {
+		t.Error("a frame that no vif takes was taken")
+	}
+	go func() {
+		for i := range frames {
+			for !s.Write(frame(i)) && ctx.Err() == nil { // as many as may wait do
+				time.Sleep(time.Millisecond)
+			}
+		}
+	}()
+	last := -1
+	for last < frames-1 {
+		select {
+		case b := <-got:
+			i := int(b[60])<<8 | int(b[61])
+			// A frame that found no page is lost, but none is overtaken.
+			if i <= last || !bytes.Equal(b, frame(i)) {
+				t.Fatalf("frame %d after %d", i, last)
+			}
+			if last = i; i > frames-40 {
+				last = frames // the very last may be lost too
+			}
+		case <-ctx.Done():
+			t.Fatalf("no frame after %d", last)
+		}
+	}
+	if n := s.Stats(); n.Sent == 0 {
+		t.Errorf("%+v", n)
+	}
+	cancel()
+	s.Close()
+	if s.Write(frame(1)) {
+		t.Error("a closed Sender takes a frame")
+	}
+	if err := s.Err(); !errors.Is(err, forward.ErrClosed) {
+		t.Error(err)
+	}
+}
+
+// While the link is down, or nothing is taken, a bounded number of frames waits.
+func TestWrittenFramesAreBounded(t *testing.T) {
+	w := pvnettest.New(t, toolstack.Vif{}, pvnet.Config{}, pvnet.Config{})
+	s, err := forward.NewSender(w.Back, forward.Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	refused := 0
+	for range 5000 { // the frontend takes none
+		if !s.Write(make([]byte, 1500)) {
+			refused++
+		}
+	}
+	if refused < 3000 {
+		t.Errorf("only %d of 5000 frames were refused", refused)
+	}
+	if n := s.Stats(); n.Full < uint64(refused) {
+		t.Errorf("%+v, %d refused", n, refused)
+	}
+}

@@ -1,0 +1,106 @@
+//go:build linux
+
+package command_test
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+)
+
+// routerConf is the configuration of a router between this kernel, which has 192.0.2.1 at the
+// other end of the uplink, and guests.
+const routerConf = `uplink vif 0
+uplink ipv4 192.0.2.2/24 via 192.0.2.1
+network office ipv4 10.137.0.0/24 router 10.137.0.1 pool 10.137.0.100-10.137.0.110
+guest web in office domain 3 ipv4 10.137.0.7
+guest * in office
+dns off
+metrics router 192.0.2.2:9100
+allow from uplink to router proto icmp type 8
+allow from uplink to router proto tcp port 9100
+`
+
+// A router is a process that routes, beside a host, the world and guests, each a process too. The
+// world is this kernel's TCP/IP behind a TAP. A guest leases its address, and serves through a
+// forward, which a reload adds and takes away; a wrong file changes nothing. When the router is
+// killed and comes back, all goes on.
+func TestRouterIsAProcess(t *testing.T) {
+	if !namespace(t) {
+		return
+	}
+	needTAP(t)
+	s := newSite(t, "--vif", "front=1,back=2", "--vif", "front=3,back=1", "--vif", "front=4,back=1")
+	s.back("--dom", "2", "--addr", "192.0.2.1/24", "--tap", "world%i").await("joined to world0", 1)
+	file := filepath.Join(t.TempDir(), "router.conf")
+	write := func(text string) {
+		t.Helper()
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(routerConf + "forward tcp 8080 to 10.137.0.7:80\n")
+	run := func() *process {
+		return start(t, nil, routerProgram(t), "run", "--emu", s.socket, "--dom", "1", file)
+	}
+	r := run()
+	r.await("uplink vif 0: connected", 1)
+	s.serve("--dom", "3", "--addr", "dhcp").await("address 10.137.0.7/32, from DHCP", 1)
+	s.serve("--dom", "4", "--addr", "dhcp").await("address 10.137.0.100/32, from DHCP", 1)
+	const url = "http://192.0.2.2:8080"
+	fetch(t, url+"/")
+	body := fetch(t, url+"/bytes/20000000")
+	if sum := fetch(t, url+"/bytes/20000000.sha256"); !bytes.HasPrefix(sum, fmt.Appendf(nil, "%x", sha256.Sum256(body))) {
+		t.Errorf("what arrives is not what was sent: %s", sum)
+	}
+	wants(t, string(fetch(t, "http://192.0.2.2:9100/metrics")), `vifrouter_forwarded_packets_total{port="3.0"} `, `vifrouter_dhcp_leases 2`, "# EOF\n")
+
+	write(routerConf + "forward tcp 8080 to 10.137.0.7:80\nforward tcp 8081 to 10.137.0.100:80\n")
+	r.signal(syscall.SIGHUP)
+	r.await("the configuration was read again: 1 networks, 2 guests, 2 rules, 2 forwards", 1)
+	fetch(t, "http://192.0.2.2:8081/")
+	write(routerConf + "forward tcp 8080 10.137.0.7\nallow from nobody to uplink\n")
+	r.signal(syscall.SIGHUP)
+	r.await("the new configuration is not used, and the old one stays", 2)
+	wants(t, r.text(), file+":10: ", file+":11: ", `no network and no guest is called \"nobody\"`)
+	fetch(t, "http://192.0.2.2:8081/")
+
+	write(routerConf + "forward tcp 8080 to 10.137.0.7:80\n")
+	r.signal(syscall.SIGKILL)
+	<-r.done
+	r = run()
+	r.await("vif 3.0: connected", 1)
+	fetch(t, url+"/")
+	r.signal(syscall.SIGTERM)
+	r.exit(0)
+}
+
+func TestRouterSaysWhatIsWrong(t *testing.T) {
+	router := routerProgram(t)
+	file := filepath.Join(t.TempDir(), "router.conf")
+	if err := os.WriteFile(file, []byte(strings.Replace(routerConf, "dns off", "dns on\nfrobnicate", 1)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	text := start(t, nil, router, "check", file).exit(1)
+	wants(t, text, file+`:6: "on" is nothing of dns: write "dns to 192.0.2.53"`, file+`:7: "frobnicate" is no statement`, "next: ")
+	if err := os.WriteFile(file, []byte(routerConf), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	wants(t, start(t, nil, router, "check", file).exit(0), "1 networks, 2 guests, 2 rules, 0 forwards; nothing is wrong")
+	wants(t, start(t, nil, router, "check", file+"-none").exit(2), "no such file", `"vifrouter example" prints one`)
+	wants(t, start(t, nil, router, "run").exit(2), "FILE is missing", "--line")
+	wants(t, start(t, nil, router, "run", file, "--line", "dns off").exit(2), "both FILE and --line are given")
+	wants(t, start(t, nil, router, "run", "--line", "uplink vif x").exit(2), `--line:1: "x" is no number of a vif`)
+	wants(t, start(t, nil, router, "run", "--take", file).exit(2), "--take is for a real Xen")
+	// The example is a configuration.
+	example := start(t, nil, router, "example").exit(0)
+	if err := os.WriteFile(file, []byte(example), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	start(t, nil, router, "check", file).exit(0)
+}

@@ -1,0 +1,657 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/netip"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"barevif/hypercall"
+	"barevif/hypercall/emu"
+	"barevif/pvnet"
+	"barevif/pvnet/netstack"
+	"barevif/pvnet/netstack/dhcp"
+	"barevif/pvnet/router"
+	"barevif/tools/vifrouter/config"
+	"barevif/xenbus/toolstack"
+	"barevif/xenbus/xenstore/server/labtest"
+
+	"golang.org/x/net/dns/dnsmessage"
+)
+
+// limit bounds every wait of these tests. The machine may be busy.
+const limit = labtest.Limit
+
+// Domains of a site.
+const (
+	routerDom hypercall.DomID = iota + 1
+	worldDom
+	firstDom // of guests
+)
+
+// What the site's world has.
+var (
+	worldAddr  = netip.MustParseAddr("192.0.2.1")
+	worldAddr6 = netip.MustParseAddr("2001:db8::1")
+)
+
+// standard is the configuration of most tests: one network, whose guests may begin what they
+// like at the uplink.
+const standard = `uplink vif 0
+uplink ipv4 192.0.2.2/24 via 192.0.2.1
+uplink ipv6 2001:db8::2/64 via 2001:db8::1
+network office ipv4 10.137.0.0/24 router 10.137.0.1 pool 10.137.0.100-10.137.0.110
+network office ipv6 fd00:137::/56
+guest * in office
+dns to 192.0.2.1
+dhcp lease 10m
+allow from office to uplink name out
+`
+
+// A site is a router in a domain of an emulated machine, between the world, which has a server at
+// the other end of the uplink, and guests.
+type site struct {
+	*testing.T
+	ctx   context.Context
+	lab   *labtest.Lab
+	d     *daemon
+	world *netstack.Stack
+
+	mu      sync.Mutex
+	said    bytes.Buffer // guarded by mu
+	devices chan *pvnet.Device
+}
+
+func (s *site) Write(b []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.said.Write(b)
+}
+
+func (s *site) text() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.said.String()
+}
+
+func parse(t testing.TB, text string) *config.Config {
+	t.Helper()
+	c, err := config.Parse("test.conf", []byte(text))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+func newSite(t *testing.T, text string) *site {
+	t.Helper()
+	s := &site{T: t, lab: labtest.New(t, emu.Config{}), devices: make(chan *pvnet.Device, 8)}
+	var cancel context.CancelFunc
+	s.ctx, cancel = context.WithTimeout(context.Background(), limit)
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("the router said:\n%s", s.text())
+		}
+	})
+	worldDomain, own := s.lab.Domain(worldDom), s.lab.Domain(routerDom)
+	s.lab.Add(toolstack.Vif{Front: routerDom, Back: worldDom})
+	serving, stop := context.WithCancel(context.Background())
+	served := make(chan error, 1)
+	go func() {
+		served <- pvnet.Serve(serving, worldDomain, pvnet.ServeConfig{Config: pvnet.Config{Offload: true}, Hotplug: true}, func(dev *pvnet.Device) {
+			s.devices <- dev
+			<-dev.Done()
+		})
+	}()
+	log := slog.New(slog.NewTextHandler(s, nil))
+	say := func(format string, args ...any) { fmt.Fprintf(s, format+"\n", args...) }
+	d, err := newDaemon(own, parse(t, text), pvnet.Config{Offload: true, StaticGrants: true}, say, log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.d = d
+	running, end := context.WithCancel(context.Background())
+	ran := make(chan error, 1)
+	go func() { ran <- d.run(running) }()
+	t.Cleanup(func() {
+		end()
+		if err := <-ran; err != nil {
+			t.Error(err)
+		}
+		if s.world != nil {
+			s.world.Close()
+		}
+		stop()
+		<-served
+		cancel()
+	})
+	s.connectWorld()
+	return s
+}
+
+// connectWorld puts TCP/IP on the world's end of the uplink.
+func (s *site) connectWorld() {
+	s.Helper()
+	select {
+	case dev := <-s.devices:
+		var err error
+		s.world, err = netstack.New(dev, netstack.Config{
+			Addrs:    []netip.Prefix{netip.PrefixFrom(worldAddr, 24), netip.PrefixFrom(worldAddr6, 64)},
+			Gateways: []netip.Addr{netip.MustParseAddr("2001:db8::2")},
+		})
+		if err != nil {
+			s.Fatal(err)
+		}
+	case <-s.ctx.Done():
+		s.Fatal("the router does not connect to its uplink")
+	}
+	s.listenDNS(s.world)
+	s.listenTCP(s.world, ":80")
+}
+
+// comes waits until what is so.
+func (s *site) comes(what string, ok func() bool) {
+	s.Helper()
+	for !ok() {
+		select {
+		case <-s.ctx.Done():
+			s.Fatalf("never: %s", what)
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+}
+
+// listenDNS answers queries: web.test has the world's address, and big.test more than fits a
+// datagram.
+func (s *site) listenDNS(w *netstack.Stack) {
+	s.Helper()
+	c, err := w.ListenPacket("udp4", ":53")
+	if err != nil {
+		s.Fatal(err)
+	}
+	go func() {
+		b := make([]byte, 1500)
+		for {
+			n, from, err := c.ReadFrom(b)
+			if err != nil {
+				return
+			}
+			var m dnsmessage.Message
+			if m.Unpack(b[:n]) != nil || len(m.Questions) != 1 {
+				continue
+			}
+			q := m.Questions[0]
+			r := dnsmessage.Message{Header: dnsmessage.Header{ID: m.ID, Response: true, RecursionAvailable: true}, Questions: m.Questions}
+			h := dnsmessage.ResourceHeader{Name: q.Name, Class: q.Class, TTL: 60}
+			switch {
+			case !strings.EqualFold(q.Name.String(), "web.test."):
+				r.RCode = dnsmessage.RCodeNameError
+			case q.Type == dnsmessage.TypeA:
+				r.Answers = append(r.Answers, dnsmessage.Resource{Header: h, Body: &dnsmessage.AResource{A: worldAddr.As4()}})
+			case q.Type == dnsmessage.TypeAAAA:
+				r.Answers = append(r.Answers, dnsmessage.Resource{Header: h, Body: &dnsmessage.AAAAResource{AAAA: worldAddr6.As16()}})
+			}
+			if out, err := r.Pack(); err == nil {
+				c.WriteTo(out, from)
+			}
+		}
+	}()
+}
+
+// listenTCP says who is connected, and then the SHA-256 of what it gets.
+func (s *site) listenTCP(w *netstack.Stack, at string) {
+	s.Helper()
+	l, err := w.Listen("tcp", at)
+	if err != nil {
+		s.Fatal(err)
+	}
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer c.Close()
+				fmt.Fprintf(c, "%s\n", c.RemoteAddr())
+				h := sha256.New()
+				if _, err := io.Copy(h, c); err == nil {
+					fmt.Fprintf(c, "%x\n", h.Sum(nil))
+				}
+			}()
+		}
+	}()
+}
+
+// guest connects a guest's TCP/IP, which takes its addresses from the router.
+func (s *site) guest(dom hypercall.DomID) (*netstack.Stack, *emu.Domain) {
+	s.Helper()
+	domain := s.lab.Domain(dom)
+	s.lab.Add(toolstack.Vif{Front: dom, Back: routerDom})
+	return s.connectGuest(domain), domain
+}
+
+func (s *site) connectGuest(domain *emu.Domain) *netstack.Stack {
+	s.Helper()
+	stack, err := netstack.Connect(s.ctx, domain, "0", netstack.Config{DHCP: true, RA: true, Hostname: "guest"})
+	if err != nil {
+		s.Fatal(err)
+	}
+	s.Cleanup(func() { stack.Close() })
+	return stack
+}
+
+// settled waits until a guest has an address of each family and a name server.
+func (s *site) settled(g *netstack.Stack) netstack.Settings {
+	s.Helper()
+	for now := range g.Changes(s.ctx) {
+		four, six := false, false
+		for _, a := range now.Addrs {
+			four, six = four || a.Addr().Is4(), six || a.Addr().Is6()
+		}
+		if four && six && len(now.DNS) >= 2 {
+			return now
+		}
+	}
+	s.Fatalf("a guest gets no addresses: %+v", g.Settings())
+	return netstack.Settings{}
+}
+
+// ask connects to a server, which says who we are.
+func ask(ctx context.Context, g *netstack.Stack, at string) (string, error) {
+	c, err := g.DialContext(ctx, "tcp", at)
+	if err != nil {
+		return "", err
+	}
+	defer c.Close()
+	defer context.AfterFunc(ctx, func() { c.SetDeadline(time.Unix(1, 0)) })()
+	var b [64]byte
+	n, err := c.Read(b[:])
+	host, _, _ := net.SplitHostPort(strings.TrimSpace(string(b[:n])))
+	return host, err
+}
+
+func TestGuestLeasesResolvesAndConnects(t *testing.T) {
+	s := newSite(t, standard)
+	g, _ := s.guest(firstDom)
+	now := s.settled(g)
+	if now.Addrs[0].Prefix != netip.MustParsePrefix("10.137.0.100/32") && now.Addrs[1].Prefix != netip.MustParsePrefix("10.137.0.100/32") {
+		t.Errorf("%+v", now)
+	}
+	who, err := ask(s.ctx, g, "web.test:80")
+	if err != nil || who != "192.0.2.2" && !strings.HasPrefix(who, "fd00:137:") {
+		t.Errorf("by name: %q, %v", who, err)
+	}
+	if who, err = ask(s.ctx, g, "192.0.2.1:80"); err != nil || who != "192.0.2.2" {
+		t.Errorf("over IPv4 the server sees %q, %v", who, err)
+	}
+	if who, err = ask(s.ctx, g, "[2001:db8::1]:80"); err != nil || !strings.HasPrefix(who, "fd00:137:") {
+		t.Errorf("over IPv6 the server sees %q, %v", who, err)
+	}
+	for _, to := range []string{"10.137.0.1", "192.0.2.1", "fd00:137::1", "2001:db8::1"} {
+		if _, err := g.Ping(s.ctx, netip.MustParseAddr(to)); err != nil {
+			t.Errorf("ping %s: %v", to, err)
+		}
+	}
+	if st := s.d.names.Stats(); st.Upstream == 0 || st.Answered == 0 {
+		t.Errorf("%+v", st)
+	}
+	var missing *net.DNSError
+	if _, err := g.DialContext(s.ctx, "tcp", "none.test:80"); !errors.As(err, &missing) || !missing.IsNotFound {
+		t.Errorf("a name that is none: %v", err)
+	}
+}
+
+func TestRulesDropAndReject(t *testing.T) {
+	s := newSite(t, `uplink vif 0
+uplink ipv4 192.0.2.2/24 via 192.0.2.1
+network office ipv4 10.137.0.0/24 router 10.137.0.1 pool 10.137.0.100-10.137.0.110
+network dmz ipv4 10.137.1.0/24 router 10.137.1.1
+guest web in dmz domain 4 ipv4 10.137.1.7
+guest * in office
+dns off
+allow from office to web proto tcp port 80
+reject from office to uplink proto tcp port 81 name shut
+drop from office to uplink proto tcp port 82 name silent
+allow from office to uplink
+forward tcp 8080 to 10.137.1.7:80
+`)
+	g, _ := s.guest(firstDom)
+	web, _ := s.guest(firstDom + 1)
+	for _, one := range []*netstack.Stack{g, web} {
+		if _, err := one.Ready(s.ctx); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if a := web.Addr(); a != netip.MustParseAddr("10.137.1.7") {
+		t.Errorf("the guest with a fixed address has %v", a)
+	}
+	s.listenTCP(web, ":80")
+	if who, err := ask(s.ctx, g, "10.137.1.7:80"); err != nil || who != g.Addr().String() {
+		t.Errorf("from guest to guest: %q, %v", who, err)
+	}
+	if _, err := ask(s.ctx, g, "192.0.2.1:81"); err == nil || errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("rejected: %v", err)
+	}
+	soon, cancel := context.WithTimeout(s.ctx, 300*time.Millisecond)
+	defer cancel()
+	if _, err := ask(soon, g, "192.0.2.1:82"); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("dropped: %v", err)
+	}
+	if who, err := ask(s.ctx, s.world, "192.0.2.2:8080"); err != nil || who != "192.0.2.1" {
+		t.Errorf("through the forward: %q, %v", who, err)
+	}
+	// The guest of the network without rules begins nothing.
+	soon2, cancel2 := context.WithTimeout(s.ctx, 300*time.Millisecond)
+	defer cancel2()
+	if _, err := ask(soon2, web, "192.0.2.1:80"); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("without a rule: %v", err)
+	}
+	matched := map[string]uint64{}
+	for _, r := range s.d.core.RuleStats() {
+		matched[r.Name] += r.Matched
+	}
+	if matched["shut"] == 0 || matched["silent"] == 0 {
+		t.Errorf("%v", matched)
+	}
+}
+
+// dropped returns how many packets the router has decided to drop for a reason that a flow could
+// notice. That a vif had no room is no decision of its.
+func (s *site) dropped() (n uint64) {
+	for id := range router.PortID(8) {
+		if p, ok := s.d.core.PortStats(id); ok {
+			n += p.Drops() - p.Dropped[router.ReasonNotForUs] - p.Dropped[router.ReasonFiltered]
+		}
+	}
+	return n
+}
+
+func TestReloadLosesNothing(t *testing.T) {
+	s := newSite(t, standard)
+	g, _ := s.guest(firstDom)
+	s.settled(g)
+	c, err := g.DialContext(s.ctx, "tcp", "192.0.2.1:80")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	var hello [64]byte
+	if _, err := c.Read(hello[:]); err != nil {
+		t.Fatal(err)
+	}
+	before := s.dropped()
+	stop, reloaded := make(chan struct{}), make(chan int, 1)
+	go func() {
+		n := 0
+		for ; ; n++ {
+			select {
+			case <-stop:
+				reloaded <- n
+				return
+			default:
+			}
+			text := standard + fmt.Sprintf("reject from office to uplink proto tcp port %d\n", 1000+n%100)
+			if err := s.d.reload(parse(t, text)); err != nil {
+				t.Error(err)
+			}
+			time.Sleep(time.Millisecond)
+		}
+	}()
+	h, piece := sha256.New(), make([]byte, 64<<10)
+	for i := range 400 {
+		for j := range piece {
+			piece[j] = byte(i*7 + j*13)
+		}
+		h.Write(piece)
+		if _, err := c.Write(piece); err != nil {
+			t.Fatal(err)
+		}
+	}
+	close(stop)
+	if n := <-reloaded; n < 5 {
+		t.Errorf("only %d reloads", n)
+	}
+	if err := c.(interface{ CloseWrite() error }).CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
+	sum, err := io.ReadAll(c)
+	if want := fmt.Sprintf("%x\n", h.Sum(nil)); err != nil || string(sum) != want {
+		t.Errorf("%q, %v; want %q", sum, err, want)
+	}
+	if n := s.dropped() - before; n != 0 {
+		t.Errorf("%d packets were lost", n)
+	}
+}
+
+func TestReloadEndsWhatIsAllowedNoMore(t *testing.T) {
+	s := newSite(t, standard)
+	g, _ := s.guest(firstDom)
+	s.settled(g)
+	if _, err := ask(s.ctx, g, "192.0.2.1:80"); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.d.reload(parse(t, strings.Replace(standard, "allow from office", "reject from office", 1))); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := ask(s.ctx, g, "192.0.2.1:80"); err == nil {
+		t.Error("what is rejected now still connects")
+	}
+	// A reload that changes what it cannot is refused, and the old configuration stays.
+	err := s.d.reload(parse(t, standard+"flows 1000\n"))
+	if err == nil || !strings.Contains(err.Error(), `"flows"`) {
+		t.Error(err)
+	}
+	if err := s.d.reload(parse(t, standard)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := ask(s.ctx, g, "192.0.2.1:80"); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestGuestIsHeldToItsAddress(t *testing.T) {
+	s := newSite(t, standard)
+	g, _ := s.guest(firstDom)
+	s.settled(g)
+	domain := s.lab.Domain(firstDom + 1)
+	vif := s.lab.Add(toolstack.Vif{Front: firstDom + 1, Back: routerDom})
+	dev, err := pvnet.Connect(s.ctx, domain, "0", pvnet.Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dev.Disconnect()
+	to := netip.AddrPortFrom(worldAddr, 53)
+	send := func(mac [6]byte, src string) {
+		f := udpFrame(mac, guestMAC, netip.MustParseAddrPort(src), to, []byte("spoofed"))
+		if _, err := dev.Write(f); err != nil {
+			t.Fatal(err)
+		}
+	}
+	id := router.PortID(2)
+	count := func(r router.Reason) uint64 {
+		p, _ := s.d.core.PortStats(id)
+		return p.Dropped[r]
+	}
+	send(vif.MAC, "10.137.0.100:1000") // the other guest's
+	s.comes("a spoofed address is dropped", func() bool { return count(router.ReasonSpoofed) == 1 })
+	send(vif.MAC, "192.0.2.9:1000") // one of the world
+	s.comes("an address of the uplink is dropped", func() bool { return count(router.ReasonSpoofed) == 2 })
+	send([6]byte{0, 0x16, 0x3e, 0, byte(firstDom), 0}, "10.137.0.101:1000") // the other guest's MAC
+	s.comes("another MAC is dropped", func() bool { return count(router.ReasonSourceMAC) == 1 })
+	send(vif.MAC, "10.137.0.101:1000") // its own address, which it has without DHCP too
+	s.comes("what is its own passes", func() bool {
+		p, _ := s.d.core.PortStats(id)
+		return p.Forwarded+p.Waiting > 0
+	})
+	// Neither has taken anything from the other guest.
+	if _, err := ask(s.ctx, g, "192.0.2.1:80"); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestGuestsAndUplinkComeAndGo(t *testing.T) {
+	s := newSite(t, standard)
+	g, domain := s.guest(firstDom)
+	s.settled(g)
+	first := g.Addr()
+	if _, err := ask(s.ctx, g, "192.0.2.1:80"); err != nil {
+		t.Fatal(err)
+	}
+	// The guest's vif is taken away and comes back, with its address.
+	g.Close()
+	vif := toolstack.Vif{Front: firstDom, Back: routerDom}
+	if err := toolstack.Remove(s.ctx, s.lab.Tools, vif); err != nil {
+		t.Fatal(err)
+	}
+	s.comes("the router lets go of the vif", func() bool { return strings.Contains(s.text(), "vif 3.0: gone") })
+	s.lab.Add(vif)
+	g = s.connectGuest(domain)
+	s.settled(g)
+	if g.Addr() != first {
+		t.Errorf("the guest had %v and has %v", first, g.Addr())
+	}
+	if _, err := ask(s.ctx, g, "192.0.2.1:80"); err != nil {
+		t.Fatal(err)
+	}
+	// The uplink is taken away and comes back.
+	up := toolstack.Vif{Front: routerDom, Back: worldDom}
+	s.world.Close()
+	if err := toolstack.Remove(s.ctx, s.lab.Tools, up); err != nil {
+		t.Fatal(err)
+	}
+	s.comes("the uplink is down", func() bool { return strings.Contains(s.text(), "uplink vif 0: down") })
+	s.lab.Add(up)
+	s.connectWorld()
+	s.comes("the guest reaches the world again", func() bool {
+		soon, cancel := context.WithTimeout(s.ctx, 5*time.Second)
+		defer cancel()
+		_, err := ask(soon, g, "192.0.2.1:80")
+		return err == nil
+	})
+}
+
+func TestVifThatNobodyNamesIsRefusedUntilAReloadAdmitsIt(t *testing.T) {
+	s := newSite(t, strings.Replace(standard, "guest * in office", "guest other in office domain 77", 1))
+	domain := s.lab.Domain(firstDom)
+	vif := s.lab.Add(toolstack.Vif{Front: firstDom, Back: routerDom})
+	s.comes("the router says why", func() bool {
+		why, err := s.lab.Tools.Read(s.ctx, vif.BackDir()+"/hotplug-error")
+		return err == nil && strings.Contains(why, "no guest line")
+	})
+	if err := s.d.reload(parse(t, standard)); err != nil {
+		t.Fatal(err)
+	}
+	s.settled(s.connectGuest(domain))
+}
+
+func TestMetricsAreOneReadablePage(t *testing.T) {
+	s := newSite(t, standard)
+	g, _ := s.guest(firstDom)
+	s.settled(g)
+	if _, err := ask(s.ctx, g, "web.test:80"); err != nil {
+		t.Fatal(err)
+	}
+	var b bytes.Buffer
+	if err := s.d.writeMetrics(&b); err != nil {
+		t.Fatal(err)
+	}
+	text := b.String()
+	if strings.Count(text, "# EOF") != 1 || !strings.HasSuffix(text, "\n# EOF\n") {
+		t.Error("the page does not end with one EOF")
+	}
+	types := map[string]bool{}
+	for line := range strings.Lines(text) {
+		if name, ok := strings.CutPrefix(line, "# TYPE "); ok {
+			name, _, _ = strings.Cut(name, " ")
+			if types[name] {
+				t.Errorf("%s comes twice", name)
+			}
+			types[name] = true
+		}
+	}
+	for _, want := range []string{
+		`vifrouter_forwarded_packets_total{port="3.0"} `, `vifrouter_dhcp_leases 1`, `vifrouter_guests{admitted="yes"} 1`,
+		`vifrouter_rule_packets_total{rule="out"} `, `vifrouter_dns_upstream_queries_total `, `{vif="vif3.0",queue="0"}`, `{vif="uplink",queue="0"}`,
+	} {
+		if !strings.Contains(text, want) {
+			t.Errorf("nothing says %q", want)
+		}
+	}
+	if strings.Contains(text, `vifrouter_forwarded_packets_total{port="3.0"} 0`+"\n") {
+		t.Error("nothing was counted as forwarded")
+	}
+}
+
+// A router whose uplink is a guest of another router: it leases its address there, asks the name
+// server of the lease, and gives both back with its own guests behind it.
+func TestUplinkLeasesItsAddress(t *testing.T) {
+	s := newSite(t, standard)
+	const inner = firstDom + 4
+	own := s.lab.Domain(inner)
+	s.lab.Add(toolstack.Vif{Front: inner, Back: routerDom})
+	log := slog.New(slog.NewTextHandler(s, nil))
+	say := func(format string, args ...any) { fmt.Fprintf(s, "inner: "+format+"\n", args...) }
+	text := `uplink vif 0
+uplink ipv4 dhcp
+network lab ipv4 10.200.0.0/24 router 10.200.0.1 pool 10.200.0.5-10.200.0.9
+guest * in lab
+dns uplink
+allow from lab to uplink
+`
+	d, err := newDaemon(own, parse(t, text), pvnet.Config{Offload: true}, say, log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	running, end := context.WithCancel(context.Background())
+	ran := make(chan error, 1)
+	go func() { ran <- d.run(running) }()
+	defer func() {
+		end()
+		if err := <-ran; err != nil {
+			t.Error(err)
+		}
+	}()
+	s.comes("the uplink has a lease", func() bool { return strings.Contains(s.text(), "inner: uplink: address 10.137.0.100/32 by DHCP") })
+	domain := s.lab.Domain(inner + 1)
+	s.lab.Add(toolstack.Vif{Front: inner + 1, Back: inner})
+	g, err := netstack.Connect(s.ctx, domain, "0", netstack.Config{DHCP: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer g.Close()
+	if _, err := g.Ready(s.ctx); err != nil {
+		t.Fatal(err)
+	}
+	if who, err := ask(s.ctx, g, "web.test:80"); err != nil || who != "192.0.2.2" {
+		t.Errorf("through two routers: %q, %v", who, err)
+	}
+	// A reload to a static address ends the client, and one back starts it again.
+	static := strings.Replace(text, "ipv4 dhcp", "ipv4 10.137.0.100/24 via 10.137.0.1", 1)
+	if err := d.reload(parse(t, strings.Replace(static, "dns uplink", "dns to 10.137.0.1", 1))); err != nil {
+		t.Fatal(err)
+	}
+	if who, err := ask(s.ctx, g, "192.0.2.1:80"); err != nil || who != "192.0.2.2" {
+		t.Errorf("with a static address: %q, %v", who, err)
+	}
+	if err := d.reload(parse(t, text)); err != nil {
+		t.Fatal(err)
+	}
+	s.comes("the uplink has a lease again", func() bool { return strings.Count(s.text(), "inner: uplink: address 10.137.0.100/32 by DHCP") == 2 })
+	if _, err := ask(s.ctx, g, "192.0.2.1:80"); err != nil {
+		t.Error(err)
+	}
+	// A lease in a network of guests is refused.
+	if err := d.leased(s.ctx, &dhcp.Lease{Addr: netip.MustParsePrefix("10.200.0.7/24")}); err == nil || !strings.Contains(err.Error(), "overlaps the network lab") {
+		t.Error(err)
+	}
+}

@@ -1,0 +1,234 @@
+// Command vifrouter is a router and firewall between vifs: guests on one side, whose backend it
+// is, and an uplink on the other, whose frontend it is. It moves frames in this process, without
+// a kernel's network. See its --help.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+
+	"barevif/pvnet"
+	"barevif/tools/cli"
+	"barevif/tools/domain"
+	"barevif/tools/vifrouter/config"
+
+	"github.com/spf13/cobra"
+)
+
+func main() {
+	signal.Ignore(syscall.SIGPIPE) // a closed output pipe must not keep us from cleaning up
+	// SIGHUP is a reload here, and so not among those that end the command.
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	context.AfterFunc(ctx, stop) // a second signal ends the process at once
+	os.Exit(cli.Run(ctx, rootCommand, os.Args[1:], os.Stdout, os.Stderr))
+}
+
+const about = `vifrouter is what a firewall guest runs on Xen, between other guests and the world:
+
+  guests     their vifs have their backend in this domain; each is a link of its own
+  uplink     a vif of this domain, whose backend is another router, dom0, a driver domain
+  router     IPv4 and IPv6, NAT, a filter that knows flows, DHCP, router advertisements,
+             a name server, counters; one process, and no network of the kernel
+
+Guests come and go with "xl network-attach", and so may the uplink. Each guest is held to
+its MAC and its addresses. What may begin is in a small file; answers pass.`
+
+func rootCommand(p *cli.Program) *cobra.Command {
+	root := &cobra.Command{
+		Use:   "vifrouter",
+		Short: "A router and firewall between vifs",
+		Long:  about,
+		Example: `  vifrouter example > router.conf
+  vifrouter check router.conf
+  vifrouter run --xen router.conf`,
+	}
+	root.AddCommand(runCommand(p), checkCommand(p), exampleCommand(p))
+	return root
+}
+
+func exampleCommand(p *cli.Program) *cobra.Command {
+	return &cobra.Command{
+		Use:   "example",
+		Short: "Print a complete configuration, with every statement",
+		Long:  "example prints a configuration that has every statement there is, each explained by a comment.",
+		Args:  cli.Arguments(0),
+		RunE: func(*cobra.Command, []string) error {
+			_, err := fmt.Fprint(p.Stdout, config.Example)
+			return err
+		},
+	}
+}
+
+func checkCommand(p *cli.Program) *cobra.Command {
+	return &cobra.Command{
+		Use:   "check FILE",
+		Short: "Say what is wrong in a configuration",
+		Long: `check reads a configuration and prints a line for each that is wrong: where it is, what is
+wrong, and what to write instead. It exits with 1 if there is any.`,
+		Example: `  vifrouter check router.conf`,
+		Args:    cli.OneArgument("FILE", `"vifrouter example" prints one`),
+		RunE: func(_ *cobra.Command, args []string) error {
+			cfg, err := load(args[0])
+			if err != nil {
+				return err
+			}
+			p.Say("%s: %d networks, %d guests, %d rules, %d forwards; nothing is wrong", args[0], len(cfg.Networks), len(cfg.Guests), len(cfg.Rules), len(cfg.Forwards))
+			return nil
+		},
+	}
+}
+
+// load reads a configuration; its errors have advice.
+func load(name string) (*config.Config, error) {
+	cfg, err := config.Load(name)
+	if wrong, ok := errors.AsType[config.Errors](err); ok {
+		return nil, &cli.Advice{Err: wrong, Next: `"vifrouter example" prints a configuration with every statement`}
+	}
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, &cli.Advice{Err: err, Next: `"vifrouter example" prints one to begin with`, Usage: true}
+	}
+	return cfg, err
+}
+
+type run struct {
+	*cli.Program
+	domain domain.Flags
+	take   bool
+	lines  []string
+	file   string
+}
+
+func runCommand(p *cli.Program) *cobra.Command {
+	r := run{Program: p}
+	cmd := &cobra.Command{
+		Use:   "run [FILE]",
+		Short: "Route between the vifs of this domain, as FILE says",
+		Long: `run connects to the uplink, serves every vif whose backend is this domain, and routes
+between them until a signal ends it.
+
+SIGHUP makes it read FILE again. The new configuration counts between two frames: flows that
+it still allows go on and lose nothing, others end with their next packet. If a line of it is
+wrong, or it changes what takes a new start (the uplink's vif, flows, metrics), the log says
+so and the old one stays.
+
+A vif that no line of the file admits does not connect: hotplug-error in xenstore says why. It
+does after a reload that admits it. A guest has one IPv4 address: that of its guest line, the
+one that the toolstack has for it (ip= in a domain's configuration) if it is in the network, or
+one of the pool, by DHCP. It may have the address set by hand, too, with the router as a gateway.
+Packets from another source, and of guests whose MAC the toolstack wrote from another MAC, are
+dropped and counted. In IPv6 a guest has a /64 of its own.
+
+On a real Xen (--xen) the kernel's xen-netfront must not own the uplink; --take takes it away.
+The guests' vifs name this domain: vif = [ 'backend=router,mac=…' ]; libxl must not run its
+script in this domain. As the only program of a guest, which "barevif image" makes, it has the file
+in the image, or its lines as arguments:
+
+  barevif image ./tools/vifrouter -- run --xen --line "uplink vif 0" --line …`,
+		Example: `  vifrouter run --xen router.conf
+  vifrouter run --emu host.sock --dom 1 router.conf
+  kill -HUP $(pidof vifrouter)`,
+		Args: cli.Arguments(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if len(args) > 0 {
+				r.file = args[0]
+			}
+			return r.run(cmd.Context())
+		},
+	}
+	r.domain.Register(cmd, 1)
+	cmd.Flags().BoolVar(&r.take, "take", false, "with --xen: unbind the uplink from the kernel's driver first")
+	cmd.Flags().StringArrayVar(&r.lines, "line", nil, "a `line` of the configuration, instead of FILE; repeatable")
+	return cmd
+}
+
+// configuration reads the file, or the lines.
+func (r *run) configuration() (*config.Config, error) {
+	if r.file != "" {
+		return load(r.file)
+	}
+	cfg, err := config.Parse("--line", []byte(strings.Join(r.lines, "\n")))
+	if err != nil {
+		return nil, &cli.Advice{Err: err, Next: `"vifrouter example" prints a configuration with every statement`, Usage: true}
+	}
+	return cfg, nil
+}
+
+func (r *run) run(ctx context.Context) error {
+	switch {
+	case r.file == "" && len(r.lines) == 0:
+		return &cli.Advice{Err: errors.New("FILE is missing"), Next: `"vifrouter example" prints one; or give its lines with --line`, Usage: true}
+	case r.file != "" && len(r.lines) > 0:
+		return &cli.Advice{Err: errors.New("both FILE and --line are given"), Next: "leave out one of them", Usage: true}
+	case r.take && !r.domain.Xen:
+		return &cli.Advice{Err: errors.New("--take is for a real Xen"), Next: "give --xen too", Usage: true}
+	}
+	cfg, err := r.configuration()
+	if err != nil {
+		return err
+	}
+	dom, err := r.domain.Open(ctx)
+	if err != nil {
+		return err
+	}
+	defer dom.End()
+	if r.domain.Xen {
+		if err := r.domain.Free(cfg.Uplink.Vif, r.take); err != nil {
+			return err
+		}
+	}
+	hups := make(chan os.Signal, 1)
+	signal.Notify(hups, syscall.SIGHUP)
+	defer signal.Stop(hups)
+	device := pvnet.Config{Queues: pvnet.AutoQueues, StaticGrants: true, Offload: true, Logger: r.Log()}
+	d, err := newDaemon(dom.Domain, cfg, device, r.Say, r.Log())
+	if err != nil {
+		return err
+	}
+	endMetrics, err := d.serveMetrics(cfg.Metrics)
+	if err != nil {
+		d.close()
+		return cli.ListenRefused(err, cfg.Metrics.Addr.String(), "line")
+	}
+	defer endMetrics()
+	r.Say("domain %d routes between %d networks and vif %s; SIGHUP reads the configuration again, another signal ends it", dom.ID(), len(cfg.Networks), cfg.Uplink.Vif)
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	go r.reloads(ctx, d, hups)
+	done := make(chan error, 1)
+	go func() { done <- d.run(ctx) }()
+	select {
+	case err := <-done:
+		return err
+	case <-dom.Gone:
+		cancel(domain.ErrHostGone)
+		return dom.Lost(r.Say, done)
+	}
+}
+
+// reloads reads the configuration again for each signal, until ctx ends.
+func (r *run) reloads(ctx context.Context, d *daemon, hups <-chan os.Signal) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-hups:
+		}
+		cfg, err := r.configuration()
+		if err == nil {
+			err = d.reload(cfg)
+		}
+		if err != nil {
+			for line := range strings.Lines(err.Error()) {
+				r.Log().Error("the new configuration is not used, and the old one stays", "err", strings.TrimSpace(line))
+			}
+			continue
+		}
+		r.Say("the configuration was read again: %d networks, %d guests, %d rules, %d forwards", len(cfg.Networks), len(cfg.Guests), len(cfg.Rules), len(cfg.Forwards))
+	}
+}

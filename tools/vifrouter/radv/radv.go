@@ -1,0 +1,97 @@
+// Package radv makes the router advertisements (RFC 4861) of a router whose guests have a link
+// each, and a prefix of their own on it (RFC 8273). It knows no sockets: it returns frames.
+package radv
+
+import (
+	"encoding/binary"
+	"net/netip"
+	"time"
+
+	"barevif/pvnet/packet"
+)
+
+// Times of RFC 4861, section 6.2.1, and of RFC 8106. An advertisement is repeated often enough that
+// a guest may miss two of three.
+const (
+	Interval    = 200 * time.Second      // between unsolicited advertisements
+	LeastAnswer = 500 * time.Millisecond // before an advertisement that a guest asked for: it is alone on its link
+	Least       = 3 * time.Second        // between two advertisements on a link (MIN_DELAY_BETWEEN_RAS)
+	Lifetime    = 3 * Interval           // of the router and of name servers
+	Valid       = 24 * time.Hour         // of the prefix
+	Prefer      = 4 * time.Hour          // of addresses of the prefix, for new connections
+	servers     = 3                      // name servers that are told
+	Solicit     = 133                    // ICMPv6 type of a solicitation
+	advert      = 134
+)
+
+// A Link is what a guest is told on its link.
+type Link struct {
+	MAC    [6]byte      // the router's
+	Source netip.Addr   // the router's link-local address
+	Prefix netip.Prefix // a /64, for the guest's addresses; zero: none
+	DNS    []netip.Addr // name servers; those of IPv6 are told, three at most
+	MTU    int          // bytes; 0: not told
+	Over   bool         // the router goes, or has no IPv6 any more: every lifetime is 0
+}
+
+// LinkLocal returns the link-local address that follows from a MAC (RFC 4291, appendix A).
+func LinkLocal(m [6]byte) netip.Addr {
+	return netip.AddrFrom16([16]byte{0: 0xfe, 1: 0x80, 8: m[0] ^ 2, 9: m[1], 10: m[2], 11: 0xff, 12: 0xfe, 13: m[3], 14: m[4], 15: m[5]})
+}
+
+var allNodes = netip.AddrFrom16([16]byte{0: 0xff, 1: 2, 15: 1})
+
+// Append appends the frame of an advertisement to all stations of the link to b.
+func Append(b []byte, l *Link) []byte {
+	seconds := func(d time.Duration) uint32 {
+		if l.Over {
+			return 0
+		}
+		return uint32(d / time.Second)
+	}
+	b = append(b, 0x33, 0x33, 0, 0, 0, 1)
+	b = append(b, l.MAC[:]...)
+	b = binary.BigEndian.AppendUint16(b, packet.IPv6)
+	ip := len(b)
+	b = append(b, 0x60, 0, 0, 0, 0, 0, 58, 255)
+	src, dst := l.Source.As16(), allNodes.As16()
+	b = append(append(b, src[:]...), dst[:]...)
+	icmp := len(b)
+	b = append(b, advert, 0, 0, 0, 64, 0)
+	b = binary.BigEndian.AppendUint16(b, uint16(seconds(Lifetime)))
+	b = append(b, make([]byte, 8)...) // reachable time and retransmission timer: the guest's own
+	b = append(b, 1, 1)
+	b = append(b, l.MAC[:]...)
+	if l.MTU > 0 {
+		b = append(b, 5, 1, 0, 0)
+		b = binary.BigEndian.AppendUint32(b, uint32(l.MTU))
+	}
+	if l.Prefix.IsValid() {
+		// For addresses, but not on the link: all that a guest sends goes to the router.
+		b = append(b, 3, 4, 64, 0x40)
+		b = binary.BigEndian.AppendUint32(b, seconds(Valid))
+		b = binary.BigEndian.AppendUint32(b, seconds(Prefer))
+		b = append(b, 0, 0, 0, 0)
+		p := l.Prefix.Masked().Addr().As16()
+		b = append(b, p[:]...)
+	}
+	var names []netip.Addr
+	for _, a := range l.DNS {
+		if a.Is6() && len(names) < servers {
+			names = append(names, a)
+		}
+	}
+	if len(names) > 0 {
+		b = append(b, 25, byte(1+2*len(names)), 0, 0)
+		b = binary.BigEndian.AppendUint32(b, seconds(Lifetime))
+		for _, a := range names {
+			x := a.As16()
+			b = append(b, x[:]...)
+		}
+	}
+	n := len(b) - icmp
+	binary.BigEndian.PutUint16(b[ip+4:], uint16(n))
+	sum := packet.Add(58+uint64(n), b[ip+8:icmp])
+	binary.BigEndian.PutUint16(b[icmp+2:], ^packet.Fold(packet.Add(sum, b[icmp:])))
+	return b
+}
