@@ -1,9 +1,6 @@
 package hypercall
 
-import (
-	"errors"
-	"os"
-)
+import "errors"
 
 // A HandoverDomain is a Domain whose Shares and Waiters can pass to another process of the
 // same domain, while the peer goes on to use the pages and the event channels. The process
@@ -23,7 +20,7 @@ type HandoverDomain interface {
 	// to block the thread as that of a [ThreadDomain]'s; a missing one is false. Adopt does
 	// not take files over. state and files come from another process and are checked: an
 	// error leaves nothing behind.
-	Adopt(state []byte, files []*os.File, onThread []bool) (*Adopted, error)
+	Adopt(state []byte, files []File, onThread []bool) (*Adopted, error)
 }
 
 // ErrNoOffer is returned by Adopt for an Offer that this domain has not made, or that was
@@ -32,14 +29,14 @@ var ErrNoOffer = errors.New("no such offer of this domain")
 
 // An Offer is what another process of the domain needs to adopt shares and waiters.
 type Offer struct {
-	State []byte     // for Adopt
-	Files []*os.File // for Adopt, in this order; the Offer closes them
+	State []byte // for Adopt
+	Files []File // for Adopt, in this order; the Offer closes them
 
 	give, withdraw func()
 }
 
 // NewOffer is for implementations of [HandoverDomain]. One of give and withdraw runs, once.
-func NewOffer(state []byte, files []*os.File, give, withdraw func()) *Offer {
+func NewOffer(state []byte, files []File, give, withdraw func()) *Offer {
 	return &Offer{state, files, give, withdraw}
 }
 

@@ -1,8 +1,3 @@
-// Package hypercall defines what a domain asks of its hypervisor: grants of its memory to
-// another domain, mapping and copying of another domain's memory, and event channels.
-//
-// It holds types and interfaces only. hypercall/xendev implements them on a real Xen
-// through Linux's device nodes, hypercall/emu on an emulated Xen.
 package hypercall
 
 import (
@@ -82,7 +77,7 @@ type Domain interface {
 	Waiter() (Waiter, error)
 
 	// Store opens a connection to xenstore, with this domain as the client. The error
-	// net.ErrClosed is final: the domain has ended.
+	// ErrClosed is final: the domain has ended.
 	Store(ctx context.Context) (io.ReadWriteCloser, error)
 }
 
@@ -115,7 +110,7 @@ type Group interface {
 	// may call w's own Wait, and its Wake does not end the Group's Wait. A Waiter is in
 	// one Group at a time; closing the Waiter removes it.
 	//
-	// Errors: ErrGrouped, net.ErrClosed, and those of the operating system.
+	// Errors: ErrGrouped, ErrClosed, and those of the operating system.
 	Add(w Waiter, tag int) error
 
 	// Remove takes w out of the Group if it is in it. A Wait that is running may still
@@ -131,7 +126,7 @@ type Group interface {
 	// The ports that fired stay masked, and Wait does not return their Waiter's tag
 	// again, until Rearm.
 	//
-	// Errors: os.ErrDeadlineExceeded, net.ErrClosed.
+	// Errors: ErrDeadlineExceeded, ErrClosed.
 	Wait(tags []int, deadline time.Time) (n int, err error)
 
 	// Poll is a Wait that does not block: n is 0 if no Waiter has an event.
@@ -145,7 +140,7 @@ type Group interface {
 	// Wake makes the current Wait, or else the next, return.
 	Wake()
 
-	// Close removes every Waiter and ends Wait with net.ErrClosed. It is idempotent.
+	// Close removes every Waiter and ends Wait with ErrClosed. It is idempotent.
 	Close() error
 }
 
@@ -174,7 +169,7 @@ type Waiter interface {
 	// 1 s, or until some wake-up brings work, so that a peer's event storm costs the peer.
 	// Other ports, Wake and the deadline are never delayed.
 	//
-	// The error is os.ErrDeadlineExceeded or net.ErrClosed.
+	// The error is ErrDeadlineExceeded or ErrClosed.
 	Wait(deadline time.Time, worked bool) error
 
 	// Wake makes the current Wait, or else the next one, return nil.

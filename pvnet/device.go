@@ -6,8 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
-	"os"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -25,7 +23,9 @@ import (
 // A MAC is an Ethernet address.
 type MAC [6]byte
 
-func (m MAC) String() string { return net.HardwareAddr(m[:]).String() }
+func (m MAC) String() string {
+	return fmt.Sprintf("%02x:%02x:%02x:%02x:%02x:%02x", m[0], m[1], m[2], m[3], m[4], m[5])
+}
 
 // station reports whether m can be the address of one station, as Linux's
 // is_valid_ether_addr does: not zero, and not a group address.
@@ -97,11 +97,11 @@ type Device struct {
 
 	mu sync.Mutex // guards what follows
 
-	takenFiles []*os.File      // what came with a vif that was taken over, until TakenFiles
-	reclaim    <-chan struct{} // after a hand-over: closed once Serve may try to serve the vif again
-	changed    chan struct{}   // closed and replaced when link or a deadline changes
-	cause      error           // what calls return once link is linkGone
-	last       LinkEvent       // the last event that subs got
+	takenFiles []hypercall.File // what came with a vif that was taken over, until TakenFiles
+	reclaim    <-chan struct{}  // after a hand-over: closed once Serve may try to serve the vif again
+	changed    chan struct{}    // closed and replaced when link or a deadline changes
+	cause      error            // what calls return once link is linkGone
+	last       LinkEvent        // the last event that subs got
 	subs       []chan LinkEvent
 	steered    chan struct{} // closed and replaced when steer changes
 	addressed  chan struct{} // closed and replaced when the guest's addresses may have changed
@@ -400,7 +400,7 @@ func (d *Device) callError(err error) error {
 	if errors.Is(err, ring.ErrCorrupt) {
 		return d.callError(&PeerError{Reason: err.Error()})
 	}
-	if err == net.ErrClosed { // the connection's waiter was closed: the next enter says why
+	if err == hypercall.ErrClosed { // the connection's waiter was closed: the next enter says why
 		return nil
 	}
 	return err

@@ -3,10 +3,9 @@ package pvnet
 import (
 	"errors"
 	"fmt"
-	"net"
-	"os"
 
 	"barevif/arena"
+	"barevif/hypercall"
 )
 
 // An errorOf is a sentinel error that matches a wider sentinel too.
@@ -21,7 +20,7 @@ func (e *errorOf) Is(target error) bool { return target == e.is }
 var (
 	// ErrDisconnected is returned by every call after Disconnect, except calls that
 	// release frames. It is [net.ErrClosed].
-	ErrDisconnected error = &errorOf{"pvnet: the device is disconnected", net.ErrClosed}
+	ErrDisconnected error = &errorOf{"pvnet: the device is disconnected", hypercall.ErrClosed}
 
 	// ErrUnimplemented is returned for what the domain cannot do. It is
 	// [errors.ErrUnsupported].
@@ -32,7 +31,7 @@ var (
 	// process can continue. Linux's netfront does not come back after an orderly close; a
 	// handover it does not notice. A device that [Device.HandOver] has passed on, of
 	// either end, ends with it.
-	ErrHandover error = &errorOf{"pvnet: handed over to another process", net.ErrClosed}
+	ErrHandover error = &errorOf{"pvnet: handed over to another process", hypercall.ErrClosed}
 
 	// ErrLinkDown is returned by calls that do not wait, while the other end is not
 	// connected, and by those that send, while it has no carrier ([Device.Carrier]). It is
@@ -99,7 +98,7 @@ type endedError struct{ cause error }
 func (e *endedError) Error() string { return e.cause.Error() }
 func (e *endedError) Unwrap() error { return e.cause }
 func (e *endedError) Is(target error) bool {
-	return target == ErrDisconnected || target == net.ErrClosed
+	return target == ErrDisconnected || target == hypercall.ErrClosed
 }
 
 // A PeerError reports what no correct peer could have done. It is final for the device:
@@ -115,10 +114,10 @@ func (e *PeerError) Error() string {
 }
 
 func (e *PeerError) Is(target error) bool {
-	return target == ErrDisconnected || target == net.ErrClosed
+	return target == ErrDisconnected || target == hypercall.ErrClosed
 }
 
-var errTimeout error = os.ErrDeadlineExceeded
+var errTimeout error = hypercall.ErrDeadlineExceeded
 
 // errInterrupted is the error of a receive that interrupt ended.
 var errInterrupted = errors.New("pvnet: interrupted")

@@ -5,7 +5,9 @@ import (
 )
 
 // faultError judges the value of a recover: nil for nil, a violation for a fault on shared
-// memory that was taken away. It panics again with any other value.
+// memory that was taken away. It panics again with any other value. A fault is any value that
+// says its address, as those of Go's runtime after debug.SetPanicOnFault, or those of a port's
+// own page fault handler (see Porting of package hypercall).
 func faultError(r any) *PeerError {
 	if r == nil {
 		return nil

@@ -2,10 +2,11 @@ package pvnet
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"iter"
-	"net"
+	"math/bits"
 	"net/netip"
 	"slices"
 	"strings"
@@ -154,8 +155,9 @@ func parseMasked(s string) (g GuestAddresses, ok bool) {
 		}
 		addrs[i] = a
 	}
-	ones, bits := net.IPMask(addrs[1].AsSlice()).Size()
-	if bits == 0 || ones < 8 || !station(addrs[0]) {
+	mask := binary.BigEndian.Uint32(addrs[1].AsSlice())
+	ones := bits.LeadingZeros32(^mask)
+	if mask<<ones != 0 || ones < 8 || !station(addrs[0]) { // a one after the first zero
 		return g, false
 	}
 	p := netip.PrefixFrom(addrs[0], ones)

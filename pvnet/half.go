@@ -1,7 +1,6 @@
 package pvnet
 
 import (
-	"net"
 	"runtime"
 	"sync"
 	"sync/atomic"
@@ -233,7 +232,7 @@ func (h *half) parkUntil(end time.Time, measure bool) error {
 			h.dev.wakeLifecycle()
 		}
 	}
-	if err == net.ErrClosed && h.gate.state.Load() == gateBusy {
+	if err == hypercall.ErrClosed && h.gate.state.Load() == gateBusy {
 		// Our own teardown shuts the gate before it closes the waiter. The gate is not
 		// shut, so the domain itself is gone, and a retry would loop for ever.
 		err = &UnknownError{"wait for an event", err}

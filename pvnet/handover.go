@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
-	"os"
 	"runtime/debug"
 	"slices"
 	"time"
@@ -31,7 +30,7 @@ type TakenVif struct {
 	// Files are descriptors that belong to the vif: first those that HandOver gave its
 	// function, then others, such as its TAP's. The device owns them; the others until
 	// [Device.TakenFiles].
-	Files []*os.File
+	Files []hypercall.File
 
 	// Accept tells the process that the vif is ours. With an error it has not heard of it
 	// and goes on, or has ended. It is called before anything of the vif is used.
@@ -61,7 +60,7 @@ const MaxHandoverState = 768 << 10
 // A handOver is a request of Device.HandOver to the lifecycle goroutine, or without give one of
 // PrepareHandOver.
 type handOver struct {
-	give    func([]byte, []*os.File) error
+	give    func([]byte, []hypercall.File) error
 	reclaim <-chan struct{}
 	asked   time.Time
 	err     chan error // capacity 1
@@ -70,7 +69,7 @@ type handOver struct {
 // A passing is a connection at rest, and what another process needs to go on with it.
 type passing struct {
 	state []byte
-	files []*os.File
+	files []hypercall.File
 	given func() // the other process has it; the lifecycle ends next
 	kept  func() // it has not; the lifecycle goes on
 }
@@ -101,7 +100,7 @@ type passing struct {
 // over in any case.
 //
 // HandOver returns the error of the device if it has ended.
-func (d *Device) HandOver(give func(state []byte, files []*os.File) error, reclaim <-chan struct{}) error {
+func (d *Device) HandOver(give func(state []byte, files []hypercall.File) error, reclaim <-chan struct{}) error {
 	r := &handOver{give, reclaim, time.Now(), make(chan error, 1)}
 	select {
 	case d.handOvers <- r:
@@ -146,7 +145,7 @@ func (d *Device) PrepareHandOver(ctx context.Context) error {
 // TakenFiles returns the descriptors that came with a vif that was taken over, in the order
 // of [TakenVif].Files, without those of the connection; nil if there are none. They are the
 // caller's from then on.
-func (d *Device) TakenFiles() []*os.File {
+func (d *Device) TakenFiles() []hypercall.File {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	files := d.takenFiles
@@ -445,7 +444,7 @@ func (h *successor) bind(b *back, c *conn) (err error) {
 	return b.bind(h.xd, c)
 }
 
-func closeAll(files []*os.File) {
+func closeAll(files []hypercall.File) {
 	for _, f := range files {
 		f.Close()
 	}

@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"encoding/binary"
 	"fmt"
-	"net"
 	"slices"
 
 	"barevif/hypercall"
@@ -12,6 +11,7 @@ import (
 	"barevif/pvnet/netif"
 	"barevif/pvnet/toeplitz"
 	"barevif/telemetry"
+	"barevif/xenbus/xenstore"
 )
 
 // A toldState is what a frontend has told its backend since it connected, and does not tell
@@ -110,11 +110,11 @@ func (t *toldState) check(c *conn) (*told, error) {
 		return nil, fmt.Errorf("pvnet: a list of %d multicast addresses, at most %d", len(t.Groups), maxGroups)
 	}
 	for _, s := range t.Groups {
-		mac, err := net.ParseMAC(s)
-		if err != nil || len(mac) != len(MAC{}) {
+		mac, err := xenstore.ParseMAC(s)
+		if err != nil {
 			return nil, fmt.Errorf("pvnet: %.40q in the multicast list is no address", s)
 		}
-		ok.groups = append(ok.groups, MAC(mac))
+		ok.groups = append(ok.groups, mac)
 	}
 	s := t.Ctrl
 	if s == nil {

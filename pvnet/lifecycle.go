@@ -2,7 +2,6 @@ package pvnet
 
 import (
 	"context"
-	"net"
 	"runtime/debug"
 	"sync"
 	"sync/atomic"
@@ -144,7 +143,7 @@ func (l *lifecycle) run(stop context.Context) {
 		case _, open := <-l.xd.Changes():
 			l.mu.Lock()
 			if !open && l.cause == nil {
-				l.beginEnd(&UnknownError{"watch the device", net.ErrClosed})
+				l.beginEnd(&UnknownError{"watch the device", hypercall.ErrClosed})
 			}
 			if !open {
 				l.forceAt = time.Now()

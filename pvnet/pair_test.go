@@ -23,8 +23,17 @@ type pair struct {
 
 var plain = features{queues: 1, split: true, frontSG: true, backSG: true}
 
+// needMapped skips the test where a machine cannot have mapped memory.
+func needMapped(t testing.TB, mc emu.Config) {
+	t.Helper()
+	if mc.Mapped && runtime.GOOS != "linux" {
+		t.Skip("memory that is mapped, so that pages of several shares follow each other, needs Linux's memfds")
+	}
+}
+
 func join(t testing.TB, mc emu.Config, f features, cfg Config) *pair {
 	t.Helper()
+	needMapped(t, mc)
 	before := runtime.NumGoroutine()
 	m, err := emu.New(mc)
 	if err != nil {

@@ -1,7 +1,6 @@
 package pvnet
 
 import (
-	"net"
 	"sync"
 	"time"
 
@@ -169,7 +168,7 @@ func (p *parker) joinPoller(m *member, worked bool) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if m.removed.Load() {
-		return net.ErrClosed
+		return hypercall.ErrClosed
 	}
 	p.members[d], p.idle[d] = m, !worked
 	if p.leading {

@@ -3,8 +3,6 @@ package pvnet
 import (
 	"errors"
 	"fmt"
-	"net"
-	"os"
 	"runtime"
 	"slices"
 	"sync"
@@ -153,7 +151,7 @@ func (p *Poller) Add(half Half, value any) error {
 
 func (p *Poller) addLocked(m *member) error {
 	if p.closed.Load() {
-		return net.ErrClosed
+		return hypercall.ErrClosed
 	}
 	m.tag = slices.Index(p.members, nil)
 	if m.tag < 0 {
@@ -247,7 +245,7 @@ func (p *Poller) Wait() ([]Ready, error) {
 	p.result = p.result[:0]
 	for {
 		if p.closed.Load() {
-			return nil, net.ErrClosed
+			return nil, hypercall.ErrClosed
 		}
 		if p.hasNews.Load() {
 			p.takeNews()
@@ -273,7 +271,7 @@ func (p *Poller) Wait() ([]Ready, error) {
 			return p.result, nil
 		}
 		if p.expired() {
-			return nil, os.ErrDeadlineExceeded
+			return nil, hypercall.ErrDeadlineExceeded
 		}
 		if p.spinMembers() {
 			continue
@@ -462,7 +460,7 @@ func (p *Poller) sleep() error {
 		p.spin.ended(time.Since(start))
 	}
 	p.fired(n)
-	if errors.Is(err, os.ErrDeadlineExceeded) {
+	if errors.Is(err, hypercall.ErrDeadlineExceeded) {
 		return nil // the caller looks
 	}
 	return p.waitError(err)

@@ -194,6 +194,7 @@ func TestRingsAreShownWhileConnectionsChange(t *testing.T) {
 					t.Errorf("%+v", h)
 				}
 			}
+			runtime.Gosched() // there may be one thread
 		}
 	}()
 	for range 100 {

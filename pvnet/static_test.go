@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"runtime"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -821,6 +822,7 @@ func TestPagesComeAndGoUnderTraffic(t *testing.T) {
 					return
 				default:
 				}
+				runtime.Gosched() // there may be one thread
 				i := rand.IntN(len(all) - 64)
 				r := s.list(t, 0, all[i:i+64]...)
 				r.Type = netif.CtrlDelGrefMapping

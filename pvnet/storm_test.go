@@ -1,6 +1,7 @@
 package pvnet
 
 import (
+	"runtime"
 	"sync"
 	"testing"
 	"time"
@@ -22,6 +23,7 @@ func storm(p hypercall.Port) (stop func()) {
 				return
 			default:
 				p.Notify()
+				runtime.Gosched() // there may be one thread
 			}
 		}
 	})

@@ -5,6 +5,7 @@ import (
 	"math/rand/v2"
 	"os/exec"
 	"regexp"
+	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -186,7 +187,10 @@ func TestReadersSeeOneInstant(t *testing.T) {
 	var wg sync.WaitGroup
 	wg.Go(func() {
 		b := s.RX(0)
-		for !stop.Load() {
+		for n := 1; !stop.Load(); n++ {
+			if n%64 == 0 {
+				runtime.Gosched() // there may be one thread
+			}
 			for range 3 {
 				b.Add(Packets, 1)
 				b.Add(Bytes, perFrame)
@@ -201,7 +205,9 @@ func TestReadersSeeOneInstant(t *testing.T) {
 	var snaps, whole int
 	for range 20000 {
 		st := s.Snapshot()
-		snaps++
+		if snaps++; snaps%64 == 0 {
+			runtime.Gosched()
+		}
 		p := st.RX.Get(Packets)
 		_, sum := st.RX.Histogram(field)
 		if st.RX.Get(Bytes) != p*perFrame || st.RX.Dropped() != 2*p || sum != p*perFrame {

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"net"
 	"slices"
 	"strings"
 	"sync"
@@ -280,7 +279,7 @@ func (d *Device) Await(ctx context.Context, ok func(Change) bool) (Change, error
 		select {
 		case ch, open := <-d.changes:
 			if !open {
-				return d.Current(), fmt.Errorf("xenbus %s: %w", d.dir, net.ErrClosed)
+				return d.Current(), fmt.Errorf("xenbus %s: %w", d.dir, hypercall.ErrClosed)
 			}
 			if ok(ch) {
 				return ch, nil

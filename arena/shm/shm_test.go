@@ -13,7 +13,7 @@ type record struct {
 }
 
 func TestNewRefusesPartsOfPages(t *testing.T) {
-	b := make([]byte, 3*PageSize)
+	b := Heap(3).Bytes()
 	if _, err := New(b[:PageSize-1]); !errors.Is(err, ErrMisaligned) {
 		t.Error(err)
 	}

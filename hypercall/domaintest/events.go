@@ -2,8 +2,6 @@ package domaintest
 
 import (
 	"errors"
-	"net"
-	"os"
 	"testing"
 	"time"
 
@@ -120,7 +118,7 @@ func wakeFromBeforeWaitCounts(t *testing.T, p pair) {
 
 func waitKeepsItsDeadline(t *testing.T, p pair) {
 	_, wb, a, _ := channel(t, p)
-	if err := wb.Wait(time.Now().Add(-time.Second), true); !errors.Is(err, os.ErrDeadlineExceeded) {
+	if err := wb.Wait(time.Now().Add(-time.Second), true); !errors.Is(err, hypercall.ErrDeadlineExceeded) {
 		t.Fatalf("a deadline that has passed: %v", err)
 	}
 	start := time.Now()
@@ -153,20 +151,20 @@ func closeEndsWait(t *testing.T, p pair) {
 	if err := wb.Close(); err != nil {
 		t.Fatal("second Close:", err)
 	}
-	if err := wb.Wait(time.Time{}, true); !errors.Is(err, net.ErrClosed) {
+	if err := wb.Wait(time.Time{}, true); !errors.Is(err, hypercall.ErrClosed) {
 		t.Fatalf("Wait after Close: %v", err)
 	}
 	wb.Wake() // harmless
 	if err := b.Close(); err != nil {
 		t.Fatal("the port closed with its waiter:", err)
 	}
-	if err := b.Notify(); !errors.Is(err, net.ErrClosed) {
+	if err := b.Notify(); !errors.Is(err, hypercall.ErrClosed) {
 		t.Fatalf("Notify of a closed port: %v", err)
 	}
-	if _, err := wb.Unbound(p.front.ID()); !errors.Is(err, net.ErrClosed) {
+	if _, err := wb.Unbound(p.front.ID()); !errors.Is(err, hypercall.ErrClosed) {
 		t.Fatalf("Unbound after Close: %v", err)
 	}
-	if _, err := wb.Bind(p.front.ID(), a.ID()); !errors.Is(err, net.ErrClosed) {
+	if _, err := wb.Bind(p.front.ID(), a.ID()); !errors.Is(err, hypercall.ErrClosed) {
 		t.Fatalf("Bind after Close: %v", err)
 	}
 	notify(t, a) // the other end is closed: not an error
@@ -279,7 +277,7 @@ func stormIsDelayedButNotWakeNorDeadline(t *testing.T, p pair) {
 		for time.Now().Before(end) {
 			if err := wb.Wait(end, false); err == nil {
 				woken++
-			} else if !errors.Is(err, os.ErrDeadlineExceeded) {
+			} else if !errors.Is(err, hypercall.ErrDeadlineExceeded) {
 				t.Fatal(err)
 			}
 		}
@@ -314,7 +312,7 @@ func stormIsDelayedButNotWakeNorDeadline(t *testing.T, p pair) {
 	quickest("a deadline of 10 ms", func(start time.Time) error {
 		for { // a pending event comes first
 			if err := wb.Wait(start.Add(10*time.Millisecond), false); err != nil {
-				if errors.Is(err, os.ErrDeadlineExceeded) {
+				if errors.Is(err, hypercall.ErrDeadlineExceeded) {
 					return nil
 				}
 				return err
@@ -381,7 +379,7 @@ func spuriousEventsDelay(t *testing.T, far []hypercall.Port, next func(deadline 
 		}
 		best = min(best, time.Since(start))
 		err := next(time.Now().Add(10*time.Millisecond), false)
-		held = held || errors.Is(err, os.ErrDeadlineExceeded)
+		held = held || errors.Is(err, hypercall.ErrDeadlineExceeded)
 		// Work of both resets both.
 		notify(t, far[1])
 		for next(time.Now().Add(20*time.Millisecond), true) == nil {

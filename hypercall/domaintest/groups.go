@@ -2,8 +2,6 @@ package domaintest
 
 import (
 	"errors"
-	"net"
-	"os"
 	"slices"
 	"sync"
 	"testing"
@@ -33,13 +31,12 @@ var groupCases = []struct {
 	{"LosesNoEvent", groupLosesNoEvent},
 }
 
-func runGroups(t *testing.T, mk func(testing.TB) (front, back hypercall.Domain), onThread bool) {
+// groupsOf is the cases on groups of one kind.
+func groupsOf(onThread bool) (cases []suiteCase) {
 	for _, c := range groupCases {
-		t.Run(c.name, func(t *testing.T) {
-			front, back := mk(t)
-			c.f(t, pair{front, back}, onThread)
-		})
+		cases = append(cases, suiteCase{c.name, func(t *testing.T, p pair) { c.f(t, p, onThread) }})
 	}
+	return cases
 }
 
 // group makes a Group of d, for a goroutine that is locked to its thread if onThread.
@@ -105,7 +102,7 @@ func calm(t testing.TB, g hypercall.Group) {
 	var tags [8]int
 	for end := time.Now().Add(10 * time.Millisecond); ; {
 		n, err := g.Wait(tags[:], end)
-		if errors.Is(err, os.ErrDeadlineExceeded) {
+		if errors.Is(err, hypercall.ErrDeadlineExceeded) {
 			return
 		}
 		if n > 0 || err != nil {
@@ -211,7 +208,7 @@ func closedWaiterLeavesItsGroup(t *testing.T, p pair, onThread bool) {
 	}
 	notify(t, a)
 	told(t, g, 0)
-	if err := g.Add(ws[0], 1); !errors.Is(err, net.ErrClosed) {
+	if err := g.Add(ws[0], 1); !errors.Is(err, hypercall.ErrClosed) {
 		t.Fatalf("a closed waiter: %v", err)
 	}
 }
@@ -243,13 +240,13 @@ func groupKeepsDeadlineAndWake(t *testing.T, p pair, onThread bool) {
 	g, _, far := members(t, p, 1, onThread)
 	var tags [1]int
 	start := time.Now()
-	if _, err := g.Wait(tags[:], start.Add(30*time.Millisecond)); !errors.Is(err, os.ErrDeadlineExceeded) {
+	if _, err := g.Wait(tags[:], start.Add(30*time.Millisecond)); !errors.Is(err, hypercall.ErrDeadlineExceeded) {
 		t.Fatal(err)
 	}
 	if d := time.Since(start); d < 30*time.Millisecond {
 		t.Fatalf("returned after %v", d)
 	}
-	if _, err := g.Wait(tags[:], start); !errors.Is(err, os.ErrDeadlineExceeded) {
+	if _, err := g.Wait(tags[:], start); !errors.Is(err, hypercall.ErrDeadlineExceeded) {
 		t.Fatalf("a deadline that has passed: %v", err)
 	}
 	g.Wake()
@@ -284,10 +281,10 @@ func closeEndsGroupWait(t *testing.T, p pair, onThread bool) {
 		t.Fatal(err)
 	}
 	closes(t, done)
-	if _, err := g.Poll(make([]int, 1)); !errors.Is(err, net.ErrClosed) {
+	if _, err := g.Poll(make([]int, 1)); !errors.Is(err, hypercall.ErrClosed) {
 		t.Fatalf("Poll: %v", err)
 	}
-	if err := g.Add(ws[0], 0); !errors.Is(err, net.ErrClosed) {
+	if err := g.Add(ws[0], 0); !errors.Is(err, hypercall.ErrClosed) {
 		t.Fatalf("Add: %v", err)
 	}
 	g.Wake()
@@ -302,7 +299,7 @@ func groupDelaysSpuriousEventsOfOneWaiterOnly(t *testing.T, p pair, onThread boo
 	for end := time.Now().Add(300 * time.Millisecond); time.Now().Before(end); {
 		notify(t, far[0])
 		n, err := g.Wait(tags[:], time.Now().Add(time.Millisecond))
-		if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+		if err != nil && !errors.Is(err, hypercall.ErrDeadlineExceeded) {
 			t.Fatal(err)
 		}
 		for range tags[:n] {

@@ -2,8 +2,6 @@ package domaintest
 
 import (
 	"errors"
-	"net"
-	"os"
 	"slices"
 	"testing"
 	"time"
@@ -22,6 +20,9 @@ type Trio struct {
 
 	// EndOld ends the process of Old as a kill does; nil: it has none of its own.
 	EndOld func()
+
+	// Stray is an open file that no Offer has made. It stays open.
+	Stray hypercall.File
 }
 
 // RunHandover checks that shares and event channels pass from one process of a domain to
@@ -267,7 +268,7 @@ func droppedStaysWithItsOwner(t *testing.T, d Trio) {
 		a := p.adopt(t, o)
 		a.Drop()
 		a.Drop()
-		if err := a.Waiters[0].Wait(time.Time{}, true); !errors.Is(err, net.ErrClosed) {
+		if err := a.Waiters[0].Wait(time.Time{}, true); !errors.Is(err, hypercall.ErrClosed) {
 			t.Errorf("Wait of what was dropped: %v", err)
 		}
 		o.Withdraw()
@@ -309,12 +310,10 @@ func nonsenseIsRefused(t *testing.T, d Trio) {
 			a.Drop()
 		}
 	}
-	null, err := os.Open(os.DevNull)
-	if err != nil {
-		t.Fatal(err)
+	if d.Stray == nil {
+		t.Fatal("the Trio has no Stray file")
 	}
-	defer null.Close()
-	if a, err := d.New.Adopt(o.State, append(slices.Clone(o.Files), null), nil); err == nil {
+	if a, err := d.New.Adopt(o.State, append(slices.Clone(o.Files), d.Stray), nil); err == nil {
 		a.Drop()
 		t.Error("adopted with a file too many")
 	}
@@ -324,7 +323,7 @@ func nonsenseIsRefused(t *testing.T, d Trio) {
 			t.Error("adopted with a file too few")
 		}
 		wrong := slices.Clone(o.Files)
-		wrong[0] = null
+		wrong[0] = d.Stray
 		if a, err := d.New.Adopt(o.State, wrong, nil); err == nil {
 			a.Drop()
 			t.Error("adopted with a file that is none of ours")

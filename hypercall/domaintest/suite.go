@@ -8,8 +8,7 @@ package domaintest
 
 import (
 	"errors"
-	"net"
-	"os"
+	"path"
 	"testing"
 	"time"
 
@@ -21,20 +20,67 @@ import (
 // layer above the Waiters. mk returns two domains that live at least as long as the test for
 // which it was called; it may return the same two again. Both may be the same domain, which is
 // then its own peer; tests that need a foreign domain are skipped.
+//
+// Where there are no threads to block, ThreadWaiter and a Group for a locked goroutine may fail
+// with errors.ErrUnsupported; then what needs them is skipped. [Cases] lists what there is, so
+// that a port can check what ran.
 func Run(t *testing.T, mk func(testing.TB) (front, back hypercall.Domain)) {
-	run(t, mk, memoryCases)
-	run(t, mk, eventCases)
-	t.Run("Group", func(t *testing.T) { runGroups(t, mk, false) })
-	t.Run("GroupOnThread", func(t *testing.T) { runGroups(t, mk, true) })
-	run(t, mk, []suiteCase{{"StormIsDelayedButNotWakeNorDeadline", stormIsDelayedButNotWakeNorDeadline}})
-	t.Run("Threads", func(t *testing.T) {
-		onThreads := func(t testing.TB) (front, back hypercall.Domain) {
-			front, back = mk(t)
-			return blocking(t, front), blocking(t, back)
+	runSections(t, mk, sections)
+}
+
+// Cases returns the names of the tests that [Run] runs, in its order, below the name of the
+// test that calls it: "PingPong", "Group/CloseEndsWait".
+func Cases() []string { return appendNames(nil, "", sections) }
+
+// A section is cases that run on the same domains. With a name it is a test of its own.
+type section struct {
+	name  string
+	cases []suiteCase
+	below []section
+	on    func(testing.TB, hypercall.Domain) hypercall.Domain // nil: the domains as they are
+}
+
+var sections = []section{
+	{cases: memoryCases},
+	{cases: eventCases},
+	{name: "Group", cases: groupsOf(false)},
+	{name: "GroupOnThread", cases: groupsOf(true)},
+	{cases: []suiteCase{{"StormIsDelayedButNotWakeNorDeadline", stormIsDelayedButNotWakeNorDeadline}}},
+	{name: "Threads", on: blocking, cases: eventCases, below: []section{
+		{name: "GroupOnThread", cases: groupsOf(true)},
+	}},
+}
+
+func runSections(t *testing.T, mk func(testing.TB) (front, back hypercall.Domain), all []section) {
+	for _, s := range all {
+		on := mk
+		if s.on != nil {
+			on = func(t testing.TB) (front, back hypercall.Domain) {
+				front, back = mk(t)
+				return s.on(t, front), s.on(t, back)
+			}
 		}
-		run(t, onThreads, eventCases)
-		t.Run("GroupOnThread", func(t *testing.T) { runGroups(t, onThreads, true) })
-	})
+		f := func(t *testing.T) {
+			run(t, on, s.cases)
+			runSections(t, on, s.below)
+		}
+		if s.name == "" {
+			f(t)
+		} else {
+			t.Run(s.name, f)
+		}
+	}
+}
+
+func appendNames(names []string, above string, all []section) []string {
+	for _, s := range all {
+		at := path.Join(above, s.name)
+		for _, c := range s.cases {
+			names = append(names, path.Join(at, c.name))
+		}
+		names = appendNames(names, at, s.below)
+	}
+	return names
 }
 
 // A blockingDomain is a domain whose Waiters all block threads.
@@ -46,6 +92,16 @@ func blocking(t testing.TB, d hypercall.Domain) hypercall.Domain {
 	td, ok := d.(hypercall.ThreadDomain)
 	if !ok {
 		t.Skipf("a %T cannot block a thread", d)
+	}
+	w, err := td.ThreadWaiter()
+	if errors.Is(err, errors.ErrUnsupported) {
+		t.Skip(err)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
 	}
 	return blockingDomain{td}
 }
@@ -184,7 +240,7 @@ func wait(t testing.TB, w hypercall.Waiter) {
 // quiet fails if an event comes.
 func quiet(t testing.TB, w hypercall.Waiter, d time.Duration) {
 	t.Helper()
-	if err := w.Wait(time.Now().Add(d), true); !errors.Is(err, os.ErrDeadlineExceeded) {
+	if err := w.Wait(time.Now().Add(d), true); !errors.Is(err, hypercall.ErrDeadlineExceeded) {
 		t.Fatalf("Wait without an event: %v", err)
 	}
 }
@@ -213,5 +269,5 @@ func ends(t testing.TB, done <-chan error, want error, late string) {
 // closes fails unless done soon receives net.ErrClosed.
 func closes(t testing.TB, done <-chan error) {
 	t.Helper()
-	ends(t, done, net.ErrClosed, "Wait did not end")
+	ends(t, done, hypercall.ErrClosed, "Wait did not end")
 }

@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"barevif/hypercall/epoll"
 )
 
 // An fdBell is an eventfd, which works across processes too. park waits in the runtime's
@@ -57,12 +59,18 @@ func (b *fdBell) letGo() {}
 // attach adds the eventfd to the epoll set of the group. The group never reads the eventfd:
 // each ring is a new edge for epoll.
 func (b *fdBell) attach(s *seat) error {
-	return b.control(func(fd int) error { return s.g.set.Add(fd, s.tag, true) })
+	set, ok := s.g.set.(*epoll.Set)
+	if !ok { // the group is of a domain that takes nothing of the system
+		return fmt.Errorf("emu: a group without an epoll set takes no eventfd: %w", errors.ErrUnsupported)
+	}
+	return b.control(func(fd int) error { return set.Add(fd, s.tag, true) })
 }
 
 // detach takes the eventfd out of the group's epoll set. A closed one has left it already.
 func (b *fdBell) detach(s *seat) {
-	_ = b.control(func(fd int) error { return s.g.set.Remove(fd) })
+	if set, ok := s.g.set.(*epoll.Set); ok {
+		_ = b.control(func(fd int) error { return set.Remove(fd) })
+	}
 }
 
 func (b *fdBell) control(f func(fd int) error) error {

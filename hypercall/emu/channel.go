@@ -198,7 +198,7 @@ func (g *guest) farLocked(id hypercall.PortID, gen uint32) (*guest, hypercall.Po
 func (g *guest) newWaiter(shared bool) (uint64, bell, error) {
 	bells := g.m.bells
 	if shared {
-		bells = newFDBell
+		bells = g.m.sys.eventfd
 	}
 	b, err := bells()
 	if err != nil {

@@ -21,6 +21,10 @@
 // The machine of one process starts goroutines only for Config.Store, and waits on
 // channels and timers, so that it works in a bubble of testing/synctest.
 //
+// Outside of Linux that machine takes nothing of an operating system: no os, syscall or net.
+// It is the example of a port (see Porting of package hypercall). Memory is on the heap there,
+// and no Waiter or Group blocks a thread: both fail with errors.ErrUnsupported.
+//
 // A Machine owns its domains, and a domain owns its memory, ports and connections. A share or
 // waiter that one process of a domain has offered, and another has adopted
 // ([hypercall.HandoverDomain]), ends with the last of the two processes.

@@ -22,6 +22,7 @@ var (
 type Domain struct {
 	now    atomic.Pointer[identity] // replaced by Machine.Resume
 	memory memory
+	sys    system
 	calls  callCounters
 	faults atomic.Pointer[[]*armedFault] // replaced under mu
 
@@ -39,7 +40,10 @@ type Domain struct {
 	groups  map[*group]struct{}  // guarded by mu
 }
 
-var _ hypercall.HandoverDomain = (*Domain)(nil)
+var (
+	_ hypercall.HandoverDomain = (*Domain)(nil)
+	_ hypercall.GroupDomain    = (*Domain)(nil)
+)
 
 // An identity is the number of a domain and its record in the machine. [Machine.Resume] replaces it.
 type identity struct {
@@ -49,9 +53,10 @@ type identity struct {
 
 func (d *Domain) hv() hypervisor { return d.now.Load().hv }
 
-func newDomain(id hypercall.DomID, hv hypervisor, mem memory) *Domain {
+func newDomain(id hypercall.DomID, hv hypervisor, mem memory, sys system) *Domain {
 	d := &Domain{
 		memory:  mem,
+		sys:     sys,
 		done:    make(chan struct{}),
 		waiters: make(map[*waiter]struct{}),
 		groups:  make(map[*group]struct{}),

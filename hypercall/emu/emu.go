@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -53,8 +52,8 @@ var (
 	// ErrLocalCopy is returned by Copy for an operation with two local ends.
 	ErrLocalCopy = errors.New("emu: a copy from local memory to local memory")
 
-	errDead    = fmt.Errorf("emu: the domain is gone: %w", net.ErrClosed)
-	errClosed  = fmt.Errorf("emu: the machine is closed: %w", net.ErrClosed)
+	errDead    = fmt.Errorf("emu: the domain is gone: %w", hypercall.ErrClosed)
+	errClosed  = fmt.Errorf("emu: the machine is closed: %w", hypercall.ErrClosed)
 	errNoStore = fmt.Errorf("emu: the machine has no xenstore: %w", errors.ErrUnsupported)
 )
 
@@ -64,6 +63,7 @@ type Machine struct {
 	memory memory
 	tables tables
 	bells  func() (bell, error)
+	sys    system
 
 	serial atomic.Uint64 // the last number given to a share, mapping, waiter or other object
 	stores sync.WaitGroup
@@ -103,7 +103,7 @@ func newMachine(cfg Config) (*Machine, error) {
 		return nil, fmt.Errorf("emu: %d grants (at most %d), %d ports (at most %d)",
 			cfg.Grants, maxGrants, cfg.Ports, maxPorts)
 	}
-	return &Machine{cfg: cfg, guests: make(map[hypercall.DomID]*guest)}, nil
+	return &Machine{cfg: cfg, sys: thisSystem, guests: make(map[hypercall.DomID]*guest)}, nil
 }
 
 // tableSize returns the number of refs of a domain, including reserved ones.
@@ -119,7 +119,7 @@ func (m *Machine) NewDomain(id hypercall.DomID) (*Domain, error) {
 	if err != nil {
 		return nil, err
 	}
-	d := newDomain(id, g, m.memory)
+	d := newDomain(id, g, m.memory, m.sys)
 	m.mu.Lock()
 	g.domain = d
 	dead := g.dead

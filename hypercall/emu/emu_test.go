@@ -12,6 +12,18 @@ import (
 func machine(t testing.TB, cfg emu.Config) *emu.Machine {
 	t.Helper()
 	m, err := emu.New(cfg)
+	return checked(t, m, err)
+}
+
+// machineWithoutSystem makes a machine that takes nothing of the operating system.
+func machineWithoutSystem(t testing.TB) *emu.Machine {
+	t.Helper()
+	m, err := emu.NewWithoutSystem(emu.Config{})
+	return checked(t, m, err)
+}
+
+func checked(t testing.TB, m *emu.Machine, err error) *emu.Machine {
+	t.Helper()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -40,6 +52,7 @@ const canMap = runtime.GOOS == "linux"
 // this process.
 func machines(t *testing.T, f func(t *testing.T, m *emu.Machine)) {
 	t.Run("heap", func(t *testing.T) { f(t, machine(t, emu.Config{})) })
+	t.Run("no system", func(t *testing.T) { f(t, machineWithoutSystem(t)) })
 	if canMap {
 		t.Run("mapped", func(t *testing.T) { f(t, machine(t, emu.Config{Mapped: true})) })
 		t.Run("host", func(t *testing.T) { f(t, hostMachine(t)) })

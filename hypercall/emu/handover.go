@@ -5,7 +5,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"os"
 	"slices"
 	"sync/atomic"
 
@@ -246,7 +245,7 @@ func (d *Domain) Offer(shares []*hypercall.Share, waiters []hypercall.Waiter) (*
 }
 
 // Adopt implements [hypercall.HandoverDomain].
-func (d *Domain) Adopt(state []byte, files []*os.File, onThread []bool) (*hypercall.Adopted, error) {
+func (d *Domain) Adopt(state []byte, files []hypercall.File, onThread []bool) (*hypercall.Adopted, error) {
 	s, err := decodeOffer(state)
 	if err == nil && len(files) > 0 {
 		err = fmt.Errorf("emu: an offer with %d files, not 0", len(files))

@@ -59,7 +59,7 @@ func join(ctx context.Context, path string, id hypercall.DomID, beside bool, use
 		r.unmap()
 		return nil, fmt.Errorf("emu: join as domain %d: %w", id, err)
 	}
-	d := newDomain(id, r, fileMemory{})
+	d := newDomain(id, r, fileMemory{}, thisSystem)
 	go r.listen(d)
 	return d, nil
 }

@@ -2,6 +2,7 @@ package emu_test
 
 import (
 	"fmt"
+	"os"
 	"testing"
 
 	"barevif/hypercall"
@@ -54,7 +55,7 @@ func TestHandoverBetweenProcesses(t *testing.T) {
 	for _, self := range []bool{false, true} {
 		t.Run(fmt.Sprintf("to itself=%v", self), func(t *testing.T) {
 			domaintest.RunHandover(t, func(t testing.TB) domaintest.Trio {
-				d := domaintest.Trio{Peer: domain(t, h.Machine, backID)}
+				d := domaintest.Trio{Peer: domain(t, h.Machine, backID), Stray: os.Stderr}
 				old := beside(t)
 				d.Old, d.New = old, old
 				keeper := beside(t) // the domain lives on without the others

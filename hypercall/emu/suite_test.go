@@ -1,6 +1,7 @@
 package emu_test
 
 import (
+	"os"
 	"testing"
 
 	"barevif/hypercall"
@@ -21,6 +22,15 @@ func TestSuiteOnMappedMemory(t *testing.T) {
 		t.Skip("memfds are Linux's")
 	}
 	runSuite(t, emu.Config{Mapped: true})
+}
+
+// A machine that takes nothing of the operating system passes the suite here as it does where
+// there is none, and here the race detector watches.
+func TestSuiteWithoutSystem(t *testing.T) {
+	domaintest.Run(t, func(t testing.TB) (front, back hypercall.Domain) {
+		m := machineWithoutSystem(t)
+		return domain(t, m, frontID), domain(t, m, backID)
+	})
 }
 
 func runSuite(t *testing.T, cfg emu.Config) {
@@ -51,7 +61,7 @@ func TestHandoverInOneProcess(t *testing.T) {
 				d.Destroy()
 				peer.Destroy()
 			})
-			return domaintest.Trio{Old: d, New: d, Peer: peer}
+			return domaintest.Trio{Old: d, New: d, Peer: peer, Stray: os.Stderr}
 		})
 	})
 }

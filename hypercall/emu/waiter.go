@@ -3,8 +3,6 @@ package emu
 import (
 	"errors"
 	"fmt"
-	"net"
-	"os"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -59,7 +57,7 @@ func (w *waiter) open(ask func() (channelEnd, error)) (hypercall.Port, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.closed.Load() {
-		return nil, net.ErrClosed
+		return nil, hypercall.ErrClosed
 	}
 	end, err := ask()
 	if errors.Is(err, hypercall.ErrNoPorts) {
@@ -116,7 +114,7 @@ func (w *waiter) Wait(deadline time.Time, worked bool) error {
 	for {
 		switch {
 		case w.closed.Load() || w.d.dead.Load():
-			return net.ErrClosed
+			return hypercall.ErrClosed
 		case w.woken.Swap(false):
 			return nil
 		}
@@ -127,7 +125,7 @@ func (w *waiter) Wait(deadline time.Time, worked bool) error {
 			return nil
 		}
 		if !deadline.IsZero() && !time.Now().Before(deadline) {
-			return os.ErrDeadlineExceeded
+			return hypercall.ErrDeadlineExceeded
 		}
 		w.bell.park(w.masked.Next(deadline))
 	}
@@ -262,7 +260,7 @@ func (p *port) send() (sent bool, err error) {
 		return false, errDead
 	}
 	if p.closed.Load() {
-		return false, net.ErrClosed
+		return false, hypercall.ErrClosed
 	}
 	if p.word.Load()&portBound == 0 {
 		return true, nil
@@ -283,7 +281,7 @@ func (p *port) findFar() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.closed.Load() {
-		return net.ErrClosed
+		return hypercall.ErrClosed
 	}
 	far, err := p.w.hv.farEnd(p.id, p.gen)
 	if err != nil {

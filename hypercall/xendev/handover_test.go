@@ -135,7 +135,7 @@ func TestHandover(t *testing.T) {
 			}
 			k.requireNoBug()
 		})
-		return domaintest.Trio{Old: old, New: next, Peer: peer, NoMap: true}
+		return domaintest.Trio{Old: old, New: next, Peer: peer, NoMap: true, Stray: os.Stderr}
 	})
 }
 

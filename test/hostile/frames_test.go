@@ -587,6 +587,7 @@ func TestT14EventStorm(t *testing.T) {
 				g.TxPort.Notify()
 				g.RxPort.Notify()
 				events.Add(1)
+				runtime.Gosched() // there may be one thread
 			}
 		}
 	}()

@@ -1,6 +1,7 @@
 package hostile
 
 import (
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -91,6 +92,7 @@ func startStatsReaders(t testing.TB, d *pvnet.Device) (stop func() (reads uint64
 					return
 				default:
 				}
+				runtime.Gosched() // there may be one thread
 				st := d.Stats()
 				for _, v := range []struct {
 					what      string

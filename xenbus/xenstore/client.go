@@ -5,11 +5,11 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"net"
 	"slices"
 	"strings"
 	"sync"
 
+	"barevif/hypercall"
 	"barevif/xenbus/xenstore/wire"
 )
 
@@ -226,7 +226,7 @@ func (c *Client) post(r *request) error {
 
 func (c *Client) postLocked(r *request) error {
 	if c.closed {
-		return r.wrap(net.ErrClosed)
+		return r.wrap(hypercall.ErrClosed)
 	}
 	c.queue = append(c.queue, r)
 	c.kick()

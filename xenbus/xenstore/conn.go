@@ -7,11 +7,11 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"net"
 	"slices"
 	"sync"
 	"time"
 
+	"barevif/hypercall"
 	"barevif/xenbus/internal/pause"
 	"barevif/xenbus/xenstore/wire"
 )
@@ -42,7 +42,7 @@ func (c *Client) run(rwc io.ReadWriteCloser) {
 		if rwc, err = c.open(c.ctx); err != nil {
 			rwc = nil
 		}
-		if errors.Is(err, net.ErrClosed) {
+		if errors.Is(err, hypercall.ErrClosed) {
 			break
 		}
 	}
@@ -55,11 +55,11 @@ func (c *Client) end() {
 	defer c.mu.Unlock()
 	c.closed = true
 	for _, r := range c.queue {
-		c.settleLocked(r, "", r.wrap(net.ErrClosed))
+		c.settleLocked(r, "", r.wrap(hypercall.ErrClosed))
 	}
 	c.queue = nil
 	for _, w := range c.watches {
-		w.endLocked(net.ErrClosed)
+		w.endLocked(hypercall.ErrClosed)
 	}
 	clear(c.watches)
 }

@@ -3,11 +3,11 @@ package xenstore
 import (
 	"context"
 	"errors"
-	"net"
 	"slices"
 	"strconv"
 	"strings"
 
+	"barevif/hypercall"
 	"barevif/xenbus/xenstore/wire"
 )
 
@@ -193,7 +193,7 @@ func (c *Client) watch(ctx context.Context, path string, broad bool) (*Watch, er
 	if _, err := c.do(ctx, r); err != nil {
 		c.mu.Lock()
 		defer c.mu.Unlock()
-		w.endLocked(net.ErrClosed)
+		w.endLocked(hypercall.ErrClosed)
 		if c.flight[r.id] != r { // else the server has still to answer the request
 			delete(c.watches, w.token)
 		}
@@ -261,7 +261,7 @@ func (w *Watch) Close() error {
 	if w.over {
 		return nil
 	}
-	w.over, w.err, w.dirty = true, net.ErrClosed, nil
+	w.over, w.err, w.dirty = true, hypercall.ErrClosed, nil
 	close(w.ch)
 	switch b := w.under; {
 	case b != nil:

@@ -2,10 +2,11 @@ package backoff
 
 import (
 	"errors"
-	"net"
 	"slices"
 	"sync/atomic"
 	"time"
+
+	"barevif/hypercall"
 )
 
 // A waiter of a group. Its methods are called with the group's lock held.
@@ -61,7 +62,7 @@ func (l *Waiters[W]) Next(deadline time.Time) time.Time {
 func (l *Waiters[W]) UnmaskDue(now time.Time) (err error) {
 	l.list = slices.DeleteFunc(l.list, func(w W) bool {
 		// A waiter that is being closed leaves the group next.
-		if e := w.UnmaskDue(now); e != nil && !errors.Is(e, net.ErrClosed) {
+		if e := w.UnmaskDue(now); e != nil && !errors.Is(e, hypercall.ErrClosed) {
 			err = e
 		}
 		return w.Next(time.Time{}).IsZero()

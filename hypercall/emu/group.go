@@ -4,26 +4,23 @@ import (
 	"errors"
 	"fmt"
 	"math/bits"
-	"net"
-	"os"
 	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"barevif/hypercall"
-	"barevif/hypercall/epoll"
 	"barevif/hypercall/internal/backoff"
 )
 
 // A group is where one goroutine waits for many waiters. Each waiter has a bit that says
 // its bell was rung. A chanBell sets the bit itself; an eventfd, which another process may
-// ring, is in the epoll set, and the kernel lists those that were rung. So the goroutine
-// that waits never looks at the ports of the other waiters.
+// ring, is in the sleeper's epoll set, and the kernel lists those that were rung. So the
+// goroutine that waits never looks at the ports of the other waiters.
 type group struct {
 	d      *Domain
-	set    *epoll.Set
-	asleep atomic.Bool // Wait may be in the kernel: a ring that sets a bit must wake it
+	set    sleeper
+	asleep atomic.Bool // Wait may be in the sleeper: a ring that sets a bit must wake it
 	woken  atomic.Bool
 	closed atomic.Bool
 
@@ -37,6 +34,76 @@ type group struct {
 type chunk struct {
 	bits    atomic.Uint64
 	waiters [64]*waiter // guarded by the group's mu
+}
+
+// A sleeper is where the goroutine of a group waits until one of its waiters' bells rings. A
+// bell either calls Wake, or has an eventfd, which is in the sleeper's epoll set.
+type sleeper interface {
+	// Wait fills tags with those of the eventfds that rang, and returns their number; 0 after
+	// a Wake, of before the call too. Errors: hypercall.ErrDeadlineExceeded and ErrClosed.
+	Wait(tags []int, deadline time.Time) (n int, err error)
+	// Poll is a Wait that does not block.
+	Poll(tags []int) (n int, err error)
+	Wake()
+	// Close ends Wait.
+	Close() error
+}
+
+// A chanSleeper waits for bells of its process alone, and needs nothing but Go's scheduler.
+type chanSleeper struct {
+	rung   chan struct{} // holds one: Wakes merge
+	closed atomic.Bool
+	timer  *time.Timer // used by the goroutine in Wait only
+}
+
+func newChanSleeper(onThread bool) (sleeper, error) {
+	if onThread {
+		return nil, errNoThread
+	}
+	t := time.NewTimer(time.Hour)
+	t.Stop()
+	return &chanSleeper{rung: make(chan struct{}, 1), timer: t}, nil
+}
+
+func (s *chanSleeper) Wait(_ []int, deadline time.Time) (int, error) {
+	if s.closed.Load() {
+		return 0, hypercall.ErrClosed
+	}
+	if deadline.IsZero() {
+		<-s.rung
+	} else {
+		s.timer.Reset(time.Until(deadline))
+		select {
+		case <-s.rung:
+			s.timer.Stop()
+		case <-s.timer.C:
+			return 0, hypercall.ErrDeadlineExceeded
+		}
+	}
+	if s.closed.Load() {
+		return 0, hypercall.ErrClosed
+	}
+	return 0, nil
+}
+
+func (s *chanSleeper) Poll([]int) (int, error) {
+	if s.closed.Load() {
+		return 0, hypercall.ErrClosed
+	}
+	return 0, nil // a bell that rang has set its bit in the group
+}
+
+func (s *chanSleeper) Wake() {
+	select {
+	case s.rung <- struct{}{}:
+	default:
+	}
+}
+
+func (s *chanSleeper) Close() error {
+	s.closed.Store(true)
+	s.Wake()
+	return nil
 }
 
 // A seat is a waiter's place in a group.
@@ -58,17 +125,17 @@ func (s *seat) ring() {
 	}
 }
 
-// Group implements [hypercall.GroupDomain]. It exists on Linux only.
+// Group implements [hypercall.GroupDomain]. A Group that blocks a thread needs Linux.
 func (d *Domain) Group(onThread bool) (hypercall.Group, error) {
-	set, err := epoll.New(onThread)
+	set, err := d.sys.sleeper(onThread)
 	if err != nil {
-		return nil, fmt.Errorf("emu: %w", err)
+		return nil, err
 	}
 	g := &group{d: d, set: set}
 	g.chunks.Store(new([]*chunk))
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.waiters != nil { // else the domain is dead: Wait and Poll of g return net.ErrClosed
+	if d.waiters != nil { // else the domain is dead: Wait and Poll of g return hypercall.ErrClosed
 		d.groups[g] = struct{}{}
 	}
 	return g, nil
@@ -82,12 +149,12 @@ func (g *group) Add(hw hypercall.Waiter, tag int) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.closed.Load() {
-		return net.ErrClosed
+		return hypercall.ErrClosed
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.closed.Load() {
-		return net.ErrClosed
+		return hypercall.ErrClosed
 	}
 	chunks := *g.chunks.Load()
 	for len(chunks) <= tag/64 {
@@ -151,7 +218,7 @@ func (g *group) Wait(tags []int, deadline time.Time) (int, error) {
 		n, err = g.set.Wait(g.rung[:], until)
 		g.asleep.Store(false)
 		g.note(n)
-		if errors.Is(err, os.ErrDeadlineExceeded) {
+		if errors.Is(err, hypercall.ErrDeadlineExceeded) {
 			if err := g.unmaskDue(); err != nil {
 				return 0, err
 			}
@@ -159,7 +226,7 @@ func (g *group) Wait(tags []int, deadline time.Time) (int, error) {
 				return n, err
 			}
 			if !deadline.IsZero() && !time.Now().Before(deadline) && !g.woken.Load() {
-				return 0, os.ErrDeadlineExceeded
+				return 0, hypercall.ErrDeadlineExceeded
 			}
 		} else if err != nil {
 			return 0, err
@@ -203,7 +270,7 @@ func (g *group) any() bool {
 // of those that have some.
 func (g *group) gather(tags []int) (n int, err error) {
 	if g.closed.Load() || g.d.dead.Load() {
-		return 0, net.ErrClosed
+		return 0, hypercall.ErrClosed
 	}
 	for i, c := range *g.chunks.Load() {
 		if c.bits.Load() == 0 {
