@@ -2,10 +2,10 @@ package forward
 
 import (
 	"errors"
-	"os"
 	"runtime"
 	"sync"
 
+	"barevif/hypercall"
 	"barevif/pvnet"
 )
 
@@ -213,7 +213,7 @@ func (q *queue) drainLocked() error {
 		q.sent(k)
 		switch {
 		case err == nil, q.over != nil:
-		case err == pvnet.ErrLinkDown, errors.Is(err, os.ErrDeadlineExceeded): // the link is down, and nobody waits for it
+		case err == pvnet.ErrLinkDown, errors.Is(err, hypercall.ErrDeadlineExceeded): // the link is down, and nobody waits for it
 			q.dropBatch(down)
 		default:
 			return err
