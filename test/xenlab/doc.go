@@ -6,7 +6,7 @@
 //	BAREVIF_XENLAB=1 go test ./test/xenlab -run TestLab -timeout 55m -v
 //	go run ./test/xenlab/cmd/xenlab -run 'PVH' -shell
 //
-// It needs Debian, or another system with apt and dpkg-deb, about 3 GiB of memory, and the
+// It needs Debian, or another system with apt and dpkg-deb, about 3.5 GiB of memory, and the
 // network for the first run. If QEMU is not installed, root's run installs it.
 //
 // Package [barevif/test/xenlab/image] builds the images from Debian packages, package

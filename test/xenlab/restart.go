@@ -38,24 +38,25 @@ func bothRestarted(t *T) {
 	back = t.startBackend(driver, backAddr)
 	works()
 
-	front.Kill()
 	back.Kill()
+	front.Kill() // the later one: its pages are mapped no more, and so they are free at once
 	back = t.startBackend(driver, backAddr)
 	front = t.startAppliance(guest, addr)
 	works()
 
 	// A backend that may not write its state says so, and goes on once it may.
 	state := guest.Backend(driver, 0) + "/state"
+	front.Terminate()
+	dom0.Await("the backend to see it close", `[ "$(xenstore-read %s)" = 6 ]`, state)
 	dom0.Run("xenstore-chmod", state, "n0", fmt.Sprintf("r%d", driver.ID), fmt.Sprintf("r%d", guest.ID))
-	front.Kill()
 	front = guest.Start(barevif, "serve", "-v", "--xen", "--addr", addr+"/24")
 	back.Await("xenstore refused a state.*EACCES")
 	dom0.Run("xenstore-chmod", state, fmt.Sprintf("n%d", driver.ID), fmt.Sprintf("r%d", guest.ID))
 	front.Await("serving http")
 	works()
-	// The backend had the pages of the killed frontends mapped, 516 of each. Linux frees such pages
-	// ten a second once they are unmapped (gnttab_handle_deferred of drivers/xen/grant-table.c), so
-	// those of three frontends take 155 s from the first kill.
+	// The backend had the 516 pages of the first frontend mapped when that was killed. Linux frees
+	// such pages ten a second once they are unmapped (gnttab_handle_deferred of
+	// drivers/xen/grant-table.c).
 	t.requireResourcesWithin(guest, held, 4*time.Minute)
 
 	// xl does not change the frontend when the backend's domain ends. A new vif names the

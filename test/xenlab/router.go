@@ -52,6 +52,7 @@ func routed(t *T) {
 	p.Terminate()
 
 	// Linux on the same vif of the router, and on one of a guest like the first.
+	router.Sh("! %s xen release 0 2>/tmp/release && grep -q 'not loaded and can be now' /tmp/release", barevif)
 	router.Run("modprobe", "xen-netfront")
 	router.Await("the uplink's interface", "ip link set eth0 up")
 	router.Sh("ip addr replace %s/24 dev eth0", routerUplink)

@@ -143,7 +143,7 @@ func (g Guest) config() string {
 		fmt.Sprintf("type=%q", g.Type),
 		fmt.Sprintf("kernel=%q", image.GuestKernel),
 		fmt.Sprintf("ramdisk=%q", image.GuestImage),
-		"memory=400", // MiB: an initramfs of 110 MB takes its size twice while it is unpacked
+		"memory=448", // MiB: an initramfs of 130 MB takes its size twice while it is unpacked
 		"vcpus=1",
 		fmt.Sprintf("extra=%q", strings.Join(kernel, " ")),
 		fmt.Sprintf("vif=[%s]", strings.Join(vifs, ",")),

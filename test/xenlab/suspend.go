@@ -6,7 +6,7 @@ import "fmt"
 
 // smaller is the memory, in MiB, that a guest keeps when it is to be saved: its kernel needed
 // more only to unpack its image.
-const smaller = 240
+const smaller = 260
 
 // shrink makes a guest smaller, so that saving and restoring it takes less time.
 func (t *T) shrink(d *Domain) {

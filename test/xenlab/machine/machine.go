@@ -38,8 +38,8 @@ type Config struct {
 	Dir    string    // for console.log
 	Xen    []string  // additional arguments for Xen
 	Linux  []string  // additional arguments for dom0's kernel; without commas, at which QEMU splits
-	Memory int       // 0: 2560
-	Dom0   int       // 0: 1024
+	Memory int       // 0: 3072
+	Dom0   int       // 0: 1280
 	Tee    io.Writer // gets a copy of the console; may be nil
 }
 
@@ -177,10 +177,10 @@ func errOr(err, other error) error {
 func qemuArgs(cfg Config, sockets string) []string {
 	memory, dom0 := cfg.Memory, cfg.Dom0
 	if memory == 0 {
-		memory = 2560
+		memory = 3072
 	}
 	if dom0 == 0 {
-		dom0 = 1024
+		dom0 = 1280
 	}
 	xen := append([]string{
 		"console=com1", "com1=115200,8n1", "loglvl=all", "guest_loglvl=all", "conring_size=256k",
