@@ -381,7 +381,7 @@ func testT38OneHostileOfMany(t *testing.T) {
 	if worst > 2*time.Second {
 		t.Errorf("a neighbour waited %v", worst)
 	}
-	g.sink.drain(t)
+	g.sink.drain()
 	g.before.Grants, g.before.Pages = l.Ledger().Grants, 0
 	g.requireTraffic()
 	for i := range honest {
