@@ -268,7 +268,7 @@ func TestGuestIsDescribedForXL(t *testing.T) {
 		Linux: []string{"a=b"}, Config: []string{"driver_domain=1"},
 	}.config()
 	for _, want := range [...]string{
-		`name="one"`, `type="pvh"`, `memory=400`, ` xenlab=guest a=b"`, "driver_domain=1", `tsc_mode="native"`,
+		`name="one"`, `type="pvh"`, `memory=448`, ` xenlab=guest a=b"`, "driver_domain=1", `tsc_mode="native"`,
 		`vif=["mac=00:16:3e:77:00:01,script=` + image.VifScript + `","mac=00:16:3e:77:00:02,script=` + image.VifScript + `,backend=driver,mtu=9000,rate=1Mb/s"]`,
 	} {
 		if !strings.Contains(got, want) {
