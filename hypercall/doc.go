@@ -7,15 +7,16 @@
 // # Porting
 //
 // A program on another system, or on none, needs one package: an implementation of [Domain].
-// What is above it, that is pvnet, xenbus, xenbus/xenstore, arena and telemetry, imports no
-// operating system: not os, syscall or net, but for the three names of system.go, which call
-// nothing. A test of the tree holds it to that. The machine has 64 bits and is little-endian.
+// The packages above it, pvnet, xenbus, xenbus/xenstore, arena and telemetry, import neither
+// os, syscall nor net, but for the three names of system.go, which call nothing. A test in
+// test/hygiene checks their imports. The machine has 64 bits and is little-endian.
 //
-// hypercall/emu is the example: what it builds outside of Linux is a whole Domain that takes
-// nothing of a system. In test/wasm it passes the suite below in a WebAssembly machine, with
-// one thread, a clock, random bytes and an output, and so do both ends of a vif on it.
+// Package hypercall/emu is the example: outside of Linux it builds a whole Domain that calls no
+// operating system. In test/wasm that Domain passes the suite below in a WebAssembly machine,
+// with one thread, a clock, random bytes and an output, and both ends of a vif run on it.
 //
-// What each method is in terms of Xen, and what it must give beyond its comment:
+// The table names the hypercall or table of Xen behind each method, and the demands on an
+// implementation that the method's comment leaves out:
 //
 //	ID        the domid: from the start info or CPUID, or the key domid of xenstore
 //	Memory    page-aligned pages of whole frames, which nothing else uses. They are private,
@@ -24,8 +25,8 @@
 //	          written last, after a write barrier. Refs 0 to 7 are Xen's. End clears the
 //	          flags by compare-and-swap; while GTF_reading or GTF_writing is set the page
 //	          is not free, now or ever, and the error is ErrInUse.
-//	Map       GNTTABOP_map_grant_ref into consecutive addresses. All or none: what was mapped
-//	          before the ref that fails is unmapped again. The mapping stays until Release,
+//	Map       GNTTABOP_map_grant_ref into consecutive addresses. If a ref fails, the port unmaps
+//	          the pages that it has mapped before. The mapping stays until Release,
 //	          whatever becomes of the granter; see the trap below.
 //	Copy      GNTTABOP_copy. Local areas are Go memory: pieces of a page each, since pages
 //	          that follow each other for Go need not do so for Xen; or the port runs an
@@ -42,7 +43,8 @@
 //	Store     the ring of xenstore (xen/include/public/io/xs_wire.h) as a stream of bytes
 //
 // A port without processes does not implement [HandoverDomain], and one without threads not
-// [ThreadDomain]: pvnet then refuses by name what needs them, with errors.ErrUnsupported.
+// [ThreadDomain]: pvnet then refuses hand-over and Config.LockedThreads, with
+// errors.ErrUnsupported.
 // [GroupDomain] is worth having: without it there is no pvnet.Poller.
 //
 // # Memory
@@ -59,10 +61,10 @@
 // A page of Memory, Share and Map is nowhere that a garbage collector moves or frees it while
 // it is in use. Go's own does not move the heap.
 //
-// # What the runtime gives
+// # The runtime
 //
 //	goroutines   pvnet has some six per device and none that needs a thread of its own. One
-//	             thread is enough: what waits by looking (pvnet.Busy, pvnet.Adaptive) calls
+//	             thread is enough: a half that spins (pvnet.Busy, pvnet.Adaptive) calls
 //	             runtime.Gosched. Without preemption a program's own loop has to do so too.
 //	timers       time.Timer and a monotonic clock, of a millisecond or so. Without them the
 //	             slow tick does not come: lost events are not found, a guest that stops is not
