@@ -43,8 +43,8 @@
 //	Store     the ring of xenstore (xen/include/public/io/xs_wire.h) as a stream of bytes
 //
 // A port without processes does not implement [HandoverDomain], and one without threads not
-// [ThreadDomain]: pvnet then refuses hand-over and Config.LockedThreads, with
-// errors.ErrUnsupported.
+// [ThreadDomain]: pvnet then refuses a hand-over with errors.ErrUnsupported, and a Config with
+// LockedThreads by the name of that option.
 // [GroupDomain] is worth having: without it there is no pvnet.Poller.
 //
 // # Memory
