@@ -7,6 +7,7 @@ import (
 	"barevif/arena/shm"
 	"barevif/hypercall"
 	"barevif/pvnet/netif"
+	"barevif/pvnet/packet"
 	"barevif/pvnet/ring"
 	"barevif/telemetry"
 )
@@ -45,6 +46,7 @@ type backRX struct {
 	rsp     [256]netif.TxResponse
 	nrsp    int
 	batched [128]batched
+	layout  packer
 	got     [128]uint32 // private pages for the next frames; a stack array would be cleared on each call
 
 	stopwatch
@@ -131,7 +133,7 @@ func (e *backRX) receiveAny(frames []Frame, into, pay bool) (n int, err error) {
 			err = f.reset(e.next.total)
 		case e.lendNext(f):
 			lent = true
-		case !build(e.private, int(e.next.total), f):
+		case !e.buildNext(f):
 			e.count.Add(telemetry.AllocFailed, 1)
 			err = ErrNoBuffers
 		}
@@ -259,6 +261,20 @@ func (e *backRX) copyPlain(frames []Frame, into bool) (good int) {
 	}
 	t.countCopied(0, e.ring.Unanswered(), e.private.Free())
 	return good
+}
+
+// buildNext makes f a frame for the next packet, whose pieces end where slots do if there are
+// buffers enough for that.
+func (e *backRX) buildNext(f *Frame) bool {
+	p := &e.next
+	if p.total <= shm.PageSize {
+		return build(e.private, int(p.total), f)
+	}
+	e.layout.begin(p.total, maxFrameBuffers, shm.PageSize-headroom, packet.MaxHeaders)
+	for i := range p.seg[:p.dataSlots] {
+		e.layout.add(uint32(p.seg[i].Size))
+	}
+	return buildPacked(e.private, &e.layout, f)
 }
 
 // addToBatch adds the copies of the next packet into f to the batch, and its responses.

@@ -30,6 +30,7 @@ type backTX struct {
 	rsp     [256]netif.RxResponse
 	nrsp    int
 	batched [128]batched
+	layout  packer    // of the frame that put adds to the batch
 	groups  *groups   // the frontend's multicast filter
 	dest    [6]byte   // of the frame that filter looks at
 	ours    [128]bool // by frame of sendPlain: its buffer is one of bufs, and was taken
@@ -197,7 +198,8 @@ func (e *backTX) put(f *Frame, p *batched) error {
 		hash, p.hashed = e.hash.hash(f)
 	}
 	p.extras = f.extras(hash, p.hashed)
-	need := uint32(f.pages() + p.extras.Len())
+	e.layout.place(f)
+	need := uint32(e.layout.pages() + p.extras.Len())
 	avail, err := e.ring.Poll()
 	if err == nil && avail < need {
 		avail, err = e.ring.Reload()
@@ -215,38 +217,38 @@ func (e *backTX) put(f *Frame, p *batched) error {
 	return nil
 }
 
-// addToBatch takes a request for each page that f fills and for each extra info, and adds
-// the copies and the responses to the batch.
+// addToBatch takes a request for each page of layout and for each extra info, and adds the
+// copies and the responses to the batch.
 func (e *backTX) addToBatch(f *Frame, extras *netif.Extras) {
 	var r netif.RxRequest
-	room, left := 0, f.total // bytes left in the page of r, and of the frame
+	slots := e.layout.pages()
+	slot, room := 0, 0 // the next slot, and bytes that the one before still gets
 	for src := range f.Pieces() {
 		for len(src) > 0 {
 			if room == 0 {
 				r = e.ring.Take()
-				out := netif.RxResponse{ID: r.ID, Status: int16(min(left, shm.PageSize))}
-				first := left == f.total
-				if first {
+				room = int(e.layout.sizes[slot])
+				out := netif.RxResponse{ID: r.ID, Status: int16(room)}
+				if slot == 0 {
 					out.Flags = rxFlags(f)
 					if extras.Len() > 0 {
 						out.Flags |= netif.RxExtraInfo
 					}
 				}
-				if left > shm.PageSize {
+				if slot < slots-1 {
 					out.Flags |= netif.RxMoreData
 				}
 				e.respond(out)
-				if first {
+				if slot == 0 {
 					for i := range extras.Len() {
 						e.ring.Take() // its page is not used
 						e.respond(extras.At(i).RxResponse())
 					}
 				}
-				left -= min(left, shm.PageSize)
-				room = shm.PageSize
+				slot++
 			}
 			k := min(len(src), room)
-			e.write(r.Ref, uint16(shm.PageSize-room), src[:k])
+			e.write(r.Ref, e.layout.sizes[slot-1]-uint16(room), src[:k])
 			src, room = src[k:], room-k
 		}
 	}
@@ -343,7 +345,9 @@ func (e *backTX) copyBatched(frames []Frame) {
 func (e *backTX) violation(reason string) error { return e.fail(e.ring.Consumed(), reason) }
 
 func (e *backTX) spaceFor(f *Frame) space {
-	n := space{slots: f.pages() + int(f.extraSlots(e.mayHash()))}
+	var l packer
+	l.place(f)
+	n := space{slots: l.pages() + int(f.extraSlots(e.mayHash()))}
 	if !f.buf.Exclusive() && e.peerTakes.needs(f) == needChecksum {
 		n.bufs = buffersFor(int(f.total)) // see complete
 	}

@@ -90,23 +90,30 @@ func build(a *arena.Arena, total int, f *Frame) bool {
 		f.off, f.n = uint16(min(headroom, size-total)), uint16(total)
 		return true
 	}
-	var bufs [maxFrameBuffers]uint32
-	n := (headroom + total + size - 1) / size
-	if n > maxFrameBuffers {
+	if total > MaxFrame {
 		return false
 	}
+	var l packer
+	l.begin(uint32(total), maxFrameBuffers, uint32(size-headroom), 1)
+	l.add(uint32(total))
+	return buildPacked(a, &l, f)
+}
+
+// buildPacked makes a frame of more than one buffer, whose pieces are as long as l says,
+// behind the headroom. It reports false, and takes none, if a has too few.
+func buildPacked(a *arena.Arena, l *packer, f *Frame) bool {
+	var bufs [maxFrameBuffers]uint32
+	n := l.pages()
 	if got := a.Get(bufs[:n]); got < n {
 		a.Put(bufs[:got]...)
 		return false
 	}
-	first := size - headroom
-	left := total - first
+	total := uint32(l.sizes[0])
 	for i := 1; i < n; i++ {
-		k := min(left, size)
-		a.Link(bufs[i-1], bufs[i], 0, uint16(k))
-		left -= k
+		a.Link(bufs[i-1], bufs[i], 0, l.sizes[i])
+		total += uint32(l.sizes[i])
 	}
-	*f = Frame{buf: a.Buffer(bufs[0]), total: uint32(total), off: headroom, n: uint16(first), pieces: uint8(n)}
+	*f = Frame{buf: a.Buffer(bufs[0]), total: total, off: headroom, n: l.sizes[0], pieces: uint8(n)}
 	return true
 }
 

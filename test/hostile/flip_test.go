@@ -117,16 +117,21 @@ func TestT19ResponsesAndPostedPages(t *testing.T) {
 			t.Fatal(err)
 		}
 		in := g.awaitReceived(slots)
+		at := 0 // how much of the frame the slots before have
 		for i, r := range in {
-			k := min(n-i*4096, 4096)
+			k := min(n-at, 4096)
+			if i == 0 && slots > 1 {
+				k = 4096 - 128 // as far as the device's own page goes, behind its headroom
+			}
 			want := raw.RxRsp{ID: uint16(g.RxProd-uint32(slots)+uint32(i)) % raw.Size, Status: int16(k)}
 			if i < slots-1 {
 				want.Flags = raw.RxMore
 			}
 			page := g.Posted.Page((first + i) % 32)
-			if r != want || !bytes.Equal(page[:k], frame[i*4096:i*4096+k]) || bytes.Count(page[k:], []byte{0xee}) != 4096-k {
+			if r != want || !bytes.Equal(page[:k], frame[at:at+k]) || bytes.Count(page[k:], []byte{0xee}) != 4096-k {
 				t.Errorf("slot %d of %d bytes: %+v, want %+v", i, n, r, want)
 			}
+			at += k
 		}
 	}
 	g.disconnect()
