@@ -57,7 +57,7 @@ type Arena struct {
 	done func()
 
 	readOnly bool
-	wake     func() // see WakeOnReturn
+	wake     atomic.Pointer[func()] // see WakeOnReturn
 }
 
 // A goroutine that is not the owner, and releases a buffer, has to do one of these.
@@ -114,7 +114,8 @@ func NewReserved(mem shm.Memory, size int, populate func(first, pages int)) *Are
 // of such a buffer is [Buffer.Exclusive]. [Arena.WakeOnReturn] has wake called.
 func NewReadOnly(mem shm.Memory, size int, wake func()) *Arena {
 	a := New(mem, size)
-	a.readOnly, a.wake = true, wake
+	a.readOnly = true
+	a.SetWake(wake)
 	a.free = a.free[:0]
 	return a
 }
@@ -307,9 +308,12 @@ func (a *Arena) Retire(done func()) {
 	a.finishRetire()
 }
 
-// WakeOnReturn makes the next release by another goroutine call the wake of [NewReadOnly],
-// once. The owner then looks once more with [Arena.Get], since a buffer that came back
-// before has woken nobody.
+// SetWake sets what [Arena.WakeOnReturn] has called, if that was not given to [NewReadOnly].
+func (a *Arena) SetWake(wake func()) { a.wake.Store(&wake) }
+
+// WakeOnReturn makes the next release by another goroutine call the wake of [NewReadOnly] or
+// [Arena.SetWake], once. The owner then looks once more with [Arena.Get], since a buffer that
+// came back before has woken nobody.
 func (a *Arena) WakeOnReturn() { a.due.Or(dueWake) }
 
 // Returned reports whether others have released buffers since the last Get or Free.
@@ -431,7 +435,7 @@ func (b Buffer) Release() error {
 // afterReturn wakes the owner, or frees the retired arena, after a buffer came back.
 func (a *Arena) afterReturn(due uint32) {
 	if due&dueWake != 0 && a.due.And(^uint32(dueWake))&dueWake != 0 {
-		a.wake()
+		(*a.wake.Load())()
 	}
 	if due&dueRetire != 0 {
 		a.finishRetire()
