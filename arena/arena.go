@@ -174,12 +174,12 @@ func (a *Arena) Get(dst []uint32) int {
 // Free returns how many buffers Get could give now.
 func (a *Arena) Free() int {
 	a.collect()
-	return a.available()
+	return a.AtHand()
 }
 
-// available returns how many buffers are in the arena: on the owner's stack or not touched
-// yet. It does not count the return list.
-func (a *Arena) available() int { return len(a.free) + len(a.desc) - int(a.touched.Load()) }
+// AtHand returns how many buffers are on the owner's stack or not touched yet. It leaves out what
+// others have released since the last Get or Free.
+func (a *Arena) AtHand() int { return len(a.free) + len(a.desc) - int(a.touched.Load()) }
 
 // Put gives back buffers that the owner holds by number: got and not handed out, or taken
 // over.
@@ -324,7 +324,7 @@ func (a *Arena) finishRetire() {
 	a.mu.Lock()
 	a.collect()
 	var done func()
-	if a.available() == len(a.desc) {
+	if a.AtHand() == len(a.desc) {
 		done, a.done = a.done, nil
 	}
 	a.mu.Unlock()

@@ -163,14 +163,20 @@ func (e *backRX) receiveAny(frames []Frame, into, pay bool) (n int, err error) {
 		err = nil
 	}
 	if err == ErrNoBuffers {
-		e.starve(e.stock())
+		e.starve(e.atHand())
 	}
 	return n, err
 }
 
-// stock returns how many pages are there for the next frame, by which it is compared later: the
-// pages of its own that the frontend lends count as less.
-func (e *backRX) stock() int { return e.private.Free() - e.lentNow }
+// atHand counts the pages of its own that the frontend lends as missing: when they are back, they
+// may be lent again.
+func (e *backRX) atHand() int { return e.private.AtHand() - e.lentNow }
+
+// stock returns how many pages are there, with those that others have released.
+func (e *backRX) stock() int {
+	e.private.Free()
+	return e.atHand()
+}
 
 func (e *backRX) starving() bool {
 	if !e.starved.Load() {

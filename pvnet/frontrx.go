@@ -99,18 +99,28 @@ func (e *frontRX) receive(frames []Frame, into bool) (n int, err error) {
 		err = nil
 	}
 	if err == ErrNoBuffers {
-		e.starve(e.stock())
+		e.starve(e.atHand())
 	}
 	return n, err
 }
 
-// stock returns how many pages are there for the next frame.
-func (e *frontRX) stock() int {
-	n := e.private.Free()
+// atHand returns how many pages are there for the next frame, but for those that others have
+// released since receive looked.
+func (e *frontRX) atHand() int {
+	n := e.private.AtHand()
 	if e.lend {
-		n += e.shared.Free() // as more of them are home, they may be lent again
+		n += e.shared.AtHand() // as more of them are home, they may be lent again
 	}
 	return n
+}
+
+// stock returns how many pages are there, with those that others have released.
+func (e *frontRX) stock() int {
+	e.private.Free()
+	if e.lend {
+		e.shared.Free()
+	}
+	return e.atHand()
 }
 
 func (e *frontRX) starving() bool {

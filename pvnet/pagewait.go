@@ -11,12 +11,13 @@ import "sync/atomic"
 // them.
 type pageWait struct {
 	starved atomic.Bool // the last receive returned ErrNoBuffers; the watchdog reads it
-	had     int         // the engine's stock then
+	had     int         // the pages that the engine had then
 }
 
-// starve takes note that there were too few pages.
-func (w *pageWait) starve(stock int) {
-	w.had = stock
+// starve takes note that so many pages were too few: those that receive has found, and not those
+// that have come back since it looked.
+func (w *pageWait) starve(had int) {
+	w.had = had
 	w.starved.Store(true)
 }
 

@@ -160,6 +160,22 @@ func TestNoReleaseIsMissedBeforeTheWait(t *testing.T) {
 	})
 }
 
+// What came back after receive had looked, and before it took note, counts too.
+func TestNoReleaseIsMissedBeforeTheNote(t *testing.T) {
+	eachStarved(t, func(t *testing.T, _ *Device, rx *RX, held []Frame) {
+		held[len(held)-1].Release() // a copy, also if others are lent
+		switch e := rx.eng.(type) {
+		case *frontRX:
+			e.starve(e.atHand())
+		case *backRX:
+			e.starve(e.atHand())
+		}
+		if rx.eng.starving() {
+			t.Error("the receiver waits, and has a page")
+		}
+	})
+}
+
 func TestWhatEndsAWaitForBuffers(t *testing.T) {
 	eachStarved(t, func(t *testing.T, to *Device, rx *RX, held []Frame) {
 		var over atomic.Bool
