@@ -57,7 +57,7 @@ type Arena struct {
 	done func()
 
 	readOnly bool
-	wake     func() // see WakeOnReturn
+	wake     atomic.Pointer[func()] // see WakeOnReturn
 }
 
 // A goroutine that is not the owner, and releases a buffer, has to do one of these.
@@ -114,7 +114,8 @@ func NewReserved(mem shm.Memory, size int, populate func(first, pages int)) *Are
 // of such a buffer is [Buffer.Exclusive]. [Arena.WakeOnReturn] has wake called.
 func NewReadOnly(mem shm.Memory, size int, wake func()) *Arena {
 	a := New(mem, size)
-	a.readOnly, a.wake = true, wake
+	a.readOnly = true
+	a.SetWake(wake)
 	a.free = a.free[:0]
 	return a
 }
@@ -173,12 +174,12 @@ func (a *Arena) Get(dst []uint32) int {
 // Free returns how many buffers Get could give now.
 func (a *Arena) Free() int {
 	a.collect()
-	return a.available()
+	return a.AtHand()
 }
 
-// available returns how many buffers are in the arena: on the owner's stack or not touched
-// yet. It does not count the return list.
-func (a *Arena) available() int { return len(a.free) + len(a.desc) - int(a.touched.Load()) }
+// AtHand returns how many buffers are on the owner's stack or not touched yet. It leaves out what
+// others have released since the last Get or Free.
+func (a *Arena) AtHand() int { return len(a.free) + len(a.desc) - int(a.touched.Load()) }
 
 // Put gives back buffers that the owner holds by number: got and not handed out, or taken
 // over.
@@ -307,9 +308,12 @@ func (a *Arena) Retire(done func()) {
 	a.finishRetire()
 }
 
-// WakeOnReturn makes the next release by another goroutine call the wake of [NewReadOnly],
-// once. The owner then looks once more with [Arena.Get], since a buffer that came back
-// before has woken nobody.
+// SetWake sets what [Arena.WakeOnReturn] has called, if that was not given to [NewReadOnly].
+func (a *Arena) SetWake(wake func()) { a.wake.Store(&wake) }
+
+// WakeOnReturn makes the next release by another goroutine call the wake of [NewReadOnly] or
+// [Arena.SetWake], once. The owner then looks once more with [Arena.Get], since a buffer that
+// came back before has woken nobody.
 func (a *Arena) WakeOnReturn() { a.due.Or(dueWake) }
 
 // Returned reports whether others have released buffers since the last Get or Free.
@@ -320,7 +324,7 @@ func (a *Arena) finishRetire() {
 	a.mu.Lock()
 	a.collect()
 	var done func()
-	if a.available() == len(a.desc) {
+	if a.AtHand() == len(a.desc) {
 		done, a.done = a.done, nil
 	}
 	a.mu.Unlock()
@@ -431,7 +435,7 @@ func (b Buffer) Release() error {
 // afterReturn wakes the owner, or frees the retired arena, after a buffer came back.
 func (a *Arena) afterReturn(due uint32) {
 	if due&dueWake != 0 && a.due.And(^uint32(dueWake))&dueWake != 0 {
-		a.wake()
+		(*a.wake.Load())()
 	}
 	if due&dueRetire != 0 {
 		a.finishRetire()

@@ -456,7 +456,8 @@ func TestReadOnlyBuffersAreNobodysToWrite(t *testing.T) {
 
 func TestAReturnedBufferWakesItsOwnerOnce(t *testing.T) {
 	woken := 0
-	a := NewReadOnly(shm.Heap(4), shm.PageSize, func() { woken++ })
+	a := NewReadOnly(shm.Heap(4), shm.PageSize, func() { t.Error("the first wake was called") })
+	a.SetWake(func() { woken++ })
 	give := func(i uint32) { a.Buffer(i).Release() }
 	give(0)
 	if woken != 0 {

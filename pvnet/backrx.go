@@ -41,6 +41,7 @@ type backRX struct {
 	// which frame.
 	bound
 	peerLink
+	pageWait
 	copyBatch
 	lender
 	rsp     [256]netif.TxResponse
@@ -68,6 +69,7 @@ type txPacket struct {
 const maxExtras = 8
 
 func (e *backRX) receive(frames []Frame, into bool) (n int, err error) {
+	e.fed()
 	e.nops, e.nrsp = 0, 0
 	e.takeUp()
 	e.answerReturned()
@@ -162,7 +164,35 @@ func (e *backRX) receiveAny(frames []Frame, into, pay bool) (n int, err error) {
 	if n > 0 && (err == ErrNoBuffers || err == ErrShortFrame || err == ErrStale) {
 		err = nil
 	}
+	if err == ErrNoBuffers {
+		e.starve(e.atHand())
+	}
 	return n, err
+}
+
+// atHand counts the pages of its own that the frontend lends as missing: when they are back, they
+// may be lent again.
+func (e *backRX) atHand() int { return e.private.AtHand() - e.lentNow }
+
+// stock returns how many pages are there, with those that others have released.
+func (e *backRX) stock() int {
+	e.private.Free()
+	return e.atHand()
+}
+
+func (e *backRX) starving() bool {
+	if !e.starved.Load() {
+		return false
+	}
+	e.private.WakeOnReturn()
+	e.wakeOnReturn()
+	return !e.refilled(e.stock())
+}
+
+// bind also has releases of other goroutines wake the owner of h, once starving asks for that.
+func (e *backRX) bind(h *half) {
+	e.bound.bind(h)
+	e.private.SetWake(h.wakeOwner)
 }
 
 // receiveFast is receive for frames of one slot without offloads.
@@ -550,6 +580,9 @@ func (e *backRX) ready(int) bool {
 	if e.account.held.Load() {
 		return e.account.over() || e.lentNow > 0 && e.returned()
 	}
+	if e.starved.Load() {
+		return e.refilled(e.stock()) || e.lentNow > 0 && e.returned()
+	}
 	n, err := e.ring.Poll()
 	return n > 0 || e.haveNext || err != nil || e.lentNow > 0 && e.returned()
 }
@@ -564,8 +597,10 @@ func (e *backRX) heldUntil() (until time.Time, held bool) {
 	return e.account.until, held
 }
 
-// overdue reports false while a frame waits for credit: the owner has armed no event.
-func (e *backRX) overdue() bool { return !e.account.held.Load() && e.ring.Overdue() }
+// overdue reports false while a frame waits for credit or a page: the owner has armed no event.
+func (e *backRX) overdue() bool {
+	return !e.account.held.Load() && !e.starved.Load() && e.ring.Overdue()
+}
 
 // drain counts nothing: a frame that was parsed and not delivered has no response, so the
 // frontend counts it, or the next backend takes it again.

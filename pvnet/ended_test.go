@@ -113,6 +113,7 @@ func TestEveryCallAfterDisconnectSaysSo(t *testing.T) {
 						{"RX.Poll", func() error { return two(rx.Poll(nil)) }},
 						{"RX.PollInto", func() error { return two(rx.PollInto(frames[:])) }},
 						{"RX.PollInto", func() error { return two(rx.PollInto(nil)) }},
+						{"RX.AwaitBuffers", func() error { return rx.AwaitBuffers() }},
 					}...)
 				}
 				tried := make(map[string]bool)

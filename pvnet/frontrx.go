@@ -30,6 +30,7 @@ type frontRX struct {
 
 	bound
 	peerLink
+	pageWait
 
 	offload bool // this end offered to take GSO frames and partial checksums
 
@@ -70,6 +71,7 @@ func (e *frontRX) fill() {
 }
 
 func (e *frontRX) receive(frames []Frame, into bool) (n int, err error) {
+	e.fed()
 	t := tally{block: e.count}
 	if e.lend {
 		e.fill()
@@ -96,7 +98,47 @@ func (e *frontRX) receive(frames []Frame, into bool) (n int, err error) {
 	if n > 0 && (err == ErrNoBuffers || err == ErrShortFrame) {
 		err = nil
 	}
+	if err == ErrNoBuffers {
+		e.starve(e.atHand())
+	}
 	return n, err
+}
+
+// atHand returns how many pages are there for the next frame, but for those that others have
+// released since receive looked.
+func (e *frontRX) atHand() int {
+	n := e.private.AtHand()
+	if e.lend {
+		n += e.shared.AtHand() // as more of them are home, they may be lent again
+	}
+	return n
+}
+
+// stock returns how many pages are there, with those that others have released.
+func (e *frontRX) stock() int {
+	e.private.Free()
+	if e.lend {
+		e.shared.Free()
+	}
+	return e.atHand()
+}
+
+func (e *frontRX) starving() bool {
+	if !e.starved.Load() {
+		return false
+	}
+	e.private.WakeOnReturn()
+	if e.lend {
+		e.shared.WakeOnReturn()
+	}
+	return !e.refilled(e.stock())
+}
+
+// bind also has releases of other goroutines wake the owner of h, once starving asks for that.
+func (e *frontRX) bind(h *half) {
+	e.bound.bind(h)
+	e.private.SetWake(h.wakeOwner)
+	e.shared.SetWake(h.wakeOwner)
 }
 
 // deliver makes f the next packet. It reports false for a packet that it drops, and
@@ -380,6 +422,9 @@ func (e *frontRX) arm() (bool, error) {
 }
 
 func (e *frontRX) ready(int) bool {
+	if e.starved.Load() {
+		return e.refilled(e.stock())
+	}
 	n, err := e.ring.Poll()
 	return n > 0 || e.haveNext || err != nil
 }
@@ -388,7 +433,7 @@ func (e *frontRX) consumed() uint32 { return e.ring.Consumed() }
 
 func (e *frontRX) heldUntil() (until time.Time, held bool) { return until, false }
 
-func (e *frontRX) overdue() bool { return e.ring.Overdue() }
+func (e *frontRX) overdue() bool { return !e.starved.Load() && e.ring.Overdue() }
 
 // sample does nothing: a posted page gets its response when a frame arrives, so the time
 // would only show how idle the link was.

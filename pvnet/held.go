@@ -5,13 +5,17 @@ import (
 	"time"
 )
 
-// hold takes note of a member whose next frame waits for credit: there is no use in looking
-// at it, and no event to wait for. It reports whether m is such a member, which the
-// caller then takes off the list of those polled. A change of its limit, or of its link,
-// makes m news.
+// hold takes note of a member whose next frame waits for credit, or for pages that users hold:
+// there is no use in looking at it, and no event to wait for. It reports whether m is such a
+// member, which the caller then takes off the list of those polled. A change of its limit, or of
+// its link, makes m news, and so does a page that comes back.
 func (p *Poller) hold(m *member) bool {
 	if m.rx == nil || m.h.enter() != nil {
 		return false
+	}
+	if m.starving = m.starves(); m.starving {
+		m.h.gate.leave()
+		return true
 	}
 	until, held := m.rx.eng.heldUntil()
 	m.h.gate.leave()
@@ -24,6 +28,13 @@ func (p *Poller) hold(m *member) bool {
 	}
 	p.creditAt = sooner(p.creditAt, until)
 	return true
+}
+
+// starves reports whether the next frame of m waits for pages. Whoever releases one marks m.
+// The owner is inside the gate.
+func (m *member) starves() bool {
+	k := m.h.park.Load()
+	return m.rx.eng.starving() && k.watch(m) && m.rx.eng.starving()
 }
 
 // creditDue reports whether a member gets credit now. It reads the clock only if a member

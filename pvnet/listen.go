@@ -5,7 +5,6 @@ import (
 	"errors"
 	"runtime/debug"
 	"sync"
-	"time"
 )
 
 // Listen calls fn with every frame that arrives, until Disconnect, when it returns nil, or
@@ -117,8 +116,8 @@ func (rx *RX) listen(fn func([]Frame)) (err error) {
 	for {
 		n, err := rx.Receive(frames[:])
 		if err == ErrNoBuffers { // fn retains every buffer; new frames wait in the ring
-			time.Sleep(time.Millisecond)
-			continue
+			err = rx.AwaitBuffers()
+			n = 0
 		}
 		if err != nil {
 			return err

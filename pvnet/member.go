@@ -27,19 +27,20 @@ type member struct {
 	asleep  atomic.Bool // its event is armed, and the Poller does not look at it
 
 	// Used by the owner only.
-	known  bool      // it is in byTag
-	polled bool      // it is in Poller.polled
-	held   bool      // it is in Poller.held
-	until  time.Time // while held: when it gets credit; zero: nobody knows
-	slept  bool      // it slept, and has not been looked at since
-	event  bool      // an event ended its sleep
-	worked bool      // it had work since its last sleep
-	waits  bool      // of a sending half: it waits for space
-	empty  uint8     // consecutive turns without work
-	seq    uint32    // number of its sleep, as in half.waitSeq
-	taken  uint32    // of a receiving half: the ring's index when it fell asleep
-	space  space     // of a sending half: what it lacks
-	park   *parker   // the parker at which it last slept
+	known    bool      // it is in byTag
+	polled   bool      // it is in Poller.polled
+	held     bool      // it is in Poller.held
+	starving bool      // its next frame waits for pages
+	until    time.Time // while held: when it gets credit; zero: nobody knows
+	slept    bool      // it slept, and has not been looked at since
+	event    bool      // an event ended its sleep
+	worked   bool      // it had work since its last sleep
+	waits    bool      // of a sending half: it waits for space
+	empty    uint8     // consecutive turns without work
+	seq      uint32    // number of its sleep, as in half.waitSeq
+	taken    uint32    // of a receiving half: the ring's index when it fell asleep
+	space    space     // of a sending half: what it lacks
+	park     *parker   // the parker at which it last slept
 }
 
 // leave takes m out of its parker and ends its sleep. It does not free its slot.

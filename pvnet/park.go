@@ -190,6 +190,18 @@ func (p *parker) joinPoller(m *member, worked bool) error {
 	return g.Rearm(p.w, worked || p.members[1-d] != nil && !p.idle[1-d])
 }
 
+// watch has every wake of the parker mark m, as joinPoller does, but waits for no event. It
+// reports false if m was removed.
+func (p *parker) watch(m *member) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if m.removed.Load() {
+		return false
+	}
+	p.members[m.h.dir] = m
+	return true
+}
+
 // leaveGroup takes the waiter out of a Poller's Group. The members join again when they are
 // marked.
 func (p *parker) leaveGroup() {

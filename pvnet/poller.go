@@ -228,8 +228,8 @@ func (p *Poller) Close() error {
 // Wait waits until members may have work, and lends the list of them until the next Wait.
 // Each is listed once, so a caller that handles one batch of each is fair to all. A
 // listed member may turn out to have no work. If the caller leaves frames in a member,
-// the next Wait lists it again without waiting; so it does if the caller holds all of its
-// buffers ([ErrNoBuffers]).
+// the next Wait lists it again without waiting. A member that returned [ErrNoBuffers] is listed
+// again once a frame of it has been released, by whichever goroutine.
 //
 // Errors: os.ErrDeadlineExceeded, net.ErrClosed after Close, [ErrBusy] if another
 // goroutine is in Wait, [*UnknownError] once the domain itself is gone. After

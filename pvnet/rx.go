@@ -35,13 +35,17 @@ type receiver interface {
 	// until when; the zero Time: for a change of the limit. No event is armed meanwhile.
 	heldUntil() (until time.Time, held bool)
 
+	// starving reports whether the next frame still waits for a page, after receive returned
+	// ErrNoBuffers. The next release by another goroutine then wakes the owner.
+	starving() bool
+
 	engine
 }
 
 // Receive waits for at least one frame, the deadline (os.ErrDeadlineExceeded) or
 // Disconnect ([ErrDisconnected]), and gives the caller frames[:n] until Release. While
-// the link is down it waits. It returns [ErrNoBuffers] at once if the caller holds every
-// buffer, [ErrPolled] if the half is in a [Poller] and no frame is there, [ErrBusy] if
+// the link is down it waits. It returns [ErrNoBuffers] at once if the caller, or those it gave
+// frames to, hold every buffer (see [RX.AwaitBuffers]), [ErrPolled] if the half is in a [Poller] and no frame is there, [ErrBusy] if
 // another goroutine is inside the half, and the [*PeerError] that ended the device.
 func (rx *RX) Receive(frames []Frame) (n int, err error) { return rx.receive(frames, false) }
 
@@ -151,6 +155,10 @@ func (rx *RX) Release(frames []Frame) (err error) {
 		return releaseAll(frames)
 	}
 	err = rx.eng.release(frames)
+	if m := rx.member.Load(); m != nil && m.starving {
+		m.starving = false
+		m.mark() // the owner releases by itself what its Poller waits for
+	}
 	rx.gate.leave()
 	return err
 }

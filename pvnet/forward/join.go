@@ -6,14 +6,9 @@ import (
 	"fmt"
 	"runtime"
 	"sync"
-	"time"
 
 	"barevif/pvnet"
 )
-
-// relief is how long a receiver waits that holds every page it could receive into. Nobody
-// tells it when one comes back, since any goroutine may release a frame.
-const relief = time.Millisecond
 
 // Receive owns the receiving halves of all queues of dev, for good, and calls fn with the
 // frames that arrive, at most [Batch] of one queue at a time, until ctx ends (it returns the
@@ -26,7 +21,7 @@ const relief = time.Millisecond
 // run, so that many receivers in few threads take turns batch by batch.
 //
 // While all pages that a queue receives into are held by fn, or by those it gave frames to,
-// the frames that arrive wait in the ring.
+// the frames that arrive wait in the ring. Whoever releases one of them wakes the receiver.
 func Receive(ctx context.Context, dev *pvnet.Device, fn func(queue int, frames []pvnet.Frame) (lost int, err error)) error {
 	rxs, err := ownAll(dev)
 	if err != nil {
@@ -82,11 +77,9 @@ func receiveQueue(ctx context.Context, rx *pvnet.RX, fn func([]pvnet.Frame) (int
 	for ctx.Err() == nil {
 		n, err := rx.Receive(frames[:])
 		if err == pvnet.ErrNoBuffers {
-			select {
-			case <-time.After(relief):
-			case <-ctx.Done():
+			if err = rx.AwaitBuffers(); err == nil {
+				continue
 			}
-			continue
 		}
 		if err != nil {
 			return err

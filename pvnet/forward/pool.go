@@ -7,7 +7,6 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
-	"time"
 
 	"barevif/hypercall"
 	"barevif/pvnet"
@@ -74,7 +73,7 @@ func NewPool(domain hypercall.Domain, goroutines int) (*Pool, error) {
 // wait: it is for Senders that [Drop]. It also returns [ErrClosed] after [Pool.Close].
 //
 // A queue all of whose pages are held by fn, or by those that it gave frames to, is looked at
-// again after a millisecond.
+// again once one of them is released.
 func (p *Pool) Receive(ctx context.Context, dev *pvnet.Device, fn func(queue int, frames []pvnet.Frame) (lost int, err error)) error {
 	rxs, err := ownAll(dev)
 	if err != nil {
@@ -182,10 +181,7 @@ func deviceError(m *poolMember) error {
 func (w *poolWorker) receive(m *poolMember, frames []pvnet.Frame) error {
 	n, err := m.rx.Poll(frames)
 	switch {
-	case err == pvnet.ErrLinkDown:
-		return nil
-	case err == pvnet.ErrNoBuffers:
-		w.rest(m)
+	case err == pvnet.ErrLinkDown, err == pvnet.ErrNoBuffers: // the Poller tells when that has changed
 		return nil
 	case err != nil:
 		return err
@@ -198,19 +194,6 @@ func (w *poolWorker) receive(m *poolMember, frames []pvnet.Frame) error {
 		m.undelivered = 0
 	}
 	return err
-}
-
-// rest does not look at m for a while: nobody tells when a page has come back.
-func (w *poolWorker) rest(m *poolMember) {
-	w.poller.Remove(m.rx)
-	time.AfterFunc(relief, func() {
-		w.mu.Lock()
-		defer w.mu.Unlock()
-		if slices.Contains(w.members, m) && w.poller.Add(m.rx, m) != nil { // the device has ended
-			w.leaving = append(w.leaving, m)
-			w.poller.Wake()
-		}
-	})
 }
 
 // leave lets m go.

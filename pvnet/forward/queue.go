@@ -35,8 +35,7 @@ type queue struct {
 	owners [Batch]*Input      // of batch
 	n      int                // frames in batch
 
-	written      [][]byte // guarded by mu: frames of Sender.Write
-	writtenBytes int      // guarded by mu
+	written writtenQueue // guarded by mu: frames of Sender.Write
 
 	undelivered uint64 // frames lost that the device has not counted yet
 }
@@ -249,8 +248,8 @@ func (q *queue) finish(end error) {
 		q.first, l.next, l.queued = l.next, nil, false
 	}
 	q.last = nil
-	q.s.own.count(ended, len(q.written))
-	q.written, q.writtenBytes = nil, 0
+	q.s.own.count(ended, q.written.frames)
+	q.written = writtenQueue{}
 	q.restLocked()
 	q.mu.Unlock()
 	q.s.end(end)
@@ -329,7 +328,7 @@ func (q *queue) fill() bool {
 	if q.n > 0 {
 		return true
 	}
-	if len(q.written) > 0 {
+	if q.written.frames > 0 {
 		q.fillWritten()
 	}
 	for q.n < Batch && q.first != nil {

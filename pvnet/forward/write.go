@@ -1,6 +1,10 @@
 package forward
 
-import "barevif/pvnet"
+import (
+	"math/bits"
+
+	"barevif/pvnet"
+)
 
 // mostWritten is how many frames of [Sender.Write] may wait for a queue of the vif, and
 // mostWrittenBytes how long they may be together.
@@ -11,9 +15,10 @@ const (
 
 // Write sends a copy of one frame that no device received: an answer of the router's own. It
 // does not wait. Frames of Write go before those of the inputs, in their order if they take the
-// same queue of the vif, and are among the Stats. It reports false if so many wait already, if
-// the frame has fewer than [pvnet.MinFrame] or more than [pvnet.MaxFrame] bytes, or if the Sender
-// has ended. Its checksums must be complete. Any goroutine may call it.
+// same queue of the vif, and are among the Stats. It reports false if so many wait already (256,
+// or 512 KiB), if the frame has fewer than [pvnet.MinFrame] or more than [pvnet.MaxFrame] bytes, or
+// if the Sender has ended. Its checksums must be complete. Any goroutine may call it. It allocates
+// only while more bytes wait for a queue than ever did before.
 func (s *Sender) Write(frame []byte) bool {
 	if len(frame) < pvnet.MinFrame || len(frame) > pvnet.MaxFrame {
 		return false
@@ -24,12 +29,10 @@ func (s *Sender) Write(frame []byte) bool {
 	}
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	if q.over != nil || len(q.written) >= mostWritten || q.writtenBytes+len(frame) > mostWrittenBytes {
+	if q.over != nil || !q.written.put(frame) {
 		s.own.count(full, 1)
 		return false
 	}
-	q.written = append(q.written, append([]byte(nil), frame...))
-	q.writtenBytes += len(frame)
 	if !q.busy {
 		q.busy = true
 		q.handOverLocked()
@@ -37,26 +40,77 @@ func (s *Sender) Write(frame []byte) bool {
 	return true
 }
 
+// A writtenQueue is a FIFO of copies of frames. Their bytes lie behind each other in a ring.
+type writtenQueue struct {
+	ring   []byte // a power of two
+	from   int    // where the bytes of the first frame are
+	bytes  int    // of all frames
+	sizes  [mostWritten]uint16
+	first  int // index in sizes of the first frame
+	frames int
+}
+
+// put adds a copy of a frame, or reports false: so many wait already.
+func (w *writtenQueue) put(frame []byte) bool {
+	if w.frames == len(w.sizes) || w.bytes+len(frame) > mostWrittenBytes {
+		return false
+	}
+	if w.bytes+len(frame) > len(w.ring) {
+		w.grow(w.bytes + len(frame))
+	}
+	w.sizes[(w.first+w.frames)%len(w.sizes)] = uint16(len(frame))
+	at := (w.from + w.bytes) & (len(w.ring) - 1)
+	n := copy(w.ring[at:], frame)
+	copy(w.ring, frame[n:])
+	w.frames++
+	w.bytes += len(frame)
+	return true
+}
+
+// grow makes the ring one of at least n bytes.
+func (w *writtenQueue) grow(n int) {
+	const least = 4 << 10
+	ring := make([]byte, max(1<<bits.Len(uint(n-1)), least))
+	a, b := w.span(w.bytes)
+	copy(ring[copy(ring, a):], b)
+	w.ring, w.from = ring, 0
+}
+
+// span returns the first n bytes, which may go on at the ring's beginning.
+func (w *writtenQueue) span(n int) (a, b []byte) {
+	if end := w.from + n; end > len(w.ring) {
+		return w.ring[w.from:], w.ring[:end-len(w.ring)]
+	}
+	return w.ring[w.from : w.from+n], nil
+}
+
+// peek returns the bytes of the first frame, in two parts. There is one.
+func (w *writtenQueue) peek() (a, b []byte) { return w.span(int(w.sizes[w.first])) }
+
+// drop removes the first frame. There is one.
+func (w *writtenQueue) drop() {
+	n := int(w.sizes[w.first])
+	w.from = (w.from + n) & (len(w.ring) - 1)
+	w.bytes -= n
+	w.first = (w.first + 1) % len(w.sizes)
+	w.frames--
+}
+
 // fillWritten moves written frames to batch, as long as there is room and the vif has pages. The
 // caller is busy and holds mu.
 func (q *queue) fillWritten() {
-	k, own := 0, q.s.own
-	for ; k < len(q.written) && q.n < Batch; k++ {
+	for own := q.s.own; q.written.frames > 0 && q.n < Batch; q.written.drop() {
+		a, b := q.written.peek()
 		f := q.batch[q.n : q.n+1]
-		if q.tx.AllocSize(f, len(q.written[k])) == 0 {
+		if q.tx.AllocSize(f, len(a)+len(b)) == 0 {
 			// No page, or no link: the sender of such a frame sends it again, or does without.
-			q.writtenBytes -= len(q.written[k])
 			own.count(full, 1)
 			continue
 		}
-		f[0].CopyFrom(q.written[k])
-		q.writtenBytes -= len(q.written[k])
+		f[0].CopyFrom(a, b)
 		q.owners[q.n] = own
 		own.src.held.Add(pagesOf(&f[0]))
 		own.count(waiting, 1)
 		q.n++
 	}
-	left := copy(q.written, q.written[k:])
-	clear(q.written[left:])
-	q.written = q.written[:left]
 }

@@ -29,7 +29,7 @@ const (
 
 // Limits are the fixed sizes of a Router's tables. The zero Limits are the defaults.
 type Limits struct {
-	Flows        int // in the whole table; 0 means 65536, at most 1<<24. About 200 bytes each
+	Flows        int // in the whole table; 0 means 65536, at most 1<<24. About 280 bytes each
 	FlowsPerPort int // that began at one port; 0 means a quarter of Flows
 	NATPerPort   int // of these, with a translated source; 0 means 16384, a quarter of all port numbers
 	Fragments    int // fragmented packets in flight per port; 0 means 256
@@ -102,7 +102,7 @@ type Action uint8
 const (
 	Drop   Action = iota // silently
 	Accept               // the packet, and with it its flow
-	Reject               // with an ICMP error: administratively prohibited
+	Reject               // TCP with a reset, in the receiver's name; the rest with an ICMP error: administratively prohibited
 )
 
 // States is a set of states of a packet. The empty set means StateNew.

@@ -43,9 +43,15 @@
 //
 // A flow has two keys, those of its packets as they arrive from either side. What a packet is
 // rewritten to is the inverse of the other side's key. The table is fixed and allocated by
-// [New]; a packet or a flow allocates nothing. TCP is followed by its flags (a table in flow.go),
-// not by its sequence numbers: a RST shortens the life of a flow, which it gets back if the
-// side that received the RST goes on. Echo requests are told apart by their identifiers,
+// [New], 264 bytes for each entry; a packet or a flow allocates nothing. TCP is followed by its
+// flags (a table in flow.go) and its windows, of which each direction keeps what is acknowledged,
+// what was sent and what there is room for, window scaling included (tcp.go). A RST or FIN that
+// its receiver would not believe is dropped ([ReasonWindow]); any other segment outside of the
+// windows is forwarded and changes nothing, so that a flow whose bounds were missed goes on. A RST
+// within them shortens the life of a flow, which it gets back if the side that received the RST
+// goes on. Selective acknowledgements move no bound, since the cumulative ones do. A TCP flow
+// begins with its SYN, also after a restart: there is none whose windows are unknown but for
+// the answers that have not come yet. Echo requests are told apart by their identifiers,
 // protocols other than TCP and UDP by their addresses alone. An ICMP error belongs to the flow of the
 // packet that it quotes, and is translated with it; one that quotes no known packet is dropped.
 //

@@ -21,8 +21,9 @@ const (
 type flow struct {
 	// key names the packets of each direction as they arrive, before translation. They leave as
 	// the inverse of the other direction's key.
-	key  [2]tuple
-	side [2]side
+	key    [2]tuple
+	side   [2]side
+	window [2]window // of TCP, by the direction in which the bytes go
 
 	next     [2]uint32 // the next node in the chain; next[0] also links the free flows
 	deadline int64     // when the flow ends without another packet, by Router.now
@@ -71,6 +72,8 @@ type side struct {
 //	closing     one side sent FIN
 //	closed      both did
 //	reset       RST; back to established if its receiver goes on after resetDoubt
+//
+// Of TCP only a segment within the flow's windows (tcp.go) moves it.
 type state uint8
 
 const (
@@ -359,13 +362,14 @@ func (f *flow) reopens(d int, flags uint8) bool {
 	return flags&(tcpSYN|tcpACK) == tcpSYN && (f.state == closed || f.state == reset && d == orig)
 }
 
-// follow advances the state of a flow by a packet of direction d that is about to leave.
-func (r *Router) follow(i uint32, d int, proto, flags uint8) {
+// follow advances the state of a flow by the packet in hand, of direction d, that is about to
+// leave.
+func (r *Router) follow(w *work, i uint32, d int) {
 	f := &r.table.flows[i]
 	times := &r.snap.times
-	switch {
+	switch proto := w.h.Proto; {
 	case proto == packet.TCP:
-		r.touch(i, r.followTCP(f, d, flags))
+		r.touch(i, r.followTCP(f, d, w.flags, &w.seg))
 	default:
 		if d == answer && f.state == opening {
 			f.state = established
@@ -384,13 +388,18 @@ func (r *Router) follow(i uint32, d int, proto, flags uint8) {
 }
 
 // followTCP returns how long the flow lives from now on.
-func (r *Router) followTCP(f *flow, d int, flags uint8) time.Duration {
+func (r *Router) followTCP(f *flow, d int, flags uint8, s *segment) time.Duration {
 	times := &r.snap.times
+	if s.fit == within {
+		f.track(d, flags, s)
+	} else if f.state != reset {
+		return f.lifeTCP(times)
+	}
 	if f.state == reset {
 		since := r.now - (f.deadline - int64(times.TCPReset))
 		// finOrig or finAnswer is the sender of the RST here.
 		fromReceiver := (f.flags&finOrig != 0) == (d == answer)
-		if flags&tcpRST != 0 || !fromReceiver || since < int64(resetDoubt) {
+		if s.fit != within || flags&tcpRST != 0 || !fromReceiver || since < int64(resetDoubt) {
 			return time.Duration(f.deadline - r.now)
 		}
 		f.state = established
@@ -418,6 +427,11 @@ func (r *Router) followTCP(f *flow, d int, flags uint8) time.Duration {
 			f.state = closed
 		}
 	}
+	return f.lifeTCP(times)
+}
+
+// lifeTCP returns how long a flow of TCP lives without a packet.
+func (f *flow) lifeTCP(times *Timeouts) time.Duration {
 	switch f.state {
 	case established:
 		return times.TCPEstablished

@@ -363,12 +363,19 @@ func (r *Router) pass(w *work, i uint32, d int) {
 	f := &r.table.flows[i]
 	sd := &f.side[d]
 	p.Hash = uint32(w.hash) | 1
+	if w.t.proto == packet.TCP && w.h.Fragment != packet.Later {
+		w.seg = w.segment()
+		if w.seg.fit = f.judge(d, w.flags, &w.seg); w.seg.fit == without {
+			p.Reason = ReasonWindow
+			return
+		}
+	}
 	if f.side[1-d].in == LocalPort {
 		if w.h.Fragment == packet.First {
 			r.remember(w, i, d)
 		}
 		if w.h.Fragment != packet.Later {
-			r.follow(i, d, w.h.Proto, w.flags)
+			r.follow(w, i, d)
 		}
 		r.rewrite(w, f, d)
 		p.Verdict, p.Out = VerdictLocal, LocalPort
@@ -394,7 +401,7 @@ func (r *Router) pass(w *work, i uint32, d int) {
 		r.remember(w, i, d)
 	}
 	if w.h.Fragment != packet.Later {
-		r.follow(i, d, w.h.Proto, w.flags)
+		r.follow(w, i, d)
 	}
 	r.rewrite(w, f, d)
 	if r.snap.clamp && w.flags&tcpSYN != 0 {

@@ -90,6 +90,7 @@ const (
 	ReasonFlowQuota           // the port has too many flows
 	ReasonFlowTable           // the table is full
 	ReasonTranslation         // no free port number, or no address to translate to
+	ReasonWindow              // a RST or FIN of TCP whose sequence number its receiver does not expect
 	reasons                   // their number
 )
 
@@ -99,7 +100,7 @@ const Reasons = int(reasons)
 var reasonNames = [reasons]string{
 	"none", "no_port", "malformed", "checksum", "not_ip", "tagged", "not_for_us", "source_mac", "spoofed", "martian",
 	"source_route", "fragment", "tiny_fragment", "ttl", "too_big", "no_route", "no_neighbour", "filtered", "invalid",
-	"flow_quota", "flow_table", "translation",
+	"flow_quota", "flow_table", "translation", "window",
 }
 
 // String returns the reason's name in counters, as "flow_quota".

@@ -24,17 +24,21 @@ const (
 	replyARP
 	replyAdvert
 	replyError
+	replyReset
 )
 
 // refuse drops a packet for a reason that its sender is told, if it may be (RFC 1812, 4.3.2.7;
-// RFC 4443, 2.4) and the port has not been told too much.
+// RFC 4443, 2.4) and the port has not been told too much. TCP that the filter refuses is answered
+// with a reset by the receiver's address, since no TCP ends for an ICMP error; but not a reset
+// (RFC 9293, 3.10.7.1).
 func (r *Router) refuse(w *work, why Reason) {
 	p := w.p
 	p.Reason, p.Verdict = why, VerdictDrop
 	typ, code := errorType(w.h.Version, why)
 	dst := w.t.dst
 	_, all := r.snap.bcast[dst]
-	if w.group || w.kind == kindError || w.h.Fragment == packet.Later || dst.multicast() || dst == broadcast || all || w.t.src.unspecified() {
+	reset := why == ReasonFiltered && w.h.Proto == packet.TCP && w.h.Fragment == packet.Whole
+	if w.group || w.kind == kindError || reset && w.flags&tcpRST != 0 || w.h.Fragment == packet.Later || dst.multicast() || dst == broadcast || all || w.t.src.unspecified() {
 		return
 	}
 	s := r.state(p.In)
@@ -45,14 +49,20 @@ func (r *Router) refuse(w *work, why Reason) {
 		s.count.Unanswered++
 		return
 	}
-	from, ok := r.speaker(w)
-	if !ok {
-		s.count.Unanswered++
-		return
+	var from addr
+	if !reset {
+		var ok bool
+		if from, ok = r.speaker(w); !ok {
+			s.count.Unanswered++
+			return
+		}
 	}
 	s.tokens -= cost
 	p.Verdict, p.Out = VerdictReply, p.In
 	p.reply = reply{kind: replyError, typ: typ, code: code, mtu: p.reply.mtu, from: from}
+	if reset {
+		p.reply.kind = replyReset
+	}
 	if w.port != nil {
 		p.reply.port = w.port.MAC
 	}
@@ -131,8 +141,8 @@ const (
 // MaxReply is the greatest length of a frame that AppendReply makes, in bytes.
 const MaxReply = 14 + mostError6
 
-// AppendReply appends the frame that answers a packet with VerdictReply: an ICMP error, an
-// ARP reply or a neighbour advertisement, with complete checksums. It appends nothing with
+// AppendReply appends the frame that answers a packet with VerdictReply: an ICMP error, a TCP
+// reset, an ARP reply or a neighbour advertisement, with complete checksums. It appends nothing with
 // another verdict. Head must be as Process left it.
 func (p *Packet) AppendReply(b []byte) []byte {
 	if p.Verdict != VerdictReply {
@@ -152,6 +162,8 @@ func (p *Packet) AppendReply(b []byte) []byte {
 		return p.appendAdvert(b, head)
 	case x.kind == replyError:
 		return p.appendError(b, head)
+	case x.kind == replyReset:
+		return p.appendReset(b, head)
 	}
 	return b
 }
@@ -180,6 +192,55 @@ func (p *Packet) appendAdvert(b, head []byte) []byte {
 	b = append(b, 2, 1)
 	b = append(b, x.port[:]...)
 	finish6(b[at:])
+	return b
+}
+
+// appendReset appends the segment that ends, or does not let begin, the connection of the TCP
+// packet in head: what its receiver would answer in state CLOSED (RFC 9293, 3.10.7.1).
+func (p *Packet) appendReset(b, head []byte) []byte {
+	h, ok := packet.Parse(head, p.Total)
+	if !ok || h.Proto != packet.TCP || h.L5 == 0 {
+		return b
+	}
+	b = append(b, head[6:12]...)
+	b = append(b, p.reply.port[:]...)
+	at := len(b) + 2
+	if h.Version == 4 {
+		b = append(b, 8, 0, 0x45, 0, 0, 40, 0, 0, 0x40, 0, 64, packet.TCP, 0, 0)
+		b = append(b, head[h.L3+16:h.L3+20]...)
+		b = append(b, head[h.L3+12:h.L3+16]...)
+		binary.BigEndian.PutUint16(b[at+10:], packet.Checksum(b[at:]))
+	} else {
+		b = append(b, 0x86, 0xdd, 0x60, 0, 0, 0, 0, 20, packet.TCP, 64)
+		b = append(b, head[h.L3+24:h.L3+40]...)
+		b = append(b, head[h.L3+8:h.L3+24]...)
+	}
+	in := head[h.L4:h.L5]
+	flags := in[13]
+	l4 := len(b)
+	b = append(b, in[2], in[3], in[0], in[1])
+	if flags&tcpACK != 0 {
+		b = append(b, in[8:12]...) // it begins where the sender expects
+		b = append(b, 0, 0, 0, 0, 5<<4, tcpRST)
+	} else {
+		n := binary.BigEndian.Uint32(in[4:]) + uint32(h.End-h.L5)
+		if flags&tcpSYN != 0 {
+			n++
+		}
+		if flags&tcpFIN != 0 {
+			n++
+		}
+		b = append(b, 0, 0, 0, 0)
+		b = binary.BigEndian.AppendUint32(b, n)
+		b = append(b, 5<<4, tcpRST|tcpACK)
+	}
+	b = append(b, 0, 0, 0, 0, 0, 0) // no window, no urgent data
+	addrs := b[at+12 : at+20]
+	if h.Version == 6 {
+		addrs = b[at+8 : at+40]
+	}
+	sum := packet.Add(packet.Add(packet.TCP+20, addrs), b[l4:])
+	binary.BigEndian.PutUint16(b[l4+16:], ^packet.Fold(sum))
 	return b
 }
 

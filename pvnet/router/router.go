@@ -57,6 +57,7 @@ type work struct {
 	typ   uint8 // ICMP's
 	group bool  // the frame is for a group of stations
 	hash  uint64
+	seg   segment // of a TCP packet of a flow
 }
 
 // A kind says how a packet is matched with flows.

@@ -125,6 +125,32 @@ type spec struct {
 	gso        uint16
 	fragment   uint16 // IPv4: flags and offset
 	dmac, smac [6]byte
+	seq, ack   uint32 // of TCP; 0: those of a connection whose two sides begin at 7 and have sent nothing
+	win        uint16 // 0: 1000
+}
+
+func (s *spec) seqOr() uint32 {
+	switch {
+	case s.seq != 0:
+		return s.seq
+	case s.flags&header.TCPFlagSyn != 0:
+		return 7
+	}
+	return 8
+}
+
+func (s *spec) ackOr() uint32 {
+	if s.ack == 0 && s.flags&header.TCPFlagAck != 0 {
+		return 8
+	}
+	return s.ack
+}
+
+func (s *spec) winOr() uint16 {
+	if s.win == 0 {
+		return 1000
+	}
+	return s.win
 }
 
 func tcp(in PortID, src string, sport uint16, dst string, dport uint16, flags header.TCPFlags) spec {
@@ -169,7 +195,7 @@ func (s spec) frame() []byte {
 		n := 20 + (len(s.options)+3)/4*4
 		l4 = make([]byte, n, n+len(s.payload))
 		h := header.TCP(l4)
-		h.Encode(&header.TCPFields{SrcPort: s.sport, DstPort: s.dport, SeqNum: 7, AckNum: 9, DataOffset: uint8(n), Flags: s.flags, WindowSize: 1000})
+		h.Encode(&header.TCPFields{SrcPort: s.sport, DstPort: s.dport, SeqNum: s.seqOr(), AckNum: s.ackOr(), DataOffset: uint8(n), Flags: s.flags, WindowSize: s.winOr()})
 		copy(l4[20:], s.options)
 		l4 = append(l4, s.payload...)
 	case 17:

@@ -70,13 +70,7 @@ func (d *daemon) serve(ctx context.Context, dev *pvnet.Device) {
 	}
 	var wg sync.WaitGroup
 	inner, cancel := context.WithCancel(ctx)
-	for i := range dev.Queues() {
-		rx, err := dev.OwnRX(i)
-		if err != nil { // the device has ended
-			break
-		}
-		wg.Go(func() { d.plane.receive(g.port, rx) })
-	}
+	wg.Go(func() { d.plane.receive(g.port) })
 	wg.Go(func() { g.advertise(inner) })
 	wg.Go(func() { g.follow(inner) })
 	<-dev.Done()

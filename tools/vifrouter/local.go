@@ -148,9 +148,9 @@ func (l *localStack) next(ctx context.Context, b []byte) []byte {
 	if p == nil {
 		return nil
 	}
-	for _, part := range p.AsSlices() {
-		b = append(b, part...)
-	}
+	v := p.ToView()
+	b = append(b, v.AsSlice()...)
+	v.Release()
 	p.DecRef()
 	return b
 }

@@ -12,10 +12,13 @@ import (
 
 // Frames wait for the address of a neighbour, so that the first of a flow is not lost. How many
 // do is bounded for the neighbour, for the port that they came in at, and for the router's own.
+// Memory for spareHops neighbours is kept, so that a guest who names many that are not there
+// makes no garbage.
 const (
 	waitPerHop   = 16
 	waitPerPort  = 64
 	waitOwn      = 64
+	spareHops    = 64
 	solicitEvery = time.Second
 	solicits     = 3 // then the neighbour is unreachable
 	waitTick     = 200 * time.Millisecond
@@ -46,9 +49,13 @@ type neighbourWait struct {
 	own   int                 // guarded by mu
 	total uint64              // guarded by mu: frames that have waited
 	lost  uint64              // guarded by mu: frames for which there was no room
+
+	spare []*hopWait // guarded by mu: at most spareHops, without frames
+	rooms [][]byte   // guarded by mu: for frames of the router's own; at most waitOwn
 }
 
-// add keeps a frame, which it takes over. It reports whether the neighbour is to be asked for.
+// add keeps a frame, which it takes over, or if in is nil a copy of own. It reports whether the
+// neighbour is to be asked for.
 func (w *neighbourWait) add(in *port, f pvnet.Frame, own []byte, out router.PortID, next netip.Addr, now time.Duration) (ask bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -62,7 +69,8 @@ func (w *neighbourWait) add(in *port, f pvnet.Frame, own []byte, out router.Port
 		return false
 	}
 	if h == nil {
-		h = &hopWait{asked: 1, last: now}
+		h = w.newHopLocked()
+		h.asked, h.last = 1, now
 		w.hops[hopKey{out, next}] = h
 		ask = true
 	}
@@ -70,25 +78,56 @@ func (w *neighbourWait) add(in *port, f pvnet.Frame, own []byte, out router.Port
 		in.held.Add(1)
 	} else {
 		w.own++
+		own = append(w.newRoomLocked(), own...)
 	}
 	w.total++
 	h.list = append(h.list, waiter{in, f, own})
 	return ask
 }
 
-// take removes the frames that wait for neighbours of a port.
-func (w *neighbourWait) take(out router.PortID) (list []waiter) {
+func (w *neighbourWait) newHopLocked() *hopWait {
+	n := len(w.spare)
+	if n == 0 {
+		return &hopWait{list: make([]waiter, 0, waitPerHop)}
+	}
+	h := w.spare[n-1]
+	w.spare = w.spare[:n-1]
+	return h
+}
+
+func (w *neighbourWait) newRoomLocked() []byte {
+	n := len(w.rooms)
+	if n == 0 {
+		return make([]byte, 0, ethernet+localMTU)
+	}
+	b := w.rooms[n-1]
+	w.rooms = w.rooms[:n-1]
+	return b[:0]
+}
+
+// done takes the memory of a frame back that was the router's own.
+func (w *neighbourWait) done(own []byte) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if len(w.rooms) < waitOwn && cap(own) <= 2*(ethernet+localMTU) {
+		w.rooms = append(w.rooms, own)
+	}
+}
+
+// take removes the frames that wait for neighbours of a port, and appends them to list.
+func (w *neighbourWait) take(out router.PortID, list []waiter) []waiter {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for key, h := range w.hops {
 		if key.out == out {
-			list = append(list, w.removeLocked(key, h)...)
+			list = w.removeLocked(key, h, list)
 		}
 	}
 	return list
 }
 
-func (w *neighbourWait) removeLocked(key hopKey, h *hopWait) []waiter {
+// removeLocked appends what waits for a neighbour to list, and forgets the neighbour.
+func (w *neighbourWait) removeLocked(key hopKey, h *hopWait, list []waiter) []waiter {
 	for i := range h.list {
 		if in := h.list[i].in; in != nil {
 			in.held.Add(-1)
@@ -96,13 +135,24 @@ func (w *neighbourWait) removeLocked(key hopKey, h *hopWait) []waiter {
 			w.own--
 		}
 	}
+	list = append(list, h.list...)
+	w.forgetLocked(key, h)
+	return list
+}
+
+// forgetLocked forgets a neighbour; whoever calls it has its frames.
+func (w *neighbourWait) forgetLocked(key hopKey, h *hopWait) {
 	delete(w.hops, key)
-	return h.list
+	clear(h.list)
+	h.list = h.list[:0]
+	if len(w.spare) < spareHops {
+		w.spare = append(w.spare, h)
+	}
 }
 
 // drop releases what waits for neighbours of a port that goes, and what waits of its own frames.
 func (w *neighbourWait) drop(p *port) {
-	release := w.take(p.id)
+	release := w.take(p.id, nil)
 	w.mu.Lock()
 	for key, h := range w.hops {
 		kept := h.list[:0]
@@ -114,8 +164,9 @@ func (w *neighbourWait) drop(p *port) {
 				kept = append(kept, one)
 			}
 		}
+		clear(h.list[len(kept):])
 		if h.list = kept; len(kept) == 0 {
-			delete(w.hops, key)
+			w.forgetLocked(key, h)
 		}
 	}
 	w.mu.Unlock()
@@ -126,8 +177,9 @@ func (w *neighbourWait) drop(p *port) {
 	}
 }
 
-// due returns the neighbours to ask again, and the frames whose neighbour did not answer.
-func (w *neighbourWait) due(now time.Duration) (ask []hopKey, over []waiter) {
+// due appends the neighbours to ask again to ask, and the frames whose neighbour did not answer to
+// over.
+func (w *neighbourWait) due(now time.Duration, ask []hopKey, over []waiter) ([]hopKey, []waiter) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for key, h := range w.hops {
@@ -138,61 +190,64 @@ func (w *neighbourWait) due(now time.Duration) (ask []hopKey, over []waiter) {
 			h.last = now
 			ask = append(ask, key)
 		default:
-			over = append(over, w.removeLocked(key, h)...)
+			over = w.removeLocked(key, h, over)
 		}
 	}
 	return ask, over
 }
 
 // retry processes again what waits for neighbours of a port, one of which has answered.
-func (pl *plane) retry(p *port) {
-	if list := pl.wait.take(p.id); len(list) > 0 {
-		pl.again(list, false)
-	}
+func (pl *plane) retry(p *port, w *worker) {
+	w.waited = pl.wait.take(p.id, w.waited[:0])
+	pl.again(w, false)
 }
 
-// again processes frames that have waited. over says that their neighbour did not answer.
-func (pl *plane) again(list []waiter, over bool) {
-	b := new(batch)
-	for _, one := range list {
-		d := router.Packet{In: router.LocalPort, Head: one.own, Total: len(one.own)}
+// again processes the frames of w.waited. over says that their neighbour did not answer.
+func (pl *plane) again(w *worker, over bool) {
+	for i := range w.waited {
+		one := &w.waited[i]
+		d := &w.decided[0]
 		if one.in != nil {
-			f := &one.frame
-			d = router.Packet{In: one.in.id, Head: f.Bytes(), Total: f.Len(), Partial: f.Checksum() == pvnet.ChecksumPartial, GSO: f.GSO().Size}
+			*d = packetOf(one.in, &one.frame)
+		} else {
+			*d = router.Packet{In: router.LocalPort, Head: one.own, Total: len(one.own)}
 		}
-		batch := [1]router.Packet{d}
-		pl.core.Process(pl.now(), batch[:])
-		if over && batch[0].Verdict == router.VerdictNeighbour {
-			pl.core.Unreachable(pl.now(), &batch[0])
+		pl.core.Process(pl.clock(), w.decided[:])
+		if over && d.Verdict == router.VerdictNeighbour {
+			pl.core.Unreachable(pl.clock(), d)
 		}
 		if one.in == nil {
-			pl.sentLocal(one.own, &batch[0])
-			continue
+			pl.sentOwn(w, one.own, d)
+			pl.wait.done(one.own)
+		} else {
+			w.frames[0] = one.frame
+			if lost := pl.dispatch(one.in, w, w.frames[:], w.decided[:]); lost > 0 {
+				pl.n.undelivered.Add(uint64(lost))
+			}
 		}
-		b.frames[0], b.packets[0] = one.frame, batch[0]
-		if lost := pl.dispatch(one.in, b, 1); lost > 0 {
-			pl.n.undelivered.Add(uint64(lost))
-		}
+		*d, *one = router.Packet{}, waiter{}
 	}
+	w.waited = w.waited[:0]
 }
 
 // runNeighbours asks for neighbours again, and gives those up that do not answer, until ctx ends.
 func (pl *plane) runNeighbours(ctx context.Context) {
 	t := time.NewTicker(waitTick)
 	defer t.Stop()
-	last := pl.now()
+	w, last := new(worker), pl.clock()
+	var ask []hopKey
 	for {
 		select {
 		case <-ctx.Done():
 			return
 		case <-t.C:
 		}
-		now := pl.now()
-		ask, over := pl.wait.due(now)
+		now := pl.clock()
+		ask, w.waited = pl.wait.due(now, ask[:0], w.waited[:0])
 		for _, key := range ask {
-			pl.solicit(key.out, key.next)
+			pl.solicit(w, key.out, key.next)
 		}
-		pl.again(over, true)
+		pl.again(w, true)
 		if now-last >= time.Second {
 			last = now
 			pl.core.Tick(now)

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"net/netip"
 	"sync"
 	"sync/atomic"
@@ -17,10 +16,17 @@ import (
 // A plane moves frames between ports as the router core decides. A goroutine for each queue of
 // each port receives a batch, has it decided about at once, and gives the frames on: a frame
 // that is forwarded is copied once, by the device that sends it.
+//
+// A batch costs one look at the clock, the lock of the core once, and for each run of consecutive
+// frames that leave by one port the lock of its queue once ([forward.Input.Send]). A frame that is
+// forwarded costs neither, and nothing that is allocated. Nor does the router's own traffic
+// allocate here: replies, solicitations, fragments, what waits for a neighbour, and the packets of
+// its own TCP/IP are in memory that belongs to the goroutine (worker) or the plane, and is bounded.
+// What that TCP/IP allocates itself is gVisor's.
 type plane struct {
 	core  *router.Router
 	local *localStack
-	began time.Time
+	clock func() time.Duration // what the core is told; it does not go back
 	// deliver gets frames for the router itself that are no matter of its TCP/IP, and reports
 	// whether it took one. The frame is lent.
 	deliver func(p *port, frame []byte, h *packet.Headers) bool
@@ -54,11 +60,9 @@ type port struct {
 }
 
 func newPlane(core *router.Router, local *localStack) *plane {
-	return &plane{core: core, local: local, began: time.Now(), wait: neighbourWait{hops: map[hopKey]*hopWait{}}}
+	began := time.Now()
+	return &plane{core: core, local: local, clock: func() time.Duration { return time.Since(began) }, wait: neighbourWait{hops: map[hopKey]*hopWait{}}}
 }
-
-// now is the time that the core is told.
-func (pl *plane) now() time.Duration { return time.Since(pl.began) }
 
 // waitingFrames is how many frames of each port may wait for each queue of another: what a TCP
 // sender may have under way at once.
@@ -128,51 +132,60 @@ func (pl *plane) input(p *port, out router.PortID) *forward.Input {
 	return in
 }
 
-// A batch is what a receiving goroutine works with.
-type batch struct {
-	frames  [forward.Batch]pvnet.Frame
+// A worker is the memory of one goroutine that moves frames. It grows to the longest frame that
+// the goroutine has handled by itself, at most 64 KiB twice.
+type worker struct {
 	packets [forward.Batch]router.Packet
 	run     [forward.Batch]pvnet.Frame // consecutive frames for one port
-	buf     []byte
+	frame   []byte                     // a frame that is not forwarded as it is
+	piece   []byte                     // a fragment of it, or what else is sent meanwhile
+
+	// Of frames that have waited for a neighbour.
+	waited  []waiter
+	frames  [1]pvnet.Frame
+	decided [1]router.Packet
 }
 
-// receive moves what arrives at one queue of a port until its device ends.
-func (pl *plane) receive(p *port, rx *pvnet.RX) {
-	b := new(batch)
-	for {
-		n, err := rx.Receive(b.frames[:])
-		switch {
-		case err == nil:
-		case errors.Is(err, pvnet.ErrNoBuffers): // others hold all of them, and give them back soon
-			time.Sleep(time.Millisecond)
-			continue
-		default: // a deadline that ends the goroutine, or the end of the device
-			return
-		}
-		for i := range b.frames[:n] {
-			f := &b.frames[i]
-			b.packets[i] = router.Packet{In: p.id, Head: f.Bytes(), Total: f.Len(), Partial: f.Checksum() == pvnet.ChecksumPartial, GSO: f.GSO().Size}
-		}
-		pl.core.Process(pl.now(), b.packets[:n])
-		if lost := pl.dispatch(p, b, n); lost > 0 {
-			pl.n.undelivered.Add(uint64(lost))
-			_ = rx.CountUndelivered(uint64(lost)) // the link may be down by now
-		}
+// receive moves what arrives at a port until its device ends.
+func (pl *plane) receive(p *port) {
+	workers := make([]worker, p.dev.Queues())
+	_ = forward.Receive(context.Background(), p.dev, func(queue int, frames []pvnet.Frame) (lost int, err error) {
+		return pl.move(p, &workers[queue], frames), nil
+	}) // whoever made the device knows why it ends
+}
+
+// move has a batch of frames decided about, and takes them over. It returns how many were lost on
+// the way to another port.
+func (pl *plane) move(p *port, w *worker, frames []pvnet.Frame) (lost int) {
+	packets := w.packets[:len(frames)]
+	for i := range frames {
+		packets[i] = packetOf(p, &frames[i])
 	}
+	pl.core.Process(pl.clock(), packets)
+	lost = pl.dispatch(p, w, frames, packets)
+	if lost > 0 {
+		pl.n.undelivered.Add(uint64(lost))
+	}
+	return lost
 }
 
-// dispatch does what the core has decided about n frames, in their order. It returns how many
+// packetOf describes a frame that came in at a port.
+func packetOf(p *port, f *pvnet.Frame) router.Packet {
+	return router.Packet{In: p.id, Head: f.Bytes(), Total: f.Len(), Partial: f.Checksum() == pvnet.ChecksumPartial, GSO: f.GSO().Size}
+}
+
+// dispatch does what the core has decided about frames, in their order. It returns how many
 // were lost on the way to another port.
-func (pl *plane) dispatch(p *port, b *batch, n int) (lost int) {
+func (pl *plane) dispatch(p *port, w *worker, frames []pvnet.Frame, packets []router.Packet) (lost int) {
 	run, to := 0, router.PortID(0)
 	flush := func() {
 		if run > 0 {
-			lost += pl.send(p, to, b.run[:run])
+			lost += pl.send(p, to, w.run[:run])
 			run = 0
 		}
 	}
-	for i := range b.frames[:n] {
-		f, d := &b.frames[i], &b.packets[i]
+	for i := range frames {
+		f, d := &frames[i], &packets[i]
 		if d.Verdict == router.VerdictForward {
 			if d.Translated {
 				f.ClearHash()
@@ -181,24 +194,25 @@ func (pl *plane) dispatch(p *port, b *batch, n int) (lost int) {
 				flush()
 			}
 			to = d.Out
-			b.run[run] = *f
+			w.run[run] = *f
 			run++
 			if d.Ask {
-				pl.solicit(d.Out, d.Next)
+				pl.solicit(w, d.Out, d.Next)
 			}
 		} else {
 			flush()
-			pl.other(p, f, d, b)
+			pl.other(p, w, f, d)
 		}
-		if d.Learnt {
-			flush()
-			pl.retry(p)
-		}
+		learnt := d.Learnt
 		*f = pvnet.Frame{}
 		*d = router.Packet{}
+		if learnt { // never by a frame that has waited, so that this does not come back here
+			flush()
+			pl.retry(p, w)
+		}
 	}
 	flush()
-	clear(b.run[:])
+	clear(w.run[:len(frames)])
 	return lost
 }
 
@@ -222,51 +236,56 @@ func (pl *plane) write(out router.PortID, frame []byte) {
 	}
 }
 
-func (pl *plane) solicit(out router.PortID, next netip.Addr) {
-	pl.write(out, pl.core.AppendSolicit(nil, out, next))
+// solicit asks for the address of a neighbour. It uses w.piece.
+func (pl *plane) solicit(w *worker, out router.PortID, next netip.Addr) {
+	w.piece = pl.core.AppendSolicit(w.piece[:0], out, next)
+	pl.write(out, w.piece)
 }
 
 // other handles a frame that is not forwarded as it is, and takes it over.
-func (pl *plane) other(p *port, f *pvnet.Frame, d *router.Packet, b *batch) {
+func (pl *plane) other(p *port, w *worker, f *pvnet.Frame, d *router.Packet) {
 	switch d.Verdict {
 	case router.VerdictNeighbour:
-		if pl.wait.add(p, *f, nil, d.Out, d.Next, pl.now()) {
-			pl.solicit(d.Out, d.Next)
+		if pl.wait.add(p, *f, nil, d.Out, d.Next, pl.clock()) {
+			pl.solicit(w, d.Out, d.Next)
 		}
 		return
 	case router.VerdictLocal:
 		pl.n.own.Add(1)
-		if f.CompleteChecksum() == nil {
-			b.buf = grow(b.buf, f.Len())
-			f.CopyTo(b.buf)
-			pl.toLocal(p, b.buf)
-		} else {
-			pl.n.failed.Add(1)
+		if pl.copyOut(w, f) {
+			pl.toLocal(p, w.frame)
 		}
 	case router.VerdictReply:
-		b.buf = d.AppendReply(b.buf[:0])
-		pl.reply(d.Out, b.buf)
+		pl.reply(w, d)
 	case router.VerdictFragment:
-		if f.CompleteChecksum() != nil {
-			pl.n.failed.Add(1)
-			break
-		}
-		b.buf = grow(b.buf, f.Len())
-		f.CopyTo(b.buf)
-		pl.fragment(d, b.buf)
-		if d.Ask {
-			pl.solicit(d.Out, d.Next)
+		if pl.copyOut(w, f) {
+			pl.fragment(w, d, w.frame)
+			if d.Ask {
+				pl.solicit(w, d.Out, d.Next)
+			}
 		}
 	}
 	f.Release()
 }
 
-// reply sends an answer of the core's.
-func (pl *plane) reply(out router.PortID, frame []byte) {
-	if out != router.LocalPort {
-		pl.write(out, frame)
-	} else if len(frame) > ethernet {
-		pl.local.inject(frame[ethernet:])
+// copyOut completes the checksum of a frame and copies the frame to w.frame.
+func (pl *plane) copyOut(w *worker, f *pvnet.Frame) bool {
+	if f.CompleteChecksum() != nil {
+		pl.n.failed.Add(1)
+		return false
+	}
+	w.frame = grow(w.frame, f.Len())
+	f.CopyTo(w.frame)
+	return true
+}
+
+// reply sends an answer of the core's. It uses w.piece.
+func (pl *plane) reply(w *worker, d *router.Packet) {
+	w.piece = d.AppendReply(w.piece[:0])
+	if d.Out != router.LocalPort {
+		pl.write(d.Out, w.piece)
+	} else if len(w.piece) > ethernet {
+		pl.local.inject(w.piece[ethernet:])
 	}
 }
 
@@ -281,8 +300,8 @@ func grow(b []byte, n int) []byte {
 	return b[:n]
 }
 
-// fragment cuts a frame to the MTU of the port that it leaves by.
-func (pl *plane) fragment(d *router.Packet, frame []byte) {
+// fragment cuts a frame to the MTU of the port that it leaves by. It uses w.piece.
+func (pl *plane) fragment(w *worker, d *router.Packet, frame []byte) {
 	to := pl.ports[d.Out].Load()
 	var cut router.Fragmenter
 	if to == nil || !cut.Init(frame, len(frame), to.dev.MTU()) {
@@ -294,7 +313,8 @@ func (pl *plane) fragment(d *router.Packet, frame []byte) {
 		if !ok {
 			return
 		}
-		pl.write(d.Out, append(append([]byte(nil), head...), frame[from:from+n]...))
+		w.piece = append(append(w.piece[:0], head...), frame[from:from+n]...)
+		pl.write(d.Out, w.piece)
 	}
 }
 
@@ -309,43 +329,50 @@ func (pl *plane) toLocal(p *port, frame []byte) {
 
 // runLocal sends what the router's own TCP/IP sends, until ctx ends.
 func (pl *plane) runLocal(ctx context.Context) {
+	w := new(worker)
+	room := make([]byte, ethernet, ethernet+localMTU+64)
 	for {
-		b := make([]byte, ethernet, ethernet+localMTU+64)
-		b = pl.local.next(ctx, b)
+		b := pl.local.next(ctx, room)
 		if b == nil {
 			return
 		}
-		pl.sendLocal(b)
+		pl.sendOwn(w, b)
 	}
 }
 
-// sendLocal sends an IP packet of the router's own; its Ethernet header is filled in.
-func (pl *plane) sendLocal(frame []byte) {
+// sendLocal sends an IP packet of the router's own, which has room for an Ethernet header; it is
+// filled in. The frame is the caller's again afterwards.
+func (pl *plane) sendLocal(frame []byte) { pl.sendOwn(new(worker), frame) }
+
+func (pl *plane) sendOwn(w *worker, frame []byte) {
 	frame[12], frame[13] = packet.IPv4>>8, packet.IPv4&255
 	if frame[ethernet]>>4 == 6 {
 		frame[12], frame[13] = packet.IPv6>>8, packet.IPv6&255
 	}
-	d := [1]router.Packet{{In: router.LocalPort, Head: frame, Total: len(frame)}}
-	pl.core.Process(pl.now(), d[:])
-	pl.sentLocal(frame, &d[0])
+	w.decided[0] = router.Packet{In: router.LocalPort, Head: frame, Total: len(frame)}
+	pl.core.Process(pl.clock(), w.decided[:])
+	pl.sentOwn(w, frame, &w.decided[0])
+	w.decided[0] = router.Packet{}
 }
 
-func (pl *plane) sentLocal(frame []byte, d *router.Packet) {
+// sentOwn does what the core has decided about a frame of the router's own. It keeps nothing of
+// the frame.
+func (pl *plane) sentOwn(w *worker, frame []byte, d *router.Packet) {
 	switch d.Verdict {
 	case router.VerdictForward:
 		pl.write(d.Out, frame)
 		if d.Ask {
-			pl.solicit(d.Out, d.Next)
+			pl.solicit(w, d.Out, d.Next)
 		}
 	case router.VerdictFragment:
-		pl.fragment(d, frame)
+		pl.fragment(w, d, frame)
 	case router.VerdictLocal:
 		pl.local.inject(frame[ethernet:])
 	case router.VerdictReply:
-		pl.reply(d.Out, d.AppendReply(nil))
+		pl.reply(w, d)
 	case router.VerdictNeighbour:
-		if pl.wait.add(nil, pvnet.Frame{}, frame, d.Out, d.Next, pl.now()) {
-			pl.solicit(d.Out, d.Next)
+		if pl.wait.add(nil, pvnet.Frame{}, frame, d.Out, d.Next, pl.clock()) {
+			pl.solicit(w, d.Out, d.Next)
 		}
 	}
 }

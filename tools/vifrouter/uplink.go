@@ -90,13 +90,7 @@ func (d *daemon) useUplink(ctx context.Context, dev *pvnet.Device) error {
 	}
 	d.say("uplink vif %s: MAC %v, MTU %d, backend in domain %d", dev.ID(), dev.MAC(), dev.MTU(), dev.Peer())
 	var wg sync.WaitGroup
-	for i := range dev.Queues() {
-		rx, err := dev.OwnRX(i)
-		if err != nil {
-			break
-		}
-		wg.Go(func() { d.plane.receive(p, rx) })
-	}
+	wg.Go(func() { d.plane.receive(p) })
 	inner, cancel := context.WithCancel(ctx)
 	wg.Go(func() { d.followUplink(inner, up) })
 	select {
