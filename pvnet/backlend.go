@@ -23,7 +23,8 @@ type lender struct {
 	lentRuns []*pageRun               // those with lent pages, also of tables that were left behind
 	back     [netif.TxRingSize]uint32 // pages that came back; a stack array would be cleared on each call
 
-	of         [256]lentPage // by response of the batch: the page that it waits for
+	of         [256]lentPage // by response of the batch: the page that it waits for; cleared with the batch
+	fresh      uint32        // index in waiting of the first response of the batch
 	lentFrames uint64        // of a batch of plain frames
 	lentBytes  uint64        // of the frames of the batch that are lent
 }
@@ -72,6 +73,7 @@ func (l *lender) owe(r netif.TxResponse, p lentPage) {
 // oweAll puts the batch's responses behind those that wait, and then puts into the ring
 // those that need not wait. It returns how many.
 func (e *backRX) oweAll() (put int) {
+	e.fresh = e.to
 	for i := range e.rsp[:e.nrsp] {
 		e.owe(e.rsp[i], e.of[i])
 		e.of[i] = lentPage{}
@@ -216,6 +218,32 @@ func (l *lender) unlend(r *pageRun, page uint32) {
 	if r.nlent == 0 {
 		l.lentRuns = l.lentRuns[:len(l.lentRuns)-1] // lend has put it there
 	}
+}
+
+// unlendBatch takes back the pages of a batch that its caller will never see.
+func (e *backRX) unlendBatch() {
+	for i := range e.of {
+		e.takeBackLent(&e.of[i])
+	}
+	for i := e.fresh; i != e.to; i++ {
+		e.takeBackLent(&e.waiting[i%uint32(len(e.waiting))].lentPage)
+	}
+}
+
+// takeBackLent takes back a page, if p names one, from a frame that nobody has, and forgets it.
+func (l *lender) takeBackLent(p *lentPage) {
+	r := p.run
+	if r == nil {
+		return
+	}
+	r.arena.Take(r.arena.Buffer(p.page)) // makes the handle in the caller's frame stale
+	r.lent[p.page] = false
+	r.nlent--
+	l.lentNow--
+	if r.nlent == 0 {
+		l.lentRuns = slices.DeleteFunc(l.lentRuns, func(o *pageRun) bool { return o == r })
+	}
+	*p = lentPage{}
 }
 
 // lentOutside returns how many pages are lent that t does not hold.

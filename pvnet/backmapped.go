@@ -16,6 +16,7 @@ func (e *backRX) receiveMapped(frames []Frame, into bool) (n int, err error) {
 	due := min(int(avail), limit)
 	if !into {
 		due = e.private.Get(e.got[:due])
+		e.taken = due
 	}
 	t, table, private := tally{block: e.count}, e.table, e.private
 	var r netif.TxRequest
@@ -48,6 +49,7 @@ func (e *backRX) receiveMapped(frames []Frame, into bool) (n int, err error) {
 	}
 	if !into {
 		e.private.Put(e.got[n:due]...)
+		e.taken = n
 	}
 	return e.endMapped(&t, n, limit, n, err)
 }
@@ -61,7 +63,7 @@ func (e *backRX) receiveLending(frames []Frame, into bool) (n int, err error) {
 	}
 	limit := min(len(frames), len(e.batched))
 	due := min(int(avail), limit)
-	have, used := 0, 0 // of e.got: the buffers are taken when the first frame needs one
+	have, used := 0, 0 // of e.got: buffers are taken when a frame needs one
 	t := tally{block: e.count}
 	var r netif.TxRequest
 	for n < due {
@@ -78,7 +80,8 @@ func (e *backRX) receiveLending(frames []Frame, into bool) (n int, err error) {
 			b = e.lendPlain(f, s, &r, n)
 		default:
 			if used == have {
-				have, used = e.private.Get(e.got[:due-n]), 0
+				have += e.private.Get(e.got[have : have+due-n]) // those before are in frames, of which there are n
+				e.taken = have
 			}
 			if used < have {
 				b = f.buffer(e.private, e.got[used], r.Size)
@@ -103,6 +106,7 @@ func (e *backRX) receiveLending(frames []Frame, into bool) (n int, err error) {
 		e.nrsp = n
 	}
 	e.private.Put(e.got[used:have]...)
+	e.taken = used
 	return e.endMapped(&t, n, limit, 0, err)
 }
 

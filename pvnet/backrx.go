@@ -49,6 +49,7 @@ type backRX struct {
 	batched [128]batched
 	layout  packer
 	got     [128]uint32 // private pages for the next frames; a stack array would be cleared on each call
+	unfinished
 
 	stopwatch
 }
@@ -145,6 +146,9 @@ func (e *backRX) receiveAny(frames []Frame, into, pay bool) (n int, err error) {
 		if n == 0 {
 			e.begin()
 		}
+		if !into {
+			e.built = frames[:n+1]
+		}
 		if lent {
 			e.addLent(f, &e.batched[n])
 		} else {
@@ -219,6 +223,7 @@ func (e *backRX) receivePlain(frames []Frame, into bool) (n int, err error) {
 	got := min(int(avail), limit)
 	if !into {
 		got = e.private.Get(e.got[:got])
+		e.taken = got
 	}
 	var r netif.TxRequest
 	for n < got {
@@ -251,6 +256,7 @@ func (e *backRX) receivePlain(frames []Frame, into bool) (n int, err error) {
 	}
 	if !into {
 		e.private.Put(e.got[n:got]...)
+		e.taken = n
 	}
 	if n == 0 && err == nil {
 		return 0, nil
@@ -277,6 +283,7 @@ func (e *backRX) copyPlain(frames []Frame, into bool) (good int) {
 			e.rsp[i].Status = netif.Error
 			if !into {
 				e.private.Release(frames[i].buf)
+				e.got[i] = released
 			}
 			continue
 		}
@@ -382,6 +389,8 @@ func (e *backRX) publish(put int) {
 	}
 	e.nrsp = 0
 	asked := e.ring.Publish()
+	e.finish()
+	e.fresh = e.to
 	e.end(e.count)
 	e.notify(asked, n)
 }
@@ -600,6 +609,11 @@ func (e *backRX) heldUntil() (until time.Time, held bool) {
 // overdue reports false while a frame waits for credit or a page: the owner has armed no event.
 func (e *backRX) overdue() bool {
 	return !e.account.held.Load() && !e.starved.Load() && e.ring.Overdue()
+}
+
+func (e *backRX) abort() {
+	e.takeBack(e.got[:e.taken], e.private)
+	e.unlendBatch()
 }
 
 // drain counts nothing: a frame that was parsed and not delivered has no response, so the

@@ -2,6 +2,8 @@ package pvnet
 
 import (
 	"fmt"
+
+	"barevif/arena"
 )
 
 // faultError judges the value of a recover: nil for nil, a violation for a fault on shared
@@ -25,3 +27,37 @@ func catchFault(f func()) (v *PeerError) {
 	f()
 	return nil
 }
+
+// An unfinished is what a receive has taken and not given to its caller yet. If the peer's memory
+// is gone, the call ends in a panic, and nobody else knows of it.
+type unfinished struct {
+	taken int     // of the engine's got: pages for frames of one page
+	built []Frame // the batch, as far as it has other frames
+}
+
+// finish takes note that the caller gets the batch.
+func (u *unfinished) finish() { u.taken, u.built = 0, nil }
+
+// takeBack gives the pages and the buffers of the batch back to their arenas, of which the first
+// one has the pages. Handles in the caller's frames become stale.
+func (u *unfinished) takeBack(pages []uint32, arenas ...*arena.Arena) {
+	for _, i := range pages {
+		if i == released {
+			continue
+		}
+		if _, err := arenas[0].Take(arenas[0].Buffer(i)); err == nil {
+			arenas[0].PutOne(i)
+		}
+	}
+	for i := range u.built {
+		for _, a := range arenas {
+			if b := u.built[i].buf; b.Of(a) {
+				a.Release(b) // does nothing for one that is back already
+			}
+		}
+	}
+	u.finish()
+}
+
+// released stands for a page that went back before its batch was finished.
+const released = ^uint32(0)

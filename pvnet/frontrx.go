@@ -26,7 +26,9 @@ type frontRX struct {
 	pageAt  [256]uint32          // by slot: the page that is posted there
 	private *arena.Arena         // private buffers
 	got     [64]uint32           // private buffers for the next frames; a stack array would be cleared on each call
-	lend    bool
+	unfinished
+	cut  bool // a fault has cut a call short: a page that it moved may be neither posted nor free
+	lend bool
 
 	bound
 	peerLink
@@ -86,7 +88,7 @@ func (e *frontRX) receive(frames []Frame, into bool) (n int, err error) {
 			}
 		}
 		good := false
-		if good, err = e.deliver(&frames[n], into, &t); good {
+		if good, err = e.deliver(frames, n, into, &t); good {
 			n++
 		}
 	}
@@ -94,6 +96,7 @@ func (e *frontRX) receive(frames []Frame, into bool) (n int, err error) {
 		e.count.Add(telemetry.PollsFull, 1)
 	}
 	e.publish()
+	e.finish()
 	t.count(e.ring.Size()-e.ring.Free(), e.private.Free())
 	if n > 0 && (err == ErrNoBuffers || err == ErrShortFrame) {
 		err = nil
@@ -141,10 +144,11 @@ func (e *frontRX) bind(h *half) {
 	e.shared.SetWake(h.wakeOwner)
 }
 
-// deliver makes f the next packet. It reports false for a packet that it drops, and
-// returns an error, with the packet still to come, if f has no room for it or there is no
-// buffer.
-func (e *frontRX) deliver(f *Frame, into bool, t *tally) (good bool, err error) {
+// deliver makes frames[n] the next packet. It reports false for a packet that it drops, and
+// returns an error, with the packet still to come, if the frame has no room for it or there
+// is no buffer.
+func (e *frontRX) deliver(frames []Frame, n int, into bool, t *tally) (good bool, err error) {
+	f := &frames[n]
 	switch {
 	case into:
 		if err := f.reset(e.next.total); err != nil {
@@ -152,12 +156,16 @@ func (e *frontRX) deliver(f *Frame, into bool, t *tally) (good bool, err error) 
 		}
 	case e.lend && e.mayLend():
 		e.lendTo(f)
+		e.built = frames[:n+1]
 		t.add(f, e.next.allSlots, f.Bytes())
 		e.haveNext = false
 		return true, nil
 	case !build(e.private, int(e.next.total), f):
 		e.count.Add(telemetry.AllocFailed, 1)
 		return false, ErrNoBuffers
+	}
+	if !into {
+		e.built = frames[:n+1]
 	}
 	e.copyTo(f)
 	e.haveNext = false
@@ -186,6 +194,7 @@ func (e *frontRX) receivePlain(frames []Frame, into bool, t *tally) (n int, err 
 	got := min(int(avail), len(frames), len(e.got))
 	if !into {
 		got = e.private.Get(e.got[:got])
+		e.taken = got
 	}
 	var r netif.RxResponse
 	for n < got {
@@ -218,10 +227,20 @@ func (e *frontRX) receivePlain(frames []Frame, into bool, t *tally) (n int, err 
 	}
 	if !into {
 		e.private.Put(e.got[n:got]...)
+		e.taken = n
 	}
 	t.settle()
 	e.count.Add(telemetry.CopiedBytes, t.bytes)
 	return n, err
+}
+
+func (e *frontRX) abort() {
+	e.takeBack(e.got[:e.taken], e.private, e.shared)
+	if e.haveNext { // some of its pages may be posted again already
+		e.haveNext = false
+		e.count.Drop(telemetry.DropDisconnected, 1)
+	}
+	e.cut = true
 }
 
 func (e *frontRX) publish() {
@@ -456,8 +475,30 @@ func (e *frontRX) dropUndelivered() {
 }
 
 func (e *frontRX) drain(time.Time) {
-	catchFault(e.dropUndelivered) // the connection is over: a fault on the ring no longer matters
+	if catchFault(e.dropUndelivered) != nil { // the connection is over: a fault on the ring no longer matters
+		e.cut = true
+	}
 	for i := e.ring.Consumed(); i != e.ring.Next(); i++ {
 		e.shared.Put(e.pageAt[i%e.ring.Size()])
+	}
+	if e.cut && !e.lend {
+		e.collect()
+	}
+}
+
+// collect puts the pages into the arena that are not there. Nobody else has any: the
+// ring has none any more, and none was lent.
+func (e *frontRX) collect() {
+	var free [pagesPerHalf]uint32
+	var there [pagesPerHalf]bool
+	n := e.shared.Get(free[:e.shared.Len()])
+	for _, page := range free[:n] {
+		there[page] = true
+	}
+	e.shared.Put(free[:n]...)
+	for page := range uint32(e.shared.Len()) {
+		if !there[page] {
+			e.shared.Put(page)
+		}
 	}
 }

@@ -38,12 +38,10 @@ func (g *gate) leave() {
 	}
 }
 
-// abandon leaves the gate if the caller is inside, for a caller that cannot know. No other
-// caller may be using the half.
-func (g *gate) abandon() {
-	if s := g.state.Load(); s == gateBusy || s == gateClosing {
-		g.leave()
-	}
+// occupied reports whether a caller is inside.
+func (g *gate) occupied() bool {
+	s := g.state.Load()
+	return s == gateBusy || s == gateClosing
 }
 
 // shut keeps callers out from now on. It calls wake for a caller that is parked

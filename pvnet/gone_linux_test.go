@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -32,8 +34,16 @@ func (k *keeper) Share(peer hypercall.DomID, pages int, access hypercall.Access)
 }
 
 // If shared memory is taken away, which no correct hypervisor does, that ends the device,
-// but neither the process nor another device.
+// but neither the process nor another device, and no page is left behind.
 func TestMemoryThatIsTakenAwayEndsTheDevice(t *testing.T) {
+	for name, left := range map[string]int{"all access": unix.PROT_NONE, "writing": unix.PROT_READ} {
+		t.Run(name, func(t *testing.T) { memoryIsTakenAway(t, left) })
+	}
+}
+
+// memoryIsTakenAway leaves only some access to a frontend's rings. If it may still read them, the
+// fault comes in the middle of a batch, when the frontend posts the page of a frame again.
+func memoryIsTakenAway(t *testing.T, left int) {
 	l := newLabOn(t, emu.Config{Mapped: true, Grants: 2048})
 	fdom, bdom := &keeper{Domain: l.domain(1)}, l.domain(2)
 	l.add(toolstack.Vif{Front: 1, Back: 2})
@@ -68,7 +78,7 @@ func TestMemoryThatIsTakenAwayEndsTheDevice(t *testing.T) {
 	if len(rings) != 2*shm.PageSize {
 		t.Fatalf("the rings have %d bytes", len(rings))
 	}
-	if err := unix.Mprotect(rings, unix.PROT_NONE); err != nil {
+	if err := unix.Mprotect(rings, left); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := back.Write(frame(100, 0)); err != nil {
@@ -123,4 +133,71 @@ func TestMemoryThatIsTakenAwayWhileAnOwnerWaits(t *testing.T) {
 		t.Errorf("Receive: %v", err)
 	}
 	wait(t, front.Done())
+}
+
+// A ringKeeper is a driver domain whose mapped pages, the rings, can no longer be written once a
+// batch of copies has run.
+type ringKeeper struct {
+	*emu.Domain
+	armed atomic.Bool
+	mu    sync.Mutex
+	rings [][]byte // guarded by mu
+}
+
+func (k *ringKeeper) Map(peer hypercall.DomID, refs []hypercall.GrantRef, access hypercall.Access) (*hypercall.Mapping, error) {
+	m, err := k.Domain.Map(peer, refs, access)
+	if err == nil {
+		k.mu.Lock()
+		k.rings = append(k.rings, m.Memory.Bytes())
+		k.mu.Unlock()
+	}
+	return m, err
+}
+
+func (k *ringKeeper) Copy(ops []hypercall.CopyOp) error {
+	err := k.Domain.Copy(ops)
+	if k.armed.Swap(false) {
+		ops[0].Status = hypercall.GeneralError // the first frame has no bytes
+		k.mu.Lock()
+		defer k.mu.Unlock()
+		for _, r := range k.rings {
+			if err := unix.Mprotect(r, unix.PROT_READ); err != nil {
+				panic(err)
+			}
+		}
+	}
+	return err
+}
+
+// A backend has the frames of a batch, but for the first, whose copy has failed, and the rings are
+// gone before it can answer them.
+func TestRingsThatAreGoneBeforeTheAnswer(t *testing.T) {
+	for _, size := range []int{100, 9000} {
+		l := newLabOn(t, emu.Config{Mapped: true})
+		guest, driver := l.domain(1), &ringKeeper{Domain: l.domain(2)}
+		l.add(toolstack.Vif{Front: 1, Back: 2})
+		backs, _ := l.serve(driver, pvnet.ServeConfig{Config: pvnet.Config{Buffers: 64}, Hotplug: true})
+		front, err := pvnet.Connect(ctx(t), guest, "0", pvnet.Config{Buffers: 64})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer front.Disconnect()
+		back := wait(t, backs)
+		await(t, back, true)
+		for i := range 3 {
+			if _, err := front.Write(frame(size, i)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		driver.armed.Store(true)
+		ended := make(chan error, 1)
+		go func() {
+			ended <- back.Listen(context.Background(), func(pvnet.Frame) { t.Error("a frame came") })
+		}()
+		var pe *pvnet.PeerError
+		if err := wait(t, ended); !errors.As(err, &pe) || !strings.Contains(pe.Reason, "shared memory is gone") {
+			t.Errorf("Listen ended with %v", err)
+		}
+		wait(t, back.Done())
+	}
 }

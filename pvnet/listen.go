@@ -106,13 +106,15 @@ func (d *Device) violationError() error {
 
 func (rx *RX) listen(fn func([]Frame)) (err error) {
 	debug.SetPanicOnFault(true)
+	var frames [callBatch]Frame
+	lent := 0 // of frames: how many fn has
 	defer func() {
 		if v := faultError(recover()); v != nil {
-			rx.gate.abandon()
+			releaseAll(frames[:lent])
+			rx.abort()
 			err = rx.dev.callError(v)
 		}
 	}()
-	var frames [callBatch]Frame
 	for {
 		n, err := rx.Receive(frames[:])
 		if err == ErrNoBuffers { // fn retains every buffer; new frames wait in the ring
@@ -125,8 +127,19 @@ func (rx *RX) listen(fn func([]Frame)) (err error) {
 		if n == 0 {
 			continue
 		}
+		lent = n
 		fn(frames[:n])
+		lent = 0
 		rx.Release(frames[:n])
 		rx.flush()
+	}
+}
+
+// abort ends a call that met a fault, if the fault came inside the gate: it gives back what the
+// call had taken, and leaves the gate. No other caller may be using the half.
+func (rx *RX) abort() {
+	if rx.gate.occupied() {
+		rx.eng.abort()
+		rx.gate.leave()
 	}
 }

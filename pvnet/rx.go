@@ -19,6 +19,10 @@ type receiver interface {
 	// frames that the caller holds already.
 	receive(frames []Frame, into bool) (int, error)
 
+	// abort gives back what a receive took that met a fault and will not return. The caller is
+	// inside the gate, and uses none of the frames.
+	abort()
+
 	// release takes frames back from the caller. It skips stale ones and returns ErrStale
 	// in the end.
 	release(frames []Frame) error

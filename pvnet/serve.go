@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
-	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -37,7 +36,8 @@ type ServeConfig struct {
 	// the network behind the vif is there. Offer and Refuse then take the place of Hotplug.
 	Hold bool
 
-	// Remove makes the backend remove a vif's directory once the vif is gone for good.
+	// Remove makes the backend remove a vif's directory once the vif is gone for good, also if
+	// its device ended before.
 	// The toolstack does that in dom0; in a driver domain nobody else does.
 	Remove bool
 
@@ -81,7 +81,8 @@ type ServeConfig struct {
 //
 // Serve does not touch a vif that another process serves, and tries to claim it again, at
 // first often, in the end twice a minute. If a device ended before its vif was removed,
-// the vif is served again once the toolstack has made its directory again. Serve returns when ctx
+// the vif is served again once the toolstack has made its directory again. Until then Serve sees
+// to it that its state is Closed: Disconnect may have ended before xenstore took that. Serve returns when ctx
 // ends, with the cause of ctx, after every device has disconnected, all at the same time
 // and each as [Device.Disconnect] does, and after every accept has returned.
 func Serve(ctx context.Context, domain hypercall.Domain, cfg ServeConfig, accept func(*Device)) error {
@@ -234,7 +235,7 @@ func (s *server) afterwards(ctx context.Context, xd *xenbus.Device, b *back) {
 		case <-ctx.Done():
 		}
 	case !b.replaced:
-		s.awaitRemoval(ctx, xd.Dir(), b.removed)
+		s.awaitRemoval(ctx, xd, b.removed)
 	}
 }
 
@@ -302,28 +303,47 @@ func (s *server) await(ctx context.Context, b *back) {
 	stop()
 }
 
-// awaitRemoval waits, after a device has ended, until the toolstack has removed or remade its
-// directory. The device left the state Closed there; away reports that the toolstack had
-// already asked for the removal.
-func (s *server) awaitRemoval(ctx context.Context, dir string, away bool) {
-	w, err := s.client.Watch(ctx, dir)
+// awaitRemoval waits, after device xd has ended, until the toolstack has removed or remade its
+// directory. away reports that the toolstack had already asked for the removal.
+//
+// The device left the state Closed there, unless xenstore took longer for it than Disconnect
+// may. Then awaitRemoval writes it, since nobody else would: the frontend and the toolstack wait
+// for that state. The same holds for what the toolstack asks for later.
+func (s *server) awaitRemoval(ctx context.Context, xd *xenbus.Device, away bool) {
+	w, err := s.client.Watch(ctx, xd.Dir())
 	if err != nil {
 		return
 	}
 	defer w.Close()
+	ours := true                           // no other process has served the vif since
+	pause, next := retryFirst, time.Time{} // when to try again to close the vif
 	for {
-		state, err := s.client.Read(ctx, dir+"/"+netif.KeyState)
-		online := "0"
-		if err == nil && away {
-			online, err = s.client.Read(ctx, dir+"/"+netif.KeyOnline)
-		}
+		state, online, err := s.stateOf(ctx, xd.Dir())
+		var retry <-chan time.Time
 		switch {
 		case errors.Is(err, xenstore.ErrNotFound), errors.Is(err, xenstore.ErrAccess):
 			return
-		case err == nil && (state == strconv.Itoa(int(xenbus.Initialising)) || online != "0"):
+		case err == nil && (state == xenbus.Initialising || away && online):
 			return
 		case err != nil && ctx.Err() == nil:
 			sleep(ctx, retryFirst)
+			continue
+		case err != nil:
+			return
+		case state == xenbus.Closed && (online || !s.cfg.Remove):
+			ours = false
+		case online && !ours:
+		case time.Now().Before(next):
+			retry = time.After(time.Until(next))
+		default:
+			err := s.close(ctx, xd, !online && s.cfg.Remove)
+			if errors.Is(err, xenbus.ErrClaimed) {
+				ours = false
+			}
+			if err != nil {
+				next = time.Now().Add(pause)
+				pause = min(2*pause, retryMost)
+			}
 			continue
 		}
 		select {
@@ -331,10 +351,44 @@ func (s *server) awaitRemoval(ctx context.Context, dir string, away bool) {
 			if !open {
 				return
 			}
+		case <-retry:
 		case <-ctx.Done():
 			return
 		}
 	}
+}
+
+// stateOf reads our state in a backend's directory, and whether the toolstack wants the vif.
+func (s *server) stateOf(ctx context.Context, dir string) (state xenbus.State, online bool, err error) {
+	text, err := s.client.Read(ctx, dir+"/"+netif.KeyState)
+	if err != nil {
+		return 0, false, err
+	}
+	wanted, err := s.client.Read(ctx, dir+"/"+netif.KeyOnline)
+	if errors.Is(err, xenstore.ErrNotFound) {
+		wanted, err = "1", nil
+	}
+	n, _ := xenstore.ParseUint(text, uint64(xenbus.Reconfigured)) // what is no state is Unknown
+	return xenbus.State(n), wanted != "0", err
+}
+
+// close does for the vif of a device that has ended what the device had no time for: it writes the
+// state Closed, and with remove it removes the directory.
+func (s *server) close(ctx context.Context, xd *xenbus.Device, remove bool) error {
+	ctx, cancel := context.WithTimeout(ctx, storeTimeout)
+	defer cancel()
+	if err := xd.ClaimAs(ctx, s.presence, claimTimeout); err != nil {
+		return err
+	}
+	defer func() {
+		closing, cancel := context.WithTimeout(context.Background(), storeTimeout)
+		defer cancel()
+		xd.Close(closing)
+	}()
+	if err := xd.SetState(ctx, xenbus.Closed); err != nil || !remove {
+		return err
+	}
+	return xd.Remove(ctx)
 }
 
 // sleep waits for a while, or until ctx ends.

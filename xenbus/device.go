@@ -565,7 +565,8 @@ func (d *Device) Fail(ctx context.Context, why error) error {
 }
 
 // Close stops the watches and gives our claim back, for which it waits until ctx ends at
-// most. It leaves the state as it is. It is idempotent.
+// most. It leaves the state as it is. It is idempotent. Afterwards Current shows nothing new,
+// but Claim, SetState, Remove and another Close work as before, for what was left undone.
 func (d *Device) Close(ctx context.Context) error {
 	d.cancel()
 	<-d.done

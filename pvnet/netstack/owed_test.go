@@ -136,7 +136,7 @@ func requireHeld(t *testing.T, held <-chan error) {
 		if err != nil {
 			t.Fatal(err)
 		}
-	case <-time.After(10 * time.Second):
+	case <-time.After(limit):
 		t.Fatal("it is not held")
 	}
 }
@@ -380,7 +380,7 @@ func dialEcho(t *testing.T, from *Stack) net.Conn {
 // requireEchoes requires that n datagrams come.
 func requireEchoes(t *testing.T, c net.Conn, n int) {
 	t.Helper()
-	c.SetReadDeadline(time.Now().Add(10 * time.Second))
+	c.SetReadDeadline(time.Now().Add(limit))
 	b := make([]byte, 100)
 	for i := range n {
 		if _, err := c.Read(b); err != nil {

@@ -134,7 +134,7 @@ func (p *pinger) await(n int) {
 func (p *pinger) end() (sent, lost, doubled int, longest time.Duration) {
 	close(p.stop)
 	p.wg.Wait()
-	for end := time.Now().Add(2 * time.Second); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
+	for end := time.Now().Add(limit); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
 		if n, _ := p.answered(); n == len(p.sent) {
 			break
 		}

@@ -155,7 +155,7 @@ func TestEitherProcessOfAFrontendIsKilledDuringAHandover(t *testing.T) {
 					}
 				}
 				x.await()
-				lost, downs := x.end()
+				lost, downs := x.end(lossless)
 				t.Logf("%d frames lost, the backend's link went down %d times", lost, downs)
 				if lossless && (lost > 0 || downs > 0) {
 					t.Error("frames are lost, or the backend noticed")

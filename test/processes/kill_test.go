@@ -19,6 +19,7 @@ import (
 	"barevif/hypercall/emu"
 	"barevif/pvnet"
 	"barevif/xenbus/toolstack"
+	"barevif/xenbus/xenstore/server/labtest"
 )
 
 // framesPerLine is how many frames come back between two lines of the frontend.
@@ -216,7 +217,7 @@ func TestT29ProcessesAreKilledAtAnyMoment(t *testing.T) {
 		long = 3 * time.Second
 	}
 	begun := time.Now()
-	for round := 1; time.Since(begun) < long; round++ {
+	for round := 1; time.Since(begun) < long || kills < 10; round++ { // however slow the machine is
 		if round%4 == 0 { // a new vif, without an old state
 			m.replug()
 		}
@@ -247,9 +248,6 @@ func TestT29ProcessesAreKilledAtAnyMoment(t *testing.T) {
 	}
 	front.waitTraffic(back)
 	t.Logf("%d kills; frames moved again after %v at most", kills, worst)
-	if kills < 10 {
-		t.Errorf("only %d kills", kills)
-	}
 	front.stop()
 	back.stop()
 	m.requireNothingLeft()
@@ -272,7 +270,7 @@ func (m *machine) requireNothingLeft() {
 
 func (m *machine) replug() {
 	m.t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), labtest.Limit)
 	defer cancel()
 	if err := toolstack.Remove(ctx, m.tools, testVif); err != nil {
 		m.t.Fatal(err)
@@ -295,7 +293,7 @@ func watchLink(t *testing.T, d *pvnet.Device) (next func(up bool) (string, time.
 	return func(up bool) (string, time.Duration) {
 		t.Helper()
 		begun := time.Now()
-		for limit := time.After(15 * time.Second); ; {
+		for limit := time.After(labtest.Limit); ; {
 			select {
 			case ev := <-events:
 				if ev.Up == up {
@@ -334,7 +332,7 @@ func TestTheLinkGoesDownWithTheBackendsProcess(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 15*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), labtest.Limit)
 	defer cancel()
 	front, err := pvnet.Connect(ctx, dom, "0", pvnet.Config{})
 	if err != nil {

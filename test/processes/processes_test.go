@@ -40,7 +40,8 @@ func TestMain(m *testing.M) {
 
 // A runChild is one end in a separate process.
 func runChild() error {
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	// It bounds a whole test, and on a slow machine: a child ends when its standard input does.
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Minute)
 	defer cancel()
 	switch os.Getenv(childVar) {
 	case "serve":
@@ -160,7 +161,7 @@ func newMachine(t testing.TB) *machine {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), labtest.Limit)
 	defer cancel()
 	if m.tools, err = xenstore.Dial(ctx, dom0.Store, xenstore.Config{}); err != nil {
 		t.Fatal(err)
@@ -229,7 +230,7 @@ func TestFramesCrossProcesses(t *testing.T) {
 	front := m.startFrontend("echo", 0)
 	defer front.stop()
 	tx, rx := ownHalves(t, m.awaitDevice())
-	limit := time.Now().Add(30 * time.Second)
+	limit := time.Now().Add(labtest.Limit)
 	tx.SetDeadline(limit)
 	rx.SetDeadline(limit)
 	var f [1]pvnet.Frame
