@@ -3,10 +3,12 @@ package pvnet_test
 import (
 	"context"
 	"errors"
+	"maps"
 	"strings"
 	"testing"
 	"time"
 
+	"barevif/hypercall"
 	"barevif/pvnet"
 	"barevif/xenbus/toolstack"
 	"barevif/xenbus/xenstore/server/labtest"
@@ -132,6 +134,43 @@ func TestAHeldVifMayBeLeftToTheScript(t *testing.T) {
 	back.Offer(false)
 	await(t, back, true)
 	l.reads(v.BackDir(), map[string]string{"hotplug-status": "connected", "hotplug-error": "of the script"})
+}
+
+// Two processes of a domain share its vifs: neither touches what the other is to serve, also when it
+// comes later.
+func TestAVifThatIsNotSelectedIsLeftAlone(t *testing.T) {
+	l := newLab(t)
+	bdom := l.domain(2)
+	ours, theirs := l.add(toolstack.Vif{Front: 1, Back: 2, ID: 1}), l.add(toolstack.Vif{Front: 3, Back: 2, ID: 1})
+	only := func(front hypercall.DomID) func(hypercall.DomID, string) bool {
+		return func(dom hypercall.DomID, id string) bool { return dom == front && id == "1" }
+	}
+	before := l.keys(theirs.BackDir())
+	backs, stop := l.serve(bdom, pvnet.ServeConfig{Hotplug: true, Select: only(1)})
+	if d := wait(t, backs); d.Peer() != 1 {
+		t.Errorf("the vif of domain %d is served", d.Peer())
+	}
+	l.reads(ours.BackDir(), map[string]string{"state": "2"})
+	late := l.add(toolstack.Vif{Front: 3, Back: 2, ID: 2})
+	again := l.add(toolstack.Vif{Front: 1, Back: 2, ID: 7})
+	if after := l.keys(theirs.BackDir()); !maps.Equal(before, after) {
+		t.Errorf("the other's vif was %v and is %v", before, after)
+	}
+	others, _ := l.serve(bdom, pvnet.ServeConfig{Hotplug: true, Select: only(3)})
+	if d := wait(t, others); d.Peer() != 3 || d.ID() != "1" {
+		t.Errorf("vif %s of domain %d is served", d.ID(), d.Peer())
+	}
+	l.reads(theirs.BackDir(), map[string]string{"state": "2"})
+	l.reads(late.BackDir(), map[string]string{"state": "1"})
+	l.reads(again.BackDir(), map[string]string{"state": "1"})
+	stop()
+	select {
+	case d := <-backs:
+		t.Errorf("vif %s of domain %d is served", d.ID(), d.Peer())
+	case d := <-others:
+		t.Errorf("vif %s of domain %d is served", d.ID(), d.Peer())
+	default:
+	}
 }
 
 // A vif that is held goes away with its directory, and with its backend.

@@ -36,6 +36,11 @@ type ServeConfig struct {
 	// the network behind the vif is there. Offer and Refuse then take the place of Hotplug.
 	Hold bool
 
+	// Select says which vifs are served, by the number of the frontend's domain and the vif's
+	// id. Serve does not touch those for which it returns false: another process may serve them.
+	// It is asked in one goroutine, and again when such a vif is made anew. nil: all are.
+	Select func(front hypercall.DomID, id string) bool
+
 	// Remove makes the backend remove a vif's directory once the vif is gone for good, also if
 	// its device ended before.
 	// The toolstack does that in dom0; in a driver domain nobody else does.
@@ -134,6 +139,9 @@ func serve(ctx context.Context, domain hypercall.Domain, cfg ServeConfig, accept
 		}
 		id := ev.BackendID
 		if ev.Vanished || s.serving[id] { // the vif's goroutine sees the event too
+			continue
+		}
+		if cfg.Select != nil && !cfg.Select(id.Front, id.ID) {
 			continue
 		}
 		s.serving[id] = true

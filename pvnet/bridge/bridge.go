@@ -1,6 +1,7 @@
 package bridge
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -50,6 +51,12 @@ var ErrClosed = errors.New("bridge: closed")
 
 // ErrRemoved is why a port has ended that was removed by [Port.Close].
 var ErrRemoved = errors.New("bridge: the port was removed")
+
+// ErrPorts is returned by [Bridge.Add] while [Config].Ports ports are in use.
+var ErrPorts = errors.New("bridge: all ports are in use")
+
+// ErrGuarded is returned by [Bridge.Add] for an address that another port guards.
+var ErrGuarded = errors.New("bridge: another port guards the address")
 
 // A Bridge connects vifs. Its methods may be called from any goroutine.
 type Bridge struct {
@@ -114,6 +121,10 @@ type PortConfig struct {
 	// Pages is how many pages of this port may wait at all others together. 0 means
 	// [forward.StandardPages]. See [forward.NewSource].
 	Pages int
+
+	// Pool receives for this port in place of [Config].Pool, if it is not nil: for a vif of
+	// another domain than the others', since a pool is of one.
+	Pool *forward.Pool
 }
 
 const mostGuards = 256
@@ -122,8 +133,8 @@ const mostGuards = 256
 // queues, for good: a device that was removed can be no port again, and no other owner's.
 // The port is removed when the device ends, or by [Port.Close].
 //
-// Errors: [ErrClosed]; one that names the option or the limit; those of
-// [pvnet.Device.OwnTX], such as [pvnet.ErrOwned].
+// Errors: [ErrClosed], [ErrPorts], [ErrGuarded]: then the device is not owned yet, and may be added
+// later. One that names the option; those of [pvnet.Device.OwnTX], such as [pvnet.ErrOwned].
 func (b *Bridge) Add(dev *pvnet.Device, cfg PortConfig) (*Port, error) {
 	if err := cfg.check(); err != nil {
 		return nil, err
@@ -135,14 +146,14 @@ func (b *Bridge) Add(dev *pvnet.Device, cfg PortConfig) (*Port, error) {
 	case b.closed:
 		return nil, ErrClosed
 	case n < 0 && len(b.ports) == b.cfg.Ports:
-		return nil, fmt.Errorf("bridge: all %d ports are in use: raise Config.Ports", b.cfg.Ports)
+		return nil, fmt.Errorf("%w: raise Config.Ports, which is %d", ErrPorts, b.cfg.Ports)
 	case n < 0:
 		n = len(b.ports)
 		b.ports = append(b.ports, nil)
 	}
 	p := &Port{
 		b: b, dev: dev, number: n, isolated: cfg.Isolated, guarded: cfg.Guard != nil,
-		src: forward.NewSource(cfg.Pages), gone: make(chan struct{}),
+		src: forward.NewSource(cfg.Pages), pool: cmp.Or(cfg.Pool, b.cfg.Pool), gone: make(chan struct{}),
 	}
 	if err := b.table.guard(p, cfg.Guard); err != nil {
 		return nil, err
@@ -262,6 +273,7 @@ type Port struct {
 	number            int
 	guarded, isolated bool
 	src               *forward.Source
+	pool              *forward.Pool // nil: none
 	sender            *forward.Sender
 	sorters           []sorter // by queue of the device
 	outs              atomic.Pointer[outs]
@@ -286,8 +298,8 @@ func (p *Port) run(ctx context.Context) {
 		}
 	})
 	receive := forward.Receive
-	if pool := p.b.cfg.Pool; pool != nil {
-		receive = pool.Receive
+	if p.pool != nil {
+		receive = p.pool.Receive
 	}
 	err := receive(ctx, p.dev, p.forward)
 	if err == nil {

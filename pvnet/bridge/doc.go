@@ -25,7 +25,8 @@
 // only makes frames for its own addresses go to all ports. But without guards a station moves to
 // the port that last sent from its address, as on any bridge.
 //
-// The vifs of tenants should not lend pages ([pvnet.Config].LendRx): a guest that stops would hold
-// those of another, which then has to wait for it. With a [Config].Pool the bridge receives from all
-// ports in turns, a batch of each, however much one of them sends.
+// The vifs of tenants should not lend pages ([pvnet.Config].LendRx): a guest could change the
+// addresses of a frame after the bridge has read them, and so pass by its Guard. That another guest
+// stops holds up none of them, lent pages or not ([forward]). With a [Config].Pool the bridge receives
+// from all ports in turns, a batch of each, however much one of them sends.
 package bridge

@@ -45,7 +45,7 @@ func (t *table) guard(p *Port, guard []pvnet.MAC) error {
 	defer t.mu.Unlock()
 	for _, mac := range guard {
 		if e := t.entries[mac]; e != nil && e.fixed {
-			return fmt.Errorf("bridge: %v is in the Guard of another port, that of vif %s of domain %d: a station is behind one port", mac, e.port.dev.ID(), e.port.dev.Peer())
+			return fmt.Errorf("%w: %v is in the Guard of the port of vif %s of domain %d, and a station is behind one port", ErrGuarded, mac, e.port.dev.ID(), e.port.dev.Peer())
 		}
 	}
 	for _, mac := range guard {

@@ -8,11 +8,11 @@
 //
 // # What happens to a frame
 //
-// A frame is not copied on its way through this package: it stays in the page into which
-// its device received it, until the sending device has copied it into a page of its peer (a
-// backend), or into one that its peer has a grant for (a frontend). Its checksum state and
-// its GSO stay as they are. The sending device completes, or cuts, what its peer does not
-// take, as [pvnet.TX.Send] says.
+// A frame is not copied on its way through this package, but for a lent one that has to wait (see
+// below): it stays in the page into which its device received it, until the sending device has
+// copied it into a page of its peer (a backend), or into one that its peer has a grant for (a
+// frontend). Its checksum state and its GSO stay as they are. The sending device completes, or
+// cuts, what its peer does not take, as [pvnet.TX.Send] says.
 //
 // Whoever gives frames to an Input sends them himself while nobody else does: a batch then
 // costs one lock more than [pvnet.TX.Send]. While somebody sends, the frames wait in the
@@ -38,9 +38,12 @@
 // the others, and its device still has pages to receive with.
 //
 // A backend that lends its guest's pages ([pvnet.Config].LendRx) saves a copy, but answers that
-// guest in order: a frame that waits here keeps the guest waiting for the pages of all frames
-// behind it. So lend between vifs of one owner. Where frames go to guests that may stop on
-// purpose, as on a bridge of tenants, leave LendRx off.
+// guest in order: if a frame waited in such a page, the guest would wait for the pages of all frames
+// behind it. So a lent frame that has to wait is copied first, and is dropped as Full if its source
+// has no page for it; one that finds room is never copied. With [Wait], which is for two vifs that
+// are to wait for each other, it is not copied, and waits in the guest's page. A guest can still write
+// what it lends: who decides by a frame's bytes, as a filter does, and passes on what it read, needs
+// LendRx off.
 //
 // Pages come back when a vif ends, whichever it is. Frames of a device that has disconnected
 // stay readable, and are sent.

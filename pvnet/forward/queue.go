@@ -128,10 +128,10 @@ func (q *queue) pushed(in *Input, rest []pvnet.Frame, err error) (lost int, end 
 	case err == nil:
 		return 0, q.pump()
 	case err == pvnet.ErrFull, err == pvnet.ErrLinkDown && q.s.cfg.Full == Wait:
-		q.pend(in, rest)
+		lost = q.pend(in, rest)
 		q.handOverLocked()
 		q.mu.Unlock()
-		return 0, nil
+		return lost, nil
 	case err == pvnet.ErrLinkDown:
 		in.drop(rest, down)
 		return len(rest), q.pump()
@@ -386,7 +386,7 @@ func (l *lane) put(frames []pvnet.Frame) (n int) {
 	}
 	for n < len(frames) && int(l.n) < len(l.ring) {
 		pages := pagesOf(&frames[n])
-		if l.pages+pages > src.limit-src.held.Load()-taken {
+		if l.pages+pages > src.limit-src.held.Load()-taken || !l.q.s.keep(src, &frames[n]) {
 			break
 		}
 		l.ring[(l.from+l.n)&uint32(len(l.ring)-1)] = frames[n]
@@ -406,17 +406,34 @@ func (l *lane) put(frames []pvnet.Frame) (n int) {
 	return n
 }
 
-// pend makes the rest of a batch of in the next one to be sent. The caller is busy and holds
-// mu; batch is empty.
-func (q *queue) pend(in *Input, frames []pvnet.Frame) {
+// pend makes the rest of a batch of in the next one to be sent, and returns how many frames of it
+// were dropped: lent ones for which there was no page. The caller is busy and holds mu; batch is
+// empty.
+func (q *queue) pend(in *Input, frames []pvnet.Frame) (lost int) {
 	pages := int32(0)
 	for i := range frames {
-		q.batch[i], q.owners[i] = frames[i], in
+		if !q.s.keep(in.src, &frames[i]) {
+			frames[i].Release()
+			lost++
+			continue
+		}
+		q.batch[q.n], q.owners[q.n] = frames[i], in
 		pages += pagesOf(&frames[i])
+		q.n++
 	}
-	q.n = len(frames)
 	in.src.held.Add(pages)
 	in.count(waiting, q.n)
+	in.count(full, lost)
+	return lost
+}
+
+// keep makes a frame one that may wait. A backend answers its guest in order, so a page of the
+// guest's that waited here would hold up all that the guest has sent since: for as long as another
+// guest takes nothing. A frame in such a page becomes a copy, and one for which there is no page is
+// dropped: then keep reports false. Where senders are to wait for the vif they wait for their
+// frames too, and nothing is copied.
+func (s *Sender) keep(src *Source, f *pvnet.Frame) bool {
+	return s.cfg.Full == Wait || !f.ReadOnly() || src.copy(f)
 }
 
 // sent removes the first k frames of batch, which are no longer ours. The caller is busy and

@@ -257,6 +257,19 @@ type Source struct {
 	waiters atomic.Int32
 	mu      sync.Mutex
 	changed sync.Cond // of mu: freed has grown
+
+	copying sync.Once // makes copies
+	copies  *pvnet.Copies
+}
+
+// mostCopies is the memory for copies of one source's frames, in pages.
+const mostCopies = 4 * StandardPages
+
+// copy makes a frame that its device lends a copy, which may wait. It reports false if no page is
+// free. The memory for it is made when the first such frame waits.
+func (s *Source) copy(f *pvnet.Frame) bool {
+	s.copying.Do(func() { s.copies = pvnet.NewCopies(min(int(s.limit), mostCopies)) })
+	return s.copies.Replace(f)
 }
 
 // StandardPages is half of the pages that a device receives into, for each queue, if its

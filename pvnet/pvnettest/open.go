@@ -1,6 +1,7 @@
 package pvnettest
 
 import (
+	"cmp"
 	"context"
 
 	"barevif/pvnet"
@@ -31,7 +32,12 @@ func Open(ctx context.Context, front, back pvnet.Config) (f, b *pvnet.Device, en
 	if f, err = pvnet.Connect(ctx, w.Guests[0], "0", front); err == nil {
 		select {
 		case b = <-backs:
-			return f, b, end, nil
+			for ev := range b.Links(ctx) { // the frontend's end is up first
+				if ev.Up {
+					return f, b, end, nil
+				}
+			}
+			err = cmp.Or(context.Cause(ctx), pvnet.ErrDisconnected)
 		case <-ctx.Done():
 			err = context.Cause(ctx)
 		}

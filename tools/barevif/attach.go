@@ -79,7 +79,7 @@ func (a *attach) addresses() (map[string]autoAddress, error) {
 			Next: "put " + vifMark + " into it, which is the vif: --tap " + a.tap + vifMark, Usage: true,
 		}
 	}
-	values, err := (&vifValues{"addr", a.addrs}).of(a.vifs, isLiteral)
+	values, err := (&vifValues{flag: "addr", given: a.addrs}).of(a.vifs, isLiteral)
 	if err != nil {
 		return nil, err
 	}

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"net"
 	"net/netip"
 	"os"
@@ -13,13 +12,11 @@ import (
 	"strings"
 	"sync"
 	"syscall"
-	"time"
 
 	"barevif/pvnet"
 	"barevif/pvnet/handover"
 	"barevif/pvnet/link"
 	"barevif/tools/cli"
-	"barevif/tools/domain"
 
 	"github.com/spf13/cobra"
 	"github.com/vishvananda/netlink"
@@ -27,7 +24,7 @@ import (
 )
 
 func backCommand(p *cli.Program) *cobra.Command {
-	b := back{Program: p, takeovers: takeovers{command: "back", pause: "send the other back SIGUSR1"}}
+	b := back{backend: backend{Program: p, name: "back"}, takeovers: takeovers{command: "back", pause: "send the other back SIGUSR1"}}
 	cmd := &cobra.Command{
 		Use:   "back",
 		Short: "Be the driver domain: serve vifs, each joined to a TAP or an interface",
@@ -93,25 +90,17 @@ goes on. Started again after it was killed, it finds its vifs and reconnects the
 		Args: cli.Arguments(0),
 		RunE: func(cmd *cobra.Command, _ []string) error { return b.run(cmd.Context()) },
 	}
-	b.domain.Register(cmd, 2)
-	b.counters.register(cmd)
-	b.inspect.register(cmd)
+	b.register(cmd)
 	cmd.Flags().StringVar(&b.tap, "tap", "vif%d.%i", "`name` of each TAP: %d is the frontend's domain, %i the vif")
 	cmd.Flags().StringArrayVar(&b.addrs, "addr", nil, "`address` of this machine on a vif's TAP: DOM.ID=IP/BITS, or IP/BITS for the first that connects; repeatable")
 	cmd.Flags().StringVar(&b.bridge, "bridge", "", "put the TAPs on this `bridge`")
 	cmd.Flags().StringVar(&b.packet, "packet", "", "join the vif to this `interface` instead of a TAP")
 	cmd.Flags().StringVar(&b.hotplug, "hotplug", hotplugAuto, "`who` sets TAPs up: keys, script, flags, or auto as above")
 	cmd.Flags().BoolVar(&b.lockMAC, "lock-mac", false, "hold the guest of a vif on a bridge to the vif's mac; Linux 5.18")
-	cmd.Flags().StringVar(&b.typ, "type", "vif", "backend `type` to serve; one of its own keeps the kernel's netback away")
-	cmd.Flags().StringVar(&b.queues, "queues", autoQueues, queuesUsage("to offer per vif"))
-	cmd.Flags().BoolVar(&b.remove, "remove", false, "remove a vif's directory once it was taken away, where no xl devd does")
-	cmd.Flags().DurationVar(&b.drain, "drain", 10*time.Second, "`time` that frames wait for a guest that takes none; negative: for ever")
-	cmd.Flags().DurationVar(&b.stall, "stall", 60*time.Second, "`time` without a frame taken after which the carrier goes off; negative: never")
 	b.takeovers.register(cmd, "take the vifs over from the back that serves them now, which then ends")
 	cli.FixedValues(cmd, "hotplug", hotplugAuto, hotplugKeys, hotplugScript, hotplugFlags)
-	cli.FixedValues(cmd, "queues", autoQueues)
 	completes(cmd, completeInterfaces, "packet", "bridge")
-	completes(cmd, completeNothing, "tap", "addr", "type", "drain", "stall")
+	completes(cmd, completeNothing, "tap", "addr")
 	cli.Exclusive(cmd, "packet", "addr")
 	cli.Exclusive(cmd, "packet", "bridge")
 	cli.Exclusive(cmd, "packet", "tap")
@@ -120,40 +109,22 @@ goes on. Started again after it was killed, it finds its vifs and reconnects the
 }
 
 type back struct {
-	*cli.Program
-	domain                   domain.Flags
-	counters                 counterFlag
-	inspect                  inspectFlag
-	takeovers                takeovers
-	tap, bridge, packet, typ string
-	hotplug                  string
-	lockMAC                  bool
-	dom0                     bool // we are the domain in which libxl runs scripts
-	news                     linkNews
-	addrs                    []string
-	queues                   string
-	remove                   bool
-	drain, stall             time.Duration
-	slog                     *slog.Logger
-	network                  interfaces
+	backend
+	takeovers           takeovers
+	tap, bridge, packet string
+	hotplug             string
+	lockMAC             bool
+	addrs               []string
+	network             interfaces
 
 	prefixMu sync.Mutex
 	prefix   map[string]netip.Prefix // guarded by prefixMu: by vif, like "1.0"; "" is for the first vif that connects
 }
 
-// maxTimeout is the longest --drain and --stall.
-const maxTimeout = 24 * time.Hour
-
 func (b *back) run(ctx context.Context) error {
-	queues, err := deviceQueues(b.queues)
+	queues, counters, err := b.check()
 	if err != nil {
 		return err
-	}
-	if t := b.drain; t >= 0 && t < time.Millisecond || t > maxTimeout {
-		return cli.BadValue("drain", t.String(), "a time from 1ms to 24h, or negative")
-	}
-	if t := b.stall; t >= 0 && t < time.Second || t > maxTimeout {
-		return cli.BadValue("stall", t.String(), "a time from 1s to 24h, or negative")
 	}
 	switch b.hotplug {
 	case hotplugAuto, hotplugKeys, hotplugScript, hotplugFlags:
@@ -161,10 +132,6 @@ func (b *back) run(ctx context.Context) error {
 		return cli.BadValue("hotplug", b.hotplug, "auto, keys, script or flags")
 	}
 	if err := b.parseAddrs(); err != nil {
-		return err
-	}
-	counters, err := b.counters.store()
-	if err != nil {
 		return err
 	}
 	if err := b.probe(); err != nil {
@@ -182,7 +149,7 @@ func (b *back) run(ctx context.Context) error {
 		return err
 	}
 	defer endInspect()
-	file := fmt.Sprintf("back-%d-%s.handover", dom.ID(), strings.ReplaceAll(b.typ, "/", "_"))
+	file := fmt.Sprintf("back-%d-%s%s.handover", dom.ID(), strings.ReplaceAll(b.typ, "/", "_"), b.selection())
 	if err := b.takeovers.begin(b.Say, b.slog, &b.domain, file, handover.Identity{Domain: dom.ID(), Type: b.typ}); err != nil {
 		return err
 	}
@@ -213,36 +180,12 @@ func (b *back) run(ctx context.Context) error {
 		}
 	}()
 
-	b.dom0 = dom.ID() == 0
 	go b.news.run(ctx)
-	b.Say("domain %d serves vifs of type %s; a signal ends it", dom.ID(), b.typ)
-	done := make(chan error, 1)
-	go func() {
-		done <- pvnet.Serve(ctx, dom, pvnet.ServeConfig{
-			Config: pvnet.Config{Queues: queues, LendRx: true, StaticGrants: true, Offload: true, Counters: counters, Inspector: inspector, Logger: b.slog},
-			Type:   b.typ,
-			Hold:   true,
-			Remove: b.remove,
-
-			DrainTimeout: b.drain,
-			StallTimeout: b.stall,
-
-			TakeOver: takeOver,
-		}, func(dev *pvnet.Device) { b.serve(ctx, dev) })
-	}()
 	go b.takeovers.run(ctx, func() { cancel(pvnet.ErrHandover) })
-	select {
-	case err = <-done:
-	case <-dom.Gone:
-		// The xenstore is gone, so the vifs cannot be closed there. But they must end:
-		// the pins of their counters would outlive this process.
-		cancel(domain.ErrHostGone)
-		return dom.Lost(b.Say, done)
-	}
-	if errors.Is(err, context.Canceled) || errors.Is(err, pvnet.ErrHandover) {
-		return nil // a signal
-	}
-	return err
+	b.Say("domain %d serves vifs of type %s; a signal ends it", dom.ID(), b.typ)
+	cfg := b.serveConfig(queues, counters, inspector)
+	cfg.LendRx, cfg.TakeOver = true, takeOver
+	return b.serveVifs(ctx, cancel, dom, cfg, b.serve)
 }
 
 // parseAddrs reads --addr.
@@ -356,7 +299,7 @@ func (b *back) serve(ctx context.Context, dev *pvnet.Device) {
 	if i, err := net.InterfaceByName(l.Name()); err == nil { // else it is gone already, as Run finds
 		watch := b.network.watch(i.Index, func(s interfaceState) { b.tell(dev, vif, s) })
 		defer watch.end()
-		following.Go(func() { b.follow(inner, dev, vif, watch, p) })
+		following.Go(func() { b.followVif(inner, dev, vif, watch, p) })
 		if p.bridge != "" {
 			following.Go(func() { b.keepOnBridge(inner, vif, i.Index, p) })
 		}
@@ -395,33 +338,21 @@ func (b *back) tell(dev *pvnet.Device, vif string, s interfaceState) {
 	}
 }
 
-// follow prints the changes of the vif's link state until the device has ended.
-func (b *back) follow(ctx context.Context, dev *pvnet.Device, vif string, tap *interfaceWatch, p plan) {
-	up, stalled, mtu := false, false, 0
-	for ev := range dev.Links(context.Background()) {
-		if ev.Up && b.packet == "" {
-			if err := tap.setMTU(ev.MTU); err != nil {
-				b.slog.Error("a vif's TAP has another MTU than the vif", "vif", vif, "err", err)
-			}
+// followVif follows the vif's link state until the device has ended.
+func (b *back) followVif(ctx context.Context, dev *pvnet.Device, vif string, tap *interfaceWatch, p plan) {
+	b.follow(dev, vif, func(ev pvnet.LinkEvent) {
+		if b.packet != "" {
+			return
 		}
-		switch {
-		case ev.Up && ev.Stalled && !stalled:
-			b.Say("vif %s: takes no frames, carrier off", vif)
-		case ev.Up && up && stalled && !ev.Stalled:
-			b.Say("vif %s: takes frames again, carrier on", vif)
-		case ev.Up && up && ev.MTU != mtu:
-			b.Say("vif %s: its MTU is now %d", vif, ev.MTU)
-		case ev.Up:
-			if b.packet == "" {
-				b.adapt(vif, tap.index, p)
-				b.recheck(ctx, dev, vif, p)
-			}
-			b.Say("vif %s: connected to domain %d, MTU %d, %s, %s", vif, dev.Peer(), ev.MTU, queuesOf(dev), dev.Budget())
-		case up:
-			b.Say("vif %s: down: %s", vif, ev.Reason)
+		if err := tap.setMTU(ev.MTU); err != nil {
+			b.slog.Error("a vif's TAP has another MTU than the vif", "vif", vif, "err", err)
 		}
-		up, stalled, mtu = ev.Up, ev.Stalled, ev.MTU
-	}
+	}, func() {
+		if b.packet == "" {
+			b.adapt(vif, tap.index, p)
+			b.recheck(ctx, dev, vif, p)
+		}
+	})
 }
 
 // adapt gives a TAP the address that it has only once the vif is connected.

@@ -23,7 +23,8 @@ A card (a vif) has two ends in two domains, which share rings and pages:
   frontend   belongs to the appliance: a Go program that owns the card and brings
              its own TCP/IP. Here: "serve"; "attach" hands the card to its kernel.
   backend    belongs to the driver domain, and joins the card to a network: a TAP
-             of its kernel, or an interface that is there. Here: "back".
+             of its kernel, or an interface that is there. Here: "back"; "bridge"
+             joins cards to each other.
   xenstore   a small tree of values through which the two find each other.
   toolstack  what writes a new card into xenstore, and takes it out again.
 
@@ -51,7 +52,7 @@ func rootCommand(p *cli.Program) *cobra.Command {
 			"check": `it is a command of its own: "go run ./test/check" in a clone`,
 		},
 	}
-	for _, add := range []func(*cli.Program) *cobra.Command{demoCommand, hostCommand, backCommand, serveCommand, attachCommand, statCommand, ringCommand, dumpCommand, imageCommand, xenCommand, versionCommand} {
+	for _, add := range []func(*cli.Program) *cobra.Command{demoCommand, hostCommand, backCommand, bridgeCommand, serveCommand, attachCommand, statCommand, ringCommand, dumpCommand, imageCommand, xenCommand, versionCommand} {
 		root.AddCommand(add(p))
 	}
 	return root

@@ -132,7 +132,7 @@ func (b *back) plan(vif, tap string, ts pvnet.Toolstack) (plan, error) {
 		}
 		return p, nil
 	}
-	if err := p.refuse(ts); err != nil {
+	if err := p.refuse(ts, "back", "put the vif on a bridge of that VLAN, or have a script do it (--hotplug script)", "put its TAP on the same bridge"); err != nil {
 		return p, err
 	}
 	flagged := b.bridge != "" || len(b.addrs) > 0
@@ -170,8 +170,9 @@ func (b *back) planLock(p *plan, ts pvnet.Toolstack) error {
 	return nil
 }
 
-// refuse notes or refuses what back cannot honour in any plan.
-func (p *plan) refuse(ts pvnet.Toolstack) error {
+// refuse notes or refuses what a command cannot honour in any plan. vlan and emulated say what
+// helps against a VLAN, and with an emulated card.
+func (p *plan) refuse(ts pvnet.Toolstack, command, vlan, emulated string) error {
 	for _, err := range ts.Bad {
 		bad, ok := errors.AsType[*xenstore.ValueError](err)
 		if !ok {
@@ -185,12 +186,12 @@ func (p *plan) refuse(ts pvnet.Toolstack) error {
 	}
 	for _, key := range ts.Others {
 		if key == netif.KeyVLAN {
-			return &keyError{key, "", "back sets up no VLANs", "put the vif on a bridge of that VLAN, or have a script do it (--hotplug script)"}
+			return &keyError{key, "", command + " sets up no VLANs", vlan}
 		}
 		p.note(key, "", "not honoured", "")
 	}
 	if ts.Type == "vif_ioemu" {
-		p.note(netif.KeyType, ts.Type, "back serves the paravirtual card alone", "the emulated one is the device model's: put its TAP on the same bridge")
+		p.note(netif.KeyType, ts.Type, command+" serves the paravirtual card alone", "the emulated one is the device model's: "+emulated)
 	}
 	return nil
 }

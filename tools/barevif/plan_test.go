@@ -59,7 +59,7 @@ func TestPlans(t *testing.T) {
 			want: plan{bridge: "br0", mac: pvnet.MAC{2}},
 		},
 		"held by a script": {
-			b: &back{lockMAC: true, dom0: true}, ts: pvnet.Toolstack{Script: scripts + "vif-bridge"},
+			b: &back{lockMAC: true, backend: backend{dom0: true}}, ts: pvnet.Toolstack{Script: scripts + "vif-bridge"},
 			want: plan{script: true}, notes: "--lock-mac",
 		},
 		"flags alone": {
@@ -73,11 +73,11 @@ func TestPlans(t *testing.T) {
 			want: plan{routed: true, routes: ips, via: "eth0"},
 		},
 		"the script in domain 0": {
-			b: &back{dom0: true}, ts: pvnet.Toolstack{Bridge: "br1", Name: "web0", Script: scripts + "vif-nat", Bad: bad("ip")},
+			b: &back{backend: backend{dom0: true}}, ts: pvnet.Toolstack{Bridge: "br1", Name: "web0", Script: scripts + "vif-nat", Bad: bad("ip")},
 			want: plan{script: true},
 		},
 		"our script in domain 0": {
-			b: &back{dom0: true}, ts: pvnet.Toolstack{Bridge: "br1", Script: scripts + "vif-barevif"},
+			b: &back{backend: backend{dom0: true}}, ts: pvnet.Toolstack{Bridge: "br1", Script: scripts + "vif-barevif"},
 			want: plan{bridge: "br1", keyed: true},
 		},
 		"our other script, though scripts are wanted": {
@@ -85,18 +85,18 @@ func TestPlans(t *testing.T) {
 			want: plan{routed: true},
 		},
 		"no script in domain 0": {
-			b: &back{dom0: true}, ts: pvnet.Toolstack{Bridge: "br1"}, want: plan{bridge: "br1", keyed: true},
+			b: &back{backend: backend{dom0: true}}, ts: pvnet.Toolstack{Bridge: "br1"}, want: plan{bridge: "br1", keyed: true},
 		},
 		"keys in domain 0": {
-			b: &back{dom0: true, hotplug: hotplugKeys}, ts: pvnet.Toolstack{Bridge: "br1", Script: scripts + "vif-bridge"},
+			b: &back{backend: backend{dom0: true}, hotplug: hotplugKeys}, ts: pvnet.Toolstack{Bridge: "br1", Script: scripts + "vif-bridge"},
 			want: plan{bridge: "br1", keyed: true},
 		},
 		"the script in domain 0, again": {
-			b: &back{dom0: true}, ts: pvnet.Toolstack{Bridge: "br1", Name: "web0", Script: scripts + "vif-bridge", Done: true},
+			b: &back{backend: backend{dom0: true}}, ts: pvnet.Toolstack{Bridge: "br1", Name: "web0", Script: scripts + "vif-bridge", Done: true},
 			want: plan{tap: "web0", named: true, bridge: "br1", keyed: true},
 		},
 		"another script in domain 0, again": {
-			b: &back{dom0: true}, ts: pvnet.Toolstack{Bridge: "br1", Script: scripts + "vif-nat", Done: true},
+			b: &back{backend: backend{dom0: true}}, ts: pvnet.Toolstack{Bridge: "br1", Script: scripts + "vif-nat", Done: true},
 			notes: "script",
 		},
 		"another script":             {ts: pvnet.Toolstack{Script: scripts + "vif-nat"}, err: "script=/etc/xen/scripts/vif-nat: "},

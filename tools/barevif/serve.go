@@ -150,11 +150,11 @@ func (s *serve) sites() (map[string]*site, error) {
 	if s.port == 0 {
 		return nil, cli.BadValue("port", "0", "a port from 1 to 65535")
 	}
-	addrs, err := (&vifValues{"addr", s.addrs}).of(s.vifs, isLiteral)
+	addrs, err := (&vifValues{flag: "addr", given: s.addrs}).of(s.vifs, isLiteral)
 	if err != nil {
 		return nil, err
 	}
-	gateways, err := (&vifValues{"gateway", s.gateways}).of(s.vifs, func(string) bool { return true })
+	gateways, err := (&vifValues{flag: "gateway", given: s.gateways}).of(s.vifs, func(string) bool { return true })
 	if err != nil {
 		return nil, err
 	}

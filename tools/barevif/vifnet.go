@@ -15,7 +15,6 @@ import (
 	"barevif/pvnet"
 	"barevif/pvnet/link"
 	"barevif/pvnet/netif"
-	"barevif/tools/cli"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
@@ -31,39 +30,19 @@ const lookAgain = 5 * time.Second
 // returns nil once the device or ctx has ended. The link of a vif that was taken over, if
 // taken is not nil, is the one that it had.
 func (b *back) attach(ctx context.Context, dev *pvnet.Device, vif string, taken link.Link) (link.Link, plan) {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	go func() {
-		select {
-		case <-dev.Done():
-			cancel()
-		case <-ctx.Done():
-		}
-	}()
-	for said := ""; ; {
-		l, p, err := b.tryAttach(ctx, dev, vif, taken)
-		if ctx.Err() != nil || errors.Is(err, pvnet.ErrDisconnected) {
-			if err == nil && l != taken {
-				l.Close()
-			}
-			return nil, p
-		}
-		if err == nil {
-			for _, n := range p.notes {
-				b.slog.Warn("a key of the toolstack is not honoured", append([]any{"vif", vif}, n.attrs()...)...)
-			}
-			dev.Offer(!p.script)
-			return l, p
-		}
-		if err.Error() != said {
-			said = err.Error()
-			b.refused(vif, err)
-			dev.Refuse(err)
-		}
-		news, stop := b.news.of(missing(err))
-		await(ctx, news, lookAgain)
-		stop()
+	var l link.Link
+	var p plan
+	ok, joined := b.offer(ctx, dev, vif, func(ctx context.Context) (_ []*keyError, _ bool, err error) {
+		l, p, err = b.tryAttach(ctx, dev, vif, taken)
+		return p.notes, p.script, err
+	})
+	if ok {
+		return l, p
 	}
+	if joined && l != taken {
+		l.Close()
+	}
+	return nil, p
 }
 
 // missing returns the interface that err is about, "" if none.
@@ -88,20 +67,6 @@ func (b *back) tryAttach(ctx context.Context, dev *pvnet.Device, vif string, tak
 	}
 	l, err = b.open(dev, vif, p)
 	return l, p, err
-}
-
-// refused logs why a vif has no network.
-func (b *back) refused(vif string, err error) {
-	args := []any{"vif", vif}
-	if e, ok := errors.AsType[*keyError](err); ok {
-		args = append(args, e.attrs()...)
-	} else {
-		args = append(args, "err", err)
-		if a, ok := errors.AsType[*cli.Advice](err); ok {
-			args = append(args, "next", a.Next)
-		}
-	}
-	b.slog.Error("a vif has no network and does not connect", args...)
 }
 
 // open opens the link of a vif and sets its interface up.
@@ -371,8 +336,7 @@ func (b *back) recheck(ctx context.Context, dev *pvnet.Device, vif string, was p
 	default:
 		return
 	}
-	b.slog.Warn("a key of the toolstack was changed after the vif was joined", "vif", vif, "key", changed,
-		"next", "xl network-detach and xl network-attach, or start back again")
+	b.changed(vif, changed)
 }
 
 // nameOf returns the present name of an interface, which a script may have changed.

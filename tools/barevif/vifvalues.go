@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 	"strings"
@@ -13,11 +14,14 @@ import (
 type vifValues struct {
 	flag  string
 	given []string
+
+	what, add string // what the ids are, and how one is added; "": vifs, "--vif "
 }
 
 // of returns the value of each vif of ids that has one. one says that a VALUE is for one vif
 // only, such as an address: then it needs an ID if there are several vifs.
 func (v *vifValues) of(ids []string, one func(value string) bool) (map[string]string, error) {
+	what, add := cmp.Or(v.what, "vif"), cmp.Or(v.add, "--vif ")
 	out, own := make(map[string]string), make(map[string]bool)
 	for _, s := range v.given {
 		id, value, named := strings.Cut(s, "=")
@@ -26,12 +30,12 @@ func (v *vifValues) of(ids []string, one func(value string) bool) (map[string]st
 		}
 		if !slices.Contains(ids, id) {
 			return nil, &cli.Advice{
-				Err:  fmt.Errorf("--%s %q: there is no vif %q here, only %s", v.flag, s, id, strings.Join(cli.Quoted(ids), ", ")),
-				Next: "add it with --vif " + id + ", or name one of those", Usage: true,
+				Err:  fmt.Errorf("--%s %q: there is no %s %q here, only %s", v.flag, s, what, id, strings.Join(cli.Quoted(ids), ", ")),
+				Next: "add it with " + add + id + ", or name one of those", Usage: true,
 			}
 		}
 		if own[id] {
-			return nil, cli.BadValue(v.flag, s, "the only one of that vif")
+			return nil, cli.BadValue(v.flag, s, "the only one of that "+what)
 		}
 		out[id], own[id] = value, true
 	}
@@ -45,7 +49,7 @@ func (v *vifValues) of(ids []string, one func(value string) bool) (map[string]st
 		}
 		if len(ids) > 1 && one(s) {
 			return nil, &cli.Advice{
-				Err:  fmt.Errorf("--%s %q: one for %d vifs", v.flag, s, len(ids)),
+				Err:  fmt.Errorf("--%s %q: one for %d %ss", v.flag, s, len(ids), what),
 				Next: fmt.Sprintf("say whose it is, and what the others have: --%s %s=%s", v.flag, ids[0], s), Usage: true,
 			}
 		}
