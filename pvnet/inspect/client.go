@@ -13,6 +13,7 @@ import (
 	"io/fs"
 	"net"
 	"os"
+	"slices"
 	"syscall"
 	"time"
 
@@ -45,6 +46,19 @@ const answerTimeout = 5 * time.Second
 // dir if it is not "". Sockets of dead processes count as none. With an error, which says
 // what could not be asked, it also returns the vifs that it found.
 func List(ctx context.Context, dir string, uids ...int) (vifs []Vif, err error) {
+	err = each(dir, uids, func(path string, uid int) error {
+		a, pid, err := listOne(ctx, path, uid)
+		for _, o := range a.Vifs {
+			vifs = append(vifs, Vif{Name: o.Name, Up: o.Up, PID: pid, UID: uid, Socket: path})
+		}
+		return err
+	})
+	return vifs, err
+}
+
+// each calls ask with the socket of each process of the users, in their directories, or in dir
+// if it is not "". It returns all errors.
+func each(dir string, uids []int, ask func(path string, uid int) error) (err error) {
 	for _, uid := range uids {
 		dirs := []string{dir}
 		if dir == "" {
@@ -54,38 +68,63 @@ func List(ctx context.Context, dir string, uids ...int) (vifs []Vif, err error) 
 			paths, e := sockets(d, uid)
 			err = errors.Join(err, e)
 			for _, path := range paths {
-				found, e := listOne(ctx, path, uid)
-				vifs = append(vifs, found...)
-				err = errors.Join(err, e)
+				err = errors.Join(err, ask(path, uid))
 			}
 		}
 	}
-	return vifs, err
+	return err
 }
 
-func listOne(ctx context.Context, path string, uid int) ([]Vif, error) {
+// listOne asks the process at a socket what it shows. A process that has ended shows nothing.
+func listOne(ctx context.Context, path string, uid int) (a answer, pid int, err error) {
 	v := Vif{Name: path, Socket: path, UID: uid}
 	c, err := v.dial(ctx)
 	if errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, fs.ErrNotExist) {
-		return nil, nil // its process has ended
+		return a, 0, nil
 	}
 	if err != nil {
-		return nil, err
+		return a, 0, err
 	}
 	defer c.Close()
-	pid, _, err := peerOf(c.UnixConn)
+	if pid, _, err = peerOf(c.UnixConn); err != nil {
+		return a, 0, err
+	}
+	got, err := c.ask(&request{Op: opList})
 	if err != nil {
-		return nil, err
+		return a, 0, err
 	}
-	a, err := c.ask(&request{Op: opList})
-	if err != nil {
-		return nil, err
-	}
-	var vifs []Vif
-	for _, o := range a.Vifs {
-		vifs = append(vifs, Vif{Name: o.Name, Up: o.Up, PID: pid, UID: uid, Socket: path})
-	}
-	return vifs, nil
+	return *got, pid, nil
+}
+
+// A State is what a process says of itself as a whole.
+type State struct {
+	PID    int // of the process
+	UID    int // its user
+	Socket string
+	JSON   json.RawMessage // as it came
+}
+
+// States returns the states of that name which processes of the users uids show in their
+// directories, or in dir if it is not "". Processes without one, and dead ones, count as none.
+// With an error, which says what could not be asked, it also returns the states that it found.
+func States(ctx context.Context, dir, name string, uids ...int) (states []State, err error) {
+	err = each(dir, uids, func(path string, uid int) error {
+		a, pid, err := listOne(ctx, path, uid)
+		if err != nil || !slices.Contains(a.States, name) {
+			return err
+		}
+		v := Vif{Name: path, Socket: path, UID: uid}
+		got, err := v.ask(ctx, &request{Op: opState, Name: name})
+		if err == nil && got.State == nil {
+			err = &Error{path, "nothing"}
+		}
+		if err != nil {
+			return err
+		}
+		states = append(states, State{PID: pid, UID: uid, Socket: path, JSON: got.State})
+		return nil
+	})
+	return states, err
 }
 
 // A client is a connection to another process.

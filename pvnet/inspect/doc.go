@@ -15,6 +15,11 @@
 // there is room for the copies, and notify ([pvnet.Device.Kick]). Requests, clients and
 // copies have limits, and a client that does not read is left after ten seconds.
 //
-// [List] finds the vifs of other processes. What it and the methods of [Vif] return was said
-// by another process, of a user that the caller named; it is bounded, but need not be true.
+// A program may also show what it is as a whole, beside its vifs: [Server.Show] gives a state
+// of its own a name, and [States] asks the processes that have one of that name. A router
+// shows its uplink, its guests and its flows so.
+//
+// [List] finds the vifs of other processes. What it, [States] and the methods of [Vif] return
+// was said by another process, of a user that the caller named; it is bounded, but need not
+// be true.
 package inspect

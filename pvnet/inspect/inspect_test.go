@@ -14,6 +14,8 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -546,5 +548,56 @@ func TestAProcessThatLiesIsAnError(t *testing.T) {
 		if !errors.Is(err, inspect.ErrEnded) {
 			t.Errorf("%q: %v", lie, err)
 		}
+	}
+}
+
+// A program's state of itself is shown by its name, while it is shown, and made for one client at
+// a time.
+func TestAStateIsShownByItsName(t *testing.T) {
+	_, s, dir := shown(t)
+	get := func(name string) ([]inspect.State, error) {
+		return inspect.States(t.Context(), dir, name, os.Geteuid())
+	}
+	if all, err := get("router"); err != nil || len(all) != 0 {
+		t.Fatalf("%v, %v", all, err)
+	}
+	var inside, most atomic.Int32
+	first := s.Show("router", func() any { return 1 })
+	second := s.Show("router", func() any {
+		if n := inside.Add(1); n > most.Load() {
+			most.Store(n)
+		}
+		runtime.Gosched()
+		inside.Add(-1)
+		return map[string]int{"flows": 2}
+	})
+	first() // it has no say any more
+	var wg sync.WaitGroup
+	for range 8 {
+		wg.Go(func() {
+			all, err := get("router")
+			if err != nil || len(all) != 1 || string(all[0].JSON) != `{"flows":2}` || all[0].PID != os.Getpid() || all[0].UID != os.Geteuid() || all[0].Socket != s.Path() {
+				t.Errorf("%+v, %v", all, err)
+			}
+		})
+	}
+	wg.Wait()
+	if most.Load() != 1 {
+		t.Errorf("%d at once", most.Load())
+	}
+	if all, err := get("other"); err != nil || len(all) != 0 {
+		t.Errorf("%v, %v", all, err)
+	}
+	second()
+	if all, err := get("router"); err != nil || len(all) != 0 {
+		t.Errorf("%v, %v", all, err)
+	}
+	// One that cannot be shown is an error that names it.
+	for want, of := range map[string]any{"unsupported type": make(chan int), "bytes, and may be": strings.Repeat("x", 17<<20)} {
+		hide := s.Show("router", func() any { return of })
+		if all, err := get("router"); err == nil || !strings.Contains(err.Error(), want) || len(all) != 0 {
+			t.Errorf("%d states, %v; want %q", len(all), err, want)
+		}
+		hide()
 	}
 }

@@ -26,6 +26,7 @@ const (
 	opRings = "rings"
 	opKick  = "kick"
 	opDump  = "dump"
+	opState = "state"
 )
 
 // Limits of what is read from the other end, in bytes.
@@ -41,6 +42,7 @@ const MaxProgram = 4096
 type request struct {
 	Op   string `json:"op"`
 	Vif  string `json:"vif,omitempty"`
+	Name string `json:"name,omitempty"` // opState: of the state
 	Peer bool   `json:"peer,omitempty"` // opKick: notify the other end too
 	*DumpConfig
 }
@@ -50,6 +52,8 @@ type answer struct {
 	Vifs   []offered        `json:"vifs,omitempty"`
 	Rings  *pvnet.RingState `json:"rings,omitempty"`
 	Halves int              `json:"halves,omitempty"`
+	States []string         `json:"states,omitempty"` // opList: their names
+	State  json.RawMessage  `json:"state,omitempty"`
 }
 
 // offered is a vif in the answer to opList.

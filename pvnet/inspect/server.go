@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"os"
 	"path/filepath"
@@ -57,7 +58,13 @@ type Server struct {
 	closed bool
 	vifs   []*shown               // guarded by mu; in the order of their names
 	conns  map[*net.UnixConn]bool // guarded by mu: the clients
+	states map[string]*state      // guarded by mu: by name
+
+	asking sync.Mutex // taken while a state is made: one at a time
 }
+
+// A state is what the program shows of itself.
+type state struct{ of func() any }
 
 var _ pvnet.Inspector = (*Server)(nil)
 
@@ -80,6 +87,7 @@ func Listen(cfg Config) (*Server, error) {
 	s := &Server{
 		path: filepath.Join(dir, fmt.Sprintf("%s%d-%s%s", socketPrefix, os.Getpid(), strings.ToLower(rand.Text()[:6]), socketSuffix)),
 		log:  cfg.Logger, done: make(chan struct{}), conns: make(map[*net.UnixConn]bool),
+		states: make(map[string]*state),
 	}
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
@@ -115,6 +123,24 @@ func (s *Server) Open(info telemetry.Info, d *pvnet.Device) (hide func()) {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		s.vifs = slices.DeleteFunc(s.vifs, func(o *shown) bool { return o == v })
+	}
+}
+
+// Show shows a state of the program under a name, until hide is called. of returns it, for
+// encoding/json: 16 MiB of text at most. It is called for each client that asks, but never by
+// two at once, and a client waits five seconds for it. A second state of a name takes the
+// place of the first.
+func (s *Server) Show(name string, of func() any) (hide func()) {
+	one := &state{of}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.states[name] = one
+	return func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if s.states[name] == one {
+			delete(s.states, name)
+		}
 	}
 }
 
@@ -196,8 +222,12 @@ func (s *Server) serve(c *net.UnixConn) {
 		writeAnswer(c, &answer{Error: err.Error()})
 		return
 	}
-	if q.Op == opList {
-		writeAnswer(c, &answer{Vifs: s.list()})
+	switch q.Op {
+	case opList:
+		writeAnswer(c, s.list())
+		return
+	case opState:
+		writeAnswer(c, s.state(q.Name))
 		return
 	}
 	dev := s.find(q.Vif)
@@ -221,15 +251,35 @@ func (s *Server) serve(c *net.UnixConn) {
 	}
 }
 
-func (s *Server) list() []offered {
+func (s *Server) list() *answer {
 	s.mu.Lock()
 	vifs := slices.Clone(s.vifs)
+	a := &answer{Vifs: make([]offered, 0, len(vifs)), States: slices.Sorted(maps.Keys(s.states))}
 	s.mu.Unlock()
-	out := make([]offered, 0, len(vifs))
 	for _, v := range vifs {
-		out = append(out, offered{v.name, v.dev.Counters().Status().Up})
+		a.Vifs = append(a.Vifs, offered{v.name, v.dev.Counters().Status().Up})
 	}
-	return out
+	return a
+}
+
+// state returns what the program shows under a name.
+func (s *Server) state(name string) *answer {
+	s.mu.Lock()
+	one := s.states[name]
+	s.mu.Unlock()
+	if one == nil {
+		return &answer{Error: fmt.Sprintf("this process has no state %.80q", name)}
+	}
+	s.asking.Lock()
+	b, err := json.Marshal(one.of())
+	s.asking.Unlock()
+	if err == nil && len(b) > maxAnswer-maxReason {
+		err = fmt.Errorf("it is %d bytes, and may be %d", len(b), maxAnswer-maxReason)
+	}
+	if err != nil {
+		return &answer{Error: fmt.Sprintf("the state %.80q cannot be shown: %.300v", name, err)}
+	}
+	return &answer{State: b}
 }
 
 func (s *Server) find(name string) *pvnet.Device {
