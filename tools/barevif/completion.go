@@ -65,14 +65,14 @@ func (s *statistics) completeCounting(_ *cobra.Command, args []string, _ string)
 func (i *inspected) completeInspected(cmd *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
 	ctx, cancel := context.WithTimeout(cmd.Context(), completePatience)
 	defer cancel()
-	uids, err := i.uids()
+	uids, err := i.UIDs()
 	if err != nil {
 		return offered(nil)
 	}
-	all, _ := inspect.List(ctx, i.dir, uids...)
+	all, _ := inspect.List(ctx, i.Dir, uids...)
 	var names []string
 	for _, v := range all {
-		if i.pid == 0 || v.PID == i.pid {
+		if i.PID == 0 || v.PID == i.PID {
 			names = append(names, stat.Clean(v.Name))
 		}
 	}

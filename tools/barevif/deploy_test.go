@@ -3,7 +3,6 @@ package main
 import (
 	"io"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -11,6 +10,7 @@ import (
 	"testing"
 
 	"barevif/tools/cli"
+	"barevif/tools/internal/deploytest"
 )
 
 const (
@@ -42,21 +42,11 @@ func units(t *testing.T) map[string]string {
 	return out
 }
 
-// settings returns the values of a setting of a unit.
-func settings(unit, name string) (values []string) {
-	for line := range strings.Lines(unit) {
-		if v, ok := strings.CutPrefix(line, name+"="); ok {
-			values = append(values, strings.TrimSpace(v))
-		}
-	}
-	return values
-}
-
 // commandLine returns what a unit runs, for vif 0, with what its first comment suggests as its
 // OPTIONS.
 func commandLine(t *testing.T, unit string) []string {
 	t.Helper()
-	run := settings(unit, "ExecStart")
+	run := deploytest.Settings(unit, "ExecStart")
 	if len(run) != 1 {
 		t.Fatalf("ExecStart=%q", run)
 	}
@@ -92,11 +82,11 @@ func TestUnitsRunCommandsThatThereAre(t *testing.T) {
 		}
 		// The directory that --inspect names, and where the hand-over's socket is, is the unit's.
 		if f := cmd.Flags().Lookup("inspect"); f != nil {
-			dir := strings.ReplaceAll("/run/"+strings.Join(settings(unit, "RuntimeDirectory"), " "), "%i", "0")
-			if f.Value.String() != dir || !slices.Contains(settings(unit, "RuntimeDirectoryMode"), "0700") {
+			dir := strings.ReplaceAll("/run/"+strings.Join(deploytest.Settings(unit, "RuntimeDirectory"), " "), "%i", "0")
+			if f.Value.String() != dir || !slices.Contains(deploytest.Settings(unit, "RuntimeDirectoryMode"), "0700") {
 				t.Errorf("%s: --inspect %s, and its directory is %s", file, f.Value, dir)
 			}
-			if got := settings(unit, "ExecReload"); len(got) != 1 || got[0] != "/bin/kill -USR2 $MAINPID" || !slices.Contains(settings(unit, "Type"), "notify") {
+			if got := deploytest.Settings(unit, "ExecReload"); len(got) != 1 || got[0] != "/bin/kill -USR2 $MAINPID" || !slices.Contains(deploytest.Settings(unit, "Type"), "notify") {
 				t.Errorf("%s is not reloaded by a hand-over: %q", file, got)
 			}
 		}
@@ -104,27 +94,7 @@ func TestUnitsRunCommandsThatThereAre(t *testing.T) {
 }
 
 // systemd finds nothing wrong with the units.
-func TestSystemdTakesTheUnits(t *testing.T) {
-	analyze, err := exec.LookPath("systemd-analyze")
-	if err != nil {
-		t.Skip("systemd-analyze is not installed: ", err)
-	}
-	dir := t.TempDir()
-	program := filepath.Join(dir, "barevif")
-	if err := os.WriteFile(program, []byte("#!/bin/sh\n"), 0o755); err != nil {
-		t.Fatal(err)
-	}
-	for file, unit := range units(t) {
-		path := filepath.Join(dir, strings.Replace(filepath.Base(file), "@.", "@0.", 1))
-		if err := os.WriteFile(path, []byte(strings.ReplaceAll(unit, installed, program)), 0o644); err != nil {
-			t.Fatal(err)
-		}
-		out, err := exec.Command(analyze, "verify", path).CombinedOutput()
-		if err != nil || len(out) > 0 {
-			t.Errorf("%s: %v\n%s", file, err, out)
-		}
-	}
-}
+func TestSystemdTakesTheUnits(t *testing.T) { deploytest.Verify(t, installed, units(t)) }
 
 // The group of the rules may open the device nodes that the units let through, and those are
 // the rules that a refused program names.
@@ -141,7 +111,7 @@ func TestTheRulesOpenTheNodesOfTheUnits(t *testing.T) {
 	}
 	used := map[string]bool{"/dev/net/tun rw": true} // systemd's own rules open it
 	for file, unit := range units(t) {
-		for _, node := range settings(unit, "DeviceAllow") {
+		for _, node := range deploytest.Settings(unit, "DeviceAllow") {
 			used[node] = true
 			if !opened[node] && node != "/dev/net/tun rw" {
 				t.Errorf("%s has %s, which no rule opens", file, node)
@@ -166,36 +136,21 @@ func TestTheRulesOpenTheNodesOfTheUnits(t *testing.T) {
 
 // The domain's configuration is one, and says of vifs what DEPLOYING.md explains.
 func TestTheGuestsConfiguration(t *testing.T) {
-	text := regexp.MustCompile(`(?m)^\s*#.*$`).ReplaceAllString(deployed(t, "deploy/guest.cfg"), "")
-	text = regexp.MustCompile(`\[[^\]]*\]`).ReplaceAllStringFunc(text, func(list string) string { return strings.Join(strings.Fields(list), " ") })
-	values := make(map[string]string)
-	assignment := regexp.MustCompile(`^(\w+)\s*= ("[^"]*"|\d+|\[ '[^']*'(?:, '[^']*')*,? \])$`)
-	for line := range strings.Lines(text) {
-		if line = strings.TrimSpace(line); line == "" {
-			continue
-		}
-		m := assignment.FindStringSubmatch(line)
-		if m == nil {
-			t.Errorf("no assignment: %q", line)
-			continue
-		}
-		values[m[1]] = m[2]
-	}
+	values, vifs := deploytest.Domain(t, deployed(t, "deploy/guest.cfg"))
 	for _, want := range []string{"name", "type", "kernel", "memory", "vcpus", "disk", "vif"} {
 		if values[want] == "" {
 			t.Errorf("no %s", want)
 		}
 	}
 	page := deployed(t, "DEPLOYING.md")
-	vifs := regexp.MustCompile(`'([^']*)'`).FindAllStringSubmatch(values["vif"], -1)
 	if len(vifs) != 2 {
 		t.Errorf("vif = %s", values["vif"])
 	}
 	for _, vif := range vifs {
-		for field := range strings.SplitSeq(vif[1], ",") {
+		for field := range strings.SplitSeq(vif, ",") {
 			key, _, ok := strings.Cut(field, "=")
 			if !ok || !strings.Contains(page, "`"+key) {
-				t.Errorf("%q of %q: DEPLOYING.md explains no key %q", field, vif[1], key)
+				t.Errorf("%q of %q: DEPLOYING.md explains no key %q", field, vif, key)
 			}
 		}
 	}

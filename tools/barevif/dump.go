@@ -248,7 +248,7 @@ func (d *dumping) follow(ctx context.Context, c *capture, v *inspect.Vif, cfg in
 func (d *dumping) again(ctx context.Context, name string) *inspect.Vif {
 	quiet := *d
 	quiet.Program = &cli.Program{Stdout: io.Discard, Stderr: io.Discard}
-	quiet.pid = 0
+	quiet.PID = 0
 	v, err := quiet.one(ctx, name)
 	if err != nil {
 		return nil

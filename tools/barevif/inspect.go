@@ -3,71 +3,44 @@ package main
 import (
 	"cmp"
 	"context"
-	"errors"
 	"fmt"
-	"io/fs"
 	"log/slog"
-	"os"
 	"path"
 	"slices"
-	"strconv"
 	"strings"
 
 	"barevif/pvnet"
 	"barevif/pvnet/inspect"
 	"barevif/tools/cli"
+	"barevif/tools/internal/looking"
 	"barevif/tools/internal/stat"
-	"barevif/tools/internal/users"
 
 	"github.com/spf13/cobra"
 )
 
 // inspectFlag is the flag that selects who may look into the vifs of a command.
-type inspectFlag struct{ where string }
+type inspectFlag struct{ looking.Flag }
 
 func (i *inspectFlag) register(cmd *cobra.Command) {
-	cmd.Flags().StringVar(&i.where, "inspect", "auto",
-		`where "barevif ring" and "barevif dump" of this user and root find its vifs: "auto", the user's `+"`place`"+` for sockets; a directory; "off", nowhere`)
+	i.Register(cmd, `where "barevif ring" and "barevif dump" of this user and root find its vifs`)
 }
 
-// listen opens the socket, and returns the option for a device's config. A place that cannot
-// be had is no reason not to run, unless it was named.
+// listen opens the socket, and returns the option for a device's config.
 func (i *inspectFlag) listen(log *slog.Logger) (in pvnet.Inspector, end func(), err error) {
-	cfg := inspect.Config{Logger: log}
-	switch i.where {
-	case "off":
-		return nil, func() {}, nil
-	case "auto":
-	case "":
-		return nil, nil, cli.BadValue("inspect", "", `"auto", "off" or a directory`)
-	default:
-		cfg.Dir = i.where
+	s, end, err := i.Listen(log)
+	if s == nil { // an Inspector that is none has to be nil itself
+		return nil, end, err
 	}
-	s, err := inspect.Listen(cfg)
-	if err != nil && cfg.Dir != "" {
-		return nil, nil, &cli.Advice{Err: fmt.Errorf("--inspect: %w", err), Next: "name a directory that is this user's alone (mode 0700), or whose parent this user may write"}
-	}
-	if err != nil {
-		log.Warn("nobody can look into the vifs of this process", "err", err)
-		return nil, func() {}, nil
-	}
-	return s, func() { s.Close() }, nil
+	return s, end, err
 }
 
 // inspected selects vifs of other processes.
 type inspected struct {
 	*cli.Program
-	dir   string
-	users []string
-	pid   int
+	looking.Finder
 }
 
-func (i *inspected) register(cmd *cobra.Command) {
-	f := cmd.Flags()
-	f.StringArrayVar(&i.users, "user", nil, "find vifs of this `user` too, by name or number, beside one's own and root's; repeatable")
-	f.StringVar(&i.dir, "inspect", "", "`directory` that the process was given with --inspect; default: the users' places")
-	f.IntVar(&i.pid, "pid", 0, "the `process` that has the vif; 0: any")
-}
+func (i *inspected) register(cmd *cobra.Command) { i.Register(cmd, "vifs", "that has the vif") }
 
 // find returns the vifs that names mean, as in stat, all if there are no names.
 func (i *inspected) find(ctx context.Context, names []string) ([]inspect.Vif, error) {
@@ -76,20 +49,17 @@ func (i *inspected) find(ctx context.Context, names []string) ([]inspect.Vif, er
 			return nil, &cli.Advice{Err: fmt.Errorf("%q: %w", n, err), Next: `a name as "barevif ring" shows it, or a pattern such as 'front-*'`, Usage: true}
 		}
 	}
-	if i.pid < 0 {
-		return nil, cli.BadValue("pid", strconv.Itoa(i.pid), "the number of a process")
-	}
-	uids, err := i.uids()
+	uids, err := i.UIDs()
 	if err != nil {
 		return nil, err
 	}
-	all, err := inspect.List(ctx, i.dir, uids...)
+	all, err := inspect.List(ctx, i.Dir, uids...)
 	if err != nil {
 		i.Note("%s", stat.Clean(strings.ReplaceAll(err.Error(), "\n", "; ")))
 	}
 	var found []inspect.Vif
 	for _, v := range all {
-		if i.pid != 0 && v.PID != i.pid {
+		if i.PID != 0 && v.PID != i.PID {
 			continue
 		}
 		if len(names) == 0 || slices.ContainsFunc(names, func(n string) bool { return stat.Named(n, v.Name) }) {
@@ -115,31 +85,6 @@ func (i *inspected) find(ctx context.Context, names []string) ([]inspect.Vif, er
 		what = strings.Join(cli.Quoted(names), ", ")
 	}
 	return nil, &cli.Advice{Err: fmt.Errorf("no %s can be looked into: no process shows it", what), Next: next}
-}
-
-// uids returns the users whose vifs are looked into.
-func (i *inspected) uids() ([]int, error) {
-	uids := append(users.Own(), 0)
-	if uid, ok := stat.Keeper(); ok {
-		uids = append(uids, uid)
-	}
-	for _, name := range i.users {
-		uid, err := users.Lookup(name)
-		if err != nil {
-			return nil, cli.BadValue("user", name, "a user of this machine")
-		}
-		uids = append(uids, uid)
-	}
-	if i.dir != "" {
-		// Who names a directory means its owner.
-		if st, err := os.Stat(i.dir); err != nil {
-			return nil, &cli.Advice{Err: fmt.Errorf("--inspect: %w", err), Next: "name the directory that the process was given", Usage: errors.Is(err, fs.ErrNotExist)}
-		} else if uid, ok := users.Of(st); ok {
-			return []int{uid}, nil
-		}
-	}
-	slices.Sort(uids)
-	return slices.Compact(uids), nil
 }
 
 // one returns the only vif that name means.

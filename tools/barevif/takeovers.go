@@ -22,6 +22,7 @@ import (
 	"barevif/pvnet/link"
 	"barevif/tools/cli"
 	"barevif/tools/domain"
+	"barevif/tools/internal/systemd"
 
 	"github.com/spf13/cobra"
 )
@@ -344,16 +345,5 @@ func (h *takeovers) startSuccessor(log *slog.Logger) {
 	}()
 }
 
-// notify tells systemd about a change (sd_notify(3)). Without systemd it does nothing.
-func notify(state string) {
-	path := os.Getenv("NOTIFY_SOCKET")
-	if path == "" {
-		return
-	}
-	c, err := net.DialUnix("unixgram", nil, &net.UnixAddr{Name: path, Net: "unixgram"})
-	if err != nil {
-		return // the manager that set the variable is gone
-	}
-	defer c.Close()
-	_, _ = c.Write([]byte(state)) // it waits for an answer of nobody
-}
+// notify tells systemd about a change.
+func notify(state string) { systemd.Notify(state) }

@@ -16,6 +16,7 @@ import (
 	"barevif/telemetry/bpf"
 	"barevif/tools/cli"
 	"barevif/tools/cli/clitest"
+	"barevif/tools/internal/release"
 )
 
 func TestEveryFlagSaysWhatItTakes(t *testing.T) {
@@ -162,9 +163,9 @@ func TestVersionSaysWhatItIsBuiltOf(t *testing.T) {
 		info *debug.BuildInfo
 		want []string
 	}{
-		{nil, []string{"barevif    " + release + "\nGo  "}},
-		{&debug.BuildInfo{Main: debug.Module{Version: "(devel)"}}, []string{"barevif    " + release + "\nGo  "}},
-		{&debug.BuildInfo{Main: debug.Module{Version: "v0.0.0-20261128030642-dce073767a30+dirty"}}, []string{"barevif    " + release + "\nGo  "}},
+		{nil, []string{"barevif    " + release.Version + "\nGo  "}},
+		{&debug.BuildInfo{Main: debug.Module{Version: "(devel)"}}, []string{"barevif    " + release.Version + "\nGo  "}},
+		{&debug.BuildInfo{Main: debug.Module{Version: "v0.0.0-20261128030642-dce073767a30+dirty"}}, []string{"barevif    " + release.Version + "\nGo  "}},
 		{&debug.BuildInfo{Main: debug.Module{Version: "v1.2.3"}, Settings: []debug.BuildSetting{{Key: "vcs.revision", Value: "abc"}, {Key: "vcs.modified", Value: "true"}}},
 			[]string{"barevif    v1.2.3\ncommit     abc, and changes that were not committed\n", fmt.Sprintf("layout %d, ", telemetry.LayoutVersion)}},
 	} {
@@ -182,8 +183,8 @@ func TestVersionSaysWhatItIsBuiltOf(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, first, _ := strings.Cut(string(changes), "\n## "); !strings.HasPrefix(first, release+"\n") {
-		t.Errorf("the first heading of CHANGELOG.md is not %s", release)
+	if _, first, _ := strings.Cut(string(changes), "\n## "); !strings.HasPrefix(first, release.Version+"\n") {
+		t.Errorf("the first heading of CHANGELOG.md is not %s", release.Version)
 	}
 	if code, text, _ := stats(t, "version"); code != cli.ExitOK || !strings.HasPrefix(text, "barevif ") {
 		t.Errorf("exit %d, %q", code, text)

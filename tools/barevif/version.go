@@ -5,19 +5,14 @@ import (
 	"io"
 	"runtime"
 	"runtime/debug"
-	"strings"
 
 	"barevif/telemetry"
 	"barevif/tools/cli"
+	"barevif/tools/internal/release"
 	"barevif/tools/internal/stat"
 
 	"github.com/spf13/cobra"
 )
-
-// release is the version of this source, and the first heading of CHANGELOG.md. The go command
-// knows another only of a module that it fetched by version: for a clone without tags it makes
-// one up, of v0.0.0 and the commit.
-const release = "0.1-dev"
 
 func versionCommand(p *cli.Program) *cobra.Command {
 	return &cobra.Command{
@@ -39,25 +34,9 @@ versions have to agree on, where they read each other's counters:
 
 // printVersion writes the version of this program from info, which may be nil.
 func printVersion(w io.Writer, info *debug.BuildInfo) error {
-	version, commit := release, ""
-	if info != nil {
-		if v := info.Main.Version; v != "" && v != "(devel)" && !strings.HasPrefix(v, "v0.0.0-") {
-			version = v
-		}
-		var dirty string
-		for _, s := range info.Settings {
-			switch s.Key {
-			case "vcs.revision":
-				commit = s.Value
-			case "vcs.modified":
-				if s.Value == "true" {
-					dirty = ", and changes that were not committed"
-				}
-			}
-		}
-		if commit != "" {
-			commit = "commit     " + commit + dirty + "\n"
-		}
+	version, commit := release.Of(info)
+	if commit != "" {
+		commit = "commit     " + commit + "\n"
 	}
 	_, err := fmt.Fprintf(w, "barevif    %s\n%sGo         %s %s/%s\ncounters   layout %d, %#016x\nJSON       %d\n",
 		version, commit, runtime.Version(), runtime.GOOS, runtime.GOARCH, telemetry.LayoutVersion, telemetry.Layout(), stat.Version)

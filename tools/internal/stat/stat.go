@@ -447,8 +447,10 @@ func (l *Look) Labelled() []*Device {
 
 // Clean makes another process's string safe for a terminal: one line of limited length,
 // without control codes.
-func Clean(s string) string {
-	const most = 120
+func Clean(s string) string { return CleanTo(s, 120) }
+
+// CleanTo is Clean for up to most characters.
+func CleanTo(s string, most int) string {
 	var b strings.Builder
 	n := 0
 	for _, c := range s {
