@@ -5,12 +5,15 @@ package command_test
 import (
 	"bytes"
 	"crypto/sha256"
+	"encoding/json"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
+
+	"barevif/hypercall/emu/emutest"
 )
 
 // routerConf is the configuration of a router between this kernel, which has 192.0.2.1 at the
@@ -45,8 +48,12 @@ func TestRouterIsAProcess(t *testing.T) {
 		}
 	}
 	write(routerConf + "forward tcp 8080 to 10.137.0.7:80\n")
+	look := filepath.Join(emutest.SocketDir(t), "look") // made by the router
 	run := func() *process {
-		return start(t, nil, routerProgram(t), "run", "--emu", s.socket, "--dom", "1", file)
+		return start(t, nil, routerProgram(t), "run", "--emu", s.socket, "--dom", "1", "--inspect", look, file)
+	}
+	status := func(args ...string) *process {
+		return start(t, nil, routerProgram(t), append([]string{"status", "--inspect", look}, args...)...)
 	}
 	r := run()
 	r.await("uplink vif 0: connected", 1)
@@ -69,15 +76,34 @@ func TestRouterIsAProcess(t *testing.T) {
 	r.await("the new configuration is not used, and the old one stays", 2)
 	wants(t, r.text(), file+":10: ", file+":11: ", `no network and no guest is called \"nobody\"`)
 	fetch(t, "http://192.0.2.2:8081/")
+	wants(t, status().exit(0), "config    "+file+", read ", "1 taken, 1 refused", file+":10: ", "vif 0, up, backend in domain 2",
+		"address 192.0.2.2/24, of the file", "gateway 192.0.2.1", "office   10.137.0.0/24  10.137.0.1  10.137.0.100-10.137.0.110", "10.137.0.100, leased")
+	var all []struct {
+		Guests []struct {
+			Vif, Name, Link, IPv4 string
+			Received              struct{ Packets uint64 }
+		}
+	}
+	if err := json.Unmarshal([]byte(status("--json").exit(0)), &all); err != nil || len(all) != 1 || len(all[0].Guests) != 2 {
+		t.Fatalf("%v, %+v", err, all)
+	}
+	if g := all[0].Guests[0]; g.Vif != "3.0" || g.Name != "web" || g.Link != "up" || g.IPv4 != "10.137.0.7" || g.Received.Packets == 0 {
+		t.Errorf("%+v", g)
+	}
 
 	write(routerConf + "forward tcp 8080 to 10.137.0.7:80\n")
 	r.signal(syscall.SIGKILL)
 	<-r.done
+	wants(t, status().exit(1), "no router of this user or root runs here", "next: ")
 	r = run()
 	r.await("vif 3.0: connected", 1)
 	fetch(t, url+"/")
+	wants(t, status().exit(0), "not reloaded", "vif 0, up")
 	r.signal(syscall.SIGTERM)
 	r.exit(0)
+	if left, err := os.ReadDir(look); err != nil || len(left) != 0 {
+		t.Errorf("%v is left, %v", left, err)
+	}
 }
 
 func TestRouterSaysWhatIsWrong(t *testing.T) {

@@ -25,6 +25,8 @@ type daemon struct {
 	say    func(format string, args ...any)
 	log    *slog.Logger
 	device pvnet.Config // of every vif
+	began  time.Time
+	file   string // of the configuration; "": it has none. Set before run
 
 	core  *router.Router
 	plane *plane
@@ -41,6 +43,10 @@ type daemon struct {
 	applied  router.Config            // guarded by mu: what the core has
 	reloads  uint64                   // guarded by mu
 	refused  uint64                   // guarded by mu: reloads with an error
+	read     time.Time                // guarded by mu: when cfg was read
+	tried    time.Time                // guarded by mu: when a reload was tried last; zero: never
+	wrong    string                   // guarded by mu: the error of that reload
+	upDown   string                   // guarded by mu: why the uplink is down
 
 	clients clientTable
 }
@@ -58,8 +64,9 @@ func newDaemon(domain hypercall.Domain, cfg *config.Config, device pvnet.Config,
 	if err != nil {
 		return nil, err
 	}
+	now := time.Now()
 	d := &daemon{
-		domain: domain, say: say, log: log, device: device, core: core, local: local, plane: newPlane(core, local), cfg: cfg,
+		began: now, read: now, domain: domain, say: say, log: log, device: device, core: core, local: local, plane: newPlane(core, local), cfg: cfg,
 		vifs: map[router.PortID]*guest{}, pools: map[string]*dhcpd.Pool{}, services: map[netip.Addr]*service{},
 	}
 	d.names = dnsproxy.New(dnsproxy.Config{Dial: d.dialServer, Client: d.clients.find, Now: time.Now, Logger: log})
@@ -125,18 +132,15 @@ func (d *daemon) reload(cfg *config.Config) error {
 	defer d.mu.Unlock()
 	old := d.cfg
 	if fixed := fixedChanges(old, cfg); len(fixed) > 0 {
-		d.refused++
 		return fmt.Errorf("a reload cannot change %q: end the router and start it again, or leave them as they were", fixed)
 	}
 	d.cfg = cfg
 	d.reassignLocked()
 	if err := d.applyLocked(); err != nil {
-		d.refused++
 		d.cfg = old
 		d.reassignLocked()
 		return errors.Join(err, d.applyLocked())
 	}
-	d.reloads++
 	for name := range d.pools {
 		if cfg.NetworkOf(name) == nil {
 			delete(d.pools, name)

@@ -540,14 +540,21 @@ func TestGuestsAndUplinkComeAndGo(t *testing.T) {
 	})
 }
 
-func TestVifThatNobodyNamesIsRefusedUntilAReloadAdmitsIt(t *testing.T) {
-	s := newSite(t, strings.Replace(standard, "guest * in office", "guest other in office domain 77", 1))
-	domain := s.lab.Domain(firstDom)
-	vif := s.lab.Add(toolstack.Vif{Front: firstDom, Back: routerDom})
+// refusedGuest adds a vif that the configuration does not name, and waits until it is refused.
+func (s *site) refusedGuest(dom hypercall.DomID) *emu.Domain {
+	s.Helper()
+	domain := s.lab.Domain(dom)
+	vif := s.lab.Add(toolstack.Vif{Front: dom, Back: routerDom})
 	s.comes("the router says why", func() bool {
 		why, err := s.lab.Tools.Read(s.ctx, vif.BackDir()+"/hotplug-error")
 		return err == nil && strings.Contains(why, "no guest line")
 	})
+	return domain
+}
+
+func TestVifThatNobodyNamesIsRefusedUntilAReloadAdmitsIt(t *testing.T) {
+	s := newSite(t, strings.Replace(standard, "guest * in office", "guest other in office domain 77", 1))
+	domain := s.refusedGuest(firstDom)
 	if err := s.d.reload(parse(t, standard)); err != nil {
 		t.Fatal(err)
 	}

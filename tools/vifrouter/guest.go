@@ -43,6 +43,7 @@ type guest struct {
 	pool     *dhcpd.Pool
 	server   *dhcpd.Link // nil without IPv4
 	advert   radv.Link
+	down     string // why its link is down
 }
 
 // router6 is the router's address in the guest's /64: its first.
@@ -304,6 +305,9 @@ func (g *guest) follow(ctx context.Context) {
 			g.d.say("vif %s: down: %s", g.vif, ev.Reason)
 		}
 		up = ev.Up
+		g.d.mu.Lock()
+		g.down = ev.Reason
+		g.d.mu.Unlock()
 		if ev.MTU != 0 && ev.MTU != mtu {
 			mtu = ev.MTU
 			g.d.mu.Lock()

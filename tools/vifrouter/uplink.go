@@ -39,6 +39,7 @@ type uplinkLease struct {
 	addr   netip.Prefix // zero: none
 	routes []dhcp.Route
 	dns    []netip.Addr
+	until  time.Time // when it expires, unless it is renewed
 }
 
 // retryUplink is how long the router waits before it looks for its uplink again.
@@ -63,6 +64,9 @@ func (d *daemon) runUplink(ctx context.Context) {
 			dev.Disconnect()
 		} else if ctx.Err() == nil && err.Error() != said {
 			said = err.Error()
+			d.mu.Lock()
+			d.upDown = said
+			d.mu.Unlock()
 			d.log.Warn("the uplink is not there", "vif", vif, "err", err)
 		}
 		select {
@@ -128,6 +132,7 @@ func (d *daemon) followUplink(ctx context.Context, up *uplink) {
 			link.MAC = ev.MAC
 		}
 		d.mu.Lock()
+		d.upDown = ev.Reason
 		up.link = link
 		up.tellClientLocked()
 		d.mu.Unlock()
@@ -265,7 +270,7 @@ func (d *daemon) leased(ctx context.Context, l *dhcp.Lease) error {
 			d.lease = old
 			return fmt.Errorf("%v overlaps the network %s of guests", l.Addr, name)
 		}
-		d.lease = uplinkLease{addr: l.Addr, dns: l.DNS}
+		d.lease = uplinkLease{addr: l.Addr, dns: l.DNS, until: time.Now().Add(l.Expire)}
 		for _, r := range l.Routes {
 			name := overlapping(d.cfg, r.To)
 			switch {
