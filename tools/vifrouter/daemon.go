@@ -13,9 +13,11 @@ import (
 	"barevif/hypercall"
 	"barevif/pvnet"
 	"barevif/pvnet/router"
+	"barevif/telemetry"
 	"barevif/tools/vifrouter/config"
 	"barevif/tools/vifrouter/dhcpd"
 	"barevif/tools/vifrouter/dnsproxy"
+	"barevif/tools/vifrouter/slaac"
 )
 
 // A daemon is a running router: the plane that moves frames, and beside it what gives vifs their
@@ -26,7 +28,8 @@ type daemon struct {
 	log    *slog.Logger
 	device pvnet.Config // of every vif
 	began  time.Time
-	file   string // of the configuration; "": it has none. Set before run
+	losses []telemetry.Field // for which vifs lose frames
+	file   string            // of the configuration; "": it has none. Set before run
 
 	core  *router.Router
 	plane *plane
@@ -39,6 +42,8 @@ type daemon struct {
 	pools    map[string]*dhcpd.Pool   // guarded by mu: by network
 	up       *uplink                  // guarded by mu; nil: not connected
 	lease    uplinkLease              // guarded by mu: of the uplink's DHCP
+	auto     slaac.Settings           // guarded by mu: of the uplink's routers
+	refused6 []netip.Prefix           // guarded by mu: that routers announced, and that the log names
 	services map[netip.Addr]*service  // guarded by mu: name servers by address
 	applied  router.Config            // guarded by mu: what the core has
 	reloads  uint64                   // guarded by mu
@@ -66,7 +71,7 @@ func newDaemon(domain hypercall.Domain, cfg *config.Config, device pvnet.Config,
 	}
 	now := time.Now()
 	d := &daemon{
-		began: now, read: now, domain: domain, say: say, log: log, device: device, core: core, local: local, plane: newPlane(core, local), cfg: cfg,
+		began: now, read: now, losses: losses(), domain: domain, say: say, log: log, device: device, core: core, local: local, plane: newPlane(core, local), cfg: cfg,
 		vifs: map[router.PortID]*guest{}, pools: map[string]*dhcpd.Pool{}, services: map[netip.Addr]*service{},
 	}
 	d.names = dnsproxy.New(dnsproxy.Config{Dial: d.dialServer, Client: d.clients.find, Now: time.Now, Logger: log})
@@ -206,7 +211,7 @@ func (d *daemon) serversLocked() (list []netip.AddrPort) {
 	if len(d.cfg.DNS.Upstream) > 0 || d.cfg.DNS.Off {
 		return d.cfg.DNS.Upstream
 	}
-	for _, a := range d.lease.dns {
+	for _, a := range slices.Concat(d.lease.dns, d.auto.DNS) {
 		list = append(list, netip.AddrPortFrom(a, 53))
 	}
 	return list

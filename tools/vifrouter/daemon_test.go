@@ -154,7 +154,7 @@ func (s *site) connectWorld() {
 	case <-s.ctx.Done():
 		s.Fatal("the router does not connect to its uplink")
 	}
-	s.listenDNS(s.world)
+	s.listenDNS(s.world, "udp4")
 	s.listenTCP(s.world, ":80")
 }
 
@@ -172,9 +172,9 @@ func (s *site) comes(what string, ok func() bool) {
 
 // listenDNS answers queries: web.test has the world's address, and big.test more than fits a
 // datagram.
-func (s *site) listenDNS(w *netstack.Stack) {
+func (s *site) listenDNS(w *netstack.Stack, network string) {
 	s.Helper()
-	c, err := w.ListenPacket("udp4", ":53")
+	c, err := w.ListenPacket(network, ":53")
 	if err != nil {
 		s.Fatal(err)
 	}

@@ -14,6 +14,7 @@ import (
 	"barevif/tools/vifrouter/config"
 	"barevif/tools/vifrouter/dhcpd"
 	"barevif/tools/vifrouter/radv"
+	"barevif/tools/vifrouter/slaac"
 )
 
 // A guest is a vif that the router serves.
@@ -368,6 +369,9 @@ func (d *daemon) deliver(p *port, frame []byte, h *packet.Headers) bool {
 			return true
 		}
 	case h.Proto == protoICMPv6 && h.Version == 6 && h.L4 != 0 && h.End > h.L4:
+		if p.id == uplinkPort {
+			return frame[h.L4] == slaac.Type && d.fromRouter(p, frame, h)
+		}
 		if g, ok := p.owner.(*guest); ok && frame[h.L4] == radv.Solicit && frame[h.L3+7] == 255 {
 			nudge(g.solicited)
 			return true

@@ -3,6 +3,7 @@ package main
 import (
 	"net/netip"
 	"runtime/debug"
+	"slices"
 	"time"
 
 	"barevif/pvnet"
@@ -72,7 +73,7 @@ type uplinkState struct {
 
 type addressState struct {
 	Address netip.Prefix `json:"address"`
-	From    string       `json:"from"` // "file", "dhcp"
+	From    string       `json:"from"` // "file", "dhcp", "router": its prefix is one that a router announces
 	Until   time.Time    `json:"until,omitzero"`
 }
 
@@ -155,6 +156,9 @@ func (d *daemon) uplinkStateLocked() uplinkState {
 	add(u.IPv4, "file", time.Time{})
 	add(d.lease.addr, "dhcp", d.lease.until)
 	add(u.IPv6, "file", time.Time{})
+	for _, a := range d.auto.Addrs {
+		add(a.Prefix, "router", a.Until)
+	}
 	gateway(u.Via4)
 	for _, r := range d.lease.routes {
 		if r.To.Bits() == 0 {
@@ -162,6 +166,7 @@ func (d *daemon) uplinkStateLocked() uplinkState {
 		}
 	}
 	gateway(u.Via6)
+	gateway(d.auto.Router)
 	for _, a := range d.serversLocked() {
 		s.DNS = append(s.DNS, a.String())
 	}
@@ -205,11 +210,9 @@ func (d *daemon) portStateLocked(id router.PortID, dev *pvnet.Device, why string
 			s.Drops[name] = n
 		}
 	}
-	for _, f := range telemetry.Fields() {
-		if f.SumIn != "" { // a reason for which the vif lost frames
-			drop("rx_"+f.Name, st.RX.Field(f))
-			drop("tx_"+f.Name, st.TX.Field(f))
-		}
+	for _, f := range d.losses {
+		drop(f.FullName(telemetry.RX), st.RX.Field(f))
+		drop(f.FullName(telemetry.TX), st.TX.Field(f))
 	}
 	drop("undelivered", st.RX.Get(telemetry.Undelivered))
 	if p, ok := d.core.PortStats(id); ok {
@@ -233,6 +236,11 @@ func (d *daemon) triedReload(err error) {
 	}
 	d.reloads++
 	d.read = d.tried
+}
+
+// losses returns the fields of counters that are reasons for which a vif lost frames.
+func losses() []telemetry.Field {
+	return slices.DeleteFunc(telemetry.Fields(), func(f telemetry.Field) bool { return f.SumIn == "" })
 }
 
 // perGuest returns how many flows a vif may have.

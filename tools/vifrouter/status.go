@@ -211,7 +211,7 @@ func (u *uplinkState) write(line func(head, format string, args ...any)) {
 		if !a.Until.IsZero() {
 			until = " until " + clock(a.Until)
 		}
-		line("", "address %v, %s%s", a.Address, map[string]string{"file": "of the file", "dhcp": "by DHCP"}[a.From], until)
+		line("", "address %v, %s%s", a.Address, map[string]string{"file": "of the file", "dhcp": "by DHCP", "router": "by a router's advertisement"}[a.From], until)
 	}
 	if len(u.Gateways) > 0 {
 		line("", "gateway %s", list(u.Gateways))
