@@ -67,6 +67,8 @@ func TestTheUnitRunsTheRouter(t *testing.T) {
 	is("RuntimeDirectory", strings.TrimPrefix(serviceDir, "/run/"))
 	is("RuntimeDirectoryMode", "0700")
 	is("User", "barevif")
+	is("Restart", "always")
+	is("StartLimitIntervalSec", "0")
 	is("CapabilityBoundingSet", "")
 	cmd, args := parsed(t, deploytest.Settings(unit, "ExecStart")[0])
 	if cmd.Name() != "run" || cmd.Flags().Lookup("inspect").Value.String() != serviceDir || len(args) != 1 || filepath.Join("deploy", confFile) != "deploy"+args[0] {
