@@ -8,6 +8,7 @@ import (
 	"slices"
 	"time"
 
+	"barevif/pvnet/netstack/dhcp"
 	"barevif/pvnet/packet"
 	"barevif/pvnet/router"
 	"barevif/tools/vifrouter/config"
@@ -46,6 +47,17 @@ func (d *daemon) fromRouter(p *port, frame []byte, h *packet.Headers) bool {
 	return true
 }
 
+// forgetAdverts drops what came while nobody read it: it may be old.
+func (up *uplink) forgetAdverts() {
+	for {
+		select {
+		case <-up.adverts:
+		default:
+			return
+		}
+	}
+}
+
 // discoverLocked starts or ends the discovery of routers, as the configuration wants.
 func (d *daemon) discoverLocked() {
 	switch {
@@ -69,10 +81,19 @@ func (d *daemon) endDiscoveryLocked(up *uplink) {
 
 // discover follows the routers of the uplink's link until ctx ends.
 func (d *daemon) discover(ctx context.Context, up *uplink) {
+	var link dhcp.Link
+	for !link.Up {
+		select {
+		case <-ctx.Done():
+			return
+		case link = <-up.links6:
+		}
+	}
+	up.forgetAdverts()
 	var client slaac.Client
-	var mac [6]byte
-	ups, said := 0, ""
-	wait, asked := time.Duration(0), time.Time{} // 0: a router has answered
+	client.Reset(link.MAC)
+	said := ""
+	wait, asked := solicitFirst, time.Time{} // 0: a router has answered
 	var changed time.Time
 	timer := time.NewTimer(0)
 	defer timer.Stop()
@@ -81,18 +102,15 @@ func (d *daemon) discover(ctx context.Context, up *uplink) {
 		case <-ctx.Done():
 			return
 		case l := <-up.links6:
-			if !l.Up || l.Ups == ups {
+			if !l.Up || l.Ups == link.Ups {
 				continue
 			}
-			if ups = l.Ups; l.MAC != mac {
-				mac = l.MAC
-				client.Reset(mac)
+			if l.MAC != link.MAC {
+				client.Reset(l.MAC)
 			}
+			link = l
 			wait, asked = solicitFirst, time.Time{}
 		case m := <-up.adverts:
-			if ups == 0 {
-				continue // the MAC is not known yet; they are asked when it is
-			}
 			a, err := slaac.Parse(m.from, m.message)
 			if err != nil {
 				if err.Error() != said { // once, whatever a station sends
@@ -114,10 +132,10 @@ func (d *daemon) discover(ctx context.Context, up *uplink) {
 			}
 			wait += rand.N(wait/10 + 1)
 			asked = now
-			d.plane.write(uplinkPort, slaac.Solicit(nil, mac))
+			d.plane.write(uplinkPort, slaac.Solicit(nil, link.MAC))
 		}
 		s := client.Settings(now)
-		if s.Router == (netip.Addr{}) && wait == 0 && ups > 0 {
+		if s.Router == (netip.Addr{}) && wait == 0 {
 			wait, asked = solicitFirst, now // the last router is gone
 		}
 		next := s.Next

@@ -126,10 +126,10 @@ func host(a netip.Addr) bool { return a.IsGlobalUnicast() && !a.Is4In6() }
 func (a *Advert) prefix(o header.NDPPrefixInformation) {
 	at, ok := addrOf(o.Prefix())
 	bits := int(o.PrefixLength())
-	if !ok || bits < minBits || bits > 128 {
+	if !ok || bits < minBits {
 		return
 	}
-	p := Prefix{
+	p := Prefix{ // zero where the length is more than there is
 		Prefix: netip.PrefixFrom(at, bits).Masked(), OnLink: o.OnLinkFlag(), Own: o.AutonomousAddressConfigurationFlag() && bits == 64,
 		Valid: o.ValidLifetime(), Preferred: o.PreferredLifetime(),
 	}
@@ -185,11 +185,9 @@ func (c *Client) Hear(now time.Time, a *Advert) {
 	c.forget(now)
 	i := slices.IndexFunc(c.routers, func(r router) bool { return r.addr == a.Router })
 	switch {
-	case i >= 0 && a.Lifetime == 0:
-		c.routers = slices.Delete(c.routers, i, i+1)
 	case i >= 0:
 		r := &c.routers[i]
-		r.preference, r.until = a.Preference, now.Add(a.Lifetime)
+		r.preference, r.until = a.Preference, now.Add(a.Lifetime) // 0: forget removes it
 		if a.MTU != 0 {
 			r.mtu = a.MTU
 		}
@@ -202,8 +200,6 @@ func (c *Client) Hear(now time.Time, a *Advert) {
 	for _, s := range a.Servers {
 		i := slices.IndexFunc(c.servers, func(have server) bool { return have.addr == s.Addr })
 		switch {
-		case i >= 0 && s.Lifetime == 0:
-			c.servers = slices.Delete(c.servers, i, i+1)
 		case i >= 0:
 			c.servers[i].until = now.Add(s.Lifetime)
 		case s.Lifetime > 0 && len(c.servers) < MaxServers:

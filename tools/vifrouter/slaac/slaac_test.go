@@ -2,6 +2,7 @@ package slaac
 
 import (
 	"encoding/binary"
+	"fmt"
 	"net/netip"
 	"strings"
 	"testing"
@@ -167,7 +168,7 @@ func TestWhatCannotBeIsLeftOut(t *testing.T) {
 		"a server on the link":            serverOption(600, "fe80::53"),
 		"an unknown option":               {99, 1, 0, 0, 0, 0, 0, 0},
 	} {
-		if s := heard(t, newClient(), now, first, message(0, 0, o)); len(s.Addrs)+len(s.OnLink)+len(s.DNS)+s.MTU != 0 || !s.Next.IsZero() {
+		if s := heard(t, newClient(), now, first, message(0, 1800, o)); len(s.Addrs)+len(s.OnLink)+len(s.DNS)+s.MTU != 0 || s.Next != now.Add(1800*time.Second) {
 			t.Errorf("%s: %+v", what, s)
 		}
 	}
@@ -215,6 +216,14 @@ func TestWhatIsKeptHasABound(t *testing.T) {
 		if s.Router != first || len(s.Addrs)+len(s.OnLink) > MaxPrefixes || len(s.DNS) > MaxServers || len(c.routers) > MaxRouters || s.Addrs[0].Prefix.Masked() != netip.MustParsePrefix("2001:db8::/64") {
 			t.Fatalf("after %d: %+v", i, s)
 		}
+	}
+	// One message is bounded, too.
+	var many [][]byte
+	for i := range 40 {
+		many = append(many, prefixOption(fmt.Sprintf("2001:db8:%x::/64", i), onLink|own, 600, 600), serverOption(600, fmt.Sprintf("2001:db8::%x", i)))
+	}
+	if a, err := Parse(first, message(0, 1800, many...)); err != nil || len(a.Prefixes) != MaxPrefixes || len(a.Servers) != MaxServers {
+		t.Errorf("%+v, %v", a, err)
 	}
 	// When that is over there is room for others.
 	if s := heard(t, c, now.Add(601*time.Second), second, message(0, 1800, prefixOption("2001:db8:7::/64", own, 600, 600))); len(s.Addrs) != 1 {
