@@ -13,9 +13,11 @@ import (
 	"barevif/hypercall"
 	"barevif/pvnet"
 	"barevif/pvnet/router"
+	"barevif/telemetry"
 	"barevif/tools/vifrouter/config"
 	"barevif/tools/vifrouter/dhcpd"
 	"barevif/tools/vifrouter/dnsproxy"
+	"barevif/tools/vifrouter/slaac"
 )
 
 // A daemon is a running router: the plane that moves frames, and beside it what gives vifs their
@@ -25,6 +27,9 @@ type daemon struct {
 	say    func(format string, args ...any)
 	log    *slog.Logger
 	device pvnet.Config // of every vif
+	began  time.Time
+	losses []telemetry.Field // for which vifs lose frames
+	file   string            // of the configuration; "": it has none. Set before run
 
 	core  *router.Router
 	plane *plane
@@ -37,10 +42,16 @@ type daemon struct {
 	pools    map[string]*dhcpd.Pool   // guarded by mu: by network
 	up       *uplink                  // guarded by mu; nil: not connected
 	lease    uplinkLease              // guarded by mu: of the uplink's DHCP
+	auto     slaac.Settings           // guarded by mu: of the uplink's routers
+	refused6 []netip.Prefix           // guarded by mu: that routers announced, and that the log names
 	services map[netip.Addr]*service  // guarded by mu: name servers by address
 	applied  router.Config            // guarded by mu: what the core has
 	reloads  uint64                   // guarded by mu
 	refused  uint64                   // guarded by mu: reloads with an error
+	read     time.Time                // guarded by mu: when cfg was read
+	tried    time.Time                // guarded by mu: when a reload was tried last; zero: never
+	wrong    string                   // guarded by mu: the error of that reload
+	upDown   string                   // guarded by mu: why the uplink is down
 
 	clients clientTable
 }
@@ -58,8 +69,9 @@ func newDaemon(domain hypercall.Domain, cfg *config.Config, device pvnet.Config,
 	if err != nil {
 		return nil, err
 	}
+	now := time.Now()
 	d := &daemon{
-		domain: domain, say: say, log: log, device: device, core: core, local: local, plane: newPlane(core, local), cfg: cfg,
+		began: now, read: now, losses: losses(), domain: domain, say: say, log: log, device: device, core: core, local: local, plane: newPlane(core, local), cfg: cfg,
 		vifs: map[router.PortID]*guest{}, pools: map[string]*dhcpd.Pool{}, services: map[netip.Addr]*service{},
 	}
 	d.names = dnsproxy.New(dnsproxy.Config{Dial: d.dialServer, Client: d.clients.find, Now: time.Now, Logger: log})
@@ -125,18 +137,15 @@ func (d *daemon) reload(cfg *config.Config) error {
 	defer d.mu.Unlock()
 	old := d.cfg
 	if fixed := fixedChanges(old, cfg); len(fixed) > 0 {
-		d.refused++
 		return fmt.Errorf("a reload cannot change %q: end the router and start it again, or leave them as they were", fixed)
 	}
 	d.cfg = cfg
 	d.reassignLocked()
 	if err := d.applyLocked(); err != nil {
-		d.refused++
 		d.cfg = old
 		d.reassignLocked()
 		return errors.Join(err, d.applyLocked())
 	}
-	d.reloads++
 	for name := range d.pools {
 		if cfg.NetworkOf(name) == nil {
 			delete(d.pools, name)
@@ -202,7 +211,7 @@ func (d *daemon) serversLocked() (list []netip.AddrPort) {
 	if len(d.cfg.DNS.Upstream) > 0 || d.cfg.DNS.Off {
 		return d.cfg.DNS.Upstream
 	}
-	for _, a := range d.lease.dns {
+	for _, a := range slices.Concat(d.lease.dns, d.auto.DNS) {
 		list = append(list, netip.AddrPortFrom(a, 53))
 	}
 	return list

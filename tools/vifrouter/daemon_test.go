@@ -154,7 +154,7 @@ func (s *site) connectWorld() {
 	case <-s.ctx.Done():
 		s.Fatal("the router does not connect to its uplink")
 	}
-	s.listenDNS(s.world)
+	s.listenDNS(s.world, "udp4")
 	s.listenTCP(s.world, ":80")
 }
 
@@ -172,9 +172,9 @@ func (s *site) comes(what string, ok func() bool) {
 
 // listenDNS answers queries: web.test has the world's address, and big.test more than fits a
 // datagram.
-func (s *site) listenDNS(w *netstack.Stack) {
+func (s *site) listenDNS(w *netstack.Stack, network string) {
 	s.Helper()
-	c, err := w.ListenPacket("udp4", ":53")
+	c, err := w.ListenPacket(network, ":53")
 	if err != nil {
 		s.Fatal(err)
 	}
@@ -570,14 +570,21 @@ func TestGuestsAndUplinkComeAndGo(t *testing.T) {
 	})
 }
 
-func TestVifThatNobodyNamesIsRefusedUntilAReloadAdmitsIt(t *testing.T) {
-	s := newSite(t, strings.Replace(standard, "guest * in office", "guest other in office domain 77", 1))
-	domain := s.lab.Domain(firstDom)
-	vif := s.lab.Add(toolstack.Vif{Front: firstDom, Back: routerDom})
+// refusedGuest adds a vif that the configuration does not name, and waits until it is refused.
+func (s *site) refusedGuest(dom hypercall.DomID) *emu.Domain {
+	s.Helper()
+	domain := s.lab.Domain(dom)
+	vif := s.lab.Add(toolstack.Vif{Front: dom, Back: routerDom})
 	s.comes("the router says why", func() bool {
 		why, err := s.lab.Tools.Read(s.ctx, vif.BackDir()+"/hotplug-error")
 		return err == nil && strings.Contains(why, "no guest line")
 	})
+	return domain
+}
+
+func TestVifThatNobodyNamesIsRefusedUntilAReloadAdmitsIt(t *testing.T) {
+	s := newSite(t, strings.Replace(standard, "guest * in office", "guest other in office domain 77", 1))
+	domain := s.refusedGuest(firstDom)
 	if err := s.d.reload(parse(t, standard)); err != nil {
 		t.Fatal(err)
 	}

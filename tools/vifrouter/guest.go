@@ -14,6 +14,7 @@ import (
 	"barevif/tools/vifrouter/config"
 	"barevif/tools/vifrouter/dhcpd"
 	"barevif/tools/vifrouter/radv"
+	"barevif/tools/vifrouter/slaac"
 )
 
 // A guest is a vif that the router serves.
@@ -43,6 +44,7 @@ type guest struct {
 	pool     *dhcpd.Pool
 	server   *dhcpd.Link // nil without IPv4
 	advert   radv.Link
+	down     string // why its link is down
 }
 
 // router6 is the router's address in the guest's /64: its first.
@@ -298,6 +300,9 @@ func (g *guest) follow(ctx context.Context) {
 			g.d.say("vif %s: down: %s", g.vif, ev.Reason)
 		}
 		up = ev.Up
+		g.d.mu.Lock()
+		g.down = ev.Reason
+		g.d.mu.Unlock()
 		if ev.MTU != 0 && ev.MTU != mtu {
 			mtu = ev.MTU
 			g.d.mu.Lock()
@@ -358,6 +363,9 @@ func (d *daemon) deliver(p *port, frame []byte, h *packet.Headers) bool {
 			return true
 		}
 	case h.Proto == protoICMPv6 && h.Version == 6 && h.L4 != 0 && h.End > h.L4:
+		if p.id == uplinkPort {
+			return frame[h.L4] == slaac.Type && d.fromRouter(p, frame, h)
+		}
 		if g, ok := p.owner.(*guest); ok && frame[h.L4] == radv.Solicit && frame[h.L3+7] == 255 {
 			nudge(g.solicited)
 			return true

@@ -16,6 +16,8 @@ import (
 	"barevif/pvnet"
 	"barevif/tools/cli"
 	"barevif/tools/domain"
+	"barevif/tools/internal/looking"
+	"barevif/tools/internal/systemd"
 	"barevif/tools/vifrouter/config"
 
 	"github.com/spf13/cobra"
@@ -46,9 +48,10 @@ func rootCommand(p *cli.Program) *cobra.Command {
 		Long:  about,
 		Example: `  vifrouter example > router.conf
   vifrouter check router.conf
-  vifrouter run --xen router.conf`,
+  vifrouter run --xen router.conf
+  vifrouter status`,
 	}
-	root.AddCommand(runCommand(p), checkCommand(p), exampleCommand(p))
+	root.AddCommand(runCommand(p), statusCommand(p), checkCommand(p), exampleCommand(p))
 	return root
 }
 
@@ -102,6 +105,7 @@ type run struct {
 	take   bool
 	lines  []string
 	file   string
+	look   looking.Flag
 }
 
 func runCommand(p *cli.Program) *cobra.Command {
@@ -115,7 +119,8 @@ between them until a signal ends it.
 SIGHUP makes it read FILE again. The new configuration counts between two frames: flows that
 it still allows go on and lose nothing, others end with their next packet. If a line of it is
 wrong, or it changes what takes a new start (the uplink's vif, flows, metrics), the log says
-so and the old one stays.
+so and the old one stays. "vifrouter status" shows what became of it, and what the router
+has and does.
 
 A vif that no line of the file admits does not connect: hotplug-error in xenstore says why. It
 does after a reload that admits it. A guest has one IPv4 address: that of its guest line, the
@@ -142,6 +147,7 @@ in the image, or its lines as arguments:
 		},
 	}
 	r.domain.Register(cmd, 1)
+	r.look.Register(cmd, `where "vifrouter status", "barevif ring" and "barevif dump" of this user and root find this process`)
 	cmd.Flags().BoolVar(&r.take, "take", false, "with --xen: unbind the uplink from the kernel's driver first")
 	cmd.Flags().StringArrayVar(&r.lines, "line", nil, "a `line` of the configuration, instead of FILE; repeatable")
 	return cmd
@@ -186,9 +192,21 @@ func (r *run) run(ctx context.Context) error {
 	signal.Notify(hups, syscall.SIGHUP)
 	defer signal.Stop(hups)
 	device := pvnet.Config{Queues: pvnet.AutoQueues, StaticGrants: true, Offload: true, Logger: r.Log()}
+	inspector, endInspect, err := r.look.Listen(r.Log())
+	if err != nil {
+		return err
+	}
+	defer endInspect()
+	if inspector != nil {
+		device.Inspector = inspector
+	}
 	d, err := newDaemon(dom.Domain, cfg, device, r.Say, r.Log())
 	if err != nil {
 		return err
+	}
+	d.file = r.file
+	if inspector != nil {
+		defer inspector.Show(stateName, d.state)()
 	}
 	endMetrics, err := d.serveMetrics(cfg.Metrics)
 	if err != nil {
@@ -197,11 +215,13 @@ func (r *run) run(ctx context.Context) error {
 	}
 	defer endMetrics()
 	r.Say("domain %d routes between %d networks and vif %s; SIGHUP reads the configuration again, another signal ends it", dom.ID(), len(cfg.Networks), cfg.Uplink.Vif)
+	defer context.AfterFunc(ctx, func() { systemd.Notify("STOPPING=1") })()
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	go r.reloads(ctx, d, hups)
 	done := make(chan error, 1)
 	go func() { done <- d.run(ctx) }()
+	systemd.Notify("READY=1")
 	select {
 	case err := <-done:
 		return err
@@ -219,10 +239,13 @@ func (r *run) reloads(ctx context.Context, d *daemon, hups <-chan os.Signal) {
 			return
 		case <-hups:
 		}
+		systemd.Reloading()
 		cfg, err := r.configuration()
 		if err == nil {
 			err = d.reload(cfg)
 		}
+		d.triedReload(err)
+		systemd.Notify("READY=1")
 		if err != nil {
 			for line := range strings.Lines(err.Error()) {
 				r.Log().Error("the new configuration is not used, and the old one stays", "err", strings.TrimSpace(line))

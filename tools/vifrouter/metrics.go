@@ -94,7 +94,7 @@ func (d *daemon) writeMetrics(b *bytes.Buffer) error {
 	d.mu.Unlock()
 
 	add := func(dev *pvnet.Device, name string) {
-		devices = append(devices, openmetrics.Device{Name: name, Stats: dev.Counters().Totals()})
+		devices = append(devices, openmetrics.Device{Name: name, Stats: dev.Stats()})
 	}
 	if up != nil {
 		add(up.dev, "uplink")

@@ -13,25 +13,29 @@ import (
 	"barevif/pvnet/netstack/dhcp"
 	"barevif/pvnet/router"
 	"barevif/tools/vifrouter/config"
+	"barevif/tools/vifrouter/slaac"
 )
 
 // An uplink is the connected card that leads to the world.
 type uplink struct {
 	dev      *pvnet.Device
 	port     *port
-	links    chan dhcp.Link // has the latest state at most
+	links    chan dhcp.Link // for the DHCP client: has the latest state at most
+	links6   chan dhcp.Link // for the discovery of routers: the same
 	received chan []byte    // messages for the DHCP client
+	adverts  chan advert    // for the discovery of routers
 	link     dhcp.Link      // guarded by daemon.mu: the latest state
 	stop     func()         // guarded by daemon.mu: ends the DHCP client; nil: none runs
+	stop6    func()         // guarded by daemon.mu: ends the discovery of routers; nil: none runs
 }
 
-// tellClientLocked makes links hold the latest state.
-func (up *uplink) tellClientLocked() {
+// tellLocked makes links hold the latest state.
+func (up *uplink) tellLocked(links chan dhcp.Link) {
 	select {
-	case <-up.links:
+	case <-links:
 	default:
 	}
-	up.links <- up.link // there is room: whoever sends holds daemon.mu
+	links <- up.link // there is room: whoever sends holds daemon.mu
 }
 
 // An uplinkLease is what the DHCP client of the uplink has.
@@ -39,6 +43,7 @@ type uplinkLease struct {
 	addr   netip.Prefix // zero: none
 	routes []dhcp.Route
 	dns    []netip.Addr
+	until  time.Time // when it expires, unless it is renewed
 }
 
 // retryUplink is how long the router waits before it looks for its uplink again.
@@ -63,6 +68,9 @@ func (d *daemon) runUplink(ctx context.Context) {
 			dev.Disconnect()
 		} else if ctx.Err() == nil && err.Error() != said {
 			said = err.Error()
+			d.mu.Lock()
+			d.upDown = said
+			d.mu.Unlock()
 			d.log.Warn("the uplink is not there", "vif", vif, "err", err)
 		}
 		select {
@@ -78,7 +86,10 @@ func (d *daemon) useUplink(ctx context.Context, dev *pvnet.Device) error {
 	if err != nil {
 		return err
 	}
-	up := &uplink{dev: dev, port: p, links: make(chan dhcp.Link, 1), received: make(chan []byte, mostReceived)}
+	up := &uplink{
+		dev: dev, port: p, links: make(chan dhcp.Link, 1), links6: make(chan dhcp.Link, 1),
+		received: make(chan []byte, mostReceived), adverts: make(chan advert, mostAdverts),
+	}
 	p.owner = up
 	d.plane.add(p)
 	d.mu.Lock()
@@ -102,7 +113,8 @@ func (d *daemon) useUplink(ctx context.Context, dev *pvnet.Device) error {
 	wg.Wait()
 	d.mu.Lock()
 	d.endClientLocked(up)
-	d.up, d.lease = nil, uplinkLease{}
+	d.endDiscoveryLocked(up)
+	d.up, d.lease, d.auto = nil, uplinkLease{}, slaac.Settings{}
 	err = d.applyLocked()
 	d.mu.Unlock()
 	d.plane.remove(p)
@@ -122,8 +134,10 @@ func (d *daemon) followUplink(ctx context.Context, up *uplink) {
 			link.MAC = ev.MAC
 		}
 		d.mu.Lock()
+		d.upDown = ev.Reason
 		up.link = link
-		up.tellClientLocked()
+		up.tellLocked(up.links)
+		up.tellLocked(up.links6)
 		d.mu.Unlock()
 		switch {
 		case ev.Up && !was:
@@ -173,19 +187,22 @@ func (d *daemon) compileUplinkLocked(c *router.Config) {
 			route(all4, u.Via4)
 		}
 	}
-	if u.IPv6.IsValid() && p.MTU >= leastMTU6 {
+	if u.Auto6 {
+		d.compileAutoLocked(&p, route)
+	} else if u.IPv6.IsValid() && p.MTU >= leastMTU6 {
 		p.Addrs = append(p.Addrs, u.IPv6)
 		if u.Via6.IsValid() {
 			route(all6, u.Via6)
 		}
 	}
 	for _, r := range d.cfg.Routes {
-		if r.Via.Is4() || p.MTU >= leastMTU6 {
+		if r.Via.Is4() || p.MTU >= leastMTU6 && (!u.Auto6 || len(d.auto.Addrs) > 0) {
 			route(r.Prefix, r.Via)
 		}
 	}
 	c.Ports = append(c.Ports, p)
 	d.clientLocked()
+	d.discoverLocked()
 }
 
 // clientLocked starts or ends the uplink's DHCP client, as the configuration wants.
@@ -197,7 +214,7 @@ func (d *daemon) clientLocked() {
 	default:
 		ctx, cancel := context.WithCancel(context.Background())
 		up := d.up
-		up.tellClientLocked() // a client that ran before may have taken it
+		up.tellLocked(up.links) // a client that ran before may have taken it
 		go func() {
 			dhcp.Run(ctx, dhcp.Config{
 				Broadcast: func(m []byte) error {
@@ -259,7 +276,7 @@ func (d *daemon) leased(ctx context.Context, l *dhcp.Lease) error {
 			d.lease = old
 			return fmt.Errorf("%v overlaps the network %s of guests", l.Addr, name)
 		}
-		d.lease = uplinkLease{addr: l.Addr, dns: l.DNS}
+		d.lease = uplinkLease{addr: l.Addr, dns: l.DNS, until: time.Now().Add(l.Expire)}
 		for _, r := range l.Routes {
 			name := overlapping(d.cfg, r.To)
 			switch {

@@ -29,13 +29,13 @@ func (p *parser) checkUplink() {
 			p.add(0, "the file names no uplink", `write "uplink vif 0"`)
 		}
 	}
-	if !u.DHCP && !u.IPv4.IsValid() && !u.IPv6.IsValid() && p.seen["uplink ipv4"]+p.seen["uplink ipv6"] == 0 {
+	if !u.DHCP && !u.Auto6 && !u.IPv4.IsValid() && !u.IPv6.IsValid() && p.seen["uplink ipv4"]+p.seen["uplink ipv6"] == 0 {
 		p.add(u.line, "the uplink has no address", `write "uplink ipv4 dhcp", or an address`)
 	}
 	if u.NAT4 && !u.DHCP && !u.IPv4.IsValid() && p.seen["uplink nat"] > 0 && p.seen["uplink ipv4"] == 0 {
 		p.add(p.seen["uplink nat"], "there is no IPv4 address at the uplink to translate to", `write "uplink ipv4 …", or leave ipv4 out of nat`)
 	}
-	if u.NAT6 && !u.IPv6.IsValid() && p.seen["uplink ipv6"] == 0 {
+	if u.NAT6 && !u.Auto6 && !u.IPv6.IsValid() && p.seen["uplink ipv6"] == 0 {
 		p.add(p.seen["uplink nat"], "there is no IPv6 address at the uplink to translate to", `write "uplink ipv6 …", or leave ipv6 out of nat`)
 	}
 }
@@ -145,6 +145,9 @@ func (p *parser) checkRoutes() {
 		switch {
 		case r.Via.Is4() && u.DHCP:
 			p.add(r.line, "the uplink's address is not known yet, and a route needs one", "give the uplink a static address, or have its DHCP server announce the route")
+		case r.Via.Is6() && u.Auto6 && !r.Via.IsLinkLocalUnicast():
+			p.add(r.line, "the uplink's address is not known yet, and a route needs one", "name the router by its link-local address, or give the uplink a static one")
+		case r.Via.Is6() && u.Auto6:
 		case !own.IsValid():
 			if len(p.errs) == 0 {
 				p.add(r.line, "the uplink has no address of that family", "write one, or leave the route out")
@@ -191,7 +194,8 @@ func (p *parser) checkForwards() {
 		if !inNetwork && len(p.errs) == 0 {
 			p.add(f.line, fmt.Sprintf("%v is in no network", f.To), "forward to the address of a guest")
 		}
-		if f.At.IsValid() && !u.DHCP && f.At != u.IPv4.Addr() && f.At != u.IPv6.Addr() && len(p.errs) == 0 {
+		unknown := u.DHCP && f.At.Is4() || u.Auto6 && f.At.Is6() // it may become the uplink's
+		if f.At.IsValid() && !unknown && f.At != u.IPv4.Addr() && f.At != u.IPv6.Addr() && len(p.errs) == 0 {
 			p.add(f.line, fmt.Sprintf("%v is no address of the uplink", f.At), `leave "at" out`)
 		}
 		for _, g := range p.c.Forwards[:i] {
@@ -205,8 +209,8 @@ func (p *parser) checkForwards() {
 
 func (p *parser) checkServices() {
 	u, d, m := &p.c.Uplink, &p.c.DNS, &p.c.Metrics
-	if len(p.errs) == 0 && !d.Off && len(d.Upstream) == 0 && !u.DHCP {
-		p.add(d.line, "nothing says where names are looked up, since the uplink has no DHCP lease", `write "dns to ADDRESS" or "dns off"`)
+	if len(p.errs) == 0 && !d.Off && len(d.Upstream) == 0 && !u.DHCP && !u.Auto6 {
+		p.add(d.line, "nothing says where names are looked up, since the uplink has no DHCP lease and no announcements of routers", `write "dns to ADDRESS" or "dns off"`)
 	}
 	if m.Addr.IsValid() && !m.Machine && len(p.errs) == 0 {
 		own := m.Addr.Addr() == u.IPv4.Addr() || m.Addr.Addr() == u.IPv6.Addr()

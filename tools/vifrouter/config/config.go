@@ -47,6 +47,7 @@ type Config struct {
 type Uplink struct {
 	Vif         string
 	DHCP        bool         // IPv4 by DHCP; then there is no IPv4
+	Auto6       bool         // IPv6 by router advertisements; then there is no IPv6
 	IPv4, IPv6  netip.Prefix // own address, zero: none
 	Via4, Via6  netip.Addr   // the next router, zero: none
 	NAT4, NAT6  bool         // guests leave with the uplink's address
@@ -142,7 +143,7 @@ type Rule struct {
 // DNS configures the forwarder.
 type DNS struct {
 	Off      bool
-	Upstream []netip.AddrPort // empty: the servers of the uplink's DHCP lease
+	Upstream []netip.AddrPort // empty: the servers of the uplink's DHCP lease and its routers
 	line     int
 }
 
@@ -231,7 +232,7 @@ func (c *Config) GuestOf(domain uint16, vif string, mac pvnet.MAC) *Guest {
 const Example = `# The card that leads to the world: a vif of this domain. Its address is static or by DHCP.
 uplink vif 0
 uplink ipv4 dhcp                        # or: uplink ipv4 192.0.2.2/24 via 192.0.2.1
-uplink ipv6 2001:db8::2/64 via 2001:db8::1
+uplink ipv6 2001:db8::2/64 via 2001:db8::1  # or: uplink ipv6 auto, what its routers announce
 uplink nat ipv4                         # or: ipv4 ipv6, or: none
 route 2001:db8:5::/48 via 2001:db8::9    # a network behind another router at the uplink
 
@@ -266,7 +267,7 @@ forward tcp 8080 to 10.137.1.7:80
 forward udp 5000-5010 to 10.137.0.10 at 192.0.2.2
 
 dhcp lease 12h                          # or: dhcp off
-dns to 192.0.2.53 192.0.2.54:5353       # or: dns uplink, the servers of the lease; or: dns off
+dns to 192.0.2.53 192.0.2.54:5353       # or: dns uplink, those of the lease and of routers; or: dns off
 metrics router 10.137.0.1:9100          # or: metrics machine 127.0.0.1:9100
 flows 65536 per-guest 16384             # tables are made at the start
 `

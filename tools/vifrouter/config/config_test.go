@@ -116,7 +116,10 @@ var wrong = []struct{ line, want string }{
 	{"-uplink vif:uplink vif", `"vif" has no value: write the number of a vif`},
 	{"-uplink vif:uplink vif 0 1", `"1" is too much`},
 	{"-uplink vif:", `the file names no uplink: write "uplink vif 0"`},
-	{"-uplink ipv6:uplink ipv6 dhcp", "DHCP for IPv6 is not supported at the uplink: write an address"},
+	{"-uplink ipv6:uplink ipv6 dhcp", `DHCP for IPv6 is not supported at the uplink: write "uplink ipv6 auto"`},
+	{"-uplink ipv6:uplink ipv6 auto now", `"now" is too much: write "uplink ipv6 auto" alone`},
+	{"-uplink ipv4:uplink ipv4 auto", `no router announces addresses of IPv4: write "uplink ipv4 dhcp"`},
+	{"-uplink ipv6:uplink ipv6 auto;route 2001:db8:5::/48 via 2001:db8::9", "not known yet, and a route needs one: name the router by its link-local address"},
 	{"-uplink ipv6:uplink ipv6 192.0.2.2/24", `"192.0.2.2/24" is no ipv6 address`},
 	{"-uplink ipv4:uplink ipv4 192.0.2.2", `"192.0.2.2" is no ipv4 address with a length`},
 	{"-uplink ipv4:uplink ipv4 192.0.2.0/24", "192.0.2.0/24 is no address that a host can have"},
@@ -338,4 +341,24 @@ func FuzzParse(f *testing.F) {
 			}
 		}
 	})
+}
+
+// What routers announce is enough for an uplink: an address to translate to, name servers, and a
+// way to a router that is named by its address on the link.
+func TestUplinkMayLiveOnAnnouncements(t *testing.T) {
+	c, err := Parse("f", []byte(`uplink vif 0
+uplink ipv6 auto
+uplink nat ipv6
+route 2001:db8:5::/48 via fe80::9
+network office ipv6 fd00:137::/56
+guest * in office
+dns uplink
+forward tcp 80 to fd00:137::7 at 2001:db8::7
+`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if u := c.Uplink; !u.Auto6 || !u.NAT6 || u.NAT4 || u.DHCP || u.IPv6.IsValid() || len(c.Routes) != 1 || len(c.DNS.Upstream) != 0 {
+		t.Errorf("%+v", c)
+	}
 }

@@ -139,7 +139,7 @@ func (p *parser) statement() {
 	}
 }
 
-const uplinkForms = `write "uplink vif 0", "uplink ipv4 dhcp", "uplink ipv4 192.0.2.2/24 via 192.0.2.1", "uplink ipv6 2001:db8::2/64 via 2001:db8::1" or "uplink nat ipv4"`
+const uplinkForms = `write "uplink vif 0", "uplink ipv4 dhcp", "uplink ipv4 192.0.2.2/24 via 192.0.2.1", "uplink ipv6 auto", "uplink ipv6 2001:db8::2/64 via 2001:db8::1" or "uplink nat ipv4"`
 
 func (p *parser) uplink() {
 	u := &p.c.Uplink
@@ -155,12 +155,23 @@ func (p *parser) uplink() {
 		}
 		if len(p.words) > 0 && p.words[0] == "dhcp" {
 			if w == "ipv6" {
-				p.fail("DHCP for IPv6 is not supported at the uplink", `write an address: "uplink ipv6 2001:db8::2/64 via 2001:db8::1"`)
+				p.fail("DHCP for IPv6 is not supported at the uplink", `write "uplink ipv6 auto" for what its routers announce, or an address: "uplink ipv6 2001:db8::2/64 via 2001:db8::1"`)
 				return
 			}
 			p.next()
 			if p.end(uplinkForms) {
 				u.DHCP, u.line4 = true, p.line
+			}
+			return
+		}
+		if len(p.words) > 0 && p.words[0] == "auto" {
+			if w == "ipv4" {
+				p.fail("no router announces addresses of IPv4", `write "uplink ipv4 dhcp", or an address: "uplink ipv4 192.0.2.2/24 via 192.0.2.1"`)
+				return
+			}
+			p.next()
+			if p.end(`write "uplink ipv6 auto" alone: routers say the rest`) {
+				u.Auto6 = true
 			}
 			return
 		}

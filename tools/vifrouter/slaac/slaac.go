@@ -1,0 +1,326 @@
+// Package slaac is a host's side of IPv6 on a link with routers: it reads their advertisements
+// (RFC 4861, RFC 8106, RFC 4191) and makes addresses of the prefixes that they announce (RFC
+// 4862), from the MAC of the card. It knows no sockets and no clock: a caller gives it frames'
+// payloads and times.
+//
+// Any station of the link can be the author of an advertisement, and nothing of it is believed
+// beyond what RFC 4862 grants: bounds hold for how much is kept, lifetimes of prefixes in use
+// cannot be cut below two hours at once, and what cannot be an address, a router or a link is
+// left out. Whoever announces first fills what is kept, for as long as that lasts. Nobody is asked
+// whether an address is taken (duplicate address detection): MACs on a Xen bridge differ.
+package slaac
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"time"
+
+	"barevif/pvnet/packet"
+
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+)
+
+// What is kept at most. More is ignored as long as there is no room.
+const (
+	MaxRouters  = 4
+	MaxPrefixes = 8 // addresses, and as many prefixes of the link
+	MaxServers  = 3 // as many as resolv.conf(5) has
+)
+
+// Type is the ICMPv6 type of an advertisement.
+const Type = 134
+
+const (
+	minMTU       = 1280          // of a link with IPv6 (RFC 8200)
+	minBits      = 32            // no link has a larger prefix
+	leastShorten = 2 * time.Hour // RFC 4862, section 5.5.3
+)
+
+// An Advert is what a router announced, with what was wrong in it left out.
+type Advert struct {
+	Router     netip.Addr
+	Lifetime   time.Duration // as a default router; 0: it is none
+	Preference int           // 1 high, 0, -1 low
+	MTU        int           // of the link in bytes; 0: not said
+	Prefixes   []Prefix
+	Servers    []Server
+}
+
+// A Prefix is one that a router announced.
+type Prefix struct {
+	Prefix           netip.Prefix
+	OnLink           bool // its addresses are neighbours
+	Own              bool // hosts make their addresses of it
+	Valid, Preferred time.Duration
+}
+
+// A Server is a recursive name server.
+type Server struct {
+	Addr     netip.Addr
+	Lifetime time.Duration // 0: it is none any more
+}
+
+// Parse reads an ICMPv6 message that came from a station of the link, with a hop limit of 255 and
+// a right checksum. What cannot be used of it is left out; an error is for the whole.
+func Parse(from netip.Addr, message []byte) (*Advert, error) {
+	if !from.Is6() || !from.IsLinkLocalUnicast() || from.Zone() != "" {
+		return nil, fmt.Errorf("a router advertisement from %v, which is no link-local address", from)
+	}
+	if len(message) < header.ICMPv6HeaderSize+header.NDPRAMinimumSize || message[0] != Type || message[1] != 0 {
+		return nil, errors.New("a message that is no router advertisement")
+	}
+	ra := header.NDPRouterAdvert(message[4:])
+	a := &Advert{Router: from, Lifetime: ra.RouterLifetime()}
+	switch ra.DefaultRouterPreference() {
+	case header.HighRoutePreference:
+		a.Preference = 1
+	case header.LowRoutePreference:
+		a.Preference = -1
+	}
+	options := message[4+header.NDPRAMinimumSize:]
+	it, err := header.NDPOptions(options).Iter(true)
+	if err != nil {
+		return nil, fmt.Errorf("a router advertisement of %v: %w", from, err)
+	}
+	for {
+		o, done, err := it.Next()
+		if err != nil {
+			return nil, fmt.Errorf("a router advertisement of %v: %w", from, err)
+		}
+		if done {
+			break
+		}
+		switch o := o.(type) {
+		case header.NDPPrefixInformation:
+			a.prefix(o)
+		case header.NDPRecursiveDNSServer:
+			a.servers(o)
+		}
+	}
+	// The library has no option for the MTU. Lengths were checked above.
+	for b := options; len(b) >= 8; b = b[8*int(b[1]):] {
+		if b[0] == 5 && b[1] == 1 {
+			if n := binary.BigEndian.Uint32(b[4:]); n >= minMTU && n <= 65535 {
+				a.MTU = int(n)
+			}
+		}
+	}
+	return a, nil
+}
+
+func addrOf(a tcpip.Address) (netip.Addr, bool) {
+	b := a.AsSlice()
+	if len(b) != 16 {
+		return netip.Addr{}, false
+	}
+	return netip.AddrFrom16([16]byte(b)), true
+}
+
+// host reports whether a station may have the address in more than its link.
+func host(a netip.Addr) bool { return a.IsGlobalUnicast() && !a.Is4In6() }
+
+func (a *Advert) prefix(o header.NDPPrefixInformation) {
+	at, ok := addrOf(o.Prefix())
+	bits := int(o.PrefixLength())
+	if !ok || bits < minBits {
+		return
+	}
+	p := Prefix{ // zero where the length is more than there is
+		Prefix: netip.PrefixFrom(at, bits).Masked(), OnLink: o.OnLinkFlag(), Own: o.AutonomousAddressConfigurationFlag() && bits == 64,
+		Valid: o.ValidLifetime(), Preferred: o.PreferredLifetime(),
+	}
+	if !host(p.Prefix.Addr()) || p.Preferred > p.Valid || !p.OnLink && !p.Own || len(a.Prefixes) == MaxPrefixes {
+		return
+	}
+	a.Prefixes = append(a.Prefixes, p)
+}
+
+func (a *Advert) servers(o header.NDPRecursiveDNSServer) {
+	list, err := o.Addresses()
+	if err != nil {
+		return
+	}
+	for _, one := range list {
+		if s, ok := addrOf(one); ok && host(s) && len(a.Servers) < MaxServers {
+			a.Servers = append(a.Servers, Server{s, o.Lifetime()})
+		}
+	}
+}
+
+// A Client keeps what routers announced. The zero Client has no MAC: Reset gives it one. It is
+// not safe for concurrent use.
+type Client struct {
+	mac      [6]byte
+	routers  []router
+	prefixes []prefix
+	servers  []server
+}
+
+type router struct {
+	addr       netip.Addr
+	preference int
+	mtu        int
+	until      time.Time
+}
+
+type prefix struct {
+	Prefix
+	until, preferred time.Time
+}
+
+type server struct {
+	addr  netip.Addr
+	until time.Time
+}
+
+// Reset forgets everything, for a card with that MAC.
+func (c *Client) Reset(mac [6]byte) { *c = Client{mac: mac} }
+
+// Hear takes an advertisement over.
+func (c *Client) Hear(now time.Time, a *Advert) {
+	c.forget(now)
+	i := slices.IndexFunc(c.routers, func(r router) bool { return r.addr == a.Router })
+	switch {
+	case i >= 0:
+		r := &c.routers[i]
+		r.preference, r.until = a.Preference, now.Add(a.Lifetime) // 0: forget removes it
+		if a.MTU != 0 {
+			r.mtu = a.MTU
+		}
+	case a.Lifetime > 0 && len(c.routers) < MaxRouters:
+		c.routers = append(c.routers, router{a.Router, a.Preference, a.MTU, now.Add(a.Lifetime)})
+	}
+	for _, p := range a.Prefixes {
+		c.hearPrefix(now, p)
+	}
+	for _, s := range a.Servers {
+		i := slices.IndexFunc(c.servers, func(have server) bool { return have.addr == s.Addr })
+		switch {
+		case i >= 0:
+			c.servers[i].until = now.Add(s.Lifetime)
+		case s.Lifetime > 0 && len(c.servers) < MaxServers:
+			c.servers = append(c.servers, server{s.Addr, now.Add(s.Lifetime)})
+		}
+	}
+}
+
+func (c *Client) hearPrefix(now time.Time, p Prefix) {
+	i := slices.IndexFunc(c.prefixes, func(have prefix) bool { return have.Prefix.Prefix == p.Prefix })
+	if i < 0 {
+		if p.Valid > 0 && len(c.prefixes) < MaxPrefixes {
+			c.prefixes = append(c.prefixes, prefix{p, now.Add(p.Valid), now.Add(p.Preferred)})
+		}
+		return
+	}
+	have := &c.prefixes[i]
+	until := now.Add(p.Valid)
+	if have.Own && until.Before(have.until) && p.Valid < leastShorten {
+		// A forged advertisement must not end an address at once.
+		until = have.until
+		if most := now.Add(leastShorten); until.After(most) {
+			until = most
+		}
+	}
+	have.until, have.preferred = until, now.Add(p.Preferred)
+	have.OnLink, have.Own = have.OnLink || p.OnLink, have.Own || p.Own
+	have.Valid, have.Preferred = p.Valid, p.Preferred
+	c.forget(now)
+}
+
+// forget removes what is over.
+func (c *Client) forget(now time.Time) {
+	c.routers = slices.DeleteFunc(c.routers, func(r router) bool { return !now.Before(r.until) })
+	c.prefixes = slices.DeleteFunc(c.prefixes, func(p prefix) bool { return !now.Before(p.until) })
+	c.servers = slices.DeleteFunc(c.servers, func(s server) bool { return !now.Before(s.until) })
+}
+
+// An Address is one of this host's. It has a /64 if its neighbours do, else it is alone.
+type Address struct {
+	Prefix netip.Prefix
+	Until  time.Time
+}
+
+// Settings are what follows from all that was announced, at a moment.
+type Settings struct {
+	Addrs  []Address      // those to begin connections with come first
+	OnLink []netip.Prefix // the link's, beside those of Addrs
+	Router netip.Addr     // the default router; zero: none
+	Until  time.Time      // when it ends, unless it is announced again
+	DNS    []netip.Addr
+	MTU    int       // of the link; 0: nobody said
+	Next   time.Time // when the first of all this ends; zero: there is nothing
+}
+
+// Settings returns those of now.
+func (c *Client) Settings(now time.Time) (s Settings) {
+	c.forget(now)
+	next := func(t time.Time) {
+		if t.After(now) && (s.Next.IsZero() || t.Before(s.Next)) {
+			s.Next = t
+		}
+	}
+	var old []Address
+	for _, p := range c.prefixes {
+		next(p.until)
+		switch {
+		case p.Own:
+			a := Address{netip.PrefixFrom(Make(p.Prefix.Prefix, c.mac), 128), p.until}
+			if p.OnLink {
+				a.Prefix = netip.PrefixFrom(a.Prefix.Addr(), 64)
+			}
+			if next(p.preferred); p.preferred.After(now) {
+				s.Addrs = append(s.Addrs, a)
+			} else {
+				old = append(old, a)
+			}
+		case p.OnLink:
+			s.OnLink = append(s.OnLink, p.Prefix.Prefix)
+		}
+	}
+	s.Addrs = append(s.Addrs, old...)
+	best := -1
+	for i, r := range c.routers {
+		next(r.until)
+		if best < 0 || r.preference > c.routers[best].preference {
+			best = i
+		}
+	}
+	if best >= 0 {
+		s.Router, s.Until, s.MTU = c.routers[best].addr, c.routers[best].until, c.routers[best].mtu
+	}
+	for _, one := range c.servers {
+		next(one.until)
+		s.DNS = append(s.DNS, one.addr)
+	}
+	return s
+}
+
+// Make returns the address that a card has in a /64 (RFC 4291, appendix A).
+func Make(p netip.Prefix, m [6]byte) netip.Addr {
+	b := p.Masked().Addr().As16()
+	copy(b[8:], []byte{m[0] ^ 2, m[1], m[2], 0xff, 0xfe, m[3], m[4], m[5]})
+	return netip.AddrFrom16(b)
+}
+
+// Solicit appends the frame that asks all routers of the link for an advertisement to b. It has
+// no source address, so that the answer is for all stations: this one may have no address yet.
+func Solicit(b []byte, mac [6]byte) []byte {
+	b = append(b, 0x33, 0x33, 0, 0, 0, 2)
+	b = append(b, mac[:]...)
+	b = binary.BigEndian.AppendUint16(b, packet.IPv6)
+	ip := len(b)
+	b = append(b, make([]byte, header.IPv6MinimumSize+header.ICMPv6HeaderSize+header.NDPRSMinimumSize)...)
+	icmp := header.ICMPv6(b[ip+header.IPv6MinimumSize:])
+	to := header.IPv6AllRoutersLinkLocalMulticastAddress
+	header.IPv6(b[ip:]).Encode(&header.IPv6Fields{
+		PayloadLength: uint16(len(icmp)), TransportProtocol: header.ICMPv6ProtocolNumber, HopLimit: header.NDPHopLimit,
+		SrcAddr: header.IPv6Any, DstAddr: to,
+	})
+	icmp.SetType(header.ICMPv6RouterSolicit)
+	icmp.SetChecksum(header.ICMPv6Checksum(header.ICMPv6ChecksumParams{Header: icmp, Src: header.IPv6Any, Dst: to}))
+	return b
+}

@@ -1,0 +1,252 @@
+package main
+
+import (
+	"net/netip"
+	"runtime/debug"
+	"slices"
+	"time"
+
+	"barevif/pvnet"
+	"barevif/pvnet/router"
+	"barevif/telemetry"
+	"barevif/tools/internal/release"
+	"barevif/tools/vifrouter/config"
+)
+
+// stateName is the name under which a router shows its state; see pvnet/inspect.
+const stateName = "vifrouter"
+
+// stateFormat is the version of the JSON of a state. It changes when a field is removed or
+// means something else.
+const stateFormat = 1
+
+// A state is what a running router says of itself: "vifrouter status" asks for it. Times are
+// absent where there is none; sizes are in bytes.
+type state struct {
+	Format   int            `json:"format"`
+	Version  string         `json:"version"`
+	Commit   string         `json:"commit,omitempty"`
+	Domain   uint16         `json:"domain"`
+	Since    time.Time      `json:"since"`
+	Config   configState    `json:"config"`
+	Uplink   uplinkState    `json:"uplink"`
+	Networks []networkState `json:"networks"`
+	Guests   []guestState   `json:"guests"`
+	Flows    flowState      `json:"flows"`
+}
+
+type configState struct {
+	File    string    `json:"file,omitempty"`  // "": its lines are arguments
+	Read    time.Time `json:"read"`            // when the configuration that is in use was read
+	Tried   time.Time `json:"tried,omitzero"`  // when a reload was tried last
+	Error   string    `json:"error,omitempty"` // of that reload; "": it was taken
+	Taken   uint64    `json:"taken"`
+	Refused uint64    `json:"refused"`
+}
+
+// A portState is what a vif has moved, seen from the router.
+type portState struct {
+	Link       string            `json:"link"` // "up", "down", "refused"
+	Why        string            `json:"why,omitempty"`
+	MAC        string            `json:"mac,omitempty"`
+	MTU        int               `json:"mtu,omitempty"`
+	Received   moved             `json:"received"`
+	Sent       moved             `json:"sent"`
+	Drops      map[string]uint64 `json:"drops,omitempty"` // by reason, of those that there are
+	Flows      int               `json:"flows"`
+	FlowsLimit int               `json:"flows_limit"`
+}
+
+type moved struct {
+	Packets uint64 `json:"packets"`
+	Bytes   uint64 `json:"bytes"`
+}
+
+type uplinkState struct {
+	Vif string `json:"vif"`
+	portState
+	Backend   *uint16        `json:"backend,omitempty"` // its domain
+	Addresses []addressState `json:"addresses"`
+	Gateways  []netip.Addr   `json:"gateways"`
+	DNS       []string       `json:"dns"` // that are asked
+}
+
+type addressState struct {
+	Address netip.Prefix `json:"address"`
+	From    string       `json:"from"` // "file", "dhcp", "router": its prefix is one that a router announces
+	Until   time.Time    `json:"until,omitzero"`
+}
+
+type networkState struct {
+	Name   string       `json:"name"`
+	IPv4   netip.Prefix `json:"ipv4,omitzero"`
+	Router netip.Addr   `json:"router,omitzero"`
+	First  netip.Addr   `json:"pool_first,omitzero"`
+	Last   netip.Addr   `json:"pool_last,omitzero"`
+	IPv6   netip.Prefix `json:"ipv6,omitzero"`
+	Guests int          `json:"guests"` // vifs that are in it
+}
+
+type guestState struct {
+	Vif     string `json:"vif"` // DOMAIN.ID
+	Domain  uint16 `json:"domain"`
+	Name    string `json:"name,omitempty"`
+	Network string `json:"network,omitempty"`
+	portState
+	Addr   netip.Addr   `json:"ipv4,omitzero"`
+	Leased time.Time    `json:"leased_until,omitzero"`
+	Prefix netip.Prefix `json:"ipv6,omitzero"`
+}
+
+type flowState struct {
+	Used    int    `json:"used"`
+	Limit   int    `json:"limit"`
+	Evicted uint64 `json:"evicted"`
+}
+
+// state returns what the router is now. It is called for who asks, one at a time.
+func (d *daemon) state() any {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	flows := d.core.Stats()
+	s := &state{
+		Format: stateFormat, Domain: uint16(d.domain.ID()), Since: d.began,
+		Config:   configState{File: d.file, Read: d.read, Tried: d.tried, Error: d.wrong, Taken: d.reloads, Refused: d.refused},
+		Networks: []networkState{}, Guests: []guestState{},
+		Flows: flowState{Used: flows.Flows, Limit: flows.FlowLimit, Evicted: flows.Evicted},
+	}
+	info, _ := debug.ReadBuildInfo()
+	s.Version, s.Commit = release.Of(info)
+	s.Uplink = d.uplinkStateLocked()
+	members := map[string]int{}
+	for _, g := range d.sortedLocked() {
+		if g.admitted {
+			members[g.network]++
+		}
+		s.Guests = append(s.Guests, g.stateLocked())
+	}
+	for i := range d.cfg.Networks {
+		n := &d.cfg.Networks[i]
+		s.Networks = append(s.Networks, networkState{n.Name, n.IPv4, n.Router, n.First, n.Last, n.IPv6, members[n.Name]})
+	}
+	return s
+}
+
+func (d *daemon) uplinkStateLocked() uplinkState {
+	u := &d.cfg.Uplink
+	s := uplinkState{Vif: u.Vif, Addresses: []addressState{}, Gateways: []netip.Addr{}, DNS: []string{}}
+	s.Link, s.Why = "down", d.upDown
+	if d.up != nil {
+		s.portState = d.portStateLocked(uplinkPort, d.up.dev, d.upDown)
+		mac := d.up.dev.MAC()
+		s.MAC = mac.String()
+		peer := uint16(d.up.dev.Peer())
+		s.Backend = &peer
+	}
+	add := func(p netip.Prefix, from string, until time.Time) {
+		if p.IsValid() {
+			s.Addresses = append(s.Addresses, addressState{p, from, until})
+		}
+	}
+	gateway := func(a netip.Addr) {
+		if a.IsValid() {
+			s.Gateways = append(s.Gateways, a)
+		}
+	}
+	add(u.IPv4, "file", time.Time{})
+	add(d.lease.addr, "dhcp", d.lease.until)
+	add(u.IPv6, "file", time.Time{})
+	for _, a := range d.auto.Addrs {
+		add(a.Prefix, "router", a.Until)
+	}
+	gateway(u.Via4)
+	for _, r := range d.lease.routes {
+		if r.To.Bits() == 0 {
+			gateway(r.Via)
+		}
+	}
+	gateway(u.Via6)
+	gateway(d.auto.Router)
+	for _, a := range d.serversLocked() {
+		s.DNS = append(s.DNS, a.String())
+	}
+	return s
+}
+
+func (g *guest) stateLocked() guestState {
+	s := guestState{
+		Vif: g.vif, Domain: uint16(g.dev.Peer()), Name: g.name, Network: g.network,
+		portState: g.d.portStateLocked(g.id, g.dev, g.down), Addr: g.addr, Prefix: g.prefix,
+	}
+	if g.mac != (pvnet.MAC{}) {
+		s.MAC = g.mac.String()
+	}
+	if !g.admitted {
+		s.Link, s.Name, s.Network = "refused", "", ""
+		if g.why != nil {
+			s.Why = g.why.Error()
+		}
+	}
+	if g.server != nil {
+		if l, ok := g.server.Lease(time.Now()); ok {
+			s.Leased = l.Until
+		}
+	}
+	return s
+}
+
+// portStateLocked returns what a port and its vif have counted. why is why its link is down.
+func (d *daemon) portStateLocked(id router.PortID, dev *pvnet.Device, why string) portState {
+	st := dev.Stats()
+	s := portState{
+		Link: "down", Why: why, MTU: dev.MTU(), Drops: map[string]uint64{}, FlowsLimit: perGuest(d.cfg.Limits, d.core.Stats().FlowLimit),
+		Received: moved{st.RX.Packets(), st.RX.Bytes()}, Sent: moved{st.TX.Packets(), st.TX.Bytes()},
+	}
+	if dev.Counters().Status().Up {
+		s.Link, s.Why = "up", ""
+	}
+	drop := func(name string, n uint64) {
+		if n > 0 {
+			s.Drops[name] = n
+		}
+	}
+	for _, f := range d.losses {
+		drop(f.FullName(telemetry.RX), st.RX.Field(f))
+		drop(f.FullName(telemetry.TX), st.TX.Field(f))
+	}
+	drop("undelivered", st.RX.Get(telemetry.Undelivered))
+	if p, ok := d.core.PortStats(id); ok {
+		s.Flows = p.Flows
+		for r := router.Reason(1); int(r) < router.Reasons; r++ {
+			drop(r.String(), p.Dropped[r])
+		}
+	}
+	return s
+}
+
+// tried notes what became of a reload; err is nil if it was taken.
+func (d *daemon) triedReload(err error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.tried, d.wrong = time.Now(), ""
+	if err != nil {
+		d.wrong = err.Error()
+		d.refused++
+		return
+	}
+	d.reloads++
+	d.read = d.tried
+}
+
+// losses returns the fields of counters that are reasons for which a vif lost frames.
+func losses() []telemetry.Field {
+	return slices.DeleteFunc(telemetry.Fields(), func(f telemetry.Field) bool { return f.SumIn == "" })
+}
+
+// perGuest returns how many flows a vif may have.
+func perGuest(l config.Limits, all int) int {
+	if l.FlowsPerGuest > 0 {
+		return l.FlowsPerGuest
+	}
+	return all / 4
+}

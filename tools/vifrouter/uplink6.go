@@ -1,0 +1,246 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"math/rand/v2"
+	"net/netip"
+	"slices"
+	"time"
+
+	"barevif/pvnet/netstack/dhcp"
+	"barevif/pvnet/packet"
+	"barevif/pvnet/router"
+	"barevif/tools/vifrouter/config"
+	"barevif/tools/vifrouter/slaac"
+)
+
+// How often routers of the uplink's link are asked for an advertisement until one comes: RFC 4861,
+// section 10, and then, as RFC 7559 has it, twice as long each time.
+const (
+	solicitFirst = 4 * time.Second
+	solicitMost  = time.Hour
+	mostAdverts  = 8 // that may wait to be read
+	// Between two changes of the router's configuration: a station that announces something else
+	// in each message shall not keep it busy.
+	leastChange = time.Second
+)
+
+// An advert is what came from a router, copied.
+type advert struct {
+	from    netip.Addr
+	message []byte
+}
+
+// fromRouter keeps a router advertisement for the goroutine that reads them. The core has
+// checked its hop limit and its checksum.
+func (d *daemon) fromRouter(p *port, frame []byte, h *packet.Headers) bool {
+	up, ok := p.owner.(*uplink)
+	if !ok || h.End > len(frame) {
+		return false
+	}
+	a := advert{netip.AddrFrom16([16]byte(frame[h.L3+8 : h.L3+24])), slices.Clone(frame[h.L4:h.End])}
+	select {
+	case up.adverts <- a:
+	default:
+	}
+	return true
+}
+
+// forgetAdverts drops what came while nobody read it: it may be old.
+func (up *uplink) forgetAdverts() {
+	for {
+		select {
+		case <-up.adverts:
+		default:
+			return
+		}
+	}
+}
+
+// discoverLocked starts or ends the discovery of routers, as the configuration wants.
+func (d *daemon) discoverLocked() {
+	switch {
+	case d.up == nil || d.cfg.Uplink.Auto6 == (d.up.stop6 != nil):
+	case d.up.stop6 != nil:
+		d.endDiscoveryLocked(d.up)
+	default:
+		ctx, cancel := context.WithCancel(context.Background())
+		d.up.stop6 = cancel
+		d.up.tellLocked(d.up.links6) // a discovery that ran before may have taken it
+		go d.discover(ctx, d.up)
+	}
+}
+
+func (d *daemon) endDiscoveryLocked(up *uplink) {
+	if up.stop6 != nil {
+		up.stop6()
+		up.stop6, d.auto = nil, slaac.Settings{}
+	}
+}
+
+// discover follows the routers of the uplink's link until ctx ends.
+func (d *daemon) discover(ctx context.Context, up *uplink) {
+	var link dhcp.Link
+	for !link.Up {
+		select {
+		case <-ctx.Done():
+			return
+		case link = <-up.links6:
+		}
+	}
+	up.forgetAdverts()
+	var client slaac.Client
+	client.Reset(link.MAC)
+	said := ""
+	wait, asked := solicitFirst, time.Time{} // 0: a router has answered
+	var changed time.Time
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case l := <-up.links6:
+			if !l.Up || l.Ups == link.Ups {
+				continue
+			}
+			if l.MAC != link.MAC {
+				client.Reset(l.MAC)
+			}
+			link = l
+			wait, asked = solicitFirst, time.Time{}
+		case m := <-up.adverts:
+			a, err := slaac.Parse(m.from, m.message)
+			if err != nil {
+				if err.Error() != said { // once, whatever a station sends
+					said = err.Error()
+					d.log.Warn("a router advertisement at the uplink cannot be used", "err", err)
+				}
+				continue
+			}
+			client.Hear(time.Now(), a)
+			if a.Lifetime > 0 {
+				wait = 0
+			}
+		case <-timer.C:
+		}
+		now := time.Now()
+		if wait > 0 && !now.Before(asked.Add(wait)) {
+			if !asked.IsZero() {
+				wait = min(2*wait, solicitMost)
+			}
+			wait += rand.N(wait/10 + 1)
+			asked = now
+			d.plane.write(uplinkPort, slaac.Solicit(nil, link.MAC))
+		}
+		s := client.Settings(now)
+		if s.Router == (netip.Addr{}) && wait == 0 {
+			wait, asked = solicitFirst, now // the last router is gone
+		}
+		next := s.Next
+		soon := func(t time.Time) {
+			if next.IsZero() || t.Before(next) {
+				next = t
+			}
+		}
+		if wait > 0 {
+			soon(asked.Add(wait))
+		}
+		if now.Sub(changed) < leastChange {
+			soon(changed.Add(leastChange))
+		} else if did, err := d.discovered(ctx, s); err != nil {
+			d.log.Error("what routers of the uplink announce cannot be used", "err", err)
+			changed = now
+		} else if did {
+			changed = now
+		}
+		if !next.IsZero() {
+			timer.Reset(max(time.Until(next), time.Millisecond))
+		}
+	}
+}
+
+// discovered makes what routers announced the uplink's. None of them can take a guest's network:
+// such a prefix is left out. It reports whether something but times changed.
+func (d *daemon) discovered(ctx context.Context, s slaac.Settings) (changed bool, err error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if ctx.Err() != nil {
+		return false, nil
+	}
+	old := d.auto
+	taken := func(p netip.Prefix) bool {
+		name := overlapping6(d.cfg, p)
+		if name != "" && !slices.Contains(d.refused6, p) {
+			if len(d.refused6) < slaac.MaxPrefixes {
+				d.refused6 = append(d.refused6, p)
+			}
+			d.log.Warn("a prefix that a router of the uplink announces is left out, since it is a network of guests", "prefix", p, "network", name)
+		}
+		return name != ""
+	}
+	s.Addrs = slices.DeleteFunc(s.Addrs, func(a slaac.Address) bool { return taken(netip.PrefixFrom(a.Prefix.Addr(), 64).Masked()) })
+	s.OnLink = slices.DeleteFunc(s.OnLink, taken)
+	same := s.Router == old.Router && s.MTU == old.MTU && slices.Equal(s.OnLink, old.OnLink) && slices.Equal(s.DNS, old.DNS) &&
+		slices.EqualFunc(s.Addrs, old.Addrs, func(a, b slaac.Address) bool { return a.Prefix == b.Prefix })
+	d.auto = s
+	if same {
+		return false, nil
+	}
+	if err := d.applyLocked(); err != nil {
+		d.auto = old
+		return false, errors.Join(err, d.applyLocked())
+	}
+	has := func(list []slaac.Address, p netip.Prefix) bool {
+		return slices.ContainsFunc(list, func(a slaac.Address) bool { return a.Prefix == p })
+	}
+	for _, a := range s.Addrs {
+		if !has(old.Addrs, a.Prefix) {
+			d.say("uplink: address %v, of a prefix that a router announces", a.Prefix)
+		}
+	}
+	for _, a := range old.Addrs {
+		if !has(s.Addrs, a.Prefix) {
+			d.say("uplink: address %v is over", a.Prefix)
+		}
+	}
+	switch {
+	case s.Router == old.Router:
+	case s.Router.IsValid():
+		d.say("uplink: IPv6 router %v", s.Router)
+	default:
+		d.say("uplink: no IPv6 router any more")
+	}
+	return true, nil
+}
+
+// compileAutoLocked adds what routers announced to the uplink's port.
+func (d *daemon) compileAutoLocked(p *router.Port, route func(to netip.Prefix, via netip.Addr)) {
+	s := &d.auto
+	if len(s.Addrs) == 0 || p.MTU < leastMTU6 {
+		return // there is no address to leave with
+	}
+	if s.MTU != 0 {
+		p.MTU = min(p.MTU, s.MTU)
+	}
+	for _, a := range s.Addrs {
+		p.Addrs = append(p.Addrs, a.Prefix)
+	}
+	for _, on := range s.OnLink {
+		route(on, netip.Addr{})
+	}
+	if s.Router.IsValid() {
+		route(netip.PrefixFrom(netip.IPv6Unspecified(), 0), s.Router)
+	}
+}
+
+// overlapping6 returns the network of guests that an IPv6 prefix overlaps, or "".
+func overlapping6(c *config.Config, p netip.Prefix) string {
+	for i := range c.Networks {
+		if n := &c.Networks[i]; n.IPv6.IsValid() && n.IPv6.Overlaps(p) {
+			return n.Name
+		}
+	}
+	return ""
+}

@@ -1,0 +1,194 @@
+package main
+
+import (
+	"context"
+	"encoding/binary"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"barevif/tools/vifrouter/slaac"
+
+	"gvisor.dev/gvisor/pkg/buffer"
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+	"gvisor.dev/gvisor/pkg/tcpip/network/ipv6"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
+)
+
+// announced is standard with an uplink that lives on announcements, and a guest's address is
+// translated.
+var announced = strings.Replace(standard, "uplink ipv6 2001:db8::2/64 via 2001:db8::1", "uplink ipv6 auto\nuplink nat ipv4 ipv6", 1)
+
+var worldLink = netip.MustParseAddr("fe80::99")
+
+// toStack is the address as gVisor has it.
+func toStack(a netip.Addr) tcpip.Address { return tcpip.AddrFromSlice(a.AsSlice()) }
+
+// routerOfTheWorld gives the world's TCP/IP the link-local address of a router.
+func (s *site) routerOfTheWorld() {
+	s.Helper()
+	err := s.world.GVisor().AddProtocolAddress(1, tcpip.ProtocolAddress{
+		Protocol: ipv6.ProtocolNumber, AddressWithPrefix: tcpip.AddressWithPrefix{Address: toStack(worldLink), PrefixLen: 64},
+	}, stack.AddressProperties{})
+	if err != nil {
+		s.Fatal(err)
+	}
+}
+
+// announce sends a router advertisement from the world, with gVisor's own encoding of its parts.
+func (s *site) announce(lifetime uint16, options ...header.NDPOption) {
+	s.Helper()
+	opts := header.NDPOptionsSerializer(options)
+	size := header.ICMPv6HeaderSize + header.NDPRAMinimumSize + opts.Length()
+	b := make([]byte, header.IPv6MinimumSize+size)
+	src, dst := toStack(worldLink), header.IPv6AllNodesMulticastAddress
+	header.IPv6(b).Encode(&header.IPv6Fields{PayloadLength: uint16(size), TransportProtocol: header.ICMPv6ProtocolNumber, HopLimit: header.NDPHopLimit, SrcAddr: src, DstAddr: dst})
+	icmp := header.ICMPv6(b[header.IPv6MinimumSize:])
+	icmp.SetType(header.ICMPv6RouterAdvert)
+	ra := header.NDPRouterAdvert(icmp.MessageBody())
+	binary.BigEndian.PutUint16(ra[2:], lifetime)
+	ra.Options().Serialize(opts)
+	icmp.SetChecksum(header.ICMPv6Checksum(header.ICMPv6ChecksumParams{Header: icmp, Src: src, Dst: dst}))
+	if err := s.world.GVisor().WritePacketToRemote(1, header.EthernetAddressFromMulticastIPv6Address(dst), ipv6.ProtocolNumber, buffer.MakeWithData(b)); err != nil {
+		s.Error(err)
+	}
+}
+
+// prefixInformation announces a /64, for a day and an hour.
+func prefixInformation(p string) header.NDPOption {
+	b := make([]byte, 30)
+	b[0], b[1] = 64, 0xc0
+	binary.BigEndian.PutUint32(b[2:], 86400)
+	binary.BigEndian.PutUint32(b[6:], 3600)
+	a := netip.MustParseAddr(p).As16()
+	copy(b[14:], a[:])
+	return header.NDPPrefixInformation(b)
+}
+
+func nameServer(lifetime uint32, addr netip.Addr) header.NDPOption {
+	b := make([]byte, 6)
+	binary.BigEndian.PutUint32(b[2:], lifetime)
+	return header.NDPRecursiveDNSServer(append(b, addr.AsSlice()...))
+}
+
+func (s *site) auto() slaac.Settings {
+	s.d.mu.Lock()
+	defer s.d.mu.Unlock()
+	return s.d.auto
+}
+
+func TestUplinkLivesOnAnnouncements(t *testing.T) {
+	s := newSite(t, strings.Replace(announced, "dns to 192.0.2.1", "dns uplink", 1))
+	s.routerOfTheWorld()
+	s.listenDNS(s.world, "udp6")
+	s.comes("the uplink is up", func() bool { return strings.Contains(s.text(), "uplink vif 0: connected") })
+	var own netip.Addr
+	s.comes("an address, a router and a name server", func() bool {
+		s.announce(1800, prefixInformation("2001:db8::"), nameServer(600, worldAddr6))
+		now := s.auto()
+		if len(now.Addrs) != 1 || now.Router != worldLink || !slices.Equal(now.DNS, []netip.Addr{worldAddr6}) {
+			return false
+		}
+		own = now.Addrs[0].Prefix.Addr()
+		return true
+	})
+	if own != netip.MustParseAddr("2001:db8::216:3eff:fe00:100") || s.auto().Addrs[0].Prefix.Bits() != 64 {
+		t.Errorf("%v", own)
+	}
+	g, _ := s.guest(firstDom)
+	s.settled(g)
+	if who, err := ask(s.ctx, g, "[2001:db8::1]:80"); err != nil || who != own.String() {
+		t.Errorf("the world sees %q, %v, and not %v", who, err, own)
+	}
+	if _, err := ask(s.ctx, g, "web.test:80"); err != nil {
+		t.Errorf("by name: %v", err)
+	}
+	now := s.d.state().(*state).Uplink
+	if !slices.ContainsFunc(now.Addresses, func(a addressState) bool { return a.From == "router" && a.Address.Addr() == own && !a.Until.IsZero() }) ||
+		!slices.Contains(now.Gateways, worldLink) || !slices.Contains(now.DNS, "[2001:db8::1]:53") {
+		t.Errorf("%+v", now)
+	}
+	// The router goes, and the address stays: the world is on the link.
+	s.comes("the router goes", func() bool {
+		s.announce(0, nameServer(0, worldAddr6))
+		now := s.auto()
+		return !now.Router.IsValid() && len(now.DNS) == 0 && len(now.Addrs) == 1
+	})
+	if _, err := ask(s.ctx, g, "[2001:db8::1]:80"); err != nil {
+		t.Error(err)
+	}
+	if !strings.Contains(s.text(), "uplink: no IPv6 router any more") {
+		t.Error("it does not say so")
+	}
+	// A reload to an address of the file ends it, and one back begins it again.
+	static := strings.Replace(standard, "dns to 192.0.2.1", "dns off", 1)
+	if err := s.d.reload(parse(t, static)); err != nil {
+		t.Fatal(err)
+	}
+	s.d.mu.Lock()
+	up := s.d.up
+	s.d.mu.Unlock()
+	s.comes("an announcement that nobody reads", func() bool {
+		s.announce(1800, prefixInformation("2001:db8:bad::"))
+		return len(up.adverts) == mostAdverts
+	})
+	if who, err := ask(s.ctx, g, "[2001:db8::1]:80"); err != nil || !strings.HasPrefix(who, "fd00:137:") || len(s.auto().Addrs) != 0 {
+		t.Errorf("%q, %v, %+v", who, err, s.auto())
+	}
+	if err := s.d.reload(parse(t, announced)); err != nil {
+		t.Fatal(err)
+	}
+	s.comes("an address again", func() bool {
+		s.announce(1800, prefixInformation("2001:db8::"))
+		return len(s.auto().Addrs) > 0
+	})
+	if now := s.auto(); len(now.Addrs) != 1 {
+		t.Errorf("what was announced before counts: %+v", now)
+	}
+	if who, err := ask(s.ctx, g, "[2001:db8::1]:80"); err != nil || who != own.String() {
+		t.Errorf("%q, %v", who, err)
+	}
+}
+
+// A station of the uplink's link that announces a guest's network, or something else each time,
+// takes nothing from guests, and the router's configuration changes once a second at most.
+func TestAStationThatAnnouncesWhatItLikes(t *testing.T) {
+	s := newSite(t, announced)
+	s.routerOfTheWorld()
+	g, _ := s.guest(firstDom)
+	s.settled(g)
+	s.comes("a router, and no network of guests", func() bool {
+		s.announce(1800, prefixInformation("fd00:137:0:7::"))
+		return s.auto().Router == worldLink && strings.Contains(s.text(), "is left out, since it is a network of guests")
+	})
+	if n := len(s.auto().Addrs); n != 0 {
+		t.Errorf("%+v", s.auto())
+	}
+	began := time.Now()
+	for i := range 300 {
+		s.announce(uint16(i%2)*1800, prefixInformation(fmt.Sprintf("2001:db8:%x::", i+1)), nameServer(600, netip.MustParseAddr(fmt.Sprintf("2001:db8::%x", i+1))))
+	}
+	s.comes("it has read some of it", func() bool { return len(s.auto().Addrs) > 0 })
+	if now := s.auto(); len(now.Addrs) > slaac.MaxPrefixes || len(now.DNS) > slaac.MaxServers {
+		t.Errorf("%+v", now)
+	}
+	changes := strings.Count(s.text(), "uplink: IPv6 router ") + strings.Count(s.text(), "uplink: no IPv6 router")
+	if most := int(time.Since(began)/leastChange) + 3; changes > most {
+		t.Errorf("%d changes of the router, at most %d are due", changes, most)
+	}
+	if n := strings.Count(s.text(), "is left out, since"); n != 1 {
+		t.Errorf("%d lines about one prefix", n)
+	}
+	ctx, cancel := context.WithTimeout(s.ctx, limit)
+	defer cancel()
+	if _, err := ask(ctx, g, "192.0.2.1:80"); err != nil {
+		t.Error(err)
+	}
+	if _, err := g.Ping(ctx, netip.MustParseAddr("fd00:137::1")); err != nil {
+		t.Error(err)
+	}
+}
