@@ -486,7 +486,11 @@ func TestPollerEndsByDeadlineWakeAndClose(t *testing.T) {
 				_, err := q.Wait()
 				done <- err
 			}()
-			time.Sleep(2 * time.Millisecond)
+			for end := time.Now().Add(labtest.Limit); !q.inside.Load(); time.Sleep(time.Millisecond) {
+				if time.Now().After(end) {
+					t.Fatal("nobody is in Wait")
+				}
+			}
 			return done
 		}
 		ends := func(done <-chan error, want error) {

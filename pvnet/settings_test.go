@@ -13,6 +13,7 @@ import (
 	"barevif/pvnet"
 	"barevif/telemetry"
 	"barevif/xenbus/toolstack"
+	"barevif/xenbus/xenstore/server/labtest"
 )
 
 // A linked pair has a frontend and a backend on an emulated machine.
@@ -50,7 +51,7 @@ func (l *linked) end() {
 // mtu waits for an event of a link that is up with that MTU.
 func (l *linked) mtu(d *pvnet.Device, want int) {
 	l.t.Helper()
-	c, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	c, cancel := context.WithTimeout(context.Background(), labtest.Limit)
 	defer cancel()
 	for ev := range d.Links(c) {
 		if ev.Up && ev.MTU == want && d.MTU() == want {

@@ -30,7 +30,7 @@ import (
 	"barevif/xenbus/toolstack"
 )
 
-const limit = 20 * time.Second
+const limit = time.Minute
 
 // private makes a directory for sockets, whose paths must be short.
 func private(t *testing.T) string {

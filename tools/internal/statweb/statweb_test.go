@@ -18,7 +18,7 @@ import (
 )
 
 const (
-	limit = 30 * time.Second
+	limit = time.Minute
 	token = "a-token-of-the-test"
 )
 

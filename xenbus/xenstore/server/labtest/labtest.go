@@ -70,11 +70,11 @@ func New(t testing.TB, cfg emu.Config) *Lab {
 	return l
 }
 
-// Comes waits until ok returns no error, at most 20 seconds, and returns the last error.
+// Comes waits until ok returns no error, at most a minute, and returns the last error.
 // It is needed for pages: a device may end a moment before its listener's goroutine gives
 // back a frame. A leaked page never comes back.
 func Comes(ok func() error) (err error) {
-	for end := time.Now().Add(20 * time.Second); ; time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(time.Minute); ; time.Sleep(time.Millisecond) {
 		if err = ok(); err == nil || time.Now().After(end) {
 			return err
 		}
