@@ -141,6 +141,8 @@ func TestAHeldVifMayBeLeftToTheScript(t *testing.T) {
 func TestAVifThatIsNotSelectedIsLeftAlone(t *testing.T) {
 	l := newLab(t)
 	bdom := l.domain(2)
+	l.domain(1)
+	l.domain(3)
 	ours, theirs := l.add(toolstack.Vif{Front: 1, Back: 2, ID: 1}), l.add(toolstack.Vif{Front: 3, Back: 2, ID: 1})
 	only := func(front hypercall.DomID) func(hypercall.DomID, string) bool {
 		return func(dom hypercall.DomID, id string) bool { return dom == front && id == "1" }
