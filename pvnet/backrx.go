@@ -134,6 +134,7 @@ func (e *backRX) receiveAny(frames []Frame, into, pay bool) (n int, err error) {
 		case e.lendNext(f):
 			lent = true
 		case !build(e.private, int(e.next.total), f):
+			e.starve(e.atHand()) // now: the counters look again, and collect what has come back since
 			e.count.Add(telemetry.AllocFailed, 1)
 			err = ErrNoBuffers
 		}
@@ -161,9 +162,6 @@ func (e *backRX) receiveAny(frames []Frame, into, pay bool) (n int, err error) {
 	e.publish(0)
 	if n > 0 && (err == ErrNoBuffers || err == ErrShortFrame || err == ErrStale) {
 		err = nil
-	}
-	if err == ErrNoBuffers {
-		e.starve(e.atHand())
 	}
 	return n, err
 }

@@ -98,9 +98,6 @@ func (e *frontRX) receive(frames []Frame, into bool) (n int, err error) {
 	if n > 0 && (err == ErrNoBuffers || err == ErrShortFrame) {
 		err = nil
 	}
-	if err == ErrNoBuffers {
-		e.starve(e.atHand())
-	}
 	return n, err
 }
 
@@ -156,6 +153,7 @@ func (e *frontRX) deliver(f *Frame, into bool, t *tally) (good bool, err error) 
 		e.haveNext = false
 		return true, nil
 	case !build(e.private, int(e.next.total), f):
+		e.starve(e.atHand()) // now: the counters look again, and collect what has come back since
 		e.count.Add(telemetry.AllocFailed, 1)
 		return false, ErrNoBuffers
 	}
