@@ -137,6 +137,7 @@ func (e *backRX) receiveAny(frames []Frame, into, pay bool) (n int, err error) {
 		case e.lendNext(f):
 			lent = true
 		case !e.buildNext(f):
+			e.starve(e.atHand()) // now: the counters look again, and collect what has come back since
 			e.count.Add(telemetry.AllocFailed, 1)
 			err = ErrNoBuffers
 		}
@@ -167,9 +168,6 @@ func (e *backRX) receiveAny(frames []Frame, into, pay bool) (n int, err error) {
 	e.publish(0)
 	if n > 0 && (err == ErrNoBuffers || err == ErrShortFrame || err == ErrStale) {
 		err = nil
-	}
-	if err == ErrNoBuffers {
-		e.starve(e.atHand())
 	}
 	return n, err
 }

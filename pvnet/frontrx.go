@@ -101,9 +101,6 @@ func (e *frontRX) receive(frames []Frame, into bool) (n int, err error) {
 	if n > 0 && (err == ErrNoBuffers || err == ErrShortFrame) {
 		err = nil
 	}
-	if err == ErrNoBuffers {
-		e.starve(e.atHand())
-	}
 	return n, err
 }
 
@@ -161,6 +158,7 @@ func (e *frontRX) deliver(frames []Frame, n int, into bool, t *tally) (good bool
 		e.haveNext = false
 		return true, nil
 	case !build(e.private, int(e.next.total), f):
+		e.starve(e.atHand()) // now: the counters look again, and collect what has come back since
 		e.count.Add(telemetry.AllocFailed, 1)
 		return false, ErrNoBuffers
 	}

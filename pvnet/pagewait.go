@@ -10,7 +10,7 @@ import "sync/atomic"
 // come back but how many are there: someone who looks at the rings meanwhile may have collected
 // them.
 type pageWait struct {
-	starved atomic.Bool // the last receive returned ErrNoBuffers; the watchdog reads it
+	starved atomic.Bool // the last receive found no page for the next frame; the watchdog reads it
 	had     int         // the pages that the engine had then
 }
 
