@@ -29,11 +29,17 @@ func offered(names []string, already ...string) ([]string, cobra.ShellCompDirect
 	return names, cobra.ShellCompDirectiveNoFileComp
 }
 
-// completeVifs offers for the flag --vif what xenstore has for the domain of these flags.
+// completeVifs offers for the flag --vif what xenstore has for the domain of these flags. The vifs of a Xen are
+// offered without --xen too, except where the flags name an emulated host.
 func (f *front) completeVifs(cmd *cobra.Command, _ []string, _ string) ([]string, cobra.ShellCompDirective) {
 	ctx, cancel := context.WithTimeout(cmd.Context(), completePatience)
 	defer cancel()
-	ids, _ := f.domain.Vifs(ctx) // there is no place for an error between two words of a command line
+	var ids []string
+	if flags := cmd.Flags(); flags.Changed("emu") || flags.Changed("emu-user") || flags.Changed("dom") {
+		ids, _ = f.domain.Vifs(ctx) // there is no place for an error between two words of a command line
+	} else {
+		ids = f.domain.Candidates(ctx, xendev.Config{})
+	}
 	var given []string
 	if cmd.Flags().Changed("vif") {
 		given = f.vifs

@@ -98,6 +98,20 @@ func TestUnitsRunCommandsThatThereAre(t *testing.T) {
 	}
 }
 
+// systemd starts a service again however often it has failed. By default it gives up after five
+// starts within ten seconds, as many as there are where a vif is not there yet.
+func TestUnitsAreStartedAgainWithoutEnd(t *testing.T) {
+	for file, unit := range units(t) {
+		head, _, _ := strings.Cut(unit, "[Service]")
+		if limit := settings(head, "StartLimitIntervalSec"); len(limit) != 1 || limit[0] != "0" {
+			t.Errorf("%s: StartLimitIntervalSec=%q", file, limit)
+		}
+		if again := settings(unit, "Restart"); len(again) != 1 || again[0] != "always" {
+			t.Errorf("%s: Restart=%q", file, again)
+		}
+	}
+}
+
 // systemd finds nothing wrong with the units.
 func TestSystemdTakesTheUnits(t *testing.T) { deploytest.Verify(t, installed, units(t)) }
 

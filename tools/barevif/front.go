@@ -189,9 +189,13 @@ func (f *front) ownAll(ctx context.Context, dom *domain.Domain, cards []*card, c
 			}
 		})
 	}
+	told := make(chan struct{})
 	go func() {
-		starting.Wait()
-		notify("READY=1")
+		defer close(told)
+		starting.Wait() // each vif has begun, or failed
+		if slices.ContainsFunc(cards, func(c *card) bool { return c.begun }) {
+			notify("READY=1")
+		}
 	}()
 	ended := make(chan error, 1)
 	go func() {
@@ -202,6 +206,7 @@ func (f *front) ownAll(ctx context.Context, dom *domain.Domain, cards []*card, c
 	var err error
 	select {
 	case err = <-ended:
+		<-told
 	case <-dom.Gone:
 	}
 	select {

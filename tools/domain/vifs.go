@@ -26,13 +26,7 @@ func XenstoreSocket(socket string) string {
 // process does not become the domain, in which another one may run.
 func (f *Flags) Vifs(ctx context.Context) (ids []string, err error) {
 	if f.Xen {
-		all, err := xenhost.Vifs(xendev.Config{})
-		for _, v := range all {
-			if id, ok := FrontendID(v); ok {
-				ids = append(ids, id)
-			}
-		}
-		return inOrder(ids), err
+		return xenVifs(xendev.Config{})
 	}
 	if socket, owner := joinPlace(); f.Socket == socket && f.User == "" {
 		if err := checkPlace(filepath.Dir(socket), owner); err != nil {
@@ -49,6 +43,28 @@ func (f *Flags) Vifs(ctx context.Context) (ids []string, err error) {
 	ids, err = store.Directory(ctx, "/local/domain/"+strconv.Itoa(int(f.Dom))+"/device/vif")
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil // it has none
+	}
+	return inOrder(ids), err
+}
+
+// Candidates returns the ids that may be meant by a command line which is not complete. Without an
+// emulated host these are the vifs of the Xen domain, for which --xen may follow. cfg says where that is.
+func (f *Flags) Candidates(ctx context.Context, cfg xendev.Config) []string {
+	if !f.Xen {
+		if ids, err := f.Vifs(ctx); err == nil {
+			return ids
+		}
+	}
+	ids, _ := xenVifs(cfg) // there is no place for an error between two words of a command line
+	return ids
+}
+
+func xenVifs(cfg xendev.Config) (ids []string, err error) {
+	all, err := xenhost.Vifs(cfg)
+	for _, v := range all {
+		if id, ok := FrontendID(v); ok {
+			ids = append(ids, id)
+		}
 	}
 	return inOrder(ids), err
 }
