@@ -106,7 +106,7 @@ func TestUnitsAreStartedAgainWithoutEnd(t *testing.T) {
 		if limit := settings(head, "StartLimitIntervalSec"); len(limit) != 1 || limit[0] != "0" {
 			t.Errorf("%s: StartLimitIntervalSec=%q", file, limit)
 		}
-		if again := settings(unit, "Restart"); len(again) != 1 || again[0] != "always" {
+		if again := deploytest.Settings(unit, "Restart"); len(again) != 1 || again[0] != "always" {
 			t.Errorf("%s: Restart=%q", file, again)
 		}
 	}
