@@ -103,7 +103,7 @@ func TestUnitsRunCommandsThatThereAre(t *testing.T) {
 func TestUnitsAreStartedAgainWithoutEnd(t *testing.T) {
 	for file, unit := range units(t) {
 		head, _, _ := strings.Cut(unit, "[Service]")
-		if limit := settings(head, "StartLimitIntervalSec"); len(limit) != 1 || limit[0] != "0" {
+		if limit := deploytest.Settings(head, "StartLimitIntervalSec"); len(limit) != 1 || limit[0] != "0" {
 			t.Errorf("%s: StartLimitIntervalSec=%q", file, limit)
 		}
 		if again := deploytest.Settings(unit, "Restart"); len(again) != 1 || again[0] != "always" {

@@ -5,9 +5,13 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
+
+// patience is how long the manager may take to make room for a message.
+const patience = 5 * time.Second
 
 // Notify tells systemd about a change (sd_notify(3)), "READY=1". Without systemd it does
 // nothing.
@@ -21,6 +25,7 @@ func Notify(state string) {
 		return // the manager that set the variable is gone
 	}
 	defer c.Close()
+	_ = c.SetWriteDeadline(time.Now().Add(patience)) // a manager that does not read must not keep us
 	_, _ = c.Write([]byte(state)) // it waits for an answer of nobody
 }
 
