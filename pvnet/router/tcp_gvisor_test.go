@@ -121,6 +121,11 @@ func (w *wire) bring(i int, frame []byte) {
 	batch := []Packet{{In: in, Head: frame, Total: len(frame)}}
 	w.Process(w.at, batch)
 	if batch[0].Verdict != VerdictForward {
+		// A stack that has closed answers what comes late with a RST of that late number, which
+		// nobody would believe.
+		if batch[0].Reason == ReasonWindow && forged[14+20+13]&tcpRST != 0 {
+			return
+		}
 		w.mu.Lock()
 		w.wrong++
 		w.mu.Unlock()
@@ -193,13 +198,15 @@ func TestGvisorsConnectionsFitTheirWindows(t *testing.T) {
 				for k := range data {
 					data[k] = byte(k*7 + k>>9 + i)
 				}
-				go func() {
-					c.Write(data)
-					c.CloseWrite()
-				}()
+				go c.Write(data)
+				// Neither side closes before the last byte has come.
 				h := sha256.New()
-				if n, err := io.Copy(h, net.Conn(c)); err != nil || n != int64(len(data)) || [32]byte(h.Sum(nil)) != sha256.Sum256(data) {
+				if n, err := io.CopyN(h, net.Conn(c), int64(len(data))); err != nil || [32]byte(h.Sum(nil)) != sha256.Sum256(data) {
 					t.Errorf("%d bytes came back, and %v", n, err)
+				}
+				c.CloseWrite()
+				if n, err := c.Read(make([]byte, 1)); n != 0 || err != io.EOF {
+					t.Errorf("behind the last byte: %d, %v", n, err)
 				}
 			})
 		}

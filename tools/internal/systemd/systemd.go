@@ -26,7 +26,7 @@ func Notify(state string) {
 	}
 	defer c.Close()
 	_ = c.SetWriteDeadline(time.Now().Add(patience)) // a manager that does not read must not keep us
-	_, _ = c.Write([]byte(state)) // it waits for an answer of nobody
+	_, _ = c.Write([]byte(state))                    // it waits for an answer of nobody
 }
 
 // Reloading tells systemd that a reload begins, for a unit of Type=notify-reload too, which wants
