@@ -106,7 +106,9 @@ func TestRouterIsAProcess(t *testing.T) {
 	fetch(t, url+"/")
 	wants(t, status().exit(0), "not reloaded", "vif 0, up")
 	r.signal(syscall.SIGTERM)
-	r.exit(0)
+	if out := r.exit(0); strings.Contains(out, "level=ERROR") {
+		t.Errorf("an ordinary end is no error:\n%s", out)
+	}
 	if left, err := os.ReadDir(look); err != nil || len(left) != 0 {
 		t.Errorf("%v is left, %v", left, err)
 	}

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"barevif/hypercall"
@@ -23,6 +24,8 @@ import (
 // A daemon is a running router: the plane that moves frames, and beside it what gives vifs their
 // addresses, answers guests, and follows the uplink and the configuration.
 type daemon struct {
+	ended atomic.Bool // close was called: what listens on the router's own addresses ends
+
 	domain hypercall.Domain
 	say    func(format string, args ...any)
 	log    *slog.Logger
@@ -106,6 +109,7 @@ func (d *daemon) run(ctx context.Context) error {
 
 // close ends the services; nothing of the plane runs any more.
 func (d *daemon) close() {
+	d.ended.Store(true)
 	d.mu.Lock()
 	for at, s := range d.services {
 		s.close()

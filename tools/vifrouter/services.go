@@ -117,7 +117,7 @@ func (d *daemon) serveMetrics(m config.Metrics) (end func(), err error) {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		if err := s.Serve(l); !errors.Is(err, http.ErrServerClosed) && !errors.Is(err, net.ErrClosed) {
+		if err := s.Serve(l); !errors.Is(err, http.ErrServerClosed) && !errors.Is(err, net.ErrClosed) && !d.ended.Load() {
 			d.log.Error("the counters are not served any more", "err", err)
 		}
 	}()

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"net/netip"
 	"runtime/debug"
 	"slices"
@@ -119,7 +120,12 @@ func (d *daemon) state() any {
 	s.Version, s.Commit = release.Of(info)
 	s.Uplink = d.uplinkStateLocked()
 	members := map[string]int{}
-	for _, g := range d.sortedLocked() {
+	list := d.sortedLocked()
+	slices.SortFunc(list, func(a, b *guest) int { // their ports are numbered as they came
+		x, y := a.dev.ID(), b.dev.ID() // decimal
+		return cmp.Or(cmp.Compare(a.dev.Peer(), b.dev.Peer()), cmp.Compare(len(x), len(y)), cmp.Compare(x, y))
+	})
+	for _, g := range list {
 		if g.admitted {
 			members[g.network]++
 		}
