@@ -308,7 +308,8 @@ func (a *Arena) Retire(done func()) {
 	a.finishRetire()
 }
 
-// SetWake sets what [Arena.WakeOnReturn] has called, if that was not given to [NewReadOnly].
+// SetWake sets the function that wakes the owner: the next release by another goroutine calls
+// it, once the owner has called [Arena.WakeOnReturn]. It replaces the wake of [NewReadOnly].
 func (a *Arena) SetWake(wake func()) { a.wake.Store(&wake) }
 
 // WakeOnReturn makes the next release by another goroutine call the wake of [NewReadOnly] or

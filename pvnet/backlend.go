@@ -230,7 +230,8 @@ func (e *backRX) unlendBatch() {
 	}
 }
 
-// takeBackLent takes back a page, if p names one, from a frame that nobody has, and forgets it.
+// takeBackLent ends the loan of the page that p names, if it names one: the caller never got the
+// frame in that page. It clears p.
 func (l *lender) takeBackLent(p *lentPage) {
 	r := p.run
 	if r == nil {

@@ -117,8 +117,8 @@ func TestAVifThatXenstoreHeldUpIsClosedLater(t *testing.T) {
 	}
 }
 
-// What the toolstack asks for after a device has ended is done as well: a state that it wrote is
-// answered, and a backend that is to remove directories removes this one.
+// After a device has ended, Serve still does what the toolstack asks for: it answers the state
+// Closing with Closed, and with ServeConfig.Remove it removes the vif's directory.
 func TestAVifThatEndedIsStillClosed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		for _, remove := range []bool{false, true} {

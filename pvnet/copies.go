@@ -15,8 +15,9 @@ type Copies struct {
 	arena *arena.Arena // guarded by mu: it has one owner at a time
 }
 
-// NewCopies makes room for copies in so many pages of 4096 bytes, at least one. A frame of one page
-// takes one; a longer one takes what it and 128 bytes before it need.
+// NewCopies makes room for copies in so many pages of 4096 bytes, at least one. A frame of at
+// most 4096 bytes takes one page. A longer frame has 128 bytes of headroom, and takes as many
+// pages as its bytes and the headroom fill.
 func NewCopies(pages int) *Copies {
 	return &Copies{arena: arena.New(shm.Heap(max(pages, 1)), shm.PageSize)}
 }

@@ -28,8 +28,9 @@ func catchFault(f func()) (v *PeerError) {
 	return nil
 }
 
-// An unfinished is what a receive has taken and not given to its caller yet. If the peer's memory
-// is gone, the call ends in a panic, and nobody else knows of it.
+// An unfinished records the pages and frames that a call of receive has taken out of its arenas
+// and has not handed to its caller yet. If the peer's memory is gone, the call ends in a panic
+// without handing them over; the trap that catches the panic then gives them back to the arenas.
 type unfinished struct {
 	taken int     // of the engine's got: pages for frames of one page
 	built []Frame // the batch, as far as it has other frames

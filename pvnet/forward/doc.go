@@ -11,8 +11,9 @@
 // A frame is not copied on its way through this package, but for a lent one that has to wait (see
 // below): it stays in the page into which its device received it, until the sending device has
 // copied it into a page of its peer (a backend), or into one that its peer has a grant for (a
-// frontend). Its checksum state and its GSO stay as they are. The sending device completes, or
-// cuts, what its peer does not take, as [pvnet.TX.Send] says.
+// frontend). Its checksum state and its GSO stay as they are. If the peer of the
+// sending device does not take partial checksums or long frames, the device completes the
+// checksum or cuts the frame ([pvnet.TX.Send]).
 //
 // Whoever gives frames to an Input sends them himself while nobody else does: a batch then
 // costs one lock more than [pvnet.TX.Send]. While somebody sends, the frames wait in the
@@ -42,8 +43,8 @@
 // behind it. So a lent frame that has to wait is copied first, and is dropped as Full if its source
 // has no page for it; one that finds room is never copied. With [Wait], which is for two vifs that
 // are to wait for each other, it is not copied, and waits in the guest's page. A guest can still write
-// what it lends: who decides by a frame's bytes, as a filter does, and passes on what it read, needs
-// LendRx off.
+// to a page that it lends. So leave LendRx off where a program first checks the bytes of a frame and
+// then passes the frame on, as a filter does: the guest could change the bytes in between.
 //
 // Pages come back when a vif ends, whichever it is. Frames of a device that has disconnected
 // stay readable, and are sent.

@@ -454,11 +454,11 @@ var conformance = []struct {
 		c.Want(wire.IsDomainIntroduced, 0, z("3"), z("F"))
 	}},
 	{"set target", func(t *testing.T, r rig) {
-		c, stub, target := r.dom0(), r.guest(3), r.guest(4)
+		c, model, target := r.dom0(), r.guest(3), r.guest(4)
 		target.Want(wire.Write, 0, "x\x001", ok)
-		stub.Want(wire.Read, 0, z("/local/domain/4/x"), "EACCES")
+		model.Want(wire.Read, 0, z("/local/domain/4/x"), "EACCES")
 		c.Want(wire.SetTarget, 0, z("3", "4"), ok)
-		stub.Want(wire.Read, 0, z("/local/domain/4/x"), "1")
+		model.Want(wire.Read, 0, z("/local/domain/4/x"), "1")
 		target.Want(wire.Read, 0, z("/local/domain/3"), "EACCES")
 	}},
 	{"special watches", func(t *testing.T, r rig) {

@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"path"
 	"slices"
 	"strings"
@@ -16,6 +15,7 @@ import (
 	"barevif/pvnet/forward"
 	"barevif/pvnet/inspect"
 	"barevif/tools/cli"
+	"barevif/tools/internal/looking"
 	"barevif/tools/internal/release"
 	"barevif/tools/internal/stat"
 	"barevif/tools/table"
@@ -205,20 +205,7 @@ func (s *bridgeStatus) run(ctx context.Context, names []string) error {
 	if err != nil {
 		return err
 	}
-	if s.json {
-		enc := json.NewEncoder(s.Stdout)
-		enc.SetIndent("", "  ")
-		return enc.Encode(all)
-	}
-	var b strings.Builder
-	for i := range all {
-		if i > 0 {
-			b.WriteByte('\n')
-		}
-		writeBridge(&b, &all[i])
-	}
-	_, err = io.WriteString(s.Stdout, b.String())
-	return err
+	return looking.Print(s.Stdout, s.json, all, writeBridge)
 }
 
 // findBridges returns the bridges that names mean, all if there are no names.

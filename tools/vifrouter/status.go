@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"maps"
 	"net/netip"
 	"slices"
@@ -142,20 +141,8 @@ func (s *asking) find(ctx context.Context, uids []int) ([]shown, error) {
 }
 
 func (s *asking) write(all []shown) error {
-	if s.json {
-		enc := json.NewEncoder(s.Stdout)
-		enc.SetIndent("", "  ")
-		return enc.Encode(all)
-	}
-	var b strings.Builder
-	for i := range all {
-		if i > 0 {
-			b.WriteByte('\n')
-		}
-		all[i].write(&b, time.Now())
-	}
-	_, err := io.WriteString(s.Stdout, b.String())
-	return err
+	now := time.Now()
+	return looking.Print(s.Stdout, s.json, all, func(b *strings.Builder, r *shown) { r.write(b, now) })
 }
 
 // write writes a state as text. What is in it another process said, of this user or one that

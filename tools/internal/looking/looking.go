@@ -3,14 +3,17 @@
 package looking
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
 	"syscall"
 
 	"barevif/pvnet/inspect"
@@ -111,4 +114,23 @@ func OwnerOf(dir string) (uid int, ok bool) {
 		return 0, false
 	}
 	return users.Of(st)
+}
+
+// Print writes the states of processes to out: as one JSON array, or as text, for which write is
+// called with each, and an empty line is between two.
+func Print[T any](out io.Writer, asJSON bool, all []T, write func(*strings.Builder, *T)) error {
+	if asJSON {
+		enc := json.NewEncoder(out)
+		enc.SetIndent("", "  ")
+		return enc.Encode(all)
+	}
+	var b strings.Builder
+	for i := range all {
+		if i > 0 {
+			b.WriteByte('\n')
+		}
+		write(&b, &all[i])
+	}
+	_, err := io.WriteString(out, b.String())
+	return err
 }
