@@ -278,10 +278,12 @@ func TestT16ACarrierThatComesAndGoes(t *testing.T) {
 		ended := g.write(stop)
 		lines := func() int { return strings.Count(l.log.String(), "carrier") }
 		before := lines()
-		for range 600 { // ten minutes; it takes a frame whenever the carrier is off
+		// Ten minutes. Whenever the carrier is off it posts pages for two seconds of frames, so
+		// that the tick that follows finds some left: one page alone may be gone by then.
+		for range 600 {
 			time.Sleep(time.Second)
 			if g.dev.Stalled() {
-				g.Post(1)
+				g.Post(20)
 			}
 		}
 		if n := count(g.dev, telemetry.CarrierOff); n < 8 || n > 10 {
