@@ -124,6 +124,8 @@ func benchBridge(b *testing.B, guests int, pooled bool) {
 //
 //   - delivered: frames of the paced guests that arrive beside the flooder, in those that do without
 //   - p99-x: the 99th percentile of their time on the way, in that without the flooder
+//   - p99-busy-x: the same, in that beside a goroutine that only computes instead of flooding:
+//     what the bridge adds to what the processor's time costs
 //   - share: what the guest that gets least has, in an equal part of all that arrives, when all send what they can
 //
 // The guests run on the bridge's processors. With fewer of these than there are busy guests,
@@ -147,9 +149,15 @@ func benchFlooder(b *testing.B, pooled bool) {
 	start := time.Now()
 	const phase = 400 * time.Millisecond
 
+	type load int
+	const (
+		nothing load = iota
+		flood
+		compute
+	)
 	// run has the others send for one phase, and returns how many frames of each arrived, the
 	// flooder's last, and how long those of the others took, sorted.
-	run := func(flood, paced bool) (arrived [others + 2]int, took []time.Duration) {
+	run := func(beside load, paced bool) (arrived [others + 2]int, took []time.Duration) {
 		end := time.Now().Add(phase)
 		var under [others]atomic.Int64
 		var sending, flooding, receiving sync.WaitGroup
@@ -175,11 +183,16 @@ func benchFlooder(b *testing.B, pooled bool) {
 				runtime.Gosched() // the guests share the bridge's processors here
 			}
 		})
-		if flood {
+		if beside != nothing {
 			sample := frame(mac(others), mac(others+1), 0)[:64]
 			flooding.Go(func() {
-				for time.Now().Before(end) {
-					flooder.send(sample, 32, true)
+				for at := time.Now(); at.Before(end); at = time.Now() {
+					if beside == flood {
+						flooder.send(sample, 32, true)
+					} else {
+						for time.Since(at) < 5*time.Microsecond { // about what a batch takes
+						}
+					}
 					runtime.Gosched()
 				}
 			})
@@ -214,17 +227,19 @@ func benchFlooder(b *testing.B, pooled bool) {
 		return arrived, took
 	}
 	p99 := func(took []time.Duration) float64 { return float64(took[len(took)*99/100]) }
-	var delivered, slower, share float64
+	var delivered, slower, slowerBusy, share float64
 	n := 0
 	for b.Loop() {
-		_, without := run(false, true)
-		_, beside := run(true, true)
-		if len(without) == 0 || len(beside) == 0 {
+		_, without := run(nothing, true)
+		_, beside := run(flood, true)
+		_, busy := run(compute, true)
+		if len(without) == 0 || len(beside) == 0 || len(busy) == 0 {
 			b.Fatal("nothing arrived")
 		}
 		delivered += float64(len(beside)) / float64(len(without))
 		slower += p99(beside) / p99(without)
-		all, _ := run(true, false)
+		slowerBusy += p99(beside) / p99(busy)
+		all, _ := run(flood, false)
 		total := 0
 		for _, k := range all {
 			total += k
@@ -234,6 +249,7 @@ func benchFlooder(b *testing.B, pooled bool) {
 	}
 	b.ReportMetric(delivered/float64(n), "delivered")
 	b.ReportMetric(slower/float64(n), "p99-x")
+	b.ReportMetric(slowerBusy/float64(n), "p99-busy-x")
 	b.ReportMetric(share/float64(n), "share")
 	b.ReportMetric(0, "ns/op")
 }
