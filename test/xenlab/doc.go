@@ -71,6 +71,7 @@
 //	  both ours, multicast     PV domU: a frontend of ours that joins groups; dom0: barevif back, on a bridge
 //	  both ours, taken over    PV domU: barevif serve; dom0: barevif back, another by --take-over
 //	  both ours, without root  PV domU: barevif serve; PV driver domain: barevif back; both as a user
+//	  units                    PV domU: systemd with barevif's units and udev rules, twice; dom0: netback
 //	  router                   PV domU: netfront; PV driver domain: vifrouter, then Linux's forwarding; dom0: netback
 //
 //	oxenstored

@@ -98,11 +98,12 @@ const (
 
 // A Guest describes a domain to create. Its kernel has no network driver loaded.
 type Guest struct {
-	Name   string // unique in the scenario
-	Type   GuestType
-	VIFs   []VIF
-	Linux  []string // additional arguments for its kernel, such as xen_privcmd.unrestricted=1
-	Config []string // additional lines for xl, such as driver_domain=1
+	Name    string // unique in the scenario
+	Type    GuestType
+	VIFs    []VIF
+	Systemd string   // a file of dom0, an image whose process 1 is systemd; "": image.GuestImage
+	Linux   []string // additional arguments for its kernel, such as xen_privcmd.unrestricted=1
+	Config  []string // additional lines for xl, such as driver_domain=1
 }
 
 // A VIF is one network card of a guest. The zero VIF has its backend in dom0.
@@ -131,9 +132,13 @@ func (v VIF) Spec(i int) string {
 }
 
 func (g Guest) config() string {
-	kernel := append([]string{
-		"console=hvc0", "loglevel=5", "mitigations=off", "panic=1", "xenlab=guest",
-	}, g.Linux...)
+	role, ramdisk := proto.RoleGuest, image.GuestImage
+	kernel := []string{"console=hvc0", "loglevel=5", "mitigations=off", "panic=1"}
+	if g.Systemd != "" {
+		role, ramdisk = proto.RoleSystemd, g.Systemd
+		kernel = append(kernel, "rdinit="+image.SystemdInit, "systemd.show_status=0")
+	}
+	kernel = append(append(kernel, proto.Role+"="+role), g.Linux...)
 	vifs := make([]string, len(g.VIFs))
 	for i, v := range g.VIFs {
 		vifs[i] = strconv.Quote(v.Spec(i))
@@ -142,7 +147,7 @@ func (g Guest) config() string {
 		fmt.Sprintf("name=%q", g.Name),
 		fmt.Sprintf("type=%q", g.Type),
 		fmt.Sprintf("kernel=%q", image.GuestKernel),
-		fmt.Sprintf("ramdisk=%q", image.GuestImage),
+		fmt.Sprintf("ramdisk=%q", ramdisk),
 		"memory=448", // MiB: an initramfs of 130 MB takes its size twice while it is unpacked
 		"vcpus=1",
 		fmt.Sprintf("extra=%q", strings.Join(kernel, " ")),

@@ -280,6 +280,32 @@ func TestGuestIsDescribedForXL(t *testing.T) {
 	}
 }
 
+func TestAGuestOfSystemdIsDescribedForXL(t *testing.T) {
+	got := Guest{Name: "units", Type: PV, Systemd: "/run/again.cpio"}.config()
+	for _, want := range [...]string{`ramdisk="/run/again.cpio"`, " rdinit=/lib/systemd/systemd ", ` xenlab=systemd"`} {
+		if !strings.Contains(got, want) {
+			t.Errorf("no %s in\n%s", want, got)
+		}
+	}
+}
+
+// The scenario runs the lines of the page, in the order and the place that it names.
+func TestDeployingShowsHowUnitsAreInstalled(t *testing.T) {
+	page, err := os.ReadFile("../../tools/barevif/DEPLOYING.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := "In `deploy`, after the program is in `" + image.InstalledBarevif[:strings.LastIndex(image.InstalledBarevif, "/")] + "` and the kernel's netfront is kept away, as above:\n\n    " + strings.Join(installUnits[:], "\n    ") + "\n"; !strings.Contains(string(page), want) {
+		t.Errorf("the page does not say %q", want)
+	}
+	if !strings.Contains(string(page), "\n    "+keepNetfrontAway+"\n") {
+		t.Errorf("the page does not say %q", keepNetfrontAway)
+	}
+	if !strings.Contains(string(page), "`"+readJournal+" | jq`") {
+		t.Errorf("the page does not say %q", readJournal)
+	}
+}
+
 // idle returns a scenario without a machine.
 func idle(t *testing.T) *T {
 	t.Helper()

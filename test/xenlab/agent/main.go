@@ -1,7 +1,7 @@
 //go:build linux
 
-// Agent is the init process of every domain of the lab. Process 1 only reaps zombies. Its child
-// sets up the domain and executes the calls of the host. In dom0 these come through a
+// Agent is the init process of every domain of the lab, except one that systemd runs, where it is
+// a service. Process 1 only reaps zombies. Its child sets up the domain and executes the calls of the host. In dom0 these come through a
 // virtio-serial port; in another domain they come through nodes of xenstore, from the agent in
 // dom0.
 //
@@ -67,13 +67,16 @@ func powerOff() {
 }
 
 func serve() error {
+	if argument(proto.Role) == proto.RoleSystemd { // elsewhere there is no /proc yet
+		return serveLink()
+	}
 	if err := mounts(); err != nil {
 		return err
 	}
 	if err := loopbackUp(); err != nil {
 		return err
 	}
-	if argument("xenlab") == "dom0" {
+	if argument(proto.Role) == proto.RoleDom0 {
 		return serveDom0()
 	}
 	return serveGuest()
@@ -83,6 +86,11 @@ func serveGuest() error {
 	if err := xenDevices(); err != nil {
 		return err
 	}
+	return serveLink()
+}
+
+// serveLink executes the calls that come through xenstore.
+func serveLink() error {
 	f, err := os.OpenFile("/dev/xen/xenbus", os.O_RDWR, 0)
 	if err != nil {
 		return err

@@ -112,6 +112,14 @@ func Build(ctx context.Context, cfg Config) (*Set, error) {
 	if err := guest.WriteFile(guestImage); err != nil {
 		return nil, err
 	}
+	systemd, err := d.systemd(ctx)
+	if err != nil {
+		return nil, err
+	}
+	systemdLayer := filepath.Join(cfg.Dir, filepath.Base(SystemdLayer))
+	if err := systemd.WriteFile(systemdLayer); err != nil {
+		return nil, err
+	}
 	dom0, err := d.base(built)
 	if err != nil {
 		return nil, err
@@ -120,6 +128,7 @@ func Build(ctx context.Context, cfg Config) (*Set, error) {
 		return nil, err
 	}
 	dom0.File(GuestImage, 0o644, guestImage)
+	dom0.File(SystemdLayer, 0o644, systemdLayer)
 	dom0.File(GuestKernel, 0o644, d.vmlinux)
 	if cfg.Appliance != "" {
 		log.Info("make images", "package", cfg.Appliance)
@@ -352,11 +361,11 @@ func (d *distribution) addScripts(ctx context.Context, t *guestimage.Tree) error
 		}
 	}
 	t.Link("/bin/bash", "/usr/sbin/bash") // the path that they begin with
-	out, err := exec.CommandContext(ctx, "go", "list", "-f", "{{.Dir}}", "barevif/tools/barevif/deploy").Output()
+	deploy, err := deployDir(ctx)
 	if err != nil {
-		return fmt.Errorf("go list: %w", err)
+		return err
 	}
-	t.File(dir+"vif-barevif", 0o755, filepath.Join(strings.TrimSpace(string(out)), "vif-barevif"))
+	t.File(dir+"vif-barevif", 0o755, filepath.Join(deploy, "vif-barevif"))
 	t.Link(dir+"vif-barevif-route", "vif-barevif")
 	return nil
 }
@@ -387,14 +396,22 @@ func (d *distribution) install(t *guestimage.Tree, names ...string) error {
 			return err
 		}
 		t.File("/usr/sbin/"+name, 0o755, file)
-		libs := map[string]string{}
-		if err := libraries(d.root, file, libs); err != nil {
+		if err := d.installLibraries(t, file); err != nil {
 			return err
 		}
-		for lib := range libs {
-			if err := d.installLibrary(t, lib); err != nil {
-				return err
-			}
+	}
+	return nil
+}
+
+// installLibraries puts the libraries of a program into the tree.
+func (d *distribution) installLibraries(t *guestimage.Tree, file string) error {
+	libs := map[string]string{}
+	if err := libraries(d.root, file, libs); err != nil {
+		return err
+	}
+	for lib := range libs {
+		if err := d.installLibrary(t, lib); err != nil {
+			return err
 		}
 	}
 	return nil

@@ -27,7 +27,7 @@ var metaPackages = [...]struct{ meta, prefix string }{
 var toolPackages = [...]string{
 	"busybox-static", "dash", "bash", "xen-utils-common", "xenstore-utils", "libgcc-s1",
 	"iproute2", "iputils-ping", "iperf3", "tcpdump", "ethtool", "bpftool", "curl",
-	"util-linux", "libcap2-bin",
+	"util-linux", "libcap2-bin", "systemd", "udev", "kmod",
 }
 
 // resolve asks apt which packages the images need today.

@@ -9,7 +9,7 @@ import (
 
 // libraryDirs is where Debian's packages keep shared objects.
 var libraryDirs = [...]string{
-	"lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu", "lib64", "usr/lib64",
+	"lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu", "lib64", "usr/lib64", "usr/lib/x86_64-linux-gnu/systemd",
 }
 
 // libraries adds the shared objects that file needs, directly or indirectly, to found, by name.

@@ -188,7 +188,7 @@ func qemuArgs(cfg Config, sockets string) []string {
 		"spec-ctrl=no,eager-fpu", "xpti=no", "watchdog=0",
 	}, cfg.Xen...)
 	linux := append([]string{
-		"console=hvc0", "earlyprintk=xen", "loglevel=6", "mitigations=off", "panic=5", "xenlab=dom0",
+		"console=hvc0", "earlyprintk=xen", "loglevel=6", "mitigations=off", "panic=5", proto.Role + "=" + proto.RoleDom0,
 	}, cfg.Linux...)
 	return []string{
 		"-accel", "tcg,thread=multi", "-cpu", "max,-smap,-rdtscp,-xsave,-erms", "-smp", "2", "-m", fmt.Sprint(memory),

@@ -25,6 +25,14 @@ const Store = "data/xenlab"
 // another xenstore daemon than xenstored.
 const StoreArgument = "xenlab.store"
 
+// Role is an argument on each kernel's command line, NAME=ROLE: one of the values below.
+const (
+	Role        = "xenlab"
+	RoleDom0    = "dom0"
+	RoleGuest   = "guest"
+	RoleSystemd = "systemd" // a guest whose process 1 is systemd, which mounts file systems, and loads modules when the scenario wants it
+)
+
 // An Op is the operation of a Call.
 type Op string
 
