@@ -65,6 +65,7 @@
 //	  our back, taken over     PV domU: netfront; dom0: barevif back, another by --take-over
 //	  our back, handed over    PV domU: netfront; dom0: barevif back, another by SIGUSR1
 //	  our back, guest resumed  PV domU: netfront, saved and restored; dom0: barevif back
+//	  our bridge               PV domUs: netfront; dom0: barevif bridge, killed and started again
 //	  both ours                PV domU: barevif serve; PV driver domain: barevif back
 //	  both ours, restarted     PV domU: barevif serve; PV driver domain: barevif back; each killed, both, the domain
 //	  both ours, settings      PV domU: barevif serve; PV driver domain: barevif back, its TAP changed

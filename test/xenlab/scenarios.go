@@ -79,6 +79,7 @@ func Plan() []Boot {
 				Complaints: []string{handoverBridge + `: port \d+\(.*\) entered disabled state`}},
 			{Name: "our back, guest resumed", Roles: "PV domU: netfront, saved and restored; dom0: barevif back", Limit: 6 * time.Minute, Run: backGuestResumed,
 				Complaints: []string{handoverBridge + `: port \d+\(.*\) entered disabled state`}},
+			{Name: "our bridge", Roles: "PV domUs: netfront; dom0: barevif bridge, killed and started again", Limit: 5 * time.Minute, Run: switched},
 			{Name: "both ours", Roles: "PV domU: barevif serve; PV driver domain: barevif back", Run: bothOurs},
 			{Name: "both ours, restarted", Roles: "PV domU: barevif serve; PV driver domain: barevif back; each killed, both, the domain", Limit: 8 * time.Minute, Run: bothRestarted},
 			{Name: "both ours, settings", Roles: "PV domU: barevif serve; PV driver domain: barevif back, its TAP changed", Run: settingsOfBoth},
