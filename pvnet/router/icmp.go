@@ -16,7 +16,7 @@ const (
 )
 
 // quoted returns the key of the packet that an ICMP error quotes, as it left the router, and
-// its headers.
+// its headers. At least 8 bytes of the transport header are there, which have TCP's sequence number.
 func (w *work) quoted() (t tuple, in packet.Headers, ok bool) {
 	head := w.head[:min(len(w.head), w.h.End)]
 	if in, ok = packet.Quoted(head, w.h.L4+8, w.h.Version); !ok || in.L4 == 0 || in.Fragment == packet.Later {
@@ -86,6 +86,10 @@ func (r *Router) related(w *work) {
 	f := &r.table.flows[i]
 	if f.side[d].in != p.In && (w.port == nil || !w.port.AnySource) {
 		p.Reason = ReasonSpoofed
+		return
+	}
+	if in.Proto == packet.TCP && !f.underWay(1-d, binary.BigEndian.Uint32(w.head[in.L4+4:])) {
+		p.Reason = ReasonQuote
 		return
 	}
 	dst := f.key[1-d].src

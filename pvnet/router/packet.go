@@ -91,6 +91,7 @@ const (
 	ReasonFlowTable           // the table is full
 	ReasonTranslation         // no free port number, or no address to translate to
 	ReasonWindow              // a RST or FIN of TCP whose sequence number its receiver does not expect
+	ReasonQuote               // an ICMP error that quotes a TCP segment which the flow does not have under way
 	reasons                   // their number
 )
 
@@ -100,7 +101,7 @@ const Reasons = int(reasons)
 var reasonNames = [reasons]string{
 	"none", "no_port", "malformed", "checksum", "not_ip", "tagged", "not_for_us", "source_mac", "spoofed", "martian",
 	"source_route", "fragment", "tiny_fragment", "ttl", "too_big", "no_route", "no_neighbour", "filtered", "invalid",
-	"flow_quota", "flow_table", "translation", "window",
+	"flow_quota", "flow_table", "translation", "window", "quote",
 }
 
 // String returns the reason's name in counters, as "flow_quota".
