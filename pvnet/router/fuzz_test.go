@@ -125,7 +125,7 @@ func FuzzProcess(f *testing.F) {
 				}
 				if p.Verdict == VerdictFragment {
 					var fr Fragmenter
-					if fr.Init(p.Head, p.Total, 1500) {
+					if fr.Init(p.Head, p.Total, p.MTU) {
 						for n := 0; ; n++ {
 							if _, from, size, ok := fr.Next(); !ok {
 								break

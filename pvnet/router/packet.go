@@ -33,6 +33,9 @@ type Packet struct {
 	// Learnt says that the packet taught the router a neighbour's address on port In: packets
 	// that wait for Next there may be processed again.
 	Learnt bool
+	// MTU is what the frame is to be cut to, with VerdictFragment: that of port Out, in bytes of an
+	// IP packet. Otherwise 0.
+	MTU int
 	// Translated says that addresses or ports changed: a hash that came with the frame is
 	// no longer its hash.
 	Translated bool
@@ -52,7 +55,7 @@ const (
 	VerdictLocal                    // the router itself is the receiver
 	VerdictNeighbour                // process it again once the address of Next is learnt
 	VerdictReply                    // drop it, and send what AppendReply makes out of port Out
-	VerdictFragment                 // as VerdictForward, but cut to the MTU by a Fragmenter; IPv4 only
+	VerdictFragment                 // as VerdictForward, but cut to Packet.MTU by a Fragmenter; IPv4 only
 )
 
 func (v Verdict) String() string {

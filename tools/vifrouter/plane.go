@@ -301,11 +301,12 @@ func grow(b []byte, n int) []byte {
 	return b[:n]
 }
 
-// fragment cuts a frame to the MTU of the port that it leaves by. It uses w.piece.
+// fragment cuts a frame to the MTU that the core has for the port which it leaves by: routers may
+// have announced one below the device's. It uses w.piece.
 func (pl *plane) fragment(w *worker, d *router.Packet, frame []byte) {
 	to := pl.ports[d.Out].Load()
 	var cut router.Fragmenter
-	if to == nil || !cut.Init(frame, len(frame), to.dev.MTU()) {
+	if to == nil || !cut.Init(frame, len(frame), min(d.MTU, to.dev.MTU())) {
 		pl.n.failed.Add(1)
 		return
 	}
