@@ -2,6 +2,7 @@ package router
 
 import (
 	"encoding/binary"
+	"slices"
 
 	"barevif/pvnet/packet"
 )
@@ -221,6 +222,11 @@ func (r *Router) query(w *work) {
 	w.h.Proto = icmp6
 	if packet.Fold(packet.Add(uint64(w.h.Pseudo(w.head, len(icmp))), icmp)) != 0xffff {
 		p.Reason = ReasonChecksum
+		return
+	}
+	if (w.typ == neighbourSolicitation || w.typ == neighbourAdvertisement) && len(icmp) >= 24 && slices.Contains(w.port.tentative, addr16(icmp[8:])) {
+		// Who has the address speaks with it, which is no neighbour's yet.
+		p.Verdict, p.Out = VerdictLocal, LocalPort
 		return
 	}
 	if !w.t.src.unspecified() && !r.mayBeNeighbour(w.port, w.t.src) {
