@@ -46,6 +46,9 @@ func wants(t *testing.T) *Client {
 
 func TestAnAddressIsUsedOnceNobodyAnswers(t *testing.T) {
 	c := wants(t)
+	if n := len(c.Probes(now.Add(-1))); n != 0 {
+		t.Errorf("%d frames before it is time", n)
+	}
 	asked := now.Add(mostDelay)
 	frames := c.Probes(asked)
 	if len(frames) != 2 || len(c.Probes(asked)) != 0 {
