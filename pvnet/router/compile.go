@@ -35,6 +35,7 @@ type port struct {
 	onLink    []prefix
 	addrs     []addr // the router's own, without link-local ones
 	addrNets  []prefix
+	tentative []addr
 	linkLocal addr // zero without IPv6
 	guardMAC  bool
 }
@@ -173,6 +174,13 @@ func (s *snapshot) addPort(c *Port, i int, bad *complaints) {
 	p := &port{Port: *c, guardMAC: c.SourceMAC != [6]byte{}}
 	if p.MTU == 0 {
 		p.MTU = 1500
+	}
+	for _, a := range c.Tentative {
+		if !a.Is6() || a.Is4In6() || a.Zone() != "" || a.IsMulticast() || a.IsUnspecified() || a.IsLoopback() {
+			bad.add(where, "has the tentative address %v: write one of IPv6 that a host may have, without a zone", a)
+			continue
+		}
+		p.tentative = append(p.tentative, toAddr(a))
 	}
 	six := false
 	for _, a := range c.Addrs {

@@ -51,6 +51,12 @@ type Port struct {
 	// if there is any IPv6 address.
 	Addrs []netip.Prefix
 
+	// Tentative are IPv6 addresses that the caller means to have on this port once it knows that
+	// nobody else of the link has them (RFC 4862, 5.4). The router does not answer for them. What
+	// others say of one, solicitations of its neighbours and advertisements, comes with
+	// VerdictLocal, from whomever it comes.
+	Tentative []netip.Addr
+
 	// Sources, unless empty, are the only source addresses of packets that come in here.
 	// Link-local and unspecified ones may still talk to the router itself, as DHCP
 	// and neighbour discovery do.

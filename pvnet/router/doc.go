@@ -53,7 +53,8 @@
 // begins with its SYN, also after a restart: there is none whose windows are unknown but for
 // the answers that have not come yet. Echo requests are told apart by their identifiers,
 // protocols other than TCP and UDP by their addresses alone. An ICMP error belongs to the flow of the
-// packet that it quotes, and is translated with it; one that quotes no known packet is dropped.
+// packet that it quotes, and is translated with it; one that quotes no known packet is dropped, and
+// so is one that quotes a TCP segment which cannot be under way ([ReasonQuote]; RFC 5927).
 //
 // Each flow is charged to the port it began at. A port has at most [Limits].FlowsPerPort.
 // At this bound a new flow takes the place of the port's own oldest flow that is half open or

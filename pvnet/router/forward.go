@@ -451,6 +451,7 @@ func (r *Router) fits(w *work, out *port) (Verdict, bool) {
 	}
 	const dontFragment = 0x40
 	if w.h.Version == 4 && w.head[w.h.L3+6]&dontFragment == 0 && w.p.GSO == 0 {
+		w.p.MTU = out.MTU
 		return VerdictFragment, true
 	}
 	w.p.reply.mtu = uint32(out.MTU)

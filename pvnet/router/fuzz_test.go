@@ -63,6 +63,18 @@ func FuzzProcess(f *testing.F) {
 	then := fragment6(1, 16, false, make([]byte, 16))
 	f.Add(f6.Head, then.Head, uint16(clientA), uint8(0))
 	f.Add(syn4.frame(), tcp(uplink, server, 80, "192.0.2.2", 4000, synAck).frame(), uint16(clientA), uint8(3))
+	// Errors about the router's own connection, whose port is not translated, and about one to the router.
+	own := tcp(LocalPort, "192.0.2.2", 4000, server, 80, syn)
+	own.dmac, own.smac = macUp, macUp
+	f.Add(own.frame(), icmpError(uplink, server, "192.0.2.2", 3, 4, 1300, own.frame()).frame(), uint16(LocalPort), uint8(1))
+	later := own
+	later.seq = 1 << 31
+	f.Add(own.frame(), icmpError(uplink, server, "192.0.2.2", 3, 4, 1300, later.frame()[:14+28]).frame(), uint16(LocalPort), uint8(1))
+	own = tcp(LocalPort, "2001:db8::2", 4000, "2001:db8:1::9", 80, syn)
+	own.dmac, own.smac = macUp, macUp
+	f.Add(own.frame(), icmpError(uplink, "2001:db8:1::9", "2001:db8::2", 2, 0, 1300, own.frame()).frame(), uint16(LocalPort), uint8(1))
+	unknown := tcp(clientA, "10.1.0.1", 80, "10.1.0.5", 4000, synAck)
+	f.Add(tcp(clientA, "10.1.0.5", 4000, "10.1.0.1", 80, syn).frame(), icmpError(clientA, "10.1.0.5", "10.1.0.1", 3, 1, 0, unknown.frame()).frame(), uint16(clientA), uint8(0))
 	f.Fuzz(func(t *testing.T, one, two []byte, in uint16, how uint8) {
 		if len(one)+len(two) > 1<<16 {
 			return
@@ -113,7 +125,7 @@ func FuzzProcess(f *testing.F) {
 				}
 				if p.Verdict == VerdictFragment {
 					var fr Fragmenter
-					if fr.Init(p.Head, p.Total, 1500) {
+					if fr.Init(p.Head, p.Total, p.MTU) {
 						for n := 0; ; n++ {
 							if _, from, size, ok := fr.Next(); !ok {
 								break

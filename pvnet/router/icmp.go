@@ -2,6 +2,7 @@ package router
 
 import (
 	"encoding/binary"
+	"slices"
 
 	"barevif/pvnet/packet"
 )
@@ -16,7 +17,7 @@ const (
 )
 
 // quoted returns the key of the packet that an ICMP error quotes, as it left the router, and
-// its headers.
+// its headers. At least 8 bytes of the transport header are there, which have TCP's sequence number.
 func (w *work) quoted() (t tuple, in packet.Headers, ok bool) {
 	head := w.head[:min(len(w.head), w.h.End)]
 	if in, ok = packet.Quoted(head, w.h.L4+8, w.h.Version); !ok || in.L4 == 0 || in.Fragment == packet.Later {
@@ -86,6 +87,10 @@ func (r *Router) related(w *work) {
 	f := &r.table.flows[i]
 	if f.side[d].in != p.In && (w.port == nil || !w.port.AnySource) {
 		p.Reason = ReasonSpoofed
+		return
+	}
+	if in.Proto == packet.TCP && !f.underWay(1-d, binary.BigEndian.Uint32(w.head[in.L4+4:])) {
+		p.Reason = ReasonQuote
 		return
 	}
 	dst := f.key[1-d].src
@@ -217,6 +222,11 @@ func (r *Router) query(w *work) {
 	w.h.Proto = icmp6
 	if packet.Fold(packet.Add(uint64(w.h.Pseudo(w.head, len(icmp))), icmp)) != 0xffff {
 		p.Reason = ReasonChecksum
+		return
+	}
+	if (w.typ == neighbourSolicitation || w.typ == neighbourAdvertisement) && len(icmp) >= 24 && slices.Contains(w.port.tentative, addr16(icmp[8:])) {
+		// Who has the address speaks with it, which is no neighbour's yet.
+		p.Verdict, p.Out = VerdictLocal, LocalPort
 		return
 	}
 	if !w.t.src.unspecified() && !r.mayBeNeighbour(w.port, w.t.src) {

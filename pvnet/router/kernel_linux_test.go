@@ -146,8 +146,8 @@ func (g *rig) process(p Packet) {
 		g.write(p.Out, p.AppendReply(nil))
 	case VerdictFragment:
 		var f Fragmenter
-		if !f.Init(p.Head, p.Total, 1400) {
-			g.t.Errorf("not to be fragmented: %x", p.Head)
+		if p.MTU != 1400 || !f.Init(p.Head, p.Total, p.MTU) {
+			g.t.Errorf("not to be fragmented to %d bytes: %x", p.MTU, p.Head)
 			return
 		}
 		for {

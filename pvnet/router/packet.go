@@ -33,6 +33,9 @@ type Packet struct {
 	// Learnt says that the packet taught the router a neighbour's address on port In: packets
 	// that wait for Next there may be processed again.
 	Learnt bool
+	// MTU is what the frame is to be cut to, with VerdictFragment: that of port Out, in bytes of an
+	// IP packet. Otherwise 0.
+	MTU int
 	// Translated says that addresses or ports changed: a hash that came with the frame is
 	// no longer its hash.
 	Translated bool
@@ -52,7 +55,7 @@ const (
 	VerdictLocal                    // the router itself is the receiver
 	VerdictNeighbour                // process it again once the address of Next is learnt
 	VerdictReply                    // drop it, and send what AppendReply makes out of port Out
-	VerdictFragment                 // as VerdictForward, but cut to the MTU by a Fragmenter; IPv4 only
+	VerdictFragment                 // as VerdictForward, but cut to Packet.MTU by a Fragmenter; IPv4 only
 )
 
 func (v Verdict) String() string {
@@ -91,6 +94,7 @@ const (
 	ReasonFlowTable           // the table is full
 	ReasonTranslation         // no free port number, or no address to translate to
 	ReasonWindow              // a RST or FIN of TCP whose sequence number its receiver does not expect
+	ReasonQuote               // an ICMP error that quotes a TCP segment which the flow does not have under way
 	reasons                   // their number
 )
 
@@ -100,7 +104,7 @@ const Reasons = int(reasons)
 var reasonNames = [reasons]string{
 	"none", "no_port", "malformed", "checksum", "not_ip", "tagged", "not_for_us", "source_mac", "spoofed", "martian",
 	"source_route", "fragment", "tiny_fragment", "ttl", "too_big", "no_route", "no_neighbour", "filtered", "invalid",
-	"flow_quota", "flow_table", "translation", "window",
+	"flow_quota", "flow_table", "translation", "window", "quote",
 }
 
 // String returns the reason's name in counters, as "flow_quota".

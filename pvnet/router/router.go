@@ -226,7 +226,7 @@ func (r *Router) Process(now time.Duration, batch []Packet) {
 
 // one decides about a packet.
 func (r *Router) one(p *Packet) {
-	p.Verdict, p.Reason, p.Out, p.Ask, p.Learnt, p.Translated, p.Hash = VerdictDrop, ReasonNone, 0, false, false, false, 0
+	p.Verdict, p.Reason, p.Out, p.Ask, p.Learnt, p.Translated, p.Hash, p.MTU = VerdictDrop, ReasonNone, 0, false, false, false, 0, 0
 	if p.Next.IsValid() {
 		p.Next = noAddr
 	}

@@ -10,7 +10,7 @@ import (
 // Filtering in IP Filter" (2000): a segment that a TCP can have sent lies between what its receiver
 // has acknowledged and what the receiver has offered. Only such a one moves a flow to another
 // state, or the bounds themselves. So who can neither see a connection nor guess its numbers
-// does not end it.
+// does not end it; nor by an ICMP error, which has to quote a segment that is under way.
 
 // A window is what a flow knows of the bytes that one of its sides sends. Sequence numbers are
 // compared modulo 2^32.
@@ -136,6 +136,15 @@ func (f *flow) judge(d int, flags uint8, s *segment) fit {
 		return without
 	}
 	return beside
+}
+
+// underWay reports whether a segment of direction d that begins at seq can still be on its way, so
+// that an ICMP error about it is believed (RFC 5927, 4.1): it begins no earlier than what the other
+// side has acknowledged, and no later than where its sender has come to, as a segment without data
+// does. A SYN, and a probe that keeps a connection alive, begin one before that.
+func (f *flow) underWay(d int, seq uint32) bool {
+	w := &f.window[d]
+	return w.known() && upTo(w.acked-1, seq) && upTo(seq, w.end)
 }
 
 func (w *window) known() bool { return w.flags&windowKnown != 0 }

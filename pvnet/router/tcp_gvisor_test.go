@@ -18,6 +18,7 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/link/channel"
 	"gvisor.dev/gvisor/pkg/tcpip/network/ipv4"
+	"gvisor.dev/gvisor/pkg/tcpip/network/ipv6"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 	gtcp "gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 
@@ -29,20 +30,26 @@ import (
 // is as far from what is expected as any, and notes those that are not dropped.
 type wire struct {
 	*world
-	t   *testing.T
-	eps [2]*channel.Endpoint
+	t      *testing.T
+	eps    [2]*channel.Endpoint
+	narrow int // bytes of a packet that links beyond the router bring; 0: any
 
-	mu     sync.Mutex
-	random *rand.Rand // guarded by mu
-	forged int        // guarded by mu
-	wrong  int        // guarded by mu
+	mu      sync.Mutex
+	random  *rand.Rand // guarded by mu
+	forged  int        // guarded by mu
+	wrong   int        // guarded by mu
+	too     [2]int     // guarded by mu: packets of each stack that were too big for narrow
+	believe [2]int     // guarded by mu: errors about them that reached their stack
 }
 
 func newWire(t *testing.T, seed uint64, sack bool) (*wire, [2]*stack.Stack) {
-	w := &wire{t: t, world: newWorld(t, Limits{}, nil), random: rand.New(rand.NewPCG(seed, 7))}
+	w := &wire{t: t, world: newWorld(t, Limits{}, func(c *Config) { c.Ports[2].Masquerade6 = true }), random: rand.New(rand.NewPCG(seed, 7))}
 	var stacks [2]*stack.Stack
-	for i, a := range []string{"10.1.0.5", server} {
-		s := stack.New(stack.Options{NetworkProtocols: []stack.NetworkProtocolFactory{ipv4.NewProtocol}, TransportProtocols: []stack.TransportProtocolFactory{gtcp.NewProtocol}})
+	for i, addrs := range [][]string{{"10.1.0.5", "fd01::5"}, {server, server6}} {
+		s := stack.New(stack.Options{
+			NetworkProtocols:   []stack.NetworkProtocolFactory{ipv4.NewProtocol, ipv6.NewProtocol},
+			TransportProtocols: []stack.TransportProtocolFactory{gtcp.NewProtocol},
+		})
 		use := tcpip.TCPSACKEnabled(sack)
 		if err := s.SetTransportProtocolOption(gtcp.ProtocolNumber, &use); err != nil {
 			t.Fatal(err)
@@ -51,10 +58,12 @@ func newWire(t *testing.T, seed uint64, sack bool) (*wire, [2]*stack.Stack) {
 		if err := s.CreateNIC(1, w.eps[i]); err != nil {
 			t.Fatal(err)
 		}
-		if err := s.AddProtocolAddress(1, tcpip.ProtocolAddress{Protocol: ipv4.ProtocolNumber, AddressWithPrefix: tcpipAddr(ip(a)).WithPrefix()}, stack.AddressProperties{}); err != nil {
-			t.Fatal(err)
+		for _, a := range addrs {
+			if err := s.AddProtocolAddress(1, tcpip.ProtocolAddress{Protocol: protocolOf(a), AddressWithPrefix: tcpipAddr(ip(a)).WithPrefix()}, stack.AddressProperties{}); err != nil {
+				t.Fatal(err)
+			}
 		}
-		s.SetRouteTable([]tcpip.Route{{Destination: header.IPv4EmptySubnet, NIC: 1}})
+		s.SetRouteTable([]tcpip.Route{{Destination: header.IPv4EmptySubnet, NIC: 1}, {Destination: header.IPv6EmptySubnet, NIC: 1}})
 		stacks[i] = s
 	}
 	ctx, cancel := context.WithCancel(context.Background())
@@ -70,6 +79,16 @@ func newWire(t *testing.T, seed uint64, sack bool) (*wire, [2]*stack.Stack) {
 		}
 	})
 	return w, stacks
+}
+
+// server6 is the server's other address.
+const server6 = "2001:db8:1::9"
+
+func protocolOf(a string) tcpip.NetworkProtocolNumber {
+	if ip(a).Is4() {
+		return ipv4.ProtocolNumber
+	}
+	return ipv6.ProtocolNumber
 }
 
 // carry carries what stack i sends.
@@ -110,7 +129,9 @@ func (w *wire) ethernet(i int, ip []byte) []byte {
 	macs := [2][2][6]byte{{macA, hostA}, {macUp, gatewayMAC}}[i]
 	copy(b, macs[0][:])
 	copy(b[6:], macs[1][:])
-	b[12] = 8
+	if b[12] = 8; ip[0]>>4 == 6 {
+		b[12], b[13] = 0x86, 0xdd
+	}
 	return append(b, ip...)
 }
 
@@ -123,7 +144,7 @@ func (w *wire) bring(i int, frame []byte) {
 	if batch[0].Verdict != VerdictForward {
 		// A stack that has closed answers what comes late with a RST of that late number, which
 		// nobody would believe.
-		if batch[0].Reason == ReasonWindow && forged[14+20+13]&tcpRST != 0 {
+		if h, ok := packet.Parse(forged, len(forged)); ok && batch[0].Reason == ReasonWindow && forged[h.L4+13]&tcpRST != 0 {
 			return
 		}
 		w.mu.Lock()
@@ -133,9 +154,72 @@ func (w *wire) bring(i int, frame []byte) {
 		return
 	}
 	w.forge(in, forged)
-	p := stack.NewPacketBuffer(stack.PacketBufferOptions{Payload: buffer.MakeWithData(batch[0].Head[14:])})
-	w.eps[1-i].InjectInbound(ipv4.ProtocolNumber, p)
+	if w.narrow != 0 && len(frame)-14 > w.narrow {
+		w.tooBig(i, frame)
+		return
+	}
+	w.inject(1-i, frame)
+}
+
+func (w *wire) inject(i int, frame []byte) {
+	p := stack.NewPacketBuffer(stack.PacketBufferOptions{Payload: buffer.MakeWithData(frame[14:])})
+	proto := ipv4.ProtocolNumber
+	if frame[12] != 8 {
+		proto = ipv6.ProtocolNumber
+	}
+	w.eps[i].InjectInbound(proto, p)
 	p.DecRef()
+}
+
+// tooBig has a router beyond this one tell stack i that a frame of its is too big for the next link,
+// and forges the same about segments that are not under way.
+func (w *wire) tooBig(i int, frame []byte) {
+	h, ok := packet.Parse(frame, len(frame))
+	if !ok || h.Version == 4 && frame[h.L3+6]&0x40 == 0 {
+		w.t.Errorf("a packet that may be cut: %x", frame[:min(len(frame), 80)])
+		return
+	}
+	e := spec{in: [2]PortID{uplink, clientA}[i], src: [2]string{"198.51.100.1", "10.1.0.6"}[i], dst: look(frame).src, proto: icmp4, icmp: 3, code: 4, rest: uint32(w.narrow)}
+	if h.Version == 6 {
+		e.src, e.proto, e.icmp, e.code = [2]string{"2001:db8:2::1", "fd01::6"}[i], icmp6, 2, 0
+	}
+	w.mu.Lock()
+	w.too[i]++
+	e.payload = bytes.Clone(frame[h.L3:min(len(frame), h.L3+500)])
+	if w.random.IntN(2) == 0 {
+		e.payload = e.payload[:h.L4-h.L3+8] // the least that has to be quoted
+	}
+	far := 1<<31 + w.random.Uint32N(1<<20)
+	w.mu.Unlock()
+	seq := e.payload[h.L4-h.L3+4:]
+	was := binary.BigEndian.Uint32(seq)
+	for _, forged := range []uint32{was + far, was - 1<<24, was + 1<<24} {
+		binary.BigEndian.PutUint32(seq, forged)
+		p := e.packet()
+		batch := []Packet{p}
+		w.Process(w.at, batch)
+		if batch[0].Verdict != VerdictDrop || batch[0].Reason != ReasonQuote {
+			w.mu.Lock()
+			w.wrong++
+			w.mu.Unlock()
+			w.t.Errorf("an error about byte %d instead of %d: %v because of %v", forged, was, batch[0].Verdict, batch[0].Reason)
+		}
+	}
+	binary.BigEndian.PutUint32(seq, was)
+	p := e.packet()
+	batch := []Packet{p}
+	w.Process(w.at, batch)
+	if p = batch[0]; p.Verdict != VerdictForward {
+		// What the other side has acknowledged meanwhile is under way no more.
+		if p.Reason != ReasonQuote {
+			w.t.Errorf("an error: %v because of %v", p.Verdict, p.Reason)
+		}
+		return
+	}
+	w.mu.Lock()
+	w.believe[i]++
+	w.mu.Unlock()
+	w.inject(i, p.Head)
 }
 
 func (w *wire) forge(in PortID, frame []byte) {
@@ -162,60 +246,85 @@ func (w *wire) forge(in PortID, frame []byte) {
 	}
 }
 
+// exchange has four connections of the first stack send 600 kB each to the second, at an address, and
+// get them back.
+func (w *wire) exchange(stacks [2]*stack.Stack, at string) {
+	t := w.t
+	l, err := gonet.ListenTCP(stacks[1], tcpip.FullAddress{NIC: 1, Port: 80}, protocolOf(at))
+	if err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go func() { // sends back what it gets
+				io.Copy(c, c)
+				c.Close()
+			}()
+		}
+	}()
+	var wg sync.WaitGroup
+	for i := range 4 {
+		wg.Go(func() {
+			c, err := gonet.DialTCP(stacks[0], tcpip.FullAddress{NIC: 1, Addr: tcpipAddr(ip(at)), Port: 80}, protocolOf(at))
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer c.Close()
+			c.SetDeadline(time.Now().Add(2 * time.Minute))
+			data := make([]byte, 600000)
+			for k := range data {
+				data[k] = byte(k*7 + k>>9 + i)
+			}
+			go c.Write(data)
+			// Neither side closes before the last byte has come.
+			h := sha256.New()
+			if n, err := io.CopyN(h, net.Conn(c), int64(len(data))); err != nil || [32]byte(h.Sum(nil)) != sha256.Sum256(data) {
+				t.Errorf("%d bytes came back, and %v", n, err)
+			}
+			c.CloseWrite()
+			if n, err := c.Read(make([]byte, 1)); n != 0 || err != io.EOF {
+				t.Errorf("behind the last byte: %d, %v", n, err)
+			}
+		})
+	}
+	wg.Wait()
+	l.Close()
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.forged < 1000 || w.wrong != 0 {
+		t.Errorf("%d segments were forged, %d were judged wrong", w.forged, w.wrong)
+	}
+}
+
 // Connections of gVisor's stacks lose nothing to the windows, with loss, reordering, duplicates,
 // window scaling and with and without selective acknowledgements; and a segment that is forged
 // ends none.
 func TestGvisorsConnectionsFitTheirWindows(t *testing.T) {
 	for _, sack := range []bool{false, true} {
 		w, stacks := newWire(t, 11, sack)
-		l, err := gonet.ListenTCP(stacks[1], tcpip.FullAddress{NIC: 1, Port: 80}, ipv4.ProtocolNumber)
-		if err != nil {
-			t.Fatal(err)
-		}
-		go func() {
-			for {
-				c, err := l.Accept()
-				if err != nil {
-					return
-				}
-				go func() { // sends back what it gets
-					io.Copy(c, c)
-					c.Close()
-				}()
-			}
-		}()
-		var wg sync.WaitGroup
-		for i := range 4 {
-			wg.Go(func() {
-				c, err := gonet.DialTCP(stacks[0], tcpip.FullAddress{NIC: 1, Addr: tcpipAddr(ip(server)), Port: 80}, ipv4.ProtocolNumber)
-				if err != nil {
-					t.Error(err)
-					return
-				}
-				defer c.Close()
-				c.SetDeadline(time.Now().Add(2 * time.Minute))
-				data := make([]byte, 600000)
-				for k := range data {
-					data[k] = byte(k*7 + k>>9 + i)
-				}
-				go c.Write(data)
-				// Neither side closes before the last byte has come.
-				h := sha256.New()
-				if n, err := io.CopyN(h, net.Conn(c), int64(len(data))); err != nil || [32]byte(h.Sum(nil)) != sha256.Sum256(data) {
-					t.Errorf("%d bytes came back, and %v", n, err)
-				}
-				c.CloseWrite()
-				if n, err := c.Read(make([]byte, 1)); n != 0 || err != io.EOF {
-					t.Errorf("behind the last byte: %d, %v", n, err)
-				}
-			})
-		}
-		wg.Wait()
-		l.Close()
+		w.exchange(stacks, server)
+	}
+}
+
+// Where a link beyond the router takes less, in either direction, the stacks of both families learn
+// it from errors that quote what they have under way, and from none that quotes something else.
+func TestGvisorFindsTheMTUOfThePath(t *testing.T) {
+	for _, at := range []string{server, server6} {
+		w, stacks := newWire(t, 5, true)
+		w.narrow = 1300
+		w.exchange(stacks, at)
 		w.mu.Lock()
-		if w.forged < 1000 || w.wrong != 0 {
-			t.Errorf("%d segments were forged, %d were judged wrong", w.forged, w.wrong)
+		for i := range w.too {
+			if w.believe[i] == 0 {
+				t.Errorf("%s: of %d packets that were too big, none was told to stack %d", at, w.too[i], i)
+			}
 		}
+		t.Logf("%s: %d and %d packets were too big, %d and %d errors about them were believed", at, w.too[0], w.too[1], w.believe[0], w.believe[1])
 		w.mu.Unlock()
 	}
 }

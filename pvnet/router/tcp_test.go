@@ -239,6 +239,138 @@ func TestAFragmentedSegmentIsFollowed(t *testing.T) {
 	}
 }
 
+// An ICMP error passes if the TCP segment that it quotes is under way, and belongs to the flow of the
+// one that says so: of both families, in both directions, with translation, whatever it quotes beyond
+// the 8 bytes that it has to.
+func TestAnICMPErrorQuotesWhatIsUnderWay(t *testing.T) {
+	for _, six := range []bool{false, true} {
+		client, far, us := "10.1.0.5", server, "192.0.2.2"
+		beyond := [2]string{"198.51.100.1", "10.1.0.6"} // who tells the client, and who tells the server
+		if six {
+			client, far, us = "fd01::5", "2001:db8:1::9", "2001:db8::2"
+			beyond = [2]string{"2001:db8:2::1", "fd01::6"}
+		}
+		w := newWorld(t, Limits{}, func(c *Config) { c.Ports[2].Masquerade6 = true })
+		// sends sends a segment and returns it as it left the router.
+		var port uint16
+		sends := func(d int, flags header.TCPFlags, seq, ack uint32, n int) []byte {
+			t.Helper()
+			s := tcp(clientA, client, 4000, far, 80, flags)
+			if d == answer {
+				s = tcp(uplink, far, 80, us, port, flags)
+			}
+			s.seq, s.ack, s.payload = seq, ack, make([]byte, n)
+			p := w.send(s)
+			if p.Verdict != VerdictForward {
+				t.Fatalf("%+v: %v because of %v", s, p.Verdict, p.Reason)
+			}
+			return p.Head
+		}
+		// told has somebody beyond the router say that a frame, but for the byte it begins with, is too big.
+		told := func(d int, frame []byte, seq uint32, want Reason) {
+			t.Helper()
+			l3 := 20
+			if six {
+				l3 = 40
+			}
+			for _, n := range []int{len(frame), 14 + l3 + 8} {
+				quoted := append([]byte(nil), frame[:n]...)
+				binary.BigEndian.PutUint32(quoted[14+l3+4:], seq)
+				e := icmpError([2]PortID{uplink, clientA}[d], beyond[d], look(frame).src, 3, 4, 1400, quoted)
+				if six {
+					e.icmp, e.code = 2, 0
+				}
+				p := w.send(e)
+				if want != ReasonNone {
+					if p.Verdict != VerdictDrop || p.Reason != want {
+						t.Errorf("IPv6 %v, direction %d, byte %d, %d bytes quoted: %v because of %v", six, d, seq, n, p.Verdict, p.Reason)
+					}
+					continue
+				}
+				if p.Verdict != VerdictForward || p.Out != [2]PortID{clientA, uplink}[d] {
+					t.Errorf("IPv6 %v, direction %d, byte %d, %d bytes quoted: %v out of %d because of %v", six, d, seq, n, p.Verdict, p.Out, p.Reason)
+					continue
+				}
+				inner := append(append([]byte(nil), p.Head[:14]...), p.Head[14+l3+8:]...)
+				if got := binary.BigEndian.Uint32(inner[14+l3+4:]); got != seq {
+					t.Errorf("byte %d became %d", seq, got)
+				}
+				if got := look(inner); got.src != [2]string{client, far}[d] || got.dst != [2]string{far, us}[d] || got.sport != [2]uint16{4000, 80}[d] || got.dport != [2]uint16{80, port}[d] {
+					t.Errorf("it quotes %+v", got)
+				}
+			}
+		}
+		open := sends(orig, syn, 999, 0, 0)
+		port = look(open).sport
+		told(orig, open, 999, ReasonNone)
+		told(orig, open, 1000, ReasonNone)
+		for _, seq := range []uint32{998, 1001, 999 + 1<<31, 0} {
+			told(orig, open, seq, ReasonQuote)
+		}
+		early := sends(answer, ack, 5000, 1, 0) // of a connection before: nobody knows its numbers
+		for _, seq := range []uint32{5000, 0, 0xffffffff} {
+			told(answer, early, seq, ReasonQuote)
+		}
+		accept := sends(answer, synAck, 0xfffffff0, 1000, 0)
+		told(answer, accept, 0xfffffff0, ReasonNone)
+		told(answer, accept, 0xffffffef, ReasonQuote)
+		told(answer, accept, 0xfffffff2, ReasonQuote)
+		sends(orig, ack, 1000, 0xfffffff1, 0)
+		its := uint32(0xfffffff1)
+		// The server has 400 bytes under way, across 2^32, and the client acknowledged 100 of them.
+		data := sends(answer, ack, its, 1000, 400)
+		sends(orig, ack, 1000, its+100, 0)
+		for _, seq := range []uint32{its + 99, its + 100, its + 250, its + 399, its + 400} {
+			told(answer, data, seq, ReasonNone)
+		}
+		for _, seq := range []uint32{its, its + 98, its + 401, its + 1<<31} {
+			told(answer, data, seq, ReasonQuote)
+		}
+		// What the flow does not believe to be under way is not, though it was forwarded.
+		stray := sends(answer, ack, 7000000, 1000, 10)
+		told(answer, stray, 7000000, ReasonQuote)
+		// The client ends its side: the FIN counts.
+		last := sends(orig, fin, 1000, its+400, 50)
+		told(orig, last, 1051, ReasonNone)
+		told(orig, last, 1052, ReasonQuote)
+		told(orig, last, 998, ReasonQuote)
+		up, _ := w.PortStats(uplink)
+		a, _ := w.PortStats(clientA)
+		if up.Dropped[ReasonQuote] != 2*6 || a.Dropped[ReasonQuote] != 2*10 || up.Dropped[ReasonInvalid]+a.Dropped[ReasonInvalid] != 0 {
+			t.Errorf("IPv6 %v: %v and %v were counted", six, up.Dropped, a.Dropped)
+		}
+		w.idle()
+	}
+}
+
+// The same holds for connections of the router's own, and of hosts that a port is forwarded to.
+func TestAnICMPErrorAboutTheRoutersOwnConnection(t *testing.T) {
+	w := newWorld(t, Limits{}, nil)
+	s := tcp(LocalPort, "192.0.2.2", 4000, server, 80, syn)
+	s.dmac, s.smac = macUp, macUp
+	p := w.send(s)
+	if p.Verdict != VerdictForward {
+		t.Fatalf("%v because of %v", p.Verdict, p.Reason)
+	}
+	e := icmpError(uplink, "198.51.100.1", "192.0.2.2", 3, 1, 0, p.Head)
+	if got := w.send(e); got.Verdict != VerdictLocal {
+		t.Fatalf("%v because of %v", got.Verdict, got.Reason)
+	}
+	e.payload[20+7]++
+	if got := w.send(e); got.Verdict != VerdictLocal { // the byte behind the SYN
+		t.Fatalf("%v because of %v", got.Verdict, got.Reason)
+	}
+	e.payload[20+7]++
+	w.dropped(e, ReasonQuote)
+
+	w = newWorld(t, Limits{}, forwardsTo)
+	p = w.send(tcp(uplink, server, 5000, "192.0.2.2", 8003, syn))
+	e = icmpError(clientA, "10.1.0.5", server, 3, 1, 0, p.Head)
+	w.forwarded(e, uplink)
+	e.payload[20+4] ^= 0x80
+	w.dropped(e, ReasonQuote)
+}
+
 func TestAFlowHasABoundedSize(t *testing.T) {
 	if n := reflect.TypeFor[flow]().Size(); n != 264 {
 		t.Errorf("an entry of the table has %d bytes; the package comment says 264", n)
@@ -259,7 +391,8 @@ type end struct {
 // FuzzWindows lets two honest ends of a connection talk through a flow: data, retransmissions,
 // windows that open and close, acknowledgements that come late, FIN and RST. No RST or FIN that its
 // receiver would believe is refused; a RST that its receiver would not believe is, unless the flow
-// cannot know that yet; and the bounds always include those of the ends.
+// cannot know that yet; the bounds always include those of the ends; and an ICMP error may quote what
+// an end has sent and its receiver has not, and nothing far from it.
 func FuzzWindows(f *testing.F) {
 	f.Add(uint32(7), uint32(7), uint8(0), uint8(0), []byte{0, 1, 2, 3, 4, 5, 6, 7, 8, 9})
 	f.Add(uint32(0xfffffff0), uint32(0x7fffffff), uint8(7), uint8(9), []byte("some data, and then some more, in both directions"))
@@ -364,6 +497,10 @@ func FuzzWindows(f *testing.F) {
 			}
 			offer()
 			for x, e := range ends {
+				far := arg * arg * 1000003
+				if missing := ends[1-x].rcv; !fl.underWay(x, missing) || !fl.underWay(x, e.nxt) || fl.underWay(x, fl.window[x].end+1+far) || fl.underWay(x, fl.window[x].acked-2-far) {
+					t.Fatalf("move %d: side %d is at %+v, and the flow says %+v", i, x, *e, fl.window[x])
+				}
 				if w := &fl.window[x]; !upTo(e.nxt, w.end) || !upTo(w.acked, e.nxt) || !upTo(e.edge, w.edge) {
 					t.Fatalf("move %d: side %d is at %+v, and the flow says %+v", i, x, *e, *w)
 				}

@@ -197,8 +197,13 @@ func TestWhatIsTooBigForThePort(t *testing.T) {
 	// What may be fragmented is.
 	s.df = false
 	p := w.send(s)
-	if p.Verdict != VerdictFragment || p.Out != uplink {
-		t.Fatalf("%v because of %v", p.Verdict, p.Reason)
+	if p.Verdict != VerdictFragment || p.Out != uplink || p.MTU != 1400 {
+		t.Fatalf("%v to %d bytes because of %v", p.Verdict, p.MTU, p.Reason)
+	}
+	s.payload = s.payload[:1]
+	p.Head, p.Total = s.frame(), len(s.frame())
+	if w.process(&p); p.Verdict != VerdictForward || p.MTU != 0 {
+		t.Fatalf("%v to %d bytes because of %v", p.Verdict, p.MTU, p.Reason)
 	}
 	w.idle()
 }
@@ -482,6 +487,49 @@ func TestTheRouterAnswersSolicitations(t *testing.T) {
 	if p := w.send(rs); p.Verdict != VerdictLocal {
 		t.Fatalf("%v because of %v", p.Verdict, p.Reason)
 	}
+}
+
+// What stations of the link say of an address that the router asks about comes to the caller, from
+// whatever address; the router answers for none of them, and learns no neighbour.
+func TestWhatOthersSayOfATentativeAddress(t *testing.T) {
+	const tentative = "2001:db8:7::9"
+	w := newWorld(t, Limits{}, func(c *Config) { c.Ports[2].Tentative = []netip.Addr{ip(tentative), ip("fe80::9")} })
+	mac := []byte{2, 1, 2, 0, 0, 0, 0, 7}
+	for name, s := range map[string]spec{
+		"who wants it, too":     discoverySpec(uplink, "::", "ff02::1:ff00:9", 135, tentative, nil),
+		"who has it":            discoverySpec(uplink, tentative, "ff02::1", 136, tentative, mac),
+		"who has it, link-only": discoverySpec(uplink, "fe80::9", "ff02::1", 136, "fe80::9", mac),
+		"who asks for it":       discoverySpec(uplink, "2001:db8::1", "ff02::1:ff00:9", 135, tentative, nil),
+	} {
+		if p := w.send(s); p.Verdict != VerdictLocal || p.Learnt || p.Out != LocalPort {
+			t.Errorf("%s: %v because of %v, learnt %v", name, p.Verdict, p.Reason, p.Learnt)
+		}
+	}
+	for name, c := range map[string]struct {
+		s    spec
+		want Reason
+	}{
+		"of another address": {discoverySpec(uplink, "::", "ff02::1:ff00:8", 135, "2001:db8:7::8", nil), ReasonNotForUs},
+		"at another port":    {discoverySpec(clientA, "::", "ff02::1:ff00:9", 135, tentative, nil), ReasonNotForUs},
+		"cut short": {func() spec {
+			s := discoverySpec(uplink, "::", "ff02::1:ff00:9", 135, tentative, nil)
+			s.payload = s.payload[:15]
+			return s
+		}(), ReasonMalformed},
+		"from afar": {func() spec {
+			s := discoverySpec(uplink, "::", "ff02::1:ff00:9", 135, tentative, nil)
+			s.ttl = 254
+			return s
+		}(), ReasonMalformed},
+		"what is no neighbour": {discoverySpec(uplink, tentative, "ff02::1", 136, "2001:db8:7::8", mac), ReasonSpoofed},
+	} {
+		if p := w.send(c.s); p.Verdict != VerdictDrop || p.Reason != c.want {
+			t.Errorf("%s: %v because of %v, want %v", name, p.Verdict, p.Reason, c.want)
+		}
+	}
+	w.cfg.Ports[2].Tentative = nil
+	w.configure()
+	w.dropped(discoverySpec(uplink, tentative, "ff02::1", 136, tentative, mac), ReasonSpoofed)
 }
 
 func TestNeighboursAreBounded(t *testing.T) {

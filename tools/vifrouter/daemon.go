@@ -39,22 +39,24 @@ type daemon struct {
 	local *localStack
 	names *dnsproxy.Server
 
-	mu       sync.Mutex
-	cfg      *config.Config           // guarded by mu; never nil
-	vifs     map[router.PortID]*guest // guarded by mu: those of guests, admitted or not
-	pools    map[string]*dhcpd.Pool   // guarded by mu: by network
-	up       *uplink                  // guarded by mu; nil: not connected
-	lease    uplinkLease              // guarded by mu: of the uplink's DHCP
-	auto     slaac.Settings           // guarded by mu: of the uplink's routers
-	refused6 []netip.Prefix           // guarded by mu: that routers announced, and that the log names
-	services map[netip.Addr]*service  // guarded by mu: name servers by address
-	applied  router.Config            // guarded by mu: what the core has
-	reloads  uint64                   // guarded by mu
-	refused  uint64                   // guarded by mu: reloads with an error
-	read     time.Time                // guarded by mu: when cfg was read
-	tried    time.Time                // guarded by mu: when a reload was tried last; zero: never
-	wrong    string                   // guarded by mu: the error of that reload
-	upDown   string                   // guarded by mu: why the uplink is down
+	mu         sync.Mutex
+	cfg        *config.Config           // guarded by mu; never nil
+	vifs       map[router.PortID]*guest // guarded by mu: those of guests, admitted or not
+	pools      map[string]*dhcpd.Pool   // guarded by mu: by network
+	up         *uplink                  // guarded by mu; nil: not connected
+	lease      uplinkLease              // guarded by mu: of the uplink's DHCP
+	auto       slaac.Settings           // guarded by mu: of the uplink's routers
+	refused6   []netip.Prefix           // guarded by mu: that routers announced, and that the log names
+	claimed6   []netip.Addr             // guarded by mu: of other stations at the uplink, and that the log names
+	services   map[netip.Addr]*service  // guarded by mu: name servers by address
+	applied    router.Config            // guarded by mu: what the core has
+	reloads    uint64                   // guarded by mu
+	refused    uint64                   // guarded by mu: reloads with an error
+	duplicates uint64                   // guarded by mu: times that an address of the uplink was another station's
+	read       time.Time                // guarded by mu: when cfg was read
+	tried      time.Time                // guarded by mu: when a reload was tried last; zero: never
+	wrong      string                   // guarded by mu: the error of that reload
+	upDown     string                   // guarded by mu: why the uplink is down
 
 	clients clientTable
 }

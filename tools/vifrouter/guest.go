@@ -364,7 +364,13 @@ func (d *daemon) deliver(p *port, frame []byte, h *packet.Headers) bool {
 		}
 	case h.Proto == protoICMPv6 && h.Version == 6 && h.L4 != 0 && h.End > h.L4:
 		if p.id == uplinkPort {
-			return frame[h.L4] == slaac.Type && d.fromRouter(p, frame, h)
+			switch frame[h.L4] {
+			case slaac.Type:
+				return d.fromRouter(p, frame, h)
+			case slaac.TypeSolicitation, slaac.TypeAdvertisement:
+				return d.fromNeighbour(p, frame, h)
+			}
+			return false
 		}
 		if g, ok := p.owner.(*guest); ok && frame[h.L4] == radv.Solicit && frame[h.L3+7] == 255 {
 			nudge(g.solicited)

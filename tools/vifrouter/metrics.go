@@ -91,6 +91,8 @@ func (d *daemon) writeMetrics(b *bytes.Buffer) error {
 	reloads := &family{name: "vifrouter_reloads", kind: "counter", help: "Reloads of the configuration, by whether it was taken."}
 	reloads.add(d.reloads, "taken", "yes")
 	reloads.add(d.refused, "taken", "no")
+	duplicates := &family{name: "vifrouter_uplink_duplicate_addresses", kind: "counter", help: "Times that another station of the uplink's link had an address that would be the router's."}
+	duplicates.add(d.duplicates)
 	d.mu.Unlock()
 
 	add := func(dev *pvnet.Device, name string) {
@@ -106,7 +108,7 @@ func (d *daemon) writeMetrics(b *bytes.Buffer) error {
 		return err
 	}
 	b.Truncate(b.Len() - len("# EOF\n"))
-	families = append(families, guestCount, reloads)
+	families = append(families, guestCount, reloads, duplicates)
 	families = append(families, d.coreFamilies(ports)...)
 	families = append(families, d.planeFamilies()...)
 	families = append(families, d.dnsFamilies()...)

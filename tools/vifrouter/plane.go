@@ -18,7 +18,8 @@ import (
 // that is forwarded is copied once, by the device that sends it.
 //
 // A batch costs one look at the clock, the lock of the core once, and for each run of consecutive
-// frames that leave by one port the lock of its queue once ([forward.Input.Send]). A frame that is
+// frames that leave by one port the lock of its queue twice, before and after they are sent
+// ([forward.Input.Send]); TestABatchTakesNoLockPerFrame counts them. A frame that is
 // forwarded costs neither, and nothing that is allocated. Nor does the router's own traffic
 // allocate here: replies, solicitations, fragments, what waits for a neighbour, and the packets of
 // its own TCP/IP are in memory that belongs to the goroutine (worker) or the plane, and is bounded.
@@ -300,11 +301,12 @@ func grow(b []byte, n int) []byte {
 	return b[:n]
 }
 
-// fragment cuts a frame to the MTU of the port that it leaves by. It uses w.piece.
+// fragment cuts a frame to the MTU that the core has for the port which it leaves by: routers may
+// have announced one below the device's. It uses w.piece.
 func (pl *plane) fragment(w *worker, d *router.Packet, frame []byte) {
 	to := pl.ports[d.Out].Load()
 	var cut router.Fragmenter
-	if to == nil || !cut.Init(frame, len(frame), to.dev.MTU()) {
+	if to == nil || !cut.Init(frame, len(frame), min(d.MTU, to.dev.MTU())) {
 		pl.n.failed.Add(1)
 		return
 	}

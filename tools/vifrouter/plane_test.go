@@ -28,6 +28,7 @@ type rig struct {
 	rx    [2]*pvnet.RX // of the ports' devices
 	txs   [2]*pvnet.TX // of the guests
 	rxs   [2]*pvnet.RX
+	cfg   router.Config
 	w     worker
 	in    [forward.Batch]pvnet.Frame
 	out   [forward.Batch]pvnet.Frame
@@ -48,6 +49,7 @@ func newRig(t testing.TB) *rig {
 	}
 	cfg := router.Config{Default: router.Accept, LocalDefault: router.Accept}
 	r := &rig{TB: t, now: time.Hour}
+	defer func() { r.cfg = cfg }()
 	for i := range r.ports {
 		a := netip.AddrFrom4([4]byte{10, byte(i + 1), 0, 1})
 		cfg.Ports = append(cfg.Ports, router.Port{ID: router.PortID(i + 1), Name: fmt.Sprint("guest ", i), MAC: guestMAC, MTU: rigMTU, Addrs: []netip.Prefix{netip.PrefixFrom(a, 24)}})
@@ -233,6 +235,49 @@ func TestThePlaneAllocatesNothing(t *testing.T) {
 	}
 	if n := r.n.control.Load() + r.n.failed.Load() + r.n.undelivered.Load(); n != 0 {
 		t.Errorf("%d frames lost", n)
+	}
+}
+
+// What is cut is cut to the MTU that the core has for a port, which may be less than the device's; what
+// must not be cut is told that.
+func TestFragmentsKeepToTheMTUOfTheCore(t *testing.T) {
+	const least = 576
+	r := newRig(t)
+	r.cfg.Ports[1].MTU = least
+	if err := r.core.Configure(r.cfg); err != nil {
+		t.Fatal(err)
+	}
+	sizes := func(guest int) (list []int) {
+		n, err := r.rxs[guest].Receive(r.out[:])
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i := range r.out[:n] {
+			list = append(list, r.out[i].Len())
+		}
+		r.rxs[guest].Release(r.out[:n])
+		return list
+	}
+	r.move(r.datagram(rigAddr(1), 1400))
+	var got []int
+	for len(got) < 3 {
+		got = append(got, sizes(1)...)
+	}
+	if want := []int{14 + 20 + 552, 14 + 20 + 552, 14 + 20 + 304}; !slices.Equal(got, want) {
+		t.Errorf("fragments of %v bytes, want %v", got, want)
+	}
+	whole := r.datagram(rigAddr(1), 1400)
+	whole[20] |= 0x40 // not to be cut
+	r.move(ttl(whole, 64))
+	n, err := r.rxs[0].Receive(r.out[:])
+	if err != nil || n != 1 {
+		t.Fatal(n, err)
+	}
+	b := make([]byte, r.out[0].Len())
+	r.out[0].CopyTo(b)
+	r.rxs[0].Release(r.out[:n])
+	if len(b) < 42 || b[34] != 3 || b[35] != 4 || binary.BigEndian.Uint32(b[38:]) != least {
+		t.Errorf("% x", b[:min(len(b), 42)])
 	}
 }
 

@@ -68,8 +68,14 @@ type uplinkState struct {
 	portState
 	Backend   *uint16        `json:"backend,omitempty"` // its domain
 	Addresses []addressState `json:"addresses"`
+	Taken     []takenState   `json:"taken,omitempty"` // addresses that it would have, and another station has
 	Gateways  []netip.Addr   `json:"gateways"`
 	DNS       []string       `json:"dns"` // that are asked
+}
+
+type takenState struct {
+	Address netip.Addr `json:"address"`
+	Station string     `json:"station"` // its MAC
 }
 
 type addressState struct {
@@ -144,6 +150,11 @@ func (d *daemon) uplinkStateLocked() uplinkState {
 	s.Link, s.Why = "down", d.upDown
 	if d.up != nil {
 		s.portState = d.portStateLocked(uplinkPort, d.up.dev, d.upDown)
+		for i := range d.applied.Ports {
+			if p := &d.applied.Ports[i]; p.ID == uplinkPort {
+				s.MTU = p.MTU // routers may have announced less than the device's
+			}
+		}
 		mac := d.up.dev.MAC()
 		s.MAC = mac.String()
 		peer := uint16(d.up.dev.Peer())
@@ -164,6 +175,9 @@ func (d *daemon) uplinkStateLocked() uplinkState {
 	add(u.IPv6, "file", time.Time{})
 	for _, a := range d.auto.Addrs {
 		add(a.Prefix, "router", a.Until)
+	}
+	for _, a := range d.auto.Taken {
+		s.Taken = append(s.Taken, takenState{a.Addr, pvnet.MAC(a.By).String()})
 	}
 	gateway(u.Via4)
 	for _, r := range d.lease.routes {

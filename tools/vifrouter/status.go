@@ -29,7 +29,9 @@ const aboutStatus = `status shows what a running router is, has and does, as it 
 
   router     its version, its process and domain, and since when it runs
   config     the file, when it was read, and what became of the last reload
-  uplink     its link, addresses and how long they last, gateways, name servers asked
+  uplink     its link, addresses and how long they last, gateways, name servers asked; its
+             MTU, which is the one that routers announce, if that is less than the vif's;
+             addresses that it would have, but another station of its link has
   flows      in the table, and its size; how many one guest may have
   networks   their prefixes, and how many guests are in each
   guests     each vif: guest and network, domain, MAC, addresses, link, what it sent and
@@ -199,6 +201,9 @@ func (u *uplinkState) write(line func(head, format string, args ...any)) {
 			until = " until " + clock(a.Until)
 		}
 		line("", "address %v, %s%s", a.Address, map[string]string{"file": "of the file", "dhcp": "by DHCP", "router": "by a router's advertisement"}[a.From], until)
+	}
+	for _, a := range u.Taken {
+		line("", "address %v is not used: station %s of the link has it", a.Address, a.Station)
 	}
 	if len(u.Gateways) > 0 {
 		line("", "gateway %s", list(u.Gateways))

@@ -24,6 +24,7 @@ type uplink struct {
 	links6   chan dhcp.Link // for the discovery of routers: the same
 	received chan []byte    // messages for the DHCP client
 	adverts  chan advert    // for the discovery of routers
+	claims   chan claim     // for the discovery of routers: about addresses that the link is asked for
 	link     dhcp.Link      // guarded by daemon.mu: the latest state
 	stop     func()         // guarded by daemon.mu: ends the DHCP client; nil: none runs
 	stop6    func()         // guarded by daemon.mu: ends the discovery of routers; nil: none runs
@@ -89,6 +90,7 @@ func (d *daemon) useUplink(ctx context.Context, dev *pvnet.Device) error {
 	up := &uplink{
 		dev: dev, port: p, links: make(chan dhcp.Link, 1), links6: make(chan dhcp.Link, 1),
 		received: make(chan []byte, mostReceived), adverts: make(chan advert, mostAdverts),
+		claims: make(chan claim, mostClaims),
 	}
 	p.owner = up
 	d.plane.add(p)

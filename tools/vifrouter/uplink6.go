@@ -8,6 +8,7 @@ import (
 	"slices"
 	"time"
 
+	"barevif/pvnet"
 	"barevif/pvnet/netstack/dhcp"
 	"barevif/pvnet/packet"
 	"barevif/pvnet/router"
@@ -21,6 +22,7 @@ const (
 	solicitFirst = 4 * time.Second
 	solicitMost  = time.Hour
 	mostAdverts  = 8 // that may wait to be read
+	mostClaims   = 8 // the same
 	// Between two changes of the router's configuration: a station that announces something else
 	// in each message shall not keep it busy.
 	leastChange = time.Second
@@ -47,11 +49,35 @@ func (d *daemon) fromRouter(p *port, frame []byte, h *packet.Headers) bool {
 	return true
 }
 
+// A claim is what a station of the uplink's link said of an address that the router asks for, copied.
+type claim struct {
+	mac      pvnet.MAC
+	src, dst netip.Addr
+	message  []byte
+}
+
+// fromNeighbour keeps what was said of a tentative address: the core gives no other discovery of
+// neighbours away. It has checked hop limit and checksum.
+func (d *daemon) fromNeighbour(p *port, frame []byte, h *packet.Headers) bool {
+	up, ok := p.owner.(*uplink)
+	if !ok || h.End > len(frame) {
+		return false
+	}
+	ip := frame[h.L3:]
+	one := claim{pvnet.MAC(frame[6:12]), netip.AddrFrom16([16]byte(ip[8:24])), netip.AddrFrom16([16]byte(ip[24:40])), slices.Clone(frame[h.L4:h.End])}
+	select {
+	case up.claims <- one:
+	default:
+	}
+	return true
+}
+
 // forgetAdverts drops what came while nobody read it: it may be old.
 func (up *uplink) forgetAdverts() {
 	for {
 		select {
 		case <-up.adverts:
+		case <-up.claims:
 		default:
 			return
 		}
@@ -92,7 +118,12 @@ func (d *daemon) discover(ctx context.Context, up *uplink) {
 	up.forgetAdverts()
 	var client slaac.Client
 	client.Reset(link.MAC)
-	said := ""
+	hear := func(m claim) {
+		if a, ok := client.Claimed(time.Now(), m.mac, m.src, m.dst, m.message); ok {
+			d.claimed(ctx, a, m.mac)
+		}
+	}
+	said, down := "", false
 	wait, asked := solicitFirst, time.Time{} // 0: a router has answered
 	var changed time.Time
 	timer := time.NewTimer(0)
@@ -102,14 +133,20 @@ func (d *daemon) discover(ctx context.Context, up *uplink) {
 		case <-ctx.Done():
 			return
 		case l := <-up.links6:
-			if !l.Up || l.Ups == link.Ups {
+			if down = !l.Up; down {
+				client.Again(time.Now()) // what was asked may not have come anywhere
+			}
+			if down || l.Ups == link.Ups {
 				continue
 			}
 			if l.MAC != link.MAC {
 				client.Reset(l.MAC)
 			}
 			link = l
+			client.Again(time.Now())
 			wait, asked = solicitFirst, time.Time{}
+		case m := <-up.claims:
+			hear(m)
 		case m := <-up.adverts:
 			a, err := slaac.Parse(m.from, m.message)
 			if err != nil {
@@ -124,6 +161,9 @@ func (d *daemon) discover(ctx context.Context, up *uplink) {
 				wait = 0
 			}
 		case <-timer.C:
+		}
+		for range len(up.claims) { // before the time for them is over: this goroutine may be late
+			hear(<-up.claims)
 		}
 		now := time.Now()
 		if wait > 0 && !now.Before(asked.Add(wait)) {
@@ -152,13 +192,40 @@ func (d *daemon) discover(ctx context.Context, up *uplink) {
 		} else if did, err := d.discovered(ctx, s); err != nil {
 			d.log.Error("what routers of the uplink announce cannot be used", "err", err)
 			changed = now
-		} else if did {
-			changed = now
+		} else {
+			if did {
+				changed = now
+			}
+			// The core knows what is tentative: answers will come here.
+			if !down {
+				for _, frame := range client.Probes(now) {
+					d.plane.write(uplinkPort, frame)
+				}
+			}
+			if s = client.Settings(now); !s.Next.IsZero() {
+				soon(s.Next)
+			}
 		}
 		if !next.IsZero() {
 			timer.Reset(max(time.Until(next), time.Millisecond))
 		}
 	}
+}
+
+// claimed notes that another station of the uplink's link has an address that would be the router's.
+func (d *daemon) claimed(ctx context.Context, a netip.Addr, by pvnet.MAC) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if ctx.Err() != nil {
+		return
+	}
+	d.duplicates++
+	if slices.Contains(d.claimed6, a) || len(d.claimed6) > slaac.MaxPrefixes {
+		return // once for an address, whatever stations say
+	}
+	d.claimed6 = append(d.claimed6, a)
+	d.log.Warn("an address that the uplink would have is another station's and is not used: give the uplink's vif another MAC, "+
+		`or write an address with "uplink ipv6 ADDRESS via ROUTER"; the link is asked again every ten minutes`, "address", a, "station", by)
 }
 
 // discovered makes what routers announced the uplink's. None of them can take a guest's network:
@@ -170,19 +237,19 @@ func (d *daemon) discovered(ctx context.Context, s slaac.Settings) (changed bool
 		return false, nil
 	}
 	old := d.auto
-	taken := func(p netip.Prefix) bool {
+	guests := func(p netip.Prefix) bool {
 		name := overlapping6(d.cfg, p)
-		if name != "" && !slices.Contains(d.refused6, p) {
-			if len(d.refused6) < slaac.MaxPrefixes {
-				d.refused6 = append(d.refused6, p)
-			}
+		if name != "" && !slices.Contains(d.refused6, p) && len(d.refused6) < slaac.MaxPrefixes {
+			d.refused6 = append(d.refused6, p)
 			d.log.Warn("a prefix that a router of the uplink announces is left out, since it is a network of guests", "prefix", p, "network", name)
 		}
 		return name != ""
 	}
-	s.Addrs = slices.DeleteFunc(s.Addrs, func(a slaac.Address) bool { return taken(netip.PrefixFrom(a.Prefix.Addr(), 64).Masked()) })
-	s.OnLink = slices.DeleteFunc(s.OnLink, taken)
-	same := s.Router == old.Router && s.MTU == old.MTU && slices.Equal(s.OnLink, old.OnLink) && slices.Equal(s.DNS, old.DNS) &&
+	s.Addrs = slices.DeleteFunc(s.Addrs, func(a slaac.Address) bool { return guests(netip.PrefixFrom(a.Prefix.Addr(), 64).Masked()) })
+	s.OnLink = slices.DeleteFunc(s.OnLink, guests)
+	s.Tentative = slices.DeleteFunc(s.Tentative, func(a netip.Addr) bool { return guests(netip.PrefixFrom(a, 64).Masked()) })
+	s.Taken = slices.DeleteFunc(s.Taken, func(a slaac.Taken) bool { return guests(netip.PrefixFrom(a.Addr, 64).Masked()) })
+	same := s.Router == old.Router && s.MTU == old.MTU && slices.Equal(s.OnLink, old.OnLink) && slices.Equal(s.DNS, old.DNS) && slices.Equal(s.Tentative, old.Tentative) &&
 		slices.EqualFunc(s.Addrs, old.Addrs, func(a, b slaac.Address) bool { return a.Prefix == b.Prefix })
 	d.auto = s
 	if same {
@@ -198,6 +265,7 @@ func (d *daemon) discovered(ctx context.Context, s slaac.Settings) (changed bool
 	for _, a := range s.Addrs {
 		if !has(old.Addrs, a.Prefix) {
 			d.say("uplink: address %v, of a prefix that a router announces", a.Prefix)
+			d.claimed6 = slices.DeleteFunc(d.claimed6, func(one netip.Addr) bool { return one == a.Prefix.Addr() })
 		}
 	}
 	for _, a := range old.Addrs {
@@ -218,11 +286,16 @@ func (d *daemon) discovered(ctx context.Context, s slaac.Settings) (changed bool
 // compileAutoLocked adds what routers announced to the uplink's port.
 func (d *daemon) compileAutoLocked(p *router.Port, route func(to netip.Prefix, via netip.Addr)) {
 	s := &d.auto
-	if len(s.Addrs) == 0 || p.MTU < leastMTU6 {
-		return // there is no address to leave with
+	p.Tentative = s.Tentative
+	if p.MTU < leastMTU6 {
+		return
 	}
+	// The link's MTU is that of all its frames: IPv4 is cut to it as well.
 	if s.MTU != 0 {
 		p.MTU = min(p.MTU, s.MTU)
+	}
+	if len(s.Addrs) == 0 {
+		return // there is no address to leave with
 	}
 	for _, a := range s.Addrs {
 		p.Addrs = append(p.Addrs, a.Prefix)

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"fmt"
@@ -39,23 +40,40 @@ func (s *site) routerOfTheWorld() {
 	}
 }
 
+// discovery sends a message of neighbour discovery from the world; body is what follows its checksum.
+func (s *site) discovery(src, dst netip.Addr, typ header.ICMPv6Type, body []byte) {
+	s.Helper()
+	size := header.ICMPv6HeaderSize + len(body)
+	b := make([]byte, header.IPv6MinimumSize+size)
+	header.IPv6(b).Encode(&header.IPv6Fields{PayloadLength: uint16(size), TransportProtocol: header.ICMPv6ProtocolNumber, HopLimit: header.NDPHopLimit, SrcAddr: toStack(src), DstAddr: toStack(dst)})
+	icmp := header.ICMPv6(b[header.IPv6MinimumSize:])
+	icmp.SetType(typ)
+	copy(icmp.MessageBody(), body)
+	icmp.SetChecksum(header.ICMPv6Checksum(header.ICMPv6ChecksumParams{Header: icmp, Src: toStack(src), Dst: toStack(dst)}))
+	if err := s.world.GVisor().WritePacketToRemote(1, header.EthernetAddressFromMulticastIPv6Address(toStack(dst)), ipv6.ProtocolNumber, buffer.MakeWithData(b)); err != nil {
+		s.Error(err)
+	}
+}
+
+var allNodes = netip.MustParseAddr("ff02::1")
+
 // announce sends a router advertisement from the world, with gVisor's own encoding of its parts.
 func (s *site) announce(lifetime uint16, options ...header.NDPOption) {
 	s.Helper()
+	s.announceMTU(lifetime, 0, options...)
+}
+
+// announceMTU also announces an MTU, unless it is 0: gVisor has no option for it.
+func (s *site) announceMTU(lifetime uint16, mtu uint32, options ...header.NDPOption) {
+	s.Helper()
 	opts := header.NDPOptionsSerializer(options)
-	size := header.ICMPv6HeaderSize + header.NDPRAMinimumSize + opts.Length()
-	b := make([]byte, header.IPv6MinimumSize+size)
-	src, dst := toStack(worldLink), header.IPv6AllNodesMulticastAddress
-	header.IPv6(b).Encode(&header.IPv6Fields{PayloadLength: uint16(size), TransportProtocol: header.ICMPv6ProtocolNumber, HopLimit: header.NDPHopLimit, SrcAddr: src, DstAddr: dst})
-	icmp := header.ICMPv6(b[header.IPv6MinimumSize:])
-	icmp.SetType(header.ICMPv6RouterAdvert)
-	ra := header.NDPRouterAdvert(icmp.MessageBody())
+	ra := header.NDPRouterAdvert(make([]byte, header.NDPRAMinimumSize+opts.Length()))
 	binary.BigEndian.PutUint16(ra[2:], lifetime)
 	ra.Options().Serialize(opts)
-	icmp.SetChecksum(header.ICMPv6Checksum(header.ICMPv6ChecksumParams{Header: icmp, Src: src, Dst: dst}))
-	if err := s.world.GVisor().WritePacketToRemote(1, header.EthernetAddressFromMulticastIPv6Address(dst), ipv6.ProtocolNumber, buffer.MakeWithData(b)); err != nil {
-		s.Error(err)
+	if mtu != 0 {
+		ra = binary.BigEndian.AppendUint32(append(ra, 5, 1, 0, 0), mtu)
 	}
+	s.discovery(worldLink, allNodes, header.ICMPv6RouterAdvert, ra)
 }
 
 // prefixInformation announces a /64, for a day and an hour.
@@ -190,5 +208,132 @@ func TestAStationThatAnnouncesWhatItLikes(t *testing.T) {
 	}
 	if _, err := g.Ping(ctx, netip.MustParseAddr("fd00:137::1")); err != nil {
 		t.Error(err)
+	}
+}
+
+// has reports whether the uplink's port in the core has an address.
+func (s *site) has(a netip.Addr) bool {
+	s.d.mu.Lock()
+	defer s.d.mu.Unlock()
+	for _, p := range s.d.applied.Ports {
+		if p.ID == uplinkPort && slices.ContainsFunc(p.Addrs, func(x netip.Prefix) bool { return x.Addr() == a }) {
+			return true
+		}
+	}
+	return false
+}
+
+// An address that gVisor's stack has at the uplink, or that a station there asks for at the same time,
+// is not used: the log says so once and what to do, and so do status and the counters.
+func TestAnAddressOfAnotherStationIsNotUsed(t *testing.T) {
+	s := newSite(t, announced)
+	s.routerOfTheWorld()
+	s.comes("the uplink is up", func() bool { return strings.Contains(s.text(), "uplink vif 0: connected") })
+	theirs, wanted, free := netip.MustParseAddr("2001:db8:1::216:3eff:fe00:100"), netip.MustParseAddr("2001:db8:2::216:3eff:fe00:100"), netip.MustParseAddr("2001:db8::216:3eff:fe00:100")
+	err := s.world.GVisor().AddProtocolAddress(1, tcpip.ProtocolAddress{
+		Protocol: ipv6.ProtocolNumber, AddressWithPrefix: tcpip.AddressWithPrefix{Address: toStack(theirs), PrefixLen: 64},
+	}, stack.AddressProperties{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	group := netip.MustParseAddr("ff02::1:ff00:100")
+	taken := func() []takenState { return s.d.state().(*state).Uplink.Taken }
+	s.comes("one address, and two that are taken", func() bool {
+		s.announce(1800, prefixInformation("2001:db8:1::"), prefixInformation("2001:db8:2::"), prefixInformation("2001:db8::"))
+		s.discovery(netip.IPv6Unspecified(), group, header.ICMPv6NeighborSolicit, append(make([]byte, 4), wanted.AsSlice()...))
+		if s.has(theirs) || s.has(wanted) {
+			t.Fatal("an address of another station is used")
+		}
+		return s.has(free) && len(taken()) == 2
+	})
+	world := s.d.up.dev.MAC() // read by this test alone
+	for _, a := range taken() {
+		if a.Address != theirs && a.Address != wanted || a.Station == world.String() || len(a.Station) != 17 {
+			t.Errorf("%+v", a)
+		}
+	}
+	if n := strings.Count(s.text(), "is another station's and is not used: give the uplink's vif another MAC"); n != 2 {
+		t.Errorf("%d lines about two addresses", n)
+	}
+	var b bytes.Buffer
+	if err := s.d.writeMetrics(&b); err != nil || !strings.Contains(b.String(), "\nvifrouter_uplink_duplicate_addresses_total 2\n") {
+		t.Errorf("%v\n%s", err, &b)
+	}
+	var text strings.Builder
+	(&shown{state: *s.d.state().(*state)}).write(&text, time.Now())
+	if !strings.Contains(text.String(), "address 2001:db8:1:0:216:3eff:fe00:100 is not used: station ") {
+		t.Errorf("%s", &text)
+	}
+	// The one that is free is used, and what anybody says of it later changes nothing.
+	g, _ := s.guest(firstDom)
+	s.settled(g)
+	s.discovery(free, allNodes, header.ICMPv6NeighborAdvert, append([]byte{0x20, 0, 0, 0}, free.AsSlice()...))
+	if who, err := ask(s.ctx, g, "[2001:db8::1]:80"); err != nil || who != free.String() {
+		t.Errorf("the world sees %q, %v", who, err)
+	}
+}
+
+// A link-local address that another station has means that its MAC is the uplink's: no address is
+// used.
+func TestAnotherStationWithTheUplinksMAC(t *testing.T) {
+	s := newSite(t, announced)
+	s.routerOfTheWorld()
+	own := netip.MustParseAddr("fe80::216:3eff:fe00:100")
+	s.comes("it is noticed", func() bool {
+		s.announce(1800, prefixInformation("2001:db8::"))
+		s.discovery(own, allNodes, header.ICMPv6NeighborAdvert, append([]byte{0x20, 0, 0, 0}, own.AsSlice()...))
+		return len(s.d.state().(*state).Uplink.Taken) == 1 && len(s.auto().Tentative) == 0
+	})
+	if now := s.auto(); len(now.Addrs) != 0 || now.Taken[0].Addr != own || now.Router != worldLink {
+		t.Errorf("%+v", now)
+	}
+}
+
+// The MTU that routers announce is that of the whole link: of both families, with and without an address
+// of theirs.
+func TestTheUplinkKeepsToTheAnnouncedMTU(t *testing.T) {
+	s := newSite(t, announced)
+	s.routerOfTheWorld()
+	mtu := func(want int) bool {
+		s.d.mu.Lock()
+		defer s.d.mu.Unlock()
+		for _, p := range s.d.applied.Ports {
+			if p.ID == uplinkPort && p.MTU == want {
+				return true
+			}
+		}
+		return false
+	}
+	s.comes("the MTU alone", func() bool {
+		s.announceMTU(1800, 1400)
+		return mtu(1400)
+	})
+	if now := s.d.state().(*state).Uplink; now.MTU != 1400 || len(s.auto().Addrs) != 0 {
+		t.Errorf("%+v", now)
+	}
+	s.comes("with an address", func() bool {
+		s.announceMTU(1800, 1300, prefixInformation("2001:db8::"))
+		return mtu(1300) && len(s.auto().Addrs) == 1
+	})
+	g, _ := s.guest(firstDom)
+	s.settled(g)
+	for _, at := range []string{"192.0.2.1:80", "[2001:db8::1]:80"} {
+		if _, err := ask(s.ctx, g, at); err != nil {
+			t.Error(err)
+		}
+	}
+	s.comes("more than the device takes", func() bool {
+		s.announceMTU(1800, 9000)
+		return mtu(1500)
+	})
+	s.comes("less again", func() bool {
+		s.announceMTU(0, 1400)
+		return mtu(1400)
+	})
+	if err := s.d.reload(parse(t, standard)); err != nil {
+		t.Fatal(err)
+	}
+	if !mtu(1500) {
+		t.Error("an announced MTU is left, without announcements")
 	}
 }

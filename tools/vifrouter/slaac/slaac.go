@@ -6,8 +6,14 @@
 // Any station of the link can be the author of an advertisement, and nothing of it is believed
 // beyond what RFC 4862 grants: bounds hold for how much is kept, lifetimes of prefixes in use
 // cannot be cut below two hours at once, and what cannot be an address, a router or a link is
-// left out. Whoever announces first fills what is kept, for as long as that lasts. Nobody is asked
-// whether an address is taken (duplicate address detection): MACs on a Xen bridge differ.
+// left out. Whoever announces first fills what is kept, for as long as that lasts.
+//
+// An address is used once the link was asked for it and nobody answered (duplicate address detection,
+// RFC 4862, section 5.4, with the nonce of RFC 7527): one solicitation, a second. The link-local address
+// of the MAC is asked for as well, and without it no other is used. Since addresses follow from the MAC,
+// one that somebody else has is not exchanged for another: it is left out, and asked for again now and
+// then. So any station of the link can keep this host from having an address, as it can by answering
+// for its router; it cannot take one that is in use.
 package slaac
 
 import (
@@ -158,6 +164,8 @@ type Client struct {
 	routers  []router
 	prefixes []prefix
 	servers  []server
+	claims   []claim // of the addresses that there are to be, at most MaxPrefixes and one
+	mtu      int     // that was said last, by whom ever
 }
 
 type router struct {
@@ -183,6 +191,9 @@ func (c *Client) Reset(mac [6]byte) { *c = Client{mac: mac} }
 // Hear takes an advertisement over.
 func (c *Client) Hear(now time.Time, a *Advert) {
 	c.forget(now)
+	if a.MTU != 0 {
+		c.mtu = a.MTU // it has no lifetime, and that of a router is not its (RFC 4861, 4.2)
+	}
 	i := slices.IndexFunc(c.routers, func(r router) bool { return r.addr == a.Router })
 	switch {
 	case i >= 0:
@@ -251,8 +262,12 @@ type Settings struct {
 	Router netip.Addr     // the default router; zero: none
 	Until  time.Time      // when it ends, unless it is announced again
 	DNS    []netip.Addr
-	MTU    int       // of the link; 0: nobody said
-	Next   time.Time // when the first of all this ends; zero: there is nothing
+	// Tentative are addresses that the link is or will be asked for: what its stations say of them is
+	// to come to Claimed. Taken are those that others have.
+	Tentative []netip.Addr
+	Taken     []Taken
+	MTU       int       // of the link, as Router says or, without one, as was said last; 0: nobody did
+	Next      time.Time // when the first of all this ends or goes on; zero: there is nothing
 }
 
 // Settings returns those of now.
@@ -263,12 +278,28 @@ func (c *Client) Settings(now time.Time) (s Settings) {
 			s.Next = t
 		}
 	}
+	for i := range c.claim(now) {
+		switch one := &c.claims[i]; one.state {
+		case waiting, asked:
+			s.Tentative = append(s.Tentative, one.addr)
+			next(one.at)
+		case taken:
+			s.Taken = append(s.Taken, Taken{one.addr, one.by})
+			next(one.at)
+		}
+	}
 	var old []Address
 	for _, p := range c.prefixes {
 		next(p.until)
 		switch {
 		case p.Own:
 			a := Address{netip.PrefixFrom(Make(p.Prefix.Prefix, c.mac), 128), p.until}
+			if !c.has(a.Prefix.Addr()) {
+				if p.OnLink {
+					s.OnLink = append(s.OnLink, p.Prefix.Prefix)
+				}
+				continue
+			}
 			if p.OnLink {
 				a.Prefix = netip.PrefixFrom(a.Prefix.Addr(), 64)
 			}
@@ -283,6 +314,7 @@ func (c *Client) Settings(now time.Time) (s Settings) {
 	}
 	s.Addrs = append(s.Addrs, old...)
 	best := -1
+	s.MTU = c.mtu
 	for i, r := range c.routers {
 		next(r.until)
 		if best < 0 || r.preference > c.routers[best].preference {

@@ -60,6 +60,9 @@ func heard(t *testing.T, c *Client, at time.Time, from netip.Addr, m []byte) Set
 		t.Fatal(err)
 	}
 	c.Hear(at, a)
+	for i := range c.claim(at) {
+		c.claims[i].state = ours // the link was asked, and nobody answered
+	}
 	return c.Settings(at)
 }
 
@@ -122,8 +125,15 @@ func TestRoutersGoAndOthersTakeOver(t *testing.T) {
 	if s := heard(t, c, now, first, message(0, 0)); s.Router != second {
 		t.Errorf("a router that goes: %+v", s)
 	}
-	if s := c.Settings(now.Add(1801 * time.Second)); s.Router.IsValid() || s.MTU != 0 {
+	// The link's MTU is not a router's, and does not end with the last one.
+	if s := c.Settings(now.Add(1801 * time.Second)); s.Router.IsValid() || s.MTU != 1300 {
 		t.Errorf("the last router is over: %+v", s)
+	}
+	if s := heard(t, c, now.Add(1802*time.Second), second, message(0, 0, mtuOption(1400))); s.Router.IsValid() || s.MTU != 1400 {
+		t.Errorf("one that is no default router says the MTU: %+v", s)
+	}
+	if c.Reset(mac); c.Settings(now).MTU != 0 {
+		t.Error("the MTU of another link")
 	}
 }
 
