@@ -18,6 +18,9 @@ func (p *Poller) hold(m *member) bool {
 		return true
 	}
 	until, held := m.rx.eng.heldUntil()
+	if held && m.h.park.Load().watch(m) { // whoever releases a page that is lent marks m
+		until, held = m.rx.eng.heldUntil() // again: one may have come back before the Poller watched
+	}
 	m.h.gate.leave()
 	if !held {
 		return false

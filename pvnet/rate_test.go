@@ -684,6 +684,65 @@ func TestAPollerNoticesAChangeOfTheRate(t *testing.T) {
 	}
 }
 
+// A Poller's member waits for credit, and has not slept before. A page that it has lent meanwhile is
+// the frontend's again as soon as another goroutine releases it.
+func TestALentPageComesBackWhileItsPollerWaitsForCredit(t *testing.T) {
+	p := join(t, emu.Config{}, plain, Config{LendRx: true})
+	static(t, p)
+	p.back.limiter.set(rate{150_000, time.Hour})
+	tx, _ := own(t, p.front)
+	_, rx := own(t, p.back)
+	const sent = 200
+	put(t, tx, sent, 1000)
+	poller := newPoller(t, p.bdom, PollerConfig{})
+	if err := poller.Add(rx, nil); err != nil {
+		t.Fatal(err)
+	}
+	frames, ended := make(chan Frame, sent), make(chan error, 1)
+	go func() {
+		var f [32]Frame
+		for {
+			ready, err := poller.Wait()
+			if err != nil {
+				ended <- err
+				return
+			}
+			for range ready {
+				n, _ := rx.Poll(f[:])
+				for i := range n {
+					frames <- f[i]
+				}
+			}
+		}
+	}()
+	e := rx.eng.(*backRX)
+	comes := func(what string, ok func() bool) {
+		t.Helper()
+		for end := time.Now().Add(labtest.Limit); !ok(); time.Sleep(time.Millisecond) {
+			if time.Now().After(end) {
+				t.Fatal(what, "never came")
+			}
+		}
+	}
+	comes("the wait for credit", e.account.held.Load)
+	time.Sleep(20 * time.Millisecond) // the Poller sleeps, most likely
+	n, lent := len(frames), 0
+	for range n {
+		f := <-frames
+		if f.ReadOnly() {
+			lent++
+		}
+		f.Release()
+	}
+	if lent == 0 || n == sent {
+		t.Fatalf("%d of %d frames came, of which %d were lent", n, sent, lent)
+	}
+	ft := tx.eng.(*frontTX)
+	comes("the last page", func() bool { ft.reap(); return int(ft.ring.InFlight()) == sent-n })
+	poller.Close()
+	<-ended
+}
+
 func TestALimitAllocatesNothing(t *testing.T) {
 	p := join(t, emu.Config{}, plain, Config{})
 	p.back.limiter.set(rate{3000, time.Microsecond})
