@@ -307,7 +307,7 @@ func TestAFrontendThatIsNotTakenOverStays(t *testing.T) {
 		"a request too few":                       {add("TxNext", -1), "tx: ring"},
 		"a page too many":                         {add("RxNext", 1), "rx: ring"},
 		"a response too many":                     {add("RxConsumed", 1), ""},
-		"responses of the future":                 {add("RxConsumed", 200), "rx: ring"},
+		"responses of the future":                 {add("RxConsumed", 200), ""}, // the ring's or the pages': the backend goes on meanwhile
 		"pages of the past":                       {add("RxConsumed", -1), ""},
 		"no pages posted":                         {queue(func(q map[string]any) { q["Posted"] = nil }), "0 pages are posted"},
 		"one page everywhere":                     {queue(func(q map[string]any) { q["Posted"] = make([]byte, 256) }), "page 0 is posted"},

@@ -1,6 +1,7 @@
 package link
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"sync"
@@ -18,7 +19,8 @@ var errNotJoined = errors.New("link: no Run to hold")
 
 // A holds is the state of Hold and Resume.
 type holds struct {
-	stopping atomic.Bool // the goroutines of move are to end at their deadlines
+	stopping atomic.Bool   // the goroutines of move are to end at their deadlines
+	patience time.Duration // what tests have instead of holdPatience, unless it is 0
 
 	mu      sync.Mutex
 	ask     chan struct{} // guarded by mu; capacity 1; nil: Run does not run
@@ -185,7 +187,7 @@ func (j *Joint) quiesce(ctx context.Context, links []Link, rxs []*pvnet.RX, txs 
 			txs[i].SetDeadline(past) // the queue whose frames it reads into
 		}
 	}
-	t := time.NewTimer(holdPatience)
+	t := time.NewTimer(cmp.Or(j.holds.patience, holdPatience))
 	defer t.Stop()
 	select {
 	case <-t.C:
