@@ -69,7 +69,9 @@ func switched(t *T) {
 	}
 
 	// A guest sends from the other's address: nobody hears it, and the other goes on.
-	pretend := func(mac string) { one.Sh("ip link set eth0 down; ip link set eth0 address %s; ip link set eth0 up", mac) }
+	pretend := func(mac string) {
+		one.Sh("ip link set eth0 down; ip link set eth0 address %s; ip link set eth0 up", mac)
+	}
 	pretend(mac[1])
 	one.Sh("! ping -c 3 -i 0.2 -W 1 %s", switchedDom0)
 	t.Ping(two, switchedDom0, 1472, 20)
