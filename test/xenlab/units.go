@@ -21,7 +21,7 @@ var installUnits = [...]string{
 }
 
 // keepNetfrontAway is the line of that page without which udev has the kernel's driver take the vifs.
-const keepNetfrontAway = "echo 'blacklist xen-netfront' > /etc/modprobe.d/barevif.conf"
+const keepNetfrontAway = "echo 'blacklist xen-netfront' > /etc/modprobe.d/barevif.conf && udevadm control --reload"
 
 // readJournal is the line of that page which reads what a service logs with --log json.
 const readJournal = "journalctl -u barevif-serve@0 -t barevif -o cat"
