@@ -124,8 +124,8 @@ func benchBridge(b *testing.B, guests int, pooled bool) {
 //
 //   - delivered: frames of the paced guests that arrive beside the flooder, in those that do without
 //   - p99-x: the 99th percentile of their time on the way, in that without the flooder
-//   - p99-busy-x: the same, in that beside a goroutine that only computes instead of flooding:
-//     what the bridge adds to what the processor's time costs
+//   - p99-busy-x: the same percentile, divided by that beside a goroutine which only computes. Such a
+//     goroutine takes the processor as a flooder does, so the quotient is what the bridge adds
 //   - share: what the guest that gets least has, in an equal part of all that arrives, when all send what they can
 //
 // The guests run on the bridge's processors. With fewer of these than there are busy guests,

@@ -52,9 +52,9 @@ type Port struct {
 	Addrs []netip.Prefix
 
 	// Tentative are IPv6 addresses that the caller means to have on this port once it knows that
-	// nobody else of the link has them (RFC 4862, 5.4). The router does not answer for them. What
-	// others say of one, solicitations of its neighbours and advertisements, comes with
-	// VerdictLocal, from whomever it comes.
+	// no other station of the link has them (RFC 4862, 5.4). The router does not answer for them.
+	// Neighbour solicitations and advertisements for such an address get VerdictLocal, whichever
+	// station sent them.
 	Tentative []netip.Addr
 
 	// Sources, unless empty, are the only source addresses of packets that come in here.

@@ -33,8 +33,8 @@ type Packet struct {
 	// Learnt says that the packet taught the router a neighbour's address on port In: packets
 	// that wait for Next there may be processed again.
 	Learnt bool
-	// MTU is what the frame is to be cut to, with VerdictFragment: that of port Out, in bytes of an
-	// IP packet. Otherwise 0.
+	// MTU is, with VerdictFragment, the length in bytes that each fragment's IP packet may have: the
+	// MTU of port Out. With other verdicts it is 0.
 	MTU int
 	// Translated says that addresses or ports changed: a hash that came with the frame is
 	// no longer its hash.

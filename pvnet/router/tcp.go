@@ -138,10 +138,10 @@ func (f *flow) judge(d int, flags uint8, s *segment) fit {
 	return beside
 }
 
-// underWay reports whether a segment of direction d that begins at seq can still be on its way, so
-// that an ICMP error about it is believed (RFC 5927, 4.1): it begins no earlier than what the other
-// side has acknowledged, and no later than where its sender has come to, as a segment without data
-// does. A SYN, and a probe that keeps a connection alive, begin one before that.
+// underWay reports whether a segment of direction d with sequence number seq can still be on its way:
+// the router believes an ICMP error about such a segment alone (RFC 5927, 4.1). Its number is at least
+// the other side's acknowledgement, less one for a SYN and for a keep-alive probe, and at most the
+// number that follows the sender's last byte, which a segment without data has.
 func (f *flow) underWay(d int, seq uint32) bool {
 	w := &f.window[d]
 	return w.known() && upTo(w.acked-1, seq) && upTo(seq, w.end)

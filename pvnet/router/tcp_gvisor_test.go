@@ -210,7 +210,7 @@ func (w *wire) tooBig(i int, frame []byte) {
 	batch := []Packet{p}
 	w.Process(w.at, batch)
 	if p = batch[0]; p.Verdict != VerdictForward {
-		// What the other side has acknowledged meanwhile is under way no more.
+		// The other side has acknowledged the segment meanwhile, so it is no longer under way.
 		if p.Reason != ReasonQuote {
 			w.t.Errorf("an error: %v because of %v", p.Verdict, p.Reason)
 		}
@@ -311,8 +311,8 @@ func TestGvisorsConnectionsFitTheirWindows(t *testing.T) {
 	}
 }
 
-// Where a link beyond the router takes less, in either direction, the stacks of both families learn
-// it from errors that quote what they have under way, and from none that quotes something else.
+// A link beyond the router, in either direction, has a smaller MTU. The TCP of both families learns that
+// MTU from ICMP errors that quote its segments under way; the router drops errors with other quotes.
 func TestGvisorFindsTheMTUOfThePath(t *testing.T) {
 	for _, at := range []string{server, server6} {
 		w, stacks := newWire(t, 5, true)

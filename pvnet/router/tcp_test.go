@@ -266,7 +266,8 @@ func TestAnICMPErrorQuotesWhatIsUnderWay(t *testing.T) {
 			}
 			return p.Head
 		}
-		// told has somebody beyond the router say that a frame, but for the byte it begins with, is too big.
+		// told processes the ICMP error of a host beyond the router that a frame was too big. It quotes the
+		// frame with sequence number seq.
 		told := func(d int, frame []byte, seq uint32, want Reason) {
 			t.Helper()
 			l3 := 20
