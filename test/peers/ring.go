@@ -189,74 +189,109 @@ func (r *rawRing) take(s *sink) (n int, err error) {
 	return n, err
 }
 
-// A rawLink has a raw ring per direction. Both ends poll.
+// A rawLink streams on one raw ring or more, and has one for answers. Both ends poll, all rings
+// in turn.
 type rawLink struct {
-	stream, answers *rawRing
+	streams []*rawRing
+	answers *rawRing
 }
 
-// rawPeer streams on the tx ring, or on the rx ring if rx. Round trips use both.
-func rawPeer(batch int, rx bool) peer {
+// rawPeer streams on tx rings, or on rx rings if rx. Round trips use one of each.
+func rawPeer(rings, batch int, rx bool) peer {
 	return setupFunc(func(j *job) (link, error) {
-		there, err := newRawRing(j.size, j.limitBatch(batch), rx)
-		if err != nil {
+		j.warm *= uint64(rings)
+		l := new(rawLink)
+		add := func(batch int, rx bool) (*rawRing, error) {
+			r, err := newRawRing(j.size, batch, rx)
+			if err != nil {
+				return nil, errors.Join(err, l.close())
+			}
+			return r, nil
+		}
+		for range rings {
+			r, err := add(j.limitBatch(batch), rx)
+			if err != nil {
+				return nil, err
+			}
+			l.streams = append(l.streams, r)
+		}
+		var err error
+		if l.answers, err = add(1, !rx); err != nil {
 			return nil, err
 		}
-		back, err := newRawRing(j.size, 1, !rx)
-		if err != nil {
-			there.mem.close()
-			return nil, err
-		}
-		return &rawLink{there, back}, nil
+		return l, nil
 	})
 }
 
 func (l *rawLink) close() error {
-	l.stream.mem.close()
-	l.answers.mem.close()
+	for _, r := range l.streams {
+		r.mem.close()
+	}
+	if l.answers != nil {
+		l.answers.mem.close()
+	}
 	return nil
 }
 
 func (l *rawLink) send(j *job) error {
-	r, src, sent := l.stream, j.source(), tally{to: &j.sent}
+	sources, sent := make([]*source, len(l.streams)), tally{to: &j.sent}
+	for i := range sources {
+		sources[i] = j.source()
+	}
 	for !j.stopped() {
-		if !r.room() {
+		full := true
+		for i, r := range l.streams {
+			if !r.room() {
+				continue
+			}
+			for range r.batch {
+				r.put(sources[i].next())
+			}
+			r.publish()
+			sent.add(r.batch)
+			full = false
+		}
+		if full {
 			spinPause()
-			continue
 		}
-		for range r.batch {
-			r.put(src.next())
-		}
-		r.publish()
-		sent.add(r.batch)
 	}
 	return nil
 }
 
 func (l *rawLink) receive(j *job) error {
-	r, s, rcvd := l.stream, j.sink(), tally{to: &j.rcvd}
+	sinks, rcvd := make([]*sink, len(l.streams)), tally{to: &j.rcvd}
+	for i := range sinks {
+		sinks[i] = j.sink()
+	}
 	for !j.stopped() {
-		if !r.ready() {
+		empty := true
+		for i, r := range l.streams {
+			if !r.ready() {
+				continue
+			}
+			n, err := r.take(sinks[i])
+			if err != nil {
+				return err
+			}
+			rcvd.add(n)
+			empty = false
+		}
+		if empty {
 			spinPause()
-			continue
 		}
-		n, err := r.take(s)
-		if err != nil {
-			return err
-		}
-		rcvd.add(n)
 	}
 	return nil
 }
 
 func (l *rawLink) ping(j *job, rtt []int64) error {
-	src, s := j.source(), j.sink()
+	src, s, there := j.source(), j.sink(), l.streams[0]
 	for i := range rtt {
 		start := nano()
-		for !l.stream.room() {
+		for !there.room() {
 			spinPause()
 		}
-		l.stream.put(src.next())
-		l.stream.publish()
+		there.put(src.next())
+		there.publish()
 		for !l.answers.ready() {
 			if j.stopped() {
 				return nil
@@ -271,13 +306,13 @@ func (l *rawLink) ping(j *job, rtt []int64) error {
 }
 
 func (l *rawLink) echo(j *job) error {
-	s := j.sink()
+	s, there := j.sink(), l.streams[0]
 	s.want.verify = false // the other end compares
 	for !j.stopped() {
-		if !l.stream.ready() {
+		if !there.ready() {
 			continue
 		}
-		if _, err := l.stream.take(s); err != nil {
+		if _, err := there.take(s); err != nil {
 			return err
 		}
 		for !l.answers.room() {

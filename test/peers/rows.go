@@ -36,6 +36,9 @@ var (
 	smallSize  = []int{sizeSmall}
 )
 
+// manyVifs is how many vifs, or raw rings, a party has in the rows of more than one.
+var manyVifs = [...]int{8, 64}
+
 // Names of rows that goals refer to.
 const (
 	nameCounters = "barevif counters mirrored / not"
@@ -43,11 +46,18 @@ const (
 	nameRawPing  = "raw ring, polled"
 )
 
-func nameRaw(rx bool, batch int) string {
+func nameRaw(rx bool, batch int) string { return nameRawMany(rx, batch, 1) }
+
+func nameRawMany(rx bool, batch, rings int) string {
+	s := "raw tx ring"
 	if rx {
-		return fmt.Sprintf("raw rx ring b%d", batch)
+		s = "raw rx ring"
 	}
-	return fmt.Sprintf("raw tx ring b%d", batch)
+	s += fmt.Sprintf(" b%d", batch)
+	if rings > 1 {
+		s += fmt.Sprintf(", %d rings", rings)
+	}
+	return s
 }
 
 func nameEndpoint(batch int) string { return fmt.Sprintf("gVisor sharedmem endpoint b%d", batch) }
@@ -116,11 +126,15 @@ func allRows(n *network) []*row {
 	}
 	for _, rx := range []bool{false, true} {
 		for _, batch := range []int{1, 32} {
-			add(floor, stream, nameRaw(rx, batch), allSizes, rawPeer(batch, rx))
+			add(floor, stream, nameRaw(rx, batch), allSizes, rawPeer(1, batch, rx))
+		}
+		for _, rings := range manyVifs {
+			add(floor, stream, nameRawMany(rx, 32, rings), smallSize, rawPeer(rings, 32, rx))
 		}
 	}
-	add(floor, pingpong, nameRawPing, frameSizes, rawPeer(1, false))
+	add(floor, pingpong, nameRawPing, frameSizes, rawPeer(1, 1, false))
 	add(floor, pingpong, nameEventfd, smallSize, eventfdPeer(false))
+	add(floor, pingpong, nameEventfdTwo, smallSize, setupFunc(newEventfdProcess))
 	rows = append(rows, &row{name: nameNetpoller, class: floor, kind: pingpong, sizes: smallSize, free: true, peer: eventfdPeer(true)})
 
 	add(user, stream, nameMemif, allSizes, memifPeer(false))
@@ -168,7 +182,7 @@ func ourRows() []*row {
 			for _, batch := range []int{1, 8, 32} {
 				sizes := allSizes
 				if batch == 32 {
-					sizes = frameSizes // see job.fit
+					sizes = frameSizes // see job.limitBatch
 				}
 				for _, o := range waits {
 					o.Back, o.Batch, o.Two = back, batch, two
@@ -200,7 +214,7 @@ func ourRows() []*row {
 		o.Batch = 8
 		add(o, []int{sizeGSO})
 	}
-	for _, more := range []vifOptions{{Queues: 2}, {Queues: 4}, {Queues: 8}, {Vifs: 8}, {Vifs: 64}} {
+	for _, more := range []vifOptions{{Queues: 2}, {Queues: 4}, {Queues: 8}, {Vifs: manyVifs[0]}, {Vifs: manyVifs[1]}} {
 		for _, o := range []vifOptions{{Poll: true}, {Poll: true, Back: true}, {Wait: pvnet.Park}} {
 			o.Batch, o.Queues, o.Vifs = 32, more.Queues, more.Vifs
 			add(o, smallSize)

@@ -19,8 +19,9 @@ import (
 // childVar holds the task of a child process, which runs this program.
 const childVar = "BAREVIF_PEERS_CHILD"
 
-// An childTask holds the parameters of the receiver's process. The board is its descriptor 3.
+// A childTask holds the parameters of the receiver's process. The board is its descriptor 3.
 type childTask struct {
+	Eventfd bool // answer on the eventfds that follow the board; there is no vif
 	Options vifOptions
 	Size    int
 	Ping    bool
@@ -32,13 +33,18 @@ type childTask struct {
 // A processLink is a vif whose sender is in this process, with the emulated Xen,
 // and whose receiver is in another one.
 type processLink struct {
-	o      vifOptions
-	lab    *lab
-	from   halves
-	child  *exec.Cmd
-	stderr strings.Builder // the child's stderr
-	ended  chan struct{}   // closed when the child has ended
-	err    error           // the child's error; valid once ended is closed
+	o     vifOptions
+	lab   *lab
+	from  halves
+	child *child
+}
+
+// A child is a process that runs the task of the other party.
+type child struct {
+	cmd    *exec.Cmd
+	stderr strings.Builder
+	ended  chan struct{} // closed when it has ended
+	err    error         // valid once ended is closed
 }
 
 func newTwoProcesses(o vifOptions, j *job) (l *processLink, err error) {
@@ -46,7 +52,7 @@ func newTwoProcesses(o vifOptions, j *job) (l *processLink, err error) {
 	if err != nil {
 		return nil, err
 	}
-	l = &processLink{o: o, lab: lab, ended: make(chan struct{})}
+	l = &processLink{o: o, lab: lab}
 	defer func() {
 		if err != nil {
 			j.stop.Store(1)
@@ -56,7 +62,7 @@ func newTwoProcesses(o vifOptions, j *job) (l *processLink, err error) {
 	if err := lab.addVif(frontDomain, backDomain, 0); err != nil {
 		return l, err
 	}
-	if err := l.start(j); err != nil {
+	if l.child, err = startChild(j, childTask{Options: o, Host: lab.path}); err != nil {
 		return l, err
 	}
 	id := frontDomain
@@ -75,16 +81,7 @@ func newTwoProcesses(o vifOptions, j *job) (l *processLink, err error) {
 	if err := l.from.ownHalves([]*pvnet.Device{device}, o); err != nil {
 		return l, err
 	}
-	for limit := time.After(setupLimit); j.ready.Load() == 0; {
-		select {
-		case <-l.ended:
-			return l, errors.New("the receiver's process ended before it was connected")
-		case <-limit:
-			return l, fmt.Errorf("the receiver's process was not ready in %v", setupLimit)
-		case <-time.After(time.Millisecond):
-		}
-	}
-	return l, nil
+	return l, l.child.awaitReady(j)
 }
 
 // openEnd opens one end of the vif in either process: the backend or the frontend.
@@ -104,55 +101,76 @@ func openEnd(d hypercall.Domain, back bool, cfg pvnet.Config) (device *pvnet.Dev
 	return device, served.close, nil
 }
 
-func (l *processLink) start(j *job) error {
-	e := childTask{Options: l.o, Size: j.size, Ping: j.ping, Verify: j.verify, CPU: j.cpus[1], Host: l.lab.path}
+// startChild starts a process for the receiving party of j. Descriptor 3 is its board, and files
+// are those after it.
+func startChild(j *job, e childTask, files ...*os.File) (*child, error) {
+	e.Size, e.Ping, e.Verify, e.CPU = j.size, j.ping, j.verify, j.cpus[1]
 	if j.free {
 		e.CPU = -1
 	}
 	text, err := json.Marshal(e)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	fd, err := unix.FcntlInt(uintptr(j.mem.fd), unix.F_DUPFD_CLOEXEC, 0)
 	if err != nil {
-		return fmt.Errorf("dup of the board: %w", err)
+		return nil, fmt.Errorf("dup of the board: %w", err)
 	}
 	board := os.NewFile(uintptr(fd), "board")
 	defer board.Close()
-	cmd := exec.Command("/proc/self/exe")
-	cmd.Env = append(os.Environ(), childVar+"="+string(text))
-	cmd.ExtraFiles = []*os.File{board}
-	cmd.Stderr = &l.stderr
-	if err := cmd.Start(); err != nil {
-		return fmt.Errorf("the receiver's process: %w", err)
+	c := &child{cmd: exec.Command("/proc/self/exe"), ended: make(chan struct{})}
+	c.cmd.Env = append(os.Environ(), childVar+"="+string(text))
+	c.cmd.ExtraFiles = append([]*os.File{board}, files...)
+	c.cmd.Stderr = &c.stderr
+	if err := c.cmd.Start(); err != nil {
+		return nil, fmt.Errorf("the receiver's process: %w", err)
 	}
-	l.child = cmd
 	go func() {
-		l.err = cmd.Wait()
-		close(l.ended)
+		c.err = c.cmd.Wait()
+		close(c.ended)
 	}()
+	return c, nil
+}
+
+// awaitReady waits until the process is ready for the first frame.
+func (c *child) awaitReady(j *job) error {
+	for limit := time.After(setupLimit); j.ready.Load() == 0; {
+		select {
+		case <-c.ended:
+			return errors.New("the receiver's process ended before it was connected")
+		case <-limit:
+			return fmt.Errorf("the receiver's process was not ready in %v", setupLimit)
+		case <-time.After(time.Millisecond):
+		}
+	}
+	return nil
+}
+
+// wait waits for the end of the process, which the job has told to stop. A nil child has ended.
+func (c *child) wait() error {
+	if c == nil {
+		return nil
+	}
+	select {
+	case <-c.ended:
+	case <-time.After(setupLimit):
+		c.cmd.Process.Kill()
+		<-c.ended
+	}
+	if c.err != nil {
+		return fmt.Errorf("the receiver's process: %w: %s", c.err, strings.TrimSpace(c.stderr.String()))
+	}
 	return nil
 }
 
 // close ends the receiver's process, which the job has told to stop.
 func (l *processLink) close() error {
-	var err error
-	if l.child != nil {
-		select {
-		case <-l.ended:
-		case <-time.After(setupLimit):
-			l.child.Process.Kill()
-			<-l.ended
-		}
-		if l.err != nil {
-			err = fmt.Errorf("the receiver's process: %w: %s", l.err, strings.TrimSpace(l.stderr.String()))
-		}
-	}
+	err := l.child.wait()
 	l.lab.close()
 	return err
 }
 
-func (l *processLink) pid() int         { return l.child.Process.Pid }
+func (l *processLink) pid() int         { return l.child.cmd.Process.Pid }
 func (l *processLink) interrupt()       { l.from.interrupt() }
 func (l *processLink) notifies() uint64 { return notified(l.from.devices) }
 
@@ -160,7 +178,7 @@ func (l *processLink) send(j *job) error { return l.from.send(j, l.o) }
 
 // receive waits for the process that receives.
 func (l *processLink) receive(*job) error {
-	<-l.ended
+	<-l.child.ended
 	return nil // close returns the child's error
 }
 
@@ -178,6 +196,9 @@ func runChild(text string) error {
 		return err
 	}
 	j := &job{board: at[board](page, 0), size: e.Size, verify: e.Verify, free: e.CPU < 0, cpus: [2]int{e.CPU, e.CPU}}
+	if e.Eventfd {
+		return echoEventfd(j)
+	}
 	id := backDomain
 	if e.Options.Back {
 		id = frontDomain
