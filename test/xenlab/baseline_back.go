@@ -99,18 +99,23 @@ func (b *bench) counted(d *Domain, name, what, way string) {
 	})
 }
 
-// working notes dom0's processor time per unit, frame or byte, that move has moved.
+// working notes dom0's processor time per unit, frame or byte, that move has moved, and how much of
+// it our backend's process had, in user mode and in its system calls. The rest is of interrupts,
+// of the other end of the traffic in dom0's kernel, and of what generates or takes it.
 func (b *bench) working(what string, move func() (moved float64)) {
-	busy := func() (ticks int) {
-		out := b.Dom0().Sh("awk '/^cpu / {print $2 + $3 + $4 + $7 + $8}' /proc/stat")
-		if _, err := fmt.Sscan(out, &ticks); err != nil {
+	busy := func() (all, user, system int) {
+		out := b.Dom0().Sh("awk '/^cpu / {print $2 + $3 + $4 + $7 + $8}' /proc/stat; cat /proc/$(pidof barevif)/stat 2>/dev/null | awk '{print $14, $15}'; echo 0 0")
+		if _, err := fmt.Sscan(out, &all, &user, &system); err != nil {
 			b.Fatalf("/proc/stat: %q", out)
 		}
-		return ticks
+		return all, user, system
 	}
-	before := busy()
+	all, user, system := busy()
 	moved := move()
-	b.Note("%s: %.0f moved, %.0f ns of dom0's processor each", what, moved, float64(busy()-before)*1e7/moved)
+	nowAll, nowUser, nowSystem := busy()
+	each := func(before, now int) float64 { return float64(now-before) * 1e7 / moved }
+	b.Note("%s: %.0f moved, %.4g ns of dom0's processor each, of which our backend %.4g in user mode and %.4g in system calls",
+		what, moved, each(all, nowAll), each(user, nowUser), each(system, nowSystem))
 }
 
 // mbits returns the median of the rounds, in Mbit/s.
