@@ -127,6 +127,9 @@ func benchBridge(b *testing.B, guests int, pooled bool) {
 //   - p99-busy-x: the same percentile, divided by that beside a goroutine which only computes. Such a
 //     goroutine takes the processor as a flooder does, so the quotient is what the bridge adds
 //   - share: what the guest that gets least has, in an equal part of all that arrives, when all send what they can
+//   - share-kept: what the guest that gets least has, in what the one that gets least has when the flooder, too,
+//     has 32 frames under way at most. A guest that waits for its frames to arrive can use less than an equal
+//     part of what a bridge moves that never rests; this is the part that the flooder leaves it
 //
 // The guests run on the bridge's processors. With fewer of these than there are busy guests,
 // the figures say how Go and the system share them out.
@@ -154,12 +157,13 @@ func benchFlooder(b *testing.B, pooled bool) {
 		nothing load = iota
 		flood
 		compute
+		alike // the flooder sends as the others do
 	)
 	// run has the others send for one phase, and returns how many frames of each arrived, the
 	// flooder's last, and how long those of the others took, sorted.
 	run := func(beside load, paced bool) (arrived [others + 2]int, took []time.Duration) {
 		end := time.Now().Add(phase)
-		var under [others]atomic.Int64
+		var under [others + 2]atomic.Int64
 		var sending, flooding, receiving sync.WaitGroup
 		var over atomic.Bool
 		receiving.Go(func() {
@@ -172,8 +176,8 @@ func benchFlooder(b *testing.B, pooled bool) {
 					}
 					from := int(f[11])
 					arrived[from]++
+					under[from].Add(-1)
 					if from < others {
-						under[from].Add(-1)
 						took = append(took, now-time.Duration(binary.BigEndian.Uint64(f[18:])))
 					}
 				})
@@ -187,11 +191,17 @@ func benchFlooder(b *testing.B, pooled bool) {
 			sample := frame(mac(others), mac(others+1), 0)[:64]
 			flooding.Go(func() {
 				for at := time.Now(); at.Before(end); at = time.Now() {
-					if beside == flood {
+					switch {
+					case beside == flood:
 						flooder.send(sample, 32, true)
-					} else {
+					case beside == compute:
 						for time.Since(at) < 5*time.Microsecond { // about what a batch takes
 						}
+					case under[others+1].Load() <= 24:
+						under[others+1].Add(int64(flooder.send(sample, 8, true)))
+					default:
+						time.Sleep(20 * time.Microsecond)
+						continue
 					}
 					runtime.Gosched()
 				}
@@ -227,7 +237,7 @@ func benchFlooder(b *testing.B, pooled bool) {
 		return arrived, took
 	}
 	p99 := func(took []time.Duration) float64 { return float64(took[len(took)*99/100]) }
-	var delivered, slower, slowerBusy, share float64
+	var delivered, slower, slowerBusy, share, kept float64
 	n := 0
 	for b.Loop() {
 		_, without := run(nothing, true)
@@ -245,12 +255,15 @@ func benchFlooder(b *testing.B, pooled bool) {
 			total += k
 		}
 		share += float64(slices.Min(all[:others])) / (float64(total) / (others + 1))
+		equals, _ := run(alike, false)
+		kept += float64(slices.Min(all[:others])) / float64(slices.Min(equals[:others]))
 		n++
 	}
 	b.ReportMetric(delivered/float64(n), "delivered")
 	b.ReportMetric(slower/float64(n), "p99-x")
 	b.ReportMetric(slowerBusy/float64(n), "p99-busy-x")
 	b.ReportMetric(share/float64(n), "share")
+	b.ReportMetric(kept/float64(n), "share-kept")
 	b.ReportMetric(0, "ns/op")
 }
 
