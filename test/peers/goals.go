@@ -89,16 +89,22 @@ func goals(rows []*row) []goal {
 		all = append(all, goal{about: "ping-pong, " + k.row + ", against " + g.floor, want: g.want,
 			figure: timesAsLong(k, key{g.floor, pingpong, sizeSmall})})
 	}
-	var owners []key
+	var owners, raw []key
 	for _, r := range rows {
-		if o, ok := r.peer.(vifOptions); ok && r.kind == stream && !o.Two {
-			for _, size := range r.sizes {
+		o, vif := r.peer.(vifOptions)
+		for _, size := range r.sizes {
+			switch {
+			case r.kind != stream:
+			case vif && !o.Two:
 				owners = append(owners, key{r.name, stream, size})
+			case r.class == floor:
+				raw = append(raw, key{r.name, stream, size})
 			}
 		}
 	}
+	allocs := func(r Run) float64 { return r.Allocs }
 	all = append(all, goal{about: "allocations/frame, the most of all streams in one process",
-		figure: largestMedian(owners, "%.3f", func(r Run) float64 { return r.Allocs })})
+		figure: largestMedian(owners, "%.3f", allocs), floor: largestMedian(raw, "%.3f", allocs)})
 	for _, end := range ends {
 		for _, o := range []vifOptions{{Wait: pvnet.Adaptive}, {Wait: pvnet.Park}} { // the modes that park
 			o.Back, o.Batch = end.back, 32

@@ -97,14 +97,14 @@ func ourFront(kind GuestType) func(*T) {
 	}
 }
 
-// requireIdle notes the cost of a program without work over half a minute: context switches to its
+// requireIdle notes the cost of a program without work over a while: context switches to its
 // threads, and processor time. The program is woken by its own tick once a second, by the
 // rest of the traffic before, and by the neighbour discovery of the other kernel. For each
 // wake-up Go's runtime switches between its own threads some six times: its monitor goes back
 // to sleep in four steps, and a second thread looks for work. A busy loop or a short timer
 // exceeds the limit.
 func (t *T) requireIdle(d *Domain, program string) {
-	const seconds = 30
+	const seconds = 20
 	count := func() (switches, ticks int) {
 		out := d.Sh("pid=$(pidof %s); cat /proc/$pid/task/*/status | awk '/ctxt_switches/ {n += $2} END {print n}'; awk '{print $14 + $15}' /proc/$pid/stat", program)
 		if n, err := fmt.Sscan(out, &switches, &ticks); n != 2 {
