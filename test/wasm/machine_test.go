@@ -26,7 +26,7 @@ import (
 	"github.com/tetratelabs/wazero/sys"
 )
 
-// limit bounds one program, with its translation. No program comes near it.
+// limit bounds the runs of one program, with its translation. No program comes near it.
 const limit = 15 * time.Minute
 
 // asked are the functions that a program may call of what is around it. Those of fd_ are for
@@ -38,9 +38,9 @@ var asked = []string{
 	"fd_write", "fd_fdstat_get", "fd_fdstat_set_flags", "fd_prestat_get",
 }
 
-// build makes a program for the machine of a package of the module in dir, from a go command
+// build makes a program for the machine of a package of the module in dir, with a go command
 // such as "test -c".
-func build(t *testing.T, dir, pkg string, command ...string) []byte {
+func build(t *testing.T, dir, pkg string, command ...string) *program {
 	t.Helper()
 	out := filepath.Join(t.TempDir(), "program.wasm")
 	cmd := exec.CommandContext(t.Context(), "go", append(command, "-o", out, pkg)...)
@@ -53,7 +53,7 @@ func build(t *testing.T, dir, pkg string, command ...string) []byte {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return b
+	return translate(t, b)
 }
 
 // A calls notes which functions of the machine a program calls.
@@ -65,33 +65,50 @@ func (c calls) NewFunctionListener(api.FunctionDefinition) experimental.Function
 	})
 }
 
-// run runs a program in a machine of its own, to its end or a fault. The test fails if the
-// program asks for what only an operating system has.
-func run(t *testing.T, program []byte, args ...string) (output string, err error) {
+// A program is translated for the machine, which takes longer than most runs, once.
+type program struct {
+	ctx     context.Context
+	machine wazero.Runtime
+	code    wazero.CompiledModule
+	seen    calls
+}
+
+// translate prepares a program for runs until the test ends.
+func translate(t *testing.T, wasm []byte) *program {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), limit)
-	defer cancel()
 	m := wazero.NewRuntimeWithConfig(ctx, wazero.NewRuntimeConfig().WithCloseOnContextDone(true))
-	defer m.Close(context.Background())
-	seen := calls{}
-	if _, err := wasi_snapshot_preview1.Instantiate(experimental.WithFunctionListenerFactory(ctx, seen), m); err != nil {
+	t.Cleanup(func() {
+		m.Close(context.Background())
+		cancel()
+	})
+	p := &program{ctx: ctx, machine: m, seen: calls{}}
+	if _, err := wasi_snapshot_preview1.Instantiate(experimental.WithFunctionListenerFactory(ctx, p.seen), m); err != nil {
 		t.Fatal(err)
 	}
-	code, err := m.CompileModule(ctx, program)
-	if err != nil {
+	var err error
+	if p.code, err = m.CompileModule(ctx, wasm); err != nil {
 		t.Fatal(err)
 	}
+	return p
+}
+
+// run runs the program with a memory of its own, to its end or a fault. The test fails if the
+// program asks for what only an operating system has.
+func (p *program) run(t *testing.T, args ...string) (output string, err error) {
+	t.Helper()
+	clear(p.seen)
 	var out bytes.Buffer
-	_, err = m.InstantiateModule(ctx, code, wazero.NewModuleConfig().
+	_, err = p.machine.InstantiateModule(p.ctx, p.code, wazero.NewModuleConfig().WithName("").
 		WithArgs(append([]string{"program"}, args...)...).WithStdout(&out).WithStderr(&out).
 		WithSysWalltime().WithSysNanotime().WithSysNanosleep().WithRandSource(rand.Reader))
 	if exit := (*sys.ExitError)(nil); errors.As(err, &exit) && exit.ExitCode() == 0 {
 		err = nil
 	}
-	if len(seen) == 0 || !seen["clock_time_get"] {
-		t.Errorf("the program was seen to call only %v", seen)
+	if len(p.seen) == 0 || !p.seen["clock_time_get"] {
+		t.Errorf("the program was seen to call only %v", p.seen)
 	}
-	for name := range seen {
+	for name := range p.seen {
 		if !slices.Contains(asked, name) {
 			t.Errorf("the program called %s", name)
 		}
@@ -110,7 +127,7 @@ type tested struct {
 
 // runTests runs the tests of a program that match patterns, as -test.run and -test.skip take
 // them; an empty one is not given. It fails the test if one of them fails.
-func runTests(t *testing.T, program []byte, match, skip string) tested {
+func runTests(t *testing.T, p *program, match, skip string) tested {
 	t.Helper()
 	args := []string{"-test.v", "-test.short", "-test.timeout=0"}
 	if match != "" {
@@ -122,7 +139,7 @@ func runTests(t *testing.T, program []byte, match, skip string) tested {
 	start := time.Now()
 	r := tested{verdicts: map[string]string{}}
 	var err error
-	r.output, err = run(t, program, args...)
+	r.output, err = p.run(t, args...)
 	for _, m := range verdict.FindAllStringSubmatch(r.output, -1) {
 		r.verdicts[m[2]] = m[1]
 		if m[1] == "FAIL" {
@@ -148,9 +165,9 @@ func (r tested) tail() string {
 }
 
 // list asks a program for the tests, fuzz targets and examples that it has.
-func list(t *testing.T, program []byte) []string {
+func list(t *testing.T, p *program) []string {
 	t.Helper()
-	out, err := run(t, program, "-test.list=^(Test|Fuzz|Example)")
+	out, err := p.run(t, "-test.list=^(Test|Fuzz|Example)")
 	if err != nil {
 		t.Fatal(err, out)
 	}

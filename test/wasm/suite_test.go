@@ -22,6 +22,7 @@ func onThreads(name string) bool {
 // The conformance suite of hypercall.Domain passes on a domain that takes nothing of an
 // operating system. Every case of the suite is accounted for.
 func TestDomains(t *testing.T) {
+	t.Parallel() // a machine has one thread
 	const suites = "^Test(Suite|Handover)"
 	program := build(t, root, "./hypercall/emu", "test", "-c")
 	r := runTests(t, program, suites, "")
@@ -57,6 +58,7 @@ func TestDomains(t *testing.T) {
 func TestPackages(t *testing.T) {
 	for _, p := range packages {
 		t.Run(strings.TrimPrefix(p.path, "./"), func(t *testing.T) {
+			t.Parallel() // a machine has one thread
 			program := build(t, root, p.path, "test", "-c")
 			leave := "^Fuzz"
 			for name := range p.left {

@@ -10,7 +10,7 @@ import (
 // trap is no help, and a domain must not take memory away that it has mapped. Here nothing can
 // take it away, since the memory of such a machine only grows.
 func TestMemoryThatIsGoneEndsTheProgram(t *testing.T) {
-	out, err := run(t, build(t, ".", "./vanish", "build"))
+	out, err := build(t, ".", "./vanish", "build").run(t)
 	if err == nil || !strings.Contains(err.Error(), "out of bounds memory access") {
 		t.Errorf("the program ended with %v", err)
 	}

@@ -153,8 +153,16 @@ func TestAnswersAreTallied(t *testing.T) {
 func TestAskEnds(t *testing.T) {
 	ctx, cancel := context.WithCancelCause(t.Context())
 	cause := errors.New("cause")
-	c := between(t, func(net.PacketConn, []byte, net.Addr) { cancel(cause) })
-	if got, err := Ask(ctx, c, []int{50000, 50000}, time.Minute); !errors.Is(err, cause) || got.Asked != 1 {
+	c := between(t, func(server net.PacketConn, b []byte, from net.Addr) {
+		cancel(cause)
+		server.WriteTo(reply(t, b), from)
+	})
+	if got, err := Ask(ctx, c, []int{50000, 50000}, time.Minute); !errors.Is(err, cause) || got.Asked != 1 || got.Answered != 1 {
+		t.Errorf("%+v, %v", got, err)
+	}
+	// Where nothing answers, it ends once its patience does.
+	c = between(t, func(net.PacketConn, []byte, net.Addr) {})
+	if got, err := Ask(ctx, c, []int{50000, 50000}, 100*time.Millisecond); !errors.Is(err, cause) || got.Asked != 1 || got.Lost() != 1 {
 		t.Errorf("%+v, %v", got, err)
 	}
 	c.Close()
