@@ -58,7 +58,7 @@ func routerImage(t *T) {
 	dom0.Within(2*time.Minute).Run("xl", "create", image.RouterAppliance+"/xl-pv.cfg")
 	router := &Domain{t: t, ID: t.domid(image.RouterName), Name: image.RouterName, limit: stepLimit}
 	t.guests = append(t.guests, router)
-	t.awaitConsole("vifrouter: domain %d routes between 1 networks and vif 0", router.ID)
+	t.awaitConsole("domain %d routes between 1 networks and vif 0", router.ID)
 	t.Note("from xl create to a running router %.1f s", time.Since(begin).Seconds())
 	vif := router.VIF(0)
 	dom0.Sh("ip addr replace %s/24 dev %s", applianceWorld, vif)
@@ -67,7 +67,7 @@ func routerImage(t *T) {
 
 	guest := t.Create(Guest{Name: "domU", Type: PV, VIFs: []VIF{{Backend: image.RouterName}}})
 	guest.Put("/tmp/leased", []byte(udhcpcScript), 0o755)
-	guest.Run("modprobe", "-a", "xen-netfront", "af_packet")
+	guest.Run("modprobe", "xen-netfront")
 	t.leaseOfRouter(guest)
 	t.Ping(guest, applianceWorld, 1472, 20)
 	t.Fetch(guest, dom0, applianceWorld, 3<<20)
