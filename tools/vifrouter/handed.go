@@ -173,8 +173,7 @@ func (r *run) begin(ctx context.Context, dom *domain.Domain, h *handed, own *con
 			r.logRefused("the configuration in xenstore is not used", err)
 		}
 		switch {
-		case cfg != nil && err == nil:
-			h.answer(ctx, cfg, nil)
+		case cfg != nil && err == nil: // the answer comes when it is in use
 			return cfg, h.source(), nil
 		case own != nil:
 			return own, r.file, nil

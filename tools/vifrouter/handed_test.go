@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -56,6 +57,8 @@ type commanded struct {
 	said words
 	run  *run
 	end  func() error // ends it, once, and returns its error
+
+	failed bool // its error is looked at by the test
 }
 
 // newCommanded prepares one; start starts it.
@@ -93,7 +96,7 @@ func (c *commanded) start() {
 		return <-ended
 	})
 	c.Cleanup(func() {
-		if err := c.end(); err != nil {
+		if err := c.end(); err != nil && !c.failed {
 			c.Error(err)
 		}
 		if c.Failed() {
@@ -269,6 +272,25 @@ func TestWhatIsHandedBeforeTheStartIsUsed(t *testing.T) {
 	if strings.Contains(c.said.String(), "waits") {
 		t.Error("it has waited")
 	}
+}
+
+// What cannot be used after all is answered thus, and not before the router has tried.
+func TestWhatIsHandedAndCannotBeUsedIsRefused(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	c := newCommanded(t)
+	c.hand("config", standard+"metrics machine "+l.Addr().String()+"\n")
+	c.start()
+	if a := c.answers("refused: "); !strings.Contains(a, "address already in use") {
+		t.Errorf("the answer is %q", a)
+	}
+	if err := c.end(); err == nil || !strings.Contains(err.Error(), "address already in use") {
+		t.Errorf("it ends with %v", err)
+	}
+	c.failed = true
 }
 
 func TestRouterThatWaitsEnds(t *testing.T) {

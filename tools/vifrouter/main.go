@@ -214,6 +214,12 @@ func (r *run) route(ctx context.Context, dom *domain.Domain, own *config.Config)
 	if err != nil || cfg == nil {
 		return err
 	}
+	handedOver := h != nil && source == h.source()
+	defer func() {
+		if handedOver && err != nil {
+			h.answer(ctx, cfg, err)
+		}
+	}()
 	if r.domain.Xen {
 		if err := r.domain.Free(cfg.Uplink.Vif, r.take); err != nil {
 			return err
@@ -246,6 +252,9 @@ func (r *run) route(ctx context.Context, dom *domain.Domain, own *config.Config)
 	}
 	defer endMetrics()
 	r.Say("domain %d routes between %d networks and vif %s; SIGHUP reads the configuration again, another signal ends it", dom.ID(), len(cfg.Networks), cfg.Uplink.Vif)
+	if handedOver {
+		h.answer(ctx, cfg, nil)
+	}
 	defer context.AfterFunc(ctx, func() { systemd.Notify("STOPPING=1") })()
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
