@@ -272,11 +272,11 @@ func TestNamesOfPrograms(t *testing.T) {
 	}
 	// From a directory that belongs to no module, too.
 	t.Chdir(t.TempDir())
-	if err := os.Mkdir("work", 0o755); err != nil {
+	if err := os.Mkdir("made", 0o755); err != nil {
 		t.Fatal(err)
 	}
-	file, err := Program{Package: filepath.Join(dir, "v2")}.build(t.Context(), "work")
-	if info, serr := os.Stat(file); err != nil || serr != nil || info.Size() == 0 || !strings.HasSuffix(file, "/work/web") {
+	file, err := Program{Package: filepath.Join(dir, "v2")}.build(t.Context(), "made")
+	if info, serr := os.Stat(file); err != nil || serr != nil || info.Size() == 0 || !strings.HasSuffix(file, "/made/web") {
 		t.Errorf("%s, %v, %v", file, err, serr)
 	}
 }

@@ -163,7 +163,7 @@ func TestDeployingNamesWhatIsInstalled(t *testing.T) {
 		}
 		return err
 	})
-	if err != nil || n != 4 {
+	if err != nil || n != 5 {
 		t.Errorf("%d files, %v", n, err)
 	}
 }

@@ -284,10 +284,10 @@ func TestWhatIsHandedAndCannotBeUsedIsRefused(t *testing.T) {
 	c := newCommanded(t)
 	c.hand("config", standard+"metrics machine "+l.Addr().String()+"\n")
 	c.start()
-	if a := c.answers("refused: "); !strings.Contains(a, "address already in use") {
+	if a := c.answers("refused: "); !strings.Contains(a, "another program listens at") {
 		t.Errorf("the answer is %q", a)
 	}
-	if err := c.end(); err == nil || !strings.Contains(err.Error(), "address already in use") {
+	if err := c.end(); err == nil || !strings.Contains(err.Error(), "another program listens at") {
 		t.Errorf("it ends with %v", err)
 	}
 	c.failed = true

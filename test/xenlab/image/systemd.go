@@ -138,9 +138,9 @@ func copyDir(t *guestimage.Tree, at, dir string, wanted func(name string) bool) 
 
 // deployDir returns the directory of a command's files that operators install.
 func deployDir(ctx context.Context, command string) (string, error) {
-	out, err := exec.CommandContext(ctx, "go", "list", "-f", "{{.Dir}}", "barevif/tools/"+command+"/deploy").Output()
+	out, err := exec.CommandContext(ctx, "go", "list", "-f", "{{.Dir}}", "barevif/tools/"+command).Output()
 	if err != nil {
 		return "", fmt.Errorf("go list: %w", err)
 	}
-	return strings.TrimSpace(string(out)), nil
+	return filepath.Join(strings.TrimSpace(string(out)), "deploy"), nil
 }

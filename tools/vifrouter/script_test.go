@@ -1,4 +1,4 @@
-package deploy
+package main
 
 import (
 	"os"
@@ -29,7 +29,7 @@ var fakes = map[string]string{
 // The script hands a file over as it is, in pieces that any xenstore takes, and ends as the router
 // has answered.
 func TestTheScriptHandsAFileToTheRouter(t *testing.T) {
-	script, err := filepath.Abs("vifrouter-reload")
+	script, err := filepath.Abs(filepath.Join("deploy", "vifrouter-reload"))
 	if err != nil {
 		t.Fatal(err)
 	}
