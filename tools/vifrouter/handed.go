@@ -48,6 +48,10 @@ type handed struct {
 	watch *xenstore.Watch
 	dir   string
 	log   *slog.Logger
+
+	text string // that was read last
+	said string // the last answer
+	done bool   // what was read last has its answer: a file of several keys makes several events
 }
 
 // openHanded looks at a directory of this domain's xenstore. The caller closes what it returns.
@@ -90,12 +94,17 @@ func (h *handed) changed() <-chan struct{} {
 
 // read returns the configuration that was handed, or nil if there is none.
 func (h *handed) read(ctx context.Context) (*config.Config, error) {
-	var text string
+	var text, result string
 	err := h.store.Transact(ctx, func(tx xenstore.Tx) error {
 		var err error
-		text, err = h.text(tx)
+		if result, err = tx.Read(h.key(keyResult)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		text, err = h.whole(tx)
 		return err
 	})
+	h.done = err == nil && text == h.text && result == h.said
+	h.text = text
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		return nil, nil
@@ -107,8 +116,8 @@ func (h *handed) read(ctx context.Context) (*config.Config, error) {
 	return config.Parse(h.source(), []byte(text))
 }
 
-// text returns the value of the key and of the pieces below it, one after the other.
-func (h *handed) text(tx xenstore.Tx) (string, error) {
+// whole returns the value of the key and of the pieces below it, one after the other.
+func (h *handed) whole(tx xenstore.Tx) (string, error) {
 	at := h.key(keyConfig)
 	text, err := tx.Read(at)
 	if err != nil {
@@ -147,7 +156,8 @@ func (h *handed) answer(ctx context.Context, cfg *config.Config, err error) {
 	if len(said) > mostResult {
 		said = said[:mostResult] + "…"
 	}
-	if err := h.store.Write(ctx, h.key(keyResult), strings.ToValidUTF8(said, "")); err != nil && ctx.Err() == nil {
+	h.said = strings.ToValidUTF8(said, "")
+	if err := h.store.Write(ctx, h.key(keyResult), h.said); err != nil && ctx.Err() == nil {
 		h.log.Warn("the answer is not in xenstore", "key", h.key(keyResult), "err", err)
 	}
 }
@@ -168,7 +178,7 @@ func (r *run) begin(ctx context.Context, dom *domain.Domain, h *handed, own *con
 		if ctx.Err() != nil {
 			return nil, "", nil
 		}
-		if err != nil {
+		if err != nil && !h.done {
 			h.answer(ctx, nil, err)
 			r.logRefused("the configuration in xenstore is not used", err)
 		}

@@ -190,9 +190,14 @@ func TestRouterWaitsForItsConfigurationAndFollowsIt(t *testing.T) {
 	}
 	c.hand(pairs...)
 	c.answers("taken: 1 networks, 1 guests, 2 rules")
-	if s := c.state(); s.File != handedSource || s.Taken == 0 || s.Refused != 0 || s.Error != "" {
+	if s := c.state(); s.File != handedSource || s.Taken != 1 || s.Refused != 0 || s.Error != "" {
 		t.Errorf("%+v", s)
 	}
+
+	// The same once more has an answer, too.
+	c.hand("result", "asked")
+	c.hand("config", longer[:7])
+	c.answers("taken: 1 networks, 1 guests, 2 rules")
 
 	// What cannot be had leaves what is there; a key that goes does, too.
 	if err := c.lab.Tools.Remove(t.Context(), c.home+"/config"); err != nil {

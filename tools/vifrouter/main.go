@@ -322,7 +322,11 @@ func (r *run) reloads(ctx context.Context, d *daemon, hups <-chan os.Signal, h *
 // there is none and a signal asked, that of the command line. nil: none that is to be used.
 func (r *run) again(ctx context.Context, h *handed, asked bool) (*config.Config, string, error) {
 	if h != nil {
-		if cfg, err := h.read(ctx); cfg != nil || err != nil {
+		cfg, err := h.read(ctx)
+		if h.done && !asked {
+			return nil, "", nil
+		}
+		if cfg != nil || err != nil {
 			return cfg, h.source(), err
 		}
 	}
