@@ -69,9 +69,9 @@ func routerImage(t *T) {
 	guest.Put("/tmp/leased", []byte(udhcpcScript), 0o755)
 	guest.Run("modprobe", "xen-netfront")
 	t.leaseOfRouter(guest)
-	t.Ping(guest, applianceWorld, 1472, 20)
-	t.Fetch(guest, dom0, applianceWorld, 3<<20)
-	t.requireChecksums(func() { t.Fetch(dom0, guest, applianceUplink+":8080", 1<<20) }, guest, dom0)
+	t.Ping(guest, applianceWorld, 1472, 10)
+	t.Fetch(guest, dom0, applianceWorld, 1<<20)
+	t.requireChecksums(func() { t.Fetch(dom0, guest, applianceUplink+":8080", 1<<18) }, guest, dom0)
 	if page := guest.Sh("curl -sSf --max-time 20 http://%s:9100/metrics", applianceInside); !strings.Contains(page, `vifrouter_guests{admitted="yes"} 1`+"\n") {
 		t.Fatalf("no guest among the counters:\n%s", page)
 	}
