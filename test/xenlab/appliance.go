@@ -56,7 +56,7 @@ func imageBoots(kind GuestType, dir string) func(*T) {
 		t.noteBoot(said, t.guestConsole())
 		t.noteMemory()
 		t.Ping(t.Dom0(), image.ApplianceAddr, 1472, 20)
-		t.shutDown(guest)
+		t.shutDown(guest, "hello: asked to end", "barevif: /app/hello exited with status 0")
 	}
 }
 
@@ -74,7 +74,12 @@ var started = regexp.MustCompile(`barevif: kernel \S+ has started after (\d+\.\d
 // guestConsole returns what the guest has said on its console, which must not be that anything is missing.
 func (t *T) guestConsole() string {
 	t.Dom0().Await("the program's first line", "grep -q 'hello: serving' %s", applianceLog)
-	text := string(t.Dom0().Get(applianceLog))
+	return t.requireWhole(applianceLog)
+}
+
+// requireWhole returns the log of an image's console, which must not say that anything is missing.
+func (t *T) requireWhole(log string) string {
+	text := string(t.Dom0().Get(log))
 	for _, missing := range [...]string{"is missing", "not mounted", "not loaded", "no vif", "no module", "stays as it is", "does not answer"} {
 		if strings.Contains(text, missing) {
 			t.Fatalf("something %s:\n%s", missing, text)
@@ -121,14 +126,15 @@ func (t *T) noteMemory() {
 	t.Note("memory %d of %d MiB in use", (total-free)/1024, total/1024)
 }
 
-// shutDown asks the guest to end, which it must do by itself and in good order.
-func (t *T) shutDown(guest *Domain) {
+// shutDown asks a guest with an image to end, which it must do by itself, and in good order: the
+// lines are what its console has said then.
+func (t *T) shutDown(guest *Domain, lines ...string) {
 	t.Dom0().Run("xl", "shutdown", guest.Name)
 	t.Dom0().Await("the guest to power off", "! xl domid %s 2>/dev/null", guest.Name)
 	t.saveConsole(guest)
 	guest.destroyed = true
 	text := string(guest.console)
-	for _, line := range [...]string{"barevif: asked to power off", "hello: asked to end", "barevif: /app/hello exited with status 0"} {
+	for _, line := range append(lines, "barevif: asked to power off") {
 		if !strings.Contains(text, line) {
 			t.Fatalf("no %q on the console:\n%s", line, text)
 		}

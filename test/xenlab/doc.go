@@ -74,6 +74,7 @@
 //	  both ours, without root  PV domU: barevif serve; PV driver domain: barevif back; both as a user
 //	  units                    PV domU: systemd with barevif's units and udev rules, twice; dom0: netback
 //	  router                   PV domU: netfront; PV driver domain: vifrouter, then Linux's forwarding; dom0: netback
+//	  router, image            PV domU: netfront; PV driver domain: an image of vifrouter; dom0: netback
 //
 //	oxenstored
 //

@@ -97,7 +97,9 @@ func Run(ctx context.Context, plan []Boot, programs []image.Program, opts Option
 	}
 	defer os.RemoveAll(work)
 	begin := time.Now()
-	set, err := image.Build(ctx, image.Config{Programs: programs, Appliance: appliancePackage, Dir: work, Logger: opts.Logger})
+	set, err := image.Build(ctx, image.Config{
+		Programs: programs, Appliance: appliancePackage, Router: routerPackage, RouterConf: routerImageConf, Dir: work, Logger: opts.Logger,
+	})
 	if err != nil {
 		return nil, err
 	}

@@ -49,6 +49,13 @@ Behind "--", quotes and backslashes are a shell's, and nothing else of it: 'as i
 "with \" and \\", one\ word. A second "--" ends the environment. The kernel allows 30
 words there, and Xen 1023 bytes in all for a PV guest.
 
+--file puts files of this machine into the guest, 1 GiB at most: a file, or a directory with all
+that is in it. They may replace /etc/passwd, /etc/group and /etc/hosts, and nothing else that is in
+the image. /proc, /sys, /dev, /run and /tmp are mounted when the guest starts, so no file can
+be put below them.
+
+A guest that serves vifs to others is a driver domain: --config driver_domain=1.
+
 The kernel comes from the package that apt would install, which is fetched once and
 kept; or from --deb, or --vmlinuz and --modules. Nothing needs root, and with a package
 that is there nothing needs a network. The same input makes the same bytes.`,
@@ -58,7 +65,9 @@ that is there nothing needs a network. The same input makes the same bytes.`,
   xl shutdown hello
 
   barevif image -o out --deb linux-image-6.1.0-9-amd64_6.1.27-1_amd64.deb ./cmd/router
-  barevif image -o out --vif bridge=br0,mac=00:16:3e:00:00:01 --file ./public:/srv/www ./cmd/web`,
+  barevif image -o out --vif bridge=br0,mac=00:16:3e:00:00:01 --file ./public:/srv/www ./cmd/web
+  barevif image -o out --name router --config driver_domain=1 --file router.conf:/etc/vifrouter/router.conf \
+    ./tools/vifrouter -- run --xen --store data/vifrouter /etc/vifrouter/router.conf`,
 		Args: m.arguments,
 		RunE: func(cmd *cobra.Command, args []string) error { return m.run(cmd.Context()) },
 	}

@@ -80,6 +80,10 @@ func Build(ctx context.Context, cfg Config) (*Result, error) {
 		return nil, &cli.Advice{Err: err, Next: `put what is long or has lines into a file of the image: --file HOST:GUEST`, Usage: true}
 	}
 	cfg.Domain.Program = program
+	more, err := hostFiles(cfg.Files)
+	if err != nil {
+		return nil, err
+	}
 	work, err := workDir(cfg.Out)
 	if err != nil {
 		return nil, err
@@ -101,7 +105,7 @@ func Build(ctx context.Context, cfg Config) (*Result, error) {
 	if err != nil {
 		return nil, err
 	}
-	tree, err := cfg.tree(kernel, modules, file, filepath.Join(work, ".init"))
+	tree, err := cfg.tree(kernel, modules, file, filepath.Join(work, ".init"), more)
 	if err != nil {
 		return nil, err
 	}
@@ -171,19 +175,11 @@ func (cfg *Config) modules(k *Kernel) (*Modules, error) {
 	return m, nil
 }
 
-// tree returns the initramfs.
-func (cfg *Config) tree(k *Kernel, m *Modules, program, init string) (*Tree, error) {
+// tree returns the initramfs, with more in it.
+func (cfg *Config) tree(k *Kernel, m *Modules, program, init string, more []hostFile) (*Tree, error) {
 	t := NewTree()
-	for _, dir := range [...]string{"/proc", "/sys", "/dev", "/run", "/tmp"} {
+	for _, dir := range guestinit.MountPoints {
 		t.Dir(dir, 0o755)
-	}
-	t.Data("/etc/passwd", 0o644, []byte("root:x:0:0:root:/:/bin/false\nnobody:x:65534:65534:nobody:/:/bin/false\n"))
-	t.Data("/etc/group", 0o644, []byte("root:x:0:\nnogroup:x:65534:\n"))
-	t.Data("/etc/hosts", 0o644, []byte("127.0.0.1 localhost\n::1 localhost\n"))
-	for _, f := range cfg.Files {
-		if err := addFile(t, f); err != nil {
-			return nil, err
-		}
 	}
 	t.File("/init", 0o755, init)
 	for _, name := range [...]string{"poweroff", "reboot"} { // the paths that the kernel runs for the toolstack's requests
@@ -203,41 +199,22 @@ func (cfg *Config) tree(k *Kernel, m *Modules, program, init string) (*Tree, err
 		return nil, err
 	}
 	t.Data(guestinit.ImageFile, 0o644, append(b, '\n'))
+	if err := addFiles(t, more); err != nil {
+		return nil, err
+	}
+	for name, text := range replaceable {
+		if !t.Has(name) {
+			t.Data(name, 0o644, []byte(text))
+		}
+	}
 	return t, nil
 }
 
-// addFile adds HOST:GUEST to the tree.
-func addFile(t *Tree, spec string) error {
-	host, guest, ok := strings.Cut(spec, ":")
-	if !ok || host == "" || !path.IsAbs(guest) {
-		return &cli.Advice{Err: fmt.Errorf("--file %q: not HOST:GUEST, of which GUEST is absolute", spec), Next: "such as --file ./public:/srv/www", Usage: true}
-	}
-	err := filepath.WalkDir(host, func(file string, d fs.DirEntry, err error) error {
-		if err != nil {
-			return err
-		}
-		info, err := os.Stat(file) // what a link leads to
-		if err != nil {
-			return err
-		}
-		rel, err := filepath.Rel(host, file)
-		if err != nil {
-			return err
-		}
-		switch at := path.Join(guest, filepath.ToSlash(rel)); {
-		case info.IsDir() && d.IsDir():
-			t.Dir(at, 0o755)
-		case info.Mode().IsRegular():
-			t.File(at, 0o644|info.Mode()&0o111, file)
-		default:
-			return fmt.Errorf("%s is no file", file)
-		}
-		return nil
-	})
-	if err != nil {
-		return &cli.Advice{Err: fmt.Errorf("--file %q: %w", spec, err), Next: "name files and directories that this user can read"}
-	}
-	return nil
+// replaceable are the files that an image has unless the caller has others.
+var replaceable = map[string]string{
+	"/etc/passwd": "root:x:0:0:root:/:/bin/false\nnobody:x:65534:65534:nobody:/:/bin/false\n",
+	"/etc/group":  "root:x:0:\nnogroup:x:65534:\n",
+	"/etc/hosts":  "127.0.0.1 localhost\n::1 localhost\n",
 }
 
 // files returns the contents of the output files, by name.
@@ -299,9 +276,16 @@ func (cfg *Config) addConfigs(files map[string][]byte, r *Result, program string
 	if d.Name == "" {
 		d.Name = program
 	}
-	if d.Memory == 0 {
-		need := baseMemory + 2*int(r.Unpacked>>20)
-		d.Memory = (need + memoryStep - 1) / memoryStep * memoryStep
+	need := baseMemory + 2*int(r.Unpacked>>20)
+	enough := (need + memoryStep - 1) / memoryStep * memoryStep
+	switch least := int((2*r.Unpacked + 1<<20 - 1) >> 20); { // its root, a tmpfs, holds half of its memory
+	case d.Memory == 0:
+		d.Memory = enough
+	case d.Memory < least:
+		return &cli.Advice{
+			Err:  fmt.Errorf("--memory %d: the initramfs has %s, for which the guest needs %d MiB", d.Memory, cli.BinarySize(uint64(r.Unpacked)), least),
+			Next: fmt.Sprintf("leave --memory out, which gives the guest %d, or add fewer files", enough), Usage: true,
+		}
 	}
 	d.VCPUs = max(1, d.VCPUs)
 	r.Memory = d.Memory

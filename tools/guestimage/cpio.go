@@ -50,6 +50,12 @@ func (t *Tree) Has(name string) bool {
 	return ok
 }
 
+// kind returns the type of the entry of that name, modeDir, modeFile or modeLink.
+func (t *Tree) kind(name string) (kind uint32, ok bool) {
+	e, ok := t.entries[strings.TrimPrefix(name, "/")]
+	return e.mode &^ 0o7777, ok
+}
+
 // Dir adds a directory. Those above an entry are added with it.
 func (t *Tree) Dir(name string, perm fs.FileMode) {
 	t.add(name, entry{mode: modeDir | uint32(perm)})

@@ -21,6 +21,16 @@ type Program struct {
 	Package string // the argument of go build; or a program that is built already
 	Tags    string // of go build
 	LDFlags string // of go build, beside our own
+
+	in string // the directory in which Package is "."; "": the current one, from which Package leads
+}
+
+// packageArg returns the package as the go command takes it in p.in.
+func (p Program) packageArg() string {
+	if p.in != "" {
+		return "."
+	}
+	return p.Package
 }
 
 // target is what images run on, whatever this machine is.
@@ -35,12 +45,21 @@ func (p Program) build(ctx context.Context, dir string) (file string, err error)
 		return "", &cli.Advice{Err: errors.New("the go command is not installed"), Next: "install Go, or give a program that is built already"}
 	}
 	name, err := p.list(ctx)
+	if info, serr := os.Stat(p.Package); err != nil && serr == nil && info.IsDir() {
+		there := p // it may belong to another module than the current directory, or this one to none
+		there.in = p.Package
+		if n, lerr := there.list(ctx); lerr == nil {
+			p, name, err = there, n, nil
+		}
+	}
 	if err != nil {
 		return "", err
 	}
-	file = filepath.Join(dir, name)
-	args := []string{"build", "-trimpath", "-buildvcs=false", "-tags=" + p.Tags, "-ldflags=" + strings.TrimSpace("-s -w -buildid= "+p.LDFlags), "-o", file, "--", p.Package}
-	if _, err := runGo(ctx, "", target, args...); err != nil {
+	if file, err = filepath.Abs(filepath.Join(dir, name)); err != nil {
+		return "", err
+	}
+	args := []string{"build", "-trimpath", "-buildvcs=false", "-tags=" + p.Tags, "-ldflags=" + strings.TrimSpace("-s -w -buildid= "+p.LDFlags), "-o", file, "--", p.packageArg()}
+	if _, err := runGo(ctx, p.in, target, args...); err != nil {
 		return "", p.explain(ctx, err)
 	}
 	return file, p.check(file)
@@ -48,7 +67,7 @@ func (p Program) build(ctx context.Context, dir string) (file string, err error)
 
 // list checks that the argument is one main package and returns the name of its program.
 func (p Program) list(ctx context.Context) (string, error) {
-	out, err := runGo(ctx, "", target, "list", "-tags="+p.Tags, "-f", "{{.Name}}\t{{.ImportPath}}\t{{.Target}}", "--", p.Package)
+	out, err := runGo(ctx, p.in, target, "list", "-tags="+p.Tags, "-f", "{{.Name}}\t{{.ImportPath}}\t{{.Target}}", "--", p.packageArg())
 	if err != nil {
 		return "", p.explain(ctx, err)
 	}
@@ -72,7 +91,7 @@ func (p Program) list(ctx context.Context) (string, error) {
 
 // explain adds to an error of the go command the packages that need cgo, if that is the cause.
 func (p Program) explain(ctx context.Context, err error) error {
-	out, lerr := runGo(ctx, "", []string{"CGO_ENABLED=1", "GOOS=linux", "GOARCH=amd64"}, "list", "-e", "-deps", "-tags="+p.Tags, "-f", "{{if and .CgoFiles (not .Standard)}}{{.ImportPath}}{{end}}", "--", p.Package)
+	out, lerr := runGo(ctx, p.in, []string{"CGO_ENABLED=1", "GOOS=linux", "GOARCH=amd64"}, "list", "-e", "-deps", "-tags="+p.Tags, "-f", "{{if and .CgoFiles (not .Standard)}}{{.ImportPath}}{{end}}", "--", p.packageArg())
 	if cgo := strings.Fields(out); lerr == nil && len(cgo) > 0 && ctx.Err() == nil {
 		return &cli.Advice{
 			Err:  fmt.Errorf("%q needs cgo, in %s, and an image has no C library: %w", p.Package, strings.Join(cgo, ", "), err),

@@ -32,7 +32,6 @@ type daemon struct {
 	device pvnet.Config // of every vif
 	began  time.Time
 	losses []telemetry.Field // for which vifs lose frames
-	file   string            // of the configuration; "": it has none. Set before run
 
 	core  *router.Router
 	plane *plane
@@ -56,6 +55,7 @@ type daemon struct {
 	read       time.Time                // guarded by mu: when cfg was read
 	tried      time.Time                // guarded by mu: when a reload was tried last; zero: never
 	wrong      string                   // guarded by mu: the error of that reload
+	file       string                   // guarded by mu once it runs: where cfg was read; "": it has no file
 	upDown     string                   // guarded by mu: why the uplink is down
 
 	clients clientTable

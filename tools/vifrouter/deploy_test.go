@@ -163,7 +163,38 @@ func TestDeployingNamesWhatIsInstalled(t *testing.T) {
 		}
 		return err
 	})
-	if err != nil || n != 4 {
+	if err != nil || n != 5 {
 		t.Errorf("%d files, %v", n, err)
+	}
+}
+
+// What the pages put behind "--" of an image is a command line of the router, which looks where
+// vifrouter-reload writes.
+func TestTheImageOfThePagesRunsTheRouter(t *testing.T) {
+	const image = "./tools/vifrouter -- "
+	for _, page := range []string{"DEPLOYING.md", "../../README.md"} {
+		text, err := os.ReadFile(page)
+		if err != nil {
+			t.Fatal(err)
+		}
+		found := 0
+		for line := range strings.Lines(string(text)) {
+			_, words, ok := strings.Cut(line, image)
+			if !ok {
+				continue
+			}
+			found++
+			cmd, args := parsed(t, installed+" "+words)
+			store := cmd.Flags().Lookup("store").Value.String()
+			if cmd.Name() != "run" || cmd.Flags().Lookup("xen").Value.String() != "true" || checkStore(store) != nil || len(args) != 1 || filepath.Join("deploy", confFile) != "deploy"+args[0] {
+				t.Errorf("%s: %s %q", page, cmd.Name(), words)
+			}
+			if script := deployed(t, "vifrouter-reload"); !strings.Contains(script, "/local/domain/$id/"+store+"\n") {
+				t.Errorf("vifrouter-reload does not write to %s", store)
+			}
+		}
+		if found != 1 {
+			t.Errorf("%s: %d images", page, found)
+		}
 	}
 }

@@ -81,7 +81,7 @@ wrong, and what to write instead. It exits with 1 if there is any.`,
 			if err != nil {
 				return err
 			}
-			p.Say("%s: %d networks, %d guests, %d rules, %d forwards; nothing is wrong", args[0], len(cfg.Networks), len(cfg.Guests), len(cfg.Rules), len(cfg.Forwards))
+			p.Say("%s: %s; nothing is wrong", args[0], counts(cfg))
 			return nil
 		},
 	}
@@ -105,6 +105,7 @@ type run struct {
 	take   bool
 	lines  []string
 	file   string
+	store  string // a directory of xenstore; "": none
 	look   looking.Flag
 }
 
@@ -129,13 +130,18 @@ one of the pool, by DHCP. It may have the address set by hand, too, with the rou
 Packets from another source, and of guests whose MAC the toolstack wrote from another MAC, are
 dropped and counted. In IPv6 a guest has a /64 of its own.
 
+With --store data/vifrouter dom0 hands this domain a configuration in xenstore, also while it
+runs: as the value of data/vifrouter/config, or in pieces below it, config/1, config/2 and so
+on. It counts in place of FILE. data/vifrouter/result has the answer, "taken: …" or
+"refused: …" with what is wrong. If the key is removed, what is in use stays. Without FILE the
+router waits for its first one.
+
 On a real Xen (--xen) the kernel's xen-netfront must not own the uplink; --take takes it away.
 The guests' vifs name this domain: vif = [ 'backend=router,mac=…' ]; libxl must not run its
-script in this domain. As the only program of a guest, which "barevif image" makes, it has the file
-in the image, or its lines as arguments:
-
-  barevif image ./tools/vifrouter -- run --xen --line "uplink vif 0" --line …`,
+script in this domain. As the only program of a guest, which "barevif image" makes, it has its
+file in the image: see DEPLOYING.md.`,
 		Example: `  vifrouter run --xen router.conf
+  vifrouter run --xen --store data/vifrouter router.conf
   vifrouter run --emu host.sock --dom 1 router.conf
   kill -HUP $(pidof vifrouter)`,
 		Args: cli.Arguments(1),
@@ -150,13 +156,17 @@ in the image, or its lines as arguments:
 	r.look.Register(cmd, `where "vifrouter status", "barevif ring" and "barevif dump" of this user and root find this process`)
 	cmd.Flags().BoolVar(&r.take, "take", false, "with --xen: unbind the uplink from the kernel's driver first")
 	cmd.Flags().StringArrayVar(&r.lines, "line", nil, "a `line` of the configuration, instead of FILE; repeatable")
+	cmd.Flags().StringVar(&r.store, "store", "", "take the configuration from this `directory` of the domain's xenstore, such as data/vifrouter, whenever dom0 writes it there")
 	return cmd
 }
 
-// configuration reads the file, or the lines.
+// configuration reads the file, or the lines. Without either it returns nil.
 func (r *run) configuration() (*config.Config, error) {
 	if r.file != "" {
 		return load(r.file)
+	}
+	if len(r.lines) == 0 {
+		return nil, nil
 	}
 	cfg, err := config.Parse("--line", []byte(strings.Join(r.lines, "\n")))
 	if err != nil {
@@ -167,14 +177,18 @@ func (r *run) configuration() (*config.Config, error) {
 
 func (r *run) run(ctx context.Context) error {
 	switch {
-	case r.file == "" && len(r.lines) == 0:
+	case r.file == "" && len(r.lines) == 0 && r.store == "":
 		return &cli.Advice{Err: errors.New("FILE is missing"), Next: `"vifrouter example" prints one; or give its lines with --line`, Usage: true}
 	case r.file != "" && len(r.lines) > 0:
 		return &cli.Advice{Err: errors.New("both FILE and --line are given"), Next: "leave out one of them", Usage: true}
 	case r.take && !r.domain.Xen:
 		return &cli.Advice{Err: errors.New("--take is for a real Xen"), Next: "give --xen too", Usage: true}
+	case r.store != "":
+		if err := checkStore(r.store); err != nil {
+			return err
+		}
 	}
-	cfg, err := r.configuration()
+	own, err := r.configuration()
 	if err != nil {
 		return err
 	}
@@ -183,6 +197,29 @@ func (r *run) run(ctx context.Context) error {
 		return err
 	}
 	defer dom.End()
+	return r.route(ctx, dom, own)
+}
+
+// route routes in dom, which has just been opened, until ctx or the domain ends. own is what the command
+// line says, or nil.
+func (r *run) route(ctx context.Context, dom *domain.Domain, own *config.Config) (err error) {
+	var h *handed
+	if r.store != "" {
+		if h, err = openHanded(ctx, dom.Domain, r.store, r.Log()); err != nil {
+			return err
+		}
+		defer h.close()
+	}
+	cfg, source, err := r.begin(ctx, dom, h, own)
+	if err != nil || cfg == nil {
+		return err
+	}
+	handedOver := h != nil && source == h.source()
+	defer func() {
+		if handedOver && err != nil {
+			h.answer(ctx, cfg, err)
+		}
+	}()
 	if r.domain.Xen {
 		if err := r.domain.Free(cfg.Uplink.Vif, r.take); err != nil {
 			return err
@@ -204,7 +241,7 @@ func (r *run) run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	d.file = r.file
+	d.file = source
 	if inspector != nil {
 		defer inspector.Show(stateName, d.state)()
 	}
@@ -215,10 +252,13 @@ func (r *run) run(ctx context.Context) error {
 	}
 	defer endMetrics()
 	r.Say("domain %d routes between %d networks and vif %s; SIGHUP reads the configuration again, another signal ends it", dom.ID(), len(cfg.Networks), cfg.Uplink.Vif)
+	if handedOver {
+		h.answer(ctx, cfg, nil)
+	}
 	defer context.AfterFunc(ctx, func() { systemd.Notify("STOPPING=1") })()
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	go r.reloads(ctx, d, hups)
+	go r.reloads(ctx, d, hups, h)
 	done := make(chan error, 1)
 	go func() { done <- d.run(ctx) }()
 	systemd.Notify("READY=1")
@@ -231,27 +271,68 @@ func (r *run) run(ctx context.Context) error {
 	}
 }
 
-// reloads reads the configuration again for each signal, until ctx ends.
-func (r *run) reloads(ctx context.Context, d *daemon, hups <-chan os.Signal) {
+// reloads reads the configuration again for each signal, and whenever dom0 hands one, until ctx ends.
+func (r *run) reloads(ctx context.Context, d *daemon, hups <-chan os.Signal, h *handed) {
+	changed := h.changed()
 	for {
+		asked := true // by a signal, which has an effect even if nothing was handed
 		select {
 		case <-ctx.Done():
 			return
 		case <-hups:
+		case _, ok := <-changed:
+			if !ok && ctx.Err() != nil {
+				return
+			}
+			if !ok {
+				r.Log().Error("what dom0 hands this domain is not looked at any more", "err", h.watch.Err())
+				changed = nil
+				continue
+			}
+			asked = false
 		}
-		systemd.Reloading()
-		cfg, err := r.configuration()
-		if err == nil {
-			err = d.reload(cfg)
+		cfg, source, err := r.again(ctx, h, asked)
+		if ctx.Err() != nil {
+			return
 		}
-		d.triedReload(err)
-		systemd.Notify("READY=1")
-		if err != nil {
-			for line := range strings.Lines(err.Error()) {
-				r.Log().Error("the new configuration is not used, and the old one stays", "err", strings.TrimSpace(line))
+		if cfg == nil && err == nil {
+			if asked {
+				r.Log().Warn("there is no configuration to read again: no FILE was given, and dom0 has none in xenstore", "key", h.key(keyConfig))
 			}
 			continue
 		}
-		r.Say("the configuration was read again: %d networks, %d guests, %d rules, %d forwards", len(cfg.Networks), len(cfg.Guests), len(cfg.Rules), len(cfg.Forwards))
+		systemd.Reloading()
+		if err == nil {
+			err = d.reload(cfg)
+		}
+		d.triedReload(source, err)
+		if h != nil && source == h.source() {
+			h.answer(ctx, cfg, err)
+		}
+		systemd.Notify("READY=1")
+		if err != nil {
+			r.logRefused("the new configuration is not used, and the old one stays", err)
+			continue
+		}
+		r.Say("the configuration was read again: %s", counts(cfg))
 	}
+}
+
+// again returns the configuration that counts now, and where it is: the one that was handed, or if
+// there is none and a signal asked, that of the command line. nil: none that is to be used.
+func (r *run) again(ctx context.Context, h *handed, asked bool) (*config.Config, string, error) {
+	if h != nil {
+		cfg, err := h.read(ctx)
+		if h.done && !asked {
+			return nil, "", nil
+		}
+		if cfg != nil || err != nil {
+			return cfg, h.source(), err
+		}
+	}
+	if !asked {
+		return nil, "", nil
+	}
+	cfg, err := r.configuration()
+	return cfg, r.file, err
 }

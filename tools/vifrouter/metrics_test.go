@@ -47,8 +47,8 @@ func TestStrictParserAcceptsThePage(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.refusedGuest(firstDom + 1)
-	s.d.triedReload(nil)
-	s.d.triedReload(fmt.Errorf("a line is wrong"))
+	s.d.triedReload("router.conf", nil)
+	s.d.triedReload("router.conf", fmt.Errorf("a line is wrong"))
 	rec := httptest.NewRecorder()
 	s.d.metrics(rec, httptest.NewRequest("GET", "/metrics", nil))
 	page := rec.Body.Bytes()

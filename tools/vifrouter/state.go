@@ -37,7 +37,7 @@ type state struct {
 }
 
 type configState struct {
-	File    string    `json:"file,omitempty"`  // "": its lines are arguments
+	File    string    `json:"file,omitempty"`  // or "xenstore:" and a key; "": its lines are arguments
 	Read    time.Time `json:"read"`            // when the configuration that is in use was read
 	Tried   time.Time `json:"tried,omitzero"`  // when a reload was tried last
 	Error   string    `json:"error,omitempty"` // of that reload; "": it was taken
@@ -244,8 +244,8 @@ func (d *daemon) portStateLocked(id router.PortID, dev *pvnet.Device, why string
 	return s
 }
 
-// tried notes what became of a reload; err is nil if it was taken.
-func (d *daemon) triedReload(err error) {
+// triedReload notes what became of a reload from source; err is nil if it was taken.
+func (d *daemon) triedReload(source string, err error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.tried, d.wrong = time.Now(), ""
@@ -255,7 +255,7 @@ func (d *daemon) triedReload(err error) {
 		return
 	}
 	d.reloads++
-	d.read = d.tried
+	d.read, d.file = d.tried, source
 }
 
 // losses returns the fields of counters that are reasons for which a vif lost frames.

@@ -56,8 +56,8 @@ func TestStatusSaysWhatTheRouterHas(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.refusedGuest(firstDom + 1)
-	s.d.triedReload(nil)
-	s.d.triedReload(errors.New("router.conf:3: \"a\" is wrong: write b\nrouter.conf:4: so is this"))
+	s.d.triedReload("router.conf", nil)
+	s.d.triedReload("router.conf", errors.New("router.conf:3: \"a\" is wrong: write b\nrouter.conf:4: so is this"))
 	now := s.asked(dir)
 	switch {
 	case now.PID != os.Getpid() || now.UID != os.Geteuid() || now.Format != stateFormat || now.Domain != uint16(routerDom) || now.Version == "":

@@ -33,8 +33,18 @@ var (
 	ApplianceWords = []string{"MSG=it's me", "-addr", ApplianceAddr + "/24", "two words"}
 )
 
-// addAppliance runs "barevif image" twice, as a user does, and puts what it makes into dom0.
-func (d *distribution) addAppliance(ctx context.Context, dom0 *guestimage.Tree, barevif string, cfg Config) error {
+// RouterAppliance is the directory in dom0 with an image of Config.Router, unpacked, and RouterConf the path of its
+// configuration in the guest.
+const (
+	RouterAppliance = "/lab/router"
+	RouterName      = "router"
+	RouterMAC       = "00:16:3e:77:00:11"
+	RouterConf      = "/etc/vifrouter/router.conf"
+	RouterReload    = "vifrouter-reload" // in dom0's PATH
+)
+
+// addAppliances runs "barevif image" as a user does, and puts what it makes into dom0.
+func (d *distribution) addAppliances(ctx context.Context, dom0 *guestimage.Tree, barevif string, cfg Config) error {
 	i := slices.IndexFunc(d.debs, func(p guestimage.Package) bool { return strings.HasPrefix(p.File, "linux-image-") })
 	if i < 0 {
 		return fmt.Errorf("no kernel among the packages")
@@ -42,28 +52,45 @@ func (d *distribution) addAppliance(ctx context.Context, dom0 *guestimage.Tree, 
 	if err := guestimage.Download(ctx, d.debDir, d.debs[i:i+1]); err != nil {
 		return err
 	}
-	for _, at := range [...]string{Appliance, PackedAppliance} {
-		out := filepath.Join(cfg.Dir, filepath.Base(at))
-		args := []string{
-			"image", "-o", out, "--deb", filepath.Join(d.debDir, d.debs[i].File), "--dir", at, "--name", ApplianceName,
-			"--vif", "mac=" + ApplianceMAC + ",script=" + VifScript, fmt.Sprintf("--uncompressed=%v", at == Appliance),
-		}
+	conf := filepath.Join(cfg.Dir, "router.conf")
+	if err := os.WriteFile(conf, []byte(cfg.RouterConf), 0o600); err != nil {
+		return err
+	}
+	hello := append([]string{"--name", ApplianceName, "--vif", "mac=" + ApplianceMAC + ",script=" + VifScript, cfg.Appliance, "--"}, ApplianceWords...)
+	router := []string{
+		"--name", RouterName, "--vif", "mac=" + RouterMAC + ",script=" + VifScript, "--config", "driver_domain=1", "--file", conf + ":" + RouterConf,
+		cfg.Router, "--", "run", "--xen", "--store", "data/vifrouter", RouterConf,
+	}
+	deploy, err := deployDir(ctx, "vifrouter")
+	if err != nil {
+		return err
+	}
+	dom0.File("/usr/sbin/"+RouterReload, 0o755, filepath.Join(deploy, RouterReload))
+	for _, one := range [...]struct {
+		at     string
+		packed bool
+		args   []string
+	}{{Appliance, false, hello}, {PackedAppliance, true, hello}, {RouterAppliance, false, router}} {
+		out := filepath.Join(cfg.Dir, filepath.Base(one.at))
+		args := []string{"image", "-o", out, "--deb", filepath.Join(d.debDir, d.debs[i].File), "--dir", one.at, fmt.Sprintf("--uncompressed=%v", !one.packed)}
 		for _, word := range ApplianceLinux {
 			args = append(args, "--kernel-arg", word)
 		}
-		args = append(args, cfg.Appliance, "--")
-		if _, err := guestimage.Output(ctx, "", barevif, append(args, ApplianceWords...)...); err != nil {
+		if _, err := guestimage.Output(ctx, "", barevif, append(args, one.args...)...); err != nil {
 			return err
 		}
 		for _, name := range [...]string{"kernel", "initramfs", "xl.cfg", "xl-pv.cfg"} {
-			dom0.File(at+"/"+name, 0o644, filepath.Join(out, name))
+			dom0.File(one.at+"/"+name, 0o644, filepath.Join(out, name))
 		}
+		if one.packed {
+			continue
+		}
+		// It is as large as all else that dom0 has, and there already.
+		if err := sameFile(filepath.Join(out, "kernel"), d.vmlinux); err != nil {
+			return err
+		}
+		dom0.Link(one.at+"/kernel", GuestKernel)
 	}
-	// It is as large as all else that dom0 has, and there already.
-	if err := sameFile(filepath.Join(cfg.Dir, filepath.Base(Appliance), "kernel"), d.vmlinux); err != nil {
-		return err
-	}
-	dom0.Link(Appliance+"/kernel", GuestKernel)
 	return nil
 }
 

@@ -35,10 +35,12 @@ type Program struct {
 
 // Config describes the images.
 type Config struct {
-	Programs  []Program    // "barevif" among them if there is an Appliance
-	Appliance string       // a package of which "barevif image" makes guests, in dom0; "": none
-	Dir       string       // existing directory for the archives
-	Logger    *slog.Logger // nil: silent
+	Programs   []Program    // "barevif" among them
+	Appliance  string       // the package of tools/hello, of which "barevif image" makes guests, in dom0
+	Router     string       // the package of tools/vifrouter, of which it makes another
+	RouterConf string       // the text of that router's configuration
+	Dir        string       // existing directory for the archives
+	Logger     *slog.Logger // nil: silent
 }
 
 // A Set has the files from which a machine boots.
@@ -130,11 +132,9 @@ func Build(ctx context.Context, cfg Config) (*Set, error) {
 	dom0.File(GuestImage, 0o644, guestImage)
 	dom0.File(SystemdLayer, 0o644, systemdLayer)
 	dom0.File(GuestKernel, 0o644, d.vmlinux)
-	if cfg.Appliance != "" {
-		log.Info("make images", "package", cfg.Appliance)
-		if err := d.addAppliance(ctx, dom0, built["barevif"], cfg); err != nil {
-			return nil, err
-		}
+	log.Info("make images", "packages", cfg.Appliance+" "+cfg.Router)
+	if err := d.addAppliances(ctx, dom0, built["barevif"], cfg); err != nil {
+		return nil, err
 	}
 	set := &Set{
 		Xen: d.xen, Kernel: d.vmlinux, Dom0: filepath.Join(cfg.Dir, "dom0.cpio"),
@@ -361,7 +361,7 @@ func (d *distribution) addScripts(ctx context.Context, t *guestimage.Tree) error
 		}
 	}
 	t.Link("/bin/bash", "/usr/sbin/bash") // the path that they begin with
-	deploy, err := deployDir(ctx)
+	deploy, err := deployDir(ctx, "barevif")
 	if err != nil {
 		return err
 	}

@@ -90,7 +90,7 @@ func (d *distribution) systemd(ctx context.Context) (*guestimage.Tree, error) {
 	t.Link(units+"default.target", "/lib/systemd/system/multi-user.target")
 	t.Data(units+"xenlab-agent.service", 0o644, []byte(agentUnit))
 	t.Link(units+"multi-user.target.wants/xenlab-agent.service", units+"xenlab-agent.service")
-	deploy, err := deployDir(ctx)
+	deploy, err := deployDir(ctx, "barevif")
 	if err != nil {
 		return nil, err
 	}
@@ -136,11 +136,11 @@ func copyDir(t *guestimage.Tree, at, dir string, wanted func(name string) bool) 
 	})
 }
 
-// deployDir returns the directory of the files that operators install.
-func deployDir(ctx context.Context) (string, error) {
-	out, err := exec.CommandContext(ctx, "go", "list", "-f", "{{.Dir}}", "barevif/tools/barevif/deploy").Output()
+// deployDir returns the directory of a command's files that operators install.
+func deployDir(ctx context.Context, command string) (string, error) {
+	out, err := exec.CommandContext(ctx, "go", "list", "-f", "{{.Dir}}", "barevif/tools/"+command).Output()
 	if err != nil {
 		return "", fmt.Errorf("go list: %w", err)
 	}
-	return strings.TrimSpace(string(out)), nil
+	return filepath.Join(strings.TrimSpace(string(out)), "deploy"), nil
 }

@@ -15,6 +15,10 @@ const (
 	ProgramDir = "/app"
 )
 
+// MountPoints are the directories on which process 1 mounts file systems. What an image has below
+// them is not seen in the guest.
+var MountPoints = [...]string{"/proc", "/sys", "/dev", "/run", "/tmp"}
+
 // An Image is what the builder tells process 1 about the image, in ImageFile.
 type Image struct {
 	Program string    // its path

@@ -511,3 +511,13 @@ func TestNamesOfTheKernelsRequests(t *testing.T) {
 		t.Error("the signals of the requests mean something else to process 1")
 	}
 }
+
+// The builder of images refuses files below the mount points, so it has to know them all.
+func TestEveryFileSystemIsBelowAMountPoint(t *testing.T) {
+	for _, fs := range fileSystems {
+		below := func(dir string) bool { return fs.dir == dir || strings.HasPrefix(fs.dir, dir+"/") }
+		if !slices.ContainsFunc(MountPoints[:], below) {
+			t.Errorf("%s is below none of %q", fs.dir, MountPoints)
+		}
+	}
+}
