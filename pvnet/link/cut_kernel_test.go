@@ -9,7 +9,9 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net"
+	"os"
 	"testing"
+	"time"
 
 	"barevif/pvnet/packet"
 
@@ -197,7 +199,48 @@ func newTunnels(t testing.TB, v6, sum bool) *tunnels {
 	}
 	setUpDown(t, br.Name, true)
 	setUpDown(t, vx.Name, true)
-	return &tunnels{vx.Name, openPacket(t, far), tap}
+	w := &tunnels{vx.Name, openPacket(t, far), tap}
+	w.await(t, openPacket(t, vx.Name))
+	return w
+}
+
+// await returns once frames that in sends come through the tunnels to the TAP. The kernel drops
+// them until it has looked at the carriers of all interfaces on the way.
+func (w *tunnels) await(t testing.TB, in *Packet) {
+	t.Helper()
+	probe := append([]byte{2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 0x88, 0xb5}, make([]byte, 60)...)
+	for k, end := uint64(0), time.Now().Add(wait); ; k++ {
+		binary.BigEndian.PutUint64(probe[len(probe)-8:], k)
+		send(t, in, Offload{}, probe)
+		if arrived(t, w.cut, probe, 50*time.Millisecond) { // and with it all before it, since they keep their order
+			if !arrived(t, w.whole, probe, wait) {
+				t.Fatal("a frame that came to the end of the tunnels was not seen on its way")
+			}
+			return
+		}
+		if time.Now().After(end) {
+			t.Fatalf("no frame came through the tunnels of %s", w.vxlan)
+		}
+	}
+}
+
+// arrived reads frames of l until one ends as the given one does, and reports whether that came in time.
+func arrived(t testing.TB, l Link, frame []byte, within time.Duration) bool {
+	t.Helper()
+	if err := l.SetReadDeadline(time.Now().Add(within)); err != nil {
+		t.Fatal(err)
+	}
+	b := make([]byte, MaxFrame)
+	for {
+		switch n, _, err := l.ReadFrame([][]byte{b}); {
+		case errors.Is(err, os.ErrDeadlineExceeded):
+			return false
+		case err != nil:
+			t.Fatalf("ReadFrame: %v", err)
+		case bytes.HasSuffix(b[:n], frame):
+			return true
+		}
+	}
 }
 
 // FuzzKernelCutsTunnels is FuzzKernelCuts for frames in VXLAN.
