@@ -258,10 +258,10 @@ func (r *run) route(ctx context.Context, dom *domain.Domain, own *config.Config)
 	defer context.AfterFunc(ctx, func() { systemd.Notify("STOPPING=1") })()
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	go r.reloads(ctx, d, hups, h)
 	done := make(chan error, 1)
 	go func() { done <- d.run(ctx) }()
 	systemd.Notify("READY=1")
+	go r.reloads(ctx, d, hups, h) // says RELOADING, which READY would end
 	select {
 	case err := <-done:
 		return err
