@@ -114,8 +114,11 @@ func (b *bench) working(what string, move func() (moved float64)) {
 	moved := move()
 	nowAll, nowUser, nowSystem := busy()
 	each := func(before, now int) float64 { return float64(now-before) * 1e7 / moved }
-	b.Note("%s: %.0f moved, %.4g ns of dom0's processor each, of which our backend %.4g in user mode and %.4g in system calls",
-		what, moved, each(all, nowAll), each(user, nowUser), each(system, nowSystem))
+	ours := ""
+	if nowUser+nowSystem > 0 {
+		ours = fmt.Sprintf(", of which our backend %.4g in user mode and %.4g in system calls", each(user, nowUser), each(system, nowSystem))
+	}
+	b.Note("%s: %.0f moved, %.4g ns of dom0's processor each%s", what, moved, each(all, nowAll), ours)
 }
 
 // mbits returns the median of the rounds, in Mbit/s.
