@@ -3,8 +3,10 @@
 package command_test
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -123,7 +125,10 @@ func TestNothingIsLeftInTheTemporaryDirectory(t *testing.T) {
 	t.Setenv("TMPDIR", tmp)
 	start(t, nil, barevif(t), "demo", small).exit(0)
 	left, err := filepath.Glob(filepath.Join(tmp, "*"))
-	if err != nil || len(left) != 0 {
-		t.Error(left, err)
+	// A user without a directory in /run has the sockets of all processes in one here, which stays.
+	sockets := filepath.Join(tmp, fmt.Sprintf("barevif-%d", os.Getuid()))
+	left = slices.DeleteFunc(left, func(name string) bool { return name == sockets })
+	if more, globErr := filepath.Glob(filepath.Join(sockets, "*")); err != nil || globErr != nil || len(left)+len(more) != 0 {
+		t.Error(left, more, err, globErr)
 	}
 }
