@@ -66,21 +66,26 @@ type site struct {
 	d     *daemon
 	world *netstack.Stack
 
-	mu      sync.Mutex
-	said    bytes.Buffer // guarded by mu
+	said    words
 	devices chan *pvnet.Device
 }
 
-func (s *site) Write(b []byte) (int, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.said.Write(b)
+// words are what a program has written, and can be read while it writes.
+type words struct {
+	mu   sync.Mutex
+	text strings.Builder // guarded by mu
 }
 
-func (s *site) text() string {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.said.String()
+func (w *words) Write(b []byte) (int, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.text.Write(b)
+}
+
+func (w *words) String() string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.text.String()
 }
 
 func parse(t testing.TB, text string) *config.Config {
@@ -99,7 +104,7 @@ func newSite(t *testing.T, text string) *site {
 	s.ctx, cancel = context.WithTimeout(context.Background(), limit)
 	t.Cleanup(func() {
 		if t.Failed() {
-			t.Logf("the router said:\n%s", s.text())
+			t.Logf("the router said:\n%s", s.said.String())
 		}
 	})
 	worldDomain, own := s.lab.Domain(worldDom), s.lab.Domain(routerDom)
@@ -112,8 +117,8 @@ func newSite(t *testing.T, text string) *site {
 			<-dev.Done()
 		})
 	}()
-	log := slog.New(slog.NewTextHandler(s, nil))
-	say := func(format string, args ...any) { fmt.Fprintf(s, format+"\n", args...) }
+	log := slog.New(slog.NewTextHandler(&s.said, nil))
+	say := func(format string, args ...any) { fmt.Fprintf(&s.said, format+"\n", args...) }
 	d, err := newDaemon(own, parse(t, text), pvnet.Config{Offload: true, StaticGrants: true}, say, log)
 	if err != nil {
 		t.Fatal(err)
@@ -543,7 +548,7 @@ func TestGuestsAndUplinkComeAndGo(t *testing.T) {
 	if err := toolstack.Remove(s.ctx, s.lab.Tools, vif); err != nil {
 		t.Fatal(err)
 	}
-	s.comes("the router lets go of the vif", func() bool { return strings.Contains(s.text(), "vif 3.0: gone") })
+	s.comes("the router lets go of the vif", func() bool { return strings.Contains(s.said.String(), "vif 3.0: gone") })
 	s.lab.Add(vif)
 	g = s.connectGuest(domain)
 	s.settled(g)
@@ -559,7 +564,7 @@ func TestGuestsAndUplinkComeAndGo(t *testing.T) {
 	if err := toolstack.Remove(s.ctx, s.lab.Tools, up); err != nil {
 		t.Fatal(err)
 	}
-	s.comes("the uplink is down", func() bool { return strings.Contains(s.text(), "uplink vif 0: down") })
+	s.comes("the uplink is down", func() bool { return strings.Contains(s.said.String(), "uplink vif 0: down") })
 	s.lab.Add(up)
 	s.connectWorld()
 	s.comes("the guest reaches the world again", func() bool {
@@ -636,8 +641,8 @@ func TestUplinkLeasesItsAddress(t *testing.T) {
 	const inner = firstDom + 4
 	own := s.lab.Domain(inner)
 	s.lab.Add(toolstack.Vif{Front: inner, Back: routerDom})
-	log := slog.New(slog.NewTextHandler(s, nil))
-	say := func(format string, args ...any) { fmt.Fprintf(s, "inner: "+format+"\n", args...) }
+	log := slog.New(slog.NewTextHandler(&s.said, nil))
+	say := func(format string, args ...any) { fmt.Fprintf(&s.said, "inner: "+format+"\n", args...) }
 	text := `uplink vif 0
 uplink ipv4 dhcp
 network lab ipv4 10.200.0.0/24 router 10.200.0.1 pool 10.200.0.5-10.200.0.9
@@ -658,7 +663,9 @@ allow from lab to uplink
 			t.Error(err)
 		}
 	}()
-	s.comes("the uplink has a lease", func() bool { return strings.Contains(s.text(), "inner: uplink: address 10.137.0.100/32 by DHCP") })
+	s.comes("the uplink has a lease", func() bool {
+		return strings.Contains(s.said.String(), "inner: uplink: address 10.137.0.100/32 by DHCP")
+	})
 	domain := s.lab.Domain(inner + 1)
 	s.lab.Add(toolstack.Vif{Front: inner + 1, Back: inner})
 	g, err := netstack.Connect(s.ctx, domain, "0", netstack.Config{DHCP: true})
@@ -683,7 +690,9 @@ allow from lab to uplink
 	if err := d.reload(parse(t, text)); err != nil {
 		t.Fatal(err)
 	}
-	s.comes("the uplink has a lease again", func() bool { return strings.Count(s.text(), "inner: uplink: address 10.137.0.100/32 by DHCP") == 2 })
+	s.comes("the uplink has a lease again", func() bool {
+		return strings.Count(s.said.String(), "inner: uplink: address 10.137.0.100/32 by DHCP") == 2
+	})
 	if _, err := ask(s.ctx, g, "192.0.2.1:80"); err != nil {
 		t.Error(err)
 	}

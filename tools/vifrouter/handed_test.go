@@ -28,24 +28,6 @@ import (
 	"github.com/spf13/cobra"
 )
 
-// words are what a command has written.
-type words struct {
-	mu   sync.Mutex
-	said strings.Builder // guarded by mu
-}
-
-func (w *words) Write(b []byte) (int, error) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	return w.said.Write(b)
-}
-
-func (w *words) String() string {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	return w.said.String()
-}
-
 // A commanded is "vifrouter run --store data/vifrouter" in a domain of an emulated machine, and the
 // toolstack beside it.
 type commanded struct {

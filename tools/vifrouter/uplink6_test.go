@@ -103,7 +103,7 @@ func TestUplinkLivesOnAnnouncements(t *testing.T) {
 	s := newSite(t, strings.Replace(announced, "dns to 192.0.2.1", "dns uplink", 1))
 	s.routerOfTheWorld()
 	s.listenDNS(s.world, "udp6")
-	s.comes("the uplink is up", func() bool { return strings.Contains(s.text(), "uplink vif 0: connected") })
+	s.comes("the uplink is up", func() bool { return strings.Contains(s.said.String(), "uplink vif 0: connected") })
 	var own netip.Addr
 	s.comes("an address, a router and a name server", func() bool {
 		s.announce(1800, prefixInformation("2001:db8::"), nameServer(600, worldAddr6))
@@ -139,7 +139,7 @@ func TestUplinkLivesOnAnnouncements(t *testing.T) {
 	if _, err := ask(s.ctx, g, "[2001:db8::1]:80"); err != nil {
 		t.Error(err)
 	}
-	if !strings.Contains(s.text(), "uplink: no IPv6 router any more") {
+	if !strings.Contains(s.said.String(), "uplink: no IPv6 router any more") {
 		t.Error("it does not say so")
 	}
 	// A reload to an address of the file ends it, and one back begins it again.
@@ -181,7 +181,7 @@ func TestAStationThatAnnouncesWhatItLikes(t *testing.T) {
 	s.settled(g)
 	s.comes("a router, and no network of guests", func() bool {
 		s.announce(1800, prefixInformation("fd00:137:0:7::"))
-		return s.auto().Router == worldLink && strings.Contains(s.text(), "is left out, since it is a network of guests")
+		return s.auto().Router == worldLink && strings.Contains(s.said.String(), "is left out, since it is a network of guests")
 	})
 	if n := len(s.auto().Addrs); n != 0 {
 		t.Errorf("%+v", s.auto())
@@ -194,11 +194,11 @@ func TestAStationThatAnnouncesWhatItLikes(t *testing.T) {
 	if now := s.auto(); len(now.Addrs) > slaac.MaxPrefixes || len(now.DNS) > slaac.MaxServers {
 		t.Errorf("%+v", now)
 	}
-	changes := strings.Count(s.text(), "uplink: IPv6 router ") + strings.Count(s.text(), "uplink: no IPv6 router")
+	changes := strings.Count(s.said.String(), "uplink: IPv6 router ") + strings.Count(s.said.String(), "uplink: no IPv6 router")
 	if most := int(time.Since(began)/leastChange) + 3; changes > most {
 		t.Errorf("%d changes of the router, at most %d are due", changes, most)
 	}
-	if n := strings.Count(s.text(), "is left out, since"); n != 1 {
+	if n := strings.Count(s.said.String(), "is left out, since"); n != 1 {
 		t.Errorf("%d lines about one prefix", n)
 	}
 	ctx, cancel := context.WithTimeout(s.ctx, limit)
@@ -228,7 +228,7 @@ func (s *site) has(a netip.Addr) bool {
 func TestAnAddressOfAnotherStationIsNotUsed(t *testing.T) {
 	s := newSite(t, announced)
 	s.routerOfTheWorld()
-	s.comes("the uplink is up", func() bool { return strings.Contains(s.text(), "uplink vif 0: connected") })
+	s.comes("the uplink is up", func() bool { return strings.Contains(s.said.String(), "uplink vif 0: connected") })
 	theirs, wanted, free := netip.MustParseAddr("2001:db8:1::216:3eff:fe00:100"), netip.MustParseAddr("2001:db8:2::216:3eff:fe00:100"), netip.MustParseAddr("2001:db8::216:3eff:fe00:100")
 	err := s.world.GVisor().AddProtocolAddress(1, tcpip.ProtocolAddress{
 		Protocol: ipv6.ProtocolNumber, AddressWithPrefix: tcpip.AddressWithPrefix{Address: toStack(theirs), PrefixLen: 64},
@@ -252,7 +252,7 @@ func TestAnAddressOfAnotherStationIsNotUsed(t *testing.T) {
 			t.Errorf("%+v", a)
 		}
 	}
-	if n := strings.Count(s.text(), "is another station's and is not used: give the uplink's vif another MAC"); n != 2 {
+	if n := strings.Count(s.said.String(), "is another station's and is not used: give the uplink's vif another MAC"); n != 2 {
 		t.Errorf("%d lines about two addresses", n)
 	}
 	var b bytes.Buffer
