@@ -124,12 +124,13 @@ func benchBridge(b *testing.B, guests int, pooled bool) {
 //
 //   - delivered: frames of the paced guests that arrive beside the flooder, in those that do without
 //   - p99-x: the 99th percentile of their time on the way, in that without the flooder
-//   - p99-busy-x: the same percentile, divided by that beside a goroutine which only computes. Such a
-//     goroutine takes the processor as a flooder does, so the quotient is what the bridge adds
+//   - p99-busy-x: the same percentile, divided by the percentile beside a goroutine that only computes.
+//     Both loads take as much processor time, so a quotient above 1 is delay that the bridge adds
 //   - share: what the guest that gets least has, in an equal part of all that arrives, when all send what they can
-//   - share-kept: what the guest that gets least has, in what the one that gets least has when the flooder, too,
-//     has 32 frames under way at most. A guest that waits for its frames to arrive can use less than an equal
-//     part of what a bridge moves that never rests; this is the part that the flooder leaves it
+//   - share-kept: frames of the guest that gets least beside the flooder, divided by frames of the guest that
+//     gets least when the flooder, too, has at most 32 frames under way. A guest that waits until its frames
+//     have arrived cannot use an equal part of the bridge's capacity, whoever is beside it; share-kept leaves
+//     that out, and share does not
 //
 // The guests run on the bridge's processors. With fewer of these than there are busy guests,
 // the figures say how Go and the system share them out.

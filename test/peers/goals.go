@@ -187,8 +187,8 @@ func (g goal) met(value float64) bool {
 	return value <= max(g.want, noAllocs)
 }
 
-// reportGoals prints the goals. Where one is missed, the floor's figure says what the ring's format and
-// this machine's memory allow.
+// reportGoals prints a table of the goals. Its column of the raw ring holds the floor's figure: if that
+// misses the goal too, the ring's format and this machine's memory do not allow it.
 func reportGoals(w io.Writer, t *table, all []goal) {
 	fmt.Fprint(w, "| goal | want | measured | | the raw ring itself | from |\n|---|---:|---:|---|---:|---|\n")
 	for _, g := range all {

@@ -94,7 +94,7 @@ func translate(t *testing.T, wasm []byte) *program {
 }
 
 // run runs the program with a memory of its own, to its end or a fault. The test fails if the
-// program asks for what only an operating system has.
+// program calls a function that only an operating system can provide.
 func (p *program) run(t *testing.T, args ...string) (output string, err error) {
 	t.Helper()
 	clear(p.seen)

@@ -126,8 +126,8 @@ func (t *T) noteMemory() {
 	t.Note("memory %d of %d MiB in use", (total-free)/1024, total/1024)
 }
 
-// shutDown asks a guest with an image to end, which it must do by itself, and in good order: the
-// lines are what its console has said then.
+// shutDown has xl ask a guest made from an image to power off. The guest must end by itself, and
+// its console must show each of the lines.
 func (t *T) shutDown(guest *Domain, lines ...string) {
 	t.Dom0().Run("xl", "shutdown", guest.Name)
 	t.Dom0().Await("the guest to power off", "! xl domid %s 2>/dev/null", guest.Name)

@@ -100,8 +100,8 @@ func (b *bench) counted(d *Domain, name, what, way string) {
 }
 
 // working notes dom0's processor time per unit, frame or byte, that move has moved, and how much of
-// it our backend's process had, in user mode and in its system calls. The rest is of interrupts,
-// of the other end of the traffic in dom0's kernel, and of what generates or takes it.
+// it our backend's process spent in user mode and in system calls. Dom0 spends the rest in interrupts,
+// in its kernel's network stack, and in the program that sends or receives the traffic.
 func (b *bench) working(what string, move func() (moved float64)) {
 	busy := func() (all, user, system int) {
 		out := b.Dom0().Sh("awk '/^cpu / {print $2 + $3 + $4 + $7 + $8}' /proc/stat; cat /proc/$(pidof barevif)/stat 2>/dev/null | awk '{print $14, $15}'; echo 0 0")

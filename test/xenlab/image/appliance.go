@@ -43,7 +43,8 @@ const (
 	RouterReload    = "vifrouter-reload" // in dom0's PATH
 )
 
-// addAppliances runs "barevif image" as a user does, and puts what it makes into dom0.
+// addAppliances runs "barevif image" for each image that the lab boots, with the arguments that a user
+// would give, and adds the kernels, initramfs and configurations to dom0's file system.
 func (d *distribution) addAppliances(ctx context.Context, dom0 *guestimage.Tree, barevif string, cfg Config) error {
 	i := slices.IndexFunc(d.debs, func(p guestimage.Package) bool { return strings.HasPrefix(p.File, "linux-image-") })
 	if i < 0 {
