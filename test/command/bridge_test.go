@@ -64,7 +64,7 @@ func (s bridgeStatus) ports() (names []string) {
 // askBridge asks the process of a bridge for its status.
 func askBridge(t *testing.T, p *process, name string) (s bridgeStatus) {
 	t.Helper()
-	text := start(t, nil, barevif(t), "bridge", "status", "--json", "--pid", fmt.Sprint(p.cmd.Process.Pid), name).exit(0)
+	text := stdout(t, barevif(t), "bridge", "status", "--json", "--pid", fmt.Sprint(p.cmd.Process.Pid), name)
 	var all []bridgeStatus
 	if err := json.Unmarshal([]byte(text), &all); err != nil || len(all) != 1 || all[0].PID != p.cmd.Process.Pid || all[0].Bridge != name {
 		t.Fatalf("%v: %s", err, text)
@@ -313,7 +313,7 @@ func TestABridgeKeepsTenantsApart(t *testing.T) {
 	if n := one.next(); n != 8 {
 		t.Errorf("frame %d came", n)
 	}
-	text := start(t, nil, s.bin, "bridge", "status", "--json", "--inspect", s.private()).exit(0)
+	text := stdout(t, s.bin, "bridge", "status", "--json", "--inspect", s.private())
 	var all []bridgeStatus
 	if err := json.Unmarshal([]byte(text), &all); err != nil || len(all) != 1 {
 		t.Fatalf("%v: %s", err, text)

@@ -10,6 +10,7 @@ package command_test
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -54,6 +55,20 @@ func TestMain(m *testing.M) {
 		os.Exit(1)
 	}
 	programs = dir
+	// In the machine's temporary directory names may be taken by programs of other users.
+	temporary := filepath.Join(dir, "t")
+	err = os.Mkdir(temporary, 0o700)
+	if err == nil {
+		err = os.Chmod(temporary, 0o777|fs.ModeSticky) // some tests start programs as another user
+	}
+	if err == nil {
+		err = os.Setenv("TMPDIR", temporary)
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.RemoveAll(dir)
+		os.Exit(1)
+	}
 	code := m.Run()
 	os.RemoveAll(dir)
 	os.Exit(code)
@@ -236,6 +251,23 @@ func startIn(t *testing.T, dir string, attr *syscall.SysProcAttr, name string, a
 		}
 	})
 	return p
+}
+
+// stdout runs a program that ends well, and returns what it writes to stdout. On stderr it may
+// say more: of the machine, say.
+func stdout(t *testing.T, name string, args ...string) string {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), limit)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, name, args...)
+	cmd.Dir = programs
+	var says bytes.Buffer
+	cmd.Stderr = &says
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("%s: %v\n%s%s", strings.Join(cmd.Args, " "), err, out, says.String())
+	}
+	return string(out)
 }
 
 // await waits until the process has printed s n times.

@@ -90,7 +90,7 @@ func TestRouterIsAProcess(t *testing.T) {
 			Received              struct{ Packets uint64 }
 		}
 	}
-	if err := json.Unmarshal([]byte(status("--json").exit(0)), &all); err != nil || len(all) != 1 || len(all[0].Guests) != 2 {
+	if err := json.Unmarshal([]byte(stdout(t, routerProgram(t), "status", "--inspect", look, "--json")), &all); err != nil || len(all) != 1 || len(all[0].Guests) != 2 {
 		t.Fatalf("%v, %+v", err, all)
 	}
 	if g := all[0].Guests[0]; g.Vif != "3.0" || g.Name != "web" || g.Link != "up" || g.IPv4 != "10.137.0.7" || g.Received.Packets == 0 {
