@@ -160,7 +160,7 @@ func (r *tapReader) close() {
 }
 
 // If reads wait in the ring, those that find no frame have to be cancelled, which takes
-// two more system calls. The acknowledgements of a TCP stream come two or three at a time,
+// another system call. The acknowledgements of a TCP stream come two or three at a time,
 // too few for that.
 func (r *tapReader) minBurst() int {
 	if r.ring.mayWait {

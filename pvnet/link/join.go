@@ -94,7 +94,7 @@ func (j *Joint) Stats() JointStats {
 //
 // Where the process may use io_uring, up to 128 frames of a TAP move in one system call,
 // which takes two more descriptors per link. Before Linux 6.4 a burst of reads that ends
-// early takes three calls. Where io_uring cannot be used, each frame takes a system call,
+// early takes two calls. Where io_uring cannot be used, each frame takes a system call,
 // and Run logs that at level debug.
 //
 // Run drops a frame longer than the vif's MTU and a tagged header, and a frame whose

@@ -45,6 +45,6 @@ func baselineAttach(t *T) {
 func (b *bench) throughFront(way string) {
 	b.carrier()
 	b.Dom0().Await("the guest", "ping -c 1 -W 1 %s", baselineGuest)
-	b.tcp("TCP from the guest", way, b.guest, b.Dom0(), baselineDom0)
-	b.tcp("TCP to the guest", way, b.Dom0(), b.guest, baselineGuest)
+	b.tcp(b.guest, "TCP from the guest", way, b.guest, b.Dom0(), baselineDom0)
+	b.tcp(b.guest, "TCP to the guest", way, b.Dom0(), b.guest, baselineGuest)
 }

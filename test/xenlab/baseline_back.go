@@ -79,13 +79,13 @@ func (b *bench) throughBack(way string) {
 	b.end(p)
 
 	b.Dom0().Await("rest", "ping -c 1 -W 1 %s", baselineGuest) // the reply comes after all queued frames
-	b.tcp("TCP from the guest", way, b.guest, b.Dom0(), baselineDom0)
-	b.tcp("TCP to the guest", way, b.Dom0(), b.guest, baselineGuest)
+	b.tcp(b.Dom0(), "TCP from the guest", way, b.guest, b.Dom0(), baselineDom0)
+	b.tcp(b.Dom0(), "TCP to the guest", way, b.Dom0(), b.guest, baselineGuest)
 }
 
-func (b *bench) tcp(what, way string, from, to *Domain, addr string) {
+func (b *bench) tcp(working *Domain, what, way string, from, to *Domain, addr string) {
 	var rate float64
-	b.working(way+", "+what, func() (bytes float64) {
+	b.workOf(working, way+", "+what, func() (bytes float64) {
 		rate = b.iperf(from, to, addr, baselineSecs)
 		return rate * 1e6 / 8 * baselineSecs
 	})
@@ -103,8 +103,13 @@ func (b *bench) counted(d *Domain, name, what, way string) {
 // it our backend's process spent in user mode and in system calls. Dom0 spends the rest in interrupts,
 // in its kernel's network stack, and in the program that sends or receives the traffic.
 func (b *bench) working(what string, move func() (moved float64)) {
+	b.workOf(b.Dom0(), what, move)
+}
+
+// workOf does what working does, for any domain and for our process in it.
+func (b *bench) workOf(d *Domain, what string, move func() (moved float64)) {
 	busy := func() (all, user, system int) {
-		out := b.Dom0().Sh("awk '/^cpu / {print $2 + $3 + $4 + $7 + $8}' /proc/stat; cat /proc/$(pidof barevif)/stat 2>/dev/null | awk '{print $14, $15}'; echo 0 0")
+		out := d.Sh("awk '/^cpu / {print $2 + $3 + $4 + $7 + $8}' /proc/stat; cat /proc/$(pidof barevif)/stat 2>/dev/null | awk '{print $14, $15}'; echo 0 0")
 		if _, err := fmt.Sscan(out, &all, &user, &system); err != nil {
 			b.Fatalf("/proc/stat: %q", out)
 		}
@@ -116,9 +121,9 @@ func (b *bench) working(what string, move func() (moved float64)) {
 	each := func(before, now int) float64 { return float64(now-before) * 1e7 / moved }
 	ours := ""
 	if nowUser+nowSystem > 0 {
-		ours = fmt.Sprintf(", of which our backend %.4g in user mode and %.4g in system calls", each(user, nowUser), each(system, nowSystem))
+		ours = fmt.Sprintf(", of which our process %.4g in user mode and %.4g in system calls", each(user, nowUser), each(system, nowSystem))
 	}
-	b.Note("%s: %.0f moved, %.4g ns of dom0's processor each%s", what, moved, each(all, nowAll), ours)
+	b.Note("%s: %.0f moved, %.4g ns of %s's processor each%s", what, moved, each(all, nowAll), d.Name, ours)
 }
 
 // mbits returns the median of the rounds, in Mbit/s.
