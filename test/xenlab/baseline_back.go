@@ -120,7 +120,7 @@ func (b *bench) workOf(d *Domain, what string, move func() (moved float64)) {
 	nowAll, nowUser, nowSystem := busy()
 	each := func(before, now int) float64 { return float64(now-before) * 1e7 / moved }
 	ours := ""
-	if nowUser+nowSystem > 0 {
+	if nowUser+nowSystem > user+system {
 		ours = fmt.Sprintf(", of which our process %.4g in user mode and %.4g in system calls", each(user, nowUser), each(system, nowSystem))
 	}
 	b.Note("%s: %.0f moved, %.4g ns of %s's processor each%s", what, moved, each(all, nowAll), d.Name, ours)
