@@ -5,6 +5,7 @@ package xenlab
 import (
 	"fmt"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -43,9 +44,7 @@ func imageBoots(kind GuestType, dir string) func(*T) {
 			want = []string{`"-addr" "` + image.ApplianceAddr + `/24" "three more words"]`, `"MSG=changed"]`}
 		}
 		t.noteImage(dir)
-		said := t.Dom0().Within(3*time.Minute).Run("sh", "-ec", firstPing, "sh", config, image.ApplianceName, more, image.ApplianceAddr, image.ApplianceMAC).Text()
-		guest := &Domain{t: t, ID: t.domid(image.ApplianceName), Name: image.ApplianceName, limit: stepLimit}
-		t.guests = append(t.guests, guest)
+		guest, said := t.bootImage(config, more)
 		t.Dom0().Await("the page", "curl -sSf --max-time 5 http://%s/ >/run/page", image.ApplianceAddr)
 		page := string(t.Dom0().Get("/run/page"))
 		for _, w := range append(want, "host "+host+"\n") {
@@ -53,7 +52,7 @@ func imageBoots(kind GuestType, dir string) func(*T) {
 				t.Fatalf("no %q in the page %q", w, page)
 			}
 		}
-		t.noteBoot(said, t.guestConsole())
+		t.noteBoot(t.bootTimes(said, t.guestConsole()))
 		t.noteMemory()
 		t.Ping(t.Dom0(), image.ApplianceAddr, 1472, 20)
 		t.shutDown(guest, "hello: asked to end", "barevif: /app/hello exited with status 0")
@@ -93,8 +92,24 @@ func (t *T) requireWhole(log string) string {
 	return text
 }
 
-// noteBoot notes how long the guest took: said is what firstPing printed.
-func (t *T) noteBoot(said, console string) {
+// bootImage creates the guest of a configuration, with a line more, and waits for its answer to a ping. said is what
+// firstPing printed.
+func (t *T) bootImage(config, more string) (guest *Domain, said string) {
+	said = t.Dom0().Within(3*time.Minute).Run("sh", "-ec", firstPing, "sh", config, image.ApplianceName, more, image.ApplianceAddr, image.ApplianceMAC).Text()
+	guest = &Domain{t: t, ID: t.domid(image.ApplianceName), Name: image.ApplianceName, limit: stepLimit}
+	t.guests = append(t.guests, guest)
+	return guest, said
+}
+
+// bootTimes are how long a guest took, in seconds: all until it answered, and of that xl create and the kernel until it
+// started process 1.
+type bootTimes struct{ all, xl, kernel float64 }
+
+// beyond is what the guest took without xl and the kernel's own start.
+func (b bootTimes) beyond() float64 { return b.all - b.xl - b.kernel }
+
+// bootTimes reads how long the guest took from what firstPing printed and from the guest's console.
+func (t *T) bootTimes(said, console string) (b bootTimes) {
 	var begin, created, answered float64
 	if n, err := fmt.Sscan(said, &begin, &created, &answered); n != 3 {
 		t.Fatalf("%q are no times: %w", said, err)
@@ -103,7 +118,43 @@ func (t *T) noteBoot(said, console string) {
 	if m == nil {
 		t.Fatalf("process 1 did not say when the kernel had started:\n%s", console)
 	}
-	t.Note("from xl create to the first ping %.2f s: xl %.2f s, the kernel %s s of the rest", answered-begin, created-begin, m[1])
+	kernel, err := strconv.ParseFloat(m[1], 64)
+	if err != nil {
+		t.Fatalf("%q: %w", m[0], err)
+	}
+	return bootTimes{answered - begin, created - begin, kernel}
+}
+
+func (t *T) noteBoot(b bootTimes) {
+	t.Note("from xl create to the first ping %.2f s: xl %.2f s, the kernel %.2f s of the rest", b.all, b.xl, b.kernel)
+}
+
+// imageRounds is how often each guest of baselineImage boots.
+const imageRounds = 3
+
+// baselineImage boots the image of a program of ours and, in turns, a guest with the same kernel whose process 1 gives
+// the same address to the kernel's netfront, and notes how long each takes beyond xl and the kernel's own start until
+// it answers a ping. It asserts nothing, because times on an emulated processor vary.
+func baselineImage(t *T) {
+	t.loadNetback(true)
+	for _, config := range [...]string{"xl-pv.cfg", "xl.cfg"} {
+		var ours, theirs []float64
+		for range imageRounds {
+			for _, one := range []struct {
+				dir, last string
+				times     *[]float64
+			}{{image.Appliance, "hello: serving", &ours}, {image.KernelAppliance, image.KernelServing, &theirs}} {
+				guest, said := t.bootImage(one.dir+"/"+config, `tsc_mode="native"`)
+				t.Dom0().Await("the last line", "grep -q '%s' %s", one.last, applianceLog)
+				*one.times = append(*one.times, t.bootTimes(said, string(t.Dom0().Get(applianceLog))).beyond())
+				t.Destroy(guest) // its log begins anew
+			}
+		}
+		slices.Sort(ours)
+		slices.Sort(theirs)
+		t.Note("%s, beyond xl and the kernel's start: %.2f s (%.2f), the kernel's netfront and a shell %.2f s (%.2f)", config,
+			ours[imageRounds/2], ours, theirs[imageRounds/2], theirs)
+	}
 }
 
 // noteMemory notes how much of its memory the guest uses.

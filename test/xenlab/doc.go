@@ -52,6 +52,7 @@
 //	  image, packed            PVH domU: an image of hello, compressed as it is by default; dom0: netback
 //	  baseline                 PV domU: netfront and bench, in turns; dom0: netback
 //	  baseline, our back       PV domU: netfront; dom0: netback and barevif back, in turns
+//	  baseline, image          PV and PVH domU: an image of hello, and a shell on the kernel's netfront, in turns; dom0: netback
 //	  baseline, attach         PV domU: netfront and barevif attach, in turns; dom0: netback
 //	  static grants            PV domU: bench; PV driver domain: bench; both ends ours, with and without, in turns
 //	  our back, dom0           PV domU: netfront; dom0: barevif back

@@ -62,6 +62,7 @@ func Plan() []Boot {
 			{Name: "image, packed", Roles: "PVH domU: an image of hello, compressed as it is by default; dom0: netback", Limit: 4 * time.Minute, Run: imageBoots(PVH, image.PackedAppliance)},
 			{Name: "baseline", Roles: "PV domU: netfront and bench, in turns; dom0: netback", Limit: 8 * time.Minute, Asked: true, Run: baseline},
 			{Name: "baseline, our back", Roles: "PV domU: netfront; dom0: netback and barevif back, in turns", Limit: 12 * time.Minute, Asked: true, Run: baselineBack},
+			{Name: "baseline, image", Roles: "PV and PVH domU: an image of hello, and a shell on the kernel's netfront, in turns; dom0: netback", Limit: 8 * time.Minute, Asked: true, Run: baselineImage},
 			{Name: "baseline, attach", Roles: "PV domU: netfront and barevif attach, in turns; dom0: netback", Limit: 6 * time.Minute, Asked: true, Run: baselineAttach},
 			{Name: "static grants", Roles: "PV domU: bench; PV driver domain: bench; both ends ours, with and without, in turns", Limit: 6 * time.Minute, Asked: true, Run: staticGrants},
 			{Name: "our back, dom0", Roles: "PV domU: netfront; dom0: barevif back", Run: ourBackDom0},

@@ -14,10 +14,13 @@ import (
 	"barevif/tools/guestimage"
 )
 
-// Directories in dom0 with an image of Config.Appliance, unpacked and as it is by default.
+// Directories in dom0 with an image of Config.Appliance, unpacked and as it is by default, and with a guest of the
+// same name, vif and kernel whose process 1 is a shell that gives the address of the appliance to the kernel's
+// netfront: what a guest takes at least until it answers.
 const (
 	Appliance       = "/lab/appliance"
 	PackedAppliance = "/lab/appliance-packed"
+	KernelAppliance = "/lab/appliance-kernel"
 )
 
 // What the appliance is told: its name in xl, its vif, the parameters of its kernel, which are those of the
@@ -91,6 +94,68 @@ func (d *distribution) addAppliances(ctx context.Context, dom0 *guestimage.Tree,
 			return err
 		}
 		dom0.Link(one.at+"/kernel", GuestKernel)
+	}
+	return d.addKernelAppliance(dom0, cfg.Dir)
+}
+
+// kernelInit is process 1 of KernelAppliance.
+const kernelInit = `#!/bin/busybox sh
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t devtmpfs devtmpfs /dev
+exec >/dev/hvc0 2>&1
+read up idle </proc/uptime
+echo "barevif: kernel $(uname -r) has started after $up s"
+modprobe xen-netfront
+until [ -e /sys/class/net/eth0 ]; do sleep 0.01; done
+ip link set eth0 up
+ip addr add ` + ApplianceAddr + `/24 dev eth0
+echo "` + KernelServing + `"
+while :; do sleep 1000; done
+`
+
+// KernelServing is the last line that the guest of KernelAppliance prints.
+const KernelServing = "init: eth0 has its address"
+
+func (d *distribution) addKernelAppliance(dom0 *guestimage.Tree, dir string) error {
+	t := guestimage.NewTree()
+	for _, dir := range [...]string{"/proc", "/sys", "/dev", "/bin"} {
+		t.Dir(dir, 0o755)
+	}
+	busybox, err := d.program("busybox")
+	if err != nil {
+		return err
+	}
+	if err := d.installLibraries(t, busybox); err != nil {
+		return err
+	}
+	if err := d.installBusybox(t); err != nil {
+		return err
+	}
+	source, err := guestimage.FindModules(d.root, d.kernel)
+	if err != nil {
+		return err
+	}
+	modules, err := guestimage.CollectModules(source, "xen-netfront")
+	if err != nil {
+		return err
+	}
+	modules.Install(t, "/lib/modules/"+d.kernel)
+	t.Data("/init", 0o755, []byte(kernelInit))
+	initramfs := filepath.Join(dir, "appliance-kernel.cpio")
+	if err := t.WriteFile(initramfs); err != nil {
+		return err
+	}
+	dom0.File(KernelAppliance+"/initramfs", 0o644, initramfs)
+	for kind, name := range map[guestimage.GuestType]string{guestimage.PV: "xl-pv.cfg", guestimage.PVH: "xl.cfg"} {
+		config, err := guestimage.Domain{
+			Name: ApplianceName, Type: kind, Kernel: GuestKernel, Ramdisk: KernelAppliance + "/initramfs", Memory: 128, VCPUs: 1,
+			Linux: ApplianceLinux, VIFs: []string{"mac=" + ApplianceMAC + ",script=" + VifScript},
+		}.Config()
+		if err != nil {
+			return err
+		}
+		dom0.Data(KernelAppliance+"/"+name, 0o644, []byte(config))
 	}
 	return nil
 }
