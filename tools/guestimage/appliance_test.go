@@ -379,7 +379,7 @@ func TestKernelIsFetchedOnce(t *testing.T) {
 	fakeApt(t, `case "$*" in
 *depends*) echo linux-image-amd64; echo "  Depends: linux-image-6.1.0-9-amd64" ;;
 *print-uris*) echo "'http://x/y' `+file+` 5 SHA256:2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824" ;;
-"download linux-image-6.1.0-9-amd64=6.1.27-1") echo x >>`+count+`; printf hello >`+file+` ;;
+"download linux-image-6.1.0-9-amd64=6.1.27-1") echo x >>"`+count+`"; printf hello >`+file+` ;;
 esac`)
 	for range 2 {
 		got, err := FetchKernel(t.Context(), cache, say)
