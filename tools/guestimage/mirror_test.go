@@ -44,6 +44,9 @@ func TestAnyUserGetsTheKernelFromAMirror(t *testing.T) {
 		err = os.WriteFile(cmd.Path, program, 0o755)
 	}
 	if err == nil {
+		err = os.Chmod(cmd.Path, 0o755) // whatever the umask is
+	}
+	if err == nil {
 		err = os.Mkdir(filepath.Join(dir, "home"), 0o700)
 	}
 	if err == nil && os.Geteuid() == 0 {
