@@ -149,6 +149,11 @@ func TestAVifGoesThroughTheSocket(t *testing.T) {
 	if _, err := os.Lstat(s.path); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("the socket is there: %v", err)
 	}
+	select { // it leaves its connection and xenstore first
+	case <-s.back.Done():
+	case <-time.After(labtest.Limit):
+		t.Fatal("the device of the old process does not end")
+	}
 	if _, err := s.back.OwnTX(0); !errors.Is(err, pvnet.ErrHandover) {
 		t.Errorf("the device of the old process: %v", err)
 	}
