@@ -55,6 +55,7 @@ func TestAnIdleDeviceSleepsThroughTheTick(t *testing.T) {
 			other := &lifecycle{d: newDevice("1", telemetry.Backend, p.bdom, Config{}), running: true, conn: new(conn)}
 			unticks = append(unticks, other.startTicks())
 		}
+		synctest.Wait() // until they run: with one processor none has begun
 		if n := clocks() - before; n != 1 {
 			t.Errorf("%d goroutines tick for 100 devices", n)
 		}

@@ -21,6 +21,7 @@ import (
 
 	"barevif/hypercall"
 	"barevif/hypercall/emu"
+	"barevif/hypercall/userdir"
 	"barevif/hypercall/xendev"
 )
 
@@ -84,7 +85,17 @@ func join(ctx context.Context, cfg Config) (hypercall.Domain, error) {
 
 // Socket returns the usual socket of an emulated host of a user, which "barevif host" makes.
 func Socket(uid int) string {
-	return filepath.Join(os.TempDir(), "barevif-"+strconv.Itoa(uid), "host.sock")
+	const name = "host.sock"
+	socket := filepath.Join(userdir.Temp(uid), name)
+	if former := userdir.Former(uid); former != "" && !exists(socket) && exists(filepath.Join(former, name)) {
+		return filepath.Join(former, name)
+	}
+	return socket
+}
+
+func exists(path string) bool {
+	_, err := os.Lstat(path)
+	return err == nil
 }
 
 // sudo returns the user who became root by sudo.

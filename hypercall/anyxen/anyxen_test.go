@@ -12,6 +12,7 @@ import (
 
 	"barevif/hypercall"
 	"barevif/hypercall/emu"
+	"barevif/hypercall/emu/emutest"
 	"barevif/hypercall/xendev"
 	"barevif/hypercall/xendev/xendevtest"
 )
@@ -19,7 +20,7 @@ import (
 // noXen is a machine that is no Xen domain, whose temporary directory is empty.
 func noXen(t *testing.T) Config {
 	t.Helper()
-	t.Setenv("TMPDIR", t.TempDir())
+	t.Setenv("TMPDIR", emutest.SocketDir(t))
 	t.Setenv("SUDO_UID", "")
 	return Config{Xen: xendev.Config{Root: t.TempDir()}}
 }
@@ -72,7 +73,7 @@ func TestANamedSocketIsJoinedOnAXenToo(t *testing.T) {
 	if _, err := Open(t.Context(), cfg); err == nil || errors.Is(err, ErrNoXen) || !strings.Contains(err.Error(), "/dev/xen") {
 		t.Errorf("a Xen that lacks its nodes: %v", err)
 	}
-	cfg.Socket = filepath.Join(t.TempDir(), "s")
+	cfg.Socket = filepath.Join(emutest.SocketDir(t), "s")
 	if _, err := Open(t.Context(), cfg); !errors.Is(err, ErrNoXen) || !strings.Contains(err.Error(), cfg.Socket) {
 		t.Errorf("nobody listens: %v", err)
 	}

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"barevif/hypercall/emu"
+	"barevif/hypercall/emu/emutest"
 	"barevif/pvnet"
 	"barevif/xenbus/toolstack"
 	"barevif/xenbus/xenstore/server/labtest"
@@ -43,7 +44,7 @@ func newSite(t *testing.T) *site {
 	t.Helper()
 	lab := labtest.New(t, emu.Config{})
 	s := &site{
-		t: t, path: filepath.Join(t.TempDir(), "s"), dom: lab.Domain(2),
+		t: t, path: filepath.Join(emutest.SocketDir(t), "s"), dom: lab.Domain(2),
 		held: make(chan bool, 64), stopped: make(chan error, 1),
 	}
 	s.guest = lab.Domain(1)
@@ -147,6 +148,11 @@ func TestAVifGoesThroughTheSocket(t *testing.T) {
 	}
 	if _, err := os.Lstat(s.path); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("the socket is there: %v", err)
+	}
+	select { // it leaves its connection and xenstore first
+	case <-s.back.Done():
+	case <-time.After(labtest.Limit):
+		t.Fatal("the device of the old process does not end")
 	}
 	if _, err := s.back.OwnTX(0); !errors.Is(err, pvnet.ErrHandover) {
 		t.Errorf("the device of the old process: %v", err)
@@ -324,7 +330,7 @@ type stated struct {
 
 // A state that takes several packets comes whole, and so does the message behind it.
 func TestALongStateComesInPackets(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "s")
+	path := filepath.Join(emutest.SocketDir(t), "s")
 	l, err := listen(path)
 	if err != nil {
 		t.Fatal(err)
@@ -385,7 +391,7 @@ func TestTheFirstVersionParts(t *testing.T) {
 	if want := "one process speaks version 2 of the hand-over, the other version 1"; err != nil || m.Op != opNo || m.Why != want {
 		t.Errorf("%+v, %v", m, err)
 	}
-	path := filepath.Join(t.TempDir(), "s")
+	path := filepath.Join(emutest.SocketDir(t), "s")
 	l, err := listen(path)
 	if err != nil {
 		t.Fatal(err)
@@ -414,7 +420,7 @@ func TestTheFirstVersionParts(t *testing.T) {
 // Whatever a process that claims to serve vifs sends, Dial and TakeOver fail with an error,
 // and close what came.
 func TestNonsenseFromTheOldProcess(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "s")
+	path := filepath.Join(emutest.SocketDir(t), "s")
 	l, err := listen(path)
 	if err != nil {
 		t.Fatal(err)

@@ -64,15 +64,40 @@ func each(dir string, uids []int, ask func(path string, uid int) error) (err err
 		if dir == "" {
 			dirs = Dirs(uid)
 		}
-		for _, d := range dirs {
-			paths, e := sockets(d, uid)
-			err = errors.Join(err, e)
-			for _, path := range paths {
-				err = errors.Join(err, ask(path, uid))
-			}
-		}
+		err = errors.Join(err, eachOf(dirs, uid, ask))
 	}
 	return err
+}
+
+// eachOf is each for the directories of one user. Everyone can make the one among temporary files
+// before that user does. It is an error only if it took the user's last place: otherwise that
+// user's processes are elsewhere, and nothing is missed.
+func eachOf(dirs []string, uid int, ask func(path string, uid int) error) error {
+	var errs, strange error
+	placed := false
+	for _, d := range dirs {
+		paths, err := sockets(d, uid)
+		switch {
+		case errors.Is(err, errStranger):
+			strange = errors.Join(strange, err)
+			continue
+		case err != nil:
+			errs = errors.Join(errs, err)
+			continue
+		}
+		placed = placed || checkDir(d, uid) == nil || canMake(d, uid)
+		for _, path := range paths {
+			errs = errors.Join(errs, ask(path, uid))
+		}
+	}
+	switch {
+	case strange == nil:
+	case len(dirs) == 1: // the one that the caller named
+		errs = errors.Join(errs, strange)
+	case !placed:
+		errs = errors.Join(errs, fmt.Errorf("inspect: processes of uid %d have no place to be looked into, unless they were given one: %w", uid, strange))
+	}
+	return errs
 }
 
 // listOne asks the process at a socket what it shows. A process that has ended shows nothing.

@@ -14,17 +14,31 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"barevif/hypercall/userdir"
 )
 
 // Dirs returns the directories in which processes of user uid have their sockets, the
-// preferred one first. In the first only that user, or root, can make anything.
+// preferred one first. Only in the last ones, which are among temporary files, can another user
+// make anything.
 func Dirs(uid int) []string {
-	n := strconv.Itoa(uid)
-	first := filepath.Join("/run/user", n)
-	if uid == 0 {
-		first = "/run"
+	dirs := places(uid)
+	if former := userdir.Former(uid); former != "" {
+		dirs = append(dirs, former)
 	}
-	return []string{filepath.Join(first, "barevif"), filepath.Join(os.TempDir(), "barevif-"+n)}
+	return dirs
+}
+
+// places returns the directories of [Dirs] that this release uses. In a user namespace root may
+// own its /run, as in a container, or be a user of the machine, who has another there.
+func places(uid int) (dirs []string) {
+	if uid == 0 {
+		dirs = append(dirs, "/run/barevif")
+	}
+	if n := userdir.Outside(uid); n != 0 {
+		dirs = append(dirs, filepath.Join("/run/user", strconv.Itoa(n), "barevif"))
+	}
+	return append(dirs, userdir.Temp(uid))
 }
 
 // Names of sockets in a directory: inspect-PID-RANDOM.sock. Processes in different
@@ -32,9 +46,25 @@ func Dirs(uid int) []string {
 const (
 	socketPrefix = "inspect-"
 	socketSuffix = ".sock"
+	socketRandom = 6 // characters
 )
 
-// checkDir returns an error unless dir belongs to user uid and nobody else may use it.
+// checkLength returns an error if the path of a socket in dir is too long for the kernel, which
+// would say no more than that it is invalid.
+func checkLength(dir string) error {
+	const most = 107 // sun_path of unix(7)
+	longest := len(filepath.Join(dir, socketPrefix+"4194304-"+strings.Repeat("x", socketRandom)+socketSuffix))
+	if longest > most {
+		return fmt.Errorf("%s is too long for a directory of sockets: by %d bytes", dir, longest-most)
+	}
+	return nil
+}
+
+// errStranger is what another user has made, so no process of ours is there.
+var errStranger = errors.New("another user's")
+
+// checkDir returns an error unless dir belongs to user uid and nobody else may use it. It is
+// errStranger if another user has made it, whatever it is.
 func checkDir(dir string, uid int) error {
 	st, err := os.Lstat(dir)
 	if err != nil {
@@ -42,24 +72,42 @@ func checkDir(dir string, uid int) error {
 	}
 	sys, ok := st.Sys().(*syscall.Stat_t)
 	switch {
+	case !ok:
+		return fmt.Errorf("%s has no owner", dir)
+	case int(sys.Uid) != uid:
+		return fmt.Errorf("%s is %w: it belongs to uid %d, not %d", dir, errStranger, sys.Uid, uid)
 	case !st.IsDir():
 		return fmt.Errorf("%s is not a directory", dir)
-	case !ok || int(sys.Uid) != uid:
-		return fmt.Errorf("%s does not belong to uid %d", dir, uid)
 	case st.Mode().Perm()&0o077 != 0:
 		return fmt.Errorf("%s is open to others (mode %#o), and should have mode 0700", dir, st.Mode().Perm())
 	}
 	return nil
 }
 
+// canMake reports whether user uid can make dir: where it is belongs to that user, or to all.
+func canMake(dir string, uid int) bool {
+	if _, err := os.Lstat(dir); !errors.Is(err, fs.ErrNotExist) {
+		return false
+	}
+	st, err := os.Stat(filepath.Dir(dir))
+	if err != nil || !st.IsDir() {
+		return false
+	}
+	sys, ok := st.Sys().(*syscall.Stat_t)
+	return st.Mode().Perm()&0o002 != 0 || ok && int(sys.Uid) == uid && st.Mode().Perm()&0o200 != 0
+}
+
 // place returns a directory for our socket, which it makes if it is not there.
 func place(dirs []string) (string, error) {
 	var errs error
 	for _, dir := range dirs {
-		err := os.Mkdir(dir, 0o700)
-		if err == nil || errors.Is(err, fs.ErrExist) {
-			if err = checkDir(dir, os.Geteuid()); err == nil {
-				return dir, nil
+		err := checkLength(dir)
+		if err == nil {
+			err = os.Mkdir(dir, 0o700)
+			if err == nil || errors.Is(err, fs.ErrExist) {
+				if err = checkDir(dir, os.Geteuid()); err == nil {
+					return dir, nil
+				}
 			}
 		}
 		errs = errors.Join(errs, err)

@@ -77,7 +77,7 @@ type shown struct {
 func Listen(cfg Config) (*Server, error) {
 	dirs := []string{cfg.Dir}
 	if cfg.Dir == "" {
-		dirs = Dirs(os.Geteuid())
+		dirs = places(os.Geteuid())
 	}
 	dir, err := place(dirs)
 	if err != nil {
@@ -85,7 +85,7 @@ func Listen(cfg Config) (*Server, error) {
 	}
 	removeDead(dir)
 	s := &Server{
-		path: filepath.Join(dir, fmt.Sprintf("%s%d-%s%s", socketPrefix, os.Getpid(), strings.ToLower(rand.Text()[:6]), socketSuffix)),
+		path: filepath.Join(dir, fmt.Sprintf("%s%d-%s%s", socketPrefix, os.Getpid(), strings.ToLower(rand.Text()[:socketRandom]), socketSuffix)),
 		log:  cfg.Logger, done: make(chan struct{}), conns: make(map[*net.UnixConn]bool),
 		states: make(map[string]*state),
 	}

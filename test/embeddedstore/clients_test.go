@@ -5,11 +5,11 @@ package embeddedstore_test
 import (
 	"bufio"
 	"net"
-	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 
+	"barevif/hypercall/emu/emutest"
 	"barevif/test/xenstored"
 	"barevif/xenbus/xenstore/server"
 )
@@ -19,12 +19,7 @@ func TestDebiansClientsWork(t *testing.T) {
 	s := server.New(server.Config{})
 	defer s.Close()
 	s.Introduce(5)
-	dir, err := os.MkdirTemp("", "xs")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer os.RemoveAll(dir)
-	socket := filepath.Join(dir, "socket")
+	socket := filepath.Join(emutest.SocketDir(t), "socket")
 	l, err := net.Listen("unix", socket)
 	if err != nil {
 		t.Fatal(err)

@@ -33,7 +33,7 @@ var layers = [...][]string{
 	{"hypercall/xendev/xendevtest"},
 	{"hypercall/xendev"},
 	{"hypercall/emu/emutest"},
-	{"hypercall/emu"},
+	{"hypercall/emu", "hypercall/userdir"},
 	{"hypercall/anyxen"},
 	{"telemetry/openmetrics"},
 	{"telemetry/bpf/bpftest", "telemetry/bpf/refused"},

@@ -44,13 +44,13 @@ func fakeMirror(t *testing.T) mirror {
 		// Options come first. Only an index of one's own needs an update to be there.
 		"apt-get": `lists= ; while [ "$1" = -o ]; do case $2 in Dir::State::Lists=*) lists=${2#*=};; esac; shift 2; done
 			case $1 in
-			update) echo update >>$0.log; [ -e $0.online ] || { echo "E: no network"; exit 100; }; cp $0.served $lists/index;;
-			download) echo "download $2" >>$0.log; [ -e $0.online ] || { echo "E: no network"; exit 100; }
+			update) echo update >>"$0.log"; [ -e "$0.online" ] || { echo "E: no network"; exit 100; }; cp "$0.served" "$lists/index";;
+			download) echo "download $2" >>"$0.log"; [ -e "$0.online" ] || { echo "E: no network"; exit 100; }
 				shift; for p; do : >"${p%%=*}_${p#*=}_all.deb"; done;;
 			esac`,
-		"apt-cache": `index=` + filepath.Join(m.dir, "machine") + `; while [ "$1" = -o ]; do case $2 in Dir::State::Lists=*) index=${2#*=}/index;; esac; shift 2; done
-			cat $index 2>/dev/null; true`,
-		"dpkg": `mkdir -p $3; basename $2 >>$3/files`,
+		"apt-cache": `index='` + filepath.Join(m.dir, "machine") + `'; while [ "$1" = -o ]; do case $2 in Dir::State::Lists=*) index=${2#*=}/index;; esac; shift 2; done
+			cat "$index" 2>/dev/null; true`,
+		"dpkg": `mkdir -p "$3"; basename "$2" >>"$3/files"`,
 	} {
 		if err := os.WriteFile(filepath.Join(m.dir, name), []byte("#!/bin/sh\n"+text+"\n"), 0o755); err != nil {
 			t.Fatal(err)

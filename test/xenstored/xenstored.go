@@ -27,6 +27,7 @@ import (
 	_ "embed"
 
 	"barevif/hypercall"
+	"barevif/hypercall/emu/emutest"
 	"barevif/xenbus/xenstore/wire"
 )
 
@@ -55,11 +56,7 @@ func Start(t testing.TB) *Daemon {
 	if err != nil {
 		t.Skip("no xenstored of Debian: ", err)
 	}
-	dir, err := os.MkdirTemp("", "xenstored") // short: it holds a socket
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
+	dir := emutest.SocketDir(t)
 	shim, err := compile(dir)
 	if err != nil {
 		t.Skip("no library to stand in for Xen: ", err)
@@ -133,9 +130,11 @@ func (d *Daemon) Restart() {
 	}
 	cmd := exec.Command(filepath.Join(d.root, "usr/lib/xen-4.17/bin/xenstored"), "-N")
 	cmd.Env = []string{
-		"LD_LIBRARY_PATH=" + strings.Join(libs, ":"), "LD_PRELOAD=" + d.shim, "SHIM_DIR=" + d.dir,
+		// Spaces and colons part the libraries, and may be in the path of the directory.
+		"LD_LIBRARY_PATH=" + strings.Join(libs, ":"), "LD_PRELOAD=./" + filepath.Base(d.shim), "SHIM_DIR=" + d.dir,
 		"XENSTORED_RUNDIR=" + d.dir, "XENSTORED_ROOTDIR=" + d.dir, "XENSTORED_PATH=" + d.Socket(),
 	}
+	cmd.Dir = d.dir
 	d.log = &strings.Builder{}
 	cmd.Stdout, cmd.Stderr = d.log, d.log
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL} // a test that is killed runs no cleanup

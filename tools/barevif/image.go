@@ -166,10 +166,6 @@ func (m *imageFlags) run(ctx context.Context) error {
 	if err := m.check(); err != nil {
 		return err
 	}
-	var err error
-	if m.cfg.Cache, err = guestimage.CacheDir(); err != nil {
-		return &cli.Advice{Err: err, Next: "set BAREVIF_CACHE to a directory, or give a kernel with --deb"}
-	}
 	m.cfg.Say = func(format string, args ...any) { fmt.Fprintf(m.Stderr, "barevif image: "+format+"\n", args...) }
 	r, err := guestimage.Build(ctx, m.cfg)
 	if err != nil {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -49,10 +50,23 @@ func TestImageSaysWhatItLacks(t *testing.T) {
 		}
 	}
 	t.Chdir(dir)
+	// Without a home there is no folder for fetched kernels, which matters only to who fetches one.
+	for _, name := range []string{"GOCACHE", "GOMODCACHE"} {
+		value, err := exec.Command("go", "env", name).Output()
+		if err != nil {
+			t.Skip("the go command is not installed: ", err)
+		}
+		t.Setenv(name, strings.TrimSpace(string(value)))
+	}
+	for _, name := range []string{"HOME", "XDG_CACHE_HOME", "BAREVIF_CACHE"} {
+		t.Setenv(name, "") // restores it
+		os.Unsetenv(name)
+	}
 	for _, c := range []struct {
 		args string
 		says []string
 	}{
+		{"image .", []string{"no folder for a fetched kernel", "BAREVIF_CACHE", "--deb"}},
 		{"image -o file .", []string{"the image cannot be written", "--out"}},
 		{"image --deb x.deb .", []string{"x.deb: it is truncated", "fetch the package again"}},
 		{"image --deb none.deb .", []string{"none.deb: no such file", "apt-get download linux-image-amd64"}},

@@ -17,6 +17,7 @@ import (
 	"syscall"
 
 	"barevif/hypercall"
+	"barevif/hypercall/userdir"
 	"barevif/pvnet"
 	"barevif/pvnet/handover"
 	"barevif/pvnet/link"
@@ -76,7 +77,7 @@ func (h *takeovers) place(flags *domain.Flags, file string) (string, error) {
 	}
 	dir := os.Getenv("RUNTIME_DIRECTORY") // of a systemd unit
 	if dir == "" || strings.Contains(dir, ":") {
-		dir = filepath.Join(os.TempDir(), "barevif-"+strconv.Itoa(os.Geteuid()))
+		dir = userdir.Temp(os.Geteuid())
 		if os.Geteuid() == 0 {
 			dir = "/run/barevif"
 		}

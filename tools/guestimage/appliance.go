@@ -33,7 +33,7 @@ type Config struct {
 	Out     string   // directory, made if necessary
 
 	// Where the kernel comes from: Packages, or Vmlinuz and ModuleDir, or, if neither is
-	// given, the package that apt would fetch, which is kept in Cache.
+	// given, the package that apt would fetch, which is kept in Cache; "": in [CacheDir].
 	Packages           []string
 	Vmlinuz, ModuleDir string
 	Cache              string
@@ -148,7 +148,14 @@ func (cfg *Config) kernel(ctx context.Context) (*Kernel, error) {
 	}
 	packages := cfg.Packages
 	if len(packages) == 0 {
-		file, err := FetchKernel(ctx, cfg.Cache, cfg.Say)
+		cache := cfg.Cache
+		if cache == "" {
+			var err error
+			if cache, err = CacheDir(); err != nil {
+				return nil, &cli.Advice{Err: fmt.Errorf("no folder for a fetched kernel: %w", err), Next: "set BAREVIF_CACHE to a directory, or give a kernel with --deb FILE, or with --vmlinuz FILE and --modules DIR"}
+			}
+		}
+		file, err := FetchKernel(ctx, cache, cfg.Say)
 		if err != nil {
 			return nil, err
 		}

@@ -262,14 +262,32 @@ func TestNamesOfPrograms(t *testing.T) {
 	if _, err := exec.LookPath("go"); err != nil {
 		t.Skip("the go command is not installed: ", err)
 	}
-	dir := writeModule(t, map[string]string{"main.go": "package main\nfunc main() {}\n", "v2/main.go": "package main\nfunc main() {}\n"})
+	main := "package main\nfunc main() {}\n"
+	dir := writeModule(t, map[string]string{"main.go": main, "v2/main.go": main, "v1/main.go": main, "v05/main.go": main})
 	t.Chdir(dir)
-	for pkg, want := range map[string]string{".": "web", "example.org/web": "web", "./v2": "web", "main.go": "main"} {
-		name, err := Program{Package: pkg}.list(t.Context())
-		if name != want || err != nil {
-			t.Errorf("%s: %q, %v", pkg, name, err)
+	names := func() {
+		t.Helper()
+		for pkg, want := range map[string]string{".": "web", "example.org/web": "web", "./v2": "web", "./v1": "v1", "./v05": "v05", "main.go": "main"} {
+			name, err := Program{Package: pkg}.list(t.Context())
+			if name != want || err != nil {
+				t.Errorf("%s: %q, %v", pkg, name, err)
+			}
 		}
 	}
+	names()
+	// The go command says where it would put a program only if there is a home for it.
+	goEnv, err := runGo(t.Context(), "", nil, "env", "GOCACHE", "GOMODCACHE")
+	if err != nil {
+		t.Fatal(err)
+	}
+	caches := strings.Split(goEnv, "\n")
+	t.Setenv("GOCACHE", caches[0])
+	t.Setenv("GOMODCACHE", caches[1])
+	t.Setenv("GOPATH", "")
+	t.Setenv("GOBIN", "")
+	t.Setenv("HOME", "")
+	os.Unsetenv("HOME") // and Setenv restores it
+	names()
 	// From a directory that belongs to no module, too.
 	t.Chdir(t.TempDir())
 	if err := os.Mkdir("made", 0o755); err != nil {
@@ -361,7 +379,7 @@ func TestKernelIsFetchedOnce(t *testing.T) {
 	fakeApt(t, `case "$*" in
 *depends*) echo linux-image-amd64; echo "  Depends: linux-image-6.1.0-9-amd64" ;;
 *print-uris*) echo "'http://x/y' `+file+` 5 SHA256:2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824" ;;
-"download linux-image-6.1.0-9-amd64=6.1.27-1") echo x >>`+count+`; printf hello >`+file+` ;;
+"download linux-image-6.1.0-9-amd64=6.1.27-1") echo x >>"`+count+`"; printf hello >`+file+` ;;
 esac`)
 	for range 2 {
 		got, err := FetchKernel(t.Context(), cache, say)

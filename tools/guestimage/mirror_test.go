@@ -4,8 +4,7 @@ package guestimage
 
 import (
 	"fmt"
-	"net"
-	"net/url"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -45,6 +44,9 @@ func TestAnyUserGetsTheKernelFromAMirror(t *testing.T) {
 		err = os.WriteFile(cmd.Path, program, 0o755)
 	}
 	if err == nil {
+		err = os.Chmod(cmd.Path, 0o755) // whatever the umask is
+	}
+	if err == nil {
 		err = os.Mkdir(filepath.Join(dir, "home"), 0o700)
 	}
 	if err == nil && os.Geteuid() == 0 {
@@ -77,20 +79,20 @@ func requireMirror(t *testing.T) {
 	if err != nil {
 		t.Skip("apt has no mirror of the kernel: ", err)
 	}
+	// As apt does, through the proxy of the environment if there is one.
 	at, _, _ := strings.Cut(strings.TrimPrefix(string(out), "'"), "'")
-	mirror, err := url.Parse(at)
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodHead, at, nil)
 	if err != nil {
 		t.Fatalf("%q: %v", out, err)
 	}
-	port := mirror.Port()
-	if port == "" {
-		port = map[string]string{"http": "80", "https": "443"}[mirror.Scheme]
-	}
-	c, err := (&net.Dialer{Timeout: 10 * time.Second}).DialContext(t.Context(), "tcp", net.JoinHostPort(mirror.Hostname(), port))
+	r, err := (&http.Client{Timeout: time.Minute}).Do(req)
 	if err != nil {
 		t.Skip("no network to apt's mirror: ", err)
 	}
-	c.Close()
+	r.Body.Close()
+	if r.StatusCode != http.StatusOK {
+		t.Skipf("apt's index is old, or its mirror out of order: %s: %s", at, r.Status)
+	}
 }
 
 // fetchFromMirror fetches the kernel as "barevif image" does, which finds it there the next time.

@@ -10,7 +10,9 @@ import (
 	"io/fs"
 	"os"
 	"os/exec"
+	"path"
 	"path/filepath"
+	"regexp"
 	"strings"
 
 	"barevif/tools/cli"
@@ -67,7 +69,7 @@ func (p Program) build(ctx context.Context, dir string) (file string, err error)
 
 // list checks that the argument is one main package and returns the name of its program.
 func (p Program) list(ctx context.Context) (string, error) {
-	out, err := runGo(ctx, p.in, target, "list", "-tags="+p.Tags, "-f", "{{.Name}}\t{{.ImportPath}}\t{{.Target}}", "--", p.packageArg())
+	out, err := runGo(ctx, p.in, target, "list", "-tags="+p.Tags, "-f", "{{.Name}}\t{{.ImportPath}}", "--", p.packageArg())
 	if err != nil {
 		return "", p.explain(ctx, err)
 	}
@@ -76,18 +78,27 @@ func (p Program) list(ctx context.Context) (string, error) {
 		return "", &cli.Advice{Err: fmt.Errorf("%q: %d packages, and an image has one program", p.Package, len(lines)), Next: "name one main package", Usage: true}
 	}
 	f := strings.Split(lines[0], "\t")
-	if len(f) != 3 || f[0] != "main" {
+	if len(f) != 2 || f[0] != "main" {
 		return "", &cli.Advice{Err: fmt.Errorf("%q: package %s is no program: an image runs a package main", p.Package, f[0]), Next: `name the directory of the program's "package main"`, Usage: true}
 	}
-	name := filepath.Base(f[1])
-	if f[2] != "" { // it knows that the name of example.org/web/v2 is web
-		name = filepath.Base(f[2])
-	}
 	if strings.HasSuffix(f[1], "command-line-arguments") {
-		name = strings.TrimSuffix(filepath.Base(p.Package), ".go")
+		return strings.TrimSuffix(filepath.Base(p.Package), ".go"), nil
 	}
-	return name, nil
+	return programName(f[1]), nil
 }
+
+// programName returns the name that the go command gives the program of a package: that of
+// example.org/web/v2 is web. It is not asked for its .Target, which is empty where it would install
+// nothing: without a HOME, and with a GOBIN on a machine that is not amd64.
+func programName(pkg string) string {
+	if dir, version := path.Split(pkg); dir != "" && majorVersion.MatchString(version) {
+		return path.Base(dir)
+	}
+	return path.Base(pkg)
+}
+
+// majorVersion is the last element of the path of a module's second and further major versions.
+var majorVersion = regexp.MustCompile(`^v([2-9]|[1-9][0-9]+)$`)
 
 // explain adds to an error of the go command the packages that need cgo, if that is the cause.
 func (p Program) explain(ctx context.Context, err error) error {

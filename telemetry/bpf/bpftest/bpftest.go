@@ -7,11 +7,11 @@ package bpftest
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"syscall"
@@ -48,8 +48,12 @@ func Main(m *testing.M) (code int) {
 		missing = mountBPF()
 	}
 	os.Setenv(envMissing, missing)
-	defer os.RemoveAll(publicDir())
-	return m.Run()
+	code = m.Run()
+	publicOnce.Do(func() {}) // nothing was made, and nothing is any more
+	if public != "" {
+		os.RemoveAll(public)
+	}
+	return code
 }
 
 // again runs this program in a new mount namespace.
@@ -57,7 +61,10 @@ func again() (code int, err error) {
 	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
 	cmd.Env = append(os.Environ(), envNamespace+"=1")
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
-	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNS}
+	// Whoever kills this process means the tests. Pdeathsig fires when the thread ends.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
 	if err = cmd.Run(); cmd.ProcessState != nil {
 		return cmd.ProcessState.ExitCode(), nil
 	}
@@ -145,24 +152,38 @@ func Eventually(t testing.TB, what string, ok func() bool) {
 	}
 }
 
-func publicDir() string {
-	return filepath.Join(os.TempDir(), fmt.Sprintf("barevif-bpftest-%d", os.Getpid()))
+// public is the directory of programs that other users may run. Its name is new: one that could
+// be foreseen may be another user's already.
+var (
+	publicOnce sync.Once
+	public     string // written by publicOnce; "": not made
+	publicErr  error  // written by publicOnce
+)
+
+func publicDir() (string, error) {
+	publicOnce.Do(func() {
+		var dir string
+		if dir, publicErr = os.MkdirTemp("", "barevif-bpftest-"); publicErr == nil {
+			public, publicErr = dir, os.Chmod(dir, 0o755)
+		}
+	})
+	return public, publicErr
 }
 
 // Public returns the path of a program that other users may run, in a directory that is
 // removed after the tests. make writes the program if it does not exist yet.
 func Public(t testing.TB, name string, make func(path string) error) string {
 	t.Helper()
-	path := filepath.Join(publicDir(), name)
+	dir, err := publicDir()
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(dir, name)
 	if _, err := os.Stat(path); err == nil {
 		return path
 	}
 	fresh := path + "~"
-	err := errors.Join(os.MkdirAll(publicDir(), 0o755), os.Chmod(publicDir(), 0o755))
-	if err == nil {
-		err = make(fresh)
-	}
-	if err == nil {
+	if err = make(fresh); err == nil {
 		err = errors.Join(os.Chmod(fresh, 0o755), os.Rename(fresh, path))
 	}
 	if err != nil {

@@ -47,7 +47,7 @@ func TestRunTellsOutputAndStatus(t *testing.T) {
 func TestTimeoutKillsTheWholeGroup(t *testing.T) {
 	pidFile := filepath.Join(t.TempDir(), "pid")
 	e := newExecutor()
-	r := e.do(proto.Call{Op: proto.Run, Argv: sh("echo before; sleep 1000 & echo $! >" + pidFile + "; wait"), Timeout: 500 * time.Millisecond})
+	r := e.do(proto.Call{Op: proto.Run, Argv: sh("echo before; sleep 1000 & echo $! >'" + pidFile + "'; wait"), Timeout: 500 * time.Millisecond})
 	if r.Err == "" || string(r.Stdout) != "before\n" {
 		t.Errorf("%+v", r)
 	}
@@ -73,7 +73,7 @@ func TestTimeoutKillsTheWholeGroup(t *testing.T) {
 func TestUntilRepeatsUntilItSucceeds(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "count")
 	e := newExecutor()
-	r := e.do(proto.Call{Op: proto.Run, Until: true, Argv: sh("echo >>" + file + "; [ $(wc -l <" + file + ") -ge 3 ]"), Timeout: plenty})
+	r := e.do(proto.Call{Op: proto.Run, Until: true, Argv: sh("echo >>'" + file + "'; [ $(wc -l <'" + file + "') -ge 3 ]"), Timeout: plenty})
 	if r.Err != "" || r.Exit != 0 {
 		t.Errorf("%+v", r)
 	}

@@ -74,8 +74,12 @@ func Start(ctx context.Context, cfg Config) (*Machine, error) {
 			return nil, fmt.Errorf("machine: QEMU would split the kernel's arguments at the comma in %q", a)
 		}
 	}
-	// Not in cfg.Dir, because the path of a socket has at most 107 bytes.
-	sockets, err := os.MkdirTemp("", "xenlab")
+	// Not in cfg.Dir, because the path of a socket has at most 107 bytes. For QEMU a comma ends it.
+	tmp := os.TempDir()
+	if len(tmp) > 70 || strings.Contains(tmp, ",") {
+		tmp = "/tmp"
+	}
+	sockets, err := os.MkdirTemp(tmp, "xenlab")
 	if err != nil {
 		return nil, err
 	}

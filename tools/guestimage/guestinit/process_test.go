@@ -136,7 +136,7 @@ func startGuest(t *testing.T, cmdline string) (cmd *exec.Cmd, root string, lines
 }
 
 func TestProcessOneOfRealNamespaces(t *testing.T) {
-	cmd, root, lines := startGuest(t, `quiet barevif.restart=never barevif.hostname=web-1 -- `+role+`=program "MSG=it's me" GUEST_DIR=$DIR one 'two words'`)
+	cmd, root, lines := startGuest(t, `quiet barevif.restart=never barevif.hostname=web-1 -- `+role+`=program "MSG=it's me" "GUEST_DIR=$DIR" one 'two words'`)
 	var said []string
 	for lines.Scan() {
 		said = append(said, lines.Text())

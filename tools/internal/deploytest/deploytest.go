@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 	"testing"
 )
@@ -34,6 +35,7 @@ func Verify(t *testing.T, program string, units map[string]string) {
 	if err := os.WriteFile(stand, []byte("#!/bin/sh\n"), 0o755); err != nil {
 		t.Fatal(err)
 	}
+	stand = strconv.Quote(strings.ReplaceAll(stand, "%", "%%")) // the path may have a space
 	for file, unit := range units {
 		path := filepath.Join(dir, strings.Replace(filepath.Base(file), "@.", "@0.", 1))
 		if err := os.WriteFile(path, []byte(strings.ReplaceAll(unit, program, stand)), 0o644); err != nil {

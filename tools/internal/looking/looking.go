@@ -50,7 +50,7 @@ func (f *Flag) Listen(log *slog.Logger) (s *inspect.Server, end func(), err erro
 		return nil, nil, &cli.Advice{Err: fmt.Errorf("--inspect: %w", err), Next: "name a directory that is this user's alone (mode 0700), or whose parent this user may write"}
 	}
 	if err != nil {
-		log.Warn("nobody can look into this process", "err", err)
+		log.Warn("nobody can look into this process; --inspect DIR is another place for its socket", "err", err)
 		return nil, func() {}, nil
 	}
 	return s, func() { s.Close() }, nil

@@ -189,9 +189,13 @@ var escape = strings.NewReplacer(`\`, `\\`, `"`, `\"`)
 
 // serveHistory returns the samples after the time ?since=, or all.
 func (p *page) serveHistory(w http.ResponseWriter, r *http.Request) {
-	since, err := time.Parse(time.RFC3339Nano, r.URL.Query().Get("since"))
-	if err != nil {
-		since = time.Time{}
+	var since time.Time
+	if text := r.URL.Query().Get("since"); text != "" {
+		var err error
+		if since, err = time.Parse(time.RFC3339Nano, text); err != nil {
+			http.Error(w, fmt.Sprintf("since %.40q: not a time as samples have, 2006-01-02T15:04:05.999999999+07:00 (in a query + is %%2B)", text), http.StatusBadRequest)
+			return
+		}
 	}
 	type answer struct {
 		Interval float64       `json:"interval_seconds"`

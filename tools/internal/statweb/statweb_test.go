@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"strings"
 	"testing"
 	"time"
@@ -272,7 +273,10 @@ func TestHistoryGrowsAndGoesOnFromSince(t *testing.T) {
 	type answer struct{ Series []stat.Series }
 	var a answer
 	read := func(query string) {
-		_, body, _ := get(t, "GET", s.url+"/history.json"+query, "")
+		code, body, _ := get(t, "GET", s.url+"/history.json"+query, "")
+		if code != 200 {
+			t.Fatalf("%s: %d %s", query, code, body)
+		}
 		a = answer{}
 		if err := json.Unmarshal([]byte(body), &a); err != nil {
 			t.Fatal(err)
@@ -283,10 +287,21 @@ func TestHistoryGrowsAndGoesOnFromSince(t *testing.T) {
 		return len(a.Series) > 0 && len(a.Series[0].Samples) >= 3
 	})
 	second := a.Series[0].Samples[1].Time
-	read("?since=" + second.Format(time.RFC3339Nano))
-	for _, x := range a.Series[0].Samples {
-		if !x.Time.After(second) {
-			t.Errorf("a sample of %v, since %v", x.Time, second)
+	// In whatever zone: the machine's may be one east of Greenwich.
+	for _, zone := range []*time.Location{time.Local, time.UTC, time.FixedZone("", 5*3600+45*60), time.FixedZone("", -9*3600)} {
+		read("?since=" + url.QueryEscape(second.In(zone).Format(time.RFC3339Nano)))
+		if len(a.Series[0].Samples) == 0 {
+			t.Errorf("no sample since %v", second.In(zone))
+		}
+		for _, x := range a.Series[0].Samples {
+			if !x.Time.After(second) {
+				t.Errorf("a sample of %v, since %v", x.Time, second.In(zone))
+			}
+		}
+	}
+	for _, bad := range []string{"yesterday", "2026-01-02", second.In(time.FixedZone("", 3600)).Format(time.RFC3339Nano)} { // + is a space
+		if code, body, _ := get(t, "GET", s.url+"/history.json?since="+strings.ReplaceAll(bad, " ", "+"), ""); code != 400 || !strings.Contains(body, "not a time") || !strings.Contains(body, "%2B") {
+			t.Errorf("since %s: %d %s", bad, code, body)
 		}
 	}
 }

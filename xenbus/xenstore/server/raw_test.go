@@ -3,11 +3,11 @@ package server_test
 import (
 	"fmt"
 	"net"
-	"os"
 	"path/filepath"
 	"testing"
 
 	"barevif/hypercall"
+	"barevif/hypercall/emu/emutest"
 	"barevif/xenbus/xenstore/server"
 	"barevif/xenbus/xenstore/wire/wiretest"
 )
@@ -73,12 +73,7 @@ func (e embedded) guest(id hypercall.DomID) *raw {
 // socketPair returns two ends of a unix socket, which buffers, unlike net.Pipe.
 func socketPair(t testing.TB) (net.Conn, net.Conn) {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "xs") // short: a socket's path is at most 108 bytes
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer os.RemoveAll(dir)
-	l, err := net.Listen("unix", filepath.Join(dir, "s"))
+	l, err := net.Listen("unix", filepath.Join(emutest.SocketDir(t), "s"))
 	if err != nil {
 		t.Fatal(err)
 	}
