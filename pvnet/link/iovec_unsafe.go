@@ -64,12 +64,13 @@ type message struct {
 }
 
 // recvmsg receives into v. It returns the number of bytes received, the control bytes and
-// the message's flags. The kernel never writes more control bytes than the array holds,
-// but the length it returns is limited to the array all the same.
+// the message's flags. It never waits, also if another process has made the descriptor a
+// blocking one, so it bypasses Go's runtime; see port. The kernel never writes more control
+// bytes than the array holds, but the length it returns is limited to the array all the same.
 func (m *message) recvmsg(fd uintptr, v *vector) (n int, control []byte, flags int32, errno syscall.Errno) {
 	m.hdr = unix.Msghdr{Iov: &v.iov[0], Control: &m.control[0]}
 	m.hdr.SetIovlen(v.n)
 	m.hdr.SetControllen(len(m.control))
-	r, _, errno := unix.Syscall(unix.SYS_RECVMSG, fd, uintptr(unsafe.Pointer(&m.hdr)), 0)
+	r, _, errno := unix.RawSyscall(unix.SYS_RECVMSG, fd, uintptr(unsafe.Pointer(&m.hdr)), unix.MSG_DONTWAIT)
 	return int(r), m.control[:min(int(m.hdr.Controllen), len(m.control))], m.hdr.Flags, errno
 }
