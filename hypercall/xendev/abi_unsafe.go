@@ -208,10 +208,14 @@ func removeMap(fd int, index uint64, count int) error {
 // copyGrants is GNTDEV_GRANT_COPY. The driver writes the statuses in segs, and memory at
 // the addresses in them: [Domain.Copy] has made sure that the memory holds Len bytes and
 // is not on a stack.
+//
+// It bypasses Go's scheduler, as ioctlNow does: a backend makes it once per batch. The
+// driver copies at once, unless a page is of a guest whose memory the toolstack pages out
+// (xenpaging): then it waits for the page, for 33 s at most (gnttab_retry_eagain_gop of
+// drivers/xen/grant-table.c), and goroutines may wait with it. See SECURITY.md.
 func copyGrants(fd int, segs []copySegment) error {
 	arg := grantCopy{Count: uint32(len(segs)), Segments: &segs[0]}
-	_, err := ioctl.Call(uintptr(fd), gntdevCopy, unsafe.Pointer(&arg))
-	return err
+	return ioctlNow(fd, gntdevCopy, unsafe.Pointer(&arg))
 }
 
 // localEnd returns the address of b. It is passed only to the kernel, while the caller of

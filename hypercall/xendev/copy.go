@@ -23,6 +23,9 @@ var errLocalCopy = errors.New("xendev: copy with no grant at either end")
 // a grant, or its local memory, gets [hypercall.BadCopyArg]. If an operation has no grant
 // at either end, none is run and Copy returns an error.
 //
+// Copy keeps its processor (the P) from other goroutines until Xen has copied. Where the
+// toolstack pages out the memory of a guest (xenpaging), a page of it may take 33 s.
+//
 // Only unmapped local memory can make the driver refuse a whole call. It is then unknown
 // how much of the call was done: its operations and all later ones get
 // [hypercall.GeneralError], and Copy returns the error if it was the first call.

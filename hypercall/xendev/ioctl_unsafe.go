@@ -8,7 +8,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ioctlNow is ioctl.Call for a request that never blocks in the kernel. It bypasses Go's
+// ioctlNow is ioctl.Call for a request that does not wait in the kernel. It bypasses Go's
 // scheduler, which then cannot take the processor away; see readNow.
 func ioctlNow(fd int, request uintptr, arg unsafe.Pointer) error {
 	for {
