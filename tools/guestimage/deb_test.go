@@ -221,6 +221,9 @@ func TestHostilePackageIsRefused(t *testing.T) {
 		"32 bits":          {deb(regular("./boot/vmlinuz-6.1", wrongKernel)), "vmlinuz-6.1: a 32-bit kernel"},
 		"arm64 kernel":     {deb(regular("./boot/vmlinuz-6.1", arm)), "vmlinuz-6.1: a kernel for arm64"},
 	} {
+		if _, err := exec.LookPath("xz"); err != nil && name == "damaged xz" {
+			continue // TestAMachineWithoutTheDecompressorSaysSo has what is said then
+		}
 		_, err := KernelOfPackages(t.Context(), []string{writeDeb(t, c.deb)}, []string{"tun"})
 		a, ok := errors.AsType[*cli.Advice](err)
 		if !ok || !strings.Contains(err.Error(), c.cause) || !strings.Contains(a.Next, "fetch the package again") {

@@ -71,6 +71,9 @@ func requireMirror(t *testing.T) {
 	if testing.Short() {
 		t.Skip("fetches a kernel, some 70 MB")
 	}
+	if _, err := exec.LookPath("xz"); err != nil {
+		t.Skip("xz is not installed, with which kernels are packed: ", err)
+	}
 	name, err := Versioned(t.Context(), kernelPackage, "linux-image-")
 	if err != nil {
 		t.Skip("apt knows no kernel: ", err)
