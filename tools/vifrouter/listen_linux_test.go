@@ -113,6 +113,29 @@ func pings(ctx context.Context, from, to netip.Addr) error {
 	}
 }
 
+// openPort makes the interface router0, and opens its other end: a TAP, or where this user may have none a veth pair.
+func openPort(t *testing.T) interface {
+	link.Link
+	Close() error
+} {
+	t.Helper()
+	tap, err := link.OpenTAP(link.TAPConfig{Name: "router0", MTU: 1500})
+	if err == nil {
+		return tap
+	}
+	if !errors.Is(err, os.ErrNotExist) && !errors.Is(err, os.ErrPermission) {
+		t.Fatal(err)
+	}
+	for _, command := range []string{"ip link add router0 type veth peer name outside", "ip link set outside addrgenmode none arp off up"} {
+		ip(t, command)
+	}
+	packets, err := link.OpenPacket("outside")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return packets
+}
+
 // A bridge of Linux that snoops, and asks who listens, brings a station's solicitation to a port only if
 // somebody there has said that he listens to the group: the router is found, and stays so as long as it answers, by
 // either version.
@@ -130,14 +153,8 @@ func TestARouterIsFoundBehindASwitchThatSnoops(t *testing.T) {
 	if out, err := exec.Command("ip", strings.Fields("link add br0 type bridge mcast_snooping 1 mcast_mld_version 2 "+times)...).CombinedOutput(); err != nil {
 		t.Skipf("this kernel has no bridge that snoops: %v: %s", err, out)
 	}
-	tap, err := link.OpenTAP(link.TAPConfig{Name: "router0", MTU: 1500})
-	if errors.Is(err, os.ErrNotExist) || errors.Is(err, os.ErrPermission) {
-		t.Skip("this machine gives no TAP:", err)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer tap.Close()
+	port := openPort(t)
+	defer port.Close()
 	for _, name := range []string{"router0", "br0"} {
 		ip(t, "ip link set "+name+" addrgenmode none")
 	}
@@ -155,7 +172,7 @@ func TestARouterIsFoundBehindASwitchThatSnoops(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
 	joined := make(chan error, 1)
 	dev := s.uplinkDevice()
-	go func() { joined <- link.Join(ctx, dev, tap) }()
+	go func() { joined <- link.Join(ctx, dev, port) }()
 	defer func() {
 		cancel()
 		if err := <-joined; !errors.Is(err, context.Canceled) {
