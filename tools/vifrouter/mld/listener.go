@@ -203,9 +203,7 @@ func (l *Listener) Hear(now time.Time, q Query) (another bool) {
 		if !g.listens || q.Group != netip.IPv6Unspecified() && q.Group != g.addr {
 			continue
 		}
-		if t := at(); l.all.IsZero() || t.Before(l.all) { // else the answer for all groups is one for this
-			g.answer = sooner(g.answer, t)
-		}
+		g.answer = sooner(g.answer, at()) // an answer for all groups that goes out before is one for this
 	}
 	return !l.Next().Equal(before)
 }
