@@ -57,6 +57,12 @@ type Port struct {
 	// station sent them.
 	Tentative []netip.Addr
 
+	// Listens says that the caller answers who asks on this port's link which groups are listened to
+	// (Multicast Listener Discovery, RFC 3810 and RFC 2710). Queries of the link then get VerdictLocal,
+	// whatever the rules say, as neighbour discovery does not ask them either. Otherwise a query is a
+	// packet to the router, which the rules decide about.
+	Listens bool
+
 	// Sources, unless empty, are the only source addresses of packets that come in here.
 	// Link-local and unspecified ones may still talk to the router itself, as DHCP
 	// and neighbour discovery do.

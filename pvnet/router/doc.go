@@ -22,7 +22,8 @@
 //
 //  1. The Ethernet header: the frame is for the port's address or a group, and comes from
 //     the port's source address if it guards one. Frames with VLAN tags are dropped. ARP and
-//     neighbour discovery are answered, and learnt from.
+//     neighbour discovery are answered, and learnt from; queries for multicast listeners are the
+//     caller's to answer ([Port].Listens).
 //  2. The IP header: checksum, lengths, no source routing, no multicast or loopback source.
 //  3. The flow table. A packet of a known flow goes on at step 7, if it came in where packets
 //     of this direction come in.

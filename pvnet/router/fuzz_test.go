@@ -75,6 +75,7 @@ func FuzzProcess(f *testing.F) {
 	f.Add(own.frame(), icmpError(uplink, "2001:db8:1::9", "2001:db8::2", 2, 0, 1300, own.frame()).frame(), uint16(LocalPort), uint8(1))
 	unknown := tcp(clientA, "10.1.0.1", 80, "10.1.0.5", 4000, synAck)
 	f.Add(tcp(clientA, "10.1.0.5", 4000, "10.1.0.1", 80, syn).frame(), icmpError(clientA, "10.1.0.5", "10.1.0.1", 3, 1, 0, unknown.frame()).frame(), uint16(clientA), uint8(0))
+	f.Add(query(nil).Head, query(func(f []byte) { f[21] = 255 }).Head, uint16(uplink), uint8(0))
 	f.Fuzz(func(t *testing.T, one, two []byte, in uint16, how uint8) {
 		if len(one)+len(two) > 1<<16 {
 			return
@@ -82,7 +83,7 @@ func FuzzProcess(f *testing.F) {
 		w := newWorld(t, Limits{Flows: 16, Fragments: 4, Neighbours: 4}, func(c *Config) {
 			forwardsTo(c)
 			c.ClampMSS, c.Default = true, Reject
-			c.Ports[2].Masquerade6 = true
+			c.Ports[2].Masquerade6, c.Ports[2].Listens = true, true
 			c.LocalDefault = Accept
 		})
 		for i, frame := range [][]byte{one, two, one} {

@@ -7,8 +7,9 @@ import (
 	"barevif/pvnet/packet"
 )
 
-// ICMPv6 types of neighbour discovery.
+// ICMPv6 types of multicast listener discovery and of neighbour discovery.
 const (
+	listenerQuery          = 130
 	routerSolicitation     = 133
 	routerAdvertisement    = 134
 	neighbourSolicitation  = 135
@@ -210,6 +211,10 @@ func (r *Router) rewriteError(w *work, in *packet.Headers, f *flow, d int) {
 // query handles ICMP that is neither an error nor an echo.
 func (r *Router) query(w *work) {
 	p := w.p
+	if w.h.Version == 6 && w.typ == listenerQuery && w.port != nil && w.port.Listens {
+		r.listener(w)
+		return
+	}
 	if w.h.Version == 4 || w.typ < routerSolicitation || w.typ > redirect || w.port == nil {
 		r.fresh(w)
 		return
@@ -219,8 +224,7 @@ func (r *Router) query(w *work) {
 		p.Reason = ReasonMalformed // it comes from elsewhere, is no discovery, or in fragments (RFC 6980)
 		return
 	}
-	w.h.Proto = icmp6
-	if packet.Fold(packet.Add(uint64(w.h.Pseudo(w.head, len(icmp))), icmp)) != 0xffff {
+	if !w.sums(icmp) {
 		p.Reason = ReasonChecksum
 		return
 	}
@@ -240,6 +244,30 @@ func (r *Router) query(w *work) {
 	switch w.typ {
 	case neighbourSolicitation, neighbourAdvertisement:
 		r.discovery(w, icmp)
+	default:
+		p.Verdict, p.Out = VerdictLocal, LocalPort
+	}
+}
+
+// sums reports whether the checksum of an ICMPv6 message is right.
+func (w *work) sums(icmp []byte) bool {
+	return packet.Fold(packet.Add(uint64(w.h.Pseudo(w.head, len(icmp))), icmp)) == 0xffff
+}
+
+// listener handles a query of multicast listener discovery. It is one of the link if it has its hop limit
+// and comes from a link-local address (RFC 3810, section 6.2). That the options before it have a router
+// alert is for the caller to see, who reads the message.
+func (r *Router) listener(w *work) {
+	p := w.p
+	switch {
+	case w.ttl() != 1, w.h.Extensions != packet.HasOptions, w.h.End > len(w.head):
+		p.Reason = ReasonMalformed
+	case !w.sums(w.head[w.h.L4:w.h.End]):
+		p.Reason = ReasonChecksum
+	case !w.t.src.linkLocal(), w.port.has(w.t.src):
+		p.Reason = ReasonSpoofed
+	case !w.t.dst.multicast() && !w.port.has(w.t.dst):
+		p.Reason = ReasonNotForUs
 	default:
 		p.Verdict, p.Out = VerdictLocal, LocalPort
 	}

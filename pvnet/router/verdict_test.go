@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"net/netip"
+	"slices"
 	"testing"
 	"time"
 
@@ -530,6 +531,78 @@ func TestWhatOthersSayOfATentativeAddress(t *testing.T) {
 	w.cfg.Ports[2].Tentative = nil
 	w.configure()
 	w.dropped(discoverySpec(uplink, tentative, "ff02::1", 136, tentative, mac), ReasonSpoofed)
+}
+
+// query makes a query of multicast listener discovery, with a router alert (RFC 2710, section 3): one of all
+// groups from a station of the uplink's link. edit changes the frame, before its checksum is computed.
+func query(edit func(frame []byte)) Packet {
+	s := discoverySpec(uplink, "fe80::77", "ff02::1", listenerQuery, "::", nil)
+	s.ttl = 1
+	f := s.frame()
+	f = slices.Insert(f, 54, 58, 0, 5, 2, 0, 0, 1, 0)
+	f[19], f[20] = f[19]+8, 0
+	if edit != nil {
+		edit(f)
+	}
+	sumInto(58, netip.AddrFrom16([16]byte(f[22:])), netip.AddrFrom16([16]byte(f[38:])), f[62:], false, false)
+	return Packet{In: uplink, Head: f, Total: len(f)}
+}
+
+func TestQueriesForListeners(t *testing.T) {
+	w := newWorld(t, Limits{}, func(c *Config) {
+		c.Ports[2].Listens = true
+		c.Rules = append([]Rule{{Name: "all", Out: Match{Ports: []PortID{LocalPort}}, States: StateNew | StateInvalid, Action: Drop}}, c.Rules...)
+	})
+	put := func(at int, a string) func([]byte) { return func(f []byte) { copy(f[at:], ip(a).AsSlice()) } }
+	own := w.snap.port(uplink).linkLocal.netip().String()
+	for name, edit := range map[string]func([]byte){
+		"to all stations":     nil,
+		"for a group":         func(f []byte) { put(38, "ff02::1:ff00:2")(f); put(70, "ff02::1:ff00:2")(f) },
+		"to the router alone": put(38, "2001:db8::2"),
+		"to its link's":       put(38, own),
+	} {
+		p := query(edit)
+		if w.process(&p); p.Verdict != VerdictLocal || p.Out != LocalPort || p.Learnt {
+			t.Errorf("%s: %v because of %v", name, p.Verdict, p.Reason)
+		}
+	}
+	for name, c := range map[string]struct {
+		p    Packet
+		want Reason
+	}{
+		"from afar": {query(func(f []byte) { f[21] = 2 }), ReasonMalformed},
+		"without options": {func() Packet {
+			s := discoverySpec(uplink, "fe80::77", "ff02::1", listenerQuery, "::", nil)
+			s.ttl = 1
+			return s.packet()
+		}(), ReasonMalformed},
+		"with a routing header":  {query(func(f []byte) { f[20] = 43; f[56], f[57] = 0, 0 }), ReasonMalformed},
+		"not in the head":        {func() Packet { p := query(nil); p.Head = p.Head[:len(p.Head)-1]; return p }(), ReasonMalformed},
+		"with a wrong sum":       {func() Packet { p := query(nil); p.Head[64]++; return p }(), ReasonChecksum},
+		"from a global address":  {query(put(22, "2001:db8::1")), ReasonSpoofed},
+		"from no address":        {query(put(22, "::")), ReasonSpoofed},
+		"from the router":        {query(put(22, own)), ReasonSpoofed},
+		"to another station":     {query(put(38, "2001:db8::9")), ReasonNotForUs},
+		"at a port without them": {func() Packet { p := query(nil); p.In = clientA; return p }(), ReasonFiltered},
+	} {
+		if w.process(&c.p); c.p.Verdict != VerdictDrop || c.p.Reason != c.want {
+			t.Errorf("%s: %v because of %v, want %v", name, c.p.Verdict, c.p.Reason, c.want)
+		}
+	}
+	w.cfg.Ports[2].Listens = false
+	w.configure()
+	if p := query(nil); true {
+		if w.process(&p); p.Verdict != VerdictDrop || p.Reason != ReasonFiltered {
+			t.Errorf("where nobody listens: %v because of %v", p.Verdict, p.Reason)
+		}
+	}
+	// As other discovery, it costs nothing.
+	w.cfg.Ports[2].Listens = true
+	w.configure()
+	batch := []Packet{query(nil)}
+	if n := testing.AllocsPerRun(100, func() { w.Process(w.at, batch) }); n != 0 || batch[0].Verdict != VerdictLocal {
+		t.Errorf("%v allocations, %v because of %v", n, batch[0].Verdict, batch[0].Reason)
+	}
 }
 
 func TestNeighboursAreBounded(t *testing.T) {

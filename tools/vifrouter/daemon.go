@@ -59,6 +59,7 @@ type daemon struct {
 	upDown     string                   // guarded by mu: why the uplink is down
 
 	clients clientTable
+	listens listening
 }
 
 // uplinkPort is the PortID of the uplink. Those of guests follow.
@@ -81,6 +82,7 @@ func newDaemon(domain hypercall.Domain, cfg *config.Config, device pvnet.Config,
 	}
 	d.names = dnsproxy.New(dnsproxy.Config{Dial: d.dialServer, Client: d.clients.find, Now: time.Now, Logger: log})
 	d.plane.deliver = d.deliver
+	d.listens.init(d.plane)
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if err := d.applyLocked(); err != nil {
@@ -99,6 +101,7 @@ func (d *daemon) run(ctx context.Context) error {
 	wg.Go(func() { d.plane.runLocal(ctx) })
 	wg.Go(func() { d.plane.runNeighbours(ctx) })
 	wg.Go(func() { d.runUplink(ctx) })
+	wg.Go(func() { d.listens.run(ctx) })
 	err := pvnet.Serve(ctx, d.domain, pvnet.ServeConfig{Config: d.device, Hold: true, Remove: d.domain.ID() != 0}, func(dev *pvnet.Device) { d.serve(ctx, dev) })
 	cancel(nil)
 	wg.Wait()
@@ -209,6 +212,7 @@ func (d *daemon) applyLocked() error {
 	for _, g := range d.vifs {
 		g.tellLocked()
 	}
+	d.listenLocked()
 	return err
 }
 

@@ -99,6 +99,14 @@ func parse(t testing.TB, text string) *config.Config {
 
 func newSite(t *testing.T, text string) *site {
 	t.Helper()
+	s := newWorldless(t, text)
+	s.connectWorld()
+	return s
+}
+
+// newWorldless makes a site whose world has only the device at the other end of the uplink.
+func newWorldless(t *testing.T, text string) *site {
+	t.Helper()
 	s := &site{T: t, lab: labtest.New(t, emu.Config{}), devices: make(chan *pvnet.Device, 8)}
 	var cancel context.CancelFunc
 	s.ctx, cancel = context.WithTimeout(context.Background(), limit)
@@ -139,25 +147,31 @@ func newSite(t *testing.T, text string) *site {
 		<-served
 		cancel()
 	})
-	s.connectWorld()
 	return s
+}
+
+// uplinkDevice waits for the world's end of the uplink.
+func (s *site) uplinkDevice() *pvnet.Device {
+	s.Helper()
+	select {
+	case dev := <-s.devices:
+		return dev
+	case <-s.ctx.Done():
+		s.Fatal("the router does not connect to its uplink")
+	}
+	return nil
 }
 
 // connectWorld puts TCP/IP on the world's end of the uplink.
 func (s *site) connectWorld() {
 	s.Helper()
-	select {
-	case dev := <-s.devices:
-		var err error
-		s.world, err = netstack.New(dev, netstack.Config{
-			Addrs:    []netip.Prefix{netip.PrefixFrom(worldAddr, 24), netip.PrefixFrom(worldAddr6, 64)},
-			Gateways: []netip.Addr{netip.MustParseAddr("2001:db8::2")},
-		})
-		if err != nil {
-			s.Fatal(err)
-		}
-	case <-s.ctx.Done():
-		s.Fatal("the router does not connect to its uplink")
+	var err error
+	s.world, err = netstack.New(s.uplinkDevice(), netstack.Config{
+		Addrs:    []netip.Prefix{netip.PrefixFrom(worldAddr, 24), netip.PrefixFrom(worldAddr6, 64)},
+		Gateways: []netip.Addr{netip.MustParseAddr("2001:db8::2")},
+	})
+	if err != nil {
+		s.Fatal(err)
 	}
 	s.listenDNS(s.world, "udp4")
 	s.listenTCP(s.world, ":80")

@@ -13,6 +13,7 @@ import (
 	"barevif/pvnet/router"
 	"barevif/tools/vifrouter/config"
 	"barevif/tools/vifrouter/dhcpd"
+	"barevif/tools/vifrouter/mld"
 	"barevif/tools/vifrouter/radv"
 	"barevif/tools/vifrouter/slaac"
 )
@@ -349,8 +350,8 @@ func (g *guest) advertise(ctx context.Context) {
 	}
 }
 
-// deliver takes frames for the router that are no matter of its TCP/IP: DHCP and router
-// discovery.
+// deliver takes frames for the router that are no matter of its TCP/IP: DHCP, and the discovery of
+// routers, neighbours and listeners.
 func (d *daemon) deliver(p *port, frame []byte, h *packet.Headers) bool {
 	switch {
 	case h.Proto == protoUDP && h.Version == 4 && h.L5 != 0:
@@ -369,6 +370,9 @@ func (d *daemon) deliver(p *port, frame []byte, h *packet.Headers) bool {
 				return d.fromRouter(p, frame, h)
 			case slaac.TypeSolicitation, slaac.TypeAdvertisement:
 				return d.fromNeighbour(p, frame, h)
+			case mld.TypeQuery:
+				d.listens.hear(frame, h)
+				return true
 			}
 			return false
 		}

@@ -94,6 +94,11 @@ func (d *daemon) writeMetrics(b *bytes.Buffer) error {
 	duplicates := &family{name: "vifrouter_uplink_duplicate_addresses", kind: "counter", help: "Times that another station of the uplink's link had an address that would be the router's."}
 	duplicates.add(d.duplicates)
 	d.mu.Unlock()
+	listens := d.listens.now()
+	queries := &family{name: "vifrouter_uplink_listener_queries", kind: "counter", help: "Queries of Multicast Listener Discovery that came from the uplink's link."}
+	queries.add(listens.Queries)
+	reports := &family{name: "vifrouter_uplink_listener_reports", kind: "counter", help: "Messages that told the uplink's link which groups the router listens to, or does not any more."}
+	reports.add(listens.Reports)
 
 	add := func(dev *pvnet.Device, name string) {
 		devices = append(devices, openmetrics.Device{Name: name, Stats: dev.Stats()})
@@ -108,7 +113,7 @@ func (d *daemon) writeMetrics(b *bytes.Buffer) error {
 		return err
 	}
 	b.Truncate(b.Len() - len("# EOF\n"))
-	families = append(families, guestCount, reloads, duplicates)
+	families = append(families, guestCount, reloads, duplicates, queries, reports)
 	families = append(families, d.coreFamilies(ports)...)
 	families = append(families, d.planeFamilies()...)
 	families = append(families, d.dnsFamilies()...)

@@ -71,6 +71,15 @@ type uplinkState struct {
 	Taken     []takenState   `json:"taken,omitempty"` // addresses that it would have, and another station has
 	Gateways  []netip.Addr   `json:"gateways"`
 	DNS       []string       `json:"dns"` // that are asked
+	Listening *listenState   `json:"listening,omitempty"`
+}
+
+// A listenState says which groups the link was told of, since the router runs. It is there with the first group.
+type listenState struct {
+	Groups  []netip.Addr `json:"groups"`  // solicited-node groups that the router listens to
+	Version int          `json:"version"` // of Multicast Listener Discovery: 1 while a querier speaks it, else 2
+	Queries uint64       `json:"queries"` // heard
+	Reports uint64       `json:"reports"` // sent
 }
 
 type takenState struct {
@@ -189,6 +198,12 @@ func (d *daemon) uplinkStateLocked() uplinkState {
 	gateway(d.auto.Router)
 	for _, a := range d.serversLocked() {
 		s.DNS = append(s.DNS, a.String())
+	}
+	if l := d.listens.now(); len(l.Groups) > 0 {
+		s.Listening = &listenState{l.Groups, 2, l.Queries, l.Reports}
+		if l.Old {
+			s.Listening.Version = 1
+		}
 	}
 	return s
 }

@@ -31,7 +31,8 @@ const aboutStatus = `status shows what a running router is, has and does, as it 
   config     the file, when it was read, and what became of the last reload
   uplink     its link, addresses and how long they last, gateways, name servers asked; its
              MTU, which is the one that routers announce, if that is less than the vif's;
-             addresses that it would have, but another station of its link has
+             addresses that it would have, but another station of its link has; the groups
+             that it tells switches of the link it listens to (Multicast Listener Discovery)
   flows      in the table, and its size; how many one guest may have
   networks   their prefixes, and how many guests are in each
   guests     each vif: guest and network, domain, MAC, addresses, link, what it sent and
@@ -210,6 +211,9 @@ func (u *uplinkState) write(line func(head, format string, args ...any)) {
 	}
 	if len(u.DNS) > 0 {
 		line("", "names asked of %s", strings.Join(u.DNS, ", "))
+	}
+	if l := u.Listening; l != nil {
+		line("", "listens to %s by MLDv%d; heard %s queries, sent %s reports", list(l.Groups), l.Version, cli.Grouped(l.Queries), cli.Grouped(l.Reports))
 	}
 	line("", "received %s packets, %s; sent %s packets, %s; dropped %s",
 		cli.Grouped(u.Received.Packets), cli.BinarySize(u.Received.Bytes), cli.Grouped(u.Sent.Packets), cli.BinarySize(u.Sent.Bytes), cli.Grouped(u.dropped()))

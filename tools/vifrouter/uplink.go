@@ -117,6 +117,7 @@ func (d *daemon) useUplink(ctx context.Context, dev *pvnet.Device) error {
 	d.endClientLocked(up)
 	d.endDiscoveryLocked(up)
 	d.up, d.lease, d.auto = nil, uplinkLease{}, slaac.Settings{}
+	d.listens.down()
 	err = d.applyLocked()
 	d.mu.Unlock()
 	d.plane.remove(p)
@@ -130,6 +131,9 @@ func (d *daemon) followUplink(ctx context.Context, up *uplink) {
 	for ev := range up.dev.Links(ctx) {
 		if ev.Up && (!was || ev.MAC != link.MAC) {
 			link.Ups++
+			d.listens.up(ev.MAC)
+		} else if !ev.Up {
+			d.listens.down()
 		}
 		link.Up, link.Room = ev.Up, ev.MTU
 		if ev.Up {
@@ -165,6 +169,7 @@ func (d *daemon) compileUplinkLocked(c *router.Config) {
 	u := &d.cfg.Uplink
 	p := router.Port{
 		ID: uplinkPort, Name: "uplink", MAC: d.up.dev.MAC(), MTU: max(d.up.dev.MTU(), router.MinMTU), Masquerade: u.NAT4, Masquerade6: u.NAT6,
+		Listens: u.Auto6 || u.IPv6.IsValid(),
 	}
 	route := func(to netip.Prefix, via netip.Addr) {
 		c.Routes = append(c.Routes, router.Route{Prefix: to, Out: uplinkPort, Via: via})

@@ -198,7 +198,11 @@ func (d *daemon) discover(ctx context.Context, up *uplink) {
 			}
 			// The core knows what is tentative: answers will come here.
 			if !down {
-				for _, frame := range client.Probes(now) {
+				frames := client.Probes(now)
+				if len(frames) > 0 {
+					d.listenFirst(ctx, client.Settings(now).Listening)
+				}
+				for _, frame := range frames {
 					d.plane.write(uplinkPort, frame)
 				}
 			}
@@ -248,11 +252,13 @@ func (d *daemon) discovered(ctx context.Context, s slaac.Settings) (changed bool
 	s.Addrs = slices.DeleteFunc(s.Addrs, func(a slaac.Address) bool { return guests(netip.PrefixFrom(a.Prefix.Addr(), 64).Masked()) })
 	s.OnLink = slices.DeleteFunc(s.OnLink, guests)
 	s.Tentative = slices.DeleteFunc(s.Tentative, func(a netip.Addr) bool { return guests(netip.PrefixFrom(a, 64).Masked()) })
+	s.Listening = slices.DeleteFunc(s.Listening, func(a netip.Addr) bool { return guests(netip.PrefixFrom(a, 64).Masked()) })
 	s.Taken = slices.DeleteFunc(s.Taken, func(a slaac.Taken) bool { return guests(netip.PrefixFrom(a.Addr, 64).Masked()) })
 	same := s.Router == old.Router && s.MTU == old.MTU && slices.Equal(s.OnLink, old.OnLink) && slices.Equal(s.DNS, old.DNS) && slices.Equal(s.Tentative, old.Tentative) &&
 		slices.EqualFunc(s.Addrs, old.Addrs, func(a, b slaac.Address) bool { return a.Prefix == b.Prefix })
 	d.auto = s
 	if same {
+		d.listenLocked()
 		return false, nil
 	}
 	if err := d.applyLocked(); err != nil {

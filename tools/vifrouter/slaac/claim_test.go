@@ -37,7 +37,7 @@ func wants(t *testing.T) *Client {
 	}
 	c.Hear(now, a)
 	s := c.Settings(now)
-	if len(s.Addrs) != 0 || !slices.Equal(s.Tentative, []netip.Addr{global, local}) || len(s.Taken) != 0 || s.Next.After(now.Add(mostDelay)) ||
+	if len(s.Addrs) != 0 || !slices.Equal(s.Tentative, []netip.Addr{global, local}) || len(s.Taken)+len(s.Listening) != 0 || s.Next.After(now.Add(mostDelay)) ||
 		len(s.OnLink) != 1 || s.OnLink[0] != netip.MustParsePrefix("2001:db8:1::/64") || s.Router != first {
 		t.Fatalf("%+v", s)
 	}
@@ -75,10 +75,14 @@ func TestAnAddressIsUsedOnceNobodyAnswers(t *testing.T) {
 		t.Error("one nonce for two")
 	}
 	over := asked.Add(answerWait)
-	if s := c.Settings(over.Add(-1)); len(s.Addrs) != 0 || len(s.Tentative) != 2 || s.Next != over {
+	both := []netip.Addr{global, local} // whoever has them answers to their groups
+	if s := c.Settings(over.Add(-1)); len(s.Addrs) != 0 || len(s.Tentative) != 2 || !slices.Equal(s.Listening, both) || s.Next != over {
 		t.Errorf("%+v", s)
 	}
 	s := c.Settings(over)
+	if !slices.Equal(s.Listening, both) {
+		t.Errorf("%+v", s)
+	}
 	if len(s.Addrs) != 1 || s.Addrs[0].Prefix != netip.PrefixFrom(global, 64) || len(s.Tentative)+len(s.Taken)+len(s.OnLink) != 0 || s.Next != now.Add(1800*time.Second) {
 		t.Errorf("%+v", s)
 	}
@@ -215,7 +219,7 @@ func TestNoAddressWithoutTheLinkLocalOne(t *testing.T) {
 	if a, ok := c.Claimed(at, other, local, nodes, neighbour(136, 0x20, local)); !ok || a != local {
 		t.Fatal(a, ok)
 	}
-	if s := c.Settings(at.Add(answerWait)); len(s.Addrs) != 0 || len(s.Taken) != 1 || s.Taken[0].Addr != local {
+	if s := c.Settings(at.Add(answerWait)); len(s.Addrs) != 0 || len(s.Taken) != 1 || s.Taken[0].Addr != local || !slices.Equal(s.Listening, []netip.Addr{global}) {
 		t.Errorf("%+v", s)
 	}
 }

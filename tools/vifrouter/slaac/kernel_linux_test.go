@@ -94,12 +94,24 @@ func (n *neighbourhood) address(a netip.Addr, flags int) {
 	}
 }
 
-// claims waits until something that the kernel sends claims an address of the client's.
-func (n *neighbourhood) claims(c *Client, at time.Time) (netip.Addr, byte) {
+// claims waits until something that the kernel sends claims an address of the client's. It sends the
+// kernel frames, and again: an address that was added is not answered for before a worker has set it up.
+func (n *neighbourhood) claims(c *Client, at time.Time, frames ...[]byte) (netip.Addr, byte) {
 	n.Helper()
-	limit := time.After(2 * time.Minute)
+	limit, again := time.After(2*time.Minute), time.NewTicker(time.Second)
+	defer again.Stop()
+	send := func() {
+		for _, frame := range frames {
+			if _, err := n.tap.WriteFrame(link.Offload{}, [][]byte{frame}); err != nil {
+				n.Fatal(err)
+			}
+		}
+	}
+	send()
 	for {
 		select {
+		case <-again.C:
+			send()
 		case b := <-n.frames:
 			h, ok := packet.Parse(b, len(b))
 			if !ok || h.Version != 6 || h.Proto != 58 || h.L4 == 0 || b[h.L3+7] != 255 {
@@ -122,12 +134,7 @@ func TestLinuxClaimsWhatItHasAndWants(t *testing.T) {
 	n.address(global, unix.IFA_F_NODAD)
 	c := wants(t)
 	at := now.Add(mostDelay)
-	for _, frame := range c.Probes(at) {
-		if _, err := n.tap.WriteFrame(link.Offload{}, [][]byte{frame}); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if a, typ := n.claims(c, at); a != global || typ != TypeAdvertisement {
+	if a, typ := n.claims(c, at, c.Probes(at)...); a != global || typ != TypeAdvertisement {
 		t.Errorf("%v, by message %d", a, typ)
 	}
 	if s := c.Settings(at.Add(answerWait)); len(s.Addrs) != 0 || len(s.Taken) != 1 {

@@ -266,6 +266,9 @@ type Settings struct {
 	// to come to Claimed. Taken are those that others have.
 	Tentative []netip.Addr
 	Taken     []Taken
+	// Listening are the addresses whose solicited-node groups this host has to listen to: its own, and
+	// those that the link has been asked for. Their reports are to go out before the frames of Probes.
+	Listening []netip.Addr
 	MTU       int       // of the link, as Router says or, without one, as was said last; 0: nobody did
 	Next      time.Time // when the first of all this ends or goes on; zero: there is nothing
 }
@@ -282,7 +285,12 @@ func (c *Client) Settings(now time.Time) (s Settings) {
 		switch one := &c.claims[i]; one.state {
 		case waiting, asked:
 			s.Tentative = append(s.Tentative, one.addr)
+			if one.state == asked {
+				s.Listening = append(s.Listening, one.addr)
+			}
 			next(one.at)
+		case ours:
+			s.Listening = append(s.Listening, one.addr)
 		case taken:
 			s.Taken = append(s.Taken, Taken{one.addr, one.by})
 			next(one.at)

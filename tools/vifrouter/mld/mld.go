@@ -1,0 +1,165 @@
+// Package mld is a host's side of Multicast Listener Discovery: of version 2 (RFC 3810), and of version 1
+// (RFC 2710) while that is what a querier of the link speaks. It knows no sockets and no clock: a caller
+// gives it packets and times, and sends the frames that it returns.
+//
+// A switch that looks at who listens (MLD snooping) sends frames to a group only where somebody has said that
+// he listens to it. Neighbour solicitations go to the solicited-node group of the address that they ask for, so
+// that a host which says nothing cannot be found behind such a switch, and does not hear of duplicates of an
+// address that it asks for. A [Listener] says so for the addresses that it is told of, and for all sources: of
+// what version 2 can say it needs no more.
+//
+// Any station of the link can ask who listens, as often as it likes. Nothing is kept of a query but the time
+// of the answer, one for all groups and one for each; answers go out ten times a second at most. So a query
+// that names sources is answered as one for its group: that frames of all sources are wanted is said of
+// those as well. And since a report can be forged, and a switch wants one from each of its ports, none that
+// another station sends keeps this host from sending its own, which version 1 would have and version 2 permits.
+package mld
+
+import (
+	"encoding/binary"
+	"net/netip"
+	"time"
+
+	"barevif/pvnet/packet"
+
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+)
+
+// TypeQuery is the ICMPv6 type of a query.
+const TypeQuery = byte(header.ICMPv6MulticastListenerQuery)
+
+// A Query asks which groups are listened to.
+type Query struct {
+	Group netip.Addr    // the one that is asked for; ::, all of them
+	Old   bool          // it is of version 1
+	Delay time.Duration // within which to answer
+
+	// Of version 2, what the querier goes by: how often a report is sent in case that it is lost, and the
+	// time between two queries for all groups. 0: not said.
+	Repeats  int
+	Interval time.Duration
+}
+
+// alertSize is the size of the hop-by-hop options of each message: the router alert, and padding.
+const alertSize = 8
+
+// Parse reads a query from an IPv6 packet, without what follows it in its frame. The caller has checked that
+// it has a hop limit of 1, a link-local source and a right checksum. ok is false for what is no query,
+// and for one that is to be ignored: without a router alert, behind other extension headers, of a length that
+// is of neither version (RFC 3810, section 8.1), or shorter than its sources.
+//
+// It keeps nothing of the packet and allocates nothing.
+func Parse(ip []byte) (q Query, ok bool) {
+	if len(ip) < header.IPv6MinimumSize+alertSize || ip[6] != byte(header.IPv6HopByHopOptionsExtHdrIdentifier) {
+		return q, false
+	}
+	options := ip[header.IPv6MinimumSize:]
+	size := 8 * (1 + int(options[1]))
+	if options[0] != byte(header.ICMPv6ProtocolNumber) || size > len(options) || !alerts(options[2:size]) {
+		return q, false
+	}
+	message := options[size:]
+	const old, least = header.ICMPv6HeaderSize + header.MLDMinimumSize, header.ICMPv6HeaderSize + header.MLDv2QueryMinimumSize
+	if len(message) < old || message[0] != TypeQuery {
+		return q, false
+	}
+	body := message[header.ICMPv6HeaderSize:]
+	q.Group = netip.AddrFrom16([16]byte(body[4:20]))
+	switch {
+	case q.Group != netip.IPv6Unspecified() && !q.Group.IsMulticast():
+		return q, false
+	case len(message) == old:
+		q.Old, q.Delay = true, header.MLD(body).MaximumResponseDelay()
+	case len(message) < least || len(message)-least < header.IPv6AddressSize*int(binary.BigEndian.Uint16(body[22:])):
+		return q, false
+	default:
+		m := header.MLDv2Query(body)
+		q.Delay = header.MLDv2MaximumResponseDelay(m.MaximumResponseCode())
+		q.Repeats, q.Interval = int(m.QuerierRobustnessVariable()), m.QuerierQueryInterval()
+	}
+	return q, true
+}
+
+// alerts reports whether hop-by-hop options are well-formed, have the one router alert of MLD (RFC 2711), and
+// none for whose sake a host that does not know it drops the packet.
+func alerts(b []byte) (found bool) {
+	const pad1, alert = 0, 5
+	for len(b) > 0 {
+		if b[0] == pad1 {
+			b = b[1:]
+			continue
+		}
+		if len(b) < 2 || 2+int(b[1]) > len(b) || b[0]&0xc0 != 0 {
+			return false
+		}
+		if b[0] == alert {
+			if found || b[1] != 2 || b[2] != 0 || b[3] != 0 {
+				return false
+			}
+			found = true
+		}
+		b = b[2+int(b[1]):]
+	}
+	return found
+}
+
+// Group returns the solicited-node group of an IPv6 address (RFC 4291, section 2.7.1).
+func Group(a netip.Addr) netip.Addr { return addrOf(header.SolicitedNodeAddr(toStack(a))) }
+
+func toStack(a netip.Addr) tcpip.Address { return tcpip.AddrFrom16(a.As16()) }
+
+func addrOf(a tcpip.Address) netip.Addr { return netip.AddrFrom16(a.As16()) }
+
+// mostRecords is how many groups a report names: then it fits the least MTU of IPv6.
+const mostRecords = 60
+
+// A record is what a report says of a group.
+type record struct {
+	group netip.Addr
+	kind  header.MLDv2ReportRecordType
+}
+
+// reports makes the frames that say what records do.
+func (l *Listener) reports(records []record) (frames [][]byte) {
+	if l.v1 {
+		for _, r := range records {
+			typ, to := header.ICMPv6MulticastListenerReport, toStack(r.group)
+			if r.kind == leave {
+				typ, to = header.ICMPv6MulticastListenerDone, header.IPv6AllRoutersLinkLocalMulticastAddress
+			}
+			frames = append(frames, l.frame(to, typ, header.MLDMinimumSize, func(b []byte) { header.MLD(b).SetMulticastAddress(toStack(r.group)) }))
+		}
+		return frames
+	}
+	for len(records) > 0 {
+		n := min(len(records), mostRecords)
+		var s header.MLDv2ReportSerializer
+		for _, r := range records[:n] {
+			s.Records = append(s.Records, header.MLDv2ReportMulticastAddressRecordSerializer{RecordType: r.kind, MulticastAddress: toStack(r.group)})
+		}
+		frames = append(frames, l.frame(header.MLDv2RoutersAddress, header.ICMPv6MulticastListenerV2Report, s.Length(), s.SerializeInto))
+		records = records[n:]
+	}
+	return frames
+}
+
+// frame makes a message of size bytes, which body fills in.
+func (l *Listener) frame(to tcpip.Address, typ header.ICMPv6Type, size int, body func([]byte)) []byte {
+	size += header.ICMPv6HeaderSize
+	src, dst := toStack(l.from()), to.As16()
+	b := append([]byte{0x33, 0x33}, dst[12:]...)
+	b = append(b, l.mac[:]...)
+	b = binary.BigEndian.AppendUint16(b, packet.IPv6)
+	ip := len(b)
+	b = append(b, make([]byte, header.IPv6MinimumSize+alertSize+size)...)
+	header.IPv6(b[ip:]).Encode(&header.IPv6Fields{
+		PayloadLength: uint16(alertSize + size), TransportProtocol: header.ICMPv6ProtocolNumber, HopLimit: header.MLDHopLimit, SrcAddr: src, DstAddr: to,
+		ExtensionHeaders: header.IPv6ExtHdrSerializer{header.IPv6SerializableHopByHopExtHdr{&header.IPv6RouterAlertOption{Value: header.IPv6RouterAlertMLD}}},
+	})
+	icmp := header.ICMPv6(b[ip+header.IPv6MinimumSize+alertSize:])
+	icmp.SetType(typ)
+	body(icmp[header.ICMPv6HeaderSize:])
+	icmp.SetChecksum(header.ICMPv6Checksum(header.ICMPv6ChecksumParams{Header: icmp, Src: src, Dst: to}))
+	return b
+}
