@@ -498,7 +498,7 @@ func TestNonsenseFromTheOldProcess(t *testing.T) {
 // before those of its link.
 func TestAFrontendGoesThroughTheSocket(t *testing.T) {
 	s := newSite(t)
-	path, id := filepath.Join(t.TempDir(), "f"), Identity{Domain: 1, Frontend: true}
+	path, id := filepath.Join(emutest.SocketDir(t), "f"), Identity{Domain: 1, Frontend: true}
 	l, err := Listen(path, id, nil)
 	if err != nil {
 		t.Fatal(err)
