@@ -64,7 +64,7 @@ func newSite(t *testing.T) *site {
 func (s *site) serve(t *testing.T) {
 	t.Helper()
 	bin := filepath.Join(t.TempDir(), "barevif")
-	build := exec.Command("go", "build", "-o", bin, "./tools/barevif")
+	build := exec.Command("go", "build", "-buildvcs=false", "-o", bin, "./tools/barevif")
 	build.Dir = "../.." // a module of its own
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("go build: %v\n%s", err, out)

@@ -127,7 +127,7 @@ func startOwner(t *testing.T, info telemetry.Info, front ...string) (p *bpftest.
 func command(t testing.TB) string {
 	t.Helper()
 	return bpftest.Public(t, "barevif", func(path string) error {
-		cmd := exec.Command("go", "build", "-o", path, "barevif/tools/barevif")
+		cmd := exec.Command("go", "build", "-buildvcs=false", "-o", path, "barevif/tools/barevif")
 		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 		if out, err := cmd.CombinedOutput(); err != nil {
 			return fmt.Errorf("go build: %w\n%s", err, out)
