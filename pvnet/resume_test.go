@@ -155,3 +155,20 @@ func TestResumesUnderTraffic(t *testing.T) {
 	fronts.traffic.Wait()
 	backs.traffic.Wait()
 }
+
+// A guest dies, or is saved, before the backend has looked at its vif, and nothing is left of the
+// frontend in xenstore. The toolstack can take the vif away all the same: the backend closes it.
+func TestAVifWhoseGuestDiedUnseenIsTakenAway(t *testing.T) {
+	l := newLab(t)
+	l.domain(1)
+	bdom := l.domain(2)
+	v := l.add(toolstack.Vif{Front: 1, Back: 2})
+	if err := l.Destroy(1); err != nil {
+		t.Fatal(err)
+	}
+	_, stop := l.serve(bdom, pvnet.ServeConfig{})
+	if err := toolstack.Remove(ctx(t), l.tools, v); err != nil {
+		t.Error(err)
+	}
+	stop()
+}

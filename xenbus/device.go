@@ -148,7 +148,7 @@ func OpenFrontend(ctx context.Context, c *xenstore.Client, typ, id string) (*Dev
 
 // OpenBackend opens the backend of a device of domain front; typ is the backend type by
 // which the toolstack chose this backend. It waits and fails as OpenFrontend does, and
-// also waits for the frontend's state.
+// also waits for the frontend's state, unless the toolstack takes the device away.
 func OpenBackend(ctx context.Context, c *xenstore.Client, typ string, front hypercall.DomID, id string) (*Device, error) {
 	parent := fmt.Sprintf("backend/%s/%d", typ, front)
 	return openDevice(ctx, c, &Device{role: Backend, typ: typ, id: id, dir: parent + "/" + id}, parent)

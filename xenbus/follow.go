@@ -70,7 +70,11 @@ func (d *Device) resolve(ctx context.Context) (peer end, missing []string, err e
 	if d.role == Backend {
 		dirKey, idKey = "frontend", "frontend-id"
 	}
-	v, err := d.c.ReadKeys(ctx, d.dir, dirKey, idKey, "state")
+	keys := []string{dirKey, idKey, "state"}
+	if d.role == Backend {
+		keys = append(keys, "online")
+	}
+	v, err := d.c.ReadKeys(ctx, d.dir, keys...)
 	if errors.Is(err, xenstore.ErrAccess) {
 		return end{}, nil, ErrGone
 	}
@@ -96,7 +100,7 @@ func (d *Device) resolve(ctx context.Context) (peer end, missing []string, err e
 	}
 	peer = end{v[dirKey], hypercall.DomID(dom)}
 	if d.role == Backend {
-		missing, err = d.checkFrontend(ctx, peer)
+		missing, err = d.checkFrontend(ctx, peer, v["online"] == "0")
 	} else {
 		missing, err = d.checkBackend(ctx, peer)
 	}
@@ -140,14 +144,19 @@ func (d *Device) checkBackend(ctx context.Context, peer end) (missing []string, 
 }
 
 // checkFrontend checks our frontend and frontend-id against the path of our directory,
-// and waits for the frontend to have a state.
-func (d *Device) checkFrontend(ctx context.Context, peer end) (missing []string, err error) {
+// and waits for the frontend to have a state. A frontend that the toolstack takes away may
+// have lost its directory with its domain: its backend is opened without, so that it comes
+// to Closed, for which the toolstack waits.
+func (d *Device) checkFrontend(ctx context.Context, peer end, takenAway bool) (missing []string, err error) {
 	if want := fmt.Sprintf("backend/%s/%d/%s", d.typ, peer.dom, d.id); d.dir != want {
 		return nil, d.bad("frontend-id", fmt.Sprint(peer.dom), "the domain in our path")
 	}
 	rest, ok := strings.CutPrefix(peer.dir, fmt.Sprintf("/local/domain/%d/device/", peer.dom))
 	if !ok || !xenstore.ValidPath(peer.dir) || strings.Count(rest, "/") != 1 {
 		return nil, d.bad("frontend", peer.dir, fmt.Sprintf("a device directory of domain %d", peer.dom))
+	}
+	if takenAway {
+		return nil, nil
 	}
 	_, err = d.c.Read(ctx, peer.dir+"/state")
 	if errors.Is(err, xenstore.ErrNotFound) || errors.Is(err, xenstore.ErrAccess) {

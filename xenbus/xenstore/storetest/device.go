@@ -255,6 +255,23 @@ func halfWrittenDirectoryIsWaitedFor(t *testing.T, r *rig) {
 		}
 		v.unplug()
 	}
+
+	// The frontend's domain, and its directory with it, was gone before the backend looked.
+	v.plug(v.frontDir() + "/state")
+	opened := make(chan *xenbus.Device, 1)
+	go func() {
+		d, err := asBack(r.ctx)
+		if err != nil {
+			t.Errorf("a vif that is taken away: %v", err)
+		}
+		opened <- d
+	}()
+	r.must(v.tools.Remove(r.ctx, v.frontDir()))
+	r.must(v.tools.Write(r.ctx, v.backDir()+"/online", "0"))
+	if d := <-opened; d != nil {
+		r.closes(d)
+		r.await(d, func(ch xenbus.Change) bool { return ch.Vanished && !ch.Online })
+	}
 }
 
 func directoriesThatContradictAreRefused(t *testing.T, r *rig) {
