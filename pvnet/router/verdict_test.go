@@ -591,10 +591,9 @@ func TestQueriesForListeners(t *testing.T) {
 	}
 	w.cfg.Ports[2].Listens = false
 	w.configure()
-	if p := query(nil); true {
-		if w.process(&p); p.Verdict != VerdictDrop || p.Reason != ReasonFiltered {
-			t.Errorf("where nobody listens: %v because of %v", p.Verdict, p.Reason)
-		}
+	unheard := query(nil)
+	if w.process(&unheard); unheard.Verdict != VerdictDrop || unheard.Reason != ReasonFiltered {
+		t.Errorf("where nobody listens: %v because of %v", unheard.Verdict, unheard.Reason)
 	}
 	// As other discovery, it costs nothing.
 	w.cfg.Ports[2].Listens = true
