@@ -4,8 +4,8 @@
 // files: that of an emulated host ([barevif/hypercall/anyxen.Socket]), and those by which
 // processes without a directory in /run are looked into and hand over.
 //
-// Everyone can make a directory of that name first. Who uses one checks its owner, and names
-// what is there instead.
+// Any user of the machine can make a directory of that name first. So the packages that use the
+// directory check its owner, and their errors name the owner that they found.
 package userdir
 
 import (
@@ -46,9 +46,9 @@ func named(uid int) string {
 	return filepath.Join(os.TempDir(), "barevif-"+strconv.Itoa(uid))
 }
 
-// Outside returns the number by which user uid of this process's user namespace is known around
-// it: uid itself outside of any, and where the namespace has nobody of that number. In nested
-// namespaces it is the number in the next one.
+// Outside returns the uid that user uid of this process's user namespace has in the namespace
+// around it. In the machine's first namespace, and for a uid that the namespace does not map, the
+// result is uid. Of nested namespaces it looks at the innermost alone.
 func Outside(uid int) int {
 	ids, err := os.ReadFile("/proc/self/uid_map")
 	if err != nil { // no /proc, or no user namespaces in this kernel

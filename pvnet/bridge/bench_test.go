@@ -129,8 +129,8 @@ func benchBridge(b *testing.B, guests int, pooled bool) {
 //   - share: what the guest that gets least has, in an equal part of all that arrives, when all send what they can
 //   - share-kept: frames of the guest that gets least beside the flooder, divided by frames of the guest that
 //     gets least when the flooder, too, has at most 32 frames under way. A guest that waits until its frames
-//     have arrived cannot use an equal part of the bridge's capacity, whoever is beside it; share-kept leaves
-//     that out, and share does not
+//     have arrived cannot use an equal part of the bridge's capacity, even without a flooder. share counts
+//     that loss against the bridge, share-kept does not
 //
 // The guests run on the bridge's processors. With fewer of these than there are busy guests,
 // the figures say how Go and the system share them out.

@@ -69,9 +69,9 @@ func each(dir string, uids []int, ask func(path string, uid int) error) (err err
 	return err
 }
 
-// eachOf is each for the directories of one user. Everyone can make the one among temporary files
-// before that user does. It is an error only if it took the user's last place: otherwise that
-// user's processes are elsewhere, and nothing is missed.
+// eachOf is each for the directories of one user. Any user of the machine can make the directory
+// in /tmp before that user does. eachOf returns an error for it only if the user has no other
+// directory: otherwise the user's processes have their sockets there, and eachOf finds them.
 func eachOf(dirs []string, uid int, ask func(path string, uid int) error) error {
 	var errs, strange error
 	placed := false

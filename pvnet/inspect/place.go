@@ -60,11 +60,12 @@ func checkLength(dir string) error {
 	return nil
 }
 
-// errStranger is what another user has made, so no process of ours is there.
+// errStranger is the error for a path that belongs to another user. No process of ours has a
+// socket there.
 var errStranger = errors.New("another user's")
 
-// checkDir returns an error unless dir belongs to user uid and nobody else may use it. It is
-// errStranger if another user has made it, whatever it is.
+// checkDir returns an error unless dir is a directory of user uid that no other user may enter.
+// The error is errStranger if the path belongs to another user, be it a directory, a file or a link.
 func checkDir(dir string, uid int) error {
 	st, err := os.Lstat(dir)
 	if err != nil {

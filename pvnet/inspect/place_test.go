@@ -16,7 +16,8 @@ import (
 	"barevif/hypercall/userdir"
 )
 
-// squatted are what another user may make of a place of ours, first.
+// squatted makes paths of another user, one of each kind that this user could make under the name
+// of our directory before we do.
 func squatted(t *testing.T) (paths []string) {
 	t.Helper()
 	if os.Geteuid() != 0 {
@@ -40,8 +41,8 @@ func squatted(t *testing.T) (paths []string) {
 	return paths
 }
 
-// What another user made in our last place is no matter while a place of ours is before it: our
-// processes are there. Otherwise it is said, with what it means.
+// If another user has taken the directory in /tmp, List returns no error while our processes have
+// another directory for their sockets. Without another, the error names the path and its consequence.
 func TestASquattedPlaceMattersOnlyToWhoHasNoOther(t *testing.T) {
 	me := os.Geteuid()
 	parent := emutest.SocketDir(t)
