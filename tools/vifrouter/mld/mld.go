@@ -2,17 +2,16 @@
 // (RFC 2710) while that is what a querier of the link speaks. It knows no sockets and no clock: a caller
 // gives it packets and times, and sends the frames that it returns.
 //
-// A switch that looks at who listens (MLD snooping) sends frames to a group only where somebody has said that
-// he listens to it. Neighbour solicitations go to the solicited-node group of the address that they ask for, so
-// that a host which says nothing cannot be found behind such a switch, and does not hear of duplicates of an
-// address that it asks for. A [Listener] says so for the addresses that it is told of, and for all sources: of
-// what version 2 can say it needs no more.
+// A switch with MLD snooping forwards frames of a group only to ports where a host has reported that it
+// listens to the group. Neighbour solicitations go to the solicited-node group of the address that they ask
+// for. So a host without reports cannot be found behind such a switch, and does not hear of duplicates of an
+// address that it asks for. A [Listener] reports these groups for the addresses that its caller names, always
+// for all sources.
 //
-// Any station of the link can ask who listens, as often as it likes. Nothing is kept of a query but the time
-// of the answer, one for all groups and one for each; answers go out ten times a second at most. So a query
-// that names sources is answered as one for its group: that frames of all sources are wanted is said of
-// those as well. And since a report can be forged, and a switch wants one from each of its ports, none that
-// another station sends keeps this host from sending its own, which version 1 would have and version 2 permits.
+// Any station of the link can send queries, as many as it likes. Of queries the Listener keeps only when to
+// answer: one time for all groups, and one for each group. It answers ten times a second at most. It answers a
+// query that names sources as a query for the group. A report of another station never suppresses its own, as
+// in version 2: reports can be forged, and a switch wants one from each of its ports.
 package mld
 
 import (
