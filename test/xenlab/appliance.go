@@ -16,18 +16,20 @@ import (
 // appliancePackage is the program of which "barevif image" makes guests.
 const appliancePackage = "barevif/tools/hello"
 
-// firstPing creates a guest from the configuration $1, with $3 in addition, and prints the machine's time in
-// seconds before that, after it, and when the guest has answered a ping. No ARP comes before the ping: the
-// kernel repeats its requests only once a second.
+// firstPing creates a guest of the name $1 with the address $2 and the MAC $3 from the configuration $4, with the lines
+// that follow in addition, and prints the machine's time in seconds before that, after it, and when the guest has
+// answered a ping. No ARP comes before the ping: the kernel repeats its requests only once a second.
 const firstPing = `
 now() { cut -d" " -f1 /proc/uptime; }
+name=$1 address=$2 mac=$3
+shift 3
 begin=$(now)
-xl create "$1" "$3" >/dev/null
+xl create "$@" >/dev/null
 created=$(now)
-vif=vif$(xl domid "$2").0
+vif=vif$(xl domid "$name").0
 ip addr add 10.88.0.1/24 dev $vif
-ip neigh replace "$4" lladdr "$5" dev $vif nud permanent
-until ping -n -q -c 1 -w 20 -i 0.2 "$4" >/dev/null; do :; done
+ip neigh replace "$address" lladdr "$mac" dev $vif nud permanent
+until ping -n -q -c 1 -w 20 -i 0.2 "$address" >/dev/null; do :; done
 echo $begin $created $(now)`
 
 // imageBoots boots a guest of what "barevif image" made, fetches its page, and shuts it down. The PV guest has other
@@ -35,16 +37,16 @@ echo $begin $created $(now)`
 func imageBoots(kind GuestType, dir string) func(*T) {
 	return func(t *T) {
 		t.loadNetback(true)
-		config, more, host := dir+"/xl.cfg", `tsc_mode="native"`, image.ApplianceName // as in Guest.config
+		config, more, host := dir+"/xl.cfg", pvhConfig, image.ApplianceName
 		want := []string{`"-addr" "` + image.ApplianceAddr + `/24" "two words"]`, `"MSG=it's me"]`}
 		if kind == PV {
 			config, host = dir+"/xl-pv.cfg", "renamed"
-			more = fmt.Sprintf(`extra="console=hvc0 %s barevif.hostname=%s barevif.stop=20s -- MSG=changed -addr %s/24 'three more words'"`,
-				strings.Join(image.ApplianceLinux, " "), host, image.ApplianceAddr)
+			more = []string{fmt.Sprintf(`extra="console=hvc0 %s barevif.hostname=%s barevif.stop=20s -- MSG=changed -addr %s/24 'three more words'"`,
+				strings.Join(image.ApplianceLinux, " "), host, image.ApplianceAddr)}
 			want = []string{`"-addr" "` + image.ApplianceAddr + `/24" "three more words"]`, `"MSG=changed"]`}
 		}
 		t.noteImage(dir)
-		guest, said := t.bootImage(config, more)
+		guest, said := t.bootImage(config, more...)
 		t.Dom0().Await("the page", "curl -sSf --max-time 5 http://%s/ >/run/page", image.ApplianceAddr)
 		page := string(t.Dom0().Get("/run/page"))
 		for _, w := range append(want, "host "+host+"\n") {
@@ -92,10 +94,11 @@ func (t *T) requireWhole(log string) string {
 	return text
 }
 
-// bootImage creates the guest of a configuration, with a line more, and waits for its answer to a ping. said is what
+// bootImage creates the guest of a configuration, with more lines, and waits for its answer to a ping. said is what
 // firstPing printed.
-func (t *T) bootImage(config, more string) (guest *Domain, said string) {
-	said = t.Dom0().Within(3*time.Minute).Run("sh", "-ec", firstPing, "sh", config, image.ApplianceName, more, image.ApplianceAddr, image.ApplianceMAC).Text()
+func (t *T) bootImage(config string, more ...string) (guest *Domain, said string) {
+	args := append([]string{"sh", "-ec", firstPing, "sh", image.ApplianceName, image.ApplianceAddr, image.ApplianceMAC, config}, more...)
+	said = t.Dom0().Within(3 * time.Minute).Run(args...).Text()
 	guest = &Domain{t: t, ID: t.domid(image.ApplianceName), Name: image.ApplianceName, limit: stepLimit}
 	t.guests = append(t.guests, guest)
 	return guest, said
@@ -137,14 +140,17 @@ const imageRounds = 3
 // it answers a ping. It asserts nothing, because times on an emulated processor vary.
 func baselineImage(t *T) {
 	t.loadNetback(true)
-	for _, config := range [...]string{"xl-pv.cfg", "xl.cfg"} {
+	for _, guests := range [...]struct {
+		config string
+		more   []string
+	}{{"xl-pv.cfg", nil}, {"xl.cfg", pvhConfig}} {
 		var ours, theirs []float64
 		for range imageRounds {
 			for _, one := range []struct {
 				dir, last string
 				times     *[]float64
 			}{{image.Appliance, "hello: serving", &ours}, {image.KernelAppliance, image.KernelServing, &theirs}} {
-				guest, said := t.bootImage(one.dir+"/"+config, `tsc_mode="native"`)
+				guest, said := t.bootImage(one.dir+"/"+guests.config, guests.more...)
 				t.Dom0().Await("the last line", "grep -q '%s' %s", one.last, applianceLog)
 				*one.times = append(*one.times, t.bootTimes(said, string(t.Dom0().Get(applianceLog))).beyond())
 				t.Destroy(guest) // its log begins anew
@@ -152,7 +158,7 @@ func baselineImage(t *T) {
 		}
 		slices.Sort(ours)
 		slices.Sort(theirs)
-		t.Note("%s, beyond xl and the kernel's start: %.2f s (%.2f), the kernel's netfront and a shell %.2f s (%.2f)", config,
+		t.Note("%s, beyond xl and the kernel's start: %.2f s (%.2f), the kernel's netfront and a shell %.2f s (%.2f)", guests.config,
 			ours[imageRounds/2], ours, theirs[imageRounds/2], theirs)
 	}
 }

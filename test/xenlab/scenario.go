@@ -131,6 +131,12 @@ func (v VIF) Spec(i int) string {
 	return spec
 }
 
+// pvhConfig are the lines for xl that every PVH guest needs on this machine.
+var pvhConfig = []string{
+	`tsc_mode="native"`, // RDTSCP is masked
+	fmt.Sprintf("cpus=%q", strconv.Itoa(machine.PVHProcessor)), // see there
+}
+
 func (g Guest) config() string {
 	role, ramdisk := proto.RoleGuest, image.GuestImage
 	kernel := []string{"console=hvc0", "loglevel=5", "mitigations=off", "panic=1"}
@@ -155,7 +161,7 @@ func (g Guest) config() string {
 		`on_crash="destroy"`, `on_poweroff="destroy"`, `on_reboot="destroy"`,
 	}, g.Config...)
 	if g.Type == PVH {
-		lines = append(lines, `tsc_mode="native"`) // RDTSCP is masked, see machine
+		lines = append(lines, pvhConfig...)
 	}
 	return strings.Join(lines, "\n") + "\n"
 }

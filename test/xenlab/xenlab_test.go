@@ -104,6 +104,9 @@ func TestComplaintsAreFound(t *testing.T) {
 		"(XEN) gnttab_usage_print_all [ key 'g' pressed":                                            false,
 		"(XEN) d2v0: upcall vector f3":                                                              false,
 		"[  9.1] BUG: kernel NULL pointer dereference, address: 0000000000000000":                   true,
+		"[ 59.1] xen_netback:xenvif_start_xmit: Invalid queue 1 for packet on interface vif5.0":     false,
+		"[ 59.1] xen_netback:xenvif_get_extras: Invalid extra type: 9":                              true,
+		"(XEN) d29v0 Triple fault - invoking HVM shutdown action 1":                                 true,
 		"[  9.1] rcu: INFO: rcu_preempt detected stalls on CPUs/tasks:":                             true,
 	} {
 		if got := complaints("before\n"+line+"\r\nafter\n", nil); (len(got) == 1) != want {
@@ -268,15 +271,15 @@ func TestGuestIsDescribedForXL(t *testing.T) {
 		Linux: []string{"a=b"}, Config: []string{"driver_domain=1"},
 	}.config()
 	for _, want := range [...]string{
-		`name="one"`, `type="pvh"`, `memory=448`, ` xenlab=guest a=b"`, "driver_domain=1", `tsc_mode="native"`,
+		`name="one"`, `type="pvh"`, `memory=448`, ` xenlab=guest a=b"`, "driver_domain=1", `tsc_mode="native"`, "\ncpus=\"1\"\n",
 		`vif=["mac=00:16:3e:77:00:01,script=` + image.VifScript + `","mac=00:16:3e:77:00:02,script=` + image.VifScript + `,backend=driver,mtu=9000,rate=1Mb/s"]`,
 	} {
 		if !strings.Contains(got, want) {
 			t.Errorf("no %s in\n%s", want, got)
 		}
 	}
-	if got := (Guest{Type: PV}).config(); strings.Contains(got, "tsc_mode") {
-		t.Error("tsc_mode is for PVH")
+	if got := (Guest{Type: PV}).config(); strings.Contains(got, "tsc_mode") || strings.Contains(got, "\ncpus=") {
+		t.Error("tsc_mode and cpus are for PVH")
 	}
 }
 
