@@ -80,6 +80,7 @@
 //	oxenstored
 //
 //	  other xenstore           PV domU: barevif serve, netfront; dom0: netback, barevif back
+//	  router, image, PVH       PV domU: netfront; PVH driver domain: an image of vifrouter; dom0: netback
 //
 // The baselines measure, so they need a machine without other work. They run only if -run
 // names them.

@@ -34,6 +34,9 @@ forward tcp 8080 to ` + applianceClient + `:80
 metrics router ` + applianceInside + `:9100
 `
 
+// refusedConf is what the router says of a file that is wrong in its 11th line.
+const refusedConf = `the new configuration is not used, and the old one stays.*xenstore:data/vifrouter/config:11:`
+
 const routerLog = "/var/log/xen/console/guest-" + image.RouterName + ".log"
 
 // udhcpcScript gives an interface what a DHCP server has offered: the address alone, and the router beside it.
@@ -48,14 +51,22 @@ bound|renew)
 esac
 `
 
-// routerImage boots the router as what "barevif image" makes of it. A client gets its address and
+// routerImage boots the router as what "barevif image" makes of it, as a guest of either type. A client gets its address and
 // the world through it, and dom0 a port of the client. Dom0 hands the router another file. The
 // client's vif is taken and given anew.
-func routerImage(t *T) {
+func routerImage(kind GuestType) func(*T) {
+	create := []string{"xl", "create", image.RouterAppliance + "/xl-pv.cfg"}
+	if kind == PVH {
+		create = append([]string{"xl", "create", image.RouterAppliance + "/xl.cfg"}, pvhConfig...)
+	}
+	return func(t *T) { t.routerImage(create) }
+}
+
+func (t *T) routerImage(create []string) {
 	t.loadNetback(true)
 	dom0 := t.Dom0()
 	begin := time.Now()
-	dom0.Within(2*time.Minute).Run("xl", "create", image.RouterAppliance+"/xl-pv.cfg")
+	dom0.Within(2 * time.Minute).Run(create...)
 	router := &Domain{t: t, ID: t.domid(image.RouterName), Name: image.RouterName, limit: stepLimit}
 	t.guests = append(t.guests, router)
 	t.awaitConsole("domain %d routes between 1 networks and vif 0", router.ID)

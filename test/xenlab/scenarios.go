@@ -91,14 +91,16 @@ func Plan() []Boot {
 			{Name: "both ours, without root", Roles: "PV domU: barevif serve; PV driver domain: barevif back; both as a user", Run: withoutRoot},
 			{Name: "units", Roles: "PV domU: systemd with barevif's units and udev rules, twice; dom0: netback", Limit: 8 * time.Minute, Run: units},
 			{Name: "router", Roles: "PV domU: netfront; PV driver domain: vifrouter, then Linux's forwarding; dom0: netback", Limit: 8 * time.Minute, Run: routed},
-			{Name: "router, image", Roles: "PV domU: netfront; PV driver domain: an image of vifrouter; dom0: netback", Run: routerImage,
-				Complaints: []string{`the new configuration is not used, and the old one stays.*xenstore:data/vifrouter/config:11:`}},
+			{Name: "router, image", Roles: "PV domU: netfront; PV driver domain: an image of vifrouter; dom0: netback", Run: routerImage(PV),
+				Complaints: []string{refusedConf}},
 		},
 	}, {
 		Name:  "oxenstored",
 		Linux: []string{proto.StoreArgument + "=oxenstored"},
 		Scenarios: []Scenario{
 			{Name: "other xenstore", Roles: "PV domU: barevif serve, netfront; dom0: netback, barevif back", Run: otherStore},
+			{Name: "router, image, PVH", Roles: "PV domU: netfront; PVH driver domain: an image of vifrouter; dom0: netback", Run: routerImage(PVH),
+				Complaints: []string{refusedConf}},
 		},
 	}}
 }
