@@ -104,7 +104,7 @@ func ourFront(kind GuestType) func(*T) {
 // to sleep in four steps, and a second thread looks for work. A busy loop or a short timer
 // exceeds the limit.
 func (t *T) requireIdle(d *Domain, program string) {
-	const seconds = 20
+	const seconds = 10
 	count := func() (switches, ticks int) {
 		out := d.Sh("pid=$(pidof %s); cat /proc/$pid/task/*/status | awk '/ctxt_switches/ {n += $2} END {print n}'; awk '{print $14 + $15}' /proc/$pid/stat", program)
 		if n, err := fmt.Sscan(out, &switches, &ticks); n != 2 {
