@@ -154,7 +154,7 @@ func (pl *plane) receive(p *port) {
 	workers := make([]worker, p.dev.Queues())
 	_ = forward.Receive(context.Background(), p.dev, func(queue int, frames []pvnet.Frame) (lost int, err error) {
 		return pl.move(p, &workers[queue], frames), nil
-	}) // serve and useUplink learn from the device why it has ended
+	}) // the error is the end of the device, for which serve and useUplink wait themselves
 }
 
 // move takes a batch of frames over, lets the core decide about them, and does what it decides. It returns how
