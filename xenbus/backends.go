@@ -36,8 +36,9 @@ type Backends struct {
 	all     bool            // list everything again
 }
 
-// WatchBackends watches for devices of type typ. Next first reports the devices that
-// exist already.
+// WatchBackends watches for devices of type typ. Next first reports the devices that exist
+// already. The caller closes the Backends. The error is a [*xenstore.ValueError] if typ cannot be
+// a type, or that of [xenstore.Client.WatchTree].
 func WatchBackends(ctx context.Context, c *xenstore.Client, typ string) (*Backends, error) {
 	dir := "backend/" + typ
 	if !xenstore.ValidName(typ) {
@@ -77,7 +78,7 @@ func (b *Backends) Next(ctx context.Context) (BackendEvent, error) {
 	return ev, nil
 }
 
-// Forget makes Next report the device again, if its directory exists.
+// Forget makes Next report the device as new, if its directory exists.
 func (b *Backends) Forget(id BackendID) {
 	delete(b.known, id)
 	b.rescan[fmt.Sprint(id.Front)] = true

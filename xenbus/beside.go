@@ -7,7 +7,8 @@ const mostBeside = 64
 
 // Unconnected counts the other devices of our type that the toolstack gave this domain
 // and that are not connected. When they connect they share the domain's limits (grants,
-// event channels) with this one. It reads 64 devices at most.
+// event channels) with this one. It reads 64 devices at most, and leaves out those whose state it may
+// not read.
 func (d *Device) Unconnected(ctx context.Context) (n int, err error) {
 	parent := parentOf(d.dir)
 	all, err := list(ctx, d.c, parent)

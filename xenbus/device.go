@@ -50,12 +50,16 @@ type WaitError struct {
 	Missing []string // keys that were still missing, if the wait was for keys
 	Own     State    // our state when the wait ended
 	Seen    []State  // states of the peer, oldest first, at most the last 16
-	Err     error    // the context's cause
+	Err     error    // the context's cause; nil in [Device.Trouble], which goes on waiting
 }
 
 func (e *WaitError) Error() string {
 	if len(e.Missing) > 0 {
-		return fmt.Sprintf("xenbus %s: still without %s: %v", e.Dir, strings.Join(e.Missing, ", "), e.Err)
+		text := fmt.Sprintf("xenbus %s: still without %s", e.Dir, strings.Join(e.Missing, ", "))
+		if e.Err != nil {
+			text += ": " + e.Err.Error()
+		}
+		return text
 	}
 	seen := "no state we may read"
 	if len(e.Seen) > 0 {
@@ -514,13 +518,14 @@ func (d *Device) WritePeer(ctx context.Context, key, value string) error {
 	return nil
 }
 
-// ReadPeer reads a key of the other end's directory.
+// ReadPeer reads a key of the other end's directory. The error is ErrNotFound if the key is missing, or
+// ErrAccess.
 func (d *Device) ReadPeer(ctx context.Context, key string) (string, error) {
 	dir, _ := d.Peer()
 	return d.c.Read(ctx, dir+"/"+key)
 }
 
-// OwnKeys lists the keys of our directory.
+// OwnKeys lists the keys of our directory. The error is ErrNotFound if that does not exist, or ErrAccess.
 func (d *Device) OwnKeys(ctx context.Context) ([]string, error) {
 	return d.c.Directory(ctx, d.dir)
 }

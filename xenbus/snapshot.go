@@ -108,8 +108,8 @@ func (d *Device) readBackend(ctx context.Context, s *snapshot) error {
 	var bad *xenstore.ValueError
 	switch {
 	case errors.As(err, &bad) || len(missing) > 0:
-		// The toolstack has written only one of the two keys: its event for the other one
-		// starts another refresh.
+		// The toolstack has written our keys in part: its event for the others starts another
+		// refresh. If a key of the other end is missing, no event comes, and the caller retries.
 		if at.dir != "" && err == nil {
 			return &WaitError{Dir: d.dir, Missing: missing}
 		}

@@ -194,7 +194,7 @@ func (c *PortConfig) check() error {
 	return nil
 }
 
-// connectLocked gives p an input at each port that it may reach, and these one at p.
+// connectLocked gives p an Input at each port that it may reach, and each of these ports one at p.
 func (b *Bridge) connectLocked(p *Port) error {
 	mine := &outs{to: make([]*forward.Input, len(b.ports))}
 	for _, o := range b.ports {
@@ -203,7 +203,7 @@ func (b *Bridge) connectLocked(p *Port) error {
 		}
 		in, err := o.sender.Input(p.src)
 		if err != nil {
-			continue // its device has just ended
+			continue // the device of o has just ended
 		}
 		mine.add(o, in)
 		if in, err = p.sender.Input(o.src); err != nil {
@@ -218,7 +218,8 @@ func (b *Bridge) connectLocked(p *Port) error {
 	return nil
 }
 
-// disconnectLocked takes p off the bridge.
+// disconnectLocked takes p out of b.ports, closes its Inputs at other ports and theirs at p, and forgets its
+// stations.
 func (b *Bridge) disconnectLocked(p *Port) {
 	b.ports[p.number] = nil
 	for _, o := range b.ports {
@@ -279,10 +280,10 @@ type Port struct {
 	outs              atomic.Pointer[outs]
 	stop              context.CancelCauseFunc
 	counts            [counters]atomic.Uint64
-	learned           int // guarded by table.mu: how many stations the table has of it, but the guards
+	learned           int // guarded by table.mu: how many stations the table has learned at this port
 
-	gone chan struct{} // closed when it is no port any more
-	err  error         // written before that: why
+	gone chan struct{} // closed once the port has been removed
+	err  error         // written before gone is closed: why it was removed
 }
 
 // run moves what the port receives until ctx ends or the device does, and then removes the
@@ -393,8 +394,8 @@ func (p *Port) Stats() PortStats {
 // outs are the ports that one port may reach. They are immutable once stored.
 type outs struct {
 	to      []*forward.Input // by number of the port; nil: it is not to be reached
-	all     []int            // the numbers of all
-	unknown []int            // of those that may have a station that the bridge does not know
+	all     []int            // the numbers of all these ports
+	unknown []int            // the numbers of those without a Guard: a station that the bridge does not know may be there
 }
 
 func (o *outs) clone(ports int) *outs {
@@ -418,7 +419,7 @@ func (o *outs) remove(p *Port) {
 	o.unknown = slices.DeleteFunc(o.unknown, not)
 }
 
-// input returns the way to a port; nil if there is none.
+// input returns the Input at a port; nil if the port may not be reached.
 func (o *outs) input(number int) *forward.Input {
 	if number < len(o.to) {
 		return o.to[number]

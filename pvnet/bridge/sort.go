@@ -7,22 +7,22 @@ import (
 	"barevif/pvnet/forward"
 )
 
-// Where a frame goes that does not go to one port, by number.
+// Values of sorter.at for a frame that does not go to the port of that number.
 const (
 	nowhere   = -1 - iota // it is dropped
-	toAll                 // for a group: to all ports
-	toUnknown             // for a station that the bridge does not know
+	toAll                 // it is for a group, and goes to all ports
+	toUnknown             // it is for a station that the bridge does not know, and goes to the ports that may have it
 	sentOn                // it was given to its port
 )
 
 // A sorter decides where the frames of one queue of a port go. One goroutine uses it.
 type sorter struct {
-	at     [forward.Batch]int          // where each frame goes
-	macs   [forward.Batch][2]pvnet.MAC // its addresses: destination, source
-	news   [forward.Batch]int          // the frames from stations to be learned
-	nnews  int
-	group  [forward.Batch]pvnet.Frame // those for one port
-	counts [counters]uint64
+	at     [forward.Batch]int          // by frame: the number of its port, or one of the constants above
+	macs   [forward.Batch][2]pvnet.MAC // by frame: destination, source
+	news   [forward.Batch]int          // the indexes of frames from stations to be learned
+	nnews  int                         // how many of them there are
+	group  [forward.Batch]pvnet.Frame  // the frames that go to one port together
+	counts [counters]uint64            // of this batch, to be added to Port.counts
 }
 
 // forward passes on what a queue of the port has received. It takes over all frames, and
@@ -147,7 +147,7 @@ func (p *Port) learn(s *sorter) {
 	}
 }
 
-// sendEach gives each frame to its one port, those of a port together.
+// sendEach gives each frame to its port; frames for the same port go together. It returns how many were lost.
 func (s *sorter) sendEach(frames []pvnet.Frame, outs *outs) (lost int) {
 	for i := range frames {
 		at := s.at[i]

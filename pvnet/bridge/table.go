@@ -12,13 +12,13 @@ import (
 	"barevif/pvnet"
 )
 
-// ages is how many times a station is looked at before it is forgotten.
+// ages is how many steps of the table's time make Config.Age.
 const ages = 8
 
 // A table holds the stations that the bridge knows.
 type table struct {
 	most, perPort int
-	now           atomic.Uint32 // in eighths of Config.Age
+	now           atomic.Uint32 // the time in steps: ages of them make Config.Age
 
 	mu      sync.RWMutex
 	entries map[pvnet.MAC]*entry // guarded by mu
@@ -39,7 +39,8 @@ func newTable(cfg Config) table {
 // station reports whether mac is the address of one station.
 func station(mac pvnet.MAC) bool { return mac[0]&1 == 0 && mac != pvnet.MAC{} }
 
-// guard fixes addresses at p. An error says which of them another port has.
+// guard makes entries at p that neither age nor move, for the addresses of its Guard. An error names an
+// address that is in another port's Guard; then it has changed nothing.
 func (t *table) guard(p *Port, guard []pvnet.MAC) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -79,8 +80,8 @@ func (t *table) forget(p *Port, guards bool) {
 	}
 }
 
-// fullFor reports whether there is no room for a station of p that the table has as e, or not at
-// all. The caller holds mu.
+// fullFor reports whether the table has no room for another station of p. e is the station's entry at
+// another port, or nil. The caller holds mu.
 func (t *table) fullFor(p *Port, e *entry) bool {
 	return p.learned >= t.perPort || e == nil && t.learned >= t.most
 }
@@ -90,7 +91,7 @@ func (t *table) fullFor(p *Port, e *entry) bool {
 func (t *table) learnLocked(p *Port, mac pvnet.MAC) (moves, full bool) {
 	e := t.entries[mac]
 	switch {
-	case e != nil && (e.fixed || e.port == p): // meanwhile
+	case e != nil && (e.fixed || e.port == p): // another goroutine made the entry since sort looked
 		return false, false
 	case t.fullFor(p, e):
 		return false, true
@@ -108,8 +109,8 @@ func (t *table) learnLocked(p *Port, mac pvnet.MAC) (moves, full bool) {
 	return moves, false
 }
 
-// age counts the time, and forgets stations that have sent nothing for ages steps, until ctx
-// ends.
+// age counts steps of the time, and forgets stations that have sent nothing for more than ages of
+// them, until ctx ends.
 func (t *table) age(ctx context.Context, step time.Duration) {
 	tick := time.NewTicker(step)
 	defer tick.Stop()

@@ -142,7 +142,7 @@ func (in *Input) count(what kind, n int) {
 	}
 }
 
-// drop drops frames that wait nowhere.
+// drop drops frames that are in no queue.
 func (in *Input) drop(frames []pvnet.Frame, why kind) {
 	for i := range frames {
 		frames[i].Release() // it may be stale by a mistake of the one who gave it

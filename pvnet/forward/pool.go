@@ -31,7 +31,7 @@ type poolWorker struct {
 
 	mu      sync.Mutex
 	members []*poolMember // guarded by mu
-	leaving []*poolMember // guarded by mu: those that the goroutine is to let go
+	leaving []*poolMember // guarded by mu: those that the goroutine is to stop receiving for
 	closed  bool          // guarded by mu
 }
 
@@ -40,7 +40,7 @@ type poolMember struct {
 	rx          *pvnet.RX
 	fn          func([]pvnet.Frame) (int, error)
 	undelivered uint64 // frames lost that the device has not counted yet
-	over        bool   // nothing is received any more
+	over        bool   // it has left the pool: nothing is received any more
 	err         error  // written before left is closed: why
 	left        chan struct{}
 }
@@ -129,7 +129,7 @@ func (w *poolWorker) add(m *poolMember) error {
 	return nil
 }
 
-// letGo has the goroutine close m.left, and not use m afterwards.
+// letGo makes the goroutine stop receiving for m, and then close m.left.
 func (w *poolWorker) letGo(m *poolMember) {
 	w.mu.Lock()
 	w.leaving = append(w.leaving, m)
@@ -177,7 +177,7 @@ func deviceError(m *poolMember) error {
 	return err
 }
 
-// receive passes one batch of m on.
+// receive passes one batch of frames of m on to its fn.
 func (w *poolWorker) receive(m *poolMember, frames []pvnet.Frame) error {
 	n, err := m.rx.Poll(frames)
 	switch {
@@ -196,7 +196,7 @@ func (w *poolWorker) receive(m *poolMember, frames []pvnet.Frame) error {
 	return err
 }
 
-// leave lets m go.
+// leave stops receiving for m, because of err, and closes m.left.
 func (w *poolWorker) leave(m *poolMember, err error) {
 	if m.over {
 		return
@@ -213,7 +213,7 @@ func (w *poolWorker) leave(m *poolMember, err error) {
 	close(m.left)
 }
 
-// end lets all members go.
+// end stops receiving for all members, because of err, and closes the poller.
 func (w *poolWorker) end(err error) {
 	w.mu.Lock()
 	w.closed = true

@@ -16,22 +16,22 @@ const turns = 4
 // A queue is one queue of the vif, with the frames that wait for it: those of batch, which are
 // next, and those in the lanes.
 //
-// Whoever sends has set busy, and is the owner of tx, batch and undelivered until it clears
-// busy. Frames wait only while somebody is busy, or the queue's goroutine was told to be
-// (handed).
+// The goroutine that sends has set busy, and owns tx, batch and undelivered until it clears busy.
+// Frames wait only while busy is set: by a goroutine that sends, or for the queue's own goroutine,
+// which is to send (handed).
 type queue struct {
 	s  *Sender
 	tx *pvnet.TX
 
 	mu     sync.Mutex
-	change sync.Cond // of mu: handed, busy or over has changed
+	change sync.Cond // with mu: handed, busy or over has changed
 	busy   bool      // guarded by mu
-	handed bool      // guarded by mu: the goroutine is the one that is busy
+	handed bool      // guarded by mu: the queue's own goroutine sends, or is about to
 	over   error     // guarded by mu: why nothing is sent any more
 
 	first, last *lane // guarded by mu: a FIFO of the lanes with frames; each takes its turn
 
-	batch  [Batch]pvnet.Frame // written with mu held, by the one who is busy
+	batch  [Batch]pvnet.Frame // written with mu held, by the goroutine that set busy
 	owners [Batch]*Input      // of batch
 	n      int                // frames in batch
 
@@ -55,14 +55,14 @@ type lane struct {
 	ring    []pvnet.Frame // a power of two; made when the first frame waits
 	from, n uint32        // where the first frame is, and how many there are
 	pages   int32         // that they hold
-	credit  int           // bytes that it may still send in this turn
-	inTurn  bool          // it has got its credit for this turn
+	credit  int           // bytes that it may still send in this turn (the deficit counter)
+	inTurn  bool          // credit has its share of this turn
 	queued  bool          // it is in the FIFO of q
 	next    *lane         // in that FIFO
 }
 
-// pageSize is the size of a page of a device in bytes, and room that of what a device leaves
-// free before a frame of several.
+// pageSize is the size of a page of a device, and room how much a device leaves free in front of a
+// frame of several pages, both in bytes.
 const (
 	pageSize = 4096
 	room     = 128
@@ -76,8 +76,8 @@ func pagesOf(f *pvnet.Frame) int32 {
 	return int32(f.Len()+room+pageSize-1) / pageSize
 }
 
-// costOf returns what a frame costs an input, in bytes: what it takes on a wire, where a short
-// frame is padded, and each has a preamble, a checksum and a gap.
+// costOf returns what a frame costs its input, in bytes: its length on a wire, where a short frame
+// is padded, and each has a preamble, a frame check sequence and a gap.
 func costOf(f *pvnet.Frame) int { return max(f.Len(), 60) + 24 }
 
 // share is how many bytes an input may send in a turn.
@@ -118,9 +118,9 @@ func (l *lane) send(frames []pvnet.Frame) (lost int, err error) {
 	}
 }
 
-// pushed handles the frames that a push of in has left over with err, and sends what has come
-// to the queue meanwhile. It returns how many of the frames were lost. The caller is busy and
-// holds mu; afterwards it is and does neither.
+// pushed handles rest, the frames of in that push did not send because of err, and sends what has
+// come to the queue meanwhile. It returns how many of rest were lost, and the error that has ended
+// the queue. The caller has set busy and holds mu; pushed gives up both.
 func (q *queue) pushed(in *Input, rest []pvnet.Frame, err error) (lost int, end error) {
 	switch {
 	case q.over != nil:
@@ -143,8 +143,8 @@ func (q *queue) pushed(in *Input, rest []pvnet.Frame, err error) (lost int, end 
 	return len(rest), end
 }
 
-// pump sends what waits, a few batches at most. The caller is busy and holds mu; afterwards
-// it is and does neither. It returns an error if the device has ended.
+// pump sends what waits, a few batches at most. The caller has set busy and holds mu; pump gives up
+// both. It returns the error that has ended the queue.
 func (q *queue) pump() error {
 	for turn := 0; ; turn++ {
 		if q.over != nil {
@@ -188,7 +188,7 @@ func (q *queue) work() {
 		for !q.handed && q.over == nil {
 			q.change.Wait()
 		}
-		if !q.handed { // it is over, and whoever is busy drops what is left
+		if !q.handed { // the queue has ended: a goroutine that has set busy drops what is left
 			q.mu.Unlock()
 			return
 		}
@@ -212,7 +212,7 @@ func (q *queue) drainLocked() error {
 		q.sent(k)
 		switch {
 		case err == nil, q.over != nil:
-		case err == pvnet.ErrLinkDown, errors.Is(err, hypercall.ErrDeadlineExceeded): // the link is down, and nobody waits for it
+		case err == pvnet.ErrLinkDown, errors.Is(err, hypercall.ErrDeadlineExceeded): // the link is down, and the policy is not to wait for it
 			q.dropBatch(down)
 		default:
 			return err
@@ -227,7 +227,7 @@ func (q *queue) handOverLocked() {
 	q.change.Broadcast()
 }
 
-// restLocked says that nobody sends now.
+// restLocked clears busy: no goroutine sends now.
 func (q *queue) restLocked() {
 	q.busy, q.handed = false, false
 	if q.over != nil {
@@ -235,8 +235,8 @@ func (q *queue) restLocked() {
 	}
 }
 
-// finish drops what waits and ends the Sender. The caller is busy and holds mu; afterwards it
-// is and does neither.
+// finish drops what waits and ends the Sender. The caller has set busy and holds mu; finish gives
+// up both.
 func (q *queue) finish(end error) {
 	if q.over == nil {
 		q.over = end
@@ -255,7 +255,7 @@ func (q *queue) finish(end error) {
 	q.s.end(end)
 }
 
-// close ends the queue. Whoever is busy drops what waits.
+// close ends the queue. If a goroutine has set busy, it drops what waits; otherwise nothing waits.
 func (q *queue) close(why error) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -265,7 +265,7 @@ func (q *queue) close(why error) {
 	q.change.Broadcast()
 }
 
-// awaitIdle waits until nobody is busy. The queue is closed.
+// awaitIdle waits until no goroutine has set busy. The queue is closed, so none sets it again.
 func (q *queue) awaitIdle() {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -274,9 +274,9 @@ func (q *queue) awaitIdle() {
 	}
 }
 
-// push sends frames, of in or else of the owners of batch. It returns how many are no longer
-// ours, and why not all: [pvnet.ErrFull], [pvnet.ErrLinkDown], a deadline, or the end of the
-// device. The caller is busy and does not hold mu.
+// push sends frames, which are in's or, if in is nil, those of batch. It returns how many the device
+// took over or refused for good, and why not all: [pvnet.ErrFull], [pvnet.ErrLinkDown], a deadline,
+// or the end of the device. The caller has set busy and does not hold mu.
 func (q *queue) push(frames []pvnet.Frame, in *Input, wait bool) (k int, err error) {
 	for k < len(frames) {
 		var n int
@@ -306,7 +306,7 @@ func (q *queue) push(frames []pvnet.Frame, in *Input, wait bool) (k int, err err
 	return k, err
 }
 
-// count counts n frames from number k on, of in or else of the owners of batch.
+// count counts n frames from number k on, which are in's or, if in is nil, those of batch.
 func (q *queue) count(what kind, in *Input, k, n int) {
 	if in != nil {
 		in.count(what, n)
@@ -406,8 +406,8 @@ func (l *lane) put(frames []pvnet.Frame) (n int) {
 	return n
 }
 
-// pend makes the rest of a batch of in the next one to be sent, and returns how many frames of it
-// were dropped: lent ones for which there was no page. The caller is busy and holds mu; batch is
+// pend makes frames, the rest of a batch of in, the next batch. It returns how many of them it
+// dropped: lent ones for which there was no page. The caller has set busy and holds mu; batch is
 // empty.
 func (q *queue) pend(in *Input, frames []pvnet.Frame) (lost int) {
 	pages := int32(0)
@@ -427,17 +427,17 @@ func (q *queue) pend(in *Input, frames []pvnet.Frame) (lost int) {
 	return lost
 }
 
-// keep makes a frame one that may wait. A backend answers its guest in order, so a page of the
-// guest's that waited here would hold up all that the guest has sent since: for as long as another
-// guest takes nothing. A frame in such a page becomes a copy, and one for which there is no page is
-// dropped: then keep reports false. Where senders are to wait for the vif they wait for their
-// frames too, and nothing is copied.
+// keep prepares a frame to wait. A backend answers its guest in order, so a lent page of the guest's
+// that waited here would hold up all that the guest has sent since, for as long as another guest takes
+// nothing. So keep replaces a lent frame by a copy, and reports false if there is no page for that: the
+// caller drops the frame or keeps it. With the policy Wait senders wait for their frames anyway, and
+// nothing is copied.
 func (s *Sender) keep(src *Source, f *pvnet.Frame) bool {
 	return s.cfg.Full == Wait || !f.ReadOnly() || src.copy(f)
 }
 
-// sent removes the first k frames of batch, which are no longer ours. The caller is busy and
-// holds mu.
+// sent removes the first k frames of batch, which the device has taken over. The caller has set
+// busy and holds mu.
 func (q *queue) sent(k int) {
 	for i := 0; i < k; {
 		in, run, pages := q.owners[i], 0, int32(0)
@@ -455,7 +455,7 @@ func (q *queue) sent(k int) {
 	q.n = left
 }
 
-// dropBatch drops the frames of batch. The caller is busy and holds mu.
+// dropBatch drops the frames of batch. The caller has set busy and holds mu.
 func (q *queue) dropBatch(why kind) {
 	for i := range q.batch[:q.n] {
 		q.batch[i].Release() // it may be stale by a mistake of the one who gave it

@@ -163,7 +163,7 @@ func (s *Sender) follow(ctx context.Context) {
 		s.mu.Unlock()
 	}
 	if ctx.Err() == nil {
-		_, err := s.queues[0].tx.SendWait(nil) // nobody can be inside
+		_, err := s.queues[0].tx.SendWait(nil) // returns the error that has ended the device, without a wait
 		s.end(cmp.Or(err, pvnet.ErrDisconnected))
 	}
 }
@@ -251,22 +251,22 @@ func (s *Sender) Input(src *Source) (*Input, error) {
 // methods may be called from any goroutine.
 type Source struct {
 	limit int32
-	held  atomic.Int32 // pages
+	held  atomic.Int32 // pages that wait
 
 	freed   atomic.Uint32 // how often pages have come back
 	waiters atomic.Int32
 	mu      sync.Mutex
-	changed sync.Cond // of mu: freed has grown
+	changed sync.Cond // with mu: freed has grown
 
-	copying sync.Once // makes copies
+	copying sync.Once // guards the making of copies
 	copies  *pvnet.Copies
 }
 
-// mostCopies is the memory for copies of one source's frames, in pages.
+// mostCopies bounds the memory for copies of one source's lent frames, in pages.
 const mostCopies = 4 * StandardPages
 
-// copy makes a frame that its device lends a copy, which may wait. It reports false if no page is
-// free. The memory for it is made when the first such frame waits.
+// copy replaces a lent frame by a copy of it, which may wait. It reports false if no page is free.
+// The memory for copies is allocated when the first lent frame waits.
 func (s *Source) copy(f *pvnet.Frame) bool {
 	s.copying.Do(func() { s.copies = pvnet.NewCopies(min(int(s.limit), mostCopies)) })
 	return s.copies.Replace(f)
@@ -276,7 +276,8 @@ func (s *Source) copy(f *pvnet.Frame) bool {
 // [pvnet.Config] says nothing else.
 const StandardPages = 256
 
-// leastPages is room for a frame of 64 KiB, and as many pages more.
+// leastPages is the least limit of a Source, in pages: at least twice what a frame of 64 KiB takes, so
+// that such a frame finds room while another waits in another queue.
 const leastPages = 36
 
 // NewSource makes a source of which at most so many pages wait, in all Senders together. 0
@@ -301,7 +302,7 @@ func (s *Source) free(pages int32) {
 	s.wake()
 }
 
-// wake makes those look again who wait for pages, or for something that ends their wait.
+// wake makes the goroutines in await look again: pages came back, or their wait is to end.
 func (s *Source) wake() {
 	s.freed.Add(1)
 	if s.waiters.Load() > 0 {
@@ -311,7 +312,7 @@ func (s *Source) wake() {
 	}
 }
 
-// await waits until freed is no longer seen.
+// await waits until freed differs from seen.
 func (s *Source) await(seen uint32) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

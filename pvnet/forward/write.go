@@ -7,7 +7,7 @@ import (
 )
 
 // mostWritten is how many frames of [Sender.Write] may wait for a queue of the vif, and
-// mostWrittenBytes how long they may be together.
+// mostWrittenBytes how many bytes they may have together.
 const (
 	mostWritten      = 256
 	mostWrittenBytes = 512 << 10
@@ -96,8 +96,8 @@ func (w *writtenQueue) drop() {
 	w.frames--
 }
 
-// fillWritten moves written frames to batch, as long as there is room and the vif has pages. The
-// caller is busy and holds mu.
+// fillWritten moves written frames to batch while it has room. It drops those for which the vif has no page.
+// The caller has set busy and holds mu.
 func (q *queue) fillWritten() {
 	for own := q.s.own; q.written.frames > 0 && q.n < Batch; q.written.drop() {
 		a, b := q.written.peek()

@@ -35,8 +35,8 @@ type burst struct {
 	n       int            // number of frames
 	done    bool           // the added frames have run; the next add starts anew
 
-	try  func(fd uintptr) (done bool)
-	once func(fd uintptr)
+	try  func(fd uintptr) (done bool) // runs the added frames; built once, since a closure for each burst would allocate
+	once func(fd uintptr)             // calls try and ignores its result
 }
 
 func (b *burst) open(p *port, op uint8) (err error) {
@@ -127,9 +127,10 @@ func (b *burst) any() bool {
 	return false
 }
 
+// A tapReader is the burstReader of a TAP.
 type tapReader struct {
 	burst
-	spare [1]byte // see TAP
+	spare [1]byte // as TAP.spare
 	got   [batch]reading
 	rooms []byte // mapped, so that a page takes memory only once it was used
 }
@@ -217,6 +218,7 @@ func (r *tapReader) read(wait bool) ([]reading, error) {
 	return r.got[:r.n], nil
 }
 
+// A tapWriter is the burstWriter of a TAP.
 type tapWriter struct {
 	burst
 	errs [batch]error

@@ -14,16 +14,16 @@ import (
 // errHeld is the result of move when the Joint is held.
 var errHeld = errors.New("link: held")
 
-// errNotJoined is returned by Hold while Run does not run.
-var errNotJoined = errors.New("link: no Run to hold")
+// errNotJoined is returned by Hold while Run does not run, and while the Joint is held.
+var errNotJoined = errors.New("link: cannot hold: Run does not run, or the Joint is held already")
 
-// A holds is the state of Hold and Resume.
+// A holds is the state of Joint.Hold and Joint.Resume.
 type holds struct {
 	stopping atomic.Bool   // the goroutines of move are to end at their deadlines
-	patience time.Duration // what tests have instead of holdPatience, unless it is 0
+	patience time.Duration // replaces holdPatience in tests; 0: it does not
 
 	mu      sync.Mutex
-	ask     chan struct{} // guarded by mu; capacity 1; nil: Run does not run
+	ask     chan struct{} // guarded by mu; holds one, the request of Hold; nil: Run does not run
 	reached chan struct{} // guarded by mu; closed when Run rests; nil: not held
 	resume  chan struct{} // guarded by mu; closed by Resume; nil: not held
 	over    chan struct{} // guarded by mu; closed when Run ends
@@ -116,8 +116,9 @@ func (h *holds) unlessHeld(change func()) {
 // A frame for which the vif has no room within 100 ms is dropped and counted as Unfed.
 //
 // A Run that ends while it is held leaves the links as they are, with the kernel leaving
-// work to whoever reads them next. Hold fails if ctx ends first, and goes on then, or if
-// Run does not run. One goroutine at a time calls Hold and Resume.
+// work to whoever reads them next. Hold blocks until the Joint is held. If ctx ends first Hold
+// fails with its cause, and Run goes on; Hold also fails if Run does not run or the Joint is held
+// already. One goroutine at a time calls Hold and Resume.
 func (j *Joint) Hold(ctx context.Context) error {
 	h := &j.holds
 	h.mu.Lock()
@@ -170,8 +171,8 @@ func (j *Joint) Held() bool { return j.holds.held() }
 // holdPatience is how long the frames read from a link may wait for room in the vif.
 const holdPatience = 100 * time.Millisecond
 
-// quiesce makes the goroutines of move end, those that send last: it stops reading and
-// receiving at once, and sending and writing only if they do not come to an end. A feeder that
+// quiesce makes the goroutines of move end: it stops reading and receiving at once, and sending
+// and writing only if the goroutines have not ended after holdPatience. A feeder that
 // has read nothing and waits for empty frames has nothing to send: the vif may not have its
 // queue at all, and then it waits as long as the connection lasts.
 func (j *Joint) quiesce(ctx context.Context, links []Link, rxs []*pvnet.RX, txs []*pvnet.TX, empty []atomic.Bool) {

@@ -34,10 +34,10 @@ type Joint struct {
 	unsent, unread, oversize, uncut, refused atomic.Uint64
 	unfed                                    atomic.Uint64
 
-	logged [sizeKinds]atomic.Bool // by kind: whether logOnce has logged it
-	single atomic.Bool            // whether logNoBursts has logged
+	logged [sizeKinds]atomic.Bool // by kind of size: logOnce has logged it
+	single atomic.Bool            // logNoBursts has logged
 
-	unsteered bool // whether followSteering, which alone uses it, has logged
+	unsteered bool // followSteering, which alone uses it, has logged
 
 	holds holds
 }
@@ -400,7 +400,7 @@ type feeder struct {
 	ready, n int
 	size     int
 
-	raised int // the link's MTU if it is larger than when the link was opened, else 0
+	raised int // the link's MTU, in bytes, if it is larger than when the link was opened, else 0
 	errs   int // reads that failed since the last frame, or the last pause
 	odd    int // reads since the last frame that failed with an unknown error
 	lost   [losses]uint64
@@ -409,7 +409,7 @@ type feeder struct {
 	bufs  [vifPieces + 1][]byte
 	cut   packet.Cutter
 
-	ending func() bool // the Run is about to end, or to be held
+	ending func() bool // reports whether Run is about to end, or to be held
 
 	burst burstReader // nil: frames are read one by one
 	want  int         // how many frames the next burst asks for
@@ -801,7 +801,7 @@ func (f *feeder) flush() error {
 	return nil
 }
 
-// keep removes the first done frames, which are no longer ours.
+// keep removes the first done frames, which the vif has taken over or which were released.
 func (f *feeder) keep(done int) {
 	f.n = copy(f.frames[:], f.frames[done:f.n])
 	f.ready -= done

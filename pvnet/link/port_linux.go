@@ -28,8 +28,8 @@ type port struct {
 	conn   syscall.RawConn
 	closed atomic.Bool
 	shared atomic.Bool // another process has the descriptor too, and may have made it blocking
-	mute   error       // for an error of the poller that the next system call does not confirm
-	fault  error       // the meaning of EFAULT from a read
+	mute   error       // returned if the poller reports an error that the next system call does not confirm
+	fault  error       // returned for EFAULT from a read
 	rd, wr half
 }
 
@@ -174,8 +174,8 @@ func (p *port) receive(wait bool) error {
 	return nil
 }
 
-// stuck finds out why the poller does not wait. The poller reports that the descriptor is
-// in error, but not the error; one more try gets it from the kernel.
+// stuck tries h once more after err, with which the poller refused to wait, and returns the error of
+// that try. The poller reports that the descriptor is in error, but not which: the kernel tells that.
 func (p *port) stuck(err error, h *half) error {
 	if p.ended(err) {
 		return p.failure(err)

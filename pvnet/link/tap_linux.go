@@ -36,7 +36,7 @@ type TAPConfig struct {
 type TAP struct {
 	port
 	spare [1]byte  // behind the caller's buffers: only a frame too large for them reaches it
-	asks  *os.File // a socket of the interface's network namespace; nil if it was opened elsewhere
+	asks  *os.File // a socket of the interface's network namespace, for ioctls; nil if another process opened the TAP
 
 	steerMu sync.Mutex
 	program *steer.Program // guarded by steerMu; nil: not loaded yet

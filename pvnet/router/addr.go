@@ -9,9 +9,10 @@ import (
 )
 
 // An addr is an IP address; an IPv4 address is its IPv4-mapped IPv6 address, so that both
-// families are in one space. No packet has such an IPv6 address: they are martians.
+// families are in one space. IPv6 packets with such an address are dropped (ReasonMartian).
 type addr struct{ hi, lo uint64 }
 
+// mapped is the prefix ::ffff:0:0/96, as the low half of an addr has it.
 const mapped = 0xffff << 32
 
 func addr4(b []byte) addr { return addr{0, mapped | uint64(binary.BigEndian.Uint32(b))} }
@@ -67,8 +68,8 @@ func (a addr) multicast() bool {
 func (a addr) unspecified() bool { return a.hi == 0 && (a.lo == 0 || a.lo == mapped) }
 
 // reserved reports whether a is neither source nor unicast destination of any packet that is
-// forwarded or received: loopback, 0/8, 240/4, ::/96 and other addresses that embed one of
-// IPv4.
+// forwarded or received: 0/8, 127/8 and 240/4, and of IPv6 ::/96, which has :: and the loopback
+// address in it.
 func (a addr) reserved() bool {
 	if a.is4() {
 		n := uint32(a.lo) >> 24
@@ -79,7 +80,7 @@ func (a addr) reserved() bool {
 
 var broadcast = addr{0, mapped | 0xffffffff}
 
-// A prefix is a set of addresses in the one space.
+// A prefix is a set of addresses of one family, in the space of both.
 type prefix struct {
 	addr
 	mask addr
@@ -131,7 +132,7 @@ type tuple struct {
 	proto uint32
 }
 
-// inverse names the answers to t's packets.
+// inverse returns the tuple of the answers to t's packets.
 func (t *tuple) inverse() tuple {
 	return tuple{t.dst, t.src, bits.RotateLeft32(t.ports, 16), t.proto}
 }
@@ -150,8 +151,8 @@ const (
 // hasPorts reports whether a tuple of the protocol has ports.
 func hasPorts(proto uint32) bool { return proto == packet.TCP || proto == packet.UDP }
 
-// A change is a ones' complement sum of words to be added to a sum of which others were
-// part: of each new word and of the complement of the word it replaces.
+// A change is what to add to a ones' complement sum when words of it are replaced: the sum of each new word
+// and of the complement of the word that it replaces.
 type change uint64
 
 func (c *change) words(from, to uint64) { *c += change(packet.Fold(to)) + change(^packet.Fold(from)) }

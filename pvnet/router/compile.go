@@ -16,7 +16,7 @@ import (
 type snapshot struct {
 	gen      uint32 // set by Configure
 	ports    []*port
-	own      map[addr]struct{} // the router's unicast addresses; link-local ones not
+	own      map[addr]struct{} // the router's unicast addresses, without the link-local ones of IPv6
 	bcast    map[addr]PortID   // directed broadcasts of the ports' prefixes
 	routes   routes
 	forwards []forward
@@ -33,11 +33,11 @@ type port struct {
 	born      uint32 // generation since which it is the same port: flows older than that end
 	sources   []prefix
 	onLink    []prefix
-	addrs     []addr // the router's own, without link-local ones
-	addrNets  []prefix
+	addrs     []addr   // the router's own, without the link-local one of IPv6
+	addrNets  []prefix // of each of addrs
 	tentative []addr
 	linkLocal addr // zero without IPv6
-	guardMAC  bool
+	guardMAC  bool // SourceMAC is set
 }
 
 type portSet struct {
@@ -61,7 +61,7 @@ type forward struct {
 	proto uint32
 	ports PortRange
 	to    addr
-	first uint16 // what ports.First becomes
+	first uint16 // the port that ports.First becomes
 }
 
 type rule struct {
@@ -69,17 +69,17 @@ type rule struct {
 	in, out      portSet
 	family       int
 	src, dst     []prefix
-	protos       [4]uint64 // bits; all zero: any
+	protos       [4]uint64 // a bit for each protocol; not used with anyProto
 	anyProto     bool
 	sport, dport []PortRange
-	types        [4]uint64
+	types        [4]uint64 // a bit for each ICMP type; not used with anyType
 	anyType      bool
 	states       States
 	action       Action
 	matched      uint64 // guarded by Router.mu
 }
 
-// A hop is where a packet goes next.
+// A hop is the next hop of a packet.
 type hop struct {
 	out PortID
 	via addr // zero: the destination itself
@@ -166,10 +166,10 @@ func (s *snapshot) addPort(c *Port, i int, bad *complaints) {
 		return
 	}
 	if c.MAC == [6]byte{} || c.MAC[0]&1 != 0 {
-		bad.add(where, "has the MAC %x, which is none of a station", c.MAC)
+		bad.add(where, "has the MAC %x: write the unicast MAC of the router on this port", c.MAC)
 	}
 	if c.SourceMAC[0]&1 != 0 {
-		bad.add(where, "guards the source MAC %x, which is none of a station", c.SourceMAC)
+		bad.add(where, "guards the source MAC %x: write a unicast MAC, or none to guard none", c.SourceMAC)
 	}
 	p := &port{Port: *c, guardMAC: c.SourceMAC != [6]byte{}}
 	if p.MTU == 0 {
@@ -190,7 +190,7 @@ func (s *snapshot) addPort(c *Port, i int, bad *complaints) {
 		}
 		x := toAddr(a.Addr())
 		if x.reserved() || x.multicast() {
-			bad.add(where, "has the address %v, which is none of a host", a)
+			bad.add(where, "has the address %v: write a unicast address that a host may have", a)
 			continue
 		}
 		six = six || !x.is4()
@@ -199,7 +199,7 @@ func (s *snapshot) addPort(c *Port, i int, bad *complaints) {
 			if a.Bits() <= 30 {
 				all := addr{0, net.lo | ^net.mask.lo}
 				if x == all || x == net.addr {
-					bad.add(where, "has the address %v, which is that of its whole network", a)
+					bad.add(where, "has the address %v, which is the network's own or its broadcast address: write that of a host", a)
 					continue
 				}
 				s.bcast[all] = c.ID
@@ -210,7 +210,7 @@ func (s *snapshot) addPort(c *Port, i int, bad *complaints) {
 			continue
 		}
 		if slices.Contains(p.addrs, x) {
-			bad.add(where, "has the address %v twice", a.Addr())
+			bad.add(where, "has the address %v twice: leave one out", a.Addr())
 			continue
 		}
 		s.own[x] = struct{}{} // several ports may have it, each with one client on a /32
@@ -325,7 +325,7 @@ func (s *snapshot) addRoutes(c *Config, bad *complaints) {
 	}
 }
 
-// set compiles a Match. A rule or forward may name ports that come later.
+// set compiles a Match. It does not refuse a port that is not there: a later Configure may add it.
 func (s *snapshot) set(where string, m *Match, bad *complaints) (set portSet) {
 	set.any = len(m.Ports) == 0 && len(m.Groups) == 0
 	for _, id := range m.Ports {
@@ -340,7 +340,7 @@ func (s *snapshot) set(where string, m *Match, bad *complaints) (set portSet) {
 	}
 	for _, g := range m.Groups {
 		if g == "" {
-			bad.add(where, "names a group without a name")
+			bad.add(where, "names a group without a name: leave it out")
 			continue
 		}
 		for _, p := range s.ports {
@@ -365,10 +365,10 @@ func (s *snapshot) addForwards(c *Config, bad *complaints) {
 			continue
 		}
 		if f.Proto != packet.TCP && f.Proto != packet.UDP {
-			bad.add(where, "is for protocol %d: only TCP (6) and UDP (17) have ports to forward", f.Proto)
+			bad.add(where, "is for protocol %d: use TCP (6) or UDP (17), which have ports", f.Proto)
 		}
 		if !f.To.IsValid() || f.To.Is4In6() || f.To.Zone() != "" {
-			bad.add(where, "has no host to forward to")
+			bad.add(where, "has no host to forward to: set To to an IPv4 or IPv6 address without a zone")
 			continue
 		}
 		x := forward{in: s.set(where, &f.In, bad), any: !f.Addr.IsValid(), proto: uint32(f.Proto), ports: f.Ports, to: toAddr(f.To), first: cmp.Or(f.ToPort, f.Ports.First)}
@@ -377,10 +377,10 @@ func (s *snapshot) addForwards(c *Config, bad *complaints) {
 		}
 		x.is4 = x.to.is4()
 		if int(x.first)+int(f.Ports.Last-f.Ports.First) > 65535 {
-			bad.add(where, "ends beyond port 65535")
+			bad.add(where, "ends beyond port 65535: choose a lower ToPort, or fewer ports")
 		}
 		if x.to.reserved() || x.to.multicast() || x.to.linkLocal() {
-			bad.add(where, "goes to %v, which is no host that can be forwarded to", f.To)
+			bad.add(where, "goes to %v: write the unicast address of a host, not a link-local one", f.To)
 		}
 		if _, own := s.own[x.to]; own {
 			bad.add(where, "goes to %v, which is the router itself: let a rule accept the ports instead", f.To)
@@ -497,8 +497,8 @@ func (s *snapshot) rule(where string, c *Rule, bad *complaints) rule {
 	return r
 }
 
-// An asking is what rules are compared with.
-type asking struct {
+// A candidate is what rules are compared with: a packet, or the first packet of a flow.
+type candidate struct {
 	in, out      PortID
 	src, dst     addr
 	sport, dport uint16
@@ -518,8 +518,8 @@ func inRanges(rs []PortRange, n uint16) bool {
 	return false
 }
 
-// decide returns what the filter says of a packet. count adds to the rule's counter.
-func (s *snapshot) decide(q *asking, count bool) Action {
+// decide returns what the filter says of a packet. With count it counts the packet for the rule that matched.
+func (s *snapshot) decide(q *candidate, count bool) Action {
 	for i := range s.rules {
 		r := &s.rules[i]
 		if r.states&q.state == 0 || !r.in.has(q.in) || !r.out.has(q.out) {
@@ -569,7 +569,8 @@ func (s *snapshot) admits(p *port, src addr) bool {
 	return ok && h.out == p.ID
 }
 
-// natAddr returns the address of the port that a flow to dst, over next, leaves with.
+// natAddr returns the port's address to use as the source of packets to dst whose next hop is next: one in a
+// prefix with next, or else the first of the family.
 func (p *port) natAddr(dst, next addr) (a addr, ok bool) {
 	for i, own := range p.addrs {
 		if own.is4() != dst.is4() {

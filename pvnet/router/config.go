@@ -13,8 +13,8 @@ type PortID uint16
 const (
 	// MaxPorts bounds the PortIDs.
 	MaxPorts = 1024
-	// LocalPort is the router itself: where its own TCP/IP is. As [Packet].In it stands for
-	// a packet which that sends; in a rule's Out for packets to the router.
+	// LocalPort is the router itself: its own TCP/IP. As [Packet].In it stands for a packet that the
+	// router's TCP/IP sends; in a rule's Out for packets to the router.
 	LocalPort PortID = 0xffff
 )
 
@@ -34,7 +34,7 @@ type Limits struct {
 	NATPerPort   int // of these, with a translated source; 0 means 16384, a quarter of all port numbers
 	Fragments    int // fragmented packets in flight per port; 0 means 256
 	Neighbours   int // per port; 0 means 1024
-	Replies      int // ICMP errors a second per port, and as many at once; 0 means 100
+	Replies      int // ICMP errors and TCP resets a second per port, and as many at once; 0 means 100
 }
 
 // A Port is one interface of the router: a vif, usually.
@@ -112,9 +112,9 @@ type Match struct {
 type Action uint8
 
 const (
-	Drop   Action = iota // silently
-	Accept               // the packet, and with it its flow
-	Reject               // TCP with a reset, in the receiver's name; the rest with an ICMP error: administratively prohibited
+	Drop   Action = iota // drops the packet silently
+	Accept               // accepts the packet, and with it its flow
+	Reject               // drops the packet and answers it: TCP with a reset from the receiver's address, others with an ICMP error (administratively prohibited)
 )
 
 // States is a set of states of a packet. The empty set means StateNew.
@@ -165,8 +165,8 @@ type Timeouts struct {
 type Config struct {
 	Ports    []Port
 	Routes   []Route
-	Forwards []Forward // the first that matches
-	Rules    []Rule    // the first that matches
+	Forwards []Forward // the first that matches counts
+	Rules    []Rule    // the first that matches counts
 	Default  Action    // for packets to forward that no rule matches
 	// LocalDefault is the same for packets to the router itself. Its own packets are
 	// accepted unless a rule with In: LocalPort matches; ARP and neighbour discovery always.

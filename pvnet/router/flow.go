@@ -45,10 +45,10 @@ type flow struct {
 type flowFlags uint8
 
 const (
-	finOrig flowFlags = 1 << iota
-	finAnswer
-	snat // the source is translated
-	dnat // the destination is
+	finOrig   flowFlags = 1 << iota // a FIN came in direction orig; in state reset: the RST did
+	finAnswer                       // the same for direction answer
+	snat                            // the source is translated
+	dnat                            // the destination is translated
 )
 
 // A side is what a flow keeps for the packets of one direction: where they come in, and
@@ -57,10 +57,10 @@ type side struct {
 	in     PortID
 	out    PortID
 	mac    [6]byte
-	gen    uint32 // of the snapshot
-	neigh  uint32 // of the neighbour table
+	gen    uint32 // snapshot.gen when out and mac were found
+	neigh  uint32 // Router.neigh when they were
 	until  int64  // when the neighbour is looked at again
-	ip, l4 change // of addresses; of addresses and ports as far as the transport's checksum covers them
+	ip, l4 change // by translation: of addresses, in the IPv4 header's checksum and in a partial one; of all that the transport's checksum covers
 }
 
 // A state is where a flow is in its life.
@@ -85,12 +85,11 @@ const (
 	reset
 )
 
-// resetDoubt is after how long a packet from the receiver of a RST says that it did not
-// believe it. Packets that were on their way when it was sent come earlier.
+// resetDoubt is how long after a RST a packet of the RST's receiver shows that the receiver did not
+// believe it. A packet that comes earlier may have been on its way when the RST came.
 const resetDoubt = 2 * time.Second
 
-// Classes of the lists of a port's flows. Those half open, and those that are over, are the
-// first to be thrown out.
+// Classes of the lists of a port's flows. The flows that are half open or over are evicted first.
 const (
 	halfOpen = 0
 	full     = 1
@@ -108,9 +107,9 @@ type table struct {
 	mask    uint64
 	seed    maphash.Seed
 	free    uint32 // first free flow
-	sweepAt uint32
-	n, most int
-	serial  uint32
+	sweepAt uint32 // the flow that sweep looks at next
+	n, most int    // flows now, and most at once
+	serial  uint32 // of the flow that began last
 }
 
 func newTable(n int) table {
@@ -175,7 +174,7 @@ func (r *Router) find(k *tuple) (i uint32, d int, h uint64, ok bool) {
 }
 
 // take returns a free entry of the table for a flow that begins at port in, or says why
-// there is none. What it throws out follows the rules of the package comment.
+// there is none. It evicts by the rules of the package comment.
 func (r *Router) take(in PortID, translated bool) (i uint32, why Reason) {
 	t := &r.table
 	own := r.state(in)

@@ -40,7 +40,7 @@ func (r *Router) fresh(w *work) {
 	if !ok {
 		return
 	}
-	q := asking{
+	q := candidate{
 		in: p.In, out: next.out, src: w.t.src, dst: target, sport: w.t.sport(), dport: port,
 		proto: w.h.Proto, icmpType: w.typ, state: state,
 	}
@@ -65,7 +65,7 @@ func (r *Router) source(w *work) bool {
 	switch {
 	case src.unspecified():
 		if w.port != nil && !w.group {
-			p.Reason = ReasonMartian // as a source it is for groups on the link: DHCP, neighbour discovery
+			p.Reason = ReasonMartian // only frames to groups may have this source: DHCP, neighbour discovery
 			return false
 		}
 	case src.reserved(), src.multicast(), src == broadcast:
@@ -115,7 +115,7 @@ func (r *Router) toRouter(w *work, state States) {
 		p.Reason = ReasonNotForUs
 		return
 	}
-	q := asking{
+	q := candidate{
 		in: p.In, out: LocalPort, src: w.t.src, dst: dst, sport: w.t.sport(), dport: w.t.dport(),
 		proto: w.h.Proto, icmpType: w.typ, state: state,
 	}
@@ -156,7 +156,7 @@ func (r *Router) destination(w *work, target addr) (hop, bool) {
 }
 
 // allowed asks the filter.
-func (r *Router) allowed(w *work, q *asking) bool {
+func (r *Router) allowed(w *work, q *candidate) bool {
 	switch r.snap.decide(q, true) {
 	case Accept:
 		return true
@@ -248,7 +248,7 @@ func (r *Router) enter(w *work, target addr, port uint16, translated bool, next 
 	return i, ReasonNone
 }
 
-// changes computes what translation does to checksums.
+// changes computes how translation changes the checksums.
 func (f *flow) changes() {
 	for d := range f.side {
 		from, to := &f.key[d], f.key[1-d].inverse()
@@ -340,7 +340,7 @@ func (r *Router) recheck(i uint32) bool {
 	} else if _, own := s.own[target]; !own && !s.linkLocal(f.in, target) {
 		return false
 	}
-	q := asking{
+	q := candidate{
 		in: f.in, out: next.out, src: from.src, dst: target, sport: from.sport(), dport: port,
 		proto: uint8(from.proto), icmpType: f.echoType, state: StateNew,
 	}
@@ -424,7 +424,7 @@ func (r *Router) resolve(w *work, f *flow, d int) bool {
 		return false
 	}
 	if d == answer && next.out != f.in && !r.snap.port(f.in).AnySource {
-		p.Reason = ReasonNoRoute // the guests of one port get no answers for another's
+		p.Reason = ReasonNoRoute // the answer's receiver is behind another port now, which must not get it
 		return false
 	}
 	via := next.via
@@ -528,7 +528,7 @@ func (r *Router) leave(w *work, out *port, mac [6]byte) {
 	copy(w.head[6:12], out.MAC[:])
 }
 
-// untracked forwards a packet without a flow.
+// untracked forwards a packet that begins no flow, as a rule with StateInvalid allows.
 func (r *Router) untracked(w *work, next hop) {
 	p := w.p
 	out := r.snap.port(next.out)
@@ -539,7 +539,7 @@ func (r *Router) untracked(w *work, next hop) {
 	r.direct(w, next, w.t.dst)
 }
 
-// direct forwards a packet that is translated already, or not to be, to dst.
+// direct forwards a packet that is not translated to dst.
 func (r *Router) direct(w *work, next hop, dst addr) {
 	via := next.via
 	if via == (addr{}) {

@@ -20,9 +20,9 @@ type fragment struct {
 	src, dst addr
 	id       uint32
 	proto    uint32
-	flow     uint32 // index, and
-	serial   uint32 // its use, of the flow
-	d        uint8
+	flow     uint32 // the index of its flow
+	serial   uint32 // flow.serial of that flow: if it differs, the entry has another flow now
+	d        uint8  // the direction of the packet
 	header   uint16 // bytes of the fragmented part that no later fragment may overwrite
 	deadline int64  // 0: the place is free
 }
@@ -139,7 +139,7 @@ func (r *Router) later(w *work) {
 }
 
 // A Fragmenter cuts an IPv4 packet into fragments (RFC 791), for [VerdictFragment]. It
-// needs no memory but itself.
+// allocates nothing.
 type Fragmenter struct {
 	head    [14 + 60]byte
 	size    int // of the first fragment's headers

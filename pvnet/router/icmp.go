@@ -95,7 +95,7 @@ func (r *Router) related(w *work) {
 		return
 	}
 	dst := f.key[1-d].src
-	q := asking{
+	q := candidate{
 		in: p.In, out: f.side[1-d].in, src: w.t.src, dst: dst,
 		proto: w.h.Proto, icmpType: w.typ, state: StateRelated,
 	}
@@ -196,7 +196,7 @@ func (r *Router) rewriteError(w *work, in *packet.Headers, f *flow, d int) {
 	outer := head[w.h.L3:]
 	putAddr(outer, dst, is4, sent.src, &own)
 	if back := sent.dst; back != f.key[d].src {
-		// The far end is known by another address, and so is who speaks for it.
+		// The sender of the quoted packet knows the far end by another address: the error gets that as its source.
 		putAddr(outer, src, is4, back, &own)
 	}
 	if is4 {
@@ -221,7 +221,7 @@ func (r *Router) query(w *work) {
 	}
 	icmp := w.head[w.h.L4:min(len(w.head), w.h.End)]
 	if w.ttl() != 255 || icmp[1] != 0 || w.h.End > len(w.head) || w.h.Extensions&packet.HasFragmentHeader != 0 {
-		p.Reason = ReasonMalformed // it comes from elsewhere, is no discovery, or in fragments (RFC 6980)
+		p.Reason = ReasonMalformed // it crossed a router, has another code, or is incomplete or fragmented (RFC 4861, RFC 6980)
 		return
 	}
 	if !w.sums(icmp) {
@@ -229,7 +229,7 @@ func (r *Router) query(w *work) {
 		return
 	}
 	if (w.typ == neighbourSolicitation || w.typ == neighbourAdvertisement) && len(icmp) >= 24 && slices.Contains(w.port.tentative, addr16(icmp[8:])) {
-		// Who has the address speaks with it, which is no neighbour's yet.
+		// It may come from the tentative address itself, whose prefix need not be the port's yet.
 		p.Verdict, p.Out = VerdictLocal, LocalPort
 		return
 	}

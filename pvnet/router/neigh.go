@@ -12,7 +12,7 @@ import (
 const etherARP = 0x0806
 
 // A neighbour is known for neighbourLife since it was last heard of. After neighbourFresh
-// the caller is asked to ask again, at most every askEvery.
+// Packet.Ask has the caller solicit it again, at most every askEvery.
 const (
 	neighbourFresh = 60 * time.Second
 	neighbourLife  = 120 * time.Second
@@ -21,14 +21,14 @@ const (
 
 type neighbour struct {
 	mac   [6]byte
-	heard int64
-	asked int64
+	heard int64 // when it was last heard of, by Router.now
+	asked int64 // when Packet.Ask was last set for it
 }
 
 var noAddr netip.Addr
 
-// neighbour returns the MAC address of a neighbour at a port, and when to ask again. If it
-// has none the verdict says so.
+// neighbour returns the MAC of a neighbour at a port, and when to call neighbour again for it. If the MAC is not
+// known it sets VerdictNeighbour.
 func (r *Router) neighbour(w *work, out PortID, a addr) (mac [6]byte, until int64, ok bool) {
 	p := w.p
 	s := r.state(out)

@@ -7,8 +7,9 @@ type Packet struct {
 	In PortID
 	// Head are the first bytes of the frame, from the Ethernet header on, in private memory
 	// that may be written. It must hold all headers, which [packet.MaxHeaders] bytes do, and
-	// should hold what an ICMP error quotes: the first piece of a frame does. Process
-	// lends it for the call; AppendReply and Fragmenter.Init read it again.
+	// should hold what an ICMP error quotes: the first piece of a frame does. It is lent until
+	// Process returns; AppendReply, Router.Unreachable and Fragmenter.Init read it again, as Process
+	// left it.
 	Head  []byte
 	Total int // bytes in the frame
 	// Partial says that the TCP or UDP checksum field holds the sum of the pseudo-header
@@ -50,7 +51,7 @@ type Packet struct {
 type Verdict uint8
 
 const (
-	VerdictDrop      Verdict = iota // for Reason
+	VerdictDrop      Verdict = iota // drop it; Reason says why, ReasonNone for ARP and neighbour discovery that was learnt from
 	VerdictForward                  // send the frame, whose head was rewritten, out of port Out
 	VerdictLocal                    // the router itself is the receiver
 	VerdictNeighbour                // process it again once the address of Next is learnt
@@ -73,8 +74,8 @@ type Reason uint8
 const (
 	ReasonNone         Reason = iota
 	ReasonNoPort              // In is no configured port
-	ReasonMalformed           // headers are inconsistent, incomplete or not in Head
-	ReasonChecksum            // of the IPv4 header, or of neighbour discovery
+	ReasonMalformed           // headers are inconsistent, incomplete or not in Head, or the hop limit of neighbour discovery or of a listener query is wrong
+	ReasonChecksum            // of the IPv4 header, of neighbour discovery, or of a listener query (Port.Listens)
 	ReasonNotIP               // neither IP nor ARP
 	ReasonTagged              // a VLAN tag
 	ReasonNotForUs            // for another station, or a unicast packet in a group frame

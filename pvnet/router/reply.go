@@ -11,10 +11,10 @@ import (
 type reply struct {
 	kind      replyKind
 	typ, code uint8
-	probe     bool // the advertisement answers one without an address
-	mtu       uint32
-	from      addr
-	port      [6]byte // the sender's MAC
+	probe     bool    // the advertisement answers duplicate address detection, which has no source address
+	mtu       uint32  // of "fragmentation needed" or "packet too big"; otherwise 0
+	from      addr    // the source address; in an advertisement also the target
+	port      [6]byte // the source MAC
 }
 
 type replyKind uint8
@@ -96,7 +96,7 @@ func errorType(version uint8, why Reason) (typ, code uint8) {
 	return 1, 0
 }
 
-// speaker returns the address from which the sender of the packet in hand is told.
+// speaker returns the source address of an ICMP error to the sender of the packet in hand.
 func (r *Router) speaker(w *work) (addr, bool) {
 	if w.port != nil {
 		if a, ok := w.port.source(w.t.src); ok {

@@ -32,20 +32,20 @@ type Router struct {
 
 // A portState is what belongs to a port and changes.
 type portState struct {
-	lists      [classes]list
-	flows      int
-	most       int
-	translated int
-	refused    uint64
-	evicted    uint64
+	lists      [classes]list // of the flows that began at the port
+	flows      int           // in these lists
+	most       int           // of flows at once
+	translated int           // of flows, with a translated source
+	refused    uint64        // flows
+	evicted    uint64        // flows
 	count      PortStats
 	neighbours map[addr]*neighbour
 	fragments  []fragment
-	tokens     int64 // of replies, in nanoseconds of the time that they take to come back
-	tokensAt   int64
+	tokens     int64 // the token bucket of replies, in nanoseconds: a reply costs a second / Limits.Replies
+	tokensAt   int64 // when tokens was computed
 }
 
-// work is what is known of the packet in hand.
+// A work is what Process knows of the packet in hand.
 type work struct {
 	p     *Packet
 	h     packet.Headers
@@ -69,7 +69,8 @@ const (
 	kindQuery      // ICMP that is neither an error nor an echo
 )
 
-// New makes a Router without ports. It allocates all its tables but those of the ports.
+// New makes a Router without ports. It allocates the flow table; Configure allocates the tables of ports. The
+// error joins a [ConfigError] for each limit out of its bounds.
 func New(limits Limits) (*Router, error) {
 	var bad complaints
 	check := func(n *int, name string, def, least, most int) {
@@ -359,7 +360,7 @@ func options(b []byte) Reason {
 	return ReasonNone
 }
 
-// transport reads the ports of a packet, or what stands for them, and its kind.
+// transport reads the ports of a packet, or the identifier of an ICMP echo, and its kind.
 func (r *Router) transport(w *work) bool {
 	p, h := w.p, &w.h
 	short := ReasonMalformed

@@ -16,8 +16,8 @@ type PortStats struct {
 	Forwarded, ForwardedBytes uint64 // bytes of frames
 	Sent, SentBytes           uint64 // forwarded packets that left here
 	Local                     uint64 // for the router itself
-	Replies                   uint64 // ICMP errors, ARP replies and advertisements
-	Unanswered                uint64 // dropped without the ICMP error they might have got: too many of them
+	Replies                   uint64 // ICMP errors, TCP resets, ARP replies and neighbour advertisements
+	Unanswered                uint64 // dropped without the ICMP error or TCP reset they might have got: Limits.Replies was reached, or no port has an address to send it from
 	Waiting                   uint64 // verdicts VerdictNeighbour
 	Dropped                   [Reasons]uint64
 

@@ -67,7 +67,7 @@ func baseline(t *T) {
 func (b *bench) kernel() {
 	b.guest.Await("a network interface", "ip link set eth0 up")
 	b.guest.Sh("ip addr add %s/24 dev eth0; ip neigh replace %s lladdr fe:ff:ff:ff:ff:ff dev eth0 nud permanent", baselineGuest, baselineNone)
-	b.guest.Await("carrier", `[ "$(cat /sys/class/net/eth0/carrier)" = 1 ]`)
+	b.guest.awaitCarrier("eth0")
 	b.carrier()
 	frame := []string{"--from", baselineGuest, "--to", baselineNone}
 	b.send("kernel pktgen", append([]string{"pktgen", "--if", "eth0"}, frame...)...)
@@ -131,9 +131,8 @@ func (b *bench) ours() {
 
 func secs() string { return fmt.Sprintf("--secs=%d", baselineSecs) }
 
-func (b *bench) carrier() {
-	b.Dom0().Await("carrier", `[ "$(cat /sys/class/net/%s/carrier)" = 1 ]`, b.vif)
-}
+// carrier waits until dom0's interface has a carrier.
+func (b *bench) carrier() { b.Dom0().awaitCarrier(b.vif) }
 
 // send makes the guest send while dom0 counts at its interface.
 func (b *bench) send(way string, argv ...string) {

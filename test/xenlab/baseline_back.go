@@ -83,6 +83,8 @@ func (b *bench) throughBack(way string) {
 	b.tcp(b.Dom0(), "TCP to the guest", way, b.Dom0(), b.guest, baselineGuest)
 }
 
+// tcp measures TCP from one domain to another, and the processor time that working, one of the two, takes
+// for it.
 func (b *bench) tcp(working *Domain, what, way string, from, to *Domain, addr string) {
 	var rate float64
 	b.workOf(working, way+", "+what, func() (bytes float64) {

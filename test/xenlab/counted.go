@@ -16,6 +16,7 @@ import (
 // A flow is what one end has counted at a vif: from the guest (out) and to the guest (in).
 type flow struct{ out, in load }
 
+// A load is what was counted in one direction.
 type load struct{ frames, bytes uint64 }
 
 // frontName and backName return the names of the counters of our ends for a guest's vif 0.

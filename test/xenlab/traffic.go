@@ -20,7 +20,7 @@ func (t *T) JoinKernel(guest *Domain, i int) (dom0Addr, guestAddr string) {
 	vif := guest.VIF(i)
 	t.Dom0().Await("the backend's interface", "ip link set %s up", vif)
 	t.Dom0().Sh("ip addr replace %s/24 dev %s", dom0Addr, vif)
-	guest.Await("carrier", `[ "$(cat /sys/class/net/eth%d/carrier)" = 1 ]`, i)
+	guest.awaitCarrier(fmt.Sprintf("eth%d", i))
 	t.Dom0().awaitCarrier(vif)
 	return dom0Addr, guestAddr
 }

@@ -24,14 +24,14 @@ import (
 // A daemon is a running router: the plane that moves frames, and beside it what gives vifs their
 // addresses, answers guests, and follows the uplink and the configuration.
 type daemon struct {
-	ended atomic.Bool // close was called: what listens on the router's own addresses ends
+	ended atomic.Bool // close was called, so that the end of what listens on the router's addresses is no error
 
 	domain hypercall.Domain
 	say    func(format string, args ...any)
 	log    *slog.Logger
 	device pvnet.Config // of every vif
 	began  time.Time
-	losses []telemetry.Field // for which vifs lose frames
+	losses []telemetry.Field // the counters of a vif that are reasons for lost frames
 
 	core  *router.Router
 	plane *plane
@@ -45,8 +45,8 @@ type daemon struct {
 	up         *uplink                  // guarded by mu; nil: not connected
 	lease      uplinkLease              // guarded by mu: of the uplink's DHCP
 	auto       slaac.Settings           // guarded by mu: of the uplink's routers
-	refused6   []netip.Prefix           // guarded by mu: that routers announced, and that the log names
-	claimed6   []netip.Addr             // guarded by mu: of other stations at the uplink, and that the log names
+	refused6   []netip.Prefix           // guarded by mu: prefixes that routers announced, were left out, and are in the log
+	claimed6   []netip.Addr             // guarded by mu: addresses that other stations at the uplink have, and that are in the log
 	services   map[netip.Addr]*service  // guarded by mu: name servers by address
 	applied    router.Config            // guarded by mu: what the core has
 	reloads    uint64                   // guarded by mu
@@ -65,7 +65,7 @@ type daemon struct {
 // uplinkPort is the PortID of the uplink. Those of guests follow.
 const uplinkPort router.PortID = 0
 
-// newDaemon makes a router in domain. close ends what it has begun.
+// newDaemon makes a router in domain. The caller calls run, which ends all of it, or close.
 func newDaemon(domain hypercall.Domain, cfg *config.Config, device pvnet.Config, say func(string, ...any), log *slog.Logger) (*daemon, error) {
 	core, err := router.New(router.Limits{Flows: cfg.Limits.Flows, FlowsPerPort: cfg.Limits.FlowsPerGuest})
 	if err != nil {
@@ -112,7 +112,7 @@ func (d *daemon) run(ctx context.Context) error {
 	return err
 }
 
-// close ends the services; nothing of the plane runs any more.
+// close ends the router's own TCP/IP and its name servers. Its caller has ended what moves frames, or has not begun it.
 func (d *daemon) close() {
 	d.ended.Store(true)
 	d.mu.Lock()
@@ -230,7 +230,7 @@ func (d *daemon) serversLocked() (list []netip.AddrPort) {
 // guestMAC is the router's MAC on every vif of a guest, which is the one of a backend in Xen.
 var guestMAC = [6]byte{0xfe, 0xff, 0xff, 0xff, 0xff, 0xff}
 
-// nowhere is the group of no port: for rules about a guest that is not there.
+// nowhere is a group that no port has: rules about a guest that is not there match it, and so nothing.
 const nowhere = "(nowhere)"
 
 // compileLocked returns the core's configuration.
@@ -323,25 +323,25 @@ func compileRule(r *config.Rule, ids map[string][]router.PortID) router.Rule {
 	return out
 }
 
-// Protocols and types of ICMP.
+// Numbers of the Internet protocols, sizes of their headers in bytes, and the ports that guests may have.
 const (
 	protoICMP    = 1
 	protoICMPv6  = 58
 	protoTCP     = 6
 	protoUDP     = 17
-	typeEcho4    = 8
-	typeEcho6    = 128
+	typeEcho4    = 8   // ICMP echo request
+	typeEcho6    = 128 // ICMPv6 echo request
 	portDNS      = 53
 	portServer   = 67 // of DHCP
-	portClient   = 68
-	ipHeader4    = 20
+	portClient   = 68 // of DHCP
+	ipHeader4    = 20 // without options
 	headerOfUDP  = 8
 	mostGuests   = int(router.MaxPorts) - 1
 	firstGuestID = uplinkPort + 1
 )
 
-// ownRules admit what the router itself offers to guests, and what its DHCP client needs. They
-// come after the rules of the file, which can take it away.
+// ownRules returns the rules that admit what the router itself offers to guests, and what its DHCP
+// client needs. They come after the rules of the file, which can drop it.
 func ownRules(cfg *config.Config) (list []router.Rule) {
 	local := router.Match{Ports: []router.PortID{router.LocalPort}}
 	var guests router.Match

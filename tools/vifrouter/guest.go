@@ -24,13 +24,13 @@ type guest struct {
 	id   router.PortID
 	dev  *pvnet.Device
 	vif  string         // "3.0"
-	key  string         // by which the pool knows it again
-	mac  pvnet.MAC      // what the toolstack wrote; zero: nothing
-	told []netip.Prefix // addresses that the toolstack has for it
+	key  string         // by which its network's pool knows it again: its MAC, or vif without one
+	mac  pvnet.MAC      // as the toolstack wrote it; zero: it wrote none
+	told []netip.Prefix // addresses that the toolstack has for it (ip=)
 	port *port
 
-	solicited chan struct{} // a router solicitation came
-	changed   chan struct{} // what it is told has changed
+	solicited chan struct{} // holds one: a router solicitation came
+	changed   chan struct{} // holds one: advert has changed
 
 	// What follows is guarded by d.mu.
 
@@ -41,11 +41,11 @@ type guest struct {
 	router   netip.Addr   // the router's IPv4 address
 	addr     netip.Addr   // the guest's; zero: none
 	prefix   netip.Prefix // the guest's /64; zero: none
-	subnet   int          // its number; -1: none
-	pool     *dhcpd.Pool
-	server   *dhcpd.Link // nil without IPv4
-	advert   radv.Link
-	down     string // why its link is down
+	subnet   int          // number of prefix among the /64s of its network; -1: none
+	pool     *dhcpd.Pool  // of its network
+	server   *dhcpd.Link  // nil without IPv4
+	advert   radv.Link    // without Source: nothing is advertised
+	down     string       // why its link is down
 }
 
 // router6 is the router's address in the guest's /64: its first.
@@ -123,7 +123,7 @@ func (d *daemon) newGuest(ctx context.Context, dev *pvnet.Device) (*guest, error
 	return g, nil
 }
 
-// giveLocked gives back what the vif has of its network.
+// giveLocked gives back the address and the /64 that the vif has of its network.
 func (g *guest) giveLocked() {
 	if g.addr.IsValid() && g.pool != nil {
 		g.pool.Give(g.key, g.addr)
@@ -140,7 +140,7 @@ func (d *daemon) assignLocked(g *guest) {
 	g.admitted, g.addr, g.prefix = false, netip.Addr{}, netip.Prefix{}
 	g.why = d.tryAssignLocked(g)
 	if g.admitted = g.why == nil; !g.admitted {
-		g.giveLocked() // it may have got an address, and no /64
+		g.giveLocked() // tryAssignLocked may have found an address, but no /64
 		g.addr, g.prefix = netip.Addr{}, netip.Prefix{}
 		g.dev.Refuse(g.why)
 		return
@@ -159,6 +159,7 @@ func (d *daemon) assignLocked(g *guest) {
 	g.dev.Offer(true)
 }
 
+// tryAssignLocked gives a vif an address and a /64 of its network. The error says why the vif is refused.
 func (d *daemon) tryAssignLocked(g *guest) error {
 	line := d.cfg.GuestOf(uint16(g.dev.Peer()), g.dev.ID(), g.mac)
 	if line == nil {
@@ -183,7 +184,8 @@ func (d *daemon) tryAssignLocked(g *guest) error {
 	return nil
 }
 
-// wanted returns the address of a vif whose address is fixed, in the file or by the toolstack.
+// wanted returns the address that a vif must have: that of its guest line, or the toolstack's if it may have it.
+// The zero address means any of the pool.
 func (d *daemon) wanted(g *guest, line *config.Guest, n *config.Network) netip.Addr {
 	if line.Addr.IsValid() {
 		return line.Addr
@@ -194,7 +196,7 @@ func (d *daemon) wanted(g *guest, line *config.Guest, n *config.Network) netip.A
 			continue
 		}
 		taken := false
-		for i := range d.cfg.Guests { // another's by the file
+		for i := range d.cfg.Guests { // a guest line may have it, for another guest
 			taken = taken || d.cfg.Guests[i].Addr == a
 		}
 		if !taken {
@@ -246,7 +248,7 @@ func subnetOf(p netip.Prefix, i int) netip.Prefix {
 	return netip.PrefixFrom(netip.AddrFrom16(b), 64)
 }
 
-// tellLocked makes what the guest is told what it is now.
+// tellLocked updates what router advertisements and DHCP tell the guest.
 func (g *guest) tellLocked() {
 	mtu := g.dev.MTU()
 	over := g.advert
@@ -283,6 +285,7 @@ func sameLink(a, b *radv.Link) bool {
 	return a.Prefix == b.Prefix && a.MTU == b.MTU && a.Over == b.Over && len(a.DNS) == len(b.DNS)
 }
 
+// nudge makes c, which has room for one, hold one.
 func nudge(c chan struct{}) {
 	select {
 	case c <- struct{}{}:
@@ -350,8 +353,8 @@ func (g *guest) advertise(ctx context.Context) {
 	}
 }
 
-// deliver takes frames for the router that are no matter of its TCP/IP: DHCP, and the discovery of
-// routers, neighbours and listeners.
+// deliver handles the frames for the router that its TCP/IP does not: DHCP, and the discovery of routers,
+// neighbours and listeners. It reports whether it did. The frame is lent.
 func (d *daemon) deliver(p *port, frame []byte, h *packet.Headers) bool {
 	switch {
 	case h.Proto == protoUDP && h.Version == 4 && h.L5 != 0:
@@ -384,7 +387,7 @@ func (d *daemon) deliver(p *port, frame []byte, h *packet.Headers) bool {
 	return false
 }
 
-// handleDHCP answers a message of the guest.
+// handleDHCP answers a DHCP message of the guest, from the station with that MAC.
 func (g *guest) handleDHCP(from [6]byte, m []byte) {
 	d := g.d
 	d.mu.Lock()
@@ -402,8 +405,8 @@ func (g *guest) handleDHCP(from [6]byte, m []byte) {
 	}
 }
 
-// declined gives a vif another address, if the pool has one: its guest has found another station
-// with this one.
+// declined gives a vif another address of the pool, if there is one: its guest has found that another station
+// has the one it got (DHCPDECLINE).
 func (d *daemon) declined(g *guest) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -420,7 +423,7 @@ func (d *daemon) declined(g *guest) {
 	}
 }
 
-// udpFrame returns a frame with a datagram of IPv4.
+// udpFrame returns the Ethernet frame of an IPv4 UDP datagram, with complete checksums.
 func udpFrame(from, to [6]byte, src, dst netip.AddrPort, payload []byte) []byte {
 	n := ipHeader4 + headerOfUDP + len(payload)
 	b := make([]byte, ethernet, ethernet+n)

@@ -41,20 +41,20 @@ func checkStore(dir string) error {
 	return nil
 }
 
-// A handed is where dom0 hands the router's domain a configuration, and gets the answer. It is for
-// one goroutine.
+// A handed is the directory of xenstore where dom0 hands the router's domain a configuration, and finds the
+// answer. It is for one goroutine.
 type handed struct {
 	store *xenstore.Client
 	watch *xenstore.Watch
 	dir   string
 	log   *slog.Logger
 
-	text string // that was read last
+	text string // the configuration that was read last
 	said string // the last answer
-	done bool   // what was read last has its answer: a file of several keys makes several events
+	done bool   // the configuration that was read last has its answer: each of its pieces fires the watch
 }
 
-// openHanded looks at a directory of this domain's xenstore. The caller closes what it returns.
+// openHanded watches the directory dir of this domain's xenstore. The caller closes what it returns.
 func openHanded(ctx context.Context, domain hypercall.Domain, dir string, log *slog.Logger) (*handed, error) {
 	store, err := xenstore.Dial(ctx, domain.Store, xenstore.Config{Logger: log})
 	if err != nil {
@@ -66,7 +66,7 @@ func openHanded(ctx context.Context, domain hypercall.Domain, dir string, log *s
 		return nil, fmt.Errorf("--store: watch %s: %w", h.key(keyConfig), err)
 	}
 	select {
-	case <-h.watch.C(): // comes at once, whatever is there
+	case <-h.watch.C(): // a watch fires once when it is set
 	case <-ctx.Done():
 		h.close()
 		return nil, context.Cause(ctx)
@@ -84,7 +84,7 @@ func (h *handed) key(name string) string { return h.dir + "/" + name }
 // source names the configuration in errors and for "vifrouter status".
 func (h *handed) source() string { return "xenstore:" + h.key(keyConfig) }
 
-// changed delivers when a configuration may have been handed. nil: there is no place for that.
+// changed delivers when a configuration may have been handed. It is nil without --store.
 func (h *handed) changed() <-chan struct{} {
 	if h == nil {
 		return nil
@@ -162,7 +162,7 @@ func (h *handed) answer(ctx context.Context, cfg *config.Config, err error) {
 	}
 }
 
-// counts describes a configuration.
+// counts says how much there is in a configuration.
 func counts(cfg *config.Config) string {
 	return fmt.Sprintf("%d networks, %d guests, %d rules, %d forwards", len(cfg.Networks), len(cfg.Guests), len(cfg.Rules), len(cfg.Forwards))
 }

@@ -13,18 +13,18 @@ import (
 	"barevif/tools/vifrouter/radv"
 )
 
-// listening says on the uplink's link which groups the router listens to, so that switches there that look
-// at it (MLD snooping) bring it the solicitations for its addresses. The backend of the uplink is asked for no multicast
-// filter, and needs no list of groups. Nothing is said to guests: the vif of each is a link without a switch, and the
-// router gets all that comes from it.
+// listening reports on the uplink's link which groups the router listens to, so that switches with MLD snooping
+// pass on to it the solicitations for its addresses. The backend of the uplink is asked for no multicast filter, and
+// needs no list of groups. Guests get no reports: the vif of each is a link without a switch, and the router gets
+// all that comes from it.
 //
 // Queries are read where frames are moved. One costs a look at the clock, the lock, and the times of
 // the few groups that there are; it allocates nothing. What is due is sent by the goroutine of run, at a bounded rate.
 type listening struct {
 	write func(frame []byte) // does not wait
-	soon  chan struct{}      // something is due earlier than run knows
+	soon  chan struct{}      // holds one: something may be due earlier than run knows
 
-	mu    sync.Mutex   // also held while frames are written: they go out in the order of their times
+	mu    sync.Mutex   // also held while frames are written, so that they leave in the order of their reports
 	state mld.Listener // guarded by mu
 }
 
@@ -33,7 +33,7 @@ func (l *listening) init(pl *plane) {
 	l.soon = make(chan struct{}, 1)
 }
 
-// up says that the uplink's link came up, or is another one.
+// up says that the uplink's link came up, or that the card, with that MAC, is at another link.
 func (l *listening) up(mac pvnet.MAC) {
 	l.mu.Lock()
 	l.state.Up(time.Now(), mac)
@@ -41,14 +41,14 @@ func (l *listening) up(mac pvnet.MAC) {
 	nudge(l.soon)
 }
 
-// down says that it is down.
+// down says that the link is down.
 func (l *listening) down() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.state.Down()
 }
 
-// to makes the addresses those whose groups are listened to.
+// to makes the router listen to the groups of addrs alone. source is as for mld.Listener.Listen.
 func (l *listening) to(source netip.Addr, addrs []netip.Addr) {
 	l.mu.Lock()
 	before := l.state.Next()
@@ -74,14 +74,14 @@ func (l *listening) hear(frame []byte, h *packet.Headers) {
 	}
 }
 
-// now returns what the link was told.
+// now returns the state of the listener.
 func (l *listening) now() mld.State {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.state.State(time.Now())
 }
 
-// hurry reports what was not reported yet.
+// hurry sends the first reports that were not sent yet, and all else that is due.
 func (l *listening) hurry() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -116,8 +116,8 @@ func (l *listening) run(ctx context.Context) {
 	}
 }
 
-// listenLocked has the groups of the uplink's addresses listened to: of those that the router has there, and of
-// those that it asks for.
+// listenLocked makes the router listen to the groups of its addresses at the uplink, and of those of which
+// duplicate address detection has begun.
 func (d *daemon) listenLocked() {
 	addrs, source := slices.Clone(d.auto.Listening), netip.IPv6Unspecified()
 	for i := range d.applied.Ports {
@@ -144,8 +144,8 @@ func (d *daemon) listenLocked() {
 	d.listens.to(source, addrs)
 }
 
-// listenFirst has addresses listened to that the link is about to be asked for: who answers does so to their
-// groups, and asks there for the same ones (RFC 4862, section 5.4.2).
+// listenFirst makes the router listen to the groups of addrs, at once and before their solicitations are sent:
+// solicitations of other stations for the same addresses go to these groups (RFC 4862, section 5.4.2).
 func (d *daemon) listenFirst(ctx context.Context, addrs []netip.Addr) {
 	d.mu.Lock()
 	defer d.mu.Unlock()

@@ -58,21 +58,21 @@ func newLocalStack() (*localStack, error) {
 	return l, nil
 }
 
-// close ends all sockets.
+// close ends the stack and all its sockets.
 func (l *localStack) close() {
 	l.stack.Close()
 	l.ep.Close()
 	l.stack.Wait()
 }
 
-// setAddrs makes the addresses of the stack these.
+// setAddrs makes list, and the addresses that are held, the addresses of the stack.
 func (l *localStack) setAddrs(list []netip.Addr) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.setLocked(list)
 }
 
-// hold makes an address the stack's, for good: a socket listens there also while no port has it.
+// hold gives the stack an address for good, so that a socket listens there while no port has the address.
 func (l *localStack) hold(a netip.Addr) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -142,7 +142,7 @@ func (l *localStack) inject(ip []byte) {
 	p.DecRef()
 }
 
-// next waits for a packet of the stack's and appends it to b; nil when ctx ends.
+// next waits for a packet that the stack sends and appends it to b. It returns nil when ctx ends.
 func (l *localStack) next(ctx context.Context, b []byte) []byte {
 	p := l.ep.ReadContext(ctx)
 	if p == nil {

@@ -271,7 +271,7 @@ func (r *run) route(ctx context.Context, dom *domain.Domain, own *config.Config)
 	}
 }
 
-// reloads reads the configuration again for each signal, and whenever dom0 hands one, until ctx ends.
+// reloads reads the configuration again for each SIGHUP, and whenever dom0 hands one, until ctx ends.
 func (r *run) reloads(ctx context.Context, d *daemon, hups <-chan os.Signal, h *handed) {
 	changed := h.changed()
 	for {
@@ -318,8 +318,8 @@ func (r *run) reloads(ctx context.Context, d *daemon, hups <-chan os.Signal, h *
 	}
 }
 
-// again returns the configuration that counts now, and where it is: the one that was handed, or if
-// there is none and a signal asked, that of the command line. nil: none that is to be used.
+// again returns the configuration to use now, and its source: the one that was handed, or if there is
+// none and a signal asked, that of the command line. nil: there is none, or it has its answer already.
 func (r *run) again(ctx context.Context, h *handed, asked bool) (*config.Config, string, error) {
 	if h != nil {
 		cfg, err := h.read(ctx)

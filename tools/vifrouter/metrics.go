@@ -26,16 +26,17 @@ func (d *daemon) metrics(w http.ResponseWriter, _ *http.Request) {
 
 // A sample is a value of a metric with its labels.
 type sample struct {
-	labels string
+	labels string // name="value" pairs with commas between them; "": none
 	value  uint64
 }
 
-// A family is a metric of the router.
+// A family is one metric of the router, in the form of OpenMetrics.
 type family struct {
 	name, kind, unit, help string
 	samples                []sample
 }
 
+// add adds a sample. labels are names and values in turn.
 func (f *family) add(value uint64, labels ...string) {
 	var b strings.Builder
 	for i := 0; i+1 < len(labels); i += 2 {
@@ -129,7 +130,7 @@ func (d *daemon) coreFamilies(ports []router.Port) []*family {
 	bytes := &family{name: "vifrouter_forwarded_bytes", kind: "counter", unit: "bytes", help: "Bytes of their frames."}
 	dropped := &family{name: "vifrouter_dropped_packets", kind: "counter", help: "Packets that came in at a port and were not forwarded, by reason."}
 	local := &family{name: "vifrouter_local_packets", kind: "counter", help: "Packets for the router itself."}
-	replies := &family{name: "vifrouter_reply_packets", kind: "counter", help: "ICMP errors, ARP replies and neighbour advertisements that answered packets of a port."}
+	replies := &family{name: "vifrouter_reply_packets", kind: "counter", help: "ICMP errors, TCP resets, ARP replies and neighbour advertisements that answered packets of a port."}
 	flows := &family{name: "vifrouter_port_flows", kind: "gauge", help: "Flows that began at a port."}
 	refused := &family{name: "vifrouter_port_refused_flows", kind: "counter", help: "Flows that began at a port and found no place."}
 	for _, p := range append(ports[:len(ports):len(ports)], router.Port{ID: router.LocalPort, Name: "router"}) {

@@ -10,17 +10,14 @@ import (
 	"barevif/pvnet/router"
 )
 
-// Frames wait for the address of a neighbour, so that the first of a flow is not lost. How many
-// do is bounded for the neighbour, for the port that they came in at, and for the router's own.
-// Memory for spareHops neighbours is kept, so that a guest who names many that are not there
-// makes no garbage.
+// Frames wait while the MAC of their neighbour is unknown, so that the first of a flow is not lost.
 const (
-	waitPerHop   = 16
-	waitPerPort  = 64
-	waitOwn      = 64
-	spareHops    = 64
+	waitPerHop   = 16 // frames for one neighbour
+	waitPerPort  = 64 // frames that came in at one port
+	waitOwn      = 64 // frames of the router's own
+	spareHops    = 64 // neighbours whose memory is kept, so that a guest who names many that are not there makes no garbage
 	solicitEvery = time.Second
-	solicits     = 3 // then the neighbour is unreachable
+	solicits     = 3 // solicitations; after them the neighbour is unreachable
 	waitTick     = 200 * time.Millisecond
 )
 
@@ -32,30 +29,30 @@ type hopKey struct {
 // A hopWait is what waits for one neighbour.
 type hopWait struct {
 	list  []waiter
-	asked int
-	last  time.Duration
+	asked int           // solicitations sent
+	last  time.Duration // when the last was, by plane.clock
 }
 
 // A waiter is a frame of a port, or of the router's own.
 type waiter struct {
-	in    *port // nil: the router's own
-	frame pvnet.Frame
-	own   []byte
+	in    *port       // nil: the router's own
+	frame pvnet.Frame // with in
+	own   []byte      // without
 }
 
 type neighbourWait struct {
 	mu    sync.Mutex
 	hops  map[hopKey]*hopWait // guarded by mu
-	own   int                 // guarded by mu
+	own   int                 // guarded by mu: frames of the router's own that wait now
 	total uint64              // guarded by mu: frames that have waited
 	lost  uint64              // guarded by mu: frames for which there was no room
 
 	spare []*hopWait // guarded by mu: at most spareHops, without frames
-	rooms [][]byte   // guarded by mu: for frames of the router's own; at most waitOwn
+	rooms [][]byte   // guarded by mu: unused buffers for frames of the router's own; at most waitOwn
 }
 
 // add keeps a frame, which it takes over, or if in is nil a copy of own. It reports whether the
-// neighbour is to be asked for.
+// caller is to solicit the neighbour.
 func (w *neighbourWait) add(in *port, f pvnet.Frame, own []byte, out router.PortID, next netip.Addr, now time.Duration) (ask bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -105,7 +102,7 @@ func (w *neighbourWait) newRoomLocked() []byte {
 	return b[:0]
 }
 
-// done takes the memory of a frame back that was the router's own.
+// done takes back the buffer of a frame of the router's own that has waited.
 func (w *neighbourWait) done(own []byte) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -126,7 +123,7 @@ func (w *neighbourWait) take(out router.PortID, list []waiter) []waiter {
 	return list
 }
 
-// removeLocked appends what waits for a neighbour to list, and forgets the neighbour.
+// removeLocked appends the frames that wait for a neighbour to list, and forgets the neighbour.
 func (w *neighbourWait) removeLocked(key hopKey, h *hopWait, list []waiter) []waiter {
 	for i := range h.list {
 		if in := h.list[i].in; in != nil {
@@ -140,7 +137,7 @@ func (w *neighbourWait) removeLocked(key hopKey, h *hopWait, list []waiter) []wa
 	return list
 }
 
-// forgetLocked forgets a neighbour; whoever calls it has its frames.
+// forgetLocked forgets a neighbour whose frames the caller has.
 func (w *neighbourWait) forgetLocked(key hopKey, h *hopWait) {
 	delete(w.hops, key)
 	clear(h.list)
@@ -150,7 +147,7 @@ func (w *neighbourWait) forgetLocked(key hopKey, h *hopWait) {
 	}
 }
 
-// drop releases what waits for neighbours of a port that goes, and what waits of its own frames.
+// drop releases the frames that wait for neighbours of a port that goes, and the port's own frames that wait.
 func (w *neighbourWait) drop(p *port) {
 	release := w.take(p.id, nil)
 	w.mu.Lock()
@@ -177,8 +174,8 @@ func (w *neighbourWait) drop(p *port) {
 	}
 }
 
-// due appends the neighbours to ask again to ask, and the frames whose neighbour did not answer to
-// over.
+// due appends to ask the neighbours that are to be solicited again, and to over the frames whose neighbour did
+// not answer. It forgets the latter neighbours.
 func (w *neighbourWait) due(now time.Duration, ask []hopKey, over []waiter) ([]hopKey, []waiter) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -196,7 +193,7 @@ func (w *neighbourWait) due(now time.Duration, ask []hopKey, over []waiter) ([]h
 	return ask, over
 }
 
-// retry processes again what waits for neighbours of a port, one of which has answered.
+// retry processes again the frames that wait for neighbours of a port, one of which has answered.
 func (pl *plane) retry(p *port, w *worker) {
 	w.waited = pl.wait.take(p.id, w.waited[:0])
 	pl.again(w, false)
@@ -230,7 +227,7 @@ func (pl *plane) again(w *worker, over bool) {
 	w.waited = w.waited[:0]
 }
 
-// runNeighbours asks for neighbours again, and gives those up that do not answer, until ctx ends.
+// runNeighbours solicits neighbours again, gives up those that do not answer, and ends old flows, until ctx ends.
 func (pl *plane) runNeighbours(ctx context.Context) {
 	t := time.NewTicker(waitTick)
 	defer t.Stop()

@@ -39,10 +39,10 @@ type plane struct {
 }
 
 type planeCounters struct {
-	undelivered atomic.Uint64 // frames that a port's Sender had no room for
+	undelivered atomic.Uint64 // frames of vifs that found no room at the port they should leave by, or no such port
 	own         atomic.Uint64 // frames for the router itself
-	control     atomic.Uint64 // frames of the router's own that found no room
-	failed      atomic.Uint64 // frames that could not be read or cut
+	control     atomic.Uint64 // frames of the router's own that found no room, or no such port
+	failed      atomic.Uint64 // frames whose checksum could not be completed, or that could not be cut into fragments
 }
 
 // A port is a vif of the router.
@@ -53,11 +53,11 @@ type port struct {
 	src  *forward.Source
 	held atomic.Int32 // frames that wait for a neighbour
 
-	inputs [router.MaxPorts]atomic.Pointer[forward.Input] // of other ports' Senders, for what this one receives
-	mu     sync.Mutex                                     // guards the making of inputs
-	gone   bool                                           // guarded by mu
+	inputs [router.MaxPorts]atomic.Pointer[forward.Input] // by number of the other port: the way into its Sender
+	mu     sync.Mutex                                     // held while an input is made
+	gone   bool                                           // guarded by mu: no more inputs are made
 
-	owner any // what the control side has for it
+	owner any // the *guest or the *uplink whose port it is
 }
 
 func newPlane(core *router.Router, local *localStack) *plane {
@@ -65,11 +65,11 @@ func newPlane(core *router.Router, local *localStack) *plane {
 	return &plane{core: core, local: local, clock: func() time.Duration { return time.Since(began) }, wait: neighbourWait{hops: map[hopKey]*hopWait{}}}
 }
 
-// waitingFrames is how many frames of each port may wait for each queue of another: what a TCP
-// sender may have under way at once.
+// waitingFrames is how many frames of each port may wait for each queue of another, so that a TCP sender
+// loses none while it has that many under way.
 const waitingFrames = 256
 
-// newPort makes a port of a device, and owns all of its queues.
+// newPort makes a port of a device and owns the sending halves of all its queues. receive owns the others.
 func (pl *plane) newPort(id router.PortID, dev *pvnet.Device) (*port, error) {
 	out, err := forward.NewSender(dev, forward.Config{Frames: waitingFrames})
 	if err != nil {
@@ -78,10 +78,11 @@ func (pl *plane) newPort(id router.PortID, dev *pvnet.Device) (*port, error) {
 	return &port{id: id, dev: dev, out: out, src: forward.NewSource(0)}, nil
 }
 
-// add makes a port one that frames go to.
+// add makes frames go to a port from now on.
 func (pl *plane) add(p *port) { pl.ports[p.id].Store(p) }
 
-// remove ends that frames go to a port, and gives back what it holds of others.
+// remove takes a port out of the plane. It drops the frames that wait for it, and those of its own that wait
+// for other ports or for neighbours. The port receives nothing any more.
 func (pl *plane) remove(p *port) {
 	pl.ports[p.id].CompareAndSwap(p, nil)
 	p.mu.Lock()
@@ -103,7 +104,8 @@ func (pl *plane) remove(p *port) {
 	pl.wait.drop(p)
 }
 
-// input returns the way from port p to port out; nil: there is none.
+// input returns the Input by which frames of port p go to port out, and makes it at first use. nil: port out is
+// not there, or p was removed.
 func (pl *plane) input(p *port, out router.PortID) *forward.Input {
 	if in := p.inputs[out].Load(); in != nil {
 		return in
@@ -125,7 +127,7 @@ func (pl *plane) input(p *port, out router.PortID) *forward.Input {
 		return nil
 	}
 	p.inputs[out].Store(in)
-	if pl.ports[out].Load() != to { // it went meanwhile, and did not see this input
+	if pl.ports[out].Load() != to { // remove took it out meanwhile, and did not see this input
 		p.inputs[out].CompareAndSwap(in, nil)
 		in.Close()
 		return nil
@@ -138,10 +140,10 @@ func (pl *plane) input(p *port, out router.PortID) *forward.Input {
 type worker struct {
 	packets [forward.Batch]router.Packet
 	run     [forward.Batch]pvnet.Frame // consecutive frames for one port
-	frame   []byte                     // a frame that is not forwarded as it is
-	piece   []byte                     // a fragment of it, or what else is sent meanwhile
+	frame   []byte                     // a copy of a frame that is not forwarded as it is
+	piece   []byte                     // a fragment of that frame, a reply or a solicitation
 
-	// Of frames that have waited for a neighbour.
+	// The frames that waited for a neighbour and are processed again, and one of them.
 	waited  []waiter
 	frames  [1]pvnet.Frame
 	decided [1]router.Packet
@@ -152,11 +154,11 @@ func (pl *plane) receive(p *port) {
 	workers := make([]worker, p.dev.Queues())
 	_ = forward.Receive(context.Background(), p.dev, func(queue int, frames []pvnet.Frame) (lost int, err error) {
 		return pl.move(p, &workers[queue], frames), nil
-	}) // whoever made the device knows why it ends
+	}) // the error is the end of the device, for which serve and useUplink wait themselves
 }
 
-// move has a batch of frames decided about, and takes them over. It returns how many were lost on
-// the way to another port.
+// move takes a batch of frames over, lets the core decide about them, and does what it decides. It returns how
+// many were lost on the way to another port.
 func (pl *plane) move(p *port, w *worker, frames []pvnet.Frame) (lost int) {
 	packets := w.packets[:len(frames)]
 	for i := range frames {
@@ -229,7 +231,7 @@ func (pl *plane) send(p *port, out router.PortID, frames []pvnet.Frame) (lost in
 	return len(frames)
 }
 
-// write sends a frame of the router's own.
+// write sends a copy of a frame of the router's own. A frame that finds no room or no port is counted and lost.
 func (pl *plane) write(out router.PortID, frame []byte) {
 	to := pl.ports[out].Load()
 	if len(frame) == 0 || to == nil || !to.out.Write(frame) {
@@ -237,7 +239,7 @@ func (pl *plane) write(out router.PortID, frame []byte) {
 	}
 }
 
-// solicit asks for the address of a neighbour. It uses w.piece.
+// solicit sends an ARP request or a neighbour solicitation for a neighbour. It uses w.piece.
 func (pl *plane) solicit(w *worker, out router.PortID, next netip.Addr) {
 	w.piece = pl.core.AppendSolicit(w.piece[:0], out, next)
 	pl.write(out, w.piece)
@@ -320,7 +322,7 @@ func (pl *plane) fragment(w *worker, d *router.Packet, frame []byte) {
 	}
 }
 
-// toLocal gives a frame to the router itself.
+// toLocal gives a frame to deliver, or else to the router's own TCP/IP.
 func (pl *plane) toLocal(p *port, frame []byte) {
 	h, ok := packet.Parse(frame, len(frame))
 	if !ok || pl.deliver != nil && pl.deliver(p, frame, &h) {

@@ -12,7 +12,7 @@ import (
 	"barevif/tools/vifrouter/dnsproxy"
 )
 
-// A clientTable says which guest has an address. It is replaced as a whole.
+// A clientTable says which guest has an address, by IPv4 address and by /64. It is replaced as a whole.
 type clientTable struct {
 	now atomic.Pointer[map[netip.Prefix]dnsproxy.Client]
 }

@@ -52,7 +52,7 @@ goes, or means something else.
 It exits with 1 if there is no router, or one that does not answer.`
 
 func statusCommand(p *cli.Program) *cobra.Command {
-	s := asking{Program: p, service: serviceDir}
+	s := statusRequest{Program: p, service: serviceDir}
 	cmd := &cobra.Command{
 		Use:   "status",
 		Short: "Show what a running router has and does",
@@ -68,11 +68,11 @@ func statusCommand(p *cli.Program) *cobra.Command {
 	return cmd
 }
 
-// asking is the command.
-type asking struct {
+// A statusRequest is one run of "vifrouter status", with its flags.
+type statusRequest struct {
 	*cli.Program
 	looking.Finder
-	service string
+	service string // the directory of the service's socket
 	json    bool
 }
 
@@ -83,7 +83,7 @@ type shown struct {
 	state
 }
 
-func (s *asking) run(ctx context.Context) error {
+func (s *statusRequest) run(ctx context.Context) error {
 	uids, err := s.UIDs()
 	if err != nil {
 		return err
@@ -114,7 +114,7 @@ func oneLine(err error) string {
 }
 
 // find asks the routers of users. With an error it also returns those that have answered.
-func (s *asking) find(ctx context.Context, uids []int) ([]shown, error) {
+func (s *statusRequest) find(ctx context.Context, uids []int) ([]shown, error) {
 	found, err := inspect.States(ctx, s.Dir, stateName, uids...)
 	if s.Dir == "" {
 		// Root finds the service, whichever user it runs as. Nobody but root made its directory.
@@ -143,13 +143,13 @@ func (s *asking) find(ctx context.Context, uids []int) ([]shown, error) {
 	return all, err
 }
 
-func (s *asking) write(all []shown) error {
+func (s *statusRequest) write(all []shown) error {
 	now := time.Now()
 	return looking.Print(s.Stdout, s.json, all, func(b *strings.Builder, r *shown) { r.write(b, now) })
 }
 
-// write writes a state as text. What is in it another process said, of this user or one that
-// the user named.
+// write writes a state as text. Another process has sent what is in it, so each line is cleaned and
+// bounded before it goes to a terminal.
 func (r *shown) write(b *strings.Builder, now time.Time) {
 	line := func(head, format string, args ...any) {
 		fmt.Fprintf(b, "%-9s %s\n", head, stat.CleanTo(fmt.Sprintf(format, args...), mostLine))
@@ -292,7 +292,7 @@ func (r *shown) writeDrops(b *strings.Builder) {
 	writeTable(b, t)
 }
 
-// cell makes a word of another process one that a table can have.
+// cell makes a word that another process sent safe to print, and not empty, for a table.
 func cell(s string) string {
 	if s == "" {
 		return "-"
@@ -300,7 +300,7 @@ func cell(s string) string {
 	return stat.Clean(s)
 }
 
-// valid writes an address or a prefix.
+// valid writes an address or a prefix, or "-" for the zero one.
 func valid[T interface {
 	netip.Addr | netip.Prefix
 	IsValid() bool
@@ -322,7 +322,7 @@ func list(addrs []netip.Addr) string {
 
 func number(n int) string { return cli.Grouped(uint64(max(n, 0))) }
 
-// clock writes a moment, in the time zone of who asks.
+// clock writes a time in the time zone of this process.
 func clock(t time.Time) string {
 	if t.IsZero() {
 		return "never"
@@ -330,7 +330,7 @@ func clock(t time.Time) string {
 	return t.Local().Format(time.DateTime)
 }
 
-// span writes how long something lasts, without more digits than say something.
+// span writes how long something lasts, in days or to the second.
 func span(d time.Duration) string {
 	d = max(d, 0)
 	if d >= 48*time.Hour {

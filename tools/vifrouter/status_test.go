@@ -156,7 +156,7 @@ func TestStatusFindsTheService(t *testing.T) {
 	defer look.Close()
 	defer look.Show(stateName, func() any { return state{Format: stateFormat, Version: "of the service"} })()
 	found := func() bool {
-		s := asking{Program: &cli.Program{}, service: dir}
+		s := statusRequest{Program: &cli.Program{}, service: dir}
 		all, err := s.find(context.Background(), nil)
 		if err != nil {
 			t.Error(err)

@@ -16,12 +16,12 @@ import (
 	"barevif/tools/vifrouter/slaac"
 )
 
-// An uplink is the connected card that leads to the world.
+// An uplink is the frontend of the uplink's vif, from its first connection until its device ends.
 type uplink struct {
 	dev      *pvnet.Device
 	port     *port
-	links    chan dhcp.Link // for the DHCP client: has the latest state at most
-	links6   chan dhcp.Link // for the discovery of routers: the same
+	links    chan dhcp.Link // for the DHCP client: at most one, the latest state
+	links6   chan dhcp.Link // for the discovery of routers: at most one, the latest state
 	received chan []byte    // messages for the DHCP client
 	adverts  chan advert    // for the discovery of routers
 	claims   chan claim     // for the discovery of routers: about addresses that the link is asked for
@@ -30,16 +30,16 @@ type uplink struct {
 	stop6    func()         // guarded by daemon.mu: ends the discovery of routers; nil: none runs
 }
 
-// tellLocked makes links hold the latest state.
+// tellLocked replaces what links holds by the latest state.
 func (up *uplink) tellLocked(links chan dhcp.Link) {
 	select {
 	case <-links:
 	default:
 	}
-	links <- up.link // there is room: whoever sends holds daemon.mu
+	links <- up.link // does not wait: whoever sends holds daemon.mu, and has emptied it
 }
 
-// An uplinkLease is what the DHCP client of the uplink has.
+// An uplinkLease is the lease of the uplink's DHCP client.
 type uplinkLease struct {
 	addr   netip.Prefix // zero: none
 	routes []dhcp.Route
@@ -53,7 +53,7 @@ const retryUplink = 2 * time.Second
 // mostReceived is how many messages may wait for the DHCP client.
 const mostReceived = 16
 
-// runUplink connects to the uplink, and again when it has ended, until ctx ends.
+// runUplink connects to the uplink, and again whenever its device has ended, until ctx ends.
 func (d *daemon) runUplink(ctx context.Context) {
 	said := ""
 	for ctx.Err() == nil {
@@ -179,14 +179,14 @@ func (d *daemon) compileUplinkLocked(c *router.Config) {
 	case u.DHCP && d.lease.addr.IsValid():
 		p.Addrs = append(p.Addrs, d.lease.addr)
 		for _, r := range d.lease.routes {
-			if r.Via.IsValid() && !d.lease.addr.Contains(r.Via) { // a router beside the network
+			if r.Via.IsValid() && !d.lease.addr.Contains(r.Via) { // a router outside the lease's network (RFC 3442)
 				route(single(r.Via), netip.Addr{})
 			}
 			route(r.To, r.Via)
 		}
 	case u.DHCP:
-		// The answers of servers come from addresses that are no guest's. Packets of guests find
-		// no address to leave with.
+		// The route admits the answers of DHCP servers, whose source is any address that is no guest's.
+		// No guest's packet leaves by it: without an address the uplink can neither translate nor solicit.
 		route(all4, netip.Addr{})
 	case u.IPv4.IsValid():
 		p.Addrs = append(p.Addrs, u.IPv4)
@@ -255,7 +255,7 @@ func (d *daemon) endClientLocked(up *uplink) {
 	}
 }
 
-// fromServer gives the DHCP client a message.
+// fromServer gives the DHCP client a copy of a message. It drops the message if too many wait.
 func (d *daemon) fromServer(p *port, m []byte) bool {
 	up, ok := p.owner.(*uplink)
 	if !ok {
@@ -268,8 +268,8 @@ func (d *daemon) fromServer(p *port, m []byte) bool {
 	return true
 }
 
-// leased makes a lease, or none, the uplink's. A server at the uplink cannot take a guest's
-// network: such a lease is refused, and such a route is left out.
+// leased makes l the uplink's lease; nil: it has none any more. A DHCP server at the uplink cannot take a
+// guest's network: a lease that overlaps one is refused, and a route into one is left out.
 func (d *daemon) leased(ctx context.Context, l *dhcp.Lease) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -317,7 +317,7 @@ func overlapping(c *config.Config, p netip.Prefix) string {
 	return ""
 }
 
-// within reports whether a prefix is a part of a network of guests.
+// within reports whether a network of guests contains a prefix.
 func within(c *config.Config, p netip.Prefix) bool {
 	for i := range c.Networks {
 		if n := &c.Networks[i]; n.IPv4.IsValid() && n.IPv4.Overlaps(p) && p.Bits() >= n.IPv4.Bits() {

@@ -21,14 +21,14 @@ import (
 const (
 	solicitFirst = 4 * time.Second
 	solicitMost  = time.Hour
-	mostAdverts  = 8 // that may wait to be read
-	mostClaims   = 8 // the same
-	// Between two changes of the router's configuration: a station that announces something else
-	// in each message shall not keep it busy.
+	mostAdverts  = 8 // advertisements that may wait to be read
+	mostClaims   = 8 // claims that may wait to be read
+	// leastChange is the least time between two changes of the router's configuration, so that a station
+	// which announces something else in each message does not keep the router busy.
 	leastChange = time.Second
 )
 
-// An advert is what came from a router, copied.
+// An advert is a copy of a router advertisement.
 type advert struct {
 	from    netip.Addr
 	message []byte
@@ -49,15 +49,15 @@ func (d *daemon) fromRouter(p *port, frame []byte, h *packet.Headers) bool {
 	return true
 }
 
-// A claim is what a station of the uplink's link said of an address that the router asks for, copied.
+// A claim is a copy of a neighbour solicitation or advertisement for a tentative address of the router.
 type claim struct {
 	mac      pvnet.MAC
 	src, dst netip.Addr
 	message  []byte
 }
 
-// fromNeighbour keeps what was said of a tentative address: the core gives no other discovery of
-// neighbours away. It has checked hop limit and checksum.
+// fromNeighbour keeps a claim for the goroutine that reads them: of neighbour discovery the core passes on only
+// messages for tentative addresses. It has checked hop limit and checksum.
 func (d *daemon) fromNeighbour(p *port, frame []byte, h *packet.Headers) bool {
 	up, ok := p.owner.(*uplink)
 	if !ok || h.End > len(frame) {
@@ -72,7 +72,7 @@ func (d *daemon) fromNeighbour(p *port, frame []byte, h *packet.Headers) bool {
 	return true
 }
 
-// forgetAdverts drops what came while nobody read it: it may be old.
+// forgetAdverts drops the adverts and claims that came while no discovery ran: they may be old.
 func (up *uplink) forgetAdverts() {
 	for {
 		select {
@@ -124,7 +124,7 @@ func (d *daemon) discover(ctx context.Context, up *uplink) {
 		}
 	}
 	said, down := "", false
-	wait, asked := solicitFirst, time.Time{} // 0: a router has answered
+	wait, asked := solicitFirst, time.Time{} // wait 0: a router has answered, so that none is solicited
 	var changed time.Time
 	timer := time.NewTimer(0)
 	defer timer.Stop()
@@ -134,7 +134,7 @@ func (d *daemon) discover(ctx context.Context, up *uplink) {
 			return
 		case l := <-up.links6:
 			if down = !l.Up; down {
-				client.Again(time.Now()) // what was asked may not have come anywhere
+				client.Again(time.Now()) // the solicitations may have been lost
 			}
 			if down || l.Ups == link.Ups {
 				continue
@@ -150,7 +150,7 @@ func (d *daemon) discover(ctx context.Context, up *uplink) {
 		case m := <-up.adverts:
 			a, err := slaac.Parse(m.from, m.message)
 			if err != nil {
-				if err.Error() != said { // once, whatever a station sends
+				if err.Error() != said { // the log must not grow with what a station sends
 					said = err.Error()
 					d.log.Warn("a router advertisement at the uplink cannot be used", "err", err)
 				}
@@ -162,7 +162,7 @@ func (d *daemon) discover(ctx context.Context, up *uplink) {
 			}
 		case <-timer.C:
 		}
-		for range len(up.claims) { // before the time for them is over: this goroutine may be late
+		for range len(up.claims) { // before Settings takes a tentative address for ours: this goroutine may be late
 			hear(<-up.claims)
 		}
 		now := time.Now()
@@ -196,7 +196,7 @@ func (d *daemon) discover(ctx context.Context, up *uplink) {
 			if did {
 				changed = now
 			}
-			// The core knows what is tentative: answers will come here.
+			// discovered has told the core which addresses are tentative: claims come here from now on.
 			if !down {
 				frames := client.Probes(now)
 				if len(frames) > 0 {
@@ -225,15 +225,15 @@ func (d *daemon) claimed(ctx context.Context, a netip.Addr, by pvnet.MAC) {
 	}
 	d.duplicates++
 	if slices.Contains(d.claimed6, a) || len(d.claimed6) > slaac.MaxPrefixes {
-		return // once for an address, whatever stations say
+		return // logged once for an address: the log must not grow with what stations send
 	}
 	d.claimed6 = append(d.claimed6, a)
 	d.log.Warn("an address that the uplink would have is another station's and is not used: give the uplink's vif another MAC, "+
 		`or write an address with "uplink ipv6 ADDRESS via ROUTER"; the link is asked again every ten minutes`, "address", a, "station", by)
 }
 
-// discovered makes what routers announced the uplink's. None of them can take a guest's network:
-// such a prefix is left out. It reports whether something but times changed.
+// discovered applies what routers announced to the uplink. No router can take a guest's network: a prefix that
+// overlaps one is left out. It reports whether anything but times has changed.
 func (d *daemon) discovered(ctx context.Context, s slaac.Settings) (changed bool, err error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -301,7 +301,7 @@ func (d *daemon) compileAutoLocked(p *router.Port, route func(to netip.Prefix, v
 		p.MTU = min(p.MTU, s.MTU)
 	}
 	if len(s.Addrs) == 0 {
-		return // there is no address to leave with
+		return // packets that leave would have no source address
 	}
 	for _, a := range s.Addrs {
 		p.Addrs = append(p.Addrs, a.Prefix)

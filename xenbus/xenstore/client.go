@@ -117,7 +117,7 @@ func Dial(ctx context.Context, open func(context.Context) (io.ReadWriteCloser, e
 		cfg.MaxPayload = nodePayload
 	}
 	if cfg.MaxPayload < 0 || cfg.MaxPayload > wire.MaxPayload || cfg.Pipeline < 0 {
-		return nil, fmt.Errorf("xenbus: MaxPayload %d or Pipeline %d out of range", cfg.MaxPayload, cfg.Pipeline)
+		return nil, fmt.Errorf("xenstore: Config.MaxPayload is %d and Pipeline %d: use 1 to %d, or 0 for %d, and at least 0", cfg.MaxPayload, cfg.Pipeline, wire.MaxPayload, nodePayload)
 	}
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)

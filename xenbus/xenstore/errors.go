@@ -107,7 +107,7 @@ func (e *Error) Is(target error) bool {
 // ErrLost is returned when the connection broke after a changing request was sent:
 // xenstored may or may not have carried it out. The caller may send it again. The Client
 // itself repeats requests that change nothing, up to 8 times.
-var ErrLost = errors.New("xenbus: connection to xenstore lost, outcome unknown")
+var ErrLost = errors.New("xenstore: connection lost, outcome unknown")
 
 // A ProtocolError is a message that no correct xenstored sends. The Client closes the
 // connection it came on.

@@ -1,14 +1,12 @@
 package xenstore
 
-import (
-	"fmt"
-)
+import "fmt"
 
 // A ValueError is a xenstore value of the wrong form.
 type ValueError struct {
 	Path  string // or the key alone; "" if neither was known
-	Value string // clipped
-	Want  string
+	Value string // what was found, clipped
+	Want  string // what was expected, as "a number from 0 to 9"
 }
 
 func (e *ValueError) Error() string {

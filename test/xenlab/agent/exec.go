@@ -39,6 +39,7 @@ type process struct {
 	printed chan struct{} // guarded by mu; closed and replaced by each write
 }
 
+// A tail keeps the last maxOutput bytes of a stream.
 type tail struct{ b []byte }
 
 func (t *tail) write(p []byte) {
@@ -48,6 +49,7 @@ func (t *tail) write(p []byte) {
 	}
 }
 
+// A stream is an io.Writer for one of a process's outputs.
 type stream struct {
 	p *process
 	t *tail
@@ -197,6 +199,7 @@ func (p *process) reply() proto.Reply {
 	return r
 }
 
+// exitStatus returns the exit status as a shell has it: 128 + signal if a signal ended the process.
 func exitStatus(s *os.ProcessState) int {
 	if w, ok := s.Sys().(syscall.WaitStatus); ok && w.Signaled() {
 		return 128 + int(w.Signal())
@@ -217,6 +220,7 @@ func (p *process) kill(sig syscall.Signal) error {
 	return nil
 }
 
+// run starts a program and waits for its end. If ctx ends first it kills the program's process group.
 func run(ctx context.Context, c proto.Call) (proto.Reply, error) {
 	p, err := start(c)
 	if err != nil {
@@ -234,6 +238,7 @@ func run(ctx context.Context, c proto.Call) (proto.Reply, error) {
 // pollInterval is long enough not to disturb measurements that run at the same time.
 const pollInterval = 100 * time.Millisecond
 
+// until runs a program again and again until it succeeds or ctx ends.
 func until(ctx context.Context, c proto.Call) (proto.Reply, error) {
 	for {
 		r, err := run(ctx, c)

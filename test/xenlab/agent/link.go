@@ -28,7 +28,7 @@ type link struct {
 	home    string // the other end's directory, if it can vanish
 	nextIn  int
 	nextOut int
-	rest    string // the unread rest of the last chunk
+	rest    string // what Read has not returned yet of the chunk that it took last
 
 	// The domid when nextIn and nextOut were last 0; "" at dom0's end. With another domid the
 	// domain was resumed, its nodes are gone, and dom0 begins a link of its own.

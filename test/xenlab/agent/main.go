@@ -1,9 +1,9 @@
 //go:build linux
 
-// Agent is the init process of every domain of the lab, except one that systemd runs, where it is
-// a service. Process 1 only reaps zombies. Its child sets up the domain and executes the calls of the host. In dom0 these come through a
-// virtio-serial port; in another domain they come through nodes of xenstore, from the agent in
-// dom0.
+// Agent is the init process of every domain of the lab, except one whose process 1 is systemd, where
+// it is a service. As process 1 it only reaps zombies; its child sets up the domain and executes the
+// calls of the host. In dom0 these come through a virtio-serial port; in another domain they come
+// through nodes of xenstore, from the agent in dom0.
 //
 // It is part of the tests and trusts the host.
 package main

@@ -36,8 +36,9 @@ var (
 	ApplianceWords = []string{"MSG=it's me", "-addr", ApplianceAddr + "/24", "two words"}
 )
 
-// RouterAppliance is the directory in dom0 with an image of Config.Router, unpacked, and RouterConf the path of its
-// configuration in the guest.
+// RouterAppliance is the directory in dom0 with an image of Config.Router, unpacked. RouterName is the guest's name in
+// xl, RouterMAC that of its vif, RouterConf the path of its configuration in the guest, and RouterReload the program by
+// which dom0 hands it another one.
 const (
 	RouterAppliance = "/lab/router"
 	RouterName      = "router"
@@ -89,7 +90,7 @@ func (d *distribution) addAppliances(ctx context.Context, dom0 *guestimage.Tree,
 		if one.packed {
 			continue
 		}
-		// It is as large as all else that dom0 has, and there already.
+		// The kernel is as large as all else in dom0's image, which has it as GuestKernel already.
 		if err := sameFile(filepath.Join(out, "kernel"), d.vmlinux); err != nil {
 			return err
 		}

@@ -16,9 +16,9 @@ import (
 	"barevif/tools/guestimage"
 )
 
-// SystemdLayer is in dom0 what follows GuestImage in the image of a guest with Debian's systemd: the kernel
-// unpacks one archive over the other. DeployDir is in that guest the directory of files that an operator
-// installs. The guest has no user barevif.
+// SystemdLayer is a file in dom0. Appended to GuestImage it makes the image of a guest with Debian's systemd:
+// the kernel unpacks one archive over the other. DeployDir is the directory in that guest with the files that
+// an operator installs. The guest has no user barevif.
 const (
 	SystemdLayer = "/lab/systemd.cpio"
 	DeployDir    = "/lab/deploy"
@@ -40,7 +40,7 @@ var systemdDaemons = [...]string{"systemd", "systemd-journald", "systemd-modules
 // systemdDirs are copied as the packages have them.
 var systemdDirs = [...]string{"lib/systemd/system", "lib/udev/rules.d", "usr/lib/tmpfiles.d", "usr/lib/sysusers.d", "etc/systemd", "etc/udev"}
 
-// wantedUnits are what the guest starts of that which Debian starts: the rest is for disks, terminals and
+// wantedUnits are those of Debian's units that the guest starts. The others are for disks, terminals and
 // file systems that it does not have.
 var wantedUnits = [...]string{
 	"kmod-static-nodes.service", "systemd-modules-load.service", "systemd-sysusers.service",
@@ -58,7 +58,7 @@ StandardOutput=journal+console
 StandardError=journal+console
 `
 
-// systemd returns what a guest that systemd runs has besides the root of every guest, or instead of it.
+// systemd returns the files that a guest with systemd has in addition to base, or in place of base's.
 func (d *distribution) systemd(ctx context.Context) (*guestimage.Tree, error) {
 	t := guestimage.NewTree()
 	if err := d.install(t, systemdTools[:]...); err != nil {
@@ -97,7 +97,8 @@ func (d *distribution) systemd(ctx context.Context) (*guestimage.Tree, error) {
 	return t, copyDir(t, DeployDir+"/etc", filepath.Join(deploy, "etc"), func(string) bool { return true })
 }
 
-// copyUnits copies a directory of the packages, which may not exist, without what other units want that is not wanted here.
+// copyUnits copies a directory of the packages, which may not exist. Of the links in directories *.wants it
+// copies only those to wantedUnits.
 func (d *distribution) copyUnits(t *guestimage.Tree, dir string) error {
 	return copyDir(t, "/"+dir, filepath.Join(d.root, dir), func(name string) bool {
 		return !strings.HasSuffix(path.Dir(name), ".wants") || slices.Contains(wantedUnits[:], path.Base(name))

@@ -7,7 +7,7 @@ import (
 	"barevif/pvnet"
 )
 
-// check checks what lines say about each other.
+// check checks that the lines go together, and finds out which names are guests.
 func (p *parser) check() {
 	p.checkUplink()
 	p.checkNetworks()

@@ -563,7 +563,7 @@ func (p *parser) rule(a Action) {
 	}
 }
 
-// place reads a place. Whether a name is one is found out in the end.
+// place reads a place. name2place finds out later whether a name is a network's or a guest's.
 func (p *parser) place(of string) (Place, bool) {
 	w, ok := p.value(of, ruleForms)
 	if !ok {

@@ -66,9 +66,9 @@ type Link struct {
 	mu     sync.Mutex
 	mac    [6]byte // zero: any
 	offer  Offer
-	lease  Lease // zero: none
-	tokens float64
-	filled time.Time
+	lease  Lease     // zero: none
+	tokens float64   // messages that may be answered now
+	filled time.Time // when tokens was computed
 	stats  Stats
 }
 
@@ -95,7 +95,7 @@ func (l *Link) Stats() Stats {
 	return l.stats
 }
 
-// Lease returns the lease of now.
+// Lease returns the lease; ok is false if the guest has none at that time.
 func (l *Link) Lease(now time.Time) (lease Lease, ok bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -148,7 +148,7 @@ func (l *Link) Handle(now time.Time, from [6]byte, b []byte) (r *Reply, declined
 	return nil, false
 }
 
-// allow takes a token.
+// allow takes a token, or reports false: the link has no more.
 func (l *Link) allow(now time.Time) bool {
 	if !l.filled.IsZero() && now.After(l.filled) {
 		l.tokens = min(Burst, l.tokens+now.Sub(l.filled).Seconds()*Rate)
@@ -238,7 +238,7 @@ var (
 	allMAC    = [6]byte{255, 255, 255, 255, 255, 255}
 )
 
-// answer returns the begin of every answer.
+// answer returns the part that all answers to m have.
 func (l *Link) answer(m *dhcpv4.DHCPv4, typ dhcpv4.MessageType) *dhcpv4.DHCPv4 {
 	zero := netip.IPv4Unspecified().AsSlice()
 	r := &dhcpv4.DHCPv4{

@@ -15,12 +15,12 @@ import (
 type Pool struct {
 	mu          sync.Mutex
 	first, last uint32
-	used        map[uint32]string // who has an address now
-	before      map[string]uint32 // which address a vif had; at most one for each address
-	owner       map[uint32]string // the inverse of before
-	spoiled     map[uint32]time.Time
-	reserved    map[uint32]bool
-	next        uint32 // where the search begins
+	used        map[uint32]string    // who has an address now
+	before      map[string]uint32    // which address a vif had; at most one for each address
+	owner       map[uint32]string    // the inverse of before
+	spoiled     map[uint32]time.Time // until when a declined address is not given
+	reserved    map[uint32]bool      // addresses that are fixed for one vif each
+	next        uint32               // where the search begins
 }
 
 // ErrExhausted means that all addresses of a pool are in use.
@@ -57,7 +57,7 @@ func toAddr(n uint32) netip.Addr {
 	return netip.AddrFrom4(b)
 }
 
-// spoiledFor is how long an address is not given away that a guest has declined.
+// spoiledFor is how long the pool does not give an address that a guest has declined.
 const spoiledFor = 10 * time.Minute
 
 // Take gives vif an address that no other has: want, if it is valid, or else one of the pool.

@@ -10,10 +10,10 @@ import (
 // Bounds of a group's memory.
 const (
 	cacheEntries = 2048
-	cacheRecords = 8192 // of all entries
-	entryRecords = 64   // of one; an answer with more is not kept
-	longest      = time.Hour
-	longestNone  = 5 * time.Minute // that a name is none, or has no such record
+	cacheRecords = 8192            // of all entries
+	entryRecords = 64              // of one; an answer with more is not kept
+	longest      = time.Hour       // that an answer is kept
+	longestNone  = 5 * time.Minute // that an answer is kept which says that there is no such name or record
 )
 
 // A cache is the memory of one group: the answers of a bounded number of questions, of which it
@@ -34,7 +34,7 @@ type entry struct {
 
 func newCache() *cache { return &cache{entries: map[string]*list.Element{}} }
 
-// get returns an answer with the times that are left of it; nil: none.
+// get returns an answer whose records have the time to live that is left of them; nil: there is none.
 func (c *cache) get(key string, now time.Time) *dnsmessage.Message {
 	e := c.entries[key]
 	if e == nil {
@@ -50,7 +50,7 @@ func (c *cache) get(key string, now time.Time) *dnsmessage.Message {
 	return &dnsmessage.Message{Header: en.m.Header, Answers: aged(en.m.Answers, age), Authorities: aged(en.m.Authorities, age), Additionals: aged(en.m.Additionals, age)}
 }
 
-// aged returns copies of records with less time to live.
+// aged returns copies of records whose time to live is shorter by age seconds.
 func aged(list []dnsmessage.Resource, age uint32) []dnsmessage.Resource {
 	out := append([]dnsmessage.Resource(nil), list...)
 	for i := range out {

@@ -30,25 +30,25 @@ import (
 	"golang.org/x/net/dns/dnsmessage"
 )
 
-// Bounds.
+// Bounds of what guests may use.
 const (
-	PerClient   = 64   // queries of one client under way
-	Share       = 4    // of these whatever the others have
-	All         = 1024 // queries under way, beyond which each has its Share alone
-	Connections = 8    // TCP connections of a client
+	PerClient   = 64   // queries of one client under way, at most
+	Share       = 4    // queries that a client may have under way however many others have
+	All         = 1024 // queries of all clients under way, beyond which each has its Share alone
+	Connections = 8    // TCP connections of one client, at most
 
 	maxQuery  = 4096 // bytes
 	maxUDP    = 1232 // bytes of an answer over UDP: what fits any path (DNS flag day 2020)
-	leastUDP  = 512
+	leastUDP  = 512  // bytes of an answer over UDP that a client without EDNS takes
 	perServer = 2 * time.Second
 	idle      = 10 * time.Second // of a TCP connection
 	strange   = 32               // datagrams that are no answer, after which a server is given up
 )
 
-// A Client is who asks.
+// A Client is the guest that a query comes from.
 type Client struct {
-	ID    string // of the guest
-	Group string // whose memory it shares
+	ID    string // the guest's: bounds are counted by it
+	Group string // guests of one group share the memory of answers
 }
 
 // Config configures a Server. All fields but Logger are required.
@@ -56,7 +56,7 @@ type Config struct {
 	// Dial opens a connection to a name server, over "udp" from a port of its own that cannot
 	// be guessed, or over "tcp".
 	Dial func(ctx context.Context, network string, to netip.AddrPort) (net.Conn, error)
-	// Client tells who has an address. If nobody has, the query is not answered.
+	// Client returns the client that has an address. If ok is false the query is not answered.
 	Client func(netip.Addr) (c Client, ok bool)
 	Now    func() time.Time
 	Logger *slog.Logger // nil: silent
@@ -94,7 +94,7 @@ type Server struct {
 	turn    int                // guarded by mu: the server that is asked first
 	under   map[string]int     // guarded by mu: queries under way by client
 	conns   map[string]int     // guarded by mu: TCP connections by client
-	total   int                // guarded by mu
+	total   int                // guarded by mu: queries under way
 	flights map[string]*flight // guarded by mu: questions under way by key
 	caches  map[string]*cache  // guarded by mu: by group
 }
@@ -150,7 +150,7 @@ func (s *Server) Close() {
 	s.works.Wait()
 }
 
-// enter admits a query of c, until leave.
+// enter admits a query of c, until leave, or reports false and counts the query as limited.
 func (s *Server) enter(c Client) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -236,7 +236,7 @@ func (s *Server) Serve(l net.Listener) error {
 	}
 }
 
-// admit counts a connection.
+// admit admits a TCP connection of c, until dismiss, or reports false and counts it as limited.
 func (s *Server) admit(c Client) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -309,7 +309,7 @@ type query struct {
 	do       bool // with DNSSEC's records
 }
 
-// key is the same for questions with the same answer.
+// key returns the key of the question in a group's memory: it is equal for questions with the same answer.
 func (q *query) key(group string) string {
 	flags := byte('0')
 	if q.do {
@@ -475,7 +475,7 @@ func (s *Server) find(c Client, q *query) *dnsmessage.Message {
 	f.m = s.ask(q)
 	s.mu.Lock()
 	delete(s.flights, key)
-	if f.m != nil && s.caches[c.Group] == cached { // else the servers are others meanwhile
+	if f.m != nil && s.caches[c.Group] == cached { // else SetServers or Forget has dropped this memory meanwhile
 		cached.put(key, f.m, s.cfg.Now())
 	}
 	s.mu.Unlock()

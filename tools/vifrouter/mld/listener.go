@@ -11,21 +11,22 @@ import (
 
 // Times of RFC 3810, section 9, in the order of its sections, and bounds of what a querier may say instead.
 const (
-	repeats      = 2 // a report of a change, in case that one is lost
+	repeats      = 2 // times that a change is reported, in case that one report is lost
 	mostRepeats  = 7
 	interval     = 125 * time.Second // between two queries for all groups
 	mostInterval = time.Hour
 	mostRepeat   = time.Second            // between two reports of one change
 	mostDelay    = time.Second            // before the first report on a link (RFC 4862, section 5.4.2)
 	leastAnswer  = 100 * time.Millisecond // between two answers
-	mostLeaving  = 32                     // groups of which it is yet to be said that nobody listens any more
+	mostLeaving  = 32                     // groups that the host has left and has yet to report as left
 )
 
-// What a report says of a group.
+// What a record says about a group. Version 2 has lists of sources: this host excludes none of a group that it
+// listens to, and includes none of one that it has left.
 const (
-	listens = header.MLDv2ReportRecordModeIsExclude
-	join    = header.MLDv2ReportRecordChangeToExcludeMode // no source is left out
-	leave   = header.MLDv2ReportRecordChangeToIncludeMode // all are
+	listens = header.MLDv2ReportRecordModeIsExclude       // the answer to a query
+	join    = header.MLDv2ReportRecordChangeToExcludeMode // the report of a group that is new
+	leave   = header.MLDv2ReportRecordChangeToIncludeMode // the report of a group that the host has left
 )
 
 // A Listener listens to the solicited-node groups of addresses. The zero Listener is down and listens to none.
@@ -33,32 +34,32 @@ const (
 type Listener struct {
 	mac    [6]byte
 	up     bool
-	source netip.Addr // of reports, if it is link-local
+	source netip.Addr // as Listen was given it; reports come from it if it is link-local
 	groups []group
 
-	all   time.Time // when to answer a query for all groups; zero: there is none
-	quiet time.Time // when the next answer may go out
+	all   time.Time // when to answer a query for all groups; zero: there is none to answer
+	quiet time.Time // no answer goes out before this time
 
-	old      time.Time     // until then a querier speaks version 1
-	v1       bool          // and so does this host
-	repeats  int           // that a querier wants; 0: it has not said
-	interval time.Duration // between its queries; 0: it has not said
+	old      time.Time     // until then a querier on the link is taken to speak version 1
+	v1       bool          // this host speaks version 1
+	repeats  int           // the querier's robustness; 0: it has not said
+	interval time.Duration // between the querier's queries; 0: it has not said
 
 	heard, sent uint64
 }
 
-// A group is one that is listened to, or one that is not any more and of which this is yet to be said.
+// A group is one that the host listens to, or one that it has left and has yet to report as left.
 type group struct {
-	addr    netip.Addr
-	listens bool
-	left    int       // reports of the change that are yet to be sent
-	unsaid  bool      // none was sent
-	at      time.Time // of the next one
-	answer  time.Time // when to answer a query for it; zero: there is none
+	addr       netip.Addr
+	listens    bool
+	pending    int       // reports of the change that are yet to be sent
+	unreported bool      // no report of the change was sent
+	at         time.Time // when the next of these reports is due
+	answer     time.Time // when to answer a query for the group; zero: there is none to answer
 }
 
-// Up says that the link came up, or is another one, for a card with that MAC. What is listened to is reported
-// there, after a random delay of up to a second: all stations of a link may begin at once.
+// Up says that the link came up, or that the card, with that MAC, is at another link now. The groups are
+// reported there after a random delay of up to a second, since all stations of a link may begin at once.
 func (l *Listener) Up(now time.Time, mac [6]byte) {
 	l.Down()
 	l.mac, l.up = mac, true
@@ -69,7 +70,7 @@ func (l *Listener) Up(now time.Time, mac [6]byte) {
 	}
 }
 
-// Down says that the link is down: nothing is sent, and what was to be is forgotten.
+// Down says that the link is down. Until Up nothing is sent; reports and answers that were due are dropped.
 func (l *Listener) Down() {
 	l.up, l.all = false, time.Time{}
 	l.groups = slices.DeleteFunc(l.groups, func(g group) bool { return !g.listens })
@@ -79,15 +80,15 @@ func (l *Listener) Down() {
 	}
 }
 
-// changed begins the reports of a change, or of what may have become unknown.
+// changed makes n reports of the group due, the first at that time: it has changed, or the link may not know it.
 func (g *group) changed(n int, at time.Time) {
-	g.left, g.unsaid, g.at, g.answer = n, true, at, time.Time{}
+	g.pending, g.unreported, g.at, g.answer = n, true, at, time.Time{}
 }
 
-// Listen makes the groups that are listened to the solicited-node groups of addrs, of IPv6. source is the
-// link-local address of this host, once it is one: reports come from there, and without one from :: (RFC 3590).
-// A change is to be reported at once. So is all that is listened to when source becomes a link-local address,
-// or another one: queriers do not believe what came from ::.
+// Listen makes the host listen to the solicited-node groups of addrs, which are IPv6 addresses, and to no
+// others. source is the link-local address of this host, or :: while it has none: reports come from there
+// (RFC 3590). A change becomes due to be reported at once. So do all groups when source becomes a link-local
+// address, or another one, since queriers ignore a report from ::.
 func (l *Listener) Listen(now time.Time, source netip.Addr, addrs []netip.Addr) {
 	known := source == l.source || !source.IsLinkLocalUnicast()
 	l.source = source
@@ -101,7 +102,7 @@ func (l *Listener) Listen(now time.Time, source netip.Addr, addrs []netip.Addr) 
 	for i := range l.groups {
 		g := &l.groups[i]
 		is := slices.Contains(want, g.addr)
-		if is != g.listens || is && !known && !g.unsaid {
+		if is != g.listens || is && !known && !g.unreported {
 			g.listens = is
 			g.changed(l.often(), now)
 		}
@@ -128,16 +129,17 @@ func (l *Listener) Listen(now time.Time, source netip.Addr, addrs []netip.Addr) 
 	}
 }
 
-// Hurry has what was not reported yet be reported now: an address is about to be asked for.
+// Hurry makes changes of which no report was sent due now. A caller needs it before it solicits an address of
+// its own for duplicate address detection.
 func (l *Listener) Hurry(now time.Time) {
 	for i := range l.groups {
-		if g := &l.groups[i]; g.unsaid && g.at.After(now) {
+		if g := &l.groups[i]; g.unreported && g.at.After(now) {
 			g.at = now
 		}
 	}
 }
 
-// often returns how many reports there are of a change.
+// often returns how many times a change is reported.
 func (l *Listener) often() int {
 	if l.repeats == 0 {
 		return repeats
@@ -153,8 +155,8 @@ func (l *Listener) from() netip.Addr {
 	return netip.IPv6Unspecified()
 }
 
-// version brings the version that this host speaks up to date. With another one answers and repetitions are
-// not sent that were for the one before (RFC 3810, section 8.2.1).
+// version updates the version that this host speaks. If it changes, the answers and the repeated reports that
+// were due for the one before are dropped (RFC 3810, section 8.2.1).
 func (l *Listener) version(now time.Time) {
 	v1 := now.Before(l.old)
 	if v1 == l.v1 {
@@ -164,19 +166,19 @@ func (l *Listener) version(now time.Time) {
 	for i := range l.groups {
 		g := &l.groups[i]
 		g.answer = time.Time{}
-		if !g.unsaid {
-			g.left = 0
+		if !g.unreported {
+			g.pending = 0
 		}
 	}
 	l.forget()
 }
 
-// forget removes groups that nobody listens to, of which this was said.
+// forget removes the groups that the host has left and has reported as left.
 func (l *Listener) forget() {
-	l.groups = slices.DeleteFunc(l.groups, func(g group) bool { return !g.listens && g.left == 0 })
+	l.groups = slices.DeleteFunc(l.groups, func(g group) bool { return !g.listens && g.pending == 0 })
 }
 
-// Hear takes a query. It reports whether Next is another time for it. It allocates nothing.
+// Hear takes a query into account, and reports whether that changed Next. It allocates nothing.
 func (l *Listener) Hear(now time.Time, q Query) (another bool) {
 	if !l.up {
 		return false
@@ -203,12 +205,12 @@ func (l *Listener) Hear(now time.Time, q Query) (another bool) {
 		if !g.listens || q.Group != netip.IPv6Unspecified() && q.Group != g.addr {
 			continue
 		}
-		g.answer = sooner(g.answer, at()) // an answer for all groups that goes out before is one for this
+		g.answer = sooner(g.answer, at()) // an answer for all groups that goes out earlier answers this query too
 	}
 	return !l.Next().Equal(before)
 }
 
-// sooner returns the earlier time. The zero time is none.
+// sooner returns the earlier time. The zero time means none.
 func sooner(a, b time.Time) time.Time {
 	if a.IsZero() || !b.IsZero() && b.Before(a) {
 		return b
@@ -223,7 +225,7 @@ func later(a, b time.Time) time.Time {
 	return a
 }
 
-// Next returns when Reports is to be called; the zero time: not before something else happens.
+// Next returns when to call Reports. The zero time means never, until another method is called.
 func (l *Listener) Next() (next time.Time) {
 	if !l.up {
 		return next
@@ -233,7 +235,7 @@ func (l *Listener) Next() (next time.Time) {
 	}
 	for i := range l.groups {
 		g := &l.groups[i]
-		if g.left > 0 {
+		if g.pending > 0 {
 			next = sooner(next, g.at)
 		}
 		if !g.answer.IsZero() {
@@ -243,7 +245,7 @@ func (l *Listener) Next() (next time.Time) {
 	return next
 }
 
-// Reports returns the frames that are to be sent now.
+// Reports returns the frames to send now, which are the caller's: reports of changes first, then answers.
 func (l *Listener) Reports(now time.Time) [][]byte {
 	if !l.up {
 		return nil
@@ -254,7 +256,7 @@ func (l *Listener) Reports(now time.Time) [][]byte {
 	due := func(t time.Time) bool { return !t.IsZero() && !now.Before(t) }
 	for i := range l.groups {
 		g := &l.groups[i]
-		if g.left == 0 || now.Before(g.at) {
+		if g.pending == 0 || now.Before(g.at) {
 			continue
 		}
 		kind := join
@@ -262,8 +264,8 @@ func (l *Listener) Reports(now time.Time) [][]byte {
 			kind = leave
 		}
 		changes = append(changes, record{g.addr, kind})
-		if g.left, g.unsaid, g.at = g.left-1, false, again; l.v1 && !g.listens {
-			g.left = 0 // the querier asks itself whether that is so
+		if g.pending, g.unreported, g.at = g.pending-1, false, again; l.v1 && !g.listens {
+			g.pending = 0 // no repetition: the querier now asks for other listeners of the group (RFC 2710, section 4)
 		}
 	}
 	if !now.Before(l.quiet) {
@@ -287,15 +289,15 @@ func (l *Listener) Reports(now time.Time) [][]byte {
 	return frames
 }
 
-// A State is what a Listener does, and has done since it was made.
+// A State says what a Listener does now, and has counted since it was made.
 type State struct {
 	Groups  []netip.Addr // that it listens to
-	Old     bool         // by version 1
-	Queries uint64       // heard
-	Reports uint64       // sent
+	Old     bool         // it speaks version 1
+	Queries uint64       // that Hear took while the link was up
+	Reports uint64       // frames that Reports returned
 }
 
-// State returns that of now.
+// State returns the State at that time.
 func (l *Listener) State(now time.Time) State {
 	s := State{Old: now.Before(l.old), Queries: l.heard, Reports: l.sent}
 	for _, g := range l.groups {

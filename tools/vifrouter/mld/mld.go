@@ -8,9 +8,10 @@
 // address that it asks for. A [Listener] reports these groups for the addresses that its caller names, always
 // for all sources.
 //
-// Any station of the link can send queries, as many as it likes. Of queries the Listener keeps only when to
-// answer: one time for all groups, and one for each group. It answers ten times a second at most. It answers a
-// query that names sources as a query for the group. A report of another station never suppresses its own, as
+// Any station of the link can send queries, as many as it likes. The Listener keeps no queries: it keeps one
+// time of the answer for all groups and one for each group, and of the querier its version, its robustness and
+// its query interval. It answers ten times a second at most. It answers a query that names sources as a query
+// for the group. A report of another station never suppresses its own, as
 // in version 2: reports can be forged, and a switch wants one from each of its ports.
 package mld
 
@@ -30,17 +31,19 @@ const TypeQuery = byte(header.ICMPv6MulticastListenerQuery)
 
 // A Query asks which groups are listened to.
 type Query struct {
-	Group netip.Addr    // the one that is asked for; ::, all of them
+	Group netip.Addr    // the group that it asks about; :: for all groups
 	Old   bool          // it is of version 1
-	Delay time.Duration // within which to answer
+	Delay time.Duration // the answer is due within this time
 
-	// Of version 2, what the querier goes by: how often a report is sent in case that it is lost, and the
-	// time between two queries for all groups. 0: not said.
+	// The querier's own settings, which version 2 alone carries: its robustness, which is how many times a
+	// host sends a report in case that one is lost, and the time between two of its queries for all groups.
+	// 0: the query does not say.
 	Repeats  int
 	Interval time.Duration
 }
 
-// alertSize is the size of the hop-by-hop options of each message: the router alert, and padding.
+// alertSize is the size, in bytes, of the hop-by-hop options of each message that this package makes: the
+// router alert, and padding.
 const alertSize = 8
 
 // Parse reads a query from an IPv6 packet, without what follows it in its frame. The caller has checked that
@@ -80,8 +83,9 @@ func Parse(ip []byte) (q Query, ok bool) {
 	return q, true
 }
 
-// alerts reports whether hop-by-hop options are well-formed, have the one router alert of MLD (RFC 2711), and
-// none for whose sake a host that does not know it drops the packet.
+// alerts reports whether hop-by-hop options are well-formed, hold one router alert, which is that of MLD
+// (RFC 2711), and no option of a type that makes a host which does not know it drop the packet (RFC 8200,
+// section 4.2).
 func alerts(b []byte) (found bool) {
 	const pad1, alert = 0, 5
 	for len(b) > 0 {
@@ -110,16 +114,16 @@ func toStack(a netip.Addr) tcpip.Address { return tcpip.AddrFrom16(a.As16()) }
 
 func addrOf(a tcpip.Address) netip.Addr { return netip.AddrFrom16(a.As16()) }
 
-// mostRecords is how many groups a report names: then it fits the least MTU of IPv6.
+// mostRecords is how many groups a report names at most, so that it fits the least MTU of IPv6, 1280 bytes.
 const mostRecords = 60
 
-// A record is what a report says of a group.
+// A record is what a report says about one group.
 type record struct {
 	group netip.Addr
 	kind  header.MLDv2ReportRecordType
 }
 
-// reports makes the frames that say what records do.
+// reports makes the frames that report records, by the version of MLD that this host speaks.
 func (l *Listener) reports(records []record) (frames [][]byte) {
 	if l.v1 {
 		for _, r := range records {
@@ -143,7 +147,8 @@ func (l *Listener) reports(records []record) (frames [][]byte) {
 	return frames
 }
 
-// frame makes a message of size bytes, which body fills in.
+// frame makes the Ethernet frame of an MLD message to a group, whose size bytes behind the ICMPv6 header body
+// fills in.
 func (l *Listener) frame(to tcpip.Address, typ header.ICMPv6Type, size int, body func([]byte)) []byte {
 	size += header.ICMPv6HeaderSize
 	src, dst := toStack(l.from()), to.As16()

@@ -10,27 +10,27 @@ import (
 	"barevif/pvnet/packet"
 )
 
-// Times of RFC 4861, section 6.2.1, and of RFC 8106. An advertisement is repeated often enough that
-// a guest may miss two of three.
+// Times of RFC 4861, section 6.2.1, and of RFC 8106. Lifetime is three times Interval, so that a guest may miss
+// two of three advertisements.
 const (
 	Interval    = 200 * time.Second      // between unsolicited advertisements
 	LeastAnswer = 500 * time.Millisecond // before an advertisement that a guest asked for: it is alone on its link
 	Least       = 3 * time.Second        // between two advertisements on a link (MIN_DELAY_BETWEEN_RAS)
 	Lifetime    = 3 * Interval           // of the router and of name servers
 	Valid       = 24 * time.Hour         // of the prefix
-	Prefer      = 4 * time.Hour          // of addresses of the prefix, for new connections
-	servers     = 3                      // name servers that are told
-	Solicit     = 133                    // ICMPv6 type of a solicitation
-	advert      = 134
+	Prefer      = 4 * time.Hour          // how long addresses of the prefix are used for new connections
+	servers     = 3                      // name servers in an advertisement, at most
+	Solicit     = 133                    // ICMPv6 type of a router solicitation
+	advert      = 134                    // and of a router advertisement
 )
 
-// A Link is what a guest is told on its link.
+// A Link is what the router advertises on the link of one guest.
 type Link struct {
 	MAC    [6]byte      // the router's
 	Source netip.Addr   // the router's link-local address
 	Prefix netip.Prefix // a /64, for the guest's addresses; zero: none
-	DNS    []netip.Addr // name servers; those of IPv6 are told, three at most
-	MTU    int          // bytes; 0: not told
+	DNS    []netip.Addr // name servers; the first three of IPv6 are advertised, those of IPv4 are not
+	MTU    int          // bytes; 0: no MTU is advertised
 	Over   bool         // the router goes, or has no IPv6 any more: every lifetime is 0
 }
 
@@ -41,7 +41,8 @@ func LinkLocal(m [6]byte) netip.Addr {
 
 var allNodes = netip.AddrFrom16([16]byte{0: 0xff, 1: 2, 15: 1})
 
-// Append appends the frame of an advertisement to all stations of the link to b.
+// Append appends to b the frame of an advertisement of l to all stations of the link, and returns the extended
+// slice. It keeps nothing of l.
 func Append(b []byte, l *Link) []byte {
 	seconds := func(d time.Duration) uint32 {
 		if l.Over {

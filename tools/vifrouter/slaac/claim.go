@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"barevif/pvnet/packet"
+	"barevif/tools/vifrouter/mld"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
@@ -30,8 +31,8 @@ type claim struct {
 	addr  netip.Addr
 	state claimState
 	at    time.Time // when the state ends
-	nonce [6]byte   // of the solicitation
-	by    [6]byte   // who has it: the MAC of its frame
+	nonce [6]byte   // of the solicitation, in state asked
+	by    [6]byte   // in state taken: the MAC of the frame in which another station claimed it
 }
 
 type claimState uint8
@@ -39,8 +40,8 @@ type claimState uint8
 const (
 	waiting claimState = iota // until at, and then until Probes is called
 	asked                     // until at; then it is ours
-	ours                      // without end
-	taken                     // until at; then it is asked for again
+	ours                      // as long as its prefix lasts
+	taken                     // until at; then it is waiting again
 )
 
 // A Taken is an address that this host would have, had no other station it.
@@ -49,11 +50,11 @@ type Taken struct {
 	By   [6]byte // the MAC of the station that says so
 }
 
-// linkLocal is the prefix of addresses that are the link's.
+// linkLocal is the prefix of link-local addresses.
 var linkLocal = netip.MustParsePrefix("fe80::/64")
 
-// claim makes the claims those of the prefixes that there are, lets the time of those pass that there
-// were, and returns them.
+// claim makes c.claims those of the addresses that follow from c.prefixes, moves the claims whose state has
+// ended to the next state, and returns all of them.
 func (c *Client) claim(now time.Time) []claim {
 	var want []netip.Addr
 	for _, p := range c.prefixes {
@@ -82,7 +83,7 @@ func (c *Client) claim(now time.Time) []claim {
 	return c.claims
 }
 
-// has reports whether an address, and the link-local one with it, is this host's.
+// has reports whether both an address and the link-local address are this host's.
 func (c *Client) has(a netip.Addr) bool {
 	n := 0
 	for i := range c.claims {
@@ -93,8 +94,8 @@ func (c *Client) has(a netip.Addr) bool {
 	return n == 2
 }
 
-// Again has the link asked again for the addresses that are not this host's: it may be another one, or
-// may not have got what was asked.
+// Again makes Probes ask again for the addresses that are not this host's yet: the card may be at another link,
+// or the link may not have got the solicitations.
 func (c *Client) Again(now time.Time) {
 	for i := range c.claims {
 		if one := &c.claims[i]; one.state != ours {
@@ -103,8 +104,8 @@ func (c *Client) Again(now time.Time) {
 	}
 }
 
-// Probes returns the frames that ask the link for addresses, for those for which it is time. The caller
-// sends them, once what is said of Settings.Tentative comes to Claimed.
+// Probes returns the solicitations that are due, one frame for each address. The caller sends them, but only
+// after it has arranged that neighbour discovery messages about Settings.Tentative come to Claimed.
 func (c *Client) Probes(now time.Time) (frames [][]byte) {
 	for i := range c.claims {
 		one := &c.claims[i]
@@ -120,10 +121,10 @@ func (c *Client) Probes(now time.Time) (frames [][]byte) {
 }
 
 // Claimed reads a neighbour solicitation or advertisement that came from the station with that MAC, with
-// a hop limit of 255 and a right checksum. If it says that the station has or wants an address that
-// this host has asked for or will, the address is taken, and Claimed returns it.
+// a hop limit of 255 and a right checksum. If the station says that it has or wants an address of which this
+// host has not finished duplicate address detection, the address is taken, and Claimed returns it with ok true.
 func (c *Client) Claimed(now time.Time, mac [6]byte, src, dst netip.Addr, message []byte) (a netip.Addr, ok bool) {
-	const size = header.ICMPv6HeaderSize + header.NDPNSMinimumSize // of either
+	const size = header.ICMPv6HeaderSize + header.NDPNSMinimumSize // an advertisement is as long
 	if len(message) < size || message[1] != 0 {
 		return a, false
 	}
@@ -140,16 +141,16 @@ func (c *Client) Claimed(now time.Time, mac [6]byte, src, dst netip.Addr, messag
 		}
 		switch {
 		case message[0] != TypeSolicitation:
-		case b[0] == sourceLink: // nobody sends it who has no address (RFC 4861, section 7.1.1)
+		case b[0] == sourceLink: // duplicate address detection has no such option (RFC 4861, section 7.1.1)
 			return a, false
 		case b[0] == nonce && b[1] == 1 && one.state == asked && [6]byte(b[2:8]) == one.nonce:
-			return a, false // its own, which the link brought back
+			return a, false // this host's own solicitation, which the link has looped back
 		}
 	}
 	const solicited = 0x40
 	switch message[0] {
-	case TypeSolicitation: // with an address of its own a station asks for its neighbour
-		ok = src == netip.IPv6Unspecified() && dst == group(a)
+	case TypeSolicitation: // one from an address of its own only resolves a neighbour's MAC
+		ok = src == netip.IPv6Unspecified() && dst == mld.Group(a)
 	case TypeAdvertisement:
 		ok = !dst.IsMulticast() || message[4]&solicited == 0
 	}
@@ -159,15 +160,9 @@ func (c *Client) Claimed(now time.Time, mac [6]byte, src, dst netip.Addr, messag
 	return a, ok
 }
 
-// group returns the solicited-node multicast address.
-func group(a netip.Addr) netip.Addr {
-	b := a.As16()
-	return netip.AddrFrom16([16]byte{0: 0xff, 1: 2, 11: 1, 12: 0xff, 13: b[13], 14: b[14], 15: b[15]})
-}
-
 // probe makes the frame that asks whether anybody has an address.
 func probe(mac [6]byte, a netip.Addr, nonce [6]byte) []byte {
-	g := group(a).As16()
+	g := mld.Group(a).As16()
 	b := append([]byte{0x33, 0x33}, g[12:]...)
 	b = append(b, mac[:]...)
 	b = binary.BigEndian.AppendUint16(b, packet.IPv6)

@@ -8,12 +8,12 @@
 // cannot be cut below two hours at once, and what cannot be an address, a router or a link is
 // left out. Whoever announces first fills what is kept, for as long as that lasts.
 //
-// An address is used once the link was asked for it and nobody answered (duplicate address detection,
-// RFC 4862, section 5.4, with the nonce of RFC 7527): one solicitation, a second. The link-local address
+// An address is used once one solicitation asked the link for it and nobody answered within a second
+// (duplicate address detection, RFC 4862, section 5.4, with the nonce of RFC 7527). The link-local address
 // of the MAC is asked for as well, and without it no other is used. Since addresses follow from the MAC,
-// one that somebody else has is not exchanged for another: it is left out, and asked for again now and
-// then. So any station of the link can keep this host from having an address, as it can by answering
-// for its router; it cannot take one that is in use.
+// one that another station has is not exchanged for a different one: it is left out, and asked for again
+// every ten minutes. So any station of the link can keep this host from having an address, as it can by
+// answering for its router; it cannot take one that is in use.
 package slaac
 
 import (
@@ -30,7 +30,7 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 )
 
-// What is kept at most. More is ignored as long as there is no room.
+// Bounds of what a Client keeps. It ignores what is announced beyond them until it has room again.
 const (
 	MaxRouters  = 4
 	MaxPrefixes = 8 // addresses, and as many prefixes of the link
@@ -42,7 +42,7 @@ const Type = 134
 
 const (
 	minMTU       = 1280          // of a link with IPv6 (RFC 8200)
-	minBits      = 32            // no link has a larger prefix
+	minBits      = 32            // a shorter prefix is ignored: no link is that large
 	leastShorten = 2 * time.Hour // RFC 4862, section 5.5.3
 )
 
@@ -60,18 +60,19 @@ type Advert struct {
 type Prefix struct {
 	Prefix           netip.Prefix
 	OnLink           bool // its addresses are neighbours
-	Own              bool // hosts make their addresses of it
+	Own              bool // hosts make their addresses of it (autonomous configuration); it is a /64
 	Valid, Preferred time.Duration
 }
 
 // A Server is a recursive name server.
 type Server struct {
 	Addr     netip.Addr
-	Lifetime time.Duration // 0: it is none any more
+	Lifetime time.Duration // 0: it is no longer to be used
 }
 
 // Parse reads an ICMPv6 message that came from a station of the link, with a hop limit of 255 and
-// a right checksum. What cannot be used of it is left out; an error is for the whole.
+// a right checksum. It leaves out the options that cannot be used. An error means that nothing of the
+// message can be.
 func Parse(from netip.Addr, message []byte) (*Advert, error) {
 	if !from.Is6() || !from.IsLinkLocalUnicast() || from.Zone() != "" {
 		return nil, fmt.Errorf("a router advertisement from %v, which is no link-local address", from)
@@ -126,7 +127,7 @@ func addrOf(a tcpip.Address) (netip.Addr, bool) {
 	return netip.AddrFrom16([16]byte(b)), true
 }
 
-// host reports whether a station may have the address in more than its link.
+// host reports whether an address can be a station's beyond its link.
 func host(a netip.Addr) bool { return a.IsGlobalUnicast() && !a.Is4In6() }
 
 func (a *Advert) prefix(o header.NDPPrefixInformation) {
@@ -135,7 +136,7 @@ func (a *Advert) prefix(o header.NDPPrefixInformation) {
 	if !ok || bits < minBits {
 		return
 	}
-	p := Prefix{ // zero where the length is more than there is
+	p := Prefix{ // the zero Prefix, which host refuses, if bits is more than 128
 		Prefix: netip.PrefixFrom(at, bits).Masked(), OnLink: o.OnLinkFlag(), Own: o.AutonomousAddressConfigurationFlag() && bits == 64,
 		Valid: o.ValidLifetime(), Preferred: o.PreferredLifetime(),
 	}
@@ -164,8 +165,8 @@ type Client struct {
 	routers  []router
 	prefixes []prefix
 	servers  []server
-	claims   []claim // of the addresses that there are to be, at most MaxPrefixes and one
-	mtu      int     // that was said last, by whom ever
+	claims   []claim // of this host's addresses, at most one for each prefix and the link-local one
+	mtu      int     // of the link, as announced last, by any router; 0: by none
 }
 
 type router struct {
@@ -188,11 +189,11 @@ type server struct {
 // Reset forgets everything, for a card with that MAC.
 func (c *Client) Reset(mac [6]byte) { *c = Client{mac: mac} }
 
-// Hear takes an advertisement over.
+// Hear applies an advertisement to what the Client keeps. It keeps nothing of a itself.
 func (c *Client) Hear(now time.Time, a *Advert) {
 	c.forget(now)
 	if a.MTU != 0 {
-		c.mtu = a.MTU // it has no lifetime, and that of a router is not its (RFC 4861, 4.2)
+		c.mtu = a.MTU // it has no lifetime of its own, and does not end with that of the router (RFC 4861, section 4.2)
 	}
 	i := slices.IndexFunc(c.routers, func(r router) bool { return r.addr == a.Router })
 	switch {
@@ -249,19 +250,19 @@ func (c *Client) forget(now time.Time) {
 	c.servers = slices.DeleteFunc(c.servers, func(s server) bool { return !now.Before(s.until) })
 }
 
-// An Address is one of this host's. It has a /64 if its neighbours do, else it is alone.
+// An Address is one of this host's.
 type Address struct {
-	Prefix netip.Prefix
-	Until  time.Time
+	Prefix netip.Prefix // the address, with 64 bits if the other addresses of its prefix are on the link, else with 128
+	Until  time.Time    // when it ends, unless its prefix is announced again
 }
 
-// Settings are what follows from all that was announced, at a moment.
+// Settings are what follows at one time from all that was announced. Their slices are the caller's.
 type Settings struct {
-	Addrs  []Address      // those to begin connections with come first
-	OnLink []netip.Prefix // the link's, beside those of Addrs
+	Addrs  []Address      // those to begin connections with come first, then the deprecated ones
+	OnLink []netip.Prefix // prefixes on the link of which Addrs has no address
 	Router netip.Addr     // the default router; zero: none
-	Until  time.Time      // when it ends, unless it is announced again
-	DNS    []netip.Addr
+	Until  time.Time      // when Router ends, unless it announces itself again
+	DNS    []netip.Addr   // recursive name servers
 	// Tentative are addresses that the link is or will be asked for: what its stations say of them is
 	// to come to Claimed. Taken are those that others have.
 	Tentative []netip.Addr
@@ -270,10 +271,11 @@ type Settings struct {
 	// those that the link has been asked for. Their reports are to go out before the frames of Probes.
 	Listening []netip.Addr
 	MTU       int       // of the link, as Router says or, without one, as was said last; 0: nobody did
-	Next      time.Time // when the first of all this ends or goes on; zero: there is nothing
+	Next      time.Time // when the first of these values changes unless something is announced; zero: none does
 }
 
-// Settings returns those of now.
+// Settings returns the Settings at that time. It also advances duplicate address detection: what was asked for
+// long enough becomes this host's.
 func (c *Client) Settings(now time.Time) (s Settings) {
 	c.forget(now)
 	next := func(t time.Time) {

@@ -20,7 +20,7 @@ type client struct {
 	conn    io.ReadWriteCloser
 	closing sync.Once // guards conn.Close
 	dom     *domain
-	backlog int // bytes of out over which the client is behind; at twice as many it ends
+	backlog int // bytes of out over which the client is behind; over twice as many it is ended
 	pending int // replies in out at which its requests are no longer read
 
 	err     error         // why the client ended; nil while it lives
@@ -53,7 +53,7 @@ const messageCost = 128
 // it has taken can no longer merge.
 const writeChunk = 32 << 10
 
-// stallTime is how long a client over its backlog may read nothing.
+// stallTime is how long a client that is behind may read nothing before it is ended.
 const stallTime = time.Second
 
 // flushTime is how long a client that has sent its last request may take to read the last
@@ -118,7 +118,7 @@ func (s *Store) Admit(dom hypercall.DomID) error {
 	case d == nil: // connect checks the domain again
 		return nil
 	case !d.privileged && d.clients >= s.cfg.Quota.Connections:
-		return fmt.Errorf("%w: it has %d, and the embedded xenstore allows no more (store.Quota.Connections); each frontend device and each backend process takes one", ErrConnections, d.clients)
+		return fmt.Errorf("%w: it has %d, and the embedded xenstore allows no more (Quota.Connections); each frontend device and each backend process takes one", ErrConnections, d.clients)
 	}
 	d.clients++
 	d.admitted++

@@ -4,8 +4,8 @@
 //
 // It answers as C xenstored 4.17 does, down to the names of errors. Unprivileged domains
 // are hostile. Quotas bound every byte that the store holds for a domain. The store stops
-// reading a client that does not read its replies. It ends a client that does not read
-// its events once that has delayed another client for a second. It keeps nothing on disk,
+// reading a client that does not read its replies. It ends a client whose events exceed
+// Config.Backlog and that has read nothing for a second. It keeps nothing on disk,
 // knows no hypervisor (its owner tells it which domains come and go) and has none of
 // xenstored's control commands.
 package server
