@@ -15,13 +15,13 @@
 // sending device does not take partial checksums or long frames, the device completes the
 // checksum or cuts the frame ([pvnet.TX.Send]).
 //
-// The goroutine that gives frames to an Input sends them itself while no other does: a batch then
-// takes one lock more than [pvnet.TX.Send] does, twice: before and after it. While another
-// goroutine sends, the frames wait in the input's queue, and go with the next batch. A goroutine for each queue of the vif takes over
-// when the vif has no room, or when one caller has sent for others long enough. Frames of
-// a flow stay in order: those that one goroutine gives to an Input are sent in that order as
-// far as they take the same queue of the vif, and [pvnet.Device.QueueOf] chooses that by the
-// flow.
+// The goroutine that gives frames to an Input sends them itself while no other does: a batch
+// then takes one lock more than [pvnet.TX.Send] does, once before and once after it. While
+// another goroutine sends, the frames wait in the input's queue, and go with the next batch. A
+// goroutine for each queue of the vif takes over when the vif has no room, or when one caller
+// has sent for others long enough. Frames of a flow stay in order: those that one goroutine
+// gives to an Input are sent in that order as far as they take the same queue of the vif, and
+// [pvnet.Device.QueueOf] chooses that by the flow.
 //
 // # Fairness
 //
