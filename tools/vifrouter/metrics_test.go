@@ -8,6 +8,7 @@ import (
 	"strings"
 	"testing"
 
+	"barevif/pvnet/router"
 	"barevif/telemetry/openmetrics"
 )
 
@@ -49,6 +50,7 @@ func TestStrictParserAcceptsThePage(t *testing.T) {
 	s.refusedGuest(firstDom + 1)
 	s.d.triedReload("router.conf", nil)
 	s.d.triedReload("router.conf", fmt.Errorf("a line is wrong"))
+	s.d.plane.fragment(new(worker), &router.Packet{Out: router.PortID(len(s.d.plane.ports) - 1)}, nil) // its port is gone
 	rec := httptest.NewRecorder()
 	s.d.metrics(rec, httptest.NewRequest("GET", "/metrics", nil))
 	page := rec.Body.Bytes()
@@ -69,7 +71,7 @@ func TestStrictParserAcceptsThePage(t *testing.T) {
 	for _, want := range []string{
 		"vifrouter_guests admitted=yes 1", "vifrouter_guests admitted=no 1", "vifrouter_reloads_total taken=yes 1", "vifrouter_reloads_total taken=no 1",
 		"vifrouter_dhcp_leases  1", "vifrouter_flows_limit  65536",
-		"vifrouter_rule_packets_total rule=none 0",
+		"vifrouter_rule_packets_total rule=none 0", "vifrouter_failed_frames_total  1",
 	} {
 		if !have[want] {
 			t.Errorf("no sample %q", want)

@@ -40,7 +40,6 @@ type plane struct {
 
 type planeCounters struct {
 	undelivered atomic.Uint64 // frames of vifs that found no room at the port they should leave by, or no such port
-	own         atomic.Uint64 // frames for the router itself
 	control     atomic.Uint64 // frames of the router's own that found no room, or no such port
 	failed      atomic.Uint64 // frames whose checksum could not be completed, or that could not be cut into fragments
 }
@@ -254,7 +253,6 @@ func (pl *plane) other(p *port, w *worker, f *pvnet.Frame, d *router.Packet) {
 		}
 		return
 	case router.VerdictLocal:
-		pl.n.own.Add(1)
 		if pl.copyOut(w, f) {
 			pl.toLocal(p, w.frame)
 		}
