@@ -52,12 +52,12 @@ type Taken struct {
 // linkLocal is the prefix of addresses that are the link's.
 var linkLocal = netip.MustParsePrefix("fe80::/64")
 
-// claim makes the claims those of the prefixes that there are, lets the time of those pass that there
-// were, and returns them.
+// claim makes the claims those of the prefixes that there are and that are not excluded, lets the time of
+// those pass that there were, and returns them.
 func (c *Client) claim(now time.Time) []claim {
 	var want []netip.Addr
 	for _, p := range c.prefixes {
-		if p.Own {
+		if p.Own && !c.excludes(p.Prefix.Prefix) {
 			want = append(want, Make(p.Prefix.Prefix, c.mac))
 		}
 	}

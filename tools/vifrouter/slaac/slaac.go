@@ -14,6 +14,9 @@
 // one that somebody else has is not exchanged for another: it is left out, and asked for again now and
 // then. So any station of the link can keep this host from having an address, as it can by answering
 // for its router; it cannot take one that is in use.
+//
+// A host that has networks of its own behind it names them to Exclude: a prefix that overlaps one of
+// them gives no address, and the link is asked for none of it.
 package slaac
 
 import (
@@ -165,7 +168,8 @@ type Client struct {
 	prefixes []prefix
 	servers  []server
 	claims   []claim // of the addresses that there are to be, at most MaxPrefixes and one
-	mtu      int     // that was said last, by whom ever
+	excluded []netip.Prefix
+	mtu      int // that was said last, by whom ever
 }
 
 type router struct {
@@ -185,8 +189,17 @@ type server struct {
 	until time.Time
 }
 
-// Reset forgets everything, for a card with that MAC.
-func (c *Client) Reset(mac [6]byte) { *c = Client{mac: mac} }
+// Reset forgets everything that was announced, for a card with that MAC. What Exclude was given stays.
+func (c *Client) Reset(mac [6]byte) { *c = Client{mac: mac, excluded: c.excluded} }
+
+// Exclude makes networks those of which the host wants no address and no route, in the place of those
+// before, and keeps the slice. It counts from the next call of Settings on, also for an address that the
+// host has. Prefixes that it concerns are still kept: they are used once they are not excluded any more.
+func (c *Client) Exclude(networks []netip.Prefix) { c.excluded = networks }
+
+func (c *Client) excludes(p netip.Prefix) bool {
+	return slices.ContainsFunc(c.excluded, func(n netip.Prefix) bool { return n.Overlaps(p) })
+}
 
 // Hear takes an advertisement over.
 func (c *Client) Hear(now time.Time, a *Advert) {
@@ -262,6 +275,9 @@ type Settings struct {
 	Router netip.Addr     // the default router; zero: none
 	Until  time.Time      // when it ends, unless it is announced again
 	DNS    []netip.Addr
+	// Excluded are prefixes that were announced and that nothing else here is of, since they overlap what
+	// Exclude was given.
+	Excluded []netip.Prefix
 	// Tentative are addresses that the link is or will be asked for: what its stations say of them is
 	// to come to Claimed. Taken are those that others have.
 	Tentative []netip.Addr
@@ -300,6 +316,8 @@ func (c *Client) Settings(now time.Time) (s Settings) {
 	for _, p := range c.prefixes {
 		next(p.until)
 		switch {
+		case c.excludes(p.Prefix.Prefix):
+			s.Excluded = append(s.Excluded, p.Prefix.Prefix)
 		case p.Own:
 			a := Address{netip.PrefixFrom(Make(p.Prefix.Prefix, c.mac), 128), p.until}
 			if !c.has(a.Prefix.Addr()) {
