@@ -6,6 +6,7 @@ import (
 	"bufio"
 	"context"
 	"fmt"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -139,11 +140,16 @@ func (s *site) count(n uint64) {
 }
 
 // openTab starts the browser bin. complaints is what it says about a page, which may ask for
-// nothing but what is below url.
+// nothing but what is below url. Its profile and its temporary files are in directories
+// of the test: it does not remove the one of its sockets when it is killed.
 func openTab(t *testing.T, bin, url string) (ctx context.Context, complaints <-chan string) {
 	t.Helper()
+	profile, temp := t.TempDir(), t.TempDir()
+	if most := 107 - len("/org.chromium.Chromium.XXXXXX/SingletonSocket"); len(temp) > most { // what the address of a unix socket has room for
+		t.Fatalf("the browser's socket finds no room in %s, of more than %d bytes: set TMPDIR to a shorter directory, such as /tmp", temp, most)
+	}
 	opts := []chromedp.ExecAllocatorOption{
-		chromedp.ExecPath(bin), chromedp.UserDataDir(t.TempDir()), chromedp.NoSandbox, chromedp.Headless, chromedp.DisableGPU,
+		chromedp.ExecPath(bin), chromedp.UserDataDir(profile), chromedp.Env("TMPDIR=" + temp), chromedp.NoSandbox, chromedp.Headless, chromedp.DisableGPU,
 		chromedp.NoFirstRun, chromedp.WindowSize(1320, 1100),
 	}
 	for _, f := range []string{"disable-quic", "disable-background-networking", "disable-component-update", "disable-sync"} {
@@ -175,6 +181,13 @@ func openTab(t *testing.T, bin, url string) (ctx context.Context, complaints <-c
 		}
 	}); err != nil {
 		t.Fatal(err)
+	}
+	// A browser that runs names its socket in its profile.
+	if err := chromedp.Do(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if socket, err := os.Readlink(filepath.Join(profile, "SingletonSocket")); err != nil || !strings.HasPrefix(socket, temp+"/") {
+		t.Errorf("the browser has its socket at %q, not in %s: %v", socket, temp, err)
 	}
 	return ctx, said
 }

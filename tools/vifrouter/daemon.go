@@ -155,6 +155,9 @@ func (d *daemon) reload(cfg *config.Config) error {
 		d.reassignLocked()
 		return errors.Join(err, d.applyLocked())
 	}
+	if d.up != nil {
+		nudge(d.up.reloaded)
+	}
 	for name := range d.pools {
 		if cfg.NetworkOf(name) == nil {
 			delete(d.pools, name)

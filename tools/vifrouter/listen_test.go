@@ -116,6 +116,20 @@ func (w *wire) hears(from, to netip.Addr, limit byte, options, message []byte) {
 	}
 }
 
+// announces sends the router an advertisement of /64s, with gVisor's own encoding of its parts.
+func (w *wire) announces(prefixes ...string) {
+	w.Helper()
+	var opts header.NDPOptionsSerializer
+	for _, p := range prefixes {
+		opts = append(opts, prefixInformation(p))
+	}
+	ra := make([]byte, header.NDPRAMinimumSize+opts.Length())
+	ra[0] = 64
+	binary.BigEndian.PutUint16(ra[2:], 1800)
+	header.NDPRouterAdvert(ra).Options().Serialize(opts)
+	w.hears(worldLink, allNodes, 255, nil, append([]byte{134, 0, 0, 0}, ra...))
+}
+
 var routerAlert = []byte{58, 0, 5, 2, 0, 0, 1, 0}
 
 // asks sends a query of version 2, about all groups if it is of none, that is to be answered at once.
@@ -231,13 +245,7 @@ func TestTheUplinkListensBeforeItAsks(t *testing.T) {
 	w := newWire(t, announced)
 	w.comes("the uplink is up", func() bool { return strings.Contains(w.said.String(), "uplink vif 0: connected") })
 	asked, own := netip.MustParseAddr("2001:db8::216:3eff:fe00:100"), false
-	ra := make([]byte, header.NDPRAMinimumSize)
-	ra[0] = 64
-	binary.BigEndian.PutUint16(ra[2:], 1800)
-	opts := header.NDPOptionsSerializer{prefixInformation("2001:db8::")}
-	ra = append(ra, make([]byte, opts.Length())...)
-	header.NDPRouterAdvert(ra).Options().Serialize(opts)
-	w.hears(worldLink, allNodes, 255, nil, append([]byte{134, 0, 0, 0}, ra...))
+	w.announces("2001:db8::")
 	w.says(all(netip.IPv6Unspecified(), "join", cardGroup))
 	var seen []string
 	for !own {
@@ -254,6 +262,49 @@ func TestTheUplinkListensBeforeItAsks(t *testing.T) {
 	w.comes("the address is the router's", func() bool { return w.has(asked) })
 	w.asks(netip.IPv6Unspecified())
 	w.says(all(uplinkLocal, "is", cardGroup))
+}
+
+// The link is asked for no address of a prefix that is a network of guests, which the log says once. A reload
+// that makes it one of nobody has it asked for, without another announcement, and one that makes it the guests'
+// again ends the address before it returns.
+func TestTheUplinkAsksForNoAddressOfGuests(t *testing.T) {
+	w := newWire(t, announced)
+	w.comes("the uplink is up", func() bool { return strings.Contains(w.said.String(), "uplink vif 0: connected") })
+	theirs, free := netip.MustParseAddr("fd00:137:0:7:216:3eff:fe00:100"), netip.MustParseAddr("2001:db8::216:3eff:fe00:100")
+	w.announces("fd00:137:0:7::", "2001:db8::")
+	asks := func(a netip.Addr) string { return fmt.Sprintf(":: asks for %v", a) }
+	// That the router has another address is said a second after it asked for all of them.
+	var seen []string
+	for m := ""; m != all(uplinkLocal, "join", cardGroup); seen = append(seen, m) {
+		m = w.next()
+	}
+	if slices.Contains(seen, asks(theirs)) || !slices.Contains(seen, asks(free)) {
+		t.Errorf("%q", seen)
+	}
+	w.comes("the other address is the router's", func() bool { return w.has(free) })
+	w.announces("fd00:137:0:7::", "2001:db8::")
+	refused := func() int {
+		return strings.Count(w.said.String(), `since it is a network of guests: the uplink asks for no address of it" prefix=fd00:137:0:7::/64 network=office`)
+	}
+	if n := refused(); n != 1 {
+		t.Errorf("%d lines about it", n)
+	}
+	if err := w.d.reload(parse(t, strings.Replace(announced, "fd00:137::/56", "fd00:138::/56", 1))); err != nil {
+		t.Fatal(err)
+	}
+	for w.next() != asks(theirs) {
+	}
+	w.comes("an address of what was the guests'", func() bool { return w.has(theirs) && w.has(free) })
+	if err := w.d.reload(parse(t, announced)); err != nil {
+		t.Fatal(err)
+	}
+	if w.has(theirs) || !w.has(free) {
+		t.Error("after the reload the router has an address in a network of guests, or no other")
+	}
+	w.comes("it says so again", func() bool { return refused() == 2 && len(w.auto().Addrs) == 1 })
+	if !strings.Contains(w.said.String(), "uplink: address "+theirs.String()+"/64 is over") {
+		t.Error("it does not say that the address is over")
+	}
 }
 
 // A flood of queries costs bounded answers, and holds nobody up.

@@ -25,6 +25,7 @@ type uplink struct {
 	received chan []byte    // messages for the DHCP client
 	adverts  chan advert    // for the discovery of routers
 	claims   chan claim     // for the discovery of routers: about addresses that the link is asked for
+	reloaded chan struct{}  // for the discovery of routers: there is another configuration
 	link     dhcp.Link      // guarded by daemon.mu: the latest state
 	stop     func()         // guarded by daemon.mu: ends the DHCP client; nil: none runs
 	stop6    func()         // guarded by daemon.mu: ends the discovery of routers; nil: none runs
@@ -90,7 +91,7 @@ func (d *daemon) useUplink(ctx context.Context, dev *pvnet.Device) error {
 	up := &uplink{
 		dev: dev, port: p, links: make(chan dhcp.Link, 1), links6: make(chan dhcp.Link, 1),
 		received: make(chan []byte, mostReceived), adverts: make(chan advert, mostAdverts),
-		claims: make(chan claim, mostClaims),
+		claims: make(chan claim, mostClaims), reloaded: make(chan struct{}, 1),
 	}
 	p.owner = up
 	d.plane.add(p)
@@ -194,8 +195,9 @@ func (d *daemon) compileUplinkLocked(c *router.Config) {
 			route(all4, u.Via4)
 		}
 	}
+	leaves6 := true // static routes of IPv6 lead somewhere
 	if u.Auto6 {
-		d.compileAutoLocked(&p, route)
+		leaves6 = d.compileAutoLocked(&p, route)
 	} else if u.IPv6.IsValid() && p.MTU >= leastMTU6 {
 		p.Addrs = append(p.Addrs, u.IPv6)
 		if u.Via6.IsValid() {
@@ -203,7 +205,7 @@ func (d *daemon) compileUplinkLocked(c *router.Config) {
 		}
 	}
 	for _, r := range d.cfg.Routes {
-		if r.Via.Is4() || p.MTU >= leastMTU6 && (!u.Auto6 || len(d.auto.Addrs) > 0) {
+		if r.Via.Is4() || p.MTU >= leastMTU6 && leaves6 {
 			route(r.Prefix, r.Via)
 		}
 	}

@@ -145,6 +145,7 @@ func (d *daemon) discover(ctx context.Context, up *uplink) {
 			link = l
 			client.Again(time.Now())
 			wait, asked = solicitFirst, time.Time{}
+		case <-up.reloaded: // what is left out may be another
 		case m := <-up.claims:
 			hear(m)
 		case m := <-up.adverts:
@@ -189,7 +190,7 @@ func (d *daemon) discover(ctx context.Context, up *uplink) {
 		}
 		if now.Sub(changed) < leastChange {
 			soon(changed.Add(leastChange))
-		} else if did, err := d.discovered(ctx, s); err != nil {
+		} else if did, err := d.discovered(ctx, &client, now); err != nil {
 			d.log.Error("what routers of the uplink announce cannot be used", "err", err)
 			changed = now
 		} else {
@@ -233,27 +234,30 @@ func (d *daemon) claimed(ctx context.Context, a netip.Addr, by pvnet.MAC) {
 }
 
 // discovered applies what routers announced to the uplink. No router can take a guest's network: a prefix that
-// overlaps one is left out. It reports whether anything but times has changed.
-func (d *daemon) discovered(ctx context.Context, s slaac.Settings) (changed bool, err error) {
+// overlaps one is left out, and the link is asked for no address of it. It reports whether anything but times has
+// changed.
+func (d *daemon) discovered(ctx context.Context, client *slaac.Client, now time.Time) (changed bool, err error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if ctx.Err() != nil {
 		return false, nil
 	}
-	old := d.auto
-	guests := func(p netip.Prefix) bool {
-		name := overlapping6(d.cfg, p)
-		if name != "" && !slices.Contains(d.refused6, p) && len(d.refused6) < slaac.MaxPrefixes {
-			d.refused6 = append(d.refused6, p)
-			d.log.Warn("a prefix that a router of the uplink announces is left out, since it is a network of guests", "prefix", p, "network", name)
+	var guests []netip.Prefix // as a reload may just have made them
+	for i := range d.cfg.Networks {
+		if n := &d.cfg.Networks[i]; n.IPv6.IsValid() {
+			guests = append(guests, n.IPv6)
 		}
-		return name != ""
 	}
-	s.Addrs = slices.DeleteFunc(s.Addrs, func(a slaac.Address) bool { return guests(netip.PrefixFrom(a.Prefix.Addr(), 64).Masked()) })
-	s.OnLink = slices.DeleteFunc(s.OnLink, guests)
-	s.Tentative = slices.DeleteFunc(s.Tentative, func(a netip.Addr) bool { return guests(netip.PrefixFrom(a, 64).Masked()) })
-	s.Listening = slices.DeleteFunc(s.Listening, func(a netip.Addr) bool { return guests(netip.PrefixFrom(a, 64).Masked()) })
-	s.Taken = slices.DeleteFunc(s.Taken, func(a slaac.Taken) bool { return guests(netip.PrefixFrom(a.Addr, 64).Masked()) })
+	client.Exclude(guests)
+	s, old := client.Settings(now), d.auto
+	// Once for a prefix, until it is no longer a network of guests.
+	d.refused6 = slices.DeleteFunc(d.refused6, func(p netip.Prefix) bool { return overlapping6(d.cfg, p) == "" })
+	for _, p := range s.Excluded {
+		if !slices.Contains(d.refused6, p) && len(d.refused6) < slaac.MaxPrefixes {
+			d.refused6 = append(d.refused6, p)
+			d.log.Warn("a prefix that a router of the uplink announces is left out, since it is a network of guests: the uplink asks for no address of it", "prefix", p, "network", overlapping6(d.cfg, p))
+		}
+	}
 	same := s.Router == old.Router && s.MTU == old.MTU && slices.Equal(s.OnLink, old.OnLink) && slices.Equal(s.DNS, old.DNS) && slices.Equal(s.Tentative, old.Tentative) &&
 		slices.EqualFunc(s.Addrs, old.Addrs, func(a, b slaac.Address) bool { return a.Prefix == b.Prefix })
 	d.auto = s
@@ -289,29 +293,36 @@ func (d *daemon) discovered(ctx context.Context, s slaac.Settings) (changed bool
 	return true, nil
 }
 
-// compileAutoLocked adds what routers announced to the uplink's port.
-func (d *daemon) compileAutoLocked(p *router.Port, route func(to netip.Prefix, via netip.Addr)) {
+// compileAutoLocked adds what routers announced to the uplink's port, and reports whether it has an
+// address of that. What a reload has just made a network of guests counts no more: discovered follows.
+func (d *daemon) compileAutoLocked(p *router.Port, route func(to netip.Prefix, via netip.Addr)) bool {
 	s := &d.auto
 	p.Tentative = s.Tentative
 	if p.MTU < leastMTU6 {
-		return
+		return false
 	}
 	// The link's MTU is that of all its frames: IPv4 is cut to it as well.
 	if s.MTU != 0 {
 		p.MTU = min(p.MTU, s.MTU)
 	}
-	if len(s.Addrs) == 0 {
-		return // packets that leave would have no source address
-	}
+	own := false
 	for _, a := range s.Addrs {
-		p.Addrs = append(p.Addrs, a.Prefix)
+		if overlapping6(d.cfg, netip.PrefixFrom(a.Prefix.Addr(), 64).Masked()) == "" {
+			p.Addrs, own = append(p.Addrs, a.Prefix), true
+		}
+	}
+	if !own {
+		return false // packets that leave would have no source address
 	}
 	for _, on := range s.OnLink {
-		route(on, netip.Addr{})
+		if overlapping6(d.cfg, on) == "" {
+			route(on, netip.Addr{})
+		}
 	}
 	if s.Router.IsValid() {
 		route(netip.PrefixFrom(netip.IPv6Unspecified(), 0), s.Router)
 	}
+	return true
 }
 
 // overlapping6 returns the network of guests that an IPv6 prefix overlaps, or "".

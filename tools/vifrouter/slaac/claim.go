@@ -53,12 +53,12 @@ type Taken struct {
 // linkLocal is the prefix of link-local addresses.
 var linkLocal = netip.MustParsePrefix("fe80::/64")
 
-// claim makes c.claims those of the addresses that follow from c.prefixes, moves the claims whose state has
-// ended to the next state, and returns all of them.
+// claim makes c.claims those of the addresses that follow from those of c.prefixes that are not excluded, moves
+// the claims whose state has ended to the next state, and returns all of them.
 func (c *Client) claim(now time.Time) []claim {
 	var want []netip.Addr
 	for _, p := range c.prefixes {
-		if p.Own {
+		if p.Own && !c.excludes(p.Prefix.Prefix) {
 			want = append(want, Make(p.Prefix.Prefix, c.mac))
 		}
 	}

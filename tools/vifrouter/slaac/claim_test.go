@@ -224,6 +224,65 @@ func TestNoAddressWithoutTheLinkLocalOne(t *testing.T) {
 	}
 }
 
+// The link is asked for no address of an excluded network, nor for the link-local one on its account. Such
+// a prefix is used once it is not excluded any more, and is over as soon as it is again.
+func TestAnExcludedNetworkGivesNoAddress(t *testing.T) {
+	guests, linked, free := netip.MustParsePrefix("2001:db8:1::/56"), netip.MustParsePrefix("2001:db8::/44"), netip.MustParsePrefix("2001:db8:100::/64")
+	c := newClient()
+	c.Exclude([]netip.Prefix{netip.MustParsePrefix("fd00:1::/64"), guests})
+	c.Reset(mac) // and another card changes nothing of it
+	hear := func(at time.Time, options ...[]byte) {
+		t.Helper()
+		a, err := Parse(first, message(0, 1800, options...))
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.Hear(at, a)
+	}
+	hear(now, prefixOption("2001:db8:1::/64", own, 7200, 3600), prefixOption(linked.String(), onLink, 7200, 3600))
+	s := c.Settings(now)
+	if !slices.Equal(s.Excluded, []netip.Prefix{netip.MustParsePrefix("2001:db8:1::/64"), linked}) || len(s.Addrs)+len(s.OnLink)+len(s.Tentative)+len(s.Listening) != 0 || s.Router != first {
+		t.Errorf("%+v", s)
+	}
+	if n := len(c.Probes(now.Add(mostDelay))); n != 0 {
+		t.Errorf("%d frames ask for an address of it", n)
+	}
+	// Beside it another prefix is used as ever.
+	settle := func(at time.Time, asked int) Settings {
+		t.Helper()
+		c.Settings(at)
+		if n := len(c.Probes(at.Add(mostDelay))); n != asked {
+			t.Errorf("%d frames, want %d", n, asked)
+		}
+		return c.Settings(at.Add(mostDelay + answerWait))
+	}
+	hear(now, prefixOption(free.String(), onLink|own, 7200, 3600))
+	s = settle(now, 2)
+	if len(s.Addrs) != 1 || s.Addrs[0].Prefix.Masked() != free || len(s.Excluded) != 2 {
+		t.Errorf("%+v", s)
+	}
+	// Not excluded any more: the link is asked for it, and without another announcement.
+	at := now.Add(time.Minute)
+	c.Exclude(nil)
+	s = settle(at, 1)
+	if len(s.Addrs) != 2 || s.Addrs[0].Prefix.Addr() != global || len(s.OnLink) != 1 || len(s.Excluded) != 0 {
+		t.Errorf("%+v", s)
+	}
+	// Excluded again, it is over at once; and it is asked for anew when that ends.
+	at = at.Add(time.Minute)
+	c.Exclude([]netip.Prefix{guests})
+	if s = c.Settings(at); len(s.Addrs) != 1 || s.Addrs[0].Prefix.Masked() != free || len(s.OnLink) != 0 || len(s.Excluded) != 2 || slices.Contains(s.Listening, global) {
+		t.Errorf("%+v", s)
+	}
+	c.Exclude(nil)
+	if s = c.Settings(at); len(s.Addrs) != 1 || !slices.Equal(s.Tentative, []netip.Addr{global}) {
+		t.Errorf("%+v", s)
+	}
+	if s = settle(at, 1); len(s.Addrs) != 2 {
+		t.Errorf("%+v", s)
+	}
+}
+
 // A station that announces prefixes and claims each address keeps nothing but a bounded number of
 // them busy; a claim ends with its prefix.
 func TestAStationThatClaimsEverything(t *testing.T) {

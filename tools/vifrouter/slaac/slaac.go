@@ -14,6 +14,9 @@
 // one that another station has is not exchanged for a different one: it is left out, and asked for again
 // every ten minutes. So any station of the link can keep this host from having an address, as it can by
 // answering for its router; it cannot take one that is in use.
+//
+// A host that has networks of its own behind it names them to Exclude: a prefix that overlaps one of
+// them gives no address, and the link is asked for none of it.
 package slaac
 
 import (
@@ -166,7 +169,8 @@ type Client struct {
 	prefixes []prefix
 	servers  []server
 	claims   []claim // of this host's addresses, at most one for each prefix and the link-local one
-	mtu      int     // of the link, as announced last, by any router; 0: by none
+	excluded []netip.Prefix
+	mtu      int // of the link, as announced last, by any router; 0: by none
 }
 
 type router struct {
@@ -186,8 +190,17 @@ type server struct {
 	until time.Time
 }
 
-// Reset forgets everything, for a card with that MAC.
-func (c *Client) Reset(mac [6]byte) { *c = Client{mac: mac} }
+// Reset forgets everything that was announced, for a card with that MAC. What Exclude was given stays.
+func (c *Client) Reset(mac [6]byte) { *c = Client{mac: mac, excluded: c.excluded} }
+
+// Exclude makes networks those of which the host wants no address and no route, in the place of those
+// before, and keeps the slice. It counts from the next call of Settings on, also for an address that the
+// host has. Prefixes that it concerns are still kept: they are used once they are not excluded any more.
+func (c *Client) Exclude(networks []netip.Prefix) { c.excluded = networks }
+
+func (c *Client) excludes(p netip.Prefix) bool {
+	return slices.ContainsFunc(c.excluded, func(n netip.Prefix) bool { return n.Overlaps(p) })
+}
 
 // Hear applies an advertisement to what the Client keeps. It keeps nothing of a itself.
 func (c *Client) Hear(now time.Time, a *Advert) {
@@ -263,6 +276,9 @@ type Settings struct {
 	Router netip.Addr     // the default router; zero: none
 	Until  time.Time      // when Router ends, unless it announces itself again
 	DNS    []netip.Addr   // recursive name servers
+	// Excluded are announced prefixes that overlap a network given to Exclude. Nothing else in Settings comes
+	// from them.
+	Excluded []netip.Prefix
 	// Tentative are addresses that the link is or will be asked for: what its stations say of them is
 	// to come to Claimed. Taken are those that others have.
 	Tentative []netip.Addr
@@ -302,6 +318,8 @@ func (c *Client) Settings(now time.Time) (s Settings) {
 	for _, p := range c.prefixes {
 		next(p.until)
 		switch {
+		case c.excludes(p.Prefix.Prefix):
+			s.Excluded = append(s.Excluded, p.Prefix.Prefix)
 		case p.Own:
 			a := Address{netip.PrefixFrom(Make(p.Prefix.Prefix, c.mac), 128), p.until}
 			if !c.has(a.Prefix.Addr()) {
