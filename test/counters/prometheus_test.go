@@ -38,8 +38,6 @@ const deploy = "../../tools/barevif/deploy/"
 // A service is a program that listens on a port of its own choice.
 type service struct {
 	address string
-	out     bytes.Buffer // guarded by mu
-	mu      sync.Mutex
 }
 
 // serve starts a program that ends with the test and waits until listening finds
@@ -47,6 +45,7 @@ type service struct {
 func serve(t *testing.T, listening, name string, args ...string) *service {
 	t.Helper()
 	s := &service{}
+	var out bytes.Buffer // written until ended is closed, read after that
 	at := regexp.MustCompile(listening)
 	cmd := exec.CommandContext(t.Context(), name, args...)
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
@@ -66,9 +65,7 @@ func serve(t *testing.T, listening, name string, args ...string) *service {
 		defer close(ended)
 		defer r.Close()
 		for lines := bufio.NewScanner(r); lines.Scan(); {
-			s.mu.Lock()
-			s.out.WriteString(lines.Text() + "\n")
-			s.mu.Unlock()
+			out.WriteString(lines.Text() + "\n")
 			if m := at.FindStringSubmatch(lines.Text()); m != nil {
 				select {
 				case found <- m[1]:
@@ -81,7 +78,7 @@ func serve(t *testing.T, listening, name string, args ...string) *service {
 		cmd.Wait()
 		<-ended
 		if t.Failed() {
-			t.Logf("%s said:\n%s", name, &s.out)
+			t.Logf("%s said:\n%s", name, &out)
 		}
 	})
 	select {
