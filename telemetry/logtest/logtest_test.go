@@ -3,6 +3,7 @@ package logtest
 import (
 	"fmt"
 	"io"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -40,6 +41,7 @@ func TestALogIsReadWhileItIsWritten(t *testing.T) {
 			t.Fatalf("%q has become %q", before, now)
 		}
 		before = now
+		runtime.Gosched()
 	}
 	for w := range writers {
 		var want []string
