@@ -17,6 +17,7 @@ import (
 	"barevif/hypercall/emu"
 	"barevif/pvnet"
 	"barevif/telemetry"
+	"barevif/telemetry/logtest"
 	"barevif/xenbus/toolstack"
 )
 
@@ -355,21 +356,21 @@ func TestAVifThatIsNotTakenStays(t *testing.T) {
 			if name != "fewer features" {
 				c.cfg.Offload = true
 			}
-			log := new(journal)
-			c.cfg.Logger = log.logger()
+			log := new(logtest.Log)
+			c.cfg.Logger = log.Logger()
 			next := l.process(bdom, pvnet.ServeConfig{Config: c.cfg, TakeOver: p.handsOver(func(in *pvnet.TakenVif) {
 				in.Files = []*os.File{r}
 				if c.change != nil {
 					c.change(in)
 				}
 			})})
-			for end := time.Now().Add(time.Minute); log.lines("cannot take a vif over") == 0; time.Sleep(time.Millisecond) {
+			for end := time.Now().Add(time.Minute); len(log.Lines("cannot take a vif over")) == 0; time.Sleep(time.Millisecond) {
 				if time.Now().After(end) {
 					t.Fatal("nothing was logged")
 				}
 			}
-			if log.lines(c.says) != 1 {
-				t.Errorf("nothing says %q: %s", c.says, &log.text)
+			if len(log.Lines(c.says)) != 1 {
+				t.Errorf("nothing says %q: %s", c.says, log)
 			}
 			n = e.want(n, 500)
 			select {

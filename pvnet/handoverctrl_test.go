@@ -22,6 +22,7 @@ import (
 	"barevif/pvnet/netif"
 	"barevif/pvnet/toeplitz"
 	"barevif/telemetry"
+	"barevif/telemetry/logtest"
 	"barevif/xenbus/toolstack"
 )
 
@@ -196,8 +197,8 @@ func TestATableThatCannotBeMappedIsCopiedFor(t *testing.T) {
 				defer private.End()
 				c.ref = private.Refs[0]
 			}
-			log := new(journal)
-			c.cfg.Logger = log.logger()
+			log := new(logtest.Log)
+			c.cfg.Logger = log.Logger()
 			s.takeOver(c.cfg, changed(func(m map[string]any) {
 				if c.ref == 0 {
 					m["Offers"].(map[string]any)["multi-queue-max-queues"] = "2" // the processes offer the same
@@ -211,7 +212,7 @@ func TestATableThatCannotBeMappedIsCopiedFor(t *testing.T) {
 					binary.LittleEndian.PutUint32(list[i*netif.GrefEntrySize:], uint32(c.ref)+uint32(i))
 				}
 			}))
-			soon(t, "logged", func() bool { return log.lines(c.says) == 1 })
+			soon(t, "logged", func() bool { return len(log.Lines(c.says)) == 1 })
 			all := c.ref == 0 || c.ref == 1<<30
 			if !all {
 				awaitStatic(t, s.p.dev)
@@ -283,13 +284,13 @@ func TestAWrongStateIsRefused(t *testing.T) {
 		"in the multicast list is no":      func(m map[string]any) { toldOf(m)["Groups"] = []string{"01:00:5e:00:00"} },
 		"a list of 65 multicast addresses": func(m map[string]any) { toldOf(m)["Groups"] = slices.Repeat([]string{"01:00:5e:00:00:01"}, 65) },
 	} {
-		log := new(journal)
+		log := new(logtest.Log)
 		cfg := staticOnes
-		cfg.Logger = log.logger()
+		cfg.Logger = log.Logger()
 		next := s.process(s.bdom, pvnet.ServeConfig{Config: cfg, TakeOver: s.p.handsOver(changed(change))})
-		soon(t, "refused: "+says, func() bool { return log.lines("cannot take a vif over") > 0 })
-		if log.lines(says) != 1 {
-			t.Errorf("nothing says %q: %s", says, &log.text)
+		soon(t, "refused: "+says, func() bool { return len(log.Lines("cannot take a vif over")) > 0 })
+		if len(log.Lines(says)) != 1 {
+			t.Errorf("nothing says %q: %s", says, log)
 		}
 		select {
 		case <-next.came:
@@ -651,9 +652,9 @@ func (s *slowCounters) Open(telemetry.Info) (telemetry.Mirror, error) {
 // xenstore, or for the counters to be shown. The log says how long the vif stood still.
 func TestATakeOverWaitsForNobody(t *testing.T) {
 	s := newTold(t, staticOnes)
-	dom, counters, log := &slowStore{Domain: s.bdom}, &slowCounters{make(chan struct{}), make(chan struct{})}, new(journal)
+	dom, counters, log := &slowStore{Domain: s.bdom}, &slowCounters{make(chan struct{}), make(chan struct{})}, new(logtest.Log)
 	cfg := staticOnes
-	cfg.Counters, cfg.Logger = counters, log.logger()
+	cfg.Counters, cfg.Logger = counters, log.Logger()
 	next := s.lab.processIn(dom, pvnet.ServeConfig{Config: cfg, TakeOver: s.p.handsOver(func(*pvnet.TakenVif) {
 		for range 2 { // the second look begins once the first is over: the frontend may have changed its keys
 			n := dom.looks.Load()
@@ -673,11 +674,11 @@ func TestATakeOverWaitsForNobody(t *testing.T) {
 	close(counters.may)
 	wait(t, counters.opened)
 	for _, part := range []string{"msg=\"a vif was taken over\"", " still=", " hold=0s stop=", " pass=", " accept=", " bind=", " start="} {
-		if log.lines(part) != 1 {
-			t.Errorf("no line says %q: %s", part, &log.text)
+		if len(log.Lines(part)) != 1 {
+			t.Errorf("no line says %q: %s", part, log)
 		}
 	}
-	if log.lines("has to connect again") != 0 {
+	if len(log.Lines("has to connect again")) != 0 {
 		t.Error("the event channels were not free")
 	}
 	s.end()

@@ -6,7 +6,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"log/slog"
 	"strings"
 	"sync"
 	"testing"
@@ -17,6 +16,7 @@ import (
 	"barevif/pvnet/netif"
 	"barevif/pvnet/toeplitz"
 	"barevif/telemetry"
+	"barevif/telemetry/logtest"
 	"barevif/xenbus/toolstack"
 )
 
@@ -92,18 +92,18 @@ type hashedVif struct {
 	cfg         pvnet.Config
 	backs       <-chan *pvnet.Device
 	in          <-chan arrival // at the frontend
-	said        *lockedBuffer  // by the frontend
+	said        *logtest.Log   // by the frontend
 }
 
 func newHashed(t testing.TB, queues int, cfg pvnet.Config, back pvnet.Config) *hashedVif {
 	t.Helper()
 	l := newLabOn(t, emu.Config{Grants: 4096})
-	v := &hashedVif{t: t, l: l, said: new(lockedBuffer), fdom: l.domain(1)}
+	v := &hashedVif{t: t, l: l, said: new(logtest.Log), fdom: l.domain(1)}
 	bdom := l.domain(2)
 	l.add(toolstack.Vif{Front: 1, Back: 2})
 	back.Queues = 4
 	v.backs, _ = l.serve(bdom, pvnet.ServeConfig{Hotplug: true, Config: back})
-	cfg.Queues, cfg.Logger = queues, slog.New(slog.NewTextHandler(v.said, nil))
+	cfg.Queues, cfg.Logger = queues, v.said.Logger()
 	v.cfg = cfg
 	v.connect()
 	v.back = wait(t, v.backs)

@@ -13,6 +13,7 @@ import (
 	"barevif/hypercall"
 	"barevif/pvnet"
 	"barevif/telemetry"
+	"barevif/telemetry/logtest"
 	"barevif/xenbus/toolstack"
 )
 
@@ -162,7 +163,7 @@ func TestAddressesThatNoStationHasAreNotTaken(t *testing.T) {
 		for _, backend := range []string{good.String(), bad} {
 			t.Run(bad+" "+backend, func(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {
-					log := new(journal)
+					log := new(logtest.Log)
 					l := newLab(t)
 					fdom, bdom := l.domain(1), l.domain(2)
 					v := l.add(toolstack.Vif{Front: 1, Back: 2})
@@ -172,16 +173,16 @@ func TestAddressesThatNoStationHasAreNotTaken(t *testing.T) {
 						}
 					}
 					_, stop := l.serve(bdom, pvnet.ServeConfig{Hotplug: true})
-					front, err := pvnet.Connect(ctx(t), fdom, "0", pvnet.Config{Logger: log.logger()})
+					front, err := pvnet.Connect(ctx(t), fdom, "0", pvnet.Config{Logger: log.Logger()})
 					if err != nil {
 						t.Fatal(err)
 					}
 					mac := front.MAC()
-					if backend == bad && (mac[0]&3 != 2 || log.lines("made one") != 1) || backend != bad && mac != good {
+					if backend == bad && (mac[0]&3 != 2 || len(log.Lines("made one")) != 1) || backend != bad && mac != good {
 						t.Errorf("%v", mac)
 					}
-					if log.lines("key=device/vif/0/mac") != 1 || bad != "" && log.lines("value="+bad) == 0 {
-						t.Errorf("the log names neither key nor value:\n%s", log.text.String())
+					if len(log.Lines("key=device/vif/0/mac")) != 1 || bad != "" && len(log.Lines("value="+bad)) == 0 {
+						t.Errorf("the log names neither key nor value:\n%s", log)
 					}
 					stop()
 					await(t, front, false)

@@ -10,6 +10,7 @@ import (
 
 	"barevif/pvnet"
 	"barevif/telemetry"
+	"barevif/telemetry/logtest"
 	"barevif/xenbus/toolstack"
 )
 
@@ -40,16 +41,16 @@ func soon(t *testing.T, what string, ok func() bool) {
 // A frontend gets the groups that it lists, in this connection and in later ones, while its
 // own frames go out on the same ring. Without a list it gets all.
 func TestAFrontendListsItsGroups(t *testing.T) {
-	l, log := newLab(t), new(journal)
+	l, log := newLab(t), new(logtest.Log)
 	defer func() {
 		if t.Failed() {
-			t.Log(log.text.String())
+			t.Log(log)
 		}
 	}()
 	fdom, bdom := l.domain(1), l.domain(2)
 	v := l.add(toolstack.Vif{Front: 1, Back: 2})
-	backs, stop := l.serve(bdom, pvnet.ServeConfig{Hotplug: true, Config: pvnet.Config{Logger: log.logger()}})
-	front, err := pvnet.Connect(ctx(t), fdom, "0", pvnet.Config{Logger: log.logger()})
+	backs, stop := l.serve(bdom, pvnet.ServeConfig{Hotplug: true, Config: pvnet.Config{Logger: log.Logger()}})
+	front, err := pvnet.Connect(ctx(t), fdom, "0", pvnet.Config{Logger: log.Logger()})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -108,7 +109,7 @@ func TestAFrontendListsItsGroups(t *testing.T) {
 
 	// Another connection, with the list in the ring from the start.
 	stop()
-	backs, _ = l.serve(bdom, pvnet.ServeConfig{Hotplug: true, Config: pvnet.Config{Logger: log.logger()}})
+	backs, _ = l.serve(bdom, pvnet.ServeConfig{Hotplug: true, Config: pvnet.Config{Logger: log.Logger()}})
 	back = wait(t, backs)
 	await(t, back, true)
 	go back.Listen(context.Background(), func(pvnet.Frame) {})

@@ -1,37 +1,17 @@
 package pvnet_test
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
-	"log/slog"
 	"strings"
-	"sync"
 	"testing"
 
 	"barevif/hypercall"
 	"barevif/hypercall/emu"
 	"barevif/pvnet"
+	"barevif/telemetry/logtest"
 	"barevif/xenbus/toolstack"
 )
-
-// A lockedBuffer is a log that may be read while it is written.
-type lockedBuffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer // guarded by mu
-}
-
-func (b *lockedBuffer) Write(p []byte) (int, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.b.Write(p)
-}
-
-func (b *lockedBuffer) String() string {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.b.String()
-}
 
 // All queues get the same number of pages, and there are as many queues as fit.
 func TestQueuesShareALimitEvenly(t *testing.T) {
@@ -55,8 +35,8 @@ func TestQueuesShareALimitEvenly(t *testing.T) {
 			fdom, bdom := l.domain(1), l.domain(2)
 			v := l.add(toolstack.Vif{Front: 1, Back: 2})
 			backs, _ := l.serve(bdom, pvnet.ServeConfig{Hotplug: true, Config: pvnet.Config{Queues: 16}})
-			said := new(lockedBuffer)
-			front, err := pvnet.Connect(ctx(t), fdom, "0", pvnet.Config{Queues: c.asked, Logger: slog.New(slog.NewTextHandler(said, nil))})
+			said := new(logtest.Log)
+			front, err := pvnet.Connect(ctx(t), fdom, "0", pvnet.Config{Queues: c.asked, Logger: said.Logger()})
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -1,45 +1,17 @@
 package pvnet_test
 
 import (
-	"bytes"
 	"context"
 	"fmt"
-	"log/slog"
-	"strings"
-	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"barevif/pvnet"
 	"barevif/telemetry"
+	"barevif/telemetry/logtest"
 	"barevif/xenbus/toolstack"
 )
-
-// A journal is a log that can be read while it is written.
-type journal struct {
-	mu   sync.Mutex
-	text bytes.Buffer // guarded by mu
-}
-
-func (j *journal) Write(b []byte) (int, error) {
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	return j.text.Write(b)
-}
-
-func (j *journal) lines(with string) (n int) {
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	for line := range strings.Lines(j.text.String()) {
-		if strings.Contains(line, with) {
-			n++
-		}
-	}
-	return n
-}
-
-func (j *journal) logger() *slog.Logger { return slog.New(slog.NewTextHandler(j, nil)) }
 
 // passFrames sends frames each way until one has arrived, since the link may be about to go
 // down.
@@ -69,12 +41,12 @@ func TestAStateWrittenByAnotherIsPutRight(t *testing.T) {
 			for _, later := range []time.Duration{0, time.Second} {
 				t.Run(fmt.Sprintf("%s/%q/%v", role, found, later), func(t *testing.T) {
 					synctest.Test(t, func(t *testing.T) {
-						log := new(journal)
+						log := new(logtest.Log)
 						l := newLab(t)
 						fdom, bdom := l.domain(1), l.domain(2)
 						v := l.add(toolstack.Vif{Front: 1, Back: 2})
-						backs, stop := l.serve(bdom, pvnet.ServeConfig{Hotplug: true, Config: pvnet.Config{Logger: log.logger()}})
-						front, err := pvnet.Connect(ctx(t), fdom, "0", pvnet.Config{Logger: log.logger()})
+						backs, stop := l.serve(bdom, pvnet.ServeConfig{Hotplug: true, Config: pvnet.Config{Logger: log.Logger()}})
+						front, err := pvnet.Connect(ctx(t), fdom, "0", pvnet.Config{Logger: log.Logger()})
 						if err != nil {
 							t.Fatal(err)
 						}
@@ -100,8 +72,8 @@ func TestAStateWrittenByAnotherIsPutRight(t *testing.T) {
 								t.Errorf("%s is left %q", dir, s)
 							}
 						}
-						if n := log.lines("changed by another"); n == 0 || later != 0 && n > 3 {
-							t.Errorf("%d lines for 3 writes:\n%s", n, log.text.String())
+						if n := len(log.Lines("changed by another")); n == 0 || later != 0 && n > 3 {
+							t.Errorf("%d lines for 3 writes:\n%s", n, log)
 						}
 						front.Disconnect()
 						stop()
@@ -118,12 +90,12 @@ func TestAStateWrittenInALoopIsFollowedSlowly(t *testing.T) {
 	for _, role := range []string{"frontend", "backend"} {
 		t.Run(role, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				log := new(journal)
+				log := new(logtest.Log)
 				l := newLab(t)
 				fdom, bdom := l.domain(1), l.domain(2)
 				v := l.add(toolstack.Vif{Front: 1, Back: 2})
-				backs, stop := l.serve(bdom, pvnet.ServeConfig{Hotplug: true, Config: pvnet.Config{Logger: log.logger()}})
-				front, err := pvnet.Connect(ctx(t), fdom, "0", pvnet.Config{Logger: log.logger()})
+				backs, stop := l.serve(bdom, pvnet.ServeConfig{Hotplug: true, Config: pvnet.Config{Logger: log.Logger()}})
+				front, err := pvnet.Connect(ctx(t), fdom, "0", pvnet.Config{Logger: log.Logger()})
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -149,7 +121,7 @@ func TestAStateWrittenInALoopIsFollowedSlowly(t *testing.T) {
 				if restored > 40+8*70 {
 					t.Errorf("written %d times in a minute", restored)
 				}
-				if n := log.lines("changed by another"); n > 30 {
+				if n := len(log.Lines("changed by another")); n > 30 {
 					t.Errorf("%d lines of log", n)
 				}
 				passFrames(t, "after", front, back)

@@ -11,6 +11,7 @@ import (
 	"barevif/pvnet"
 	"barevif/pvnet/netif"
 	"barevif/telemetry"
+	"barevif/telemetry/logtest"
 	"barevif/xenbus/toolstack"
 )
 
@@ -181,13 +182,13 @@ func (l *lab) write(path, value string) {
 func TestNoPageIsLentToAReaderIfTheBackendIsNotTrusted(t *testing.T) {
 	for value, trusted := range map[string]bool{"1": true, "0": false, "yes": false} {
 		t.Run(value, func(t *testing.T) {
-			log := new(journal)
+			log := new(logtest.Log)
 			l := newLab(t)
 			fdom, bdom := l.domain(1), l.domain(2)
 			v := l.add(toolstack.Vif{Front: 1, Back: 2})
 			l.write(v.FrontDir()+"/trusted", value)
 			backs, _ := l.serve(bdom, pvnet.ServeConfig{Hotplug: true})
-			front, err := pvnet.Connect(ctx(t), fdom, "0", pvnet.Config{LendRx: true, Logger: log.logger()})
+			front, err := pvnet.Connect(ctx(t), fdom, "0", pvnet.Config{LendRx: true, Logger: log.Logger()})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -210,11 +211,11 @@ func TestNoPageIsLentToAReaderIfTheBackendIsNotTrusted(t *testing.T) {
 			if lent := st.RX.Get(telemetry.LentPackets) == 1; lent != trusted || front.Trusted() != trusted {
 				t.Errorf("lent %v, trusted %v", lent, front.Trusted())
 			}
-			if n := log.lines("lent"); (n == 1) == trusted {
-				t.Errorf("%d log lines say that nothing is lent:\n%s", n, log.text.String())
+			if n := len(log.Lines("lent")); (n == 1) == trusted {
+				t.Errorf("%d log lines say that nothing is lent:\n%s", n, log)
 			}
-			if n := log.lines("value=" + value); (n == 1) != (value == "yes") {
-				t.Errorf("%d log lines name the value:\n%s", n, log.text.String())
+			if n := len(log.Lines("value=" + value)); (n == 1) != (value == "yes") {
+				t.Errorf("%d log lines name the value:\n%s", n, log)
 			}
 		})
 	}

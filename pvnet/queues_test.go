@@ -2,13 +2,13 @@ package pvnet_test
 
 import (
 	"fmt"
-	"log/slog"
 	"runtime"
 	"strings"
 	"testing"
 
 	"barevif/hypercall/emu"
 	"barevif/pvnet"
+	"barevif/telemetry/logtest"
 	"barevif/xenbus"
 	"barevif/xenbus/toolstack"
 )
@@ -52,8 +52,8 @@ func TestAutoQueuesTakesWhatThereIs(t *testing.T) {
 				l.add(toolstack.Vif{Front: 1, Back: 2, ID: uint32(i + 1)})
 			}
 			backs, _ := l.serve(bdom, pvnet.ServeConfig{Hotplug: true, Config: pvnet.Config{Queues: c.offered}})
-			said := new(lockedBuffer)
-			front, err := pvnet.Connect(ctx(t), fdom, "0", pvnet.Config{Queues: pvnet.AutoQueues, Logger: slog.New(slog.NewTextHandler(said, nil))})
+			said := new(logtest.Log)
+			front, err := pvnet.Connect(ctx(t), fdom, "0", pvnet.Config{Queues: pvnet.AutoQueues, Logger: said.Logger()})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -142,8 +142,8 @@ func TestNumbersOfQueuesThatMakeNoSense(t *testing.T) {
 			wait(t, backs)
 			l.reach(v.BackDir()+"/state", fmt.Sprint(int(xenbus.InitWait)))
 			l.write(v.BackDir()+"/multi-queue-max-queues", value)
-			log := new(journal)
-			front, err := pvnet.Connect(ctx(t), fdom, "0", pvnet.Config{Queues: 3, Logger: log.logger()})
+			log := new(logtest.Log)
+			front, err := pvnet.Connect(ctx(t), fdom, "0", pvnet.Config{Queues: 3, Logger: log.Logger()})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -155,8 +155,8 @@ func TestNumbersOfQueuesThatMakeNoSense(t *testing.T) {
 			if !c.number && value != "" {
 				want = 1
 			}
-			if n := log.lines("/backend/vif/1/0/multi-queue-max-queues"); n != want {
-				t.Errorf("%d log lines name the key:\n%s", n, log.text.String())
+			if n := len(log.Lines("/backend/vif/1/0/multi-queue-max-queues")); n != want {
+				t.Errorf("%d log lines name the key:\n%s", n, log)
 			}
 		})
 	}

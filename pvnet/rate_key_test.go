@@ -10,6 +10,7 @@ import (
 
 	"barevif/pvnet"
 	"barevif/telemetry"
+	"barevif/telemetry/logtest"
 	"barevif/xenbus/toolstack"
 )
 
@@ -18,11 +19,11 @@ import (
 // in the log names it.
 func TestTheRateInXenstore(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		log := new(journal)
+		log := new(logtest.Log)
 		l := newLab(t)
 		fdom, bdom := l.domain(1), l.domain(2)
 		v := l.add(toolstack.Vif{Front: 1, Back: 2, Rate: "10000,50000"})
-		backs, stop := l.serve(bdom, pvnet.ServeConfig{Hotplug: true, Config: pvnet.Config{Logger: log.logger()}})
+		backs, stop := l.serve(bdom, pvnet.ServeConfig{Hotplug: true, Config: pvnet.Config{Logger: log.Logger()}})
 		defer stop()
 		front, err := pvnet.Connect(ctx(t), fdom, "0", pvnet.Config{})
 		if err != nil {
@@ -69,7 +70,7 @@ func TestTheRateInXenstore(t *testing.T) {
 			{write("7000,7000"), 1000000, "limit=\"1000000 bytes/s"},
 			{func() error { return l.tools.Remove(ctx(t), key) }, 0, "limit=none"},
 		} {
-			lines := log.lines(c.says)
+			lines := len(log.Lines(c.says))
 			if err := c.change(); err != nil {
 				t.Fatal(err)
 			}
@@ -82,8 +83,8 @@ func TestTheRateInXenstore(t *testing.T) {
 			if c.want == 0 && got < 5e6 || c.want != 0 && (got > c.want*101/100 || got < c.want*98/100) {
 				t.Errorf("step %d: %d bytes/s, want %d", i, got, c.want)
 			}
-			if i > 0 && log.lines(c.says) != lines+1 || i == 0 && lines != 1 {
-				t.Errorf("step %d: the log does not say %s once:\n%s", i, c.says, log.text.String())
+			if i > 0 && len(log.Lines(c.says)) != lines+1 || i == 0 && lines != 1 {
+				t.Errorf("step %d: the log does not say %s once:\n%s", i, c.says, log)
 			}
 			if n := back.Stats().Queues[0].RX.Gauge(telemetry.RateLimit); n != c.want {
 				t.Errorf("step %d: the gauge says %d", i, n)

@@ -12,6 +12,7 @@ import (
 
 	"barevif/pvnet"
 	"barevif/telemetry"
+	"barevif/telemetry/logtest"
 	"barevif/xenbus/toolstack"
 	"barevif/xenbus/xenstore/server/labtest"
 )
@@ -21,21 +22,21 @@ type linked struct {
 	*lab
 	v           toolstack.Vif
 	front, back *pvnet.Device
-	log         *journal // of both
-	stop        func()   // ends the backend
-	shown       *names   // what is shown beside the frontend's counters
+	log         *logtest.Log // of both
+	stop        func()       // ends the backend
+	shown       *names       // what is shown beside the frontend's counters
 }
 
 func newLinked(t *testing.T, v toolstack.Vif) *linked {
 	t.Helper()
-	l := &linked{lab: newLab(t), log: new(journal), shown: new(names)}
+	l := &linked{lab: newLab(t), log: new(logtest.Log), shown: new(names)}
 	fdom, bdom := l.domain(1), l.domain(2)
 	v.Front, v.Back = 1, 2
 	l.v = l.add(v)
 	var backs <-chan *pvnet.Device
-	backs, l.stop = l.serve(bdom, pvnet.ServeConfig{Hotplug: true, Config: pvnet.Config{Logger: l.log.logger()}})
+	backs, l.stop = l.serve(bdom, pvnet.ServeConfig{Hotplug: true, Config: pvnet.Config{Logger: l.log.Logger()}})
 	var err error
-	if l.front, err = pvnet.Connect(ctx(t), fdom, "0", pvnet.Config{Logger: l.log.logger(), Counters: l.shown}); err != nil {
+	if l.front, err = pvnet.Connect(ctx(t), fdom, "0", pvnet.Config{Logger: l.log.Logger(), Counters: l.shown}); err != nil {
 		t.Fatal(err)
 	}
 	l.back = wait(t, backs)
@@ -58,7 +59,7 @@ func (l *linked) mtu(d *pvnet.Device, want int) {
 			return
 		}
 	}
-	l.t.Fatalf("the MTU is %d, not %d\n%s", d.MTU(), want, l.log.text.String())
+	l.t.Fatalf("the MTU is %d, not %d\n%s", d.MTU(), want, l.log)
 }
 
 func TestNothingIsSentWithoutACarrier(t *testing.T) {
@@ -212,8 +213,8 @@ func TestSettingsThatMakeNoSense(t *testing.T) {
 					t.Errorf("MTU %d and %d, carrier %v, %d events", l.front.MTU(), l.back.MTU(), l.front.Carrier(), events.Load())
 				}
 				for key, want := range map[string]int{"/backend/vif/1/0/carrier": 2, "key=device/vif/0/mtu": 1, "key=backend/vif/1/0/mtu": 1} {
-					if l.log.lines(key) != want {
-						t.Errorf("%d log lines name %s, want %d\n%s", l.log.lines(key), key, want, l.log.text.String())
+					if len(l.log.Lines(key)) != want {
+						t.Errorf("%d log lines name %s, want %d\n%s", len(l.log.Lines(key)), key, want, l.log)
 					}
 				}
 				cancel()
@@ -283,8 +284,8 @@ func TestAFrontendThatCannotBeToldOfTheMTU(t *testing.T) {
 		if l.front.MTU() != 1500 || l.exists(l.v.FrontDir()+"/mtu") {
 			t.Errorf("the frontend's is %d", l.front.MTU())
 		}
-		if l.log.lines("the frontend is not told of the MTU") != 1 || l.log.lines("key=/local/domain/1/device/vif/0/mtu") != 1 {
-			t.Error(l.log.text.String())
+		if len(l.log.Lines("the frontend is not told of the MTU")) != 1 || len(l.log.Lines("key=/local/domain/1/device/vif/0/mtu")) != 1 {
+			t.Error(l.log)
 		}
 		l.end()
 	})

@@ -17,6 +17,7 @@ import (
 
 	"barevif/pvnet"
 	"barevif/pvnet/pvnettest"
+	"barevif/telemetry/logtest"
 	"barevif/xenbus/toolstack"
 
 	"golang.org/x/sys/unix"
@@ -222,10 +223,10 @@ func TestWhyThereAreNoBurstsIsLoggedOnce(t *testing.T) {
 	})
 }
 
-func settleLog(t *testing.T, log *lines, want int) {
+func settleLog(t *testing.T, log *logtest.Log, want int) {
 	t.Helper()
 	for end := time.Now().Add(wait); ; time.Sleep(time.Millisecond) {
-		got := log.of("takes a system call")
+		got := log.Lines("takes a system call")
 		if len(got) == want && (want == 0 || bytes.Contains([]byte(got[0]), []byte("level=DEBUG"))) {
 			return
 		}

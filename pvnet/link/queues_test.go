@@ -4,7 +4,6 @@ package link
 
 import (
 	"context"
-	"log/slog"
 	"runtime"
 	"strings"
 	"sync/atomic"
@@ -14,6 +13,7 @@ import (
 	"barevif/pvnet"
 	"barevif/pvnet/pvnettest"
 	"barevif/telemetry"
+	"barevif/telemetry/logtest"
 	"barevif/xenbus/toolstack"
 )
 
@@ -164,17 +164,17 @@ func TestAHashWithoutTheRightToLoadAProgram(t *testing.T) {
 		t.Cleanup(func() { tap.Close() })
 		links = append(links, tap)
 	}
-	var said lines
+	var said logtest.Log
 	p := openPacket(t, taps[0].Name())
 	h := &host{pvnettest.New(t, toolstack.Vif{MAC: ourMAC}, pvnet.Config{Queues: 2},
-		pvnet.Config{Queues: 2, Logger: slog.New(slog.NewTextHandler(&said, nil))}), t}
+		pvnet.Config{Queues: 2, Logger: said.Logger()}), t}
 	got := h.listen()
 	h.join(context.Background(), h.Back, links...)
 	for i := range 4 {
 		if err := h.Front.SetHash(t.Context(), &pvnet.HashConfig{Table: []int{i % 2}}); err != nil {
 			t.Fatal(err)
 		}
-		for end := time.Now().Add(wait); len(said.of("frames by hash")) == 0; runtime.Gosched() {
+		for end := time.Now().Add(wait); len(said.Lines("frames by hash")) == 0; runtime.Gosched() {
 			if time.Now().After(end) {
 				t.Fatal("it does not say that the kernel chooses the queues")
 			}
@@ -183,7 +183,7 @@ func TestAHashWithoutTheRightToLoadAProgram(t *testing.T) {
 		for len(next(t, got)) != 60+i {
 		}
 	}
-	if s := said.of("frames by hash"); len(s) != 1 || !strings.Contains(s[0], "operation not permitted") ||
+	if s := said.Lines("frames by hash"); len(s) != 1 || !strings.Contains(s[0], "operation not permitted") ||
 		!strings.Contains(s[0], "outside of a user namespace") || !strings.Contains(s[0], taps[0].Name()) {
 		t.Errorf("it says\n%s", s)
 	}

@@ -6,49 +6,24 @@ import (
 	"bytes"
 	"context"
 	"fmt"
-	"log/slog"
 	"strings"
-	"sync"
 	"testing"
 
 	"barevif/hypercall/emu"
 	"barevif/pvnet"
 	"barevif/pvnet/pvnettest"
 	"barevif/telemetry"
+	"barevif/telemetry/logtest"
 	"barevif/xenbus/toolstack"
 	"barevif/xenbus/xenstore/server/labtest"
 
 	"github.com/vishvananda/netlink"
 )
 
-// lines collects a log for a test.
-type lines struct {
-	mu sync.Mutex
-	b  bytes.Buffer // guarded by mu
-}
-
-func (l *lines) Write(b []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(b)
-}
-
-// of returns the lines that contain text.
-func (l *lines) of(text string) (found []string) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	for line := range strings.Lines(l.b.String()) {
-		if strings.Contains(line, text) {
-			found = append(found, line)
-		}
-	}
-	return found
-}
-
-// told fails unless the log has exactly one line of the kind, and it contains all parts.
-func wantLogged(t *testing.T, l *lines, kind int, parts ...string) {
+// wantLogged fails unless the log has exactly one line of the kind, and it contains all parts.
+func wantLogged(t *testing.T, l *logtest.Log, kind int, parts ...string) {
 	t.Helper()
-	got := l.of(messages[kind].what)
+	got := l.Lines(messages[kind].what)
 	if len(got) != 1 {
 		t.Fatalf("%d lines: %q", len(got), got)
 	}
@@ -59,14 +34,14 @@ func wantLogged(t *testing.T, l *lines, kind int, parts ...string) {
 	}
 }
 
-func logged(cfg pvnet.Config) (pvnet.Config, *lines) {
-	l := new(lines)
-	cfg.Logger = slog.New(slog.NewTextHandler(l, nil))
+func logged(cfg pvnet.Config) (pvnet.Config, *logtest.Log) {
+	l := new(logtest.Log)
+	cfg.Logger = l.Logger()
 	return cfg, l
 }
 
 // newHostWithLog is newHost with the log of the backend.
-func newHostWithLog(t *testing.T) (*host, *lines) {
+func newHostWithLog(t *testing.T) (*host, *logtest.Log) {
 	cfg, log := logged(pvnet.Config{})
 	return &host{pvnettest.New(t, toolstack.Vif{MAC: ourMAC, MTU: 1500}, pvnet.Config{}, cfg), t}, log
 }

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
-	"log/slog"
 	"net"
 	"slices"
 	"strings"
@@ -15,6 +14,7 @@ import (
 	"barevif/pvnet"
 	"barevif/pvnet/pvnettest"
 	"barevif/telemetry"
+	"barevif/telemetry/logtest"
 	"barevif/xenbus/toolstack"
 
 	"gvisor.dev/gvisor/pkg/buffer"
@@ -181,30 +181,15 @@ func TestAHoldReceivesAgainForANeighboursAddress(t *testing.T) {
 }
 
 // logged returns a vif of which the frontend logs to text.
-func logged(t *testing.T) (*pvnettest.Wire, *logText) {
-	text := new(logText)
-	cfg := pvnet.Config{Logger: slog.New(slog.NewTextHandler(text, nil))}
-	return pvnettest.New(t, toolstack.Vif{MAC: frontMAC, MTU: 1500}, cfg, pvnet.Config{}), text
+func logged(t *testing.T) (*pvnettest.Wire, *logtest.Log) {
+	text := new(logtest.Log)
+	return pvnettest.New(t, toolstack.Vif{MAC: frontMAC, MTU: 1500}, pvnet.Config{Logger: text.Logger()}, pvnet.Config{}), text
 }
 
-// A logText is what was logged.
-type logText struct {
-	mu sync.Mutex
-	b  bytes.Buffer // guarded by mu
-}
-
-func (l *logText) Write(b []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(b)
-}
-
-func (l *logText) require(t *testing.T, want string) {
+func requireLogged(t *testing.T, log *logtest.Log, want string) {
 	t.Helper()
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if !strings.Contains(l.b.String(), want) {
-		t.Errorf("no %q in: %s", want, l.b.String())
+	if !strings.Contains(log.String(), want) {
+		t.Errorf("no %q in: %s", want, log)
 	}
 }
 
@@ -216,7 +201,7 @@ func TestAHoldGivesUpASilentNeighbour(t *testing.T) {
 	n.ping(t, 1)
 	eventually(t, "it waits", s.resolves)
 	requireHeld(t, held(s))
-	log.require(t, "a neighbour has not said its MAC address")
+	requireLogged(t, log, "a neighbour has not said its MAC address")
 }
 
 // The stack does some work in goroutines of its own, as timers that are due at once.
@@ -352,7 +337,7 @@ func TestAHoldGivesUpASlowProgram(t *testing.T) {
 		t.Fatal(err)
 	}
 	requireHeld(t, held(front))
-	log.require(t, "a program has not answered a datagram")
+	requireLogged(t, log, "a program has not answered a datagram")
 }
 
 // listenEcho opens port 7 of a stack.

@@ -35,18 +35,12 @@ import (
 
 const deploy = "../../tools/barevif/deploy/"
 
-// A service is a program that listens on a port of its own choice.
-type service struct {
-	address string
-	out     bytes.Buffer // guarded by mu
-	mu      sync.Mutex
-}
-
-// serve starts a program that ends with the test and waits until listening finds
-// its address, the first group, in a line of its output.
-func serve(t *testing.T, listening, name string, args ...string) *service {
+// serve starts a program that listens on a port of its own choice and ends with the
+// test. It waits until listening finds the address, the first group, in a line of
+// the output.
+func serve(t *testing.T, listening, name string, args ...string) (address string) {
 	t.Helper()
-	s := &service{}
+	var out bytes.Buffer // written until ended is closed, read after that
 	at := regexp.MustCompile(listening)
 	cmd := exec.CommandContext(t.Context(), name, args...)
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
@@ -66,9 +60,7 @@ func serve(t *testing.T, listening, name string, args ...string) *service {
 		defer close(ended)
 		defer r.Close()
 		for lines := bufio.NewScanner(r); lines.Scan(); {
-			s.mu.Lock()
-			s.out.WriteString(lines.Text() + "\n")
-			s.mu.Unlock()
+			out.WriteString(lines.Text() + "\n")
 			if m := at.FindStringSubmatch(lines.Text()); m != nil {
 				select {
 				case found <- m[1]:
@@ -81,17 +73,17 @@ func serve(t *testing.T, listening, name string, args ...string) *service {
 		cmd.Wait()
 		<-ended
 		if t.Failed() {
-			t.Logf("%s said:\n%s", name, &s.out)
+			t.Logf("%s said:\n%s", name, &out)
 		}
 	})
 	select {
-	case s.address = <-found:
+	case address = <-found:
 	case <-ended:
 		t.Fatalf("%s has ended", name)
 	case <-time.After(limit):
 		t.Fatalf("%s does not listen within %v", name, limit)
 	}
-	return s
+	return address
 }
 
 // A prometheus is a real one that looks at targets of this test.
@@ -136,9 +128,9 @@ func startPrometheus(t *testing.T, rules []byte, targets map[string]string, toke
 			t.Fatal(err)
 		}
 	}
-	s := serve(t, `msg="Listening on" address=(\S+)`, bpftest.Tool(t, "prometheus"),
+	address := serve(t, `msg="Listening on" address=(\S+)`, bpftest.Tool(t, "prometheus"),
 		"--config.file="+filepath.Join(dir, "prometheus.yml"), "--storage.tsdb.path="+filepath.Join(dir, "data"), "--web.listen-address=127.0.0.1:0")
-	return &prometheus{t, "http://" + s.address + "/api/v1/"}
+	return &prometheus{t, "http://" + address + "/api/v1/"}
 }
 
 // ask decodes an answer into data. An answer before it is ready is none.
@@ -465,7 +457,7 @@ func TestPrometheusDrawsAndAlerts(t *testing.T) {
 	tokenFile := filepath.Join(t.TempDir(), "token")
 	page := serve(t, `^metrics +http://(\S+)/metrics$`, command(t), "stat", "--http", "127.0.0.1:0", "--interval", "100ms",
 		"--token-file", tokenFile, "front-31*", "back-31*")
-	targets := map[string]string{"stat": page.address}
+	targets := map[string]string{"stat": page}
 	handlers := map[string]http.Handler{
 		"handler": openmetrics.Handler(func() []openmetrics.Device {
 			return []openmetrics.Device{{Name: frontName, Stats: w.Front.Counters().Totals()}}
@@ -495,7 +487,7 @@ func TestPrometheusDrawsAndAlerts(t *testing.T) {
 			t.Fatal(err)
 		}
 		targets["node"] = serve(t, `msg="Listening on" address=(\S+)`, node,
-			"--collector.disable-defaults", "--collector.textfile", "--collector.textfile.directory="+dir, "--web.listen-address=127.0.0.1:0").address
+			"--collector.disable-defaults", "--collector.textfile", "--collector.textfile.directory="+dir, "--web.listen-address=127.0.0.1:0")
 	} else if err != nil {
 		t.Log("not through node_exporter, which is not installed")
 	}

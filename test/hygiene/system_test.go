@@ -13,7 +13,7 @@ import (
 // systemless packages are, beside the portable ones, those that a domain without an operating
 // system is made of and tried with: the emulator as far as it runs in one process, and the
 // suite. What they have for Linux is in files that other systems do not build.
-var systemless = [...]string{"hypercall/internal/backoff", "hypercall/domaintest", "hypercall/emu"}
+var systemless = [...]string{"hypercall/internal/backoff", "hypercall/domaintest", "hypercall/emu", "telemetry/logtest"}
 
 // namesOfSystem are the names, by file and import, that packages without an operating system
 // take of packages that are one. All are values or types that a program compares or holds, and

@@ -3,22 +3,20 @@
 package scale
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"net"
 	"strconv"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
 	"barevif/hypercall"
 	"barevif/hypercall/emu"
 	"barevif/pvnet"
+	"barevif/telemetry/logtest"
 	"barevif/test/xenstored"
 	"barevif/xenbus"
 	"barevif/xenbus/toolstack"
@@ -43,7 +41,7 @@ type host struct {
 	tools *xenstore.Client
 	emu   *emu.Machine
 	back  *domain
-	log   buffer
+	log   logtest.Log
 }
 
 // A domain is an emulated domain that uses the xenstore of dial.
@@ -53,23 +51,6 @@ type domain struct {
 }
 
 func (d *domain) Store(ctx context.Context) (io.ReadWriteCloser, error) { return d.dial(ctx, d.ID()) }
-
-type buffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer // guarded by mu
-}
-
-func (b *buffer) Write(p []byte) (int, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.b.Write(p)
-}
-
-func (b *buffer) String() string {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.b.String()
-}
 
 // onEachStore runs a test with the embedded xenstore and with Debian's.
 func onEachStore(t *testing.T, test func(*testing.T, *host)) {
@@ -148,7 +129,7 @@ func (h *host) serve() {
 	done := make(chan error, 1)
 	go func() {
 		done <- pvnet.Serve(ctx, h.back, pvnet.ServeConfig{Hotplug: true, Config: pvnet.Config{
-			Logger: slog.New(slog.NewTextHandler(&h.log, nil)), Queues: 2, StaticGrants: true, // so that every key is written
+			Logger: h.log.Logger(), Queues: 2, StaticGrants: true, // so that every key is written
 		}}, func(*pvnet.Device) {})
 	}()
 	h.t.Cleanup(func() {

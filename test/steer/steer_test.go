@@ -8,7 +8,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"os"
 	"os/exec"
 	"runtime"
@@ -23,6 +22,7 @@ import (
 	"barevif/pvnet/netif"
 	"barevif/pvnet/pvnettest"
 	"barevif/pvnet/toeplitz"
+	"barevif/telemetry/logtest"
 	"barevif/xenbus/toolstack"
 
 	"github.com/vishvananda/netlink"
@@ -66,30 +66,12 @@ type rig struct {
 	taps  []*link.TAP
 	in    *link.Packet // what is written here comes out of the TAP
 	came  chan arrival // at the frontend
-	said  *said
+	said  *logtest.Log // by the backend
 }
 
 type arrival struct {
 	queue int
 	frame string
-}
-
-// said collects what a logger says.
-type said struct {
-	mu   sync.Mutex
-	text strings.Builder
-}
-
-func (s *said) Write(b []byte) (int, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.text.Write(b)
-}
-
-func (s *said) String() string {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.text.String()
 }
 
 const mostQueues = 4
@@ -111,9 +93,9 @@ func openTAPs(t *testing.T) []*link.TAP {
 
 func newRig(t *testing.T, queues int, hash *pvnet.HashConfig) *rig {
 	t.Helper()
-	r := &rig{t: t, said: new(said), came: make(chan arrival, 1<<14)}
+	r := &rig{t: t, said: new(logtest.Log), came: make(chan arrival, 1<<14)}
 	r.taps = openTAPs(t)
-	log := slog.New(slog.NewTextHandler(r.said, nil))
+	log := r.said.Logger()
 	r.wire = pvnettest.New(t, toolstack.Vif{}, pvnet.Config{Queues: queues, Hash: hash}, pvnet.Config{Queues: mostQueues, Logger: log})
 	r.front = r.wire.Front
 	var err error

@@ -10,7 +10,6 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -19,6 +18,7 @@ import (
 	"barevif/pvnet/inspect"
 	"barevif/pvnet/packet"
 	"barevif/pvnet/pvnettest"
+	"barevif/telemetry/logtest"
 	"barevif/tools/cli"
 	"barevif/tools/cli/clitest"
 	"barevif/xenbus/toolstack"
@@ -146,30 +146,16 @@ func TestVifsThatCannotBeLookedInto(t *testing.T) {
 type capturing struct {
 	cancel context.CancelFunc
 	ended  chan int
-	out    bytes.Buffer
-
-	mu     sync.Mutex
-	stderr strings.Builder // guarded by mu
+	out    bytes.Buffer // stdout; read once it has ended
+	said   logtest.Log  // on stderr
 }
 
-func (c *capturing) Write(b []byte) (int, error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.stderr.Write(b)
-}
-
-func (c *capturing) said() string {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.stderr.String()
-}
-
-// await waits until stderr has said want n times.
+// await waits until it has said want n times.
 func (c *capturing) await(t *testing.T, want string, n int) {
 	t.Helper()
-	for end := time.Now().Add(patience); strings.Count(c.said(), want) < n; time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(patience); strings.Count(c.said.String(), want) < n; time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
-			t.Fatalf("no %q in %q", want, c.said())
+			t.Fatalf("no %q in %q", want, c.said.String())
 		}
 	}
 }
@@ -179,7 +165,7 @@ func startDump(t *testing.T, args ...string) *capturing {
 	ctx, cancel := context.WithCancel(t.Context())
 	c := &capturing{cancel: cancel, ended: make(chan int, 1)}
 	t.Cleanup(cancel)
-	go func() { c.ended <- cli.Run(ctx, rootCommand, append([]string{"dump"}, args...), &c.out, c) }()
+	go func() { c.ended <- cli.Run(ctx, rootCommand, append([]string{"dump"}, args...), &c.out, &c.said) }()
 	c.await(t, "capturing ", 1)
 	return c
 }
@@ -189,10 +175,10 @@ func (c *capturing) wait(t *testing.T) (pcapng []byte) {
 	select {
 	case code := <-c.ended:
 		if code != cli.ExitOK {
-			t.Fatalf("exit %d, %q", code, c.said())
+			t.Fatalf("exit %d, %q", code, c.said.String())
 		}
 	case <-time.After(patience):
-		t.Fatalf("it does not end: %q", c.said())
+		t.Fatalf("it does not end: %q", c.said.String())
 	}
 	return c.out.Bytes()
 }
@@ -275,9 +261,9 @@ func offloads(t *testing.T) (front, back []byte) {
 		<-got
 	}
 	front, back = a.wait(t), b.wait(t)
-	if !strings.Contains(a.said(), "3 frames captured\n0 refused by the filter\n0 not copied") ||
-		!strings.Contains(b.said(), "2 frames captured\n1 refused by the filter\n0 not copied") {
-		t.Errorf("%q, %q", a.said(), b.said())
+	if !strings.Contains(a.said.String(), "3 frames captured\n0 refused by the filter\n0 not copied") ||
+		!strings.Contains(b.said.String(), "2 frames captured\n1 refused by the filter\n0 not copied") {
+		t.Errorf("%q, %q", a.said.String(), b.said.String())
 	}
 	return front, back
 }
@@ -336,8 +322,8 @@ func TestDumpFollowsAVifThatComesBack(t *testing.T) {
 	// The frame is in the buffer of the process; the end of the capture waits for it.
 	c.cancel()
 	c.wait(t)
-	if !strings.Contains(c.said(), "3 frames captured") {
-		t.Errorf("%q", c.said())
+	if !strings.Contains(c.said.String(), "3 frames captured") {
+		t.Errorf("%q", c.said.String())
 	}
 }
 
@@ -375,12 +361,12 @@ func TestDumpUnderLoad(t *testing.T) {
 	c.cancel()
 	c.wait(t)
 	var counts [3]int
-	for i, m := range regexp.MustCompile(`(?m)^([\d ]+) (?:frames captured|refused by|not copied)`).FindAllStringSubmatch(c.said(), 3) {
+	for i, m := range regexp.MustCompile(`(?m)^([\d ]+) (?:frames captured|refused by|not copied)`).FindAllStringSubmatch(c.said.String(), 3) {
 		counts[i], _ = strconv.Atoi(strings.ReplaceAll(m[1], " ", ""))
 	}
 	captured, filtered, lost := counts[0], counts[1], counts[2]
 	if captured+lost != frames || captured == 0 || filtered != 0 {
-		t.Errorf("%d captured, %d not copied, of %d: %q", captured, lost, frames, c.said())
+		t.Errorf("%d captured, %d not copied, of %d: %q", captured, lost, frames, c.said.String())
 	}
 	pcapng, err := os.ReadFile(file)
 	if err != nil {
@@ -408,8 +394,8 @@ func TestDumpTakesAProgram(t *testing.T) {
 		}
 	}
 	c.wait(t)
-	if !strings.Contains(c.said(), "1 frames captured\n1 refused by the filter") {
-		t.Errorf("%q", c.said())
+	if !strings.Contains(c.said.String(), "1 frames captured\n1 refused by the filter") {
+		t.Errorf("%q", c.said.String())
 	}
 	for text, want := range map[string]string{
 		"": "", "x\n": "no number of instructions", "0\n": "no number of instructions", "5000\n": "no number of instructions",

@@ -7,11 +7,11 @@ import (
 	"os"
 	"regexp"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
 	"barevif/telemetry"
+	"barevif/telemetry/logtest"
 	"barevif/tools/cli"
 	"barevif/tools/internal/stat"
 
@@ -23,9 +23,7 @@ import (
 type terminal struct {
 	tty, user *os.File
 	gone      chan struct{}
-
-	mu     sync.Mutex
-	screen bytes.Buffer // guarded by mu: everything that was written to the terminal
+	screen    logtest.Log // everything that was written to the terminal
 }
 
 func newTerminal(t *testing.T, columns uint16) *terminal {
@@ -50,7 +48,7 @@ func newTerminal(t *testing.T, columns uint16) *terminal {
 	}
 	go func() {
 		defer close(term.gone)
-		io.Copy(term, user) // ends with EIO once no process has the terminal open
+		io.Copy(&term.screen, user) // ends with EIO once no process has the terminal open
 	}()
 	t.Cleanup(func() {
 		term.tty.Close()
@@ -60,16 +58,7 @@ func newTerminal(t *testing.T, columns uint16) *terminal {
 	return term
 }
 
-// Write appends to the screen.
-func (term *terminal) Write(b []byte) (int, error) {
-	term.mu.Lock()
-	defer term.mu.Unlock()
-	return term.screen.Write(b)
-}
-
 func (term *terminal) text() string {
-	term.mu.Lock()
-	defer term.mu.Unlock()
 	return strings.ReplaceAll(term.screen.String(), "\r\n", "\n")
 }
 

@@ -7,11 +7,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"net"
 	"net/netip"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -21,6 +19,7 @@ import (
 	"barevif/pvnet/netstack"
 	"barevif/pvnet/netstack/dhcp"
 	"barevif/pvnet/router"
+	"barevif/telemetry/logtest"
 	"barevif/tools/vifrouter/config"
 	"barevif/xenbus/toolstack"
 	"barevif/xenbus/xenstore/server/labtest"
@@ -66,26 +65,8 @@ type site struct {
 	d     *daemon
 	world *netstack.Stack
 
-	said    words
+	said    logtest.Log
 	devices chan *pvnet.Device
-}
-
-// words are what a program has written, and can be read while it writes.
-type words struct {
-	mu   sync.Mutex
-	text strings.Builder // guarded by mu
-}
-
-func (w *words) Write(b []byte) (int, error) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	return w.text.Write(b)
-}
-
-func (w *words) String() string {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	return w.text.String()
 }
 
 func parse(t testing.TB, text string) *config.Config {
@@ -125,7 +106,7 @@ func newWorldless(t *testing.T, text string) *site {
 			<-dev.Done()
 		})
 	}()
-	log := slog.New(slog.NewTextHandler(&s.said, nil))
+	log := s.said.Logger()
 	say := func(format string, args ...any) { fmt.Fprintf(&s.said, format+"\n", args...) }
 	d, err := newDaemon(own, parse(t, text), pvnet.Config{Offload: true, StaticGrants: true}, say, log)
 	if err != nil {
@@ -655,7 +636,7 @@ func TestUplinkLeasesItsAddress(t *testing.T) {
 	const inner = firstDom + 4
 	own := s.lab.Domain(inner)
 	s.lab.Add(toolstack.Vif{Front: inner, Back: routerDom})
-	log := slog.New(slog.NewTextHandler(&s.said, nil))
+	log := s.said.Logger()
 	say := func(format string, args ...any) { fmt.Fprintf(&s.said, "inner: "+format+"\n", args...) }
 	text := `uplink vif 0
 uplink ipv4 dhcp

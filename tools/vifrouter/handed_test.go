@@ -18,6 +18,7 @@ import (
 
 	"barevif/hypercall/emu"
 	"barevif/hypercall/emu/emutest"
+	"barevif/telemetry/logtest"
 	"barevif/tools/cli"
 	"barevif/tools/domain"
 	"barevif/tools/vifrouter/config"
@@ -36,7 +37,7 @@ type commanded struct {
 	own  *emu.Domain
 	dir  string // of --inspect
 	home string // of its keys, as dom0 has it
-	said words
+	said logtest.Log
 	run  *run
 	end  func() error // ends it, once, and returns its error
 

@@ -3,7 +3,6 @@
 package guestinit
 
 import (
-	"bytes"
 	"encoding/json"
 	"fmt"
 	"os"
@@ -15,6 +14,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"barevif/telemetry/logtest"
 )
 
 // A machine is a guest for process 1: files below a directory, and a kernel that writes down
@@ -22,10 +23,10 @@ import (
 type machine struct {
 	*initProcess
 	signals chan os.Signal
+	console logtest.Log
 
 	mu      sync.Mutex
-	log     []string // calls; guarded by mu, as all below
-	console bytes.Buffer
+	log     []string            // calls; guarded by mu, as all below
 	refuses map[string]error    // by the beginning of a call
 	dead    []death             // to be reaped
 	pid     int                 // of the program that was started last
@@ -40,13 +41,6 @@ type death struct {
 func exited(code int) syscall.WaitStatus             { return syscall.WaitStatus(code << 8) }
 func signaled(sig syscall.Signal) syscall.WaitStatus { return syscall.WaitStatus(sig) }
 
-// Write adds to the console.
-func (m *machine) Write(b []byte) (int, error) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	return m.console.Write(b)
-}
-
 // last returns the program that was started last.
 func (m *machine) last() int {
 	m.mu.Lock()
@@ -59,7 +53,7 @@ func newMachine(t *testing.T, files map[string]string) *machine {
 	m := &machine{signals: make(chan os.Signal, 64), refuses: map[string]error{}, pid: 100}
 	begun := time.Now()
 	m.initProcess = &initProcess{
-		root: t.TempDir(), out: m, now: time.Now, uptime: func() time.Duration { return time.Since(begun) + 1500*time.Millisecond },
+		root: t.TempDir(), out: &m.console, now: time.Now, uptime: func() time.Duration { return time.Since(begun) + 1500*time.Millisecond },
 		calls: calls{
 			mount: func(source, dir, kind string, flags uintptr, data string) error {
 				return m.call("mount %s %s %s", kind, strings.TrimPrefix(dir, m.root), data)
@@ -142,8 +136,6 @@ func (m *machine) die(pid int, status syscall.WaitStatus) {
 
 func (m *machine) said(t *testing.T, lines ...string) {
 	t.Helper()
-	m.mu.Lock()
-	defer m.mu.Unlock()
 	text := m.console.String()
 	for _, line := range lines {
 		if _, rest, ok := strings.Cut(text, line); ok {
