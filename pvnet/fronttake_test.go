@@ -174,6 +174,7 @@ func (w *rowing) takeOver(cfg pvnet.Config) {
 	old := w.r
 	d, err := pvnet.TakeOver(ctx(w.t), &besideDomain{w.fdom}, "0", cfg, asks(old.d, nil))
 	for end := time.Now().Add(time.Minute); err != nil && strings.Contains(err.Error(), "is not handed over: after 1s ") && time.Now().Before(end); {
+		w.t.Logf("asked again: %v", err)
 		d, err = pvnet.TakeOver(ctx(w.t), &besideDomain{w.fdom}, "0", cfg, asks(old.d, nil))
 	}
 	if err != nil {

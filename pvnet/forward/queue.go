@@ -76,8 +76,8 @@ func pagesOf(f *pvnet.Frame) int32 {
 	return int32(f.Len()+room+pageSize-1) / pageSize
 }
 
-// costOf returns what a frame costs its input, in bytes: its length on a wire, where a short frame
-// is padded, and each has a preamble, a frame check sequence and a gap.
+// costOf returns how many bytes of its input's credit a frame takes: the frame's length on a wire,
+// where a short frame is padded, and each has a preamble, a frame check sequence and a gap.
 func costOf(f *pvnet.Frame) int { return max(f.Len(), 60) + 24 }
 
 // share is how many bytes an input may send in a turn.
@@ -118,9 +118,10 @@ func (l *lane) send(frames []pvnet.Frame) (lost int, err error) {
 	}
 }
 
-// pushed handles rest, the frames of in that push did not send because of err, and sends what has
-// come to the queue meanwhile. It returns how many of rest were lost, and the error that has ended
-// the queue. The caller has set busy and holds mu; pushed gives up both.
+// pushed queues or drops rest, which are the frames of the Input in that push did not send because
+// of err, and sends the frames that other goroutines have queued meanwhile. It returns how many of
+// rest were lost, and the error that has ended the queue. The caller has set busy and holds mu;
+// pushed gives up both.
 func (q *queue) pushed(in *Input, rest []pvnet.Frame, err error) (lost int, end error) {
 	switch {
 	case q.over != nil:
@@ -143,8 +144,8 @@ func (q *queue) pushed(in *Input, rest []pvnet.Frame, err error) (lost int, end 
 	return len(rest), end
 }
 
-// pump sends what waits, a few batches at most. The caller has set busy and holds mu; pump gives up
-// both. It returns the error that has ended the queue.
+// pump sends the frames that wait in the queue, a few batches at most. The caller has set busy and
+// holds mu; pump gives up both. It returns the error that has ended the queue.
 func (q *queue) pump() error {
 	for turn := 0; ; turn++ {
 		if q.over != nil {
@@ -235,7 +236,7 @@ func (q *queue) restLocked() {
 	}
 }
 
-// finish drops what waits and ends the Sender. The caller has set busy and holds mu; finish gives
+// finish drops the frames that wait in the queue and ends the Sender. The caller has set busy and holds mu; finish gives
 // up both.
 func (q *queue) finish(end error) {
 	if q.over == nil {
@@ -255,7 +256,8 @@ func (q *queue) finish(end error) {
 	q.s.end(end)
 }
 
-// close ends the queue. If a goroutine has set busy, it drops what waits; otherwise nothing waits.
+// close ends the queue. Frames wait only while a goroutine has set busy, and that goroutine drops
+// them.
 func (q *queue) close(why error) {
 	q.mu.Lock()
 	defer q.mu.Unlock()

@@ -276,8 +276,8 @@ func (s *Source) copy(f *pvnet.Frame) bool {
 // [pvnet.Config] says nothing else.
 const StandardPages = 256
 
-// leastPages is the least limit of a Source, in pages: at least twice what a frame of 64 KiB takes, so
-// that such a frame finds room while another waits in another queue.
+// leastPages is the smallest limit that a Source may have, in pages. Two frames of 64 KiB fit in it,
+// so that one finds room while the other waits in another queue.
 const leastPages = 36
 
 // NewSource makes a source of which at most so many pages wait, in all Senders together. 0

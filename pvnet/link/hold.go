@@ -115,10 +115,12 @@ func (h *holds) unlessHeld(change func()) {
 // lost: those that come meanwhile wait in the kernel and in the vif's ring. Resume goes on.
 // A frame for which the vif has no room within 100 ms is dropped and counted as Unfed.
 //
-// A Run that ends while it is held leaves the links as they are, with the kernel leaving
-// work to whoever reads them next. Hold blocks until the Joint is held. If ctx ends first Hold
-// fails with its cause, and Run goes on; Hold also fails if Run does not run or the Joint is held
-// already. One goroutine at a time calls Hold and Resume.
+// A Run that ends while it is held leaves the links' offloads and carrier as they are: the kernel
+// goes on to leave checksums and segmentation to the process that reads the links next.
+//
+// Hold blocks until the Joint is held. If ctx ends first Hold fails with its cause, and Run goes
+// on; Hold also fails if Run does not run or the Joint is held already. One goroutine at a time
+// calls Hold and Resume.
 func (j *Joint) Hold(ctx context.Context) error {
 	h := &j.holds
 	h.mu.Lock()

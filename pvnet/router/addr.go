@@ -151,8 +151,8 @@ const (
 // hasPorts reports whether a tuple of the protocol has ports.
 func hasPorts(proto uint32) bool { return proto == packet.TCP || proto == packet.UDP }
 
-// A change is what to add to a ones' complement sum when words of it are replaced: the sum of each new word
-// and of the complement of the word that it replaces.
+// A change is the difference that replacing words makes to a ones' complement sum: the sum of each new word and
+// of the complement of the word that it replaces (RFC 1624).
 type change uint64
 
 func (c *change) words(from, to uint64) { *c += change(packet.Fold(to)) + change(^packet.Fold(from)) }

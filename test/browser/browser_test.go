@@ -140,12 +140,13 @@ func (s *site) count(n uint64) {
 }
 
 // openTab starts the browser bin. complaints is what it says about a page, which may ask for
-// nothing but what is below url. Its profile and its temporary files are in directories
-// of the test: it does not remove the one of its sockets when it is killed.
+// nothing but what is below url. The browser's profile and temporary files are in directories
+// of the test, because a killed browser does not remove the directory of its socket.
 func openTab(t *testing.T, bin, url string) (ctx context.Context, complaints <-chan string) {
 	t.Helper()
 	profile, temp := t.TempDir(), t.TempDir()
-	if len(temp)+len("/org.chromium.Chromium.XXXXXX/SingletonSocket") > 107 { // more than the address of a unix socket takes
+	// The address of a unix socket takes 107 bytes, and the browser makes a directory with six random letters.
+	if len(temp)+len("/org.chromium.Chromium.random/SingletonSocket") > 107 {
 		var err error
 		if temp, err = os.MkdirTemp("/tmp", "browser"); err != nil {
 			t.Fatal(err)

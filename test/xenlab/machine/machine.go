@@ -174,8 +174,8 @@ func errOr(err, other error) error {
 // restores a program's FPU registers, QEMU clears a flag of the first processor (IGNNE#), together with that one's flags
 // of a running guest, and without a lock (cpu_clear_ignne in target/i386/tcg/sysemu/fpu_helper.c, as of 7.2). If the
 // first processor enters or leaves a guest meanwhile, it is left with nested paging on in Xen, or off in the guest,
-// which then ends with a triple fault, often with Xen's registers as its own. Two of a hundred guests did that at their
-// boot, most of them while Linux reads the PIT some hundred thousand times.
+// which then ends with a triple fault, often with Xen's registers as its own. One of 48 guests did that at its
+// boot, while Linux read the PIT in a loop, where each read leaves the guest.
 const PVHProcessor = 1
 
 // qemuArgs returns QEMU's arguments. SMAP is off because QEMU 7.2 treats a PV kernel's IRETQ
