@@ -395,12 +395,15 @@ func (l *lifecycle) do(s xenbus.Step, ch xenbus.Change) outcome {
 	default: // Wait, Drain
 		l.quiesce(ch)
 	}
+	written := s.State != xenbus.Unknown && l.writeState(s.State)
+	if s.Do == xenbus.Connect {
+		l.publishReason(nil) // after the state, for which the other end waits
+	}
 	switch {
-	case s.State != xenbus.Unknown:
-		if !l.writeState(s.State) {
-			return awaitNews
-		}
+	case written:
 		return proceed
+	case s.State != xenbus.Unknown:
+		return awaitNews
 	case then == awaitNews && ch.Overwritten != "" && !ch.Lost && l.restore(ch):
 		return proceed
 	}

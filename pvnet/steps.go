@@ -104,7 +104,6 @@ func (l *lifecycle) connect(ch xenbus.Change) bool {
 		l.conn, l.connGeneration, l.verifiedWrites, l.readSettings, l.failedOn = c, ch.Generation, ch.PeerWrites, ch.Settings, nil
 		l.d.lastError.Store(nil)
 		l.d.openMirror(dom(l.xd))
-		l.publishReason(nil)
 		return true
 	}
 	drainAll(c.queues)

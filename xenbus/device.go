@@ -176,11 +176,6 @@ func openDevice(ctx context.Context, c *xenstore.Client, d *Device, parent strin
 	if !validID(d.id) {
 		return nil, absent()
 	}
-	if _, err := c.Read(ctx, d.dir); errors.Is(err, xenstore.ErrNotFound) || errors.Is(err, xenstore.ErrAccess) {
-		return nil, absent()
-	} else if err != nil {
-		return nil, err
-	}
 	var err error
 	if d.own, err = c.Watch(ctx, d.dir); err != nil {
 		return nil, err
@@ -530,8 +525,9 @@ func (d *Device) OwnKeys(ctx context.Context) ([]string, error) {
 	return d.c.Directory(ctx, d.dir)
 }
 
-// OwnValues reads keys of our directory in one transaction. The result omits missing
-// keys.
+// OwnValues reads keys of our directory. The result omits missing keys. The values may be of
+// different moments: that the keys are there is said by a state, which is written last, and a
+// key that changes afterwards is for [Device.Follow].
 func (d *Device) OwnValues(ctx context.Context, keys ...string) (xenstore.Values, error) {
 	return d.c.ReadKeys(ctx, d.dir, keys...)
 }

@@ -66,6 +66,21 @@ func (d *Device) find(ctx context.Context) (end, error) {
 // returns their names: the toolstack may have written the directory in part. peer is set
 // as soon as its own keys are there, so that the caller can watch the peer's directory.
 func (d *Device) resolve(ctx context.Context) (peer end, missing []string, err error) {
+	peer, missing, err = d.resolveBy(ctx, d.c.ReadKeys)
+	if err == nil && len(missing) == 0 {
+		return peer, nil, nil
+	}
+	// The toolstack may have made the directory anew between two of the reads: read it at one moment.
+	return d.resolveBy(ctx, func(ctx context.Context, dir string, keys ...string) (v xenstore.Values, err error) {
+		err = d.c.Transact(ctx, func(tx xenstore.Tx) error {
+			v, err = tx.ReadKeys(dir, keys...)
+			return err
+		})
+		return v, err
+	})
+}
+
+func (d *Device) resolveBy(ctx context.Context, read func(ctx context.Context, dir string, keys ...string) (xenstore.Values, error)) (peer end, missing []string, err error) {
 	dirKey, idKey := "backend", "backend-id"
 	if d.role == Backend {
 		dirKey, idKey = "frontend", "frontend-id"
@@ -74,7 +89,7 @@ func (d *Device) resolve(ctx context.Context) (peer end, missing []string, err e
 	if d.role == Backend {
 		keys = append(keys, "online")
 	}
-	v, err := d.c.ReadKeys(ctx, d.dir, keys...)
+	v, err := read(ctx, d.dir, keys...)
 	if errors.Is(err, xenstore.ErrAccess) {
 		return end{}, nil, ErrGone
 	}
@@ -119,26 +134,25 @@ func (d *Device) checkBackend(ctx context.Context, peer end) (missing []string, 
 	if err != nil {
 		return nil, d.bad("backend", peer.dir, "a backend directory with a domain in it")
 	}
-	front, err := d.c.Read(ctx, peer.dir+"/frontend")
-	switch {
+	// Qubes OS does not let a guest read frontend-id.
+	values, errs := d.c.ReadAll(ctx, peer.dir+"/frontend", peer.dir+"/frontend-id")
+	switch err := errs[0]; {
 	case errors.Is(err, xenstore.ErrAccess): // not readable for us: nothing to compare
 		return nil, nil
 	case errors.Is(err, xenstore.ErrNotFound):
 		return []string{peer.dir + "/frontend"}, nil
 	case err != nil:
 		return nil, err
-	case front != fmt.Sprintf("/local/domain/%d/%s", us, d.dir):
-		return nil, &xenstore.ValueError{Path: peer.dir + "/frontend", Value: xenstore.Clip(front), Want: "our directory"}
+	case values[0] != fmt.Sprintf("/local/domain/%d/%s", us, d.dir):
+		return nil, &xenstore.ValueError{Path: peer.dir + "/frontend", Value: xenstore.Clip(values[0]), Want: "our directory"}
 	}
-	// Qubes OS does not let a guest read this node.
-	id, err := d.c.Read(ctx, peer.dir+"/frontend-id")
-	switch {
+	switch err := errs[1]; {
 	case errors.Is(err, xenstore.ErrAccess), errors.Is(err, xenstore.ErrNotFound):
 		return nil, nil
 	case err != nil:
 		return nil, err
-	case id != fmt.Sprint(us):
-		return nil, &xenstore.ValueError{Path: peer.dir + "/frontend-id", Value: xenstore.Clip(id), Want: "our domain"}
+	case values[1] != fmt.Sprint(us):
+		return nil, &xenstore.ValueError{Path: peer.dir + "/frontend-id", Value: xenstore.Clip(values[1]), Want: "our domain"}
 	}
 	return nil, nil
 }

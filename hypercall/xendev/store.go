@@ -5,16 +5,13 @@ package xendev
 import (
 	"bytes"
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
-	"net"
 	"os"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -34,11 +31,13 @@ const maxRequest = wire.MaxPayload - wire.HeaderSize
 // Store opens a connection to xenstore: a new open file of the kernel's device. It also
 // asks again for this domain's id, which changes when the domain is migrated.
 //
-// A client must have only one request in flight, because the driver keeps one per file,
-// and must write each request in one call. For a request that the driver cannot pass on,
-// its write fails. The connection instead answers such a request with an error message,
-// so that the stream stays in step: E2BIG for a payload over 4080 bytes, else the
-// driver's errno.
+// The driver keeps one request per open file: a second one overwrites the first. So the
+// connection opens up to [maxLanes] files as requests come, and sends those that only read,
+// outside of a transaction, on any of them; all others go one after another on the first
+// file, to which the driver binds watches and transactions. A Write must be of whole
+// messages. For a request that the driver cannot pass on, its write fails. The connection
+// instead answers such a request with an error message, so that the stream stays in step:
+// E2BIG for a payload over 4080 bytes, else the driver's errno.
 //
 // ctx bounds the opening only.
 func (d *Domain) Store(ctx context.Context) (io.ReadWriteCloser, error) {
@@ -57,7 +56,7 @@ func (d *Domain) Store(ctx context.Context) (io.ReadWriteCloser, error) {
 		return nil, errors.Join(err, f.Close())
 	}
 	d.id.Store(uint32(id))
-	return &store{file: f}, nil
+	return newStore(f, func() (io.ReadWriteCloser, error) { return openStore(d.cfg) }), nil
 }
 
 func openStore(cfg Config) (*os.File, error) {
@@ -128,145 +127,4 @@ func readNode(f *os.File, path string) (string, error) {
 		return "", fmt.Errorf("xenstore answered a read with a message of type %d", h.Op)
 	}
 	return string(p), nil
-}
-
-// A store is a connection to xenstore over the device. It reads whole messages, so that
-// an answer of our own can go between two of them.
-type store struct {
-	file *os.File
-
-	mu      sync.Mutex
-	refused []byte // guarded by mu; our own answers that were not read yet
-	closed  bool   // guarded by mu
-
-	// Used by the goroutine in Read only.
-	buf  [wire.HeaderSize + wire.MaxPayload]byte
-	have int    // bytes of buf read so far
-	rest []byte // the part of a whole message that the caller has not read yet
-}
-
-// Write sends one whole message.
-func (s *store) Write(b []byte) (int, error) {
-	if len(b) < wire.HeaderSize || uint64(len(b)) != wire.HeaderSize+uint64(binary.LittleEndian.Uint32(b[12:])) {
-		return 0, errors.New("xendev: write to xenstore of what is not one whole message")
-	}
-	if len(b) > wire.HeaderSize+maxRequest {
-		return s.refuse(b, unix.E2BIG)
-	}
-	_, err := s.file.Write(b)
-	var no unix.Errno
-	switch {
-	case err == nil:
-		return len(b), nil
-	case errors.Is(err, os.ErrClosed):
-		return 0, net.ErrClosed
-	case errors.As(err, &no) && unix.ErrnoName(no) != "":
-		return s.refuse(b, no)
-	}
-	return 0, err
-}
-
-// maxRefused bounds the bytes of our own answers that wait for Read. A client with one
-// request in flight has one of them.
-const maxRefused = 4096
-
-// refuse answers the message b as xenstore would, with the error no.
-func (s *store) refuse(b []byte, no unix.Errno) (int, error) {
-	h := wire.Header{
-		Op:    wire.Error,
-		ReqID: binary.LittleEndian.Uint32(b[4:]),
-		TxID:  binary.LittleEndian.Uint32(b[8:]),
-	}
-	s.mu.Lock()
-	if s.closed {
-		s.mu.Unlock()
-		return 0, net.ErrClosed
-	}
-	if len(s.refused) > maxRefused {
-		s.mu.Unlock()
-		return 0, no
-	}
-	var err error
-	s.refused, err = wire.Append(s.refused, h, unix.ErrnoName(no), "\x00")
-	s.mu.Unlock()
-	if err != nil {
-		return 0, err
-	}
-	// This wakes a Read. It can fail only if the file is closed.
-	_ = s.file.SetReadDeadline(past)
-	return len(b), nil
-}
-
-// Read returns bytes of the stream. It blocks until there are some, or until Close.
-func (s *store) Read(b []byte) (int, error) {
-	for len(s.rest) == 0 {
-		if err := s.next(); err != nil {
-			return 0, err
-		}
-	}
-	n := copy(b, s.rest)
-	s.rest = s.rest[n:]
-	return n, nil
-}
-
-// next waits for a whole message, or until refuse wakes it between two messages.
-func (s *store) next() error {
-	if s.have == 0 && s.takeRefused() {
-		return nil
-	}
-	for {
-		want := wire.HeaderSize
-		if s.have >= wire.HeaderSize {
-			n := binary.LittleEndian.Uint32(s.buf[12:])
-			if n > wire.MaxPayload {
-				return wire.ErrTooLong
-			}
-			want += int(n)
-			if s.have == want {
-				s.rest, s.have = s.buf[:want], 0
-				return nil
-			}
-		}
-		n, err := s.file.Read(s.buf[s.have:want])
-		s.have += n
-		switch {
-		case err == nil:
-		case errors.Is(err, os.ErrDeadlineExceeded):
-			// refuse has queued an answer and set a deadline in the past. Clear the
-			// deadline before looking for the answer, so that no later one is missed.
-			if err := s.file.SetReadDeadline(time.Time{}); err != nil {
-				return net.ErrClosed
-			}
-			if s.have == 0 && s.takeRefused() {
-				return nil
-			}
-		case errors.Is(err, os.ErrClosed):
-			return net.ErrClosed
-		default:
-			return err
-		}
-	}
-}
-
-func (s *store) takeRefused() bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if len(s.refused) == 0 {
-		return false
-	}
-	s.rest, s.refused = s.refused, nil
-	return true
-}
-
-// Close ends the connection with its watches and open transactions, and unblocks Read. It
-// is idempotent.
-func (s *store) Close() error {
-	s.mu.Lock()
-	closed := s.closed
-	s.closed = true
-	s.mu.Unlock()
-	if closed {
-		return nil
-	}
-	return s.file.Close()
 }

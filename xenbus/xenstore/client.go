@@ -21,8 +21,8 @@ type Config struct {
 	MaxPayload int
 
 	// Pipeline is how many requests may be unanswered at once. 0 means the number that a
-	// [Pipeliner] transport gives, else 1: the kernel's node mixes up the bodies of
-	// several requests. A socket or a ring takes more. At 20 unanswered requests
+	// [Pipeliner] transport gives, else 1: one open file of the kernel's node mixes up the
+	// bodies of several requests. A socket or a ring takes more. At 20 unanswered requests
 	// xenstored stops reading an unprivileged domain.
 	Pipeline int
 

@@ -883,7 +883,7 @@ type wide struct {
 func (w wide) Pipeline() int { return w.pipeline }
 
 // Independent requests are sent together if the transport allows it: the keys of a
-// directory take one round trip, and a single key takes no transaction.
+// directory take one round trip.
 func TestKeysAreAskedForTogetherWhereTheTransportTakesThem(t *testing.T) {
 	for _, pipeline := range []int{1, 3, 16} {
 		bubble(t, func(t *testing.T, s *scripted) {
@@ -928,26 +928,9 @@ func TestKeysAreAskedForTogetherWhereTheTransportTakesThem(t *testing.T) {
 				default:
 				}
 			}
-			if want := map[int]int{1: 7, 3: 4, 16: 3}[pipeline]; rounds != want || int(most.Load()) != min(pipeline, 5) || len(v) != 5 {
+			if want := map[int]int{1: 5, 3: 2, 16: 1}[pipeline]; rounds != want || int(most.Load()) != min(pipeline, 5) || len(v) != 5 {
 				t.Errorf("pipeline %d: %d round trips, want %d; %d requests at once; %d keys", pipeline, rounds, want, most.Load(), len(v))
 			}
 		})
 	}
-}
-
-func TestOneKeyNeedsNoTransaction(t *testing.T) {
-	dialled(t, xenstore.Config{}, func(t *testing.T, s *scripted, c *xenstore.Client) {
-		go func() {
-			p := s.accept()
-			m := p.Expect(wire.Read)
-			if m.TxID != 0 {
-				t.Errorf("in transaction %d", m.TxID)
-			}
-			p.Reply(m, "7")
-		}()
-		v, err := c.ReadKeys(t.Context(), "dir", "a")
-		if err != nil || v["a"] != "7" {
-			t.Errorf("%v, %v", v, err)
-		}
-	})
 }

@@ -2,7 +2,6 @@ package xenstore
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"strconv"
 	"strings"
@@ -48,35 +47,9 @@ func (c *Client) ReadAll(ctx context.Context, paths ...string) (values []string,
 	return c.at(ctx).ReadAll(paths...)
 }
 
-// ReadKeys reads several keys of one directory in a transaction. The result omits missing
-// keys.
-func (c *Client) ReadKeys(ctx context.Context, dir string, keys ...string) (v Values, err error) {
-	paths := make([]string, len(keys))
-	for i, key := range keys {
-		paths[i] = dir + "/" + key
-	}
-	read := func(tx Tx) error {
-		v = make(Values, len(keys))
-		values, errs := tx.ReadAll(paths...)
-		for i, key := range keys {
-			switch {
-			case errs[i] == nil:
-				v[key] = values[i]
-			case !errors.Is(errs[i], ErrNotFound):
-				return errs[i]
-			}
-		}
-		return nil
-	}
-	if len(keys) == 1 { // one read needs no transaction
-		err = read(c.at(ctx))
-	} else {
-		err = c.Transact(ctx, read)
-	}
-	if err != nil {
-		return nil, err
-	}
-	return v, nil
+// ReadKeys is [Tx.ReadKeys] outside a transaction: the values may be of different moments.
+func (c *Client) ReadKeys(ctx context.Context, dir string, keys ...string) (Values, error) {
+	return c.at(ctx).ReadKeys(dir, keys...)
 }
 
 // Introduce makes xenstored serve a domain: frame is the frame of its ring page, port the

@@ -143,6 +143,26 @@ func (t Tx) ReadAll(paths ...string) (values []string, errs []error) {
 	return t.all(wire.Read, true, paths, nil)
 }
 
+// ReadKeys reads several keys of one directory, as ReadAll does. The result omits missing
+// keys.
+func (t Tx) ReadKeys(dir string, keys ...string) (Values, error) {
+	paths := make([]string, len(keys))
+	for i, key := range keys {
+		paths[i] = dir + "/" + key
+	}
+	v := make(Values, len(keys))
+	values, errs := t.ReadAll(paths...)
+	for i, key := range keys {
+		switch {
+		case errs[i] == nil:
+			v[key] = values[i]
+		case !errors.Is(errs[i], ErrNotFound):
+			return nil, errs[i]
+		}
+	}
+	return v, nil
+}
+
 // WriteAll is Write of several nodes, with a value for each path. It returns the first
 // error.
 func (t Tx) WriteAll(paths, values []string) error {

@@ -1,6 +1,7 @@
 package storetest
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -523,22 +524,16 @@ func lateDevices(r *rig, f func(name string, v vif, d *xenbus.Device, l *lateCon
 		v := vif{r, r.client(0), 7, 3, "0"}
 		var d *xenbus.Device
 		var l *lateConn
-		dir := v.frontDir()
 		if role == xenbus.Frontend {
 			c, late := r.late(7)
 			v.plug()
 			d, l = r.frontend(c, v.id), late
 		} else {
 			v.back, v.id = 4, "1" // a domain of a real daemon has one connection
-			dir = v.backDir()
 			c, late := r.late(4)
 			v.plug()
 			d, l = r.backend(c, 7, v.id), late
 		}
-		// The first refresh takes a transaction, which has to end before f holds replies
-		// back.
-		r.must(v.tools.Write(r.ctx, dir+"/state", "2"))
-		r.await(d, func(ch xenbus.Change) bool { return ch.Own == xenbus.InitWait })
 		f(role.String(), v, d, l)
 	}
 }
@@ -764,6 +759,48 @@ func frontendFollowsANewBackend(t *testing.T, r *rig) {
 	}
 	r.must(v.tools.Write(r.ctx, v.backDir()+"/state", "2"))
 	r.await(front, func(ch xenbus.Change) bool { return ch.Peer == xenbus.InitWait })
+}
+
+// A meddler calls meddle before it passes on the first read of a key.
+type meddler struct {
+	io.ReadWriteCloser
+	key    string
+	meddle func()
+	once   sync.Once
+}
+
+func (m *meddler) Write(b []byte) (int, error) {
+	if bytes.HasSuffix(b, []byte("/"+m.key+"\x00")) {
+		m.once.Do(m.meddle)
+	}
+	return m.ReadWriteCloser.Write(b)
+}
+
+// Between the reads of two keys, the toolstack takes a vif away and plugs another one in its place.
+func directoryMadeAnewWhileItIsRead(t *testing.T, r *rig) {
+	for _, back := range []hypercall.DomID{3, 4} {
+		r.client(back)
+	}
+	v := vif{r, r.client(0), 7, 3, "0"}
+	r.client(7).Close()
+	v.plug()
+	inner, err := r.dial(r.ctx, 7)
+	r.must(err)
+	met := false
+	conn := &meddler{ReadWriteCloser: inner, key: "backend-id", meddle: func() {
+		v.unplug()
+		v.back = 4
+		v.plug()
+		met = true
+	}}
+	// One request at a time, so that the key before was answered.
+	c, err := xenstore.Dial(r.ctx, func(context.Context) (io.ReadWriteCloser, error) { return conn, nil }, xenstore.Config{Pipeline: 1})
+	r.must(err)
+	defer c.Close()
+	d := r.frontend(c, "0")
+	if dir, dom := d.Peer(); dir != v.backDir() || dom != 4 || !met {
+		t.Errorf("the other end is %q of domain %d, not %q", dir, dom, v.backDir())
+	}
 }
 
 func peerThatTogglesIsMerged(t *testing.T, r *rig) {

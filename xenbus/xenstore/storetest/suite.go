@@ -72,6 +72,7 @@ func Run(t *testing.T, start func(testing.TB) Dialer) {
 		{"UnplugIsSeenByBothEnds", unplugIsSeenByBothEnds},
 		{"DriverDomainCleansUp", driverDomainCleansUp},
 		{"FrontendFollowsANewBackend", frontendFollowsANewBackend},
+		{"DirectoryMadeAnewWhileItIsRead", directoryMadeAnewWhileItIsRead},
 		{"PeerThatTogglesIsMerged", peerThatTogglesIsMerged},
 		{"AwaitSaysWhatItSaw", awaitSaysWhatItSaw},
 		{"ClaimKeepsOthersOut", claimKeepsOthersOut},
