@@ -29,7 +29,7 @@ created=$(now)
 vif=vif$(xl domid "$name").0
 ip addr add 10.88.0.1/24 dev $vif
 ip neigh replace "$address" lladdr "$mac" dev $vif nud permanent
-until ping -n -q -c 1 -w 20 -i 0.2 "$address" >/dev/null; do :; done
+until ping -n -q -c 1 -w 20 -i 0.02 "$address" >/dev/null; do :; done
 echo $begin $created $(now)`
 
 // imageBoots boots a guest of what "barevif image" made, fetches its page, and shuts it down. The PV guest has other
