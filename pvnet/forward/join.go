@@ -25,7 +25,7 @@ import (
 func Receive(ctx context.Context, dev *pvnet.Device, fn func(queue int, frames []pvnet.Frame) (lost int, err error)) error {
 	rxs, err := ownAll(dev)
 	if err != nil {
-		return err
+		return unlessOrderly(err)
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -59,7 +59,7 @@ func ownAll(dev *pvnet.Device) (rxs []*pvnet.RX, err error) {
 // unlessOrderly returns err, or nil for that of a device which was disconnected, or which another
 // process has now.
 func unlessOrderly(err error) error {
-	if _, broken := errors.AsType[*pvnet.PeerError](err); !broken && (errors.Is(err, pvnet.ErrDisconnected) || err == pvnet.ErrHandover) {
+	if _, broken := errors.AsType[*pvnet.PeerError](err); !broken && (errors.Is(err, pvnet.ErrDisconnected) || errors.Is(err, pvnet.ErrHandover)) {
 		return nil
 	}
 	return err
