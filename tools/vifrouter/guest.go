@@ -73,7 +73,7 @@ func (d *daemon) serve(ctx context.Context, dev *pvnet.Device) {
 	}
 	var wg sync.WaitGroup
 	inner, cancel := context.WithCancel(ctx)
-	wg.Go(func() { d.plane.receive(g.port) })
+	wg.Go(func() { d.receive(g.port, g.vif) })
 	wg.Go(func() { g.advertise(inner) })
 	wg.Go(func() { g.follow(inner) })
 	<-dev.Done()
