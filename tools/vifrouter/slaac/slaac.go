@@ -20,6 +20,7 @@
 package slaac
 
 import (
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -286,7 +287,7 @@ type Settings struct {
 	// Listening are the addresses whose solicited-node groups this host has to listen to: its own, and
 	// those that the link has been asked for. Their reports are to go out before the frames of Probes.
 	Listening []netip.Addr
-	MTU       int       // of the link, as Router says or, without one, as was said last; 0: nobody did
+	MTU       int       // of the link, as Router says or, if it does not or there is none, as was said last; 0: nobody did
 	Next      time.Time // when the first of these values changes unless something is announced; zero: none does
 }
 
@@ -342,15 +343,16 @@ func (c *Client) Settings(now time.Time) (s Settings) {
 	}
 	s.Addrs = append(s.Addrs, old...)
 	best := -1
-	s.MTU = c.mtu
 	for i, r := range c.routers {
 		next(r.until)
 		if best < 0 || r.preference > c.routers[best].preference {
 			best = i
 		}
 	}
+	s.MTU = c.mtu
 	if best >= 0 {
-		s.Router, s.Until, s.MTU = c.routers[best].addr, c.routers[best].until, c.routers[best].mtu
+		r := &c.routers[best]
+		s.Router, s.Until, s.MTU = r.addr, r.until, cmp.Or(r.mtu, c.mtu) // the MTU is the link's, whoever says it
 	}
 	for _, one := range c.servers {
 		next(one.until)

@@ -113,14 +113,20 @@ func TestWhatWasAnnouncedEnds(t *testing.T) {
 func TestRoutersGoAndOthersTakeOver(t *testing.T) {
 	c := newClient()
 	heard(t, c, now, first, message(0, 1800))
-	if s := heard(t, c, now, second, message(0, 1800, mtuOption(1300))); s.Router != first || s.MTU != 0 {
-		t.Errorf("%+v", s)
+	if s := heard(t, c, now, second, message(0, 1800, mtuOption(1300))); s.Router != first || s.MTU != 1300 {
+		t.Errorf("the MTU of the link, which its other router says: %+v", s)
 	}
 	if s := heard(t, c, now, second, message(1, 1800)); s.Router != second || s.MTU != 1300 {
 		t.Errorf("a router of high preference: %+v", s)
 	}
-	if s := heard(t, c, now, second, message(3, 1800)); s.Router != first {
+	if s := heard(t, c, now, second, message(3, 1800)); s.Router != first || s.MTU != 1300 {
 		t.Errorf("a router of low preference: %+v", s)
+	}
+	if s := heard(t, c, now, first, message(0, 1800, mtuOption(1350))); s.MTU != 1350 {
+		t.Errorf("the router says an MTU itself: %+v", s)
+	}
+	if s := heard(t, c, now, second, message(3, 1800, mtuOption(1300))); s.Router != first || s.MTU != 1350 {
+		t.Errorf("another router says another MTU: %+v", s)
 	}
 	if s := heard(t, c, now, first, message(0, 0)); s.Router != second {
 		t.Errorf("a router that goes: %+v", s)
