@@ -58,7 +58,7 @@ var linkLocal = netip.MustParsePrefix("fe80::/64")
 func (c *Client) claim(now time.Time) []claim {
 	var want []netip.Addr
 	for _, p := range c.prefixes {
-		if p.Own && !c.excludes(p.Prefix.Prefix) {
+		if p.Own && !p.excluded {
 			want = append(want, Make(p.Prefix.Prefix, c.mac))
 		}
 	}

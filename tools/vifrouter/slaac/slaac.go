@@ -37,7 +37,7 @@ import (
 // Bounds of what a Client keeps. It ignores what is announced beyond them until it has room again.
 const (
 	MaxRouters  = 4
-	MaxPrefixes = 8 // addresses, and as many prefixes of the link
+	MaxPrefixes = 8 // of those that Exclude does not concern, and as many of those that it does
 	MaxServers  = 3 // as many as resolv.conf(5) has
 )
 
@@ -56,7 +56,7 @@ type Advert struct {
 	Lifetime   time.Duration // as a default router; 0: it is none
 	Preference int           // 1 high, 0, -1 low
 	MTU        int           // of the link in bytes; 0: not said
-	Prefixes   []Prefix
+	Prefixes   []Prefix      // all that the message has: which of them a Client excludes is not known here
 	Servers    []Server
 }
 
@@ -144,7 +144,7 @@ func (a *Advert) prefix(o header.NDPPrefixInformation) {
 		Prefix: netip.PrefixFrom(at, bits).Masked(), OnLink: o.OnLinkFlag(), Own: o.AutonomousAddressConfigurationFlag() && bits == 64,
 		Valid: o.ValidLifetime(), Preferred: o.PreferredLifetime(),
 	}
-	if !host(p.Prefix.Addr()) || p.Preferred > p.Valid || !p.OnLink && !p.Own || len(a.Prefixes) == MaxPrefixes {
+	if !host(p.Prefix.Addr()) || p.Preferred > p.Valid || !p.OnLink && !p.Own {
 		return
 	}
 	a.Prefixes = append(a.Prefixes, p)
@@ -184,6 +184,7 @@ type router struct {
 type prefix struct {
 	Prefix
 	until, preferred time.Time
+	excluded         bool // it overlaps a network of Client.excluded
 }
 
 type server struct {
@@ -196,8 +197,37 @@ func (c *Client) Reset(mac [6]byte) { *c = Client{mac: mac, excluded: c.excluded
 
 // Exclude makes networks those of which the host wants no address and no route, in the place of those
 // before, and keeps the slice. It counts from the next call of Settings on, also for an address that the
-// host has. Prefixes that it concerns are still kept: they are used once they are not excluded any more.
-func (c *Client) Exclude(networks []netip.Prefix) { c.excluded = networks }
+// host has. Prefixes that it concerns are still kept, as far as there is room for such prefixes, and take no
+// room from others: they are used once they are not excluded any more, if there is room for them then.
+func (c *Client) Exclude(networks []netip.Prefix) {
+	c.excluded = networks
+	var changed []prefix
+	c.prefixes = slices.DeleteFunc(c.prefixes, func(p prefix) bool {
+		if c.excludes(p.Prefix.Prefix) == p.excluded {
+			return false
+		}
+		p.excluded = !p.excluded
+		changed = append(changed, p)
+		return true
+	})
+	for _, p := range changed { // behind the others, so that these never make room for one that was excluded
+		c.keep(p)
+	}
+}
+
+// keep adds a prefix to those that are kept, if there is room. Those that are excluded have room of their own:
+// however many of them are announced, they hide no other.
+func (c *Client) keep(p prefix) {
+	n := 0
+	for i := range c.prefixes {
+		if c.prefixes[i].excluded == p.excluded {
+			n++
+		}
+	}
+	if n < MaxPrefixes {
+		c.prefixes = append(c.prefixes, p)
+	}
+}
 
 func (c *Client) excludes(p netip.Prefix) bool {
 	return slices.ContainsFunc(c.excluded, func(n netip.Prefix) bool { return n.Overlaps(p) })
@@ -237,8 +267,8 @@ func (c *Client) Hear(now time.Time, a *Advert) {
 func (c *Client) hearPrefix(now time.Time, p Prefix) {
 	i := slices.IndexFunc(c.prefixes, func(have prefix) bool { return have.Prefix.Prefix == p.Prefix })
 	if i < 0 {
-		if p.Valid > 0 && len(c.prefixes) < MaxPrefixes {
-			c.prefixes = append(c.prefixes, prefix{p, now.Add(p.Valid), now.Add(p.Preferred)})
+		if p.Valid > 0 {
+			c.keep(prefix{p, now.Add(p.Valid), now.Add(p.Preferred), c.excludes(p.Prefix)})
 		}
 		return
 	}
@@ -319,7 +349,7 @@ func (c *Client) Settings(now time.Time) (s Settings) {
 	for _, p := range c.prefixes {
 		next(p.until)
 		switch {
-		case c.excludes(p.Prefix.Prefix):
+		case p.excluded:
 			s.Excluded = append(s.Excluded, p.Prefix.Prefix)
 		case p.Own:
 			a := Address{netip.PrefixFrom(Make(p.Prefix.Prefix, c.mac), 128), p.until}

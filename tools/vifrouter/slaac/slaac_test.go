@@ -238,8 +238,8 @@ func TestWhatIsKeptHasABound(t *testing.T) {
 	for i := range 40 {
 		many = append(many, prefixOption(fmt.Sprintf("2001:db8:%x::/64", i), onLink|own, 600, 600), serverOption(600, fmt.Sprintf("2001:db8::%x", i)))
 	}
-	if a, err := Parse(first, message(0, 1800, many...)); err != nil || len(a.Prefixes) != MaxPrefixes || len(a.Servers) != MaxServers {
-		t.Errorf("%+v, %v", a, err)
+	if s := heard(t, newClient(), now, first, message(0, 1800, many...)); len(s.Addrs) != MaxPrefixes || len(s.DNS) != MaxServers {
+		t.Errorf("%+v", s)
 	}
 	// When that is over there is room for others.
 	if s := heard(t, c, now.Add(601*time.Second), second, message(0, 1800, prefixOption("2001:db8:7::/64", own, 600, 600))); len(s.Addrs) != 1 {
