@@ -252,7 +252,7 @@ func subnetOf(p netip.Prefix, i int) netip.Prefix {
 func (g *guest) tellLocked() {
 	mtu := g.dev.MTU()
 	over := g.advert
-	g.advert = radv.Link{MAC: guestMAC, Source: radv.LinkLocal(guestMAC), MTU: mtu}
+	g.advert = radv.Link{MAC: guestMAC, Source: packet.LinkLocal(guestMAC), MTU: mtu}
 	var dns4, dns6 []netip.Addr
 	if g.admitted && g.prefix.IsValid() && mtu >= leastMTU6 {
 		g.advert.Prefix = g.prefix

@@ -34,11 +34,6 @@ type Link struct {
 	Over   bool         // the router goes, or has no IPv6 any more: every lifetime is 0
 }
 
-// LinkLocal returns the link-local address that follows from a MAC (RFC 4291, appendix A).
-func LinkLocal(m [6]byte) netip.Addr {
-	return netip.AddrFrom16([16]byte{0: 0xfe, 1: 0x80, 8: m[0] ^ 2, 9: m[1], 10: m[2], 11: 0xff, 12: 0xfe, 13: m[3], 14: m[4], 15: m[5]})
-}
-
 var allNodes = netip.AddrFrom16([16]byte{0: 0xff, 1: 2, 15: 1})
 
 // Append appends to b the frame of an advertisement of l to all stations of the link, and returns the extended

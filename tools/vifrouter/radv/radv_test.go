@@ -5,13 +5,15 @@ import (
 	"slices"
 	"testing"
 
+	"barevif/pvnet/packet"
+
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/checksum"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 )
 
 var link = Link{
-	MAC: [6]byte{0xfe, 0xff, 0xff, 0xff, 0xff, 0xff}, Source: LinkLocal([6]byte{0xfe, 0xff, 0xff, 0xff, 0xff, 0xff}),
+	MAC: [6]byte{0xfe, 0xff, 0xff, 0xff, 0xff, 0xff}, Source: packet.LinkLocal([6]byte{0xfe, 0xff, 0xff, 0xff, 0xff, 0xff}),
 	Prefix: netip.MustParsePrefix("fd00:137:0:5::/64"), MTU: 1400,
 	DNS: []netip.Addr{netip.MustParseAddr("10.0.0.1"), netip.MustParseAddr("fd00:137:0:5::1")},
 }

@@ -352,7 +352,7 @@ func (c *Client) Settings(now time.Time) (s Settings) {
 		case p.excluded:
 			s.Excluded = append(s.Excluded, p.Prefix.Prefix)
 		case p.Own:
-			a := Address{netip.PrefixFrom(Make(p.Prefix.Prefix, c.mac), 128), p.until}
+			a := Address{netip.PrefixFrom(packet.EUI64(p.Prefix.Prefix, c.mac), 128), p.until}
 			if !c.has(a.Prefix.Addr()) {
 				if p.OnLink {
 					s.OnLink = append(s.OnLink, p.Prefix.Prefix)
@@ -389,13 +389,6 @@ func (c *Client) Settings(now time.Time) (s Settings) {
 		s.DNS = append(s.DNS, one.addr)
 	}
 	return s
-}
-
-// Make returns the address that a card has in a /64 (RFC 4291, appendix A).
-func Make(p netip.Prefix, m [6]byte) netip.Addr {
-	b := p.Masked().Addr().As16()
-	copy(b[8:], []byte{m[0] ^ 2, m[1], m[2], 0xff, 0xfe, m[3], m[4], m[5]})
-	return netip.AddrFrom16(b)
 }
 
 // Solicit appends the frame that asks all routers of the link for an advertisement to b. It has

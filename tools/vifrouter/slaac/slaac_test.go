@@ -149,7 +149,7 @@ func TestAnAddressIsNotEndedAtOnce(t *testing.T) {
 	c := newClient()
 	heard(t, c, now, first, message(0, 1800, prefixOption("2001:db8:1::/64", onLink|own, 86400, 86400), prefixOption("2001:db8:2::/64", onLink|own, 86400, 86400)))
 	s := heard(t, c, now, second, message(0, 0, prefixOption("2001:db8:1::/64", onLink|own, 0, 0)))
-	if len(s.Addrs) != 2 || s.Addrs[1].Prefix.Addr() != Make(netip.MustParsePrefix("2001:db8:1::/64"), mac) || s.Addrs[1].Until != now.Add(2*time.Hour) {
+	if len(s.Addrs) != 2 || s.Addrs[1].Prefix.Addr() != packet.EUI64(netip.MustParsePrefix("2001:db8:1::/64"), mac) || s.Addrs[1].Until != now.Add(2*time.Hour) {
 		t.Errorf("%v", s.Addrs)
 	}
 	// What has less left than that keeps it.
