@@ -2,7 +2,6 @@ package forward
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"runtime"
 	"sync"
@@ -56,10 +55,9 @@ func ownAll(dev *pvnet.Device) (rxs []*pvnet.RX, err error) {
 	return rxs, nil
 }
 
-// unlessOrderly returns err, or nil for that of a device which was disconnected, or which another
-// process has now.
+// unlessOrderly returns err, or nil for the orderly end of a device.
 func unlessOrderly(err error) error {
-	if _, broken := errors.AsType[*pvnet.PeerError](err); !broken && (errors.Is(err, pvnet.ErrDisconnected) || errors.Is(err, pvnet.ErrHandover)) {
+	if pvnet.Orderly(err) {
 		return nil
 	}
 	return err
