@@ -305,7 +305,6 @@ type Settings struct {
 	Addrs  []Address      // those to begin connections with come first, then the deprecated ones
 	OnLink []netip.Prefix // prefixes on the link of which Addrs has no address
 	Router netip.Addr     // the default router; zero: none
-	Until  time.Time      // when Router ends, unless it announces itself again
 	DNS    []netip.Addr   // recursive name servers
 	// Excluded are announced prefixes that overlap a network given to Exclude. Nothing else in Settings comes
 	// from them.
@@ -382,7 +381,7 @@ func (c *Client) Settings(now time.Time) (s Settings) {
 	s.MTU = c.mtu
 	if best >= 0 {
 		r := &c.routers[best]
-		s.Router, s.Until, s.MTU = r.addr, r.until, cmp.Or(r.mtu, c.mtu) // the MTU is the link's, whoever says it
+		s.Router, s.MTU = r.addr, cmp.Or(r.mtu, c.mtu) // the MTU is the link's, whoever says it
 	}
 	for _, one := range c.servers {
 		next(one.until)

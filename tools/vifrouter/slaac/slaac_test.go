@@ -81,7 +81,7 @@ func TestAnAdvertisementMakesAddressRouterServersAndMTU(t *testing.T) {
 		s.Addrs[1] != (Address{netip.MustParsePrefix("2001:db8:2::216:3eff:fe01:203/128"), until(600)}) {
 		t.Errorf("%v", s.Addrs)
 	}
-	if len(s.OnLink) != 1 || s.OnLink[0] != netip.MustParsePrefix("2001:db8:3::/56") || s.Router != first || s.Until != until(1800) || s.MTU != 1400 ||
+	if len(s.OnLink) != 1 || s.OnLink[0] != netip.MustParsePrefix("2001:db8:3::/56") || s.Router != first || s.MTU != 1400 ||
 		len(s.DNS) != 2 || s.DNS[0] != netip.MustParseAddr("2001:db8::53") || s.Next != until(300) {
 		t.Errorf("%+v", s)
 	}
