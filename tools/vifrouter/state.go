@@ -200,7 +200,7 @@ func (d *daemon) uplinkStateLocked() uplinkState {
 	}
 	if l := d.listens.now(); len(l.Groups) > 0 {
 		s.Listening = &listenState{l.Groups, 2, l.Queries, l.Reports}
-		if l.Old {
+		if l.MLDv1 {
 			s.Listening.Version = 1
 		}
 	}

@@ -55,7 +55,7 @@ type Taken struct {
 func (c *Client) claim(now time.Time) []claim {
 	var want []netip.Addr
 	for _, p := range c.prefixes {
-		if p.Own && !p.excluded {
+		if p.Autonomous && !p.excluded {
 			want = append(want, packet.EUI64(p.Prefix.Prefix, c.mac))
 		}
 	}

@@ -64,7 +64,7 @@ type Advert struct {
 type Prefix struct {
 	Prefix           netip.Prefix
 	OnLink           bool // its addresses are neighbours
-	Own              bool // hosts make their addresses of it (autonomous configuration); it is a /64
+	Autonomous       bool // hosts make addresses of it (RFC 4862); it is a /64
 	Valid, Preferred time.Duration
 }
 
@@ -141,10 +141,10 @@ func (a *Advert) prefix(o header.NDPPrefixInformation) {
 		return
 	}
 	p := Prefix{ // the zero Prefix, which host refuses, if bits is more than 128
-		Prefix: netip.PrefixFrom(at, bits).Masked(), OnLink: o.OnLinkFlag(), Own: o.AutonomousAddressConfigurationFlag() && bits == 64,
+		Prefix: netip.PrefixFrom(at, bits).Masked(), OnLink: o.OnLinkFlag(), Autonomous: o.AutonomousAddressConfigurationFlag() && bits == 64,
 		Valid: o.ValidLifetime(), Preferred: o.PreferredLifetime(),
 	}
-	if !host(p.Prefix.Addr()) || p.Preferred > p.Valid || !p.OnLink && !p.Own {
+	if !host(p.Prefix.Addr()) || p.Preferred > p.Valid || !p.OnLink && !p.Autonomous {
 		return
 	}
 	a.Prefixes = append(a.Prefixes, p)
@@ -274,7 +274,7 @@ func (c *Client) hearPrefix(now time.Time, p Prefix) {
 	}
 	have := &c.prefixes[i]
 	until := now.Add(p.Valid)
-	if have.Own && until.Before(have.until) && p.Valid < leastShorten {
+	if have.Autonomous && until.Before(have.until) && p.Valid < leastShorten {
 		// A forged advertisement must not end an address at once.
 		until = have.until
 		if most := now.Add(leastShorten); until.After(most) {
@@ -282,7 +282,7 @@ func (c *Client) hearPrefix(now time.Time, p Prefix) {
 		}
 	}
 	have.until, have.preferred = until, now.Add(p.Preferred)
-	have.OnLink, have.Own = have.OnLink || p.OnLink, have.Own || p.Own
+	have.OnLink, have.Autonomous = have.OnLink || p.OnLink, have.Autonomous || p.Autonomous
 	have.Valid, have.Preferred = p.Valid, p.Preferred
 	c.forget(now)
 }
@@ -350,7 +350,7 @@ func (c *Client) Settings(now time.Time) (s Settings) {
 		switch {
 		case p.excluded:
 			s.Excluded = append(s.Excluded, p.Prefix.Prefix)
-		case p.Own:
+		case p.Autonomous:
 			a := Address{netip.PrefixFrom(packet.EUI64(p.Prefix.Prefix, c.mac), 128), p.until}
 			if !c.has(a.Prefix.Addr()) {
 				if p.OnLink {
