@@ -124,3 +124,13 @@ var errInterrupted = errors.New("pvnet: interrupted")
 
 // errMustCut asks the caller of send to cut the frame.
 var errMustCut = errors.New("pvnet: the frame has to be cut")
+
+// Orderly reports whether an error of a call on a device, or on one of its halves, says that the device has
+// ended as it is meant to: it was disconnected, its vif was removed, its Serve ended, or another process has
+// the vif now. A [*PeerError], which is [ErrDisconnected] too, is no such end.
+func Orderly(err error) bool {
+	if _, broken := errors.AsType[*PeerError](err); broken {
+		return false
+	}
+	return errors.Is(err, ErrDisconnected) || errors.Is(err, ErrHandover)
+}

@@ -124,19 +124,15 @@ type verdict struct {
 func (d *Device) Offer(connected bool) { d.decide(&verdict{script: !connected}) }
 
 // Refuse says that the network behind a vif of [ServeConfig].Hold cannot be set up, and
-// why: the first 512 bytes of the error's text. The backend goes to InitWait, since libxl
+// why: as much of the error's text as [xenbus.Reason] leaves. The backend goes to InitWait, since libxl
 // waits for that state before it looks further, and stays there until Offer, whatever a
 // script says: with hotplug-status "error", the reason in hotplug-error, where libxl reads
 // it when a hotplug script has failed, and in "error", where the frontend may read it. A
 // link that is up stays up. Refuse does not wait for xenstore. It does nothing on a
 // frontend.
 func (d *Device) Refuse(why error) {
-	text := why.Error()
-	d.decide(&verdict{why: text[:min(len(text), mostReason)]})
+	d.decide(&verdict{why: xenbus.Reason(why.Error())})
 }
-
-// mostReason bounds a published reason, in bytes.
-const mostReason = 512
 
 func (d *Device) decide(v *verdict) {
 	if d.own != nil {

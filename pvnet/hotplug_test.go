@@ -48,10 +48,11 @@ func TestAVifIsHeldUntilItsNetworkIsThere(t *testing.T) {
 		t.Errorf("the toolstack's keys: %+v, %v", ts, err)
 	}
 
-	why := errors.New("bridge xenbr7: no such interface " + strings.Repeat("x", 1000))
+	why := errors.New("bridge xenbr7: no such interface " + strings.Repeat("é", 1000))
+	said := why.Error()[:511] // the 512th byte begins a character
 	back.Refuse(why)
 	l.reads(v.BackDir(), map[string]string{
-		"state": "2", "hotplug-status": "error", "hotplug-error": why.Error()[:512], "error": why.Error()[:512], "feature-sg": "1",
+		"state": "2", "hotplug-status": "error", "hotplug-error": said, "error": said, "feature-sg": "1",
 	})
 	short, cancel := context.WithTimeout(ctx(t), 100*time.Millisecond)
 	defer cancel()

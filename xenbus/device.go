@@ -560,9 +560,7 @@ func (d *Device) Fail(ctx context.Context, why error) error {
 		}
 		return err
 	}
-	const most = 512
-	text := why.Error()
-	return d.c.Write(ctx, dir+"/error", text[:min(len(text), most)])
+	return d.c.Write(ctx, dir+"/error", Reason(why.Error()))
 }
 
 // Close stops the watches and gives our claim back, for which it waits until ctx ends at

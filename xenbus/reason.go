@@ -3,6 +3,7 @@ package xenbus
 import (
 	"context"
 	"errors"
+	"unicode/utf8"
 
 	"barevif/xenbus/xenstore"
 )
@@ -15,11 +16,24 @@ const KeyReason = "error"
 // and permissions.
 const mostReason = 512
 
+// Reason returns as much of a text as may be published as a reason: its first 512 bytes, without the beginning
+// of a character that does not fit whole. Tools print what they read there, and often refuse half a character.
+func Reason(text string) string {
+	if len(text) <= mostReason {
+		return text
+	}
+	for n := mostReason; n > mostReason-utf8.UTFMax; n-- {
+		if utf8.RuneStart(text[n]) {
+			return text[:n]
+		}
+	}
+	return text[:mostReason] // it is no UTF-8
+}
+
 // Tell publishes why we do not connect, where the other end can read it. Removing the key
 // with Publish, or setting it to "", takes the reason back.
 func (d *Device) Tell(ctx context.Context, why error) error {
-	text := why.Error()
-	return d.Publish(ctx, xenstore.Values{KeyReason: text[:min(len(text), mostReason)]})
+	return d.Publish(ctx, xenstore.Values{KeyReason: Reason(why.Error())})
 }
 
 // PeerReason returns the other end's published reason for not connecting, "" if there is
@@ -29,7 +43,7 @@ func (d *Device) PeerReason(ctx context.Context) string {
 	if err != nil {
 		return ""
 	}
-	return text[:min(len(text), mostReason)]
+	return Reason(text)
 }
 
 // clear removes keys of our directory. A backend leaves a node that is empty: the

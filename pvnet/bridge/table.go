@@ -1,7 +1,6 @@
 package bridge
 
 import (
-	"cmp"
 	"context"
 	"fmt"
 	"slices"
@@ -158,6 +157,6 @@ func (b *Bridge) Stations() []Station {
 		list = append(list, s)
 	}
 	t.mu.RUnlock()
-	slices.SortFunc(list, func(x, y Station) int { return cmp.Or(slices.Compare(x.MAC[:], y.MAC[:])) })
+	slices.SortFunc(list, func(x, y Station) int { return slices.Compare(x.MAC[:], y.MAC[:]) })
 	return list
 }

@@ -982,6 +982,17 @@ func receiveCountsAndEnds(t *testing.T, h *pvnettest.Hub, receive receive) {
 	}
 }
 
+// A device may end just before its receiver begins. That is no error, as it is none a moment later.
+func TestReceiveTakesADeviceThatHasEnded(t *testing.T) {
+	eachReceive(t, 1, pvnet.ServeConfig{}, func(t *testing.T, h *pvnettest.Hub, receive receive) {
+		dev := h.Backs[0]
+		h.Unplug(0)
+		if err := receive(context.Background(), dev, nil); err != nil {
+			t.Errorf("Receive returned %v", err)
+		}
+	})
+}
+
 // A pool receives for many vifs. One that goes, by whatever way, leaves the others as they are.
 func TestAPoolReceivesForMany(t *testing.T) {
 	const guests = 4

@@ -2,7 +2,6 @@ package forward
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"runtime"
 	"sync"
@@ -25,7 +24,7 @@ import (
 func Receive(ctx context.Context, dev *pvnet.Device, fn func(queue int, frames []pvnet.Frame) (lost int, err error)) error {
 	rxs, err := ownAll(dev)
 	if err != nil {
-		return err
+		return unlessOrderly(err)
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -56,10 +55,9 @@ func ownAll(dev *pvnet.Device) (rxs []*pvnet.RX, err error) {
 	return rxs, nil
 }
 
-// unlessOrderly returns err, or nil for that of a device which was disconnected, or which another
-// process has now.
+// unlessOrderly returns err, or nil for the orderly end of a device.
 func unlessOrderly(err error) error {
-	if _, broken := errors.AsType[*pvnet.PeerError](err); !broken && (errors.Is(err, pvnet.ErrDisconnected) || err == pvnet.ErrHandover) {
+	if pvnet.Orderly(err) {
 		return nil
 	}
 	return err

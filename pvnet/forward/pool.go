@@ -77,7 +77,7 @@ func NewPool(domain hypercall.Domain, goroutines int) (*Pool, error) {
 func (p *Pool) Receive(ctx context.Context, dev *pvnet.Device, fn func(queue int, frames []pvnet.Frame) (lost int, err error)) error {
 	rxs, err := ownAll(dev)
 	if err != nil {
-		return err
+		return unlessOrderly(err)
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)

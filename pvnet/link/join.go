@@ -153,7 +153,7 @@ func (j *Joint) Run(ctx context.Context, dev *pvnet.Device, links ...Link) error
 			setOffloads(l, false)
 		}
 	})
-	if _, broken := errors.AsType[*pvnet.PeerError](err); !broken && errors.Is(err, pvnet.ErrDisconnected) || err == pvnet.ErrHandover {
+	if pvnet.Orderly(err) {
 		return nil
 	}
 	return err

@@ -75,7 +75,7 @@ func (a addr) reserved() bool {
 		n := uint32(a.lo) >> 24
 		return n == 0 || n == 127 || n >= 240
 	}
-	return a.hi == 0 && (a.lo>>32 == 0 || a.lo>>32 == 0xffff)
+	return a.hi == 0 && a.lo>>32 == 0
 }
 
 var broadcast = addr{0, mapped | 0xffffffff}

@@ -221,8 +221,7 @@ func (s *snapshot) addPort(c *Port, i int, bad *complaints) {
 		}
 	}
 	if six && p.linkLocal == (addr{}) {
-		m := c.MAC
-		p.linkLocal = addr16([]byte{0xfe, 0x80, 0, 0, 0, 0, 0, 0, m[0] ^ 2, m[1], m[2], 0xff, 0xfe, m[3], m[4], m[5]})
+		p.linkLocal = toAddr(packet.LinkLocal(c.MAC))
 	}
 	least := MinMTU
 	if six {

@@ -321,7 +321,7 @@ func TestAFullTableOfEstablishedFlowsRefuses(t *testing.T) {
 		w.forwarded(udp(clientA, "10.1.0.5", 53, "10.2.0.5", 100+i), clientB)
 	}
 	w.dropped(udp(clientA, "10.1.0.5", 200, "10.2.0.5", 53), ReasonFlowTable)
-	if s := w.Stats(); s.Flows != 8 || s.Refused != 1 || s.FlowsMost != 8 || s.FlowLimit != 8 {
+	if s := w.Stats(); s.Flows != 8 || s.Refused != 1 || s.FlowsMost != 8 || s.FlowLimit != 8 || s.PortLimit != 8 {
 		t.Fatalf("%+v", s)
 	}
 	w.idle()

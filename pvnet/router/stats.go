@@ -5,6 +5,7 @@ type Stats struct {
 	Flows     int    // now
 	FlowsMost int    // at once, ever
 	FlowLimit int    // entries of the table
+	PortLimit int    // how many of them the flows of one port may have
 	Refused   uint64 // flows, for want of a place
 	Evicted   uint64 // flows whose place another got
 	NoPort    uint64 // packets from a port that is not there
@@ -38,7 +39,7 @@ func (s *PortStats) Drops() (n uint64) {
 func (r *Router) Stats() Stats {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	s := Stats{Flows: r.table.n, FlowsMost: r.table.most, FlowLimit: len(r.table.flows), NoPort: r.noPort}
+	s := Stats{Flows: r.table.n, FlowsMost: r.table.most, FlowLimit: len(r.table.flows), PortLimit: r.limits.FlowsPerPort, NoPort: r.noPort}
 	for _, p := range r.states {
 		if p != nil {
 			s.Refused += p.refused

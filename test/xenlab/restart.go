@@ -103,10 +103,8 @@ var (
 // pingLoss parses the summary of ping's output: the number of requests, the number without a
 // reply, and the longest round trip in ms.
 func pingLoss(out string) (sent, lost int, longest float64, err error) {
-	for _, bad := range [...]string{"wrong data byte", "DUP!", "truncated"} {
-		if strings.Contains(out, bad) {
-			return 0, 0, 0, fmt.Errorf("it says %q", bad)
-		}
+	if err := pingSpoilt(out); err != nil {
+		return 0, 0, 0, err
 	}
 	c, r := pingCounts.FindStringSubmatch(out), pingTimes.FindStringSubmatch(out)
 	if c == nil || r == nil {

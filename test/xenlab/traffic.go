@@ -36,11 +36,19 @@ func (t *T) Ping(from *Domain, addr string, size, count int) {
 	}
 }
 
-func checkPing(out string, count int) error {
+// pingSpoilt returns an error if ping says of a reply that it is not the one to its request.
+func pingSpoilt(out string) error {
 	for _, bad := range [...]string{"wrong data byte", "DUP!", "truncated"} {
 		if strings.Contains(out, bad) {
 			return fmt.Errorf("it says %q", bad)
 		}
+	}
+	return nil
+}
+
+func checkPing(out string, count int) error {
+	if err := pingSpoilt(out); err != nil {
+		return err
 	}
 	var lost []int
 	for seq := 1; seq <= count; seq++ {

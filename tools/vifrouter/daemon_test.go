@@ -18,6 +18,7 @@ import (
 	"barevif/pvnet"
 	"barevif/pvnet/netstack"
 	"barevif/pvnet/netstack/dhcp"
+	"barevif/pvnet/pvnettest"
 	"barevif/pvnet/router"
 	"barevif/telemetry/logtest"
 	"barevif/tools/vifrouter/config"
@@ -694,5 +695,64 @@ allow from lab to uplink
 	// A lease in a network of guests is refused.
 	if err := d.leased(s.ctx, &dhcp.Lease{Addr: netip.MustParsePrefix("10.200.0.7/24")}); err == nil || !strings.Contains(err.Error(), "overlaps the network lab") {
 		t.Error(err)
+	}
+}
+
+// A vif that cannot be received from is closed, and the log says why once. One that goes in an orderly way is
+// no error.
+func TestAVifThatCannotBeReceivedFromIsClosed(t *testing.T) {
+	h := pvnettest.NewHub(t, 2, toolstack.Vif{}, func(int) pvnet.Config { return pvnet.Config{} }, pvnet.ServeConfig{})
+	var said logtest.Log
+	d, err := newDaemon(h.Driver, parse(t, standard), pvnet.Config{}, func(format string, args ...any) { fmt.Fprintf(&said, format+"\n", args...) }, said.Logger())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(d.close)
+	const complaint = "a vif can no longer be received from and is closed"
+	serve := func(dev *pvnet.Device) (served chan struct{}) {
+		served = make(chan struct{})
+		go func() { d.serve(context.Background(), dev); close(served) }()
+		return served
+	}
+	ends := func(served <-chan struct{}) {
+		t.Helper()
+		select {
+		case <-served:
+		case <-time.After(limit):
+			t.Fatal("the vif is still served")
+		}
+	}
+	deaf := h.Backs[0]
+	if _, err := deaf.OwnRX(0); err != nil {
+		t.Fatal(err)
+	}
+	ends(serve(deaf))
+	ends(deaf.Done())
+	if lines := said.Lines(complaint); len(lines) != 1 || !strings.Contains(lines[0], "vif=2.0") || !strings.Contains(lines[0], pvnet.ErrOwned.Error()) {
+		t.Errorf("%q", lines)
+	}
+
+	uplink := h.Fronts[0] // of a backend that is gone: it would wait for another
+	if _, err := uplink.OwnRX(0); err != nil {
+		t.Fatal(err)
+	}
+	if err := d.useUplink(context.Background(), uplink); err != nil {
+		t.Error(err)
+	}
+	ends(uplink.Done())
+	if lines := said.Lines(complaint); len(lines) != 2 || !strings.Contains(lines[1], "vif=0") {
+		t.Errorf("%q", lines)
+	}
+
+	served := serve(h.Backs[1])
+	for begun := time.Now(); len(said.Lines("vif 3.0: connected")) == 0; time.Sleep(time.Millisecond) {
+		if time.Since(begun) > limit {
+			t.Fatal("the vif does not connect")
+		}
+	}
+	h.Unplug(1)
+	ends(served)
+	if lines := said.Lines(complaint); len(lines) != 2 {
+		t.Errorf("%q", lines)
 	}
 }

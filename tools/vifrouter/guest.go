@@ -73,7 +73,7 @@ func (d *daemon) serve(ctx context.Context, dev *pvnet.Device) {
 	}
 	var wg sync.WaitGroup
 	inner, cancel := context.WithCancel(ctx)
-	wg.Go(func() { d.plane.receive(g.port) })
+	wg.Go(func() { d.receive(g.port, g.vif) })
 	wg.Go(func() { g.advertise(inner) })
 	wg.Go(func() { g.follow(inner) })
 	<-dev.Done()
@@ -251,8 +251,8 @@ func subnetOf(p netip.Prefix, i int) netip.Prefix {
 // tellLocked updates what router advertisements and DHCP tell the guest.
 func (g *guest) tellLocked() {
 	mtu := g.dev.MTU()
-	over := g.advert
-	g.advert = radv.Link{MAC: guestMAC, Source: radv.LinkLocal(guestMAC), MTU: mtu}
+	before := g.advert
+	g.advert = radv.Link{MAC: guestMAC, Source: packet.LinkLocal(guestMAC), MTU: mtu}
 	var dns4, dns6 []netip.Addr
 	if g.admitted && g.prefix.IsValid() && mtu >= leastMTU6 {
 		g.advert.Prefix = g.prefix
@@ -260,10 +260,10 @@ func (g *guest) tellLocked() {
 			dns6 = []netip.Addr{g.router6()}
 		}
 		g.advert.DNS = dns6
-	} else if g.advert = over; over.Source.IsValid() {
-		g.advert.Over = true
+	} else if g.advert = before; before.Source.IsValid() {
+		g.advert.Ceasing = true
 	}
-	if !sameLink(&over, &g.advert) {
+	if !sameLink(&before, &g.advert) {
 		nudge(g.changed)
 	}
 	if !g.admitted || !g.addr.IsValid() || g.d.cfg.Lease == 0 {
@@ -282,7 +282,7 @@ func (g *guest) tellLocked() {
 }
 
 func sameLink(a, b *radv.Link) bool {
-	return a.Prefix == b.Prefix && a.MTU == b.MTU && a.Over == b.Over && len(a.DNS) == len(b.DNS)
+	return a.Prefix == b.Prefix && a.MTU == b.MTU && a.Ceasing == b.Ceasing && len(a.DNS) == len(b.DNS)
 }
 
 // nudge makes c, which has room for one, hold one.
@@ -326,13 +326,13 @@ func (g *guest) advertise(ctx context.Context) {
 	next := time.NewTimer(radv.Interval)
 	defer next.Stop()
 	for {
-		least := radv.Least
+		least := radv.MinDelayBetweenRAs
 		select {
 		case <-ctx.Done():
 			return
 		case <-next.C:
 		case <-g.solicited:
-			least = radv.LeastAnswer
+			least = radv.MinDelayBetweenAnswers
 		case <-g.changed:
 		}
 		if wait := least - time.Since(last); !last.IsZero() && wait > 0 {
@@ -379,7 +379,7 @@ func (d *daemon) deliver(p *port, frame []byte, h *packet.Headers) bool {
 			}
 			return false
 		}
-		if g, ok := p.owner.(*guest); ok && frame[h.L4] == radv.Solicit && frame[h.L3+7] == 255 {
+		if g, ok := p.owner.(*guest); ok && frame[h.L4] == radv.TypeRouterSolicitation && frame[h.L3+7] == 255 {
 			nudge(g.solicited)
 			return true
 		}

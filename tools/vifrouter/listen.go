@@ -10,7 +10,6 @@ import (
 	"barevif/pvnet"
 	"barevif/pvnet/packet"
 	"barevif/tools/vifrouter/mld"
-	"barevif/tools/vifrouter/radv"
 )
 
 // listening reports on the uplink's link which groups the router listens to, so that switches with MLD snooping
@@ -133,7 +132,7 @@ func (d *daemon) listenLocked() {
 			case a.Addr().IsLinkLocalUnicast():
 				own = a.Addr()
 			case !own.IsValid():
-				own = radv.LinkLocal(p.MAC)
+				own = packet.LinkLocal(p.MAC)
 			}
 			addrs = append(addrs, a.Addr())
 		}

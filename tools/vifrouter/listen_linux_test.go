@@ -186,7 +186,7 @@ func TestARouterIsFoundBehindASwitchThatSnoops(t *testing.T) {
 		// The first finds a bridge that may not have a querier yet, and the last one that would have forgotten.
 		s.comes("queries of version "+version, func() bool {
 			now := s.d.listens.now()
-			return now.Queries >= before+6 && now.Old == (version == "1")
+			return now.Queries >= before+6 && now.MLDv1 == (version == "1")
 		})
 		s.comes("the bridge knows the groups", func() bool {
 			have := members(t, "router0")

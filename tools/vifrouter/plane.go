@@ -148,12 +148,13 @@ type worker struct {
 	decided [1]router.Packet
 }
 
-// receive moves what arrives at a port until its device ends.
-func (pl *plane) receive(p *port) {
+// receive moves what arrives at a port until its device ends, and returns nil if the device ended in an orderly
+// way. Any other error says why the port receives nothing any more; its device may go on.
+func (pl *plane) receive(p *port) error {
 	workers := make([]worker, p.dev.Queues())
-	_ = forward.Receive(context.Background(), p.dev, func(queue int, frames []pvnet.Frame) (lost int, err error) {
+	return forward.Receive(context.Background(), p.dev, func(queue int, frames []pvnet.Frame) (lost int, err error) {
 		return pl.move(p, &workers[queue], frames), nil
-	}) // the error is the end of the device, for which serve and useUplink wait themselves
+	})
 }
 
 // move takes a batch of frames over, lets the core decide about them, and does what it decides. It returns how

@@ -11,7 +11,6 @@ import (
 	"barevif/pvnet/router"
 	"barevif/telemetry"
 	"barevif/tools/internal/release"
-	"barevif/tools/vifrouter/config"
 )
 
 // stateName is the name under which a router shows its state; see pvnet/inspect.
@@ -201,7 +200,7 @@ func (d *daemon) uplinkStateLocked() uplinkState {
 	}
 	if l := d.listens.now(); len(l.Groups) > 0 {
 		s.Listening = &listenState{l.Groups, 2, l.Queries, l.Reports}
-		if l.Old {
+		if l.MLDv1 {
 			s.Listening.Version = 1
 		}
 	}
@@ -234,7 +233,7 @@ func (g *guest) stateLocked() guestState {
 func (d *daemon) portStateLocked(id router.PortID, dev *pvnet.Device, why string) portState {
 	st := dev.Stats()
 	s := portState{
-		Link: "down", Why: why, MTU: dev.MTU(), Drops: map[string]uint64{}, FlowsLimit: perGuest(d.cfg.Limits, d.core.Stats().FlowLimit),
+		Link: "down", Why: why, MTU: dev.MTU(), Drops: map[string]uint64{}, FlowsLimit: d.core.Stats().PortLimit,
 		Received: moved{st.RX.Packets(), st.RX.Bytes()}, Sent: moved{st.TX.Packets(), st.TX.Bytes()},
 	}
 	if dev.Counters().Status().Up {
@@ -276,12 +275,4 @@ func (d *daemon) triedReload(source string, err error) {
 // losses returns the fields of counters that are reasons for which a vif lost frames.
 func losses() []telemetry.Field {
 	return slices.DeleteFunc(telemetry.Fields(), func(f telemetry.Field) bool { return f.SumIn == "" })
-}
-
-// perGuest returns how many flows a vif may have.
-func perGuest(l config.Limits, all int) int {
-	if l.FlowsPerGuest > 0 {
-		return l.FlowsPerGuest
-	}
-	return all / 4
 }

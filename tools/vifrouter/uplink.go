@@ -104,7 +104,7 @@ func (d *daemon) useUplink(ctx context.Context, dev *pvnet.Device) error {
 	}
 	d.say("uplink vif %s: MAC %v, MTU %d, backend in domain %d", dev.ID(), dev.MAC(), dev.MTU(), dev.Peer())
 	var wg sync.WaitGroup
-	wg.Go(func() { d.plane.receive(p) })
+	wg.Go(func() { d.receive(p, dev.ID()) })
 	inner, cancel := context.WithCancel(ctx)
 	wg.Go(func() { d.followUplink(inner, up) })
 	select {

@@ -116,8 +116,8 @@ func Dial(ctx context.Context, open func(context.Context) (io.ReadWriteCloser, e
 	if cfg.MaxPayload == 0 {
 		cfg.MaxPayload = nodePayload
 	}
-	if cfg.MaxPayload < 0 || cfg.MaxPayload > wire.MaxPayload || cfg.Pipeline < 0 {
-		return nil, fmt.Errorf("xenstore: Config.MaxPayload is %d and Pipeline %d: use 1 to %d, or 0 for %d, and at least 0", cfg.MaxPayload, cfg.Pipeline, wire.MaxPayload, nodePayload)
+	if cfg.MaxPayload < 0 || cfg.MaxPayload > wire.MaxPayload || cfg.Pipeline < 0 || cfg.Watches < 0 {
+		return nil, fmt.Errorf("xenstore: Config.MaxPayload is %d, Pipeline %d and Watches %d: use 1 to %d, or 0 for %d, and at least 0 for the others", cfg.MaxPayload, cfg.Pipeline, cfg.Watches, wire.MaxPayload, nodePayload)
 	}
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)

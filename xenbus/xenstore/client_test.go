@@ -763,7 +763,7 @@ func TestConnectionIsTriedWithGrowingPauses(t *testing.T) {
 }
 
 func TestDialRefusesWhatItCannotKeep(t *testing.T) {
-	for _, cfg := range []xenstore.Config{{MaxPayload: 4097}, {MaxPayload: -1}, {Pipeline: -1}} {
+	for _, cfg := range []xenstore.Config{{MaxPayload: 4097}, {MaxPayload: -1}, {Pipeline: -1}, {Watches: -1}} {
 		if _, err := xenstore.Dial(t.Context(), nil, cfg); err == nil {
 			t.Errorf("%+v is taken", cfg)
 		}

@@ -3,6 +3,7 @@ package config
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 
 	"barevif/pvnet"
 )
@@ -25,7 +26,7 @@ func (p *parser) check() {
 func (p *parser) checkUplink() {
 	u := &p.c.Uplink
 	if u.Vif == "" {
-		if _, said := p.seen["uplink vif"]; !said && !p.has("vif") {
+		if _, said := p.seen["uplink vif"]; !said && !p.complainedOfVif() {
 			p.add(0, "the file names no uplink", `write "uplink vif 0"`)
 		}
 	}
@@ -40,14 +41,9 @@ func (p *parser) checkUplink() {
 	}
 }
 
-// has reports whether an error is about the uplink's vif already.
-func (p *parser) has(word string) bool {
-	for _, e := range p.errs {
-		if e.Instead == uplinkForms || e.Instead == `write the number of a vif, such as "`+word+` 0"` {
-			return true
-		}
-	}
-	return false
+// complainedOfVif reports whether an error is about the uplink's vif already.
+func (p *parser) complainedOfVif() bool {
+	return slices.ContainsFunc(p.errs, func(e *Error) bool { return e.Instead == uplinkForms || e.Instead == vifForm })
 }
 
 func (p *parser) checkNetworks() {
@@ -73,7 +69,7 @@ func (p *parser) checkNetworks() {
 	u := &p.c.Uplink
 	add(u.line, u.IPv4.Masked(), "the uplink")
 	add(u.line, u.IPv6.Masked(), "the uplink")
-	if len(p.c.Networks) == 0 && !p.anyBegins("network") {
+	if len(p.c.Networks) == 0 && len(p.errs) == 0 { // an error may be about a line that should have made one
 		p.add(0, "the file has no network for guests", networkForms)
 	}
 	for i := range p.c.Networks {
@@ -81,16 +77,6 @@ func (p *parser) checkNetworks() {
 		add(n.line, n.IPv4, "network "+n.Name)
 		add(n.line, n.IPv6, "network "+n.Name)
 	}
-}
-
-// anyBegins reports whether an error is about a statement whose forms begin so.
-func (p *parser) anyBegins(what string) bool {
-	for _, e := range p.errs {
-		if what == "network" && e.Instead == networkForms {
-			return true
-		}
-	}
-	return len(p.errs) > 0
 }
 
 func (p *parser) checkGuests() {

@@ -45,13 +45,13 @@ type Config struct {
 
 // An Uplink is the card that leads to the world: a frontend of the router's domain.
 type Uplink struct {
-	Vif         string
-	DHCP        bool         // IPv4 by DHCP; then there is no IPv4
-	Auto6       bool         // IPv6 by router advertisements; then there is no IPv6
-	IPv4, IPv6  netip.Prefix // own address, zero: none
-	Via4, Via6  netip.Addr   // the next router, zero: none
-	NAT4, NAT6  bool         // guests leave with the uplink's address
-	line, line4 int
+	Vif        string
+	DHCP       bool         // IPv4 by DHCP; then there is no IPv4
+	Auto6      bool         // IPv6 by router advertisements; then there is no IPv6
+	IPv4, IPv6 netip.Prefix // own address, zero: none
+	Via4, Via6 netip.Addr   // the next router, zero: none
+	NAT4, NAT6 bool         // guests leave with the uplink's address
+	line       int
 }
 
 // A Network is what guests have in common: the prefix of their addresses, and the rules that

@@ -160,7 +160,7 @@ func (p *parser) uplink() {
 			}
 			p.next()
 			if p.end(uplinkForms) {
-				u.DHCP, u.line4 = true, p.line
+				u.DHCP = true
 			}
 			return
 		}
@@ -229,7 +229,7 @@ func (p *parser) uplinkAddress(w string) {
 	if six {
 		u.IPv6, u.Via6 = a, via
 	} else {
-		u.IPv4, u.Via4, u.line4 = a, via, p.line
+		u.IPv4, u.Via4 = a, via
 	}
 }
 
@@ -283,15 +283,16 @@ func (p *parser) addr(of string, six bool) (netip.Addr, bool) {
 	return a, true
 }
 
+const vifForm = `write the number of a vif, such as "vif 0"`
+
 // vif reads the number of a vif.
 func (p *parser) vif() (string, bool) {
-	const instead = `write the number of a vif, such as "vif 0"`
-	w, ok := p.value("vif", instead)
+	w, ok := p.value("vif", vifForm)
 	if !ok {
 		return "", false
 	}
 	if n, err := strconv.ParseUint(w, 10, 16); err != nil || strconv.FormatUint(n, 10) != w {
-		return "", p.fail(fmt.Sprintf("%q is no number of a vif", w), instead)
+		return "", p.fail(fmt.Sprintf("%q is no number of a vif", w), vifForm)
 	}
 	return w, true
 }

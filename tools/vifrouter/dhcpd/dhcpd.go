@@ -287,17 +287,14 @@ func (l *Link) reply(m *dhcpv4.DHCPv4, typ dhcpv4.MessageType) *Reply {
 		r.UpdateOption(dhcpv4.OptGeneric(dhcpv4.OptionInterfaceMTU, []byte{byte(o.MTU >> 8), byte(o.MTU)}))
 	}
 	to := o.Addr
-	if m.MessageType() == dhcpv4.MessageTypeInform {
+	if typ != dhcpv4.MessageTypeOffer {
 		r.ClientIPAddr = m.ClientIPAddr
-	} else {
-		r.ClientIPAddr = m.ClientIPAddr
+	}
+	if m.MessageType() != dhcpv4.MessageTypeInform {
 		r.YourIPAddr = o.Addr.AsSlice()
 		r.UpdateOption(dhcpv4.OptIPAddressLeaseTime(o.Lease))
 		r.UpdateOption(dhcpv4.OptRenewTimeValue(o.Lease / 2))
 		r.UpdateOption(dhcpv4.OptRebindingTimeValue(o.Lease * 7 / 8))
-	}
-	if typ == dhcpv4.MessageTypeOffer {
-		r.ClientIPAddr = netip.IPv4Unspecified().AsSlice()
 	}
 	mac := [6]byte(m.ClientHWAddr)
 	if m.IsBroadcast() && unspecified(m.ClientIPAddr) {

@@ -185,7 +185,7 @@ func (l *Listener) Hear(now time.Time, q Query) (another bool) {
 	}
 	l.heard++
 	before := l.Next()
-	if q.Old {
+	if q.MLDv1 {
 		every := l.interval
 		if every == 0 {
 			every = interval
@@ -292,14 +292,14 @@ func (l *Listener) Reports(now time.Time) [][]byte {
 // A State says what a Listener does now, and has counted since it was made.
 type State struct {
 	Groups  []netip.Addr // that it listens to
-	Old     bool         // it speaks version 1
+	MLDv1   bool         // it speaks version 1, since a querier does, else version 2
 	Queries uint64       // that Hear took while the link was up
 	Reports uint64       // frames that Reports returned
 }
 
 // State returns the State at that time.
 func (l *Listener) State(now time.Time) State {
-	s := State{Old: now.Before(l.old), Queries: l.heard, Reports: l.sent}
+	s := State{MLDv1: now.Before(l.old), Queries: l.heard, Reports: l.sent}
 	for _, g := range l.groups {
 		if g.listens {
 			s.Groups = append(s.Groups, g.addr)

@@ -32,7 +32,7 @@ const TypeQuery = byte(header.ICMPv6MulticastListenerQuery)
 // A Query asks which groups are listened to.
 type Query struct {
 	Group netip.Addr    // the group that it asks about; :: for all groups
-	Old   bool          // it is of version 1
+	MLDv1 bool          // it is of version 1, else of version 2
 	Delay time.Duration // the answer is due within this time
 
 	// The querier's own settings, which version 2 alone carries: its robustness, which is how many times a
@@ -72,7 +72,7 @@ func Parse(ip []byte) (q Query, ok bool) {
 	case q.Group != netip.IPv6Unspecified() && !q.Group.IsMulticast():
 		return q, false
 	case len(message) == old:
-		q.Old, q.Delay = true, header.MLD(body).MaximumResponseDelay()
+		q.MLDv1, q.Delay = true, header.MLD(body).MaximumResponseDelay()
 	case len(message) < least || len(message)-least < header.IPv6AddressSize*int(binary.BigEndian.Uint16(body[22:])):
 		return q, false
 	default:

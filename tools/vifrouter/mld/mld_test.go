@@ -247,7 +247,7 @@ func TestGroupsAreReportedOnceTheLinkIsUp(t *testing.T) {
 	first := c.at
 	c.says(mostRepeat, of2(4, own, group2, group1))
 	c.silent(ever)
-	if s := c.State(c.at); !slices.Equal(s.Groups, []netip.Addr{group2, group1}) || s.Old || s.Queries != 0 || s.Reports != 2 {
+	if s := c.State(c.at); !slices.Equal(s.Groups, []netip.Addr{group2, group1}) || s.MLDv1 || s.Queries != 0 || s.Reports != 2 {
 		t.Errorf("%+v", s)
 	}
 	// Not again for nothing, and again when the link comes again.
@@ -431,7 +431,7 @@ func TestVersion1(t *testing.T) {
 	c.hear(query(group1, 0xffff, 2, 125))
 	began := c.at
 	c.hear(old(none, 10000))
-	if s := c.State(c.at); !s.Old {
+	if s := c.State(c.at); !s.MLDv1 {
 		t.Errorf("%+v", s)
 	}
 	answers := append(c.next(c.at.Add(10*time.Second)), c.next(began.Add(10*time.Second+leastAnswer))...)
@@ -459,7 +459,7 @@ func TestVersion1(t *testing.T) {
 	c.hear(query(group1, 0, 2, 125))
 	c.says(1, of1(131, own, group1))
 	c.silent(time.Minute)
-	if c.State(c.at).Old {
+	if c.State(c.at).MLDv1 {
 		t.Error("it does not end")
 	}
 	c.hear(query(none, 0, 2, 125))
@@ -523,7 +523,7 @@ func TestWhatAQuerierGoesBy(t *testing.T) {
 		c.says(leastAnswer, of1(131, own, group1))
 		heard := c.at.Add(-leastAnswer)
 		c.at = heard.Add(want - 1)
-		if !c.State(c.at).Old || c.State(heard.Add(want+leastAnswer)).Old {
+		if !c.State(c.at).MLDv1 || c.State(heard.Add(want+leastAnswer)).MLDv1 {
 			t.Errorf("interval %d: not %v", qqic, want)
 		}
 		c.at = c.at.Add(time.Hour)
@@ -658,7 +658,7 @@ func FuzzQuery(f *testing.F) {
 			}
 			answered = true
 			for _, s := range list {
-				if s.group != group1 && s.group != group2 || (s.typ == 131) != q.Old || s.typ != 131 && s.kind != 2 || q.Group != none && s.group != q.Group {
+				if s.group != group1 && s.group != group2 || (s.typ == 131) != q.MLDv1 || s.typ != 131 && s.kind != 2 || q.Group != none && s.group != q.Group {
 					t.Fatalf("%+v to %+v", s, q)
 				}
 			}

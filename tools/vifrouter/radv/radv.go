@@ -10,19 +10,23 @@ import (
 	"barevif/pvnet/packet"
 )
 
-// Times of RFC 4861, section 6.2.1, and of RFC 8106. Lifetime is three times Interval, so that a guest may miss
-// two of three advertisements.
+// Times of RFC 4861, section 6.2.1, and of RFC 8106. RouterLifetime is three times Interval, so that a guest may
+// miss two of three advertisements.
 const (
-	Interval    = 200 * time.Second      // between unsolicited advertisements
-	LeastAnswer = 500 * time.Millisecond // before an advertisement that a guest asked for: it is alone on its link
-	Least       = 3 * time.Second        // between two advertisements on a link (MIN_DELAY_BETWEEN_RAS)
-	Lifetime    = 3 * Interval           // of the router and of name servers
-	Valid       = 24 * time.Hour         // of the prefix
-	Prefer      = 4 * time.Hour          // how long addresses of the prefix are used for new connections
-	servers     = 3                      // name servers in an advertisement, at most
-	Solicit     = 133                    // ICMPv6 type of a router solicitation
-	advert      = 134                    // and of a router advertisement
+	Interval               = 200 * time.Second      // between unsolicited advertisements
+	MinDelayBetweenRAs     = 3 * time.Second        // on a link (MIN_DELAY_BETWEEN_RAS)
+	MinDelayBetweenAnswers = 500 * time.Millisecond // the same if the guest has asked: it is alone on its link
+	RouterLifetime         = 3 * Interval           // and that of name servers
+	ValidLifetime          = 24 * time.Hour         // of the prefix
+	PreferredLifetime      = 4 * time.Hour          // of the prefix: how long its addresses are used for new connections
 )
+
+const servers = 3 // name servers in an advertisement, at most
+
+// TypeRouterSolicitation is the ICMPv6 type of the message by which a guest asks for an advertisement.
+const TypeRouterSolicitation = 133
+
+const typeRouterAdvertisement = 134
 
 // A Link is what the router advertises on the link of one guest.
 type Link struct {
@@ -31,12 +35,8 @@ type Link struct {
 	Prefix netip.Prefix // a /64, for the guest's addresses; zero: none
 	DNS    []netip.Addr // name servers; the first three of IPv6 are advertised, those of IPv4 are not
 	MTU    int          // bytes; 0: no MTU is advertised
-	Over   bool         // the router goes, or has no IPv6 any more: every lifetime is 0
-}
-
-// LinkLocal returns the link-local address that follows from a MAC (RFC 4291, appendix A).
-func LinkLocal(m [6]byte) netip.Addr {
-	return netip.AddrFrom16([16]byte{0: 0xfe, 1: 0x80, 8: m[0] ^ 2, 9: m[1], 10: m[2], 11: 0xff, 12: 0xfe, 13: m[3], 14: m[4], 15: m[5]})
+	// Ceasing says that the router is no router of the link any more: every lifetime is 0 (RFC 4861, section 6.2.5).
+	Ceasing bool
 }
 
 var allNodes = netip.AddrFrom16([16]byte{0: 0xff, 1: 2, 15: 1})
@@ -45,7 +45,7 @@ var allNodes = netip.AddrFrom16([16]byte{0: 0xff, 1: 2, 15: 1})
 // slice. It keeps nothing of l.
 func Append(b []byte, l *Link) []byte {
 	seconds := func(d time.Duration) uint32 {
-		if l.Over {
+		if l.Ceasing {
 			return 0
 		}
 		return uint32(d / time.Second)
@@ -58,8 +58,8 @@ func Append(b []byte, l *Link) []byte {
 	src, dst := l.Source.As16(), allNodes.As16()
 	b = append(append(b, src[:]...), dst[:]...)
 	icmp := len(b)
-	b = append(b, advert, 0, 0, 0, 64, 0)
-	b = binary.BigEndian.AppendUint16(b, uint16(seconds(Lifetime)))
+	b = append(b, typeRouterAdvertisement, 0, 0, 0, 64, 0)
+	b = binary.BigEndian.AppendUint16(b, uint16(seconds(RouterLifetime)))
 	b = append(b, make([]byte, 8)...) // reachable time and retransmission timer: the guest's own
 	b = append(b, 1, 1)
 	b = append(b, l.MAC[:]...)
@@ -70,8 +70,8 @@ func Append(b []byte, l *Link) []byte {
 	if l.Prefix.IsValid() {
 		// For addresses, but not on the link: all that a guest sends goes to the router.
 		b = append(b, 3, 4, 64, 0x40)
-		b = binary.BigEndian.AppendUint32(b, seconds(Valid))
-		b = binary.BigEndian.AppendUint32(b, seconds(Prefer))
+		b = binary.BigEndian.AppendUint32(b, seconds(ValidLifetime))
+		b = binary.BigEndian.AppendUint32(b, seconds(PreferredLifetime))
 		b = append(b, 0, 0, 0, 0)
 		p := l.Prefix.Masked().Addr().As16()
 		b = append(b, p[:]...)
@@ -84,7 +84,7 @@ func Append(b []byte, l *Link) []byte {
 	}
 	if len(names) > 0 {
 		b = append(b, 25, byte(1+2*len(names)), 0, 0)
-		b = binary.BigEndian.AppendUint32(b, seconds(Lifetime))
+		b = binary.BigEndian.AppendUint32(b, seconds(RouterLifetime))
 		for _, a := range names {
 			x := a.As16()
 			b = append(b, x[:]...)

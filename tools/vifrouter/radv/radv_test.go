@@ -5,13 +5,15 @@ import (
 	"slices"
 	"testing"
 
+	"barevif/pvnet/packet"
+
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/checksum"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
 )
 
 var link = Link{
-	MAC: [6]byte{0xfe, 0xff, 0xff, 0xff, 0xff, 0xff}, Source: LinkLocal([6]byte{0xfe, 0xff, 0xff, 0xff, 0xff, 0xff}),
+	MAC: [6]byte{0xfe, 0xff, 0xff, 0xff, 0xff, 0xff}, Source: packet.LinkLocal([6]byte{0xfe, 0xff, 0xff, 0xff, 0xff, 0xff}),
 	Prefix: netip.MustParsePrefix("fd00:137:0:5::/64"), MTU: 1400,
 	DNS: []netip.Addr{netip.MustParseAddr("10.0.0.1"), netip.MustParseAddr("fd00:137:0:5::1")},
 }
@@ -53,7 +55,7 @@ func TestGuestReadsTheAdvertisement(t *testing.T) {
 	if ip.SourceAddress() != header.LinkLocalAddr(tcpip.LinkAddress(link.MAC[:])) || ip.DestinationAddress() != header.IPv6AllNodesMulticastAddress {
 		t.Errorf("from %v to %v", ip.SourceAddress(), ip.DestinationAddress())
 	}
-	if ra.RouterLifetime() != Lifetime || ra.ManagedAddrConfFlag() || ra.OtherConfFlag() {
+	if ra.RouterLifetime() != RouterLifetime || ra.ManagedAddrConfFlag() || ra.OtherConfFlag() {
 		t.Errorf("lifetime %v", ra.RouterLifetime())
 	}
 	var kinds []string
@@ -66,13 +68,13 @@ func TestGuestReadsTheAdvertisement(t *testing.T) {
 			}
 		case header.NDPPrefixInformation:
 			kinds = append(kinds, "prefix")
-			if o.OnLinkFlag() || !o.AutonomousAddressConfigurationFlag() || o.PrefixLength() != 64 || o.ValidLifetime() != Valid || o.PreferredLifetime() != Prefer || o.Prefix().String() != "fd00:137:0:5::" {
+			if o.OnLinkFlag() || !o.AutonomousAddressConfigurationFlag() || o.PrefixLength() != 64 || o.ValidLifetime() != ValidLifetime || o.PreferredLifetime() != PreferredLifetime || o.Prefix().String() != "fd00:137:0:5::" {
 				t.Errorf("%v", o)
 			}
 		case header.NDPRecursiveDNSServer:
 			kinds = append(kinds, "dns")
 			addrs, err := o.Addresses()
-			if err != nil || len(addrs) != 1 || addrs[0].String() != "fd00:137:0:5::1" || o.Lifetime() != Lifetime {
+			if err != nil || len(addrs) != 1 || addrs[0].String() != "fd00:137:0:5::1" || o.Lifetime() != RouterLifetime {
 				t.Errorf("%v, %v", addrs, err)
 			}
 		}
@@ -84,7 +86,7 @@ func TestGuestReadsTheAdvertisement(t *testing.T) {
 
 func TestAdvertisementThatIsOverEndsEverything(t *testing.T) {
 	l := link
-	l.Over = true
+	l.Ceasing = true
 	_, ra, options := parsed(t, Append([]byte("before")[:0], &l))
 	if ra.RouterLifetime() != 0 {
 		t.Errorf("the router goes on for %v", ra.RouterLifetime())

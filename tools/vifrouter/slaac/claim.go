@@ -50,20 +50,17 @@ type Taken struct {
 	By   [6]byte // the MAC of the station that says so
 }
 
-// linkLocal is the prefix of link-local addresses.
-var linkLocal = netip.MustParsePrefix("fe80::/64")
-
 // claim makes c.claims those of the addresses that follow from those of c.prefixes that are not excluded, moves
 // the claims whose state has ended to the next state, and returns all of them.
 func (c *Client) claim(now time.Time) []claim {
 	var want []netip.Addr
 	for _, p := range c.prefixes {
-		if p.Own && !c.excludes(p.Prefix.Prefix) {
-			want = append(want, Make(p.Prefix.Prefix, c.mac))
+		if p.Autonomous && !p.excluded {
+			want = append(want, packet.EUI64(p.Prefix.Prefix, c.mac))
 		}
 	}
 	if len(want) > 0 {
-		want = append(want, Make(linkLocal, c.mac))
+		want = append(want, packet.LinkLocal(c.mac))
 	}
 	c.claims = slices.DeleteFunc(c.claims, func(one claim) bool { return !slices.Contains(want, one.addr) })
 	for _, a := range want {

@@ -265,7 +265,7 @@ func TestAnExcludedNetworkGivesNoAddress(t *testing.T) {
 	at := now.Add(time.Minute)
 	c.Exclude(nil)
 	s = settle(at, 1)
-	if len(s.Addrs) != 2 || s.Addrs[0].Prefix.Addr() != global || len(s.OnLink) != 1 || len(s.Excluded) != 0 {
+	if len(s.Addrs) != 2 || s.Addrs[1].Prefix.Addr() != global || len(s.OnLink) != 1 || len(s.Excluded) != 0 {
 		t.Errorf("%+v", s)
 	}
 	// Excluded again, it is over at once; and it is asked for anew when that ends.
@@ -326,4 +326,47 @@ func FuzzClaim(f *testing.F) {
 			t.Errorf("%v, %v: %+v", a, ok, s)
 		}
 	})
+}
+
+// However many excluded prefixes are announced, in one message or in many, they hide no other; and their own
+// number has a bound.
+func TestExcludedPrefixesTakeNoRoomFromOthers(t *testing.T) {
+	guests, free := netip.MustParsePrefix("2001:db8:1::/48"), netip.MustParsePrefix("2001:db8:100::/64")
+	var many [][]byte
+	for i := range 5 * MaxPrefixes {
+		many = append(many, prefixOption(fmt.Sprintf("2001:db8:1:%x::/64", i), onLink|own, 7200, 3600))
+	}
+	used := func(s Settings) (list []netip.Prefix) {
+		for _, a := range s.Addrs {
+			list = append(list, a.Prefix.Masked())
+		}
+		return list
+	}
+	for _, messages := range [][][][]byte{
+		{append(slices.Clone(many), prefixOption(free.String(), onLink|own, 7200, 3600))},
+		{many, {prefixOption(free.String(), onLink|own, 7200, 3600)}},
+	} {
+		c := newClient()
+		c.Exclude([]netip.Prefix{guests})
+		var s Settings
+		for _, options := range messages {
+			s = heard(t, c, now, first, message(0, 1800, options...))
+		}
+		if !slices.Equal(used(s), []netip.Prefix{free}) || len(s.Excluded) != MaxPrefixes || len(c.prefixes) != MaxPrefixes+1 {
+			t.Errorf("%+v", s)
+		}
+		// Not excluded any more they take the room that is left. The address in use stays and comes first.
+		c.Exclude(nil)
+		s = heard(t, c, now, first, message(0, 1800))
+		if n := len(s.Addrs); n != MaxPrefixes || used(s)[0] != free || len(s.Excluded) != 0 || len(c.prefixes) != MaxPrefixes {
+			t.Errorf("%+v", s)
+		}
+		// Excluded again they leave it to others.
+		c.Exclude([]netip.Prefix{guests})
+		late := netip.MustParsePrefix("2001:db8:101::/64")
+		s = heard(t, c, now, first, message(0, 1800, prefixOption(late.String(), onLink|own, 7200, 3600)))
+		if !slices.Equal(used(s), []netip.Prefix{free, late}) || len(s.Excluded) != MaxPrefixes-1 {
+			t.Errorf("%+v", s)
+		}
+	}
 }

@@ -147,7 +147,7 @@ func TestLinuxClaimsWhatItHasAndWants(t *testing.T) {
 	}
 	at = at.Add(answerWait)
 	c.Hear(at, both)
-	wanted := Make(netip.MustParsePrefix("2001:db8:2::/64"), mac)
+	wanted := packet.EUI64(netip.MustParsePrefix("2001:db8:2::/64"), mac)
 	if s := c.Settings(at); len(s.Tentative) != 1 || s.Tentative[0] != wanted {
 		t.Fatalf("%+v", s)
 	}

@@ -20,6 +20,7 @@
 package slaac
 
 import (
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -36,7 +37,7 @@ import (
 // Bounds of what a Client keeps. It ignores what is announced beyond them until it has room again.
 const (
 	MaxRouters  = 4
-	MaxPrefixes = 8 // addresses, and as many prefixes of the link
+	MaxPrefixes = 8 // of those that Exclude does not concern, and as many of those that it does
 	MaxServers  = 3 // as many as resolv.conf(5) has
 )
 
@@ -55,7 +56,7 @@ type Advert struct {
 	Lifetime   time.Duration // as a default router; 0: it is none
 	Preference int           // 1 high, 0, -1 low
 	MTU        int           // of the link in bytes; 0: not said
-	Prefixes   []Prefix
+	Prefixes   []Prefix      // all that the message has: which of them a Client excludes is not known here
 	Servers    []Server
 }
 
@@ -63,7 +64,7 @@ type Advert struct {
 type Prefix struct {
 	Prefix           netip.Prefix
 	OnLink           bool // its addresses are neighbours
-	Own              bool // hosts make their addresses of it (autonomous configuration); it is a /64
+	Autonomous       bool // hosts make addresses of it (RFC 4862); it is a /64
 	Valid, Preferred time.Duration
 }
 
@@ -140,10 +141,10 @@ func (a *Advert) prefix(o header.NDPPrefixInformation) {
 		return
 	}
 	p := Prefix{ // the zero Prefix, which host refuses, if bits is more than 128
-		Prefix: netip.PrefixFrom(at, bits).Masked(), OnLink: o.OnLinkFlag(), Own: o.AutonomousAddressConfigurationFlag() && bits == 64,
+		Prefix: netip.PrefixFrom(at, bits).Masked(), OnLink: o.OnLinkFlag(), Autonomous: o.AutonomousAddressConfigurationFlag() && bits == 64,
 		Valid: o.ValidLifetime(), Preferred: o.PreferredLifetime(),
 	}
-	if !host(p.Prefix.Addr()) || p.Preferred > p.Valid || !p.OnLink && !p.Own || len(a.Prefixes) == MaxPrefixes {
+	if !host(p.Prefix.Addr()) || p.Preferred > p.Valid || !p.OnLink && !p.Autonomous {
 		return
 	}
 	a.Prefixes = append(a.Prefixes, p)
@@ -183,6 +184,7 @@ type router struct {
 type prefix struct {
 	Prefix
 	until, preferred time.Time
+	excluded         bool // it overlaps a network of Client.excluded
 }
 
 type server struct {
@@ -195,8 +197,37 @@ func (c *Client) Reset(mac [6]byte) { *c = Client{mac: mac, excluded: c.excluded
 
 // Exclude makes networks those of which the host wants no address and no route, in the place of those
 // before, and keeps the slice. It counts from the next call of Settings on, also for an address that the
-// host has. Prefixes that it concerns are still kept: they are used once they are not excluded any more.
-func (c *Client) Exclude(networks []netip.Prefix) { c.excluded = networks }
+// host has. Prefixes that it concerns are still kept, as far as there is room for such prefixes, and take no
+// room from others: they are used once they are not excluded any more, if there is room for them then.
+func (c *Client) Exclude(networks []netip.Prefix) {
+	c.excluded = networks
+	var changed []prefix
+	c.prefixes = slices.DeleteFunc(c.prefixes, func(p prefix) bool {
+		if c.excludes(p.Prefix.Prefix) == p.excluded {
+			return false
+		}
+		p.excluded = !p.excluded
+		changed = append(changed, p)
+		return true
+	})
+	for _, p := range changed { // behind the others, so that these never make room for one that was excluded
+		c.keep(p)
+	}
+}
+
+// keep adds a prefix to those that are kept, if there is room. Those that are excluded have room of their own:
+// however many of them are announced, they hide no other.
+func (c *Client) keep(p prefix) {
+	n := 0
+	for i := range c.prefixes {
+		if c.prefixes[i].excluded == p.excluded {
+			n++
+		}
+	}
+	if n < MaxPrefixes {
+		c.prefixes = append(c.prefixes, p)
+	}
+}
 
 func (c *Client) excludes(p netip.Prefix) bool {
 	return slices.ContainsFunc(c.excluded, func(n netip.Prefix) bool { return n.Overlaps(p) })
@@ -236,14 +267,14 @@ func (c *Client) Hear(now time.Time, a *Advert) {
 func (c *Client) hearPrefix(now time.Time, p Prefix) {
 	i := slices.IndexFunc(c.prefixes, func(have prefix) bool { return have.Prefix.Prefix == p.Prefix })
 	if i < 0 {
-		if p.Valid > 0 && len(c.prefixes) < MaxPrefixes {
-			c.prefixes = append(c.prefixes, prefix{p, now.Add(p.Valid), now.Add(p.Preferred)})
+		if p.Valid > 0 {
+			c.keep(prefix{p, now.Add(p.Valid), now.Add(p.Preferred), c.excludes(p.Prefix)})
 		}
 		return
 	}
 	have := &c.prefixes[i]
 	until := now.Add(p.Valid)
-	if have.Own && until.Before(have.until) && p.Valid < leastShorten {
+	if have.Autonomous && until.Before(have.until) && p.Valid < leastShorten {
 		// A forged advertisement must not end an address at once.
 		until = have.until
 		if most := now.Add(leastShorten); until.After(most) {
@@ -251,7 +282,7 @@ func (c *Client) hearPrefix(now time.Time, p Prefix) {
 		}
 	}
 	have.until, have.preferred = until, now.Add(p.Preferred)
-	have.OnLink, have.Own = have.OnLink || p.OnLink, have.Own || p.Own
+	have.OnLink, have.Autonomous = have.OnLink || p.OnLink, have.Autonomous || p.Autonomous
 	have.Valid, have.Preferred = p.Valid, p.Preferred
 	c.forget(now)
 }
@@ -274,7 +305,6 @@ type Settings struct {
 	Addrs  []Address      // those to begin connections with come first, then the deprecated ones
 	OnLink []netip.Prefix // prefixes on the link of which Addrs has no address
 	Router netip.Addr     // the default router; zero: none
-	Until  time.Time      // when Router ends, unless it announces itself again
 	DNS    []netip.Addr   // recursive name servers
 	// Excluded are announced prefixes that overlap a network given to Exclude. Nothing else in Settings comes
 	// from them.
@@ -286,7 +316,7 @@ type Settings struct {
 	// Listening are the addresses whose solicited-node groups this host has to listen to: its own, and
 	// those that the link has been asked for. Their reports are to go out before the frames of Probes.
 	Listening []netip.Addr
-	MTU       int       // of the link, as Router says or, without one, as was said last; 0: nobody did
+	MTU       int       // of the link, as Router says or, if it does not or there is none, as was said last; 0: nobody did
 	Next      time.Time // when the first of these values changes unless something is announced; zero: none does
 }
 
@@ -318,10 +348,10 @@ func (c *Client) Settings(now time.Time) (s Settings) {
 	for _, p := range c.prefixes {
 		next(p.until)
 		switch {
-		case c.excludes(p.Prefix.Prefix):
+		case p.excluded:
 			s.Excluded = append(s.Excluded, p.Prefix.Prefix)
-		case p.Own:
-			a := Address{netip.PrefixFrom(Make(p.Prefix.Prefix, c.mac), 128), p.until}
+		case p.Autonomous:
+			a := Address{netip.PrefixFrom(packet.EUI64(p.Prefix.Prefix, c.mac), 128), p.until}
 			if !c.has(a.Prefix.Addr()) {
 				if p.OnLink {
 					s.OnLink = append(s.OnLink, p.Prefix.Prefix)
@@ -342,28 +372,22 @@ func (c *Client) Settings(now time.Time) (s Settings) {
 	}
 	s.Addrs = append(s.Addrs, old...)
 	best := -1
-	s.MTU = c.mtu
 	for i, r := range c.routers {
 		next(r.until)
 		if best < 0 || r.preference > c.routers[best].preference {
 			best = i
 		}
 	}
+	s.MTU = c.mtu
 	if best >= 0 {
-		s.Router, s.Until, s.MTU = c.routers[best].addr, c.routers[best].until, c.routers[best].mtu
+		r := &c.routers[best]
+		s.Router, s.MTU = r.addr, cmp.Or(r.mtu, c.mtu) // the MTU is the link's, whoever says it
 	}
 	for _, one := range c.servers {
 		next(one.until)
 		s.DNS = append(s.DNS, one.addr)
 	}
 	return s
-}
-
-// Make returns the address that a card has in a /64 (RFC 4291, appendix A).
-func Make(p netip.Prefix, m [6]byte) netip.Addr {
-	b := p.Masked().Addr().As16()
-	copy(b[8:], []byte{m[0] ^ 2, m[1], m[2], 0xff, 0xfe, m[3], m[4], m[5]})
-	return netip.AddrFrom16(b)
 }
 
 // Solicit appends the frame that asks all routers of the link for an advertisement to b. It has

@@ -81,7 +81,7 @@ func TestAnAdvertisementMakesAddressRouterServersAndMTU(t *testing.T) {
 		s.Addrs[1] != (Address{netip.MustParsePrefix("2001:db8:2::216:3eff:fe01:203/128"), until(600)}) {
 		t.Errorf("%v", s.Addrs)
 	}
-	if len(s.OnLink) != 1 || s.OnLink[0] != netip.MustParsePrefix("2001:db8:3::/56") || s.Router != first || s.Until != until(1800) || s.MTU != 1400 ||
+	if len(s.OnLink) != 1 || s.OnLink[0] != netip.MustParsePrefix("2001:db8:3::/56") || s.Router != first || s.MTU != 1400 ||
 		len(s.DNS) != 2 || s.DNS[0] != netip.MustParseAddr("2001:db8::53") || s.Next != until(300) {
 		t.Errorf("%+v", s)
 	}
@@ -113,14 +113,20 @@ func TestWhatWasAnnouncedEnds(t *testing.T) {
 func TestRoutersGoAndOthersTakeOver(t *testing.T) {
 	c := newClient()
 	heard(t, c, now, first, message(0, 1800))
-	if s := heard(t, c, now, second, message(0, 1800, mtuOption(1300))); s.Router != first || s.MTU != 0 {
-		t.Errorf("%+v", s)
+	if s := heard(t, c, now, second, message(0, 1800, mtuOption(1300))); s.Router != first || s.MTU != 1300 {
+		t.Errorf("the MTU of the link, which its other router says: %+v", s)
 	}
 	if s := heard(t, c, now, second, message(1, 1800)); s.Router != second || s.MTU != 1300 {
 		t.Errorf("a router of high preference: %+v", s)
 	}
-	if s := heard(t, c, now, second, message(3, 1800)); s.Router != first {
+	if s := heard(t, c, now, second, message(3, 1800)); s.Router != first || s.MTU != 1300 {
 		t.Errorf("a router of low preference: %+v", s)
+	}
+	if s := heard(t, c, now, first, message(0, 1800, mtuOption(1350))); s.MTU != 1350 {
+		t.Errorf("the router says an MTU itself: %+v", s)
+	}
+	if s := heard(t, c, now, second, message(3, 1800, mtuOption(1300))); s.Router != first || s.MTU != 1350 {
+		t.Errorf("another router says another MTU: %+v", s)
 	}
 	if s := heard(t, c, now, first, message(0, 0)); s.Router != second {
 		t.Errorf("a router that goes: %+v", s)
@@ -143,7 +149,7 @@ func TestAnAddressIsNotEndedAtOnce(t *testing.T) {
 	c := newClient()
 	heard(t, c, now, first, message(0, 1800, prefixOption("2001:db8:1::/64", onLink|own, 86400, 86400), prefixOption("2001:db8:2::/64", onLink|own, 86400, 86400)))
 	s := heard(t, c, now, second, message(0, 0, prefixOption("2001:db8:1::/64", onLink|own, 0, 0)))
-	if len(s.Addrs) != 2 || s.Addrs[1].Prefix.Addr() != Make(netip.MustParsePrefix("2001:db8:1::/64"), mac) || s.Addrs[1].Until != now.Add(2*time.Hour) {
+	if len(s.Addrs) != 2 || s.Addrs[1].Prefix.Addr() != packet.EUI64(netip.MustParsePrefix("2001:db8:1::/64"), mac) || s.Addrs[1].Until != now.Add(2*time.Hour) {
 		t.Errorf("%v", s.Addrs)
 	}
 	// What has less left than that keeps it.
@@ -232,8 +238,8 @@ func TestWhatIsKeptHasABound(t *testing.T) {
 	for i := range 40 {
 		many = append(many, prefixOption(fmt.Sprintf("2001:db8:%x::/64", i), onLink|own, 600, 600), serverOption(600, fmt.Sprintf("2001:db8::%x", i)))
 	}
-	if a, err := Parse(first, message(0, 1800, many...)); err != nil || len(a.Prefixes) != MaxPrefixes || len(a.Servers) != MaxServers {
-		t.Errorf("%+v, %v", a, err)
+	if s := heard(t, newClient(), now, first, message(0, 1800, many...)); len(s.Addrs) != MaxPrefixes || len(s.DNS) != MaxServers {
+		t.Errorf("%+v", s)
 	}
 	// When that is over there is room for others.
 	if s := heard(t, c, now.Add(601*time.Second), second, message(0, 1800, prefixOption("2001:db8:7::/64", own, 600, 600))); len(s.Addrs) != 1 {
