@@ -128,10 +128,10 @@ func (c *Config) check(dom hypercall.Domain) error {
 		return fmt.Errorf("Config.LockedThreads is set: a %T cannot block a thread", dom)
 	}
 	if c.Queues < 0 && c.Queues != AutoQueues {
-		return fmt.Errorf("Config.Queues is %d", c.Queues)
+		return fmt.Errorf("Config.Queues is %d: it must be 1 or more, 0 for 1, or AutoQueues", c.Queues)
 	}
 	if c.Buffers < 0 || c.Buffers > 0 && c.Buffers < maxFrameBuffers {
-		return fmt.Errorf("Config.Buffers is %d: the largest frame takes %d", c.Buffers, maxFrameBuffers)
+		return fmt.Errorf("Config.Buffers is %d: it must be %d or more, which the largest frame takes, or 0 for %d", c.Buffers, maxFrameBuffers, privatePages)
 	}
 	return c.Hash.check()
 }

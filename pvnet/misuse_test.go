@@ -3,6 +3,7 @@ package pvnet
 import (
 	"context"
 	"errors"
+	"strings"
 	"testing"
 	"time"
 
@@ -96,8 +97,8 @@ func TestSizesThatNoFrameHas(t *testing.T) {
 	}
 	dom := struct{ hypercall.Domain }{p.fdom} // a domain that cannot block threads
 	for _, c := range []Config{{Queues: -1}, {Buffers: -1}, {Buffers: maxFrameBuffers - 1}, {LockedThreads: true}} {
-		if c.check(dom) == nil {
-			t.Errorf("%+v was accepted", c)
+		if err := c.check(dom); err == nil || !strings.Contains(err.Error(), ": ") {
+			t.Errorf("%+v: %v; want what is wrong and what to write", c, err)
 		}
 	}
 }

@@ -129,7 +129,7 @@ func (d *Device) Tap(cfg TapConfig) (*Tap, error) {
 		return nil, err
 	}
 	if cfg.Snaplen < 0 {
-		return nil, fmt.Errorf("pvnet: TapConfig.Snaplen is %d", cfg.Snaplen)
+		return nil, fmt.Errorf("pvnet: TapConfig.Snaplen is %d: it must be 1 or more bytes, or 0 for whole frames", cfg.Snaplen)
 	}
 	if cfg.Snaplen == 0 || cfg.Snaplen > MaxFrame {
 		cfg.Snaplen = MaxFrame

@@ -2,6 +2,8 @@ package netstack
 
 import (
 	"encoding/binary"
+	"errors"
+	"fmt"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -51,16 +53,24 @@ func newCard(dev *pvnet.Device, mtu int) (*card, error) {
 	for i := range dev.Queues() {
 		rx, err := dev.OwnRX(i)
 		if err != nil {
-			return nil, err
+			return nil, notOurs(dev, err)
 		}
 		tx, err := dev.OwnTX(i)
 		if err != nil {
-			return nil, err
+			return nil, notOurs(dev, err)
 		}
 		c.rx = append(c.rx, rx)
 		c.tx = append(c.tx, newSender(c, tx))
 	}
 	return c, nil
+}
+
+// notOurs says of an owner's error what to do.
+func notOurs(dev *pvnet.Device, err error) error {
+	if errors.Is(err, pvnet.ErrOwned) {
+		return fmt.Errorf("vif %s has another stack or owner, and one stack takes a device for good: connect another vif, or again after Disconnect: %w", dev.ID(), err)
+	}
+	return err
 }
 
 func (c *card) start() {

@@ -87,8 +87,11 @@ func (cfg *Config) checkStatic() error {
 	seen := map[netip.Addr]bool{}
 	for _, p := range cfg.addrs() {
 		a := p.Addr()
-		if !p.IsValid() || a.Is4In6() || a.IsUnspecified() || a.IsMulticast() || a == broadcast4 {
+		switch {
+		case !p.IsValid() || a.Is4In6() || a.IsUnspecified() || a.IsMulticast() || a == broadcast4 || a.IsLoopback():
 			return fmt.Errorf("Config.Addr %v is no address for a host", p)
+		case a.Is4() && p.Bits() < 31 && (a == p.Masked().Addr() || a == lastOf(p)):
+			return fmt.Errorf("Config.Addr %v is the network's own or its broadcast address: write that of a host", p)
 		}
 		if seen[a] {
 			return fmt.Errorf("Config.Addrs has %v twice", a)
@@ -96,6 +99,15 @@ func (cfg *Config) checkStatic() error {
 		seen[a] = true
 	}
 	return cfg.checkGateways()
+}
+
+// lastOf returns the last address of an IPv4 prefix.
+func lastOf(p netip.Prefix) netip.Addr {
+	b := p.Masked().Addr().As4()
+	for i := p.Bits(); i < 32; i++ {
+		b[i/8] |= 0x80 >> (i % 8)
+	}
+	return netip.AddrFrom4(b)
 }
 
 var broadcast4 = netip.AddrFrom4([4]byte{255, 255, 255, 255})

@@ -3,6 +3,7 @@ package netstack
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/netip"
@@ -444,7 +445,7 @@ func (c *packetConn) WriteTo(b []byte, to net.Addr) (int, error) {
 	}
 	udp, ok := to.(*net.UDPAddr)
 	if !ok {
-		return fail(&net.AddrError{Err: "not a *net.UDPAddr", Addr: to.String()})
+		return fail(&net.AddrError{Err: "not a *net.UDPAddr", Addr: fmt.Sprint(to)}) // to may be nil
 	}
 	ip := udp.AddrPort().Addr().Unmap()
 	if !ip.IsValid() || !c.stack.has(ip) || !c.at.takes(ip) {

@@ -256,6 +256,10 @@ func TestConfigOfBothFamiliesIsChecked(t *testing.T) {
 		"twice":             {Addr: frontIP, Addrs: []netip.Prefix{frontIP}},
 		"mapped":            {Addrs: []netip.Prefix{prefix("::ffff:192.0.2.1/120")}},
 		"broadcast":         {Addrs: []netip.Prefix{prefix("255.255.255.255/32")}},
+		"loopback":          {Addr: prefix("127.0.0.1/8")},
+		"loopback6":         {Addr: prefix("::1/64")},
+		"the network's own": {Addr: prefix("10.0.0.0/24")},
+		"its broadcast":     {Addr: prefix("10.0.3.255/22")},
 		"zero":              {Addr: frontIP, Addrs: []netip.Prefix{{}}},
 		"two routers":       {Addr: frontIP, Gateway: ip("192.0.2.8"), Gateways: []netip.Addr{ip("192.0.2.9")}},
 		"itself":            {Addr: frontIP, Gateway: frontIP.Addr()},
@@ -271,6 +275,11 @@ func TestConfigOfBothFamiliesIsChecked(t *testing.T) {
 		if s, err := New(w.Front, cfg); err == nil {
 			s.Close()
 			t.Errorf("%s was taken", name)
+		}
+	}
+	for _, p := range []string{"10.0.0.0/31", "10.0.0.1/31", "10.0.0.0/32", "10.0.0.255/23"} {
+		if err := (&Config{Addr: prefix(p)}).check(1500); err != nil {
+			t.Error(err)
 		}
 	}
 	s := newStack(t, w.Front, Config{Addr: frontIP, Gateway: ip("192.0.2.9"), Addrs: []netip.Prefix{front6}, Gateways: []netip.Addr{ip("fe80::9")}})

@@ -19,7 +19,7 @@
 //
 // From nothing to a net.Listener, on the Xen that the program is on or on an emulated one:
 //
-//	domain, err := anyxen.Open(ctx)
+//	domain, err := anyxen.Open(ctx, anyxen.Config{})
 //	stack, err := netstack.Connect(ctx, domain, "0", netstack.Config{})
 //	l, err := stack.Listen("tcp", ":80")
 package netstack

@@ -254,6 +254,12 @@ func TestUDP(t *testing.T) {
 			t.Fatalf("%d bytes of %d, %v", n, size, err)
 		}
 	}
+	if _, err := server.WriteTo(nil, nil); err == nil || !strings.Contains(err.Error(), "not a *net.UDPAddr") {
+		t.Errorf("a datagram to nobody: %v", err)
+	}
+	if _, err := server.WriteTo(nil, (*net.UDPAddr)(nil)); err == nil {
+		t.Error("a datagram to a nil address was sent")
+	}
 	if _, err := server.WriteTo(nil, &net.TCPAddr{}); err == nil {
 		t.Error("wrote to a TCP address")
 	}
@@ -361,7 +367,7 @@ func TestConfigIsChecked(t *testing.T) {
 	}
 	// None of the refused configurations took the device's halves.
 	newStack(t, w.Front, Config{Addr: frontIP})
-	if _, err := New(w.Front, Config{Addr: frontIP}); !errors.Is(err, pvnet.ErrOwned) {
+	if _, err := New(w.Front, Config{Addr: frontIP}); !errors.Is(err, pvnet.ErrOwned) || !strings.Contains(err.Error(), "vif 0 has another stack or owner") {
 		t.Errorf("a second stack on one device: %v", err)
 	}
 }

@@ -630,6 +630,30 @@ func TestMetricsAreOneReadablePage(t *testing.T) {
 	}
 }
 
+// A file without an error is one that the core takes, with the uplink and guests there, up to as many
+// statements as there may be.
+func TestTheLargestFileIsTaken(t *testing.T) {
+	s := newSite(t, standard)
+	g, _ := s.guest(firstDom)
+	var b strings.Builder
+	b.WriteString(standard)
+	for i := range config.MaxRoutes {
+		fmt.Fprintf(&b, "route 198.18.%d.%d/32 via 192.0.2.%d\n", i>>8, i&0xff, 3+i%200)
+	}
+	for i := range config.MaxRules - 1 {
+		fmt.Fprintf(&b, "drop from office to uplink proto udp port %d name r%d\n", 1+i, i)
+	}
+	for i := range config.MaxForwards {
+		fmt.Fprintf(&b, "forward tcp %d to 10.137.0.%d\n", 1000+i, 100+i%100)
+	}
+	if err := s.d.reload(parse(t, b.String())); err != nil {
+		t.Fatal(err)
+	}
+	if who, err := ask(s.ctx, g, "192.0.2.1:80"); err != nil || who != "192.0.2.2" {
+		t.Errorf("%q, %v", who, err)
+	}
+}
+
 // A router whose uplink is a guest of another router: it leases its address there, asks the name
 // server of the lease, and gives both back with its own guests behind it.
 func TestUplinkLeasesItsAddress(t *testing.T) {
@@ -689,6 +713,18 @@ allow from lab to uplink
 	s.comes("the uplink has a lease again", func() bool {
 		return strings.Count(s.said.String(), "inner: uplink: address 10.137.0.100/32 by DHCP") == 2
 	})
+	if _, err := ask(s.ctx, g, "192.0.2.1:80"); err != nil {
+		t.Error(err)
+	}
+	// Of two routes of a server for one network the first counts, and none leads away from the own link.
+	two := func(to, via string) dhcp.Route {
+		return dhcp.Route{To: netip.MustParsePrefix(to), Via: netip.MustParseAddr(via)}
+	}
+	if err := d.leased(s.ctx, &dhcp.Lease{Addr: netip.MustParsePrefix("10.137.0.100/24"), Routes: []dhcp.Route{
+		two("10.137.0.0/24", "10.137.0.9"), two("0.0.0.0/0", "10.137.0.1"), two("0.0.0.0/0", "10.137.0.9"),
+	}}); err != nil {
+		t.Error(err)
+	}
 	if _, err := ask(s.ctx, g, "192.0.2.1:80"); err != nil {
 		t.Error(err)
 	}

@@ -165,15 +165,18 @@ func (d *daemon) followUplink(ctx context.Context, up *uplink) {
 	}
 }
 
-// compileUplinkLocked adds the uplink to the core's configuration.
+// compileUplinkLocked adds the uplink to the core's configuration. The core takes one route for a prefix. The
+// uplink's own link goes before the routes of the file, and those before what servers and routers announced, so
+// that nobody out there can make the core refuse a configuration.
 func (d *daemon) compileUplinkLocked(c *router.Config) {
 	u := &d.cfg.Uplink
 	p := router.Port{
 		ID: uplinkPort, Name: "uplink", MAC: d.up.dev.MAC(), MTU: max(d.up.dev.MTU(), router.MinMTU), Masquerade: u.NAT4, Masquerade6: u.NAT6,
 		Listens: u.Auto6 || u.IPv6.IsValid(),
 	}
+	var announced []router.Route
 	route := func(to netip.Prefix, via netip.Addr) {
-		c.Routes = append(c.Routes, router.Route{Prefix: to, Out: uplinkPort, Via: via})
+		announced = append(announced, router.Route{Prefix: to, Out: uplinkPort, Via: via})
 	}
 	all4, all6 := netip.PrefixFrom(netip.IPv4Unspecified(), 0), netip.PrefixFrom(netip.IPv6Unspecified(), 0)
 	switch {
@@ -204,10 +207,23 @@ func (d *daemon) compileUplinkLocked(c *router.Config) {
 			route(all6, u.Via6)
 		}
 	}
+	routed := map[netip.Prefix]bool{}
+	for _, a := range p.Addrs {
+		routed[a.Masked()] = true
+	}
+	add := func(r router.Route) {
+		if !routed[r.Prefix] {
+			routed[r.Prefix] = true
+			c.Routes = append(c.Routes, r)
+		}
+	}
 	for _, r := range d.cfg.Routes {
 		if r.Via.Is4() || p.MTU >= leastMTU6 && leaves6 {
-			route(r.Prefix, r.Via)
+			add(router.Route{Prefix: r.Prefix, Out: uplinkPort, Via: r.Via})
 		}
+	}
+	for _, r := range announced {
+		add(r)
 	}
 	c.Ports = append(c.Ports, p)
 	d.clientLocked()

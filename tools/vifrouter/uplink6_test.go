@@ -211,6 +211,26 @@ func TestAStationThatAnnouncesWhatItLikes(t *testing.T) {
 	}
 }
 
+// A station that announces a network to which the file has a route, and itself as a router beside that of the
+// file, neither takes the file's routes nor makes the core refuse the rest.
+func TestAnnouncementsBesideRoutesOfTheFile(t *testing.T) {
+	s := newSite(t, announced+"route ::/0 via fe80::9\nroute 2001:db8:5::/64 via fe80::9\n")
+	s.routerOfTheWorld()
+	s.comes("addresses of both prefixes, and a router", func() bool {
+		s.announce(1800, prefixInformation("2001:db8:5::"), prefixInformation("2001:db8::"))
+		return s.auto().Router == worldLink && s.has(netip.MustParseAddr("2001:db8:5::216:3eff:fe00:100")) && s.has(netip.MustParseAddr("2001:db8::216:3eff:fe00:100"))
+	})
+	s.d.mu.Lock()
+	defer s.d.mu.Unlock()
+	vias := map[string]string{}
+	for _, r := range s.d.applied.Routes {
+		vias[r.Prefix.String()] = r.Via.String()
+	}
+	if vias["::/0"] != "fe80::9" {
+		t.Errorf("the router to all other networks is %q, not that of the file", vias["::/0"])
+	}
+}
+
 // has reports whether the uplink's port in the core has an address.
 func (s *site) has(a netip.Addr) bool {
 	s.d.mu.Lock()

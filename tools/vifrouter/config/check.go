@@ -1,11 +1,13 @@
 package config
 
 import (
+	"encoding/binary"
 	"fmt"
 	"net/netip"
 	"slices"
 
 	"barevif/pvnet"
+	"barevif/pvnet/packet"
 )
 
 // check checks that the lines go together, and finds out which names are guests.
@@ -105,6 +107,10 @@ func (p *parser) checkGuests() {
 			if other, twice := ids[id]; twice {
 				p.add(g.line, fmt.Sprintf("the guest %q is the same vif as %q", g.Name, other), "leave one of the lines")
 			}
+			if j := slices.IndexFunc(p.c.Guests[:i], func(o Guest) bool { return o.covers(g) }); j >= 0 && ids[id] == "" {
+				o := &p.c.Guests[j]
+				p.add(g.line, fmt.Sprintf("no vif becomes the guest %q, since %q in line %d takes all of them", g.Name, o.Name, o.line), "put this line before that one")
+			}
 			ids[id] = g.Name
 		}
 		if g.Addr.IsValid() {
@@ -121,13 +127,28 @@ func (p *parser) checkGuests() {
 	}
 }
 
+// covers reports whether each vif that may be the guest o may be g as well. "*" covers no other.
+func (g *Guest) covers(o *Guest) bool {
+	return g.Name != "*" && (g.MAC == pvnet.MAC{} || g.MAC == o.MAC) && (g.Domain == 0 || g.Domain == o.Domain) && (g.Vif == "" || g.Vif == o.Vif)
+}
+
 func (p *parser) checkRoutes() {
 	u := &p.c.Uplink
+	lines := map[netip.Prefix]int{} // of routes by their prefixes
 	for _, r := range p.c.Routes {
-		own := u.IPv4
+		own, via := u.IPv4, u.Via4
 		if r.Via.Is6() {
-			own = u.IPv6
+			own, via = u.IPv6, u.Via6
 		}
+		switch at, twice := lines[r.Prefix]; {
+		case twice:
+			p.add(r.line, fmt.Sprintf("line %d has a route to %v already", at, r.Prefix), "leave one of the lines")
+		case r.Prefix.Bits() == 0 && via.IsValid():
+			p.add(r.line, fmt.Sprintf("the uplink's line names a router to all other networks already, %v", via), `leave the route out, or "via" there`)
+		case own.IsValid() && r.Prefix == own.Masked():
+			p.add(r.line, fmt.Sprintf("%v is the uplink's own link, which needs no router", r.Prefix), "leave the route out")
+		}
+		lines[r.Prefix] = r.line
 		switch {
 		case r.Via.Is4() && u.DHCP:
 			p.add(r.line, "the uplink's address is not known yet, and a route needs one", "give the uplink a static address, or have its DHCP server announce the route")
@@ -165,6 +186,16 @@ func (p *parser) name2place(at *Place, line int) {
 	p.add(line, fmt.Sprintf("no network and no guest is called %q", at.Name), "write any, uplink, router, or the name of a network or of a guest")
 }
 
+// routers6 reports whether an address of an IPv6 network is the router's in one of its /64, or that
+// of all routers there (RFC 4291, 2.6.1).
+func (n *Network) routers6(a netip.Addr) bool {
+	b := a.As16()
+	return n.IPv6.IsValid() && n.IPv6.Contains(a) && binary.BigEndian.Uint64(b[8:]) <= 1
+}
+
+// portDHCP is where a DHCP client hears its servers.
+const portDHCP = 68
+
 func (p *parser) checkForwards() {
 	u := &p.c.Uplink
 	for i := range p.c.Forwards {
@@ -175,7 +206,24 @@ func (p *parser) checkForwards() {
 			if f.To == n.Router {
 				p.add(f.line, fmt.Sprintf("%v is the router itself", f.To), `write a rule to it: "allow from uplink to router …"`)
 			}
-			inNetwork = inNetwork || n.IPv4.IsValid() && n.IPv4.Contains(f.To) || n.IPv6.IsValid() && n.IPv6.Contains(f.To)
+			switch {
+			case n.IPv4.IsValid() && n.IPv4.Contains(f.To):
+				inNetwork = true
+				if !inside(n.IPv4, f.To) {
+					p.add(f.line, fmt.Sprintf("%v is no host of the network %s", f.To, n.Name), "forward to the address of a guest")
+				}
+			case n.IPv6.IsValid() && n.IPv6.Contains(f.To):
+				inNetwork = true
+				if n.routers6(f.To) {
+					p.add(f.line, fmt.Sprintf("%v is the router itself: the first address of each /64 is", f.To), "forward to the address of a guest")
+				}
+			}
+		}
+		if len(p.errs) == 0 && (f.To.Is4() && !u.DHCP && !u.IPv4.IsValid() || f.To.Is6() && !u.Auto6 && !u.IPv6.IsValid()) {
+			p.add(f.line, fmt.Sprintf("the uplink has no address of the family of %v to forward from", f.To), "give it one, or leave the forward out")
+		}
+		if u.DHCP && f.To.Is4() && f.Proto == packet.UDP && f.First <= portDHCP && portDHCP <= f.Last {
+			p.add(f.line, fmt.Sprintf("port %d is that of the uplink's DHCP client", portDHCP), "leave it out")
 		}
 		if !inNetwork && len(p.errs) == 0 {
 			p.add(f.line, fmt.Sprintf("%v is in no network", f.To), "forward to the address of a guest")
@@ -198,8 +246,15 @@ func (p *parser) checkServices() {
 	if len(p.errs) == 0 && !d.Off && len(d.Upstream) == 0 && !u.DHCP && !u.Auto6 {
 		p.add(d.line, "nothing says where names are looked up, since the uplink has no DHCP lease and no announcements of routers", `write "dns to ADDRESS" or "dns off"`)
 	}
+	for _, to := range d.Upstream {
+		a := to.Addr()
+		if a == u.IPv4.Addr() || a == u.IPv6.Addr() || slices.ContainsFunc(p.c.Networks, func(n Network) bool { return a == n.Router || n.routers6(a) }) {
+			p.add(d.line, fmt.Sprintf("%v is the router itself, which would ask itself without end", a), "name another server")
+		}
+	}
 	if m.Addr.IsValid() && !m.Machine && len(p.errs) == 0 {
-		own := m.Addr.Addr() == u.IPv4.Addr() || m.Addr.Addr() == u.IPv6.Addr()
+		atUplink := m.Addr.Addr() == u.IPv4.Addr() || m.Addr.Addr() == u.IPv6.Addr()
+		own := atUplink
 		for i := range p.c.Networks {
 			own = own || m.Addr.Addr() == p.c.Networks[i].Router
 		}
@@ -208,6 +263,11 @@ func (p *parser) checkServices() {
 			p.add(m.line, fmt.Sprintf("%v is no address of the router", m.Addr.Addr()), "write the router's address in a network, or metrics machine")
 		case m.Addr.Port() == 53 && !d.Off:
 			p.add(m.line, "port 53 is that of the name server", "choose another")
+		}
+		for _, f := range p.c.Forwards {
+			if atUplink && f.Proto == packet.TCP && f.First <= m.Addr.Port() && m.Addr.Port() <= f.Last && f.To.Is4() == m.Addr.Addr().Is4() && (!f.At.IsValid() || f.At == m.Addr.Addr()) {
+				p.add(m.line, fmt.Sprintf("line %d forwards the port %d to a guest", f.line, m.Addr.Port()), "choose another")
+			}
 		}
 	}
 }

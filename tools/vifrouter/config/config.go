@@ -2,8 +2,8 @@
 // separated by blanks, "#" begins a comment. [Example] is a complete one with every statement.
 //
 // A wrong line is an [Error], which names the line, what is wrong, and what to write
-// instead. [Parse] goes on after it and returns all of them at once. Nothing is ignored: a
-// statement, a word or a combination that the router does not honour is an error.
+// instead. [Parse] goes on after it and returns all of them at once, up to [MaxErrors]. Nothing is
+// ignored: a statement, a word or a combination that the router does not honour is an error.
 package config
 
 import (
@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"barevif/pvnet"
+	"barevif/pvnet/router"
 )
 
 // Bounds of a file. A longer file, or one with more statements of a kind, is refused.
@@ -23,7 +24,11 @@ const (
 	MaxLine     = 4096    // bytes
 	MaxNetworks = 64
 	MaxGuests   = 1000
-	MaxServers  = 4 // name servers
+	MaxRoutes   = 1024
+	MaxRules    = 2048 // together with the forwards and the router's own rules, less than router.MaxRules
+	MaxForwards = router.MaxForwards
+	MaxErrors   = 100 // errors, after which the rest of a file is not read
+	MaxServers  = 4   // name servers
 	MaxName     = 32
 	MaxPool     = 1 << 16 // addresses of one pool
 )

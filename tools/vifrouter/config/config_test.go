@@ -143,6 +143,14 @@ var wrong = []struct{ line, want string }{
 	{"route 198.51.100.0/24 via 2001:db8::9", `"2001:db8::9" is no such address`},
 	{"route 10.137.0.128/25 via 192.0.2.9", "10.137.0.128/25 is in the network office"},
 	{"-uplink ipv4:uplink ipv4 dhcp;route 198.51.100.0/24 via 192.0.2.9", "the uplink's address is not known yet"},
+	{"route 224.0.0.0/4 via 192.0.2.9", "224.0.0.0/4 is no prefix of addresses that hosts beyond a router can have"},
+	{"route 127.0.0.0/8 via 192.0.2.9", "127.0.0.0/8 is no prefix of addresses"},
+	{"route 0.0.0.0/8 via 192.0.2.9", "0.0.0.0/8 is no prefix of addresses"},
+	{"route fe80::/10 via 2001:db8::9", "fe80::/10 is no prefix of addresses"},
+	{"route 198.51.100.0/24 via 192.0.2.9;route 198.51.100.0/24 via 192.0.2.10", "r.conf:10: line 9 has a route to 198.51.100.0/24 already: leave one of the lines"},
+	{"route 0.0.0.0/0 via 192.0.2.9", "the uplink's line names a router to all other networks already, 192.0.2.1: leave the route out"},
+	{"route 192.0.2.0/24 via 192.0.2.9", "192.0.2.0/24 is the uplink's own link, which needs no router: leave the route out"},
+	{manyRoutes() + "route 203.0.113.0/24 via 192.0.2.9", "there are too many routes: have at most 1024"},
 	{"network", `"network" has no value`},
 	{"network a.b ipv4 10.0.0.0/24 router 10.0.0.1", `"a.b" is no name`},
 	{"network any ipv4 10.0.0.0/24 router 10.0.0.1", `the name "any" has a meaning already`},
@@ -183,6 +191,9 @@ var wrong = []struct{ line, want string }{
 	{"guest a in office vif 1 ipv4 10.137.0.7", `the guest "web" has the address 10.137.0.7 too`},
 	{"guest office in office vif 1", `a network is called "office" too`},
 	{"guest a in office mac 00:16:3e:00:00:07", `the guest "a" is the same vif as "web"`},
+	{"guest a in office domain 3;guest b in office domain 3 vif 0", `r.conf:10: no vif becomes the guest "b", since "a" in line 9 takes all of them: put this line before that one`},
+	{"guest a in office vif 0;guest b in office mac 00:16:3e:00:00:09 vif 0", `no vif becomes the guest "b"`},
+	{"guest b in office mac 00:16:3e:00:00:07 domain 3", `no vif becomes the guest "b", since "web" in line 6 takes all of them`},
 	{"-guest *:guest * in office vif 3", `"guest *" are all that no other line names`},
 	{"allow", `"from" is missing`},
 	{"allow from office", `"to" is missing`},
@@ -202,6 +213,10 @@ var wrong = []struct{ line, want string }{
 	{"allow from any to any family ipv4 source fd00::/8", "fd00::/8 is of the other family"},
 	{"allow from any to any source 10.0.0.1/8", `"10.0.0.1/8" has bits behind its length, and is 10.0.0.0/8`},
 	{"allow from any to any dest x", `"x" is no address and no prefix`},
+	{"allow from any to any source 10.0.0.1 dest fd00::1", "no packet has all of it: its addresses, or its protocol, are of different families: name what is of one family"},
+	{"allow from any to any proto icmp source fd00::1", "no packet has all of it"},
+	{"allow from any to any proto icmpv6 dest 10.0.0.1,10.0.0.2", "no packet has all of it"},
+	{strings.Repeat("allow from any to any;", MaxRules) + "drop from any to any", "there are too many rules: have at most 2048"},
 	{"drop from any to any state established", "packets of a flow pass because it was allowed"},
 	{"drop from any to any state wild", `"wild" is no state`},
 	{"drop from any to any name a/b", `"a/b" is no name`},
@@ -219,6 +234,13 @@ var wrong = []struct{ line, want string }{
 	{"forward tcp 80 to 10.137.0.7 at 192.0.2.3", "192.0.2.3 is no address of the uplink"},
 	{"forward tcp 80 to 10.137.0.7 for 192.0.2.3", `"for" makes no sense here`},
 	{"forward tcp 80-90 to 10.137.0.7;forward tcp 85 to 10.137.0.8", "are those of line 9 too"},
+	{"forward tcp 80 to 10.137.0.255", "10.137.0.255 is no host of the network office: forward to the address of a guest"},
+	{"forward tcp 80 to 10.137.0.0", "10.137.0.0 is no host of the network office"},
+	{"forward tcp 80 to fd00:137:0:7::1", "fd00:137:0:7::1 is the router itself: the first address of each /64 is: forward to the address of a guest"},
+	{"forward tcp 80 to fd00:137:0:7::", "fd00:137:0:7:: is the router itself"},
+	{"-uplink ipv6:forward tcp 80 to fd00:137::7", "the uplink has no address of the family of fd00:137::7 to forward from"},
+	{"-uplink ipv4:forward tcp 80 to 10.137.0.7", "the uplink has no address of the family of 10.137.0.7 to forward from"},
+	{"-uplink ipv4:uplink ipv4 dhcp;forward udp 60-70 to 10.137.0.7", "port 68 is that of the uplink's DHCP client: leave it out"},
 	{"dhcp lease 1m", `"1m" is no time of a lease`},
 	{"dhcp lease", `"lease" has no value`},
 	{"dhcp on", `"on" is nothing of dhcp`},
@@ -228,17 +250,71 @@ var wrong = []struct{ line, want string }{
 	{"-dns:dns to ns.example", `"ns.example" is no name server`},
 	{"-dns:dns to 192.0.2.53 192.0.2.53", "comes twice"},
 	{"-dns:dns to 192.0.2.1 192.0.2.3 192.0.2.4 192.0.2.5 192.0.2.6", "there are too many name servers"},
+	{"-dns:dns to 192.0.2.2", "192.0.2.2 is the router itself, which would ask itself without end: name another server"},
+	{"-dns:dns to 2001:db8::2", "2001:db8::2 is the router itself"},
+	{"-dns:dns to 10.137.0.1:5353", "10.137.0.1 is the router itself"},
+	{"-dns:dns to fd00:137:0:9::1", "fd00:137:0:9::1 is the router itself"},
 	{"-dns:dns at 192.0.2.1", `"at" is nothing of dns`},
 	{"metrics 127.0.0.1:9100", `"127.0.0.1:9100" says not who serves the counters`},
 	{"metrics machine 127.0.0.1", `"127.0.0.1" is no address with a port`},
 	{"metrics router 127.0.0.1:9100", "127.0.0.1 is no address of the router"},
 	{"metrics router 10.137.0.1:53", "port 53 is that of the name server"},
+	{"metrics router 192.0.2.2:9100;forward tcp 9000-9200 to 10.137.0.7", "r.conf:9: line 10 forwards the port 9100 to a guest: choose another"},
 	{"flows 3", `"3" is no size of the table of flows`},
 	{"flows 1000 each 5", `"each" makes no sense here`},
 	{"flows 1000 per-guest 2000", "one guest cannot have more flows than there are"},
 	{"allow from any to any\x00", "the line has bytes that are no text"},
 	{"allow from any to any \xff", "the line has bytes that are no text"},
 	{"# " + strings.Repeat("x", MaxLine), "the line is longer than"},
+}
+
+// manyRoutes are lines of as many routes as there may be.
+func manyRoutes() string {
+	var b strings.Builder
+	for i := range MaxRoutes {
+		fmt.Fprintf(&b, "route 198.18.%d.%d/32 via 192.0.2.9;", i>>8, i&0xff)
+	}
+	return b.String()
+}
+
+// right are changes of base, beside those of wrong, that have no error.
+var right = []string{
+	"-uplink ipv4:uplink ipv4 192.0.2.2/24;route 0.0.0.0/0 via 192.0.2.9",
+	"route 0.0.0.0/1 via 192.0.2.9;route 128.0.0.0/1 via 192.0.2.9;route 192.0.2.128/25 via 192.0.2.9",
+	"-uplink ipv6:uplink ipv6 auto;route ::/0 via fe80::9",
+	"guest b in office domain 3 vif 0;guest a in office domain 3",
+	"guest a in office domain 3;guest b in office vif 0;guest c in office mac 00:16:3e:00:00:09",
+	"allow from any to any source 10.0.0.1,fd00::1 dest fd00::2;allow from any to any proto icmp,icmpv6 dest 10.0.0.1",
+	"allow from any to any proto icmpv6,tcp source 10.0.0.1",
+	"forward tcp 80 to fd00:137:0:7::2;forward udp 68 to 10.137.0.7;forward tcp 443 to 10.137.0.254",
+	"-dns:dns to 10.137.0.7",
+	manyRoutes(),
+	strings.Repeat("allow from any to any;", MaxRules),
+	"metrics router 192.0.2.2:9100;forward udp 9100 to 10.137.0.7;forward tcp 9100 to fd00:137::7",
+	"metrics router 10.137.0.1:9100;forward tcp 9100 to 10.137.0.7",
+}
+
+func TestWhatIsOddAndRight(t *testing.T) {
+	for _, change := range right {
+		if _, err := Parse("r.conf", []byte(with(change))); err != nil {
+			t.Errorf("%q: %v", change, err)
+		}
+	}
+}
+
+// A file that is no configuration at all has an error in each line, of which there may be many more
+// than anybody reads, or than a small guest has memory for.
+func TestErrorsAreBounded(t *testing.T) {
+	for _, line := range []string{"x\n", "\xff\n", "guest a in b mac c\n", "network x\n"} {
+		_, err := Parse("r.conf", []byte(strings.Repeat(line, MaxFile/len(line))))
+		list, _ := err.(Errors)
+		if len(list) != MaxErrors+1 {
+			t.Fatalf("%q: %d errors", line, len(list))
+		}
+		if last := list[MaxErrors]; last.Line != MaxErrors+1 || !strings.Contains(last.What, "nothing from here on was read") {
+			t.Errorf("%q: %v", line, last)
+		}
+	}
 }
 
 // with applies a change of wrong to base.
@@ -312,6 +388,9 @@ func TestLoadRefusesALongFile(t *testing.T) {
 func FuzzParse(f *testing.F) {
 	f.Add(Example)
 	f.Add(base)
+	for _, change := range right {
+		f.Add(with(change))
+	}
 	for _, one := range wrong {
 		f.Add(with(one.line))
 	}

@@ -25,6 +25,10 @@ func Parse(name string, text []byte) (*Config, error) {
 	for line := range strings.Lines(string(text)) {
 		n++
 		p.line = n
+		if len(p.errs) >= MaxErrors {
+			p.fail(fmt.Sprintf("the lines before have %d errors, and nothing from here on was read", len(p.errs)), "mend those first")
+			return nil, p.errs
+		}
 		line = strings.TrimRight(line, "\r\n")
 		switch {
 		case len(line) > MaxLine:
@@ -101,6 +105,18 @@ func (p *parser) once(what string) bool {
 	}
 	p.seen[what] = p.line
 	return true
+}
+
+// room reports whether there may be one more of what n are there. It says once that there may not.
+func (p *parser) room(what string, n, most int) bool {
+	if n < most {
+		return true
+	}
+	if said := "too many " + what; p.seen[said] == 0 {
+		p.seen[said] = p.line
+		p.fail(fmt.Sprintf("there are too many %s", what), fmt.Sprintf("have at most %d", most))
+	}
+	return false
 }
 
 // statements are the first words of lines.
@@ -304,10 +320,12 @@ func (p *parser) route() {
 	switch {
 	case err != nil || to != to.Masked() || to.Addr().Is4In6():
 		p.fail(fmt.Sprintf("%q is no prefix", w), instead)
+	case !host(to.Addr()) && !(to.Addr().IsUnspecified() && to.Bits() < 8):
+		p.fail(fmt.Sprintf("%v is no prefix of addresses that hosts beyond a router can have", to), instead)
 	case p.next() != "via":
 		p.fail(`"via" is missing`, instead)
 	default:
-		if via, ok := p.addr("via", to.Addr().Is6()); ok && p.end(instead) {
+		if via, ok := p.addr("via", to.Addr().Is6()); ok && p.end(instead) && p.room("routes", len(p.c.Routes), MaxRoutes) {
 			p.c.Routes = append(p.c.Routes, Route{to, via, p.line})
 		}
 	}
@@ -343,8 +361,7 @@ func (p *parser) network() {
 	}
 	n := p.c.NetworkOf(name)
 	if n == nil {
-		if len(p.c.Networks) == MaxNetworks {
-			p.fail("there are too many networks", fmt.Sprintf("have at most %d", MaxNetworks))
+		if !p.room("networks", len(p.c.Networks), MaxNetworks) {
 			return
 		}
 		p.c.Networks = append(p.c.Networks, Network{Name: name, line: p.line})
@@ -457,8 +474,7 @@ func (p *parser) guest() {
 	if !p.once("guest " + g.Name) {
 		return
 	}
-	if len(p.c.Guests) == MaxGuests {
-		p.fail("there are too many guests", fmt.Sprintf("have at most %d", MaxGuests))
+	if !p.room("guests", len(p.c.Guests), MaxGuests) {
 		return
 	}
 	if p.next() != "in" {
@@ -559,7 +575,7 @@ func (p *parser) rule(a Action) {
 			return
 		}
 	}
-	if p.ruleFits(&r) {
+	if p.ruleFits(&r) && p.room("rules", len(p.c.Rules), MaxRules) {
 		p.c.Rules = append(p.c.Rules, r)
 	}
 }
@@ -694,7 +710,23 @@ func (p *parser) ruleFits(r *Rule) bool {
 			}
 		}
 	}
+	if !matchable(r, true) && !matchable(r, false) {
+		return p.fail("no packet has all of it: its addresses, or its protocol, are of different families", "name what is of one family, and write a rule for each")
+	}
 	return true
+}
+
+// matchable reports whether a packet of a family can have what a rule names.
+func matchable(r *Rule, six bool) bool {
+	foreign, family := uint8(icmpv6), 4
+	if six {
+		foreign, family = icmp, 6
+	}
+	of := func(list []netip.Prefix) bool {
+		return len(list) == 0 || slices.ContainsFunc(list, func(a netip.Prefix) bool { return a.Addr().Is6() == six })
+	}
+	protocol := len(r.Proto) == 0 || slices.ContainsFunc(r.Proto, func(n uint8) bool { return n != foreign })
+	return (r.Family == 0 || r.Family == family) && protocol && of(r.Source) && of(r.Dest)
 }
 
 func parsePorts(s string) (Ports, error) {
@@ -790,7 +822,7 @@ func (p *parser) forward() {
 			return
 		}
 	}
-	if p.end(forwardForms) {
+	if p.end(forwardForms) && p.room("forwards", len(p.c.Forwards), MaxForwards) {
 		p.c.Forwards = append(p.c.Forwards, f)
 	}
 }
