@@ -4,6 +4,9 @@ package command_test
 
 import (
 	"context"
+	"errors"
+	"io/fs"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync/atomic"
@@ -17,6 +20,8 @@ import (
 	"barevif/pvnet/handover"
 	"barevif/xenbus/toolstack"
 	"barevif/xenbus/xenstore"
+
+	"golang.org/x/sys/unix"
 )
 
 // unmoved fails the test if the vif of a guest connects again, or its link goes down, before the test
@@ -225,4 +230,48 @@ func TestABridgeGoesOnIfItsSuccessorDies(t *testing.T) {
 	unmoved()
 	b.signal(syscall.SIGTERM)
 	b.exit(0)
+}
+
+// The uplinks of a bridge that takes over wait until the process before it has given its own up, though
+// it has the vifs long since.
+func TestUplinksWaitForTheBridgeBefore(t *testing.T) {
+	s := newSite(t, "--vif", "front=2,back=4")
+	socket := filepath.Join(filepath.Dir(s.socket), "h.sock")
+	before, err := handover.Listen(socket, handover.Identity{Domain: 2, Program: "a test"}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer before.Close()
+	lock, err := os.Create(socket + ".uplinks")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lock.Close()
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
+		t.Fatal(err)
+	}
+	world, err := emu.Join(t.Context(), s.socket, 4)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer world.Destroy()
+	serving, stop := context.WithCancel(t.Context())
+	served := make(chan error, 1)
+	go func() {
+		served <- pvnet.Serve(serving, world, pvnet.ServeConfig{Hotplug: true}, func(*pvnet.Device) {})
+	}()
+	defer func() { stop(); <-served }()
+	b := s.bridge("--uplink", "vif:0", "--handover", socket, "--take-over", "--inspect", s.private())
+	b.await("0 vifs taken over from a test", 1)
+	b.await("the uplinks wait for the end of the other bridge", 1)
+	if strings.Contains(b.text(), "uplink vif:0: ") {
+		t.Error("the bridge has an uplink that the process before it has")
+	}
+	lock.Close()
+	b.await("uplink vif:0: connected, backend in domain 4", 1)
+	b.signal(syscall.SIGTERM)
+	b.exit(0)
+	if _, err := os.Lstat(socket + ".uplinks"); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the lock is left behind: %v", err)
+	}
 }

@@ -117,6 +117,25 @@ func TestOneBridgeHasTheUplinks(t *testing.T) {
 	}
 }
 
+// A lock on a file that its owner has removed meanwhile is none.
+func TestALockIsAtItsPath(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "lock")
+	f, err := os.Create(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if !isAt(f, path) {
+		t.Error("a file is not where it was made")
+	}
+	if err := os.Remove(path); err != nil || isAt(f, path) {
+		t.Errorf("a file that was removed is at its path: %v", err)
+	}
+	if err := os.WriteFile(path, nil, 0o600); err != nil || isAt(f, path) {
+		t.Errorf("another file is taken for it: %v", err)
+	}
+}
+
 // writes tells of what is written.
 type writes chan<- struct{}
 
