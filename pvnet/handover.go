@@ -241,7 +241,10 @@ func (s *server) takeOver(ctx context.Context, id xenbus.BackendID, log *slog.Lo
 		return false // the usual way says what is wrong
 	}
 	h := successor{s: s, id: id, xd: xd, renewed: make(chan struct{})}
-	b, err := h.take(ctx)
+	var b *back
+	if err = h.mayTake(ctx); err == nil {
+		b, err = h.take(ctx)
+	}
 	if b == nil {
 		if err != nil && ctx.Err() == nil {
 			log.Warn("cannot take a vif over from the process that serves it", "err", err)
@@ -274,6 +277,18 @@ type successor struct {
 	keys xenstore.Values // of the frontend, from before the vif was asked for
 
 	renewed chan struct{} // see Device.renewed
+}
+
+// mayTake asks the user of Serve whether the vif is to be taken over.
+func (h *successor) mayTake(ctx context.Context) error {
+	if h.s.cfg.MayTake == nil {
+		return nil
+	}
+	says, err := h.xd.OwnValues(ctx, toolstackKeys...)
+	if err != nil {
+		return err
+	}
+	return h.s.cfg.MayTake(h.id.Front, h.id.ID, parseToolstack(says))
 }
 
 // take returns a device that has started; nil if the vif stays where it is, or is

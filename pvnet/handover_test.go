@@ -446,6 +446,49 @@ func TestAVifWithoutAConnectionIsGivenUp(t *testing.T) {
 	}
 }
 
+// A vif that the user of Serve does not want is not asked for; it is claimed once the process that
+// serves it has given it up.
+func TestAVifThatMayNotBeTakenStaysUntilItsProcessEnds(t *testing.T) {
+	l := newLab(t)
+	fdom, bdom := l.domain(1), l.domain(2)
+	v := toolstack.Vif{Front: 1, Back: 2, MAC: [6]byte{0, 0x16, 0x3e, 0, 0, 9}}
+	l.add(v)
+	p := l.process(bdom, pvnet.ServeConfig{})
+	front, err := pvnet.Connect(ctx(t), fdom, "0", pvnet.Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer front.Disconnect()
+	await(t, wait(t, p.came), true)
+	stays := l.stays4(v)
+	type question struct {
+		front hypercall.DomID
+		id    string
+		mac   pvnet.MAC
+	}
+	asked := make(chan question, 16)
+	next := l.process(bdom, pvnet.ServeConfig{
+		MayTake: func(front hypercall.DomID, id string, says pvnet.Toolstack) error {
+			asked <- question{front, id, says.MAC}
+			return errors.New("not wanted")
+		},
+		TakeOver: func(context.Context, hypercall.DomID, string) (*pvnet.TakenVif, error) {
+			t.Error("the vif was asked for")
+			return nil, nil
+		},
+	})
+	if got, want := wait(t, asked), (question{1, "0", pvnet.MAC(v.MAC)}); got != want {
+		t.Errorf("%+v, want %+v", got, want)
+	}
+	stays()
+	if len(next.came) != 0 {
+		t.Error("both processes have the vif")
+	}
+	p.end(pvnet.ErrHandover)
+	await(t, wait(t, next.came), true)
+	next.end(context.Canceled)
+}
+
 // The process that has handed a vif over serves it again once it is told that the other
 // one may be gone.
 func TestAVifComesBackFromAProcessThatDied(t *testing.T) {

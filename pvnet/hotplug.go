@@ -33,6 +33,12 @@ type Toolstack struct {
 	Bad []error // a [*xenstore.ValueError] for each unusable value; its Path is the key
 }
 
+// toolstackKeys are the keys of a vif's directory that a Toolstack is made of.
+var toolstackKeys = []string{
+	netif.KeyBridge, netif.KeyVifName, netif.KeyScript, netif.KeyGatewayDev, netif.KeyIP,
+	netif.KeyMAC, netif.KeyType, netif.KeyForwardDev, netif.KeyVLAN, netif.KeyHotplugStatus,
+}
+
 // Limits of the toolstack's values.
 const (
 	mostName   = 15  // bytes of an interface's name: IFNAMSIZ-1 of linux/if.h
@@ -47,8 +53,7 @@ func (d *Device) Toolstack(ctx context.Context) (Toolstack, error) {
 	if err := d.backendOnly(); err != nil {
 		return Toolstack{}, err
 	}
-	v, err := d.own(ctx, netif.KeyBridge, netif.KeyVifName, netif.KeyScript, netif.KeyGatewayDev, netif.KeyIP,
-		netif.KeyMAC, netif.KeyType, netif.KeyForwardDev, netif.KeyVLAN, netif.KeyHotplugStatus)
+	v, err := d.own(ctx, toolstackKeys...)
 	if err != nil {
 		return Toolstack{}, fmt.Errorf("pvnet: vif %s: %w", d.id, err)
 	}

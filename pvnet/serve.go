@@ -70,6 +70,13 @@ type ServeConfig struct {
 	// tries to claim the vif, and not again after it failed; package
 	// barevif/pvnet/handover has one. nil: Serve only claims vifs that nobody serves.
 	TakeOver func(ctx context.Context, front hypercall.DomID, id string) (*TakenVif, error)
+
+	// MayTake is called before TakeOver, with what the toolstack wrote about the vif. An error
+	// says why the vif is not to be taken over: TakeOver is not called, and the process that
+	// serves the vif goes on with it until it ends. Then Serve claims the vif as any other, and
+	// accept decides about it. It must not block, and may be called for several vifs at once. nil:
+	// TakeOver is called for each.
+	MayTake func(front hypercall.DomID, id string, says Toolstack) error
 }
 
 // Serve runs the backend of every vif whose directory is under our type, now or later.

@@ -117,6 +117,10 @@ func (c *Client) TakeOver(ctx context.Context, peer hypercall.DomID, id string) 
 	return in, nil
 }
 
+// Decline says that this process does not want vif id, whose other end is in domain peer: the other
+// process keeps it until it ends, and Finish does not wait for it.
+func (c *Client) Decline(peer hypercall.DomID, id string) { c.settle(c.id.name(peer, id), false) }
+
 // take asks for a vif. It returns nil if the other process does not have it, or has ended.
 func (c *Client) take(ctx context.Context, vif string) (*pvnet.TakenVif, error) {
 	c.mu.Lock()

@@ -167,6 +167,32 @@ func TestAVifGoesThroughTheSocket(t *testing.T) {
 	}
 }
 
+// Finish does not wait for a vif that was declined, and that one goes on where it is.
+func TestADeclinedVifStays(t *testing.T) {
+	s := newSite(t)
+	c, err := Dial(t.Context(), s.path, us)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.Decline(7, "0") // the other process does not have it
+	select {
+	case <-c.settled:
+		t.Error("a vif of the other process is forgotten")
+	default:
+	}
+	c.Decline(1, "0")
+	c.Decline(1, "0")
+	select {
+	case <-c.settled:
+	default:
+		t.Error("Finish waits for the vif that was declined")
+	}
+	c.Close()
+	if c.Taken() != 0 || len(s.held) != 0 || s.back.SetDeadline(time.Time{}) != nil {
+		t.Error("the vif was touched")
+	}
+}
+
 func TestProcessesThatDoNotFitPart(t *testing.T) {
 	s := newSite(t)
 	for want, id := range map[string]Identity{

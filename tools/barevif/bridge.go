@@ -12,12 +12,14 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
 	"barevif/pvnet"
 	"barevif/pvnet/bridge"
 	"barevif/pvnet/forward"
+	"barevif/pvnet/handover"
 	"barevif/pvnet/inspect"
 	"barevif/pvnet/netif"
 	"barevif/tools/cli"
@@ -27,7 +29,10 @@ import (
 )
 
 func bridgeCommand(p *cli.Program) *cobra.Command {
-	b := bridged{backend: backend{Program: p, name: "bridge"}, ports: make(map[*bridge.Port]portInfo)}
+	b := bridged{
+		backend: backend{Program: p, name: "bridge"}, takeovers: takeovers{command: "bridge", pause: "send the other bridge SIGUSR1"},
+		ports: make(map[*bridge.Port]portInfo), promised: make(map[string][]pvnet.MAC),
+	}
 	cmd := &cobra.Command{
 		Use:   "bridge",
 		Short: "Be the driver domain: serve vifs, and switch them without the kernel's network",
@@ -69,11 +74,24 @@ say why. It connects when the key was corrected.
 "barevif bridge status" shows the ports and the stations of a bridge that runs. "barevif
 stat", "ring" and "dump" show its vifs as they show those of back.
 
+An upgrade is not noticed by guests: bridge --take-over takes the vifs over from the bridge
+that serves them now, one after another and each within milliseconds, and that one ends
+with status 0. SIGUSR2 makes a running bridge start itself again in this way: with the file
+that is at its program's path now, and the same arguments. Guards, isolation and what else
+flags say are those of the new one. A vif that it would refuse stays with the old one until
+that ends; and so does one that it cannot take, of which the old one says why.
+While vifs move, frames between one that has moved and one that has not are dropped, as are
+those that wait in the old bridge. Stations that have no guard are learnt again: until they
+send, frames for them go to all ports without one.
+Uplinks end with the old bridge and begin again with the new one, which takes a second or
+two: a TAP is made again, with its MAC and --addr, and without what others gave it.
+
 SIGUSR1 ends it without closing the vifs: the next bridge goes on where this one stopped,
 and the guests see a pause. Several bridges of a domain have a --name and a --vif each.`,
 		Example: `  barevif bridge
   barevif bridge --uplink tap:lan0 --addr 10.9.0.1/24
   barevif bridge --xen --uplink vif:0 --isolated
+  barevif bridge --xen --uplink vif:0 --isolated --take-over
   barevif bridge --xen --name dmz --vif '5.*' --vif 7.1 --no-guard=7.1
   barevif bridge status --json | jq '.[].stations'`,
 		Args: b.arguments,
@@ -93,6 +111,7 @@ and the guests see a pause. Several bridges of a domain have a --name and a --vi
 	f.IntVar(&b.perPort, "stations-per-vif", 256, "`stations` to learn of one port at most")
 	f.IntVar(&b.most, "ports", 256, "`ports` at most, uplinks among them: 2 to 1024")
 	f.DurationVar(&b.age, "age", 5*time.Minute, "`time` after which a station that sends nothing is forgotten")
+	b.takeovers.register(cmd, "take the vifs over from the bridge that serves them now, which then ends")
 	f.BoolVar(&b.take, "take", false, "with --xen: unbind the vif of an uplink from the kernel's driver first")
 	completes(cmd, completeNothing, "name", "addr", "isolated", "no-guard", "stations", "stations-per-vif", "ports", "age")
 	cli.Completes(cmd, "uplink", b.completeUplinks)
@@ -106,6 +125,7 @@ const allVifs = "all"
 // A bridged is the command bridge.
 type bridged struct {
 	backend
+	takeovers           takeovers
 	bridge              string // its name
 	uplinkFlags, addrs  []string
 	isolated, unguarded []string
@@ -119,8 +139,9 @@ type bridged struct {
 	began   time.Time
 	own     *domain.Domain
 
-	mu    sync.Mutex
-	ports map[*bridge.Port]portInfo // guarded by mu
+	mu       sync.Mutex
+	ports    map[*bridge.Port]portInfo // guarded by mu
+	promised map[string][]pvnet.MAC    // guarded by mu: by vif, the guards of those that are being taken over
 }
 
 // A portInfo is what a bridged knows of a port beside what the port does.
@@ -180,6 +201,7 @@ func (b *bridged) run(ctx context.Context) error {
 		return err
 	}
 	b.slog, b.began = b.Log(), time.Now()
+	b.domain.Beside = b.takeovers.takeOver
 	if b.own, err = b.domain.Open(ctx); err != nil {
 		return err
 	}
@@ -189,6 +211,16 @@ func (b *bridged) run(ctx context.Context) error {
 		return err
 	}
 	defer endInspect()
+
+	file := fmt.Sprintf("bridge-%d-%s%s.handover", b.own.ID(), strings.ReplaceAll(b.typ, "/", "_"), b.selection())
+	if err := b.takeovers.begin(b.Say, b.slog, &b.domain, file, handover.Identity{Domain: b.own.ID(), Type: b.typ}); err != nil {
+		return err
+	}
+	takeOver, err := b.takeovers.dial(ctx, false)
+	if err != nil {
+		return err
+	}
+	defer b.takeovers.close()
 
 	cfg := bridge.Config{Stations: b.stations, PerPort: min(b.perPort, b.stations), Ports: b.most, Age: b.age}
 	if cfg.Pool, err = newPool(b.own); err != nil {
@@ -216,25 +248,33 @@ func (b *bridged) run(ctx context.Context) error {
 		}
 	}
 	serve := b.serveConfig(queues, counters, inspector)
-	for _, u := range uplinks {
-		wait, err := b.startUplink(ctx, u, serve.Config)
-		if err != nil {
-			return err
-		}
-		following.Go(wait)
+	endUplinks, err := b.startUplinks(ctx, uplinks, serve.Config)
+	following.Go(endUplinks)
+	if err != nil {
+		return err
 	}
-	handOver := make(chan os.Signal, 1)
-	signal.Notify(handOver, syscall.SIGUSR1)
-	defer signal.Stop(handOver)
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, syscall.SIGUSR1, syscall.SIGUSR2)
+	defer signal.Stop(signals)
 	following.Go(func() {
-		select {
-		case <-handOver:
-			cancel(pvnet.ErrHandover)
-		case <-ctx.Done():
+		for {
+			select {
+			case s := <-signals:
+				if s == syscall.SIGUSR1 {
+					cancel(pvnet.ErrHandover)
+					return
+				}
+				b.takeovers.startSuccessor(b.slog)
+			case <-ctx.Done():
+				return
+			}
 		}
 	})
+	go b.takeovers.run(ctx, func() { cancel(pvnet.ErrHandover) })
+	if takeOver != nil {
+		b.selectTaken(&serve, takeOver)
+	}
 	b.Say("domain %d serves vifs of type %s on bridge %s; a signal ends it", b.own.ID(), b.typ, b.bridge)
-	notify("READY=1")
 	return b.serveVifs(ctx, cancel, b.own, serve, b.serve)
 }
 
@@ -253,6 +293,10 @@ func newPool(dom *domain.Domain) (*forward.Pool, error) {
 // vif does not affect the others.
 func (b *bridged) serve(ctx context.Context, dev *pvnet.Device) {
 	vif := fmt.Sprintf("%d.%s", dev.Peer(), dev.ID())
+	for _, f := range dev.TakenFiles() { // of a back, whose TAP ends here
+		f.Close()
+	}
+	defer b.forgetPromise(vif)
 	var port *bridge.Port
 	var info portInfo
 	ok, joined := b.offer(ctx, dev, vif, func(ctx context.Context) (notes []*keyError, _ bool, err error) {
@@ -267,13 +311,23 @@ func (b *bridged) serve(ctx context.Context, dev *pvnet.Device) {
 		return
 	}
 	hide := b.shown(port, info)
+	b.forgetPromise(vif)
+	var held atomic.Bool
+	defer b.takeovers.add(&handover.Vif{
+		Device: dev, Resume: func() { held.Store(false) },
+		Hold: func(context.Context) ([]*os.File, error) { held.Store(true); return nil, nil },
+	})()
 	b.Say("vif %s: on bridge %s%s, MTU %d; counters: %s", vif, b.bridge, info, dev.MTU(), mirrored(dev))
 	go b.endWith(port, vif)
 	b.follow(dev, vif, func(pvnet.LinkEvent) {}, func() { b.recheck(ctx, dev, vif, info) })
 	<-port.Done()
 	hide()
 	dev.Disconnect()
-	b.Say("vif %s: gone; %s", vif, portTally("frontend", port.Stats()))
+	end := "gone"
+	if held.Load() {
+		end = "handed over"
+	}
+	b.Say("vif %s: %s; %s", vif, end, portTally("frontend", port.Stats()))
 }
 
 // endWith ends the device of a port with the port.

@@ -86,11 +86,7 @@ func TestUnitsRunCommandsThatThereAre(t *testing.T) {
 			if f.Value.String() != dir || !slices.Contains(deploytest.Settings(unit, "RuntimeDirectoryMode"), "0700") {
 				t.Errorf("%s: --inspect %s, and its directory is %s", file, f.Value, dir)
 			}
-			// A hand-over; or, of a command that has none, an end without closing the vifs.
-			reload := "/bin/kill -USR2 $MAINPID"
-			if cmd.Flags().Lookup("take-over") == nil {
-				reload = "/bin/kill -USR1 $MAINPID"
-			}
+			const reload = "/bin/kill -USR2 $MAINPID" // a hand-over
 			if got := deploytest.Settings(unit, "ExecReload"); len(got) != 1 || got[0] != reload || !slices.Contains(deploytest.Settings(unit, "Type"), "notify") || !slices.Contains(deploytest.Settings(unit, "Restart"), "always") {
 				t.Errorf("%s is not reloaded by %s: %q", file, reload, got)
 			}
