@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"barevif/test/xenlab/image"
+	"barevif/tools/guestimage"
+	"barevif/tools/guestimage/guestinit"
 )
 
 // appliancePackage is the program of which "barevif image" makes guests.
@@ -54,7 +56,7 @@ func imageBoots(kind GuestType, dir string) func(*T) {
 				t.Fatalf("no %q in the page %q", w, page)
 			}
 		}
-		t.noteBoot(t.bootTimes(said, t.guestConsole()))
+		t.noteBoot(t.bootTimes(said, t.guestConsole(dir)))
 		t.noteMemory()
 		t.Ping(t.Dom0(), image.ApplianceAddr, 1472, 20)
 		t.shutDown(guest, "hello: asked to end", "barevif: /app/hello exited with status 0")
@@ -72,23 +74,31 @@ const applianceLog = "/var/log/xen/console/guest-" + image.ApplianceName + ".log
 // started is what process 1 prints first.
 var started = regexp.MustCompile(`barevif: kernel \S+ has started after (\d+\.\d+) s`)
 
-// guestConsole returns what the guest has said on its console, which must not be that anything is missing.
-func (t *T) guestConsole() string {
+// guestConsole returns what the guest of the image in dir has said on its console, which must not be that anything is
+// missing.
+func (t *T) guestConsole(dir string) string {
 	t.Dom0().Await("the program's first line", "grep -q 'hello: serving' %s", applianceLog)
+	if dir == image.Appliance {
+		return t.requireWhole(applianceLog, image.NotInAppliance...)
+	}
 	return t.requireWhole(applianceLog)
 }
 
-// requireWhole returns the log of an image's console, which must not say that anything is missing.
-func (t *T) requireWhole(log string) string {
+// requireWhole returns the log of an image's console, which must say that all modules were loaded but those that the
+// image is without, and not that anything is missing.
+func (t *T) requireWhole(log string, without ...string) string {
 	text := string(t.Dom0().Get(log))
 	for _, missing := range [...]string{"is missing", "not mounted", "not loaded", "no vif", "no module", "stays as it is", "does not answer"} {
 		if strings.Contains(text, missing) {
 			t.Fatalf("something %s:\n%s", missing, text)
 		}
 	}
-	for _, module := range [...]string{"xen_evtchn", "xen_gntalloc", "xen_gntdev", "xen_privcmd", "xenfs", "tun"} {
-		if !strings.Contains(text, module) {
-			t.Fatalf("module %s is not loaded:\n%s", module, text)
+	_, loaded, _ := strings.Cut(text, "barevif: loaded ")
+	loaded, _, _ = strings.Cut(loaded, "\n")
+	for _, module := range guestimage.BaseModules {
+		there := slices.Contains(strings.Fields(loaded), guestinit.ModuleName(module))
+		if want := !slices.Contains(without, module); there != want {
+			t.Fatalf("module %s is loaded: %v, want %v:\n%s", module, there, want, text)
 		}
 	}
 	return text

@@ -54,6 +54,11 @@ that is in it. They may replace /etc/passwd, /etc/group and /etc/hosts, and noth
 the image. /proc, /sys, /dev, /run and /tmp are mounted when the guest starts, so no file can
 be put below them.
 
+An image has the modules xen-evtchn, xen-gntalloc, xen-gntdev, xen-privcmd, xenfs and tun. A program
+that is a frontend alone needs the first two, and starts sooner --without the others: xen-gntdev
+is for a backend, which needs no xen-gntalloc, tun for TAPs, xen-privcmd for doorbells by
+hypercall, and xenfs, which needs xen-privcmd, for programs that look into /proc/xen.
+
 A guest that serves vifs to others is a driver domain: --config driver_domain=1.
 
 The kernel comes from the package that apt would install, which is fetched once and
@@ -89,6 +94,7 @@ func (m *imageFlags) register(cmd *cobra.Command) {
 	f.StringVar(&c.Vmlinuz, "vmlinuz", "", "take this `file` as the kernel; needs --modules")
 	f.StringVar(&c.ModuleDir, "modules", "", "take modules from this `directory`, such as /lib/modules/6.1.0-9-amd64")
 	f.StringArrayVar(&c.Modules, "module", nil, "load this `module` too, such as af_packet; repeatable")
+	f.StringArrayVar(&c.Without, "without", nil, "leave out this `module` of those that every image has otherwise; repeatable")
 	f.StringArrayVar(&c.Files, "file", nil, "put a file or directory of this machine into the guest: `HOST:GUEST`; repeatable")
 	f.BoolVar(&c.Uncompressed, "uncompressed", false, "write kernel and initramfs unpacked: the guest starts sooner, the files are five times as large")
 	f.StringVar(&c.Program.Tags, "tags", "", "build `tags`, for go build")

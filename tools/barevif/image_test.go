@@ -84,13 +84,16 @@ func TestImageFlagsAreTaken(t *testing.T) {
 	m := imageFlags{Program: &cli.Program{}}
 	cmd := &cobra.Command{Use: "image", Args: m.arguments, RunE: func(*cobra.Command, []string) error { return m.check() }}
 	m.register(cmd)
-	cmd.SetArgs([]string{"--name", "web-1", "--vif", "none", "--restart", "never", "./a", "--", "A=1", "--", "B=2", "c"})
+	cmd.SetArgs([]string{"--name", "web-1", "--vif", "none", "--restart", "never", "--without", "tun", "--without", "xenfs", "./a", "--", "A=1", "--", "B=2", "c"})
 	if err := cmd.Execute(); err != nil {
 		t.Fatal(err)
 	}
 	c := m.cfg
 	if c.Program.Package != "./a" || !slices.Equal(c.Env, []string{"A=1"}) || !slices.Equal(c.Args, []string{"B=2", "c"}) {
 		t.Errorf("%q, %q, %q", c.Program.Package, c.Env, c.Args)
+	}
+	if !slices.Equal(c.Without, []string{"tun", "xenfs"}) {
+		t.Errorf("without %q", c.Without)
 	}
 	if c.Params.Hostname != "web-1" || c.Params.Restart != guestinit.Never || c.Domain.VIFs != nil || c.Out != "out" || c.Domain.VCPUs != 1 {
 		t.Errorf("%+v", c)

@@ -19,7 +19,8 @@ import (
 	"barevif/tools/guestimage/guestinit"
 )
 
-// BaseModules are those that every image has: the devices through which a program reaches Xen, and TAPs.
+// BaseModules are those that an image has unless it is to be without them: the devices through which a program
+// reaches Xen, and TAPs.
 // xen-netfront is not among them, because it would take every vif.
 var BaseModules = []string{"xen-evtchn", "xen-gntalloc", "xen-gntdev", "xen-privcmd", "xenfs", "tun"}
 
@@ -38,7 +39,8 @@ type Config struct {
 	Vmlinuz, ModuleDir string
 	Cache              string
 
-	Modules      []string // to load, beside those of every image
+	Modules      []string // to load, beside BaseModules
+	Without      []string // of BaseModules, not to have
 	Files        []string // HOST:GUEST; a directory with all that is in it
 	Uncompressed bool     // starts sooner, and takes more space
 
@@ -80,6 +82,9 @@ func Build(ctx context.Context, cfg Config) (*Result, error) {
 		return nil, &cli.Advice{Err: err, Next: `put what is long or has lines into a file of the image: --file HOST:GUEST`, Usage: true}
 	}
 	cfg.Domain.Program = program
+	if err := cfg.checkWithout(); err != nil {
+		return nil, err
+	}
 	more, err := hostFiles(cfg.Files)
 	if err != nil {
 		return nil, err
@@ -165,7 +170,26 @@ func (cfg *Config) kernel(ctx context.Context) (*Kernel, error) {
 	return KernelOfPackages(ctx, packages, cfg.moduleNames())
 }
 
-func (cfg *Config) moduleNames() []string { return slices.Concat(BaseModules, cfg.Modules) }
+// moduleNames returns the modules to load.
+func (cfg *Config) moduleNames() []string {
+	base := slices.DeleteFunc(slices.Clone(BaseModules), func(name string) bool { return among(cfg.Without, name) })
+	return slices.Concat(base, cfg.Modules)
+}
+
+// among reports whether a list has a module, whichever way its name is spelled.
+func among(list []string, name string) bool {
+	return slices.ContainsFunc(list, func(o string) bool { return guestinit.ModuleName(o) == guestinit.ModuleName(name) })
+}
+
+// checkWithout refuses what an image cannot be without because it never has it.
+func (cfg *Config) checkWithout() error {
+	for _, name := range cfg.Without {
+		if !among(BaseModules, name) {
+			return &cli.Advice{Err: fmt.Errorf("an image has no module %s to leave out", name), Next: "leave out any of " + strings.Join(BaseModules, ", "), Usage: true}
+		}
+	}
+	return nil
+}
 
 // modules collects the modules, and refuses a kernel that would keep the vif from the program.
 func (cfg *Config) modules(k *Kernel) (*Modules, error) {
@@ -177,6 +201,20 @@ func (cfg *Config) modules(k *Kernel) (*Modules, error) {
 		return nil, &cli.Advice{
 			Err:  errors.New("xen-netfront would take the vif, which belongs to the program"),
 			Next: "leave it out; a kernel that has it built in cannot be used",
+		}
+	}
+	for _, name := range cfg.Without {
+		name = guestinit.ModuleName(name)
+		if m.isBuiltin(name) {
+			return nil, &cli.Advice{Err: fmt.Errorf("kernel %s has %s built in", k.Release, name), Next: "do not ask for an image without it"}
+		}
+		for other, info := range m.infos {
+			if slices.Contains(info.depends, name) {
+				return nil, &cli.Advice{Err: fmt.Errorf("the image cannot be without %s: %s needs it", name, other), Next: "leave that out, too"}
+			}
+		}
+		if _, has := m.infos[name]; has {
+			return nil, &cli.Advice{Err: fmt.Errorf("%s is asked for and to be left out", name), Next: "say one of the two", Usage: true}
 		}
 	}
 	return m, nil
@@ -201,7 +239,7 @@ func (cfg *Config) tree(k *Kernel, m *Modules, program, init string, more []host
 			load = append(load, name)
 		}
 	}
-	b, err := json.MarshalIndent(guestinit.Image{Program: at, Kernel: k.Release, Modules: load, Built: k.Built}, "", "\t")
+	b, err := json.MarshalIndent(guestinit.Image{Program: at, Kernel: k.Release, Modules: load, Without: cfg.Without, Built: k.Built}, "", "\t")
 	if err != nil {
 		return nil, err
 	}

@@ -148,6 +148,23 @@ func TestImageHoldsWhatAGuestNeeds(t *testing.T) {
 	}
 }
 
+func TestImageIsWithoutTheModulesNamed(t *testing.T) {
+	cfg, r := buildWeb(t, func(c *Config) {
+		c.Without, c.Uncompressed = []string{"tun", "xenfs", "xen_privcmd", "xen-gntdev"}, true
+	})
+	if want := []string{"xen_evtchn", "xen_gntalloc"}; !slices.Equal(r.Modules, want) {
+		t.Errorf("it has %q, want %q", r.Modules, want)
+	}
+	for _, e := range readCPIO(t, read(t, cfg.Out, "initramfs")) {
+		if strings.HasPrefix(e, "lib/modules/barevif/") && strings.Contains(e, "tun") {
+			t.Error(e)
+		}
+		if strings.HasPrefix(e, "etc/barevif/image.json") && !strings.Contains(strings.Join(strings.Fields(strings.ReplaceAll(e, `\n`, " ")), " "), "xenfs") {
+			t.Errorf("process 1 is not told: %s", e)
+		}
+	}
+}
+
 // The same input makes the same bytes, in another directory and at another time.
 func TestImageIsReproducible(t *testing.T) {
 	first, _ := buildWeb(t, func(c *Config) { c.Dir = "/srv/web" })
@@ -349,6 +366,16 @@ func TestWhatKeepsAnImageFromBeingMadeIsNamed(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	for advice, without := range map[string]Config{
+		"xen_privcmd: xenfs needs it":                {Without: []string{"xen-privcmd"}},
+		"has af_packet built in":                     {Without: []string{"af-packet"}},
+		"xen_gntdev is asked for and to be left out": {Without: []string{"xen_gntdev"}, Modules: []string{"xen-gntdev"}},
+	} {
+		_, err = without.modules(k)
+		requireAdvice(t, err, advice, "")
+	}
+	_, err = Build(t.Context(), Config{Without: []string{"af_packet"}})
+	requireAdvice(t, err, "an image has no module af_packet to leave out", "xen-evtchn, xen-gntalloc,")
 	k.Modules.(*debModules).builtin = []byte("kernel/drivers/net/xen-netfront.ko\n")
 	_, err = (&Config{}).modules(k)
 	requireAdvice(t, err, "xen-netfront would take the vif", "built in")

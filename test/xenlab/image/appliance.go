@@ -14,6 +14,9 @@ import (
 	"barevif/tools/guestimage"
 )
 
+// NotInAppliance are the modules that the image in Appliance is without. All other images have them.
+var NotInAppliance = []string{"xen-gntdev", "xen-privcmd", "xenfs", "tun"}
+
 // Directories in dom0 with an image of Config.Appliance, unpacked and as it is by default, and with a guest of the
 // same name, vif and kernel whose process 1 is a shell that gives the address of the appliance to the kernel's
 // netfront: what a guest takes at least until it answers.
@@ -61,6 +64,10 @@ func (d *distribution) addAppliances(ctx context.Context, dom0 *guestimage.Tree,
 	if err := os.WriteFile(conf, []byte(cfg.RouterConf), 0o600); err != nil {
 		return err
 	}
+	var without []string // hello is a frontend alone
+	for _, module := range NotInAppliance {
+		without = append(without, "--without", module)
+	}
 	hello := append([]string{"--name", ApplianceName, "--vif", "mac=" + ApplianceMAC + ",script=" + VifScript, cfg.Appliance, "--"}, ApplianceWords...)
 	router := []string{
 		"--name", RouterName, "--vif", "mac=" + RouterMAC + ",script=" + VifScript, "--config", "driver_domain=1", "--file", conf + ":" + RouterConf,
@@ -75,7 +82,7 @@ func (d *distribution) addAppliances(ctx context.Context, dom0 *guestimage.Tree,
 		at     string
 		packed bool
 		args   []string
-	}{{Appliance, false, hello}, {PackedAppliance, true, hello}, {RouterAppliance, false, router}} {
+	}{{Appliance, false, append(without, hello...)}, {PackedAppliance, true, hello}, {RouterAppliance, false, router}} {
 		out := filepath.Join(cfg.Dir, filepath.Base(one.at))
 		args := []string{"image", "-o", out, "--deb", filepath.Join(d.debDir, d.debs[i].File), "--dir", one.at, fmt.Sprintf("--uncompressed=%v", !one.packed)}
 		for _, word := range ApplianceLinux {

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"path"
+	"slices"
 	"strings"
 	"time"
 )
@@ -24,7 +25,13 @@ type Image struct {
 	Program string    // its path
 	Kernel  string    // the release that the modules belong to
 	Modules []string  // to load, by name
+	Without []string  // modules that the image was to be without: what they make is not missed
 	Built   time.Time // of the kernel: the clock of a running guest is not before that
+}
+
+// has reports whether a module is not among those that the image was to be without.
+func (img *Image) has(module string) bool {
+	return !slices.ContainsFunc(img.Without, func(o string) bool { return ModuleName(o) == ModuleName(module) })
 }
 
 func parseImage(b []byte) (Image, error) {

@@ -247,6 +247,37 @@ func TestWhatIsMissingIsSaid(t *testing.T) {
 	}
 }
 
+// What an image was made without is not missed, and nothing is set that belongs to it.
+func TestWhatWasLeftOutIsNotMissed(t *testing.T) {
+	for _, c := range []struct {
+		without []string
+		missed  []string // nodes
+		calls   []string
+		limit   string
+	}{
+		{nil, []string{"evtchn", "gntalloc", "gntdev"}, []string{"mount xenfs /proc/xen "}, "2060"},
+		{[]string{"xen-gntdev", "xenfs"}, []string{"evtchn", "gntalloc"}, nil, "2060"},
+		{[]string{"xen_gntalloc"}, []string{"evtchn", "gntdev"}, []string{"mount xenfs /proc/xen "}, "1024"},
+	} {
+		files := xenFilesOf()
+		for _, node := range []string{"evtchn", "gntalloc", "gntdev"} {
+			delete(files, "/dev/xen/"+node)
+		}
+		m := newMachine(t, files)
+		m.image.Without = c.without
+		m.prepareXen()
+		m.asked(t, "mount", c.calls...)
+		for _, node := range []string{"evtchn", "gntalloc", "gntdev"} {
+			if says, want := strings.Contains(m.console.String(), "/dev/xen/"+node+" is missing"), slices.Contains(c.missed, node); says != want {
+				t.Errorf("without %q: %s is missed: %v, want %v", c.without, node, says, want)
+			}
+		}
+		if limit := m.text(grantLimit); limit != c.limit {
+			t.Errorf("without %q: the limit of grants is %s, want %s", c.without, limit, c.limit)
+		}
+	}
+}
+
 func TestAModuleThatIsThereAlreadyIsNoFault(t *testing.T) {
 	m := newMachine(t, xenFilesOf())
 	m.refuses["load"] = syscall.EEXIST

@@ -30,9 +30,12 @@ const (
 	roomToReconnect = 2    // a connection that ended may still have its pages
 )
 
+// gntalloc is the module through which programs grant pages.
+const gntalloc = "xen-gntalloc"
+
 // devices are the nodes that programs open, and the modules that make them.
 var devices = [...]struct{ node, module string }{
-	{"/dev/xen/evtchn", "xen-evtchn"}, {"/dev/xen/gntalloc", "xen-gntalloc"}, {"/dev/xen/gntdev", "xen-gntdev"},
+	{"/dev/xen/evtchn", "xen-evtchn"}, {"/dev/xen/gntalloc", gntalloc}, {"/dev/xen/gntdev", "xen-gntdev"},
 	{"/dev/xen/xenbus", "a kernel with CONFIG_XEN_XENBUS_FRONTEND"},
 }
 
@@ -44,11 +47,13 @@ func (p *initProcess) prepareXen() {
 		return
 	}
 	p.loadModules()
-	if err := p.mountOne(fileSystem{kind: "xenfs", dir: xenFiles}); err != nil {
-		p.say("xenfs is not mounted on %s: %v", xenFiles, err)
+	if p.image.has("xenfs") {
+		if err := p.mountOne(fileSystem{kind: "xenfs", dir: xenFiles}); err != nil {
+			p.say("xenfs is not mounted on %s: %v", xenFiles, err)
+		}
 	}
 	for _, d := range devices {
-		if _, err := os.Stat(p.path(d.node)); err != nil {
+		if _, err := os.Stat(p.path(d.node)); err != nil && p.image.has(d.module) {
 			p.say("%s is missing: it needs %s", d.node, d.module)
 		}
 	}
@@ -59,7 +64,9 @@ func (p *initProcess) prepareXen() {
 	for _, v := range p.glob(netfrontVifs) {
 		p.say("%s belongs to the kernel's xen-netfront, so the program cannot have it", filepath.Base(v))
 	}
-	p.raiseGrants(len(vifs))
+	if p.image.has(gntalloc) {
+		p.raiseGrants(len(vifs))
+	}
 }
 
 func (p *initProcess) glob(pattern string) []string {
