@@ -113,7 +113,7 @@ func (b *back) offers() (keys xenstore.Values, gone []string) {
 func (b *back) servesCtrl() bool { return b.cfg.queues() > 1 || b.cfg.StaticGrants }
 
 // frontendKeys reads all keys that a connection is made from. It reads the rings of the
-// requested queues only, since each key is a round trip.
+// requested queues only, since each key is a request to xenstored.
 func (b *back) frontendKeys(ctx context.Context, xd *xenbus.Device) (xenstore.Values, error) {
 	keys := append([]string{netif.KeyRequestRxCopy, netif.KeyFeatureRxNotify, netif.KeyFeatureSG, netif.KeyNumQueues}, offloadKeys[:]...)
 	if b.servesCtrl() {

@@ -46,8 +46,8 @@ const (
 	mostIPs    = 64
 )
 
-// Toolstack reads what the toolstack wrote about the vif of a backend, all of it in one
-// transaction. It returns [ErrNotBackend] for a frontend's device, [ErrDisconnected], and
+// Toolstack reads what the toolstack wrote about the vif of a backend. If the toolstack writes
+// meanwhile, the values are of different moments. It returns [ErrNotBackend] for a frontend's device, [ErrDisconnected], and
 // what xenstore refuses.
 func (d *Device) Toolstack(ctx context.Context) (Toolstack, error) {
 	if err := d.backendOnly(); err != nil {

@@ -67,10 +67,11 @@ func (d *Device) find(ctx context.Context) (end, error) {
 // as soon as its own keys are there, so that the caller can watch the peer's directory.
 func (d *Device) resolve(ctx context.Context) (peer end, missing []string, err error) {
 	peer, missing, err = d.resolveBy(ctx, d.c.ReadKeys)
-	if err == nil && len(missing) == 0 {
-		return peer, nil, nil
+	if err == nil && len(missing) == 0 || ctx.Err() != nil {
+		return peer, missing, err
 	}
-	// The toolstack may have made the directory anew between two of the reads: read it at one moment.
+	// What is missing or does not fit together may be so only because the toolstack made the directory anew
+	// between two of the reads: read it at one moment.
 	return d.resolveBy(ctx, func(ctx context.Context, dir string, keys ...string) (v xenstore.Values, err error) {
 		err = d.c.Transact(ctx, func(tx xenstore.Tx) error {
 			v, err = tx.ReadKeys(dir, keys...)

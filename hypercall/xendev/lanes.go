@@ -246,14 +246,16 @@ func (s *store) Read(b []byte) (int, error) {
 // end ends the connection for all its lanes. The first reason counts.
 func (s *store) end(why error) error {
 	s.mu.Lock()
-	defer s.mu.Unlock()
 	if s.err != nil {
+		s.mu.Unlock()
 		return nil
 	}
 	s.err = why
 	close(s.ended)
+	lanes := s.lanes // none is added any more
+	s.mu.Unlock()
 	var errs []error
-	for _, l := range s.lanes {
+	for _, l := range lanes { // outside of mu: Close waits for a Write that is in the kernel
 		errs = append(errs, l.file.Close())
 	}
 	return errors.Join(errs...)

@@ -32,7 +32,7 @@ const maxRequest = wire.MaxPayload - wire.HeaderSize
 // asks again for this domain's id, which changes when the domain is migrated.
 //
 // The driver keeps one request per open file: a second one overwrites the first. So the
-// connection opens up to [maxLanes] files as requests come, and sends those that only read,
+// connection opens up to four files as requests come, and sends those that only read,
 // outside of a transaction, on any of them; all others go one after another on the first
 // file, to which the driver binds watches and transactions. A Write must be of whole
 // messages. For a request that the driver cannot pass on, its write fails. The connection

@@ -117,6 +117,14 @@ func (c *Client) TakeOver(ctx context.Context, peer hypercall.DomID, id string) 
 	return in, nil
 }
 
+// Offers reports whether the other process has vif id, whose other end is in domain peer, as far as this one
+// knows: it has said so, and the vif has neither come nor been declined.
+func (c *Client) Offers(peer hypercall.DomID, id string) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.left[c.id.name(peer, id)]
+}
+
 // Decline says that this process does not want vif id, whose other end is in domain peer: the other
 // process keeps it until it ends, and Finish does not wait for it.
 func (c *Client) Decline(peer hypercall.DomID, id string) { c.settle(c.id.name(peer, id), false) }

@@ -180,8 +180,14 @@ func TestADeclinedVifStays(t *testing.T) {
 		t.Error("a vif of the other process is forgotten")
 	default:
 	}
+	if !c.Offers(1, "0") || c.Offers(7, "0") {
+		t.Error("it is not known which vifs the other process has")
+	}
 	c.Decline(1, "0")
 	c.Decline(1, "0")
+	if c.Offers(1, "0") {
+		t.Error("a vif that was declined is offered")
+	}
 	select {
 	case <-c.settled:
 	default:

@@ -78,7 +78,7 @@ An upgrade is not noticed by guests: bridge --take-over takes the vifs over from
 that serves them now, one after another and each within milliseconds, and that one ends
 with status 0. SIGUSR2 makes a running bridge start itself again in this way: with the file
 that is at its program's path now, and the same arguments. Guards, isolation and what else
-flags say are those of the new one. A vif that it would refuse stays with the old one until
+flags say are those of the new one; with another --vif, give both the same --handover. A vif that it would refuse stays with the old one until
 that ends; and so does one that it cannot take, of which the old one says why.
 While vifs move, frames between one that has moved and one that has not are dropped, as are
 those that wait in the old bridge. Stations that have no guard are learnt again: until they
@@ -368,14 +368,27 @@ func (b *bridged) tryAdd(ctx context.Context, dev *pvnet.Device, vif string) (*b
 	if err != nil {
 		return nil, info, nil, err
 	}
+	if err := b.leavesRoom(vif, info.guard); err != nil {
+		return nil, info, nil, err
+	}
 	port, err := b.sw.Add(dev, bridge.PortConfig{Guard: info.guard, Isolated: info.isolated})
 	switch {
 	case errors.Is(err, bridge.ErrGuarded):
-		err = &keyError{netif.KeyMAC, macs(info.guard), "another vif of this bridge has it: " + strings.TrimPrefix(err.Error(), bridge.ErrGuarded.Error()+": "), "give each vif an address of its own"}
+		err = guardedTwice(info.guard, strings.TrimPrefix(err.Error(), bridge.ErrGuarded.Error()+": "))
 	case errors.Is(err, bridge.ErrPorts):
-		err = &cli.Advice{Err: fmt.Errorf("bridge %s has %d ports, which is all that --ports allows", b.bridge, b.most), Next: "start it with a larger --ports"}
+		err = b.full()
 	}
 	return port, info, notes, err
+}
+
+// guardedTwice is the error for a vif with the address of another one, by.
+func guardedTwice(guard []pvnet.MAC, by string) error {
+	return &keyError{netif.KeyMAC, macs(guard), "another vif of this bridge has it: " + by, "give each vif an address of its own"}
+}
+
+// full is the error for one vif more than there may be.
+func (b *bridged) full() error {
+	return &cli.Advice{Err: fmt.Errorf("bridge %s has %d ports, which is all that --ports allows", b.bridge, b.most), Next: "start it with a larger --ports"}
 }
 
 // plan decides how a vif becomes a port, by the toolstack's keys and by the flags. The error is a

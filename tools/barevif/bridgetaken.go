@@ -13,7 +13,6 @@ import (
 	"barevif/hypercall"
 	"barevif/pvnet"
 	"barevif/pvnet/link"
-	"barevif/tools/cli"
 
 	"golang.org/x/sys/unix"
 )
@@ -32,8 +31,10 @@ func (b *bridged) selectTaken(cfg *pvnet.ServeConfig, takeOver func(context.Cont
 		}
 	}
 	cfg.MayTake = func(front hypercall.DomID, id string, says pvnet.Toolstack) error {
-		vif := fmt.Sprintf("%d.%s", front, id)
-		err := b.promise(vif, says)
+		if !client.Offers(front, id) { // nobody has it whose guest would notice
+			return nil
+		}
+		err := b.promise(fmt.Sprintf("%d.%s", front, id), says)
 		if err != nil {
 			client.Decline(front, id)
 			return fmt.Errorf("it stays with the bridge that serves it until that ends: %w", err)
@@ -59,28 +60,47 @@ func (b *bridged) promise(vif string, says pvnet.Toolstack) error {
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	there := func(guard []pvnet.MAC) bool {
-		return slices.ContainsFunc(guard, func(mac pvnet.MAC) bool { return slices.Contains(info.guard, mac) })
-	}
-	taken := false
 	for _, port := range b.ports {
-		taken = taken || there(port.guard)
-	}
-	others := 0
-	for name, guard := range b.promised {
-		if name != vif {
-			others++
-			taken = taken || there(guard)
+		if port.name == vif { // it is here already
+			return nil
+		}
+		if overlaps(port.guard, info.guard) {
+			return guardedTwice(info.guard, port.name)
 		}
 	}
-	switch {
-	case taken:
-		return fmt.Errorf("another vif of this bridge has its mac, %s", macs(info.guard))
-	case len(b.ports)+others >= b.most:
-		return fmt.Errorf("bridge %s has %d ports, which is all that --ports allows", b.bridge, b.most)
+	if err := b.leavesRoomLocked(vif, info.guard); err != nil {
+		return err
 	}
 	b.promised[vif] = info.guard
 	return nil
+}
+
+// leavesRoom returns an error if a vif would take the place or an address of one that is about to be taken over.
+func (b *bridged) leavesRoom(vif string, guard []pvnet.MAC) error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.leavesRoomLocked(vif, guard)
+}
+
+func (b *bridged) leavesRoomLocked(vif string, guard []pvnet.MAC) error {
+	others := 0
+	for name, theirs := range b.promised {
+		if name == vif {
+			continue
+		}
+		if overlaps(theirs, guard) {
+			return guardedTwice(guard, name)
+		}
+		others++
+	}
+	if len(b.ports)+others >= b.most {
+		return b.full()
+	}
+	return nil
+}
+
+func overlaps(a, b []pvnet.MAC) bool {
+	return slices.ContainsFunc(a, func(mac pvnet.MAC) bool { return slices.Contains(b, mac) })
 }
 
 // forgetPromise gives the place of a vif back: it has become a port, or never will.
@@ -93,8 +113,9 @@ func (b *bridged) forgetPromise(vif string) {
 // startUplinks makes the uplinks ports of the bridge until ctx ends. wait waits for the end of that, also of
 // those that were started before an error.
 //
-// A process that takes over begins with them when the other one has none any more: a TAP has one name,
-// and a vif one frontend. Errors of that moment do not end it, since it has the vifs by then.
+// While another process has uplinks, this one begins with them when that has none any more: a TAP has one name,
+// and a vif one frontend. Errors of that moment do not end it, nor those of a process that takes over, since it
+// has the vifs by then.
 func (b *bridged) startUplinks(ctx context.Context, uplinks []uplink, cfg pvnet.Config) (wait func(), err error) {
 	if len(uplinks) == 0 {
 		return func() {}, nil
@@ -102,11 +123,14 @@ func (b *bridged) startUplinks(ctx context.Context, uplinks []uplink, cfg pvnet.
 	unlock := func() {}
 	var running sync.WaitGroup
 	all := func() { running.Wait(); unlock() }
-	if b.takeovers.client == nil {
-		if unlock, err = b.lockUplinks(ctx, false); err != nil {
-			b.slog.Warn("a bridge that takes over may begin with the uplinks too early", "err", err)
-			unlock = func() {}
-		}
+	free, err := b.lockUplinks(ctx, false)
+	held := errors.Is(err, errUplinksHeld)
+	if err == nil {
+		unlock = free
+	} else if !held {
+		b.slog.Warn("a bridge that takes over may begin with the uplinks too early", "err", err)
+	}
+	if !held && b.takeovers.client == nil {
 		for _, u := range uplinks {
 			wait, err := b.startUplink(ctx, u, cfg)
 			if err != nil {
@@ -121,14 +145,16 @@ func (b *bridged) startUplinks(ctx context.Context, uplinks []uplink, cfg pvnet.
 	}
 	var starting sync.WaitGroup
 	starting.Go(func() {
-		free, err := b.lockUplinks(ctx, true)
-		switch {
-		case ctx.Err() != nil:
+		if held {
+			free, err := b.lockUplinks(ctx, true)
+			if err == nil {
+				unlock = free
+			} else if ctx.Err() == nil {
+				b.slog.Warn("the uplinks begin before the other bridge has ended", "err", err)
+			}
+		}
+		if ctx.Err() != nil {
 			return
-		case err != nil:
-			b.slog.Warn("the uplinks begin before the other bridge has ended", "err", err)
-		default:
-			unlock = free
 		}
 		for _, u := range uplinks {
 			running.Go(func() { b.keepStarting(ctx, u, cfg) })
@@ -152,7 +178,7 @@ func (b *bridged) keepStarting(ctx context.Context, u uplink, cfg pvnet.Config) 
 	}
 }
 
-// mayHave checks, before anything was taken over, what could keep the uplinks from starting later.
+// mayHave checks that this process may make TAPs if it has to later.
 func (b *bridged) mayHave(uplinks []uplink) error {
 	if slices.ContainsFunc(uplinks, func(u uplink) bool { return u.tap != "" }) {
 		l, err := link.OpenTAP(link.TAPConfig{Name: "barevif%d"})
@@ -164,14 +190,21 @@ func (b *bridged) mayHave(uplinks []uplink) error {
 	return nil
 }
 
+// errUplinksHeld says that another process has the uplinks.
+var errUplinksHeld = errors.New("another process has locked")
+
+// uplinksPatience is the time between two warnings that the uplinks still wait.
+const uplinksPatience = 30 * time.Second
+
 // lockUplinks takes the lock that the bridge has which has the uplinks, at the path of its hand-over.
-// With wait it waits for it, until ctx ends; without, it returns an error if another process has it. It
+// With wait it waits for it, until ctx ends; without, the error is errUplinksHeld if another process has it. It
 // does nothing where nothing is handed over.
 func (b *bridged) lockUplinks(ctx context.Context, wait bool) (unlock func(), err error) {
 	if b.takeovers.path == "" {
 		return func() {}, nil
 	}
 	path := b.takeovers.path + ".uplinks"
+	var since time.Time
 	for said := false; ; await(ctx, nil, 20*time.Millisecond) {
 		if ctx.Err() != nil {
 			return nil, context.Cause(ctx)
@@ -190,10 +223,13 @@ func (b *bridged) lockUplinks(ctx context.Context, wait bool) (unlock func(), er
 		case !errors.Is(err, unix.EWOULDBLOCK):
 			return nil, &fs.PathError{Op: "lock", Path: path, Err: err}
 		case !wait:
-			return nil, &cli.Advice{Err: fmt.Errorf("another process has locked %s", path), Next: "end the other bridge, or start this one with --take-over"}
+			return nil, fmt.Errorf("%w: %s", errUplinksHeld, path)
 		case !said:
-			said = true
+			said, since = true, time.Now()
 			b.Say("the uplinks wait for the end of the other bridge")
+		case time.Since(since) > uplinksPatience:
+			since = time.Now()
+			b.slog.Warn("the uplinks still wait for the end of another bridge", "lock", path)
 		}
 	}
 }

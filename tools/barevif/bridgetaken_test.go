@@ -40,13 +40,27 @@ func TestWhichVifsABridgeTakesOver(t *testing.T) {
 	}
 	refused("1.0", pvnet.Toolstack{MAC: mac(1), Bridge: "dmz"}, "this is the bridge lan")
 	refused("1.0", pvnet.Toolstack{}, "there is no usable one")
-	refused("1.0", says(9), "another vif of this bridge has its mac, 02:00:00:00:00:09")
+	refused("1.0", says(9), "mac=02:00:00:00:00:09: another vif of this bridge has it: 9.0")
 	taken("1.0", says(1))
 	taken("1.0", says(1)) // it may be asked again
-	refused("3.0", says(1), "another vif of this bridge has its mac")
+	refused("3.0", says(1), "another vif of this bridge has it: 1.0")
 	taken("3.0", says(3))
 	taken("5.0", says(5))
 	refused("7.0", says(7), "bridge lan has 4 ports")
+	// A vif that comes the usual way takes nothing of those that are under way.
+	for vif, want := range map[string]string{"8.0": "another vif of this bridge has it: 3.0", "1.0": ""} {
+		err := b.leavesRoom(vif, []pvnet.MAC{mac(3 - 2*byte(strings.Count(vif, "1")))})
+		if want == "" && err != nil || want != "" && (err == nil || !strings.Contains(err.Error(), want)) {
+			t.Errorf("%s: %v, want %q", vif, err, want)
+		}
+	}
+	if err := b.leavesRoom("8.0", []pvnet.MAC{mac(8)}); err == nil || !strings.Contains(err.Error(), "bridge lan has 4 ports") {
+		t.Errorf("%v", err)
+	}
+	taken("9.0", says(9)) // a port already: it needs no promise
+	if len(b.promised) != 3 {
+		t.Errorf("promises %v", b.promised)
+	}
 	b.forgetPromise("3.0")
 	taken("7.0", says(3))
 }
@@ -71,8 +85,14 @@ func TestOneBridgeHasTheUplinks(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancelCause(t.Context())
 	gone := errors.New("enough")
+	ended := make(chan error, 1)
+	go func() {
+		_, err := two.lockUplinks(ctx, true)
+		ended <- err
+	}()
+	<-said // it waits
 	cancel(gone)
-	if _, err := two.lockUplinks(ctx, true); !errors.Is(err, gone) {
+	if err := <-ended; !errors.Is(err, gone) {
 		t.Errorf("a wait that ends: %v", err)
 	}
 	type lock struct {

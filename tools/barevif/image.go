@@ -56,8 +56,8 @@ be put below them.
 
 An image has the modules xen-evtchn, xen-gntalloc, xen-gntdev, xen-privcmd, xenfs and tun. A program
 that is a frontend alone needs the first two, and starts sooner --without the others: xen-gntdev
-is for a backend, which needs no xen-gntalloc, tun for TAPs, xen-privcmd for doorbells by
-hypercall, and xenfs, which needs xen-privcmd, for programs that look into /proc/xen.
+is for a backend, tun for TAPs, xen-privcmd for doorbells by hypercall, and xenfs, which needs
+xen-privcmd, for programs that look into /proc/xen. A backend alone needs no xen-gntalloc.
 
 A guest that serves vifs to others is a driver domain: --config driver_domain=1.
 

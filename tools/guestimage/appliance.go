@@ -188,6 +188,9 @@ func (cfg *Config) checkWithout() error {
 			return &cli.Advice{Err: fmt.Errorf("an image has no module %s to leave out", name), Next: "leave out any of " + strings.Join(BaseModules, ", "), Usage: true}
 		}
 	}
+	if cfg.Params.Grants != 0 && among(cfg.Without, "xen-gntalloc") {
+		return &cli.Advice{Err: errors.New("pages cannot be granted without xen-gntalloc"), Next: "leave out the number of pages to grant, or keep the module", Usage: true}
+	}
 	return nil
 }
 

@@ -376,6 +376,8 @@ func TestWhatKeepsAnImageFromBeingMadeIsNamed(t *testing.T) {
 	}
 	_, err = Build(t.Context(), Config{Without: []string{"af_packet"}})
 	requireAdvice(t, err, "an image has no module af_packet to leave out", "xen-evtchn, xen-gntalloc,")
+	_, err = Build(t.Context(), Config{Without: []string{"xen_gntalloc"}, Params: guestinit.Settings{Grants: 700}})
+	requireAdvice(t, err, "pages cannot be granted without xen-gntalloc", "keep the module")
 	k.Modules.(*debModules).builtin = []byte("kernel/drivers/net/xen-netfront.ko\n")
 	_, err = (&Config{}).modules(k)
 	requireAdvice(t, err, "xen-netfront would take the vif", "built in")

@@ -115,11 +115,15 @@ func (d *daemon) run(ctx context.Context) error {
 // receive moves what arrives at a vif's port until its device has ended. If that is not possible any more while
 // the device goes on, it says why and ends the device: its link would be up, and all that is sent to it lost.
 func (d *daemon) receive(p *port, vif string) {
-	if err := d.plane.receive(p); err != nil {
+	if err := d.plane.receive(p); receivesNothing(err) {
 		d.log.Error("a vif can no longer be received from and is closed", "vif", vif, "err", err)
 		p.dev.Disconnect()
 	}
 }
+
+// receivesNothing reports whether the error of receive means that the device may go on and only receiving has
+// ended. A device that has ended, also by its peer's fault, has said so itself.
+func receivesNothing(err error) bool { return err != nil && !errors.Is(err, pvnet.ErrDisconnected) }
 
 // close ends the router's own TCP/IP and its name servers. Its caller has ended what moves frames, or has not begun it.
 func (d *daemon) close() {

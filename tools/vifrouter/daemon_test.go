@@ -736,6 +736,15 @@ allow from lab to uplink
 
 // A vif that cannot be received from is closed, and the log says why once. One that goes in an orderly way is
 // no error.
+// A peer's fault is said once, by the device, which has ended.
+func TestAPeersFaultIsNotSaidTwice(t *testing.T) {
+	for err, want := range map[error]bool{nil: false, &pvnet.PeerError{}: false, pvnet.ErrDisconnected: false, pvnet.ErrOwned: true} {
+		if receivesNothing(err) != want {
+			t.Errorf("%v: %v", err, !want)
+		}
+	}
+}
+
 func TestAVifThatCannotBeReceivedFromIsClosed(t *testing.T) {
 	h := pvnettest.NewHub(t, 2, toolstack.Vif{}, func(int) pvnet.Config { return pvnet.Config{} }, pvnet.ServeConfig{})
 	var said logtest.Log

@@ -149,7 +149,8 @@ type worker struct {
 }
 
 // receive moves what arrives at a port until its device ends, and returns nil if the device ended in an orderly
-// way. Any other error says why the port receives nothing any more; its device may go on.
+// way. Any other error says why the port receives nothing any more. Unless it is a [*pvnet.PeerError], with
+// which the device has ended, the device may go on.
 func (pl *plane) receive(p *port) error {
 	workers := make([]worker, p.dev.Queues())
 	return forward.Receive(context.Background(), p.dev, func(queue int, frames []pvnet.Frame) (lost int, err error) {
