@@ -96,15 +96,19 @@ func (w *writtenQueue) drop() {
 	w.frames--
 }
 
-// fillWritten moves written frames to batch while it has room. It drops those for which the vif has no page.
-// The caller has set busy and holds mu.
+// fillWritten moves written frames to batch while it has room. It drops those for which the vif has
+// no page, and all while its link is down: their sender sends them again, or does without. The
+// caller has set busy and holds mu.
 func (q *queue) fillWritten() {
 	for own := q.s.own; q.written.frames > 0 && q.n < Batch; q.written.drop() {
 		a, b := q.written.peek()
 		f := q.batch[q.n : q.n+1]
 		if q.tx.AllocSize(f, len(a)+len(b)) == 0 {
-			// No page, or no link: the sender of such a frame sends it again, or does without.
-			own.count(full, 1)
+			lost := full
+			if _, err := q.tx.Send(nil); err == pvnet.ErrLinkDown {
+				lost = down
+			}
+			own.count(lost, 1)
 			continue
 		}
 		f[0].CopyFrom(a, b)

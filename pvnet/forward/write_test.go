@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"testing"
 	"time"
 
@@ -11,6 +12,7 @@ import (
 	"barevif/pvnet/forward"
 	"barevif/pvnet/pvnettest"
 	"barevif/xenbus/toolstack"
+	"barevif/xenbus/xenstore/server/labtest"
 )
 
 // Frames of Write arrive in their order, and a frame that nobody can send is refused.
@@ -139,5 +141,24 @@ func TestWrittenFramesAreBounded(t *testing.T) {
 	}
 	if n := s.Stats(); n.Full < uint64(refused) {
 		t.Errorf("%+v, %d refused", n, refused)
+	}
+}
+
+// Frames that are written while the link is down are lost, and counted as such.
+func TestFramesWrittenWithoutALinkAreCountedAsDown(t *testing.T) {
+	h := pvnettest.NewHub(t, 1, toolstack.Vif{}, func(int) pvnet.Config { return pvnet.Config{} }, pvnet.ServeConfig{})
+	s := newSender(t, h.Backs[0], forward.Config{})
+	h.Disconnect(0)
+	const frames = 20
+	for range frames {
+		s.Write(make([]byte, 60))
+	}
+	if err := labtest.Comes(func() error {
+		if n := s.Stats(); n != (forward.Stats{Down: frames}) {
+			return fmt.Errorf("%+v", n)
+		}
+		return nil
+	}); err != nil {
+		t.Error(err)
 	}
 }

@@ -75,7 +75,7 @@ func (h *Hub) waitBackend(guest int) {
 	h.t.Helper()
 	select {
 	case h.Backs[guest] = <-h.backsOf(h.vifs[guest].Front):
-		h.waitLink(guest, true)
+		waitLink(h.t, h.Backs[guest], true)
 	case <-time.After(labtest.Limit):
 		h.t.Fatal("no backend for guest", guest)
 	}
@@ -93,28 +93,15 @@ func (h *Hub) Connect(guest int) {
 	h.Fronts[guest] = front
 	h.t.Cleanup(front.Disconnect)
 	if h.Backs[guest] != nil {
-		h.waitLink(guest, true)
+		waitLink(h.t, h.Backs[guest], true)
 	}
-}
-
-// waitLink waits until the link of a guest's backend is up, or down.
-func (h *Hub) waitLink(guest int, up bool) {
-	h.t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), labtest.Limit)
-	defer cancel()
-	for ev := range h.Backs[guest].Links(ctx) {
-		if ev.Up == up {
-			return
-		}
-	}
-	h.t.Fatalf("the link of guest %d: never up=%t", guest, up)
 }
 
 // Disconnect disconnects a guest's end, and waits until the backend's link is down.
 func (h *Hub) Disconnect(guest int) {
 	h.t.Helper()
 	h.Fronts[guest].Disconnect()
-	h.waitLink(guest, false)
+	waitLink(h.t, h.Backs[guest], false)
 }
 
 // Unplug takes a guest's vif away for good: both devices end.

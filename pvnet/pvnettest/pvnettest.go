@@ -70,11 +70,12 @@ func NewServed(t testing.TB, vif toolstack.Vif, front pvnet.Config, cfg pvnet.Se
 	return w
 }
 
-// waitBackend waits for the backend's device.
+// waitBackend waits for the backend's device and its link, which is up after the frontend's.
 func (w *Wire) waitBackend() {
 	w.t.Helper()
 	select {
 	case w.Back = <-w.backs:
+		waitLink(w.t, w.Back, true)
 	case <-time.After(labtest.Limit):
 		w.t.Fatal("no backend")
 	}
@@ -100,6 +101,19 @@ func (w *Wire) Plug(mac [6]byte, mtu int) {
 	w.t.Fatal("the vif did not connect again")
 }
 
+// waitLink waits until the link of a device is up, or down.
+func waitLink(t testing.TB, dev *pvnet.Device, up bool) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), labtest.Limit)
+	defer cancel()
+	for ev := range dev.Links(ctx) {
+		if ev.Up == up {
+			return
+		}
+	}
+	t.Fatalf("the link of device %s to domain %d: never up=%t", dev.ID(), dev.Peer(), up)
+}
+
 // Connect connects the frontend, again if it was disconnected.
 func (w *Wire) Connect() {
 	w.t.Helper()
@@ -111,4 +125,7 @@ func (w *Wire) Connect() {
 	}
 	w.Front = front
 	w.t.Cleanup(front.Disconnect)
+	if w.Back != nil {
+		waitLink(w.t, w.Back, true)
+	}
 }
