@@ -113,16 +113,19 @@ mount -t sysfs sysfs /sys
 mount -t devtmpfs devtmpfs /dev
 exec >/dev/hvc0 2>&1
 read up idle </proc/uptime
-echo "barevif: kernel $(uname -r) has started after $up s"
 modprobe xen-netfront
 until [ -e /sys/class/net/eth0 ]; do sleep 0.01; done
 ip link set eth0 up
 ip addr add ` + ApplianceAddr + `/24 dev eth0
-echo "` + KernelServing + `"
+now() { adjtimex | sed -n 's/.*time.tv_sec: *//p; s/.*time.tv_usec: *//p'; }
+read late idle </proc/uptime
+set -- $(now)
+echo "` + KernelServing + ` $up $late $1 $2"
 while :; do sleep 1000; done
 `
 
-// KernelServing is the last line that the guest of KernelAppliance prints.
+// KernelServing begins the last line that the guest of KernelAppliance prints. Then come how long the kernel had run
+// when process 1 started and how long it has run now, in seconds, and what time it is now: seconds and microseconds.
 const KernelServing = "init: eth0 has its address"
 
 func (d *distribution) addKernelAppliance(dom0 *guestimage.Tree, dir string) error {

@@ -178,6 +178,7 @@ func xenFilesOf() map[string]string {
 func TestGuestIsPreparedForItsProgram(t *testing.T) {
 	m := newMachine(t, xenFilesOf())
 	m.uptime = func() time.Duration { return 1500 * time.Millisecond }
+	m.now = func() time.Time { return time.Date(2026, 3, 4, 6, 6, 7, 89e6, time.FixedZone("", 3600)) }
 	m.cmdline = "console=hvc0 -- GOGC=50 --addr '10.9.0.2/24'"
 	m.mountAll()
 	m.asked(t, "mount", "mount proc /proc ", "mount sysfs /sys ", "mount devtmpfs /dev mode=0755",
@@ -194,7 +195,7 @@ func TestGuestIsPreparedForItsProgram(t *testing.T) {
 	if limit := m.text(grantLimit); limit != "2060" { // twice two queues of 514, and 2
 		t.Errorf("the limit of grants is %s", limit)
 	}
-	m.said(t, "[    1.500000] barevif: kernel 6.1.0-9 has started after 1.50 s\n", "loaded a b xen_gntdev tun\n",
+	m.said(t, "[    1.500000] barevif: kernel 6.1.0-9 has started after 1.50 s, at 2026-03-04T05:06:07.089Z\n", "loaded a b xen_gntdev tun\n",
 		"up to 2060 pages may be granted", "/app/web runs, with 2 arguments\n", "asked to power off\n", "/app/web exited with status 0\n")
 }
 
