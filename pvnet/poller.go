@@ -236,7 +236,14 @@ func (p *Poller) Close() error {
 // [Poller.Wake] the list may be empty. Wait does not allocate. It takes locks and makes
 // system calls only to put members to sleep, to sleep itself, and every few turns to
 // check for events of sleeping members.
-func (p *Poller) Wait() ([]Ready, error) {
+func (p *Poller) Wait() ([]Ready, error) { return p.wait(false) }
+
+// Poll is Wait that does not wait: the list is empty if no member has work. It looks for the events
+// of sleeping members whenever no other has work, which takes a system call. It knows no deadline.
+func (p *Poller) Poll() ([]Ready, error) { return p.wait(true) }
+
+// wait is Wait, and, if it is not to wait, Poll.
+func (p *Poller) wait(poll bool) ([]Ready, error) {
 	if !p.inside.CompareAndSwap(false, true) {
 		return nil, ErrBusy
 	}
@@ -266,7 +273,9 @@ func (p *Poller) Wait() ([]Ready, error) {
 			p.woken.Store(false)
 			return p.result, nil
 		}
-		p.busy = false
+		if p.busy = false; poll {
+			return p.pollEvents()
+		}
 		if p.woken.Swap(false) {
 			return p.result, nil
 		}
@@ -282,6 +291,18 @@ func (p *Poller) Wait() ([]Ready, error) {
 			}
 		}
 	}
+}
+
+// pollEvents lists the members with work that were asleep.
+func (p *Poller) pollEvents() ([]Ready, error) {
+	p.woken.Store(false)
+	from := len(p.polled)
+	if _, err := p.events(); err != nil {
+		return nil, err
+	}
+	p.turn(from)
+	p.busy = len(p.result) > 0
+	return p.result, nil
 }
 
 // takeNews handles the news: it lists members that were marked and forgets those that

@@ -159,7 +159,7 @@ func (b *Bridge) Add(dev *pvnet.Device, cfg PortConfig) (*Port, error) {
 		return nil, err
 	}
 	var err error
-	if p.sender, err = forward.NewSender(dev, forward.Config{Frames: cfg.Frames}); err != nil {
+	if p.sender, err = forward.NewSender(dev, forward.Config{Frames: cfg.Frames, Pool: p.pool}); err != nil {
 		b.table.forget(p, true)
 		return nil, fmt.Errorf("bridge: %w", err)
 	}

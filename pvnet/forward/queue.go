@@ -17,16 +17,18 @@ const turns = 4
 // next, and those in the lanes.
 //
 // The goroutine that sends has set busy, and owns tx, batch and undelivered until it clears busy.
-// Frames wait only while busy is set: by a goroutine that sends, or for the queue's own goroutine,
-// which is to send (handed).
+// Frames wait only while busy is set: by a goroutine that sends, for the queue's own goroutine, which is
+// to send (handed), or for the worker of a pool, which has the queue among its own.
 type queue struct {
-	s  *Sender
-	tx *pvnet.TX
+	s      *Sender
+	tx     *pvnet.TX
+	worker *poolWorker // of Config.Pool; nil: there is none
 
 	mu     sync.Mutex
 	change sync.Cond // with mu: handed, busy or over has changed
 	busy   bool      // guarded by mu
 	handed bool      // guarded by mu: the queue's own goroutine sends, or is about to
+	taken  bool      // guarded by mu: the worker sends, or is about to
 	over   error     // guarded by mu: why nothing is sent any more
 
 	first, last *lane // guarded by mu: a FIFO of the lanes with frames; each takes its turn
@@ -36,6 +38,10 @@ type queue struct {
 	n      int                // frames in batch
 
 	written writtenQueue // guarded by mu: frames of Sender.Write
+
+	listed   bool // guarded by worker.mu: it is in worker.queues
+	waits    bool // used by the worker: tx is a member of its Poller
+	unpolled bool // used by the worker: tx cannot be that
 
 	undelivered uint64 // frames lost that the device has not counted yet
 }
@@ -159,7 +165,9 @@ func (q *queue) pump() error {
 			return nil
 		}
 		if turn == turns {
-			q.handOverLocked()
+			if q.handOverLocked(); q.waits { // its Poller reports it when there is room after there was none
+				q.worker.list(q)
+			}
 			q.mu.Unlock()
 			return nil
 		}
@@ -222,14 +230,22 @@ func (q *queue) drainLocked() error {
 	return q.over
 }
 
-// handOverLocked tells the queue's goroutine to send, and makes it the one that is busy.
+// handOverLocked tells the pool's worker, or else the queue's goroutine, to send, and makes it the one
+// that is busy.
 func (q *queue) handOverLocked() {
+	if q.worker != nil && (q.waits || q.worker.list(q)) {
+		q.taken = true
+		return
+	}
 	q.handed = true
 	q.change.Broadcast()
 }
 
 // restLocked clears busy: no goroutine sends now.
 func (q *queue) restLocked() {
+	if q.waits {
+		q.worker.leaveRoom(q)
+	}
 	q.busy, q.handed = false, false
 	if q.over != nil {
 		q.change.Broadcast()
@@ -265,6 +281,15 @@ func (q *queue) close(why error) {
 		q.over = why
 	}
 	q.change.Broadcast()
+	q.lookLocked()
+}
+
+// lookLocked makes the worker that has taken the queue try to send: the link is down, or the queue has
+// ended.
+func (q *queue) lookLocked() {
+	if q.taken {
+		q.worker.list(q) // a closed pool gives the queue back to its own goroutine, which looks
+	}
 }
 
 // awaitIdle waits until no goroutine has set busy. The queue is closed, so none sets it again.

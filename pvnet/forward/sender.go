@@ -46,6 +46,11 @@ type Config struct {
 	// Full says what to do with frames for which there is no room.
 	Full Policy
 
+	// Pool, if not nil, is that which receives the frames. Its goroutines then also send those that
+	// wait for room. Otherwise a goroutine of the Sender does, and Go's scheduler may take
+	// milliseconds to notice that it can, while the pool's are busy. Full must be Drop.
+	Pool *Pool
+
 	// Frames is how many frames of each input may wait for each queue of the vif, at most
 	// 4096; rounded up to a power of two. 0 means 64.
 	Frames int
@@ -127,6 +132,8 @@ func NewSender(dev *pvnet.Device, cfg Config) (*Sender, error) {
 	switch {
 	case cfg.Full != Drop && cfg.Full != Wait:
 		return nil, fmt.Errorf("forward: Config.Full is %v: it must be Drop or Wait", cfg.Full)
+	case cfg.Full == Wait && cfg.Pool != nil:
+		return nil, errors.New("forward: Config.Full is wait, and there is a Config.Pool, whose goroutines must not wait: it must be drop")
 	case cfg.Frames < 0 || cfg.Frames > mostFrames:
 		return nil, fmt.Errorf("forward: Config.Frames is %d: it must be 1 to %d, or 0 for %d", cfg.Frames, mostFrames, standardFrames)
 	case cfg.Frames == 0:
@@ -140,7 +147,11 @@ func NewSender(dev *pvnet.Device, cfg Config) (*Sender, error) {
 		if err != nil {
 			return nil, fmt.Errorf("forward: transmit queue %d of vif %s: %w", i, dev.ID(), err)
 		}
-		s.queues = append(s.queues, newQueue(s, tx))
+		q := newQueue(s, tx)
+		if cfg.Pool != nil {
+			q.worker = cfg.Pool.worker()
+		}
+		s.queues = append(s.queues, q)
 	}
 	ctx, stop := context.WithCancel(context.Background())
 	s.stop = stop
@@ -161,6 +172,11 @@ func (s *Sender) follow(ctx context.Context) {
 			q.tx.SetDeadline(s.deadlineLocked(late))
 		}
 		s.mu.Unlock()
+		for _, q := range s.queues {
+			q.mu.Lock()
+			q.lookLocked()
+			q.mu.Unlock()
+		}
 	}
 	if ctx.Err() == nil {
 		_, err := s.queues[0].tx.SendWait(nil) // returns the error that has ended the device, without a wait

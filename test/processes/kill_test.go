@@ -113,7 +113,7 @@ type child struct {
 	t      testing.TB
 	name   string
 	cmd    *exec.Cmd
-	in     io.Closer
+	in     io.WriteCloser
 	lines  chan string // its output; closed at its end
 	exited chan error
 }

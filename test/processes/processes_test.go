@@ -50,6 +50,10 @@ func runChild() error {
 		return runHandover(ctx)
 	case "fronthand", "frontsuccessor":
 		return runFrontHandover(ctx)
+	case "bridge":
+		return runBridge(ctx)
+	case "guests":
+		return runGuests(ctx)
 	}
 	return runFrontend(ctx)
 }
@@ -115,6 +119,7 @@ func runFrontend(ctx context.Context) error {
 type machine struct {
 	t      testing.TB
 	host   *emu.Host
+	store  *server.Store
 	tools  *xenstore.Client
 	socket string
 	backs  chan *pvnet.Device
@@ -155,7 +160,7 @@ func newMachine(t testing.TB) *machine {
 	if err != nil {
 		t.Fatal(err)
 	}
-	m.host = h
+	m.host, m.store = h, st
 	// The store does not learn of deaths: on Xen a domain outlives one of its processes.
 	dom0, err := h.NewDomain(0)
 	if err != nil {
