@@ -330,12 +330,18 @@ func TestWhatWaitsForNeighboursIsBounded(t *testing.T) {
 		}
 		r.rxs[1].Release(r.out[:n])
 	}
-	if n := r.ports[0].held.Load(); n != waitPerPort || r.wait.own != waitOwn || len(r.wait.hops) > waitPerPort+waitOwn || r.wait.lost == 0 {
-		t.Errorf("%d and %d frames wait for %d neighbours, %d were lost", n, r.wait.own, len(r.wait.hops), r.wait.lost)
+	if n := r.ports[0].held.Load(); n != waitPerPort || r.wait.own[2] != waitOwn || len(r.wait.hops) > waitPerPort+waitOwn || r.wait.lost == 0 {
+		t.Errorf("%d and %d frames wait for %d neighbours, %d were lost", n, r.wait.own[2], len(r.wait.hops), r.wait.lost)
 	}
-	r.w.waited = r.wait.take(2, r.w.waited[:0])
+	// A guest who has the router wait for many neighbours takes no room from another's frames.
+	lost := r.wait.lost
+	r.sendOwn(&r.w, udpFrame([6]byte{}, [6]byte{}, netip.MustParseAddrPort("10.1.0.1:53"), netip.MustParseAddrPort("10.1.0.9:1000"), nil))
+	if r.wait.lost != lost || r.wait.own[1] != 1 {
+		t.Errorf("%d frames for the other guest wait, %d were lost", r.wait.own[1], r.wait.lost-lost)
+	}
+	r.w.waited = r.wait.take(1, r.wait.take(2, r.w.waited[:0]))
 	r.again(&r.w, true)
-	if n := r.ports[0].held.Load(); n != 0 || r.wait.own != 0 || len(r.wait.hops) != 0 || len(r.wait.spare) > spareHops || len(r.wait.rooms) > waitOwn {
-		t.Errorf("%d and %d frames wait for %d neighbours; %d and %d spare", n, r.wait.own, len(r.wait.hops), len(r.wait.spare), len(r.wait.rooms))
+	if n := r.ports[0].held.Load(); n != 0 || r.wait.own != [router.MaxPorts]uint8{} || len(r.wait.hops) != 0 || len(r.wait.spare) > spareHops || len(r.wait.rooms) > spareRooms {
+		t.Errorf("%d and %d frames wait for %d neighbours; %d and %d spare", n, r.wait.own[2], len(r.wait.hops), len(r.wait.spare), len(r.wait.rooms))
 	}
 }
