@@ -131,6 +131,9 @@ func (b *back) run(ctx context.Context) error {
 	default:
 		return cli.BadValue("hotplug", b.hotplug, "auto, keys, script or flags")
 	}
+	if !isInterfaceName(strings.NewReplacer("%d", "1", "%i", "0").Replace(b.tap)) {
+		return cli.BadValue("tap", b.tap, "the name of an interface, 1 to 15 characters with %d and %i replaced")
+	}
 	if err := b.parseAddrs(); err != nil {
 		return err
 	}
