@@ -4,10 +4,14 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"strings"
 	"testing"
+	"time"
 
 	"barevif/pvnet/netstack"
+	"barevif/tools/vifrouter/dhcpd"
 
+	"github.com/insomniacslk/dhcp/dhcpv4"
 	"golang.org/x/net/dns/dnsmessage"
 )
 
@@ -63,5 +67,40 @@ func TestNamesAreResolvedHoweverManyWereBefore(t *testing.T) {
 	s.resolves(s.asker(other), 200, 3)
 	if who, err := ask(s.ctx, other, netip.AddrPortFrom(worldAddr, 80).String()); err != nil || who != "192.0.2.2" {
 		t.Errorf("the server sees %q, %v", who, err)
+	}
+}
+
+// A guest that declines whatever it is given takes few addresses from others, and few lines of the log.
+func TestAGuestThatDeclinesTakesLittle(t *testing.T) {
+	s := newSite(t, standard)
+	g, _ := s.guest(firstDom)
+	s.settled(g)
+	s.d.mu.Lock()
+	var one *guest
+	for _, one = range s.d.vifs {
+	}
+	s.d.mu.Unlock()
+	decline := func() {
+		s.d.mu.Lock()
+		addr := one.addr
+		s.d.mu.Unlock()
+		m, err := dhcpv4.New(dhcpv4.WithMessageType(dhcpv4.MessageTypeDecline), dhcpv4.WithHwAddr(one.mac[:]),
+			dhcpv4.WithOption(dhcpv4.OptRequestedIPAddress(addr.AsSlice())), dhcpv4.WithOption(dhcpv4.OptServerIdentifier(net.IPv4(10, 137, 0, 1))))
+		if err != nil {
+			t.Fatal(err)
+		}
+		one.handleDHCP(one.mac, m.ToBytes())
+	}
+	for range dhcpd.Burst {
+		decline()
+	}
+	if n := strings.Count(s.said.String(), "a guest declines its address"); n != 3 {
+		t.Errorf("%d lines of the log say that it declines", n)
+	}
+	// The pool has 11 addresses: two are spoilt, it has one.
+	for i := range 8 {
+		if _, err := one.pool.Take(time.Now(), fmt.Sprint(i), netip.Addr{}); err != nil {
+			t.Errorf("guest %d: %v", i, err)
+		}
 	}
 }

@@ -345,3 +345,50 @@ func TestWhatWaitsForNeighboursIsBounded(t *testing.T) {
 		t.Errorf("%d and %d frames wait for %d neighbours; %d and %d spare", n, r.wait.own[2], len(r.wait.hops), len(r.wait.spare), len(r.wait.rooms))
 	}
 }
+
+// A guest makes connections to the router itself at a bounded rate, however many it begins, and another
+// guest begins its own meanwhile.
+func TestConnectionsToTheRouterAreBounded(t *testing.T) {
+	r := newRig(t)
+	if err := r.local.setAddrs([]netip.Addr{netip.MustParseAddr("10.1.0.1"), netip.MustParseAddr("10.2.0.1")}); err != nil {
+		t.Fatal(err)
+	}
+	l, err := r.local.listenTCP(netip.MustParseAddrPort("10.1.0.1:53"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	began := func() uint64 { return r.local.stack.Stats().TCP.ValidSegmentsReceived.Value() }
+	knock := func(n int) uint64 {
+		t.Helper()
+		before := began()
+		for i := range n {
+			r.toLocal(r.ports[0], synFrame(rigMAC(0), guestMAC, netip.AddrPortFrom(rigAddr(0), uint16(1024+i)), netip.MustParseAddrPort("10.1.0.1:53")))
+		}
+		return began() - before
+	}
+	if n := knock(3 * knockBurst); n != knockBurst || r.n.knocks.Load() != 2*knockBurst {
+		t.Errorf("%d connections begin at once, %d do not", n, r.n.knocks.Load())
+	}
+	r.now += time.Second
+	if n := knock(3 * knockBurst); n != knockRate {
+		t.Errorf("%d connections begin a second later", n)
+	}
+	if !r.ports[1].knocks.allow(r.now) {
+		t.Error("another guest begins none")
+	}
+}
+
+// synFrame returns the Ethernet frame of a SYN over IPv4, with complete checksums.
+func synFrame(from, to [6]byte, src, dst netip.AddrPort) []byte {
+	b := udpFrame(from, to, src, dst, make([]byte, 12)) // as long as a TCP header
+	ip := b[ethernet:]
+	ip[9] = packet.TCP
+	ip[10], ip[11] = 0, 0
+	binary.BigEndian.PutUint16(ip[10:], packet.Checksum(ip[:ipHeader4]))
+	seg := ip[ipHeader4:]
+	clear(seg[4:])
+	seg[12], seg[13], seg[14] = 5<<4, flagSYN, 0xff
+	binary.BigEndian.PutUint16(seg[16:], ^packet.Fold(packet.Add(packet.Add(packet.TCP+20, ip[12:20]), seg)))
+	return b
+}
