@@ -124,6 +124,16 @@ func (w *neighbourWait) take(out router.PortID, list []waiter) []waiter {
 	return list
 }
 
+// takeOne removes the frames that wait for one neighbour, and appends them to list.
+func (w *neighbourWait) takeOne(key hopKey, list []waiter) []waiter {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if h := w.hops[key]; h != nil {
+		list = w.removeLocked(key, h, list)
+	}
+	return list
+}
+
 // removeLocked appends the frames that wait for a neighbour to list, and forgets the neighbour.
 func (w *neighbourWait) removeLocked(key hopKey, h *hopWait, list []waiter) []waiter {
 	for i := range h.list {
@@ -194,9 +204,11 @@ func (w *neighbourWait) due(now time.Duration, ask []hopKey, over []waiter) ([]h
 	return ask, over
 }
 
-// retry processes again the frames that wait for neighbours of a port, one of which has answered.
-func (pl *plane) retry(p *port, w *worker) {
-	w.waited = pl.wait.take(p.id, w.waited[:0])
+// retry processes again the frames that wait for a neighbour of a port, which has answered. Those that wait for
+// others stay: a guest that says where it is, again and again, would have them processed as often, and
+// keep them waiting for ever.
+func (pl *plane) retry(p *port, w *worker, next netip.Addr) {
+	w.waited = pl.wait.takeOne(hopKey{p.id, next}, w.waited[:0])
 	pl.again(w, false)
 }
 

@@ -209,12 +209,12 @@ func (pl *plane) dispatch(p *port, w *worker, frames []pvnet.Frame, packets []ro
 			flush()
 			pl.other(p, w, f, d)
 		}
-		learnt := d.Learnt
+		learnt, next := d.Learnt, d.Next
 		*f = pvnet.Frame{}
 		*d = router.Packet{}
 		if learnt { // never by a frame that has waited, so that this does not come back here
 			flush()
-			pl.retry(p, w)
+			pl.retry(p, w, next)
 		}
 	}
 	flush()

@@ -295,7 +295,7 @@ func TestWhatWaitsForNeighboursIsBounded(t *testing.T) {
 	if err := r.core.Learn(r.now, 2, here, rigMAC(1)); err != nil {
 		t.Fatal(err)
 	}
-	r.retry(r.ports[1], &r.w)
+	r.retry(r.ports[1], &r.w, here)
 	var sizes []int
 	for len(sizes) < 3 {
 		n, err := r.rxs[1].Receive(r.out[:])
@@ -391,4 +391,27 @@ func synFrame(from, to [6]byte, src, dst netip.AddrPort) []byte {
 	seg[12], seg[13], seg[14] = 5<<4, flagSYN, 0xff
 	binary.BigEndian.PutUint16(seg[16:], ^packet.Fold(packet.Add(packet.Add(packet.TCP+20, ip[12:20]), seg)))
 	return b
+}
+
+// A guest that says where it is, again and again, has nothing processed that waits for others: those
+// are given up in time.
+func TestAnnouncementsDoNotKeepFramesWaiting(t *testing.T) {
+	r := newRig(t)
+	absent := netip.MustParseAddr("10.2.0.77")
+	r.move(r.datagram(absent, 40))
+	own := udpFrame([6]byte{}, [6]byte{}, netip.MustParseAddrPort("10.1.0.1:53"), netip.MustParseAddrPort("10.1.0.77:1000"), nil)
+	r.sendOwn(&r.w, own) // for a neighbour at the port of the guest that announces itself
+	r.gets(0, 1)
+	r.gets(1, 1)
+	waited := r.wait.total
+	for range 10 {
+		r.move(r.request())
+		r.gets(0, 1) // the answer, and no solicitation
+	}
+	if r.wait.total != waited || len(r.wait.hops) != 2 {
+		t.Errorf("%d frames have waited, %d before it; for %d neighbours", r.wait.total, waited, len(r.wait.hops))
+	}
+	if h := r.wait.hops[hopKey{1, netip.MustParseAddr("10.1.0.77")}]; h == nil || h.asked != 1 {
+		t.Errorf("%+v", h)
+	}
 }
