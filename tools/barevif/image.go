@@ -173,7 +173,7 @@ func (m *imageFlags) run(ctx context.Context) error {
 	if err := m.check(); err != nil {
 		return err
 	}
-	m.cfg.Say = func(format string, args ...any) { fmt.Fprintf(m.Stderr, "barevif image: "+format+"\n", args...) }
+	m.cfg.Say = func(format string, args ...any) { m.Note("barevif image: "+format, args...) }
 	r, err := guestimage.Build(ctx, m.cfg)
 	if err != nil {
 		return err
