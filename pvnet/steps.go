@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"time"
 
+	"barevif/hypercall"
 	"barevif/telemetry"
 	"barevif/xenbus"
 	"barevif/xenbus/xenstore"
@@ -25,6 +26,7 @@ func (l *lifecycle) writeState(s xenbus.State) bool {
 			l.forceAt = time.Now()
 			return false
 		case final && l.neverConnected():
+		case errors.Is(err, hypercall.ErrClosed): // xenstore refused nothing: its connection has ended, and says so
 		default:
 			l.d.log.Warn("xenstore refused a state", "vif", l.d.id, "state", s, "err", err)
 		}
@@ -56,7 +58,7 @@ func (l *lifecycle) restore(ch xenbus.Change) bool {
 	ctx, cancel := l.storeContext()
 	defer cancel()
 	if err := l.xd.SetState(ctx, ch.Own); err != nil {
-		if !errors.Is(err, xenbus.ErrGone) && !errors.Is(err, xenbus.ErrClaimed) {
+		if !errors.Is(err, xenbus.ErrGone) && !errors.Is(err, xenbus.ErrClaimed) && !errors.Is(err, hypercall.ErrClosed) {
 			l.d.log.Warn("xenstore refused a state", "vif", l.d.id, "state", ch.Own, "err", err)
 		}
 		l.retryLater(l.xd.Current())

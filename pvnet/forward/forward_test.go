@@ -238,6 +238,22 @@ func TestJoinSaysWhyItEnds(t *testing.T) {
 	}
 }
 
+// A device may end just before it is joined. That is no error, as it is none a moment later.
+func TestJoinTakesADeviceThatHasEnded(t *testing.T) {
+	h := newHub(t, 2, pvnet.Config{}, pvnet.ServeConfig{})
+	dev := h.Backs[0]
+	h.Unplug(0)
+	if err := forward.Join(context.Background(), dev, h.Backs[1]); err != nil {
+		t.Errorf("Join of an ended vif and another returned %v", err)
+	}
+	h = newHub(t, 2, pvnet.Config{}, pvnet.ServeConfig{})
+	dev = h.Backs[0]
+	h.Unplug(0)
+	if err := forward.Join(context.Background(), h.Backs[1], dev); err != nil {
+		t.Errorf("Join of a vif and an ended one returned %v", err)
+	}
+}
+
 // What waits for an end that takes nothing does not keep Join from ending.
 func TestJoinEndsWhileFramesWait(t *testing.T) {
 	h := newHub(t, 2, pvnet.Config{}, pvnet.ServeConfig{DrainTimeout: -1})

@@ -11,7 +11,7 @@ import (
 
 // Receive owns the receiving halves of all queues of dev, for good, and calls fn with the
 // frames that arrive, at most [Batch] of one queue at a time, until ctx ends (it returns the
-// cause), the device is disconnected (nil) or a [*pvnet.PeerError] has ended it, or fn returns
+// cause), the device is disconnected (nil, also if it was before) or a [*pvnet.PeerError] has ended it, or fn returns
 // an error, which it returns. It blocks.
 //
 // fn takes over all frames; the slice is lent until it returns. It runs concurrently for
@@ -98,8 +98,8 @@ func receiveQueue(ctx context.Context, rx *pvnet.RX, fn func([]pvnet.Frame) (int
 }
 
 // Join moves frames between two vifs of this process, both ways, over all their queues, until
-// ctx ends (it returns the cause), one of the devices is disconnected (nil), or a
-// [*pvnet.PeerError] has ended one. It blocks.
+// ctx ends (it returns the cause), one of the devices is disconnected (nil, also if it was
+// before), or a [*pvnet.PeerError] has ended one. It blocks.
 //
 // A vif that takes frames more slowly than the other's end sends them makes that wait
 // ([Wait]): the frames stay in its ring. So nothing is lost but what does not fit the MTU,
@@ -117,21 +117,21 @@ func Join(ctx context.Context, a, b *pvnet.Device) error {
 	defer cancel(nil)
 	toA, err := NewSender(a, Config{Full: Wait})
 	if err != nil {
-		return err
+		return unlessOrderly(err)
 	}
 	defer toA.Close()
 	toB, err := NewSender(b, Config{Full: Wait})
 	if err != nil {
-		return err
+		return unlessOrderly(err)
 	}
 	defer toB.Close()
 	fromA, err := toB.Input(NewSource(0))
 	if err != nil {
-		return err
+		return unlessOrderly(err)
 	}
 	fromB, err := toA.Input(NewSource(0))
 	if err != nil {
-		return err
+		return unlessOrderly(err)
 	}
 	closed := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() { // ends the calls of Send that wait

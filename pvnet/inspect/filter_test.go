@@ -3,7 +3,9 @@
 package inspect
 
 import (
+	"strings"
 	"testing"
+	"unicode/utf8"
 
 	"golang.org/x/net/bpf"
 )
@@ -57,4 +59,24 @@ func FuzzFilter(f *testing.F) {
 		}
 		filter(frame)
 	})
+}
+
+// A reason that is cut to its room ends with a whole character.
+func TestAReasonIsCutBetweenCharacters(t *testing.T) {
+	for _, c := range []struct {
+		s    string
+		n    int
+		want string
+	}{{"abc", 3, "abc"}, {"abc", 2, "ab"}, {"aé", 2, "a"}, {"aé", 3, "aé"}, {"a€b", 3, "a"}, {"€", 2, ""}} {
+		if got := clipped(c.s, c.n); got != c.want {
+			t.Errorf("the first %d bytes of %q: %q", c.n, c.s, got)
+		}
+	}
+	b := appendEnd(nil, strings.Repeat("é", maxReason))
+	if reason := string(b[3:]); len(reason) != maxReason || !utf8.ValidString(reason) {
+		t.Errorf("%d bytes", len(reason))
+	}
+	if b = appendEnd(nil, "x"+strings.Repeat("é", maxReason)); !utf8.Valid(b[3:]) {
+		t.Errorf("it ends with part of a character: %q", b[len(b)-4:])
+	}
 }

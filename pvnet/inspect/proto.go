@@ -11,6 +11,7 @@ import (
 	"io"
 	"math"
 	"time"
+	"unicode/utf8"
 
 	"golang.org/x/net/bpf"
 
@@ -172,10 +173,21 @@ func appendStats(b []byte, s pvnet.TapStats) []byte {
 }
 
 func appendEnd(b []byte, reason string) []byte {
-	reason = reason[:min(len(reason), maxReason)]
+	reason = clipped(reason, maxReason)
 	b = append(b, recordEnd)
 	b = binary.LittleEndian.AppendUint16(b, uint16(len(reason)))
 	return append(b, reason...)
+}
+
+// clipped returns at most the first n bytes of s, without part of a character at their end.
+func clipped(s string, n int) string {
+	if len(s) <= n {
+		return s
+	}
+	for n > 0 && !utf8.RuneStart(s[n]) {
+		n--
+	}
+	return s[:n]
 }
 
 // A byteReader is what lines and records are read from.

@@ -16,7 +16,7 @@ import (
 )
 
 // Join forwards frames between a vif and a link, both ways, until ctx ends (it
-// returns the cause), the device is disconnected (nil), or one of the two fails:
+// returns the cause), the device is disconnected (nil, also if it was before), or one of the two fails:
 // [ErrGone], net.ErrClosed if the link was closed, or the [*pvnet.PeerError] that
 // ended the device. It blocks.
 //
@@ -122,6 +122,9 @@ func (j *Joint) Run(ctx context.Context, dev *pvnet.Device, links ...Link) error
 		feeds = dev.Queues()
 	}
 	rxs, txs, err := own(dev, feeds)
+	if pvnet.Orderly(err) {
+		return nil
+	}
 	if err != nil {
 		return err
 	}

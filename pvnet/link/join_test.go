@@ -604,6 +604,16 @@ func TestDeviceWithAnOwnerIsNotJoined(t *testing.T) {
 	}
 }
 
+// A device may end just before it is joined. That is no error, as it is none a moment later.
+func TestADeviceThatHasEndedIsJoinedToNothing(t *testing.T) {
+	tap := openTAP(t, TAPConfig{})
+	h := newHost(t, 1500, pvnet.Config{})
+	h.Back.Disconnect()
+	if err := Join(context.Background(), h.Back, tap); err != nil {
+		t.Errorf("Join returned %v", err)
+	}
+}
+
 // A scripted link reads frames of a test, also frames that only a broken kernel would send.
 type scripted struct {
 	Link

@@ -128,3 +128,35 @@ func TestAddressesThatCannotBeSetLeaveTheOthers(t *testing.T) {
 	back.answersAt(t, frontIP.Addr().String())
 	front.requireNot(t, "192.0.2.3")
 }
+
+// Addresses are those of stations, and what a server is told fits its message.
+func TestAConfigNamesStations(t *testing.T) {
+	addr := func(s string) netip.Addr { return netip.MustParseAddr(s) }
+	net4 := netip.MustParsePrefix("192.0.2.2/24")
+	for want, c := range map[string]Config{
+		"0.1.2.3/8 is no address for a host":        {Addr: netip.MustParsePrefix("0.1.2.3/8")},
+		"240.0.0.1/4 is no address for a host":      {Addr: netip.MustParsePrefix("240.0.0.1/4")},
+		"192.0.2.2/0 has all addresses":             {Addr: netip.MustParsePrefix("192.0.2.2/0")},
+		"2001:db8::1/0 has all addresses":           {Addrs: prefixes("2001:db8::1/0")},
+		"Config.Gateway 192.0.2.255 is not another": {Addr: net4, Gateway: addr("192.0.2.255")},
+		"Config.Gateway 192.0.2.0 is not another":   {Addr: net4, Gateway: addr("192.0.2.0")},
+		"Config.Gateway fe80::1%0 is not another":   {Addrs: prefixes("2001:db8::1/64"), Gateway: addr("fe80::1%0")},
+		"Config.DNS fe80::1%0 is no address":        {Addr: net4, DNS: []netip.Addr{addr("fe80::1%0")}},
+		"Config.DNS 0.0.0.1 is no address":          {Addr: net4, DNS: []netip.Addr{addr("0.0.0.1")}},
+		"Config.Hostname has 256 bytes, 255":        {DHCP: true, Hostname: strings.Repeat("x", 256)},
+	} {
+		if err := c.check(1500); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%v, want %q", err, want)
+		}
+	}
+	for _, c := range []Config{
+		{Addr: net4, Gateway: addr("192.0.2.254"), DNS: []netip.Addr{addr("192.0.2.255"), addr("fe80::1")}, Hostname: strings.Repeat("x", 255)},
+		{Addr: netip.MustParsePrefix("192.0.2.2/31"), Gateway: addr("192.0.2.3")},
+		{Addr: netip.MustParsePrefix("10.0.0.1/1")},
+		{Addrs: prefixes("2001:db8::1/64"), Gateway: addr("2001:db8::")},
+	} {
+		if err := c.check(1500); err != nil {
+			t.Error(err)
+		}
+	}
+}

@@ -10,7 +10,7 @@ import (
 // Config configures a Stack. It needs a source of addresses: Addr, Addrs, DHCP, RA or Later.
 // [Auto] finds out which.
 type Config struct {
-	Addr    netip.Prefix // our address and the network it is in
+	Addr    netip.Prefix // our address and the network it is in, of at least one bit
 	Gateway netip.Addr   // router to all other networks; zero for none
 	MTU     int          // size of the largest IP packet in bytes, 68 (IPv6: 1280) to the device's MTU; 0 means the device's
 
@@ -23,7 +23,7 @@ type Config struct {
 	DHCP bool // lease an IPv4 address
 	RA   bool // follow router advertisements: IPv6 addresses, routes and name servers
 
-	Hostname string       // told to the DHCP server; empty: none
+	Hostname string       // told to the DHCP server, at most 255 bytes; empty: none
 	Logger   *slog.Logger // addresses that come and go, and what is refused; nil: silent
 }
 
@@ -56,6 +56,15 @@ func (cfg *Config) families() (has4, has6 bool) {
 // leastMTU6 is the smallest MTU of IPv6 (RFC 8200, section 5).
 const leastMTU6 = 1280
 
+// mostHostname is the length of the longest option of a DHCP message, in bytes (RFC 2132, section 2).
+const mostHostname = 255
+
+// station reports whether an address can be that of a station, here or elsewhere. Of IPv4 those of
+// 0.0.0.0/8 and 240.0.0.0/4 cannot (RFC 6890).
+func station(a netip.Addr) bool {
+	return a.IsValid() && !a.Is4In6() && !a.IsUnspecified() && !a.IsMulticast() && !(a.Is4() && (a.As4()[0] == 0 || a.As4()[0] >= 240))
+}
+
 func (cfg *Config) check(mtu int) error {
 	has4, has6 := cfg.families()
 	if !has4 && !has6 {
@@ -67,8 +76,11 @@ func (cfg *Config) check(mtu int) error {
 	if err := cfg.checkStatic(); err != nil {
 		return err
 	}
+	if len(cfg.Hostname) > mostHostname {
+		return fmt.Errorf("Config.Hostname has %d bytes, %d at most fit a DHCP message's option", len(cfg.Hostname), mostHostname)
+	}
 	for _, a := range cfg.DNS {
-		if !a.IsValid() || a.Is4In6() || a.IsUnspecified() || a.IsMulticast() || a == broadcast4 {
+		if !station(a) || a.Zone() != "" {
 			return fmt.Errorf("Config.DNS %v is no address of a server", a)
 		}
 	}
@@ -88,9 +100,11 @@ func (cfg *Config) checkStatic() error {
 	for _, p := range cfg.addrs() {
 		a := p.Addr()
 		switch {
-		case !p.IsValid() || a.Is4In6() || a.IsUnspecified() || a.IsMulticast() || a == broadcast4 || a.IsLoopback():
+		case !p.IsValid() || !station(a) || a.IsLoopback():
 			return fmt.Errorf("Config.Addr %v is no address for a host", p)
-		case a.Is4() && p.Bits() < 31 && (a == p.Masked().Addr() || a == lastOf(p)):
+		case p.Bits() == 0:
+			return fmt.Errorf("Config.Addr %v has all addresses in its network: write the length of the network's", p)
+		case groupOf(p, a):
 			return fmt.Errorf("Config.Addr %v is the network's own or its broadcast address: write that of a host", p)
 		}
 		if seen[a] {
@@ -99,6 +113,12 @@ func (cfg *Config) checkStatic() error {
 		seen[a] = true
 	}
 	return cfg.checkGateways()
+}
+
+// groupOf reports whether a is the first or the last address of the network of p, which are no
+// host's where a network of IPv4 has more than two.
+func groupOf(p netip.Prefix, a netip.Addr) bool {
+	return a.Is4() && p.Addr().Is4() && p.Bits() < 31 && (a == p.Masked().Addr() || a == lastOf(p))
 }
 
 // lastOf returns the last address of an IPv4 prefix.
@@ -129,11 +149,11 @@ func (cfg *Config) checkGateways() error {
 	return nil
 }
 
-// reaches reports whether g is in one of the stack's networks, and not the stack itself. An
+// reaches reports whether g may be another station of one of the stack's networks. An
 // IPv6 router may have its link-local address alone.
 func (cfg *Config) reaches(g netip.Addr) (ok bool) {
 	for _, p := range cfg.addrs() {
-		if p.Addr() == g {
+		if p.Addr() == g || groupOf(p, g) {
 			return false
 		}
 		ok = ok || p.Contains(g) || g.Is6() && g.IsLinkLocalUnicast() && p.Addr().Is6()

@@ -21,8 +21,8 @@ import (
 )
 
 // Listen listens for TCP connections. network is "tcp", "tcp4" or "tcp6"; address
-// is an IP address and a port, such as "192.0.2.1:80", or ":80" for any address of the
-// stack. ":80" and "[::]:80" with "tcp" take IPv4 and IPv6. For port 0 the stack chooses one.
+// is an IP address and the number of a port, such as "192.0.2.1:80", or ":80" for any address of
+// the stack; names of hosts and of services are none. ":80" and "[::]:80" with "tcp" take IPv4 and IPv6. For port 0 the stack chooses one.
 // The stack needs no address yet for ":80".
 //
 // Errors are *net.OpError: EADDRINUSE, EADDRNOTAVAIL, net.ErrClosed after the stack
@@ -71,7 +71,7 @@ func (s *Stack) Dial(network, address string) (net.Conn, error) {
 	return s.DialContext(context.Background(), network, address)
 }
 
-// DialContext connects to a host and a port, over TCP or UDP. A host that is no IP address is
+// DialContext connects to a host and the number of a port, over TCP or UDP. A host that is no IP address is
 // looked up with the stack's [Stack.Resolver], and its addresses are tried in turn. It fits the
 // field DialContext of http.Transport.
 //
@@ -223,7 +223,7 @@ func (s *Stack) resolve(network, kind, address string) (at place, err error) {
 		if host, _, split := net.SplitHostPort(address); split == nil && isName(host) {
 			return at, errIsName
 		}
-		return at, &net.AddrError{Err: "not an IP address and a port", Addr: address}
+		return at, &net.AddrError{Err: "not an IP address and the number of a port", Addr: address}
 	}
 	ip := ap.Addr().Unmap()
 	if !s.has(ip) || family == "4" && !ip.Is4() || family == "6" && !ip.Is6() {
@@ -238,7 +238,7 @@ func (s *Stack) resolve(network, kind, address string) (at place, err error) {
 func (s *Stack) own(network, kind, address string) (place, error) {
 	at, err := s.resolve(network, kind, address)
 	if err == errIsName {
-		err = &net.AddrError{Err: "not an IP address and a port", Addr: address}
+		err = &net.AddrError{Err: "not an IP address and the number of a port", Addr: address}
 	}
 	return at, err
 }

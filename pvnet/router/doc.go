@@ -59,7 +59,8 @@
 //
 // Each flow is charged to the port it began at. A port has at most [Limits].FlowsPerPort.
 // At this bound a new flow takes the place of the port's own oldest flow that is half open or
-// over; if all are established it is refused. If the whole table is full, a port with less than
+// over; if all are established it is refused. A new flow of the router's own is never refused there: it
+// takes the place of the oldest of them, whatever its state. If the whole table is full, a port with less than
 // its even share gets the place of the oldest flow of the port with the most. So nobody's
 // flows, up to an even share, are thrown out by another port.
 //

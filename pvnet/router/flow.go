@@ -182,7 +182,7 @@ func (r *Router) take(in PortID, translated bool) (i uint32, why Reason) {
 		r.end(old)
 	}
 	if own.flows >= r.limits.FlowsPerPort || translated && own.translated >= r.limits.NATPerPort {
-		old := own.lists[halfOpen].first
+		old := r.spare(own)
 		if old == none || translated && own.flows < r.limits.FlowsPerPort && !t.flows[old].translated {
 			own.refused++
 			return none, ReasonFlowQuota
@@ -211,13 +211,28 @@ func (r *Router) take(in PortID, translated bool) (i uint32, why Reason) {
 			return t.free, ReasonNone
 		}
 	}
-	if old := own.lists[halfOpen].first; old != none {
+	if old := r.spare(own); old != none {
 		own.evicted++
 		r.end(old)
 		return t.free, ReasonNone
 	}
 	r.state(in).refused++
 	return none, ReasonFlowTable
+}
+
+// spare returns the flow of s whose place a new one takes: the oldest that is half open or over. Of
+// the router's own it is the oldest of all, since its TCP/IP has a flow for each question that it asks a
+// name server, which lives long after the answer; guests cause them as fast as they like, and one that was
+// refused is all guests' lack of names.
+func (r *Router) spare(s *portState) uint32 {
+	old := s.lists[halfOpen].first
+	if s != &r.local {
+		return old
+	}
+	if done := s.lists[full].first; old == none || done != none && r.table.flows[done].touched <= r.table.flows[old].touched {
+		return done
+	}
+	return old
 }
 
 // begin makes the flow that take returned an entry of the table. Its keys, in and sides are set

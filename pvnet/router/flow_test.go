@@ -327,6 +327,46 @@ func TestAFullTableOfEstablishedFlowsRefuses(t *testing.T) {
 	w.idle()
 }
 
+// The router's own flows, which guests cause by their questions, give way to each other whatever their
+// state is, the oldest first, and so that no other port loses one.
+func TestTheRoutersOwnFlowsGiveWayToEachOther(t *testing.T) {
+	w := newWorld(t, Limits{Flows: 64, FlowsPerPort: 16}, nil)
+	w.open(1)
+	asks := func(port uint16) { w.forwarded(udp(LocalPort, "192.0.2.2", port, server, 53), uplink) }
+	answers := func(port uint16) spec { return udp(uplink, server, 53, "192.0.2.2", port) }
+	answered := func(port uint16) {
+		t.Helper()
+		if p := w.send(answers(port)); p.Verdict != VerdictLocal {
+			t.Fatalf("port %d: %v because of %v", port, p.Verdict, p.Reason)
+		}
+	}
+	asks(2000) // and is not answered yet when the table is full
+	for i := range uint16(100) {
+		w.at += time.Second
+		asks(3000 + i)
+		if i == 10 {
+			answered(2000)
+		}
+		answered(3000 + i)
+	}
+	if s, _ := w.PortStats(LocalPort); s.Refused != 0 || s.Flows != 16 || s.Evicted != 85 {
+		t.Fatalf("%+v", s)
+	}
+	answered(3099)
+	w.dropped(answers(3083), ReasonFiltered) // it is no answer any more
+	w.forwarded(tcp(clientA, "10.1.0.5", 1, server, 80, ack), uplink)
+	// One that waits for its answer outlasts older ones that have theirs.
+	asks(4000)
+	w.at += time.Second
+	for i := range uint16(15) {
+		asks(5000 + i)
+		answered(5000 + i)
+	}
+	answered(4000)
+	w.consistent()
+	w.idle()
+}
+
 func TestPortNumbersRunOut(t *testing.T) {
 	w := newWorld(t, Limits{Flows: 1 << 17, FlowsPerPort: 1 << 17, NATPerPort: 64512}, nil)
 	none := 0

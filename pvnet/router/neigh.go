@@ -174,7 +174,7 @@ func (r *Router) arp(w *work) {
 	case op == answer, op == request && sender == target, op == request && r.known(p.In, sender):
 		if !probe {
 			r.learn(p.In, sender, mac)
-			p.Learnt = true
+			p.Learnt, p.Next = true, sender.netip()
 		}
 		if p.Verdict == VerdictDrop {
 			p.Reason = ReasonNotForUs
@@ -227,13 +227,13 @@ func (r *Router) discovery(w *work, icmp []byte) {
 			return
 		}
 		r.learn(p.In, target, mac)
-		p.Learnt = true
+		p.Learnt, p.Next = true, target.netip()
 		return
 	}
 	probe := w.t.src.unspecified()
 	if !probe && mac != [6]byte{} {
 		r.learn(p.In, w.t.src, mac)
-		p.Learnt = true
+		p.Learnt, p.Next = true, w.t.src.netip()
 	}
 	if !w.port.has(target) {
 		if p.Reason = ReasonNotForUs; p.Learnt {

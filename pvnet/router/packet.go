@@ -25,13 +25,13 @@ type Packet struct {
 	Reason  Reason // why Verdict is VerdictDrop, VerdictReply or VerdictNeighbour; otherwise ReasonNone
 	// Out is where the frame, or the reply, goes.
 	Out PortID
-	// Next is the neighbour whose address is missing, with VerdictNeighbour, or should be
-	// confirmed, with Ask; otherwise invalid.
+	// Next is the neighbour whose MAC address is missing, with VerdictNeighbour, should be
+	// confirmed, with Ask, or was learnt, with Learnt; otherwise invalid.
 	Next netip.Addr
 	// Ask asks the caller to send [Router.AppendSolicit] of Out and Next: the neighbour has
 	// not been heard of for some time. It does so once a second at most for each.
 	Ask bool
-	// Learnt says that the packet taught the router a neighbour's address on port In: packets
+	// Learnt says that the packet taught the router the MAC address of Next on port In: packets
 	// that wait for Next there may be processed again.
 	Learnt bool
 	// MTU is, with VerdictFragment, the length in bytes that each fragment's IP packet may have: the

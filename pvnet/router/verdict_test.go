@@ -320,7 +320,7 @@ func TestAPacketWaitsForItsNeighbour(t *testing.T) {
 	copy(answer[32:], append(append([]byte{}, macB[:]...), 10, 2, 0, 1))
 	a := Packet{In: clientB, Head: answer, Total: len(answer)}
 	w.process(&a)
-	if !a.Learnt || a.Verdict != VerdictDrop || a.Reason != ReasonNone {
+	if !a.Learnt || a.Next != ip("10.2.0.77") || a.Verdict != VerdictDrop || a.Reason != ReasonNone {
 		t.Fatalf("%+v", a)
 	}
 	w.process(&p)
@@ -362,7 +362,7 @@ func TestAPacketWaitsForItsNeighbour(t *testing.T) {
 		t.Fatalf("%+v: %x", got, ask)
 	}
 	adv := discoverySpec(clientB, "fd02::77", "fd02::1", 136, "fd02::77", []byte{2, 1, hostB[0], hostB[1], hostB[2], hostB[3], hostB[4], hostB[5]})
-	if a := w.send(adv); !a.Learnt {
+	if a := w.send(adv); !a.Learnt || a.Next != ip("fd02::77") {
 		t.Fatalf("%+v", a)
 	}
 	w.forwarded(s6, clientB)
@@ -402,7 +402,7 @@ func TestTheRouterAnswersARP(t *testing.T) {
 		return batch[0]
 	}
 	p := do(arp(clientA, 1, hostA, "10.1.0.9", "10.1.0.1"))
-	if p.Verdict != VerdictReply || p.Out != clientA || !p.Learnt || p.Reason != ReasonNone {
+	if p.Verdict != VerdictReply || p.Out != clientA || !p.Learnt || p.Next != ip("10.1.0.9") || p.Reason != ReasonNone {
 		t.Fatalf("%+v", p)
 	}
 	want := append(append(append([]byte{}, hostA[:]...), macA[:]...), 8, 6, 0, 1, 8, 0, 6, 4, 0, 2)

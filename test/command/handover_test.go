@@ -224,6 +224,9 @@ func TestAServeTakesOverWithoutLoss(t *testing.T) {
 		next := s.serve("--check", "7007", "--take-over")
 		next.await("serving http://10.9.0.2/", 1)
 		next.await("1 vifs taken over from", 1)
+		if strings.Contains(next.text(), "counters: ") {
+			t.Error("it says where its counters are while they are still the other's")
+		}
 		g.exit(0)
 		g = next
 		p.await(40)

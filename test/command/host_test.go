@@ -342,6 +342,9 @@ func TestADomainEndsWithItsHost(t *testing.T) {
 	<-s.host.done
 	for _, p := range []*process{b, g} {
 		wants(t, p.exit(1), "the emulated host has ended", "next: ")
+		if strings.Contains(p.text(), "xenstore refused") {
+			t.Error("a connection that has ended is said to have refused something")
+		}
 	}
 	wants(t, b.text(), "vif 1.0: gone; ")
 	// Files that a killed host leaves behind do not prevent the next host from starting.

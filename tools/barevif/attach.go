@@ -79,6 +79,11 @@ func (a *attach) addresses() (map[string]autoAddress, error) {
 			Next: "put " + vifMark + " into it, which is the vif: --tap " + a.tap + vifMark, Usage: true,
 		}
 	}
+	for _, vif := range a.vifs {
+		if name := strings.ReplaceAll(a.tap, vifMark, vif); !isInterfaceName(name) {
+			return nil, cli.BadValue("tap", a.tap, "the name of an interface, 1 to 15 characters with "+vifMark+" replaced")
+		}
+	}
 	values, err := (&vifValues{flag: "addr", given: a.addrs}).of(a.vifs, isLiteral)
 	if err != nil {
 		return nil, err

@@ -131,6 +131,9 @@ func (b *back) run(ctx context.Context) error {
 	default:
 		return cli.BadValue("hotplug", b.hotplug, "auto, keys, script or flags")
 	}
+	if !isInterfaceName(strings.NewReplacer("%d", "1", "%i", "0").Replace(b.tap)) {
+		return cli.BadValue("tap", b.tap, "the name of an interface, 1 to 15 characters with %d and %i replaced")
+	}
 	if err := b.parseAddrs(); err != nil {
 		return err
 	}
@@ -198,9 +201,9 @@ func (b *back) parseAddrs() error {
 		} else if dom, id, two := strings.Cut(vif, "."); !two || !isNumber(dom) || !isNumber(id) {
 			return cli.BadValue("addr", s, "for a vif DOM.ID")
 		}
-		p, err := netip.ParsePrefix(addr)
-		if err != nil || !p.Addr().IsValid() || p.Addr().Is4In6() {
-			return cli.BadValue("addr", s, "an address with a prefix, like 10.9.0.1/24")
+		p, err := parseAddr(s, addr, "10.9.0.1/24")
+		if err != nil {
+			return err
 		}
 		if _, twice := b.prefix[vif]; twice {
 			return cli.BadValue("addr", s, "the only address of that vif; name the vif: 1.0="+addr)

@@ -70,8 +70,18 @@ func (b *backend) check() (queues int, counters telemetry.Store, err error) {
 			return 0, nil, cli.BadValue("vif", pattern, "a vif DOM.ID such as 1.0, or a pattern of such, as '3.*'")
 		}
 	}
+	if !isDeviceType(b.typ) {
+		return 0, nil, cli.BadValue("type", b.typ, deviceType)
+	}
 	counters, err = b.counters.store()
 	return queues, counters, err
+}
+
+// deviceType is what isDeviceType reports true for.
+const deviceType = "a backend type of small letters, digits, - and _"
+
+func isDeviceType(s string) bool {
+	return s != "" && strings.Trim(s, "abcdefghijklmnopqrstuvwxyz0123456789_-") == ""
 }
 
 // isVifPattern reports whether a pattern can match a vif, like "1.0".

@@ -491,9 +491,9 @@ func (b *bridged) addresses(taps []string) (map[string]netip.Prefix, error) {
 	}
 	addrs := make(map[string]netip.Prefix)
 	for tap, s := range values {
-		p, err := netip.ParsePrefix(s)
-		if err != nil || p.Addr().Is4In6() || p.Addr().IsMulticast() || p.Addr().IsUnspecified() {
-			return nil, cli.BadValue("addr", s, "an address with a prefix, like 10.9.0.1/24")
+		p, err := parseAddr(s, s, "10.9.0.1/24")
+		if err != nil {
+			return nil, err
 		}
 		addrs[tap] = p
 	}

@@ -277,8 +277,12 @@ func (c *card) own(ctx, signals context.Context, dom *domain.Domain, cfg pvnet.C
 		return err
 	}
 	c.begun = true
-	c.Say("vif %s: MAC %v, MTU %d, backend in domain %d, %s, %s\ncounters: %s\n%s; a signal ends it",
-		c.vif, dev.MAC(), dev.MTU(), dev.Peer(), queuesOf(dev), dev.Budget(), mirrored(dev), u.says)
+	counters := ""
+	if c.takeovers.client == nil { // else they come later
+		counters = "counters: " + mirrored(dev) + "\n"
+	}
+	c.Say("vif %s: MAC %v, MTU %d, backend in domain %d, %s, %s\n%s%s; a signal ends it",
+		c.vif, dev.MAC(), dev.MTU(), dev.Peer(), queuesOf(dev), dev.Budget(), counters, u.says)
 	go func() {
 		select {
 		case err := <-u.failed:

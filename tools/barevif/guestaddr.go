@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -40,11 +41,35 @@ func parseAuto(s string) (a autoAddress, err error) {
 			return autoAddress{on: true, bits: n}, nil
 		}
 	}
+	p, err := parseAddr(s, s, "10.9.0.2/24, or auto, or auto/24")
+	return autoAddress{addr: p}, err
+}
+
+// parseAddr parses the address of a value of --addr, which a host can have. like is what to write.
+func parseAddr(value, s, like string) (netip.Prefix, error) {
 	p, err := netip.ParsePrefix(s)
-	if err != nil || p.Addr().Is4In6() || p.Addr().IsMulticast() || p.Addr().IsUnspecified() {
-		return a, cli.BadValue("addr", s, "an address with a prefix, like 10.9.0.2/24, or auto, or auto/24")
+	if err != nil || p.Addr().Is4In6() {
+		return netip.Prefix{}, cli.BadValue("addr", value, "an address with a prefix, like "+like)
 	}
-	return autoAddress{addr: p}, nil
+	if !isHost(p) {
+		return netip.Prefix{}, cli.BadValue("addr", value, "an address that a host can have in a network of that length, like "+like)
+	}
+	return p, nil
+}
+
+// isHost reports whether a host can have the address of p: not those that RFC 6890 has for other
+// purposes, nor the first or the last of a network of IPv4 with more than two.
+func isHost(p netip.Prefix) bool {
+	a := p.Addr()
+	if p.Bits() == 0 || a.IsMulticast() || a.IsUnspecified() || a.IsLoopback() {
+		return false
+	}
+	if !a.Is4() || p.Bits() > 30 {
+		return a.Is6() || a.As4()[0] != 0 && a.As4()[0] < 240
+	}
+	b := a.As4()
+	host, all := binary.BigEndian.Uint32(b[:]), ^uint32(0)>>p.Bits()
+	return b[0] != 0 && b[0] < 240 && host&all != 0 && host&all != all
 }
 
 // of returns the toolstack's addresses for the guest of a vif.

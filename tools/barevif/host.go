@@ -233,8 +233,8 @@ func parseVif(s string) (toolstack.Vif, error) {
 			v.Rate = fmt.Sprintf("%d,%d", n/perSecond, 1000000/perSecond) // as xl does without an interval
 		case "type":
 			v.Type = value
-			if value == "" || strings.Trim(value, "abcdefghijklmnopqrstuvwxyz0123456789_-") != "" {
-				return v, cli.BadValue("vif", s, "a backend type of letters, digits, - and _")
+			if !isDeviceType(value) {
+				return v, cli.BadValue("vif", s, deviceType)
 			}
 		case "bridge":
 			v.Bridge = value

@@ -109,6 +109,7 @@ func (m *imageFlags) register(cmd *cobra.Command) {
 	f.StringVar(&m.restart, "restart", "", "`when` to start the program again: never, on-failure or always")
 	f.DurationVar(&c.Params.Stop, "stop", 0, "the `time` the program may take to end when asked to; 0: 10s")
 	f.IntVar(&c.Params.Grants, "grants", 0, "`pages` that may be granted; 0: by the number of processors and vifs")
+	cli.FixedValues(cmd, "restart", string(guestinit.Never), string(guestinit.OnFailure), string(guestinit.Always))
 	cli.Exclusive(cmd, "deb", "vmlinuz")
 	cli.Exclusive(cmd, "deb", "modules")
 }
@@ -172,7 +173,7 @@ func (m *imageFlags) run(ctx context.Context) error {
 	if err := m.check(); err != nil {
 		return err
 	}
-	m.cfg.Say = func(format string, args ...any) { fmt.Fprintf(m.Stderr, "barevif image: "+format+"\n", args...) }
+	m.cfg.Say = func(format string, args ...any) { m.Note("barevif image: "+format, args...) }
 	r, err := guestimage.Build(ctx, m.cfg)
 	if err != nil {
 		return err

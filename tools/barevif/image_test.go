@@ -1,6 +1,7 @@
 package main
 
 import (
+	"encoding/json"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -97,5 +98,19 @@ func TestImageFlagsAreTaken(t *testing.T) {
 	}
 	if c.Params.Hostname != "web-1" || c.Params.Restart != guestinit.Never || c.Domain.VIFs != nil || c.Out != "out" || c.Domain.VCPUs != 1 {
 		t.Errorf("%+v", c)
+	}
+}
+
+// What image says meanwhile is a record, too, with --log json.
+func TestImageSaysRecords(t *testing.T) {
+	_, _, stderr := clitest.Build(rootCommand).Run(t, "--log", "json", "image", "-o", t.TempDir(), "./no-such-package")
+	lines := strings.Split(strings.TrimSpace(stderr), "\n")
+	for _, line := range lines {
+		if !json.Valid([]byte(line)) {
+			t.Errorf("no record: %s", line)
+		}
+	}
+	if len(lines) < 2 || !strings.Contains(lines[0], "building ./no-such-package") {
+		t.Errorf("%q", stderr)
 	}
 }

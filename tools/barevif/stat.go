@@ -93,7 +93,6 @@ func statCommand(p *cli.Program) *cobra.Command {
 		Annotations:       map[string]string{"--plot": "press p in the live table of --watch, or open the page of --http, which plots"},
 		ValidArgsFunction: s.completeCounting,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			s.count = max(s.count, 0)
 			s.patterns = args
 			return s.run(cmd.Context(), cmd.Flags().Changed("count"))
 		},
@@ -141,8 +140,8 @@ func (s *statistics) run(ctx context.Context, counted bool) error {
 	if s.interval < 100*time.Millisecond {
 		return cli.BadValue("interval", s.interval.String(), "100ms or more")
 	}
-	if counted && s.count == 0 {
-		return cli.BadValue("count", "0", "a number from 1")
+	if counted && s.count < 1 {
+		return cli.BadValue("count", strconv.Itoa(s.count), "a number from 1")
 	}
 	if s.prune {
 		return s.pruned()

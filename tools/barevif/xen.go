@@ -29,11 +29,7 @@ program may own it, and release it to the kernel again. Both need root.`,
 			r := xenhost.Inspect(cmd.Context(), xendev.Config{})
 			fmt.Fprint(p.Stdout, r.String())
 			if errors.Is(r.Domain.Err, xendev.ErrNotXen) {
-				return &cli.Advice{
-					Err:     xendev.ErrNotXen,
-					Next:    `an emulated one needs nothing: "barevif demo"`,
-					Refused: true,
-				}
+				return notXen(xendev.ErrNotXen)
 			}
 			return nil
 		},
@@ -49,8 +45,16 @@ program may own it, and release it to the kernel again. Both need root.`,
 		cmd.AddCommand(&cobra.Command{
 			Use: c.use, Short: c.short, Args: cli.OneArgument("the ID of a vif", `"barevif xen" lists them`),
 			ValidArgsFunction: completeXen(c.owned),
-			RunE:              func(_ *cobra.Command, args []string) error { return c.do(xendev.Config{}, args[0]) },
+			RunE:              func(_ *cobra.Command, args []string) error { return notXen(c.do(xendev.Config{}, args[0])) },
 		})
 	}
 	return cmd
+}
+
+// notXen gives an error for a machine that is no Xen domain advice, and returns any other as it is.
+func notXen(err error) error {
+	if !errors.Is(err, xendev.ErrNotXen) {
+		return err
+	}
+	return &cli.Advice{Err: err, Next: `an emulated one needs nothing: "barevif demo"`, Refused: true}
 }

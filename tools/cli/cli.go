@@ -52,6 +52,8 @@ func Run(ctx context.Context, build func(*Program) *cobra.Command, args []string
 	root := p.Command(build)
 	root.SetArgs(args)
 	started := false
+	root.InitDefaultCompletionCmd(args...)
+	completionCommand(root)
 	noteStart(root, &started)
 	cmd, err := root.ExecuteContextC(ctx)
 	if _, _, unknown := root.Find(args); err != nil && !started && unknown != nil {

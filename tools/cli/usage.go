@@ -160,6 +160,16 @@ func unknownCommand(parent *cobra.Command, name string) error {
 	return &Advice{Err: err, Next: next, Usage: true}
 }
 
+// completionCommand gives cobra's completion command an error for a shell that it does not know.
+func completionCommand(root *cobra.Command) {
+	for _, c := range root.Commands() {
+		if c.Name() == "completion" {
+			c.Args = Arguments(0)
+			c.RunE = func(cmd *cobra.Command, _ []string) error { return cmd.Help() }
+		}
+	}
+}
+
 // helpCommand is cobra's help command with an error for an unknown command.
 func helpCommand() *cobra.Command {
 	return &cobra.Command{

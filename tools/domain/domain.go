@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"barevif/hypercall"
+	"barevif/hypercall/anyxen"
 	"barevif/hypercall/emu"
 	"barevif/hypercall/xendev"
 	"barevif/tools/cli"
@@ -38,7 +39,7 @@ type Flags struct {
 func (f *Flags) Register(cmd *cobra.Command, dom hypercall.DomID) {
 	socket, _ := joinPlace()
 	cmd.Flags().StringVar(&f.Socket, "emu", socket, "join the emulated host that listens at this `socket`")
-	cmd.Flags().StringVar(&f.User, "emu-user", "", "join a host of this `user` too, beside one's own and root's")
+	cmd.Flags().StringVar(&f.User, "emu-user", "", "join a host of this `user` too, beside one's own and root's; without --emu, where barevif host of that user listens")
 	cmd.Flags().Uint16Var(&f.Dom, "dom", uint16(dom), "be the domain of this `number` on the emulated host")
 	cmd.Flags().BoolVar(&f.Xen, "xen", false, "be the Xen domain this machine is, through /dev/xen")
 	cli.Exclusive(cmd, "emu", "xen")
@@ -105,7 +106,15 @@ func (f *Flags) Open(ctx context.Context) (*Domain, error) {
 		}
 		hosts = append(hosts, uid)
 	}
-	if socket, owner := joinPlace(); f.Socket == socket && f.User == "" {
+	if f.Socket == "" {
+		return nil, cli.BadValue("emu", "", "the socket of an emulated host, as \"barevif host\" prints it")
+	}
+	if socket, owner := joinPlace(); f.Socket == socket {
+		if f.User != "" {
+			owner = hosts[len(hosts)-1]
+			socket = anyxen.Socket(owner)
+			f.Socket = socket
+		}
 		// Every user can make the default place, so check its owner before anything
 		// is sent to a socket there.
 		if err := checkPlace(filepath.Dir(socket), owner); err != nil && !errors.Is(err, fs.ErrNotExist) {

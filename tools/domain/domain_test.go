@@ -149,6 +149,30 @@ func TestAHostOfANamedUserIsJoined(t *testing.T) {
 	}
 }
 
+// Without --emu a host of a named user is looked for where one of that user listens, and that
+// place is checked, too.
+func TestANamedUsersHostIsFoundAtItsPlace(t *testing.T) {
+	clitest.TempDir(t)
+	place := filepath.Dir(anyxen.Socket(clitest.Stranger))
+	told := listens(t, anyxen.Socket(clitest.Stranger))
+	if err := os.Chmod(place, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	code, stderr := joins(t, "--emu-user", fmt.Sprint(clitest.Stranger))
+	if code != cli.ExitRefused || !strings.Contains(stderr, place+" is open to others") {
+		t.Errorf("exit %d, %s", code, stderr)
+	}
+	if told.Load() {
+		t.Error("a domain told a host in an open place who it is")
+	}
+	if err := os.Chmod(place, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if code, stderr = joins(t, "--emu-user", fmt.Sprint(clitest.Stranger)); !told.Load() {
+		t.Errorf("the host of a user who is named is not asked: exit %d, %s", code, stderr)
+	}
+}
+
 // freePath does not remove a live socket that this user may not use.
 func TestASocketOfAnotherUserIsNotTaken(t *testing.T) {
 	dir := clitest.TempDir(t)

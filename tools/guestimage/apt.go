@@ -14,6 +14,8 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
+	"time"
 )
 
 // A Package is one package in the version that apt would fetch now.
@@ -150,15 +152,31 @@ func packageOf(file string) string {
 	return f[0] + "=" + strings.ReplaceAll(f[1], "%3a", ":")
 }
 
+// patience is how long a program that was interrupted may take to remove what it has made.
+const patience = 10 * time.Second
+
+// command is exec.CommandContext with an interrupt in place of a kill, after which apt would leave its temporary
+// files behind, and for the programs that it has started, too.
+func command(ctx context.Context, name string, args ...string) *exec.Cmd {
+	cmd := exec.CommandContext(ctx, name, args...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGINT) }
+	cmd.WaitDelay = patience
+	return cmd
+}
+
 // Output runs a program and returns its standard output. The error holds the end of its
 // standard error.
 func Output(ctx context.Context, dir, name string, args ...string) ([]byte, error) {
-	cmd := exec.CommandContext(ctx, name, args...)
+	cmd := command(ctx, name, args...)
 	cmd.Dir = dir
 	cmd.Env = append(os.Environ(), "DEBIAN_FRONTEND=noninteractive", "LC_ALL=C.UTF-8")
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
+	if ctx.Err() != nil {
+		return nil, fmt.Errorf("%s %s: %w", name, args[0], context.Cause(ctx))
+	}
 	if err != nil {
 		said := bytes.TrimSpace(stderr.Bytes())
 		return nil, fmt.Errorf("%s %s: %w: %s", name, args[0], err, said[max(0, len(said)-600):])

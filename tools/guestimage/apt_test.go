@@ -1,10 +1,14 @@
 package guestimage
 
 import (
+	"context"
+	"errors"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
+	"time"
 )
 
 func TestPackagesAreReadFromApt(t *testing.T) {
@@ -47,4 +51,61 @@ func TestAlteredPackageIsNotUsed(t *testing.T) {
 	if d.verify(dir) {
 		t.Error("a missing package verified")
 	}
+}
+
+// A program that is ended in the middle of its work removes what it has made, and the error says that it
+// was ended.
+func TestAProgramIsInterruptedAndNotKilled(t *testing.T) {
+	bin, work := t.TempDir(), t.TempDir()
+	script := "#!/bin/sh\ntrap 'rm -r \"$W/made\"; exit 1' INT\nmkdir \"$W/made\"\nwhile :; do sleep 0.05; done\n"
+	if err := os.WriteFile(filepath.Join(bin, "go"), []byte(script), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("PATH", bin+":"+os.Getenv("PATH"))
+	t.Setenv("W", work)
+	made := filepath.Join(work, "made")
+	for name, run := range map[string]func(context.Context) error{
+		"go":  func(ctx context.Context) error { _, err := runGo(ctx, work, nil, "build"); return err },
+		"apt": func(ctx context.Context) error { _, err := Output(ctx, work, "go", "download"); return err },
+	} {
+		ctx, cancel := context.WithCancel(t.Context())
+		ended := make(chan error, 1)
+		go func() { ended <- run(ctx) }()
+		for _, err := os.Stat(made); err != nil; _, err = os.Stat(made) {
+			select {
+			case err := <-ended:
+				t.Fatalf("%s has ended: %v", name, err)
+			case <-time.After(time.Millisecond):
+			}
+		}
+		cancel()
+		if err := <-ended; !errors.Is(err, context.Canceled) {
+			t.Errorf("%s: %v", name, err)
+		}
+		if _, err := os.Stat(made); err == nil {
+			t.Errorf("%s leaves what it has made", name)
+		}
+	}
+	// The go command leaves its files where GOTMPDIR says, which is removed.
+	temp := t.TempDir()
+	t.Setenv("GOTMPDIR", temp)
+	script = "#!/bin/sh\nmkdir \"$GOTMPDIR/build\" && echo there\n"
+	if err := os.WriteFile(filepath.Join(bin, "go"), []byte(script), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := runGo(t.Context(), work, nil, "build"); out != "there\n" || err != nil {
+		t.Errorf("%q, %v", out, err)
+	}
+	if left, err := os.ReadDir(temp); len(left) > 0 || err != nil {
+		t.Errorf("%v is left, %v", left, err)
+	}
+	if err := (Program{Package: "x"}).explain(canceled(t), context.Canceled); !errors.Is(err, context.Canceled) || strings.Contains(err.Error(), "go build") {
+		t.Errorf("%v", err)
+	}
+}
+
+func canceled(t *testing.T) context.Context {
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	return ctx
 }

@@ -102,6 +102,9 @@ var majorVersion = regexp.MustCompile(`^v([2-9]|[1-9][0-9]+)$`)
 
 // explain adds to an error of the go command the packages that need cgo, if that is the cause.
 func (p Program) explain(ctx context.Context, err error) error {
+	if ctx.Err() != nil {
+		return err
+	}
 	out, lerr := runGo(ctx, p.in, []string{"CGO_ENABLED=1", "GOOS=linux", "GOARCH=amd64"}, "list", "-e", "-deps", "-tags="+p.Tags, "-f", "{{if and .CgoFiles (not .Standard)}}{{.ImportPath}}{{end}}", "--", p.packageArg())
 	if cgo := strings.Fields(out); lerr == nil && len(cgo) > 0 && ctx.Err() == nil {
 		return &cli.Advice{
@@ -152,14 +155,23 @@ func (p Program) check(file string) error {
 	return nil
 }
 
-// runGo runs the go command, and returns its standard output.
+// runGo runs the go command, and returns its standard output. The go command removes nothing when it is
+// interrupted, so its temporary files are in a directory of ours.
 func runGo(ctx context.Context, dir string, env []string, args ...string) (string, error) {
-	cmd := exec.CommandContext(ctx, "go", args...)
+	work, err := os.MkdirTemp(os.Getenv("GOTMPDIR"), "barevif-go")
+	if err != nil {
+		return "", err
+	}
+	defer os.RemoveAll(work)
+	cmd := command(ctx, "go", args...)
 	cmd.Dir = dir
-	cmd.Env = append(os.Environ(), env...)
+	cmd.Env = append(append(os.Environ(), env...), "GOTMPDIR="+work)
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
+	if ctx.Err() != nil {
+		return "", fmt.Errorf("go %s: %w", args[0], context.Cause(ctx))
+	}
 	if err != nil {
 		said := bytes.TrimSpace(stderr.Bytes())
 		return "", fmt.Errorf("go %s: %w\n%s", args[0], err, said[:min(len(said), 2000)])

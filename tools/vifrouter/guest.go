@@ -46,6 +46,7 @@ type guest struct {
 	server   *dhcpd.Link  // nil without IPv4
 	advert   radv.Link    // without Source: nothing is advertised
 	down     string       // why its link is down
+	declined time.Time    // when the log said last that it declines its address and keeps it
 }
 
 // router6 is the router's address in the guest's /64: its first.
@@ -405,6 +406,9 @@ func (g *guest) handleDHCP(from [6]byte, m []byte) {
 	}
 }
 
+// declinedEvery is how often the log says that a guest declines its address and keeps it.
+const declinedEvery = 10 * time.Minute
+
 // declined gives a vif another address of the pool, if there is one: its guest has found that another station
 // has the one it got (DHCPDECLINE).
 func (d *daemon) declined(g *guest) {
@@ -412,7 +416,10 @@ func (d *daemon) declined(g *guest) {
 	defer d.mu.Unlock()
 	line := d.cfg.GuestOf(uint16(g.dev.Peer()), g.dev.ID(), g.mac)
 	if line == nil || line.Addr.IsValid() || g.pool == nil || !g.pool.Spoil(time.Now(), g.key, g.addr) {
-		d.log.Warn("a guest declines its address, and keeps it", "vif", g.vif, "address", g.addr)
+		if now := time.Now(); now.Sub(g.declined) >= declinedEvery { // a guest can do so ten times a second
+			g.declined = now
+			d.log.Warn("a guest declines its address, and keeps it", "vif", g.vif, "address", g.addr)
+		}
 		return
 	}
 	d.log.Warn("a guest declines its address, and gets another", "vif", g.vif, "address", g.addr)

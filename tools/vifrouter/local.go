@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"sync"
+	"time"
 
 	"gvisor.dev/gvisor/pkg/buffer"
 	"gvisor.dev/gvisor/pkg/tcpip"
@@ -37,6 +38,21 @@ const (
 	localMTU   = 1280 // fits every port
 )
 
+// finishing is how long what is left of a connection is kept: in FIN-WAIT-2 and in TIME-WAIT. A minute, as is usual,
+// would be memory for as many as guests can make in it, and what these wait for are packets of a link or two.
+const finishing = 5 * time.Second
+
+// localOptions are those of TCP. What is sent is given up after some twenty seconds without an
+// acknowledgement. A connection's buffers hold the longest message of a name server.
+func localOptions() []tcpip.SettableTransportProtocolOption {
+	linger, wait, retries := tcpip.TCPLingerTimeoutOption(finishing), tcpip.TCPTimeWaitTimeoutOption(finishing), tcpip.TCPMaxRetriesOption(6)
+	moderate := tcpip.TCPModerateReceiveBufferOption(false)
+	return []tcpip.SettableTransportProtocolOption{&linger, &wait, &retries, &moderate,
+		&tcpip.TCPReceiveBufferSizeRangeOption{Min: tcp.MinBufferSize, Default: 1 << 16, Max: 1 << 16},
+		&tcpip.TCPSendBufferSizeRangeOption{Min: tcp.MinBufferSize, Default: 1 << 17, Max: 1 << 17},
+	}
+}
+
 // localNIC is the number of the stack's only card.
 const localNIC tcpip.NICID = 1
 
@@ -50,6 +66,12 @@ func newLocalStack() (*localStack, error) {
 	if err := l.stack.CreateNIC(localNIC, l.ep); err != nil {
 		l.stack.Destroy()
 		return nil, fmt.Errorf("the router's own TCP/IP: %s", err)
+	}
+	for _, opt := range localOptions() {
+		if err := l.stack.SetTransportProtocolOption(tcp.ProtocolNumber, opt); err != nil {
+			l.stack.Destroy()
+			return nil, fmt.Errorf("the router's own TCP/IP: set %T: %s", opt, err)
+		}
 	}
 	l.stack.SetRouteTable([]tcpip.Route{
 		{Destination: header.IPv4EmptySubnet, NIC: localNIC},

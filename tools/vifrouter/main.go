@@ -96,7 +96,10 @@ func load(name string) (*config.Config, error) {
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, &cli.Advice{Err: err, Next: `"vifrouter example" prints one to begin with`, Usage: true}
 	}
-	return cfg, err
+	if err != nil {
+		return nil, &cli.Advice{Err: err, Next: "name a file that this user can read", Refused: errors.Is(err, fs.ErrPermission)}
+	}
+	return cfg, nil
 }
 
 type run struct {

@@ -177,13 +177,15 @@ func (d *daemon) planeFamilies() []*family {
 	own.add(n.control.Load())
 	failed := &family{name: "vifrouter_failed_frames", kind: "counter", help: "Frames whose checksum could not be completed, or that could not be cut into fragments, and that went nowhere."}
 	failed.add(n.failed.Load())
+	limited := &family{name: "vifrouter_limited_connections", kind: "counter", help: "TCP connections to the router itself that were too many for the port they came from."}
+	limited.add(n.knocks.Load())
 	d.plane.wait.mu.Lock()
 	total, without := d.plane.wait.total, d.plane.wait.lost
 	d.plane.wait.mu.Unlock()
 	waited := &family{name: "vifrouter_neighbour_waits", kind: "counter", help: "Frames that waited for the address of a neighbour, by whether there was room for them."}
 	waited.add(total, "room", "yes")
 	waited.add(without, "room", "no")
-	return []*family{lost, own, failed, waited}
+	return []*family{lost, own, failed, limited, waited}
 }
 
 func (d *daemon) dnsFamilies() []*family {

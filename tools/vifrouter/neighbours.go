@@ -14,7 +14,8 @@ import (
 const (
 	waitPerHop   = 16 // frames for one neighbour
 	waitPerPort  = 64 // frames that came in at one port
-	waitOwn      = 64 // frames of the router's own
+	waitOwn      = 32 // frames of the router's own for neighbours at one port, so that a guest who asks and does not answer costs no other an answer
+	spareRooms   = 64 // unused buffers for frames of the router's own that are kept
 	spareHops    = 64 // neighbours whose memory is kept, so that a guest who names many that are not there makes no garbage
 	solicitEvery = time.Second
 	solicits     = 3 // solicitations; after them the neighbour is unreachable
@@ -42,13 +43,13 @@ type waiter struct {
 
 type neighbourWait struct {
 	mu    sync.Mutex
-	hops  map[hopKey]*hopWait // guarded by mu
-	own   int                 // guarded by mu: frames of the router's own that wait now
-	total uint64              // guarded by mu: frames that have waited
-	lost  uint64              // guarded by mu: frames for which there was no room
+	hops  map[hopKey]*hopWait    // guarded by mu
+	own   [router.MaxPorts]uint8 // guarded by mu: frames of the router's own that wait now, by the port they leave by
+	total uint64                 // guarded by mu: frames that have waited
+	lost  uint64                 // guarded by mu: frames for which there was no room
 
 	spare []*hopWait // guarded by mu: at most spareHops, without frames
-	rooms [][]byte   // guarded by mu: unused buffers for frames of the router's own; at most waitOwn
+	rooms [][]byte   // guarded by mu: unused buffers for frames of the router's own; at most spareRooms
 }
 
 // add keeps a frame, which it takes over, or if in is nil a copy of own. It reports whether the
@@ -57,7 +58,7 @@ func (w *neighbourWait) add(in *port, f pvnet.Frame, own []byte, out router.Port
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	h := w.hops[hopKey{out, next}]
-	full := h != nil && len(h.list) >= waitPerHop || in != nil && in.held.Load() >= waitPerPort || in == nil && w.own >= waitOwn
+	full := h != nil && len(h.list) >= waitPerHop || in != nil && in.held.Load() >= waitPerPort || in == nil && w.own[out] >= waitOwn
 	if full {
 		w.lost++
 		if in != nil {
@@ -74,7 +75,7 @@ func (w *neighbourWait) add(in *port, f pvnet.Frame, own []byte, out router.Port
 	if in != nil {
 		in.held.Add(1)
 	} else {
-		w.own++
+		w.own[out]++
 		own = append(w.newRoomLocked(), own...)
 	}
 	w.total++
@@ -106,7 +107,7 @@ func (w *neighbourWait) newRoomLocked() []byte {
 func (w *neighbourWait) done(own []byte) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if len(w.rooms) < waitOwn && cap(own) <= 2*(ethernet+localMTU) {
+	if len(w.rooms) < spareRooms && cap(own) <= 2*(ethernet+localMTU) {
 		w.rooms = append(w.rooms, own)
 	}
 }
@@ -123,13 +124,23 @@ func (w *neighbourWait) take(out router.PortID, list []waiter) []waiter {
 	return list
 }
 
+// takeOne removes the frames that wait for one neighbour, and appends them to list.
+func (w *neighbourWait) takeOne(key hopKey, list []waiter) []waiter {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if h := w.hops[key]; h != nil {
+		list = w.removeLocked(key, h, list)
+	}
+	return list
+}
+
 // removeLocked appends the frames that wait for a neighbour to list, and forgets the neighbour.
 func (w *neighbourWait) removeLocked(key hopKey, h *hopWait, list []waiter) []waiter {
 	for i := range h.list {
 		if in := h.list[i].in; in != nil {
 			in.held.Add(-1)
 		} else {
-			w.own--
+			w.own[key.out]--
 		}
 	}
 	list = append(list, h.list...)
@@ -193,9 +204,11 @@ func (w *neighbourWait) due(now time.Duration, ask []hopKey, over []waiter) ([]h
 	return ask, over
 }
 
-// retry processes again the frames that wait for neighbours of a port, one of which has answered.
-func (pl *plane) retry(p *port, w *worker) {
-	w.waited = pl.wait.take(p.id, w.waited[:0])
+// retry processes again the frames that wait for a neighbour of a port, which has answered. Those that wait for
+// others stay: a guest that says where it is, again and again, would have them processed as often, and
+// keep them waiting for ever.
+func (pl *plane) retry(p *port, w *worker, next netip.Addr) {
+	w.waited = pl.wait.takeOne(hopKey{p.id, next}, w.waited[:0])
 	pl.again(w, false)
 }
 

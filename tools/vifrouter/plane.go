@@ -41,16 +41,18 @@ type plane struct {
 type planeCounters struct {
 	undelivered atomic.Uint64 // frames of vifs that found no room at the port they should leave by, or no such port
 	control     atomic.Uint64 // frames of the router's own that found no room, or no such port
+	knocks      atomic.Uint64 // SYNs to the router itself beyond what a port may send
 	failed      atomic.Uint64 // frames whose checksum could not be completed, or that could not be cut into fragments
 }
 
 // A port is a vif of the router.
 type port struct {
-	id   router.PortID
-	dev  *pvnet.Device
-	out  *forward.Sender
-	src  *forward.Source
-	held atomic.Int32 // frames that wait for a neighbour
+	id     router.PortID
+	dev    *pvnet.Device
+	out    *forward.Sender
+	src    *forward.Source
+	held   atomic.Int32 // frames that wait for a neighbour
+	knocks knocks       // at the router's own TCP
 
 	inputs [router.MaxPorts]atomic.Pointer[forward.Input] // by number of the other port: the way into its Sender
 	mu     sync.Mutex                                     // held while an input is made
@@ -207,12 +209,12 @@ func (pl *plane) dispatch(p *port, w *worker, frames []pvnet.Frame, packets []ro
 			flush()
 			pl.other(p, w, f, d)
 		}
-		learnt := d.Learnt
+		learnt, next := d.Learnt, d.Next
 		*f = pvnet.Frame{}
 		*d = router.Packet{}
 		if learnt { // never by a frame that has waited, so that this does not come back here
 			flush()
-			pl.retry(p, w)
+			pl.retry(p, w, next)
 		}
 	}
 	flush()
@@ -328,7 +330,49 @@ func (pl *plane) toLocal(p *port, frame []byte) {
 	if !ok || pl.deliver != nil && pl.deliver(p, frame, &h) {
 		return
 	}
+	if h.Proto == packet.TCP && h.L5 != 0 && frame[h.L4+13]&(flagSYN|flagACK) == flagSYN && !p.knocks.allow(pl.clock()) {
+		pl.n.knocks.Add(1)
+		return
+	}
 	pl.local.inject(frame[h.L3:h.End])
+}
+
+// TCP flags.
+const (
+	flagSYN = 0x02
+	flagACK = 0x10
+)
+
+// knocks bounds how many connections to the router itself begin at a port. The router's TCP/IP keeps a few
+// KiB for each that was made, for seconds after its end too (finishing), and a guest has a /64 to make them from.
+type knocks struct {
+	mu     sync.Mutex
+	left   float64       // guarded by mu: connections that may begin now
+	filled time.Duration // guarded by mu: when left was computed
+	used   bool          // guarded by mu: left says something
+}
+
+const (
+	knockRate  = 50  // connections a second
+	knockBurst = 200 // connections at once
+)
+
+// allow counts a connection that begins, or reports false: there are too many.
+func (k *knocks) allow(now time.Duration) bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if !k.used {
+		k.used, k.left, k.filled = true, knockBurst, now
+	}
+	if now > k.filled {
+		k.left = min(knockBurst, k.left+(now-k.filled).Seconds()*knockRate)
+		k.filled = now
+	}
+	if k.left < 1 {
+		return false
+	}
+	k.left--
+	return true
 }
 
 // runLocal sends what the router's own TCP/IP sends, until ctx ends.

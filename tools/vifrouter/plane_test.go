@@ -295,7 +295,7 @@ func TestWhatWaitsForNeighboursIsBounded(t *testing.T) {
 	if err := r.core.Learn(r.now, 2, here, rigMAC(1)); err != nil {
 		t.Fatal(err)
 	}
-	r.retry(r.ports[1], &r.w)
+	r.retry(r.ports[1], &r.w, here)
 	var sizes []int
 	for len(sizes) < 3 {
 		n, err := r.rxs[1].Receive(r.out[:])
@@ -330,12 +330,88 @@ func TestWhatWaitsForNeighboursIsBounded(t *testing.T) {
 		}
 		r.rxs[1].Release(r.out[:n])
 	}
-	if n := r.ports[0].held.Load(); n != waitPerPort || r.wait.own != waitOwn || len(r.wait.hops) > waitPerPort+waitOwn || r.wait.lost == 0 {
-		t.Errorf("%d and %d frames wait for %d neighbours, %d were lost", n, r.wait.own, len(r.wait.hops), r.wait.lost)
+	if n := r.ports[0].held.Load(); n != waitPerPort || r.wait.own[2] != waitOwn || len(r.wait.hops) > waitPerPort+waitOwn || r.wait.lost == 0 {
+		t.Errorf("%d and %d frames wait for %d neighbours, %d were lost", n, r.wait.own[2], len(r.wait.hops), r.wait.lost)
 	}
-	r.w.waited = r.wait.take(2, r.w.waited[:0])
+	// A guest who has the router wait for many neighbours takes no room from another's frames.
+	lost := r.wait.lost
+	r.sendOwn(&r.w, udpFrame([6]byte{}, [6]byte{}, netip.MustParseAddrPort("10.1.0.1:53"), netip.MustParseAddrPort("10.1.0.9:1000"), nil))
+	if r.wait.lost != lost || r.wait.own[1] != 1 {
+		t.Errorf("%d frames for the other guest wait, %d were lost", r.wait.own[1], r.wait.lost-lost)
+	}
+	r.w.waited = r.wait.take(1, r.wait.take(2, r.w.waited[:0]))
 	r.again(&r.w, true)
-	if n := r.ports[0].held.Load(); n != 0 || r.wait.own != 0 || len(r.wait.hops) != 0 || len(r.wait.spare) > spareHops || len(r.wait.rooms) > waitOwn {
-		t.Errorf("%d and %d frames wait for %d neighbours; %d and %d spare", n, r.wait.own, len(r.wait.hops), len(r.wait.spare), len(r.wait.rooms))
+	if n := r.ports[0].held.Load(); n != 0 || r.wait.own != [router.MaxPorts]uint8{} || len(r.wait.hops) != 0 || len(r.wait.spare) > spareHops || len(r.wait.rooms) > spareRooms {
+		t.Errorf("%d and %d frames wait for %d neighbours; %d and %d spare", n, r.wait.own[2], len(r.wait.hops), len(r.wait.spare), len(r.wait.rooms))
+	}
+}
+
+// A guest makes connections to the router itself at a bounded rate, however many it begins, and another
+// guest begins its own meanwhile.
+func TestConnectionsToTheRouterAreBounded(t *testing.T) {
+	r := newRig(t)
+	if err := r.local.setAddrs([]netip.Addr{netip.MustParseAddr("10.1.0.1"), netip.MustParseAddr("10.2.0.1")}); err != nil {
+		t.Fatal(err)
+	}
+	l, err := r.local.listenTCP(netip.MustParseAddrPort("10.1.0.1:53"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	began := func() uint64 { return r.local.stack.Stats().TCP.ValidSegmentsReceived.Value() }
+	knock := func(n int) uint64 {
+		t.Helper()
+		before := began()
+		for i := range n {
+			r.toLocal(r.ports[0], synFrame(rigMAC(0), guestMAC, netip.AddrPortFrom(rigAddr(0), uint16(1024+i)), netip.MustParseAddrPort("10.1.0.1:53")))
+		}
+		return began() - before
+	}
+	if n := knock(3 * knockBurst); n != knockBurst || r.n.knocks.Load() != 2*knockBurst {
+		t.Errorf("%d connections begin at once, %d do not", n, r.n.knocks.Load())
+	}
+	r.now += time.Second
+	if n := knock(3 * knockBurst); n != knockRate {
+		t.Errorf("%d connections begin a second later", n)
+	}
+	if !r.ports[1].knocks.allow(r.now) {
+		t.Error("another guest begins none")
+	}
+}
+
+// synFrame returns the Ethernet frame of a SYN over IPv4, with complete checksums.
+func synFrame(from, to [6]byte, src, dst netip.AddrPort) []byte {
+	b := udpFrame(from, to, src, dst, make([]byte, 12)) // as long as a TCP header
+	ip := b[ethernet:]
+	ip[9] = packet.TCP
+	ip[10], ip[11] = 0, 0
+	binary.BigEndian.PutUint16(ip[10:], packet.Checksum(ip[:ipHeader4]))
+	seg := ip[ipHeader4:]
+	clear(seg[4:])
+	seg[12], seg[13], seg[14] = 5<<4, flagSYN, 0xff
+	binary.BigEndian.PutUint16(seg[16:], ^packet.Fold(packet.Add(packet.Add(packet.TCP+20, ip[12:20]), seg)))
+	return b
+}
+
+// A guest that says where it is, again and again, has nothing processed that waits for others: those
+// are given up in time.
+func TestAnnouncementsDoNotKeepFramesWaiting(t *testing.T) {
+	r := newRig(t)
+	absent := netip.MustParseAddr("10.2.0.77")
+	r.move(r.datagram(absent, 40))
+	own := udpFrame([6]byte{}, [6]byte{}, netip.MustParseAddrPort("10.1.0.1:53"), netip.MustParseAddrPort("10.1.0.77:1000"), nil)
+	r.sendOwn(&r.w, own) // for a neighbour at the port of the guest that announces itself
+	r.gets(0, 1)
+	r.gets(1, 1)
+	waited := r.wait.total
+	for range 10 {
+		r.move(r.request())
+		r.gets(0, 1) // the answer, and no solicitation
+	}
+	if r.wait.total != waited || len(r.wait.hops) != 2 {
+		t.Errorf("%d frames have waited, %d before it; for %d neighbours", r.wait.total, waited, len(r.wait.hops))
+	}
+	if h := r.wait.hops[hopKey{1, netip.MustParseAddr("10.1.0.77")}]; h == nil || h.asked != 1 {
+		t.Errorf("%+v", h)
 	}
 }

@@ -178,3 +178,11 @@ func TestStatusFindsTheService(t *testing.T) {
 		t.Error("a directory that any user can have made is the service's")
 	}
 }
+
+// A file that is there and cannot be read is an error that says what to do.
+func TestAFileThatCannotBeRead(t *testing.T) {
+	dir := t.TempDir()
+	for _, args := range [][]string{{"check", dir}, {"run", dir}} {
+		command.Fails(t, cli.ExitFailed, args, dir+": is a directory", "next: name a file that this user can read")
+	}
+}

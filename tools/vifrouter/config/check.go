@@ -159,7 +159,7 @@ func (p *parser) checkRoutes() {
 			if len(p.errs) == 0 {
 				p.add(r.line, "the uplink has no address of that family", "write one, or leave the route out")
 			}
-		case own.Addr() == r.Via || !own.Contains(r.Via) && !r.Via.IsLinkLocalUnicast():
+		case own.Addr() == r.Via || !own.Contains(r.Via) && !r.Via.IsLinkLocalUnicast(), r.Via.Is4() && own.Bits() < 31 && !inside(own.Masked(), r.Via):
 			p.add(r.line, fmt.Sprintf("%v is not another address of %v", r.Via, own.Masked()), "write the address of a router on the uplink's link")
 		}
 		for i := range p.c.Networks {

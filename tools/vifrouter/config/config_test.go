@@ -162,6 +162,7 @@ var wrong = []struct{ line, want string }{
 	{"network x ipv4 10.0.0.0/24", `"router" is missing`},
 	{"network x ipv4 10.0.0.0/24 router 10.0.1.1", "the router 10.0.1.1 is no host of 10.0.0.0/24"},
 	{"network x ipv4 10.0.0.0/24 router 10.0.0.255", "is no host of"},
+	{"route 198.51.100.0/24 via 192.0.2.255", "192.0.2.255 is not another address of 192.0.2.0/24"},
 	{"network x ipv4 10.0.0.0/24 router 10.0.0.1 swamp 1", `"swamp" makes no sense here`},
 	{"network x ipv4 10.0.0.0/24 router 10.0.0.1 pool 10.0.0.9", `"10.0.0.9" is no range of addresses`},
 	{"network x ipv4 10.0.0.0/24 router 10.0.0.1 pool 10.0.0.9-10.0.0.5", "is no range of hosts"},

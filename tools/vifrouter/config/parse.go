@@ -234,7 +234,7 @@ func (p *parser) uplinkAddress(w string) {
 		if via, ok = p.addr("via", six); !ok {
 			return
 		}
-		if via == a.Addr() || !a.Contains(via) && !(six && via.IsLinkLocalUnicast()) {
+		if via == a.Addr() || !a.Contains(via) && !(six && via.IsLinkLocalUnicast()) || !six && a.Bits() < 31 && !inside(a.Masked(), via) {
 			p.fail(fmt.Sprintf("the router %v is not another address of %v", via, a.Masked()), "write the address of a router on the uplink's link")
 			return
 		}

@@ -293,6 +293,33 @@ func TestDeclinedAddressesComeBackAndAreFew(t *testing.T) {
 	}
 }
 
+// One guest takes few addresses from a pool, however large it is.
+func TestAGuestSpoilsFewAddresses(t *testing.T) {
+	p := NewPool(netip.MustParseAddr("10.0.0.0"), netip.MustParseAddr("10.0.0.99"))
+	declines := func(now time.Time, vif string) (n int) {
+		for range 50 {
+			a, err := p.Take(now, vif, netip.Addr{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !p.Spoil(now, vif, a) {
+				return n
+			}
+			n++
+		}
+		return n
+	}
+	if n := declines(began, "a"); n != spoiledEach {
+		t.Errorf("one guest spoils %d addresses", n)
+	}
+	if n := declines(began, "b"); n != spoiledEach {
+		t.Errorf("another spoils %d", n)
+	}
+	if n := declines(began.Add(spoiledFor), "a"); n != spoiledEach {
+		t.Errorf("when those are given again, it spoils %d", n)
+	}
+}
+
 func FuzzHandle(f *testing.F) {
 	f.Add(message(dhcpv4.MessageTypeDiscover, nil))
 	f.Add(message(dhcpv4.MessageTypeRequest, all(server(router), wants(addr))))

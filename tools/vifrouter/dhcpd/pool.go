@@ -15,12 +15,18 @@ import (
 type Pool struct {
 	mu          sync.Mutex
 	first, last uint32
-	used        map[uint32]string    // who has an address now
-	before      map[string]uint32    // which address a vif had; at most one for each address
-	owner       map[uint32]string    // the inverse of before
-	spoiled     map[uint32]time.Time // until when a declined address is not given
-	reserved    map[uint32]bool      // addresses that are fixed for one vif each
-	next        uint32               // where the search begins
+	used        map[uint32]string // who has an address now
+	before      map[string]uint32 // which address a vif had; at most one for each address
+	owner       map[uint32]string // the inverse of before
+	spoiled     map[uint32]spoil  // declined addresses
+	reserved    map[uint32]bool   // addresses that are fixed for one vif each
+	next        uint32            // where the search begins
+}
+
+// A spoil says who has declined an address, and until when it is not given.
+type spoil struct {
+	vif   string
+	until time.Time
 }
 
 // ErrExhausted means that all addresses of a pool are in use.
@@ -29,7 +35,7 @@ var ErrExhausted = errors.New("all addresses of the pool are in use")
 // NewPool makes a pool of the addresses from first to last, without those that are reserved for
 // one vif each. With invalid addresses it has none.
 func NewPool(first, last netip.Addr, reserved ...netip.Addr) *Pool {
-	p := &Pool{used: map[uint32]string{}, before: map[string]uint32{}, owner: map[uint32]string{}, spoiled: map[uint32]time.Time{}}
+	p := &Pool{used: map[uint32]string{}, before: map[string]uint32{}, owner: map[uint32]string{}, spoiled: map[uint32]spoil{}}
 	p.Resize(first, last, reserved...)
 	return p
 }
@@ -57,8 +63,12 @@ func toAddr(n uint32) netip.Addr {
 	return netip.AddrFrom4(b)
 }
 
-// spoiledFor is how long the pool does not give an address that a guest has declined.
-const spoiledFor = 10 * time.Minute
+// spoiledFor is how long the pool does not give an address that a guest has declined, and
+// spoiledEach how many it takes from the pool in that time.
+const (
+	spoiledFor  = 10 * time.Minute
+	spoiledEach = 2
+)
 
 // Take gives vif an address that no other has: want, if it is valid, or else one of the pool.
 // The error says who has want, or is ErrExhausted.
@@ -73,11 +83,7 @@ func (p *Pool) Take(now time.Time, vif string, want netip.Addr) (netip.Addr, err
 		p.useLocked(n, vif)
 		return want, nil
 	}
-	for n, until := range p.spoiled {
-		if !now.Before(until) {
-			delete(p.spoiled, n)
-		}
-	}
+	p.forgiveLocked(now)
 	if n, ok := p.before[vif]; ok && p.freeLocked(n) {
 		p.useLocked(n, vif)
 		return toAddr(n), nil
@@ -128,17 +134,35 @@ func (p *Pool) Give(vif string, a netip.Addr) {
 	}
 }
 
-// Spoil gives an address back that another station has: nobody gets it for ten minutes. At most
-// a quarter of the pool is spoiled at once; beyond that it reports false, and the vif keeps the
-// address.
+// Spoil gives an address back that another station has: nobody gets it for ten minutes. At once two
+// at most are spoiled by one vif, whose link is its own and seldom has such a station, and a quarter of the
+// pool by all; beyond that it reports false, and the vif keeps the address.
 func (p *Pool) Spoil(now time.Time, vif string, a netip.Addr) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	p.forgiveLocked(now)
 	n := toNumber(a)
 	if p.used[n] != vif || n < p.first || n > p.last || uint64(len(p.spoiled)+1)*4 > uint64(p.last-p.first)+1 {
 		return false
 	}
+	own := 0
+	for _, s := range p.spoiled {
+		if s.vif == vif {
+			own++
+		}
+	}
+	if own >= spoiledEach {
+		return false
+	}
 	delete(p.used, n)
-	p.spoiled[n] = now.Add(spoiledFor)
+	p.spoiled[n] = spoil{vif, now.Add(spoiledFor)}
 	return true
+}
+
+func (p *Pool) forgiveLocked(now time.Time) {
+	for n, s := range p.spoiled {
+		if !now.Before(s.until) {
+			delete(p.spoiled, n)
+		}
+	}
 }

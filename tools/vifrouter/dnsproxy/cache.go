@@ -12,6 +12,8 @@ const (
 	cacheEntries = 2048
 	cacheRecords = 8192            // of all entries
 	entryRecords = 64              // of one; an answer with more is not kept
+	cacheBytes   = 8 << 20         // of all entries, as weight counts them
+	entryBytes   = 64 << 10        // of one; an answer with more is not kept
 	longest      = time.Hour       // that an answer is kept
 	longestNone  = 5 * time.Minute // that an answer is kept which says that there is no such name or record
 )
@@ -22,12 +24,14 @@ type cache struct {
 	entries map[string]*list.Element
 	order   list.List // of *entry, the latest first
 	records int
+	bytes   int
 }
 
 type entry struct {
 	key     string
 	m       *dnsmessage.Message // immutable
 	records int
+	bytes   int
 	since   time.Time
 	until   time.Time
 }
@@ -66,23 +70,62 @@ func (c *cache) remove(e *list.Element) {
 	c.order.Remove(e)
 	delete(c.entries, en.key)
 	c.records -= en.records
+	c.bytes -= en.bytes
+}
+
+// weight returns about how many bytes of memory an answer takes. Texts and records of types that are not
+// known to dnsmessage are as long as their sender likes, and an empty text of one byte in the message is
+// 16 here.
+func weight(m *dnsmessage.Message) (n int) {
+	const record, text, parameter = 640, 16, 40 // with two names of 256 bytes
+	for _, list := range [...][]dnsmessage.Resource{m.Answers, m.Authorities, m.Additionals} {
+		for _, r := range list {
+			n += record
+			switch b := r.Body.(type) {
+			case *dnsmessage.TXTResource:
+				for _, s := range b.TXT {
+					n += text + len(s)
+				}
+			case *dnsmessage.SVCBResource:
+				n += parameters(b.Params, parameter)
+			case *dnsmessage.HTTPSResource:
+				n += parameters(b.Params, parameter)
+			case *dnsmessage.OPTResource:
+				for _, o := range b.Options {
+					n += parameter + len(o.Data)
+				}
+			case *dnsmessage.UnknownResource:
+				n += len(b.Data)
+			}
+		}
+	}
+	return n
+}
+
+func parameters(list []dnsmessage.SVCParam, each int) (n int) {
+	for _, p := range list {
+		n += each + len(p.Value)
+	}
+	return n
 }
 
 // put keeps an answer if it may be kept.
 func (c *cache) put(key string, m *dnsmessage.Message, now time.Time) {
 	life := lifetime(m)
 	n := len(m.Answers) + len(m.Authorities) + len(m.Additionals)
-	if life <= 0 || n > entryRecords {
+	bytes := weight(m) + len(key)
+	if life <= 0 || n > entryRecords || bytes > entryBytes {
 		return
 	}
 	if old := c.entries[key]; old != nil {
 		c.remove(old)
 	}
-	for len(c.entries) >= cacheEntries || len(c.entries) > 0 && c.records+n > cacheRecords {
+	for len(c.entries) >= cacheEntries || len(c.entries) > 0 && (c.records+n > cacheRecords || c.bytes+bytes > cacheBytes) {
 		c.remove(c.order.Back())
 	}
-	c.entries[key] = c.order.PushFront(&entry{key, m, n, now, now.Add(life)})
+	c.entries[key] = c.order.PushFront(&entry{key, m, n, bytes, now, now.Add(life)})
 	c.records += n
+	c.bytes += bytes
 }
 
 // lifetime returns how long an answer may be kept (RFC 2181, 5.2; RFC 2308, 5): 0 for one that

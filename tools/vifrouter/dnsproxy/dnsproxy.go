@@ -37,12 +37,13 @@ const (
 	All         = 1024 // queries of all clients under way, beyond which each has its Share alone
 	Connections = 8    // TCP connections of one client, at most
 
-	maxQuery  = 4096 // bytes
-	maxUDP    = 1232 // bytes of an answer over UDP: what fits any path (DNS flag day 2020)
-	leastUDP  = 512  // bytes of an answer over UDP that a client without EDNS takes
-	perServer = 2 * time.Second
-	idle      = 10 * time.Second // of a TCP connection
-	strange   = 32               // datagrams that are no answer, after which a server is given up
+	maxQuery   = 4096 // bytes
+	longestUDP = 4096 // bytes of an answer of a server over UDP that are read: more than it was told to send; each question under way has so many
+	maxUDP     = 1232 // bytes of an answer over UDP: what fits any path (DNS flag day 2020)
+	leastUDP   = 512  // bytes of an answer over UDP that a client without EDNS takes
+	perServer  = 2 * time.Second
+	idle       = 10 * time.Second // of a TCP connection
+	strange    = 32               // datagrams that are no answer, after which a server is given up
 )
 
 // A Client is the guest that a query comes from.

@@ -582,6 +582,44 @@ func TestCacheIsBoundedAndKeepsWhatMayBeKept(t *testing.T) {
 	}
 }
 
+// A guest whose own name server answers with long records has the router keep no more than others.
+func TestTheMemoryOfAnswersIsBoundedInBytes(t *testing.T) {
+	c, now := newCache(), time.Unix(1e9, 0)
+	text := func(n int) *dnsmessage.Message { // of n empty texts, a byte of the message each
+		return &dnsmessage.Message{Header: dnsmessage.Header{Response: true}, Answers: []dnsmessage.Resource{{
+			Header: dnsmessage.ResourceHeader{Name: dnsmessage.MustNewName("x."), Type: dnsmessage.TypeTXT, Class: dnsmessage.ClassINET, TTL: 60},
+			Body:   &dnsmessage.TXTResource{TXT: make([]string, n)},
+		}}}
+	}
+	const texts = 3000
+	for i := range cacheEntries {
+		c.put(fmt.Sprint(i), text(texts), now)
+	}
+	if most := cacheBytes / (texts * 16); len(c.entries) > most || len(c.entries) < most/2 {
+		t.Errorf("%d entries of %d bytes each", len(c.entries), weight(text(texts)))
+	}
+	if c.get(fmt.Sprint(cacheEntries-1), now) == nil {
+		t.Error("the latest went")
+	}
+	long := text(entryBytes / 16)
+	c.put("long", long, now)
+	if c.get("long", now) != nil {
+		t.Errorf("an answer of %d bytes is kept", weight(long))
+	}
+	unknown := text(0)
+	unknown.Answers[0].Body = &dnsmessage.UnknownResource{Type: 4711, Data: make([]byte, entryBytes)}
+	c.put("unknown", unknown, now)
+	if c.get("unknown", now) != nil {
+		t.Errorf("an answer of %d bytes is kept", weight(unknown))
+	}
+	for len(c.entries) > 0 {
+		c.remove(c.order.Back())
+	}
+	if c.bytes != 0 || c.records != 0 {
+		t.Errorf("an empty memory has %d bytes, %d records", c.bytes, c.records)
+	}
+}
+
 func FuzzMessages(f *testing.F) {
 	f.Add(queryFor("web.test.", dnsmessage.TypeA, 1232))
 	f.Add(queryFor("web.test.", dnsmessage.TypeA, 0))

@@ -97,7 +97,7 @@ func (s *Server) exchange(ctx context.Context, q *query, network string, to neti
 
 // readUDP waits for the answer and passes over what is none: anybody can send to our port.
 func (s *Server) readUDP(c net.Conn, id uint16, q *query) (*dnsmessage.Message, error) {
-	b := make([]byte, 65535)
+	b := make([]byte, longestUDP)
 	for range strange {
 		n, err := c.Read(b)
 		if err != nil {

@@ -190,12 +190,12 @@ func (l *Listener) Hear(now time.Time, q Query) (another bool) {
 		if every == 0 {
 			every = interval
 		}
-		l.old = now.Add(time.Duration(l.often())*min(every, mostInterval) + q.Delay) // section 9.12
+		l.old = now.Add(time.Duration(l.often())*min(every, mostInterval) + q.MaxResponseDelay) // section 9.12
 	} else {
-		l.repeats, l.interval = q.Repeats, q.Interval
+		l.repeats, l.interval = q.Robustness, q.QueryInterval
 	}
 	l.version(now)
-	at := func() time.Time { return now.Add(rand.N(max(q.Delay, 1))) }
+	at := func() time.Time { return now.Add(rand.N(max(q.MaxResponseDelay, 1))) }
 	if q.Group == netip.IPv6Unspecified() && !l.v1 {
 		l.all = sooner(l.all, at())
 		return !l.Next().Equal(before)

@@ -31,15 +31,15 @@ const TypeQuery = byte(header.ICMPv6MulticastListenerQuery)
 
 // A Query asks which groups are listened to.
 type Query struct {
-	Group netip.Addr    // the group that it asks about; :: for all groups
-	MLDv1 bool          // it is of version 1, else of version 2
-	Delay time.Duration // the answer is due within this time
+	Group            netip.Addr    // the group that it asks about; :: for all groups
+	MLDv1            bool          // it is of version 1, else of version 2
+	MaxResponseDelay time.Duration // the answer is due within this time
 
-	// The querier's own settings, which version 2 alone carries: its robustness, which is how many times a
-	// host sends a report in case that one is lost, and the time between two of its queries for all groups.
-	// 0: the query does not say.
-	Repeats  int
-	Interval time.Duration
+	// The querier's own settings, which version 2 alone carries (QRV and QQI, RFC 3810, sections 5.1.8 and 5.1.9):
+	// its robustness variable, which is how many times a host sends a report in case that one is lost, and the
+	// time between two of its queries for all groups. 0: the query does not say.
+	Robustness    int
+	QueryInterval time.Duration
 }
 
 // alertSize is the size, in bytes, of the hop-by-hop options of each message that this package makes: the
@@ -72,13 +72,13 @@ func Parse(ip []byte) (q Query, ok bool) {
 	case q.Group != netip.IPv6Unspecified() && !q.Group.IsMulticast():
 		return q, false
 	case len(message) == old:
-		q.MLDv1, q.Delay = true, header.MLD(body).MaximumResponseDelay()
+		q.MLDv1, q.MaxResponseDelay = true, header.MLD(body).MaximumResponseDelay()
 	case len(message) < least || len(message)-least < header.IPv6AddressSize*int(binary.BigEndian.Uint16(body[22:])):
 		return q, false
 	default:
 		m := header.MLDv2Query(body)
-		q.Delay = header.MLDv2MaximumResponseDelay(m.MaximumResponseCode())
-		q.Repeats, q.Interval = int(m.QuerierRobustnessVariable()), m.QuerierQueryInterval()
+		q.MaxResponseDelay = header.MLDv2MaximumResponseDelay(m.MaximumResponseCode())
+		q.Robustness, q.QueryInterval = int(m.QuerierRobustnessVariable()), m.QuerierQueryInterval()
 	}
 	return q, true
 }

@@ -643,13 +643,13 @@ func FuzzQuery(f *testing.F) {
 		if !ok {
 			return
 		}
-		if q.Group != none && !q.Group.IsMulticast() || q.Delay < 0 || q.Delay > 0x1fff<<10*time.Millisecond || q.Repeats > 7 || q.Interval < 0 || q.Interval > 31<<10*time.Second {
+		if q.Group != none && !q.Group.IsMulticast() || q.MaxResponseDelay < 0 || q.MaxResponseDelay > 0x1fff<<10*time.Millisecond || q.Robustness > 7 || q.QueryInterval < 0 || q.QueryInterval > 31<<10*time.Second {
 			t.Fatalf("%+v", q)
 		}
 		c := listening(t)
 		c.Hear(c.at, q)
 		asked := q.Group == none || q.Group == group1 || q.Group == group2
-		end := c.at.Add(q.Delay + leastAnswer + 1)
+		end := c.at.Add(q.MaxResponseDelay + leastAnswer + 1)
 		answered := false
 		for {
 			list := c.next(end)
