@@ -20,9 +20,9 @@ import (
 //
 // Its methods may be called from any goroutine.
 type Pool struct {
-	workers []*poolWorker
-	next    atomic.Uint32 // of workers: takes the next queue
-	wg      sync.WaitGroup
+	workers            []*poolWorker
+	receiving, sending atomic.Uint32 // number of the worker that takes the next queue
+	wg                 sync.WaitGroup
 }
 
 // A poolWorker is one goroutine of a Pool.
@@ -37,9 +37,8 @@ type poolWorker struct {
 	closed  bool          // guarded by mu
 
 	// Used by the goroutine only.
-	waiting []*queue // whose TX is a member of the Poller
-	spare   []*queue // the memory of the next queues
-	empty   int      // how many turns had no frames while it had queues
+	spare []*queue // memory for queues
+	empty int      // how many turns had no frames while it had queues
 }
 
 // A poolMember is one queue of a vif. Its worker's goroutine uses it, until it closes left.
@@ -76,8 +75,10 @@ func NewPool(domain hypercall.Domain, goroutines int) (*Pool, error) {
 	return p, nil
 }
 
-// worker returns the worker that takes the next queue.
-func (p *Pool) worker() *poolWorker { return p.workers[int(p.next.Add(1))%len(p.workers)] }
+// worker returns the worker that takes the next queue, to receive from or to send to.
+func (p *Pool) worker(next *atomic.Uint32) *poolWorker {
+	return p.workers[int(next.Add(1)%uint32(len(p.workers)))]
+}
 
 // Receive is [Receive] of the package, and calls fn from the pool's goroutines. So fn must not
 // wait: it is for Senders that [Drop]. It also returns [ErrClosed] after [Pool.Close].
@@ -94,7 +95,7 @@ func (p *Pool) Receive(ctx context.Context, dev *pvnet.Device, fn func(queue int
 	var wg sync.WaitGroup
 	for i, rx := range rxs {
 		m := &poolMember{rx: rx, left: make(chan struct{}), fn: func(frames []pvnet.Frame) (int, error) { return fn(i, frames) }}
-		w := p.worker()
+		w := p.worker(&p.receiving)
 		if err := w.add(m); err != nil {
 			cancel(err)
 			break
@@ -147,136 +148,86 @@ func (w *poolWorker) letGo(m *poolMember) {
 	w.poller.Wake()
 }
 
-// list makes the goroutine send from q in its next turn. It reports false if the pool is closed. The
-// caller holds q.mu.
-func (w *poolWorker) list(q *queue) bool {
+// take has the goroutine send what waits in q in its next turn, or reports false: it waits for frames now.
+// The caller holds q.mu.
+func (w *poolWorker) take(q *queue) bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.closed {
-		return false
-	}
-	if !q.listed {
-		q.listed = true
+	if w.awake {
 		w.queues = append(w.queues, q)
 	}
-	if !w.awake {
-		w.poller.Wake()
-	}
-	return true
+	return w.awake
 }
 
 // emptyTurns is for how many turns without frames a worker looks for room in the queues that it has
-// taken. Then it waits for events of theirs, too.
-const emptyTurns = 16
+// taken, about a tenth of a millisecond. Then it gives them back, and waits for frames.
+const emptyTurns = 64
 
 // next waits for the members of the next turn. It does not wait while the worker has queues to send
 // from.
 func (w *poolWorker) next() ([]pvnet.Ready, error) {
 	w.mu.Lock()
-	listed := len(w.queues) > 0
-	if listed && w.empty == emptyTurns {
+	if len(w.queues) > 0 && w.empty < emptyTurns {
 		w.mu.Unlock()
-		w.awaitRoom()
-		w.mu.Lock()
-		listed = len(w.queues) > 0
-	}
-	w.awake = listed
-	w.mu.Unlock()
-	if listed {
 		ready, err := w.poller.Poll()
 		if w.empty++; len(ready) > 0 {
 			w.empty = 0
 		}
 		return ready, err
 	}
+	w.awake = false
+	queues := w.grabLocked()
+	w.mu.Unlock()
 	w.empty = 0
+	w.giveBack(queues)
 	ready, err := w.poller.Wait()
 	w.mu.Lock()
-	w.awake = true
+	w.awake = !w.closed
 	w.mu.Unlock()
 	return ready, err
 }
 
-// grab returns the queues to send from now. The worker gives their memory back with spare.
-func (w *poolWorker) grab() []*queue {
-	w.mu.Lock()
-	defer w.mu.Unlock()
+// grabLocked returns the queues that were taken. [poolWorker.keep] takes the list back.
+func (w *poolWorker) grabLocked() []*queue {
 	queues := w.queues
-	w.queues = w.spare[:0]
-	for _, q := range queues {
-		q.listed = false
-	}
+	w.queues, w.spare = w.spare[:0], nil
 	return queues
 }
 
-// awaitRoom makes the queues that have no room members of the Poller.
-func (w *poolWorker) awaitRoom() {
-	queues := w.grab()
+// keep keeps the memory of a list that grabLocked has returned.
+func (w *poolWorker) keep(queues []*queue) {
+	clear(queues)
+	w.spare = queues
+}
+
+// sendQueues sends what there is room for from the queues that were taken. Those that are left with
+// frames are taken again.
+func (w *poolWorker) sendQueues() {
+	w.mu.Lock()
+	queues := w.grabLocked()
+	w.mu.Unlock()
 	for _, q := range queues {
 		q.mu.Lock()
-		taken := q.taken // nobody but this goroutine takes that back
-		q.mu.Unlock()
-		switch {
-		case !taken:
-		case q.waits: // lookLocked has listed it
-			q.sendTaken()
-		case q.unpolled || w.poller.Add(q.tx, q) != nil:
-			q.giveBack()
-		default:
-			q.waits = true
-			w.waiting = append(w.waiting, q)
-		}
+		q.taken = false
+		q.pump()
 	}
-	clear(queues)
-	w.spare = queues
+	w.keep(queues)
 }
 
-// leaveRoom ends what awaitRoom began for a queue, before another goroutine may send from it.
-func (w *poolWorker) leaveRoom(q *queue) {
-	if q.waits {
-		q.waits = false
-		w.waiting = slices.DeleteFunc(w.waiting, func(o *queue) bool { return o == q })
-		w.poller.Remove(q.tx)
-	}
-}
-
-// sendQueues sends what there is room for. Queues that are left with frames are taken again.
-func (w *poolWorker) sendQueues() {
-	queues := w.grab()
+// giveBack leaves queues to their own goroutines, which wait for room.
+func (w *poolWorker) giveBack(queues []*queue) {
 	for _, q := range queues {
-		q.sendTaken()
-	}
-	clear(queues)
-	w.spare = queues
-}
-
-// sendTaken sends what there is room for from a queue that the worker has taken, and takes it again if
-// frames are left.
-func (q *queue) sendTaken() {
-	q.mu.Lock()
-	if !q.taken { // it was listed twice, and is empty now
+		q.mu.Lock()
+		q.taken = false
+		if q.over != nil { // that goroutine has ended
+			q.finish(q.over)
+			continue
+		}
+		q.handed = true
+		q.change.Broadcast()
 		q.mu.Unlock()
-		return
 	}
-	q.taken = false
-	q.pump()
-}
-
-// giveBack leaves a queue that a worker has taken to its own goroutine, which waits for room.
-func (q *queue) giveBack() {
-	q.mu.Lock()
-	if !q.taken {
-		q.mu.Unlock()
-		return
-	}
-	q.taken = false
-	if q.over != nil { // that goroutine has ended
-		q.finish(q.over)
-		return
-	}
-	q.handed = true
-	q.change.Broadcast()
-	q.mu.Unlock()
+	w.keep(queues)
 }
 
 func (w *poolWorker) run() {
@@ -288,14 +239,6 @@ func (w *poolWorker) run() {
 			return
 		}
 		for _, r := range ready {
-			if q, ok := r.Value.(*queue); ok {
-				if r.Err != nil { // its device has ended, or its event channel is another Poller's
-					q.unpolled = true
-					w.leaveRoom(q)
-				}
-				q.sendTaken()
-				continue
-			}
 			m := r.Value.(*poolMember)
 			switch {
 			case m.over:
@@ -367,13 +310,10 @@ func (w *poolWorker) leave(m *poolMember, err error) {
 // end stops receiving for all members, because of err, and closes the poller.
 func (w *poolWorker) end(err error) {
 	w.mu.Lock()
-	w.closed = true
-	members := slices.Clone(w.members)
+	w.closed, w.awake = true, false
+	members, queues := slices.Clone(w.members), w.grabLocked()
 	w.mu.Unlock()
-	for _, q := range append(w.grab(), w.waiting...) {
-		w.leaveRoom(q)
-		q.giveBack()
-	}
+	w.giveBack(queues)
 	for _, m := range members {
 		w.leave(m, err)
 	}

@@ -9,6 +9,10 @@ import (
 	"barevif/pvnet"
 )
 
+// mostFruitless is for how many of its turns in a row a pool's worker looks for room where there is
+// none: some milliseconds, if others' frames come all the time.
+const mostFruitless = 1000
+
 // turns is how many batches one caller sends for others before the queue's goroutine takes
 // over.
 const turns = 4
@@ -39,9 +43,7 @@ type queue struct {
 
 	written writtenQueue // guarded by mu: frames of Sender.Write
 
-	listed   bool // guarded by worker.mu: it is in worker.queues
-	waits    bool // used by the worker: tx is a member of its Poller
-	unpolled bool // used by the worker: tx cannot be that
+	fruitless int // guarded by mu: how often in a row there was no room at all when the worker looked
 
 	undelivered uint64 // frames lost that the device has not counted yet
 }
@@ -165,9 +167,7 @@ func (q *queue) pump() error {
 			return nil
 		}
 		if turn == turns {
-			if q.handOverLocked(); q.waits { // its Poller reports it when there is room after there was none
-				q.worker.list(q)
-			}
+			q.handOverLocked()
 			q.mu.Unlock()
 			return nil
 		}
@@ -175,6 +175,9 @@ func (q *queue) pump() error {
 		k, err := q.push(q.batch[:q.n], nil, false)
 		q.mu.Lock()
 		q.sent(k)
+		if q.fruitless++; k > 0 {
+			q.fruitless = 0
+		}
 		switch {
 		case err == nil, q.over != nil:
 		case err == pvnet.ErrFull, err == pvnet.ErrLinkDown && q.s.cfg.Full == Wait:
@@ -231,21 +234,20 @@ func (q *queue) drainLocked() error {
 }
 
 // handOverLocked tells the pool's worker, or else the queue's goroutine, to send, and makes it the one
-// that is busy.
+// that is busy. The worker looks for room in each of its turns, but not for long: only the goroutine
+// waits for a guest as a guest may let it wait, and drops what has waited long enough.
 func (q *queue) handOverLocked() {
-	if q.worker != nil && (q.waits || q.worker.list(q)) {
+	if q.worker != nil && q.fruitless < mostFruitless && q.worker.take(q) {
 		q.taken = true
 		return
 	}
+	q.fruitless = 0
 	q.handed = true
 	q.change.Broadcast()
 }
 
 // restLocked clears busy: no goroutine sends now.
 func (q *queue) restLocked() {
-	if q.waits {
-		q.worker.leaveRoom(q)
-	}
 	q.busy, q.handed = false, false
 	if q.over != nil {
 		q.change.Broadcast()
@@ -281,15 +283,6 @@ func (q *queue) close(why error) {
 		q.over = why
 	}
 	q.change.Broadcast()
-	q.lookLocked()
-}
-
-// lookLocked makes the worker that has taken the queue try to send: the link is down, or the queue has
-// ended.
-func (q *queue) lookLocked() {
-	if q.taken {
-		q.worker.list(q) // a closed pool gives the queue back to its own goroutine, which looks
-	}
 }
 
 // awaitIdle waits until no goroutine has set busy. The queue is closed, so none sets it again.

@@ -46,9 +46,9 @@ type Config struct {
 	// Full says what to do with frames for which there is no room.
 	Full Policy
 
-	// Pool, if not nil, is that which receives the frames. Its goroutines then also send those that
-	// wait for room. Otherwise a goroutine of the Sender does, and Go's scheduler may take
-	// milliseconds to notice that it can, while the pool's are busy. Full must be Drop.
+	// Pool, if not nil, is that which receives the frames. While its goroutines have frames to
+	// receive they also send those that wait for room. Otherwise a goroutine of the Sender does,
+	// and Go's scheduler may take milliseconds to notice that it can. Full must be Drop.
 	Pool *Pool
 
 	// Frames is how many frames of each input may wait for each queue of the vif, at most
@@ -149,7 +149,7 @@ func NewSender(dev *pvnet.Device, cfg Config) (*Sender, error) {
 		}
 		q := newQueue(s, tx)
 		if cfg.Pool != nil {
-			q.worker = cfg.Pool.worker()
+			q.worker = cfg.Pool.worker(&cfg.Pool.sending)
 		}
 		s.queues = append(s.queues, q)
 	}
@@ -172,11 +172,6 @@ func (s *Sender) follow(ctx context.Context) {
 			q.tx.SetDeadline(s.deadlineLocked(late))
 		}
 		s.mu.Unlock()
-		for _, q := range s.queues {
-			q.mu.Lock()
-			q.lookLocked()
-			q.mu.Unlock()
-		}
 	}
 	if ctx.Err() == nil {
 		_, err := s.queues[0].tx.SendWait(nil) // returns the error that has ended the device, without a wait
