@@ -96,6 +96,26 @@ func numbered(n, size int) []byte {
 	return f
 }
 
+// A window bounds how many frames of a test are under way. The queue of a TAP holds 500 and the
+// buffer of a packet socket 250 at least, and the kernel drops what comes while they are full: a
+// joint may be kept from reading for as long as the machine has other work.
+type window chan struct{}
+
+func newWindow() window { return make(window, 200) }
+
+// enter waits until one more frame may be sent, and reports false if ctx ends first.
+func (w window) enter(ctx context.Context) bool {
+	select {
+	case w <- struct{}{}:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+// leave says that a frame has arrived.
+func (w window) leave() { <-w }
+
 // A joint moves the same frames in the same order with bursts and without.
 func TestJointMovesBurstsInOrder(t *testing.T) {
 	both(t, func(t *testing.T, tap *counted) {
@@ -113,10 +133,13 @@ func TestJointMovesBurstsInOrder(t *testing.T) {
 			size := 60 + i*37%1455
 			want, offs = append(want, numbered(i, size)), append(offs, Offload{})
 		}
-		done := make(chan struct{})
+		done, way := make(chan struct{}), newWindow()
 		go func() {
 			defer close(done)
 			for i := range frames {
+				if !way.enter(t.Context()) {
+					return
+				}
 				switch i % 100 {
 				case 20:
 					send(t, p, long.off, long.frame)
@@ -126,9 +149,6 @@ func TestJointMovesBurstsInOrder(t *testing.T) {
 					_, _ = p.WriteFrame(bad, [][]byte{numbered(i, 1516)})
 				}
 				send(t, p, offs[i], want[i])
-				if i%64 == 63 {
-					time.Sleep(time.Millisecond) // the queue of a TAP holds 500 at least
-				}
 			}
 		}()
 		for i := range frames {
@@ -146,6 +166,7 @@ func TestJointMovesBurstsInOrder(t *testing.T) {
 			if !bytes.Equal(b, want[i]) {
 				t.Fatalf("frame %d: %d bytes of %d: % x", i, len(b), len(want[i]), b[:16])
 			}
+			way.leave()
 		}
 		<-done
 		if st := j.Stats(); st.Unread+st.Refused+st.Unfed != 0 {
@@ -175,11 +196,14 @@ func TestJointMovesBurstsInOrder(t *testing.T) {
 // sendFromGuest sends frames in batches, and wants each of them at p, in order.
 func sendFromGuest(t *testing.T, h *host, p *Packet, want [][]byte) {
 	t.Helper()
-	read := make(chan []byte, len(want))
+	read, way := make(chan []byte, len(want)), newWindow()
+	reading, cancel := context.WithCancel(t.Context())
 	go func() {
+		defer cancel()
 		for range want {
 			b, _ := receive(t, p)
 			read <- b
+			way.leave()
 		}
 	}()
 	tx := ownTX(t, h.Front)
@@ -191,6 +215,9 @@ func sendFromGuest(t *testing.T, h *host, p *Packet, want [][]byte) {
 		}
 		for k := range out[:n] {
 			out[k].Truncate(out[k].CopyFrom(want[i+k]))
+			if !way.enter(reading) {
+				t.FailNow() // the reader has said why
+			}
 		}
 		if _, err := tx.SendWait(out[:n]); err != nil {
 			t.Fatal(err)

@@ -26,13 +26,18 @@ func TestAHeldJointLosesNothing(t *testing.T) {
 		for i := range want {
 			want[i] = numbered(i, 60+i%1400)
 		}
-		sent := make(chan struct{})
+		sent, way := make(chan struct{}), newWindow()
+		inOrder, cancel := context.WithCancel(t.Context())
+		defer cancel()
 		go func() {
 			defer close(sent)
 			for i := range want {
+				if !way.enter(inOrder) {
+					return
+				}
 				send(t, p, Offload{}, want[i])
 				if i%32 == 31 {
-					time.Sleep(time.Millisecond) // the queue of a TAP holds 500 at least
+					time.Sleep(time.Millisecond) // so that the Joint is held often meanwhile
 				}
 			}
 		}()
@@ -66,8 +71,10 @@ func TestAHeldJointLosesNothing(t *testing.T) {
 		for i := range want {
 			if b := next(t, got); !bytes.Equal(b, want[i]) {
 				t.Errorf("frame %d: % x", i, b[:16])
+				cancel()
 				break
 			}
+			way.leave()
 		}
 		<-guest
 		<-stopped

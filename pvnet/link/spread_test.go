@@ -65,18 +65,25 @@ func TestAPacketSocketFeedsAllQueues(t *testing.T) {
 	h.join(context.Background(), h.Back, openPacket(t, far))
 	round := func(mark byte) (used map[int]int) {
 		t.Helper()
-		for i := range each {
-			for flow := range flows {
-				f, _ := partialTCP(100)
-				f[34], f[35] = byte(flow), 7 // the source port
-				f[len(f)-2], f[len(f)-1] = mark, byte(i)
-				send(t, p, Offload{}, f)
+		way := newWindow()
+		go func() {
+			for i := range each {
+				for flow := range flows {
+					if !way.enter(t.Context()) {
+						return
+					}
+					f, _ := partialTCP(100)
+					f[34], f[35] = byte(flow), 7 // the source port
+					f[len(f)-2], f[len(f)-1] = mark, byte(i)
+					send(t, p, Offload{}, f)
+				}
 			}
-		}
+		}()
 		used = make(map[int]int)
 		queue, last := make(map[byte]int), make(map[byte]int)
 		for range flows * each {
 			s := next(t, got)
+			way.leave()
 			flow, at := s.frame[34], int(s.frame[len(s.frame)-1])
 			if s.frame[len(s.frame)-2] != mark {
 				t.Fatalf("% x", s.frame)
