@@ -181,7 +181,7 @@ func (p *Poller) Remove(half Half) {
 	m.mark() // the owner may still have it in its list
 }
 
-// Wake makes the present or else the next Wait return, even if nothing is ready.
+// Wake makes the present or else the next Wait, or Poll, return, even if nothing is ready.
 func (p *Poller) Wake() {
 	p.woken.Store(true)
 	p.group.Wake()
@@ -239,7 +239,7 @@ func (p *Poller) Close() error {
 func (p *Poller) Wait() ([]Ready, error) { return p.wait(false) }
 
 // Poll is Wait that does not wait: the list is empty if no member has work. It looks for the events
-// of sleeping members whenever no other has work, which takes a system call. It knows no deadline.
+// of sleeping members whenever no other has work, which takes a system call. The deadline is Wait's alone.
 func (p *Poller) Poll() ([]Ready, error) { return p.wait(true) }
 
 // wait is Wait, and, if it is not to wait, Poll.

@@ -178,6 +178,41 @@ func everyWay(t *testing.T, f func(t *testing.T, cfg PollerConfig)) {
 	}
 }
 
+// Poll sees what Wait sees, also of members that sleep, and does not wait.
+func TestPollDoesNotWait(t *testing.T) {
+	everyWay(t, func(t *testing.T, cfg PollerConfig) {
+		q := poll(t, 2, cfg, plain)
+		got := make([]int, 2)
+		q.wantQuiet(t, got) // both members sleep
+		if ready, err := q.Poll(); len(ready) > 0 || err != nil {
+			t.Fatalf("%v, %v where nothing was to come", ready, err)
+		}
+		send(t, q.tx[1], 3)
+		for end := time.Now().Add(labtest.Limit); got[1] < 3; {
+			ready, err := q.Poll()
+			if err != nil || time.Now().After(end) {
+				t.Fatalf("%v, after %v", err, got)
+			}
+			var frames [32]Frame
+			for _, r := range ready {
+				n, err := r.RX.Poll(frames[:])
+				if err != nil {
+					t.Fatal(err)
+				}
+				r.RX.Release(frames[:n])
+				got[r.Value.(int)] += n
+			}
+		}
+		if got[0] > 0 {
+			t.Error(got)
+		}
+		q.Close()
+		if _, err := q.Poll(); !errors.Is(err, hypercall.ErrClosed) {
+			t.Errorf("after Close: %v", err)
+		}
+	})
+}
+
 func TestPollerSaysWhoHasFrames(t *testing.T) {
 	everyWay(t, func(t *testing.T, cfg PollerConfig) {
 		q := poll(t, 4, cfg, plain)

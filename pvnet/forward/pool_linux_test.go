@@ -10,6 +10,7 @@ import (
 	"barevif/pvnet"
 	"barevif/pvnet/forward"
 	"barevif/pvnet/pvnettest"
+	"barevif/telemetry"
 	"barevif/xenbus/xenstore/server/labtest"
 )
 
@@ -136,6 +137,23 @@ func TestAPoolLosesADevice(t *testing.T) {
 	waiting := p.sender.Stats().Waiting
 	p.Unplug(1)
 	p.until(t, func(n forward.Stats) bool { return n.Waiting == 0 && n.Down+n.Ended == uint64(waiting) })
+}
+
+// Frames wait for a guest that takes nothing no longer than the vif lets them, also while frames come all
+// the time.
+func TestAPoolDropsWhatWaitsTooLong(t *testing.T) {
+	h := newHub(t, 2, pvnet.Config{}, pvnet.ServeConfig{DrainTimeout: 100 * time.Millisecond})
+	pool := newPool(t, h, 1)
+	in := newInput(t, newSender(t, h.Backs[1], forward.Config{Pool: pool}), forward.NewSource(0))
+	go pool.Receive(context.Background(), h.Backs[0], func(_ int, frames []pvnet.Frame) (int, error) { return in.Send(frames) })
+	until(t, "a dropped frame", func() bool {
+		for i := range 1000 {
+			if _, err := h.Fronts[0].Write(packet(100, i)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		return h.Backs[1].Stats().TX.Lost(telemetry.DropGuestStalled) > 0
+	})
 }
 
 // After Pool.Close the Sender's own goroutine sends what waits.

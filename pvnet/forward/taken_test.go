@@ -1,0 +1,23 @@
+package forward
+
+import "testing"
+
+// A worker that has frames all the time looks for room for a while, and then leaves that to the goroutine,
+// as it does before it waits for frames, and after its pool was closed.
+func TestAWorkerLooksForRoomForAWhile(t *testing.T) {
+	for _, c := range []struct {
+		awake     bool
+		fruitless int
+		taken     bool
+	}{{true, 0, true}, {true, mostFruitless - 1, true}, {true, mostFruitless, false}, {false, 0, false}} {
+		q := newQueue(nil, nil)
+		q.worker, q.fruitless = &poolWorker{awake: c.awake}, c.fruitless
+		q.handOverLocked()
+		if q.taken != c.taken || q.handed == c.taken || len(q.worker.queues) == 1 != c.taken {
+			t.Errorf("%+v: taken %v, handed %v, %d listed", c, q.taken, q.handed, len(q.worker.queues))
+		}
+		if !q.taken && q.fruitless != 0 {
+			t.Errorf("%+v: its time does not begin again", c)
+		}
+	}
+}
