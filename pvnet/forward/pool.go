@@ -208,7 +208,6 @@ func (w *poolWorker) sendQueues() {
 	w.mu.Unlock()
 	for _, q := range queues {
 		q.mu.Lock()
-		q.taken = false
 		q.pump()
 	}
 	w.keep(queues)
@@ -218,7 +217,6 @@ func (w *poolWorker) sendQueues() {
 func (w *poolWorker) giveBack(queues []*queue) {
 	for _, q := range queues {
 		q.mu.Lock()
-		q.taken = false
 		if q.over != nil { // that goroutine has ended
 			q.finish(q.over)
 			continue

@@ -32,7 +32,6 @@ type queue struct {
 	change sync.Cond // with mu: handed, busy or over has changed
 	busy   bool      // guarded by mu
 	handed bool      // guarded by mu: the queue's own goroutine sends, or is about to
-	taken  bool      // guarded by mu: the worker sends, or is about to
 	over   error     // guarded by mu: why nothing is sent any more
 
 	first, last *lane // guarded by mu: a FIFO of the lanes with frames; each takes its turn
@@ -238,7 +237,6 @@ func (q *queue) drainLocked() error {
 // waits for a guest as a guest may let it wait, and drops what has waited long enough.
 func (q *queue) handOverLocked() {
 	if q.worker != nil && q.fruitless < mostFruitless && q.worker.take(q) {
-		q.taken = true
 		return
 	}
 	q.fruitless = 0

@@ -13,10 +13,10 @@ func TestAWorkerLooksForRoomForAWhile(t *testing.T) {
 		q := newQueue(nil, nil)
 		q.worker, q.fruitless = &poolWorker{awake: c.awake}, c.fruitless
 		q.handOverLocked()
-		if q.taken != c.taken || q.handed == c.taken || len(q.worker.queues) == 1 != c.taken {
-			t.Errorf("%+v: taken %v, handed %v, %d listed", c, q.taken, q.handed, len(q.worker.queues))
+		if taken := len(q.worker.queues) == 1; taken != c.taken || q.handed == taken {
+			t.Errorf("%+v: taken %v, handed %v", c, taken, q.handed)
 		}
-		if !q.taken && q.fruitless != 0 {
+		if !c.taken && q.fruitless != 0 {
 			t.Errorf("%+v: its time does not begin again", c)
 		}
 	}
