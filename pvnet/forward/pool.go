@@ -32,7 +32,7 @@ type poolWorker struct {
 	mu      sync.Mutex
 	members []*poolMember // guarded by mu
 	leaving []*poolMember // guarded by mu: those that the goroutine is to stop receiving for
-	queues  []*queue      // guarded by mu: the goroutine is to send what waits in them
+	queues  []*queue      // guarded by mu: queues that the worker has taken: its goroutine sends their frames
 	awake   bool          // guarded by mu: the goroutine looks at queues before it waits
 	closed  bool          // guarded by mu
 
@@ -148,8 +148,8 @@ func (w *poolWorker) letGo(m *poolMember) {
 	w.poller.Wake()
 }
 
-// take has the goroutine send what waits in q in its next turn, or reports false: it waits for frames now.
-// The caller holds q.mu.
+// take adds q to the queues whose frames the worker's goroutine sends at the end of its turn. It reports
+// false, and adds nothing, while that goroutine waits for events. The caller holds q.mu.
 func (w *poolWorker) take(q *queue) bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -159,8 +159,9 @@ func (w *poolWorker) take(q *queue) bool {
 	return w.awake
 }
 
-// emptyTurns is for how many turns without frames a worker looks for room in the queues that it has
-// taken, about a tenth of a millisecond. Then it gives them back, and waits for frames.
+// emptyTurns is for how many turns in a row without received frames a worker looks for room in the
+// rings of the queues that it has taken. Then it gives the queues back, and waits for events: so a guest that takes
+// no frames costs no processor time.
 const emptyTurns = 64
 
 // next waits for the members of the next turn. It does not wait while the worker has queues to send
@@ -200,8 +201,8 @@ func (w *poolWorker) keep(queues []*queue) {
 	w.spare = queues
 }
 
-// sendQueues sends what there is room for from the queues that were taken. Those that are left with
-// frames are taken again.
+// sendQueues sends the frames of the queues that the worker has taken, as far as the rings have room.
+// The worker takes a queue again whose frames were not all sent.
 func (w *poolWorker) sendQueues() {
 	w.mu.Lock()
 	queues := w.grabLocked()

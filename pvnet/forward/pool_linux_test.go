@@ -83,7 +83,8 @@ func processorTime(t *testing.T) time.Duration {
 	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
 
-// A worker sends what waits once there is room, and sleeps until then.
+// A worker sends the frames that wait for room once the guest posts pages, and uses no processor time until
+// the guest does.
 func TestAPoolSendsWhatWaits(t *testing.T) {
 	for _, goroutines := range []int{1, 2} {
 		t.Run(fmt.Sprint(goroutines), func(t *testing.T) {
@@ -99,7 +100,8 @@ func TestAPoolSendsWhatWaits(t *testing.T) {
 	}
 }
 
-// While the worker waits for room, the link may go down: what waits is dropped, and not sent later.
+// The link goes down while frames wait for room: the Sender drops these frames, and does not send them to the
+// guest's next connection.
 func TestAPoolDropsWhatWaitsForALinkThatGoes(t *testing.T) {
 	p := newPooled(t, 1)
 	waiting := p.sender.Stats().Waiting
@@ -115,7 +117,7 @@ func TestAPoolDropsWhatWaitsForALinkThatGoes(t *testing.T) {
 	}
 }
 
-// A Sender that is closed drops what waits, in the worker's turn or while that waits for room.
+// A Sender that is closed drops the frames that wait for room, and counts them as Ended.
 func TestAPoolLosesASender(t *testing.T) {
 	p := newPooled(t, 1)
 	waiting := p.sender.Stats().Waiting
@@ -131,7 +133,7 @@ func TestAPoolLosesASender(t *testing.T) {
 	}
 }
 
-// So does one whose device ends.
+// A Sender whose device ends drops the frames that wait for room.
 func TestAPoolLosesADevice(t *testing.T) {
 	p := newPooled(t, 1)
 	waiting := p.sender.Stats().Waiting
@@ -156,7 +158,7 @@ func TestAPoolDropsWhatWaitsTooLong(t *testing.T) {
 	})
 }
 
-// After Pool.Close the Sender's own goroutine sends what waits.
+// After Pool.Close the Sender's own goroutine sends the frames that wait for room.
 func TestWhatWaitsSurvivesThePool(t *testing.T) {
 	p := newPooled(t, 1)
 	p.pool.Close()

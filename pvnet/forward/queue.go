@@ -9,8 +9,8 @@ import (
 	"barevif/pvnet"
 )
 
-// mostFruitless is for how many of its turns in a row a pool's worker looks for room where there is
-// none: some milliseconds, if others' frames come all the time.
+// mostFruitless is for how many of its turns in a row a pool's worker looks for room in a ring that has
+// none. It bounds how much later than the drain time frames are dropped.
 const mostFruitless = 1000
 
 // turns is how many batches one caller sends for others before the queue's goroutine takes
@@ -232,9 +232,10 @@ func (q *queue) drainLocked() error {
 	return q.over
 }
 
-// handOverLocked tells the pool's worker, or else the queue's goroutine, to send, and makes it the one
-// that is busy. The worker looks for room in each of its turns, but not for long: only the goroutine
-// waits for a guest as a guest may let it wait, and drops what has waited long enough.
+// handOverLocked tells the pool's worker, or else the queue's goroutine, to send the frames of the
+// queue, and makes it the one that is busy. The worker looks for room in each of its turns, mostFruitless
+// times at most: only the queue's goroutine, in SendWait, drops frames after the vif's drain time, and looks at the ring
+// of a guest that sends no events.
 func (q *queue) handOverLocked() {
 	if q.worker != nil && q.fruitless < mostFruitless && q.worker.take(q) {
 		return

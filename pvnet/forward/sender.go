@@ -46,9 +46,10 @@ type Config struct {
 	// Full says what to do with frames for which there is no room.
 	Full Policy
 
-	// Pool, if not nil, is that which receives the frames. While its goroutines have frames to
-	// receive they also send those that wait for room. Otherwise a goroutine of the Sender does,
-	// and Go's scheduler may take milliseconds to notice that it can. Full must be Drop.
+	// Pool is the pool that receives the frames of the inputs; nil: there is none. While the
+	// pool's goroutines receive frames they also send the frames that wait in the Sender for room
+	// in a ring. Without a Pool a goroutine of the Sender sends these frames, and Go's scheduler may let it run
+	// milliseconds after there is room, if the processors are busy. Full must be Drop.
 	Pool *Pool
 
 	// Frames is how many frames of each input may wait for each queue of the vif, at most

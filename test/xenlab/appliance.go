@@ -120,8 +120,8 @@ func (t *T) bootImage(config string, more ...string) (guest *Domain, said string
 }
 
 // bootTimes are how long a guest took, in seconds: all until it answered, and of that xl create and the kernel until it
-// started process 1. The kernel's own clock starts late: 0.3 s after the guest if that is a PV guest, 0.8 s if it is a
-// PVH guest. So the kernel's time is measured by the clock that Xen gives to the guest and to dom0.
+// started process 1. The kernel's own clock starts later than the guest: in a PVH guest of this lab 0.7 s later. So the
+// kernel's time is measured by the clock that Xen gives to the guest and to dom0.
 type bootTimes struct{ all, xl, kernel float64 }
 
 // beyond is what the guest took without xl and the kernel's own start.
