@@ -197,16 +197,18 @@ func (s *Sender) end(err error) {
 		close(s.ended)
 	}
 	inputs := slices.Clone(s.inputs)
-	for _, q := range s.queues {
-		q.tx.SetDeadline(past)
-	}
 	s.mu.Unlock()
 	if !first {
 		return
 	}
 	for _, q := range s.queues {
-		q.close(err)
+		q.close(err) // before its wait ends: it drops frames as Ended, not as Down
 	}
+	s.mu.Lock()
+	for _, q := range s.queues {
+		q.tx.SetDeadline(past)
+	}
+	s.mu.Unlock()
 	for _, in := range inputs {
 		in.src.wake()
 	}
