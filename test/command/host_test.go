@@ -288,6 +288,7 @@ func TestAttachAndCheck(t *testing.T) {
 
 	g = start(t, &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET}, s.bin, "attach", "--emu", s.socket, "--tap", "card%i", "--addr", "10.9.0.2/24")
 	g.await("the kernel has it as card0", 1)
+	b.await("connected to domain 1", 2)
 	net := fmt.Sprintf("--net=/proc/%d/ns/net", g.cmd.Process.Pid)
 	other := start(t, nil, nsenter, net, bin, "--answer")
 	other.await("answering at", 1)
@@ -454,6 +455,7 @@ func TestGuestOnAnInterface(t *testing.T) {
 	s := newSite(t)
 	b := s.back("--packet", "there")
 	s.serve().await("serving http://10.9.0.2/", 1)
+	b.await("connected to domain 1", 1)
 	ping(t, "10.9.0.2")
 	check(t, "10.9.0.2")
 	b.signal(syscall.SIGTERM)

@@ -160,6 +160,7 @@ func TestAVifIsPutOnItsBridge(t *testing.T) {
 	key(t, c, v, "hotplug-status", "connected")
 	key(t, c, v, "hotplug-error", "")
 	g.await("serving http", 1)
+	b.await("connected to domain 1", 1) // the TAP drops what comes before
 	ping(t, "10.9.0.2")
 	wants(t, b.text(), "key=ip value=10.9.0.2", "key=gatewaydev value=eth7")
 
@@ -168,6 +169,7 @@ func TestAVifIsPutOnItsBridge(t *testing.T) {
 	<-g.done
 	g = s.serve("--addr", "10.9.0.2/24")
 	g.await("serving http", 1)
+	b.await("connected to domain 1", 2)
 	onBridge(t, "vif1.0", "br7")
 	ping(t, "10.9.0.2")
 
@@ -402,6 +404,7 @@ func TestAVifIsRouted(t *testing.T) {
 	}
 	b.await("vif 1.0: joined to vif1.0, MTU 1500, routed to 10.9.0.2 10.8.0.0/24 fd00:9::2", 1)
 	s.serve("--addr", "10.9.0.2/24").await("serving http", 1)
+	b.await("vif 1.0: connected to domain 1", 1)
 	ping(t, "10.9.0.2")
 	l, err := netlink.LinkByName("vif1.0")
 	if err != nil {
@@ -542,6 +545,7 @@ func TestKeysAndFlags(t *testing.T) {
 		t.Fatal(err)
 	}
 	g.await("serving http", 1)
+	b.await("connected to domain 1", 1)
 	ping(t, "10.9.9.2")
 
 	t.Log("the script does not run again for the next backend")

@@ -194,11 +194,11 @@ func TestOneAttachHasSeveralVifs(t *testing.T) {
 	b := s.back(twoBacks...)
 	args := append([]string{"attach", "-v", "--emu", s.socket, "--tap", "card%i"}, twoServed...)
 	g := start(t, &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET}, s.bin, args...)
+	b.await("connected to domain 1", 2)
 	for i, addr := range eachOfTwo {
 		g.await(fmt.Sprintf("the kernel has it as card%d, %s/24", i, addr), 1)
 		ping(t, addr)
 	}
-	b.await("connected to domain 1", 2)
 	g.signal(syscall.SIGTERM)
 	wants(t, g.exit(0), bothHave("gone; ")...)
 }
