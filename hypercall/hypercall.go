@@ -179,6 +179,14 @@ type Waiter interface {
 	Close() error
 }
 
+// A Nudger is a Waiter whose Wait may learn late of an event, because Go's scheduler looks for events
+// only every ten milliseconds while goroutines keep all its processors busy.
+type Nudger interface {
+	// Nudge makes the current Wait look for events now. It is no event and no Wake: without an event Wait goes
+	// on. Any goroutine may call it.
+	Nudge()
+}
+
 // A Port is our end of an event channel. Its methods may be called from any
 // goroutine.
 type Port interface {

@@ -39,7 +39,25 @@ func join(t testing.TB, mc emu.Config, f features, cfg Config) *pair {
 	if err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() {
+		if err := m.Close(); err != nil {
+			t.Error(err)
+		}
+		for end := time.Now().Add(labtest.Limit); runtime.NumGoroutine() > before; runtime.Gosched() {
+			if time.Now().After(end) {
+				buf := make([]byte, 1<<16)
+				t.Fatalf("%d goroutines, %d before\n%s", runtime.NumGoroutine(), before, buf[:runtime.Stack(buf, true)])
+			}
+		}
+	})
+	return joinIn(t, m, f, cfg)
+}
+
+// joinIn is join in a machine that the caller closes, after the cleanup of the test.
+func joinIn(t testing.TB, m *emu.Machine, f features, cfg Config) *pair {
+	t.Helper()
 	p := &pair{m: m}
+	var err error
 	if p.fdom, err = m.NewDomain(1); err != nil {
 		t.Fatal(err)
 	}
@@ -54,15 +72,6 @@ func join(t testing.TB, mc emu.Config, f features, cfg Config) *pair {
 		p.disconnect()
 		if err := labtest.Comes(m.CheckClean); err != nil {
 			t.Error(err)
-		}
-		if err := m.Close(); err != nil {
-			t.Error(err)
-		}
-		for end := time.Now().Add(labtest.Limit); runtime.NumGoroutine() > before; runtime.Gosched() {
-			if time.Now().After(end) {
-				buf := make([]byte, 1<<16)
-				t.Fatalf("%d goroutines, %d before\n%s", runtime.NumGoroutine(), before, buf[:runtime.Stack(buf, true)])
-			}
 		}
 	})
 	return p

@@ -151,6 +151,13 @@ func (p *parker) wake() {
 	markAll(polled)
 }
 
+// nudge makes the wait under way look for its event; see [hypercall.Nudger].
+func (p *parker) nudge() {
+	if n, ok := p.w.(hypercall.Nudger); ok {
+		n.Nudge()
+	}
+}
+
 // markAll makes the owners look at the members.
 func markAll(members [2]*member) {
 	for _, m := range members {

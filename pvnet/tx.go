@@ -2,6 +2,7 @@ package pvnet
 
 import (
 	"cmp"
+	"runtime/debug"
 	"time"
 
 	"barevif/telemetry"
@@ -11,10 +12,14 @@ import (
 // call its methods at once, except SetDeadline.
 type TX struct {
 	half
-	eng     sender           // of the connection; written by the lifecycle goroutine while the gate is shut
-	stall   stall            // lifecycle goroutine and slow tick only
-	cutting cutting          // inside the gate
-	frames  [callBatch]Frame // the frames of Write; guarded by mu
+	eng     sender  // of the connection; written by the lifecycle goroutine while the gate is shut
+	stall   stall   // lifecycle goroutine and slow tick only
+	cutting cutting // inside the gate
+
+	nudgedWait uint32 // number of the wait that Nudge has last seen; used with the counters
+	nudges     int    // how often Nudge has woken its goroutine; used with the counters
+
+	frames [callBatch]Frame // the frames of Write; guarded by mu
 }
 
 // A sender moves frames into one connection's ring.
@@ -270,6 +275,37 @@ func (tx *TX) leave(err error) error {
 // SetDeadline sets when waiting calls give up, those under way included; the zero Time
 // means never. Any goroutine may call it.
 func (tx *TX) SetDeadline(t time.Time) { tx.setDeadline(t) }
+
+// mostNudges is how often Nudge wakes the goroutine of one wait: a peer that makes room and sends no event costs no
+// more.
+const mostNudges = 8
+
+// Nudge makes a SendWait that waits look for its event, if the peer has made the room that SendWait waits for, and
+// reports whether it did. Go's scheduler may let ten milliseconds pass before it looks for events while
+// goroutines keep all its processors busy: Nudge is for such a goroutine, which should then call [runtime.Gosched].
+// Any goroutine may call it. It costs a few loads, and wakes nobody without a reason.
+func (tx *TX) Nudge() (due bool) {
+	if !tx.counterUser.CompareAndSwap(lentToTick, usedByTick) {
+		return false // nothing waits
+	}
+	// While the counters are ours SendWait stays inside the gate, and so the connection stays.
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true)) // the goroutine may be a user's
+	if catchFault(func() { due = tx.eng.overdue() }) != nil {
+		due = false // the slow tick meets the fault too, and ends the device
+	}
+	if seq := tx.waitSeq.Load(); seq != tx.nudgedWait {
+		tx.nudgedWait, tx.nudges = seq, 0
+	}
+	if due = due && tx.nudges < mostNudges; due {
+		tx.nudges++
+	}
+	park := tx.park.Load()
+	tx.counterUser.Store(lentToTick)
+	if due {
+		park.nudge()
+	}
+	return due
+}
 
 // CountDropped counts n frames that the owner should have sent and dropped itself, for
 // reason r. While the link is down it counts nothing and returns [ErrLinkDown]; after the

@@ -140,6 +140,37 @@ func waitKeepsItsDeadline(t *testing.T, p pair) {
 	}
 }
 
+// nudgeEndsNoWait passes with a Waiter that is no Nudger.
+func nudgeEndsNoWait(t *testing.T, p pair) {
+	_, wb, a, _ := channel(t, p)
+	n, ok := wb.(hypercall.Nudger)
+	if !ok {
+		return
+	}
+	nudge := func(d time.Duration) {
+		for end := time.Now().Add(d); time.Now().Before(end); time.Sleep(time.Millisecond) {
+			n.Nudge()
+		}
+	}
+	n.Nudge() // before Wait
+	start, done := time.Now(), make(chan error, 1)
+	go func() { done <- wb.Wait(start.Add(60*time.Millisecond), true) }()
+	nudge(30 * time.Millisecond)
+	ends(t, done, hypercall.ErrDeadlineExceeded, "a nudge took the deadline away")
+	if d := time.Since(start); d < 60*time.Millisecond {
+		t.Fatalf("ended after %v", d)
+	}
+	go func() { done <- wb.Wait(time.Time{}, true) }()
+	nudge(20 * time.Millisecond)
+	select {
+	case err := <-done:
+		t.Fatalf("a nudge ended Wait: %v", err)
+	default:
+	}
+	notify(t, a)
+	ends(t, done, nil, "no event after a nudge")
+}
+
 func closeEndsWait(t *testing.T, p pair) {
 	_, wb, a, b := channel(t, p)
 	done := make(chan error, 1)

@@ -146,6 +146,7 @@ var (
 		{"EventsFromBeforeWaitCount", eventsFromBeforeWaitCount},
 		{"WakeFromBeforeWaitCounts", wakeFromBeforeWaitCounts},
 		{"WaitKeepsItsDeadline", waitKeepsItsDeadline},
+		{"NudgeEndsNoWait", nudgeEndsNoWait},
 		{"CloseEndsWait", closeEndsWait},
 		{"PeerMayGoSilently", peerMayGoSilently},
 		{"ReusedPortHearsNothingOld", reusedPortHearsNothingOld},

@@ -11,6 +11,8 @@ type bell interface {
 	ring()
 	// park returns when the bell rings or at until; the zero Time: never.
 	park(until time.Time)
+	// nudge ends a park under way, if it is Go's scheduler that ends parks when the bell rings. It is not remembered.
+	nudge()
 	close()
 	// letGo closes this process's descriptors of the bell. The machine keeps its own, with which it rings the bell for the process that adopted the waiter.
 	letGo()
@@ -58,6 +60,7 @@ func (b *chanBell) park(until time.Time) {
 	}
 }
 
+func (b *chanBell) nudge() {} // ring has made the goroutine ready
 func (b *chanBell) close() { b.ring() }
 func (b *chanBell) letGo() {}
 

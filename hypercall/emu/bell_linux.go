@@ -49,8 +49,17 @@ func (b *fdBell) park(until time.Time) {
 		}
 		b.until = until
 	}
-	_, _ = b.file.Read(b.count[:]) // rung, past the deadline or closed: the caller checks
+	_, err := b.file.Read(b.count[:]) // rung, past the deadline or closed: the caller checks
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		b.until = past // perhaps nudge has set it
+	}
 }
+
+// past is a deadline that has passed.
+var past = time.Unix(1, 0)
+
+// nudge makes the parked goroutine ready. A ring would do so only once the runtime's poller has read the eventfd's state.
+func (b *fdBell) nudge() { _ = b.file.SetReadDeadline(past) }
 
 // close waits for a goroutine in the park of a threadBell: call ring first.
 func (b *fdBell) close() { _ = b.file.Close() }
@@ -128,6 +137,8 @@ func (t *threadBell) park(until time.Time) {
 	}
 	_ = t.conn.Control(t.block) // closed: the caller checks before it parks again
 }
+
+func (t *threadBell) nudge() {} // the kernel wakes the thread
 
 func (t *threadBell) close() {
 	t.fdBell.close()

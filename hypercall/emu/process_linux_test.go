@@ -280,6 +280,66 @@ func TestNoWakeupIsLostOverEventfds(t *testing.T) {
 	testNoWakeupIsLost(t, join(t, path, 1), join(t, path, 2), 20000)
 }
 
+// A Wait that is nudged returns for an event from before the nudge while another goroutine keeps the only processor
+// busy: Go's scheduler would look at the eventfd ten milliseconds later.
+func TestANudgedWaitNeedsNoPoller(t *testing.T) {
+	_, path := hostProcess(t)
+	_, wb, pa, _ := channel(t, join(t, path, 1), join(t, path, 2))
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1))
+	for range 20 {
+		done := make(chan error, 1)
+		go func() { done <- wb.Wait(time.Now().Add(time.Minute), true) }()
+		time.Sleep(2 * time.Millisecond) // Wait has begun
+		if err := pa.Notify(); err != nil {
+			t.Fatal(err)
+		}
+		const turns = 100 // together less than a millisecond
+		for i := 0; i < turns && len(done) == 0; i++ {
+			wb.(hypercall.Nudger).Nudge()
+			runtime.Gosched()
+		}
+		if len(done) == 0 {
+			t.Errorf("no event in %d turns", turns)
+		}
+		if err := <-done; err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// A Wait that is nudged without an event waits on, and does not look again and again.
+func TestANudgedWaitSleeps(t *testing.T) {
+	_, path := hostProcess(t)
+	_, wb, pa, _ := channel(t, join(t, path, 1), join(t, path, 2))
+	for _, deadline := range []time.Time{{}, time.Now().Add(time.Minute)} {
+		done := make(chan error, 1)
+		go func() { done <- wb.Wait(deadline, true) }()
+		time.Sleep(2 * time.Millisecond) // Wait has begun
+		wb.(hypercall.Nudger).Nudge()
+		began := processorTime(t)
+		const pause = 200 * time.Millisecond
+		time.Sleep(pause)
+		if used := processorTime(t) - began; used > pause/4 {
+			t.Errorf("%v of processor time in %v", used, pause)
+		}
+		if err := pa.Notify(); err != nil {
+			t.Fatal(err)
+		}
+		if err := <-done; err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func processorTime(t *testing.T) time.Duration {
+	t.Helper()
+	var u syscall.Rusage
+	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
+		t.Fatal(err)
+	}
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+}
+
 func TestDomainsInThreeProcesses(t *testing.T) {
 	hp, path := hostProcess(t)
 	d := join(t, path, 1)

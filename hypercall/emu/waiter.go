@@ -78,6 +78,9 @@ func (w *waiter) Wake() {
 	w.bell.ring()
 }
 
+// Nudge implements [hypercall.Nudger].
+func (w *waiter) Nudge() { w.bell.nudge() }
+
 func (w *waiter) Close() error {
 	w.mu.Lock()
 	defer w.mu.Unlock()

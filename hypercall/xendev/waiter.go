@@ -369,6 +369,13 @@ func (w *waiter) Wake() {
 	_ = w.file.SetReadDeadline(past)
 }
 
+// Nudge implements [hypercall.Nudger]. The kernel wakes a thread that waits by itself.
+func (w *waiter) Nudge() {
+	if w.wakeFile == nil {
+		_ = w.file.SetReadDeadline(past) // Wait looks at the file, and sets its deadline again
+	}
+}
+
 // Close implements [hypercall.Waiter].
 func (w *waiter) Close() error {
 	if g := w.group.Load(); g != nil {

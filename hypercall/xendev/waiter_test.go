@@ -7,6 +7,7 @@ import (
 	"errors"
 	"net"
 	"os"
+	"runtime"
 	"slices"
 	"testing"
 	"time"
@@ -342,6 +343,29 @@ func TestWakeIsNeverLost(t *testing.T) {
 		t.Fatal(err)
 	}
 	noEvent(t, w, true)
+}
+
+// As the test of the same name of package emu.
+func TestANudgedWaitNeedsNoPoller(t *testing.T) {
+	w, d := newDriver(t, 5)
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1))
+	for range 20 {
+		done := make(chan error, 1)
+		go func() { done <- w.Wait(time.Now().Add(time.Minute), true) }()
+		time.Sleep(2 * time.Millisecond) // Wait has begun
+		d.fire(5)
+		const turns = 100 // together less than a millisecond
+		for i := 0; i < turns && len(done) == 0; i++ {
+			w.Nudge()
+			runtime.Gosched()
+		}
+		if len(done) == 0 {
+			t.Errorf("no event in %d turns", turns)
+		}
+		if err := <-done; err != nil {
+			t.Fatal(err)
+		}
+	}
 }
 
 func TestWakesOfOtherGoroutinesEndEveryWait(t *testing.T) {

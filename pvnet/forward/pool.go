@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"runtime"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -33,12 +34,14 @@ type poolWorker struct {
 	members []*poolMember // guarded by mu
 	leaving []*poolMember // guarded by mu: those that the goroutine is to stop receiving for
 	queues  []*queue      // guarded by mu: queues that the worker has taken: its goroutine sends their frames
+	waiting []*queue      // guarded by mu: queues whose own goroutines wait for room, or have done so lately
 	awake   bool          // guarded by mu: the goroutine looks at queues before it waits
 	closed  bool          // guarded by mu
 
 	// Used by the goroutine only.
-	spare []*queue // memory for queues
-	empty int      // how many turns had no frames while it had queues
+	spare  []*queue // memory for queues
+	nudged []*queue // memory of nudgeWaiting
+	empty  int      // how many turns had no frames while it had queues
 }
 
 // A poolMember is one queue of a vif. Its worker's goroutine uses it, until it closes left.
@@ -159,6 +162,46 @@ func (w *poolWorker) take(q *queue) bool {
 	return w.awake
 }
 
+// watch adds q to the queues whose own goroutines wait for room. The caller holds q.mu.
+func (w *poolWorker) watch(q *queue) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if !q.watched {
+		q.watched = true
+		w.waiting = append(w.waiting, q)
+	}
+}
+
+// nudgeWaiting lets the goroutines of queues run that wait for room and have it. The worker's own goroutine never waits
+// while frames come, so Go's scheduler would see their events ten milliseconds late.
+func (w *poolWorker) nudgeWaiting() {
+	w.mu.Lock()
+	w.nudged = append(w.nudged[:0], w.waiting...)
+	w.mu.Unlock()
+	due := false
+	for _, q := range w.nudged {
+		q.mu.Lock()
+		if !q.handed {
+			w.unwatch(q)
+		} else if q.tx.Nudge() {
+			due = true
+		}
+		q.mu.Unlock()
+	}
+	clear(w.nudged)
+	if due {
+		runtime.Gosched()
+	}
+}
+
+// unwatch undoes watch. The caller holds q.mu.
+func (w *poolWorker) unwatch(q *queue) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	q.watched = false
+	w.waiting = slices.DeleteFunc(w.waiting, func(o *queue) bool { return o == q })
+}
+
 // emptyTurns is for how many turns in a row without received frames a worker looks for room in the
 // rings of the queues that it has taken. Then it gives the queues back, and waits for events: so a guest that takes
 // no frames costs no processor time.
@@ -222,8 +265,7 @@ func (w *poolWorker) giveBack(queues []*queue) {
 			q.finish(q.over)
 			continue
 		}
-		q.handed = true
-		q.change.Broadcast()
+		q.leaveLocked()
 		q.mu.Unlock()
 	}
 	w.keep(queues)
@@ -251,9 +293,12 @@ func (w *poolWorker) run() {
 		}
 		w.sendQueues()
 		w.mu.Lock()
-		leaving, closed := w.leaving, w.closed
+		leaving, closed, waiting := w.leaving, w.closed, len(w.waiting) > 0
 		w.leaving = nil
 		w.mu.Unlock()
+		if waiting {
+			w.nudgeWaiting()
+		}
 		for _, m := range leaving {
 			w.leave(m, cmp.Or(deviceError(m), context.Canceled)) // of one that was cancelled, Receive knows the cause
 		}

@@ -42,7 +42,8 @@ type queue struct {
 
 	written writtenQueue // guarded by mu: frames of Sender.Write
 
-	fruitless int // guarded by mu: how often in a row there was no room at all when the worker looked
+	watched   bool // guarded by worker.mu: the queue is among those that the worker nudges
+	fruitless int  // guarded by mu: how often in a row there was no room at all when the worker looked
 
 	undelivered uint64 // frames lost that the device has not counted yet
 }
@@ -240,9 +241,17 @@ func (q *queue) handOverLocked() {
 	if q.worker != nil && q.fruitless < mostFruitless && q.worker.take(q) {
 		return
 	}
+	q.leaveLocked()
+}
+
+// leaveLocked leaves the sending to the queue's goroutine, which waits for room.
+func (q *queue) leaveLocked() {
 	q.fruitless = 0
 	q.handed = true
 	q.change.Broadcast()
+	if q.worker != nil {
+		q.worker.watch(q)
+	}
 }
 
 // restLocked clears busy: no goroutine sends now.
