@@ -280,16 +280,18 @@ func (tx *TX) SetDeadline(t time.Time) { tx.setDeadline(t) }
 // more.
 const mostNudges = 8
 
-// Nudge makes a SendWait that waits look for its event, if the peer has made the room that SendWait waits for, and
-// reports whether it did. Go's scheduler may let ten milliseconds pass before it looks for events while
-// goroutines keep all its processors busy: Nudge is for such a goroutine, which should then call [runtime.Gosched].
-// Any goroutine may call it. It costs a few loads, and wakes nobody without a reason.
-func (tx *TX) Nudge() (due bool) {
+// Nudge makes a SendWait that waits look for its event, if the peer has made the room that SendWait waits for. It reports
+// whether one waits on: not if there is none, nor if it was nudged. Go's scheduler may let ten milliseconds pass
+// before it looks for events while goroutines keep all its processors busy: Nudge is for such a goroutine, which
+// should call [runtime.Gosched] after false, so that the goroutine of SendWait can run. Any goroutine may call it. It costs
+// a few loads, and wakes nobody without a reason.
+func (tx *TX) Nudge() (waits bool) {
 	if !tx.counterUser.CompareAndSwap(lentToTick, usedByTick) {
 		return false // nothing waits
 	}
 	// While the counters are ours SendWait stays inside the gate, and so the connection stays.
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true)) // the goroutine may be a user's
+	due := false
 	if catchFault(func() { due = tx.eng.overdue() }) != nil {
 		due = false // the slow tick meets the fault too, and ends the device
 	}
@@ -304,7 +306,7 @@ func (tx *TX) Nudge() (due bool) {
 	if due {
 		park.nudge()
 	}
-	return due
+	return !due
 }
 
 // CountDropped counts n frames that the owner should have sent and dropped itself, for

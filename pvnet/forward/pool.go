@@ -172,24 +172,24 @@ func (w *poolWorker) watch(q *queue) {
 	}
 }
 
-// nudgeWaiting lets the goroutines of queues run that wait for room and have it. The worker's own goroutine never waits
-// while frames come, so Go's scheduler would see their events ten milliseconds late.
+// nudgeWaiting lets the goroutines of queues run, unless they wait for room that there is not. The worker's own goroutine
+// never waits while frames come, so Go's scheduler would let them run, and look for their events, ten milliseconds later.
 func (w *poolWorker) nudgeWaiting() {
 	w.mu.Lock()
 	w.nudged = append(w.nudged[:0], w.waiting...)
 	w.mu.Unlock()
-	due := false
+	yield := false
 	for _, q := range w.nudged {
 		q.mu.Lock()
 		if !q.handed {
 			w.unwatch(q)
-		} else if q.tx.Nudge() {
-			due = true
+		} else if !q.tx.Nudge() {
+			yield = true
 		}
 		q.mu.Unlock()
 	}
 	clear(w.nudged)
-	if due {
+	if yield {
 		runtime.Gosched()
 	}
 }
