@@ -36,7 +36,10 @@ func newSite(t testing.TB, cfg Config) *site {
 	t.Helper()
 	s := &site{t: t, link: channel.New(256, 1500, tcpip.LinkAddress(frontMAC[:])), clock: faketime.NewManualClock()}
 	var err error
-	if s.network, err = makeNetwork(&cfg, s.link, nil, s.clock); err != nil {
+	if s.network, err = newNetwork(s.clock); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.addCard(&cfg, s.link, nil); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {

@@ -49,7 +49,7 @@ var (
 )
 
 func newCard(dev *pvnet.Device, mtu int) (*card, error) {
-	c := &card{dev: dev, mtu: mtu, clock: newClock()}
+	c := &card{dev: dev, mtu: mtu}
 	for i := range dev.Queues() {
 		rx, err := dev.OwnRX(i)
 		if err != nil {

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"sync"
 
 	"barevif/hypercall"
 	"barevif/pvnet"
@@ -17,13 +18,24 @@ import (
 // The vif has as many queues as the machine and the backend give, and moves long frames. Who
 // wants it otherwise calls [pvnet.Connect] and [New].
 func Connect(ctx context.Context, domain hypercall.Domain, id string, cfg Config) (*Stack, error) {
+	bare := sync.OnceValues(newCardless)
+	go bare() // while xenstore and the backend answer
+	taken := false
+	defer func() {
+		if s, err := bare(); err == nil && !taken {
+			s.network.net.Destroy()
+		}
+	}()
 	dev, err := pvnet.Connect(ctx, domain, id, pvnet.Config{
 		Queues: pvnet.AutoQueues, LendRx: true, Offload: true, Logger: cfg.Logger,
 	})
 	if err != nil {
 		return nil, err
 	}
-	s, err := connected(ctx, dev, cfg)
+	s, err := connected(ctx, dev, cfg, func() (*cardless, error) {
+		taken = true
+		return bare()
+	})
 	if err != nil {
 		dev.Disconnect()
 		return nil, err
@@ -31,8 +43,8 @@ func Connect(ctx context.Context, domain hypercall.Domain, id string, cfg Config
 	return s, nil
 }
 
-// connected makes a stack on dev that owns it, and waits until it has an address.
-func connected(ctx context.Context, dev *pvnet.Device, cfg Config) (*Stack, error) {
+// connected makes a stack on dev, of what bare returns, that owns dev, and waits until it has an address.
+func connected(ctx context.Context, dev *pvnet.Device, cfg Config, bare func() (*cardless, error)) (*Stack, error) {
 	if has4, has6 := cfg.families(); !has4 && !has6 {
 		found, err := Auto(ctx, dev)
 		if err != nil {
@@ -41,7 +53,7 @@ func connected(ctx context.Context, dev *pvnet.Device, cfg Config) (*Stack, erro
 		found.MTU, found.DNS, found.Hostname, found.Logger = cfg.MTU, cfg.DNS, cfg.Hostname, cfg.Logger
 		cfg = found
 	}
-	s, err := New(dev, cfg)
+	s, err := newOn(dev, cfg, bare)
 	if err != nil {
 		return nil, err
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net"
 	"net/netip"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -39,6 +40,33 @@ func TestAutoTakesWhatTheToolstackHas(t *testing.T) {
 		}
 		newStack(t, w.Front, cfg)
 	}
+}
+
+// A Connect that fails, for the vif or for its Config, leaves no goroutine of a stack.
+func TestAFailedConnectLeavesNoStack(t *testing.T) {
+	w, err := labtest.NewWorld(t.Context(), 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Close()
+	before := runtime.NumGoroutine()
+	for range 3 {
+		if _, err := Connect(within(t), w.Guests[0], "7", Config{}); err == nil {
+			t.Fatal("there is no vif 7")
+		}
+	}
+	eventually(t, "all goroutines have ended", func() bool { return runtime.NumGoroutine() <= before })
+	ctx, stop := context.WithCancel(t.Context())
+	served := make(chan error, 1)
+	go func() {
+		served <- pvnet.Serve(ctx, w.Driver, pvnet.ServeConfig{Hotplug: true}, func(*pvnet.Device) {})
+	}()
+	if _, err := Connect(within(t), w.Guests[0], "0", Config{Addr: netip.MustParsePrefix("10.9.0.2/24"), MTU: 1}); err == nil || !strings.Contains(err.Error(), "MTU") {
+		t.Fatal(err)
+	}
+	stop()
+	<-served
+	eventually(t, "all goroutines have ended", func() bool { return runtime.NumGoroutine() <= before })
 }
 
 // Connect is a vif and a stack in one call, and Close ends both. Without an address it gives the

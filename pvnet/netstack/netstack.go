@@ -80,6 +80,11 @@ const nic = NIC
 // Errors: a field of cfg is invalid, or a half of dev has another owner
 // ([pvnet.ErrOwned]).
 func New(dev *pvnet.Device, cfg Config) (*Stack, error) {
+	return newOn(dev, cfg, newCardless)
+}
+
+// newOn is New with the stack that bare returns, once cfg is known to be valid.
+func newOn(dev *pvnet.Device, cfg Config, bare func() (*cardless, error)) (*Stack, error) {
 	if err := cfg.check(dev.MTU()); err != nil {
 		return nil, fmt.Errorf("netstack: %w", err)
 	}
@@ -87,13 +92,14 @@ func New(dev *pvnet.Device, cfg Config) (*Stack, error) {
 	if err != nil {
 		return nil, fmt.Errorf("netstack: %w", err)
 	}
-	due := &dueClock{Clock: tcpip.NewStdClock()}
-	if c.clock != nil {
-		due.Clock = c.clock
+	made, err := bare()
+	if err != nil {
+		return nil, fmt.Errorf("netstack: %w", err)
 	}
-	s := &Stack{card: c, due: due, patience: answerPatience}
+	c.clock = made.clock
+	s := &Stack{network: made.network, card: c, due: made.due, patience: answerPatience}
 	s.has4, s.has6 = cfg.families()
-	if s.network, err = makeNetwork(&cfg, c, c, due); err != nil {
+	if err = s.network.addCard(&cfg, c, c); err != nil {
 		return nil, fmt.Errorf("netstack: %w", err)
 	}
 	var leases *leasing
@@ -109,9 +115,27 @@ func New(dev *pvnet.Device, cfg Config) (*Stack, error) {
 	return s, nil
 }
 
-// makeNetwork makes gVisor's stack with the addresses of cfg.
-func makeNetwork(cfg *Config, link stack.LinkEndpoint, queue stack.QueueingDiscipline, clock tcpip.Clock) (*network, error) {
-	n := newNetwork(cfg)
+// A cardless is a stack that has no card yet, which needs no device.
+type cardless struct {
+	network *network
+	clock   *clock // nil for gVisor's standard clock
+	due     *dueClock
+}
+
+func newCardless() (*cardless, error) {
+	m := &cardless{clock: newClock(), due: &dueClock{Clock: tcpip.NewStdClock()}}
+	if m.clock != nil {
+		m.due.Clock = m.clock
+	}
+	var err error
+	m.network, err = newNetwork(m.due)
+	return m, err
+}
+
+// newNetwork makes gVisor's stack, without a card.
+func newNetwork(clock tcpip.Clock) (*network, error) {
+	n := &network{changed: make(chan struct{}), dirty: make(chan struct{}, 1)}
+	n.ra.init()
 	n.net = stack.New(stack.Options{
 		Clock: clock,
 		// No duplicate address detection: the caller has assigned the address, and
@@ -123,11 +147,19 @@ func makeNetwork(cfg *Config, link stack.LinkEndpoint, queue stack.QueueingDisci
 			icmp.NewProtocol4, icmp.NewProtocol6},
 		HandleLocal: true,
 	})
-	err := configure(n.net)
-	if err == nil {
-		if refused := n.net.CreateNICWithOptions(nic, link, stack.NICOptions{Name: "vif", QDisc: queue}); refused != nil {
-			err = errorText("create the card", refused)
-		}
+	if err := configure(n.net); err != nil {
+		n.net.Destroy()
+		return nil, err
+	}
+	return n, nil
+}
+
+// addCard gives the stack its card, with the addresses of cfg. It ends the stack if it fails.
+func (n *network) addCard(cfg *Config, link stack.LinkEndpoint, queue stack.QueueingDiscipline) error {
+	n.configure(cfg)
+	var err error
+	if refused := n.net.CreateNICWithOptions(nic, link, stack.NICOptions{Name: "vif", QDisc: queue}); refused != nil {
+		err = errorText("create the card", refused)
 	}
 	if err == nil {
 		err = n.addStatic()
@@ -137,9 +169,8 @@ func makeNetwork(cfg *Config, link stack.LinkEndpoint, queue stack.QueueingDisci
 	}
 	if err != nil {
 		n.net.Destroy()
-		return nil, err
 	}
-	return n, nil
+	return err
 }
 
 // run starts the goroutines that follow the device's link, routers and DHCP servers.

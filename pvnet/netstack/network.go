@@ -51,8 +51,8 @@ type Settings struct {
 type network struct {
 	net     *stack.Stack
 	log     *slog.Logger
-	servers []netip.Addr // of the Config; immutable
-	adverts bool         // immutable: router advertisements are followed
+	servers []netip.Addr // of the Config; immutable once there is a card
+	adverts bool         // immutable once there is a card: router advertisements are followed
 
 	applying sync.Mutex // taken by whoever changes the stack; before mu
 	lease    *dhcp.Lease
@@ -68,16 +68,12 @@ type network struct {
 	dirty    chan struct{}  // has an element if the routes may be old
 }
 
-func newNetwork(cfg *Config) *network {
-	n := &network{
-		log: cfg.Logger, static: cfg.addrs(), gateways: cfg.gateways(), servers: slices.Clone(cfg.DNS), adverts: cfg.RA,
-		changed: make(chan struct{}), dirty: make(chan struct{}, 1),
-	}
+// configure sets what cfg says. The stack has no card yet, so nothing uses it.
+func (n *network) configure(cfg *Config) {
+	n.log, n.static, n.gateways, n.servers, n.adverts = cfg.Logger, cfg.addrs(), cfg.gateways(), slices.Clone(cfg.DNS), cfg.RA
 	if n.log == nil {
 		n.log = slog.New(slog.DiscardHandler)
 	}
-	n.ra.init()
-	return n
 }
 
 // addStatic gives the stack the addresses that the caller has assigned.

@@ -23,7 +23,6 @@ import (
 	"barevif/hypercall"
 	"barevif/hypercall/emu"
 	"barevif/hypercall/xendev"
-	"barevif/pvnet"
 	"barevif/pvnet/netstack"
 )
 
@@ -49,16 +48,11 @@ func serve(ctx context.Context, addr, vif, host string) error {
 	if err != nil {
 		return err
 	}
-	dev, err := pvnet.Connect(ctx, domain, vif, pvnet.Config{Offload: true, Queues: pvnet.AutoQueues})
+	tcpip, err := netstack.Connect(ctx, domain, vif, netstack.Config{Addr: prefix})
 	if err != nil {
 		return err
 	}
-	defer dev.Disconnect() // so that the backend sees the vif close
-	tcpip, err := netstack.New(dev, netstack.Config{Addr: prefix})
-	if err != nil {
-		return err
-	}
-	defer tcpip.Close()
+	defer tcpip.Close() // so that the backend sees the vif close
 	l, err := tcpip.Listen("tcp", ":80")
 	if err != nil {
 		return err
