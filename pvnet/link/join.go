@@ -128,6 +128,8 @@ func (j *Joint) Run(ctx context.Context, dev *pvnet.Device, links ...Link) error
 	if err != nil {
 		return err
 	}
+	holding := j.holds.begin() // before anything shows that Run runs
+	defer j.holds.end()
 	for _, l := range links {
 		setOffloads(l, true)
 	}
@@ -138,8 +140,6 @@ func (j *Joint) Run(ctx context.Context, dev *pvnet.Device, links ...Link) error
 		followers.Go(func() { j.followQueues(following, dev, links) })
 		followers.Go(func() { j.followSteering(following, dev, links) })
 	}
-	holding := j.holds.begin()
-	defer j.holds.end()
 	for {
 		err = j.move(ctx, dev, links, rxs, txs, holding)
 		if err != errHeld {
