@@ -161,7 +161,7 @@ func TestABridgeTakesOverWhatItWouldServe(t *testing.T) {
 	b.await("connected to domain", 3)
 	unmoved := one.unmoved(c, toolstack.Vif{Front: 1, Back: 2})
 	next := s.bridge("--name", "lan", "--vif", "1.*", "--vif", "3.*", "--handover", socket, "--take-over", "--inspect", s.private())
-	next.await("1 vifs taken over from", 1)
+	next.await("1 vif taken over from", 1)
 	wants(t, next.text(), "it stays with the bridge that serves it until that ends: bridge=xenbr0: this is the bridge lan")
 	out := b.exit(0)
 	wants(t, out, "vif 1.0: handed over; ", "vif 3.0: gone; ", "vif 5.0: gone; ")

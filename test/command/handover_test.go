@@ -174,12 +174,12 @@ func TestABackTakesOverWithoutLoss(t *testing.T) {
 	for i := range 5 {
 		if i == 3 { // it starts the next one itself, which says what it has to say in its place
 			b.signal(syscall.SIGUSR2)
-			b.await("1 vifs taken over from", 2)
+			b.await("1 vif taken over from", 2)
 			p.await(40)
 		}
 		next := s.back("--addr", "10.9.0.1/24", "--take-over")
 		next.await("connected to domain 1", 1)
-		next.await("1 vifs taken over from", 1)
+		next.await("1 vif taken over from", 1)
 		wants(t, b.exit(0), "vif 1.0: handed over; ")
 		b = next
 		p.await(40)
@@ -218,12 +218,12 @@ func TestAServeTakesOverWithoutLoss(t *testing.T) {
 	for i := range 5 {
 		if i == 3 { // it starts the next one itself, which says what it has to say in its place
 			g.signal(syscall.SIGUSR2)
-			g.await("1 vifs taken over from", 2)
+			g.await("1 vif taken over from", 2)
 			p.await(40)
 		}
 		next := s.serve("--check", "7007", "--take-over")
 		next.await("serving http://10.9.0.2/", 1)
-		next.await("1 vifs taken over from", 1)
+		next.await("1 vif taken over from", 1)
 		if strings.Contains(next.text(), "counters: ") {
 			t.Error("it says where its counters are while they are still the other's")
 		}
@@ -274,7 +274,7 @@ func TestAnAttachTakesOverWithoutLoss(t *testing.T) {
 		inside := append([]string{fmt.Sprintf("--net=/proc/%d/ns/net", g.cmd.Process.Pid), s.bin}, args...)
 		next := start(t, nil, nsenter, append(inside, "--take-over")...)
 		next.await("the kernel has it as card0", 1)
-		next.await("1 vifs taken over from", 1)
+		next.await("1 vif taken over from", 1)
 		wants(t, g.exit(0), "vif 0: handed over; ")
 		g = next
 		p.await(40)

@@ -26,7 +26,7 @@ var (
 	twoServed   = []string{"--vif", "0", "--vif", "1", "--addr", "0=10.9.0.2/24", "--addr", "1=10.9.1.2/24"}
 	eachOfTwo   = []string{"10.9.0.2", "10.9.1.2"}
 	bothHave    = func(s string) []string { return []string{"vif 0: " + s, "vif 1: " + s} }
-	takenByEach = "1 vifs taken over from"
+	takenByEach = "1 vif taken over from"
 )
 
 // One serve has several vifs, with a stack each. A vif that is not there is an error in the

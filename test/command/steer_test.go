@@ -173,7 +173,7 @@ func TestABackSendsOnTheQueueOfTheTable(t *testing.T) {
 	g.follows("vif1.0", "another table", []int{1, 2})
 	for range 2 {
 		next := s.back("--queues", "3", "--take-over")
-		next.await("1 vifs taken over from", 1)
+		next.await("1 vif taken over from", 1)
 		wants(t, b.exit(0), "vif 1.0: handed over; ")
 		b = next
 		g.sees("vif1.0", "taken over", []int{1, 2})

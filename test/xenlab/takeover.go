@@ -137,7 +137,7 @@ func takenOver(t *T) {
 // still, and of what the backend says that was made.
 func (r *replacement) takeOver(p *Process) *Process {
 	next := r.back("--take-over")
-	next.Await("1 vifs taken over from")
+	next.Await("1 vif taken over from")
 	up := string(next.Await("a vif was taken over").Stderr)
 	old := p.Succeed()
 	stood, err := gap(string(old.Stderr), up)
@@ -288,7 +288,7 @@ func twoFrontsTakenOver(t *T) {
 	}
 	for range 2 {
 		next := serve("--take-over")
-		next.Await(`(?s)1 vifs taken over from.*1 vifs taken over from`)
+		next.Await(`(?s)1 vif taken over from.*1 vif taken over from`)
 		p.Succeed()
 		p = next
 		for i := range addrs {
@@ -317,7 +317,7 @@ func twoFrontsTakenOver(t *T) {
 // replaceFront has the frontend that start starts take over from p.
 func (r *replacement) replaceFront(p *Process, start func() *Process) *Process {
 	next := start()
-	next.Await("1 vifs taken over from")
+	next.Await("1 vif taken over from")
 	up := string(next.Await("link up").Stderr)
 	old := p.Succeed()
 	stood, err := gap(string(old.Stderr), up)

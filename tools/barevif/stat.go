@@ -143,6 +143,9 @@ func (s *statistics) run(ctx context.Context, counted bool) error {
 	if counted && s.count < 1 {
 		return cli.BadValue("count", strconv.Itoa(s.count), "a number from 1")
 	}
+	if at, err := os.Stat(s.root); err == nil && !at.IsDir() {
+		return cli.BadValue("root", s.root, "a directory")
+	}
 	if s.prune {
 		return s.pruned()
 	}

@@ -129,6 +129,7 @@ func TestStatSaysWhatIsWrongWithItsArguments(t *testing.T) {
 		{[]string{"[x"}, cli.ExitUsage, "syntax error in pattern"},
 		{[]string{"--interval", "1ms"}, cli.ExitUsage, "not 100ms or more"},
 		{[]string{"--count", "0"}, cli.ExitUsage, "a number from 1"},
+		{[]string{"--root", "stat_test.go"}, cli.ExitUsage, "not a directory"},
 		{[]string{"--http", "nowhere"}, cli.ExitUsage, "an address such as"},
 		{[]string{"--json", "--http", "0"}, cli.ExitUsage, "next: "},
 		{[]string{"--json", "-S"}, cli.ExitUsage, "next: "},

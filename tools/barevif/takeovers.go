@@ -148,7 +148,11 @@ func (h *takeovers) run(ctx context.Context, handed func()) {
 		if err != nil {
 			h.slog.Warn("the other "+h.command+" may go on", "err", err)
 		}
-		h.say("%d vifs taken over from %s", c.Taken(), c.Program())
+		vifs := "vifs"
+		if c.Taken() == 1 {
+			vifs = "vif"
+		}
+		h.say("%d %s taken over from %s", c.Taken(), vifs, c.Program())
 	}
 	if h.path == "" {
 		h.isReady()
