@@ -33,7 +33,7 @@ type Host struct {
 	serving  sync.WaitGroup
 
 	connMu sync.Mutex
-	conns  map[*net.UnixConn]struct{} // guarded by connMu; nil once closed
+	conns  map[*net.UnixConn]hypercall.DomID // guarded by connMu: the domain, or DomSelf before it has joined; nil once closed
 }
 
 // Listen makes a host that processes [Join] at path, a unix socket, which must not exist
@@ -59,7 +59,7 @@ func Listen(path string, cfg Config) (*Host, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("emu: listen: %w", err), t.close())
 	}
-	h := &Host{Machine: m, listener: l, conns: make(map[*net.UnixConn]struct{})}
+	h := &Host{Machine: m, listener: l, conns: make(map[*net.UnixConn]hypercall.DomID)}
 	h.serving.Go(func() { h.accept(t) })
 	return h, nil
 }
@@ -102,7 +102,7 @@ func (h *Host) serve(c *net.UnixConn, t *fileTables) {
 	}
 	defer h.forget(c)
 	s := &server{conn: c, tables: t, buf: make([]byte, maxPacket)}
-	if !s.join(h.Machine) {
+	if !s.join(h) {
 		return
 	}
 	for s.next() {
@@ -116,8 +116,43 @@ func (h *Host) keep(c *net.UnixConn) bool {
 	if h.conns == nil {
 		return false
 	}
-	h.conns[c] = struct{}{}
+	h.conns[c] = hypercall.DomSelf
 	return true
+}
+
+// joined notes that c is domain id from now on.
+func (h *Host) joined(c *net.UnixConn, id hypercall.DomID) {
+	h.connMu.Lock()
+	defer h.connMu.Unlock()
+	if _, open := h.conns[c]; open {
+		h.conns[c] = id
+	}
+}
+
+// dying reports whether a process of domain id is gone whose end is not finished yet.
+func (h *Host) dying(id hypercall.DomID) bool {
+	h.connMu.Lock()
+	defer h.connMu.Unlock()
+	for c, of := range h.conns {
+		if of == id && hungUp(c) {
+			return true
+		}
+	}
+	return false
+}
+
+// hungUp reports whether the other end of c is closed.
+func hungUp(c *net.UnixConn) bool {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return false
+	}
+	var p [1]unix.PollFd
+	err = raw.Control(func(fd uintptr) {
+		p[0].Fd = int32(fd)
+		_, _ = unix.Poll(p[:], 0) // HUP is told without being asked for
+	})
+	return err == nil && p[0].Revents&unix.POLLHUP != 0
 }
 
 func (h *Host) forget(c *net.UnixConn) {
@@ -183,7 +218,10 @@ func (s *server) send(a *answer, err error) bool {
 	return err == nil
 }
 
-func (s *server) join(m *Machine) bool {
+// mostDying is how long a process that joins waits for the end of one that was the same domain and has died.
+const mostDying = 5 * time.Second
+
+func (s *server) join(h *Host) bool {
 	r, _, ok := s.receive()
 	if !ok || r.Op != opJoin {
 		return false
@@ -193,11 +231,20 @@ func (s *server) join(m *Machine) bool {
 		s.send(&a, fmt.Errorf("emu: the host speaks version %d, the domain %d", wireVersion, r.N))
 		return false
 	}
-	p, err := m.newProgram(r.Peer, r.Beside, func() { s.conn.Close() })
+	var p *program
+	var err error
+	for end := time.Now().Add(mostDying); ; time.Sleep(time.Millisecond) {
+		dying := h.dying(r.Peer) // before newProgram: its end may be finished meanwhile
+		p, err = h.newProgram(r.Peer, r.Beside, func() { s.conn.Close() })
+		if !errors.Is(err, ErrDomainExists) || !dying || time.Now().After(end) {
+			break
+		}
+	}
 	if err != nil {
 		s.send(&a, err)
 		return false
 	}
+	h.joined(s.conn, r.Peer)
 	g := p.g
 	s.g, s.p = g, p
 	a.setTables(g.guestTables)

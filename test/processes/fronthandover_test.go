@@ -19,7 +19,7 @@ import (
 // runFrontHandover is a frontend that echoes frames and hands its vif over; as
 // "frontsuccessor" it takes the vif over first. Standard input is as for runHandover.
 func runFrontHandover(ctx context.Context) error {
-	dom, err := joined(ctx, emu.JoinBeside, 1)
+	dom, err := emu.JoinBeside(ctx, os.Getenv("BAREVIF_TEST_SOCKET"), 1)
 	if err != nil {
 		return err
 	}

@@ -59,7 +59,7 @@ func stepwise(parent context.Context) (ctx context.Context, cancel context.Cance
 // runHandover is a backend that echoes frames and hands its vif over; as "successor" it takes
 // the vif over first. Standard input has a line for each step, and its end ends it.
 func runHandover(ctx context.Context) error {
-	dom, err := joined(ctx, emu.JoinBeside, 2)
+	dom, err := emu.JoinBeside(ctx, os.Getenv("BAREVIF_TEST_SOCKET"), 2)
 	if err != nil {
 		return err
 	}

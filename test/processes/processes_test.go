@@ -58,26 +58,10 @@ func runChild() error {
 	return runFrontend(ctx)
 }
 
-// joined joins the test's host as domain id. The host learns of the death of the process that was this
-// domain some time after the test does, which starts the next one at once.
-func joined(ctx context.Context, join func(ctx context.Context, path string, id hypercall.DomID, users ...int) (*emu.Domain, error), id hypercall.DomID) (*emu.Domain, error) {
-	for {
-		dom, err := join(ctx, os.Getenv("BAREVIF_TEST_SOCKET"), id)
-		if !errors.Is(err, emu.ErrDomainExists) {
-			return dom, err
-		}
-		select {
-		case <-time.After(time.Millisecond):
-		case <-ctx.Done():
-			return nil, err
-		}
-	}
-}
-
 // runFrontend is the frontend. It sends frames of one size without end, or echoes frames,
 // or receives them, or wants its own frames back. It ends when its standard input does.
 func runFrontend(ctx context.Context) error {
-	dom, err := joined(ctx, emu.Join, 1)
+	dom, err := emu.Join(ctx, os.Getenv("BAREVIF_TEST_SOCKET"), 1)
 	if err != nil {
 		return err
 	}
