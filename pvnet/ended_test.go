@@ -28,7 +28,7 @@ func TestEveryCallAfterDisconnectSaysSo(t *testing.T) {
 		"PeerTakes": true, "Budget": true, "Touched": true, "Stats": true, "ResetStats": true, "Counters": true, "Links": true,
 		"Disconnect": true, "Close": true, "Done": true, "Logger": true, "Rings": true, "Kick": true, "Offer": true, "Refuse": true, "SetPatience": true, "Join": true, "Parked": true, "QueueFor": true, "QueueOf": true, "Steerings": true, "GuestAddressChanges": true,
 		"Tell": true, "SentPages": true, // of the tests
-		"TX.Alloc": true, "TX.AllocSize": true, "TX.SetDeadline": true, "RX.SetDeadline": true,
+		"TX.Alloc": true, "TX.AllocSize": true, "TX.SetDeadline": true, "TX.Nudge": true, "RX.SetDeadline": true,
 		"RX.Release": true, // releases frames, which is still allowed
 	}
 	for _, owned := range []bool{false, true} {

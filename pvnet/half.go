@@ -126,8 +126,8 @@ func (h *half) serve(due uint32) {
 // Who may use the counters of a half.
 const (
 	usedByOwner = iota // the owner, or the caller inside the gate
-	lentToTick         // the owner waits, and the slow tick may use them, or a visitor the engine
-	usedByTick         // the slow tick or a visitor uses them
+	lentToTick         // the owner waits, and others may use them, and the engine: the slow tick, a visitor, Nudge
+	usedByTick         // one of these uses them
 )
 
 // request does what due says at once if no caller is inside the gate, or if the caller
@@ -139,18 +139,29 @@ func (h *half) request(due uint32) {
 		return
 	}
 	h.requests.Or(due)
-	if h.counterUser.CompareAndSwap(lentToTick, usedByTick) { // else the owner lends them later, and then looks at due
+	if h.counterUser.CompareAndSwap(lentToTick, usedByTick) { // else whoever uses them looks at due afterwards
 		h.serveRequests()
-		h.counterUser.Store(lentToTick)
+		h.returnCounters()
 	}
 }
 
-// lendCounters lets the slow tick use the counters until reclaimCounters.
+// returnCounters ends a use of the lent counters, and does what others have asked for meanwhile.
+func (h *half) returnCounters() {
+	for {
+		h.counterUser.Store(lentToTick)
+		if h.requests.Load() == 0 || !h.counterUser.CompareAndSwap(lentToTick, usedByTick) {
+			return
+		}
+		h.serveRequests()
+	}
+}
+
+// lendCounters lets the slow tick and others use the counters until reclaimCounters.
 func (h *half) lendCounters() { h.counterUser.Store(lentToTick) }
 
 func (h *half) reclaimCounters() {
 	for !h.counterUser.CompareAndSwap(lentToTick, usedByOwner) {
-		runtime.Gosched() // the slow tick has them for a microsecond
+		runtime.Gosched() // somebody has them for a microsecond
 	}
 }
 

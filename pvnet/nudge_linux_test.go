@@ -1,6 +1,7 @@
 package pvnet
 
 import (
+	"math/bits"
 	"path/filepath"
 	"sync/atomic"
 	"testing"
@@ -53,6 +54,9 @@ func newFullTX(t *testing.T, backend bool) *fullTX {
 		_, p.rx = own(t, p.back)
 	}
 	park := p.tx.park.Load()
+	for park.w.Wait(time.Now(), true) == nil { // what has come before the test begins
+	}
+	park.woken, park.wakeSent = [2]bool{}, false
 	park.w = nudged{park.w, p} // nobody waits yet
 	p.fill(t)
 	return p
@@ -107,7 +111,7 @@ func TestASendWaitIsNudgedForRoom(t *testing.T) {
 		comes(t, "a wait", p.tx.Nudge)
 		for range 20 {
 			if !p.tx.Nudge() {
-				t.Error("there is no room")
+				t.Error("the call waits no more")
 			}
 		}
 		if n := p.nudges.Load(); n > 0 {
@@ -124,20 +128,19 @@ func TestASendWaitIsNudgedForRoom(t *testing.T) {
 	}
 }
 
-// A peer that makes room and sends no event costs a few nudges, which do not end the wait: the slow tick ends it.
+// A peer that makes room and sends no event costs few nudges, which do not end the wait: the slow tick ends it.
 func TestANudgeIsNoEvent(t *testing.T) {
 	p := newFullTX(t, true)
 	lift := p.fdom.Fail(emu.Fault{Op: emu.OpNotify, Times: -1, Event: emu.EventLost})
 	comes(t, "a wait", p.tx.Nudge)
 	p.drain(t)
-	for i := range 100 {
-		if waits := p.tx.Nudge(); waits != (i >= mostNudges) {
-			t.Errorf("nudge %d: it waits on: %v", i, waits)
+	for i := 1; i <= 1000; i++ {
+		if waits, due := p.tx.Nudge(), bits.OnesCount(uint(i)) == 1; waits == due {
+			t.Errorf("call %d: it waits on: %v", i, waits)
 		}
 	}
-	time.Sleep(20 * time.Millisecond) // not to wait for anything: the goroutine would run now
-	if n := p.nudges.Load(); n != mostNudges {
-		t.Errorf("%d nudges, and not %d", n, mostNudges)
+	if n := p.nudges.Load(); n != 10 { // 1, 2, 4 … 512
+		t.Errorf("%d nudges in 1000 calls", n)
 	}
 	if len(p.sent) > 0 {
 		t.Error("a nudge ended the wait")
@@ -145,6 +148,9 @@ func TestANudgeIsNoEvent(t *testing.T) {
 	lift()
 	l := &lifecycle{d: p.back, conn: p.conns[1], running: true}
 	l.tick()
+	if l.recheckAt == nil {
+		t.Fatal("the slow tick finds nothing")
+	}
 	<-l.recheckAt
 	l.rescue()
 	if err := <-p.sent; err != nil {
@@ -152,3 +158,80 @@ func TestANudgeIsNoEvent(t *testing.T) {
 	}
 	p.drain(t)
 }
+
+// What the slow tick and others ask of a half that waits is done also while somebody nudges it.
+func TestANudgeLosesNoRequest(t *testing.T) {
+	p := newFullTX(t, true)
+	comes(t, "a wait", p.tx.Nudge)
+	stop, stopped := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(stopped)
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+				p.tx.Nudge()
+			}
+		}
+	}()
+	for range 20000 {
+		p.tx.request(requestStall)
+		comes(t, "an answer", func() bool { return p.tx.requests.Load() == 0 })
+	}
+	close(stop)
+	<-stopped
+	p.drain(t)
+	if err := <-p.sent; err != nil {
+		t.Fatal(err)
+	}
+}
+
+// A connection whose ring is gone is not looked at again, and one whose drain time is short looks by itself.
+func TestSomeWaitsAreNotNudged(t *testing.T) {
+	p := newFullTX(t, true)
+	comes(t, "a wait", p.tx.Nudge)
+	lift := p.fdom.Fail(emu.Fault{Op: emu.OpNotify, Times: -1, Event: emu.EventLost})
+	p.drain(t)
+	lift()
+	eng, drain := p.tx.eng, p.tx.drain.timeouts.drain
+	p.tx.drain.timeouts.drain = time.Second
+	if !p.tx.Nudge() {
+		t.Error("the call looks by itself")
+	}
+	p.tx.drain.timeouts.drain = drain
+	gone := &goneTX{sender: eng}
+	p.tx.eng = gone
+	for range 3 {
+		if !p.tx.Nudge() {
+			t.Error("a ring that is gone has room")
+		}
+	}
+	if gone.looks != 1 {
+		t.Errorf("%d looks at a ring that is gone", gone.looks)
+	}
+	p.tx.eng = eng
+	if n := p.nudges.Load(); n > 0 {
+		t.Errorf("%d nudges", n)
+	}
+	p.tx.park.Load().wake()
+	if err := <-p.sent; err != nil {
+		t.Fatal(err)
+	}
+	p.drain(t)
+}
+
+// A goneTX is a sender whose ring's memory is gone.
+type goneTX struct {
+	sender
+	looks int
+}
+
+func (g *goneTX) overdue() bool {
+	g.looks++
+	panic(fault(0x1000))
+}
+
+type fault uintptr
+
+func (f fault) Addr() uintptr { return uintptr(f) }

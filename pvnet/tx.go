@@ -12,14 +12,11 @@ import (
 // call its methods at once, except SetDeadline.
 type TX struct {
 	half
-	eng     sender  // of the connection; written by the lifecycle goroutine while the gate is shut
-	stall   stall   // lifecycle goroutine and slow tick only
-	cutting cutting // inside the gate
-
-	nudgedWait uint32 // number of the wait that Nudge has last seen; used with the counters
-	nudges     int    // how often Nudge has woken its goroutine; used with the counters
-
-	frames [callBatch]Frame // the frames of Write; guarded by mu
+	eng     sender           // of the connection; written by the lifecycle goroutine while the gate is shut
+	stall   stall            // lifecycle goroutine and slow tick only
+	cutting cutting          // inside the gate
+	nudging nudging          // used with the counters
+	frames  [callBatch]Frame // the frames of Write; guarded by mu
 }
 
 // A sender moves frames into one connection's ring.
@@ -276,33 +273,41 @@ func (tx *TX) leave(err error) error {
 // means never. Any goroutine may call it.
 func (tx *TX) SetDeadline(t time.Time) { tx.setDeadline(t) }
 
-// mostNudges is how often Nudge wakes the goroutine of one wait: a peer that makes room and sends no event costs no
-// more.
-const mostNudges = 8
+// A nudging is what Nudge knows of the wait that it has last seen. It is used with the counters of the half.
+type nudging struct {
+	wait uint32 // number of the wait, as in half.waitSeq
+	due  uint32 // how often there was room
+	gone bool   // the ring's memory is gone
+}
 
-// Nudge makes a SendWait that waits look for its event, if the peer has made the room that SendWait waits for. It reports
-// whether one waits on: not if there is none, nor if it was nudged. Go's scheduler may let ten milliseconds pass
-// before it looks for events while goroutines keep all its processors busy: Nudge is for such a goroutine, which
-// should call [runtime.Gosched] after false, so that the goroutine of SendWait can run. Any goroutine may call it. It costs
-// a few loads, and wakes nobody without a reason.
+// Nudge reports true if a call waits for room that the peer has not made yet. If the peer has made it, Nudge makes that
+// call look for its event, and reports false, as it does if no call waits for room.
+//
+// Go's scheduler may let ten milliseconds pass before it looks for events, while goroutines keep all its processors
+// busy. Nudge is for such a goroutine: after false it should call [runtime.Gosched], which lets the goroutine of the
+// call run. A peer that makes room and sends no event costs little: Nudge wakes the goroutine when it finds
+// the room for the first, second, fourth, eighth time, and so on. Any goroutine may call it.
 func (tx *TX) Nudge() (waits bool) {
 	if !tx.counterUser.CompareAndSwap(lentToTick, usedByTick) {
-		return false // nothing waits
+		return false // no call waits, or somebody has the counters for a microsecond
 	}
-	// While the counters are ours SendWait stays inside the gate, and so the connection stays.
+	// While the counters are used here the call stays inside the gate, and so the connection stays.
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true)) // the goroutine may be a user's
+	n := &tx.nudging
+	if seq := tx.waitSeq.Load(); seq != n.wait {
+		*n = nudging{wait: seq}
+	}
 	due := false
-	if catchFault(func() { due = tx.eng.overdue() }) != nil {
-		due = false // the slow tick meets the fault too, and ends the device
+	// After a fault the slow tick ends the device. With a short drain time the call looks by itself.
+	if !n.gone && !tx.drain.short() {
+		n.gone = catchFault(func() { due = tx.eng.overdue() }) != nil
 	}
-	if seq := tx.waitSeq.Load(); seq != tx.nudgedWait {
-		tx.nudgedWait, tx.nudges = seq, 0
-	}
-	if due = due && tx.nudges < mostNudges; due {
-		tx.nudges++
+	if due = due && !n.gone; due {
+		n.due++
+		due = n.due&(n.due-1) == 0
 	}
 	park := tx.park.Load()
-	tx.counterUser.Store(lentToTick)
+	tx.returnCounters()
 	if due {
 		park.nudge()
 	}

@@ -47,7 +47,7 @@ func (h *half) visit(end time.Time, f func()) (ran bool) {
 			return ran
 		case h.counterUser.CompareAndSwap(lentToTick, usedByTick):
 			ran = here()
-			h.counterUser.Store(lentToTick)
+			h.returnCounters()
 			return ran
 		}
 		over := h.gate.state.Load() == gateShut || !time.Now().Before(end)

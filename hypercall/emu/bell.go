@@ -11,7 +11,7 @@ type bell interface {
 	ring()
 	// park returns when the bell rings or at until; the zero Time: never.
 	park(until time.Time)
-	// nudge ends a park under way, if it is Go's scheduler that ends parks when the bell rings. It is not remembered.
+	// nudge ends a park under way, or the next, if Go's scheduler is what ends parks when the bell rings.
 	nudge()
 	close()
 	// letGo closes this process's descriptors of the bell. The machine keeps its own, with which it rings the bell for the process that adopted the waiter.

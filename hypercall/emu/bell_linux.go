@@ -58,7 +58,7 @@ func (b *fdBell) park(until time.Time) {
 // past is a deadline that has passed.
 var past = time.Unix(1, 0)
 
-// nudge makes the parked goroutine ready. A ring would do so only once the runtime's poller has read the eventfd's state.
+// nudge makes the parked goroutine ready. A ring does so only once Go's scheduler has asked epoll for events.
 func (b *fdBell) nudge() { _ = b.file.SetReadDeadline(past) }
 
 // close waits for a goroutine in the park of a threadBell: call ring first.
@@ -138,7 +138,7 @@ func (t *threadBell) park(until time.Time) {
 	_ = t.conn.Control(t.block) // closed: the caller checks before it parks again
 }
 
-func (t *threadBell) nudge() {} // the kernel wakes the thread
+func (t *threadBell) nudge() {} // the kernel wakes the thread at once
 
 func (t *threadBell) close() {
 	t.fdBell.close()

@@ -369,7 +369,7 @@ func (w *waiter) Wake() {
 	_ = w.file.SetReadDeadline(past)
 }
 
-// Nudge implements [hypercall.Nudger]. The kernel wakes a thread that waits by itself.
+// Nudge implements [hypercall.Nudger]. It does nothing for a thread that waits: the kernel wakes that one at once.
 func (w *waiter) Nudge() {
 	if w.wakeFile == nil {
 		_ = w.file.SetReadDeadline(past) // Wait looks at the file, and sets its deadline again

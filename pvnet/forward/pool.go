@@ -34,14 +34,15 @@ type poolWorker struct {
 	members []*poolMember // guarded by mu
 	leaving []*poolMember // guarded by mu: those that the goroutine is to stop receiving for
 	queues  []*queue      // guarded by mu: queues that the worker has taken: its goroutine sends their frames
-	waiting []*queue      // guarded by mu: queues whose own goroutines wait for room, or have done so lately
+	waiting []*queue      // guarded by mu: queues whose own goroutines send, or wait for room
 	awake   bool          // guarded by mu: the goroutine looks at queues before it waits
 	closed  bool          // guarded by mu
 
 	// Used by the goroutine only.
-	spare  []*queue // memory for queues
-	nudged []*queue // memory of nudgeWaiting
-	empty  int      // how many turns had no frames while it had queues
+	spare      []*queue // memory for queues
+	empty      int      // how many turns had no frames while it had queues
+	nudged     []*queue // memory of nudgeWaiting
+	nextNudged int      // the index in waiting of the queue that it looked at last
 }
 
 // A poolMember is one queue of a vif. Its worker's goroutine uses it, until it closes left.
@@ -162,28 +163,36 @@ func (w *poolWorker) take(q *queue) bool {
 	return w.awake
 }
 
-// watch adds q to the queues whose own goroutines wait for room. The caller holds q.mu.
+// watch has the worker nudge q's own goroutine until unwatch. The caller holds q.mu.
 func (w *poolWorker) watch(q *queue) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if !q.watched {
+	if !q.watched && !w.closed {
 		q.watched = true
 		w.waiting = append(w.waiting, q)
 	}
 }
 
-// nudgeWaiting lets the goroutines of queues run, unless they wait for room that there is not. The worker's own goroutine
-// never waits while frames come, so Go's scheduler would let them run, and look for their events, ten milliseconds later.
-func (w *poolWorker) nudgeWaiting() {
+// unwatch undoes watch. The caller holds q.mu.
+func (w *poolWorker) unwatch(q *queue) {
 	w.mu.Lock()
-	w.nudged = append(w.nudged[:0], w.waiting...)
-	w.mu.Unlock()
+	defer w.mu.Unlock()
+	q.watched = false
+	w.waiting = slices.DeleteFunc(w.waiting, func(o *queue) bool { return o == q })
+}
+
+// mostNudged is how many queues a worker looks at in one turn, so that many guests that take nothing do not delay the
+// frames of others.
+const mostNudged = 32
+
+// nudgeWaiting gives the processor to the goroutines of queues that have something to do: who waits for room and has it
+// now, and who has more to send. The worker's own goroutine does not wait while frames come, so if all processors
+// are busy Go's scheduler would let these run, and look for their events, ten milliseconds later.
+func (w *poolWorker) nudgeWaiting() {
 	yield := false
-	for _, q := range w.nudged {
+	for _, q := range w.pick() {
 		q.mu.Lock()
-		if !q.handed {
-			w.unwatch(q)
-		} else if !q.tx.Nudge() {
+		if q.handed && !q.tx.Nudge() {
 			yield = true
 		}
 		q.mu.Unlock()
@@ -194,12 +203,16 @@ func (w *poolWorker) nudgeWaiting() {
 	}
 }
 
-// unwatch undoes watch. The caller holds q.mu.
-func (w *poolWorker) unwatch(q *queue) {
+// pick returns the queues that nudgeWaiting looks at in this turn.
+func (w *poolWorker) pick() []*queue {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	q.watched = false
-	w.waiting = slices.DeleteFunc(w.waiting, func(o *queue) bool { return o == q })
+	w.nudged = w.nudged[:0]
+	for range min(len(w.waiting), mostNudged) {
+		w.nextNudged = (w.nextNudged + 1) % len(w.waiting)
+		w.nudged = append(w.nudged, w.waiting[w.nextNudged])
+	}
+	return w.nudged
 }
 
 // emptyTurns is for how many turns in a row without received frames a worker looks for room in the
@@ -354,7 +367,7 @@ func (w *poolWorker) leave(m *poolMember, err error) {
 // end stops receiving for all members, because of err, and closes the poller.
 func (w *poolWorker) end(err error) {
 	w.mu.Lock()
-	w.closed, w.awake = true, false
+	w.closed, w.awake, w.waiting = true, false, nil
 	members, queues := slices.Clone(w.members), w.grabLocked()
 	w.mu.Unlock()
 	w.giveBack(queues)

@@ -42,7 +42,7 @@ type queue struct {
 
 	written writtenQueue // guarded by mu: frames of Sender.Write
 
-	watched   bool // guarded by worker.mu: the queue is among those that the worker nudges
+	watched   bool // guarded by mu: the worker nudges the queue's own goroutine
 	fruitless int  // guarded by mu: how often in a row there was no room at all when the worker looked
 
 	undelivered uint64 // frames lost that the device has not counted yet
@@ -244,7 +244,7 @@ func (q *queue) handOverLocked() {
 	q.leaveLocked()
 }
 
-// leaveLocked leaves the sending to the queue's goroutine, which waits for room.
+// leaveLocked leaves the sending to the queue's goroutine, which can wait for room.
 func (q *queue) leaveLocked() {
 	q.fruitless = 0
 	q.handed = true
@@ -257,6 +257,9 @@ func (q *queue) leaveLocked() {
 // restLocked clears busy: no goroutine sends now.
 func (q *queue) restLocked() {
 	q.busy, q.handed = false, false
+	if q.watched {
+		q.worker.unwatch(q)
+	}
 	if q.over != nil {
 		q.change.Broadcast()
 	}

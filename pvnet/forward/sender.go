@@ -120,6 +120,7 @@ type Sender struct {
 	mu     sync.Mutex
 	inputs []*Input // guarded by mu: those that are open
 	err    error    // guarded by mu: why the Sender has ended; nil: it has not
+	cut    bool     // guarded by mu: it has ended, and so have all its queues
 }
 
 // past is a deadline that has passed.
@@ -182,7 +183,7 @@ func (s *Sender) follow(ctx context.Context) {
 
 // deadlineLocked returns the deadline of a queue; late: calls that wait give up now.
 func (s *Sender) deadlineLocked(late bool) time.Time {
-	if late || s.err != nil {
+	if late || s.cut {
 		return past
 	}
 	return time.Time{}
@@ -205,6 +206,7 @@ func (s *Sender) end(err error) {
 		q.close(err) // before its wait ends: it drops frames as Ended, not as Down
 	}
 	s.mu.Lock()
+	s.cut = true
 	for _, q := range s.queues {
 		q.tx.SetDeadline(past)
 	}

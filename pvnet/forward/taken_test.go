@@ -30,21 +30,52 @@ func TestAWorkerLooksForRoomForAWhile(t *testing.T) {
 	}
 }
 
-// A worker watches a queue once, from when the queue's goroutine is to wait until that has nothing left to send.
+// A worker watches a queue once, while the queue's goroutine is to send, and an ended worker watches none.
 func TestAWorkerWatchesWhoWaits(t *testing.T) {
 	w := &poolWorker{}
-	q := newQueue(nil, &pvnet.TX{})
+	sender := &Sender{ended: make(chan struct{})}
+	sender.own = &Input{s: sender, src: NewSource(0)}
+	q := newQueue(sender, &pvnet.TX{})
 	q.worker = w
-	for range 2 {
-		q.leaveLocked()
-		w.nudgeWaiting()
-		if !slices.Equal(w.waiting, []*queue{q}) {
-			t.Fatalf("%d queues are watched", len(w.waiting))
+	for _, end := range []func(){q.restLocked, func() { q.mu.Lock(); q.finish(ErrClosed) }} {
+		for range 2 {
+			q.leaveLocked()
+			w.nudgeWaiting()
+			if !slices.Equal(w.waiting, []*queue{q}) {
+				t.Fatalf("%d queues are watched", len(w.waiting))
+			}
+		}
+		if end(); len(w.waiting) != 0 || q.watched {
+			t.Error("a queue is watched that waits for nothing")
 		}
 	}
-	q.restLocked()
-	w.nudgeWaiting()
-	if len(w.waiting) != 0 || q.watched {
-		t.Error("a queue is watched that waits for nothing")
+	w.closed = true
+	if q.leaveLocked(); len(w.waiting) != 0 {
+		t.Error("a worker that has ended watches a queue")
+	}
+}
+
+// A worker looks at some of the queues that it watches in each turn, and at all of them in turns.
+func TestAWorkerNudgesInTurns(t *testing.T) {
+	w := &poolWorker{}
+	const queues = 3*mostNudged + 5
+	looked := make(map[*queue]int)
+	for range queues {
+		q := newQueue(nil, &pvnet.TX{})
+		q.worker = w
+		q.leaveLocked()
+	}
+	for range queues {
+		for _, q := range w.pick() {
+			looked[q]++
+		}
+	}
+	for _, n := range looked {
+		if n != mostNudged {
+			t.Errorf("%d looks at a queue", n)
+		}
+	}
+	if len(looked) != queues {
+		t.Errorf("looks at %d queues", len(looked))
 	}
 }

@@ -43,8 +43,8 @@ func guestMAC(i int) pvnet.MAC { return pvnet.MAC{2, 0, 0, 0, 0, byte(i)} }
 //
 //   - delivered: frames of the paced guests that arrive beside the flooder, in those that do without
 //   - p99-us: the 99th percentile of their time on the way without the flooder, in microseconds
-//   - p99-x: that percentile beside the flooder, in the one without; p99-x-median is that of half of the
-//     rounds or less
+//   - p99-x: that percentile beside the flooder, in the one without: the mean of the rounds; p99-x-median is
+//     their median
 //   - share: what the guest that gets least has, in an equal part of all that arrives, when all send what
 //     they can
 func BenchmarkFlooder(b *testing.B) {
