@@ -45,8 +45,8 @@
 // A port without processes does not implement [HandoverDomain], and one without threads not
 // [ThreadDomain]: pvnet then refuses a hand-over with errors.ErrUnsupported, and a Config with
 // LockedThreads by the name of that option.
-// [GroupDomain] is worth having: without it there is no pvnet.Poller. A Waiter whose goroutine is woken by the loop of
-// a scheduler that also runs other goroutines should be a [Nudger].
+// [GroupDomain] is worth having: without it there is no pvnet.Poller. A Waiter whose Wait
+// parks its goroutine until Go's scheduler looks for events should be a [Nudger].
 //
 // # Memory
 //

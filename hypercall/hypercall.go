@@ -179,11 +179,13 @@ type Waiter interface {
 	Close() error
 }
 
-// A Nudger is a Waiter whose Wait may learn late of an event, because Go's scheduler looks for events
-// only every ten milliseconds while goroutines keep all its processors busy.
+// A Nudger is a Waiter whose Wait is woken by Go's scheduler. While goroutines keep all processors busy, the scheduler
+// looks for events only every ten milliseconds.
 type Nudger interface {
+	Waiter
+
 	// Nudge makes the current Wait look for events now. It is no event and no Wake: without an event Wait goes
-	// on. Any goroutine may call it.
+	// on. Any goroutine may call it; after Close it does nothing.
 	Nudge()
 }
 

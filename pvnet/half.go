@@ -28,7 +28,7 @@ type half struct {
 	waitSeq     atomic.Uint32             // number of the wait: odd while the owner waits, and never the same twice
 	rescued     atomic.Uint32             // number of the wait that lifecycle.rescue ended
 	requests    atomic.Uint32             // what others ask the caller inside the gate to do: requestHeal, ...
-	counterUser atomic.Uint32             // who may use the counters while the owner waits: lentToTick, ...
+	counterUser atomic.Uint32             // who may use the counters while the owner waits: countersLent, ...
 	spin        spinner                   // of the connection; inside the gate
 	member      atomic.Pointer[member]    // its membership in a Poller; nil: none
 	drain       drain                     // of a sending half
@@ -125,9 +125,9 @@ func (h *half) serve(due uint32) {
 
 // Who may use the counters of a half.
 const (
-	usedByOwner = iota // the owner, or the caller inside the gate
-	lentToTick         // the owner waits, and others may use them, and the engine: the slow tick, a visitor, Nudge
-	usedByTick         // one of these uses them
+	countersOwned    = iota // the owner uses them, or the caller inside the gate
+	countersLent            // the owner waits: the slow tick, a visitor or Nudge may use them, and the engine
+	countersBorrowed        // one of these does
 )
 
 // request does what due says at once if no caller is inside the gate, or if the caller
@@ -139,7 +139,7 @@ func (h *half) request(due uint32) {
 		return
 	}
 	h.requests.Or(due)
-	if h.counterUser.CompareAndSwap(lentToTick, usedByTick) { // else whoever uses them looks at due afterwards
+	if h.counterUser.CompareAndSwap(countersLent, countersBorrowed) { // else whoever uses them looks at due afterwards
 		h.serveRequests()
 		h.returnCounters()
 	}
@@ -148,8 +148,8 @@ func (h *half) request(due uint32) {
 // returnCounters ends a use of the lent counters, and does what others have asked for meanwhile.
 func (h *half) returnCounters() {
 	for {
-		h.counterUser.Store(lentToTick)
-		if h.requests.Load() == 0 || !h.counterUser.CompareAndSwap(lentToTick, usedByTick) {
+		h.counterUser.Store(countersLent)
+		if h.requests.Load() == 0 || !h.counterUser.CompareAndSwap(countersLent, countersBorrowed) {
 			return
 		}
 		h.serveRequests()
@@ -157,10 +157,10 @@ func (h *half) returnCounters() {
 }
 
 // lendCounters lets the slow tick and others use the counters until reclaimCounters.
-func (h *half) lendCounters() { h.counterUser.Store(lentToTick) }
+func (h *half) lendCounters() { h.counterUser.Store(countersLent) }
 
 func (h *half) reclaimCounters() {
-	for !h.counterUser.CompareAndSwap(lentToTick, usedByOwner) {
+	for !h.counterUser.CompareAndSwap(countersLent, countersOwned) {
 		runtime.Gosched() // somebody has them for a microsecond
 	}
 }
@@ -262,7 +262,7 @@ type engine interface {
 	ready(need int) bool
 
 	// overdue reports whether the ring has reached the event that arm asked for. The
-	// watchdog calls it while the owner waits.
+	// slow tick and Nudge call it while the owner waits.
 	overdue() bool
 
 	// sample asks for the timing of one request, in engines where the time says something

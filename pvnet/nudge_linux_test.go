@@ -3,6 +3,7 @@ package pvnet
 import (
 	"math/bits"
 	"path/filepath"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -104,7 +105,7 @@ func (p *fullTX) drain(t *testing.T) {
 	}
 }
 
-// A SendWait is nudged only once there is room for it.
+// A SendWait is not nudged before there is room for it, and then it is.
 func TestASendWaitIsNudgedForRoom(t *testing.T) {
 	for _, backend := range []bool{true, false} {
 		p := newFullTX(t, backend)
@@ -120,7 +121,17 @@ func TestASendWaitIsNudgedForRoom(t *testing.T) {
 		if !waits(&p.tx.half) || len(p.sent) > 0 {
 			t.Error("the wait has ended")
 		}
+		dom := p.fdom // that of the other end
+		if !backend {
+			dom = p.bdom
+		}
+		lift := dom.Fail(emu.Fault{Op: emu.OpNotify, Times: -1, Event: emu.EventLost})
 		p.drain(t)
+		if waits, n := p.tx.Nudge(), p.nudges.Load(); waits || n != 1 {
+			t.Errorf("there is room: it waits on: %v; %d nudges", waits, n)
+		}
+		lift()
+		p.tx.park.Load().wake()
 		if err := <-p.sent; err != nil {
 			t.Fatal(err)
 		}
@@ -175,12 +186,16 @@ func TestANudgeLosesNoRequest(t *testing.T) {
 			}
 		}
 	}()
+	end := sync.OnceFunc(func() {
+		close(stop)
+		<-stopped
+	})
+	defer end()
 	for range 20000 {
 		p.tx.request(requestStall)
 		comes(t, "an answer", func() bool { return p.tx.requests.Load() == 0 })
 	}
-	close(stop)
-	<-stopped
+	end()
 	p.drain(t)
 	if err := <-p.sent; err != nil {
 		t.Fatal(err)

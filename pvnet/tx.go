@@ -280,15 +280,16 @@ type nudging struct {
 	gone bool   // the ring's memory is gone
 }
 
-// Nudge reports true if a call waits for room that the peer has not made yet. If the peer has made it, Nudge makes that
-// call look for its event, and reports false, as it does if no call waits for room.
+// Nudge makes the call that waits for room look for its event, if the peer has made the room. It reports false after
+// it has done so, and if no call waits; else true: the call waits on.
 //
-// Go's scheduler may let ten milliseconds pass before it looks for events, while goroutines keep all its processors
-// busy. Nudge is for such a goroutine: after false it should call [runtime.Gosched], which lets the goroutine of the
-// call run. A peer that makes room and sends no event costs little: Nudge wakes the goroutine when it finds
-// the room for the first, second, fourth, eighth time, and so on. Any goroutine may call it.
+// Go's scheduler may look for events ten milliseconds late while goroutines keep all processors busy. Such a
+// goroutine calls Nudge, and after false [runtime.Gosched], which lets the goroutine of the call run. If a peer
+// makes room and sends no event, only the first, second, fourth, eighth ... Nudge that finds the room wakes the call;
+// those between report true. A call that looks at the ring by itself, because its drain time is short, is not nudged.
+// Any goroutine may call Nudge.
 func (tx *TX) Nudge() (waits bool) {
-	if !tx.counterUser.CompareAndSwap(lentToTick, usedByTick) {
+	if !tx.counterUser.CompareAndSwap(countersLent, countersBorrowed) {
 		return false // no call waits, or somebody has the counters for a microsecond
 	}
 	// While the counters are used here the call stays inside the gate, and so the connection stays.

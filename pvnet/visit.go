@@ -45,7 +45,7 @@ func (h *half) visit(end time.Time, f func()) (ran bool) {
 			ran = here()
 			h.gate.state.Store(gateOpen)
 			return ran
-		case h.counterUser.CompareAndSwap(lentToTick, usedByTick):
+		case h.counterUser.CompareAndSwap(countersLent, countersBorrowed):
 			ran = here()
 			h.returnCounters()
 			return ran

@@ -169,6 +169,10 @@ func nudgeEndsNoWait(t *testing.T, p pair) {
 	}
 	notify(t, a)
 	ends(t, done, nil, "no event after a nudge")
+	if err := wb.Close(); err != nil {
+		t.Fatal(err)
+	}
+	n.Nudge() // harmless
 }
 
 func closeEndsWait(t *testing.T, p pair) {

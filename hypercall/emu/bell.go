@@ -11,7 +11,7 @@ type bell interface {
 	ring()
 	// park returns when the bell rings or at until; the zero Time: never.
 	park(until time.Time)
-	// nudge ends a park under way, or the next, if Go's scheduler is what ends parks when the bell rings.
+	// nudge ends the park under way if Go's scheduler ends parks. A later park may end early, too.
 	nudge()
 	close()
 	// letGo closes this process's descriptors of the bell. The machine keeps its own, with which it rings the bell for the process that adopted the waiter.

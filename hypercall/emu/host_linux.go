@@ -120,7 +120,7 @@ func (h *Host) keep(c *net.UnixConn) bool {
 	return true
 }
 
-// joined notes that c is domain id from now on.
+// joined notes that c is domain id, or is about to be.
 func (h *Host) joined(c *net.UnixConn, id hypercall.DomID) {
 	h.connMu.Lock()
 	defer h.connMu.Unlock()
@@ -129,7 +129,7 @@ func (h *Host) joined(c *net.UnixConn, id hypercall.DomID) {
 	}
 }
 
-// dying reports whether a process of domain id is gone whose end is not finished yet.
+// dying reports whether a process of domain id has died and the host has not finished its end yet.
 func (h *Host) dying(id hypercall.DomID) bool {
 	h.connMu.Lock()
 	defer h.connMu.Unlock()
@@ -150,7 +150,7 @@ func hungUp(c *net.UnixConn) bool {
 	var p [1]unix.PollFd
 	err = raw.Control(func(fd uintptr) {
 		p[0].Fd = int32(fd)
-		_, _ = unix.Poll(p[:], 0) // HUP is told without being asked for
+		_, _ = unix.Poll(p[:], 0) // poll reports POLLHUP without being asked
 	})
 	return err == nil && p[0].Revents&unix.POLLHUP != 0
 }
@@ -218,7 +218,8 @@ func (s *server) send(a *answer, err error) bool {
 	return err == nil
 }
 
-// mostDying is how long a process that joins waits for the end of one that was the same domain and has died.
+// mostDying is how long a joining process waits at most until the host has finished the end of a dead one of the same
+// domain.
 const mostDying = 5 * time.Second
 
 func (s *server) join(h *Host) bool {
@@ -234,9 +235,14 @@ func (s *server) join(h *Host) bool {
 	var p *program
 	var err error
 	for end := time.Now().Add(mostDying); ; time.Sleep(time.Millisecond) {
-		dying := h.dying(r.Peer) // before newProgram: its end may be finished meanwhile
+		dying := h.dying(r.Peer) // asked before newProgram: the dead process may be gone after it
+		h.joined(s.conn, r.Peer)
 		p, err = h.newProgram(r.Peer, r.Beside, func() { s.conn.Close() })
-		if !errors.Is(err, ErrDomainExists) || !dying || time.Now().After(end) {
+		if err == nil {
+			break
+		}
+		h.joined(s.conn, hypercall.DomSelf)
+		if !errors.Is(err, ErrDomainExists) || !dying || hungUp(s.conn) || time.Now().After(end) {
 			break
 		}
 	}
@@ -244,7 +250,6 @@ func (s *server) join(h *Host) bool {
 		s.send(&a, err)
 		return false
 	}
-	h.joined(s.conn, r.Peer)
 	g := p.g
 	s.g, s.p = g, p
 	a.setTables(g.guestTables)

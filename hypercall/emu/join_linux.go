@@ -20,7 +20,8 @@ import (
 // Join makes this process domain id of the host that listens at path. The host must be a
 // process of this user, of root, or of one of users, given by uid: it sees everything
 // that the domain sends. ctx bounds only the joining. The domain lives until Destroy, the
-// end of the process, or the end of the host. The error may be [ErrDomainExists],
+// end of the process, or the end of the host. If a process that was domain id has died and the
+// host has not ended the domain yet, Join waits up to five seconds for that. The error may be [ErrDomainExists],
 // [ErrTooManyDomains] or a [*ForeignHostError].
 func Join(ctx context.Context, path string, id hypercall.DomID, users ...int) (*Domain, error) {
 	return join(ctx, path, id, false, users)

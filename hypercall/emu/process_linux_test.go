@@ -330,8 +330,13 @@ func TestANudgedWaitSleeps(t *testing.T) {
 		if err := pa.Notify(); err != nil {
 			t.Fatal(err)
 		}
-		if err := <-done; err != nil {
-			t.Fatal(err)
+		select {
+		case err := <-done:
+			if err != nil {
+				t.Fatal(err)
+			}
+		case <-time.After(soon):
+			t.Fatal("no event")
 		}
 	}
 }

@@ -345,7 +345,7 @@ func TestWakeIsNeverLost(t *testing.T) {
 	noEvent(t, w, true)
 }
 
-// As the test of the same name of package emu.
+// A Wait that is nudged returns an event from before the nudge while another goroutine keeps the only processor busy.
 func TestANudgedWaitNeedsNoPoller(t *testing.T) {
 	w, d := newDriver(t, 5)
 	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1))

@@ -1,12 +1,14 @@
 package forward
 
 import (
+	"fmt"
 	"testing"
 	"time"
 
 	"barevif/pvnet"
 	"barevif/pvnet/pvnettest"
 	"barevif/xenbus/toolstack"
+	"barevif/xenbus/xenstore/server/labtest"
 )
 
 // Frames that wait while a Sender ends are counted as Ended, also if the link has news at that moment.
@@ -16,23 +18,29 @@ func TestALinkEventWhileASenderEnds(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	const ring = 256
-	for range ring + 4*Batch { // the ring, and more than the goroutine takes at once
-		for !s.Write(make([]byte, 100)) {
-			time.Sleep(time.Millisecond)
+	const ring, more = 256, 4 * Batch // more than the goroutine takes at once
+	left := ring + more
+	if err := labtest.Comes(func() error {
+		for ; left > 0; left-- {
+			if !s.Write(make([]byte, 100)) {
+				return fmt.Errorf("%d frames are not taken: %+v", left, s.Stats())
+			}
 		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
 	}
 	s.mu.Lock() // the first half of end
 	s.err = ErrClosed
 	q := s.queues[0]
 	q.tx.SetDeadline(s.deadlineLocked(false)) // as follow does
 	s.mu.Unlock()
-	time.Sleep(20 * time.Millisecond) // not to wait for anything: the goroutine would drop its batch now
+	time.Sleep(20 * time.Millisecond) // time in which a goroutine whose deadline has passed would drop its batch as Down
 	s.mu.Lock()
 	s.err = nil
 	s.mu.Unlock()
 	s.Close()
-	if n := s.Stats(); n.Down != 0 || n.Ended == 0 {
+	if n := s.Stats(); n.Down != 0 || n.Ended != more {
 		t.Errorf("%+v", n)
 	}
 }

@@ -105,7 +105,8 @@ func TestAPoolNudgesWhoWaits(t *testing.T) {
 	lift := to.Fail(emu.Fault{Op: emu.OpNotify, Times: -1, Event: emu.EventLost})
 	defer lift()
 	until(t, "a nudge", func() bool {
-		for !flood() {
+		if !flood() {
+			return false
 		}
 		time.Sleep(5 * time.Millisecond) // the worker leaves the queue to its goroutine
 		var frames [64]pvnet.Frame

@@ -42,7 +42,7 @@ type poolWorker struct {
 	spare      []*queue // memory for queues
 	empty      int      // how many turns had no frames while it had queues
 	nudged     []*queue // memory of nudgeWaiting
-	nextNudged int      // the index in waiting of the queue that it looked at last
+	lastNudged int      // the index in waiting of the queue that it looked at last
 }
 
 // A poolMember is one queue of a vif. Its worker's goroutine uses it, until it closes left.
@@ -185,9 +185,9 @@ func (w *poolWorker) unwatch(q *queue) {
 // frames of others.
 const mostNudged = 32
 
-// nudgeWaiting gives the processor to the goroutines of queues that have something to do: who waits for room and has it
-// now, and who has more to send. The worker's own goroutine does not wait while frames come, so if all processors
-// are busy Go's scheduler would let these run, and look for their events, ten milliseconds later.
+// nudgeWaiting lets the goroutines of queues run that wait for room which is there now, or have more to send. The worker
+// does not wait while frames come, so with all processors busy Go's scheduler might let them run ten milliseconds
+// later.
 func (w *poolWorker) nudgeWaiting() {
 	yield := false
 	for _, q := range w.pick() {
@@ -209,8 +209,8 @@ func (w *poolWorker) pick() []*queue {
 	defer w.mu.Unlock()
 	w.nudged = w.nudged[:0]
 	for range min(len(w.waiting), mostNudged) {
-		w.nextNudged = (w.nextNudged + 1) % len(w.waiting)
-		w.nudged = append(w.nudged, w.waiting[w.nextNudged])
+		w.lastNudged = (w.lastNudged + 1) % len(w.waiting)
+		w.nudged = append(w.nudged, w.waiting[w.lastNudged])
 	}
 	return w.nudged
 }

@@ -203,7 +203,7 @@ func (s *Sender) end(err error) {
 		return
 	}
 	for _, q := range s.queues {
-		q.close(err) // before its wait ends: it drops frames as Ended, not as Down
+		q.close(err) // before SetDeadline ends its wait, so that its goroutine counts the frames as Ended and not as Down
 	}
 	s.mu.Lock()
 	s.cut = true

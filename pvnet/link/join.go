@@ -128,7 +128,7 @@ func (j *Joint) Run(ctx context.Context, dev *pvnet.Device, links ...Link) error
 	if err != nil {
 		return err
 	}
-	holding := j.holds.begin() // before anything shows that Run runs
+	holding := j.holds.begin() // first, so that whoever sees an effect of Run can Hold
 	defer j.holds.end()
 	for _, l := range links {
 		setOffloads(l, true)

@@ -83,7 +83,8 @@ func New(dev *pvnet.Device, cfg Config) (*Stack, error) {
 	return newOn(dev, cfg, newCardless)
 }
 
-// newOn is New with the stack that bare returns, once cfg is known to be valid.
+// newOn is New on the stack that bare returns. It calls bare once cfg is valid and the halves are owned, and ends that
+// stack if it fails.
 func newOn(dev *pvnet.Device, cfg Config, bare func() (*cardless, error)) (*Stack, error) {
 	if err := cfg.check(dev.MTU()); err != nil {
 		return nil, fmt.Errorf("netstack: %w", err)
