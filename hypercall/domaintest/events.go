@@ -2,6 +2,7 @@ package domaintest
 
 import (
 	"errors"
+	"runtime"
 	"testing"
 	"time"
 
@@ -173,6 +174,34 @@ func nudgeEndsNoWait(t *testing.T, p pair) {
 		t.Fatal(err)
 	}
 	n.Nudge() // harmless
+}
+
+// CheckNudge fails the test unless a Wait of w that is nudged returns an event from before the nudge while another
+// goroutine keeps the only processor busy: without the nudge Go's scheduler would look for the event ten
+// milliseconds later. fire makes an event of w, which is there once fire returns. It sets GOMAXPROCS meanwhile.
+func CheckNudge(t *testing.T, w hypercall.Nudger, fire func()) {
+	t.Helper()
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1))
+	const rounds = 20
+	late := 0
+	for range rounds {
+		done := make(chan error, 1)
+		go func() { done <- w.Wait(time.Now().Add(soon), true) }()
+		time.Sleep(2 * time.Millisecond) // Wait has begun
+		fire()
+		const turns = 100 // together less than a millisecond
+		for i := 0; i < turns && len(done) == 0; i++ {
+			w.Nudge()
+			runtime.Gosched()
+		}
+		if len(done) == 0 {
+			late++ // on a busy machine the thread of Wait may not have returned from its system call
+		}
+		ends(t, done, nil, "no event")
+	}
+	if late > rounds/2 {
+		t.Errorf("%d of %d events came late", late, rounds)
+	}
 }
 
 func closeEndsWait(t *testing.T, p pair) {

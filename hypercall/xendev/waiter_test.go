@@ -7,7 +7,6 @@ import (
 	"errors"
 	"net"
 	"os"
-	"runtime"
 	"slices"
 	"testing"
 	"time"
@@ -15,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"barevif/hypercall"
+	"barevif/hypercall/domaintest"
 	"barevif/hypercall/internal/backoff"
 	"barevif/hypercall/xendev/xendevtest"
 )
@@ -345,32 +345,9 @@ func TestWakeIsNeverLost(t *testing.T) {
 	noEvent(t, w, true)
 }
 
-// A Wait that is nudged returns an event from before the nudge while another goroutine keeps the only processor busy.
 func TestANudgedWaitNeedsNoPoller(t *testing.T) {
 	w, d := newDriver(t, 5)
-	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1))
-	const rounds = 20
-	late := 0
-	for range rounds {
-		done := make(chan error, 1)
-		go func() { done <- w.Wait(time.Now().Add(time.Minute), true) }()
-		time.Sleep(2 * time.Millisecond) // Wait has begun
-		d.fire(5)
-		const turns = 100 // together less than a millisecond
-		for i := 0; i < turns && len(done) == 0; i++ {
-			w.Nudge()
-			runtime.Gosched()
-		}
-		if len(done) == 0 {
-			late++ // on a busy machine the thread of Wait may not have returned from its system call
-		}
-		if err := <-done; err != nil {
-			t.Fatal(err)
-		}
-	}
-	if late > rounds/2 {
-		t.Errorf("%d of %d events came late", late, rounds)
-	}
+	domaintest.CheckNudge(t, w, func() { d.fire(5) })
 }
 
 func TestWakesOfOtherGoroutinesEndEveryWait(t *testing.T) {
