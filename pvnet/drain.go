@@ -97,8 +97,8 @@ func (d *drain) end() {
 	d.giveUp = time.Time{}
 }
 
-// short reports whether the caller measures the time itself. Whoever asks is inside the gate, or uses the counters
-// of a half that waits.
+// short reports whether the call that waits for room measures its drain time itself. The goroutine that asks is inside
+// the gate, or has borrowed the counters of the half.
 func (d *drain) short() bool { return d.drain > 0 && d.drain < shortDrain }
 
 // isLate reports whether the slow tick has ended the wait of the present call.

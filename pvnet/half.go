@@ -145,7 +145,7 @@ func (h *half) request(due uint32) {
 	}
 }
 
-// returnCounters ends a use of the lent counters, and does what others have asked for meanwhile.
+// returnCounters gives borrowed counters back to the half that waits, and serves the requests that came meanwhile.
 func (h *half) returnCounters() {
 	for {
 		h.counterUser.Store(countersLent)

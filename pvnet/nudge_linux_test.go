@@ -170,7 +170,7 @@ func TestANudgeIsNoEvent(t *testing.T) {
 	p.drain(t)
 }
 
-// What the slow tick and others ask of a half that waits is done also while somebody nudges it.
+// A waiting TX serves the requests of the slow tick also while another goroutine nudges it.
 func TestANudgeLosesNoRequest(t *testing.T) {
 	p := newFullTX(t, true)
 	comes(t, "a wait", p.tx.Nudge)

@@ -15,7 +15,7 @@ type TX struct {
 	eng     sender           // of the connection; written by the lifecycle goroutine while the gate is shut
 	stall   stall            // lifecycle goroutine and slow tick only
 	cutting cutting          // inside the gate
-	nudging nudging          // used with the counters
+	nudging nudging          // of the goroutine that has borrowed the counters
 	frames  [callBatch]Frame // the frames of Write; guarded by mu
 }
 
@@ -273,7 +273,8 @@ func (tx *TX) leave(err error) error {
 // means never. Any goroutine may call it.
 func (tx *TX) SetDeadline(t time.Time) { tx.setDeadline(t) }
 
-// A nudging is what Nudge knows of the wait that it has last seen. It is used with the counters of the half.
+// A nudging holds what Nudge has found out about one wait of a TX. Only a goroutine that has borrowed the counters of the
+// half uses it.
 type nudging struct {
 	wait uint32 // number of the wait, as in half.waitSeq
 	due  uint32 // how often there was room

@@ -43,7 +43,8 @@ func Connect(ctx context.Context, domain hypercall.Domain, id string, cfg Config
 	return s, nil
 }
 
-// connected makes a stack that owns dev out of what bare returns, and waits until it has an address.
+// connected makes a Stack that owns dev, and waits until the Stack has an address. bare returns gVisor's stack, which
+// gets the card of dev.
 func connected(ctx context.Context, dev *pvnet.Device, cfg Config, bare func() (*cardless, error)) (*Stack, error) {
 	if has4, has6 := cfg.families(); !has4 && !has6 {
 		found, err := Auto(ctx, dev)

@@ -68,7 +68,8 @@ type network struct {
 	dirty    chan struct{}  // has an element if the routes may be old
 }
 
-// configure sets what cfg says. The stack has no card yet, so nothing uses it.
+// configure copies the addresses, gateways, name servers and the logger of cfg. The stack has no card yet, so no other
+// goroutine reads these fields.
 func (n *network) configure(cfg *Config) {
 	n.log, n.static, n.gateways, n.servers, n.adverts = cfg.Logger, cfg.addrs(), cfg.gateways(), slices.Clone(cfg.DNS), cfg.RA
 	if n.log == nil {
