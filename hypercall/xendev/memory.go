@@ -83,21 +83,27 @@ func (d *Domain) Map(peer hypercall.DomID, refs []hypercall.GrantRef, access hyp
 	return hypercall.NewMapping(m, release), nil
 }
 
-// mapRefs maps all of refs or none of them.
+// mapRefs maps all of refs or none of them. The first map of a process takes every lock of its
+// memory, which a pending signal interrupts (mm_take_all_locks in Linux's mm/mmap.c). gntdev
+// counts that map as in use from then on, so mapRefs asks for another.
 func mapRefs(fd int, peer hypercall.DomID, refs []hypercall.GrantRef, access hypercall.Access) ([]byte, uint64, error) {
-	index, err := addMap(fd, peer, refs)
-	if err != nil {
-		return nil, 0, err
-	}
 	prot := unix.PROT_READ
 	if access == hypercall.ReadWrite {
 		prot |= unix.PROT_WRITE
 	}
-	b, err := unix.Mmap(fd, int64(index), len(refs)*shm.PageSize, prot, unix.MAP_SHARED)
-	if err != nil {
-		return nil, 0, errors.Join(err, removeMap(fd, index, len(refs)))
+	for {
+		index, err := addMap(fd, peer, refs)
+		if err != nil {
+			return nil, 0, err
+		}
+		b, err := unix.Mmap(fd, int64(index), len(refs)*shm.PageSize, prot, unix.MAP_SHARED)
+		if err == nil {
+			return b, index, nil
+		}
+		if e := removeMap(fd, index, len(refs)); e != nil || err != unix.EINTR {
+			return nil, 0, errors.Join(err, e)
+		}
 	}
-	return b, index, nil
 }
 
 // release unmaps the pages and removes the map from gntdev: in a domain that is not PV,

@@ -17,7 +17,9 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -35,11 +37,12 @@ import (
 )
 
 // childEnv makes the test program play a part in another test: a child of this domain
-// that shares memory and waits to be killed, or the peer of another domain.
+// that shares memory and waits to be killed, one that maps a page while signals interrupt it, or
+// the peer of another domain.
 const childEnv = "XENDEV_TEST_CHILD"
 
 func TestMain(m *testing.M) {
-	role := map[string]func() error{"child": child, "peer": peer}[os.Getenv(childEnv)]
+	role := map[string]func() error{"child": child, "peer": peer, interrupted: mapInterrupted}[os.Getenv(childEnv)]
 	if role == nil {
 		os.Exit(m.Run())
 	}
@@ -832,5 +835,68 @@ func BenchmarkXenCopy(b *testing.B) {
 			}
 			b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/float64(n), "ns/frame")
 		})
+	}
+}
+
+// interrupted is the childEnv of mapInterrupted.
+const interrupted = "interrupted"
+
+// The kernel gives a timer's signals to the main thread, so that is where mapInterrupted runs.
+func init() {
+	if os.Getenv(childEnv) == interrupted {
+		runtime.LockOSThread()
+	}
+}
+
+// mapInterrupted maps a page for the first time in this process, which has so many areas of
+// memory that the kernel needs longer to lock them than until the next signal. The signals
+// cease after a while.
+func mapInterrupted() error {
+	d, err := Open(Config{})
+	if err != nil {
+		return err
+	}
+	s, err := d.Share(hypercall.DomSelf, 1, hypercall.ReadWrite)
+	if err != nil {
+		return err
+	}
+	s.Out(0).Store(77)
+	const areas = 20000
+	b, err := unix.Mmap(-1, 0, 2*areas*shm.PageSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	if err != nil {
+		return err
+	}
+	for i := range areas {
+		if err := unix.Mprotect(b[2*i*shm.PageSize:][:shm.PageSize], unix.PROT_READ); err != nil {
+			return err
+		}
+	}
+	signal.Notify(make(chan os.Signal, 1), unix.SIGALRM)
+	often := unix.NsecToTimeval(200_000)
+	if _, err := unix.Setitimer(unix.ITIMER_REAL, unix.Itimerval{Interval: often, Value: often}); err != nil {
+		return err
+	}
+	disarmed := make(chan error, 1)
+	time.AfterFunc(time.Second, func() {
+		_, err := unix.Setitimer(unix.ITIMER_REAL, unix.Itimerval{})
+		disarmed <- err
+	})
+	m, err := d.Map(hypercall.DomSelf, s.Refs, hypercall.ReadOnly)
+	if err != nil {
+		return err
+	}
+	if v := m.In(0).Load(); v != 77 {
+		return fmt.Errorf("the page says %d", v)
+	}
+	return errors.Join(<-disarmed, m.Release(), s.End(), d.Close())
+}
+
+// A signal that arrives during a process's first map does not make it fail.
+func TestXenMapWhileSignalsArrive(t *testing.T) {
+	onPV(t, Config{})
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Env = append(os.Environ(), childEnv+"="+interrupted)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Errorf("%v: %s", err, out)
 	}
 }
