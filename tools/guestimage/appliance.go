@@ -5,7 +5,6 @@ import (
 	"compress/gzip"
 	"context"
 	"debug/elf"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -236,17 +235,14 @@ func (cfg *Config) tree(k *Kernel, m *Modules, program, init string, more []host
 	m.Install(t, guestinit.ModuleDir)
 	at := guestinit.ProgramDir + "/" + filepath.Base(program)
 	t.File(at, 0o755, program)
-	var load []string
-	for _, name := range cfg.moduleNames() {
-		if !m.isBuiltin(guestinit.ModuleName(name)) {
-			load = append(load, name)
-		}
+	img := guestinit.Image{
+		Program: at, Kernel: k.Release, Modules: m.LoadOrder(cfg.moduleNames()...), Without: cfg.Without, Built: k.Built,
 	}
-	b, err := json.MarshalIndent(guestinit.Image{Program: at, Kernel: k.Release, Modules: load, Without: cfg.Without, Built: k.Built}, "", "\t")
+	text, err := img.Format()
 	if err != nil {
 		return nil, err
 	}
-	t.Data(guestinit.ImageFile, 0o644, append(b, '\n'))
+	t.Data(guestinit.ImageFile, 0o644, []byte(text))
 	if err := addFiles(t, more); err != nil {
 		return nil, err
 	}

@@ -165,6 +165,15 @@ func TestModulesComeWithWhatTheyNeed(t *testing.T) {
 	if tree.Has("lib/modules/6.1/other.ko") || tree.Has("lib/modules/6.1/af_packet.ko") {
 		t.Error("more modules than asked for")
 	}
+	for names, want := range map[string]string{
+		"top-one af_packet": "base.ko left.ko right.ko top_one.ko",
+		"right top_one":     "base.ko right.ko left.ko top_one.ko",
+		"af_packet":         "",
+	} {
+		if got := strings.Join(modules.LoadOrder(strings.Fields(names)...), " "); got != want {
+			t.Errorf("%s: loaded in the order %q, want %q", names, got, want)
+		}
+	}
 	if _, err := CollectModules(source, "absent"); err == nil {
 		t.Error("a missing module is no error")
 	}

@@ -224,6 +224,26 @@ func readModinfo(object []byte) (moduleInfo, error) {
 	return info, nil
 }
 
+// LoadOrder returns the files of the named modules and of those that they need, as [Modules.Install]
+// names them: each after those that it needs. Modules that the kernel has in itself have none.
+func (m *Modules) LoadOrder(names ...string) []string {
+	var files []string
+	for _, name := range names {
+		name = guestinit.ModuleName(name)
+		if _, have := m.infos[name]; !have {
+			continue
+		}
+		needed := closure(name, m.infos)
+		slices.Reverse(needed)
+		for _, n := range append(needed, name) {
+			if file := n + ".ko"; !slices.Contains(files, file) {
+				files = append(files, file)
+			}
+		}
+	}
+	return files
+}
+
 // closure lists the modules that name needs, each one before its own dependencies: modprobe
 // loads the list from its end. Those that the kernel has in itself are not among them.
 func closure(name string, infos map[string]moduleInfo) []string {

@@ -27,11 +27,13 @@ type calls struct {
 // An initProcess is process 1 with what it works on.
 type initProcess struct {
 	calls
-	root    string // "", or another directory that stands for /
-	cmdline string
-	now     func() time.Time
-	uptime  func() time.Duration // since the kernel started
-	out     io.Writer            // the console
+	root       string // "", or another directory that stands for /
+	cmdline    string
+	processors int
+	now        func() time.Time
+	uptime     func() time.Duration // since the kernel started
+	began      time.Time            // when this process began
+	out        io.Writer            // the console
 
 	image    Image
 	settings Settings
@@ -104,7 +106,7 @@ func (p *initProcess) prepare() error {
 	if err != nil {
 		return fmt.Errorf("this is no image of barevif: %w", err)
 	}
-	if p.image, err = parseImage(b); err != nil {
+	if p.image, err = parseImage(string(b)); err != nil {
 		return err
 	}
 	settings, complaints, err := Parse(p.cmdline)

@@ -3,10 +3,10 @@
 package guestinit
 
 import (
-	"encoding/json"
 	"fmt"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"sync"
@@ -53,7 +53,7 @@ func newMachine(t *testing.T, files map[string]string) *machine {
 	m := &machine{signals: make(chan os.Signal, 64), refuses: map[string]error{}, pid: 100}
 	begun := time.Now()
 	m.initProcess = &initProcess{
-		root: t.TempDir(), out: &m.console, now: time.Now, uptime: func() time.Duration { return time.Since(begun) + 1500*time.Millisecond },
+		root: t.TempDir(), out: &m.console, processors: 2, now: time.Now, began: begun, uptime: func() time.Duration { return time.Since(begun) + 1500*time.Millisecond },
 		calls: calls{
 			mount: func(source, dir, kind string, flags uintptr, data string) error {
 				return m.call("mount %s %s %s", kind, strings.TrimPrefix(dir, m.root), data)
@@ -90,16 +90,23 @@ func newMachine(t *testing.T, files map[string]string) *machine {
 			},
 		},
 	}
-	image, err := json.Marshal(Image{Program: "/app/web", Kernel: "6.1.0-9", Modules: []string{"xen-gntdev", "tun"}, Built: time.Date(1999, 1, 1, 0, 0, 0, 0, time.UTC)})
-	if err != nil {
-		t.Fatal(err)
-	}
-	m.write(t, ImageFile, string(image))
+	m.write(t, ImageFile, imageText(t, Image{
+		Program: "/app/web", Kernel: "6.1.0-9", Modules: []string{"b.ko", "xen_gntdev.ko", "tun.ko"}, Built: time.Date(1999, 1, 1, 0, 0, 0, 0, time.UTC),
+	}))
 	m.write(t, "/proc/sys/kernel/osrelease", "6.1.0-9\n")
 	for name, text := range files {
 		m.write(t, name, text)
 	}
 	return m
+}
+
+func imageText(t *testing.T, img Image) string {
+	t.Helper()
+	text, err := img.Format()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return text
 }
 
 func (m *machine) write(t *testing.T, name, text string) {
@@ -165,9 +172,7 @@ func (m *machine) asked(t *testing.T, prefix string, want ...string) {
 func xenFilesOf() map[string]string {
 	files := map[string]string{
 		"/sys/hypervisor/type": "xen\n", grantLimit: "1024\n", "/sys/bus/xen/devices/vif-0/nodename": "device/vif/0",
-		"/proc/cpuinfo":            "processor\t: 0\nmodel\t: x\nprocessor\t: 1\n",
-		ModuleDir + "/modules.dep": "other.ko:\nxen-gntdev.ko: b.ko a.ko\ntun.ko: a.ko\na.ko:\nb.ko: a.ko\n",
-		ModuleDir + "/a.ko":        "A", ModuleDir + "/b.ko": "B", ModuleDir + "/tun.ko": "TUN", ModuleDir + "/xen-gntdev.ko": "GNTDEV",
+		ModuleDir + "/b.ko": "B", ModuleDir + "/tun.ko": "TUN", ModuleDir + "/xen_gntdev.ko": "GNTDEV",
 	}
 	for _, d := range devices {
 		files[d.node] = ""
@@ -178,7 +183,8 @@ func xenFilesOf() map[string]string {
 func TestGuestIsPreparedForItsProgram(t *testing.T) {
 	m := newMachine(t, xenFilesOf())
 	m.uptime = func() time.Duration { return 1500 * time.Millisecond }
-	m.now = func() time.Time { return time.Date(2026, 3, 4, 6, 6, 7, 89e6, time.FixedZone("", 3600)) }
+	m.began = time.Date(2026, 3, 4, 6, 6, 7, 89e6, time.FixedZone("", 3600))
+	m.now = func() time.Time { return m.began.Add(250 * time.Millisecond) }
 	m.cmdline = "console=hvc0 -- GOGC=50 --addr '10.9.0.2/24'"
 	m.mountAll()
 	m.asked(t, "mount", "mount proc /proc ", "mount sysfs /sys ", "mount devtmpfs /dev mode=0755",
@@ -190,12 +196,12 @@ func TestGuestIsPreparedForItsProgram(t *testing.T) {
 	if e := m.run(m.signals); e != powerOff {
 		t.Errorf("ends with %v", e)
 	}
-	m.asked(t, "", "hostname web", "loopback", "load A", "load B", "load GNTDEV", "load TUN", "mount xenfs /proc/xen ",
+	m.asked(t, "", "hostname web", "loopback", "load B", "load GNTDEV", "load TUN", "mount xenfs /proc/xen ",
 		`start /app/web ["/app/web" "--addr" "10.9.0.2/24"] ["GOGC=50"]`, "kill 101 terminated")
 	if limit := m.text(grantLimit); limit != "2060" { // twice two queues of 514, and 2
 		t.Errorf("the limit of grants is %s", limit)
 	}
-	m.said(t, "[    1.500000] barevif: kernel 6.1.0-9 has started after 1.50 s, at 2026-03-04T05:06:07.089Z\n", "loaded a b xen_gntdev tun\n",
+	m.said(t, "[    1.500000] barevif: kernel 6.1.0-9 has started after 1.25 s, at 2026-03-04T05:06:07.089Z\n", "loaded b xen_gntdev tun\n",
 		"up to 2060 pages may be granted", "/app/web runs, with 2 arguments\n", "asked to power off\n", "/app/web exited with status 0\n")
 }
 
@@ -206,20 +212,18 @@ func TestWhatIsMissingIsSaid(t *testing.T) {
 		refuses string
 		says    string
 	}{
-		"xen":       {func(f map[string]string, _ *machine) { delete(f, "/sys/hypervisor/type") }, "", "this is no guest of Xen"},
-		"vif":       {func(f map[string]string, _ *machine) { delete(f, "/sys/bus/xen/devices/vif-0/nodename") }, "", "this guest has no vif: does its configuration have vif=[...]?"},
-		"netfront":  {func(f map[string]string, _ *machine) { f["/sys/bus/xen/drivers/vif/vif-0"] = "" }, "", "vif-0 belongs to the kernel's xen-netfront"},
-		"module":    {func(f map[string]string, _ *machine) { delete(f, ModuleDir+"/tun.ko") }, "", "module tun is not loaded: open "},
-		"in no dep": {func(f map[string]string, _ *machine) { f[ModuleDir+"/modules.dep"] = "a.ko:\n" }, "", "the image has no module tun"},
-		"modules":   {func(f map[string]string, _ *machine) { delete(f, ModuleDir+"/modules.dep") }, "", "no modules: open "},
-		"refused":   {nil, "load TUN", "module tun is not loaded: refused"},
-		"kernel":    {func(f map[string]string, _ *machine) { f["/proc/sys/kernel/osrelease"] = "6.2" }, "", "the kernel is 6.2 and the modules are for 6.1.0-9"},
-		"node":      {func(f map[string]string, _ *machine) { delete(f, "/dev/xen/gntalloc") }, "", "/dev/xen/gntalloc is missing: it needs xen-gntalloc"},
-		"limit":     {func(f map[string]string, _ *machine) { delete(f, grantLimit) }, "", "the limit of pages to grant stays as it is: open "},
-		"xenfs":     {nil, "mount xenfs", "xenfs is not mounted on /proc/xen: refused"},
-		"hostname":  {nil, "hostname", "the host name stays as it is: refused"},
-		"loopback":  {nil, "loopback", "127.0.0.1 does not answer: refused"},
-		"setting":   {func(_ map[string]string, m *machine) { m.cmdline = "barevif.stop=x" }, "", "barevif.stop=x: not a time"},
+		"xen":      {func(f map[string]string, _ *machine) { delete(f, "/sys/hypervisor/type") }, "", "this is no guest of Xen"},
+		"vif":      {func(f map[string]string, _ *machine) { delete(f, "/sys/bus/xen/devices/vif-0/nodename") }, "", "this guest has no vif: does its configuration have vif=[...]?"},
+		"netfront": {func(f map[string]string, _ *machine) { f["/sys/bus/xen/drivers/vif/vif-0"] = "" }, "", "vif-0 belongs to the kernel's xen-netfront"},
+		"module":   {func(f map[string]string, _ *machine) { delete(f, ModuleDir+"/tun.ko") }, "", "module tun is not loaded: open "},
+		"refused":  {nil, "load TUN", "module tun is not loaded: refused"},
+		"kernel":   {func(f map[string]string, _ *machine) { f["/proc/sys/kernel/osrelease"] = "6.2" }, "", "the kernel is 6.2 and the modules are for 6.1.0-9"},
+		"node":     {func(f map[string]string, _ *machine) { delete(f, "/dev/xen/gntalloc") }, "", "/dev/xen/gntalloc is missing: it needs xen-gntalloc"},
+		"limit":    {func(f map[string]string, _ *machine) { delete(f, grantLimit) }, "", "the limit of pages to grant stays as it is: open "},
+		"xenfs":    {nil, "mount xenfs", "xenfs is not mounted on /proc/xen: refused"},
+		"hostname": {nil, "hostname", "the host name stays as it is: refused"},
+		"loopback": {nil, "loopback", "127.0.0.1 does not answer: refused"},
+		"setting":  {func(_ map[string]string, m *machine) { m.cmdline = "barevif.stop=x" }, "", "barevif.stop=x: not a time"},
 	} {
 		files := xenFilesOf()
 		var m *machine
@@ -343,9 +347,10 @@ func TestGuestWithoutAnImageOrWithABadLineEnds(t *testing.T) {
 		image, cmdline, says string
 	}{
 		"no image":   {"", "", "the program is not started: this is no image of barevif: open "},
-		"damaged":    {"{", "", "the program is not started: /etc/barevif/image.json: "},
-		"no program": {`{"Program":"web"}`, "", "the program is not started: /etc/barevif/image.json names no program"},
-		"open quote": {`{"Program":"/app/web"}`, "a -- 'b", `the program is not started: extra=, behind "--": a quotation mark is not closed`},
+		"damaged":    {"program /app/web\n{\n", "", "the program is not started: /etc/barevif/image: a line \"{\\n\": not of this version"},
+		"no time":    {"program /app/web\nbuilt soon\n", "", "the program is not started: /etc/barevif/image: when the kernel was built: "},
+		"no program": {"program web\n", "", "the program is not started: /etc/barevif/image names no program"},
+		"open quote": {"program /app/web\n", "a -- 'b", `the program is not started: extra=, behind "--": a quotation mark is not closed`},
 	} {
 		m := newMachine(t, map[string]string{ImageFile: c.image})
 		if c.image == "" {
@@ -505,22 +510,19 @@ func TestOutOfMemoryIsSaid(t *testing.T) {
 	}
 }
 
-func TestModulesComeAfterThoseTheyNeed(t *testing.T) {
-	const dep = "kernel/net/tun.ko: \nkernel/drivers/xen-privcmd.ko:\nkernel/fs/xenfs.ko: kernel/drivers/xen-privcmd.ko\n" +
-		"c1.ko: c2.ko\nc2.ko: c1.ko\nnoise\n"
-	for _, c := range []struct {
-		names, want string
-		missing     string
-	}{
-		{"xenfs xen_privcmd tun", "kernel/drivers/xen-privcmd.ko kernel/fs/xenfs.ko kernel/net/tun.ko", ""},
-		{"xen-privcmd xenfs", "kernel/drivers/xen-privcmd.ko kernel/fs/xenfs.ko", ""},
-		{"c1", "c2.ko c1.ko", ""},
-		{"absent tun", "kernel/net/tun.ko", "absent"},
-		{"", "", ""},
+// What the builder says of an image is what process 1 reads.
+func TestImageIsReadAsItWasWritten(t *testing.T) {
+	for _, img := range []Image{
+		{Program: "/app/a b ", Kernel: "6.1.0-9-amd64", Modules: []string{"b.ko", "a.ko"}, Without: []string{"xen-gntdev", "xenfs"}, Built: time.Unix(1700000000, 0)},
+		{Program: "/app/web", Built: time.Unix(0, 0)},
 	} {
-		got, err := loadOrder(dep, strings.Fields(c.names))
-		if strings.Join(got, " ") != c.want || (err != nil) != (c.missing != "") || err != nil && !strings.Contains(err.Error(), c.missing) {
-			t.Errorf("%s: %q, %v", c.names, got, err)
+		if got, err := parseImage(imageText(t, img)); err != nil || !reflect.DeepEqual(got, img) {
+			t.Errorf("%+v, %v, want %+v", got, err, img)
+		}
+	}
+	for _, img := range []Image{{Program: "/app/a\nb"}, {Program: "/app/web", Without: []string{"tun\nmodule x"}}} {
+		if text, err := img.Format(); err == nil {
+			t.Errorf("%+v is written as %q", img, text)
 		}
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"syscall"
@@ -15,6 +16,7 @@ import (
 // Main is the program of process 1. Under the names poweroff, halt and reboot it is what the kernel runs
 // when the toolstack asks for that (poweroff_cmd in Linux' kernel/reboot.c): it tells process 1.
 func Main() {
+	began := time.Now()
 	if sig, ok := requestOf(filepath.Base(os.Args[0])); ok {
 		if err := syscall.Kill(1, sig); err != nil {
 			fmt.Fprintf(os.Stderr, "barevif: process 1 cannot be asked: %v\n", err)
@@ -26,9 +28,18 @@ func Main() {
 		fmt.Fprintln(os.Stderr, "barevif: this is process 1 of an image, and no program to run elsewhere")
 		os.Exit(2)
 	}
-	p := &initProcess{calls: kernelCalls, now: time.Now, uptime: uptime, out: os.Stderr}
+	p := realProcess(began)
 	p.takeMachine()
 	end(p.run(signals()))
+}
+
+// realProcess returns process 1 of a real kernel. Its uptime is that since it began, until clock can
+// ask the kernel.
+func realProcess(began time.Time) *initProcess {
+	return &initProcess{
+		calls: kernelCalls, processors: runtime.NumCPU(), out: os.Stderr,
+		now: time.Now, began: began, uptime: func() time.Duration { return time.Since(began) },
+	}
 }
 
 func requestOf(name string) (syscall.Signal, bool) {
@@ -56,6 +67,7 @@ func signals() <-chan os.Signal {
 // opened it already, unless its own initramfs lacks /dev/console.
 func (p *initProcess) takeMachine() {
 	p.mountAll()
+	p.uptime = clock()
 	if console, err := syscall.Open("/dev/console", syscall.O_RDWR|syscall.O_NOCTTY|syscall.O_CLOEXEC, 0); err == nil {
 		for fd := range 3 { // which Go opens at its start if they are not
 			if err := syscall.Dup3(console, fd, 0); err != nil {
@@ -78,18 +90,18 @@ func (p *initProcess) takeMachine() {
 	}
 }
 
-// uptime is the time since the kernel started, in its own resolution of 10 ms.
-func uptime() time.Duration {
-	b, err := os.ReadFile("/proc/uptime")
-	if err != nil {
-		return 0
-	}
+// clock returns a function that tells for how long the kernel has run. It asks the kernel once, whose
+// answer has a resolution of 10 ms. Without an answer the time is that since now.
+func clock() func() time.Duration {
+	b, _ := os.ReadFile("/proc/uptime")
+	asked := time.Now()
 	word, _, _ := strings.Cut(string(b), " ")
 	s, err := strconv.ParseFloat(word, 64)
 	if err != nil {
-		return 0
+		s = 0
 	}
-	return time.Duration(s * float64(time.Second))
+	up := time.Duration(s * float64(time.Second))
+	return func() time.Duration { return up + time.Since(asked) }
 }
 
 // kernelCalls are the calls of the real kernel.

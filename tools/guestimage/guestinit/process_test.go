@@ -4,7 +4,6 @@ package guestinit
 
 import (
 	"bufio"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -28,7 +27,8 @@ func TestMain(m *testing.M) {
 	case "":
 		os.Exit(m.Run())
 	case "init":
-		p := &initProcess{calls: kernelCalls, now: time.Now, uptime: uptime, out: os.Stderr, root: os.Getenv("GUEST_DIR"), cmdline: os.Getenv("GUEST_CMDLINE")}
+		p := realProcess(time.Now())
+		p.root, p.cmdline = os.Getenv("GUEST_DIR"), os.Getenv("GUEST_CMDLINE")
 		p.mountAll()
 		end(p.run(signals()))
 	case "program":
@@ -102,16 +102,13 @@ func startGuest(t *testing.T, cmdline string) (cmd *exec.Cmd, root string, lines
 	if err != nil {
 		t.Fatal(err)
 	}
-	image, err := json.Marshal(Image{Program: "/app/web", Kernel: "6.1"})
-	if err != nil {
-		t.Fatal(err)
-	}
+	image := imageText(t, Image{Program: "/app/web", Kernel: "6.1"})
 	for _, dir := range []string{"/app", filepath.Dir(ImageFile)} {
 		if err := os.MkdirAll(root+dir, 0o755); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if err := errors.Join(os.WriteFile(root+ImageFile, image, 0o600), os.Symlink(self, root+"/app/web")); err != nil {
+	if err := errors.Join(os.WriteFile(root+ImageFile, []byte(image), 0o600), os.Symlink(self, root+"/app/web")); err != nil {
 		t.Fatal(err)
 	}
 	cmd = exec.CommandContext(t.Context(), self)

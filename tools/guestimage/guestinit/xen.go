@@ -74,23 +74,14 @@ func (p *initProcess) glob(pattern string) []string {
 	return found
 }
 
-// loadModules loads the image's modules with those that they need.
+// loadModules loads the image's modules.
 func (p *initProcess) loadModules() {
 	release := p.text("/proc/sys/kernel/osrelease")
 	if release != p.image.Kernel {
 		p.say("the kernel is %s and the modules are for %s: kernel= and ramdisk= are not of one image", release, p.image.Kernel)
 	}
-	dep, err := os.ReadFile(p.path(ModuleDir + "/modules.dep"))
-	if err != nil {
-		p.say("no modules: %v", err)
-		return
-	}
-	files, err := loadOrder(string(dep), p.image.Modules)
-	if err != nil {
-		p.say("%v", err)
-	}
 	var loaded []string
-	for _, file := range files {
+	for _, file := range p.image.Modules {
 		if err := p.loadModule(file); err != nil {
 			p.say("module %s is not loaded: %v", ModuleName(file), err)
 			continue
@@ -118,7 +109,7 @@ func (p *initProcess) loadModule(file string) error {
 func (p *initProcess) raiseGrants(vifs int) {
 	pages := p.settings.Grants
 	if pages == 0 {
-		queues := min(max(1, strings.Count("\n"+p.text("/proc/cpuinfo"), "\nprocessor")), maxQueues)
+		queues := min(p.processors, maxQueues)
 		pages = max(ordinaryGrants, roomToReconnect*(pagesPerQueue*queues+pagesPerVif)*max(1, vifs))
 	}
 	if now, err := strconv.Atoi(p.text(grantLimit)); err == nil && p.settings.Grants == 0 && now >= pages {
