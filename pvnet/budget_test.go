@@ -178,6 +178,7 @@ func (c *muteConn) Read(b []byte) (int, error) {
 const (
 	connectGrace = time.Second     // after the context has ended
 	endTimeout   = 6 * time.Second // for the end of a device
+	setupTimeout = time.Minute     // for the whole set-up of a connection
 )
 
 func TestConnectEndsInTimeWhereverXenstoreFallsSilent(t *testing.T) {

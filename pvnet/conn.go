@@ -22,6 +22,8 @@ type conn struct {
 	noCarrier bool // frontend: the backend has none
 	timeouts  timeouts
 	frontKeys xenstore.Values    // backend: the frontend's keys that it was made from
+	keys      xenstore.Values    // frontend: what it tells the backend of the connection
+	stale     []string           // frontend: keys of earlier connections, which are removed
 	shared    int                // pages granted to the peer
 	private   int                // private pages
 	arenas    []*arena.Arena     // the arenas of the private pages; the other private pages are rings

@@ -109,7 +109,7 @@ func (f *front) ended(ctx context.Context, xd *xenbus.Device, _, passed bool) {
 // unchanged reports true: the rings are the frontend's own, and no backend replaces them.
 func (f *front) unchanged(context.Context, *xenbus.Device, *conn) (bool, error) { return true, nil }
 
-// attach makes rings and pages to match the backend's offer, and publishes them.
+// attach makes rings and pages to match the backend's offer, and the keys that tell it of them.
 func (f *front) attach(ctx context.Context, xd *xenbus.Device, c *conn) error {
 	d := f.d
 	if err := f.identify(ctx, xd); err != nil {
@@ -150,12 +150,12 @@ func (f *front) attach(ctx context.Context, xd *xenbus.Device, c *conn) error {
 			"pages", c.shared, "memory", c.budget().String())
 	}
 	f.attachCtrl(m, back, others)
-	keys := f.connKeys(c)
+	c.keys, c.stale = f.connKeys(c), netif.StaleKeys(there)
 	if c.feat.multicast = f.agreeMulticast(back); c.feat.multicast {
-		keys[netif.KeyRequestMulticast] = "1"
+		c.keys[netif.KeyRequestMulticast] = "1"
 	}
 	c.queues[0].tx.(*frontTX).listFirst(d)
-	return xd.Publish(ctx, keys, netif.StaleKeys(there)...)
+	return nil
 }
 
 // connKeys returns the keys that tell the backend of a connection, but for multicast, which

@@ -66,7 +66,7 @@ func (b *back) pass(l *lifecycle, t handoverTimes) (*passing, error) {
 		kept: func() {
 			l.d.detach(c)
 			b.resumes, b.grants = true, grants
-			l.connect(l.xd.Current())
+			l.connect(l.xd.Current(), xenbus.Unknown)
 			b.resumes, b.grants = false, nil
 		},
 	}, nil

@@ -28,8 +28,9 @@ type end interface {
 	// prepare publishes the features (backend).
 	prepare(ctx context.Context, xd *xenbus.Device) error
 
-	// attach reads and checks the keys that the peer published, and makes the connection.
-	// On an error the caller runs the connection's undo list.
+	// attach reads and checks the keys that the peer published, and makes the connection. A
+	// frontend leaves in it what the caller has to publish. On an error the caller runs the
+	// connection's undo list.
 	attach(ctx context.Context, xd *xenbus.Device, c *conn) error
 
 	// unchanged reports whether the peer still publishes the rings and event channels that
@@ -365,7 +366,7 @@ func (l *lifecycle) do(s xenbus.Step, ch xenbus.Change) outcome {
 	if s.Do == xenbus.Run && l.peerLost {
 		s.Do = xenbus.Wait // until the next peer writes its state, or opens its ports
 	}
-	then := awaitNews
+	then, announced := awaitNews, false
 	switch s.Do {
 	case xenbus.Run:
 		l.resume()
@@ -386,7 +387,8 @@ func (l *lifecycle) do(s xenbus.Step, ch xenbus.Change) outcome {
 		l.publishedReason = "" // prepare removed the reason
 		then = proceed
 	case xenbus.Connect:
-		if !l.connect(ch) {
+		var ok bool
+		if ok, announced = l.connect(ch, s.State); !ok {
 			return awaitNews
 		}
 		if l.conn == nil {
@@ -395,7 +397,7 @@ func (l *lifecycle) do(s xenbus.Step, ch xenbus.Change) outcome {
 	default: // Wait, Drain
 		l.quiesce(ch)
 	}
-	written := s.State != xenbus.Unknown && l.writeState(s.State)
+	written := announced || s.State != xenbus.Unknown && l.writeState(s.State)
 	if s.Do == xenbus.Connect {
 		l.publishReason(nil) // after the state, for which the other end waits
 	}

@@ -17,27 +17,36 @@ func (l *lifecycle) writeState(s xenbus.State) bool {
 	ctx, cancel := l.storeContext()
 	defer cancel()
 	if err := l.xd.SetState(ctx, s); err != nil {
-		l.d.lastError.Store(&err)
-		final := errors.Is(err, xenstore.ErrAccess) || errors.Is(err, xenstore.ErrQuota)
-		switch {
-		case errors.Is(err, xenbus.ErrGone), errors.Is(err, xenbus.ErrClaimed):
-		case l.firstResult != nil && l.d.role == xenbus.Frontend && final:
-			l.beginEnd(err) // Connect returns the error; there is nothing to close
-			l.forceAt = time.Now()
-			return false
-		case final && l.neverConnected():
-		case errors.Is(err, hypercall.ErrClosed): // xenstore refused nothing: its connection has ended, and says so
-		default:
-			l.d.log.Warn("xenstore refused a state", "vif", l.d.id, "state", s, "err", err)
-		}
-		l.retryLater(l.xd.Current())
+		l.stateFailed(s, err)
 		return false
 	}
+	l.stateWritten(s)
+	return true
+}
+
+// stateFailed decides what follows an error of writing our state.
+func (l *lifecycle) stateFailed(s xenbus.State, err error) {
+	l.d.lastError.Store(&err)
+	final := errors.Is(err, xenstore.ErrAccess) || errors.Is(err, xenstore.ErrQuota)
+	switch {
+	case errors.Is(err, xenbus.ErrGone), errors.Is(err, xenbus.ErrClaimed):
+	case l.firstResult != nil && l.d.role == xenbus.Frontend && final:
+		l.beginEnd(err) // Connect returns the error; there is nothing to close
+		l.forceAt = time.Now()
+		return
+	case final && l.neverConnected():
+	case errors.Is(err, hypercall.ErrClosed): // xenstore refused nothing: its connection has ended, and says so
+	default:
+		l.d.log.Warn("xenstore refused a state", "vif", l.d.id, "state", s, "err", err)
+	}
+	l.retryLater(l.xd.Current())
+}
+
+func (l *lifecycle) stateWritten(s xenbus.State) {
 	l.d.lastError.Store(nil)
 	l.d.counters.Record(telemetry.EventState, telemetry.NoQueue, uint64(l.state), uint64(s))
 	l.state = s
 	l.d.setStatus(s, l.up())
-	return true
 }
 
 // neverConnected reports whether the device ends without ever having been connected.
@@ -91,27 +100,41 @@ func (l *lifecycle) attempt(what string, f func(context.Context, *xenbus.Device)
 	return true
 }
 
-// connect makes the connection. It reports true if the step continues: connected, or
-// about to end.
-func (l *lifecycle) connect(ch xenbus.Change) bool {
+// connect makes the connection. A frontend writes its keys together with its new state, so that
+// its backend has to read them once: then it reports announced. ok: the step continues, connected
+// or about to end.
+func (l *lifecycle) connect(ch xenbus.Change, s xenbus.State) (ok, announced bool) {
 	if l.conn != nil {
-		return true
+		return true, false
 	}
 	l.countStep()
 	ctx, cancel := l.setupContext()
 	defer cancel()
 	c := new(conn)
 	err := l.attach(ctx, c)
+	unsure := false // the backend may use the rings, for all we know
 	if err == nil {
-		l.conn, l.connGeneration, l.verifiedWrites, l.readSettings, l.failedOn = c, ch.Generation, ch.PeerWrites, ch.Settings, nil
-		l.d.lastError.Store(nil)
 		l.d.openMirror(dom(l.xd))
-		return true
+		if announced = c.keys != nil; announced {
+			err = l.announce(ctx, c, s)
+			unsure = err != nil && !xenbus.Refused(err)
+		}
+	}
+	if err == nil || unsure {
+		l.conn, l.connGeneration, l.verifiedWrites, l.readSettings, l.failedOn = c, ch.Generation, ch.PeerWrites, ch.Settings, nil
+	}
+	switch {
+	case err == nil:
+		l.d.lastError.Store(nil)
+		return true, announced
+	case unsure:
+		l.stateFailed(s, err)
+		return false, false
 	}
 	drainAll(c.queues)
 	c.undo.run()
 	if l.stopping.Err() != nil {
-		return false // the device ends: the cause of stop says more
+		return false, false // the device ends: the cause of stop says more
 	}
 	l.d.lastError.Store(&err)
 	l.d.log.Warn("cannot connect", "vif", l.d.id, "err", err)
@@ -119,14 +142,26 @@ func (l *lifecycle) connect(ch xenbus.Change) bool {
 	if !errors.Is(err, context.DeadlineExceeded) { // on a timeout of xenstore neither end is to blame
 		if l.firstResult != nil && l.d.role == xenbus.Frontend {
 			l.beginEnd(err)
-			return true // and the next step closes
+			if announced && errors.Is(err, xenstore.ErrAccess) { // the state may not be written: it is tried once more
+				l.forceAt = time.Now()
+			}
+			return true, false // and the next step closes
 		}
 		if l.d.role == xenbus.Backend {
 			l.writeState(xenbus.Closing) // the frontend has to act next
 		}
 	}
 	l.retryLater(l.xd.Current())
-	return false
+	return false, false
+}
+
+// announce writes a frontend's keys and state.
+func (l *lifecycle) announce(ctx context.Context, c *conn, s xenbus.State) error {
+	if err := l.xd.PublishState(ctx, s, c.keys, c.stale...); err != nil {
+		return err
+	}
+	l.stateWritten(s)
+	return nil
 }
 
 // verify releases a connection that the peer has replaced: between two looks at its state

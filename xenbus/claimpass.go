@@ -6,7 +6,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"regexp"
+	"strings"
 
 	"barevif/xenbus/xenstore"
 )
@@ -40,15 +40,22 @@ func (d *Device) PassClaim() {
 	d.claim, d.earlier = passed, ""
 }
 
-// claimID is the form of the ids that Claim and Presence make.
-var claimID = regexp.MustCompile(`^[0-9a-f]{32}(:[0-9]{1,10})?$`)
+// isClaimID reports whether s has the form of the ids that Claim and Presence make: 32 hexadecimal
+// digits, and maybe a colon and the number of an event channel.
+func isClaimID(s string) bool {
+	id, port, signed := strings.Cut(s, ":")
+	if len(id) != 32 || strings.Trim(id, "0123456789abcdef") != "" {
+		return false
+	}
+	return !signed || port != "" && len(port) <= 10 && strings.Trim(port, "0123456789") == ""
+}
 
 // Check refuses what no Device has left, with a [*xenstore.ValueError] that names the field.
 func (e *ClaimState) Check() error {
 	switch {
-	case !claimID.MatchString(e.Claim):
+	case !isClaimID(e.Claim):
 		return &xenstore.ValueError{Path: "claim", Value: xenstore.Clip(e.Claim), Want: "the id of a claim"}
-	case e.Earlier != "" && !claimID.MatchString(e.Earlier):
+	case e.Earlier != "" && !isClaimID(e.Earlier):
 		return &xenstore.ValueError{Path: "earlier claim", Value: xenstore.Clip(e.Earlier), Want: "the id of a claim"}
 	}
 	return CheckMark(e.Mark)

@@ -300,6 +300,30 @@ func (d *Device) Await(ctx context.Context, ok func(Change) bool) (Change, error
 // our directory does not exist, which Current then shows too, and ErrClaimed if another
 // process has claimed it.
 func (d *Device) SetState(ctx context.Context, s State) error {
+	if err := d.setState(ctx, s, nil, nil); err != nil {
+		return fmt.Errorf("xenbus %s: set state %v: %w", d.dir, s, err)
+	}
+	return nil
+}
+
+// PublishState is [Device.Publish] and [Device.SetState] in one transaction: the peer sees the
+// state with the keys, or neither. So a frontend connects with one transaction instead of two.
+func (d *Device) PublishState(ctx context.Context, s State, keys xenstore.Values, remove ...string) error {
+	if err := d.setState(ctx, s, keys, remove); err != nil {
+		return fmt.Errorf("xenbus %s: publish with state %v: %w", d.dir, s, err)
+	}
+	d.published(keys)
+	return nil
+}
+
+// Refused reports whether an error of SetState or PublishState says that nothing was written.
+// After any other error the write may have happened.
+func Refused(err error) bool {
+	_, answered := errors.AsType[*xenstore.Error](err)
+	return answered || errors.Is(err, ErrGone) || errors.Is(err, ErrClaimed)
+}
+
+func (d *Device) setState(ctx context.Context, s State, keys xenstore.Values, remove []string) error {
 	d.setting.Lock()
 	defer d.setting.Unlock()
 	d.mu.Lock()
@@ -316,10 +340,14 @@ func (d *Device) SetState(ctx context.Context, s State) error {
 
 	err := d.c.Transact(ctx, func(tx xenstore.Tx) error {
 		was, err := d.guard(tx)
-		if err != nil || was == formatState(s) {
+		if err != nil {
 			return err
 		}
-		return tx.Write(d.dir+"/state", formatState(s))
+		state := formatState(s)
+		if was == state {
+			state = ""
+		}
+		return d.write(tx, keys, remove, state)
 	})
 
 	d.mu.Lock()
@@ -332,21 +360,19 @@ func (d *Device) SetState(ctx context.Context, s State) error {
 		// the read said that the directory is gone, Gone stays set until then.
 		d.requestRead()
 	}
+	if errors.Is(err, ErrGone) {
+		if !read {
+			ch := d.cur
+			ch.setGone()
+			d.deliverLocked(ch)
+		}
+		d.requestRead()
+	}
 	if err != nil {
-		var refused *xenstore.Error
-		switch {
-		case errors.Is(err, ErrGone):
-			if !read {
-				ch := d.cur
-				ch.setGone()
-				d.deliverLocked(ch)
-			}
-			d.requestRead()
-		case errors.Is(err, ErrClaimed), errors.As(err, &refused):
-		default: // the answer was lost, or ctx ended first: the write may have happened
+		if !Refused(err) { // the answer was lost, or ctx ended first
 			d.failed = s
 		}
-		return fmt.Errorf("xenbus %s: set state %v: %w", d.dir, s, err)
+		return err
 	}
 	d.wrote, d.failed = s, Unknown
 	ch := d.cur
@@ -437,18 +463,32 @@ func (d *Device) Publish(ctx context.Context, keys xenstore.Values, remove ...st
 		if _, err := d.guard(tx); err != nil {
 			return err
 		}
-		if err := d.clear(tx, remove...); err != nil {
-			return err
-		}
-		var paths, values []string
-		for _, key := range slices.Sorted(maps.Keys(keys)) {
-			paths, values = append(paths, d.dir+"/"+key), append(values, keys[key])
-		}
-		return tx.WriteAll(paths, values)
+		return d.write(tx, keys, remove, "")
 	})
 	if err != nil {
 		return fmt.Errorf("xenbus %s: publish: %w", d.dir, err)
 	}
+	d.published(keys)
+	return nil
+}
+
+// write removes keys of our directory, sets others, and then the state, unless that is "".
+func (d *Device) write(tx xenstore.Tx, keys xenstore.Values, remove []string, state string) error {
+	if err := d.clear(tx, remove...); err != nil {
+		return err
+	}
+	var paths, values []string
+	for _, key := range slices.Sorted(maps.Keys(keys)) {
+		paths, values = append(paths, d.dir+"/"+key), append(values, keys[key])
+	}
+	if state != "" {
+		paths, values = append(paths, d.dir+"/state"), append(values, state)
+	}
+	return tx.WriteAll(paths, values)
+}
+
+// published chooses one of the keys that were written as the mark of our directory.
+func (d *Device) published(keys xenstore.Values) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	for key := range keys {
@@ -459,7 +499,6 @@ func (d *Device) Publish(ctx context.Context, keys xenstore.Values, remove ...st
 			d.mark = key
 		}
 	}
-	return nil
 }
 
 // Remove removes our directory and, for a backend, its parent if that is empty. A backend

@@ -691,6 +691,50 @@ func publishReplacesWholeSets(t *testing.T, r *rig) {
 	r.want(front.Publish(r.ctx, xenstore.Values{"a//b": ""}), xenstore.ErrInvalid)
 }
 
+func publishStateIsWholeOrNot(t *testing.T, r *rig) {
+	v, fc, bc := r.vif(0, "0")
+	front, back := r.frontend(fc, "0"), r.backend(bc, 7, "0")
+	r.must(front.Publish(r.ctx, xenstore.Values{"old": "1"}))
+
+	err := front.PublishState(r.ctx, xenbus.Connected, xenstore.Values{"z": strings.Repeat("v", 3000)}, "old")
+	if r.want(err, xenstore.ErrQuota); !xenbus.Refused(err) {
+		t.Errorf("not refused: %v", err)
+	}
+	own, err := front.OwnValues(r.ctx, "state", "old")
+	r.must(err)
+	if own["state"] != "1" || !own.Has("old") || front.Current().Own != xenbus.Initialising {
+		t.Errorf("half published: %v, %+v", own, front.Current())
+	}
+
+	r.must(front.PublishState(r.ctx, xenbus.Connected, xenstore.Values{"tx-ring-ref": "8"}, "old"))
+	if own := front.Current().Own; own != xenbus.Connected {
+		t.Errorf("our state is %v", own)
+	}
+	r.await(back, func(ch xenbus.Change) bool { return ch.Peer == xenbus.Connected })
+	got, err := back.PeerValues(r.ctx, "tx-ring-ref", "old")
+	if r.must(err); got["tx-ring-ref"] != "8" || got.Has("old") {
+		t.Errorf("the other end sees %v", got)
+	}
+	// The same state again takes the keys, too.
+	r.must(front.PublishState(r.ctx, xenbus.Connected, xenstore.Values{"tx-ring-ref": "9"}))
+	if s, err := back.ReadPeer(r.ctx, "tx-ring-ref"); s != "9" || err != nil {
+		t.Errorf("%q, %v", s, err)
+	}
+
+	ctx, cancel := context.WithCancel(r.ctx)
+	cancel()
+	if err := front.PublishState(ctx, xenbus.Closing, nil); err == nil || xenbus.Refused(err) {
+		t.Errorf("without an answer: %v", err)
+	}
+	v.unplug()
+	err = front.PublishState(r.ctx, xenbus.Connected, xenstore.Values{"tx-ring-ref": "8"})
+	if r.want(err, xenbus.ErrGone); !xenbus.Refused(err) {
+		t.Errorf("not refused: %v", err)
+	}
+	_, err = v.tools.Read(r.ctx, v.frontDir())
+	r.want(err, xenstore.ErrNotFound)
+}
+
 func unplugIsSeenByBothEnds(t *testing.T, r *rig) {
 	v, fc, bc := r.vif(3, "0")
 	front, back := r.frontend(fc, "0"), r.backend(bc, 7, "0")

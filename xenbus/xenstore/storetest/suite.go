@@ -69,6 +69,7 @@ func Run(t *testing.T, start func(testing.TB) Dialer) {
 		{"StateOverwrittenByOthersIsKnownAndPutRight", stateOverwrittenByOthersIsKnownAndPutRight},
 		{"WriteWithoutAnAnswerIsOurs", writeWithoutAnAnswerIsOurs},
 		{"PublishReplacesWholeSets", publishReplacesWholeSets},
+		{"PublishStateIsWholeOrNot", publishStateIsWholeOrNot},
 		{"UnplugIsSeenByBothEnds", unplugIsSeenByBothEnds},
 		{"DriverDomainCleansUp", driverDomainCleansUp},
 		{"FrontendFollowsANewBackend", frontendFollowsANewBackend},
