@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"syscall"
@@ -16,8 +15,8 @@ import (
 const (
 	hypervisorType = "/sys/hypervisor/type"
 	grantLimit     = "/sys/module/xen_gntalloc/parameters/limit"
-	vifDevices     = "/sys/bus/xen/devices/vif-*"
-	netfrontVifs   = "/sys/bus/xen/drivers/vif/vif-*"
+	vifDevices     = "/sys/bus/xen/devices"
+	netfrontVifs   = "/sys/bus/xen/drivers/vif"
 	xenFiles       = "/proc/xen"
 )
 
@@ -57,21 +56,27 @@ func (p *initProcess) prepareXen() {
 			p.say("%s is missing: it needs %s", d.node, d.module)
 		}
 	}
-	vifs := p.glob(vifDevices)
+	vifs := p.vifs(vifDevices)
 	if len(vifs) == 0 {
 		p.say("this guest has no vif: does its configuration have vif=[...]?")
 	}
-	for _, v := range p.glob(netfrontVifs) {
-		p.say("%s belongs to the kernel's xen-netfront, so the program cannot have it", filepath.Base(v))
+	for _, v := range p.vifs(netfrontVifs) {
+		p.say("%s belongs to the kernel's xen-netfront, so the program cannot have it", v)
 	}
 	if p.image.has(gntalloc) {
 		p.raiseGrants(len(vifs))
 	}
 }
 
-func (p *initProcess) glob(pattern string) []string {
-	found, _ := filepath.Glob(p.path(pattern)) // the patterns are constants, and correct
-	return found
+// vifs returns the names of the vifs in a directory of sysfs, which is missing if there are none.
+func (p *initProcess) vifs(dir string) (names []string) {
+	all, _ := os.ReadDir(p.path(dir))
+	for _, e := range all {
+		if strings.HasPrefix(e.Name(), "vif-") {
+			names = append(names, e.Name())
+		}
+	}
+	return names
 }
 
 // loadModules loads the image's modules.
