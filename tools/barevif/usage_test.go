@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
-	"io"
 	"net"
 	"os"
 	"path/filepath"
@@ -138,8 +137,12 @@ func TestAReaderThatHasEnoughIsNoFailure(t *testing.T) {
 		t.Skip("no /dev/full: ", err)
 	}
 	defer full.Close()
-	if code := cli.Run(t.Context(), rootCommand, args, full, io.Discard); code != cli.ExitFailed {
-		t.Errorf("a full device: exit %d", code)
+	for _, args := range [][]string{args, {"--help"}, {"help", "xen"}, {"completion", "bash"}} {
+		var stderr bytes.Buffer
+		code := cli.Run(t.Context(), rootCommand, args, full, &stderr)
+		if said := stderr.String(); code != cli.ExitFailed || strings.Count(said, "no space left on device") != 1 {
+			t.Errorf("%q into a full device: exit %d, %q", args, code, said)
+		}
 	}
 }
 

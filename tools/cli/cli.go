@@ -35,6 +35,7 @@ type Program struct {
 	Verbose        int
 	Format         LogFormat
 	sayMu          sync.Mutex // guards Stdout in Say
+	helpErr        error      // of writing what cobra prints
 }
 
 // Main runs the command that build makes on the arguments of this process, until it
@@ -58,6 +59,9 @@ func Run(ctx context.Context, build func(*Program) *cobra.Command, args []string
 	cmd, err := root.ExecuteContextC(ctx)
 	if _, _, unknown := root.Find(args); err != nil && !started && unknown != nil {
 		err = unknownCommand(root, firstWord(args))
+	}
+	if err == nil && p.helpErr != nil {
+		err, started = p.helpErr, true
 	}
 	return p.report(ctx, cmd, err, started)
 }

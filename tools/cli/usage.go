@@ -242,16 +242,17 @@ func (p *Program) outputGone(err error) bool {
 	return ok && e.Path == out.Name()
 }
 
-// helpOutput is the writer for cobra's help. It ignores that the reader has ended, which
-// cobra would report as an error.
+// helpOutput is the writer for what cobra prints, such as the help. Cobra would print an error
+// itself and go on, so the first one is kept for Run. That the reader has ended is none.
 type helpOutput struct{ p *Program }
 
 func (h helpOutput) Write(b []byte) (int, error) {
-	n, err := h.p.Stdout.Write(b)
-	if h.p.outputGone(err) {
-		return len(b), nil
+	if h.p.helpErr == nil {
+		if _, err := h.p.Stdout.Write(b); !h.p.outputGone(err) {
+			h.p.helpErr = err
+		}
 	}
-	return n, err
+	return len(b), nil
 }
 
 // UnknownHost is the error for a name that resolves to no address.
