@@ -24,10 +24,11 @@ func (l *lifecycle) writeState(s xenbus.State) bool {
 	return true
 }
 
-// stateFailed decides what follows an error of writing our state.
+// stateFailed decides what follows an error of writing our state. If that may have been written all
+// the same, the other end may act on it: then no refusal ends the device without the other end.
 func (l *lifecycle) stateFailed(s xenbus.State, err error) {
 	l.d.lastError.Store(&err)
-	final := errors.Is(err, xenstore.ErrAccess) || errors.Is(err, xenstore.ErrQuota)
+	final := (errors.Is(err, xenstore.ErrAccess) || errors.Is(err, xenstore.ErrQuota)) && !errors.Is(err, xenstore.ErrUnanswered)
 	switch {
 	case errors.Is(err, xenbus.ErrGone), errors.Is(err, xenbus.ErrClaimed):
 	case l.firstResult != nil && l.d.role == xenbus.Frontend && final:
@@ -37,7 +38,7 @@ func (l *lifecycle) stateFailed(s xenbus.State, err error) {
 	case final && l.neverConnected():
 	case errors.Is(err, hypercall.ErrClosed): // xenstore refused nothing: its connection has ended, and says so
 	default:
-		l.d.log.Warn("xenstore refused a state", "vif", l.d.id, "state", s, "err", err)
+		l.d.log.Warn("cannot write the state", "vif", l.d.id, "state", s, "err", err)
 	}
 	l.retryLater(l.xd.Current())
 }
@@ -68,7 +69,7 @@ func (l *lifecycle) restore(ch xenbus.Change) bool {
 	defer cancel()
 	if err := l.xd.SetState(ctx, ch.Own); err != nil {
 		if !errors.Is(err, xenbus.ErrGone) && !errors.Is(err, xenbus.ErrClaimed) && !errors.Is(err, hypercall.ErrClosed) {
-			l.d.log.Warn("xenstore refused a state", "vif", l.d.id, "state", ch.Own, "err", err)
+			l.d.log.Warn("cannot write the state", "vif", l.d.id, "state", ch.Own, "err", err)
 		}
 		l.retryLater(l.xd.Current())
 		return false
@@ -100,9 +101,12 @@ func (l *lifecycle) attempt(what string, f func(context.Context, *xenbus.Device)
 	return true
 }
 
-// connect makes the connection. A frontend writes its keys together with its new state, so that
-// its backend has to read them once: then it reports announced. ok: the step continues, connected
-// or about to end.
+// connect makes the connection. A frontend writes its keys and its new state s in one
+// transaction, and announced says that it did. A backend has no keys to write here, and leaves s
+// to the caller. ok: the step continues, connected or about to end.
+//
+// If it stays unknown whether the keys were written, connect reports false and keeps the
+// connection, which the backend may use: the lifecycle closes it in order.
 func (l *lifecycle) connect(ch xenbus.Change, s xenbus.State) (ok, announced bool) {
 	if l.conn != nil {
 		return true, false
@@ -112,22 +116,25 @@ func (l *lifecycle) connect(ch xenbus.Change, s xenbus.State) (ok, announced boo
 	defer cancel()
 	c := new(conn)
 	err := l.attach(ctx, c)
-	unsure := false // the backend may use the rings, for all we know
+	announces := err == nil && c.keys != nil
 	if err == nil {
 		l.d.openMirror(dom(l.xd))
-		if announced = c.keys != nil; announced {
-			err = l.announce(ctx, c, s)
-			unsure = err != nil && !xenbus.Refused(err)
-		}
 	}
-	if err == nil || unsure {
+	if announces {
+		err = l.announce(ctx, c, s)
+	}
+	unknown := announces && errors.Is(err, xenstore.ErrUnanswered)
+	if err == nil || unknown {
+		c.keys, c.stale = nil, nil
 		l.conn, l.connGeneration, l.verifiedWrites, l.readSettings, l.failedOn = c, ch.Generation, ch.PeerWrites, ch.Settings, nil
 	}
 	switch {
 	case err == nil:
 		l.d.lastError.Store(nil)
-		return true, announced
-	case unsure:
+		return true, announces
+	case unknown && l.stopping.Err() != nil: // the device ends: the cause of stop says more
+		return false, false
+	case unknown:
 		l.stateFailed(s, err)
 		return false, false
 	}
@@ -142,7 +149,7 @@ func (l *lifecycle) connect(ch xenbus.Change, s xenbus.State) (ok, announced boo
 	if !errors.Is(err, context.DeadlineExceeded) { // on a timeout of xenstore neither end is to blame
 		if l.firstResult != nil && l.d.role == xenbus.Frontend {
 			l.beginEnd(err)
-			if announced && errors.Is(err, xenstore.ErrAccess) { // the state may not be written: it is tried once more
+			if announces && errors.Is(err, xenstore.ErrAccess) { // the state may not be written: it is tried once more
 				l.forceAt = time.Now()
 			}
 			return true, false // and the next step closes

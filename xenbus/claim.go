@@ -40,8 +40,8 @@ func split(claim string) (held, owner, number, asker string) {
 // the holder is presumed dead and Claim takes its claim over. Else the error is
 // ErrClaimed.
 //
-// A process that was stopped for long may lose its claim in this way. SetState and
-// Publish then fail with ErrClaimed, and the Change says Lost. Call Claim before anything
+// A process that was stopped for long may lose its claim in this way. SetState, Publish and
+// PublishState then fail with ErrClaimed, and the Change says Lost. Call Claim before anything
 // is written. Close gives the claim back.
 func (d *Device) Claim(ctx context.Context, wait time.Duration) error {
 	return d.ClaimAs(ctx, nil, wait)

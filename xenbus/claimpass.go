@@ -32,7 +32,7 @@ func (d *Device) ClaimState() ClaimState {
 const passed = "-"
 
 // PassClaim gives the claim up to a process that has taken it over. From now on the Device
-// neither answers challenges nor writes: SetState and Publish fail with ErrClaimed, and
+// neither answers challenges nor writes: SetState, Publish and PublishState fail with ErrClaimed, and
 // Close leaves the claim as it is.
 func (d *Device) PassClaim() {
 	d.mu.Lock()

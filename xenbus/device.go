@@ -85,7 +85,7 @@ type Device struct {
 	own     *xenstore.Watch // on dir
 	changes chan Change
 	reread  chan struct{} // holds one: a request to read our directory again
-	setting sync.Mutex    // held by SetState throughout
+	setting sync.Mutex    // held by setState throughout
 	written uint64        // used by run only; counts Change.PeerWrites
 	settled uint64        // used by run only; counts Change.Settings
 
@@ -96,9 +96,9 @@ type Device struct {
 	peer      end     // guarded by mu
 	seen      []State // guarded by mu
 	wrote     State   // guarded by mu; last state we wrote, Unknown: none
-	writing   State   // guarded by mu; the state that a running SetState writes
-	writes    uint64  // guarded by mu; grows when a SetState begins and when it ends
-	failed    State   // guarded by mu; the state of a failed SetState that may have been committed
+	writing   State   // guarded by mu; the state that a running setState writes
+	writes    uint64  // guarded by mu; grows when a setState begins and when it ends
+	failed    State   // guarded by mu; the state of a failed setState that may have been committed
 	reads     uint64  // guarded by mu; how often run read our own directory
 	mark      string  // guarded by mu; a key we published, to recognise our directory by; "" if none
 	claim     string  // guarded by mu; the id of our claim, "" if not claimed
@@ -307,20 +307,17 @@ func (d *Device) SetState(ctx context.Context, s State) error {
 }
 
 // PublishState is [Device.Publish] and [Device.SetState] in one transaction: the peer sees the
-// state with the keys, or neither. So a frontend connects with one transaction instead of two.
+// state with the keys, or neither. So a frontend connects with one transaction instead of two. After
+// an error that is not [xenstore.ErrUnanswered] neither was written.
 func (d *Device) PublishState(ctx context.Context, s State, keys xenstore.Values, remove ...string) error {
-	if err := d.setState(ctx, s, keys, remove); err != nil {
+	err := d.setState(ctx, s, keys, remove)
+	if err == nil || errors.Is(err, xenstore.ErrUnanswered) {
+		d.chooseMark(keys)
+	}
+	if err != nil {
 		return fmt.Errorf("xenbus %s: publish with state %v: %w", d.dir, s, err)
 	}
-	d.published(keys)
 	return nil
-}
-
-// Refused reports whether an error of SetState or PublishState says that nothing was written.
-// After any other error the write may have happened.
-func Refused(err error) bool {
-	_, answered := errors.AsType[*xenstore.Error](err)
-	return answered || errors.Is(err, ErrGone) || errors.Is(err, ErrClaimed)
 }
 
 func (d *Device) setState(ctx context.Context, s State, keys xenstore.Values, remove []string) error {
@@ -347,7 +344,7 @@ func (d *Device) setState(ctx context.Context, s State, keys xenstore.Values, re
 		if was == state {
 			state = ""
 		}
-		return d.write(tx, keys, remove, state)
+		return d.writeKeys(tx, keys, remove, state)
 	})
 
 	d.mu.Lock()
@@ -368,10 +365,10 @@ func (d *Device) setState(ctx context.Context, s State, keys xenstore.Values, re
 		}
 		d.requestRead()
 	}
+	if errors.Is(err, xenstore.ErrUnanswered) {
+		d.failed = s
+	}
 	if err != nil {
-		if !Refused(err) { // the answer was lost, or ctx ended first
-			d.failed = s
-		}
 		return err
 	}
 	d.wrote, d.failed = s, Unknown
@@ -463,17 +460,17 @@ func (d *Device) Publish(ctx context.Context, keys xenstore.Values, remove ...st
 		if _, err := d.guard(tx); err != nil {
 			return err
 		}
-		return d.write(tx, keys, remove, "")
+		return d.writeKeys(tx, keys, remove, "")
 	})
 	if err != nil {
 		return fmt.Errorf("xenbus %s: publish: %w", d.dir, err)
 	}
-	d.published(keys)
+	d.chooseMark(keys)
 	return nil
 }
 
-// write removes keys of our directory, sets others, and then the state, unless that is "".
-func (d *Device) write(tx xenstore.Tx, keys xenstore.Values, remove []string, state string) error {
+// writeKeys removes keys of our directory, sets others, and then the state, unless that is "".
+func (d *Device) writeKeys(tx xenstore.Tx, keys xenstore.Values, remove []string, state string) error {
 	if err := d.clear(tx, remove...); err != nil {
 		return err
 	}
@@ -487,8 +484,8 @@ func (d *Device) write(tx xenstore.Tx, keys xenstore.Values, remove []string, st
 	return tx.WriteAll(paths, values)
 }
 
-// published chooses one of the keys that were written as the mark of our directory.
-func (d *Device) published(keys xenstore.Values) {
+// chooseMark chooses one of the keys that were written as the mark of our directory.
+func (d *Device) chooseMark(keys xenstore.Values) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	for key := range keys {

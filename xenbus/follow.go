@@ -67,7 +67,7 @@ func (d *Device) find(ctx context.Context) (end, error) {
 // as soon as its own keys are there, so that the caller can watch the peer's directory.
 func (d *Device) resolve(ctx context.Context) (peer end, missing []string, err error) {
 	peer, missing, err = d.resolveBy(ctx, d.c.ReadKeys)
-	if err == nil && len(missing) == 0 || ctx.Err() != nil {
+	if err == nil && len(missing) == 0 || errors.Is(err, ErrGone) || ctx.Err() != nil {
 		return peer, missing, err
 	}
 	// What is missing or does not fit together may be so only because the toolstack made the directory anew
@@ -102,12 +102,11 @@ func (d *Device) resolveBy(ctx context.Context, read func(ctx context.Context, d
 			missing = append(missing, key)
 		}
 	}
-	if len(missing) == 3 { // or our directory itself is missing
+	if len(missing) > 0 {
+		// Our directory may have gone, also between two of the reads.
 		if _, err := d.c.Read(ctx, d.dir); errors.Is(err, xenstore.ErrNotFound) || errors.Is(err, xenstore.ErrAccess) {
 			return end{}, nil, ErrGone
 		}
-	}
-	if len(missing) > 0 {
 		return end{}, missing, nil
 	}
 	dom, err := v.Uint(idKey, 1<<16-1, 0)

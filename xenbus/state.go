@@ -56,8 +56,8 @@ const (
 	Wait Action = iota
 	// Prepare (backend): publish the features. Nothing is attached.
 	Prepare
-	// Connect: read the other end's keys and set up the rings. A frontend publishes its own
-	// keys, in one transaction with its next state if it can. Afterwards Facts.Attached is set.
+	// Connect: read the other end's keys and set up the rings. A frontend also publishes its
+	// own keys, before its next state or together with it. Afterwards Facts.Attached is set.
 	Connect
 	// Run: the link is up and frames move. In every other Action the link is down.
 	Run

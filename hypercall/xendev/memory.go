@@ -84,7 +84,7 @@ func (d *Domain) Map(peer hypercall.DomID, refs []hypercall.GrantRef, access hyp
 }
 
 // mapRefs maps all of refs or none of them. The first map of a process takes every lock of its
-// memory, which a pending signal interrupts (mm_take_all_locks in Linux's mm/mmap.c). gntdev
+// memory, which a pending signal interrupts (mm_take_all_locks in Linux's mm). gntdev
 // counts that map as in use from then on, so mapRefs asks for another.
 func mapRefs(fd int, peer hypercall.DomID, refs []hypercall.GrantRef, access hypercall.Access) ([]byte, uint64, error) {
 	prot := unix.PROT_READ

@@ -255,7 +255,7 @@ func testT24StatesThatXenstoreRefuses(t *testing.T) {
 	drv.requireTraffic()
 	allow := l.makeReadOnly(drv.v.FrontDir()+"/state", frontID)
 	drv.setState("5")
-	l.requireBackoff("xenstore refused a state")
+	l.requireBackoff("cannot write the state")
 	allow()
 	drv.awaitFrontend("6")
 	if err := drv.Close(); err != nil {

@@ -50,7 +50,7 @@ func bothRestarted(t *T) {
 	dom0.Await("the backend to see it close", `[ "$(xenstore-read %s)" = 6 ]`, state)
 	dom0.Run("xenstore-chmod", state, "n0", fmt.Sprintf("r%d", driver.ID), fmt.Sprintf("r%d", guest.ID))
 	front = guest.Start(barevif, "serve", "-v", "--xen", "--addr", addr+"/24")
-	back.Await("xenstore refused a state.*EACCES")
+	back.Await("cannot write the state.*EACCES")
 	dom0.Run("xenstore-chmod", state, fmt.Sprintf("n%d", driver.ID), fmt.Sprintf("r%d", guest.ID))
 	front.Await("serving http")
 	works()

@@ -37,7 +37,7 @@ func added(specs ...string) (*Tree, error) {
 	}
 	cfg := &Config{}
 	k := &Kernel{Release: "6.1.0-9"}
-	m := &Modules{infos: map[string]moduleInfo{}}
+	m := &Modules{infos: map[string]moduleInfo{"tun": {object: []byte("module")}}}
 	return cfg.tree(k, m, "out/web", "out/.init", list)
 }
 
@@ -111,7 +111,7 @@ func TestFilesThatCannotBeAddedAreNamed(t *testing.T) {
 		{"a:/app/web", "the image needs it for itself", "another place"},
 		{"a:/app/web/a", "/app/web/a cannot be below /app/web: the image needs it", "another place"},
 		{"a:" + guestinit.ImageFile, "the image needs it for itself", "another place"},
-		{"a:" + guestinit.ModuleDir + "/modules.dep", "the image needs it for itself", "another place"},
+		{"a:" + guestinit.ModuleDir + "/tun.ko", "the image needs it for itself", "another place"},
 		{"a:/run/a", "/run/a would not be seen: a file system is mounted on /run", "/etc or /srv"},
 		{"dir:/tmp", "/tmp/a would not be seen", "/etc or /srv"},
 		{"a:/sys", "/sys would not be seen", "/etc or /srv"},

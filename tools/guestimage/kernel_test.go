@@ -151,6 +151,7 @@ func TestModulesComeWithWhatTheyNeed(t *testing.T) {
 	}
 	tree := NewTree()
 	modules.Install(tree, "/lib/modules/6.1")
+	modules.Index(tree, "/lib/modules/6.1")
 	text := func(name string) string { return string(tree.entries["lib/modules/6.1/"+name].data) }
 	wantDep := "base.ko:\nleft.ko: base.ko\nright.ko: base.ko\ntop_one.ko: right.ko left.ko base.ko\n"
 	if got := text("modules.dep"); got != wantDep {

@@ -153,14 +153,20 @@ func (m *Modules) Names() []string {
 	return names
 }
 
-// Install puts the modules into a directory of a tree, uncompressed, with the indexes that
-// modprobe reads. It replaces depmod.
+// Install puts the modules into a directory of a tree, uncompressed.
 func (m *Modules) Install(t *Tree, dir string) {
+	for name, info := range m.infos {
+		t.Data(dir+"/"+name+".ko", 0o644, info.object)
+	}
+}
+
+// Index puts the indexes that modprobe reads into a directory of a tree, where Install has put the
+// modules. It replaces depmod.
+func (m *Modules) Index(t *Tree, dir string) {
 	t.Data(dir+"/modules.builtin", 0o644, m.builtin)
 	var dep, alias strings.Builder
 	for _, name := range m.Names() {
 		info := m.infos[name]
-		t.Data(dir+"/"+name+".ko", 0o644, info.object)
 		fmt.Fprintf(&dep, "%s.ko:", name)
 		for _, d := range closure(name, m.infos) {
 			fmt.Fprintf(&dep, " %s.ko", d)

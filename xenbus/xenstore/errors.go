@@ -109,6 +109,10 @@ func (e *Error) Is(target error) bool {
 // itself repeats requests that change nothing, up to 8 times.
 var ErrLost = errors.New("xenstore: connection lost, outcome unknown")
 
+// ErrUnanswered is in an error of [Client.Transact] if the transaction may have been committed all
+// the same: a commit was sent and has no answer.
+var ErrUnanswered = errors.New("xenstore: a commit without an answer, outcome unknown")
+
 // A ProtocolError is a message that no correct xenstored sends. The Client closes the
 // connection it came on.
 type ProtocolError struct{ Reason string }

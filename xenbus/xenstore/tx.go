@@ -31,14 +31,25 @@ type Tx struct {
 // another transaction, or a lost connection, it runs fn again: up to 100 times with
 // growing pauses, and then fails with a [*ConflictError]. So fn must have no other
 // effects. It must also tolerate that an earlier run was committed, which happens when
-// the connection breaks during the commit.
+// the connection breaks during the commit. Unless an error is [ErrUnanswered] nothing was
+// committed.
 //
 // A Client runs one transaction at a time: two would conflict with each other, and
 // xenstored lets a domain open few. fn must not call Transact.
 func (c *Client) Transact(ctx context.Context, fn func(Tx) error) error {
+	unanswered := false
+	err := c.attempts(ctx, fn, &unanswered)
+	if err != nil && unanswered {
+		return fmt.Errorf("%w (%w)", err, ErrUnanswered)
+	}
+	return err
+}
+
+// attempts sets unanswered if the commit of an attempt may have happened.
+func (c *Client) attempts(ctx context.Context, fn func(Tx) error, unanswered *bool) error {
 	delay := time.Millisecond
 	for n := 1; ; n++ {
-		err := c.attempt(ctx, fn)
+		err := c.attempt(ctx, fn, unanswered)
 		if !errors.Is(err, ErrAgain) {
 			return err
 		}
@@ -57,7 +68,7 @@ func (c *Client) Transact(ctx context.Context, fn func(Tx) error) error {
 
 // attempt runs fn once. It gives c.trans back between attempts, so that a peer that keeps
 // one transaction in conflict does not delay the others.
-func (c *Client) attempt(ctx context.Context, fn func(Tx) error) error {
+func (c *Client) attempt(ctx context.Context, fn func(Tx) error, unanswered *bool) error {
 	select {
 	case c.trans <- struct{}{}:
 		defer func() { <-c.trans }()
@@ -88,13 +99,24 @@ func (c *Client) attempt(ctx context.Context, fn func(Tx) error) error {
 	if err := fn(tx); err != nil {
 		return err
 	}
-	_, err = c.do(ctx, endRequest(id, tx.epoch, true))
+	commit := endRequest(id, tx.epoch, true)
+	_, err = c.do(ctx, commit)
 	var refused *Error
 	ended = err == nil || errors.As(err, &refused)
+	if err != nil && (!ended || err == commit.lost) && c.wasSent(commit) {
+		*unanswered = true
+	}
 	if errors.Is(err, ErrNotFound) { // a reset or a restart of the server dropped the transaction
 		return &Error{Op: opName(wire.TransactionEnd), Code: ErrAgain}
 	}
 	return err
+}
+
+// wasSent reports whether r has been given to the connection.
+func (c *Client) wasSent(r *request) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return r.tries > 0
 }
 
 func endRequest(id uint32, epoch uint64, commit bool) *request {

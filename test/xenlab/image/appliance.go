@@ -152,6 +152,7 @@ func (d *distribution) addKernelAppliance(dom0 *guestimage.Tree, dir string) err
 		return err
 	}
 	modules.Install(t, "/lib/modules/"+d.kernel)
+	modules.Index(t, "/lib/modules/"+d.kernel)
 	t.Data("/init", 0o755, []byte(kernelInit))
 	initramfs := filepath.Join(dir, "appliance-kernel.cpio")
 	if err := t.WriteFile(initramfs); err != nil {

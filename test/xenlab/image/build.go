@@ -324,6 +324,7 @@ func (d *distribution) base(programs map[string]string) (*guestimage.Tree, error
 		return nil, err
 	}
 	modules.Install(t, "/lib/modules/"+d.kernel)
+	modules.Index(t, "/lib/modules/"+d.kernel)
 	return t, nil
 }
 

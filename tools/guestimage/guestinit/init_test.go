@@ -172,6 +172,7 @@ func (m *machine) asked(t *testing.T, prefix string, want ...string) {
 func xenFilesOf() map[string]string {
 	files := map[string]string{
 		"/sys/hypervisor/type": "xen\n", grantLimit: "1024\n", "/sys/bus/xen/devices/vif-0/nodename": "device/vif/0",
+		"/sys/bus/xen/devices/console-0/nodename": "device/console/0", "/sys/bus/xen/drivers/vif/bind": "",
 		ModuleDir + "/b.ko": "B", ModuleDir + "/tun.ko": "TUN", ModuleDir + "/xen_gntdev.ko": "GNTDEV",
 	}
 	for _, d := range devices {
@@ -200,6 +201,9 @@ func TestGuestIsPreparedForItsProgram(t *testing.T) {
 		`start /app/web ["/app/web" "--addr" "10.9.0.2/24"] ["GOGC=50"]`, "kill 101 terminated")
 	if limit := m.text(grantLimit); limit != "2060" { // twice two queues of 514, and 2
 		t.Errorf("the limit of grants is %s", limit)
+	}
+	if text := m.console.String(); strings.Contains(text, "belongs to the kernel's") || strings.Contains(text, "no vif") {
+		t.Error(text)
 	}
 	m.said(t, "[    1.500000] barevif: kernel 6.1.0-9 has started after 1.25 s, at 2026-03-04T05:06:07.089Z\n", "loaded b xen_gntdev tun\n",
 		"up to 2060 pages may be granted", "/app/web runs, with 2 arguments\n", "asked to power off\n", "/app/web exited with status 0\n")

@@ -161,3 +161,27 @@ func TestProcessOneOfRealNamespaces(t *testing.T) {
 		t.Error("no tmpfs was mounted on /tmp")
 	}
 }
+
+func TestTheClockGoesOnFromTheKernelsUptime(t *testing.T) {
+	before := readUptime(t)
+	up := clock()
+	first := up()
+	time.Sleep(30 * time.Millisecond)
+	later := up()
+	if after := readUptime(t); first < before || later-first < 30*time.Millisecond || later > after+time.Second {
+		t.Errorf("%v and %v, where the kernel says %v and %v", first, later, before, after)
+	}
+}
+
+func readUptime(t *testing.T) time.Duration {
+	t.Helper()
+	b, err := os.ReadFile("/proc/uptime")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var s float64
+	if _, err := fmt.Sscan(string(b), &s); err != nil {
+		t.Fatal(err)
+	}
+	return time.Duration(s * float64(time.Second))
+}

@@ -61,8 +61,9 @@ type supervisor struct {
 // run prepares the guest, runs its program and returns how the guest is to end. It takes the
 // signals of process 1, SIGCHLD among them.
 func (p *initProcess) run(signals <-chan os.Signal) ending {
+	upAtStart := p.uptime() - p.now().Sub(p.began)
 	p.say("kernel %s has started after %.2f s, at %s", p.text("/proc/sys/kernel/osrelease"),
-		(p.uptime() - p.now().Sub(p.began)).Seconds(), p.began.UTC().Format("2006-01-02T15:04:05.000Z"))
+		max(0, upAtStart).Seconds(), p.began.UTC().Format("2006-01-02T15:04:05.000Z"))
 	if err := p.prepare(); err != nil {
 		p.say("the program is not started: %v", err)
 		return powerOff

@@ -15,7 +15,7 @@ import (
 const (
 	hypervisorType = "/sys/hypervisor/type"
 	grantLimit     = "/sys/module/xen_gntalloc/parameters/limit"
-	vifDevices     = "/sys/bus/xen/devices"
+	xenDevices     = "/sys/bus/xen/devices"
 	netfrontVifs   = "/sys/bus/xen/drivers/vif"
 	xenFiles       = "/proc/xen"
 )
@@ -56,7 +56,7 @@ func (p *initProcess) prepareXen() {
 			p.say("%s is missing: it needs %s", d.node, d.module)
 		}
 	}
-	vifs := p.vifs(vifDevices)
+	vifs := p.vifs(xenDevices)
 	if len(vifs) == 0 {
 		p.say("this guest has no vif: does its configuration have vif=[...]?")
 	}
