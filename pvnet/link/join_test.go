@@ -52,7 +52,22 @@ func (h *host) join(ctx context.Context, dev *pvnet.Device, links ...Link) (j *J
 		c <- j.Run(ctx, dev, links...)
 	}()
 	h.t.Cleanup(func() { cancel(); <-done })
+	if err := labtest.Comes(func() error {
+		if !j.holds.begun() && len(c) == 0 {
+			return errors.New("Run has not begun")
+		}
+		return nil
+	}); err != nil {
+		h.t.Fatal(err)
+	}
 	return j, c
+}
+
+// begun reports whether a Run can be held.
+func (h *holds) begun() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.ask != nil
 }
 
 // ownTX owns the transmit half of queue 0. No wait of it outlasts the limit of a test.
