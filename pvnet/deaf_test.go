@@ -144,7 +144,8 @@ func TestAnAnnouncementWithoutAnAnswer(t *testing.T) {
 	})
 }
 
-// It keeps them, too, if xenstore refuses what it asks next.
+// A frontend that does not hear whether its backend was told of the rings keeps them also if xenstore
+// refuses the next transaction.
 func TestAnAnnouncementWithoutAnAnswerAndARefusal(t *testing.T) {
 	inDeafLab(t, 0, func(t *testing.T, l *deafLab) {
 		front, back := l.mustConnect()

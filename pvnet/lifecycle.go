@@ -28,9 +28,9 @@ type end interface {
 	// prepare publishes the features (backend).
 	prepare(ctx context.Context, xd *xenbus.Device) error
 
-	// attach reads and checks the keys that the peer published, and makes the connection. A
-	// frontend leaves in it what the caller has to publish. On an error the caller runs the
-	// connection's undo list.
+	// attach reads and checks the keys that the peer published, and makes the connection. The
+	// frontend's attach puts its own keys into the connection, and the caller publishes them. On
+	// an error the caller runs the connection's undo list.
 	attach(ctx context.Context, xd *xenbus.Device, c *conn) error
 
 	// unchanged reports whether the peer still publishes the rings and event channels that

@@ -24,8 +24,9 @@ func (l *lifecycle) writeState(s xenbus.State) bool {
 	return true
 }
 
-// stateFailed decides what follows an error of writing our state. If that may have been written all
-// the same, the other end may act on it: then no refusal ends the device without the other end.
+// stateFailed ends the device or retries later, after xenstore has returned an error for our state. If
+// the state may have been written all the same, the other end may use the rings: then the device
+// does not end before the other end has closed, whatever xenstore refuses.
 func (l *lifecycle) stateFailed(s xenbus.State, err error) {
 	l.d.lastError.Store(&err)
 	final := (errors.Is(err, xenstore.ErrAccess) || errors.Is(err, xenstore.ErrQuota)) && !errors.Is(err, xenstore.ErrUnanswered)
@@ -43,6 +44,7 @@ func (l *lifecycle) stateFailed(s xenbus.State, err error) {
 	l.retryLater(l.xd.Current())
 }
 
+// stateWritten records our new state in the counters and in the event log.
 func (l *lifecycle) stateWritten(s xenbus.State) {
 	l.d.lastError.Store(nil)
 	l.d.counters.Record(telemetry.EventState, telemetry.NoQueue, uint64(l.state), uint64(s))

@@ -273,8 +273,8 @@ func (tx *TX) leave(err error) error {
 // means never. Any goroutine may call it.
 func (tx *TX) SetDeadline(t time.Time) { tx.setDeadline(t) }
 
-// A nudging holds what Nudge has found out about one wait of a TX. Only a goroutine that has borrowed the counters of the
-// half uses it.
+// A nudging holds the state of Nudge for one SendWait of a TX: how often the ring had room, and whether its memory is
+// gone. Only a goroutine that has borrowed the counters of the half uses it.
 type nudging struct {
 	wait uint32 // number of the wait, as in half.waitSeq
 	due  uint32 // how often there was room

@@ -529,13 +529,19 @@ func TestXenPortsRunOut(t *testing.T) {
 	t.Log("more than 1100 ports to be had")
 }
 
-// child shares a page and opens a port for the parent, and prints their numbers.
-func child() error {
+// sharePage opens this domain and shares a page with it, for a child process.
+func sharePage() (*Domain, *hypercall.Share, error) {
 	d, err := Open(Config{})
 	if err != nil {
-		return err
+		return nil, nil, err
 	}
 	s, err := d.Share(hypercall.DomSelf, 1, hypercall.ReadWrite)
+	return d, s, err
+}
+
+// child shares a page and opens a port for the parent, and prints their numbers.
+func child() error {
+	d, s, err := sharePage()
 	if err != nil {
 		return err
 	}
@@ -852,11 +858,7 @@ func init() {
 // memory that the kernel needs longer to lock them than until the next signal. The signals
 // cease after a while.
 func mapInterrupted() error {
-	d, err := Open(Config{})
-	if err != nil {
-		return err
-	}
-	s, err := d.Share(hypercall.DomSelf, 1, hypercall.ReadWrite)
+	d, s, err := sharePage()
 	if err != nil {
 		return err
 	}

@@ -242,8 +242,9 @@ func (p *Program) outputGone(err error) bool {
 	return ok && e.Path == out.Name()
 }
 
-// helpOutput is the writer for what cobra prints, such as the help. Cobra would print an error
-// itself and go on, so the first one is kept for Run. That the reader has ended is none.
+// helpOutput is the writer for what cobra prints, such as the help. Cobra prints a write error
+// itself and goes on, so helpOutput keeps the first one, and Run returns it. A reader that has
+// ended, such as head, is no error.
 type helpOutput struct{ p *Program }
 
 func (h helpOutput) Write(b []byte) (int, error) {

@@ -514,7 +514,7 @@ func TestOutOfMemoryIsSaid(t *testing.T) {
 	}
 }
 
-// What the builder says of an image is what process 1 reads.
+// Process 1 parses the file that the builder writes about an image into the same facts.
 func TestImageIsReadAsItWasWritten(t *testing.T) {
 	for _, img := range []Image{
 		{Program: "/app/a b ", Kernel: "6.1.0-9-amd64", Modules: []string{"b.ko", "a.ko"}, Without: []string{"xen-gntdev", "xenfs"}, Built: time.Unix(1700000000, 0)},

@@ -717,8 +717,13 @@ func publishStateIsWholeOrNot(t *testing.T, r *rig) {
 	if r.must(err); got["tx-ring-ref"] != "8" || got.Has("old") {
 		t.Errorf("the other end sees %v", got)
 	}
-	// The same state again takes the keys, too.
+	// The same state again takes the keys, too, and is not written.
+	w := r.watch(v.tools, v.frontDir()+"/state")
+	defer w.Close()
+	r.event(w)
 	r.must(front.PublishState(r.ctx, xenbus.Connected, xenstore.Values{"tx-ring-ref": "9"}))
+	r.must(front.SetState(r.ctx, xenbus.Connected))
+	r.quiet(v.tools, w)
 	if s, err := back.ReadPeer(r.ctx, "tx-ring-ref"); s != "9" || err != nil {
 		t.Errorf("%q, %v", s, err)
 	}
