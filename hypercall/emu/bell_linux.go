@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"math"
 	"os"
-	"sync"
 	"syscall"
 	"time"
 
@@ -95,13 +94,13 @@ func (b *fdBell) control(f func(fd int) error) error {
 type threadBell struct {
 	*fdBell
 	conn  syscall.RawConn // of the eventfd, which stays open while a goroutine parks
-	epoll int
-	once  sync.Once // closes epoll
+	epoll *os.File        // stays open while a goroutine parks, too
+	set   syscall.RawConn // of epoll
 
 	// Used by the parked goroutine only.
-	block  func(uintptr)
-	events [1]unix.EpollEvent
-	millis int
+	hold, block func(uintptr)
+	events      [1]unix.EpollEvent
+	millis      int
 }
 
 // newThreadBell takes over b, an fdBell, unless it fails.
@@ -115,17 +114,24 @@ func newThreadBell(b bell) (bell, error) {
 	if t.conn, err = t.file.SyscallConn(); err != nil {
 		return nil, fmt.Errorf("emu: eventfd: %w", err)
 	}
-	if t.epoll, err = unix.EpollCreate1(unix.EPOLL_CLOEXEC); err != nil {
+	fd, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
+	if err != nil {
 		return nil, fmt.Errorf("emu: epoll: %w", err)
 	}
-	ctlErr := t.conn.Control(func(fd uintptr) {
-		err = unix.EpollCtl(t.epoll, unix.EPOLL_CTL_ADD, int(fd), &unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLET})
-	})
-	if err = errors.Join(ctlErr, err); err != nil {
-		unix.Close(t.epoll)
-		return nil, fmt.Errorf("emu: epoll: %w", err)
+	t.epoll = os.NewFile(uintptr(fd), "epoll")
+	t.set, err = t.epoll.SyscallConn()
+	if err == nil {
+		ctlErr := t.conn.Control(func(bell uintptr) {
+			err = unix.EpollCtl(fd, unix.EPOLL_CTL_ADD, int(bell), &unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLET})
+		})
+		err = errors.Join(ctlErr, err)
 	}
-	t.block = func(uintptr) { _, _ = unix.EpollWait(t.epoll, t.events[:], t.millis) } // whatever ended it, the caller checks
+	if err != nil {
+		return nil, fmt.Errorf("emu: epoll: %w", errors.Join(err, t.epoll.Close()))
+	}
+	// Whatever ends the wait, and whichever file is closed: the caller of park checks.
+	t.hold = func(uintptr) { _ = t.set.Control(t.block) }
+	t.block = func(fd uintptr) { _, _ = unix.EpollWait(int(fd), t.events[:], t.millis) }
 	return t, nil
 }
 
@@ -135,7 +141,7 @@ func (t *threadBell) park(until time.Time) {
 		left := max(time.Until(until), 0)
 		t.millis = int(min((left+time.Millisecond-1)/time.Millisecond, math.MaxInt32))
 	}
-	_ = t.conn.Control(t.block) // closed: the caller checks before it parks again
+	_ = t.conn.Control(t.hold)
 }
 
 func (t *threadBell) nudge() {} // the kernel wakes the thread at once
@@ -145,4 +151,5 @@ func (t *threadBell) close() {
 	t.letGo()
 }
 
-func (t *threadBell) letGo() { t.once.Do(func() { unix.Close(t.epoll) }) }
+// letGo leaves a goroutine in park its epoll set until that returns: call ring first.
+func (t *threadBell) letGo() { _ = t.epoll.Close() }

@@ -69,9 +69,11 @@ type waiter struct {
 
 	// Used by a waiter that blocks its thread.
 	wakeFile *os.File // an eventfd that Wake writes; nil: the goroutine waits in the runtime's poller
+	wakeRaw  syscall.RawConn
 	polled   [2]unix.PollFd
-	millis   int // timeout of the next poll
-	block    func(fd uintptr)
+	millis   int              // timeout of the next poll
+	hold     func(fd uintptr) // calls poll while the driver's file cannot be closed
+	poll     func(fd uintptr)
 }
 
 // Waiter opens a Waiter: an open file of /dev/xen/evtchn, whose ports exist as long as it
@@ -107,22 +109,30 @@ func (w *waiter) onThread() error {
 	if err != nil {
 		return fmt.Errorf("xendev: eventfd: %w", err)
 	}
-	w.wakeFile = os.NewFile(uintptr(fd), "eventfd")
-	w.polled[1] = unix.PollFd{Fd: int32(fd), Events: unix.POLLIN}
-	w.block = w.pollAndRead
+	wake := os.NewFile(uintptr(fd), "eventfd")
+	if w.wakeRaw, err = wake.SyscallConn(); err != nil {
+		return errors.Join(err, wake.Close())
+	}
+	w.wakeFile = wake
+	w.polled[0].Events, w.polled[1].Events = unix.POLLIN, unix.POLLIN
+	w.hold = func(fd uintptr) {
+		w.polled[0].Fd = int32(fd)
+		_ = w.wakeRaw.Control(w.poll) // closed: Wait looks for that
+	}
+	w.poll = w.pollAndRead
 	return nil
 }
 
 // pollAndRead waits for the driver or a Wake, and reads from both. Neither descriptor is
 // closed meanwhile: Close of a file waits for its users.
-func (w *waiter) pollAndRead(fd uintptr) {
-	w.polled[0] = unix.PollFd{Fd: int32(fd), Events: unix.POLLIN}
+func (w *waiter) pollAndRead(wake uintptr) {
+	w.polled[1].Fd = int32(wake)
 	w.polled[1].Revents = 0
 	_, _ = unix.Poll(w.polled[:], w.millis) // whatever ended the poll, both are checked
 	if w.polled[1].Revents != 0 {
-		_, _ = unix.Read(int(w.polled[1].Fd), w.in[:8])
+		_, _ = unix.Read(int(wake), w.in[:8])
 	}
-	w.got = w.tryRead(fd)
+	w.got = w.tryRead(uintptr(w.polled[0].Fd))
 }
 
 func newWaiter(d *Domain, f *os.File) (*waiter, error) {
@@ -171,7 +181,7 @@ func (w *waiter) Wait(deadline time.Time, worked bool) error {
 		// Check after arm: the deadline of an earlier Wake is overwritten by arm, and a
 		// later Wake ends the read.
 		if w.woken.Swap(false) {
-			return nil
+			return w.ended()
 		}
 		err := w.raw.Read(w.try)
 		switch {
@@ -186,7 +196,7 @@ func (w *waiter) Wait(deadline time.Time, worked bool) error {
 
 		w.armed = past // used up: the next arm sets the deadline again
 		if w.woken.Swap(false) {
-			return nil
+			return w.ended()
 		}
 		// The poller does not read past the deadline, but events from before it count.
 		w.got = false
@@ -217,9 +227,10 @@ func (w *waiter) waitOnThread(deadline time.Time) error {
 		}
 		// A later Wake writes the eventfd, which ends the poll at once.
 		if w.woken.Swap(false) {
-			return nil
+			return w.ended()
 		}
-		if w.raw.Control(w.block) != nil {
+		w.got = false
+		if w.raw.Control(w.hold) != nil {
 			return net.ErrClosed
 		}
 		if w.got {
@@ -235,6 +246,16 @@ func (w *waiter) waitOnThread(deadline time.Time) error {
 			return err
 		}
 	}
+}
+
+// ended returns net.ErrClosed if it was Close that woke Wait.
+func (w *waiter) ended() error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.closed {
+		return net.ErrClosed
+	}
+	return nil
 }
 
 // Next returns when Wait has to look up: at the caller's deadline, or when the next late
@@ -387,12 +408,10 @@ func (w *waiter) Close() error {
 		return nil
 	}
 	w.closed = true
-	if w.wakeFile != nil {
-		_, _ = w.wakeFile.Write(one[:])
-	}
 	ports := w.ports
 	w.ports = nil
 	w.mu.Unlock()
+	w.Wake() // ends Wait; closing the files does not end it, or waits for it
 	for _, p := range ports {
 		p.Close() // gives its doorbell back; the driver would unbind the port by itself
 	}

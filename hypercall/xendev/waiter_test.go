@@ -41,6 +41,7 @@ func TestWaiterThatBlocksItsThread(t *testing.T) {
 		{"WakeIsNeverLost", TestWakeIsNeverLost},
 		{"WakesOfOtherGoroutinesEndEveryWait", TestWakesOfOtherGoroutinesEndEveryWait},
 		{"CloseEndsEveryCall", TestCloseEndsEveryCall},
+		{"CloseEndsWaitBeforeTheFile", TestCloseEndsWaitBeforeTheFile},
 		{"LostNumbersWakeEveryPort", TestLostNumbersWakeEveryPort},
 		{"BrokenDriverEndsWait", TestBrokenDriverEndsWait},
 		{"ManyPortsAreWrittenBackInParts", TestManyPortsAreWrittenBackInParts},
@@ -400,6 +401,39 @@ func TestCloseEndsEveryCall(t *testing.T) {
 	}
 	w.Wake()
 	d.wantNoReader()
+}
+
+// TestCloseEndsWaitBeforeTheFile tests that Close does not rely on the closing of the driver's file to end Wait:
+// the file stays open as long as a thread polls it, and for ever after a resume.
+func TestCloseEndsWaitBeforeTheFile(t *testing.T) {
+	w, _ := newDriver(t, 5)
+	done := make(chan error, 1)
+	go func() { done <- w.Wait(time.Time{}, true) }()
+	time.Sleep(10 * time.Millisecond) // Wait may have begun to wait, or not
+
+	w.d.life.mu.Lock() // Close closes the file after it has had this
+	closed := make(chan error, 1)
+	go func() { closed <- w.Close() }()
+	select {
+	case err := <-done:
+		if !errors.Is(err, net.ErrClosed) {
+			t.Errorf("Wait: %v", err)
+		}
+	case <-time.After(soon):
+		t.Error("Wait goes on while Close waits for it")
+	}
+	if err := w.raw.Control(func(uintptr) {}); err != nil {
+		t.Errorf("the file was closed before: %v", err)
+	}
+	w.d.life.mu.Unlock()
+	select {
+	case err := <-closed:
+		if err != nil {
+			t.Errorf("Close: %v", err)
+		}
+	case <-time.After(soon):
+		t.Fatal("Close does not end")
+	}
 }
 
 func (d driver) wantNoReader() {
