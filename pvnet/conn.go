@@ -122,16 +122,15 @@ type queueKeys struct {
 
 // features are the protocol features that both ends agreed on for a connection.
 type features struct {
-	queues     int
-	split      bool // an event channel for each direction
-	frontSG    bool // the frontend takes frames of several slots
-	backSG     bool // the backend takes frames of several slots
-	offload    bool // this end takes frames with offloads: Config.Offload
-	peerTakes  offloads
-	offered    int  // frontend: the queues that the backend offers
-	manyQueues bool // frontend: the backend knows of queues, and wants to be told their number
-	untrusted  bool // frontend: the toolstack does not trust the backend
-	multicast  bool // the backend filters multicast by the frontend's list
+	queues    int
+	split     bool // an event channel for each direction
+	frontSG   bool // the frontend takes frames of several slots
+	backSG    bool // the backend takes frames of several slots
+	offload   bool // this end takes frames with offloads: Config.Offload
+	peerTakes offloads
+	offered   int  // frontend: the queues that the backend offers
+	untrusted bool // frontend: the toolstack does not trust the backend
+	multicast bool // the backend filters multicast by the frontend's list
 }
 
 // features returns the features as the counters show them.

@@ -1,6 +1,7 @@
 package pvnet
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -8,6 +9,7 @@ import (
 	"maps"
 	"math"
 	"strconv"
+	"sync"
 
 	"barevif/hypercall"
 	"barevif/pvnet/netif"
@@ -22,13 +24,12 @@ type front struct {
 	generatedMAC MAC // the address made for a vif that has none; zero until it is needed
 }
 
-// identify reads MAC, MTU and "trusted", which the toolstack wrote before us. A vif that
-// was unplugged and plugged again may be another card.
-func (f *front) identify(ctx context.Context, xd *xenbus.Device) error {
-	own, err := xd.OwnValues(ctx, netif.KeyMAC, netif.KeyMTU, netif.KeyTrusted)
-	if err != nil {
-		return err
-	}
+// identityKeys are the keys of our directory that say which card the vif is.
+var identityKeys = []string{netif.KeyMAC, netif.KeyMTU, netif.KeyTrusted}
+
+// identify takes MAC, MTU and "trusted", which the toolstack wrote before us, from the values of our
+// directory. A vif that was unplugged and plugged again may be another card.
+func (f *front) identify(ctx context.Context, xd *xenbus.Device, own xenstore.Values) error {
 	mac, err := f.address(own, xd.Dir())
 	if err != nil {
 		// As in FreeBSD's netfront: some toolstacks write the address only to the
@@ -109,19 +110,46 @@ func (f *front) ended(ctx context.Context, xd *xenbus.Device, _, passed bool) {
 // unchanged reports true: the rings are the frontend's own, and no backend replaces them.
 func (f *front) unchanged(context.Context, *xenbus.Device, *conn) (bool, error) { return true, nil }
 
+// A surroundings is what a frontend reads in xenstore before it makes a connection.
+type surroundings struct {
+	own, back xenstore.Values // of our directory and of the backend's
+	there     []string        // the keys of our directory
+	others    int             // how many more vifs of this domain may connect: their pages come from the same limit
+}
+
+// look reads the surroundings, with the requests in flight together: a connection waits for one
+// answer of xenstore here instead of four.
+func (f *front) look(ctx context.Context, xd *xenbus.Device) (s surroundings, err error) {
+	var errOwn, errBack, errThere, errOthers error
+	var reads sync.WaitGroup
+	reads.Go(func() { s.own, errOwn = xd.OwnValues(ctx, identityKeys...) })
+	reads.Go(func() { s.back, errBack = xd.PeerValues(ctx, backKeys...) })
+	reads.Go(func() { s.there, errThere = xd.OwnKeys(ctx) })
+	reads.Go(func() { s.others, errOthers = xd.Unconnected(ctx) })
+	reads.Wait()
+	if errOthers != nil {
+		f.d.log.Debug("cannot count the domain's other vifs", "vif", f.d.id, "err", errOthers)
+	}
+	return s, cmp.Or(errOwn, errBack, errThere)
+}
+
+// backKeys are the keys with which a backend offers features.
+var backKeys = append([]string{netif.KeyFeatureRxCopy, netif.KeyFeatureSG,
+	netif.KeyFeatureSplitChannels, netif.KeyMaxQueues, netif.KeyCarrier, netif.KeyFeatureCtrlRing,
+	netif.KeyFeatureMulticastControl, netif.KeyFeatureDynamicMulticast}, offloadKeys[:]...)
+
 // attach makes rings and pages to match the backend's offer, and the keys that tell it of them.
 func (f *front) attach(ctx context.Context, xd *xenbus.Device, c *conn) error {
 	d := f.d
-	if err := f.identify(ctx, xd); err != nil {
-		return err
-	}
-	d.readdress() // this backend's directory may be another one
-	back, err := xd.PeerValues(ctx, append([]string{netif.KeyFeatureRxCopy, netif.KeyFeatureSG,
-		netif.KeyFeatureSplitChannels, netif.KeyMaxQueues, netif.KeyCarrier, netif.KeyFeatureCtrlRing,
-		netif.KeyFeatureMulticastControl, netif.KeyFeatureDynamicMulticast}, offloadKeys[:]...)...)
+	around, err := f.look(ctx, xd)
 	if err != nil {
 		return err
 	}
+	if err := f.identify(ctx, xd, around.own); err != nil {
+		return err
+	}
+	d.readdress() // this backend's directory may be another one
+	back := around.back
 	// An empty node offers nothing: some toolstacks make such, so that a backend may write its
 	// keys when its domain is at xenstored's quota (toolstack.Vif.Room).
 	maps.DeleteFunc(back, func(_, value string) bool { return value == "" })
@@ -132,13 +160,8 @@ func (f *front) attach(ctx context.Context, xd *xenbus.Device, c *conn) error {
 	if c.feat.untrusted = !d.Trusted(); c.feat.untrusted && d.cfg.LendRx {
 		d.log.Info("the toolstack does not trust the backend: received frames are copied, not lent", "vif", d.id, "key", xd.Dir()+"/"+netif.KeyTrusted)
 	}
-	there, err := xd.OwnKeys(ctx)
-	if err != nil {
-		return err
-	}
 	m := newSetup(d, xd, c)
-	others := f.otherVifs(ctx, xd)
-	c.queues, err = m.frontQueues(c.feat, &d.cfg, others, func(i int) (rx, tx *telemetry.Block) { return d.rx[i].count, d.tx[i].count })
+	c.queues, err = m.frontQueues(c.feat, &d.cfg, around.others, func(i int) (rx, tx *telemetry.Block) { return d.rx[i].count, d.tx[i].count })
 	if err != nil {
 		if errors.Is(err, hypercall.ErrNoGrants) {
 			err = fmt.Errorf("%w%s", err, d.holders())
@@ -149,8 +172,8 @@ func (f *front) attach(ctx context.Context, xd *xenbus.Device, c *conn) error {
 		d.log.Info("queues", "vif", d.id, "queues", c.feat.queues, "processors", d.cfg.queues(), "backend", c.feat.offered,
 			"pages", c.shared, "memory", c.budget().String())
 	}
-	f.attachCtrl(m, back, others)
-	c.keys, c.stale = f.connKeys(c), netif.StaleKeys(there)
+	f.attachCtrl(m, back, around.others)
+	c.keys, c.stale = f.connKeys(c), netif.StaleKeys(around.there)
 	if c.feat.multicast = f.agreeMulticast(back); c.feat.multicast {
 		c.keys[netif.KeyRequestMulticast] = "1"
 	}
@@ -159,7 +182,8 @@ func (f *front) attach(ctx context.Context, xd *xenbus.Device, c *conn) error {
 }
 
 // connKeys returns the keys that tell the backend of a connection, but for multicast, which
-// may change while it lasts.
+// may change while it lasts. They leave out what a backend assumes without them: each is an answer of xenstore
+// to wait for.
 func (f *front) connKeys(c *conn) xenstore.Values {
 	keys := xenstore.Values{
 		netif.KeyRequestRxCopy:   "1",
@@ -167,7 +191,8 @@ func (f *front) connKeys(c *conn) xenstore.Values {
 		netif.KeyFeatureSG:       "1",
 	}
 	maps.Copy(keys, offloadValues(c.feat.offload))
-	if c.feat.manyQueues {
+	maps.DeleteFunc(keys, func(key, value string) bool { return key == netif.KeyFeatureNoCsumOffload && value == "0" })
+	if c.feat.queues > 1 {
 		keys[netif.KeyNumQueues] = strconv.Itoa(c.feat.queues)
 	}
 	if k, ok := c.ctrl.(*ctrlClient); ok {
@@ -244,19 +269,8 @@ func (f *front) agree(back xenstore.Values, xd *xenbus.Device) (feat features, e
 	if err != nil {
 		most = 1
 	}
-	feat.manyQueues = err == nil && back.Has(netif.KeyMaxQueues)
 	feat.queues = int(min(most, uint64(f.d.cfg.queues())))
 	feat.offered = int(most)
 	feat.offload, feat.peerTakes = f.d.cfg.Offload, offeredOffloads(back, feat.backSG)
 	return feat, nil
-}
-
-// otherVifs returns how many more vifs of this domain may connect: their pages come from the
-// same limit.
-func (f *front) otherVifs(ctx context.Context, xd *xenbus.Device) int {
-	n, err := xd.Unconnected(ctx)
-	if err != nil {
-		f.d.log.Debug("cannot count the domain's other vifs", "vif", f.d.id, "err", err)
-	}
-	return n
 }

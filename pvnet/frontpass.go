@@ -28,9 +28,9 @@ type frontState struct {
 
 // frontFeatures are what was agreed on with the backend.
 type frontFeatures struct {
-	Split, SG, Offload, ManyQueues, Multicast bool
-	PeerTakes                                 uint32
-	Offered                                   int
+	Split, SG, Offload, Multicast bool
+	PeerTakes                     uint32
+	Offered                       int
 }
 
 // A queueState says where the rings of a queue stand. Every request to send has its
@@ -264,7 +264,7 @@ func (f *front) state(l *lifecycle, c *conn) *frontState {
 	s := &frontState{
 		Back: dom(l.xd), ID: f.d.id, MAC: f.d.MAC(), Mark: l.xd.ClaimState().Mark,
 		Features: frontFeatures{
-			Split: c.feat.split, SG: c.feat.backSG, Offload: c.feat.offload, ManyQueues: c.feat.manyQueues,
+			Split: c.feat.split, SG: c.feat.backSG, Offload: c.feat.offload,
 			Multicast: c.feat.multicast, PeerTakes: uint32(c.feat.peerTakes), Offered: c.feat.offered,
 		},
 	}

@@ -50,7 +50,10 @@ type frontSuccessor struct {
 func (h *frontSuccessor) take(ctx context.Context, ask askFunc) (*conn, error) {
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true)) // adopt reads the rings
 	d := h.f.d
-	cannot := h.f.identify(ctx, h.xd)
+	own, cannot := h.xd.OwnValues(ctx, identityKeys...)
+	if cannot == nil {
+		cannot = h.f.identify(ctx, h.xd, own)
+	}
 	in, err := ask(ctx, dom(h.xd), d.id)
 	if in == nil {
 		return nil, err
@@ -253,7 +256,7 @@ func (h *frontSuccessor) features() features {
 	s := &h.state.Features
 	return features{
 		queues: len(h.state.Queues), split: s.Split, frontSG: true, backSG: s.SG, offload: s.Offload,
-		peerTakes: offloads(s.PeerTakes), offered: s.Offered, manyQueues: s.ManyQueues,
+		peerTakes: offloads(s.PeerTakes), offered: s.Offered,
 		untrusted: !h.f.d.Trusted(), multicast: s.Multicast,
 	}
 }
@@ -426,6 +429,9 @@ func (h *frontSuccessor) checkKeys(ctx context.Context, c *conn) error {
 	there, err := h.xd.OwnValues(ctx, keys...)
 	if err != nil {
 		return err
+	}
+	if c.feat.queues == 1 && there[netif.KeyNumQueues] == "1" { // says what is assumed without it
+		there[netif.KeyNumQueues] = ""
 	}
 	for key, v := range want {
 		if there[key] != v {

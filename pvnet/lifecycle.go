@@ -105,6 +105,7 @@ type lifecycle struct {
 	state           xenbus.State // last written, for the event log
 	firstResult     chan error   // gets the result of the first connect, once; then nil
 	publishedReason string       // the reason, as in xenstore, why there is no connection
+	reasonDue       bool         // the reason has to be removed, once the link is up: frames do not wait for that
 	told            *verdict     // backend: the verdict that is in xenstore; nil: none yet
 
 	carrierOffAt time.Time // when the carrier went off; meaningful while Device.stalled
@@ -370,6 +371,10 @@ func (l *lifecycle) do(s xenbus.Step, ch xenbus.Change) outcome {
 	switch s.Do {
 	case xenbus.Run:
 		l.resume()
+		if l.reasonDue {
+			l.reasonDue = false
+			l.publishReason(nil)
+		}
 	case xenbus.Finish:
 		return over
 	case xenbus.Release:
@@ -394,13 +399,11 @@ func (l *lifecycle) do(s xenbus.Step, ch xenbus.Change) outcome {
 		if l.conn == nil {
 			return proceed // the connect failed, and the device ends
 		}
+		l.reasonDue = true
 	default: // Wait, Drain
 		l.quiesce(ch)
 	}
 	written := announced || s.State != xenbus.Unknown && l.writeState(s.State)
-	if s.Do == xenbus.Connect {
-		l.publishReason(nil) // after the state, for which the other end waits
-	}
 	switch {
 	case written:
 		return proceed

@@ -43,7 +43,7 @@ func TestQueuesShareALimitEvenly(t *testing.T) {
 			defer front.Disconnect()
 			back := wait(t, backs)
 			await(t, back, true)
-			if front.Active() != c.queues || back.Active() != c.queues || l.read(v.FrontDir()+"/multi-queue-num-queues") != fmt.Sprint(c.queues) {
+			if front.Active() != c.queues || back.Active() != c.queues || l.exists(v.FrontDir()+"/multi-queue-num-queues") != (c.queues > 1) {
 				t.Errorf("%d queues, %d at the other end", front.Active(), back.Active())
 			}
 			want := c.queues * c.pages

@@ -89,12 +89,12 @@ func TestEachEndPublishesWhatItUsesAndNothingElse(t *testing.T) {
 		"offloads": {
 			front:     pvnet.Config{Offload: true},
 			back:      pvnet.Config{Offload: true},
-			wantFront: with(front, queue(""), offload, map[string]string{"feature-no-csum-offload": "0"}),
+			wantFront: with(front, queue(""), offload, map[string]string{"feature-no-csum-offload": ""}),
 			wantBack:  with(back, offload, map[string]string{"feature-no-csum-offload": ""}),
 		},
 		"offloads of the frontend only, lent": {
 			front:     pvnet.Config{Offload: true, LendRx: true},
-			wantFront: with(front, queue(""), offload, map[string]string{"feature-no-csum-offload": "0"}),
+			wantFront: with(front, queue(""), offload, map[string]string{"feature-no-csum-offload": ""}),
 			wantBack:  back,
 		},
 		"queues": {
@@ -105,7 +105,7 @@ func TestEachEndPublishesWhatItUsesAndNothingElse(t *testing.T) {
 		},
 		"one queue of several": {
 			back:      pvnet.Config{Queues: 3},
-			wantFront: with(front, queue(""), map[string]string{"multi-queue-num-queues": "1"}),
+			wantFront: with(front, queue("")),
 			wantBack:  with(back, severalBack),
 		},
 		"one queue, several asked for": {
@@ -123,7 +123,7 @@ func TestEachEndPublishesWhatItUsesAndNothingElse(t *testing.T) {
 				if left {
 					for _, key := range []string{
 						netif.KeyFeatureGSOTCPv4, netif.KeyFeatureGSOTCPv6, netif.KeyFeatureGSOTCPv4Prefix, netif.KeyFeatureGSOTCPv6Prefix,
-						netif.KeyFeatureIPv6CsumOffload, netif.KeyRequestMulticast, netif.KeyCtrlRingRef, netif.KeyEventChannelCtrl,
+						netif.KeyFeatureIPv6CsumOffload, netif.KeyFeatureNoCsumOffload, netif.KeyRequestMulticast, netif.KeyCtrlRingRef, netif.KeyEventChannelCtrl,
 						netif.KeyXDPHeadroom, netif.KeyNumQueues, netif.KeyEventChannel, "queue-5/tx-ring-ref",
 					} {
 						l.write(v.FrontDir()+"/"+key, "1")

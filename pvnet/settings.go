@@ -1,9 +1,11 @@
 package pvnet
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 	"time"
 
 	"barevif/pvnet/netif"
@@ -77,15 +79,19 @@ const noCarrierReason = "the backend has no carrier"
 // by whoever follows them.
 func (f *front) settings(ctx context.Context, xd *xenbus.Device) (settings, error) {
 	f.d.readdress()
-	own, err := xd.OwnValues(ctx, netif.KeyMTU)
-	if err != nil {
+	var own, peer xenstore.Values
+	var errOwn, errPeer error
+	var reads sync.WaitGroup // in flight together: the link may have to wait for them
+	reads.Go(func() { own, errOwn = xd.OwnValues(ctx, netif.KeyMTU) })
+	reads.Go(func() { peer, errPeer = xd.PeerValues(ctx, netif.KeyCarrier) })
+	reads.Wait()
+	if errors.Is(errPeer, xenstore.ErrAccess) { // the backend's directory is gone: its state tells more
+		peer, errPeer = nil, nil
+	}
+	if err := cmp.Or(errOwn, errPeer); err != nil {
 		return settings{}, err
 	}
-	peer, err := xd.PeerValues(ctx, netif.KeyCarrier)
-	if errors.Is(err, xenstore.ErrAccess) { // the backend's directory is gone: its state tells more
-		peer, err = nil, nil
-	}
-	return settings{f.d.mtuOf(own, xd.Dir(), f.d.MTU()), !f.d.carrierOf(peer, xd)}, err
+	return settings{f.d.mtuOf(own, xd.Dir(), f.d.MTU()), !f.d.carrierOf(peer, xd)}, nil
 }
 
 // carrierOf returns what the backend says of its carrier in the values of its directory.

@@ -76,12 +76,12 @@ func (d *Device) ClaimAs(ctx context.Context, p *Presence, wait time.Duration) e
 			if !open {
 				return w.Err()
 			}
-			now, there, err := d.lookup(ctx, d.dir+claimKey)
+			n, err := d.lookup(ctx, d.dir+claimKey)
 			if err != nil {
 				return err
 			}
-			switch now, _, _, _ := split(now); {
-			case there && now == held:
+			switch now, _, _, _ := split(n.value); {
+			case n.there && now == held:
 				continue
 			case now != "":
 				return fmt.Errorf("xenbus %s: %w", d.dir, ErrClaimed)
@@ -151,11 +151,12 @@ func (d *Device) keepClaim(ctx context.Context) (renewed bool, err error) {
 	if me == "" || me == passed {
 		return false, nil
 	}
-	value, there, err := d.lookup(ctx, d.dir+claimKey)
+	n, err := d.lookup(ctx, d.dir+claimKey)
 	if err != nil {
 		return false, err
 	}
-	if !there || value == "" {
+	value := n.value
+	if value == "" {
 		value, err = d.seize(ctx, me, "")
 		if errors.Is(err, ErrGone) {
 			return false, nil

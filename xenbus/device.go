@@ -176,11 +176,6 @@ func openDevice(ctx context.Context, c *xenstore.Client, d *Device, parent strin
 	if !validID(d.id) {
 		return nil, absent()
 	}
-	if _, err := c.Read(ctx, d.dir); errors.Is(err, xenstore.ErrNotFound) || errors.Is(err, xenstore.ErrAccess) {
-		return nil, absent()
-	} else if err != nil {
-		return nil, err
-	}
 	var err error
 	if d.own, err = c.Watch(ctx, d.dir); err != nil {
 		return nil, err

@@ -65,8 +65,10 @@ func (d *Device) read(ctx context.Context, stale parts, old Change, peer end, mi
 	}
 	s.at, s.recreated, s.settings = peer, stale.recreated, d.settled
 	gone := old.Gone
+	writes := d.written // taken before the other end's state is read: a write during the read counts next time
+	var state *node     // the other end's, if it was read together with ours
 	if stale.state || stale.backend {
-		if s.own, err = d.readOwn(ctx); err != nil {
+		if s.own, state, err = d.readOwn(ctx, peer, stale.peer); err != nil {
 			return s, err
 		}
 		gone = !s.own.there
@@ -89,12 +91,15 @@ func (d *Device) read(ctx context.Context, stale parts, old Change, peer end, mi
 		}
 	}
 	if s.recreated && s.own == nil && old.Overwritten != "" { // the value that overwrote our state was in the old directory
-		if s.own, err = d.readOwn(ctx); err != nil {
+		if s.own, _, err = d.readOwn(ctx, end{}, false); err != nil {
 			return s, err
 		}
 	}
 	if stale.peer || s.replaced(old) {
-		s.peer, err = d.readPeer(ctx, s.at)
+		if s.recreated || s.found { // what was read may be of the other end that was there before
+			state = nil
+		}
+		s.peer, err = d.readPeer(ctx, s.at, state, writes)
 	}
 	return s, err
 }
@@ -123,22 +128,35 @@ func (d *Device) readBackend(ctx context.Context, s *snapshot) error {
 	return nil
 }
 
-// readOwn reads the state and, for a backend, the toolstack's nodes in our directory.
-func (d *Device) readOwn(ctx context.Context) (*ownNodes, error) {
-	keys := []string{d.dir + "/state"}
+// A node is what a lookup found.
+type node struct {
+	value string
+	there bool
+}
+
+// readOwn reads the state and, for a backend, the toolstack's nodes in our directory; and, if
+// withPeer says so, the state of the other end, peer, with the requests in flight together.
+func (d *Device) readOwn(ctx context.Context, peer end, withPeer bool) (own *ownNodes, state *node, err error) {
+	paths := []string{d.dir + "/state"}
 	if d.role == Backend {
-		keys = append(keys, d.dir+"/online", d.dir+"/hotplug-status")
+		paths = append(paths, d.dir+"/online", d.dir+"/hotplug-status")
 	}
-	values, there, err := d.lookups(ctx, keys...)
+	if withPeer {
+		paths = append(paths, peer.dir+"/state")
+	}
+	nodes, err := d.lookups(ctx, paths...)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	own := &ownNodes{there: there[0], state: values[0]}
+	own = &ownNodes{there: nodes[0].there, state: nodes[0].value}
 	if d.role == Backend {
-		own.online = !there[1] || values[1] != "0"
-		own.hotplug = values[2] == "connected"
+		own.online = !nodes[1].there || nodes[1].value != "0"
+		own.hotplug = nodes[2].value == "connected"
 	}
-	return own, nil
+	if withPeer {
+		state = &nodes[len(nodes)-1]
+	}
+	return own, state, nil
 }
 
 // wasRecreated reports whether the toolstack removed our directory and made it again since we
@@ -155,24 +173,26 @@ func (d *Device) wasRecreated(ctx context.Context, own *ownNodes, old Change, mi
 	case mine.mark == "":
 		return true, nil
 	}
-	value, _, err := d.lookup(ctx, d.dir+"/"+mine.mark)
-	return err == nil && value == "", err
+	mark, err := d.lookup(ctx, d.dir+"/"+mine.mark)
+	return err == nil && mark.value == "", err
 }
 
-// readPeer reads the other end's state.
-func (d *Device) readPeer(ctx context.Context, peer end) (*peerNodes, error) {
-	writes := d.written // taken before the state is read: a write during the read counts next time
-	state, there, err := d.lookup(ctx, peer.dir+"/state")
-	if err != nil {
-		return nil, err
-	}
-	p := &peerNodes{there: there, state: parseState(state), writes: writes, online: true}
-	if d.role == Frontend && p.state == Closed {
-		online, there, err := d.lookup(ctx, peer.dir+"/online")
+// readPeer reads the other end's state, unless the caller has: then state is that.
+func (d *Device) readPeer(ctx context.Context, peer end, state *node, writes uint64) (*peerNodes, error) {
+	if state == nil {
+		n, err := d.lookup(ctx, peer.dir+"/state")
 		if err != nil {
 			return nil, err
 		}
-		p.online = !there || online != "0"
+		state = &n
+	}
+	p := &peerNodes{there: state.there, state: parseState(state.value), writes: writes, online: true}
+	if d.role == Frontend && p.state == Closed {
+		online, err := d.lookup(ctx, peer.dir+"/online")
+		if err != nil {
+			return nil, err
+		}
+		p.online = !online.there || online.value != "0"
 	}
 	return p, nil
 }
@@ -255,25 +275,25 @@ func (d *Device) take(s snapshot, ch Change, writes uint64) bool {
 	return true
 }
 
-// lookup reads a node. there is false if the node is missing or may not be read: after a
+// lookup reads a node. A node that is missing or may not be read is not there: after a
 // hot-unplug xenstored reports either.
-func (d *Device) lookup(ctx context.Context, path string) (value string, there bool, err error) {
-	value, err = d.c.Read(ctx, path)
-	if errors.Is(err, xenstore.ErrNotFound) || errors.Is(err, xenstore.ErrAccess) {
-		return "", false, nil
+func (d *Device) lookup(ctx context.Context, path string) (node, error) {
+	nodes, err := d.lookups(ctx, path)
+	if err != nil {
+		return node{}, err
 	}
-	return value, err == nil, err
+	return nodes[0], nil
 }
 
 // lookups is lookup of several nodes, with the requests in flight together.
-func (d *Device) lookups(ctx context.Context, paths ...string) (values []string, there []bool, err error) {
+func (d *Device) lookups(ctx context.Context, paths ...string) ([]node, error) {
 	values, errs := d.c.ReadAll(ctx, paths...)
-	there = make([]bool, len(paths))
+	nodes := make([]node, len(paths))
 	for i, err := range errs {
 		if err != nil && !errors.Is(err, xenstore.ErrNotFound) && !errors.Is(err, xenstore.ErrAccess) {
-			return nil, nil, err
+			return nil, err
 		}
-		there[i] = err == nil
+		nodes[i] = node{values[i], err == nil}
 	}
-	return values, there, nil
+	return nodes, nil
 }

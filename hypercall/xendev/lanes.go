@@ -18,7 +18,7 @@ import (
 
 // maxLanes is how many requests of one connection xenstored may work on at once. It stops
 // reading from a domain that has 20 of them open (quota "outstanding").
-const maxLanes = 4
+const maxLanes = 8
 
 // maxOwn bounds our own answers that wait for Read.
 const maxOwn = 64

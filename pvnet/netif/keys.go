@@ -81,7 +81,7 @@ func StaleKeys(there []string) (stale []string) {
 	old := []string{
 		KeyTxRingRef, KeyRxRingRef, KeyEventChannel, KeyEventChannelTx,
 		KeyEventChannelRx, KeyNumQueues, KeyFeatureGSOTCPv4, KeyFeatureGSOTCPv6,
-		KeyFeatureIPv6CsumOffload, KeyFeatureGSOTCPv4Prefix, KeyFeatureGSOTCPv6Prefix,
+		KeyFeatureIPv6CsumOffload, KeyFeatureNoCsumOffload, KeyFeatureGSOTCPv4Prefix, KeyFeatureGSOTCPv6Prefix,
 		KeyXDPHeadroom,
 	}
 	for _, key := range there { // an earlier program may have published more queues
