@@ -19,6 +19,8 @@ var groupCases = []struct {
 	{"EventsFromBeforeAddCount", eventsFromBeforeAddCount},
 	{"FiredWaiterIsToldOfOnceUntilRearm", firedWaiterIsToldOfOnceUntilRearm},
 	{"RemovedWaiterIsWaitedForByItself", removedWaiterIsWaitedForByItself},
+	{"EventOfAnEarlierWaitIsRearmed", eventOfAnEarlierWaitIsRearmed},
+	{"ToldBeforeRemoveIsToldAgain", toldBeforeRemoveIsToldAgain},
 	{"ClosedWaiterLeavesItsGroup", closedWaiterLeavesItsGroup},
 	{"OneTagAndOneGroupEach", oneTagAndOneGroupEach},
 	{"KeepsDeadlineAndWake", groupKeepsDeadlineAndWake},
@@ -190,6 +192,35 @@ func removedWaiterIsWaitedForByItself(t *testing.T, p pair, onThread bool) {
 	}
 	rearm(t, g, ws[1], true)
 	notify(t, far[1])
+	told(t, g, 0)
+}
+
+// An event that the waiter's own Wait returned leaves its port masked. Rearm unmasks it, as another Wait would.
+func eventOfAnEarlierWaitIsRearmed(t *testing.T, p pair, onThread bool) {
+	g := group(t, p.back, onThread)
+	_, w, far, _ := channel(t, p)
+	quiet(t, w, time.Millisecond)
+	notify(t, far)
+	wait(t, w)
+	if err := g.Add(w, 1); err != nil {
+		t.Fatal(err)
+	}
+	rearm(t, g, w, true)
+	notify(t, far)
+	told(t, g, 1)
+}
+
+// A waiter that left its group without Rearm, and waited by itself, is told of once it is added again.
+func toldBeforeRemoveIsToldAgain(t *testing.T, p pair, onThread bool) {
+	g, ws, far := members(t, p, 1, onThread)
+	notify(t, far[0])
+	told(t, g, 0)
+	g.Remove(ws[0])
+	quiet(t, ws[0], time.Millisecond)
+	if err := g.Add(ws[0], 0); err != nil {
+		t.Fatal(err)
+	}
+	notify(t, far[0])
 	told(t, g, 0)
 }
 

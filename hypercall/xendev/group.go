@@ -55,6 +55,14 @@ func (g *group) Add(hw hypercall.Waiter, tag int) error {
 	if g.waiters[tag] != nil || !w.group.CompareAndSwap(nil, g) {
 		return hypercall.ErrGrouped
 	}
+	w.mu.Lock()
+	closed := w.closed                   // else Close finds the group, and removes the waiter
+	w.raised = len(w.masked.Fired()) > 0 // by its own Wait, or in another group: Rearm unmasks them
+	w.mu.Unlock()
+	if closed {
+		w.group.Store(nil)
+		return net.ErrClosed
+	}
 	// Level-triggered, because one read may leave numbers in the file.
 	var err error
 	if w.raw.Control(func(fd uintptr) { err = g.set.Add(int(fd), tag, false) }) != nil {

@@ -4,6 +4,7 @@ package xendev
 
 import (
 	"errors"
+	"net"
 	"os"
 	"testing"
 	"time"
@@ -51,6 +52,54 @@ func tells(t *testing.T, g hypercall.Group, want int) {
 	case want >= 0 && (n != 1 || tags[0] != want || err != nil):
 		t.Fatalf("%v, %v, want %d", tags[:n], err, want)
 	}
+}
+
+// TestGroupKnowsWhatAWaitLeftMasked tests Add of a waiter whose ports its own Wait left masked, or unmasked again.
+func TestGroupKnowsWhatAWaitLeftMasked(t *testing.T) {
+	grouped(t, func(t *testing.T, g hypercall.Group) {
+		w, d := newDriver(t, 5)
+		d.fire(5)
+		event(t, w, true)
+		add(t, g, w, 1)
+		if err := g.Rearm(w, true); err != nil {
+			t.Fatal(err)
+		}
+		d.wantUnmasked(5)
+		d.fire(5)
+		tells(t, g, 1)
+		g.Remove(w)
+		noEvent(t, w, true)
+		d.wantUnmasked(5)
+		add(t, g, w, 1)
+		d.fire(5)
+		tells(t, g, 1)
+	})
+}
+
+// TestGroupTakesNoWaiterThatCloses tests Add between the moments when Close begins and when it closes the file.
+func TestGroupTakesNoWaiterThatCloses(t *testing.T) {
+	grouped(t, func(t *testing.T, g hypercall.Group) {
+		w, _ := newDriver(t, 5)
+		v, e := newDriver(t, 5)
+		w.d.life.mu.Lock() // Close closes the file after it has had this
+		closed := make(chan error, 1)
+		go func() { closed <- w.Close() }()
+		for begun := false; !begun; time.Sleep(time.Millisecond) {
+			w.mu.Lock()
+			begun = w.closed
+			w.mu.Unlock()
+		}
+		if err := g.Add(w, 1); !errors.Is(err, net.ErrClosed) {
+			t.Errorf("a waiter that closes: %v", err)
+		}
+		w.d.life.mu.Unlock()
+		if err := <-closed; err != nil {
+			t.Error(err)
+		}
+		add(t, g, v, 1)
+		e.fire(5)
+		tells(t, g, 1)
+	})
 }
 
 func TestGroupReadsEachFileAndUnmasksOnRearm(t *testing.T) {

@@ -399,9 +399,6 @@ func (w *waiter) Nudge() {
 
 // Close implements [hypercall.Waiter].
 func (w *waiter) Close() error {
-	if g := w.group.Load(); g != nil {
-		g.Remove(w)
-	}
 	w.mu.Lock()
 	if w.closed {
 		w.mu.Unlock()
@@ -411,6 +408,9 @@ func (w *waiter) Close() error {
 	ports := w.ports
 	w.ports = nil
 	w.mu.Unlock()
+	if g := w.group.Load(); g != nil {
+		g.Remove(w)
+	}
 	w.Wake() // ends Wait; closing the files does not end it, or waits for it
 	for _, p := range ports {
 		p.Close() // gives its doorbell back; the driver would unbind the port by itself
