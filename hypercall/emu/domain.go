@@ -71,7 +71,11 @@ func (d *Domain) ID() hypercall.DomID { return d.now.Load().id }
 
 // Destroy ends the domain, as [Machine.Destroy] does. It is idempotent.
 func (d *Domain) Destroy() {
-	d.hv().leave()
+	for hv := d.hv(); ; hv = d.hv() {
+		if hv.leave(); d.hv() == hv { // else it was resumed meanwhile, and goes on
+			break
+		}
+	}
 	<-d.done
 }
 

@@ -134,6 +134,10 @@ type mappedBy = granter
 func (m *Machine) newGuest(id hypercall.DomID) (*guest, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	return m.newGuestLocked(id)
+}
+
+func (m *Machine) newGuestLocked(id hypercall.DomID) (*guest, error) {
 	switch {
 	case m.closed:
 		return nil, errClosed

@@ -30,20 +30,15 @@ const (
 // newProgram makes a program of domain id, and the domain unless it lives. beside: the
 // domain may live. hangUp closes the connection to the program.
 func (m *Machine) newProgram(id hypercall.DomID, beside bool, hangUp func()) (*program, error) {
-	if beside {
-		m.mu.Lock()
-		if g := m.guests[id]; g != nil && !g.dead && !g.leaving && len(g.programs) > 0 {
-			defer m.mu.Unlock()
-			return g.addProgramLocked(hangUp), nil
-		}
-		m.mu.Unlock()
+	m.mu.Lock() // throughout: else another program could make or end the domain meanwhile
+	defer m.mu.Unlock()
+	if g := m.guests[id]; beside && g != nil && !g.dead && !g.leaving && len(g.programs) > 0 {
+		return g.addProgramLocked(hangUp), nil
 	}
-	g, err := m.newGuest(id)
+	g, err := m.newGuestLocked(id)
 	if err != nil {
 		return nil, err
 	}
-	m.mu.Lock()
-	defer m.mu.Unlock()
 	return g.addProgramLocked(hangUp), nil
 }
 

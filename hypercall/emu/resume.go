@@ -31,7 +31,7 @@ func (m *Machine) Resume(from, to hypercall.DomID) error {
 	}
 	d.gate.Lock() // nobody is inside a call that reaches other memory
 	m.mu.Lock()   // nor in one that the machine answers: each comes before all of this, or after it
-	if g.dead {
+	if g.dead || next.dead {
 		m.mu.Unlock()
 		d.gate.Unlock()
 		next.destroy()

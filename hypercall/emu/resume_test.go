@@ -142,3 +142,167 @@ func TestResumeOfNoDomain(t *testing.T) {
 		t.Errorf("%d domains", n)
 	}
 }
+
+// resuming makes a domain 2 whose Resume as domain 3 has made the new record, and waits for the
+// gate, which is held for reading. result is what Resume returns.
+func resuming(t *testing.T) (m *Machine, d *Domain, result <-chan error) {
+	m, err := New(Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if d, err = m.NewDomain(2); err != nil {
+		t.Fatal(err)
+	}
+	d.gate.RLock()
+	c := make(chan error, 1)
+	go func() { c <- m.Resume(2, 3) }()
+	for there := false; !there; time.Sleep(time.Millisecond) {
+		m.mu.Lock()
+		there = m.guests[3] != nil
+		m.mu.Unlock()
+	}
+	for d.gate.TryRLock() { // no reader enters while Resume waits
+		d.gate.RUnlock()
+		time.Sleep(time.Millisecond)
+	}
+	return m, d, c
+}
+
+// isDone fails unless the domain has ended soon.
+func isDone(t *testing.T, d *Domain) {
+	t.Helper()
+	select {
+	case <-d.Done():
+	case <-time.After(time.Minute):
+		t.Fatal("the domain goes on, or nobody is told of its end")
+	}
+}
+
+// The number that a domain continues as may be destroyed before the domain has it.
+func TestResumeAsADomainThatEnds(t *testing.T) {
+	m, d, result := resuming(t)
+	if err := m.Destroy(3); err != nil {
+		t.Fatal(err)
+	}
+	d.gate.RUnlock()
+	if err := <-result; !errors.Is(err, hypercall.ErrNoDomain) {
+		t.Errorf("Resume: %v", err)
+	}
+	if d.ID() != 2 {
+		t.Errorf("it is domain %d", d.ID())
+	}
+	m.Close()
+	isDone(t, d)
+}
+
+// Destroy ends a domain also if it is resumed at that moment.
+func TestDestroyDuringResume(t *testing.T) {
+	m, d, result := resuming(t)
+	defer m.Close()
+	m.mu.Lock() // Resume waits for it next, and Destroy behind it
+	d.gate.RUnlock()
+	time.Sleep(20 * time.Millisecond)
+	go d.Destroy()
+	time.Sleep(20 * time.Millisecond)
+	m.mu.Unlock()
+	<-result
+	isDone(t, d)
+}
+
+// Programs that begin at once are in one domain, and none is refused.
+func TestProgramsThatBeginAtOnce(t *testing.T) {
+	m, err := New(Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	errs := make(chan error, 3)
+	m.mu.Lock() // all wait for it, and then take turns
+	for range cap(errs) {
+		go func() {
+			_, err := m.newProgram(1, true, func() {})
+			errs <- err
+		}()
+	}
+	time.Sleep(20 * time.Millisecond)
+	m.mu.Unlock()
+	for range cap(errs) {
+		if err := <-errs; err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// A slowBell stays in ring until may is closed.
+type slowBell struct {
+	bell
+	ringing chan struct{}
+	may     chan struct{}
+}
+
+func (b slowBell) ring() {
+	close(b.ringing)
+	<-b.may
+	b.bell.ring()
+}
+
+// A far end that is replaced, or let go by Close, keeps its bell until a Notify that has made the event
+// pending has rung it.
+func TestFarEndStaysUntilItsBellHasRung(t *testing.T) {
+	for name, replace := range map[string]func(*port){
+		"replaced": func(p *port) { _ = p.findFar() },
+		"closed":   func(p *port) { _ = p.Close() },
+	} {
+		t.Run(name, func(t *testing.T) {
+			m, err := New(Config{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer m.Close()
+			a, err := m.NewDomain(1)
+			if err != nil {
+				t.Fatal(err)
+			}
+			w, err := a.Waiter()
+			if err != nil {
+				t.Fatal(err)
+			}
+			near, err := w.Unbound(1)
+			if err != nil {
+				t.Fatal(err)
+			}
+			far, err := w.Bind(1, near.ID())
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := w.Wait(time.Now().Add(time.Minute), true); err != nil { // the channel's first event
+				t.Fatal(err)
+			}
+			if err := w.Wait(time.Now().Add(time.Millisecond), true); !errors.Is(err, os.ErrDeadlineExceeded) { // unmasks the port
+				t.Fatal(err)
+			}
+			p, end := near.(*port), far.(*port)
+			b := slowBell{w.(*waiter).bell, make(chan struct{}), make(chan struct{})}
+			freed := make(chan struct{})
+			p.far.Store(&farEnd{end.word, end.gen, b, func() { close(freed) }})
+			notified, replaced := make(chan error, 1), make(chan struct{})
+			go func() { notified <- p.Notify() }()
+			<-b.ringing
+			go func() { replace(p); close(replaced) }()
+			select {
+			case <-freed:
+				t.Error("the bell is closed while it is about to be rung")
+			case <-time.After(20 * time.Millisecond):
+			}
+			close(b.may)
+			if err := <-notified; err != nil {
+				t.Error(err)
+			}
+			<-freed
+			<-replaced
+			if err := w.Wait(time.Now().Add(time.Minute), true); err != nil {
+				t.Error("no event:", err)
+			}
+		})
+	}
+}

@@ -294,8 +294,11 @@ func (p *port) findFar() error {
 	return nil
 }
 
+// replaceFar frees the far end that was known once no Notify under way can ring its bell any more. Else the
+// event would be pending, and nobody would be woken for it.
 func (p *port) replaceFar(far *farEnd) {
 	if old := p.far.Swap(far); old != nil {
+		p.w.d.quiesce()
 		old.free()
 	}
 }
