@@ -135,12 +135,17 @@ func (j *Joint) Hold(ctx context.Context) error {
 	default: // the token of a Hold that gave up
 	}
 	h.mu.Unlock()
-	h.changing.Lock() // waits for the end of a change under way
-	defer h.changing.Unlock()
+	h.unlessHeld(func() {}) // waits for the end of a change under way; later ones see that the Joint is to be held
 	select {
 	case <-reached:
 		return nil
 	case <-over:
+		select {
+		case <-reached: // Run ended later
+			return nil
+		default:
+		}
+		j.Resume()
 		return errNotJoined
 	case <-ctx.Done():
 		j.Resume()

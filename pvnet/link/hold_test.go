@@ -5,6 +5,8 @@ package link
 import (
 	"bytes"
 	"context"
+	"errors"
+	"net"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -119,6 +121,64 @@ func TestAHoldEndsWithItsContext(t *testing.T) {
 
 // A TAP that is passed on keeps its interface and the frames in its queue. The other process
 // learns which interface it is from the kernel.
+// A Run that ends for another reason while Hold waits ends both, and the Joint is not held.
+func TestAHoldEndsWithRun(t *testing.T) {
+	h := newHost(t, 1500, pvnet.Config{})
+	l, j, ended := h.joinScripted(openTAP(t, TAPConfig{}))
+	got := h.listen()
+	l.frame(testFrame(60), Offload{})
+	next(t, got)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	held := make(chan error, 1)
+	go func() { held <- j.Hold(ctx) }()
+	for !j.Held() {
+		time.Sleep(time.Millisecond)
+	}
+	l.end()
+	if err := <-held; !errors.Is(err, errNotJoined) {
+		t.Errorf("Hold: %v", err)
+	}
+	if err := <-ended; err != nil && !errors.Is(err, net.ErrClosed) {
+		t.Errorf("Run: %v", err)
+	}
+	if j.Held() {
+		t.Error("it is held")
+	}
+}
+
+// A link that is down, as a packet socket whose interface is, can be held like any other.
+func TestALinkThatIsDownIsHeld(t *testing.T) {
+	h := newHost(t, 1500, pvnet.Config{})
+	l, j, _ := h.joinScripted(openTAP(t, TAPConfig{}))
+	got := h.listen()
+	l.frame(testFrame(60), Offload{})
+	next(t, got)
+	down, stop := context.WithCancel(context.Background())
+	defer stop()
+	reads := make(chan struct{})
+	go func() {
+		defer close(reads)
+		for {
+			select {
+			case l.script <- func([][]byte) (int, Offload, error) { return 0, Offload{}, ErrDown }:
+			case <-down.Done():
+				return
+			}
+		}
+	}()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	if err := j.Hold(ctx); err != nil {
+		t.Errorf("Hold: %v", err)
+	}
+	stop()
+	<-reads
+	j.Resume()
+	l.frame(testFrame(60), Offload{})
+	next(t, got)
+}
+
 func TestAnAdoptedTAPIsTheSameInterface(t *testing.T) {
 	tap := openTAP(t, TAPConfig{MTU: 1400})
 	p := openPacket(t, tap.Name())

@@ -465,12 +465,16 @@ func (j *Joint) fromLinkTo(ctx context.Context, l Link, dev *pvnet.Device, txs [
 		default:
 			return err
 		}
-		if pause > 0 {
-			select {
-			case <-ctx.Done():
-				return err
-			case <-time.After(pause):
-			}
+		if pause == 0 {
+			continue
+		}
+		if f.ending() { // a link that is down may not look at its deadline
+			return os.ErrDeadlineExceeded
+		}
+		select {
+		case <-ctx.Done():
+			return err
+		case <-time.After(pause):
 		}
 	}
 }
