@@ -453,6 +453,78 @@ func TestWatchThatCannotBeSetAgainEnds(t *testing.T) {
 	})
 }
 
+// widens brings a Client, which has a watch on domain 1's node, to the broad watch for which it drops that one:
+// the server has refused a watch on domain 2's node for its quota. It returns the watch and the requests.
+func widens(t *testing.T, ctx context.Context, p *wiretest.Peer, c *xenstore.Client) (w *xenstore.Watch, second <-chan error, first, drop wiretest.Message) {
+	got := make(chan *xenstore.Watch, 1)
+	go func() {
+		w, err := c.Watch(t.Context(), "/local/domain/1/state")
+		if err != nil {
+			t.Error(err)
+		}
+		got <- w
+	}()
+	first = p.Expect(wire.Watch)
+	p.Reply(first, "OK\x00")
+	w = <-got
+	ended := make(chan error, 1)
+	go func() { _, err := c.Watch(ctx, "/local/domain/2/state"); ended <- err }()
+	p.Refuse(p.Expect(wire.Watch), "E2BIG") // of domain 2's node
+	p.Refuse(p.Expect(wire.Watch), "E2BIG") // the broad one
+	return w, ended, first, p.Expect(wire.Unwatch)
+}
+
+// A watch that was dropped to make room for a broad one is set again if its caller has left, and tells of
+// events.
+func TestWatchDroppedForNothingIsSetAgain(t *testing.T) {
+	dialled(t, xenstore.Config{}, func(t *testing.T, s *scripted, c *xenstore.Client) {
+		p := s.accept()
+		ctx, cancel := context.WithCancel(t.Context())
+		w, second, first, drop := widens(t, ctx, p, c)
+		synctest.Wait() // the broad one is queued again
+		cancel()
+		if err := <-second; err == nil {
+			t.Error("a watch without its context")
+		}
+		p.Reply(drop, "OK\x00")
+		again := p.Expect(wire.Watch)
+		if again.Payload != first.Payload {
+			t.Fatalf("%q", again.Payload)
+		}
+		p.Reply(again, "OK\x00")
+		<-w.C() // set again
+		_, token, _ := strings.Cut(strings.TrimSuffix(again.Payload, "\x00"), "\x00")
+		p.Event("/local/domain/1/state", token)
+		synctest.Wait()
+		select {
+		case <-w.C():
+		default:
+			t.Errorf("it says nothing of an event: %+v", c.Stats())
+		}
+		c.Close()
+		if _, open := <-w.C(); open {
+			t.Error("Close of the Client does not close it")
+		}
+	})
+}
+
+// A Client may end once the server has accepted a broad watch, and before that covers the others. Their channels
+// are closed then.
+func TestClientEndsWhileItsWatchesAreReplaced(t *testing.T) {
+	for range 200 {
+		dialled(t, xenstore.Config{}, func(t *testing.T, s *scripted, c *xenstore.Client) {
+			p := s.accept()
+			w, second, _, drop := widens(t, t.Context(), p, c)
+			p.Reply(drop, "OK\x00")
+			p.Reply(p.Expect(wire.Watch), "OK\x00")
+			c.Close()
+			<-second
+			for range w.C() { // until it is closed
+			}
+		})
+	}
+}
+
 // The server answers a WATCH as /dev/xen/xenbus may: with an error of the write.
 type node struct {
 	net.Conn

@@ -127,18 +127,15 @@ func (c *Client) widen(ctx context.Context) error {
 		c.mu.Lock()
 		w.dropLocked(c.epoch) // queued before the watch that follows
 		c.mu.Unlock()
-		if _, err = c.watch(ctx, domains, true); err != nil {
-			c.mu.Lock()
-			defer c.mu.Unlock()
-			if !w.over {
-				w.set, c.watches[w.token] = true, w
-				c.postLocked(w.renewLocked(c.epoch))
-			}
-			return err
-		}
+		_, err = c.watch(ctx, domains, true)
 		c.mu.Lock()
-		if !w.over {
-			w.coverLocked(c.broadLocked(domains))
+		b := c.broadLocked(domains)
+		switch {
+		case w.over:
+		case err == nil && b != nil:
+			w.coverLocked(b)
+		default:
+			w.restoreLocked()
 		}
 		c.mu.Unlock()
 	}
@@ -148,6 +145,9 @@ func (c *Client) widen(ctx context.Context) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	b := c.broadLocked(domains)
+	if b == nil { // the server has refused it since, on another connection, or the Client has ended
+		return ErrQuota
+	}
 	for _, w := range c.narrowLocked() {
 		w.dropLocked(c.epoch)
 		w.coverLocked(b)
@@ -155,6 +155,18 @@ func (c *Client) widen(ctx context.Context) error {
 	return nil
 }
 
+// restoreLocked sets w, which dropLocked has dropped, once more. As after a lost connection, any node below
+// may have changed meanwhile.
+func (w *Watch) restoreLocked() {
+	c := w.c
+	if c.postLocked(w.renewLocked(c.epoch)) != nil {
+		w.endLocked(hypercall.ErrClosed)
+		return
+	}
+	w.set, c.watches[w.token] = true, w
+}
+
+// broadLocked returns the broad watch on path, nil if there is none.
 func (c *Client) broadLocked(path string) *Watch {
 	for _, w := range c.watches {
 		if w.broad && w.path == path {
@@ -300,7 +312,11 @@ func (w *Watch) dropLocked(epoch uint64) {
 	w.set = false // begin must not set it again
 	r := &request{op: wire.Unwatch, path: w.path, epoch: epoch, done: make(chan struct{}),
 		parts: []string{w.path, "\x00", w.token, "\x00"}}
-	r.settled = func() { delete(c.watches, w.token) }
+	r.settled = func() {
+		if !w.set { // else it was set again meanwhile
+			delete(c.watches, w.token)
+		}
+	}
 	if c.postLocked(r) != nil {
 		delete(c.watches, w.token)
 	}
