@@ -119,18 +119,17 @@ func connect(ctx context.Context, f *os.File, sa unix.Sockaddr) error {
 	if err != unix.EINPROGRESS {
 		return os.NewSyscallError("connect", err)
 	}
-	stop := context.AfterFunc(ctx, func() { f.SetWriteDeadline(time.Unix(1, 0)) })
-	defer stop()
 	conn, err := f.SyscallConn()
 	if err != nil {
 		return err
 	}
+	stop := context.AfterFunc(ctx, func() { f.SetWriteDeadline(time.Unix(1, 0)) })
 	var result error
 	err = conn.Write(func(fd uintptr) (done bool) {
 		result, done = connected(int(fd))
 		return done
 	})
-	if errors.Is(err, os.ErrDeadlineExceeded) {
+	if !stop() { // connected or not: the socket has the deadline, or is about to get it
 		return context.Cause(ctx)
 	}
 	if err != nil {
