@@ -147,6 +147,7 @@ func newDevice(id string, role telemetry.Role, domain hypercall.Domain, cfg Conf
 	}
 	if role == telemetry.Frontend {
 		d.hash = newHashClient(cfg.Hash)
+		d.joins.init()
 	}
 	d.mtu.Store(1500)
 	return d

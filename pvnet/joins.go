@@ -16,7 +16,7 @@ import (
 
 // joins is what a frontend's device wants of its backend's multicast filter.
 type joins struct {
-	call sync.Mutex // one SetMulticast at a time
+	turn chan struct{} // one token: whoever holds it is the one SetMulticast under way
 
 	mu   sync.Mutex
 	want []MAC // guarded by mu: the groups; nil: all multicast
@@ -25,6 +25,11 @@ type joins struct {
 	asked   atomic.Bool // it has been asked to; stored by the lifecycle goroutine
 	offered atomic.Bool // it knows lists
 	dynamic atomic.Bool // it follows the request while it is connected
+}
+
+func (j *joins) init() {
+	j.turn = make(chan struct{}, 1)
+	j.turn <- struct{}{}
 }
 
 func (j *joins) wanted() []MAC {
@@ -38,6 +43,9 @@ func (j *joins) wanted() []MAC {
 // device begins with; an empty list that is not nil asks for none. Broadcast always comes.
 // The device keeps the list for its later connections. The list saves work and is no
 // promise: frames to other groups may still come.
+//
+// One call at a time asks the backend. A call whose ctx ends while it waits for an earlier
+// one changes nothing.
 //
 // Whoever joins groups by IPv6 has to list those of its neighbour discovery, ff02::1 and
 // the solicited-node groups. Package netstack sets no list.
@@ -64,8 +72,12 @@ func (d *Device) SetMulticast(ctx context.Context, list []MAC) error {
 		}
 	}
 	j := &d.joins
-	j.call.Lock()
-	defer j.call.Unlock()
+	select {
+	case <-j.turn:
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	defer func() { j.turn <- struct{}{} }()
 	j.mu.Lock()
 	j.want = slices.Clone(list)
 	if list != nil && j.want == nil {

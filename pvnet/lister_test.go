@@ -5,8 +5,11 @@ import (
 	"errors"
 	"testing"
 	"testing/synctest"
+	"time"
 
 	"barevif/hypercall/emu"
+	"barevif/telemetry"
+	"barevif/xenbus/xenstore/server/labtest"
 )
 
 // SetMulticast waits for the backend of the connection that it asked. If that connection is
@@ -52,6 +55,45 @@ func TestSetMulticastDoesNotWaitForAnEarlierBackend(t *testing.T) {
 				}
 			})
 		})
+	}
+}
+
+// While one SetMulticast waits for the link, another one ends with its context all the same, and
+// has changed nothing.
+func TestSetMulticastKeepsItsContextWhileAnotherWaits(t *testing.T) {
+	d := newDevice("0", telemetry.Frontend, nil, Config{Queues: 1})
+	first, endFirst := context.WithCancelCause(t.Context())
+	enough := errors.New("enough")
+	ended := make(chan error, 1)
+	go func() { ended <- d.SetMulticast(first, []MAC{{1, 0, 0x5e, 0, 0, 1}}) }()
+	for end := time.Now().Add(labtest.Limit); len(d.joins.wanted()) == 0; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("the first call does not begin")
+		}
+	}
+	ctx, cancel := context.WithCancelCause(t.Context())
+	second := make(chan error, 1)
+	go func() { second <- d.SetMulticast(ctx, nil) }()
+	cancel(enough)
+	select {
+	case err := <-second:
+		if !errors.Is(err, enough) {
+			t.Errorf("the second call: %v", err)
+		}
+	case <-time.After(labtest.Limit):
+		t.Error("the second call goes on after the end of its context")
+	}
+	if d.joins.wanted() == nil {
+		t.Error("the second call has replaced the list")
+	}
+	endFirst(enough)
+	select {
+	case err := <-ended:
+		if !errors.Is(err, enough) {
+			t.Errorf("the first call: %v", err)
+		}
+	case <-time.After(labtest.Limit):
+		t.Error("the first call goes on after the end of its context")
 	}
 }
 
