@@ -24,7 +24,7 @@ type Client struct {
 	program string
 	settled chan struct{} // closed when every vif of the hello has been settled
 
-	turn sync.Mutex // held from a take to its took or cannot
+	turn chan struct{} // one token: whoever holds it has the session, from a take to its took or cannot
 
 	mu    sync.Mutex
 	left  map[string]bool // guarded by mu; vifs of the hello that were not settled
@@ -41,7 +41,11 @@ func Dial(ctx context.Context, path string, id Identity) (*Client, error) {
 	if err != nil {
 		return nil, fmt.Errorf("handover: %w", err)
 	}
-	c := &Client{id: id, conn: newConn(nc.(*net.UnixConn)), settled: make(chan struct{}), left: make(map[string]bool), moved: time.Now()}
+	c := &Client{
+		id: id, conn: newConn(nc.(*net.UnixConn)), settled: make(chan struct{}), turn: make(chan struct{}, 1),
+		left: make(map[string]bool), moved: time.Now(),
+	}
+	c.turn <- struct{}{}
 	stop := context.AfterFunc(ctx, func() { nc.Close() })
 	defer stop()
 	if err := c.hello(id); err != nil {
@@ -93,24 +97,32 @@ func (c *Client) Taken() int {
 
 // TakeOver is a [pvnet.ServeConfig].TakeOver and, with Identity.Frontend, an ask of
 // [pvnet.TakeOver]: peer is the domain of the other end. Vifs come one after another: it
-// waits for the one before.
+// waits for the one before. If ctx ends first, it fails with the cause. If the other process
+// was asked for the vif by then, the session is over: that process keeps the vif, and those that
+// have not come.
 func (c *Client) TakeOver(ctx context.Context, peer hypercall.DomID, id string) (*pvnet.TakenVif, error) {
 	vif := c.id.name(peer, id)
-	c.turn.Lock()
+	select {
+	case <-c.turn:
+	case <-ctx.Done():
+		c.settle(vif, false)
+		return nil, context.Cause(ctx)
+	}
+	pass := func() { c.turn <- struct{}{} }
 	in, err := c.take(ctx, vif)
 	if in == nil {
 		c.settle(vif, false)
-		c.turn.Unlock()
+		pass()
 		return nil, err
 	}
 	in.Accept = func() error {
-		defer c.turn.Unlock()
+		defer pass()
 		err := c.fail(c.conn.send(&message{Op: opTook, Vif: vif}, nil))
 		c.settle(vif, err == nil)
 		return err
 	}
 	in.Refuse = func(why error) {
-		defer c.turn.Unlock()
+		defer pass()
 		_ = c.fail(c.conn.send(&message{Op: opCannot, Vif: vif, Why: clip(why.Error())}, nil))
 		c.settle(vif, false)
 	}
@@ -129,14 +141,38 @@ func (c *Client) Offers(peer hypercall.DomID, id string) bool {
 // process keeps it until it ends, and Finish does not wait for it.
 func (c *Client) Decline(peer hypercall.DomID, id string) { c.settle(c.id.name(peer, id), false) }
 
-// take asks for a vif. It returns nil if the other process does not have it, or has ended.
+// take asks for a vif. It returns nil if the other process does not have it, or has ended. If
+// ctx ends before the answer has come the session is over: an answer that came later would be
+// taken for that about the next vif.
 func (c *Client) take(ctx context.Context, vif string) (*pvnet.TakenVif, error) {
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	}
 	c.mu.Lock()
 	over := c.err != nil
 	c.mu.Unlock()
-	if over || ctx.Err() != nil {
+	if over {
 		return nil, nil
 	}
+	stop := c.failAfter(ctx)
+	in, err := c.ask(vif)
+	if stop() {
+		return in, err
+	}
+	if in != nil {
+		closeAll(in.Files)
+	}
+	// The function of failAfter may not have run yet.
+	return nil, c.fail(fmt.Errorf("handover: vif %s has not come: %w", vif, context.Cause(ctx)))
+}
+
+// failAfter ends the session when ctx ends, unless stop is called before, which then reports true.
+func (c *Client) failAfter(ctx context.Context) (stop func() bool) {
+	return context.AfterFunc(ctx, func() { _ = c.fail(context.Cause(ctx)) })
+}
+
+// ask sends the request for a vif, and waits for the answer.
+func (c *Client) ask(vif string) (*pvnet.TakenVif, error) {
 	if err := c.fail(c.conn.send(&message{Op: opTake, Vif: vif}, nil)); err != nil {
 		return nil, err
 	}
@@ -221,15 +257,29 @@ func (c *Client) Finish(ctx context.Context) error {
 		}
 		t.Stop()
 	}
-	c.turn.Lock()
-	defer c.turn.Unlock()
 	defer c.conn.Close()
+	select {
+	case <-c.turn:
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	defer func() { c.turn <- struct{}{} }()
 	c.mu.Lock()
 	err := c.err
 	c.mu.Unlock()
 	if err != nil {
 		return err
 	}
+	stop := c.failAfter(ctx)
+	err = c.dismiss()
+	if !stop() && err != nil {
+		return context.Cause(ctx)
+	}
+	return err
+}
+
+// dismiss tells the other process to end, and waits for its answer.
+func (c *Client) dismiss() error {
 	if err := c.fail(c.conn.send(&message{Op: opDone}, nil)); err != nil {
 		return err
 	}

@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"io"
 	"io/fs"
 	"net"
 	"os"
@@ -406,6 +407,99 @@ func TestALongStateComesInPackets(t *testing.T) {
 	}
 	if in, err := c.TakeOver(t.Context(), 1, "1"); in != nil || err != nil {
 		t.Errorf("%+v, %v", in, err)
+	}
+}
+
+// A process that was stopped, and does not answer any more, holds nobody up whose context ends:
+// neither who has asked it for a vif, nor who waits to ask, nor who ends the session.
+func TestAContextEndsTheWaitForAProcessThatDoesNotAnswer(t *testing.T) {
+	enough := errors.New("enough")
+	for name, f := range map[string]func(ctx context.Context, end func(), c *Client, got <-chan string) error{
+		"it was asked": func(ctx context.Context, end func(), c *Client, got <-chan string) error {
+			ended := make(chan error, 1)
+			go func() {
+				_, err := c.TakeOver(ctx, 1, "0")
+				ended <- err
+			}()
+			<-got
+			end()
+			err := <-ended
+			c.Decline(1, "1")
+			if err := c.Finish(context.Background()); !errors.Is(err, enough) {
+				t.Errorf("the session has ended with %v", err)
+			}
+			return err
+		},
+		"another vif is asked for": func(ctx context.Context, end func(), c *Client, got <-chan string) error {
+			go c.TakeOver(context.Background(), 1, "0")
+			<-got
+			ended := make(chan error, 1)
+			go func() {
+				_, err := c.TakeOver(ctx, 1, "1")
+				ended <- err
+			}()
+			end()
+			return <-ended
+		},
+		"the end waits for a vif": func(ctx context.Context, end func(), c *Client, got <-chan string) error {
+			go c.TakeOver(context.Background(), 1, "0")
+			<-got
+			c.Decline(1, "0")
+			c.Decline(1, "1")
+			ended := make(chan error, 1)
+			go func() { ended <- c.Finish(ctx) }()
+			time.Sleep(50 * time.Millisecond) // so that it waits for its turn, most likely
+			end()
+			return <-ended
+		},
+		"it was told to end": func(ctx context.Context, end func(), c *Client, got <-chan string) error {
+			c.Decline(1, "0")
+			c.Decline(1, "1")
+			ended := make(chan error, 1)
+			go func() { ended <- c.Finish(ctx) }()
+			<-got
+			end()
+			return <-ended
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			path := filepath.Join(emutest.SocketDir(t), "s")
+			l, err := listen(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer l.Close()
+			got := make(chan string, 1)
+			over := make(chan error, 1)
+			go func() {
+				nc, err := l.AcceptUnix()
+				if err != nil {
+					over <- err
+					return
+				}
+				p := newConn(nc)
+				defer p.Close()
+				p.receive(time.Now().Add(labtest.Limit))
+				p.send(us.hello([]string{"1/0", "1/1"}), nil)
+				if m, _, err := p.receive(time.Now().Add(labtest.Limit)); err == nil {
+					got <- m.Op
+				}
+				_, _, err = p.receive(time.Now().Add(labtest.Limit)) // and does not answer
+				over <- err
+			}()
+			c, err := Dial(t.Context(), path, us)
+			if err != nil {
+				t.Fatal(err)
+			}
+			ctx, cancel := context.WithCancelCause(t.Context())
+			if err := f(ctx, func() { cancel(enough) }, c, got); !errors.Is(err, enough) {
+				t.Errorf("%v", err)
+			}
+			c.Close()
+			if err := <-over; !errors.Is(err, io.EOF) {
+				t.Errorf("the other process does not see the end of the session: %v", err)
+			}
+		})
 	}
 }
 
