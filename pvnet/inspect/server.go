@@ -55,7 +55,7 @@ type Server struct {
 	done chan struct{} // closed by Close
 
 	mu     sync.Mutex
-	closed bool
+	closed bool                   // guarded by mu
 	vifs   []*shown               // guarded by mu; in the order of their names
 	conns  map[*net.UnixConn]bool // guarded by mu: the clients
 	states map[string]*state      // guarded by mu: by name
@@ -211,13 +211,35 @@ func writeAnswer(c net.Conn, a *answer) error {
 	return err
 }
 
+// readUntil has the reads of a client end at a time; zero: never. Once the server is closed they
+// end at once, as Close has set it.
+func (s *Server) readUntil(c *net.UnixConn, end time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.closed {
+		c.SetReadDeadline(end)
+	}
+}
+
+// allowWrite gives a client time to take some of what it asked for, and less once the server is
+// closed.
+func (s *Server) allowWrite(c *net.UnixConn) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	patience := writeTimeout
+	if s.closed {
+		patience = lastWrites
+	}
+	c.SetWriteDeadline(time.Now().Add(patience))
+}
+
 // serve answers one client.
 func (s *Server) serve(c *net.UnixConn) {
-	c.SetReadDeadline(time.Now().Add(requestTimeout))
+	s.readUntil(c, time.Now().Add(requestTimeout))
 	r := bufio.NewReader(c)
 	var q request
 	err := readLine(r, maxRequest, &q)
-	c.SetWriteDeadline(time.Now().Add(writeTimeout))
+	s.allowWrite(c)
 	if err != nil {
 		writeAnswer(c, &answer{Error: err.Error()})
 		return
@@ -308,12 +330,7 @@ func (s *Server) dump(c *net.UnixConn, name string, dev *pvnet.Device, cfg *Dump
 	s.log.Info("frames of a vif are copied", "vif", name)
 	defer s.log.Info("frames of a vif are no longer copied", "vif", name)
 	enough := make(chan struct{})
-	c.SetReadDeadline(time.Time{})
-	select {
-	case <-s.done:
-		c.SetReadDeadline(time.Unix(1, 0)) // Close may have set it before us
-	default:
-	}
+	s.readUntil(c, time.Time{})
 	s.wg.Go(func() {
 		defer close(enough)
 		var b [64]byte
@@ -323,7 +340,7 @@ func (s *Server) dump(c *net.UnixConn, name string, dev *pvnet.Device, cfg *Dump
 			}
 		}
 	})
-	w := &recordWriter{w: bufio.NewWriterSize(&patientWriter{c, s.done}, 128<<10)}
+	w := &recordWriter{w: bufio.NewWriterSize(&patientWriter{s, c}, 128<<10)}
 	reason := w.copyAll(tap, enough, dev.Done())
 	tap.Close()
 	w.some(tap)
@@ -350,18 +367,12 @@ func tapOf(dev *pvnet.Device, cfg *DumpConfig) (*pvnet.Tap, error) {
 
 // A patientWriter gives the client some time for each piece that it takes.
 type patientWriter struct {
-	c      *net.UnixConn
-	closed <-chan struct{}
+	s *Server
+	c *net.UnixConn
 }
 
 func (p *patientWriter) Write(b []byte) (int, error) {
-	patience := writeTimeout
-	select {
-	case <-p.closed:
-		patience = lastWrites
-	default:
-	}
-	p.c.SetWriteDeadline(time.Now().Add(patience))
+	p.s.allowWrite(p.c)
 	return p.c.Write(b)
 }
 
