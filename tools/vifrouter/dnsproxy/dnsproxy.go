@@ -147,7 +147,9 @@ func (s *Server) Stats() Stats {
 
 // Close ends all queries and waits for them. The caller closes the sockets first.
 func (s *Server) Close() {
+	s.mu.Lock() // what enter and admit let in is counted in works before the Wait, or they refuse it
 	s.end()
+	s.mu.Unlock()
 	s.works.Wait()
 }
 

@@ -485,6 +485,40 @@ func TestEachHasItsShareWhenAllIsTaken(t *testing.T) {
 	}
 }
 
+// Close waits for a query whose admission is under way, and later ones are not admitted.
+func TestCloseWaitsForAQueryThatIsBeingAdmitted(t *testing.T) {
+	s := newSite(t)
+	s.Server.mu.Lock() // enter has it from its look at ctx until the query counts
+	closed := make(chan struct{})
+	go func() {
+		defer close(closed)
+		s.Close()
+	}()
+	select {
+	case <-s.ctx.Done():
+		t.Error("Close has begun to end the queries, and does not know of the one that is admitted next")
+	case <-time.After(100 * time.Millisecond):
+	}
+	s.works.Add(1)
+	s.Server.mu.Unlock()
+	select {
+	case <-closed:
+		t.Error("Close has not waited")
+	case <-s.ctx.Done():
+	case <-time.After(limit):
+		t.Fatal("Close does not end the queries")
+	}
+	s.works.Done()
+	select {
+	case <-closed:
+	case <-time.After(limit):
+		t.Fatal("Close does not return")
+	}
+	if s.enter(Client{"guest", "group"}) || s.admit(Client{"guest", "group"}) {
+		t.Error("a query is admitted after Close")
+	}
+}
+
 func TestConnectionsOfAGuestAreFew(t *testing.T) {
 	s := newSite(t, newFake(t, plain))
 	for range Connections {
