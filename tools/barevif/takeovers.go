@@ -52,6 +52,7 @@ type takeovers struct {
 	listener  *handover.Listener       // guarded by mu; nil: none yet
 	vifs      map[*handover.Vif]func() // guarded by mu; by vif: takes it out of the listener
 	successor bool                     // guarded by mu; a process that startSuccessor started runs
+	closed    bool                     // guarded by mu; close was called
 }
 
 func (h *takeovers) register(cmd *cobra.Command, takeOver string) {
@@ -159,6 +160,9 @@ func (h *takeovers) run(ctx context.Context, handed func()) {
 		return
 	}
 	l, err := h.listen()
+	if errors.Is(err, net.ErrClosed) { // this process ends
+		return
+	}
 	h.isReady()
 	if err != nil {
 		h.slog.Warn("no other "+h.command+" can take the vifs over", "err", err)
@@ -182,7 +186,13 @@ func (h *takeovers) isReady() {
 	}
 }
 
+// listen makes the listener. After close it makes none, which nobody would close: net.ErrClosed.
 func (h *takeovers) listen() (*handover.Listener, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.closed {
+		return nil, net.ErrClosed
+	}
 	if err := domain.FreePath(h.path); err != nil {
 		return nil, err
 	}
@@ -190,8 +200,6 @@ func (h *takeovers) listen() (*handover.Listener, error) {
 	if err != nil {
 		return nil, err
 	}
-	h.mu.Lock()
-	defer h.mu.Unlock()
 	h.listener = l
 	for v := range h.vifs {
 		h.vifs[v] = l.Add(*v)
@@ -205,6 +213,7 @@ func (h *takeovers) close() {
 		h.client.Close()
 	}
 	h.mu.Lock()
+	h.closed = true
 	l := h.listener
 	h.mu.Unlock()
 	if l != nil {
