@@ -254,21 +254,23 @@ func (c *conn) receiveState(n int, end time.Time) ([]byte, error) {
 	return state, nil
 }
 
-// receive waits for a message until end; zero: for ever. The caller closes the files.
+// receive waits for a message until end; zero: for ever. The caller closes the files. The error is
+// io.EOF itself if the other process has closed the connection.
 func (c *conn) receive(end time.Time) (*message, []*os.File, error) {
 	if err := c.SetReadDeadline(end); err != nil {
 		return nil, nil, err
 	}
 	oob := make([]byte, unix.CmsgSpace(maxFiles*4))
 	n, oobn, flags, _, err := c.ReadMsgUnix(c.buf, oob)
+	if errors.Is(err, io.EOF) { // ReadMsgUnix wraps it, as Read does not
+		return nil, nil, io.EOF
+	}
 	if err != nil {
 		return nil, nil, err
 	}
 	files := rights(oob[:oobn])
 	m := new(message)
 	switch {
-	case n == 0:
-		err = io.EOF
 	case flags&(unix.MSG_TRUNC|unix.MSG_CTRUNC) != 0:
 		err = errors.New("handover: a message is too long, or has too many descriptors")
 	default:

@@ -19,6 +19,7 @@ import (
 	"barevif/hypercall/emu"
 	"barevif/hypercall/emu/emutest"
 	"barevif/pvnet"
+	"barevif/telemetry/logtest"
 	"barevif/xenbus/toolstack"
 	"barevif/xenbus/xenstore/server/labtest"
 )
@@ -226,6 +227,65 @@ func TestProcessesThatDoNotFitPart(t *testing.T) {
 	}
 	if st, err := os.Stat(s.path); err != nil || st.Mode().Perm() != 0o600 {
 		t.Errorf("the socket has mode %v, %v", st.Mode(), err)
+	}
+}
+
+// Who only looks whether anybody listens, as a process does before it listens itself, is no cause for a warning.
+func TestALookWhetherAnybodyListensIsNoFault(t *testing.T) {
+	var log logtest.Log
+	path := filepath.Join(emutest.SocketDir(t), "s")
+	l, err := Listen(path, us, log.Logger())
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := net.Dial("unixpacket", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.Close()
+	if _, err := Dial(t.Context(), path, Identity{Domain: 3}); err == nil { // was accepted later
+		t.Error("a process of another domain was accepted")
+	}
+	l.Close() // waits for both
+	if lines := log.Lines("did not say so"); len(lines) > 0 {
+		t.Errorf("%q", lines)
+	}
+}
+
+// An old process may end as soon as it is told to, before it has answered.
+func TestAnOldProcessThatEndsAtOnceHasEnded(t *testing.T) {
+	path := filepath.Join(emutest.SocketDir(t), "s")
+	l, err := net.Listen("unixpacket", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	old := make(chan error, 1)
+	go func() {
+		nc, err := l.Accept()
+		if err != nil {
+			old <- err
+			return
+		}
+		c := newConn(nc.(*net.UnixConn))
+		defer c.Close()
+		if _, _, err = c.receive(time.Now().Add(labtest.Limit)); err == nil {
+			err = c.send(us.hello(nil), nil)
+		}
+		if err == nil {
+			_, _, err = c.receive(time.Now().Add(labtest.Limit)) // that it is done
+		}
+		old <- err
+	}()
+	c, err := Dial(t.Context(), path, us)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Finish(t.Context()); err != nil {
+		t.Errorf("Finish: %v", err)
+	}
+	if err := <-old; err != nil {
+		t.Errorf("the old process: %v", err)
 	}
 }
 
