@@ -286,6 +286,10 @@ func TestConnectNamesTheVifsThereAre(t *testing.T) {
 }
 
 func TestConnectSaysWhichStatesItSaw(t *testing.T) {
+	synctest.Test(t, testConnectSaysWhichStatesItSaw)
+}
+
+func testConnectSaysWhichStatesItSaw(t *testing.T) {
 	l := newLab(t)
 	fdom := l.domain(1)
 	l.domain(2)

@@ -6,6 +6,7 @@ import (
 	"maps"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"barevif/hypercall"
@@ -38,6 +39,10 @@ func (l *lab) reads(dir string, want map[string]string) {
 // A vif is shown to nobody before its network is there; and when that is missing, the
 // toolstack and the frontend can read why.
 func TestAVifIsHeldUntilItsNetworkIsThere(t *testing.T) {
+	synctest.Test(t, testAVifIsHeldUntilItsNetworkIsThere)
+}
+
+func testAVifIsHeldUntilItsNetworkIsThere(t *testing.T) {
 	l := newLab(t)
 	fdom, bdom := l.domain(1), l.domain(2)
 	v := l.add(toolstack.Vif{Front: 1, Back: 2, Bridge: "xenbr7"})
@@ -177,7 +182,9 @@ func TestAVifThatIsNotSelectedIsLeftAlone(t *testing.T) {
 }
 
 // A vif that is held goes away with its directory, and with its backend.
-func TestAHeldVifIsRemoved(t *testing.T) {
+func TestAHeldVifIsRemoved(t *testing.T) { synctest.Test(t, testAHeldVifIsRemoved) }
+
+func testAHeldVifIsRemoved(t *testing.T) {
 	l := newLab(t)
 	fdom, bdom := l.domain(1), l.domain(2)
 	v := l.add(toolstack.Vif{Front: 1, Back: 2})
