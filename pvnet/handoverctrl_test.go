@@ -140,11 +140,11 @@ func TestRequestsMeetATakeOver(t *testing.T) {
 	cfg := pvnet.Config{StaticGrants: true} // a page that is lent may not be removed
 	s := newTold(t, cfg)
 	pages := s.front.SentPages(0)[:16] // each becomes a mapping of its own, of which a queue has 64 at most
-	stop, asked := make(chan struct{}), make(chan int, 1)
+	stop, stopped := make(chan struct{}), make(chan struct{})
+	var asked atomic.Int64
 	go func() {
-		n := 0
-		defer func() { asked <- n }()
-		for ; ; n++ {
+		defer close(stopped)
+		for n := 0; ; n++ {
 			select {
 			case <-stop:
 				return
@@ -160,14 +160,19 @@ func TestRequestsMeetATakeOver(t *testing.T) {
 				t.Errorf("request %d: added, %v, %v", n, status, err)
 				return
 			}
+			asked.Add(1)
 		}
 	}()
+	last := int64(0)
 	for range 8 {
+		soon(t, "asked again", func() bool { return asked.Load() > last || t.Failed() })
+		last = asked.Load()
 		s.n = s.e.want(s.n, 50)
 		s.takeOver(cfg, nil)
 	}
 	close(stop)
-	if n := wait(t, asked); n < 8 {
+	wait(t, stopped)
+	if n := asked.Load(); n < 8 {
 		t.Errorf("%d requests", n)
 	}
 	awaitStatic(t, s.p.dev)
