@@ -276,11 +276,7 @@ func TestAVifIsHandedOver(t *testing.T) {
 	}
 	total := int(front.Stats().TX.Get(telemetry.Packets))
 	e.want(n, total-n)
-	for end := time.Now().Add(10 * time.Second); l.read(v.BackDir()+"/claim") == claim && time.Now().Before(end); time.Sleep(time.Millisecond) {
-	}
-	if l.read(v.BackDir()+"/claim") == claim {
-		t.Error("the claim still has the name of the first process")
-	}
+	soon(t, "claimed by the last process", func() bool { return l.read(v.BackDir()+"/claim") != claim })
 	unchanged()
 	if n := noticed.Load(); n != 1 {
 		t.Errorf("the frontend's link has changed %d times", n)

@@ -12,6 +12,7 @@ import (
 	"barevif/telemetry"
 	"barevif/telemetry/logtest"
 	"barevif/xenbus/toolstack"
+	"barevif/xenbus/xenstore/server/labtest"
 )
 
 func groupMAC(i byte) pvnet.MAC { return pvnet.MAC{1, 0, 0x5e, 0, 0, i} }
@@ -31,7 +32,7 @@ func passesTo(t *testing.T, back *pvnet.Device, mac pvnet.MAC) bool {
 
 func soon(t *testing.T, what string, ok func() bool) {
 	t.Helper()
-	for end := time.Now().Add(10 * time.Second); !ok(); time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(labtest.Limit); !ok(); time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatal("never " + what)
 		}
