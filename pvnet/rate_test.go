@@ -698,6 +698,8 @@ func TestALentPageComesBackWhileItsPollerWaitsForCredit(t *testing.T) {
 	if err := poller.Add(rx, nil); err != nil {
 		t.Fatal(err)
 	}
+	e := rx.eng.(*backRX)
+	var held atomic.Bool // and all that was received is in frames
 	frames, ended := make(chan Frame, sent), make(chan error, 1)
 	go func() {
 		var f [32]Frame
@@ -712,10 +714,12 @@ func TestALentPageComesBackWhileItsPollerWaitsForCredit(t *testing.T) {
 				for i := range n {
 					frames <- f[i]
 				}
+				if e.account.held.Load() {
+					held.Store(true)
+				}
 			}
 		}
 	}()
-	e := rx.eng.(*backRX)
 	comes := func(what string, ok func() bool) {
 		t.Helper()
 		for end := time.Now().Add(labtest.Limit); !ok(); time.Sleep(time.Millisecond) {
@@ -724,7 +728,7 @@ func TestALentPageComesBackWhileItsPollerWaitsForCredit(t *testing.T) {
 			}
 		}
 	}
-	comes("the wait for credit", e.account.held.Load)
+	comes("the wait for credit", held.Load)
 	time.Sleep(20 * time.Millisecond) // the Poller sleeps, most likely
 	n, lent := len(frames), 0
 	for range n {
