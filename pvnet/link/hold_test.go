@@ -241,6 +241,7 @@ func TestAHoldWaitsForNoQueueThatTheVifLacks(t *testing.T) {
 	h := newHostOf(t, 1500, pvnet.Config{Queues: 2}, pvnet.Config{})
 	got := h.listen()
 	j, _ := h.join(context.Background(), h.Back, links[0], links[1])
+	j.holds.patience = 10 * time.Second // only a queue that keeps the Hold waiting uses it up
 	for range 5 {
 		for moved := false; !moved; { // a frame in the queue that is about to be detached is lost
 			send(t, p, Offload{}, testFrame(60))
