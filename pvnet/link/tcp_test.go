@@ -272,7 +272,7 @@ func TestKernelsTalkThroughAVif(t *testing.T) {
 						st := end.dev.Stats()
 						settle(t, end.joint, func(js JointStats) bool {
 							st = end.dev.Stats()
-							return js.ToLinkGSO == st.RX.Get(telemetry.GSOPackets)
+							return js.ToLinkGSO == st.RX.Get(telemetry.GSOPackets) && js.FromLinkGSO >= st.TX.Get(telemetry.GSOPackets)
 						})
 						in := st.RX.Get(telemetry.GSOPackets)
 						js := end.joint.Stats()
