@@ -77,8 +77,8 @@ func childVisit(path string) error {
 		fmt.Println(err)
 		return nil
 	}
+	d.Destroy() // first: whoever hears that it joined may want the domain's number
 	fmt.Println("joined")
-	d.Destroy()
 	return nil
 }
 
