@@ -211,57 +211,74 @@ func frontendIsFoundOrThoseThatExistAreNamed(t *testing.T, r *rig) {
 
 func halfWrittenDirectoryIsWaitedFor(t *testing.T, r *rig) {
 	v, front, back := r.vif(0, "0")
-	v.id = "1"
-	type late struct {
-		path, value string
-		open        func(context.Context) (*xenbus.Device, error)
+	asFront := func(ctx context.Context, id string) (*xenbus.Device, error) {
+		return xenbus.OpenFrontend(ctx, front, "vif", id)
 	}
-	asFront := func(ctx context.Context) (*xenbus.Device, error) {
-		return xenbus.OpenFrontend(ctx, front, "vif", "1")
+	asBack := func(ctx context.Context, id string) (*xenbus.Device, error) {
+		return xenbus.OpenBackend(ctx, back, "vif", 7, id)
 	}
-	asBack := func(ctx context.Context) (*xenbus.Device, error) {
-		return xenbus.OpenBackend(ctx, back, "vif", 7, "1")
-	}
-	for _, l := range []late{
-		{v.frontDir() + "/backend-id", "0", asFront},
-		{v.frontDir() + "/backend", v.backDir(), asFront},
-		{v.frontDir() + "/state", "1", asFront},
-		{v.backDir() + "/frontend", v.frontDir(), asFront},
-		{v.backDir() + "/frontend", v.frontDir(), asBack},
-		{v.backDir() + "/frontend-id", "7", asBack},
-		{v.frontDir() + "/state", "1", asBack},
+	// Each key is missing in a vif of its own. All are waited for at the same time, so that the
+	// test is quick and the time is enough to begin each wait on a slow machine.
+	var waits sync.WaitGroup
+	defer waits.Wait() // also if a vif cannot be plugged
+	var late []func()
+	for i, l := range []struct {
+		dir  func(vif) string
+		key  string
+		open func(ctx context.Context, id string) (*xenbus.Device, error)
+	}{
+		{vif.frontDir, "backend-id", asFront},
+		{vif.frontDir, "backend", asFront},
+		{vif.frontDir, "state", asFront},
+		{vif.backDir, "frontend", asFront},
+		{vif.backDir, "frontend", asBack},
+		{vif.backDir, "frontend-id", asBack},
+		{vif.frontDir, "state", asBack},
 	} {
-		v.plug(l.path)
-
-		ctx, cancel := context.WithTimeout(r.ctx, 300*time.Millisecond)
-		_, err := l.open(ctx)
-		cancel()
-		var wait *xenbus.WaitError
-		if !errors.As(err, &wait) || !errors.Is(err, context.DeadlineExceeded) || len(wait.Missing) != 1 ||
-			!strings.HasSuffix(l.path, wait.Missing[0]) {
-			t.Errorf("without %s: %v", l.path, err)
-		}
-
-		opened := make(chan error)
-		go func() {
-			d, err := l.open(r.ctx)
-			if err == nil {
-				err = d.Close(r.ctx)
+		v := v
+		v.id = fmt.Sprint(1 + i)
+		path := l.dir(v) + "/" + l.key
+		v.plug(path)
+		waits.Go(func() {
+			short, cancel := context.WithTimeout(r.ctx, 3*time.Second)
+			defer cancel()
+			_, err := l.open(short, v.id)
+			var wait *xenbus.WaitError
+			if !errors.As(err, &wait) || !errors.Is(err, context.DeadlineExceeded) || len(wait.Missing) != 1 ||
+				!strings.HasSuffix(path, wait.Missing[0]) {
+				t.Errorf("without %s: %v", path, err)
 			}
-			opened <- err
-		}()
-		r.must(v.tools.Write(r.ctx, l.path, l.value))
-		if err := <-opened; err != nil {
-			t.Errorf("%s came late: %v", l.path, err)
-		}
-		v.unplug()
+		})
+		late = append(late, func() {
+			opened := make(chan error)
+			go func() {
+				d, err := l.open(r.ctx, v.id)
+				if err == nil {
+					err = d.Close(r.ctx)
+				}
+				opened <- err
+			}()
+			values := map[string]string{
+				"backend-id": "0", "backend": v.backDir(), "state": "1", "frontend": v.frontDir(), "frontend-id": "7",
+			}
+			r.must(v.tools.Write(r.ctx, path, values[l.key]))
+			if err := <-opened; err != nil {
+				t.Errorf("%s came late: %v", path, err)
+			}
+			v.unplug()
+		})
+	}
+	waits.Wait()
+	for _, comes := range late {
+		comes()
 	}
 
 	// The frontend's domain, and its directory with it, was gone before the backend looked.
+	v.id = "1"
 	v.plug(v.frontDir() + "/state")
 	opened := make(chan *xenbus.Device, 1)
 	go func() {
-		d, err := asBack(r.ctx)
+		d, err := asBack(r.ctx, v.id)
 		if err != nil {
 			t.Errorf("a vif that is taken away: %v", err)
 		}
