@@ -299,11 +299,15 @@ func TestANudgedWaitSleeps(t *testing.T) {
 		done := make(chan error, 1)
 		go func() { done <- wb.Wait(deadline, true) }()
 		time.Sleep(2 * time.Millisecond) // Wait has begun
-		wb.(hypercall.Nudger).Nudge()
-		began := processorTime(t)
 		const pause = 200 * time.Millisecond
-		time.Sleep(pause)
-		if used := processorTime(t) - began; used > pause/4 {
+		used := pause
+		for i := 0; i < 5 && used > pause/4; i++ { // what else the process does takes time too, but not in each of them
+			wb.(hypercall.Nudger).Nudge()
+			began := processorTime(t)
+			time.Sleep(pause)
+			used = processorTime(t) - began
+		}
+		if used > pause/4 {
 			t.Errorf("%v of processor time in %v", used, pause)
 		}
 		if err := pa.Notify(); err != nil {

@@ -88,14 +88,19 @@ func processorTime(t *testing.T) time.Duration {
 func TestAPoolSendsWhatWaits(t *testing.T) {
 	for _, goroutines := range []int{1, 2} {
 		t.Run(fmt.Sprint(goroutines), func(t *testing.T) {
-			p := newPooled(t, goroutines)
-			began := processorTime(t)
 			const pause = 400 * time.Millisecond
-			time.Sleep(pause) // not to wait for anything: a worker that looks all the time would use up this time
-			if used := processorTime(t) - began; used > pause/8 {
-				t.Errorf("%v of processor time in %v without room", used, pause)
+			var used time.Duration
+			for range 5 { // what else the process does, as to collect garbage, takes time too, but not in each of them
+				p := newPooled(t, goroutines)
+				began := processorTime(t)
+				time.Sleep(pause) // not to wait for anything: a worker that looks all the time would use up this time
+				used = processorTime(t) - began
+				p.arrive(t)
+				if used <= pause/8 {
+					return
+				}
 			}
-			p.arrive(t)
+			t.Errorf("%v of processor time in %v without room", used, pause)
 		})
 	}
 }
