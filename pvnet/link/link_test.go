@@ -540,7 +540,7 @@ func TestNoDescriptorIsLeft(t *testing.T) {
 	for range 20 {
 		round()
 	}
-	if after := descriptors(t); after != before {
+	if after := descriptors(t); after > before { // fewer: what earlier tests left was collected
 		t.Fatalf("%d descriptors before, %d after", before, after)
 	}
 }
