@@ -720,15 +720,7 @@ func TestALentPageComesBackWhileItsPollerWaitsForCredit(t *testing.T) {
 			}
 		}
 	}()
-	comes := func(what string, ok func() bool) {
-		t.Helper()
-		for end := time.Now().Add(labtest.Limit); !ok(); time.Sleep(time.Millisecond) {
-			if time.Now().After(end) {
-				t.Fatal(what, "never came")
-			}
-		}
-	}
-	comes("the wait for credit", held.Load)
+	comes(t, "the wait for credit", held.Load)
 	time.Sleep(20 * time.Millisecond) // the Poller sleeps, most likely
 	n, lent := len(frames), 0
 	for range n {
@@ -742,7 +734,7 @@ func TestALentPageComesBackWhileItsPollerWaitsForCredit(t *testing.T) {
 		t.Fatalf("%d of %d frames came, of which %d were lent", n, sent, lent)
 	}
 	ft := tx.eng.(*frontTX)
-	comes("the last page", func() bool { ft.reap(); return int(ft.ring.InFlight()) == sent-n })
+	comes(t, "the last page", func() bool { ft.reap(); return int(ft.ring.InFlight()) == sent-n })
 	poller.Close()
 	<-ended
 }
