@@ -34,9 +34,7 @@ func TestCallsEndWithTheirOwnDomain(t *testing.T) {
 			}
 		}
 	}()
-	for rx.waitSeq.Load()%2 == 0 || tx.waitSeq.Load()%2 == 0 {
-		time.Sleep(time.Millisecond)
-	}
+	comes(t, "the wait of both halves", func() bool { return waits(&rx.half) && waits(&tx.half) })
 	p.bdom.Destroy()
 	for range 2 {
 		select {

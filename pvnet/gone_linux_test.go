@@ -122,9 +122,15 @@ func TestMemoryThatIsTakenAwayWhileAnOwnerWaits(t *testing.T) {
 		_, err := rx.Receive(f[:])
 		waiting <- err
 	}()
-	for last := -1; front.Parked(0) == 0 || front.Parked(0) != last; time.Sleep(20 * time.Millisecond) {
-		last = front.Parked(0) // the events of the new connection have come
-	}
+	last := -1
+	soon(t, "without events", func() bool { // those of the new connection have come
+		if n := front.Parked(0); n == 0 || n != last {
+			last = n
+			time.Sleep(20 * time.Millisecond)
+			return false
+		}
+		return true
+	})
 	if err := unix.Mprotect(fdom.pages[len(fdom.pages)-1], unix.PROT_NONE); err != nil {
 		t.Fatal(err)
 	}

@@ -191,9 +191,10 @@ func (p *hostedBackend) add(t testing.TB, n int) (guests []*emu.Domain) {
 		if err := toolstack.Add(t.Context(), p.tools, v); err != nil {
 			t.Fatal(err)
 		}
-		for state := ""; state != "2"; time.Sleep(time.Millisecond) {
-			state, _ = p.store.Read(v.BackDir() + "/state")
-		}
+		soon(t, "shown to its frontend", func() bool {
+			state, _ := p.store.Read(v.BackDir() + "/state")
+			return state == "2"
+		})
 	}
 	return guests
 }

@@ -2,7 +2,6 @@ package pvnet_test
 
 import (
 	"testing"
-	"time"
 
 	"barevif/pvnet"
 	"barevif/xenbus/toolstack"
@@ -17,9 +16,7 @@ func TestAConnectionTakesFewRequests(t *testing.T) {
 	backs, _ := l.serve(bdom, pvnet.ServeConfig{Hotplug: true})
 	v := l.add(toolstack.Vif{Front: 1, Back: 2})
 	back := wait(t, backs)
-	for l.read(v.BackDir()+"/state") != "2" {
-		time.Sleep(time.Millisecond)
-	}
+	l.reads(v.BackDir(), map[string]string{"state": "2"})
 	before := l.store.Stats().Requests
 	front, err := pvnet.Connect(ctx(t), fdom, "0", pvnet.Config{})
 	if err != nil {

@@ -30,7 +30,7 @@ func passesTo(t *testing.T, back *pvnet.Device, mac pvnet.MAC) bool {
 	return after.Get(telemetry.Filtered) == before.Get(telemetry.Filtered)
 }
 
-func soon(t *testing.T, what string, ok func() bool) {
+func soon(t testing.TB, what string, ok func() bool) {
 	t.Helper()
 	for end := time.Now().Add(labtest.Limit); !ok(); time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {

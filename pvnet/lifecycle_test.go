@@ -161,9 +161,7 @@ func TestAVifOfABackendThatEndedIsTakenOver(t *testing.T) {
 	await(t, wait(t, first), true)
 	log := new(count)
 	second, _ := l.serve(bdom, pvnet.ServeConfig{Hotplug: true, Config: pvnet.Config{Logger: slog.New(log)}})
-	for log.n.Load() == 0 { // wait until the claim was refused
-		time.Sleep(time.Millisecond)
-	}
+	soon(t, "refused the claim", func() bool { return log.n.Load() > 0 })
 	stop()
 	await(t, wait(t, second), true)
 	await(t, front, true)

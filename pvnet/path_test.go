@@ -1046,16 +1046,16 @@ func TestALostEventIsRescued(t *testing.T) {
 		rx.Release(f[:])
 		got <- err
 	}()
-	for rx.waitSeq.Load()%2 == 0 {
-		time.Sleep(time.Millisecond)
-	}
-	for rx.waitSeq.Load() < 3 { // the event of the bind is the first
+	waiting := func() bool { return waits(&rx.half) }
+	comes(t, "the first wait", waiting)
+	comes(t, "the second wait", func() bool { // the event of the bind ends the first
+		if rx.waitSeq.Load() >= 3 {
+			return true
+		}
 		rx.park.Load().wake()
-		time.Sleep(time.Millisecond)
-	}
-	for rx.waitSeq.Load()%2 == 0 {
-		time.Sleep(time.Millisecond)
-	}
+		return false
+	})
+	comes(t, "a wait", waiting)
 	var f [1]Frame
 	tx.AllocSize(f[:], 60)
 	tx.Send(f[:])

@@ -214,9 +214,7 @@ func TestAVisitEndsWithAFault(t *testing.T) {
 		h.gate.enter()
 		ran := make(chan bool)
 		go func() { ran <- h.visit(time.Now().Add(time.Hour), func() { panic(goneFault{}) }) }()
-		for h.requests.Load()&requestTask == 0 {
-			time.Sleep(time.Millisecond)
-		}
+		comes(t, "the visit", func() bool { return h.requests.Load()&requestTask != 0 })
 		if v := catchFault(h.serveRequests); v != nil {
 			t.Error("the caller met the visitor's fault:", v)
 		}

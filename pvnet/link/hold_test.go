@@ -132,9 +132,7 @@ func TestAHoldEndsWithRun(t *testing.T) {
 	defer cancel()
 	held := make(chan error, 1)
 	go func() { held <- j.Hold(ctx) }()
-	for !j.Held() {
-		time.Sleep(time.Millisecond)
-	}
+	until(t, "it is held", j.Held)
 	l.end()
 	if err := <-held; !errors.Is(err, errNotJoined) {
 		t.Errorf("Hold: %v", err)

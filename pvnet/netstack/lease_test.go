@@ -169,9 +169,7 @@ func TestLeaseFollowsTheLinkAndTheMAC(t *testing.T) {
 	w.Plug(frontMAC, 1500)
 	back = newStack(t, w.Back, Config{Addr: backIP})
 	d := newServer(t, back)
-	for len(d.types()) == 0 {
-		time.Sleep(time.Millisecond)
-	}
+	eventually(t, "the client asks again", func() bool { return len(d.types()) > 0 })
 	if got := d.types(); got[0] != dhcpv4.MessageTypeRequest || front.Addr() != leasedIP {
 		t.Errorf("the same card, again: %v, %v", got, front.Addr())
 	}
@@ -194,9 +192,7 @@ func TestLeasedAddressIsCheckedForDuplicates(t *testing.T) {
 	back := newStack(t, w.Back, Config{Addr: backIP, Addrs: []netip.Prefix{netip.PrefixFrom(leasedIP, 24)}})
 	d := newServer(t, back)
 	front := newStack(t, w.Front, Config{DHCP: true})
-	for !slices.Contains(d.types(), dhcpv4.MessageTypeDecline) {
-		time.Sleep(time.Millisecond)
-	}
+	eventually(t, "the address is declined", func() bool { return slices.Contains(d.types(), dhcpv4.MessageTypeDecline) })
 	if front.Addr().IsValid() {
 		t.Error(front.Addr())
 	}
