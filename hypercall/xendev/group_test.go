@@ -84,11 +84,11 @@ func TestGroupTakesNoWaiterThatCloses(t *testing.T) {
 		w.d.life.mu.Lock() // Close closes the file after it has had this
 		closed := make(chan error, 1)
 		go func() { closed <- w.Close() }()
-		for begun := false; !begun; time.Sleep(time.Millisecond) {
+		until(t, "Close begins", func() bool {
 			w.mu.Lock()
-			begun = w.closed
-			w.mu.Unlock()
-		}
+			defer w.mu.Unlock()
+			return w.closed
+		})
 		if err := g.Add(w, 1); !errors.Is(err, net.ErrClosed) {
 			t.Errorf("a waiter that closes: %v", err)
 		}

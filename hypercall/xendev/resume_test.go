@@ -473,15 +473,11 @@ func TestASilentProbeIsWaitedForOnce(t *testing.T) {
 	}
 	// The first probe is nobody else's: these come after it was sent.
 	closes(ports[0])
-	for k.sent() == before {
-		time.Sleep(time.Millisecond)
-	}
+	until(t, "the first probe", func() bool { return k.sent() > before })
 	for _, p := range ports[1:] {
 		closes(p)
 	}
-	for waiting(t) < 7 {
-		time.Sleep(time.Millisecond)
-	}
+	until(t, "the others wait for it", func() bool { return waiting(t) >= 7 })
 	// The second one is silent, too, and answers all of them.
 	k.mu.Lock()
 	for _, p := range k.pending {
@@ -489,9 +485,7 @@ func TestASilentProbeIsWaitedForOnce(t *testing.T) {
 	}
 	k.pending = nil
 	k.mu.Unlock()
-	for k.sent() == before+1 {
-		time.Sleep(time.Millisecond)
-	}
+	until(t, "the second probe", func() bool { return k.sent() > before+1 })
 	time.Sleep(2 * probeSoon) // an event that comes sooner is not late
 	k.speak()
 	closing.Wait()

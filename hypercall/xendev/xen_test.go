@@ -54,6 +54,16 @@ func TestMain(m *testing.M) {
 
 const soon = 2 * time.Minute
 
+// until waits until ok reports true.
+func until(t testing.TB, what string, ok func() bool) {
+	t.Helper()
+	for end := time.Now().Add(soon); !ok(); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("never: ", what)
+		}
+	}
+}
+
 // onXen opens this domain, or skips the test if this is no Xen domain. At the end of the
 // test as many files must be open as before.
 func onXen(t testing.TB, cfg Config) *Domain {

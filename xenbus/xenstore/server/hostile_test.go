@@ -455,9 +455,7 @@ func TestEndOfConnectionIsExplained(t *testing.T) {
 	for range 16 {
 		e.connect(3)
 	}
-	for e.Stats().Connections < 16 {
-		runtime.Gosched()
-	}
+	until(t, "16 connections", func() bool { return e.Stats().Connections >= 16 })
 	_, theirs := net.Pipe()
 	if err := e.ServeConn(theirs, 3); err != server.ErrConnections {
 		t.Errorf("17th connection: %v", err)
@@ -467,9 +465,7 @@ func TestEndOfConnectionIsExplained(t *testing.T) {
 	}
 	e.DomainDied(3)
 	_, ended := e.dial(0)
-	for e.Stats().Connections != 1 {
-		runtime.Gosched()
-	}
+	until(t, "the connection of domain 0 alone", func() bool { return e.Stats().Connections == 1 })
 	e.Close()
 	if err := <-ended; !errors.Is(err, net.ErrClosed) {
 		t.Errorf("after Close: %v", err)
@@ -596,9 +592,7 @@ func TestMemoryQuota(t *testing.T) {
 	}
 	g.Conn.Close()
 	e.DomainDied(3)
-	for e.Stats().Connections > 0 {
-		runtime.Gosched()
-	}
+	until(t, "no connection", func() bool { return e.Stats().Connections == 0 })
 	if grown := heap() - before; grown > 1<<20 {
 		t.Errorf("%d bytes stay after its death", grown)
 	}

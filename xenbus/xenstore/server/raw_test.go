@@ -4,7 +4,9 @@ import (
 	"fmt"
 	"net"
 	"path/filepath"
+	"runtime"
 	"testing"
+	"time"
 
 	"barevif/hypercall"
 	"barevif/hypercall/emu/emutest"
@@ -19,6 +21,16 @@ const (
 	ok       = wiretest.OK
 	patience = wiretest.Patience
 )
+
+// until waits until is reports true.
+func until(t testing.TB, what string, is func() bool) {
+	t.Helper()
+	for end := time.Now().Add(patience); !is(); runtime.Gosched() {
+		if time.Now().After(end) {
+			t.Fatal("never: ", what)
+		}
+	}
+}
 
 // z ends each argument with a NUL and joins them.
 func z(args ...string) string { return wiretest.Z(args...) }
