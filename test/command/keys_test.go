@@ -138,7 +138,7 @@ func TestAVifIsPutOnItsBridge(t *testing.T) {
 	key(t, c, v, "state", "2")
 	wants(t, b.text(), "ip link add br7 type bridge")
 	none(t, "vif1.0")
-	out := s.serve("--wait", "1s").exit(1)
+	out := s.serve("--wait", "3s").exit(1) // it must find the vif in that time
 	wants(t, out, "br7", "no such bridge")
 
 	// An interface of that name that is no bridge is no better.

@@ -73,7 +73,7 @@ func TestMistakesAreExplained(t *testing.T) {
 		{"serve --emu " + s.socket + " --dom 0", usage, []string{"from 1 to 32751", "--dom"}},
 		{"serve --emu " + s.socket + " --dom 40000", usage, []string{"from 1 to 32751", "--dom"}},
 		{"serve --emu " + s.socket + " --dom 70000", usage, []string{"--dom"}},
-		{"serve --emu " + s.socket + " --wait 200ms", failed, []string{"waited 200ms", "backend"}},
+		{"serve --emu " + s.socket + " --wait 3s", failed, []string{"waited 3s", "backend"}},
 		{"serve --emu " + s.socket + " --wait 1ns", failed, []string{"--wait gives it longer"}},
 		{"serve --emu " + s.socket + " --wait -1s", usage, []string{"--wait"}},
 		{"serve --emu " + s.socket + " --addr moon", usage, []string{"10.9.0.2/24"}},
@@ -89,7 +89,7 @@ func TestMistakesAreExplained(t *testing.T) {
 		{"serve --take", usage, []string{"--xen"}},
 
 		{"attach --emu " + s.socket + " --addr moon", usage, []string{"10.9.0.2/24"}},
-		{"attach --emu " + s.socket + " --wait 200ms", failed, []string{"waited 200ms", "backend"}},
+		{"attach --emu " + s.socket + " --wait 3s", failed, []string{"waited 3s", "backend"}},
 		{"attach --take", usage, []string{"--xen"}},
 		{"check", usage, []string{"whom", "--answer"}},
 		{"check --answer --lost 3", usage, []string{"answer", "lost"}},
