@@ -162,16 +162,20 @@ type hearing struct {
 func (c *check) hear(ctx context.Context, conn net.Conn, giveUp context.CancelCauseFunc) *hearing {
 	h := &hearing{Conn: conn, ctx: ctx, answered: make(chan struct{})}
 	h.waiting.Go(func() {
-		word, end := time.NewTimer(time.Second), time.NewTimer(c.silence)
-		defer word.Stop()
-		defer end.Stop()
+		// One timer, so that the word comes first however late this goroutine runs.
+		word := min(time.Second, c.silence)
+		rest := c.silence - word
+		timer := time.NewTimer(word)
+		defer timer.Stop()
 		for {
 			select {
-			case <-word.C:
-				if c.silence > time.Second {
+			case <-timer.C:
+				if rest > 0 {
 					c.Note("check: no answer yet: %s; giving up after %v", neighbour(conn.RemoteAddr()), c.silence)
+					timer.Reset(rest)
+					rest = 0
+					continue
 				}
-			case <-end.C:
 				giveUp(&silentError{fmt.Sprintf("nothing was answered within %v: %s", c.silence, neighbour(conn.RemoteAddr()))})
 				conn.SetDeadline(time.Unix(1, 0)) // a write can wait, too
 				return
