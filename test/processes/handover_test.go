@@ -429,13 +429,13 @@ func TestEitherProcessIsKilledDuringAHandover(t *testing.T) {
 				survivor, lossless := successor, true
 				switch victim {
 				case "nobody":
-					if err := <-old.exited; err != nil {
+					if err := old.wait(); err != nil {
 						t.Errorf("the old process: %v", err)
 					}
 				case "the old one":
 					lossless = at >= len(steps)-3 // it has nothing of the vif any more
 					if step == stepFinished {
-						<-old.exited // it has ended in order
+						old.wait() // it has ended in order
 					} else {
 						old.kill()
 					}
@@ -446,7 +446,7 @@ func TestEitherProcessIsKilledDuringAHandover(t *testing.T) {
 					survivor, lossless = old, at < 3
 					successor.kill()
 					if step == stepFinished { // there is no other left
-						<-old.exited
+						old.wait()
 						survivor, lossless = m.startChild("hand", env), false
 					}
 				}

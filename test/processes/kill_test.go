@@ -152,7 +152,7 @@ func (m *machine) startChild(mode string, env ...string) *child {
 func (c *child) kill() {
 	c.t.Helper()
 	c.cmd.Process.Kill()
-	if err := <-c.exited; c.cmd.ProcessState.Sys().(syscall.WaitStatus).Signal() != syscall.SIGKILL {
+	if err := c.wait(); c.cmd.ProcessState.Sys().(syscall.WaitStatus).Signal() != syscall.SIGKILL {
 		c.t.Errorf("%s: had ended before it was killed: %v", c.name, err)
 	}
 }
@@ -161,20 +161,33 @@ func (c *child) kill() {
 func (c *child) stop() {
 	c.t.Helper()
 	c.in.Close()
+	if err := c.wait(); err != nil {
+		c.t.Errorf("%s: %v", c.name, err)
+	}
+}
+
+// wait waits until it has ended.
+func (c *child) wait() error {
+	c.t.Helper()
 	select {
 	case err := <-c.exited:
-		if err != nil {
-			c.t.Errorf("%s: %v", c.name, err)
-		}
+		return err
 	case <-time.After(2 * time.Minute):
 		c.dump()
+		return nil
 	}
 }
 
 // dump ends it with a dump of its goroutines' stacks.
 func (c *child) dump() {
+	c.t.Helper()
 	c.cmd.Process.Signal(syscall.SIGQUIT)
-	c.t.Fatalf("%s: %v", c.name, <-c.exited)
+	select {
+	case err := <-c.exited:
+		c.t.Fatalf("%s: %v", c.name, err)
+	case <-time.After(labtest.Limit):
+		c.t.Fatalf("%s: it does not end", c.name)
+	}
 }
 
 // waitTraffic waits until frames pass both ways. It ignores earlier output.
@@ -189,9 +202,8 @@ func (c *child) waitTraffic(other *child) {
 		case line := <-c.lines:
 			c.checkLine(line)
 		case <-limit:
-			other.cmd.Process.Signal(syscall.SIGQUIT)
-			<-other.exited
-			c.dump()
+			defer c.dump()
+			other.dump()
 		}
 	}
 }
