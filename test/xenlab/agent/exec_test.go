@@ -47,7 +47,7 @@ func TestRunTellsOutputAndStatus(t *testing.T) {
 func TestTimeoutKillsTheWholeGroup(t *testing.T) {
 	pidFile := filepath.Join(t.TempDir(), "pid")
 	e := newExecutor()
-	r := e.do(proto.Call{Op: proto.Run, Argv: sh("echo before; sleep 1000 & echo $! >'" + pidFile + "'; wait"), Timeout: 500 * time.Millisecond})
+	r := e.do(proto.Call{Op: proto.Run, Argv: sh("echo before; sleep 1000 & echo $! >'" + pidFile + "'; wait"), Timeout: 3 * time.Second})
 	if r.Err == "" || string(r.Stdout) != "before\n" {
 		t.Errorf("%+v", r)
 	}
