@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/netip"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -421,13 +422,13 @@ func TestReloadLosesNothing(t *testing.T) {
 		t.Fatal(err)
 	}
 	before := s.dropped()
-	stop, reloaded := make(chan struct{}), make(chan int, 1)
+	stop, ended := make(chan struct{}), make(chan struct{})
+	var reloads atomic.Int64
 	go func() {
-		n := 0
-		for ; ; n++ {
+		defer close(ended)
+		for n := 0; ; n++ {
 			select {
 			case <-stop:
-				reloaded <- n
 				return
 			default:
 			}
@@ -435,11 +436,12 @@ func TestReloadLosesNothing(t *testing.T) {
 			if err := s.d.reload(parse(t, text)); err != nil {
 				t.Error(err)
 			}
+			reloads.Add(1)
 			time.Sleep(time.Millisecond)
 		}
 	}()
 	h, piece := sha256.New(), make([]byte, 64<<10)
-	for i := range 400 {
+	for i := 0; i < 400 || reloads.Load() < 5 && s.ctx.Err() == nil; i++ {
 		for j := range piece {
 			piece[j] = byte(i*7 + j*13)
 		}
@@ -449,7 +451,8 @@ func TestReloadLosesNothing(t *testing.T) {
 		}
 	}
 	close(stop)
-	if n := <-reloaded; n < 5 {
+	<-ended
+	if n := reloads.Load(); n < 5 {
 		t.Errorf("only %d reloads", n)
 	}
 	if err := c.(interface{ CloseWrite() error }).CloseWrite(); err != nil {
