@@ -87,7 +87,7 @@ func TestT30EveryCallFailsOnceDuringConnect(t *testing.T) {
 				base := l.Ledger()
 				lift := l.guest.Fail(emu.Fault{Op: op, K: k, Err: failure})
 				l.write(l.drvStore, v.BackDir(), raw.BackKeys(), "2")
-				c, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+				c, cancel := context.WithTimeout(context.Background(), waitLimit)
 				front := l.startConnect(c, v, pvnet.Config{})
 				if s := l.awaitOr(v.FrontDir()+"/state", front.done, "4"); s == "4" {
 					l.write(l.drvStore, v.BackDir(), nil, "4") // it got as far as Connected
@@ -231,7 +231,7 @@ func TestT31NoGrants(t *testing.T) {
 		v := l.addVif()
 		l.write(l.drvStore, v.BackDir(), raw.BackKeys(), "2")
 		base := l.Ledger()
-		c, cancel := context.WithTimeout(context.Background(), time.Second)
+		c, cancel := context.WithTimeout(context.Background(), waitLimit)
 		front := l.startConnect(c, v, pvnet.Config{})
 		if s := l.awaitOr(v.FrontDir()+"/state", front.done, "4"); s == "4" {
 			if grants < 66 {
