@@ -469,17 +469,10 @@ func TestT40SecondServeIsRefused(t *testing.T) {
 func TestT41OpenAndClose(t *testing.T) {
 	l := newLab(t, emu.Config{Mapped: true})
 	l.serve(pvnet.ServeConfig{})
-	open := func() int {
-		all, err := os.ReadDir("/proc/self/fd")
-		if err != nil {
-			t.Skip("no /proc: ", err)
-		}
-		return len(all)
-	}
 	for range 3 {
 		l.attackBackend().disconnect()
 	}
-	goroutines, fds := runtime.NumGoroutine(), open()
+	goroutines, files := settledGoroutines(), openFiles(t)
 	cycles := 200
 	if testing.Short() {
 		cycles = 20
@@ -487,8 +480,5 @@ func TestT41OpenAndClose(t *testing.T) {
 	for range cycles {
 		l.attackBackend().disconnect()
 	}
-	eventually(t, "goroutines gone", func() bool { return runtime.NumGoroutine() <= goroutines })
-	if n := open(); n > fds {
-		t.Errorf("%d descriptors, %d before", n, fds)
-	}
+	requireNoLeaks(t, goroutines, files)
 }
