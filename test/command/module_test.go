@@ -67,13 +67,15 @@ func tryInModule(t *testing.T, dir string, commands ...string) (string, error) {
 	return string(out), err
 }
 
-// ownModule makes a folder with nothing in it but the program that README.md shows.
+// ownModule makes a folder with nothing in it but the program that README.md shows. It is there until
+// the test ends.
 func ownModule(t *testing.T, name string) (dir string) {
 	t.Helper()
 	dir = filepath.Join(programs, name)
 	if err := os.Mkdir(dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
 	readmeProgram(t)
 	source, err := os.ReadFile(filepath.Join(programs, "readme.go"))
 	if err == nil {
