@@ -168,7 +168,7 @@ func TestATakeOverTriesAVifThatFailedAgain(t *testing.T) {
 	needTAP(t)
 	s := newSite(t, "--vif", "front=1", "--vif", "front=1,id=1,type=own,back=4")
 	s.back("--addr", "10.9.0.1/24")
-	g := s.serve(append([]string{"--wait", "2s"}, twoServed...)...)
+	g := s.serve(append([]string{"--wait", "10s"}, twoServed...)...) // in which the other vif is up
 	g.await("serving http://10.9.0.2/", 1)
 	g.await("a vif has ended, and the others go on", 1)
 	wants(t, g.text(), "vif=1", "is the backend running?")
