@@ -16,6 +16,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -110,7 +111,12 @@ func check(t *testing.T, server string) {
 	}
 }
 
-// ping sends an ICMP echo request and fails unless a reply arrives.
+// pings counts the calls of ping.
+var pings atomic.Uint32
+
+// ping sends an ICMP echo request, each second again, and fails unless a reply arrives: a TAP or a
+// port of a bridge that is not up yet may lose some. The requests of a call have a number of its
+// own, so that a late reply to another's is none.
 func ping(t *testing.T, address string) {
 	t.Helper()
 	c, err := net.Dial("ip4:icmp", address)
@@ -118,21 +124,28 @@ func ping(t *testing.T, address string) {
 		t.Fatal(err)
 	}
 	defer c.Close()
-	c.SetDeadline(time.Now().Add(limit))
-	ask := []byte{8, 0, 0, 0, 0x12, 0x34, 0, 1}
-	binary.BigEndian.PutUint16(ask[2:], ^uint16(0x0800+0x1234+1))
-	if _, err := c.Write(ask); err != nil {
-		t.Fatal(err)
-	}
+	n := uint16(pings.Add(1))
+	ask := []byte{8, 0, 0, 0, 0x12, 0x34, byte(n >> 8), byte(n)}
+	binary.BigEndian.PutUint16(ask[2:], ^(0x0800 + 0x1234 + n))
 	reply := append([]byte{0}, ask[1:]...)
-	for buf := make([]byte, 1500); ; {
-		n, err := c.Read(buf)
-		if err != nil {
-			t.Fatal("ping: ", err)
+	buf := make([]byte, 1500)
+	for end := time.Now().Add(limit); ; {
+		if _, err := c.Write(ask); err != nil {
+			t.Fatal(err)
 		}
-		// The read includes the IP header.
-		if got := buf[:n]; n == 28 && got[20] == 0 && bytes.Equal(got[24:], reply[4:]) {
-			return
+		c.SetReadDeadline(time.Now().Add(time.Second))
+		for {
+			n, err := c.Read(buf)
+			if errors.Is(err, os.ErrDeadlineExceeded) && time.Now().Before(end) {
+				break
+			}
+			if err != nil {
+				t.Fatal("ping: ", err)
+			}
+			// The read includes the IP header.
+			if got := buf[:n]; n == 28 && got[20] == 0 && bytes.Equal(got[24:], reply[4:]) {
+				return
+			}
 		}
 	}
 }
