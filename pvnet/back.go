@@ -99,8 +99,8 @@ func (b *back) offers() (keys xenstore.Values, gone []string) {
 	}
 	offload := offloadValues(b.cfg.Offload)
 	for _, key := range offloadKeys {
-		if offload[key] == "1" {
-			keys[key] = "1"
+		if offload.Has(key) {
+			keys[key] = offload[key]
 		} else {
 			gone = append(gone, key)
 		}

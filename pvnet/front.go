@@ -191,7 +191,6 @@ func (f *front) connKeys(c *conn) xenstore.Values {
 		netif.KeyFeatureSG:       "1",
 	}
 	maps.Copy(keys, offloadValues(c.feat.offload))
-	maps.DeleteFunc(keys, func(key, value string) bool { return key == netif.KeyFeatureNoCsumOffload && value == "0" })
 	if c.feat.queues > 1 {
 		keys[netif.KeyNumQueues] = strconv.Itoa(c.feat.queues)
 	}

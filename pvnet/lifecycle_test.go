@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -14,6 +15,7 @@ import (
 	"barevif/hypercall"
 	"barevif/hypercall/emu"
 	"barevif/pvnet"
+	"barevif/telemetry"
 	"barevif/xenbus/toolstack"
 	"barevif/xenbus/xenstore/server/labtest"
 )
@@ -231,5 +233,31 @@ func TestManyVifsComeAndGoAtOnce(t *testing.T) {
 				t.Error(err)
 			}
 		})
+	}
+}
+
+// Every state that an end writes is in its event log, with the one before.
+func TestEachStateWrittenIsRecorded(t *testing.T) {
+	l := newLab(t)
+	fdom, bdom := l.domain(1), l.domain(2)
+	l.add(toolstack.Vif{Front: 1, Back: 2})
+	backs, _ := l.serve(bdom, pvnet.ServeConfig{Hotplug: true})
+	front, err := pvnet.Connect(ctx(t), fdom, "0", pvnet.Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	back := wait(t, backs)
+	await(t, back, true)
+	front.Disconnect()
+	for d, want := range map[*pvnet.Device]string{front: "[0>4 4>5 5>6]", back: "[0>2 2>4"} {
+		var states []string
+		for _, e := range d.Counters().Events() {
+			if e.Kind == telemetry.EventState {
+				states = append(states, fmt.Sprintf("%d>%d", e.A, e.B))
+			}
+		}
+		if got := fmt.Sprint(states); !strings.HasPrefix(got, want) {
+			t.Errorf("%v, want %s", got, want)
+		}
 	}
 }

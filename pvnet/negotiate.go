@@ -140,13 +140,13 @@ func offeredOffloads(v xenstore.Values, scatter bool) (o offloads) {
 	return o
 }
 
-// offloadValues returns the xenstore values with which this end offers its offloads.
+// offloadValues returns the xenstore values with which this end offers its offloads. That it takes partial
+// checksums of IPv4 is assumed without a key.
 func offloadValues(takes bool) xenstore.Values {
 	if !takes {
 		return xenstore.Values{netif.KeyFeatureNoCsumOffload: "1"}
 	}
 	return xenstore.Values{
-		netif.KeyFeatureNoCsumOffload:   "0",
 		netif.KeyFeatureIPv6CsumOffload: "1",
 		netif.KeyFeatureGSOTCPv4:        "1",
 		netif.KeyFeatureGSOTCPv6:        "1",
