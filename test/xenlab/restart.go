@@ -116,12 +116,17 @@ func pingLoss(out string) (sent, lost int, longest float64, err error) {
 	received, errs[1] = strconv.Atoi(c[2])
 	longest, errs[2] = strconv.ParseFloat(r[1], 64)
 	// With a deadline ping ends once it has as many answers as it was to send, and says that
-	// those are lost which are still on their way. So only a hole in the answers is a loss.
+	// those are lost which are still on their way. So only a hole in the answers is a loss: a
+	// request before the one that was answered last. Answers may be overtaken, as by those of a
+	// process that took a vif over while others wait there for the neighbour's address.
 	if seqs := pingSeq.FindAllStringSubmatch(out, -1); len(seqs) > 0 && sent > received {
-		sent = 0
+		sent, errs[0] = strconv.Atoi(seqs[len(seqs)-1][1])
+		received = 0
 		for _, m := range seqs {
 			n, err := strconv.Atoi(m[1])
-			sent = max(sent, n)
+			if n <= sent {
+				received++
+			}
 			errs[0] = errors.Join(errs[0], err)
 		}
 	}

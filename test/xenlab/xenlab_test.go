@@ -246,6 +246,9 @@ func TestLossOfPingsIsRead(t *testing.T) {
 	for said, want := range map[string]int{
 		answer(1) + answer(2) + "4 packets transmitted, 2 received, 50% packet loss\n" + rtt: 0, // two are on their way
 		answer(1) + answer(4) + "4 packets transmitted, 2 received, 50% packet loss\n" + rtt: 2,
+		// The third is on its way: the fourth has overtaken it, and the second.
+		answer(1) + answer(4) + answer(2) + "4 packets transmitted, 3 received, 25% packet loss\n" + rtt:             0,
+		answer(1) + answer(4) + answer(2) + answer(5) + "5 packets transmitted, 4 received, 20% packet loss\n" + rtt: 1,
 	} {
 		if _, lost, _, err := pingLoss(said); lost != want || err != nil {
 			t.Errorf("%d lost, want %d, %v: %s", lost, want, err, said)
