@@ -14,8 +14,9 @@ import (
 	"barevif/xenbus/xenstore/wire"
 )
 
-// A farDomain is far from xenstore: what that says comes away later. Reads that are in flight
-// together are answered together, other requests one after the other, as the kernel's node has it.
+// A farDomain is far from xenstore: each answer and each watch event arrives a time "away" after xenstore sent
+// it. Answers to reads that are in flight together arrive together. Answers to other requests arrive one
+// after the other, because the kernel's node sends such a request only after the answer to the one before.
 type farDomain struct {
 	*emu.Domain
 	away time.Duration
@@ -31,7 +32,7 @@ func (d farDomain) Store(ctx context.Context) (io.ReadWriteCloser, error) {
 	return far, nil
 }
 
-// A saying is one message of xenstore, and when it arrives.
+// A saying is one message of xenstore, and the time at which the client receives it.
 type saying struct {
 	at      time.Time
 	message []byte

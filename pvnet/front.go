@@ -110,16 +110,16 @@ func (f *front) ended(ctx context.Context, xd *xenbus.Device, _, passed bool) {
 // unchanged reports true: the rings are the frontend's own, and no backend replaces them.
 func (f *front) unchanged(context.Context, *xenbus.Device, *conn) (bool, error) { return true, nil }
 
-// A surroundings is what a frontend reads in xenstore before it makes a connection.
-type surroundings struct {
-	own, back xenstore.Values // of our directory and of the backend's
-	there     []string        // the keys of our directory
+// vifKeys are what a frontend reads from xenstore before it makes a connection.
+type vifKeys struct {
+	own, back xenstore.Values // the values in our directory and in the backend's
+	there     []string        // the names of all keys in our directory
 	others    int             // how many more vifs of this domain may connect: their pages come from the same limit
 }
 
-// look reads the surroundings, with the requests in flight together: a connection waits for one
-// answer of xenstore here instead of four.
-func (f *front) look(ctx context.Context, xd *xenbus.Device) (s surroundings, err error) {
+// readKeys reads the vifKeys. It sends all requests to xenstore before it waits for an answer, because each
+// wait delays the connection.
+func (f *front) readKeys(ctx context.Context, xd *xenbus.Device) (s vifKeys, err error) {
 	var errOwn, errBack, errThere, errOthers error
 	var reads sync.WaitGroup
 	reads.Go(func() { s.own, errOwn = xd.OwnValues(ctx, identityKeys...) })
@@ -141,15 +141,15 @@ var backKeys = append([]string{netif.KeyFeatureRxCopy, netif.KeyFeatureSG,
 // attach makes rings and pages to match the backend's offer, and the keys that tell it of them.
 func (f *front) attach(ctx context.Context, xd *xenbus.Device, c *conn) error {
 	d := f.d
-	around, err := f.look(ctx, xd)
+	vif, err := f.readKeys(ctx, xd)
 	if err != nil {
 		return err
 	}
-	if err := f.identify(ctx, xd, around.own); err != nil {
+	if err := f.identify(ctx, xd, vif.own); err != nil {
 		return err
 	}
 	d.readdress() // this backend's directory may be another one
-	back := around.back
+	back := vif.back
 	// An empty node offers nothing: some toolstacks make such, so that a backend may write its
 	// keys when its domain is at xenstored's quota (toolstack.Vif.Room).
 	maps.DeleteFunc(back, func(_, value string) bool { return value == "" })
@@ -161,7 +161,7 @@ func (f *front) attach(ctx context.Context, xd *xenbus.Device, c *conn) error {
 		d.log.Info("the toolstack does not trust the backend: received frames are copied, not lent", "vif", d.id, "key", xd.Dir()+"/"+netif.KeyTrusted)
 	}
 	m := newSetup(d, xd, c)
-	c.queues, err = m.frontQueues(c.feat, &d.cfg, around.others, func(i int) (rx, tx *telemetry.Block) { return d.rx[i].count, d.tx[i].count })
+	c.queues, err = m.frontQueues(c.feat, &d.cfg, vif.others, func(i int) (rx, tx *telemetry.Block) { return d.rx[i].count, d.tx[i].count })
 	if err != nil {
 		if errors.Is(err, hypercall.ErrNoGrants) {
 			err = fmt.Errorf("%w%s", err, d.holders())
@@ -172,8 +172,8 @@ func (f *front) attach(ctx context.Context, xd *xenbus.Device, c *conn) error {
 		d.log.Info("queues", "vif", d.id, "queues", c.feat.queues, "processors", d.cfg.queues(), "backend", c.feat.offered,
 			"pages", c.shared, "memory", c.budget().String())
 	}
-	f.attachCtrl(m, back, around.others)
-	c.keys, c.stale = f.connKeys(c), netif.StaleKeys(around.there)
+	f.attachCtrl(m, back, vif.others)
+	c.keys, c.stale = f.connKeys(c), netif.StaleKeys(vif.there)
 	if c.feat.multicast = f.agreeMulticast(back); c.feat.multicast {
 		c.keys[netif.KeyRequestMulticast] = "1"
 	}
@@ -182,8 +182,8 @@ func (f *front) attach(ctx context.Context, xd *xenbus.Device, c *conn) error {
 }
 
 // connKeys returns the keys that tell the backend of a connection, but for multicast, which
-// may change while it lasts. They leave out what a backend assumes without them: each is an answer of xenstore
-// to wait for.
+// may change while it lasts. connKeys leaves out a key whose value a backend assumes if the key is missing,
+// because the frontend waits for an answer of xenstore for each key that it writes.
 func (f *front) connKeys(c *conn) xenstore.Values {
 	keys := xenstore.Values{
 		netif.KeyRequestRxCopy:   "1",

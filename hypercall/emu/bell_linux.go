@@ -129,7 +129,7 @@ func newThreadBell(b bell) (bell, error) {
 	if err != nil {
 		return nil, fmt.Errorf("emu: epoll: %w", errors.Join(err, t.epoll.Close()))
 	}
-	// Whatever ends the wait, and whichever file is closed: the caller of park checks.
+	// The caller of park checks why the wait ended, or whether a file was closed.
 	t.hold = func(uintptr) { _ = t.set.Control(t.block) }
 	t.block = func(fd uintptr) { _, _ = unix.EpollWait(int(fd), t.events[:], t.millis) }
 	return t, nil
@@ -151,5 +151,6 @@ func (t *threadBell) close() {
 	t.letGo()
 }
 
-// letGo leaves a goroutine in park its epoll set until that returns: call ring first.
+// letGo closes the epoll set once no goroutine parks. It does not wait for that: the caller rings the bell
+// before, so that park returns.
 func (t *threadBell) letGo() { _ = t.epoll.Close() }

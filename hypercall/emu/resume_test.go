@@ -143,8 +143,8 @@ func TestResumeOfNoDomain(t *testing.T) {
 	}
 }
 
-// resuming makes a domain 2 whose Resume as domain 3 has made the new record, and waits for the
-// gate, which is held for reading. result is what Resume returns.
+// resuming makes domain 2 and starts its Resume as domain 3. Resume has made the record of domain 3 and
+// waits for the gate of domain 2, which the test holds for reading. result delivers the error of Resume.
 func resuming(t *testing.T) (m *Machine, d *Domain, result <-chan error) {
 	m, err := New(Config{})
 	if err != nil {

@@ -294,8 +294,9 @@ func (p *port) findFar() error {
 	return nil
 }
 
-// replaceFar frees the far end that was known once no Notify under way can ring its bell any more. Else the
-// event would be pending, and nobody would be woken for it.
+// replaceFar makes far the known far end, and frees the old one after every Notify under way has returned. If
+// it freed the old one's bell before, a Notify could mark the event pending and then ring a closed bell: the
+// waiter at the far end would sleep on.
 func (p *port) replaceFar(far *farEnd) {
 	if old := p.far.Swap(far); old != nil {
 		p.w.d.quiesce()

@@ -411,7 +411,7 @@ func (w *waiter) Close() error {
 	if g := w.group.Load(); g != nil {
 		g.Remove(w)
 	}
-	w.Wake() // ends Wait; closing the files does not end it, or waits for it
+	w.Wake() // makes Wait return: Close of a file waits for a thread in Wait, and after a resume no file is closed
 	for _, p := range ports {
 		p.Close() // gives its doorbell back; the driver would unbind the port by itself
 	}

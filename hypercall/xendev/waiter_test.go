@@ -403,8 +403,8 @@ func TestCloseEndsEveryCall(t *testing.T) {
 	d.wantNoReader()
 }
 
-// TestCloseEndsWaitBeforeTheFile tests that Close does not rely on the closing of the driver's file to end Wait:
-// the file stays open as long as a thread polls it, and for ever after a resume.
+// TestCloseEndsWaitBeforeTheFile tests that Close ends Wait before it closes the driver's file. Closing the file
+// cannot end Wait: the file stays open as long as a thread polls it, and after a resume Close never closes it.
 func TestCloseEndsWaitBeforeTheFile(t *testing.T) {
 	w, _ := newDriver(t, 5)
 	done := make(chan error, 1)

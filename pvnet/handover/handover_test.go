@@ -470,8 +470,8 @@ func TestALongStateComesInPackets(t *testing.T) {
 	}
 }
 
-// A process that was stopped, and does not answer any more, holds nobody up whose context ends:
-// neither who has asked it for a vif, nor who waits to ask, nor who ends the session.
+// A process that was stopped does not answer. A call that asks it for a vif, waits for its turn to ask, or ends
+// the session, returns when its context ends.
 func TestAContextEndsTheWaitForAProcessThatDoesNotAnswer(t *testing.T) {
 	enough := errors.New("enough")
 	for name, f := range map[string]func(ctx context.Context, end func(), c *Client, got <-chan string) error{

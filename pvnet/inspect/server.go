@@ -211,8 +211,8 @@ func writeAnswer(c net.Conn, a *answer) error {
 	return err
 }
 
-// readUntil has the reads of a client end at a time; zero: never. Once the server is closed they
-// end at once, as Close has set it.
+// readUntil sets the read deadline of a client's connection; the zero Time: none. It does nothing once the
+// server is closed, because Close has set a deadline that has passed.
 func (s *Server) readUntil(c *net.UnixConn, end time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -221,8 +221,8 @@ func (s *Server) readUntil(c *net.UnixConn, end time.Time) {
 	}
 }
 
-// allowWrite gives a client time to take some of what it asked for, and less once the server is
-// closed.
+// allowWrite sets the write deadline of a client's connection: writeTimeout from now, or lastWrites once
+// the server is closed.
 func (s *Server) allowWrite(c *net.UnixConn) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
